@@ -1,0 +1,300 @@
+//! Addresses and frames: one newtype for each kind, checked arithmetic only.
+
+use core::fmt;
+
+/// The size of a guest page, always a power of two between 4 KiB and 64 KiB.
+///
+/// ```
+/// use sonicshot::PageSize;
+/// assert_eq!(PageSize::new(4096), Some(PageSize::SIZE_4K));
+/// assert_eq!(PageSize::new(4095), None);
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PageSize(u8);
+
+impl PageSize {
+    /// 4 KiB, the only size of x86-64 and the usual one of arm64.
+    pub const SIZE_4K: Self = Self(12);
+    /// 16 KiB (arm64).
+    pub const SIZE_16K: Self = Self(14);
+    /// 64 KiB (arm64).
+    pub const SIZE_64K: Self = Self(16);
+
+    /// The page size of `bytes` bytes, if a supported guest can have it.
+    #[must_use]
+    pub const fn new(bytes: u64) -> Option<Self> {
+        match bytes {
+            0x1000 => Some(Self::SIZE_4K),
+            0x4000 => Some(Self::SIZE_16K),
+            0x1_0000 => Some(Self::SIZE_64K),
+            _ => None,
+        }
+    }
+
+    /// The size in bytes.
+    #[must_use]
+    #[allow(clippy::arithmetic_side_effects, reason = "the shift is 12 to 16")]
+    pub const fn bytes(self) -> u64 {
+        1 << self.0
+    }
+
+    /// The binary logarithm of the size.
+    #[must_use]
+    pub const fn shift(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// The mask of the bits inside a page.
+    #[must_use]
+    #[allow(clippy::arithmetic_side_effects, reason = "the shift is 12 to 16")]
+    pub const fn offset_mask(self) -> u64 {
+        (1 << self.0) - 1
+    }
+}
+
+impl fmt::Debug for PageSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} KiB", self.bytes() >> 10)
+    }
+}
+
+/// A guest-physical address, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Gpa(u64);
+
+impl Gpa {
+    /// Guest-physical zero.
+    pub const ZERO: Self = Self(0);
+
+    /// The address `raw`.
+    #[must_use]
+    pub const fn new(raw: u64) -> Self {
+        Self(raw)
+    }
+
+    /// The address as a number.
+    #[must_use]
+    pub const fn raw(self) -> u64 {
+        self.0
+    }
+
+    /// The address `bytes` further up, unless that wraps.
+    #[must_use]
+    pub const fn checked_add(self, bytes: u64) -> Option<Self> {
+        match self.0.checked_add(bytes) {
+            Some(raw) => Some(Self(raw)),
+            None => None,
+        }
+    }
+
+    /// How far `self` is above `base`, if it is.
+    #[must_use]
+    pub const fn offset_from(self, base: Self) -> Option<u64> {
+        self.0.checked_sub(base.0)
+    }
+
+    /// The frame that holds this address.
+    #[must_use]
+    pub const fn pfn(self, page_size: PageSize) -> Pfn {
+        Pfn(self.0 >> page_size.0)
+    }
+}
+
+impl fmt::Debug for Gpa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Gpa({:#x})", self.0)
+    }
+}
+
+impl fmt::Display for Gpa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+impl fmt::LowerHex for Gpa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::LowerHex::fmt(&self.0, f)
+    }
+}
+
+/// A page frame number: a guest-physical address in units of the guest's page size.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Pfn(u64);
+
+impl Pfn {
+    /// The frame `raw`.
+    #[must_use]
+    pub const fn new(raw: u64) -> Self {
+        Self(raw)
+    }
+
+    /// The frame number.
+    #[must_use]
+    pub const fn raw(self) -> u64 {
+        self.0
+    }
+
+    /// The frame `frames` further up, unless that wraps.
+    #[must_use]
+    pub const fn checked_add(self, frames: u64) -> Option<Self> {
+        match self.0.checked_add(frames) {
+            Some(raw) => Some(Self(raw)),
+            None => None,
+        }
+    }
+
+    /// How many frames `self` is above `base`, if it is.
+    #[must_use]
+    pub const fn offset_from(self, base: Self) -> Option<u64> {
+        self.0.checked_sub(base.0)
+    }
+
+    /// Where the frame begins, unless that is beyond 64 bits.
+    #[must_use]
+    pub const fn gpa(self, page_size: PageSize) -> Option<Gpa> {
+        match self.0.checked_mul(page_size.bytes()) {
+            Some(raw) => Some(Gpa(raw)),
+            None => None,
+        }
+    }
+
+    /// Whether the frame number is a multiple of `2^order`.
+    #[must_use]
+    pub const fn is_aligned(self, order: u32) -> bool {
+        order < u64::BITS && self.0.trailing_zeros() >= order
+    }
+}
+
+impl fmt::Debug for Pfn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Pfn({:#x})", self.0)
+    }
+}
+
+impl fmt::Display for Pfn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+macro_rules! half_open_range {
+    ($(#[$doc:meta])* $name:ident of $point:ident, $unit:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name {
+            start: $point,
+            end: $point,
+        }
+
+        impl $name {
+            /// The range from `start` up to, but without, `end`; empty if `end` is not above `start`.
+            #[must_use]
+            pub const fn new(start: $point, end: $point) -> Self {
+                let end = if end.0 < start.0 { start } else { end };
+                Self { start, end }
+            }
+
+            #[doc = concat!("The range of `len` ", $unit, " from `start`, unless it wraps.")]
+            #[must_use]
+            pub const fn with_len(start: $point, len: u64) -> Option<Self> {
+                match start.checked_add(len) {
+                    Some(end) => Some(Self { start, end }),
+                    None => None,
+                }
+            }
+
+            /// Where the range begins.
+            #[must_use]
+            pub const fn start(&self) -> $point {
+                self.start
+            }
+
+            /// The first point that is no longer in the range.
+            #[must_use]
+            pub const fn end(&self) -> $point {
+                self.end
+            }
+
+            #[doc = concat!("The length in ", $unit, ".")]
+            #[must_use]
+            #[allow(clippy::arithmetic_side_effects, reason = "end is never below start")]
+            pub const fn len(&self) -> u64 {
+                self.end.0 - self.start.0
+            }
+
+            /// Whether nothing is in the range.
+            #[must_use]
+            pub const fn is_empty(&self) -> bool {
+                self.start.0 == self.end.0
+            }
+
+            /// Whether `point` is in the range.
+            #[must_use]
+            pub const fn contains(&self, point: $point) -> bool {
+                self.start.0 <= point.0 && point.0 < self.end.0
+            }
+
+            /// What both ranges cover; empty if they do not meet.
+            #[must_use]
+            pub fn intersection(&self, other: &Self) -> Self {
+                let start = self.start.max(other.start);
+                Self::new(start, self.end.min(other.end))
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:#x}..{:#x}", self.start.0, self.end.0)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:#x}..{:#x}", self.start.0, self.end.0)
+            }
+        }
+    };
+}
+
+half_open_range! {
+    /// A half-open range of guest-physical addresses.
+    GpaRange of Gpa, "bytes"
+}
+
+half_open_range! {
+    /// A half-open range of page frames.
+    PfnRange of Pfn, "frames"
+}
+
+impl GpaRange {
+    /// The frames that lie wholly inside the range.
+    ///
+    /// ```
+    /// use sonicshot::{Gpa, GpaRange, PageSize, Pfn};
+    /// let range = GpaRange::new(Gpa::new(0x1800), Gpa::new(0x4800));
+    /// let frames = range.whole_frames(PageSize::SIZE_4K);
+    /// assert_eq!((frames.start(), frames.end()), (Pfn::new(2), Pfn::new(4)));
+    /// ```
+    #[must_use]
+    pub fn whole_frames(&self, page_size: PageSize) -> PfnRange {
+        let start = self.start.0.div_ceil(page_size.bytes());
+        PfnRange::new(Pfn(start), self.end.pfn(page_size))
+    }
+}
+
+impl PfnRange {
+    /// The addresses that the frames cover, unless they end beyond 64 bits.
+    #[must_use]
+    pub fn gpa_range(&self, page_size: PageSize) -> Option<GpaRange> {
+        Some(GpaRange::new(
+            self.start.gpa(page_size)?,
+            self.end.gpa(page_size)?,
+        ))
+    }
+
+    /// Every frame of the range, lowest first.
+    pub fn iter(&self) -> impl Iterator<Item = Pfn> + use<> {
+        (self.start.0..self.end.0).map(Pfn)
+    }
+}

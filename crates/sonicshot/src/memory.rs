@@ -1,0 +1,425 @@
+//! Guest-physical memory, whoever owns it.
+
+use crate::{Gpa, GpaRange, GuestBytes, PageSize, Pfn, PfnRange};
+use std::error::Error;
+use std::fmt;
+use std::io;
+
+/// Longest stretch that a caller may ask [`GuestMemory::map`] for: 16 MiB.
+///
+/// Owners that must set up a mapping (Xen) need a bound on what is mapped at a time.
+pub const MAX_MAP: usize = 16 << 20;
+
+/// Why guest memory could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MemoryError {
+    /// Part of the stretch is not RAM in the guest's layout.
+    #[error("no guest RAM at {range}")]
+    NotRam {
+        /// The stretch that was asked for.
+        range: GpaRange,
+    },
+    /// The stretch is RAM, but the dump holds no data for it.
+    #[error("the dump holds no data for guest RAM at {range}")]
+    Absent {
+        /// The stretch that was asked for.
+        range: GpaRange,
+    },
+    /// The operating system refused to read.
+    #[error("reading guest RAM at {range}")]
+    Io {
+        /// The stretch that was asked for.
+        range: GpaRange,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The owner of the memory failed in its own way.
+    #[error("reading guest RAM at {range}")]
+    Backend {
+        /// The stretch that was asked for.
+        range: GpaRange,
+        /// The owner's own error.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
+}
+
+/// A RAM layout that cannot be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LayoutError {
+    /// Two RAM ranges cover the same address.
+    #[error("RAM ranges {first} and {second} overlap")]
+    Overlap {
+        /// The lower one.
+        first: GpaRange,
+        /// The upper one.
+        second: GpaRange,
+    },
+    /// There is no RAM at all.
+    #[error("the layout has no RAM")]
+    Empty,
+}
+
+/// Which guest-physical addresses are RAM: sorted, disjoint ranges with holes between.
+///
+/// ```
+/// use sonicshot::{Gpa, GpaRange, RamLayout};
+/// let gib = |n: u64| Gpa::new(n << 30);
+/// // A 4 GiB `pc` guest: the PCI hole splits RAM at 3 GiB.
+/// let layout = RamLayout::new(vec![
+///     GpaRange::new(gib(4), gib(5)),
+///     GpaRange::new(gib(0), gib(3)),
+/// ])?;
+/// assert_eq!(layout.bytes(), 4 << 30);
+/// assert!(layout.region_of(gib(3)).is_none());
+/// # Ok::<(), sonicshot::LayoutError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RamLayout {
+    regions: Vec<GpaRange>,
+}
+
+impl RamLayout {
+    /// Makes a layout of `regions`, in any order; neighbours that touch are joined.
+    ///
+    /// # Errors
+    /// [`LayoutError`] if ranges overlap or nothing is left.
+    pub fn new(mut regions: Vec<GpaRange>) -> Result<Self, LayoutError> {
+        regions.retain(|r| !r.is_empty());
+        regions.sort_unstable();
+        let mut joined: Vec<GpaRange> = Vec::with_capacity(regions.len());
+        for next in regions {
+            match joined.last_mut() {
+                Some(last) if next.start() < last.end() => {
+                    return Err(LayoutError::Overlap {
+                        first: *last,
+                        second: next,
+                    });
+                }
+                Some(last) if next.start() == last.end() => {
+                    *last = GpaRange::new(last.start(), next.end());
+                }
+                _ => joined.push(next),
+            }
+        }
+        if joined.is_empty() {
+            return Err(LayoutError::Empty);
+        }
+        Ok(Self { regions: joined })
+    }
+
+    /// The RAM ranges, lowest first.
+    #[must_use]
+    pub fn regions(&self) -> &[GpaRange] {
+        &self.regions
+    }
+
+    /// How much RAM there is, in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        // Disjoint ranges inside 64 bits cannot add up to more than 64 bits.
+        self.regions
+            .iter()
+            .fold(0, |sum, r| sum.saturating_add(r.len()))
+    }
+
+    /// The first address above all RAM.
+    #[must_use]
+    pub fn end(&self) -> Gpa {
+        self.regions.last().map_or(Gpa::ZERO, GpaRange::end)
+    }
+
+    /// The RAM range that `at` lies in.
+    #[must_use]
+    pub fn region_of(&self, at: Gpa) -> Option<&GpaRange> {
+        let above = self.regions.partition_point(|r| r.start() <= at);
+        self.regions
+            .get(above.checked_sub(1)?)
+            .filter(|r| r.contains(at))
+    }
+
+    /// Whether the `len` bytes from `at` all lie in one RAM range.
+    #[must_use]
+    pub fn contains(&self, at: Gpa, len: u64) -> bool {
+        match (self.region_of(at), at.checked_add(len)) {
+            (Some(region), Some(end)) => end <= region.end(),
+            _ => false,
+        }
+    }
+
+    /// The whole frames of each RAM range, lowest first.
+    pub fn frames(&self, page_size: PageSize) -> impl Iterator<Item = PfnRange> + '_ {
+        self.regions
+            .iter()
+            .map(move |r| r.whole_frames(page_size))
+            .filter(|frames| !frames.is_empty())
+    }
+
+    /// Whether `pfn` is wholly RAM.
+    #[must_use]
+    pub fn has_frame(&self, pfn: Pfn, page_size: PageSize) -> bool {
+        pfn.gpa(page_size)
+            .is_some_and(|at| self.contains(at, page_size.bytes()))
+    }
+}
+
+/// Something that keeps mapped guest bytes mapped; dropping it may unmap them.
+pub trait Hold: Send + Sync {}
+impl<T: Send + Sync> Hold for T {}
+
+/// Guest bytes in this process's address space, with whatever keeps them there.
+pub struct Mapped<'a> {
+    bytes: GuestBytes<'a>,
+    _hold: Option<Box<dyn Hold + 'a>>,
+}
+
+impl<'a> Mapped<'a> {
+    /// Bytes that stay where they are for as long as the guest memory is borrowed.
+    #[must_use]
+    pub const fn borrowed(bytes: GuestBytes<'a>) -> Self {
+        Self { bytes, _hold: None }
+    }
+
+    /// Bytes that stay mapped while `hold` lives.
+    ///
+    /// # Safety
+    /// `bytes` must stay readable until `hold` is dropped.
+    #[must_use]
+    pub unsafe fn held(bytes: GuestBytes<'a>, hold: Box<dyn Hold + 'a>) -> Self {
+        Self {
+            bytes,
+            _hold: Some(hold),
+        }
+    }
+
+    /// The bytes, for as long as this mapping is borrowed.
+    #[must_use]
+    pub fn bytes(&self) -> GuestBytes<'_> {
+        self.bytes
+    }
+}
+
+impl fmt::Debug for Mapped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Mapped").field(&self.bytes).finish()
+    }
+}
+
+/// A guest's physical memory: where its RAM is, and the bytes in it.
+///
+/// Three kinds of owner fit: one that has the bytes mapped (a file, a VMM's regions: serve
+/// [`map`](Self::map) without copying), one that can map on demand (Xen foreign mappings:
+/// the [`Mapped`] value unmaps when dropped), and one that must copy (compressed dumps,
+/// LibVMI: [`read`](Self::read) alone). Only `layout` and `read` have to be written.
+///
+/// A reader that wraps another must forward the defaulted methods too, or the fast path is
+/// lost.
+///
+/// ```
+/// use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, RamLayout};
+///
+/// /// A guest whose RAM is one vector.
+/// struct Flat(Vec<u8>, RamLayout);
+///
+/// impl GuestMemory for Flat {
+///     fn layout(&self) -> &RamLayout {
+///         &self.1
+///     }
+///     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+///         let range = GpaRange::with_len(at, buf.len() as u64);
+///         let start = at.raw() as usize;
+///         match start.checked_add(buf.len()).and_then(|end| self.0.get(start..end)) {
+///             Some(bytes) => Ok(buf.copy_from_slice(bytes)),
+///             None => Err(MemoryError::NotRam { range: range.unwrap_or(GpaRange::new(at, at)) }),
+///         }
+///     }
+/// }
+/// let layout = RamLayout::new(vec![GpaRange::new(Gpa::ZERO, Gpa::new(4096))])?;
+/// let guest = Flat(vec![1; 4096], layout);
+/// assert_eq!(guest.read_u32(Gpa::new(8))?, 0x0101_0101);
+/// assert!(guest.read_u64(Gpa::new(4092)).is_err());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub trait GuestMemory: Send + Sync {
+    /// The guest's RAM. The same on every call.
+    fn layout(&self) -> &RamLayout;
+
+    /// Fills `buf` with the bytes from `at`.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if the stretch is not all in one RAM range, or cannot be read;
+    /// `buf` is then unspecified.
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError>;
+
+    /// The `len` bytes (at most [`MAX_MAP`]) from `at` without copying, or `None` if this
+    /// stretch has to be [`read`](Self::read) instead.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if the stretch is not all in one RAM range, or mapping failed.
+    fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
+        let _ = (at, len);
+        Ok(None)
+    }
+
+    /// The first stretch at or above `at`, in the RAM range that holds `at`, that may hold
+    /// something other than zeroes; `None` if the rest of the range is known to be zero.
+    ///
+    /// A source that knows cheaply (file holes, pages absent from a dump as zero) saves
+    /// the reader from touching what is not there. The default knows nothing.
+    fn next_data(&self, at: Gpa) -> Option<GpaRange> {
+        self.layout()
+            .region_of(at)
+            .map(|region| GpaRange::new(at, region.end()))
+    }
+
+    /// A hint that the stretch will not be read again soon; the owner may let go of caches.
+    fn release(&self, range: GpaRange) {
+        let _ = range;
+    }
+
+    /// The little-endian `u32` at `at`.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn read_u32(&self, at: Gpa) -> Result<u32, MemoryError> {
+        let mut buf = [0; 4];
+        self.read(at, &mut buf)?;
+        Ok(u32::from_le_bytes(buf))
+    }
+
+    /// The little-endian `u64` at `at`.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn read_u64(&self, at: Gpa) -> Result<u64, MemoryError> {
+        let mut buf = [0; 8];
+        self.read(at, &mut buf)?;
+        Ok(u64::from_le_bytes(buf))
+    }
+}
+
+macro_rules! forward_guest_memory {
+    ($($ty:ty),*) => {$(
+        impl<M: GuestMemory + ?Sized> GuestMemory for $ty {
+            fn layout(&self) -> &RamLayout {
+                (**self).layout()
+            }
+            fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+                (**self).read(at, buf)
+            }
+            fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
+                (**self).map(at, len)
+            }
+            fn next_data(&self, at: Gpa) -> Option<GpaRange> {
+                (**self).next_data(at)
+            }
+            fn release(&self, range: GpaRange) {
+                (**self).release(range);
+            }
+            fn read_u32(&self, at: Gpa) -> Result<u32, MemoryError> {
+                (**self).read_u32(at)
+            }
+            fn read_u64(&self, at: Gpa) -> Result<u64, MemoryError> {
+                (**self).read_u64(at)
+            }
+        }
+    )*};
+}
+forward_guest_memory!(&M, Box<M>, std::sync::Arc<M>);
+
+/// The range of a request, for error messages: empty if it would wrap.
+pub(crate) fn request(at: Gpa, len: usize) -> GpaRange {
+    u64::try_from(len)
+        .ok()
+        .and_then(|len| GpaRange::with_len(at, len))
+        .unwrap_or(GpaRange::new(at, at))
+}
+
+/// Guest RAM that already lies in this process's address space: a VMM's regions, or parts
+/// of a mapped file.
+///
+/// ```
+/// use sonicshot::{Gpa, GuestBytes, GuestMemory, MappedRegions};
+/// let low = vec![1_u8; 8192];
+/// let high = vec![2_u8; 4096];
+/// let guest = MappedRegions::new(vec![
+///     (Gpa::new(0), GuestBytes::from_slice(&low)),
+///     (Gpa::new(0x1_0000), GuestBytes::from_slice(&high)),
+/// ])?;
+/// assert_eq!(guest.read_u32(Gpa::new(0x1_0000))?, 0x0202_0202);
+/// assert!(guest.map(Gpa::new(4096), 4096)?.is_some());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct MappedRegions<'a> {
+    layout: RamLayout,
+    regions: Vec<(Gpa, GuestBytes<'a>)>,
+}
+
+impl<'a> MappedRegions<'a> {
+    /// Guest RAM made of `regions`, each a stretch of bytes and where the guest sees it.
+    ///
+    /// # Errors
+    /// [`LayoutError`] if they overlap in the guest, or there are none.
+    pub fn new(mut regions: Vec<(Gpa, GuestBytes<'a>)>) -> Result<Self, LayoutError> {
+        regions.sort_unstable_by_key(|(at, _)| *at);
+        let layout = RamLayout::new(
+            regions
+                .iter()
+                .map(|(at, bytes)| request(*at, bytes.len()))
+                .collect(),
+        )?;
+        Ok(Self { layout, regions })
+    }
+
+    fn find(&self, at: Gpa, len: usize) -> Option<GuestBytes<'a>> {
+        let above = self.regions.partition_point(|(start, _)| *start <= at);
+        let (start, bytes) = self.regions.get(above.checked_sub(1)?)?;
+        let offset = usize::try_from(at.offset_from(*start)?).ok()?;
+        bytes.get(offset, len)
+    }
+}
+
+impl GuestMemory for MappedRegions<'_> {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        if let Some(bytes) = self.find(at, buf.len()) {
+            if bytes.copy_to(buf) {
+                return Ok(());
+            }
+        } else if self.layout.contains(at, request(at, buf.len()).len()) {
+            // The stretch crosses regions that touch in the guest but not in this process.
+            return copy_across(self, at, buf);
+        }
+        Err(MemoryError::NotRam {
+            range: request(at, buf.len()),
+        })
+    }
+
+    fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
+        match self.find(at, len) {
+            Some(bytes) => Ok(Some(Mapped::borrowed(bytes))),
+            None if self.layout.contains(at, request(at, len).len()) => Ok(None),
+            None => Err(MemoryError::NotRam {
+                range: request(at, len),
+            }),
+        }
+    }
+}
+
+fn copy_across(regions: &MappedRegions<'_>, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+    let range = request(at, buf.len());
+    for (index, byte) in (0_u64..).zip(buf.iter_mut()) {
+        let here = at.checked_add(index);
+        *byte = here
+            .and_then(|here| regions.find(here, 1)?.u8_at(0))
+            .ok_or(MemoryError::NotRam { range })?;
+    }
+    Ok(())
+}
