@@ -38,6 +38,12 @@ pub trait SymbolSource: Send + Sync + fmt::Debug {
         SymbolBase::Linked
     }
 
+    /// Whether this is VMCOREINFO, which gives the value instead of the address of some
+    /// variables (`mem_section`, `vmemmap`).
+    fn is_vmcoreinfo(&self) -> bool {
+        false
+    }
+
     /// The address of symbol `name`.
     ///
     /// # Errors

@@ -1,0 +1,220 @@
+//! Finds the kernel in guest memory with nothing to go by.
+//!
+//! Every Linux kernel with crash support keeps VMCOREINFO, a page of text that describes it
+//! (`kernel/vmcore_info.c`), in a page of its own. It gives the top-level page table and the
+//! displacement of the kernel image, which page tables and the running kernel's own
+//! `init_uts_ns` must confirm: a stale copy (of an earlier boot, or in a file) does not pass.
+
+use crate::error::VmiError;
+use crate::paging::X86_64;
+use crate::symbols::Vmcoreinfo;
+use crate::{AddressSpace, KernelVa, VirtualMemory};
+use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, PageSize};
+
+/// `__START_KERNEL_map` (`arch/x86/include/asm/page_64_types.h`): an ABI of the kernel's own
+/// linker script, the same since 2.6.
+const START_KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
+/// `KERNEL_IMAGE_SIZE` is 1 GiB at most.
+const MAX_IMAGE: u64 = 1 << 30;
+/// VMCOREINFO is at most one page.
+const MAX_VMCOREINFO: usize = 4096;
+/// Each copy found costs a look at page tables: more than this many are somebody's joke.
+const MAX_CANDIDATES: usize = 64;
+/// How much is mapped at a time while searching.
+const WINDOW: u64 = 2 << 20;
+
+/// A kernel that was found, with its page tables confirmed.
+#[derive(Debug)]
+pub(crate) struct Found<'m> {
+    pub space: AddressSpace<'m>,
+    pub vmcoreinfo: Vmcoreinfo,
+    /// What KASLR added to the linked addresses.
+    pub kaslr: u64,
+    /// Where VMCOREINFO came from.
+    pub origin: String,
+}
+
+/// Finds the kernel, by `given` VMCOREINFO (of a dump's note) or by searching all RAM.
+pub(crate) fn find<'m>(
+    memory: &'m dyn GuestMemory,
+    given: Option<&[u8]>,
+) -> Result<Found<'m>, VmiError> {
+    let mut tried = Vec::new();
+    if let Some(text) = given {
+        match confirm(memory, text, "VMCOREINFO note".into()) {
+            Ok(found) => return Ok(found),
+            Err(why) => tried.push(format!("the dump's VMCOREINFO note: {why}")),
+        }
+    }
+    let mut found = None;
+    let mut candidates = 0_usize;
+    search(memory, b"OSRELEASE=", &mut |at| {
+        candidates = candidates.saturating_add(1);
+        let mut text = vec![0; MAX_VMCOREINFO];
+        if memory.read(at, &mut text).is_ok() {
+            match confirm(memory, &text, format!("VMCOREINFO at {at}")) {
+                Ok(kernel) => found = Some(kernel),
+                Err(why) if tried.len() < 4 => tried.push(format!("VMCOREINFO at {at}: {why}")),
+                Err(_) => {}
+            }
+        }
+        found.is_none() && candidates < MAX_CANDIDATES
+    })?;
+    found.ok_or_else(|| VmiError::NoKernel {
+        tried: if tried.is_empty() {
+            "no page begins with VMCOREINFO".into()
+        } else {
+            tried.join("; ")
+        },
+    })
+}
+
+/// Calls `visit` with each page that begins with `magic`, from the top of RAM down (the kernel
+/// allocates VMCOREINFO early, and from the top), until it returns `false`.
+fn search(
+    memory: &dyn GuestMemory,
+    magic: &[u8; 10],
+    visit: &mut dyn FnMut(Gpa) -> bool,
+) -> Result<(), MemoryError> {
+    let [a, b, c, d, e, f, g, h, tail @ ..] = *magic;
+    let first = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+    let second = u16::from_le_bytes(tail);
+    for region in memory.layout().regions().iter().rev() {
+        let mut end = region.end();
+        while end > region.start() {
+            let start = Gpa::new(end.raw().saturating_sub(1) / WINDOW * WINDOW).max(region.start());
+            let window = GpaRange::new(start, end);
+            end = start;
+            let is_data = memory
+                .next_data(start)
+                .is_some_and(|data| data.start() < window.end());
+            if !is_data {
+                continue;
+            }
+            let len = usize::try_from(window.len()).unwrap_or(0);
+            let mapped = memory.map(start, len)?;
+            let mut buffer = Vec::new();
+            let bytes = if let Some(mapped) = &mapped {
+                mapped.bytes()
+            } else {
+                buffer.resize(len, 0);
+                if memory.read(start, &mut buffer).is_err() {
+                    // A dump may lack pages; VMCOREINFO is then in another one or nowhere.
+                    continue;
+                }
+                sonicshot::GuestBytes::from_slice(&buffer)
+            };
+            // Page-aligned in the guest; a region may begin anywhere.
+            let skew = usize::try_from(start.raw().wrapping_neg() & 0xfff).unwrap_or(0);
+            for offset in (skew..len).step_by(4096).rev() {
+                if bytes.u64_at(offset) == Some(first)
+                    && bytes.u16_at(offset.saturating_add(8)) == Some(second)
+                {
+                    let at = start.checked_add(offset as u64);
+                    if !at.is_none_or(&mut *visit) {
+                        return Ok(());
+                    }
+                }
+            }
+            drop(mapped);
+            memory.release(window);
+        }
+    }
+    Ok(())
+}
+
+/// Builds the address space that `text` describes, and checks it against the kernel in memory.
+fn confirm<'m>(
+    memory: &'m dyn GuestMemory,
+    text: &[u8],
+    origin: String,
+) -> Result<Found<'m>, VmiError> {
+    let info = Vmcoreinfo::parse(text)?;
+    let unsupported = |what: &str| VmiError::Unsupported { what: what.into() };
+    let need = |name: &str| {
+        info.symbol(name).ok_or_else(|| VmiError::Missing {
+            what: format!("symbol {name}"),
+            sources: "VMCOREINFO".into(),
+        })
+    };
+    if info.number("VA_BITS").is_some() {
+        return Err(unsupported("an arm64 guest: only x86-64 is supported so far"));
+    }
+    if info.number("sme_mask").is_some_and(|mask| mask != 0) {
+        return Err(unsupported("a guest with encrypted memory (SME, SEV)"));
+    }
+    let page_table = need("swapper_pg_dir")?;
+    let phys_base = info
+        .number("phys_base")
+        .ok_or_else(|| unsupported("VMCOREINFO without phys_base: not an x86-64 kernel"))?;
+    let root = Gpa::new(
+        page_table
+            .raw()
+            .wrapping_sub(START_KERNEL_MAP)
+            .wrapping_add(phys_base.cast_unsigned()),
+    );
+    if !memory.layout().contains(root, 4096) {
+        return Err(unsupported(&format!(
+            "a top-level page table at {root}, outside RAM"
+        )));
+    }
+    let five_levels = info.number("pgtable_l5_enabled").is_some_and(|on| on != 0);
+    let space = AddressSpace::new(memory, Box::new(X86_64::new(root, five_levels)));
+    let there = space
+        .translate(page_table)
+        .map_err(VmiError::read("swapper_pg_dir"))?;
+    if there.at != root {
+        return Err(VmiError::Disagree {
+            what: "swapper_pg_dir".into(),
+            first: "phys_base".into(),
+            first_value: root.raw(),
+            second: "the page tables".into(),
+            second_value: there.at.raw(),
+        });
+    }
+    // The release in `init_uts_ns` is the running kernel's own.
+    let release = info.osrelease().unwrap_or_default().to_owned();
+    let uts = need("init_uts_ns")?;
+    let mut names = [0; 1024];
+    space
+        .read(uts, &mut names)
+        .map_err(VmiError::read("init_uts_ns"))?;
+    if release.is_empty() || memchr::memmem::find(&names, release.as_bytes()).is_none() {
+        return Err(unsupported(&format!(
+            "VMCOREINFO of `{release}`, which is not what init_uts_ns holds"
+        )));
+    }
+    let kaslr = info.kernel_offset().unwrap_or(0);
+    Ok(Found {
+        space,
+        vmcoreinfo: info,
+        kaslr,
+        origin,
+    })
+}
+
+/// The virtual addresses of the kernel's image, from its start as far as it is mapped.
+pub(crate) fn image_range(
+    space: &AddressSpace<'_>,
+    stext: KernelVa,
+) -> (KernelVa, KernelVa) {
+    /// The image has unmapped gaps between its sections, of up to one large page each.
+    const LARGEST_GAP: u64 = 8 << 20;
+    let page = PageSize::SIZE_4K.bytes();
+    let start = KernelVa::new(stext.raw() & !0x1f_ffff);
+    let limit = start.checked_add(MAX_IMAGE).unwrap_or(start);
+    let mut at = start;
+    let mut end = start;
+    while at < limit && at.offset_from(end).unwrap_or(0) <= LARGEST_GAP {
+        let step = match space.translate(at) {
+            Ok(there) => {
+                let next = at.checked_add(there.len).unwrap_or(limit);
+                end = next.min(limit);
+                there.len
+            }
+            Err(_) => page,
+        };
+        at = at.checked_add(step).unwrap_or(limit);
+    }
+    (start, end)
+}

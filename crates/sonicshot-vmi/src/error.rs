@@ -1,0 +1,97 @@
+//! What can go wrong when a guest's kernel is read.
+
+use crate::symbols::SymbolError;
+use crate::{Inconsistency, KernelVa, VirtualReadError};
+use sonicshot::{Gpa, MemoryError};
+
+/// Why a guest's kernel could not be understood.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmiError {
+    /// No Linux kernel was found in the guest's memory.
+    #[error("no Linux kernel found in guest memory: {tried}")]
+    NoKernel {
+        /// What was looked for.
+        tried: String,
+    },
+    /// A source of symbols is damaged or cannot be read.
+    #[error("the kernel's symbols cannot be read")]
+    Symbols(#[from] SymbolError),
+    /// A symbol file belongs to another kernel build than the one that runs in the guest.
+    #[error("{origin} is of another kernel: it is of {file}, the guest runs {guest}")]
+    WrongKernel {
+        /// The symbol file.
+        origin: String,
+        /// The kernel that the file is of.
+        file: String,
+        /// The kernel in the guest.
+        guest: String,
+    },
+    /// No source knows a symbol or type that is needed.
+    #[error("no source of symbols knows {what} (asked: {sources})")]
+    Missing {
+        /// The symbol, member or enumerator.
+        what: String,
+        /// The sources that were asked.
+        sources: String,
+    },
+    /// Two sources of the same kernel disagree.
+    #[error("{first} and {second} disagree on {what}: {first_value:#x} and {second_value:#x}")]
+    Disagree {
+        /// The symbol or member.
+        what: String,
+        /// One source.
+        first: String,
+        /// What it says.
+        first_value: u64,
+        /// The other source.
+        second: String,
+        /// What that says.
+        second_value: u64,
+    },
+    /// A kernel object could not be read.
+    #[error("reading {what}")]
+    Read {
+        /// The object.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: VirtualReadError,
+    },
+    /// Guest memory could not be read.
+    #[error("reading guest memory")]
+    Memory(#[from] MemoryError),
+    /// A kernel object holds what the kernel would never put there.
+    #[error("{what} at {at} holds {value:#x}")]
+    Corrupt {
+        /// The object.
+        what: &'static str,
+        /// Where it is.
+        at: KernelVa,
+        /// The value found.
+        value: u64,
+    },
+    /// A page table holds what the processor would not accept.
+    #[error("page-table entry at {at} holds {value:#x}")]
+    PageTable {
+        /// Where the entry is.
+        at: Gpa,
+        /// The entry.
+        value: u64,
+    },
+    /// The guest is of a kind that cannot be read from outside, or not yet.
+    #[error("{what}")]
+    Unsupported {
+        /// What it is about the guest.
+        what: String,
+    },
+    /// The sources of truth about free pages disagree by more than a stopped processor explains.
+    #[error("{0}")]
+    Inconsistent(Box<Inconsistency>),
+}
+
+impl VmiError {
+    pub(crate) fn read(what: &'static str) -> impl FnOnce(VirtualReadError) -> Self {
+        move |source| Self::Read { what, source }
+    }
+}

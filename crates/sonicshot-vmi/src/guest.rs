@@ -1,0 +1,421 @@
+//! A Linux guest: its kernel found, its symbols gathered, its pages classified.
+
+use crate::discover::{self, Found};
+use crate::error::VmiError;
+use crate::kernel::{Kernel, element};
+use crate::mm::classify::{Inconsistency, ZoneReport, scan};
+use crate::mm::mem_map::MemMap;
+use crate::mm::page::PageLayout;
+use crate::mm::zone::Zones;
+use crate::symbols::{self, Kallsyms, SymbolSource};
+use crate::{KernelVa, VirtualMemory};
+use sonicshot::{Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, PageSize};
+use std::path::{Path, PathBuf};
+
+/// What may be known about a guest beforehand; by default nothing.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct GuestOptions {
+    symbol_files: Vec<PathBuf>,
+    vmcoreinfo: Option<Vec<u8>>,
+}
+
+impl GuestOptions {
+    /// Nothing known: everything is found in the guest's memory.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a System.map, a vmlinux, or raw BTF of the guest's kernel. Earlier files take
+    /// precedence, and all files take precedence over what is found in memory.
+    #[must_use]
+    pub fn symbols(mut self, path: impl AsRef<Path>) -> Self {
+        self.symbol_files.push(path.as_ref().to_owned());
+        self
+    }
+
+    /// Gives the VMCOREINFO text that the dump carries.
+    #[must_use]
+    pub fn vmcoreinfo(mut self, text: impl Into<Vec<u8>>) -> Self {
+        self.vmcoreinfo = Some(text.into());
+        self
+    }
+}
+
+/// Whether a guest whose sources disagree is classified all the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum OnInconsistency {
+    /// It is refused with [`VmiError::Inconsistent`].
+    #[default]
+    Refuse,
+    /// Every block in question is kept, the rest is believed. Only for dumps that will never
+    /// run again.
+    KeepInQuestion,
+}
+
+/// The class of every frame of a guest, and what stands behind it.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Classification {
+    /// The class of every RAM frame.
+    pub map: PageMap,
+    /// What the guest expects of free pages.
+    pub free_fill: Fill,
+    /// Every zone's numbers.
+    pub zones: Vec<ZoneReport>,
+    /// Blocks on which the sources disagree (kept), if there are any.
+    pub disagreement: Option<Inconsistency>,
+    /// What the user should know: features of the guest, pages kept and why.
+    pub notes: Vec<String>,
+}
+
+/// A Linux guest whose kernel was found in its memory.
+///
+/// ```no_run
+/// use sonicshot::{GuestMemory, PageClass};
+/// use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
+///
+/// fn free_pages(memory: &dyn GuestMemory) -> Result<u64, sonicshot_vmi::VmiError> {
+///     let guest = LinuxGuest::open(memory, &GuestOptions::new())?;
+///     let pages = guest.classify(OnInconsistency::Refuse)?;
+///     Ok(pages.map.counts().get(PageClass::FreeBuddy))
+/// }
+/// ```
+#[derive(Debug)]
+pub struct LinuxGuest<'m> {
+    kernel: Kernel<'m>,
+    page_size: PageSize,
+    origin: String,
+    banner: Option<String>,
+}
+
+impl<'m> LinuxGuest<'m> {
+    /// Finds the kernel in `memory` and gathers its symbols.
+    ///
+    /// # Errors
+    /// [`VmiError::NoKernel`] if there is none, [`VmiError::WrongKernel`] if a symbol file is
+    /// of another build, [`VmiError::Symbols`] if one cannot be read.
+    pub fn open(memory: &'m dyn GuestMemory, options: &GuestOptions) -> Result<Self, VmiError> {
+        let mut files = Vec::new();
+        for path in &options.symbol_files {
+            files.push(symbols::open_symbol_file(path)?);
+        }
+        let Found {
+            space,
+            vmcoreinfo,
+            kaslr,
+            origin,
+        } = discover::find(memory, options.vmcoreinfo.as_deref())?;
+        let page_size = match vmcoreinfo.page_size() {
+            Some(bytes) => PageSize::new(bytes).ok_or_else(|| VmiError::Unsupported {
+                what: format!("pages of {bytes} bytes"),
+            })?,
+            None => PageSize::SIZE_4K,
+        };
+        let release = vmcoreinfo.osrelease().unwrap_or_default().to_owned();
+        let stext = vmcoreinfo
+            .symbol("_stext")
+            .or_else(|| vmcoreinfo.symbol("swapper_pg_dir"))
+            .ok_or_else(|| VmiError::Missing {
+                what: "symbol _stext".into(),
+                sources: origin.clone(),
+            })?;
+        let image = discover::image_range(&space, stext);
+        let kallsyms = Kallsyms::find(&space, &vmcoreinfo, image);
+        let mut kernel = Kernel::new(space, release, kaslr);
+        for file in files {
+            kernel.add(file);
+        }
+        kernel.add(Box::new(vmcoreinfo.clone()));
+        kernel.vmcoreinfo = Some(vmcoreinfo);
+        let mut kallsyms_error = None;
+        match kallsyms {
+            Ok(kallsyms) => kernel.add(Box::new(kallsyms)),
+            Err(error) => kallsyms_error = Some(error),
+        }
+        let mut guest = Self {
+            kernel,
+            page_size,
+            origin,
+            banner: None,
+        };
+        if let Some(error) = kallsyms_error
+            && guest.kernel.symbol("linux_banner")?.is_none()
+        {
+            // Nothing else knows where things are.
+            return Err(error.into());
+        }
+        if guest.kernel.type_size("zone")?.is_none()
+            || guest.kernel.constant("NR_FREE_PAGES")?.is_none()
+        {
+            let btf = symbols::find_btf(&guest.kernel.space, &guest.btf_bounds()?, image)?;
+            if let Some(btf) = btf {
+                guest.kernel.add(Box::new(btf));
+            }
+        }
+        guest.read_banner()?;
+        guest.check_files(options.symbol_files.len())?;
+        Ok(guest)
+    }
+
+    /// `__start_BTF` and `__stop_BTF`, if the symbols are known.
+    fn btf_bounds(&self) -> Result<Option<(KernelVa, KernelVa)>, VmiError> {
+        Ok(self
+            .kernel
+            .symbol("__start_BTF")?
+            .zip(self.kernel.symbol("__stop_BTF")?))
+    }
+
+    /// Reads `linux_banner` at the address that the guest's own tables give, not a file's.
+    fn read_banner(&mut self) -> Result<(), VmiError> {
+        for source in self.kernel.sources() {
+            if source.base() == symbols::SymbolBase::Running
+                && let Some(at) = source.symbol("linux_banner")?
+                && let Ok(text) = self.kernel.space.read_str(at, 512)
+            {
+                self.banner = Some(text.trim_end().to_owned());
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses symbol files of another build: by build-id, by banner, and by addresses.
+    fn check_files(&self, files: usize) -> Result<(), VmiError> {
+        let guest_name = || {
+            self.banner
+                .clone()
+                .unwrap_or_else(|| self.kernel.release.clone())
+        };
+        let info = self.kernel.vmcoreinfo.as_ref();
+        let hex = |id: &[u8]| id.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        for source in self.kernel.sources().iter().take(files) {
+            let wrong = |file: String, guest: String| VmiError::WrongKernel {
+                origin: source.origin().to_owned(),
+                file,
+                guest,
+            };
+            if let (Some(file), Some(guest)) =
+                (source.build_id(), info.and_then(symbols::Vmcoreinfo::build_id))
+                && file != guest
+            {
+                let name = source.banner().map_or_else(String::new, |b| format!("{} ", b.trim()));
+                return Err(wrong(
+                    format!("{name}(build-id {})", hex(file)),
+                    format!("{} (build-id {})", guest_name(), hex(guest)),
+                ));
+            }
+            if let (Some(file), Some(guest)) = (source.banner(), &self.banner)
+                && file.trim() != guest.trim()
+            {
+                return Err(wrong(file.trim().to_owned(), guest.clone()));
+            }
+            // A System.map carries no version: its addresses must be the guest's.
+            for name in ["swapper_pg_dir", "_stext", "init_uts_ns", "node_data", "linux_banner"] {
+                let Some(file) = self.kernel.symbol_by(source.as_ref(), name)? else {
+                    continue;
+                };
+                for other in self.kernel.sources().iter().skip(files) {
+                    if let Some(guest) = self.kernel.symbol_by(other.as_ref(), name)?
+                        && guest != file
+                    {
+                        return Err(wrong(
+                            format!("a kernel with {name} at {file} ({})", source.origin()),
+                            format!("{} with {name} at {guest}", guest_name()),
+                        ));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The kernel's release, such as `6.1.0-37-cloud-amd64`.
+    #[must_use]
+    pub fn release(&self) -> &str {
+        &self.kernel.release
+    }
+
+    /// The kernel's banner (`Linux version …`), if it could be read.
+    #[must_use]
+    pub fn banner(&self) -> Option<&str> {
+        self.banner.as_deref()
+    }
+
+    /// The guest's page size.
+    #[must_use]
+    pub fn page_size(&self) -> PageSize {
+        self.page_size
+    }
+
+    /// Where VMCOREINFO came from, then every source of symbols and types in use.
+    #[must_use]
+    pub fn symbol_sources(&self) -> Vec<String> {
+        let mut sources: Vec<String> = self
+            .kernel
+            .sources()
+            .iter()
+            .filter(|source| !source.is_vmcoreinfo())
+            .map(|source| source.origin().to_owned())
+            .collect();
+        sources.insert(0, self.origin.clone());
+        sources
+    }
+
+    /// Usable RAM by the guest's own firmware map (`e820_table`), if the symbols tell where it is.
+    ///
+    /// # Errors
+    /// [`VmiError`] if the map cannot be read or is not one.
+    pub fn e820(&self) -> Result<Option<Vec<GpaRange>>, VmiError> {
+        /// `E820_MAX_ENTRIES`: 128 of the zero page, and 3 for each of 1024 nodes.
+        const MAX_ENTRIES: u32 = 128 + 3 * 1024;
+        const E820_TYPE_RAM: u32 = 1;
+        let kernel = &self.kernel;
+        let Some(variable) = kernel.symbol("e820_table")? else {
+            return Ok(None);
+        };
+        let Some(entries) = kernel.member("e820_table", "entries")? else {
+            return Ok(None);
+        };
+        let size = kernel.need_type_size("e820_entry")?;
+        let offset = |name| kernel.need_member("e820_entry", name).map(|m| m.offset);
+        let (addr, len, kind) = (offset("addr")?, offset("size")?, offset("type")?);
+        let table = kernel.read_ptr("e820_table", variable)?;
+        let count_at = kernel.need_member("e820_table", "nr_entries")?.offset;
+        let count = kernel.read_u32("e820_table", element("e820_table", table, 0, 0, count_at)?)?;
+        if count > MAX_ENTRIES {
+            return Err(VmiError::Corrupt {
+                what: "e820_table.nr_entries",
+                at: table,
+                value: u64::from(count),
+            });
+        }
+        let first = element("e820_table", table, 0, 0, entries.offset)?;
+        let mut ram = Vec::new();
+        for index in 0..u64::from(count) {
+            let field = |offset| element("e820_entry", first, index, size, offset);
+            if kernel.read_u32("e820_entry", field(kind)?)? != E820_TYPE_RAM {
+                continue;
+            }
+            let start = Gpa::new(kernel.read_u64("e820_entry", field(addr)?)?);
+            let len = kernel.read_u64("e820_entry", field(len)?)?;
+            ram.extend(GpaRange::with_len(start, len));
+        }
+        Ok(Some(ram))
+    }
+
+    /// Gives every RAM frame its class.
+    ///
+    /// Content is not looked at: [`mark_zero_pages`](crate::mark_zero_pages) does that.
+    ///
+    /// # Errors
+    /// [`VmiError::Inconsistent`] if the sources of truth disagree, [`VmiError::Missing`] if a
+    /// symbol or member that decides about a page is known to no source, and what reading gives.
+    pub fn classify(&self, on: OnInconsistency) -> Result<Classification, VmiError> {
+        let mem_map = MemMap::new(&self.kernel, self.page_size)?;
+        let layout = PageLayout::new(&self.kernel, mem_map.stride)?;
+        let zones = Zones::new(&self.kernel)?;
+        let scan = scan(&self.kernel, &mem_map, &layout, &zones)?;
+        if scan.fatal
+            && on == OnInconsistency::Refuse
+            && let Some(inconsistency) = scan.disagreement
+        {
+            return Err(VmiError::Inconsistent(Box::new(inconsistency)));
+        }
+        let mut notes = scan.notes;
+        if let Some(inconsistency) = &scan.disagreement {
+            notes.push(inconsistency.to_string());
+        }
+        let free_fill = self.free_fill(&scan.map, &mut notes)?;
+        self.note_features(&mut notes)?;
+        Ok(Classification {
+            map: scan.map,
+            free_fill,
+            zones: scan.zones,
+            disagreement: scan.disagreement,
+            notes,
+        })
+    }
+
+    /// Whether the flag behind `names` is set: a static key or a bool, by its first byte.
+    fn flag(&self, names: &[&str]) -> Result<Option<bool>, VmiError> {
+        for name in names {
+            if let Some(at) = self.kernel.symbol(name)? {
+                let mut byte = [0];
+                self.kernel
+                    .space
+                    .read(at, &mut byte)
+                    .map_err(VmiError::read("a kernel flag"))?;
+                return Ok(Some(byte != [0]));
+            }
+        }
+        // A name that a whole symbol table does not have belongs to a feature not built in.
+        Ok(self.kernel.knows_all_symbols()?.then_some(false))
+    }
+
+    /// What free pages must read as: `mm/page_poison.c` checks for its pattern on allocation.
+    fn free_fill(&self, map: &PageMap, notes: &mut Vec<String>) -> Result<Fill, VmiError> {
+        const PAGE_POISON: u8 = 0xaa;
+        // `_page_poisoning_enabled` since 5.11, `want_page_poisoning` before.
+        let poisoned = self.flag(&["_page_poisoning_enabled", "want_page_poisoning"])?;
+        if poisoned == Some(false) {
+            return Ok(Fill::Zero);
+        }
+        // On, or unknown: with poisoning every free page holds the pattern, so one that does
+        // not proves it off.
+        let memory = self.kernel.space.memory();
+        let (mut looked, mut with_pattern, mut zero) = (0_u32, 0_u32, 0_u32);
+        let mut page = vec![0; usize::try_from(self.page_size.bytes()).unwrap_or(4096)];
+        let free = map.runs().filter(|(_, class)| *class == PageClass::FreeBuddy);
+        for (frames, _) in free.take(4096) {
+            let Some(at) = frames.start().gpa(self.page_size) else {
+                continue;
+            };
+            memory.read(at, &mut page)?;
+            looked = looked.saturating_add(1);
+            if page.iter().all(|byte| *byte == PAGE_POISON) {
+                with_pattern = with_pattern.saturating_add(1);
+            } else if page.iter().all(|byte| *byte == 0) {
+                zero = zero.saturating_add(1);
+            }
+        }
+        if poisoned.is_none() && with_pattern < looked {
+            return Ok(Fill::Zero);
+        }
+        if looked > 0 && zero == looked {
+            // CONFIG_PAGE_POISONING_ZERO (to 5.10): the pattern is zero.
+            return Ok(Fill::Zero);
+        }
+        notes.push(
+            "the guest checks free pages for its poison pattern 0xaa (page_poison): \
+             they are kept where the format can only restore zeroes"
+                .into(),
+        );
+        Ok(Fill::Byte(PAGE_POISON))
+    }
+
+    /// Features of the guest that bear on free pages.
+    fn note_features(&self, notes: &mut Vec<String>) -> Result<(), VmiError> {
+        for (name, text) in [
+            (
+                "init_on_free",
+                "init_on_free: the guest trusts free pages to be zero; dropped pages read as zero",
+            ),
+            (
+                "_debug_pagealloc_enabled",
+                "debug_pagealloc: free pages are not mapped in the guest; their content is not looked at",
+            ),
+            (
+                "kasan_flag_enabled",
+                "KASAN with hardware tags: memory tags are in no dump",
+            ),
+        ] {
+            if self.flag(&[name])? == Some(true) {
+                notes.push(text.into());
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,219 @@
+//! The kernel's symbols and types from all sources together.
+
+use crate::error::VmiError;
+use crate::symbols::{Member, SymbolBase, SymbolSource, Vmcoreinfo};
+use crate::{AddressSpace, KernelVa};
+use crate::VirtualMemory;
+
+/// All sources of symbols of one running kernel, in order of precedence, and its memory.
+#[derive(Debug)]
+pub(crate) struct Kernel<'m> {
+    pub(crate) space: AddressSpace<'m>,
+    sources: Vec<Box<dyn SymbolSource>>,
+    /// The release, such as `6.1.0-37-cloud-amd64`.
+    pub(crate) release: String,
+    /// What the kernel says of itself; also one of the sources.
+    pub(crate) vmcoreinfo: Option<Vmcoreinfo>,
+    /// What KASLR added to the linked addresses.
+    kaslr: u64,
+}
+
+impl<'m> Kernel<'m> {
+    pub(crate) fn new(space: AddressSpace<'m>, release: String, kaslr: u64) -> Self {
+        Self {
+            space,
+            sources: Vec::new(),
+            release,
+            vmcoreinfo: None,
+            kaslr,
+        }
+    }
+
+    /// Whether the release is below `major.minor`; for labels only, since distributions
+    /// backport.
+    pub(crate) fn is_older_than(&self, major: u32, minor: u32) -> bool {
+        let mut parts = self.release.split(['.', '-']).map(str::parse::<u32>);
+        match (parts.next(), parts.next()) {
+            (Some(Ok(a)), Some(Ok(b))) => (a, b) < (major, minor),
+            _ => false,
+        }
+    }
+
+    /// Adds a source; earlier ones take precedence.
+    pub(crate) fn add(&mut self, source: Box<dyn SymbolSource>) {
+        self.sources.push(source);
+    }
+
+    pub(crate) fn sources(&self) -> &[Box<dyn SymbolSource>] {
+        &self.sources
+    }
+
+    fn missing(&self, what: String) -> VmiError {
+        let sources: Vec<_> = self.sources.iter().map(|s| s.origin()).collect();
+        VmiError::Missing {
+            what,
+            sources: sources.join(", "),
+        }
+    }
+
+    /// The running address of `name` by one source.
+    pub(crate) fn symbol_by(
+        &self,
+        source: &dyn SymbolSource,
+        name: &str,
+    ) -> Result<Option<KernelVa>, VmiError> {
+        Ok(source.symbol(name)?.map(|at| match source.base() {
+            SymbolBase::Linked => at.wrapping_add(self.kaslr),
+            SymbolBase::Running => at,
+        }))
+    }
+
+    /// The running address of `name`, by the first source that knows it.
+    pub(crate) fn symbol(&self, name: &str) -> Result<Option<KernelVa>, VmiError> {
+        for source in &self.sources {
+            if let Some(at) = self.symbol_by(source.as_ref(), name)? {
+                return Ok(Some(at));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The running address of the variable `name` by the first symbol table that knows it.
+    /// VMCOREINFO is passed over: it gives the value of some pointers under their name.
+    pub(crate) fn symbol_from_table(&self, name: &str) -> Result<Option<KernelVa>, VmiError> {
+        for source in self.sources.iter().filter(|s| !s.is_vmcoreinfo()) {
+            if let Some(at) = self.symbol_by(source.as_ref(), name)? {
+                return Ok(Some(at));
+            }
+        }
+        Ok(None)
+    }
+
+    pub(crate) fn need_symbol(&self, name: &str) -> Result<KernelVa, VmiError> {
+        self.symbol(name)?
+            .ok_or_else(|| self.missing(format!("symbol {name}")))
+    }
+
+    pub(crate) fn type_size(&self, name: &str) -> Result<Option<u64>, VmiError> {
+        for source in &self.sources {
+            if let Some(size) = source.type_size(name)? {
+                return Ok(Some(size));
+            }
+        }
+        Ok(None)
+    }
+
+    pub(crate) fn need_type_size(&self, name: &str) -> Result<u64, VmiError> {
+        match self.type_size(name)? {
+            Some(size) if size > 0 && size <= 1 << 24 => Ok(size),
+            Some(size) => Err(VmiError::Unsupported {
+                what: format!("struct {name} of {size} bytes"),
+            }),
+            None => Err(self.missing(format!("struct {name}"))),
+        }
+    }
+
+    /// The member of the first source that knows it; refused when another disagrees on the
+    /// offset, for then one of them is of another kernel.
+    pub(crate) fn member(&self, name: &str, path: &str) -> Result<Option<Member>, VmiError> {
+        let mut found: Option<(Member, &str)> = None;
+        for source in &self.sources {
+            let Some(member) = source.member(name, path)? else {
+                continue;
+            };
+            match &mut found {
+                None => found = Some((member, source.origin())),
+                Some((first, origin)) => {
+                    if first.offset != member.offset {
+                        return Err(VmiError::Disagree {
+                            what: format!("the offset of {name}.{path}"),
+                            first: (*origin).to_owned(),
+                            first_value: first.offset,
+                            second: source.origin().to_owned(),
+                            second_value: member.offset,
+                        });
+                    }
+                    first.size = first.size.or(member.size);
+                    first.len = first.len.or(member.len);
+                }
+            }
+        }
+        Ok(found.map(|(member, _)| member))
+    }
+
+    pub(crate) fn need_member(&self, name: &str, path: &str) -> Result<Member, VmiError> {
+        self.member(name, path)?
+            .ok_or_else(|| self.missing(format!("member {name}.{path}")))
+    }
+
+    pub(crate) fn constant(&self, name: &str) -> Result<Option<i64>, VmiError> {
+        for source in &self.sources {
+            if let Some(value) = source.constant(name)? {
+                return Ok(Some(value));
+            }
+        }
+        Ok(None)
+    }
+
+    pub(crate) fn need_constant(&self, name: &str) -> Result<i64, VmiError> {
+        self.constant(name)?
+            .ok_or_else(|| self.missing(format!("constant {name}")))
+    }
+
+    /// Whether some source holds data symbols, so that a symbol which none knows does not exist.
+    pub(crate) fn knows_all_symbols(&self) -> Result<bool, VmiError> {
+        for source in &self.sources {
+            // `init_task` is in every kernel, and is data: kallsyms without CONFIG_KALLSYMS_ALL
+            // and VMCOREINFO do not have it.
+            if source.symbol("init_task")?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    pub(crate) fn read_u64(&self, what: &'static str, at: KernelVa) -> Result<u64, VmiError> {
+        self.space.read_u64(at).map_err(VmiError::read(what))
+    }
+
+    pub(crate) fn read_u32(&self, what: &'static str, at: KernelVa) -> Result<u32, VmiError> {
+        self.space.read_u32(at).map_err(VmiError::read(what))
+    }
+
+    pub(crate) fn read_ptr(&self, what: &'static str, at: KernelVa) -> Result<KernelVa, VmiError> {
+        self.read_u64(what, at).map(KernelVa::new)
+    }
+
+    /// The first of `names` that is a member of `ty`.
+    pub(crate) fn first_member(
+        &self,
+        ty: &str,
+        names: &[&str],
+    ) -> Result<Option<Member>, VmiError> {
+        for name in names {
+            if let Some(member) = self.member(ty, name)? {
+                return Ok(Some(member));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// `base + index * size + offset`, refused when it wraps.
+pub(crate) fn element(
+    what: &'static str,
+    base: KernelVa,
+    index: u64,
+    size: u64,
+    offset: u64,
+) -> Result<KernelVa, VmiError> {
+    index
+        .checked_mul(size)
+        .and_then(|bytes| bytes.checked_add(offset))
+        .and_then(|bytes| base.checked_add(bytes))
+        .ok_or(VmiError::Corrupt {
+            what,
+            at: base,
+            value: index,
+        })
+}

@@ -1,0 +1,474 @@
+//! What one `struct page` says (`include/linux/mm_types.h`, `include/linux/page-flags.h`).
+
+use crate::KernelVa;
+use crate::error::VmiError;
+use crate::kernel::Kernel;
+use sonicshot::{GuestBytes, PageClass};
+
+/// Where the members of `struct page` are, and how this kernel encodes what they say.
+#[derive(Debug, Clone)]
+pub(crate) struct PageLayout {
+    flags: usize,
+    refcount: usize,
+    mapcount: usize,
+    mapping: usize,
+    private: usize,
+    compound: usize,
+    /// Where the list node of a free page is.
+    pub(crate) lru: u64,
+    bits: FlagBits,
+    types: PageTypes,
+    hugetlb: HugetlbMark,
+}
+
+/// Masks of `page.flags`. A flag that this kernel does not have is 0.
+#[derive(Debug, Clone, Copy)]
+struct FlagBits {
+    /// Every bit below `__NR_PAGEFLAGS`.
+    all: u64,
+    lru: u64,
+    dirty: u64,
+    writeback: u64,
+    uptodate: u64,
+    locked: u64,
+    private: u64,
+    private_2: u64,
+    swapbacked: u64,
+    reserved: u64,
+    head: u64,
+    slab: u64,
+    hwpoison: u64,
+}
+
+/// How `_mapcount`/`page_type` tells a page's type.
+#[derive(Debug, Clone, Copy)]
+struct PageTypes {
+    encoding: Encoding,
+    buddy: u32,
+    offline: Option<u32>,
+    table: Option<u32>,
+    slab: Option<u32>,
+    hugetlb: Option<u32>,
+    unaccepted: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Encoding {
+    /// 4.18 to 6.11: the types are bits that are *clear* in a number whose top bits are set.
+    ClearedBits,
+    /// Since 6.12 (4ffca5a96678): one type in the top byte, the rest is the owner's.
+    TopByte,
+}
+
+/// How this kernel marks the head of a hugetlb page.
+#[derive(Debug, Clone, Copy)]
+enum HugetlbMark {
+    /// `page[1].compound_dtor` (to 6.5): where in the second struct page, size, value.
+    Destructor { offset: u64, size: u64, value: u64 },
+    /// A flag in `folio._flags_1` (6.6 to 6.8): its offset from the head, and the mask.
+    FolioFlag { offset: u64, mask: u64 },
+    /// A page type (since 6.9).
+    Type,
+    /// No hugetlbfs in this kernel.
+    None,
+}
+
+/// What a free page's `struct page` says of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FreeMark {
+    /// The head of a block in the buddy allocator, of this order.
+    Buddy { order: u64 },
+    /// Not in the buddy allocator.
+    None,
+}
+
+impl PageLayout {
+    pub(crate) fn new(kernel: &Kernel<'_>, stride: u64) -> Result<Self, VmiError> {
+        let at = |names: &[&str], size: u64| -> Result<usize, VmiError> {
+            let member = kernel.first_member("page", names)?;
+            let Some(member) = member else {
+                return kernel
+                    .need_member("page", names.first().unwrap_or(&""))
+                    .map(|_| 0);
+            };
+            member
+                .offset
+                .checked_add(size)
+                .filter(|end| *end <= stride)
+                .and_then(|_| usize::try_from(member.offset).ok())
+                .ok_or_else(|| VmiError::Unsupported {
+                    what: format!("page.{names:?} at {:#x} of {stride:#x}", member.offset),
+                })
+        };
+        let lru = u64::try_from(at(&["lru"], 16)?).unwrap_or(0);
+        for alias in ["buddy_list", "pcp_list"] {
+            if let Some(member) = kernel.member("page", alias)?
+                && member.offset != lru
+            {
+                return Err(VmiError::Unsupported {
+                    what: format!("page.{alias} apart from page.lru"),
+                });
+            }
+        }
+        Ok(Self {
+            flags: at(&["flags"], 8)?,
+            refcount: at(&["_refcount"], 4)?,
+            // 6.11 renamed nothing: `page_type` shares its place with `_mapcount`.
+            mapcount: at(&["_mapcount", "page_type"], 4)?,
+            mapping: at(&["mapping"], 8)?,
+            private: at(&["private"], 8)?,
+            // 7.1 (d50569612c29) renamed it, for it may hold a mask.
+            compound: at(&["compound_head", "compound_info"], 8)?,
+            lru,
+            bits: FlagBits::new(kernel)?,
+            types: PageTypes::new(kernel)?,
+            hugetlb: HugetlbMark::new(kernel, stride)?,
+        })
+    }
+
+    fn flags(&self, page: &GuestBytes<'_>) -> Option<u64> {
+        page.u64_at(self.flags)
+    }
+
+    /// Whether the page is in the buddy allocator by its own word, and of which order.
+    ///
+    /// `None` if `page` is shorter than a `struct page`.
+    #[inline]
+    pub(crate) fn free_mark(&self, page: &GuestBytes<'_>) -> Option<FreeMark> {
+        let ty = page.u32_at(self.mapcount)?;
+        if !self.types.is(ty, self.types.buddy) {
+            return Some(FreeMark::None);
+        }
+        // On older kernels a slab page uses the same word for something else.
+        if self.flags(page)? & self.bits.slab != 0 {
+            return Some(FreeMark::None);
+        }
+        Some(FreeMark::Buddy {
+            order: page.u64_at(self.private)?,
+        })
+    }
+
+    /// Whether nothing in the `struct page` says that somebody uses the page: no reference, and
+    /// no flag. (`PG_reported` is the bit of `PG_uptodate`; the head of a reported free block
+    /// has it.)
+    #[inline]
+    pub(crate) fn is_unused(&self, page: &GuestBytes<'_>) -> bool {
+        let Some((refcount, flags)) = page.u32_at(self.refcount).zip(self.flags(page)) else {
+            return false;
+        };
+        refcount == 0 && flags & self.bits.all & !self.bits.uptodate == 0
+    }
+
+    /// Whether a page on a per-CPU free list looks as the kernel left it when it was freed: no
+    /// reference, no flag, no type, nothing mapped.
+    pub(crate) fn is_unused_and_untyped(&self, page: &GuestBytes<'_>) -> bool {
+        self.is_unused(page)
+            && page.u32_at(self.mapcount) == Some(u32::MAX)
+            && page.u64_at(self.mapping) == Some(0)
+    }
+
+    /// If this is a tail page, where its head's `struct page` is; `at` is the page's own.
+    pub(crate) fn head_of(
+        &self,
+        page: &GuestBytes<'_>,
+        at: KernelVa,
+    ) -> Option<KernelVa> {
+        let info = page.u64_at(self.compound)?;
+        if info & 1 == 0 {
+            return None;
+        }
+        // 7.1 stores a mask where struct page is a power of two. No struct page lies in the top
+        // 1 GiB of the address space, and no mask is for a folio whose struct pages take more.
+        if info >= 0xffff_ffff_c000_0000 {
+            return Some(KernelVa::new(at.raw() & info & !1));
+        }
+        Some(KernelVa::new(info & !1))
+    }
+
+    /// Whether the page carries `PG_head`.
+    pub(crate) fn is_head(&self, page: &GuestBytes<'_>) -> bool {
+        self.flags(page)
+            .is_some_and(|flags| flags & self.bits.head != 0)
+    }
+
+    /// Whether the frame itself (not its folio) is poisoned.
+    #[inline]
+    pub(crate) fn is_hwpoison(&self, page: &GuestBytes<'_>) -> bool {
+        self.flags(page)
+            .is_some_and(|flags| flags & self.bits.hwpoison != 0)
+    }
+
+    /// What a page that is not free is used for. `page` is the head of its folio, and
+    /// `read` reads a word at an offset from it (of the struct pages that follow).
+    pub(crate) fn class(
+        &self,
+        page: &GuestBytes<'_>,
+        read: &dyn Fn(u64) -> Option<u64>,
+    ) -> PageClass {
+        self.class_of(page, read).unwrap_or(PageClass::Unknown)
+    }
+
+    fn class_of(
+        &self,
+        page: &GuestBytes<'_>,
+        read: &dyn Fn(u64) -> Option<u64>,
+    ) -> Option<PageClass> {
+        let flags = self.flags(page)?;
+        let ty = page.u32_at(self.mapcount)?;
+        let refcount = page.u32_at(self.refcount)?;
+        let has = |mask: u64| flags & mask != 0;
+        let is = |value: Option<u32>| value.is_some_and(|value| self.types.is(ty, value));
+
+        if has(self.bits.slab) || is(self.types.slab) {
+            return Some(PageClass::Slab);
+        }
+        if is(self.types.offline) {
+            return Some(PageClass::Offline);
+        }
+        if is(self.types.unaccepted) {
+            return Some(PageClass::Unaccepted);
+        }
+        if is(self.types.table) {
+            return Some(PageClass::PageTable);
+        }
+        if has(self.bits.reserved) {
+            return Some(PageClass::Reserved);
+        }
+        if self.is_hugetlb(flags, ty, read) {
+            return Some(if refcount == 0 {
+                PageClass::HugetlbFree
+            } else {
+                PageClass::Hugetlb
+            });
+        }
+        if refcount == 0 {
+            // Being freed or being allocated, or frozen by an owner that we do not know.
+            return Some(PageClass::Unknown);
+        }
+        let mapping = page.u64_at(self.mapping)?;
+        Some(match mapping & 3 {
+            // PAGE_MAPPING_ANON, also with the bit that makes it KSM.
+            1 | 3 => PageClass::Anonymous,
+            // A pointer to `struct address_space`: in the kernel half, aligned.
+            0 if mapping >> 63 == 1 => {
+                if has(self.bits.swapbacked) {
+                    PageClass::Shmem
+                } else if has(self.bits.lru)
+                    && has(self.bits.uptodate)
+                    && !has(self.bits.dirty
+                        | self.bits.writeback
+                        | self.bits.locked
+                        | self.bits.private
+                        | self.bits.private_2)
+                {
+                    PageClass::PageCacheClean
+                } else {
+                    PageClass::PageCacheDirty
+                }
+            }
+            _ => PageClass::Kernel,
+        })
+    }
+
+    fn is_hugetlb(&self, flags: u64, ty: u32, read: &dyn Fn(u64) -> Option<u64>) -> bool {
+        let is_head = flags & self.bits.head != 0;
+        match self.hugetlb {
+            HugetlbMark::Type => self
+                .types
+                .hugetlb
+                .is_some_and(|value| self.types.is(ty, value)),
+            HugetlbMark::Destructor {
+                offset,
+                size,
+                value,
+            } => {
+                let aligned = offset & !7;
+                let shift = u32::try_from(offset.saturating_sub(aligned).saturating_mul(8));
+                let mask = if size >= 8 { u64::MAX } else { (1 << (size & 7) * 8) - 1 };
+                is_head
+                    && read(aligned).zip(shift.ok()).is_some_and(|(word, shift)| {
+                        word.checked_shr(shift).unwrap_or(0) & mask == value
+                    })
+            }
+            HugetlbMark::FolioFlag { offset, mask } => {
+                is_head && read(offset).is_some_and(|word| word & mask != 0)
+            }
+            HugetlbMark::None => false,
+        }
+    }
+}
+
+impl FlagBits {
+    fn new(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
+        let mask = |name: &str, value: i64| -> Result<u64, VmiError> {
+            u32::try_from(value)
+                .ok()
+                .and_then(|bit| 1_u64.checked_shl(bit))
+                .ok_or(VmiError::Unsupported {
+                    what: format!("{name} of {value}"),
+                })
+        };
+        let need = |name: &str| mask(name, kernel.need_constant(name)?);
+        let maybe = |name: &str| -> Result<u64, VmiError> {
+            kernel.constant(name)?.map_or(Ok(0), |bit| mask(name, bit))
+        };
+        // `PG_slab` became a page type in 6.10 (46df8e73a4a3). The enumerator is searched by
+        // name, so its absence counts only where the type's is there.
+        let slab = if PageTypes::has_slab_type(kernel)? {
+            0
+        } else {
+            need("PG_slab")?
+        };
+        Ok(Self {
+            all: need("__NR_PAGEFLAGS")?.saturating_sub(1),
+            lru: need("PG_lru")?,
+            dirty: need("PG_dirty")?,
+            writeback: need("PG_writeback")?,
+            uptodate: need("PG_uptodate")?,
+            locked: need("PG_locked")?,
+            private: need("PG_private")?,
+            private_2: maybe("PG_private_2")?,
+            swapbacked: need("PG_swapbacked")?,
+            reserved: need("PG_reserved")?,
+            head: need("PG_head")?,
+            slab,
+            // Only with CONFIG_MEMORY_FAILURE.
+            hwpoison: maybe("PG_hwpoison")?,
+        })
+    }
+}
+
+impl PageTypes {
+    fn has_slab_type(kernel: &Kernel<'_>) -> Result<bool, VmiError> {
+        Ok(kernel.constant("PGTY_slab")?.is_some()
+            || kernel.constant("PAGE_SLAB_MAPCOUNT_VALUE")?.is_some())
+    }
+
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "VMCOREINFO prints the 32-bit word as a signed number: the low 32 bits are meant"
+    )]
+    fn new(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
+        let from_info = |name: &str| -> Result<Option<u32>, VmiError> {
+            let name = format!("PAGE_{name}_MAPCOUNT_VALUE");
+            Ok(kernel.constant(&name)?.map(|value| value as u32))
+        };
+        let from_enum = |name: &str| -> Result<Option<u32>, VmiError> {
+            Ok(kernel
+                .constant(&format!("PGTY_{name}"))?
+                .and_then(|ty| u32::try_from(ty).ok())
+                .and_then(|ty| ty.checked_shl(24)))
+        };
+        // Since 6.12 `enum pagetype` holds the top byte; before, an enumerator `PG_buddy` of
+        // 0x40000000 (6.11), or macros only.
+        if let Some(buddy) = from_enum("buddy")? {
+            return Ok(Self {
+                encoding: Encoding::TopByte,
+                buddy,
+                offline: from_enum("offline")?,
+                table: from_enum("table")?,
+                slab: from_enum("slab")?,
+                hugetlb: from_enum("hugetlb")?,
+                unaccepted: from_enum("unaccepted")?,
+            });
+        }
+        let buddy = from_info("BUDDY")?.map_or_else(
+            || {
+                kernel
+                    .need_constant("PAGE_BUDDY_MAPCOUNT_VALUE")
+                    .map(|_| 0)
+            },
+            Ok,
+        )?;
+        if buddy >> 24 == 0xf0 {
+            return Ok(Self {
+                encoding: Encoding::TopByte,
+                buddy,
+                offline: from_info("OFFLINE")?,
+                table: Some(0xf200_0000),
+                slab: from_info("SLAB")?,
+                hugetlb: from_info("HUGETLB")?,
+                unaccepted: from_info("UNACCEPTED")?,
+            });
+        }
+        let cleared_bit = !buddy;
+        if !cleared_bit.is_power_of_two() {
+            return Err(VmiError::Unsupported {
+                what: format!("PAGE_BUDDY_MAPCOUNT_VALUE of {buddy:#x}"),
+            });
+        }
+        // No source tells the bit of page tables: a macro until 6.10. 5.11 dropped PG_kmemcg,
+        // which stood between (include/linux/page-flags.h). It names a class that is never
+        // dropped, so a wrong guess costs a label, not a page.
+        let table = match cleared_bit {
+            0x80 if kernel.is_older_than(5, 11) => Some(!0x400),
+            0x80 => Some(!0x200),
+            0x4000_0000 => Some(!0x1000_0000),
+            _ => None,
+        };
+        Ok(Self {
+            encoding: Encoding::ClearedBits,
+            buddy,
+            offline: from_info("OFFLINE")?,
+            table,
+            slab: from_info("SLAB")?,
+            hugetlb: from_info("HUGETLB")?,
+            unaccepted: from_info("UNACCEPTED")?,
+        })
+    }
+
+    /// Whether the word `ty` says the type whose word `value` is.
+    #[inline]
+    fn is(&self, ty: u32, value: u32) -> bool {
+        match self.encoding {
+            Encoding::TopByte => ty >> 24 == value >> 24,
+            // A small negative number is a mapcount that underflowed; the type's bit must be
+            // the only one that is clear among the type bits, the top bits are set.
+            Encoding::ClearedBits => ty == value,
+        }
+    }
+}
+
+impl HugetlbMark {
+    fn new(kernel: &Kernel<'_>, stride: u64) -> Result<Self, VmiError> {
+        if kernel.constant("PGTY_hugetlb")?.is_some()
+            || kernel.constant("PAGE_HUGETLB_MAPCOUNT_VALUE")?.is_some()
+        {
+            return Ok(Self::Type);
+        }
+        // 6.6 to 6.8: `PG_hugetlb` is a flag of the second struct page.
+        if let (Some(bit), Some(member)) = (
+            kernel.constant("PG_hugetlb")?,
+            kernel.member("folio", "_flags_1")?,
+        ) {
+            let mask = u32::try_from(bit)
+                .ok()
+                .and_then(|bit| 1_u64.checked_shl(bit))
+                .unwrap_or(0);
+            return Ok(Self::FolioFlag {
+                offset: member.offset,
+                mask,
+            });
+        }
+        let Some(value) = kernel.constant("HUGETLB_PAGE_DTOR")? else {
+            return Ok(Self::None);
+        };
+        // `page.compound_dtor` of the second struct page; 6.3 moved it to `folio._folio_dtor`.
+        let offset = if let Some(member) = kernel.member("folio", "_folio_dtor")? {
+            Some((member.offset, member.size))
+        } else {
+            kernel
+                .member("page", "compound_dtor")?
+                .and_then(|member| Some((stride.checked_add(member.offset)?, member.size)))
+        };
+        match (offset, u64::try_from(value)) {
+            (Some((offset, size)), Ok(value)) => Ok(Self::Destructor {
+                offset,
+                size: size.unwrap_or(1),
+                value,
+            }),
+            _ => Ok(Self::None),
+        }
+    }
+}

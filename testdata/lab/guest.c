@@ -1,0 +1,493 @@
+/* The lab guest's only program: fills memory, writes down what its kernel says of every page
+ * frame, beats, and on request tortures the memory it was restored with.
+ *
+ * Runs as PID 1 of an initramfs. Modules stand in /modules in the order of /modules/order.
+ * Disks: the first holds files (ext4, read into the page cache), the second takes the records.
+ * Licence: MIT OR Apache-2.0. */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MIB (1024UL * 1024UL)
+#define PAGE 4096UL
+
+static uint64_t seed = 0x5eed;
+static int compressible;
+static unsigned long total_kib;
+
+static void say(const char *format, ...)
+{
+	char line[512];
+	va_list args;
+	va_start(args, format);
+	int len = vsnprintf(line, sizeof line - 1, format, args);
+	va_end(args);
+	if (len > (int)sizeof line - 2)
+		len = sizeof line - 2;
+	line[len++] = '\n';
+	if (write(1, line, len) < 0)
+		_exit(1);
+}
+
+static void die(const char *what)
+{
+	say("LAB-FAIL %s: %s", what, strerror(errno));
+	sync();
+	reboot(RB_POWER_OFF);
+	for (;;)
+		pause();
+}
+
+static uint64_t mix(uint64_t x)
+{
+	x ^= x >> 30;
+	x *= 0xbf58476d1ce4e5b9UL;
+	x ^= x >> 27;
+	x *= 0x94d049bb133111ebUL;
+	return x ^ (x >> 31);
+}
+
+/* Word `i` of pattern `id`; never zero. */
+static uint64_t pattern(uint64_t id, uint64_t i)
+{
+	if (compressible)
+		return mix(seed + id * 0x1000003UL + i / 512) | 1;
+	return mix(seed + id * 0x100000001b3UL + i) | 1;
+}
+
+static void fill(uint64_t *at, size_t bytes, uint64_t id)
+{
+	for (size_t i = 0; i < bytes / 8; i++)
+		at[i] = pattern(id, i);
+}
+
+static int check(const uint64_t *at, size_t bytes, uint64_t id)
+{
+	for (size_t i = 0; i < bytes / 8; i++)
+		if (at[i] != pattern(id, i))
+			return -1;
+	return 0;
+}
+
+static unsigned long meminfo(const char *key)
+{
+	char line[128];
+	unsigned long value = 0;
+	FILE *file = fopen("/proc/meminfo", "r");
+	if (!file)
+		die("/proc/meminfo");
+	while (fgets(line, sizeof line, file))
+		if (!strncmp(line, key, strlen(key)) && line[strlen(key)] == ':')
+			value = strtoul(line + strlen(key) + 1, NULL, 10);
+	fclose(file);
+	return value;
+}
+
+static void put(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY);
+	if (fd < 0)
+		return;
+	if (write(fd, text, strlen(text)) < 0)
+		say("LAB-NOTE %s: %s", path, strerror(errno));
+	close(fd);
+}
+
+static void load_modules(void)
+{
+	char name[128], path[192];
+	FILE *order = fopen("/modules/order", "r");
+	if (!order)
+		return;
+	while (fgets(name, sizeof name, order)) {
+		name[strcspn(name, "\n")] = 0;
+		snprintf(path, sizeof path, "/modules/%s", name);
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+		if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST))
+			say("LAB-NOTE module %s: %s", name, strerror(errno));
+		if (fd >= 0)
+			close(fd);
+	}
+	fclose(order);
+}
+
+/* Fills `bytes` with garbage that is not zero and lets it go again. */
+static int use_memory(size_t bytes, uint64_t id, int want_zero)
+{
+	pid_t child = fork();
+	if (child < 0)
+		return -1;
+	if (child == 0) {
+		uint64_t *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+				    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		if (at == MAP_FAILED)
+			_exit(2);
+		for (size_t page = 0; page < bytes / PAGE; page++) {
+			uint64_t *words = at + page * (PAGE / 8);
+			if (want_zero)
+				for (size_t i = 0; i < PAGE / 8; i++)
+					if (words[i])
+						_exit(3);
+			for (size_t i = 0; i < PAGE / 8; i++)
+				words[i] = pattern(id, page * 512 + i);
+		}
+		_exit(0);
+	}
+	int status;
+	if (waitpid(child, &status, 0) < 0 || !WIFEXITED(status))
+		return -1;
+	return WEXITSTATUS(status);
+}
+
+static size_t reserve_kib(void)
+{
+	size_t reserve = 48 * 1024 + total_kib / 32;
+	if (total_kib < 256 * 1024)
+		reserve = 24 * 1024;
+	return reserve;
+}
+
+/* Uses nearly all memory that is available, in children of at most 1 GiB each at once. */
+static int use_all(uint64_t id, int want_zero)
+{
+	size_t available = meminfo("MemAvailable");
+	size_t reserve = reserve_kib();
+	if (available <= reserve)
+		return 0;
+	return use_memory((available - reserve) * 1024, id, want_zero);
+}
+
+static uint64_t hash_file(const char *path)
+{
+	static uint8_t buffer[64 * 1024];
+	uint64_t hash = 0xcbf29ce484222325UL;
+	int fd = open(path, O_RDONLY);
+	if (fd < 0)
+		die(path);
+	ssize_t got;
+	while ((got = read(fd, buffer, sizeof buffer)) > 0)
+		for (ssize_t i = 0; i < got; i++)
+			hash = (hash ^ buffer[i]) * 0x100000001b3UL;
+	if (got < 0)
+		die(path);
+	close(fd);
+	return hash;
+}
+
+static uint64_t hash_tree(const char *path)
+{
+	uint64_t sum = 0;
+	DIR *dir = opendir(path);
+	if (!dir)
+		die(path);
+	struct dirent *entry;
+	while ((entry = readdir(dir))) {
+		char below[1024];
+		struct stat st;
+		if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, ".."))
+			continue;
+		snprintf(below, sizeof below, "%s/%s", path, entry->d_name);
+		if (lstat(below, &st))
+			continue;
+		if (S_ISDIR(st.st_mode))
+			sum += mix(hash_tree(below));
+		else if (S_ISREG(st.st_mode))
+			sum += mix(hash_file(below) + st.st_size);
+	}
+	closedir(dir);
+	return sum;
+}
+
+/* The record disk: a line `name length\n` padded to 4 KiB, then the data padded to 4 KiB. */
+static off_t record_at;
+
+static void record(int disk, const char *name, const char *path)
+{
+	static uint8_t *buffer;
+	const size_t size = 1 * MIB;
+	if (!buffer && posix_memalign((void **)&buffer, PAGE, size))
+		die("record buffer");
+	int fd = open(path, O_RDONLY);
+	if (fd < 0) {
+		say("LAB-NOTE no %s", path);
+		return;
+	}
+	off_t header = record_at, length = 0;
+	record_at += PAGE;
+	for (;;) {
+		size_t have = 0;
+		ssize_t got = 0;
+		while (have < size && (got = read(fd, buffer + have, size - have)) > 0)
+			have += got;
+		if (have == 0)
+			break;
+		size_t padded = (have + PAGE - 1) / PAGE * PAGE;
+		memset(buffer + have, 0, padded - have);
+		if (pwrite(disk, buffer, padded, record_at) != (ssize_t)padded)
+			die("record disk");
+		record_at += padded;
+		length += have;
+		if (have < size)
+			break;
+	}
+	close(fd);
+	memset(buffer, 0, PAGE);
+	snprintf((char *)buffer, PAGE, "%s %ld\n", name, (long)length);
+	if (pwrite(disk, buffer, PAGE, header) != (ssize_t)PAGE)
+		die("record disk");
+}
+
+static int kernel_complains(void)
+{
+	static const char *const words[] = { "BUG:", "Oops", "WARNING:", "Bad page", "bad page",
+		"corruption", "general protection", "Call Trace", "list_del", "list_add",
+		"EXT4-fs error", NULL };
+	char line[1024];
+	int bad = 0;
+	int fd = open("/dev/kmsg", O_RDONLY | O_NONBLOCK);
+	if (fd < 0)
+		return 0;
+	for (;;) {
+		ssize_t got = read(fd, line, sizeof line - 1);
+		if (got < 0 && errno == EPIPE)
+			continue;
+		if (got <= 0)
+			break;
+		line[got] = 0;
+		for (int i = 0; words[i]; i++)
+			if (strstr(line, words[i])) {
+				say("LAB-KMSG %s", line);
+				bad = 1;
+				break;
+			}
+	}
+	close(fd);
+	return bad;
+}
+
+struct kept {
+	uint64_t *anon, *thp, *shm, *huge;
+	size_t anon_len, thp_len, shm_len, huge_len;
+	uint64_t files;
+};
+
+static const char *check_kept(const struct kept *k)
+{
+	if (check(k->anon, k->anon_len, 1))
+		return "anonymous memory";
+	if (check(k->thp, k->thp_len, 2))
+		return "huge page";
+	if (check(k->shm, k->shm_len, 3))
+		return "tmpfs";
+	if (k->huge_len && check(k->huge, k->huge_len, 4))
+		return "hugetlb";
+	return NULL;
+}
+
+static void torture(const struct kept *k)
+{
+	const char *bad = check_kept(k);
+	if (bad) {
+		say("TORTURE-FAIL %s before", bad);
+		return;
+	}
+	for (int round = 0; round < 2; round++) {
+		int got = use_all(100 + round, 1);
+		if (got) {
+			say("TORTURE-FAIL using all memory: %d%s", got,
+			    got == 3 ? " (a new page was not zero)" : "");
+			return;
+		}
+	}
+	put("/proc/sys/vm/compact_memory", "1");
+	put("/proc/sys/vm/drop_caches", "3");
+	for (int i = 0; i < 200; i++) {
+		pid_t child = fork();
+		if (child < 0) {
+			say("TORTURE-FAIL fork");
+			return;
+		}
+		if (child == 0) {
+			char *at = malloc(256 * 1024);
+			memset(at, i + 1, 256 * 1024);
+			_exit(at[1000 * (i % 200)] == (char)(i + 1) ? 0 : 1);
+		}
+	}
+	int status;
+	while (wait(&status) > 0)
+		if (!WIFEXITED(status) || WEXITSTATUS(status)) {
+			say("TORTURE-FAIL child");
+			return;
+		}
+	if (hash_tree("/files") != k->files) {
+		say("TORTURE-FAIL files");
+		return;
+	}
+	bad = check_kept(k);
+	if (bad) {
+		say("TORTURE-FAIL %s after", bad);
+		return;
+	}
+	if (kernel_complains()) {
+		say("TORTURE-FAIL the kernel complained");
+		return;
+	}
+	say("TORTURE-OK");
+}
+
+static unsigned long option(const char *name, unsigned long otherwise)
+{
+	static char line[4096];
+	int fd = open("/proc/cmdline", O_RDONLY);
+	ssize_t got = read(fd, line, sizeof line - 1);
+	close(fd);
+	line[got > 0 ? got : 0] = 0;
+	char *at = strstr(line, name);
+	if (!at || at[strlen(name)] != '=')
+		return otherwise;
+	return strtoul(at + strlen(name) + 1, NULL, 10);
+}
+
+int main(void)
+{
+	setbuf(stdout, NULL);
+	mkdir("/proc", 0755);
+	mkdir("/sys", 0755);
+	mkdir("/dev", 0755);
+	mkdir("/files", 0755);
+	mkdir("/shm", 0755);
+	mount("proc", "/proc", "proc", 0, NULL);
+	mount("sysfs", "/sys", "sysfs", 0, NULL);
+	mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
+	int console = open("/dev/ttyS0", O_RDWR);
+	if (console >= 0) {
+		dup2(console, 0);
+		dup2(console, 1);
+		dup2(console, 2);
+	}
+	load_modules();
+	total_kib = meminfo("MemTotal");
+	seed = option("lab.seed", 1);
+	compressible = option("lab.compressible", 0);
+	unsigned long anon_mib = option("lab.anon", 24);
+	unsigned long huge = option("lab.huge", 0);
+
+	for (int i = 0; i < 100 && access("/dev/vdb", F_OK); i++)
+		usleep(50000);
+	mount("tmpfs", "/shm", "tmpfs", 0, "size=50%");
+	if (mount("/dev/vda", "/files", "ext4", 0, NULL))
+		die("mounting /dev/vda");
+
+	struct kept k = { 0 };
+	k.anon_len = anon_mib * MIB;
+	k.anon = mmap(NULL, k.anon_len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (k.anon == MAP_FAILED)
+		die("anonymous memory");
+	fill(k.anon, k.anon_len, 1);
+	mlock(k.anon, k.anon_len);
+
+	k.thp_len = (anon_mib >= 16 ? 8 : 2) * MIB;
+	uint8_t *thp = mmap(NULL, k.thp_len + 2 * MIB, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (thp == MAP_FAILED)
+		die("huge page");
+	k.thp = (uint64_t *)(((uintptr_t)thp + 2 * MIB - 1) & ~(2 * MIB - 1));
+	madvise(k.thp, k.thp_len, MADV_HUGEPAGE);
+	fill(k.thp, k.thp_len, 2);
+	mlock(k.thp, k.thp_len);
+
+	k.shm_len = anon_mib / 3 * MIB;
+	int shm = open("/shm/kept", O_RDWR | O_CREAT, 0600);
+	if (shm < 0 || ftruncate(shm, k.shm_len))
+		die("tmpfs");
+	k.shm = mmap(NULL, k.shm_len, PROT_READ | PROT_WRITE, MAP_SHARED, shm, 0);
+	if (k.shm == MAP_FAILED)
+		die("tmpfs");
+	fill(k.shm, k.shm_len, 3);
+
+	if (huge) {
+		char text[32];
+		snprintf(text, sizeof text, "%lu", huge);
+		put("/proc/sys/vm/nr_hugepages", text);
+		k.huge_len = huge / 2 * 2 * MIB;
+		k.huge = mmap(NULL, k.huge_len, PROT_READ | PROT_WRITE,
+			      MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+		if (k.huge == MAP_FAILED)
+			die("hugetlb");
+		fill(k.huge, k.huge_len, 4);
+	}
+
+	/* Free pages that are not zero, then page cache, clean and dirty. */
+	if (use_all(50, 0))
+		die("filling free memory");
+	k.files = hash_tree("/files");
+	int dirty = open("/files/dirty", O_RDWR | O_CREAT, 0600);
+	for (uint64_t i = 0; dirty >= 0 && i < (anon_mib >= 16 ? 1024 : 256); i++) {
+		uint64_t page[PAGE / 8];
+		fill(page, sizeof page, 1000 + i);
+		if (write(dirty, page, sizeof page) != sizeof page)
+			die("dirty page cache");
+	}
+	k.files = hash_tree("/files");
+
+	int disk = open("/dev/vdb", O_RDWR | O_DIRECT);
+	if (disk < 0)
+		die("/dev/vdb");
+	record(disk, "iomem", "/proc/iomem");
+	record(disk, "vmcoreinfo", "/sys/kernel/vmcoreinfo");
+	record(disk, "cmdline", "/proc/cmdline");
+	record(disk, "version", "/proc/version");
+	record(disk, "meminfo", "/proc/meminfo");
+	record(disk, "kpagecount", "/proc/kpagecount");
+	record(disk, "zoneinfo", "/proc/zoneinfo");
+	record(disk, "buddyinfo", "/proc/buddyinfo");
+	record(disk, "kpageflags", "/proc/kpageflags");
+	uint8_t *end;
+	if (posix_memalign((void **)&end, PAGE, PAGE))
+		die("record buffer");
+	memset(end, 0, PAGE);
+	strcpy((char *)end, "end 0\n");
+	if (pwrite(disk, end, PAGE, record_at) != (ssize_t)PAGE)
+		die("record disk");
+	say("READY");
+
+	for (unsigned long beat = 0;; beat++) {
+		char line[64];
+		struct pollfd input = { .fd = 0, .events = POLLIN };
+		int ready = poll(&input, 1, 1000);
+		if (ready > 0) {
+			ssize_t got = read(0, line, sizeof line - 1);
+			if (got > 0) {
+				line[got] = 0;
+				if (strstr(line, "torture"))
+					torture(&k);
+				else if (strstr(line, "off")) {
+					sync();
+					reboot(RB_POWER_OFF);
+				}
+			}
+			continue;
+		}
+		if (check(k.shm, MIB, 3))
+			say("BEAT-FAIL");
+		else
+			say("BEAT %lu", beat);
+	}
+}

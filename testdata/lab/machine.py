@@ -1,0 +1,335 @@
+"""A guest under QEMU: its disks, its console, and its monitor."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+from kernels import LAB, ROOT, run
+
+GUEST_SOURCE = Path(__file__).with_name("guest.c")
+
+
+def build_initramfs(kernel):
+    """The guest's program and its modules, as a cpio archive."""
+    home = LAB / "kernels" / kernel["series"]
+    archive = home / "initramfs"
+    if archive.exists() and archive.stat().st_mtime > GUEST_SOURCE.stat().st_mtime:
+        return archive
+    tree = home / "initramfs.d"
+    shutil.rmtree(tree, ignore_errors=True)
+    for name in ("modules", "dev", "proc", "sys"):
+        (tree / name).mkdir(parents=True)
+    run("gcc", "-O2", "-static", "-Wall", "-Wextra", "-o", tree / "init", GUEST_SOURCE)
+    run("strip", tree / "init")
+    for name in kernel["modules"]:
+        shutil.copy(home / "modules" / f"{name}.ko", tree / "modules")
+    (tree / "modules" / "order").write_text("".join(f"{n}.ko\n" for n in kernel["modules"]))
+    with open(archive, "wb") as out:
+        names = "\n".join(str(p.relative_to(tree)) for p in sorted(tree.rglob("*"))) + "\n"
+        subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], cwd=tree, input=names.encode(),
+                       stdout=out, check=True)
+    shutil.rmtree(tree)
+    return archive
+
+
+def build_files(mib):
+    """An ext4 image with files to fill the page cache with."""
+    image = LAB / f"files-{mib}.img"
+    if image.exists():
+        return image
+    tree = LAB / "files.d"
+    shutil.rmtree(tree, ignore_errors=True)
+    (tree / "src").mkdir(parents=True)
+    total, number = 0, 0
+    # Real text, cut to size: this project's toolchain or whatever documentation there is.
+    sources = [p for base in ("/usr/share/doc", "/usr/share/perl", "/usr/lib/python3")
+               for p in Path(base).rglob("*") if p.is_file() and not p.is_symlink()]
+    sources.sort()
+    while total < mib << 20:
+        for path in sources or [GUEST_SOURCE]:
+            data = path.read_bytes()[: 1 << 20]
+            if not data:
+                continue
+            (tree / "src" / f"{number}").write_bytes(data)
+            number += 1
+            total += len(data)
+            if total >= mib << 20:
+                break
+    image.parent.mkdir(parents=True, exist_ok=True)
+    part = image.with_suffix(".part")
+    run("mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-d", tree, part, f"{mib * 3 // 2 + 24}M")
+    part.rename(image)
+    shutil.rmtree(tree)
+    return image
+
+
+class Monitor:
+    """QEMU's QMP socket."""
+
+    def __init__(self, path):
+        self.socket = socket.socket(socket.AF_UNIX)
+        for _ in range(200):
+            try:
+                self.socket.connect(str(path))
+                break
+            except OSError:
+                time.sleep(0.05)
+        self.file = self.socket.makefile("rw")
+        self.read()
+        self.call("qmp_capabilities")
+
+    def read(self):
+        line = self.file.readline()
+        if not line:
+            raise SystemExit("QEMU closed its monitor")
+        return json.loads(line)
+
+    def call(self, command, **arguments):
+        message = {"execute": command}
+        if arguments:
+            message["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
+        self.file.write(json.dumps(message) + "\n")
+        self.file.flush()
+        while True:
+            answer = self.read()
+            if "error" in answer:
+                raise SystemExit(f"QMP {command}: {answer['error']['desc']}")
+            if "return" in answer:
+                return answer["return"]
+
+    def capabilities(self, *names):
+        self.call("migrate-set-capabilities",
+                  capabilities=[{"capability": n, "state": True} for n in names])
+
+    def no_capabilities(self, *names):
+        self.call("migrate-set-capabilities",
+                  capabilities=[{"capability": n, "state": False} for n in names])
+
+    def migrated(self):
+        for _ in range(6000):
+            status = self.call("query-migrate").get("status")
+            if status == "completed":
+                return
+            if status == "failed":
+                raise SystemExit(f"migration failed: {self.call('query-migrate')}")
+            time.sleep(0.02)
+        raise SystemExit("migration did not end")
+
+
+class Machine:
+    """One QEMU process."""
+
+    def __init__(self, spec, ram, folder, incoming=False):
+        self.folder = folder
+        self.lines = []
+        self.arrived = threading.Condition()
+        console, monitor = folder / "console.sock", folder / "qmp.sock"
+        for path in (console, monitor):
+            path.unlink(missing_ok=True)
+        kernel = spec["kernel"]
+        machine = f"{spec['machine']},memory-backend=ram0"
+        command = [
+            "qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-no-user-config",
+            "-display", "none", "-machine", machine, "-cpu", spec["cpu"],
+            "-smp", str(spec["smp"]), "-m", f"{spec['mem']}M",
+            "-object", f"memory-backend-file,id=ram0,size={spec['mem']}M,mem-path={ram},share=on",
+            "-kernel", LAB / kernel["vmlinuz"], "-initrd", build_initramfs(kernel),
+            "-append", spec["cmdline"],
+            "-device", "vmcoreinfo",
+            "-drive", f"if=none,id=d0,format=raw,file={folder / 'files.img'}",
+            "-device", "virtio-blk-pci,drive=d0",
+            "-drive", f"if=none,id=d1,format=raw,file={folder / 'records.img'}",
+            "-device", "virtio-blk-pci,drive=d1",
+            "-chardev", f"socket,id=c0,path={console},server=on,wait=off",
+            "-serial", "chardev:c0",
+            "-qmp", f"unix:{monitor},server=on,wait=off",
+        ]
+        if spec.get("balloon"):
+            command += ["-device", "virtio-balloon-pci"]
+        if incoming:
+            command += ["-incoming", "defer"]
+        self.started = time.monotonic()
+        self.process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL,
+                                        stderr=open(folder / "qemu.log", "w"))
+        self.qmp = Monitor(monitor)
+        self.console = socket.socket(socket.AF_UNIX)
+        self.console.connect(str(console))
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self):
+        rest = b""
+        with open(self.folder / "console.log", "ab") as log:
+            while True:
+                try:
+                    data = self.console.recv(65536)
+                except OSError:
+                    data = b""
+                if not data:
+                    break
+                log.write(data)
+                log.flush()
+                *whole, rest = (rest + data).split(b"\n")
+                with self.arrived:
+                    self.lines += [line.decode(errors="replace").strip() for line in whole]
+                    self.arrived.notify_all()
+
+    def wait(self, pattern, seconds):
+        """Waits for a console line, from the last one seen on; returns it."""
+        deadline = time.monotonic() + seconds
+        with self.arrived:
+            while True:
+                while self.lines:
+                    line = self.lines.pop(0)
+                    if re.search(r"LAB-FAIL|Kernel panic", line):
+                        raise SystemExit(f"guest: {line}")
+                    if re.search(pattern, line):
+                        return line
+                left = deadline - time.monotonic()
+                if left <= 0 or self.process.poll() is not None:
+                    tail = (self.folder / "console.log").read_text(errors="replace")[-1500:]
+                    raise SystemExit(f"no `{pattern}` from the guest; its console ends:\n{tail}")
+                self.arrived.wait(min(left, 1))
+
+    def send(self, text):
+        self.console.sendall(text.encode() + b"\n")
+
+    def rss_mib(self):
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS"):
+                return int(line.split()[1]) >> 10
+        return 0
+
+    def quit(self):
+        try:
+            self.qmp.call("quit")
+        except (SystemExit, OSError):
+            pass
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def layout(machine, mem):
+    """Guest RAM as QEMU lays it out, in file order."""
+    size = mem << 20
+    low_max, low_split = (0xE0000000, 0xC0000000) if machine == "pc" else (0xB0000000, 0x80000000)
+    low = size if size < low_max else low_split
+    parts = [{"gpa": 0, "len": low, "file_offset": 0}]
+    if size > low:
+        parts.append({"gpa": 1 << 32, "len": size - low, "file_offset": low})
+    return parts
+
+
+def read_records(disk, folder):
+    """Takes the guest's records off its second disk."""
+    with open(disk, "rb") as file:
+        while True:
+            header = file.read(4096).split(b"\n")[0].decode()
+            name, length = header.split()
+            if name == "end":
+                return
+            length = int(length)
+            target = folder / (name + (".bin" if name.startswith("kpage") else ""))
+            target.write_bytes(file.read((length + 4095) // 4096 * 4096)[:length])
+
+
+def capture(spec, name):
+    """Boots a guest, lets it fill its memory, stops it, and takes everything at that instant."""
+    folder = LAB / "captures" / name
+    if (folder / "meta.json").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    mem = spec["mem"]
+    small = mem < 256
+    shutil.copy(build_files(8 if small else 64), folder / "files.img")
+    with open(folder / "records.img", "wb") as records:
+        records.truncate((8 << 20) + (mem << 20) // 4096 * 16 * (2 if mem > 2048 else 1) * 2)
+    spec["cmdline"] = (
+        "console=ttyS0 quiet panic=-1 "
+        f"lab.anon={spec.get('anon') or (8 if small else 24 if mem < 2048 else 96)} "
+        f"lab.seed={spec.get('seed', 1)} "
+        f"lab.compressible={int(spec.get('garbage') == 'compressible')} "
+        f"lab.huge={spec.get('hugetlb', 0)} {spec.get('append', '')}").strip()
+    ram = folder / "live.raw"
+    times = {}
+    machine = Machine(spec, ram, folder)
+    try:
+        machine.wait("READY", 900)
+        times["ready"] = machine.elapsed = round(time.monotonic() - machine.started, 1)
+        qmp = machine.qmp
+        if spec.get("balloon"):
+            qmp.call("balloon", value=(mem - spec["balloon"]) << 20)
+            time.sleep(8)
+        qmp.call("stop")
+        qmp.call("dump-guest-memory", paging=False, protocol=f"file:{folder / 'dump.elf'}")
+        qmp.capabilities("events", "x-ignore-shared")
+        qmp.call("migrate", uri=f"file:{folder / 'device.state'}")
+        qmp.migrated()
+        run("cp", "--sparse=auto", ram, folder / "ram.raw")
+        for disk in ("files.img", "records.img"):
+            run("cp", "--sparse=always", folder / disk, folder / f"{disk}.stop")
+        for form, uri in (("mapped_ram", f"file:{folder / 'mapped.ram'}"),
+                          ("stream", f"exec:cat > {folder / 'stream.mig'}")):
+            if spec.get(form):
+                qmp.call("cont")
+                time.sleep(0.2)
+                qmp.call("stop")
+                qmp.no_capabilities("x-ignore-shared", "mapped-ram")
+                if form == "mapped_ram":
+                    qmp.capabilities("mapped-ram")
+                qmp.call("migrate", uri=uri)
+                qmp.migrated()
+    finally:
+        machine.quit()
+    read_records(folder / "records.img.stop", folder)
+    ram.unlink()
+    for disk in ("files.img", "records.img"):
+        (folder / f"{disk}.stop").rename(folder / disk)
+    meta = {"name": name, "spec": spec, "release": spec["kernel"]["release"],
+            "layout": layout(spec["machine"], mem), "times": times}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    return folder
+
+
+def restore(capture_folder, ram, torture=True, seconds=1200):
+    """Runs the captured guest on with `ram` as its memory. Returns seconds to the first beat
+    and QEMU's resident memory then; raises if the torture finds anything."""
+    meta = json.loads((capture_folder / "meta.json").read_text())
+    folder = LAB / "restore" / f"{meta['name']}-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for disk in ("files.img", "records.img"):
+        run("cp", "--sparse=always", capture_folder / disk, folder / disk)
+    machine = Machine(meta["spec"], ram, folder, incoming=True)
+    try:
+        qmp = machine.qmp
+        qmp.capabilities("events", "x-ignore-shared")
+        qmp.call("migrate-incoming", uri=f"file:{capture_folder / 'device.state'}")
+        qmp.migrated()
+        started = time.monotonic()
+        qmp.call("cont")
+        machine.wait("BEAT [0-9]", 120)
+        beat = time.monotonic() - started
+        rss = machine.rss_mib()
+        if torture:
+            machine.send("torture")
+            line = machine.wait("TORTURE-", seconds)
+            if "TORTURE-OK" not in line:
+                raise SystemExit(f"{meta['name']}: {line}")
+        return beat, rss
+    finally:
+        machine.quit()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def relative(path):
+    return os.path.relpath(path, ROOT)
