@@ -129,11 +129,13 @@ def fetch(series, symbols):
         run("dpkg", "-x", deb, work / "root")
         deb.unlink()
     root = work / "root"
-    vmlinuz = next(p for p in root.rglob("vmlinuz-*") if p.is_file())
-    release = vmlinuz.name.removeprefix("vmlinuz-")
+    # 7.2 moved the kernel to usr/lib/modules/RELEASE, without the release in its name.
+    release = image.removeprefix("linux-image-")
+    vmlinuz = next(p for p in root.rglob("vmlinuz*") if p.is_file() and not p.is_symlink())
     meta = {"series": series, "release": release, "packages": versions,
             "vmlinuz": keep(vmlinuz, home / "vmlinuz")}
-    config = next((p for p in root.rglob(f"config-{release}") if p.is_file()), None)
+    config = next((p for name in (f"config-{release}", "config") for p in root.rglob(name)
+                   if p.is_file() and not p.is_symlink()), None)
     if config:
         meta["config"] = keep(config, home / "config")
     modules = home / "modules"
@@ -146,7 +148,7 @@ def fetch(series, symbols):
             or max((p for p in root.rglob("vmlinux") if p.is_file() and not p.is_symlink()),
                    key=lambda p: p.stat().st_size)
         meta["vmlinux"] = keep(vmlinux, home / "vmlinux")
-        system_map = max((p for p in root.rglob("System.map-*") if p.is_file()),
+        system_map = max((p for p in root.rglob("System.map*") if p.is_file()),
                          key=lambda p: p.stat().st_size)
         # As distributed, with the release in its name: the file itself carries no version.
         meta["system_map"] = keep(system_map, home / f"System.map-{release}")

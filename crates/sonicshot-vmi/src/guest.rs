@@ -150,7 +150,7 @@ impl<'m> LinuxGuest<'m> {
         if guest.kernel.type_size("zone")?.is_none()
             || guest.kernel.constant("NR_FREE_PAGES")?.is_none()
         {
-            let btf = symbols::find_btf(&guest.kernel.space, &guest.btf_bounds()?, image)?;
+            let btf = symbols::find_btf(&guest.kernel.space, guest.btf_bounds()?, image)?;
             if let Some(btf) = btf {
                 guest.kernel.add(Box::new(btf));
             }

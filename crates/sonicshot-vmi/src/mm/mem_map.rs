@@ -5,7 +5,7 @@
 
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
-use crate::{KernelVa, VirtualMemory};
+use crate::KernelVa;
 use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MAX_MAP, Mapped, PageSize, Pfn, PfnRange};
 
 /// A kernel with more sections than this has more than 8 PiB of RAM.

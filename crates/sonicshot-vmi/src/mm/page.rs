@@ -284,7 +284,7 @@ impl PageLayout {
             } => {
                 let aligned = offset & !7;
                 let shift = u32::try_from(offset.saturating_sub(aligned).saturating_mul(8));
-                let mask = if size >= 8 { u64::MAX } else { (1 << (size & 7) * 8) - 1 };
+                let mask = if size >= 8 { u64::MAX } else { (1_u64 << ((size & 7) << 3)).wrapping_sub(1) };
                 is_head
                     && read(aligned).zip(shift.ok()).is_some_and(|(word, shift)| {
                         word.checked_shr(shift).unwrap_or(0) & mask == value

@@ -1,9 +1,34 @@
 //! Where the kernel's symbols and types come from.
+//!
+//! | source | symbols | types | where |
+//! |---|---|---|---|
+//! | [`SystemMap`] | yes | | a file |
+//! | [`Vmlinux`] | yes | BTF or DWARF | a file |
+//! | [`Btf`] | | yes | a file, or the kernel's image in guest memory |
+//! | [`Vmcoreinfo`] | some | some | guest memory, or a dump's note |
+//! | [`Kallsyms`] | yes | | guest memory |
 
-use crate::KernelVa;
+mod btf;
+mod bytes;
+mod dwarf;
+mod elf;
+mod kallsyms;
+mod mapped;
+mod names;
+mod system_map;
+mod vmcoreinfo;
+
+pub use btf::{Btf, find_btf};
+pub use elf::Vmlinux;
+pub use kallsyms::Kallsyms;
+pub use system_map::SystemMap;
+pub use vmcoreinfo::Vmcoreinfo;
+
+use crate::{KernelVa, VirtualMemory};
 use core::fmt;
+use mapped::MappedFile;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A member of a kernel structure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -111,6 +136,14 @@ pub enum SymbolError {
         /// The file.
         path: PathBuf,
     },
+    /// The source is damaged, as was found when it was first used.
+    #[error("{origin}: {text}")]
+    Damaged {
+        /// Which source.
+        origin: String,
+        /// What is wrong.
+        text: String,
+    },
     /// The source contradicts its own format.
     #[error("{origin}: {what} at offset {offset:#x} (value {value:#x})")]
     Malformed {
@@ -123,4 +156,80 @@ pub enum SymbolError {
         /// The value found there.
         value: u64,
     },
+}
+
+/// Opens a file of symbols or types; its kind is told by its content.
+///
+/// # Errors
+/// [`SymbolError`] if it cannot be read, is of no known kind, or is damaged.
+pub fn open_symbol_file(path: &Path) -> Result<Box<dyn SymbolSource>, SymbolError> {
+    let file = MappedFile::open(path)?;
+    let origin = path.display().to_string();
+    match file.bytes() {
+        [0x7f, b'E', b'L', b'F', ..] => Ok(Box::new(Vmlinux::new(origin, file)?)),
+        [0x9f, 0xeb, ..] => Ok(Box::new(Btf::new(origin, file)?)),
+        [first, ..] if first.is_ascii_hexdigit() => Ok(Box::new(SystemMap::open(path)?)),
+        _ => Err(SymbolError::UnknownKind {
+            path: path.to_owned(),
+        }),
+    }
+}
+
+/// Calls `visit` with every address in `range` at which `needle` stands, lowest first, until it
+/// returns `false`. Addresses that are not mapped are passed over.
+fn scan(
+    memory: &dyn VirtualMemory,
+    range: (KernelVa, KernelVa),
+    needle: &[u8],
+    visit: &mut dyn FnMut(KernelVa) -> bool,
+) {
+    const PIECE: usize = 1 << 20;
+    const PAGE: usize = 4096;
+    let overlap = needle.len().saturating_sub(1);
+    let mut buffer = Vec::new();
+    let mut at = range.0;
+    // The end of the piece before stays in the buffer: a hit may cross.
+    while at < range.1 {
+        let left = usize::try_from(range.1.offset_from(at).unwrap_or(0)).unwrap_or(usize::MAX);
+        let kept = buffer.len();
+        let len = PIECE.min(left);
+        buffer.resize(kept.saturating_add(len), 0);
+        let mut got = buffer
+            .get_mut(kept..)
+            .map_or(0, |part| if memory.read(at, part).is_ok() { len } else { 0 });
+        if got == 0 {
+            // Some of it is not mapped: a page at a time, up to the gap.
+            while got < len {
+                let end = kept.saturating_add(got.saturating_add(PAGE).min(len));
+                let part = buffer.get_mut(kept.saturating_add(got)..end);
+                let Some((here, part)) = at.checked_add(got as u64).zip(part) else {
+                    break;
+                };
+                if memory.read(here, part).is_err() {
+                    break;
+                }
+                got = end.saturating_sub(kept);
+            }
+        }
+        buffer.truncate(kept.saturating_add(got));
+        let base = KernelVa::new(at.raw().saturating_sub(kept as u64));
+        for hit in memchr::memmem::find_iter(&buffer, needle) {
+            if let Some(hit) = base.checked_add(hit as u64)
+                && !visit(hit)
+            {
+                return;
+            }
+        }
+        let step = if got == len {
+            buffer.drain(..buffer.len().saturating_sub(overlap));
+            len
+        } else {
+            buffer.clear();
+            got.saturating_add(PAGE)
+        };
+        let Some(next) = at.checked_add(step as u64) else {
+            return;
+        };
+        at = next;
+    }
 }

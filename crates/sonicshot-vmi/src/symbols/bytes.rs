@@ -1,0 +1,33 @@
+//! Checked reads of little-endian values from untrusted bytes.
+
+/// Bytes that may be anything; every read is checked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bytes<'a>(pub &'a [u8]);
+
+impl<'a> Bytes<'a> {
+    pub(crate) fn get(self, at: usize, len: usize) -> Option<&'a [u8]> {
+        self.0.get(at..at.checked_add(len)?)
+    }
+
+    fn array<const N: usize>(self, at: usize) -> Option<[u8; N]> {
+        self.get(at, N)?.try_into().ok()
+    }
+
+    pub(crate) fn u16(self, at: usize) -> Option<u16> {
+        self.array(at).map(u16::from_le_bytes)
+    }
+
+    pub(crate) fn u32(self, at: usize) -> Option<u32> {
+        self.array(at).map(u32::from_le_bytes)
+    }
+
+    pub(crate) fn u64(self, at: usize) -> Option<u64> {
+        self.array(at).map(u64::from_le_bytes)
+    }
+
+    /// The bytes from `at` to the next NUL, without it.
+    pub(crate) fn c_str(self, at: usize) -> Option<&'a [u8]> {
+        let rest = self.0.get(at..)?;
+        rest.get(..memchr::memchr(0, rest)?)
+    }
+}

@@ -1,0 +1,377 @@
+//! Types from a vmlinux's DWARF, without reading all of it.
+//!
+//! The debugging information of a kernel is hundreds of megabytes, but every unit that includes
+//! `linux/mmzone.h` defines all the types that are asked for. So the units are walked in order
+//! until one defines the anchors; what that one does not define, the kernel does not have.
+
+use super::bytes::Bytes;
+use super::mapped::MappedFile;
+use super::{Member, SymbolError, SymbolSource};
+use gimli::{
+    AttributeValue, DebuggingInformationEntry, DwarfSections, EndianSlice, LittleEndian, Reader,
+    Unit, UnitOffset,
+};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Types that a unit must define to be believed to define them all.
+const ANCHORS: [&str; 4] = ["page", "zone", "pglist_data", "mem_section"];
+/// `init/main.c` is among the first; the anchors are in nearly every unit.
+const MAX_UNITS: usize = 256;
+/// Units behind the anchor's that are read for types of other headers (`e820_table`).
+const MORE_UNITS: usize = 24;
+/// A unit of a kernel has some 100,000 entries.
+const MAX_ENTRIES: usize = 4_000_000;
+const MAX_DEPTH: u32 = 32;
+
+type Slice<'a> = EndianSlice<'a, LittleEndian>;
+
+/// A structure, union or array, as far as it is needed.
+#[derive(Debug, Clone, Default)]
+struct Structure {
+    size: u64,
+    members: Vec<Field>,
+}
+
+#[derive(Debug, Clone)]
+struct Field {
+    /// Empty if the member is anonymous.
+    name: String,
+    offset: u64,
+    /// Of the type's entry, across all units.
+    ty: Option<usize>,
+}
+
+#[derive(Debug, Clone)]
+enum Shape {
+    Structure(Structure),
+    Array { element: Option<usize>, len: Option<u64> },
+    /// A typedef or qualifier.
+    Alias(Option<usize>),
+    Sized(u64),
+}
+
+/// The types that the walked units define.
+#[derive(Debug)]
+pub(crate) struct Dwarf {
+    origin: String,
+    shapes: HashMap<usize, Shape>,
+    structs: HashMap<String, usize>,
+    enumerators: HashMap<String, i64>,
+}
+
+/// Finds a section's place in the file: offset and length.
+pub(crate) type FindSection<'a> = &'a dyn Fn(&str) -> Option<(usize, usize)>;
+
+impl Dwarf {
+    /// Walks as many units of the file as it takes; `None` if the file has no DWARF.
+    pub(crate) fn new(
+        origin: String,
+        file: Arc<MappedFile>,
+        section: FindSection<'_>,
+    ) -> Result<Option<Self>, SymbolError> {
+        if section(".debug_info").is_none() {
+            return Ok(None);
+        }
+        let data = Bytes(file.bytes());
+        let load = |id: gimli::SectionId| -> Result<&[u8], gimli::Error> {
+            Ok(section(id.name())
+                .and_then(|(at, len)| data.get(at, len))
+                .unwrap_or_default())
+        };
+        let mut this = Self {
+            origin,
+            shapes: HashMap::new(),
+            structs: HashMap::new(),
+            enumerators: HashMap::new(),
+        };
+        let damaged = |error: gimli::Error| SymbolError::Damaged {
+            origin: this.origin.clone(),
+            text: format!("DWARF: {error}"),
+        };
+        let sections = DwarfSections::load(load).map_err(damaged)?;
+        let dwarf = sections.borrow(|bytes| EndianSlice::new(bytes, LittleEndian));
+        let mut units = dwarf.units();
+        let mut after = None;
+        for number in 0..MAX_UNITS {
+            let Some(header) = units.next().map_err(damaged)? else {
+                break;
+            };
+            let unit = dwarf.unit(header).map_err(damaged)?;
+            let mut found = Walk::default();
+            found.unit(&dwarf, &unit).map_err(damaged)?;
+            let has_anchors = ANCHORS.iter().all(|name| found.structs.contains_key(*name))
+                && found.enumerators.contains_key("PG_lru");
+            match after {
+                None if !has_anchors => continue,
+                None => {
+                    after = Some(number);
+                    this.shapes = found.shapes;
+                    this.structs = found.structs;
+                    this.enumerators = found.enumerators;
+                }
+                Some(_) => {
+                    // Only what is new: the anchor's unit has the say.
+                    for (name, at) in found.structs {
+                        this.structs.entry(name).or_insert(at);
+                    }
+                    this.shapes.extend(found.shapes);
+                }
+            }
+            if after.is_some_and(|anchor| number >= anchor.saturating_add(MORE_UNITS))
+                || this.structs.contains_key("e820_table")
+            {
+                break;
+            }
+        }
+        Ok(after.map(|_| this))
+    }
+
+    fn shape(&self, at: Option<usize>) -> Option<&Shape> {
+        self.shapes.get(&at?)
+    }
+
+    /// Follows typedefs and qualifiers.
+    fn resolve(&self, at: Option<usize>) -> Option<&Shape> {
+        let mut shape = self.shape(at)?;
+        for _ in 0..MAX_DEPTH {
+            match shape {
+                Shape::Alias(next) => shape = self.shape(*next)?,
+                _ => return Some(shape),
+            }
+        }
+        None
+    }
+
+    fn size_of(&self, at: Option<usize>, depth: u32) -> Option<u64> {
+        match self.resolve(at)? {
+            Shape::Structure(structure) => Some(structure.size),
+            Shape::Sized(size) => Some(*size),
+            Shape::Array { element, len } if depth < MAX_DEPTH => {
+                let element = self.size_of(*element, depth.checked_add(1)?)?;
+                element.checked_mul((*len)?)
+            }
+            _ => None,
+        }
+    }
+
+    fn find_member(&self, structure: &Structure, name: &str, depth: u32) -> Option<Field> {
+        if depth > MAX_DEPTH {
+            return None;
+        }
+        for field in &structure.members {
+            if field.name == name {
+                return Some(field.clone());
+            }
+            if field.name.is_empty()
+                && let Some(Shape::Structure(inner)) = self.resolve(field.ty)
+                && let Some(mut found) = self.find_member(inner, name, depth.checked_add(1)?)
+            {
+                found.offset = found.offset.checked_add(field.offset)?;
+                return Some(found);
+            }
+        }
+        None
+    }
+
+    fn structure(&self, name: &str) -> Option<&Structure> {
+        match self.shape(self.structs.get(name).copied())? {
+            Shape::Structure(structure) => Some(structure),
+            _ => None,
+        }
+    }
+
+    fn member_of(&self, name: &str, path: &str) -> Option<Member> {
+        let mut structure = self.structure(name)?;
+        let mut offset = 0_u64;
+        let mut parts = path.split('.').peekable();
+        loop {
+            let field = self.find_member(structure, parts.next()?, 0)?;
+            offset = offset.checked_add(field.offset)?;
+            if parts.peek().is_some() {
+                match self.resolve(field.ty)? {
+                    Shape::Structure(inner) => structure = inner,
+                    _ => return None,
+                }
+                continue;
+            }
+            let len = match self.resolve(field.ty) {
+                Some(Shape::Array { len, .. }) => *len,
+                _ => None,
+            };
+            return Some(Member {
+                offset,
+                size: self.size_of(field.ty, 0),
+                len,
+            });
+        }
+    }
+}
+
+impl SymbolSource for Dwarf {
+    fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    fn type_size(&self, name: &str) -> Result<Option<u64>, SymbolError> {
+        Ok(self.structure(name).map(|structure| structure.size))
+    }
+
+    fn member(&self, name: &str, path: &str) -> Result<Option<Member>, SymbolError> {
+        Ok(self.member_of(name, path))
+    }
+
+    fn constant(&self, name: &str) -> Result<Option<i64>, SymbolError> {
+        Ok(self.enumerators.get(name).copied())
+    }
+}
+
+/// What one unit defines.
+#[derive(Default)]
+struct Walk {
+    shapes: HashMap<usize, Shape>,
+    structs: HashMap<String, usize>,
+    enumerators: HashMap<String, i64>,
+}
+
+impl Walk {
+    fn unit<'a>(
+        &mut self,
+        dwarf: &gimli::Dwarf<Slice<'a>>,
+        unit: &Unit<Slice<'a>>,
+    ) -> Result<(), gimli::Error> {
+        let mut entries = unit.entries();
+        // The type whose children are being read, and how deep they are.
+        let mut parents: Vec<(isize, usize)> = Vec::new();
+        let mut count = 0_usize;
+        while let Some(entry) = entries.next_dfs()? {
+            count = count.saturating_add(1);
+            if count > MAX_ENTRIES {
+                break;
+            }
+            let depth = entry.depth();
+            while parents.last().is_some_and(|(at, _)| *at >= depth) {
+                parents.pop();
+            }
+            let parent = parents
+                .last()
+                .filter(|(at, _)| at.checked_add(1) == Some(depth))
+                .map(|(_, parent)| *parent);
+            let at = global(unit, entry.offset());
+            let tag = entry.tag();
+            match tag {
+                gimli::DW_TAG_structure_type | gimli::DW_TAG_union_type => {
+                    if entry.attr_value(gimli::DW_AT_declaration).is_some() {
+                        continue;
+                    }
+                    if let Some(name) = name_of(dwarf, unit, entry) {
+                        self.structs.entry(name).or_insert(at);
+                    }
+                    let size = unsigned(entry, gimli::DW_AT_byte_size).unwrap_or(0);
+                    let structure = Structure {
+                        size,
+                        members: Vec::new(),
+                    };
+                    self.shapes.insert(at, Shape::Structure(structure));
+                    parents.push((depth, at));
+                }
+                gimli::DW_TAG_member => {
+                    let field = Field {
+                        name: name_of(dwarf, unit, entry).unwrap_or_default(),
+                        offset: unsigned(entry, gimli::DW_AT_data_member_location).unwrap_or(0),
+                        ty: type_of(unit, entry),
+                    };
+                    let is_bits = entry.attr_value(gimli::DW_AT_data_bit_offset).is_some();
+                    if let Some(Shape::Structure(structure)) =
+                        parent.and_then(|parent| self.shapes.get_mut(&parent))
+                        && !is_bits
+                    {
+                        structure.members.push(field);
+                    }
+                }
+                gimli::DW_TAG_array_type => {
+                    let element = type_of(unit, entry);
+                    self.shapes.insert(at, Shape::Array { element, len: None });
+                    parents.push((depth, at));
+                }
+                gimli::DW_TAG_subrange_type => {
+                    if let Some(Shape::Array { len, .. }) =
+                        parent.and_then(|parent| self.shapes.get_mut(&parent))
+                        && len.is_none()
+                    {
+                        *len = unsigned(entry, gimli::DW_AT_count).or_else(|| {
+                            unsigned(entry, gimli::DW_AT_upper_bound)?.checked_add(1)
+                        });
+                    }
+                }
+                gimli::DW_TAG_enumeration_type => {
+                    let size = unsigned(entry, gimli::DW_AT_byte_size).unwrap_or(4);
+                    self.shapes.insert(at, Shape::Sized(size));
+                    parents.push((depth, at));
+                }
+                gimli::DW_TAG_enumerator => {
+                    if let Some(name) = name_of(dwarf, unit, entry)
+                        && let Some(value) = constant(entry)
+                    {
+                        self.enumerators.entry(name).or_insert(value);
+                    }
+                }
+                gimli::DW_TAG_typedef
+                | gimli::DW_TAG_const_type
+                | gimli::DW_TAG_volatile_type
+                | gimli::DW_TAG_restrict_type
+                | gimli::DW_TAG_atomic_type => {
+                    self.shapes.insert(at, Shape::Alias(type_of(unit, entry)));
+                }
+                gimli::DW_TAG_base_type | gimli::DW_TAG_pointer_type => {
+                    let size = unsigned(entry, gimli::DW_AT_byte_size).unwrap_or(8);
+                    self.shapes.insert(at, Shape::Sized(size));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An offset within a unit as one across all units.
+fn global<R: Reader<Offset = usize>>(unit: &Unit<R>, offset: UnitOffset) -> usize {
+    offset
+        .to_debug_info_offset(&unit.header)
+        .map_or(usize::MAX, |offset| offset.0)
+}
+
+fn name_of<'a>(
+    dwarf: &gimli::Dwarf<Slice<'a>>,
+    unit: &Unit<Slice<'a>>,
+    entry: &DebuggingInformationEntry<Slice<'a>>,
+) -> Option<String> {
+    let value = entry.attr_value(gimli::DW_AT_name)?;
+    let text = dwarf.attr_string(unit, value).ok()?;
+    Some(text.to_string_lossy().into_owned())
+}
+
+fn type_of<R: Reader<Offset = usize>>(
+    unit: &Unit<R>,
+    entry: &DebuggingInformationEntry<R>,
+) -> Option<usize> {
+    match entry.attr_value(gimli::DW_AT_type)? {
+        AttributeValue::UnitRef(offset) => Some(global(unit, offset)),
+        AttributeValue::DebugInfoRef(offset) => Some(offset.0),
+        _ => None,
+    }
+}
+
+fn unsigned<R: Reader<Offset = usize>>(
+    entry: &DebuggingInformationEntry<R>,
+    name: gimli::DwAt,
+) -> Option<u64> {
+    entry.attr_value(name)?.udata_value()
+}
+
+fn constant<R: Reader<Offset = usize>>(entry: &DebuggingInformationEntry<R>) -> Option<i64> {
+    let value = entry.attr_value(gimli::DW_AT_const_value)?;
+    value
+        .sdata_value()
+        .or_else(|| value.udata_value().map(u64::cast_signed))
+}

@@ -1,0 +1,551 @@
+//! The running kernel's own symbol table, decoded from its memory.
+//!
+//! Names are compressed with 256 tokens (`scripts/kallsyms.c`, `kernel/kallsyms.c`). Since 6.0
+//! VMCOREINFO says where the tables are; before, they are found by their form.
+
+use super::bytes::Bytes;
+use super::names::NameIndex;
+use super::vmcoreinfo::Vmcoreinfo;
+use super::{SymbolBase, SymbolError, SymbolSource};
+use crate::{KernelVa, VirtualMemory};
+
+const ORIGIN: &str = "kallsyms in guest memory";
+/// Kernels have 80,000 to 250,000 symbols.
+const MAX_SYMBOLS: u32 = 1 << 21;
+/// `KSYM_NAME_LEN` is 512.
+const MAX_NAME: usize = 512;
+/// 256 tokens, each a part of a name.
+const MAX_TOKEN_TABLE: usize = 8 << 10;
+const MAX_NAMES_LEN: usize = 64 << 20;
+
+/// How an entry of `kallsyms_offsets` becomes an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scheme {
+    /// `CONFIG_KALLSYMS_ABSOLUTE_PERCPU` (x86 to 6.14): negative is relative to the base, less 1.
+    AbsolutePercpu(u64),
+    /// `kallsyms_relative_base` and the entry.
+    Relative(u64),
+    /// Since 7.0: relative to the entry itself.
+    PcRelative(u64),
+    /// `CONFIG_KALLSYMS_BASE_RELATIVE` off: a table of whole addresses.
+    Absolute,
+}
+
+/// The symbols of the running kernel.
+pub struct Kallsyms {
+    /// Every name behind the other, and where each ends.
+    names: Vec<u8>,
+    ends: Vec<u32>,
+    addresses: Vec<u64>,
+    index: NameIndex,
+}
+
+impl core::fmt::Debug for Kallsyms {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Kallsyms")
+            .field("symbols", &self.addresses.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Where the tables are.
+#[derive(Clone, Copy, Debug)]
+struct Tables {
+    names: KernelVa,
+    count: u32,
+    tokens: KernelVa,
+    token_index: KernelVa,
+    offsets: KernelVa,
+    relative_base: Option<u64>,
+    /// Entries are whole addresses, 8 bytes each.
+    absolute: bool,
+}
+
+fn malformed(what: &'static str, offset: u64, value: u64) -> SymbolError {
+    SymbolError::Malformed {
+        origin: ORIGIN.into(),
+        what,
+        offset,
+        value,
+    }
+}
+
+impl Kallsyms {
+    /// Decodes the symbol table of the kernel that `info` describes, whose image lies in `image`.
+    ///
+    /// # Errors
+    /// [`SymbolError::Malformed`] if there is none, or it contradicts itself or `info`.
+    pub fn find(
+        memory: &dyn VirtualMemory,
+        info: &Vmcoreinfo,
+        image: (KernelVa, KernelVa),
+    ) -> Result<Self, SymbolError> {
+        let tables = match Self::told(memory, info)? {
+            Some(tables) => tables,
+            None => Self::searched(memory, image)?,
+        };
+        Self::decode(memory, &tables, info)
+    }
+
+    /// The tables by VMCOREINFO (since 6.0, 5fd8fea935a1).
+    fn told(memory: &dyn VirtualMemory, info: &Vmcoreinfo) -> Result<Option<Tables>, SymbolError> {
+        let symbol = |name: &str| info.symbol(&format!("kallsyms_{name}"));
+        let (Some(names), Some(count_at), Some(tokens), Some(token_index), Some(offsets)) = (
+            symbol("names"),
+            symbol("num_syms"),
+            symbol("token_table"),
+            symbol("token_index"),
+            symbol("offsets"),
+        ) else {
+            return Ok(None);
+        };
+        let unread = |at: KernelVa| malformed("a table that is not mapped", at.raw(), 0);
+        let count = memory.read_u32(count_at).map_err(|_| unread(count_at))?;
+        let relative_base = match symbol("relative_base") {
+            Some(at) => Some(memory.read_u64(at).map_err(|_| unread(at))?),
+            None => None,
+        };
+        Ok(Some(Tables {
+            names,
+            count,
+            tokens,
+            token_index,
+            offsets,
+            relative_base,
+            absolute: false,
+        }))
+    }
+
+    /// The tables by their form: 256 strings, among them every digit by itself, followed by
+    /// their 256 offsets; the other tables stand before them in a known order (4.18 to 6.1).
+    fn searched(
+        memory: &dyn VirtualMemory,
+        image: (KernelVa, KernelVa),
+    ) -> Result<Tables, SymbolError> {
+        // Digits occur in names, so they are tokens, and stand at their own character code.
+        let needle = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\0";
+        let mut found = None;
+        super::scan(memory, image, needle, &mut |at| {
+            found = tables_around(memory, at);
+            found.is_none()
+        });
+        found.ok_or_else(|| malformed("no token table in the kernel's image", image.0.raw(), 0))
+    }
+
+    fn decode(
+        memory: &dyn VirtualMemory,
+        tables: &Tables,
+        info: &Vmcoreinfo,
+    ) -> Result<Self, SymbolError> {
+        if tables.count == 0 || tables.count > MAX_SYMBOLS {
+            return Err(malformed("a number of symbols", tables.names.raw(), tables.count.into()));
+        }
+        let tokens = Tokens::read(memory, tables)?;
+        let (names, ends) = expand_names(memory, tables, &tokens)?;
+        let name = |number: u32| name_at(&names, &ends, number);
+        let index = NameIndex::new(tables.count, name);
+        let addresses = read_addresses(memory, tables, info, |wanted| {
+            index.find(wanted.as_bytes(), name)
+        })?;
+        Ok(Self {
+            names,
+            ends,
+            addresses,
+            index,
+        })
+    }
+
+    /// How many symbols there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.addresses.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.addresses.is_empty()
+    }
+}
+
+impl SymbolSource for Kallsyms {
+    fn origin(&self) -> &'static str {
+        ORIGIN
+    }
+
+    fn base(&self) -> SymbolBase {
+        SymbolBase::Running
+    }
+
+    fn symbol(&self, name: &str) -> Result<Option<KernelVa>, SymbolError> {
+        let number = self
+            .index
+            .find(name.as_bytes(), |number| name_at(&self.names, &self.ends, number));
+        Ok(number
+            .and_then(|number| self.addresses.get(usize::try_from(number).ok()?))
+            .map(|at| KernelVa::new(*at)))
+    }
+}
+
+fn name_at<'a>(names: &'a [u8], ends: &[u32], number: u32) -> Option<&'a [u8]> {
+    let number = usize::try_from(number).ok()?;
+    let start = match number.checked_sub(1) {
+        Some(before) => usize::try_from(*ends.get(before)?).ok()?,
+        None => 0,
+    };
+    names.get(start..usize::try_from(*ends.get(number)?).ok()?)
+}
+
+/// The 256 parts that names are made of.
+struct Tokens {
+    table: Vec<u8>,
+    parts: [(u16, u16); 256],
+}
+
+impl Tokens {
+    fn read(memory: &dyn VirtualMemory, tables: &Tables) -> Result<Self, SymbolError> {
+        let mut index = [0; 512];
+        memory
+            .read(tables.token_index, &mut index)
+            .map_err(|_| malformed("a token index that is not mapped", tables.token_index.raw(), 0))?;
+        let mut table = vec![0; MAX_TOKEN_TABLE];
+        read_what_is_mapped(memory, tables.tokens, &mut table);
+        Self::new(&index, table)
+            .ok_or_else(|| malformed("a token table that is none", tables.tokens.raw(), 0))
+    }
+
+    fn new(index: &[u8; 512], table: Vec<u8>) -> Option<Self> {
+        let mut parts = [(0, 0); 256];
+        let mut expected = 0_usize;
+        for (part, at) in parts.iter_mut().zip((0..).step_by(2)) {
+            let start = Bytes(index).u16(at)?;
+            // Each token follows the one before.
+            if usize::from(start) != expected {
+                return None;
+            }
+            let len = Bytes(&table).c_str(expected)?.len();
+            *part = (start, u16::try_from(len).ok()?);
+            expected = expected.checked_add(len)?.checked_add(1)?;
+        }
+        Some(Self { table, parts })
+    }
+
+    fn get(&self, token: u8) -> &[u8] {
+        self.parts
+            .get(usize::from(token))
+            .and_then(|(start, len)| Bytes(&self.table).get((*start).into(), (*len).into()))
+            .unwrap_or_default()
+    }
+}
+
+/// Fills `buf` page by page as far as it is mapped; the rest stays zero. Returns how far.
+fn read_what_is_mapped(memory: &dyn VirtualMemory, at: KernelVa, buf: &mut [u8]) -> usize {
+    let mut done = 0_usize;
+    while done < buf.len() {
+        let Some(here) = at.checked_add(done as u64) else {
+            break;
+        };
+        let to_page_end = 0x1000_u64.saturating_sub(here.raw() & 0xfff);
+        let len = usize::try_from(to_page_end)
+            .unwrap_or(0)
+            .min(buf.len().saturating_sub(done));
+        let end = done.saturating_add(len);
+        match buf.get_mut(done..end).map(|part| memory.read(here, part)) {
+            Some(Ok(())) => done = end,
+            _ => break,
+        }
+    }
+    done
+}
+
+/// Reads a table a piece at a time.
+struct Reader<'a> {
+    memory: &'a dyn VirtualMemory,
+    at: KernelVa,
+    buffer: Vec<u8>,
+    used: usize,
+    taken: usize,
+}
+
+impl<'a> Reader<'a> {
+    const PIECE: usize = 256 << 10;
+
+    fn new(memory: &'a dyn VirtualMemory, at: KernelVa) -> Self {
+        Self {
+            memory,
+            at,
+            buffer: Vec::new(),
+            used: 0,
+            taken: 0,
+        }
+    }
+
+    /// The next `len` (at most [`MAX_NAME`]) bytes.
+    fn take(&mut self, len: usize) -> Option<&[u8]> {
+        if self.used.checked_add(len)? > self.buffer.len() {
+            let next = self.at.checked_add(self.used as u64)?;
+            self.buffer.resize(Self::PIECE, 0);
+            let got = read_what_is_mapped(self.memory, next, &mut self.buffer);
+            self.buffer.truncate(got);
+            self.at = next;
+            self.used = 0;
+        }
+        let start = self.used;
+        self.used = start.checked_add(len)?;
+        self.taken = self.taken.checked_add(len)?;
+        self.buffer.get(start..self.used)
+    }
+}
+
+/// Decodes every name, without the type letter that stands before it.
+fn expand_names(
+    memory: &dyn VirtualMemory,
+    tables: &Tables,
+    tokens: &Tokens,
+) -> Result<(Vec<u8>, Vec<u32>), SymbolError> {
+    let count = usize::try_from(tables.count).unwrap_or(0);
+    let mut names = Vec::with_capacity(count.saturating_mul(24));
+    let mut ends = Vec::with_capacity(count);
+    let mut reader = Reader::new(memory, tables.names);
+    let cut = |offset: usize| {
+        malformed("names that are cut off", tables.names.raw().saturating_add(offset as u64), 0)
+    };
+    for _ in 0..tables.count {
+        let at = reader.taken;
+        let len = match reader.take(1) {
+            Some(&[low]) if low & 0x80 == 0 => usize::from(low),
+            // Since 6.1 (73bbb94466fd) a long name has its length in two bytes.
+            Some(&[low]) => match reader.take(1) {
+                Some(&[high]) => usize::from(low & 0x7f) | usize::from(high) << 7,
+                _ => return Err(cut(at)),
+            },
+            _ => return Err(cut(at)),
+        };
+        if len == 0 || len > MAX_NAME {
+            return Err(malformed(
+                "a length of a name",
+                tables.names.raw().saturating_add(at as u64),
+                len as u64,
+            ));
+        }
+        let start = names.len();
+        for token in reader.take(len).ok_or_else(|| cut(at))? {
+            names.extend_from_slice(tokens.get(*token));
+        }
+        if names.len().saturating_sub(start) > MAX_NAME || names.len() > MAX_NAMES_LEN {
+            return Err(malformed(
+                "a name that is too long",
+                tables.names.raw().saturating_add(at as u64),
+                names.len().saturating_sub(start) as u64,
+            ));
+        }
+        if start < names.len() {
+            names.remove_at(start);
+        }
+        ends.push(u32::try_from(names.len()).unwrap_or(u32::MAX));
+    }
+    Ok((names, ends))
+}
+
+/// Removing the type letter in place.
+trait RemoveAt {
+    fn remove_at(&mut self, at: usize);
+}
+
+impl RemoveAt for Vec<u8> {
+    fn remove_at(&mut self, at: usize) {
+        self.drain(at..at.saturating_add(1));
+    }
+}
+
+/// Reads the addresses, by the scheme under which the symbols that VMCOREINFO names too have
+/// the addresses that it gives.
+fn read_addresses(
+    memory: &dyn VirtualMemory,
+    tables: &Tables,
+    info: &Vmcoreinfo,
+    find: impl Fn(&str) -> Option<u32>,
+) -> Result<Vec<u64>, SymbolError> {
+    let width = if tables.absolute { 8 } else { 4 };
+    let len = usize::try_from(tables.count).unwrap_or(0).saturating_mul(width);
+    let mut table = vec![0; len];
+    if read_what_is_mapped(memory, tables.offsets, &mut table) < len {
+        return Err(malformed("offsets that are not mapped", tables.offsets.raw(), len as u64));
+    }
+    let table = Bytes(&table);
+    let address = |scheme: Scheme, number: u32| -> Option<u64> {
+        let at = usize::try_from(number).ok()?.checked_mul(width)?;
+        if scheme == Scheme::Absolute {
+            return table.u64(at);
+        }
+        let raw = table.u32(at)?;
+        let signed = i64::from(raw.cast_signed()).cast_unsigned();
+        Some(match scheme {
+            Scheme::AbsolutePercpu(base) if raw.cast_signed() < 0 => {
+                base.wrapping_sub(1).wrapping_sub(signed)
+            }
+            Scheme::AbsolutePercpu(_) => u64::from(raw),
+            Scheme::Relative(base) => base.wrapping_add(raw.into()),
+            Scheme::PcRelative(first) => first.wrapping_add(at as u64).wrapping_add(signed),
+            Scheme::Absolute => return None,
+        })
+    };
+    let schemes: &[Scheme] = match (tables.absolute, tables.relative_base) {
+        (true, _) => &[Scheme::Absolute],
+        (false, Some(base)) => &[Scheme::AbsolutePercpu(base), Scheme::Relative(base)],
+        (false, None) => &[Scheme::PcRelative(tables.offsets.raw())],
+    };
+    for scheme in schemes {
+        let mut agreed = 0_u32;
+        let mut wrong = 0_u32;
+        for name in ["_stext", "swapper_pg_dir", "init_uts_ns", "node_data", "init_top_pgt"] {
+            if let Some(told) = info.symbol(name)
+                && let Some(number) = find(name)
+            {
+                if address(*scheme, number) == Some(told.raw()) {
+                    agreed = agreed.saturating_add(1);
+                } else {
+                    wrong = wrong.saturating_add(1);
+                }
+            }
+        }
+        if agreed > 0 && wrong == 0 {
+            return Ok((0..tables.count)
+                .filter_map(|number| address(*scheme, number))
+                .collect());
+        }
+    }
+    Err(malformed("addresses that VMCOREINFO contradicts", tables.offsets.raw(), 0))
+}
+
+/// The tables whose token table holds the ten digits at `digits`, if they are.
+///
+/// `scripts/kallsyms.c` to 6.1 writes, each aligned to 8 bytes: offsets (or addresses),
+/// `relative_base`, `num_syms`, names, markers, token table, token index.
+fn tables_around(memory: &dyn VirtualMemory, digits: KernelVa) -> Option<Tables> {
+    // The token of '0' is number 48: 48 NULs stand between it and the start.
+    let mut before = vec![0; 2048];
+    let start = KernelVa::new(digits.raw().checked_sub(before.len() as u64)?);
+    memory.read(start, &mut before).ok()?;
+    // The byte before the token of '0' ends the token before.
+    let mut at = before.len();
+    for _ in 0..49 {
+        at = memchr::memrchr(0, before.get(..at)?)?;
+    }
+    // Padding before the table is NUL too: the first token may be found a few bytes early or
+    // late, but the table is aligned to 8 bytes.
+    let near = start.checked_add(at as u64)?.checked_add(1)?;
+    for tokens in [near.raw() & !7, (near.raw() & !7).checked_add(8)?] {
+        let tokens = KernelVa::new(tokens);
+        let mut table = vec![0; MAX_TOKEN_TABLE];
+        read_what_is_mapped(memory, tokens, &mut table);
+        let mut end = 0_usize;
+        for _ in 0..256 {
+            end = Bytes(&table).c_str(end)?.len().checked_add(end)?.checked_add(1)?;
+        }
+        let token_index = tokens.checked_add((end as u64).checked_next_multiple_of(8)?)?;
+        let mut index = [0; 512];
+        if memory.read(token_index, &mut index).is_err() || Tokens::new(&index, table).is_none() {
+            continue;
+        }
+        return tables_before(memory, tokens, token_index);
+    }
+    None
+}
+
+/// Walks back from the token table over markers, names and the number of symbols.
+fn tables_before(
+    memory: &dyn VirtualMemory,
+    tokens: KernelVa,
+    token_index: KernelVa,
+) -> Option<Tables> {
+    // Markers: one `u32` for every 256 names, where it begins among them, so the first is 0
+    // and each is larger than the one before. Walk back to the 0.
+    let mut marker_count = 0_u64;
+    let mut last = 0_u32;
+    let mut at = tokens;
+    let mut above = u32::MAX;
+    while marker_count <= u64::from(MAX_SYMBOLS >> 8) {
+        at = KernelVa::new(at.raw().checked_sub(4)?);
+        let marker = memory.read_u32(at).ok()?;
+        if marker_count == 0 && marker == 0 {
+            // Padding to 8 bytes.
+            continue;
+        }
+        if marker >= above {
+            return None;
+        }
+        if marker_count == 0 {
+            last = marker;
+        }
+        marker_count = marker_count.checked_add(1)?;
+        above = marker;
+        if marker == 0 {
+            break;
+        }
+    }
+    let markers = at;
+    // The names are `last` bytes and up to 256 names more; `num_syms`, aligned to 8 bytes,
+    // stands before them, and its value is known to within 256.
+    let most = u64::from(last).checked_add(256 * (MAX_NAME as u64 + 2))?;
+    let least = u64::from(last);
+    let low = (marker_count.checked_sub(1)?).checked_mul(256)?;
+    let high = marker_count.checked_mul(256)?;
+    let mut gap = least.checked_next_multiple_of(8)?;
+    while gap <= most {
+        let names = KernelVa::new(markers.raw().checked_sub(gap)?);
+        gap = gap.checked_add(8)?;
+        let count_at = KernelVa::new(names.raw().checked_sub(8)?);
+        let count = memory.read_u64(count_at).ok()?;
+        if count <= low || count > high || !names_fill(memory, names, count, markers)? {
+            continue;
+        }
+        let count = u32::try_from(count).ok()?;
+        let base_at = KernelVa::new(count_at.raw().checked_sub(8)?);
+        let base = memory.read_u64(base_at).ok()?;
+        // With a relative base that is an address, offsets of 4 bytes stand before it;
+        // else the table of addresses ends here.
+        let relative = u64::from(count).checked_mul(4)?.checked_next_multiple_of(8)?;
+        let absolute = u64::from(count).checked_mul(8)?;
+        let first = KernelVa::new(count_at.raw().checked_sub(absolute)?);
+        let is_absolute = memory.read_u64(first).ok()? >> 63 == 1
+            && memory.read_u64(first.checked_add(8)?).ok()? >> 63 == 1;
+        let (offsets, relative_base) = if is_absolute {
+            (first, None)
+        } else {
+            (KernelVa::new(base_at.raw().checked_sub(relative)?), Some(base))
+        };
+        return Some(Tables {
+            names,
+            count,
+            tokens,
+            token_index,
+            offsets,
+            relative_base,
+            absolute: is_absolute,
+        });
+    }
+    None
+}
+
+/// Whether `count` names from `names` end right before `markers`, but for padding.
+fn names_fill(
+    memory: &dyn VirtualMemory,
+    names: KernelVa,
+    count: u64,
+    markers: KernelVa,
+) -> Option<bool> {
+    let mut reader = Reader::new(memory, names);
+    let room = markers.offset_from(names)?;
+    for _ in 0..count {
+        let len = match reader.take(1) {
+            Some(&[low]) if low & 0x80 == 0 => usize::from(low),
+            Some(&[low]) => usize::from(low & 0x7f) | usize::from(*reader.take(1)?.first()?) << 7,
+            _ => return Some(false),
+        };
+        if len == 0 || len > MAX_NAME || reader.take(len).is_none() || reader.taken as u64 > room {
+            return Some(false);
+        }
+    }
+    Some(room.checked_sub(reader.taken as u64)? < 8)
+}
