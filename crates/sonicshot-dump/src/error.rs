@@ -1,0 +1,124 @@
+//! What can go wrong with a dump file.
+
+use sonicshot::LayoutError;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why a dump could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DumpError {
+    /// The operating system refused.
+    #[error("{action} {}", path.display())]
+    Io {
+        /// What was being done, such as `opening`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file contradicts its own format.
+    #[error("{}: {what} at offset {offset:#x} (value {value:#x})", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: &'static str,
+        /// Where, in bytes from the start of the file.
+        offset: u64,
+        /// The value found there.
+        value: u64,
+    },
+    /// The file is of a kind that is known but not supported.
+    #[error("{} is {kind}, which is not supported yet", path.display())]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// The file is no dump.
+    #[error("{} is no memory dump: {why}", path.display())]
+    NotADump {
+        /// The file.
+        path: PathBuf,
+        /// What speaks against it.
+        why: &'static str,
+    },
+    /// The guest's RAM layout cannot be.
+    #[error("the RAM layout of {} cannot be", path.display())]
+    Layout {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: LayoutError,
+    },
+    /// The layout does not fit the file.
+    #[error("{}: the layout {layout} describes {described} bytes of RAM, the file has {actual}", path.display())]
+    LayoutLength {
+        /// The file.
+        path: PathBuf,
+        /// The layout's name or ranges.
+        layout: String,
+        /// The bytes that the layout describes.
+        described: u64,
+        /// The length of the file.
+        actual: u64,
+    },
+    /// The output exists, and was not to be written over.
+    #[error("{} exists", path.display())]
+    Exists {
+        /// The output.
+        path: PathBuf,
+    },
+    /// Input and output are the same file.
+    #[error("{} is the input itself", path.display())]
+    SameFile {
+        /// The output.
+        path: PathBuf,
+    },
+    /// The format cannot be pruned in this way.
+    #[error("{} is {format}: {why}", path.display())]
+    CannotPrune {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        format: &'static str,
+        /// Why not.
+        why: &'static str,
+    },
+    /// The file system cannot punch holes.
+    #[error("the file system of {} cannot punch holes", path.display())]
+    NoHoles {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl DumpError {
+    pub(crate) fn io<'a>(
+        action: &'static str,
+        path: &'a Path,
+    ) -> impl Fn(io::Error) -> Self + use<'a> {
+        move |source| Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    pub(crate) fn malformed(path: &Path, what: &'static str, offset: u64, value: u64) -> Self {
+        Self::Malformed {
+            path: path.to_owned(),
+            what,
+            offset,
+            value,
+        }
+    }
+}

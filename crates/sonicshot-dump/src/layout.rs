@@ -1,0 +1,186 @@
+//! Where the bytes of a raw RAM file lie in the guest.
+
+use core::fmt;
+use core::str::FromStr;
+use sonicshot::{Gpa, GpaRange};
+
+const GIB_4: u64 = 1 << 32;
+
+/// How a VMM spreads a guest's RAM over guest-physical memory. The file holds the parts end to
+/// end, lowest first.
+///
+/// ```
+/// use sonicshot_dump::LayoutSpec;
+/// let pc: LayoutSpec = "pc".parse()?;
+/// // 4 GiB: 3 GiB below the PCI hole, 1 GiB from 4 GiB on.
+/// assert_eq!(pc.ranges(4 << 30).len(), 2);
+/// let own: LayoutSpec = "0-0x80000000,4G-6G".parse()?;
+/// assert_eq!(own.ranges(4 << 30)[1].start().raw(), 4 << 30);
+/// # Ok::<(), sonicshot_dump::LayoutSpecError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LayoutSpec {
+    /// QEMU's `pc` (i440fx): RAM to 3.5 GiB, or split at 3 GiB (`hw/i386/pc_piix.c`).
+    Pc,
+    /// QEMU's `q35`: RAM to 2.75 GiB, or split at 2 GiB (`hw/i386/pc_q35.c`).
+    Q35,
+    /// Firecracker and Cloud Hypervisor: split at 3 GiB; Firecracker again at 256 and 512 GiB.
+    Firecracker,
+    /// Firecracker before its hole grew: split at 3,328 MiB.
+    FirecrackerOld,
+    /// One piece from 0.
+    Flat,
+    /// The ranges given.
+    Ranges(Vec<GpaRange>),
+}
+
+/// A text that is no layout.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{text}` is no layout: want pc, q35, firecracker, firecracker-old, flat or START-END,...")]
+pub struct LayoutSpecError {
+    /// The text given.
+    pub text: String,
+}
+
+impl LayoutSpec {
+    /// The layouts that a raw file may have, likeliest first.
+    pub const KNOWN: [Self; 5] = [
+        Self::Pc,
+        Self::Q35,
+        Self::Firecracker,
+        Self::FirecrackerOld,
+        Self::Flat,
+    ];
+
+    /// Where `len` bytes of RAM lie; for [`LayoutSpec::Ranges`] the ranges given, whatever
+    /// `len` is.
+    #[must_use]
+    pub fn ranges(&self, len: u64) -> Vec<GpaRange> {
+        // From which size on RAM is split, and where.
+        let (whole_below, split) = match self {
+            Self::Pc => (0xe000_0000, 0xc000_0000),
+            Self::Q35 => (0xb000_0000, 0x8000_0000),
+            Self::Firecracker => (0xc000_0001, 0xc000_0000),
+            Self::FirecrackerOld => (0xd000_0001, 0xd000_0000),
+            Self::Flat => (u64::MAX, u64::MAX),
+            Self::Ranges(ranges) => return ranges.clone(),
+        };
+        if len < whole_below {
+            return vec![GpaRange::new(Gpa::ZERO, Gpa::new(len))];
+        }
+        let mut ranges = vec![GpaRange::new(Gpa::ZERO, Gpa::new(split))];
+        let mut rest = len.saturating_sub(split);
+        let mut at = GIB_4;
+        if *self == Self::Firecracker {
+            // arch/x86_64/layout.rs: a second hole of 256 GiB from 256 GiB.
+            let room = (256_u64 << 30).saturating_sub(GIB_4);
+            if rest > room {
+                ranges.extend(GpaRange::with_len(Gpa::new(at), room));
+                rest = rest.saturating_sub(room);
+                at = 512 << 30;
+            }
+        }
+        ranges.extend(GpaRange::with_len(Gpa::new(at), rest));
+        ranges
+    }
+}
+
+impl fmt::Display for LayoutSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pc => f.pad("pc"),
+            Self::Q35 => f.pad("q35"),
+            Self::Firecracker => f.pad("firecracker"),
+            Self::FirecrackerOld => f.pad("firecracker-old"),
+            Self::Flat => f.pad("flat"),
+            Self::Ranges(ranges) => {
+                for (index, range) in ranges.iter().enumerate() {
+                    let comma = if index > 0 { "," } else { "" };
+                    write!(f, "{comma}{:#x}-{:#x}", range.start(), range.end())?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl FromStr for LayoutSpec {
+    type Err = LayoutSpecError;
+
+    fn from_str(text: &str) -> Result<Self, LayoutSpecError> {
+        if let Some(known) = Self::KNOWN.iter().find(|known| known.to_string() == text) {
+            return Ok(known.clone());
+        }
+        text.split(',')
+            .map(parse_range)
+            .collect::<Option<Vec<_>>>()
+            .filter(|ranges| {
+                // Sorted, for the file holds them in order.
+                ranges.is_sorted_by(|a, b| a.end() <= b.start())
+            })
+            .map(Self::Ranges)
+            .ok_or_else(|| LayoutSpecError { text: text.into() })
+    }
+}
+
+/// `START-END`, END exclusive.
+fn parse_range(text: &str) -> Option<GpaRange> {
+    let (start, end) = text.split_once('-')?;
+    let range = GpaRange::new(Gpa::new(parse_size(start)?), Gpa::new(parse_size(end)?));
+    (!range.is_empty()).then_some(range)
+}
+
+/// A number, decimal or with `0x`, with an optional suffix K, M, G or T.
+fn parse_size(text: &str) -> Option<u64> {
+    let (digits, shift) = match text.char_indices().last()? {
+        (at, 'K' | 'k') => (text.get(..at)?, 10),
+        (at, 'M' | 'm') => (text.get(..at)?, 20),
+        (at, 'G' | 'g') => (text.get(..at)?, 30),
+        (at, 'T' | 't') => (text.get(..at)?, 40),
+        _ => (text, 0),
+    };
+    let number = match digits.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16).ok()?,
+        None => digits.parse().ok()?,
+    };
+    number.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::LayoutSpec;
+
+    /// File length, layout, and the ranges as `(start, end)`.
+    #[test]
+    fn every_layout_splits_where_its_vmm_does() {
+        let gib = |n: u64| n << 30;
+        let mib = |n: u64| n << 20;
+        let table: [(&str, u64, &[(u64, u64)]); 10] = [
+            ("pc", gib(3), &[(0, gib(3))]),
+            ("pc", mib(3583), &[(0, mib(3583))]),
+            ("pc", mib(3584), &[(0, gib(3)), (gib(4), mib(4608))]),
+            ("pc", gib(4), &[(0, gib(3)), (gib(4), gib(5))]),
+            ("q35", mib(2815), &[(0, mib(2815))]),
+            ("q35", gib(4), &[(0, gib(2)), (gib(4), gib(6))]),
+            ("firecracker", gib(3), &[(0, gib(3))]),
+            ("firecracker", gib(300), &[(0, gib(3)), (gib(4), gib(256)), (gib(512), gib(557))]),
+            ("firecracker-old", gib(4), &[(0, mib(3328)), (gib(4), mib(4864))]),
+            ("0-1G,0x80000000-3G", 0, &[(0, gib(1)), (gib(2), gib(3))]),
+        ];
+        for (name, len, want) in table {
+            let spec: LayoutSpec = name.parse().unwrap();
+            let got: Vec<_> = spec.ranges(len).iter().map(|r| (r.start().raw(), r.end().raw())).collect();
+            assert_eq!(got, want, "{name} {len:#x}");
+        }
+    }
+
+    #[test]
+    fn refuses_what_is_no_layout() {
+        for text in ["", "pcx", "1-", "2G-1G", "0-0", "0-2G,1G-3G", "0-99999999999999T", "-"] {
+            assert!(text.parse::<LayoutSpec>().is_err(), "{text}");
+        }
+        let spec: LayoutSpec = "0-64K,1M-2M".parse().unwrap();
+        assert_eq!(spec.to_string().parse(), Ok(spec));
+    }
+}

@@ -1,0 +1,241 @@
+//! A dump file, mapped, served as guest memory.
+//!
+//! Everything that knows where each stretch of guest RAM lies in the file is the same for all
+//! uncompressed formats: a format parser only makes the list of [`Extent`]s.
+
+use crate::DumpError;
+use memmap2::Mmap;
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, Mapped, MemoryError, RamLayout};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+use std::sync::OnceLock;
+
+/// A file in more pieces than this is not asked for its holes: finding them costs as much as
+/// reading.
+const MAX_FILE_EXTENTS: usize = 1 << 20;
+
+/// A stretch of guest RAM and where its bytes are in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Extent {
+    pub guest: GpaRange,
+    /// Where the bytes begin; `None` if they are not in the file and read as zero.
+    pub offset: Option<u64>,
+}
+
+/// A mapped dump.
+#[derive(Debug)]
+pub(crate) struct MappedDump {
+    path: PathBuf,
+    file: File,
+    map: Mmap,
+    layout: RamLayout,
+    /// Sorted by guest address, disjoint.
+    extents: Vec<Extent>,
+    /// The stretches of the file that are not holes, sorted: start and end.
+    data: OnceLock<Option<Vec<(u64, u64)>>>,
+}
+
+/// Opens and maps `path`.
+#[allow(unsafe_code, reason = "the mmap edge")]
+pub(crate) fn map_file(path: &Path) -> Result<(File, Mmap), DumpError> {
+    let file = File::open(path).map_err(DumpError::io("opening", path))?;
+    // SAFETY: the mapping is shared and read-only, and never handed out as `&[u8]` of guest
+    // memory but as `GuestBytes`, which tolerates that others write the file. A file that is
+    // truncated while mapped ends the process with SIGBUS, as for every reader of mapped files.
+    let map = unsafe { Mmap::map(&file) }.map_err(DumpError::io("mapping", path))?;
+    Ok((file, map))
+}
+
+impl MappedDump {
+    /// `extents` must be sorted, disjoint, and lie inside the file.
+    pub(crate) fn new(
+        path: &Path,
+        file: File,
+        map: Mmap,
+        extents: Vec<Extent>,
+    ) -> Result<Self, DumpError> {
+        let layout = RamLayout::new(extents.iter().map(|extent| extent.guest).collect()).map_err(
+            |source| DumpError::Layout {
+                path: path.to_owned(),
+                source,
+            },
+        )?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            map,
+            layout,
+            extents,
+            data: OnceLock::new(),
+        })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(crate) fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// The bytes of the file, for copying out.
+    pub(crate) fn file_bytes(&self, offset: u64, len: u64) -> Option<&[u8]> {
+        let start = usize::try_from(offset).ok()?;
+        self.map
+            .get(start..start.checked_add(usize::try_from(len).ok()?)?)
+    }
+
+    fn extent_of(&self, at: Gpa) -> Option<&Extent> {
+        let above = self
+            .extents
+            .partition_point(|extent| extent.guest.start() <= at);
+        self.extents
+            .get(above.checked_sub(1)?)
+            .filter(|extent| extent.guest.contains(at))
+    }
+
+    /// The part of `at..at+len` that one extent holds: its bytes, or how many zeroes.
+    #[allow(unsafe_code, reason = "the mmap edge")]
+    fn piece(&self, at: Gpa, len: u64) -> Option<(Option<GuestBytes<'_>>, u64)> {
+        let extent = self.extent_of(at)?;
+        let inside = at.offset_from(extent.guest.start())?;
+        let len = extent.guest.len().checked_sub(inside)?.min(len);
+        let Some(offset) = extent.offset else {
+            return Some((None, len));
+        };
+        let start = usize::try_from(offset.checked_add(inside)?).ok()?;
+        let size = usize::try_from(len).ok()?;
+        if start.checked_add(size)? > self.map.len() {
+            return None;
+        }
+        let base = NonNull::new(self.map.as_ptr().cast_mut())?;
+        // SAFETY: `start + size <= map.len()` was just checked, so both the pointer and the
+        // stretch lie in the mapping, which lives as long as `self`.
+        let bytes = unsafe { GuestBytes::from_raw_parts(base.add(start), size) };
+        Some((Some(bytes), len))
+    }
+
+    /// The stretches of the file that hold data, by the file system; `None` if it cannot tell.
+    pub(crate) fn data_stretches(&self) -> Option<&[(u64, u64)]> {
+        self.data
+            .get_or_init(|| {
+                let len = self.map.len() as u64;
+                let mut found = Vec::new();
+                let mut at = 0;
+                while at < len {
+                    let start = match seek(&self.file, SeekFrom::Data(at)) {
+                        Ok(start) => start,
+                        // No more data.
+                        Err(Errno::NXIO) => break,
+                        Err(_) => return None,
+                    };
+                    let end = seek(&self.file, SeekFrom::Hole(start)).ok()?;
+                    if end <= start || found.len() >= MAX_FILE_EXTENTS {
+                        return None;
+                    }
+                    found.push((start, end.min(len)));
+                    at = end;
+                }
+                Some(found)
+            })
+            .as_deref()
+    }
+}
+
+impl GuestMemory for MappedDump {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let range = GpaRange::with_len(at, buf.len() as u64).unwrap_or(GpaRange::new(at, at));
+        let not_ram = || MemoryError::NotRam { range };
+        let mut at = at;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let (bytes, len) = self.piece(at, rest.len() as u64).ok_or_else(not_ram)?;
+            let size = usize::try_from(len).map_err(|_| not_ram())?;
+            let (now, later) = rest.split_at_mut_checked(size).ok_or_else(not_ram)?;
+            match bytes {
+                Some(bytes) if bytes.copy_to(now) => {}
+                Some(_) => return Err(not_ram()),
+                None => now.fill(0),
+            }
+            rest = later;
+            if !rest.is_empty() {
+                at = at.checked_add(len).ok_or_else(not_ram)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
+        let range = GpaRange::with_len(at, len as u64).unwrap_or(GpaRange::new(at, at));
+        match self.piece(at, len as u64) {
+            Some((Some(bytes), got)) if got == len as u64 => Ok(Some(Mapped::borrowed(bytes))),
+            // Zeroes that are not in the file, or a stretch across extents.
+            Some(_) if self.layout.contains(at, len as u64) => Ok(None),
+            _ => Err(MemoryError::NotRam { range }),
+        }
+    }
+
+    fn next_data(&self, at: Gpa) -> Option<GpaRange> {
+        let first = self
+            .extents
+            .partition_point(|extent| extent.guest.end() <= at);
+        let region = *self.layout.region_of(at)?;
+        for extent in self.extents.get(first..)? {
+            if extent.guest.start() >= region.end() {
+                break;
+            }
+            let Some(offset) = extent.offset else {
+                continue;
+            };
+            let from = extent.guest.start().max(at);
+            let Some(data) = self.data_stretches() else {
+                return Some(GpaRange::new(from, region.end()));
+            };
+            let start = offset.checked_add(from.offset_from(extent.guest.start())?)?;
+            let end = offset.checked_add(extent.guest.len())?;
+            let index = data.partition_point(|(_, data_end)| *data_end <= start);
+            if let Some((data_start, data_end)) = data.get(index).filter(|(s, _)| *s < end) {
+                let to_guest = |file: u64| {
+                    extent
+                        .guest
+                        .start()
+                        .checked_add(file.clamp(start, end).checked_sub(offset)?)
+                };
+                return Some(GpaRange::new(to_guest(*data_start)?, to_guest(*data_end)?));
+            }
+        }
+        None
+    }
+
+    #[allow(unsafe_code, reason = "the mmap edge")]
+    fn release(&self, range: GpaRange) {
+        let Some((Some(bytes), _)) = self.piece(range.start(), range.len()) else {
+            return;
+        };
+        let base = self.map.as_ptr() as usize;
+        let start = (bytes.as_ptr() as usize).saturating_sub(base);
+        let end = start.saturating_add(bytes.len());
+        let first = start.next_multiple_of(4096);
+        let len = (end & !4095).saturating_sub(first);
+        if len == 0 {
+            return;
+        }
+        // SAFETY: the mapping is shared, read-only and of a file, so dropping its page-table
+        // entries loses nothing: the next access maps the same bytes again.
+        let _ = unsafe {
+            self.map
+                .unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, len)
+        };
+    }
+}
