@@ -1,0 +1,102 @@
+//! The command line.
+
+use clap::{Args, Parser, Subcommand};
+use sonicshot::PageClass;
+use sonicshot_dump::LayoutSpec;
+use std::path::PathBuf;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  reading or writing failed
+  2  the command line is wrong
+  3  the file is no dump that can be read, or is damaged
+  4  no kernel was found in it, or its symbols are missing or of another kernel
+  5  the guest's own records of free pages contradict each other: nothing was pruned";
+
+/// Leaves a guest's free memory out of its snapshots, from outside, with no agent.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show what a dump holds: its kernel, its zones, its pages by class
+    #[command(after_help = EXIT_CODES)]
+    Inspect(InspectArgs),
+    /// Take the free pages out of a dump; it stays a dump of the same format
+    #[command(after_help = EXIT_CODES)]
+    Prune(PruneArgs),
+    /// Inspect and prune the small real dump in testdata, and show what happened
+    Demo(DemoArgs),
+}
+
+/// How a dump is to be understood.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct InputArgs {
+    /// The dump: raw guest RAM, or an ELF core
+    pub file: PathBuf,
+    /// A System.map, vmlinux or BTF file of the guest's kernel; may be repeated. Without it
+    /// everything is found in the guest's own memory
+    #[arg(long, value_name = "FILE")]
+    pub symbols: Vec<PathBuf>,
+    /// Where a raw file's bytes lie: pc, q35, firecracker, firecracker-old, flat or
+    /// START-END,... Without it, found out by the guest's own memory map
+    #[arg(long, value_name = "LAYOUT")]
+    pub layout: Option<LayoutSpec>,
+    /// Go on although the guest's records of free pages contradict each other: every page in
+    /// question is kept, the others are believed
+    #[arg(long)]
+    pub allow_inconsistent: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    #[command(flatten)]
+    pub input: InputArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write every run of frames with its class: first, last (inclusive), class
+    #[arg(long, value_name = "OUT.tsv")]
+    pub pfns: Option<PathBuf>,
+    /// Write over an existing OUT.tsv
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PruneArgs {
+    #[command(flatten)]
+    pub input: InputArgs,
+    /// Where to write the pruned dump
+    #[arg(short, long, value_name = "OUT", required_unless_present_any = ["in_place", "dry_run"])]
+    pub output: Option<PathBuf>,
+    /// Punch the pages out of the file itself (raw files): nothing is copied, and whatever
+    /// interrupts it leaves a valid dump
+    #[arg(long, conflicts_with = "output")]
+    pub in_place: bool,
+    /// The classes to drop, by name
+    #[arg(long, value_name = "CLASS,...", value_delimiter = ',',
+        default_value = "free_buddy,free_pcp,offline,zero")]
+    pub drop: Vec<PageClass>,
+    /// Find out what would be dropped, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write over an existing OUT
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// The folder of the demo's dump; by default looked for from here upwards
+    #[arg(long, value_name = "DIR")]
+    pub dump: Option<PathBuf>,
+}

@@ -1,0 +1,129 @@
+//! What the command says when it fails, and how it exits.
+
+use serde_json::json;
+use sonicshot::{MemoryError, PageClass};
+use sonicshot_dump::DumpError;
+use sonicshot_vmi::VmiError;
+use std::error::Error;
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CliError {
+    #[error(transparent)]
+    Dump(#[from] DumpError),
+    #[error("{}", path.display())]
+    Guest {
+        path: PathBuf,
+        #[source]
+        source: VmiError,
+    },
+    #[error("reading guest memory")]
+    Memory(#[from] MemoryError),
+    #[error("{action} {}", path.display())]
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{}: none of the known layouts agrees with the guest's own memory map", path.display())]
+    NoLayout { path: PathBuf },
+    #[error("pages of class {class} are never dropped: the guest's kernel needs them")]
+    Undroppable { class: PageClass },
+    #[error("{} exists", path.display())]
+    Exists { path: PathBuf },
+    #[error("no demo dump found: looked for testdata/{name} from here upwards")]
+    NoDemo { name: &'static str },
+    #[error("the demo's check failed: {what}")]
+    Demo { what: String },
+}
+
+impl CliError {
+    fn code(&self) -> u8 {
+        match self {
+            Self::Dump(
+                DumpError::Io { .. } | DumpError::NoHoles { .. } | DumpError::Exists { .. }
+                | DumpError::SameFile { .. },
+            )
+            | Self::Io { .. }
+            | Self::Exists { .. }
+            | Self::NoDemo { .. }
+            | Self::Demo { .. } => 1,
+            Self::Undroppable { .. } => 2,
+            Self::Dump(_) | Self::Memory(_) | Self::NoLayout { .. } => 3,
+            Self::Guest { source, .. } => match source {
+                VmiError::Inconsistent(_) => 5,
+                _ => 4,
+            },
+        }
+    }
+
+    pub(crate) fn exit_code(&self) -> ExitCode {
+        ExitCode::from(self.code())
+    }
+
+    /// What the user may do about it.
+    fn hint(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Dump(DumpError::Exists { .. }) | Self::Exists { .. } => {
+                "give another name, or --force to write over it"
+            }
+            Self::Dump(DumpError::SameFile { .. }) => "use --in-place to prune the file itself",
+            Self::Dump(DumpError::NoHoles { .. }) => "prune by copy instead: -o OUT",
+            Self::Dump(DumpError::CannotPrune { .. }) => "prune by copy instead: -o OUT",
+            Self::Dump(DumpError::LayoutLength { .. }) => {
+                "the ranges of --layout must add up to the length of the file"
+            }
+            Self::NoLayout { .. } => "say where RAM lies with --layout",
+            Self::Guest { source, .. } => match source {
+                VmiError::NoKernel { .. } => {
+                    "is this a Linux guest's memory? For a raw file of over 2 GiB, try --layout"
+                }
+                VmiError::Missing { .. } => "give the kernel's vmlinux with --symbols",
+                VmiError::WrongKernel { .. } => {
+                    "give the files of exactly the guest's build, or none at all"
+                }
+                VmiError::Inconsistent(_) => {
+                    "the guest may have been running while it was dumped. --allow-inconsistent \
+                     keeps every page in question; do not run a guest from the result"
+                }
+                _ => return None,
+            },
+            _ => return None,
+        })
+    }
+
+    fn causes(&self) -> Vec<String> {
+        let mut causes = Vec::new();
+        let mut next = self.source();
+        while let Some(cause) = next {
+            causes.push(cause.to_string());
+            next = cause.source();
+        }
+        causes
+    }
+
+    /// Prints the error, its causes and the hint to standard error, with `json` as one line of
+    /// JSON.
+    pub(crate) fn print(&self, json: bool) {
+        if json {
+            let value = json!({
+                "error": self.to_string(),
+                "causes": self.causes(),
+                "hint": self.hint(),
+                "exit_code": self.code(),
+            });
+            eprintln!("{value}");
+            return;
+        }
+        eprintln!("error: {self}");
+        for cause in self.causes() {
+            eprintln!("  because: {cause}");
+        }
+        if let Some(hint) = self.hint() {
+            eprintln!("  hint: {hint}");
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! `sonicshot inspect`.
+
+use crate::analyze::{Analysis, analyze};
+use crate::args::InspectArgs;
+use crate::error::CliError;
+use crate::report::{count, percent, size};
+use serde_json::{Map, Value, json};
+use sonicshot::{ClassSet, DropClasses, GuestMemory, PageClass, PrunePlan};
+use sonicshot_vmi::{ZoneReport, count_zero_pages};
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+
+pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
+    if let Some(path) = &args.pfns
+        && !args.force
+        && path.exists()
+    {
+        return Err(CliError::Exists { path: path.clone() });
+    }
+    let analysis = analyze(&args.input)?;
+    let zero_pages = count_zero_pages(&analysis.dump, &analysis.pages.map)?;
+    if let Some(path) = &args.pfns {
+        write_pfns(&analysis, path, args.force).map_err(|source| CliError::Io {
+            action: "writing",
+            path: path.clone(),
+            source,
+        })?;
+    }
+    if args.json {
+        println!("{}", json_report(&analysis, zero_pages));
+    } else {
+        print_report(&analysis, zero_pages);
+    }
+    Ok(())
+}
+
+/// What the default policy drops.
+fn default_plan(analysis: &Analysis) -> PrunePlan {
+    PrunePlan::new(
+        &analysis.pages.map,
+        &DropClasses::default(),
+        analysis.pages.free_fill,
+    )
+}
+
+/// Writes a line for each run of frames of one class; the file appears whole or not at all.
+fn write_pfns(analysis: &Analysis, path: &Path, force: bool) -> io::Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let mut file = tempfile::Builder::new()
+        .prefix(".sonicshot-")
+        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
+        .tempfile_in(folder)?;
+    {
+        let mut out = BufWriter::new(file.as_file_mut());
+        write_runs(analysis, &mut out)?;
+        out.flush()?;
+    }
+    file.as_file().sync_all()?;
+    if force {
+        file.persist(path)?;
+    } else {
+        file.persist_noclobber(path)?;
+    }
+    Ok(())
+}
+
+fn write_runs(analysis: &Analysis, out: &mut BufWriter<&mut File>) -> io::Result<()> {
+    for (frames, class) in analysis.pages.map.runs() {
+        let last = frames.end().raw().saturating_sub(1);
+        writeln!(out, "{}\t{last}\t{class}", frames.start().raw())?;
+    }
+    Ok(())
+}
+
+fn zone_json(zone: &ZoneReport) -> Value {
+    json!({
+        "node": zone.node,
+        "name": zone.name,
+        "first_pfn": zone.span.start().raw(),
+        "end_pfn": zone.span.end().raw(),
+        "free_listed": zone.listed,
+        "free_flagged": zone.flagged,
+        "nr_free": zone.nr_free,
+        "nr_free_pages": zone.counter,
+        "isolated": zone.isolated,
+        "pcp": zone.pcp,
+    })
+}
+
+pub(crate) fn json_report(analysis: &Analysis, zero_pages: u64) -> Value {
+    let page_size = analysis.pages.map.page_size().bytes();
+    let mut classes = Map::new();
+    for class in PageClass::ALL {
+        classes.insert(class.name().into(), analysis.counts.get(*class).into());
+    }
+    let plan = default_plan(analysis);
+    let regions: Vec<_> = analysis
+        .dump
+        .layout()
+        .regions()
+        .iter()
+        .map(|r| json!([r.start().raw(), r.end().raw()]))
+        .collect();
+    json!({
+        "format": analysis.dump.format(),
+        "file_bytes": analysis.dump.file_len(),
+        "kernel_release": analysis.release,
+        "kernel_banner": analysis.banner,
+        "symbol_sources": analysis.symbol_sources,
+        "layout": analysis.dump.layout_spec().map(ToString::to_string),
+        "layout_origin": analysis.layout_origin,
+        "ram": regions,
+        "page_size": page_size,
+        "total_pages": analysis.counts.total(),
+        "classes": classes,
+        "droppable_pages": plan.dropped_pages(),
+        "droppable_bytes": plan.dropped_bytes(),
+        "zero_pages": zero_pages,
+        "free_fill": format!("{:?}", analysis.pages.free_fill),
+        "zones": analysis.pages.zones.iter().map(zone_json).collect::<Vec<_>>(),
+        "inconsistent_blocks": analysis.pages.disagreement.as_ref().map_or(0, |d| d.blocks),
+        "notes": analysis.pages.notes,
+    })
+}
+
+pub(crate) fn print_report(analysis: &Analysis, zero_pages: u64) {
+    let page_size = analysis.pages.map.page_size().bytes();
+    let total = analysis.counts.total();
+    let bytes = |pages: u64| size(pages.saturating_mul(page_size));
+    println!("file      {}, {}", analysis.dump.format(), size(analysis.dump.file_len()));
+    println!("kernel    {}", analysis.release);
+    if let Some(banner) = &analysis.banner {
+        println!("          {banner}");
+    }
+    println!("symbols   {}", analysis.symbol_sources.join(", "));
+    match analysis.dump.layout_spec() {
+        Some(layout) => println!("layout    {layout} ({})", analysis.layout_origin),
+        None => println!("layout    {}", analysis.layout_origin),
+    }
+    for region in analysis.dump.layout().regions() {
+        println!("          {region} ({})", size(region.len()));
+    }
+    println!();
+    println!("{:<10} {:>23} {:>12} {:>10} {:>10}", "zone", "frames", "free pages", "counter", "per-CPU");
+    for zone in &analysis.pages.zones {
+        println!(
+            "{:<10} {:>23} {:>12} {:>10} {:>10}",
+            format!("{}/{}", zone.node, zone.name),
+            zone.span.to_string(),
+            count(zone.listed),
+            zone.counter,
+            count(zone.pcp),
+        );
+    }
+    println!();
+    println!("{:<18} {:>12} {:>12} {:>8}", "class", "pages", "size", "share");
+    for (class, pages) in analysis.counts.iter() {
+        let mark = if ClassSet::DEFAULT_DROP.contains(class) { "*" } else { "" };
+        println!(
+            "{:<18} {:>12} {:>12} {:>8}",
+            format!("{class}{mark}"),
+            count(pages),
+            bytes(pages),
+            percent(pages, total)
+        );
+    }
+    println!("{:<18} {:>12} {:>12} {:>8}", "total", count(total), bytes(total), "");
+    let plan = default_plan(analysis);
+    let dropped = plan.dropped_pages();
+    println!();
+    println!(
+        "a prune saves                {:>12} {:>8}  (the classes marked *)",
+        bytes(dropped),
+        percent(dropped, total)
+    );
+    println!(
+        "leaving out zero pages alone {:>12} {:>8}",
+        bytes(zero_pages),
+        percent(zero_pages, total)
+    );
+    for note in &analysis.pages.notes {
+        println!("note: {note}");
+    }
+}

@@ -1,0 +1,29 @@
+//! `sonicshot`: looks into a guest's memory dump, and prunes it.
+
+mod analyze;
+mod args;
+mod demo;
+mod error;
+mod inspect;
+mod prune;
+mod report;
+
+use args::{Cli, Command};
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let (result, json) = match &cli.command {
+        Command::Inspect(args) => (inspect::run(args), args.json),
+        Command::Prune(args) => (prune::run(args), args.json),
+        Command::Demo(args) => (demo::run(args), false),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error.print(json);
+            error.exit_code()
+        }
+    }
+}
