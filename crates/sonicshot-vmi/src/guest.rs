@@ -147,9 +147,7 @@ impl<'m> LinuxGuest<'m> {
             // Nothing else knows where things are.
             return Err(error.into());
         }
-        if guest.kernel.type_size("zone")?.is_none()
-            || guest.kernel.constant("NR_FREE_PAGES")?.is_none()
-        {
+        if !guest.kernel.knows_types()? {
             let btf = symbols::find_btf(&guest.kernel.space, guest.btf_bounds()?, image)?;
             if let Some(btf) = btf {
                 guest.kernel.add(Box::new(btf));

@@ -172,6 +172,16 @@ impl<'m> Kernel<'m> {
         Ok(false)
     }
 
+    /// Whether some source holds all types, and not a choice of them as VMCOREINFO does.
+    pub(crate) fn knows_types(&self) -> Result<bool, VmiError> {
+        for source in self.sources.iter().filter(|s| !s.is_vmcoreinfo()) {
+            if source.type_size("page")?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     pub(crate) fn read_u64(&self, what: &'static str, at: KernelVa) -> Result<u64, VmiError> {
         self.space.read_u64(at).map_err(VmiError::read(what))
     }
