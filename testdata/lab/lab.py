@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import kernels  # noqa: E402
 import machine  # noqa: E402
+import proof  # noqa: E402
 
 
 def spec_of(args, series):
@@ -53,6 +54,54 @@ def do_capture(args):
     print(machine.relative(folder))
 
 
+def find_tool(given):
+    if given:
+        return Path(given).resolve()
+    kernels.run("cargo", "build", "--release", "--quiet", "-p", "sonicshot-cli", cwd=kernels.ROOT)
+    return kernels.ROOT / "target" / "release" / "sonicshot"
+
+
+def do_prove(args):
+    """Captures what is missing, then proves every combination."""
+    kernels.install_tools()
+    tool = find_tool(args.sonicshot)
+    rows, failed = [], 0
+    variants = args.symbols.split(",")
+    if args.quick:
+        # What a gate can afford: two kernels, both kinds of page tables, nothing given.
+        todo = [("6.1", 512, "qemu64"), ("7.2", 512, "max")]
+        variants = ["none"]
+    else:
+        todo = [(k, int(m), c) for m in args.mem.split(",") for c in args.cpu.split(",")
+                for k in args.kernels.split(",")]
+    symbols = args.debug_symbols or variants != ["none"] or args.oracle
+    for series, mem, cpu in todo:
+        meta = kernels.fetch(series, symbols)
+        spec = {"kernel": meta, "mem": mem, "cpu": cpu, "smp": 1, "machine": "pc",
+                "garbage": "random"}
+        name = name_of(spec)
+        try:
+            folder = machine.capture(spec, name)
+            oracles = [o for o in args.oracle.split(",") if o]
+            if series != "6.1":
+                # Debian 12's crash does not know newer kernels.
+                oracles = [o for o in oracles if o != "crash"]
+            row = proof.prove(tool, folder, variants, not args.no_torture, oracles)
+            rows.append(row)
+            print(f"ok   {name}: {row['found']}/{row['kpf_buddy']} buddy frames "
+                  f"({row['share']:.3f} %), {row['pcp']} per-CPU, {row['unexplained']} dropped "
+                  f"in use, {row['disk']}, torture {row['torture']}", flush=True)
+        except (proof.Failed, SystemExit) as error:
+            failed += 1
+            print(f"FAIL {name}: {error}", flush=True)
+        if args.rm:
+            kernels.shutil.rmtree(kernels.LAB / "captures" / name, ignore_errors=True)
+    (kernels.LAB / "proof.md").write_text(proof.table(rows) + "\n")
+    print(f"{len(rows)} passed, {failed} failed")
+    if failed:
+        raise SystemExit(1)
+
+
 def do_restore(args):
     folder = kernels.LAB / "captures" / args.capture
     beat, rss = machine.restore(folder, Path(args.ram).resolve(), args.torture)
@@ -85,6 +134,19 @@ def main():
     capture.add_argument("--stream", action="store_true")
     capture.add_argument("--debug-symbols", action="store_true")
     capture.set_defaults(run=do_capture)
+
+    prove = commands.add_parser("prove", help="capture, check, prune, restore, torture")
+    prove.add_argument("--kernels", default=",".join(kernels.SUITES))
+    prove.add_argument("--mem", default="512,4096", help="MiB, several")
+    prove.add_argument("--cpu", default="qemu64,max")
+    prove.add_argument("--symbols", default="none,map+vmlinux,vmlinux")
+    prove.add_argument("--oracle", default="", help="drgn, crash")
+    prove.add_argument("--sonicshot", help="the binary; built if not given")
+    prove.add_argument("--debug-symbols", action="store_true")
+    prove.add_argument("--no-torture", action="store_true")
+    prove.add_argument("--quick", action="store_true", help="two kernels, no symbol files")
+    prove.add_argument("--rm", action="store_true", help="delete each capture afterwards")
+    prove.set_defaults(run=do_prove)
 
     restore = commands.add_parser("restore", help="run a captured guest on")
     restore.add_argument("--capture", required=True)
