@@ -54,6 +54,22 @@ def do_capture(args):
     print(machine.relative(folder))
 
 
+def do_testdata(args):
+    """Makes the small capture that `cargo test` uses."""
+    kernels.install_tools()
+    spec = {"kernel": kernels.fetch("6.1", False), "mem": 128, "cpu": "qemu64", "smp": 1,
+            "machine": "pc", "garbage": "compressible"}
+    folder = machine.capture(spec, "testdata")
+    into = kernels.ROOT / "testdata" / "guest-6.1-128m"
+    into.mkdir(exist_ok=True)
+    for name in ("ram.raw", "kpageflags.bin", "kpagecount.bin"):
+        kernels.run("zstd", "-q", "-f", "-19", "--long=27", "-T0", folder / name,
+                    "-o", into / f"{name}.zst")
+    for name in ("zoneinfo", "buddyinfo", "iomem", "version", "cmdline"):
+        (into / name).write_text((folder / name).read_text())
+    print(machine.relative(into))
+
+
 def find_tool(given):
     if given:
         return Path(given).resolve()
@@ -134,6 +150,9 @@ def main():
     capture.add_argument("--stream", action="store_true")
     capture.add_argument("--debug-symbols", action="store_true")
     capture.set_defaults(run=do_capture)
+
+    testdata = commands.add_parser("testdata", help="make the capture that the tests use")
+    testdata.set_defaults(run=do_testdata)
 
     prove = commands.add_parser("prove", help="capture, check, prune, restore, torture")
     prove.add_argument("--kernels", default=",".join(kernels.SUITES))
