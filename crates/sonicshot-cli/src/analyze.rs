@@ -35,7 +35,10 @@ pub(crate) fn analyze(input: &InputArgs) -> Result<Analysis, CliError> {
     };
     let guest = LinuxGuest::open(&dump, &options(input, &dump)).map_err(guest_error)?;
     let mut pages = guest.classify(on).map_err(guest_error)?;
-    let (release, banner) = (guest.release().to_owned(), guest.banner().map(str::to_owned));
+    let (release, banner) = (
+        guest.release().to_owned(),
+        guest.banner().map(str::to_owned),
+    );
     let symbol_sources = guest.symbol_sources();
     drop(guest);
     mark_zero_pages(&dump, &mut pages.map)?;

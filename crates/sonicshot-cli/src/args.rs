@@ -80,8 +80,12 @@ pub(crate) struct PruneArgs {
     #[arg(long, conflicts_with = "output")]
     pub in_place: bool,
     /// The classes to drop, by name
-    #[arg(long, value_name = "CLASS,...", value_delimiter = ',',
-        default_value = "free_buddy,free_pcp,offline,zero")]
+    #[arg(
+        long,
+        value_name = "CLASS,...",
+        value_delimiter = ',',
+        default_value = "free_buddy,free_pcp,offline,zero"
+    )]
     pub drop: Vec<PageClass>,
     /// Find out what would be dropped, and change nothing
     #[arg(long)]

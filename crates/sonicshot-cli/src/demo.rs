@@ -66,7 +66,10 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
     let again = analyze(&input)?;
     let same = again.counts == analysis.counts;
     println!("\n$ sonicshot inspect guest.raw");
-    println!("the pruned dump tells the same of every page: {}", if same { "yes" } else { "no" });
+    println!(
+        "the pruned dump tells the same of every page: {}",
+        if same { "yes" } else { "no" }
+    );
     if !same {
         return Err(CliError::Demo {
             what: "the pruned dump reads differently".into(),
@@ -148,7 +151,10 @@ fn check(map: &PageMap, flags: &[u64]) -> Result<(), CliError> {
     let mut in_use = Vec::new();
     for (pfn, flags) in (0_u64..).zip(flags) {
         let class = map.class(Pfn::new(pfn));
-        let free = matches!(class, Some(PageClass::FreeBuddy | PageClass::FreePcp | PageClass::Offline));
+        let free = matches!(
+            class,
+            Some(PageClass::FreeBuddy | PageClass::FreePcp | PageClass::Offline)
+        );
         let says_free = flags & BUDDY != 0;
         match (class, says_free) {
             (Some(PageClass::FreeBuddy), true) => both += 1,
@@ -158,7 +164,10 @@ fn check(map: &PageMap, flags: &[u64]) -> Result<(), CliError> {
         }
     }
     println!("free by both: {} pages", count(both));
-    println!("free by the kernel alone (used between its record and the stop): {}", count(kernel_only));
+    println!(
+        "free by the kernel alone (used between its record and the stop): {}",
+        count(kernel_only)
+    );
     println!("dropped although the kernel says in use: {}", in_use.len());
     if in_use.is_empty() {
         Ok(())

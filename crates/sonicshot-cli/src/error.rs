@@ -44,7 +44,9 @@ impl CliError {
     fn code(&self) -> u8 {
         match self {
             Self::Dump(
-                DumpError::Io { .. } | DumpError::NoHoles { .. } | DumpError::Exists { .. }
+                DumpError::Io { .. }
+                | DumpError::NoHoles { .. }
+                | DumpError::Exists { .. }
                 | DumpError::SameFile { .. },
             )
             | Self::Io { .. }

@@ -131,7 +131,11 @@ pub(crate) fn print_report(analysis: &Analysis, zero_pages: u64) {
     let page_size = analysis.pages.map.page_size().bytes();
     let total = analysis.counts.total();
     let bytes = |pages: u64| size(pages.saturating_mul(page_size));
-    println!("file      {}, {}", analysis.dump.format(), size(analysis.dump.file_len()));
+    println!(
+        "file      {}, {}",
+        analysis.dump.format(),
+        size(analysis.dump.file_len())
+    );
     println!("kernel    {}", analysis.release);
     if let Some(banner) = &analysis.banner {
         println!("          {banner}");
@@ -145,7 +149,10 @@ pub(crate) fn print_report(analysis: &Analysis, zero_pages: u64) {
         println!("          {region} ({})", size(region.len()));
     }
     println!();
-    println!("{:<10} {:>23} {:>12} {:>10} {:>10}", "zone", "frames", "free pages", "counter", "per-CPU");
+    println!(
+        "{:<10} {:>23} {:>12} {:>10} {:>10}",
+        "zone", "frames", "free pages", "counter", "per-CPU"
+    );
     for zone in &analysis.pages.zones {
         println!(
             "{:<10} {:>23} {:>12} {:>10} {:>10}",
@@ -157,9 +164,16 @@ pub(crate) fn print_report(analysis: &Analysis, zero_pages: u64) {
         );
     }
     println!();
-    println!("{:<18} {:>12} {:>12} {:>8}", "class", "pages", "size", "share");
+    println!(
+        "{:<18} {:>12} {:>12} {:>8}",
+        "class", "pages", "size", "share"
+    );
     for (class, pages) in analysis.counts.iter() {
-        let mark = if ClassSet::DEFAULT_DROP.contains(class) { "*" } else { "" };
+        let mark = if ClassSet::DEFAULT_DROP.contains(class) {
+            "*"
+        } else {
+            ""
+        };
         println!(
             "{:<18} {:>12} {:>12} {:>8}",
             format!("{class}{mark}"),
@@ -168,7 +182,13 @@ pub(crate) fn print_report(analysis: &Analysis, zero_pages: u64) {
             percent(pages, total)
         );
     }
-    println!("{:<18} {:>12} {:>12} {:>8}", "total", count(total), bytes(total), "");
+    println!(
+        "{:<18} {:>12} {:>12} {:>8}",
+        "total",
+        count(total),
+        bytes(total),
+        ""
+    );
     let plan = default_plan(analysis);
     let dropped = plan.dropped_pages();
     println!();

@@ -53,11 +53,7 @@ pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-fn write(
-    args: &PruneArgs,
-    analysis: &Analysis,
-    plan: &PrunePlan,
-) -> Result<PruneStats, CliError> {
+fn write(args: &PruneArgs, analysis: &Analysis, plan: &PrunePlan) -> Result<PruneStats, CliError> {
     let bar = progress_bar("pruning", args.json);
     let mut progress = |done: u64, total: u64| {
         bar.set_length(total);
@@ -70,7 +66,9 @@ fn write(
             } else {
                 Overwrite::Refuse
             };
-            analysis.dump.prune_to(plan, out, overwrite, &mut progress)?
+            analysis
+                .dump
+                .prune_to(plan, out, overwrite, &mut progress)?
         }
         None => analysis.dump.prune_in_place(plan, &mut progress)?,
     };

@@ -126,7 +126,11 @@ impl ElfCore {
         }
         let machine = u16_at(data, 18).ok_or_else(short)?;
         if machine != EM_X86_64 && machine != EM_AARCH64 {
-            return Err(bad("a machine that is neither x86-64 nor arm64", 18, machine.into()));
+            return Err(bad(
+                "a machine that is neither x86-64 nor arm64",
+                18,
+                machine.into(),
+            ));
         }
         let table = u64_at(data, 32).ok_or_else(short)?;
         let size = u16_at(data, 54).ok_or_else(short)?;
@@ -137,8 +141,13 @@ impl ElfCore {
         let count = if count == PN_XNUM {
             let sections = u64_at(data, 40).ok_or_else(short)?;
             let at = sections.checked_add(44).filter(|_| sections != 0);
-            at.and_then(|at| u32_at(data, at))
-                .ok_or_else(|| bad("more segments than e_phnum holds, but no section 0", 40, sections))?
+            at.and_then(|at| u32_at(data, at)).ok_or_else(|| {
+                bad(
+                    "more segments than e_phnum holds, but no section 0",
+                    40,
+                    sections,
+                )
+            })?
         } else {
             count.into()
         };
@@ -156,10 +165,18 @@ impl ElfCore {
             let at = at.unwrap_or(table);
             let end = segment.offset.checked_add(segment.file_len);
             if segment.file_len > 0 && end.is_none_or(|end| end > len) {
-                return Err(bad("a segment beyond the end of the file: truncated", at, number));
+                return Err(bad(
+                    "a segment beyond the end of the file: truncated",
+                    at,
+                    number,
+                ));
             }
             if segment.kind == PT_LOAD && segment.file_len > segment.mem_len {
-                return Err(bad("a segment with more data than memory", at, segment.file_len));
+                return Err(bad(
+                    "a segment with more data than memory",
+                    at,
+                    segment.file_len,
+                ));
             }
             segments.push(segment);
         }
@@ -189,7 +206,12 @@ impl ElfCore {
             loads.sort_unstable_by_key(|(guest, _)| guest.start());
         } else if loads.len() > MAX_OVERLAPPING {
             let count = loads.len() as u64;
-            return Err(DumpError::malformed(path, "too many overlapping segments", 56, count));
+            return Err(DumpError::malformed(
+                path,
+                "too many overlapping segments",
+                56,
+                count,
+            ));
         }
         let mut extents: Vec<Extent> = Vec::new();
         for (guest, segment) in loads {
@@ -239,9 +261,10 @@ fn find_vmcoreinfo(data: &[u8], segments: &[Segment]) -> Option<(u64, u64)> {
         let mut at = notes.offset;
         // Each note has 12 bytes at least, so this ends.
         while at < end {
-            let (Some(name_len), Some(desc_len)) =
-                (u32_at(data, at), at.checked_add(4).and_then(|at| u32_at(data, at)))
-            else {
+            let (Some(name_len), Some(desc_len)) = (
+                u32_at(data, at),
+                at.checked_add(4).and_then(|at| u32_at(data, at)),
+            ) else {
                 break;
             };
             let name_at = at.checked_add(12)?;

@@ -156,7 +156,8 @@ mod tests {
     fn every_layout_splits_where_its_vmm_does() {
         let gib = |n: u64| n << 30;
         let mib = |n: u64| n << 20;
-        let table: [(&str, u64, &[(u64, u64)]); 10] = [
+        type Case<'a> = (&'a str, u64, &'a [(u64, u64)]);
+        let table: [Case<'_>; 10] = [
             ("pc", gib(3), &[(0, gib(3))]),
             ("pc", mib(3583), &[(0, mib(3583))]),
             ("pc", mib(3584), &[(0, gib(3)), (gib(4), mib(4608))]),
@@ -164,20 +165,41 @@ mod tests {
             ("q35", mib(2815), &[(0, mib(2815))]),
             ("q35", gib(4), &[(0, gib(2)), (gib(4), gib(6))]),
             ("firecracker", gib(3), &[(0, gib(3))]),
-            ("firecracker", gib(300), &[(0, gib(3)), (gib(4), gib(256)), (gib(512), gib(557))]),
-            ("firecracker-old", gib(4), &[(0, mib(3328)), (gib(4), mib(4864))]),
+            (
+                "firecracker",
+                gib(300),
+                &[(0, gib(3)), (gib(4), gib(256)), (gib(512), gib(557))],
+            ),
+            (
+                "firecracker-old",
+                gib(4),
+                &[(0, mib(3328)), (gib(4), mib(4864))],
+            ),
             ("0-1G,0x80000000-3G", 0, &[(0, gib(1)), (gib(2), gib(3))]),
         ];
         for (name, len, want) in table {
             let spec: LayoutSpec = name.parse().unwrap();
-            let got: Vec<_> = spec.ranges(len).iter().map(|r| (r.start().raw(), r.end().raw())).collect();
+            let got: Vec<_> = spec
+                .ranges(len)
+                .iter()
+                .map(|r| (r.start().raw(), r.end().raw()))
+                .collect();
             assert_eq!(got, want, "{name} {len:#x}");
         }
     }
 
     #[test]
     fn refuses_what_is_no_layout() {
-        for text in ["", "pcx", "1-", "2G-1G", "0-0", "0-2G,1G-3G", "0-99999999999999T", "-"] {
+        for text in [
+            "",
+            "pcx",
+            "1-",
+            "2G-1G",
+            "0-0",
+            "0-2G,1G-3G",
+            "0-99999999999999T",
+            "-",
+        ] {
             assert!(text.parse::<LayoutSpec>().is_err(), "{text}");
         }
         let spec: LayoutSpec = "0-64K,1M-2M".parse().unwrap();

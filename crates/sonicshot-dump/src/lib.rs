@@ -52,17 +52,41 @@ enum Opener {
 /// How each format begins: offset, bytes.
 const FORMATS: &[(usize, &[u8], Opener)] = &[
     (0, b"\x7fELF", Opener::ElfCore),
-    (0, b"QEVM", Opener::NotYet("a QEMU migration stream or mapped-ram file")),
-    (0, b"LibvirtQemudSave", Opener::NotYet("a libvirt save image")),
-    (0, b"LibvirtQemudPart", Opener::NotYet("an unfinished libvirt save image")),
+    (
+        0,
+        b"QEVM",
+        Opener::NotYet("a QEMU migration stream or mapped-ram file"),
+    ),
+    (
+        0,
+        b"LibvirtQemudSave",
+        Opener::NotYet("a libvirt save image"),
+    ),
+    (
+        0,
+        b"LibvirtQemudPart",
+        Opener::NotYet("an unfinished libvirt save image"),
+    ),
     (0, b"KDUMP   ", Opener::NotYet("a kdump-compressed dump")),
-    (0, b"makedumpfile", Opener::NotYet("a flattened kdump-compressed dump")),
+    (
+        0,
+        b"makedumpfile",
+        Opener::NotYet("a flattened kdump-compressed dump"),
+    ),
     (0, &[0x45, 0x4d, 0x69, 0x4c], Opener::NotYet("a LiME dump")),
     (0, &[0x41, 0x56, 0x4d, 0x4c], Opener::NotYet("an AVML dump")),
     (0, b"Xen saved domain", Opener::NotYet("an xl save image")),
-    (0, &[0x28, 0xb5, 0x2f, 0xfd], Opener::NotYet("compressed with zstd")),
+    (
+        0,
+        &[0x28, 0xb5, 0x2f, 0xfd],
+        Opener::NotYet("compressed with zstd"),
+    ),
     (0, &[0x1f, 0x8b], Opener::NotYet("compressed with gzip")),
-    (0, &[0xfd, b'7', b'z', b'X', b'Z', 0], Opener::NotYet("compressed with xz")),
+    (
+        0,
+        &[0xfd, b'7', b'z', b'X', b'Z', 0],
+        Opener::NotYet("compressed with xz"),
+    ),
 ];
 
 impl Dump {

@@ -1,6 +1,6 @@
 //! Writes a dump without its dropped pages, or takes them out of the file itself.
 
-use crate::elf_core::{ElfCore, HEADER_LEN, PT_LOAD, PT_NOTE, SEGMENT_LEN, Segment};
+use crate::elf_core::{ElfCore, HEADER_LEN, PT_LOAD, SEGMENT_LEN, Segment};
 use crate::mapped::MappedDump;
 use crate::output::{Output, Overwrite};
 use crate::{Dump, DumpError, Format};
@@ -276,26 +276,22 @@ fn split(segment: &Segment, plan: &PrunePlan, pieces: &mut Vec<Piece>) {
         });
         return;
     };
-    let kept: Vec<_> = plan.kept_in(filled).collect();
-    let mut starts: Vec<Gpa> = kept.iter().map(GpaRange::start).collect();
+    let mut kept: Vec<_> = plan.kept_in(filled).collect();
     // What is dropped at the very start belongs to a piece without data.
-    if starts.first() != Some(&guest.start()) {
-        starts.insert(0, guest.start());
+    if kept.first().map(GpaRange::start) != Some(guest.start()) {
+        kept.insert(0, GpaRange::new(guest.start(), guest.start()));
     }
-    for (index, start) in starts.iter().enumerate() {
-        let next = starts.get(index.saturating_add(1)).copied();
-        let end = next.unwrap_or(guest.end());
-        let data = kept
-            .iter()
-            .find(|kept| kept.start() == *start)
-            .map_or(0, GpaRange::len);
+    for (index, data) in kept.iter().enumerate() {
+        let next = kept.get(index.saturating_add(1));
+        let end = next.map_or(guest.end(), GpaRange::start);
+        let start = data.start();
         let inside = start.offset_from(guest.start()).unwrap_or(0);
         pieces.push(Piece {
             segment: Segment {
                 vaddr: segment.vaddr.wrapping_add(inside),
                 paddr: start.raw(),
-                file_len: data,
-                mem_len: end.offset_from(*start).unwrap_or(0),
+                file_len: data.len(),
+                mem_len: end.offset_from(start).unwrap_or(0),
                 ..*segment
             },
             from: segment.offset.saturating_add(inside),
@@ -305,12 +301,11 @@ fn split(segment: &Segment, plan: &PrunePlan, pieces: &mut Vec<Piece>) {
 
 /// Joins the pieces with the smallest gaps between them until there are few enough. What was
 /// dropped in such a gap becomes a hole in the file, which reads as zero too.
-fn join_smallest_gaps(pieces: Vec<Piece>, plan: &PrunePlan) -> (Vec<Piece>, u64) {
+fn join_smallest_gaps(pieces: Vec<Piece>) -> Vec<Piece> {
     let excess = pieces.len().saturating_sub(MAX_SEGMENTS);
     if excess == 0 {
-        return (pieces, 0);
+        return pieces;
     }
-    let _ = plan;
     let gap = |a: &Piece, b: &Piece| -> Option<u64> {
         let is_next = a.segment.kind == PT_LOAD
             && b.segment.kind == PT_LOAD
@@ -332,7 +327,6 @@ fn join_smallest_gaps(pieces: Vec<Piece>, plan: &PrunePlan) -> (Vec<Piece>, u64)
         .unwrap_or(0);
     let mut left = excess;
     let mut joined: Vec<Piece> = Vec::new();
-    let mut kept_bytes = 0_u64;
     for piece in pieces {
         if let Some(last) = joined.last_mut()
             && left > 0
@@ -342,12 +336,11 @@ fn join_smallest_gaps(pieces: Vec<Piece>, plan: &PrunePlan) -> (Vec<Piece>, u64)
             last.segment.file_len = last.segment.mem_len.saturating_add(piece.segment.file_len);
             last.segment.mem_len = last.segment.mem_len.saturating_add(piece.segment.mem_len);
             left = left.saturating_sub(1);
-            kept_bytes = kept_bytes.saturating_add(gap);
             continue;
         }
         joined.push(piece);
     }
-    (joined, kept_bytes)
+    joined
 }
 
 /// Writes a core with the kept pages; returns how many stretches and bytes were dropped.
@@ -372,7 +365,7 @@ fn copy_elf(
         }
         split(segment, plan, &mut pieces);
     }
-    let (mut pieces, joined) = join_smallest_gaps(pieces, plan);
+    let mut pieces = join_smallest_gaps(pieces);
     if pieces.len() > MAX_SEGMENTS {
         return Err(DumpError::CannotPrune {
             path: dump.path().into(),
@@ -408,7 +401,14 @@ fn copy_elf(
         let to = piece.segment.offset;
         let filled = GpaRange::with_len(Gpa::new(piece.segment.paddr), piece.segment.file_len);
         let Some(filled) = filled.filter(|_| piece.segment.guest().is_some()) else {
-            copy(dump, output, piece.from, to, piece.segment.file_len, &mut count)?;
+            copy(
+                dump,
+                output,
+                piece.from,
+                to,
+                piece.segment.file_len,
+                &mut count,
+            )?;
             continue;
         };
         // Where pieces were joined, dropped pages lie inside: they are passed over.
@@ -418,7 +418,6 @@ fn copy_elf(
             copy(dump, output, from, to, kept.len(), &mut count)?;
         }
     }
-    let _ = (joined, PT_NOTE);
     Ok((runs, dropped))
 }
 

@@ -22,6 +22,7 @@ const MAX_VMCOREINFO: usize = 4096;
 const MAX_CANDIDATES: usize = 64;
 /// How much is mapped at a time while searching.
 const WINDOW: u64 = 2 << 20;
+const _: () = assert!(WINDOW.is_power_of_two());
 
 /// A kernel that was found, with its page tables confirmed.
 #[derive(Debug)]
@@ -82,7 +83,7 @@ fn search(
     for region in memory.layout().regions().iter().rev() {
         let mut end = region.end();
         while end > region.start() {
-            let start = Gpa::new(end.raw().saturating_sub(1) / WINDOW * WINDOW).max(region.start());
+            let start = Gpa::new(end.raw().saturating_sub(1) & !(WINDOW - 1)).max(region.start());
             let window = GpaRange::new(start, end);
             end = start;
             let is_data = memory
@@ -138,7 +139,9 @@ fn confirm<'m>(
         })
     };
     if info.number("VA_BITS").is_some() {
-        return Err(unsupported("an arm64 guest: only x86-64 is supported so far"));
+        return Err(unsupported(
+            "an arm64 guest: only x86-64 is supported so far",
+        ));
     }
     if info.number("sme_mask").is_some_and(|mask| mask != 0) {
         return Err(unsupported("a guest with encrypted memory (SME, SEV)"));
@@ -194,10 +197,7 @@ fn confirm<'m>(
 }
 
 /// The virtual addresses of the kernel's image, from its start as far as it is mapped.
-pub(crate) fn image_range(
-    space: &AddressSpace<'_>,
-    stext: KernelVa,
-) -> (KernelVa, KernelVa) {
+pub(crate) fn image_range(space: &AddressSpace<'_>, stext: KernelVa) -> (KernelVa, KernelVa) {
     /// The image has unmapped gaps between its sections, of up to one large page each.
     const LARGEST_GAP: u64 = 8 << 20;
     let page = PageSize::SIZE_4K.bytes();

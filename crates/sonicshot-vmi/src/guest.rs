@@ -188,18 +188,25 @@ impl<'m> LinuxGuest<'m> {
                 .unwrap_or_else(|| self.kernel.release.clone())
         };
         let info = self.kernel.vmcoreinfo.as_ref();
-        let hex = |id: &[u8]| id.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let hex = |id: &[u8]| {
+            id.iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect::<String>()
+        };
         for source in self.kernel.sources().iter().take(files) {
             let wrong = |file: String, guest: String| VmiError::WrongKernel {
                 origin: source.origin().to_owned(),
                 file,
                 guest,
             };
-            if let (Some(file), Some(guest)) =
-                (source.build_id(), info.and_then(symbols::Vmcoreinfo::build_id))
-                && file != guest
+            if let (Some(file), Some(guest)) = (
+                source.build_id(),
+                info.and_then(symbols::Vmcoreinfo::build_id),
+            ) && file != guest
             {
-                let name = source.banner().map_or_else(String::new, |b| format!("{} ", b.trim()));
+                let name = source
+                    .banner()
+                    .map_or_else(String::new, |b| format!("{} ", b.trim()));
                 return Err(wrong(
                     format!("{name}(build-id {})", hex(file)),
                     format!("{} (build-id {})", guest_name(), hex(guest)),
@@ -211,7 +218,13 @@ impl<'m> LinuxGuest<'m> {
                 return Err(wrong(file.trim().to_owned(), guest.clone()));
             }
             // A System.map carries no version: its addresses must be the guest's.
-            for name in ["swapper_pg_dir", "_stext", "init_uts_ns", "node_data", "linux_banner"] {
+            for name in [
+                "swapper_pg_dir",
+                "_stext",
+                "init_uts_ns",
+                "node_data",
+                "linux_banner",
+            ] {
                 let Some(file) = self.kernel.symbol_by(source.as_ref(), name)? else {
                     continue;
                 };
@@ -366,7 +379,9 @@ impl<'m> LinuxGuest<'m> {
         let memory = self.kernel.space.memory();
         let (mut looked, mut with_pattern, mut zero) = (0_u32, 0_u32, 0_u32);
         let mut page = vec![0; usize::try_from(self.page_size.bytes()).unwrap_or(4096)];
-        let free = map.runs().filter(|(_, class)| *class == PageClass::FreeBuddy);
+        let free = map
+            .runs()
+            .filter(|(_, class)| *class == PageClass::FreeBuddy);
         for (frames, _) in free.take(4096) {
             let Some(at) = frames.start().gpa(self.page_size) else {
                 continue;

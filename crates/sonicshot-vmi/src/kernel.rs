@@ -1,9 +1,9 @@
 //! The kernel's symbols and types from all sources together.
 
+use crate::VirtualMemory;
 use crate::error::VmiError;
 use crate::symbols::{Member, SymbolBase, SymbolSource, Vmcoreinfo};
 use crate::{AddressSpace, KernelVa};
-use crate::VirtualMemory;
 
 /// All sources of symbols of one running kernel, in order of precedence, and its memory.
 #[derive(Debug)]

@@ -1,6 +1,8 @@
 //! Pages whose every byte is zero.
 
-use sonicshot::{GpaRange, GuestBytes, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn};
+use sonicshot::{
+    GpaRange, GuestBytes, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn,
+};
 use std::num::NonZeroUsize;
 use std::sync::Mutex;
 use std::thread;
@@ -40,10 +42,7 @@ pub fn mark_zero_pages(memory: &dyn GuestMemory, map: &mut PageMap) -> Result<()
 ///
 /// # Errors
 /// [`MemoryError`] if a page cannot be read.
-pub fn count_zero_pages(
-    memory: &dyn GuestMemory,
-    map: &PageMap,
-) -> Result<u64, MemoryError> {
+pub fn count_zero_pages(memory: &dyn GuestMemory, map: &PageMap) -> Result<u64, MemoryError> {
     let mut pieces = Vec::new();
     for (frames, classes) in map.regions() {
         let starts = (frames.start().raw()..).step_by(PIECE);
@@ -56,9 +55,15 @@ pub fn count_zero_pages(
             .map(|class| *class != PageClass::HwPoison)
             .collect();
         let mut zero = 0_u64;
-        zero_frames(memory, map.page_size(), Pfn::new(start), &wanted, &mut |_| {
-            zero = zero.saturating_add(1);
-        })?;
+        zero_frames(
+            memory,
+            map.page_size(),
+            Pfn::new(start),
+            &wanted,
+            &mut |_| {
+                zero = zero.saturating_add(1);
+            },
+        )?;
         if let Ok(mut total) = total.lock() {
             *total = total.saturating_add(zero);
         }
@@ -101,7 +106,9 @@ fn in_parallel<T: Send, E: Send>(
         let mut result = run();
         for other in others {
             // A thread that panicked has a bug; its panic goes on here.
-            let theirs = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let theirs = other
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             result = result.and(theirs);
         }
         result

@@ -110,7 +110,11 @@ impl<'a> GuestBytes<'a> {
         }
         // SAFETY: `offset <= len`, so the pointer stays inside (or one past) the stretch.
         let start = unsafe { self.start.add(offset) };
-        Some(Self { start, len, ..*self })
+        Some(Self {
+            start,
+            len,
+            ..*self
+        })
     }
 
     read_int!(u16_at, u16, 2);
@@ -157,7 +161,9 @@ impl<'a> GuestBytes<'a> {
         {
             let mut difference = 0;
             for lane in 0..8_usize {
-                difference |= self.u64_at(offset | (lane << 3)).map_or(u64::MAX, |v| v ^ word);
+                difference |= self
+                    .u64_at(offset | (lane << 3))
+                    .map_or(u64::MAX, |v| v ^ word);
             }
             if difference != 0 {
                 return false;

@@ -190,7 +190,14 @@ fn walk_lists(
         check_counters(zone, zones, &blocks, &mut report, &mut wrong);
         if zones.no_pcp.is_none() {
             walk_pcp(
-                kernel, mem_map, zones, zone, lru, &mut frames_left, &mut marks, &mut report,
+                kernel,
+                mem_map,
+                zones,
+                zone,
+                lru,
+                &mut frames_left,
+                &mut marks,
+                &mut report,
                 &mut wrong,
             )?;
         }
@@ -325,10 +332,11 @@ fn check_counters(
     // block of the largest order (or one batch for a per-CPU list, which is smaller). Beside
     // that, a processor that folds its delta into the zone (`refresh_cpu_vm_stats`) has it in a
     // register: at most 127, the range of the delta's type.
-    let bound = zones
-        .cpus()
-        .saturating_mul(127)
-        .saturating_add(1_u64.checked_shl(u32::try_from(zones.max_order()).unwrap_or(0)).unwrap_or(0));
+    let bound = zones.cpus().saturating_mul(127).saturating_add(
+        1_u64
+            .checked_shl(u32::try_from(zones.max_order()).unwrap_or(0))
+            .unwrap_or(0),
+    );
     let listed = i64::try_from(report.listed.saturating_sub(report.isolated)).unwrap_or(i64::MAX);
     if listed.abs_diff(report.counter) > bound {
         wrong.fatal = true;
@@ -410,7 +418,7 @@ pub(crate) fn scan(
     })
 }
 
-/// The struct pages themselves are in use, whatever they say: with memmap_on_memory an offline
+/// The struct pages themselves are in use, whatever they say: with `memmap_on_memory` an offline
 /// section holds its own.
 fn keep_mem_map(mem_map: &MemMap<'_>, map: &mut PageMap, wrong: &mut Disagreements) {
     let page_size = mem_map.page_size;
@@ -583,13 +591,18 @@ impl Scanner<'_, '_> {
                     return Ok(PageClass::FreePcp);
                 }
                 self.wrong.block(|| {
-                    format!("frame {pfn} is on a per-CPU free list, but its struct page shows a user")
+                    format!(
+                        "frame {pfn} is on a per-CPU free list, but its struct page shows a user"
+                    )
                 });
                 return Ok(PageClass::Unknown);
             }
             Some(FreeMark::None) if mark & LISTED != 0 => {
                 self.wrong.block(|| {
-                    format!("frame {pfn} is {}, but has no mark of a free block", describe_mark(mark))
+                    format!(
+                        "frame {pfn} is {}, but has no mark of a free block",
+                        describe_mark(mark)
+                    )
                 });
                 return Ok(PageClass::Unknown);
             }

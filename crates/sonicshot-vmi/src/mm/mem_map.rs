@@ -3,9 +3,9 @@
 //! Sources: `include/linux/mmzone.h` (`struct mem_section`, `section_mem_map`),
 //! `mm/sparse.c`, `include/asm-generic/memory_model.h`.
 
+use crate::KernelVa;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
-use crate::KernelVa;
 use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MAX_MAP, Mapped, PageSize, Pfn, PfnRange};
 
 /// A kernel with more sections than this has more than 8 PiB of RAM.
@@ -140,13 +140,6 @@ impl<'m> MemMap<'m> {
         self.chunks
             .iter()
             .filter_map(|chunk| GpaRange::with_len(chunk.gpa, chunk.len))
-    }
-
-    /// How many bytes of struct pages there are.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.chunks
-            .iter()
-            .fold(0, |sum, chunk| sum.saturating_add(chunk.len))
     }
 
     /// Where the `struct page` of `pfn` is.
@@ -316,7 +309,7 @@ impl SectionBits {
 
 /// The pointer array or section array that `mem_section` is.
 enum Sections {
-    /// SPARSEMEM_EXTREME: roots of one page each, allocated as needed.
+    /// `SPARSEMEM_EXTREME`: roots of one page each, allocated as needed.
     Roots { roots: KernelVa, per_root: u64 },
     /// One static array.
     Flat(KernelVa),
@@ -331,7 +324,7 @@ impl Sections {
     ) -> Result<Self, VmiError> {
         let per_root = page_size.bytes().checked_div(section_size).unwrap_or(0);
         // VMCOREINFO gives the array itself under the name; symbol tables give the address of
-        // the variable, which since 4.15 is a pointer to the array under SPARSEMEM_EXTREME.
+        // the variable, which since 4.15 is a pointer to the array under `SPARSEMEM_EXTREME`.
         let info = kernel.vmcoreinfo.as_ref();
         let array = info.and_then(|info| info.symbol("mem_section"));
         let array_len = info.and_then(|info| info.length("mem_section"));
@@ -380,7 +373,8 @@ impl Sections {
         match *self {
             Self::Flat(at) => element("mem_section", at, nr, section_size, 0).map(Some),
             Self::Roots { roots, per_root } => {
-                let (Some(root), Some(index)) = (nr.checked_div(per_root), nr.checked_rem(per_root))
+                let (Some(root), Some(index)) =
+                    (nr.checked_div(per_root), nr.checked_rem(per_root))
                 else {
                     return Ok(None);
                 };
@@ -430,7 +424,10 @@ fn sparse_spans(
         let end = region.end().raw().div_ceil(frames_per_section);
         if end > nr_sections.min(MAX_SECTIONS) {
             return Err(VmiError::Unsupported {
-                what: format!("RAM up to frame {} with 2^{max_bits} bytes of memory", region.end()),
+                what: format!(
+                    "RAM up to frame {} with 2^{max_bits} bytes of memory",
+                    region.end()
+                ),
             });
         }
         for nr in first..end {
@@ -447,8 +444,8 @@ fn sparse_spans(
             }
             let online = coded & bits.online != 0;
             let start = Pfn::new(nr << frame_bits);
-            let frames = PfnRange::with_len(start, frames_per_section)
-                .ok_or(corrupt_section(at, coded))?;
+            let frames =
+                PfnRange::with_len(start, frames_per_section).ok_or(corrupt_section(at, coded))?;
             // The low bits are flags. Section starts are multiples of 2^15 frames and the
             // array is page aligned, so the address has its low 12 bits clear.
             let base = KernelVa::new(coded & !0xfff);
@@ -464,7 +461,9 @@ fn sparse_spans(
                         "mem_section.usage",
                         element("mem_section", at, 0, 0, usage.offset)?,
                     )?;
-                    add_subsections(kernel, usage_at, frames, mem_map, stride, online, &mut spans)?;
+                    add_subsections(
+                        kernel, usage_at, frames, mem_map, stride, online, &mut spans,
+                    )?;
                 }
                 _ => add_span(
                     &mut spans,
@@ -507,7 +506,10 @@ fn add_subsections(
     let map = element("subsection_map", usage, 0, 0, offset)?;
     let count = frames.len().div_ceil(FRAMES);
     for word in 0..count.div_ceil(64) {
-        let bits = kernel.read_u64("subsection_map", element("subsection_map", map, word, 8, 0)?)?;
+        let bits = kernel.read_u64(
+            "subsection_map",
+            element("subsection_map", map, word, 8, 0)?,
+        )?;
         for bit in 0..64_u64 {
             let index = word.saturating_mul(64).saturating_add(bit);
             if index >= count || bits & (1 << bit) == 0 {

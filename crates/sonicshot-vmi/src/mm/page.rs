@@ -168,11 +168,7 @@ impl PageLayout {
     }
 
     /// If this is a tail page, where its head's `struct page` is; `at` is the page's own.
-    pub(crate) fn head_of(
-        &self,
-        page: &GuestBytes<'_>,
-        at: KernelVa,
-    ) -> Option<KernelVa> {
+    pub(crate) fn head_of(&self, page: &GuestBytes<'_>, at: KernelVa) -> Option<KernelVa> {
         let info = page.u64_at(self.compound)?;
         if info & 1 == 0 {
             return None;
@@ -284,7 +280,11 @@ impl PageLayout {
             } => {
                 let aligned = offset & !7;
                 let shift = u32::try_from(offset.saturating_sub(aligned).saturating_mul(8));
-                let mask = if size >= 8 { u64::MAX } else { (1_u64 << ((size & 7) << 3)).wrapping_sub(1) };
+                let mask = if size >= 8 {
+                    u64::MAX
+                } else {
+                    (1_u64 << ((size & 7) << 3)).wrapping_sub(1)
+                };
                 is_head
                     && read(aligned).zip(shift.ok()).is_some_and(|(word, shift)| {
                         word.checked_shr(shift).unwrap_or(0) & mask == value
@@ -374,11 +374,7 @@ impl PageTypes {
             });
         }
         let buddy = from_info("BUDDY")?.map_or_else(
-            || {
-                kernel
-                    .need_constant("PAGE_BUDDY_MAPCOUNT_VALUE")
-                    .map(|_| 0)
-            },
+            || kernel.need_constant("PAGE_BUDDY_MAPCOUNT_VALUE").map(|_| 0),
             Ok,
         )?;
         if buddy >> 24 == 0xf0 {

@@ -52,8 +52,6 @@ pub(crate) struct Zone {
     pub counter: i64,
     /// Pages that the counter has and the lists have not: unaccepted memory.
     pub unaccepted: i64,
-    /// How many processors' deltas could be added.
-    pub cpus_counted: u64,
     /// Where the per-CPU pages are, as the zone's `__percpu` pointer.
     pageset: KernelVa,
 }
@@ -396,7 +394,6 @@ fn read_zone(
         Some(index) => stat(index)?,
         None => 0,
     };
-    let mut cpus_counted = 0_u64;
     if let Some(diffs) = diffs {
         let base = kernel.read_ptr("zone's per-CPU counters", field(diffs.pointer)?)?;
         for offset in cpu_offsets {
@@ -416,7 +413,6 @@ fn read_zone(
             if let Some(index) = layout.nr_unaccepted {
                 unaccepted = unaccepted.saturating_add(diff(index)?);
             }
-            cpus_counted = cpus_counted.saturating_add(1);
         }
     }
     let pageset = kernel
@@ -431,7 +427,6 @@ fn read_zone(
         nr_free,
         counter,
         unaccepted,
-        cpus_counted,
         pageset,
     }))
 }

@@ -62,8 +62,8 @@ impl Paging for X86_64 {
 #[cfg(test)]
 mod tests {
     use super::X86_64;
-    use crate::paging::{Paging, Translation};
     use crate::KernelVa;
+    use crate::paging::{Paging, Translation};
     use sonicshot::{Gpa, GuestBytes, MappedRegions};
 
     /// Page tables from `(table, index, entry)` lines in 64 KiB of memory.
@@ -94,7 +94,10 @@ mod tests {
             (0x3000, 1, 0x0120_00e3),
             (0x2000, 511, 0x8000_00e3),
         ]);
-        assert_eq!(translate(&ram, false, 0xffff_ffff_8000_5008), Some((0x9_a008, 0xff8)));
+        assert_eq!(
+            translate(&ram, false, 0xffff_ffff_8000_5008),
+            Some((0x9_a008, 0xff8))
+        );
         assert_eq!(
             translate(&ram, false, 0xffff_ffff_8020_1234),
             Some((0x0120_1234, 0x20_0000 - 0x1234))
@@ -115,7 +118,10 @@ mod tests {
             (0x3000, 0x2, 0x1_4000_00e3),
         ]);
         let va = 0xff00_0000_0000_0000 | (0x111 << 48) | (0x1 << 39) | (0x2 << 30) | 0x77;
-        assert_eq!(translate(&ram, true, va), Some((0x1_4000_0077, 0x4000_0000 - 0x77)));
+        assert_eq!(
+            translate(&ram, true, va),
+            Some((0x1_4000_0077, 0x4000_0000 - 0x77))
+        );
     }
 
     #[test]

@@ -99,7 +99,11 @@ impl Btf {
             .get(strings_at, strings_len)
             .ok_or_else(|| malformed("strings beyond the end", strings_at, strings_len as u64))?;
         if strings.first() != Some(&0) || strings.last() != Some(&0) {
-            return Err(malformed("strings that are not NUL-terminated", strings_at, 0));
+            return Err(malformed(
+                "strings that are not NUL-terminated",
+                strings_at,
+                0,
+            ));
         }
         let types = data
             .get(types_at, types_len)
@@ -482,7 +486,11 @@ mod tests {
         b.ty("", 3, 0, 0, 0, &[7, 1, 5]); // 8
         let (flags, arr, bit) = (b.name("flags"), b.name("arr"), b.name("bit"));
         b.ty(
-            "page", 4, 4, 1, 80,
+            "page",
+            4,
+            4,
+            1,
+            80,
             &[flags, 1, 0, 0, 5, 64, arr, 8, 256, bit, 1, 1 << 24 | 579],
         ); // 9
         let (a, m) = (b.name("PG_a"), b.name("MINUS"));

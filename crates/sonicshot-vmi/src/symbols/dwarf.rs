@@ -12,7 +12,6 @@ use gimli::{
     Unit, UnitOffset,
 };
 use std::collections::HashMap;
-use std::sync::Arc;
 
 /// Types that a unit must define to be believed to define them all.
 const ANCHORS: [&str; 4] = ["page", "zone", "pglist_data", "mem_section"];
@@ -45,7 +44,10 @@ struct Field {
 #[derive(Debug, Clone)]
 enum Shape {
     Structure(Structure),
-    Array { element: Option<usize>, len: Option<u64> },
+    Array {
+        element: Option<usize>,
+        len: Option<u64>,
+    },
     /// A typedef or qualifier.
     Alias(Option<usize>),
     Sized(u64),
@@ -67,7 +69,7 @@ impl Dwarf {
     /// Walks as many units of the file as it takes; `None` if the file has no DWARF.
     pub(crate) fn new(
         origin: String,
-        file: Arc<MappedFile>,
+        file: &MappedFile,
         section: FindSection<'_>,
     ) -> Result<Option<Self>, SymbolError> {
         if section(".debug_info").is_none() {
@@ -299,9 +301,8 @@ impl Walk {
                         parent.and_then(|parent| self.shapes.get_mut(&parent))
                         && len.is_none()
                     {
-                        *len = unsigned(entry, gimli::DW_AT_count).or_else(|| {
-                            unsigned(entry, gimli::DW_AT_upper_bound)?.checked_add(1)
-                        });
+                        *len = unsigned(entry, gimli::DW_AT_count)
+                            .or_else(|| unsigned(entry, gimli::DW_AT_upper_bound)?.checked_add(1));
                     }
                 }
                 gimli::DW_TAG_enumeration_type => {

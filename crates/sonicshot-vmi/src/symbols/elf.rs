@@ -96,11 +96,21 @@ impl Vmlinux {
         let head: &[u8; header64::SIZEOF_EHDR] = data
             .get(0, header64::SIZEOF_EHDR)
             .and_then(|head| head.try_into().ok())
-            .ok_or_else(|| malformed("a file too short for an ELF header", 0, file.bytes().len() as u64))?;
+            .ok_or_else(|| {
+                malformed(
+                    "a file too short for an ELF header",
+                    0,
+                    file.bytes().len() as u64,
+                )
+            })?;
         let header = header64::Header::from_bytes(head);
         // Class 64-bit, data little-endian.
         if head.get(4..6) != Some(&[2, 1]) {
-            return Err(malformed("no little-endian ELF64 file", 4, u64::from(head[4])));
+            return Err(malformed(
+                "no little-endian ELF64 file",
+                4,
+                u64::from(head[4]),
+            ));
         }
         let count = usize::from(header.e_shnum);
         let table = usize::try_from(header.e_shoff).unwrap_or(usize::MAX);
@@ -114,7 +124,11 @@ impl Vmlinux {
                 .and_then(|offset| table.checked_add(offset));
             let section = at.and_then(|at| Section::read(data, at));
             sections.push(section.ok_or_else(|| {
-                malformed("a section header beyond the end", header.e_shoff, number as u64)
+                malformed(
+                    "a section header beyond the end",
+                    header.e_shoff,
+                    number as u64,
+                )
             })?);
         }
         let names_section = usize::from(header.e_shstrndx);
@@ -244,7 +258,7 @@ impl Vmlinux {
                     .map_err(|error| error.to_string());
             }
             let section = |name: &str| self.section(name);
-            Dwarf::new(self.origin.clone(), Arc::clone(&self.file), &section)
+            Dwarf::new(self.origin.clone(), &self.file, &section)
                 .map(|dwarf| dwarf.map(Types::Dwarf))
                 .map_err(|error| error.to_string())
         });

@@ -16,6 +16,8 @@ const MAX_SYMBOLS: u32 = 1 << 21;
 const MAX_NAME: usize = 512;
 /// 256 tokens, each a part of a name.
 const MAX_TOKEN_TABLE: usize = 8 << 10;
+/// What the names behind the last marker take at most.
+const LAST_NAMES: u64 = 256 * (MAX_NAME as u64 + 2);
 const MAX_NAMES_LEN: usize = 64 << 20;
 
 /// How an entry of `kallsyms_offsets` becomes an address.
@@ -138,7 +140,11 @@ impl Kallsyms {
         info: &Vmcoreinfo,
     ) -> Result<Self, SymbolError> {
         if tables.count == 0 || tables.count > MAX_SYMBOLS {
-            return Err(malformed("a number of symbols", tables.names.raw(), tables.count.into()));
+            return Err(malformed(
+                "a number of symbols",
+                tables.names.raw(),
+                tables.count.into(),
+            ));
         }
         let tokens = Tokens::read(memory, tables)?;
         let (names, ends) = expand_names(memory, tables, &tokens)?;
@@ -178,9 +184,9 @@ impl SymbolSource for Kallsyms {
     }
 
     fn symbol(&self, name: &str) -> Result<Option<KernelVa>, SymbolError> {
-        let number = self
-            .index
-            .find(name.as_bytes(), |number| name_at(&self.names, &self.ends, number));
+        let number = self.index.find(name.as_bytes(), |number| {
+            name_at(&self.names, &self.ends, number)
+        });
         Ok(number
             .and_then(|number| self.addresses.get(usize::try_from(number).ok()?))
             .map(|at| KernelVa::new(*at)))
@@ -205,9 +211,13 @@ struct Tokens {
 impl Tokens {
     fn read(memory: &dyn VirtualMemory, tables: &Tables) -> Result<Self, SymbolError> {
         let mut index = [0; 512];
-        memory
-            .read(tables.token_index, &mut index)
-            .map_err(|_| malformed("a token index that is not mapped", tables.token_index.raw(), 0))?;
+        memory.read(tables.token_index, &mut index).map_err(|_| {
+            malformed(
+                "a token index that is not mapped",
+                tables.token_index.raw(),
+                0,
+            )
+        })?;
         let mut table = vec![0; MAX_TOKEN_TABLE];
         read_what_is_mapped(memory, tables.tokens, &mut table);
         Self::new(&index, table)
@@ -308,7 +318,11 @@ fn expand_names(
     let mut ends = Vec::with_capacity(count);
     let mut reader = Reader::new(memory, tables.names);
     let cut = |offset: usize| {
-        malformed("names that are cut off", tables.names.raw().saturating_add(offset as u64), 0)
+        malformed(
+            "names that are cut off",
+            tables.names.raw().saturating_add(offset as u64),
+            0,
+        )
     };
     for _ in 0..tables.count {
         let at = reader.taken;
@@ -367,10 +381,16 @@ fn read_addresses(
     find: impl Fn(&str) -> Option<u32>,
 ) -> Result<Vec<u64>, SymbolError> {
     let width = if tables.absolute { 8 } else { 4 };
-    let len = usize::try_from(tables.count).unwrap_or(0).saturating_mul(width);
+    let len = usize::try_from(tables.count)
+        .unwrap_or(0)
+        .saturating_mul(width);
     let mut table = vec![0; len];
     if read_what_is_mapped(memory, tables.offsets, &mut table) < len {
-        return Err(malformed("offsets that are not mapped", tables.offsets.raw(), len as u64));
+        return Err(malformed(
+            "offsets that are not mapped",
+            tables.offsets.raw(),
+            len as u64,
+        ));
     }
     let table = Bytes(&table);
     let address = |scheme: Scheme, number: u32| -> Option<u64> {
@@ -398,7 +418,13 @@ fn read_addresses(
     for scheme in schemes {
         let mut agreed = 0_u32;
         let mut wrong = 0_u32;
-        for name in ["_stext", "swapper_pg_dir", "init_uts_ns", "node_data", "init_top_pgt"] {
+        for name in [
+            "_stext",
+            "swapper_pg_dir",
+            "init_uts_ns",
+            "node_data",
+            "init_top_pgt",
+        ] {
             if let Some(told) = info.symbol(name)
                 && let Some(number) = find(name)
             {
@@ -415,7 +441,11 @@ fn read_addresses(
                 .collect());
         }
     }
-    Err(malformed("addresses that VMCOREINFO contradicts", tables.offsets.raw(), 0))
+    Err(malformed(
+        "addresses that VMCOREINFO contradicts",
+        tables.offsets.raw(),
+        0,
+    ))
 }
 
 /// The tables whose token table holds the ten digits at `digits`, if they are.
@@ -441,7 +471,11 @@ fn tables_around(memory: &dyn VirtualMemory, digits: KernelVa) -> Option<Tables>
         read_what_is_mapped(memory, tokens, &mut table);
         let mut end = 0_usize;
         for _ in 0..256 {
-            end = Bytes(&table).c_str(end)?.len().checked_add(end)?.checked_add(1)?;
+            end = Bytes(&table)
+                .c_str(end)?
+                .len()
+                .checked_add(end)?
+                .checked_add(1)?;
         }
         let token_index = tokens.checked_add((end as u64).checked_next_multiple_of(8)?)?;
         let mut index = [0; 512];
@@ -487,7 +521,7 @@ fn tables_before(
     let markers = at;
     // The names are `last` bytes and up to 256 names more; `num_syms`, aligned to 8 bytes,
     // stands before them, and its value is known to within 256.
-    let most = u64::from(last).checked_add(256 * (MAX_NAME as u64 + 2))?;
+    let most = u64::from(last).checked_add(LAST_NAMES)?;
     let least = u64::from(last);
     let low = (marker_count.checked_sub(1)?).checked_mul(256)?;
     let high = marker_count.checked_mul(256)?;
@@ -505,7 +539,9 @@ fn tables_before(
         let base = memory.read_u64(base_at).ok()?;
         // With a relative base that is an address, offsets of 4 bytes stand before it;
         // else the table of addresses ends here.
-        let relative = u64::from(count).checked_mul(4)?.checked_next_multiple_of(8)?;
+        let relative = u64::from(count)
+            .checked_mul(4)?
+            .checked_next_multiple_of(8)?;
         let absolute = u64::from(count).checked_mul(8)?;
         let first = KernelVa::new(count_at.raw().checked_sub(absolute)?);
         let is_absolute = memory.read_u64(first).ok()? >> 63 == 1
@@ -513,7 +549,10 @@ fn tables_before(
         let (offsets, relative_base) = if is_absolute {
             (first, None)
         } else {
-            (KernelVa::new(base_at.raw().checked_sub(relative)?), Some(base))
+            (
+                KernelVa::new(base_at.raw().checked_sub(relative)?),
+                Some(base),
+            )
         };
         return Some(Tables {
             names,

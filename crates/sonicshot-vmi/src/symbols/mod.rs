@@ -194,9 +194,13 @@ fn scan(
         let kept = buffer.len();
         let len = PIECE.min(left);
         buffer.resize(kept.saturating_add(len), 0);
-        let mut got = buffer
-            .get_mut(kept..)
-            .map_or(0, |part| if memory.read(at, part).is_ok() { len } else { 0 });
+        let mut got = buffer.get_mut(kept..).map_or(0, |part| {
+            if memory.read(at, part).is_ok() {
+                len
+            } else {
+                0
+            }
+        });
         if got == 0 {
             // Some of it is not mapped: a page at a time, up to the gap.
             while got < len {

@@ -126,17 +126,25 @@ mod tests {
 
     #[test]
     fn finds_symbols() {
-        let map = open(b"ffffffff81000000 T _stext\nffffffff82000000 D a.b\n0000000000000000 A x").unwrap();
-        assert_eq!(map.symbol("_stext").unwrap(), Some(KernelVa::new(0xffff_ffff_8100_0000)));
-        assert_eq!(map.symbol("a.b").unwrap(), Some(KernelVa::new(0xffff_ffff_8200_0000)));
+        let map = open(b"ffffffff81000000 T _stext\nffffffff82000000 D a.b\n0000000000000000 A x")
+            .unwrap();
+        assert_eq!(
+            map.symbol("_stext").unwrap(),
+            Some(KernelVa::new(0xffff_ffff_8100_0000))
+        );
+        assert_eq!(
+            map.symbol("a.b").unwrap(),
+            Some(KernelVa::new(0xffff_ffff_8200_0000))
+        );
         assert_eq!(map.symbol("x").unwrap(), Some(KernelVa::new(0)));
         assert_eq!(map.symbol("a").unwrap(), None);
     }
 
     #[test]
     fn refuses_the_placeholder_of_debian() {
-        let error = open(b"ffffffffffffffff B The real System.map is in the linux-image-x-dbg package\n")
-            .unwrap_err();
+        let error =
+            open(b"ffffffffffffffff B The real System.map is in the linux-image-x-dbg package\n")
+                .unwrap_err();
         assert!(error.to_string().contains("-dbg package"), "{error}");
     }
 

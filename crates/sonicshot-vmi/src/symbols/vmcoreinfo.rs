@@ -49,7 +49,11 @@ impl Vmcoreinfo {
             malformed("a byte that is no text", at, usize::from(byte))
         })?;
         if !text.starts_with("OSRELEASE=") {
-            return Err(malformed("text that does not begin with OSRELEASE=", 0, text.len()));
+            return Err(malformed(
+                "text that does not begin with OSRELEASE=",
+                0,
+                text.len(),
+            ));
         }
         let mut lines = HashMap::new();
         for line in text.lines() {
@@ -197,7 +201,10 @@ mod tests {
         assert_eq!(info.osrelease(), Some("6.12.1-cloud"));
         assert_eq!(info.page_size(), Some(4096));
         assert_eq!(info.kernel_offset(), Some(0x1a00_0000));
-        assert_eq!(info.symbol("init_uts_ns"), Some(KernelVa::new(0xffff_ffff_82a1_b2c0)));
+        assert_eq!(
+            info.symbol("init_uts_ns"),
+            Some(KernelVa::new(0xffff_ffff_82a1_b2c0))
+        );
         assert_eq!(info.size("page"), Some(64));
         assert_eq!(info.offset("page.flags"), Some(0));
         assert_eq!(info.length("zone.free_area"), Some(11));
@@ -205,7 +212,10 @@ mod tests {
         assert_eq!(info.number("phys_base"), Some(-0x20_0000));
         assert_eq!(info.number("x"), Some(0xf000_0000));
         assert_eq!(info.number("garbage"), None);
-        assert_eq!(super::SymbolSource::build_id(&info), Some(&[0, 255, 127][..]));
+        assert_eq!(
+            super::SymbolSource::build_id(&info),
+            Some(&[0, 255, 127][..])
+        );
     }
 
     proptest! {

@@ -1,0 +1,81 @@
+//! The real guest in testdata, unpacked once for all tests.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+/// Bits of `/proc/kpageflags` (include/uapi/linux/kernel-page-flags.h).
+pub const KPF_SLAB: u64 = 1 << 7;
+pub const KPF_BUDDY: u64 = 1 << 10;
+pub const KPF_ANON: u64 = 1 << 12;
+pub const KPF_LRU: u64 = 1 << 5;
+pub const KPF_MMAP: u64 = 1 << 11;
+pub const KPF_DIRTY: u64 = 1 << 4;
+pub const KPF_PGTABLE: u64 = 1 << 26;
+pub const KPF_RESERVED: u64 = 1 << 32;
+pub const KPF_IN_USE: u64 = KPF_SLAB | KPF_ANON | KPF_LRU | KPF_MMAP | KPF_PGTABLE | KPF_RESERVED;
+
+pub fn testdata() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/guest-6.1-128m")
+}
+
+fn unpack(name: &str) -> Vec<u8> {
+    let path = testdata().join(name);
+    let mut reader = zstd::stream::read::Decoder::new(File::open(path).unwrap()).unwrap();
+    reader.window_log_max(31).unwrap();
+    let mut bytes = Vec::new();
+    reader.read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+/// The guest's 128 MiB.
+pub fn ram() -> &'static [u8] {
+    static RAM: OnceLock<Vec<u8>> = OnceLock::new();
+    RAM.get_or_init(|| unpack("ram.raw.zst"))
+}
+
+/// The kernel's own word on every frame.
+pub fn kpageflags() -> Vec<u64> {
+    let bytes = unpack("kpageflags.bin.zst");
+    let (words, _) = bytes.as_chunks::<8>();
+    words.iter().map(|word| u64::from_le_bytes(*word)).collect()
+}
+
+/// Writes the guest's RAM, changed by `edit`, as a raw dump.
+pub fn raw_dump(folder: &Path, edit: impl FnOnce(&mut [u8])) -> PathBuf {
+    let path = folder.join("guest.raw");
+    let mut bytes = ram().to_vec();
+    edit(&mut bytes);
+    fs::write(&path, bytes).unwrap();
+    path
+}
+
+/// Runs the binary.
+pub fn sonicshot(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_sonicshot"))
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+pub fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// `(first, last, class)` of every line of a `--pfns` file.
+pub fn read_pfns(path: &Path) -> Vec<(u64, u64, String)> {
+    let text = fs::read_to_string(path).unwrap();
+    let parse = |line: &str| {
+        let mut parts = line.split('\t');
+        let mut number = || parts.next().unwrap().parse().unwrap();
+        let (first, last) = (number(), number());
+        (first, last, parts.next().unwrap().to_owned())
+    };
+    text.lines().map(parse).collect()
+}
