@@ -1,5 +1,12 @@
 //! The command on a real guest's memory, checked against that guest's own kernel.
-#![allow(missing_docs, dead_code)]
+#![allow(
+    missing_docs,
+    dead_code,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "tests say so by panicking"
+)]
 
 mod common;
 

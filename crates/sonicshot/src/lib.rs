@@ -1,4 +1,46 @@
-//! SonicShot leaves a guest's free memory out of its snapshots.
+//! Leave a guest's free memory out of its snapshots, from outside, with no agent.
+//!
+//! A snapshot of a virtual machine holds all of the guest's RAM, though most of it is free or
+//! can be thrown away. This crate is the part that a VMM embeds: guest memory, page classes,
+//! and the policy that decides what to drop. It depends on nothing but `thiserror`.
+//!
+//! ```text
+//!   bytes ─▶ format parser ─▶ guest-physical memory ─▶ symbols, types ─▶ kernel objects
+//!            sonicshot-dump    GuestMemory              sonicshot-vmi     sonicshot-vmi
+//!            your VMM          (this crate)                                    │
+//!                                                                              ▼
+//!            sonicshot-dump ◀────── PrunePlan ◀────── PrunePolicy ◀─────── PageMap
+//!            your VMM               (this crate)      (this crate)        (this crate)
+//! ```
+//!
+//! A VMM serves its memory as [`GuestMemory`] (an mmaped region without copying by
+//! [`MappedRegions`]; `vm-memory` by [`VmMemory`](https://docs.rs/sonicshot), feature
+//! `vm-memory`), gets a [`PageMap`] from `sonicshot-vmi`, and asks a [`PrunePlan`] which
+//! stretches to write:
+//!
+//! ```
+//! use sonicshot::*;
+//!
+//! let ram = vec![1_u8; 8 * 4096];
+//! let guest = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))])?;
+//! // What sonicshot_vmi::LinuxGuest::classify gives:
+//! let mut map = PageMap::new(guest.layout(), PageSize::SIZE_4K);
+//! map.set(PfnRange::new(Pfn::new(2), Pfn::new(7)), PageClass::FreeBuddy);
+//!
+//! let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
+//! let mut written = 0;
+//! for region in guest.layout().regions() {
+//!     for kept in plan.kept_in(*region) {
+//!         let bytes = guest.map(kept.start(), kept.len() as usize)?.unwrap();
+//!         written += bytes.bytes().len(); // pwritev(bytes.as_ptr(), …)
+//!     }
+//! }
+//! assert_eq!(written, 3 * 4096);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Limits: guests are little-endian; addresses and sizes are 64-bit. Nothing here looks into a
+//! guest: crafted memory can at worst make a reader return an error.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
 mod address;
@@ -7,7 +49,11 @@ mod class;
 mod memory;
 mod page_map;
 mod policy;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 
+#[cfg(feature = "vm-memory")]
+pub use crate::vm_memory::VmMemory;
 pub use address::{Gpa, GpaRange, PageSize, Pfn, PfnRange};
 pub use bytes::GuestBytes;
 pub use class::{ClassCounts, ClassSet, PageClass, UnknownClass};

@@ -1,0 +1,120 @@
+//! A VMM's own `vm-memory` guest memory, served to the pruner.
+
+use crate::memory::request;
+use crate::{Gpa, GpaRange, GuestBytes, GuestMemory, LayoutError, Mapped, MemoryError, RamLayout};
+use std::fmt;
+use std::ptr::NonNull;
+use vm_memory::volatile_memory::PtrGuard;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+/// The guest memory of a VMM built on `vm-memory`, without copying it.
+///
+/// Pause the guest, and whatever else writes its memory, while this is in use.
+///
+/// ```
+/// use sonicshot::{Gpa, GuestMemory, VmMemory};
+/// use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+///
+/// let regions = [(GuestAddress(0), 1 << 20), (GuestAddress(1 << 32), 1 << 20)];
+/// let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&regions)?;
+/// memory.write_obj(7_u64, GuestAddress(0x1000))?;
+/// let guest = VmMemory::new(&memory)?;
+/// assert_eq!(guest.layout().bytes(), 2 << 20);
+/// assert_eq!(guest.read_u64(Gpa::new(0x1000))?, 7);
+/// assert!(guest.map(Gpa::new(1 << 32), 4096)?.is_some());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct VmMemory<'a, M> {
+    memory: &'a M,
+    layout: RamLayout,
+}
+
+/// Keeps what `vm-memory` mapped for a slice mapped.
+struct Guard {
+    _guard: PtrGuard,
+}
+
+// SAFETY: the guard is only kept and dropped; nothing reads its pointer through this type.
+// With plain mappings dropping it does nothing, with Xen's it unmaps, which any thread may do.
+unsafe impl Send for Guard {}
+// SAFETY: as above: a shared guard gives access to nothing.
+unsafe impl Sync for Guard {}
+
+impl<'a, M: GuestMemoryBackend> VmMemory<'a, M> {
+    /// Serves `memory`.
+    ///
+    /// # Errors
+    /// [`LayoutError`] if it has no regions.
+    pub fn new(memory: &'a M) -> Result<Self, LayoutError> {
+        let regions = memory
+            .iter()
+            .filter_map(|region| GpaRange::with_len(Gpa::new(region.start_addr().0), region.len()))
+            .collect();
+        Ok(Self {
+            memory,
+            layout: RamLayout::new(regions)?,
+        })
+    }
+}
+
+fn backend(at: Gpa, len: usize, source: vm_memory::GuestMemoryError) -> MemoryError {
+    MemoryError::Backend {
+        range: request(at, len),
+        source: Box::new(source),
+    }
+}
+
+impl<M: GuestMemoryBackend + Sync> GuestMemory for VmMemory<'_, M> {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let range = request(at, buf.len());
+        if !self.layout.contains(at, range.len()) {
+            return Err(MemoryError::NotRam { range });
+        }
+        self.memory
+            .read_slice(buf, GuestAddress(at.raw()))
+            .map_err(|source| backend(at, buf.len(), source))
+    }
+
+    fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
+        let range = request(at, len);
+        if !self.layout.contains(at, range.len()) {
+            return Err(MemoryError::NotRam { range });
+        }
+        let address = GuestAddress(at.raw());
+        // A stretch across two regions that touch in the guest need not touch here.
+        let inside = self.memory.find_region(address).is_some_and(|region| {
+            at.checked_add(range.len())
+                .is_some_and(|end| end.raw().saturating_sub(1) <= region.last_addr().0)
+        });
+        if !inside {
+            return Ok(None);
+        }
+        let slice = self
+            .memory
+            .get_slice(address, len)
+            .map_err(|source| backend(at, len, source))?;
+        let guard = slice.ptr_guard();
+        let Some(start) = NonNull::new(guard.as_ptr().cast_mut()) else {
+            return Ok(None);
+        };
+        // SAFETY: `get_slice` checked that `len` bytes from here are in the region. They stay
+        // mapped while `guard` lives, which `Mapped::held` below keeps for as long as the bytes.
+        let bytes = unsafe { GuestBytes::from_raw_parts(start, len) };
+        // SAFETY: the bytes stay readable until the guard is dropped.
+        Ok(Some(unsafe {
+            Mapped::held(bytes, Box::new(Guard { _guard: guard }))
+        }))
+    }
+}
+
+impl<M> fmt::Debug for VmMemory<'_, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VmMemory")
+            .field("layout", &self.layout)
+            .finish_non_exhaustive()
+    }
+}
