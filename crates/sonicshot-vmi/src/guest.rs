@@ -275,6 +275,15 @@ impl<'m> LinuxGuest<'m> {
         sources
     }
 
+    /// Where the kernel's struct pages lie in guest-physical memory: what a classification reads.
+    ///
+    /// # Errors
+    /// [`VmiError`] if the kernel's memory map cannot be read.
+    pub fn struct_page_memory(&self) -> Result<Vec<GpaRange>, VmiError> {
+        let mem_map = MemMap::new(&self.kernel, self.page_size)?;
+        Ok(mem_map.own_memory().collect())
+    }
+
     /// Usable RAM by the guest's own firmware map (`e820_table`), if the symbols tell where it is.
     ///
     /// # Errors

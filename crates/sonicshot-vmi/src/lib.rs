@@ -1,4 +1,68 @@
-//! Reads a Linux guest's page allocator from outside.
+//! Read a Linux guest's page allocator from outside: from a dump, or a paused guest's memory.
+//!
+//! [`LinuxGuest::open`] finds the kernel in any [`GuestMemory`](sonicshot::GuestMemory), with no
+//! file given: VMCOREINFO gives the page tables and what KASLR did, kallsyms the symbols, BTF the
+//! types, all out of the guest's own memory. System.map, vmlinux (ELF symbols, BTF or DWARF) and
+//! raw BTF can be given instead, and are refused if they are of another build.
+//! [`LinuxGuest::classify`] then gives every frame its class:
+//!
+//! ```no_run
+//! use sonicshot::{DropClasses, GuestMemory, PrunePlan};
+//! use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency, mark_zero_pages};
+//!
+//! fn plan(memory: &dyn GuestMemory) -> Result<PrunePlan, Box<dyn std::error::Error>> {
+//!     let guest = LinuxGuest::open(memory, &GuestOptions::new())?;
+//!     let mut pages = guest.classify(OnInconsistency::Refuse)?;
+//!     mark_zero_pages(memory, &mut pages.map)?;
+//!     Ok(PrunePlan::new(&pages.map, &DropClasses::default(), pages.free_fill))
+//! }
+//! ```
+//!
+//! # When a frame is free
+//!
+//! Only if four records agree: its block's head carries the buddy mark with an order; a free
+//! list has the head, of that order, linked in both directions; the block is aligned to its
+//! order and inside its zone and the guest's RAM; and no `struct page` of the block shows a
+//! reference or a flag. Frames on per-CPU lists carry no mark: there the list must hold as many
+//! pages as its counter says, and the pages must look as the kernel leaves them.
+//!
+//! A guest may be stopped in the middle of the allocator. The kernel clears the mark before it
+//! hands a page out, and changes a zone's lists only under that zone's lock, so each processor
+//! accounts for one block on which the records disagree. Such a block is kept. More than one a
+//! processor, or counters that are off by more than the bounds below, and the guest is refused
+//! with [`VmiError::Inconsistent`], which shows the numbers.
+//!
+//! | record | may be off by | because |
+//! |---|---|---|
+//! | mark, list and struct pages of a block | 1 block a processor | one operation a processor is under way |
+//! | `nr_free` against the list of each order | 1 block a processor | changed right beside the list, under the lock |
+//! | `NR_FREE_PAGES` (with its per-CPU deltas) against the lists | the pages of one block of the largest order, and 127 a processor | changed once an operation, by at most a largest block; a delta is a signed byte, and may be between its two places |
+//! | a per-CPU list against its count | nothing: such a list is kept, and counts as a block | the count is changed after a whole batch |
+//!
+//! A symbol or member that no source knows never means "not set": it is
+//! [`VmiError::Missing`], or its pages are kept and a note says so.
+//!
+//! # What free pages must read as
+//!
+//! | guest runs with | dropped free pages |
+//! |---|---|
+//! | nothing special | read as zero: content is undefined for the guest |
+//! | `init_on_alloc=1` | read as zero |
+//! | `init_on_free=1` | read as zero, which this guest relies on |
+//! | `page_poison=1` | must read as 0xaa ([`Fill::Byte`](sonicshot::Fill)): kept in formats where a dropped page is zero. Told by the guest's flag, or, if no symbol table tells, by the pages' content |
+//! | `debug_pagealloc=1` | read as zero: not mapped, not looked at |
+//! | KASAN (generic), KFENCE | read as zero; shadow and pool are not free pages, so they are kept |
+//! | MTE (arm64) | no arm64 guest is read yet; tags would be lost, a note says so |
+//! | SME, SEV, TDX | refused: memory is encrypted |
+//!
+//! # Limits
+//!
+//! Linux 4.18 and later on x86-64, four- and five-level paging. Proved on real guests: Debian's
+//! 5.10, 6.1, 6.12 and 7.2 (all `SPARSEMEM_VMEMMAP`). Classic `SPARSEMEM`, `FLATMEM`, deferred
+//! struct pages, unaccepted memory and hot-added subsections are written from the kernel's
+//! sources and have not met a real guest. A new architecture is one more file in `paging`. The
+//! guest is untrusted: every walk is bounded by the guest's own number of frames, every length
+//! and pointer is checked, and crafted memory gives an error.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
 mod address;
