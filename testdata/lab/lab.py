@@ -18,14 +18,28 @@ def spec_of(args, series):
     meta = kernels.fetch(series, args.debug_symbols)
     spec = {"kernel": meta, "mem": args.mem, "cpu": args.cpu, "smp": args.smp,
             "machine": args.machine, "garbage": args.garbage}
-    for key in ("append", "hugetlb", "balloon", "anon"):
-        if getattr(args, key):
-            spec[key] = getattr(args, key)
+    add_options(spec, args)
     if args.mapped_ram:
         spec["mapped_ram"] = True
     if args.stream:
         spec["stream"] = True
     return spec
+
+
+def add_options(spec, args):
+    for key in ("append", "hugetlb", "balloon"):
+        if getattr(args, key):
+            spec[key] = getattr(args, key)
+
+
+def guest_options(parser):
+    """What makes one guest different from the next."""
+    parser.add_argument("--smp", type=int, default=1)
+    parser.add_argument("--machine", default="pc", choices=["pc", "q35"])
+    parser.add_argument("--append", default="", help="kernel command line")
+    parser.add_argument("--hugetlb", type=int, default=0,
+                        help="pool size in 2 MiB pages; half of it used")
+    parser.add_argument("--balloon", type=int, default=0, help="MiB to take from the guest")
 
 
 def name_of(spec):
@@ -93,8 +107,9 @@ def do_prove(args):
     symbols = args.debug_symbols or variants != ["none"] or args.oracle
     for series, mem, cpu in todo:
         meta = kernels.fetch(series, symbols)
-        spec = {"kernel": meta, "mem": mem, "cpu": cpu, "smp": 1, "machine": "pc",
+        spec = {"kernel": meta, "mem": mem, "cpu": cpu, "smp": args.smp, "machine": args.machine,
                 "garbage": "random"}
+        add_options(spec, args)
         name = name_of(spec)
         try:
             folder = machine.capture(spec, name)
@@ -138,12 +153,7 @@ def main():
     capture.add_argument("--kernel", default="6.1", choices=list(kernels.SUITES))
     capture.add_argument("--mem", type=int, default=512, help="MiB")
     capture.add_argument("--cpu", default="qemu64")
-    capture.add_argument("--smp", type=int, default=1)
-    capture.add_argument("--machine", default="pc", choices=["pc", "q35"])
-    capture.add_argument("--append", default="", help="kernel command line")
-    capture.add_argument("--hugetlb", type=int, default=0, help="pool size in 2 MiB pages; half used")
-    capture.add_argument("--balloon", type=int, default=0, help="MiB to take from the guest")
-    capture.add_argument("--anon", type=int, default=0, help="MiB of mlocked memory")
+    guest_options(capture)
     capture.add_argument("--garbage", default="random", choices=["random", "compressible"])
     capture.add_argument("--name")
     capture.add_argument("--mapped-ram", action="store_true")
@@ -158,6 +168,7 @@ def main():
     prove.add_argument("--kernels", default=",".join(kernels.SUITES))
     prove.add_argument("--mem", default="512,4096", help="MiB, several")
     prove.add_argument("--cpu", default="qemu64,max")
+    guest_options(prove)
     prove.add_argument("--symbols", default="none,map+vmlinux,vmlinux")
     prove.add_argument("--oracle", default="", help="drgn, crash")
     prove.add_argument("--sonicshot", help="the binary; built if not given")
