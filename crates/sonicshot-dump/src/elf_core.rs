@@ -4,9 +4,9 @@
 //! Headers are read by hand, not by a library, since QEMU 10 writes an `e_ehsize` of 8 and its
 //! section headers before the program headers.
 
-use crate::DumpError;
 use crate::mapped::Extent;
-use sonicshot::{Gpa, GpaRange};
+use crate::{DumpError, Machine};
+use sonicshot::{Gpa, GpaRange, GuestBytes};
 use std::path::Path;
 
 pub(crate) const HEADER_LEN: usize = 64;
@@ -14,14 +14,26 @@ pub(crate) const SEGMENT_LEN: usize = 56;
 /// `e_phnum` of a file whose number of segments is in `sh_info` of section 0.
 const PN_XNUM: u16 = 0xffff;
 const ET_CORE: u16 = 4;
-pub(crate) const EM_X86_64: u16 = 62;
-pub(crate) const EM_AARCH64: u16 = 183;
+const EM_X86_64: u16 = 62;
+const EM_AARCH64: u16 = 183;
 pub(crate) const PT_LOAD: u32 = 1;
-pub(crate) const PT_NOTE: u32 = 4;
+const PT_NOTE: u32 = 4;
 /// No dump has a million stretches of RAM.
 const MAX_SEGMENTS: u32 = 1 << 20;
 /// `/proc/kcore` has a handful of segments that overlap.
 const MAX_OVERLAPPING: usize = 1 << 12;
+/// There are a few notes for each processor. What comes after so many is not looked at.
+const MAX_NOTES: u32 = 1 << 16;
+/// The kernel gives VMCOREINFO one page, of 64 KiB at most.
+const MAX_VMCOREINFO: u32 = 1 << 16;
+
+/// The `e_machine` of a processor.
+pub(crate) fn number(machine: Machine) -> u16 {
+    match machine {
+        Machine::X86_64 => EM_X86_64,
+        Machine::Aarch64 => EM_AARCH64,
+    }
+}
 
 /// One program header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,31 +51,35 @@ pub(crate) struct Segment {
 /// What the headers of an ELF core say.
 #[derive(Debug, Clone)]
 pub(crate) struct ElfCore {
-    pub machine: u16,
+    pub machine: Machine,
     pub segments: Vec<Segment>,
-    /// The place of the VMCOREINFO text in the file.
-    pub vmcoreinfo: Option<(u64, u64)>,
+    /// The VMCOREINFO text.
+    pub vmcoreinfo: Option<Vec<u8>>,
 }
 
-fn get<const N: usize>(data: &[u8], at: u64) -> Option<[u8; N]> {
-    let at = usize::try_from(at).ok()?;
-    data.get(at..at.checked_add(N)?)?.try_into().ok()
+/// Fields are read one by one as [`GuestBytes`], for somebody may be writing the file.
+fn u16_at(data: GuestBytes<'_>, at: u64) -> Option<u16> {
+    data.u16_at(usize::try_from(at).ok()?)
 }
 
-fn u16_at(data: &[u8], at: u64) -> Option<u16> {
-    get(data, at).map(u16::from_le_bytes)
+fn u32_at(data: GuestBytes<'_>, at: u64) -> Option<u32> {
+    data.u32_at(usize::try_from(at).ok()?)
 }
 
-fn u32_at(data: &[u8], at: u64) -> Option<u32> {
-    get(data, at).map(u32::from_le_bytes)
+fn u64_at(data: GuestBytes<'_>, at: u64) -> Option<u64> {
+    data.u64_at(usize::try_from(at).ok()?)
 }
 
-fn u64_at(data: &[u8], at: u64) -> Option<u64> {
-    get(data, at).map(u64::from_le_bytes)
+/// A copy of the `len` bytes at `at`.
+fn copy_of(data: GuestBytes<'_>, at: u64, len: u32) -> Option<Vec<u8>> {
+    let len = usize::try_from(len).ok()?;
+    let bytes = data.get(usize::try_from(at).ok()?, len)?;
+    let mut copy = vec![0; len];
+    bytes.copy_to(&mut copy).then_some(copy)
 }
 
 impl Segment {
-    fn read(data: &[u8], at: u64) -> Option<Self> {
+    fn read(data: GuestBytes<'_>, at: u64) -> Option<Self> {
         let field = |offset: u64| u64_at(data, at.checked_add(offset)?);
         Some(Self {
             kind: u32_at(data, at)?,
@@ -95,23 +111,30 @@ impl Segment {
         out
     }
 
+    /// How many bytes of guest RAM the segment stands for.
+    fn guest_len(&self) -> u64 {
+        // `/proc/kcore` marks memory that is not RAM with an address of all ones.
+        if self.kind == PT_LOAD && self.paddr != u64::MAX {
+            self.mem_len
+        } else {
+            0
+        }
+    }
+
     /// The guest RAM that the segment holds, if it does.
     pub(crate) fn guest(&self) -> Option<GpaRange> {
-        // `/proc/kcore` marks memory that is not RAM with an address of all ones.
-        if self.kind != PT_LOAD || self.mem_len == 0 || self.paddr == u64::MAX {
-            return None;
-        }
-        GpaRange::with_len(Gpa::new(self.paddr), self.mem_len)
+        let range = GpaRange::with_len(Gpa::new(self.paddr), self.guest_len())?;
+        (!range.is_empty()).then_some(range)
     }
 }
 
 impl ElfCore {
-    pub(crate) fn parse(path: &Path, data: &[u8]) -> Result<Self, DumpError> {
+    pub(crate) fn parse(path: &Path, data: GuestBytes<'_>) -> Result<Self, DumpError> {
         let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
         let len = data.len() as u64;
         let short = || bad("a file too short for an ELF header", 0, len);
         // Class 64-bit, data little-endian.
-        if get::<2>(data, 4).ok_or_else(short)? != [2, 1] {
+        if u16_at(data, 4).ok_or_else(short)? != u16::from_le_bytes([2, 1]) {
             return Err(DumpError::Unsupported {
                 path: path.to_owned(),
                 kind: "an ELF file that is not 64-bit little-endian",
@@ -124,14 +147,17 @@ impl ElfCore {
                 why: "it is an ELF file, but no core (for symbols, give it with --symbols)",
             });
         }
-        let machine = u16_at(data, 18).ok_or_else(short)?;
-        if machine != EM_X86_64 && machine != EM_AARCH64 {
-            return Err(bad(
-                "a machine that is neither x86-64 nor arm64",
-                18,
-                machine.into(),
-            ));
-        }
+        let machine = match u16_at(data, 18).ok_or_else(short)? {
+            EM_X86_64 => Machine::X86_64,
+            EM_AARCH64 => Machine::Aarch64,
+            other => {
+                return Err(bad(
+                    "a machine that is neither x86-64 nor arm64",
+                    18,
+                    other.into(),
+                ));
+            }
+        };
         let table = u64_at(data, 32).ok_or_else(short)?;
         let size = u16_at(data, 54).ok_or_else(short)?;
         if usize::from(size) != SEGMENT_LEN {
@@ -151,7 +177,14 @@ impl ElfCore {
         } else {
             count.into()
         };
-        if count == 0 || count > MAX_SEGMENTS {
+        if count == 0 {
+            // Xen's dump-core format has sections only (docs/misc/dump-core-format.txt).
+            return Err(DumpError::Unsupported {
+                path: path.to_owned(),
+                kind: "an ELF core without program headers, as Xen writes them",
+            });
+        }
+        if count > MAX_SEGMENTS {
             return Err(bad("an impossible number of segments", 56, count.into()));
         }
         let mut segments = Vec::new();
@@ -171,7 +204,7 @@ impl ElfCore {
                     number,
                 ));
             }
-            if segment.kind == PT_LOAD && segment.file_len > segment.mem_len {
+            if segment.guest_len() > 0 && segment.file_len > segment.mem_len {
                 return Err(bad(
                     "a segment with more data than memory",
                     at,
@@ -192,7 +225,7 @@ impl ElfCore {
     pub(crate) fn extents(&self, path: &Path) -> Result<Vec<Extent>, DumpError> {
         let mut loads = Vec::new();
         for (number, segment) in (0_u64..).zip(&self.segments) {
-            if segment.kind == PT_LOAD && segment.mem_len > 0 && segment.paddr != u64::MAX {
+            if segment.guest_len() > 0 {
                 let guest = segment.guest().ok_or_else(|| {
                     DumpError::malformed(path, "a segment beyond 64 bits", segment.paddr, number)
                 })?;
@@ -255,31 +288,53 @@ fn add_extent(extents: &mut Vec<Extent>, guest: GpaRange, segment: &Segment) {
 }
 
 /// The text of the note `VMCOREINFO` in any `PT_NOTE`.
-fn find_vmcoreinfo(data: &[u8], segments: &[Segment]) -> Option<(u64, u64)> {
+fn find_vmcoreinfo(data: GuestBytes<'_>, segments: &[Segment]) -> Option<Vec<u8>> {
+    let mut left = MAX_NOTES;
     for notes in segments.iter().filter(|segment| segment.kind == PT_NOTE) {
         let end = notes.offset.checked_add(notes.file_len)?;
         let mut at = notes.offset;
-        // Each note has 12 bytes at least, so this ends.
         while at < end {
-            let (Some(name_len), Some(desc_len)) = (
-                u32_at(data, at),
-                at.checked_add(4).and_then(|at| u32_at(data, at)),
-            ) else {
+            left = left.checked_sub(1)?;
+            let Some(note) = Note::read(data, at) else {
                 break;
             };
-            let name_at = at.checked_add(12)?;
-            let padded = |len: u32| u64::from(len).checked_next_multiple_of(4);
-            let desc_at = name_at.checked_add(padded(name_len)?)?;
-            let next = desc_at.checked_add(padded(desc_len)?)?;
-            let desc_end = desc_at.checked_add(desc_len.into())?;
-            if desc_end > end {
+            if note.text_end > end {
                 break;
             }
-            if name_len == 11 && get::<10>(data, name_at) == Some(*b"VMCOREINFO") {
-                return Some((desc_at, desc_len.into()));
+            if note.is_vmcoreinfo && note.text_len <= MAX_VMCOREINFO {
+                return copy_of(data, note.text_at, note.text_len);
             }
-            at = next;
+            at = note.next;
         }
     }
     None
+}
+
+/// One note: a name and a text, each padded to 4 bytes.
+struct Note {
+    is_vmcoreinfo: bool,
+    text_at: u64,
+    text_len: u32,
+    text_end: u64,
+    next: u64,
+}
+
+impl Note {
+    fn read(data: GuestBytes<'_>, at: u64) -> Option<Self> {
+        let name_len = u32_at(data, at)?;
+        let text_len = u32_at(data, at.checked_add(4)?)?;
+        let name_at = at.checked_add(12)?;
+        let padded = |len: u32| u64::from(len).checked_next_multiple_of(4);
+        let text_at = name_at.checked_add(padded(name_len)?)?;
+        // With the zero at its end.
+        let is_vmcoreinfo = name_len == 11
+            && copy_of(data, name_at, name_len).is_some_and(|name| name == *b"VMCOREINFO\0");
+        Some(Self {
+            is_vmcoreinfo,
+            text_at,
+            text_len,
+            text_end: text_at.checked_add(text_len.into())?,
+            next: text_at.checked_add(padded(text_len)?)?,
+        })
+    }
 }

@@ -80,6 +80,16 @@ pub enum DumpError {
         /// The output.
         path: PathBuf,
     },
+    /// The file has another length than when it was opened.
+    #[error("{} had {before} bytes when it was opened, and has {now} now", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes when it was opened.
+        before: u64,
+        /// Its length in bytes now.
+        now: u64,
+    },
     /// The format cannot be pruned in this way.
     #[error("{} is {format}: {why}", path.display())]
     CannotPrune {

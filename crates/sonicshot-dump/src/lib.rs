@@ -42,6 +42,16 @@ pub(crate) enum Format {
     ElfCore(ElfCore),
 }
 
+/// A guest's processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Machine {
+    /// x86-64.
+    X86_64,
+    /// arm64.
+    Aarch64,
+}
+
 /// What opens a file that begins with some magic bytes.
 enum Opener {
     ElfCore,
@@ -76,6 +86,7 @@ const FORMATS: &[(usize, &[u8], Opener)] = &[
     (0, &[0x45, 0x4d, 0x69, 0x4c], Opener::NotYet("a LiME dump")),
     (0, &[0x41, 0x56, 0x4d, 0x4c], Opener::NotYet("an AVML dump")),
     (0, b"Xen saved domain", Opener::NotYet("an xl save image")),
+    (8, b"XENF", Opener::NotYet("a libxc migration stream")),
     (
         0,
         &[0x28, 0xb5, 0x2f, 0xfd],
@@ -110,8 +121,11 @@ impl Dump {
         }
         let (file, map) = mapped::map_file(path)?;
         let opener = FORMATS.iter().find(|(offset, magic, _)| {
-            map.get(*offset..)
-                .is_some_and(|rest| rest.starts_with(magic))
+            let there = mapped::whole(&map).get(*offset, magic.len());
+            let mut copy = [0; 16];
+            there
+                .zip(copy.get_mut(..magic.len()))
+                .is_some_and(|(there, copy)| there.copy_to(copy) && copy == *magic)
         });
         let (extents, format) = match opener {
             Some((_, _, Opener::NotYet(kind))) => {
@@ -121,7 +135,7 @@ impl Dump {
                 });
             }
             Some((_, _, Opener::ElfCore)) => {
-                let core = ElfCore::parse(path, &map)?;
+                let core = ElfCore::parse(path, mapped::whole(&map))?;
                 (core.extents(path)?, Format::ElfCore(core))
             }
             None => {
@@ -163,10 +177,16 @@ impl Dump {
     #[must_use]
     pub fn vmcoreinfo(&self) -> Option<&[u8]> {
         match &self.format {
-            Format::ElfCore(core) => {
-                let (offset, len) = core.vmcoreinfo?;
-                self.mapped.file_bytes(offset, len)
-            }
+            Format::ElfCore(core) => core.vmcoreinfo.as_deref(),
+            Format::Raw { .. } => None,
+        }
+    }
+
+    /// The processor that the dump says the guest has, if it says.
+    #[must_use]
+    pub fn machine(&self) -> Option<Machine> {
+        match &self.format {
+            Format::ElfCore(core) => Some(core.machine),
             Format::Raw { .. } => None,
         }
     }

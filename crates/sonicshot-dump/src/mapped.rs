@@ -49,6 +49,16 @@ pub(crate) fn map_file(path: &Path) -> Result<(File, Mmap), DumpError> {
     Ok((file, map))
 }
 
+/// The bytes of the whole file.
+#[allow(unsafe_code, reason = "the mmap edge")]
+pub(crate) fn whole(map: &Mmap) -> GuestBytes<'_> {
+    match NonNull::new(map.as_ptr().cast_mut()) {
+        // SAFETY: the mapping has exactly this length, and lives while `map` is borrowed.
+        Some(base) => unsafe { GuestBytes::from_raw_parts(base, map.len()) },
+        None => GuestBytes::from_slice(&[]),
+    }
+}
+
 impl MappedDump {
     /// `extents` must be sorted, disjoint, and lie inside the file.
     pub(crate) fn new(
@@ -81,15 +91,30 @@ impl MappedDump {
         &self.file
     }
 
-    pub(crate) fn extents(&self) -> &[Extent] {
-        &self.extents
+    /// The length of the file in bytes, when it was opened.
+    pub(crate) fn file_len(&self) -> u64 {
+        self.map.len() as u64
     }
 
-    /// The bytes of the file, for copying out.
-    pub(crate) fn file_bytes(&self, offset: u64, len: u64) -> Option<&[u8]> {
-        let start = usize::try_from(offset).ok()?;
-        self.map
-            .get(start..start.checked_add(usize::try_from(len).ok()?)?)
+    /// Refuses a file that has become shorter or longer since it was opened: what is missing
+    /// would be taken for a hole.
+    pub(crate) fn check_length(&self) -> Result<(), DumpError> {
+        let metadata = self
+            .file
+            .metadata()
+            .map_err(DumpError::io("reading", &self.path))?;
+        if metadata.len() == self.file_len() {
+            return Ok(());
+        }
+        Err(DumpError::Changed {
+            path: self.path.clone(),
+            before: self.file_len(),
+            now: metadata.len(),
+        })
+    }
+
+    pub(crate) fn extents(&self) -> &[Extent] {
+        &self.extents
     }
 
     fn extent_of(&self, at: Gpa) -> Option<&Extent> {
@@ -102,7 +127,6 @@ impl MappedDump {
     }
 
     /// The part of `at..at+len` that one extent holds: its bytes, or how many zeroes.
-    #[allow(unsafe_code, reason = "the mmap edge")]
     fn piece(&self, at: Gpa, len: u64) -> Option<(Option<GuestBytes<'_>>, u64)> {
         let extent = self.extent_of(at)?;
         let inside = at.offset_from(extent.guest.start())?;
@@ -111,15 +135,28 @@ impl MappedDump {
             return Some((None, len));
         };
         let start = usize::try_from(offset.checked_add(inside)?).ok()?;
-        let size = usize::try_from(len).ok()?;
-        if start.checked_add(size)? > self.map.len() {
-            return None;
-        }
-        let base = NonNull::new(self.map.as_ptr().cast_mut())?;
-        // SAFETY: `start + size <= map.len()` was just checked, so both the pointer and the
-        // stretch lie in the mapping, which lives as long as `self`.
-        let bytes = unsafe { GuestBytes::from_raw_parts(base.add(start), size) };
+        let bytes = whole(&self.map).get(start, usize::try_from(len).ok()?)?;
         Some((Some(bytes), len))
+    }
+
+    /// Takes the whole pages of `bytes` out of this process's page tables; they stay in the
+    /// page cache.
+    #[allow(unsafe_code, reason = "the mmap edge")]
+    fn forget(&self, bytes: GuestBytes<'_>) {
+        let base = self.map.as_ptr() as usize;
+        let start = (bytes.as_ptr() as usize).saturating_sub(base);
+        let end = start.saturating_add(bytes.len());
+        let first = start.next_multiple_of(4096);
+        let len = (end & !4095).saturating_sub(first);
+        if len == 0 {
+            return;
+        }
+        // SAFETY: the mapping is shared, read-only and of a file, so dropping its page-table
+        // entries loses nothing: the next access maps the same bytes again.
+        let _ = unsafe {
+            self.map
+                .unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, len)
+        };
     }
 
     /// The stretches of the file that hold data, by the file system; `None` if it cannot tell.
@@ -218,24 +255,20 @@ impl GuestMemory for MappedDump {
         None
     }
 
-    #[allow(unsafe_code, reason = "the mmap edge")]
     fn release(&self, range: GpaRange) {
-        let Some((Some(bytes), _)) = self.piece(range.start(), range.len()) else {
-            return;
-        };
-        let base = self.map.as_ptr() as usize;
-        let start = (bytes.as_ptr() as usize).saturating_sub(base);
-        let end = start.saturating_add(bytes.len());
-        let first = start.next_multiple_of(4096);
-        let len = (end & !4095).saturating_sub(first);
-        if len == 0 {
-            return;
+        let mut rest = range;
+        // Each piece is one extent's part, and none is empty, so this ends.
+        while !rest.is_empty() {
+            let Some((bytes, len)) = self.piece(rest.start(), rest.len()) else {
+                return;
+            };
+            if let Some(bytes) = bytes {
+                self.forget(bytes);
+            }
+            let Some(next) = rest.start().checked_add(len) else {
+                return;
+            };
+            rest = GpaRange::new(next, rest.end());
         }
-        // SAFETY: the mapping is shared, read-only and of a file, so dropping its page-table
-        // entries loses nothing: the next access maps the same bytes again.
-        let _ = unsafe {
-            self.map
-                .unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, len)
-        };
     }
 }

@@ -1,7 +1,10 @@
 //! Output that appears whole or not at all.
 
 use crate::DumpError;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
 use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
@@ -19,9 +22,17 @@ pub enum Overwrite {
 /// A file that gets its name only when it is complete and on disk.
 #[derive(Debug)]
 pub(crate) struct Output {
-    temporary: NamedTempFile,
+    file: Unfinished,
     path: PathBuf,
     overwrite: Overwrite,
+}
+
+#[derive(Debug)]
+enum Unfinished {
+    /// Without a name: whatever ends this process takes the file away.
+    Nameless(File),
+    /// Where the file system knows no such files.
+    Named(NamedTempFile),
 }
 
 impl Output {
@@ -31,67 +42,108 @@ impl Output {
         overwrite: Overwrite,
         input: &File,
     ) -> Result<Self, DumpError> {
-        if let Ok(there) = std::fs::metadata(path) {
-            let ours = input.metadata().map_err(DumpError::io("reading", path))?;
-            if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) {
-                return Err(DumpError::SameFile { path: path.into() });
-            }
-            if overwrite == Overwrite::Refuse {
-                return Err(DumpError::Exists { path: path.into() });
-            }
+        let ours = input.metadata().map_err(DumpError::io("reading", path))?;
+        if let Ok(there) = std::fs::metadata(path)
+            && (there.dev(), there.ino()) == (ours.dev(), ours.ino())
+        {
+            return Err(DumpError::SameFile { path: path.into() });
+        }
+        // Not followed, for it is the link itself that would be replaced.
+        if overwrite == Overwrite::Refuse && std::fs::symlink_metadata(path).is_ok() {
+            return Err(DumpError::Exists { path: path.into() });
         }
         let folder = folder_of(path);
-        let temporary = tempfile::Builder::new()
-            .prefix(".sonicshot-")
-            .tempfile_in(folder)
-            .map_err(DumpError::io("creating a file in", folder))?;
-        // As a file that is created plainly gets its rights: those of the input, for both hold
-        // the same guest's memory.
-        if let Ok(metadata) = input.metadata() {
-            let _ = temporary.as_file().set_permissions(metadata.permissions());
-        }
-        Ok(Self {
-            temporary,
+        let file = match nameless(folder) {
+            Ok(file) => Unfinished::Nameless(file),
+            Err(_) => Unfinished::Named(
+                temporary(folder).map_err(DumpError::io("creating a file in", folder))?,
+            ),
+        };
+        let output = Self {
+            file,
             path: path.into(),
             overwrite,
-        })
+        };
+        // Both hold the same guest's memory, so both are for the same eyes.
+        let _ = output.file().set_permissions(ours.permissions());
+        Ok(output)
     }
 
     pub(crate) fn file(&self) -> &File {
-        self.temporary.as_file()
+        match &self.file {
+            Unfinished::Nameless(file) => file,
+            Unfinished::Named(file) => file.as_file(),
+        }
     }
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Makes the file durable, then gives it its name.
-    pub(crate) fn finish(self) -> Result<(), DumpError> {
+    /// Makes the file durable, then gives it its name. Returns what it takes on disk, in bytes.
+    pub(crate) fn finish(self) -> Result<u64, DumpError> {
         let path = self.path;
-        let file = self.temporary.as_file();
-        file.sync_all().map_err(DumpError::io("writing", &path))?;
-        match self.overwrite {
-            Overwrite::Replace => {
-                self.temporary
-                    .persist(&path)
-                    .map_err(|error| DumpError::io("renaming to", &path)(error.error))?;
-            }
-            Overwrite::Refuse => {
-                self.temporary.persist_noclobber(&path).map_err(|error| {
-                    if error.error.kind() == std::io::ErrorKind::AlreadyExists {
-                        DumpError::Exists { path: path.clone() }
-                    } else {
-                        DumpError::io("renaming to", &path)(error.error)
-                    }
-                })?;
-            }
-        }
-        // The name itself is durable once the folder is.
         let folder = folder_of(&path);
+        let file = match &self.file {
+            Unfinished::Nameless(file) => file,
+            Unfinished::Named(file) => file.as_file(),
+        };
+        file.sync_all().map_err(DumpError::io("writing", &path))?;
+        let metadata = file.metadata().map_err(DumpError::io("reading", &path))?;
+        let named = match (self.file, self.overwrite) {
+            (Unfinished::Nameless(file), Overwrite::Refuse) => link(&file, &path),
+            (Unfinished::Nameless(file), Overwrite::Replace) => replace(&file, folder, &path),
+            (Unfinished::Named(file), Overwrite::Refuse) => file
+                .persist_noclobber(&path)
+                .map(drop)
+                .map_err(|error| error.error),
+            (Unfinished::Named(file), Overwrite::Replace) => {
+                file.persist(&path).map(drop).map_err(|error| error.error)
+            }
+        };
+        named.map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => DumpError::Exists { path: path.clone() },
+            _ => DumpError::io("giving its name to", &path)(error),
+        })?;
+        // The name itself is durable once the folder is.
         File::open(folder)
             .and_then(|folder| folder.sync_all())
-            .map_err(DumpError::io("writing", folder))
+            .map_err(DumpError::io("writing", folder))?;
+        Ok(metadata.blocks().saturating_mul(512))
     }
+}
+
+fn nameless(folder: &Path) -> io::Result<File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let file = File::from(openat(CWD, folder, flags, Mode::RUSR | Mode::WUSR)?);
+    // Naming goes through /proc, which a container may lack.
+    std::fs::metadata(proc_name(&file))?;
+    Ok(file)
+}
+
+fn proc_name(file: &File) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
+}
+
+/// Gives the file a name that must be free.
+fn link(file: &File, path: &Path) -> io::Result<()> {
+    linkat(CWD, proc_name(file), CWD, path, AtFlags::SYMLINK_FOLLOW)?;
+    Ok(())
+}
+
+/// Gives the file a name that may be taken: a link cannot replace, so by way of another name.
+fn replace(file: &File, folder: &Path, path: &Path) -> io::Result<()> {
+    let named = tempfile::Builder::new()
+        .prefix(PREFIX)
+        .make_in(folder, |name| link(file, name))?;
+    named.into_temp_path().persist(path)?;
+    Ok(())
+}
+
+const PREFIX: &str = ".sonicshot-";
+
+fn temporary(folder: &Path) -> io::Result<NamedTempFile> {
+    tempfile::Builder::new().prefix(PREFIX).tempfile_in(folder)
 }
 
 fn folder_of(path: &Path) -> &Path {

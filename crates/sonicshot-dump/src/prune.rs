@@ -1,10 +1,10 @@
 //! Writes a dump without its dropped pages, or takes them out of the file itself.
 
-use crate::elf_core::{ElfCore, HEADER_LEN, PT_LOAD, SEGMENT_LEN, Segment};
+use crate::elf_core::{self, ElfCore, HEADER_LEN, PT_LOAD, SEGMENT_LEN, Segment};
 use crate::mapped::MappedDump;
 use crate::output::{Output, Overwrite};
-use crate::{Dump, DumpError, Format};
-use rustix::fs::{FallocateFlags, fallocate};
+use crate::{Dump, DumpError, Format, Machine};
+use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
 use rustix::io::Errno;
 use sonicshot::{Gpa, GpaRange, PrunePlan};
 use std::fs::{File, OpenOptions};
@@ -27,14 +27,17 @@ pub struct PruneStats {
     pub runs: u64,
     /// Of those, the ones that really had to be punched; the others were holes already.
     pub punched: u64,
+    /// Stretches of an ELF core that were dropped as a hole in the file, because it would have
+    /// more segments than 16 bits count.
+    pub joined: u64,
     /// What the input takes on disk, in bytes.
     pub disk_before: u64,
     /// What the output takes on disk, in bytes.
     pub disk_after: u64,
 }
 
-/// Longest stretch that is copied at once.
-const COPY: u64 = 16 << 20;
+/// Longest stretch that is copied at once. Larger ones leave the processor's cache.
+const COPY: usize = 1 << 20;
 /// A core has at most this many segments, so that every reader can count them in 16 bits.
 const MAX_SEGMENTS: usize = 0xfffe;
 
@@ -55,6 +58,7 @@ impl Dump {
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
         let dump = self.mapped();
+        dump.check_length()?;
         let zeroed = plan.clone().zero_filled_only();
         let mut stats = PruneStats {
             dropped_bytes: zeroed.dropped_bytes(),
@@ -66,13 +70,10 @@ impl Dump {
         match self.format_data() {
             Format::Raw { .. } => stats.runs = copy_raw(dump, &zeroed, &output, progress)?,
             Format::ElfCore(core) => {
-                let (runs, dropped) = copy_elf(dump, core, &zeroed, &output, progress)?;
-                stats.runs = runs;
-                stats.dropped_bytes = dropped;
+                copy_elf(dump, core, &zeroed, &output, &mut stats, progress)?;
             }
         }
-        stats.disk_after = disk_usage(output.file(), out)?;
-        output.finish()?;
+        stats.disk_after = output.finish()?;
         Ok(stats)
     }
 
@@ -98,6 +99,7 @@ impl Dump {
                 why: "only raw files can be pruned in place",
             });
         };
+        dump.check_length()?;
         let zeroed = plan.clone().zero_filled_only();
         let mut stats = PruneStats {
             dropped_bytes: zeroed.dropped_bytes(),
@@ -118,8 +120,12 @@ impl Dump {
         }
         let total = stats.dropped_bytes;
         let mut done = 0_u64;
-        // From one snapshot of the file's holes: punching does not change what is behind.
-        let data = dump.data_stretches();
+        // From one snapshot of the file's holes: punching does not change what is behind. Space
+        // that is allocated but was never written looks like a hole, so where there may be such
+        // space every run is punched.
+        let data = dump
+            .data_stretches()
+            .filter(|data| !has_unwritten(data, stats.disk_before));
         for (offset, len) in file_runs(dump, &zeroed) {
             stats.runs = stats.runs.saturating_add(1);
             if holds_data(data, offset, len) {
@@ -168,6 +174,15 @@ fn file_runs(dump: &MappedDump, plan: &PrunePlan) -> Vec<(u64, u64)> {
     runs
 }
 
+/// Whether a file with these stretches of data takes more of the disk than they do.
+fn has_unwritten(data: &[(u64, u64)], on_disk: u64) -> bool {
+    let in_data = data.iter().fold(0_u64, |sum, (start, end)| {
+        sum.saturating_add(end.saturating_sub(*start))
+    });
+    // The file system's own blocks count too: 1.5 % and 1 MiB are more than they take.
+    on_disk > in_data.saturating_add(in_data >> 6).saturating_add(1 << 20)
+}
+
 fn holds_data(data: Option<&[(u64, u64)]>, offset: u64, len: u64) -> bool {
     let Some(data) = data else { return true };
     let index = data.partition_point(|(_, end)| *end <= offset);
@@ -190,41 +205,114 @@ fn punch(file: &File, path: &Path, offset: u64, len: u64) -> Result<(), DumpErro
     }
 }
 
-/// Copies the stretch of the input that holds data; holes stay holes.
-fn copy(
-    dump: &MappedDump,
-    output: &Output,
-    from: u64,
-    to: u64,
-    len: u64,
-    progress: &mut dyn FnMut(u64),
-) -> Result<(), DumpError> {
-    let cut = || DumpError::malformed(dump.path(), "a stretch beyond the end", from, len);
-    let end = from.checked_add(len).ok_or_else(cut)?;
-    let whole = [(from, end)];
-    let data = dump.data_stretches().unwrap_or(&whole);
-    let first = data.partition_point(|(_, data_end)| *data_end <= from);
-    for (start, stop) in data.iter().skip(first) {
-        let (mut at, stop) = ((*start).max(from), (*stop).min(end));
-        if *start >= end {
-            break;
-        }
-        while let Some(left) = stop.checked_sub(at).filter(|left| *left > 0) {
-            let len = left.min(COPY);
-            let bytes = dump.file_bytes(at, len).ok_or_else(cut)?;
-            let there = at
-                .checked_sub(from)
-                .and_then(|inside| to.checked_add(inside))
-                .ok_or_else(cut)?;
-            output
-                .file()
-                .write_all_at(bytes, there)
-                .map_err(DumpError::io("writing", output.path()))?;
-            progress(len);
-            at = at.saturating_add(len);
+/// Copies stretches of the input to the output; holes stay holes.
+struct Copier<'a> {
+    dump: &'a MappedDump,
+    output: &'a Output,
+    /// Whether the kernel copies between these two files by itself.
+    by_kernel: bool,
+    buffer: Vec<u8>,
+    done: u64,
+    total: u64,
+    progress: Progress<'a>,
+}
+
+impl<'a> Copier<'a> {
+    fn new(
+        dump: &'a MappedDump,
+        output: &'a Output,
+        total: u64,
+        progress: Progress<'a>,
+    ) -> Copier<'a> {
+        Copier {
+            dump,
+            output,
+            by_kernel: true,
+            buffer: Vec::new(),
+            done: 0,
+            total,
+            progress,
         }
     }
-    Ok(())
+
+    /// Copies the `len` bytes at `from` to `to`.
+    fn copy(&mut self, from: u64, to: u64, len: u64) -> Result<(), DumpError> {
+        let dump = self.dump;
+        let cut = || DumpError::malformed(dump.path(), "a stretch beyond the end", from, len);
+        let end = from.checked_add(len).ok_or_else(cut)?;
+        if end > dump.file_len() {
+            return Err(cut());
+        }
+        let whole = [(from, end)];
+        let data = dump.data_stretches().unwrap_or(&whole);
+        let first = data.partition_point(|(_, data_end)| *data_end <= from);
+        let before = self.done;
+        for (start, stop) in data.iter().skip(first) {
+            if *start >= end {
+                break;
+            }
+            let (start, stop) = ((*start).max(from), (*stop).min(end));
+            let there = to.saturating_add(start.saturating_sub(from));
+            self.copy_data(start, there, stop.saturating_sub(start))?;
+        }
+        // What lies in holes is done as well.
+        self.done = before.saturating_add(len);
+        (self.progress)(self.done, self.total);
+        Ok(())
+    }
+
+    fn copy_data(&mut self, mut from: u64, mut to: u64, mut left: u64) -> Result<(), DumpError> {
+        while left > 0 {
+            let now = usize::try_from(left).unwrap_or(COPY).min(COPY);
+            let copied = match self.copy_by_kernel(from, to, now)? {
+                Some(copied) => copied,
+                None => self.copy_through(from, to, now)?,
+            } as u64;
+            from = from.saturating_add(copied);
+            to = to.saturating_add(copied);
+            left = left.saturating_sub(copied);
+            self.done = self.done.saturating_add(copied);
+            (self.progress)(self.done, self.total);
+        }
+        Ok(())
+    }
+
+    /// Lets the kernel copy up to `len` bytes; `None` if it does not between these files.
+    fn copy_by_kernel(
+        &mut self,
+        from: u64,
+        to: u64,
+        len: usize,
+    ) -> Result<Option<usize>, DumpError> {
+        let (input, output) = (self.dump.file(), self.output.file());
+        let (mut source, mut target) = (from, to);
+        while self.by_kernel {
+            match copy_file_range(input, Some(&mut source), output, Some(&mut target), len) {
+                Ok(copied) if copied > 0 => return Ok(Some(copied)),
+                Err(Errno::INTR) => {}
+                Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG | Errno::IO)) => {
+                    return Err(DumpError::io("writing", self.output.path())(error.into()));
+                }
+                // Two file systems, or one that cannot. What is really wrong, such as a file
+                // that has become shorter, the plain copy finds out too.
+                Ok(_) | Err(_) => self.by_kernel = false,
+            }
+        }
+        Ok(None)
+    }
+
+    fn copy_through(&mut self, from: u64, to: u64, len: usize) -> Result<usize, DumpError> {
+        self.buffer.resize(len, 0);
+        self.dump
+            .file()
+            .read_exact_at(&mut self.buffer, from)
+            .map_err(DumpError::io("reading", self.dump.path()))?;
+        self.output
+            .file()
+            .write_all_at(&self.buffer, to)
+            .map_err(DumpError::io("writing", self.output.path()))?;
+        Ok(len)
+    }
 }
 
 fn copy_raw(
@@ -242,16 +330,13 @@ fn copy_raw(
         .set_len(total)
         .map_err(DumpError::io("writing", output.path()))?;
     let kept_total = total.saturating_sub(plan.dropped_bytes());
-    let mut done = 0_u64;
+    let mut copier = Copier::new(dump, output, kept_total, progress);
     for extent in dump.extents() {
         let Some(base) = extent.offset else { continue };
         for kept in plan.kept_in(extent.guest) {
             let inside = kept.start().offset_from(extent.guest.start()).unwrap_or(0);
             let offset = base.saturating_add(inside);
-            copy(dump, output, offset, offset, kept.len(), &mut |bytes| {
-                done = done.saturating_add(bytes);
-                progress(done, kept_total);
-            })?;
+            copier.copy(offset, offset, kept.len())?;
         }
     }
     Ok(file_runs(dump, plan).len() as u64)
@@ -259,34 +344,39 @@ fn copy_raw(
 
 /// One segment of the output, and where its data is in the input.
 struct Piece {
+    /// The number of the input's segment that it is a part of.
+    source: usize,
     segment: Segment,
     from: u64,
 }
 
 /// Splits a segment at the dropped pages: each piece is data that is kept, followed by memory
 /// that has no data and reads as zero (`p_filesz` less than `p_memsz`).
-fn split(segment: &Segment, plan: &PrunePlan, pieces: &mut Vec<Piece>) {
+fn split(source: usize, segment: &Segment, plan: &PrunePlan, pieces: &mut Vec<Piece>) {
     let (Some(guest), Some(filled)) = (
         segment.guest(),
         GpaRange::with_len(Gpa::new(segment.paddr), segment.file_len),
     ) else {
         pieces.push(Piece {
+            source,
             segment: *segment,
             from: segment.offset,
         });
         return;
     };
-    let mut kept: Vec<_> = plan.kept_in(filled).collect();
+    let mut kept = plan.kept_in(filled).peekable();
     // What is dropped at the very start belongs to a piece without data.
-    if kept.first().map(GpaRange::start) != Some(guest.start()) {
-        kept.insert(0, GpaRange::new(guest.start(), guest.start()));
-    }
-    for (index, data) in kept.iter().enumerate() {
-        let next = kept.get(index.saturating_add(1));
-        let end = next.map_or(guest.end(), GpaRange::start);
+    let mut next = match kept.peek() {
+        Some(first) if first.start() == guest.start() => kept.next(),
+        _ => Some(GpaRange::new(guest.start(), guest.start())),
+    };
+    while let Some(data) = next {
+        next = kept.next();
         let start = data.start();
+        let end = next.map_or(guest.end(), |next| next.start());
         let inside = start.offset_from(guest.start()).unwrap_or(0);
         pieces.push(Piece {
+            source,
             segment: Segment {
                 vaddr: segment.vaddr.wrapping_add(inside),
                 paddr: start.raw(),
@@ -299,79 +389,80 @@ fn split(segment: &Segment, plan: &PrunePlan, pieces: &mut Vec<Piece>) {
     }
 }
 
-/// Joins the pieces with the smallest gaps between them until there are few enough. What was
-/// dropped in such a gap becomes a hole in the file, which reads as zero too.
-fn join_smallest_gaps(pieces: Vec<Piece>) -> Vec<Piece> {
-    let excess = pieces.len().saturating_sub(MAX_SEGMENTS);
-    if excess == 0 {
-        return pieces;
-    }
-    let gap = |a: &Piece, b: &Piece| -> Option<u64> {
-        let is_next = a.segment.kind == PT_LOAD
-            && b.segment.kind == PT_LOAD
-            && a.segment.paddr.checked_add(a.segment.mem_len) == Some(b.segment.paddr)
-            && a.from.checked_add(a.segment.mem_len) == Some(b.from);
-        is_next.then(|| a.segment.mem_len.saturating_sub(a.segment.file_len))
-    };
+/// Joins the pieces with the smallest gaps between them until at most `limit` are left. What was
+/// dropped in such a gap becomes a hole in the file, which reads as zero too. Returns how many
+/// gaps that were.
+fn join_smallest_gaps(pieces: Vec<Piece>, limit: usize) -> (Vec<Piece>, u64) {
+    let excess = pieces.len().saturating_sub(limit);
     let mut gaps: Vec<u64> = pieces
-        .windows(2)
-        .filter_map(|pair| match pair {
-            [a, b] => gap(a, b),
-            _ => None,
-        })
+        .array_windows()
+        .filter_map(|[a, b]| gap(a, b))
         .collect();
     gaps.sort_unstable();
-    let limit = gaps
-        .get(excess.saturating_sub(1).min(gaps.len().saturating_sub(1)))
-        .copied()
-        .unwrap_or(0);
-    let mut left = excess;
-    let mut joined: Vec<Piece> = Vec::new();
+    let last = excess.min(gaps.len()).checked_sub(1);
+    let Some(widest) = last.and_then(|last| gaps.get(last)).copied() else {
+        return (pieces, 0);
+    };
+    // All narrower gaps go, and of those exactly as wide as many as it still takes.
+    let mut as_wide = excess.saturating_sub(gaps.partition_point(|gap| *gap < widest));
+    let mut joined: Vec<Piece> = Vec::with_capacity(limit);
+    let mut count = 0_u64;
     for piece in pieces {
-        if let Some(last) = joined.last_mut()
-            && left > 0
-            && let Some(gap) = gap(last, &piece)
-            && gap <= limit
-        {
-            last.segment.file_len = last.segment.mem_len.saturating_add(piece.segment.file_len);
-            last.segment.mem_len = last.segment.mem_len.saturating_add(piece.segment.mem_len);
-            left = left.saturating_sub(1);
-            continue;
+        // A piece that has taken others in still ends with the gap of its last.
+        let gap = joined.last().and_then(|last| gap(last, &piece));
+        let goes = gap.is_some_and(|gap| gap < widest || gap == widest && as_wide > 0);
+        match joined.last_mut().filter(|_| goes) {
+            Some(last) => {
+                if gap == Some(widest) {
+                    as_wide = as_wide.saturating_sub(1);
+                }
+                let (a, b) = (&mut last.segment, &piece.segment);
+                a.file_len = a.mem_len.saturating_add(b.file_len);
+                a.mem_len = a.mem_len.saturating_add(b.mem_len);
+                count = count.saturating_add(1);
+            }
+            None => joined.push(piece),
         }
-        joined.push(piece);
     }
-    joined
+    (joined, count)
 }
 
-/// Writes a core with the kept pages; returns how many stretches and bytes were dropped.
+/// How much was dropped between two pieces, if they are of the same segment.
+fn gap(a: &Piece, b: &Piece) -> Option<u64> {
+    (a.source == b.source).then(|| a.segment.mem_len.saturating_sub(a.segment.file_len))
+}
+
+/// Writes a core with the kept pages.
 fn copy_elf(
     dump: &MappedDump,
     core: &ElfCore,
     plan: &PrunePlan,
     output: &Output,
+    stats: &mut PruneStats,
     progress: Progress<'_>,
-) -> Result<(u64, u64), DumpError> {
+) -> Result<(), DumpError> {
     const ALIGN: u64 = 4096;
+    let refuse = |why| DumpError::CannotPrune {
+        path: dump.path().into(),
+        format: "an ELF core",
+        why,
+    };
     let mut pieces = Vec::new();
-    let mut dropped = 0_u64;
-    let mut runs = 0_u64;
-    for segment in &core.segments {
+    stats.dropped_bytes = 0;
+    for (source, segment) in core.segments.iter().enumerate() {
         if let Some(guest) = segment.guest() {
             let filled = GpaRange::with_len(guest.start(), segment.file_len).unwrap_or(guest);
             for run in plan.dropped_in(filled) {
-                dropped = dropped.saturating_add(run.len());
-                runs = runs.saturating_add(1);
+                stats.dropped_bytes = stats.dropped_bytes.saturating_add(run.len());
+                stats.runs = stats.runs.saturating_add(1);
             }
         }
-        split(segment, plan, &mut pieces);
+        split(source, segment, plan, &mut pieces);
     }
-    let mut pieces = join_smallest_gaps(pieces);
+    let (mut pieces, joined) = join_smallest_gaps(pieces, MAX_SEGMENTS);
+    stats.joined = joined;
     if pieces.len() > MAX_SEGMENTS {
-        return Err(DumpError::CannotPrune {
-            path: dump.path().into(),
-            format: "an ELF core",
-            why: "it has more segments than e_phnum can count",
-        });
+        return Err(refuse("it has more segments than e_phnum can count"));
     }
     let headers = (pieces.len().saturating_mul(SEGMENT_LEN)).saturating_add(HEADER_LEN) as u64;
     let mut at = headers;
@@ -379,11 +470,16 @@ fn copy_elf(
     for piece in &mut pieces {
         // A page of a mapped file can then be a page of memory.
         if piece.segment.kind == PT_LOAD {
-            at = at.next_multiple_of(ALIGN);
+            at = at.checked_next_multiple_of(ALIGN).unwrap_or(u64::MAX);
         }
         piece.segment.offset = at;
         at = at.saturating_add(piece.segment.file_len);
         kept_total = kept_total.saturating_add(piece.segment.file_len);
+    }
+    // Segments may share data, as the kernel's text does in `/proc/vmcore`, which is then copied
+    // for each of them. A crafted file must not fill the disk so.
+    if kept_total > dump.file_len().saturating_mul(2) {
+        return Err(refuse("its segments share the same data many times over"));
     }
     let writing = || DumpError::io("writing", output.path());
     output.file().set_len(at).map_err(writing())?;
@@ -392,41 +488,30 @@ fn copy_elf(
         head.extend(piece.segment.to_bytes());
     }
     output.file().write_all_at(&head, 0).map_err(writing())?;
-    let mut done = 0_u64;
+    let mut copier = Copier::new(dump, output, kept_total, progress);
     for piece in &pieces {
-        let mut count = |bytes| {
-            done = done.saturating_add(bytes);
-            progress(done, kept_total);
-        };
         let to = piece.segment.offset;
         let filled = GpaRange::with_len(Gpa::new(piece.segment.paddr), piece.segment.file_len);
         let Some(filled) = filled.filter(|_| piece.segment.guest().is_some()) else {
-            copy(
-                dump,
-                output,
-                piece.from,
-                to,
-                piece.segment.file_len,
-                &mut count,
-            )?;
+            copier.copy(piece.from, to, piece.segment.file_len)?;
             continue;
         };
         // Where pieces were joined, dropped pages lie inside: they are passed over.
         for kept in plan.kept_in(filled) {
             let inside = kept.start().offset_from(filled.start()).unwrap_or(0);
-            let (from, to) = (piece.from.saturating_add(inside), to.saturating_add(inside));
-            copy(dump, output, from, to, kept.len(), &mut count)?;
+            let from = piece.from.saturating_add(inside);
+            copier.copy(from, to.saturating_add(inside), kept.len())?;
         }
     }
-    Ok((runs, dropped))
+    Ok(())
 }
 
 /// The header of a core with `count` program headers right behind it.
-fn elf_header(machine: u16, count: usize) -> Vec<u8> {
+fn elf_header(machine: Machine, count: usize) -> Vec<u8> {
     let mut head = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0];
     head.resize(16, 0);
     head.extend(4_u16.to_le_bytes()); // ET_CORE
-    head.extend(machine.to_le_bytes());
+    head.extend(elf_core::number(machine).to_le_bytes());
     head.extend(1_u32.to_le_bytes()); // EV_CURRENT
     head.extend(0_u64.to_le_bytes()); // e_entry
     head.extend((HEADER_LEN as u64).to_le_bytes()); // e_phoff

@@ -1,0 +1,137 @@
+//! Plans, patterns, and files for the tests of both formats.
+
+use sonicshot::{
+    DropClasses, Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange,
+    PrunePlan, RamLayout,
+};
+use std::fs;
+use std::path::Path;
+
+pub const PAGE: u64 = 4096;
+
+/// Bytes that differ from page to page, and are never zero.
+pub fn pattern(seed: u64, len: u64) -> Vec<u8> {
+    (0..len)
+        .map(|at| u8::try_from((seed * 31 + at / PAGE * 7 + at % 251) % 255 + 1).unwrap())
+        .collect()
+}
+
+/// A plan that drops the frames `runs`, each `(first, count)`.
+pub fn plan(layout: &RamLayout, runs: &[(u64, u64)]) -> PrunePlan {
+    plan_with(layout, runs, PageClass::FreeBuddy, Fill::Zero)
+}
+
+pub fn plan_with(
+    layout: &RamLayout,
+    runs: &[(u64, u64)],
+    class: PageClass,
+    fill: Fill,
+) -> PrunePlan {
+    let mut map = PageMap::new(layout, PageSize::SIZE_4K);
+    for (first, count) in runs {
+        map.set(PfnRange::with_len(Pfn::new(*first), *count).unwrap(), class);
+    }
+    PrunePlan::new(&map, &DropClasses::default(), fill)
+}
+
+/// All RAM, region by region, as `read` gives it.
+pub fn contents(memory: &dyn GuestMemory) -> Vec<(Gpa, Vec<u8>)> {
+    let regions = memory.layout().regions().iter();
+    regions
+        .map(|region| {
+            let mut bytes = vec![0; usize::try_from(region.len()).unwrap()];
+            memory.read(region.start(), &mut bytes).unwrap();
+            (region.start(), bytes)
+        })
+        .collect()
+}
+
+/// `before` with zeroes where `plan` drops.
+pub fn pruned(before: &[(Gpa, Vec<u8>)], plan: &PrunePlan) -> Vec<(Gpa, Vec<u8>)> {
+    let mut after = before.to_vec();
+    for (start, bytes) in &mut after {
+        let range = GpaRange::with_len(*start, bytes.len() as u64).unwrap();
+        for run in plan.dropped_in(range) {
+            let at = |gpa: Gpa| usize::try_from(gpa.offset_from(*start).unwrap()).unwrap();
+            bytes[at(run.start())..at(run.end())].fill(0);
+        }
+    }
+    after
+}
+
+/// What every memory must do, whatever its format: `map`, `next_data` and reads of any length
+/// agree with one plain read.
+pub fn conforms(memory: &dyn GuestMemory) {
+    for (start, bytes) in contents(memory) {
+        let len = bytes.len() as u64;
+        let slice = |from: u64, len: u64| {
+            let from = usize::try_from(from).unwrap();
+            &bytes[from..from + usize::try_from(len).unwrap()]
+        };
+        for (from, want) in [
+            (0, len),
+            (1, 7),
+            (PAGE - 3, 6),
+            (len - 9, 9),
+            (len / 2, len / 3),
+        ] {
+            let at = start.checked_add(from).unwrap();
+            if from + want > len {
+                continue;
+            }
+            let want_bytes = slice(from, want);
+            let size = usize::try_from(want).unwrap();
+            let mut got = vec![0xee; size];
+            memory.read(at, &mut got).unwrap();
+            assert!(got == want_bytes, "read {at} {want}");
+            if let Some(mapped) = memory.map(at, size).unwrap() {
+                got.fill(0xee);
+                assert!(mapped.bytes().copy_to(&mut got));
+                assert!(got == want_bytes, "map {at} {want}");
+            }
+        }
+        // Everything that `next_data` passes over is zero, and it always moves on.
+        let end = start.checked_add(len).unwrap();
+        let mut at = start;
+        while at < end {
+            let data = memory.next_data(at);
+            let next = data.map_or(end, |data| data.start());
+            assert!(at <= next && next <= end);
+            let from = at.offset_from(start).unwrap();
+            let skipped = next.offset_from(at).unwrap();
+            assert!(
+                slice(from, skipped).iter().all(|byte| *byte == 0),
+                "skipped data at {at}"
+            );
+            let Some(data) = data else { break };
+            assert!(!data.is_empty() && data.end() <= end);
+            at = data.end();
+        }
+        memory.release(GpaRange::new(start, end));
+        let mut one = [0];
+        memory.read(start, &mut one).unwrap();
+        assert_eq!(one[0], bytes[0], "after a release");
+        // Outside of RAM.
+        if memory.layout().region_of(end).is_none() {
+            assert!(memory.read(end, &mut one).is_err());
+            assert!(memory.map(end, 1).is_err());
+            let last = end.raw().checked_sub(1).map(Gpa::new).unwrap();
+            assert!(memory.read(last, &mut [0; 2]).is_err());
+            assert!(memory.map(last, 2).is_err());
+            assert!(memory.next_data(end).is_none());
+        }
+    }
+    assert!(memory.read(Gpa::new(u64::MAX), &mut [0; 2]).is_err());
+    assert!(memory.map(Gpa::new(u64::MAX), 2).is_err());
+    assert!(memory.next_data(Gpa::new(u64::MAX)).is_none());
+}
+
+/// The names in a folder.
+pub fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<_> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
