@@ -26,10 +26,21 @@ pub const TARGETS: &[Target] = &[
 
 fn ask(source: &dyn SymbolSource) {
     let _ = (source.symbol("_stext"), source.type_size("page"));
-    for path in ["flags", "lru.prev", "lru", "_mapcount", "free_area", "x.y.z"] {
+    for path in [
+        "flags",
+        "lru.prev",
+        "lru",
+        "_mapcount",
+        "free_area",
+        "x.y.z",
+    ] {
         let _ = (source.member("page", path), source.member("zone", path));
     }
-    let _ = (source.constant("PG_lru"), source.build_id(), source.banner());
+    let _ = (
+        source.constant("PG_lru"),
+        source.build_id(),
+        source.banner(),
+    );
 }
 
 fn file(data: &[u8]) -> tempfile::NamedTempFile {
@@ -47,7 +58,11 @@ pub fn btf(data: &[u8]) {
 pub fn vmcoreinfo(data: &[u8]) {
     if let Ok(info) = Vmcoreinfo::parse(data) {
         ask(&info);
-        let _ = (info.kernel_offset(), info.page_size(), info.number("phys_base"));
+        let _ = (
+            info.kernel_offset(),
+            info.page_size(),
+            info.number("phys_base"),
+        );
     }
 }
 
@@ -83,11 +98,17 @@ fn dump(data: &[u8], spec: Option<&LayoutSpec>) {
     let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
     let folder = tempfile::tempdir().expect("a folder");
     let out = folder.path().join("out");
-    if dump.prune_to(&plan, &out, Overwrite::Refuse, &mut |_, _| {}).is_ok() {
+    if dump
+        .prune_to(&plan, &out, Overwrite::Refuse, &mut |_, _| {})
+        .is_ok()
+    {
         let pruned = Dump::open(&out, spec).expect("what we write, we read");
         for region in dump.layout().regions() {
             for kept in plan.kept_in(*region) {
-                let (mut a, mut b) = (vec![0; 64.min(kept.len() as usize)], vec![0; 64.min(kept.len() as usize)]);
+                let (mut a, mut b) = (
+                    vec![0; 64.min(kept.len() as usize)],
+                    vec![0; 64.min(kept.len() as usize)],
+                );
                 if dump.read(kept.start(), &mut a).is_ok() {
                     pruned.read(kept.start(), &mut b).expect("kept bytes");
                     assert_eq!(a, b);

@@ -18,7 +18,16 @@ fn next(state: &mut u64) -> u64 {
 
 /// Changes a few bytes, words or lengths of `seed`.
 fn mutate(seed: &[u8], state: &mut u64) -> Vec<u8> {
-    const WORDS: [u64; 8] = [0, 1, 0xff, 0xffff, 0x7fff_ffff, 0xffff_ffff, 1 << 63, u64::MAX];
+    const WORDS: [u64; 8] = [
+        0,
+        1,
+        0xff,
+        0xffff,
+        0x7fff_ffff,
+        0xffff_ffff,
+        1 << 63,
+        u64::MAX,
+    ];
     let mut data = seed.to_vec();
     for _ in 0..=next(state) % 4 {
         if data.is_empty() {
@@ -51,7 +60,9 @@ fn no_target_panics() {
         .and_then(|rounds| rounds.parse().ok())
         .unwrap_or(ROUNDS);
     for (name, target) in TARGETS {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name);
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("corpus")
+            .join(name);
         let mut seeds: Vec<_> = fs::read_dir(&folder)
             .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
             .map(|entry| entry.unwrap().path())

@@ -148,6 +148,10 @@ static int use_memory(size_t bytes, uint64_t id, int want_zero)
 			for (size_t i = 0; i < PAGE / 8; i++)
 				words[i] = pattern(id, page * 512 + i);
 		}
+		/* A page handed out twice would have been written over by its other owner. */
+		for (size_t page = 0; page < bytes / PAGE; page++)
+			if (at[page * (PAGE / 8)] != pattern(id, page * 512))
+				_exit(4);
 		_exit(0);
 	}
 	int status;
@@ -306,6 +310,12 @@ static void torture(const struct kept *k)
 	const char *bad = check_kept(k);
 	if (bad) {
 		say("TORTURE-FAIL %s before", bad);
+		return;
+	}
+	/* Now, while the files are still in the page cache: what follows evicts them, and then the
+	 * disk would answer for pages that were dropped. */
+	if (hash_tree("/files") != k->files) {
+		say("TORTURE-FAIL files before");
 		return;
 	}
 	for (int round = 0; round < 2; round++) {

@@ -35,7 +35,8 @@ def mirror():
         if not file.is_file():
             continue
         for line in file.read_text(errors="replace").splitlines():
-            found = re.match(r"(?:deb\s+(?:\[[^]]*\]\s+)?|URIs:\s*)(\S+/debian)/?(?:\s|$)", line)
+            found = re.match(r"(?:deb\s+(?:\[[^]]*\]\s+)?|URIs:\s*)"
+                             r"((?:https?|ftp|file|mirror\S*):\S+/debian)/?(?:\s|$)", line)
             if found:
                 return found.group(1)
     raise SystemExit("no Debian mirror in apt's sources")

@@ -4,6 +4,7 @@
 Everything it downloads or makes is under target/lab (or SONICSHOT_LAB_DIR)."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def name_of(spec):
         parts.append(f"smp{spec['smp']}")
     for key in ("append", "hugetlb", "balloon"):
         if spec.get(key):
-            parts.append(key + str(spec[key]).replace(" ", "_").replace("/", "_"))
+            parts.append(key + re.sub("[^a-z0-9_.]+", "_", str(spec[key])))
     return "-".join(parts)
 
 
