@@ -9,7 +9,7 @@
 #![allow(
     missing_docs,
     clippy::unwrap_used,
-    clippy::expect_used,
+    clippy::indexing_slicing,
     reason = "a bench says so by panicking"
 )]
 
@@ -24,18 +24,20 @@ use std::time::Instant;
 
 const ROUNDS: usize = 9;
 
-/// The median of several runs of `work`, in milliseconds, after one that warms up.
-fn median(mut work: impl FnMut()) -> f64 {
+/// The median of the times in milliseconds that `work` measures of itself, after a run that
+/// warms up.
+fn median(mut work: impl FnMut() -> f64) -> f64 {
     work();
-    let mut times: Vec<f64> = (0..ROUNDS)
-        .map(|_| {
-            let start = Instant::now();
-            work();
-            start.elapsed().as_secs_f64() * 1e3
-        })
-        .collect();
+    let mut times: Vec<f64> = (0..ROUNDS).map(|_| work()).collect();
     times.sort_by(f64::total_cmp);
     times[ROUNDS / 2]
+}
+
+/// How long `work` takes, in milliseconds, and what it gives.
+fn timed<T>(work: impl FnOnce() -> T) -> (f64, T) {
+    let start = Instant::now();
+    let result = work();
+    (start.elapsed().as_secs_f64() * 1e3, result)
 }
 
 fn main() {
@@ -48,7 +50,7 @@ fn main() {
     let open = || Dump::open(&ram, Some(&layout)).unwrap();
     let dump = open();
     // Into the page cache, as the figures are about.
-    drop(fs::read(&ram).unwrap());
+    std::io::copy(&mut File::open(&ram).unwrap(), &mut std::io::sink()).unwrap();
     let guest = LinuxGuest::open(&dump, &GuestOptions::new()).unwrap();
     let struct_pages = guest.struct_page_memory().unwrap();
     let bytes: u64 = struct_pages.iter().map(GpaRange::len).sum();
@@ -62,36 +64,34 @@ fn main() {
     // The limit: one pass over the same bytes, mapped afresh as for the classification.
     let pass = median(|| {
         let dump = open();
-        for range in &struct_pages {
-            let mapped = dump.map(range.start(), usize::try_from(range.len()).unwrap());
-            black_box(mapped.unwrap().unwrap().bytes().is_filled_with(0x5a));
-            let mapped = dump.map(range.start(), usize::try_from(range.len()).unwrap());
-            sum(&mapped.unwrap().unwrap());
-        }
+        let read = || {
+            for range in &struct_pages {
+                let mapped = dump.map(range.start(), usize::try_from(range.len()).unwrap());
+                sum(&mapped.unwrap().unwrap());
+            }
+        };
+        timed(read).0
     });
     let opened = median(|| {
         let dump = open();
-        black_box(LinuxGuest::open(&dump, &GuestOptions::new()).unwrap());
+        timed(|| drop(LinuxGuest::open(&dump, &GuestOptions::new()).unwrap())).0
     });
-    let both = median(|| {
+    let classified = median(|| {
         let dump = open();
         let guest = LinuxGuest::open(&dump, &GuestOptions::new()).unwrap();
-        black_box(guest.classify(OnInconsistency::Refuse).unwrap());
+        timed(|| drop(guest.classify(OnInconsistency::Refuse).unwrap())).0
     });
-    let classified = both - opened;
-    let with_zero = median(|| {
+    let zero = median(|| {
         let dump = open();
         let guest = LinuxGuest::open(&dump, &GuestOptions::new()).unwrap();
         let mut pages = guest.classify(OnInconsistency::Refuse).unwrap();
-        mark_zero_pages(&dump, &mut pages.map).unwrap();
+        timed(|| mark_zero_pages(&dump, &mut pages.map).unwrap()).0
     });
     println!("one pass over the struct pages            {pass:8.1} ms");
-    println!(
-        "classify                                  {classified:8.1} ms  {:.2}x the pass",
-        classified / pass
-    );
-    println!("find kernel, symbols and types            {opened:8.1} ms");
-    println!("all of it, and zero pages                 {with_zero:8.1} ms");
+    let ratio = classified / pass;
+    println!("classify every page                       {classified:8.1} ms  {ratio:.2}x the pass");
+    println!("find the kernel, its symbols and types    {opened:8.1} ms");
+    println!("find the zero pages among those in use    {zero:8.1} ms");
     println!(
         "peak resident memory                      {:8} MiB",
         peak_mib()
@@ -125,9 +125,7 @@ fn prune_in_place(dump: &Dump, ram: &Path, scratch: &Path) {
         fs::copy(ram, &copy).unwrap();
         File::open(&copy).unwrap().sync_all().unwrap();
         let dump = Dump::open(&copy, Some(&LayoutSpec::Pc)).unwrap();
-        let start = Instant::now();
-        analyze(&dump);
-        analyses.push(start.elapsed().as_secs_f64() * 1e3);
+        analyses.push(timed(|| analyze(&dump)).0);
         let file = OpenOptions::new().write(true).open(&copy).unwrap();
         let start = Instant::now();
         let mut base = 0;

@@ -73,8 +73,9 @@ impl CliError {
                 "give another name, or --force to write over it"
             }
             Self::Dump(DumpError::SameFile { .. }) => "use --in-place to prune the file itself",
-            Self::Dump(DumpError::NoHoles { .. }) => "prune by copy instead: -o OUT",
-            Self::Dump(DumpError::CannotPrune { .. }) => "prune by copy instead: -o OUT",
+            Self::Dump(DumpError::NoHoles { .. } | DumpError::CannotPrune { .. }) => {
+                "prune by copy instead: -o OUT"
+            }
             Self::Dump(DumpError::LayoutLength { .. }) => {
                 "the ranges of --layout must add up to the length of the file"
             }

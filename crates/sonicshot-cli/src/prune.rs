@@ -31,7 +31,7 @@ pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
     let beyond: Vec<_> = drop
         .iter()
         .filter(|class| !ClassSet::DEFAULT_DROP.contains(*class))
-        .map(|class| class.name())
+        .map(sonicshot::PageClass::name)
         .collect();
     if !beyond.is_empty() && !args.json {
         eprintln!(

@@ -59,13 +59,11 @@ fn every_class_is_what_the_guests_kernel_says() {
             "anonymous" => has(KPF_ANON),
             "page_table" => has(KPF_PGTABLE),
             "page_cache_clean" => has(KPF_LRU) && !has(KPF_ANON | KPF_DIRTY),
-            "shmem" => !has(KPF_ANON | KPF_SLAB | KPF_BUDDY),
-            "page_cache_dirty" => !has(KPF_ANON | KPF_SLAB | KPF_BUDDY),
+            "shmem" | "page_cache_dirty" => !has(KPF_ANON | KPF_SLAB | KPF_BUDDY),
             "zero" => ram()[pfn * PAGE..(pfn + 1) * PAGE]
                 .iter()
                 .all(|byte| *byte == 0),
-            "kernel" | "unknown" => !has(KPF_LRU | KPF_ANON | KPF_SLAB | KPF_BUDDY),
-            "reserved" => !has(KPF_LRU | KPF_ANON | KPF_SLAB | KPF_BUDDY),
+            "kernel" | "unknown" | "reserved" => !has(KPF_LRU | KPF_ANON | KPF_SLAB | KPF_BUDDY),
             other => panic!("{other}"),
         };
         let entry = counts.entry(class).or_default();
