@@ -69,7 +69,10 @@ fn options(input: &InputArgs, dump: &Dump) -> GuestOptions {
 fn open(input: &InputArgs) -> Result<(Dump, &'static str), CliError> {
     if let Some(layout) = &input.layout {
         let dump = Dump::open(&input.file, Some(layout))?;
-        return Ok((dump, "given"));
+        return Ok(match dump.layout_spec() {
+            Some(_) => (dump, "given"),
+            None => (dump, "from the file; --layout is for raw files"),
+        });
     }
     let first = Dump::open(&input.file, None)?;
     if first.layout_spec().is_none() {

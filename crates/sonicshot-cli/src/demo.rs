@@ -4,7 +4,7 @@ use crate::analyze::analyze;
 use crate::args::{DemoArgs, InputArgs};
 use crate::error::CliError;
 use crate::inspect::print_report;
-use crate::report::{count, size};
+use crate::report::{count, say, size};
 use sonicshot::{DropClasses, PageClass, PageMap, Pfn, PrunePlan};
 use sonicshot_vmi::count_zero_pages;
 use std::fs::File;
@@ -32,9 +32,9 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
         source,
     })?;
     let dump = scratch.path().join("guest.raw");
-    println!("$ unpack {}", folder.join("ram.raw.zst").display());
+    say!("$ unpack {}", folder.join("ram.raw.zst").display());
     unpack(&folder.join("ram.raw.zst"), &dump)?;
-    println!("\n$ sonicshot inspect guest.raw");
+    say!("\n$ sonicshot inspect guest.raw");
     let input = InputArgs {
         file: dump.clone(),
         symbols: Vec::new(),
@@ -45,18 +45,18 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
     let zero_pages = count_zero_pages(&analysis.dump, &analysis.pages.map)?;
     print_report(&analysis, zero_pages);
 
-    println!("\n$ compare with /proc/kpageflags, written by the guest itself before it stopped");
+    say!("\n$ compare with /proc/kpageflags, written by the guest itself before it stopped");
     let flags = read_flags(&folder.join("kpageflags.bin.zst"))?;
     check(&analysis.pages.map, &flags)?;
 
-    println!("\n$ sonicshot prune guest.raw --in-place");
+    say!("\n$ sonicshot prune guest.raw --in-place");
     let plan = PrunePlan::new(
         &analysis.pages.map,
         &DropClasses::default(),
         analysis.pages.free_fill,
     );
     let stats = analysis.dump.prune_in_place(&plan, &mut |_, _| {})?;
-    println!(
+    say!(
         "dropped {} in {} runs; on disk: {} -> {}",
         size(stats.dropped_bytes),
         count(stats.runs),
@@ -65,8 +65,8 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
     );
     let again = analyze(&input)?;
     let same = again.counts == analysis.counts;
-    println!("\n$ sonicshot inspect guest.raw");
-    println!(
+    say!("\n$ sonicshot inspect guest.raw");
+    say!(
         "the pruned dump tells the same of every page: {}",
         if same { "yes" } else { "no" }
     );
@@ -124,7 +124,7 @@ fn unpack(from: &Path, to: &Path) -> Result<(), CliError> {
         }
     };
     let on_disk = work().map_err(io(from))?;
-    println!("{} on disk", size(on_disk));
+    say!("{} on disk", size(on_disk));
     Ok(())
 }
 
@@ -163,12 +163,12 @@ fn check(map: &PageMap, flags: &[u64]) -> Result<(), CliError> {
             _ => {}
         }
     }
-    println!("free by both: {} pages", count(both));
-    println!(
+    say!("free by both: {} pages", count(both));
+    say!(
         "free by the kernel alone (used between its record and the stop): {}",
         count(kernel_only)
     );
-    println!("dropped although the kernel says in use: {}", in_use.len());
+    say!("dropped although the kernel says in use: {}", in_use.len());
     if in_use.is_empty() {
         Ok(())
     } else {

@@ -34,6 +34,8 @@ pub(crate) enum CliError {
     Undroppable { class: PageClass },
     #[error("{} exists", path.display())]
     Exists { path: PathBuf },
+    #[error("{} is the dump itself", path.display())]
+    OverDump { path: PathBuf },
     #[error("no demo dump found: looked for testdata/{name} from here upwards")]
     NoDemo { name: &'static str },
     #[error("the demo's check failed: {what}")]
@@ -46,6 +48,7 @@ impl CliError {
             Self::Dump(
                 DumpError::Io { .. }
                 | DumpError::NoHoles { .. }
+                | DumpError::Changed { .. }
                 | DumpError::Exists { .. }
                 | DumpError::SameFile { .. },
             )
@@ -53,7 +56,9 @@ impl CliError {
             | Self::Exists { .. }
             | Self::NoDemo { .. }
             | Self::Demo { .. } => 1,
-            Self::Undroppable { .. } => 2,
+            Self::Undroppable { .. }
+            | Self::OverDump { .. }
+            | Self::Dump(DumpError::NotInPlace { .. }) => 2,
             Self::Dump(_) | Self::Memory(_) | Self::NoLayout { .. } => 3,
             Self::Guest { source, .. } => match source {
                 VmiError::Inconsistent(_) => 5,
@@ -73,8 +78,11 @@ impl CliError {
                 "give another name, or --force to write over it"
             }
             Self::Dump(DumpError::SameFile { .. }) => "use --in-place to prune the file itself",
-            Self::Dump(DumpError::NoHoles { .. } | DumpError::CannotPrune { .. }) => {
+            Self::Dump(DumpError::NoHoles { .. } | DumpError::NotInPlace { .. }) => {
                 "prune by copy instead: -o OUT"
+            }
+            Self::Dump(DumpError::Changed { .. }) => {
+                "stop whatever writes the dump, then run this again"
             }
             Self::Dump(DumpError::LayoutLength { .. }) => {
                 "the ranges of --layout must add up to the length of the file"

@@ -3,20 +3,26 @@
 use crate::analyze::{Analysis, analyze};
 use crate::args::InspectArgs;
 use crate::error::CliError;
-use crate::report::{count, percent, size};
+use crate::report::{count, percent, say, size};
 use serde_json::{Map, Value, json};
 use sonicshot::{ClassSet, DropClasses, GuestMemory, PageClass, PrunePlan};
 use sonicshot_vmi::{ZoneReport, count_zero_pages};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
     if let Some(path) = &args.pfns
-        && !args.force
-        && path.exists()
+        && let Ok(there) = fs::metadata(path)
     {
-        return Err(CliError::Exists { path: path.clone() });
+        if !args.force {
+            return Err(CliError::Exists { path: path.clone() });
+        }
+        let dump = fs::metadata(&args.input.file).map(|dump| (dump.dev(), dump.ino()));
+        if dump.is_ok_and(|dump| dump == (there.dev(), there.ino())) {
+            return Err(CliError::OverDump { path: path.clone() });
+        }
     }
     let analysis = analyze(&args.input)?;
     let zero_pages = count_zero_pages(&analysis.dump, &analysis.pages.map)?;
@@ -28,7 +34,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
         })?;
     }
     if args.json {
-        println!("{}", json_report(&analysis, zero_pages));
+        say!("{}", json_report(&analysis, zero_pages));
     } else {
         print_report(&analysis, zero_pages);
     }
@@ -131,30 +137,34 @@ pub(crate) fn print_report(analysis: &Analysis, zero_pages: u64) {
     let page_size = analysis.pages.map.page_size().bytes();
     let total = analysis.counts.total();
     let bytes = |pages: u64| size(pages.saturating_mul(page_size));
-    println!(
+    say!(
         "file      {}, {}",
         analysis.dump.format(),
         size(analysis.dump.file_len())
     );
-    println!("kernel    {}", analysis.release);
+    say!("kernel    {}", analysis.release);
     if let Some(banner) = &analysis.banner {
-        println!("          {banner}");
+        say!("          {banner}");
     }
-    println!("symbols   {}", analysis.symbol_sources.join(", "));
+    say!("symbols   {}", analysis.symbol_sources.join(", "));
     match analysis.dump.layout_spec() {
-        Some(layout) => println!("layout    {layout} ({})", analysis.layout_origin),
-        None => println!("layout    {}", analysis.layout_origin),
+        Some(layout) => say!("layout    {layout} ({})", analysis.layout_origin),
+        None => say!("layout    {}", analysis.layout_origin),
     }
     for region in analysis.dump.layout().regions() {
-        println!("          {region} ({})", size(region.len()));
+        say!("          {region} ({})", size(region.len()));
     }
-    println!();
-    println!(
+    say!("");
+    say!(
         "{:<10} {:>23} {:>12} {:>10} {:>10}",
-        "zone", "frames", "free pages", "counter", "per-CPU"
+        "zone",
+        "frames",
+        "free pages",
+        "counter",
+        "per-CPU"
     );
     for zone in &analysis.pages.zones {
-        println!(
+        say!(
             "{:<10} {:>23} {:>12} {:>10} {:>10}",
             format!("{}/{}", zone.node, zone.name),
             zone.span.to_string(),
@@ -163,10 +173,13 @@ pub(crate) fn print_report(analysis: &Analysis, zero_pages: u64) {
             count(zone.pcp),
         );
     }
-    println!();
-    println!(
+    say!("");
+    say!(
         "{:<18} {:>12} {:>12} {:>8}",
-        "class", "pages", "size", "share"
+        "class",
+        "pages",
+        "size",
+        "share"
     );
     for (class, pages) in analysis.counts.iter() {
         let mark = if ClassSet::DEFAULT_DROP.contains(class) {
@@ -174,7 +187,7 @@ pub(crate) fn print_report(analysis: &Analysis, zero_pages: u64) {
         } else {
             ""
         };
-        println!(
+        say!(
             "{:<18} {:>12} {:>12} {:>8}",
             format!("{class}{mark}"),
             count(pages),
@@ -182,7 +195,7 @@ pub(crate) fn print_report(analysis: &Analysis, zero_pages: u64) {
             percent(pages, total)
         );
     }
-    println!(
+    say!(
         "{:<18} {:>12} {:>12} {:>8}",
         "total",
         count(total),
@@ -191,18 +204,18 @@ pub(crate) fn print_report(analysis: &Analysis, zero_pages: u64) {
     );
     let plan = default_plan(analysis);
     let dropped = plan.dropped_pages();
-    println!();
-    println!(
+    say!("");
+    say!(
         "a prune saves                {:>12} {:>8}  (the classes marked *)",
         bytes(dropped),
         percent(dropped, total)
     );
-    println!(
+    say!(
         "leaving out zero pages alone {:>12} {:>8}",
         bytes(zero_pages),
         percent(zero_pages, total)
     );
     for note in &analysis.pages.notes {
-        println!("note: {note}");
+        say!("note: {note}");
     }
 }

@@ -10,6 +10,7 @@ mod report;
 
 use args::{Cli, Command};
 use clap::Parser;
+use error::CliError;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -19,6 +20,14 @@ fn main() -> ExitCode {
         Command::Prune(args) => (prune::run(args), args.json),
         Command::Demo(args) => (demo::run(args), false),
     };
+    let result = result.and_then(|()| match report::output_error() {
+        Some(error) => Err(CliError::Io {
+            action: "writing to",
+            path: "standard output".into(),
+            source: error.kind().into(),
+        }),
+        None => Ok(()),
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

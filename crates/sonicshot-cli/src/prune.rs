@@ -3,9 +3,9 @@
 use crate::analyze::{Analysis, analyze};
 use crate::args::PruneArgs;
 use crate::error::CliError;
-use crate::report::{count, percent, progress_bar, size};
+use crate::report::{count, percent, progress_bar, say, size};
 use serde_json::json;
-use sonicshot::{ClassSet, DropClasses, PrunePlan};
+use sonicshot::{ClassSet, DropClasses, PageClass, PrunePlan};
 use sonicshot_dump::{DumpError, Overwrite, PruneStats};
 use std::time::Instant;
 
@@ -31,13 +31,19 @@ pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
     let beyond: Vec<_> = drop
         .iter()
         .filter(|class| !ClassSet::DEFAULT_DROP.contains(*class))
-        .map(sonicshot::PageClass::name)
+        .map(PageClass::name)
         .collect();
-    if !beyond.is_empty() && !args.json {
-        eprintln!(
-            "warning: {} hold data that the guest uses: it cannot run from the result",
-            beyond.join(", ")
-        );
+    let warnings: Vec<String> = match beyond.as_slice() {
+        [] => Vec::new(),
+        classes => vec![format!(
+            "{} hold data that the guest uses: it cannot run from the result",
+            classes.join(", ")
+        )],
+    };
+    if !args.json {
+        for warning in &warnings {
+            eprintln!("warning: {warning}");
+        }
     }
     let stats = if args.dry_run {
         None
@@ -46,7 +52,7 @@ pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
     };
     let seconds = started.elapsed().as_secs_f64();
     if args.json {
-        print_json(args, &analysis, &plan, stats.as_ref(), seconds);
+        print_json(args, &analysis, &plan, stats.as_ref(), seconds, &warnings);
     } else {
         print_summary(args, &analysis, &plan, stats.as_ref(), seconds);
     }
@@ -82,6 +88,7 @@ fn print_json(
     plan: &PrunePlan,
     stats: Option<&PruneStats>,
     seconds: f64,
+    warnings: &[String],
 ) {
     let mut report = json!({
         "kernel_release": analysis.release,
@@ -93,16 +100,18 @@ fn print_json(
         "dry_run": args.dry_run,
         "seconds": seconds,
         "notes": analysis.pages.notes,
+        "warnings": warnings,
     });
     if let (Some(stats), Some(report)) = (stats, report.as_object_mut()) {
         report.insert("dropped_bytes".into(), stats.dropped_bytes.into());
         report.insert("kept_for_fill_bytes".into(), stats.kept_for_fill.into());
         report.insert("runs".into(), stats.runs.into());
         report.insert("punched".into(), stats.punched.into());
+        report.insert("joined".into(), stats.joined.into());
         report.insert("disk_before".into(), stats.disk_before.into());
         report.insert("disk_after".into(), stats.disk_after.into());
     }
-    println!("{report}");
+    say!("{report}");
 }
 
 fn print_summary(
@@ -117,7 +126,7 @@ fn print_summary(
     }
     let total = analysis.counts.total();
     let Some(stats) = stats else {
-        println!(
+        say!(
             "would drop {} pages ({}, {} of RAM) in {} runs; nothing was changed",
             count(plan.dropped_pages()),
             size(plan.dropped_bytes()),
@@ -127,7 +136,7 @@ fn print_summary(
         return;
     };
     let total_bytes = total.saturating_mul(plan.page_size().bytes());
-    println!(
+    say!(
         "dropped {} of {} ({}) in {} runs, {seconds:.2} s",
         size(stats.dropped_bytes),
         size(total_bytes),
@@ -135,15 +144,21 @@ fn print_summary(
         count(stats.runs),
     );
     if stats.kept_for_fill > 0 {
-        println!(
+        say!(
             "kept {} of free pages that must not read as zero in this guest",
             size(stats.kept_for_fill)
         );
     }
-    if args.in_place && stats.punched == 0 {
-        println!("nothing to do: what can be dropped is not in the file already");
+    if stats.joined > 0 {
+        say!(
+            "{} of the runs are holes in the file: a core has no room for more segments",
+            count(stats.joined)
+        );
     }
-    println!(
+    if args.in_place && stats.punched == 0 {
+        say!("nothing to do: what can be dropped is not in the file already");
+    }
+    say!(
         "on disk: {} -> {}",
         size(stats.disk_before),
         size(stats.disk_after)

@@ -1,7 +1,32 @@
 //! Numbers for people, and progress.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::IsTerminal;
+use std::fmt;
+use std::io::{self, IsTerminal, Write};
+use std::sync::OnceLock;
+
+/// What went wrong with standard output first.
+static OUTPUT_ERROR: OnceLock<io::Error> = OnceLock::new();
+
+/// Prints a line to standard output, as `println!` does, but without a panic if it fails.
+macro_rules! say {
+    ($($arg:tt)*) => { $crate::report::print_line(format_args!($($arg)*)) };
+}
+pub(crate) use say;
+
+pub(crate) fn print_line(line: fmt::Arguments<'_>) {
+    if let Err(error) = writeln!(io::stdout().lock(), "{line}") {
+        // The work goes on; what it says at its end counts.
+        let _ = OUTPUT_ERROR.set(error);
+    }
+}
+
+/// What went wrong with standard output, unless its reader just wanted no more (`| head`).
+pub(crate) fn output_error() -> Option<&'static io::Error> {
+    OUTPUT_ERROR
+        .get()
+        .filter(|error| error.kind() != io::ErrorKind::BrokenPipe)
+}
 
 /// Bytes as people read them: `449.5 MiB`.
 pub(crate) fn size(bytes: u64) -> String {
@@ -46,7 +71,7 @@ pub(crate) fn count(number: u64) -> String {
 
 /// A progress bar on standard error, if that is a terminal.
 pub(crate) fn progress_bar(what: &'static str, quiet: bool) -> ProgressBar {
-    if quiet || !std::io::stderr().is_terminal() {
+    if quiet || !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());

@@ -90,13 +90,19 @@ pub enum DumpError {
         /// Its length in bytes now.
         now: u64,
     },
-    /// The format cannot be pruned in this way.
-    #[error("{} is {format}: {why}", path.display())]
+    /// The format cannot be pruned in place.
+    #[error("{} is {format}, which cannot be pruned in place", path.display())]
+    NotInPlace {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        format: &'static str,
+    },
+    /// This file cannot be pruned.
+    #[error("{} cannot be pruned: {why}", path.display())]
     CannotPrune {
         /// The file.
         path: PathBuf,
-        /// Its format.
-        format: &'static str,
         /// Why not.
         why: &'static str,
     },

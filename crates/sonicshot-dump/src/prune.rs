@@ -83,7 +83,7 @@ impl Dump {
     /// whatever interrupts it leaves a valid dump. What is a hole already is not touched.
     ///
     /// # Errors
-    /// [`DumpError::CannotPrune`] for a format that holes do not fit, [`DumpError::NoHoles`] if
+    /// [`DumpError::NotInPlace`] for a format that holes do not fit, [`DumpError::NoHoles`] if
     /// the file system cannot punch them; the file is then as it was.
     pub fn prune_in_place(
         &self,
@@ -93,10 +93,9 @@ impl Dump {
         let dump = self.mapped();
         let path = dump.path();
         let Format::Raw { .. } = self.format_data() else {
-            return Err(DumpError::CannotPrune {
+            return Err(DumpError::NotInPlace {
                 path: path.into(),
                 format: self.format(),
-                why: "only raw files can be pruned in place",
             });
         };
         dump.check_length()?;
@@ -444,7 +443,6 @@ fn copy_elf(
     const ALIGN: u64 = 4096;
     let refuse = |why| DumpError::CannotPrune {
         path: dump.path().into(),
-        format: "an ELF core",
         why,
     };
     let mut pieces = Vec::new();
