@@ -16,7 +16,7 @@ Exit codes:
 
 /// Leaves a guest's free memory out of its snapshots, from outside, with no agent.
 #[derive(Debug, Parser)]
-#[command(version, after_help = EXIT_CODES)]
+#[command(name = "sonicshot", version, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub command: Command,
