@@ -252,6 +252,9 @@ impl<'m> MemMap<'m> {
                     .and_then(|(offset, len)| mapped.bytes().get(offset, len))
                     .ok_or_else(|| corrupt(at))?;
                 visit(pfn, bytes)?;
+                if let Some(range) = GpaRange::with_len(chunk.gpa, chunk.len) {
+                    self.memory.release(range);
+                }
             } else {
                 // 2 MiB at a time: 32,768 frames of 64-byte struct pages.
                 pages = whole.min((2_u64 << 20).checked_div(self.stride).unwrap_or(1));

@@ -1,9 +1,9 @@
 //! BTF: the kernel's own types, in its own image (Documentation/bpf/btf.rst).
 
 use super::bytes::Bytes;
+use super::names::NameIndex;
 use super::{Member, SymbolError, SymbolSource};
 use crate::{KernelVa, VirtualMemory};
-use std::collections::HashMap;
 
 const MAGIC: u16 = 0xeb9f;
 /// The largest kernels have some 10 MB.
@@ -45,9 +45,38 @@ pub struct Btf {
     offsets: Vec<u32>,
     strings_at: usize,
     strings_len: usize,
-    /// By offset of the name in the strings: `struct` and `union` definitions, enumerators.
-    structs: HashMap<u32, u32>,
-    enumerators: HashMap<u32, i64>,
+    /// `struct` and `union` definitions: where the name is in the strings, and the type.
+    structs: Named<u32>,
+    /// Enumerators: where the name is in the strings, and the value.
+    enumerators: Named<i64>,
+}
+
+/// Values by the names that stand at offsets in the strings.
+#[derive(Debug)]
+struct Named<T> {
+    entries: Vec<(u32, T)>,
+    index: NameIndex,
+}
+
+impl<T: Copy> Named<T> {
+    fn new(entries: Vec<(u32, T)>, strings: Bytes<'_>) -> Self {
+        let count = u32::try_from(entries.len()).unwrap_or(u32::MAX);
+        let index = NameIndex::new(count, |number| Self::name(&entries, strings, number));
+        Self { entries, index }
+    }
+
+    fn name<'a>(entries: &[(u32, T)], strings: Bytes<'a>, number: u32) -> Option<&'a [u8]> {
+        let (at, _) = entries.get(usize::try_from(number).ok()?)?;
+        strings.c_str(usize::try_from(*at).ok()?)
+    }
+
+    fn get(&self, name: &str, strings: Bytes<'_>) -> Option<T> {
+        let number = self.index.find(name.as_bytes(), |number| {
+            Self::name(&self.entries, strings, number)
+        })?;
+        let (_, value) = self.entries.get(usize::try_from(number).ok()?)?;
+        Some(*value)
+    }
 }
 
 impl core::fmt::Debug for Btf {
@@ -110,8 +139,8 @@ impl Btf {
             .ok_or_else(|| malformed("types beyond the end", types_at, types_len as u64))?;
         let types = Bytes(types);
         let mut offsets = vec![0];
-        let mut structs = HashMap::new();
-        let mut enumerators = HashMap::new();
+        let mut structs = Vec::new();
+        let mut enumerators = Vec::new();
         let mut at = 0_usize;
         while at < types_len {
             let bad = |what, value: u32| malformed(what, types_at.saturating_add(at), value.into());
@@ -127,10 +156,10 @@ impl Btf {
             offsets.push(u32::try_from(at).map_err(|_| bad("too many types", u32::MAX))?);
             match ty.kind {
                 KIND_STRUCT | KIND_UNION if ty.name != 0 => {
-                    structs.entry(ty.name).or_insert(id);
+                    structs.push((ty.name, id));
                 }
                 KIND_ENUM | KIND_ENUM64 => ty.enumerators(types, &mut |name, value| {
-                    enumerators.entry(name).or_insert(value);
+                    enumerators.push((name, value));
                 }),
                 _ => {}
             }
@@ -142,8 +171,8 @@ impl Btf {
             offsets,
             strings_at,
             strings_len,
-            structs,
-            enumerators,
+            structs: Named::new(structs, Bytes(strings)),
+            enumerators: Named::new(enumerators, Bytes(strings)),
             blob: Box::new(blob),
         })
     }
@@ -156,18 +185,9 @@ impl Btf {
         Bytes(self.data().0.get(self.types_at..).unwrap_or_default())
     }
 
-    /// The offsets at which `name` stands among the strings; a compiler may leave duplicates.
-    fn name_offsets(&self, name: &str) -> impl Iterator<Item = u32> + '_ {
-        let strings = self
-            .data()
-            .get(self.strings_at, self.strings_len)
-            .unwrap_or_default();
-        let needle = format!("\0{name}\0");
-        let at: Vec<_> = memchr::memmem::find_iter(strings, needle.as_bytes())
-            .take(16)
-            .filter_map(|at| u32::try_from(at.checked_add(1)?).ok())
-            .collect();
-        at.into_iter()
+    fn strings(&self) -> Bytes<'_> {
+        let strings = self.data().get(self.strings_at, self.strings_len);
+        Bytes(strings.unwrap_or_default())
     }
 
     fn ty(&self, id: u32) -> Option<Type> {
@@ -177,9 +197,7 @@ impl Btf {
     }
 
     fn find_struct(&self, name: &str) -> Option<Type> {
-        self.name_offsets(name)
-            .find_map(|offset| self.structs.get(&offset))
-            .and_then(|id| self.ty(*id))
+        self.ty(self.structs.get(name, self.strings())?)
     }
 
     /// Follows typedefs and qualifiers.
@@ -214,11 +232,11 @@ impl Btf {
         }
     }
 
-    /// The member of `ty`, or of an anonymous member of it, whose name stands at one of `names`.
+    /// The member of `ty`, or of an anonymous member of it, that is called `wanted`.
     fn find_member(
         &self,
         ty: &Type,
-        names: &[u32],
+        wanted: &str,
         depth: u32,
         steps: &mut u32,
     ) -> Option<(u64, u32)> {
@@ -235,13 +253,15 @@ impl Btf {
             // With the kind flag the top byte is the width of a bit field.
             let bits = if ty.kind_flag { bits & 0xff_ffff } else { bits };
             let offset = u64::from(bits >> 3);
-            if name != 0 && names.contains(&name) {
+            if name != 0
+                && self.strings().c_str(usize::try_from(name).ok()?) == Some(wanted.as_bytes())
+            {
                 return (bits & 7 == 0).then_some((offset, member));
             }
             if name == 0
                 && let Some(inner) = self.resolve(member)
                 && let Some((below, found)) =
-                    self.find_member(&inner, names, depth.checked_add(1)?, steps)
+                    self.find_member(&inner, wanted, depth.checked_add(1)?, steps)
             {
                 return Some((offset.checked_add(below)?, found));
             }
@@ -258,8 +278,7 @@ impl Btf {
             if let Some(id) = last {
                 ty = self.resolve(id)?;
             }
-            let names: Vec<_> = self.name_offsets(part).collect();
-            let (below, id) = self.find_member(&ty, &names, 0, &mut steps)?;
+            let (below, id) = self.find_member(&ty, part, 0, &mut steps)?;
             offset = offset.checked_add(below)?;
             last = Some(id);
         }
@@ -290,10 +309,7 @@ impl SymbolSource for Btf {
     }
 
     fn constant(&self, name: &str) -> Result<Option<i64>, SymbolError> {
-        Ok(self
-            .name_offsets(name)
-            .find_map(|offset| self.enumerators.get(&offset))
-            .copied())
+        Ok(self.enumerators.get(name, self.strings()))
     }
 }
 

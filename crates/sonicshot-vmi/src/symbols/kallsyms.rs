@@ -4,10 +4,11 @@
 //! VMCOREINFO says where the tables are; before, they are found by their form.
 
 use super::bytes::Bytes;
-use super::names::NameIndex;
 use super::vmcoreinfo::Vmcoreinfo;
 use super::{SymbolBase, SymbolError, SymbolSource};
 use crate::{KernelVa, VirtualMemory};
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
 
 const ORIGIN: &str = "kallsyms in guest memory";
 /// Kernels have 80,000 to 250,000 symbols.
@@ -34,18 +35,46 @@ enum Scheme {
 }
 
 /// The symbols of the running kernel.
+///
+/// The names stay compressed; each look-up of new names is one pass over them, which passes
+/// over nearly every name by its first token.
 pub struct Kallsyms {
-    /// Every name behind the other, and where each ends.
     names: Vec<u8>,
-    ends: Vec<u32>,
-    addresses: Vec<u64>,
-    index: NameIndex,
+    tokens: Tokens,
+    count: u32,
+    offsets: Vec<u8>,
+    scheme: Scheme,
+    found: Mutex<HashMap<String, Option<u64>>>,
 }
+
+/// The symbols that this crate asks for, found in one pass together.
+const ASKED: [&str; 20] = [
+    "__cpu_possible_mask",
+    "__per_cpu_offset",
+    "__start_BTF",
+    "__stop_BTF",
+    "_debug_pagealloc_enabled",
+    "_page_poisoning_enabled",
+    "_stext",
+    "contig_page_data",
+    "e820_table",
+    "init_on_free",
+    "init_task",
+    "init_uts_ns",
+    "kasan_flag_enabled",
+    "linux_banner",
+    "mem_section",
+    "node_data",
+    "nr_cpu_ids",
+    "nr_node_ids",
+    "swapper_pg_dir",
+    "want_page_poisoning",
+];
 
 impl core::fmt::Debug for Kallsyms {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_struct("Kallsyms")
-            .field("symbols", &self.addresses.len())
+            .field("symbols", &self.count)
             .finish_non_exhaustive()
     }
 }
@@ -147,30 +176,40 @@ impl Kallsyms {
             ));
         }
         let tokens = Tokens::read(memory, tables)?;
-        let (names, ends) = expand_names(memory, tables, &tokens)?;
-        let name = |number: u32| name_at(&names, &ends, number);
-        let index = NameIndex::new(tables.count, name);
-        let addresses = read_addresses(memory, tables, info, |wanted| {
-            index.find(wanted.as_bytes(), name)
+        let names = read_names(memory, tables.names, tables.count)?;
+        let offsets = read_offsets(memory, tables)?;
+        let numbers = find_names(&names, &tokens, tables.count, &ASKED);
+        let scheme = find_scheme(tables, &offsets, info, |wanted| {
+            numbers.get(wanted).copied()
         })?;
+        let found = ASKED
+            .iter()
+            .map(|name| {
+                let number = numbers.get(name).copied();
+                let at = number.and_then(|number| scheme.address(&offsets, number));
+                ((*name).to_owned(), at)
+            })
+            .collect();
         Ok(Self {
             names,
-            ends,
-            addresses,
-            index,
+            tokens,
+            count: tables.count,
+            offsets,
+            scheme,
+            found: Mutex::new(found),
         })
     }
 
     /// How many symbols there are.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.addresses.len()
+        usize::try_from(self.count).unwrap_or(usize::MAX)
     }
 
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.addresses.is_empty()
+        self.count == 0
     }
 }
 
@@ -184,22 +223,17 @@ impl SymbolSource for Kallsyms {
     }
 
     fn symbol(&self, name: &str) -> Result<Option<KernelVa>, SymbolError> {
-        let number = self.index.find(name.as_bytes(), |number| {
-            name_at(&self.names, &self.ends, number)
-        });
-        Ok(number
-            .and_then(|number| self.addresses.get(usize::try_from(number).ok()?))
-            .map(|at| KernelVa::new(*at)))
+        // A poisoned lock only means that another look-up panicked; the table is as good.
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = found.get(name) {
+            return Ok(at.map(KernelVa::new));
+        }
+        let numbers = find_names(&self.names, &self.tokens, self.count, &[name]);
+        let number = numbers.get(name).copied();
+        let at = number.and_then(|number| self.scheme.address(&self.offsets, number));
+        found.insert(name.to_owned(), at);
+        Ok(at.map(KernelVa::new))
     }
-}
-
-fn name_at<'a>(names: &'a [u8], ends: &[u32], number: u32) -> Option<&'a [u8]> {
-    let number = usize::try_from(number).ok()?;
-    let start = match number.checked_sub(1) {
-        Some(before) => usize::try_from(*ends.get(before)?).ok()?,
-        None => 0,
-    };
-    names.get(start..usize::try_from(*ends.get(number)?).ok()?)
 }
 
 /// The 256 parts that names are made of.
@@ -268,148 +302,151 @@ fn read_what_is_mapped(memory: &dyn VirtualMemory, at: KernelVa, buf: &mut [u8])
     done
 }
 
-/// Reads a table a piece at a time.
-struct Reader<'a> {
-    memory: &'a dyn VirtualMemory,
-    at: KernelVa,
-    buffer: Vec<u8>,
-    used: usize,
-    taken: usize,
-}
-
-impl<'a> Reader<'a> {
-    const PIECE: usize = 256 << 10;
-
-    fn new(memory: &'a dyn VirtualMemory, at: KernelVa) -> Self {
-        Self {
-            memory,
-            at,
-            buffer: Vec::new(),
-            used: 0,
-            taken: 0,
-        }
-    }
-
-    /// The next `len` (at most [`MAX_NAME`]) bytes.
-    fn take(&mut self, len: usize) -> Option<&[u8]> {
-        if self.used.checked_add(len)? > self.buffer.len() {
-            let next = self.at.checked_add(self.used as u64)?;
-            self.buffer.resize(Self::PIECE, 0);
-            let got = read_what_is_mapped(self.memory, next, &mut self.buffer);
-            self.buffer.truncate(got);
-            self.at = next;
-            self.used = 0;
-        }
-        let start = self.used;
-        self.used = start.checked_add(len)?;
-        self.taken = self.taken.checked_add(len)?;
-        self.buffer.get(start..self.used)
-    }
-}
-
-/// Decodes every name, without the type letter that stands before it.
-fn expand_names(
-    memory: &dyn VirtualMemory,
-    tables: &Tables,
-    tokens: &Tokens,
-) -> Result<(Vec<u8>, Vec<u32>), SymbolError> {
-    let count = usize::try_from(tables.count).unwrap_or(0);
-    let mut names = Vec::with_capacity(count.saturating_mul(24));
-    let mut ends = Vec::with_capacity(count);
-    let mut reader = Reader::new(memory, tables.names);
-    let cut = |offset: usize| {
-        malformed(
-            "names that are cut off",
-            tables.names.raw().saturating_add(offset as u64),
-            0,
-        )
+/// The compressed name at the start of `names`, and what follows.
+fn split_name(names: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (len, rest) = match names {
+        [low, rest @ ..] if low & 0x80 == 0 => (usize::from(*low), rest),
+        // Since 6.1 (73bbb94466fd) a long name has its length in two bytes.
+        [low, high, rest @ ..] => (usize::from(low & 0x7f) | usize::from(*high) << 7, rest),
+        _ => return None,
     };
-    for _ in 0..tables.count {
-        let at = reader.taken;
-        let len = match reader.take(1) {
-            Some(&[low]) if low & 0x80 == 0 => usize::from(low),
-            // Since 6.1 (73bbb94466fd) a long name has its length in two bytes.
-            Some(&[low]) => match reader.take(1) {
-                Some(&[high]) => usize::from(low & 0x7f) | usize::from(high) << 7,
-                _ => return Err(cut(at)),
-            },
-            _ => return Err(cut(at)),
-        };
-        if len == 0 || len > MAX_NAME {
-            return Err(malformed(
-                "a length of a name",
-                tables.names.raw().saturating_add(at as u64),
-                len as u64,
-            ));
-        }
-        let start = names.len();
-        for token in reader.take(len).ok_or_else(|| cut(at))? {
-            names.extend_from_slice(tokens.get(*token));
-        }
-        if names.len().saturating_sub(start) > MAX_NAME || names.len() > MAX_NAMES_LEN {
-            return Err(malformed(
-                "a name that is too long",
-                tables.names.raw().saturating_add(at as u64),
-                names.len().saturating_sub(start) as u64,
-            ));
-        }
-        if start < names.len() {
-            names.remove_at(start);
-        }
-        ends.push(u32::try_from(names.len()).unwrap_or(u32::MAX));
+    if len == 0 || len > MAX_NAME {
+        return None;
     }
-    Ok((names, ends))
+    rest.split_at_checked(len)
 }
 
-/// Removing the type letter in place.
-trait RemoveAt {
-    fn remove_at(&mut self, at: usize);
-}
-
-impl RemoveAt for Vec<u8> {
-    fn remove_at(&mut self, at: usize) {
-        self.drain(at..at.saturating_add(1));
-    }
-}
-
-/// Reads the addresses, by the scheme under which the symbols that VMCOREINFO names too have
-/// the addresses that it gives.
-fn read_addresses(
+/// Reads `count` names from `at`, still compressed, and checks that each is whole.
+fn read_names(
     memory: &dyn VirtualMemory,
-    tables: &Tables,
-    info: &Vmcoreinfo,
-    find: impl Fn(&str) -> Option<u32>,
-) -> Result<Vec<u64>, SymbolError> {
-    let width = if tables.absolute { 8 } else { 4 };
-    let len = usize::try_from(tables.count)
-        .unwrap_or(0)
-        .saturating_mul(width);
-    let mut table = vec![0; len];
-    if read_what_is_mapped(memory, tables.offsets, &mut table) < len {
-        return Err(malformed(
-            "offsets that are not mapped",
-            tables.offsets.raw(),
-            len as u64,
-        ));
+    at: KernelVa,
+    count: u32,
+) -> Result<Vec<u8>, SymbolError> {
+    const PIECE: usize = 256 << 10;
+    let mut names: Vec<u8> = Vec::new();
+    let (mut whole, mut done) = (0_usize, 0_u32);
+    while done < count {
+        let old = names.len();
+        let here = at.checked_add(old as u64);
+        names.resize(old.saturating_add(PIECE), 0);
+        let got = match (here, names.get_mut(old..)) {
+            (Some(here), Some(piece)) => read_what_is_mapped(memory, here, piece),
+            _ => 0,
+        };
+        names.truncate(old.saturating_add(got));
+        while done < count {
+            let rest = names.get(whole..).unwrap_or_default();
+            let Some((_, after)) = split_name(rest) else {
+                break;
+            };
+            whole = names.len().saturating_sub(after.len());
+            done = done.saturating_add(1);
+        }
+        let stuck = names.len().saturating_sub(whole) > 2 * MAX_NAME;
+        if done < count && (got == 0 || stuck || names.len() > MAX_NAMES_LEN) {
+            let at = at.raw().saturating_add(whole as u64);
+            return Err(malformed(
+                "a name that is cut off or too long",
+                at,
+                done.into(),
+            ));
+        }
     }
-    let table = Bytes(&table);
-    let address = |scheme: Scheme, number: u32| -> Option<u64> {
-        let at = usize::try_from(number).ok()?.checked_mul(width)?;
-        if scheme == Scheme::Absolute {
+    names.truncate(whole);
+    Ok(names)
+}
+
+/// The number of the first symbol of each wanted name.
+fn find_names<'w>(
+    names: &[u8],
+    tokens: &Tokens,
+    count: u32,
+    wanted: &[&'w str],
+) -> HashMap<&'w str, u32> {
+    // Whether a name that begins with this token may be wanted. The first letter is the type.
+    let may_begin: Vec<bool> = (0..=u8::MAX)
+        .map(|token| match tokens.get(token) {
+            [_, begin @ ..] => wanted.iter().any(|name| {
+                let name = name.as_bytes();
+                name.starts_with(begin) || begin.starts_with(name)
+            }),
+            [] => true,
+        })
+        .collect();
+    let mut found = HashMap::new();
+    let mut rest = names;
+    let mut name = Vec::with_capacity(MAX_NAME);
+    for number in 0..count {
+        let Some((compressed, after)) = split_name(rest) else {
+            break;
+        };
+        rest = after;
+        let first = compressed.first().copied().unwrap_or(0);
+        if !may_begin.get(usize::from(first)).copied().unwrap_or(true) {
+            continue;
+        }
+        name.clear();
+        for token in compressed {
+            name.extend_from_slice(tokens.get(*token));
+            if name.len() > MAX_NAME {
+                break;
+            }
+        }
+        let this = name.get(1..).unwrap_or_default();
+        if let Some(wanted) = wanted.iter().find(|wanted| wanted.as_bytes() == this) {
+            found.entry(*wanted).or_insert(number);
+        }
+    }
+    found
+}
+
+impl Scheme {
+    /// The bytes that each symbol has in the table.
+    fn width(self) -> usize {
+        if self == Self::Absolute { 8 } else { 4 }
+    }
+
+    /// The address of symbol `number` by the table `offsets`.
+    fn address(self, offsets: &[u8], number: u32) -> Option<u64> {
+        let table = Bytes(offsets);
+        let at = usize::try_from(number).ok()?.checked_mul(self.width())?;
+        if self == Self::Absolute {
             return table.u64(at);
         }
         let raw = table.u32(at)?;
         let signed = i64::from(raw.cast_signed()).cast_unsigned();
-        Some(match scheme {
-            Scheme::AbsolutePercpu(base) if raw.cast_signed() < 0 => {
+        Some(match self {
+            Self::AbsolutePercpu(base) if raw.cast_signed() < 0 => {
                 base.wrapping_sub(1).wrapping_sub(signed)
             }
-            Scheme::AbsolutePercpu(_) => u64::from(raw),
-            Scheme::Relative(base) => base.wrapping_add(raw.into()),
-            Scheme::PcRelative(first) => first.wrapping_add(at as u64).wrapping_add(signed),
-            Scheme::Absolute => return None,
+            Self::AbsolutePercpu(_) => u64::from(raw),
+            Self::Relative(base) => base.wrapping_add(raw.into()),
+            Self::PcRelative(first) => first.wrapping_add(at as u64).wrapping_add(signed),
+            Self::Absolute => return None,
         })
-    };
+    }
+}
+
+fn read_offsets(memory: &dyn VirtualMemory, tables: &Tables) -> Result<Vec<u8>, SymbolError> {
+    let width = if tables.absolute { 8 } else { 4 };
+    let len = usize::try_from(tables.count)
+        .unwrap_or(0)
+        .saturating_mul(width);
+    let mut offsets = vec![0; len];
+    if read_what_is_mapped(memory, tables.offsets, &mut offsets) < len {
+        let at = tables.offsets.raw();
+        return Err(malformed("offsets that are not mapped", at, len as u64));
+    }
+    Ok(offsets)
+}
+
+/// The scheme under which the symbols that VMCOREINFO names too have the addresses it gives.
+fn find_scheme(
+    tables: &Tables,
+    offsets: &[u8],
+    info: &Vmcoreinfo,
+    find: impl Fn(&str) -> Option<u32>,
+) -> Result<Scheme, SymbolError> {
     let schemes: &[Scheme] = match (tables.absolute, tables.relative_base) {
         (true, _) => &[Scheme::Absolute],
         (false, Some(base)) => &[Scheme::AbsolutePercpu(base), Scheme::Relative(base)],
@@ -418,17 +455,11 @@ fn read_addresses(
     for scheme in schemes {
         let mut agreed = 0_u32;
         let mut wrong = 0_u32;
-        for name in [
-            "_stext",
-            "swapper_pg_dir",
-            "init_uts_ns",
-            "node_data",
-            "init_top_pgt",
-        ] {
+        for name in ["_stext", "swapper_pg_dir", "init_uts_ns", "node_data"] {
             if let Some(told) = info.symbol(name)
                 && let Some(number) = find(name)
             {
-                if address(*scheme, number) == Some(told.raw()) {
+                if scheme.address(offsets, number) == Some(told.raw()) {
                     agreed = agreed.saturating_add(1);
                 } else {
                     wrong = wrong.saturating_add(1);
@@ -436,16 +467,11 @@ fn read_addresses(
             }
         }
         if agreed > 0 && wrong == 0 {
-            return Ok((0..tables.count)
-                .filter_map(|number| address(*scheme, number))
-                .collect());
+            return Ok(*scheme);
         }
     }
-    Err(malformed(
-        "addresses that VMCOREINFO contradicts",
-        tables.offsets.raw(),
-        0,
-    ))
+    let at = tables.offsets.raw();
+    Err(malformed("addresses that VMCOREINFO contradicts", at, 0))
 }
 
 /// The tables whose token table holds the ten digits at `digits`, if they are.
@@ -574,17 +600,10 @@ fn names_fill(
     count: u64,
     markers: KernelVa,
 ) -> Option<bool> {
-    let mut reader = Reader::new(memory, names);
     let room = markers.offset_from(names)?;
-    for _ in 0..count {
-        let len = match reader.take(1) {
-            Some(&[low]) if low & 0x80 == 0 => usize::from(low),
-            Some(&[low]) => usize::from(low & 0x7f) | usize::from(*reader.take(1)?.first()?) << 7,
-            _ => return Some(false),
-        };
-        if len == 0 || len > MAX_NAME || reader.take(len).is_none() || reader.taken as u64 > room {
-            return Some(false);
-        }
-    }
-    Some(room.checked_sub(reader.taken as u64)? < 8)
+    let read = read_names(memory, names, u32::try_from(count).ok()?);
+    Some(read.is_ok_and(|read| {
+        room.checked_sub(read.len() as u64)
+            .is_some_and(|padding| padding < 8)
+    }))
 }
