@@ -70,8 +70,35 @@ pub(crate) fn find<'m>(
     })
 }
 
-/// Calls `visit` with each page that begins with `magic`, from the top of RAM down (the kernel
-/// allocates VMCOREINFO early, and from the top), until it returns `false`.
+/// The windows of all RAM, in the order in which the kernel's early allocations are likely to
+/// be met: from both ends of every region inwards.
+fn windows(memory: &dyn GuestMemory) -> impl Iterator<Item = GpaRange> + '_ {
+    let regions = memory.layout().regions();
+    let bounds = |region: &GpaRange| {
+        let first = region.start().raw() & !(WINDOW - 1);
+        (
+            first,
+            region.end().raw().saturating_sub(first).div_ceil(WINDOW),
+        )
+    };
+    let most = regions.iter().map(|r| bounds(r).1).max().unwrap_or(0);
+    (0..most.div_ceil(2)).flat_map(move |step| {
+        regions.iter().flat_map(move |region| {
+            let (first, count) = bounds(region);
+            let low = (step < count.div_ceil(2)).then_some(step);
+            let high = count
+                .checked_sub(step.saturating_add(1))
+                .filter(|high| *high >= count.div_ceil(2));
+            [high, low].into_iter().flatten().map(move |index| {
+                let start = first.saturating_add(index.saturating_mul(WINDOW));
+                let end = start.saturating_add(WINDOW);
+                GpaRange::new(Gpa::new(start), Gpa::new(end)).intersection(region)
+            })
+        })
+    })
+}
+
+/// Calls `visit` with each page that begins with `magic`, until it returns `false`.
 fn search(
     memory: &dyn GuestMemory,
     magic: &[u8; 10],
@@ -80,46 +107,41 @@ fn search(
     let [a, b, c, d, e, f, g, h, tail @ ..] = *magic;
     let first = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
     let second = u16::from_le_bytes(tail);
-    for region in memory.layout().regions().iter().rev() {
-        let mut end = region.end();
-        while end > region.start() {
-            let start = Gpa::new(end.raw().saturating_sub(1) & !(WINDOW - 1)).max(region.start());
-            let window = GpaRange::new(start, end);
-            end = start;
-            let is_data = memory
-                .next_data(start)
-                .is_some_and(|data| data.start() < window.end());
-            if !is_data {
+    for window in windows(memory) {
+        let start = window.start();
+        let is_data = memory
+            .next_data(start)
+            .is_some_and(|data| data.start() < window.end());
+        if !is_data {
+            continue;
+        }
+        let len = usize::try_from(window.len()).unwrap_or(0);
+        let mapped = memory.map(start, len)?;
+        let mut buffer = Vec::new();
+        let bytes = if let Some(mapped) = &mapped {
+            mapped.bytes()
+        } else {
+            buffer.resize(len, 0);
+            if memory.read(start, &mut buffer).is_err() {
+                // A dump may lack pages; VMCOREINFO is then in another one or nowhere.
                 continue;
             }
-            let len = usize::try_from(window.len()).unwrap_or(0);
-            let mapped = memory.map(start, len)?;
-            let mut buffer = Vec::new();
-            let bytes = if let Some(mapped) = &mapped {
-                mapped.bytes()
-            } else {
-                buffer.resize(len, 0);
-                if memory.read(start, &mut buffer).is_err() {
-                    // A dump may lack pages; VMCOREINFO is then in another one or nowhere.
-                    continue;
-                }
-                sonicshot::GuestBytes::from_slice(&buffer)
-            };
-            // Page-aligned in the guest; a region may begin anywhere.
-            let skew = usize::try_from(start.raw().wrapping_neg() & 0xfff).unwrap_or(0);
-            for offset in (skew..len).step_by(4096).rev() {
-                if bytes.u64_at(offset) == Some(first)
-                    && bytes.u16_at(offset.saturating_add(8)) == Some(second)
-                {
-                    let at = start.checked_add(offset as u64);
-                    if !at.is_none_or(&mut *visit) {
-                        return Ok(());
-                    }
+            sonicshot::GuestBytes::from_slice(&buffer)
+        };
+        // Page-aligned in the guest; a region may begin anywhere.
+        let skew = usize::try_from(start.raw().wrapping_neg() & 0xfff).unwrap_or(0);
+        for offset in (skew..len).step_by(4096) {
+            if bytes.u64_at(offset) == Some(first)
+                && bytes.u16_at(offset.saturating_add(8)) == Some(second)
+            {
+                let at = start.checked_add(offset as u64);
+                if !at.is_none_or(&mut *visit) {
+                    return Ok(());
                 }
             }
-            drop(mapped);
-            memory.release(window);
         }
+        drop(mapped);
+        memory.release(window);
     }
     Ok(())
 }
@@ -217,4 +239,40 @@ pub(crate) fn image_range(space: &AddressSpace<'_>, stext: KernelVa) -> (KernelV
         at = at.checked_add(step).unwrap_or(limit);
     }
     (start, end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{WINDOW, windows};
+    use proptest::prelude::*;
+    use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, RamLayout};
+
+    struct Nothing(RamLayout);
+
+    impl GuestMemory for Nothing {
+        fn layout(&self) -> &RamLayout {
+            &self.0
+        }
+        fn read(&self, _: Gpa, _: &mut [u8]) -> Result<(), MemoryError> {
+            Ok(())
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn windows_cover_all_ram_once(regions in proptest::collection::vec((1_u64..9, 1_u64..0x100_0000), 1..4)) {
+            let mut at = 0;
+            let ranges = regions.into_iter().map(|(gap, len)| {
+                let range = GpaRange::with_len(Gpa::new(at + gap * 0x3_1000), len).unwrap();
+                at = range.end().raw();
+                range
+            }).collect();
+            let memory = Nothing(RamLayout::new(ranges).unwrap());
+            let mut all: Vec<_> = windows(&memory).collect();
+            prop_assert!(all.iter().all(|window| !window.is_empty() && window.len() <= WINDOW));
+            all.sort();
+            let joined = RamLayout::new(all).unwrap();
+            prop_assert_eq!(joined.regions(), memory.0.regions());
+        }
+    }
 }

@@ -147,14 +147,13 @@ impl<'m> LinuxGuest<'m> {
             // Nothing else knows where things are.
             return Err(error.into());
         }
-        if !guest.kernel.knows_types()? {
-            let btf = symbols::find_btf(&guest.kernel.space, guest.btf_bounds()?, image)?;
-            if let Some(btf) = btf {
-                guest.kernel.add(Box::new(btf));
-            }
-        }
         guest.read_banner()?;
         guest.check_files(options.symbol_files.len())?;
+        // Also beside a file's types: where both tell, they must agree.
+        let btf = symbols::find_btf(&guest.kernel.space, guest.btf_bounds()?, image)?;
+        if let Some(btf) = btf {
+            guest.kernel.add(Box::new(btf));
+        }
         Ok(guest)
     }
 

@@ -94,13 +94,26 @@ impl<'m> Kernel<'m> {
             .ok_or_else(|| self.missing(format!("symbol {name}")))
     }
 
+    /// The size of `struct name` by the first source that knows it; refused when another
+    /// disagrees.
     pub(crate) fn type_size(&self, name: &str) -> Result<Option<u64>, VmiError> {
+        let mut found: Option<(u64, &str)> = None;
         for source in &self.sources {
-            if let Some(size) = source.type_size(name)? {
-                return Ok(Some(size));
+            match (source.type_size(name)?, found) {
+                (Some(size), None) => found = Some((size, source.origin())),
+                (Some(size), Some((first, origin))) if size != first => {
+                    return Err(VmiError::Disagree {
+                        what: format!("the size of struct {name}"),
+                        first: origin.to_owned(),
+                        first_value: first,
+                        second: source.origin().to_owned(),
+                        second_value: size,
+                    });
+                }
+                _ => {}
             }
         }
-        Ok(None)
+        Ok(found.map(|(size, _)| size))
     }
 
     pub(crate) fn need_type_size(&self, name: &str) -> Result<u64, VmiError> {
@@ -166,16 +179,6 @@ impl<'m> Kernel<'m> {
             // `init_task` is in every kernel, and is data: kallsyms without CONFIG_KALLSYMS_ALL
             // and VMCOREINFO do not have it.
             if source.symbol("init_task")?.is_some() {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    /// Whether some source holds all types, and not a choice of them as VMCOREINFO does.
-    pub(crate) fn knows_types(&self) -> Result<bool, VmiError> {
-        for source in self.sources.iter().filter(|s| !s.is_vmcoreinfo()) {
-            if source.type_size("page")?.is_some() {
                 return Ok(true);
             }
         }

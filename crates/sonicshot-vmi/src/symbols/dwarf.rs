@@ -1,8 +1,8 @@
 //! Types from a vmlinux's DWARF, without reading all of it.
 //!
-//! The debugging information of a kernel is hundreds of megabytes, but every unit that includes
-//! `linux/mmzone.h` defines all the types that are asked for. So the units are walked in order
-//! until one defines the anchors; what that one does not define, the kernel does not have.
+//! The debugging information of a kernel is hundreds of megabytes, and compilers leave out of a
+//! unit what it does not use. So only the units of a few source files are read, which between
+//! them use everything that is asked for, and of the others nothing but the name.
 
 use super::bytes::Bytes;
 use super::mapped::MappedFile;
@@ -13,12 +13,18 @@ use gimli::{
 };
 use std::collections::HashMap;
 
-/// Types that a unit must define to be believed to define them all.
-const ANCHORS: [&str; 4] = ["page", "zone", "pglist_data", "mem_section"];
-/// `init/main.c` is among the first; the anchors are in nearly every unit.
-const MAX_UNITS: usize = 256;
-/// Units behind the anchor's that are read for types of other headers (`e820_table`).
-const MORE_UNITS: usize = 24;
+/// The source files whose units are read: the allocator, the memory map, the firmware's map.
+const SOURCES: [&str; 7] = [
+    "mm/page_alloc.c",
+    "mm/vmstat.c",
+    "mm/sparse.c",
+    "mm/mm_init.c",
+    "mm/hugetlb.c",
+    "fs/proc/page.c",
+    "arch/x86/kernel/e820.c",
+];
+/// A kernel has some 5,000 units.
+const MAX_UNITS: usize = 1 << 17;
 /// A unit of a kernel has some 100,000 entries.
 const MAX_ENTRIES: usize = 4_000_000;
 const MAX_DEPTH: u32 = 32;
@@ -94,39 +100,38 @@ impl Dwarf {
         let sections = DwarfSections::load(load).map_err(damaged)?;
         let dwarf = sections.borrow(|bytes| EndianSlice::new(bytes, LittleEndian));
         let mut units = dwarf.units();
-        let mut after = None;
-        for number in 0..MAX_UNITS {
+        let mut left = SOURCES.len();
+        for _ in 0..MAX_UNITS {
             let Some(header) = units.next().map_err(damaged)? else {
                 break;
             };
             let unit = dwarf.unit(header).map_err(damaged)?;
+            let is_wanted = unit.name.is_some_and(|name| {
+                let name = name.slice();
+                SOURCES.iter().any(|source| {
+                    // Relative to the kernel's tree, or absolute.
+                    name.strip_suffix(source.as_bytes())
+                        .is_some_and(|before| before.is_empty() || before.ends_with(b"/"))
+                })
+            });
+            if !is_wanted {
+                continue;
+            }
             let mut found = Walk::default();
             found.unit(&dwarf, &unit).map_err(damaged)?;
-            let has_anchors = ANCHORS.iter().all(|name| found.structs.contains_key(*name))
-                && found.enumerators.contains_key("PG_lru");
-            match after {
-                None if !has_anchors => continue,
-                None => {
-                    after = Some(number);
-                    this.shapes = found.shapes;
-                    this.structs = found.structs;
-                    this.enumerators = found.enumerators;
-                }
-                Some(_) => {
-                    // Only what is new: the anchor's unit has the say.
-                    for (name, at) in found.structs {
-                        this.structs.entry(name).or_insert(at);
-                    }
-                    this.shapes.extend(found.shapes);
-                }
+            this.shapes.extend(found.shapes);
+            for (name, at) in found.structs {
+                this.structs.entry(name).or_insert(at);
             }
-            if after.is_some_and(|anchor| number >= anchor.saturating_add(MORE_UNITS))
-                || this.structs.contains_key("e820_table")
-            {
+            for (name, value) in found.enumerators {
+                this.enumerators.entry(name).or_insert(value);
+            }
+            left = left.saturating_sub(1);
+            if left == 0 {
                 break;
             }
         }
-        Ok(after.map(|_| this))
+        Ok((!this.structs.is_empty()).then_some(this))
     }
 
     fn shape(&self, at: Option<usize>) -> Option<&Shape> {
