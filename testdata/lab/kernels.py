@@ -105,19 +105,23 @@ def qemu_version():
 
 
 def fetch(series, symbols):
-    """Unpacks the newest cloud kernel of `series` and returns its record."""
+    """Unpacks the newest kernel of `series` and returns its record.
+
+    `6.1` is the cloud kernel, `6.1-amd64` the general one (which has page poisoning)."""
+    number, _, flavour = series.partition("-")
+    package = f"linux-image-{flavour or 'cloud-amd64'}"
     home = LAB / "kernels" / series
     record = home / "meta.json"
     if record.exists():
         meta = json.loads(record.read_text())
         if meta.get("vmlinux") or not symbols:
             return meta
-    apt = Apt(SUITES[series], LAB)
+    apt = Apt(SUITES[number], LAB)
     apt.update()
-    image = next(p for p in apt.depends("linux-image-cloud-amd64") if p.startswith("linux-image-"))
+    image = next(p for p in apt.depends(package) if p.startswith("linux-image-"))
     packages = [image] + [p for p in apt.depends(image) if re.match(r"linux-(binary|modules)-", p)]
     if symbols:
-        packages += [p for p in apt.depends("linux-image-cloud-amd64-dbg")
+        packages += [p for p in apt.depends(f"{package}-dbg")
                      if p.startswith("linux-image-")]
     work = home / "unpack"
     shutil.rmtree(work, ignore_errors=True)

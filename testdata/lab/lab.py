@@ -151,7 +151,8 @@ def main():
     setup.set_defaults(run=do_setup)
 
     capture = commands.add_parser("capture", help="boot a guest and take its memory")
-    capture.add_argument("--kernel", default="6.1", choices=list(kernels.SUITES))
+    capture.add_argument("--kernel", default="6.1",
+                         help="5.10, 6.1, 6.12 or 7.2, with -amd64 for the general flavour")
     capture.add_argument("--mem", type=int, default=512, help="MiB")
     capture.add_argument("--cpu", default="qemu64")
     guest_options(capture)

@@ -41,13 +41,14 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-/// What the default policy drops.
+/// What the default policy drops, in a format whose dropped pages read as zero: every one so far.
 fn default_plan(analysis: &Analysis) -> PrunePlan {
     PrunePlan::new(
         &analysis.pages.map,
         &DropClasses::default(),
         analysis.pages.free_fill,
     )
+    .zero_filled_only()
 }
 
 /// Writes a line for each run of frames of one class; the file appears whole or not at all.
