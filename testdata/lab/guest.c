@@ -362,6 +362,48 @@ static void torture(const struct kept *k)
 	say("TORTURE-OK");
 }
 
+/* Takes and gives back memory of all kinds without rest, checking what it wrote, until killed. */
+static void stress(uint64_t id)
+{
+	uint64_t state = mix(seed + id);
+	size_t most = meminfo("MemAvailable") * 1024 / 8;
+	char path[64];
+	snprintf(path, sizeof path, "/shm/stress-%lu", (unsigned long)id);
+	for (uint64_t round = 0;; round++) {
+		state = mix(state + 1);
+		size_t bytes = (state % (most / PAGE) + 1) * PAGE;
+		uint64_t *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+				    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		if (at == MAP_FAILED)
+			continue;
+		for (size_t page = 0; page < bytes / PAGE; page++) {
+			if (at[page * (PAGE / 8) + 7])
+				say("STRESS-FAIL a new page was not zero");
+			at[page * (PAGE / 8)] = pattern(id, round + page);
+		}
+		int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
+		if (fd >= 0) {
+			size_t len = bytes < MIB ? bytes : MIB;
+			if (write(fd, at, len) < 0)
+				say("STRESS-NOTE %s", strerror(errno));
+			close(fd);
+		}
+		pid_t child = fork();
+		if (child == 0) {
+			for (size_t page = 0; page < bytes / PAGE; page += 3)
+				at[page * (PAGE / 8) + 1] = page;
+			_exit(0);
+		}
+		for (size_t page = 0; page < bytes / PAGE; page++)
+			if (at[page * (PAGE / 8)] != pattern(id, round + page))
+				say("STRESS-FAIL a page has changed");
+		if (child > 0)
+			waitpid(child, NULL, 0);
+		unlink(path);
+		munmap(at, bytes);
+	}
+}
+
 static unsigned long option(const char *name, unsigned long otherwise)
 {
 	static char line[4096];
@@ -476,6 +518,13 @@ int main(void)
 	strcpy((char *)end, "end 0\n");
 	if (pwrite(disk, end, PAGE, record_at) != (ssize_t)PAGE)
 		die("record disk");
+	pid_t stressing[16] = { 0 };
+	unsigned long stressors = option("lab.stress", 0);
+	for (unsigned long i = 0; i < stressors && i < 16; i++) {
+		stressing[i] = fork();
+		if (stressing[i] == 0)
+			stress(2000 + i);
+	}
 	say("READY");
 
 	for (unsigned long beat = 0;; beat++) {
@@ -486,8 +535,15 @@ int main(void)
 			ssize_t got = read(0, line, sizeof line - 1);
 			if (got > 0) {
 				line[got] = 0;
-				if (strstr(line, "torture"))
+				if (strstr(line, "torture")) {
+					for (int i = 0; i < 16; i++)
+						if (stressing[i] > 0) {
+							kill(stressing[i], SIGKILL);
+							waitpid(stressing[i], NULL, 0);
+							stressing[i] = 0;
+						}
 					torture(&k);
+				}
 				else if (strstr(line, "off")) {
 					sync();
 					reboot(RB_POWER_OFF);

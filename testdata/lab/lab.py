@@ -134,6 +134,49 @@ def do_prove(args):
         raise SystemExit(1)
 
 
+def do_stress(args):
+    """Stops a busy guest at any instant, prunes the RAM under it, and lets it run on."""
+    kernels.install_tools()
+    tool = find_tool(args.sonicshot)
+    spec = spec_of(args, args.kernel)
+    seen = {"pruned": 0, "refused": 0, "blocks": 0, "pages": 0, "drgn": 0}
+
+    def at_stop(number, ram, qmp, folder):
+        done = kernels.subprocess.run([tool, "inspect", ram, "--json", "--pfns",
+                                       folder / "pfns.tsv", "--force"],
+                                      capture_output=True, text=True)
+        if done.returncode == 5:
+            seen["refused"] += 1
+            print(f"stop {number}: refused: {done.stderr.strip()[:600]}", flush=True)
+            return
+        if done.returncode:
+            raise SystemExit(f"stop {number}: {done.stderr}")
+        report = kernels.json.loads(done.stdout)
+        seen["blocks"] += report["inconsistent_blocks"]
+        if args.oracle == "drgn" and number % 5 == 0:
+            qmp.call("dump-guest-memory", paging=False, protocol=f"file:{folder / 'dump.elf'}")
+            runs = proof.read_tsv(folder / "pfns.tsv")
+            try:
+                buddy, pcp = proof.drgn(folder, kernels.LAB / spec["kernel"]["vmlinux"])
+            except proof.Failed as error:
+                print(f"stop {number}: drgn cannot read it: {str(error)[-200:]}", flush=True)
+            else:
+                ours = proof.frames_of(runs, "free_buddy", "free_pcp")
+                if ours - (buddy | pcp):
+                    raise SystemExit(f"stop {number}: not free by drgn: {sorted(ours - buddy - pcp)[:8]}")
+                seen["drgn"] += 1
+            (folder / "dump.elf").unlink()
+        pruned = kernels.json.loads(kernels.run(tool, "prune", ram, "--in-place", "--json"))
+        seen["pruned"] += 1
+        seen["pages"] += pruned["dropped_bytes"] // 4096
+
+    machine.stress(spec, name_of(spec), args.stops, at_stop)
+    print(f"{spec['kernel']['release']}, {args.smp} processors: pruned under the running guest "
+          f"{seen['pruned']} times ({seen['pages']} pages), refused {seen['refused']} times, "
+          f"{seen['blocks']} blocks kept as in question, {seen['drgn']} stops agreed with drgn; "
+          "torture OK")
+
+
 def do_restore(args):
     folder = kernels.LAB / "captures" / args.capture
     beat, rss = machine.restore(folder, Path(args.ram).resolve(), args.torture)
@@ -162,6 +205,17 @@ def main():
     capture.add_argument("--stream", action="store_true")
     capture.add_argument("--debug-symbols", action="store_true")
     capture.set_defaults(run=do_capture)
+
+    stress = commands.add_parser("stress", help="prune the RAM of a busy guest, again and again")
+    stress.add_argument("--kernel", default="6.1")
+    stress.add_argument("--mem", type=int, default=512, help="MiB")
+    stress.add_argument("--cpu", default="qemu64")
+    guest_options(stress)
+    stress.add_argument("--stops", type=int, default=30)
+    stress.add_argument("--oracle", default="", help="drgn")
+    stress.add_argument("--sonicshot", help="the binary; built if not given")
+    stress.add_argument("--debug-symbols", action="store_true")
+    stress.set_defaults(run=do_stress, garbage="random", mapped_ram=False, stream=False)
 
     testdata = commands.add_parser("testdata", help="make the capture that the tests use")
     testdata.set_defaults(run=do_testdata)

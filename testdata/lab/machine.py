@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from random import Random
 
 from kernels import LAB, ROOT, run
 
@@ -246,16 +247,8 @@ def read_records(disk, folder):
             target.write_bytes(file.read((length + 4095) // 4096 * 4096)[:length])
 
 
-def capture(spec, name):
-    """Boots a guest, lets it fill its memory, stops it, and takes everything at that instant."""
-    folder = LAB / "captures" / name
-    guest = hashlib.sha256(GUEST_SOURCE.read_bytes()).hexdigest()[:16]
-    if (folder / "meta.json").exists():
-        # One of an older guest program would be tortured by that program.
-        if json.loads((folder / "meta.json").read_text()).get("guest") == guest:
-            return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def prepare(spec, folder, more=""):
+    """Makes the disks and the command line of a guest."""
     mem = spec["mem"]
     small = mem < 256
     shutil.copy(build_files(8 if small else 64), folder / "files.img")
@@ -266,7 +259,20 @@ def capture(spec, name):
         f"lab.anon={spec.get('anon') or (8 if small else 24 if mem < 2048 else 96)} "
         f"lab.seed={spec.get('seed', 1)} "
         f"lab.compressible={int(spec.get('garbage') == 'compressible')} "
-        f"lab.huge={spec.get('hugetlb', 0)} {spec.get('append', '')}").strip()
+        f"lab.huge={spec.get('hugetlb', 0)} {spec.get('append', '')} {more}").strip()
+
+
+def capture(spec, name):
+    """Boots a guest, lets it fill its memory, stops it, and takes everything at that instant."""
+    folder = LAB / "captures" / name
+    guest = hashlib.sha256(GUEST_SOURCE.read_bytes()).hexdigest()[:16]
+    if (folder / "meta.json").exists():
+        # One of an older guest program would be tortured by that program.
+        if json.loads((folder / "meta.json").read_text()).get("guest") == guest:
+            return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    prepare(spec, folder)
     ram = folder / "live.raw"
     times = {}
     machine = Machine(spec, ram, folder)
@@ -275,7 +281,7 @@ def capture(spec, name):
         times["ready"] = round(time.monotonic() - machine.started, 1)
         qmp = machine.qmp
         if spec.get("balloon"):
-            qmp.call("balloon", value=(mem - spec["balloon"]) << 20)
+            qmp.call("balloon", value=(spec["mem"] - spec["balloon"]) << 20)
             time.sleep(8)
         qmp.call("stop")
         qmp.call("dump-guest-memory", paging=False, protocol=f"file:{folder / 'dump.elf'}")
@@ -303,7 +309,7 @@ def capture(spec, name):
     for disk in ("files.img", "records.img"):
         (folder / f"{disk}.stop").rename(folder / disk)
     meta = {"name": name, "guest": guest, "spec": spec, "release": spec["kernel"]["release"],
-            "layout": layout(spec["machine"], mem), "times": times}
+            "layout": layout(spec["machine"], spec["mem"]), "times": times}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     return folder
 
@@ -334,6 +340,34 @@ def restore(capture_folder, ram, torture=True, seconds=1200):
             if "TORTURE-OK" not in line:
                 raise SystemExit(f"{meta['name']}: {line}")
         return beat, rss
+    finally:
+        machine.quit()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def stress(spec, name, stops, at_stop):
+    """Boots a guest whose processes take and give back memory without rest, stops it again and
+    again at any instant, lets `at_stop` work on the RAM under it, and lets it go on."""
+    folder = LAB / "stress" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    prepare(spec, folder, f"lab.stress={2 * spec['smp']}")
+    ram = folder / "live.raw"
+    machine = Machine(spec, ram, folder)
+    random = Random(spec.get("seed", 1))
+    try:
+        machine.wait("READY", 900)
+        for number in range(stops):
+            time.sleep(random.random())
+            machine.qmp.call("stop")
+            at_stop(number, ram, machine.qmp, folder)
+            machine.qmp.call("cont")
+        machine.wait("BEAT [0-9]", 120)
+        machine.send("torture")
+        line = machine.wait("TORTURE-|STRESS-FAIL", 1200)
+        console = (folder / "console.log").read_text(errors="replace")
+        if "TORTURE-OK" not in line or "-FAIL" in console:
+            raise SystemExit(f"{name}: {line}")
     finally:
         machine.quit()
         shutil.rmtree(folder, ignore_errors=True)
