@@ -258,6 +258,16 @@ static void record(int disk, const char *name, const char *path)
 		die("record disk");
 }
 
+/* Where the kernel's log was when the guest was ready: what it said at boot is its own affair. */
+static int kmsg = -1;
+
+static void skip_boot_messages(void)
+{
+	kmsg = open("/dev/kmsg", O_RDONLY | O_NONBLOCK);
+	if (kmsg < 0 || lseek(kmsg, 0, SEEK_END) < 0)
+		die("/dev/kmsg");
+}
+
 static int kernel_complains(void)
 {
 	static const char *const words[] = { "BUG:", "Oops", "WARNING:", "Bad page", "bad page",
@@ -265,11 +275,8 @@ static int kernel_complains(void)
 		"EXT4-fs error", NULL };
 	char line[1024];
 	int bad = 0;
-	int fd = open("/dev/kmsg", O_RDONLY | O_NONBLOCK);
-	if (fd < 0)
-		return 0;
 	for (;;) {
-		ssize_t got = read(fd, line, sizeof line - 1);
+		ssize_t got = read(kmsg, line, sizeof line - 1);
 		if (got < 0 && errno == EPIPE)
 			continue;
 		if (got <= 0)
@@ -282,7 +289,6 @@ static int kernel_complains(void)
 				break;
 			}
 	}
-	close(fd);
 	return bad;
 }
 
@@ -518,6 +524,7 @@ int main(void)
 	strcpy((char *)end, "end 0\n");
 	if (pwrite(disk, end, PAGE, record_at) != (ssize_t)PAGE)
 		die("record disk");
+	skip_boot_messages();
 	pid_t stressing[16] = { 0 };
 	unsigned long stressors = option("lab.stress", 0);
 	for (unsigned long i = 0; i < stressors && i < 16; i++) {

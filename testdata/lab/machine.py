@@ -338,7 +338,9 @@ def restore(capture_folder, ram, torture=True, seconds=1200):
             machine.send("torture")
             line = machine.wait("TORTURE-", seconds)
             if "TORTURE-OK" not in line:
-                raise SystemExit(f"{meta['name']}: {line}")
+                console = (folder / "console.log").read_text(errors="replace")
+                said = [text.strip() for text in console.splitlines() if "LAB-" in text]
+                raise SystemExit(f"{meta['name']}: {line} {said[:4]}")
         return beat, rss
     finally:
         machine.quit()
