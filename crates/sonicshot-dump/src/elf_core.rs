@@ -22,6 +22,11 @@ const PT_NOTE: u32 = 4;
 const MAX_SEGMENTS: u32 = 1 << 20;
 /// `/proc/kcore` has a handful of segments that overlap.
 const MAX_OVERLAPPING: usize = 1 << 12;
+/// A pruned core holds at least its guest's struct pages, a 64th of its memory; every frame of
+/// memory costs the reader a few bytes, so that a short file must not claim a lot of it.
+const MAX_SPARSENESS: u64 = 256;
+/// Memory that any file may claim: 64 MiB.
+const SMALL: u64 = 64 << 20;
 /// There are a few notes for each processor. What comes after so many is not looked at.
 const MAX_NOTES: u32 = 1 << 16;
 /// The kernel gives VMCOREINFO one page, of 64 KiB at most.
@@ -222,7 +227,9 @@ impl ElfCore {
     }
 
     /// The guest's RAM: sorted, disjoint; where segments overlap, the first in the file counts.
-    pub(crate) fn extents(&self, path: &Path) -> Result<Vec<Extent>, DumpError> {
+    ///
+    /// `file_len` is the length of the file: what it can justify bounds what is believed.
+    pub(crate) fn extents(&self, path: &Path, file_len: u64) -> Result<Vec<Extent>, DumpError> {
         let mut loads = Vec::new();
         for (number, segment) in (0_u64..).zip(&self.segments) {
             if segment.guest_len() > 0 {
@@ -255,6 +262,21 @@ impl ElfCore {
                 path: path.to_owned(),
                 why: "an ELF core without any RAM",
             });
+        }
+        let claimed = extents
+            .iter()
+            .fold(0_u64, |sum, extent| sum.saturating_add(extent.guest.len()));
+        if claimed
+            > file_len
+                .saturating_mul(MAX_SPARSENESS)
+                .saturating_add(SMALL)
+        {
+            return Err(DumpError::malformed(
+                path,
+                "segments that claim more memory than the file can be of",
+                56,
+                claimed,
+            ));
         }
         Ok(extents)
     }

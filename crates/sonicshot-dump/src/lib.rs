@@ -136,7 +136,7 @@ impl Dump {
             }
             Some((_, _, Opener::ElfCore)) => {
                 let core = ElfCore::parse(path, mapped::whole(&map))?;
-                (core.extents(path)?, Format::ElfCore(core))
+                (core.extents(path, map.len() as u64)?, Format::ElfCore(core))
             }
             None => {
                 if !metadata.len().is_multiple_of(4096) {

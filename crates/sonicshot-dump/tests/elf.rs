@@ -526,6 +526,21 @@ fn damaged_headers_are_named() {
     }
 }
 
+/// A reader keeps a few bytes for each frame, so a short file must not claim petabytes.
+#[test]
+fn memory_that_the_file_cannot_be_of_is_refused() {
+    let folder = TempDir::new().unwrap();
+    for (memsz, is_read) in [(32_u64 << 20, true), (1 << 40, false), (1 << 60, false)] {
+        let mut segment = load(0, pattern(1, PAGE));
+        segment.memsz = memsz;
+        let path = write(&folder, &core(PLAIN, &[segment]));
+        match Dump::open(path, None) {
+            Ok(dump) => assert!(is_read && dump.layout().bytes() == memsz),
+            Err(error) => assert!(!is_read && error.to_string().contains("claim"), "{error}"),
+        }
+    }
+}
+
 /// Many segments that show the same bytes do not make a file many times as large.
 #[test]
 fn shared_data_is_not_multiplied() {
