@@ -230,3 +230,97 @@ pub(crate) fn element(
             value: index,
         })
 }
+
+/// A made-up kernel for tests of layouts that no real guest at hand has.
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::Kernel;
+    use crate::KernelVa;
+    use crate::paging::{AddressSpace, X86_64};
+    use crate::symbols::{Member, SymbolBase, SymbolError, SymbolSource};
+    use sonicshot::{Gpa, GuestBytes, MappedRegions};
+    use std::collections::HashMap;
+
+    /// Where all of memory is mapped.
+    pub(crate) const DIRECT_MAP: u64 = 0xffff_8880_0000_0000;
+
+    /// Symbols, sizes, members and constants by name.
+    #[derive(Debug, Default, Clone)]
+    pub(crate) struct Facts {
+        pub symbols: HashMap<&'static str, u64>,
+        pub sizes: HashMap<&'static str, u64>,
+        pub members: HashMap<(&'static str, &'static str), Member>,
+        pub constants: HashMap<&'static str, i64>,
+    }
+
+    impl Facts {
+        pub(crate) fn member(&mut self, ty: &'static str, name: &'static str, offset: u64) {
+            let member = Member {
+                offset,
+                size: Some(8),
+                len: None,
+            };
+            self.members.insert((ty, name), member);
+        }
+    }
+
+    impl SymbolSource for Facts {
+        fn origin(&self) -> &'static str {
+            "a test"
+        }
+        fn base(&self) -> SymbolBase {
+            SymbolBase::Running
+        }
+        fn symbol(&self, name: &str) -> Result<Option<KernelVa>, SymbolError> {
+            Ok(self.symbols.get(name).copied().map(KernelVa::new))
+        }
+        fn type_size(&self, name: &str) -> Result<Option<u64>, SymbolError> {
+            Ok(self.sizes.get(name).copied())
+        }
+        fn member(&self, name: &str, path: &str) -> Result<Option<Member>, SymbolError> {
+            let found = self
+                .members
+                .iter()
+                .find(|((ty, member), _)| *ty == name && *member == path);
+            Ok(found.map(|(_, member)| *member))
+        }
+        fn constant(&self, name: &str) -> Result<Option<i64>, SymbolError> {
+            Ok(self.constants.get(name).copied())
+        }
+    }
+
+    /// Guest memory with its page tables: `len` bytes (at most 1 GiB), the tables in its last
+    /// three pages, all of it mapped at [`DIRECT_MAP`].
+    pub(crate) struct Ram(pub Vec<u8>);
+
+    impl Ram {
+        pub(crate) fn new(len: usize) -> Self {
+            let mut ram = Self(vec![0; len]);
+            let tables = len as u64 - 0x3000;
+            ram.put(tables + 0x111 * 8, (tables + 0x1000) | 0x63);
+            ram.put(tables + 0x1000, (tables + 0x2000) | 0x63);
+            for large in 0..512 {
+                ram.put(tables + 0x2000 + large * 8, (large << 21) | 0xe3);
+            }
+            ram
+        }
+
+        pub(crate) fn put(&mut self, at: u64, value: u64) {
+            let at = usize::try_from(at).unwrap();
+            self.0[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
+
+        pub(crate) fn memory(&self) -> MappedRegions<'_> {
+            MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&self.0))]).unwrap()
+        }
+    }
+
+    pub(crate) fn kernel<'m>(memory: &'m MappedRegions<'_>, facts: Facts) -> Kernel<'m> {
+        use sonicshot::GuestMemory;
+        let root = Gpa::new(memory.layout().bytes() - 0x3000);
+        let space = AddressSpace::new(memory, Box::new(X86_64::new(root, false)));
+        let mut kernel = Kernel::new(space, "6.1.0".into(), 0);
+        kernel.add(Box::new(facts));
+        kernel
+    }
+}

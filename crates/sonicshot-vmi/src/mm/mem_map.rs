@@ -570,3 +570,127 @@ fn flat_spans(kernel: &Kernel<'_>, page_size: PageSize) -> Result<Vec<Span>, Vmi
         online: true,
     }])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::MemMap;
+    use crate::KernelVa;
+    use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel};
+    use sonicshot::{PageSize, Pfn};
+
+    const MIB: usize = 1 << 20;
+
+    /// Frames, where their struct pages are, and whether they are online.
+    fn spans(ram: &Ram, facts: Facts) -> Vec<(u64, u64, u64, bool)> {
+        let memory = ram.memory();
+        let kernel = kernel(&memory, facts);
+        let map = MemMap::new(&kernel, PageSize::SIZE_4K).unwrap();
+        for span in map.spans() {
+            for pfn in [span.frames.start().raw(), span.frames.end().raw() - 1] {
+                let at = map.page_va(Pfn::new(pfn)).unwrap();
+                assert_eq!(map.frame_of(at), Some(Pfn::new(pfn)));
+                assert_eq!(map.frame_of(KernelVa::new(at.raw() + 8)), None);
+            }
+        }
+        map.spans()
+            .iter()
+            .map(|s| {
+                (
+                    s.frames.start().raw(),
+                    s.frames.len(),
+                    s.at.raw() - DIRECT_MAP,
+                    s.online,
+                )
+            })
+            .collect()
+    }
+
+    fn sparse() -> Facts {
+        let mut facts = Facts::default();
+        facts.sizes.insert("page", 64);
+        facts.sizes.insert("mem_section", 16);
+        facts.member("mem_section", "section_mem_map", 0);
+        facts.constants.insert("SECTION_SIZE_BITS", 24); // 16 MiB: 4096 frames
+        facts.constants.insert("MAX_PHYSMEM_BITS", 36);
+        facts
+    }
+
+    /// What `section_mem_map` holds: the array's address less what its first frame is into it.
+    fn coded(array: u64, section: u64, flags: u64) -> u64 {
+        (DIRECT_MAP + array).wrapping_sub(section * 4096 * 64) | flags
+    }
+
+    #[test]
+    fn flatmem_is_one_array() {
+        let mut ram = Ram::new(8 * MIB);
+        ram.put(0x1000, DIRECT_MAP + 0x10_0000);
+        ram.put(0x1008, 1800);
+        let mut facts = Facts::default();
+        facts.sizes.insert("page", 56);
+        facts.symbols.insert("mem_map", DIRECT_MAP + 0x1000);
+        facts.symbols.insert("max_mapnr", DIRECT_MAP + 0x1008);
+        assert_eq!(spans(&ram, facts), [(0, 1800, 0x10_0000, true)]);
+    }
+
+    #[test]
+    fn sparsemem_has_an_array_for_each_section() {
+        let mut ram = Ram::new(64 * MIB);
+        // Roots of one page each (SPARSEMEM_EXTREME); the second of them does not exist.
+        ram.put(0x1000, DIRECT_MAP + 0x2000);
+        ram.put(0x2000, DIRECT_MAP + 0x3000);
+        ram.put(0x3000, coded(0x10_0000, 0, 0b111));
+        // Not adjacent to the first, as without VMEMMAP.
+        ram.put(0x3010, coded(0x20_0000, 1, 0b111));
+        // Present without struct pages; then offline.
+        ram.put(0x3020, 0b001);
+        ram.put(0x3030, coded(0x30_0000, 3, 0b011));
+        let mut facts = sparse();
+        facts.symbols.insert("mem_section", DIRECT_MAP + 0x1000);
+        assert_eq!(
+            spans(&ram, facts),
+            [
+                (0, 4096, 0x10_0000, true),
+                (4096, 4096, 0x20_0000, true),
+                (3 * 4096, 4096, 0x30_0000, false),
+            ]
+        );
+    }
+
+    #[test]
+    fn hot_added_sections_have_valid_subsections_only() {
+        let mut ram = Ram::new(32 * MIB);
+        ram.put(0x1000, DIRECT_MAP + 0x2000);
+        ram.put(0x2000, DIRECT_MAP + 0x3000);
+        // Early: all of it is valid, whatever the map says.
+        ram.put(0x3000, coded(0x10_0000, 0, 0b1111));
+        ram.put(0x3010, coded(0x14_0000, 1, 0b0111));
+        ram.put(0x3018, DIRECT_MAP + 0x4000);
+        ram.put(0x4010, 0b1000_0011);
+        let mut facts = sparse();
+        facts.member("mem_section", "usage", 8);
+        facts.member("mem_section_usage", "subsection_map", 16);
+        facts.symbols.insert("mem_section", DIRECT_MAP + 0x1000);
+        assert_eq!(
+            spans(&ram, facts),
+            [
+                (0, 4096 + 1024, 0x10_0000, true),
+                (4096 + 7 * 512, 512, 0x14_0000 + 7 * 512 * 64, true),
+            ]
+        );
+    }
+
+    #[test]
+    fn an_array_that_is_not_mapped_is_an_error() {
+        let mut ram = Ram::new(16 * MIB);
+        ram.put(0x1000, DIRECT_MAP + 0x2000);
+        ram.put(0x2000, DIRECT_MAP + 0x3000);
+        let mut facts = sparse();
+        facts.symbols.insert("mem_section", DIRECT_MAP + 0x1000);
+        for bad in [0, 0xffff_0000_0000_0000, 0x1000_0000_0000] {
+            ram.put(0x3000, bad | 0b111);
+            let memory = ram.memory();
+            let kernel = kernel(&memory, facts.clone());
+            assert!(MemMap::new(&kernel, PageSize::SIZE_4K).is_err(), "{bad:#x}");
+        }
+    }
+}

@@ -468,3 +468,169 @@ impl HugetlbMark {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{FreeMark, PageLayout};
+    use crate::KernelVa;
+    use crate::kernel::testing::{Facts, Ram, kernel};
+    use sonicshot::{GuestBytes, PageClass};
+
+    /// `struct page` as it is in every version: flags 0, lru 8, mapping 24, private 40,
+    /// mapcount 48, refcount 52.
+    fn facts() -> Facts {
+        let mut facts = Facts::default();
+        facts.sizes.insert("page", 64);
+        for (name, offset) in [
+            ("flags", 0),
+            ("lru", 8),
+            ("mapping", 24),
+            ("private", 40),
+            ("_mapcount", 48),
+            ("_refcount", 52),
+        ] {
+            facts.member("page", name, offset);
+        }
+        let flags = [
+            "PG_locked",
+            "PG_writeback",
+            "PG_referenced",
+            "PG_uptodate",
+            "PG_dirty",
+            "PG_lru",
+            "PG_head",
+            "PG_waiters",
+            "PG_active",
+            "PG_workingset",
+            "PG_private",
+            "PG_private_2",
+            "PG_reserved",
+            "PG_swapbacked",
+            "PG_hwpoison",
+            "PG_slab",
+            "__NR_PAGEFLAGS",
+        ];
+        for (bit, name) in (0..).zip(flags) {
+            facts.constants.insert(name, bit);
+        }
+        facts
+    }
+
+    fn layout(facts: Facts) -> PageLayout {
+        let ram = Ram::new(1 << 20);
+        let memory = ram.memory();
+        PageLayout::new(&kernel(&memory, facts), 64).unwrap()
+    }
+
+    /// The buddy's word, what a kernel calls it, and words that are not the buddy's.
+    #[test]
+    fn every_encoding_of_page_types_is_read() {
+        type Case<'a> = (&'a [(&'static str, i64)], u32, &'a [u32]);
+        let cases: [Case<'_>; 4] = [
+            // 4.18 to 6.10: a cleared bit, printed as a signed number.
+            (
+                &[("PAGE_BUDDY_MAPCOUNT_VALUE", -129)],
+                0xffff_ff7f,
+                &[0xffff_ffff, 0, 0xffff_feff, 0xffff_fe7f],
+            ),
+            // 6.11
+            (
+                &[("PAGE_BUDDY_MAPCOUNT_VALUE", -0x4000_0001)],
+                0xbfff_ffff,
+                &[0xffff_ffff, 0xdfff_ffff],
+            ),
+            // 6.12 and later, by VMCOREINFO and by the kernel's own enum: the low bits are the owner's.
+            (
+                &[("PAGE_BUDDY_MAPCOUNT_VALUE", -0x1000_0000)],
+                0xf000_0000,
+                &[0xffff_ffff, 0xf100_0000, 0],
+            ),
+            (
+                &[("PGTY_buddy", 0xf0), ("PGTY_slab", 0xf5)],
+                0xf012_3456,
+                &[0xffff_ffff, 0xf512_3456],
+            ),
+        ];
+        for (constants, buddy, others) in cases {
+            let mut facts = facts();
+            facts.member("page", "compound_head", 8);
+            facts.constants.extend(constants.iter().copied());
+            let layout = layout(facts);
+            let mut page = [0_u8; 64];
+            page[40] = 3;
+            for (word, is_buddy) in [(buddy, true)]
+                .into_iter()
+                .chain(others.iter().map(|w| (*w, false)))
+            {
+                page[48..52].copy_from_slice(&word.to_le_bytes());
+                let mark = layout.free_mark(&GuestBytes::from_slice(&page));
+                let want = if is_buddy {
+                    FreeMark::Buddy { order: 3 }
+                } else {
+                    FreeMark::None
+                };
+                assert_eq!(mark, Some(want), "{word:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_slab_that_looks_like_a_free_block_is_none() {
+        let mut facts = facts();
+        facts.member("page", "compound_head", 8);
+        facts.constants.insert("PAGE_BUDDY_MAPCOUNT_VALUE", -129);
+        let layout = layout(facts);
+        let mut page = [0_u8; 64];
+        page[48..52].copy_from_slice(&0xffff_ff7f_u32.to_le_bytes());
+        page[1] = 0x80; // PG_slab, bit 15
+        let page = GuestBytes::from_slice(&page);
+        assert_eq!(layout.free_mark(&page), Some(FreeMark::None));
+        assert_eq!(layout.class(&page, &|_| None), PageClass::Slab);
+    }
+
+    #[test]
+    fn tails_point_to_their_head_or_mask_themselves() {
+        for (name, info, at, head) in [
+            (
+                "compound_head",
+                0xffff_ea00_0000_1001_u64,
+                0xffff_ea00_0000_1040,
+                0xffff_ea00_0000_1000,
+            ),
+            // 7.1: the mask of a folio of 512 pages of 64 bytes each.
+            (
+                "compound_info",
+                0xffff_ffff_ffff_8001,
+                0xffff_ea00_0012_34c0,
+                0xffff_ea00_0012_0000,
+            ),
+        ] {
+            let mut facts = facts();
+            facts.member("page", name, 8);
+            facts.constants.insert("PAGE_BUDDY_MAPCOUNT_VALUE", -129);
+            let layout = layout(facts);
+            let mut page = [0_u8; 64];
+            assert_eq!(
+                layout.head_of(&GuestBytes::from_slice(&page), KernelVa::new(at)),
+                None
+            );
+            page[8..16].copy_from_slice(&u64::to_le_bytes(info));
+            let found = layout.head_of(&GuestBytes::from_slice(&page), KernelVa::new(at));
+            assert_eq!(found, Some(KernelVa::new(head)));
+        }
+    }
+
+    #[test]
+    fn a_kernel_without_a_flag_that_decides_is_refused() {
+        for missing in ["PG_dirty", "PG_lru", "__NR_PAGEFLAGS", "PG_slab"] {
+            let mut facts = facts();
+            facts.member("page", "compound_head", 8);
+            facts.constants.insert("PAGE_BUDDY_MAPCOUNT_VALUE", -129);
+            facts.constants.remove(missing);
+            let ram = Ram::new(1 << 20);
+            let memory = ram.memory();
+            let error = PageLayout::new(&kernel(&memory, facts), 64).unwrap_err();
+            assert!(error.to_string().contains(missing), "{error}");
+        }
+    }
+}
