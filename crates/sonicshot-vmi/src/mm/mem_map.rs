@@ -6,6 +6,7 @@
 use crate::KernelVa;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
+use core::sync::atomic::{AtomicU32, Ordering};
 use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MAX_MAP, Mapped, PageSize, Pfn, PfnRange};
 
 /// A kernel with more sections than this has more than 8 PiB of RAM.
@@ -45,7 +46,13 @@ pub(crate) struct MemMap<'m> {
     chunks: Vec<Chunk<'m>>,
     /// How the kernel lays out its struct pages, for reports.
     pub(crate) model: &'static str,
+    /// Single reads since the mappings were last let go.
+    reads: AtomicU32,
 }
+
+/// Each single read of a mapped file may bring in 64 KiB around it: after so many, what is mapped
+/// is let go, or a walk of scattered lists would keep all struct pages resident.
+const READS_BETWEEN_RELEASES: u32 = 1024;
 
 impl<'m> MemMap<'m> {
     /// Finds the struct pages of all RAM in the memory's layout.
@@ -76,6 +83,7 @@ impl<'m> MemMap<'m> {
             by_va,
             chunks: Vec::new(),
             model,
+            reads: AtomicU32::new(0),
         };
         map.find_chunks(kernel)?;
         Ok(map)
@@ -186,6 +194,12 @@ impl<'m> MemMap<'m> {
             at,
             value: at.raw(),
         };
+        if self.reads.fetch_add(1, Ordering::Relaxed) >= READS_BETWEEN_RELEASES {
+            self.reads.store(0, Ordering::Relaxed);
+            for range in self.own_memory() {
+                self.memory.release(range);
+            }
+        }
         let (chunk, offset) = self.chunk_of(at).ok_or_else(corrupt)?;
         if let Some(value) = chunk
             .mapped
