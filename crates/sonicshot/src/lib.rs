@@ -45,6 +45,7 @@
 
 mod address;
 mod bytes;
+pub mod checkpoint;
 mod class;
 mod memory;
 mod page_map;

@@ -1,0 +1,139 @@
+//! Compression of one chunk at a time.
+
+use super::error::CheckpointError;
+use super::info::Compression;
+use super::layout::Codec;
+
+/// Compresses chunks; one a thread.
+pub(crate) struct Compressor {
+    kind: Kind,
+}
+
+enum Kind {
+    None,
+    #[cfg(feature = "lz4")]
+    Lz4,
+    #[cfg(feature = "zstd")]
+    Zstd(Box<zstd::bulk::Compressor<'static>>),
+}
+
+impl Compressor {
+    pub(crate) fn new(compression: Compression) -> Result<Self, CheckpointError> {
+        let kind = match compression {
+            Compression::None => Kind::None,
+            #[cfg(feature = "lz4")]
+            Compression::Lz4 => Kind::Lz4,
+            #[cfg(feature = "zstd")]
+            Compression::Zstd { level } => Kind::Zstd(Box::new(
+                zstd::bulk::Compressor::new(level).map_err(compress)?,
+            )),
+            #[allow(unreachable_patterns, reason = "reached without the features")]
+            other => {
+                return Err(CheckpointError::CodecMissing {
+                    codec: other.name(),
+                });
+            }
+        };
+        Ok(Self { kind })
+    }
+
+    /// Whether there is any use in trying.
+    pub(crate) const fn compresses(&self) -> bool {
+        !matches!(self.kind, Kind::None)
+    }
+
+    /// `input` compressed into `out`, which is cleared first; `None` if that is no shorter.
+    pub(crate) fn compress<'a>(
+        &mut self,
+        input: &[u8],
+        out: &'a mut Vec<u8>,
+    ) -> Result<Option<&'a [u8]>, CheckpointError> {
+        let len = match &mut self.kind {
+            Kind::None => {
+                let _ = (input, &out);
+                return Ok(None);
+            }
+            #[cfg(feature = "lz4")]
+            Kind::Lz4 => {
+                out.resize(lz4_flex::block::get_maximum_output_size(input.len()), 0);
+                lz4_flex::block::compress_into(input, out).map_err(compress)?
+            }
+            #[cfg(feature = "zstd")]
+            Kind::Zstd(zstd) => {
+                out.resize(zstd::zstd_safe::compress_bound(input.len()), 0);
+                zstd.compress_to_buffer(input, out.as_mut_slice())
+                    .map_err(compress)?
+            }
+        };
+        #[allow(unreachable_code, reason = "reached with a feature")]
+        Ok(out.get(..len).filter(|out| out.len() < input.len()))
+    }
+}
+
+#[allow(dead_code, reason = "needed with a feature")]
+fn compress(source: impl std::error::Error + Send + Sync + 'static) -> CheckpointError {
+    CheckpointError::Compress {
+        source: Box::new(source),
+    }
+}
+
+/// Decompresses chunks; one a thread.
+pub(crate) struct Decompressor {
+    codec: Codec,
+    #[cfg(feature = "zstd")]
+    zstd: Option<Box<zstd::bulk::Decompressor<'static>>>,
+}
+
+impl Decompressor {
+    pub(crate) fn new(codec: Codec) -> Self {
+        Self {
+            codec,
+            #[cfg(feature = "zstd")]
+            zstd: None,
+        }
+    }
+
+    /// Decompresses `input`, which stands at `offset` in the file, to exactly fill `out`.
+    pub(crate) fn decompress(
+        &mut self,
+        input: &[u8],
+        out: &mut [u8],
+        offset: u64,
+    ) -> Result<(), CheckpointError> {
+        let bad = |source: Box<dyn std::error::Error + Send + Sync>| CheckpointError::Decompress {
+            offset,
+            source,
+        };
+        let len = match self.codec {
+            #[cfg(feature = "lz4")]
+            Codec::Lz4 => {
+                lz4_flex::block::decompress_into(input, out).map_err(|e| bad(Box::new(e)))?
+            }
+            #[cfg(feature = "zstd")]
+            Codec::Zstd => {
+                let zstd = match &mut self.zstd {
+                    Some(zstd) => zstd,
+                    none => none.insert(Box::new(
+                        zstd::bulk::Decompressor::new().map_err(|e| bad(Box::new(e)))?,
+                    )),
+                };
+                zstd.decompress_to_buffer(input, out)
+                    .map_err(|e| bad(Box::new(e)))?
+            }
+            other => {
+                let _ = (input, &bad);
+                return Err(CheckpointError::CodecMissing {
+                    codec: other.name(),
+                });
+            }
+        };
+        #[allow(unreachable_code, reason = "reached with a feature")]
+        if len == out.len() {
+            Ok(())
+        } else {
+            Err(bad(
+                format!("{len} bytes came out, not {}", out.len()).into()
+            ))
+        }
+    }
+}

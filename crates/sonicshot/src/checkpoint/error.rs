@@ -1,0 +1,183 @@
+//! What can go wrong with a checkpoint.
+
+use crate::{Gpa, MemoryError, Pfn};
+use std::error::Error;
+use std::io;
+
+/// Why a checkpoint could not be written, read or restored.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    /// The file does not begin as a checkpoint.
+    #[error("not a checkpoint: it begins with {found:02x?}")]
+    NotACheckpoint {
+        /// Its first bytes.
+        found: Vec<u8>,
+    },
+    /// The file ends too early, or goes on behind its end.
+    #[error("{what} at {offset:#x} needs {need} bytes, the file has {len}")]
+    Truncated {
+        /// The part of the format.
+        what: &'static str,
+        /// Where it begins in the file, in bytes.
+        offset: u64,
+        /// How many bytes it has.
+        need: u64,
+        /// The length of the file.
+        len: u64,
+    },
+    /// The file was written for a newer reader.
+    #[error("the checkpoint needs features that this reader does not have: flags {flags:#x}")]
+    Incompatible {
+        /// The incompatible feature flags that are not known here.
+        flags: u64,
+    },
+    /// The format's version is not known.
+    #[error("the checkpoint has format version {found}, this reader knows {known}")]
+    Version {
+        /// The version in the file.
+        found: u32,
+        /// The version read here.
+        known: u32,
+    },
+    /// A checksum does not match: the file is damaged.
+    #[error("{what} at {offset:#x} is damaged: its checksum is {computed:#x}, not {stored:#x}")]
+    Checksum {
+        /// The part of the format.
+        what: &'static str,
+        /// Where it begins in the file, in bytes.
+        offset: u64,
+        /// What the file says.
+        stored: u128,
+        /// What its bytes give.
+        computed: u128,
+    },
+    /// A field has a value that it cannot have.
+    #[error("{what} at {offset:#x} cannot be {value:#x}")]
+    Corrupt {
+        /// The field.
+        what: &'static str,
+        /// Where it, or the record that holds it, is in the file, in bytes.
+        offset: u64,
+        /// Its value.
+        value: u64,
+    },
+    /// A chunk does not decompress to what it should.
+    #[error("page data at {offset:#x} does not decompress")]
+    Decompress {
+        /// Where the chunk begins in the file, in bytes.
+        offset: u64,
+        /// What the codec said.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// Page data could not be compressed.
+    #[error("compressing page data")]
+    Compress {
+        /// What the codec said.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// The codec is not part of this build.
+    #[error("this build has no {codec}: enable the feature of that name")]
+    CodecMissing {
+        /// The codec's name.
+        codec: &'static str,
+    },
+    /// The operating system refused.
+    #[error("{action} the checkpoint at {offset:#x}")]
+    Io {
+        /// `reading` or `writing`.
+        action: &'static str,
+        /// Where in the file, in bytes.
+        offset: u64,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest's memory could not be read or written.
+    #[error("the guest's memory failed")]
+    Memory(#[from] MemoryError),
+    /// The memory's layout is not the checkpoint's.
+    #[error("the checkpoint has RAM at {at} that the given memory has not, or the reverse")]
+    Layout {
+        /// The first address in one and not in the other.
+        at: Gpa,
+    },
+    /// Something that a checkpoint cannot hold.
+    #[error("a checkpoint cannot hold {what}: {value}, at most {max}")]
+    TooLarge {
+        /// What it is.
+        what: &'static str,
+        /// How much there is.
+        value: u64,
+        /// How much there may be.
+        max: u64,
+    },
+    /// There is no blob of this name.
+    #[error("the checkpoint has no blob `{name}`")]
+    NoBlob {
+        /// The name asked for.
+        name: String,
+    },
+    /// The blob's name is taken.
+    #[error("the checkpoint has a blob `{name}` already")]
+    BlobExists {
+        /// The name given twice.
+        name: String,
+    },
+    /// The memory was not written, or twice.
+    #[error("a checkpoint holds a guest's memory once, not {times} times")]
+    MemoryTimes {
+        /// How often it was written.
+        times: u32,
+    },
+    /// A kept page differs from the source.
+    #[error(
+        "frame {pfn} is not what the source holds: byte {byte} is {found:#x}, not {expected:#x}"
+    )]
+    Differs {
+        /// The frame.
+        pfn: Pfn,
+        /// The first byte of it that differs.
+        byte: u64,
+        /// What the checkpoint has.
+        found: u8,
+        /// What the source has.
+        expected: u8,
+    },
+    /// A mapping or a page fault could not be served.
+    #[error("{operation} of {len} bytes at host address {at:#x}")]
+    Host {
+        /// The system call, or what it was to do.
+        operation: &'static str,
+        /// Where in this process, or the VMM's.
+        at: usize,
+        /// How many bytes.
+        len: usize,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A worker thread ended without a result.
+    #[error("a worker thread failed")]
+    Worker,
+}
+
+impl CheckpointError {
+    pub(crate) fn read(offset: u64) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io {
+            action: "reading",
+            offset,
+            source,
+        }
+    }
+
+    pub(crate) fn write(offset: u64) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io {
+            action: "writing",
+            offset,
+            source,
+        }
+    }
+}
