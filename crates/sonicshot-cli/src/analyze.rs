@@ -16,6 +16,8 @@ pub(crate) struct Analysis {
     pub layout_origin: &'static str,
     pub release: String,
     pub banner: Option<String>,
+    pub vmcoreinfo: Option<String>,
+    pub build_id: Option<Vec<u8>>,
     pub symbol_sources: Vec<String>,
     pub pages: Classification,
     pub counts: ClassCounts,
@@ -23,6 +25,14 @@ pub(crate) struct Analysis {
 
 /// Opens the dump, finds its kernel, and classifies every page.
 pub(crate) fn analyze(input: &InputArgs) -> Result<Analysis, CliError> {
+    let mut analysis = classify(input)?;
+    mark_zero_pages(&analysis.dump, &mut analysis.pages.map)?;
+    analysis.counts = analysis.pages.map.counts();
+    Ok(analysis)
+}
+
+/// The same, but pages in use are not looked into.
+pub(crate) fn classify(input: &InputArgs) -> Result<Analysis, CliError> {
     let (dump, layout_origin) = open(input)?;
     let guest_error = |source| CliError::Guest {
         path: input.file.clone(),
@@ -34,20 +44,23 @@ pub(crate) fn analyze(input: &InputArgs) -> Result<Analysis, CliError> {
         OnInconsistency::Refuse
     };
     let guest = LinuxGuest::open(&dump, &options(input, &dump)).map_err(guest_error)?;
-    let mut pages = guest.classify(on).map_err(guest_error)?;
+    let pages = guest.classify(on).map_err(guest_error)?;
     let (release, banner) = (
         guest.release().to_owned(),
         guest.banner().map(str::to_owned),
     );
+    let vmcoreinfo = guest.vmcoreinfo().map(str::to_owned);
+    let build_id = guest.build_id().map(<[u8]>::to_vec);
     let symbol_sources = guest.symbol_sources();
     drop(guest);
-    mark_zero_pages(&dump, &mut pages.map)?;
     let counts = pages.map.counts();
     Ok(Analysis {
         dump,
         layout_origin,
         release,
         banner,
+        vmcoreinfo,
+        build_id,
         symbol_sources,
         pages,
         counts,
@@ -66,7 +79,7 @@ fn options(input: &InputArgs, dump: &Dump) -> GuestOptions {
 }
 
 /// Opens the dump; a raw file without `--layout` in the layout that its guest confirms.
-fn open(input: &InputArgs) -> Result<(Dump, &'static str), CliError> {
+pub(crate) fn open(input: &InputArgs) -> Result<(Dump, &'static str), CliError> {
     if let Some(layout) = &input.layout {
         let dump = Dump::open(&input.file, Some(layout))?;
         return Ok(match dump.layout_spec() {

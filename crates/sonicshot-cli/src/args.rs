@@ -1,8 +1,10 @@
 //! The command line.
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use sonicshot::PageClass;
+use sonicshot::checkpoint::Compression;
 use sonicshot_dump::LayoutSpec;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 const EXIT_CODES: &str = "\
@@ -30,6 +32,15 @@ pub(crate) enum Command {
     /// Take the free pages out of a dump; it stays a dump of the same format
     #[command(after_help = EXIT_CODES)]
     Prune(PruneArgs),
+    /// Save a dump as a checkpoint: only the pages that the guest needs, compressed and checked
+    #[command(after_help = EXIT_CODES)]
+    Save(SaveArgs),
+    /// Make a dump of a checkpoint again
+    #[command(after_help = EXIT_CODES)]
+    Restore(RestoreArgs),
+    /// Check every byte of a checkpoint, and every kept page against the dump it came from
+    #[command(after_help = EXIT_CODES)]
+    Verify(VerifyArgs),
     /// Inspect and prune the small real dump in testdata, and show what happened
     Demo(DemoArgs),
 }
@@ -37,7 +48,7 @@ pub(crate) enum Command {
 /// How a dump is to be understood.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct InputArgs {
-    /// The dump: raw guest RAM, or an ELF core
+    /// The dump: raw guest RAM, an ELF core; `inspect` also takes a checkpoint
     pub file: PathBuf,
     /// A System.map, vmlinux or BTF file of the guest's kernel; may be repeated. Without it
     /// everything is found in the guest's own memory
@@ -96,6 +107,95 @@ pub(crate) struct PruneArgs {
     /// Write over an existing OUT
     #[arg(long)]
     pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SaveArgs {
+    #[command(flatten)]
+    pub input: InputArgs,
+    /// Where to write the checkpoint; `-` is standard output
+    #[arg(short, long, value_name = "X.sonic")]
+    pub output: PathBuf,
+    /// How page data is stored: zstd[:LEVEL], lz4 or none (which can be mapped)
+    #[arg(long, value_name = "HOW", default_value = "zstd")]
+    pub compress: Compression,
+    /// Page data in a chunk, in KiB: what a restore decompresses for one page
+    #[arg(long, value_name = "KIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(4..=16384))]
+    pub chunk: u32,
+    /// How many threads work; by default as many as there are cores
+    #[arg(long, value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
+    /// The classes to leave out, by name
+    #[arg(
+        long,
+        value_name = "CLASS,...",
+        value_delimiter = ',',
+        default_value = "free_buddy,free_pcp,offline,zero"
+    )]
+    pub drop: Vec<PageClass>,
+    /// Do not look for a kernel: keep every page that is not zero
+    #[arg(long, conflicts_with_all = ["drop", "symbols"])]
+    pub keep_all: bool,
+    /// Put a file into the checkpoint, such as the VMM's device state; may be repeated
+    #[arg(long, value_name = "NAME=FILE")]
+    pub blob: Vec<String>,
+    /// The name of the VMM that ran the guest, to be noted
+    #[arg(long, value_name = "NAME")]
+    pub vmm: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write over an existing X.sonic
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// What a checkpoint can be made into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DumpKind {
+    /// Raw guest RAM
+    Raw,
+    /// An ELF core
+    Elf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// The checkpoint
+    pub file: PathBuf,
+    /// Where to write the dump
+    #[arg(short, long, value_name = "OUT")]
+    pub output: PathBuf,
+    /// What the dump is to be
+    #[arg(long, value_enum, default_value = "raw")]
+    pub to: DumpKind,
+    /// How many threads work; by default as many as there are cores
+    #[arg(long, value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
+    /// Write a blob of the checkpoint to a file too; may be repeated
+    #[arg(long, value_name = "NAME=FILE")]
+    pub blob: Vec<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write over existing files
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// The checkpoint
+    pub file: PathBuf,
+    /// The dump that it was made of
+    #[arg(long, value_name = "FILE")]
+    pub against: Option<PathBuf>,
+    /// Where a raw dump's bytes lie; without it, as the checkpoint says
+    #[arg(long, value_name = "LAYOUT", requires = "against")]
+    pub layout: Option<LayoutSpec>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

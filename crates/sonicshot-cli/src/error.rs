@@ -1,6 +1,7 @@
 //! What the command says when it fails, and how it exits.
 
 use serde_json::json;
+use sonicshot::checkpoint::CheckpointError;
 use sonicshot::{MemoryError, PageClass};
 use sonicshot_dump::DumpError;
 use sonicshot_vmi::VmiError;
@@ -19,6 +20,14 @@ pub(crate) enum CliError {
         #[source]
         source: VmiError,
     },
+    #[error("{}", path.display())]
+    Checkpoint {
+        path: PathBuf,
+        #[source]
+        source: CheckpointError,
+    },
+    #[error("{what}")]
+    Usage { what: String },
     #[error("reading guest memory")]
     Memory(#[from] MemoryError),
     #[error("{action} {}", path.display())]
@@ -55,11 +64,16 @@ impl CliError {
             | Self::Io { .. }
             | Self::Exists { .. }
             | Self::NoDemo { .. }
-            | Self::Demo { .. } => 1,
+            | Self::Demo { .. }
+            | Self::Checkpoint {
+                source: CheckpointError::Io { .. },
+                ..
+            } => 1,
             Self::Undroppable { .. }
+            | Self::Usage { .. }
             | Self::OverDump { .. }
             | Self::Dump(DumpError::NotInPlace { .. }) => 2,
-            Self::Dump(_) | Self::Memory(_) | Self::NoLayout { .. } => 3,
+            Self::Dump(_) | Self::Memory(_) | Self::Checkpoint { .. } | Self::NoLayout { .. } => 3,
             Self::Guest { source, .. } => match source {
                 VmiError::Inconsistent(_) => 5,
                 _ => 4,
@@ -87,6 +101,14 @@ impl CliError {
             Self::Dump(DumpError::LayoutLength { .. }) => {
                 "the ranges of --layout must add up to the length of the file"
             }
+            Self::Checkpoint {
+                source: CheckpointError::Differs { .. },
+                ..
+            } => "the checkpoint was made of another dump, or the dump was changed since",
+            Self::Checkpoint {
+                source: CheckpointError::Checksum { .. } | CheckpointError::Truncated { .. },
+                ..
+            } => "the file was damaged after it was written: take another copy of it",
             Self::NoLayout { .. } => "say where RAM lies with --layout",
             Self::Guest { source, .. } => match source {
                 VmiError::NoKernel { .. } => {

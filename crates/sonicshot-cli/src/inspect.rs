@@ -13,6 +13,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
+    if crate::checkpoint::is_checkpoint(&args.input.file) {
+        return crate::checkpoint::inspect(args);
+    }
     if let Some(path) = &args.pfns
         && let Ok(there) = fs::metadata(path)
     {

@@ -2,6 +2,7 @@
 
 mod analyze;
 mod args;
+mod checkpoint;
 mod demo;
 mod error;
 mod inspect;
@@ -18,6 +19,9 @@ fn main() -> ExitCode {
     let (result, json) = match &cli.command {
         Command::Inspect(args) => (inspect::run(args), args.json),
         Command::Prune(args) => (prune::run(args), args.json),
+        Command::Save(args) => (checkpoint::save(args), args.json),
+        Command::Restore(args) => (checkpoint::restore(args), args.json),
+        Command::Verify(args) => (checkpoint::verify(args), args.json),
         Command::Demo(args) => (demo::run(args), false),
     };
     let result = result.and_then(|()| match report::output_error() {

@@ -17,7 +17,7 @@ const ET_CORE: u16 = 4;
 const EM_X86_64: u16 = 62;
 const EM_AARCH64: u16 = 183;
 pub(crate) const PT_LOAD: u32 = 1;
-const PT_NOTE: u32 = 4;
+pub(crate) const PT_NOTE: u32 = 4;
 /// No dump has a million stretches of RAM.
 const MAX_SEGMENTS: u32 = 1 << 20;
 /// `/proc/kcore` has a handful of segments that overlap.
@@ -31,6 +31,8 @@ const SMALL: u64 = 64 << 20;
 const MAX_NOTES: u32 = 1 << 16;
 /// The kernel gives VMCOREINFO one page, of 64 KiB at most.
 const MAX_VMCOREINFO: u32 = 1 << 16;
+/// Notes that are carried along: a few hundred bytes for each processor.
+const MAX_KEPT_NOTES: u32 = 16 << 20;
 
 /// The `e_machine` of a processor.
 pub(crate) fn number(machine: Machine) -> u16 {
@@ -38,6 +40,23 @@ pub(crate) fn number(machine: Machine) -> u16 {
         Machine::X86_64 => EM_X86_64,
         Machine::Aarch64 => EM_AARCH64,
     }
+}
+
+/// The header of a core with `count` program headers right behind it.
+pub(crate) fn header(machine: Machine, count: usize) -> Vec<u8> {
+    let mut head = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0];
+    head.resize(16, 0);
+    head.extend(4_u16.to_le_bytes()); // ET_CORE
+    head.extend(number(machine).to_le_bytes());
+    head.extend(1_u32.to_le_bytes()); // EV_CURRENT
+    head.extend(0_u64.to_le_bytes()); // e_entry
+    head.extend((HEADER_LEN as u64).to_le_bytes()); // e_phoff
+    head.extend(0_u64.to_le_bytes()); // e_shoff
+    head.extend(0_u32.to_le_bytes()); // e_flags
+    for word in [HEADER_LEN, SEGMENT_LEN, count, 0, 0, 0] {
+        head.extend(u16::try_from(word).unwrap_or(0).to_le_bytes());
+    }
+    head
 }
 
 /// One program header.
@@ -229,6 +248,18 @@ impl ElfCore {
     /// The guest's RAM: sorted, disjoint; where segments overlap, the first in the file counts.
     ///
     /// `file_len` is the length of the file: what it can justify bounds what is believed.
+    /// The bytes of the first `PT_NOTE` segment, unless there are too many.
+    pub(crate) fn notes(&self, data: GuestBytes<'_>) -> Option<Vec<u8>> {
+        let notes = self
+            .segments
+            .iter()
+            .find(|segment| segment.kind == PT_NOTE)?;
+        let len = u32::try_from(notes.file_len).ok()?;
+        (len <= MAX_KEPT_NOTES)
+            .then(|| copy_of(data, notes.offset, len))
+            .flatten()
+    }
+
     pub(crate) fn extents(&self, path: &Path, file_len: u64) -> Result<Vec<Extent>, DumpError> {
         let mut loads = Vec::new();
         for (number, segment) in (0_u64..).zip(&self.segments) {

@@ -106,6 +106,13 @@ pub enum DumpError {
         /// Why not.
         why: &'static str,
     },
+    /// The guest's memory could not be read.
+    #[error("reading guest memory")]
+    Memory {
+        /// Why not.
+        #[source]
+        source: sonicshot::MemoryError,
+    },
     /// The file system cannot punch holes.
     #[error("the file system of {} cannot punch holes", path.display())]
     NoHoles {

@@ -9,6 +9,7 @@ mod mapped;
 mod output;
 mod prune;
 mod raw;
+mod restore;
 
 use elf_core::ElfCore;
 pub use error::DumpError;
@@ -16,6 +17,7 @@ pub use layout::{LayoutSpec, LayoutSpecError};
 use mapped::MappedDump;
 pub use output::Overwrite;
 pub use prune::{Progress, PruneStats};
+pub use restore::{CoreNotes, DumpFile, NewFile};
 use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout};
 use std::path::Path;
 
@@ -61,6 +63,11 @@ enum Opener {
 
 /// How each format begins: offset, bytes.
 const FORMATS: &[(usize, &[u8], Opener)] = &[
+    (
+        0,
+        b"\x89SONIC\r\n",
+        Opener::NotYet("a checkpoint, to be restored or inspected"),
+    ),
     (0, b"\x7fELF", Opener::ElfCore),
     (
         0,
@@ -180,6 +187,21 @@ impl Dump {
             Format::ElfCore(core) => core.vmcoreinfo.as_deref(),
             Format::Raw { .. } => None,
         }
+    }
+
+    /// The notes that the dump carries beside the memory, as an ELF core has them.
+    #[must_use]
+    pub fn core_notes(&self) -> Option<Vec<u8>> {
+        match &self.format {
+            Format::ElfCore(core) => core.notes(self.mapped.bytes()),
+            Format::Raw { .. } => None,
+        }
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn file(&self) -> &std::fs::File {
+        self.mapped.file()
     }
 
     /// The processor that the dump says the guest has, if it says.

@@ -83,6 +83,11 @@ impl MappedDump {
         })
     }
 
+    /// The bytes of the whole file.
+    pub(crate) fn bytes(&self) -> GuestBytes<'_> {
+        whole(&self.map)
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

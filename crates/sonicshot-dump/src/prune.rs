@@ -3,7 +3,7 @@
 use crate::elf_core::{self, ElfCore, HEADER_LEN, PT_LOAD, SEGMENT_LEN, Segment};
 use crate::mapped::MappedDump;
 use crate::output::{Output, Overwrite};
-use crate::{Dump, DumpError, Format, Machine};
+use crate::{Dump, DumpError, Format};
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
 use rustix::io::Errno;
 use sonicshot::{Gpa, GpaRange, PrunePlan};
@@ -481,7 +481,7 @@ fn copy_elf(
     }
     let writing = || DumpError::io("writing", output.path());
     output.file().set_len(at).map_err(writing())?;
-    let mut head = elf_header(core.machine, pieces.len());
+    let mut head = elf_core::header(core.machine, pieces.len());
     for piece in &pieces {
         head.extend(piece.segment.to_bytes());
     }
@@ -502,21 +502,4 @@ fn copy_elf(
         }
     }
     Ok(())
-}
-
-/// The header of a core with `count` program headers right behind it.
-fn elf_header(machine: Machine, count: usize) -> Vec<u8> {
-    let mut head = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0];
-    head.resize(16, 0);
-    head.extend(4_u16.to_le_bytes()); // ET_CORE
-    head.extend(elf_core::number(machine).to_le_bytes());
-    head.extend(1_u32.to_le_bytes()); // EV_CURRENT
-    head.extend(0_u64.to_le_bytes()); // e_entry
-    head.extend((HEADER_LEN as u64).to_le_bytes()); // e_phoff
-    head.extend(0_u64.to_le_bytes()); // e_shoff
-    head.extend(0_u32.to_le_bytes()); // e_flags
-    for word in [HEADER_LEN, SEGMENT_LEN, count, 0, 0, 0] {
-        head.extend(u16::try_from(word).unwrap_or(0).to_le_bytes());
-    }
-    head
 }

@@ -254,6 +254,21 @@ impl<'m> LinuxGuest<'m> {
         self.banner.as_deref()
     }
 
+    /// The kernel's VMCOREINFO: what a dump of this guest carries as a note.
+    #[must_use]
+    pub fn vmcoreinfo(&self) -> Option<&str> {
+        self.kernel
+            .vmcoreinfo
+            .as_ref()
+            .map(symbols::Vmcoreinfo::text)
+    }
+
+    /// The kernel's build ID, if it tells one (Linux 5.9 and later).
+    #[must_use]
+    pub fn build_id(&self) -> Option<&[u8]> {
+        self.kernel.vmcoreinfo.as_ref()?.build_id()
+    }
+
     /// The guest's page size.
     #[must_use]
     pub fn page_size(&self) -> PageSize {

@@ -21,6 +21,7 @@ const MAX_LEN: usize = 64 << 10;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Vmcoreinfo {
+    text: String,
     lines: HashMap<String, String>,
     build_id: Option<Vec<u8>>,
 }
@@ -65,7 +66,17 @@ impl Vmcoreinfo {
             }
         }
         let build_id = lines.get("BUILD-ID").and_then(|id| from_hex(id));
-        Ok(Self { lines, build_id })
+        Ok(Self {
+            text: text.to_owned(),
+            lines,
+            build_id,
+        })
+    }
+
+    /// The text itself.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        &self.text
     }
 
     fn line(&self, key: &str) -> Option<&str> {

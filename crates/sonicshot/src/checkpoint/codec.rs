@@ -1,4 +1,12 @@
 //! Compression of one chunk at a time.
+#![cfg_attr(
+    not(all(feature = "lz4", feature = "zstd")),
+    allow(
+        unused_variables,
+        unreachable_code,
+        reason = "each codec is behind a feature"
+    )
+)]
 
 use super::error::CheckpointError;
 use super::info::Compression;
@@ -48,11 +56,8 @@ impl Compressor {
         input: &[u8],
         out: &'a mut Vec<u8>,
     ) -> Result<Option<&'a [u8]>, CheckpointError> {
-        let len = match &mut self.kind {
-            Kind::None => {
-                let _ = (input, &out);
-                return Ok(None);
-            }
+        let len: usize = match &mut self.kind {
+            Kind::None => return Ok(None),
             #[cfg(feature = "lz4")]
             Kind::Lz4 => {
                 out.resize(lz4_flex::block::get_maximum_output_size(input.len()), 0);
@@ -65,7 +70,6 @@ impl Compressor {
                     .map_err(compress)?
             }
         };
-        #[allow(unreachable_code, reason = "reached with a feature")]
         Ok(out.get(..len).filter(|out| out.len() < input.len()))
     }
 }
@@ -104,7 +108,7 @@ impl Decompressor {
             offset,
             source,
         };
-        let len = match self.codec {
+        let len: usize = match self.codec {
             #[cfg(feature = "lz4")]
             Codec::Lz4 => {
                 lz4_flex::block::decompress_into(input, out).map_err(|e| bad(Box::new(e)))?
@@ -121,13 +125,11 @@ impl Decompressor {
                     .map_err(|e| bad(Box::new(e)))?
             }
             other => {
-                let _ = (input, &bad);
                 return Err(CheckpointError::CodecMissing {
                     codec: other.name(),
                 });
             }
         };
-        #[allow(unreachable_code, reason = "reached with a feature")]
         if len == out.len() {
             Ok(())
         } else {

@@ -386,7 +386,7 @@ mod tests {
     fn pages_are_told_apart() {
         assert_eq!(look_at(&[0; 4096]), Page::Word(0));
         assert_eq!(look_at(&[0xaa; 4096]), Page::Word(0xaaaa_aaaa_aaaa_aaaa));
-        let words: Vec<u8> = (0..4096).map(|i| (i % 8) as u8).collect();
+        let words: Vec<u8> = (0..8).cycle().take(4096).collect();
         assert_eq!(look_at(&words), Page::Word(0x0706_0504_0302_0100));
         let mut page = [0; 4096];
         page[4095] = 1;

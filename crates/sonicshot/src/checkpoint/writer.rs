@@ -147,7 +147,7 @@ impl<W: Write> CheckpointWriter<W> {
             });
         }
         // To fail now rather than after the first pages.
-        drop(Compressor::new(options.compression)?);
+        let _ = Compressor::new(options.compression)?;
         let header = Header {
             codec: Codec::of(options.compression),
             chunk_size: options.chunk_size,
