@@ -2,6 +2,7 @@
 //! `fuzz_targets/`, and on stable by `tests/replay.rs`.
 #![allow(missing_docs)]
 
+use sonicshot::checkpoint::{Before, CheckpointReader, RestoreRegions};
 use sonicshot::{
     DropClasses, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap, PageSize,
     Pfn, PfnRange, PrunePlan,
@@ -10,6 +11,7 @@ use sonicshot_dump::{Dump, LayoutSpec, Overwrite};
 use sonicshot_vmi::symbols::{Btf, SymbolSource, Vmcoreinfo, open_symbol_file};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
 use std::io::Write;
+use twox_hash::XxHash3_64;
 
 /// A target: its name, its body.
 pub type Target = (&'static str, fn(&[u8]));
@@ -22,6 +24,7 @@ pub const TARGETS: &[Target] = &[
     ("raw", raw),
     ("layout", layout),
     ("guest", guest),
+    ("checkpoint", checkpoint),
 ];
 
 fn ask(source: &dyn SymbolSource) {
@@ -146,5 +149,92 @@ pub fn guest(data: &[u8]) {
     if let Ok(guest) = LinuxGuest::open(&memory, &GuestOptions::new()) {
         let _ = guest.e820();
         let _ = guest.classify(OnInconsistency::KeepInQuestion);
+    }
+}
+
+fn word(data: &[u8], at: usize) -> Option<usize> {
+    let bytes = data.get(at..at.checked_add(8)?)?;
+    usize::try_from(u64::from_le_bytes(bytes.try_into().ok()?)).ok()
+}
+
+/// Puts the checksum of `from..to` at `at`.
+fn seal(data: &mut [u8], from: usize, to: usize, at: usize) -> Option<()> {
+    let sum = XxHash3_64::oneshot(data.get(from..to)?);
+    let place = data.get_mut(at..at.checked_add(8)?)?;
+    place.copy_from_slice(&sum.to_le_bytes());
+    Some(())
+}
+
+/// Makes the checksums of a damaged checkpoint right again, so that what lies behind them is
+/// reached too.
+fn reseal(data: &mut [u8]) -> Option<()> {
+    let header = word(data, 12)? & 0xffff_ffff;
+    seal(data, 0, header.checked_sub(8)?, header.checked_sub(8)?);
+    let footer = data.len().checked_sub(64)?;
+    let len = (data.len() as u64).to_le_bytes();
+    data.get_mut(footer + 24..footer + 32)?
+        .copy_from_slice(&len);
+    let index = word(data, footer)?;
+    // The second section's record: the chunks.
+    let at = index.checked_add(32 + 24)?;
+    let chunks = index.checked_add(word(data, at.checked_add(8)?)?)?;
+    let count = word(data, at.checked_add(16)?)? / 24;
+    for number in 0..count.min(1000) {
+        let record = chunks.checked_add(number.checked_mul(24)?)?;
+        let start = word(data, record)?;
+        let len = word(data, record.checked_add(8)?)? & 0xffff_ffff;
+        if let Some(end) = start.checked_add(len) {
+            seal(data, start, end, record.checked_add(16)?);
+        }
+    }
+    seal(data, index, footer, footer + 16);
+    seal(data, footer, footer + 48, footer + 48)
+}
+
+/// Opens a checkpoint and reads all kinds of things from it.
+pub fn checkpoint(data: &[u8]) {
+    let mut sealed = data.to_vec();
+    let _ = reseal(&mut sealed);
+    for data in [data, &sealed] {
+        let Ok(reader) = CheckpointReader::new(data) else {
+            continue;
+        };
+        let _ = (reader.stats(), reader.verify(&mut |_, _| {}));
+        let names: Vec<String> = reader.blobs().map(|(name, _)| name.to_owned()).collect();
+        for name in names {
+            let _ = reader.read_blob(&name);
+        }
+        let mut buffer = vec![0; 20_000];
+        let regions = reader.layout().regions().to_vec();
+        for region in &regions {
+            let last = region
+                .end()
+                .raw()
+                .saturating_sub(5000)
+                .max(region.start().raw());
+            for at in [region.start(), Gpa::new(last)] {
+                let left = region.end().offset_from(at).unwrap_or(0);
+                let len = buffer
+                    .len()
+                    .min(usize::try_from(left).unwrap_or(usize::MAX));
+                let _ = reader.read(at, &mut buffer[..len]);
+                let _ = (
+                    reader.next_data(at),
+                    reader.run_of(at.pfn(PageSize::SIZE_4K)),
+                );
+            }
+        }
+        if reader.layout().bytes() <= 4 << 20 {
+            let mut memory: Vec<Vec<u8>> = regions
+                .iter()
+                .map(|region| vec![1; usize::try_from(region.len()).unwrap_or(0)])
+                .collect();
+            let places = regions.iter().map(|region| region.start());
+            let slices = memory.iter_mut().map(Vec::as_mut_slice);
+            if let Ok(target) = RestoreRegions::new(places.zip(slices).collect(), Before::Anything)
+            {
+                let _ = reader.restore(&target, None, &mut |_, _| {});
+            }
+        }
     }
 }

@@ -79,3 +79,54 @@ fn no_target_panics() {
         }
     }
 }
+
+/// Writes the seeds of the checkpoint target again, after a change of the format.
+#[test]
+#[ignore = "writes into the corpus"]
+fn write_checkpoint_seeds() {
+    use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, Compression, SaveOptions};
+    use sonicshot::{
+        DropClasses, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap,
+        PageSize, Pfn, PfnRange, PrunePlan,
+    };
+    let mut ram = vec![0; 12 * 4096];
+    for (number, page) in ram.chunks_mut(4096).enumerate() {
+        match number % 4 {
+            0 => page.fill(number.to_le_bytes()[0]),
+            1 => page[100] = 1,
+            2 => {
+                for (at, byte) in page.iter_mut().enumerate() {
+                    *byte = (at * at / 97 + number).to_le_bytes()[0];
+                }
+            }
+            _ => {}
+        }
+    }
+    let (low, high) = ram.split_at(7 * 4096 - 600);
+    let regions = vec![
+        (Gpa::ZERO, GuestBytes::from_slice(low)),
+        (Gpa::new(1 << 32), GuestBytes::from_slice(&high[..4 * 4096])),
+    ];
+    let guest = MappedRegions::new(regions).unwrap();
+    let mut map = PageMap::new(guest.layout(), PageSize::SIZE_4K);
+    map.set(
+        PfnRange::new(Pfn::new(2), Pfn::new(4)),
+        PageClass::FreeBuddy,
+    );
+    let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Byte(0xaa));
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus/checkpoint");
+    fs::create_dir_all(&folder).unwrap();
+    for compression in [Compression::None, Compression::Lz4, Compression::ZSTD] {
+        let mut options = SaveOptions::new(compression);
+        options.chunk_size = 8192;
+        let mut info = CheckpointInfo::new(guest.layout().clone(), PageSize::SIZE_4K);
+        info.kernel_release = Some("6.1".into());
+        info.build_id = Some(vec![1, 2]);
+        let mut writer = CheckpointWriter::new(Vec::new(), info, options).unwrap();
+        writer.blob("state", &[1, 2, 3][..]).unwrap();
+        writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+        writer.blob("more", &[][..]).unwrap();
+        let file = writer.finish().unwrap().0;
+        fs::write(folder.join(compression.name()), file).unwrap();
+    }
+}

@@ -17,7 +17,6 @@ use memmap2::Mmap;
 use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, PageSize, RamLayout};
 use std::collections::BinaryHeap;
 use std::fmt;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -419,10 +418,7 @@ impl GuestMemory for KdumpFile {
         let mut rest = buf;
         while !rest.is_empty() {
             let inside = at.raw() & size.offset_mask();
-            let len = size
-                .bytes()
-                .saturating_sub(inside)
-                .min(rest.len() as u64);
+            let len = size.bytes().saturating_sub(inside).min(rest.len() as u64);
             let (Ok(inside), Ok(split)) = (usize::try_from(inside), usize::try_from(len)) else {
                 return Err(not_ram());
             };
@@ -634,9 +630,9 @@ impl Content {
             }
             let from = at.saturating_add(16);
             let next = from.checked_add(len);
-            let next = next.filter(|next| *next <= file_len).ok_or_else(|| {
-                bad("a piece beyond the end: truncated", at, len)
-            })?;
+            let next = next
+                .filter(|next| *next <= file_len)
+                .ok_or_else(|| bad("a piece beyond the end: truncated", at, len))?;
             // These are signed numbers.
             if to.checked_add(len).is_none_or(|end| end > i64::MAX as u64) {
                 return Err(bad("a piece at an impossible offset", at, to));
@@ -718,7 +714,7 @@ fn layout_of(
         regions.len() <= MAX_REGIONS
     };
     let few = for_words(content, bitmap, frames, |base, word| {
-        let mut at = 0;
+        let mut at = 0_u32;
         while at < 64 {
             // Shifted by less than 64, as the loop says.
             let zeroes = (word >> at).trailing_zeros();
@@ -819,7 +815,7 @@ fn machine_named(name: &[u8]) -> Option<Machine> {
 
 /// The processor by the size of its `struct elf_prstatus`.
 fn machine_of_notes(notes: &[u8]) -> Option<Machine> {
-    let status = notes_in(notes).find(|note| note.kind == NT_PRSTATUS && note.name == b"CORE")?;
+    let status = notes_in(notes).find(Note::is_registers)?;
     match status.text.len() {
         336 => Some(Machine::X86_64),
         392 => Some(Machine::Aarch64),
@@ -832,6 +828,13 @@ pub(crate) struct Note<'a> {
     pub kind: u32,
     pub name: &'a [u8],
     pub text: &'a [u8],
+}
+
+impl Note<'_> {
+    /// Whether the note holds a processor's registers: `NT_PRSTATUS`.
+    pub(crate) fn is_registers(&self) -> bool {
+        self.kind == NT_PRSTATUS && self.name == b"CORE"
+    }
 }
 
 /// The ELF notes in `bytes`, up to the first that is cut off.

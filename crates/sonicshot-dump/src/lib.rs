@@ -2,17 +2,28 @@
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 #![deny(unsafe_code)]
 
+mod avml;
 mod elf_core;
 mod error;
+mod kdump;
+mod kdump_write;
 mod layout;
+mod lime;
 mod mapped;
 mod output;
+mod paged;
 mod prune;
 mod raw;
 mod restore;
 
 use elf_core::ElfCore;
 pub use error::DumpError;
+#[doc(hidden)]
+pub use kdump::KdumpFile;
+#[doc(hidden)]
+pub use kdump_write::{
+    KdumpCompression, KdumpOptions, KdumpWriteError, KdumpWriteStats, write_kdump,
+};
 pub use layout::{LayoutSpec, LayoutSpecError};
 use mapped::MappedDump;
 pub use output::Overwrite;

@@ -9,6 +9,7 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, Mapped, MemoryError, RamLayout};
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::OnceLock;
@@ -16,6 +17,9 @@ use std::sync::OnceLock;
 /// A file in more pieces than this is not asked for its holes: finding them costs as much as
 /// reading.
 const MAX_FILE_EXTENTS: usize = 1 << 20;
+
+/// From this length on, reading is cheaper than mapping.
+const LONG_READ: usize = 16 << 10;
 
 /// A stretch of guest RAM and where its bytes are in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,6 +135,20 @@ impl MappedDump {
             .filter(|extent| extent.guest.contains(at))
     }
 
+    /// Where in the file a long stretch is, all of it in one extent. The kernel copies it faster
+    /// than it would map it page by page.
+    fn read_from(&self, at: Gpa, len: usize) -> Option<u64> {
+        if len < LONG_READ {
+            return None;
+        }
+        let extent = self.extent_of(at)?;
+        let inside = at.offset_from(extent.guest.start())?;
+        if extent.guest.len().checked_sub(inside)? < len as u64 {
+            return None;
+        }
+        extent.offset?.checked_add(inside)
+    }
+
     /// The part of `at..at+len` that one extent holds: its bytes, or how many zeroes.
     fn piece(&self, at: Gpa, len: u64) -> Option<(Option<GuestBytes<'_>>, u64)> {
         let extent = self.extent_of(at)?;
@@ -199,6 +217,12 @@ impl GuestMemory for MappedDump {
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         let range = GpaRange::with_len(at, buf.len() as u64).unwrap_or(GpaRange::new(at, at));
         let not_ram = || MemoryError::NotRam { range };
+        if let Some(offset) = self.read_from(at, buf.len()) {
+            return self
+                .file
+                .read_exact_at(buf, offset)
+                .map_err(|source| MemoryError::Io { range, source });
+        }
         let mut at = at;
         let mut rest = buf;
         while !rest.is_empty() {

@@ -9,7 +9,8 @@ use crate::{
     PrunePlan,
 };
 use core::iter::Peekable;
-use std::sync::Arc;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A batch has at most so many bytes to read.
 const BATCH: u64 = 256 << 10;
@@ -175,11 +176,55 @@ pub(crate) enum Page {
     Bytes(u64),
 }
 
+/// Buffers that are used again: fresh memory costs more than what is done with it here.
+#[derive(Default)]
+pub(crate) struct Buffers(Mutex<Vec<Vec<u8>>>);
+
+/// More than are ever in use at once would only hold memory.
+const KEPT_BUFFERS: usize = 64;
+
+impl Buffers {
+    /// A buffer of `len` bytes, whose content is left from before.
+    fn take(self: &Arc<Self>, len: usize) -> Buffer {
+        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bytes = free.pop().unwrap_or_default();
+        drop(free);
+        bytes.resize(len, 0);
+        Buffer {
+            bytes,
+            home: Arc::clone(self),
+        }
+    }
+}
+
+/// A buffer that goes back where it came from.
+pub(crate) struct Buffer {
+    bytes: Vec<u8>,
+    home: Arc<Buffers>,
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let mut free = self.home.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if free.len() < KEPT_BUFFERS {
+            free.push(core::mem::take(&mut self.bytes));
+        }
+    }
+}
+
 /// A batch that was read.
 pub(crate) struct Scanned {
     pub parts: Vec<Part>,
     /// The bytes of all pages to be read, one behind the other.
-    pub bytes: Arc<Vec<u8>>,
+    pub bytes: Arc<Buffer>,
     /// One for each of them.
     pub pages: Vec<Page>,
 }
@@ -190,6 +235,7 @@ impl Batch {
         self,
         memory: &dyn GuestMemory,
         info: &CheckpointInfo,
+        buffers: &Arc<Buffers>,
     ) -> Result<Scanned, CheckpointError> {
         let page_size = usize::try_from(info.page_size.bytes()).unwrap_or(usize::MAX);
         let count = self.0.iter().fold(0_u64, |sum, part| match part {
@@ -197,9 +243,9 @@ impl Batch {
             Part::Known(_) => sum,
         });
         let count = usize::try_from(count).unwrap_or(0);
-        let mut bytes = vec![0; count.saturating_mul(page_size)];
+        let mut bytes = buffers.take(count.saturating_mul(page_size));
         let mut pages = Vec::with_capacity(count);
-        let mut rest = bytes.as_mut_slice();
+        let mut rest = bytes.bytes.as_mut_slice();
         for part in &self.0 {
             let Part::Read(frames, _) = part else {
                 continue;

@@ -8,7 +8,7 @@ use super::layout::{
     ALIGN, BlobEntry, ChunkEntry, Codec, FOOTER_LEN, Footer, Header, MAX_BLOB_NAME, MAX_CHUNK,
     align_up, checksum, len64,
 };
-use super::scan::{Batch, Batches, Page, Part, Scanned, Stored, same};
+use super::scan::{Batch, Batches, Buffer, Buffers, Page, Part, Scanned, Stored, same};
 use crate::{Gpa, GuestMemory, PageMap, Pfn, PfnRange, PrunePlan, RamLayout};
 use core::hash::Hasher;
 use core::num::NonZeroUsize;
@@ -260,6 +260,7 @@ impl<W: Write> CheckpointWriter<W> {
             memory,
             info: &info,
             compression: self.options.compression,
+            buffers: Arc::default(),
         };
         let kept = map.total().saturating_sub(plan.dropped_pages());
         std::thread::scope(|scope| {
@@ -381,11 +382,12 @@ struct Shared<'a> {
     memory: &'a dyn GuestMemory,
     info: &'a CheckpointInfo,
     compression: Compression,
+    buffers: Arc<Buffers>,
 }
 
 /// A stretch of a batch's bytes.
 struct Piece {
-    bytes: Arc<Vec<u8>>,
+    bytes: Arc<Buffer>,
     range: Range<usize>,
 }
 
@@ -421,7 +423,7 @@ fn work(shared: &Shared<'_>, queue: &Mutex<Receiver<Job>>) {
         // Who asked may have failed and gone; nobody needs the answer then.
         match job {
             Ok(Job::Scan(batch, answer)) => {
-                let _ = answer.send(batch.scan(shared.memory, shared.info));
+                let _ = answer.send(batch.scan(shared.memory, shared.info, &shared.buffers));
             }
             Ok(Job::Pack(pieces, answer)) => {
                 let packed = match &mut compressor {
