@@ -71,6 +71,13 @@ impl CliError {
             } => 1,
             Self::Undroppable { .. }
             | Self::Usage { .. }
+            | Self::Checkpoint {
+                source:
+                    CheckpointError::TooLarge { .. }
+                    | CheckpointError::NoBlob { .. }
+                    | CheckpointError::BlobExists { .. },
+                ..
+            }
             | Self::OverDump { .. }
             | Self::Dump(DumpError::NotInPlace { .. }) => 2,
             Self::Dump(_) | Self::Memory(_) | Self::Checkpoint { .. } | Self::NoLayout { .. } => 3,
