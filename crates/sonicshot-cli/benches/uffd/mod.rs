@@ -1,0 +1,121 @@
+//! The plainest handler of page faults that there can be, and fresh memory to fault in.
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::fd::OwnedFd;
+use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+use rustix::mm::{MapFlags, ProtFlags, UserfaultfdFlags, mmap_anonymous, munmap, userfaultfd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+const PAGE: u64 = 4096;
+
+/// Memory that nobody has touched.
+pub struct Fresh {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+impl Fresh {
+    pub fn new(len: usize) -> Self {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping touches nobody's memory.
+        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), len, access, flags) }.unwrap();
+        let start = NonNull::new(start.cast()).unwrap();
+        Self { start, len }
+    }
+
+    pub fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn touch(&self, at: usize) {
+        assert!(at < self.len);
+        // SAFETY: inside the mapping.
+        std::hint::black_box(unsafe { self.start.as_ptr().add(at).read_volatile() });
+    }
+}
+
+impl Drop for Fresh {
+    fn drop(&mut self) {
+        // SAFETY: the mapping of `new`, which nobody uses any more.
+        unsafe { munmap(self.start.as_ptr().cast(), self.len).unwrap() };
+    }
+}
+
+#[repr(C)]
+struct Api([u64; 3]);
+#[repr(C)]
+struct Register([u64; 4]);
+#[repr(C)]
+struct Copy([u64; 5]);
+#[repr(C)]
+struct Zero([u64; 4]);
+
+const API: Opcode = opcode::read_write::<Api>(0xaa, 0x3f);
+const REGISTER: Opcode = opcode::read_write::<Register>(0xaa, 0);
+const COPY: Opcode = opcode::read_write::<Copy>(0xaa, 3);
+const ZERO: Opcode = opcode::read_write::<Zero>(0xaa, 4);
+
+pub struct PlainHandler {
+    stop: Arc<OwnedFd>,
+    thread: JoinHandle<()>,
+}
+
+impl PlainHandler {
+    /// Serves each fault in `memory` with the same page, or with zeroes.
+    pub fn start(memory: &Fresh, zero: bool) -> Self {
+        // SAFETY: a new descriptor.
+        let uffd = unsafe { userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) };
+        let uffd = uffd.unwrap();
+        let (start, len) = (memory.start().as_ptr() as u64, memory.len() as u64);
+        // SAFETY: each structure is laid out as the kernel has it.
+        unsafe {
+            let mut api = Api([0xaa, 0, 0]);
+            ioctl(&uffd, Updater::<API, Api>::new(&mut api)).unwrap();
+            let mut register = Register([start, len, 1, 0]);
+            ioctl(&uffd, Updater::<REGISTER, Register>::new(&mut register)).unwrap();
+        }
+        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let page = vec![7_u8; 4096];
+            let mut message = [0; 32];
+            loop {
+                let mut fds = [
+                    PollFd::new(&uffd, PollFlags::IN),
+                    PollFd::new(&*stopped, PollFlags::IN),
+                ];
+                poll(&mut fds, None).unwrap();
+                if !fds[1].revents().is_empty() {
+                    return;
+                }
+                if rustix::io::read(&uffd, &mut message) != Ok(32) {
+                    continue;
+                }
+                let at = u64::from_ne_bytes(message[16..24].try_into().unwrap()) & !(PAGE - 1);
+                // SAFETY: as above; the source is a page.
+                unsafe {
+                    if zero {
+                        let mut zero = Zero([at, PAGE, 0, 0]);
+                        ioctl(&uffd, Updater::<ZERO, Zero>::new(&mut zero)).unwrap();
+                    } else {
+                        let mut copy = Copy([at, page.as_ptr() as u64, PAGE, 0, 0]);
+                        ioctl(&uffd, Updater::<COPY, Copy>::new(&mut copy)).unwrap();
+                    }
+                }
+            }
+        });
+        Self { stop, thread }
+    }
+
+    pub fn stop(self) {
+        rustix::io::write(&*self.stop, &1_u64.to_ne_bytes()).unwrap();
+        self.thread.join().unwrap();
+    }
+}
