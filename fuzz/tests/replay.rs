@@ -59,7 +59,11 @@ fn no_target_panics() {
         .ok()
         .and_then(|rounds| rounds.parse().ok())
         .unwrap_or(ROUNDS);
+    let only = std::env::var("SONICSHOT_FUZZ_ONLY").ok();
     for (name, target) in TARGETS {
+        if only.as_deref().is_some_and(|only| only != *name) {
+            continue;
+        }
         let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("corpus")
             .join(name);

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import kernels  # noqa: E402
 import machine  # noqa: E402
+import peers  # noqa: E402
 import proof  # noqa: E402
 
 
@@ -177,6 +178,16 @@ def do_stress(args):
           "torture OK")
 
 
+def do_compare(args):
+    """Sizes and times of checkpoints beside makedumpfile's, of the same guest in one run."""
+    kernels.install_tools()
+    meta = kernels.fetch(args.kernel, False)
+    spec = {"kernel": meta, "mem": args.mem, "cpu": "qemu64", "smp": 1, "machine": "pc",
+            "garbage": "random", "append": "nokaslr"}
+    folder = machine.capture(spec, f"compare-{args.kernel}-{args.mem}")
+    peers.compare(folder, find_tool(args.sonicshot))
+
+
 def do_restore(args):
     folder = kernels.LAB / "captures" / args.capture
     beat, rss = machine.restore(folder, Path(args.ram).resolve(), args.torture)
@@ -233,6 +244,12 @@ def main():
     prove.add_argument("--quick", action="store_true", help="two kernels, no symbol files")
     prove.add_argument("--rm", action="store_true", help="delete each capture afterwards")
     prove.set_defaults(run=do_prove)
+
+    compare = commands.add_parser("compare", help="checkpoints against makedumpfile")
+    compare.add_argument("--kernel", default="6.1")
+    compare.add_argument("--mem", type=int, default=4096, help="MiB")
+    compare.add_argument("--sonicshot", help="the binary; built if not given")
+    compare.set_defaults(run=do_compare)
 
     restore = commands.add_parser("restore", help="run a captured guest on")
     restore.add_argument("--capture", required=True)

@@ -289,6 +289,23 @@ def prove(tool, folder, variants, torture=True, oracles=()):
         if total != ours:
             raise Failed(f"crash counts {total} free pages, we {ours}")
         row["crash"] = total
+    sizes = []
+    restored = work / "restored.raw"
+    for how in ("none", "lz4", "zstd"):
+        checkpoint = work / "guest.sonic"
+        run(tool, "save", folder / "ram.raw", "-o", checkpoint, "--compress", how, "--force")
+        run(tool, "verify", checkpoint, "--against", folder / "ram.raw")
+        run(tool, "restore", checkpoint, "-o", restored, "--force")
+        if poisoned:
+            # Restored free pages hold the pattern, whatever they held before.
+            run(tool, "verify", checkpoint, "--against", restored)
+        else:
+            run("cmp", ram, restored)
+        sizes.append(f"{checkpoint.stat().st_size >> 20}")
+    row["sonic"] = " / ".join(sizes) + " MiB"
+    # Where the bytes are the same, one of both files is enough for the torture.
+    ram = restored
+
     row["torture"] = "-"
     if torture:
         beat, rss = machine.restore(folder, ram)
@@ -300,11 +317,13 @@ def prove(tool, folder, variants, torture=True, oracles=()):
 
 def table(rows):
     head = ["capture", "kernel", "symbols", "buddy by kpageflags", "found", "%", "per-CPU",
-            "dropped in use", "changed before the stop", "drgn", "crash", "disk", "ELF", "torture"]
+            "dropped in use", "changed before the stop", "drgn", "crash", "disk", "ELF",
+            "checkpoint (none / lz4 / zstd)", "torture"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
         cells = [r["name"], r["kernel"], ", ".join(r["symbols"]), r["kpf_buddy"], r["found"],
                  f"{r['share']:.3f}", r["pcp"], r["unexplained"], r["changed"],
-                 r.get("drgn", "-"), r.get("crash", "-"), r["disk"], r["elf"], r["torture"]]
+                 r.get("drgn", "-"), r.get("crash", "-"), r["disk"], r["elf"],
+                 r["sonic"], r["torture"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -4,6 +4,7 @@
     allow(
         unused_variables,
         unreachable_code,
+        clippy::ptr_arg,
         reason = "each codec is behind a feature"
     )
 )]
