@@ -21,6 +21,9 @@ const CHUNKS: usize = 4;
 const MAX_THREADS: usize = 64;
 /// `man makedumpfile`, `-d`: free pages are left out.
 const DUMP_LEVEL_FREE: u32 = 16;
+/// What is not known of the guest's `struct new_utsname`. libkdumpfile believes none of the
+/// names, nor that of the processor, if one of them is empty.
+const UNKNOWN: &[u8] = b"(unknown)";
 
 /// How the pages of a kdump-compressed file are compressed, each by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -241,11 +244,12 @@ fn header(sizes: &Sizes, options: &KdumpOptions<'_>) -> Vec<u8> {
     let release = info
         .split(|byte| *byte == b'\n')
         .find_map(|line| line.strip_prefix(b"OSRELEASE="))
-        .unwrap_or_default();
+        .filter(|release| !release.is_empty())
+        .unwrap_or(UNKNOWN);
     let machine: &[u8] = match options.machine {
         Some(Machine::X86_64) => b"x86_64",
         Some(Machine::Aarch64) => b"aarch64",
-        None => b"Unknown",
+        None => UNKNOWN,
     };
     let status = match options.compression {
         KdumpCompression::None => 0,
@@ -258,7 +262,7 @@ fn header(sizes: &Sizes, options: &KdumpOptions<'_>) -> Vec<u8> {
         .count();
     let mut out = SIGNATURE.to_vec();
     out.extend(6_u32.to_le_bytes());
-    for name in [&b"Linux"[..], b"", release, b"", machine, b""] {
+    for name in [b"Linux", UNKNOWN, release, UNKNOWN, machine, UNKNOWN] {
         let end = out.len().saturating_add(65);
         out.extend(name.iter().take(64));
         out.resize(end, 0);
@@ -467,7 +471,7 @@ fn is_zero(page: &[u8]) -> bool {
 enum Encoder {
     None,
     Zlib(flate2::Compress, Vec<u8>),
-    Snappy(snap::raw::Encoder, Vec<u8>),
+    Snappy(Box<snap::raw::Encoder>, Vec<u8>),
     Zstd(Option<zstd::bulk::Compressor<'static>>, Vec<u8>),
 }
 
@@ -480,7 +484,9 @@ impl Encoder {
                 flate2::Compress::new(flate2::Compression::fast(), true),
                 Vec::new(),
             ),
-            KdumpCompression::Snappy => Self::Snappy(snap::raw::Encoder::new(), Vec::new()),
+            KdumpCompression::Snappy => {
+                Self::Snappy(Box::new(snap::raw::Encoder::new()), Vec::new())
+            }
             KdumpCompression::Zstd => Self::Zstd(None, Vec::new()),
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! A snapshot of a virtual machine holds all of the guest's RAM, though most of it is free or
 //! can be thrown away. This crate is the part that a VMM embeds: guest memory, page classes,
-//! and the policy that decides what to drop. It depends on nothing but `thiserror`.
+//! the policy that decides what to drop, and the [`checkpoint`] format. By default it depends on
+//! nothing but `thiserror` and `twox-hash` (checksums).
 //!
 //! ```text
 //!   bytes ─▶ format parser ─▶ guest-physical memory ─▶ symbols, types ─▶ kernel objects
