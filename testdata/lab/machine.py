@@ -314,8 +314,14 @@ def capture(spec, name):
     return folder
 
 
-def restore(capture_folder, ram, torture=True, seconds=1200):
-    """Runs the captured guest on with `ram` as its memory. Returns seconds to the first beat
+def begins_with_capability(migration, name):
+    with open(migration, "rb") as file:
+        return name in file.read(4096)
+
+
+def restore(capture_folder, ram, torture=True, seconds=1200, migration=None):
+    """Runs the captured guest on with `ram` as its memory, or, if `ram` is None, with fresh
+    memory and the migration file at `migration`, mapped-ram or a stream. Returns seconds to the first beat
     and QEMU's resident memory then; raises if the torture finds anything."""
     meta = json.loads((capture_folder / "meta.json").read_text())
     folder = LAB / "restore" / f"{meta['name']}-{os.getpid()}"
@@ -323,11 +329,17 @@ def restore(capture_folder, ram, torture=True, seconds=1200):
     folder.mkdir(parents=True)
     for disk in ("files.img", "records.img"):
         run("cp", "--sparse=always", capture_folder / disk, folder / disk)
-    machine = Machine(meta["spec"], ram, folder, incoming=True)
+    machine = Machine(meta["spec"], ram or folder / "fresh.raw", folder, incoming=True)
     try:
         qmp = machine.qmp
-        qmp.capabilities("events", "x-ignore-shared")
-        qmp.call("migrate-incoming", uri=f"file:{capture_folder / 'device.state'}")
+        if ram:
+            qmp.capabilities("events", "x-ignore-shared")
+            migration = capture_folder / "device.state"
+        elif begins_with_capability(migration, b"mapped-ram"):
+            qmp.capabilities("events", "mapped-ram")
+        else:
+            qmp.capabilities("events")
+        qmp.call("migrate-incoming", uri=f"file:{migration}")
         qmp.migrated()
         started = time.monotonic()
         qmp.call("cont")

@@ -6,7 +6,9 @@
 
 use crate::DumpError;
 use crate::lime::{HEADER_LEN, Record};
-use crate::mapped::{map_file, whole};
+#[cfg(test)]
+use crate::mapped::map_file;
+use crate::mapped::whole;
 use crate::paged::BlockCache;
 use memmap2::Mmap;
 use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, RamLayout};
@@ -49,9 +51,9 @@ struct Chunk {
     compressed: bool,
 }
 
-#[cfg_attr(not(test), expect(dead_code, reason = "not yet opened by Dump"))]
 impl AvmlFile {
     /// Opens the dump at `path`.
+    #[cfg(test)]
     pub(crate) fn open(path: &Path) -> Result<Self, DumpError> {
         let (_, map) = map_file(path)?;
         Self::parse(path, map)
@@ -338,7 +340,7 @@ mod tests {
             .map(|at| {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
                 if compressible {
-                    (at / 300) as u8
+                    (at / 300 % 251).to_le_bytes()[0]
                 } else {
                     (state >> 24) as u8
                 }

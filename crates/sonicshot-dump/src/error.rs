@@ -68,6 +68,14 @@ pub enum DumpError {
         /// The length of the file.
         actual: u64,
     },
+    /// Nothing says where the RAM of this machine lies in the guest.
+    #[error("{}: where the machine `{machine}` has its RAM is not known", path.display())]
+    NoLayout {
+        /// The file.
+        path: PathBuf,
+        /// QEMU's name of the machine.
+        machine: String,
+    },
     /// The output exists, and was not to be written over.
     #[error("{} exists", path.display())]
     Exists {
@@ -112,6 +120,15 @@ pub enum DumpError {
         /// Why not.
         #[source]
         source: sonicshot::MemoryError,
+    },
+    /// A kdump-compressed file could not be written.
+    #[error("{}", path.display())]
+    Kdump {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: crate::KdumpWriteError,
     },
     /// The file system cannot punch holes.
     #[error("the file system of {} cannot punch holes", path.display())]

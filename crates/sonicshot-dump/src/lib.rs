@@ -10,12 +10,15 @@ mod kdump_write;
 mod layout;
 mod lime;
 mod mapped;
+mod mapped_ram;
 mod output;
 mod paged;
 mod prune;
+mod qemu;
 mod raw;
 mod restore;
 
+use avml::AvmlFile;
 use elf_core::ElfCore;
 pub use error::DumpError;
 #[doc(hidden)]
@@ -26,11 +29,13 @@ pub use kdump_write::{
 };
 pub use layout::{LayoutSpec, LayoutSpecError};
 use mapped::MappedDump;
+use mapped_ram::MappedRam;
 pub use output::Overwrite;
 pub use prune::{Progress, PruneStats};
 pub use restore::{CoreNotes, DumpFile, NewFile};
 use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout};
-use std::path::Path;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 
 /// A dump file: the guest's memory, and how the file holds it.
 ///
@@ -43,8 +48,20 @@ use std::path::Path;
 /// ```
 #[derive(Debug)]
 pub struct Dump {
-    mapped: MappedDump,
+    path: PathBuf,
+    store: Store,
     format: Format,
+}
+
+/// How the file's pages are got at.
+#[derive(Debug)]
+enum Store {
+    /// As they are, mapped.
+    Mapped(MappedDump),
+    /// Decompressed one by one.
+    Kdump(File, Box<KdumpFile>),
+    /// Decompressed in blocks.
+    Avml(File, Box<AvmlFile>),
 }
 
 /// What is known of the file beside where RAM lies in it. A new format is one module that makes
@@ -53,6 +70,10 @@ pub struct Dump {
 pub(crate) enum Format {
     Raw { layout: LayoutSpec },
     ElfCore(ElfCore),
+    MappedRam(MappedRam),
+    Lime,
+    Kdump,
+    Avml,
 }
 
 /// A guest's processor.
@@ -68,22 +89,26 @@ pub enum Machine {
 /// What opens a file that begins with some magic bytes.
 enum Opener {
     ElfCore,
+    Qemu,
+    Kdump,
+    Lime,
+    Avml,
     /// Known, but not supported: what it is.
     NotYet(&'static str),
 }
 
 /// How each format begins: offset, bytes.
 const FORMATS: &[(usize, &[u8], Opener)] = &[
+    (0, b"\x7fELF", Opener::ElfCore),
+    (0, b"QEVM", Opener::Qemu),
+    (0, b"KDUMP   ", Opener::Kdump),
+    (0, b"makedumpfile", Opener::Kdump),
+    (0, &[0x45, 0x4d, 0x69, 0x4c], Opener::Lime),
+    (0, &[0x41, 0x56, 0x4d, 0x4c], Opener::Avml),
     (
         0,
         b"\x89SONIC\r\n",
         Opener::NotYet("a checkpoint, to be restored or inspected"),
-    ),
-    (0, b"\x7fELF", Opener::ElfCore),
-    (
-        0,
-        b"QEVM",
-        Opener::NotYet("a QEMU migration stream or mapped-ram file"),
     ),
     (
         0,
@@ -95,14 +120,6 @@ const FORMATS: &[(usize, &[u8], Opener)] = &[
         b"LibvirtQemudPart",
         Opener::NotYet("an unfinished libvirt save image"),
     ),
-    (0, b"KDUMP   ", Opener::NotYet("a kdump-compressed dump")),
-    (
-        0,
-        b"makedumpfile",
-        Opener::NotYet("a flattened kdump-compressed dump"),
-    ),
-    (0, &[0x45, 0x4d, 0x69, 0x4c], Opener::NotYet("a LiME dump")),
-    (0, &[0x41, 0x56, 0x4d, 0x4c], Opener::NotYet("an AVML dump")),
     (0, b"Xen saved domain", Opener::NotYet("an xl save image")),
     (8, b"XENF", Opener::NotYet("a libxc migration stream")),
     (
@@ -138,23 +155,46 @@ impl Dump {
             return Err(not_a_dump("it is empty"));
         }
         let (file, map) = mapped::map_file(path)?;
+        let data = mapped::whole(&map);
+        let len = map.len() as u64;
         let opener = FORMATS.iter().find(|(offset, magic, _)| {
-            let there = mapped::whole(&map).get(*offset, magic.len());
+            let there = data.get(*offset, magic.len());
             let mut copy = [0; 16];
             there
                 .zip(copy.get_mut(..magic.len()))
                 .is_some_and(|(there, copy)| there.copy_to(copy) && copy == *magic)
         });
-        let (extents, format) = match opener {
-            Some((_, _, Opener::NotYet(kind))) => {
+        let (extents, format) = match opener.map(|(_, _, opener)| opener) {
+            Some(Opener::NotYet(kind)) => {
                 return Err(DumpError::Unsupported {
                     path: path.to_owned(),
                     kind,
                 });
             }
-            Some((_, _, Opener::ElfCore)) => {
-                let core = ElfCore::parse(path, mapped::whole(&map))?;
-                (core.extents(path, map.len() as u64)?, Format::ElfCore(core))
+            Some(Opener::Kdump) => {
+                let dump = Box::new(KdumpFile::parse(path, map)?);
+                let store = Store::Kdump(file, dump);
+                return Ok(Self::new(path, store, Format::Kdump));
+            }
+            Some(Opener::Avml) => {
+                let dump = Box::new(AvmlFile::parse(path, map)?);
+                return Ok(Self::new(path, Store::Avml(file, dump), Format::Avml));
+            }
+            Some(Opener::Lime) => (lime::extents(path, data)?, Format::Lime),
+            Some(Opener::ElfCore) => {
+                let core = ElfCore::parse(path, data)?;
+                (core.extents(path, len)?, Format::ElfCore(core))
+            }
+            Some(Opener::Qemu) => {
+                let mut cursor = qemu::Cursor::new(path, data, 0);
+                if !qemu::start(&mut cursor)?.has(mapped_ram::CAPABILITY) {
+                    return Err(DumpError::Unsupported {
+                        path: path.to_owned(),
+                        kind: "a QEMU migration stream",
+                    });
+                }
+                let ram = MappedRam::parse(path, data, 0, layout)?;
+                (ram.extents(path, data)?, Format::MappedRam(ram))
             }
             None => {
                 if !metadata.len().is_multiple_of(4096) {
@@ -163,14 +203,19 @@ impl Dump {
                     ));
                 }
                 let layout = layout.cloned().unwrap_or(LayoutSpec::Pc);
-                let extents = raw::extents(path, map.len() as u64, &layout)?;
-                (extents, Format::Raw { layout })
+                (raw::extents(path, len, &layout)?, Format::Raw { layout })
             }
         };
-        Ok(Self {
-            mapped: MappedDump::new(path, file, map, extents)?,
+        let store = Store::Mapped(MappedDump::new(path, file, map, extents)?);
+        Ok(Self::new(path, store, format))
+    }
+
+    fn new(path: &Path, store: Store, format: Format) -> Self {
+        Self {
+            path: path.to_owned(),
+            store,
             format,
-        })
+        }
     }
 
     /// The format's name.
@@ -179,6 +224,10 @@ impl Dump {
         match self.format {
             Format::Raw { .. } => "raw RAM",
             Format::ElfCore(_) => "ELF core",
+            Format::MappedRam(_) => "QEMU mapped-ram",
+            Format::Lime => "LiME",
+            Format::Kdump => "kdump-compressed",
+            Format::Avml => "AVML",
         }
     }
 
@@ -187,76 +236,107 @@ impl Dump {
     pub fn layout_spec(&self) -> Option<&LayoutSpec> {
         match &self.format {
             Format::Raw { layout } => Some(layout),
-            Format::ElfCore(_) => None,
+            _ => None,
         }
     }
 
     /// The VMCOREINFO text that the dump carries beside the memory, if it does.
     #[must_use]
     pub fn vmcoreinfo(&self) -> Option<&[u8]> {
-        match &self.format {
-            Format::ElfCore(core) => core.vmcoreinfo.as_deref(),
-            Format::Raw { .. } => None,
+        match (&self.format, &self.store) {
+            (Format::ElfCore(core), _) => core.vmcoreinfo.as_deref(),
+            (_, Store::Kdump(_, dump)) => dump.vmcoreinfo(),
+            _ => None,
         }
     }
 
     /// The notes that the dump carries beside the memory, as an ELF core has them.
     #[must_use]
     pub fn core_notes(&self) -> Option<Vec<u8>> {
-        match &self.format {
-            Format::ElfCore(core) => core.notes(self.mapped.bytes()),
-            Format::Raw { .. } => None,
+        match (&self.format, &self.store) {
+            (Format::ElfCore(core), Store::Mapped(mapped)) => core.notes(mapped.bytes()),
+            (_, Store::Kdump(_, dump)) => dump.notes().map(<[u8]>::to_vec),
+            _ => None,
         }
     }
 
     /// The file.
     #[must_use]
-    pub fn file(&self) -> &std::fs::File {
-        self.mapped.file()
+    pub fn file(&self) -> &File {
+        match &self.store {
+            Store::Mapped(mapped) => mapped.file(),
+            Store::Kdump(file, _) | Store::Avml(file, _) => file,
+        }
+    }
+
+    /// The machine that QEMU ran, such as `pc-i440fx-10.0`, if the dump says.
+    #[must_use]
+    pub fn machine_type(&self) -> Option<&str> {
+        match &self.format {
+            Format::MappedRam(ram) => ram.machine.as_deref(),
+            _ => None,
+        }
     }
 
     /// The processor that the dump says the guest has, if it says.
     #[must_use]
     pub fn machine(&self) -> Option<Machine> {
-        match &self.format {
-            Format::ElfCore(core) => Some(core.machine),
-            Format::Raw { .. } => None,
+        match (&self.format, &self.store) {
+            (Format::ElfCore(core), _) => Some(core.machine),
+            (_, Store::Kdump(_, dump)) => dump.machine(),
+            _ => None,
         }
     }
 
     /// The length of the file in bytes.
     #[must_use]
     pub fn file_len(&self) -> u64 {
-        self.mapped.file().metadata().map_or(0, |m| m.len())
+        self.file().metadata().map_or(0, |m| m.len())
     }
 
-    pub(crate) fn mapped(&self) -> &MappedDump {
-        &self.mapped
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The pages, if they are in the file as they are.
+    pub(crate) fn mapped(&self) -> Option<&MappedDump> {
+        match &self.store {
+            Store::Mapped(mapped) => Some(mapped),
+            _ => None,
+        }
     }
 
     pub(crate) fn format_data(&self) -> &Format {
         &self.format
     }
+
+    fn memory(&self) -> &dyn GuestMemory {
+        match &self.store {
+            Store::Mapped(mapped) => mapped,
+            Store::Kdump(_, dump) => &**dump,
+            Store::Avml(_, dump) => &**dump,
+        }
+    }
 }
 
 impl GuestMemory for Dump {
     fn layout(&self) -> &RamLayout {
-        self.mapped.layout()
+        self.memory().layout()
     }
 
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        self.mapped.read(at, buf)
+        self.memory().read(at, buf)
     }
 
     fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
-        self.mapped.map(at, len)
+        self.memory().map(at, len)
     }
 
     fn next_data(&self, at: Gpa) -> Option<GpaRange> {
-        self.mapped.next_data(at)
+        self.memory().next_data(at)
     }
 
     fn release(&self, range: GpaRange) {
-        self.mapped.release(range);
+        self.memory().release(range);
     }
 }

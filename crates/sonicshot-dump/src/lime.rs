@@ -49,7 +49,6 @@ impl Record {
 
 /// Where the records of the `LiME` file `data` lie, sorted. Ranges that overlap are found out by
 /// [`MappedDump::new`](crate::mapped::MappedDump::new).
-#[cfg_attr(not(test), expect(dead_code, reason = "not yet opened by Dump"))]
 pub(crate) fn extents(path: &Path, data: GuestBytes<'_>) -> Result<Vec<Extent>, DumpError> {
     let file_len = data.len() as u64;
     let mut extents = Vec::new();

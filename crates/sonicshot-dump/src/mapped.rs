@@ -92,6 +92,15 @@ impl MappedDump {
         whole(&self.map)
     }
 
+    /// Whether the file holds `bytes` at `offset`.
+    pub(crate) fn holds(&self, offset: u64, bytes: &[u8]) -> bool {
+        let mut there = vec![0; bytes.len()];
+        usize::try_from(offset)
+            .ok()
+            .and_then(|offset| self.bytes().get(offset, bytes.len()))
+            .is_some_and(|found| found.copy_to(&mut there) && there == bytes)
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

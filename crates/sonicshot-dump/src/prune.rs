@@ -1,7 +1,9 @@
 //! Writes a dump without its dropped pages, or takes them out of the file itself.
 
 use crate::elf_core::{self, ElfCore, HEADER_LEN, PT_LOAD, SEGMENT_LEN, Segment};
+use crate::kdump_write::{KdumpCompression, KdumpOptions, write_kdump};
 use crate::mapped::MappedDump;
+use crate::mapped_ram::MappedRam;
 use crate::output::{Output, Overwrite};
 use crate::{Dump, DumpError, Format};
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
@@ -57,7 +59,9 @@ impl Dump {
         overwrite: Overwrite,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
-        let dump = self.mapped();
+        let Some(dump) = self.mapped() else {
+            return self.prune_kdump(plan, out, overwrite, progress);
+        };
         dump.check_length()?;
         let zeroed = plan.clone().zero_filled_only();
         let mut stats = PruneStats {
@@ -72,6 +76,11 @@ impl Dump {
             Format::ElfCore(core) => {
                 copy_elf(dump, core, &zeroed, &output, &mut stats, progress)?;
             }
+            Format::MappedRam(ram) => {
+                let bitmap = ram.pruned_bitmap(dump.path(), dump.bytes(), &zeroed)?;
+                stats.runs = copy_mapped_ram(dump, ram, &zeroed, &bitmap, &output, progress)?;
+            }
+            Format::Lime | Format::Kdump | Format::Avml => return Err(self.read_only()),
         }
         stats.disk_after = output.finish()?;
         Ok(stats)
@@ -90,13 +99,16 @@ impl Dump {
         plan: &PrunePlan,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
-        let dump = self.mapped();
+        let not_in_place = || DumpError::NotInPlace {
+            path: self.path().into(),
+            format: self.format(),
+        };
+        let dump = self.mapped().ok_or_else(not_in_place)?;
         let path = dump.path();
-        let Format::Raw { .. } = self.format_data() else {
-            return Err(DumpError::NotInPlace {
-                path: path.into(),
-                format: self.format(),
-            });
+        let ram = match self.format_data() {
+            Format::Raw { .. } => None,
+            Format::MappedRam(ram) => Some(ram),
+            _ => return Err(not_in_place()),
         };
         dump.check_length()?;
         let zeroed = plan.clone().zero_filled_only();
@@ -117,7 +129,23 @@ impl Dump {
                 why: "another file has taken its place since it was read",
             });
         }
-        let total = stats.dropped_bytes;
+        let mut runs = file_runs(dump, &zeroed);
+        stats.runs = runs.len() as u64;
+        if let Some(ram) = ram {
+            // First nobody may look for the pages any more: then what is left of them is as good
+            // as gone, whatever happens.
+            let (offset, bitmap) = ram.pruned_bitmap(path, dump.bytes(), &zeroed)?;
+            if !dump.holds(offset, &bitmap) {
+                file.write_all_at(&bitmap, offset)
+                    .and_then(|()| file.sync_all())
+                    .map_err(DumpError::io("writing", path))?;
+            }
+            // Also what an earlier prune that was interrupted has left.
+            runs = ram.holes(&bitmap);
+        }
+        let total = runs
+            .iter()
+            .fold(0_u64, |sum, (_, len)| sum.saturating_add(*len));
         let mut done = 0_u64;
         // From one snapshot of the file's holes: punching does not change what is behind. Space
         // that is allocated but was never written looks like a hole, so where there may be such
@@ -125,8 +153,7 @@ impl Dump {
         let data = dump
             .data_stretches()
             .filter(|data| !has_unwritten(data, stats.disk_before));
-        for (offset, len) in file_runs(dump, &zeroed) {
-            stats.runs = stats.runs.saturating_add(1);
+        for (offset, len) in runs {
             if holds_data(data, offset, len) {
                 punch(&file, path, offset, len)?;
                 stats.punched = stats.punched.saturating_add(1);
@@ -140,6 +167,78 @@ impl Dump {
         stats.disk_after = disk_usage(&file, path)?;
         Ok(stats)
     }
+}
+
+impl Dump {
+    fn read_only(&self) -> DumpError {
+        DumpError::CannotPrune {
+            path: self.path().into(),
+            why: "this format is only read here: save it as a checkpoint instead",
+        }
+    }
+
+    /// A kdump-compressed file again, without the dropped pages.
+    fn prune_kdump(
+        &self,
+        plan: &PrunePlan,
+        out: &Path,
+        overwrite: Overwrite,
+        progress: Progress<'_>,
+    ) -> Result<PruneStats, DumpError> {
+        if !matches!(self.format_data(), Format::Kdump) {
+            return Err(self.read_only());
+        }
+        let zeroed = plan.clone().zero_filled_only();
+        let mut stats = PruneStats {
+            dropped_bytes: zeroed.dropped_bytes(),
+            kept_for_fill: plan.dropped_bytes().saturating_sub(zeroed.dropped_bytes()),
+            runs: zeroed.runs().len() as u64,
+            disk_before: disk_usage(self.file(), self.path())?,
+            ..PruneStats::default()
+        };
+        let output = Output::create(out, overwrite, self.file())?;
+        let notes = self.core_notes();
+        let options = KdumpOptions {
+            compression: KdumpCompression::Zlib,
+            machine: self.machine(),
+            vmcoreinfo: self.vmcoreinfo(),
+            notes: notes.as_deref(),
+            threads: None,
+        };
+        write_kdump(self, &zeroed, output.file(), &options, progress).map_err(|source| {
+            DumpError::Kdump {
+                path: out.into(),
+                source,
+            }
+        })?;
+        stats.disk_after = output.finish()?;
+        Ok(stats)
+    }
+}
+
+/// Copies all of the file but the dropped pages, and clears their bits.
+fn copy_mapped_ram(
+    dump: &MappedDump,
+    ram: &MappedRam,
+    plan: &PrunePlan,
+    (bitmap_offset, bitmap): &(u64, Vec<u8>),
+    output: &Output,
+    progress: Progress<'_>,
+) -> Result<u64, DumpError> {
+    let writing = || DumpError::io("writing", output.path());
+    let total = dump.file_len();
+    output.file().set_len(total).map_err(writing())?;
+    let mut copier = Copier::new(dump, output, total, progress);
+    let mut at = 0_u64;
+    for (offset, len) in ram.holes(bitmap).into_iter().chain([(total, 0)]) {
+        copier.copy(at, at, offset.saturating_sub(at))?;
+        at = offset.saturating_add(len);
+    }
+    output
+        .file()
+        .write_all_at(bitmap, *bitmap_offset)
+        .map_err(writing())?;
+    Ok(file_runs(dump, plan).len() as u64)
 }
 
 fn identity(file: &File, path: &Path) -> Result<(u64, u64), DumpError> {
