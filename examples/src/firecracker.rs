@@ -1,0 +1,250 @@
+//! Firecracker's protocol for page-fault handlers
+//! (`docs/snapshotting/handling-page-faults-on-snapshot-resume.md` in its repository).
+//!
+//! Firecracker maps empty memory, registers it with a `userfaultfd`, connects to the handler's
+//! socket, and sends one message: where its memory is, as JSON, and the `userfaultfd`. Nothing
+//! else is ever said; the connection stays open for as long as the microVM lives.
+
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use serde::Deserialize;
+use sonicshot::checkpoint::{
+    CheckpointError, CheckpointInfo, CheckpointReader, HostAddress, LazyOptions, LazyRegion,
+    LazyRestore, LazyStats, RangeSource, Uffd,
+};
+use sonicshot::{GpaRange, RamLayout};
+use std::io::{self, IoSliceMut, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+/// The longest message that is taken, in bytes. Firecracker's have some hundred: one mapping for
+/// each region.
+pub const MAX_MESSAGE: usize = 64 << 10;
+
+/// Why Firecracker's message could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum MessageError {
+    /// The operating system refused.
+    #[error("receiving the mappings")]
+    Receive(#[from] Errno),
+    /// The connection ended before the message did.
+    #[error("the connection was closed after {len} bytes of the mappings")]
+    Closed {
+        /// How much had come.
+        len: usize,
+    },
+    /// The message does not end.
+    #[error("the mappings have more than {MAX_MESSAGE} bytes")]
+    TooLong,
+    /// The message is not an array of mappings.
+    #[error("the mappings cannot be read")]
+    Json(#[from] serde_json::Error),
+    /// Not one descriptor came with the message.
+    #[error("{count} file descriptors came with the mappings, not one")]
+    Descriptors {
+        /// How many there were.
+        count: usize,
+    },
+    /// There is no memory to serve.
+    #[error("there are no mappings")]
+    NoMappings,
+    /// Pages of this size cannot be filled from the checkpoint.
+    #[error("the mapping's pages have {found} bytes: not a power of two, or less than {min}")]
+    PageSize {
+        /// What the mapping says.
+        found: u64,
+        /// The checkpoint's own page size.
+        min: u64,
+    },
+    /// A mapping is not whole pages.
+    #[error("the mapping of {size:#x} bytes at {host:#x} is not whole pages of {page:#x}")]
+    Unaligned {
+        /// Where the mapping begins in Firecracker.
+        host: u64,
+        /// Its length in bytes.
+        size: u64,
+        /// Its pages' size in bytes.
+        page: u64,
+    },
+    /// A mapping is not part of one region of the checkpoint.
+    #[error("the mapping of {size:#x} bytes at offset {offset:#x} is not in a region of the guest")]
+    NotInLayout {
+        /// Where the mapping begins in the memory file.
+        offset: u64,
+        /// Its length in bytes.
+        size: u64,
+    },
+}
+
+/// Why a microVM could not be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Its message could not be used.
+    #[error("Firecracker's message")]
+    Message(#[from] MessageError),
+    /// The restore could not begin.
+    #[error("starting the restore")]
+    Start(#[from] CheckpointError),
+    /// A page could not be brought in.
+    #[error("a page could not be served")]
+    Page(#[source] Arc<CheckpointError>),
+    /// The connection broke.
+    #[error("waiting for Firecracker to end")]
+    Wait(#[from] io::Error),
+}
+
+/// `GuestRegionUffdMapping` of Firecracker. Versions differ in what they send beyond the first
+/// three fields.
+#[derive(Debug, Deserialize)]
+struct Mapping {
+    base_host_virt_addr: u64,
+    size: u64,
+    /// Where the mapping begins in the memory file, which has no holes.
+    offset: u64,
+    page_size: Option<u64>,
+    /// The older name of `page_size`: bytes too, whatever it says.
+    page_size_kib: Option<u64>,
+}
+
+impl Mapping {
+    fn region(&self, info: &CheckpointInfo) -> Result<LazyRegion, MessageError> {
+        let min = info.page_size.bytes();
+        // Versions that name no page size had small pages only.
+        let page = self.page_size.or(self.page_size_kib).unwrap_or(4096);
+        if !page.is_power_of_two() || page < min {
+            return Err(MessageError::PageSize { found: page, min });
+        }
+        let unaligned = MessageError::Unaligned {
+            host: self.base_host_virt_addr,
+            size: self.size,
+            page,
+        };
+        let Ok(host) = usize::try_from(self.base_host_virt_addr) else {
+            return Err(unaligned);
+        };
+        let whole = [self.base_host_virt_addr, self.size]
+            .iter()
+            .all(|value| value.is_multiple_of(page));
+        if !whole || !self.offset.is_multiple_of(min) {
+            return Err(unaligned);
+        }
+        let guest =
+            guest_range(&info.layout, self.offset, self.size).ok_or(MessageError::NotInLayout {
+                offset: self.offset,
+                size: self.size,
+            })?;
+        Ok(LazyRegion {
+            guest,
+            host: HostAddress::new(host),
+            page,
+        })
+    }
+}
+
+/// The guest memory that is at `offset` in a file that has the regions one after the other.
+fn guest_range(layout: &RamLayout, offset: u64, size: u64) -> Option<GpaRange> {
+    let mut inside = offset;
+    for region in layout.regions() {
+        if let Some(behind) = inside.checked_sub(region.len()) {
+            inside = behind;
+            continue;
+        }
+        let range = GpaRange::with_len(region.start().checked_add(inside)?, size)?;
+        return (!range.is_empty() && range.end() <= region.end()).then_some(range);
+    }
+    None
+}
+
+/// Receives what Firecracker says of its memory, and the `userfaultfd` that reports its faults.
+///
+/// # Errors
+/// [`MessageError`] if the message is something else, or not about the guest that `info`
+/// describes.
+pub fn receive(
+    stream: &UnixStream,
+    info: &CheckpointInfo,
+) -> Result<(Vec<LazyRegion>, OwnedFd), MessageError> {
+    let mut message = Vec::new();
+    let mut descriptors = Vec::new();
+    let mappings = loop {
+        let got = receive_part(stream, &mut message, &mut descriptors)?;
+        // A stream keeps no messages apart: this one is complete when it can be read.
+        match serde_json::from_slice::<Vec<Mapping>>(&message) {
+            Ok(mappings) => break mappings,
+            Err(error) if !error.is_eof() => return Err(error.into()),
+            Err(_) if got == 0 => return Err(MessageError::Closed { len: message.len() }),
+            Err(_) if message.len() > MAX_MESSAGE => return Err(MessageError::TooLong),
+            Err(_) => {}
+        }
+    };
+    let count = descriptors.len();
+    let Some(uffd) = descriptors.pop().filter(|_| count == 1) else {
+        return Err(MessageError::Descriptors { count });
+    };
+    if mappings.is_empty() {
+        return Err(MessageError::NoMappings);
+    }
+    let regions: Result<_, _> = mappings.iter().map(|m| m.region(info)).collect();
+    Ok((regions?, uffd))
+}
+
+fn receive_part(
+    stream: &UnixStream,
+    message: &mut Vec<u8>,
+    descriptors: &mut Vec<OwnedFd>,
+) -> Result<usize, MessageError> {
+    let mut part = [0; 4096];
+    // The kernel closes what there is no room for.
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut parts = [IoSliceMut::new(&mut part)];
+    let got = loop {
+        match recvmsg(stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            other => break other?.bytes,
+        }
+    };
+    for received in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = received {
+            descriptors.extend(rights);
+        }
+    }
+    message.extend_from_slice(part.get(..got).unwrap_or_default());
+    Ok(got)
+}
+
+/// Serves one microVM's page faults from `checkpoint`, until Firecracker closes `stream`.
+///
+/// # Errors
+/// [`ServeError`] if the microVM cannot be served. It waits for its memory from then on:
+/// whoever started it should end it.
+pub fn serve<S: RangeSource + 'static>(
+    mut stream: &UnixStream,
+    checkpoint: Arc<CheckpointReader<S>>,
+    options: LazyOptions,
+) -> Result<LazyStats, ServeError> {
+    let (regions, uffd) = receive(stream, checkpoint.info())?;
+    let restore = LazyRestore::start(checkpoint, Uffd::from(uffd), regions, options)?;
+    // Firecracker says no more. A read timeout makes room to look for errors.
+    let mut more = [0; 64];
+    loop {
+        match stream.read(&mut more) {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
+            Err(error) if is_temporary(&error) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if let Some(error) = restore.error() {
+            return Err(ServeError::Page(error));
+        }
+    }
+    Ok(restore.stats())
+}
+
+fn is_temporary(error: &io::Error) -> bool {
+    use io::ErrorKind::{Interrupted, TimedOut, WouldBlock};
+    matches!(error.kind(), Interrupted | TimedOut | WouldBlock)
+}
