@@ -222,10 +222,12 @@ struct State {
     uffd: Uffd,
     regions: Vec<Region>,
     options: LazyOptions,
-    /// Events are read under the write lock, pages put in place under the read lock: a page that
-    /// was given back is known to be before any thread could bring its old bytes in again.
+    /// Events are read under the write lock, bytes put in place under the read lock: that a page
+    /// was given back is known before any thread could bring its old bytes in again.
     events: RwLock<()>,
     stopping: AtomicBool,
+    /// The process whose memory it is has ended: nobody waits for anything.
+    exited: AtomicBool,
     prefetched: Mutex<bool>,
     done: Condvar,
     error: Mutex<Option<Arc<CheckpointError>>>,
@@ -338,7 +340,8 @@ impl LazyRestore {
             let layout = &checkpoint.info().layout;
             let len = at.guest.len();
             let end = (at.host.raw() as u64).checked_add(len);
-            let aligned = at.page.is_power_of_two()
+            let aligned = at.guest.start().raw() & page_size.saturating_sub(1) == 0
+                && at.page.is_power_of_two()
                 && at.page >= page_size
                 && (at.host.raw() as u64) & at.page.saturating_sub(1) == 0
                 && len & at.page.saturating_sub(1) == 0;
@@ -356,6 +359,16 @@ impl LazyRestore {
                 removed: zeroed(len >> shift),
             });
         }
+        known.sort_by_key(|region: &Region| region.at.host);
+        for pair in known.windows(2) {
+            if let [a, b] = pair
+                && a.start().saturating_add(a.len) > b.start()
+            {
+                return Err(CheckpointError::Layout {
+                    at: b.at.guest.start(),
+                });
+            }
+        }
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let stop = Arc::new(stop.map_err(failed("eventfd"))?);
         let prefetch = options.prefetch;
@@ -366,6 +379,7 @@ impl LazyRestore {
             options,
             events: RwLock::new(()),
             stopping: AtomicBool::new(false),
+            exited: AtomicBool::new(false),
             prefetched: Mutex::new(false),
             done: Condvar::new(),
             error: Mutex::new(None),
@@ -429,8 +443,9 @@ impl LazyRestore {
         }
     }
 
-    /// The frames that were touched so far: the working set for the next restore of the same
-    /// checkpoint.
+    /// The frames that a guest had to wait for so far: the working set for the next restore of
+    /// the same checkpoint. What was brought in before it was touched is not among them, so
+    /// record it with [`Prefetch::Nothing`] and `around` 0.
     #[must_use]
     pub fn touched(&self) -> WorkingSet {
         let touched = self.shared.state().touched.lock();
@@ -572,22 +587,21 @@ impl<S: RangeSource> Lazy<S> {
             }
         }
         loop {
-            let guard = state.events.read().unwrap_or_else(PoisonError::into_inner);
-            let page = region.number(host);
-            let placed = if is_set(&region.removed, page) {
+            let placed = if is_set(&region.removed, region.number(host)) {
                 self.place_zero(worker, region, host)?
             } else {
                 self.bring(worker, region, host)?
             };
-            drop(guard);
             match placed {
-                // Somebody was faster; who waits may have been woken before it slept.
-                Placed::There => state.uffd.wake(host, region.at.page),
+                // Somebody was faster, or all is in place and the kernel asks no more while this
+                // fault was on its way: who waits may have been woken before it slept.
+                Placed::There | Placed::Gone => state.uffd.wake(host, region.at.page),
                 Placed::Again(_) => {
                     self.handle_waiting(worker)?;
                     continue;
                 }
-                Placed::Done | Placed::Gone => {}
+                Placed::Stale => continue,
+                Placed::Done | Placed::Exited => {}
             }
             return Ok(());
         }
@@ -663,11 +677,7 @@ impl<S: RangeSource> Lazy<S> {
                     let len = usize::try_from(page).unwrap_or(0);
                     worker.buffer.resize(len, 0);
                     fill_words(&mut worker.buffer, word);
-                    let placed = self.state.uffd.copy(host, &worker.buffer)?;
-                    if placed == Placed::Done {
-                        set(&region.present, region.number(host));
-                    }
-                    Ok(placed)
+                    self.put(region, host, &worker.buffer)
                 }
             },
         }
@@ -744,17 +754,33 @@ impl<S: RangeSource> Lazy<S> {
             return Ok(Placed::Gone);
         };
         let bytes = self.stored(worker, slot, run.frames.len())?;
-        let len = len64(bytes.len());
-        let placed = self.state.uffd.copy(host, bytes)?;
+        let placed = self.put(region, host, bytes)?;
         if placed == Placed::Done {
             let counter = if background {
                 &self.state.background
             } else {
                 &self.state.faulted
             };
-            counter.fetch_add(len, Ordering::Relaxed);
-            for page in 0..run.frames.len() {
-                set(&region.present, region.number(host).saturating_add(page));
+            counter.fetch_add(len64(bytes.len()), Ordering::Relaxed);
+        }
+        Ok(placed)
+    }
+
+    /// Puts bytes in place, unless some of the pages were given back. What takes time, such as
+    /// reading and decompressing them, is done before: nobody can be served while this has the
+    /// lock.
+    fn put(&self, region: &Region, host: u64, bytes: &[u8]) -> Result<Placed, CheckpointError> {
+        let state = &self.state;
+        let _guard = state.events.read().unwrap_or_else(PoisonError::into_inner);
+        let last = host.saturating_add(len64(bytes.len()).saturating_sub(1));
+        let pages = region.number(host)..=region.number(last);
+        if pages.clone().any(|page| is_set(&region.removed, page)) {
+            return Ok(Placed::Stale);
+        }
+        let placed = state.uffd.copy(host, bytes)?;
+        if placed == Placed::Done {
+            for page in pages {
+                set(&region.present, page);
             }
         }
         Ok(placed)
@@ -811,14 +837,13 @@ impl<S: RangeSource> Lazy<S> {
             self.reader.page_into(&mut worker.decoder, pfn, out)?;
             pfn = pfn.checked_add(1).unwrap_or(pfn);
         }
-        let placed = self.state.uffd.copy(host, &buffer);
+        let placed = self.put(region, host, &buffer);
         worker.buffer = buffer;
         let placed = placed?;
         if placed == Placed::Done {
             self.state
                 .faulted
                 .fetch_add(region.at.page, Ordering::Relaxed);
-            set(&region.present, region.number(host));
         }
         Ok(placed)
     }
@@ -855,14 +880,11 @@ impl<S: RangeSource> Lazy<S> {
         host &= !region.at.page.saturating_sub(1);
         let end = region.host(part.end()).unwrap_or(host);
         while host < end {
-            if self.state.stopping.load(Ordering::Acquire) {
+            if self.state.stopping.load(Ordering::Acquire)
+                || self.state.exited.load(Ordering::Acquire)
+            {
                 return Ok(());
             }
-            let guard = self
-                .state
-                .events
-                .read()
-                .unwrap_or_else(PoisonError::into_inner);
             let mut next = host.saturating_add(region.at.page);
             let placed = if !region.untouched(host, 1) {
                 Placed::There
@@ -876,9 +898,13 @@ impl<S: RangeSource> Lazy<S> {
             } else {
                 self.bring(worker, region, host)?
             };
-            drop(guard);
             match placed {
                 Placed::Again(_) => std::thread::yield_now(),
+                Placed::Stale => {}
+                Placed::Exited => {
+                    self.state.exited.store(true, Ordering::Release);
+                    return Ok(());
+                }
                 // One of several was there: page by page then, each tells for itself.
                 Placed::There if next > host.saturating_add(region.at.page) => {
                     set(&region.present, region.number(host));

@@ -13,7 +13,7 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A batch has at most so many bytes to read.
-const BATCH: u64 = 256 << 10;
+const BATCH: u64 = 512 << 10;
 /// A batch has at most so many parts, so that the index grows while the scan goes on.
 const PARTS: usize = 1024;
 

@@ -116,8 +116,12 @@ pub(crate) enum Placed {
     There,
     /// An event has to be read first; so many bytes are in place.
     Again(u64),
-    /// The range is no longer registered, or its process has gone.
+    /// Pages of it were given back meanwhile: what was to be put there is not right any more.
+    Stale,
+    /// The range is no longer registered.
     Gone,
+    /// The process whose memory it was has ended.
+    Exited,
 }
 
 /// A `userfaultfd`.
@@ -282,7 +286,8 @@ fn placed(result: Result<(), Errno>, done: i64) -> Result<Placed, Errno> {
         Ok(()) => Ok(Placed::Done),
         Err(Errno::EXIST) => Ok(Placed::There),
         Err(Errno::AGAIN) => Ok(Placed::Again(u64::try_from(done).unwrap_or(0))),
-        Err(Errno::NOENT | Errno::SRCH) => Ok(Placed::Gone),
+        Err(Errno::NOENT) => Ok(Placed::Gone),
+        Err(Errno::SRCH) => Ok(Placed::Exited),
         Err(other) => Err(other),
     }
 }

@@ -17,7 +17,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io::{Read, Write};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use twox_hash::{XxHash3_64, XxHash3_128};
 
 /// Told how far the work is: bytes of guest memory done, of how many.
@@ -263,25 +263,24 @@ impl<W: Write> CheckpointWriter<W> {
             buffers: Arc::default(),
         };
         let kept = map.total().saturating_sub(plan.dropped_pages());
+        let queue = Queue::default();
         std::thread::scope(|scope| {
-            let (jobs, queue) = sync_channel::<Job>(threads.saturating_mul(8));
-            let queue = Arc::new(Mutex::new(queue));
             for _ in 0..threads {
-                let queue = Arc::clone(&queue);
-                let shared = &shared;
-                scope.spawn(move || work(shared, &queue));
+                scope.spawn(|| work(&shared, &queue));
             }
             let mut saving = Saving {
                 pages_per_chunk: u64::from(self.options.chunk_size) >> info.page_size.shift(),
                 writer: self,
                 shared: &shared,
                 page: usize::try_from(info.page_size.bytes()).unwrap_or(usize::MAX),
-                jobs,
-                depth: threads.saturating_mul(3),
+                queue: &queue,
+                depth: threads.saturating_add(1),
                 scans: VecDeque::new(),
                 packs: VecDeque::new(),
                 chunk: Vec::new(),
                 chunk_pages: 0,
+                full: Vec::new(),
+                full_bytes: 0,
                 stored: Stored::new(kept),
                 scratch: Vec::new(),
                 done: 0,
@@ -408,32 +407,86 @@ enum Content {
     Compressed(Vec<u8>),
 }
 
+/// Page data that is packed in one job: handing over jobs takes time too.
+const GROUP: usize = 512 << 10;
+
 type Answer<T> = Result<T, CheckpointError>;
 
 enum Job {
     Scan(Batch, SyncSender<Answer<Scanned>>),
-    Pack(Vec<Piece>, SyncSender<Answer<Packed>>),
+    Pack(Vec<Vec<Piece>>, SyncSender<Answer<Vec<Packed>>>),
 }
 
-fn work(shared: &Shared<'_>, queue: &Mutex<Receiver<Job>>) {
+/// Jobs for the workers, oldest first.
+#[derive(Default)]
+struct Queue {
+    state: Mutex<QueueState>,
+    ready: Condvar,
+}
+
+#[derive(Default)]
+struct QueueState {
+    jobs: VecDeque<Job>,
+    closed: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, QueueState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, job: Job) {
+        self.lock().jobs.push_back(job);
+        self.ready.notify_one();
+    }
+
+    /// The next job; waits for it. `None` when there will be no more.
+    fn pop(&self) -> Option<Job> {
+        let mut state = self.lock();
+        loop {
+            if let Some(job) = state.jobs.pop_front() {
+                return Some(job);
+            }
+            if state.closed {
+                return None;
+            }
+            state = self
+                .ready
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+        self.ready.notify_all();
+    }
+}
+
+fn work(shared: &Shared<'_>, queue: &Queue) {
     let mut compressor = None;
     let (mut input, mut output) = (Vec::new(), Vec::new());
-    loop {
-        let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+    while let Some(job) = queue.pop() {
         // Who asked may have failed and gone; nobody needs the answer then.
         match job {
-            Ok(Job::Scan(batch, answer)) => {
+            Job::Scan(batch, answer) => {
                 let _ = answer.send(batch.scan(shared.memory, shared.info, &shared.buffers));
             }
-            Ok(Job::Pack(pieces, answer)) => {
+            Job::Pack(chunks, answer) => {
+                let all = |compressor: &mut Compressor| {
+                    chunks
+                        .into_iter()
+                        .map(|pieces| pack(compressor, pieces, &mut input, &mut output))
+                        .collect()
+                };
                 let packed = match &mut compressor {
-                    Some(compressor) => pack(compressor, pieces, &mut input, &mut output),
-                    none => Compressor::new(shared.compression)
-                        .and_then(|new| pack(none.insert(new), pieces, &mut input, &mut output)),
+                    Some(compressor) => all(compressor),
+                    none => {
+                        Compressor::new(shared.compression).and_then(|new| all(none.insert(new)))
+                    }
                 };
                 let _ = answer.send(packed);
             }
-            Err(_) => return,
         }
     }
 }
@@ -485,18 +538,27 @@ struct Saving<'a, 'w, W> {
     shared: &'a Shared<'a>,
     page: usize,
     pages_per_chunk: u64,
-    jobs: SyncSender<Job>,
-    /// How many batches, and how many chunks, are under way at most.
+    queue: &'a Queue,
+    /// How many batches, and how many groups of chunks, are under way at most.
     depth: usize,
     scans: VecDeque<Receiver<Answer<Scanned>>>,
-    packs: VecDeque<Receiver<Answer<Packed>>>,
+    packs: VecDeque<Receiver<Answer<Vec<Packed>>>>,
     /// The chunk that is not full yet.
     chunk: Vec<Piece>,
     chunk_pages: u64,
+    /// Full chunks, to be packed together.
+    full: Vec<Vec<Piece>>,
+    full_bytes: usize,
     stored: Stored,
     scratch: Vec<u8>,
     /// Pages looked at.
     done: u64,
+}
+
+impl<W> Drop for Saving<'_, '_, W> {
+    fn drop(&mut self) {
+        self.queue.close();
+    }
 }
 
 impl<W: Write> Saving<'_, '_, W> {
@@ -509,7 +571,7 @@ impl<W: Write> Saving<'_, '_, W> {
                 && let Some(batch) = batches.next()
             {
                 let (answer, scanned) = sync_channel(1);
-                self.submit(Job::Scan(batch, answer))?;
+                self.queue.push(Job::Scan(batch, answer));
                 self.scans.push_back(scanned);
             }
             let Some(scanned) = self.scans.pop_front() else {
@@ -522,15 +584,12 @@ impl<W: Write> Saving<'_, '_, W> {
             progress(done.min(total), total);
         }
         self.close_chunk()?;
+        self.submit_chunks()?;
         while !self.packs.is_empty() {
             self.write_oldest()?;
         }
         progress(total, total);
         Ok(())
-    }
-
-    fn submit(&self, job: Job) -> Result<(), CheckpointError> {
-        self.jobs.send(job).map_err(|_| CheckpointError::Worker)
     }
 
     /// Decides for each page of a batch where its content is.
@@ -635,10 +694,26 @@ impl<W: Write> Saving<'_, '_, W> {
         }
         self.chunk_pages = 0;
         let pieces = core::mem::take(&mut self.chunk);
+        for piece in &pieces {
+            self.full_bytes = self.full_bytes.saturating_add(piece.range.len());
+        }
+        self.full.push(pieces);
+        if self.full_bytes >= GROUP {
+            self.submit_chunks()?;
+        }
+        Ok(())
+    }
+
+    fn submit_chunks(&mut self) -> Result<(), CheckpointError> {
+        if self.full.is_empty() {
+            return Ok(());
+        }
+        self.full_bytes = 0;
         let (answer, packed) = sync_channel(1);
-        self.submit(Job::Pack(pieces, answer))?;
+        let chunks = core::mem::take(&mut self.full);
+        self.queue.push(Job::Pack(chunks, answer));
         self.packs.push_back(packed);
-        if self.packs.len() > self.depth.saturating_mul(4) {
+        if self.packs.len() > self.depth.saturating_mul(2) {
             self.write_oldest()?;
         }
         Ok(())
@@ -650,7 +725,9 @@ impl<W: Write> Saving<'_, '_, W> {
             match oldest.try_recv() {
                 Ok(packed) => {
                     self.packs.pop_front();
-                    self.write(&packed?)?;
+                    for packed in packed? {
+                        self.write(&packed)?;
+                    }
                 }
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => return Err(CheckpointError::Worker),
@@ -661,7 +738,12 @@ impl<W: Write> Saving<'_, '_, W> {
 
     fn write_oldest(&mut self) -> Result<(), CheckpointError> {
         match self.packs.pop_front() {
-            Some(oldest) => self.write(&oldest.recv().map_err(|_| CheckpointError::Worker)??),
+            Some(oldest) => {
+                for packed in oldest.recv().map_err(|_| CheckpointError::Worker)?? {
+                    self.write(&packed)?;
+                }
+                Ok(())
+            }
             None => Ok(()),
         }
     }
