@@ -22,6 +22,10 @@ pub const TARGETS: &[Target] = &[
     ("symbol_file", symbol_file),
     ("elf_core", elf_core),
     ("raw", raw),
+    ("mapped_ram", mapped_ram),
+    ("kdump", kdump),
+    ("lime", lime),
+    ("avml", avml),
     ("layout", layout),
     ("guest", guest),
     ("checkpoint", checkpoint),
@@ -123,6 +127,22 @@ fn dump(data: &[u8], spec: Option<&LayoutSpec>) {
 }
 
 pub fn elf_core(data: &[u8]) {
+    dump(data, None);
+}
+
+pub fn mapped_ram(data: &[u8]) {
+    dump(data, Some(&LayoutSpec::Flat));
+}
+
+pub fn kdump(data: &[u8]) {
+    dump(data, None);
+}
+
+pub fn lime(data: &[u8]) {
+    dump(data, None);
+}
+
+pub fn avml(data: &[u8]) {
     dump(data, None);
 }
 

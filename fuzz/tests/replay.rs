@@ -134,3 +134,42 @@ fn write_checkpoint_seeds() {
         fs::write(folder.join(compression.name()), file).unwrap();
     }
 }
+
+/// Writes the seeds of the kdump target again.
+#[test]
+#[ignore = "writes into the corpus"]
+fn write_kdump_seeds() {
+    use sonicshot::{
+        DropClasses, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap,
+        PageSize, Pfn, PfnRange, PrunePlan,
+    };
+    use sonicshot_dump::{KdumpCompression, KdumpOptions, write_kdump};
+    let ram: Vec<u8> = (0..8 * 4096_u32)
+        .map(|i| ((i >> 12) * (i >> 4)).to_le_bytes()[0])
+        .collect();
+    let regions = vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))];
+    let guest = MappedRegions::new(regions).unwrap();
+    let mut map = PageMap::new(guest.layout(), PageSize::SIZE_4K);
+    map.set(
+        PfnRange::new(Pfn::new(2), Pfn::new(4)),
+        PageClass::FreeBuddy,
+    );
+    let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus/kdump");
+    for (name, compression) in [
+        ("none", KdumpCompression::None),
+        ("zlib", KdumpCompression::Zlib),
+        ("snappy", KdumpCompression::Snappy),
+        ("zstd", KdumpCompression::Zstd),
+    ] {
+        let options = KdumpOptions {
+            compression,
+            machine: Some(sonicshot_dump::Machine::X86_64),
+            vmcoreinfo: Some(b"OSRELEASE=6.1\n"),
+            notes: None,
+            threads: None,
+        };
+        let file = fs::File::create(folder.join(name)).unwrap();
+        write_kdump(&guest, &plan, &file, &options, &mut |_, _| {}).unwrap();
+    }
+}
