@@ -48,7 +48,8 @@ pub(crate) enum Command {
 /// How a dump is to be understood.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct InputArgs {
-    /// The dump: raw guest RAM, an ELF core; `inspect` also takes a checkpoint
+    /// The dump: raw guest RAM, an ELF core, QEMU mapped-ram, kdump-compressed, LiME, AVML;
+    /// `inspect` also takes a checkpoint
     pub file: PathBuf,
     /// A System.map, vmlinux or BTF file of the guest's kernel; may be repeated. Without it
     /// everything is found in the guest's own memory
@@ -86,7 +87,7 @@ pub(crate) struct PruneArgs {
     /// Where to write the pruned dump
     #[arg(short, long, value_name = "OUT", required_unless_present_any = ["in_place", "dry_run"])]
     pub output: Option<PathBuf>,
-    /// Punch the pages out of the file itself (raw files): nothing is copied, and whatever
+    /// Punch the pages out of the file itself (raw and mapped-ram files): nothing is copied, and whatever
     /// interrupts it leaves a valid dump
     #[arg(long, conflicts_with = "output")]
     pub in_place: bool,

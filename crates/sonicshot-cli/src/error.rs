@@ -116,7 +116,9 @@ impl CliError {
                 source: CheckpointError::Checksum { .. } | CheckpointError::Truncated { .. },
                 ..
             } => "the file was damaged after it was written: take another copy of it",
-            Self::NoLayout { .. } => "say where RAM lies with --layout",
+            Self::NoLayout { .. } | Self::Dump(DumpError::NoLayout { .. }) => {
+                "say where RAM lies with --layout"
+            }
             Self::Guest { source, .. } => match source {
                 VmiError::NoKernel { .. } => {
                     "is this a Linux guest's memory? For a raw file of over 2 GiB, try --layout"

@@ -19,7 +19,7 @@ use std::sync::OnceLock;
 const MAX_FILE_EXTENTS: usize = 1 << 20;
 
 /// From this length on, reading is cheaper than mapping.
-const LONG_READ: usize = 16 << 10;
+const LONG_READ: usize = 4096;
 
 /// A stretch of guest RAM and where its bytes are in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,7 +4,6 @@
     allow(
         unused_variables,
         unreachable_code,
-        clippy::ptr_arg,
         reason = "each codec is behind a feature"
     )
 )]
@@ -21,7 +20,7 @@ pub(crate) struct Compressor {
 enum Kind {
     None,
     #[cfg(feature = "lz4")]
-    Lz4,
+    Lz4(Box<lz4_flex::block::CompressTable>),
     #[cfg(feature = "zstd")]
     Zstd(Box<zstd::bulk::Compressor<'static>>),
 }
@@ -31,7 +30,7 @@ impl Compressor {
         let kind = match compression {
             Compression::None => Kind::None,
             #[cfg(feature = "lz4")]
-            Compression::Lz4 => Kind::Lz4,
+            Compression::Lz4 => Kind::Lz4(Box::default()),
             #[cfg(feature = "zstd")]
             Compression::Zstd { level } => Kind::Zstd(Box::new(
                 zstd::bulk::Compressor::new(level).map_err(compress)?,
@@ -51,27 +50,34 @@ impl Compressor {
         !matches!(self.kind, Kind::None)
     }
 
-    /// `input` compressed into `out`, which is cleared first; `None` if that is no shorter.
-    pub(crate) fn compress<'a>(
+    /// The most that `len` bytes can become, in bytes.
+    pub(crate) fn bound(&self, len: usize) -> usize {
+        match &self.kind {
+            Kind::None => len,
+            #[cfg(feature = "lz4")]
+            Kind::Lz4(_) => lz4_flex::block::get_maximum_output_size(len),
+            #[cfg(feature = "zstd")]
+            Kind::Zstd(_) => zstd::zstd_safe::compress_bound(len),
+        }
+    }
+
+    /// Compresses `input` into `out`, which has room for [`bound`](Self::bound) bytes. Returns
+    /// how many it became; `None` if that is no fewer.
+    pub(crate) fn compress(
         &mut self,
         input: &[u8],
-        out: &'a mut Vec<u8>,
-    ) -> Result<Option<&'a [u8]>, CheckpointError> {
+        out: &mut [u8],
+    ) -> Result<Option<usize>, CheckpointError> {
         let len: usize = match &mut self.kind {
             Kind::None => return Ok(None),
             #[cfg(feature = "lz4")]
-            Kind::Lz4 => {
-                out.resize(lz4_flex::block::get_maximum_output_size(input.len()), 0);
-                lz4_flex::block::compress_into(input, out).map_err(compress)?
+            Kind::Lz4(table) => {
+                lz4_flex::block::compress_into_with_table(input, out, table).map_err(compress)?
             }
             #[cfg(feature = "zstd")]
-            Kind::Zstd(zstd) => {
-                out.resize(zstd::zstd_safe::compress_bound(input.len()), 0);
-                zstd.compress_to_buffer(input, out.as_mut_slice())
-                    .map_err(compress)?
-            }
+            Kind::Zstd(zstd) => zstd.compress_to_buffer(input, out).map_err(compress)?,
         };
-        Ok(out.get(..len).filter(|out| out.len() < input.len()))
+        Ok((len < input.len()).then_some(len))
     }
 }
 

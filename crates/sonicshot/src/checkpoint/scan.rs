@@ -185,7 +185,7 @@ const KEPT_BUFFERS: usize = 64;
 
 impl Buffers {
     /// A buffer of `len` bytes, whose content is left from before.
-    fn take(self: &Arc<Self>, len: usize) -> Buffer {
+    pub(crate) fn take(self: &Arc<Self>, len: usize) -> Buffer {
         let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut bytes = free.pop().unwrap_or_default();
         drop(free);
@@ -201,6 +201,12 @@ impl Buffers {
 pub(crate) struct Buffer {
     bytes: Vec<u8>,
     home: Arc<Buffers>,
+}
+
+impl Buffer {
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
 }
 
 impl Deref for Buffer {
@@ -310,7 +316,6 @@ fn read_range(
     };
     if info.layout.contains(range.start(), range.len()) {
         memory.read(range.start(), out)?;
-        memory.release(range);
         return Ok(());
     }
     out.fill(0);

@@ -261,6 +261,7 @@ impl<W: Write> CheckpointWriter<W> {
             info: &info,
             compression: self.options.compression,
             buffers: Arc::default(),
+            outputs: Arc::default(),
         };
         let kept = map.total().saturating_sub(plan.dropped_pages());
         let queue = Queue::default();
@@ -382,6 +383,8 @@ struct Shared<'a> {
     info: &'a CheckpointInfo,
     compression: Compression,
     buffers: Arc<Buffers>,
+    /// For compressed chunks.
+    outputs: Arc<Buffers>,
 }
 
 /// A stretch of a batch's bytes.
@@ -404,7 +407,7 @@ struct Packed {
 
 enum Content {
     Plain(Vec<Piece>),
-    Compressed(Vec<u8>),
+    Compressed(Buffer, usize),
 }
 
 /// Page data that is packed in one job: handing over jobs takes time too.
@@ -465,7 +468,7 @@ impl Queue {
 
 fn work(shared: &Shared<'_>, queue: &Queue) {
     let mut compressor = None;
-    let (mut input, mut output) = (Vec::new(), Vec::new());
+    let mut input = Vec::new();
     while let Some(job) = queue.pop() {
         // Who asked may have failed and gone; nobody needs the answer then.
         match job {
@@ -476,7 +479,7 @@ fn work(shared: &Shared<'_>, queue: &Queue) {
                 let all = |compressor: &mut Compressor| {
                     chunks
                         .into_iter()
-                        .map(|pieces| pack(compressor, pieces, &mut input, &mut output))
+                        .map(|pieces| pack(compressor, pieces, &mut input, &shared.outputs))
                         .collect()
                 };
                 let packed = match &mut compressor {
@@ -495,7 +498,7 @@ fn pack(
     compressor: &mut Compressor,
     pieces: Vec<Piece>,
     input: &mut Vec<u8>,
-    output: &mut Vec<u8>,
+    outputs: &Arc<Buffers>,
 ) -> Answer<Packed> {
     if compressor.compresses() {
         let whole = match pieces.as_slice() {
@@ -508,10 +511,11 @@ fn pack(
                 input
             }
         };
-        if let Some(shorter) = compressor.compress(whole, output)? {
+        let mut output = outputs.take(compressor.bound(whole.len()));
+        if let Some(len) = compressor.compress(whole, output.bytes_mut())? {
             return Ok(Packed {
-                checksum: checksum(shorter),
-                content: Content::Compressed(shorter.to_vec()),
+                checksum: checksum(output.get(..len).unwrap_or_default()),
+                content: Content::Compressed(output, len),
             });
         }
     }
@@ -758,8 +762,8 @@ impl<W: Write> Saving<'_, '_, W> {
                 }
                 true
             }
-            Content::Compressed(bytes) => {
-                sink.write(bytes)?;
+            Content::Compressed(bytes, len) => {
+                sink.write(bytes.get(..*len).unwrap_or_default())?;
                 false
             }
         };
