@@ -1,4 +1,4 @@
-//! AVML dumps (Microsoft's `avml`, `src/image.rs`): records as `LiME`'s, the data of each a Snappy
+//! AVML dumps (Microsoft's `avml`, `src/image.rs`): records as LiME's, the data of each a Snappy
 //! stream in Google's framing format, followed by the length of that stream.
 //!
 //! AVML leaves out blocks (of 16 MiB at most) that are all zero, and does not say so: where

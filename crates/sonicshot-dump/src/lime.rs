@@ -1,5 +1,5 @@
-//! `LiME` dumps: the RAM of a guest as its own kernel sees it, one record for each `System RAM`
-//! range (`LiME`, `lime.h`: `lime_mem_range_header` version 1).
+//! LiME dumps: the RAM of a guest as its own kernel sees it, one record for each `System RAM`
+//! range (LiME, `lime.h`: `lime_mem_range_header` version 1).
 
 use crate::DumpError;
 use crate::mapped::Extent;
@@ -12,7 +12,7 @@ pub(crate) const HEADER_LEN: u64 = 32;
 /// No guest has a million ranges of RAM.
 const MAX_RECORDS: usize = 1 << 20;
 
-/// The header of a record, the same in `LiME`'s and AVML's files but for magic and version.
+/// The header of a record, the same in LiME's and AVML's files but for magic and version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Record {
     pub magic: u32,
@@ -47,7 +47,7 @@ impl Record {
     }
 }
 
-/// Where the records of the `LiME` file `data` lie, sorted. Ranges that overlap are found out by
+/// Where the records of the LiME file `data` lie, sorted. Ranges that overlap are found out by
 /// [`MappedDump::new`](crate::mapped::MappedDump::new).
 pub(crate) fn extents(path: &Path, data: GuestBytes<'_>) -> Result<Vec<Extent>, DumpError> {
     let file_len = data.len() as u64;
