@@ -117,7 +117,7 @@ pub(crate) struct SaveArgs {
     /// Where to write the checkpoint; `-` is standard output
     #[arg(short, long, value_name = "X.sonic")]
     pub output: PathBuf,
-    /// How page data is stored: zstd[:LEVEL], lz4 or none (which can be mapped)
+    /// How page data is stored: zstd, zstd:LEVEL, lz4 or none (which can be mapped)
     #[arg(long, value_name = "HOW", default_value = "zstd")]
     pub compress: Compression,
     /// Page data in a chunk, in KiB: what a restore decompresses for one page

@@ -277,15 +277,27 @@ impl<S: RangeSource> CheckpointReader<S> {
         stats
     }
 
-    /// The class of every frame, as it was when the checkpoint was written: a byte for each
-    /// frame of RAM, however small the file is.
-    #[must_use]
-    pub fn page_map(&self) -> PageMap {
-        let mut map = PageMap::new(&self.header.info.layout, self.header.info.page_size);
+    /// The class of every frame, as it was when the checkpoint was written. The map takes a byte
+    /// for each frame of RAM, however small the file is, so that `limit` says how many frames
+    /// there may be.
+    ///
+    /// # Errors
+    /// [`CheckpointError::TooLarge`] if there are more.
+    pub fn page_map(&self, limit: u64) -> Result<PageMap, CheckpointError> {
+        let info = &self.header.info;
+        let frames = info.layout.bytes() >> info.page_size.shift();
+        if frames > limit {
+            return Err(CheckpointError::TooLarge {
+                what: "frames for a map",
+                value: frames,
+                max: limit,
+            });
+        }
+        let mut map = PageMap::new(&info.layout, info.page_size);
         for run in self.runs() {
             map.set(run.frames, run.class);
         }
-        map
+        Ok(map)
     }
 
     /// Checks everything: the digest of the whole file, and that every chunk and blob is what

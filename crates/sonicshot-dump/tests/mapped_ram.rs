@@ -1,0 +1,265 @@
+//! QEMU's mapped-ram files: what is read, what a prune leaves, and files that lie.
+#![allow(
+    missing_docs,
+    dead_code,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "tests may stop anywhere"
+)]
+
+mod common;
+
+use sonicshot::{
+    DropClasses, Fill, Gpa, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange, PrunePlan,
+};
+use sonicshot_dump::{Dump, DumpError, LayoutSpec, Overwrite};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const PAGE: usize = 4096;
+
+/// A block: name, pages, whether each is in the file.
+struct Block(&'static str, Vec<Option<u8>>);
+
+struct File {
+    machine: &'static str,
+    capabilities: Vec<&'static str>,
+    blocks: Vec<Block>,
+    /// Changes the header of the first block: version, page size, bitmap, pages.
+    edit: fn(&mut [u64; 4]),
+}
+
+fn name(out: &mut Vec<u8>, name: &str) {
+    out.push(name.len() as u8);
+    out.extend(name.as_bytes());
+}
+
+impl File {
+    fn new(blocks: Vec<Block>) -> Self {
+        Self {
+            machine: "pc-i440fx-10.0",
+            capabilities: vec!["mapped-ram"],
+            blocks,
+            edit: |_| {},
+        }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut out = b"QEVM\0\0\0\x03\x07".to_vec();
+        out.extend((self.machine.len() as u32).to_be_bytes());
+        out.extend(self.machine.as_bytes());
+        out.push(5);
+        name(&mut out, "configuration/capabilities");
+        out.extend(1_u32.to_be_bytes());
+        out.extend((self.capabilities.len() as u32).to_be_bytes());
+        for capability in &self.capabilities {
+            name(&mut out, capability);
+        }
+        out.extend([1, 0, 0, 0, 1]);
+        name(&mut out, "ram");
+        out.extend([0, 0, 0, 0, 0, 0, 0, 4]);
+        let total: usize = self.blocks.iter().map(|block| block.1.len() * PAGE).sum();
+        out.extend((total as u64 | 4).to_be_bytes());
+        for (number, Block(block, pages)) in self.blocks.iter().enumerate() {
+            name(&mut out, block);
+            out.extend(((pages.len() * PAGE) as u64).to_be_bytes());
+            let bitmap = out.len() + 28;
+            let at = (bitmap + pages.len().div_ceil(8)).next_multiple_of(PAGE);
+            let mut fields = [1, PAGE as u64, bitmap as u64, at as u64];
+            if number == 0 {
+                (self.edit)(&mut fields);
+            }
+            out.extend((fields[0] as u32).to_be_bytes());
+            for field in &fields[1..] {
+                out.extend(field.to_be_bytes());
+            }
+            for bits in pages.chunks(8) {
+                let byte = bits.iter().enumerate().fold(0, |byte, (bit, page)| {
+                    byte | u8::from(page.is_some()) << bit
+                });
+                out.push(byte);
+            }
+            out.resize(at, 0);
+            for page in pages {
+                out.extend([page.unwrap_or(0); PAGE]);
+            }
+        }
+        out.extend(0x10_u64.to_be_bytes());
+        out.extend(b"\x7e\0\0\0\x01the devices' state");
+        out
+    }
+
+    fn write(&self, folder: &Path) -> PathBuf {
+        let path = folder.join("mapped.ram");
+        fs::write(&path, self.bytes()).unwrap();
+        path
+    }
+}
+
+fn ram(count: u8) -> Vec<Option<u8>> {
+    (0..count).map(|n| (n % 5 != 2).then_some(n + 1)).collect()
+}
+
+fn plan(dump: &Dump, free: &[(u64, u64)]) -> PrunePlan {
+    let mut map = PageMap::new(dump.layout(), PageSize::SIZE_4K);
+    for (from, to) in free {
+        map.set(
+            PfnRange::new(Pfn::new(*from), Pfn::new(*to)),
+            PageClass::FreeBuddy,
+        );
+    }
+    PrunePlan::new(&map, &DropClasses::default(), Fill::Zero)
+}
+
+/// The first byte of each page of RAM.
+fn first_bytes(dump: &Dump) -> Vec<u8> {
+    let mut out = Vec::new();
+    for region in dump.layout().regions() {
+        let mut page = vec![0; PAGE];
+        let mut at = region.start();
+        while at < region.end() {
+            dump.read(at, &mut page).unwrap();
+            assert!(page.iter().all(|byte| *byte == page[0]));
+            out.push(page[0]);
+            at = at.checked_add(PAGE as u64).unwrap();
+        }
+    }
+    out
+}
+
+#[test]
+fn pages_without_a_bit_are_zero_and_other_blocks_are_no_ram() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = File::new(vec![
+        Block("ram0", ram(20)),
+        Block("/rom@etc/acpi/tables", vec![Some(0x77); 30]),
+        Block("vga.vram", vec![Some(0x66); 50]),
+    ]);
+    let dump = Dump::open(file.write(folder.path()), None).unwrap();
+    assert_eq!(dump.format(), "QEMU mapped-ram");
+    assert_eq!(dump.machine_type(), Some("pc-i440fx-10.0"));
+    assert_eq!(dump.layout().bytes(), 20 * PAGE as u64);
+    let expected: Vec<u8> = ram(20).iter().map(|page| page.unwrap_or(0)).collect();
+    assert_eq!(first_bytes(&dump), expected);
+}
+
+#[test]
+fn ram_lies_around_the_hole_that_the_layout_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = File::new(vec![Block("ram0", ram(20))]).write(folder.path());
+    let layout: LayoutSpec = "0-0x5000,0x100000-0x10f000".parse().unwrap();
+    let dump = Dump::open(&path, Some(&layout)).unwrap();
+    let mut page = [0; 8];
+    dump.read(Gpa::new(0x10_0000), &mut page).unwrap();
+    assert_eq!(page, [6; 8], "the sixth page of the block");
+    let wrong: LayoutSpec = "0-0x5000".parse().unwrap();
+    let error = Dump::open(&path, Some(&wrong)).unwrap_err();
+    assert!(matches!(error, DumpError::LayoutLength { .. }), "{error}");
+}
+
+#[test]
+fn a_prune_clears_bits_and_punches_pages_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = File::new(vec![
+        Block("ram0", ram(40)),
+        Block("pc.bios", vec![Some(0x55); 9]),
+    ]);
+    let path = file.write(folder.path());
+    let before = fs::read(&path).unwrap();
+    let dump = Dump::open(&path, None).unwrap();
+    let plan = plan(&dump, &[(3, 9), (20, 21), (33, 40)]);
+    let copy = folder.path().join("copy");
+    dump.prune_to(&plan, &copy, Overwrite::Refuse, &mut |_, _| {})
+        .unwrap();
+    dump.prune_in_place(&plan, &mut |_, _| {}).unwrap();
+    let after = fs::read(&path).unwrap();
+    assert!(after == fs::read(&copy).unwrap());
+    assert_eq!(after.len(), before.len());
+    let pruned = Dump::open(&path, None).unwrap();
+    let dropped = |n: usize| (3..9).contains(&n) || n == 20 || n >= 33;
+    let expected: Vec<u8> = ram(40)
+        .iter()
+        .enumerate()
+        .map(|(n, page)| if dropped(n) { 0 } else { page.unwrap_or(0) })
+        .collect();
+    assert_eq!(first_bytes(&pruned), expected);
+    // The same file as if QEMU had found those pages zero.
+    let pages = ram(40).into_iter().enumerate();
+    let same = File::new(vec![
+        Block(
+            "ram0",
+            pages
+                .map(|(n, page)| page.filter(|_| !dropped(n)))
+                .collect(),
+        ),
+        Block("pc.bios", vec![Some(0x55); 9]),
+    ]);
+    assert!(after == same.bytes());
+    // Again: nothing is left to do.
+    let stats = pruned.prune_in_place(&plan, &mut |_, _| {}).unwrap();
+    assert_eq!(stats.punched, 0);
+    assert!(fs::read(&path).unwrap() == after);
+}
+
+#[test]
+fn what_an_interrupted_prune_has_left_is_punched_later() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = File::new(vec![Block("ram0", vec![Some(9); 64])]).write(folder.path());
+    let dump = Dump::open(&path, None).unwrap();
+    let plan = plan(&dump, &[(8, 60)]);
+    let copy = folder.path().join("copy");
+    dump.prune_to(&plan, &copy, Overwrite::Refuse, &mut |_, _| {})
+        .unwrap();
+    // Bits cleared, pages still there: where a kill may come.
+    let (mut bytes, pruned) = (fs::read(&path).unwrap(), fs::read(&copy).unwrap());
+    let differ = (0..PAGE).find(|at| bytes[*at] != pruned[*at]).unwrap();
+    bytes[differ..PAGE].copy_from_slice(&pruned[differ..PAGE]);
+    fs::write(&path, &bytes).unwrap();
+    let dump = Dump::open(&path, None).unwrap();
+    assert_eq!(first_bytes(&dump)[8..60], [0; 52]);
+    let stats = dump.prune_in_place(&plan, &mut |_, _| {}).unwrap();
+    assert!(stats.punched > 0);
+    assert!(fs::read(&path).unwrap() == pruned);
+}
+
+#[test]
+fn files_that_lie_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |edit: fn(&mut File)| {
+        let mut file = File::new(vec![Block("ram0", ram(20)), Block("pc.rom", vec![Some(1)])]);
+        edit(&mut file);
+        let error = Dump::open(file.write(folder.path()), None).unwrap_err();
+        assert!(!error.to_string().is_empty());
+        error
+    };
+    let malformed = |edit| assert!(matches!(refused(edit), DumpError::Malformed { .. }));
+    malformed(|file| file.edit = |header| header[0] = 2);
+    malformed(|file| file.edit = |header| header[1] = 65536);
+    malformed(|file| file.edit = |header| header[2] = 0);
+    malformed(|file| file.edit = |header| header[2] = u64::MAX);
+    malformed(|file| file.edit = |header| header[3] = 100);
+    malformed(|file| file.edit = |header| header[3] = u64::MAX - 5);
+    malformed(|file| file.edit = |header| header[3] = 1 << 40);
+    malformed(|file| file.blocks.remove(0).1.clear());
+    let other = refused(|file| file.machine = "microvm");
+    assert!(matches!(other, DumpError::NoLayout { .. }), "{other}");
+    let shared = refused(|file| file.capabilities.push("x-ignore-shared"));
+    assert!(matches!(shared, DumpError::Unsupported { .. }), "{shared}");
+    let stream = refused(|file| file.capabilities.clear());
+    assert!(matches!(stream, DumpError::Unsupported { .. }), "{stream}");
+}
+
+#[test]
+fn a_file_cut_short_anywhere_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = File::new(vec![Block("ram0", ram(9)), Block("pc.rom", vec![Some(1)])]);
+    let bytes = file.bytes();
+    // The devices' state is QEMU's to judge.
+    let end = bytes.len() - 23;
+    let path = folder.path().join("cut");
+    for len in (0..400).chain((400..end).step_by(509)).chain([end - 1]) {
+        fs::write(&path, &bytes[..len]).unwrap();
+        Dump::open(&path, Some(&LayoutSpec::Flat)).unwrap_err();
+    }
+}
