@@ -110,7 +110,7 @@ def do_prove(args):
     for series, mem, cpu in todo:
         meta = kernels.fetch(series, symbols)
         spec = {"kernel": meta, "mem": mem, "cpu": cpu, "smp": args.smp, "machine": args.machine,
-                "garbage": "random", "mapped_ram": True}
+                "garbage": "random", "mapped_ram": True, "stream": True}
         add_options(spec, args)
         name = name_of(spec)
         try:

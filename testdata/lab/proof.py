@@ -325,6 +325,13 @@ def prove(tool, folder, variants, torture=True, oracles=()):
             copy.unlink()
             row["mapped"] = f"{before >> 20} -> {file.stat().st_blocks >> 11} MiB"
             machine.restore(folder, None, migration=file)
+            file.unlink()
+        stream = folder / "stream.mig"
+        if stream.exists():
+            file = work / "stream.mig"
+            run(tool, "prune", stream, "-o", file)
+            row["stream"] = f"{stream.stat().st_size >> 20} -> {file.stat().st_size >> 20} MiB"
+            machine.restore(folder, None, migration=file)
     shutil.rmtree(work)
     return row
 
@@ -333,12 +340,13 @@ def table(rows):
     head = ["capture", "kernel", "symbols", "buddy by kpageflags", "found", "%", "per-CPU",
             "dropped in use", "changed before the stop", "drgn", "crash", "disk", "ELF",
             "checkpoint (none / lz4 / zstd)", "torture",
-            "mapped-ram, torture too"]
+            "mapped-ram, torture too", "stream, torture too"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
         cells = [r["name"], r["kernel"], ", ".join(r["symbols"]), r["kpf_buddy"], r["found"],
                  f"{r['share']:.3f}", r["pcp"], r["unexplained"], r["changed"],
                  r.get("drgn", "-"), r.get("crash", "-"), r["disk"], r["elf"],
-                 r["sonic"], r["torture"], r.get("mapped", "-")]
+                 r["sonic"], r["torture"], r.get("mapped", "-"),
+                 r.get("stream", "-")]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

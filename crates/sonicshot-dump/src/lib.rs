@@ -17,6 +17,7 @@ mod prune;
 mod qemu;
 mod raw;
 mod restore;
+mod stream;
 
 use avml::AvmlFile;
 use elf_core::ElfCore;
@@ -36,6 +37,7 @@ pub use restore::{CoreNotes, DumpFile, NewFile};
 use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use stream::Stream;
 
 /// A dump file: the guest's memory, and how the file holds it.
 ///
@@ -71,6 +73,7 @@ pub(crate) enum Format {
     Raw { layout: LayoutSpec },
     ElfCore(ElfCore),
     MappedRam(MappedRam),
+    Stream(Stream),
     Lime,
     Kdump,
     Avml,
@@ -187,14 +190,13 @@ impl Dump {
             }
             Some(Opener::Qemu) => {
                 let mut cursor = qemu::Cursor::new(path, data, 0);
-                if !qemu::start(&mut cursor)?.has(mapped_ram::CAPABILITY) {
-                    return Err(DumpError::Unsupported {
-                        path: path.to_owned(),
-                        kind: "a QEMU migration stream",
-                    });
+                if qemu::start(&mut cursor)?.has(mapped_ram::CAPABILITY) {
+                    let ram = MappedRam::parse(path, data, 0, layout)?;
+                    (ram.extents(path, data)?, Format::MappedRam(ram))
+                } else {
+                    let stream = Stream::parse(path, data, 0, layout)?;
+                    (stream.extents(path, data)?, Format::Stream(stream))
                 }
-                let ram = MappedRam::parse(path, data, 0, layout)?;
-                (ram.extents(path, data)?, Format::MappedRam(ram))
             }
             None => {
                 if !metadata.len().is_multiple_of(4096) {
@@ -225,6 +227,7 @@ impl Dump {
             Format::Raw { .. } => "raw RAM",
             Format::ElfCore(_) => "ELF core",
             Format::MappedRam(_) => "QEMU mapped-ram",
+            Format::Stream(_) => "QEMU migration stream",
             Format::Lime => "LiME",
             Format::Kdump => "kdump-compressed",
             Format::Avml => "AVML",
@@ -274,6 +277,7 @@ impl Dump {
     pub fn machine_type(&self) -> Option<&str> {
         match &self.format {
             Format::MappedRam(ram) => ram.machine.as_deref(),
+            Format::Stream(stream) => stream.machine(),
             _ => None,
         }
     }

@@ -5,6 +5,7 @@ use crate::kdump_write::{KdumpCompression, KdumpOptions, write_kdump};
 use crate::mapped::MappedDump;
 use crate::mapped_ram::MappedRam;
 use crate::output::{Output, Overwrite};
+use crate::stream::{Part, Stream};
 use crate::{Dump, DumpError, Format};
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
 use rustix::io::Errno;
@@ -79,6 +80,9 @@ impl Dump {
             Format::MappedRam(ram) => {
                 let bitmap = ram.pruned_bitmap(dump.path(), dump.bytes(), &zeroed)?;
                 stats.runs = copy_mapped_ram(dump, ram, &zeroed, &bitmap, &output, progress)?;
+            }
+            Format::Stream(stream) => {
+                stats.runs = copy_stream(dump, stream, &zeroed, &output, progress)?;
             }
             Format::Lime | Format::Kdump | Format::Avml => return Err(self.read_only()),
         }
@@ -215,6 +219,68 @@ impl Dump {
         Ok(stats)
     }
 }
+
+/// Writes the stream again, with a note that it is zero for each dropped page.
+fn copy_stream(
+    dump: &MappedDump,
+    stream: &Stream,
+    plan: &PrunePlan,
+    output: &Output,
+    progress: Progress<'_>,
+) -> Result<u64, DumpError> {
+    let mut copier = Copier::new(dump, output, dump.file_len(), progress);
+    let writing = || DumpError::io("writing", output.path());
+    let mut at = 0_u64;
+    // Small pieces are gathered: a note of a zero page has nine bytes.
+    let mut small: Vec<u8> = Vec::new();
+    let flush = |small: &mut Vec<u8>, at: &mut u64| {
+        output.file().write_all_at(small, *at).map_err(writing())?;
+        *at = at.saturating_add(small.len() as u64);
+        small.clear();
+        Ok::<(), DumpError>(())
+    };
+    stream.pruned(dump.path(), dump.bytes(), plan, |piece| {
+        let (from, len) = match piece {
+            Part::Bytes(bytes) => {
+                small.extend(bytes);
+                return Ok(());
+            }
+            Part::Copy { from, len } => (from, len),
+        };
+        if len < SMALL_PIECE {
+            let start = usize::try_from(from).unwrap_or(usize::MAX);
+            let size = usize::try_from(len).unwrap_or(usize::MAX);
+            let old = small.len();
+            small.resize(old.saturating_add(size), 0);
+            let there = dump.bytes().get(start, size);
+            let copied = there
+                .zip(small.get_mut(old..))
+                .is_some_and(|(there, out)| there.copy_to(out));
+            if !copied {
+                return Err(DumpError::malformed(
+                    dump.path(),
+                    "a stretch beyond the end",
+                    from,
+                    len,
+                ));
+            }
+            if small.len() >= COPY {
+                flush(&mut small, &mut at)?;
+            }
+            return Ok(());
+        }
+        flush(&mut small, &mut at)?;
+        copier.copy(from, at, len)?;
+        at = at.saturating_add(len);
+        Ok(())
+    })?;
+    flush(&mut small, &mut at)?;
+    output.file().set_len(at).map_err(writing())?;
+    Ok(plan.runs().len() as u64)
+}
+
+/// Stretches shorter than this are gathered before they are written.
+const SMALL_PIECE: u64 = 64 << 10;
 
 /// Copies all of the file but the dropped pages, and clears their bits.
 fn copy_mapped_ram(

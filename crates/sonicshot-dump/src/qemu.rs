@@ -87,7 +87,28 @@ impl<'a> Cursor<'a> {
         self.text(len.into())
     }
 
-    fn peek(&self) -> Option<u8> {
+    /// Passes over bytes that are there.
+    pub(crate) fn skip(&mut self, len: u64) -> Result<(), DumpError> {
+        let end = self.at.checked_add(len);
+        match end.filter(|end| *end <= self.data.len() as u64) {
+            Some(end) => {
+                self.at = end;
+                Ok(())
+            }
+            None => Err(self.malformed("the end of the file inside a page", len)),
+        }
+    }
+
+    /// The number of a section, which must be this.
+    pub(crate) fn section(&mut self, wanted: u32) -> Result<(), DumpError> {
+        let found = self.u32()?;
+        if found == wanted {
+            return Ok(());
+        }
+        Err(self.malformed("the number of a section", found.into()))
+    }
+
+    pub(crate) fn peek(&self) -> Option<u8> {
         self.data.u8_at(usize::try_from(self.at).ok()?)
     }
 }

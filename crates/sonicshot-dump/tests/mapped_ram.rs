@@ -1,4 +1,4 @@
-//! QEMU's mapped-ram files: what is read, what a prune leaves, and files that lie.
+//! QEMU's mapped-ram files and migration streams: what is read, what a prune leaves, and files that lie.
 #![allow(
     missing_docs,
     dead_code,
@@ -246,8 +246,8 @@ fn files_that_lie_are_refused() {
     assert!(matches!(other, DumpError::NoLayout { .. }), "{other}");
     let shared = refused(|file| file.capabilities.push("x-ignore-shared"));
     assert!(matches!(shared, DumpError::Unsupported { .. }), "{shared}");
-    let stream = refused(|file| file.capabilities.clear());
-    assert!(matches!(stream, DumpError::Unsupported { .. }), "{stream}");
+    // Then it would be a stream, whose pages begin right here.
+    malformed(|file| file.capabilities.clear());
 }
 
 #[test]
@@ -261,5 +261,112 @@ fn a_file_cut_short_anywhere_is_refused() {
     for len in (0..400).chain((400..end).step_by(509)).chain([end - 1]) {
         fs::write(&path, &bytes[..len]).unwrap();
         Dump::open(&path, Some(&LayoutSpec::Flat)).unwrap_err();
+    }
+}
+
+/// A classic stream of 8 pages of RAM and a ROM of 2; page 1 comes twice.
+fn stream() -> Vec<u8> {
+    let page = |out: &mut Vec<u8>, word: u64, block: Option<&str>, byte: u8| {
+        out.extend((word | if block.is_none() { 0x20 } else { 0 }).to_be_bytes());
+        if let Some(block) = block {
+            name(out, block);
+        }
+        if word & 2 != 0 {
+            out.push(0);
+        } else {
+            out.extend([byte; PAGE]);
+        }
+    };
+    let mut out = b"QEVM\0\0\0\x03\x07\0\0\0\x0epc-i440fx-10.0\x01\0\0\0\x02\x03ram".to_vec();
+    out.extend([0, 0, 0, 0, 0, 0, 0, 4]);
+    out.extend(((10 * PAGE as u64) | 4).to_be_bytes());
+    for (block, pages) in [("pc.ram", 8), ("pc.rom", 2_u64)] {
+        name(&mut out, block);
+        out.extend((pages * PAGE as u64).to_be_bytes());
+    }
+    let end = b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02";
+    out.extend(end);
+    out.extend(b"\x02\0\0\0\x02");
+    page(&mut out, 8, Some("pc.ram"), 1);
+    for number in 1..8_u64 {
+        let kind = if number % 3 == 0 { 2 } else { 8 };
+        page(&mut out, (number << 12) | kind, None, number as u8 + 1);
+    }
+    out.extend(end);
+    out.extend(b"\x08\0\x0b\0\0");
+    out.extend(b"\x03\0\0\0\x02");
+    page(&mut out, 8, Some("pc.rom"), 0x55);
+    page(&mut out, 4096 | 2, None, 0);
+    page(&mut out, 4096 | 8, Some("pc.ram"), 0x77);
+    out.extend(end);
+    out.extend(b"\x04 the devices' state");
+    out
+}
+
+#[test]
+fn of_a_stream_the_last_copy_of_a_page_counts() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("stream");
+    fs::write(&path, stream()).unwrap();
+    let dump = Dump::open(&path, None).unwrap();
+    assert_eq!(dump.format(), "QEMU migration stream");
+    assert_eq!(first_bytes(&dump), [1, 0x77, 3, 0, 5, 6, 0, 8]);
+}
+
+#[test]
+fn a_pruned_stream_says_that_pages_are_zero_and_keeps_the_rest() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, out) = (folder.path().join("stream"), folder.path().join("out"));
+    fs::write(&path, stream()).unwrap();
+    let dump = Dump::open(&path, None).unwrap();
+    let plan = plan(&dump, &[(0, 2), (3, 5)]);
+    dump.prune_to(&plan, &out, Overwrite::Refuse, &mut |_, _| {})
+        .unwrap();
+    let pruned = Dump::open(&out, None).unwrap();
+    assert_eq!(first_bytes(&pruned), [0, 0, 3, 0, 0, 6, 0, 8]);
+    let (before, after) = (fs::read(&path).unwrap(), fs::read(&out).unwrap());
+    // Pages 0 and 4 once, page 1 twice; a byte says that each is zero.
+    assert_eq!(after.len(), before.len() - 4 * (PAGE - 1));
+    assert!(after.ends_with(b"\x04 the devices' state"));
+    assert_eq!(
+        after.iter().filter(|byte| **byte == 0x55).count(),
+        PAGE,
+        "the ROM"
+    );
+    let nothing = PrunePlan::new(
+        &PageMap::new(dump.layout(), PageSize::SIZE_4K),
+        &DropClasses::default(),
+        Fill::Zero,
+    );
+    dump.prune_to(&nothing, &out, Overwrite::Replace, &mut |_, _| {})
+        .unwrap();
+    assert!(fs::read(&out).unwrap() == before);
+    assert!(matches!(
+        dump.prune_in_place(&plan, &mut |_, _| {}),
+        Err(DumpError::NotInPlace { .. })
+    ));
+}
+
+#[test]
+fn a_stream_cut_short_or_of_another_kind_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("stream");
+    let bytes = stream();
+    let end = bytes.len() - 20;
+    for len in (0..200).chain((200..end).step_by(97)) {
+        fs::write(&path, &bytes[..len]).unwrap();
+        Dump::open(&path, Some(&LayoutSpec::Flat)).unwrap_err();
+    }
+    // The kind of the first page's record: a delta, a compressed page, nothing known.
+    let at = bytes
+        .windows(7)
+        .position(|part| part == b"\x08\x06pc.ra")
+        .unwrap();
+    for kind in [0x40, 0x04, 0x80, 0x0a] {
+        let mut bytes = bytes.clone();
+        bytes[at] = kind;
+        fs::write(&path, &bytes).unwrap();
+        let error = Dump::open(&path, None).unwrap_err();
+        assert!(matches!(error, DumpError::Malformed { .. }), "{error}");
     }
 }

@@ -1,0 +1,287 @@
+//! QEMU's classic migration streams, as files: `migrate exec:cat > FILE` and what wraps it
+//! (`migration/savevm.c`, `migration/ram.c`).
+//!
+//! The pages of all memory blocks follow each other as records, each a page or a note that it is
+//! zero; a page may come several times, and the last one counts. A page is dropped by writing
+//! that it is zero. Streams with compressed pages, deltas (XBZRLE) or more than one channel are
+//! refused.
+
+use crate::mapped::Extent;
+use crate::qemu::{self, Cursor, FLAG_EOS, MAX_BLOCKS, Start, TARGET_PAGE};
+use crate::{DumpError, LayoutSpec};
+use sonicshot::{GpaRange, GuestBytes, PrunePlan};
+use std::path::Path;
+
+const SECTION_PART: u8 = 2;
+const SECTION_END: u8 = 3;
+const SECTION_COMMAND: u8 = 8;
+const SECTION_FOOTER: u8 = 0x7e;
+const FLAG_ZERO: u64 = 0x02;
+const FLAG_PAGE: u64 = 0x08;
+const FLAG_CONTINUE: u64 = 0x20;
+/// Nothing follows it: only of use to the channels of multifd.
+const FLAG_MULTIFD_FLUSH: u64 = 0x200;
+const FLAGS: u64 = TARGET_PAGE.wrapping_sub(1);
+/// A page that is noted to be zero takes this much of the file.
+const ZERO_RECORD: u64 = 9;
+
+/// A classic migration stream.
+#[derive(Debug, Clone)]
+pub(crate) struct Stream {
+    start: Start,
+    /// The name of the guest's RAM block.
+    block: String,
+    ranges: Vec<GpaRange>,
+    /// Where the records of pages begin.
+    records_at: u64,
+}
+
+/// One page's record.
+struct Record {
+    /// Where it begins, where its page data would, and where it ends.
+    at: u64,
+    data: u64,
+    end: u64,
+    /// The page's place in its block.
+    address: u64,
+    flags: u64,
+    /// Whether it is of the guest's RAM.
+    is_ram: bool,
+}
+
+impl Stream {
+    /// Reads what comes before the pages.
+    pub(crate) fn parse(
+        path: &Path,
+        data: GuestBytes<'_>,
+        at: u64,
+        layout: Option<&LayoutSpec>,
+    ) -> Result<Self, DumpError> {
+        let mut cursor = Cursor::new(path, data, at);
+        let start = qemu::start(&mut cursor)?;
+        for (capability, kind) in [
+            (
+                "x-ignore-shared",
+                "a migration stream without the shared memory (x-ignore-shared)",
+            ),
+            ("postcopy-ram", "a migration stream for postcopy"),
+            (
+                "multifd",
+                "a migration stream of several channels (multifd)",
+            ),
+            ("xbzrle", "a migration stream with deltas (xbzrle)"),
+        ] {
+            if start.has(capability) {
+                let path = path.to_owned();
+                return Err(DumpError::Unsupported { path, kind });
+            }
+        }
+        let mut blocks: Vec<(String, u64)> = Vec::new();
+        let mut total = 0_u64;
+        while total < start.total {
+            let name = cursor.name()?;
+            let len = cursor.u64()?;
+            if blocks.len() >= MAX_BLOCKS || len == 0 || len & FLAGS != 0 {
+                return Err(cursor.malformed("the length of a memory block", len));
+            }
+            total = total.saturating_add(len);
+            blocks.push((name, len));
+        }
+        // Every page has a record: a short file must not claim a lot of memory.
+        let records = (data.len() as u64 / ZERO_RECORD).saturating_add(1);
+        if total != start.total || total / TARGET_PAGE > records {
+            return Err(cursor.malformed("the size of all memory", total));
+        }
+        let names = blocks.iter().enumerate();
+        let main = qemu::main_block(path, names.map(|(n, (name, len))| (n, name.as_str(), *len)))?;
+        let (block, len) = blocks.swap_remove(main);
+        Ok(Self {
+            ranges: qemu::ranges(path, &start, layout, len)?,
+            start,
+            block,
+            records_at: cursor.at,
+        })
+    }
+
+    pub(crate) fn machine(&self) -> Option<&str> {
+        self.start.machine.as_deref()
+    }
+
+    /// Goes through all records of pages, up to the end of the section `ram`.
+    fn walk(
+        &self,
+        path: &Path,
+        data: GuestBytes<'_>,
+        mut each: impl FnMut(&Record) -> Result<(), DumpError>,
+    ) -> Result<(), DumpError> {
+        let mut cursor = Cursor::new(path, data, self.records_at);
+        let mut is_ram = false;
+        let mut last_part = false;
+        // Each turn reads at least a byte, so that this ends with the file.
+        loop {
+            // The records of one part of the section.
+            loop {
+                let at = cursor.at;
+                let word = cursor.u64()?;
+                let (flags, address) = (word & FLAGS, word & !FLAGS);
+                match flags & !FLAG_CONTINUE {
+                    FLAG_EOS => break,
+                    FLAG_MULTIFD_FLUSH => continue,
+                    FLAG_PAGE | FLAG_ZERO => {}
+                    other => return Err(cursor.malformed("the kind of a page's record", other)),
+                }
+                if flags & FLAG_CONTINUE == 0 {
+                    is_ram = cursor.name()? == self.block;
+                }
+                let start = cursor.at;
+                if flags & FLAG_PAGE != 0 {
+                    cursor.skip(TARGET_PAGE)?;
+                } else {
+                    let fill = cursor.u8()?;
+                    if fill != 0 {
+                        return Err(cursor.malformed("the byte that fills a page", fill.into()));
+                    }
+                }
+                each(&Record {
+                    at,
+                    data: start,
+                    end: cursor.at,
+                    address,
+                    flags,
+                    is_ram,
+                })?;
+            }
+            if cursor.peek() == Some(SECTION_FOOTER) {
+                cursor.u8()?;
+                cursor.section(self.start.ram_section)?;
+            }
+            if last_part {
+                return Ok(());
+            }
+            let mut kind = cursor.u8()?;
+            // Between the parts the source may tell that it is about to end.
+            while kind == SECTION_COMMAND {
+                cursor.bytes::<2>()?;
+                let len = u16::from_be_bytes(cursor.bytes()?);
+                cursor.skip(len.into())?;
+                kind = cursor.u8()?;
+            }
+            if kind != SECTION_PART && kind != SECTION_END {
+                return Err(cursor.malformed("a section among the memory's", kind.into()));
+            }
+            cursor.section(self.start.ram_section)?;
+            last_part = kind == SECTION_END;
+        }
+    }
+
+    /// Where each page of the guest's RAM is in the file.
+    pub(crate) fn extents(
+        &self,
+        path: &Path,
+        data: GuestBytes<'_>,
+    ) -> Result<Vec<Extent>, DumpError> {
+        let len = self
+            .ranges
+            .iter()
+            .fold(0_u64, |sum, range| sum.saturating_add(range.len()));
+        let pages = usize::try_from(len / TARGET_PAGE).unwrap_or(usize::MAX);
+        // 0 is no page's place: the file's magic is there.
+        let mut places = vec![0_u64; pages];
+        self.walk(path, data, |record| {
+            if !record.is_ram {
+                return Ok(());
+            }
+            let page = usize::try_from(record.address / TARGET_PAGE).unwrap_or(usize::MAX);
+            let place = places.get_mut(page).ok_or_else(|| {
+                DumpError::malformed(path, "the address of a page", record.at, record.address)
+            })?;
+            *place = if record.flags & FLAG_PAGE == 0 {
+                0
+            } else {
+                record.data
+            };
+            Ok(())
+        })?;
+        let mut extents: Vec<Extent> = Vec::new();
+        for (address, place) in (0_u64..).step_by(4096).zip(places) {
+            for (guest, _) in qemu::place(&self.ranges, address, TARGET_PAGE) {
+                match extents.last_mut() {
+                    // Zeroes are joined; pages are never next to each other in the file.
+                    Some(last)
+                        if place == 0
+                            && last.offset.is_none()
+                            && last.guest.end() == guest.start() =>
+                    {
+                        last.guest = GpaRange::new(last.guest.start(), guest.end());
+                    }
+                    _ => extents.push(Extent {
+                        guest,
+                        offset: (place != 0).then_some(place),
+                    }),
+                }
+            }
+        }
+        extents.sort_by_key(|extent| extent.guest);
+        Ok(extents)
+    }
+
+    /// Hands out the pruned stream piece by piece: stretches of the file to be copied, and bytes
+    /// to be written instead of a dropped page.
+    pub(crate) fn pruned(
+        &self,
+        path: &Path,
+        data: GuestBytes<'_>,
+        plan: &PrunePlan,
+        mut each: impl FnMut(Part<'_>) -> Result<(), DumpError>,
+    ) -> Result<(), DumpError> {
+        let mut copied = 0_u64;
+        self.walk(path, data, |record| {
+            if !record.is_ram || record.flags & FLAG_PAGE == 0 || !self.dropped(record, plan) {
+                return Ok(());
+            }
+            // The record's beginning stays but for its flags: name and place are the same.
+            each(Part::Copy {
+                from: copied,
+                len: record.at.saturating_sub(copied),
+            })?;
+            let flags = record.flags & FLAG_CONTINUE | FLAG_ZERO;
+            each(Part::Bytes(&(record.address | flags).to_be_bytes()))?;
+            let name = record.at.saturating_add(8);
+            each(Part::Copy {
+                from: name,
+                len: record.data.saturating_sub(name),
+            })?;
+            each(Part::Bytes(&[0]))?;
+            copied = record.end;
+            Ok(())
+        })?;
+        each(Part::Copy {
+            from: copied,
+            len: (data.len() as u64).saturating_sub(copied),
+        })
+    }
+
+    /// Whether all of a record's page is dropped.
+    fn dropped(&self, record: &Record, plan: &PrunePlan) -> bool {
+        let mut left = TARGET_PAGE;
+        for (guest, _) in qemu::place(&self.ranges, record.address, TARGET_PAGE) {
+            for part in plan.dropped_in(guest) {
+                left = left.saturating_sub(part.len());
+            }
+        }
+        left == 0
+    }
+}
+
+/// A part of a pruned stream.
+pub(crate) enum Part<'a> {
+    /// A stretch of the input.
+    Copy {
+        /// Where it begins.
+        from: u64,
+        /// Its length.
+        len: u64,
+    },
+    /// Other bytes.
+    Bytes(&'a [u8]),
+}
