@@ -2,6 +2,7 @@
 
 use crate::discover::{self, Found};
 use crate::error::VmiError;
+use crate::iomem;
 use crate::kernel::{Kernel, element};
 use crate::mm::classify::{Inconsistency, ZoneReport, scan};
 use crate::mm::mem_map::MemMap;
@@ -338,6 +339,16 @@ impl<'m> LinuxGuest<'m> {
             ram.extend(GpaRange::with_len(start, len));
         }
         Ok(Some(ram))
+    }
+
+    /// RAM by the kernel's own tree of resources (`/proc/iomem`), memory that was plugged in
+    /// later included, each stretch as it was added: `System RAM` and the like. `None` if the
+    /// symbols or types do not tell where the tree is.
+    ///
+    /// # Errors
+    /// [`VmiError`] if the tree cannot be read or is none.
+    pub fn system_ram(&self) -> Result<Option<Vec<GpaRange>>, VmiError> {
+        iomem::system_ram(&self.kernel)
     }
 
     /// Gives every RAM frame its class.

@@ -69,6 +69,7 @@ mod address;
 mod discover;
 mod error;
 mod guest;
+mod iomem;
 mod kernel;
 mod mm;
 mod paging;

@@ -115,6 +115,16 @@ impl Marks {
             .and_then(|index| self.0.get(index))
             .is_some_and(|(frames, _)| block.end() <= frames.end())
     }
+
+    /// Whether none of `block` is RAM here: it is in memory that the dump does not have.
+    fn is_elsewhere(&self, block: &PfnRange) -> bool {
+        let above = self
+            .0
+            .partition_point(|(frames, _)| frames.end() <= block.start());
+        self.0
+            .get(above)
+            .is_none_or(|(frames, _)| block.end() <= frames.start())
+    }
 }
 
 /// Blocks on which the sources disagree.
@@ -234,7 +244,11 @@ fn note_listed(
             at: zone.at,
             value: head.raw(),
         })?;
-    let inside = zone.span.intersection(&frames) == frames && marks.covers(&frames);
+    let in_zone = zone.span.intersection(&frames) == frames;
+    if in_zone && head.is_aligned(order) && marks.is_elsewhere(&frames) {
+        return Ok(block);
+    }
+    let inside = in_zone && marks.covers(&frames);
     if !head.is_aligned(order) || !inside {
         wrong.block(|| {
             format!(

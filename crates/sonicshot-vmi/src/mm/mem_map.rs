@@ -7,10 +7,15 @@ use crate::KernelVa;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use core::sync::atomic::{AtomicU32, Ordering};
-use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MAX_MAP, Mapped, PageSize, Pfn, PfnRange};
+use sonicshot::{
+    Gpa, GpaRange, GuestBytes, GuestMemory, MAX_MAP, Mapped, MemoryError, PageSize, Pfn, PfnRange,
+};
 
 /// A kernel with more sections than this has more than 8 PiB of RAM.
 const MAX_SECTIONS: u64 = 1 << 26;
+/// Sections of RAM that the dump does not have (memory plugged in later, in a file of its own):
+/// with 128 MiB each, 8 TiB.
+const MAX_SECTIONS_OUTSIDE: u64 = 1 << 16;
 /// `struct page` is 64 bytes almost everywhere; debugging options may add a few words.
 const MAX_PAGE_STRUCT: u64 = 256;
 
@@ -55,7 +60,8 @@ pub(crate) struct MemMap<'m> {
 const READS_BETWEEN_RELEASES: u32 = 1024;
 
 impl<'m> MemMap<'m> {
-    /// Finds the struct pages of all RAM in the memory's layout.
+    /// Finds the struct pages of all RAM that the kernel knows, also of such that is not in the
+    /// memory's layout: the free lists go through it.
     pub(crate) fn new(kernel: &Kernel<'m>, page_size: PageSize) -> Result<Self, VmiError> {
         let stride = kernel.need_type_size("page")?;
         if !(32..=MAX_PAGE_STRUCT).contains(&stride) || !stride.is_multiple_of(8) {
@@ -130,11 +136,16 @@ impl<'m> MemMap<'m> {
                 })?;
             }
         }
-        for chunk in &mut chunks {
+        for mut chunk in chunks {
             let len = usize::try_from(chunk.len).unwrap_or(MAX_MAP);
-            chunk.mapped = self.memory.map(chunk.gpa, len)?;
+            match self.memory.map(chunk.gpa, len) {
+                Ok(mapped) => chunk.mapped = mapped,
+                // Struct pages in memory that the dump does not have: nothing is read there.
+                Err(MemoryError::NotRam { .. }) => continue,
+                Err(error) => return Err(error.into()),
+            }
+            self.chunks.push(chunk);
         }
-        self.chunks = chunks;
         Ok(())
     }
 
@@ -380,27 +391,34 @@ impl Sections {
         })
     }
 
-    /// Where `struct mem_section` number `nr` is, if its root exists.
+    /// Where `struct mem_section` number `nr` is, if its root exists, and the number of the next
+    /// that may.
     fn section(
         &self,
         kernel: &Kernel<'_>,
         nr: u64,
         section_size: u64,
-    ) -> Result<Option<KernelVa>, VmiError> {
+    ) -> Result<(Option<KernelVa>, u64), VmiError> {
+        let next = nr.saturating_add(1);
         match *self {
-            Self::Flat(at) => element("mem_section", at, nr, section_size, 0).map(Some),
+            Self::Flat(at) => {
+                let at = element("mem_section", at, nr, section_size, 0)?;
+                Ok((Some(at), next))
+            }
             Self::Roots { roots, per_root } => {
                 let (Some(root), Some(index)) =
                     (nr.checked_div(per_root), nr.checked_rem(per_root))
                 else {
-                    return Ok(None);
+                    return Ok((None, next));
                 };
                 let at = element("mem_section", roots, root, 8, 0)?;
                 let root = kernel.read_ptr("mem_section", at)?;
                 if root.raw() == 0 {
-                    return Ok(None);
+                    let left = per_root.saturating_sub(index).max(1);
+                    return Ok((None, nr.saturating_add(left)));
                 }
-                element("a mem_section root", root, index, section_size, 0).map(Some)
+                let at = element("a mem_section root", root, index, section_size, 0)?;
+                Ok((Some(at), next))
             }
         }
     }
@@ -435,66 +453,121 @@ fn sparse_spans(
     let sections = Sections::find(kernel, page_size, section_size, nr_sections)?;
 
     let mut spans: Vec<Span> = Vec::new();
-    let mut done = 0;
-    for region in kernel.space.memory().layout().frames(page_size) {
-        let first = (region.start().raw() >> frame_bits).max(done);
-        let end = region.end().raw().div_ceil(frames_per_section);
-        if end > nr_sections.min(MAX_SECTIONS) {
-            return Err(VmiError::Unsupported {
-                what: format!(
-                    "RAM up to frame {} with 2^{max_bits} bytes of memory",
-                    region.end()
-                ),
-            });
+    let (mut outside, mut early_outside) = (0_u64, 0_u64);
+    let layout = kernel.space.memory().layout();
+    let last_ram = layout.frames(page_size).last();
+    let ram_end = last_ram.map_or(0, |frames| frames.end().raw());
+    let ram_end = ram_end.div_ceil(frames_per_section);
+    if ram_end > nr_sections.min(MAX_SECTIONS) {
+        return Err(VmiError::Unsupported {
+            what: format!(
+                "RAM up to section {ram_end} with 2^{max_bits} bytes of memory, sections of 2^{section_bits}"
+            ),
+        });
+    }
+    // Beyond the dump's RAM there may be more, as far as the kernel has found any.
+    let highest = match kernel.symbol("__highest_present_section_nr")? {
+        Some(at) => kernel.read_u64("__highest_present_section_nr", at)?,
+        None => 0,
+    };
+    let end = highest
+        .saturating_add(1)
+        .min(nr_sections)
+        .min(MAX_SECTIONS)
+        .max(ram_end);
+    let mut nr = 0;
+    while nr < end {
+        let this = nr;
+        let (at, next) = sections.section(kernel, this, section_size)?;
+        nr = next;
+        let Some(at) = at else {
+            continue;
+        };
+        let coded = kernel.read_u64(
+            "section_mem_map",
+            element("mem_section", at, 0, 0, mem_map_offset)?,
+        )?;
+        if coded & bits.has_mem_map == 0 {
+            continue;
         }
-        for nr in first..end {
-            done = nr.saturating_add(1);
-            let Some(at) = sections.section(kernel, nr, section_size)? else {
-                continue;
-            };
-            let coded = kernel.read_u64(
-                "section_mem_map",
-                element("mem_section", at, 0, 0, mem_map_offset)?,
-            )?;
-            if coded & bits.has_mem_map == 0 {
-                continue;
+        let start = Pfn::new(this << frame_bits);
+        let frames =
+            PfnRange::with_len(start, frames_per_section).ok_or(corrupt_section(at, coded))?;
+        let in_ram = |region: PfnRange| !region.intersection(&frames).is_empty();
+        if !layout.frames(page_size).any(in_ram) {
+            outside = outside.saturating_add(1);
+            if bits.early.is_none_or(|bit| coded & bit != 0) {
+                early_outside = early_outside.saturating_add(1);
             }
-            let online = coded & bits.online != 0;
-            let start = Pfn::new(nr << frame_bits);
-            let frames =
-                PfnRange::with_len(start, frames_per_section).ok_or(corrupt_section(at, coded))?;
-            // The low bits are flags. Section starts are multiples of 2^15 frames and the
-            // array is page aligned, so the address has its low 12 bits clear.
-            let base = KernelVa::new(coded & !0xfff);
-            let mem_map = start
-                .raw()
-                .checked_mul(stride)
-                .map(|bytes| base.wrapping_add(bytes))
-                .ok_or(corrupt_section(at, coded))?;
-            let is_early = bits.early.is_none_or(|bit| coded & bit != 0);
-            match (is_early, usage) {
-                (false, Some(usage)) => {
-                    let usage_at = kernel.read_ptr(
-                        "mem_section.usage",
-                        element("mem_section", at, 0, 0, usage.offset)?,
-                    )?;
-                    add_subsections(
-                        kernel, usage_at, frames, mem_map, stride, online, &mut spans,
-                    )?;
-                }
-                _ => add_span(
-                    &mut spans,
-                    Span {
-                        frames,
-                        at: mem_map,
-                        online,
-                    },
-                    stride,
-                ),
+            if outside > MAX_SECTIONS_OUTSIDE {
+                return Err(VmiError::Unsupported {
+                    what: format!(
+                        "a kernel with more than {MAX_SECTIONS_OUTSIDE} sections of RAM that the dump does not have"
+                    ),
+                });
             }
+        }
+        let online = coded & bits.online != 0;
+        // The low bits are flags. Section starts are multiples of 2^15 frames and the
+        // array is page aligned, so the address has its low 12 bits clear.
+        let base = KernelVa::new(coded & !0xfff);
+        let mem_map = start
+            .raw()
+            .checked_mul(stride)
+            .map(|bytes| base.wrapping_add(bytes))
+            .ok_or(corrupt_section(at, coded))?;
+        let is_early = bits.early.is_none_or(|bit| coded & bit != 0);
+        match (is_early, usage) {
+            (false, Some(usage)) => {
+                let usage_at = kernel.read_ptr(
+                    "mem_section.usage",
+                    element("mem_section", at, 0, 0, usage.offset)?,
+                )?;
+                add_subsections(
+                    kernel, usage_at, frames, mem_map, stride, online, &mut spans,
+                )?;
+            }
+            _ => add_span(
+                &mut spans,
+                Span {
+                    frames,
+                    at: mem_map,
+                    online,
+                },
+                stride,
+            ),
         }
     }
+    // Memory that is plugged in later may be missing from a dump. But RAM that the kernel booted
+    // with in one place and not in another where the dump has it: then the layout is wrong.
+    let unknown = layout
+        .frames(page_size)
+        .flat_map(|region| whole_sections(region, frame_bits))
+        .filter(|section| {
+            let after = spans.partition_point(|span| span.frames.end() <= section.start());
+            spans
+                .get(after)
+                .is_none_or(|span| span.frames.intersection(section).is_empty())
+        })
+        .count() as u64;
+    if early_outside > 0 && unknown > 0 {
+        return Err(VmiError::Disagree {
+            what: "where RAM lies, in sections".into(),
+            first: "only the dump's layout has".into(),
+            first_value: unknown,
+            second: "only the kernel knows".into(),
+            second_value: early_outside,
+        });
+    }
     Ok(spans)
+}
+
+/// The sections that lie wholly in `region`.
+fn whole_sections(region: PfnRange, frame_bits: u32) -> impl Iterator<Item = PfnRange> {
+    let frames = 1_u64 << frame_bits;
+    let first = region.start().raw().div_ceil(frames);
+    let end = region.end().raw() >> frame_bits;
+    (first..end).filter_map(move |nr| PfnRange::with_len(Pfn::new(nr << frame_bits), frames))
 }
 
 fn corrupt_section(at: KernelVa, coded: u64) -> VmiError {
