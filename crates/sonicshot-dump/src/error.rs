@@ -76,6 +76,16 @@ pub enum DumpError {
         /// QEMU's name of the machine.
         machine: String,
     },
+    /// A layout names a block of memory that the file does not have, or names one twice.
+    #[error("{} has no block of memory `{name}` to place: it has {known}", path.display())]
+    NoBlock {
+        /// The file.
+        path: PathBuf,
+        /// The name in the layout.
+        name: String,
+        /// The blocks that there are.
+        known: String,
+    },
     /// The output exists, and was not to be written over.
     #[error("{} exists", path.display())]
     Exists {

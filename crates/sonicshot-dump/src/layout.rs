@@ -33,11 +33,37 @@ pub enum LayoutSpec {
     Flat,
     /// The ranges given.
     Ranges(Vec<GpaRange>),
+    /// For QEMU's migration files, which hold several blocks of memory: where the blocks named
+    /// lie. Others are kept as they are and not looked into.
+    Blocks(Vec<BlockPlace>),
+}
+
+/// Where one of QEMU's blocks of memory lies in the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BlockPlace {
+    /// The block's name in the file, such as `pc.ram` or `ram-node0`.
+    pub name: String,
+    /// Its ranges; the block holds them end to end, in this order.
+    pub ranges: Vec<GpaRange>,
+}
+
+impl BlockPlace {
+    /// The block `name` at `ranges`.
+    #[must_use]
+    pub fn new(name: impl Into<String>, ranges: Vec<GpaRange>) -> Self {
+        Self {
+            name: name.into(),
+            ranges,
+        }
+    }
 }
 
 /// A text that is no layout.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is no layout: want pc, q35, firecracker, firecracker-old, flat or START-END,...")]
+#[error(
+    "`{text}` is no layout: want pc, q35, firecracker, firecracker-old, flat, START-END,... or BLOCK=START-END,...;BLOCK=..."
+)]
 pub struct LayoutSpecError {
     /// The text given.
     pub text: String,
@@ -53,8 +79,8 @@ impl LayoutSpec {
         Self::Flat,
     ];
 
-    /// Where `len` bytes of RAM lie; for [`LayoutSpec::Ranges`] the ranges given, whatever
-    /// `len` is.
+    /// Where `len` bytes of RAM lie; for [`LayoutSpec::Ranges`] and [`LayoutSpec::Blocks`] the
+    /// ranges given, whatever `len` is.
     #[must_use]
     pub fn ranges(&self, len: u64) -> Vec<GpaRange> {
         // From which size on RAM is split, and where.
@@ -65,6 +91,12 @@ impl LayoutSpec {
             Self::FirecrackerOld => (0xd000_0001, 0xd000_0000),
             Self::Flat => (u64::MAX, u64::MAX),
             Self::Ranges(ranges) => return ranges.clone(),
+            Self::Blocks(blocks) => {
+                return blocks
+                    .iter()
+                    .flat_map(|block| block.ranges.iter().copied())
+                    .collect();
+            }
         };
         if len < whole_below {
             return vec![GpaRange::new(Gpa::ZERO, Gpa::new(len))];
@@ -94,15 +126,25 @@ impl fmt::Display for LayoutSpec {
             Self::Firecracker => f.pad("firecracker"),
             Self::FirecrackerOld => f.pad("firecracker-old"),
             Self::Flat => f.pad("flat"),
-            Self::Ranges(ranges) => {
-                for (index, range) in ranges.iter().enumerate() {
-                    let comma = if index > 0 { "," } else { "" };
-                    write!(f, "{comma}{:#x}-{:#x}", range.start(), range.end())?;
+            Self::Ranges(ranges) => write_ranges(f, ranges),
+            Self::Blocks(blocks) => {
+                for (index, block) in blocks.iter().enumerate() {
+                    let semicolon = if index > 0 { ";" } else { "" };
+                    write!(f, "{semicolon}{}=", block.name)?;
+                    write_ranges(f, &block.ranges)?;
                 }
                 Ok(())
             }
         }
     }
+}
+
+fn write_ranges(f: &mut fmt::Formatter<'_>, ranges: &[GpaRange]) -> fmt::Result {
+    for (index, range) in ranges.iter().enumerate() {
+        let comma = if index > 0 { "," } else { "" };
+        write!(f, "{comma}{:#x}-{:#x}", range.start(), range.end())?;
+    }
+    Ok(())
 }
 
 impl FromStr for LayoutSpec {
@@ -112,16 +154,28 @@ impl FromStr for LayoutSpec {
         if let Some(known) = Self::KNOWN.iter().find(|known| known.to_string() == text) {
             return Ok(known.clone());
         }
-        text.split(',')
-            .map(parse_range)
-            .collect::<Option<Vec<_>>>()
-            .filter(|ranges| {
-                // Sorted, for the file holds them in order.
-                ranges.is_sorted_by(|a, b| a.end() <= b.start())
-            })
-            .map(Self::Ranges)
-            .ok_or_else(|| LayoutSpecError { text: text.into() })
+        let layout = if text.contains('=') {
+            let blocks = text.split(';').map(|block| {
+                // The last one: a name may hold a `=`, ranges do not.
+                let (name, ranges) = block.rsplit_once('=')?;
+                (!name.is_empty()).then_some(BlockPlace::new(name, parse_ranges(ranges)?))
+            });
+            blocks.collect::<Option<Vec<_>>>().map(Self::Blocks)
+        } else {
+            parse_ranges(text).map(Self::Ranges)
+        };
+        layout.ok_or_else(|| LayoutSpecError { text: text.into() })
     }
+}
+
+fn parse_ranges(text: &str) -> Option<Vec<GpaRange>> {
+    text.split(',')
+        .map(parse_range)
+        .collect::<Option<Vec<_>>>()
+        .filter(|ranges| {
+            // Sorted, for the file holds them in order.
+            ranges.is_sorted_by(|a, b| a.end() <= b.start())
+        })
 }
 
 /// `START-END`, END exclusive.
@@ -197,12 +251,19 @@ mod tests {
             "2G-1G",
             "0-0",
             "0-2G,1G-3G",
+            "=0-1G",
+            "ram0=",
+            "ram0=0-1G;",
+            "ram0=0-1G;1G-2G",
+            "ram0=2G-3G,0-1G",
             "0-99999999999999T",
             "-",
         ] {
             assert!(text.parse::<LayoutSpec>().is_err(), "{text}");
         }
-        let spec: LayoutSpec = "0-64K,1M-2M".parse().unwrap();
-        assert_eq!(spec.to_string().parse(), Ok(spec));
+        for text in ["0-64K,1M-2M", "ram0=0-64K,1M-2M;0000:00:05.0/mem=1=4G-5G"] {
+            let spec: LayoutSpec = text.parse().unwrap();
+            assert_eq!(spec.to_string().parse(), Ok(spec));
+        }
     }
 }

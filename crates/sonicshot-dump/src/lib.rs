@@ -28,11 +28,12 @@ pub use kdump::KdumpFile;
 pub use kdump_write::{
     KdumpCompression, KdumpOptions, KdumpWriteError, KdumpWriteStats, write_kdump,
 };
-pub use layout::{LayoutSpec, LayoutSpecError};
+pub use layout::{BlockPlace, LayoutSpec, LayoutSpecError};
 use mapped::MappedDump;
 use mapped_ram::MappedRam;
 pub use output::Overwrite;
 pub use prune::{Progress, PruneStats};
+pub use qemu::RamBlock;
 pub use restore::{CoreNotes, DumpFile, NewFile};
 use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout};
 use std::fs::File;
@@ -279,6 +280,16 @@ impl Dump {
             Format::MappedRam(ram) => ram.machine.as_deref(),
             Format::Stream(stream) => stream.machine(),
             _ => None,
+        }
+    }
+
+    /// The blocks of memory of QEMU's migration files; other formats have none.
+    #[must_use]
+    pub fn ram_blocks(&self) -> &[RamBlock] {
+        match &self.format {
+            Format::MappedRam(ram) => &ram.blocks,
+            Format::Stream(stream) => &stream.blocks,
+            _ => &[],
         }
     }
 

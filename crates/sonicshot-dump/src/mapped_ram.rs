@@ -6,7 +6,7 @@
 //! is, which is zero where the memory is fresh. Then what the page took can be punched out.
 
 use crate::mapped::Extent;
-use crate::qemu::{self, Cursor, FLAG_EOS, MAX_BLOCKS, TARGET_PAGE};
+use crate::qemu::{self, Cursor, FLAG_EOS, MAX_BLOCKS, RamBlock, TARGET_PAGE};
 use crate::{DumpError, LayoutSpec};
 use sonicshot::{GpaRange, GuestBytes, PrunePlan};
 use std::path::Path;
@@ -17,15 +17,23 @@ pub(crate) const CAPABILITY: &str = "mapped-ram";
 const IGNORE_SHARED: &str = "x-ignore-shared";
 const HEADER_VERSION: u32 = 1;
 
-/// The guest's RAM in a mapped-ram file.
+/// The memory in a mapped-ram file.
 #[derive(Debug, Clone)]
 pub(crate) struct MappedRam {
     pub machine: Option<String>,
+    /// All blocks, as [`crate::Dump::ram_blocks`] gives them.
+    pub blocks: Vec<RamBlock>,
+    /// Where the pages of those are that are looked into.
+    stores: Vec<Store>,
+}
+
+/// Where a block of guest RAM is in the file.
+#[derive(Debug, Clone)]
+struct Store {
     /// Where the block's parts are in the guest, end to end in the block.
     ranges: Vec<GpaRange>,
+    len: u64,
     bitmap_offset: u64,
-    /// In bytes, without padding.
-    bitmap_len: u64,
     pages_offset: u64,
 }
 
@@ -70,37 +78,23 @@ impl MappedRam {
         if total != start.total || end != FLAG_EOS {
             return Err(cursor.malformed("the end of the memory blocks", end));
         }
-        let names = blocks.iter().enumerate();
-        let main = qemu::main_block(path, names.map(|(n, b)| (n, b.name.as_str(), b.len)))?;
-        let main = blocks
-            .get(main)
-            .ok_or_else(|| cursor.malformed("no block of guest RAM", 0))?;
+        let names = blocks.iter().map(|block| (block.name.clone(), block.len));
+        let placed = qemu::blocks(path, &start, layout, names.collect())?;
+        let stores = placed
+            .iter()
+            .zip(&blocks)
+            .filter(|(placed, _)| !placed.ranges.is_empty())
+            .map(|(placed, block)| Store {
+                ranges: placed.ranges.clone(),
+                len: block.len,
+                bitmap_offset: block.bitmap_offset,
+                pages_offset: block.pages_offset,
+            });
         Ok(Self {
-            ranges: qemu::ranges(path, &start, layout, main.len)?,
+            stores: stores.collect(),
             machine: start.machine,
-            bitmap_offset: main.bitmap_offset,
-            bitmap_len: main.len.div_ceil(TARGET_PAGE).div_ceil(8),
-            pages_offset: main.pages_offset,
+            blocks: placed,
         })
-    }
-
-    fn bitmap(&self, path: &Path, data: GuestBytes<'_>) -> Result<Vec<u8>, DumpError> {
-        let len = usize::try_from(self.bitmap_len).unwrap_or(usize::MAX);
-        let start = usize::try_from(self.bitmap_offset).unwrap_or(usize::MAX);
-        // Inside the file, as `block` has checked: no more memory than the file has bytes.
-        let bytes = data
-            .get(start, len)
-            .ok_or_else(|| DumpError::malformed(path, "a bitmap", self.bitmap_offset, 0))?;
-        let mut bitmap = vec![0; len];
-        if bytes.copy_to(&mut bitmap) {
-            return Ok(bitmap);
-        }
-        Err(DumpError::malformed(
-            path,
-            "a bitmap",
-            self.bitmap_offset,
-            0,
-        ))
     }
 
     /// Where each stretch of the guest's RAM is in the file; what has no bit is not in it.
@@ -109,16 +103,66 @@ impl MappedRam {
         path: &Path,
         data: GuestBytes<'_>,
     ) -> Result<Vec<Extent>, DumpError> {
-        let bitmap = self.bitmap(path, data)?;
         let mut extents: Vec<Extent> = Vec::new();
+        for store in &self.stores {
+            store.extents(&store.bitmap(path, data)?, &mut extents);
+        }
+        extents.sort_by_key(|extent| extent.guest);
+        Ok(extents)
+    }
+
+    /// The bitmaps without the pages that `plan` drops: where each is in the file, and its bytes.
+    pub(crate) fn pruned_bitmaps(
+        &self,
+        path: &Path,
+        data: GuestBytes<'_>,
+        plan: &PrunePlan,
+    ) -> Result<Vec<(u64, Vec<u8>)>, DumpError> {
+        self.stores
+            .iter()
+            .map(|store| {
+                let mut bitmap = store.bitmap(path, data)?;
+                store.clear(&mut bitmap, plan);
+                Ok((store.bitmap_offset, bitmap))
+            })
+            .collect()
+    }
+
+    /// The stretches of the file that stand for pages without a bit: offset and length, in the
+    /// file's order. `bitmaps` are those of [`Self::pruned_bitmaps`].
+    pub(crate) fn holes(&self, bitmaps: &[(u64, Vec<u8>)]) -> Vec<(u64, u64)> {
+        let mut holes = Vec::new();
+        for (store, (_, bitmap)) in self.stores.iter().zip(bitmaps) {
+            store.holes(bitmap, &mut holes);
+        }
+        holes
+    }
+}
+
+impl Store {
+    fn bitmap(&self, path: &Path, data: GuestBytes<'_>) -> Result<Vec<u8>, DumpError> {
+        let len = self.len.div_ceil(TARGET_PAGE).div_ceil(8);
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let start = usize::try_from(self.bitmap_offset).unwrap_or(usize::MAX);
+        let missing = || DumpError::malformed(path, "a bitmap", self.bitmap_offset, 0);
+        // Inside the file, as `block` has checked: no more memory than the file has bytes.
+        let bytes = data.get(start, len).ok_or_else(missing)?;
+        let mut bitmap = vec![0; len];
+        if bytes.copy_to(&mut bitmap) {
+            return Ok(bitmap);
+        }
+        Err(missing())
+    }
+
+    fn extents(&self, bitmap: &[u8], extents: &mut Vec<Extent>) {
         let mut base = 0_u64;
         for range in &self.ranges {
             let mut at = base;
             base = base.saturating_add(range.len());
             while at < base {
-                let first = is_set(&bitmap, at / TARGET_PAGE);
+                let first = is_set(bitmap, at / TARGET_PAGE);
                 let mut end = at;
-                while end < base && is_set(&bitmap, end / TARGET_PAGE) == first {
+                while end < base && is_set(bitmap, end / TARGET_PAGE) == first {
                     end = end.saturating_add(TARGET_PAGE);
                 }
                 let end = end.min(base);
@@ -131,18 +175,10 @@ impl MappedRam {
                 at = end;
             }
         }
-        extents.sort_by_key(|extent| extent.guest);
-        Ok(extents)
     }
 
-    /// The stretches of the file that stand for pages without a bit: offset and length.
-    pub(crate) fn holes(&self, bitmap: &[u8]) -> Vec<(u64, u64)> {
-        let total = self
-            .ranges
-            .iter()
-            .fold(0_u64, |sum, range| sum.saturating_add(range.len()));
-        let mut holes: Vec<(u64, u64)> = Vec::new();
-        for page in 0..total / TARGET_PAGE {
+    fn holes(&self, bitmap: &[u8], holes: &mut Vec<(u64, u64)>) {
+        for page in 0..self.len / TARGET_PAGE {
             if is_set(bitmap, page) {
                 continue;
             }
@@ -156,17 +192,10 @@ impl MappedRam {
                 _ => holes.push((offset, TARGET_PAGE)),
             }
         }
-        holes
     }
 
-    /// The bitmap without the pages that `plan` drops: where it is in the file, and its bytes.
-    pub(crate) fn pruned_bitmap(
-        &self,
-        path: &Path,
-        data: GuestBytes<'_>,
-        plan: &PrunePlan,
-    ) -> Result<(u64, Vec<u8>), DumpError> {
-        let mut bitmap = self.bitmap(path, data)?;
+    /// Clears the bits of the pages that `plan` drops.
+    fn clear(&self, bitmap: &mut [u8], plan: &PrunePlan) {
         let mut base = 0_u64;
         for range in &self.ranges {
             for dropped in plan.dropped_in(*range) {
@@ -184,7 +213,6 @@ impl MappedRam {
             }
             base = base.saturating_add(range.len());
         }
-        Ok((self.bitmap_offset, bitmap))
     }
 }
 

@@ -78,8 +78,8 @@ impl Dump {
                 copy_elf(dump, core, &zeroed, &output, &mut stats, progress)?;
             }
             Format::MappedRam(ram) => {
-                let bitmap = ram.pruned_bitmap(dump.path(), dump.bytes(), &zeroed)?;
-                stats.runs = copy_mapped_ram(dump, ram, &zeroed, &bitmap, &output, progress)?;
+                let bitmaps = ram.pruned_bitmaps(dump.path(), dump.bytes(), &zeroed)?;
+                stats.runs = copy_mapped_ram(dump, ram, &zeroed, &bitmaps, &output, progress)?;
             }
             Format::Stream(stream) => {
                 stats.runs = copy_stream(dump, stream, &zeroed, &output, progress)?;
@@ -138,14 +138,20 @@ impl Dump {
         if let Some(ram) = ram {
             // First nobody may look for the pages any more: then what is left of them is as good
             // as gone, whatever happens.
-            let (offset, bitmap) = ram.pruned_bitmap(path, dump.bytes(), &zeroed)?;
-            if !dump.holds(offset, &bitmap) {
-                file.write_all_at(&bitmap, offset)
-                    .and_then(|()| file.sync_all())
-                    .map_err(DumpError::io("writing", path))?;
+            let bitmaps = ram.pruned_bitmaps(path, dump.bytes(), &zeroed)?;
+            let mut changed = false;
+            for (offset, bitmap) in &bitmaps {
+                if !dump.holds(*offset, bitmap) {
+                    file.write_all_at(bitmap, *offset)
+                        .map_err(DumpError::io("writing", path))?;
+                    changed = true;
+                }
+            }
+            if changed {
+                file.sync_all().map_err(DumpError::io("writing", path))?;
             }
             // Also what an earlier prune that was interrupted has left.
-            runs = ram.holes(&bitmap);
+            runs = ram.holes(&bitmaps);
         }
         let total = runs
             .iter()
@@ -287,7 +293,7 @@ fn copy_mapped_ram(
     dump: &MappedDump,
     ram: &MappedRam,
     plan: &PrunePlan,
-    (bitmap_offset, bitmap): &(u64, Vec<u8>),
+    bitmaps: &[(u64, Vec<u8>)],
     output: &Output,
     progress: Progress<'_>,
 ) -> Result<u64, DumpError> {
@@ -296,14 +302,16 @@ fn copy_mapped_ram(
     output.file().set_len(total).map_err(writing())?;
     let mut copier = Copier::new(dump, output, total, progress);
     let mut at = 0_u64;
-    for (offset, len) in ram.holes(bitmap).into_iter().chain([(total, 0)]) {
+    for (offset, len) in ram.holes(bitmaps).into_iter().chain([(total, 0)]) {
         copier.copy(at, at, offset.saturating_sub(at))?;
         at = offset.saturating_add(len);
     }
-    output
-        .file()
-        .write_all_at(bitmap, *bitmap_offset)
-        .map_err(writing())?;
+    for (offset, bitmap) in bitmaps {
+        output
+            .file()
+            .write_all_at(bitmap, *offset)
+            .map_err(writing())?;
+    }
     Ok(file_runs(dump, plan).len() as u64)
 }
 

@@ -5,13 +5,15 @@
 //! machine's name, and the first part of the section `ram`, which lists all blocks of memory:
 //! the guest's RAM, and the ROMs and video memory that go with it.
 
-use crate::{DumpError, LayoutSpec};
-use sonicshot::{GpaRange, GuestBytes};
+use crate::{BlockPlace, DumpError, LayoutSpec};
+use sonicshot::{Gpa, GpaRange, GuestBytes};
 use std::path::Path;
 
 const MAGIC: &[u8; 4] = b"QEVM";
 const VERSION: u32 = 3;
 const SECTION_START: u8 = 1;
+const SECTION_FULL: u8 = 4;
+const SECTION_FOOTER: u8 = 0x7e;
 const SUBSECTION: u8 = 5;
 const CONFIGURATION: u8 = 7;
 const RAM_VERSION: u32 = 4;
@@ -26,6 +28,11 @@ pub(crate) const MAX_BLOCKS: usize = 4096;
 /// Names and small tables are shorter than this.
 const MAX_NAME: u32 = 4096;
 const MAX_CAPABILITIES: u32 = 256;
+/// No machine has more virtio-mem devices.
+const MAX_PLUGGED: usize = 256;
+/// The state of a virtio-mem device that goes before the memory
+/// (`hw/virtio/virtio-mem.c`, QEMU 8 and later); the device's own name stands before it.
+const VIRTIO_MEM: &str = "/virtio-mem-device-early";
 
 /// Reads one field after the other.
 #[derive(Clone)]
@@ -122,6 +129,31 @@ pub(crate) struct Start {
     pub ram_section: u32,
     /// The length of all blocks, in bytes.
     pub total: u64,
+    /// The memory of virtio-mem devices.
+    plugged: Vec<Plugged>,
+}
+
+/// Where a virtio-mem device has its memory.
+#[derive(Debug, Clone)]
+struct Plugged {
+    /// The device's name, which the block of its memory begins with.
+    device: String,
+    range: GpaRange,
+}
+
+/// A block of memory in a migration file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RamBlock {
+    /// Its name, such as `pc.ram`, `ram-node0` or `pc.bios`.
+    pub name: String,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Whether it is a device's own memory, a ROM or video memory, by its name.
+    pub is_device: bool,
+    /// Where it lies in the guest, end to end in the block. Empty: that is not known, and the
+    /// block is kept as it is.
+    pub ranges: Vec<GpaRange>,
 }
 
 impl Start {
@@ -181,11 +213,30 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
             }
         }
     }
-    let section = cursor.u8()?;
-    start.ram_section = cursor.u32()?;
-    let name = cursor.name()?;
-    cursor.u32()?; // instance
-    let version = cursor.u32()?;
+    let (section, name, version) = loop {
+        let section = cursor.u8()?;
+        let number = cursor.u32()?;
+        let name = cursor.name()?;
+        cursor.u32()?; // instance
+        let version = cursor.u32()?;
+        match name.strip_suffix(VIRTIO_MEM) {
+            Some(device) if section == SECTION_FULL && start.plugged.len() < MAX_PLUGGED => {
+                let range = virtio_mem(cursor)?;
+                start.plugged.push(Plugged {
+                    device: device.to_owned(),
+                    range,
+                });
+                if cursor.peek() == Some(SECTION_FOOTER) {
+                    cursor.u8()?;
+                    cursor.section(number)?;
+                }
+            }
+            _ => {
+                start.ram_section = number;
+                break (section, name, version);
+            }
+        }
+    };
     if section != SECTION_START || name != "ram" || version != RAM_VERSION {
         return Err(cursor.malformed("a first section that is not ram", section.into()));
     }
@@ -208,20 +259,99 @@ fn is_device(name: &str) -> bool {
         || name.contains(':')
 }
 
-/// Which of the blocks is the guest's RAM, by name and length: the longest that is no device's.
-pub(crate) fn main_block<'b>(
+/// Reads what a virtio-mem device says of its memory: where it is, and which of its pieces are
+/// plugged in, which the memory's own records tell as well.
+fn virtio_mem(cursor: &mut Cursor<'_>) -> Result<GpaRange, DumpError> {
+    let address = cursor.u64()?;
+    let len = cursor.u64()?;
+    let piece = cursor.u64()?;
+    cursor.u32()?; // node
+    cursor.u64()?; // how much is plugged in
+    let bits = u64::from(cursor.u32()?);
+    let range = GpaRange::with_len(Gpa::new(address), len);
+    let Some(range) = range.filter(|_| len.checked_div(piece) == Some(bits)) else {
+        return Err(cursor.malformed("the memory of a virtio-mem device", len));
+    };
+    cursor.skip(bits.div_ceil(64).saturating_mul(8))?;
+    Ok(range)
+}
+
+/// The blocks of these names and lengths, each with where it lies in the guest, if that is known.
+///
+/// Without a layout for each block by name, the longest one that is no device's is the RAM that
+/// the machine boots with, laid out by `layout` or by the machine's name.
+pub(crate) fn blocks(
     path: &Path,
-    blocks: impl Iterator<Item = (usize, &'b str, u64)>,
-) -> Result<usize, DumpError> {
-    blocks
-        .filter(|(_, name, _)| !is_device(name))
-        .max_by(|a, b| a.2.cmp(&b.2).then(b.0.cmp(&a.0)))
-        .map(|(number, ..)| number)
-        .ok_or_else(|| DumpError::malformed(path, "no block of guest RAM", 0, 0))
+    start: &Start,
+    layout: Option<&LayoutSpec>,
+    found: Vec<(String, u64)>,
+) -> Result<Vec<RamBlock>, DumpError> {
+    let mut blocks: Vec<RamBlock> = Vec::new();
+    for (name, len) in found {
+        let plugged = start.plugged.iter().find(|plugged| {
+            let rest = name.strip_prefix(plugged.device.as_str());
+            rest.is_some_and(|rest| rest.starts_with('/')) && plugged.range.len() == len
+        });
+        blocks.push(RamBlock {
+            is_device: plugged.is_none() && is_device(&name),
+            ranges: plugged.iter().map(|plugged| plugged.range).collect(),
+            name,
+            len,
+        });
+    }
+    if let Some(LayoutSpec::Blocks(places)) = layout {
+        for block in &mut blocks {
+            block.ranges.clear();
+        }
+        for place in places {
+            place_named(path, place, &mut blocks)?;
+        }
+    } else {
+        let main = blocks
+            .iter_mut()
+            .filter(|block| !block.is_device && block.ranges.is_empty())
+            // Of blocks of one length the first.
+            .rev()
+            .max_by_key(|block| block.len)
+            .ok_or_else(|| DumpError::malformed(path, "no block of guest RAM", 0, 0))?;
+        main.ranges = ranges(path, start, layout, main.len)?;
+    }
+    Ok(blocks)
+}
+
+/// Puts a block where the layout has it.
+fn place_named(path: &Path, place: &BlockPlace, blocks: &mut [RamBlock]) -> Result<(), DumpError> {
+    let known: Vec<&str> = blocks.iter().map(|block| block.name.as_str()).collect();
+    let no_block = DumpError::NoBlock {
+        path: path.to_owned(),
+        name: place.name.clone(),
+        known: known.join(", "),
+    };
+    let block = blocks
+        .iter_mut()
+        .find(|block| block.name == place.name && block.ranges.is_empty())
+        .ok_or(no_block)?;
+    let described = sum(&place.ranges);
+    if described != block.len {
+        return Err(DumpError::LayoutLength {
+            path: path.to_owned(),
+            layout: LayoutSpec::Blocks(vec![place.clone()]).to_string(),
+            described,
+            actual: block.len,
+        });
+    }
+    block.ranges.clone_from(&place.ranges);
+    Ok(())
+}
+
+fn sum(ranges: &[GpaRange]) -> u64 {
+    ranges
+        .iter()
+        .fold(0, |sum, range| sum.saturating_add(range.len()))
 }
 
 /// Where the `len` bytes of the RAM block are in the guest.
-pub(crate) fn ranges(
+fn ranges(
     path: &Path,
     start: &Start,
     layout: Option<&LayoutSpec>,
@@ -234,9 +364,7 @@ pub(crate) fn ranges(
         });
     };
     let ranges = spec.ranges(len);
-    let described = ranges
-        .iter()
-        .fold(0_u64, |sum, range| sum.saturating_add(range.len()));
+    let described = sum(&ranges);
     if described != len {
         return Err(DumpError::LayoutLength {
             path: path.to_owned(),

@@ -7,7 +7,7 @@
 //! refused.
 
 use crate::mapped::Extent;
-use crate::qemu::{self, Cursor, FLAG_EOS, MAX_BLOCKS, Start, TARGET_PAGE};
+use crate::qemu::{self, Cursor, FLAG_EOS, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE};
 use crate::{DumpError, LayoutSpec};
 use sonicshot::{GpaRange, GuestBytes, PrunePlan};
 use std::path::Path;
@@ -29,9 +29,8 @@ const ZERO_RECORD: u64 = 9;
 #[derive(Debug, Clone)]
 pub(crate) struct Stream {
     start: Start,
-    /// The name of the guest's RAM block.
-    block: String,
-    ranges: Vec<GpaRange>,
+    /// All blocks, as [`crate::Dump::ram_blocks`] gives them.
+    pub blocks: Vec<RamBlock>,
     /// Where the records of pages begin.
     records_at: u64,
 }
@@ -45,8 +44,8 @@ struct Record {
     /// The page's place in its block.
     address: u64,
     flags: u64,
-    /// Whether it is of the guest's RAM.
-    is_ram: bool,
+    /// The number of its block, if that is looked into.
+    block: Option<usize>,
 }
 
 impl Stream {
@@ -92,13 +91,9 @@ impl Stream {
         if total != start.total || total / TARGET_PAGE > records {
             return Err(cursor.malformed("the size of all memory", total));
         }
-        let names = blocks.iter().enumerate();
-        let main = qemu::main_block(path, names.map(|(n, (name, len))| (n, name.as_str(), *len)))?;
-        let (block, len) = blocks.swap_remove(main);
         Ok(Self {
-            ranges: qemu::ranges(path, &start, layout, len)?,
+            blocks: qemu::blocks(path, &start, layout, blocks)?,
             start,
-            block,
             records_at: cursor.at,
         })
     }
@@ -115,7 +110,7 @@ impl Stream {
         mut each: impl FnMut(&Record) -> Result<(), DumpError>,
     ) -> Result<(), DumpError> {
         let mut cursor = Cursor::new(path, data, self.records_at);
-        let mut is_ram = false;
+        let mut block = None;
         let mut last_part = false;
         // Each turn reads at least a byte, so that this ends with the file.
         loop {
@@ -131,7 +126,9 @@ impl Stream {
                     other => return Err(cursor.malformed("the kind of a page's record", other)),
                 }
                 if flags & FLAG_CONTINUE == 0 {
-                    is_ram = cursor.name()? == self.block;
+                    let name = cursor.name()?;
+                    let is_it = |b: &RamBlock| b.name == name && !b.ranges.is_empty();
+                    block = self.blocks.iter().position(is_it);
                 }
                 let start = cursor.at;
                 if flags & FLAG_PAGE != 0 {
@@ -148,7 +145,7 @@ impl Stream {
                     end: cursor.at,
                     address,
                     flags,
-                    is_ram,
+                    block,
                 })?;
             }
             if cursor.peek() == Some(SECTION_FOOTER) {
@@ -180,17 +177,19 @@ impl Stream {
         path: &Path,
         data: GuestBytes<'_>,
     ) -> Result<Vec<Extent>, DumpError> {
-        let len = self
-            .ranges
-            .iter()
-            .fold(0_u64, |sum, range| sum.saturating_add(range.len()));
-        let pages = usize::try_from(len / TARGET_PAGE).unwrap_or(usize::MAX);
         // 0 is no page's place: the file's magic is there.
-        let mut places = vec![0_u64; pages];
+        let mut places: Vec<Vec<u64>> = Vec::new();
+        for block in &self.blocks {
+            let pages = match block.ranges.as_slice() {
+                [] => 0,
+                _ => usize::try_from(block.len / TARGET_PAGE).unwrap_or(usize::MAX),
+            };
+            places.push(vec![0; pages]);
+        }
         self.walk(path, data, |record| {
-            if !record.is_ram {
+            let Some(places) = record.block.and_then(|block| places.get_mut(block)) else {
                 return Ok(());
-            }
+            };
             let page = usize::try_from(record.address / TARGET_PAGE).unwrap_or(usize::MAX);
             let place = places.get_mut(page).ok_or_else(|| {
                 DumpError::malformed(path, "the address of a page", record.at, record.address)
@@ -203,21 +202,10 @@ impl Stream {
             Ok(())
         })?;
         let mut extents: Vec<Extent> = Vec::new();
-        for (address, place) in (0_u64..).step_by(4096).zip(places) {
-            for (guest, _) in qemu::place(&self.ranges, address, TARGET_PAGE) {
-                match extents.last_mut() {
-                    // Zeroes are joined; pages are never next to each other in the file.
-                    Some(last)
-                        if place == 0
-                            && last.offset.is_none()
-                            && last.guest.end() == guest.start() =>
-                    {
-                        last.guest = GpaRange::new(last.guest.start(), guest.end());
-                    }
-                    _ => extents.push(Extent {
-                        guest,
-                        offset: (place != 0).then_some(place),
-                    }),
+        for (block, places) in self.blocks.iter().zip(places) {
+            for (address, place) in (0_u64..).step_by(4096).zip(places) {
+                for (guest, _) in qemu::place(&block.ranges, address, TARGET_PAGE) {
+                    push_page(&mut extents, guest, place);
                 }
             }
         }
@@ -236,7 +224,7 @@ impl Stream {
     ) -> Result<(), DumpError> {
         let mut copied = 0_u64;
         self.walk(path, data, |record| {
-            if !record.is_ram || record.flags & FLAG_PAGE == 0 || !self.dropped(record, plan) {
+            if record.flags & FLAG_PAGE == 0 || !self.dropped(record, plan) {
                 return Ok(());
             }
             // The record's beginning stays but for its flags: name and place are the same.
@@ -263,13 +251,30 @@ impl Stream {
 
     /// Whether all of a record's page is dropped.
     fn dropped(&self, record: &Record, plan: &PrunePlan) -> bool {
+        let Some(block) = record.block.and_then(|block| self.blocks.get(block)) else {
+            return false;
+        };
         let mut left = TARGET_PAGE;
-        for (guest, _) in qemu::place(&self.ranges, record.address, TARGET_PAGE) {
+        for (guest, _) in qemu::place(&block.ranges, record.address, TARGET_PAGE) {
             for part in plan.dropped_in(guest) {
                 left = left.saturating_sub(part.len());
             }
         }
         left == 0
+    }
+}
+
+/// Adds a page to the extents before it.
+fn push_page(extents: &mut Vec<Extent>, guest: GpaRange, place: u64) {
+    match extents.last_mut() {
+        // Zeroes are joined; pages are never next to each other in the file.
+        Some(last) if place == 0 && last.offset.is_none() && last.guest.end() == guest.start() => {
+            last.guest = GpaRange::new(last.guest.start(), guest.end());
+        }
+        _ => extents.push(Extent {
+            guest,
+            offset: (place != 0).then_some(place),
+        }),
     }
 }
 

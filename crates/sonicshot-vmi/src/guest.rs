@@ -341,9 +341,9 @@ impl<'m> LinuxGuest<'m> {
         Ok(Some(ram))
     }
 
-    /// RAM by the kernel's own tree of resources (`/proc/iomem`), memory that was plugged in
-    /// later included, each stretch as it was added: `System RAM` and the like. `None` if the
-    /// symbols or types do not tell where the tree is.
+    /// RAM by the kernel's own tree of resources (`System RAM` in `/proc/iomem`), memory that was
+    /// plugged in included, each stretch as it was added; but not what belongs to a device, such
+    /// as virtio-mem. `None` if the symbols or types do not tell where the tree is.
     ///
     /// # Errors
     /// [`VmiError`] if the tree cannot be read or is none.

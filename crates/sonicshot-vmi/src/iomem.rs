@@ -2,25 +2,14 @@
 
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
-use crate::KernelVa;
 use sonicshot::{Gpa, GpaRange};
 
 /// No machine lists more resources.
 const MAX_RESOURCES: u32 = 1 << 16;
-/// Resources that contain RAM are at most this deep: virtio-mem puts one around its own.
-const MAX_DEPTH: u32 = 4;
-/// What RAM is called, whoever added it: `System RAM (virtio_mem)`.
 const NAME: &str = "System RAM";
 
-struct Resource {
-    start: u64,
-    end: u64,
-    name: u64,
-    child: u64,
-    sibling: u64,
-}
-
-/// Every stretch of RAM in the tree, lowest first as the tree has them.
+/// Every stretch of RAM at the top of the tree, lowest first as the tree has them. Memory that
+/// belongs to a device (virtio-mem, dax) lies below that device.
 pub(crate) fn system_ram(kernel: &Kernel<'_>) -> Result<Option<Vec<GpaRange>>, VmiError> {
     let Some(root) = kernel.symbol("iomem_resource")? else {
         return Ok(None);
@@ -35,59 +24,36 @@ pub(crate) fn system_ram(kernel: &Kernel<'_>) -> Result<Option<Vec<GpaRange>>, V
     ) else {
         return Ok(None);
     };
-    let layout = Resource {
-        start,
-        end,
-        name,
-        child,
-        sibling,
-    };
-    let first = kernel.read_ptr("iomem_resource", element("resource", root, 0, 0, child)?)?;
+    let field = |at, offset| element("resource", at, 0, 0, offset);
+    let mut at = kernel.read_ptr("iomem_resource", field(root, child)?)?;
     let mut found = Vec::new();
     let mut left = MAX_RESOURCES;
-    walk(kernel, &layout, first, MAX_DEPTH, &mut left, &mut found)?;
-    Ok(Some(found))
-}
-
-/// Goes through `first` and its siblings, and through the children of what is no RAM.
-fn walk(
-    kernel: &Kernel<'_>,
-    layout: &Resource,
-    first: KernelVa,
-    depth: u32,
-    left: &mut u32,
-    found: &mut Vec<GpaRange>,
-) -> Result<(), VmiError> {
-    let mut at = first;
     while at.raw() != 0 {
-        *left = left.checked_sub(1).ok_or(VmiError::Corrupt {
-            what: "a tree of resources without end",
-            at: first,
+        left = left.checked_sub(1).ok_or(VmiError::Corrupt {
+            what: "a list of resources without end",
+            at: root,
             value: u64::from(MAX_RESOURCES),
         })?;
-        let field = |offset| element("resource", at, 0, 0, offset);
-        let name = kernel.read_ptr("resource.name", field(layout.name)?)?;
-        let name = kernel.space.read_str(name, NAME.len());
-        if name.is_ok_and(|name| name.starts_with(NAME)) {
-            let start = kernel.read_u64("resource.start", field(layout.start)?)?;
+        let text = kernel.read_ptr("resource.name", field(at, name)?)?;
+        // A longer name must not look the same.
+        let text = kernel.space.read_str(text, NAME.len().saturating_add(1));
+        if text.is_ok_and(|text| text == NAME) {
+            let first = kernel.read_u64("resource.start", field(at, start)?)?;
             // Inclusive.
-            let end = kernel.read_u64("resource.end", field(layout.end)?)?;
-            let len = end
-                .checked_sub(start)
+            let last = kernel.read_u64("resource.end", field(at, end)?)?;
+            let range = last
+                .checked_sub(first)
                 .and_then(|len| len.checked_add(1))
-                .ok_or(VmiError::Corrupt {
-                    what: "resource.end",
-                    at,
-                    value: end,
-                })?;
-            found.extend(GpaRange::with_len(Gpa::new(start), len));
-        } else if depth > 0 {
-            let child = kernel.read_ptr("resource.child", field(layout.child)?)?;
-            walk(kernel, layout, child, depth.saturating_sub(1), left, found)?;
+                .and_then(|len| GpaRange::with_len(Gpa::new(first), len));
+            found.push(range.ok_or(VmiError::Corrupt {
+                what: "resource.end",
+                at,
+                value: last,
+            })?);
         }
-        at = kernel.read_ptr("resource.sibling", field(layout.sibling)?)?;
+        at = kernel.read_ptr("resource.sibling", field(at, sibling)?)?;
     }
-    Ok(())
+    Ok(Some(found))
 }
 
 #[cfg(test)]
@@ -135,6 +101,7 @@ mod tests {
     }
 
     fn tree() -> Ram {
+        const GIB_4: u64 = 1 << 32;
         let mut ram = Ram::new(8 * MIB);
         name(&mut ram, 0x2000, b"System RAM\0");
         name(&mut ram, 0x2020, b"virtio0\0");
@@ -142,23 +109,26 @@ mod tests {
         name(&mut ram, 0x2080, b"Kernel code\0");
         put(&mut ram, 0x1000, [0, u64::MAX, 0x2020, 0, 0x1100]);
         put(&mut ram, 0x1100, [0x1000, 0x9_fbff, 0x2000, 0x1200, 0x1400]);
-        put(
-            &mut ram,
-            0x1200,
-            [1 << 32, (1 << 32) + 0xffff_ffff, 0x2020, 0, 0x1300],
-        );
-        put(
-            &mut ram,
-            0x1300,
-            [1 << 32, (1 << 32) + 0x7ff_ffff, 0x2040, 0, 0],
-        );
+        let device = [GIB_4, 2 * GIB_4 - 1, 0x2020, 0x1500, 0x1300];
+        put(&mut ram, 0x1200, device);
+        put(&mut ram, 0x1300, [GIB_4, GIB_4 + 0xfff, 0x2000, 0, 0]);
         put(&mut ram, 0x1400, [0x2000, 0x2fff, 0x2080, 0, 0]);
+        put(
+            &mut ram,
+            0x1500,
+            [2 * GIB_4, 2 * GIB_4 + 0xfff, 0x2040, 0x1600, 0],
+        );
+        put(
+            &mut ram,
+            0x1600,
+            [3 * GIB_4, 3 * GIB_4 + 0xfff, 0x2000, 0, 0],
+        );
         ram
     }
 
     #[test]
-    fn ram_is_found_at_the_top_and_inside_devices() {
-        let want = [(0x1000, 0x9_fc00), (1 << 32, (1 << 32) + 0x800_0000)];
+    fn ram_is_found_but_not_what_belongs_to_a_device() {
+        let want = [(0x1000, 0x9_fc00), (3 << 32, (3 << 32) + 0x1000)];
         assert_eq!(found(&tree()).unwrap(), want);
     }
 
