@@ -2,11 +2,10 @@
 
 use crate::args::InputArgs;
 use crate::error::CliError;
-use sonicshot::{ClassCounts, GpaRange, GuestMemory, RamLayout};
-use sonicshot_dump::{Dump, LayoutSpec};
-use sonicshot_vmi::{
-    Classification, GuestOptions, LinuxGuest, OnInconsistency, VmiError, mark_zero_pages,
-};
+use crate::place::{self, keep_what_is_not_free_in_all};
+use sonicshot::ClassCounts;
+use sonicshot_dump::Dump;
+use sonicshot_vmi::{Classification, OnInconsistency, mark_zero_pages};
 
 /// Everything that is known of a dump.
 #[derive(Debug)]
@@ -33,30 +32,35 @@ pub(crate) fn analyze(input: &InputArgs) -> Result<Analysis, CliError> {
 
 /// The same, but pages in use are not looked into.
 pub(crate) fn classify(input: &InputArgs) -> Result<Analysis, CliError> {
-    let (dump, layout_origin) = open(input)?;
-    let guest_error = |source| CliError::Guest {
-        path: input.file.clone(),
-        source,
-    };
     let on = if input.allow_inconsistent {
         OnInconsistency::KeepInQuestion
     } else {
         OnInconsistency::Refuse
     };
-    let guest = LinuxGuest::open(&dump, &options(input, &dump)).map_err(guest_error)?;
-    let pages = guest.classify(on).map_err(guest_error)?;
-    let (release, banner) = (
-        guest.release().to_owned(),
-        guest.banner().map(str::to_owned),
-    );
-    let vmcoreinfo = guest.vmcoreinfo().map(str::to_owned);
-    let build_id = guest.build_id().map(<[u8]>::to_vec);
-    let symbol_sources = guest.symbol_sources();
-    drop(guest);
+    let placed = place::with_guest(input, &|guest| {
+        Ok(Seen {
+            pages: guest.classify(on)?,
+            release: guest.release().to_owned(),
+            banner: guest.banner().map(str::to_owned),
+            vmcoreinfo: guest.vmcoreinfo().map(str::to_owned),
+            build_id: guest.build_id().map(<[u8]>::to_vec),
+            symbol_sources: guest.symbol_sources(),
+        })
+    })?;
+    let Seen {
+        mut pages,
+        release,
+        banner,
+        vmcoreinfo,
+        build_id,
+        symbol_sources,
+    } = placed.value;
+    keep_what_is_not_free_in_all(&mut pages.map, &placed.shared);
+    pages.notes.extend(placed.notes);
     let counts = pages.map.counts();
     Ok(Analysis {
-        dump,
-        layout_origin,
+        dump: placed.dump,
+        layout_origin: placed.origin,
         release,
         banner,
         vmcoreinfo,
@@ -67,99 +71,12 @@ pub(crate) fn classify(input: &InputArgs) -> Result<Analysis, CliError> {
     })
 }
 
-fn options(input: &InputArgs, dump: &Dump) -> GuestOptions {
-    let mut options = GuestOptions::new();
-    for path in &input.symbols {
-        options = options.symbols(path);
-    }
-    match dump.vmcoreinfo() {
-        Some(text) => options.vmcoreinfo(text),
-        None => options,
-    }
-}
-
-/// Opens the dump; a raw file without `--layout` in the layout that its guest confirms.
-pub(crate) fn open(input: &InputArgs) -> Result<(Dump, &'static str), CliError> {
-    if let Some(layout) = &input.layout {
-        let dump = Dump::open(&input.file, Some(layout))?;
-        return Ok(match dump.layout_spec() {
-            Some(_) => (dump, "given"),
-            None => (dump, "from the file; --layout is for raw files"),
-        });
-    }
-    let first = Dump::open(&input.file, None)?;
-    if first.layout_spec().is_none() {
-        return Ok((first, "from the file"));
-    }
-    let len = first.file_len();
-    let mut candidates: Vec<(&LayoutSpec, Vec<GpaRange>)> = Vec::new();
-    for spec in &LayoutSpec::KNOWN {
-        let ranges = spec.ranges(len);
-        if candidates.iter().all(|(_, known)| *known != ranges) {
-            candidates.push((spec, ranges));
-        }
-    }
-    if candidates.len() == 1 {
-        return Ok((first, "the same in every VMM for this size"));
-    }
-    drop(first);
-    let mut last_error = None;
-    let mut unconfirmed = None;
-    for (spec, _) in candidates {
-        let dump = Dump::open(&input.file, Some(spec))?;
-        let confirmed = {
-            let guest = match LinuxGuest::open(&dump, &options(input, &dump)) {
-                Ok(guest) => guest,
-                // A wrong symbol file is wrong in every layout.
-                Err(source @ (VmiError::WrongKernel { .. } | VmiError::Symbols(_))) => {
-                    return Err(CliError::Guest {
-                        path: input.file.clone(),
-                        source,
-                    });
-                }
-                Err(source) => {
-                    last_error.get_or_insert(source);
-                    continue;
-                }
-            };
-            match guest.e820() {
-                Ok(Some(ram)) => agrees(dump.layout(), &ram),
-                _ => {
-                    unconfirmed.get_or_insert(spec);
-                    false
-                }
-            }
-        };
-        if confirmed {
-            return Ok((dump, "found out by the guest's own e820 map"));
-        }
-    }
-    match (unconfirmed, last_error) {
-        (Some(spec), _) => Ok((
-            Dump::open(&input.file, Some(spec))?,
-            "guessed: the guest's e820 map could not be read",
-        )),
-        (None, Some(source)) => Err(CliError::Guest {
-            path: input.file.clone(),
-            source,
-        }),
-        (None, None) => Err(CliError::NoLayout {
-            path: input.file.clone(),
-        }),
-    }
-}
-
-/// Whether the usable RAM of the guest's map lies in the layout, and reaches the top of it.
-fn agrees(layout: &RamLayout, ram: &[GpaRange]) -> bool {
-    // Firmware keeps some memory at the top of the low part for itself, never of the high part.
-    let inside = ram
-        .iter()
-        .all(|range| layout.contains(range.start(), range.len()));
-    let top = ram.iter().map(GpaRange::end).max();
-    let reaches = match (layout.regions(), top) {
-        ([_], _) => true,
-        (_, Some(top)) => top == layout.end(),
-        (_, None) => false,
-    };
-    inside && reaches
+/// What is taken of a guest.
+struct Seen {
+    pages: Classification,
+    release: String,
+    banner: Option<String>,
+    vmcoreinfo: Option<String>,
+    build_id: Option<Vec<u8>>,
+    symbol_sources: Vec<String>,
 }

@@ -1,8 +1,9 @@
 //! `sonicshot save`, `restore`, `verify`, and what `inspect` says of a checkpoint.
 
-use crate::analyze::{classify, open};
+use crate::analyze::classify;
 use crate::args::{DumpKind, InspectArgs, RestoreArgs, SaveArgs, VerifyArgs};
 use crate::error::CliError;
+use crate::place;
 use crate::report::{count, percent, progress_bar, say, size};
 use serde_json::{Map, Value, json};
 use sonicshot::checkpoint::{
@@ -79,11 +80,7 @@ struct Source {
 
 fn source(args: &SaveArgs) -> Result<Source, CliError> {
     if args.keep_all {
-        let (dump, _) = if args.input.layout.is_some() {
-            open(&args.input)?
-        } else {
-            (Dump::open(&args.input.file, None)?, "")
-        };
+        let dump = Dump::open(&args.input.file, args.input.layout.as_ref())?;
         let map = PageMap::new(dump.layout(), PageSize::SIZE_4K);
         let vmcoreinfo = dump.vmcoreinfo().map(<[u8]>::to_vec);
         let info = CheckpointInfo::new(dump.layout().clone(), PageSize::SIZE_4K);
@@ -336,8 +333,11 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
     if let Some(path) = &args.against {
         // A raw dump has no layout of its own: the checkpoint tells.
         let own = LayoutSpec::Ranges(reader.info().layout.regions().to_vec());
-        let layout = args.layout.as_ref().unwrap_or(&own);
-        let dump = Dump::open(path, Some(layout))?;
+        let dump = match Dump::open(path, Some(args.layout.as_ref().unwrap_or(&own))) {
+            // Several blocks of memory: the guest has to be asked again which is where.
+            Err(DumpError::LayoutLength { .. }) if args.layout.is_none() => place::open(path)?,
+            dump => dump?,
+        };
         compared = Some(
             reader
                 .verify_against(&dump, &mut progress)

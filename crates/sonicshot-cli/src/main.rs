@@ -6,6 +6,7 @@ mod checkpoint;
 mod demo;
 mod error;
 mod inspect;
+mod place;
 mod prune;
 mod report;
 

@@ -33,7 +33,7 @@ use mapped::MappedDump;
 use mapped_ram::MappedRam;
 pub use output::Overwrite;
 pub use prune::{Progress, PruneStats};
-pub use qemu::RamBlock;
+pub use qemu::{BlockKind, RamBlock};
 pub use restore::{CoreNotes, DumpFile, NewFile};
 use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout};
 use std::fs::File;
@@ -281,6 +281,12 @@ impl Dump {
             Format::Stream(stream) => stream.machine(),
             _ => None,
         }
+    }
+
+    /// Where a guest of that machine has its RAM, if it is one whose layout is known.
+    #[must_use]
+    pub fn machine_layout(&self) -> Option<LayoutSpec> {
+        qemu::layout_of(self.machine_type()?)
     }
 
     /// The blocks of memory of QEMU's migration files; other formats have none.

@@ -54,7 +54,7 @@ impl MappedRam {
         layout: Option<&LayoutSpec>,
     ) -> Result<Self, DumpError> {
         let mut cursor = Cursor::new(path, data, at);
-        let start = qemu::start(&mut cursor)?;
+        let mut start = qemu::start(&mut cursor)?;
         if start.has(IGNORE_SHARED) {
             return Err(DumpError::Unsupported {
                 path: path.to_owned(),
@@ -78,6 +78,8 @@ impl MappedRam {
         if total != start.total || end != FLAG_EOS {
             return Err(cursor.malformed("the end of the memory blocks", end));
         }
+        cursor.footer(start.ram_section)?;
+        qemu::other_sections(&mut cursor, &mut start)?;
         let names = blocks.iter().map(|block| (block.name.clone(), block.len));
         let placed = qemu::blocks(path, &start, layout, names.collect())?;
         let stores = placed

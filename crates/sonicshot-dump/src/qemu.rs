@@ -13,6 +13,7 @@ const MAGIC: &[u8; 4] = b"QEVM";
 const VERSION: u32 = 3;
 const SECTION_START: u8 = 1;
 const SECTION_FULL: u8 = 4;
+const SECTION_COMMAND: u8 = 8;
 const SECTION_FOOTER: u8 = 0x7e;
 const SUBSECTION: u8 = 5;
 const CONFIGURATION: u8 = 7;
@@ -115,6 +116,15 @@ impl<'a> Cursor<'a> {
         Err(self.malformed("the number of a section", found.into()))
     }
 
+    /// The end of a section, if it is marked.
+    pub(crate) fn footer(&mut self, section: u32) -> Result<(), DumpError> {
+        if self.peek() == Some(SECTION_FOOTER) {
+            self.u8()?;
+            self.section(section)?;
+        }
+        Ok(())
+    }
+
     pub(crate) fn peek(&self) -> Option<u8> {
         self.data.u8_at(usize::try_from(self.at).ok()?)
     }
@@ -141,6 +151,19 @@ struct Plugged {
     range: GpaRange,
 }
 
+/// What a block of memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BlockKind {
+    /// The guest's RAM: what it boots with, or what was plugged in as a DIMM. Also whatever has
+    /// a name that is not known.
+    Ram,
+    /// The memory of a virtio-mem device, which says itself where it lies.
+    VirtioMem,
+    /// A ROM, video memory, or another device's, by its name.
+    Device,
+}
+
 /// A block of memory in a migration file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -149,8 +172,8 @@ pub struct RamBlock {
     pub name: String,
     /// Its length in bytes.
     pub len: u64,
-    /// Whether it is a device's own memory, a ROM or video memory, by its name.
-    pub is_device: bool,
+    /// What it is.
+    pub kind: BlockKind,
     /// Where it lies in the guest, end to end in the block. Empty: that is not known, and the
     /// block is kept as it is.
     pub ranges: Vec<GpaRange>,
@@ -160,17 +183,16 @@ impl Start {
     pub(crate) fn has(&self, capability: &str) -> bool {
         self.capabilities.iter().any(|name| name == capability)
     }
+}
 
-    /// Where a guest of this machine has its RAM.
-    pub(crate) fn layout(&self) -> Option<LayoutSpec> {
-        let machine = self.machine.as_deref()?;
-        if machine.starts_with("pc-q35") {
-            Some(LayoutSpec::Q35)
-        } else if machine.starts_with("pc-i440fx") {
-            Some(LayoutSpec::Pc)
-        } else {
-            None
-        }
+/// Where a guest of the machine of this name has its RAM.
+pub(crate) fn layout_of(machine: &str) -> Option<LayoutSpec> {
+    if machine.starts_with("pc-q35") {
+        Some(LayoutSpec::Q35)
+    } else if machine.starts_with("pc-i440fx") {
+        Some(LayoutSpec::Pc)
+    } else {
+        None
     }
 }
 
@@ -213,30 +235,12 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
             }
         }
     }
-    let (section, name, version) = loop {
-        let section = cursor.u8()?;
-        let number = cursor.u32()?;
-        let name = cursor.name()?;
-        cursor.u32()?; // instance
-        let version = cursor.u32()?;
-        match name.strip_suffix(VIRTIO_MEM) {
-            Some(device) if section == SECTION_FULL && start.plugged.len() < MAX_PLUGGED => {
-                let range = virtio_mem(cursor)?;
-                start.plugged.push(Plugged {
-                    device: device.to_owned(),
-                    range,
-                });
-                if cursor.peek() == Some(SECTION_FOOTER) {
-                    cursor.u8()?;
-                    cursor.section(number)?;
-                }
-            }
-            _ => {
-                start.ram_section = number;
-                break (section, name, version);
-            }
-        }
-    };
+    other_sections(cursor, &mut start)?;
+    let section = cursor.u8()?;
+    start.ram_section = cursor.u32()?;
+    let name = cursor.name()?;
+    cursor.u32()?; // instance
+    let version = cursor.u32()?;
     if section != SECTION_START || name != "ram" || version != RAM_VERSION {
         return Err(cursor.malformed("a first section that is not ram", section.into()));
     }
@@ -259,6 +263,42 @@ fn is_device(name: &str) -> bool {
         || name.contains(':')
 }
 
+/// Passes over what may stand before and between the parts of the memory: commands, and the state
+/// of virtio-mem devices, which is noted.
+pub(crate) fn other_sections(cursor: &mut Cursor<'_>, start: &mut Start) -> Result<(), DumpError> {
+    loop {
+        let mut ahead = cursor.clone();
+        match ahead.peek() {
+            Some(SECTION_COMMAND) => {
+                ahead.u8()?;
+                ahead.bytes::<2>()?;
+                let len = u16::from_be_bytes(ahead.bytes()?);
+                ahead.skip(len.into())?;
+            }
+            Some(SECTION_FULL) => {
+                ahead.u8()?;
+                let number = ahead.u32()?;
+                let name = ahead.name()?;
+                ahead.bytes::<8>()?; // instance, version
+                let Some(device) = name.strip_suffix(VIRTIO_MEM) else {
+                    return Ok(());
+                };
+                if start.plugged.len() >= MAX_PLUGGED {
+                    return Err(ahead.malformed("the number of virtio-mem devices", 0));
+                }
+                let range = virtio_mem(&mut ahead)?;
+                start.plugged.push(Plugged {
+                    device: device.to_owned(),
+                    range,
+                });
+                ahead.footer(number)?;
+            }
+            _ => return Ok(()),
+        }
+        *cursor = ahead;
+    }
+}
+
 /// Reads what a virtio-mem device says of its memory: where it is, and which of its pieces are
 /// plugged in, which the memory's own records tell as well.
 fn virtio_mem(cursor: &mut Cursor<'_>) -> Result<GpaRange, DumpError> {
@@ -267,12 +307,13 @@ fn virtio_mem(cursor: &mut Cursor<'_>) -> Result<GpaRange, DumpError> {
     let piece = cursor.u64()?;
     cursor.u32()?; // node
     cursor.u64()?; // how much is plugged in
-    let bits = u64::from(cursor.u32()?);
     let range = GpaRange::with_len(Gpa::new(address), len);
-    let Some(range) = range.filter(|_| len.checked_div(piece) == Some(bits)) else {
+    let pieces = len.checked_div(piece).filter(|_| len % TARGET_PAGE == 0);
+    let (Some(range), Some(pieces)) = (range, pieces) else {
         return Err(cursor.malformed("the memory of a virtio-mem device", len));
     };
-    cursor.skip(bits.div_ceil(64).saturating_mul(8))?;
+    // A bit for each piece, in words.
+    cursor.skip(pieces.div_ceil(64).saturating_mul(8))?;
     Ok(range)
 }
 
@@ -293,7 +334,11 @@ pub(crate) fn blocks(
             rest.is_some_and(|rest| rest.starts_with('/')) && plugged.range.len() == len
         });
         blocks.push(RamBlock {
-            is_device: plugged.is_none() && is_device(&name),
+            kind: match plugged {
+                Some(_) => BlockKind::VirtioMem,
+                None if is_device(&name) => BlockKind::Device,
+                None => BlockKind::Ram,
+            },
             ranges: plugged.iter().map(|plugged| plugged.range).collect(),
             name,
             len,
@@ -309,7 +354,7 @@ pub(crate) fn blocks(
     } else {
         let main = blocks
             .iter_mut()
-            .filter(|block| !block.is_device && block.ranges.is_empty())
+            .filter(|block| block.kind == BlockKind::Ram)
             // Of blocks of one length the first.
             .rev()
             .max_by_key(|block| block.len)
@@ -350,14 +395,17 @@ fn sum(ranges: &[GpaRange]) -> u64 {
         .fold(0, |sum, range| sum.saturating_add(range.len()))
 }
 
-/// Where the `len` bytes of the RAM block are in the guest.
+/// Where the `len` bytes that the machine boots with are in the guest.
 fn ranges(
     path: &Path,
     start: &Start,
     layout: Option<&LayoutSpec>,
     len: u64,
 ) -> Result<Vec<GpaRange>, DumpError> {
-    let Some(spec) = layout.cloned().or_else(|| start.layout()) else {
+    let Some(spec) = layout
+        .cloned()
+        .or_else(|| layout_of(start.machine.as_deref()?))
+    else {
         return Err(DumpError::NoLayout {
             path: path.to_owned(),
             machine: start.machine.clone().unwrap_or_default(),

@@ -14,8 +14,6 @@ use std::path::Path;
 
 const SECTION_PART: u8 = 2;
 const SECTION_END: u8 = 3;
-const SECTION_COMMAND: u8 = 8;
-const SECTION_FOOTER: u8 = 0x7e;
 const FLAG_ZERO: u64 = 0x02;
 const FLAG_PAGE: u64 = 0x08;
 const FLAG_CONTINUE: u64 = 0x20;
@@ -57,7 +55,7 @@ impl Stream {
         layout: Option<&LayoutSpec>,
     ) -> Result<Self, DumpError> {
         let mut cursor = Cursor::new(path, data, at);
-        let start = qemu::start(&mut cursor)?;
+        let mut start = qemu::start(&mut cursor)?;
         for (capability, kind) in [
             (
                 "x-ignore-shared",
@@ -90,6 +88,12 @@ impl Stream {
         let records = (data.len() as u64 / ZERO_RECORD).saturating_add(1);
         if total != start.total || total / TARGET_PAGE > records {
             return Err(cursor.malformed("the size of all memory", total));
+        }
+        // Where a virtio-mem device has its memory stands behind the first part.
+        let mut ahead = cursor.clone();
+        if matches!(ahead.u64(), Ok(FLAG_EOS)) {
+            ahead.footer(start.ram_section)?;
+            qemu::other_sections(&mut ahead, &mut start)?;
         }
         Ok(Self {
             blocks: qemu::blocks(path, &start, layout, blocks)?,
@@ -148,21 +152,12 @@ impl Stream {
                     block,
                 })?;
             }
-            if cursor.peek() == Some(SECTION_FOOTER) {
-                cursor.u8()?;
-                cursor.section(self.start.ram_section)?;
-            }
+            cursor.footer(self.start.ram_section)?;
             if last_part {
                 return Ok(());
             }
-            let mut kind = cursor.u8()?;
-            // Between the parts the source may tell that it is about to end.
-            while kind == SECTION_COMMAND {
-                cursor.bytes::<2>()?;
-                let len = u16::from_be_bytes(cursor.bytes()?);
-                cursor.skip(len.into())?;
-                kind = cursor.u8()?;
-            }
+            qemu::other_sections(&mut cursor, &mut Start::default())?;
+            let kind = cursor.u8()?;
             if kind != SECTION_PART && kind != SECTION_END {
                 return Err(cursor.malformed("a section among the memory's", kind.into()));
             }

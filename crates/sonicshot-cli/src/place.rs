@@ -1,0 +1,567 @@
+//! Finds out where in the guest the bytes of a dump lie, where the dump itself does not say:
+//! raw files, and QEMU's files with several blocks of memory. The guest's own memory maps decide.
+
+use crate::args::InputArgs;
+use crate::error::CliError;
+use crate::report::size;
+use sonicshot::{Gpa, GpaRange, GuestMemory, PageClass, PageMap, RamLayout};
+use sonicshot_dump::{BlockKind, BlockPlace, Dump, DumpError, LayoutSpec, RamBlock};
+use sonicshot_vmi::{GuestOptions, LinuxGuest, VmiError};
+use std::path::Path;
+
+/// Firmware keeps less than this of the RAM at the top of the low part for itself.
+const FIRMWARE: u64 = 128 << 20;
+/// So many ways to lay out a dump are tried.
+const MAX_ATTEMPTS: usize = 64;
+const FROM_FILE: &str = "from the file";
+const BY_GUEST: &str = "found out by the guest's own memory map";
+
+/// A dump whose layout is known, and what was made of its guest.
+pub(crate) struct Placed<T> {
+    pub dump: Dump,
+    /// How the layout was found, for people.
+    pub origin: &'static str,
+    /// Ranges of the same length that hold blocks of which it is not known which is which.
+    pub shared: Vec<Vec<GpaRange>>,
+    pub notes: Vec<String>,
+    pub value: T,
+}
+
+/// One way to lay out a dump.
+struct Candidate {
+    /// `None`: as the file says.
+    layout: Option<LayoutSpec>,
+    /// The RAM that the guest boots with; `None` if the dump says where it lies.
+    boot: Option<RamLayout>,
+    /// Whether blocks were put in an order that nothing in the file tells.
+    guessed: bool,
+    origin: &'static str,
+}
+
+/// What came of trying one.
+enum Attempt<T> {
+    Done(Box<Placed<T>>),
+    /// The guest's map of the RAM that it boots with says otherwise.
+    Refuted(Vec<GpaRange>),
+    /// The guest's map could not be read.
+    Unconfirmed,
+}
+
+/// Opens the dump in the layout that its guest confirms and lets `work` look at the guest.
+pub(crate) fn with_guest<T>(
+    input: &InputArgs,
+    work: &dyn Fn(&LinuxGuest<'_>) -> Result<T, VmiError>,
+) -> Result<Placed<T>, CliError> {
+    let guest_error = |source| CliError::Guest {
+        path: input.file.clone(),
+        source,
+    };
+    if let Some(layout) = &input.layout {
+        let dump = Dump::open(&input.file, Some(layout))?;
+        let own = dump.layout_spec().is_none() && dump.ram_blocks().is_empty();
+        let value = look(input, &dump, work).map_err(guest_error)?;
+        return Ok(Placed {
+            origin: if own {
+                "from the file; --layout is for raw and QEMU's files"
+            } else {
+                "given"
+            },
+            dump,
+            shared: Vec::new(),
+            notes: Vec::new(),
+            value,
+        });
+    }
+    let mut search = Search::new(input)?;
+    let mut first_error: Option<CliError> = None;
+    let mut unconfirmed = None;
+    for _ in 0..MAX_ATTEMPTS {
+        let Some(candidate) = search.next() else {
+            break;
+        };
+        match search.attempt(&candidate, true, work) {
+            Ok(Attempt::Done(placed)) => return Ok(*placed),
+            Ok(Attempt::Refuted(e820)) => search.learn(e820),
+            Ok(Attempt::Unconfirmed) => {
+                unconfirmed.get_or_insert(candidate);
+            }
+            Err(error) if search.certain || is_about_symbols(&error) => return Err(error),
+            Err(error) => {
+                // What is wrong with a kernel says more than that there is none.
+                if first_error.as_ref().is_none_or(is_no_kernel) {
+                    first_error = Some(error);
+                }
+            }
+        }
+    }
+    if let Some(candidate) = unconfirmed
+        && let Attempt::Done(placed) = search.attempt(&candidate, false, work)?
+    {
+        return Ok(Placed {
+            origin: "guessed: the guest's e820 map could not be read",
+            ..*placed
+        });
+    }
+    Err(first_error.unwrap_or_else(|| CliError::NoLayout {
+        path: input.file.clone(),
+    }))
+}
+
+/// Opens the dump alone, in the layout that its guest confirms.
+pub(crate) fn open(file: &Path) -> Result<Dump, CliError> {
+    let input = InputArgs {
+        file: file.to_owned(),
+        symbols: Vec::new(),
+        layout: None,
+        allow_inconsistent: false,
+    };
+    Ok(with_guest(&input, &|_| Ok(()))?.dump)
+}
+
+fn options(input: &InputArgs, dump: &Dump) -> GuestOptions {
+    let mut options = GuestOptions::new();
+    for path in &input.symbols {
+        options = options.symbols(path);
+    }
+    match dump.vmcoreinfo() {
+        Some(text) => options.vmcoreinfo(text),
+        None => options,
+    }
+}
+
+fn look<T>(
+    input: &InputArgs,
+    dump: &Dump,
+    work: &dyn Fn(&LinuxGuest<'_>) -> Result<T, VmiError>,
+) -> Result<T, VmiError> {
+    work(&LinuxGuest::open(dump, &options(input, dump))?)
+}
+
+fn is_no_kernel(error: &CliError) -> bool {
+    let CliError::Guest { source, .. } = error else {
+        return false;
+    };
+    matches!(source, VmiError::NoKernel { .. })
+}
+
+/// A wrong symbol file is wrong in every layout.
+fn is_about_symbols(error: &CliError) -> bool {
+    let CliError::Guest { source, .. } = error else {
+        return false;
+    };
+    matches!(source, VmiError::WrongKernel { .. } | VmiError::Symbols(_))
+}
+
+/// The candidates, likeliest first.
+struct Search<'a> {
+    input: &'a InputArgs,
+    /// The blocks of a QEMU file; none of other formats.
+    blocks: Vec<RamBlock>,
+    /// Where a machine may have its RAM.
+    specs: Vec<LayoutSpec>,
+    todo: std::vec::IntoIter<Candidate>,
+    /// Whether nothing has to be found out.
+    certain: bool,
+    /// What the guest boots with, once a kernel was found.
+    e820: Option<Vec<GpaRange>>,
+    len: u64,
+}
+
+impl<'a> Search<'a> {
+    fn new(input: &'a InputArgs) -> Result<Self, CliError> {
+        let mut specs = LayoutSpec::KNOWN.to_vec();
+        let first = match Dump::open(&input.file, None) {
+            // A machine of QEMU's that is not known: one of the layouts may be its own.
+            Err(error @ DumpError::NoLayout { .. }) => specs
+                .iter()
+                .find_map(|spec| Dump::open(&input.file, Some(spec)).ok())
+                .ok_or(error)?,
+            dump => {
+                let dump = dump?;
+                specs.retain(|spec| dump.machine_layout().is_none_or(|own| own == *spec));
+                dump
+            }
+        };
+        let blocks = first.ram_blocks().to_vec();
+        let mut search = Self {
+            input,
+            specs,
+            todo: Vec::new().into_iter(),
+            certain: false,
+            e820: None,
+            len: first.layout().bytes(),
+            blocks,
+        };
+        let own = Candidate {
+            layout: None,
+            boot: None,
+            guessed: false,
+            origin: FROM_FILE,
+        };
+        let candidates = if search.blocks.is_empty() {
+            match first.layout_spec() {
+                None => {
+                    search.certain = true;
+                    vec![own]
+                }
+                Some(_) => search.of_raw(),
+            }
+        } else {
+            search.of_blocks()
+        };
+        search.certain |= candidates.len() == 1 && search.others(&[]).len() <= 1;
+        search.todo = candidates.into_iter();
+        Ok(search)
+    }
+
+    fn next(&mut self) -> Option<Candidate> {
+        let e820 = &self.e820;
+        self.todo.find(|candidate| match (&candidate.boot, e820) {
+            (Some(boot), Some(e820)) => fits(boot, e820),
+            _ => true,
+        })
+    }
+
+    fn of_raw(&self) -> Vec<Candidate> {
+        let mut candidates: Vec<Candidate> = Vec::new();
+        for spec in &self.specs {
+            let Ok(boot) = RamLayout::new(spec.ranges(self.len)) else {
+                continue;
+            };
+            if candidates.iter().all(|c| c.boot.as_ref() != Some(&boot)) {
+                candidates.push(Candidate {
+                    layout: Some(spec.clone()),
+                    boot: Some(boot),
+                    guessed: false,
+                    origin: BY_GUEST,
+                });
+            }
+        }
+        if let [only] = candidates.as_mut_slice() {
+            only.boot = None;
+            only.origin = "the same in every VMM for this size";
+        }
+        candidates
+    }
+
+    /// The blocks that may be RAM that the guest boots with, in the order of the file.
+    fn ram(&self) -> Vec<&RamBlock> {
+        let ram = |block: &&RamBlock| block.kind == BlockKind::Ram;
+        self.blocks.iter().filter(ram).collect()
+    }
+
+    /// The blocks that may be RAM and are not among `names`.
+    fn others(&self, names: &[&str]) -> Vec<&RamBlock> {
+        let mut others = self.ram();
+        others.retain(|block| !names.contains(&block.name.as_str()));
+        others
+    }
+
+    fn of_blocks(&self) -> Vec<Candidate> {
+        let mut by_length = self.ram();
+        by_length.sort_by_key(|block| std::cmp::Reverse(block.len));
+        let mut orders: Vec<Vec<&RamBlock>> = by_length.iter().map(|block| vec![*block]).collect();
+        // NUMA nodes: usually in the order in which they were made, or that of their names.
+        let mut by_name = self.ram();
+        by_name.sort_by(|a, b| a.name.cmp(&b.name));
+        for order in [self.ram(), by_name] {
+            if !orders.contains(&order) {
+                orders.push(order);
+            }
+        }
+        add_orders(&self.ram(), &mut Vec::new(), &mut orders);
+        let mut candidates = Vec::new();
+        for order in orders {
+            let total = order.iter().fold(0, |sum, b| b.len.saturating_add(sum));
+            let mut known: Vec<Vec<GpaRange>> = Vec::new();
+            for spec in &self.specs {
+                let ranges = spec.ranges(total);
+                if !known.contains(&ranges) {
+                    candidates.extend(self.candidate(&order, &ranges, FROM_FILE));
+                    known.push(ranges);
+                }
+            }
+        }
+        candidates
+    }
+
+    /// The blocks `order` at `ranges`, beside those whose place is known.
+    fn candidate(
+        &self,
+        order: &[&RamBlock],
+        ranges: &[GpaRange],
+        origin: &'static str,
+    ) -> Option<Candidate> {
+        let mut places = Vec::new();
+        let mut ranges = ranges.to_vec();
+        for block in order {
+            let place = take(&mut ranges, block.len)?;
+            places.push(BlockPlace::new(&block.name, place));
+        }
+        let boot = places.iter().flat_map(|place| place.ranges.clone());
+        let boot = RamLayout::new(boot.collect()).ok()?;
+        for block in &self.blocks {
+            if block.kind == BlockKind::VirtioMem {
+                places.push(BlockPlace::new(&block.name, block.ranges.clone()));
+            }
+        }
+        let guessed = self.ram().len() > 1;
+        Some(Candidate {
+            layout: Some(LayoutSpec::Blocks(places)),
+            boot: Some(boot),
+            guessed,
+            origin: if guessed { BY_GUEST } else { origin },
+        })
+    }
+
+    /// Takes what a guest's own map says, and a layout made by it as one more candidate.
+    fn learn(&mut self, e820: Vec<GpaRange>) {
+        if self.e820.is_some() {
+            return;
+        }
+        let mut more = Vec::new();
+        if self.blocks.is_empty() {
+            let layout = by_e820(&e820, self.len);
+            more.extend(layout.and_then(|ranges| {
+                Some(Candidate {
+                    boot: Some(RamLayout::new(ranges.clone()).ok()?),
+                    layout: Some(LayoutSpec::Ranges(ranges)),
+                    guessed: false,
+                    origin: BY_GUEST,
+                })
+            }));
+        } else {
+            for block in self.ram() {
+                let ranges = by_e820(&e820, block.len);
+                more.extend(ranges.and_then(|r| self.candidate(&[block], &r, BY_GUEST)));
+            }
+        }
+        let todo = std::mem::take(&mut self.todo);
+        self.todo = todo.chain(more).collect::<Vec<_>>().into_iter();
+        self.e820 = Some(e820);
+    }
+
+    fn attempt<T>(
+        &self,
+        candidate: &Candidate,
+        confirm: bool,
+        work: &dyn Fn(&LinuxGuest<'_>) -> Result<T, VmiError>,
+    ) -> Result<Attempt<T>, CliError> {
+        let guest_error = |source| CliError::Guest {
+            path: self.input.file.clone(),
+            source,
+        };
+        let dump = Dump::open(&self.input.file, candidate.layout.as_ref())?;
+        let guest = LinuxGuest::open(&dump, &options(self.input, &dump)).map_err(guest_error)?;
+        if let Some(boot) = &candidate.boot
+            && confirm
+        {
+            match guest.e820() {
+                Ok(Some(e820)) if !fits(boot, &e820) => return Ok(Attempt::Refuted(e820)),
+                Ok(Some(_)) => {}
+                // A file with one block has the layout of its machine.
+                _ if !self.blocks.is_empty() && !candidate.guessed => {}
+                _ => return Ok(Attempt::Unconfirmed),
+            }
+        }
+        let mut plugged = Plugged::default();
+        if let Some(LayoutSpec::Blocks(places)) = &candidate.layout
+            && candidate.guessed
+        {
+            let structs = guest.struct_page_memory().map_err(guest_error)?;
+            if !self.in_place(places, &structs) {
+                return Ok(Attempt::Unconfirmed);
+            }
+            let names: Vec<&str> = places.iter().map(|place| place.name.as_str()).collect();
+            let ram = guest.system_ram().map_err(guest_error)?;
+            let taken: Vec<GpaRange> = places.iter().flat_map(|p| p.ranges.clone()).collect();
+            plugged = Plugged::find(&self.others(&names), &ram.unwrap_or_default(), &taken);
+            if !plugged.places.is_empty() {
+                drop(guest);
+                let all = [places.as_slice(), &plugged.places].concat();
+                let dump = Dump::open(&self.input.file, Some(&LayoutSpec::Blocks(all)))?;
+                let value = look(self.input, &dump, work).map_err(guest_error)?;
+                let placed = plugged.placed(dump, candidate.origin, value);
+                return Ok(Attempt::Done(Box::new(placed)));
+            }
+        }
+        let value = work(&guest).map_err(guest_error)?;
+        drop(guest);
+        let placed = plugged.placed(dump, candidate.origin, value);
+        Ok(Attempt::Done(Box::new(placed)))
+    }
+
+    /// Whether the guest itself shows that the blocks it boots with are where `places` has them:
+    /// what its kernel keeps in a block is found there. One of them is told by the others.
+    fn in_place(&self, places: &[BlockPlace], structs: &[GpaRange]) -> bool {
+        let ram = self.ram();
+        let boot = |place: &&BlockPlace| ram.iter().any(|block| block.name == place.name);
+        let boot: Vec<&BlockPlace> = places.iter().filter(boot).collect();
+        let found = |place: &&&BlockPlace| {
+            let mut ranges = place.ranges.iter();
+            ranges.any(|range| structs.iter().any(|s| !s.intersection(range).is_empty()))
+        };
+        boot.iter().filter(found).count().saturating_add(1) >= boot.len()
+    }
+}
+
+/// Memory that was plugged in as DIMMs: the file does not say where, the guest's kernel does.
+#[derive(Default)]
+struct Plugged {
+    places: Vec<BlockPlace>,
+    shared: Vec<Vec<GpaRange>>,
+    notes: Vec<String>,
+}
+
+impl Plugged {
+    /// Gives each block the stretch of RAM that has its length. `taken` is where others are.
+    fn find(blocks: &[&RamBlock], ram: &[GpaRange], taken: &[GpaRange]) -> Self {
+        let mut plugged = Self::default();
+        let mut lengths: Vec<u64> = blocks.iter().map(|block| block.len).collect();
+        lengths.sort_unstable();
+        lengths.dedup();
+        for len in lengths {
+            let these = blocks.iter().filter(|block| block.len == len);
+            let free = |range: &&GpaRange| {
+                range.len() == len && taken.iter().all(|t| t.intersection(range).is_empty())
+            };
+            let ranges: Vec<GpaRange> = ram.iter().filter(free).copied().collect();
+            if these.clone().count() != ranges.len() {
+                plugged.notes.extend(these.map(|block| {
+                    format!(
+                        "memory block {} ({}) is kept as it is: where it lies in the guest is \
+                         not known (--layout can tell)",
+                        block.name,
+                        size(len)
+                    )
+                }));
+                continue;
+            }
+            let places = these.zip(&ranges);
+            plugged
+                .places
+                .extend(places.map(|(block, range)| BlockPlace::new(&block.name, vec![*range])));
+            if ranges.len() > 1 {
+                plugged.notes.push(format!(
+                    "{} memory blocks of {} cannot be told from each other: what is not free in \
+                     all of them is kept",
+                    ranges.len(),
+                    size(len)
+                ));
+                plugged.shared.push(ranges);
+            }
+        }
+        plugged
+    }
+
+    fn placed<T>(self, dump: Dump, origin: &'static str, value: T) -> Placed<T> {
+        Placed {
+            dump,
+            origin,
+            shared: self.shared,
+            notes: self.notes,
+            value,
+        }
+    }
+}
+
+/// Where blocks of one length may lie in each other's place, keeps what is not free in all of the
+/// places: so nothing is dropped that is in use, whichever block is where.
+pub(crate) fn keep_what_is_not_free_in_all(map: &mut PageMap, shared: &[Vec<GpaRange>]) {
+    let page_size = map.page_size();
+    for ranges in shared {
+        let mut free: Vec<bool> = Vec::new();
+        let frames = || ranges.iter().map(|range| range.whole_frames(page_size));
+        for (number, frames) in frames().enumerate() {
+            free.resize(usize::try_from(frames.len()).unwrap_or(0), number == 0);
+            let mut seen = free.iter_mut();
+            map.with_slices(frames, |_, classes| {
+                for (class, free) in classes.iter().zip(&mut seen) {
+                    *free &= DROPPED.contains(class);
+                }
+            });
+            seen.for_each(|free| *free = false);
+        }
+        for frames in frames() {
+            let mut free = free.iter();
+            map.with_slices(frames, |_, classes| {
+                for (class, free) in classes.iter_mut().zip(&mut free) {
+                    if !free && class.may_be_dropped() {
+                        *class = PageClass::Unknown;
+                    }
+                }
+            });
+        }
+    }
+}
+
+/// What says of a page that the guest does not use it, whatever it holds.
+const DROPPED: [PageClass; 3] = [PageClass::FreeBuddy, PageClass::FreePcp, PageClass::Offline];
+
+/// Takes `len` bytes off the front of `ranges`.
+fn take(ranges: &mut Vec<GpaRange>, len: u64) -> Option<Vec<GpaRange>> {
+    let mut taken = Vec::new();
+    let mut left = len;
+    while left > 0 {
+        let first = ranges.first_mut()?;
+        let part = GpaRange::with_len(first.start(), first.len().min(left))?;
+        *first = GpaRange::new(part.end(), first.end());
+        left = left.saturating_sub(part.len());
+        if first.is_empty() {
+            ranges.remove(0);
+        }
+        taken.push(part);
+    }
+    Some(taken)
+}
+
+/// Whether the usable RAM of the guest's map lies in `boot`, and reaches the top of it.
+fn fits(boot: &RamLayout, ram: &[GpaRange]) -> bool {
+    let inside = ram
+        .iter()
+        .all(|range| boot.contains(range.start(), range.len()));
+    let top = ram.iter().map(GpaRange::end).max();
+    let reaches = match (boot.regions(), top) {
+        // Firmware keeps memory at the top of the low part for itself, never of the high part.
+        ([_], Some(top)) => boot.end().offset_from(top).is_some_and(|n| n < FIRMWARE),
+        (_, Some(top)) => top == boot.end(),
+        (_, None) => false,
+    };
+    inside && reaches
+}
+
+/// Where `len` bytes of RAM lie by the guest's map: some below 4 GiB, the rest from there on.
+fn by_e820(e820: &[GpaRange], len: u64) -> Option<Vec<GpaRange>> {
+    let gib_4 = Gpa::new(1 << 32);
+    let end = e820.iter().map(GpaRange::end).max()?;
+    let high = GpaRange::new(gib_4, end.max(gib_4));
+    let low = GpaRange::with_len(Gpa::ZERO, len.checked_sub(high.len())?)?;
+    if low.is_empty() || low.end() > gib_4 {
+        return None;
+    }
+    let mut ranges = vec![low, high];
+    ranges.retain(|range| !range.is_empty());
+    Some(ranges)
+}
+
+/// Adds every order of two and more of `blocks`, up to a limit.
+fn add_orders<'b>(
+    blocks: &[&'b RamBlock],
+    begun: &mut Vec<&'b RamBlock>,
+    orders: &mut Vec<Vec<&'b RamBlock>>,
+) {
+    for block in blocks {
+        if begun.contains(block) {
+            continue;
+        }
+        if orders.len() >= MAX_ATTEMPTS {
+            return;
+        }
+        begun.push(block);
+        if begun.len() > 1 && !orders.contains(begun) {
+            orders.push(begun.clone());
+        }
+        add_orders(blocks, begun, orders);
+        begun.pop();
+    }
+}
