@@ -13,7 +13,7 @@ mod common;
 use sonicshot::{
     DropClasses, Fill, Gpa, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange, PrunePlan,
 };
-use sonicshot_dump::{Dump, DumpError, LayoutSpec, Overwrite};
+use sonicshot_dump::{BlockKind, Dump, DumpError, LayoutSpec, Overwrite};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -28,6 +28,23 @@ struct File {
     blocks: Vec<Block>,
     /// Changes the header of the first block: version, page size, bitmap, pages.
     edit: fn(&mut [u64; 4]),
+    /// What stands between the memory and the rest.
+    between: Vec<u8>,
+}
+
+/// The state of a virtio-mem device: its name, where its memory is, the length, the pieces.
+fn virtio_mem(device: &str, at: u64, len: u64, piece: u64) -> Vec<u8> {
+    let mut out = vec![4, 0, 0, 0, 9];
+    name(&mut out, &format!("{device}/virtio-mem-device-early"));
+    out.extend([0, 0, 0, 0, 0, 0, 0, 1]);
+    for word in [at, len, piece] {
+        out.extend(word.to_be_bytes());
+    }
+    out.extend([0; 12]);
+    let pieces = len.checked_div(piece).unwrap_or(0);
+    out.extend(vec![0xff; pieces.div_ceil(64) as usize * 8]);
+    out.extend([0x7e, 0, 0, 0, 9]);
+    out
 }
 
 fn name(out: &mut Vec<u8>, name: &str) {
@@ -42,6 +59,7 @@ impl File {
             capabilities: vec!["mapped-ram"],
             blocks,
             edit: |_| {},
+            between: Vec::new(),
         }
     }
 
@@ -86,7 +104,9 @@ impl File {
             }
         }
         out.extend(0x10_u64.to_be_bytes());
-        out.extend(b"\x7e\0\0\0\x01the devices' state");
+        out.extend(b"\x7e\0\0\0\x01");
+        out.extend(&self.between);
+        out.extend(b"the devices' state");
         out
     }
 
@@ -156,6 +176,131 @@ fn ram_lies_around_the_hole_that_the_layout_says() {
     let wrong: LayoutSpec = "0-0x5000".parse().unwrap();
     let error = Dump::open(&path, Some(&wrong)).unwrap_err();
     assert!(matches!(error, DumpError::LayoutLength { .. }), "{error}");
+}
+
+#[test]
+fn several_blocks_lie_where_the_layout_has_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let blocks = vec![
+        Block("ram-node0", ram(20)),
+        Block("ram-node1", (0..12).map(|n| Some(0x80 + n)).collect()),
+        Block("/objects/mem0", vec![Some(0x40); 4]),
+        Block("pc.bios", vec![Some(0x55); 9]),
+    ];
+    let path = File::new(blocks).write(folder.path());
+    // Alone, only the longest is known.
+    let dump = Dump::open(&path, None).unwrap();
+    assert_eq!(dump.layout().bytes(), 20 * PAGE as u64);
+    let kinds: Vec<_> = dump.ram_blocks().iter().map(|block| block.kind).collect();
+    use BlockKind::{Device, Ram};
+    assert_eq!(kinds, [Ram, Ram, Ram, Device]);
+    let text = "ram-node1=0x20000-0x24000,0x100000-0x108000;ram-node0=0-0x14000";
+    let layout: LayoutSpec = text.parse().unwrap();
+    let dump = Dump::open(&path, Some(&layout)).unwrap();
+    let mut expected: Vec<u8> = ram(20).iter().map(|page| page.unwrap_or(0)).collect();
+    expected.extend(0x80..0x8c);
+    assert_eq!(first_bytes(&dump), expected);
+    let before = fs::read(&path).unwrap();
+    // Pages of both, and across the end of one.
+    let plan = plan(&dump, &[(3, 9), (0x22, 0x30), (0x100, 0x102)]);
+    let copy = folder.path().join("copy");
+    dump.prune_to(&plan, &copy, Overwrite::Refuse, &mut |_, _| {})
+        .unwrap();
+    dump.prune_in_place(&plan, &mut |_, _| {}).unwrap();
+    let after = fs::read(&path).unwrap();
+    assert!(after == fs::read(&copy).unwrap());
+    for dropped in [3, 4, 5, 6, 7, 8, 22, 23, 24, 25] {
+        expected[dropped] = 0;
+    }
+    let pruned = Dump::open(&path, Some(&layout)).unwrap();
+    assert_eq!(first_bytes(&pruned), expected);
+    for byte in [0x40, 0x55] {
+        let count = |file: &[u8]| file.iter().filter(|b| **b == byte).count();
+        assert_eq!(count(&after), count(&before), "blocks that are not placed");
+    }
+    for (wrong, says) in [
+        ("ram-node7=0-0x14000", "has no block of memory `ram-node7`"),
+        (
+            "ram-node0=0-0x14000;ram-node0=1M-0x114000",
+            "`ram-node0` to place",
+        ),
+        (
+            "ram-node0=0-0x13000",
+            "describes 77824 bytes of RAM, the file has 81920",
+        ),
+        ("ram-node0=0-0x14000;ram-node1=0x10000-0x1c000", "cannot be"),
+    ] {
+        let layout: LayoutSpec = wrong.parse().unwrap();
+        let error = Dump::open(&path, Some(&layout)).unwrap_err();
+        assert!(error.to_string().contains(says), "{error}");
+    }
+}
+
+#[test]
+fn a_virtio_mem_device_says_where_its_memory_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let memory = "0000:00:02.0/vmem0";
+    let mut file = File::new(vec![
+        Block("ram0", ram(20)),
+        Block(
+            memory,
+            (0..16).map(|n| (n < 8).then_some(0x80 + n)).collect(),
+        ),
+        Block("0000:00:03.0/vga", vec![Some(1); 16]),
+    ]);
+    let len = 16 * PAGE as u64;
+    file.between = virtio_mem("0000:00:02.0", 1 << 32, len, 8192);
+    let path = file.write(folder.path());
+    let dump = Dump::open(&path, None).unwrap();
+    assert_eq!(dump.layout().bytes(), 20 * PAGE as u64 + len);
+    let mut word = [0; 2];
+    dump.read(Gpa::new((1 << 32) + 7 * 4096), &mut word)
+        .unwrap();
+    assert_eq!(word, [0x87; 2]);
+    // The same in a stream, where it stands behind the list of blocks.
+    let mut bytes = stream();
+    let at = bytes
+        .windows(5)
+        .position(|part| part == b"\x7e\0\0\0\x02")
+        .unwrap()
+        + 5;
+    bytes.splice(at..at, virtio_mem("pc", 1 << 32, 8 * 4096, 4096));
+    // Its block would be `pc/...`.
+    let list = bytes
+        .windows(7)
+        .position(|part| part == b"\x06pc.rom")
+        .unwrap();
+    bytes[list + 3] = b'/';
+    let list = bytes
+        .windows(7)
+        .rposition(|part| part == b"\x06pc.rom")
+        .unwrap();
+    bytes[list + 3] = b'/';
+    let path = folder.path().join("stream");
+    fs::write(&path, &bytes).unwrap();
+    // Of another length than the device says: kept, as memory that is not known.
+    let dump = Dump::open(&path, None).unwrap();
+    assert_eq!(dump.ram_blocks()[1].kind, BlockKind::Ram);
+    assert_eq!(first_bytes(&dump), [1, 0x77, 3, 0, 5, 6, 0, 8]);
+    let fits = virtio_mem("pc", 1 << 32, 2 * 4096, 4096);
+    bytes.splice(at..at + fits.len(), fits);
+    fs::write(&path, &bytes).unwrap();
+    let dump = Dump::open(&path, None).unwrap();
+    assert_eq!(dump.ram_blocks()[1].kind, BlockKind::VirtioMem);
+    assert_eq!(first_bytes(&dump), [1, 0x77, 3, 0, 5, 6, 0, 8, 0x55, 0]);
+
+    for (at, len, piece) in [(u64::MAX, len, 8192), (0, len, 0), (0, 5, 1), (0, len, 1)] {
+        file.between = virtio_mem("0000:00:02.0", at, len, piece);
+        if piece == 1 {
+            file.between.truncate(120);
+        }
+        let error = Dump::open(file.write(folder.path()), None).unwrap_err();
+        assert!(matches!(error, DumpError::Malformed { .. }), "{error}");
+    }
+    // Over the RAM that the guest boots with.
+    file.between = virtio_mem("0000:00:02.0", 0x1000, len, 8192);
+    let error = Dump::open(file.write(folder.path()), None).unwrap_err();
+    assert!(matches!(error, DumpError::Layout { .. }), "{error}");
 }
 
 #[test]
