@@ -1,7 +1,7 @@
 //! From a file's name to the class of every page in it.
 
-use crate::args::InputArgs;
 use crate::error::CliError;
+use crate::inputs::{Input, add_notes};
 use sonicshot::{ClassCounts, GpaRange, GuestMemory, RamLayout};
 use sonicshot_dump::{Dump, LayoutSpec};
 use sonicshot_vmi::{
@@ -24,7 +24,7 @@ pub(crate) struct Analysis {
 }
 
 /// Opens the dump, finds its kernel, and classifies every page.
-pub(crate) fn analyze(input: &InputArgs) -> Result<Analysis, CliError> {
+pub(crate) fn analyze(input: &Input<'_>) -> Result<Analysis, CliError> {
     let mut analysis = classify(input)?;
     mark_zero_pages(&analysis.dump, &mut analysis.pages.map)?;
     analysis.counts = analysis.pages.map.counts();
@@ -32,13 +32,13 @@ pub(crate) fn analyze(input: &InputArgs) -> Result<Analysis, CliError> {
 }
 
 /// The same, but pages in use are not looked into.
-pub(crate) fn classify(input: &InputArgs) -> Result<Analysis, CliError> {
+pub(crate) fn classify(input: &Input<'_>) -> Result<Analysis, CliError> {
     let (dump, layout_origin) = open(input)?;
     let guest_error = |source| CliError::Guest {
-        path: input.file.clone(),
+        path: input.memory().into(),
         source,
     };
-    let on = if input.allow_inconsistent {
+    let on = if input.how.allow_inconsistent {
         OnInconsistency::KeepInQuestion
     } else {
         OnInconsistency::Refuse
@@ -54,7 +54,7 @@ pub(crate) fn classify(input: &InputArgs) -> Result<Analysis, CliError> {
     let symbol_sources = guest.symbol_sources();
     drop(guest);
     let counts = pages.map.counts();
-    Ok(Analysis {
+    let mut analysis = Analysis {
         dump,
         layout_origin,
         release,
@@ -64,12 +64,14 @@ pub(crate) fn classify(input: &InputArgs) -> Result<Analysis, CliError> {
         symbol_sources,
         pages,
         counts,
-    })
+    };
+    add_notes(&mut analysis, input);
+    Ok(analysis)
 }
 
-fn options(input: &InputArgs, dump: &Dump) -> GuestOptions {
+fn options(input: &Input<'_>, dump: &Dump) -> GuestOptions {
     let mut options = GuestOptions::new();
-    for path in &input.symbols {
+    for path in &input.how.symbols {
         options = options.symbols(path);
     }
     match dump.vmcoreinfo() {
@@ -79,15 +81,16 @@ fn options(input: &InputArgs, dump: &Dump) -> GuestOptions {
 }
 
 /// Opens the dump; a raw file without `--layout` in the layout that its guest confirms.
-pub(crate) fn open(input: &InputArgs) -> Result<(Dump, &'static str), CliError> {
-    if let Some(layout) = &input.layout {
-        let dump = Dump::open(&input.file, Some(layout))?;
+pub(crate) fn open(input: &Input<'_>) -> Result<(Dump, &'static str), CliError> {
+    if let Some(layout) = input.files.layout() {
+        let dump = input.open(Some(layout))?;
         return Ok(match dump.layout_spec() {
+            Some(_) if input.how.layout.is_none() => (dump, "from the snapshot's state.json"),
             Some(_) => (dump, "given"),
             None => (dump, "from the file; --layout is for raw files"),
         });
     }
-    let first = Dump::open(&input.file, None)?;
+    let first = input.open(None)?;
     if first.layout_spec().is_none() {
         return Ok((first, "from the file"));
     }
@@ -106,14 +109,14 @@ pub(crate) fn open(input: &InputArgs) -> Result<(Dump, &'static str), CliError> 
     let mut last_error = None;
     let mut unconfirmed = None;
     for (spec, _) in candidates {
-        let dump = Dump::open(&input.file, Some(spec))?;
+        let dump = input.open(Some(spec))?;
         let confirmed = {
             let guest = match LinuxGuest::open(&dump, &options(input, &dump)) {
                 Ok(guest) => guest,
                 // A wrong symbol file is wrong in every layout.
                 Err(source @ (VmiError::WrongKernel { .. } | VmiError::Symbols(_))) => {
                     return Err(CliError::Guest {
-                        path: input.file.clone(),
+                        path: input.memory().into(),
                         source,
                     });
                 }
@@ -136,15 +139,15 @@ pub(crate) fn open(input: &InputArgs) -> Result<(Dump, &'static str), CliError> 
     }
     match (unconfirmed, last_error) {
         (Some(spec), _) => Ok((
-            Dump::open(&input.file, Some(spec))?,
+            input.open(Some(spec))?,
             "guessed: the guest's e820 map could not be read",
         )),
         (None, Some(source)) => Err(CliError::Guest {
-            path: input.file.clone(),
+            path: input.memory().into(),
             source,
         }),
         (None, None) => Err(CliError::NoLayout {
-            path: input.file.clone(),
+            path: input.memory().into(),
         }),
     }
 }

@@ -1,8 +1,8 @@
 //! The kernel's tree of physical resources, `iomem_resource` (`kernel/resource.c`).
 
+use crate::KernelVa;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
-use crate::KernelVa;
 use sonicshot::{Gpa, GpaRange};
 
 /// No machine lists more resources.
