@@ -14,6 +14,7 @@ import kernels  # noqa: E402
 import machine  # noqa: E402
 import peers  # noqa: E402
 import proof  # noqa: E402
+import vmms  # noqa: E402
 
 
 def spec_of(args, series):
@@ -188,6 +189,18 @@ def do_compare(args):
     peers.compare(folder, find_tool(args.sonicshot))
 
 
+def do_vmms(args):
+    """Firecracker's and Cloud Hypervisor's files, made of real guests' RAM."""
+    kernels.install_tools()
+    tool = find_tool(args.sonicshot)
+    meta = kernels.fetch(args.kernel, False)
+    for mem in (int(m) for m in args.mem.split(",")):
+        spec = {"kernel": meta, "mem": mem, "cpu": "qemu64", "smp": 1, "machine": "pc",
+                "garbage": "random"}
+        folder = vmms.capture(spec, f"vmms-{args.kernel}-{mem}")
+        print(f"ok   {mem} MiB: {vmms.prove(tool, folder)}", flush=True)
+
+
 def do_restore(args):
     folder = kernels.LAB / "captures" / args.capture
     beat, rss = machine.restore(folder, Path(args.ram).resolve(), args.torture)
@@ -250,6 +263,12 @@ def main():
     compare.add_argument("--mem", type=int, default=4096, help="MiB")
     compare.add_argument("--sonicshot", help="the binary; built if not given")
     compare.set_defaults(run=do_compare)
+
+    snapshots = commands.add_parser("vmms", help="Firecracker's and Cloud Hypervisor's files")
+    snapshots.add_argument("--kernel", default="6.1")
+    snapshots.add_argument("--mem", default="512,4096", help="MiB, several")
+    snapshots.add_argument("--sonicshot", help="the binary; built if not given")
+    snapshots.set_defaults(run=do_vmms)
 
     restore = commands.add_parser("restore", help="run a captured guest on")
     restore.add_argument("--capture", required=True)

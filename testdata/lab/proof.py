@@ -45,8 +45,8 @@ def read_tsv(path):
     return runs
 
 
-def inspect(tool, dump, symbols, out):
-    command = [tool, "inspect", dump, "--json", "--pfns", out, "--force"]
+def inspect(tool, dump, symbols, out, more=()):
+    command = [tool, "inspect", dump, "--json", "--pfns", out, "--force", *more]
     for file in symbols:
         command += ["--symbols", file]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)

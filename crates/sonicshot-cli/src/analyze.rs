@@ -1,7 +1,7 @@
 //! From a file's name to the class of every page in it.
 
-use crate::args::InputArgs;
 use crate::error::CliError;
+use crate::inputs::{Input, add_notes};
 use crate::place::{self, keep_what_is_not_free_in_all};
 use sonicshot::ClassCounts;
 use sonicshot_dump::Dump;
@@ -23,7 +23,7 @@ pub(crate) struct Analysis {
 }
 
 /// Opens the dump, finds its kernel, and classifies every page.
-pub(crate) fn analyze(input: &InputArgs) -> Result<Analysis, CliError> {
+pub(crate) fn analyze(input: &Input<'_>) -> Result<Analysis, CliError> {
     let mut analysis = classify(input)?;
     mark_zero_pages(&analysis.dump, &mut analysis.pages.map)?;
     analysis.counts = analysis.pages.map.counts();
@@ -31,8 +31,8 @@ pub(crate) fn analyze(input: &InputArgs) -> Result<Analysis, CliError> {
 }
 
 /// The same, but pages in use are not looked into.
-pub(crate) fn classify(input: &InputArgs) -> Result<Analysis, CliError> {
-    let on = if input.allow_inconsistent {
+pub(crate) fn classify(input: &Input<'_>) -> Result<Analysis, CliError> {
+    let on = if input.how.allow_inconsistent {
         OnInconsistency::KeepInQuestion
     } else {
         OnInconsistency::Refuse
@@ -58,7 +58,7 @@ pub(crate) fn classify(input: &InputArgs) -> Result<Analysis, CliError> {
     keep_what_is_not_free_in_all(&mut pages.map, &placed.shared);
     pages.notes.extend(placed.notes);
     let counts = pages.map.counts();
-    Ok(Analysis {
+    let mut analysis = Analysis {
         dump: placed.dump,
         layout_origin: placed.origin,
         release,
@@ -68,7 +68,9 @@ pub(crate) fn classify(input: &InputArgs) -> Result<Analysis, CliError> {
         symbol_sources,
         pages,
         counts,
-    })
+    };
+    add_notes(&mut analysis, input);
+    Ok(analysis)
 }
 
 /// What is taken of a guest.

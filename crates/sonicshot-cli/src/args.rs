@@ -46,11 +46,8 @@ pub(crate) enum Command {
 }
 
 /// How a dump is to be understood.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub(crate) struct InputArgs {
-    /// The dump: raw guest RAM, an ELF core, QEMU mapped-ram, kdump-compressed, LiME, AVML;
-    /// `inspect` also takes a checkpoint
-    pub file: PathBuf,
     /// A System.map, vmlinux or BTF file of the guest's kernel; may be repeated. Without it
     /// everything is found in the guest's own memory
     #[arg(long, value_name = "FILE")]
@@ -59,6 +56,9 @@ pub(crate) struct InputArgs {
     /// START-END,... Without it, found out by the guest's own memory map
     #[arg(long, value_name = "LAYOUT")]
     pub layout: Option<LayoutSpec>,
+    /// The memory that the dump is a diff to: a Firecracker diff snapshot is read over it
+    #[arg(long, value_name = "FILE")]
+    pub base: Option<PathBuf>,
     /// Go on although the guest's records of free pages contradict each other: every page in
     /// question is kept, the others are believed
     #[arg(long)]
@@ -67,6 +67,11 @@ pub(crate) struct InputArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
+    /// Dumps: raw guest RAM, an ELF core, a QEMU migration file or stream, kdump-compressed,
+    /// LiME, AVML; a Cloud Hypervisor snapshot folder, or one with a Firecracker state and memory
+    /// file; a checkpoint
+    #[arg(value_name = "FILE|DIR", required = true)]
+    pub files: Vec<PathBuf>,
     #[command(flatten)]
     pub input: InputArgs,
     /// Print JSON
@@ -82,9 +87,14 @@ pub(crate) struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct PruneArgs {
+    /// Dumps: raw guest RAM, an ELF core, a QEMU migration file or stream, kdump-compressed;
+    /// a Cloud Hypervisor snapshot folder, or one with a Firecracker state and memory file
+    #[arg(value_name = "FILE|DIR", required = true)]
+    pub files: Vec<PathBuf>,
     #[command(flatten)]
     pub input: InputArgs,
-    /// Where to write the pruned dump
+    /// Where to write the pruned dump, of a folder a folder; of several inputs, the folder that
+    /// the copies go to
     #[arg(short, long, value_name = "OUT", required_unless_present_any = ["in_place", "dry_run"])]
     pub output: Option<PathBuf>,
     /// Punch the pages out of the file itself (raw and mapped-ram files): nothing is copied, and whatever
@@ -112,6 +122,9 @@ pub(crate) struct PruneArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct SaveArgs {
+    /// The dump, or the folder of a VMM's snapshot
+    #[arg(value_name = "FILE|DIR")]
+    pub file: PathBuf,
     #[command(flatten)]
     pub input: InputArgs,
     /// Where to write the checkpoint; `-` is standard output

@@ -3,6 +3,7 @@
 use crate::analyze::classify;
 use crate::args::{DumpKind, InspectArgs, RestoreArgs, SaveArgs, VerifyArgs};
 use crate::error::CliError;
+use crate::inputs::Input;
 use crate::place;
 use crate::report::{count, percent, progress_bar, say, size};
 use serde_json::{Map, Value, json};
@@ -79,8 +80,9 @@ struct Source {
 }
 
 fn source(args: &SaveArgs) -> Result<Source, CliError> {
+    let input = Input::find(&args.file, &args.input)?;
     if args.keep_all {
-        let dump = Dump::open(&args.input.file, args.input.layout.as_ref())?;
+        let dump = input.open(input.files.layout())?;
         let map = PageMap::new(dump.layout(), PageSize::SIZE_4K);
         let vmcoreinfo = dump.vmcoreinfo().map(<[u8]>::to_vec);
         let info = CheckpointInfo::new(dump.layout().clone(), PageSize::SIZE_4K);
@@ -93,7 +95,7 @@ fn source(args: &SaveArgs) -> Result<Source, CliError> {
             notes: Vec::new(),
         });
     }
-    let analysis = classify(&args.input)?;
+    let analysis = classify(&input)?;
     let page_size = analysis.pages.map.page_size();
     let mut info = CheckpointInfo::new(analysis.dump.layout().clone(), page_size);
     info.kernel_release = Some(analysis.release);
@@ -373,8 +375,8 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
 }
 
 /// What is in a checkpoint; no kernel is looked for.
-pub(crate) fn inspect(args: &InspectArgs) -> Result<(), CliError> {
-    let reader = open_checkpoint(&args.input.file)?;
+pub(crate) fn inspect(path: &Path, args: &InspectArgs) -> Result<(), CliError> {
+    let reader = open_checkpoint(path)?;
     let (info, stats) = (reader.info(), reader.stats());
     let page_size = info.page_size.bytes();
     // Not by a map of every frame: a small file may describe a huge guest.
@@ -404,6 +406,7 @@ pub(crate) fn inspect(args: &InspectArgs) -> Result<(), CliError> {
             .map(|r| json!([r.start().raw(), r.end().raw()]))
             .collect();
         let more = json!({
+            "path": path.display().to_string(),
             "format": "checkpoint",
             "kernel_release": info.kernel_release,
             "build_id": build_id,

@@ -3,6 +3,7 @@
 use crate::analyze::analyze;
 use crate::args::{DemoArgs, InputArgs};
 use crate::error::CliError;
+use crate::inputs::Input;
 use crate::inspect::print_report;
 use crate::report::{count, say, size};
 use sonicshot::{DropClasses, PageClass, PageMap, Pfn, PrunePlan};
@@ -35,12 +36,13 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
     say!("$ unpack {}", folder.join("ram.raw.zst").display());
     unpack(&folder.join("ram.raw.zst"), &dump)?;
     say!("\n$ sonicshot inspect guest.raw");
-    let input = InputArgs {
-        file: dump.clone(),
+    let how = InputArgs {
         symbols: Vec::new(),
         layout: None,
+        base: None,
         allow_inconsistent: false,
     };
+    let input = Input::find(&dump, &how)?;
     let analysis = analyze(&input)?;
     let zero_pages = count_zero_pages(&analysis.dump, &analysis.pages.map)?;
     print_report(&analysis, zero_pages);

@@ -1,13 +1,14 @@
 //! What the command says when it fails, and how it exits.
 
-use serde_json::json;
+use serde_json::{Value, json};
 use sonicshot::checkpoint::CheckpointError;
 use sonicshot::{MemoryError, PageClass};
 use sonicshot_dump::DumpError;
 use sonicshot_vmi::VmiError;
 use std::error::Error;
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 #[derive(Debug, thiserror::Error)]
@@ -49,11 +50,15 @@ pub(crate) enum CliError {
     NoDemo { name: &'static str },
     #[error("the demo's check failed: {what}")]
     Demo { what: String },
+    /// Inputs failed, and each was told of.
+    #[error("not every input was done")]
+    Reported { code: u8 },
 }
 
 impl CliError {
-    fn code(&self) -> u8 {
+    pub(crate) fn code(&self) -> u8 {
         match self {
+            Self::Reported { code } => *code,
             Self::Dump(
                 DumpError::Io { .. }
                 | DumpError::NoHoles { .. }
@@ -108,6 +113,9 @@ impl CliError {
             Self::Dump(DumpError::LayoutLength { .. }) => {
                 "the ranges of --layout must add up to the length of the file"
             }
+            Self::Dump(DumpError::Ambiguous { .. }) => {
+                "give the memory file itself; a base that lies in the folder with --base"
+            }
             Self::Checkpoint {
                 source: CheckpointError::Differs { .. },
                 ..
@@ -116,10 +124,16 @@ impl CliError {
                 source: CheckpointError::Checksum { .. } | CheckpointError::Truncated { .. },
                 ..
             } => "the file was damaged after it was written: take another copy of it",
-            Self::NoLayout { .. } | Self::Dump(DumpError::NoLayout { .. }) => {
+            Self::NoLayout { .. }
+            | Self::Dump(DumpError::NoLayout { .. } | DumpError::Json { .. }) => {
                 "say where RAM lies with --layout"
             }
-            Self::Guest { source, .. } => match source {
+            Self::Guest { source, path } => match source {
+                VmiError::NoKernel { .. } if has_holes(path) => {
+                    "is this a Linux guest's memory? The file has holes: if it is a Firecracker \
+                     diff snapshot, give --base, the memory that it is a diff to. For a raw file \
+                     of over 2 GiB, try --layout"
+                }
                 VmiError::NoKernel { .. } => {
                     "is this a Linux guest's memory? For a raw file of over 2 GiB, try --layout"
                 }
@@ -150,16 +164,42 @@ impl CliError {
     /// Prints the error, its causes and the hint to standard error, with `json` as one line of
     /// JSON.
     pub(crate) fn print(&self, json: bool) {
+        if matches!(self, Self::Reported { .. }) {
+            return;
+        }
         if json {
-            let value = json!({
-                "error": self.to_string(),
-                "causes": self.causes(),
-                "hint": self.hint(),
-                "exit_code": self.code(),
-            });
+            eprintln!("{}", self.to_json());
+        } else {
+            self.print_text();
+        }
+    }
+
+    /// The same of one input; of `several` it must be told which.
+    pub(crate) fn print_of(&self, input: &Path, json: bool, several: bool) {
+        if json {
+            let mut value = self.to_json();
+            if let Some(value) = value.as_object_mut() {
+                value.insert("path".into(), input.display().to_string().into());
+            }
             eprintln!("{value}");
             return;
         }
+        if several {
+            eprintln!("failed: {}", input.display());
+        }
+        self.print_text();
+    }
+
+    fn to_json(&self) -> Value {
+        json!({
+            "error": self.to_string(),
+            "causes": self.causes(),
+            "hint": self.hint(),
+            "exit_code": self.code(),
+        })
+    }
+
+    fn print_text(&self) {
         eprintln!("error: {self}");
         for cause in self.causes() {
             eprintln!("  because: {cause}");
@@ -168,4 +208,9 @@ impl CliError {
             eprintln!("  hint: {hint}");
         }
     }
+}
+
+/// Whether a file takes less of the disk than it is long.
+fn has_holes(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|file| file.blocks().saturating_mul(512) < file.len())
 }

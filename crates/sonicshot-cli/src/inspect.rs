@@ -3,18 +3,51 @@
 use crate::analyze::{Analysis, analyze};
 use crate::args::InspectArgs;
 use crate::error::CliError;
+use crate::inputs::{Input, Inputs};
 use crate::report::{count, percent, say, size};
 use serde_json::{Map, Value, json};
 use sonicshot::{ClassSet, DropClasses, GuestMemory, PageClass, PrunePlan};
+use sonicshot_dump::Vmm;
 use sonicshot_vmi::{ZoneReport, count_zero_pages};
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
-    if crate::checkpoint::is_checkpoint(&args.input.file) {
-        return crate::checkpoint::inspect(args);
+    let inputs = Inputs::find(&args.files, &args.input, args.json);
+    if inputs.several() && args.pfns.is_some() {
+        return Err(CliError::Usage {
+            what: "--pfns writes of one input".into(),
+        });
+    }
+    let saved = Cell::new((0_u64, 0_u64));
+    inputs.each(
+        args.json,
+        |input| {
+            let (dropped, total) = one(args, input)?;
+            let (all, of) = saved.get();
+            saved.set((all.saturating_add(dropped), of.saturating_add(total)));
+            Ok(())
+        },
+        || {
+            let (dropped, total) = saved.get();
+            let share = percent(dropped, total);
+            format!(
+                "a prune saves {} of {} ({share})",
+                size(dropped),
+                size(total)
+            )
+        },
+    )
+}
+
+/// Shows one input; returns how many bytes a prune saves, and of how many.
+fn one(args: &InspectArgs, input: &Input<'_>) -> Result<(u64, u64), CliError> {
+    if crate::checkpoint::is_checkpoint(input.memory()) {
+        crate::checkpoint::inspect(input.memory(), args)?;
+        return Ok((0, 0));
     }
     if let Some(path) = &args.pfns
         && let Ok(there) = fs::metadata(path)
@@ -22,12 +55,12 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
         if !args.force {
             return Err(CliError::Exists { path: path.clone() });
         }
-        let dump = fs::metadata(&args.input.file).map(|dump| (dump.dev(), dump.ino()));
+        let dump = fs::metadata(input.memory()).map(|dump| (dump.dev(), dump.ino()));
         if dump.is_ok_and(|dump| dump == (there.dev(), there.ino())) {
             return Err(CliError::OverDump { path: path.clone() });
         }
     }
-    let analysis = analyze(&args.input)?;
+    let analysis = analyze(input)?;
     let zero_pages = count_zero_pages(&analysis.dump, &analysis.pages.map)?;
     if let Some(path) = &args.pfns {
         write_pfns(&analysis, path, args.force).map_err(|source| CliError::Io {
@@ -37,11 +70,25 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
         })?;
     }
     if args.json {
-        say!("{}", json_report(&analysis, zero_pages));
+        let mut report = json_report(&analysis, zero_pages);
+        if let Some(report) = report.as_object_mut() {
+            report.insert("path".into(), input.path.display().to_string().into());
+            report.insert("vmm".into(), input.files.vmm().map(Vmm::name).into());
+        }
+        say!("{report}");
     } else {
+        if let Some(vmm) = input.files.vmm() {
+            say!(
+                "snapshot  {}, memory in {}",
+                vmm.name(),
+                input.memory().display()
+            );
+        }
         print_report(&analysis, zero_pages);
     }
-    Ok(())
+    let page_size = analysis.pages.map.page_size().bytes();
+    let total = analysis.counts.total().saturating_mul(page_size);
+    Ok((default_plan(&analysis).dropped_bytes(), total))
 }
 
 /// What the default policy drops, in a format whose dropped pages read as zero: every one so far.

@@ -5,6 +5,7 @@ mod args;
 mod checkpoint;
 mod demo;
 mod error;
+mod inputs;
 mod inspect;
 mod place;
 mod prune;

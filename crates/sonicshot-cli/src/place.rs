@@ -3,6 +3,7 @@
 
 use crate::args::InputArgs;
 use crate::error::CliError;
+use crate::inputs::Input;
 use crate::report::size;
 use sonicshot::{Gpa, GpaRange, GuestMemory, PageClass, PageMap, RamLayout};
 use sonicshot_dump::{BlockKind, BlockPlace, Dump, DumpError, LayoutSpec, RamBlock};
@@ -49,19 +50,21 @@ enum Attempt<T> {
 
 /// Opens the dump in the layout that its guest confirms and lets `work` look at the guest.
 pub(crate) fn with_guest<T>(
-    input: &InputArgs,
+    input: &Input<'_>,
     work: &dyn Fn(&LinuxGuest<'_>) -> Result<T, VmiError>,
 ) -> Result<Placed<T>, CliError> {
     let guest_error = |source| CliError::Guest {
-        path: input.file.clone(),
+        path: input.memory().into(),
         source,
     };
-    if let Some(layout) = &input.layout {
-        let dump = Dump::open(&input.file, Some(layout))?;
+    if let Some(layout) = input.files.layout() {
+        let dump = input.open(Some(layout))?;
         let own = dump.layout_spec().is_none() && dump.ram_blocks().is_empty();
         let value = look(input, &dump, work).map_err(guest_error)?;
         return Ok(Placed {
-            origin: if own {
+            origin: if input.how.layout.is_none() {
+                "from the snapshot's state.json"
+            } else if own {
                 "from the file; --layout is for raw and QEMU's files"
             } else {
                 "given"
@@ -103,24 +106,20 @@ pub(crate) fn with_guest<T>(
         });
     }
     Err(first_error.unwrap_or_else(|| CliError::NoLayout {
-        path: input.file.clone(),
+        path: input.memory().into(),
     }))
 }
 
 /// Opens the dump alone, in the layout that its guest confirms.
 pub(crate) fn open(file: &Path) -> Result<Dump, CliError> {
-    let input = InputArgs {
-        file: file.to_owned(),
-        symbols: Vec::new(),
-        layout: None,
-        allow_inconsistent: false,
-    };
+    let how = InputArgs::default();
+    let input = Input::find(file, &how)?;
     Ok(with_guest(&input, &|_| Ok(()))?.dump)
 }
 
-fn options(input: &InputArgs, dump: &Dump) -> GuestOptions {
+fn options(input: &Input<'_>, dump: &Dump) -> GuestOptions {
     let mut options = GuestOptions::new();
-    for path in &input.symbols {
+    for path in &input.how.symbols {
         options = options.symbols(path);
     }
     match dump.vmcoreinfo() {
@@ -130,7 +129,7 @@ fn options(input: &InputArgs, dump: &Dump) -> GuestOptions {
 }
 
 fn look<T>(
-    input: &InputArgs,
+    input: &Input<'_>,
     dump: &Dump,
     work: &dyn Fn(&LinuxGuest<'_>) -> Result<T, VmiError>,
 ) -> Result<T, VmiError> {
@@ -154,7 +153,7 @@ fn is_about_symbols(error: &CliError) -> bool {
 
 /// The candidates, likeliest first.
 struct Search<'a> {
-    input: &'a InputArgs,
+    input: &'a Input<'a>,
     /// The blocks of a QEMU file; none of other formats.
     blocks: Vec<RamBlock>,
     /// Where a machine may have its RAM.
@@ -168,13 +167,13 @@ struct Search<'a> {
 }
 
 impl<'a> Search<'a> {
-    fn new(input: &'a InputArgs) -> Result<Self, CliError> {
+    fn new(input: &'a Input<'a>) -> Result<Self, CliError> {
         let mut specs = LayoutSpec::KNOWN.to_vec();
-        let first = match Dump::open(&input.file, None) {
+        let first = match input.open(None) {
             // A machine of QEMU's that is not known: one of the layouts may be its own.
             Err(error @ DumpError::NoLayout { .. }) => specs
                 .iter()
-                .find_map(|spec| Dump::open(&input.file, Some(spec)).ok())
+                .find_map(|spec| input.open(Some(spec)).ok())
                 .ok_or(error)?,
             dump => {
                 let dump = dump?;
@@ -348,10 +347,10 @@ impl<'a> Search<'a> {
         work: &dyn Fn(&LinuxGuest<'_>) -> Result<T, VmiError>,
     ) -> Result<Attempt<T>, CliError> {
         let guest_error = |source| CliError::Guest {
-            path: self.input.file.clone(),
+            path: self.input.memory().into(),
             source,
         };
-        let dump = Dump::open(&self.input.file, candidate.layout.as_ref())?;
+        let dump = self.input.open(candidate.layout.as_ref())?;
         let guest = LinuxGuest::open(&dump, &options(self.input, &dump)).map_err(guest_error)?;
         if let Some(boot) = &candidate.boot
             && confirm
@@ -379,7 +378,7 @@ impl<'a> Search<'a> {
             if !plugged.places.is_empty() {
                 drop(guest);
                 let all = [places.as_slice(), &plugged.places].concat();
-                let dump = Dump::open(&self.input.file, Some(&LayoutSpec::Blocks(all)))?;
+                let dump = self.input.open(Some(&LayoutSpec::Blocks(all)))?;
                 let value = look(self.input, &dump, work).map_err(guest_error)?;
                 let placed = plugged.placed(dump, candidate.origin, value);
                 return Ok(Attempt::Done(Box::new(placed)));

@@ -3,31 +3,24 @@
 use crate::analyze::{Analysis, analyze};
 use crate::args::PruneArgs;
 use crate::error::CliError;
+use crate::inputs::{Input, Inputs};
 use crate::report::{count, percent, progress_bar, say, size};
 use serde_json::json;
 use sonicshot::{ClassSet, DropClasses, PageClass, PrunePlan};
-use sonicshot_dump::{DumpError, Overwrite, PruneStats};
+use sonicshot_dump::{DumpError, NewFolder, Overwrite, PruneStats};
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
-    let started = Instant::now();
     let drop: ClassSet = args.drop.iter().copied().collect();
     if let Some(class) = drop.iter().find(|class| !class.may_be_dropped()) {
         return Err(CliError::Undroppable { class });
     }
+    let inputs = Inputs::find(&args.files, &args.input, args.json);
     // Before the work, not after it.
-    if let Some(out) = &args.output
-        && !args.force
-        && out.exists()
-    {
-        return Err(DumpError::Exists { path: out.clone() }.into());
-    }
-    let analysis = analyze(&args.input)?;
-    let plan = PrunePlan::new(
-        &analysis.pages.map,
-        &DropClasses(drop),
-        analysis.pages.free_fill,
-    );
+    let outputs = outputs(args, &inputs)?;
     let beyond: Vec<_> = drop
         .iter()
         .filter(|class| !ClassSet::DEFAULT_DROP.contains(*class))
@@ -45,38 +38,168 @@ pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
             eprintln!("warning: {warning}");
         }
     }
+    let sum = Cell::new(Sum::default());
+    inputs.each(
+        args.json,
+        |input| {
+            let out = outputs.get(&input.path).map(PathBuf::as_path);
+            let one = one(args, drop, input, out, &warnings)?;
+            sum.set(sum.get().add(one));
+            Ok(())
+        },
+        || sum.get().text(args.dry_run),
+    )
+}
+
+/// Where each input's copy goes.
+fn outputs(args: &PruneArgs, inputs: &Inputs<'_>) -> Result<HashMap<PathBuf, PathBuf>, CliError> {
+    let mut outputs = HashMap::new();
+    let Some(out) = &args.output else {
+        return Ok(outputs);
+    };
+    let usage = |what| CliError::Usage { what };
+    if inputs.several() && !out.is_dir() {
+        let what = format!(
+            "of several inputs, {} must be a folder that exists",
+            out.display()
+        );
+        return Err(usage(what));
+    }
+    let mut taken: HashMap<PathBuf, &Path> = HashMap::new();
+    for input in inputs.iter() {
+        let to = if inputs.several() {
+            let name = input.name();
+            let name =
+                name.ok_or_else(|| usage(format!("{} has no name", input.path.display())))?;
+            out.join(name)
+        } else {
+            out.clone()
+        };
+        if let Some(other) = taken.insert(to.clone(), &input.path) {
+            return Err(usage(format!(
+                "{} and {} would both be written to {}",
+                other.display(),
+                input.path.display(),
+                to.display()
+            )));
+        }
+        if !args.force && to.exists() {
+            return Err(DumpError::Exists { path: to }.into());
+        }
+        outputs.insert(input.path.clone(), to);
+    }
+    Ok(outputs)
+}
+
+/// What came of one or more inputs, in bytes.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sum {
+    dropped: u64,
+    total: u64,
+    disk_before: u64,
+    disk_after: u64,
+}
+
+impl Sum {
+    fn add(self, other: Self) -> Self {
+        Self {
+            dropped: self.dropped.saturating_add(other.dropped),
+            total: self.total.saturating_add(other.total),
+            disk_before: self.disk_before.saturating_add(other.disk_before),
+            disk_after: self.disk_after.saturating_add(other.disk_after),
+        }
+    }
+
+    fn text(self, dry_run: bool) -> String {
+        let share = percent(self.dropped, self.total);
+        let (dropped, total) = (size(self.dropped), size(self.total));
+        if dry_run {
+            return format!("would drop {dropped} of {total} ({share}); nothing was changed");
+        }
+        let (before, after) = (size(self.disk_before), size(self.disk_after));
+        format!("dropped {dropped} of {total} ({share}), on disk: {before} -> {after}")
+    }
+}
+
+fn one(
+    args: &PruneArgs,
+    drop: ClassSet,
+    input: &Input<'_>,
+    out: Option<&Path>,
+    warnings: &[String],
+) -> Result<Sum, CliError> {
+    let started = Instant::now();
+    input.files.check_prunable()?;
+    let analysis = analyze(input)?;
+    let plan = PrunePlan::new(
+        &analysis.pages.map,
+        &DropClasses(drop),
+        analysis.pages.free_fill,
+    );
     let stats = if args.dry_run {
         None
     } else {
-        Some(write(args, &analysis, &plan)?)
+        Some(write(args, input, out, &analysis, &plan)?)
     };
     let seconds = started.elapsed().as_secs_f64();
     if args.json {
-        print_json(args, &analysis, &plan, stats.as_ref(), seconds, &warnings);
+        print_json(
+            args,
+            input,
+            &analysis,
+            &plan,
+            stats.as_ref(),
+            seconds,
+            warnings,
+        );
     } else {
         print_summary(args, &analysis, &plan, stats.as_ref(), seconds);
     }
-    Ok(())
+    let stats_of = stats.unwrap_or_default();
+    Ok(Sum {
+        dropped: stats.map_or(plan.dropped_bytes(), |stats| stats.dropped_bytes),
+        total: analysis
+            .counts
+            .total()
+            .saturating_mul(plan.page_size().bytes()),
+        disk_before: stats_of.disk_before,
+        disk_after: stats_of.disk_after,
+    })
 }
 
-fn write(args: &PruneArgs, analysis: &Analysis, plan: &PrunePlan) -> Result<PruneStats, CliError> {
+fn write(
+    args: &PruneArgs,
+    input: &Input<'_>,
+    out: Option<&Path>,
+    analysis: &Analysis,
+    plan: &PrunePlan,
+) -> Result<PruneStats, CliError> {
     let bar = progress_bar("pruning", args.json);
     let mut progress = |done: u64, total: u64| {
         bar.set_length(total);
         bar.set_position(done);
     };
-    let stats = match &args.output {
-        Some(out) => {
-            let overwrite = if args.force {
-                Overwrite::Replace
-            } else {
-                Overwrite::Refuse
-            };
-            analysis
-                .dump
-                .prune_to(plan, out, overwrite, &mut progress)?
+    let overwrite = if args.force {
+        Overwrite::Replace
+    } else {
+        Overwrite::Refuse
+    };
+    let dump = &analysis.dump;
+    let stats = match out {
+        Some(out) if input.files.folder().is_some() => {
+            let folder = NewFolder::create(out, overwrite, &input.files)?;
+            let memory = folder.memory();
+            let stats = dump.prune_to(plan, &memory, Overwrite::Refuse, &mut progress)?;
+            folder.finish()?;
+            stats
         }
-        None => analysis.dump.prune_in_place(plan, &mut progress)?,
+        Some(out) => dump.prune_to(plan, out, overwrite, &mut progress)?,
+        None if args.in_place => dump.prune_in_place(plan, &mut progress)?,
+        None => {
+            return Err(CliError::Usage {
+                what: format!("{} has no output", input.path.display()),
+            });
+        }
     };
     bar.finish_and_clear();
     Ok(stats)
@@ -84,6 +207,7 @@ fn write(args: &PruneArgs, analysis: &Analysis, plan: &PrunePlan) -> Result<Prun
 
 fn print_json(
     args: &PruneArgs,
+    input: &Input<'_>,
     analysis: &Analysis,
     plan: &PrunePlan,
     stats: Option<&PruneStats>,
@@ -91,6 +215,7 @@ fn print_json(
     warnings: &[String],
 ) {
     let mut report = json!({
+        "path": input.path.display().to_string(),
         "kernel_release": analysis.release,
         "format": analysis.dump.format(),
         "page_size": plan.page_size().bytes(),
@@ -105,6 +230,7 @@ fn print_json(
     if let (Some(stats), Some(report)) = (stats, report.as_object_mut()) {
         report.insert("dropped_bytes".into(), stats.dropped_bytes.into());
         report.insert("kept_for_fill_bytes".into(), stats.kept_for_fill.into());
+        report.insert("kept_for_base_bytes".into(), stats.kept_for_base.into());
         report.insert("runs".into(), stats.runs.into());
         report.insert("punched".into(), stats.punched.into());
         report.insert("joined".into(), stats.joined.into());
@@ -147,6 +273,12 @@ fn print_summary(
         say!(
             "kept {} of free pages that must not read as zero in this guest",
             size(stats.kept_for_fill)
+        );
+    }
+    if stats.kept_for_base > 0 {
+        say!(
+            "kept {} of the diff: what the base has there is not zero",
+            size(stats.kept_for_base)
         );
     }
     if stats.joined > 0 {

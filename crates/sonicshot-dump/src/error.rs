@@ -86,6 +86,49 @@ pub enum DumpError {
         /// The blocks that there are.
         known: String,
     },
+    /// The folder is no VMM's snapshot.
+    #[error("{} is no snapshot: it holds neither a Cloud Hypervisor snapshot (state.json, config.json, memory-ranges) nor a Firecracker VM state with its memory file; folders in it are not looked into", path.display())]
+    NotASnapshot {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// Which file of a folder is meant cannot be told.
+    #[error("{} holds {what}: {}", path.display(), names(candidates))]
+    Ambiguous {
+        /// The folder.
+        path: PathBuf,
+        /// What there is more than one of.
+        what: &'static str,
+        /// The files in question.
+        candidates: Vec<PathBuf>,
+    },
+    /// A VMM's JSON file says nothing that can be understood.
+    #[error("{} is not understood", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and where.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Diff and base do not belong together.
+    #[error("{} cannot be read over {}: {why}", path.display(), base.display())]
+    Base {
+        /// The diff.
+        path: PathBuf,
+        /// The base.
+        base: PathBuf,
+        /// Why not.
+        why: &'static str,
+    },
+    /// A folder cannot be written.
+    #[error("{}: {why}", path.display())]
+    Folder {
+        /// What is in the way.
+        path: PathBuf,
+        /// Why.
+        why: &'static str,
+    },
     /// The output exists, and was not to be written over.
     #[error("{} exists", path.display())]
     Exists {
@@ -149,6 +192,13 @@ pub enum DumpError {
         #[source]
         source: io::Error,
     },
+}
+
+/// The names of files in one folder, for a message.
+fn names(paths: &[PathBuf]) -> String {
+    let name = |path: &PathBuf| path.file_name().unwrap_or_default().display().to_string();
+    let names: Vec<String> = paths.iter().map(name).collect();
+    names.join(", ")
 }
 
 impl DumpError {

@@ -3,8 +3,11 @@
 #![deny(unsafe_code)]
 
 mod avml;
+mod cloud_hypervisor;
 mod elf_core;
 mod error;
+mod firecracker;
+mod folder;
 mod kdump;
 mod kdump_write;
 mod layout;
@@ -12,16 +15,19 @@ mod lime;
 mod mapped;
 mod mapped_ram;
 mod output;
+mod overlay;
 mod paged;
 mod prune;
 mod qemu;
 mod raw;
 mod restore;
+mod snapshot;
 mod stream;
 
 use avml::AvmlFile;
 use elf_core::ElfCore;
 pub use error::DumpError;
+pub use folder::NewFolder;
 #[doc(hidden)]
 pub use kdump::KdumpFile;
 #[doc(hidden)]
@@ -32,9 +38,11 @@ pub use layout::{BlockPlace, LayoutSpec, LayoutSpecError};
 use mapped::MappedDump;
 use mapped_ram::MappedRam;
 pub use output::Overwrite;
+use overlay::Overlay;
 pub use prune::{Progress, PruneStats};
 pub use qemu::{BlockKind, RamBlock};
 pub use restore::{CoreNotes, DumpFile, NewFile};
+pub use snapshot::{SnapshotFiles, Vmm};
 use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -61,6 +69,8 @@ pub struct Dump {
 enum Store {
     /// As they are, mapped.
     Mapped(MappedDump),
+    /// In two files, mapped.
+    Overlay(Box<Overlay>),
     /// Decompressed one by one.
     Kdump(File, Box<KdumpFile>),
     /// Decompressed in blocks.
@@ -139,6 +149,13 @@ const FORMATS: &[(usize, &[u8], Opener)] = &[
     ),
 ];
 
+/// Whether a file that begins with `start` is of a known format.
+pub(crate) fn begins_as_known(start: &[u8]) -> bool {
+    FORMATS
+        .iter()
+        .any(|(offset, magic, _)| start.get(*offset..).is_some_and(|s| s.starts_with(magic)))
+}
+
 impl Dump {
     /// Opens the dump at `path`, its kind told by its content. What has no known beginning is
     /// raw RAM, laid out by `layout`, by default [`LayoutSpec::Pc`].
@@ -168,6 +185,13 @@ impl Dump {
                 .zip(copy.get_mut(..magic.len()))
                 .is_some_and(|(there, copy)| there.copy_to(copy) && copy == *magic)
         });
+        let mut start = [0; 16];
+        if let Some(there) = data.get(0, start.len())
+            && there.copy_to(&mut start)
+            && firecracker::is_state(&start)
+        {
+            return Err(not_a_dump(firecracker::NOT_MEMORY));
+        }
         let (extents, format) = match opener.map(|(_, _, opener)| opener) {
             Some(Opener::NotYet(kind)) => {
                 return Err(DumpError::Unsupported {
@@ -225,6 +249,7 @@ impl Dump {
     #[must_use]
     pub fn format(&self) -> &'static str {
         match self.format {
+            Format::Raw { .. } if self.overlay().is_some() => "raw RAM, a diff over its base",
             Format::Raw { .. } => "raw RAM",
             Format::ElfCore(_) => "ELF core",
             Format::MappedRam(_) => "QEMU mapped-ram",
@@ -269,6 +294,7 @@ impl Dump {
     pub fn file(&self) -> &File {
         match &self.store {
             Store::Mapped(mapped) => mapped.file(),
+            Store::Overlay(overlay) => overlay.diff().file(),
             Store::Kdump(file, _) | Store::Avml(file, _) => file,
         }
     }
@@ -319,10 +345,19 @@ impl Dump {
         &self.path
     }
 
-    /// The pages, if they are in the file as they are.
+    /// The pages, if they are in the file as they are; of a diff, those that it has.
     pub(crate) fn mapped(&self) -> Option<&MappedDump> {
         match &self.store {
             Store::Mapped(mapped) => Some(mapped),
+            Store::Overlay(overlay) => Some(overlay.diff()),
+            _ => None,
+        }
+    }
+
+    /// The diff and its base, if it is opened over one.
+    pub(crate) fn overlay(&self) -> Option<&Overlay> {
+        match &self.store {
+            Store::Overlay(overlay) => Some(overlay),
             _ => None,
         }
     }
@@ -334,6 +369,7 @@ impl Dump {
     fn memory(&self) -> &dyn GuestMemory {
         match &self.store {
             Store::Mapped(mapped) => mapped,
+            Store::Overlay(overlay) => &**overlay,
             Store::Kdump(_, dump) => &**dump,
             Store::Avml(_, dump) => &**dump,
         }

@@ -26,6 +26,9 @@ pub struct PruneStats {
     /// Bytes that the plan would drop, but the format keeps: what must read as something else
     /// than zero.
     pub kept_for_fill: u64,
+    /// Bytes that the plan would drop, but a diff keeps: without them the guest would have what
+    /// the base has there, which is not zero.
+    pub kept_for_base: u64,
     /// Stretches that were dropped, in the file.
     pub runs: u64,
     /// Of those, the ones that really had to be punched; the others were holes already.
@@ -60,6 +63,9 @@ impl Dump {
         overwrite: Overwrite,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
+        if let Some(overlay) = self.overlay() {
+            return overlay.prune_to(plan, out, overwrite, progress);
+        }
         let Some(dump) = self.mapped() else {
             return self.prune_kdump(plan, out, overwrite, progress);
         };
@@ -134,6 +140,13 @@ impl Dump {
             });
         }
         let mut runs = file_runs(dump, &zeroed);
+        if let Some(overlay) = self.overlay() {
+            overlay.check_length()?;
+            (runs, stats.kept_for_base) = overlay.punchable(&runs);
+            stats.dropped_bytes = runs
+                .iter()
+                .fold(0, |sum, (_, len)| sum.saturating_add(*len));
+        }
         stats.runs = runs.len() as u64;
         if let Some(ram) = ram {
             // First nobody may look for the pages any more: then what is left of them is as good
@@ -378,7 +391,7 @@ fn punch(file: &File, path: &Path, offset: u64, len: u64) -> Result<(), DumpErro
 }
 
 /// Copies stretches of the input to the output; holes stay holes.
-struct Copier<'a> {
+pub(crate) struct Copier<'a> {
     dump: &'a MappedDump,
     output: &'a Output,
     /// Whether the kernel copies between these two files by itself.
@@ -390,7 +403,7 @@ struct Copier<'a> {
 }
 
 impl<'a> Copier<'a> {
-    fn new(
+    pub(crate) fn new(
         dump: &'a MappedDump,
         output: &'a Output,
         total: u64,
@@ -408,7 +421,7 @@ impl<'a> Copier<'a> {
     }
 
     /// Copies the `len` bytes at `from` to `to`.
-    fn copy(&mut self, from: u64, to: u64, len: u64) -> Result<(), DumpError> {
+    pub(crate) fn copy(&mut self, from: u64, to: u64, len: u64) -> Result<(), DumpError> {
         let dump = self.dump;
         let cut = || DumpError::malformed(dump.path(), "a stretch beyond the end", from, len);
         let end = from.checked_add(len).ok_or_else(cut)?;

@@ -1,0 +1,159 @@
+//! The files and folders that a command is given.
+
+use crate::analyze::Analysis;
+use crate::args::InputArgs;
+use crate::error::CliError;
+use crate::report::{count, say};
+use sonicshot_dump::{Dump, DumpError, LayoutSpec, SnapshotFiles};
+use std::collections::HashSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// One input, and how it is to be understood.
+#[derive(Debug)]
+pub(crate) struct Input<'a> {
+    /// As it was given.
+    pub path: PathBuf,
+    pub files: SnapshotFiles,
+    pub how: &'a InputArgs,
+}
+
+impl<'a> Input<'a> {
+    pub(crate) fn find(path: &Path, how: &'a InputArgs) -> Result<Self, CliError> {
+        let files = SnapshotFiles::find(path, how.base.as_deref(), how.layout.as_ref())?;
+        Ok(Self {
+            path: path.into(),
+            files,
+            how,
+        })
+    }
+
+    /// The file with the guest's memory.
+    pub(crate) fn memory(&self) -> &Path {
+        self.files.memory()
+    }
+
+    /// Opens the memory, over its base if one was given.
+    pub(crate) fn open(&self, layout: Option<&LayoutSpec>) -> Result<Dump, DumpError> {
+        match &self.how.base {
+            Some(base) => Dump::open_over(self.memory(), base, layout),
+            None => Dump::open(self.memory(), layout),
+        }
+    }
+
+    fn identity(&self) -> Option<(u64, u64)> {
+        let metadata = fs::metadata(self.memory()).ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    }
+
+    /// What the input is called where its copy is to have the same name.
+    pub(crate) fn name(&self) -> Option<PathBuf> {
+        let name = |path: &Path| path.file_name().map(PathBuf::from);
+        // `.` and `..` have another name of their own.
+        name(&self.path).or_else(|| name(&fs::canonicalize(&self.path).ok()?))
+    }
+}
+
+/// Several inputs, each looked at once; those that could not be found out about too.
+#[derive(Debug)]
+pub(crate) struct Inputs<'a> {
+    found: Vec<(PathBuf, Result<Input<'a>, CliError>)>,
+    repeated: usize,
+}
+
+/// What became of several inputs.
+#[derive(Debug, Default)]
+struct Tally {
+    done: usize,
+    failed: usize,
+    code: Option<u8>,
+}
+
+impl<'a> Inputs<'a> {
+    pub(crate) fn find(paths: &[PathBuf], how: &'a InputArgs, json: bool) -> Self {
+        let mut seen = HashSet::new();
+        let mut repeated = 0_usize;
+        let mut found = Vec::new();
+        for path in paths {
+            let input = Input::find(path, how);
+            let identity = input.as_ref().ok().and_then(Input::identity);
+            if identity.is_some_and(|identity| !seen.insert(identity)) {
+                repeated = repeated.saturating_add(1);
+                if !json {
+                    eprintln!("note: {} was given already", path.display());
+                }
+                continue;
+            }
+            found.push((path.clone(), input));
+        }
+        Self { found, repeated }
+    }
+
+    /// Those that were found.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Input<'a>> {
+        self.found
+            .iter()
+            .filter_map(|(_, input)| input.as_ref().ok())
+    }
+
+    /// Whether there is more than one, and so a line for each and a sum at the end.
+    pub(crate) fn several(&self) -> bool {
+        self.found.len().saturating_add(self.repeated) > 1
+    }
+
+    /// Does `work` on each. One that fails is reported, and the others go on; the first failure
+    /// is that of the whole. `sum` is what all of them together have come to.
+    pub(crate) fn each(
+        self,
+        json: bool,
+        mut work: impl FnMut(&Input<'_>) -> Result<(), CliError>,
+        sum: impl FnOnce() -> String,
+    ) -> Result<(), CliError> {
+        let several = self.several();
+        let mut tally = Tally::default();
+        let mut first = true;
+        for (path, input) in self.found {
+            if several && !json {
+                if !first {
+                    say!("");
+                }
+                first = false;
+                say!("{}:", path.display());
+            }
+            match input.and_then(|input| work(&input)) {
+                Ok(()) => tally.done = tally.done.saturating_add(1),
+                Err(error) => {
+                    error.print_of(&path, json, several);
+                    tally.failed = tally.failed.saturating_add(1);
+                    tally.code.get_or_insert(error.code());
+                }
+            }
+        }
+        if several && !json {
+            let given = match self.repeated {
+                0 => String::new(),
+                repeated => format!(", {} given again", count(repeated as u64)),
+            };
+            say!("");
+            say!(
+                "{} done, {} failed{given}; {}",
+                count(tally.done as u64),
+                count(tally.failed as u64),
+                sum()
+            );
+        }
+        match tally.code {
+            Some(code) => Err(CliError::Reported { code }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Puts what the files beside the memory say with the other notes.
+pub(crate) fn add_notes(analysis: &mut Analysis, input: &Input<'_>) {
+    analysis
+        .pages
+        .notes
+        .extend(input.files.notes().iter().cloned());
+}
