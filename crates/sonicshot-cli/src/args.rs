@@ -5,7 +5,7 @@ use sonicshot::PageClass;
 use sonicshot::checkpoint::Compression;
 use sonicshot_dump::LayoutSpec;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -118,6 +118,15 @@ pub(crate) struct PruneArgs {
     /// Write over an existing OUT
     #[arg(long)]
     pub force: bool,
+}
+
+impl PruneArgs {
+    /// Whether the pruned dump goes to standard output.
+    pub(crate) fn to_stdout(&self) -> bool {
+        self.output
+            .as_deref()
+            .is_some_and(|out| out == Path::new("-"))
+    }
 }
 
 #[derive(Debug, Args)]

@@ -4,9 +4,11 @@ use crate::analyze::Analysis;
 use crate::args::InputArgs;
 use crate::error::CliError;
 use crate::report::{count, say};
-use sonicshot_dump::{Dump, DumpError, LayoutSpec, SnapshotFiles};
+use sonicshot_dump::{Dump, DumpError, LayoutSpec, SnapshotFiles, Spool};
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -17,15 +19,28 @@ pub(crate) struct Input<'a> {
     pub path: PathBuf,
     pub files: SnapshotFiles,
     pub how: &'a InputArgs,
+    /// The content of what came through a pipe or was compressed, once it is there.
+    spool: RefCell<Option<Spool>>,
 }
+
+/// Stands for standard input.
+const PIPE: &str = "-";
 
 impl<'a> Input<'a> {
     pub(crate) fn find(path: &Path, how: &'a InputArgs) -> Result<Self, CliError> {
-        let files = SnapshotFiles::find(path, how.base.as_deref(), how.layout.as_ref())?;
+        let (files, spool) = if path == Path::new(PIPE) {
+            let name = Path::new("standard input");
+            let spool = Spool::from_reader(name, io::stdin().lock())?;
+            (SnapshotFiles::file(name, how.layout.as_ref()), Some(spool))
+        } else {
+            let files = SnapshotFiles::find(path, how.base.as_deref(), how.layout.as_ref())?;
+            (files, None)
+        };
         Ok(Self {
             path: path.into(),
             files,
             how,
+            spool: RefCell::new(spool),
         })
     }
 
@@ -36,10 +51,15 @@ impl<'a> Input<'a> {
 
     /// Opens the memory, over its base if one was given.
     pub(crate) fn open(&self, layout: Option<&LayoutSpec>) -> Result<Dump, DumpError> {
-        match &self.how.base {
-            Some(base) => Dump::open_over(self.memory(), base, layout),
-            None => Dump::open(self.memory(), layout),
+        if let Some(base) = &self.how.base {
+            return Dump::open_over(self.memory(), base, layout);
         }
+        if let Some(spool) = &*self.spool.borrow() {
+            return Dump::open_spooled(spool, layout);
+        }
+        let dump = Dump::open(self.memory(), layout)?;
+        *self.spool.borrow_mut() = dump.spool().cloned();
+        Ok(dump)
     }
 
     fn identity(&self) -> Option<(u64, u64)> {

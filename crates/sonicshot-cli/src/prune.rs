@@ -4,12 +4,13 @@ use crate::analyze::{Analysis, analyze};
 use crate::args::PruneArgs;
 use crate::error::CliError;
 use crate::inputs::{Input, Inputs};
-use crate::report::{count, percent, progress_bar, say, size};
+use crate::report::{count, percent, progress_bar, say, say_to_stderr, size};
 use serde_json::json;
 use sonicshot::{ClassSet, DropClasses, PageClass, PrunePlan};
 use sonicshot_dump::{DumpError, NewFolder, Overwrite, PruneStats};
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -17,6 +18,13 @@ pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
     let drop: ClassSet = args.drop.iter().copied().collect();
     if let Some(class) = drop.iter().find(|class| !class.may_be_dropped()) {
         return Err(CliError::Undroppable { class });
+    }
+    if args.to_stdout() {
+        if io::stdout().is_terminal() {
+            let what = "a dump is not written to a terminal: give a file, or pipe it";
+            return Err(CliError::Usage { what: what.into() });
+        }
+        say_to_stderr();
     }
     let inputs = Inputs::find(&args.files, &args.input, args.json);
     // Before the work, not after it.
@@ -58,6 +66,13 @@ fn outputs(args: &PruneArgs, inputs: &Inputs<'_>) -> Result<HashMap<PathBuf, Pat
         return Ok(outputs);
     };
     let usage = |what| CliError::Usage { what };
+    if args.to_stdout() {
+        if inputs.several() {
+            return Err(usage("only one input can go to standard output".into()));
+        }
+        outputs.extend(inputs.iter().map(|input| (input.path.clone(), out.clone())));
+        return Ok(outputs);
+    }
     if inputs.several() && !out.is_dir() {
         let what = format!(
             "of several inputs, {} must be a folder that exists",
@@ -186,6 +201,9 @@ fn write(
     };
     let dump = &analysis.dump;
     let stats = match out {
+        Some(_) if args.to_stdout() => {
+            dump.prune_to_writer(plan, io::stdout().lock(), &mut progress)?
+        }
         Some(out) if input.files.folder().is_some() => {
             let folder = NewFolder::create(out, overwrite, &input.files)?;
             let memory = folder.memory();

@@ -4,6 +4,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What went wrong with standard output first.
 static OUTPUT_ERROR: OnceLock<io::Error> = OnceLock::new();
@@ -14,7 +15,19 @@ macro_rules! say {
 }
 pub(crate) use say;
 
+/// Standard output takes a dump: what is said goes to standard error.
+static OUTPUT_IS_DUMP: AtomicBool = AtomicBool::new(false);
+
+/// From now on, what is said goes to standard error.
+pub(crate) fn say_to_stderr() {
+    OUTPUT_IS_DUMP.store(true, Ordering::Relaxed);
+}
+
 pub(crate) fn print_line(line: fmt::Arguments<'_>) {
+    if OUTPUT_IS_DUMP.load(Ordering::Relaxed) {
+        eprintln!("{line}");
+        return;
+    }
     if let Err(error) = writeln!(io::stdout().lock(), "{line}") {
         // The work goes on; what it says at its end counts.
         let _ = OUTPUT_ERROR.set(error);

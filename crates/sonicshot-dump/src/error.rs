@@ -31,6 +31,15 @@ pub enum DumpError {
         /// The value found there.
         value: u64,
     },
+    /// The compressed content is damaged or cut short.
+    #[error("{} cannot be decompressed", path.display())]
+    Compressed {
+        /// The file.
+        path: PathBuf,
+        /// What the decompressor said.
+        #[source]
+        source: io::Error,
+    },
     /// The file is of a kind that is known but not supported.
     #[error("{} is {kind}, which is not supported yet", path.display())]
     Unsupported {
@@ -154,6 +163,14 @@ pub enum DumpError {
     /// The format cannot be pruned in place.
     #[error("{} is {format}, which cannot be pruned in place", path.display())]
     NotInPlace {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        format: &'static str,
+    },
+    /// The format cannot be written from front to back.
+    #[error("{} is {format}, which cannot be written into a pipe", path.display())]
+    NotAStream {
         /// The file.
         path: PathBuf,
         /// What it is.

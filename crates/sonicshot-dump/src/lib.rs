@@ -11,6 +11,7 @@ mod folder;
 mod kdump;
 mod kdump_write;
 mod layout;
+mod libvirt;
 mod lime;
 mod mapped;
 mod mapped_ram;
@@ -22,7 +23,9 @@ mod qemu;
 mod raw;
 mod restore;
 mod snapshot;
+mod spool;
 mod stream;
+mod stream_out;
 
 use avml::AvmlFile;
 use elf_core::ElfCore;
@@ -44,6 +47,7 @@ pub use qemu::{BlockKind, RamBlock};
 pub use restore::{CoreNotes, DumpFile, NewFile};
 pub use snapshot::{SnapshotFiles, Vmm};
 use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout};
+pub use spool::Spool;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use stream::Stream;
@@ -62,6 +66,10 @@ pub struct Dump {
     path: PathBuf,
     store: Store,
     format: Format,
+    /// What the format is wrapped in.
+    image: Option<libvirt::Image>,
+    /// Where the content is, if not in the file itself.
+    spool: Option<Spool>,
 }
 
 /// How the file's pages are got at.
@@ -107,6 +115,7 @@ enum Opener {
     Kdump,
     Lime,
     Avml,
+    Libvirt,
     /// Known, but not supported: what it is.
     NotYet(&'static str),
 }
@@ -124,11 +133,7 @@ const FORMATS: &[(usize, &[u8], Opener)] = &[
         b"\x89SONIC\r\n",
         Opener::NotYet("a checkpoint, to be restored or inspected"),
     ),
-    (
-        0,
-        b"LibvirtQemudSave",
-        Opener::NotYet("a libvirt save image"),
-    ),
+    (0, libvirt::MAGIC, Opener::Libvirt),
     (
         0,
         b"LibvirtQemudPart",
@@ -176,6 +181,39 @@ impl Dump {
             return Err(not_a_dump("it is empty"));
         }
         let (file, map) = mapped::map_file(path)?;
+        Self::of(path, file, map, layout)
+    }
+
+    /// Opens a dump that came through a pipe or that was compressed. Messages call it by the
+    /// spool's name.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_spooled(spool: &Spool, layout: Option<&LayoutSpec>) -> Result<Self, DumpError> {
+        let (file, map) = spool.map()?;
+        if map.is_empty() {
+            return Err(DumpError::NotADump {
+                path: spool.name().to_owned(),
+                why: "it is empty",
+            });
+        }
+        let mut dump = Self::of(spool.name(), file, map, layout)?;
+        // What came through a pipe may have been compressed on top, and has a spool of its own.
+        dump.spool.get_or_insert_with(|| spool.clone());
+        dump.image = dump.image.or(spool.image().map(|(_, image)| image));
+        Ok(dump)
+    }
+
+    fn of(
+        path: &Path,
+        file: File,
+        map: memmap2::Mmap,
+        layout: Option<&LayoutSpec>,
+    ) -> Result<Self, DumpError> {
+        let not_a_dump = |why| DumpError::NotADump {
+            path: path.to_owned(),
+            why,
+        };
         let data = mapped::whole(&map);
         let len = map.len() as u64;
         let opener = FORMATS.iter().find(|(offset, magic, _)| {
@@ -192,6 +230,7 @@ impl Dump {
         {
             return Err(not_a_dump(firecracker::NOT_MEMORY));
         }
+        let mut image = None;
         let (extents, format) = match opener.map(|(_, _, opener)| opener) {
             Some(Opener::NotYet(kind)) => {
                 return Err(DumpError::Unsupported {
@@ -213,18 +252,18 @@ impl Dump {
                 let core = ElfCore::parse(path, data)?;
                 (core.extents(path, len)?, Format::ElfCore(core))
             }
-            Some(Opener::Qemu) => {
-                let mut cursor = qemu::Cursor::new(path, data, 0);
-                if qemu::start(&mut cursor)?.has(mapped_ram::CAPABILITY) {
-                    let ram = MappedRam::parse(path, data, 0, layout)?;
-                    (ram.extents(path, data)?, Format::MappedRam(ram))
-                } else {
-                    let stream = Stream::parse(path, data, 0, layout)?;
-                    (stream.extents(path, data)?, Format::Stream(stream))
+            Some(Opener::Qemu) => migration(path, data, 0, layout)?,
+            Some(Opener::Libvirt) => {
+                let found = libvirt::parse(path, data)?;
+                if found.compression.is_some() {
+                    let spool = Spool::decompress(path, &file, found)?;
+                    return Self::open_spooled(&spool, layout);
                 }
+                image = Some(found);
+                migration(path, data, found.payload_at, layout)?
             }
             None => {
-                if !metadata.len().is_multiple_of(4096) {
+                if !len.is_multiple_of(4096) {
                     return Err(not_a_dump(
                         "it begins as no known format, and its length is no multiple of 4 KiB",
                     ));
@@ -234,7 +273,10 @@ impl Dump {
             }
         };
         let store = Store::Mapped(MappedDump::new(path, file, map, extents)?);
-        Ok(Self::new(path, store, format))
+        Ok(Self {
+            image,
+            ..Self::new(path, store, format)
+        })
     }
 
     fn new(path: &Path, store: Store, format: Format) -> Self {
@@ -242,13 +284,24 @@ impl Dump {
             path: path.to_owned(),
             store,
             format,
+            image: None,
+            spool: None,
         }
+    }
+
+    /// Where the content is that came through a pipe or was compressed: to open it again without
+    /// doing that again.
+    #[must_use]
+    pub fn spool(&self) -> Option<&Spool> {
+        self.spool.as_ref()
     }
 
     /// The format's name.
     #[must_use]
     pub fn format(&self) -> &'static str {
         match self.format {
+            Format::MappedRam(_) if self.image.is_some() => "libvirt save image (sparse)",
+            _ if let Some(image) = self.image => image.name(),
             Format::Raw { .. } if self.overlay().is_some() => "raw RAM, a diff over its base",
             Format::Raw { .. } => "raw RAM",
             Format::ElfCore(_) => "ELF core",
@@ -289,9 +342,12 @@ impl Dump {
         }
     }
 
-    /// The file.
+    /// The file. Of a dump that came through a pipe, the temporary file with its content.
     #[must_use]
     pub fn file(&self) -> &File {
+        if let Some((image, _)) = self.spool.as_ref().and_then(Spool::image) {
+            return image;
+        }
         match &self.store {
             Store::Mapped(mapped) => mapped.file(),
             Store::Overlay(overlay) => overlay.diff().file(),
@@ -374,6 +430,22 @@ impl Dump {
             Store::Avml(_, dump) => &**dump,
         }
     }
+}
+
+/// What QEMU writes when it migrates into a file, from `at` on.
+fn migration(
+    path: &Path,
+    data: sonicshot::GuestBytes<'_>,
+    at: u64,
+    layout: Option<&LayoutSpec>,
+) -> Result<(Vec<mapped::Extent>, Format), DumpError> {
+    let mut cursor = qemu::Cursor::new(path, data, at);
+    if qemu::start(&mut cursor)?.has(mapped_ram::CAPABILITY) {
+        let ram = MappedRam::parse(path, data, at, layout)?;
+        return Ok((ram.extents(path, data)?, Format::MappedRam(ram)));
+    }
+    let stream = Stream::parse(path, data, at, layout)?;
+    Ok((stream.extents(path, data)?, Format::Stream(stream)))
 }
 
 impl GuestMemory for Dump {

@@ -43,9 +43,14 @@ pub(crate) struct MappedDump {
 }
 
 /// Opens and maps `path`.
-#[allow(unsafe_code, reason = "the mmap edge")]
 pub(crate) fn map_file(path: &Path) -> Result<(File, Mmap), DumpError> {
     let file = File::open(path).map_err(DumpError::io("opening", path))?;
+    map_open_file(path, file)
+}
+
+/// Maps `file`, which messages call `path`.
+#[allow(unsafe_code, reason = "the mmap edge")]
+pub(crate) fn map_open_file(path: &Path, file: File) -> Result<(File, Mmap), DumpError> {
     // SAFETY: the mapping is shared and read-only, and never handed out as `&[u8]` of guest
     // memory but as `GuestBytes`, which tolerates that others write the file. A file that is
     // truncated while mapped ends the process with SIGBUS, as for every reader of mapped files.

@@ -5,7 +5,7 @@ use crate::kdump_write::{KdumpCompression, KdumpOptions, write_kdump};
 use crate::mapped::MappedDump;
 use crate::mapped_ram::MappedRam;
 use crate::output::{Output, Overwrite};
-use crate::stream::{Part, Stream};
+use crate::stream_out::copy_stream;
 use crate::{Dump, DumpError, Format};
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
 use rustix::io::Errno;
@@ -43,7 +43,7 @@ pub struct PruneStats {
 }
 
 /// Longest stretch that is copied at once. Larger ones leave the processor's cache.
-const COPY: usize = 1 << 20;
+pub(crate) const COPY: usize = 1 << 20;
 /// A core has at most this many segments, so that every reader can count them in 16 bits.
 const MAX_SEGMENTS: usize = 0xfffe;
 
@@ -65,6 +65,9 @@ impl Dump {
     ) -> Result<PruneStats, DumpError> {
         if let Some(overlay) = self.overlay() {
             return overlay.prune_to(plan, out, overwrite, progress);
+        }
+        if self.is_compressed() {
+            return self.prune_compressed(plan, out, overwrite, progress);
         }
         let Some(dump) = self.mapped() else {
             return self.prune_kdump(plan, out, overwrite, progress);
@@ -113,7 +116,8 @@ impl Dump {
             path: self.path().into(),
             format: self.format(),
         };
-        let dump = self.mapped().ok_or_else(not_in_place)?;
+        let dump = self.mapped().filter(|_| self.spool().is_none());
+        let dump = dump.ok_or_else(not_in_place)?;
         let path = dump.path();
         let ram = match self.format_data() {
             Format::Raw { .. } => None,
@@ -239,68 +243,6 @@ impl Dump {
     }
 }
 
-/// Writes the stream again, with a note that it is zero for each dropped page.
-fn copy_stream(
-    dump: &MappedDump,
-    stream: &Stream,
-    plan: &PrunePlan,
-    output: &Output,
-    progress: Progress<'_>,
-) -> Result<u64, DumpError> {
-    let mut copier = Copier::new(dump, output, dump.file_len(), progress);
-    let writing = || DumpError::io("writing", output.path());
-    let mut at = 0_u64;
-    // Small pieces are gathered: a note of a zero page has nine bytes.
-    let mut small: Vec<u8> = Vec::new();
-    let flush = |small: &mut Vec<u8>, at: &mut u64| {
-        output.file().write_all_at(small, *at).map_err(writing())?;
-        *at = at.saturating_add(small.len() as u64);
-        small.clear();
-        Ok::<(), DumpError>(())
-    };
-    stream.pruned(dump.path(), dump.bytes(), plan, |piece| {
-        let (from, len) = match piece {
-            Part::Bytes(bytes) => {
-                small.extend(bytes);
-                return Ok(());
-            }
-            Part::Copy { from, len } => (from, len),
-        };
-        if len < SMALL_PIECE {
-            let start = usize::try_from(from).unwrap_or(usize::MAX);
-            let size = usize::try_from(len).unwrap_or(usize::MAX);
-            let old = small.len();
-            small.resize(old.saturating_add(size), 0);
-            let there = dump.bytes().get(start, size);
-            let copied = there
-                .zip(small.get_mut(old..))
-                .is_some_and(|(there, out)| there.copy_to(out));
-            if !copied {
-                return Err(DumpError::malformed(
-                    dump.path(),
-                    "a stretch beyond the end",
-                    from,
-                    len,
-                ));
-            }
-            if small.len() >= COPY {
-                flush(&mut small, &mut at)?;
-            }
-            return Ok(());
-        }
-        flush(&mut small, &mut at)?;
-        copier.copy(from, at, len)?;
-        at = at.saturating_add(len);
-        Ok(())
-    })?;
-    flush(&mut small, &mut at)?;
-    output.file().set_len(at).map_err(writing())?;
-    Ok(plan.runs().len() as u64)
-}
-
-/// Stretches shorter than this are gathered before they are written.
-const SMALL_PIECE: u64 = 64 << 10;
-
 /// Copies all of the file but the dropped pages, and clears their bits.
 fn copy_mapped_ram(
     dump: &MappedDump,
@@ -333,7 +275,7 @@ fn identity(file: &File, path: &Path) -> Result<(u64, u64), DumpError> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
-fn disk_usage(file: &File, path: &Path) -> Result<u64, DumpError> {
+pub(crate) fn disk_usage(file: &File, path: &Path) -> Result<u64, DumpError> {
     let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
     Ok(metadata.blocks().saturating_mul(512))
 }

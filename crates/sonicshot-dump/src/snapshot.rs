@@ -107,7 +107,9 @@ impl SnapshotFiles {
         Ok(files)
     }
 
-    fn file(memory: &Path, layout: Option<&LayoutSpec>) -> Self {
+    /// The file `memory` by itself, which is not looked at.
+    #[must_use]
+    pub fn file(memory: &Path, layout: Option<&LayoutSpec>) -> Self {
         Self {
             memory: memory.to_owned(),
             layout: layout.cloned(),

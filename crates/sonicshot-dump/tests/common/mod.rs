@@ -1,5 +1,7 @@
 //! Plans, patterns, and files for the tests of both formats.
 
+pub mod qemu;
+
 use sonicshot::{
     DropClasses, Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange,
     PrunePlan, RamLayout,

@@ -1,0 +1,97 @@
+//! libvirt's save images: what `virsh save` and `virsh managedsave` write
+//! (`src/qemu/qemu_saveimage.h`).
+//!
+//! A header of 92 bytes in the order of the host that wrote it, the domain's XML and whatever else
+//! libvirt wants to know, and then a migration file of QEMU's: as it is, compressed as a whole, or
+//! (format `sparse`, libvirt 11 and later) a mapped-ram file whose offsets count from the beginning
+//! of the image. libvirt's own part stays as it is.
+
+use crate::DumpError;
+use sonicshot::GuestBytes;
+use std::path::Path;
+
+/// An image that is complete.
+pub(crate) const MAGIC: &[u8; 16] = b"LibvirtQemudSave";
+const HEADER_LEN: u64 = 92;
+const VERSION: u32 = 2;
+/// The XML of a domain, with its snapshots and what else there is, is shorter.
+const MAX_DATA: u32 = 1 << 28;
+
+/// How the migration file is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Compression {
+    Gzip,
+    Zstd,
+}
+
+/// What an image's header says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Image {
+    /// `None`: the migration file is in the image as it is.
+    pub compression: Option<Compression>,
+    /// Where the migration file begins.
+    pub payload_at: u64,
+}
+
+impl Image {
+    pub(crate) fn name(&self) -> &'static str {
+        match self.compression {
+            None => "libvirt save image",
+            Some(Compression::Gzip) => "libvirt save image (gzip)",
+            Some(Compression::Zstd) => "libvirt save image (zstd)",
+        }
+    }
+}
+
+/// Reads the header.
+pub(crate) fn parse(path: &Path, data: GuestBytes<'_>) -> Result<Image, DumpError> {
+    let malformed =
+        |what, offset, value: u32| Err(DumpError::malformed(path, what, offset, u64::from(value)));
+    let mut header = [0_u8; 20];
+    let there = data.get(MAGIC.len(), header.len());
+    if !there.is_some_and(|there| there.copy_to(&mut header)) {
+        return malformed(
+            "the end of the file inside the header",
+            MAGIC.len() as u64,
+            0,
+        );
+    }
+    let (words, _) = header.as_chunks::<4>();
+    let mut words = words.iter().map(|word| u32::from_le_bytes(*word));
+    let mut next = || words.next().unwrap_or(0);
+    let version = next();
+    // A host of the other byte order.
+    let swapped = version.swap_bytes() == VERSION;
+    let mut next = || if swapped { next().swap_bytes() } else { next() };
+    if version != VERSION && !swapped {
+        return malformed("the version of a libvirt save image", 16, version);
+    }
+    let data_len = next();
+    let _was_running = next();
+    let format = next();
+    if data_len > MAX_DATA {
+        return malformed("the length of the domain's description", 20, data_len);
+    }
+    let payload_at = HEADER_LEN.saturating_add(u64::from(data_len));
+    if payload_at >= data.len() as u64 {
+        return malformed("a domain's description beyond the end", 20, data_len);
+    }
+    let unsupported = |kind| {
+        let path = path.to_owned();
+        Err(DumpError::Unsupported { path, kind })
+    };
+    let compression = match format {
+        // Raw and sparse: the migration file itself says which it is.
+        0 | 6 => None,
+        1 => Some(Compression::Gzip),
+        5 => Some(Compression::Zstd),
+        2 => return unsupported("a libvirt save image compressed with bzip2"),
+        3 => return unsupported("a libvirt save image compressed with xz"),
+        4 => return unsupported("a libvirt save image compressed with lzop"),
+        other => return malformed("the format of a libvirt save image", 28, other),
+    };
+    Ok(Image {
+        compression,
+        payload_at,
+    })
+}
