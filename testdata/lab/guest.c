@@ -423,6 +423,36 @@ static unsigned long option(const char *name, unsigned long otherwise)
 	return strtoul(at + strlen(name) + 1, NULL, 10);
 }
 
+/* Waits until memory has grown by `mib`, bringing online what comes (some kernels do so alone). */
+static void wait_for_memory(unsigned long before_kib, unsigned long mib)
+{
+	for (int i = 0; i < 600; i++) {
+		DIR *dir = opendir("/sys/devices/system/memory");
+		struct dirent *entry;
+		while (dir && (entry = readdir(dir))) {
+			char path[512], state[16] = "";
+			if (strncmp(entry->d_name, "memory", 6))
+				continue;
+			snprintf(path, sizeof path, "/sys/devices/system/memory/%s/state",
+				 entry->d_name);
+			int fd = open(path, O_RDWR);
+			if (fd >= 0 && read(fd, state, sizeof state - 1) > 0 &&
+			    !strncmp(state, "offline", 7) && write(fd, "online", 6) < 0)
+				say("LAB-NOTE %s: %s", path, strerror(errno));
+			if (fd >= 0)
+				close(fd);
+		}
+		if (dir)
+			closedir(dir);
+		/* Its struct pages may lie in the new memory itself. */
+		if (meminfo("MemTotal") >= before_kib + mib * 1024 * 31 / 32)
+			return;
+		usleep(100000);
+	}
+	errno = ETIMEDOUT;
+	die("waiting for memory");
+}
+
 int main(void)
 {
 	setbuf(stdout, NULL);
@@ -440,8 +470,14 @@ int main(void)
 		dup2(console, 1);
 		dup2(console, 2);
 	}
-	load_modules();
 	total_kib = meminfo("MemTotal");
+	load_modules();
+	unsigned long plug = option("lab.plug", 0);
+	if (plug) {
+		say("PLUG");
+		wait_for_memory(total_kib, plug);
+		total_kib = meminfo("MemTotal");
+	}
 	seed = option("lab.seed", 1);
 	compressible = option("lab.compressible", 0);
 	unsigned long anon_mib = option("lab.anon", 24);
@@ -491,6 +527,9 @@ int main(void)
 			die("hugetlb");
 		fill(k.huge, k.huge_len, 4);
 	}
+
+	/* The disks are copied once and serve all forms of a snapshot: what is dirty stays so. */
+	put("/proc/sys/vm/dirty_writeback_centisecs", "0");
 
 	/* Free pages that are not zero, then page cache, clean and dirty. */
 	if (use_all(50, 0))
