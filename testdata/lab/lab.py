@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import kernels  # noqa: E402
 import machine  # noqa: E402
+import matrix  # noqa: E402
 import peers  # noqa: E402
 import proof  # noqa: E402
 import vmms  # noqa: E402
@@ -159,6 +160,17 @@ def do_prove(args):
         raise SystemExit(1)
 
 
+def do_matrix(args):
+    """Every kind of guest on every kernel; rows that are there already are not made again."""
+    kernels.install_tools()
+    names = [name for name in matrix.ROWS
+             if not args.rows or any(part.strip() in name for part in args.rows.split(";"))]
+    failed = matrix.matrix(find_tool(args.sonicshot), args.kernels.split(","), names, args.keep)
+    print(machine.relative(kernels.LAB / "matrix.md"))
+    if failed:
+        raise SystemExit(f"{failed} rows failed")
+
+
 def do_stress(args):
     """Stops a busy guest at any instant, prunes the RAM under it, and lets it run on."""
     kernels.install_tools()
@@ -253,6 +265,13 @@ def main():
     capture.add_argument("--stream", action="store_true")
     capture.add_argument("--debug-symbols", action="store_true")
     capture.set_defaults(run=do_capture)
+
+    rows = commands.add_parser("matrix", help="every kind of guest on every kernel, as a table")
+    rows.add_argument("--kernels", default=",".join(kernels.SUITES))
+    rows.add_argument("--rows", default="", help="parts of their names, `;` between them")
+    rows.add_argument("--keep", action="store_true", help="keep the captures")
+    rows.add_argument("--sonicshot", help="the binary; built if not given")
+    rows.set_defaults(run=do_matrix)
 
     stress = commands.add_parser("stress", help="prune the RAM of a busy guest, again and again")
     stress.add_argument("--kernel", default="6.1")

@@ -81,9 +81,11 @@ def build_files(mib):
 class Monitor:
     """QEMU's QMP socket."""
 
-    def __init__(self, path):
+    def __init__(self, path, process):
         self.socket = socket.socket(socket.AF_UNIX)
         for _ in range(600):
+            if process.poll() is not None:
+                raise SystemExit(f"QEMU ended at once: {process.args}")
             try:
                 self.socket.connect(str(path))
                 break
@@ -197,7 +199,7 @@ class Machine:
         self.started = time.monotonic()
         self.process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL,
                                         stderr=open(folder / "qemu.log", "w"))
-        self.qmp = Monitor(monitor)
+        self.qmp = Monitor(monitor, self.process)
         self.console = socket.socket(socket.AF_UNIX)
         self.console.connect(str(console))
         threading.Thread(target=self._listen, daemon=True).start()
