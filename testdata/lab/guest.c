@@ -311,17 +311,24 @@ static const char *check_kept(const struct kept *k)
 	return NULL;
 }
 
-static void torture(const struct kept *k)
+/* What is in memory now: nothing is taken, nothing evicted. */
+static const char *look(const struct kept *k)
 {
 	const char *bad = check_kept(k);
+	if (!bad && hash_tree("/files") != k->files)
+		bad = "files";
+	if (!bad && kernel_complains())
+		bad = "the kernel's log";
+	return bad;
+}
+
+static void torture(const struct kept *k)
+{
+	/* First, while the files are still in the page cache: what follows evicts them, and then the
+	 * disk would answer for pages that were dropped. */
+	const char *bad = look(k);
 	if (bad) {
 		say("TORTURE-FAIL %s before", bad);
-		return;
-	}
-	/* Now, while the files are still in the page cache: what follows evicts them, and then the
-	 * disk would answer for pages that were dropped. */
-	if (hash_tree("/files") != k->files) {
-		say("TORTURE-FAIL files before");
 		return;
 	}
 	for (int round = 0; round < 2; round++) {
@@ -571,12 +578,13 @@ int main(void)
 		if (stressing[i] == 0)
 			stress(2000 + i);
 	}
+	int every = option("lab.beat", 1000);
 	say("READY");
 
 	for (unsigned long beat = 0;; beat++) {
 		char line[64];
 		struct pollfd input = { .fd = 0, .events = POLLIN };
-		int ready = poll(&input, 1, 1000);
+		int ready = poll(&input, 1, every);
 		if (ready > 0) {
 			ssize_t got = read(0, line, sizeof line - 1);
 			if (got > 0) {
@@ -590,7 +598,10 @@ int main(void)
 						}
 					torture(&k);
 				}
-				else if (strstr(line, "off")) {
+				else if (strstr(line, "look")) {
+					const char *bad = look(&k);
+					say(bad ? "LOOK-FAIL %s" : "LOOK-OK", bad);
+				} else if (strstr(line, "off")) {
 					sync();
 					reboot(RB_POWER_OFF);
 				}

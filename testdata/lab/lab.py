@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import killed  # noqa: E402
 import kernels  # noqa: E402
 import machine  # noqa: E402
 import matrix  # noqa: E402
@@ -165,10 +166,22 @@ def do_matrix(args):
     kernels.install_tools()
     names = [name for name in matrix.ROWS
              if not args.rows or any(part.strip() in name for part in args.rows.split(";"))]
-    failed = matrix.matrix(find_tool(args.sonicshot), args.kernels.split(","), names, args.keep)
+    failed = matrix.matrix(find_tool(args.sonicshot), args.kernels.split(","), names, args.keep,
+                           args.fresh)
     print(machine.relative(kernels.LAB / "matrix.md"))
     if failed:
         raise SystemExit(f"{failed} rows failed")
+
+
+def do_kill(args):
+    """Kills prunes in place at random moments, and lets a guest run from what is left."""
+    kernels.install_tools()
+    tool = find_tool(args.sonicshot)
+    spec = {"kernel": kernels.fetch(args.kernel, False), "mem": 512, "cpu": "qemu64", "smp": 1,
+            "machine": "pc", "garbage": "random", "forms": ["raw", "mapped"]}
+    folder = machine.capture(spec, f"kill-{args.kernel}")
+    for form in ("mapped.ram", "ram.raw"):
+        print(killed.kill(tool, folder, form, args.rounds, args.seed), flush=True)
 
 
 def do_stress(args):
@@ -239,8 +252,9 @@ def do_vmms(args):
 def do_restore(args):
     folder = kernels.LAB / "captures" / args.capture
     ram, migration = (f and Path(f).resolve() for f in (args.ram, args.migration))
-    beat, rss = machine.restore(folder, ram, args.torture, migration=migration)
-    print(f"first beat after {beat:.2f} s, QEMU resident {rss} MiB"
+    done = machine.restore(folder, ram, args.torture and "torture", migration=migration)
+    print(f"loaded in {done.load:.2f} s, first beat {done.beat:.2f} s later, "
+          f"QEMU resident {done.rss} MiB"
           + (", TORTURE-OK" if args.torture else ""))
 
 
@@ -269,9 +283,17 @@ def main():
     rows = commands.add_parser("matrix", help="every kind of guest on every kernel, as a table")
     rows.add_argument("--kernels", default=",".join(kernels.SUITES))
     rows.add_argument("--rows", default="", help="parts of their names, `;` between them")
+    rows.add_argument("--fresh", action="store_true", help="the rows of other builds again")
     rows.add_argument("--keep", action="store_true", help="keep the captures")
     rows.add_argument("--sonicshot", help="the binary; built if not given")
     rows.set_defaults(run=do_matrix)
+
+    kill = commands.add_parser("kill", help="kill prunes in place, run on from what is left")
+    kill.add_argument("--kernel", default="6.1")
+    kill.add_argument("--rounds", type=int, default=50)
+    kill.add_argument("--seed", type=int, default=1)
+    kill.add_argument("--sonicshot", help="the binary; built if not given")
+    kill.set_defaults(run=do_kill)
 
     stress = commands.add_parser("stress", help="prune the RAM of a busy guest, again and again")
     stress.add_argument("--kernel", default="6.1")

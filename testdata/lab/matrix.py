@@ -88,8 +88,7 @@ def prune_and_restore(tool, folder, form, work):
         return row
     row["after"] = allocated(out)
     row["report"] = report
-    beat, rss = machine.restore(folder, None, migration=out)
-    row["beat"], row["rss"] = round(beat, 2), rss
+    row["restored"] = machine.restore(folder, None, migration=out)
     out.unlink()
     return row
 
@@ -158,8 +157,9 @@ def write(rows):
         part.rename(LAB / name)
 
 
-def matrix(tool, series, names, keep):
-    """Makes the rows that are missing; returns how many failed."""
+def matrix(tool, series, names, keep, fresh):
+    """Makes the rows that are missing, or, if `fresh`, all that another build of sonicshot made;
+    returns how many failed."""
     (LAB / "matrix").mkdir(parents=True, exist_ok=True)
     # A copy: a rebuild in the middle of the run would mix two versions.
     binary = LAB / "matrix" / f"sonicshot-{os.getpid()}"
@@ -177,7 +177,7 @@ def matrix(tool, series, names, keep):
             old = next((r for r in rows if {k: r[k] for k in key} == key), None)
             if old and not old.get("failed") and (
                     old["tool"] == version
-                    or not any(f.get("refused") for f in old["forms"].values())):
+                    or not fresh and not any(f.get("refused") for f in old["forms"].values())):
                 continue
             spec = {"kernel": kernels.fetch(number, False), "mem": 512, "cpu": "qemu64", "smp": 1,
                     "machine": "pc", "garbage": "random", "forms": ["mapped", "stream"],
