@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import bench  # noqa: E402
 import killed  # noqa: E402
 import kernels  # noqa: E402
 import machine  # noqa: E402
@@ -184,6 +185,17 @@ def do_kill(args):
         print(killed.kill(tool, folder, form, args.rounds, args.seed), flush=True)
 
 
+def do_bench(args):
+    """Time of a prune in place beside makedumpfile, and what the smaller file brings QEMU."""
+    kernels.install_tools()
+    # Without KASLR: makedumpfile is given a core with the addresses that /proc/vmcore has.
+    spec = {"kernel": kernels.fetch(args.kernel, False), "mem": args.mem, "cpu": "qemu64",
+            "smp": 1, "machine": "pc", "garbage": "random", "append": "nokaslr lab.beat=100",
+            "forms": ["raw", "mapped"]}
+    folder = machine.capture(spec, f"bench-{args.kernel}-{args.mem}-nokaslr")
+    bench.bench(folder, find_tool(args.sonicshot), args.rounds)
+
+
 def do_stress(args):
     """Stops a busy guest at any instant, prunes the RAM under it, and lets it run on."""
     kernels.install_tools()
@@ -294,6 +306,13 @@ def main():
     kill.add_argument("--seed", type=int, default=1)
     kill.add_argument("--sonicshot", help="the binary; built if not given")
     kill.set_defaults(run=do_kill)
+
+    speed = commands.add_parser("bench", help="prune beside makedumpfile; QEMU's restore")
+    speed.add_argument("--kernel", default="6.1")
+    speed.add_argument("--mem", type=int, default=4096, help="MiB")
+    speed.add_argument("--rounds", type=int, default=7)
+    speed.add_argument("--sonicshot", help="the binary; built if not given")
+    speed.set_defaults(run=do_bench)
 
     stress = commands.add_parser("stress", help="prune the RAM of a busy guest, again and again")
     stress.add_argument("--kernel", default="6.1")
