@@ -1,5 +1,6 @@
 """Every kind of guest on every kernel: its snapshots are pruned and restored by an unchanged QEMU."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -149,12 +150,27 @@ def table(rows):
     return "\n".join(lines) + "\n"
 
 
-def write(rows):
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    for name, text in (("matrix.jsonl", lines), ("matrix.md", table(rows))):
-        part = LAB / f"{name}.part"
-        part.write_text(text)
-        part.rename(LAB / name)
+def finished():
+    file = LAB / "matrix.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def write(row):
+    """Puts a row among those that are there: two runs may be at work at once."""
+    with open(LAB / "matrix" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = [old for old in finished() if key(old) != key(row)] + [row]
+        rows.sort(key=lambda r: (list(ROWS).index(r["row"]),
+                                 [int(part) for part in r["series"].split("-")[0].split(".")]))
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        for name, text in (("matrix.jsonl", lines), ("matrix.md", table(rows))):
+            part = LAB / f"{name}.part"
+            part.write_text(text)
+            part.rename(LAB / name)
+
+
+def key(row):
+    return row["series"], row["row"]
 
 
 def matrix(tool, series, names, keep, fresh):
@@ -165,16 +181,15 @@ def matrix(tool, series, names, keep, fresh):
     binary = LAB / "matrix" / f"sonicshot-{os.getpid()}"
     shutil.copy(tool, binary)
     version = hashlib.sha256(binary.read_bytes()).hexdigest()[:12]
-    done = LAB / "matrix.jsonl"
-    rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
+    failed = 0
     todo = [(s, name) for name in names for s in series if s not in NOT_IN.get(name, [])]
     try:
         for number, name in todo:
             # None of the cloud kernels has page poisoning.
             if name == "page_poison=1" and "-" not in number:
                 number = f"{number}-amd64"
-            key = {"series": number, "row": name}
-            old = next((r for r in rows if {k: r[k] for k in key} == key), None)
+            row = {"series": number, "row": name, "tool": version}
+            old = next((r for r in finished() if key(r) == key(row)), None)
             if old and not old.get("failed") and (
                     old["tool"] == version
                     or not fresh and not any(f.get("refused") for f in old["forms"].values())):
@@ -187,7 +202,6 @@ def matrix(tool, series, names, keep, fresh):
             work.mkdir()
             # QEMU's options end at a comma.
             capture = re.sub("[^a-zA-Z0-9.]+", "-", f"matrix-{number}-{name}")
-            row = {**key, "tool": version}
             try:
                 folder = machine.capture(spec, capture)
                 row.update(one(binary, folder, work))
@@ -196,11 +210,9 @@ def matrix(tool, series, names, keep, fresh):
             shutil.rmtree(work, ignore_errors=True)
             if not keep and not row.get("failed"):
                 shutil.rmtree(LAB / "captures" / capture, ignore_errors=True)
-            rows = [r for r in rows if r is not old] + [row]
-            rows.sort(key=lambda r: (list(ROWS).index(r["row"]), r["series"].split(".")[0],
-                                     int(r["series"].split(".")[1].split("-")[0])))
-            write(rows)
+            failed += bool(row.get("failed"))
+            write(row)
             print(f"{number}, {name}: {outcome(row)}", flush=True)
     finally:
         binary.unlink()
-    return sum(bool(row.get("failed")) for row in rows)
+    return failed
