@@ -433,6 +433,7 @@ static unsigned long option(const char *name, unsigned long otherwise)
 /* Waits until memory has grown by `mib`, bringing online what comes (some kernels do so alone). */
 static void wait_for_memory(unsigned long before_kib, unsigned long mib)
 {
+	int brought = 0;
 	for (int i = 0; i < 600; i++) {
 		DIR *dir = opendir("/sys/devices/system/memory");
 		struct dirent *entry;
@@ -444,16 +445,22 @@ static void wait_for_memory(unsigned long before_kib, unsigned long mib)
 				 entry->d_name);
 			int fd = open(path, O_RDWR);
 			if (fd >= 0 && read(fd, state, sizeof state - 1) > 0 &&
-			    !strncmp(state, "offline", 7) && write(fd, "online", 6) < 0)
-				say("LAB-NOTE %s: %s", path, strerror(errno));
+			    !strncmp(state, "offline", 7)) {
+				if (write(fd, "online", 6) < 0)
+					say("LAB-NOTE %s: %s", path, strerror(errno));
+				else
+					brought++;
+			}
 			if (fd >= 0)
 				close(fd);
 		}
 		if (dir)
 			closedir(dir);
 		/* Its struct pages may lie in the new memory itself. */
-		if (meminfo("MemTotal") >= before_kib + mib * 1024 * 31 / 32)
+		if (meminfo("MemTotal") >= before_kib + mib * 1024 * 31 / 32) {
+			say("PLUGGED, %d blocks brought online", brought);
 			return;
+		}
 		usleep(100000);
 	}
 	errno = ETIMEDOUT;
