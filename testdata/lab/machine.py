@@ -143,6 +143,8 @@ def backend(name, mib):
 def memory(spec, ram, incoming):
     """The guest's memory for QEMU's command line: one file (`ram`) or anonymous memory, or a
     block for each NUMA node; and what is plugged in, which on a restore is there from the start."""
+    if ram and any(spec.get(key) for key in ("numa", "dimm", "virtio_mem")):
+        raise SystemExit("a guest with several RAM blocks has no raw RAM file")
     machine, size = spec["machine"], f"{spec['mem']}M"
     more = sum(spec.get("dimm", [])) + spec.get("virtio_mem", [0])[0]
     if more:
