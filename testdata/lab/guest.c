@@ -311,17 +311,24 @@ static const char *check_kept(const struct kept *k)
 	return NULL;
 }
 
-static void torture(const struct kept *k)
+/* What is in memory now: nothing is taken, nothing evicted. */
+static const char *look(const struct kept *k)
 {
 	const char *bad = check_kept(k);
+	if (!bad && hash_tree("/files") != k->files)
+		bad = "files";
+	if (!bad && kernel_complains())
+		bad = "the kernel's log";
+	return bad;
+}
+
+static void torture(const struct kept *k)
+{
+	/* First, while the files are still in the page cache: what follows evicts them, and then the
+	 * disk would answer for pages that were dropped. */
+	const char *bad = look(k);
 	if (bad) {
 		say("TORTURE-FAIL %s before", bad);
-		return;
-	}
-	/* Now, while the files are still in the page cache: what follows evicts them, and then the
-	 * disk would answer for pages that were dropped. */
-	if (hash_tree("/files") != k->files) {
-		say("TORTURE-FAIL files before");
 		return;
 	}
 	for (int round = 0; round < 2; round++) {
@@ -423,6 +430,43 @@ static unsigned long option(const char *name, unsigned long otherwise)
 	return strtoul(at + strlen(name) + 1, NULL, 10);
 }
 
+/* Waits until memory has grown by `mib`, bringing online what comes (some kernels do so alone). */
+static void wait_for_memory(unsigned long before_kib, unsigned long mib)
+{
+	int brought = 0;
+	for (int i = 0; i < 600; i++) {
+		DIR *dir = opendir("/sys/devices/system/memory");
+		struct dirent *entry;
+		while (dir && (entry = readdir(dir))) {
+			char path[512], state[16] = "";
+			if (strncmp(entry->d_name, "memory", 6))
+				continue;
+			snprintf(path, sizeof path, "/sys/devices/system/memory/%s/state",
+				 entry->d_name);
+			int fd = open(path, O_RDWR);
+			if (fd >= 0 && read(fd, state, sizeof state - 1) > 0 &&
+			    !strncmp(state, "offline", 7)) {
+				if (write(fd, "online", 6) < 0)
+					say("LAB-NOTE %s: %s", path, strerror(errno));
+				else
+					brought++;
+			}
+			if (fd >= 0)
+				close(fd);
+		}
+		if (dir)
+			closedir(dir);
+		/* Its struct pages may lie in the new memory itself. */
+		if (meminfo("MemTotal") >= before_kib + mib * 1024 * 31 / 32) {
+			say("PLUGGED, %d blocks brought online", brought);
+			return;
+		}
+		usleep(100000);
+	}
+	errno = ETIMEDOUT;
+	die("waiting for memory");
+}
+
 int main(void)
 {
 	setbuf(stdout, NULL);
@@ -440,8 +484,14 @@ int main(void)
 		dup2(console, 1);
 		dup2(console, 2);
 	}
-	load_modules();
 	total_kib = meminfo("MemTotal");
+	load_modules();
+	unsigned long plug = option("lab.plug", 0);
+	if (plug) {
+		say("PLUG");
+		wait_for_memory(total_kib, plug);
+		total_kib = meminfo("MemTotal");
+	}
 	seed = option("lab.seed", 1);
 	compressible = option("lab.compressible", 0);
 	unsigned long anon_mib = option("lab.anon", 24);
@@ -492,6 +542,9 @@ int main(void)
 		fill(k.huge, k.huge_len, 4);
 	}
 
+	/* The disks are copied once and serve all forms of a snapshot: what is dirty stays so. */
+	put("/proc/sys/vm/dirty_writeback_centisecs", "0");
+
 	/* Free pages that are not zero, then page cache, clean and dirty. */
 	if (use_all(50, 0))
 		die("filling free memory");
@@ -532,12 +585,13 @@ int main(void)
 		if (stressing[i] == 0)
 			stress(2000 + i);
 	}
+	int every = option("lab.beat", 1000);
 	say("READY");
 
 	for (unsigned long beat = 0;; beat++) {
 		char line[64];
 		struct pollfd input = { .fd = 0, .events = POLLIN };
-		int ready = poll(&input, 1, 1000);
+		int ready = poll(&input, 1, every);
 		if (ready > 0) {
 			ssize_t got = read(0, line, sizeof line - 1);
 			if (got > 0) {
@@ -551,7 +605,10 @@ int main(void)
 						}
 					torture(&k);
 				}
-				else if (strstr(line, "off")) {
+				else if (strstr(line, "look")) {
+					const char *bad = look(&k);
+					say(bad ? "LOOK-FAIL %s" : "LOOK-OK", bad);
+				} else if (strstr(line, "off")) {
 					sync();
 					reboot(RB_POWER_OFF);
 				}

@@ -10,8 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import bench  # noqa: E402
+import killed  # noqa: E402
 import kernels  # noqa: E402
 import machine  # noqa: E402
+import matrix  # noqa: E402
 import peers  # noqa: E402
 import proof  # noqa: E402
 import vmms  # noqa: E402
@@ -22,17 +25,34 @@ def spec_of(args, series):
     spec = {"kernel": meta, "mem": args.mem, "cpu": args.cpu, "smp": args.smp,
             "machine": args.machine, "garbage": args.garbage}
     add_options(spec, args)
-    if args.mapped_ram:
-        spec["mapped_ram"] = True
-    if args.stream:
-        spec["stream"] = True
+    spec["forms"] = ["raw", "elf"]
+    if several_blocks(spec):
+        # Raw RAM is one file.
+        spec["forms"] = ["elf"]
+    spec["forms"] += [form for form in ("mapped", "stream") if getattr(args, form)]
     return spec
 
 
+OPTIONS = ("append", "hugetlb", "balloon", "numa", "dimm", "virtio_mem")
+
+
 def add_options(spec, args):
-    for key in ("append", "hugetlb", "balloon"):
+    for key in OPTIONS:
         if getattr(args, key):
             spec[key] = getattr(args, key)
+    if spec.get("numa"):
+        if len(spec["numa"]) == 1:
+            spec["numa"] = [spec["mem"] // spec["numa"][0]] * spec["numa"][0]
+        spec["mem"] = sum(spec["numa"])
+        spec["smp"] = max(spec["smp"], len(spec["numa"]))
+
+
+def several_blocks(spec):
+    return any(spec.get(key) for key in ("numa", "dimm", "virtio_mem"))
+
+
+def sizes(text):
+    return [int(size) for size in text.split(",")]
 
 
 def guest_options(parser):
@@ -43,6 +63,11 @@ def guest_options(parser):
     parser.add_argument("--hugetlb", type=int, default=0,
                         help="pool size in 2 MiB pages; half of it used")
     parser.add_argument("--balloon", type=int, default=0, help="MiB to take from the guest")
+    parser.add_argument("--numa", type=sizes,
+                        help="nodes, a RAM block each: how many, or the MiB of each (192,320)")
+    parser.add_argument("--dimm", type=sizes, help="MiB of memory plugged in after boot: 128,128")
+    parser.add_argument("--virtio-mem", type=sizes,
+                        help="MiB of a virtio-mem device, and how much of it is plugged: 512,200")
 
 
 def name_of(spec):
@@ -51,9 +76,9 @@ def name_of(spec):
         parts.append(spec["machine"])
     if spec["smp"] != 1:
         parts.append(f"smp{spec['smp']}")
-    for key in ("append", "hugetlb", "balloon"):
+    for key in OPTIONS:
         if spec.get(key):
-            parts.append(key + re.sub("[^a-z0-9_.]+", "_", str(spec[key])))
+            parts.append(key + re.sub("[^a-z0-9_.]+", "_", str(spec[key])).strip("_"))
     return "-".join(parts)
 
 
@@ -75,7 +100,7 @@ def do_testdata(args):
     """Makes the small capture that `cargo test` uses."""
     kernels.install_tools()
     spec = {"kernel": kernels.fetch("6.1", False), "mem": 128, "cpu": "qemu64", "smp": 1,
-            "machine": "pc", "garbage": "compressible"}
+            "machine": "pc", "garbage": "compressible", "forms": ["raw"]}
     folder = machine.capture(spec, "testdata")
     into = kernels.ROOT / "testdata" / "guest-6.1-128m"
     into.mkdir(exist_ok=True)
@@ -111,7 +136,8 @@ def do_prove(args):
     for series, mem, cpu in todo:
         meta = kernels.fetch(series, symbols)
         spec = {"kernel": meta, "mem": mem, "cpu": cpu, "smp": args.smp, "machine": args.machine,
-                "garbage": "random", "mapped_ram": True, "stream": True}
+                "garbage": "random",
+                "forms": ["raw", "elf", "mapped", "stream"]}
         add_options(spec, args)
         name = name_of(spec)
         try:
@@ -134,6 +160,40 @@ def do_prove(args):
     print(f"{len(rows)} passed, {failed} failed")
     if failed:
         raise SystemExit(1)
+
+
+def do_matrix(args):
+    """Every kind of guest on every kernel; rows that are there already are not made again."""
+    kernels.install_tools()
+    names = [name for name in matrix.ROWS
+             if not args.rows or any(part.strip() in name for part in args.rows.split(";"))]
+    failed = matrix.matrix(find_tool(args.sonicshot), args.kernels.split(","), names, args.keep,
+                           args.fresh)
+    print(machine.relative(kernels.LAB / "matrix.md"))
+    if failed:
+        raise SystemExit(f"{failed} rows failed")
+
+
+def do_kill(args):
+    """Kills prunes in place at random moments, and lets a guest run from what is left."""
+    kernels.install_tools()
+    tool = find_tool(args.sonicshot)
+    spec = {"kernel": kernels.fetch(args.kernel, False), "mem": 512, "cpu": "qemu64", "smp": 1,
+            "machine": "pc", "garbage": "random", "forms": ["raw", "mapped"]}
+    folder = machine.capture(spec, f"kill-{args.kernel}")
+    for form in ("mapped.ram", "ram.raw"):
+        print(killed.kill(tool, folder, form, args.rounds, args.seed), flush=True)
+
+
+def do_bench(args):
+    """Time of a prune in place beside makedumpfile, and what the smaller file brings QEMU."""
+    kernels.install_tools()
+    # Without KASLR: makedumpfile is given a core with the addresses that /proc/vmcore has.
+    spec = {"kernel": kernels.fetch(args.kernel, False), "mem": args.mem, "cpu": "qemu64",
+            "smp": 1, "machine": "pc", "garbage": "random", "append": "nokaslr lab.beat=100",
+            "forms": ["raw", "mapped"]}
+    folder = machine.capture(spec, f"bench-{args.kernel}-{args.mem}-nokaslr")
+    bench.bench(folder, find_tool(args.sonicshot), args.rounds)
 
 
 def do_stress(args):
@@ -184,7 +244,7 @@ def do_compare(args):
     kernels.install_tools()
     meta = kernels.fetch(args.kernel, False)
     spec = {"kernel": meta, "mem": args.mem, "cpu": "qemu64", "smp": 1, "machine": "pc",
-            "garbage": "random", "append": "nokaslr"}
+            "garbage": "random", "append": "nokaslr", "forms": ["raw"]}
     folder = machine.capture(spec, f"compare-{args.kernel}-{args.mem}")
     peers.compare(folder, find_tool(args.sonicshot))
 
@@ -203,8 +263,10 @@ def do_vmms(args):
 
 def do_restore(args):
     folder = kernels.LAB / "captures" / args.capture
-    beat, rss = machine.restore(folder, Path(args.ram).resolve(), args.torture)
-    print(f"first beat after {beat:.2f} s, QEMU resident {rss} MiB"
+    ram, migration = (f and Path(f).resolve() for f in (args.ram, args.migration))
+    done = machine.restore(folder, ram, args.torture and "torture", migration=migration)
+    print(f"loaded in {done.load:.2f} s, first beat {done.beat:.2f} s later, "
+          f"QEMU resident {done.rss} MiB"
           + (", TORTURE-OK" if args.torture else ""))
 
 
@@ -225,10 +287,32 @@ def main():
     guest_options(capture)
     capture.add_argument("--garbage", default="random", choices=["random", "compressible"])
     capture.add_argument("--name")
-    capture.add_argument("--mapped-ram", action="store_true")
+    capture.add_argument("--mapped-ram", action="store_true", dest="mapped")
     capture.add_argument("--stream", action="store_true")
     capture.add_argument("--debug-symbols", action="store_true")
     capture.set_defaults(run=do_capture)
+
+    rows = commands.add_parser("matrix", help="every kind of guest on every kernel, as a table")
+    rows.add_argument("--kernels", default=",".join(kernels.SUITES))
+    rows.add_argument("--rows", default="", help="parts of their names, `;` between them")
+    rows.add_argument("--fresh", action="store_true", help="the rows of other builds again")
+    rows.add_argument("--keep", action="store_true", help="keep the captures")
+    rows.add_argument("--sonicshot", help="the binary; built if not given")
+    rows.set_defaults(run=do_matrix)
+
+    kill = commands.add_parser("kill", help="kill prunes in place, run on from what is left")
+    kill.add_argument("--kernel", default="6.1")
+    kill.add_argument("--rounds", type=int, default=50)
+    kill.add_argument("--seed", type=int, default=1)
+    kill.add_argument("--sonicshot", help="the binary; built if not given")
+    kill.set_defaults(run=do_kill)
+
+    speed = commands.add_parser("bench", help="prune beside makedumpfile; QEMU's restore")
+    speed.add_argument("--kernel", default="6.1")
+    speed.add_argument("--mem", type=int, default=4096, help="MiB")
+    speed.add_argument("--rounds", type=int, default=7)
+    speed.add_argument("--sonicshot", help="the binary; built if not given")
+    speed.set_defaults(run=do_bench)
 
     stress = commands.add_parser("stress", help="prune the RAM of a busy guest, again and again")
     stress.add_argument("--kernel", default="6.1")
@@ -239,7 +323,7 @@ def main():
     stress.add_argument("--oracle", default="", help="drgn")
     stress.add_argument("--sonicshot", help="the binary; built if not given")
     stress.add_argument("--debug-symbols", action="store_true")
-    stress.set_defaults(run=do_stress, garbage="random", mapped_ram=False, stream=False)
+    stress.set_defaults(run=do_stress, garbage="random", mapped=False, stream=False)
 
     testdata = commands.add_parser("testdata", help="make the capture that the tests use")
     testdata.set_defaults(run=do_testdata)
@@ -272,7 +356,9 @@ def main():
 
     restore = commands.add_parser("restore", help="run a captured guest on")
     restore.add_argument("--capture", required=True)
-    restore.add_argument("--ram", required=True)
+    which = restore.add_mutually_exclusive_group(required=True)
+    which.add_argument("--ram", help="a raw RAM file: the guest runs in it")
+    which.add_argument("--migration", help="a mapped-ram file or a stream, into fresh memory")
     restore.add_argument("--torture", action="store_true")
     restore.set_defaults(run=do_restore)
 

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from kernels import LAB, ROOT, run
 
@@ -21,11 +22,10 @@ GUEST_SOURCE = Path(__file__).with_name("guest.c")
 def build_initramfs(kernel):
     """The guest's program and its modules, as a cpio archive."""
     home = LAB / "kernels" / kernel["series"]
-    archive = home / "initramfs"
-    if archive.exists() and archive.stat().st_mtime > GUEST_SOURCE.stat().st_mtime:
+    archive = home / f"initramfs-{guest_program()}"
+    if archive.exists():
         return archive
-    tree = home / "initramfs.d"
-    shutil.rmtree(tree, ignore_errors=True)
+    tree = Path(tempfile.mkdtemp(dir=home))
     for name in ("modules", "dev", "proc", "sys"):
         (tree / name).mkdir(parents=True)
     run("gcc", "-O2", "-static", "-Wall", "-Wextra", "-o", tree / "init", GUEST_SOURCE)
@@ -33,12 +33,19 @@ def build_initramfs(kernel):
     for name in kernel["modules"]:
         shutil.copy(home / "modules" / f"{name}.ko", tree / "modules")
     (tree / "modules" / "order").write_text("".join(f"{n}.ko\n" for n in kernel["modules"]))
-    with open(archive, "wb") as out:
+    part = tree.with_suffix(".cpio")
+    with open(part, "wb") as out:
         names = "\n".join(str(p.relative_to(tree)) for p in sorted(tree.rglob("*"))) + "\n"
         subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], cwd=tree, input=names.encode(),
                        stdout=out, check=True)
     shutil.rmtree(tree)
+    part.rename(archive)
     return archive
+
+
+def guest_program():
+    """What tells one version of the guest's program from another."""
+    return hashlib.sha256(GUEST_SOURCE.read_bytes()).hexdigest()[:16]
 
 
 def build_files(mib):
@@ -75,9 +82,11 @@ def build_files(mib):
 class Monitor:
     """QEMU's QMP socket."""
 
-    def __init__(self, path):
+    def __init__(self, path, process):
         self.socket = socket.socket(socket.AF_UNIX)
         for _ in range(600):
+            if process.poll() is not None:
+                raise SystemExit(f"QEMU ended at once: {process.args}")
             try:
                 self.socket.connect(str(path))
                 break
@@ -117,18 +126,51 @@ class Monitor:
                   capabilities=[{"capability": n, "state": False} for n in names])
 
     def migrated(self):
-        for _ in range(6000):
+        for _ in range(24000):
             status = self.call("query-migrate").get("status")
             if status == "completed":
                 return
             if status == "failed":
                 raise SystemExit(f"migration failed: {self.call('query-migrate')}")
-            time.sleep(0.02)
+            time.sleep(0.005)
         raise SystemExit("migration did not end")
 
 
+def backend(name, mib):
+    return ["-object", f"memory-backend-ram,id={name},size={mib}M"]
+
+
+def memory(spec, ram, incoming):
+    """The guest's memory for QEMU's command line: one file (`ram`) or anonymous memory, or a
+    block for each NUMA node; and what is plugged in, which on a restore is there from the start."""
+    if ram and any(spec.get(key) for key in ("numa", "dimm", "virtio_mem")):
+        raise SystemExit("a guest with several RAM blocks has no raw RAM file")
+    machine, size = spec["machine"], f"{spec['mem']}M"
+    more = sum(spec.get("dimm", [])) + spec.get("virtio_mem", [0])[0]
+    if more:
+        size += f",slots=4,maxmem={spec['mem'] + more}M"
+    if spec.get("numa"):
+        options = ["-machine", machine, "-m", size]
+        for node, mib in enumerate(spec["numa"]):
+            last = spec["smp"] - 1 if node == len(spec["numa"]) - 1 else node
+            options += backend(f"ram-node{node}", mib)
+            options += ["-numa", f"node,nodeid={node},memdev=ram-node{node},cpus={node}-{last}"]
+    else:
+        options = ["-machine", f"{machine},memory-backend=ram0", "-m", size]
+        options += ["-object", f"memory-backend-file,id=ram0,size={spec['mem']}M,"
+                    f"mem-path={ram},share=on"] if ram else backend("ram0", spec["mem"])
+    for number, mib in enumerate(spec.get("dimm", []) if incoming else []):
+        options += backend(f"mem-dimm{number}", mib)
+        options += ["-device", f"pc-dimm,id=dimm{number},memdev=mem-dimm{number}"]
+    if spec.get("virtio_mem"):
+        mib, plugged = spec["virtio_mem"]
+        options += backend("vmem0", mib)
+        options += ["-device", f"virtio-mem-pci,id=vm0,memdev=vmem0,requested-size={plugged}M"]
+    return options
+
+
 class Machine:
-    """One QEMU process."""
+    """One QEMU process; `ram` names the file that is its memory, or None."""
 
     def __init__(self, spec, ram, folder, incoming=False):
         self.folder = folder
@@ -138,12 +180,10 @@ class Machine:
         self.sockets = Path(tempfile.mkdtemp(prefix="sonicshot-"))
         console, monitor = self.sockets / "console", self.sockets / "qmp"
         kernel = spec["kernel"]
-        machine = f"{spec['machine']},memory-backend=ram0"
         command = [
             "qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-no-user-config",
-            "-display", "none", "-machine", machine, "-cpu", spec["cpu"],
-            "-smp", str(spec["smp"]), "-m", f"{spec['mem']}M",
-            "-object", f"memory-backend-file,id=ram0,size={spec['mem']}M,mem-path={ram},share=on",
+            "-display", "none", "-cpu", spec["cpu"], "-smp", str(spec["smp"]),
+            *memory(spec, ram, incoming),
             "-kernel", LAB / kernel["vmlinuz"], "-initrd", build_initramfs(kernel),
             "-append", spec["cmdline"],
             "-device", "vmcoreinfo",
@@ -162,7 +202,7 @@ class Machine:
         self.started = time.monotonic()
         self.process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL,
                                         stderr=open(folder / "qemu.log", "w"))
-        self.qmp = Monitor(monitor)
+        self.qmp = Monitor(monitor, self.process)
         self.console = socket.socket(socket.AF_UNIX)
         self.console.connect(str(console))
         threading.Thread(target=self._listen, daemon=True).start()
@@ -191,7 +231,7 @@ class Machine:
             while True:
                 while self.lines:
                     line = self.lines.pop(0)
-                    if re.search(r"LAB-FAIL|Kernel panic", line):
+                    if re.search(r"LAB-FAIL|BEAT-FAIL|Kernel panic", line):
                         raise SystemExit(f"guest: {line}")
                     if re.search(pattern, line):
                         return line
@@ -223,6 +263,29 @@ class Machine:
         shutil.rmtree(self.sockets, ignore_errors=True)
 
 
+def blocks(qmp):
+    """Where QEMU has each RAM block in guest-physical memory, by its own word."""
+    def monitor(line):
+        return qmp.call("human-monitor-command", command_line=line)
+
+    names = [line.split()[0] for line in monitor("info ramblock").splitlines()[1:]]
+    found, system = [], False
+    for line in monitor("info mtree -f").splitlines():
+        if line.startswith("FlatView"):
+            system = False
+        elif line.startswith(" AS"):
+            system |= '"memory"' in line
+        at = re.match(r"  ([0-9a-f]+)-([0-9a-f]+) \(prio \S+ (ram|rom)\): (\S+)(?: @([0-9a-f]+))?",
+                      line)
+        if not system or not at:
+            continue
+        first, last, offset = (int(at[i] or "0", 16) for i in (1, 2, 5))
+        name = next((n for n in names if n.split("/")[-1] == at[4]), at[4])
+        found.append({"block": name, "offset": offset, "gpa": first, "len": last + 1 - first})
+    return {"blocks": found, "memory_devices": qmp.call("query-memory-devices"),
+            "ramblock": monitor("info ramblock"), "mtree": monitor("info mtree -f")}
+
+
 def layout(machine, mem):
     """Guest RAM as QEMU lays it out, in file order."""
     size = mem << 20
@@ -251,9 +314,13 @@ def prepare(spec, folder, more=""):
     """Makes the disks and the command line of a guest."""
     mem = spec["mem"]
     small = mem < 256
+    plug = sum(spec.get("dimm", [])) + spec.get("virtio_mem", [0, 0])[1]
+    if plug:
+        more += f" lab.plug={plug}"
     shutil.copy(build_files(8 if small else 64), folder / "files.img")
     with open(folder / "records.img", "wb") as records:
-        records.truncate((8 << 20) + (mem << 20) // 4096 * 16 * (2 if mem > 2048 else 1) * 2)
+        # What is plugged in comes after the PCI hole, and kpageflags counts from 0.
+        records.truncate((8 << 20) + ((mem + 4096 if plug else 2 * mem) << 20) // 4096 * 32)
     spec["cmdline"] = (
         "console=ttyS0 quiet panic=-1 "
         f"lab.anon={spec.get('anon') or (8 if small else 24 if mem < 2048 else 96)} "
@@ -265,7 +332,7 @@ def prepare(spec, folder, more=""):
 def capture(spec, name):
     """Boots a guest, lets it fill its memory, stops it, and takes everything at that instant."""
     folder = LAB / "captures" / name
-    guest = hashlib.sha256(GUEST_SOURCE.read_bytes()).hexdigest()[:16]
+    guest = guest_program()
     if (folder / "meta.json").exists():
         # One of an older guest program would be tortured by that program.
         if json.loads((folder / "meta.json").read_text()).get("guest") == guest:
@@ -273,43 +340,55 @@ def capture(spec, name):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     prepare(spec, folder)
-    ram = folder / "live.raw"
-    times = {}
+    # Raw RAM is one file, and QEMU writes the rest of its state beside it.
+    ram = folder / "live.raw" if "raw" in spec["forms"] else None
+    times, migrations = {}, 0
     machine = Machine(spec, ram, folder)
     try:
+        qmp = machine.qmp
+        if spec.get("dimm"):
+            machine.wait("PLUG", 300)
+            for number, mib in enumerate(spec["dimm"]):
+                qmp.call("object-add", qom_type="memory-backend-ram", id=f"mem-dimm{number}",
+                         size=mib << 20)
+                qmp.call("device_add", driver="pc-dimm", id=f"dimm{number}",
+                         memdev=f"mem-dimm{number}")
         machine.wait("READY", 900)
         times["ready"] = round(time.monotonic() - machine.started, 1)
-        qmp = machine.qmp
         if spec.get("balloon"):
-            qmp.call("balloon", value=(spec["mem"] - spec["balloon"]) << 20)
-            time.sleep(8)
+            inflate(qmp, (spec["mem"] - spec["balloon"]) << 20)
         qmp.call("stop")
-        qmp.call("dump-guest-memory", paging=False, protocol=f"file:{folder / 'dump.elf'}")
-        qmp.capabilities("events", "x-ignore-shared")
-        qmp.call("migrate", uri=f"file:{folder / 'device.state'}")
-        qmp.migrated()
-        run("cp", "--sparse=auto", ram, folder / "ram.raw")
+        found = blocks(qmp)
         for disk in ("files.img", "records.img"):
             run("cp", "--sparse=always", folder / disk, folder / f"{disk}.stop")
-        for form, uri in (("mapped_ram", f"file:{folder / 'mapped.ram'}"),
-                          ("stream", f"exec:cat > {folder / 'stream.mig'}")):
-            if spec.get(form):
+        if "elf" in spec["forms"]:
+            qmp.call("dump-guest-memory", paging=False, protocol=f"file:{folder / 'dump.elf'}")
+        for form in ("raw", "mapped", "stream"):
+            if form not in spec["forms"]:
+                continue
+            if migrations:
+                # QEMU does not migrate a guest twice that did not run between.
                 qmp.call("cont")
                 time.sleep(0.2)
                 qmp.call("stop")
-                qmp.no_capabilities("x-ignore-shared", "mapped-ram")
-                if form == "mapped_ram":
-                    qmp.capabilities("mapped-ram")
-                qmp.call("migrate", uri=uri)
-                qmp.migrated()
+            migrations += 1
+            qmp.no_capabilities("x-ignore-shared", "mapped-ram")
+            qmp.capabilities("events", *{"raw": ["x-ignore-shared"], "mapped": ["mapped-ram"],
+                                         "stream": []}[form])
+            file = folder / {"raw": "device.state", "mapped": "mapped.ram",
+                             "stream": "stream.mig"}[form]
+            qmp.call("migrate", uri=f"exec:cat > {file}" if form == "stream" else f"file:{file}")
+            qmp.migrated()
+            if form == "raw":
+                run("cp", "--sparse=auto", ram, folder / "ram.raw")
     finally:
         machine.quit()
     read_records(folder / "records.img.stop", folder)
-    ram.unlink()
+    (folder / "live.raw").unlink(missing_ok=True)
     for disk in ("files.img", "records.img"):
         (folder / f"{disk}.stop").rename(folder / disk)
     meta = {"name": name, "guest": guest, "spec": spec, "release": spec["kernel"]["release"],
-            "layout": layout(spec["machine"], spec["mem"]), "times": times}
+            "layout": layout(spec["machine"], spec["mem"]), "times": times, **found}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     return folder
 
@@ -319,17 +398,36 @@ def begins_with_capability(migration, name):
         return name in file.read(4096)
 
 
-def restore(capture_folder, ram, torture=True, seconds=1200, migration=None):
+def inflate(qmp, target):
+    """Lets the balloon take the guest's memory down to `target` bytes."""
+    qmp.call("balloon", value=target)
+    for _ in range(240):
+        time.sleep(0.5)
+        if qmp.call("query-balloon")["actual"] <= target:
+            return
+    raise SystemExit(f"the balloon holds {qmp.call('query-balloon')}, not {target}")
+
+
+class Restored(NamedTuple):
+    """Seconds that QEMU loaded, seconds from then to the guest's first beat, and the MiB that
+    QEMU had resident then."""
+
+    load: float
+    beat: float
+    rss: int
+
+
+def restore(capture_folder, ram, ask="torture", seconds=1200, migration=None):
     """Runs the captured guest on with `ram` as its memory, or, if `ram` is None, with fresh
-    memory and the migration file at `migration`, mapped-ram or a stream. Returns seconds to the first beat
-    and QEMU's resident memory then; raises if the torture finds anything."""
+    memory and the migration file at `migration`, mapped-ram or a stream. Raises if the guest,
+    asked to `torture` or only to `look` (or not asked at all), finds anything wrong."""
     meta = json.loads((capture_folder / "meta.json").read_text())
     folder = LAB / "restore" / f"{meta['name']}-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for disk in ("files.img", "records.img"):
         run("cp", "--sparse=always", capture_folder / disk, folder / disk)
-    machine = Machine(meta["spec"], ram or folder / "fresh.raw", folder, incoming=True)
+    machine = Machine(meta["spec"], ram, folder, incoming=True)
     try:
         qmp = machine.qmp
         if ram:
@@ -339,21 +437,21 @@ def restore(capture_folder, ram, torture=True, seconds=1200, migration=None):
             qmp.capabilities("events", "mapped-ram")
         else:
             qmp.capabilities("events")
+        started = time.monotonic()
         qmp.call("migrate-incoming", uri=f"file:{migration}")
         qmp.migrated()
-        started = time.monotonic()
+        loaded = time.monotonic()
         qmp.call("cont")
         machine.wait("BEAT [0-9]", 120)
-        beat = time.monotonic() - started
-        rss = machine.rss_mib()
-        if torture:
-            machine.send("torture")
-            line = machine.wait("TORTURE-", seconds)
-            if "TORTURE-OK" not in line:
+        done = Restored(loaded - started, time.monotonic() - loaded, machine.rss_mib())
+        if ask:
+            machine.send(ask)
+            line = machine.wait(f"{ask.upper()}-", seconds)
+            if f"{ask.upper()}-OK" not in line:
                 console = (folder / "console.log").read_text(errors="replace")
                 said = [text.strip() for text in console.splitlines() if "LAB-" in text]
                 raise SystemExit(f"{meta['name']}: {line} {said[:4]}")
-        return beat, rss
+        return done
     finally:
         machine.quit()
         shutil.rmtree(folder, ignore_errors=True)

@@ -61,6 +61,16 @@ def vmcore(ram, vmcoreinfo, out, levels=4):
                 file.write(piece)
 
 
+def vmcoreinfo(capture, sonicshot):
+    """The guest kernel's VMCOREINFO, as a checkpoint carries it."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
+        checkpoint, text = Path(scratch) / "first.sonic", Path(scratch) / "vmcoreinfo"
+        timed([sonicshot, "save", capture / "ram.raw", "-o", checkpoint])
+        timed([sonicshot, "restore", checkpoint, "-o", Path(scratch) / "raw", "--blob",
+               f"vmcoreinfo={text}"])
+        return text.read_bytes()
+
+
 def timed(command):
     begin = time.monotonic()
     done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE,
@@ -77,13 +87,9 @@ def compare(capture, sonicshot, rounds=5):
     ram = capture / "ram.raw"
     with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
         scratch = Path(scratch)
-        first, text = scratch / "first.sonic", scratch / "vmcoreinfo"
-        timed([sonicshot, "save", ram, "-o", first])
-        timed([sonicshot, "restore", first, "-o", scratch / "raw", "--blob", f"vmcoreinfo={text}"])
-        (scratch / "raw").unlink()
         core = capture / "vmcore"
         if not core.exists():
-            vmcore(ram, text.read_bytes(), core)
+            vmcore(ram, vmcoreinfo(capture, sonicshot), core)
         for file in [ram, core]:
             subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
         works = {
