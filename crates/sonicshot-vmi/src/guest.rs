@@ -341,6 +341,18 @@ impl<'m> LinuxGuest<'m> {
         Ok(Some(ram))
     }
 
+    /// Where the kernel maps all of memory, from guest-physical 0 on, if its symbols tell
+    /// (`page_offset_base`, with `CONFIG_RANDOMIZE_MEMORY`).
+    ///
+    /// # Errors
+    /// [`VmiError`] if it cannot be read.
+    pub fn direct_map(&self) -> Result<Option<KernelVa>, VmiError> {
+        self.kernel
+            .symbol("page_offset_base")?
+            .map(|at| self.kernel.read_ptr("page_offset_base", at))
+            .transpose()
+    }
+
     /// RAM by the kernel's own tree of resources (`System RAM` in `/proc/iomem`), memory that was
     /// plugged in included, each stretch as it was added; but not what belongs to a device, such
     /// as virtio-mem. `None` if the symbols or types do not tell where the tree is.
