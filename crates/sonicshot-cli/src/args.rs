@@ -41,6 +41,9 @@ pub(crate) enum Command {
     /// Check every byte of a checkpoint, and every kept page against the dump it came from
     #[command(after_help = EXIT_CODES)]
     Verify(VerifyArgs),
+    /// Write a dump in another format, without looking for what may be left out
+    #[command(after_help = EXIT_CODES)]
+    Convert(ConvertArgs),
     /// Inspect and prune the small real dump in testdata, and show what happened
     Demo(DemoArgs),
 }
@@ -180,6 +183,43 @@ pub(crate) enum DumpKind {
     Raw,
     /// An ELF core
     Elf,
+}
+
+/// What a dump can be converted to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ConvertTo {
+    /// Raw guest RAM
+    Raw,
+    /// An ELF core
+    Elf,
+    /// A kdump-compressed file (zlib)
+    Kdump,
+    /// A checkpoint (zstd)
+    Sonic,
+    /// A QEMU mapped-ram file; from a migration stream, a libvirt image too
+    MappedRam,
+    /// A QEMU migration stream; from a mapped-ram file, a libvirt image too
+    Stream,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArgs {
+    /// The dump: anything that `inspect` takes
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub input: InputArgs,
+    /// Where to write the new dump
+    #[arg(short, long, value_name = "OUT")]
+    pub output: PathBuf,
+    /// What it is to be
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub to: ConvertTo,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write over an existing OUT
+    #[arg(long)]
+    pub force: bool,
 }
 
 #[derive(Debug, Args)]

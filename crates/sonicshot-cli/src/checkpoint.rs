@@ -1,7 +1,7 @@
 //! `sonicshot save`, `restore`, `verify`, and what `inspect` says of a checkpoint.
 
 use crate::analyze::classify;
-use crate::args::{DumpKind, InspectArgs, RestoreArgs, SaveArgs, VerifyArgs};
+use crate::args::{DumpKind, InputArgs, InspectArgs, RestoreArgs, SaveArgs, VerifyArgs};
 use crate::error::CliError;
 use crate::inputs::Input;
 use crate::place;
@@ -23,10 +23,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// The blobs that `save` makes of what a dump carries beside its memory.
-const VMCOREINFO: &str = "vmcoreinfo";
-const CORE_NOTES: &str = "elf-notes";
+pub(crate) const VMCOREINFO: &str = "vmcoreinfo";
+pub(crate) const CORE_NOTES: &str = "elf-notes";
 
-fn overwrite(force: bool) -> Overwrite {
+pub(crate) fn overwrite(force: bool) -> Overwrite {
     if force {
         Overwrite::Replace
     } else {
@@ -42,7 +42,7 @@ fn io(action: &'static str, path: &Path) -> impl Fn(io::Error) -> CliError {
     }
 }
 
-fn checkpoint(path: &Path) -> impl Fn(CheckpointError) -> CliError {
+pub(crate) fn checkpoint(path: &Path) -> impl Fn(CheckpointError) -> CliError {
     move |source| CliError::Checkpoint {
         path: path.into(),
         source,
@@ -249,7 +249,7 @@ fn stats_json(stats: &SaveStats, page_size: u64) -> Map<String, Value> {
     }
 }
 
-fn open_checkpoint(path: &Path) -> Result<CheckpointReader<File>, CliError> {
+pub(crate) fn open_checkpoint(path: &Path) -> Result<CheckpointReader<File>, CliError> {
     CheckpointReader::open(path).map_err(checkpoint(path))
 }
 
@@ -337,7 +337,10 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
         let own = LayoutSpec::Ranges(reader.info().layout.regions().to_vec());
         let dump = match Dump::open(path, Some(args.layout.as_ref().unwrap_or(&own))) {
             // Several blocks of memory: the guest has to be asked again which is where.
-            Err(DumpError::LayoutLength { .. }) if args.layout.is_none() => place::open(path)?,
+            Err(DumpError::LayoutLength { .. }) if args.layout.is_none() => {
+                let how = InputArgs::default();
+                place::open(&Input::find(path, &how)?)?
+            }
             dump => dump?,
         };
         compared = Some(

@@ -3,6 +3,7 @@
 mod analyze;
 mod args;
 mod checkpoint;
+mod convert;
 mod demo;
 mod error;
 mod inputs;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
         Command::Save(args) => (checkpoint::save(args), args.json),
         Command::Restore(args) => (checkpoint::restore(args), args.json),
         Command::Verify(args) => (checkpoint::verify(args), args.json),
+        Command::Convert(args) => (convert::run(args), args.json),
         Command::Demo(args) => (demo::run(args), false),
     };
     let result = result.and_then(|()| match report::output_error() {

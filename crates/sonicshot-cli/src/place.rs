@@ -1,7 +1,6 @@
 //! Finds out where in the guest the bytes of a dump lie, where the dump itself does not say:
 //! raw files, and QEMU's files with several blocks of memory. The guest's own memory maps decide.
 
-use crate::args::InputArgs;
 use crate::error::CliError;
 use crate::inputs::Input;
 use crate::report::size;
@@ -9,7 +8,6 @@ use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, Ram
 use sonicshot_dump::{BlockKind, BlockPlace, Dump, DumpError, LayoutSpec, RamBlock};
 use sonicshot_vmi::{GuestOptions, KernelVa, LinuxGuest, VmiError};
 use std::collections::HashMap;
-use std::path::Path;
 
 /// Firmware keeps less than this of the RAM at the top of the low part for itself.
 const FIRMWARE: u64 = 128 << 20;
@@ -111,11 +109,12 @@ pub(crate) fn with_guest<T>(
     }))
 }
 
-/// Opens the dump alone, in the layout that its guest confirms.
-pub(crate) fn open(file: &Path) -> Result<Dump, CliError> {
-    let how = InputArgs::default();
-    let input = Input::find(file, &how)?;
-    Ok(with_guest(&input, &|_| Ok(()))?.dump)
+/// Opens the dump alone, in the layout that its guest confirms if the dump does not say.
+pub(crate) fn open(input: &Input<'_>) -> Result<Dump, CliError> {
+    if input.files.layout().is_some() || Search::new(input)?.certain {
+        return Ok(input.open(input.files.layout())?);
+    }
+    Ok(with_guest(input, &|_| Ok(()))?.dump)
 }
 
 fn options(input: &Input<'_>, dump: &Dump) -> GuestOptions {
@@ -209,7 +208,7 @@ impl<'a> Search<'a> {
         } else {
             search.of_blocks()
         };
-        search.certain |= candidates.len() == 1 && search.others(&[]).len() <= 1;
+        search.certain |= matches!(candidates.as_slice(), [only] if only.boot.is_none());
         search.todo = candidates.into_iter();
         Ok(search)
     }

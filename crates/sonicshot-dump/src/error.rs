@@ -176,6 +176,16 @@ pub enum DumpError {
         /// What it is.
         format: &'static str,
     },
+    /// The format does not hold what another needs.
+    #[error("{} is {format}, which cannot be made into {to}", path.display())]
+    CannotConvert {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        format: &'static str,
+        /// What it was to become.
+        to: &'static str,
+    },
     /// This file cannot be pruned.
     #[error("{} cannot be pruned: {why}", path.display())]
     CannotPrune {

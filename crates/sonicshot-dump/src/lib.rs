@@ -15,6 +15,7 @@ mod libvirt;
 mod lime;
 mod mapped;
 mod mapped_ram;
+mod migration;
 mod output;
 mod overlay;
 mod paged;
@@ -395,6 +396,14 @@ impl Dump {
     #[must_use]
     pub fn file_len(&self) -> u64 {
         self.file().metadata().map_or(0, |m| m.len())
+    }
+
+    /// Where a migration file begins in the mapped bytes.
+    pub(crate) fn payload_at(&self) -> u64 {
+        match self.image {
+            Some(image) if image.compression.is_none() => image.payload_at,
+            _ => 0,
+        }
     }
 
     pub(crate) fn path(&self) -> &Path {

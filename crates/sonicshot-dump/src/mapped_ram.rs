@@ -6,7 +6,7 @@
 //! is, which is zero where the memory is fresh. Then what the page took can be punched out.
 
 use crate::mapped::Extent;
-use crate::qemu::{self, Cursor, FLAG_EOS, MAX_BLOCKS, RamBlock, TARGET_PAGE};
+use crate::qemu::{self, Cursor, FLAG_EOS, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE};
 use crate::{DumpError, LayoutSpec};
 use sonicshot::{GpaRange, GuestBytes, PrunePlan};
 use std::path::Path;
@@ -15,7 +15,7 @@ use std::path::Path;
 pub(crate) const CAPABILITY: &str = "mapped-ram";
 /// What keeps shared memory out of the file.
 const IGNORE_SHARED: &str = "x-ignore-shared";
-const HEADER_VERSION: u32 = 1;
+pub(crate) const HEADER_VERSION: u32 = 1;
 
 /// The memory in a mapped-ram file.
 #[derive(Debug, Clone)]
@@ -23,18 +23,22 @@ pub(crate) struct MappedRam {
     pub machine: Option<String>,
     /// All blocks, as [`crate::Dump::ram_blocks`] gives them.
     pub blocks: Vec<RamBlock>,
-    /// Where the pages of those are that are looked into.
-    stores: Vec<Store>,
+    /// Where each is in the file.
+    pub stores: Vec<Store>,
+    pub start: Start,
+    /// Where what follows the memory's first part begins.
+    pub after: u64,
 }
 
-/// Where a block of guest RAM is in the file.
+/// Where a block is in the file.
 #[derive(Debug, Clone)]
-struct Store {
-    /// Where the block's parts are in the guest, end to end in the block.
+pub(crate) struct Store {
+    /// Where the block's parts are in the guest, end to end in the block; none if the block is
+    /// kept as it is.
     ranges: Vec<GpaRange>,
-    len: u64,
+    pub len: u64,
     bitmap_offset: u64,
-    pages_offset: u64,
+    pub pages_offset: u64,
 }
 
 struct Block {
@@ -79,23 +83,22 @@ impl MappedRam {
             return Err(cursor.malformed("the end of the memory blocks", end));
         }
         cursor.footer(start.ram_section)?;
+        let after = cursor.at;
         qemu::other_sections(&mut cursor, &mut start)?;
         let names = blocks.iter().map(|block| (block.name.clone(), block.len));
         let placed = qemu::blocks(path, &start, layout, names.collect())?;
-        let stores = placed
-            .iter()
-            .zip(&blocks)
-            .filter(|(placed, _)| !placed.ranges.is_empty())
-            .map(|(placed, block)| Store {
-                ranges: placed.ranges.clone(),
-                len: block.len,
-                bitmap_offset: block.bitmap_offset,
-                pages_offset: block.pages_offset,
-            });
+        let stores = placed.iter().zip(&blocks).map(|(placed, block)| Store {
+            ranges: placed.ranges.clone(),
+            len: block.len,
+            bitmap_offset: block.bitmap_offset,
+            pages_offset: block.pages_offset,
+        });
         Ok(Self {
             stores: stores.collect(),
-            machine: start.machine,
+            machine: start.machine.clone(),
             blocks: placed,
+            start,
+            after,
         })
     }
 
@@ -106,11 +109,16 @@ impl MappedRam {
         data: GuestBytes<'_>,
     ) -> Result<Vec<Extent>, DumpError> {
         let mut extents: Vec<Extent> = Vec::new();
-        for store in &self.stores {
+        for store in self.placed() {
             store.extents(&store.bitmap(path, data)?, &mut extents);
         }
         extents.sort_by_key(|extent| extent.guest);
         Ok(extents)
+    }
+
+    /// The blocks that are looked into.
+    fn placed(&self) -> impl Iterator<Item = &Store> {
+        self.stores.iter().filter(|store| !store.ranges.is_empty())
     }
 
     /// The bitmaps without the pages that `plan` drops: where each is in the file, and its bytes.
@@ -120,8 +128,7 @@ impl MappedRam {
         data: GuestBytes<'_>,
         plan: &PrunePlan,
     ) -> Result<Vec<(u64, Vec<u8>)>, DumpError> {
-        self.stores
-            .iter()
+        self.placed()
             .map(|store| {
                 let mut bitmap = store.bitmap(path, data)?;
                 store.clear(&mut bitmap, plan);
@@ -134,7 +141,7 @@ impl MappedRam {
     /// file's order. `bitmaps` are those of [`Self::pruned_bitmaps`].
     pub(crate) fn holes(&self, bitmaps: &[(u64, Vec<u8>)]) -> Vec<(u64, u64)> {
         let mut holes = Vec::new();
-        for (store, (_, bitmap)) in self.stores.iter().zip(bitmaps) {
+        for (store, (_, bitmap)) in self.placed().zip(bitmaps) {
             store.holes(bitmap, &mut holes);
         }
         holes
@@ -142,7 +149,7 @@ impl MappedRam {
 }
 
 impl Store {
-    fn bitmap(&self, path: &Path, data: GuestBytes<'_>) -> Result<Vec<u8>, DumpError> {
+    pub(crate) fn bitmap(&self, path: &Path, data: GuestBytes<'_>) -> Result<Vec<u8>, DumpError> {
         let len = self.len.div_ceil(TARGET_PAGE).div_ceil(8);
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         let start = usize::try_from(self.bitmap_offset).unwrap_or(usize::MAX);
@@ -220,7 +227,7 @@ impl Store {
 
 /// Bits count from the lowest of the first byte: words in the order of a little-endian host,
 /// which is what all hosts of these guests are.
-fn is_set(bitmap: &[u8], page: u64) -> bool {
+pub(crate) fn is_set(bitmap: &[u8], page: u64) -> bool {
     usize::try_from(page >> 3)
         .ok()
         .and_then(|byte| bitmap.get(byte))

@@ -9,13 +9,15 @@ use crate::{BlockPlace, DumpError, LayoutSpec};
 use sonicshot::{Gpa, GpaRange, GuestBytes};
 use std::path::Path;
 
+/// The subsection with the capabilities that both sides must have.
+pub(crate) const CAPABILITIES: &str = "configuration/capabilities";
 const MAGIC: &[u8; 4] = b"QEVM";
 const VERSION: u32 = 3;
 const SECTION_START: u8 = 1;
 const SECTION_FULL: u8 = 4;
 const SECTION_COMMAND: u8 = 8;
 const SECTION_FOOTER: u8 = 0x7e;
-const SUBSECTION: u8 = 5;
+pub(crate) const SUBSECTION: u8 = 5;
 const CONFIGURATION: u8 = 7;
 const RAM_VERSION: u32 = 4;
 /// The flag that comes with the total of all blocks.
@@ -135,6 +137,13 @@ impl<'a> Cursor<'a> {
 pub(crate) struct Start {
     pub machine: Option<String>,
     pub capabilities: Vec<String>,
+    /// Where the machine's name ends, if there is one: what else is said of the configuration
+    /// follows.
+    pub configuration_at: Option<u64>,
+    /// Where the list of capabilities is, from its beginning to its end.
+    pub capabilities_at: Option<(u64, u64)>,
+    /// Where the section `ram` begins.
+    pub ram_at: u64,
     /// The number of the section `ram`.
     pub ram_section: u32,
     /// The length of all blocks, in bytes.
@@ -210,12 +219,14 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
         cursor.u8()?;
         let len = cursor.u32()?;
         start.machine = Some(cursor.text(len)?);
+        start.configuration_at = Some(cursor.at);
         while cursor.peek() == Some(SUBSECTION) {
+            let begin = cursor.at;
             cursor.u8()?;
             let name = cursor.name()?;
             cursor.u32()?; // its version
             match name.as_str() {
-                "configuration/capabilities" => {
+                CAPABILITIES => {
                     let count = cursor.u32()?;
                     if count > MAX_CAPABILITIES {
                         return Err(cursor.malformed("the number of capabilities", count.into()));
@@ -223,6 +234,7 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
                     for _ in 0..count {
                         start.capabilities.push(cursor.name()?);
                     }
+                    start.capabilities_at = Some((begin, cursor.at));
                 }
                 "configuration/target-page-bits" => {
                     let bits = cursor.u32()?;
@@ -236,6 +248,7 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
         }
     }
     other_sections(cursor, &mut start)?;
+    start.ram_at = cursor.at;
     let section = cursor.u8()?;
     start.ram_section = cursor.u32()?;
     let name = cursor.name()?;

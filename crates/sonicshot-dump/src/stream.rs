@@ -7,18 +7,18 @@
 //! refused.
 
 use crate::mapped::Extent;
-use crate::qemu::{self, Cursor, FLAG_EOS, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE};
+use crate::qemu::{self, BlockKind, Cursor, FLAG_EOS, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE};
 use crate::{DumpError, LayoutSpec};
 use sonicshot::{GpaRange, GuestBytes, PrunePlan};
 use std::path::Path;
 
-const SECTION_PART: u8 = 2;
-const SECTION_END: u8 = 3;
-const FLAG_ZERO: u64 = 0x02;
-const FLAG_PAGE: u64 = 0x08;
-const FLAG_CONTINUE: u64 = 0x20;
+pub(crate) const SECTION_PART: u8 = 2;
+pub(crate) const SECTION_END: u8 = 3;
+pub(crate) const FLAG_ZERO: u64 = 0x02;
+pub(crate) const FLAG_PAGE: u64 = 0x08;
+pub(crate) const FLAG_CONTINUE: u64 = 0x20;
 /// Nothing follows it: only of use to the channels of multifd.
-const FLAG_MULTIFD_FLUSH: u64 = 0x200;
+pub(crate) const FLAG_MULTIFD_FLUSH: u64 = 0x200;
 const FLAGS: u64 = TARGET_PAGE.wrapping_sub(1);
 /// A page that is noted to be zero takes this much of the file.
 const ZERO_RECORD: u64 = 9;
@@ -26,24 +26,31 @@ const ZERO_RECORD: u64 = 9;
 /// A classic migration stream.
 #[derive(Debug, Clone)]
 pub(crate) struct Stream {
-    start: Start,
+    pub start: Start,
     /// All blocks, as [`crate::Dump::ram_blocks`] gives them.
     pub blocks: Vec<RamBlock>,
     /// Where the records of pages begin.
-    records_at: u64,
+    pub records_at: u64,
 }
 
 /// One page's record.
-struct Record {
+pub(crate) struct Record {
     /// Where it begins, where its page data would, and where it ends.
     at: u64,
-    data: u64,
+    pub data: u64,
     end: u64,
     /// The page's place in its block.
-    address: u64,
+    pub address: u64,
     flags: u64,
-    /// The number of its block, if that is looked into.
-    block: Option<usize>,
+    /// The number of its block.
+    pub block: Option<usize>,
+}
+
+impl Record {
+    /// Whether the page is there; if not it is zero.
+    pub(crate) fn has_data(&self) -> bool {
+        self.flags & FLAG_PAGE != 0
+    }
 }
 
 impl Stream {
@@ -84,9 +91,7 @@ impl Stream {
             total = total.saturating_add(len);
             blocks.push((name, len));
         }
-        // Every page has a record: a short file must not claim a lot of memory.
-        let records = (data.len() as u64 / ZERO_RECORD).saturating_add(1);
-        if total != start.total || total / TARGET_PAGE > records {
+        if total != start.total {
             return Err(cursor.malformed("the size of all memory", total));
         }
         // Where a virtio-mem device has its memory stands behind the first part.
@@ -95,8 +100,26 @@ impl Stream {
             ahead.footer(start.ram_section)?;
             qemu::other_sections(&mut ahead, &mut start)?;
         }
+        // Every page has a record: a short file must not claim a lot of memory. What is not
+        // plugged in of a virtio-mem device has none.
+        let records = (data.len() as u64 / ZERO_RECORD).saturating_add(1);
+        let mut blocks = qemu::blocks(path, &start, layout, blocks)?;
+        let pages = |blocks: &[RamBlock]| {
+            let placed = blocks.iter().filter(|block| !block.ranges.is_empty());
+            placed.fold(0_u64, |sum, block| sum.saturating_add(block.len)) / TARGET_PAGE
+        };
+        if pages(&blocks) > records {
+            for block in &mut blocks {
+                if block.kind == BlockKind::VirtioMem {
+                    block.ranges.clear();
+                }
+            }
+        }
+        if pages(&blocks) > records {
+            return Err(cursor.malformed("the size of all memory", total));
+        }
         Ok(Self {
-            blocks: qemu::blocks(path, &start, layout, blocks)?,
+            blocks,
             start,
             records_at: cursor.at,
         })
@@ -106,13 +129,13 @@ impl Stream {
         self.start.machine.as_deref()
     }
 
-    /// Goes through all records of pages, up to the end of the section `ram`.
-    fn walk(
+    /// Goes through all records of pages. Returns where the section `ram` ends.
+    pub(crate) fn walk(
         &self,
         path: &Path,
         data: GuestBytes<'_>,
         mut each: impl FnMut(&Record) -> Result<(), DumpError>,
-    ) -> Result<(), DumpError> {
+    ) -> Result<u64, DumpError> {
         let mut cursor = Cursor::new(path, data, self.records_at);
         let mut block = None;
         let mut last_part = false;
@@ -131,8 +154,7 @@ impl Stream {
                 }
                 if flags & FLAG_CONTINUE == 0 {
                     let name = cursor.name()?;
-                    let is_it = |b: &RamBlock| b.name == name && !b.ranges.is_empty();
-                    block = self.blocks.iter().position(is_it);
+                    block = self.blocks.iter().position(|b| b.name == name);
                 }
                 let start = cursor.at;
                 if flags & FLAG_PAGE != 0 {
@@ -154,7 +176,7 @@ impl Stream {
             }
             cursor.footer(self.start.ram_section)?;
             if last_part {
-                return Ok(());
+                return Ok(cursor.at);
             }
             qemu::other_sections(&mut cursor, &mut Start::default())?;
             let kind = cursor.u8()?;
@@ -182,18 +204,15 @@ impl Stream {
             places.push(vec![0; pages]);
         }
         self.walk(path, data, |record| {
-            let Some(places) = record.block.and_then(|block| places.get_mut(block)) else {
+            let places = record.block.and_then(|block| places.get_mut(block));
+            let Some(places) = places.filter(|places| !places.is_empty()) else {
                 return Ok(());
             };
             let page = usize::try_from(record.address / TARGET_PAGE).unwrap_or(usize::MAX);
             let place = places.get_mut(page).ok_or_else(|| {
                 DumpError::malformed(path, "the address of a page", record.at, record.address)
             })?;
-            *place = if record.flags & FLAG_PAGE == 0 {
-                0
-            } else {
-                record.data
-            };
+            *place = if record.has_data() { record.data } else { 0 };
             Ok(())
         })?;
         let mut extents: Vec<Extent> = Vec::new();
@@ -219,7 +238,7 @@ impl Stream {
     ) -> Result<(), DumpError> {
         let mut copied = 0_u64;
         self.walk(path, data, |record| {
-            if record.flags & FLAG_PAGE == 0 || !self.dropped(record, plan) {
+            if !record.has_data() || !self.dropped(record, plan) {
                 return Ok(());
             }
             // The record's beginning stays but for its flags: name and place are the same.

@@ -1,0 +1,241 @@
+//! `sonicshot convert`.
+
+use crate::args::{ConvertArgs, ConvertTo};
+use crate::checkpoint::{CORE_NOTES, VMCOREINFO, checkpoint, open_checkpoint, overwrite};
+use crate::error::CliError;
+use crate::inputs::Input;
+use crate::report::{progress_bar, say, size};
+use crate::{checkpoint, place};
+use serde_json::json;
+use sonicshot::checkpoint::{
+    Architecture, CheckpointError, CheckpointInfo, CheckpointReader, CheckpointWriter, Compression,
+    SaveOptions,
+};
+use sonicshot::{Disposition, Fill, GuestMemory, PageMap, PageSize, PrunePlan};
+use sonicshot_dump::{
+    CoreNotes, Dump, DumpError, DumpFile, KdumpCompression, KdumpOptions, LayoutSpec, Machine,
+    NewFile, Progress, write_kdump,
+};
+use std::fs::File;
+use std::path::Path;
+use std::time::Instant;
+
+/// What is converted.
+enum Source {
+    Dump(Box<Dump>),
+    Checkpoint(Box<CheckpointReader<File>>),
+}
+
+/// What a dump carries beside the memory.
+struct Beside {
+    machine: Option<Machine>,
+    notes: Option<Vec<u8>>,
+    vmcoreinfo: Option<Vec<u8>>,
+}
+
+impl Source {
+    fn memory(&self) -> &dyn GuestMemory {
+        match self {
+            Self::Dump(dump) => &**dump,
+            Self::Checkpoint(reader) => &**reader,
+        }
+    }
+
+    fn file(&self) -> &File {
+        match self {
+            Self::Dump(dump) => dump.file(),
+            Self::Checkpoint(reader) => reader.source(),
+        }
+    }
+
+    fn format(&self) -> &'static str {
+        match self {
+            Self::Dump(dump) => dump.format(),
+            Self::Checkpoint(_) => "checkpoint",
+        }
+    }
+
+    fn beside(&self, path: &Path) -> Result<Beside, CliError> {
+        match self {
+            Self::Dump(dump) => Ok(Beside {
+                machine: dump.machine(),
+                notes: dump.core_notes(),
+                vmcoreinfo: dump.vmcoreinfo().map(<[u8]>::to_vec),
+            }),
+            Self::Checkpoint(reader) => {
+                let blob = |name: &str| match reader.read_blob(name) {
+                    Ok(bytes) => Ok(Some(bytes)),
+                    Err(CheckpointError::NoBlob { .. }) => Ok(None),
+                    Err(error) => Err(checkpoint(path)(error)),
+                };
+                Ok(Beside {
+                    machine: match reader.info().architecture {
+                        Architecture::X86_64 => Some(Machine::X86_64),
+                        Architecture::Aarch64 => Some(Machine::Aarch64),
+                        _ => None,
+                    },
+                    notes: blob(CORE_NOTES)?,
+                    vmcoreinfo: blob(VMCOREINFO)?,
+                })
+            }
+        }
+    }
+}
+
+pub(crate) fn run(args: &ConvertArgs) -> Result<(), CliError> {
+    let started = Instant::now();
+    if !args.force && args.output.exists() {
+        let path = args.output.clone();
+        return Err(DumpError::Exists { path }.into());
+    }
+    let mut found = None;
+    let source = if checkpoint::is_checkpoint(&args.file) {
+        Source::Checkpoint(Box::new(open_checkpoint(&args.file)?))
+    } else {
+        let input = Input::find(&args.file, &args.input)?;
+        let dump = match args.to {
+            // All blocks are taken as they are: where they lie does not matter.
+            ConvertTo::MappedRam | ConvertTo::Stream => input.open(input.files.layout())?,
+            _ => {
+                // A reader of cores wants VMCOREINFO, which the guest itself has.
+                let vmcoreinfo = |guest: &sonicshot_vmi::LinuxGuest<'_>| {
+                    Ok(guest.vmcoreinfo().map(|text| text.as_bytes().to_vec()))
+                };
+                match place::with_guest(&input, &vmcoreinfo) {
+                    Ok(placed) => {
+                        found = placed.value;
+                        placed.dump
+                    }
+                    Err(CliError::Guest { .. }) => place::open(&input)?,
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        Source::Dump(Box::new(dump))
+    };
+    let bar = progress_bar("converting", args.json);
+    let mut progress = |done: u64, total: u64| {
+        bar.set_length(total);
+        bar.set_position(done);
+    };
+    let mut beside = source.beside(&args.file)?;
+    beside.vmcoreinfo = beside.vmcoreinfo.or(found);
+    let on_disk = write(args, &source, &beside, &mut progress)?;
+    bar.finish_and_clear();
+    let seconds = started.elapsed().as_secs_f64();
+    let of_migration = matches!(&source, Source::Dump(dump) if !dump.ram_blocks().is_empty());
+    let keeps_state = matches!(args.to, ConvertTo::MappedRam | ConvertTo::Stream);
+    let note = (of_migration && !keeps_state)
+        .then_some("the devices' state is not in the output: a guest cannot be restored from it");
+    let ram = source.memory().layout();
+    if args.json {
+        let report = json!({
+            "path": args.file.display().to_string(),
+            "format": source.format(),
+            "ram_bytes": ram.bytes(),
+            "disk_bytes": on_disk,
+            "seconds": seconds,
+            "notes": note.into_iter().collect::<Vec<_>>(),
+        });
+        say!("{report}");
+        return Ok(());
+    }
+    if let Some(note) = note {
+        eprintln!("note: {note}");
+    }
+    say!(
+        "converted {} of RAM from {}, {} on disk, in {seconds:.2} s",
+        size(ram.bytes()),
+        source.format(),
+        size(on_disk)
+    );
+    if args.to == ConvertTo::Raw && ram.regions().len() > 1 {
+        say!("layout: {}", LayoutSpec::Ranges(ram.regions().to_vec()));
+    }
+    Ok(())
+}
+
+fn write(
+    args: &ConvertArgs,
+    source: &Source,
+    beside: &Beside,
+    progress: Progress<'_>,
+) -> Result<u64, CliError> {
+    let memory = source.memory();
+    let (out, force) = (&args.output, overwrite(args.force));
+    let everything = || {
+        let map = PageMap::new(memory.layout(), PageSize::SIZE_4K);
+        let plan = PrunePlan::new(&map, &|_| Disposition::Keep, Fill::Zero);
+        (map, plan)
+    };
+    match args.to {
+        ConvertTo::Raw => {
+            let file = DumpFile::raw(out, memory.layout(), force, source.file())?;
+            file.copy(memory, progress)?;
+            Ok(file.finish()?)
+        }
+        ConvertTo::Elf => {
+            let mut notes = CoreNotes::default();
+            notes.machine = beside.machine;
+            notes.notes.clone_from(&beside.notes);
+            notes.vmcoreinfo.clone_from(&beside.vmcoreinfo);
+            let file = DumpFile::elf_core(out, memory.layout(), &notes, force, source.file())?;
+            file.copy(memory, progress)?;
+            Ok(file.finish()?)
+        }
+        ConvertTo::Kdump => {
+            let file = NewFile::create(out, force, source.file())?;
+            let (_, plan) = everything();
+            let options = KdumpOptions {
+                compression: KdumpCompression::Zlib,
+                machine: beside.machine.or(Some(Machine::X86_64)),
+                vmcoreinfo: beside.vmcoreinfo.as_deref(),
+                notes: beside.notes.as_deref(),
+                threads: None,
+            };
+            write_kdump(memory, &plan, file.file(), &options, progress).map_err(|source| {
+                DumpError::Kdump {
+                    path: out.clone(),
+                    source,
+                }
+            })?;
+            Ok(file.finish()?)
+        }
+        ConvertTo::Sonic => {
+            let file = NewFile::create(out, force, source.file())?;
+            let (map, plan) = everything();
+            let mut info = CheckpointInfo::new(memory.layout().clone(), PageSize::SIZE_4K);
+            info.architecture = match beside.machine {
+                Some(Machine::X86_64) => Architecture::X86_64,
+                Some(Machine::Aarch64) => Architecture::Aarch64,
+                _ => Architecture::Unknown,
+            };
+            let options = SaveOptions::new(Compression::ZSTD);
+            let failed = checkpoint(out);
+            let mut writer = CheckpointWriter::new(file.file(), info, options).map_err(&failed)?;
+            for (name, bytes) in [
+                (VMCOREINFO, &beside.vmcoreinfo),
+                (CORE_NOTES, &beside.notes),
+            ] {
+                if let Some(bytes) = bytes {
+                    writer.blob(name, bytes.as_slice()).map_err(&failed)?;
+                }
+            }
+            writer
+                .memory(memory, &map, &plan, progress)
+                .map_err(&failed)?;
+            writer.finish().map_err(&failed)?;
+            Ok(file.finish()?)
+        }
+        ConvertTo::MappedRam | ConvertTo::Stream => {
+            let Source::Dump(dump) = source else {
+                let what = "a checkpoint holds no migration file to convert: restore it instead";
+                return Err(CliError::Usage { what: what.into() });
+            };
+            Ok(match args.to {
+                ConvertTo::Stream => dump.to_stream(out, force, progress)?,
+                _ => dump.to_mapped_ram(out, force, progress)?,
+            })
+        }
+    }
+}

@@ -1,0 +1,390 @@
+//! From one of QEMU's two kinds of migration files to the other: a classic stream, and a mapped-ram
+//! file. Both hold the same: all blocks of memory, and then the devices' state, which stays as it
+//! is byte for byte.
+
+use crate::mapped::MappedDump;
+use crate::mapped_ram::{self, HEADER_VERSION, MappedRam, is_set};
+use crate::output::{Output, Overwrite};
+use crate::prune::{COPY, Copier, Progress};
+use crate::qemu::{CAPABILITIES, Cursor, FLAG_EOS, FLAG_MEM_SIZE, SUBSECTION, Start, TARGET_PAGE};
+use crate::stream::{
+    FLAG_CONTINUE, FLAG_MULTIFD_FLUSH, FLAG_PAGE, FLAG_ZERO, SECTION_END, SECTION_PART, Stream,
+};
+use crate::{BlockKind, Dump, DumpError, Format};
+use sonicshot::GuestBytes;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Where the pages of a block begin is a multiple of this, for direct I/O.
+const PAGES_ALIGN: u64 = 1 << 20;
+const FOOTER: u8 = 0x7e;
+/// The header of the section `ram`: kind, number, name, instance, version.
+const RAM_HEADER: u64 = 17;
+
+impl Dump {
+    /// Writes the migration file again as a mapped-ram file, which QEMU 9 and later loads with
+    /// the capability of that name.
+    ///
+    /// # Errors
+    /// [`DumpError::CannotConvert`] if it is no migration file, and what reading and writing
+    /// gives; there is then no new file.
+    pub fn to_mapped_ram(
+        &self,
+        out: &Path,
+        overwrite: Overwrite,
+        progress: Progress<'_>,
+    ) -> Result<u64, DumpError> {
+        let (Some(dump), Format::Stream(stream)) = (self.mapped(), self.format_data()) else {
+            return Err(self.cannot_convert("a mapped-ram file"));
+        };
+        dump.check_length()?;
+        let output = Output::create(out, overwrite, self.file())?;
+        let mut writer = Writer::new(dump, &output, progress);
+        stream_to_mapped(dump, stream, self.payload_at(), &mut writer)?;
+        output.finish()
+    }
+
+    /// Writes the migration file again as a classic stream, which every QEMU since 5 loads.
+    ///
+    /// # Errors
+    /// As [`to_mapped_ram`](Self::to_mapped_ram).
+    pub fn to_stream(
+        &self,
+        out: &Path,
+        overwrite: Overwrite,
+        progress: Progress<'_>,
+    ) -> Result<u64, DumpError> {
+        let (Some(dump), Format::MappedRam(ram)) = (self.mapped(), self.format_data()) else {
+            return Err(self.cannot_convert("a migration stream"));
+        };
+        dump.check_length()?;
+        let output = Output::create(out, overwrite, self.file())?;
+        let mut writer = Writer::new(dump, &output, progress);
+        mapped_to_stream(dump, ram, self.payload_at(), &mut writer)?;
+        output.finish()
+    }
+
+    fn cannot_convert(&self, to: &'static str) -> DumpError {
+        DumpError::CannotConvert {
+            path: self.path().into(),
+            format: self.format(),
+            to,
+        }
+    }
+}
+
+/// Writes one piece after the other.
+struct Writer<'a> {
+    dump: &'a MappedDump,
+    output: &'a Output,
+    copier: Copier<'a>,
+    /// What was not written yet, and where it goes.
+    pending: Vec<u8>,
+    at: u64,
+}
+
+impl<'a> Writer<'a> {
+    fn new(dump: &'a MappedDump, output: &'a Output, progress: Progress<'a>) -> Self {
+        Self {
+            dump,
+            output,
+            copier: Copier::new(dump, output, dump.file_len(), progress),
+            pending: Vec::new(),
+            at: 0,
+        }
+    }
+
+    fn file(&self) -> &File {
+        self.output.file()
+    }
+
+    /// Where the next byte goes.
+    fn position(&self) -> u64 {
+        self.at.saturating_add(self.pending.len() as u64)
+    }
+
+    fn flush(&mut self) -> Result<(), DumpError> {
+        let writing = DumpError::io("writing", self.output.path());
+        self.file()
+            .write_all_at(&self.pending, self.at)
+            .map_err(writing)?;
+        self.at = self.position();
+        self.pending.clear();
+        Ok(())
+    }
+
+    /// The next byte goes to `at`; what lies between is a hole.
+    fn seek(&mut self, at: u64) -> Result<(), DumpError> {
+        self.flush()?;
+        self.at = at;
+        Ok(())
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) -> Result<(), DumpError> {
+        self.pending.extend(bytes);
+        if self.pending.len() >= COPY {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    fn word(&mut self, word: u64) -> Result<(), DumpError> {
+        self.bytes(&word.to_be_bytes())
+    }
+
+    fn name(&mut self, name: &str) -> Result<(), DumpError> {
+        // Names come from a file, where their length is one byte.
+        self.bytes(&[u8::try_from(name.len()).unwrap_or(u8::MAX)])?;
+        self.bytes(name.as_bytes())
+    }
+
+    /// A page or other small stretch of the input.
+    fn small(&mut self, from: u64, len: u64) -> Result<(), DumpError> {
+        let beyond = DumpError::malformed(self.dump.path(), "a stretch beyond the end", from, len);
+        let start = usize::try_from(from).unwrap_or(usize::MAX);
+        let size = usize::try_from(len).unwrap_or(usize::MAX);
+        let Some(there) = self.dump.bytes().get(start, size) else {
+            return Err(beyond);
+        };
+        let old = self.pending.len();
+        self.pending.resize(old.saturating_add(size), 0);
+        let copied = self
+            .pending
+            .get_mut(old..)
+            .is_some_and(|out| there.copy_to(out));
+        if !copied {
+            return Err(beyond);
+        }
+        self.bytes(&[])
+    }
+
+    /// A stretch of the input of any length.
+    fn long(&mut self, from: u64, to: u64) -> Result<(), DumpError> {
+        let len = to.saturating_sub(from);
+        self.flush()?;
+        self.copier.copy(from, self.at, len)?;
+        self.at = self.at.saturating_add(len);
+        Ok(())
+    }
+
+    fn footer(&mut self, start: &Start) -> Result<(), DumpError> {
+        self.word(FLAG_EOS)?;
+        self.bytes(&[FOOTER])?;
+        self.bytes(&start.ram_section.to_be_bytes())
+    }
+
+    /// The end of the file.
+    fn end(&mut self) -> Result<(), DumpError> {
+        self.flush()?;
+        let writing = DumpError::io("writing", self.output.path());
+        self.file().set_len(self.at).map_err(writing)
+    }
+
+    /// What stands before the section `ram`, with or without the capability of mapped-ram.
+    fn head(&mut self, start: &Start, begin: u64, mapped: bool) -> Result<(), DumpError> {
+        let configuration = start.configuration_at.unwrap_or(start.ram_at);
+        self.small(begin, configuration.saturating_sub(begin))?;
+        let mut capabilities: Vec<&str> = start.capabilities.iter().map(String::as_str).collect();
+        capabilities.retain(|name| *name != mapped_ram::CAPABILITY);
+        if mapped {
+            capabilities.push(mapped_ram::CAPABILITY);
+        }
+        if !capabilities.is_empty() {
+            self.bytes(&[SUBSECTION])?;
+            self.name(CAPABILITIES)?;
+            self.bytes(&1_u32.to_be_bytes())?;
+            let count = u32::try_from(capabilities.len()).unwrap_or(u32::MAX);
+            self.bytes(&count.to_be_bytes())?;
+            for name in capabilities {
+                self.name(name)?;
+            }
+        }
+        let (before, after) = start
+            .capabilities_at
+            .unwrap_or((start.ram_at, start.ram_at));
+        self.small(configuration, before.saturating_sub(configuration))?;
+        self.small(after, start.ram_at.saturating_sub(after))?;
+        self.small(start.ram_at, RAM_HEADER)?;
+        self.word(start.total | FLAG_MEM_SIZE)
+    }
+}
+
+/// Passes over the rest of the section `ram` in a mapped-ram file, which has no pages: returns
+/// where the sections between its parts end, and where all of it ends.
+fn rest_of_ram(
+    path: &Path,
+    data: GuestBytes<'_>,
+    start: &Start,
+    after: u64,
+) -> Result<(u64, u64), DumpError> {
+    let mut cursor = Cursor::new(path, data, after);
+    let mut between = after;
+    let mut first = true;
+    // Each turn passes over a section, so that this ends with the file.
+    loop {
+        crate::qemu::other_sections(&mut cursor, &mut Start::default())?;
+        if first {
+            between = cursor.at;
+            first = false;
+        }
+        let kind = cursor.u8()?;
+        if kind != SECTION_PART && kind != SECTION_END {
+            return Err(cursor.malformed("a section among the memory's", kind.into()));
+        }
+        cursor.section(start.ram_section)?;
+        loop {
+            match cursor.u64()? {
+                FLAG_EOS => break,
+                FLAG_MULTIFD_FLUSH => {}
+                other => return Err(cursor.malformed("what follows the memory", other)),
+            }
+        }
+        cursor.footer(start.ram_section)?;
+        if kind == SECTION_END {
+            return Ok((between, cursor.at));
+        }
+    }
+}
+
+fn stream_to_mapped(
+    dump: &MappedDump,
+    stream: &Stream,
+    begin: u64,
+    out: &mut Writer<'_>,
+) -> Result<(), DumpError> {
+    let (path, data) = (dump.path(), dump.bytes());
+    let start = &stream.start;
+    // Where each page's bytes are; 0 where it is zero.
+    let mut places: Vec<Vec<u64>> = Vec::new();
+    let limit = (data.len() as u64 / 9).saturating_add(1);
+    let mut total = 0_u64;
+    for block in &stream.blocks {
+        let pages = block.len / TARGET_PAGE;
+        total = total.saturating_add(pages);
+        // A short file must not claim a lot of memory.
+        if total > limit {
+            return Err(DumpError::malformed(
+                path,
+                "the size of all memory",
+                begin,
+                total,
+            ));
+        }
+        places.push(vec![0; usize::try_from(pages).unwrap_or(usize::MAX)]);
+    }
+    let end = stream.walk(path, data, |record| {
+        let page = usize::try_from(record.address / TARGET_PAGE).unwrap_or(usize::MAX);
+        let place = record
+            .block
+            .and_then(|block| places.get_mut(block)?.get_mut(page));
+        let place = place.ok_or_else(|| {
+            DumpError::malformed(path, "the address of a page", record.data, record.address)
+        })?;
+        *place = if record.has_data() { record.data } else { 0 };
+        Ok(())
+    })?;
+    out.head(start, begin, true)?;
+    for (block, places) in stream.blocks.iter().zip(&places) {
+        out.name(&block.name)?;
+        out.word(block.len)?;
+        let mut bitmap = Vec::new();
+        for pages in places.chunks(8) {
+            let bits = pages.iter().zip(0_u32..);
+            bitmap.push(bits.fold(0_u8, |byte, (place, bit)| {
+                byte | u8::from(*place != 0) << bit
+            }));
+        }
+        let bitmap_at = out.position().saturating_add(28);
+        let pages_at = bitmap_at
+            .saturating_add(bitmap.len() as u64)
+            .next_multiple_of(PAGES_ALIGN);
+        out.bytes(&HEADER_VERSION.to_be_bytes())?;
+        for field in [TARGET_PAGE, bitmap_at, pages_at] {
+            out.word(field)?;
+        }
+        out.bytes(&bitmap)?;
+        let mut at = pages_at;
+        for place in places {
+            if *place != 0 {
+                if out.position() != at {
+                    out.seek(at)?;
+                }
+                out.small(*place, TARGET_PAGE)?;
+            }
+            at = at.saturating_add(TARGET_PAGE);
+        }
+        out.seek(at)?;
+    }
+    out.footer(start)?;
+    let (from, to) = sections_between(path, data, stream)?;
+    out.long(from, to)?;
+    out.bytes(&[SECTION_END])?;
+    out.bytes(&start.ram_section.to_be_bytes())?;
+    out.footer(start)?;
+    out.long(end, data.len() as u64)?;
+    out.end()
+}
+
+/// The sections that stand behind the memory's first part in a stream: where they begin and end.
+fn sections_between(
+    path: &Path,
+    data: GuestBytes<'_>,
+    stream: &Stream,
+) -> Result<(u64, u64), DumpError> {
+    let mut cursor = Cursor::new(path, data, stream.records_at);
+    if !matches!(cursor.u64(), Ok(FLAG_EOS)) {
+        return Ok((0, 0));
+    }
+    cursor.footer(stream.start.ram_section)?;
+    let begin = cursor.at;
+    crate::qemu::other_sections(&mut cursor, &mut Start::default())?;
+    Ok((begin, cursor.at))
+}
+
+fn mapped_to_stream(
+    dump: &MappedDump,
+    ram: &MappedRam,
+    begin: u64,
+    out: &mut Writer<'_>,
+) -> Result<(), DumpError> {
+    let (path, data) = (dump.path(), dump.bytes());
+    let start = &ram.start;
+    let (between, end) = rest_of_ram(path, data, start, ram.after)?;
+    out.head(start, begin, false)?;
+    for block in &ram.blocks {
+        out.name(&block.name)?;
+        out.word(block.len)?;
+    }
+    out.footer(start)?;
+    out.long(ram.after, between)?;
+    out.bytes(&[SECTION_END])?;
+    out.bytes(&start.ram_section.to_be_bytes())?;
+    for (block, store) in ram.blocks.iter().zip(&ram.stores) {
+        let bitmap = store.bitmap(path, data)?;
+        let mut first = true;
+        for page in 0..store.len / TARGET_PAGE {
+            let there = is_set(&bitmap, page);
+            // Like QEMU, nothing of what is not plugged in.
+            if !there && block.kind == BlockKind::VirtioMem {
+                continue;
+            }
+            let address = page.saturating_mul(TARGET_PAGE);
+            let kind = if there { FLAG_PAGE } else { FLAG_ZERO };
+            let again = if first { 0 } else { FLAG_CONTINUE };
+            out.word(address | kind | again)?;
+            if first {
+                out.name(&block.name)?;
+                first = false;
+            }
+            if there {
+                out.small(store.pages_offset.saturating_add(address), TARGET_PAGE)?;
+            } else {
+                out.bytes(&[0])?;
+            }
+        }
+    }
+    out.footer(start)?;
+    out.long(end, data.len() as u64)?;
+    out.end()
+}
