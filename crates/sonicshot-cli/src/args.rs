@@ -14,7 +14,8 @@ Exit codes:
   2  the command line is wrong
   3  the file is no dump that can be read, or is damaged
   4  no kernel was found in it, or its symbols are missing or of another kernel
-  5  the guest's own records of free pages contradict each other: nothing was pruned";
+  5  the guest's own records of free pages contradict each other: nothing was pruned
+  6  another process has the file open for writing: it was not pruned in place";
 
 /// Leaves a guest's free memory out of its snapshots, from outside, with no agent.
 #[derive(Debug, Parser)]
@@ -104,6 +105,15 @@ pub(crate) struct PruneArgs {
     /// interrupts it leaves a valid dump
     #[arg(long, conflicts_with = "output")]
     pub in_place: bool,
+    /// In place, leave what is shorter than this in the file: a hole costs time and an extent
+    /// however short it is. Bytes, or with K, M, G; 0 punches every page. By default 32K, or
+    /// less in a guest whose free memory is in pieces, so that 97 % of it goes
+    #[arg(long, value_name = "SIZE", value_parser = size, requires = "in_place")]
+    pub min_hole: Option<u64>,
+    /// In place, prune a file that another process has open for writing: a VMM whose guest is
+    /// stopped from before this command starts until it is done
+    #[arg(long, requires = "in_place")]
+    pub live_ok: bool,
     /// The classes to drop, by name
     #[arg(
         long,
@@ -130,6 +140,20 @@ impl PruneArgs {
             .as_deref()
             .is_some_and(|out| out == Path::new("-"))
     }
+}
+
+/// A number of bytes, with K, M or G in units of 1024.
+fn size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (text.get(..at), 10),
+        Some((at, 'M' | 'm')) => (text.get(..at), 20),
+        Some((at, 'G' | 'g')) => (text.get(..at), 30),
+        _ => (Some(text), 0),
+    };
+    digits
+        .and_then(|digits| digits.parse::<u64>().ok())
+        .and_then(|number| number.checked_mul(1 << shift))
+        .ok_or_else(|| "not a size, such as 4096, 64K or 2M".into())
 }
 
 #[derive(Debug, Args)]

@@ -92,7 +92,7 @@ fn source(args: &SaveArgs) -> Result<Source, CliError> {
             map,
             fill: Fill::Zero,
             vmcoreinfo,
-            notes: Vec::new(),
+            notes: input.in_use().into_iter().collect(),
         });
     }
     let analysis = classify(&input)?;

@@ -63,6 +63,7 @@ impl CliError {
                 DumpError::Io { .. }
                 | DumpError::NoHoles { .. }
                 | DumpError::Changed { .. }
+                | DumpError::Modified { .. }
                 | DumpError::Exists { .. }
                 | DumpError::SameFile { .. },
             )
@@ -85,6 +86,7 @@ impl CliError {
             }
             | Self::OverDump { .. }
             | Self::Dump(DumpError::NotInPlace { .. }) => 2,
+            Self::Dump(DumpError::InUse { .. } | DumpError::MayBeInUse { .. }) => 6,
             Self::Dump(_) | Self::Memory(_) | Self::Checkpoint { .. } | Self::NoLayout { .. } => 3,
             Self::Guest { source, .. } => match source {
                 VmiError::Inconsistent(_) => 5,
@@ -107,7 +109,11 @@ impl CliError {
             Self::Dump(DumpError::NoHoles { .. } | DumpError::NotInPlace { .. }) => {
                 "prune by copy instead: -o OUT"
             }
-            Self::Dump(DumpError::Changed { .. }) => {
+            Self::Dump(DumpError::InUse { .. } | DumpError::MayBeInUse { .. }) => {
+                "end what writes it, or prune by copy: -o OUT. --live-ok prunes it all the same: \
+                 only if its guest is stopped, and was before this command began"
+            }
+            Self::Dump(DumpError::Changed { .. } | DumpError::Modified { .. }) => {
                 "stop whatever writes the dump, then run this again"
             }
             Self::Dump(DumpError::LayoutLength { .. }) => {

@@ -4,7 +4,7 @@ use crate::analyze::Analysis;
 use crate::args::InputArgs;
 use crate::error::CliError;
 use crate::report::{count, say};
-use sonicshot_dump::{Dump, DumpError, LayoutSpec, SnapshotFiles, Spool};
+use sonicshot_dump::{Dump, DumpError, LayoutSpec, SnapshotFiles, Spool, check_not_in_use};
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fs;
@@ -60,6 +60,16 @@ impl<'a> Input<'a> {
         let dump = Dump::open(self.memory(), layout)?;
         *self.spool.borrow_mut() = dump.spool().cloned();
         Ok(dump)
+    }
+
+    /// What to say of a file that somebody may be writing while it is read.
+    pub(crate) fn in_use(&self) -> Option<String> {
+        match check_not_in_use(self.memory()) {
+            Err(error @ DumpError::InUse { .. }) => Some(format!(
+                "{error}: what is read of it is torn unless its guest is stopped"
+            )),
+            _ => None,
+        }
     }
 
     fn identity(&self) -> Option<(u64, u64)> {
@@ -172,8 +182,7 @@ impl<'a> Inputs<'a> {
 
 /// Puts what the files beside the memory say with the other notes.
 pub(crate) fn add_notes(analysis: &mut Analysis, input: &Input<'_>) {
-    analysis
-        .pages
-        .notes
-        .extend(input.files.notes().iter().cloned());
+    let notes = &mut analysis.pages.notes;
+    notes.extend(input.files.notes().iter().cloned());
+    notes.extend(input.in_use());
 }

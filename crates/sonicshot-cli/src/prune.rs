@@ -7,7 +7,7 @@ use crate::inputs::{Input, Inputs};
 use crate::report::{count, percent, progress_bar, say, say_to_stderr, size};
 use serde_json::json;
 use sonicshot::{ClassSet, DropClasses, PageClass, PrunePlan};
-use sonicshot_dump::{DumpError, NewFolder, Overwrite, PruneStats};
+use sonicshot_dump::{DumpError, NewFolder, Overwrite, PruneOptions, PruneStats, check_not_in_use};
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::io::{self, IsTerminal};
@@ -145,6 +145,10 @@ fn one(
 ) -> Result<Sum, CliError> {
     let started = Instant::now();
     input.files.check_prunable()?;
+    if args.in_place && !args.dry_run && !args.live_ok {
+        // Long before the last moment, when it is looked at again.
+        check_not_in_use(input.memory())?;
+    }
     let analysis = analyze(input)?;
     let plan = PrunePlan::new(
         &analysis.pages.map,
@@ -212,7 +216,11 @@ fn write(
             stats
         }
         Some(out) => dump.prune_to(plan, out, overwrite, &mut progress)?,
-        None if args.in_place => dump.prune_in_place(plan, &mut progress)?,
+        None if args.in_place => {
+            let mut options = PruneOptions::new().live_ok(args.live_ok);
+            options.min_hole = args.min_hole;
+            dump.prune_in_place_with(plan, &options, &mut progress)?
+        }
         None => {
             return Err(CliError::Usage {
                 what: format!("{} has no output", input.path.display()),
@@ -252,6 +260,11 @@ fn print_json(
         report.insert("runs".into(), stats.runs.into());
         report.insert("punched".into(), stats.punched.into());
         report.insert("joined".into(), stats.joined.into());
+        report.insert("left_bytes".into(), stats.left_bytes.into());
+        report.insert("left_runs".into(), stats.left_runs.into());
+        report.insert("cloned_bytes".into(), stats.cloned_bytes.into());
+        report.insert("extents_before".into(), stats.extents_before.into());
+        report.insert("extents_after".into(), stats.extents_after.into());
         report.insert("disk_before".into(), stats.disk_before.into());
         report.insert("disk_after".into(), stats.disk_after.into());
     }
@@ -305,12 +318,36 @@ fn print_summary(
             count(stats.joined)
         );
     }
-    if args.in_place && stats.punched == 0 {
+    if args.in_place && stats.punched == 0 && stats.left_bytes == 0 {
         say!("nothing to do: what can be dropped is not in the file already");
+    } else if args.in_place {
+        say!("punched {}", holes(stats));
+    }
+    if stats.left_bytes > 0 {
+        say!(
+            "left {} in the file: {} stretches are shorter than the smallest hole (--min-hole)",
+            size(stats.left_bytes),
+            count(stats.left_runs)
+        );
+    }
+    if stats.cloned_bytes > 0 {
+        say!("shared {} with the input", size(stats.cloned_bytes));
     }
     say!(
         "on disk: {} -> {}",
         size(stats.disk_before),
         size(stats.disk_after)
     );
+}
+
+fn holes(stats: &PruneStats) -> String {
+    let holes = format!("{} holes", count(stats.punched));
+    match (stats.extents_before, stats.extents_after) {
+        (Some(before), Some(after)) => format!(
+            "{holes}; stretches of data in the file: {} -> {}",
+            count(before),
+            count(after)
+        ),
+        _ => holes,
+    }
 }

@@ -15,8 +15,6 @@ use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::Duration;
 
 const PAGE: usize = 4096;
 
@@ -160,35 +158,6 @@ fn pruning_by_copy_and_in_place_give_the_same() {
     let report: serde_json::Value = serde_json::from_slice(&again.stdout).unwrap();
     assert_eq!(report["punched"], 0, "{report}");
     assert_eq!(report["disk_before"], report["disk_after"]);
-}
-
-#[test]
-fn killed_at_any_moment_the_file_is_a_valid_dump() {
-    let folder = tempfile::tempdir().unwrap();
-    let dump = raw_dump(folder.path(), |_| {});
-    let classes = classes(&dump);
-    for millis in [0, 5, 10, 20, 30, 40, 60, 80, 120, 200] {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_sonicshot"))
-            .args(["prune", text(&dump), "--in-place"])
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        std::thread::sleep(Duration::from_millis(millis));
-        child.kill().unwrap();
-        child.wait().unwrap();
-        let now = fs::read(&dump).unwrap();
-        for ((after, before), class) in now.chunks(PAGE).zip(ram().chunks(PAGE)).zip(&classes) {
-            let may_be_zero = matches!(
-                class.as_str(),
-                "free_buddy" | "free_pcp" | "offline" | "zero"
-            );
-            assert!(
-                after == before || may_be_zero && after.iter().all(|byte| *byte == 0),
-                "killed after {millis} ms"
-            );
-        }
-    }
-    assert_eq!(self::classes(&dump), classes);
 }
 
 #[test]

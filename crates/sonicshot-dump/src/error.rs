@@ -1,5 +1,6 @@
 //! What can go wrong with a dump file.
 
+use crate::WritingProcess;
 use sonicshot::LayoutError;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -160,6 +161,30 @@ pub enum DumpError {
         /// Its length in bytes now.
         now: u64,
     },
+    /// The file was written to since it was opened.
+    #[error("{} was written to since it was opened", path.display())]
+    Modified {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A process has the file open for writing.
+    #[error("{} is open for writing by {}", path.display(), name(writer.as_ref()))]
+    InUse {
+        /// The file.
+        path: PathBuf,
+        /// The process, if it can be seen.
+        writer: Option<WritingProcess>,
+    },
+    /// Nothing tells whether a process has the file open for writing: there are no leases on it,
+    /// and not every process may be looked into.
+    #[error("it cannot be told whether {} is open for writing", path.display())]
+    MayBeInUse {
+        /// The file.
+        path: PathBuf,
+        /// Why there are no leases.
+        #[source]
+        source: io::Error,
+    },
     /// The format cannot be pruned in place.
     #[error("{} is {format}, which cannot be pruned in place", path.display())]
     NotInPlace {
@@ -219,6 +244,13 @@ pub enum DumpError {
         #[source]
         source: io::Error,
     },
+}
+
+fn name(writer: Option<&WritingProcess>) -> String {
+    writer.map_or_else(
+        || "a process that cannot be seen".into(),
+        WritingProcess::to_string,
+    )
 }
 
 /// The names of files in one folder, for a message.

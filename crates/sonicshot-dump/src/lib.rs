@@ -4,15 +4,19 @@
 
 mod avml;
 mod cloud_hypervisor;
+mod copy;
 mod elf_core;
 mod error;
 mod firecracker;
 mod folder;
+mod holes;
+mod in_place;
 mod kdump;
 mod kdump_write;
 mod layout;
 mod libvirt;
 mod lime;
+mod live;
 mod mapped;
 mod mapped_ram;
 mod migration;
@@ -27,11 +31,13 @@ mod snapshot;
 mod spool;
 mod stream;
 mod stream_out;
+mod sys;
 
 use avml::AvmlFile;
 use elf_core::ElfCore;
 pub use error::DumpError;
 pub use folder::NewFolder;
+pub use holes::PruneOptions;
 #[doc(hidden)]
 pub use kdump::KdumpFile;
 #[doc(hidden)]
@@ -39,6 +45,7 @@ pub use kdump_write::{
     KdumpCompression, KdumpOptions, KdumpWriteError, KdumpWriteStats, write_kdump,
 };
 pub use layout::{BlockPlace, LayoutSpec, LayoutSpecError};
+pub use live::{WritingProcess, check_not_in_use};
 use mapped::MappedDump;
 use mapped_ram::MappedRam;
 pub use output::Overwrite;

@@ -9,10 +9,10 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, Mapped, MemoryError, RamLayout};
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 /// A file in more pieces than this is not asked for its holes: finding them costs as much as
 /// reading.
@@ -38,6 +38,8 @@ pub(crate) struct MappedDump {
     layout: RamLayout,
     /// Sorted by guest address, disjoint.
     extents: Vec<Extent>,
+    /// When the file was last written to, that we know of.
+    written: Mutex<(i64, i64)>,
     /// The stretches of the file that are not holes, sorted: start and end.
     data: OnceLock<Option<Vec<(u64, u64)>>>,
 }
@@ -68,6 +70,12 @@ pub(crate) fn whole(map: &Mmap) -> GuestBytes<'_> {
     }
 }
 
+/// When the file was last written to.
+fn last_written(file: &File, path: &Path) -> Result<(i64, i64), DumpError> {
+    let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
+    Ok((metadata.mtime(), metadata.mtime_nsec()))
+}
+
 impl MappedDump {
     /// `extents` must be sorted, disjoint, and lie inside the file.
     pub(crate) fn new(
@@ -82,8 +90,10 @@ impl MappedDump {
                 source,
             },
         )?;
+        let written = Mutex::new(last_written(&file, path)?);
         Ok(Self {
             path: path.to_owned(),
+            written,
             file,
             map,
             layout,
@@ -134,6 +144,26 @@ impl MappedDump {
             before: self.file_len(),
             now: metadata.len(),
         })
+    }
+
+    /// Refuses a file that was written to since it was opened: what is known of it is outdated.
+    pub(crate) fn check_unmodified(&self) -> Result<(), DumpError> {
+        let now = last_written(&self.file, &self.path)?;
+        if self.written.lock().is_ok_and(|written| *written == now) {
+            return Ok(());
+        }
+        Err(DumpError::Modified {
+            path: self.path.clone(),
+        })
+    }
+
+    /// Takes what was written to the file so far as our own doing.
+    pub(crate) fn note_change(&self) -> Result<(), DumpError> {
+        let now = last_written(&self.file, &self.path)?;
+        if let Ok(mut written) = self.written.lock() {
+            *written = now;
+        }
+        Ok(())
     }
 
     pub(crate) fn extents(&self) -> &[Extent] {

@@ -12,9 +12,10 @@
 //! A base may be pruned although there are diffs to it: what was free then and is not in the
 //! diff was not written to since.
 
+use crate::copy::Copier;
 use crate::mapped::MappedDump;
 use crate::output::{Output, Overwrite};
-use crate::prune::{Copier, Progress, PruneStats};
+use crate::prune::{Progress, PruneStats};
 use crate::{Dump, DumpError, Format, LayoutSpec, Store};
 use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, PrunePlan, RamLayout};
 use std::os::unix::fs::MetadataExt;

@@ -1,5 +1,6 @@
-//! Writes a dump without its dropped pages, or takes them out of the file itself.
+//! Writes a dump without its dropped pages.
 
+use crate::copy::Copier;
 use crate::elf_core::{self, ElfCore, HEADER_LEN, PT_LOAD, SEGMENT_LEN, Segment};
 use crate::kdump_write::{KdumpCompression, KdumpOptions, write_kdump};
 use crate::mapped::MappedDump;
@@ -7,10 +8,8 @@ use crate::mapped_ram::MappedRam;
 use crate::output::{Output, Overwrite};
 use crate::stream_out::copy_stream;
 use crate::{Dump, DumpError, Format};
-use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
-use rustix::io::Errno;
 use sonicshot::{Gpa, GpaRange, PrunePlan};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
@@ -36,14 +35,23 @@ pub struct PruneStats {
     /// Stretches of an ELF core that were dropped as a hole in the file, because it would have
     /// more segments than 16 bits count.
     pub joined: u64,
+    /// Bytes that were dropped and are in the file all the same: in stretches too short for a
+    /// hole, or in parts of blocks.
+    pub left_bytes: u64,
+    /// Stretches that were too short for a hole.
+    pub left_runs: u64,
+    /// Bytes that the output shares with the input.
+    pub cloned_bytes: u64,
+    /// Stretches of data in the input file, if that is cheap to count.
+    pub extents_before: Option<u64>,
+    /// Stretches of data in the output file, the same.
+    pub extents_after: Option<u64>,
     /// What the input takes on disk, in bytes.
     pub disk_before: u64,
     /// What the output takes on disk, in bytes.
     pub disk_after: u64,
 }
 
-/// Longest stretch that is copied at once. Larger ones leave the processor's cache.
-pub(crate) const COPY: usize = 1 << 20;
 /// A core has at most this many segments, so that every reader can count them in 16 bits.
 const MAX_SEGMENTS: usize = 0xfffe;
 
@@ -96,102 +104,6 @@ impl Dump {
             Format::Lime | Format::Kdump | Format::Avml => return Err(self.read_only()),
         }
         stats.disk_after = output.finish()?;
-        Ok(stats)
-    }
-
-    /// Punches the pages that `plan` drops out of the file itself.
-    ///
-    /// Nothing is copied, and each step only makes pages that `plan` drops read as zero, so
-    /// whatever interrupts it leaves a valid dump. What is a hole already is not touched.
-    ///
-    /// # Errors
-    /// [`DumpError::NotInPlace`] for a format that holes do not fit, [`DumpError::NoHoles`] if
-    /// the file system cannot punch them; the file is then as it was.
-    pub fn prune_in_place(
-        &self,
-        plan: &PrunePlan,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        let not_in_place = || DumpError::NotInPlace {
-            path: self.path().into(),
-            format: self.format(),
-        };
-        let dump = self.mapped().filter(|_| self.spool().is_none());
-        let dump = dump.ok_or_else(not_in_place)?;
-        let path = dump.path();
-        let ram = match self.format_data() {
-            Format::Raw { .. } => None,
-            Format::MappedRam(ram) => Some(ram),
-            _ => return Err(not_in_place()),
-        };
-        dump.check_length()?;
-        let zeroed = plan.clone().zero_filled_only();
-        let mut stats = PruneStats {
-            dropped_bytes: zeroed.dropped_bytes(),
-            kept_for_fill: plan.dropped_bytes().saturating_sub(zeroed.dropped_bytes()),
-            disk_before: disk_usage(dump.file(), path)?,
-            ..PruneStats::default()
-        };
-        let file = OpenOptions::new()
-            .write(true)
-            .open(path)
-            .map_err(DumpError::io("opening for writing", path))?;
-        // The file that was classified, not one that took its name since.
-        if identity(&file, path)? != identity(dump.file(), path)? {
-            return Err(DumpError::NotADump {
-                path: path.into(),
-                why: "another file has taken its place since it was read",
-            });
-        }
-        let mut runs = file_runs(dump, &zeroed);
-        if let Some(overlay) = self.overlay() {
-            overlay.check_length()?;
-            (runs, stats.kept_for_base) = overlay.punchable(&runs);
-            stats.dropped_bytes = runs
-                .iter()
-                .fold(0, |sum, (_, len)| sum.saturating_add(*len));
-        }
-        stats.runs = runs.len() as u64;
-        if let Some(ram) = ram {
-            // First nobody may look for the pages any more: then what is left of them is as good
-            // as gone, whatever happens.
-            let bitmaps = ram.pruned_bitmaps(path, dump.bytes(), &zeroed)?;
-            let mut changed = false;
-            for (offset, bitmap) in &bitmaps {
-                if !dump.holds(*offset, bitmap) {
-                    file.write_all_at(bitmap, *offset)
-                        .map_err(DumpError::io("writing", path))?;
-                    changed = true;
-                }
-            }
-            if changed {
-                file.sync_all().map_err(DumpError::io("writing", path))?;
-            }
-            // Also what an earlier prune that was interrupted has left.
-            runs = ram.holes(&bitmaps);
-        }
-        let total = runs
-            .iter()
-            .fold(0_u64, |sum, (_, len)| sum.saturating_add(*len));
-        let mut done = 0_u64;
-        // From one snapshot of the file's holes: punching does not change what is behind. Space
-        // that is allocated but was never written looks like a hole, so where there may be such
-        // space every run is punched.
-        let data = dump
-            .data_stretches()
-            .filter(|data| !has_unwritten(data, stats.disk_before));
-        for (offset, len) in runs {
-            if holds_data(data, offset, len) {
-                punch(&file, path, offset, len)?;
-                stats.punched = stats.punched.saturating_add(1);
-            }
-            done = done.saturating_add(len);
-            progress(done, total);
-        }
-        if stats.punched > 0 {
-            file.sync_all().map_err(DumpError::io("writing", path))?;
-        }
-        stats.disk_after = disk_usage(&file, path)?;
         Ok(stats)
     }
 }
@@ -270,18 +182,13 @@ fn copy_mapped_ram(
     Ok(file_runs(dump, plan).len() as u64)
 }
 
-fn identity(file: &File, path: &Path) -> Result<(u64, u64), DumpError> {
-    let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
-    Ok((metadata.dev(), metadata.ino()))
-}
-
 pub(crate) fn disk_usage(file: &File, path: &Path) -> Result<u64, DumpError> {
     let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
     Ok(metadata.blocks().saturating_mul(512))
 }
 
 /// The dropped stretches of a raw file: offset and length; neighbours in the file are joined.
-fn file_runs(dump: &MappedDump, plan: &PrunePlan) -> Vec<(u64, u64)> {
+pub(crate) fn file_runs(dump: &MappedDump, plan: &PrunePlan) -> Vec<(u64, u64)> {
     let mut runs: Vec<(u64, u64)> = Vec::new();
     for extent in dump.extents() {
         let Some(base) = extent.offset else { continue };
@@ -299,147 +206,6 @@ fn file_runs(dump: &MappedDump, plan: &PrunePlan) -> Vec<(u64, u64)> {
         }
     }
     runs
-}
-
-/// Whether a file with these stretches of data takes more of the disk than they do.
-fn has_unwritten(data: &[(u64, u64)], on_disk: u64) -> bool {
-    let in_data = data.iter().fold(0_u64, |sum, (start, end)| {
-        sum.saturating_add(end.saturating_sub(*start))
-    });
-    // The file system's own blocks count too: 1.5 % and 1 MiB are more than they take.
-    on_disk > in_data.saturating_add(in_data >> 6).saturating_add(1 << 20)
-}
-
-fn holds_data(data: Option<&[(u64, u64)]>, offset: u64, len: u64) -> bool {
-    let Some(data) = data else { return true };
-    let index = data.partition_point(|(_, end)| *end <= offset);
-    data.get(index)
-        .is_some_and(|(start, _)| *start < offset.saturating_add(len))
-}
-
-fn punch(file: &File, path: &Path, offset: u64, len: u64) -> Result<(), DumpError> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    loop {
-        return match fallocate(file, flags, offset, len) {
-            Ok(()) => Ok(()),
-            Err(Errno::INTR) => continue,
-            Err(error @ (Errno::OPNOTSUPP | Errno::NOSYS)) => Err(DumpError::NoHoles {
-                path: path.into(),
-                source: error.into(),
-            }),
-            Err(error) => Err(DumpError::io("punching a hole into", path)(error.into())),
-        };
-    }
-}
-
-/// Copies stretches of the input to the output; holes stay holes.
-pub(crate) struct Copier<'a> {
-    dump: &'a MappedDump,
-    output: &'a Output,
-    /// Whether the kernel copies between these two files by itself.
-    by_kernel: bool,
-    buffer: Vec<u8>,
-    done: u64,
-    total: u64,
-    progress: Progress<'a>,
-}
-
-impl<'a> Copier<'a> {
-    pub(crate) fn new(
-        dump: &'a MappedDump,
-        output: &'a Output,
-        total: u64,
-        progress: Progress<'a>,
-    ) -> Copier<'a> {
-        Copier {
-            dump,
-            output,
-            by_kernel: true,
-            buffer: Vec::new(),
-            done: 0,
-            total,
-            progress,
-        }
-    }
-
-    /// Copies the `len` bytes at `from` to `to`.
-    pub(crate) fn copy(&mut self, from: u64, to: u64, len: u64) -> Result<(), DumpError> {
-        let dump = self.dump;
-        let cut = || DumpError::malformed(dump.path(), "a stretch beyond the end", from, len);
-        let end = from.checked_add(len).ok_or_else(cut)?;
-        if end > dump.file_len() {
-            return Err(cut());
-        }
-        let whole = [(from, end)];
-        let data = dump.data_stretches().unwrap_or(&whole);
-        let first = data.partition_point(|(_, data_end)| *data_end <= from);
-        let before = self.done;
-        for (start, stop) in data.iter().skip(first) {
-            if *start >= end {
-                break;
-            }
-            let (start, stop) = ((*start).max(from), (*stop).min(end));
-            let there = to.saturating_add(start.saturating_sub(from));
-            self.copy_data(start, there, stop.saturating_sub(start))?;
-        }
-        // What lies in holes is done as well.
-        self.done = before.saturating_add(len);
-        (self.progress)(self.done, self.total);
-        Ok(())
-    }
-
-    fn copy_data(&mut self, mut from: u64, mut to: u64, mut left: u64) -> Result<(), DumpError> {
-        while left > 0 {
-            let now = usize::try_from(left).unwrap_or(COPY).min(COPY);
-            let copied = match self.copy_by_kernel(from, to, now)? {
-                Some(copied) => copied,
-                None => self.copy_through(from, to, now)?,
-            } as u64;
-            from = from.saturating_add(copied);
-            to = to.saturating_add(copied);
-            left = left.saturating_sub(copied);
-            self.done = self.done.saturating_add(copied);
-            (self.progress)(self.done, self.total);
-        }
-        Ok(())
-    }
-
-    /// Lets the kernel copy up to `len` bytes; `None` if it does not between these files.
-    fn copy_by_kernel(
-        &mut self,
-        from: u64,
-        to: u64,
-        len: usize,
-    ) -> Result<Option<usize>, DumpError> {
-        let (input, output) = (self.dump.file(), self.output.file());
-        let (mut source, mut target) = (from, to);
-        while self.by_kernel {
-            match copy_file_range(input, Some(&mut source), output, Some(&mut target), len) {
-                Ok(copied) if copied > 0 => return Ok(Some(copied)),
-                Err(Errno::INTR) => {}
-                Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG | Errno::IO)) => {
-                    return Err(DumpError::io("writing", self.output.path())(error.into()));
-                }
-                // Two file systems, or one that cannot. What is really wrong, such as a file
-                // that has become shorter, the plain copy finds out too.
-                Ok(_) | Err(_) => self.by_kernel = false,
-            }
-        }
-        Ok(None)
-    }
-
-    fn copy_through(&mut self, from: u64, to: u64, len: usize) -> Result<usize, DumpError> {
-        self.buffer.resize(len, 0);
-        self.dump
-            .file()
-            .read_exact_at(&mut self.buffer, from)
-            .map_err(DumpError::io("reading", self.dump.path()))?;
-        self.output
-            .file()
-            .write_all_at(&self.buffer, to)
-            .map_err(DumpError::io("writing", self.output.path()))?;
-        Ok(len)
-    }
 }
 
 fn copy_raw(

@@ -1,10 +1,11 @@
 //! Writes a migration stream again, with a note that it is zero for each dropped page: to a file,
 //! into a compressor, or into a pipe.
 
+use crate::copy::{COPY, Copier};
 use crate::libvirt::Compression;
 use crate::mapped::MappedDump;
 use crate::output::{Output, Overwrite};
-use crate::prune::{COPY, Copier, Progress, PruneStats, disk_usage};
+use crate::prune::{Progress, PruneStats, disk_usage};
 use crate::stream::{Part, Stream};
 use crate::{Dump, DumpError, Format, Spool};
 use sonicshot::PrunePlan;

@@ -10,8 +10,8 @@
 
 mod common;
 
-use common::plan;
 use common::qemu::{Block, File, PAGE, first_bytes, name, stream};
+use common::{every_page, plan};
 use proptest::prelude::*;
 use sonicshot::GuestMemory;
 use sonicshot_dump::{Dump, DumpError, LayoutSpec, Overwrite, Spool};
@@ -127,7 +127,7 @@ fn a_sparse_image_is_pruned_in_place() {
     let runs = [(0, 6), (20, 10)];
     prune_to(&dump, &runs, &out);
     let stats = dump
-        .prune_in_place(&plan(dump.layout(), &runs), &mut |_, _| {})
+        .prune_in_place_with(&plan(dump.layout(), &runs), &every_page(), &mut |_, _| {})
         .unwrap();
     assert_eq!(stats.dropped_bytes, 16 * PAGE as u64);
     let after = fs::read(&path).unwrap();
@@ -321,7 +321,7 @@ proptest! {
             let pages = (written.len() - header(0).len()) / PAGE;
             prop_assert!(pages >= roms);
         }
-        mapped.prune_in_place(&plan, &mut |_, _| {}).unwrap();
+        mapped.prune_in_place_with(&plan, &every_page(), &mut |_, _| {}).unwrap();
         let mapped = Dump::open(&mapped_path, Some(&layout)).unwrap();
         prop_assert_eq!(first_bytes(&mapped), expected);
     }

@@ -11,11 +11,12 @@
 mod common;
 
 use common::qemu::{Block, File, PAGE, first_bytes, stream, virtio_mem};
+use common::{Ramfs, every_page};
 
 use sonicshot::{
     DropClasses, Fill, Gpa, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange, PrunePlan,
 };
-use sonicshot_dump::{BlockKind, Dump, DumpError, LayoutSpec, Overwrite};
+use sonicshot_dump::{BlockKind, Dump, DumpError, LayoutSpec, Overwrite, PruneOptions};
 use std::fs;
 
 fn ram(count: u8) -> Vec<Option<u8>> {
@@ -91,7 +92,8 @@ fn several_blocks_lie_where_the_layout_has_them() {
     let copy = folder.path().join("copy");
     dump.prune_to(&plan, &copy, Overwrite::Refuse, &mut |_, _| {})
         .unwrap();
-    dump.prune_in_place(&plan, &mut |_, _| {}).unwrap();
+    dump.prune_in_place_with(&plan, &every_page(), &mut |_, _| {})
+        .unwrap();
     let after = fs::read(&path).unwrap();
     assert!(after == fs::read(&copy).unwrap());
     for dropped in [3, 4, 5, 6, 7, 8, 22, 23, 24, 25] {
@@ -202,7 +204,8 @@ fn a_prune_clears_bits_and_punches_pages_and_nothing_else() {
     let copy = folder.path().join("copy");
     dump.prune_to(&plan, &copy, Overwrite::Refuse, &mut |_, _| {})
         .unwrap();
-    dump.prune_in_place(&plan, &mut |_, _| {}).unwrap();
+    dump.prune_in_place_with(&plan, &every_page(), &mut |_, _| {})
+        .unwrap();
     let after = fs::read(&path).unwrap();
     assert!(after == fs::read(&copy).unwrap());
     assert_eq!(after.len(), before.len());
@@ -227,7 +230,9 @@ fn a_prune_clears_bits_and_punches_pages_and_nothing_else() {
     ]);
     assert!(after == same.bytes());
     // Again: nothing is left to do.
-    let stats = pruned.prune_in_place(&plan, &mut |_, _| {}).unwrap();
+    let stats = pruned
+        .prune_in_place_with(&plan, &every_page(), &mut |_, _| {})
+        .unwrap();
     assert_eq!(stats.punched, 0);
     assert!(fs::read(&path).unwrap() == after);
 }
@@ -248,7 +253,9 @@ fn what_an_interrupted_prune_has_left_is_punched_later() {
     fs::write(&path, &bytes).unwrap();
     let dump = Dump::open(&path, None).unwrap();
     assert_eq!(first_bytes(&dump)[8..60], [0; 52]);
-    let stats = dump.prune_in_place(&plan, &mut |_, _| {}).unwrap();
+    let stats = dump
+        .prune_in_place_with(&plan, &every_page(), &mut |_, _| {})
+        .unwrap();
     assert!(stats.punched > 0);
     assert!(fs::read(&path).unwrap() == pruned);
 }
@@ -333,7 +340,7 @@ fn a_pruned_stream_says_that_pages_are_zero_and_keeps_the_rest() {
         .unwrap();
     assert!(fs::read(&out).unwrap() == before);
     assert!(matches!(
-        dump.prune_in_place(&plan, &mut |_, _| {}),
+        dump.prune_in_place_with(&plan, &every_page(), &mut |_, _| {}),
         Err(DumpError::NotInPlace { .. })
     ));
 }
@@ -360,4 +367,65 @@ fn a_stream_cut_short_or_of_another_kind_is_refused() {
         let error = Dump::open(&path, None).unwrap_err();
         assert!(matches!(error, DumpError::Malformed { .. }), "{error}");
     }
+}
+
+/// A file inside another one: a page lies in two blocks of the file system.
+#[test]
+fn pages_across_blocks_are_punched_inside_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut file = File::new(vec![Block("ram0", vec![Some(9); 128])]);
+    file.skew = 1000;
+    let path = file.write(folder.path());
+    let dump = Dump::open(&path, None).unwrap();
+    // The first is in no whole block.
+    let plan = plan(&dump, &[(8, 9), (20, 120)]);
+    let stats = dump
+        .prune_in_place_with(&plan, &every_page(), &mut |_, _| {})
+        .unwrap();
+    assert_eq!((stats.runs, stats.punched, stats.left_runs), (2, 1, 1));
+    assert_eq!(stats.left_bytes, 2 * PAGE as u64);
+    let pruned = Dump::open(&path, None).unwrap();
+    let dropped = |n: usize| n == 8 || (20..120).contains(&n);
+    let want: Vec<u8> = (0..128).map(|n| if dropped(n) { 0 } else { 9 }).collect();
+    assert_eq!(first_bytes(&pruned), want);
+    let saved = stats.disk_before - stats.disk_after;
+    assert!(saved >= 98 * PAGE as u64, "{stats:?}");
+}
+
+/// The marks of short stretches are cleared as well: that costs nothing.
+#[test]
+fn what_is_too_short_for_a_hole_is_no_page_any_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = File::new(vec![Block("ram0", vec![Some(9); 128])]).write(folder.path());
+    let dump = Dump::open(&path, None).unwrap();
+    let plan = plan(&dump, &[(8, 11), (20, 120)]);
+    let options = PruneOptions::new().min_hole(4 * PAGE as u64);
+    let stats = dump
+        .prune_in_place_with(&plan, &options, &mut |_, _| {})
+        .unwrap();
+    assert_eq!((stats.punched, stats.left_runs), (1, 1));
+    assert_eq!(stats.left_bytes, 3 * PAGE as u64);
+    let pruned = Dump::open(&path, None).unwrap();
+    assert_eq!(first_bytes(&pruned)[8..11], [0; 3]);
+    let bytes = fs::read(&path).unwrap();
+    let at = |page: usize| bytes.len() - "the devices' state".len() - 13 - (128 - page) * PAGE;
+    assert_eq!(bytes[at(8)..at(11)], [9; 3 * PAGE], "left as it was");
+    assert_eq!(bytes[at(20)..at(120)], [0; 100 * PAGE]);
+    // What is left can go later.
+    let stats = pruned
+        .prune_in_place_with(&plan, &every_page(), &mut |_, _| {})
+        .unwrap();
+    assert_eq!((stats.punched, stats.left_bytes), (1, 0));
+}
+
+/// The marks must not be cleared before it is known that holes can be punched.
+#[test]
+fn without_holes_no_mark_is_cleared() {
+    let Some(ramfs) = Ramfs::mount() else { return };
+    let file = File::new(vec![Block("ram0", vec![Some(9); 64])]);
+    let path = file.write(ramfs.path());
+    let dump = Dump::open(&path, None).unwrap();
+    let refused = dump.prune_in_place_with(&plan(&dump, &[(8, 60)]), &every_page(), &mut |_, _| {});
+    assert!(matches!(refused, Err(DumpError::NoHoles { .. })));
+    assert!(fs::read(&path).unwrap() == file.bytes());
 }

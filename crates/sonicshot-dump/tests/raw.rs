@@ -118,7 +118,7 @@ proptest! {
         prop_assert!(contents(&copy) == want);
         conforms(&copy);
         prop_assert!(contents(&dump) != want || copied.dropped_bytes == 0 || bytes.contains(&0), "input changed");
-        let punched = dump.prune_in_place(&plan, &mut no_progress()).unwrap();
+        let punched = dump.prune_in_place_with(&plan, &every_page(), &mut no_progress()).unwrap();
         prop_assert_eq!(punched.dropped_bytes, copied.dropped_bytes);
         prop_assert_eq!(punched.dropped_bytes, plan.dropped_bytes());
         prop_assert_eq!(fs::metadata(&path).unwrap().len(), 64 * PAGE);
@@ -127,7 +127,7 @@ proptest! {
         let again = Dump::open(&path, Some(&spec)).unwrap();
         prop_assert!(contents(&again) == want);
         conforms(&again);
-        let twice = again.prune_in_place(&plan, &mut no_progress()).unwrap();
+        let twice = again.prune_in_place_with(&plan, &every_page(), &mut no_progress()).unwrap();
         prop_assert_eq!((twice.punched, twice.runs), (0, punched.runs));
         prop_assert_eq!(twice.disk_before, twice.disk_after);
     }
@@ -149,7 +149,9 @@ fn what_must_not_read_as_zero_is_kept() {
         .prune_to(&plan, &out, Overwrite::Refuse, &mut no_progress())
         .unwrap();
     assert_eq!((stats.dropped_bytes, stats.kept_for_fill), (0, 4 * PAGE));
-    let stats = dump.prune_in_place(&plan, &mut no_progress()).unwrap();
+    let stats = dump
+        .prune_in_place_with(&plan, &every_page(), &mut no_progress())
+        .unwrap();
     assert_eq!(
         (stats.dropped_bytes, stats.kept_for_fill, stats.runs),
         (0, 4 * PAGE, 0)
@@ -169,9 +171,12 @@ fn preallocated_space_is_given_back() {
     }
     ram.write_all_at(&pattern(1, PAGE), 0).unwrap();
     ram.sync_all().unwrap();
+    drop(ram);
     let dump = Dump::open(&path, None).unwrap();
     let plan = plan(dump.layout(), &[(1, 4095)]);
-    let stats = dump.prune_in_place(&plan, &mut no_progress()).unwrap();
+    let stats = dump
+        .prune_in_place_with(&plan, &every_page(), &mut no_progress())
+        .unwrap();
     assert!(
         stats.disk_before >= 16 << 20 && stats.disk_after <= 64 << 10,
         "{stats:?}"
@@ -268,7 +273,7 @@ fn a_file_that_became_shorter_is_an_error() {
         .unwrap();
     let copied = dump.prune_to(&plan, &out, Overwrite::Refuse, &mut no_progress());
     assert!(matches!(copied, Err(DumpError::Changed { .. })));
-    let punched = dump.prune_in_place(&plan, &mut no_progress());
+    let punched = dump.prune_in_place_with(&plan, &every_page(), &mut no_progress());
     assert!(matches!(punched, Err(DumpError::Changed { .. })));
     assert_eq!(names(folder.path()), ["ram"]);
 }
@@ -281,7 +286,10 @@ fn another_file_under_the_same_name_is_not_punched() {
     let plan = plan(dump.layout(), &[(2, 4)]);
     let other = file(&folder, "other", &pattern(2, 16 * PAGE));
     fs::rename(&other, &path).unwrap();
-    assert!(dump.prune_in_place(&plan, &mut no_progress()).is_err());
+    assert!(
+        dump.prune_in_place_with(&plan, &every_page(), &mut no_progress())
+            .is_err()
+    );
     assert!(fs::read(&path).unwrap() == pattern(2, 16 * PAGE));
 }
 

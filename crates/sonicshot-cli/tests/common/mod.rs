@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
@@ -49,6 +50,53 @@ pub fn raw_dump(folder: &Path, edit: impl FnOnce(&mut [u8])) -> PathBuf {
     let mut bytes = ram().to_vec();
     edit(&mut bytes);
     fs::write(&path, bytes).unwrap();
+    path
+}
+
+/// Writes the guest's RAM as QEMU's mapped-ram file of it would be: a page that is zero has no
+/// mark and no bytes.
+pub fn mapped_ram_dump(folder: &Path) -> PathBuf {
+    const PAGES_AT: usize = 1 << 20;
+    fn name(out: &mut Vec<u8>, name: &str) {
+        out.push(u8::try_from(name.len()).unwrap());
+        out.extend(name.as_bytes());
+    }
+    let ram = ram();
+    let mut out = b"QEVM\0\0\0\x03\x07\0\0\0\x0epc-i440fx-10.0\x05".to_vec();
+    name(&mut out, "configuration/capabilities");
+    out.extend([0, 0, 0, 1, 0, 0, 0, 1]);
+    name(&mut out, "mapped-ram");
+    out.extend([1, 0, 0, 0, 1]);
+    name(&mut out, "ram");
+    out.extend([0, 0, 0, 0, 0, 0, 0, 4]);
+    out.extend((ram.len() as u64 | 4).to_be_bytes());
+    name(&mut out, "pc.ram");
+    out.extend((ram.len() as u64).to_be_bytes());
+    out.extend(1_u32.to_be_bytes());
+    out.extend(4096_u64.to_be_bytes());
+    let bitmap_at = out.len() + 16;
+    out.extend((bitmap_at as u64).to_be_bytes());
+    out.extend((PAGES_AT as u64).to_be_bytes());
+    for pages in ram.chunks(8 * 4096) {
+        let marks = pages.chunks(4096).map(|page| page.iter().any(|b| *b != 0));
+        out.push(
+            (0..)
+                .zip(marks)
+                .fold(0, |byte, (bit, mark)| byte | u8::from(mark) << bit),
+        );
+    }
+    let path = folder.join("guest.mapped");
+    let file = File::create(&path).unwrap();
+    file.write_all_at(&out, 0).unwrap();
+    for (number, page) in (0..).zip(ram.chunks(4096)) {
+        if page.iter().any(|byte| *byte != 0) {
+            file.write_all_at(page, PAGES_AT as u64 + number * 4096)
+                .unwrap();
+        }
+    }
+    let end = (PAGES_AT + ram.len()) as u64;
+    file.write_all_at(b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x01the devices' state", end)
+        .unwrap();
     path
 }
 

@@ -1,4 +1,5 @@
-//! Plans, patterns, and files for the tests of both formats.
+//! Plans, patterns, and files for the tests of all formats.
+#![allow(dead_code, reason = "not every test file needs all of it")]
 
 pub mod qemu;
 
@@ -6,8 +7,11 @@ use sonicshot::{
     DropClasses, Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange,
     PrunePlan, RamLayout,
 };
+use sonicshot_dump::PruneOptions;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
+use tempfile::TempDir;
 
 pub const PAGE: u64 = 4096;
 
@@ -16,6 +20,11 @@ pub fn pattern(seed: u64, len: u64) -> Vec<u8> {
     (0..len)
         .map(|at| u8::try_from((seed * 31 + at / PAGE * 7 + at % 251) % 255 + 1).unwrap())
         .collect()
+}
+
+/// Punches whatever a plan drops.
+pub fn every_page() -> PruneOptions {
+    PruneOptions::new().min_hole(0)
 }
 
 /// A plan that drops the frames `runs`, each `(first, count)`.
@@ -136,4 +145,33 @@ pub fn names(folder: &Path) -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+/// A file system without holes, mounted for as long as it lives.
+pub struct Ramfs(TempDir);
+
+impl Ramfs {
+    /// Only root may mount.
+    pub fn mount() -> Option<Self> {
+        let folder = TempDir::new().unwrap();
+        let mount = Command::new("mount")
+            .args(["-t", "ramfs", "ramfs"])
+            .arg(folder.path())
+            .output();
+        let mounted = mount.is_ok_and(|run| run.status.success());
+        if !mounted {
+            eprintln!("skipped: no ramfs can be mounted here");
+        }
+        mounted.then(|| Self(folder))
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Ramfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0.path()).status();
+    }
 }

@@ -1,4 +1,8 @@
 //! QEMU's files, made by hand.
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "small numbers, made by the tests"
+)]
 
 use sonicshot::GuestMemory;
 use sonicshot_dump::Dump;
@@ -14,6 +18,8 @@ pub struct File {
     pub machine: &'static str,
     pub capabilities: Vec<&'static str>,
     pub blocks: Vec<Block>,
+    /// How far pages lie off the file system's blocks.
+    pub skew: usize,
     /// Changes the header of the first block: version, page size, bitmap, pages.
     pub edit: fn(&mut [u64; 4]),
     /// What stands between the memory and the rest.
@@ -46,6 +52,7 @@ impl File {
             machine: "pc-i440fx-10.0",
             capabilities: vec!["mapped-ram"],
             blocks,
+            skew: 0,
             edit: |_| {},
             between: Vec::new(),
         }
@@ -77,7 +84,7 @@ impl File {
             name(&mut out, block);
             out.extend(((pages.len() * PAGE) as u64).to_be_bytes());
             let bitmap = out.len() + 28;
-            let at = (bitmap + pages.len().div_ceil(8)).next_multiple_of(PAGE);
+            let at = (bitmap + pages.len().div_ceil(8)).next_multiple_of(PAGE) + self.skew;
             let mut fields = [1, PAGE as u64, bitmap as u64, at as u64];
             if number == 0 {
                 (self.edit)(&mut fields);

@@ -1,0 +1,198 @@
+//! Which stretches of a file are worth a hole.
+
+use std::iter;
+
+/// A stretch of a file: its offset and its length in bytes.
+pub(crate) type Run = (u64, u64);
+
+/// How a prune in place goes about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct PruneOptions {
+    /// The smallest hole, in bytes; by default [`MIN_HOLE`](Self::MIN_HOLE), or less in a guest
+    /// whose free memory is in pieces, so that 97 % of what can be freed is.
+    pub min_hole: Option<u64>,
+    /// Whether a file that another process has open for writing is pruned all the same.
+    pub live_ok: bool,
+}
+
+impl PruneOptions {
+    /// The smallest hole, by default: 32 KiB.
+    ///
+    /// A hole costs about the same however long it is, and each is one more extent for the file
+    /// system to keep. Measured on a mapped-ram file of a guest of 4 GiB, in microseconds:
+    ///
+    /// | hole | tmpfs | xfs | ext4 with `discard` |
+    /// |---|---:|---:|---:|
+    /// | 4 KiB | 2 | 55 | |
+    /// | 8 KiB | 4 | 44 | 1,600 |
+    /// | 32 KiB | 7-29 | 37-67 | 2,600-3,500 |
+    /// | 128 KiB | 52-158 | 44 | 2,800 |
+    /// | 1 MiB | 430 | 53 | 1,300 |
+    /// | 4 MiB | 1,900 | 107 | 1,600 |
+    ///
+    /// On tmpfs the pages are what costs. Two guests, of 4 GiB and of 128 MiB, have 232 and 183
+    /// droppable stretches; 169 and 138 of them are shorter than 32 KiB, which are 0.03 % and
+    /// 1.9 % of the bytes. With 64 KiB 3.1 % of the smaller guest would be left.
+    pub const MIN_HOLE: u64 = 32 << 10;
+
+    /// What [`Dump::prune_in_place`](crate::Dump::prune_in_place) uses.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            min_hole: None,
+            live_ok: false,
+        }
+    }
+
+    /// Leaves stretches shorter than `bytes` in the file; 0 leaves none.
+    #[must_use]
+    pub const fn min_hole(mut self, bytes: u64) -> Self {
+        self.min_hole = Some(bytes);
+        self
+    }
+
+    /// Prunes a file although another process has it open for writing.
+    ///
+    /// Only for one that does not write now, and keeps nothing of the file elsewhere: a VMM
+    /// whose guest is stopped, from before the dump is opened until the prune is done.
+    #[must_use]
+    pub const fn live_ok(mut self, ok: bool) -> Self {
+        self.live_ok = ok;
+        self
+    }
+}
+
+/// The smallest hole for these runs.
+pub(crate) fn smallest_hole(runs: &[Run]) -> u64 {
+    /// Of 100 bytes that can be freed, so many may be left.
+    const LEFT: u64 = 3;
+    let sum = |below: u64| {
+        let runs = runs.iter().filter(|(_, len)| *len < below);
+        runs.fold(0_u64, |sum, (_, len)| sum.saturating_add(*len))
+    };
+    let most = (sum(u64::MAX) / 100).saturating_mul(LEFT);
+    let mut hole = PruneOptions::MIN_HOLE;
+    while hole > 1 && sum(hole) > most {
+        hole >>= 1;
+    }
+    hole
+}
+
+/// Sorts runs, and joins those that touch.
+pub(crate) fn join(mut runs: Vec<Run>) -> Vec<Run> {
+    runs.sort_unstable();
+    let mut joined: Vec<Run> = Vec::with_capacity(runs.len());
+    for (offset, len) in runs {
+        let end = offset.saturating_add(len);
+        match joined.last_mut() {
+            Some((start, last)) if start.saturating_add(*last) >= offset => {
+                *last = (*last).max(end.saturating_sub(*start));
+            }
+            _ => joined.push((offset, len)),
+        }
+    }
+    joined
+}
+
+/// The whole blocks inside a run. A file system gives back nothing smaller: of a part of a block
+/// it would only write zeroes.
+pub(crate) fn whole_blocks((offset, len): Run, block: u64) -> Run {
+    let end = offset.saturating_add(len);
+    let start = offset.checked_next_multiple_of(block).unwrap_or(end);
+    let end = end.saturating_sub(end.checked_rem(block).unwrap_or(0));
+    (start, end.saturating_sub(start))
+}
+
+/// How many stretches of data are left of `data` (start and end, sorted) when `holes` are punched.
+pub(crate) fn stretches_without(data: &[(u64, u64)], holes: &[Run]) -> u64 {
+    let mut count = 0_u64;
+    for (start, end) in data {
+        let first = holes.partition_point(|(at, len)| at.saturating_add(*len) <= *start);
+        let inside = holes.iter().skip(first).take_while(|(at, _)| at < end);
+        let mut from = *start;
+        for (at, len) in inside.copied().chain(iter::once((*end, 0))) {
+            count = count.saturating_add(u64::from(at > from));
+            from = at.saturating_add(len);
+        }
+    }
+    count
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{PruneOptions, join, smallest_hole, stretches_without, whole_blocks};
+    use proptest::prelude::*;
+
+    #[test]
+    fn runs_that_touch_are_one() {
+        for (runs, want) in [
+            (vec![], vec![]),
+            (vec![(8, 4), (0, 8)], vec![(0, 12)]),
+            (vec![(0, 8), (9, 1)], vec![(0, 8), (9, 1)]),
+            (vec![(0, 9), (4, 2), (20, 1)], vec![(0, 9), (20, 1)]),
+        ] {
+            assert_eq!(join(runs), want);
+        }
+    }
+
+    #[test]
+    fn of_a_guest_in_pieces_97_percent_goes() {
+        const K: u64 = 1 << 10;
+        let runs = |runs: &[(u64, u64)]| {
+            let lengths = runs
+                .iter()
+                .flat_map(|(len, count)| (0..*count).map(|_| *len));
+            lengths.map(|len| (0, len)).collect::<Vec<_>>()
+        };
+        for (few, many, want) in [
+            ((1000 * K, 1), (4 * K, 7), PruneOptions::MIN_HOLE),
+            ((1000 * K, 1), (4 * K, 8), 4 * K),
+            ((1000 * K, 1), (12 * K, 3), 8 * K),
+            ((16 * K, 0), (4 * K, 900), 4 * K),
+            ((16 * K, 1000), (4 * K, 10), 16 * K),
+            ((16 * K, 0), (4 * K, 0), PruneOptions::MIN_HOLE),
+        ] {
+            assert_eq!(smallest_hole(&runs(&[few, many])), want, "{few:?} {many:?}");
+        }
+    }
+
+    #[test]
+    fn parts_of_blocks_are_left() {
+        for (run, block, want) in [
+            ((0, 8192), 4096, (0, 8192)),
+            ((1, 8192), 4096, (4096, 4096)),
+            ((100, 4096), 4096, (4096, 0)),
+            ((4096, 1 << 20), 1 << 16, (1 << 16, 15 << 16)),
+            ((u64::MAX - 5, 5), 4096, (u64::MAX, 0)),
+        ] {
+            assert_eq!(whole_blocks(run, block), want, "{run:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn stretches_are_counted_as_bit_by_bit(
+            data in proptest::collection::vec(any::<bool>(), 0..60),
+            holes in proptest::collection::vec((0_u64..60, 1_u64..9), 0..8),
+        ) {
+            let runs = |bits: &[bool]| {
+                let mut runs: Vec<(u64, u64)> = Vec::new();
+                for (at, _) in (0..).zip(bits).filter(|(_, bit)| **bit) {
+                    match runs.last_mut() {
+                        Some((_, end)) if *end == at => *end += 1,
+                        _ => runs.push((at, at + 1)),
+                    }
+                }
+                runs
+            };
+            let holes = join(holes);
+            let before = runs(&data);
+            let mut after = data;
+            for (at, bit) in (0..).zip(&mut after) {
+                *bit &= !holes.iter().any(|(start, len)| (*start..start + len).contains(&at));
+            }
+            prop_assert_eq!(stretches_without(&before, &holes), runs(&after).len() as u64);
+        }
+    }
+}
