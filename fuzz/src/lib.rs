@@ -7,10 +7,13 @@ use sonicshot::{
     DropClasses, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap, PageSize,
     Pfn, PfnRange, PrunePlan,
 };
-use sonicshot_dump::{Dump, LayoutSpec, Overwrite};
+use sonicshot_dump::{Dump, LayoutSpec, Overwrite, SnapshotFiles};
 use sonicshot_vmi::symbols::{Btf, SymbolSource, Vmcoreinfo, open_symbol_file};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
+use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use twox_hash::XxHash3_64;
 
 /// A target: its name, its body.
@@ -26,6 +29,8 @@ pub const TARGETS: &[Target] = &[
     ("kdump", kdump),
     ("lime", lime),
     ("avml", avml),
+    ("cloud_hypervisor", cloud_hypervisor),
+    ("firecracker", firecracker),
     ("layout", layout),
     ("guest", guest),
     ("checkpoint", checkpoint),
@@ -82,9 +87,12 @@ pub fn symbol_file(data: &[u8]) {
 /// Opens a dump, reads from it, and prunes every other page of it.
 fn dump(data: &[u8], spec: Option<&LayoutSpec>) {
     let file = file(data);
-    let Ok(dump) = Dump::open(file.path(), spec) else {
-        return;
-    };
+    if let Ok(dump) = Dump::open(file.path(), spec) {
+        prune(&dump, spec);
+    }
+}
+
+fn prune(dump: &Dump, spec: Option<&LayoutSpec>) {
     let _ = dump.vmcoreinfo();
     let mut buffer = [0; 64];
     for region in dump.layout().regions() {
@@ -124,6 +132,80 @@ fn dump(data: &[u8], spec: Option<&LayoutSpec>) {
         }
     }
     let _ = dump.prune_in_place(&plan, &mut |_, _| {});
+}
+
+/// The state of a Cloud Hypervisor folder, and behind a zero byte the pages of its memory.
+pub fn cloud_hypervisor(data: &[u8]) {
+    let mut parts = data.splitn(2, |byte| *byte == 0);
+    let (state, memory) = (parts.next().unwrap_or(&[]), parts.next().unwrap_or(&[]));
+    let folder = tempfile::tempdir().expect("a folder");
+    let write = |name: &str, bytes: &[u8]| {
+        fs::write(folder.path().join(name), bytes).expect("writing a file");
+    };
+    write("state.json", state);
+    write("config.json", b"{}");
+    let pages = usize::from(memory.first().copied().unwrap_or(4));
+    write("memory-ranges", &vec![7; pages * 4096]);
+    let Ok(files) = SnapshotFiles::find(folder.path(), None, None) else {
+        return;
+    };
+    if let Ok(dump) = Dump::open(files.memory(), files.layout()) {
+        assert_eq!(dump.layout().bytes(), pages as u64 * 4096);
+        prune(&dump, files.layout());
+    }
+}
+
+/// What a byte's two bits say of a page: a hole, zeroes, or one of two patterns.
+fn page(file: &File, number: usize, bits: u8) {
+    let byte = match bits & 3 {
+        0 => return,
+        1 => 0,
+        other => other,
+    };
+    file.write_all_at(&[byte; 4096], number as u64 * 4096)
+        .expect("writing a page");
+}
+
+/// A diff and its base, a byte for a page of both; what they mean stays when they are pruned.
+/// The same bytes as a state file beside a memory file.
+pub fn firecracker(data: &[u8]) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let create = |name: &str, len: u64| {
+        let path = folder.path().join(name);
+        let file = File::create(&path).expect("a file");
+        file.set_len(len).expect("its length");
+        (path, file)
+    };
+    let (_, memory) = create("vm.mem", 1 << 20);
+    drop(memory);
+    fs::write(folder.path().join("vm.state"), data).expect("writing a file");
+    let _ = SnapshotFiles::find(folder.path(), None, None);
+
+    let data = &data[..data.len().min(128)];
+    let len = data.len() as u64 * 4096;
+    let ((base, base_file), (diff, diff_file)) = (create("base", len), create("diff", len));
+    for (number, byte) in data.iter().enumerate() {
+        page(&base_file, number, *byte);
+        page(&diff_file, number, *byte >> 2);
+    }
+    let open = |base: &Path| Dump::open_over(&diff, base, Some(&LayoutSpec::Flat));
+    let Ok(dump) = open(&base) else {
+        assert!(data.is_empty());
+        return;
+    };
+    let read = |dump: &Dump| {
+        let mut bytes = vec![0; data.len() * 4096];
+        dump.read(Gpa::ZERO, &mut bytes).expect("what is RAM");
+        bytes
+    };
+    let before = read(&dump);
+    prune(&dump, Some(&LayoutSpec::Flat));
+    let after = read(&open(&base).expect("the same files"));
+    for (number, (before, after)) in before.chunks(4096).zip(after.chunks(4096)).enumerate() {
+        // `prune` drops every other page.
+        let gone = number % 2 == 0 && after.iter().all(|byte| *byte == 0);
+        assert!(before == after || gone, "page {number}");
+    }
 }
 
 pub fn elf_core(data: &[u8]) {

@@ -341,7 +341,8 @@ mod tests {
 
     #[test]
     fn ranges_that_cannot_be_are_refused() {
-        let table: [(&[(u64, u64)], u64, &str); 8] = [
+        type Case<'a> = (&'a [(u64, u64)], u64, &'a str);
+        let table: [Case<'_>; 8] = [
             (&[(0, GIB), (GIB - 4096, GIB)], 2 * GIB, "in another"),
             (&[(0, GIB), (0, GIB)], 2 * GIB, "in another"),
             (&[(1, GIB)], GIB, "the address"),

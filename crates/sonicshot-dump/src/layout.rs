@@ -7,7 +7,7 @@ use sonicshot::{Gpa, GpaRange};
 const GIB_4: u64 = 1 << 32;
 
 /// How a VMM spreads a guest's RAM over guest-physical memory. The file holds the parts end to
-/// end, lowest first.
+/// end, lowest first; ranges that are given, in the order given.
 ///
 /// ```
 /// use sonicshot_dump::LayoutSpec;
@@ -31,7 +31,7 @@ pub enum LayoutSpec {
     FirecrackerOld,
     /// One piece from 0.
     Flat,
-    /// The ranges given.
+    /// The ranges given, in the order of the file.
     Ranges(Vec<GpaRange>),
     /// For QEMU's migration files, which hold several blocks of memory: where the blocks named
     /// lie. Others are kept as they are and not looked into.
@@ -158,24 +158,25 @@ impl FromStr for LayoutSpec {
             let blocks = text.split(';').map(|block| {
                 // The last one: a name may hold a `=`, ranges do not.
                 let (name, ranges) = block.rsplit_once('=')?;
-                (!name.is_empty()).then_some(BlockPlace::new(name, parse_ranges(ranges)?))
+                (!name.is_empty()).then_some(BlockPlace::new(name, parse_ranges(ranges, true)?))
             });
             blocks.collect::<Option<Vec<_>>>().map(Self::Blocks)
         } else {
-            parse_ranges(text).map(Self::Ranges)
+            parse_ranges(text, false).map(Self::Ranges)
         };
         layout.ok_or_else(|| LayoutSpecError { text: text.into() })
     }
 }
 
-fn parse_ranges(text: &str) -> Option<Vec<GpaRange>> {
-    text.split(',')
-        .map(parse_range)
-        .collect::<Option<Vec<_>>>()
-        .filter(|ranges| {
-            // Sorted, for the file holds them in order.
-            ranges.is_sorted_by(|a, b| a.end() <= b.start())
-        })
+/// Ranges of which none lies in another. QEMU's blocks hold theirs in order, a raw file in any.
+fn parse_ranges(text: &str, sorted: bool) -> Option<Vec<GpaRange>> {
+    let ranges: Option<Vec<_>> = text.split(',').map(parse_range).collect();
+    let mut in_order = ranges.clone()?;
+    if !sorted {
+        in_order.sort_unstable();
+    }
+    let disjoint = in_order.is_sorted_by(|a, b| a.end() <= b.start());
+    ranges.filter(|_| disjoint)
 }
 
 /// `START-END`, END exclusive.
@@ -256,12 +257,17 @@ mod tests {
             "ram0=0-1G;",
             "ram0=0-1G;1G-2G",
             "ram0=2G-3G,0-1G",
+            "1G-3G,0-2G",
             "0-99999999999999T",
             "-",
         ] {
             assert!(text.parse::<LayoutSpec>().is_err(), "{text}");
         }
-        for text in ["0-64K,1M-2M", "ram0=0-64K,1M-2M;0000:00:05.0/mem=1=4G-5G"] {
+        for text in [
+            "0-64K,1M-2M",
+            "4G-5G,0-3G",
+            "ram0=0-64K,1M-2M;0000:00:05.0/mem=1=4G-5G",
+        ] {
             let spec: LayoutSpec = text.parse().unwrap();
             assert_eq!(spec.to_string().parse(), Ok(spec));
         }

@@ -77,13 +77,15 @@ fn last_written(file: &File, path: &Path) -> Result<(i64, i64), DumpError> {
 }
 
 impl MappedDump {
-    /// `extents` must be sorted, disjoint, and lie inside the file.
+    /// `extents` must be disjoint, and lie inside the file.
     pub(crate) fn new(
         path: &Path,
         file: File,
         map: Mmap,
-        extents: Vec<Extent>,
+        mut extents: Vec<Extent>,
     ) -> Result<Self, DumpError> {
+        // A file may hold the guest's ranges in any order.
+        extents.sort_unstable_by_key(|extent| extent.guest);
         let layout = RamLayout::new(extents.iter().map(|extent| extent.guest).collect()).map_err(
             |source| DumpError::Layout {
                 path: path.to_owned(),

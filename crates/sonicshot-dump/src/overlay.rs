@@ -6,8 +6,9 @@
 //! (`docs/snapshotting/snapshot-support.md`; `snapshot-editor edit-memory rebase` copies what
 //! `SEEK_DATA` finds in the diff over the base). So a hole in a diff does not read as zero, and
 //! a page may be punched out of it only where the base reads as zero. Whatever loses or makes
-//! holes on the way (`cp --sparse=always`, a file system that compresses zeroes away) changes
-//! what such a diff means, for Firecracker as for this.
+//! holes on the way changes what such a diff means, for Firecracker as for this: a plain `cp`
+//! (coreutils 9.1) makes holes of zeroes in a sparse file, and so does a file system that
+//! compresses them away. `cp --reflink=always` and `mv` are safe.
 //!
 //! A base may be pruned although there are diffs to it: what was free then and is not in the
 //! diff was not written to since.

@@ -24,7 +24,5 @@ pub(crate) fn extents(path: &Path, len: u64, spec: &LayoutSpec) -> Result<Vec<Ex
             actual: len,
         });
     }
-    // Cloud Hypervisor's ranges are in the order of its zones.
-    extents.sort_unstable_by_key(|extent| extent.guest);
     Ok(extents)
 }
