@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import kernels  # noqa: E402
+import libvirt  # noqa: E402
 import machine  # noqa: E402
 import peers  # noqa: E402
 import proof  # noqa: E402
@@ -256,6 +257,8 @@ def main():
     restore.add_argument("--ram", required=True)
     restore.add_argument("--torture", action="store_true")
     restore.set_defaults(run=do_restore)
+
+    libvirt.add_command(commands, find_tool)
 
     args = parser.parse_args()
     args.run(args)

@@ -3,13 +3,14 @@
 libvirt and its QEMU are Debian 13's, unpacked into a folder of the lab and run from there in their
 own mount and process namespaces: nothing is installed on the host, and no daemon outlives a run."""
 
+import hashlib
+import json
 import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -98,8 +99,9 @@ class Daemon:
     def __enter__(self):
         self.log = open(LAB / "libvirtd.log", "w")
         self.process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", START, "sh",
-             ROOT, LAB], stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL)
+            ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork",
+             "--kill-child", "sh", "-c", START, "sh", ROOT, LAB],
+            stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=ENVIRONMENT)
         last = None
         for _ in range(300):
             try:
@@ -126,55 +128,59 @@ class Daemon:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return int(children.read_text().split()[0]) if self.process.poll() is None else 0
 
-    def virsh(self, *arguments, text=None):
+    def virsh(self, *arguments):
         # Through /proc: the daemon's /run is its own.
         root = Path(f"/proc/{self.first_process()}/root")
         if not (root / "lab-done").exists():
             raise Refused("it is not running")
         done = subprocess.run(
             ["chroot", root, "virsh", "--quiet", "-c", "qemu:///system", *map(str, arguments)],
-            input=text, capture_output=True, text=True, env=ENVIRONMENT)
+            capture_output=True, text=True, env=ENVIRONMENT)
         if done.returncode:
             raise Refused(f"virsh {arguments[0]}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
 
 
-def domain_xml(name, spec, folder, console):
+def domain_xml(name, spec, folder):
     """A guest as libvirt's users describe it, with the lab's disks and console."""
-    kernel = spec["kernel"]
-    mib = spec["mem"]
-    more, cells = "", ""
-    if spec.get("cells"):
-        each = mib // spec["cells"]
-        cells = "".join(f"<cell id='{i}' cpus='{i}' memory='{each}' unit='MiB'/>"
-                        for i in range(spec["cells"]))
-        cells = f"<numa>{cells}</numa>"
-    if spec.get("slots"):
-        more = f"<maxMemory slots='4' unit='MiB'>{2 * mib + 1024}</maxMemory>"
+    kernel, mib, cells = spec["kernel"], spec["mem"], spec.get("cells", 0)
+    if spec.get("dimm"):
+        # libvirt plugs memory only into a guest with NUMA nodes.
+        cells = cells or 1
+    vcpus = max(spec["smp"], cells)
+    room = f"<maxMemory slots='4' unit='MiB'>{2 * mib + 1024}</maxMemory>" if spec.get("dimm") else ""
+    numa = "".join(f"<cell id='{i}' cpus='{i * vcpus // cells}-{(i + 1) * vcpus // cells - 1}' "
+                   f"memory='{mib // cells}' unit='MiB'/>" for i in range(cells))
+    numa = f"<numa>{numa}</numa>" if cells else ""
     disks = "".join(
         f"<disk type='file' device='disk'><driver name='qemu' type='raw'/>"
-        f"<source file='{folder / disk}'/><target dev='vd{'ab'[i]}' bus='virtio'/></disk>"
-        for i, disk in enumerate(DISKS))
+        f"<source file='{folder / disk}'/><target dev='vd{letter}' bus='virtio'/></disk>"
+        for disk, letter in zip(DISKS, "ab"))
     return f"""<domain type='qemu'>
 <name>{name}</name>
-{more}
+{room}
 <memory unit='MiB'>{mib}</memory>
-<vcpu>{max(spec['smp'], spec.get('cells', 1))}</vcpu>
+<vcpu>{vcpus}</vcpu>
 <os><type arch='x86_64' machine='{spec['machine']}'>hvm</type>
 <kernel>{LAB / kernel['vmlinuz']}</kernel>
 <initrd>{machine.build_initramfs(kernel)}</initrd>
 <cmdline>{spec['cmdline']}</cmdline></os>
 <features><acpi/><apic/></features>
-<cpu mode='custom' match='exact' check='none'><model>{spec['cpu']}</model>{cells}</cpu>
+<cpu mode='custom' match='exact' check='none'><model>{spec['cpu']}</model>{numa}</cpu>
 <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
 {disks}
-<serial type='unix'><source mode='bind' path='{console}'/><target port='0'/></serial>
+<serial type='unix'><source mode='bind' path='{folder / "console"}'/><target port='0'/></serial>
 </devices></domain>
 """
 
 
+def dimm_xml(mib):
+    return (f"<memory model='dimm'><target><size unit='MiB'>{mib}</size><node>0</node></target>"
+            "</memory>\n")
+
+
 class Guest(machine.Machine):
-    """A domain of libvirt's, with the console of a lab guest."""
+    """A domain that was just started or restored, with its console."""
 
     def __init__(self, daemon, name, folder):
         # Nothing of `Machine.__init__`: libvirt starts QEMU.
@@ -182,15 +188,211 @@ class Guest(machine.Machine):
         self.process = daemon.process
         self.lines = []
         self.arrived = threading.Condition()
-        self.console = None
-
-    def listen(self):
-        """Connects to the console of the domain, which was just started or restored."""
-        self.lines = []
+        (folder / "console.log").write_bytes(b"")
         with tempfile.TemporaryDirectory(prefix="sonicshot-") as short:
             # The names of sockets must be short.
             link = Path(short) / "s"
-            link.symlink_to(self.folder)
+            link.symlink_to(folder)
             self.console = socket.socket(socket.AF_UNIX)
             self.console.connect(str(link / "console"))
         threading.Thread(target=self._listen, daemon=True).start()
+
+    def rss_mib(self):
+        found = re.search(r"^rss (\d+)", self.daemon.virsh("dommemstat", self.name), re.M)
+        return int(found.group(1)) >> 10 if found else 0
+
+    def quit(self):
+        self.console.close()
+        try:
+            self.daemon.virsh("destroy", self.name)
+        except Refused:
+            # It has ended already: saved, or not there for the reason that is being reported.
+            pass
+
+
+def put_disks(folder):
+    """The disks as they were when the guest was saved."""
+    for disk in DISKS:
+        run("cp", "--sparse=always", folder / f"{disk}.stop", folder / disk)
+
+
+def capture(daemon, spec, name, formats):
+    """Boots a guest, lets it fill its memory, and saves it in each format. All hold the same
+    memory: what is saved first is restored without running, and saved in the next format."""
+    folder = IMAGES / name
+    first = folder / "raw.save"
+    guest = hashlib.sha256(machine.GUEST_SOURCE.read_bytes()).hexdigest()[:16]
+    meta = folder / "meta.json"
+    if not meta.exists() or json.loads(meta.read_text())["guest"] != guest:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        machine.prepare(spec, folder, "memhp_default_state=online" if spec.get("dimm") else "")
+        (folder / "domain.xml").write_text(domain_xml(name, spec, folder))
+        daemon.virsh("create", folder / "domain.xml", "--paused")
+        machine_ = Guest(daemon, name, folder)
+        try:
+            if spec.get("dimm"):
+                (folder / "dimm.xml").write_text(dimm_xml(spec["dimm"]))
+                daemon.virsh("attach-device", name, folder / "dimm.xml", "--live")
+            daemon.virsh("resume", name)
+            machine_.wait("READY", 900)
+            save(daemon, name, first, "raw")
+        finally:
+            machine_.quit()
+        for disk in DISKS:
+            run("cp", "--sparse=always", folder / disk, folder / f"{disk}.stop")
+        machine.read_records(folder / "records.img.stop", folder)
+        meta.write_text(json.dumps({"guest": guest, "spec": spec}, indent=1))
+    for form in formats:
+        image = folder / f"{form}.save"
+        if image.exists():
+            continue
+        put_disks(folder)
+        daemon.virsh("restore", first, "--paused")
+        try:
+            save(daemon, name, image, form)
+        finally:
+            try:
+                daemon.virsh("destroy", name)
+            except Refused:
+                pass
+    return folder
+
+
+def save(daemon, name, image, form):
+    part = image.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    daemon.virsh("save", name, part, "--image-format", form, "--running")
+    part.rename(image)
+
+
+def restore(daemon, name, folder, image, torture):
+    """Runs a saved guest on. Returns seconds from the order to the first beat, and QEMU's
+    resident memory then; raises if the torture finds anything."""
+    put_disks(folder)
+    started = time.monotonic()
+    daemon.virsh("restore", image)
+    guest = Guest(daemon, name, folder)
+    try:
+        guest.wait("BEAT [0-9]", 120)
+        beat = time.monotonic() - started
+        rss = guest.rss_mib()
+        if torture:
+            guest.send("torture")
+            line = guest.wait("TORTURE-", 1200)
+            if "TORTURE-OK" not in line:
+                console = (folder / "console.log").read_text(errors="replace")
+                said = [text.strip() for text in console.splitlines() if "LAB-" in text]
+                raise SystemExit(f"{line} {said[:4]}")
+        return beat, rss
+    finally:
+        guest.quit()
+
+
+def prune(tool, image, out, in_place):
+    """Returns what sonicshot says when it refuses, or nothing."""
+    if in_place:
+        run("cp", "--sparse=auto", image, out)
+        command = [tool, "prune", out, "--in-place"]
+    else:
+        command = [tool, "prune", image, "-o", out]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    return done.stderr.strip().splitlines()[0] if done.returncode else ""
+
+
+def on_disk(path):
+    return path.stat().st_blocks * 512 >> 20
+
+
+def prove(daemon, name, spec, forms, tool, torture):
+    """One row for every form: saved, pruned (if there is a tool), restored, tortured."""
+    rows = []
+    folder = capture(daemon, spec, name, [form.partition("+")[0] for form in forms])
+    for form in forms:
+        kind, _, how = form.partition("+")
+        image, out = folder / f"{kind}.save", folder / f"{form}.pruned"
+        row = {"guest": name, "form": form, "before": on_disk(image), "after": "", "beat": "",
+               "rss": "", "restored": "", "ok": False}
+        rows.append(row)
+        out.unlink(missing_ok=True)
+        try:
+            if tool:
+                refused = prune(tool, image, out, how == "in-place")
+                if refused:
+                    row["restored"] = f"not pruned: {refused}"
+                    continue
+                row["after"] = on_disk(out)
+                if description(daemon, image) != description(daemon, out):
+                    row["restored"] = "libvirt reads another description from the pruned image"
+                    continue
+            beat, rss = restore(daemon, name, folder, out if tool else image, torture)
+            row.update(beat=f"{beat:.1f} s", rss=rss, ok=True,
+                       restored="torture OK" if torture else "runs")
+        except (Refused, SystemExit) as error:
+            row["restored"] = f"FAIL {error}"
+        finally:
+            out.unlink(missing_ok=True)
+            print(f"{'ok  ' if row['ok'] else 'FAIL'} {name} {form}: {row['before']} -> "
+                  f"{row['after'] or '-'} MiB, {row['restored']}", flush=True)
+    return rows
+
+
+def description(daemon, image):
+    return daemon.virsh("save-image-dumpxml", image)
+
+
+def table(rows, versions):
+    lines = [f"libvirt {versions['libvirt']}, QEMU {versions['qemu']}", "",
+             "| guest | image | on disk, MiB | pruned, MiB | first beat | QEMU resident, MiB | "
+             "restored |", "|---|---|---:|---:|---:|---:|---|"]
+    lines += [f"| {r['guest']} | {r['form']} | {r['before']} | {r['after'] or '-'} | "
+              f"{r['beat'] or '-'} | {r['rss'] or '-'} | {r['restored']} |" for r in rows]
+    return "\n".join(lines)
+
+
+GUESTS = {
+    "pc": {},
+    "q35": {"machine": "q35"},
+    "numa": {"cells": 2, "smp": 2},
+    "dimm": {"dimm": 256},
+}
+
+
+def command(args):
+    """`lab.py libvirt`"""
+    kernels.install_tools()
+    versions = install()
+    tool = None if args.no_prune else args.find_tool(args.sonicshot)
+    rows = []
+    with Daemon() as daemon:
+        for name in args.guests.split(","):
+            spec = {"kernel": kernels.fetch(args.kernel, False), "mem": args.mem,
+                    "cpu": "qemu64", "smp": 1, "machine": "pc", "garbage": args.garbage}
+            spec |= GUESTS[name]
+            forms = args.formats.split(",")
+            if name != "pc":
+                # What is in the image differs from guest to guest, how it is packed does not.
+                forms = [form for form in forms if form.startswith(("raw", "sparse"))]
+            parts = [args.kernel, str(args.mem), name]
+            if args.garbage != "random":
+                parts.append(args.garbage)
+            rows += prove(daemon, "-".join(parts), spec, forms, tool, not args.no_torture)
+    text = table(rows, versions)
+    (LAB / "libvirt.md").write_text(text + "\n")
+    print(text)
+    if not all(row["ok"] for row in rows):
+        raise SystemExit(1)
+
+
+def add_command(commands, find_tool):
+    parser = commands.add_parser("libvirt", help="virsh save, prune, virsh restore, torture")
+    parser.add_argument("--kernel", default="6.1")
+    parser.add_argument("--mem", type=int, default=512, help="MiB")
+    parser.add_argument("--guests", default=",".join(GUESTS))
+    parser.add_argument("--formats", default="raw,gzip,zstd,sparse,sparse+in-place",
+                        help=f"of {', '.join(FORMATS)}; +in-place to prune a copy in place")
+    parser.add_argument("--garbage", default="random", choices=["random", "compressible"])
+    parser.add_argument("--no-prune", action="store_true", help="restore what libvirt saved")
+    parser.add_argument("--no-torture", action="store_true")
+    parser.add_argument("--sonicshot", help="the binary; built if not given")
+    parser.set_defaults(run=command, find_tool=find_tool)
