@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench  # noqa: E402
 import killed  # noqa: E402
 import kernels  # noqa: E402
+import libvirt  # noqa: E402
 import machine  # noqa: E402
 import matrix  # noqa: E402
 import peers  # noqa: E402
@@ -365,6 +366,8 @@ def main():
     which.add_argument("--migration", help="a mapped-ram file or a stream, into fresh memory")
     restore.add_argument("--torture", action="store_true")
     restore.set_defaults(run=do_restore)
+
+    libvirt.add_command(commands, find_tool)
 
     args = parser.parse_args()
     args.run(args)
