@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use sonicshot::checkpoint::CheckpointError;
 use sonicshot::{MemoryError, PageClass};
-use sonicshot_dump::DumpError;
+use sonicshot_dump::{DumpError, KdumpWriteError};
 use sonicshot_vmi::VmiError;
 use std::error::Error;
 use std::io;
@@ -65,7 +65,11 @@ impl CliError {
                 | DumpError::Changed { .. }
                 | DumpError::Modified { .. }
                 | DumpError::Exists { .. }
-                | DumpError::SameFile { .. },
+                | DumpError::SameFile { .. }
+                | DumpError::Kdump {
+                    source: KdumpWriteError::Io(_),
+                    ..
+                },
             )
             | Self::Io { .. }
             | Self::Exists { .. }
@@ -85,7 +89,12 @@ impl CliError {
                 ..
             }
             | Self::OverDump { .. }
-            | Self::Dump(DumpError::NotInPlace { .. }) => 2,
+            | Self::Dump(
+                DumpError::NotInPlace { .. }
+                | DumpError::NotAStream { .. }
+                | DumpError::CannotConvert { .. }
+                | DumpError::NoBlock { .. },
+            ) => 2,
             Self::Dump(DumpError::InUse { .. } | DumpError::MayBeInUse { .. }) => 6,
             Self::Dump(_) | Self::Memory(_) | Self::Checkpoint { .. } | Self::NoLayout { .. } => 3,
             Self::Guest { source, .. } => match source {
@@ -115,6 +124,13 @@ impl CliError {
             }
             Self::Dump(DumpError::Changed { .. } | DumpError::Modified { .. }) => {
                 "stop whatever writes the dump, then run this again"
+            }
+            Self::Dump(DumpError::NotAStream { .. }) => "give a file: -o OUT",
+            Self::Dump(DumpError::Compressed { .. }) => {
+                "the file is damaged or was cut short: take another copy of it"
+            }
+            Self::Dump(DumpError::NoBlock { .. }) => {
+                "name the blocks as the file does: --layout BLOCK=START-END,...;BLOCK=..."
             }
             Self::Dump(DumpError::LayoutLength { .. }) => {
                 "the ranges of --layout must add up to the length of the file"

@@ -364,6 +364,17 @@ impl<'a> Search<'a> {
             }
         }
         let mut plugged = Plugged::default();
+        if let (None, Some(_)) = (&candidate.boot, dump.layout_spec())
+            && let Ok(Some(e820)) = guest.e820()
+            && !fits(dump.layout(), &e820)
+        {
+            let top = e820.iter().map(GpaRange::end).max().unwrap_or(Gpa::ZERO);
+            plugged.notes.push(format!(
+                "the guest booted with RAM up to {top:#x}, the file's layout ends at {:#x}: is the \
+                 layout right? What the guest's kernel does not know is kept",
+                dump.layout().end()
+            ));
+        }
         if let Some(LayoutSpec::Blocks(places)) = &candidate.layout
             && candidate.guessed
         {

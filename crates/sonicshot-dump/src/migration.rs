@@ -2,10 +2,11 @@
 //! file. Both hold the same: all blocks of memory, and then the devices' state, which stays as it
 //! is byte for byte.
 
+use crate::copy::{COPY, Copier};
 use crate::mapped::MappedDump;
 use crate::mapped_ram::{self, HEADER_VERSION, MappedRam, is_set};
 use crate::output::{Output, Overwrite};
-use crate::prune::{COPY, Copier, Progress};
+use crate::prune::Progress;
 use crate::qemu::{CAPABILITIES, Cursor, FLAG_EOS, FLAG_MEM_SIZE, SUBSECTION, Start, TARGET_PAGE};
 use crate::stream::{
     FLAG_CONTINUE, FLAG_MULTIFD_FLUSH, FLAG_PAGE, FLAG_ZERO, SECTION_END, SECTION_PART, Stream,

@@ -249,7 +249,7 @@ fn stream_of(blocks: &[(&str, u64)], records: &[(usize, u64, Option<u8>)]) -> Ve
             let again = last == Some(*block);
             last = Some(*block);
             let flags = if content.is_some() { 8 } else { 2 } | if again { 0x20 } else { 0 };
-            out.extend((page * PAGE as u64 | flags).to_be_bytes());
+            out.extend(((page * PAGE as u64) | flags).to_be_bytes());
             if !again {
                 name(&mut out, blocks[*block].0);
             }
