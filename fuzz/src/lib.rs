@@ -26,6 +26,8 @@ pub const TARGETS: &[Target] = &[
     ("elf_core", elf_core),
     ("raw", raw),
     ("mapped_ram", mapped_ram),
+    ("stream", stream),
+    ("libvirt", libvirt),
     ("kdump", kdump),
     ("lime", lime),
     ("avml", avml),
@@ -213,7 +215,42 @@ pub fn elf_core(data: &[u8]) {
 }
 
 pub fn mapped_ram(data: &[u8]) {
+    migration(data);
+}
+
+/// Prunes, and makes the other kind of migration file, which must be read again.
+fn migration(data: &[u8]) {
     dump(data, Some(&LayoutSpec::Flat));
+    let input = file(data);
+    let Ok(dump) = Dump::open(input.path(), Some(&LayoutSpec::Flat)) else {
+        return;
+    };
+    let folder = tempfile::tempdir().expect("a folder");
+    let out = folder.path().join("out");
+    let quiet = &mut |_, _| {};
+    let written = dump
+        .to_stream(&out, Overwrite::Refuse, quiet)
+        .or_else(|_| dump.to_mapped_ram(&out, Overwrite::Refuse, quiet));
+    if written.is_ok() {
+        let again = Dump::open(&out, Some(&LayoutSpec::Flat)).expect("what we write, we read");
+        assert_eq!(dump.layout(), again.layout());
+        let (mut a, mut b) = ([0; 64], [0; 64]);
+        for region in dump.layout().regions() {
+            dump.read(region.start(), &mut a).expect("the beginning");
+            again.read(region.start(), &mut b).expect("the beginning");
+            assert_eq!(a, b);
+        }
+    }
+    let spool = sonicshot_dump::Spool::from_reader("a pipe", data).expect("a spool");
+    assert!(Dump::open_spooled(&spool, Some(&LayoutSpec::Flat)).is_ok());
+}
+
+pub fn stream(data: &[u8]) {
+    migration(data);
+}
+
+pub fn libvirt(data: &[u8]) {
+    migration(data);
 }
 
 pub fn kdump(data: &[u8]) {

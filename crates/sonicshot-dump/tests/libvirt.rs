@@ -229,6 +229,37 @@ fn what_comes_through_a_pipe_goes_out_through_one() {
     assert!(Dump::open_spooled(&empty, None).is_err());
 }
 
+#[test]
+fn only_what_is_in_a_migration_file_is_converted_to_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, out) = (folder.path().join("in"), folder.path().join("out"));
+    let plain = open(&path, &stream()).unwrap();
+    let error = plain.to_stream(&out, Overwrite::Refuse, &mut |_, _| {});
+    assert!(matches!(error, Err(DumpError::CannotConvert { .. })));
+    let raw = open(&path, &[7; 8192]).unwrap();
+    for error in [
+        raw.to_stream(&out, Overwrite::Refuse, &mut |_, _| {}),
+        raw.to_mapped_ram(&out, Overwrite::Refuse, &mut |_, _| {}),
+    ] {
+        assert!(matches!(error, Err(DumpError::CannotConvert { .. })));
+    }
+    // A mapped-ram file without the end of its section: no output.
+    let file = File::new(vec![Block("ram0", vec![Some(1); 4])]).bytes();
+    let cut = open(&path, &file[..file.len() - 30]).unwrap();
+    let error = cut.to_stream(&out, Overwrite::Refuse, &mut |_, _| {});
+    assert!(matches!(error, Err(DumpError::Malformed { .. })));
+    assert!(!out.exists());
+    // A capability that others have stays, that of mapped-ram comes and goes.
+    let mut file = File::new(vec![Block("ram0", vec![Some(1); 4])]);
+    file.capabilities = vec!["events", "mapped-ram"];
+    let dump = open(&path, &file.bytes()).unwrap();
+    dump.to_stream(&out, Overwrite::Refuse, &mut |_, _| {})
+        .unwrap();
+    let written = fs::read(&out).unwrap();
+    let has = |name: &[u8]| written.windows(name.len()).any(|part| part == name);
+    assert!(has(b"\x06events") && !has(b"mapped-ram"));
+}
+
 /// A stream of these pages in this order: block, page, content.
 fn stream_of(blocks: &[(&str, u64)], records: &[(usize, u64, Option<u8>)]) -> Vec<u8> {
     let mut out = b"QEVM\0\0\0\x03\x07\0\0\0\x0epc-i440fx-10.0\x01\0\0\0\x02\x03ram".to_vec();
@@ -279,6 +310,9 @@ proptest! {
         // Node 1 lies around a hole, so that pages 12..17 and 256..263 are its.
         let layout: LayoutSpec =
             "ram-node0=0-0xc000;ram-node1=0xc000-0x11000,0x100000-0x107000".parse().unwrap();
+        // Every page comes once at least.
+        let all = (0..3).flat_map(|block| (0..12).map(move |page| (block, page, None)));
+        let records: Vec<_> = all.chain(records).collect();
         let bytes = stream_of(&blocks, &records);
         let mut model = vec![vec![0_u8; 12]; 3];
         for (block, page, content) in &records {

@@ -107,6 +107,8 @@ impl File {
         out.extend(0x10_u64.to_be_bytes());
         out.extend(b"\x7e\0\0\0\x01");
         out.extend(&self.between);
+        // The section's end, without pages.
+        out.extend(b"\x03\0\0\0\x01\0\0\0\0\0\0\0\x10\x7e\0\0\0\x01");
         out.extend(b"the devices' state");
         out
     }
