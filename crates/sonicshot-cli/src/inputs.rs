@@ -72,6 +72,11 @@ impl<'a> Input<'a> {
         }
     }
 
+    /// Whether it is standard input.
+    pub(crate) fn is_pipe(&self) -> bool {
+        self.path == Path::new(PIPE)
+    }
+
     fn identity(&self) -> Option<(u64, u64)> {
         let metadata = fs::metadata(self.memory()).ok()?;
         Some((metadata.dev(), metadata.ino()))

@@ -145,6 +145,10 @@ fn one(
 ) -> Result<Sum, CliError> {
     let started = Instant::now();
     input.files.check_prunable()?;
+    if args.in_place && input.is_pipe() {
+        let what = "standard input cannot be pruned in place: -o OUT";
+        return Err(CliError::Usage { what: what.into() });
+    }
     if args.in_place && !args.dry_run && !args.live_ok {
         // Long before the last moment, when it is looked at again.
         check_not_in_use(input.memory())?;

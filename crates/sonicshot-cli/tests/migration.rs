@@ -1,0 +1,243 @@
+//! The command on a real guest's memory in QEMU's and libvirt's files, through pipes, and from one
+//! format into another.
+#![allow(
+    missing_docs,
+    dead_code,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "tests say so by panicking"
+)]
+
+mod common;
+
+use common::*;
+use serde_json::Value;
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+const PAGE: usize = 4096;
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// The guest's RAM as QEMU would send it.
+fn stream() -> Vec<u8> {
+    let mut out = b"QEVM\0\0\0\x03\x07\0\0\0\x0epc-i440fx-10.0\x01\0\0\0\x02\x03ram".to_vec();
+    out.extend([0, 0, 0, 0, 0, 0, 0, 4]);
+    out.extend((ram().len() as u64 | 4).to_be_bytes());
+    out.extend(b"\x06pc.ram");
+    out.extend((ram().len() as u64).to_be_bytes());
+    let end = b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02";
+    out.extend(end);
+    out.extend(b"\x03\0\0\0\x02");
+    for (number, page) in ram().chunks(PAGE).enumerate() {
+        let zero = page.iter().all(|byte| *byte == 0);
+        let again = if number == 0 { 0 } else { 0x20 };
+        let flags = if zero { 2 } else { 8 } | again;
+        out.extend(((number * PAGE) as u64 | flags).to_be_bytes());
+        if number == 0 {
+            out.extend(b"\x06pc.ram");
+        }
+        if zero {
+            out.push(0);
+        } else {
+            out.extend(page);
+        }
+    }
+    out.extend(end);
+    out.extend(b"\x04the devices' state");
+    out
+}
+
+fn libvirt_header(format: u8) -> Vec<u8> {
+    let xml = b"<domain type='qemu'/>\0";
+    let mut out = b"LibvirtQemudSave".to_vec();
+    for word in [2, u8::try_from(xml.len()).unwrap(), 1, format, 0] {
+        out.extend([word, 0, 0, 0]);
+    }
+    out.resize(92, 0);
+    out.extend(xml);
+    out
+}
+
+fn json(args: &[&str]) -> Value {
+    let run = sonicshot(args);
+    assert!(run.status.success(), "{args:?}: {}", stderr(&run));
+    serde_json::from_slice(&run.stdout).unwrap()
+}
+
+fn convert(from: &Path, to: &Path, format: &str) {
+    json(&[
+        "convert",
+        text(from),
+        "-o",
+        text(to),
+        "--to",
+        format,
+        "--json",
+    ]);
+}
+
+/// What is the same in every form of the same memory.
+fn facts(path: &Path) -> Vec<Value> {
+    let report = json(&["inspect", text(path), "--json"]);
+    [
+        "kernel_release",
+        "classes",
+        "droppable_pages",
+        "zero_pages",
+        "zones",
+    ]
+    .iter()
+    .map(|key| report[key].clone())
+    .collect()
+}
+
+#[test]
+fn every_form_of_a_guest_reads_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let raw = raw_dump(folder.path(), |_| {});
+    let expected = facts(&raw);
+    fs::write(at("stream"), stream()).unwrap();
+    convert(&at("stream"), &at("mapped"), "mapped-ram");
+    convert(&at("mapped"), &at("stream again"), "stream");
+    assert!(fs::read(at("stream again")).unwrap() == stream());
+    fs::write(at("image"), [libvirt_header(0), stream()].concat()).unwrap();
+    let packed = zstd::encode_all(stream().as_slice(), 1).unwrap();
+    fs::write(at("packed"), [libvirt_header(5), packed].concat()).unwrap();
+    convert(&at("packed"), &at("elf"), "elf");
+    convert(&at("elf"), &at("kdump"), "kdump");
+    convert(&at("kdump"), &at("sonic"), "sonic");
+    convert(&at("sonic"), &at("back"), "raw");
+    assert!(fs::read(at("back")).unwrap() == ram());
+    for name in [
+        "stream", "mapped", "image", "packed", "elf", "kdump", "back",
+    ] {
+        assert_eq!(facts(&at(name)), expected, "{name}");
+    }
+
+    // Pruned in each form it is the same memory again.
+    let dropped = json(&["prune", text(&raw), "-o", text(&at("raw.pruned")), "--json"]);
+    let want = fs::read(at("raw.pruned")).unwrap();
+    for name in ["stream", "mapped", "image", "packed", "elf", "kdump"] {
+        let pruned = at("pruned");
+        let report = json(&[
+            "prune",
+            text(&at(name)),
+            "-o",
+            text(&pruned),
+            "--json",
+            "--force",
+        ]);
+        assert_eq!(
+            report["droppable_bytes"], dropped["droppable_bytes"],
+            "{name}"
+        );
+        convert(&pruned, &at("pruned.raw"), "raw");
+        assert!(fs::read(at("pruned.raw")).unwrap() == want, "{name}");
+        fs::remove_file(at("pruned.raw")).unwrap();
+    }
+}
+
+#[test]
+fn a_stream_goes_through_in_a_pipe() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::write(at("stream"), stream()).unwrap();
+    json(&[
+        "prune",
+        text(&at("stream")),
+        "-o",
+        text(&at("file")),
+        "--json",
+    ]);
+    let run = Command::new(env!("CARGO_BIN_EXE_sonicshot"))
+        .args(["prune", "-", "-o", "-", "--json"])
+        .stdin(File::open(at("stream")).unwrap())
+        .stdout(File::create(at("piped")).unwrap())
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{}", stderr(&run));
+    // The report is beside the stream, not in it.
+    let report: Value = serde_json::from_slice(&run.stderr).unwrap();
+    let piped = fs::read(at("piped")).unwrap();
+    assert_eq!(report["disk_after"], piped.len());
+    assert!(piped == fs::read(at("file")).unwrap());
+
+    let run = |args: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_sonicshot"))
+            .args(args)
+            .stdin(File::open(at("stream")).unwrap())
+            .output()
+            .unwrap()
+    };
+    assert_eq!(run(&["prune", "-", "--in-place"]).status.code(), Some(2));
+    // What is no stream cannot go into a pipe, and nothing does.
+    let raw = raw_dump(folder.path(), |_| {});
+    let refused = run(&["prune", text(&raw), "-o", "-"]);
+    assert_eq!(refused.status.code(), Some(2), "{}", stderr(&refused));
+    assert!(refused.stdout.is_empty());
+    // Half a stream.
+    let cut = Command::new(env!("CARGO_BIN_EXE_sonicshot"))
+        .args(["prune", "-", "-o", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = cut.stdin.as_ref().unwrap();
+    std::io::Write::write_all(&mut stdin, &stream()[..1 << 20]).unwrap();
+    let cut = cut.wait_with_output().unwrap();
+    assert_eq!(cut.status.code(), Some(3), "{}", stderr(&cut));
+    assert!(cut.stdout.is_empty());
+}
+
+#[test]
+fn a_conversion_says_what_it_leaves_out_and_writes_over_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::write(at("stream"), stream()).unwrap();
+    let report = json(&[
+        "convert",
+        text(&at("stream")),
+        "-o",
+        text(&at("raw")),
+        "--to",
+        "raw",
+        "--json",
+    ]);
+    assert!(
+        report["notes"][0]
+            .as_str()
+            .unwrap()
+            .contains("devices' state")
+    );
+    let run = sonicshot(&[
+        "convert",
+        text(&at("stream")),
+        "-o",
+        text(&at("raw")),
+        "--to",
+        "elf",
+    ]);
+    assert_eq!(run.status.code(), Some(1), "{}", stderr(&run));
+    assert!(fs::read(at("raw")).unwrap() == ram());
+    // A raw file holds no devices' state to make a stream of.
+    for format in ["stream", "mapped-ram"] {
+        let run = sonicshot(&[
+            "convert",
+            text(&at("raw")),
+            "-o",
+            text(&at("x")),
+            "--to",
+            format,
+        ]);
+        assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+        assert!(!at("x").exists());
+    }
+}
