@@ -5,7 +5,10 @@
 //! $ SONICSHOT_BENCH_RAM=target/lab/captures/6.1-4096-qemu64/ram.raw cargo bench -p sonicshot-cli
 //! ```
 //!
-//! Without `SONICSHOT_BENCH_RAM` it runs on the 128 MiB guest in testdata.
+//! Without `SONICSHOT_BENCH_RAM` it runs on the 128 MiB guest in testdata. With
+//! `SONICSHOT_BENCH_MAPPED` naming a mapped-ram file (`capture --mapped-ram`), that is pruned in
+//! memory, on the file system of the temporary folder, and in every folder that
+//! `SONICSHOT_BENCH_FOLDERS` names (with colons between them).
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -14,7 +17,7 @@
 )]
 
 use sonicshot::{DropClasses, GpaRange, GuestMemory, PageClass, PrunePlan};
-use sonicshot_dump::{Dump, LayoutSpec};
+use sonicshot_dump::{Dump, LayoutSpec, Overwrite};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency, mark_zero_pages};
 use std::fs::{self, File, OpenOptions};
 use std::hint::black_box;
@@ -97,6 +100,17 @@ fn main() {
         peak_mib()
     );
     prune_in_place(&dump, &ram, scratch.path());
+    if let Some(mapped) = std::env::var_os("SONICSHOT_BENCH_MAPPED") {
+        let mapped = PathBuf::from(mapped);
+        let folders = std::env::var("SONICSHOT_BENCH_FOLDERS").unwrap_or_default();
+        let folders = folders.split(':').filter(|folder| !folder.is_empty());
+        let folders = ["/dev/shm", scratch.path().to_str().unwrap()]
+            .into_iter()
+            .chain(folders);
+        for folder in folders {
+            mapped_ram(&mapped, Path::new(folder));
+        }
+    }
 }
 
 /// Reads every word: no pass over the bytes can be shorter.
@@ -111,13 +125,6 @@ fn sum(mapped: &sonicshot::Mapped<'_>) {
 
 /// Pruning in place against one `fallocate` for each run, on a copy each.
 fn prune_in_place(dump: &Dump, ram: &Path, scratch: &Path) {
-    let analyze = |dump: &Dump| {
-        let guest = LinuxGuest::open(dump, &GuestOptions::new()).unwrap();
-        let mut pages = guest.classify(OnInconsistency::Refuse).unwrap();
-        mark_zero_pages(dump, &mut pages.map).unwrap();
-        assert!(pages.map.counts().get(PageClass::FreeBuddy) > 0);
-        PrunePlan::new(&pages.map, &DropClasses::default(), pages.free_fill)
-    };
     let plan = analyze(dump);
     let copy = scratch.join("copy.raw");
     let (mut punches, mut prunes, mut analyses) = (Vec::new(), Vec::new(), Vec::new());
@@ -137,6 +144,7 @@ fn prune_in_place(dump: &Dump, ram: &Path, scratch: &Path) {
             base += region.len();
         }
         file.sync_all().unwrap();
+        drop(file);
         punches.push(start.elapsed().as_secs_f64() * 1e3);
 
         fs::copy(ram, &copy).unwrap();
@@ -147,11 +155,11 @@ fn prune_in_place(dump: &Dump, ram: &Path, scratch: &Path) {
         dump.prune_in_place(&plan, &mut |_, _| {}).unwrap();
         prunes.push(start.elapsed().as_secs_f64() * 1e3);
     }
-    let mid = |times: &mut Vec<f64>| {
-        times.sort_by(f64::total_cmp);
-        times[1]
-    };
-    let (punch, prune, analysis) = (mid(&mut punches), mid(&mut prunes), mid(&mut analyses));
+    let (punch, prune, analysis) = (
+        middle(&mut punches),
+        middle(&mut prunes),
+        middle(&mut analyses),
+    );
     println!(
         "prune in place, {} runs                  {prune:8.1} ms  {:.2}x classifying ({analysis:.1}) and one fallocate a run ({punch:.1})",
         plan.runs().len(),
@@ -163,6 +171,189 @@ fn punch(file: &File, at: u64, len: u64) {
     use rustix::fs::{FallocateFlags, fallocate};
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     fallocate(file.as_fd(), flags, at, len).unwrap();
+}
+
+/// The plan for a dump, after a look at every page of it.
+fn analyze(dump: &Dump) -> PrunePlan {
+    let guest = LinuxGuest::open(dump, &GuestOptions::new()).unwrap();
+    let mut pages = guest.classify(OnInconsistency::Refuse).unwrap();
+    mark_zero_pages(dump, &mut pages.map).unwrap();
+    assert!(pages.map.counts().get(PageClass::FreeBuddy) > 0);
+    PrunePlan::new(&pages.map, &DropClasses::default(), pages.free_fill)
+}
+
+/// A mapped-ram file on one file system: in place against the punches alone, by copy against
+/// copying the kept bytes, and what holes of each size cost.
+fn mapped_ram(from: &Path, folder: &Path) {
+    let at = |name: &str| folder.join(format!(".sonicshot-bench-{name}"));
+    let (file, out) = (at("mapped"), at("out"));
+    let parts = stretches(&File::open(from).unwrap());
+    let fresh = || copy(from, &file, &parts, true);
+    println!("\n{} in {}", from.display(), folder.display());
+
+    fresh();
+    let before = stretches(&File::open(&file).unwrap());
+    let dump = Dump::open(&file, None).unwrap();
+    let plan = analyze(&dump);
+    let to = |out: &Path| {
+        dump.prune_to(&plan, out, Overwrite::Refuse, &mut |_, _| {})
+            .unwrap()
+    };
+    let (mut copies, mut limits) = (Vec::new(), Vec::new());
+    let mut cloned = 0;
+    for _ in 0..3 {
+        let (took, stats) = timed(|| to(&out));
+        copies.push(took);
+        cloned = stats.cloned_bytes;
+        let kept = stretches(&File::open(&out).unwrap());
+        fs::remove_file(&out).unwrap();
+        // Sharing is not copying.
+        limits.push(timed(|| copy(&file, &out, &kept, cloned == 0)).0);
+        fs::remove_file(&out).unwrap();
+    }
+    let (copied, limit) = (middle(&mut copies), middle(&mut limits));
+    println!(
+        "prune by copy                             {copied:8.1} ms  {:.2}x copying the kept bytes ({limit:.1}); {} MiB shared",
+        copied / limit,
+        cloned >> 20
+    );
+    drop(dump);
+
+    let (mut prunes, mut analyses, mut alone) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..3 {
+        if round > 0 {
+            fresh();
+        }
+        let start = Instant::now();
+        let dump = Dump::open(&file, None).unwrap();
+        let plan = analyze(&dump);
+        analyses.push(start.elapsed().as_secs_f64() * 1e3);
+        let stats = dump.prune_in_place(&plan, &mut |_, _| {}).unwrap();
+        prunes.push(start.elapsed().as_secs_f64() * 1e3);
+        let freed = stats.disk_before - stats.disk_after;
+        let after = stretches(&File::open(&file).unwrap());
+        let holes = without(&before, &after);
+        fresh();
+        let target = OpenOptions::new().write(true).open(&file).unwrap();
+        let (took, ()) = timed(|| {
+            for (start, end) in &holes {
+                punch(&target, *start, end - start);
+            }
+            target.sync_all().unwrap();
+        });
+        alone.push(took);
+        if round == 2 {
+            let (whole, analysis, alone) = (
+                middle(&mut prunes),
+                middle(&mut analyses),
+                middle(&mut alone),
+            );
+            let share = freed as f64 * 100.0 / (freed + stats.left_bytes) as f64;
+            println!(
+                "prune in place                            {whole:8.1} ms  {:.2}x classifying ({analysis:.1}) and the punches alone ({alone:.1})",
+                whole / (analysis + alone)
+            );
+            println!(
+                "{:6} holes, of {} stretches             {:8.3} ms a hole; {share:.2} % of the droppable bytes freed",
+                stats.punched,
+                stats.runs,
+                alone / stats.punched as f64
+            );
+            let largest = holes.iter().max_by_key(|(start, end)| end - start).unwrap();
+            fresh();
+            hole_costs(&file, *largest);
+        }
+    }
+    fs::remove_file(&file).unwrap();
+}
+
+/// Punches holes of every size into a stretch of data.
+fn hole_costs(file: &Path, (start, end): (u64, u64)) {
+    let target = OpenOptions::new().write(true).open(file).unwrap();
+    let mut at = start.next_multiple_of(4 << 20);
+    for shift in [12, 13, 15, 16, 17, 18, 20, 22] {
+        let len = 1_u64 << shift;
+        let count = 100.min((128 << 20) / len);
+        let next = at + (2 * count * len).next_multiple_of(4 << 20);
+        if next > end {
+            break;
+        }
+        let (took, ()) = timed(|| {
+            for number in 0..count {
+                punch(&target, at + 2 * number * len, len);
+            }
+            target.sync_all().unwrap();
+        });
+        println!(
+            "a hole of {:5} KiB                       {:8.3} ms",
+            len >> 10,
+            took / count as f64
+        );
+        at = next;
+    }
+}
+
+/// The stretches of data of a file: start and end.
+fn stretches(file: &File) -> Vec<(u64, u64)> {
+    use rustix::fs::{SeekFrom, seek};
+    let mut found = Vec::new();
+    let mut at = 0;
+    while let Ok(start) = seek(file, SeekFrom::Data(at)) {
+        at = seek(file, SeekFrom::Hole(start)).unwrap();
+        found.push((start, at));
+    }
+    found
+}
+
+/// What is in `from` and not in `other`.
+fn without(from: &[(u64, u64)], other: &[(u64, u64)]) -> Vec<(u64, u64)> {
+    let mut left = Vec::new();
+    for (start, end) in from {
+        let mut at = *start;
+        for (from, to) in other.iter().filter(|(from, to)| to > start && from < end) {
+            if *from > at {
+                left.push((at, *from));
+            }
+            at = *to;
+        }
+        if at < *end {
+            left.push((at, *end));
+        }
+    }
+    left
+}
+
+/// Copies stretches of a file, inside the kernel or through this process.
+fn copy(from: &Path, to: &Path, parts: &[(u64, u64)], by_kernel: bool) {
+    use rustix::fs::copy_file_range;
+    use std::os::unix::fs::FileExt;
+    let (from, to) = (File::open(from).unwrap(), File::create(to).unwrap());
+    to.set_len(from.metadata().unwrap().len()).unwrap();
+    let mut buffer = vec![0; 1 << 20];
+    for (start, end) in parts {
+        let (mut source, mut target) = (*start, *start);
+        while source < *end {
+            let left = usize::try_from(end - source).unwrap();
+            let copied = if by_kernel {
+                copy_file_range(&from, Some(&mut source), &to, Some(&mut target), left).ok()
+            } else {
+                None
+            };
+            if copied.is_none_or(|copied| copied == 0) {
+                let now = left.min(buffer.len());
+                from.read_exact_at(&mut buffer[..now], source).unwrap();
+                to.write_all_at(&buffer[..now], source).unwrap();
+                source += now as u64;
+                target = source;
+            }
+        }
+    }
+    to.sync_all().unwrap();
+}
+
+fn middle(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
 }
 
 fn peak_mib() -> u64 {

@@ -1,10 +1,11 @@
 //! Copies stretches of one file to another.
 
-use crate::DumpError;
+use crate::holes::block_size;
 use crate::mapped::MappedDump;
 use crate::output::Output;
 use crate::prune::Progress;
-use rustix::fs::copy_file_range;
+use crate::{DumpError, sys};
+use rustix::fs::{copy_file_range, fstatfs};
 use rustix::io::Errno;
 use std::os::unix::fs::FileExt;
 
@@ -15,6 +16,9 @@ pub(crate) const COPY: usize = 1 << 20;
 pub(crate) struct Copier<'a> {
     dump: &'a MappedDump,
     output: &'a Output,
+    /// The blocks that the output can share with the input; `None` if it cannot.
+    block: Option<u64>,
+    cloned: u64,
     /// Whether the kernel copies between these two files by itself.
     by_kernel: bool,
     buffer: Vec<u8>,
@@ -33,6 +37,11 @@ impl<'a> Copier<'a> {
         Copier {
             dump,
             output,
+            // Whether it can is found out by the first try.
+            block: fstatfs(output.file())
+                .ok()
+                .map(|system| block_size(&system)),
+            cloned: 0,
             by_kernel: true,
             buffer: Vec::new(),
             done: 0,
@@ -67,7 +76,33 @@ impl<'a> Copier<'a> {
         Ok(())
     }
 
-    fn copy_data(&mut self, mut from: u64, mut to: u64, mut left: u64) -> Result<(), DumpError> {
+    /// Shares the whole blocks of a stretch where the file system can, and copies the rest.
+    fn copy_data(&mut self, from: u64, to: u64, len: u64) -> Result<(), DumpError> {
+        let Some((head, body)) = self.block.and_then(|block| shared(from, to, len, block)) else {
+            return self.copy_bytes(from, to, len);
+        };
+        let tail = len.saturating_sub(head).saturating_sub(body);
+        let behind = |at: u64, len| at.saturating_add(len);
+        self.copy_bytes(from, to, head)?;
+        let (start, there) = (behind(from, head), behind(to, head));
+        let (input, output) = (self.dump.file(), self.output.file());
+        match sys::clone_range(input, start, body, output, there) {
+            Ok(()) => {
+                self.cloned = self.cloned.saturating_add(body);
+                self.done = self.done.saturating_add(body);
+                (self.progress)(self.done, self.total);
+            }
+            // Two file systems, or one that cannot. What is really wrong, such as a full disk,
+            // the plain copy finds out too.
+            Err(_) => {
+                self.block = None;
+                self.copy_bytes(start, there, body)?;
+            }
+        }
+        self.copy_bytes(behind(start, body), behind(there, body), tail)
+    }
+
+    fn copy_bytes(&mut self, mut from: u64, mut to: u64, mut left: u64) -> Result<(), DumpError> {
         while left > 0 {
             let now = usize::try_from(left).unwrap_or(COPY).min(COPY);
             let copied = match self.copy_by_kernel(from, to, now)? {
@@ -81,6 +116,11 @@ impl<'a> Copier<'a> {
             (self.progress)(self.done, self.total);
         }
         Ok(())
+    }
+
+    /// How many bytes the output shares with the input.
+    pub(crate) fn cloned(&self) -> u64 {
+        self.cloned
     }
 
     /// Lets the kernel copy up to `len` bytes; `None` if it does not between these files.
@@ -118,5 +158,39 @@ impl<'a> Copier<'a> {
             .write_all_at(&self.buffer, to)
             .map_err(DumpError::io("writing", self.output.path()))?;
         Ok(len)
+    }
+}
+
+/// How much of a stretch comes before its first whole block, and how much is whole blocks;
+/// `None` if blocks of the input are none of the output.
+fn shared(from: u64, to: u64, len: u64, block: u64) -> Option<(u64, u64)> {
+    let inside = from.checked_rem(block)?;
+    if to.checked_rem(block)? != inside {
+        return None;
+    }
+    let head = from.checked_next_multiple_of(block)?.checked_sub(from)?;
+    let rest = len.checked_sub(head)?;
+    let body = rest.checked_sub(rest.checked_rem(block)?)?;
+    (body > 0).then_some((head, body))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shared;
+
+    #[test]
+    fn whole_blocks_can_be_shared() {
+        for (from, to, len, want) in [
+            (0, 8192, 4096, Some((0, 4096))),
+            (100, 4196, 9000, Some((3996, 4096))),
+            (100, 100, 4096, None),
+            (1, 0, 1 << 20, None),
+            (4096, 0, 4095, None),
+            (0, 0, 0, None),
+            (u64::MAX - 1, u64::MAX - 1, 1, None),
+        ] {
+            assert_eq!(shared(from, to, len, 4096), want, "{from} {to} {len}");
+        }
+        assert_eq!(shared(0, 0, 1 << 20, 0), None);
     }
 }

@@ -1,6 +1,12 @@
 //! Which stretches of a file are worth a hole.
 
+use rustix::fs::StatFs;
 use std::iter;
+
+/// The block of a file system that does not say.
+const BLOCK: u64 = 4096;
+/// The largest that is believed: a huge page of hugetlbfs.
+const MAX_BLOCK: u64 = 1 << 30;
 
 /// A stretch of a file: its offset and its length in bytes.
 pub(crate) type Run = (u64, u64);
@@ -102,6 +108,16 @@ pub(crate) fn whole_blocks((offset, len): Run, block: u64) -> Run {
     let start = offset.checked_next_multiple_of(block).unwrap_or(end);
     let end = end.saturating_sub(end.checked_rem(block).unwrap_or(0));
     (start, end.saturating_sub(start))
+}
+
+/// What the file system gives back at once. Not `st_blksize`, which is what it likes to read.
+pub(crate) fn block_size(system: &StatFs) -> u64 {
+    let block = u64::try_from(system.f_bsize).unwrap_or(BLOCK);
+    if block.is_power_of_two() && block <= MAX_BLOCK {
+        block
+    } else {
+        BLOCK
+    }
 }
 
 /// How many stretches of data are left of `data` (start and end, sorted) when `holes` are punched.

@@ -5,7 +5,9 @@
 //! file, that nobody else writes it, and that its file system punches holes. From there on each
 //! step leaves a valid dump.
 
-use crate::holes::{PruneOptions, Run, join, smallest_hole, stretches_without, whole_blocks};
+use crate::holes::{
+    PruneOptions, Run, block_size, join, smallest_hole, stretches_without, whole_blocks,
+};
 use crate::live;
 use crate::mapped::MappedDump;
 use crate::prune::{Progress, PruneStats, disk_usage, file_runs};
@@ -16,11 +18,6 @@ use sonicshot::PrunePlan;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-
-/// The block of a file system that does not say.
-const BLOCK: u64 = 4096;
-/// The largest that is believed: a huge page of hugetlbfs.
-const MAX_BLOCK: u64 = 1 << 30;
 
 impl Dump {
     /// Punches the pages that `plan` drops out of the file itself, as [`PruneOptions::new`] says.
@@ -182,16 +179,6 @@ fn open_to_change(dump: &MappedDump, options: &PruneOptions) -> Result<File, Dum
 fn identity(file: &File, path: &Path) -> Result<(u64, u64), DumpError> {
     let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
     Ok((metadata.dev(), metadata.ino()))
-}
-
-/// What the file system gives back at once. Not `st_blksize`, which is what it likes to read.
-fn block_size(system: &StatFs) -> u64 {
-    let block = u64::try_from(system.f_bsize).unwrap_or(BLOCK);
-    if block.is_power_of_two() && block <= MAX_BLOCK {
-        block
-    } else {
-        BLOCK
-    }
 }
 
 /// Where a file has data, by its file system.

@@ -280,7 +280,11 @@ impl Dump {
                 (raw::extents(path, len, &layout)?, Format::Raw { layout })
             }
         };
-        let store = Store::Mapped(MappedDump::new(path, file, map, extents)?);
+        let mut mapped = MappedDump::new(path, file, map, extents)?;
+        if matches!(format, Format::MappedRam(_)) {
+            mapped.trust_extents();
+        }
+        let store = Store::Mapped(mapped);
         Ok(Self {
             image,
             ..Self::new(path, store, format)
@@ -483,5 +487,9 @@ impl GuestMemory for Dump {
 
     fn release(&self, range: GpaRange) {
         self.memory().release(range);
+    }
+
+    fn prefers_read(&self) -> bool {
+        self.memory().prefers_read()
     }
 }

@@ -18,7 +18,8 @@ use std::sync::{Mutex, OnceLock};
 /// reading.
 const MAX_FILE_EXTENTS: usize = 1 << 20;
 
-/// From this length on, reading is cheaper than mapping.
+/// From this length on, the kernel copies a stretch faster than it maps it page by page. It also
+/// leaves holes of files in memory alone, which a mapping that is touched fills.
 const LONG_READ: usize = 4096;
 
 /// A stretch of guest RAM and where its bytes are in the file.
@@ -38,6 +39,9 @@ pub(crate) struct MappedDump {
     layout: RamLayout,
     /// Sorted by guest address, disjoint.
     extents: Vec<Extent>,
+    /// Whether the format itself says which pages hold data, so that the file system need not be
+    /// asked for its holes.
+    extents_are_data: bool,
     /// When the file was last written to, that we know of.
     written: Mutex<(i64, i64)>,
     /// The stretches of the file that are not holes, sorted: start and end.
@@ -96,12 +100,18 @@ impl MappedDump {
         Ok(Self {
             path: path.to_owned(),
             written,
+            extents_are_data: false,
             file,
             map,
             layout,
             extents,
             data: OnceLock::new(),
         })
+    }
+
+    /// Every page that is in the file is taken for data.
+    pub(crate) fn trust_extents(&mut self) {
+        self.extents_are_data = true;
     }
 
     /// The bytes of the whole file.
@@ -181,29 +191,25 @@ impl MappedDump {
             .filter(|extent| extent.guest.contains(at))
     }
 
-    /// Where in the file a long stretch is, all of it in one extent. The kernel copies it faster
-    /// than it would map it page by page.
-    fn read_from(&self, at: Gpa, len: usize) -> Option<u64> {
-        if len < LONG_READ {
-            return None;
-        }
-        let extent = self.extent_of(at)?;
-        let inside = at.offset_from(extent.guest.start())?;
-        if extent.guest.len().checked_sub(inside)? < len as u64 {
-            return None;
-        }
-        extent.offset?.checked_add(inside)
-    }
-
-    /// The part of `at..at+len` that one extent holds: its bytes, or how many zeroes.
-    fn piece(&self, at: Gpa, len: u64) -> Option<(Option<GuestBytes<'_>>, u64)> {
+    /// The part of `at..at+len` that one extent holds: where it is in the file, unless it is
+    /// zeroes, and its length.
+    fn part(&self, at: Gpa, len: u64) -> Option<(Option<u64>, u64)> {
         let extent = self.extent_of(at)?;
         let inside = at.offset_from(extent.guest.start())?;
         let len = extent.guest.len().checked_sub(inside)?.min(len);
-        let Some(offset) = extent.offset else {
+        match extent.offset {
+            Some(offset) => Some((Some(offset.checked_add(inside)?), len)),
+            None => Some((None, len)),
+        }
+    }
+
+    /// The same with its bytes.
+    fn piece(&self, at: Gpa, len: u64) -> Option<(Option<GuestBytes<'_>>, u64)> {
+        let (offset, len) = self.part(at, len)?;
+        let Some(offset) = offset else {
             return Some((None, len));
         };
-        let start = usize::try_from(offset.checked_add(inside)?).ok()?;
+        let start = usize::try_from(offset).ok()?;
         let bytes = whole(&self.map).get(start, usize::try_from(len).ok()?)?;
         Some((Some(bytes), len))
     }
@@ -263,22 +269,25 @@ impl GuestMemory for MappedDump {
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         let range = GpaRange::with_len(at, buf.len() as u64).unwrap_or(GpaRange::new(at, at));
         let not_ram = || MemoryError::NotRam { range };
-        if let Some(offset) = self.read_from(at, buf.len()) {
-            return self
-                .file
-                .read_exact_at(buf, offset)
-                .map_err(|source| MemoryError::Io { range, source });
-        }
         let mut at = at;
         let mut rest = buf;
         while !rest.is_empty() {
-            let (bytes, len) = self.piece(at, rest.len() as u64).ok_or_else(not_ram)?;
+            let (offset, len) = self.part(at, rest.len() as u64).ok_or_else(not_ram)?;
             let size = usize::try_from(len).map_err(|_| not_ram())?;
             let (now, later) = rest.split_at_mut_checked(size).ok_or_else(not_ram)?;
-            match bytes {
-                Some(bytes) if bytes.copy_to(now) => {}
-                Some(_) => return Err(not_ram()),
+            match offset {
                 None => now.fill(0),
+                Some(offset) if size >= LONG_READ => self
+                    .file
+                    .read_exact_at(now, offset)
+                    .map_err(|source| MemoryError::Io { range, source })?,
+                Some(offset) => {
+                    let start = usize::try_from(offset).map_err(|_| not_ram())?;
+                    let copied = whole(&self.map).get(start, size);
+                    if !copied.is_some_and(|bytes| bytes.copy_to(now)) {
+                        return Err(not_ram());
+                    }
+                }
             }
             rest = later;
             if !rest.is_empty() {
@@ -311,8 +320,13 @@ impl GuestMemory for MappedDump {
                 continue;
             };
             let from = extent.guest.start().max(at);
-            let Some(data) = self.data_stretches() else {
-                return Some(GpaRange::new(from, region.end()));
+            let data = if self.extents_are_data {
+                None
+            } else {
+                self.data_stretches()
+            };
+            let Some(data) = data else {
+                return Some(GpaRange::new(from, extent.guest.end()));
             };
             let start = offset.checked_add(from.offset_from(extent.guest.start())?)?;
             let end = offset.checked_add(extent.guest.len())?;
@@ -345,5 +359,9 @@ impl GuestMemory for MappedDump {
             };
             rest = GpaRange::new(next, rest.end());
         }
+    }
+
+    fn prefers_read(&self) -> bool {
+        true
     }
 }

@@ -323,4 +323,8 @@ impl GuestMemory for Overlay {
             self.source(part.in_diff).release(part.guest);
         }
     }
+
+    fn prefers_read(&self) -> bool {
+        true
+    }
 }

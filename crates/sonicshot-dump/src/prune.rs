@@ -90,13 +90,14 @@ impl Dump {
         };
         let output = Output::create(out, overwrite, dump.file())?;
         match self.format_data() {
-            Format::Raw { .. } => stats.runs = copy_raw(dump, &zeroed, &output, progress)?,
+            Format::Raw { .. } => copy_raw(dump, &zeroed, &output, &mut stats, progress)?,
             Format::ElfCore(core) => {
                 copy_elf(dump, core, &zeroed, &output, &mut stats, progress)?;
             }
             Format::MappedRam(ram) => {
                 let bitmaps = ram.pruned_bitmaps(dump.path(), dump.bytes(), &zeroed)?;
-                stats.runs = copy_mapped_ram(dump, ram, &zeroed, &bitmaps, &output, progress)?;
+                stats.runs = file_runs(dump, &zeroed).len() as u64;
+                stats.cloned_bytes = copy_mapped_ram(dump, ram, &bitmaps, &output, progress)?;
             }
             Format::Stream(stream) => {
                 stats.runs = copy_stream(dump, stream, &zeroed, &output, progress)?;
@@ -155,11 +156,11 @@ impl Dump {
     }
 }
 
-/// Copies all of the file but the dropped pages, and clears their bits.
+/// Copies all of the file but the dropped pages, and clears their bits. Returns how many bytes
+/// are shared.
 fn copy_mapped_ram(
     dump: &MappedDump,
     ram: &MappedRam,
-    plan: &PrunePlan,
     bitmaps: &[(u64, Vec<u8>)],
     output: &Output,
     progress: Progress<'_>,
@@ -179,7 +180,7 @@ fn copy_mapped_ram(
             .write_all_at(bitmap, *offset)
             .map_err(writing())?;
     }
-    Ok(file_runs(dump, plan).len() as u64)
+    Ok(copier.cloned())
 }
 
 pub(crate) fn disk_usage(file: &File, path: &Path) -> Result<u64, DumpError> {
@@ -212,8 +213,9 @@ fn copy_raw(
     dump: &MappedDump,
     plan: &PrunePlan,
     output: &Output,
+    stats: &mut PruneStats,
     progress: Progress<'_>,
-) -> Result<u64, DumpError> {
+) -> Result<(), DumpError> {
     let total = dump
         .extents()
         .iter()
@@ -232,7 +234,9 @@ fn copy_raw(
             copier.copy(offset, offset, kept.len())?;
         }
     }
-    Ok(file_runs(dump, plan).len() as u64)
+    stats.runs = file_runs(dump, plan).len() as u64;
+    stats.cloned_bytes = copier.cloned();
+    Ok(())
 }
 
 /// One segment of the output, and where its data is in the input.
@@ -395,5 +399,6 @@ fn copy_elf(
             copier.copy(from, to.saturating_add(inside), kept.len())?;
         }
     }
+    stats.cloned_bytes = copier.cloned();
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! A system call that no crate in use offers.
+//! System calls that no crate in use offers.
 #![allow(unsafe_code, reason = "the FFI edge")]
 
 use std::fs::File;
@@ -24,4 +24,26 @@ pub(crate) fn try_read_lease(file: &File) -> io::Result<()> {
     fcntl(F_SETSIG, libc::SIGURG)?;
     fcntl(libc::F_SETLEASE, libc::F_RDLCK)?;
     fcntl(libc::F_SETLEASE, libc::F_UNLCK)
+}
+
+/// Lets `to` share `len` bytes of `from`, all on whole blocks of the file system.
+pub(crate) fn clone_range(
+    from: &File,
+    offset: u64,
+    len: u64,
+    to: &File,
+    at: u64,
+) -> io::Result<()> {
+    let range = libc::file_clone_range {
+        src_fd: from.as_raw_fd().into(),
+        src_offset: offset,
+        src_length: len,
+        dest_offset: at,
+    };
+    // SAFETY: both descriptors are open while the files are borrowed, and the kernel only reads
+    // the one structure that it is given, which lives until the call returns.
+    match unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONERANGE, &raw const range) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
 }

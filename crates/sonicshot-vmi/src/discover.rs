@@ -71,31 +71,45 @@ pub(crate) fn find<'m>(
 }
 
 /// The windows of all RAM, in the order in which the kernel's early allocations are likely to
-/// be met: from both ends of every region inwards.
+/// be met: first the top of memory, then from both ends of every region inwards.
 fn windows(memory: &dyn GuestMemory) -> impl Iterator<Item = GpaRange> + '_ {
+    /// So many from the top: 128 MiB.
+    const TOP: u64 = 64;
     let regions = memory.layout().regions();
-    let bounds = |region: &GpaRange| {
+    let last = regions.len().saturating_sub(1);
+    let bounds = move |number: usize, region: &GpaRange| {
         let first = region.start().raw() & !(WINDOW - 1);
-        (
-            first,
-            region.end().raw().saturating_sub(first).div_ceil(WINDOW),
-        )
+        let count = region.end().raw().saturating_sub(first).div_ceil(WINDOW);
+        let top = if number == last { count.min(TOP) } else { 0 };
+        (first, count.saturating_sub(top), count)
     };
-    let most = regions.iter().map(|r| bounds(r).1).max().unwrap_or(0);
-    (0..most.div_ceil(2)).flat_map(move |step| {
-        regions.iter().flat_map(move |region| {
-            let (first, count) = bounds(region);
+    let window = |region: &GpaRange, first: u64, index: u64| {
+        let start = first.saturating_add(index.saturating_mul(WINDOW));
+        let end = start.saturating_add(WINDOW);
+        GpaRange::new(Gpa::new(start), Gpa::new(end)).intersection(region)
+    };
+    let top = regions.last().into_iter().flat_map(move |region| {
+        let (first, below, count) = bounds(last, region);
+        (below..count)
+            .rev()
+            .map(move |index| window(region, first, index))
+    });
+    let numbered = || regions.iter().enumerate();
+    let most = numbered().map(|(n, r)| bounds(n, r).1).max().unwrap_or(0);
+    let inwards = (0..most.div_ceil(2)).flat_map(move |step| {
+        numbered().flat_map(move |(number, region)| {
+            let (first, count, _) = bounds(number, region);
             let low = (step < count.div_ceil(2)).then_some(step);
             let high = count
                 .checked_sub(step.saturating_add(1))
                 .filter(|high| *high >= count.div_ceil(2));
-            [high, low].into_iter().flatten().map(move |index| {
-                let start = first.saturating_add(index.saturating_mul(WINDOW));
-                let end = start.saturating_add(WINDOW);
-                GpaRange::new(Gpa::new(start), Gpa::new(end)).intersection(region)
-            })
+            [high, low]
+                .into_iter()
+                .flatten()
+                .map(move |index| window(region, first, index))
         })
-    })
+    });
+    top.chain(inwards)
 }
 
 /// Calls `visit` with each page that begins with `magic`, until it returns `false`.
@@ -107,6 +121,8 @@ fn search(
     let [a, b, c, d, e, f, g, h, tail @ ..] = *magic;
     let first = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
     let second = u16::from_le_bytes(tail);
+    let by_reading = memory.prefers_read();
+    let mut buffer = Vec::new();
     for window in windows(memory) {
         let start = window.start();
         let is_data = memory
@@ -116,8 +132,11 @@ fn search(
             continue;
         }
         let len = usize::try_from(window.len()).unwrap_or(0);
-        let mapped = memory.map(start, len)?;
-        let mut buffer = Vec::new();
+        let mapped = if by_reading {
+            None
+        } else {
+            memory.map(start, len)?
+        };
         let bytes = if let Some(mapped) = &mapped {
             mapped.bytes()
         } else {

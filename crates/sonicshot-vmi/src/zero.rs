@@ -9,8 +9,8 @@ use std::thread;
 
 /// How many frames a thread takes at a time.
 const PIECE: usize = 4096;
-/// How much is mapped at a time.
-const WINDOW: u64 = 2 << 20;
+/// How much is mapped or read at a time: what fits the processor's cache.
+const WINDOW: u64 = 512 << 10;
 
 /// Gives the class [`PageClass::Zero`] to every page that is in use, of whatever class, and
 /// holds only zeroes. Free and offline pages keep their class, and are not read.
@@ -124,20 +124,15 @@ fn zero_frames(
     found: &mut dyn FnMut(usize),
 ) -> Result<(), MemoryError> {
     let page = usize::try_from(page_size.bytes()).unwrap_or(usize::MAX);
-    let per_window = usize::try_from(WINDOW >> page_size.shift()).unwrap_or(1);
+    let by_reading = memory.prefers_read();
     let mut buffer = Vec::new();
-    for (number, window) in wanted.chunks(per_window).enumerate() {
-        let first = number.saturating_mul(per_window);
-        let Some(last) = window.iter().rposition(|wanted| *wanted) else {
-            continue;
-        };
-        let Some(lead) = window.iter().position(|wanted| *wanted) else {
-            continue;
-        };
-        let range = start
-            .checked_add((first as u64).saturating_add(lead as u64))
-            .zip(start.checked_add((first as u64).saturating_add(last as u64).saturating_add(1)))
-            .and_then(|(a, b)| Some(GpaRange::new(a.gpa(page_size)?, b.gpa(page_size)?)));
+    for (first, count) in stretches(wanted, by_reading, WINDOW >> page_size.shift()) {
+        let stretch = wanted.get(first..first.saturating_add(count));
+        let frames = stretch.unwrap_or_default().iter().enumerate();
+        let frames = frames.filter(|(_, wanted)| **wanted);
+        let range = start.checked_add(first as u64).and_then(|pfn| {
+            GpaRange::with_len(pfn.gpa(page_size)?, (count as u64) << page_size.shift())
+        });
         let Some(range) = range else { continue };
         // Frames known to be zero without reading.
         let data = memory
@@ -145,33 +140,91 @@ fn zero_frames(
             .map(|data| data.start())
             .filter(|data| *data < range.end());
         let Some(data) = data else {
-            for (index, _) in window.iter().enumerate().filter(|(_, wanted)| **wanted) {
+            for (index, _) in frames {
                 found(first.saturating_add(index));
             }
             continue;
         };
         let len = usize::try_from(range.len()).unwrap_or(0);
-        let mapped = memory.map(range.start(), len)?;
+        let mapped = if by_reading {
+            None
+        } else {
+            memory.map(range.start(), len)?
+        };
         let bytes = if let Some(mapped) = &mapped {
             mapped.bytes()
         } else {
-            buffer.resize(len, 0);
-            memory.read(range.start(), &mut buffer)?;
-            GuestBytes::from_slice(&buffer)
+            buffer.resize(buffer.len().max(len), 0);
+            let buffer = buffer.get_mut(..len).unwrap_or_default();
+            memory.read(range.start(), buffer)?;
+            GuestBytes::from_slice(buffer)
         };
         let hole = usize::try_from(data.offset_from(range.start()).unwrap_or(0)).unwrap_or(0);
-        let wanted = window.iter().enumerate().skip(lead);
-        for ((index, wanted), offset) in wanted.zip((0..len).step_by(page)) {
-            if !wanted {
-                continue;
-            }
+        for (index, _) in frames {
+            let offset = index.saturating_mul(page);
             let in_hole = offset.saturating_add(page) <= hole;
             if in_hole || bytes.get(offset, page).is_some_and(|page| page.is_zero()) {
                 found(first.saturating_add(index));
             }
         }
-        drop(mapped);
-        memory.release(range);
+        if mapped.is_some() {
+            drop(mapped);
+            memory.release(range);
+        }
     }
     Ok(())
+}
+
+/// The stretches to look at, first frame and number of frames, that hold all wanted ones: at
+/// most `most` frames each. What is read costs by its length, what is mapped by the call.
+fn stretches(
+    wanted: &[bool],
+    by_reading: bool,
+    most: u64,
+) -> impl Iterator<Item = (usize, usize)> + '_ {
+    /// Copying so many frames takes as long as another call.
+    const GAP: usize = 2;
+    let most = usize::try_from(most).unwrap_or(usize::MAX).max(1);
+    let gap = if by_reading { GAP } else { most };
+    let mut at = 0_usize;
+    std::iter::from_fn(move || {
+        let rest = wanted.get(at..)?;
+        let first = at.saturating_add(rest.iter().position(|wanted| *wanted)?);
+        let (mut end, mut next) = (first, first);
+        while next.saturating_sub(end) <= gap && next.saturating_sub(first) < most {
+            match wanted.get(next) {
+                Some(true) => end = next.saturating_add(1),
+                Some(false) => {}
+                None => break,
+            }
+            next = next.saturating_add(1);
+        }
+        at = end;
+        Some((first, end.saturating_sub(first)))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::stretches;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn stretches_hold_all_that_is_wanted_once(
+            wanted in proptest::collection::vec(any::<bool>(), 0..200),
+            by_reading in any::<bool>(),
+            most in 1_u64..40,
+        ) {
+            let mut seen = vec![false; wanted.len()];
+            let mut last = 0;
+            for (first, count) in stretches(&wanted, by_reading, most) {
+                prop_assert!(first >= last && count > 0 && count as u64 <= most);
+                prop_assert!(wanted[first] && wanted[first + count - 1]);
+                seen[first..first + count].fill(true);
+                last = first + count;
+            }
+            prop_assert!(wanted.iter().zip(&seen).all(|(wanted, seen)| !wanted || *seen));
+        }
+    }
 }

@@ -280,6 +280,12 @@ pub trait GuestMemory: Send + Sync {
         let _ = range;
     }
 
+    /// Whether a long stretch that is looked at once is better [`read`](Self::read) than
+    /// [`map`](Self::map)ped: of a file, whose every page is first put into page tables.
+    fn prefers_read(&self) -> bool {
+        false
+    }
+
     /// The little-endian `u32` at `at`.
     ///
     /// # Errors
@@ -318,6 +324,9 @@ macro_rules! forward_guest_memory {
             }
             fn release(&self, range: GpaRange) {
                 (**self).release(range);
+            }
+            fn prefers_read(&self) -> bool {
+                (**self).prefers_read()
             }
             fn read_u32(&self, at: Gpa) -> Result<u32, MemoryError> {
                 (**self).read_u32(at)
