@@ -150,11 +150,25 @@ fn a_cloud_hypervisor_folder_is_pruned_as_its_state_says() {
     json(&["restore", text(&sonic), "-o", text(&again), "--json"]);
     assert!(halves(&fs::read(&again).unwrap()) == want);
     // In place.
-    let report = json(&["prune", text(&folder), "--in-place", "--json"]);
+    let report = json(&[
+        "prune",
+        text(&folder),
+        "--in-place",
+        "--min-hole",
+        "0",
+        "--json",
+    ]);
     assert!(report["punched"].as_u64().unwrap() > 0, "{report}");
     assert!(fs::read(&memory).unwrap() == want);
     // Killed or done, it is the same guest; done again, there is nothing to do.
-    let report = json(&["prune", text(&folder), "--in-place", "--json"]);
+    let report = json(&[
+        "prune",
+        text(&folder),
+        "--in-place",
+        "--min-hole",
+        "0",
+        "--json",
+    ]);
     assert_eq!(report["punched"], 0, "{report}");
 }
 
@@ -187,7 +201,14 @@ fn a_firecracker_pair_is_pruned() {
     let folder = firecracker(&temporary.path().join("vm"), ram());
     let out = temporary.path().join("out");
     json(&["prune", text(&folder), "-o", text(&out), "--json"]);
-    json(&["prune", text(&folder), "--in-place", "--json"]);
+    json(&[
+        "prune",
+        text(&folder),
+        "--in-place",
+        "--min-hole",
+        "0",
+        "--json",
+    ]);
     for folder in [&folder, &out] {
         assert!(fs::read(folder.join("vm.mem")).unwrap() == want);
         assert_eq!(fs::read(folder.join("vm.state")).unwrap(), state_file());
@@ -286,7 +307,20 @@ fn a_diff_is_read_over_its_base() {
     // In place, what would let the base show through stays.
     let blocks = || fs::metadata(&diff).unwrap().blocks();
     let size = blocks();
-    let report = json(&[&["prune", text(&diff), "--in-place", "--json"], &over[..]].concat());
+    let report = json(
+        &[
+            &[
+                "prune",
+                text(&diff),
+                "--in-place",
+                "--min-hole",
+                "0",
+                "--json",
+            ],
+            &over[..],
+        ]
+        .concat(),
+    );
     assert!(report["punched"].as_u64().unwrap() > 0, "{report}");
     assert!(
         report["kept_for_base_bytes"].as_u64().unwrap() > 0,
@@ -346,6 +380,7 @@ fn a_hole_in_the_records_of_pages_is_no_whole_guest() {
             file.write_all_at(page, at).unwrap();
         }
     }
+    drop(file);
     for args in [
         &["inspect", text(&dump)][..],
         &["prune", text(&dump), "--in-place"],
@@ -407,7 +442,7 @@ fn one_that_fails_does_not_stop_the_others() {
         "{errors:?}"
     );
 
-    let run = sonicshot(&[&["prune", "--in-place"], &inputs[1..]].concat());
+    let run = sonicshot(&[&["prune", "--in-place", "--min-hole", "0"], &inputs[1..]].concat());
     assert_eq!(run.status.code(), Some(1), "{}", stderr(&run));
     let last = stdout(&run).lines().last().unwrap().to_owned();
     assert!(
