@@ -15,6 +15,8 @@ from kernels import LAB, run
 from proof import Failed
 
 PAGE = 4096
+# Every hole, so that the file is what a copy is.
+IN_PLACE = ("--in-place", "--min-hole", "0", "--json")
 # The number that a Firecracker state file begins with, since 1.15 behind a byte.
 FIRECRACKER_STATE = b"\0" + struct.pack("<Q", 0x0710_1984_8664_0000) + b"\x0610.0.0" + bytes(999)
 
@@ -144,7 +146,7 @@ def prove(tool, folder):
         snapshot = make(work / "snapshot", ram, *more)
         before = on_disk(snapshot / name)
         run(tool, "prune", snapshot, "-o", work / "copy", "--json")
-        run(tool, "prune", snapshot, "--in-place", "--json")
+        run(tool, "prune", snapshot, *IN_PLACE)
         for out in (snapshot, work / "copy"):
             same(out / name, pruned)
         for other in sorted(set(os.listdir(snapshot)) - {name}):
@@ -183,14 +185,14 @@ def prove(tool, folder):
         merged = work / "merged.raw"
         run("cp", "--sparse=auto", base, merged)
         if kind == "pruned":
-            run(tool, "prune", merged, "--in-place")
+            run(tool, "prune", merged, *IN_PLACE)
         file = work / "diff.mem"
         # Not by `cp`, which makes holes of zeroes even with --sparse=auto.
         with open(file, "wb") as empty:
             empty.truncate(os.path.getsize(ram))
         merge(file, diff / "vm.mem")
         size = on_disk(file)
-        report = json.loads(run(tool, "prune", file, "--base", merged, "--in-place", "--json"))
+        report = json.loads(run(tool, "prune", file, "--base", merged, *IN_PLACE))
         said.append(f"diff of {changed} pages, {kind} base: {size} -> {on_disk(file)}, "
                     f"{report['kept_for_base_bytes'] >> 10} KiB kept for the base")
         merge(merged, file)

@@ -3,7 +3,7 @@
 use crate::error::CliError;
 use crate::inputs::{Input, add_notes};
 use crate::place::{self, keep_what_is_not_free_in_all};
-use sonicshot::ClassCounts;
+use sonicshot::{ClassCounts, GpaRange, GuestMemory, PageSize};
 use sonicshot_dump::Dump;
 use sonicshot_vmi::{Classification, OnInconsistency, mark_zero_pages};
 
@@ -40,6 +40,7 @@ pub(crate) fn classify(input: &Input<'_>) -> Result<Analysis, CliError> {
     let placed = place::with_guest(input, &|guest| {
         Ok(Seen {
             pages: guest.classify(on)?,
+            struct_pages: guest.struct_page_memory()?,
             release: guest.release().to_owned(),
             banner: guest.banner().map(str::to_owned),
             vmcoreinfo: guest.vmcoreinfo().map(str::to_owned),
@@ -49,12 +50,16 @@ pub(crate) fn classify(input: &Input<'_>) -> Result<Analysis, CliError> {
     })?;
     let Seen {
         mut pages,
+        struct_pages,
         release,
         banner,
         vmcoreinfo,
         build_id,
         symbol_sources,
     } = placed.value;
+    if !input.how.allow_inconsistent && placed.dump.layout_spec().is_some() {
+        check_whole(input, &placed.dump, &struct_pages)?;
+    }
     keep_what_is_not_free_in_all(&mut pages.map, &placed.shared);
     pages.notes.extend(placed.notes);
     let counts = pages.map.counts();
@@ -73,9 +78,35 @@ pub(crate) fn classify(input: &Input<'_>) -> Result<Analysis, CliError> {
     Ok(analysis)
 }
 
+/// Refuses a raw file that has a hole where the guest has a page full of its `struct page`s. Each
+/// of those says which frame of which zone it is and how it is used, and no page of them was ever
+/// seen to be zero; but in a diff snapshot that is taken for a whole one, what did not change is
+/// missing.
+fn check_whole(input: &Input<'_>, dump: &Dump, struct_pages: &[GpaRange]) -> Result<(), CliError> {
+    for range in struct_pages {
+        for page in range.whole_frames(PageSize::SIZE_4K).iter() {
+            let (Some(at), Some(end)) = (
+                page.gpa(PageSize::SIZE_4K),
+                page.checked_add(1)
+                    .and_then(|next| next.gpa(PageSize::SIZE_4K)),
+            ) else {
+                continue;
+            };
+            if dump.next_data(at).is_none_or(|data| data.start() >= end) {
+                return Err(CliError::NotWhole {
+                    path: input.memory().into(),
+                    at,
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
 /// What is taken of a guest.
 struct Seen {
     pages: Classification,
+    struct_pages: Vec<GpaRange>,
     release: String,
     banner: Option<String>,
     vmcoreinfo: Option<String>,

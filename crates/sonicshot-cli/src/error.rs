@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use sonicshot::checkpoint::CheckpointError;
-use sonicshot::{MemoryError, PageClass};
+use sonicshot::{Gpa, MemoryError, PageClass};
 use sonicshot_dump::{DumpError, KdumpWriteError};
 use sonicshot_vmi::VmiError;
 use std::error::Error;
@@ -40,6 +40,8 @@ pub(crate) enum CliError {
     },
     #[error("{}: none of the known layouts agrees with the guest's own memory map", path.display())]
     NoLayout { path: PathBuf },
+    #[error("{} has a hole where the guest has records of its pages, at {at}", path.display())]
+    NotWhole { path: PathBuf, at: Gpa },
     #[error("pages of class {class} are never dropped: the guest's kernel needs them")]
     Undroppable { class: PageClass },
     #[error("{} exists", path.display())]
@@ -97,6 +99,7 @@ impl CliError {
             ) => 2,
             Self::Dump(DumpError::InUse { .. } | DumpError::MayBeInUse { .. }) => 6,
             Self::Dump(_) | Self::Memory(_) | Self::Checkpoint { .. } | Self::NoLayout { .. } => 3,
+            Self::NotWhole { .. } => 4,
             Self::Guest { source, .. } => match source {
                 VmiError::Inconsistent(_) => 5,
                 _ => 4,
@@ -134,6 +137,9 @@ impl CliError {
             }
             Self::Dump(DumpError::LayoutLength { .. }) => {
                 "the ranges of --layout must add up to the length of the file"
+            }
+            Self::NotWhole { .. } => {
+                "it may be a Firecracker diff snapshot: give --base, the memory that it is a diff to"
             }
             Self::Dump(DumpError::Ambiguous { .. }) => {
                 "give the memory file itself; a base that lies in the folder with --base"

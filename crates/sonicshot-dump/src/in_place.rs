@@ -72,7 +72,7 @@ impl Dump {
         };
         let mut runs = file_runs(dump, &zeroed);
         if let Some(overlay) = self.overlay() {
-            overlay.check_length()?;
+            overlay.check_unchanged()?;
             (runs, stats.kept_for_base) = overlay.punchable(&runs);
             stats.dropped_bytes = runs
                 .iter()
@@ -114,7 +114,7 @@ impl Dump {
         }
 
         if let Some(overlay) = self.overlay() {
-            overlay.check_length()?;
+            overlay.check_unchanged()?;
         }
         let file = open_to_change(dump, options)?;
         if !holes.is_empty() {

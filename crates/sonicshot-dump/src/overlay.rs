@@ -203,10 +203,12 @@ impl Overlay {
         bytes.is_some_and(|bytes| bytes.is_zero())
     }
 
-    /// Refuses files that have become shorter or longer since they were opened.
-    pub(crate) fn check_length(&self) -> Result<(), DumpError> {
+    /// Refuses files that have become shorter or longer since they were opened, and a base that
+    /// was written to: what was zero in it may not be.
+    pub(crate) fn check_unchanged(&self) -> Result<(), DumpError> {
         self.diff.check_length()?;
-        self.base.check_length()
+        self.base.check_length()?;
+        self.base.check_unmodified()
     }
 
     /// Writes the merged memory without the pages that `plan` drops.
@@ -217,7 +219,7 @@ impl Overlay {
         overwrite: Overwrite,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
-        self.check_length()?;
+        self.check_unchanged()?;
         let zeroed = plan.clone().zero_filled_only();
         let mut stats = PruneStats {
             dropped_bytes: zeroed.dropped_bytes(),

@@ -194,6 +194,11 @@ fn what_does_not_belong_together_is_refused() {
     }
     // A base that has changed is no base.
     let writer = File::options().write(true).open(&base).unwrap();
+    // File systems keep time in ticks.
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    writer.write_all_at(&[1], 0).unwrap();
+    let error = dump.prune_in_place(&none, &mut |_, _| {}).unwrap_err();
+    assert!(matches!(error, DumpError::Modified { .. }), "{error}");
     writer.set_len(PAGE).unwrap();
     let out = folder.path().join("out");
     for error in [
