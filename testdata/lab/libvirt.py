@@ -267,9 +267,11 @@ def capture(daemon, spec, name, formats):
 
 def save(daemon, name, image, form):
     part = image.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    daemon.virsh("save", name, part, "--image-format", form, "--running")
-    part.rename(image)
+    try:
+        daemon.virsh("save", name, part, "--image-format", form, "--running")
+        part.rename(image)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def restore(daemon, name, folder, image, torture):
@@ -303,7 +305,7 @@ def prune(tool, image, out, in_place):
     else:
         command = [tool, "prune", image, "-o", out]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-    return done.stderr.strip().splitlines()[0] if done.returncode else ""
+    return " ".join(done.stderr.split()) if done.returncode else ""
 
 
 def on_disk(path):
@@ -397,6 +399,8 @@ def command(args):
             except (Refused, SystemExit) as error:
                 print(f"FAIL {title}: {error}", flush=True)
                 rows.append(row_of(title, "-", restored=f"FAIL: {error}"))
+            if args.rm:
+                shutil.rmtree(IMAGES / title, ignore_errors=True)
     text = table(rows, versions)
     (LAB / "libvirt.md").write_text(text + "\n")
     print(text)
@@ -413,6 +417,7 @@ def add_command(commands, find_tool):
                         help=f"of {', '.join(FORMATS)}; +in-place to prune a copy in place")
     parser.add_argument("--garbage", default="random", choices=["random", "compressible"])
     parser.add_argument("--no-prune", action="store_true", help="restore what libvirt saved")
+    parser.add_argument("--rm", action="store_true", help="delete each guest's images afterwards")
     parser.add_argument("--no-torture", action="store_true")
     parser.add_argument("--sonicshot", help="the binary; built if not given")
     parser.set_defaults(run=command, find_tool=find_tool)
