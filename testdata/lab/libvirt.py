@@ -3,7 +3,6 @@
 libvirt and its QEMU are Debian 13's, unpacked into a folder of the lab and run from there in their
 own mount and process namespaces: nothing is installed on the host, and no daemon outlives a run."""
 
-import hashlib
 import json
 import os
 import re
@@ -145,12 +144,14 @@ def domain_xml(name, spec, folder):
     """A guest as libvirt's users describe it, with the lab's disks and console."""
     kernel, mib = spec["kernel"], spec["mem"]
     # libvirt plugs memory only into a guest with NUMA nodes.
-    cells = spec.get("cells") or ([1] if spec.get("dimm") else [])
+    plugged = spec.get("dimm") or spec.get("cold_dimm")
+    cells = spec.get("numa") or ([mib] if plugged else [])
     vcpus = max(spec["smp"], len(cells))
-    room = f"<maxMemory slots='4' unit='MiB'>{2 * mib + 1024}</maxMemory>" if spec.get("dimm") else ""
+    room = f"<maxMemory slots='4' unit='MiB'>{2 * mib + 1024}</maxMemory>" if plugged else ""
+    dimms = "".join(dimm_xml(mib) for mib in spec.get("cold_dimm", []))
     numa = "".join(f"<cell id='{i}' cpus='{i * vcpus // len(cells)}-"
-                   f"{(i + 1) * vcpus // len(cells) - 1}' memory='{mib * share // sum(cells)}' "
-                   f"unit='MiB'/>" for i, share in enumerate(cells))
+                   f"{(i + 1) * vcpus // len(cells) - 1}' memory='{cell}' "
+                   f"unit='MiB'/>" for i, cell in enumerate(cells))
     numa = f"<numa>{numa}</numa>" if cells else ""
     disks = "".join(
         f"<disk type='file' device='disk'><driver name='qemu' type='raw'/>"
@@ -159,7 +160,7 @@ def domain_xml(name, spec, folder):
     return f"""<domain type='qemu'>
 <name>{name}</name>
 {room}
-<memory unit='MiB'>{mib}</memory>
+<memory unit='MiB'>{mib + sum(spec.get("cold_dimm", []))}</memory>
 <vcpu>{vcpus}</vcpu>
 <os><type arch='x86_64' machine='{spec['machine']}'>hvm</type>
 <kernel>{LAB / kernel['vmlinuz']}</kernel>
@@ -168,7 +169,7 @@ def domain_xml(name, spec, folder):
 <features><acpi/><apic/></features>
 <cpu mode='custom' match='exact' check='none'><model>{spec['cpu']}</model>{numa}</cpu>
 <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
-{disks}
+{disks}{dimms}
 <serial type='unix'><source mode='bind' path='{folder / "console"}'/><target port='0'/></serial>
 </devices></domain>
 """
@@ -221,26 +222,29 @@ def capture(daemon, spec, name, formats):
     memory: what is saved first is restored without running, and saved in the next format."""
     folder = IMAGES / name
     first = folder / "raw.save"
-    guest = hashlib.sha256(machine.GUEST_SOURCE.read_bytes()).hexdigest()[:16]
+    guest = machine.guest_program()
     meta = folder / "meta.json"
     if not meta.exists() or json.loads(meta.read_text())["guest"] != guest:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        machine.prepare(spec, folder, "memhp_default_state=online" if spec.get("dimm") else "")
-        # Plugged memory lies above 4 GiB, so the guest's records are as long as of a large guest.
-        os.truncate(folder / "records.img", 64 << 20)
+        machine.prepare(spec, folder)
+        if spec.get("cold_dimm"):
+            # It comes after the PCI hole, and kpageflags counts from 0.
+            os.truncate(folder / "records.img", 64 << 20)
         (folder / "domain.xml").write_text(domain_xml(name, spec, folder))
         daemon.virsh("create", folder / "domain.xml", "--paused")
-        machine_ = Guest(daemon, name, folder)
+        booted = Guest(daemon, name, folder)
         try:
-            if spec.get("dimm"):
-                (folder / "dimm.xml").write_text(dimm_xml(spec["dimm"]))
-                daemon.virsh("attach-device", name, folder / "dimm.xml", "--live")
             daemon.virsh("resume", name)
-            machine_.wait("READY", 900)
+            if spec.get("dimm"):
+                booted.wait("PLUG", 300)
+                for mib in spec["dimm"]:
+                    (folder / "dimm.xml").write_text(dimm_xml(mib))
+                    daemon.virsh("attach-device", name, folder / "dimm.xml", "--live")
+            booted.wait("READY", 900)
             save(daemon, name, first, "raw")
         finally:
-            machine_.quit()
+            booted.quit()
         for disk in DISKS:
             run("cp", "--sparse=always", folder / disk, folder / f"{disk}.stop")
         machine.read_records(folder / "records.img.stop", folder)
@@ -263,9 +267,11 @@ def capture(daemon, spec, name, formats):
 
 def save(daemon, name, image, form):
     part = image.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    daemon.virsh("save", name, part, "--image-format", form, "--running")
-    part.rename(image)
+    try:
+        daemon.virsh("save", name, part, "--image-format", form, "--running")
+        part.rename(image)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def restore(daemon, name, folder, image, torture):
@@ -299,7 +305,7 @@ def prune(tool, image, out, in_place):
     else:
         command = [tool, "prune", image, "-o", out]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-    return done.stderr.strip().splitlines()[0] if done.returncode else ""
+    return " ".join(done.stderr.split()) if done.returncode else ""
 
 
 def on_disk(path):
@@ -356,13 +362,16 @@ def table(rows, versions):
     return "\n".join(lines)
 
 
+# What each has beside `--mem` MiB of memory.
 GUESTS = {
-    "pc": {},
-    "q35": {"machine": "q35"},
-    "numa": {"cells": [1, 1], "smp": 2},
+    "pc": lambda mem: {},
+    "q35": lambda mem: {"machine": "q35"},
+    "numa": lambda mem: {"numa": [mem // 2, mem // 2], "smp": 2},
     # QEMU sorts memory by size: the second node comes first in the image.
-    "uneven": {"cells": [3, 5], "smp": 2},
-    "dimm": {"dimm": 256},
+    "uneven": lambda mem: {"numa": [mem * 3 // 8, mem * 5 // 8], "smp": 2},
+    "dimm": lambda mem: {"dimm": [256]},
+    # There at boot: the kernel puts page tables of its own image into it.
+    "cold-dimm": lambda mem: {"cold_dimm": [256], "append": "memhp_default_state=online"},
 }
 
 
@@ -376,7 +385,7 @@ def command(args):
         for name in args.guests.split(","):
             spec = {"kernel": kernels.fetch(args.kernel, False), "mem": args.mem,
                     "cpu": "qemu64", "smp": 1, "machine": "pc", "garbage": args.garbage}
-            spec |= GUESTS[name]
+            spec |= GUESTS[name](args.mem)
             forms = args.formats.split(",")
             if name != "pc":
                 # What is in the image differs from guest to guest, how it is packed does not.
@@ -390,6 +399,8 @@ def command(args):
             except (Refused, SystemExit) as error:
                 print(f"FAIL {title}: {error}", flush=True)
                 rows.append(row_of(title, "-", restored=f"FAIL: {error}"))
+            if args.rm:
+                shutil.rmtree(IMAGES / title, ignore_errors=True)
     text = table(rows, versions)
     (LAB / "libvirt.md").write_text(text + "\n")
     print(text)
@@ -406,6 +417,7 @@ def add_command(commands, find_tool):
                         help=f"of {', '.join(FORMATS)}; +in-place to prune a copy in place")
     parser.add_argument("--garbage", default="random", choices=["random", "compressible"])
     parser.add_argument("--no-prune", action="store_true", help="restore what libvirt saved")
+    parser.add_argument("--rm", action="store_true", help="delete each guest's images afterwards")
     parser.add_argument("--no-torture", action="store_true")
     parser.add_argument("--sonicshot", help="the binary; built if not given")
     parser.set_defaults(run=command, find_tool=find_tool)
