@@ -26,16 +26,17 @@ impl PruneOptions {
     /// The smallest hole, by default: 32 KiB.
     ///
     /// A hole costs about the same however long it is, and each is one more extent for the file
-    /// system to keep. Measured on a mapped-ram file of a guest of 4 GiB, in microseconds:
+    /// system to keep. Measured on a mapped-ram file of a guest of 4 GiB, in microseconds, in
+    /// three runs on a busy machine:
     ///
     /// | hole | tmpfs | xfs | ext4 with `discard` |
     /// |---|---:|---:|---:|
-    /// | 4 KiB | 2 | 55 | |
-    /// | 8 KiB | 4 | 44 | 1,600 |
-    /// | 32 KiB | 7-29 | 37-67 | 2,600-3,500 |
-    /// | 128 KiB | 52-158 | 44 | 2,800 |
-    /// | 1 MiB | 430 | 53 | 1,300 |
-    /// | 4 MiB | 1,900 | 107 | 1,600 |
+    /// | 4 KiB | 2-11 | 40-55 | 130-520 |
+    /// | 8 KiB | 3-4 | 17-44 | 180-1,600 |
+    /// | 32 KiB | 6-23 | 15-62 | 650-2,600 |
+    /// | 128 KiB | 21-158 | 19-44 | 520-2,800 |
+    /// | 1 MiB | 220-530 | 53-170 | 810-3,500 |
+    /// | 4 MiB | 1,400-2,200 | 43-511 | 1,250-2,600 |
     ///
     /// On tmpfs the pages are what costs. Two guests, of 4 GiB and of 128 MiB, have 232 and 183
     /// droppable stretches; 169 and 138 of them are shorter than 32 KiB, which are 0.03 % and
