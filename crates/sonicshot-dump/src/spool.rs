@@ -9,6 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// Where there may be room for a guest's memory, unlike in `/tmp`.
+const FALLBACK: &str = "/var/tmp";
 /// Zeroes of this length become a hole.
 const PAGE: usize = 4096;
 const PIECE: usize = 1 << 20;
@@ -16,7 +18,7 @@ const PIECE: usize = 1 << 20;
 /// The content of a dump in a file without a name, which is gone with its last user.
 ///
 /// The file is made in the folder that the environment variable `TMPDIR` names; without it, beside
-/// the dump that it is the content of, or in `/var/tmp` for a pipe. It is as long as the dump is
+/// the dump that it is the content of, or in `/var/tmp` for a pipe or where that cannot be. It is as long as the dump is
 /// without compression, with holes where that is zero.
 #[derive(Debug, Clone)]
 pub struct Spool(Arc<Inner>);
@@ -35,7 +37,7 @@ impl Spool {
     /// # Errors
     /// [`DumpError::Io`] if it cannot be read, or not be written.
     pub fn from_reader(name: impl AsRef<Path>, reader: impl Read) -> Result<Self, DumpError> {
-        Self::new(name.as_ref(), Path::new("/var/tmp"), reader, None)
+        Self::new(name.as_ref(), Path::new(FALLBACK), reader, None)
     }
 
     /// Decompresses the content of the image in `file`.
@@ -72,9 +74,14 @@ impl Spool {
         mut reader: impl Read,
         image: Option<(File, Image)>,
     ) -> Result<Self, DumpError> {
-        let folder = std::env::var_os("TMPDIR").map_or_else(|| folder.to_owned(), PathBuf::from);
-        let file = tempfile::tempfile_in(&folder)
-            .map_err(DumpError::io("creating a temporary file in", &folder))?;
+        let mut folder =
+            std::env::var_os("TMPDIR").map_or_else(|| folder.to_owned(), PathBuf::from);
+        let file = tempfile::tempfile_in(&folder).or_else(|_| {
+            // A folder that is only to be read.
+            folder = PathBuf::from(FALLBACK);
+            tempfile::tempfile_in(&folder)
+        });
+        let file = file.map_err(DumpError::io("creating a temporary file in", &folder))?;
         let mut buffer = vec![0; PIECE];
         let mut at = 0_u64;
         loop {

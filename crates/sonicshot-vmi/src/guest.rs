@@ -299,7 +299,9 @@ impl<'m> LinuxGuest<'m> {
         Ok(mem_map.own_memory().collect())
     }
 
-    /// Usable RAM by the guest's own firmware map (`e820_table`), if the symbols tell where it is.
+    /// Usable RAM by the map that the firmware gave to the guest, if the symbols tell where it is:
+    /// `e820_table_firmware`, which `mem=` and the like do not change, or where there is none
+    /// `e820_table`.
     ///
     /// # Errors
     /// [`VmiError`] if the map cannot be read or is not one.
@@ -308,7 +310,9 @@ impl<'m> LinuxGuest<'m> {
         const MAX_ENTRIES: u32 = 128 + 3 * 1024;
         const E820_TYPE_RAM: u32 = 1;
         let kernel = &self.kernel;
-        let Some(variable) = kernel.symbol("e820_table")? else {
+        let own = kernel.symbol("e820_table_firmware")?;
+        let Some(variable) = own.map_or_else(|| kernel.symbol("e820_table"), |at| Ok(Some(at)))?
+        else {
             return Ok(None);
         };
         let Some(entries) = kernel.member("e820_table", "entries")? else {
