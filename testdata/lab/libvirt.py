@@ -297,13 +297,28 @@ def restore(daemon, name, folder, image, torture):
         guest.quit()
 
 
-def prune(tool, image, out, in_place):
+def layout_of(spec):
+    """`--layout` for a guest that sonicshot cannot place alone."""
+    if not spec.get("cold_dimm"):
+        return []
+    ranges = [(part["gpa"], part["gpa"] + part["len"])
+              for part in machine.layout(spec["machine"], spec["mem"])]
+    places = ["ram-node0=" + ",".join(f"{start:#x}-{end:#x}" for start, end in ranges)]
+    # QEMU begins with them at the first whole GiB behind all other memory.
+    at = max(4 << 30, (ranges[-1][1] + (1 << 30) - 1) >> 30 << 30)
+    for number, mib in enumerate(spec["cold_dimm"]):
+        places.append(f"memdimm{number}={at:#x}-{at + (mib << 20):#x}")
+        at += mib << 20
+    return ["--layout", ";".join(places)]
+
+
+def prune(tool, image, out, in_place, options):
     """Returns what sonicshot says when it refuses, or nothing."""
     if in_place:
         run("cp", "--sparse=auto", image, out)
-        command = [tool, "prune", out, "--in-place"]
+        command = [tool, "prune", out, "--in-place", *options]
     else:
-        command = [tool, "prune", image, "-o", out]
+        command = [tool, "prune", image, "-o", out, *options]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     return " ".join(done.stderr.split()) if done.returncode else ""
 
@@ -329,7 +344,7 @@ def prove(daemon, name, spec, forms, tool, torture):
         out.unlink(missing_ok=True)
         try:
             if tool:
-                refused = prune(tool, image, out, how == "in-place")
+                refused = prune(tool, image, out, how == "in-place", layout_of(spec))
                 if refused:
                     row["restored"] = f"not pruned: {refused}"
                     continue
@@ -370,7 +385,8 @@ GUESTS = {
     # QEMU sorts memory by size: the second node comes first in the image.
     "uneven": lambda mem: {"numa": [mem * 3 // 8, mem * 5 // 8], "smp": 2},
     "dimm": lambda mem: {"dimm": [256]},
-    # There at boot: the kernel puts page tables of its own image into it.
+    # There at boot: the kernel puts page tables of its own image into it, so that nothing of the
+    # guest can be read without knowing where the DIMM lies.
     "cold-dimm": lambda mem: {"cold_dimm": [256], "append": "memhp_default_state=online"},
 }
 
