@@ -33,6 +33,8 @@ struct Candidate {
     layout: Option<LayoutSpec>,
     /// The RAM that the guest boots with; `None` if the dump says where it lies.
     boot: Option<RamLayout>,
+    /// Where other blocks are put to begin with, so that the kernel can be read if it is in them.
+    guess: Vec<BlockPlace>,
     /// Whether blocks were put in an order that nothing in the file tells.
     guessed: bool,
     origin: &'static str,
@@ -194,6 +196,7 @@ impl<'a> Search<'a> {
         let own = Candidate {
             layout: None,
             boot: None,
+            guess: Vec::new(),
             guessed: false,
             origin: FROM_FILE,
         };
@@ -231,6 +234,7 @@ impl<'a> Search<'a> {
                 candidates.push(Candidate {
                     layout: Some(spec.clone()),
                     boot: Some(boot),
+                    guess: Vec::new(),
                     guessed: false,
                     origin: BY_GUEST,
                 });
@@ -268,20 +272,61 @@ impl<'a> Search<'a> {
                 orders.push(order);
             }
         }
+        let likely = orders.len();
         add_orders(&self.ram(), &mut Vec::new(), &mut orders);
         let mut candidates = Vec::new();
-        for order in orders {
+        let mut with_dimms = Vec::new();
+        for (number, order) in orders.into_iter().enumerate() {
             let total = order.iter().fold(0, |sum, b| b.len.saturating_add(sum));
             let mut known: Vec<Vec<GpaRange>> = Vec::new();
             for spec in &self.specs {
                 let ranges = spec.ranges(total);
-                if !known.contains(&ranges) {
-                    candidates.extend(self.candidate(&order, &ranges, FROM_FILE));
-                    known.push(ranges);
+                if known.contains(&ranges) {
+                    continue;
                 }
+                if number == likely {
+                    candidates.append(&mut with_dimms);
+                }
+                if let Some(candidate) = self.candidate(&order, &ranges, FROM_FILE) {
+                    with_dimms.extend(self.with_dimms(&candidate, &order));
+                    candidates.push(candidate);
+                }
+                known.push(ranges);
             }
         }
+        candidates.append(&mut with_dimms);
         candidates
+    }
+
+    /// The same with all other blocks where QEMU has DIMMs: one behind the other from the first
+    /// whole GiB on that is above 4 GiB and all RAM (`hw/i386/pc.c`). A guest that boots with them
+    /// may have what its kernel needs in there.
+    fn with_dimms(&self, candidate: &Candidate, order: &[&RamBlock]) -> Vec<Candidate> {
+        const GIB: u64 = 1 << 30;
+        let names: Vec<&str> = order.iter().map(|block| block.name.as_str()).collect();
+        let in_file = self.others(&names);
+        let mut by_name = in_file.clone();
+        by_name.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut guesses: Vec<Vec<BlockPlace>> = Vec::new();
+        for dimms in [by_name, in_file] {
+            let end = candidate.boot.as_ref().map_or(Gpa::ZERO, RamLayout::end);
+            let mut at = end.raw().checked_next_multiple_of(GIB);
+            at = at.map(|at| at.max(4 * GIB));
+            let places = dimms.iter().map(|block| {
+                let range = GpaRange::with_len(Gpa::new(at?), block.len)?;
+                at = Some(range.end().raw());
+                Some(BlockPlace::new(&block.name, vec![range]))
+            });
+            let places: Option<Vec<BlockPlace>> = places.collect();
+            guesses.extend(places.filter(|p| !p.is_empty() && !guesses.contains(p)));
+        }
+        let with = |guess| Candidate {
+            layout: candidate.layout.clone(),
+            boot: candidate.boot.clone(),
+            guess,
+            ..*candidate
+        };
+        guesses.into_iter().map(with).collect()
     }
 
     /// The blocks `order` at `ranges`, beside those whose place is known.
@@ -308,6 +353,7 @@ impl<'a> Search<'a> {
         Some(Candidate {
             layout: Some(LayoutSpec::Blocks(places)),
             boot: Some(boot),
+            guess: Vec::new(),
             guessed,
             origin: if guessed { BY_GUEST } else { origin },
         })
@@ -325,6 +371,7 @@ impl<'a> Search<'a> {
                 Some(Candidate {
                     boot: Some(RamLayout::new(ranges.clone()).ok()?),
                     layout: Some(LayoutSpec::Ranges(ranges)),
+                    guess: Vec::new(),
                     guessed: false,
                     origin: BY_GUEST,
                 })
@@ -350,7 +397,13 @@ impl<'a> Search<'a> {
             path: self.input.memory().into(),
             source,
         };
-        let dump = self.input.open(candidate.layout.as_ref())?;
+        let dump = match &candidate.layout {
+            Some(LayoutSpec::Blocks(places)) => {
+                let all = [places.as_slice(), &candidate.guess].concat();
+                self.input.open(Some(&LayoutSpec::Blocks(all)))?
+            }
+            layout => self.input.open(layout.as_ref())?,
+        };
         let guest = LinuxGuest::open(&dump, &options(self.input, &dump)).map_err(guest_error)?;
         if let Some(boot) = &candidate.boot
             && confirm
@@ -386,7 +439,8 @@ impl<'a> Search<'a> {
             let ram = guest.system_ram().map_err(guest_error)?;
             let taken: Vec<GpaRange> = places.iter().flat_map(|p| p.ranges.clone()).collect();
             plugged = Plugged::find(&self.others(&names), &ram.unwrap_or_default(), &taken);
-            if !plugged.places.is_empty() {
+            // A guess was only for reading the kernel: what counts is what that says.
+            if !plugged.places.is_empty() || !candidate.guess.is_empty() {
                 let direct_map = guest.direct_map().map_err(guest_error)?;
                 drop(guest);
                 let open = |plugged: &Plugged| {
