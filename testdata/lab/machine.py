@@ -181,7 +181,7 @@ class Machine:
         console, monitor = self.sockets / "console", self.sockets / "qmp"
         kernel = spec["kernel"]
         command = [
-            "qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-no-user-config",
+            *spec.get("qemu", ["qemu-system-x86_64"]), "-accel", "tcg", "-nodefaults", "-no-user-config",
             "-display", "none", "-cpu", spec["cpu"], "-smp", str(spec["smp"]),
             *memory(spec, ram, incoming),
             "-kernel", LAB / kernel["vmlinuz"], "-initrd", build_initramfs(kernel),
@@ -371,8 +371,8 @@ def capture(spec, name):
                 qmp.call("cont")
                 time.sleep(0.2)
                 qmp.call("stop")
+                qmp.no_capabilities("x-ignore-shared", "mapped-ram")
             migrations += 1
-            qmp.no_capabilities("x-ignore-shared", "mapped-ram")
             qmp.capabilities("events", *{"raw": ["x-ignore-shared"], "mapped": ["mapped-ram"],
                                          "stream": []}[form])
             file = folder / {"raw": "device.state", "mapped": "mapped.ram",
@@ -438,7 +438,9 @@ def restore(capture_folder, ram, ask="torture", seconds=1200, migration=None):
         else:
             qmp.capabilities("events")
         started = time.monotonic()
-        qmp.call("migrate-incoming", uri=f"file:{migration}")
+        # Before 8.2 there is no `file:`.
+        how = "exec:cat " if "qemu" in meta["spec"] else "file:"
+        qmp.call("migrate-incoming", uri=f"{how}{migration}")
         qmp.migrated()
         loaded = time.monotonic()
         qmp.call("cont")
