@@ -379,7 +379,7 @@ def capture(spec, name):
                 qmp.no_capabilities("x-ignore-shared", "mapped-ram")
             migrations += 1
             qmp.capabilities("events", *{"raw": ["x-ignore-shared"], "mapped": ["mapped-ram"],
-                                         "stream": []}[form])
+                                         "stream": spec.get("capabilities", [])}[form])
             file = folder / {"raw": "device.state", "mapped": "mapped.ram",
                              "stream": "stream.mig"}[form]
             qmp.call("migrate", uri=f"exec:cat > {file}" if form == "stream" else f"file:{file}")

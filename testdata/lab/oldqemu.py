@@ -20,6 +20,9 @@ GUESTS = {
     "virtio-mem, with --layout": {"virtio_mem": [512, 256],
                                   "layout": "ram0=0-512M;0000:00:02.0/vmem0=4G-4608M"},
     "busy, saved while it runs": {"live": True},
+    # Not supported: refused.
+    "busy, with deltas (xbzrle)": {"live": True, "capabilities": ["xbzrle"]},
+    "compressed by QEMU": {"capabilities": ["compress"]},
 }
 
 
