@@ -15,7 +15,7 @@ GUESTS = {
     "plain": {},
     "q35": {"machine": "q35"},
     "NUMA, 256 + 256 MiB": {"numa": [256, 256], "smp": 2},
-    # Before QEMU 8.1 the device's state, which says where its memory is, comes behind all memory.
+    # Before QEMU 8 the device's state, which says where its memory is, comes behind all memory.
     "virtio-mem, 256 of 512 MiB": {"virtio_mem": [512, 256]},
     "virtio-mem, with --layout": {"virtio_mem": [512, 256],
                                   "layout": "ram0=0-512M;0000:00:02.0/vmem0=4G-4608M"},
@@ -48,7 +48,7 @@ def one(tool, root, spec, name, work, keep):
 
 
 def table(rows):
-    lines = ["| QEMU | guest | RAM that is known to be RAM, MiB | dropped | stream, MiB | "
+    lines = ["| QEMU | guest | RAM whose place is known, MiB | dropped or zero | stream, MiB | "
              "buddy pages found | outcome |", "|---|---|---:|---:|---:|---:|---|"]
     mib = matrix.mib
     for row in rows:
@@ -59,7 +59,7 @@ def table(rows):
             mib(row["dropped"]) if known else "-",
             f"{mib(done['before'])} -> {mib(done['after'])}" if "after" in done else "-",
             f"{row['kernel']['share']:.2f} %" if "kernel" in row else "-", matrix.outcome(row)]) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines).replace(f"{LAB}/captures/", "")
 
 
 def command(args):
