@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,62 @@ class Apt:
     def download(self, package, into):
         into.mkdir(parents=True, exist_ok=True)
         run("apt-get", *self.options, "download", package, cwd=into)
+
+
+class Root:
+    """A Debian suite with some packages, unpacked into a folder of the lab and run from there by
+    chroot: nothing is installed on the host."""
+
+    ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive",
+                   "LC_ALL": "C"}
+    # $1 the root, $2 and $3 what is seen at the same place inside, so that names mean the same
+    # file; then the command.
+    SHARED = """set -e
+for folder in "$2" "$3"; do
+    mkdir -p "$1/$folder"
+    mount --bind "$folder" "$1/$folder"
+done
+root="$1"
+shift 3
+exec chroot "$root" "$@"
+"""
+
+    def __init__(self, name, suite, packages):
+        self.folder = LAB / name
+        self.suite, self.packages = suite, packages
+
+    def install(self):
+        done = self.folder / "lab-done"
+        if done.exists():
+            return
+        if not shutil.which("debootstrap"):
+            run("apt-get", "update")
+            run("apt-get", "install", "-y", "--no-install-recommends", "debootstrap")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        run("debootstrap", "--variant=minbase", f"--keyring={KEYRING}", self.suite, self.folder,
+            mirror())
+        # No package may start a daemon.
+        policy = self.folder / "usr/sbin/policy-rc.d"
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+        self.inside("apt-get", "update")
+        self.inside("apt-get", "install", "-y", "--no-install-recommends", *self.packages)
+        self.inside("apt-get", "clean")
+        done.touch()
+
+    def inside(self, *command):
+        return run("chroot", self.folder, *command, env=self.ENVIRONMENT)
+
+    def shared(self, *command):
+        """The command line that runs a program of the folder on the lab's and temporary files."""
+        return ["unshare", "--mount", "sh", "-c", self.SHARED, "sh", str(self.folder), str(LAB),
+                tempfile.gettempdir(), *command]
+
+    def versions(self, *packages):
+        """Of the packages' sources, by name."""
+        words = self.inside("dpkg-query", "-W", "-f", "${source:Package} ${source:Version}\n",
+                            *packages).split()
+        return dict(zip(words[::2], words[1::2]))
 
 
 def install_tools():

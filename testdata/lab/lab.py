@@ -16,6 +16,7 @@ import kernels  # noqa: E402
 import libvirt  # noqa: E402
 import machine  # noqa: E402
 import matrix  # noqa: E402
+import oldqemu  # noqa: E402
 import peers  # noqa: E402
 import proof  # noqa: E402
 import vmms  # noqa: E402
@@ -368,6 +369,7 @@ def main():
     restore.set_defaults(run=do_restore)
 
     libvirt.add_command(commands, find_tool)
+    oldqemu.add_command(commands, find_tool)
 
     args = parser.parse_args()
     args.run(args)

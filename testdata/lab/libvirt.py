@@ -19,11 +19,10 @@ import kernels
 import machine
 from kernels import LAB, run
 
-SUITE = "trixie"
-ROOT = LAB / f"libvirt-{SUITE}"
 IMAGES = LAB / "libvirt-images"
 PACKAGES = ["libvirt-daemon-driver-qemu", "libvirt-daemon", "libvirt-clients", "qemu-system-x86",
             "gzip", "bzip2", "xz-utils", "lzop", "zstd"]
+ROOT = kernels.Root("libvirt-trixie", "trixie", PACKAGES)
 DISKS = ("files.img", "records.img")
 FORMATS = ["raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse"]
 
@@ -55,41 +54,16 @@ mount --bind "$2" "$1/$2"
 exec chroot "$1" sh -c '/usr/sbin/libvirtd & wait'
 """
 
-ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive",
-               "LC_ALL": "C"}
-
-
 class Refused(Exception):
     """libvirt said no."""
 
 
 def install():
     """Unpacks libvirt and its QEMU; returns their versions."""
-    done = ROOT / "lab-done"
-    if not done.exists():
-        if not shutil.which("debootstrap"):
-            run("apt-get", "update")
-            run("apt-get", "install", "-y", "--no-install-recommends", "debootstrap")
-        shutil.rmtree(ROOT, ignore_errors=True)
-        run("debootstrap", "--variant=minbase", f"--keyring={kernels.KEYRING}", SUITE, ROOT,
-            kernels.mirror())
-        # No package may start a daemon.
-        policy = ROOT / "usr/sbin/policy-rc.d"
-        policy.write_text("#!/bin/sh\nexit 101\n")
-        policy.chmod(0o755)
-        inside("apt-get", "update")
-        inside("apt-get", "install", "-y", "--no-install-recommends", *PACKAGES)
-        inside("apt-get", "clean")
-        done.touch()
-    (ROOT / "etc/libvirt/qemu.conf").write_text(QEMU_CONF)
-    (ROOT / "etc/libvirt/libvirtd.conf").write_text(LIBVIRTD_CONF)
-    versions = inside("dpkg-query", "-W", "-f", "${source:Package} ${source:Version}\n",
-                      "libvirt-daemon-driver-qemu", "qemu-system-x86").split()
-    return dict(zip(versions[::2], versions[1::2]))
-
-
-def inside(*command):
-    return run("chroot", ROOT, *command, env=ENVIRONMENT)
+    ROOT.install()
+    (ROOT.folder / "etc/libvirt/qemu.conf").write_text(QEMU_CONF)
+    (ROOT.folder / "etc/libvirt/libvirtd.conf").write_text(LIBVIRTD_CONF)
+    return ROOT.versions("libvirt-daemon-driver-qemu", "qemu-system-x86")
 
 
 class Daemon:
@@ -99,8 +73,8 @@ class Daemon:
         self.log = open(LAB / "libvirtd.log", "w")
         self.process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork",
-             "--kill-child", "sh", "-c", START, "sh", ROOT, LAB],
-            stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=ENVIRONMENT)
+             "--kill-child", "sh", "-c", START, "sh", ROOT.folder, LAB],
+            stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=ROOT.ENVIRONMENT)
         last = None
         for _ in range(300):
             try:
@@ -134,7 +108,7 @@ class Daemon:
             raise Refused("it is not running")
         done = subprocess.run(
             ["chroot", root, "virsh", "--quiet", "-c", "qemu:///system", *map(str, arguments)],
-            capture_output=True, text=True, env=ENVIRONMENT)
+            capture_output=True, text=True, env=ROOT.ENVIRONMENT)
         if done.returncode:
             raise Refused(f"virsh {arguments[0]}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout

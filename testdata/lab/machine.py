@@ -181,7 +181,7 @@ class Machine:
         console, monitor = self.sockets / "console", self.sockets / "qmp"
         kernel = spec["kernel"]
         command = [
-            "qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-no-user-config",
+            *spec.get("qemu", ["qemu-system-x86_64"]), "-accel", "tcg", "-nodefaults", "-no-user-config",
             "-display", "none", "-cpu", spec["cpu"], "-smp", str(spec["smp"]),
             *memory(spec, ram, incoming),
             "-kernel", LAB / kernel["vmlinuz"], "-initrd", build_initramfs(kernel),
@@ -330,7 +330,8 @@ def prepare(spec, folder, more=""):
 
 
 def capture(spec, name):
-    """Boots a guest, lets it fill its memory, stops it, and takes everything at that instant."""
+    """Boots a guest, lets it fill its memory, stops it, and takes everything at that instant. A
+    guest that is `live` is not stopped: it is busy while QEMU saves it, in one form alone."""
     folder = LAB / "captures" / name
     guest = guest_program()
     if (folder / "meta.json").exists():
@@ -339,7 +340,8 @@ def capture(spec, name):
             return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    prepare(spec, folder)
+    live = spec.get("live")
+    prepare(spec, folder, f"lab.stress={2 * spec['smp']}" if live else "")
     # Raw RAM is one file, and QEMU writes the rest of its state beside it.
     ram = folder / "live.raw" if "raw" in spec["forms"] else None
     times, migrations = {}, 0
@@ -357,10 +359,13 @@ def capture(spec, name):
         times["ready"] = round(time.monotonic() - machine.started, 1)
         if spec.get("balloon"):
             inflate(qmp, (spec["mem"] - spec["balloon"]) << 20)
-        qmp.call("stop")
+        if live:
+            # Slow enough that the guest changes pages which have been saved.
+            qmp.call("migrate-set-parameters", max_bandwidth=48 << 20, downtime_limit=100)
+        else:
+            qmp.call("stop")
+            put_by_disks(folder)
         found = blocks(qmp)
-        for disk in ("files.img", "records.img"):
-            run("cp", "--sparse=always", folder / disk, folder / f"{disk}.stop")
         if "elf" in spec["forms"]:
             qmp.call("dump-guest-memory", paging=False, protocol=f"file:{folder / 'dump.elf'}")
         for form in ("raw", "mapped", "stream"):
@@ -371,16 +376,21 @@ def capture(spec, name):
                 qmp.call("cont")
                 time.sleep(0.2)
                 qmp.call("stop")
+                qmp.no_capabilities("x-ignore-shared", "mapped-ram")
             migrations += 1
-            qmp.no_capabilities("x-ignore-shared", "mapped-ram")
             qmp.capabilities("events", *{"raw": ["x-ignore-shared"], "mapped": ["mapped-ram"],
-                                         "stream": []}[form])
+                                         "stream": spec.get("capabilities", [])}[form])
             file = folder / {"raw": "device.state", "mapped": "mapped.ram",
                              "stream": "stream.mig"}[form]
             qmp.call("migrate", uri=f"exec:cat > {file}" if form == "stream" else f"file:{file}")
+            if live:
+                time.sleep(12)
+                qmp.call("migrate-set-parameters", downtime_limit=100_000)
             qmp.migrated()
             if form == "raw":
                 run("cp", "--sparse=auto", ram, folder / "ram.raw")
+        if live:
+            put_by_disks(folder)
     finally:
         machine.quit()
     read_records(folder / "records.img.stop", folder)
@@ -391,6 +401,11 @@ def capture(spec, name):
             "layout": layout(spec["machine"], spec["mem"]), "times": times, **found}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     return folder
+
+
+def put_by_disks(folder):
+    for disk in ("files.img", "records.img"):
+        run("cp", "--sparse=always", folder / disk, folder / f"{disk}.stop")
 
 
 def begins_with_capability(migration, name):
@@ -438,7 +453,9 @@ def restore(capture_folder, ram, ask="torture", seconds=1200, migration=None):
         else:
             qmp.capabilities("events")
         started = time.monotonic()
-        qmp.call("migrate-incoming", uri=f"file:{migration}")
+        # Before 8.2 there is no `file:`.
+        how = "exec:cat " if "qemu" in meta["spec"] else "file:"
+        qmp.call("migrate-incoming", uri=f"{how}{migration}")
         qmp.migrated()
         loaded = time.monotonic()
         qmp.call("cont")
@@ -447,8 +464,8 @@ def restore(capture_folder, ram, ask="torture", seconds=1200, migration=None):
         if ask:
             machine.send(ask)
             line = machine.wait(f"{ask.upper()}-", seconds)
-            if f"{ask.upper()}-OK" not in line:
-                console = (folder / "console.log").read_text(errors="replace")
+            console = (folder / "console.log").read_text(errors="replace")
+            if f"{ask.upper()}-OK" not in line or "-FAIL" in console:
                 said = [text.strip() for text in console.splitlines() if "LAB-" in text]
                 raise SystemExit(f"{meta['name']}: {line} {said[:4]}")
         return done

@@ -59,13 +59,13 @@ def call(tool, *arguments):
     return json.loads(done.stdout), None
 
 
-def prune_and_restore(tool, folder, form, work):
+def prune_and_restore(tool, folder, form, work, *options):
     """One form of a snapshot: pruned, checked, restored, tortured."""
     original = folder / form
     before = allocated(original)
     row = {"before": before}
     out = work / form
-    report, refusal = call(tool, "prune", original, "-o", out)
+    report, refusal = call(tool, "prune", original, "-o", out, *options)
     if refusal:
         if out.exists():
             raise proof.Failed(f"{form} refused, and yet there is {out}")

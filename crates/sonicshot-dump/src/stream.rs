@@ -17,11 +17,16 @@ pub(crate) const SECTION_END: u8 = 3;
 pub(crate) const FLAG_ZERO: u64 = 0x02;
 pub(crate) const FLAG_PAGE: u64 = 0x08;
 pub(crate) const FLAG_CONTINUE: u64 = 0x20;
+/// A page as what changed since it was last sent.
+const FLAG_XBZRLE: u64 = 0x40;
+/// A page compressed by QEMU itself (before QEMU 9.1).
+const FLAG_COMPRESSED: u64 = 0x100;
 /// Nothing follows it: only of use to the channels of multifd.
 pub(crate) const FLAG_MULTIFD_FLUSH: u64 = 0x200;
 const FLAGS: u64 = TARGET_PAGE.wrapping_sub(1);
 /// A page that is noted to be zero takes this much of the file.
 const ZERO_RECORD: u64 = 9;
+const WITH_DELTAS: &str = "a migration stream with deltas (xbzrle)";
 
 /// A classic migration stream.
 #[derive(Debug, Clone)]
@@ -73,7 +78,7 @@ impl Stream {
                 "multifd",
                 "a migration stream of several channels (multifd)",
             ),
-            ("xbzrle", "a migration stream with deltas (xbzrle)"),
+            ("xbzrle", WITH_DELTAS),
         ] {
             if start.has(capability) {
                 let path = path.to_owned();
@@ -136,6 +141,10 @@ impl Stream {
         data: GuestBytes<'_>,
         mut each: impl FnMut(&Record) -> Result<(), DumpError>,
     ) -> Result<u64, DumpError> {
+        let unsupported = |kind| DumpError::Unsupported {
+            path: path.to_owned(),
+            kind,
+        };
         let mut cursor = Cursor::new(path, data, self.records_at);
         let mut block = None;
         let mut last_part = false;
@@ -150,6 +159,11 @@ impl Stream {
                     FLAG_EOS => break,
                     FLAG_MULTIFD_FLUSH => continue,
                     FLAG_PAGE | FLAG_ZERO => {}
+                    // QEMU does not say ahead that it sends such pages.
+                    FLAG_XBZRLE => return Err(unsupported(WITH_DELTAS)),
+                    FLAG_COMPRESSED => {
+                        return Err(unsupported("a migration stream with compressed pages"));
+                    }
                     other => return Err(cursor.malformed("the kind of a page's record", other)),
                 }
                 if flags & FLAG_CONTINUE == 0 {

@@ -355,17 +355,28 @@ fn a_stream_cut_short_or_of_another_kind_is_refused() {
         fs::write(&path, &bytes[..len]).unwrap();
         Dump::open(&path, Some(&LayoutSpec::Flat)).unwrap_err();
     }
-    // The kind of the first page's record: a delta, a compressed page, nothing known.
+    // The kind of the first page's record: nothing known, a delta, a compressed page.
     let at = bytes
         .windows(7)
         .position(|part| part == b"\x08\x06pc.ra")
         .unwrap();
-    for kind in [0x40, 0x04, 0x80, 0x0a] {
+    for (kind, expected) in [
+        (0x04, "the kind of a page's record"),
+        (0x80, "the kind of a page's record"),
+        (0x0a, "the kind of a page's record"),
+        (0x140, "the kind of a page's record"),
+        (0x40, "with deltas"),
+        (0x100, "with compressed pages"),
+    ] {
         let mut bytes = bytes.clone();
-        bytes[at] = kind;
+        bytes[at - 1..=at].copy_from_slice(&u16::to_be_bytes(kind));
         fs::write(&path, &bytes).unwrap();
         let error = Dump::open(&path, None).unwrap_err();
-        assert!(matches!(error, DumpError::Malformed { .. }), "{error}");
+        match error {
+            DumpError::Malformed { what, .. } => assert_eq!(what, expected, "{kind:#x}"),
+            DumpError::Unsupported { kind: what, .. } => assert!(what.contains(expected), "{what}"),
+            error => panic!("{kind:#x}: {error}"),
+        }
     }
 }
 
