@@ -165,7 +165,11 @@ def memory(spec, ram, incoming):
     if spec.get("virtio_mem"):
         mib, plugged = spec["virtio_mem"]
         options += backend("vmem0", mib)
-        options += ["-device", f"virtio-mem-pci,id=vm0,memdev=vmem0,requested-size={plugged}M"]
+        device = f"virtio-mem-pci,id=vm0,memdev=vmem0,requested-size={plugged}M"
+        if spec["kernel"]["series"].startswith("5.10"):
+            # Linux 5.16 is the first that may be told to keep off what is not plugged in.
+            device += ",unplugged-inaccessible=off"
+        options += ["-device", device]
     return options
 
 
