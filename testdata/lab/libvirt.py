@@ -271,28 +271,13 @@ def restore(daemon, name, folder, image, torture):
         guest.quit()
 
 
-def layout_of(spec):
-    """`--layout` for a guest that sonicshot cannot place alone."""
-    if not spec.get("cold_dimm"):
-        return []
-    ranges = [(part["gpa"], part["gpa"] + part["len"])
-              for part in machine.layout(spec["machine"], spec["mem"])]
-    places = ["ram-node0=" + ",".join(f"{start:#x}-{end:#x}" for start, end in ranges)]
-    # QEMU begins with them at the first whole GiB behind all other memory.
-    at = max(4 << 30, (ranges[-1][1] + (1 << 30) - 1) >> 30 << 30)
-    for number, mib in enumerate(spec["cold_dimm"]):
-        places.append(f"memdimm{number}={at:#x}-{at + (mib << 20):#x}")
-        at += mib << 20
-    return ["--layout", ";".join(places)]
-
-
-def prune(tool, image, out, in_place, options):
+def prune(tool, image, out, in_place):
     """Returns what sonicshot says when it refuses, or nothing."""
     if in_place:
         run("cp", "--sparse=auto", image, out)
-        command = [tool, "prune", out, "--in-place", *options]
+        command = [tool, "prune", out, "--in-place"]
     else:
-        command = [tool, "prune", image, "-o", out, *options]
+        command = [tool, "prune", image, "-o", out]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     return " ".join(done.stderr.split()) if done.returncode else ""
 
@@ -318,7 +303,7 @@ def prove(daemon, name, spec, forms, tool, torture):
         out.unlink(missing_ok=True)
         try:
             if tool:
-                refused = prune(tool, image, out, how == "in-place", layout_of(spec))
+                refused = prune(tool, image, out, how == "in-place")
                 if refused:
                     row["restored"] = f"not pruned: {refused}"
                     continue

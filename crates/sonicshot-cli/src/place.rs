@@ -11,6 +11,8 @@ use std::collections::HashMap;
 
 /// Firmware keeps less than this of the RAM at the top of the low part for itself.
 const FIRMWARE: u64 = 128 << 20;
+/// A device's own memory of this length is worth a word.
+const NOTABLE: u64 = 128 << 20;
 /// So many ways to lay out a dump are tried.
 const MAX_ATTEMPTS: usize = 64;
 const FROM_FILE: &str = "from the file";
@@ -499,14 +501,7 @@ impl Plugged {
             };
             let ranges: Vec<GpaRange> = ram.iter().filter(free).copied().collect();
             if these.clone().count() != ranges.len() {
-                plugged.notes.extend(these.map(|block| {
-                    format!(
-                        "memory block {} ({}) is kept as it is: where it lies in the guest is \
-                         not known (--layout can tell)",
-                        block.name,
-                        size(len)
-                    )
-                }));
+                plugged.notes.extend(these.map(|block| kept(block)));
                 continue;
             }
             let places = these.zip(&ranges);
@@ -556,11 +551,17 @@ impl Plugged {
     }
 
     fn placed<T>(self, dump: Dump, origin: &'static str, value: T) -> Placed<T> {
+        let mut notes = self.notes;
+        // A virtio-mem device of QEMU 5 to 7 does not say where its memory lies.
+        notes.extend(dump.ram_blocks().iter().filter_map(|block| {
+            let large = block.kind == BlockKind::Device && block.len >= NOTABLE;
+            (large && block.ranges.is_empty()).then(|| kept(block))
+        }));
         Placed {
             dump,
             origin,
             shared: self.shared,
-            notes: self.notes,
+            notes,
             value,
         }
     }
@@ -646,6 +647,16 @@ fn lists_by_place(
         }
     }
     Ok(votes)
+}
+
+/// What to say of a block whose place is not known.
+fn kept(block: &RamBlock) -> String {
+    format!(
+        "memory block {} ({}) is kept as it is: where it lies in the guest is not known (--layout \
+         can tell)",
+        block.name,
+        size(block.len)
+    )
 }
 
 /// Where blocks of one length may lie in each other's place, keeps what is not free in all of the
