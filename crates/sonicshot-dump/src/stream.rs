@@ -202,12 +202,9 @@ impl Stream {
         }
     }
 
-    /// Where each page of the guest's RAM is in the file.
-    pub(crate) fn extents(
-        &self,
-        path: &Path,
-        data: GuestBytes<'_>,
-    ) -> Result<Vec<Extent>, DumpError> {
+    /// Where the bytes of each page are that count, the last that came, of each block that is
+    /// looked into; 0 where it is zero.
+    fn places(&self, path: &Path, data: GuestBytes<'_>) -> Result<Vec<Vec<u64>>, DumpError> {
         // 0 is no page's place: the file's magic is there.
         let mut places: Vec<Vec<u64>> = Vec::new();
         for block in &self.blocks {
@@ -229,6 +226,16 @@ impl Stream {
             *place = if record.has_data() { record.data } else { 0 };
             Ok(())
         })?;
+        Ok(places)
+    }
+
+    /// Where each page of the guest's RAM is in the file.
+    pub(crate) fn extents(
+        &self,
+        path: &Path,
+        data: GuestBytes<'_>,
+    ) -> Result<Vec<Extent>, DumpError> {
+        let places = self.places(path, data)?;
         let mut extents: Vec<Extent> = Vec::new();
         for (block, places) in self.blocks.iter().zip(places) {
             for (address, place) in (0_u64..).step_by(4096).zip(places) {
@@ -242,7 +249,7 @@ impl Stream {
     }
 
     /// Hands out the pruned stream piece by piece: stretches of the file to be copied, and bytes
-    /// to be written instead of a dropped page.
+    /// to be written instead of a dropped page, or of one that came again later.
     pub(crate) fn pruned(
         &self,
         path: &Path,
@@ -250,9 +257,15 @@ impl Stream {
         plan: &PrunePlan,
         mut each: impl FnMut(Part<'_>) -> Result<(), DumpError>,
     ) -> Result<(), DumpError> {
+        let places = self.places(path, data)?;
+        let last = |record: &Record| {
+            let page = usize::try_from(record.address / TARGET_PAGE).ok()?;
+            places.get(record.block?)?.get(page).copied()
+        };
         let mut copied = 0_u64;
         self.walk(path, data, |record| {
-            if !record.has_data() || !self.dropped(record, plan) {
+            let counts = last(record).is_none_or(|place| place == record.data);
+            if !record.has_data() || counts && !self.dropped(record, plan) {
                 return Ok(());
             }
             // The record's beginning stays but for its flags: name and place are the same.
