@@ -1,4 +1,23 @@
-//! Memory dump files as guest memory, read without copying and pruned.
+//! The files that VMMs and dump tools write of a guest's memory: read as guest memory, most of
+//! them without copying, and pruned.
+//!
+//! [`Dump::open`] tells a file's format by its content. A `Dump` is a
+//! [`GuestMemory`], which `sonicshot-vmi` looks into; a [`PrunePlan`](sonicshot::PrunePlan) made
+//! of what it finds goes to [`Dump::prune_to`], [`Dump::prune_in_place`] or
+//! [`Dump::prune_to_writer`].
+//!
+//! | format | module | in place | by copy | into a pipe |
+//! |---|---|---|---|---|
+//! | raw guest RAM, Firecracker, Cloud Hypervisor | `raw`, `overlay`, `snapshot` | yes | yes | |
+//! | ELF core | `elf_core` | | yes | |
+//! | QEMU mapped-ram, libvirt `sparse` | `mapped_ram`, `libvirt` | yes | yes | |
+//! | QEMU migration stream, libvirt `raw`, `gzip`, `zstd` | `stream`, `libvirt` | | yes | yes |
+//! | kdump-compressed | `kdump` | | yes | |
+//! | LiME, AVML | `lime`, `avml` | | | |
+//!
+//! Files are not trusted: every offset and length is checked against the file before it is used,
+//! and what is allocated is bounded by the length of the file. Output appears whole or not at all;
+//! a prune in place leaves a valid dump whenever it is interrupted.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 #![deny(unsafe_code)]
 
