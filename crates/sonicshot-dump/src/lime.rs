@@ -85,6 +85,7 @@ mod tests {
     use super::extents;
     use crate::DumpError;
     use crate::mapped::{MappedDump, map_file, whole};
+    use proptest::prelude::*;
     use sonicshot::{Gpa, GuestMemory};
     use std::path::Path;
 
@@ -150,5 +151,39 @@ mod tests {
         record(&mut twice, 0x10_1000, &[3; 0x10]);
         assert!(matches!(open(&twice), Err(DumpError::Layout { .. })));
         assert!(extents(Path::new(""), (&[][..]).into()).unwrap().is_empty());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Records of any length at any distance, in any order: every byte is where it was.
+        #[test]
+        fn what_is_recorded_is_read(
+            parts in proptest::collection::vec((0_u64..0x3000, 1_usize..0x2800, any::<u8>()), 1..8),
+            turn in 0_usize..8,
+        ) {
+            let mut at = 0;
+            let mut records = Vec::new();
+            for (gap, len, seed) in parts {
+                at += gap;
+                let data: Vec<u8> = (0..len).map(|n| seed.wrapping_add((n % 251).to_le_bytes()[0])).collect();
+                records.push((at, data));
+                at += len as u64;
+            }
+            let mut file = Vec::new();
+            let turn = turn % records.len();
+            let (first, last) = records.split_at(turn);
+            for (start, data) in last.iter().chain(first) {
+                record(&mut file, *start, data);
+            }
+            let dump = open(&file).unwrap();
+            let total: u64 = records.iter().map(|(_, data)| data.len() as u64).sum();
+            prop_assert_eq!(dump.layout().bytes(), total);
+            for (start, data) in &records {
+                let mut there = vec![0; data.len()];
+                dump.read(Gpa::new(*start), &mut there).unwrap();
+                prop_assert!(there == *data);
+            }
+        }
     }
 }
