@@ -11,7 +11,7 @@ use crate::qemu::{CAPABILITIES, Cursor, FLAG_EOS, FLAG_MEM_SIZE, SUBSECTION, Sta
 use crate::stream::{
     FLAG_CONTINUE, FLAG_MULTIFD_FLUSH, FLAG_PAGE, FLAG_ZERO, SECTION_END, SECTION_PART, Stream,
 };
-use crate::{BlockKind, Dump, DumpError, Format};
+use crate::{BlockKind, Dump, DumpError, Format, RamBlock};
 use sonicshot::GuestBytes;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -20,12 +20,16 @@ use std::path::Path;
 /// Where the pages of a block begin is a multiple of this, for direct I/O.
 const PAGES_ALIGN: u64 = 1 << 20;
 const FOOTER: u8 = 0x7e;
+/// The header of a block in a mapped-ram file.
+const HEADER_LEN: u64 = 28;
+/// The shortest record of a page in a stream.
+const MIN_RECORD: u64 = 9;
 /// The header of the section `ram`: kind, number, name, instance, version.
 const RAM_HEADER: u64 = 17;
 
 impl Dump {
     /// Writes the migration file again as a mapped-ram file, which QEMU 9 and later loads with
-    /// the capability of that name.
+    /// the capability of that name. Of a libvirt image that is the migration file in it.
     ///
     /// # Errors
     /// [`DumpError::CannotConvert`] if it is no migration file, and what reading and writing
@@ -36,17 +40,11 @@ impl Dump {
         overwrite: Overwrite,
         progress: Progress<'_>,
     ) -> Result<u64, DumpError> {
-        let (Some(dump), Format::Stream(stream)) = (self.mapped(), self.format_data()) else {
-            return Err(self.cannot_convert("a mapped-ram file"));
-        };
-        dump.check_length()?;
-        let output = Output::create(out, overwrite, self.file())?;
-        let mut writer = Writer::new(dump, &output, progress);
-        stream_to_mapped(dump, stream, self.payload_at(), &mut writer)?;
-        output.finish()
+        self.to_migration(out, overwrite, progress, write_mapped, "a mapped-ram file")
     }
 
-    /// Writes the migration file again as a classic stream, which every QEMU since 5 loads.
+    /// Writes the migration file again as a classic stream, which every QEMU since 5 loads. Of a
+    /// libvirt image that is the migration file in it.
     ///
     /// # Errors
     /// As [`to_mapped_ram`](Self::to_mapped_ram).
@@ -56,23 +54,47 @@ impl Dump {
         overwrite: Overwrite,
         progress: Progress<'_>,
     ) -> Result<u64, DumpError> {
-        let (Some(dump), Format::MappedRam(ram)) = (self.mapped(), self.format_data()) else {
-            return Err(self.cannot_convert("a migration stream"));
-        };
-        dump.check_length()?;
-        let output = Output::create(out, overwrite, self.file())?;
-        let mut writer = Writer::new(dump, &output, progress);
-        mapped_to_stream(dump, ram, self.payload_at(), &mut writer)?;
-        output.finish()
+        self.to_migration(out, overwrite, progress, write_stream, "a migration stream")
     }
 
-    fn cannot_convert(&self, to: &'static str) -> DumpError {
-        DumpError::CannotConvert {
+    fn to_migration(
+        &self,
+        out: &Path,
+        overwrite: Overwrite,
+        progress: Progress<'_>,
+        write: fn(&Content<'_>, &mut Writer<'_>) -> Result<(), DumpError>,
+        to: &'static str,
+    ) -> Result<u64, DumpError> {
+        let cannot = || DumpError::CannotConvert {
             path: self.path().into(),
             format: self.format(),
             to,
-        }
+        };
+        let dump = self.mapped().ok_or_else(cannot)?;
+        dump.check_length()?;
+        let content = match self.format_data() {
+            Format::Stream(stream) => of_stream(dump, stream, self.payload_at())?,
+            Format::MappedRam(ram) => of_mapped(dump, ram, self.payload_at())?,
+            _ => return Err(cannot()),
+        };
+        let output = Output::create(out, overwrite, self.file())?;
+        write(&content, &mut Writer::new(dump, &output, progress))?;
+        output.finish()
     }
+}
+
+/// What both kinds of file hold.
+struct Content<'a> {
+    start: &'a Start,
+    blocks: &'a [RamBlock],
+    /// Where each page of each block is; 0 where it is zero.
+    places: Vec<Vec<u64>>,
+    /// Where the file begins.
+    begin: u64,
+    /// The sections behind the memory's first part: where they begin and end.
+    between: (u64, u64),
+    /// Where what follows the memory begins.
+    end: u64,
 }
 
 /// Writes one piece after the other.
@@ -175,9 +197,9 @@ impl<'a> Writer<'a> {
         self.bytes(&start.ram_section.to_be_bytes())
     }
 
-    /// The end of the file.
-    fn end(&mut self) -> Result<(), DumpError> {
-        self.flush()?;
+    /// All of the input from `from` on, and the end of the file.
+    fn rest(&mut self, from: u64) -> Result<(), DumpError> {
+        self.long(from, self.dump.file_len())?;
         let writing = DumpError::io("writing", self.output.path());
         self.file().set_len(self.at).map_err(writing)
     }
@@ -248,29 +270,22 @@ fn rest_of_ram(
     }
 }
 
-fn stream_to_mapped(
+fn of_stream<'a>(
     dump: &MappedDump,
-    stream: &Stream,
+    stream: &'a Stream,
     begin: u64,
-    out: &mut Writer<'_>,
-) -> Result<(), DumpError> {
+) -> Result<Content<'a>, DumpError> {
     let (path, data) = (dump.path(), dump.bytes());
-    let start = &stream.start;
-    // Where each page's bytes are; 0 where it is zero.
     let mut places: Vec<Vec<u64>> = Vec::new();
-    let limit = (data.len() as u64 / 9).saturating_add(1);
+    let limit = (data.len() as u64 / MIN_RECORD).saturating_add(1);
     let mut total = 0_u64;
     for block in &stream.blocks {
         let pages = block.len / TARGET_PAGE;
         total = total.saturating_add(pages);
         // A short file must not claim a lot of memory.
         if total > limit {
-            return Err(DumpError::malformed(
-                path,
-                "the size of all memory",
-                begin,
-                total,
-            ));
+            let what = "the size of all memory";
+            return Err(DumpError::malformed(path, what, begin, total));
         }
         places.push(vec![0; usize::try_from(pages).unwrap_or(usize::MAX)]);
     }
@@ -285,8 +300,58 @@ fn stream_to_mapped(
         *place = if record.has_data() { record.data } else { 0 };
         Ok(())
     })?;
-    out.head(start, begin, true)?;
-    for (block, places) in stream.blocks.iter().zip(&places) {
+    let mut cursor = Cursor::new(path, data, stream.records_at);
+    let mut between = (0, 0);
+    if matches!(cursor.u64(), Ok(FLAG_EOS)) {
+        cursor.footer(stream.start.ram_section)?;
+        between.0 = cursor.at;
+        crate::qemu::other_sections(&mut cursor, &mut Start::default())?;
+        between.1 = cursor.at;
+    }
+    Ok(Content {
+        start: &stream.start,
+        blocks: &stream.blocks,
+        places,
+        begin,
+        between,
+        end,
+    })
+}
+
+fn of_mapped<'a>(
+    dump: &MappedDump,
+    ram: &'a MappedRam,
+    begin: u64,
+) -> Result<Content<'a>, DumpError> {
+    let (path, data) = (dump.path(), dump.bytes());
+    let (between, end) = rest_of_ram(path, data, &ram.start, ram.after)?;
+    let mut places = Vec::new();
+    for store in &ram.stores {
+        // Room for all of its pages is in the file, as was checked when it was opened.
+        let bitmap = store.bitmap(path, data)?;
+        let pages = 0..store.len / TARGET_PAGE;
+        let place = |page: u64| {
+            let there = store
+                .pages_offset
+                .saturating_add(page.saturating_mul(TARGET_PAGE));
+            if is_set(&bitmap, page) { there } else { 0 }
+        };
+        places.push(pages.map(place).collect());
+    }
+    Ok(Content {
+        start: &ram.start,
+        blocks: &ram.blocks,
+        places,
+        begin,
+        between: (ram.after, between),
+        end,
+    })
+}
+
+fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpError> {
+    let start = content.start;
+    out.head(start, content.begin, true)?;
+    for (block, places) in content.blocks.iter().zip(&content.places) {
         out.name(&block.name)?;
         out.word(block.len)?;
         let mut bitmap = Vec::new();
@@ -296,7 +361,7 @@ fn stream_to_mapped(
                 byte | u8::from(*place != 0) << bit
             }));
         }
-        let bitmap_at = out.position().saturating_add(28);
+        let bitmap_at = out.position().saturating_add(HEADER_LEN);
         let pages_at = bitmap_at
             .saturating_add(bitmap.len() as u64)
             .next_multiple_of(PAGES_ALIGN);
@@ -318,74 +383,43 @@ fn stream_to_mapped(
         out.seek(at)?;
     }
     out.footer(start)?;
-    let (from, to) = sections_between(path, data, stream)?;
-    out.long(from, to)?;
+    out.long(content.between.0, content.between.1)?;
     out.bytes(&[SECTION_END])?;
     out.bytes(&start.ram_section.to_be_bytes())?;
     out.footer(start)?;
-    out.long(end, data.len() as u64)?;
-    out.end()
+    out.rest(content.end)
 }
 
-/// The sections that stand behind the memory's first part in a stream: where they begin and end.
-fn sections_between(
-    path: &Path,
-    data: GuestBytes<'_>,
-    stream: &Stream,
-) -> Result<(u64, u64), DumpError> {
-    let mut cursor = Cursor::new(path, data, stream.records_at);
-    if !matches!(cursor.u64(), Ok(FLAG_EOS)) {
-        return Ok((0, 0));
-    }
-    cursor.footer(stream.start.ram_section)?;
-    let begin = cursor.at;
-    crate::qemu::other_sections(&mut cursor, &mut Start::default())?;
-    Ok((begin, cursor.at))
-}
-
-fn mapped_to_stream(
-    dump: &MappedDump,
-    ram: &MappedRam,
-    begin: u64,
-    out: &mut Writer<'_>,
-) -> Result<(), DumpError> {
-    let (path, data) = (dump.path(), dump.bytes());
-    let start = &ram.start;
-    let (between, end) = rest_of_ram(path, data, start, ram.after)?;
-    out.head(start, begin, false)?;
-    for block in &ram.blocks {
+fn write_stream(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpError> {
+    let start = content.start;
+    out.head(start, content.begin, false)?;
+    for block in content.blocks {
         out.name(&block.name)?;
         out.word(block.len)?;
     }
     out.footer(start)?;
-    out.long(ram.after, between)?;
+    out.long(content.between.0, content.between.1)?;
     out.bytes(&[SECTION_END])?;
     out.bytes(&start.ram_section.to_be_bytes())?;
-    for (block, store) in ram.blocks.iter().zip(&ram.stores) {
-        let bitmap = store.bitmap(path, data)?;
-        let mut first = true;
-        for page in 0..store.len / TARGET_PAGE {
-            let there = is_set(&bitmap, page);
+    for (block, places) in content.blocks.iter().zip(&content.places) {
+        let mut again = 0;
+        for (address, place) in (0_u64..).step_by(4096).zip(places) {
             // Like QEMU, nothing of what is not plugged in.
-            if !there && block.kind == BlockKind::VirtioMem {
+            if *place == 0 && block.kind == BlockKind::VirtioMem {
                 continue;
             }
-            let address = page.saturating_mul(TARGET_PAGE);
-            let kind = if there { FLAG_PAGE } else { FLAG_ZERO };
-            let again = if first { 0 } else { FLAG_CONTINUE };
+            let kind = if *place == 0 { FLAG_ZERO } else { FLAG_PAGE };
             out.word(address | kind | again)?;
-            if first {
+            if again == 0 {
                 out.name(&block.name)?;
-                first = false;
+                again = FLAG_CONTINUE;
             }
-            if there {
-                out.small(store.pages_offset.saturating_add(address), TARGET_PAGE)?;
-            } else {
-                out.bytes(&[0])?;
+            match *place {
+                0 => out.bytes(&[0])?,
+                place => out.small(place, TARGET_PAGE)?,
             }
         }
     }
     out.footer(start)?;
-    out.long(end, data.len() as u64)?;
-    out.end()
+    out.rest(content.end)
 }

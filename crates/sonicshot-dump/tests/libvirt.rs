@@ -233,9 +233,30 @@ fn what_comes_through_a_pipe_goes_out_through_one() {
 fn only_what_is_in_a_migration_file_is_converted_to_one() {
     let folder = tempfile::tempdir().unwrap();
     let (path, out) = (folder.path().join("in"), folder.path().join("out"));
-    let plain = open(&path, &stream()).unwrap();
-    let error = plain.to_stream(&out, Overwrite::Refuse, &mut |_, _| {});
-    assert!(matches!(error, Err(DumpError::CannotConvert { .. })));
+    let quiet = &mut |_, _| {};
+    // Out of a libvirt image comes what is in it, in either kind.
+    let image_path = folder.path().join("image");
+    let bare = open(&path, &stream()).unwrap();
+    bare.to_stream(&out, Overwrite::Refuse, quiet).unwrap();
+    let normal = fs::read(&out).unwrap();
+    for format in [0, 5] {
+        let dump = open(&image_path, &image(format, &stream())).unwrap();
+        dump.to_stream(&out, Overwrite::Replace, quiet).unwrap();
+        assert!(fs::read(&out).unwrap() == normal);
+    }
+    let file = File::new(vec![Block("ram0", vec![Some(1), None, Some(3)])]);
+    open(&path, &file.bytes())
+        .unwrap()
+        .to_mapped_ram(&out, Overwrite::Replace, quiet)
+        .unwrap();
+    let normal = fs::read(&out).unwrap();
+    let sparse = open(&image_path, &file.bytes_behind(&header(6))).unwrap();
+    sparse
+        .to_mapped_ram(&out, Overwrite::Replace, quiet)
+        .unwrap();
+    assert!(fs::read(&out).unwrap() == normal);
+    assert_eq!(first_bytes(&Dump::open(&out, None).unwrap()), [1, 0, 3]);
+    fs::remove_file(&out).unwrap();
     let raw = open(&path, &[7; 8192]).unwrap();
     for error in [
         raw.to_stream(&out, Overwrite::Refuse, &mut |_, _| {}),
