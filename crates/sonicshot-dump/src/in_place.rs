@@ -90,8 +90,11 @@ impl Dump {
             fstatfs(dump.file()).map_err(|error| DumpError::io("reading", path)(error.into()))?;
         let block = block_size(&system);
         let data = Data::of(dump, &system);
-        let runs = data.held(&join(runs), stats.disk_before);
+        let runs = join(runs);
+        // By all that is dropped, whether it is a hole already or not: so a prune that follows an
+        // interrupted one leaves what that would have left.
         let min_hole = options.min_hole.unwrap_or_else(|| smallest_hole(&runs));
+        let runs = data.held(&runs, stats.disk_before);
         let mut holes = Vec::with_capacity(runs.len());
         for (offset, len) in runs {
             let hole = whole_blocks((offset, len), block);
