@@ -1,6 +1,6 @@
 //! The command line.
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use sonicshot::PageClass;
 use sonicshot::checkpoint::Compression;
 use sonicshot_dump::LayoutSpec;
@@ -57,7 +57,8 @@ pub(crate) struct InputArgs {
     #[arg(long, value_name = "FILE")]
     pub symbols: Vec<PathBuf>,
     /// Where a raw file's bytes lie: pc, q35, firecracker, firecracker-old, flat or
-    /// START-END,... Without it, found out by the guest's own memory map
+    /// START-END,... Of a QEMU file with several blocks of memory, where each lies:
+    /// BLOCK=START-END,...;BLOCK=... Without it, found out by the guest's own memory map
     #[arg(long, value_name = "LAYOUT")]
     pub layout: Option<LayoutSpec>,
     /// The memory that the dump is a diff to: a Firecracker diff snapshot is read over it
@@ -71,9 +72,9 @@ pub(crate) struct InputArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// Dumps: raw guest RAM, an ELF core, a QEMU migration file or stream, kdump-compressed,
-    /// LiME, AVML; a Cloud Hypervisor snapshot folder, or one with a Firecracker state and memory
-    /// file; a checkpoint
+    /// Dumps: raw guest RAM, an ELF core, a QEMU migration file or stream, a libvirt save image,
+    /// kdump-compressed, LiME, AVML; a Cloud Hypervisor snapshot folder, or one with a Firecracker
+    /// state and memory file; a checkpoint; `-` is standard input
     #[arg(value_name = "FILE|DIR", required = true)]
     pub files: Vec<PathBuf>,
     #[command(flatten)]
@@ -90,16 +91,18 @@ pub(crate) struct InspectArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("where").required(true).multiple(true).args(["output", "in_place", "dry_run"]))]
 pub(crate) struct PruneArgs {
-    /// Dumps: raw guest RAM, an ELF core, a QEMU migration file or stream, kdump-compressed;
-    /// a Cloud Hypervisor snapshot folder, or one with a Firecracker state and memory file
+    /// Dumps: raw guest RAM, an ELF core, a QEMU migration file or stream, a libvirt save image,
+    /// kdump-compressed; a Cloud Hypervisor snapshot folder, or one with a Firecracker state and
+    /// memory file; `-` is standard input
     #[arg(value_name = "FILE|DIR", required = true)]
     pub files: Vec<PathBuf>,
     #[command(flatten)]
     pub input: InputArgs,
     /// Where to write the pruned dump, of a folder a folder; of several inputs, the folder that
-    /// the copies go to
-    #[arg(short, long, value_name = "OUT", required_unless_present_any = ["in_place", "dry_run"])]
+    /// the copies go to; `-` is standard output, for a migration stream
+    #[arg(short, long, value_name = "OUT")]
     pub output: Option<PathBuf>,
     /// Punch the pages out of the file itself (raw and mapped-ram files): nothing is copied, and whatever
     /// interrupts it leaves a valid dump

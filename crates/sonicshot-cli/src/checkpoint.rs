@@ -64,9 +64,12 @@ fn blobs(args: &[String]) -> Result<Vec<(&str, PathBuf)>, CliError> {
 /// Whether the file at `path` begins as a checkpoint.
 pub(crate) fn is_checkpoint(path: &Path) -> bool {
     let mut start = [0; 8];
-    File::open(path).is_ok_and(|mut file| {
-        file.read_exact(&mut start).is_ok() && CheckpointReader::<File>::is_checkpoint(&start)
-    })
+    // To open a pipe that nobody writes would take for ever.
+    let is_file = std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file());
+    is_file
+        && File::open(path).is_ok_and(|mut file| {
+            file.read_exact(&mut start).is_ok() && CheckpointReader::<File>::is_checkpoint(&start)
+        })
 }
 
 /// What is known of a dump before it is saved.
@@ -255,6 +258,10 @@ pub(crate) fn open_checkpoint(path: &Path) -> Result<CheckpointReader<File>, Cli
 
 pub(crate) fn restore(args: &RestoreArgs) -> Result<(), CliError> {
     let started = Instant::now();
+    if args.output == Path::new("-") {
+        let what = "a dump is restored to a file, not to standard output: -o OUT";
+        return Err(CliError::Usage { what: what.into() });
+    }
     let failed = checkpoint(&args.file);
     let blobs = blobs(&args.blob)?;
     let reader = open_checkpoint(&args.file)?;

@@ -84,11 +84,16 @@ impl Source {
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<(), CliError> {
     let started = Instant::now();
+    if args.output == Path::new("-") {
+        let what = "what is converted goes to a file, not to standard output: -o OUT";
+        return Err(CliError::Usage { what: what.into() });
+    }
     if !args.force && args.output.exists() {
         let path = args.output.clone();
         return Err(DumpError::Exists { path }.into());
     }
     let mut found = None;
+    let mut notes = Vec::new();
     let source = if checkpoint::is_checkpoint(&args.file) {
         Source::Checkpoint(Box::new(open_checkpoint(&args.file)?))
     } else {
@@ -104,6 +109,8 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<(), CliError> {
                 match place::with_guest(&input, &vmcoreinfo) {
                     Ok(placed) => {
                         found = placed.value;
+                        // What is left out, or may lie elsewhere.
+                        notes = placed.notes;
                         placed.dump
                     }
                     Err(CliError::Guest { .. }) => place::open(&input)?,
@@ -125,8 +132,10 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<(), CliError> {
     let seconds = started.elapsed().as_secs_f64();
     let of_migration = matches!(&source, Source::Dump(dump) if !dump.ram_blocks().is_empty());
     let keeps_state = matches!(args.to, ConvertTo::MappedRam | ConvertTo::Stream);
-    let note = (of_migration && !keeps_state)
-        .then_some("the devices' state is not in the output: a guest cannot be restored from it");
+    if of_migration && !keeps_state {
+        let state = "the devices' state is not in the output: a guest cannot be restored from it";
+        notes.insert(0, state.to_owned());
+    }
     let ram = source.memory().layout();
     if args.json {
         let report = json!({
@@ -135,12 +144,12 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<(), CliError> {
             "ram_bytes": ram.bytes(),
             "disk_bytes": on_disk,
             "seconds": seconds,
-            "notes": note.into_iter().collect::<Vec<_>>(),
+            "notes": notes,
         });
         say!("{report}");
         return Ok(());
     }
-    if let Some(note) = note {
+    for note in &notes {
         eprintln!("note: {note}");
     }
     say!(

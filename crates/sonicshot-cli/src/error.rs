@@ -40,6 +40,8 @@ pub(crate) enum CliError {
     },
     #[error("{}: none of the known layouts agrees with the guest's own memory map", path.display())]
     NoLayout { path: PathBuf },
+    #[error("{} has {count} blocks of memory: where each lies in the guest is not searched for", path.display())]
+    ManyBlocks { path: PathBuf, count: usize },
     #[error("{} has a hole where the guest has records of its pages, at {at}", path.display())]
     NotWhole { path: PathBuf, at: Gpa },
     #[error("pages of class {class} are never dropped: the guest's kernel needs them")]
@@ -98,7 +100,11 @@ impl CliError {
                 | DumpError::NoBlock { .. },
             ) => 2,
             Self::Dump(DumpError::InUse { .. } | DumpError::MayBeInUse { .. }) => 6,
-            Self::Dump(_) | Self::Memory(_) | Self::Checkpoint { .. } | Self::NoLayout { .. } => 3,
+            Self::Dump(_)
+            | Self::Memory(_)
+            | Self::Checkpoint { .. }
+            | Self::NoLayout { .. }
+            | Self::ManyBlocks { .. } => 3,
             Self::NotWhole { .. } => 4,
             Self::Guest { source, .. } => match source {
                 VmiError::Inconsistent(_) => 5,
@@ -128,6 +134,9 @@ impl CliError {
             Self::Dump(DumpError::Changed { .. } | DumpError::Modified { .. }) => {
                 "stop whatever writes the dump, then run this again"
             }
+            Self::Dump(DumpError::Io { action, .. }) if action.contains("temporary file") => {
+                "name a folder with room for the guest's memory in TMPDIR"
+            }
             Self::Dump(DumpError::NotAStream { .. }) => "give a file: -o OUT",
             Self::Dump(DumpError::Compressed { .. }) => {
                 "the file is damaged or was cut short: take another copy of it"
@@ -153,6 +162,7 @@ impl CliError {
                 ..
             } => "the file was damaged after it was written: take another copy of it",
             Self::NoLayout { .. }
+            | Self::ManyBlocks { .. }
             | Self::Dump(DumpError::NoLayout { .. } | DumpError::Json { .. }) => {
                 "say where RAM lies with --layout"
             }

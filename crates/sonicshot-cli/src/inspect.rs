@@ -59,6 +59,15 @@ fn one(args: &InspectArgs, input: &Input<'_>) -> Result<(u64, u64), CliError> {
         if dump.is_ok_and(|dump| dump == (there.dev(), there.ino())) {
             return Err(CliError::OverDump { path: path.clone() });
         }
+        if !there.is_file() {
+            let source = io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file");
+            let (action, path) = ("replacing", path.clone());
+            return Err(CliError::Io {
+                action,
+                path,
+                source,
+            });
+        }
     }
     let analysis = analyze(input)?;
     let zero_pages = count_zero_pages(&analysis.dump, &analysis.pages.map)?;

@@ -134,6 +134,12 @@ fn the_list_of_frames_is_not_written_over_the_dump() {
     let run = sonicshot(&["inspect", text(&dump), "--pfns", text(&taken)]);
     assert_eq!(run.status.code(), Some(1), "{}", stderr(&run));
     assert_eq!(fs::read(&taken).unwrap(), b"precious");
+    // Nor over what is no file, such as /dev/null.
+    let socket = folder.path().join("socket");
+    let _bound = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let run = sonicshot(&["inspect", text(&dump), "--pfns", text(&socket), "--force"]);
+    assert_eq!(run.status.code(), Some(1), "{}", stderr(&run));
+    assert!(!fs::metadata(&socket).unwrap().is_file());
 }
 
 #[test]
@@ -201,4 +207,30 @@ fn help_names_every_exit_code() {
             .code(),
         Some(2)
     );
+}
+
+/// A pipe without a writer is not waited for, whatever is to be done with it.
+#[test]
+fn a_named_pipe_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("pipe");
+    let made = Command::new("mkfifo").arg(&pipe).status().unwrap();
+    assert!(made.success());
+    let (pipe, out) = (text(&pipe), folder.path().join("out"));
+    for args in [
+        vec!["inspect", pipe],
+        vec!["prune", pipe, "--in-place"],
+        vec!["convert", pipe, "--to", "elf", "-o", text(&out)],
+        vec!["save", pipe, "-o", text(&out)],
+    ] {
+        let run = sonicshot(&args);
+        assert_eq!(run.status.code(), Some(3), "{args:?}: {}", stderr(&run));
+    }
+}
+
+#[test]
+fn where_to_prune_to_must_be_said() {
+    let run = sonicshot(&["prune", "x"]);
+    assert_eq!(run.status.code(), Some(2));
+    assert!(stderr(&run).contains("--in-place"), "{}", stderr(&run));
 }

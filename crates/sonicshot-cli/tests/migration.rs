@@ -227,6 +227,9 @@ fn a_conversion_says_what_it_leaves_out_and_writes_over_nothing() {
     ]);
     assert_eq!(run.status.code(), Some(1), "{}", stderr(&run));
     assert!(fs::read(at("raw")).unwrap() == ram());
+    // A file named `-` is not what anybody means.
+    let run = sonicshot(&["convert", text(&at("raw")), "-o", "-", "--to", "elf"]);
+    assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
     // A raw file holds no devices' state to make a stream of.
     for format in ["stream", "mapped-ram"] {
         let run = sonicshot(&[
@@ -240,4 +243,39 @@ fn a_conversion_says_what_it_leaves_out_and_writes_over_nothing() {
         assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
         assert!(!at("x").exists());
     }
+}
+
+/// A short file with thousands of blocks must not be laid out in every way.
+#[test]
+fn of_many_blocks_no_order_is_searched() {
+    const COUNT: u64 = 4096;
+    let mut out = b"QEVM\0\0\0\x03\x07\0\0\0\x0epc-i440fx-10.0\x01\0\0\0\x02\x03ram".to_vec();
+    out.extend([0, 0, 0, 0, 0, 0, 0, 4]);
+    out.extend((COUNT * PAGE as u64 | 4).to_be_bytes());
+    let names: Vec<String> = (0..COUNT).map(|n| format!("ram{n:04}")).collect();
+    for name in &names {
+        out.push(7);
+        out.extend(name.as_bytes());
+        out.extend((PAGE as u64).to_be_bytes());
+    }
+    let end = b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02";
+    out.extend(end);
+    out.extend(b"\x03\0\0\0\x02");
+    for name in &names {
+        out.extend(2_u64.to_be_bytes());
+        out.push(7);
+        out.extend(name.as_bytes());
+        out.push(0);
+    }
+    out.extend(end);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("stream");
+    fs::write(&path, out).unwrap();
+    let run = sonicshot(&["inspect", text(&path)]);
+    assert_eq!(run.status.code(), Some(3), "{}", stderr(&run));
+    let message = stderr(&run);
+    assert!(
+        message.contains("4096 blocks") && message.contains("--layout"),
+        "{message}"
+    );
 }

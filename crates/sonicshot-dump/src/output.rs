@@ -43,7 +43,8 @@ impl Output {
         input: &File,
     ) -> Result<Self, DumpError> {
         let ours = input.metadata().map_err(DumpError::io("reading", path))?;
-        if let Ok(there) = std::fs::metadata(path)
+        let there = std::fs::metadata(path).ok();
+        if let Some(there) = &there
             && (there.dev(), there.ino()) == (ours.dev(), ours.ino())
         {
             return Err(DumpError::SameFile { path: path.into() });
@@ -51,6 +52,11 @@ impl Output {
         // Not followed, for it is the link itself that would be replaced.
         if overwrite == Overwrite::Refuse && std::fs::symlink_metadata(path).is_ok() {
             return Err(DumpError::Exists { path: path.into() });
+        }
+        // A folder, a pipe, or a device such as /dev/null, which root could replace.
+        if there.is_some_and(|there| !there.is_file()) {
+            let source = io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file");
+            return Err(DumpError::io("replacing", path)(source));
         }
         let folder = folder_of(path);
         let file = match nameless(folder) {

@@ -11,7 +11,8 @@ use std::path::Path;
 
 /// The subsection with the capabilities that both sides must have.
 pub(crate) const CAPABILITIES: &str = "configuration/capabilities";
-const MAGIC: &[u8; 4] = b"QEVM";
+/// How a migration file begins.
+pub(crate) const MAGIC: &[u8; 4] = b"QEVM";
 const VERSION: u32 = 3;
 const SECTION_START: u8 = 1;
 const SECTION_FULL: u8 = 4;
@@ -379,16 +380,16 @@ pub(crate) fn blocks(
 
 /// Puts a block where the layout has it.
 fn place_named(path: &Path, place: &BlockPlace, blocks: &mut [RamBlock]) -> Result<(), DumpError> {
-    let known: Vec<&str> = blocks.iter().map(|block| block.name.as_str()).collect();
-    let no_block = DumpError::NoBlock {
-        path: path.to_owned(),
-        name: place.name.clone(),
-        known: known.join(", "),
+    let wanted = |block: &RamBlock| block.name == place.name && block.ranges.is_empty();
+    let found = blocks.iter().position(wanted);
+    let Some(block) = found.and_then(|found| blocks.get_mut(found)) else {
+        let known: Vec<&str> = blocks.iter().map(|block| block.name.as_str()).collect();
+        return Err(DumpError::NoBlock {
+            path: path.to_owned(),
+            name: place.name.clone(),
+            known: known.join(", "),
+        });
     };
-    let block = blocks
-        .iter_mut()
-        .find(|block| block.name == place.name && block.ranges.is_empty())
-        .ok_or(no_block)?;
     let described = sum(&place.ranges);
     if described != block.len {
         return Err(DumpError::LayoutLength {

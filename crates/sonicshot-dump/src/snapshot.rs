@@ -73,6 +73,13 @@ impl SnapshotFiles {
         let path = path.as_ref();
         let metadata = fs::metadata(path).map_err(DumpError::io("opening", path))?;
         if !metadata.is_dir() {
+            // To open a pipe that nobody writes would take for ever.
+            if !metadata.is_file() {
+                return Err(DumpError::NotADump {
+                    path: path.to_owned(),
+                    why: "it is not a regular file; what comes through a pipe is given as `-`",
+                });
+            }
             let mut files = Self::file(path, layout);
             let named = path.file_name().is_some_and(|name| name == MEMORY);
             if named && path.with_file_name(STATE).is_file() {

@@ -2,6 +2,7 @@
 //! since a guest's memory is not read from front to back.
 
 use crate::libvirt::{Compression, Image};
+use crate::qemu::MAGIC as MIGRATION;
 use crate::{DumpError, mapped};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -94,6 +95,13 @@ impl Spool {
                 DumpError::io("reading", name)(source)
             })?;
             let piece = buffer.get(..len).unwrap_or_default();
+            // Before more is taken in: what else it may be could be endless, or one in the other.
+            if at == 0 && image.is_some() && !piece.starts_with(MIGRATION) {
+                return Err(DumpError::NotADump {
+                    path: name.to_owned(),
+                    why: "what is compressed in it is no migration file of QEMU's",
+                });
+            }
             write_used(&file, piece, at)
                 .map_err(DumpError::io("writing a temporary file in", &folder))?;
             at = at.saturating_add(len as u64);

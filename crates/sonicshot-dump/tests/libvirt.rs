@@ -178,6 +178,13 @@ fn images_that_lie_or_are_damaged_are_refused() {
         let error = refused(&bytes);
         assert!(!error.to_string().is_empty());
     }
+    // An image in an image, a raw file in one, nothing in one.
+    for content in [image(1, &stream()), vec![0; 1 << 20], Vec::new()] {
+        for format in [1, 5] {
+            let error = refused(&image(format, &content));
+            assert!(matches!(error, DumpError::NotADump { .. }), "{error}");
+        }
+    }
     let mut unfinished = good.clone();
     unfinished[..16].copy_from_slice(b"LibvirtQemudPart");
     assert!(matches!(

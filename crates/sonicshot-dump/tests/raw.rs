@@ -222,7 +222,15 @@ fn an_output_appears_whole_or_not_at_all() {
     let subfolder = folder.path().join("folder");
     fs::create_dir(&subfolder).unwrap();
     assert!(go(&subfolder, Overwrite::Replace).is_err());
-    let before = ["folder", "link", "other-name", "ram", "taken"];
+    // Nor is a device such as /dev/null, or whatever else is no file.
+    let socket = folder.path().join("socket");
+    let _bound = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    assert!(matches!(
+        go(&socket, Overwrite::Replace),
+        Err(DumpError::Io { .. })
+    ));
+    assert!(!fs::metadata(&socket).unwrap().is_file());
+    let before = ["folder", "link", "other-name", "ram", "socket", "taken"];
     assert_eq!(names(folder.path()), before, "something is left");
 
     go(&taken, Overwrite::Replace).unwrap();
@@ -236,7 +244,15 @@ fn an_output_appears_whole_or_not_at_all() {
     assert_eq!(fs::metadata(&fresh).unwrap().nlink(), 1);
     assert_eq!(
         names(folder.path()),
-        ["folder", "fresh", "link", "other-name", "ram", "taken"]
+        [
+            "folder",
+            "fresh",
+            "link",
+            "other-name",
+            "ram",
+            "socket",
+            "taken"
+        ]
     );
     assert!(fs::read(&path).unwrap() == pattern(1, 16 * PAGE));
 }

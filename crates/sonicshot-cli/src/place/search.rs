@@ -12,6 +12,8 @@ use sonicshot_vmi::{LinuxGuest, VmiError};
 const FIRMWARE: u64 = 128 << 20;
 /// So many ways to lay out a dump are tried.
 pub(super) const MAX_ATTEMPTS: usize = 64;
+/// Of more blocks the ways to lay them out are not searched: QEMU has at most 256 slots for memory.
+const MAX_SEARCHED: usize = 256;
 const FROM_FILE: &str = "from the file";
 const BY_GUEST: &str = "found out by the guest's own memory map";
 
@@ -84,6 +86,11 @@ impl<'a> Search<'a> {
             guessed: false,
             origin: FROM_FILE,
         };
+        let count = search.ram().len();
+        if count > MAX_SEARCHED {
+            let path = input.memory().into();
+            return Err(CliError::ManyBlocks { path, count });
+        }
         let candidates = if search.blocks.is_empty() {
             match first.layout_spec() {
                 None => {
