@@ -63,7 +63,7 @@ pub(crate) fn with_guest<T>(
             Ok(Attempt::Unconfirmed) => {
                 unconfirmed.get_or_insert(candidate);
             }
-            Err(error) if search.certain || is_about_symbols(&error) => return Err(error),
+            Err(error) if search.certain || is_about_symbols(input, &error) => return Err(error),
             Err(error) => {
                 // What is wrong with a kernel says more than that there is none.
                 if first_error.as_ref().is_none_or(is_no_kernel) {
@@ -119,8 +119,12 @@ fn is_no_kernel(error: &CliError) -> bool {
     matches!(source, VmiError::NoKernel { .. })
 }
 
-/// A wrong symbol file is wrong in every layout.
-fn is_about_symbols(error: &CliError) -> bool {
+/// A wrong symbol file is wrong in every layout; the guest's own symbols are only where they are
+/// in the right one.
+fn is_about_symbols(input: &Input<'_>, error: &CliError) -> bool {
+    if input.how.symbols.is_empty() {
+        return false;
+    }
     let CliError::Guest { source, .. } = error else {
         return false;
     };

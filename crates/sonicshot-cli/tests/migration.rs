@@ -251,7 +251,7 @@ fn of_many_blocks_no_order_is_searched() {
     const COUNT: u64 = 4096;
     let mut out = b"QEVM\0\0\0\x03\x07\0\0\0\x0epc-i440fx-10.0\x01\0\0\0\x02\x03ram".to_vec();
     out.extend([0, 0, 0, 0, 0, 0, 0, 4]);
-    out.extend((COUNT * PAGE as u64 | 4).to_be_bytes());
+    out.extend((COUNT * PAGE as u64 + 4).to_be_bytes());
     let names: Vec<String> = (0..COUNT).map(|n| format!("ram{n:04}")).collect();
     for name in &names {
         out.push(7);
