@@ -72,9 +72,12 @@ pub(crate) fn with_guest<T>(
             }
         }
     }
-    if let Some(candidate) = unconfirmed
-        && let Attempt::Done(placed) = search.attempt(&candidate, false, work)?
-    {
+    if let Some(candidate) = unconfirmed {
+        let Attempt::Done(placed) = search.attempt(&candidate, false, work)? else {
+            // A kernel was found: what is wrong in other layouts says nothing.
+            let path = input.memory().into();
+            return Err(CliError::NoLayout { path });
+        };
         return Ok(Placed {
             origin: "guessed: the guest's e820 map could not be read",
             ..*placed

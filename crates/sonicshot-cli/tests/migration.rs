@@ -279,3 +279,44 @@ fn of_many_blocks_no_order_is_searched() {
         "{message}"
     );
 }
+
+/// Three blocks of which the guest does not show which lies where: the order is asked for.
+#[test]
+fn an_order_that_the_guest_does_not_show_is_not_guessed() {
+    let (mut out, mut records) = (Vec::new(), Vec::new());
+    let end = b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02";
+    out.extend(b"QEVM\0\0\0\x03\x07\0\0\0\x0epc-i440fx-10.0\x01\0\0\0\x02\x03ram");
+    out.extend([0, 0, 0, 0, 0, 0, 0, 4]);
+    out.extend((ram().len() as u64 | 4).to_be_bytes());
+    let (low, high) = ram().split_at(64 << 20);
+    let (middle, high) = high.split_at(32 << 20);
+    for (name, bytes) in [(b"\x01a", low), (b"\x01b", middle), (b"\x01c", high)] {
+        out.extend(name);
+        out.extend((bytes.len() as u64).to_be_bytes());
+        for (number, page) in bytes.chunks(PAGE).enumerate() {
+            records.extend(((number * PAGE) as u64 | 8).to_be_bytes());
+            records.extend(name);
+            records.extend(page);
+        }
+    }
+    let out = [
+        &out[..],
+        end,
+        b"\x03\0\0\0\x02",
+        &records,
+        end,
+        b"\x04state",
+    ]
+    .concat();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("stream");
+    fs::write(&path, out).unwrap();
+    let run = sonicshot(&["inspect", text(&path)]);
+    assert_eq!(run.status.code(), Some(3), "{}", stderr(&run));
+    assert!(stderr(&run).contains("--layout"), "{}", stderr(&run));
+    let layout = "a=0-64M;b=64M-96M;c=96M-128M";
+    let report = json(&["inspect", text(&path), "--layout", layout, "--json"]);
+    let raw = raw_dump(folder.path(), |_| {});
+    let expected = json(&["inspect", text(&raw), "--json"]);
+    assert_eq!(report["classes"], expected["classes"]);
+}
