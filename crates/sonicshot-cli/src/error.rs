@@ -6,7 +6,7 @@ use sonicshot::{Gpa, MemoryError, PageClass};
 use sonicshot_dump::{DumpError, KdumpWriteError};
 use sonicshot_vmi::VmiError;
 use std::error::Error;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -248,7 +248,12 @@ impl CliError {
     }
 }
 
-/// Whether a file takes less of the disk than it is long.
+/// Whether a file takes less of the disk than it is long, and may be a diff: nothing that begins
+/// as a migration file is.
 fn has_holes(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|file| file.blocks().saturating_mul(512) < file.len())
+    let mut start = [0; 4];
+    let begins = std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut start));
+    begins.is_ok()
+        && !matches!(&start, b"QEVM" | b"Libv")
+        && std::fs::metadata(path).is_ok_and(|file| file.blocks().saturating_mul(512) < file.len())
 }

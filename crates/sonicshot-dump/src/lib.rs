@@ -76,6 +76,7 @@ pub use snapshot::{SnapshotFiles, Vmm};
 use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout};
 pub use spool::Spool;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use stream::Stream;
 
@@ -257,6 +258,10 @@ impl Dump {
         {
             return Err(not_a_dump(firecracker::NOT_MEMORY));
         }
+        let on_disk = || {
+            let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
+            Ok::<u64, DumpError>(metadata.blocks().saturating_mul(512))
+        };
         let mut image = None;
         let (extents, format) = match opener.map(|(_, _, opener)| opener) {
             Some(Opener::NotYet(kind)) => {
@@ -279,7 +284,7 @@ impl Dump {
                 let core = ElfCore::parse(path, data)?;
                 (core.extents(path, len)?, Format::ElfCore(core))
             }
-            Some(Opener::Qemu) => migration(path, data, 0, layout)?,
+            Some(Opener::Qemu) => migration(path, data, 0, on_disk()?, layout)?,
             Some(Opener::Libvirt) => {
                 let found = libvirt::parse(path, data)?;
                 if found.compression.is_some() {
@@ -287,7 +292,7 @@ impl Dump {
                     return Self::open_spooled(&spool, layout);
                 }
                 image = Some(found);
-                migration(path, data, found.payload_at, layout)?
+                migration(path, data, found.payload_at, on_disk()?, layout)?
             }
             None => {
                 if !len.is_multiple_of(4096) {
@@ -476,12 +481,13 @@ fn migration(
     path: &Path,
     data: sonicshot::GuestBytes<'_>,
     at: u64,
+    on_disk: u64,
     layout: Option<&LayoutSpec>,
 ) -> Result<(Vec<mapped::Extent>, Format), DumpError> {
     let mut cursor = qemu::Cursor::new(path, data, at);
     if qemu::start(&mut cursor)?.has(mapped_ram::CAPABILITY) {
         let ram = MappedRam::parse(path, data, at, layout)?;
-        return Ok((ram.extents(path, data)?, Format::MappedRam(ram)));
+        return Ok((ram.extents(path, data, on_disk)?, Format::MappedRam(ram)));
     }
     let stream = Stream::parse(path, data, at, layout)?;
     Ok((stream.extents(path, data)?, Format::Stream(stream)))

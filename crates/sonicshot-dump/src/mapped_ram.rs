@@ -13,6 +13,10 @@ use std::path::Path;
 
 /// The capability in the file's configuration.
 pub(crate) const CAPABILITY: &str = "mapped-ram";
+/// A page takes at least this much of the disk, however well the file system compresses.
+const MIN_STORED: u64 = 512;
+/// So many stretches any file may have: they take 32 MiB.
+const SMALL: u64 = 1 << 20;
 /// What keeps shared memory out of the file.
 const IGNORE_SHARED: &str = "x-ignore-shared";
 pub(crate) const HEADER_VERSION: u32 = 1;
@@ -102,15 +106,24 @@ impl MappedRam {
         })
     }
 
-    /// Where each stretch of the guest's RAM is in the file; what has no bit is not in it.
+    /// Where each stretch of the guest's RAM is in the file, which takes `on_disk` bytes; what has
+    /// no bit is not in it.
     pub(crate) fn extents(
         &self,
         path: &Path,
         data: GuestBytes<'_>,
+        on_disk: u64,
     ) -> Result<Vec<Extent>, DumpError> {
         let mut extents: Vec<Extent> = Vec::new();
+        // A file of holes must not claim pages without end: a stretch of data, and one of none,
+        // for a page each, which a file system may have compressed.
+        let limit = (on_disk / MIN_STORED).saturating_add(SMALL);
         for store in self.placed() {
-            store.extents(&store.bitmap(path, data)?, &mut extents);
+            let bitmap = store.bitmap(path, data)?;
+            if !store.extents(&bitmap, limit, &mut extents) {
+                let what = "more stretches of pages than the file has data for";
+                return Err(DumpError::malformed(path, what, store.bitmap_offset, limit));
+            }
         }
         extents.sort_by_key(|extent| extent.guest);
         Ok(extents)
@@ -163,7 +176,8 @@ impl Store {
         Err(missing())
     }
 
-    fn extents(&self, bitmap: &[u8], extents: &mut Vec<Extent>) {
+    /// Adds the block's stretches; `false` if they are more than `limit` all together.
+    fn extents(&self, bitmap: &[u8], limit: u64, extents: &mut Vec<Extent>) -> bool {
         let mut base = 0_u64;
         for range in &self.ranges {
             let mut at = base;
@@ -175,6 +189,9 @@ impl Store {
                     end = end.saturating_add(TARGET_PAGE);
                 }
                 let end = end.min(base);
+                if extents.len() as u64 > limit {
+                    return false;
+                }
                 for (guest, from) in qemu::place(&self.ranges, at, end.saturating_sub(at)) {
                     extents.push(Extent {
                         guest,
@@ -184,6 +201,7 @@ impl Store {
                 at = end;
             }
         }
+        true
     }
 
     fn holes(&self, bitmap: &[u8], holes: &mut Vec<(u64, u64)>) {

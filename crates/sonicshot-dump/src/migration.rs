@@ -87,8 +87,8 @@ impl Dump {
 struct Content<'a> {
     start: &'a Start,
     blocks: &'a [RamBlock],
-    /// Where each page of each block is; 0 where it is zero.
-    places: Vec<Vec<u64>>,
+    /// Where the pages of each block are.
+    places: Vec<Places>,
     /// Where the file begins.
     begin: u64,
     /// The sections behind the memory's first part: where they begin and end.
@@ -270,6 +270,46 @@ fn rest_of_ram(
     }
 }
 
+/// Where each page of a block is.
+enum Places {
+    /// 0 where it is zero.
+    Listed(Vec<u64>),
+    /// One behind the other from here on, those with a bit.
+    InOrder {
+        bitmap: Vec<u8>,
+        at: u64,
+        pages: u64,
+    },
+}
+
+impl Places {
+    /// The place of each page; 0 where it is zero.
+    fn iter(&self) -> Box<dyn Iterator<Item = u64> + '_> {
+        match self {
+            Self::Listed(places) => Box::new(places.iter().copied()),
+            Self::InOrder { bitmap, at, pages } => Box::new((0..*pages).map(move |page| {
+                let there = at.saturating_add(page.saturating_mul(TARGET_PAGE));
+                if is_set(bitmap, page) { there } else { 0 }
+            })),
+        }
+    }
+
+    /// A bit for each page that is not zero, as a mapped-ram file has them.
+    fn bitmap(&self) -> Vec<u8> {
+        let places = match self {
+            Self::Listed(places) => places,
+            Self::InOrder { bitmap, .. } => return bitmap.clone(),
+        };
+        let byte = |pages: &[u64]| {
+            let bits = pages.iter().zip(0_u32..);
+            bits.fold(0_u8, |byte, (place, bit)| {
+                byte | u8::from(*place != 0) << bit
+            })
+        };
+        places.chunks(8).map(byte).collect()
+    }
+}
+
 fn of_stream<'a>(
     dump: &MappedDump,
     stream: &'a Stream,
@@ -311,7 +351,7 @@ fn of_stream<'a>(
     Ok(Content {
         start: &stream.start,
         blocks: &stream.blocks,
-        places,
+        places: places.into_iter().map(Places::Listed).collect(),
         begin,
         between,
         end,
@@ -329,14 +369,11 @@ fn of_mapped<'a>(
     for store in &ram.stores {
         // Room for all of its pages is in the file, as was checked when it was opened.
         let bitmap = store.bitmap(path, data)?;
-        let pages = 0..store.len / TARGET_PAGE;
-        let place = |page: u64| {
-            let there = store
-                .pages_offset
-                .saturating_add(page.saturating_mul(TARGET_PAGE));
-            if is_set(&bitmap, page) { there } else { 0 }
-        };
-        places.push(pages.map(place).collect());
+        places.push(Places::InOrder {
+            bitmap,
+            at: store.pages_offset,
+            pages: store.len / TARGET_PAGE,
+        });
     }
     Ok(Content {
         start: &ram.start,
@@ -354,13 +391,7 @@ fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
     for (block, places) in content.blocks.iter().zip(&content.places) {
         out.name(&block.name)?;
         out.word(block.len)?;
-        let mut bitmap = Vec::new();
-        for pages in places.chunks(8) {
-            let bits = pages.iter().zip(0_u32..);
-            bitmap.push(bits.fold(0_u8, |byte, (place, bit)| {
-                byte | u8::from(*place != 0) << bit
-            }));
-        }
+        let bitmap = places.bitmap();
         let bitmap_at = out.position().saturating_add(HEADER_LEN);
         let pages_at = bitmap_at
             .saturating_add(bitmap.len() as u64)
@@ -371,12 +402,12 @@ fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         }
         out.bytes(&bitmap)?;
         let mut at = pages_at;
-        for place in places {
-            if *place != 0 {
+        for place in places.iter() {
+            if place != 0 {
                 if out.position() != at {
                     out.seek(at)?;
                 }
-                out.small(*place, TARGET_PAGE)?;
+                out.small(place, TARGET_PAGE)?;
             }
             at = at.saturating_add(TARGET_PAGE);
         }
@@ -403,18 +434,18 @@ fn write_stream(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
     out.bytes(&start.ram_section.to_be_bytes())?;
     for (block, places) in content.blocks.iter().zip(&content.places) {
         let mut again = 0;
-        for (address, place) in (0_u64..).step_by(4096).zip(places) {
+        for (address, place) in (0_u64..).step_by(4096).zip(places.iter()) {
             // Like QEMU, nothing of what is not plugged in.
-            if *place == 0 && block.kind == BlockKind::VirtioMem {
+            if place == 0 && block.kind == BlockKind::VirtioMem {
                 continue;
             }
-            let kind = if *place == 0 { FLAG_ZERO } else { FLAG_PAGE };
+            let kind = if place == 0 { FLAG_ZERO } else { FLAG_PAGE };
             out.word(address | kind | again)?;
             if again == 0 {
                 out.name(&block.name)?;
                 again = FLAG_CONTINUE;
             }
-            match *place {
+            match place {
                 0 => out.bytes(&[0])?,
                 place => out.small(place, TARGET_PAGE)?,
             }

@@ -448,3 +448,38 @@ fn without_holes_no_mark_is_cleared() {
     assert!(matches!(refused, Err(DumpError::NoHoles { .. })));
     assert!(fs::read(&path).unwrap() == file.bytes());
 }
+
+/// Every other page of 16 GiB, in a file that has none of them.
+#[test]
+fn a_file_of_holes_does_not_claim_pages_without_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("holes");
+    let mut bytes = File::new(vec![Block("ram0", vec![Some(1); 8])]).bytes();
+    let pages = 1_u64 << 22;
+    let (bitmap, at) = (8192_u64, 1_u64 << 20);
+    let total = bytes
+        .windows(4)
+        .position(|part| part == b"\x03ram")
+        .unwrap()
+        + 12;
+    let block = total + 8 + 5;
+    bytes[total..total + 8].copy_from_slice(&((pages * PAGE as u64) | 4).to_be_bytes());
+    bytes[block..block + 8].copy_from_slice(&(pages * PAGE as u64).to_be_bytes());
+    bytes[block + 20..block + 28].copy_from_slice(&bitmap.to_be_bytes());
+    bytes[block + 28..block + 36].copy_from_slice(&at.to_be_bytes());
+    bytes.truncate(4096);
+    let write = |bits: u8| {
+        let file = fs::File::create(&path).unwrap();
+        let put = |bytes: &[u8], at| std::os::unix::fs::FileExt::write_all_at(&file, bytes, at);
+        put(&bytes, 0).unwrap();
+        put(&vec![bits; pages as usize / 8], bitmap).unwrap();
+        let end = at + pages * PAGE as u64;
+        put(&0x10_u64.to_be_bytes(), end).unwrap();
+        Dump::open(&path, None)
+    };
+    let error = write(0x55).unwrap_err();
+    assert!(error.to_string().contains("more stretches"), "{error}");
+    // All of it, or none: one stretch.
+    assert_eq!(write(0xff).unwrap().layout().bytes(), pages * PAGE as u64);
+    assert_eq!(write(0).unwrap().layout().bytes(), pages * PAGE as u64);
+}
