@@ -4,7 +4,7 @@
 Xen, its tools and the kernels are Debian's packages, unpacked into a folder of the lab. Xen runs in
 QEMU without KVM; dom0 is an initramfs that does its steps by itself. Images go in and out by disks.
 
-    xen.py [--sonicshot BINARY] [--memory MIB] [--keep DIR]
+    xen.py [--sonicshot BINARY] [--memory MIB] [--kernel SERIES] [--append WORDS] [--keep DIR]
 """
 
 import argparse
@@ -52,7 +52,7 @@ now() { cut -d' ' -f1 /proc/uptime; }
 log=/var/log/xen/console/guest-lab.log
 # Waits for a line of the guest that begins with $1.
 guest() {
-    for i in $(seq 600); do
+    for i in $(seq 240); do
         grep -qs "$1" $log && return
         sleep 0.5
     done
@@ -65,7 +65,8 @@ xenconsoled --log=all --log-dir=/var/log/xen/console || fail xenconsoled
 sleep 1
 pidof xenconsoled > /dev/null || fail "xenconsoled ended"
 echo "LAB dom0 $(now)"
-xl create /lab.cfg || fail create
+a=$(now); xl create /lab.cfg || fail create; b=$(now)
+echo "LAB created $a $b"
 guest READY
 echo "LAB ready $(now)"
 a=$(now); xl save lab /tmp/full || fail save; b=$(now)
@@ -156,7 +157,7 @@ def build_guest(work):
     return work / "guest.cpio"
 
 
-def build_dom0(root, release, work, kernel, memory):
+def build_dom0(root, release, work, kernel, memory, append):
     tree = work / "dom0"
     tools = tree / "usr/lib/xen-4.17/bin"
     for folder in (tools, tree / "bin", tree / "lib", tree / "lib64", tree / "modules",
@@ -177,7 +178,7 @@ def build_dom0(root, release, work, kernel, memory):
     shutil.copy(build_guest(work), tree / "guest.cpio")
     (tree / "lab.cfg").write_text(
         f'name="lab"\ntype="pv"\nmemory={memory}\nvcpus=1\nkernel="/vmlinuz"\n'
-        'ramdisk="/guest.cpio"\nextra="console=hvc0"\non_crash="preserve"\n')
+        f'ramdisk="/guest.cpio"\nextra="console=hvc0 {append}"\non_crash="preserve"\n')
     (tree / "init").write_text(DOM0)
     (tree / "init").chmod(0o755)
     archive(tree, work / "dom0.cpio")
@@ -251,6 +252,7 @@ def main():
     parser.add_argument("--sonicshot", default=ROOT / "target/release/sonicshot", type=Path)
     parser.add_argument("--memory", default=256, type=int, help="of the guest, in MiB")
     parser.add_argument("--kernel", default="6.1", help="the guest's")
+    parser.add_argument("--append", default="", help="to the guest's command line")
     parser.add_argument("--keep", type=Path, help="a folder for the images")
     args = parser.parse_args()
     kernels.install_tools()
@@ -259,7 +261,7 @@ def main():
     work = Path(tempfile.mkdtemp(prefix="xen-", dir=LAB))
     xen = None
     try:
-        dom0 = build_dom0(root, release, work, kernel, args.memory)
+        dom0 = build_dom0(root, release, work, kernel, args.memory, args.append)
         xen = Xen(root, release, work, dom0)
         xen.wait("ready", 300)
         saved = took(xen.wait("saved", 120))

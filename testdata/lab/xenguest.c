@@ -12,6 +12,12 @@ int main(void)
 	(void)with_disks;
 	mount("proc", "/proc", "proc", 0, NULL);
 	mount("sysfs", "/sys", "sysfs", 0, NULL);
+	mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
+	int console = open("/dev/hvc0", O_RDWR);
+	if (console < 0)
+		return 1;
+	for (int fd = 0; fd < 3; fd++)
+		dup2(console, fd);
 	mount("tmpfs", "/shm", "tmpfs", 0, "size=50%");
 	mount("tmpfs", "/files", "tmpfs", 0, "size=25%");
 	total_kib = meminfo("MemTotal");

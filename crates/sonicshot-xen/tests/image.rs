@@ -365,7 +365,7 @@ fn what_contradicts_the_format_is_named_with_record_and_offset() {
         (8 << 60 | 1, "type of a page"),
         (1 << 40, "number of a page"),
         (1 << 55, "number of a page"),
-        (XTAB as u64 * (1 << 60) | 1, "pages of another length"),
+        (u64::from(XTAB) << 60 | 1, "pages of another length"),
     ] {
         let word: u64 = word;
         let error = parse(&changed(pages + 16, &word.to_le_bytes())).unwrap_err();
