@@ -429,6 +429,15 @@ impl Dump {
         }
     }
 
+    /// Whether the file holds the devices' state too, so that a guest can be restored from it.
+    #[must_use]
+    pub fn holds_device_state(&self) -> bool {
+        matches!(
+            self.format,
+            Format::MappedRam(_) | Format::Stream(_) | Format::Xen(_)
+        )
+    }
+
     /// The processor that the dump says the guest has, if it says.
     #[must_use]
     pub fn machine(&self) -> Option<Machine> {

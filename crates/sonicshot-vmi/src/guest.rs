@@ -472,7 +472,7 @@ impl<'m> LinuxGuest<'m> {
         for (name, text) in [
             (
                 "init_on_free",
-                "init_on_free: the guest trusts free pages to be zero; dropped pages read as zero",
+                "init_on_free: the guest trusts free pages to be zero",
             ),
             (
                 "_debug_pagealloc_enabled",
