@@ -33,6 +33,7 @@ pub const TARGETS: &[Target] = &[
     ("avml", avml),
     ("cloud_hypervisor", cloud_hypervisor),
     ("firecracker", firecracker),
+    ("xen", xen),
     ("layout", layout),
     ("guest", guest),
     ("checkpoint", checkpoint),
@@ -251,6 +252,10 @@ pub fn stream(data: &[u8]) {
 
 pub fn libvirt(data: &[u8]) {
     migration(data);
+}
+
+pub fn xen(data: &[u8]) {
+    dump(data, None);
 }
 
 pub fn kdump(data: &[u8]) {

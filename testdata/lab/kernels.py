@@ -224,7 +224,7 @@ def keep(path, target):
     return str(target.relative_to(LAB))
 
 
-def collect_modules(root, release, into):
+def collect_modules(root, release, into, wanted=None):
     """Copies the modules the guest needs, uncompressed, and returns their load order."""
     files = {}
     for path in root.rglob("*.ko*"):
@@ -247,7 +247,7 @@ def collect_modules(root, release, into):
         (into / f"{name}.ko").write_bytes(data)
         order.append(name)
 
-    for name in MODULES:
+    for name in wanted or MODULES:
         add(name)
     # ext4 checks its data with crc32c by name, which no `depends=` tells.
     for name in ("crc32c_generic", "crc32c_cryptoapi", "libcrc32c"):

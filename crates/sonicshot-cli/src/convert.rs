@@ -130,7 +130,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<(), CliError> {
     let on_disk = write(args, &source, &beside, &mut progress)?;
     bar.finish_and_clear();
     let seconds = started.elapsed().as_secs_f64();
-    let of_migration = matches!(&source, Source::Dump(dump) if !dump.ram_blocks().is_empty());
+    let of_migration = matches!(&source, Source::Dump(dump) if dump.holds_device_state());
     let keeps_state = matches!(args.to, ConvertTo::MappedRam | ConvertTo::Stream);
     if of_migration && !keeps_state {
         let state = "the devices' state is not in the output: a guest cannot be restored from it";

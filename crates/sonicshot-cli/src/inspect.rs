@@ -6,7 +6,7 @@ use crate::error::CliError;
 use crate::inputs::{Input, Inputs};
 use crate::report::{count, percent, say, size};
 use serde_json::{Map, Value, json};
-use sonicshot::{ClassSet, DropClasses, GuestMemory, PageClass, PrunePlan};
+use sonicshot::{ClassSet, GuestMemory, PageClass, PrunePlan};
 use sonicshot_dump::Vmm;
 use sonicshot_vmi::{ZoneReport, count_zero_pages};
 use std::cell::Cell;
@@ -100,14 +100,9 @@ fn one(args: &InspectArgs, input: &Input<'_>) -> Result<(u64, u64), CliError> {
     Ok((default_plan(&analysis).dropped_bytes(), total))
 }
 
-/// What the default policy drops, in a format whose dropped pages read as zero: every one so far.
+/// What the default policy drops, where no page can be given another fill than zero.
 fn default_plan(analysis: &Analysis) -> PrunePlan {
-    PrunePlan::new(
-        &analysis.pages.map,
-        &DropClasses::default(),
-        analysis.pages.free_fill,
-    )
-    .zero_filled_only()
+    analysis.plan(ClassSet::DEFAULT_DROP).zero_filled_only()
 }
 
 /// Writes a line for each run of frames of one class; the file appears whole or not at all.
@@ -241,12 +236,9 @@ pub(crate) fn print_report(analysis: &Analysis, zero_pages: u64) {
         "size",
         "share"
     );
+    let droppable = analysis.droppable(ClassSet::DEFAULT_DROP);
     for (class, pages) in analysis.counts.iter() {
-        let mark = if ClassSet::DEFAULT_DROP.contains(class) {
-            "*"
-        } else {
-            ""
-        };
+        let mark = if droppable.contains(class) { "*" } else { "" };
         say!(
             "{:<18} {:>12} {:>12} {:>8}",
             format!("{class}{mark}"),

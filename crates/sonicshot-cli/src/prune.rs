@@ -6,7 +6,7 @@ use crate::error::CliError;
 use crate::inputs::{Input, Inputs};
 use crate::report::{count, percent, progress_bar, say, say_to_stderr, size};
 use serde_json::json;
-use sonicshot::{ClassSet, DropClasses, PageClass, PrunePlan};
+use sonicshot::{ClassSet, PageClass, PrunePlan};
 use sonicshot_dump::{DumpError, NewFolder, Overwrite, PruneOptions, PruneStats, check_not_in_use};
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -154,11 +154,7 @@ fn one(
         check_not_in_use(input.memory())?;
     }
     let analysis = analyze(input)?;
-    let plan = PrunePlan::new(
-        &analysis.pages.map,
-        &DropClasses(drop),
-        analysis.pages.free_fill,
-    );
+    let plan = analysis.plan(drop);
     let stats = if args.dry_run {
         None
     } else {

@@ -235,6 +235,15 @@ pub enum DumpError {
         #[source]
         source: crate::KdumpWriteError,
     },
+    /// A Xen image cannot be read.
+    #[error("{}", path.display())]
+    Xen {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: sonicshot_xen::XenError,
+    },
     /// The file system cannot punch holes.
     #[error("the file system of {} cannot punch holes", path.display())]
     NoHoles {

@@ -13,6 +13,7 @@
 //! | QEMU mapped-ram, libvirt `sparse` | `mapped_ram`, `libvirt` | yes | yes | |
 //! | QEMU migration stream, libvirt `raw`, `gzip`, `zstd` | `stream`, `libvirt` | | yes | yes |
 //! | kdump-compressed | `kdump` | | yes | |
+//! | Xen `xl save` image | `xen` | | yes | yes |
 //! | LiME, AVML | `lime`, `avml` | | | |
 //!
 //! Files are not trusted: every offset and length is checked against the file before it is used,
@@ -51,6 +52,7 @@ mod spool;
 mod stream;
 mod stream_out;
 mod sys;
+mod xen;
 
 use avml::AvmlFile;
 use elf_core::ElfCore;
@@ -74,6 +76,7 @@ pub use qemu::{BlockKind, RamBlock};
 pub use restore::{CoreNotes, DumpFile, NewFile};
 pub use snapshot::{SnapshotFiles, Vmm};
 use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout};
+use sonicshot_xen::XlImage;
 pub use spool::Spool;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -121,6 +124,7 @@ pub(crate) enum Format {
     ElfCore(ElfCore),
     MappedRam(MappedRam),
     Stream(Stream),
+    Xen(Box<XlImage>),
     Lime,
     Kdump,
     Avml,
@@ -144,6 +148,7 @@ enum Opener {
     Lime,
     Avml,
     Libvirt,
+    Xen,
     /// Known, but not supported: what it is.
     NotYet(&'static str),
 }
@@ -167,7 +172,7 @@ const FORMATS: &[(usize, &[u8], Opener)] = &[
         b"LibvirtQemudPart",
         Opener::NotYet("an unfinished libvirt save image"),
     ),
-    (0, b"Xen saved domain", Opener::NotYet("an xl save image")),
+    (0, b"Xen saved domain", Opener::Xen),
     (8, b"XENF", Opener::NotYet("a libxc migration stream")),
     (
         0,
@@ -285,6 +290,10 @@ impl Dump {
                 (core.extents(path, len)?, Format::ElfCore(core))
             }
             Some(Opener::Qemu) => migration(path, data, 0, on_disk()?, layout)?,
+            Some(Opener::Xen) => {
+                let image = xen::parse(path, data)?;
+                (xen::extents(&image), Format::Xen(Box::new(image)))
+            }
             Some(Opener::Libvirt) => {
                 let found = libvirt::parse(path, data)?;
                 if found.compression.is_some() {
@@ -305,7 +314,7 @@ impl Dump {
             }
         };
         let mut mapped = MappedDump::new(path, file, map, extents)?;
-        if matches!(format, Format::MappedRam(_)) {
+        if matches!(format, Format::MappedRam(_) | Format::Xen(_)) {
             mapped.trust_extents();
         }
         let store = Store::Mapped(mapped);
@@ -343,10 +352,18 @@ impl Dump {
             Format::ElfCore(_) => "ELF core",
             Format::MappedRam(_) => "QEMU mapped-ram",
             Format::Stream(_) => "QEMU migration stream",
+            Format::Xen(ref image) => xen::name(image),
             Format::Lime => "LiME",
             Format::Kdump => "kdump-compressed",
             Format::Avml => "AVML",
         }
+    }
+
+    /// Whether a page that is dropped reads as zero after a restore. In a Xen image it does not for
+    /// sure: only pages whose content the guest does not care about may be dropped there.
+    #[must_use]
+    pub fn dropped_read_as_zero(&self) -> bool {
+        !matches!(self.format, Format::Xen(_))
     }
 
     /// The layout of a raw file; `None` if the format itself says where RAM lies.
@@ -415,6 +432,15 @@ impl Dump {
             Format::Stream(stream) => &stream.blocks,
             _ => &[],
         }
+    }
+
+    /// Whether the file holds the devices' state too, so that a guest can be restored from it.
+    #[must_use]
+    pub fn holds_device_state(&self) -> bool {
+        matches!(
+            self.format,
+            Format::MappedRam(_) | Format::Stream(_) | Format::Xen(_)
+        )
     }
 
     /// The processor that the dump says the guest has, if it says.

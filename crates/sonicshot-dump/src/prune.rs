@@ -6,8 +6,8 @@ use crate::kdump_write::{KdumpCompression, KdumpOptions, write_kdump};
 use crate::mapped::MappedDump;
 use crate::mapped_ram::MappedRam;
 use crate::output::{Output, Overwrite};
-use crate::stream_out::copy_stream;
-use crate::{Dump, DumpError, Format};
+use crate::stream_out::{Rewritten, copy_stream};
+use crate::{Dump, DumpError, Format, xen};
 use sonicshot::{Gpa, GpaRange, PrunePlan};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -59,7 +59,8 @@ impl Dump {
     /// Writes a dump of the same format to `out` without the pages that `plan` drops.
     ///
     /// A raw file keeps its length; dropped pages are holes and read as zero. An ELF core leaves
-    /// them out of its segments' data. The output appears whole or not at all.
+    /// them out of its segments' data. What a Xen image leaves out holds anything after a restore
+    /// ([`dropped_read_as_zero`](Self::dropped_read_as_zero)). The output appears whole or not at all.
     ///
     /// # Errors
     /// [`DumpError::Exists`], [`DumpError::SameFile`], or what writing gives; `out` is then as
@@ -100,7 +101,14 @@ impl Dump {
                 stats.cloned_bytes = copy_mapped_ram(dump, ram, &bitmaps, &output, progress)?;
             }
             Format::Stream(stream) => {
-                stats.runs = copy_stream(dump, stream, &zeroed, &output, progress)?;
+                let stream = Rewritten::Stream(stream, &zeroed);
+                copy_stream(dump, &stream, &output, progress)?;
+                stats.runs = zeroed.runs().len() as u64;
+            }
+            Format::Xen(image) => {
+                let dropped = image.dropped(&zeroed);
+                copy_stream(dump, &Rewritten::Xen(image, &dropped), &output, progress)?;
+                xen::count(&dropped, &mut stats);
             }
             Format::Lime | Format::Kdump | Format::Avml => return Err(self.read_only()),
         }

@@ -7,8 +7,9 @@ use crate::mapped::MappedDump;
 use crate::output::{Output, Overwrite};
 use crate::prune::{Progress, PruneStats, disk_usage};
 use crate::stream::{Part, Stream};
-use crate::{Dump, DumpError, Format, Spool};
+use crate::{Dump, DumpError, Format, Spool, xen};
 use sonicshot::PrunePlan;
+use sonicshot_xen::{Dropped, XlImage};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -18,14 +19,33 @@ const SMALL_PIECE: u64 = 64 << 10;
 /// What `zstd` itself uses.
 const ZSTD_LEVEL: i32 = 3;
 
+/// What is written again, and without which pages.
+pub(crate) enum Rewritten<'a> {
+    Stream(&'a Stream, &'a PrunePlan),
+    Xen(&'a XlImage, &'a Dropped),
+}
+
+impl Rewritten<'_> {
+    /// Hands out the pruned content piece by piece.
+    fn pruned(
+        &self,
+        dump: &MappedDump,
+        each: impl FnMut(Part<'_>) -> Result<(), DumpError>,
+    ) -> Result<(), DumpError> {
+        match self {
+            Self::Stream(stream, plan) => stream.pruned(dump.path(), dump.bytes(), plan, each),
+            Self::Xen(image, dropped) => xen::pruned(image, dump, dropped, each),
+        }
+    }
+}
+
 /// Writes the pruned stream to a file; the kernel copies what stays as it is.
 pub(crate) fn copy_stream(
     dump: &MappedDump,
-    stream: &Stream,
-    plan: &PrunePlan,
+    stream: &Rewritten<'_>,
     output: &Output,
     progress: Progress<'_>,
-) -> Result<u64, DumpError> {
+) -> Result<(), DumpError> {
     let mut copier = Copier::new(dump, output, dump.file_len(), progress);
     let writing = || DumpError::io("writing", output.path());
     let mut at = 0_u64;
@@ -37,7 +57,7 @@ pub(crate) fn copy_stream(
         small.clear();
         Ok::<(), DumpError>(())
     };
-    stream.pruned(dump.path(), dump.bytes(), plan, |piece| {
+    stream.pruned(dump, |piece| {
         let (from, len) = match piece {
             Part::Bytes(bytes) => {
                 small.extend(bytes);
@@ -58,22 +78,20 @@ pub(crate) fn copy_stream(
         Ok(())
     })?;
     flush(&mut small, &mut at)?;
-    output.file().set_len(at).map_err(writing())?;
-    Ok(plan.runs().len() as u64)
+    output.file().set_len(at).map_err(writing())
 }
 
 /// Writes the pruned stream from front to back.
 fn write_stream(
     dump: &MappedDump,
-    stream: &Stream,
-    plan: &PrunePlan,
+    stream: &Rewritten<'_>,
     out: &mut dyn Write,
     failed: &dyn Fn(io::Error) -> DumpError,
     progress: Progress<'_>,
 ) -> Result<(), DumpError> {
     let mut buffer: Vec<u8> = Vec::new();
     let total = dump.file_len();
-    stream.pruned(dump.path(), dump.bytes(), plan, |piece| {
+    stream.pruned(dump, |piece| {
         let (mut from, mut left) = match piece {
             Part::Bytes(bytes) => {
                 buffer.extend(bytes);
@@ -118,7 +136,8 @@ impl Dump {
     }
 
     /// Writes a dump of the same format without the pages that `plan` drops, from front to back:
-    /// into a pipe. Only migration streams, those in a libvirt image too, can be written so.
+    /// into a pipe. Only migration streams, those in a libvirt image too, and Xen images can be
+    /// written so.
     /// What is written is complete only if this returns without an error.
     ///
     /// # Errors
@@ -129,12 +148,11 @@ impl Dump {
         mut out: impl Write,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
-        let (Some(dump), Format::Stream(stream)) = (self.mapped(), self.format_data()) else {
-            return Err(DumpError::NotAStream {
-                path: self.path().into(),
-                format: self.format(),
-            });
+        let not_a_stream = || DumpError::NotAStream {
+            path: self.path().into(),
+            format: self.format(),
         };
+        let dump = self.mapped().ok_or_else(not_a_stream)?;
         dump.check_length()?;
         let path = self.path().to_owned();
         let failed = move |source| DumpError::Io {
@@ -143,12 +161,22 @@ impl Dump {
             source,
         };
         let zeroed = plan.clone().zero_filled_only();
-        let stats = PruneStats {
+        let mut stats = PruneStats {
             dropped_bytes: zeroed.dropped_bytes(),
             kept_for_fill: plan.dropped_bytes().saturating_sub(zeroed.dropped_bytes()),
             runs: zeroed.runs().len() as u64,
             disk_before: disk_usage(self.file(), self.path())?,
             ..PruneStats::default()
+        };
+        let dropped;
+        let stream = &match self.format_data() {
+            Format::Stream(stream) => Rewritten::Stream(stream, &zeroed),
+            Format::Xen(image) => {
+                dropped = image.dropped(&zeroed);
+                xen::count(&dropped, &mut stats);
+                Rewritten::Xen(image, &dropped)
+            }
+            _ => return Err(not_a_stream()),
         };
         let mut counted = Counted(&mut out, 0);
         if let Some((file, image)) = self.spool().and_then(Spool::image) {
@@ -162,25 +190,23 @@ impl Dump {
                 Some(Compression::Gzip) => {
                     let level = flate2::Compression::default();
                     let mut packer = flate2::write::GzEncoder::new(&mut counted, level);
-                    write_stream(dump, stream, &zeroed, &mut packer, &failed, progress)?;
+                    write_stream(dump, stream, &mut packer, &failed, progress)?;
                     packer.finish().map_err(&failed)?;
                 }
                 Some(Compression::Zstd) => {
                     let packer = zstd::stream::write::Encoder::new(&mut counted, ZSTD_LEVEL);
                     let mut packer = packer.map_err(&failed)?;
-                    write_stream(dump, stream, &zeroed, &mut packer, &failed, progress)?;
+                    write_stream(dump, stream, &mut packer, &failed, progress)?;
                     packer.finish().map_err(&failed)?;
                 }
-                None => write_stream(dump, stream, &zeroed, &mut counted, &failed, progress)?,
+                None => write_stream(dump, stream, &mut counted, &failed, progress)?,
             }
         } else {
-            write_stream(dump, stream, &zeroed, &mut counted, &failed, progress)?;
+            write_stream(dump, stream, &mut counted, &failed, progress)?;
         }
         counted.flush().map_err(&failed)?;
-        Ok(PruneStats {
-            disk_after: counted.1,
-            ..stats
-        })
+        stats.disk_after = counted.1;
+        Ok(stats)
     }
 
     /// Writes a compressed image again.

@@ -64,6 +64,8 @@ pub struct Classification {
     pub map: PageMap,
     /// What the guest expects of free pages.
     pub free_fill: Fill,
+    /// Whether it relies on that. Most guests do not: they write to a page before they trust it.
+    pub relies_on_fill: bool,
     /// Every zone's numbers.
     pub zones: Vec<ZoneReport>,
     /// Blocks on which the sources disagree (kept), if there are any.
@@ -389,11 +391,12 @@ impl<'m> LinuxGuest<'m> {
         if let Some(inconsistency) = &scan.disagreement {
             notes.push(inconsistency.to_string());
         }
-        let free_fill = self.free_fill(&scan.map, &mut notes)?;
+        let (free_fill, relies_on_fill) = self.free_fill(&scan.map, &mut notes)?;
         self.note_features(&mut notes)?;
         Ok(Classification {
             map: scan.map,
             free_fill,
+            relies_on_fill,
             zones: scan.zones,
             disagreement: scan.disagreement,
             notes,
@@ -416,16 +419,20 @@ impl<'m> LinuxGuest<'m> {
         Ok(self.kernel.knows_all_symbols()?.then_some(false))
     }
 
-    /// What free pages must read as: `mm/page_poison.c` checks for its pattern on allocation.
-    fn free_fill(&self, map: &PageMap, notes: &mut Vec<String>) -> Result<Fill, VmiError> {
+    /// What free pages must read as, and whether the guest relies on it: `mm/page_poison.c` checks
+    /// for its pattern on allocation, and `init_on_free` hands out pages as zero without looking.
+    fn free_fill(&self, map: &PageMap, notes: &mut Vec<String>) -> Result<(Fill, bool), VmiError> {
         const PAGE_POISON: u8 = 0xaa;
         // `_page_poisoning_enabled` since 5.11, `want_page_poisoning` before.
         let poisoned = self.flag(&["_page_poisoning_enabled", "want_page_poisoning"])?;
-        if poisoned == Some(false) {
-            return Ok(Fill::Zero);
+        let zeroed = self.flag(&["init_on_free"])?;
+        if poisoned == Some(false)
+            && let Some(zeroed) = zeroed
+        {
+            return Ok((Fill::Zero, zeroed));
         }
         // On, or unknown: with poisoning every free page holds the pattern, so one that does
-        // not proves it off.
+        // not proves it off. The same of zeroes.
         let memory = self.kernel.space.memory();
         let (mut looked, mut with_pattern, mut zero) = (0_u32, 0_u32, 0_u32);
         let mut page = vec![0; usize::try_from(self.page_size.bytes()).unwrap_or(4096)];
@@ -444,19 +451,20 @@ impl<'m> LinuxGuest<'m> {
                 zero = zero.saturating_add(1);
             }
         }
-        if poisoned.is_none() && with_pattern < looked {
-            return Ok(Fill::Zero);
+        let relies = zeroed.unwrap_or(zero == looked);
+        if poisoned == Some(false) || poisoned.is_none() && with_pattern < looked {
+            return Ok((Fill::Zero, relies));
         }
         if looked > 0 && zero == looked {
             // CONFIG_PAGE_POISONING_ZERO (to 5.10): the pattern is zero.
-            return Ok(Fill::Zero);
+            return Ok((Fill::Zero, true));
         }
         notes.push(
             "the guest checks free pages for its poison pattern 0xaa (page_poison): \
              they are kept where the format can only restore zeroes"
                 .into(),
         );
-        Ok(Fill::Byte(PAGE_POISON))
+        Ok((Fill::Byte(PAGE_POISON), true))
     }
 
     /// Features of the guest that bear on free pages.
@@ -464,7 +472,7 @@ impl<'m> LinuxGuest<'m> {
         for (name, text) in [
             (
                 "init_on_free",
-                "init_on_free: the guest trusts free pages to be zero; dropped pages read as zero",
+                "init_on_free: the guest trusts free pages to be zero",
             ),
             (
                 "_debug_pagealloc_enabled",

@@ -1,0 +1,157 @@
+//! The command on a real guest's memory in an `xl save` image.
+#![allow(
+    missing_docs,
+    dead_code,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "tests say so by panicking"
+)]
+
+mod common;
+
+use common::*;
+use serde_json::Value;
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+const PAGE: usize = 4096;
+/// In a record, as `xl save` has it.
+const PAGES: usize = 1024;
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn record(out: &mut Vec<u8>, kind: u32, body: &[&[u8]]) {
+    let len: usize = body.iter().map(|part| part.len()).sum();
+    out.extend(kind.to_le_bytes());
+    out.extend(u32::try_from(len).unwrap().to_le_bytes());
+    for part in body {
+        out.extend(*part);
+    }
+    out.extend(vec![0; len.next_multiple_of(8) - len]);
+}
+
+/// `ram` as Xen would save it of an HVM guest; the pages in `allocated` without content. A live
+/// save: the first record comes twice, and what it held first was something else.
+fn image(ram: &[u8], allocated: impl Fn(usize) -> bool) -> Vec<u8> {
+    let mut out = b"Xen saved domain, xl format\n \0 \r".to_vec();
+    out.extend([4, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0]);
+    out.extend(b"{json:}LibxlFmt\0\0\0\x02\0\0\0\0");
+    record(&mut out, 1, &[]);
+    out.extend([0xff; 8]);
+    out.extend(b"XENF\0\0\0\x03\0\0\0\0\0\0\0\0");
+    out.extend([2, 0, 0, 0, 12, 0, 0, 0, 4, 0, 0, 0, 17, 0, 0, 0]);
+    record(&mut out, 0x11, &[b"CPUID"]);
+    record(&mut out, 0x10, &[]);
+    let old = vec![0x5a; PAGES * PAGE];
+    let chunks = ram.chunks(PAGES * PAGE).enumerate();
+    for (number, pages) in [(0, &old[..])].into_iter().chain(chunks) {
+        let count = pages.len() / PAGE;
+        let mut entries = u32::try_from(count).unwrap().to_le_bytes().to_vec();
+        entries.extend([0; 4]);
+        let mut data = Vec::new();
+        for (index, page) in pages.chunks(PAGE).enumerate() {
+            let pfn = number * PAGES + index;
+            let kind = if allocated(pfn) { 0xe_u64 << 60 } else { 0 };
+            entries.extend((pfn as u64 | kind).to_le_bytes());
+            if kind == 0 {
+                data.extend(page);
+            }
+        }
+        record(&mut out, 1, &[&entries, &data]);
+    }
+    record(&mut out, 9, &[b"HVM context"]);
+    record(&mut out, 0, &[]);
+    record(&mut out, 3, &[b"QEMU's state"]);
+    record(&mut out, 0, &[]);
+    out
+}
+
+fn json(args: &[&str]) -> Value {
+    let run = sonicshot(args);
+    assert!(run.status.success(), "{args:?}: {}", stderr(&run));
+    serde_json::from_slice(&run.stdout).unwrap()
+}
+
+/// What `inspect` calls each frame.
+fn classes(dump: &Path) -> Vec<String> {
+    let out = dump.with_extension("tsv");
+    json(&["inspect", text(dump), "--pfns", text(&out), "--json"]);
+    let mut classes = Vec::new();
+    for (first, last, class) in read_pfns(&out) {
+        for _ in first..=last {
+            classes.push(class.clone());
+        }
+    }
+    classes
+}
+
+#[test]
+fn free_pages_go_and_nothing_else_is_changed() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let (full, pruned, piped) = (file("full"), file("pruned"), file("piped"));
+    fs::write(&full, image(ram(), |_| false)).unwrap();
+    let seen = json(&["inspect", text(&full), "--json"]);
+    assert_eq!(seen["format"], "Xen save image (HVM or PVH)");
+    assert_eq!(seen["file_bytes"], fs::metadata(&full).unwrap().len());
+    assert!(seen["classes"]["zero"].as_u64().unwrap() > 0);
+    let classes = classes(&full);
+    let goes = |pfn: usize| ["free_buddy", "free_pcp", "offline"].contains(&classes[pfn].as_str());
+    let free = (0..classes.len()).filter(|pfn| goes(*pfn)).count();
+    assert_eq!(seen["droppable_pages"], free);
+
+    let report = json(&["prune", text(&full), "-o", text(&pruned), "--json"]);
+    assert_eq!(report["dropped_bytes"], free * PAGE);
+    let notes = report["notes"].to_string();
+    assert!(notes.contains("zero are kept"), "{notes}");
+    // To the byte what Xen would have written of those pages; zeroes in use are there.
+    assert!(fs::read(&pruned).unwrap() == image(ram(), goes));
+    let again = json(&["inspect", text(&pruned), "--json"]);
+    assert_eq!(again["droppable_pages"], free);
+
+    let run = Command::new(env!("CARGO_BIN_EXE_sonicshot"))
+        .args(["prune", "-", "-o", "-"])
+        .stdin(File::open(&full).unwrap())
+        .stdout(File::create(&piped).unwrap())
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{}", stderr(&run));
+    assert!(fs::read(&piped).unwrap() == fs::read(&pruned).unwrap());
+
+    let raw = file("raw");
+    json(&[
+        "convert",
+        text(&full),
+        "-o",
+        text(&raw),
+        "--to",
+        "raw",
+        "--json",
+    ]);
+    assert!(fs::read(&raw).unwrap() == ram());
+    let run = sonicshot(&["prune", text(&full), "--in-place"]);
+    assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+}
+
+#[test]
+fn a_damaged_image_is_refused_and_nothing_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let (full, out) = (folder.path().join("full"), folder.path().join("out"));
+    let mut bytes = image(&ram()[..PAGES * PAGE], |_| false);
+    let len = bytes.len();
+    bytes.truncate(len - 30);
+    fs::write(&full, &bytes).unwrap();
+    let run = sonicshot(&["prune", text(&full), "-o", text(&out)]);
+    assert_eq!(run.status.code(), Some(3));
+    assert!(
+        stderr(&run).contains("cut off in record 7, at offset"),
+        "{}",
+        stderr(&run)
+    );
+    assert!(!out.exists());
+}

@@ -1,0 +1,72 @@
+//! Xen's `xl save` images, which `sonicshot-xen` understands.
+//!
+//! Page data lies in the file at any offset. A dropped page stays named, without content.
+
+use crate::mapped::{Extent, MappedDump};
+use crate::stream::Part;
+use crate::{DumpError, PruneStats};
+use sonicshot::{GuestBytes, PageSize, PfnRange};
+use sonicshot_xen::{DomainKind, Dropped, XlImage};
+use std::path::Path;
+
+const PAGE: PageSize = PageSize::SIZE_4K;
+
+pub(crate) fn parse(path: &Path, data: GuestBytes<'_>) -> Result<XlImage, DumpError> {
+    XlImage::parse(data).map_err(failed(path))
+}
+
+fn failed(path: &Path) -> impl Fn(sonicshot_xen::XenError) -> DumpError + use<'_> {
+    move |source| DumpError::Xen {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+pub(crate) fn name(image: &XlImage) -> &'static str {
+    match image.kind() {
+        DomainKind::Pv => "Xen save image (PV)",
+        _ => "Xen save image (HVM or PVH)",
+    }
+}
+
+/// Where each page of the guest's RAM is in the file; neighbours in both are one extent.
+pub(crate) fn extents(image: &XlImage) -> Vec<Extent> {
+    let mut extents: Vec<Extent> = Vec::new();
+    for frame in image.frames() {
+        let frames = PfnRange::with_len(frame.pfn(), 1);
+        let Some(guest) = frames.and_then(|frames| frames.gpa_range(PAGE)) else {
+            continue;
+        };
+        let offset = frame.data();
+        if let Some(last) = extents.last_mut()
+            && last.guest.end() == guest.start()
+            && last.offset.map(|at| at.saturating_add(last.guest.len())) == offset
+        {
+            last.guest = sonicshot::GpaRange::new(last.guest.start(), guest.end());
+            continue;
+        }
+        extents.push(Extent { guest, offset });
+    }
+    extents
+}
+
+/// Hands out the pruned image piece by piece.
+pub(crate) fn pruned(
+    image: &XlImage,
+    dump: &MappedDump,
+    dropped: &Dropped,
+    mut each: impl FnMut(Part<'_>) -> Result<(), DumpError>,
+) -> Result<(), DumpError> {
+    image.pruned(dump.bytes(), dropped, failed(dump.path()), |part| {
+        each(match part {
+            sonicshot_xen::Part::Copy { from, len } => Part::Copy { from, len },
+            sonicshot_xen::Part::Bytes(bytes) => Part::Bytes(bytes),
+        })
+    })
+}
+
+/// Of what a plan drops, what Xen lets be dropped.
+pub(crate) fn count(dropped: &Dropped, stats: &mut PruneStats) {
+    stats.dropped_bytes = dropped.pages().saturating_mul(PAGE.bytes());
+    stats.runs = dropped.runs().len() as u64;
+}

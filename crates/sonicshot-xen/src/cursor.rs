@@ -1,0 +1,86 @@
+//! Reads an image from front to back, and knows where it is for messages.
+
+use crate::{Place, XenError};
+use sonicshot::GuestBytes;
+
+pub(crate) struct Cursor<'a> {
+    data: GuestBytes<'a>,
+    pub at: u64,
+    /// The number of the record that is being read.
+    pub record: Option<u64>,
+}
+
+impl<'a> Cursor<'a> {
+    pub(crate) fn new(data: GuestBytes<'a>) -> Self {
+        Self {
+            data,
+            at: 0,
+            record: None,
+        }
+    }
+
+    /// Goes on to the next record.
+    pub(crate) fn next_record(&mut self) {
+        self.record = Some(self.record.map_or(0, |record| record.saturating_add(1)));
+    }
+
+    pub(crate) fn malformed(&self, what: &'static str, offset: u64, value: u64) -> XenError {
+        XenError::Malformed {
+            what,
+            place: self.place(offset),
+            value,
+        }
+    }
+
+    pub(crate) fn unsupported(&self, what: &'static str, offset: u64) -> XenError {
+        XenError::Unsupported {
+            what,
+            place: self.place(offset),
+        }
+    }
+
+    fn place(&self, offset: u64) -> Place {
+        Place {
+            record: self.record,
+            offset,
+        }
+    }
+
+    /// The next `len` bytes.
+    pub(crate) fn take(&mut self, len: u64) -> Result<GuestBytes<'a>, XenError> {
+        let left = (self.data.len() as u64).saturating_sub(self.at);
+        let cut = XenError::Truncated {
+            place: self.place(self.at),
+            wanted: len,
+            left,
+        };
+        let bytes = usize::try_from(self.at)
+            .ok()
+            .zip(usize::try_from(len).ok())
+            .and_then(|(at, len)| self.data.get(at, len));
+        let bytes = bytes.ok_or(cut)?;
+        self.at = self.at.saturating_add(len);
+        Ok(bytes)
+    }
+
+    /// The next bytes, copied.
+    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], XenError> {
+        let mut out = [0; N];
+        let copied = self.take(N as u64)?.copy_to(&mut out);
+        debug_assert!(copied, "as long as asked for");
+        Ok(out)
+    }
+
+    pub(crate) fn u16(&mut self) -> Result<u16, XenError> {
+        self.array().map(u16::from_le_bytes)
+    }
+
+    pub(crate) fn u32(&mut self) -> Result<u32, XenError> {
+        self.array().map(u32::from_le_bytes)
+    }
+
+    /// The streams' headers are big-endian, whatever the rest is.
+    pub(crate) fn be_u32(&mut self) -> Result<u32, XenError> {
+        self.array().map(u32::from_be_bytes)
+    }
+}

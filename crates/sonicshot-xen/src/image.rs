@@ -1,0 +1,300 @@
+//! The headers and the records of an image.
+
+use crate::XenError;
+use crate::cursor::Cursor;
+use crate::frames::{Frame, Frames};
+use crate::page_data::PageData;
+use sonicshot::GuestBytes;
+
+/// How an image begins.
+pub const MAGIC: &[u8; 32] = b"Xen saved domain, xl format\n \0 \r";
+
+/// The only byte order, that of x86.
+const BYTE_ORDER: u32 = 0x0102_0304;
+/// The configuration is JSON.
+const XL_JSON: u32 = 1;
+/// What follows is a libxl stream of version 2.
+const XL_STREAM_V2: u32 = 2;
+
+const LIBXL_MAGIC: &[u8; 8] = b"LibxlFmt";
+const LIBXL_VERSION: u32 = 2;
+/// The records are big-endian.
+const BIG_ENDIAN: u32 = 1;
+const LIBXL_END: u32 = 0;
+const LIBXL_CONTEXT: u32 = 1;
+const LIBXL_CHECKPOINT_END: u32 = 4;
+
+const LIBXC_MAGIC: &[u8; 12] = b"\xff\xff\xff\xff\xff\xff\xff\xffXENF";
+const LIBXC_VERSIONS: core::ops::RangeInclusive<u32> = 2..=3;
+const PV: u32 = 1;
+const HVM: u32 = 2;
+const PAGE_SHIFT: u16 = 12;
+
+const END: u32 = 0;
+pub(crate) const PAGE_DATA: u32 = 1;
+const P2M_FRAMES: u32 = 3;
+const VERIFY: u32 = 0xd;
+const CHECKPOINT: u32 = 0xe;
+/// Xen itself takes no longer record.
+const MAX_RECORD: u32 = 128 << 20;
+
+/// The kind of a domain, as libxc sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DomainKind {
+    /// Paravirtualised: the guest's page tables are checked by Xen.
+    Pv,
+    /// HVM or PVH: the guest has its own page tables.
+    Hvm,
+}
+
+/// A record of the libxc stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Record {
+    /// Its number in the file, as in messages.
+    pub number: u64,
+    /// Its type.
+    pub kind: u32,
+    /// The length of its body in bytes, without the padding.
+    pub len: u32,
+    /// Where its header begins, in bytes from the start of the file.
+    pub offset: u64,
+}
+
+impl Record {
+    /// The length of a record's header.
+    pub(crate) const HEADER: u64 = 8;
+
+    /// Where the body begins.
+    pub(crate) fn body(&self) -> u64 {
+        self.offset.saturating_add(Self::HEADER)
+    }
+
+    /// Where the next record begins.
+    pub(crate) fn end(&self) -> u64 {
+        self.body().saturating_add(padded(self.len))
+    }
+}
+
+fn padded(len: u32) -> u64 {
+    u64::from(len).next_multiple_of(8)
+}
+
+/// An `xl save` image.
+///
+/// ```
+/// use sonicshot::GuestBytes;
+/// use sonicshot_xen::{XenError, XlImage};
+/// let cut = GuestBytes::from_slice(b"Xen saved domain");
+/// assert!(matches!(XlImage::parse(cut), Err(XenError::Truncated { .. })));
+/// ```
+#[derive(Debug)]
+pub struct XlImage {
+    kind: DomainKind,
+    xen: (u32, u32),
+    records: Vec<Record>,
+    frames: Vec<Frame>,
+}
+
+impl XlImage {
+    /// Reads all headers and records of the image in `data`, and where its pages are.
+    ///
+    /// # Errors
+    /// [`XenError`] if it is none, contradicts itself or is of an unsupported kind.
+    pub fn parse(data: GuestBytes<'_>) -> Result<Self, XenError> {
+        let mut cursor = Cursor::new(data);
+        xl_header(&mut cursor)?;
+        libxl_header(&mut cursor)?;
+        let mut image = None;
+        // Each turn reads a header, so that this ends with the file.
+        loop {
+            cursor.next_record();
+            let at = cursor.at;
+            let (kind, len) = (cursor.u32()?, cursor.u32()?);
+            match kind {
+                LIBXL_CONTEXT if image.is_some() => {
+                    return Err(cursor.malformed("a second memory image", at, kind.into()));
+                }
+                LIBXL_CONTEXT if len != 0 => {
+                    return Err(cursor.malformed(
+                        "the length of the memory image's record",
+                        at,
+                        len.into(),
+                    ));
+                }
+                LIBXL_CONTEXT => image = Some(Self::libxc_stream(&mut cursor)?),
+                LIBXL_CHECKPOINT_END => return Err(cursor.unsupported(CHECKPOINTED, at)),
+                LIBXL_END => break,
+                _ => {
+                    cursor.take(padded(len))?;
+                }
+            }
+        }
+        image.ok_or_else(|| cursor.malformed("no memory image before the end", cursor.at, 0))
+    }
+
+    fn libxc_stream(cursor: &mut Cursor<'_>) -> Result<Self, XenError> {
+        let (kind, xen) = libxc_header(cursor)?;
+        let mut records = Vec::new();
+        let mut frames = Frames::default();
+        // Each turn reads a header, so that this ends with the file.
+        loop {
+            cursor.next_record();
+            let offset = cursor.at;
+            let record = Record {
+                number: cursor.record.unwrap_or(0),
+                kind: cursor.u32()?,
+                len: cursor.u32()?,
+                offset,
+            };
+            if record.len > MAX_RECORD {
+                return Err(cursor.malformed("the length of a record", offset, record.len.into()));
+            }
+            let body = cursor.take(padded(record.len))?;
+            match record.kind {
+                END if record.len != 0 => {
+                    return Err(cursor.malformed("an end with content", offset, record.len.into()));
+                }
+                // What follows are passes of which only the last whole one counts.
+                CHECKPOINT => return Err(cursor.unsupported(CHECKPOINTED, offset)),
+                // The pages that follow are to be compared with those that came.
+                VERIFY => {
+                    return Err(cursor.unsupported("an image made to be verified", offset));
+                }
+                P2M_FRAMES if kind == DomainKind::Pv => {
+                    let last = body.u32_at(4).map(u64::from);
+                    let last = last.filter(|_| record.len >= 8).ok_or_else(|| {
+                        cursor.malformed("the length of P2M_FRAMES", offset, record.len.into())
+                    })?;
+                    frames.set_last(last);
+                }
+                PAGE_DATA => frames.add(&PageData::parse(cursor, &record, body)?, cursor)?,
+                _ => {}
+            }
+            records.push(record);
+            if record.kind == END {
+                break;
+            }
+        }
+        Ok(Self {
+            kind,
+            xen,
+            records,
+            frames: frames.settle(),
+        })
+    }
+
+    /// The kind of the domain.
+    #[must_use]
+    pub fn kind(&self) -> DomainKind {
+        self.kind
+    }
+
+    /// The version of the Xen that saved it: major, minor.
+    #[must_use]
+    pub fn xen_version(&self) -> (u32, u32) {
+        self.xen
+    }
+
+    /// The records of the libxc stream, in order.
+    #[must_use]
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+
+    /// The frames that the guest has after a restore, lowest first, each once.
+    #[must_use]
+    pub fn frames(&self) -> &[Frame] {
+        &self.frames
+    }
+
+    pub(crate) fn page_data<'a>(
+        &self,
+        data: GuestBytes<'a>,
+        record: &Record,
+    ) -> Result<PageData<'a>, XenError> {
+        let mut cursor = Cursor::new(data);
+        cursor.record = Some(record.number);
+        cursor.at = record.body();
+        let body = cursor.take(padded(record.len))?;
+        PageData::parse(&cursor, record, body)
+    }
+}
+
+const CHECKPOINTED: &str = "a checkpointed stream (Remus, COLO)";
+
+fn xl_header(cursor: &mut Cursor<'_>) -> Result<(), XenError> {
+    let magic: [u8; 32] = cursor.array()?;
+    if &magic != MAGIC {
+        return Err(cursor.malformed("the magic of an xl image", 0, 0));
+    }
+    let at = cursor.at;
+    let order = cursor.u32()?;
+    if order != BYTE_ORDER {
+        return Err(cursor.malformed("the byte order", at, order.into()));
+    }
+    let at = cursor.at;
+    let mandatory = cursor.u32()?;
+    if mandatory & !(XL_JSON | XL_STREAM_V2) != 0 {
+        return Err(cursor.malformed("an unknown mandatory flag", at, mandatory.into()));
+    }
+    if mandatory & XL_STREAM_V2 == 0 {
+        return Err(cursor.unsupported("a stream from before Xen 4.6", at));
+    }
+    let _optional = cursor.u32()?;
+    let config = cursor.u32()?;
+    cursor.take(config.into())?;
+    Ok(())
+}
+
+fn libxl_header(cursor: &mut Cursor<'_>) -> Result<(), XenError> {
+    let at = cursor.at;
+    let magic: [u8; 8] = cursor.array()?;
+    if &magic != LIBXL_MAGIC {
+        let value = u64::from_be_bytes(magic);
+        return Err(cursor.malformed("the magic of the libxl stream", at, value));
+    }
+    let at = cursor.at;
+    let version = cursor.be_u32()?;
+    if version != LIBXL_VERSION {
+        return Err(cursor.malformed("the version of the libxl stream", at, version.into()));
+    }
+    let at = cursor.at;
+    let options = cursor.be_u32()?;
+    if options & BIG_ENDIAN != 0 {
+        return Err(cursor.unsupported("a big-endian stream", at));
+    }
+    Ok(())
+}
+
+fn libxc_header(cursor: &mut Cursor<'_>) -> Result<(DomainKind, (u32, u32)), XenError> {
+    let at = cursor.at;
+    let magic: [u8; 12] = cursor.array()?;
+    if &magic != LIBXC_MAGIC {
+        return Err(cursor.malformed("the magic of the libxc stream", at, 0));
+    }
+    let at = cursor.at;
+    let version = cursor.be_u32()?;
+    if !LIBXC_VERSIONS.contains(&version) {
+        return Err(cursor.malformed("the version of the libxc stream", at, version.into()));
+    }
+    let at = cursor.at;
+    let options = u16::from_be_bytes(cursor.array()?);
+    if u32::from(options) & BIG_ENDIAN != 0 {
+        return Err(cursor.unsupported("a big-endian stream", at));
+    }
+    cursor.take(6)?;
+    let at = cursor.at;
+    let kind = match cursor.u32()? {
+        PV => DomainKind::Pv,
+        HVM => DomainKind::Hvm,
+        other => return Err(cursor.malformed("the kind of the domain", at, other.into())),
+    };
+    let at = cursor.at;
+    let shift = cursor.u16()?;
+    if shift != PAGE_SHIFT {
+        return Err(cursor.malformed("the size of a page", at, shift.into()));
+    }
+    cursor.take(2)?;
+    Ok((kind, (cursor.u32()?, cursor.u32()?)))
+}

@@ -1,0 +1,36 @@
+//! Xen's `xl save` images: where each page of the guest is in the file, and the same image without
+//! the pages that are dropped.
+//!
+//! An image is a header of `xl`, a libxl stream (version 2), and inside it, of no stated length, a
+//! libxc migration stream (version 2 or 3). Of the libxc stream's records only those of type
+//! `PAGE_DATA` are understood and rewritten; everything else stays byte for byte.
+//!
+//! The guest's physical memory is addressed by its own frame numbers (PFN). The page tables of a PV
+//! guest hold those in the stream, not the machine's, so that addresses can be translated by the
+//! image alone.
+//!
+//! # What a dropped page is
+//! Its number stays in the record, with the type `XALLOC`: the restoring Xen gives the guest a page
+//! there, of unspecified content. A Xen built for release has scrubbed that page to zero *if* its
+//! last owner is gone; what a living domain gave back comes as that domain left it, and a debug
+//! build scrubs with another byte. So **only pages whose content the guest does not care about may
+//! be dropped**: free pages of a guest that does not rely on them being zero. A page in use that
+//! happens to be zero must be kept, whatever a [`PrunePlan`](sonicshot::PrunePlan) for another
+//! format may say of it.
+//!
+//! Pages that are, or were in an earlier pass of a live save, page tables are never dropped; nor
+//! are those that Xen calls broken.
+#![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
+#![forbid(unsafe_code)]
+
+mod cursor;
+mod error;
+mod frames;
+mod image;
+mod page_data;
+mod prune;
+
+pub use error::{Place, XenError};
+pub use frames::{Frame, FrameType};
+pub use image::{DomainKind, MAGIC, Record, XlImage};
+pub use prune::{Dropped, Part};

@@ -1,0 +1,130 @@
+//! The records with pages.
+
+use crate::cursor::Cursor;
+use crate::{FrameType, Record, XenError};
+use sonicshot::GuestBytes;
+
+pub(crate) const PAGE: u64 = 4096;
+/// The count, and a word that is reserved.
+const HEAD: u64 = 8;
+const ENTRY: u64 = 8;
+const TYPE_SHIFT: u32 = 60;
+/// Bits that must be zero lie between the number and the type.
+const NUMBER_BITS: u32 = 52;
+/// No x86 has more physical addresses.
+const MAX_FRAME: u64 = 1 << (52 - 12);
+
+/// A record of type `PAGE_DATA`: its length is what its entries say.
+pub(crate) struct PageData<'a> {
+    body: GuestBytes<'a>,
+    count: u32,
+    /// Where the body begins in the file.
+    at: u64,
+}
+
+/// One page of such a record.
+#[derive(Clone, Copy)]
+pub(crate) struct Entry {
+    pub pfn: u64,
+    pub kind: FrameType,
+    /// Where its entry is in the file.
+    pub at: u64,
+    /// Where its bytes are in the file, if it has any.
+    pub data: Option<u64>,
+}
+
+impl<'a> PageData<'a> {
+    pub(crate) fn parse(
+        cursor: &Cursor<'_>,
+        record: &Record,
+        body: GuestBytes<'a>,
+    ) -> Result<Self, XenError> {
+        let len = u64::from(record.len);
+        let wrong = |value| cursor.malformed("the number of pages", record.body(), value);
+        let count = body.u32_at(0).ok_or_else(|| wrong(0))?;
+        let table = HEAD.saturating_add(u64::from(count).saturating_mul(ENTRY));
+        if count == 0 || table > len {
+            return Err(wrong(count.into()));
+        }
+        let this = Self {
+            body,
+            count,
+            at: record.body(),
+        };
+        let mut end = table;
+        for entry in this.words() {
+            let (at, word) = entry;
+            let bits = word >> TYPE_SHIFT;
+            let kind = FrameType::from_bits(bits)
+                .ok_or_else(|| cursor.malformed("the type of a page", at, word))?;
+            if word >> NUMBER_BITS != bits << (TYPE_SHIFT.saturating_sub(NUMBER_BITS))
+                || number(word) >= MAX_FRAME
+            {
+                return Err(cursor.malformed("the number of a page", at, word));
+            }
+            if kind.has_data() {
+                end = end.saturating_add(PAGE);
+            }
+        }
+        if end != len {
+            return Err(cursor.malformed(
+                "a record of pages of another length",
+                record.offset,
+                len,
+            ));
+        }
+        Ok(this)
+    }
+
+    /// The entries as they are, each with its place in the file.
+    fn words(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        (0..u64::from(self.count)).filter_map(|index| {
+            let inside = HEAD.saturating_add(index.saturating_mul(ENTRY));
+            let word = self.body.u64_at(usize::try_from(inside).ok()?)?;
+            Some((self.at.saturating_add(inside), word))
+        })
+    }
+
+    pub(crate) fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
+        let table = HEAD.saturating_add(u64::from(self.count).saturating_mul(ENTRY));
+        let mut next = self.at.saturating_add(table);
+        self.words().filter_map(move |(at, word)| {
+            let kind = FrameType::from_bits(word >> TYPE_SHIFT)?;
+            let data = kind.has_data().then_some(next);
+            if data.is_some() {
+                next = next.saturating_add(PAGE);
+            }
+            Some(Entry {
+                pfn: number(word),
+                kind,
+                at,
+                data,
+            })
+        })
+    }
+
+    /// The count and the reserved word, as they are.
+    pub(crate) fn head(&self) -> u64 {
+        self.body.u64_at(0).unwrap_or(0)
+    }
+}
+
+impl Entry {
+    /// The entry as the file has it.
+    pub(crate) fn word(&self) -> u64 {
+        self.pfn | self.kind.bits() << TYPE_SHIFT
+    }
+
+    /// The same page, to be given to the guest without content.
+    pub(crate) fn without_data(self) -> Self {
+        Self {
+            kind: FrameType::XAlloc,
+            data: None,
+            ..self
+        }
+    }
+}
+
+fn number(word: u64) -> u64 {
+    word & (1_u64 << NUMBER_BITS).wrapping_sub(1)
+}

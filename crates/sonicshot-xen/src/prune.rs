@@ -1,0 +1,164 @@
+//! The same image without the pages that are dropped.
+
+use crate::image::PAGE_DATA;
+use crate::page_data::{Entry, PAGE, PageData};
+use crate::{Record, XenError, XlImage};
+use sonicshot::{Gpa, GpaRange, GuestBytes, PageSize, Pfn, PfnRange, PrunePlan};
+
+/// A part of a pruned image.
+#[derive(Debug)]
+pub enum Part<'a> {
+    /// A stretch of the input.
+    Copy {
+        /// Where it begins.
+        from: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// Other bytes.
+    Bytes(&'a [u8]),
+}
+
+/// The frames that are dropped of an image: those of a plan that may be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dropped {
+    /// Sorted, disjoint, with gaps between.
+    runs: Vec<PfnRange>,
+}
+
+impl Dropped {
+    /// The runs of frames, lowest first.
+    #[must_use]
+    pub fn runs(&self) -> &[PfnRange] {
+        &self.runs
+    }
+
+    /// How many frames there are.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.runs
+            .iter()
+            .fold(0, |sum, run| sum.saturating_add(run.len()))
+    }
+
+    fn contains(&self, pfn: u64) -> bool {
+        let pfn = Pfn::new(pfn);
+        let above = self.runs.partition_point(|run| run.start() <= pfn);
+        let run = above.checked_sub(1).and_then(|index| self.runs.get(index));
+        run.is_some_and(|run| pfn < run.end())
+    }
+}
+
+impl XlImage {
+    /// Which frames of `plan` can be left out of this image.
+    #[must_use]
+    pub fn dropped(&self, plan: &PrunePlan) -> Dropped {
+        let mut runs: Vec<PfnRange> = Vec::new();
+        let mut frames = self.frames().iter().peekable();
+        let everything = GpaRange::new(Gpa::ZERO, Gpa::new(u64::MAX));
+        for part in plan.dropped_in(everything) {
+            let part = part.whole_frames(PageSize::SIZE_4K);
+            while frames.next_if(|frame| frame.pfn() < part.start()).is_some() {}
+            while let Some(frame) = frames.next_if(|frame| frame.pfn() < part.end()) {
+                if !frame.may_be_dropped() {
+                    continue;
+                }
+                let Some(one) = PfnRange::with_len(frame.pfn(), 1) else {
+                    continue;
+                };
+                match runs.last_mut() {
+                    Some(last) if last.end() == one.start() => {
+                        *last = PfnRange::new(last.start(), one.end());
+                    }
+                    _ => runs.push(one),
+                }
+            }
+        }
+        Dropped { runs }
+    }
+
+    /// Hands out the image in `data`, from which this was parsed, without the frames in `dropped`:
+    /// stretches of the input, and other bytes between. Every copy of a dropped page goes.
+    ///
+    /// # Errors
+    /// What `each` gives; or what `failed` makes of a [`XenError`], if `data` is not what was
+    /// parsed.
+    pub fn pruned<E>(
+        &self,
+        data: GuestBytes<'_>,
+        dropped: &Dropped,
+        failed: impl Fn(XenError) -> E,
+        mut each: impl FnMut(Part<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut copied = 0_u64;
+        let mut bytes = Vec::new();
+        for record in self.records().iter().filter(|r| r.kind == PAGE_DATA) {
+            let pages = self.page_data(data, record).map_err(&failed)?;
+            let goes = |entry: &Entry| entry.data.is_some() && dropped.contains(entry.pfn);
+            if !pages.entries().any(|entry| goes(&entry)) {
+                continue;
+            }
+            let after = |entry: Entry| {
+                if goes(&entry) {
+                    entry.without_data()
+                } else {
+                    entry
+                }
+            };
+            each(Part::Copy {
+                from: copied,
+                len: record.offset.saturating_sub(copied),
+            })?;
+            bytes.clear();
+            rewritten(record, &pages, after, &mut bytes);
+            each(Part::Bytes(&bytes))?;
+            // The data of pages that are kept, neighbours as one.
+            let mut stretch = (0_u64, 0_u64);
+            for at in pages.entries().filter_map(|entry| after(entry).data) {
+                let (from, len) = stretch;
+                if len > 0 && from.saturating_add(len) == at {
+                    stretch.1 = len.saturating_add(PAGE);
+                    continue;
+                }
+                if len > 0 {
+                    each(Part::Copy { from, len })?;
+                }
+                stretch = (at, PAGE);
+            }
+            let (from, len) = stretch;
+            if len > 0 {
+                each(Part::Copy { from, len })?;
+            }
+            copied = record.end();
+        }
+        each(Part::Copy {
+            from: copied,
+            len: (data.len() as u64).saturating_sub(copied),
+        })
+    }
+}
+
+/// A record of pages up to where their data begins. Entries and pages are multiples of 8 bytes: it
+/// needs no padding.
+fn rewritten(
+    record: &Record,
+    pages: &PageData<'_>,
+    after: impl Fn(Entry) -> Entry,
+    out: &mut Vec<u8>,
+) {
+    out.extend(record.kind.to_le_bytes());
+    out.extend(record.len.to_le_bytes());
+    out.extend(pages.head().to_le_bytes());
+    let mut len = record.len;
+    for entry in pages.entries() {
+        let now = after(entry);
+        if entry.data.is_some() && now.data.is_none() {
+            // It was there, by the record's own length.
+            len = len.saturating_sub(4096);
+        }
+        out.extend(now.word().to_le_bytes());
+    }
+    if let Some(place) = out.get_mut(4..8) {
+        place.copy_from_slice(&len.to_le_bytes());
+    }
+}

@@ -1,0 +1,78 @@
+/* The program of a paravirtual guest under Xen: as guest.c, without disks. Its files are in memory.
+ * Licence: MIT OR Apache-2.0. */
+#define main with_disks
+#include "guest.c"
+#undef main
+
+int main(void)
+{
+	struct kept k = { 0 };
+
+	/* Not used here. */
+	(void)with_disks;
+	mount("proc", "/proc", "proc", 0, NULL);
+	mount("sysfs", "/sys", "sysfs", 0, NULL);
+	mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
+	int console = open("/dev/hvc0", O_RDWR);
+	if (console < 0)
+		return 1;
+	for (int fd = 0; fd < 3; fd++)
+		dup2(console, fd);
+	mount("tmpfs", "/shm", "tmpfs", 0, "size=50%");
+	mount("tmpfs", "/files", "tmpfs", 0, "size=25%");
+	total_kib = meminfo("MemTotal");
+	seed = option("lab.seed", 1);
+	k.anon_len = k.thp_len = k.shm_len = option("lab.anon", 16) * MIB;
+	k.anon = mmap(NULL, k.anon_len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	k.thp = mmap(NULL, k.thp_len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	int shm = open("/shm/kept", O_RDWR | O_CREAT, 0600);
+	if (shm < 0 || ftruncate(shm, k.shm_len))
+		die("tmpfs");
+	k.shm = mmap(NULL, k.shm_len, PROT_READ | PROT_WRITE, MAP_SHARED, shm, 0);
+	if (k.anon == MAP_FAILED || k.thp == MAP_FAILED || k.shm == MAP_FAILED)
+		die("memory");
+	fill(k.anon, k.anon_len, 1);
+	fill(k.thp, k.thp_len, 2);
+	fill(k.shm, k.shm_len, 3);
+	/* Pages in use that are zero must still be so afterwards. */
+	size_t zeroes_len = 4 * MIB;
+	uint64_t *zeroes = mmap(NULL, zeroes_len, PROT_READ | PROT_WRITE,
+				MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (zeroes == MAP_FAILED)
+		die("memory");
+	memset(zeroes, 0, zeroes_len);
+	for (int i = 0; i < 64; i++) {
+		char name[64];
+		uint64_t page[PAGE / 8];
+		snprintf(name, sizeof name, "/files/%d", i);
+		int fd = open(name, O_RDWR | O_CREAT, 0600);
+		for (int j = 0; j < 16; j++) {
+			fill(page, sizeof page, 1000 + i * 16 + j);
+			if (write(fd, page, sizeof page) != sizeof page)
+				die(name);
+		}
+		close(fd);
+	}
+	if (use_all(50, 0))
+		die("filling free memory");
+	k.files = hash_tree("/files");
+	skip_boot_messages();
+	say("READY");
+	for (;;) {
+		char line[64];
+		ssize_t got = read(0, line, sizeof line - 1);
+		if (got <= 0) {
+			usleep(100000);
+			continue;
+		}
+		line[got] = 0;
+		if (!strstr(line, "torture"))
+			continue;
+		for (size_t i = 0; i < zeroes_len / 8; i++)
+			if (zeroes[i]) {
+				say("TORTURE-FAIL zeroes");
+				break;
+			}
+		torture(&k);
+	}
+}
