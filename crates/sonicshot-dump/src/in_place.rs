@@ -64,12 +64,8 @@ impl Dump {
         };
         check_unchanged(dump, options)?;
         let zeroed = plan.clone().zero_filled_only();
-        let mut stats = PruneStats {
-            dropped_bytes: zeroed.dropped_bytes(),
-            kept_for_fill: plan.dropped_bytes().saturating_sub(zeroed.dropped_bytes()),
-            disk_before: disk_usage(dump.file(), path)?,
-            ..PruneStats::default()
-        };
+        let mut stats = PruneStats::of(plan, &zeroed);
+        stats.disk_before = disk_usage(dump.file(), path)?;
         let mut runs = file_runs(dump, &zeroed);
         if let Some(overlay) = self.overlay() {
             overlay.check_unchanged()?;

@@ -221,12 +221,7 @@ impl Overlay {
     ) -> Result<PruneStats, DumpError> {
         self.check_unchanged()?;
         let zeroed = plan.clone().zero_filled_only();
-        let mut stats = PruneStats {
-            dropped_bytes: zeroed.dropped_bytes(),
-            kept_for_fill: plan.dropped_bytes().saturating_sub(zeroed.dropped_bytes()),
-            runs: zeroed.runs().len() as u64,
-            ..PruneStats::default()
-        };
+        let mut stats = PruneStats::of(plan, &zeroed);
         for dump in [&self.diff, &self.base] {
             let metadata = dump.file().metadata();
             let metadata = metadata.map_err(DumpError::io("reading", dump.path()))?;

@@ -52,6 +52,18 @@ pub struct PruneStats {
     pub disk_after: u64,
 }
 
+impl PruneStats {
+    /// What dropping `zeroed` of `plan` comes to, before it is done.
+    pub(crate) fn of(plan: &PrunePlan, zeroed: &PrunePlan) -> Self {
+        Self {
+            dropped_bytes: zeroed.dropped_bytes(),
+            kept_for_fill: plan.dropped_bytes().saturating_sub(zeroed.dropped_bytes()),
+            runs: zeroed.runs().len() as u64,
+            ..Self::default()
+        }
+    }
+}
+
 /// A core has at most this many segments, so that every reader can count them in 16 bits.
 const MAX_SEGMENTS: usize = 0xfffe;
 
@@ -83,12 +95,8 @@ impl Dump {
         };
         dump.check_length()?;
         let zeroed = plan.clone().zero_filled_only();
-        let mut stats = PruneStats {
-            dropped_bytes: zeroed.dropped_bytes(),
-            kept_for_fill: plan.dropped_bytes().saturating_sub(zeroed.dropped_bytes()),
-            disk_before: disk_usage(dump.file(), dump.path())?,
-            ..PruneStats::default()
-        };
+        let mut stats = PruneStats::of(plan, &zeroed);
+        stats.disk_before = disk_usage(dump.file(), dump.path())?;
         let output = Output::create(out, overwrite, dump.file())?;
         match self.format_data() {
             Format::Raw { .. } => copy_raw(dump, &zeroed, &output, &mut stats, progress)?,
@@ -103,7 +111,6 @@ impl Dump {
             Format::Stream(stream) => {
                 let stream = Rewritten::Stream(stream, &zeroed);
                 copy_stream(dump, &stream, &output, progress)?;
-                stats.runs = zeroed.runs().len() as u64;
             }
             Format::Xen(image) => {
                 let dropped = image.dropped(&zeroed);
@@ -137,13 +144,8 @@ impl Dump {
             return Err(self.read_only());
         }
         let zeroed = plan.clone().zero_filled_only();
-        let mut stats = PruneStats {
-            dropped_bytes: zeroed.dropped_bytes(),
-            kept_for_fill: plan.dropped_bytes().saturating_sub(zeroed.dropped_bytes()),
-            runs: zeroed.runs().len() as u64,
-            disk_before: disk_usage(self.file(), self.path())?,
-            ..PruneStats::default()
-        };
+        let mut stats = PruneStats::of(plan, &zeroed);
+        stats.disk_before = disk_usage(self.file(), self.path())?;
         let output = Output::create(out, overwrite, self.file())?;
         let notes = self.core_notes();
         let options = KdumpOptions {
@@ -352,7 +354,9 @@ fn copy_elf(
         why,
     };
     let mut pieces = Vec::new();
+    // Only what segments have data for.
     stats.dropped_bytes = 0;
+    stats.runs = 0;
     for (source, segment) in core.segments.iter().enumerate() {
         if let Some(guest) = segment.guest() {
             let filled = GpaRange::with_len(guest.start(), segment.file_len).unwrap_or(guest);

@@ -161,13 +161,8 @@ impl Dump {
             source,
         };
         let zeroed = plan.clone().zero_filled_only();
-        let mut stats = PruneStats {
-            dropped_bytes: zeroed.dropped_bytes(),
-            kept_for_fill: plan.dropped_bytes().saturating_sub(zeroed.dropped_bytes()),
-            runs: zeroed.runs().len() as u64,
-            disk_before: disk_usage(self.file(), self.path())?,
-            ..PruneStats::default()
-        };
+        let mut stats = PruneStats::of(plan, &zeroed);
+        stats.disk_before = disk_usage(self.file(), self.path())?;
         let dropped;
         let stream = &match self.format_data() {
             Format::Stream(stream) => Rewritten::Stream(stream, &zeroed),

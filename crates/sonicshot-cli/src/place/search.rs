@@ -353,8 +353,9 @@ impl<'a> Search<'a> {
         Ok(Attempt::Done(Box::new(placed)))
     }
 
-    /// Whether the guest itself shows that the blocks it boots with are where `places` has them:
-    /// what its kernel keeps in a block is found there. One of them is told by the others.
+    /// Whether the guest can show that the blocks it boots with are where `places` has them: its
+    /// kernel keeps struct pages in each but one, which would not fit its lists if they were read
+    /// from another block. That one is told by the others.
     fn in_place(&self, places: &[BlockPlace], structs: &[GpaRange]) -> bool {
         let ram = self.ram();
         let boot = |place: &&BlockPlace| ram.iter().any(|block| block.name == place.name);
