@@ -108,8 +108,8 @@ impl Plugged {
 const MIN_LISTS: u64 = 64;
 /// and so many times more than to any other.
 const CLEARLY: u64 = 8;
-/// How much of a block is looked through.
-const MAX_LOOK: u64 = 4 << 30;
+/// How much of a block is looked through: a kernel that has anything in it has lists there.
+const MAX_LOOK: u64 = 256 << 20;
 const PIECE: usize = 1 << 20;
 
 /// Where each of the blocks that are now at `ranges` belongs, of these ranges, if that is clear.
@@ -153,6 +153,9 @@ fn lists_by_place(
     direct_map: KernelVa,
 ) -> Result<Vec<u64>, MemoryError> {
     let mut votes = vec![0_u64; places.len()];
+    // Of each place where it begins and its number: there may be many, and words without end.
+    let mut starts: Vec<(u64, usize)> = places.iter().map(|p| p.start().raw()).zip(0..).collect();
+    starts.sort_unstable();
     let mut buffer = vec![0; PIECE];
     let mut at = range.start();
     while let Some(data) = dump.next_data(at).filter(|data| data.start() < range.end()) {
@@ -167,8 +170,10 @@ fn lists_by_place(
             if next == previous {
                 let list = u64::from_le_bytes(*next);
                 let start = list.wrapping_sub(direct_map.raw()).wrapping_sub(offset);
-                for (place, votes) in places.iter().zip(&mut votes) {
-                    *votes = votes.saturating_add(u64::from(place.start().raw() == start));
+                let found = starts.binary_search_by_key(&start, |(start, _)| *start);
+                let number = found.ok().and_then(|found| starts.get(found));
+                if let Some(votes) = number.and_then(|(_, number)| votes.get_mut(*number)) {
+                    *votes = votes.saturating_add(1);
                 }
             }
         }
