@@ -10,6 +10,7 @@ use crate::mapped::Extent;
 use crate::qemu::{self, BlockKind, Cursor, FLAG_EOS, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE};
 use crate::{DumpError, LayoutSpec};
 use sonicshot::{GpaRange, GuestBytes, PrunePlan};
+use std::collections::HashMap;
 use std::path::Path;
 
 pub(crate) const SECTION_PART: u8 = 2;
@@ -146,6 +147,12 @@ impl Stream {
             kind,
         };
         let mut cursor = Cursor::new(path, data, self.records_at);
+        // Of two blocks of one name the first. Each record may name another one.
+        let names = self.blocks.iter().map(|block| block.name.as_str());
+        let mut numbers: HashMap<&str, usize> = HashMap::new();
+        for (number, name) in names.enumerate() {
+            numbers.entry(name).or_insert(number);
+        }
         let mut block = None;
         let mut last_part = false;
         // Each turn reads at least a byte, so that this ends with the file.
@@ -168,7 +175,7 @@ impl Stream {
                 }
                 if flags & FLAG_CONTINUE == 0 {
                     let name = cursor.name()?;
-                    block = self.blocks.iter().position(|b| b.name == name);
+                    block = numbers.get(name.as_str()).copied();
                 }
                 let start = cursor.at;
                 if flags & FLAG_PAGE != 0 {
