@@ -75,7 +75,7 @@ pub use prune::{Progress, PruneStats};
 pub use qemu::{BlockKind, RamBlock};
 pub use restore::{CoreNotes, DumpFile, NewFile};
 pub use snapshot::{SnapshotFiles, Vmm};
-use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout};
+use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, RamLayout};
 use sonicshot_xen::XlImage;
 pub use spool::Spool;
 use std::fs::File;
@@ -542,5 +542,9 @@ impl GuestMemory for Dump {
 
     fn prefers_read(&self) -> bool {
         self.memory().prefers_read()
+    }
+
+    fn p2m(&self) -> Option<&P2m> {
+        self.memory().p2m()
     }
 }

@@ -178,6 +178,37 @@ impl fmt::Display for Pfn {
     }
 }
 
+/// A frame number of the machine. A guest has its own numbers ([`Pfn`]); only a paravirtualised one
+/// sees these too.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Mfn(u64);
+
+impl Mfn {
+    /// The frame `raw`.
+    #[must_use]
+    pub const fn new(raw: u64) -> Self {
+        Self(raw)
+    }
+
+    /// The frame number.
+    #[must_use]
+    pub const fn raw(self) -> u64 {
+        self.0
+    }
+}
+
+impl fmt::Debug for Mfn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Mfn({:#x})", self.0)
+    }
+}
+
+impl fmt::Display for Mfn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
 macro_rules! half_open_range {
     ($(#[$doc:meta])* $name:ident of $point:ident, $unit:literal) => {
         $(#[$doc])*

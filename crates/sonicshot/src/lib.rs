@@ -49,6 +49,7 @@ mod bytes;
 pub mod checkpoint;
 mod class;
 mod memory;
+mod p2m;
 mod page_map;
 mod policy;
 #[cfg(feature = "vm-memory")]
@@ -56,11 +57,12 @@ mod vm_memory;
 
 #[cfg(feature = "vm-memory")]
 pub use crate::vm_memory::VmMemory;
-pub use address::{Gpa, GpaRange, PageSize, Pfn, PfnRange};
+pub use address::{Gpa, GpaRange, Mfn, PageSize, Pfn, PfnRange};
 pub use bytes::GuestBytes;
 pub use class::{ClassCounts, ClassSet, PageClass, UnknownClass};
 pub use memory::{
     GuestMemory, Hold, LayoutError, MAX_MAP, Mapped, MappedRegions, MemoryError, RamLayout,
 };
+pub use p2m::{P2m, P2mError};
 pub use page_map::PageMap;
 pub use policy::{Disposition, DropClasses, DropRun, Fill, PrunePlan, PrunePolicy};

@@ -1,6 +1,6 @@
 //! Guest-physical memory, whoever owns it.
 
-use crate::{Gpa, GpaRange, GuestBytes, PageSize, Pfn, PfnRange};
+use crate::{Gpa, GpaRange, GuestBytes, P2m, PageSize, Pfn, PfnRange};
 use std::error::Error;
 use std::fmt;
 use std::io;
@@ -286,6 +286,13 @@ pub trait GuestMemory: Send + Sync {
         false
     }
 
+    /// What the guest's page tables mean, if it is a paravirtualised Xen guest whose tables are
+    /// there as Xen uses them: each entry holds a frame number of the machine, which this table
+    /// translates. `None`, as for all other guests, if entries hold the guest's own numbers.
+    fn p2m(&self) -> Option<&P2m> {
+        None
+    }
+
     /// The little-endian `u32` at `at`.
     ///
     /// # Errors
@@ -327,6 +334,9 @@ macro_rules! forward_guest_memory {
             }
             fn prefers_read(&self) -> bool {
                 (**self).prefers_read()
+            }
+            fn p2m(&self) -> Option<&P2m> {
+                (**self).p2m()
             }
             fn read_u32(&self, at: Gpa) -> Result<u32, MemoryError> {
                 (**self).read_u32(at)

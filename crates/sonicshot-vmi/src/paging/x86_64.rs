@@ -2,7 +2,7 @@
 
 use super::{Paging, Translation};
 use crate::KernelVa;
-use sonicshot::{Gpa, GuestMemory, MemoryError};
+use sonicshot::{Gpa, GuestMemory, MemoryError, Mfn, P2m};
 
 const PRESENT: u64 = 1;
 const PAGE_SIZE_BIT: u64 = 1 << 7;
@@ -48,15 +48,38 @@ impl Paging for X86_64 {
             if is_page {
                 let offset_mask = (1_u64 << shift) - 1;
                 let offset = va & offset_mask;
-                return Ok(Some(Translation {
-                    at: Gpa::new((entry & ADDRESS & !offset_mask) | offset),
-                    len: (1 << shift) - offset,
-                }));
+                let named = (entry & ADDRESS & !offset_mask) | offset;
+                let Some(at) = guest_address(memory, named) else {
+                    return Ok(None);
+                };
+                // Neighbours in the machine need not be neighbours in the guest.
+                let page = if memory.p2m().is_some() {
+                    P2m::PAGE.bytes()
+                } else {
+                    1 << shift
+                };
+                let len = page - (offset & (page - 1));
+                return Ok(Some(Translation { at, len }));
             }
-            table = entry & ADDRESS;
+            let Some(next) = guest_address(memory, entry & ADDRESS) else {
+                return Ok(None);
+            };
+            table = next.raw();
         }
         Ok(None)
     }
+}
+
+/// Where in guest-physical memory that is which an entry names; `None` if it is not the guest's,
+/// as are the frames of Xen itself that a paravirtualised guest has in its tables.
+fn guest_address(memory: &dyn GuestMemory, named: u64) -> Option<Gpa> {
+    let Some(p2m) = memory.p2m() else {
+        return Some(Gpa::new(named));
+    };
+    let frame = p2m.pfn(Mfn::new(named >> P2m::PAGE.shift()))?;
+    frame
+        .gpa(P2m::PAGE)?
+        .checked_add(named & P2m::PAGE.offset_mask())
 }
 
 #[cfg(test)]
@@ -64,7 +87,9 @@ mod tests {
     use super::X86_64;
     use crate::KernelVa;
     use crate::paging::{Paging, Translation};
-    use sonicshot::{Gpa, GuestBytes, MappedRegions};
+    use sonicshot::{
+        Gpa, GuestBytes, GuestMemory, MappedRegions, MemoryError, Mfn, P2m, Pfn, RamLayout,
+    };
 
     /// Page tables from `(table, index, entry)` lines in 64 KiB of memory.
     fn tables(entries: &[(u64, u64, u64)]) -> Vec<u8> {
@@ -130,5 +155,49 @@ mod tests {
         let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
         let walk = X86_64::new(Gpa::new(0x1000), false).translate(&memory, KernelVa::new(0));
         assert!(walk.is_err());
+    }
+
+    /// Memory whose page tables hold frame numbers of the machine.
+    struct Paravirtualised<'a>(MappedRegions<'a>, P2m);
+
+    impl GuestMemory for Paravirtualised<'_> {
+        fn layout(&self) -> &RamLayout {
+            self.0.layout()
+        }
+        fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+            self.0.read(at, buf)
+        }
+        fn p2m(&self) -> Option<&P2m> {
+            Some(&self.1)
+        }
+    }
+
+    #[test]
+    fn tables_of_a_paravirtualised_guest_hold_machine_frames() {
+        // Guest frame n is machine frame 0x100 - n.
+        let ram = tables(&[
+            (0x1000, 511, 0xfe063),
+            (0x2000, 510, 0xfd063),
+            (0x3000, 0, 0xfc063),
+            (0x3000, 1, 0x200_00e3),
+            (0x4000, 5, 0xf_7163),
+            (0x4000, 6, 0x7163),
+        ]);
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        let frames = (0..16).map(|n| (Pfn::new(n), Mfn::new(0x100 - n)));
+        let large = [(Pfn::new(0x900), Mfn::new(0x2001))];
+        let memory = Paravirtualised(memory, P2m::new(frames.chain(large)).unwrap());
+        let translate = |va| {
+            X86_64::new(Gpa::new(0x1000), false)
+                .translate(&memory, KernelVa::new(va))
+                .unwrap()
+                .map(|Translation { at, len }| (at.raw(), len))
+        };
+        assert_eq!(translate(0xffff_ffff_8000_5008), Some((0x9008, 0xff8)));
+        // A machine frame that is not the guest's.
+        assert_eq!(translate(0xffff_ffff_8000_6000), None);
+        // Of a large page each frame is somewhere else.
+        assert_eq!(translate(0xffff_ffff_8020_1234), Some((0x90_0234, 0xdcc)));
+        assert_eq!(translate(0xffff_ffff_8020_2000), None);
     }
 }
