@@ -45,6 +45,9 @@ pub(crate) enum Command {
     /// Write a dump in another format, without looking for what may be left out
     #[command(after_help = EXIT_CODES)]
     Convert(ConvertArgs),
+    /// Save and restore Xen domains, from dom0
+    #[command(subcommand)]
+    Xen(XenCommand),
     /// Inspect and prune the small real dump in testdata, and show what happened
     Demo(DemoArgs),
 }
@@ -286,6 +289,68 @@ pub(crate) struct VerifyArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum XenCommand {
+    /// Save a domain without its free pages, as `xl save` does: suspended, written, destroyed. The
+    /// image is one that an unchanged `xl restore` takes
+    #[command(after_help = EXIT_CODES)]
+    Save(XenSaveArgs),
+    /// Restore a domain by `xl restore`, from a compressed image too
+    #[command(after_help = EXIT_CODES)]
+    Restore(XenRestoreArgs),
+}
+
+/// How an image is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ImageCompression {
+    /// Zstandard
+    Zstd,
+    /// LZ4
+    Lz4,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct XenSaveArgs {
+    /// The domain's name or number
+    pub domain: String,
+    /// Where to write the image
+    pub file: PathBuf,
+    /// A System.map, vmlinux or BTF file of the guest's kernel; may be repeated. Without it
+    /// everything is found in the guest's own memory
+    #[arg(long, value_name = "FILE")]
+    pub symbols: Vec<PathBuf>,
+    /// Compress the image; `sonicshot xen restore` takes it as it is
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub compress: Option<ImageCompression>,
+    /// Leave the domain running: it goes on as soon as its memory is written
+    #[arg(short, long, conflicts_with = "pause")]
+    pub checkpoint: bool,
+    /// Leave the domain paused
+    #[arg(short, long)]
+    pub pause: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write over an existing FILE
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct XenRestoreArgs {
+    /// The image, as `xl save` or `sonicshot xen save` wrote it
+    pub file: PathBuf,
+    /// Leave the domain paused
+    #[arg(short, long)]
+    pub pause: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Options of `xl restore`, before its file
+    #[arg(last = true)]
+    pub xl: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -5,11 +5,12 @@ use sonicshot::checkpoint::CheckpointError;
 use sonicshot::{Gpa, MemoryError, PageClass};
 use sonicshot_dump::{DumpError, KdumpWriteError};
 use sonicshot_vmi::VmiError;
+use sonicshot_xen_live::{DomainId, LiveError};
 use std::error::Error;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{ExitCode, ExitStatus};
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CliError {
@@ -29,6 +30,21 @@ pub(crate) enum CliError {
     },
     #[error("{what}")]
     Usage { what: String },
+    #[error("the live domain")]
+    Live(#[from] LiveError),
+    #[error("domain {domain}")]
+    Domain {
+        domain: DomainId,
+        #[source]
+        source: VmiError,
+    },
+    /// Xen's own tool failed.
+    #[error("{command} failed ({status}){}", said(output))]
+    Xl {
+        command: String,
+        status: ExitStatus,
+        output: String,
+    },
     #[error("reading guest memory")]
     Memory(#[from] MemoryError),
     #[error("{action} {}", path.display())]
@@ -76,6 +92,8 @@ impl CliError {
                 },
             )
             | Self::Io { .. }
+            | Self::Live(_)
+            | Self::Xl { .. }
             | Self::Exists { .. }
             | Self::NoDemo { .. }
             | Self::Demo { .. }
@@ -106,7 +124,7 @@ impl CliError {
             | Self::NoLayout { .. }
             | Self::ManyBlocks { .. } => 3,
             Self::NotWhole { .. } => 4,
-            Self::Guest { source, .. } => match source {
+            Self::Guest { source, .. } | Self::Domain { source, .. } => match source {
                 VmiError::Inconsistent(_) => 5,
                 _ => 4,
             },
@@ -153,6 +171,9 @@ impl CliError {
             Self::Dump(DumpError::Ambiguous { .. }) => {
                 "give the memory file itself; a base that lies in the folder with --base"
             }
+            Self::Live(LiveError::Library { .. } | LiveError::Open { .. }) => {
+                "run it in dom0, as root, with Xen's libraries and tools installed"
+            }
             Self::Checkpoint {
                 source: CheckpointError::Differs { .. },
                 ..
@@ -197,6 +218,16 @@ impl CliError {
             next = cause.source();
         }
         causes
+    }
+
+    /// The error and its causes in one line.
+    pub(crate) fn with_causes(&self) -> String {
+        let mut line = self.to_string();
+        for cause in self.causes() {
+            line.push_str(": ");
+            line.push_str(&cause);
+        }
+        line
     }
 
     /// Prints the error, its causes and the hint to standard error, with `json` as one line of
@@ -245,6 +276,14 @@ impl CliError {
         if let Some(hint) = self.hint() {
             eprintln!("  hint: {hint}");
         }
+    }
+}
+
+/// What a program said, to go behind what is said of it.
+fn said(output: &str) -> String {
+    match output.trim() {
+        "" => String::new(),
+        output => format!(":\n{output}"),
     }
 }
 

@@ -11,8 +11,9 @@ mod inspect;
 mod place;
 mod prune;
 mod report;
+mod xen;
 
-use args::{Cli, Command};
+use args::{Cli, Command, XenCommand};
 use clap::Parser;
 use error::CliError;
 use std::process::ExitCode;
@@ -26,6 +27,8 @@ fn main() -> ExitCode {
         Command::Restore(args) => (checkpoint::restore(args), args.json),
         Command::Verify(args) => (checkpoint::verify(args), args.json),
         Command::Convert(args) => (convert::run(args), args.json),
+        Command::Xen(XenCommand::Save(args)) => (xen::save(args), args.json),
+        Command::Xen(XenCommand::Restore(args)) => (xen::restore(args), args.json),
         Command::Demo(args) => (demo::run(args), false),
     };
     let result = result.and_then(|()| match report::output_error() {

@@ -49,6 +49,15 @@ impl Output {
         {
             return Err(DumpError::SameFile { path: path.into() });
         }
+        let output = Self::create_new(path, overwrite)?;
+        // Both hold the same guest's memory, so both are for the same eyes.
+        let _ = output.file().set_permissions(ours.permissions());
+        Ok(output)
+    }
+
+    /// Begins to write `path`, of something that is no file. It is for its owner's eyes alone.
+    pub(crate) fn create_new(path: &Path, overwrite: Overwrite) -> Result<Self, DumpError> {
+        let there = std::fs::metadata(path).ok();
         // Not followed, for it is the link itself that would be replaced.
         if overwrite == Overwrite::Refuse && std::fs::symlink_metadata(path).is_ok() {
             return Err(DumpError::Exists { path: path.into() });
@@ -65,14 +74,11 @@ impl Output {
                 temporary(folder).map_err(DumpError::io("creating a file in", folder))?,
             ),
         };
-        let output = Self {
+        Ok(Self {
             file,
             path: path.into(),
             overwrite,
-        };
-        // Both hold the same guest's memory, so both are for the same eyes.
-        let _ = output.file().set_permissions(ours.permissions());
-        Ok(output)
+        })
     }
 
     pub(crate) fn file(&self) -> &File {

@@ -288,6 +288,14 @@ impl NewFile {
         Output::create(path, overwrite, input).map(Self)
     }
 
+    /// The same of something that is no file: a guest that runs.
+    ///
+    /// # Errors
+    /// [`DumpError`] if `path` exists and may not be replaced, or cannot be written.
+    pub fn create_new(path: &Path, overwrite: Overwrite) -> Result<Self, DumpError> {
+        Output::create_new(path, overwrite).map(Self)
+    }
+
     /// The file, without its name yet.
     #[must_use]
     pub fn file(&self) -> &File {

@@ -1,0 +1,331 @@
+//! `sonicshot xen save` and `sonicshot xen restore`: around Xen's own `xl`.
+
+mod packed;
+mod xl;
+
+use crate::args::{ImageCompression, XenRestoreArgs, XenSaveArgs};
+use crate::error::CliError;
+use crate::report::{percent, say, size};
+use serde_json::json;
+use sonicshot::{ClassSet, DropClasses, GuestMemory, PageClass, PageSize, PrunePlan};
+use sonicshot_dump::{Dump, NewFile, Overwrite};
+use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
+use sonicshot_xen_live::{DomainId, FrameRuns, LiveDomain, SaveFilter, Xen};
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
+use xl::Xl;
+
+const PAGE: PageSize = PageSize::SIZE_4K;
+
+/// What was found in the domain.
+struct Look {
+    release: String,
+    total_pages: u64,
+    frames: FrameRuns,
+    notes: Vec<String>,
+}
+
+/// The look, or why there is none; when the domain was suspended, and how long the look took.
+struct Looked {
+    result: Result<Look, CliError>,
+    suspended: Instant,
+    took: Duration,
+}
+
+/// What a save came to.
+struct Saved {
+    domain: DomainId,
+    looked: Option<Looked>,
+    file_bytes: u64,
+    started: Instant,
+    complete: Instant,
+}
+
+pub(crate) fn save(args: &XenSaveArgs) -> Result<(), CliError> {
+    let overwrite = if args.force {
+        Overwrite::Replace
+    } else {
+        Overwrite::Refuse
+    };
+    let started = Instant::now();
+    let xen = Xen::open()?;
+    let domain = xl::domain_of(&args.domain)?;
+    let out = NewFile::create_new(&args.file, overwrite)?;
+    let (looked, packed) = write(&xen, domain, args, &out)?;
+    let file_bytes = out.file().metadata().map_or(0, |file| file.len());
+    // The domain stays paused until the image is on the disk and has its name.
+    let finished = packed
+        .and_then(|()| check(args, &out))
+        .and_then(|()| Ok(out.finish()?));
+    let id = domain.to_string();
+    let gone = !args.checkpoint && !args.pause;
+    if let Err(error) = finished {
+        if gone {
+            // What it says is not what went wrong first.
+            let _ = Xl::new(&["unpause", &id]).and_then(Xl::run);
+        }
+        return Err(error);
+    }
+    let complete = Instant::now();
+    if gone {
+        Xl::new(&["destroy", &id])?.run()?;
+    }
+    let saved = Saved {
+        domain,
+        looked,
+        file_bytes,
+        started,
+        complete,
+    };
+    if args.json {
+        print_json(args, &saved);
+    } else {
+        print_summary(args, &saved);
+    }
+    Ok(())
+}
+
+/// Has `xl` write the image to `out`. Once it has, the domain is paused, also if packing failed.
+fn write(
+    xen: &Xen,
+    domain: DomainId,
+    args: &XenSaveArgs,
+    out: &NewFile,
+) -> Result<(Option<Looked>, Result<(), CliError>), CliError> {
+    let writing = |source| CliError::Io {
+        action: "writing",
+        path: args.file.clone(),
+        source,
+    };
+    let Some(how) = args.compress else {
+        return Ok((run(xen, domain, args, &name(out.file()))?, Ok(())));
+    };
+    let (mut from, to) = io::pipe().map_err(writing)?;
+    thread::scope(|scope| {
+        let packing = scope.spawn(move || {
+            let packed = packed::compress(how, &mut from, out.file());
+            if packed.is_err() {
+                // A broken pipe would end xl before it can resume the domain.
+                let _ = io::copy(&mut from, &mut io::sink());
+            }
+            packed
+        });
+        let looked = run(xen, domain, args, &name(&to));
+        // Nobody writes any more: the reader comes to the end.
+        drop(to);
+        let packed = packing
+            .join()
+            .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()));
+        Ok((looked?, packed.map_err(writing)))
+    })
+}
+
+fn run(
+    xen: &Xen,
+    domain: DomainId,
+    args: &XenSaveArgs,
+    target: &str,
+) -> Result<Option<Looked>, CliError> {
+    let after = if args.checkpoint { "-c" } else { "-p" };
+    let mut xl = Xl::new(&["save", after, &domain.to_string(), target])?;
+    let filter = SaveFilter::new()?;
+    filter.attach(&mut xl.command);
+    let mut child = xl.command.spawn().map_err(|source| xl.cannot_run(source))?;
+    let mut looked = None;
+    let status = filter.serve(&mut child, |suspended| {
+        let began = Instant::now();
+        let result = look(xen, suspended, args);
+        let frames = result.as_ref().map(|look| look.frames.clone());
+        let frames = frames.unwrap_or_default();
+        looked = Some(Looked {
+            result,
+            suspended: began,
+            took: began.elapsed(),
+        });
+        frames
+    })?;
+    xl.ended(status)?;
+    Ok(looked)
+}
+
+/// Looks for the free pages of a domain that is suspended.
+fn look(xen: &Xen, id: DomainId, args: &XenSaveArgs) -> Result<Look, CliError> {
+    let failed = |source| CliError::Domain { domain: id, source };
+    let domain = LiveDomain::open(xen, id)?;
+    let mut options = GuestOptions::new();
+    for path in &args.symbols {
+        options = options.symbols(path);
+    }
+    let guest = LinuxGuest::open(&domain, &options).map_err(failed)?;
+    let pages = guest.classify(OnInconsistency::Refuse).map_err(failed)?;
+    let goes = |class: &PageClass| match class {
+        PageClass::FreeBuddy | PageClass::FreePcp => !pages.relies_on_fill,
+        PageClass::Zero => false,
+        _ => true,
+    };
+    let classes = DropClasses(ClassSet::DEFAULT_DROP.iter().filter(goes).collect());
+    let plan = PrunePlan::new(&pages.map, &classes, pages.free_fill);
+    let frames = plan
+        .runs()
+        .iter()
+        .flat_map(|run| run.frames.iter())
+        .filter_map(|pfn| domain.frame_of(pfn))
+        .collect();
+    Ok(Look {
+        release: guest.release().to_owned(),
+        total_pages: domain.layout().bytes() >> PAGE.shift(),
+        frames,
+        notes: pages.notes,
+    })
+}
+
+/// Whether the image is one that can be read, from its first record to its last.
+fn check(args: &XenSaveArgs, out: &NewFile) -> Result<(), CliError> {
+    if args.compress.is_none() {
+        Dump::open(name(out.file()), None)?;
+    }
+    Ok(())
+}
+
+/// What another process of the same user calls an open file of this one.
+fn name(file: &impl AsRawFd) -> String {
+    format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
+}
+
+fn print_json(args: &XenSaveArgs, saved: &Saved) {
+    let looked = saved.looked.as_ref();
+    let look = looked.and_then(|looked| looked.result.as_ref().ok());
+    let dropped = look.map_or(0, |look| look.frames.len());
+    let suspended = looked.map(|looked| saved.complete.duration_since(looked.suspended));
+    say!(
+        "{}",
+        json!({
+            "domain": saved.domain.raw(),
+            "path": args.file.display().to_string(),
+            "pruned": look.is_some(),
+            "reason": reason(saved),
+            "kernel_release": look.map(|look| &look.release),
+            "total_pages": look.map(|look| look.total_pages),
+            "dropped_pages": dropped,
+            "dropped_bytes": dropped.saturating_mul(PAGE.bytes()),
+            "file_bytes": saved.file_bytes,
+            "seconds": saved.complete.duration_since(saved.started).as_secs_f64(),
+            "suspended_seconds": suspended.map(|time| time.as_secs_f64()),
+            "look_seconds": looked.map(|looked| looked.took.as_secs_f64()),
+            "notes": look.map(|look| &look.notes),
+        })
+    );
+}
+
+/// Why the image is a full one, if it is.
+fn reason(saved: &Saved) -> Option<String> {
+    match &saved.looked {
+        None => Some("Xen's save helper did not ask for the types of frames".into()),
+        Some(looked) => looked.result.as_ref().err().map(CliError::with_causes),
+    }
+}
+
+fn print_summary(args: &XenSaveArgs, saved: &Saved) {
+    if let Some(reason) = reason(saved) {
+        eprintln!("warning: nothing was left out, this is a full image: {reason}");
+    }
+    let seconds = saved.complete.duration_since(saved.started).as_secs_f64();
+    let looked = saved.looked.as_ref();
+    if let Some(looked) = looked
+        && let Ok(look) = &looked.result
+    {
+        for note in &look.notes {
+            eprintln!("note: {note}");
+        }
+        let dropped = look.frames.len();
+        say!(
+            "Linux {}: left out {} of {} ({}), found in {:.2} s",
+            look.release,
+            size(dropped.saturating_mul(PAGE.bytes())),
+            size(look.total_pages.saturating_mul(PAGE.bytes())),
+            percent(dropped, look.total_pages),
+            looked.took.as_secs_f64()
+        );
+    }
+    say!(
+        "saved domain {} to {}: {}, {seconds:.2} s",
+        saved.domain,
+        args.file.display(),
+        size(saved.file_bytes)
+    );
+}
+
+pub(crate) fn restore(args: &XenRestoreArgs) -> Result<(), CliError> {
+    let reading = |source| CliError::Io {
+        action: "reading",
+        path: args.file.clone(),
+        source,
+    };
+    let started = Instant::now();
+    let mut file = File::open(&args.file).map_err(reading)?;
+    let mut start = [0; 4];
+    file.read_exact(&mut start).map_err(reading)?;
+    file.rewind().map_err(reading)?;
+    let how = packed::compression_of(start);
+    let path = if how.is_some() {
+        PathBuf::from("/proc/self/fd/0")
+    } else {
+        args.file.clone()
+    };
+    let path = path.to_string_lossy().into_owned();
+    let mut words = vec!["restore"];
+    if args.pause {
+        words.push("-p");
+    }
+    words.extend(args.xl.iter().map(String::as_str));
+    words.push(&path);
+    let xl = Xl::new(&words)?;
+    match how {
+        None => {
+            xl.run()?;
+        }
+        Some(how) => unpack(xl, how, &file).map_err(|error| match error {
+            Unpack::Image(source) => reading(source),
+            Unpack::Xl(error) => error,
+        })?,
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    if args.json {
+        say!(
+            "{}",
+            json!({"path": args.file.display().to_string(), "seconds": seconds})
+        );
+    } else {
+        say!("restored {} in {seconds:.2} s", args.file.display());
+    }
+    Ok(())
+}
+
+enum Unpack {
+    Image(io::Error),
+    Xl(CliError),
+}
+
+/// Gives `xl` the image decompressed, by a pipe.
+fn unpack(mut xl: Xl, how: ImageCompression, file: &File) -> Result<(), Unpack> {
+    xl.command.stdin(Stdio::piped());
+    let child = xl.command.spawn();
+    let mut child = child.map_err(|source| Unpack::Xl(xl.cannot_run(source)))?;
+    let unpacked = match child.stdin.take() {
+        // Closed at the end of it, so that xl does not wait for more.
+        Some(mut to) => packed::decompress(how, file, &mut to),
+        None => Err(io::ErrorKind::BrokenPipe.into()),
+    };
+    let status = child.wait();
+    let status = status.map_err(|source| Unpack::Xl(xl.cannot_run(source)))?;
+    match unpacked {
+        // It had enough: what it says counts.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Unpack::Image(error)),
+        _ => xl.ended(status).map(drop).map_err(Unpack::Xl),
+    }
+}

@@ -1,0 +1,223 @@
+//! A domain's memory, mapped as it is looked at.
+
+use crate::ffi::{DomainInfo, Foreign, Xen};
+use crate::{DomainId, LiveError, p2m_list};
+use core::fmt;
+use sonicshot::{
+    Gpa, GpaRange, GuestMemory, MAX_MAP, Mapped, MemoryError, P2m, PageSize, Pfn, PfnRange,
+    RamLayout,
+};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+const PAGE: PageSize = PageSize::SIZE_4K;
+/// `XEN_DOMINF_*` and `SHUTDOWN_suspend` (`xen/include/public/domctl.h`, `sched.h`).
+const HVM: u32 = 1 << 1;
+const SHUT_DOWN: u32 = 1 << 2;
+const REASON_SHIFT: u32 = 16;
+const REASON_MASK: u32 = 0xff;
+const SUSPEND: u32 = 2;
+/// `XEN_DOMCTL_PFINFO_NOTAB`.
+const ORDINARY: u64 = 0;
+/// libxc itself asks for the types of so many frames at a time.
+const BATCH: usize = 1024;
+/// No x86 has more physical addresses.
+const MAX_FRAME: u64 = 1 << (52 - 12);
+
+/// Small reads map this many frames at once.
+const WINDOW: u64 = 64;
+/// So many windows are kept mapped: 256 MiB.
+const MAX_WINDOWS: usize = 1024;
+
+/// The memory of a domain that is suspended.
+///
+/// It is mapped piece by piece, read only. Of a paravirtualised domain the page tables hold the
+/// machine's frame numbers, which [`p2m`](GuestMemory::p2m) translates.
+///
+/// ```no_run
+/// use sonicshot::GuestMemory;
+/// use sonicshot_xen_live::{DomainId, LiveDomain, Xen};
+/// let xen = Xen::open()?;
+/// let domain = LiveDomain::open(&xen, DomainId::new(3))?;
+/// println!("{} bytes of RAM", domain.layout().bytes());
+/// # Ok::<(), sonicshot_xen_live::LiveError>(())
+/// ```
+pub struct LiveDomain<'x> {
+    xen: &'x Xen,
+    id: DomainId,
+    layout: RamLayout,
+    p2m: Option<P2m>,
+    windows: Mutex<HashMap<u64, Arc<Foreign<'x>>>>,
+}
+
+impl fmt::Debug for LiveDomain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LiveDomain")
+            .field("id", &self.id)
+            .field("layout", &self.layout)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'x> LiveDomain<'x> {
+    /// Finds out where the memory of `id` is.
+    ///
+    /// # Errors
+    /// [`LiveError::NotSuspended`] if it runs; others if Xen refuses, or if what the guest says of
+    /// its frames cannot be.
+    pub fn open(xen: &'x Xen, id: DomainId) -> Result<Self, LiveError> {
+        let info = xen.info(id)?;
+        let reason = (info.flags >> REASON_SHIFT) & REASON_MASK;
+        if info.flags & SHUT_DOWN == 0 || reason != SUSPEND {
+            return Err(LiveError::NotSuspended {
+                domain: id,
+                flags: info.flags,
+            });
+        }
+        let (frames, p2m) = if info.flags & HVM == 0 {
+            let p2m = p2m_list::read(xen, id, &info)?;
+            (p2m.runs().map(|(frames, _)| frames).collect(), Some(p2m))
+        } else {
+            (own_frames(xen, id, &info)?, None)
+        };
+        let ranges = frames
+            .iter()
+            .filter_map(|frames| frames.gpa_range(PAGE))
+            .collect();
+        let layout =
+            RamLayout::new(ranges).map_err(|source| LiveError::Layout { domain: id, source })?;
+        Ok(Self {
+            xen,
+            id,
+            layout,
+            p2m,
+            windows: Mutex::default(),
+        })
+    }
+
+    /// The number by which libxc and Xen know a frame of the guest: the machine's of a
+    /// paravirtualised domain, the guest's own of another.
+    #[must_use]
+    pub fn frame_of(&self, pfn: Pfn) -> Option<u64> {
+        match &self.p2m {
+            Some(p2m) => p2m.mfn(pfn).map(sonicshot::Mfn::raw),
+            None => Some(pfn.raw()),
+        }
+    }
+
+    fn map_frames(&self, first: u64, count: u64) -> Result<Foreign<'x>, LiveError> {
+        // A number that Xen cannot map, for a frame that the guest does not have.
+        let numbers: Vec<u64> = (first..first.saturating_add(count))
+            .map(|pfn| self.frame_of(Pfn::new(pfn)).unwrap_or(u64::MAX >> 12))
+            .collect();
+        self.xen.map(self.id, &numbers)
+    }
+
+    /// The window with frame `pfn`.
+    fn window(&self, pfn: u64) -> Result<(u64, Arc<Foreign<'x>>), LiveError> {
+        let first = pfn & !(WINDOW - 1);
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(window) = windows.get(&first) {
+            return Ok((first, Arc::clone(window)));
+        }
+        let window = Arc::new(self.map_frames(first, WINDOW)?);
+        if windows.len() >= MAX_WINDOWS {
+            windows.clear();
+        }
+        windows.insert(first, Arc::clone(&window));
+        Ok((first, window))
+    }
+}
+
+/// The frames of a domain that has its own numbers for them: those that Xen calls ordinary.
+fn own_frames(xen: &Xen, id: DomainId, info: &DomainInfo) -> Result<Vec<PfnRange>, LiveError> {
+    let last = xen.last_frame(id)?.raw();
+    if last >= MAX_FRAME {
+        return Err(LiveError::Malformed {
+            domain: id,
+            what: "its last frame",
+            value: last,
+        });
+    }
+    let mut runs: Vec<PfnRange> = Vec::new();
+    let mut found = 0_u64;
+    let mut first = 0_u64;
+    let mut types = Vec::with_capacity(BATCH);
+    while first <= last && found < info.pages {
+        types.clear();
+        types.extend((first..=last).take(BATCH));
+        xen.types(id, &mut types)?;
+        for (pfn, _) in (first..).zip(&types).filter(|(_, kind)| **kind == ORDINARY) {
+            found = found.saturating_add(1);
+            let Some(one) = PfnRange::with_len(Pfn::new(pfn), 1) else {
+                continue;
+            };
+            match runs.last_mut() {
+                Some(run) if run.end() == one.start() => {
+                    *run = PfnRange::new(run.start(), one.end());
+                }
+                _ => runs.push(one),
+            }
+        }
+        first = first.saturating_add(BATCH as u64);
+    }
+    Ok(runs)
+}
+
+impl GuestMemory for LiveDomain<'_> {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let range = GpaRange::with_len(at, buf.len() as u64).unwrap_or(GpaRange::new(at, at));
+        if !self.layout.contains(at, buf.len() as u64) {
+            return Err(MemoryError::NotRam { range });
+        }
+        let mut at = at.raw();
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let offset = at & PAGE.offset_mask();
+            let here = PAGE.bytes().saturating_sub(offset);
+            let len = usize::try_from(here).unwrap_or(usize::MAX).min(rest.len());
+            let (now, later) = rest.split_at_mut(len);
+            let pfn = at >> PAGE.shift();
+            let (first, window) = self.window(pfn).map_err(|error| MemoryError::Backend {
+                range,
+                source: Box::new(error),
+            })?;
+            let copied = usize::try_from(pfn.saturating_sub(first))
+                .ok()
+                .and_then(|index| window.frames(index, 1))
+                .zip(usize::try_from(offset).ok())
+                .and_then(|(page, offset)| page.get(offset, len))
+                .is_some_and(|bytes| bytes.copy_to(now));
+            if !copied {
+                return Err(MemoryError::Absent { range });
+            }
+            at = at.saturating_add(len as u64);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
+        let range = GpaRange::with_len(at, len as u64).unwrap_or(GpaRange::new(at, at));
+        if !self.layout.contains(at, len as u64) {
+            return Err(MemoryError::NotRam { range });
+        }
+        let skew = at.raw() & PAGE.offset_mask();
+        let frames = skew.saturating_add(len as u64).div_ceil(PAGE.bytes());
+        if len == 0 || len > MAX_MAP {
+            return Ok(None);
+        }
+        let Ok(foreign) = self.map_frames(at.pfn(PAGE).raw(), frames) else {
+            return Ok(None);
+        };
+        Ok(foreign.held(skew, len))
+    }
+
+    fn p2m(&self) -> Option<&P2m> {
+        self.p2m.as_ref()
+    }
+}

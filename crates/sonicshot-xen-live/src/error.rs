@@ -1,0 +1,100 @@
+//! What can go wrong with a live domain.
+
+use crate::DomainId;
+use sonicshot::{LayoutError, MemoryError, P2mError};
+use std::io;
+
+/// Why a live domain's memory cannot be read, or its save not be filtered.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LiveError {
+    /// One of Xen's libraries cannot be loaded, or lacks a function.
+    #[error("loading {name}")]
+    Library {
+        /// The library, or the function.
+        name: String,
+        /// What the loader says.
+        #[source]
+        source: libloading::Error,
+    },
+    /// A call to Xen failed.
+    #[error("{call} of domain {domain}")]
+    Call {
+        /// The call.
+        call: &'static str,
+        /// The domain.
+        domain: DomainId,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// Xen cannot be reached: this is not dom0, or not with its rights.
+    #[error("opening {what}")]
+    Open {
+        /// What is opened.
+        what: &'static str,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no such domain.
+    #[error("there is no domain {domain}")]
+    NoDomain {
+        /// The domain.
+        domain: DomainId,
+    },
+    /// The domain runs, so that what is read of it is torn.
+    #[error("domain {domain} is not suspended (flags {flags:#x})")]
+    NotSuspended {
+        /// The domain.
+        domain: DomainId,
+        /// `XEN_DOMINF_*`.
+        flags: u32,
+    },
+    /// What the domain says of its own frames cannot be.
+    #[error("domain {domain}: {what} (value {value:#x})")]
+    Malformed {
+        /// The domain.
+        domain: DomainId,
+        /// What is wrong.
+        what: &'static str,
+        /// The value found.
+        value: u64,
+    },
+    /// Its table of frames contradicts itself.
+    #[error("the table of frames of domain {domain}")]
+    P2m {
+        /// The domain.
+        domain: DomainId,
+        /// How.
+        #[source]
+        source: P2mError,
+    },
+    /// It has no memory.
+    #[error("the memory of domain {domain}")]
+    Layout {
+        /// The domain.
+        domain: DomainId,
+        /// What is wrong.
+        #[source]
+        source: LayoutError,
+    },
+    /// Its memory cannot be read.
+    #[error("reading the memory of domain {domain}")]
+    Memory {
+        /// The domain.
+        domain: DomainId,
+        /// What is wrong.
+        #[source]
+        source: MemoryError,
+    },
+    /// A pipe or a memory file cannot be used.
+    #[error("{action} the save filter")]
+    Filter {
+        /// What is done.
+        action: &'static str,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+}

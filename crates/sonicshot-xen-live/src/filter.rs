@@ -1,0 +1,179 @@
+//! Has an unchanged `xl save` leave frames out.
+//!
+//! A small library is preloaded into what `xl` starts for the memory part of a save (see
+//! `shim/filter.rs`). When libxc first asks for the types of frames, the domain is suspended; the
+//! library then asks this process which frames are to go, by a pipe, and waits for the answer by
+//! another. What goes is a table in a memory file. Nothing of it has a name in a file system: the
+//! library is found by `/proc`, for as long as this process lives. If it is gone, or if it says
+//! that nothing is to go, the save is a full one.
+
+use crate::{DomainId, LiveError};
+use rustix::fs::{MemfdFlags, memfd_create};
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::AsRawFd;
+use std::process::{Child, Command, ExitStatus};
+use std::thread;
+
+const LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/filter.so"));
+const PRELOAD: &str = "LD_PRELOAD";
+// What these are called in the library.
+const REQUEST: &str = "SONICSHOT_XEN_REQUEST";
+const ANSWER: &str = "SONICSHOT_XEN_ANSWER";
+const TABLE: &str = "SONICSHOT_XEN_TABLE";
+/// Asked for when the save has ended, so that nobody waits any longer. No domain has this number.
+const ENDED: u32 = u32::MAX;
+
+/// Frames by the numbers that libxc has for them: runs that are sorted and do not touch.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FrameRuns(Vec<(u64, u64)>);
+
+impl FrameRuns {
+    /// How many frames there are.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        let sum =
+            |sum: u64, (start, end): &(u64, u64)| sum.saturating_add(end.saturating_sub(*start));
+        self.0.iter().fold(0, sum)
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// As the library reads them: the first and the first after the last of each run.
+    fn to_bytes(&self) -> Vec<u8> {
+        let words = self.0.iter().flat_map(|(start, end)| [*start, *end]);
+        words.flat_map(u64::to_le_bytes).collect()
+    }
+}
+
+impl FromIterator<u64> for FrameRuns {
+    fn from_iter<T: IntoIterator<Item = u64>>(frames: T) -> Self {
+        let mut frames: Vec<u64> = frames.into_iter().collect();
+        frames.sort_unstable();
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for frame in frames {
+            match runs.last_mut() {
+                Some((_, end)) if *end > frame => {}
+                Some((_, end)) if *end == frame => *end = end.saturating_add(1),
+                _ => runs.push((frame, frame.saturating_add(1))),
+            }
+        }
+        Self(runs)
+    }
+}
+
+/// A save that leaves frames out.
+///
+/// ```no_run
+/// use sonicshot_xen_live::SaveFilter;
+/// use std::process::Command;
+/// let filter = SaveFilter::new()?;
+/// let mut save = Command::new("xl");
+/// save.args(["save", "-p", "guest", "/srv/guest.xl"]);
+/// filter.attach(&mut save);
+/// let mut child = save.spawn()?;
+/// // Looks into the domain, which is suspended now, and says which frames are to go.
+/// let status = filter.serve(&mut child, |_domain| Default::default())?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct SaveFilter {
+    library: File,
+    table: File,
+    request: (PipeReader, PipeWriter),
+    answer: (PipeReader, PipeWriter),
+}
+
+impl SaveFilter {
+    /// Makes what a save needs.
+    ///
+    /// # Errors
+    /// [`LiveError::Filter`] if the system gives no pipes or memory files.
+    pub fn new() -> Result<Self, LiveError> {
+        let make = || {
+            let mut library = memory_file("sonicshot-xen-filter")?;
+            library.write_all(LIBRARY)?;
+            Ok(Self {
+                library,
+                table: memory_file("sonicshot-xen-frames")?,
+                request: io::pipe()?,
+                answer: io::pipe()?,
+            })
+        };
+        make().map_err(failed("making"))
+    }
+
+    /// Has `command`, an `xl save` without `-l`, ask [`serve`](Self::serve).
+    pub fn attach(&self, command: &mut Command) {
+        let mut preload = OsString::from(name(&self.library));
+        if let Some(others) = std::env::var_os(PRELOAD) {
+            preload.push(":");
+            preload.push(others);
+        }
+        command
+            .env(PRELOAD, preload)
+            .env(REQUEST, name(&self.request.1))
+            .env(ANSWER, name(&self.answer.0))
+            .env(TABLE, name(&self.table));
+    }
+
+    /// Waits for the save to end. `choose` is called, at most once, when the domain that is saved
+    /// is suspended; the frames that it gives are left out, if Xen calls them ordinary.
+    ///
+    /// # Errors
+    /// [`LiveError::Filter`] if a pipe fails or the child cannot be waited for.
+    pub fn serve(
+        self,
+        child: &mut Child,
+        choose: impl FnOnce(DomainId) -> FrameRuns,
+    ) -> Result<ExitStatus, LiveError> {
+        let Self {
+            library: _library,
+            mut table,
+            request: (mut asked, mut ended),
+            answer: (_unread, answer),
+        } = self;
+        thread::scope(|scope| {
+            // Closed when this ends, however it does: then nobody waits for it in vain.
+            let mut answer = answer;
+            let waiting = scope.spawn(move || {
+                let status = child.wait();
+                // Whoever waits for a question gets this one.
+                ended.write_all(&ENDED.to_le_bytes())?;
+                status
+            });
+            let mut question = [0; 4];
+            asked.read_exact(&mut question).map_err(failed("asking"))?;
+            let domain = u32::from_le_bytes(question);
+            if domain != ENDED {
+                let frames = choose(DomainId::new(domain));
+                let count = match table.write_all(&frames.to_bytes()) {
+                    Ok(()) => frames.0.len() as u64,
+                    Err(_) => 0,
+                };
+                let answered = answer.write_all(&count.to_le_bytes());
+                answered.map_err(failed("answering"))?;
+            }
+            let status = waiting.join().unwrap_or(Err(io::ErrorKind::Other.into()));
+            status.map_err(failed("waiting for"))
+        })
+    }
+}
+
+fn memory_file(name: &str) -> io::Result<File> {
+    Ok(File::from(memfd_create(name, MemfdFlags::CLOEXEC)?))
+}
+
+/// What another process of the same user calls an open file of this one.
+fn name(file: &impl AsRawFd) -> String {
+    format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
+}
+
+fn failed(action: &'static str) -> impl Fn(io::Error) -> LiveError {
+    move |source| LiveError::Filter { action, source }
+}
