@@ -211,7 +211,7 @@ class Dom0:
                    "-display", "none", "-monitor", "none", "-no-reboot",
                    "-serial", f"file:{self.log}", "-kernel", str(work / "xen.elf"), "-append",
                    f"console=com1 com1=115200,8n1 dom0_mem={DOM0_MIB}M,max:{DOM0_MIB}M "
-                   "dom0_max_vcpus=1 noreboot",
+                   "dom0_max_vcpus=2 noreboot",
                    "-initrd", f"{root}/boot/vmlinuz-{release} console=hvc0 quiet,{dom0}"]
         for name, disk in self.disks.items():
             cache = self.cache(disk) if name == "images" else "writeback"

@@ -170,12 +170,7 @@ fn look(xen: &Xen, id: DomainId, args: &XenSaveArgs) -> Result<Look, CliError> {
     };
     let classes = DropClasses(ClassSet::DEFAULT_DROP.iter().filter(goes).collect());
     let plan = PrunePlan::new(&pages.map, &classes, pages.free_fill);
-    let frames = plan
-        .runs()
-        .iter()
-        .flat_map(|run| run.frames.iter())
-        .filter_map(|pfn| domain.frame_of(pfn))
-        .collect();
+    let frames = domain.frame_runs(plan.runs().iter().map(|run| run.frames));
     Ok(Look {
         release: guest.release().to_owned(),
         total_pages: domain.layout().bytes() >> PAGE.shift(),

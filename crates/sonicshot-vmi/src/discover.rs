@@ -71,34 +71,48 @@ pub(crate) fn find<'m>(
 }
 
 /// The windows of all RAM, in the order in which the kernel's early allocations are likely to
-/// be met: first the top of memory, then from both ends of every region inwards.
+/// be met: first the top of memory (of a paravirtualised guest the bottom, behind its image, and
+/// then the top), then from both ends of every region inwards.
 fn windows(memory: &dyn GuestMemory) -> impl Iterator<Item = GpaRange> + '_ {
-    /// So many from the top: 128 MiB.
-    const TOP: u64 = 64;
+    /// So many from the top, and from the bottom: 128 MiB.
+    const FIRST: u64 = 64;
     let regions = memory.layout().regions();
     let last = regions.len().saturating_sub(1);
-    let bounds = move |number: usize, region: &GpaRange| {
+    let paravirtualised = memory.p2m().is_some();
+    let parts = move |number: usize, region: &GpaRange| {
         let first = region.start().raw() & !(WINDOW - 1);
         let count = region.end().raw().saturating_sub(first).div_ceil(WINDOW);
-        let top = if number == last { count.min(TOP) } else { 0 };
-        (first, count.saturating_sub(top), count)
+        let top = if number == last { count.min(FIRST) } else { 0 };
+        let above = count.saturating_sub(top);
+        let bottom = number == 0 && paravirtualised;
+        let below = if bottom { above.min(FIRST) } else { 0 };
+        (first, below, above, count)
     };
     let window = |region: &GpaRange, first: u64, index: u64| {
         let start = first.saturating_add(index.saturating_mul(WINDOW));
         let end = start.saturating_add(WINDOW);
         GpaRange::new(Gpa::new(start), Gpa::new(end)).intersection(region)
     };
+    let bottom = regions.first().into_iter().flat_map(move |region| {
+        let (first, below, ..) = parts(0, region);
+        (0..below).map(move |index| window(region, first, index))
+    });
     let top = regions.last().into_iter().flat_map(move |region| {
-        let (first, below, count) = bounds(last, region);
-        (below..count)
+        let (first, _, above, count) = parts(last, region);
+        (above..count)
             .rev()
             .map(move |index| window(region, first, index))
     });
     let numbered = || regions.iter().enumerate();
-    let most = numbered().map(|(n, r)| bounds(n, r).1).max().unwrap_or(0);
+    let length = move |(number, region)| {
+        let (_, below, above, _) = parts(number, region);
+        above.saturating_sub(below)
+    };
+    let most = numbered().map(length).max().unwrap_or(0);
     let inwards = (0..most.div_ceil(2)).flat_map(move |step| {
         numbered().flat_map(move |(number, region)| {
-            let (first, count, _) = bounds(number, region);
+            let (first, below, above, _) = parts(number, region);
+            let count = above.saturating_sub(below);
             let low = (step < count.div_ceil(2)).then_some(step);
             let high = count
                 .checked_sub(step.saturating_add(1))
@@ -106,10 +120,10 @@ fn windows(memory: &dyn GuestMemory) -> impl Iterator<Item = GpaRange> + '_ {
             [high, low]
                 .into_iter()
                 .flatten()
-                .map(move |index| window(region, first, index))
+                .map(move |index| window(region, first, below.saturating_add(index)))
         })
     });
-    top.chain(inwards)
+    bottom.chain(top).chain(inwards)
 }
 
 /// Calls `visit` with each page that begins with `magic`, until it returns `false`.
@@ -264,9 +278,9 @@ pub(crate) fn image_range(space: &AddressSpace<'_>, stext: KernelVa) -> (KernelV
 mod tests {
     use super::{WINDOW, windows};
     use proptest::prelude::*;
-    use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, RamLayout};
+    use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, P2m, RamLayout};
 
-    struct Nothing(RamLayout);
+    struct Nothing(RamLayout, Option<P2m>);
 
     impl GuestMemory for Nothing {
         fn layout(&self) -> &RamLayout {
@@ -275,18 +289,25 @@ mod tests {
         fn read(&self, _: Gpa, _: &mut [u8]) -> Result<(), MemoryError> {
             Ok(())
         }
+        fn p2m(&self) -> Option<&P2m> {
+            self.1.as_ref()
+        }
     }
 
     proptest! {
         #[test]
-        fn windows_cover_all_ram_once(regions in proptest::collection::vec((1_u64..9, 1_u64..0x100_0000), 1..4)) {
+        fn windows_cover_all_ram_once(
+            regions in proptest::collection::vec((1_u64..9, 1_u64..0x2000_0000), 1..4),
+            paravirtualised: bool,
+        ) {
             let mut at = 0;
             let ranges = regions.into_iter().map(|(gap, len)| {
                 let range = GpaRange::with_len(Gpa::new(at + gap * 0x3_1000), len).unwrap();
                 at = range.end().raw();
                 range
             }).collect();
-            let memory = Nothing(RamLayout::new(ranges).unwrap());
+            let p2m = paravirtualised.then(|| P2m::new([]).unwrap());
+            let memory = Nothing(RamLayout::new(ranges).unwrap(), p2m);
             let mut all: Vec<_> = windows(&memory).collect();
             prop_assert!(all.iter().all(|window| !window.is_empty() && window.len() <= WINDOW));
             all.sort();

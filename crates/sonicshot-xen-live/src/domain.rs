@@ -1,7 +1,7 @@
 //! A domain's memory, mapped as it is looked at.
 
 use crate::ffi::{DomainInfo, Foreign, Xen};
-use crate::{DomainId, LiveError, p2m_list};
+use crate::{DomainId, FrameRuns, LiveError, p2m_list};
 use core::fmt;
 use sonicshot::{
     Gpa, GpaRange, GuestMemory, MAX_MAP, Mapped, MemoryError, P2m, PageSize, Pfn, PfnRange,
@@ -95,20 +95,30 @@ impl<'x> LiveDomain<'x> {
         })
     }
 
-    /// The number by which libxc and Xen know a frame of the guest: the machine's of a
-    /// paravirtualised domain, the guest's own of another.
+    /// The same frames by the numbers by which Xen and libxc know them: the machine's of a
+    /// paravirtualised domain, the guest's own of another. Frames that the guest does not have are
+    /// left out.
     #[must_use]
-    pub fn frame_of(&self, pfn: Pfn) -> Option<u64> {
+    pub fn frame_runs(&self, frames: impl IntoIterator<Item = PfnRange>) -> FrameRuns {
+        let Some(p2m) = &self.p2m else {
+            let own = frames.into_iter();
+            return own.map(|run| (run.start().raw(), run.len())).collect();
+        };
+        let machine = frames.into_iter().flat_map(|run| p2m.runs_in(run));
+        machine.map(|(run, mfn)| (mfn.raw(), run.len())).collect()
+    }
+
+    fn frame_of(&self, pfn: u64) -> Option<u64> {
         match &self.p2m {
-            Some(p2m) => p2m.mfn(pfn).map(sonicshot::Mfn::raw),
-            None => Some(pfn.raw()),
+            Some(p2m) => p2m.mfn(Pfn::new(pfn)).map(sonicshot::Mfn::raw),
+            None => Some(pfn),
         }
     }
 
     fn map_frames(&self, first: u64, count: u64) -> Result<Foreign<'x>, LiveError> {
         // A number that Xen cannot map, for a frame that the guest does not have.
         let numbers: Vec<u64> = (first..first.saturating_add(count))
-            .map(|pfn| self.frame_of(Pfn::new(pfn)).unwrap_or(u64::MAX >> 12))
+            .map(|pfn| self.frame_of(pfn).unwrap_or(u64::MAX >> 12))
             .collect();
         self.xen.map(self.id, &numbers)
     }

@@ -51,18 +51,19 @@ impl FrameRuns {
     }
 }
 
-impl FromIterator<u64> for FrameRuns {
-    fn from_iter<T: IntoIterator<Item = u64>>(frames: T) -> Self {
-        let mut frames: Vec<u64> = frames.into_iter().collect();
-        frames.sort_unstable();
-        let mut runs: Vec<(u64, u64)> = Vec::new();
-        for frame in frames {
-            match runs.last_mut() {
-                Some((_, end)) if *end > frame => {}
-                Some((_, end)) if *end == frame => *end = end.saturating_add(1),
-                _ => runs.push((frame, frame.saturating_add(1))),
+/// Of runs in any order, each its first frame and how many there are.
+impl FromIterator<(u64, u64)> for FrameRuns {
+    fn from_iter<T: IntoIterator<Item = (u64, u64)>>(runs: T) -> Self {
+        let run = |(start, len): (u64, u64)| (start, start.saturating_add(len));
+        let mut runs: Vec<(u64, u64)> = runs.into_iter().map(run).collect();
+        runs.sort_unstable();
+        runs.dedup_by(|next, run| {
+            let joins = next.0 <= run.1;
+            if joins {
+                run.1 = run.1.max(next.1);
             }
-        }
+            joins
+        });
         Self(runs)
     }
 }
@@ -176,4 +177,40 @@ fn name(file: &impl AsRawFd) -> String {
 
 fn failed(action: &'static str) -> impl Fn(io::Error) -> LiveError {
     move |source| LiveError::Filter { action, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{FrameRuns, SaveFilter};
+    use crate::DomainId;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+    use std::process::Command;
+
+    proptest! {
+        #[test]
+        fn runs_are_sorted_and_do_not_touch(runs in proptest::collection::vec((0_u64..99, 1_u64..9), 0..20)) {
+            let frames: BTreeSet<u64> = runs.iter().flat_map(|(start, len)| *start..start + len).collect();
+            let made: FrameRuns = runs.into_iter().collect();
+            let inside: Vec<u64> = made.0.iter().flat_map(|(start, end)| *start..*end).collect();
+            prop_assert_eq!(&inside, &frames.into_iter().collect::<Vec<_>>());
+            prop_assert!(made.0.windows(2).all(|pair| pair[0].1 < pair[1].0));
+            prop_assert_eq!(made.len(), inside.len() as u64);
+        }
+    }
+
+    #[test]
+    fn a_program_that_asks_nothing_runs_as_it_would() {
+        let filter = SaveFilter::new().unwrap();
+        let mut command = Command::new("true");
+        filter.attach(&mut command);
+        let mut child = command.spawn().unwrap();
+        let asked = std::cell::Cell::new(None);
+        let status = filter.serve(&mut child, |domain: DomainId| {
+            asked.set(Some(domain));
+            FrameRuns::default()
+        });
+        assert!(status.unwrap().success());
+        assert_eq!(asked.get(), None);
+    }
 }

@@ -4,11 +4,12 @@
 
 use crate::ffi::{DomainInfo, Foreign, Xen};
 use crate::{DomainId, LiveError};
-use sonicshot::{GuestBytes, Mfn, P2m, Pfn};
+use sonicshot::{GuestBytes, Mfn, P2m, Pfn, PfnRange};
 
 /// Where the architecture's part lies in the shared information of a guest of 64 bits.
 const ARCH: usize = 3088;
 const ENTRY: usize = 8;
+const PAGE: usize = 4096;
 const ENTRIES: u64 = 512;
 /// Of an entry of a page table: where the next table or the page is.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -79,7 +80,8 @@ pub(crate) fn read(xen: &Xen, domain: DomainId, info: &DomainInfo) -> Result<P2m
         shared: &shared,
         tables: [const { None }; 3],
     };
-    let mut frames = Vec::new();
+    let mut runs = Vec::new();
+    let mut found = 0_u64;
     let mut first = 0;
     while first < shared.count {
         let leaves = walk.leaves(first)?;
@@ -91,33 +93,56 @@ pub(crate) fn read(xen: &Xen, domain: DomainId, info: &DomainInfo) -> Result<P2m
             let page = pages.frames(index, 1);
             let page = page.ok_or_else(|| walk.malformed("a page of its list of frames", first))?;
             let left = shared.count.saturating_sub(first).min(ENTRIES);
-            own_frames(page, first, left, &mut frames);
+            found = found.saturating_add(own_frames(page, first, left, &mut runs));
             first = first.saturating_add(ENTRIES);
         }
-        if frames.len() as u64 > info.pages {
-            return Err(walk.malformed("more frames than it has pages", frames.len() as u64));
+        if found > info.pages {
+            return Err(walk.malformed("more frames than it has pages", found));
         }
     }
     let after = Shared::read(xen, domain, info)?;
     if after.generation != shared.generation {
         return Err(walk.malformed("its list of frames was changed", after.generation));
     }
-    P2m::new(frames).map_err(|source| LiveError::P2m { domain, source })
+    P2m::from_runs(runs).map_err(|source| LiveError::P2m { domain, source })
 }
 
-/// Adds the frames of one page of the list, of which `count` entries count.
-fn own_frames(page: GuestBytes<'_>, first: u64, count: u64, frames: &mut Vec<(Pfn, Mfn)>) {
-    for index in 0..count {
-        let at = usize::try_from(index)
-            .ok()
-            .and_then(|index| index.checked_mul(ENTRY));
-        let Some(mfn) = at.and_then(|at| page.u64_at(at)) else {
-            return;
-        };
-        if mfn & NOT_OWN == 0 {
-            frames.push((Pfn::new(first.saturating_add(index)), Mfn::new(mfn)));
+/// Adds the frames of one page of the list, of which `count` entries count, as runs. Returns how
+/// many there are.
+fn own_frames(
+    page: GuestBytes<'_>,
+    first: u64,
+    count: u64,
+    runs: &mut Vec<(PfnRange, Mfn)>,
+) -> u64 {
+    let mut bytes = [0; PAGE];
+    if !page.copy_to(&mut bytes) {
+        return 0;
+    }
+    let mut found = 0_u64;
+    // The run that goes on: where it begins in both, and the machine's frame that would follow.
+    let mut run: Option<(u64, u64, u64)> = None;
+    let mut end = |run: Option<(u64, u64, u64)>| {
+        if let Some((pfn, mfn, next)) = run
+            && let Some(frames) = PfnRange::with_len(Pfn::new(pfn), next.saturating_sub(mfn))
+        {
+            found = found.saturating_add(frames.len());
+            runs.push((frames, Mfn::new(mfn)));
+        }
+    };
+    let (entries, _) = bytes.as_chunks::<ENTRY>();
+    for (pfn, entry) in (first..first.saturating_add(count)).zip(entries) {
+        let mfn = u64::from_le_bytes(*entry);
+        match &mut run {
+            Some((_, _, next)) if *next == mfn => *next = next.saturating_add(1),
+            _ => {
+                end(run.take());
+                run = (mfn & NOT_OWN == 0).then_some((pfn, mfn, mfn.saturating_add(1)));
+            }
         }
     }
+    end(run);
+    found
 }
 
 /// Finds where the pages of the list are.

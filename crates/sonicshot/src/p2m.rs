@@ -64,17 +64,28 @@ impl P2m {
     /// # Errors
     /// [`P2mError`] if a frame of either side comes twice.
     pub fn new(frames: impl IntoIterator<Item = (Pfn, Mfn)>) -> Result<Self, P2mError> {
+        let one = |(pfn, mfn)| Some((PfnRange::with_len(pfn, 1)?, mfn));
+        Self::from_runs(frames.into_iter().filter_map(one))
+    }
+
+    /// A table of runs of frames, in any order, each with the machine's frame that its first is;
+    /// the others follow that one.
+    ///
+    /// # Errors
+    /// [`P2mError`] if a frame of either side comes twice.
+    pub fn from_runs(runs: impl IntoIterator<Item = (PfnRange, Mfn)>) -> Result<Self, P2mError> {
         let mut by_pfn: Vec<Run> = Vec::new();
-        for (pfn, mfn) in frames {
-            let (pfn, mfn) = (pfn.raw(), mfn.raw());
+        for (frames, mfn) in runs {
+            let (pfn, mfn, len) = (frames.start().raw(), mfn.raw(), frames.len());
             match by_pfn.last_mut() {
                 Some(last)
                     if last.pfn.checked_add(last.len) == Some(pfn)
                         && last.mfn.checked_add(last.len) == Some(mfn) =>
                 {
-                    last.len = last.len.saturating_add(1);
+                    last.len = last.len.saturating_add(len);
                 }
-                _ => by_pfn.push(Run { pfn, mfn, len: 1 }),
+                _ if len == 0 => {}
+                _ => by_pfn.push(Run { pfn, mfn, len }),
             }
         }
         by_pfn.sort_unstable_by_key(|run| run.pfn);
@@ -113,6 +124,22 @@ impl P2m {
         run.pfn.checked_add(offset).map(Pfn::new)
     }
 
+    /// The runs of [`runs`](Self::runs) inside `frames`, clipped to it.
+    pub fn runs_in(&self, frames: PfnRange) -> impl Iterator<Item = (PfnRange, Mfn)> + '_ {
+        let (start, end) = (frames.start().raw(), frames.end().raw());
+        let first = self
+            .by_pfn
+            .partition_point(|run| run.pfn.saturating_add(run.len) <= start);
+        let runs = self.by_pfn.iter().skip(first);
+        runs.take_while(move |run| run.pfn < end)
+            .filter_map(move |run| {
+                let from = run.pfn.max(start);
+                let to = run.pfn.saturating_add(run.len).min(end);
+                let mfn = run.mfn.checked_add(from.checked_sub(run.pfn)?)?;
+                Some((PfnRange::new(Pfn::new(from), Pfn::new(to)), Mfn::new(mfn)))
+            })
+    }
+
     /// The guest's frames, lowest first: runs that are neighbours in the machine too, each with
     /// the machine's frame that the first is.
     pub fn runs(&self) -> impl Iterator<Item = (PfnRange, Mfn)> + '_ {
@@ -140,7 +167,7 @@ fn overlap(runs: &[Run], start: impl Fn(&Run) -> u64) -> Option<(&Run, &Run)> {
 #[cfg(test)]
 mod tests {
     use super::{P2m, P2mError};
-    use crate::{Mfn, Pfn};
+    use crate::{Mfn, Pfn, PfnRange};
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
@@ -174,7 +201,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn says_what_it_was_told(numbers in proptest::collection::vec((0_u64..64, 0_u64..64), 0..24)) {
+        fn says_what_it_was_told(
+            numbers in proptest::collection::vec((0_u64..64, 0_u64..64), 0..24),
+            from in 0_u64..70,
+            to in 0_u64..70,
+        ) {
             let table: BTreeMap<u64, u64> = numbers.iter().copied().collect();
             let back: BTreeMap<u64, u64> = table.iter().map(|(pfn, mfn)| (*mfn, *pfn)).collect();
             let one_to_one = table.len() == numbers.len() && back.len() == numbers.len();
@@ -187,6 +218,18 @@ mod tests {
                 }
                 let runs = p2m.runs().map(|(frames, _)| frames.len()).sum::<u64>();
                 prop_assert_eq!(runs, table.len() as u64);
+                let part = PfnRange::new(Pfn::new(from.min(to)), Pfn::new(from.max(to)));
+                let inside: Vec<_> = p2m
+                    .runs_in(part)
+                    .flat_map(|(frames, mfn)| frames.iter().zip(mfn.raw()..))
+                    .map(|(pfn, mfn)| (pfn.raw(), mfn))
+                    .collect();
+                let expected: Vec<_> = table
+                    .range(part.start().raw()..part.end().raw())
+                    .map(|(pfn, mfn)| (*pfn, *mfn))
+                    .collect();
+                prop_assert_eq!(inside, expected);
+                prop_assert_eq!(&P2m::from_runs(p2m.runs()).unwrap(), &p2m);
             }
         }
     }

@@ -1,0 +1,112 @@
+//! The preloaded library, in a program that asks for types as libxc does: of a stand-in for
+//! libxenctrl, which calls every seventh frame a page table.
+
+use sonicshot_xen_live::{FrameRuns, SaveFilter};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+const LIBRARY: &str = r#"
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xc_get_pfn_type_batch(
+    _: *mut u8, domain: u32, count: u32, frames: *mut u64,
+) -> i32 {
+    if domain == 9 {
+        return -1;
+    }
+    for frame in unsafe { std::slice::from_raw_parts_mut(frames, count as usize) } {
+        *frame = if *frame % 7 == 0 { 1 << 28 } else { 0 };
+    }
+    0
+}
+"#;
+
+/// Asks for the types of 3000 frames from 5000 on, for each domain that it is given, and prints the
+/// result and the frames that are not ordinary.
+const PROGRAM: &str = r#"
+#[link(name = "standin")]
+unsafe extern "C" {
+    fn xc_get_pfn_type_batch(xch: *mut u8, domain: u32, count: u32, frames: *mut u64) -> i32;
+}
+fn main() {
+    for domain in std::env::args().skip(1) {
+        let mut frames: Vec<u64> = (5000..8000).collect();
+        let number = domain.parse().unwrap();
+        let at = frames.as_mut_ptr();
+        let result = unsafe { xc_get_pfn_type_batch(std::ptr::null_mut(), number, 3000, at) };
+        let other = frames.iter().zip(5000..).filter(|(kind, _)| **kind != 0);
+        let other: Vec<_> = other.map(|(kind, frame)| format!("{frame}:{:x}", kind >> 28)).collect();
+        println!("{domain} {result} {}", other.join(" "));
+    }
+}
+"#;
+
+fn build(folder: &Path, name: &str, source: &str, options: &[&str]) {
+    std::fs::write(folder.join(name), source).unwrap();
+    let done = Command::new(std::env::var_os("RUSTC").unwrap_or("rustc".into()))
+        .args(["--edition", "2024", name])
+        .args(options)
+        .current_dir(folder)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{said}");
+}
+
+/// What the program prints for each domain.
+fn asked(folder: &Path, domains: &[&str], choose: impl FnOnce(u32) -> FrameRuns) -> Vec<String> {
+    let filter = SaveFilter::new().unwrap();
+    let mut command = Command::new(folder.join("program"));
+    command
+        .args(domains)
+        .env("LD_LIBRARY_PATH", folder)
+        .stdout(Stdio::piped());
+    filter.attach(&mut command);
+    let mut child = command.spawn().unwrap();
+    // Read while it runs: a pipe holds less than it says.
+    let out = child.stdout.take().unwrap();
+    let reader = std::thread::spawn(|| std::io::read_to_string(out).unwrap());
+    let status = filter.serve(&mut child, |domain| choose(domain.raw()));
+    assert!(status.unwrap().success());
+    reader.join().unwrap().lines().map(str::to_owned).collect()
+}
+
+fn expected(domain: u32, dropped: impl Fn(u64) -> bool) -> String {
+    let kinds = (5000..8000_u64).filter_map(|frame| match frame {
+        frame if frame % 7 == 0 => Some(format!("{frame}:1")),
+        frame if dropped(frame) => Some(format!("{frame}:e")),
+        _ => None,
+    });
+    format!("{domain} 0 {}", kinds.collect::<Vec<_>>().join(" "))
+}
+
+#[test]
+fn only_ordinary_frames_that_were_chosen_are_left_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    build(folder, "standin.rs", LIBRARY, &["--crate-type", "cdylib"]);
+    build(folder, "program.rs", PROGRAM, &["-L."]);
+
+    // Runs before, inside, across batches, and at the end; of the first domain alone.
+    let runs = [(1, 20), (5000, 1), (5500, 900), (7999, 50)];
+    let lines = asked(folder, &["3", "3", "4"], |domain| {
+        assert_eq!(domain, 3);
+        runs.into_iter().collect()
+    });
+    let inside = |frame| {
+        runs.iter()
+            .any(|(start, len)| (*start..start + len).contains(&frame))
+    };
+    let none = |_| false;
+    assert_eq!(
+        lines,
+        [expected(3, inside), expected(3, inside), expected(4, none)]
+    );
+
+    // Nothing to leave out.
+    let lines = asked(folder, &["3"], |_| FrameRuns::default());
+    assert_eq!(lines, [expected(3, none)]);
+
+    // What libxc's own function says goes through.
+    let lines = asked(folder, &["9"], |_| [(0, 1 << 40)].into_iter().collect());
+    assert!(lines[0].starts_with("9 -1 "), "{lines:?}");
+}
