@@ -1,7 +1,8 @@
 //! A domain's memory, mapped as it is looked at.
 
 use crate::ffi::{DomainInfo, Foreign, Xen};
-use crate::{DomainId, FrameRuns, LiveError, p2m_list};
+use crate::p2m_list::{self, DomainPages};
+use crate::{DomainId, FrameRuns, LiveError};
 use core::fmt;
 use sonicshot::{
     Gpa, GpaRange, GuestMemory, MAX_MAP, Mapped, MemoryError, P2m, PageSize, Pfn, PfnRange,
@@ -75,7 +76,7 @@ impl<'x> LiveDomain<'x> {
             });
         }
         let (frames, p2m) = if info.flags & HVM == 0 {
-            let p2m = p2m_list::read(xen, id, &info)?;
+            let p2m = p2m_list::read(&DomainPages(xen, id), id, &info)?;
             (p2m.runs().map(|(frames, _)| frames).collect(), Some(p2m))
         } else {
             (own_frames(xen, id, &info)?, None)
