@@ -1,13 +1,24 @@
-//! Xen's `xl save` images: where each page of the guest is in the file, and the same image without
-//! the pages that are dropped.
+//! Xen's files of a guest: where each page is in an `xl save` image, and the same image without the
+//! pages that are dropped; where each page is in a core of `xl dump-core`.
 //!
+//! # Images
 //! An image is a header of `xl`, a libxl stream (version 2), and inside it, of no stated length, a
 //! libxc migration stream (version 2 or 3). Of the libxc stream's records only those of type
-//! `PAGE_DATA` are understood and rewritten; everything else stays byte for byte.
+//! `PAGE_DATA` are understood and rewritten; everything else stays byte for byte. A file may also begin
+//! with one of the streams itself.
 //!
 //! The guest's physical memory is addressed by its own frame numbers (PFN). The page tables of a PV
 //! guest hold those in the stream, not the machine's, so that addresses can be translated by the
 //! image alone.
+//!
+//! # Cores
+//! A core ([`CoreDump`]) is an ELF file with the pages as one section and their numbers as another.
+//! A page can only be left out of it by writing the whole file again, and nothing restores from it:
+//! it is read, not pruned. It has the page tables of a PV guest as Xen uses them, with the machine's
+//! numbers, and a [`P2m`](sonicshot::P2m) to translate them by. A number that comes twice there, of
+//! the guest or the machine, is refused: which page is meant would be a guess. (Xen's tools write the
+//! guest's numbers in ascending order; a frame that Linux maps of another guest is marked as such
+//! and never in the table.)
 //!
 //! # What a dropped page is
 //! Its number stays in the record, with the type `XALLOC`: the restoring Xen gives the guest a page
@@ -23,6 +34,7 @@
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 #![forbid(unsafe_code)]
 
+mod core_dump;
 mod cursor;
 mod error;
 mod frames;
@@ -30,7 +42,8 @@ mod image;
 mod page_data;
 mod prune;
 
-pub use error::{Place, XenError};
+pub use core_dump::{CoreDump, CoreRun};
+pub use error::{Place, Within, XenError};
 pub use frames::{Frame, FrameType};
-pub use image::{DomainKind, MAGIC, Record, XlImage};
+pub use image::{DomainKind, Layer, MAGIC, Record, XlImage};
 pub use prune::{Dropped, Part};
