@@ -11,16 +11,7 @@
 //! guest hold those in the stream, not the machine's, so that addresses can be translated by the
 //! image alone.
 //!
-//! # Cores
-//! A core ([`CoreDump`]) is an ELF file with the pages as one section and their numbers as another.
-//! A page can only be left out of it by writing the whole file again, and nothing restores from it:
-//! it is read, not pruned. It has the page tables of a PV guest as Xen uses them, with the machine's
-//! numbers, and a [`P2m`](sonicshot::P2m) to translate them by. A number that comes twice there, of
-//! the guest or the machine, is refused: which page is meant would be a guess. (Xen's tools write the
-//! guest's numbers in ascending order; a frame that Linux maps of another guest is marked as such
-//! and never in the table.)
-//!
-//! # What a dropped page is
+//! ## What a dropped page is
 //! Its number stays in the record, with the type `XALLOC`: the restoring Xen gives the guest a page
 //! there, of unspecified content. A Xen built for release has scrubbed that page to zero *if* its
 //! last owner is gone; what a living domain gave back comes as that domain left it, and a debug
@@ -31,6 +22,12 @@
 //!
 //! Pages that are, or were in an earlier pass of a live save, page tables are never dropped; nor
 //! are those that Xen calls broken.
+//!
+//! # Cores
+//! A core ([`CoreDump`]) is an ELF file with the pages as one section and their numbers as another.
+//! It is only read. The page tables of a PV guest are there as Xen uses them, with the machine's
+//! numbers, and a [`P2m`](sonicshot::P2m) to translate those by. A number that comes twice, of the
+//! guest or the machine, is refused: which page is meant would be a guess.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 #![forbid(unsafe_code)]
 
