@@ -34,6 +34,7 @@ pub const TARGETS: &[Target] = &[
     ("cloud_hypervisor", cloud_hypervisor),
     ("firecracker", firecracker),
     ("xen", xen),
+    ("xen_core", xen_core),
     ("layout", layout),
     ("guest", guest),
     ("checkpoint", checkpoint),
@@ -256,6 +257,19 @@ pub fn libvirt(data: &[u8]) {
 
 pub fn xen(data: &[u8]) {
     dump(data, None);
+}
+
+pub fn xen_core(data: &[u8]) {
+    let file = file(data);
+    let Ok(dump) = Dump::open(file.path(), None) else {
+        return;
+    };
+    prune(&dump, None);
+    let Some(p2m) = dump.p2m() else { return };
+    for pfn in dump.layout().frames(PageSize::SIZE_4K).map(|f| f.start()) {
+        let back = p2m.mfn(pfn).and_then(|mfn| p2m.pfn(mfn));
+        assert_eq!(back, Some(pfn));
+    }
 }
 
 pub fn kdump(data: &[u8]) {

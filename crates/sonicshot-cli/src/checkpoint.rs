@@ -3,7 +3,7 @@
 use crate::analyze::classify;
 use crate::args::{DumpKind, InputArgs, InspectArgs, RestoreArgs, SaveArgs, VerifyArgs};
 use crate::error::CliError;
-use crate::inputs::Input;
+use crate::inputs::{Input, without_p2m};
 use crate::place;
 use crate::report::{count, percent, progress_bar, say, size};
 use serde_json::{Map, Value, json};
@@ -142,6 +142,7 @@ pub(crate) fn save(args: &SaveArgs) -> Result<(), CliError> {
         });
     }
     let mut source = source(args)?;
+    source.notes.extend(without_p2m(&source.dump));
     source.info.vmm.clone_from(&args.vmm);
     let classes = if args.keep_all {
         ClassSet::default()

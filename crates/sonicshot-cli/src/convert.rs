@@ -3,7 +3,7 @@
 use crate::args::{ConvertArgs, ConvertTo};
 use crate::checkpoint::{CORE_NOTES, VMCOREINFO, checkpoint, open_checkpoint, overwrite};
 use crate::error::CliError;
-use crate::inputs::Input;
+use crate::inputs::{Input, without_p2m};
 use crate::report::{progress_bar, say, size};
 use crate::{checkpoint, place};
 use serde_json::json;
@@ -136,6 +136,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<(), CliError> {
         let state = "the devices' state is not in the output: a guest cannot be restored from it";
         notes.insert(0, state.to_owned());
     }
+    notes.extend(without_p2m(source.memory()));
     let ram = source.memory().layout();
     if args.json {
         let report = json!({

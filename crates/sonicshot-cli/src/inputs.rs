@@ -4,6 +4,7 @@ use crate::analyze::Analysis;
 use crate::args::InputArgs;
 use crate::error::CliError;
 use crate::report::{count, say};
+use sonicshot::GuestMemory;
 use sonicshot_dump::{Dump, DumpError, LayoutSpec, SnapshotFiles, Spool, check_not_in_use};
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -183,6 +184,15 @@ impl<'a> Inputs<'a> {
             None => Ok(()),
         }
     }
+}
+
+/// What to say of an output that has a guest's pages, but not which frames of the machine they are.
+pub(crate) fn without_p2m(memory: &dyn GuestMemory) -> Option<String> {
+    memory.p2m().map(|_| {
+        "the page tables hold frame numbers of the machine, which only the core explains: no kernel \
+         will be found in the output"
+            .into()
+    })
 }
 
 /// Puts what the files beside the memory say with the other notes.

@@ -1,4 +1,4 @@
-//! The command on a real guest's memory in an `xl save` image.
+//! The command on a real guest's memory in Xen's files.
 #![allow(
     missing_docs,
     dead_code,
@@ -12,6 +12,7 @@ mod common;
 
 use common::*;
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -154,4 +155,245 @@ fn a_damaged_image_is_refused_and_nothing_is_written() {
         stderr(&run)
     );
     assert!(!out.exists());
+}
+
+/// `ram` as `xl dump-core` would write it: of a PV guest with the machine's frame numbers, if there
+/// are any.
+fn core(ram: &[u8], machine: Option<fn(u64) -> u64>) -> Vec<u8> {
+    let words = |words: &[u64]| -> Vec<u8> { words.iter().flat_map(|w| w.to_le_bytes()).collect() };
+    let pages = (ram.len() / PAGE) as u64;
+    let note = |kind: u32, desc: &[u64]| {
+        let len = u32::try_from(desc.len() * 8).unwrap();
+        let head: Vec<u8> = [4, len, kind]
+            .iter()
+            .flat_map(|w| w.to_le_bytes())
+            .collect();
+        [head, b"Xen\0".to_vec(), words(desc)].concat()
+    };
+    let magic = 0xf00f_ebee - u64::from(machine.is_some());
+    let notes = [
+        note(0x200_0000, &[]),
+        note(0x200_0001, &[magic, 1, pages, 4096]),
+        note(0x200_0002, &[4, 17]),
+        note(0x200_0003, &[1]),
+    ]
+    .concat();
+    let names = match machine {
+        Some(_) => "\0.shstrtab\0.note.Xen\0.xen_pages\0.xen_p2m\0",
+        None => "\0.shstrtab\0.note.Xen\0.xen_pages\0.xen_pfn\0",
+    };
+    let table: Vec<u64> = match machine {
+        Some(machine) => (0..pages).flat_map(|pfn| [pfn, machine(pfn)]).collect(),
+        None => (0..pages).collect(),
+    };
+    let table = words(&table);
+    let sections: [(&str, u32, &[u8]); 4] = [
+        (".note.Xen", 7, &notes),
+        (".xen_pages", 1, ram),
+        (
+            &names[names.rfind(".xen").unwrap()..names.len() - 1],
+            1,
+            &table,
+        ),
+        (".shstrtab", 3, names.as_bytes()),
+    ];
+    let mut out = b"\x7fELF\x02\x01\x01\0\x01\0\0\0\0\0\0\0\x04\0\x3e\0\x01\0\0\0".to_vec();
+    out.extend(words(&[0, 0, 64]));
+    out.extend([0, 0, 0, 0, 64, 0, 56, 0, 0, 0, 64, 0, 5, 0, 4, 0]);
+    out.extend([0; 64]);
+    let mut at = 64 + 5 * 64;
+    for (name, kind, content) in sections {
+        let name = u64::try_from(names.find(name).unwrap()).unwrap();
+        let len = content.len() as u64;
+        out.extend(words(&[
+            name | u64::from(kind) << 32,
+            0,
+            0,
+            at,
+            len,
+            0,
+            0,
+            0,
+        ]));
+        at += len;
+    }
+    out.extend(sections.map(|section| section.2).concat());
+    out
+}
+
+/// Somewhere else for every frame of a guest of 128 MiB, but the 512 of a large page together.
+fn machine(pfn: u64) -> u64 {
+    0x10_0000 + (63 - pfn / 512) * 512 + pfn % 512
+}
+
+/// Makes the kernel's page tables in `ram` those of a PV guest: each entry names a frame of the
+/// machine.
+fn paravirtualise(ram: &mut [u8]) {
+    const PRESENT: u64 = 1;
+    const LARGE: u64 = 1 << 7;
+    const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+    let info = ram
+        .chunks(PAGE)
+        .find(|page| page.starts_with(b"OSRELEASE="));
+    let info = String::from_utf8_lossy(info.unwrap()).into_owned();
+    let value = |name: &str| {
+        let start = info.find(name).unwrap() + name.len();
+        info[start..].lines().next().unwrap().to_owned()
+    };
+    let linked = u64::from_str_radix(&value("SYMBOL(swapper_pg_dir)="), 16).unwrap();
+    let base: i64 = value("NUMBER(phys_base)=").parse().unwrap();
+    let root = (linked - 0xffff_ffff_8000_0000).wrapping_add_signed(base) >> 12;
+    let levels = 4 + value("NUMBER(pgtable_l5_enabled)=").parse::<u32>().unwrap();
+    let frames = (ram.len() / PAGE) as u64;
+    let mut tables = vec![(root, levels)];
+    let mut seen = BTreeSet::new();
+    while let Some((table, level)) = tables.pop() {
+        if !seen.insert(table) {
+            continue;
+        }
+        let at = usize::try_from(table).unwrap() * PAGE;
+        for entry in ram[at..at + PAGE].as_chunks_mut::<8>().0 {
+            let word = u64::from_le_bytes(*entry);
+            let frame = (word & ADDRESS) >> 12;
+            if word & PRESENT == 0 || frame >= frames {
+                continue;
+            }
+            if level > 1 && (level > 3 || word & LARGE == 0) {
+                tables.push((frame, level - 1));
+            }
+            *entry = (word & !ADDRESS | machine(frame) << 12).to_le_bytes();
+        }
+    }
+    assert!(seen.len() > 10, "{} tables", seen.len());
+}
+
+#[test]
+fn a_core_is_read_and_not_pruned() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let (raw, hvm, pv) = (file("raw"), file("hvm"), file("pv"));
+    let mut paravirtual = ram().to_vec();
+    paravirtualise(&mut paravirtual);
+    fs::write(&raw, ram()).unwrap();
+    fs::write(&hvm, core(ram(), None)).unwrap();
+    fs::write(&pv, core(&paravirtual, Some(machine))).unwrap();
+    let wanted = classes(&raw);
+    for (dump, bytes, name) in [
+        (&hvm, ram(), "Xen core (HVM or PVH)"),
+        (&pv, &paravirtual[..], "Xen core (PV)"),
+    ] {
+        let seen = json(&["inspect", text(dump), "--json"]);
+        assert_eq!(seen["format"], name);
+        assert!(classes(dump) == wanted, "{name}");
+
+        let explained = name.contains("(PV)");
+        for to in ["raw", "elf", "kdump", "sonic"] {
+            let out = file(to);
+            let args = ["convert", text(dump), "-o", text(&out), "--to", to];
+            let report = json(&[&args[..], &["--force", "--json"]].concat());
+            let notes = report["notes"].to_string();
+            assert_eq!(notes.contains("frame numbers of the machine"), explained);
+            if to == "sonic" {
+                json(&["verify", text(&out), "--against", text(dump), "--json"]);
+                continue;
+            }
+            // Without the machine's numbers nothing is found, rather than something wrong.
+            let run = sonicshot(&["inspect", text(&out)]);
+            let code = if explained { 4 } else { 0 };
+            assert_eq!(run.status.code(), Some(code), "{to}: {}", stderr(&run));
+        }
+        assert!(fs::read(file("raw")).unwrap() == bytes);
+        let saved = file("saved");
+        let args = ["save", text(dump), "-o", text(&saved), "--force", "--json"];
+        let report = json(&args);
+        assert!(report["free_pages"].as_u64().unwrap() > 1000);
+        let notes = report["notes"].to_string();
+        assert_eq!(notes.contains("frame numbers of the machine"), explained);
+        json(&["verify", text(&saved), "--against", text(dump), "--json"]);
+
+        let out = file("pruned");
+        let run = sonicshot(&["prune", text(dump), "-o", text(&out)]);
+        assert_eq!(run.status.code(), Some(3));
+        assert!(stderr(&run).contains("prune an image of `xl save`"));
+        assert!(!out.exists());
+        let run = sonicshot(&["prune", text(dump), "--in-place"]);
+        assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+        let to_stream = file("stream");
+        let args = [
+            "convert",
+            text(dump),
+            "-o",
+            text(&to_stream),
+            "--to",
+            "stream",
+        ];
+        let run = sonicshot(&args);
+        assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+    }
+}
+
+#[test]
+fn a_damaged_core_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("core");
+    let good = core(&ram()[..8 * PAGE], Some(machine));
+    let changed = |at: usize, byte: u8| {
+        let mut bytes = good.clone();
+        bytes[at] = byte;
+        bytes
+    };
+    // In front of the sections' names.
+    let table = good.len() - 41 - 8 * 16;
+    for (bytes, wanted) in [
+        (
+            good[..good.len() - 5].to_vec(),
+            "cut off in section .shstrtab, at offset",
+        ),
+        (changed(18, 3), "neither x86-64 nor arm64"),
+        (
+            changed(table + 16, 0),
+            "not above the one before in section .xen_p2m",
+        ),
+        (
+            changed(table + 24, machine(0).to_le_bytes()[0]),
+            "is both guest frame",
+        ),
+    ] {
+        fs::write(&path, bytes).unwrap();
+        let run = sonicshot(&["inspect", text(&path)]);
+        assert_eq!(run.status.code(), Some(3), "{}", stderr(&run));
+        assert!(stderr(&run).contains(wanted), "{}", stderr(&run));
+    }
+}
+
+#[test]
+fn the_streams_in_an_image_are_pruned_by_themselves() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let whole = image(ram(), |_| false);
+    fs::write(file("whole"), &whole).unwrap();
+    json(&[
+        "prune",
+        text(&file("whole")),
+        "-o",
+        text(&file("wanted")),
+        "--json",
+    ]);
+    let wanted = fs::read(file("wanted")).unwrap();
+    // Behind the headers of xl and of libxl. What follows the end of libxc's stream stays.
+    for (begins, at) in [("LibxlFmt", 55), ("libxc", 79)] {
+        let (stream, pruned) = (file(begins), file("pruned"));
+        fs::write(&stream, &whole[at..]).unwrap();
+        let args = [
+            "prune",
+            text(&stream),
+            "-o",
+            text(&pruned),
+            "--force",
+            "--json",
+        ];
+        let report = json(&args);
+        assert_eq!(report["format"], "Xen migration stream (HVM or PVH)");
+        assert!(fs::read(&pruned).unwrap() == wanted[at..], "{begins}");
+    }
 }

@@ -42,6 +42,18 @@ pub(crate) fn number(machine: Machine) -> u16 {
     }
 }
 
+/// The processor of that `e_machine`.
+pub(crate) fn machine(path: &Path, number: u16) -> Result<Machine, DumpError> {
+    match number {
+        EM_X86_64 => Ok(Machine::X86_64),
+        EM_AARCH64 => Ok(Machine::Aarch64),
+        other => {
+            let what = "a machine that is neither x86-64 nor arm64";
+            Err(DumpError::malformed(path, what, 18, other.into()))
+        }
+    }
+}
+
 /// The header of a core with `count` program headers right behind it.
 pub(crate) fn header(machine: Machine, count: usize) -> Vec<u8> {
     let mut head = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0];
@@ -171,17 +183,7 @@ impl ElfCore {
                 why: "it is an ELF file, but no core (for symbols, give it with --symbols)",
             });
         }
-        let machine = match u16_at(data, 18).ok_or_else(short)? {
-            EM_X86_64 => Machine::X86_64,
-            EM_AARCH64 => Machine::Aarch64,
-            other => {
-                return Err(bad(
-                    "a machine that is neither x86-64 nor arm64",
-                    18,
-                    other.into(),
-                ));
-            }
-        };
+        let machine = machine(path, u16_at(data, 18).ok_or_else(short)?)?;
         let table = u64_at(data, 32).ok_or_else(short)?;
         let size = u16_at(data, 54).ok_or_else(short)?;
         if usize::from(size) != SEGMENT_LEN {
@@ -202,11 +204,7 @@ impl ElfCore {
             count.into()
         };
         if count == 0 {
-            // Xen's dump-core format has sections only (docs/misc/dump-core-format.txt).
-            return Err(DumpError::Unsupported {
-                path: path.to_owned(),
-                kind: "an ELF core without program headers, as Xen writes them",
-            });
+            return Err(bad("no program headers", 56, 0));
         }
         if count > MAX_SEGMENTS {
             return Err(bad("an impossible number of segments", 56, count.into()));

@@ -13,7 +13,8 @@
 //! | QEMU mapped-ram, libvirt `sparse` | `mapped_ram`, `libvirt` | yes | yes | |
 //! | QEMU migration stream, libvirt `raw`, `gzip`, `zstd` | `stream`, `libvirt` | | yes | yes |
 //! | kdump-compressed | `kdump` | | yes | |
-//! | Xen `xl save` image | `xen` | | yes | yes |
+//! | Xen `xl save` image, libxl and libxc streams | `xen` | | yes | yes |
+//! | Xen `xl dump-core` core | `xen` | | | |
 //! | LiME, AVML | `lime`, `avml` | | | |
 //!
 //! Files are not trusted: every offset and length is checked against the file before it is used,
@@ -76,7 +77,7 @@ pub use qemu::{BlockKind, RamBlock};
 pub use restore::{CoreNotes, DumpFile, NewFile};
 pub use snapshot::{SnapshotFiles, Vmm};
 use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, RamLayout};
-use sonicshot_xen::XlImage;
+use sonicshot_xen::{CoreDump, XlImage};
 pub use spool::Spool;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -125,6 +126,7 @@ pub(crate) enum Format {
     MappedRam(MappedRam),
     Stream(Stream),
     Xen(Box<XlImage>),
+    XenCore(Box<CoreDump>),
     Lime,
     Kdump,
     Avml,
@@ -173,7 +175,8 @@ const FORMATS: &[(usize, &[u8], Opener)] = &[
         Opener::NotYet("an unfinished libvirt save image"),
     ),
     (0, b"Xen saved domain", Opener::Xen),
-    (8, b"XENF", Opener::NotYet("a libxc migration stream")),
+    (0, b"LibxlFmt", Opener::Xen),
+    (0, b"\xff\xff\xff\xff\xff\xff\xff\xffXENF", Opener::Xen),
     (
         0,
         &[0x28, 0xb5, 0x2f, 0xfd],
@@ -285,6 +288,10 @@ impl Dump {
                 return Ok(Self::new(path, Store::Avml(file, dump), Format::Avml));
             }
             Some(Opener::Lime) => (lime::extents(path, data)?, Format::Lime),
+            Some(Opener::ElfCore) if CoreDump::is_core(data) => {
+                let core = xen::parse_core(path, data)?;
+                (xen::core_extents(&core), Format::XenCore(Box::new(core)))
+            }
             Some(Opener::ElfCore) => {
                 let core = ElfCore::parse(path, data)?;
                 (core.extents(path, len)?, Format::ElfCore(core))
@@ -353,6 +360,7 @@ impl Dump {
             Format::MappedRam(_) => "QEMU mapped-ram",
             Format::Stream(_) => "QEMU migration stream",
             Format::Xen(ref image) => xen::name(image),
+            Format::XenCore(ref core) => xen::core_name(core),
             Format::Lime => "LiME",
             Format::Kdump => "kdump-compressed",
             Format::Avml => "AVML",
@@ -448,6 +456,7 @@ impl Dump {
     pub fn machine(&self) -> Option<Machine> {
         match (&self.format, &self.store) {
             (Format::ElfCore(core), _) => Some(core.machine),
+            (Format::XenCore(core), _) => elf_core::machine(&self.path, core.machine()).ok(),
             (_, Store::Kdump(_, dump)) => dump.machine(),
             _ => None,
         }
@@ -545,6 +554,9 @@ impl GuestMemory for Dump {
     }
 
     fn p2m(&self) -> Option<&P2m> {
-        self.memory().p2m()
+        match &self.format {
+            Format::XenCore(core) => core.p2m(),
+            _ => self.memory().p2m(),
+        }
     }
 }

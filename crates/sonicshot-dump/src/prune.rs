@@ -117,7 +117,9 @@ impl Dump {
                 copy_stream(dump, &Rewritten::Xen(image, &dropped), &output, progress)?;
                 xen::count(&dropped, &mut stats);
             }
-            Format::Lime | Format::Kdump | Format::Avml => return Err(self.read_only()),
+            Format::XenCore(_) | Format::Lime | Format::Kdump | Format::Avml => {
+                return Err(self.read_only());
+            }
         }
         stats.disk_after = output.finish()?;
         Ok(stats)
@@ -128,7 +130,13 @@ impl Dump {
     fn read_only(&self) -> DumpError {
         DumpError::CannotPrune {
             path: self.path().into(),
-            why: "this format is only read here: save it as a checkpoint instead",
+            why: match self.format_data() {
+                Format::XenCore(_) => {
+                    "a core of Xen is only read here: prune an image of `xl save`, or save this \
+                     as a checkpoint"
+                }
+                _ => "this format is only read here: save it as a checkpoint instead",
+            },
         }
     }
 

@@ -1,12 +1,13 @@
-//! Xen's `xl save` images, which `sonicshot-xen` understands.
+//! Xen's files, which `sonicshot-xen` understands: `xl save` images, the streams in them, and
+//! `xl dump-core` cores.
 //!
-//! Page data lies in the file at any offset. A dropped page stays named, without content.
+//! Page data of an image lies in the file at any offset. A dropped page stays named, without content.
 
 use crate::mapped::{Extent, MappedDump};
 use crate::stream::Part;
-use crate::{DumpError, PruneStats};
-use sonicshot::{GuestBytes, PageSize, PfnRange};
-use sonicshot_xen::{DomainKind, Dropped, XlImage};
+use crate::{DumpError, PruneStats, elf_core};
+use sonicshot::{GpaRange, GuestBytes, PageSize, PfnRange};
+use sonicshot_xen::{CoreDump, DomainKind, Dropped, Layer, XlImage};
 use std::path::Path;
 
 const PAGE: PageSize = PageSize::SIZE_4K;
@@ -23,10 +24,34 @@ fn failed(path: &Path) -> impl Fn(sonicshot_xen::XenError) -> DumpError + use<'_
 }
 
 pub(crate) fn name(image: &XlImage) -> &'static str {
-    match image.kind() {
-        DomainKind::Pv => "Xen save image (PV)",
-        _ => "Xen save image (HVM or PVH)",
+    match (image.outermost(), image.kind()) {
+        (Layer::Xl, DomainKind::Pv) => "Xen save image (PV)",
+        (Layer::Xl, _) => "Xen save image (HVM or PVH)",
+        (_, DomainKind::Pv) => "Xen migration stream (PV)",
+        _ => "Xen migration stream (HVM or PVH)",
     }
+}
+
+pub(crate) fn core_name(core: &CoreDump) -> &'static str {
+    match core.kind() {
+        DomainKind::Pv => "Xen core (PV)",
+        _ => "Xen core (HVM or PVH)",
+    }
+}
+
+pub(crate) fn parse_core(path: &Path, data: GuestBytes<'_>) -> Result<CoreDump, DumpError> {
+    let core = CoreDump::parse(data).map_err(failed(path))?;
+    elf_core::machine(path, core.machine())?;
+    Ok(core)
+}
+
+pub(crate) fn core_extents(core: &CoreDump) -> Vec<Extent> {
+    let extent = |run: &sonicshot_xen::CoreRun| {
+        let guest = run.frames.gpa_range(PAGE)?;
+        let offset = Some(run.offset);
+        Some(Extent { guest, offset })
+    };
+    core.runs().iter().filter_map(extent).collect()
 }
 
 /// Where each page of the guest's RAM is in the file; neighbours in both are one extent.
@@ -42,7 +67,7 @@ pub(crate) fn extents(image: &XlImage) -> Vec<Extent> {
             && last.guest.end() == guest.start()
             && last.offset.map(|at| at.saturating_add(last.guest.len())) == offset
         {
-            last.guest = sonicshot::GpaRange::new(last.guest.start(), guest.end());
+            last.guest = GpaRange::new(last.guest.start(), guest.end());
             continue;
         }
         extents.push(Extent { guest, offset });

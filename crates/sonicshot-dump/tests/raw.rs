@@ -312,10 +312,9 @@ fn another_file_under_the_same_name_is_not_punched() {
 #[test]
 fn other_formats_are_named_and_refused() {
     let folder = TempDir::new().unwrap();
-    let table: [(&[u8], &str); 6] = [
+    let table: [(&[u8], &str); 5] = [
         (b"\x89SONIC\r\n", "checkpoint"),
         (b"LibvirtQemudPart\x02\0\0\0", "unfinished"),
-        (b"\xff\xff\xff\xff\xff\xff\xff\xffXENF\0\0\0\x03", "libxc"),
         (b"\x28\xb5\x2f\xfd", "zstd"),
         (b"\x1f\x8b\x08", "gzip"),
         (b"\xfd7zXZ\0", "xz"),
@@ -337,6 +336,10 @@ fn other_formats_are_named_and_refused() {
         b"EMiL",
         b"AVML",
         b"LibvirtQemudSave\x02\0\0\0",
+        b"Xen saved domain, xl format\n \0 \r",
+        b"LibxlFmt\0\0\0\x02",
+        b"\xff\xff\xff\xff\xff\xff\xff\xffXENF\0\0\0\x03",
+        b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x04\0\x3e\0",
     ] {
         let mut bytes = magic.to_vec();
         bytes.resize(8192, 0);

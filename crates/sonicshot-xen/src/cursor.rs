@@ -1,13 +1,13 @@
-//! Reads an image from front to back, and knows where it is for messages.
+//! Reads a file from front to back, and knows where it is for messages.
 
-use crate::{Place, XenError};
+use crate::{Place, Within, XenError};
 use sonicshot::GuestBytes;
 
 pub(crate) struct Cursor<'a> {
     data: GuestBytes<'a>,
     pub at: u64,
-    /// The number of the record that is being read.
-    pub record: Option<u64>,
+    /// The part of the file that is being read.
+    pub within: Within,
 }
 
 impl<'a> Cursor<'a> {
@@ -15,13 +15,18 @@ impl<'a> Cursor<'a> {
         Self {
             data,
             at: 0,
-            record: None,
+            within: Within::Headers,
         }
     }
 
-    /// Goes on to the next record.
-    pub(crate) fn next_record(&mut self) {
-        self.record = Some(self.record.map_or(0, |record| record.saturating_add(1)));
+    /// Goes on to the next record; returns its number.
+    pub(crate) fn next_record(&mut self) -> u64 {
+        let number = match self.within {
+            Within::Record(last) => last.saturating_add(1),
+            _ => 0,
+        };
+        self.within = Within::Record(number);
+        number
     }
 
     pub(crate) fn malformed(&self, what: &'static str, offset: u64, value: u64) -> XenError {
@@ -39,20 +44,24 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    fn place(&self, offset: u64) -> Place {
+    pub(crate) fn place(&self, offset: u64) -> Place {
         Place {
-            record: self.record,
+            within: self.within,
             offset,
         }
     }
 
+    /// How many bytes there are from here on.
+    pub(crate) fn left(&self) -> u64 {
+        (self.data.len() as u64).saturating_sub(self.at)
+    }
+
     /// The next `len` bytes.
     pub(crate) fn take(&mut self, len: u64) -> Result<GuestBytes<'a>, XenError> {
-        let left = (self.data.len() as u64).saturating_sub(self.at);
         let cut = XenError::Truncated {
             place: self.place(self.at),
             wanted: len,
-            left,
+            left: self.left(),
         };
         let bytes = usize::try_from(self.at)
             .ok()
@@ -77,6 +86,18 @@ impl<'a> Cursor<'a> {
 
     pub(crate) fn u32(&mut self) -> Result<u32, XenError> {
         self.array().map(u32::from_le_bytes)
+    }
+
+    pub(crate) fn u64(&mut self) -> Result<u64, XenError> {
+        self.array().map(u64::from_le_bytes)
+    }
+
+    /// Whether `bytes` come next.
+    pub(crate) fn is_at(&self, bytes: &[u8]) -> bool {
+        let at = usize::try_from(self.at).unwrap_or(usize::MAX);
+        let there = self.data.get(at, bytes.len());
+        let mut copy = vec![0; bytes.len()];
+        there.is_some_and(|there| there.copy_to(&mut copy) && copy == bytes)
     }
 
     /// The streams' headers are big-endian, whatever the rest is.

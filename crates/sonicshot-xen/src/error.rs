@@ -1,31 +1,51 @@
-//! What can be wrong with an image.
+//! What can be wrong with a file.
 
 use core::fmt;
+use sonicshot::P2mError;
 
-/// Where in an image something is wrong.
+/// A part of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Within {
+    /// What comes before the records or sections.
+    Headers,
+    /// The record of that number, the first of the outermost stream being 0.
+    Record(u64),
+    /// The section of that name, of a core.
+    Section(&'static str),
+}
+
+impl fmt::Display for Within {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Headers => f.write_str("the headers"),
+            Self::Record(number) => write!(f, "record {number}"),
+            Self::Section(name) => write!(f, "section {name}"),
+        }
+    }
+}
+
+/// Where in a file something is wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
-    /// The record's number, the first of the libxl stream being 0; `None` in a header.
-    pub record: Option<u64>,
+    /// The part of the file.
+    pub within: Within,
     /// Bytes from the start of the file.
     pub offset: u64,
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.record {
-            Some(record) => write!(f, "in record {record}, at offset {:#x}", self.offset),
-            None => write!(f, "in the headers, at offset {:#x}", self.offset),
-        }
+        write!(f, "in {}, at offset {:#x}", self.within, self.offset)
     }
 }
 
-/// Why an image cannot be read.
+/// Why a file cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum XenError {
-    /// The file ends too early.
-    #[error("the image is cut off {place}: {wanted} bytes are wanted, {left} are left")]
+    /// The file, or a section of it, ends too early.
+    #[error("it is cut off {place}: {wanted} bytes are wanted, {left} are left")]
     Truncated {
         /// Where.
         place: Place,
@@ -44,12 +64,29 @@ pub enum XenError {
         /// The value found there.
         value: u64,
     },
-    /// The image is of a kind that is known but not supported.
+    /// The file is of a kind that is known but not supported.
     #[error("{what} {place}, which is not supported")]
     Unsupported {
         /// What it is.
         what: &'static str,
         /// Where that is said.
         place: Place,
+    },
+    /// A section of a core is missing, or there is another of the same name.
+    #[error("there are {count} sections {name}, not one")]
+    NotOneSection {
+        /// Its name.
+        name: &'static str,
+        /// How many there are.
+        count: u64,
+    },
+    /// The table of a PV guest's frames is none.
+    #[error("the frames {place} cannot be")]
+    Frames {
+        /// Where the table is.
+        place: Place,
+        /// Why not.
+        #[source]
+        source: P2mError,
     },
 }

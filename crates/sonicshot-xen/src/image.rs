@@ -1,9 +1,9 @@
 //! The headers and the records of an image.
 
-use crate::XenError;
 use crate::cursor::Cursor;
 use crate::frames::{Frame, Frames};
 use crate::page_data::PageData;
+use crate::{Within, XenError};
 use sonicshot::GuestBytes;
 
 /// How an image begins.
@@ -48,6 +48,18 @@ pub enum DomainKind {
     Hvm,
 }
 
+/// The outermost of the streams and headers in a file, each of which holds the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Layer {
+    /// What `xl save` writes: a header with the domain's configuration.
+    Xl,
+    /// The stream of libxl, with the state of device models.
+    Libxl,
+    /// The stream of libxc, with the domain's memory.
+    Libxc,
+}
+
 /// A record of the libxc stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Record {
@@ -80,7 +92,7 @@ fn padded(len: u32) -> u64 {
     u64::from(len).next_multiple_of(8)
 }
 
-/// An `xl save` image.
+/// An `xl save` image, or one of the streams in it by itself.
 ///
 /// ```
 /// use sonicshot::GuestBytes;
@@ -90,6 +102,7 @@ fn padded(len: u32) -> u64 {
 /// ```
 #[derive(Debug)]
 pub struct XlImage {
+    outermost: Layer,
     kind: DomainKind,
     xen: (u32, u32),
     records: Vec<Record>,
@@ -103,8 +116,23 @@ impl XlImage {
     /// [`XenError`] if it is none, contradicts itself or is of an unsupported kind.
     pub fn parse(data: GuestBytes<'_>) -> Result<Self, XenError> {
         let mut cursor = Cursor::new(data);
-        xl_header(&mut cursor)?;
-        libxl_header(&mut cursor)?;
+        let outermost = if cursor.is_at(LIBXC_MAGIC) {
+            Layer::Libxc
+        } else if cursor.is_at(LIBXL_MAGIC) {
+            Layer::Libxl
+        } else {
+            xl_header(&mut cursor)?;
+            Layer::Xl
+        };
+        let image = match outermost {
+            Layer::Libxc => Self::libxc_stream(&mut cursor)?,
+            Layer::Xl | Layer::Libxl => Self::libxl_stream(&mut cursor)?,
+        };
+        Ok(Self { outermost, ..image })
+    }
+
+    fn libxl_stream(cursor: &mut Cursor<'_>) -> Result<Self, XenError> {
+        libxl_header(cursor)?;
         let mut image = None;
         // Each turn reads a header, so that this ends with the file.
         loop {
@@ -122,7 +150,7 @@ impl XlImage {
                         len.into(),
                     ));
                 }
-                LIBXL_CONTEXT => image = Some(Self::libxc_stream(&mut cursor)?),
+                LIBXL_CONTEXT => image = Some(Self::libxc_stream(cursor)?),
                 LIBXL_CHECKPOINT_END => return Err(cursor.unsupported(CHECKPOINTED, at)),
                 LIBXL_END => break,
                 _ => {
@@ -139,10 +167,10 @@ impl XlImage {
         let mut frames = Frames::default();
         // Each turn reads a header, so that this ends with the file.
         loop {
-            cursor.next_record();
+            let number = cursor.next_record();
             let offset = cursor.at;
             let record = Record {
-                number: cursor.record.unwrap_or(0),
+                number,
                 kind: cursor.u32()?,
                 len: cursor.u32()?,
                 offset,
@@ -177,11 +205,18 @@ impl XlImage {
             }
         }
         Ok(Self {
+            outermost: Layer::Libxc,
             kind,
             xen,
             records,
             frames: frames.settle(),
         })
+    }
+
+    /// What the file begins with.
+    #[must_use]
+    pub fn outermost(&self) -> Layer {
+        self.outermost
     }
 
     /// The kind of the domain.
@@ -214,7 +249,7 @@ impl XlImage {
         record: &Record,
     ) -> Result<PageData<'a>, XenError> {
         let mut cursor = Cursor::new(data);
-        cursor.record = Some(record.number);
+        cursor.within = Within::Record(record.number);
         cursor.at = record.body();
         let body = cursor.take(padded(record.len))?;
         PageData::parse(&cursor, record, body)

@@ -12,7 +12,7 @@ const TYPE_SHIFT: u32 = 60;
 /// Bits that must be zero lie between the number and the type.
 const NUMBER_BITS: u32 = 52;
 /// No x86 has more physical addresses.
-const MAX_FRAME: u64 = 1 << (52 - 12);
+pub(crate) const MAX_FRAME: u64 = 1 << (52 - 12);
 
 /// A record of type `PAGE_DATA`: its length is what its entries say.
 pub(crate) struct PageData<'a> {

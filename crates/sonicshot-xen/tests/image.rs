@@ -13,7 +13,7 @@ use sonicshot::{
     DropClasses, Fill, Gpa, GpaRange, GuestBytes, PageClass, PageMap, PageSize, Pfn, PfnRange,
     PrunePlan, RamLayout,
 };
-use sonicshot_xen::{DomainKind, Part, XenError, XlImage};
+use sonicshot_xen::{DomainKind, Layer, Part, Within, XenError, XlImage};
 use std::collections::BTreeMap;
 
 const PAGE: usize = 4096;
@@ -289,7 +289,7 @@ fn an_image_cut_off_anywhere_is_refused_with_the_place() {
                 );
                 if len > first_record + 8 {
                     assert!(
-                        place.record.is_some_and(|record| record >= 2),
+                        matches!(place.within, Within::Record(2..)),
                         "{len}: {place}"
                     );
                 }
@@ -412,5 +412,57 @@ fn both_versions_and_trailing_bytes() {
         let pruned = prune(&data, &[1]);
         assert!(pruned.ends_with(b"whatever follows"));
         assert_eq!(data.len() - pruned.len(), PAGE);
+    }
+}
+
+/// An xl image, the libxl stream in it, and the libxc stream in that.
+fn layers(items: &[Item]) -> [(Layer, Vec<u8>); 3] {
+    let whole = image(1, items);
+    let libxl = whole[48 + 13..].to_vec();
+    let mut end = Vec::new();
+    tail(&mut end);
+    let libxc = whole[head(1, 3).len() - 40..whole.len() - end.len() + 8].to_vec();
+    assert!(libxl.starts_with(b"LibxlFmt") && libxc.starts_with(&[0xff; 8]));
+    [
+        (Layer::Xl, whole),
+        (Layer::Libxl, libxl),
+        (Layer::Libxc, libxc),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn a_stream_by_itself_is_read_and_pruned_as_in_an_image(
+        items in items(),
+        drop in proptest::collection::vec(0_u64..64, 0..64),
+    ) {
+        let pruned = layers(&expected(&items, &drop));
+        for ((layer, data), (_, pruned)) in layers(&items).iter().zip(&pruned) {
+            prop_assert_eq!(parse(data).unwrap().outermost(), *layer);
+            prop_assert_eq!(seen(data), model(&items));
+            prop_assert!(prune(data, &drop) == *pruned);
+        }
+    }
+}
+
+#[test]
+fn a_stream_by_itself_counts_its_own_records() {
+    let items = [Item::Other(2, vec![1; 8]), Item::Pages(vec![(5, 1, 1)])];
+    for ((layer, data), record) in layers(&items).iter().zip([3, 3, 1]) {
+        let error = parse(data).unwrap_err().to_string();
+        let wanted = format!("type of a page in record {record}, at offset");
+        assert!(error.contains(&wanted), "{layer:?}: {error}");
+    }
+    for (layer, data) in layers(&[Item::Pages(vec![(0, 1, 1)])]) {
+        for len in 0..data.len() {
+            let cut = parse(&data[..len]);
+            assert!(
+                matches!(
+                    cut,
+                    Err(XenError::Truncated { .. } | XenError::Malformed { .. })
+                ),
+                "{layer:?}, {len}: {cut:?}"
+            );
+        }
     }
 }

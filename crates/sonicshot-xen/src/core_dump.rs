@@ -1,0 +1,360 @@
+//! The cores that `xl dump-core` writes: ELF files of sections, without program headers (Xen's
+//! `docs/misc/dump-core-format.txt`).
+
+use crate::cursor::Cursor;
+use crate::page_data::{MAX_FRAME, PAGE};
+use crate::{DomainKind, Within, XenError};
+use sonicshot::{GuestBytes, Mfn, P2m, Pfn, PfnRange};
+
+/// 64-bit, little-endian: the two bytes behind the magic.
+const CLASS_AND_ORDER: u16 = 0x0102;
+const ET_CORE: u16 = 4;
+const SECTION_HEADER: u16 = 64;
+const PROGBITS: u32 = 1;
+const STRTAB: u32 = 3;
+const NOTE: u32 = 7;
+
+const NAMES_SECTION: &str = ".shstrtab";
+const NOTE_SECTION: &str = ".note.Xen";
+const PAGES_SECTION: &str = ".xen_pages";
+const P2M_SECTION: &str = ".xen_p2m";
+const PFN_SECTION: &str = ".xen_pfn";
+
+const NOTE_NAME: &[u8; 4] = b"Xen\0";
+const HEADER_NOTE: u32 = 0x200_0001;
+const XEN_VERSION_NOTE: u32 = 0x200_0002;
+const FORMAT_VERSION_NOTE: u32 = 0x200_0003;
+const MAGIC_PV: u64 = 0xf00f_ebed;
+const MAGIC_HVM: u64 = 0xf00f_ebee;
+/// The only major version of the format.
+const FORMAT: u64 = 0;
+
+/// Stands for a page that there is not; its bytes are zero and mean nothing.
+const NO_FRAME: u64 = u64::MAX;
+
+/// Frames that are neighbours in the guest and in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CoreRun {
+    /// The guest's frames.
+    pub frames: PfnRange,
+    /// Where the first one's content is, in bytes from the start of the file.
+    pub offset: u64,
+}
+
+/// A core of Xen.
+///
+/// ```
+/// use sonicshot::GuestBytes;
+/// use sonicshot_xen::CoreDump;
+/// assert!(!CoreDump::is_core(GuestBytes::from_slice(b"\x7fELF")));
+/// ```
+#[derive(Debug)]
+pub struct CoreDump {
+    kind: DomainKind,
+    machine: u16,
+    xen: (u64, u64),
+    runs: Vec<CoreRun>,
+    p2m: Option<P2m>,
+}
+
+impl CoreDump {
+    /// Whether `data` begins as a core of Xen does: as an ELF core without program headers, which
+    /// nobody else writes.
+    #[must_use]
+    pub fn is_core(data: GuestBytes<'_>) -> bool {
+        Cursor::new(data).is_at(b"\x7fELF")
+            && data.u16_at(4) == Some(CLASS_AND_ORDER)
+            && data.u16_at(16) == Some(ET_CORE)
+            && data.u16_at(56) == Some(0)
+    }
+
+    /// Reads the sections of the core in `data`, and where its pages are.
+    ///
+    /// # Errors
+    /// [`XenError`] if it is none, or contradicts itself.
+    pub fn parse(data: GuestBytes<'_>) -> Result<Self, XenError> {
+        let sections = Sections::read(data)?;
+        let notes = Notes::read(sections.open(NOTE_SECTION, NOTE)?)?;
+        let pages = sections.open(PAGES_SECTION, PROGBITS)?;
+        if Some(pages.left()) != notes.pages.checked_mul(PAGE) {
+            return Err(pages.malformed("a section of another length", pages.at, pages.left()));
+        }
+        let frames = frames(&sections, &notes)?;
+        let p2m = match notes.kind {
+            DomainKind::Pv => {
+                let table = sections.open(P2M_SECTION, PROGBITS)?;
+                let failed = |source| XenError::Frames {
+                    place: table.place(table.at),
+                    source,
+                };
+                Some(P2m::new(frames.iter().copied()).map_err(failed)?)
+            }
+            DomainKind::Hvm => None,
+        };
+        Ok(Self {
+            kind: notes.kind,
+            machine: sections.machine,
+            xen: notes.xen,
+            runs: runs(&frames, pages.at),
+            p2m,
+        })
+    }
+
+    /// The kind of the domain.
+    #[must_use]
+    pub fn kind(&self) -> DomainKind {
+        self.kind
+    }
+
+    /// The processor, as ELF numbers it (`e_machine`).
+    #[must_use]
+    pub fn machine(&self) -> u16 {
+        self.machine
+    }
+
+    /// The version of the Xen that ran it: major, minor.
+    #[must_use]
+    pub fn xen_version(&self) -> (u64, u64) {
+        self.xen
+    }
+
+    /// The guest's frames, lowest first.
+    #[must_use]
+    pub fn runs(&self) -> &[CoreRun] {
+        &self.runs
+    }
+
+    /// Which frames of the machine a PV guest's are: its page tables hold those.
+    #[must_use]
+    pub fn p2m(&self) -> Option<&P2m> {
+        self.p2m.as_ref()
+    }
+}
+
+/// The section headers.
+struct Sections<'a> {
+    data: GuestBytes<'a>,
+    machine: u16,
+    headers: Vec<Section>,
+    /// The section with their names.
+    names: GuestBytes<'a>,
+}
+
+struct Section {
+    /// Where its name is among the names.
+    name: u32,
+    kind: u32,
+    offset: u64,
+    len: u64,
+    /// Where this header is.
+    at: u64,
+}
+
+impl Section {
+    fn read(cursor: &mut Cursor<'_>) -> Result<Self, XenError> {
+        let at = cursor.at;
+        let (name, kind) = (cursor.u32()?, cursor.u32()?);
+        let (_flags, _address) = (cursor.u64()?, cursor.u64()?);
+        let (offset, len) = (cursor.u64()?, cursor.u64()?);
+        // Link, info, alignment, size of an entry.
+        cursor.take(24)?;
+        Ok(Self {
+            name,
+            kind,
+            offset,
+            len,
+            at,
+        })
+    }
+}
+
+impl<'a> Sections<'a> {
+    fn read(data: GuestBytes<'a>) -> Result<Self, XenError> {
+        let mut cursor = Cursor::new(data);
+        if !CoreDump::is_core(data) {
+            return Err(cursor.malformed("no core of Xen", 0, data.len() as u64));
+        }
+        cursor.at = 18;
+        let machine = cursor.u16()?;
+        cursor.at = 40;
+        let table = cursor.u64()?;
+        cursor.at = 58;
+        let size = cursor.u16()?;
+        if size != SECTION_HEADER {
+            return Err(cursor.malformed("the size of a section header", 58, size.into()));
+        }
+        let (count, names) = (cursor.u16()?, cursor.u16()?);
+        cursor.at = table;
+        let mut headers = Vec::new();
+        for _ in 0..count {
+            headers.push(Section::read(&mut cursor)?);
+        }
+        let section = headers.get(usize::from(names)).filter(|s| s.kind == STRTAB);
+        let section = section
+            .ok_or_else(|| cursor.malformed("the section with the names", 62, names.into()))?;
+        cursor.within = Within::Section(NAMES_SECTION);
+        cursor.at = section.offset;
+        let names = cursor.take(section.len)?;
+        Ok(Self {
+            data,
+            machine,
+            headers,
+            names,
+        })
+    }
+
+    fn is_called(&self, section: &Section, name: &str) -> bool {
+        let mut names = Cursor::new(self.names);
+        names.at = section.name.into();
+        names.is_at(&[name.as_bytes(), b"\0"].concat())
+    }
+
+    /// The section of that name and type, which must be there once: a cursor at its beginning
+    /// that ends where it does.
+    fn open(&self, name: &'static str, kind: u32) -> Result<Cursor<'a>, XenError> {
+        let mut named = self.headers.iter().filter(|s| self.is_called(s, name));
+        let (first, more) = (named.next(), named.count() as u64);
+        let section = first.filter(|_| more == 0).ok_or(XenError::NotOneSection {
+            name,
+            count: more.saturating_add(first.is_some().into()),
+        })?;
+        let mut file = Cursor::new(self.data);
+        file.within = Within::Section(name);
+        if section.kind != kind {
+            return Err(file.malformed("the section's type", section.at, section.kind.into()));
+        }
+        file.at = section.offset;
+        file.take(section.len)?;
+        // Whatever is beyond the address space was beyond the file's end.
+        let end = usize::try_from(file.at).unwrap_or(usize::MAX);
+        let data = self.data.get(0, end).unwrap_or(self.data);
+        let mut cursor = Cursor::new(data);
+        (cursor.within, cursor.at) = (file.within, section.offset);
+        Ok(cursor)
+    }
+}
+
+/// What `.note.Xen` says.
+struct Notes {
+    kind: DomainKind,
+    pages: u64,
+    xen: (u64, u64),
+}
+
+impl Notes {
+    fn read(mut cursor: Cursor<'_>) -> Result<Self, XenError> {
+        let start = cursor.at;
+        let (mut header, mut xen, mut format) = (None, None, None);
+        while cursor.left() > 0 {
+            let at = cursor.at;
+            let (name, len, note) = (cursor.u32()?, cursor.u32()?, cursor.u32()?);
+            if name as usize != NOTE_NAME.len() || !cursor.is_at(NOTE_NAME) {
+                return Err(cursor.malformed("a note that is not Xen's", at, name.into()));
+            }
+            cursor.take(name.into())?;
+            let next = cursor.at.saturating_add(u64::from(len).next_multiple_of(4));
+            let again = match note {
+                HEADER_NOTE => header.replace(core_header(&mut cursor)?).is_some(),
+                XEN_VERSION_NOTE => xen.replace((cursor.u64()?, cursor.u64()?)).is_some(),
+                FORMAT_VERSION_NOTE => format.replace(format_version(&mut cursor)?).is_some(),
+                _ => false,
+            };
+            if again {
+                return Err(cursor.malformed("a second note of this type", at, note.into()));
+            }
+            let rest = next.checked_sub(cursor.at);
+            let rest = rest.ok_or_else(|| cursor.malformed("a short note", at, len.into()))?;
+            cursor.take(rest)?;
+        }
+        let missing = |note: u32| cursor.malformed("no note of this type", start, note.into());
+        format.ok_or_else(|| missing(FORMAT_VERSION_NOTE))?;
+        let (kind, pages) = header.ok_or_else(|| missing(HEADER_NOTE))?;
+        let xen = xen.ok_or_else(|| missing(XEN_VERSION_NOTE))?;
+        Ok(Self { kind, pages, xen })
+    }
+}
+
+/// The kind of the domain, and how many pages there are.
+fn core_header(cursor: &mut Cursor<'_>) -> Result<(DomainKind, u64), XenError> {
+    let at = cursor.at;
+    let kind = match cursor.u64()? {
+        MAGIC_PV => DomainKind::Pv,
+        MAGIC_HVM => DomainKind::Hvm,
+        other => return Err(cursor.malformed("the kind of the domain", at, other)),
+    };
+    let _vcpus = cursor.u64()?;
+    let pages = cursor.u64()?;
+    let at = cursor.at;
+    let size = cursor.u64()?;
+    if size != PAGE {
+        return Err(cursor.malformed("the size of a page", at, size));
+    }
+    Ok((kind, pages))
+}
+
+fn format_version(cursor: &mut Cursor<'_>) -> Result<(), XenError> {
+    let at = cursor.at;
+    let version = cursor.u64()?;
+    if version >> 32 != FORMAT {
+        return Err(cursor.malformed("the version of the format", at, version));
+    }
+    Ok(())
+}
+
+/// The frames that the pages are, in their order; of an HVM domain the second number is the first.
+fn frames(sections: &Sections<'_>, notes: &Notes) -> Result<Vec<(Pfn, Mfn)>, XenError> {
+    let (name, entry) = match notes.kind {
+        DomainKind::Pv => (P2M_SECTION, 16),
+        DomainKind::Hvm => (PFN_SECTION, 8),
+    };
+    let mut table = sections.open(name, PROGBITS)?;
+    if Some(table.left()) != notes.pages.checked_mul(entry) {
+        return Err(table.malformed("a section of another length", table.at, table.left()));
+    }
+    let mut frames: Vec<(Pfn, Mfn)> = Vec::new();
+    let mut ended = false;
+    while table.left() > 0 {
+        let at = table.at;
+        let pfn = table.u64()?;
+        let mfn = match notes.kind {
+            DomainKind::Pv => table.u64()?,
+            DomainKind::Hvm => pfn,
+        };
+        if pfn == NO_FRAME && mfn == NO_FRAME {
+            ended = true;
+            continue;
+        }
+        let wrong = |what| Err(table.malformed(what, at, pfn.max(mfn)));
+        if pfn.max(mfn) >= MAX_FRAME {
+            return wrong("the number of a page");
+        }
+        if ended {
+            return wrong("a page behind those that are none");
+        }
+        if frames.last().is_some_and(|(last, _)| last.raw() >= pfn) {
+            return wrong("a page that is not above the one before");
+        }
+        frames.push((Pfn::new(pfn), Mfn::new(mfn)));
+    }
+    Ok(frames)
+}
+
+/// `frames`, whose pages begin at `offset` of the file, with neighbours together.
+fn runs(frames: &[(Pfn, Mfn)], offset: u64) -> Vec<CoreRun> {
+    let mut runs: Vec<CoreRun> = Vec::new();
+    for (number, (pfn, _)) in (0_u64..).zip(frames) {
+        let Some(frames) = PfnRange::with_len(*pfn, 1) else {
+            continue;
+        };
+        match runs.last_mut() {
+            Some(last) if last.frames.end() == *pfn => {
+                last.frames = PfnRange::new(last.frames.start(), frames.end());
+            }
+            _ => runs.push(CoreRun {
+                frames,
+                offset: offset.saturating_add(number.saturating_mul(PAGE)),
+            }),
+        }
+    }
+    runs
+}
