@@ -113,7 +113,7 @@ fn prune(dump: &Dump, spec: Option<&LayoutSpec>) {
             map.set(frame, PageClass::FreeBuddy);
         }
     }
-    let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
+    let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Any);
     let folder = tempfile::tempdir().expect("a folder");
     let out = folder.path().join("out");
     if dump

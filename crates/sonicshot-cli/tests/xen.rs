@@ -97,6 +97,7 @@ fn free_pages_go_and_nothing_else_is_changed() {
     fs::write(&full, image(ram(), |_| false)).unwrap();
     let seen = json(&["inspect", text(&full), "--json"]);
     assert_eq!(seen["format"], "Xen save image (HVM or PVH)");
+    assert_eq!(seen["free_fill"], "Any");
     assert_eq!(seen["file_bytes"], fs::metadata(&full).unwrap().len());
     assert!(seen["classes"]["zero"].as_u64().unwrap() > 0);
     let classes = classes(&full);
@@ -106,6 +107,8 @@ fn free_pages_go_and_nothing_else_is_changed() {
 
     let report = json(&["prune", text(&full), "-o", text(&pruned), "--json"]);
     assert_eq!(report["dropped_bytes"], free * PAGE);
+    let zero = seen["classes"]["zero"].as_u64().unwrap();
+    assert_eq!(report["kept_for_fill_bytes"], zero * PAGE as u64);
     let notes = report["notes"].to_string();
     assert!(notes.contains("zero are kept"), "{notes}");
     // To the byte what Xen would have written of those pages; zeroes in use are there.
@@ -136,6 +139,38 @@ fn free_pages_go_and_nothing_else_is_changed() {
     assert!(fs::read(&raw).unwrap() == ram());
     let run = sonicshot(&["prune", text(&full), "--in-place"]);
     assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+}
+
+#[test]
+fn a_guest_that_trusts_free_pages_to_be_zero_keeps_them() {
+    /// The first byte of `init_on_free` in this guest's memory.
+    const INIT_ON_FREE: usize = 0x694_6e50;
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let (full, pruned, raw, less) = (file("full"), file("pruned"), file("raw"), file("less"));
+    let mut ram = ram().to_vec();
+    ram[INIT_ON_FREE] = 1;
+    fs::write(&full, image(&ram, |_| false)).unwrap();
+    fs::write(&raw, &ram).unwrap();
+    let seen = json(&["inspect", text(&full), "--json"]);
+    assert_eq!(seen["free_fill"], "Zero");
+    assert_eq!(seen["droppable_pages"], seen["classes"]["offline"]);
+    let report = json(&["prune", text(&full), "-o", text(&pruned), "--json"]);
+    assert_eq!(report["droppable_pages"], seen["classes"]["offline"]);
+    let kept = ["free_buddy", "free_pcp", "zero"];
+    let kept = kept.map(|class| seen["classes"][class].as_u64().unwrap());
+    assert_eq!(
+        report["kept_for_fill_bytes"],
+        kept.iter().sum::<u64>() * PAGE as u64
+    );
+    let notes = report["notes"].to_string();
+    assert!(notes.contains("free pages are kept"), "{notes}");
+    let offline = classes(&full);
+    assert!(fs::read(&pruned).unwrap() == image(&ram, |pfn| offline[pfn] == "offline"));
+    // Where a dropped page is zero, they go.
+    let report = json(&["prune", text(&raw), "-o", text(&less), "--json"]);
+    assert_eq!(report["kept_for_fill_bytes"], 0);
+    assert!(report["dropped_bytes"].as_u64().unwrap() > kept[0] * PAGE as u64);
 }
 
 #[test]

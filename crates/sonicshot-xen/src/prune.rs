@@ -50,9 +50,11 @@ impl Dropped {
 }
 
 impl XlImage {
-    /// Which frames of `plan` can be left out of this image.
+    /// Which frames of `plan` can be left out of this image: those that may read as
+    /// [anything](sonicshot::Fill::Any) after a restore, and are ordinary pages.
     #[must_use]
     pub fn dropped(&self, plan: &PrunePlan) -> Dropped {
+        let plan = plan.clone().any_filled_only();
         let mut runs: Vec<PfnRange> = Vec::new();
         let mut frames = self.frames().iter().peekable();
         let everything = GpaRange::new(Gpa::ZERO, Gpa::new(u64::MAX));

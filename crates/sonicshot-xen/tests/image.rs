@@ -135,7 +135,7 @@ fn plan(drop: &[u64]) -> PrunePlan {
         let frame = PfnRange::with_len(Pfn::new(*pfn), 1).unwrap();
         map.set(frame, PageClass::FreeBuddy);
     }
-    PrunePlan::new(&map, &DropClasses::default(), Fill::Zero)
+    PrunePlan::new(&map, &DropClasses::default(), Fill::Any)
 }
 
 fn prune(data: &[u8], drop: &[u64]) -> Vec<u8> {
