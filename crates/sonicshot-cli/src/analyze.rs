@@ -86,6 +86,7 @@ pub(crate) fn classify(input: &Input<'_>) -> Result<Analysis, CliError> {
         check_whole(input, &placed.dump, &struct_pages)?;
     }
     keep_what_is_not_free_in_all(&mut pages.map, &placed.shared);
+    placed.dump.keep_what_must_stay(&mut pages.map);
     pages.notes.extend(placed.notes);
     let counts = pages.map.counts();
     let mut analysis = Analysis {

@@ -53,6 +53,7 @@ mod stream;
 mod stream_out;
 mod sys;
 mod xen;
+mod xen_join;
 
 use avml::AvmlFile;
 use elf_core::ElfCore;
@@ -82,6 +83,7 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use stream::Stream;
+pub use xen_join::XlSkeleton;
 
 /// A dump file: the guest's memory, and how the file holds it.
 ///
@@ -455,6 +457,12 @@ impl Dump {
             self.format,
             Format::MappedRam(_) | Format::Stream(_) | Format::Xen(_)
         )
+    }
+
+    /// Whether it is a Xen save image.
+    #[must_use]
+    pub fn is_xl(&self) -> bool {
+        matches!(self.format, Format::Xen(_))
     }
 
     /// The processor that the dump says the guest has, if it says.

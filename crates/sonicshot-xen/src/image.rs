@@ -3,7 +3,7 @@
 use crate::XenError;
 use crate::cursor::Cursor;
 use crate::frames::{Frame, Frames};
-use crate::page_data::PageData;
+use crate::page_data::{PageData, table_of};
 use sonicshot::GuestBytes;
 
 /// How an image begins.
@@ -37,6 +37,13 @@ const VERIFY: u32 = 0xd;
 const CHECKPOINT: u32 = 0xe;
 /// Xen itself takes no longer record.
 const MAX_RECORD: u32 = 128 << 20;
+
+/// Whether the content of pages is in their records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pages {
+    Inside,
+    LeftOut,
+}
 
 /// The kind of a domain, as libxc sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +87,14 @@ fn padded(len: u32) -> u64 {
     u64::from(len).next_multiple_of(8)
 }
 
+/// How much of a record of pages comes before their data.
+fn table_len(cursor: &mut Cursor<'_>) -> Result<u64, XenError> {
+    let body = cursor.at;
+    let count = cursor.u32()?;
+    cursor.at = body;
+    Ok(table_of(count))
+}
+
 /// An `xl save` image.
 ///
 /// ```
@@ -102,6 +117,10 @@ impl XlImage {
     /// # Errors
     /// [`XenError`] if it is none, contradicts itself or is of an unsupported kind.
     pub fn parse(data: GuestBytes<'_>) -> Result<Self, XenError> {
+        Self::parse_with(data, Pages::Inside)
+    }
+
+    pub(crate) fn parse_with(data: GuestBytes<'_>, pages: Pages) -> Result<Self, XenError> {
         let mut cursor = Cursor::new(data);
         xl_header(&mut cursor)?;
         libxl_header(&mut cursor)?;
@@ -122,7 +141,7 @@ impl XlImage {
                         len.into(),
                     ));
                 }
-                LIBXL_CONTEXT => image = Some(Self::libxc_stream(&mut cursor)?),
+                LIBXL_CONTEXT => image = Some(Self::libxc_stream(&mut cursor, pages)?),
                 LIBXL_CHECKPOINT_END => return Err(cursor.unsupported(CHECKPOINTED, at)),
                 LIBXL_END => break,
                 _ => {
@@ -133,7 +152,7 @@ impl XlImage {
         image.ok_or_else(|| cursor.malformed("no memory image before the end", cursor.at, 0))
     }
 
-    fn libxc_stream(cursor: &mut Cursor<'_>) -> Result<Self, XenError> {
+    fn libxc_stream(cursor: &mut Cursor<'_>, pages: Pages) -> Result<Self, XenError> {
         let (kind, xen) = libxc_header(cursor)?;
         let mut records = Vec::new();
         let mut frames = Frames::default();
@@ -150,7 +169,11 @@ impl XlImage {
             if record.len > MAX_RECORD {
                 return Err(cursor.malformed("the length of a record", offset, record.len.into()));
             }
-            let body = cursor.take(padded(record.len))?;
+            let stored = match (record.kind, pages) {
+                (PAGE_DATA, Pages::LeftOut) => table_len(cursor)?,
+                _ => padded(record.len),
+            };
+            let body = cursor.take(stored)?;
             match record.kind {
                 END if record.len != 0 => {
                     return Err(cursor.malformed("an end with content", offset, record.len.into()));

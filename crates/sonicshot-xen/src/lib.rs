@@ -9,6 +9,11 @@
 //! guest hold those in the stream, not the machine's, so that addresses can be translated by the
 //! image alone.
 //!
+//! # An image in two
+//! [`XlImage::skeleton`] gives everything of an image but the content of its pages, and
+//! [`Skeleton::joined`] the image again, with content from elsewhere: for formats that hold a
+//! guest's memory alone.
+//!
 //! # What a dropped page is
 //! Its number stays in the record, with the type `XALLOC`: the restoring Xen gives the guest a page
 //! there, of unspecified content. A Xen built for release has scrubbed that page to zero *if* its
@@ -29,8 +34,10 @@ mod frames;
 mod image;
 mod page_data;
 mod prune;
+mod skeleton;
 
 pub use error::{Place, XenError};
 pub use frames::{Frame, FrameType};
 pub use image::{DomainKind, MAGIC, Record, XlImage};
 pub use prune::{Dropped, Part};
+pub use skeleton::{Joined, Skeleton};
