@@ -7,9 +7,10 @@ use sonicshot::{
     DropClasses, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap, PageSize,
     Pfn, PfnRange, PrunePlan,
 };
-use sonicshot_dump::{Dump, LayoutSpec, Overwrite, SnapshotFiles};
+use sonicshot_dump::{Dump, LayoutSpec, Overwrite, SnapshotFiles, XlSkeleton};
 use sonicshot_vmi::symbols::{Btf, SymbolSource, Vmcoreinfo, open_symbol_file};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
+use sonicshot_xen::{Joined, Skeleton, XlImage};
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -114,7 +115,7 @@ fn prune(dump: &Dump, spec: Option<&LayoutSpec>) {
             map.set(frame, PageClass::FreeBuddy);
         }
     }
-    let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
+    let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Any);
     let folder = tempfile::tempdir().expect("a folder");
     let out = folder.path().join("out");
     if dump
@@ -255,8 +256,69 @@ pub fn libvirt(data: &[u8]) {
     migration(data);
 }
 
+/// As an image, which is pruned, taken apart and put together; and as what is left of one without
+/// its pages' content.
 pub fn xen(data: &[u8]) {
     dump(data, None);
+    let input = file(data);
+    if let Ok(dump) = Dump::open(input.path(), None) {
+        xen_again(&dump, input.as_file());
+    }
+    let bytes = GuestBytes::from_slice(data);
+    let Ok(skeleton) = Skeleton::parse(bytes) else {
+        return;
+    };
+    let mut image = Vec::new();
+    let put = |part| {
+        match part {
+            Joined::Skeleton { from, len } => {
+                image.extend(&data[from as usize..][..len as usize]);
+            }
+            Joined::Pages { frames, .. } => {
+                image.resize(image.len() + frames.len() as usize * 4096, 0);
+            }
+        }
+        Ok(())
+    };
+    skeleton
+        .joined(bytes, |error| error, put)
+        .expect("what was parsed");
+    XlImage::parse(GuestBytes::from_slice(&image)).expect("what we join, we read");
+}
+
+/// An image made of what a Xen image is besides its memory, and of its memory, holds the same.
+fn xen_again(dump: &Dump, input: &File) {
+    // A few entries may name frames far apart: the plan's map is of those alone.
+    let map = PageMap::new(dump.layout(), PageSize::SIZE_4K);
+    let nothing = PrunePlan::new(&map, &DropClasses::default(), Fill::Any);
+    let Ok(Some(bytes)) = dump.xl_skeleton(&nothing) else {
+        return;
+    };
+    let folder = tempfile::tempdir().expect("a folder");
+    let out = folder.path().join("out");
+    XlSkeleton::parse(Path::new("skeleton"), bytes)
+        .expect("what we take apart, we read")
+        .write(
+            dump,
+            &|_| false,
+            &out,
+            Overwrite::Refuse,
+            input,
+            &mut |_, _| {},
+        )
+        .expect("its own memory");
+    let again = Dump::open(&out, None).expect("what we write, we read");
+    assert_eq!(dump.layout(), again.layout());
+    let frames = dump.layout().frames(PageSize::SIZE_4K);
+    for pfn in frames.flat_map(|run| run.iter()) {
+        let at = pfn.gpa(PageSize::SIZE_4K).expect("what is RAM");
+        let (mut a, mut b) = ([0; 4096], [0; 4096]);
+        let there = (
+            dump.read(at, &mut a).is_ok(),
+            again.read(at, &mut b).is_ok(),
+        );
+        assert!(there.0 == there.1 && a == b, "frame {pfn}");
+    }
 }
 
 pub fn xen_core(data: &[u8]) {

@@ -4,7 +4,7 @@ use crate::error::CliError;
 use crate::inputs::{Input, add_notes};
 use crate::place::{self, keep_what_is_not_free_in_all};
 use sonicshot::{
-    ClassCounts, ClassSet, DropClasses, GpaRange, GuestMemory, PageClass, PageSize, PrunePlan,
+    ClassCounts, ClassSet, DropClasses, Fill, GpaRange, GuestMemory, PageClass, PageSize, PrunePlan,
 };
 use sonicshot_dump::Dump;
 use sonicshot_vmi::{Classification, OnInconsistency, mark_zero_pages};
@@ -25,27 +25,14 @@ pub(crate) struct Analysis {
 }
 
 impl Analysis {
-    /// The classes of `wanted` that can go in this dump. Where nobody knows what a page will read as
-    /// that was dropped, it must be one that the guest does not read before it writes.
-    pub(crate) fn droppable(&self, wanted: ClassSet) -> ClassSet {
-        if self.dump.dropped_read_as_zero() {
-            return wanted;
-        }
-        let goes = |class: &PageClass| match class {
-            PageClass::FreeBuddy | PageClass::FreePcp => !self.pages.relies_on_fill,
-            PageClass::Zero => false,
-            _ => true,
-        };
-        wanted.iter().filter(goes).collect()
+    /// Whether pages of `class` can go in this dump.
+    pub(crate) fn can_go(&self, class: PageClass) -> bool {
+        self.dump.restores(Fill::of(class, self.pages.free_fill))
     }
 
-    /// What is dropped when `wanted` is to go.
+    /// What is to be dropped when `wanted` is to go.
     pub(crate) fn plan(&self, wanted: ClassSet) -> PrunePlan {
-        PrunePlan::new(
-            &self.pages.map,
-            &DropClasses(self.droppable(wanted)),
-            self.pages.free_fill,
-        )
+        PrunePlan::new(&self.pages.map, &DropClasses(wanted), self.pages.free_fill)
     }
 }
 
@@ -54,13 +41,13 @@ pub(crate) fn analyze(input: &Input<'_>) -> Result<Analysis, CliError> {
     let mut analysis = classify(input)?;
     mark_zero_pages(&analysis.dump, &mut analysis.pages.map)?;
     analysis.counts = analysis.pages.map.counts();
-    if !analysis.dump.dropped_read_as_zero() {
+    if !analysis.can_go(PageClass::Zero) {
         analysis.pages.notes.push(
-            if analysis.pages.relies_on_fill {
+            if analysis.can_go(PageClass::FreeBuddy) {
+                "pages in use that are zero are kept: Xen does not promise zeroes after a restore"
+            } else {
                 "free pages are kept: the guest relies on what they read as, and Xen gives it \
                  others after a restore"
-            } else {
-                "pages in use that are zero are kept: Xen does not promise zeroes after a restore"
             }
             .into(),
         );
@@ -99,6 +86,7 @@ pub(crate) fn classify(input: &Input<'_>) -> Result<Analysis, CliError> {
         check_whole(input, &placed.dump, &struct_pages)?;
     }
     keep_what_is_not_free_in_all(&mut pages.map, &placed.shared);
+    placed.dump.keep_what_must_stay(&mut pages.map);
     pages.notes.extend(placed.notes);
     let counts = pages.map.counts();
     let mut analysis = Analysis {

@@ -214,6 +214,8 @@ pub(crate) enum DumpKind {
     Raw,
     /// An ELF core
     Elf,
+    /// A Xen save image, of a checkpoint of one
+    Xl,
 }
 
 /// What a dump can be converted to.
@@ -231,6 +233,8 @@ pub(crate) enum ConvertTo {
     MappedRam,
     /// A QEMU migration stream; from a mapped-ram file, a libvirt image too
     Stream,
+    /// A Xen save image; of a checkpoint of one, or with --template
+    Xl,
 }
 
 #[derive(Debug, Args)]
@@ -245,6 +249,10 @@ pub(crate) struct ConvertArgs {
     /// What it is to be
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub to: ConvertTo,
+    /// A Xen save image of the same guest, of the same moment: what is in it beside the memory goes
+    /// to the output, and the memory comes from the dump
+    #[arg(long, value_name = "IMAGE")]
+    pub template: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -12,10 +12,10 @@ use sonicshot::checkpoint::{
     SaveOptions, SaveStats,
 };
 use sonicshot::{
-    ClassCounts, ClassSet, DropClasses, Fill, GuestMemory, PageMap, PageSize, PrunePlan,
+    ClassCounts, ClassSet, DropClasses, Fill, GuestMemory, PageMap, PageSize, Pfn, PrunePlan,
 };
 use sonicshot_dump::{
-    CoreNotes, Dump, DumpError, DumpFile, LayoutSpec, Machine, NewFile, Overwrite,
+    CoreNotes, Dump, DumpError, DumpFile, LayoutSpec, Machine, NewFile, Overwrite, XlSkeleton,
 };
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
@@ -25,6 +25,8 @@ use std::time::Instant;
 /// The blobs that `save` makes of what a dump carries beside its memory.
 pub(crate) const VMCOREINFO: &str = "vmcoreinfo";
 pub(crate) const CORE_NOTES: &str = "elf-notes";
+/// The same of a Xen save image: all but the content of its pages.
+pub(crate) const XEN_IMAGE: &str = "xen-image";
 
 pub(crate) fn overwrite(force: bool) -> Overwrite {
     if force {
@@ -217,6 +219,9 @@ fn write(
     if let Some(notes) = source.dump.core_notes() {
         writer.blob(CORE_NOTES, notes.as_slice()).map_err(&failed)?;
     }
+    if let Some(skeleton) = source.dump.xl_skeleton(plan)? {
+        writer.blob(XEN_IMAGE, &*skeleton).map_err(&failed)?;
+    }
     for (name, path) in blobs {
         let file = File::open(path).map_err(io("opening", path))?;
         writer.blob(name, file).map_err(&failed)?;
@@ -257,6 +262,53 @@ pub(crate) fn open_checkpoint(path: &Path) -> Result<CheckpointReader<File>, Cli
     CheckpointReader::open(path).map_err(checkpoint(path))
 }
 
+/// What makes a Xen image of a checkpoint again.
+pub(crate) fn xl_skeleton(
+    reader: &CheckpointReader<File>,
+    path: &Path,
+) -> Result<XlSkeleton, CliError> {
+    match reader.read_blob(XEN_IMAGE) {
+        Ok(bytes) => Ok(XlSkeleton::parse(path, bytes)?),
+        Err(CheckpointError::NoBlob { .. }) => Err(CliError::NoImage { path: path.into() }),
+        Err(error) => Err(checkpoint(path)(error)),
+    }
+}
+
+/// Whether the checkpoint has no content of `pfn`, of its own accord or the source's.
+pub(crate) fn left_out(reader: &CheckpointReader<File>, pfn: Pfn) -> bool {
+    reader
+        .run_of(pfn)
+        .is_none_or(|run| matches!(run.content, PageContent::Absent | PageContent::Free { .. }))
+}
+
+/// The raw file or core that the memory of a checkpoint goes to.
+fn dump_file(args: &RestoreArgs, reader: &CheckpointReader<File>) -> Result<DumpFile, CliError> {
+    let (layout, force) = (&reader.info().layout, overwrite(args.force));
+    if args.to != DumpKind::Elf {
+        return Ok(DumpFile::raw(&args.output, layout, force, reader.source())?);
+    }
+    let blob = |name: &str| match reader.read_blob(name) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(CheckpointError::NoBlob { .. }) => Ok(None),
+        Err(error) => Err(checkpoint(&args.file)(error)),
+    };
+    let mut notes = CoreNotes::default();
+    notes.machine = match reader.info().architecture {
+        Architecture::Aarch64 => Some(Machine::Aarch64),
+        _ => Some(Machine::X86_64),
+    };
+    notes.notes = blob(CORE_NOTES)?;
+    notes.vmcoreinfo = blob(VMCOREINFO)?;
+    let source = reader.source();
+    Ok(DumpFile::elf_core(
+        &args.output,
+        layout,
+        &notes,
+        force,
+        source,
+    )?)
+}
+
 pub(crate) fn restore(args: &RestoreArgs) -> Result<(), CliError> {
     let started = Instant::now();
     if args.output == Path::new("-") {
@@ -267,42 +319,32 @@ pub(crate) fn restore(args: &RestoreArgs) -> Result<(), CliError> {
     let blobs = blobs(&args.blob)?;
     let reader = open_checkpoint(&args.file)?;
     let layout = &reader.info().layout;
-    let output = match args.to {
-        DumpKind::Raw => {
-            DumpFile::raw(&args.output, layout, overwrite(args.force), reader.source())?
-        }
-        DumpKind::Elf => {
-            let blob = |name: &str| match reader.read_blob(name) {
-                Ok(bytes) => Ok(Some(bytes)),
-                Err(CheckpointError::NoBlob { .. }) => Ok(None),
-                Err(error) => Err(error),
-            };
-            let mut notes = CoreNotes::default();
-            notes.machine = match reader.info().architecture {
-                Architecture::Aarch64 => Some(Machine::Aarch64),
-                _ => Some(Machine::X86_64),
-            };
-            notes.notes = blob(CORE_NOTES).map_err(&failed)?;
-            notes.vmcoreinfo = blob(VMCOREINFO).map_err(&failed)?;
-            let force = overwrite(args.force);
-            DumpFile::elf_core(&args.output, layout, &notes, force, reader.source())?
-        }
-    };
+    let force = overwrite(args.force);
+    let mut files = Vec::new();
+    for (name, path) in blobs {
+        let file = NewFile::create(&path, force, reader.source())?;
+        reader.copy_blob(name, &mut file.file()).map_err(&failed)?;
+        files.push(file);
+    }
     let bar = progress_bar("restoring", args.json);
     let mut progress = |done: u64, total: u64| {
         bar.set_length(total);
         bar.set_position(done);
     };
-    reader
-        .restore(&output, args.threads, &mut progress)
-        .map_err(&failed)?;
-    let mut files = Vec::new();
-    for (name, path) in blobs {
-        let file = NewFile::create(&path, overwrite(args.force), reader.source())?;
-        reader.copy_blob(name, &mut file.file()).map_err(&failed)?;
-        files.push(file);
-    }
-    let on_disk = output.finish()?;
+    let on_disk = match args.to {
+        DumpKind::Xl => {
+            let skeleton = xl_skeleton(&reader, &args.file)?;
+            let left_out = |pfn| left_out(&reader, pfn);
+            let (out, source) = (&args.output, reader.source());
+            skeleton.write(&reader, &left_out, out, force, source, &mut progress)?
+        }
+        DumpKind::Raw | DumpKind::Elf => {
+            let output = dump_file(args, &reader)?;
+            let restored = reader.restore(&output, args.threads, &mut progress);
+            restored.map_err(&failed)?;
+            output.finish()?
+        }
+    };
     for file in files {
         file.finish()?;
     }

@@ -1,7 +1,9 @@
 //! `sonicshot convert`.
 
 use crate::args::{ConvertArgs, ConvertTo};
-use crate::checkpoint::{CORE_NOTES, VMCOREINFO, checkpoint, open_checkpoint, overwrite};
+use crate::checkpoint::{
+    CORE_NOTES, VMCOREINFO, XEN_IMAGE, checkpoint, open_checkpoint, overwrite,
+};
 use crate::error::CliError;
 use crate::inputs::{Input, without_p2m};
 use crate::report::{progress_bar, say, size};
@@ -14,7 +16,7 @@ use sonicshot::checkpoint::{
 use sonicshot::{Disposition, Fill, GuestMemory, PageMap, PageSize, PrunePlan};
 use sonicshot_dump::{
     CoreNotes, Dump, DumpError, DumpFile, KdumpCompression, KdumpOptions, LayoutSpec, Machine,
-    NewFile, Progress, write_kdump,
+    NewFile, Progress, XlSkeleton, write_kdump,
 };
 use std::fs::File;
 use std::path::Path;
@@ -46,6 +48,11 @@ impl Source {
             Self::Dump(dump) => dump.file(),
             Self::Checkpoint(reader) => reader.source(),
         }
+    }
+
+    /// Whether it is a Xen image, of which a checkpoint holds all.
+    fn is_xl(&self) -> bool {
+        matches!(self, Self::Dump(dump) if dump.is_xl())
     }
 
     fn format(&self) -> &'static str {
@@ -94,6 +101,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<(), CliError> {
     }
     let mut found = None;
     let mut notes = Vec::new();
+    let template = template(args)?;
     let source = if checkpoint::is_checkpoint(&args.file) {
         Source::Checkpoint(Box::new(open_checkpoint(&args.file)?))
     } else {
@@ -101,6 +109,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<(), CliError> {
         let dump = match args.to {
             // All blocks are taken as they are: where they lie does not matter.
             ConvertTo::MappedRam | ConvertTo::Stream => input.open(input.files.layout())?,
+            ConvertTo::Xl => input.open(input.files.layout().or(ranges_of(&template).as_ref()))?,
             _ => {
                 // A reader of cores wants VMCOREINFO, which the guest itself has.
                 let vmcoreinfo = |guest: &sonicshot_vmi::LinuxGuest<'_>| {
@@ -127,11 +136,15 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<(), CliError> {
     };
     let mut beside = source.beside(&args.file)?;
     beside.vmcoreinfo = beside.vmcoreinfo.or(found);
-    let on_disk = write(args, &source, &beside, &mut progress)?;
+    let on_disk = write(args, &source, template.as_ref(), &beside, &mut progress)?;
     bar.finish_and_clear();
     let seconds = started.elapsed().as_secs_f64();
     let of_migration = matches!(&source, Source::Dump(dump) if dump.holds_device_state());
-    let keeps_state = matches!(args.to, ConvertTo::MappedRam | ConvertTo::Stream);
+    let keeps_state = match args.to {
+        ConvertTo::MappedRam | ConvertTo::Stream | ConvertTo::Xl => true,
+        ConvertTo::Sonic => source.is_xl(),
+        ConvertTo::Raw | ConvertTo::Elf | ConvertTo::Kdump => false,
+    };
     if of_migration && !keeps_state {
         let state = "the devices' state is not in the output: a guest cannot be restored from it";
         notes.insert(0, state.to_owned());
@@ -168,6 +181,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<(), CliError> {
 fn write(
     args: &ConvertArgs,
     source: &Source,
+    template: Option<&Dump>,
     beside: &Beside,
     progress: Progress<'_>,
 ) -> Result<u64, CliError> {
@@ -231,12 +245,18 @@ fn write(
                     writer.blob(name, bytes.as_slice()).map_err(&failed)?;
                 }
             }
+            if let Source::Dump(dump) = source
+                && let Some(skeleton) = dump.xl_skeleton(&plan)?
+            {
+                writer.blob(XEN_IMAGE, &*skeleton).map_err(&failed)?;
+            }
             writer
                 .memory(memory, &map, &plan, progress)
                 .map_err(&failed)?;
             writer.finish().map_err(&failed)?;
             Ok(file.finish()?)
         }
+        ConvertTo::Xl => write_xl(args, source, template, progress),
         ConvertTo::MappedRam | ConvertTo::Stream => {
             let Source::Dump(dump) = source else {
                 let what = "a checkpoint holds no migration file to convert: restore it instead";
@@ -248,4 +268,58 @@ fn write(
             })
         }
     }
+}
+
+/// The Xen image that `--template` names.
+fn template(args: &ConvertArgs) -> Result<Option<Dump>, CliError> {
+    let Some(path) = &args.template else {
+        return Ok(None);
+    };
+    if args.to != ConvertTo::Xl {
+        let what = "--template is for --to xl";
+        return Err(CliError::Usage { what: what.into() });
+    }
+    Ok(Some(Dump::open(path, None)?))
+}
+
+/// Where the bytes of a raw file lie that was made of the template.
+fn ranges_of(template: &Option<Dump>) -> Option<LayoutSpec> {
+    let template = template.as_ref()?;
+    Some(LayoutSpec::Ranges(template.layout().regions().to_vec()))
+}
+
+/// Writes a Xen image: what is in it beside the memory comes from the template, the checkpoint or
+/// the image itself.
+fn write_xl(
+    args: &ConvertArgs,
+    source: &Source,
+    template: Option<&Dump>,
+    progress: Progress<'_>,
+) -> Result<u64, CliError> {
+    let memory = source.memory();
+    let skeleton_of = |dump: &Dump, path: &Path| -> Result<XlSkeleton, CliError> {
+        let map = PageMap::new(dump.layout(), PageSize::SIZE_4K);
+        let nothing = PrunePlan::new(&map, &|_| Disposition::Keep, Fill::Zero);
+        let bytes = dump.xl_skeleton(&nothing)?.ok_or_else(|| {
+            let what =
+                "a Xen image is made of a checkpoint of one, or of memory and --template IMAGE";
+            CliError::Usage { what: what.into() }
+        })?;
+        Ok(XlSkeleton::parse(path, bytes)?)
+    };
+    let skeleton = match (template, &args.template, source) {
+        (Some(dump), Some(path), _) => {
+            let skeleton = skeleton_of(dump, path)?;
+            skeleton.check_holds_all(memory)?;
+            skeleton
+        }
+        (_, _, Source::Dump(dump)) => skeleton_of(dump, &args.file)?,
+        (_, _, Source::Checkpoint(reader)) => checkpoint::xl_skeleton(reader, &args.file)?,
+    };
+    let left_out = |pfn| match source {
+        Source::Dump(_) => false,
+        Source::Checkpoint(reader) => checkpoint::left_out(reader, pfn),
+    };
+    let (out, force) = (&args.output, overwrite(args.force));
+    Ok(skeleton.write(memory, &left_out, out, force, source.file(), progress)?)
 }

@@ -62,6 +62,8 @@ pub(crate) enum CliError {
     NotWhole { path: PathBuf, at: Gpa },
     #[error("pages of class {class} are never dropped: the guest's kernel needs them")]
     Undroppable { class: PageClass },
+    #[error("{} is no checkpoint of a Xen image: it holds the guest's memory alone", path.display())]
+    NoImage { path: PathBuf },
     #[error("{} exists", path.display())]
     Exists { path: PathBuf },
     #[error("{} is the dump itself", path.display())]
@@ -111,6 +113,7 @@ impl CliError {
                 ..
             }
             | Self::OverDump { .. }
+            | Self::NoImage { .. }
             | Self::Dump(
                 DumpError::NotInPlace { .. }
                 | DumpError::NotAStream { .. }
@@ -164,6 +167,12 @@ impl CliError {
             }
             Self::Dump(DumpError::LayoutLength { .. }) => {
                 "the ranges of --layout must add up to the length of the file"
+            }
+            Self::NoImage { .. } => {
+                "`sonicshot convert --to xl --template IMAGE` takes the rest from an image of that guest"
+            }
+            Self::Dump(DumpError::XenFrame { .. }) => {
+                "the memory and the image must be of the same guest, of the same moment"
             }
             Self::NotWhole { .. } => {
                 "it may be a Firecracker diff snapshot: give --base, the memory that it is a diff to"

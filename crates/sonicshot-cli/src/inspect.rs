@@ -100,9 +100,10 @@ fn one(args: &InspectArgs, input: &Input<'_>) -> Result<(u64, u64), CliError> {
     Ok((default_plan(&analysis).dropped_bytes(), total))
 }
 
-/// What the default policy drops, where no page can be given another fill than zero.
+/// What the default policy drops of this dump.
 fn default_plan(analysis: &Analysis) -> PrunePlan {
-    analysis.plan(ClassSet::DEFAULT_DROP).zero_filled_only()
+    let plan = analysis.plan(ClassSet::DEFAULT_DROP);
+    analysis.dump.restorable(&plan)
 }
 
 /// Writes a line for each run of frames of one class; the file appears whole or not at all.
@@ -236,9 +237,9 @@ pub(crate) fn print_report(analysis: &Analysis, zero_pages: u64) {
         "size",
         "share"
     );
-    let droppable = analysis.droppable(ClassSet::DEFAULT_DROP);
     for (class, pages) in analysis.counts.iter() {
-        let mark = if droppable.contains(class) { "*" } else { "" };
+        let goes = ClassSet::DEFAULT_DROP.contains(class) && analysis.can_go(class);
+        let mark = if goes { "*" } else { "" };
         say!(
             "{:<18} {:>12} {:>12} {:>8}",
             format!("{class}{mark}"),

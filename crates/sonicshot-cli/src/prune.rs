@@ -161,6 +161,7 @@ fn one(
         Some(write(args, input, out, &analysis, &plan)?)
     };
     let seconds = started.elapsed().as_secs_f64();
+    let plan = analysis.dump.restorable(&plan);
     if args.json {
         print_json(
             args,
@@ -302,7 +303,7 @@ fn print_summary(
     );
     if stats.kept_for_fill > 0 {
         say!(
-            "kept {} of free pages that must not read as zero in this guest",
+            "kept {} that would not read as the guest expects after a restore",
             size(stats.kept_for_fill)
         );
     }

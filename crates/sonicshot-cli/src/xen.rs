@@ -7,7 +7,7 @@ use crate::args::{ImageCompression, XenRestoreArgs, XenSaveArgs};
 use crate::error::CliError;
 use crate::report::{percent, say, size};
 use serde_json::json;
-use sonicshot::{ClassSet, DropClasses, GuestMemory, PageClass, PageSize, PrunePlan};
+use sonicshot::{DropClasses, GuestMemory, PageSize, PrunePlan};
 use sonicshot_dump::{Dump, NewFile, Overwrite};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
 use sonicshot_xen_live::{DomainId, FrameRuns, LiveDomain, SaveFilter, Xen};
@@ -163,13 +163,8 @@ fn look(xen: &Xen, id: DomainId, args: &XenSaveArgs) -> Result<Look, CliError> {
     }
     let guest = LinuxGuest::open(&domain, &options).map_err(failed)?;
     let pages = guest.classify(OnInconsistency::Refuse).map_err(failed)?;
-    let goes = |class: &PageClass| match class {
-        PageClass::FreeBuddy | PageClass::FreePcp => !pages.relies_on_fill,
-        PageClass::Zero => false,
-        _ => true,
-    };
-    let classes = DropClasses(ClassSet::DEFAULT_DROP.iter().filter(goes).collect());
-    let plan = PrunePlan::new(&pages.map, &classes, pages.free_fill);
+    let plan = PrunePlan::new(&pages.map, &DropClasses::default(), pages.free_fill);
+    let plan = plan.any_filled_only();
     let frames = domain.frame_runs(plan.runs().iter().map(|run| run.frames));
     Ok(Look {
         release: guest.release().to_owned(),

@@ -20,6 +20,8 @@ use std::process::{Command, Stdio};
 const PAGE: usize = 4096;
 /// In a record, as `xl save` has it.
 const PAGES: usize = 1024;
+/// The first byte of `init_on_free` in this guest's memory.
+const INIT_ON_FREE: usize = 0x694_6e50;
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
@@ -38,6 +40,15 @@ fn record(out: &mut Vec<u8>, kind: u32, body: &[&[u8]]) {
 /// `ram` as Xen would save it of an HVM guest; the pages in `allocated` without content. A live
 /// save: the first record comes twice, and what it held first was something else.
 fn image(ram: &[u8], allocated: impl Fn(usize) -> bool) -> Vec<u8> {
+    image_in(ram, allocated, 1)
+}
+
+/// The same of a guest that was stopped: every page comes once.
+fn image_at_once(ram: &[u8], allocated: impl Fn(usize) -> bool) -> Vec<u8> {
+    image_in(ram, allocated, 0)
+}
+
+fn image_in(ram: &[u8], allocated: impl Fn(usize) -> bool, twice: usize) -> Vec<u8> {
     let mut out = b"Xen saved domain, xl format\n \0 \r".to_vec();
     out.extend([4, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0]);
     out.extend(b"{json:}LibxlFmt\0\0\0\x02\0\0\0\0");
@@ -49,7 +60,8 @@ fn image(ram: &[u8], allocated: impl Fn(usize) -> bool) -> Vec<u8> {
     record(&mut out, 0x10, &[]);
     let old = vec![0x5a; PAGES * PAGE];
     let chunks = ram.chunks(PAGES * PAGE).enumerate();
-    for (number, pages) in [(0, &old[..])].into_iter().chain(chunks) {
+    let earlier = [(0, &old[..])].into_iter().take(twice);
+    for (number, pages) in earlier.chain(chunks) {
         let count = pages.len() / PAGE;
         let mut entries = u32::try_from(count).unwrap().to_le_bytes().to_vec();
         entries.extend([0; 4]);
@@ -98,6 +110,7 @@ fn free_pages_go_and_nothing_else_is_changed() {
     fs::write(&full, image(ram(), |_| false)).unwrap();
     let seen = json(&["inspect", text(&full), "--json"]);
     assert_eq!(seen["format"], "Xen save image (HVM or PVH)");
+    assert_eq!(seen["free_fill"], "Any");
     assert_eq!(seen["file_bytes"], fs::metadata(&full).unwrap().len());
     assert!(seen["classes"]["zero"].as_u64().unwrap() > 0);
     let classes = classes(&full);
@@ -107,6 +120,8 @@ fn free_pages_go_and_nothing_else_is_changed() {
 
     let report = json(&["prune", text(&full), "-o", text(&pruned), "--json"]);
     assert_eq!(report["dropped_bytes"], free * PAGE);
+    let zero = seen["classes"]["zero"].as_u64().unwrap();
+    assert_eq!(report["kept_for_fill_bytes"], zero * PAGE as u64);
     let notes = report["notes"].to_string();
     assert!(notes.contains("zero are kept"), "{notes}");
     // To the byte what Xen would have written of those pages; zeroes in use are there.
@@ -137,6 +152,235 @@ fn free_pages_go_and_nothing_else_is_changed() {
     assert!(fs::read(&raw).unwrap() == ram());
     let run = sonicshot(&["prune", text(&full), "--in-place"]);
     assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+}
+
+#[test]
+fn a_guest_that_trusts_free_pages_to_be_zero_keeps_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let (full, pruned, raw, less) = (file("full"), file("pruned"), file("raw"), file("less"));
+    let mut ram = ram().to_vec();
+    ram[INIT_ON_FREE] = 1;
+    fs::write(&full, image(&ram, |_| false)).unwrap();
+    fs::write(&raw, &ram).unwrap();
+    let seen = json(&["inspect", text(&full), "--json"]);
+    assert_eq!(seen["free_fill"], "Zero");
+    assert_eq!(seen["droppable_pages"], seen["classes"]["offline"]);
+    let report = json(&["prune", text(&full), "-o", text(&pruned), "--json"]);
+    assert_eq!(report["droppable_pages"], seen["classes"]["offline"]);
+    let kept = ["free_buddy", "free_pcp", "zero"];
+    let kept = kept.map(|class| seen["classes"][class].as_u64().unwrap());
+    assert_eq!(
+        report["kept_for_fill_bytes"],
+        kept.iter().sum::<u64>() * PAGE as u64
+    );
+    let notes = report["notes"].to_string();
+    assert!(notes.contains("free pages are kept"), "{notes}");
+    let offline = classes(&full);
+    assert!(fs::read(&pruned).unwrap() == image(&ram, |pfn| offline[pfn] == "offline"));
+    // Where a dropped page is zero, they go.
+    let report = json(&["prune", text(&raw), "-o", text(&less), "--json"]);
+    assert_eq!(report["kept_for_fill_bytes"], 0);
+    assert!(report["dropped_bytes"].as_u64().unwrap() > kept[0] * PAGE as u64);
+}
+
+fn convert(from: &Path, to: &str, out: &Path) {
+    let out = text(out);
+    json(&["convert", text(from), "-o", out, "--to", to, "--json"]);
+}
+
+#[test]
+fn an_image_goes_to_every_format_and_comes_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    for live in [false, true] {
+        let bytes = if live { image } else { image_at_once }(ram(), |pfn| pfn % 5000 == 77);
+        let full = file(&format!("{live}"));
+        fs::write(&full, &bytes).unwrap();
+        let raw_of = |dump: &Path| {
+            let mut raw = dump.as_os_str().to_owned();
+            raw.push(".raw");
+            let raw = Path::new(&raw);
+            convert(dump, "raw", raw);
+            fs::read(raw).unwrap()
+        };
+        let memory = raw_of(&full);
+        for to in ["elf", "kdump"] {
+            let out = file(&format!("{live}.as-{to}"));
+            convert(&full, to, &out);
+            assert!(raw_of(&out) == memory, "{to}");
+        }
+        let sonic = file(&format!("{live}.converted"));
+        convert(&full, "sonic", &sonic);
+        let kept = file(&format!("{live}.kept"));
+        let save = [
+            "save",
+            text(&full),
+            "-o",
+            text(&kept),
+            "--keep-all",
+            "--json",
+        ];
+        json(&save);
+        for sonic in [sonic, kept] {
+            let args = ["verify", text(&sonic), "--against", text(&full), "--json"];
+            assert!(json(&args)["compared_pages"].as_u64().unwrap() > 30_000);
+            let name = sonic.file_name().unwrap().to_str().unwrap();
+            let restored = file(&format!("{name}-restored"));
+            let converted = file(&format!("{name}-again"));
+            let args = ["restore", text(&sonic), "-o", text(&restored), "--to", "xl"];
+            let run = sonicshot(&args);
+            assert!(run.status.success(), "{}", stderr(&run));
+            convert(&sonic, "xl", &converted);
+            let again = fs::read(&restored).unwrap();
+            assert!(fs::read(&converted).unwrap() == again);
+            assert!(raw_of(&restored) == memory);
+            // What came first in a live save is left out, its entries are there.
+            let less = if live { PAGES - 1 } else { 0 };
+            assert_eq!(bytes.len() - again.len(), less * PAGE);
+            assert!(live || again == bytes);
+        }
+    }
+}
+
+#[test]
+fn a_checkpoint_becomes_an_image_without_free_pages() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let (full, pruned, sonic, again) = (file("full"), file("pruned"), file("sonic"), file("again"));
+    fs::write(&full, image_at_once(ram(), |_| false)).unwrap();
+    json(&["prune", text(&full), "-o", text(&pruned), "--json"]);
+    json(&["save", text(&full), "-o", text(&sonic), "--json"]);
+    let blobs = json(&["inspect", text(&sonic), "--json"])["blobs"].to_string();
+    assert!(blobs.contains("xen-image"), "{blobs}");
+    let restore = [
+        "restore",
+        text(&sonic),
+        "-o",
+        text(&again),
+        "--to",
+        "xl",
+        "--json",
+    ];
+    json(&restore);
+    assert!(fs::read(&again).unwrap() == fs::read(&pruned).unwrap());
+    // A pruned image as a template does not take what it has no place for.
+    let raw = file("raw");
+    fs::write(&raw, ram()).unwrap();
+    let other = file("other");
+    let mut args = vec!["convert", text(&raw), "-o", text(&other), "--to", "xl"];
+    let run = sonicshot(&args);
+    assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+    args.extend(["--template", text(&pruned)]);
+    let run = sonicshot(&args);
+    assert_eq!(run.status.code(), Some(3), "{}", stderr(&run));
+    let said = stderr(&run);
+    assert!(
+        said.contains("the memory has content there, the image has not"),
+        "{said}"
+    );
+    assert!(!other.exists());
+    args.pop();
+    args.push(text(&full));
+    let run = sonicshot(&args);
+    assert!(run.status.success(), "{}", stderr(&run));
+    assert!(fs::read(&other).unwrap() == fs::read(&full).unwrap());
+}
+
+#[test]
+fn a_guest_that_trusts_zeroes_finds_them_after_a_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let (full, sonic, again) = (file("full"), file("sonic"), file("again"));
+    let mut ram = ram().to_vec();
+    ram[INIT_ON_FREE] = 1;
+    fs::write(&full, image_at_once(&ram, |_| false)).unwrap();
+    let classes = classes(&full);
+    json(&["save", text(&full), "-o", text(&sonic), "--json"]);
+    let restore = [
+        "restore",
+        text(&sonic),
+        "-o",
+        text(&again),
+        "--to",
+        "xl",
+        "--json",
+    ];
+    let report = json(&restore);
+    for (pfn, class) in classes.iter().enumerate() {
+        if class.starts_with("free") {
+            ram[pfn * PAGE..][..PAGE].fill(0);
+        }
+    }
+    let bytes = fs::read(&again).unwrap();
+    assert!(bytes == image_at_once(&ram, |pfn| classes[pfn] == "offline"));
+    let on_disk = report["disk_bytes"].as_u64().unwrap();
+    let free = classes.iter().filter(|class| class.starts_with("free"));
+    let free = (free.count() * PAGE) as u64;
+    let most = bytes.len() as u64 - free / 2;
+    assert!(
+        on_disk < most,
+        "zeroes are holes: {on_disk} of {}, free {free}",
+        bytes.len()
+    );
+}
+
+#[test]
+fn what_is_no_checkpoint_of_an_image_becomes_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let (raw, sonic, out, skeleton) = (file("raw"), file("sonic"), file("out"), file("skeleton"));
+    fs::write(&raw, &ram()[..PAGES * PAGE]).unwrap();
+    let save = [
+        "save",
+        text(&raw),
+        "-o",
+        text(&sonic),
+        "--keep-all",
+        "--layout",
+        "flat",
+        "--force",
+    ];
+    let restore = ["restore", text(&sonic), "-o", text(&out), "--to", "xl"];
+    assert!(sonicshot(&save).status.success());
+    let run = sonicshot(&restore);
+    assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+    assert!(stderr(&run).contains("--template"), "{}", stderr(&run));
+    // A blob of that name that is no image, and one of another guest.
+    let blob = format!("xen-image={}", text(&skeleton));
+    let with_blob = [&save[..], &["--blob", &blob]].concat();
+    let (image, other) = (file("image"), file("other"));
+    fs::write(&image, image_at_once(&ram()[..2 * PAGES * PAGE], |_| false)).unwrap();
+    json(&[
+        "save",
+        text(&image),
+        "-o",
+        text(&other),
+        "--keep-all",
+        "--json",
+    ]);
+    let take = ["restore", text(&other), "-o", text(&out), "--blob", &blob];
+    assert!(sonicshot(&take).status.success());
+    fs::remove_file(&out).unwrap();
+    for (damage, said) in [
+        (false, "the image has it, the memory has not"),
+        (true, "cut off in record"),
+    ] {
+        if damage {
+            let len = fs::metadata(&skeleton).unwrap().len();
+            File::options()
+                .write(true)
+                .open(&skeleton)
+                .unwrap()
+                .set_len(len - 20)
+                .unwrap();
+        }
+        assert!(sonicshot(&with_blob).status.success());
+        let run = sonicshot(&restore);
+        assert_eq!(run.status.code(), Some(3), "{}", stderr(&run));
+        assert!(stderr(&run).contains(said), "{}", stderr(&run));
+        assert!(!out.exists());
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What can go wrong with a dump file.
 
 use crate::WritingProcess;
-use sonicshot::LayoutError;
+use sonicshot::{LayoutError, Pfn};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -243,6 +243,16 @@ pub enum DumpError {
         /// Why not.
         #[source]
         source: sonicshot_xen::XenError,
+    },
+    /// A Xen image cannot be put together of this memory.
+    #[error("{}: frame {pfn}: {why}", path.display())]
+    XenFrame {
+        /// Where what an image holds beside the memory comes from.
+        path: PathBuf,
+        /// The frame.
+        pfn: Pfn,
+        /// What is wrong with it.
+        why: &'static str,
     },
     /// The file system cannot punch holes.
     #[error("the file system of {} cannot punch holes", path.display())]

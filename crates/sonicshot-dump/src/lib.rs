@@ -54,6 +54,7 @@ mod stream;
 mod stream_out;
 mod sys;
 mod xen;
+mod xen_join;
 
 use avml::AvmlFile;
 use elf_core::ElfCore;
@@ -76,13 +77,14 @@ pub use prune::{Progress, PruneStats};
 pub use qemu::{BlockKind, RamBlock};
 pub use restore::{CoreNotes, DumpFile, NewFile};
 pub use snapshot::{SnapshotFiles, Vmm};
-use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, RamLayout};
+use sonicshot::{Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, PrunePlan, RamLayout};
 use sonicshot_xen::{CoreDump, XlImage};
 pub use spool::Spool;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use stream::Stream;
+pub use xen_join::XlSkeleton;
 
 /// A dump file: the guest's memory, and how the file holds it.
 ///
@@ -367,11 +369,25 @@ impl Dump {
         }
     }
 
-    /// Whether a page that is dropped reads as zero after a restore. In a Xen image it does not for
-    /// sure: only pages whose content the guest does not care about may be dropped there.
+    /// Whether a page that must read as `fill` can be dropped: does it after a restore? Mostly a
+    /// dropped page reads as zero; in a Xen image nobody knows.
     #[must_use]
-    pub fn dropped_read_as_zero(&self) -> bool {
-        !matches!(self.format, Format::Xen(_))
+    pub fn restores(&self, fill: Fill) -> bool {
+        match fill {
+            Fill::Any => true,
+            Fill::Zero => !matches!(self.format, Format::Xen(_)),
+            _ => false,
+        }
+    }
+
+    /// The part of `plan` that this format can drop: what it [restores](Self::restores).
+    #[must_use]
+    pub fn restorable(&self, plan: &PrunePlan) -> PrunePlan {
+        if self.restores(Fill::Zero) {
+            plan.clone().zero_filled_only()
+        } else {
+            plan.clone().any_filled_only()
+        }
     }
 
     /// The layout of a raw file; `None` if the format itself says where RAM lies.
@@ -449,6 +465,12 @@ impl Dump {
             self.format,
             Format::MappedRam(_) | Format::Stream(_) | Format::Xen(_)
         )
+    }
+
+    /// Whether it is a Xen save image.
+    #[must_use]
+    pub fn is_xl(&self) -> bool {
+        matches!(self.format, Format::Xen(_))
     }
 
     /// The processor that the dump says the guest has, if it says.

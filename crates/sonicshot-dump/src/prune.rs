@@ -22,8 +22,8 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 pub struct PruneStats {
     /// Bytes of guest RAM that were dropped.
     pub dropped_bytes: u64,
-    /// Bytes that the plan would drop, but the format keeps: what must read as something else
-    /// than zero.
+    /// Bytes that the plan would drop, but the format keeps, for they would not read as the guest
+    /// expects after a restore ([`Dump::restores`]).
     pub kept_for_fill: u64,
     /// Bytes that the plan would drop, but a diff keeps: without them the guest would have what
     /// the base has there, which is not zero.
@@ -53,12 +53,12 @@ pub struct PruneStats {
 }
 
 impl PruneStats {
-    /// What dropping `zeroed` of `plan` comes to, before it is done.
-    pub(crate) fn of(plan: &PrunePlan, zeroed: &PrunePlan) -> Self {
+    /// What dropping `goes` of `plan` comes to, before it is done.
+    pub(crate) fn of(plan: &PrunePlan, goes: &PrunePlan) -> Self {
         Self {
-            dropped_bytes: zeroed.dropped_bytes(),
-            kept_for_fill: plan.dropped_bytes().saturating_sub(zeroed.dropped_bytes()),
-            runs: zeroed.runs().len() as u64,
+            dropped_bytes: goes.dropped_bytes(),
+            kept_for_fill: plan.dropped_bytes().saturating_sub(goes.dropped_bytes()),
+            runs: goes.runs().len() as u64,
             ..Self::default()
         }
     }
@@ -71,8 +71,8 @@ impl Dump {
     /// Writes a dump of the same format to `out` without the pages that `plan` drops.
     ///
     /// A raw file keeps its length; dropped pages are holes and read as zero. An ELF core leaves
-    /// them out of its segments' data. What a Xen image leaves out holds anything after a restore
-    /// ([`dropped_read_as_zero`](Self::dropped_read_as_zero)). The output appears whole or not at all.
+    /// them out of its segments' data. What the format cannot [restore](Self::restores) as the guest
+    /// expects it is kept. The output appears whole or not at all.
     ///
     /// # Errors
     /// [`DumpError::Exists`], [`DumpError::SameFile`], or what writing gives; `out` is then as
@@ -94,26 +94,26 @@ impl Dump {
             return self.prune_kdump(plan, out, overwrite, progress);
         };
         dump.check_length()?;
-        let zeroed = plan.clone().zero_filled_only();
-        let mut stats = PruneStats::of(plan, &zeroed);
+        let goes = self.restorable(plan);
+        let mut stats = PruneStats::of(plan, &goes);
         stats.disk_before = disk_usage(dump.file(), dump.path())?;
         let output = Output::create(out, overwrite, dump.file())?;
         match self.format_data() {
-            Format::Raw { .. } => copy_raw(dump, &zeroed, &output, &mut stats, progress)?,
+            Format::Raw { .. } => copy_raw(dump, &goes, &output, &mut stats, progress)?,
             Format::ElfCore(core) => {
-                copy_elf(dump, core, &zeroed, &output, &mut stats, progress)?;
+                copy_elf(dump, core, &goes, &output, &mut stats, progress)?;
             }
             Format::MappedRam(ram) => {
-                let bitmaps = ram.pruned_bitmaps(dump.path(), dump.bytes(), &zeroed)?;
-                stats.runs = file_runs(dump, &zeroed).len() as u64;
+                let bitmaps = ram.pruned_bitmaps(dump.path(), dump.bytes(), &goes)?;
+                stats.runs = file_runs(dump, &goes).len() as u64;
                 stats.cloned_bytes = copy_mapped_ram(dump, ram, &bitmaps, &output, progress)?;
             }
             Format::Stream(stream) => {
-                let stream = Rewritten::Stream(stream, &zeroed);
+                let stream = Rewritten::Stream(stream, &goes);
                 copy_stream(dump, &stream, &output, progress)?;
             }
             Format::Xen(image) => {
-                let dropped = image.dropped(&zeroed);
+                let dropped = image.dropped(&goes);
                 copy_stream(dump, &Rewritten::Xen(image, &dropped), &output, progress)?;
                 xen::count(&dropped, &mut stats);
             }

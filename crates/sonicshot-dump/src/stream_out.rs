@@ -160,14 +160,14 @@ impl Dump {
             path: path.clone(),
             source,
         };
-        let zeroed = plan.clone().zero_filled_only();
-        let mut stats = PruneStats::of(plan, &zeroed);
+        let goes = self.restorable(plan);
+        let mut stats = PruneStats::of(plan, &goes);
         stats.disk_before = disk_usage(self.file(), self.path())?;
         let dropped;
         let stream = &match self.format_data() {
-            Format::Stream(stream) => Rewritten::Stream(stream, &zeroed),
+            Format::Stream(stream) => Rewritten::Stream(stream, &goes),
             Format::Xen(image) => {
-                dropped = image.dropped(&zeroed);
+                dropped = image.dropped(&goes);
                 xen::count(&dropped, &mut stats);
                 Rewritten::Xen(image, &dropped)
             }

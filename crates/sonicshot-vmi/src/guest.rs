@@ -62,10 +62,9 @@ pub enum OnInconsistency {
 pub struct Classification {
     /// The class of every RAM frame.
     pub map: PageMap,
-    /// What the guest expects of free pages.
+    /// What the guest expects of free pages; [`Fill::Any`] of most: they write to a page before
+    /// they trust it.
     pub free_fill: Fill,
-    /// Whether it relies on that. Most guests do not: they write to a page before they trust it.
-    pub relies_on_fill: bool,
     /// Every zone's numbers.
     pub zones: Vec<ZoneReport>,
     /// Blocks on which the sources disagree (kept), if there are any.
@@ -391,12 +390,11 @@ impl<'m> LinuxGuest<'m> {
         if let Some(inconsistency) = &scan.disagreement {
             notes.push(inconsistency.to_string());
         }
-        let (free_fill, relies_on_fill) = self.free_fill(&scan.map, &mut notes)?;
+        let free_fill = self.free_fill(&scan.map, &mut notes)?;
         self.note_features(&mut notes)?;
         Ok(Classification {
             map: scan.map,
             free_fill,
-            relies_on_fill,
             zones: scan.zones,
             disagreement: scan.disagreement,
             notes,
@@ -419,17 +417,18 @@ impl<'m> LinuxGuest<'m> {
         Ok(self.kernel.knows_all_symbols()?.then_some(false))
     }
 
-    /// What free pages must read as, and whether the guest relies on it: `mm/page_poison.c` checks
-    /// for its pattern on allocation, and `init_on_free` hands out pages as zero without looking.
-    fn free_fill(&self, map: &PageMap, notes: &mut Vec<String>) -> Result<(Fill, bool), VmiError> {
+    /// What free pages must read as: `mm/page_poison.c` checks for its pattern on allocation, and
+    /// `init_on_free` hands out pages as zero without looking.
+    fn free_fill(&self, map: &PageMap, notes: &mut Vec<String>) -> Result<Fill, VmiError> {
         const PAGE_POISON: u8 = 0xaa;
         // `_page_poisoning_enabled` since 5.11, `want_page_poisoning` before.
         let poisoned = self.flag(&["_page_poisoning_enabled", "want_page_poisoning"])?;
         let zeroed = self.flag(&["init_on_free"])?;
+        let unless_poisoned = |zeroed| if zeroed { Fill::Zero } else { Fill::Any };
         if poisoned == Some(false)
             && let Some(zeroed) = zeroed
         {
-            return Ok((Fill::Zero, zeroed));
+            return Ok(unless_poisoned(zeroed));
         }
         // On, or unknown: with poisoning every free page holds the pattern, so one that does
         // not proves it off. The same of zeroes.
@@ -451,20 +450,19 @@ impl<'m> LinuxGuest<'m> {
                 zero = zero.saturating_add(1);
             }
         }
-        let relies = zeroed.unwrap_or(zero == looked);
         if poisoned == Some(false) || poisoned.is_none() && with_pattern < looked {
-            return Ok((Fill::Zero, relies));
+            return Ok(unless_poisoned(zeroed.unwrap_or(zero == looked)));
         }
         if looked > 0 && zero == looked {
             // CONFIG_PAGE_POISONING_ZERO (to 5.10): the pattern is zero.
-            return Ok((Fill::Zero, true));
+            return Ok(Fill::Zero);
         }
         notes.push(
             "the guest checks free pages for its poison pattern 0xaa (page_poison): \
              they are kept where the format can only restore zeroes"
                 .into(),
         );
-        Ok((Fill::Byte(PAGE_POISON), true))
+        Ok(Fill::Byte(PAGE_POISON))
     }
 
     /// Features of the guest that bear on free pages.

@@ -46,12 +46,12 @@
 //!
 //! | guest runs with | dropped free pages |
 //! |---|---|
-//! | nothing special | read as zero: content is undefined for the guest |
-//! | `init_on_alloc=1` | read as zero |
-//! | `init_on_free=1` | read as zero, which this guest relies on |
+//! | nothing special | may read as anything ([`Fill::Any`](sonicshot::Fill)): content is undefined for the guest |
+//! | `init_on_alloc=1` | the same: the guest makes them zero itself |
+//! | `init_on_free=1` | must read as zero: kept in formats that do not promise that |
 //! | `page_poison=1` | must read as 0xaa ([`Fill::Byte`](sonicshot::Fill)): kept in formats where a dropped page is zero. Told by the guest's flag, or, if no symbol table tells, by the pages' content |
-//! | `debug_pagealloc=1` | read as zero: not mapped, not looked at |
-//! | KASAN (generic), KFENCE | read as zero; shadow and pool are not free pages, so they are kept |
+//! | `debug_pagealloc=1` | may read as anything: not mapped, not looked at |
+//! | KASAN (generic), KFENCE | may read as anything; shadow and pool are not free pages, so they are kept |
 //! | MTE (arm64) | no arm64 guest is read yet; tags would be lost, a note says so |
 //! | SME, SEV, TDX | refused: memory is encrypted |
 //!

@@ -2,7 +2,7 @@
 
 use crate::cursor::Cursor;
 use crate::frames::{Frame, Frames};
-use crate::page_data::PageData;
+use crate::page_data::{PageData, table_of};
 use crate::{Within, XenError};
 use sonicshot::GuestBytes;
 
@@ -37,6 +37,13 @@ const VERIFY: u32 = 0xd;
 const CHECKPOINT: u32 = 0xe;
 /// Xen itself takes no longer record.
 const MAX_RECORD: u32 = 128 << 20;
+
+/// Whether the content of pages is in their records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pages {
+    Inside,
+    LeftOut,
+}
 
 /// The kind of a domain, as libxc sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +99,14 @@ fn padded(len: u32) -> u64 {
     u64::from(len).next_multiple_of(8)
 }
 
+/// How much of a record of pages comes before their data.
+fn table_len(cursor: &mut Cursor<'_>) -> Result<u64, XenError> {
+    let body = cursor.at;
+    let count = cursor.u32()?;
+    cursor.at = body;
+    Ok(table_of(count))
+}
+
 /// An `xl save` image, or one of the streams in it by itself.
 ///
 /// ```
@@ -115,6 +130,10 @@ impl XlImage {
     /// # Errors
     /// [`XenError`] if it is none, contradicts itself or is of an unsupported kind.
     pub fn parse(data: GuestBytes<'_>) -> Result<Self, XenError> {
+        Self::parse_with(data, Pages::Inside)
+    }
+
+    pub(crate) fn parse_with(data: GuestBytes<'_>, pages: Pages) -> Result<Self, XenError> {
         let mut cursor = Cursor::new(data);
         let outermost = if cursor.is_at(LIBXC_MAGIC) {
             Layer::Libxc
@@ -125,13 +144,13 @@ impl XlImage {
             Layer::Xl
         };
         let image = match outermost {
-            Layer::Libxc => Self::libxc_stream(&mut cursor)?,
-            Layer::Xl | Layer::Libxl => Self::libxl_stream(&mut cursor)?,
+            Layer::Libxc => Self::libxc_stream(&mut cursor, pages)?,
+            Layer::Xl | Layer::Libxl => Self::libxl_stream(&mut cursor, pages)?,
         };
         Ok(Self { outermost, ..image })
     }
 
-    fn libxl_stream(cursor: &mut Cursor<'_>) -> Result<Self, XenError> {
+    fn libxl_stream(cursor: &mut Cursor<'_>, pages: Pages) -> Result<Self, XenError> {
         libxl_header(cursor)?;
         let mut image = None;
         // Each turn reads a header, so that this ends with the file.
@@ -150,7 +169,7 @@ impl XlImage {
                         len.into(),
                     ));
                 }
-                LIBXL_CONTEXT => image = Some(Self::libxc_stream(cursor)?),
+                LIBXL_CONTEXT => image = Some(Self::libxc_stream(cursor, pages)?),
                 LIBXL_CHECKPOINT_END => return Err(cursor.unsupported(CHECKPOINTED, at)),
                 LIBXL_END => break,
                 _ => {
@@ -161,7 +180,7 @@ impl XlImage {
         image.ok_or_else(|| cursor.malformed("no memory image before the end", cursor.at, 0))
     }
 
-    fn libxc_stream(cursor: &mut Cursor<'_>) -> Result<Self, XenError> {
+    fn libxc_stream(cursor: &mut Cursor<'_>, pages: Pages) -> Result<Self, XenError> {
         let (kind, xen) = libxc_header(cursor)?;
         let mut records = Vec::new();
         let mut frames = Frames::default();
@@ -178,7 +197,11 @@ impl XlImage {
             if record.len > MAX_RECORD {
                 return Err(cursor.malformed("the length of a record", offset, record.len.into()));
             }
-            let body = cursor.take(padded(record.len))?;
+            let stored = match (record.kind, pages) {
+                (PAGE_DATA, Pages::LeftOut) => table_len(cursor)?,
+                _ => padded(record.len),
+            };
+            let body = cursor.take(stored)?;
             match record.kind {
                 END if record.len != 0 => {
                     return Err(cursor.malformed("an end with content", offset, record.len.into()));

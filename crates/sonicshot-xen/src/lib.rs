@@ -11,14 +11,19 @@
 //! guest hold those in the stream, not the machine's, so that addresses can be translated by the
 //! image alone.
 //!
+//! ## An image in two
+//! [`XlImage::skeleton`] gives everything of an image but the content of its pages, and
+//! [`Skeleton::joined`] the image again, with content from elsewhere: for formats that hold a
+//! guest's memory alone.
+//!
 //! ## What a dropped page is
 //! Its number stays in the record, with the type `XALLOC`: the restoring Xen gives the guest a page
 //! there, of unspecified content. A Xen built for release has scrubbed that page to zero *if* its
 //! last owner is gone; what a living domain gave back comes as that domain left it, and a debug
-//! build scrubs with another byte. So **only pages whose content the guest does not care about may
-//! be dropped**: free pages of a guest that does not rely on them being zero. A page in use that
-//! happens to be zero must be kept, whatever a [`PrunePlan`](sonicshot::PrunePlan) for another
-//! format may say of it.
+//! build scrubs with another byte. So **only pages whose content the guest does not care about are
+//! dropped**: those to which the plan gives [`Fill::Any`](sonicshot::Fill::Any), which are free
+//! pages of a guest that does not rely on them being zero. A page in use that happens to be zero
+//! is kept.
 //!
 //! Pages that are, or were in an earlier pass of a live save, page tables are never dropped; nor
 //! are those that Xen calls broken.
@@ -38,9 +43,11 @@ mod frames;
 mod image;
 mod page_data;
 mod prune;
+mod skeleton;
 
 pub use core_dump::{CoreDump, CoreRun};
 pub use error::{Place, Within, XenError};
 pub use frames::{Frame, FrameType};
 pub use image::{DomainKind, Layer, MAGIC, Record, XlImage};
 pub use prune::{Dropped, Part};
+pub use skeleton::{Joined, Skeleton};

@@ -33,6 +33,11 @@ pub(crate) struct Entry {
     pub data: Option<u64>,
 }
 
+/// Where the data of so many pages begins in a record's body.
+pub(crate) fn table_of(count: u32) -> u64 {
+    HEAD.saturating_add(u64::from(count).saturating_mul(ENTRY))
+}
+
 impl<'a> PageData<'a> {
     pub(crate) fn parse(
         cursor: &Cursor<'_>,
@@ -42,7 +47,7 @@ impl<'a> PageData<'a> {
         let len = u64::from(record.len);
         let wrong = |value| cursor.malformed("the number of pages", record.body(), value);
         let count = body.u32_at(0).ok_or_else(|| wrong(0))?;
-        let table = HEAD.saturating_add(u64::from(count).saturating_mul(ENTRY));
+        let table = table_of(count);
         if count == 0 || table > len {
             return Err(wrong(count.into()));
         }
@@ -86,7 +91,7 @@ impl<'a> PageData<'a> {
     }
 
     pub(crate) fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
-        let table = HEAD.saturating_add(u64::from(self.count).saturating_mul(ENTRY));
+        let table = table_of(self.count);
         let mut next = self.at.saturating_add(table);
         self.words().filter_map(move |(at, word)| {
             let kind = FrameType::from_bits(word >> TYPE_SHIFT)?;

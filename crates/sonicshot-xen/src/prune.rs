@@ -41,7 +41,7 @@ impl Dropped {
             .fold(0, |sum, run| sum.saturating_add(run.len()))
     }
 
-    fn contains(&self, pfn: u64) -> bool {
+    pub(crate) fn contains(&self, pfn: u64) -> bool {
         let pfn = Pfn::new(pfn);
         let above = self.runs.partition_point(|run| run.start() <= pfn);
         let run = above.checked_sub(1).and_then(|index| self.runs.get(index));
@@ -50,9 +50,11 @@ impl Dropped {
 }
 
 impl XlImage {
-    /// Which frames of `plan` can be left out of this image.
+    /// Which frames of `plan` can be left out of this image: those that may read as
+    /// [anything](sonicshot::Fill::Any) after a restore, and are ordinary pages.
     #[must_use]
     pub fn dropped(&self, plan: &PrunePlan) -> Dropped {
+        let plan = plan.clone().any_filled_only();
         let mut runs: Vec<PfnRange> = Vec::new();
         let mut frames = self.frames().iter().peekable();
         let everything = GpaRange::new(Gpa::ZERO, Gpa::new(u64::MAX));
@@ -140,13 +142,14 @@ impl XlImage {
 
 /// A record of pages up to where their data begins. Entries and pages are multiples of 8 bytes: it
 /// needs no padding.
-fn rewritten(
+pub(crate) fn rewritten(
     record: &Record,
     pages: &PageData<'_>,
     after: impl Fn(Entry) -> Entry,
     out: &mut Vec<u8>,
 ) {
     out.extend(record.kind.to_le_bytes());
+    let len_at = out.len();
     out.extend(record.len.to_le_bytes());
     out.extend(pages.head().to_le_bytes());
     let mut len = record.len;
@@ -158,7 +161,8 @@ fn rewritten(
         }
         out.extend(now.word().to_le_bytes());
     }
-    if let Some(place) = out.get_mut(4..8) {
+    let place = out.get_mut(len_at..).and_then(|out| out.get_mut(..4));
+    if let Some(place) = place {
         place.copy_from_slice(&len.to_le_bytes());
     }
 }

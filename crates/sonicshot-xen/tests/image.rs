@@ -13,7 +13,7 @@ use sonicshot::{
     DropClasses, Fill, Gpa, GpaRange, GuestBytes, PageClass, PageMap, PageSize, Pfn, PfnRange,
     PrunePlan, RamLayout,
 };
-use sonicshot_xen::{DomainKind, Layer, Part, Within, XenError, XlImage};
+use sonicshot_xen::{DomainKind, Joined, Layer, Part, Skeleton, Within, XenError, XlImage};
 use std::collections::BTreeMap;
 
 const PAGE: usize = 4096;
@@ -135,7 +135,7 @@ fn plan(drop: &[u64]) -> PrunePlan {
         let frame = PfnRange::with_len(Pfn::new(*pfn), 1).unwrap();
         map.set(frame, PageClass::FreeBuddy);
     }
-    PrunePlan::new(&map, &DropClasses::default(), Fill::Zero)
+    PrunePlan::new(&map, &DropClasses::default(), Fill::Any)
 }
 
 fn prune(data: &[u8], drop: &[u64]) -> Vec<u8> {
@@ -248,6 +248,157 @@ proptest! {
             prune(&data, &[1, 2, 3]);
         }
     }
+}
+
+/// The skeleton of `data` without `drop`, and the image that it makes with what the guest has.
+fn split_and_join(data: &[u8], drop: &[u64]) -> (Vec<u8>, Vec<u8>) {
+    let image = parse(data).unwrap();
+    let dropped = image.dropped(&plan(drop));
+    let bytes = GuestBytes::from_slice(data);
+    let skeleton = image.skeleton(bytes, &dropped).unwrap();
+    let memory = seen(data);
+    let joined = join(&skeleton, |pfn| memory[&pfn].0.unwrap()).unwrap();
+    (skeleton, joined)
+}
+
+fn join(skeleton: &[u8], content: impl Fn(u64) -> u8) -> Result<Vec<u8>, XenError> {
+    let bytes = GuestBytes::from_slice(skeleton);
+    let mut out = Vec::new();
+    let put = |part| {
+        match part {
+            Joined::Skeleton { from, len } => {
+                let from = usize::try_from(from).unwrap();
+                out.extend(&skeleton[from..][..usize::try_from(len).unwrap()]);
+            }
+            Joined::Pages { frames, .. } => {
+                for pfn in frames.iter() {
+                    out.extend([content(pfn.raw()); PAGE]);
+                }
+            }
+        }
+        Ok(())
+    };
+    Skeleton::parse(bytes)?.joined(bytes, |error| error, put)?;
+    Ok(out)
+}
+
+proptest! {
+    #[test]
+    fn a_skeleton_and_the_memory_are_the_image_again(
+        items in items(),
+        drop in proptest::collection::vec(0_u64..64, 0..64),
+    ) {
+        let data = image(1, &items);
+        let (skeleton, joined) = split_and_join(&data, &drop);
+        let (before, after) = (model(&items), seen(&joined));
+        prop_assert!(before.keys().eq(after.keys()));
+        for (pfn, (fill, ordinary)) in before {
+            let goes = drop.contains(&pfn) && ordinary;
+            prop_assert_eq!(after[&pfn].0, if goes { None } else { fill }, "{}", pfn);
+        }
+        // The last word on what each page is stays, unless it is dropped.
+        let types = last_types(&joined, &items);
+        for (pfn, was) in last_types(&data, &items) {
+            let is = types[&pfn];
+            prop_assert!(is == was || was == 0 && is == XALLOC && drop.contains(&pfn));
+        }
+        let mut numbers: Vec<u64> = Vec::new();
+        for item in &items {
+            if let Item::Pages(pages) = item {
+                numbers.extend(pages.iter().map(|page| page.1));
+            }
+        }
+        let count = numbers.len();
+        numbers.sort_unstable();
+        numbers.dedup();
+        if count == numbers.len() {
+            // Of a save in one pass, to the byte.
+            prop_assert!(joined == prune(&data, &drop));
+        }
+        prop_assert!(skeleton.len() < 1000 + 100 * items.len() + 8 * count);
+        prop_assert!(split_and_join(&joined, &[]) == (skeleton, joined));
+    }
+
+    #[test]
+    fn a_damaged_skeleton_is_no_panic(
+        items in items(),
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+    ) {
+        let mut data = split_and_join(&image(1, &items), &[]).0;
+        for (at, byte) in changes {
+            let at = at.index(data.len());
+            data[at] = byte;
+        }
+        if let Ok(joined) = join(&data, |pfn| pfn.to_le_bytes()[0]) {
+            let image = parse(&joined).unwrap();
+            for frame in image.frames().iter().filter(|frame| frame.data().is_some()) {
+                let at = usize::try_from(frame.data().unwrap()).unwrap();
+                prop_assert_eq!(joined[at], frame.pfn().raw().to_le_bytes()[0]);
+            }
+        }
+    }
+}
+
+/// The type that the last entry of each page has, in an image of as many pages as `items` are.
+fn last_types(data: &[u8], items: &[Item]) -> BTreeMap<u64, u8> {
+    let mut types = BTreeMap::new();
+    let image = parse(data).unwrap();
+    for (record, item) in image.records().iter().zip(items) {
+        let Item::Pages(pages) = item else { continue };
+        let at = usize::try_from(record.offset).unwrap() + 16;
+        for (index, (_, pfn, _)) in pages.iter().enumerate() {
+            types.insert(*pfn, data[at + index * 8 + 7] >> 4);
+        }
+    }
+    types
+}
+
+#[test]
+fn pages_are_asked_for_in_the_order_of_the_file() {
+    let items = [
+        Item::Pages(vec![
+            (0, 5, 1),
+            (0, 6, 2),
+            (2, 7, 3),
+            (XALLOC, 8, 0),
+            (0, 9, 4),
+        ]),
+        Item::Pages(vec![(0, 1, 5), (0, 6, 6)]),
+    ];
+    let data = image(1, &items);
+    let skeleton = split_and_join(&data, &[]).0;
+    let bytes = GuestBytes::from_slice(&skeleton);
+    let mut asked = Vec::new();
+    let skeleton = Skeleton::parse(bytes).unwrap();
+    let each = |part| {
+        if let Joined::Pages { frames, tables } = part {
+            asked.push((frames.start().raw(), frames.end().raw(), tables));
+        }
+        Ok::<(), XenError>(())
+    };
+    skeleton.joined(bytes, |error| error, each).unwrap();
+    // Of page 6 the second copy.
+    let expected = [
+        (5, 6, false),
+        (7, 8, true),
+        (9, 10, false),
+        (1, 2, false),
+        (6, 7, false),
+    ];
+    assert_eq!(asked, expected);
+    let content: Vec<(u64, bool)> = skeleton
+        .frames()
+        .map(|(pfn, has)| (pfn.raw(), has))
+        .collect();
+    let expected = [
+        (1, true),
+        (5, true),
+        (6, true),
+        (7, true),
+        (8, false),
+        (9, true),
+    ];
+    assert_eq!(content, expected);
 }
 
 #[test]

@@ -54,11 +54,11 @@ impl PrunePolicy for DropClasses {
     }
 }
 
-/// What a page that the guest has freed must read as when the guest takes it again.
+/// What a page that was dropped must read as after a restore.
 ///
-/// It depends on how the guest runs: `init_on_free=1` trusts free pages to be zero, and
-/// `page_poison=1` checks them for its pattern (`mm/page_poison.c`). Zero serves every guest
-/// but the last.
+/// Of a page in use that was zero it is zero. Of a free page it depends on how the guest runs: most
+/// write to it before they read, `init_on_free=1` trusts it to be zero, and `page_poison=1` checks
+/// it for its pattern (`mm/page_poison.c`). Zero serves every guest but the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Fill {
@@ -67,6 +67,22 @@ pub enum Fill {
     Zero,
     /// Every byte this value.
     Byte(u8),
+    /// Anything: the guest does not read there before it writes.
+    Any,
+}
+
+impl Fill {
+    /// What a dropped page of `class` must read as, in a guest that expects `free_fill` of its free
+    /// pages.
+    #[must_use]
+    pub const fn of(class: PageClass, free_fill: Self) -> Self {
+        match class {
+            PageClass::FreeBuddy | PageClass::FreePcp => free_fill,
+            PageClass::Zero => Self::Zero,
+            // Nobody reads what is offline. Of the others the content is given up.
+            _ => Self::Any,
+        }
+    }
 }
 
 /// One stretch of pages to drop.
@@ -104,16 +120,8 @@ impl PrunePlan {
             if !class.may_be_dropped() || policy.decide(class) != Disposition::Drop {
                 continue;
             }
-            let fill = match class {
-                PageClass::FreeBuddy | PageClass::FreePcp => free_fill,
-                _ => Fill::Zero,
-            };
-            match runs.last_mut() {
-                Some(last) if last.frames.end() == frames.start() && last.fill == fill => {
-                    last.frames = PfnRange::new(last.frames.start(), frames.end());
-                }
-                _ => runs.push(DropRun { frames, fill }),
-            }
+            let fill = Fill::of(class, free_fill);
+            push(&mut runs, DropRun { frames, fill });
         }
         Self {
             page_size: map.page_size(),
@@ -121,11 +129,25 @@ impl PrunePlan {
         }
     }
 
-    /// The same plan for a format in which a dropped page can only read as zero: runs with
-    /// another fill are kept.
+    /// The same plan for a format in which a dropped page reads as zero: runs that must read as
+    /// something else are kept.
     #[must_use]
-    pub fn zero_filled_only(mut self) -> Self {
-        self.runs.retain(|run| run.fill == Fill::Zero);
+    pub fn zero_filled_only(self) -> Self {
+        let mut runs = Vec::with_capacity(self.runs.len());
+        for run in self.runs {
+            if matches!(run.fill, Fill::Zero | Fill::Any) {
+                let fill = Fill::Zero;
+                push(&mut runs, DropRun { fill, ..run });
+            }
+        }
+        Self { runs, ..self }
+    }
+
+    /// The same plan for a format in which nobody knows what a dropped page reads as: runs that
+    /// must read as something are kept.
+    #[must_use]
+    pub fn any_filled_only(mut self) -> Self {
+        self.runs.retain(|run| run.fill == Fill::Any);
         self
     }
 
@@ -186,6 +208,16 @@ impl PrunePlan {
     }
 }
 
+/// Adds a run behind the others, to the last of them if it only goes on.
+fn push(runs: &mut Vec<DropRun>, run: DropRun) {
+    match runs.last_mut() {
+        Some(last) if last.frames.end() == run.frames.start() && last.fill == run.fill => {
+            last.frames = PfnRange::new(last.frames.start(), run.frames.end());
+        }
+        _ => runs.push(run),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::{DropClasses, Fill, PrunePlan};
@@ -224,6 +256,31 @@ mod tests {
         let plan = plan.zero_filled_only();
         assert_eq!(plan.dropped_pages(), 1);
         assert_eq!(plan.runs()[0].frames.start(), Pfn::new(1));
+    }
+
+    #[test]
+    fn a_format_drops_what_it_gives_back() {
+        use PageClass::{FreeBuddy, FreePcp, Kernel, Offline, Zero};
+        let map = map(&[FreeBuddy, Zero, FreePcp, Offline, Kernel, Zero]);
+        // Of each fill: the pages that go where dropped is zero, and where it is anything.
+        for (fill, zero, any) in [
+            (Fill::Any, vec![0, 1, 2, 3, 5], vec![0, 2, 3]),
+            (Fill::Zero, vec![0, 1, 2, 3, 5], vec![3]),
+            (Fill::Byte(0xaa), vec![1, 3, 5], vec![3]),
+        ] {
+            let plan = PrunePlan::new(&map, &DropClasses::default(), fill);
+            let pages = |plan: PrunePlan| -> Vec<u64> {
+                let frames = plan.runs().iter().flat_map(|run| run.frames.iter());
+                frames.map(Pfn::raw).collect()
+            };
+            assert_eq!(pages(plan.clone().zero_filled_only()), zero, "{fill:?}");
+            assert_eq!(pages(plan.any_filled_only()), any, "{fill:?}");
+        }
+        let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Any);
+        assert_eq!(
+            (plan.runs().len(), plan.zero_filled_only().runs().len()),
+            (4, 2)
+        );
     }
 
     proptest! {

@@ -93,7 +93,7 @@ impl<'a> Batches<'a> {
             Some(fill) => {
                 let content = match fill {
                     Fill::Zero if class == PageClass::Zero => PageContent::Zero,
-                    Fill::Zero => PageContent::Free { word: 0 },
+                    Fill::Zero | Fill::Any => PageContent::Free { word: 0 },
                     Fill::Byte(byte) => PageContent::Free {
                         word: u64::from_ne_bytes([byte; 8]),
                     },

@@ -1,0 +1,171 @@
+//! An image without the content of its pages, and the image again with content put in.
+//!
+//! In a skeleton each record of pages ends behind its entries; its stated length counts the data
+//! that is left out, so that an image is the skeleton with the data put in where it is missing.
+
+use crate::cursor::Cursor;
+use crate::frames::Frame;
+use crate::image::{PAGE_DATA, Pages};
+use crate::page_data::{Entry, PageData};
+use crate::prune::rewritten;
+use crate::{Dropped, FrameType, Record, Within, XenError, XlImage};
+use sonicshot::{GuestBytes, Pfn, PfnRange};
+
+/// A part of an image that is put together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Joined {
+    /// A stretch of the skeleton.
+    Skeleton {
+        /// Where it begins.
+        from: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// The content of some pages.
+    Pages {
+        /// Which, in this order.
+        frames: PfnRange,
+        /// Whether they are page tables of a PV guest.
+        tables: bool,
+    },
+}
+
+/// What an image holds beside the content of its pages: its headers, its records, and of each page
+/// what it is.
+///
+/// ```
+/// use sonicshot::GuestBytes;
+/// use sonicshot_xen::{Skeleton, XenError};
+/// let cut = GuestBytes::from_slice(b"Xen saved domain");
+/// assert!(matches!(Skeleton::parse(cut), Err(XenError::Truncated { .. })));
+/// ```
+#[derive(Debug)]
+pub struct Skeleton(XlImage);
+
+impl XlImage {
+    /// The skeleton of the image in `data`, from which this was parsed, without the frames in
+    /// `dropped`. Of a page that comes several times only the last copy is to have content: the
+    /// others are named without it, and a restore has the same in the end.
+    ///
+    /// # Errors
+    /// [`XenError`], if `data` is not what was parsed.
+    pub fn skeleton(&self, data: GuestBytes<'_>, dropped: &Dropped) -> Result<Vec<u8>, XenError> {
+        let mut out = Vec::new();
+        let mut copied = 0_u64;
+        for record in self.records().iter().filter(|r| r.kind == PAGE_DATA) {
+            let pages = self.page_data(data, record)?;
+            let after = |entry: Entry| {
+                if entry.data.is_some() && (dropped.contains(entry.pfn) || !self.is_last(&entry)) {
+                    entry.without_data()
+                } else {
+                    entry
+                }
+            };
+            append(data, copied, record.offset, &mut out)?;
+            rewritten(record, &pages, after, &mut out);
+            copied = record.end();
+        }
+        append(data, copied, data.len() as u64, &mut out)?;
+        Ok(out)
+    }
+
+    /// Whether the content of this entry is the one that counts.
+    fn is_last(&self, entry: &Entry) -> bool {
+        let pfn = Pfn::new(entry.pfn);
+        let found = self.frames().binary_search_by_key(&pfn, Frame::pfn);
+        let frame = found.ok().and_then(|index| self.frames().get(index));
+        frame.is_some_and(|frame| frame.data() == entry.data)
+    }
+}
+
+fn append(data: GuestBytes<'_>, from: u64, to: u64, out: &mut Vec<u8>) -> Result<(), XenError> {
+    let mut cursor = Cursor::new(data);
+    cursor.at = from;
+    let part = cursor.take(to.saturating_sub(from))?;
+    let old = out.len();
+    out.resize(old.saturating_add(part.len()), 0);
+    let copied = out.get_mut(old..).is_some_and(|out| part.copy_to(out));
+    debug_assert!(copied, "as long as the part");
+    Ok(())
+}
+
+impl Skeleton {
+    /// Reads the skeleton in `data`.
+    ///
+    /// # Errors
+    /// [`XenError`] if it is none, contradicts itself or is of an unsupported kind.
+    pub fn parse(data: GuestBytes<'_>) -> Result<Self, XenError> {
+        XlImage::parse_with(data, Pages::LeftOut).map(Self)
+    }
+
+    /// The frames that the guest has after a restore, lowest first, each once; and whether the
+    /// image is to have content for it.
+    pub fn frames(&self) -> impl Iterator<Item = (Pfn, bool)> + '_ {
+        let frames = self.0.frames().iter();
+        frames.map(|frame| (frame.pfn(), frame.data().is_some()))
+    }
+
+    /// Hands out the image piece by piece: stretches of the skeleton in `data`, from which this was
+    /// parsed, and between them the pages whose content is to be put in.
+    ///
+    /// # Errors
+    /// What `each` gives; or what `failed` makes of a [`XenError`], if `data` is not what was
+    /// parsed.
+    pub fn joined<E>(
+        &self,
+        data: GuestBytes<'_>,
+        failed: impl Fn(XenError) -> E,
+        mut each: impl FnMut(Joined) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut copied = 0_u64;
+        // The last record is the end, which has no pages.
+        for [record, next] in self.0.records().array_windows() {
+            if record.kind != PAGE_DATA {
+                continue;
+            }
+            each(Joined::Skeleton {
+                from: copied,
+                len: next.offset.saturating_sub(copied),
+            })?;
+            copied = next.offset;
+            let pages = entries(data, record, next).map_err(&failed)?;
+            let mut run: Option<(PfnRange, bool)> = None;
+            for entry in pages.entries().filter(|entry| entry.data.is_some()) {
+                let tables = matches!(entry.kind, FrameType::Table { .. });
+                let Some(one) = PfnRange::with_len(Pfn::new(entry.pfn), 1) else {
+                    continue;
+                };
+                match &mut run {
+                    Some((frames, of)) if *of == tables && frames.end() == one.start() => {
+                        *frames = PfnRange::new(frames.start(), one.end());
+                    }
+                    _ => {
+                        if let Some((frames, tables)) = run.replace((one, tables)) {
+                            each(Joined::Pages { frames, tables })?;
+                        }
+                    }
+                }
+            }
+            if let Some((frames, tables)) = run {
+                each(Joined::Pages { frames, tables })?;
+            }
+        }
+        each(Joined::Skeleton {
+            from: copied,
+            len: (data.len() as u64).saturating_sub(copied),
+        })
+    }
+}
+
+/// The entries of a record that ends where the next begins.
+fn entries<'a>(
+    data: GuestBytes<'a>,
+    record: &Record,
+    next: &Record,
+) -> Result<PageData<'a>, XenError> {
+    let mut cursor = Cursor::new(data);
+    cursor.within = Within::Record(record.number);
+    cursor.at = record.body();
+    let body = cursor.take(next.offset.saturating_sub(record.body()))?;
+    PageData::parse(&cursor, record, body)
+}
