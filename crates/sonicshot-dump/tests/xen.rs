@@ -11,12 +11,17 @@
 mod common;
 
 use common::*;
-use sonicshot::{Fill, GuestMemory, PageClass};
-use sonicshot_dump::{Dump, Overwrite};
+use sonicshot::{Fill, GuestMemory, PageClass, PageMap, PageSize, Pfn};
+use sonicshot_dump::{Dump, DumpError, Overwrite, XlSkeleton};
 use std::fs;
 
-/// A record of pages as they are filled, from frame 0 on.
+/// A PV image of one record: pages as they are filled, from frame 0 on.
 fn image(fills: &[u8]) -> Vec<u8> {
+    image_with(fills, &[])
+}
+
+/// The same, with page tables of the first level among them.
+fn image_with(fills: &[u8], tables: &[u64]) -> Vec<u8> {
     let record = |out: &mut Vec<u8>, kind: u32, body: &[u8]| {
         out.extend(kind.to_le_bytes());
         out.extend(u32::try_from(body.len()).unwrap().to_le_bytes());
@@ -31,7 +36,8 @@ fn image(fills: &[u8]) -> Vec<u8> {
     out.extend([1, 0, 0, 0, 12, 0, 0, 0, 4, 0, 0, 0, 17, 0, 0, 0]);
     let mut body = (fills.len() as u64).to_le_bytes().to_vec();
     for pfn in 0..fills.len() as u64 {
-        body.extend(pfn.to_le_bytes());
+        let kind = u64::from(tables.contains(&pfn)) << 60;
+        body.extend((pfn | kind).to_le_bytes());
     }
     for fill in fills {
         body.extend([*fill; 4096]);
@@ -72,4 +78,58 @@ fn no_plan_takes_from_the_guest_what_it_relies_on() {
         let gone = fs::metadata(&path).unwrap().len() - piped.len() as u64;
         assert_eq!(gone, stats.dropped_bytes, "{class} {fill:?}");
     }
+}
+
+#[test]
+fn a_page_table_stays_whatever_the_guest_says_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    fs::write(&path, image_with(&[1, 2, 3, 4], &[1])).unwrap();
+    let dump = Dump::open(&path, None).unwrap();
+    let mut map = PageMap::new(dump.layout(), PageSize::SIZE_4K);
+    for run in dump.layout().frames(PageSize::SIZE_4K) {
+        map.set(run, PageClass::FreeBuddy);
+    }
+    dump.keep_what_must_stay(&mut map);
+    for pfn in 0..4 {
+        let stays = map.class(Pfn::new(pfn)) != Some(PageClass::FreeBuddy);
+        assert_eq!(stays, pfn == 1, "{pfn}");
+    }
+}
+
+#[test]
+fn no_image_is_made_with_a_page_table_left_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, out) = (folder.path().join("image"), folder.path().join("out"));
+    fs::write(&path, image_with(&[1, 2, 0, 4], &[1, 2])).unwrap();
+    let dump = Dump::open(&path, None).unwrap();
+    let everything = plan_with(dump.layout(), &[(0, 4)], PageClass::FreeBuddy, Fill::Any);
+    let skeleton = dump.xl_skeleton(&everything).unwrap().unwrap();
+    let skeleton = XlSkeleton::parse(&path, skeleton).unwrap();
+    let write = |left_out: &[u64]| {
+        let left_out = |pfn: Pfn| left_out.contains(&pfn.raw());
+        let quiet = &mut |_, _| {};
+        skeleton.write(
+            &dump,
+            &left_out,
+            &out,
+            Overwrite::Refuse,
+            dump.file(),
+            quiet,
+        )
+    };
+    let error = write(&[0, 2, 3]).unwrap_err();
+    assert!(
+        matches!(&error, DumpError::XenFrame { pfn, .. } if pfn.raw() == 2),
+        "{error}"
+    );
+    assert!(!out.exists());
+    // What is no table is not in the image.
+    write(&[0, 3]).unwrap();
+    let len = |path| fs::metadata(path).unwrap().len();
+    assert_eq!(len(&path) - len(&out), 2 * PAGE);
+    let again = Dump::open(&out, None).unwrap();
+    let mut bytes = [0; 2 * 4096];
+    again.read(sonicshot::Gpa::new(4096), &mut bytes).unwrap();
+    assert!(bytes[..4096] == [2; 4096] && bytes[4096..] == [0; 4096]);
 }
