@@ -30,6 +30,8 @@
 
 static uint64_t seed = 0x5eed;
 static int compressible;
+/* Garbage is one word in so many. */
+static unsigned long garbage_step = 1;
 static unsigned long total_kib;
 
 static void say(const char *format, ...)
@@ -145,7 +147,7 @@ static int use_memory(size_t bytes, uint64_t id, int want_zero)
 				for (size_t i = 0; i < PAGE / 8; i++)
 					if (words[i])
 						_exit(3);
-			for (size_t i = 0; i < PAGE / 8; i++)
+			for (size_t i = 0; i < PAGE / 8; i += garbage_step)
 				words[i] = pattern(id, page * 512 + i);
 		}
 		/* A page handed out twice would have been written over by its other owner. */

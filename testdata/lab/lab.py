@@ -20,6 +20,7 @@ import oldqemu  # noqa: E402
 import peers  # noqa: E402
 import proof  # noqa: E402
 import vmms  # noqa: E402
+import xen_figures  # noqa: E402
 import xen_proof  # noqa: E402
 
 
@@ -372,6 +373,7 @@ def main():
     libvirt.add_command(commands, find_tool)
     oldqemu.add_command(commands, find_tool)
     xen_proof.add_command(commands, find_tool)
+    xen_figures.add_command(commands, find_tool)
 
     args = parser.parse_args()
     args.run(args)

@@ -188,6 +188,15 @@ def build_dom0(root, release, work, tool, guest):
     return work / "dom0.cpio"
 
 
+def cache_of(disk):
+    """How QEMU opens a disk: without the host's page cache, if the host's file system can."""
+    try:
+        os.close(os.open(disk, os.O_RDWR | os.O_DIRECT))
+    except OSError:
+        return "writethrough"
+    return "none"
+
+
 class Dom0:
     """QEMU with Xen and dom0 in it; to be used by `with`."""
 
@@ -211,22 +220,14 @@ class Dom0:
                    "-display", "none", "-monitor", "none", "-no-reboot",
                    "-serial", f"file:{self.log}", "-kernel", str(work / "xen.elf"), "-append",
                    f"console=com1 com1=115200,8n1 dom0_mem={DOM0_MIB}M,max:{DOM0_MIB}M "
-                   "dom0_max_vcpus=2 noreboot",
+                   "dom0_max_vcpus=1 noreboot",
                    "-initrd", f"{root}/boot/vmlinuz-{release} console=hvc0 quiet,{dom0}"]
+        self.cache = cache_of(self.disks["images"])
         for name, disk in self.disks.items():
-            cache = self.cache(disk) if name == "images" else "writeback"
+            cache = self.cache if name == "images" else "writeback"
             command += ["-drive", f"file={disk},format=raw,if=virtio,cache={cache}"]
         self.qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         self.answer(0, 300)
-
-    @staticmethod
-    def cache(disk):
-        """Without the host's page cache, if the host's file system can."""
-        try:
-            os.close(os.open(disk, os.O_RDWR | os.O_DIRECT))
-        except OSError:
-            return "writethrough"
-        return "none"
 
     def __enter__(self):
         return self

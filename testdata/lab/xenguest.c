@@ -21,20 +21,42 @@ static unsigned long free_pages(void)
 	return count;
 }
 
-/* Takes memory, with data in it, until so much of all that the kernel has is in use. */
+/* Memory with data in it: pattern `USED_ID` + its index. */
+#define USED_ID 5000
+static struct used {
+	uint64_t *at;
+	size_t len;
+} used[256];
+static int used_count;
+
+/* Takes memory until so much of all that the kernel has is in use. */
 static void use_up_to(unsigned long mib)
 {
-	for (uint64_t id = 5000;; id++) {
-		unsigned long used = (meminfo("MemTotal") - meminfo("MemFree")) / 1024;
-		if (used >= mib)
+	for (; used_count < 256; used_count++) {
+		unsigned long now = (meminfo("MemTotal") - meminfo("MemFree")) / 1024;
+		if (now >= mib)
 			return;
-		size_t len = (mib - used < 64 ? 1 : mib - used < 1024 ? 16 : 256) * MIB;
+		size_t len = (mib - now < 64 ? 1 : mib - now < 1024 ? 16 : 256) * MIB;
 		uint64_t *at = mmap(NULL, len, PROT_READ | PROT_WRITE,
 				    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		if (at == MAP_FAILED)
 			die("memory");
-		fill(at, len, id);
+		fill(at, len, USED_ID + used_count);
+		used[used_count] = (struct used){ at, len };
 	}
+	die("more pieces of memory than there is room for");
+}
+
+/* What the guest has in memory besides that of guest.c. */
+static const char *check_more(const uint64_t *zeroes, size_t zeroes_len)
+{
+	for (size_t i = 0; i < zeroes_len / 8; i++)
+		if (zeroes[i])
+			return "zeroes";
+	for (int i = 0; i < used_count; i++)
+		if (check(used[i].at, used[i].len, USED_ID + i))
+			return "used memory";
+	return NULL;
 }
 
 int main(void)
@@ -55,6 +77,7 @@ int main(void)
 	mount("tmpfs", "/files", "tmpfs", 0, "size=25%");
 	total_kib = meminfo("MemTotal");
 	seed = option("lab.seed", 1);
+	garbage_step = option("lab.garbage_step", 1);
 	k.anon_len = k.thp_len = k.shm_len = option("lab.anon", 16) * MIB;
 	k.anon = mmap(NULL, k.anon_len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	k.thp = mmap(NULL, k.thp_len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -103,10 +126,7 @@ int main(void)
 			continue;
 		}
 		line[got] = 0;
-		const char *bad = NULL;
-		for (size_t i = 0; i < zeroes_len / 8 && !bad; i++)
-			if (zeroes[i])
-				bad = "zeroes";
+		const char *bad = check_more(zeroes, zeroes_len);
 		if (strstr(line, "torture")) {
 			if (bad)
 				say("TORTURE-FAIL %s", bad);
