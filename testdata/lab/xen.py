@@ -165,9 +165,11 @@ def build_dom0(root, release, work, tool, guest):
         folder.mkdir(parents=True)
     opened = [next(root.rglob(name)) for name in OPENED]
     programs = [root / "usr/lib/xen-4.17/bin" / name for name in TOOLS]
-    programs += [root / "usr/bin/xenstore-read", tool]
+    programs.append(root / "usr/bin/xenstore-read")
     for program in programs:
         shutil.copy(program, tools)
+    shutil.copy(tool, tools / "sonicshot")
+    programs.append(tool)
     loader, needed = libraries(root, [*programs, *opened])
     shutil.copy(loader, tree / "lib64/ld-linux-x86-64.so.2")
     for name, file in [*needed.items(), *((file.name, file) for file in opened)]:
