@@ -5,7 +5,8 @@ mod xl;
 
 use crate::args::{ImageCompression, XenRestoreArgs, XenSaveArgs};
 use crate::error::CliError;
-use crate::report::{percent, say, size};
+use crate::report::{percent, progress_bar, say, size};
+use indicatif::ProgressBar;
 use serde_json::json;
 use sonicshot::{DropClasses, GuestMemory, PageSize, PrunePlan};
 use sonicshot_dump::{Dump, NewFile, Overwrite};
@@ -16,6 +17,7 @@ use std::io::{self, Read, Seek};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 use xl::Xl;
@@ -35,6 +37,55 @@ struct Looked {
     result: Result<Look, CliError>,
     suspended: Instant,
     took: Duration,
+}
+
+impl Look {
+    fn kept_bytes(&self) -> u64 {
+        let kept = self.total_pages.saturating_sub(self.frames.len());
+        kept.saturating_mul(PAGE.bytes())
+    }
+}
+
+/// A bar that grows as an image does, on a terminal.
+struct Progress {
+    bar: ProgressBar,
+    done: AtomicBool,
+}
+
+impl Progress {
+    const EVERY: Duration = Duration::from_millis(100);
+
+    fn new(quiet: bool) -> Self {
+        Self {
+            bar: progress_bar("saving", quiet),
+            done: AtomicBool::new(false),
+        }
+    }
+
+    fn expect(&self, bytes: u64) {
+        self.bar.set_length(bytes);
+    }
+
+    /// Shows how long `file` is while `work` writes it.
+    fn of<T>(&self, file: &File, work: impl FnOnce() -> T) -> T {
+        if self.bar.is_hidden() {
+            return work();
+        }
+        thread::scope(|scope| {
+            let watching = scope.spawn(|| {
+                while !self.done.load(Ordering::Relaxed) {
+                    self.bar
+                        .set_position(file.metadata().map_or(0, |file| file.len()));
+                    thread::park_timeout(Self::EVERY);
+                }
+                self.bar.finish_and_clear();
+            });
+            let done = work();
+            self.done.store(true, Ordering::Relaxed);
+            watching.thread().unpark();
+            done
+        })
+    }
 }
 
 /// What a save came to.
@@ -102,8 +153,12 @@ fn write(
         path: args.file.clone(),
         source,
     };
+    let progress = Progress::new(args.json);
     let Some(how) = args.compress else {
-        return Ok((run(xen, domain, args, &name(out.file()))?, Ok(())));
+        let looked = progress.of(out.file(), || {
+            run(xen, domain, args, &name(out.file()), &progress)
+        });
+        return Ok((looked?, Ok(())));
     };
     let (mut from, to) = io::pipe().map_err(writing)?;
     thread::scope(|scope| {
@@ -115,7 +170,7 @@ fn write(
             }
             packed
         });
-        let looked = run(xen, domain, args, &name(&to));
+        let looked = run(xen, domain, args, &name(&to), &progress);
         // Nobody writes any more: the reader comes to the end.
         drop(to);
         let packed = packing
@@ -130,6 +185,7 @@ fn run(
     domain: DomainId,
     args: &XenSaveArgs,
     target: &str,
+    progress: &Progress,
 ) -> Result<Option<Looked>, CliError> {
     let after = if args.checkpoint { "-c" } else { "-p" };
     let mut xl = Xl::new(&["save", after, &domain.to_string(), target])?;
@@ -140,6 +196,9 @@ fn run(
     let status = filter.serve(&mut child, |suspended| {
         let began = Instant::now();
         let result = look(xen, suspended, args);
+        if let Ok(look) = &result {
+            progress.expect(look.kept_bytes());
+        }
         let frames = result.as_ref().map(|look| look.frames.clone());
         let frames = frames.unwrap_or_default();
         looked = Some(Looked {
