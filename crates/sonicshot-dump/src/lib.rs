@@ -2,7 +2,7 @@
 //! them without copying, and pruned.
 //!
 //! [`Dump::open`] tells a file's format by its content. A `Dump` is a
-//! [`GuestMemory`], which `sonicshot-vmi` looks into; a [`PrunePlan`](sonicshot::PrunePlan) made
+//! [`GuestMemory`], which `sonicshot-vmi` looks into; a [`PrunePlan`] made
 //! of what it finds goes to [`Dump::prune_to`], [`Dump::prune_in_place`] or
 //! [`Dump::prune_to_writer`].
 //!
