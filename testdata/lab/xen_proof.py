@@ -1,5 +1,6 @@
 """Saves of a paravirtual guest under a real Xen, full and pruned, restored and tortured."""
 
+import filecmp
 import shutil
 import struct
 import tempfile
@@ -66,6 +67,10 @@ def offline(dom0, tool, work, memory):
     run(tool, "inspect", full)
     report = kernels.json.loads(run(tool, "prune", full, "-o", pruned, "--json"))
     dom0.check(pruned)
+    # By way of a checkpoint it is the same image.
+    run(tool, "save", full, "-o", work / "full.sonic")
+    run(tool, "restore", work / "full.sonic", "-o", work / "back.xl", "--to", "xl")
+    expect(filecmp.cmp(pruned, work / "back.xl", shallow=False), "a checkpoint gives another image")
     full_restore = restored(dom0, "xl restore /images/full", memory)
     dom0.order("xl destroy lab\nrm /images/full")
     dom0.give(pruned, "/images/pruned")
