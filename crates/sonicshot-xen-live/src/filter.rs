@@ -46,8 +46,12 @@ impl FrameRuns {
 
     /// As the library reads them: the first and the first after the last of each run.
     fn to_bytes(&self) -> Vec<u8> {
-        let words = self.0.iter().flat_map(|(start, end)| [*start, *end]);
-        words.flat_map(u64::to_le_bytes).collect()
+        let mut bytes = Vec::with_capacity(self.0.len().saturating_mul(16));
+        for (start, end) in &self.0 {
+            bytes.extend(start.to_le_bytes());
+            bytes.extend(end.to_le_bytes());
+        }
+        bytes
     }
 }
 
