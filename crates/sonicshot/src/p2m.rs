@@ -89,8 +89,6 @@ impl P2m {
             }
         }
         by_pfn.sort_unstable_by_key(|run| run.pfn);
-        let mut by_mfn = by_pfn.clone();
-        by_mfn.sort_unstable_by_key(|run| run.mfn);
         if let Some((run, next)) = overlap(&by_pfn, |run| run.pfn) {
             return Err(P2mError::TwoPlaces {
                 pfn: Pfn::new(next.pfn),
@@ -98,6 +96,17 @@ impl P2m {
                 second: Mfn::new(next.mfn),
             });
         }
+        // Those that came in another order.
+        by_pfn.dedup_by(|next, run| {
+            let follows = run.pfn.checked_add(run.len) == Some(next.pfn)
+                && run.mfn.checked_add(run.len) == Some(next.mfn);
+            if follows {
+                run.len = run.len.saturating_add(next.len);
+            }
+            follows
+        });
+        let mut by_mfn = by_pfn.clone();
+        by_mfn.sort_unstable_by_key(|run| run.mfn);
         if let Some((run, next)) = overlap(&by_mfn, |run| run.mfn) {
             return Err(P2mError::Shared {
                 mfn: Mfn::new(next.mfn),
