@@ -60,7 +60,9 @@ while :; do
     if [ -n "$next" ] && [ "$next" != $done ]; then
         done=$next
         dd if=/dev/vdb bs=512 skip=1 count=64 2>/dev/null | tr -d '\000' > /tmp/order
-        (set -e; . /order.sh; . /tmp/order; echo DONE) < /dev/null 2>&1 | sed "s/^/LAB $done /"
+        # A tool that crashed is told of by the kernel.
+        (trap '[ $? = 0 ] || dmesg | tail -n 3' EXIT
+         set -e; . /order.sh; . /tmp/order; echo DONE) < /dev/null 2>&1 | sed "s/^/LAB $done /"
         echo "LAB-END $done"
     fi
     sleep 0.2

@@ -167,7 +167,8 @@ def page(points, memory_points, used_points):
     speeds = {way: [point["disk"][way] for point in points] for way in ("write", "read")}
     spread = {way: f"{min(all_):.0f} to {max(all_):.0f}" for way, all_ in speeds.items()}
     return PAGE.format(
-        little=LITTLE, largest=size(last["memory"]), dom0=DOM0_MIB, tortured=size(TORTURED_MIB), kernel=first["kernel"],
+        little=LITTLE, largest=size(last["memory"]), tortured=size(TORTURED_MIB),
+        dom0=DOM0_MIB, kernel=first["kernel"],
         memory_table=table(memory_points), used_table=table(used_points),
         here=" | ".join(change(last, fact) for fact in FACTS),
         here_note="" if last["memory"] == 8192 else f", {size(last['memory'])}",
