@@ -223,8 +223,7 @@ fn look(xen: &Xen, id: DomainId, args: &XenSaveArgs) -> Result<Look, CliError> {
     let guest = LinuxGuest::open(&domain, &options).map_err(failed)?;
     let pages = guest.classify(OnInconsistency::Refuse).map_err(failed)?;
     let plan = PrunePlan::new(&pages.map, &DropClasses::default(), pages.free_fill);
-    let plan = plan.any_filled_only();
-    let frames = domain.frame_runs(plan.runs().iter().map(|run| run.frames));
+    let frames = domain.dropped(&plan);
     Ok(Look {
         release: guest.release().to_owned(),
         total_pages: domain.layout().bytes() >> PAGE.shift(),

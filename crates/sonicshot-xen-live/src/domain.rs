@@ -6,7 +6,7 @@ use crate::{DomainId, FrameRuns, LiveError};
 use core::fmt;
 use sonicshot::{
     Gpa, GpaRange, GuestMemory, MAX_MAP, Mapped, MemoryError, P2m, PageSize, Pfn, PfnRange,
-    RamLayout,
+    PrunePlan, RamLayout,
 };
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -96,16 +96,18 @@ impl<'x> LiveDomain<'x> {
         })
     }
 
-    /// The same frames by the numbers by which Xen and libxc know them: the machine's of a
-    /// paravirtualised domain, the guest's own of another. Frames that the guest does not have are
-    /// left out.
+    /// The frames that `plan` drops and a save can leave out: those that may read as
+    /// [anything](sonicshot::Fill::Any) after a restore. They are numbered as Xen and libxc know
+    /// them: by the machine of a paravirtualised domain, by the guest itself of another. Frames
+    /// that the guest does not have are left out.
     #[must_use]
-    pub fn frame_runs(&self, frames: impl IntoIterator<Item = PfnRange>) -> FrameRuns {
+    pub fn dropped(&self, plan: &PrunePlan) -> FrameRuns {
+        let plan = plan.clone().any_filled_only();
+        let frames = plan.runs().iter().map(|run| run.frames);
         let Some(p2m) = &self.p2m else {
-            let own = frames.into_iter();
-            return own.map(|run| (run.start().raw(), run.len())).collect();
+            return frames.map(|run| (run.start().raw(), run.len())).collect();
         };
-        let machine = frames.into_iter().flat_map(|run| p2m.runs_in(run));
+        let machine = frames.flat_map(|run| p2m.runs_in(run));
         machine.map(|(run, mfn)| (mfn.raw(), run.len())).collect()
     }
 
