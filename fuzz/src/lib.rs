@@ -283,6 +283,7 @@ pub fn xen(data: &[u8]) {
     skeleton
         .joined(bytes, |error| error, put)
         .expect("what was parsed");
+    assert!(image.len() <= data.len() + skeleton.frames().count() * 4096);
     XlImage::parse(GuestBytes::from_slice(&image)).expect("what we join, we read");
 }
 

@@ -8,7 +8,7 @@ use crate::frames::Frame;
 use crate::image::{PAGE_DATA, Pages};
 use crate::page_data::{Entry, PageData};
 use crate::prune::rewritten;
-use crate::{Dropped, FrameType, Record, Within, XenError, XlImage};
+use crate::{Dropped, FrameType, Place, Record, Within, XenError, XlImage};
 use sonicshot::{GuestBytes, Pfn, PfnRange};
 
 /// A part of an image that is put together.
@@ -90,12 +90,48 @@ fn append(data: GuestBytes<'_>, from: u64, to: u64, out: &mut Vec<u8>) -> Result
 }
 
 impl Skeleton {
-    /// Reads the skeleton in `data`.
+    /// Reads the skeleton in `data`. An image made of it is never larger than it and the guest's
+    /// memory together.
     ///
     /// # Errors
     /// [`XenError`] if it is none, contradicts itself or is of an unsupported kind.
     pub fn parse(data: GuestBytes<'_>) -> Result<Self, XenError> {
-        XlImage::parse_with(data, Pages::LeftOut).map(Self)
+        let this = Self(XlImage::parse_with(data, Pages::LeftOut)?);
+        this.check_contents(data)?;
+        Ok(this)
+    }
+
+    /// Refuses a second content of the same page: a small skeleton could ask for it without end.
+    fn check_contents(&self, data: GuestBytes<'_>) -> Result<(), XenError> {
+        let frames = self.0.frames();
+        let mut seen = vec![false; frames.len()];
+        for (record, next) in self.page_records() {
+            let pages = entries(data, record, next)?;
+            for entry in pages.entries().filter(|entry| entry.data.is_some()) {
+                let pfn = Pfn::new(entry.pfn);
+                let found = frames.binary_search_by_key(&pfn, Frame::pfn).ok();
+                let seen = found.and_then(|index| seen.get_mut(index));
+                if seen.is_some_and(|seen| core::mem::replace(seen, true)) {
+                    return Err(XenError::Malformed {
+                        what: "a second content of a page",
+                        place: Place {
+                            within: Within::Record(record.number),
+                            offset: entry.at,
+                        },
+                        value: entry.pfn,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The records of pages, each with the one that follows.
+    fn page_records(&self) -> impl Iterator<Item = (&Record, &Record)> {
+        // The last record is the end, which has no pages.
+        let pairs = self.0.records().array_windows();
+        let pairs = pairs.map(|[record, next]| (record, next));
+        pairs.filter(|(record, _)| record.kind == PAGE_DATA)
     }
 
     /// The frames that the guest has after a restore, lowest first, each once; and whether the
@@ -118,11 +154,7 @@ impl Skeleton {
         mut each: impl FnMut(Joined) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut copied = 0_u64;
-        // The last record is the end, which has no pages.
-        for [record, next] in self.0.records().array_windows() {
-            if record.kind != PAGE_DATA {
-                continue;
-            }
+        for (record, next) in self.page_records() {
             each(Joined::Skeleton {
                 from: copied,
                 len: next.offset.saturating_sub(copied),

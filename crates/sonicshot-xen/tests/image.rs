@@ -354,6 +354,31 @@ fn last_types(data: &[u8], items: &[Item]) -> BTreeMap<u64, u8> {
 }
 
 #[test]
+fn a_skeleton_that_asks_for_a_page_twice_is_refused() {
+    // One page in two records, then in one. In a skeleton only the entries are there.
+    for records in [&[vec![1, 2], vec![3, 1]][..], &[vec![4, 5, 4]]] {
+        let mut data = head(1, 3);
+        let mut last = 0;
+        for pages in records {
+            let pages: Vec<_> = pages.iter().map(|pfn| (0, *pfn, 0)).collect();
+            let body = pages_body(&pages);
+            data.extend(1_u32.to_le_bytes());
+            data.extend((body.len() as u32).to_le_bytes());
+            data.extend(&body[..8 + 8 * pages.len()]);
+            last = data.len() - 8;
+        }
+        tail(&mut data);
+        let error = Skeleton::parse(GuestBytes::from_slice(&data)).unwrap_err();
+        let wanted = format!(
+            "a second content of a page in record {}, at offset {last:#x} (value {:#x})",
+            1 + records.len(),
+            records[0][0],
+        );
+        assert_eq!(error.to_string(), wanted);
+    }
+}
+
+#[test]
 fn pages_are_asked_for_in_the_order_of_the_file() {
     let items = [
         Item::Pages(vec![
