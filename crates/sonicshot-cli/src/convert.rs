@@ -237,18 +237,8 @@ fn write(
             let options = SaveOptions::new(Compression::ZSTD);
             let failed = checkpoint(out);
             let mut writer = CheckpointWriter::new(file.file(), info, options).map_err(&failed)?;
-            for (name, bytes) in [
-                (VMCOREINFO, &beside.vmcoreinfo),
-                (CORE_NOTES, &beside.notes),
-            ] {
-                if let Some(bytes) = bytes {
-                    writer.blob(name, bytes.as_slice()).map_err(&failed)?;
-                }
-            }
-            if let Source::Dump(dump) = source
-                && let Some(skeleton) = dump.xl_skeleton(&plan)?
-            {
-                writer.blob(XEN_IMAGE, &*skeleton).map_err(&failed)?;
+            for (name, bytes) in blobs(args, source, beside, &plan)? {
+                writer.blob(&name, bytes.as_slice()).map_err(&failed)?;
             }
             writer
                 .memory(memory, &map, &plan, progress)
@@ -266,6 +256,32 @@ fn write(
                 ConvertTo::Stream => dump.to_stream(out, force, progress)?,
                 _ => dump.to_mapped_ram(out, force, progress)?,
             })
+        }
+    }
+}
+
+/// What a checkpoint holds beside the memory; of another checkpoint, what that does.
+fn blobs(
+    args: &ConvertArgs,
+    source: &Source,
+    beside: &Beside,
+    plan: &PrunePlan,
+) -> Result<Vec<(String, Vec<u8>)>, CliError> {
+    match source {
+        Source::Checkpoint(reader) => reader
+            .blobs()
+            .map(|(name, _)| Ok((name.to_owned(), reader.read_blob(name)?)))
+            .collect::<Result<_, CheckpointError>>()
+            .map_err(checkpoint(&args.file)),
+        Source::Dump(dump) => {
+            let all = [
+                (VMCOREINFO, beside.vmcoreinfo.clone()),
+                (CORE_NOTES, beside.notes.clone()),
+                (XEN_IMAGE, dump.xl_skeleton(plan)?),
+            ];
+            let there = all.into_iter();
+            let there = there.filter_map(|(name, bytes)| Some((name.to_owned(), bytes?)));
+            Ok(there.collect())
         }
     }
 }

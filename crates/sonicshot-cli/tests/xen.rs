@@ -37,40 +37,59 @@ fn record(out: &mut Vec<u8>, kind: u32, body: &[&[u8]]) {
     out.extend(vec![0; len.next_multiple_of(8) - len]);
 }
 
+/// Domains of libxc.
+const PV: u8 = 1;
+const HVM: u8 = 2;
+/// Types of pages.
+const NOTAB: u64 = 0;
+const L1TAB: u64 = 1;
+const PINNED_L1TAB: u64 = 9;
+const XALLOC: u64 = 0xe;
+
 /// `ram` as Xen would save it of an HVM guest; the pages in `allocated` without content. A live
 /// save: the first record comes twice, and what it held first was something else.
 fn image(ram: &[u8], allocated: impl Fn(usize) -> bool) -> Vec<u8> {
-    image_in(ram, allocated, 1)
+    image_of(HVM, ram, |pfn| type_of(allocated(pfn)), Some(NOTAB))
 }
 
 /// The same of a guest that was stopped: every page comes once.
 fn image_at_once(ram: &[u8], allocated: impl Fn(usize) -> bool) -> Vec<u8> {
-    image_in(ram, allocated, 0)
+    image_of(HVM, ram, |pfn| type_of(allocated(pfn)), None)
 }
 
-fn image_in(ram: &[u8], allocated: impl Fn(usize) -> bool, twice: usize) -> Vec<u8> {
+fn type_of(allocated: bool) -> u64 {
+    if allocated { XALLOC } else { NOTAB }
+}
+
+/// Pages of the types that `kind` says. If `earlier` is given, the first record has come before;
+/// its pages with content were of that type then.
+fn image_of(domain: u8, ram: &[u8], kind: impl Fn(usize) -> u64, earlier: Option<u64>) -> Vec<u8> {
     let mut out = b"Xen saved domain, xl format\n \0 \r".to_vec();
     out.extend([4, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0]);
     out.extend(b"{json:}LibxlFmt\0\0\0\x02\0\0\0\0");
     record(&mut out, 1, &[]);
     out.extend([0xff; 8]);
     out.extend(b"XENF\0\0\0\x03\0\0\0\0\0\0\0\0");
-    out.extend([2, 0, 0, 0, 12, 0, 0, 0, 4, 0, 0, 0, 17, 0, 0, 0]);
+    out.extend([domain, 0, 0, 0, 12, 0, 0, 0, 4, 0, 0, 0, 17, 0, 0, 0]);
     record(&mut out, 0x11, &[b"CPUID"]);
     record(&mut out, 0x10, &[]);
     let old = vec![0x5a; PAGES * PAGE];
     let chunks = ram.chunks(PAGES * PAGE).enumerate();
-    let earlier = [(0, &old[..])].into_iter().take(twice);
-    for (number, pages) in earlier.chain(chunks) {
+    let chunks = chunks.map(|(number, pages)| (number, pages, None));
+    let before = earlier.map(|kind| (0, &old[..], Some(kind)));
+    for (number, pages, was) in before.into_iter().chain(chunks) {
         let count = pages.len() / PAGE;
         let mut entries = u32::try_from(count).unwrap().to_le_bytes().to_vec();
         entries.extend([0; 4]);
         let mut data = Vec::new();
         for (index, page) in pages.chunks(PAGE).enumerate() {
             let pfn = number * PAGES + index;
-            let kind = if allocated(pfn) { 0xe_u64 << 60 } else { 0 };
-            entries.extend((pfn as u64 | kind).to_le_bytes());
-            if kind == 0 {
+            let kind = match kind(pfn) {
+                XALLOC => XALLOC,
+                now => was.unwrap_or(now),
+            };
+            entries.extend((pfn as u64 | kind << 60).to_le_bytes());
+            if kind != XALLOC {
                 data.extend(page);
             }
         }
@@ -189,12 +208,109 @@ fn convert(from: &Path, to: &str, out: &Path) {
     json(&["convert", text(from), "-o", out, "--to", to, "--json"]);
 }
 
+fn save(dump: &Path, out: &Path) -> Value {
+    json(&["save", text(dump), "-o", text(out), "--json"])
+}
+
+/// The image that a checkpoint becomes.
+fn restored(sonic: &Path) -> Vec<u8> {
+    let out = sonic.with_extension("restored");
+    let (from, to) = (text(sonic), text(&out));
+    json(&["restore", from, "-o", to, "--to", "xl", "--force", "--json"]);
+    fs::read(out).unwrap()
+}
+
+#[test]
+fn a_guest_that_checks_free_pages_for_its_poison_finds_it() {
+    const POISON: u8 = 0xaa;
+    // This kernel is built without. Its flag is said to be where other bytes are than zeroes.
+    const SYMBOLS: &str = "\
+        ffffffff81000000 T _stext\n\
+        ffffffff81000000 D _page_poisoning_enabled\n";
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let (full, pruned, sonic) = (file("full"), file("pruned"), file("sonic"));
+    let map = file("System.map");
+    fs::write(&map, SYMBOLS).unwrap();
+    let with_map = |args: &[&str]| json(&[args, &["--symbols", text(&map), "--json"]].concat());
+    let mut ram = ram().to_vec();
+    fs::write(file("raw"), &ram).unwrap();
+    let plain = classes(&file("raw"));
+    let is_free = |pfn: usize| plain[pfn].starts_with("free");
+    for (pfn, page) in ram.chunks_mut(PAGE).enumerate() {
+        if is_free(pfn) {
+            page.fill(POISON);
+        }
+    }
+    fs::write(&full, image_at_once(&ram, |_| false)).unwrap();
+    let seen = with_map(&["inspect", text(&full)]);
+    assert_eq!(seen["free_fill"], format!("Byte({POISON})"));
+    assert!(classes(&full) == plain);
+    let offline = |pfn: usize| plain[pfn] == "offline";
+    let wanted = image_at_once(&ram, offline);
+    let report = with_map(&["prune", text(&full), "-o", text(&pruned)]);
+    let kept = |pfn: &usize| is_free(*pfn) || plain[*pfn] == "zero";
+    let kept = (0..plain.len()).filter(kept).count();
+    assert_eq!(report["kept_for_fill_bytes"], kept * PAGE);
+    assert!(fs::read(&pruned).unwrap() == wanted);
+    // A checkpoint leaves them out, and knows what they were.
+    let report = with_map(&["save", text(&full), "-o", text(&sonic)]);
+    let free = (0..plain.len()).filter(|pfn| is_free(*pfn)).count();
+    assert!(report["free_pages"].as_u64().unwrap() >= free as u64);
+    assert!(restored(&sonic) == wanted);
+}
+
+#[test]
+fn page_tables_of_a_paravirtualised_guest_are_in_every_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let (full, pruned, sonic) = (file("full"), file("pruned"), file("sonic"));
+    fs::write(file("raw"), ram()).unwrap();
+    let plain = classes(&file("raw"));
+    // Some that the guest calls free, too: Xen has the last word.
+    let kind = |pfn: usize| match plain[pfn].as_str() {
+        "page_table" => L1TAB,
+        "free_buddy" if pfn % 97 == 0 => PINNED_L1TAB,
+        _ => NOTAB,
+    };
+    let goes = |pfn: usize| {
+        ["free_buddy", "free_pcp", "offline"].contains(&plain[pfn].as_str()) && kind(pfn) == NOTAB
+    };
+    let less = |pfn: usize| if goes(pfn) { XALLOC } else { kind(pfn) };
+    let of = |wanted| (0..plain.len()).filter(|pfn| kind(*pfn) == wanted).count();
+    assert!(of(L1TAB) > 10 && of(PINNED_L1TAB) > 10);
+    for earlier in [None, Some(NOTAB)] {
+        fs::write(&full, image_of(PV, ram(), kind, earlier)).unwrap();
+        let seen = json(&["inspect", text(&full), "--json"]);
+        assert_eq!(seen["format"], "Xen save image (PV)");
+        let args = ["prune", text(&full), "-o", text(&pruned), "--force"];
+        assert!(sonicshot(&args).status.success());
+        assert!(fs::read(&pruned).unwrap() == image_of(PV, ram(), less, earlier));
+        let out = text(&sonic);
+        json(&["save", text(&full), "-o", out, "--force", "--json"]);
+        let earlier = earlier.map(|_| XALLOC);
+        assert!(restored(&sonic) == image_of(PV, ram(), less, earlier));
+    }
+    // A checkpoint that was not made of the image lacks those.
+    let (other, out) = (file("other"), file("out"));
+    save(&file("raw"), &other);
+    let args = ["convert", text(&other), "-o", text(&out), "--to", "xl"];
+    let run = sonicshot(&[&args[..], &["--template", text(&full)]].concat());
+    assert_eq!(run.status.code(), Some(3), "{}", stderr(&run));
+    let said = stderr(&run);
+    assert!(said.contains("page table, and its content was left out"));
+    assert!(!out.exists());
+}
+
 #[test]
 fn an_image_goes_to_every_format_and_comes_back() {
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str| folder.path().join(name);
-    for live in [false, true] {
-        let bytes = if live { image } else { image_at_once }(ram(), |pfn| pfn % 5000 == 77);
+    let kind = |pfn| type_of(pfn % 5000 == 77);
+    for (live, earlier) in [(false, None), (true, Some(NOTAB))] {
+        let bytes = image_of(HVM, ram(), kind, earlier);
+        // What came first in a live save is left out, its entries are there.
+        let wanted = image_of(HVM, ram(), kind, earlier.map(|_| XALLOC));
         let full = file(&format!("{live}"));
         fs::write(&full, &bytes).unwrap();
         let raw_of = |dump: &Path| {
@@ -222,23 +338,20 @@ fn an_image_goes_to_every_format_and_comes_back() {
             "--json",
         ];
         json(&save);
-        for sonic in [sonic, kept] {
+        let itself = file(&format!("{live}.itself"));
+        convert(&full, "xl", &itself);
+        assert!(fs::read(&itself).unwrap() == wanted);
+        let once_more = file(&format!("{live}.once-more"));
+        convert(&sonic, "sonic", &once_more);
+        for sonic in [sonic, kept, once_more] {
             let args = ["verify", text(&sonic), "--against", text(&full), "--json"];
             assert!(json(&args)["compared_pages"].as_u64().unwrap() > 30_000);
             let name = sonic.file_name().unwrap().to_str().unwrap();
-            let restored = file(&format!("{name}-restored"));
             let converted = file(&format!("{name}-again"));
-            let args = ["restore", text(&sonic), "-o", text(&restored), "--to", "xl"];
-            let run = sonicshot(&args);
-            assert!(run.status.success(), "{}", stderr(&run));
             convert(&sonic, "xl", &converted);
-            let again = fs::read(&restored).unwrap();
-            assert!(fs::read(&converted).unwrap() == again);
-            assert!(raw_of(&restored) == memory);
-            // What came first in a live save is left out, its entries are there.
-            let less = if live { PAGES - 1 } else { 0 };
-            assert_eq!(bytes.len() - again.len(), less * PAGE);
-            assert!(live || again == bytes);
+            assert!(fs::read(&converted).unwrap() == wanted);
+            assert!(restored(&sonic) == wanted);
+            assert!(raw_of(&converted) == memory);
         }
     }
 }
@@ -624,6 +737,9 @@ fn the_streams_in_an_image_are_pruned_by_themselves() {
         "--json",
     ]);
     let wanted = fs::read(file("wanted")).unwrap();
+    let classes = classes(&file("whole"));
+    let goes = |pfn: usize| ["free_buddy", "free_pcp", "offline"].contains(&classes[pfn].as_str());
+    let joined = image_of(HVM, ram(), |pfn| type_of(goes(pfn)), Some(XALLOC));
     // Behind the headers of xl and of libxl. What follows the end of libxc's stream stays.
     for (begins, at) in [("LibxlFmt", 55), ("libxc", 79)] {
         let (stream, pruned) = (file(begins), file("pruned"));
@@ -639,5 +755,10 @@ fn the_streams_in_an_image_are_pruned_by_themselves() {
         let report = json(&args);
         assert_eq!(report["format"], "Xen migration stream (HVM or PVH)");
         assert!(fs::read(&pruned).unwrap() == wanted[at..], "{begins}");
+        // By way of a checkpoint it is the same stream again.
+        let sonic = file("sonic");
+        let args = ["save", text(&pruned), "-o", text(&sonic), "--force"];
+        assert!(sonicshot(&args).status.success());
+        assert!(restored(&sonic) == joined[at..], "{begins}");
     }
 }
