@@ -270,7 +270,7 @@ fn page_tables_of_a_paravirtualised_guest_are_in_every_image() {
     // Some that the guest calls free, too: Xen has the last word.
     let kind = |pfn: usize| match plain[pfn].as_str() {
         "page_table" => L1TAB,
-        "free_buddy" if pfn % 97 == 0 => PINNED_L1TAB,
+        "free_buddy" if pfn.is_multiple_of(97) => PINNED_L1TAB,
         _ => NOTAB,
     };
     let goes = |pfn: usize| {
