@@ -22,8 +22,8 @@ const SUSPEND: u32 = 2;
 const ORDINARY: u64 = 0;
 /// libxc itself asks for the types of so many frames at a time.
 const BATCH: usize = 1024;
-/// No x86 has more physical addresses.
-const MAX_FRAME: u64 = 1 << (52 - 12);
+/// libxc saves no guest with more frames.
+const MAX_FRAME: u64 = 1 << 28;
 
 /// Small reads map this many frames at once.
 const WINDOW: u64 = 64;
@@ -77,7 +77,7 @@ impl<'x> LiveDomain<'x> {
         }
         let (frames, p2m) = if info.flags & HVM == 0 {
             let p2m = p2m_list::read(&DomainPages(xen, id), id, &info)?;
-            (p2m.runs().map(|(frames, _)| frames).collect(), Some(p2m))
+            (p2m.frames().collect(), Some(p2m))
         } else {
             (own_frames(xen, id, &info)?, None)
         };
@@ -107,8 +107,8 @@ impl<'x> LiveDomain<'x> {
         let Some(p2m) = &self.p2m else {
             return frames.map(|run| (run.start().raw(), run.len())).collect();
         };
-        let machine = frames.flat_map(|run| p2m.runs_in(run));
-        machine.map(|(run, mfn)| (mfn.raw(), run.len())).collect()
+        let machine = frames.flat_map(|run| p2m.machine_runs(run));
+        machine.map(|(mfn, len)| (mfn.raw(), len)).collect()
     }
 
     fn frame_of(&self, pfn: u64) -> Option<u64> {

@@ -4,7 +4,7 @@
 
 use crate::ffi::{DomainInfo, Xen};
 use crate::{DomainId, LiveError};
-use sonicshot::{Mfn, P2m, Pfn, PfnRange};
+use sonicshot::{Mfn, P2m, P2mBuilder, Pfn};
 
 /// Where the architecture's part lies in the shared information of a guest of 64 bits.
 const ARCH: usize = 3088;
@@ -109,8 +109,7 @@ pub(crate) fn read(
         shared: &shared,
         tables: [const { None }; 4],
     };
-    let mut runs = Vec::new();
-    let mut found = 0_u64;
+    let mut frames = P2mBuilder::default();
     let mut first = 0_u64;
     while first < shared.count {
         let leaves = walk.leaves(first)?;
@@ -118,9 +117,7 @@ pub(crate) fn read(
         pages.pages(&leaves, &mut |page| {
             let left = shared.count.saturating_sub(first).min(ENTRIES);
             match page {
-                Some(page) => {
-                    found = found.saturating_add(own_frames(page, first, left, &mut runs));
-                }
+                Some(page) => own_frames(page, first, left, &mut frames),
                 None => missing = missing.or(Some(first)),
             }
             first = first.saturating_add(ENTRIES);
@@ -128,44 +125,27 @@ pub(crate) fn read(
         if let Some(first) = missing {
             return Err(walk.malformed("a page of its list of frames", first));
         }
-        if found > info.pages {
-            return Err(walk.malformed("more frames than it has pages", found));
+        if frames.frames() > info.pages {
+            return Err(walk.malformed("more frames than it has pages", frames.frames()));
         }
     }
     let after = Shared::read(pages, domain, info)?;
     if after.generation != shared.generation {
         return Err(walk.malformed("its list of frames was changed", after.generation));
     }
-    P2m::from_runs(runs).map_err(|source| LiveError::P2m { domain, source })
+    let p2m = frames.finish();
+    p2m.map_err(|source| LiveError::P2m { domain, source })
 }
 
-/// Adds the frames of one page of the list, of which `count` entries count, as runs. Returns how
-/// many there are.
-fn own_frames(page: &Page, first: u64, count: u64, runs: &mut Vec<(PfnRange, Mfn)>) -> u64 {
-    let mut found = 0_u64;
-    // The run that goes on: where it begins in both, and the machine's frame that would follow.
-    let mut run: Option<(u64, u64, u64)> = None;
-    let mut end = |run: Option<(u64, u64, u64)>| {
-        if let Some((pfn, mfn, next)) = run
-            && let Some(frames) = PfnRange::with_len(Pfn::new(pfn), next.saturating_sub(mfn))
-        {
-            found = found.saturating_add(frames.len());
-            runs.push((frames, Mfn::new(mfn)));
-        }
-    };
+/// Adds the frames of one page of the list, of which `count` entries count.
+fn own_frames(page: &Page, first: u64, count: u64, frames: &mut P2mBuilder) {
     let (entries, _) = page.as_chunks::<ENTRY>();
     for (pfn, entry) in (first..first.saturating_add(count)).zip(entries) {
         let mfn = u64::from_le_bytes(*entry);
-        match &mut run {
-            Some((_, _, next)) if *next == mfn => *next = next.saturating_add(1),
-            _ => {
-                end(run.take());
-                run = (mfn & NOT_OWN == 0).then_some((pfn, mfn, mfn.saturating_add(1)));
-            }
+        if mfn & NOT_OWN == 0 {
+            frames.push(Pfn::new(pfn), Mfn::new(mfn));
         }
     }
-    end(run);
-    found
 }
 
 /// Finds where the pages of the list are.

@@ -63,6 +63,6 @@ pub use class::{ClassCounts, ClassSet, PageClass, UnknownClass};
 pub use memory::{
     GuestMemory, Hold, LayoutError, MAX_MAP, Mapped, MappedRegions, MemoryError, RamLayout,
 };
-pub use p2m::{P2m, P2mError};
+pub use p2m::{P2m, P2mBuilder, P2mError};
 pub use page_map::PageMap;
 pub use policy::{Disposition, DropClasses, DropRun, Fill, PrunePlan, PrunePolicy};
