@@ -174,6 +174,10 @@ fn whatever_fails_the_domain_is_left() {
     let missing = xen.sonicshot(&["xen", "save", "nobody", "live"], &[]);
     assert_eq!(missing.status.code(), Some(1));
     assert!(stderr(&missing).contains("no such domain"));
+    xen.asked();
+    let dom0 = xen.sonicshot(&["xen", "save", "0", "live"], &[]);
+    assert_eq!(dom0.status.code(), Some(2));
+    assert_eq!(xen.asked(), [""; 0], "dom0 was not touched");
     assert!(!xen.file("live").exists());
 }
 

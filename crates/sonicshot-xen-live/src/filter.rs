@@ -115,16 +115,16 @@ impl SaveFilter {
 
     /// Has `command`, an `xl save` without `-l`, ask [`serve`](Self::serve).
     pub fn attach(&self, command: &mut Command) {
-        let mut preload = OsString::from(name(&self.library));
+        let mut preload = OsString::from(path_of(&self.library));
         if let Some(others) = std::env::var_os(PRELOAD) {
             preload.push(":");
             preload.push(others);
         }
         command
             .env(PRELOAD, preload)
-            .env(REQUEST, name(&self.request.1))
-            .env(ANSWER, name(&self.answer.0))
-            .env(TABLE, name(&self.table));
+            .env(REQUEST, path_of(&self.request.1))
+            .env(ANSWER, path_of(&self.answer.0))
+            .env(TABLE, path_of(&self.table));
     }
 
     /// Waits for the save to end. `choose` is called, at most once, when the domain that is saved
@@ -174,8 +174,10 @@ fn memory_file(name: &str) -> io::Result<File> {
     Ok(File::from(memfd_create(name, MemfdFlags::CLOEXEC)?))
 }
 
-/// What another process of the same user calls an open file of this one.
-fn name(file: &impl AsRawFd) -> String {
+/// What other processes of the same user can open an open file of this one by, for as long as it is
+/// open here.
+#[must_use]
+pub fn path_of(file: &impl AsRawFd) -> String {
     format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
 }
 

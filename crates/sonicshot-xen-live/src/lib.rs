@@ -27,7 +27,7 @@ mod p2m_list;
 pub use domain::LiveDomain;
 pub use error::LiveError;
 pub use ffi::Xen;
-pub use filter::{FrameRuns, SaveFilter};
+pub use filter::{FrameRuns, SaveFilter, path_of};
 
 /// A domain's number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

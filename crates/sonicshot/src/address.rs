@@ -58,25 +58,59 @@ impl fmt::Debug for PageSize {
     }
 }
 
-/// A guest-physical address, in bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Gpa(u64);
+macro_rules! number {
+    ($(#[$doc:meta])* $name:ident, $unit:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name(u64);
+
+        impl $name {
+            #[doc = concat!("The ", $unit, " `raw`.")]
+            #[must_use]
+            pub const fn new(raw: u64) -> Self {
+                Self(raw)
+            }
+
+            #[doc = concat!("The ", $unit, " as a number.")]
+            #[must_use]
+            pub const fn raw(self) -> u64 {
+                self.0
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({:#x})"), self.0)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:#x}", self.0)
+            }
+        }
+    };
+}
+
+number! {
+    /// A guest-physical address, in bytes.
+    Gpa, "address"
+}
+
+number! {
+    /// A page frame number: a guest-physical address in units of the guest's page size.
+    Pfn, "frame"
+}
+
+number! {
+    /// A frame number of the machine. A guest has its own numbers ([`Pfn`]); only a paravirtualised
+    /// one sees these too.
+    Mfn, "frame"
+}
 
 impl Gpa {
     /// Guest-physical zero.
     pub const ZERO: Self = Self(0);
-
-    /// The address `raw`.
-    #[must_use]
-    pub const fn new(raw: u64) -> Self {
-        Self(raw)
-    }
-
-    /// The address as a number.
-    #[must_use]
-    pub const fn raw(self) -> u64 {
-        self.0
-    }
 
     /// The address `bytes` further up, unless that wraps.
     #[must_use]
@@ -100,41 +134,13 @@ impl Gpa {
     }
 }
 
-impl fmt::Debug for Gpa {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Gpa({:#x})", self.0)
-    }
-}
-
-impl fmt::Display for Gpa {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.0)
-    }
-}
-
 impl fmt::LowerHex for Gpa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::LowerHex::fmt(&self.0, f)
     }
 }
 
-/// A page frame number: a guest-physical address in units of the guest's page size.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Pfn(u64);
-
 impl Pfn {
-    /// The frame `raw`.
-    #[must_use]
-    pub const fn new(raw: u64) -> Self {
-        Self(raw)
-    }
-
-    /// The frame number.
-    #[must_use]
-    pub const fn raw(self) -> u64 {
-        self.0
-    }
-
     /// The frame `frames` further up, unless that wraps.
     #[must_use]
     pub const fn checked_add(self, frames: u64) -> Option<Self> {
@@ -163,49 +169,6 @@ impl Pfn {
     #[must_use]
     pub const fn is_aligned(self, order: u32) -> bool {
         order < u64::BITS && self.0.trailing_zeros() >= order
-    }
-}
-
-impl fmt::Debug for Pfn {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Pfn({:#x})", self.0)
-    }
-}
-
-impl fmt::Display for Pfn {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.0)
-    }
-}
-
-/// A frame number of the machine. A guest has its own numbers ([`Pfn`]); only a paravirtualised one
-/// sees these too.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Mfn(u64);
-
-impl Mfn {
-    /// The frame `raw`.
-    #[must_use]
-    pub const fn new(raw: u64) -> Self {
-        Self(raw)
-    }
-
-    /// The frame number.
-    #[must_use]
-    pub const fn raw(self) -> u64 {
-        self.0
-    }
-}
-
-impl fmt::Debug for Mfn {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Mfn({:#x})", self.0)
-    }
-}
-
-impl fmt::Display for Mfn {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.0)
     }
 }
 

@@ -69,14 +69,21 @@ fn cannot_run(words: &str, source: io::Error) -> CliError {
     }
 }
 
-/// The number of the domain that is called `name`, or has that number.
+/// The number of the domain that is called `name`, or has that number. dom0 is none to be saved.
 pub(super) fn domain_of(name: &str) -> Result<DomainId, CliError> {
-    if let Ok(number) = name.parse() {
-        return Ok(DomainId::new(number));
+    let number = match name.parse() {
+        Ok(number) => number,
+        Err(_) => {
+            let said = Xl::new(&["domid", name])?.run()?;
+            let said = said.trim();
+            said.parse().map_err(|_| CliError::Usage {
+                what: format!("xl does not know the number of {name}: {said}"),
+            })?
+        }
+    };
+    if number == 0 {
+        let what = "domain 0 cannot be saved: it is the one that saves the others";
+        return Err(CliError::Usage { what: what.into() });
     }
-    let said = Xl::new(&["domid", name])?.run()?;
-    let number = said.trim().parse().map_err(|_| CliError::Usage {
-        what: format!("xl does not know the number of {name}: {}", said.trim()),
-    })?;
     Ok(DomainId::new(number))
 }
