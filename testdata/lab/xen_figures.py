@@ -146,8 +146,8 @@ begins with nothing cached. The images lie on ext4 on a virtio disk that QEMU op
 `cache={cache}`, so the host's page cache has no part in it where that is `none`. That disk alone
 wrote {write} and read {read} MB/s.
 
-**Xen and dom0 are emulated** (QEMU without KVM). What the processor does takes ten times as long or
-more, the disk is as fast as ever. That makes both slower, and hides how far a real machine's disk
+**Xen and dom0 are emulated** (QEMU without KVM). What the processor does takes many times as long,
+the disk is as fast as ever. That makes both slower, and hides how far a real machine's disk
 bounds `xl`; what is proportional to the pages saved shrinks as they do, what is not (starting the
 tools, suspending the guest, building the domain, looking for free pages) weighs more here than on
 real hardware. Compare within a row.
