@@ -52,6 +52,7 @@ mod memory;
 mod p2m;
 mod page_map;
 mod policy;
+mod processor;
 #[cfg(feature = "vm-memory")]
 mod vm_memory;
 
@@ -66,3 +67,4 @@ pub use memory::{
 pub use p2m::{P2m, P2mBuilder, P2mError};
 pub use page_map::PageMap;
 pub use policy::{Disposition, DropClasses, DropRun, Fill, PrunePlan, PrunePolicy};
+pub use processor::{ControlRegisters, Processor, Processors};

@@ -1,6 +1,6 @@
 //! Guest-physical memory, whoever owns it.
 
-use crate::{Gpa, GpaRange, GuestBytes, P2m, PageSize, Pfn, PfnRange};
+use crate::{Gpa, GpaRange, GuestBytes, P2m, PageSize, Pfn, PfnRange, Processors};
 use std::error::Error;
 use std::fmt;
 use std::io;
@@ -293,6 +293,12 @@ pub trait GuestMemory: Send + Sync {
         None
     }
 
+    /// What the file or the VMM tells of the guest's processors: by them a kernel that is gone is
+    /// told from one that runs. A VMM that has its guest's registers should give them.
+    fn processors(&self) -> Processors {
+        Processors::Unknown
+    }
+
     /// The little-endian `u32` at `at`.
     ///
     /// # Errors
@@ -337,6 +343,9 @@ macro_rules! forward_guest_memory {
             }
             fn p2m(&self) -> Option<&P2m> {
                 (**self).p2m()
+            }
+            fn processors(&self) -> Processors {
+                (**self).processors()
             }
             fn read_u32(&self, at: Gpa) -> Result<u32, MemoryError> {
                 (**self).read_u32(at)
