@@ -1,16 +1,17 @@
 //! A Linux guest: its kernel found, its symbols gathered, its pages classified.
 
 use crate::discover::{self, Found};
+use crate::e820;
 use crate::error::VmiError;
 use crate::iomem;
-use crate::kernel::{Kernel, element};
+use crate::kernel::Kernel;
 use crate::mm::classify::{Inconsistency, ZoneReport, scan};
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
 use crate::symbols::{self, Kallsyms, SymbolSource};
 use crate::{KernelVa, VirtualMemory};
-use sonicshot::{Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, PageSize};
+use sonicshot::{Fill, GpaRange, GuestMemory, PageClass, PageMap, PageSize};
 use std::path::{Path, PathBuf};
 
 /// What may be known about a guest beforehand; by default nothing.
@@ -307,43 +308,10 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if the map cannot be read or is not one.
     pub fn e820(&self) -> Result<Option<Vec<GpaRange>>, VmiError> {
-        /// `E820_MAX_ENTRIES`: 128 of the zero page, and 3 for each of 1024 nodes.
-        const MAX_ENTRIES: u32 = 128 + 3 * 1024;
-        const E820_TYPE_RAM: u32 = 1;
-        let kernel = &self.kernel;
-        let own = kernel.symbol("e820_table_firmware")?;
-        let Some(variable) = own.map_or_else(|| kernel.symbol("e820_table"), |at| Ok(Some(at)))?
-        else {
-            return Ok(None);
-        };
-        let Some(entries) = kernel.member("e820_table", "entries")? else {
-            return Ok(None);
-        };
-        let size = kernel.need_type_size("e820_entry")?;
-        let offset = |name| kernel.need_member("e820_entry", name).map(|m| m.offset);
-        let (addr, len, kind) = (offset("addr")?, offset("size")?, offset("type")?);
-        let table = kernel.read_ptr("e820_table", variable)?;
-        let count_at = kernel.need_member("e820_table", "nr_entries")?.offset;
-        let count = kernel.read_u32("e820_table", element("e820_table", table, 0, 0, count_at)?)?;
-        if count > MAX_ENTRIES {
-            return Err(VmiError::Corrupt {
-                what: "e820_table.nr_entries",
-                at: table,
-                value: u64::from(count),
-            });
+        match e820::usable_ram(&self.kernel, e820::FIRMWARE)? {
+            None => e820::usable_ram(&self.kernel, e820::OWN),
+            found => Ok(found),
         }
-        let first = element("e820_table", table, 0, 0, entries.offset)?;
-        let mut ram = Vec::new();
-        for index in 0..u64::from(count) {
-            let field = |offset| element("e820_entry", first, index, size, offset);
-            if kernel.read_u32("e820_entry", field(kind)?)? != E820_TYPE_RAM {
-                continue;
-            }
-            let start = Gpa::new(kernel.read_u64("e820_entry", field(addr)?)?);
-            let len = kernel.read_u64("e820_entry", field(len)?)?;
-            ram.extend(GpaRange::with_len(start, len));
-        }
-        Ok(Some(ram))
     }
 
     /// Where the kernel maps all of memory, from guest-physical 0 on, if its symbols tell

@@ -146,6 +146,17 @@ impl<'m> Kernel<'m> {
                             second_value: member.offset,
                         });
                     }
+                    if let (Some(ours), Some(theirs)) = (first.len, member.len)
+                        && ours != theirs
+                    {
+                        return Err(VmiError::Disagree {
+                            what: format!("the length of {name}.{path}"),
+                            first: (*origin).to_owned(),
+                            first_value: ours,
+                            second: source.origin().to_owned(),
+                            second_value: theirs,
+                        });
+                    }
                     first.size = first.size.or(member.size);
                     first.len = first.len.or(member.len);
                 }
@@ -159,13 +170,26 @@ impl<'m> Kernel<'m> {
             .ok_or_else(|| self.missing(format!("member {name}.{path}")))
     }
 
+    /// The constant by the first source that knows it; refused when another disagrees, for then
+    /// one of them is of another kernel, or damaged.
     pub(crate) fn constant(&self, name: &str) -> Result<Option<i64>, VmiError> {
+        let mut found: Option<(i64, &str)> = None;
         for source in &self.sources {
-            if let Some(value) = source.constant(name)? {
-                return Ok(Some(value));
+            match (source.constant(name)?, found) {
+                (Some(value), None) => found = Some((value, source.origin())),
+                (Some(value), Some((first, origin))) if value != first => {
+                    return Err(VmiError::Disagree {
+                        what: format!("the constant {name}"),
+                        first: origin.to_owned(),
+                        first_value: first.cast_unsigned(),
+                        second: source.origin().to_owned(),
+                        second_value: value.cast_unsigned(),
+                    });
+                }
+                _ => {}
             }
         }
-        Ok(None)
+        Ok(found.map(|(value, _)| value))
     }
 
     pub(crate) fn need_constant(&self, name: &str) -> Result<i64, VmiError> {

@@ -67,6 +67,7 @@
 
 mod address;
 mod discover;
+mod e820;
 mod error;
 mod guest;
 mod iomem;

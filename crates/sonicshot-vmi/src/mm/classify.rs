@@ -8,6 +8,7 @@
 //! Such a block is kept; more of them, and nothing is believed.
 
 use super::mem_map::{MemMap, Span};
+use super::offline::{OfflinePages, OfflineSections};
 use super::page::{FreeMark, PageLayout};
 use super::zone::{Listed, ListedBlock, Zone, Zones};
 use crate::KernelVa;
@@ -114,6 +115,22 @@ impl Marks {
             .checked_sub(1)
             .and_then(|index| self.0.get(index))
             .is_some_and(|(frames, _)| block.end() <= frames.end())
+    }
+
+    /// Whether a list names anything in `frames`.
+    fn any_in(&self, frames: PfnRange) -> bool {
+        self.0.iter().any(|(region, marks)| {
+            let part = region.intersection(&frames);
+            let bounds = part
+                .start()
+                .offset_from(region.start())
+                .zip(part.end().offset_from(region.start()))
+                .and_then(|(a, b)| Some(usize::try_from(a).ok()?..usize::try_from(b).ok()?));
+            !part.is_empty()
+                && bounds
+                    .and_then(|bounds| marks.get(bounds))
+                    .is_none_or(|marks| marks.iter().any(|mark| *mark != 0))
+        })
     }
 
     /// Whether none of `block` is RAM here: it is in memory that the dump does not have.
@@ -375,6 +392,10 @@ struct Scanner<'a, 'm> {
     zones: Vec<ZoneReport>,
     wrong: Disagreements,
     open: Option<OpenBlock>,
+    /// Sections that may be offline: what points into them is looked for.
+    offline: OfflineSections,
+    /// Frames whose own struct page says that they are offline.
+    offline_pages: OfflinePages,
     /// The head that was last looked up for a tail page, and its class.
     last_head: Option<(KernelVa, PageClass)>,
 }
@@ -389,6 +410,9 @@ pub(crate) fn scan(
     let mut notes = Vec::new();
     let mut map = PageMap::new(kernel.space.memory().layout(), mem_map.page_size);
     let walked = walk_lists(kernel, mem_map, zones, layout.lru, &map, &mut notes)?;
+    let offline = OfflineSections::find(kernel, mem_map, zones, &|frames| {
+        walked.marks.any_in(frames)
+    })?;
     let mut scanner = Scanner {
         mem_map,
         layout,
@@ -396,6 +420,8 @@ pub(crate) fn scan(
         zones: walked.zones,
         wrong: walked.wrong,
         open: None,
+        offline,
+        offline_pages: OfflinePages::default(),
         last_head: None,
     };
     for ((frames, classes), (_, marks)) in map.regions_mut().zip(&walked.marks.0) {
@@ -408,6 +434,11 @@ pub(crate) fn scan(
         ));
         map.set(deferred.frames, PageClass::Unknown);
     }
+    scanner.offline.see_page_tables(kernel, &map)?;
+    scanner.offline.settle(mem_map, &mut map, &mut notes);
+    scanner
+        .offline_pages
+        .settle(kernel, mem_map, layout, &mut map, &mut notes)?;
     keep_mem_map(mem_map, &mut map, &mut scanner.wrong);
     let Disagreements {
         blocks,
@@ -478,8 +509,9 @@ impl Scanner<'_, '_> {
                 continue;
             }
             if !span.online {
+                // Until it is proved to be offline.
                 if let Some(classes) = classes.get_mut(index(part.start())..index(part.end())) {
-                    classes.fill(PageClass::Offline);
+                    classes.fill(PageClass::Unknown);
                 }
                 continue;
             }
@@ -494,7 +526,7 @@ impl Scanner<'_, '_> {
             let span = Span {
                 frames: part,
                 at,
-                online: true,
+                ..*span
             };
             let mem_map = self.mem_map;
             mem_map.visit_span(&span, &mut |first, pages| {
@@ -625,7 +657,22 @@ impl Scanner<'_, '_> {
         if self.layout.is_hwpoison(page) {
             return Ok(PageClass::HwPoison);
         }
-        self.used(pfn, page)
+        if !self.offline.is_empty() && self.layout.is_on_lru(page) {
+            for at in [self.layout.lru, self.layout.lru.saturating_add(8)] {
+                let node = usize::try_from(at).ok().and_then(|at| page.u64_at(at));
+                self.offline.see_lru(pfn, KernelVa::new(node.unwrap_or(0)));
+            }
+        }
+        let class = self.used(pfn, page)?;
+        if class != PageClass::Offline {
+            return Ok(class);
+        }
+        // Its own word alone: its driver is asked in the end. Of a folio only the head has a word.
+        let own = self.mem_map.page_va(pfn);
+        if own.is_some_and(|at| self.layout.head_of(page, at).is_none()) {
+            self.offline_pages.push(pfn);
+        }
+        Ok(PageClass::Unknown)
     }
 
     fn begin(&mut self, pfn: Pfn, order: u64, class: PageClass) {

@@ -27,6 +27,18 @@ pub(crate) struct Span {
     pub at: KernelVa,
     /// Whether the kernel uses the memory (hotplug: the section is online).
     pub online: bool,
+    /// Whether the kernel booted with it; then there may be holes in it.
+    pub early: bool,
+}
+
+/// A section of memory that has struct pages (`SPARSEMEM`).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Section {
+    /// Its number, `section_nr`.
+    pub number: u64,
+    pub frames: PfnRange,
+    /// Whether its word says that the kernel uses the memory. One bit: no proof of anything alone.
+    pub online: bool,
 }
 
 /// A stretch of struct pages that is contiguous in guest-physical memory too.
@@ -45,6 +57,8 @@ pub(crate) struct MemMap<'m> {
     pub(crate) stride: u64,
     /// Sorted by frame, disjoint.
     spans: Vec<Span>,
+    /// Lowest first; none with `FLATMEM`, which has no sections.
+    sections: Vec<Section>,
     /// Indexes of `spans`, sorted by virtual address.
     by_va: Vec<Span>,
     /// Sorted by virtual address.
@@ -69,10 +83,15 @@ impl<'m> MemMap<'m> {
                 what: format!("struct page of {stride} bytes"),
             });
         }
-        let (spans, model) = if kernel.type_size("mem_section")?.is_some() {
-            (sparse_spans(kernel, page_size, stride)?, "SPARSEMEM")
+        let (spans, sections, model) = if kernel.type_size("mem_section")?.is_some() {
+            let (spans, sections) = sparse_spans(kernel, page_size, stride)?;
+            (spans, sections, "SPARSEMEM")
         } else {
-            (flat_spans(kernel, page_size)?, "FLATMEM")
+            (
+                flat_spans(kernel, page_size, stride)?,
+                Vec::new(),
+                "FLATMEM",
+            )
         };
         if spans.is_empty() {
             return Err(VmiError::Unsupported {
@@ -86,6 +105,7 @@ impl<'m> MemMap<'m> {
             page_size,
             stride,
             spans,
+            sections,
             by_va,
             chunks: Vec::new(),
             model,
@@ -154,6 +174,11 @@ impl<'m> MemMap<'m> {
         &self.spans
     }
 
+    /// The sections that have struct pages, lowest first.
+    pub(crate) fn sections(&self) -> &[Section] {
+        &self.sections
+    }
+
     /// The guest-physical memory that the struct pages themselves occupy.
     pub(crate) fn own_memory(&self) -> impl Iterator<Item = GpaRange> + '_ {
         self.chunks
@@ -196,6 +221,11 @@ impl<'m> MemMap<'m> {
         let chunk = self.chunks.get(above.checked_sub(1)?)?;
         let offset = at.offset_from(chunk.at)?;
         (offset < chunk.len).then_some((chunk, offset))
+    }
+
+    /// Whether `at` lies in the array of struct pages.
+    pub(crate) fn holds(&self, at: KernelVa) -> bool {
+        self.chunk_of(at).is_some()
     }
 
     /// The `u64` at `at`, which lies in the array of struct pages.
@@ -314,24 +344,36 @@ struct SectionBits {
 
 impl SectionBits {
     fn new(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
-        let bit = |name: &str, macro_bit: u32| -> Result<u64, VmiError> {
-            let bit = match kernel.constant(name)? {
-                Some(bit) => u32::try_from(bit).unwrap_or(u32::MAX),
-                None => macro_bit,
-            };
-            1_u64.checked_shl(bit).ok_or(VmiError::Unsupported {
-                what: format!("{name} of {bit}"),
-            })
+        let bit = |name: &str, macro_bit: i64| -> Result<u64, VmiError> {
+            let bit = kernel.constant(name)?.unwrap_or(macro_bit);
+            // They lie below the address, which is that of whole pages.
+            u32::try_from(bit)
+                .ok()
+                .filter(|bit| (1..12).contains(bit))
+                .and_then(|bit| 1_u64.checked_shl(bit))
+                .ok_or(VmiError::Unsupported {
+                    what: format!("{name} of {bit}"),
+                })
         };
         // Since 5.3 (326e1b8f83a4), with `struct mem_section_usage`.
         let has_usage = kernel.member("mem_section", "usage")?.is_some();
-        Ok(Self {
+        let bits = Self {
             has_mem_map: bit("SECTION_HAS_MEM_MAP_BIT", 1)?,
             online: bit("SECTION_IS_ONLINE_BIT", 2)?,
             early: has_usage
                 .then(|| bit("SECTION_IS_EARLY_BIT", 3))
                 .transpose()?,
-        })
+        };
+        let early = bits.early.unwrap_or(0);
+        if bits.has_mem_map == bits.online || early == bits.has_mem_map || early == bits.online {
+            return Err(VmiError::Unsupported {
+                what: format!(
+                    "two bits of section_mem_map in one place: {:#x}, {:#x}, {early:#x}",
+                    bits.has_mem_map, bits.online
+                ),
+            });
+        }
+        Ok(bits)
     }
 }
 
@@ -428,7 +470,7 @@ fn sparse_spans(
     kernel: &Kernel<'_>,
     page_size: PageSize,
     stride: u64,
-) -> Result<Vec<Span>, VmiError> {
+) -> Result<(Vec<Span>, Vec<Section>), VmiError> {
     let section_size = kernel.need_type_size("mem_section")?;
     let mem_map_offset = kernel.need_member("mem_section", "section_mem_map")?.offset;
     let usage = kernel.member("mem_section", "usage")?;
@@ -453,6 +495,8 @@ fn sparse_spans(
     let sections = Sections::find(kernel, page_size, section_size, nr_sections)?;
 
     let mut spans: Vec<Span> = Vec::new();
+    let mut found: Vec<Section> = Vec::new();
+    let mut arrays: Vec<(KernelVa, KernelVa)> = Vec::new();
     let (mut outside, mut early_outside) = (0_u64, 0_u64);
     let layout = kernel.space.memory().layout();
     let last_ram = layout.frames(page_size).last();
@@ -517,6 +561,12 @@ fn sparse_spans(
             .map(|bytes| base.wrapping_add(bytes))
             .ok_or(corrupt_section(at, coded))?;
         let is_early = bits.early.is_none_or(|bit| coded & bit != 0);
+        arrays.push((at, base));
+        found.push(Section {
+            number: this,
+            frames,
+            online,
+        });
         match (is_early, usage) {
             (false, Some(usage)) => {
                 let usage_at = kernel.read_ptr(
@@ -533,6 +583,7 @@ fn sparse_spans(
                     frames,
                     at: mem_map,
                     online,
+                    early: is_early,
                 },
                 stride,
             ),
@@ -559,7 +610,81 @@ fn sparse_spans(
             second_value: early_outside,
         });
     }
-    Ok(spans)
+    check_arrays(kernel, &found, &arrays, stride, max_bits, section_bits)?;
+    Ok((spans, found))
+}
+
+/// Holds where each section has its struct pages against a second record, for a pointer that is
+/// off by some frames would give every frame another's `struct page`.
+///
+/// With `SPARSEMEM_VMEMMAP` all sections have one array, which begins at `vmemmap_base`
+/// (`arch/x86/include/asm/pgtable_64_types.h`). Without it the number of the section stands at the
+/// top of `page.flags` (`set_page_section`, `include/linux/mm.h`).
+fn check_arrays(
+    kernel: &Kernel<'_>,
+    sections: &[Section],
+    arrays: &[(KernelVa, KernelVa)],
+    stride: u64,
+    max_bits: u32,
+    section_bits: u32,
+) -> Result<(), VmiError> {
+    let variable = kernel.symbol_from_table("vmemmap_base")?;
+    let told = variable
+        .map(|at| kernel.read_ptr("vmemmap_base", at))
+        .transpose()?;
+    // Without `CONFIG_RANDOMIZE_MEMORY` there is no variable; VMCOREINFO has the value since 6.12.
+    let told = match (&kernel.vmcoreinfo, told) {
+        (Some(info), None) => info.symbol("vmemmap"),
+        (_, told) => told,
+    };
+    let mut sorted: Vec<KernelVa> = arrays.iter().map(|(_, array)| *array).collect();
+    sorted.sort_unstable();
+    let same = sorted.chunk_by(|a, b| a == b).max_by_key(|same| same.len());
+    let shared = same.filter(|same| same.len() > 1).and_then(<[_]>::first);
+    if let Some(vmemmap) = told.or(shared.copied()) {
+        return match arrays.iter().find(|(_, array)| *array != vmemmap) {
+            None => Ok(()),
+            Some((at, array)) => Err(VmiError::Disagree {
+                what: "where the struct pages are".into(),
+                first: if told.is_some() {
+                    "vmemmap_base".into()
+                } else {
+                    "other sections".into()
+                },
+                first_value: vmemmap.raw(),
+                second: format!("the section at {at}"),
+                second_value: array.raw(),
+            }),
+        };
+    }
+    let flags = kernel.need_member("page", "flags")?.offset;
+    let shift = max_bits
+        .checked_sub(section_bits)
+        .and_then(|width| 64_u32.checked_sub(width))
+        .filter(|shift| *shift < 64);
+    // Struct pages of a section that was never online hold anything.
+    let online = sections.iter().zip(arrays).filter(|(s, _)| s.online);
+    for (section, (_, array)) in online {
+        let last = section.frames.end().raw().checked_sub(1).map(Pfn::new);
+        for pfn in [Some(section.frames.start()), last].into_iter().flatten() {
+            let at = array
+                .wrapping_add(pfn.raw().wrapping_mul(stride))
+                .wrapping_add(flags);
+            let number = shift.map(|shift| kernel.read_u64("page.flags", at).map(|f| f >> shift));
+            if let Some(number) = number.transpose()?
+                && number != section.number
+            {
+                return Err(VmiError::Disagree {
+                    what: format!("the section of frame {pfn}"),
+                    first: "mem_section".into(),
+                    first_value: section.number,
+                    second: "page.flags".into(),
+                    second_value: number,
+                });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The sections that lie wholly in `region`.
@@ -615,7 +740,13 @@ fn add_subsections(
                 .checked_mul(stride)
                 .and_then(|bytes| mem_map.checked_add(bytes));
             if let (Some(frames), Some(at)) = (part, at) {
-                add_span(spans, Span { frames, at, online }, stride);
+                let span = Span {
+                    frames,
+                    at,
+                    online,
+                    early: false,
+                };
+                add_span(spans, span, stride);
             }
         }
     }
@@ -625,7 +756,7 @@ fn add_subsections(
 fn add_span(spans: &mut Vec<Span>, span: Span, stride: u64) {
     if let Some(last) = spans.last_mut()
         && last.frames.end() == span.frames.start()
-        && last.online == span.online
+        && (last.online, last.early) == (span.online, span.early)
         && last
             .frames
             .len()
@@ -640,9 +771,32 @@ fn add_span(spans: &mut Vec<Span>, span: Span, stride: u64) {
 }
 
 /// FLATMEM: one array `mem_map` from frame 0 (`include/asm-generic/memory_model.h`).
-fn flat_spans(kernel: &Kernel<'_>, page_size: PageSize) -> Result<Vec<Span>, VmiError> {
+fn flat_spans(
+    kernel: &Kernel<'_>,
+    page_size: PageSize,
+    stride: u64,
+) -> Result<Vec<Span>, VmiError> {
     let mem_map = kernel.read_ptr("mem_map", kernel.need_symbol("mem_map")?)?;
     let max = kernel.read_u64("max_mapnr", kernel.need_symbol("max_mapnr")?)?;
+    // The one node points to the struct page of its first frame (`alloc_node_mem_map`).
+    if let Some(node) = kernel.symbol("contig_page_data")?
+        && let Some(array) = kernel.member("pglist_data", "node_mem_map")?
+    {
+        let start = kernel.need_member("pglist_data", "node_start_pfn")?.offset;
+        let field = |offset| element("contig_page_data", node, 0, 0, offset);
+        let array = kernel.read_ptr("node_mem_map", field(array.offset)?)?;
+        let start = kernel.read_u64("node_start_pfn", field(start)?)?;
+        let first = element("mem_map", mem_map, start, stride, 0)?;
+        if array != first {
+            return Err(VmiError::Disagree {
+                what: "where the struct pages are".into(),
+                first: "mem_map".into(),
+                first_value: first.raw(),
+                second: "the node's node_mem_map".into(),
+                second_value: array.raw(),
+            });
+        }
+    }
     let end = kernel.space.memory().layout().end().pfn(page_size).raw();
     if max == 0 || mem_map.raw() == 0 {
         return Err(VmiError::Corrupt {
@@ -655,6 +809,7 @@ fn flat_spans(kernel: &Kernel<'_>, page_size: PageSize) -> Result<Vec<Span>, Vmi
         frames: PfnRange::new(Pfn::new(0), Pfn::new(max.min(end))),
         at: mem_map,
         online: true,
+        early: true,
     }])
 }
 
@@ -692,11 +847,47 @@ mod tests {
             .collect()
     }
 
+    fn refused(ram: &Ram, facts: Facts) -> String {
+        let memory = ram.memory();
+        let kernel = kernel(&memory, facts);
+        MemMap::new(&kernel, PageSize::SIZE_4K)
+            .unwrap_err()
+            .to_string()
+    }
+
+    /// One bit in the address of a section's struct pages gives each frame another's.
+    #[test]
+    fn arrays_that_are_not_where_vmemmap_begins_are_refused() {
+        let mut ram = Ram::new(64 * MIB);
+        ram.put(0x1000, DIRECT_MAP + 0x2000);
+        ram.put(0x2000, DIRECT_MAP + 0x3000);
+        ram.put(0x5000, DIRECT_MAP + 0x10_0000);
+        let mut facts = sparse();
+        facts.symbols.insert("mem_section", DIRECT_MAP + 0x1000);
+        facts.symbols.insert("vmemmap_base", DIRECT_MAP + 0x5000);
+        ram.put(0x3000, coded(0x10_0000, 0, 0b111));
+        assert_eq!(spans(&ram, facts.clone()).len(), 1);
+        ram.put(0x3000, coded(0x10_1000, 0, 0b111));
+        assert!(refused(&ram, facts.clone()).contains("where the struct pages are"));
+        // With no such variable, one section of several.
+        facts.symbols.remove("vmemmap_base");
+        for section in [0_u64, 2, 3] {
+            ram.put(
+                0x3000 + section * 16,
+                coded(0x10_0000 + section * 4096 * 64, section, 0b111),
+            );
+        }
+        assert_eq!(spans(&ram, facts.clone()).len(), 2);
+        ram.put(0x3020, coded(0x10_8000 + 2 * 4096 * 64, 2, 0b111));
+        assert!(refused(&ram, facts).contains("other sections"));
+    }
+
     fn sparse() -> Facts {
         let mut facts = Facts::default();
         facts.sizes.insert("page", 64);
         facts.sizes.insert("mem_section", 16);
         facts.member("mem_section", "section_mem_map", 0);
+        facts.member("page", "flags", 0);
         facts.constants.insert("SECTION_SIZE_BITS", 24); // 16 MiB: 4096 frames
         facts.constants.insert("MAX_PHYSMEM_BITS", 36);
         facts
@@ -731,8 +922,15 @@ mod tests {
         // Present without struct pages; then offline.
         ram.put(0x3020, 0b001);
         ram.put(0x3030, coded(0x30_0000, 3, 0b011));
+        // Without VMEMMAP the section's number is at the top of `page.flags`.
+        for page in [0, 4095] {
+            ram.put(0x20_0000 + page * 64, 1 << 52);
+        }
         let mut facts = sparse();
         facts.symbols.insert("mem_section", DIRECT_MAP + 0x1000);
+        ram.put(0x3010, coded(0x20_1000, 1, 0b111));
+        assert!(refused(&ram, facts.clone()).contains("the section of frame"));
+        ram.put(0x3010, coded(0x20_0000, 1, 0b111));
         assert_eq!(
             spans(&ram, facts),
             [
@@ -760,7 +958,8 @@ mod tests {
         assert_eq!(
             spans(&ram, facts),
             [
-                (0, 4096 + 1024, 0x10_0000, true),
+                (0, 4096, 0x10_0000, true),
+                (4096, 1024, 0x14_0000, true),
                 (4096 + 7 * 512, 512, 0x14_0000 + 7 * 512 * 64, true),
             ]
         );

@@ -2,5 +2,6 @@
 
 pub(crate) mod classify;
 pub(crate) mod mem_map;
+pub(crate) mod offline;
 pub(crate) mod page;
 pub(crate) mod zone;

@@ -1,5 +1,6 @@
 //! What one `struct page` says (`include/linux/mm_types.h`, `include/linux/page-flags.h`).
 
+use super::mem_map::MemMap;
 use crate::KernelVa;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
@@ -167,6 +168,41 @@ impl PageLayout {
             && page.u64_at(self.mapping) == Some(0)
     }
 
+    /// Of a page that says that it is offline: the word `private` (a balloon's pages point to
+    /// their driver there), if all else is as a driver leaves it: at most the one reference that
+    /// the allocator gave, and no flag. (`PG_movable_ops`, since 6.17, is the bit of `PG_uptodate`.)
+    pub(crate) fn left_by_driver(
+        &self,
+        mem_map: &MemMap<'_>,
+        at: KernelVa,
+    ) -> Result<Option<u64>, VmiError> {
+        let mut copy = [0_u8; 256];
+        let stride = usize::try_from(mem_map.stride).unwrap_or(usize::MAX);
+        let Some(copy) = copy.get_mut(..stride) else {
+            return Ok(None);
+        };
+        mem_map.copy_page(at, copy)?;
+        let page = GuestBytes::from_slice(copy);
+        let (Some(flags), Some(ty), Some(refcount)) = (
+            self.flags(&page),
+            page.u32_at(self.mapcount),
+            page.u32_at(self.refcount),
+        ) else {
+            return Ok(None);
+        };
+        let offline = self.types.offline.is_some_and(|v| self.types.is(ty, v));
+        let no_flag = flags & self.bits.all & !self.bits.uptodate == 0;
+        let clean = offline && refcount <= 1 && no_flag;
+        Ok(page.u64_at(self.private).filter(|_| clean))
+    }
+
+    /// Whether the page is on an LRU list.
+    #[inline]
+    pub(crate) fn is_on_lru(&self, page: &GuestBytes<'_>) -> bool {
+        self.flags(page)
+            .is_some_and(|flags| flags & self.bits.lru != 0)
+    }
+
     /// If this is a tail page, where its head's `struct page` is; `at` is the page's own.
     pub(crate) fn head_of(&self, page: &GuestBytes<'_>, at: KernelVa) -> Option<KernelVa> {
         let info = page.u64_at(self.compound)?;
@@ -300,41 +336,80 @@ impl PageLayout {
 
 impl FlagBits {
     fn new(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
-        let mask = |name: &str, value: i64| -> Result<u64, VmiError> {
-            u32::try_from(value)
+        /// The flags share their word with the zone and the node of the page; no config has
+        /// fewer than these.
+        const COUNT: core::ops::RangeInclusive<i64> = 18..=40;
+        let count = kernel.need_constant("__NR_PAGEFLAGS")?;
+        if !COUNT.contains(&count) {
+            return Err(VmiError::Unsupported {
+                what: format!("__NR_PAGEFLAGS of {count}"),
+            });
+        }
+        let mut taken: Vec<(i64, &str)> = Vec::new();
+        let mut mask = |name: &'static str, bit: i64| -> Result<u64, VmiError> {
+            // Each has a bit of its own: none of these is another's second name.
+            if let Some((_, other)) = taken.iter().find(|(other, _)| *other == bit) {
+                return Err(VmiError::Unsupported {
+                    what: format!("{name} and {other} of {bit}, the same"),
+                });
+            }
+            taken.push((bit, name));
+            u32::try_from(bit)
                 .ok()
+                .filter(|_| bit < count)
                 .and_then(|bit| 1_u64.checked_shl(bit))
                 .ok_or(VmiError::Unsupported {
-                    what: format!("{name} of {value}"),
+                    what: format!("{name} of {bit}, with __NR_PAGEFLAGS of {count}"),
                 })
         };
-        let need = |name: &str| mask(name, kernel.need_constant(name)?);
-        let maybe = |name: &str| -> Result<u64, VmiError> {
-            kernel.constant(name)?.map_or(Ok(0), |bit| mask(name, bit))
-        };
-        // `PG_slab` became a page type in 6.10 (46df8e73a4a3). The enumerator is searched by
-        // name, so its absence counts only where the type's is there.
-        let slab = if PageTypes::has_slab_type(kernel)? {
-            0
-        } else {
-            need("PG_slab")?
-        };
-        Ok(Self {
-            all: need("__NR_PAGEFLAGS")?.saturating_sub(1),
+        let mut need = |name| mask(name, kernel.need_constant(name)?);
+        let bits = Self {
+            all: u32::try_from(count)
+                .ok()
+                .and_then(|count| 1_u64.checked_shl(count))
+                .unwrap_or(0)
+                .wrapping_sub(1),
             lru: need("PG_lru")?,
             dirty: need("PG_dirty")?,
             writeback: need("PG_writeback")?,
             uptodate: need("PG_uptodate")?,
             locked: need("PG_locked")?,
             private: need("PG_private")?,
-            private_2: maybe("PG_private_2")?,
             swapbacked: need("PG_swapbacked")?,
             reserved: need("PG_reserved")?,
             head: need("PG_head")?,
-            slab,
+            // `PG_slab` became a page type in 6.10 (46df8e73a4a3). The enumerator is searched by
+            // name, so its absence counts only where the type's is there.
+            slab: if PageTypes::has_slab_type(kernel)? {
+                0
+            } else {
+                need("PG_slab")?
+            },
+            private_2: 0,
+            hwpoison: 0,
+        };
+        let mut maybe = |name: &'static str| -> Result<u64, VmiError> {
+            kernel.constant(name)?.map_or(Ok(0), |bit| mask(name, bit))
+        };
+        let bits = Self {
+            private_2: maybe("PG_private_2")?,
             // Only with CONFIG_MEMORY_FAILURE.
             hwpoison: maybe("PG_hwpoison")?,
-        })
+            ..bits
+        };
+        // The same under another name, in VMCOREINFO.
+        if let Some(mask) = kernel.constant("PG_head_mask")?
+            && mask.cast_unsigned() != bits.head
+        {
+            return Err(VmiError::Disagree {
+                what: "the flag of a folio's head".into(),
+                first: "PG_head".into(),
+                first_value: bits.head,
+                second: "PG_head_mask".into(),
+                second_value: mask.cast_unsigned(),
+            });
+        }
+        Ok(bits)
     }
 }
 
@@ -354,40 +429,53 @@ impl PageTypes {
             let name = format!("PAGE_{name}_MAPCOUNT_VALUE");
             Ok(kernel.constant(&name)?.map(|value| value as u32))
         };
-        let from_enum = |name: &str| -> Result<Option<u32>, VmiError> {
-            Ok(kernel
-                .constant(&format!("PGTY_{name}"))?
-                .and_then(|ty| u32::try_from(ty).ok())
-                .and_then(|ty| ty.checked_shl(24)))
+        // Since 6.12 `enum pagetype` holds the top byte: 0xf0 and up, and 0xff is a page without a
+        // type. VMCOREINFO tells the whole word of some; before, there are macros only, and in
+        // 6.11 an enumerator `PG_buddy` of 0x40000000.
+        let top_byte = |own: &str, info: &str| -> Result<Option<u32>, VmiError> {
+            let enumerator = format!("PGTY_{own}");
+            let word = match kernel.constant(&enumerator)? {
+                Some(byte) if (0xf0..0xff).contains(&byte) => Some((byte as u32) << 24),
+                Some(byte) => {
+                    return Err(VmiError::Unsupported {
+                        what: format!("{enumerator} of {byte:#x}"),
+                    });
+                }
+                None => None,
+            };
+            match (word, from_info(info)?) {
+                (Some(own), Some(told)) if own != told => Err(VmiError::Disagree {
+                    what: format!("the type of {own} pages", own = info.to_lowercase()),
+                    first: enumerator,
+                    first_value: u64::from(own),
+                    second: format!("PAGE_{info}_MAPCOUNT_VALUE"),
+                    second_value: u64::from(told),
+                }),
+                (word, told) => Ok(word.or(told)),
+            }
         };
-        // Since 6.12 `enum pagetype` holds the top byte; before, an enumerator `PG_buddy` of
-        // 0x40000000 (6.11), or macros only.
-        if let Some(buddy) = from_enum("buddy")? {
-            return Ok(Self {
+        let by_enum = kernel.constant("PGTY_buddy")?.is_some();
+        if by_enum || from_info("BUDDY")?.is_some_and(|word| word >> 24 == 0xf0) {
+            let need_buddy = || kernel.need_constant("PAGE_BUDDY_MAPCOUNT_VALUE").map(|_| 0);
+            let types = Self {
                 encoding: Encoding::TopByte,
-                buddy,
-                offline: from_enum("offline")?,
-                table: from_enum("table")?,
-                slab: from_enum("slab")?,
-                hugetlb: from_enum("hugetlb")?,
-                unaccepted: from_enum("unaccepted")?,
-            });
+                buddy: top_byte("buddy", "BUDDY")?.map_or_else(need_buddy, Ok)?,
+                offline: top_byte("offline", "OFFLINE")?,
+                table: if by_enum {
+                    top_byte("table", "TABLE")?
+                } else {
+                    Some(0xf200_0000)
+                },
+                slab: top_byte("slab", "SLAB")?,
+                hugetlb: top_byte("hugetlb", "HUGETLB")?,
+                unaccepted: top_byte("unaccepted", "UNACCEPTED")?,
+            };
+            return types.distinct();
         }
         let buddy = from_info("BUDDY")?.map_or_else(
             || kernel.need_constant("PAGE_BUDDY_MAPCOUNT_VALUE").map(|_| 0),
             Ok,
         )?;
-        if buddy >> 24 == 0xf0 {
-            return Ok(Self {
-                encoding: Encoding::TopByte,
-                buddy,
-                offline: from_info("OFFLINE")?,
-                table: Some(0xf200_0000),
-                slab: from_info("SLAB")?,
-                hugetlb: from_info("HUGETLB")?,
-                unaccepted: from_info("UNACCEPTED")?,
-            });
-        }
         let cleared_bit = !buddy;
         if !cleared_bit.is_power_of_two() {
             return Err(VmiError::Unsupported {
@@ -403,15 +491,47 @@ impl PageTypes {
             0x4000_0000 => Some(!0x1000_0000),
             _ => None,
         };
-        Ok(Self {
+        // One type is one cleared bit of the ones that are types; each but the top bits.
+        let one_bit = |name: &str| -> Result<Option<u32>, VmiError> {
+            match from_info(name)? {
+                Some(word) if !(!word).is_power_of_two() => Err(VmiError::Unsupported {
+                    what: format!("PAGE_{name}_MAPCOUNT_VALUE of {word:#x}"),
+                }),
+                word => Ok(word),
+            }
+        };
+        let types = Self {
             encoding: Encoding::ClearedBits,
             buddy,
-            offline: from_info("OFFLINE")?,
+            offline: one_bit("OFFLINE")?,
             table,
-            slab: from_info("SLAB")?,
-            hugetlb: from_info("HUGETLB")?,
-            unaccepted: from_info("UNACCEPTED")?,
-        })
+            slab: one_bit("SLAB")?,
+            hugetlb: one_bit("HUGETLB")?,
+            unaccepted: one_bit("UNACCEPTED")?,
+        };
+        types.distinct()
+    }
+
+    /// Refuses two types of one value: one of them is another kernel's, or damaged.
+    fn distinct(self) -> Result<Self, VmiError> {
+        let all = [
+            ("buddy", Some(self.buddy)),
+            ("offline", self.offline),
+            ("table", self.table),
+            ("slab", self.slab),
+            ("hugetlb", self.hugetlb),
+            ("unaccepted", self.unaccepted),
+        ];
+        for (number, (name, value)) in all.iter().enumerate() {
+            let earlier = all.iter().take(number);
+            let mut same = earlier.filter(|(_, other)| value.is_some() && other == value);
+            if let (Some((other, _)), Some(value)) = (same.next(), value) {
+                return Err(VmiError::Unsupported {
+                    what: format!("{name} and {other} pages of one type {value:#x}"),
+                });
+            }
+        }
+        Ok(self)
     }
 
     /// Whether the word `ty` says the type whose word `value` is.
@@ -508,6 +628,8 @@ mod tests {
             "PG_swapbacked",
             "PG_hwpoison",
             "PG_slab",
+            "PG_mappedtodisk",
+            "PG_reclaim",
             "__NR_PAGEFLAGS",
         ];
         for (bit, name) in (0..).zip(flags) {

@@ -32,6 +32,8 @@ struct ZoneLayout {
     nr_free: u64,
     zone_start_pfn: u64,
     spanned_pages: u64,
+    /// Not in kernels whose types do not tell; then no section is proved to be offline.
+    present_pages: Option<u64>,
     name: u64,
     vm_stat: u64,
     nr_free_pages: u64,
@@ -46,6 +48,8 @@ pub(crate) struct Zone {
     pub node: u64,
     pub name: String,
     pub span: PfnRange,
+    /// `present_pages`: the frames of the zone that are RAM and in use by the kernel.
+    pub present: Option<u64>,
     /// `nr_free` of each order.
     pub nr_free: Vec<u64>,
     /// `vm_stat[NR_FREE_PAGES]` and the per-CPU deltas not yet folded into it.
@@ -67,6 +71,8 @@ pub(crate) struct Deferred {
 pub(crate) struct Zones {
     layout: ZoneLayout,
     pub zones: Vec<Zone>,
+    /// `struct pglist_data` of each node.
+    pub nodes: Vec<KernelVa>,
     pub deferred: Vec<Deferred>,
     /// The displacement of each possible processor's per-CPU area.
     pub cpu_offsets: Vec<u64>,
@@ -125,6 +131,9 @@ impl ZoneLayout {
             nr_free: offset("free_area", "nr_free")?,
             zone_start_pfn: offset("zone", "zone_start_pfn")?,
             spanned_pages: offset("zone", "spanned_pages")?,
+            present_pages: kernel
+                .member("zone", "present_pages")?
+                .map(|member| member.offset),
             name: offset("zone", "name")?,
             vm_stat: offset("zone", "vm_stat")?,
             nr_free_pages: index("NR_FREE_PAGES")?,
@@ -147,7 +156,9 @@ impl Zones {
         let diffs = StatDiffs::new(kernel)?;
         let mut zones = Vec::new();
         let mut deferred = Vec::new();
+        let mut pgdats = Vec::new();
         for (node, pgdat) in nodes(kernel)? {
+            pgdats.push(pgdat);
             let node_zones = kernel.need_member("pglist_data", "node_zones")?;
             let count = node_zones
                 .size
@@ -176,6 +187,7 @@ impl Zones {
         Ok(Self {
             layout,
             zones,
+            nodes: pgdats,
             deferred,
             cpu_offsets,
             no_pcp,
@@ -367,6 +379,10 @@ fn read_zone(
             at,
             value: spanned,
         })?;
+    let present = layout
+        .present_pages
+        .map(|offset| kernel.read_u64("zone.present_pages", field(offset)?))
+        .transpose()?;
     let name_at = kernel.read_ptr("zone.name", field(layout.name)?)?;
     let name = kernel
         .space
@@ -424,6 +440,7 @@ fn read_zone(
         node,
         name,
         span,
+        present,
         nr_free,
         counter,
         unaccepted,
