@@ -294,6 +294,69 @@ static int kernel_complains(void)
 	return bad;
 }
 
+/* Persistent memory: `memmap=` makes it of the guest's RAM. */
+#define PMEM_BYTES (40 * MIB)
+static int pmem = -1;
+
+static uint64_t *pmem_buffer(void)
+{
+	static uint64_t *buffer;
+	if (!buffer && posix_memalign((void **)&buffer, PAGE, MIB))
+		die("pmem buffer");
+	return buffer;
+}
+
+static void fill_pmem(void)
+{
+	for (int i = 0; i < 100 && access("/dev/pmem0", F_OK); i++)
+		usleep(50000);
+	/* Past the page cache, or that would answer for the device. */
+	pmem = open("/dev/pmem0", O_RDWR | O_DIRECT);
+	if (pmem < 0)
+		die("/dev/pmem0");
+	for (uint64_t i = 0; i < PMEM_BYTES / MIB; i++) {
+		fill(pmem_buffer(), MIB, 5000 + i);
+		if (pwrite(pmem, pmem_buffer(), MIB, i * MIB) != (ssize_t)MIB)
+			die("writing persistent memory");
+	}
+}
+
+static int check_pmem(void)
+{
+	for (uint64_t i = 0; pmem >= 0 && i < PMEM_BYTES / MIB; i++)
+		if (pread(pmem, pmem_buffer(), MIB, i * MIB) != (ssize_t)MIB ||
+		    check(pmem_buffer(), MIB, 5000 + i))
+			return -1;
+	return 0;
+}
+
+/* Writes `state` to memory blocks that are in state `from`, and so many MiB of them; returns how
+ * many MiB there were. Those that cannot be changed are passed over. */
+static unsigned long change_blocks(const char *from, const char *state, unsigned long mib)
+{
+	char text[32] = "";
+	int size = open("/sys/devices/system/memory/block_size_bytes", O_RDONLY);
+	if (size < 0 || read(size, text, sizeof text - 1) <= 0)
+		die("block_size_bytes");
+	close(size);
+	unsigned long block = strtoul(text, NULL, 16) / MIB, done = 0;
+	/* From the last on: those that were plugged in, not those of the boot. */
+	for (int number = 1024; number > 0 && done < mib; number--) {
+		char path[128], now[16] = "";
+		snprintf(path, sizeof path, "/sys/devices/system/memory/memory%d/state", number);
+		int fd = open(path, O_RDWR);
+		if (fd < 0)
+			continue;
+		if (read(fd, now, sizeof now - 1) > 0 && !strncmp(now, from, strlen(from)) &&
+		    write(fd, state, strlen(state)) > 0)
+			done += block;
+		close(fd);
+	}
+	return done;
+}
+
+static unsigned long offlined_mib;
+
 struct kept {
 	uint64_t *anon, *thp, *shm, *huge;
 	size_t anon_len, thp_len, shm_len, huge_len;
@@ -310,6 +373,8 @@ static const char *check_kept(const struct kept *k)
 		return "tmpfs";
 	if (k->huge_len && check(k->huge, k->huge_len, 4))
 		return "hugetlb";
+	if (check_pmem())
+		return "persistent memory";
 	return NULL;
 }
 
@@ -338,6 +403,17 @@ static void torture(const struct kept *k)
 		if (got) {
 			say("TORTURE-FAIL using all memory: %d%s", got,
 			    got == 3 ? " (a new page was not zero)" : "");
+			return;
+		}
+	}
+	/* What was offline is brought back and used like the rest. */
+	if (offlined_mib) {
+		if (change_blocks("offline", "online_movable", offlined_mib) != offlined_mib) {
+			say("TORTURE-FAIL bringing memory back online");
+			return;
+		}
+		if (use_all(110, 1)) {
+			say("TORTURE-FAIL using memory that was offline");
 			return;
 		}
 	}
@@ -433,7 +509,7 @@ static unsigned long option(const char *name, unsigned long otherwise)
 }
 
 /* Waits until memory has grown by `mib`, bringing online what comes (some kernels do so alone). */
-static void wait_for_memory(unsigned long before_kib, unsigned long mib)
+static void wait_for_memory(unsigned long before_kib, unsigned long mib, const char *online)
 {
 	int brought = 0;
 	for (int i = 0; i < 600; i++) {
@@ -448,7 +524,7 @@ static void wait_for_memory(unsigned long before_kib, unsigned long mib)
 			int fd = open(path, O_RDWR);
 			if (fd >= 0 && read(fd, state, sizeof state - 1) > 0 &&
 			    !strncmp(state, "offline", 7)) {
-				if (write(fd, "online", 6) < 0)
+				if (write(fd, online, strlen(online)) < 0)
 					say("LAB-NOTE %s: %s", path, strerror(errno));
 				else
 					brought++;
@@ -491,7 +567,9 @@ int main(void)
 	unsigned long plug = option("lab.plug", 0);
 	if (plug) {
 		say("PLUG");
-		wait_for_memory(total_kib, plug);
+		/* What shall go offline again must hold nothing that cannot move. */
+		wait_for_memory(total_kib, plug,
+				option("lab.offline", 0) ? "online_movable" : "online");
 		total_kib = meminfo("MemTotal");
 	}
 	seed = option("lab.seed", 1);
@@ -550,6 +628,15 @@ int main(void)
 	/* Free pages that are not zero, then page cache, clean and dirty. */
 	if (use_all(50, 0))
 		die("filling free memory");
+	if (option("lab.pmem", 0))
+		fill_pmem();
+	unsigned long offline = option("lab.offline", 0);
+	if (offline) {
+		offlined_mib = change_blocks("online", "offline", offline);
+		say("OFFLINED %lu MiB", offlined_mib);
+		if (offlined_mib < offline)
+			die("taking memory offline");
+	}
 	k.files = hash_tree("/files");
 	int dirty = open("/files/dirty", O_RDWR | O_CREAT, 0600);
 	for (uint64_t i = 0; dirty >= 0 && i < (anon_mib >= 16 ? 1024 : 256); i++) {

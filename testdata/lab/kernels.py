@@ -17,7 +17,7 @@ KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 SUITES = {"5.10": "bullseye", "6.1": "bookworm", "6.12": "trixie", "7.2": "sid"}
 MODULES = [
     "virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci",
-    "virtio_blk", "virtio_balloon", "qemu_fw_cfg", "virtio_mem", "ext4",
+    "virtio_blk", "virtio_balloon", "qemu_fw_cfg", "virtio_mem", "ext4", "nd_e820", "nd_pmem",
 ]
 
 
@@ -171,7 +171,7 @@ def fetch(series, symbols):
     record = home / "meta.json"
     if record.exists():
         meta = json.loads(record.read_text())
-        if meta.get("vmlinux") or not symbols:
+        if meta.get("wanted") == MODULES and (meta.get("vmlinux") or not symbols):
             return meta
     apt = Apt(SUITES[number], LAB)
     apt.update()
@@ -194,7 +194,7 @@ def fetch(series, symbols):
     # 7.2 moved the kernel to usr/lib/modules/RELEASE, without the release in its name.
     release = image.removeprefix("linux-image-")
     vmlinuz = next(p for p in root.rglob("vmlinuz*") if p.is_file() and not p.is_symlink())
-    meta = {"series": series, "release": release, "packages": versions,
+    meta = {"series": series, "release": release, "packages": versions, "wanted": MODULES,
             "vmlinuz": keep(vmlinuz, home / "vmlinuz")}
     config = next((p for name in (f"config-{release}", "config") for p in root.rglob(name)
                    if p.is_file() and not p.is_symlink()), None)

@@ -37,7 +37,7 @@ def spec_of(args, series):
     return spec
 
 
-OPTIONS = ("append", "hugetlb", "balloon", "numa", "dimm", "virtio_mem")
+OPTIONS = ("append", "hugetlb", "balloon", "numa", "dimm", "virtio_mem", "offline", "pmem")
 
 
 def add_options(spec, args):
@@ -70,6 +70,10 @@ def guest_options(parser):
     parser.add_argument("--numa", type=sizes,
                         help="nodes, a RAM block each: how many, or the MiB of each (192,320)")
     parser.add_argument("--dimm", type=sizes, help="MiB of memory plugged in after boot: 128,128")
+    parser.add_argument("--offline", type=int, default=0,
+                        help="MiB of what was plugged in to be taken offline again")
+    parser.add_argument("--pmem", default="",
+                        help="RAM to be persistent memory, as memmap= has it: 128M!256M")
     parser.add_argument("--virtio-mem", type=sizes,
                         help="MiB of a virtio-mem device, and how much of it is plugged: 512,200")
 

@@ -22,7 +22,8 @@ GUEST_SOURCE = Path(__file__).with_name("guest.c")
 def build_initramfs(kernel):
     """The guest's program and its modules, as a cpio archive."""
     home = LAB / "kernels" / kernel["series"]
-    archive = home / f"initramfs-{guest_program()}"
+    modules = hashlib.sha256(" ".join(kernel["modules"]).encode()).hexdigest()[:8]
+    archive = home / f"initramfs-{guest_program()}-{modules}"
     if archive.exists():
         return archive
     tree = Path(tempfile.mkdtemp(dir=home))
@@ -321,6 +322,12 @@ def prepare(spec, folder, more=""):
     plug = sum(spec.get("dimm", [])) + spec.get("virtio_mem", [0, 0])[1]
     if plug:
         more += f" lab.plug={plug}"
+    if spec.get("pmem"):
+        # RAM that is called persistent memory, and used as such.
+        more += f" memmap={spec['pmem']} lab.pmem=1"
+    if spec.get("offline"):
+        # Plugged in, used, and taken offline again.
+        more += f" lab.offline={spec['offline']} memhp_default_state=offline"
     shutil.copy(build_files(8 if small else 64), folder / "files.img")
     with open(folder / "records.img", "wb") as records:
         # What is plugged in comes after the PCI hole, and kpageflags counts from 0.
