@@ -313,6 +313,48 @@ pub(crate) mod testing {
         }
     }
 
+    /// `struct page` as it is in every version: flags 0, lru 8, mapping 24, private 40,
+    /// mapcount 48, refcount 52.
+    pub(crate) fn page_facts() -> Facts {
+        let mut facts = Facts::default();
+        facts.sizes.insert("page", 64);
+        for (name, offset) in [
+            ("flags", 0),
+            ("lru", 8),
+            ("mapping", 24),
+            ("private", 40),
+            ("_mapcount", 48),
+            ("_refcount", 52),
+        ] {
+            Facts::member(&mut facts, "page", name, offset);
+        }
+        let flags = [
+            "PG_locked",
+            "PG_writeback",
+            "PG_referenced",
+            "PG_uptodate",
+            "PG_dirty",
+            "PG_lru",
+            "PG_head",
+            "PG_waiters",
+            "PG_active",
+            "PG_workingset",
+            "PG_private",
+            "PG_private_2",
+            "PG_reserved",
+            "PG_swapbacked",
+            "PG_hwpoison",
+            "PG_slab",
+            "PG_mappedtodisk",
+            "PG_reclaim",
+            "__NR_PAGEFLAGS",
+        ];
+        for (bit, name) in (0..).zip(flags) {
+            facts.constants.insert(name, bit);
+        }
+        facts
+    }
+
     /// Guest memory with its page tables: `len` bytes (at most 1 GiB), the tables in its last
     /// three pages, all of it mapped at [`DIRECT_MAP`].
     pub(crate) struct Ram(pub Vec<u8>);

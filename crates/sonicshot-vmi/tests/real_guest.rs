@@ -258,6 +258,83 @@ fn cut_lists_show_the_numbers() {
     assert!(error.to_string().contains("nr_free says"), "{error}");
 }
 
+/// Where `mem_section` says that the guest's only section has its struct pages.
+fn section_word(ram: &[u8]) -> usize {
+    let len = ram.len() / PAGE * STRUCT_PAGE;
+    let mut arrays: Vec<u64> = heads(ram)
+        .iter()
+        .map(|(_, _, at)| u64_at(ram, at + LRU) & !(len as u64 - 1))
+        .collect();
+    // The others are heads of lists, in the zones: no word says of those that they are online.
+    arrays.sort_unstable();
+    arrays.dedup();
+    // Present, with a mem_map, online, early.
+    let is_word = |at: &usize| {
+        let word = u64_at(ram, *at);
+        word & 0xfff == 0xf && arrays.contains(&(word ^ 0xf))
+    };
+    let found: Vec<usize> = (0..ram.len()).step_by(8).filter(is_word).collect();
+    assert_eq!(found.len(), 1);
+    found[0]
+}
+
+#[test]
+fn a_section_in_use_that_loses_a_bit_is_not_dropped() {
+    let original = ram();
+    let before = dropped(&classify(&original, OnInconsistency::Refuse).unwrap().map);
+    let at = section_word(&original);
+    let mut classified = 0;
+    for bit in (0..7).chain(12..24).chain([30, 47]) {
+        let mut ram = original.clone();
+        ram[at + bit / 8] ^= 1 << (bit % 8);
+        let Ok(pages) = classify(&ram, OnInconsistency::KeepInQuestion) else {
+            continue;
+        };
+        classified += 1;
+        let after = dropped(&pages.map);
+        let wrong = after.iter().zip(&before).filter(|(a, b)| **a && !**b);
+        assert_eq!(wrong.count(), 0, "bit {bit}");
+        if bit == 2 {
+            assert!(pages.notes.iter().any(|note| note.contains("not online")));
+        }
+    }
+    assert!(classified >= 2, "{classified}");
+}
+
+#[test]
+fn a_page_in_use_that_says_it_is_offline_is_not_dropped() {
+    const PAGE_OFFLINE: u32 = !0x100;
+    let original = ram();
+    let base = usize::try_from(struct_pages(&original).start().raw()).unwrap();
+    let pages = classify(&original, OnInconsistency::Refuse).unwrap();
+    for class in [
+        PageClass::Kernel,
+        PageClass::PageCacheClean,
+        PageClass::Anonymous,
+        PageClass::Reserved,
+    ] {
+        let mut ram = original.clone();
+        let used: Vec<usize> = (0..ram.len() / PAGE)
+            .filter(|pfn| class_of(&pages, *pfn) == class)
+            .take(200)
+            .collect();
+        assert!(used.len() > 20, "{class}");
+        for pfn in &used {
+            let at = base + pfn * STRUCT_PAGE;
+            ram[at + MAPCOUNT..at + MAPCOUNT + 4].copy_from_slice(&PAGE_OFFLINE.to_le_bytes());
+            // As a driver leaves it, every second.
+            if pfn % 2 == 0 {
+                put(&mut ram, at + PRIVATE, 0);
+                ram[at + REFCOUNT..at + REFCOUNT + 4].copy_from_slice(&[1, 0, 0, 0]);
+            }
+        }
+        let pages = classify(&ram, OnInconsistency::Refuse).unwrap();
+        for pfn in used {
+            assert!(!is_dropped(class_of(&pages, pfn)), "{class}, frame {pfn}");
+        }
+    }
+}
+
 /// A simple generator: the same damage every time.
 fn next(state: &mut u64) -> usize {
     *state ^= *state << 13;

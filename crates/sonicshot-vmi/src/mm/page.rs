@@ -593,50 +593,8 @@ impl HugetlbMark {
 mod tests {
     use super::{FreeMark, PageLayout};
     use crate::KernelVa;
-    use crate::kernel::testing::{Facts, Ram, kernel};
+    use crate::kernel::testing::{Facts, Ram, kernel, page_facts as facts};
     use sonicshot::{GuestBytes, PageClass};
-
-    /// `struct page` as it is in every version: flags 0, lru 8, mapping 24, private 40,
-    /// mapcount 48, refcount 52.
-    fn facts() -> Facts {
-        let mut facts = Facts::default();
-        facts.sizes.insert("page", 64);
-        for (name, offset) in [
-            ("flags", 0),
-            ("lru", 8),
-            ("mapping", 24),
-            ("private", 40),
-            ("_mapcount", 48),
-            ("_refcount", 52),
-        ] {
-            facts.member("page", name, offset);
-        }
-        let flags = [
-            "PG_locked",
-            "PG_writeback",
-            "PG_referenced",
-            "PG_uptodate",
-            "PG_dirty",
-            "PG_lru",
-            "PG_head",
-            "PG_waiters",
-            "PG_active",
-            "PG_workingset",
-            "PG_private",
-            "PG_private_2",
-            "PG_reserved",
-            "PG_swapbacked",
-            "PG_hwpoison",
-            "PG_slab",
-            "PG_mappedtodisk",
-            "PG_reclaim",
-            "__NR_PAGEFLAGS",
-        ];
-        for (bit, name) in (0..).zip(flags) {
-            facts.constants.insert(name, bit);
-        }
-        facts
-    }
 
     fn layout(facts: Facts) -> PageLayout {
         let ram = Ram::new(1 << 20);
