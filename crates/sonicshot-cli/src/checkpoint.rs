@@ -143,6 +143,11 @@ pub(crate) fn save(args: &SaveArgs) -> Result<(), CliError> {
             path: args.output.clone(),
         });
     }
+    let mut files = Vec::new();
+    for (name, path) in blobs {
+        files.push((name, File::open(&path).map_err(io("opening", &path))?));
+    }
+    let blobs = files;
     let mut source = source(args)?;
     source.notes.extend(without_p2m(&source.dump));
     source.info.vmm.clone_from(&args.vmm);
@@ -156,7 +161,10 @@ pub(crate) fn save(args: &SaveArgs) -> Result<(), CliError> {
         let stats = write(args, &source, &plan, &blobs, io::stdout().lock())?;
         (stats, None)
     } else {
-        let out = NewFile::create(&args.output, overwrite(args.force), source.dump.file())?;
+        // What is put in beside the memory may be for fewer eyes.
+        let mut inputs = source.dump.files();
+        inputs.extend(blobs.iter().map(|(_, file)| file));
+        let out = NewFile::create(&args.output, overwrite(args.force), &inputs)?;
         let stats = write(args, &source, &plan, &blobs, out.file())?;
         (stats, Some(out.finish()?))
     };
@@ -205,7 +213,7 @@ fn write(
     args: &SaveArgs,
     source: &Source,
     plan: &PrunePlan,
-    blobs: &[(&str, PathBuf)],
+    blobs: &[(&str, File)],
     out: impl Write,
 ) -> Result<SaveStats, CliError> {
     let failed = checkpoint(&args.output);
@@ -222,8 +230,7 @@ fn write(
     if let Some(skeleton) = source.dump.xl_skeleton(plan)? {
         writer.blob(XEN_IMAGE, &*skeleton).map_err(&failed)?;
     }
-    for (name, path) in blobs {
-        let file = File::open(path).map_err(io("opening", path))?;
+    for (name, file) in blobs {
         writer.blob(name, file).map_err(&failed)?;
     }
     let bar = progress_bar("saving", args.json);
@@ -285,7 +292,12 @@ pub(crate) fn left_out(reader: &CheckpointReader<File>, pfn: Pfn) -> bool {
 fn dump_file(args: &RestoreArgs, reader: &CheckpointReader<File>) -> Result<DumpFile, CliError> {
     let (layout, force) = (&reader.info().layout, overwrite(args.force));
     if args.to != DumpKind::Elf {
-        return Ok(DumpFile::raw(&args.output, layout, force, reader.source())?);
+        return Ok(DumpFile::raw(
+            &args.output,
+            layout,
+            force,
+            &[reader.source()],
+        )?);
     }
     let blob = |name: &str| match reader.read_blob(name) {
         Ok(bytes) => Ok(Some(bytes)),
@@ -299,13 +311,13 @@ fn dump_file(args: &RestoreArgs, reader: &CheckpointReader<File>) -> Result<Dump
     };
     notes.notes = blob(CORE_NOTES)?;
     notes.vmcoreinfo = blob(VMCOREINFO)?;
-    let source = reader.source();
+    let source = [reader.source()];
     Ok(DumpFile::elf_core(
         &args.output,
         layout,
         &notes,
         force,
-        source,
+        &source,
     )?)
 }
 
@@ -322,7 +334,7 @@ pub(crate) fn restore(args: &RestoreArgs) -> Result<(), CliError> {
     let force = overwrite(args.force);
     let mut files = Vec::new();
     for (name, path) in blobs {
-        let file = NewFile::create(&path, force, reader.source())?;
+        let file = NewFile::create(&path, force, &[reader.source()])?;
         reader.copy_blob(name, &mut file.file()).map_err(&failed)?;
         files.push(file);
     }
@@ -335,8 +347,8 @@ pub(crate) fn restore(args: &RestoreArgs) -> Result<(), CliError> {
         DumpKind::Xl => {
             let skeleton = xl_skeleton(&reader, &args.file)?;
             let left_out = |pfn| left_out(&reader, pfn);
-            let (out, source) = (&args.output, reader.source());
-            skeleton.write(&reader, &left_out, out, force, source, &mut progress)?
+            let (out, source) = (&args.output, [reader.source()]);
+            skeleton.write(&reader, &left_out, out, force, &source, &mut progress)?
         }
         DumpKind::Raw | DumpKind::Elf => {
             let output = dump_file(args, &reader)?;
@@ -555,7 +567,7 @@ pub(crate) fn inspect(path: &Path, args: &InspectArgs) -> Result<(), CliError> {
 
 /// A line for each run: first frame, last frame, class, content.
 fn write_pfns(reader: &CheckpointReader<File>, path: &Path, force: bool) -> Result<(), CliError> {
-    let out = NewFile::create(path, overwrite(force), reader.source())?;
+    let out = NewFile::create(path, overwrite(force), &[reader.source()])?;
     let mut lines = io::BufWriter::new(out.file());
     let mut write = || -> io::Result<()> {
         for run in reader.runs() {

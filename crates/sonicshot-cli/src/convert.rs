@@ -43,10 +43,11 @@ impl Source {
         }
     }
 
-    fn file(&self) -> &File {
+    /// The files that it comes from.
+    fn files(&self) -> Vec<&File> {
         match self {
-            Self::Dump(dump) => dump.file(),
-            Self::Checkpoint(reader) => reader.source(),
+            Self::Dump(dump) => dump.files(),
+            Self::Checkpoint(reader) => vec![reader.source()],
         }
     }
 
@@ -194,7 +195,7 @@ fn write(
     };
     match args.to {
         ConvertTo::Raw => {
-            let file = DumpFile::raw(out, memory.layout(), force, source.file())?;
+            let file = DumpFile::raw(out, memory.layout(), force, &source.files())?;
             file.copy(memory, progress)?;
             Ok(file.finish()?)
         }
@@ -203,12 +204,12 @@ fn write(
             notes.machine = beside.machine;
             notes.notes.clone_from(&beside.notes);
             notes.vmcoreinfo.clone_from(&beside.vmcoreinfo);
-            let file = DumpFile::elf_core(out, memory.layout(), &notes, force, source.file())?;
+            let file = DumpFile::elf_core(out, memory.layout(), &notes, force, &source.files())?;
             file.copy(memory, progress)?;
             Ok(file.finish()?)
         }
         ConvertTo::Kdump => {
-            let file = NewFile::create(out, force, source.file())?;
+            let file = NewFile::create(out, force, &source.files())?;
             let (_, plan) = everything();
             let options = KdumpOptions {
                 compression: KdumpCompression::Zlib,
@@ -226,7 +227,7 @@ fn write(
             Ok(file.finish()?)
         }
         ConvertTo::Sonic => {
-            let file = NewFile::create(out, force, source.file())?;
+            let file = NewFile::create(out, force, &source.files())?;
             let (map, plan) = everything();
             let mut info = CheckpointInfo::new(memory.layout().clone(), PageSize::SIZE_4K);
             info.architecture = match beside.machine {
@@ -337,5 +338,7 @@ fn write_xl(
         Source::Checkpoint(reader) => checkpoint::left_out(reader, pfn),
     };
     let (out, force) = (&args.output, overwrite(args.force));
-    Ok(skeleton.write(memory, &left_out, out, force, source.file(), progress)?)
+    let mut files = source.files();
+    files.extend(template.map(Dump::files).unwrap_or_default());
+    Ok(skeleton.write(memory, &left_out, out, force, &files, progress)?)
 }

@@ -2,12 +2,13 @@
 
 use crate::analyze::{Analysis, analyze};
 use crate::args::InspectArgs;
+use crate::checkpoint::overwrite;
 use crate::error::CliError;
 use crate::inputs::{Input, Inputs};
 use crate::report::{count, percent, say, size};
 use serde_json::{Map, Value, json};
 use sonicshot::{ClassSet, GuestMemory, PageClass, PrunePlan};
-use sonicshot_dump::Vmm;
+use sonicshot_dump::{NewFile, Vmm};
 use sonicshot_vmi::{ZoneReport, count_zero_pages};
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -72,11 +73,7 @@ fn one(args: &InspectArgs, input: &Input<'_>) -> Result<(u64, u64), CliError> {
     let analysis = analyze(input)?;
     let zero_pages = count_zero_pages(&analysis.dump, &analysis.pages.map)?;
     if let Some(path) = &args.pfns {
-        write_pfns(&analysis, path, args.force).map_err(|source| CliError::Io {
-            action: "writing",
-            path: path.clone(),
-            source,
-        })?;
+        write_pfns(&analysis, path, args.force)?;
     }
     if args.json {
         let mut report = json_report(&analysis, zero_pages);
@@ -107,35 +104,23 @@ fn default_plan(analysis: &Analysis) -> PrunePlan {
 }
 
 /// Writes a line for each run of frames of one class; the file appears whole or not at all.
-fn write_pfns(analysis: &Analysis, path: &Path, force: bool) -> io::Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let mut file = tempfile::Builder::new()
-        .prefix(".sonicshot-")
-        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
-        .tempfile_in(folder)?;
-    {
-        let mut out = BufWriter::new(file.as_file_mut());
-        write_runs(analysis, &mut out)?;
-        out.flush()?;
-    }
-    file.as_file().sync_all()?;
-    if force {
-        file.persist(path)?;
-    } else {
-        file.persist_noclobber(path)?;
-    }
+fn write_pfns(analysis: &Analysis, path: &Path, force: bool) -> Result<(), CliError> {
+    let file = NewFile::create(path, overwrite(force), &analysis.dump.files())?;
+    write_runs(analysis, BufWriter::new(file.file())).map_err(|source| CliError::Io {
+        action: "writing",
+        path: path.into(),
+        source,
+    })?;
+    file.finish()?;
     Ok(())
 }
 
-fn write_runs(analysis: &Analysis, out: &mut BufWriter<&mut File>) -> io::Result<()> {
+fn write_runs(analysis: &Analysis, mut out: BufWriter<&File>) -> io::Result<()> {
     for (frames, class) in analysis.pages.map.runs() {
         let last = frames.end().raw().saturating_sub(1);
         writeln!(out, "{}\t{last}\t{class}", frames.start().raw())?;
     }
-    Ok(())
+    out.flush()
 }
 
 fn zone_json(zone: &ZoneReport) -> Value {

@@ -211,8 +211,7 @@ fn write(
         }
         Some(out) if input.files.folder().is_some() => {
             let folder = NewFolder::create(out, overwrite, &input.files)?;
-            let memory = folder.memory();
-            let stats = dump.prune_to(plan, &memory, Overwrite::Refuse, &mut progress)?;
+            let stats = folder.write_memory(dump, plan, &mut progress)?;
             folder.finish()?;
             stats
         }

@@ -1,12 +1,17 @@
 //! A folder that appears whole or not at all.
 
-use crate::{DumpError, Overwrite, SnapshotFiles};
-use rustix::fs::{CWD, RenameFlags, SeekFrom, copy_file_range, renameat_with, seek};
+use crate::output::{self, Output, PREFIX, Replaced, Rights, Target, folder_of, settle};
+use crate::{Dump, DumpError, Overwrite, Progress, PruneStats, SnapshotFiles};
+use rustix::fs::{
+    Mode, OFlags, RenameFlags, SeekFrom, copy_file_range, openat, renameat_with, seek,
+};
 use rustix::io::Errno;
-use std::ffi::OsString;
-use std::fs::{self, File};
+use rustix::process::geteuid;
+use sonicshot::PrunePlan;
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -15,12 +20,21 @@ const COPY: u64 = 1 << 20;
 
 /// A snapshot folder that is being written: a copy of another's files, all but the memory.
 ///
-/// It is written under another name beside its own, and gets its own when everything is on disk;
-/// if it is dropped before, it is removed.
+/// It is written under another name beside its own, for its owner alone, and gets its own name
+/// when everything is on disk; if it is dropped before, it is removed. The owner and mode of each
+/// file in it, and its own, are those of what it is a copy of, as for every output.
 #[derive(Debug)]
 pub struct NewFolder {
     temporary: TempDir,
+    /// The same folder, wherever its path may lead.
+    folder: File,
+    /// The folder that it is in, and its name there.
+    parent: File,
+    name: OsString,
     memory: OsString,
+    /// All names in it, the memory's too.
+    names: Vec<OsString>,
+    rights: Rights,
     path: PathBuf,
     overwrite: Overwrite,
 }
@@ -46,10 +60,9 @@ impl NewFolder {
         let (Some(input), Some(memory)) = (files.folder(), files.memory().file_name()) else {
             return Err(refuse(files.memory(), "it was not given as a folder"));
         };
-        let parent = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+        let parent = folder_of(path);
+        let name = path.file_name();
+        let name = name.ok_or_else(|| refuse(path, "it has no name of its own"))?;
         let real = |path: &Path| fs::canonicalize(path).map_err(DumpError::io("opening", path));
         let real_input = real(input)?;
         if real(parent)?.starts_with(&real_input) {
@@ -68,33 +81,54 @@ impl NewFolder {
             }
             only_files(path)?;
         }
-        let names = only_files(input)?;
-        let temporary = tempfile::Builder::new()
-            .prefix(".sonicshot-")
-            .tempdir_in(parent)
-            .map_err(DumpError::io("creating a folder in", parent))?;
+        let source = output::open_folder(input).map_err(DumpError::io("opening", input))?;
+        let rights = Rights::of(&source).map_err(DumpError::io("reading", input))?;
+        let mut names = only_files(input)?;
         let base = files.base().and_then(Path::file_name);
-        let others = names
-            .iter()
-            .filter(|name| name.as_os_str() != memory && Some(name.as_os_str()) != base);
-        for name in others {
-            copy(&input.join(name), &temporary.path().join(name))?;
+        names.retain(|name| Some(name.as_os_str()) != base);
+
+        let creating = || DumpError::io("creating a folder in", parent);
+        let held = output::open_folder(parent).map_err(creating())?;
+        let temporary = tempfile::Builder::new()
+            .prefix(PREFIX)
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir_in(parent)
+            .map_err(creating())?;
+        let folder = open_ours(&held, temporary.path()).map_err(creating())?;
+        output::forget_access_lists(&folder);
+        for name in names.iter().filter(|name| name.as_os_str() != memory) {
+            let (from, to) = (input.join(name), path.join(name));
+            copy(&source, &folder, name, &from, &to)?;
         }
-        let mode = fs::metadata(input).map(|metadata| metadata.permissions());
-        let set = mode.and_then(|mode| fs::set_permissions(temporary.path(), mode));
-        set.map_err(DumpError::io("writing", temporary.path()))?;
         Ok(Self {
             memory: memory.to_owned(),
             temporary,
+            folder,
+            parent: held,
+            name: name.to_owned(),
+            names,
+            rights,
             path: path.into(),
             overwrite,
         })
     }
 
-    /// Where the memory is to be written, before [`finish`](Self::finish).
-    #[must_use]
-    pub fn memory(&self) -> PathBuf {
-        self.temporary.path().join(&self.memory)
+    /// Writes the memory, without the pages that `plan` drops.
+    ///
+    /// # Errors
+    /// As [`Dump::prune_to`].
+    pub fn write_memory(
+        &self,
+        dump: &Dump,
+        plan: &PrunePlan,
+        progress: Progress<'_>,
+    ) -> Result<PruneStats, DumpError> {
+        let target = Target {
+            path: &self.path.join(&self.memory),
+            overwrite: Overwrite::Refuse,
+            folder: Some(&self.folder),
+        };
+        dump.prune_at(plan, target, progress)
     }
 
     /// Makes the folder durable and gives it its name.
@@ -104,10 +138,15 @@ impl NewFolder {
     /// replaced is there as it was.
     pub fn finish(self) -> Result<(), DumpError> {
         let naming = DumpError::io("giving its name to", &self.path);
-        sync(self.temporary.path())?;
-        let (from, to) = (self.temporary.path(), self.path.as_path());
+        let writing = DumpError::io("writing", &self.path);
+        self.settle()
+            .map_err(DumpError::io("setting the permissions of", &self.path))?;
+        self.folder.sync_all().map_err(writing)?;
+        let temporary = self.temporary.path().file_name().unwrap_or_default();
+        let (parent, name) = (&self.parent, self.name.as_os_str());
+        let rename = |flags| renameat_with(parent, temporary, parent, name, flags);
         let exchanged = match self.overwrite {
-            Overwrite::Replace => match renameat_with(CWD, from, CWD, to, RenameFlags::EXCHANGE) {
+            Overwrite::Replace => match rename(RenameFlags::EXCHANGE) {
                 Ok(()) => true,
                 Err(Errno::NOENT) => false,
                 Err(error) => return Err(naming(error.into())),
@@ -115,30 +154,66 @@ impl NewFolder {
             Overwrite::Refuse => false,
         };
         if !exchanged {
-            let named = renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE);
-            named.map_err(|error| match error {
+            rename(RenameFlags::NOREPLACE).map_err(|error| match error {
                 Errno::EXIST | Errno::NOTEMPTY => DumpError::Exists {
                     path: self.path.clone(),
                 },
                 error => naming(error.into()),
             })?;
         }
-        let parent = match self.path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
         // The old one has the temporary name now, and goes with it; else nothing has.
         if !exchanged {
             let _gone = self.temporary.keep();
         }
-        sync(parent)
+        let synced = self.parent.sync_all();
+        synced.map_err(DumpError::io("writing", folder_of(&self.path)))
+    }
+
+    /// Gives the folder its owner and mode. Of what it replaces, the folder and each file keep
+    /// their owners, and what was not allowed there is not allowed here.
+    fn settle(&self) -> io::Result<()> {
+        let replaced = match self.overwrite {
+            Overwrite::Refuse => None,
+            Overwrite::Replace => Replaced::find(&self.parent, &self.name),
+        };
+        if let Some(replaced) = replaced {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let old = File::from(openat(&self.parent, &self.name, flags, Mode::empty())?);
+            for name in &self.names {
+                if let Some(old) = Replaced::find(&old, name) {
+                    let file = open_file(&self.folder, name)?;
+                    settle(&file, &[Rights::of(&file)?], Some(old.inside(replaced)))?;
+                    file.sync_all()?;
+                }
+            }
+        }
+        settle(&self.folder, &[self.rights], replaced)
     }
 }
 
-fn sync(folder: &Path) -> Result<(), DumpError> {
-    File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .map_err(DumpError::io("writing", folder))
+/// Opens a folder that was just made, and that nobody can have put there instead.
+fn open_ours(parent: &File, path: &Path) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let name = path.file_name().unwrap_or_default();
+    let folder = File::from(openat(parent, name, flags, Mode::empty())?);
+    let metadata = folder.metadata()?;
+    if metadata.uid() != geteuid().as_raw() || metadata.mode() & 0o077 != 0 {
+        let why = "another was put in its place";
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+    }
+    Ok(folder)
+}
+
+/// Opens what must be a regular file.
+fn open_file(folder: &File, name: &OsStr) -> io::Result<File> {
+    // What is no file may never answer.
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = File::from(openat(folder, name, flags, Mode::empty())?);
+    if !file.metadata()?.is_file() {
+        let why = "it is no regular file";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    }
+    Ok(file)
 }
 
 /// The names in a folder of which all must be regular files.
@@ -158,18 +233,28 @@ fn only_files(folder: &Path) -> Result<Vec<OsString>, DumpError> {
     Ok(names)
 }
 
-/// Copies a file, its holes and its permissions, and makes it durable.
-fn copy(from: &Path, to: &Path) -> Result<(), DumpError> {
-    let input = File::open(from).map_err(DumpError::io("opening", from))?;
+/// Copies a file and its holes. `from` and `to` are for messages.
+fn copy(
+    source: &File,
+    folder: &File,
+    name: &OsStr,
+    from: &Path,
+    to: &Path,
+) -> Result<(), DumpError> {
+    let input = open_file(source, name).map_err(DumpError::io("opening", from))?;
     let metadata = input.metadata().map_err(DumpError::io("reading", from))?;
+    let target = Target {
+        path: to,
+        overwrite: Overwrite::Refuse,
+        folder: Some(folder),
+    };
+    let output = Output::create(target, &[&input])?;
     let writing = || DumpError::io("writing", to);
-    let output = File::create_new(to).map_err(writing())?;
-    output.set_len(metadata.size()).map_err(writing())?;
-    copy_data(&input, &output, metadata.size()).map_err(writing())?;
-    output
-        .set_permissions(metadata.permissions())
-        .map_err(writing())?;
-    output.sync_all().map_err(writing())
+    let file = output.file();
+    file.set_len(metadata.size()).map_err(writing())?;
+    copy_data(&input, file, metadata.size()).map_err(writing())?;
+    output.finish()?;
+    Ok(())
 }
 
 fn copy_data(input: &File, output: &File, len: u64) -> io::Result<()> {

@@ -432,6 +432,17 @@ impl Dump {
         }
     }
 
+    /// All files that the memory comes from: [`file`](Self::file), and the base of a diff. What is
+    /// made of it is to be for no more eyes than each of them.
+    #[must_use]
+    pub fn files(&self) -> Vec<&File> {
+        let mut files = vec![self.file()];
+        if let Store::Overlay(overlay) = &self.store {
+            files.push(overlay.base().file());
+        }
+        files
+    }
+
     /// The machine that QEMU ran, such as `pc-i440fx-10.0`, if the dump says.
     #[must_use]
     pub fn machine_type(&self) -> Option<&str> {

@@ -5,7 +5,7 @@
 use crate::copy::{COPY, Copier};
 use crate::mapped::MappedDump;
 use crate::mapped_ram::{self, HEADER_VERSION, MappedRam, is_set};
-use crate::output::{Output, Overwrite};
+use crate::output::{Output, Overwrite, Target};
 use crate::prune::Progress;
 use crate::qemu::{CAPABILITIES, Cursor, FLAG_EOS, FLAG_MEM_SIZE, SUBSECTION, Start, TARGET_PAGE};
 use crate::stream::{
@@ -77,7 +77,7 @@ impl Dump {
             Format::MappedRam(ram) => of_mapped(dump, ram, self.payload_at())?,
             _ => return Err(cannot()),
         };
-        let output = Output::create(out, overwrite, self.file())?;
+        let output = Output::create(Target::new(out, overwrite), &self.files())?;
         write(&content, &mut Writer::new(dump, &output, progress))?;
         output.finish()
     }

@@ -15,7 +15,7 @@
 
 use crate::copy::Copier;
 use crate::mapped::MappedDump;
-use crate::output::{Output, Overwrite};
+use crate::output::{Output, Target};
 use crate::prune::{Progress, PruneStats};
 use crate::{Dump, DumpError, Format, LayoutSpec, Store};
 use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, PrunePlan, RamLayout};
@@ -136,6 +136,10 @@ impl Overlay {
         &self.diff
     }
 
+    pub(crate) fn base(&self) -> &MappedDump {
+        &self.base
+    }
+
     fn source(&self, in_diff: bool) -> &MappedDump {
         if in_diff { &self.diff } else { &self.base }
     }
@@ -215,8 +219,7 @@ impl Overlay {
     pub(crate) fn prune_to(
         &self,
         plan: &PrunePlan,
-        out: &Path,
-        overwrite: Overwrite,
+        out: Target<'_>,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
         self.check_unchanged()?;
@@ -227,13 +230,8 @@ impl Overlay {
             let metadata = metadata.map_err(DumpError::io("reading", dump.path()))?;
             let on_disk = metadata.blocks().saturating_mul(512);
             stats.disk_before = stats.disk_before.saturating_add(on_disk);
-            if let Ok(there) = std::fs::metadata(out)
-                && (there.dev(), there.ino()) == (metadata.dev(), metadata.ino())
-            {
-                return Err(DumpError::SameFile { path: out.into() });
-            }
         }
-        let output = Output::create(out, overwrite, self.diff.file())?;
+        let output = Output::create(out, &[self.diff.file(), self.base.file()])?;
         let len = self.diff.file_len();
         let sized = output.file().set_len(len);
         sized.map_err(DumpError::io("writing", output.path()))?;

@@ -5,7 +5,7 @@ use crate::elf_core::{self, ElfCore, HEADER_LEN, PT_LOAD, SEGMENT_LEN, Segment};
 use crate::kdump_write::{KdumpCompression, KdumpOptions, write_kdump};
 use crate::mapped::MappedDump;
 use crate::mapped_ram::MappedRam;
-use crate::output::{Output, Overwrite};
+use crate::output::{Output, Overwrite, Target};
 use crate::stream_out::{Rewritten, copy_stream};
 use crate::{Dump, DumpError, Format, xen};
 use sonicshot::{Gpa, GpaRange, PrunePlan};
@@ -84,20 +84,29 @@ impl Dump {
         overwrite: Overwrite,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
+        self.prune_at(plan, Target::new(out, overwrite), progress)
+    }
+
+    pub(crate) fn prune_at(
+        &self,
+        plan: &PrunePlan,
+        out: Target<'_>,
+        progress: Progress<'_>,
+    ) -> Result<PruneStats, DumpError> {
         if let Some(overlay) = self.overlay() {
-            return overlay.prune_to(plan, out, overwrite, progress);
+            return overlay.prune_to(plan, out, progress);
         }
         if self.is_compressed() {
-            return self.prune_compressed(plan, out, overwrite, progress);
+            return self.prune_compressed(plan, out, progress);
         }
         let Some(dump) = self.mapped() else {
-            return self.prune_kdump(plan, out, overwrite, progress);
+            return self.prune_kdump(plan, out, progress);
         };
         dump.check_length()?;
         let goes = self.restorable(plan);
         let mut stats = PruneStats::of(plan, &goes);
         stats.disk_before = disk_usage(dump.file(), dump.path())?;
-        let output = Output::create(out, overwrite, dump.file())?;
+        let output = Output::create(out, &self.files())?;
         match self.format_data() {
             Format::Raw { .. } => copy_raw(dump, &goes, &output, &mut stats, progress)?,
             Format::ElfCore(core) => {
@@ -144,8 +153,7 @@ impl Dump {
     fn prune_kdump(
         &self,
         plan: &PrunePlan,
-        out: &Path,
-        overwrite: Overwrite,
+        out: Target<'_>,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
         if !matches!(self.format_data(), Format::Kdump) {
@@ -154,7 +162,7 @@ impl Dump {
         let zeroed = plan.clone().zero_filled_only();
         let mut stats = PruneStats::of(plan, &zeroed);
         stats.disk_before = disk_usage(self.file(), self.path())?;
-        let output = Output::create(out, overwrite, self.file())?;
+        let output = Output::create(out, &self.files())?;
         let notes = self.core_notes();
         let options = KdumpOptions {
             compression: KdumpCompression::Zlib,
@@ -165,7 +173,7 @@ impl Dump {
         };
         write_kdump(self, &zeroed, output.file(), &options, progress).map_err(|source| {
             DumpError::Kdump {
-                path: out.into(),
+                path: out.path.into(),
                 source,
             }
         })?;

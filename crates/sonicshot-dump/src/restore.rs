@@ -1,7 +1,7 @@
 //! Files to restore a guest's memory into: raw RAM, ELF cores.
 
 use crate::elf_core::{self, HEADER_LEN, PT_LOAD, PT_NOTE, SEGMENT_LEN, Segment};
-use crate::output::{Output, Overwrite};
+use crate::output::{Output, Overwrite, Target};
 use crate::{DumpError, Machine};
 use sonicshot::checkpoint::{CheckpointError, FillWith, RestoreTarget};
 use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, RamLayout};
@@ -36,17 +36,18 @@ pub struct CoreNotes {
 }
 
 impl DumpFile {
-    /// A raw file: the regions end to end, lowest first.
+    /// A raw file: the regions end to end, lowest first. `inputs` are all files whose content
+    /// goes into it; see [`NewFile::create`].
     ///
     /// # Errors
-    /// [`DumpError`] if `path` is `input`, exists and may not be replaced, or cannot be written.
+    /// [`DumpError`] if `path` is an input, exists and may not be replaced, or cannot be written.
     pub fn raw(
         path: &Path,
         layout: &RamLayout,
         overwrite: Overwrite,
-        input: &File,
+        inputs: &[&File],
     ) -> Result<Self, DumpError> {
-        Self::create(path, layout, overwrite, input, 0, &[])
+        Self::create(path, layout, overwrite, inputs, 0, &[])
     }
 
     /// An ELF core: a segment for each region.
@@ -58,7 +59,7 @@ impl DumpFile {
         layout: &RamLayout,
         notes: &CoreNotes,
         overwrite: Overwrite,
-        input: &File,
+        inputs: &[&File],
     ) -> Result<Self, DumpError> {
         let text = match (&notes.notes, &notes.vmcoreinfo) {
             (Some(notes), _) => notes.clone(),
@@ -98,18 +99,18 @@ impl DumpFile {
             at = at.saturating_add(region.len()).next_multiple_of(ALIGN);
         }
         head.extend(text);
-        Self::create(path, layout, overwrite, input, start, &head)
+        Self::create(path, layout, overwrite, inputs, start, &head)
     }
 
     fn create(
         path: &Path,
         layout: &RamLayout,
         overwrite: Overwrite,
-        input: &File,
+        inputs: &[&File],
         start: u64,
         head: &[u8],
     ) -> Result<Self, DumpError> {
-        let output = Output::create(path, overwrite, input)?;
+        let output = Output::create(Target::new(path, overwrite), inputs)?;
         let mut places = Vec::new();
         let mut at = start;
         for region in layout.regions() {
@@ -280,20 +281,23 @@ impl RestoreTarget for DumpFile {
 pub struct NewFile(Output);
 
 impl NewFile {
-    /// Begins to write `path`, which must not be `input`.
+    /// Begins to write `path`, which must be none of `inputs`: all files whose content goes into
+    /// it. It will be for no more eyes than each of them, and belong to the owner of the first,
+    /// or of the file that it replaces, where that is allowed.
     ///
     /// # Errors
-    /// [`DumpError`] if `path` is `input`, exists and may not be replaced, or cannot be written.
-    pub fn create(path: &Path, overwrite: Overwrite, input: &File) -> Result<Self, DumpError> {
-        Output::create(path, overwrite, input).map(Self)
+    /// [`DumpError`] if `path` is an input, exists and may not be replaced, or cannot be written.
+    pub fn create(path: &Path, overwrite: Overwrite, inputs: &[&File]) -> Result<Self, DumpError> {
+        Output::create(Target::new(path, overwrite), inputs).map(Self)
     }
 
-    /// The same of something that is no file: a guest that runs.
+    /// The same of something that is no file: a guest that runs. It is for its owner's eyes
+    /// alone.
     ///
     /// # Errors
     /// [`DumpError`] if `path` exists and may not be replaced, or cannot be written.
     pub fn create_new(path: &Path, overwrite: Overwrite) -> Result<Self, DumpError> {
-        Output::create_new(path, overwrite).map(Self)
+        Output::create(Target::new(path, overwrite), &[]).map(Self)
     }
 
     /// The file, without its name yet.

@@ -2,6 +2,7 @@
 //! since a guest's memory is not read from front to back.
 
 use crate::libvirt::{Compression, Image};
+use crate::output::scratch;
 use crate::qemu::MAGIC as MIGRATION;
 use crate::{DumpError, mapped};
 use std::fs::File;
@@ -77,10 +78,10 @@ impl Spool {
     ) -> Result<Self, DumpError> {
         let mut folder =
             std::env::var_os("TMPDIR").map_or_else(|| folder.to_owned(), PathBuf::from);
-        let file = tempfile::tempfile_in(&folder).or_else(|_| {
+        let file = scratch(&folder).or_else(|_| {
             // A folder that is only to be read.
             folder = PathBuf::from(FALLBACK);
-            tempfile::tempfile_in(&folder)
+            scratch(&folder)
         });
         let file = file.map_err(DumpError::io("creating a temporary file in", &folder))?;
         let mut buffer = vec![0; PIECE];

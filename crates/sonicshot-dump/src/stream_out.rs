@@ -4,7 +4,7 @@
 use crate::copy::{COPY, Copier};
 use crate::libvirt::Compression;
 use crate::mapped::MappedDump;
-use crate::output::{Output, Overwrite};
+use crate::output::{Output, Target};
 use crate::prune::{Progress, PruneStats, disk_usage};
 use crate::stream::{Part, Stream};
 use crate::{Dump, DumpError, Format, Spool, xen};
@@ -12,7 +12,6 @@ use sonicshot::PrunePlan;
 use sonicshot_xen::{Dropped, XlImage};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 
 /// Stretches shorter than this are gathered before they are written.
 const SMALL_PIECE: u64 = 64 << 10;
@@ -208,11 +207,10 @@ impl Dump {
     pub(crate) fn prune_compressed(
         &self,
         plan: &PrunePlan,
-        out: &Path,
-        overwrite: Overwrite,
+        out: Target<'_>,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
-        let output = Output::create(out, overwrite, self.file())?;
+        let output = Output::create(out, &self.files())?;
         let mut stats = self.prune_to_writer(plan, output.file(), progress)?;
         stats.disk_after = output.finish()?;
         Ok(stats)

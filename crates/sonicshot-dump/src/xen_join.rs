@@ -2,7 +2,7 @@
 //! memory from elsewhere.
 
 use crate::copy::COPY;
-use crate::output::Output;
+use crate::output::{Output, Target};
 use crate::{Dump, DumpError, Format, Overwrite, Progress};
 use sonicshot::{
     Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn,
@@ -106,7 +106,7 @@ impl XlSkeleton {
 
     /// Writes the image with the content that `memory` has. Of a page table it must really have
     /// it: `left_out` says of a frame whether it was left out there. Zeroes are holes in the file,
-    /// which appears whole or not at all. Returns what it takes on disk, in bytes.
+    /// which appears whole or not at all, for no more eyes than `inputs`. Returns what it takes on disk, in bytes.
     ///
     /// # Errors
     /// [`DumpError::XenFrame`] if `memory` is not of this guest or lacks a page table; and what
@@ -117,11 +117,11 @@ impl XlSkeleton {
         left_out: &dyn Fn(Pfn) -> bool,
         out: &Path,
         overwrite: Overwrite,
-        input: &File,
+        inputs: &[&File],
         progress: Progress<'_>,
     ) -> Result<u64, DumpError> {
         self.check_frames(memory)?;
-        let output = Output::create(out, overwrite, input)?;
+        let output = Output::create(Target::new(out, overwrite), inputs)?;
         let mut writer = Writer {
             output,
             at: 0,

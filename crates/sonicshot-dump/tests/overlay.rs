@@ -388,7 +388,11 @@ fn a_folder_appears_whole_or_not_at_all() {
 
     let make = |overwrite, memory: &[u8]| {
         let folder = NewFolder::create(&out, overwrite, &find())?;
-        fs::write(folder.memory(), memory).unwrap();
+        let file = input.join("vm.mem");
+        fs::write(&file, memory).unwrap();
+        let dump = Dump::open(&file, None).unwrap();
+        let nothing = plan(dump.layout(), &[]);
+        folder.write_memory(&dump, &nothing, &mut |_, _| {})?;
         folder.finish()
     };
     make(Overwrite::Refuse, &vec![1; 1 << 20]).unwrap();

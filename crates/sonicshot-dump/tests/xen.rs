@@ -10,43 +10,11 @@
 
 mod common;
 
+use common::xen::{image, image_with};
 use common::*;
 use sonicshot::{Fill, GuestMemory, PageClass, PageMap, PageSize, Pfn};
 use sonicshot_dump::{Dump, DumpError, Overwrite, XlSkeleton};
 use std::fs;
-
-/// A PV image of one record: pages as they are filled, from frame 0 on.
-fn image(fills: &[u8]) -> Vec<u8> {
-    image_with(fills, &[])
-}
-
-/// The same, with page tables of the first level among them.
-fn image_with(fills: &[u8], tables: &[u64]) -> Vec<u8> {
-    let record = |out: &mut Vec<u8>, kind: u32, body: &[u8]| {
-        out.extend(kind.to_le_bytes());
-        out.extend(u32::try_from(body.len()).unwrap().to_le_bytes());
-        out.extend(body);
-    };
-    let mut out = b"Xen saved domain, xl format\n \0 \r".to_vec();
-    out.extend([4, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-    out.extend(b"LibxlFmt\0\0\0\x02\0\0\0\0");
-    record(&mut out, 1, &[]);
-    out.extend([0xff; 8]);
-    out.extend(b"XENF\0\0\0\x03\0\0\0\0\0\0\0\0");
-    out.extend([1, 0, 0, 0, 12, 0, 0, 0, 4, 0, 0, 0, 17, 0, 0, 0]);
-    let mut body = (fills.len() as u64).to_le_bytes().to_vec();
-    for pfn in 0..fills.len() as u64 {
-        let kind = u64::from(tables.contains(&pfn)) << 60;
-        body.extend((pfn | kind).to_le_bytes());
-    }
-    for fill in fills {
-        body.extend([*fill; 4096]);
-    }
-    record(&mut out, 1, &body);
-    record(&mut out, 0, &[]);
-    record(&mut out, 0, &[]);
-    out
-}
 
 #[test]
 fn no_plan_takes_from_the_guest_what_it_relies_on() {
@@ -109,14 +77,8 @@ fn no_image_is_made_with_a_page_table_left_out() {
     let write = |left_out: &[u64]| {
         let left_out = |pfn: Pfn| left_out.contains(&pfn.raw());
         let quiet = &mut |_, _| {};
-        skeleton.write(
-            &dump,
-            &left_out,
-            &out,
-            Overwrite::Refuse,
-            dump.file(),
-            quiet,
-        )
+        let inputs = dump.files();
+        skeleton.write(&dump, &left_out, &out, Overwrite::Refuse, &inputs, quiet)
     };
     let error = write(&[0, 2, 3]).unwrap_err();
     assert!(

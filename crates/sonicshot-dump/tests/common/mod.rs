@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "not every test file needs all of it")]
 
 pub mod qemu;
+pub mod xen;
 
 use sonicshot::{
     DropClasses, Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange,
