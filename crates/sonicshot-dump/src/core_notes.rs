@@ -86,7 +86,7 @@ fn of_qemu(
         if !agree(status, state.text) {
             return Err("the two notes of a processor do not agree");
         }
-        found.push(registers.processor(number == 0, Halted::Untold, memory));
+        found.push(registers.processor(number == 0, Halted::Untold(memory)));
     }
     Ok(found)
 }

@@ -17,7 +17,7 @@
 //! AMD's extension alone, in guest memory, in the host's save area (`vm_hsave`).
 
 use crate::DumpError;
-use crate::processors::{Halted, Registers, host_in_memory, host_in_vmcb, host_in_vmcs12};
+use crate::processors::{Registers, host_in_memory, host_in_vmcb, host_in_vmcs12};
 use crate::qemu::{Cursor, SECTION_FOOTER, SECTION_FULL, SUBSECTION};
 use serde::Deserialize;
 use serde::de::{Deserializer, SeqAccess, Visitor};
@@ -80,12 +80,6 @@ const HF_SMM: u32 = 1 << 19;
 const HF_GUEST: u32 = 1 << 21;
 const CR0_PE: u64 = 1;
 const EFER_LMA: u64 = 1 << 10;
-/// `env.mp_state`: KVM's `KVM_MP_STATE_...`, 0 under QEMU's own emulation.
-const RUNNABLE: u32 = 0;
-const UNINITIALIZED: u32 = 1;
-const INIT_RECEIVED: u32 = 2;
-const HALTED: u32 = 3;
-
 /// The description, as far as it is of use.
 #[derive(Deserialize)]
 struct Description {
@@ -501,14 +495,12 @@ fn processor(
         let host = host(cpu, memory);
         return Ok(Processor::InNestedGuest { host });
     }
-    let halted = match (mp_state, halted) {
-        (RUNNABLE, 0) => Halted::No,
-        (RUNNABLE, 1) | (HALTED, _) => Halted::Yes,
-        // Waits for a SIPI, so that nothing but reset's or INIT's can be in its registers.
-        (UNINITIALIZED | INIT_RECEIVED, _) if !boot && registers.are_of_reset() => Halted::Yes,
-        _ => return Err("what a processor does is not known"),
+    // Under QEMU's own emulation `mp_state` is always 0; under KVM `halted` is what that says.
+    let found = match halted {
+        0 | 1 => registers.of_kvm(boot, mp_state, halted == 1),
+        _ => None,
     };
-    Ok(registers.processor(boot, halted, memory))
+    found.ok_or("what a processor does is not known")
 }
 
 /// The registers that a processor in a nested guest has as its host.
@@ -540,4 +532,104 @@ fn host(cpu: &Section<'_>, memory: &dyn GuestMemory) -> Option<ControlRegisters>
     let at = nested_at.checked_add(at)?.checked_add(inner)?;
     let host = found(at, vmcs12, "data.vmx[0].vmcs12", host_in_vmcs12);
     host.filter(|_| cpu.begins(at, VMCS12))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use sonicshot::{Gpa, MappedRegions};
+
+    /// Two processors, one that runs and one that was never started, as a machine would have them
+    /// that has nothing else.
+    const SMALL: &[u8] = include_bytes!("../tests/data/devices-small");
+
+    fn read(state: &[u8]) -> Result<Vec<Processor>, &'static str> {
+        let ram = [0; 4096];
+        let ram = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        processors(Path::new("test"), GuestBytes::from_slice(state), 0, &ram)
+    }
+
+    fn two() -> Vec<Processor> {
+        let registers = ControlRegisters::new(0x8005_0033, 0x1000, 0x37_0ef0, Some(0xd01));
+        vec![Processor::Started(registers), Processor::NotStarted]
+    }
+
+    /// Where the fields of both sections `cpu` begin.
+    fn cpus() -> Vec<usize> {
+        let header = b"\x03cpu\0\0\0";
+        let found = SMALL.windows(header.len()).enumerate();
+        let at = found.filter(|(_, window)| window == header);
+        at.map(|(at, _)| at + 12).collect()
+    }
+
+    #[test]
+    fn no_flipped_bit_puts_another_place_for_a_register() {
+        assert_eq!(read(SMALL), Ok(two()));
+        let cpus = cpus();
+        assert_eq!(cpus.len(), 2);
+        let (mut same, mut refused) = (0, 0);
+        for bit in 0..SMALL.len() * 8 {
+            // What is in the fields is believed.
+            if cpus.iter().any(|at| (*at..at + 1157).contains(&(bit / 8))) {
+                continue;
+            }
+            let mut state = SMALL.to_vec();
+            state[bit / 8] ^= 1 << (bit % 8);
+            match read(&state) {
+                Ok(found) => {
+                    assert_eq!(found, two(), "bit {bit}");
+                    same += 1;
+                }
+                Err(_) => refused += 1,
+            }
+        }
+        // Of numbers of sections without a footer, of types and names that nobody looks at.
+        assert!(same > 1000 && refused > 8000, "{same} {refused}");
+    }
+
+    #[test]
+    fn a_flipped_bit_in_what_a_register_goes_with_is_refused() {
+        let [first, second] = cpus()[..] else {
+            panic!("two sections");
+        };
+        let with = |at: usize, bit: u8| {
+            let mut state = SMALL.to_vec();
+            state[at] ^= 1 << bit;
+            read(&state)
+        };
+        // Long mode and protected mode, each in both places; what it does.
+        for (at, bit) in [(146, 6), (147, 7), (463, 0), (822, 2), (1155, 0)] {
+            assert!(with(first + at, bit).is_err(), "{at}");
+        }
+        // Only a register that is told so differs.
+        let registers = ControlRegisters::new(0x8005_0033, 0x1_1000, 0x37_0ef0, Some(0xd01));
+        let changed = vec![Processor::Started(registers), Processor::NotStarted];
+        assert_eq!(with(first + 477, 0), Ok(changed));
+        // It was started after all: with its instruction, its code segment, or a register.
+        for (at, bit) in [(135, 0), (259, 0), (260, 0), (479, 4), (487, 5)] {
+            let found = with(second + at, bit).unwrap();
+            assert_ne!(found[1], Processor::NotStarted, "{at}");
+        }
+    }
+
+    #[test]
+    fn a_cut_state_is_refused() {
+        for len in 0..SMALL.len() {
+            assert!(read(&SMALL[..len]).is_err(), "{len}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_state_is_read_or_refused(
+            state in proptest::collection::vec(any::<u8>(), 0..512), at in 0..SMALL.len(),
+        ) {
+            let _ = read(&state);
+            let mut mixed = SMALL.to_vec();
+            let len = state.len().min(mixed.len() - at);
+            mixed[at..at + len].copy_from_slice(&state[..len]);
+            let _ = read(&mixed);
+        }
+    }
 }

@@ -109,6 +109,8 @@ pub struct Dump {
     image: Option<libvirt::Image>,
     /// Where the content is, if not in the file itself.
     spool: Option<Spool>,
+    /// What is known of the processors from elsewhere.
+    told: Option<Processors>,
 }
 
 /// How the file's pages are got at.
@@ -345,7 +347,16 @@ impl Dump {
             format,
             image: None,
             spool: None,
+            told: None,
         }
+    }
+
+    /// The same with what something beside the file tells of the guest's processors, such as the
+    /// VMM's own state: [`SnapshotFiles::processors`].
+    #[must_use]
+    pub fn with_processors(mut self, processors: Processors) -> Self {
+        self.told = Some(processors);
+        self
     }
 
     /// Where the content is that came through a pipe or was compressed: to open it again without
@@ -599,6 +610,7 @@ impl GuestMemory for Dump {
             None => Processors::Unknown,
         };
         match (&self.format, &self.store) {
+            _ if let Some(told) = &self.told => told.clone(),
             _ if self.machine() == Some(Machine::Aarch64) => Processors::Unknown,
             (Format::ElfCore(core), Store::Mapped(mapped)) => {
                 let notes = core.notes(mapped.bytes());
@@ -613,6 +625,12 @@ impl GuestMemory for Dump {
                     Ok((_, end)) => self.in_device_state(mapped, end),
                     Err(_) => Processors::NotTold("its devices' state is cut short"),
                 }
+            }
+            (Format::Xen(image), Store::Mapped(mapped)) => {
+                xen::processors(image.vcpus(mapped.bytes()), image.kind(), mapped)
+            }
+            (Format::XenCore(core), Store::Mapped(mapped)) => {
+                xen::processors(core.vcpus(mapped.bytes()), core.kind(), mapped)
             }
             _ => Processors::Unknown,
         }

@@ -5,6 +5,9 @@
 
 use sonicshot::{ControlRegisters, Gpa, GuestMemory, Processor, Processors};
 
+/// Long mode is on; long mode is active (`EFER`).
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
 /// Paging is on (`CR0.PG`).
 const CR0_PG: u64 = 1 << 31;
 const CR0_ET: u64 = 1 << 4;
@@ -35,6 +38,12 @@ const VMCS12_EXIT_CONTROLS: usize = 768;
 const EXIT_HOST_LONG: u32 = 1 << 9;
 const EXIT_LOAD_EFER: u32 = 1 << 21;
 
+/// KVM's `KVM_MP_STATE_...` of x86: runs; was never started; waits for a SIPI after an INIT; halted.
+const RUNNABLE: u32 = 0;
+const UNINITIALIZED: u32 = 1;
+const INIT_RECEIVED: u32 = 2;
+const HALTED: u32 = 3;
+
 /// What tells a processor that runs a kernel from one that does not.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Registers {
@@ -46,12 +55,12 @@ pub(crate) struct Registers {
 }
 
 /// Whether a processor is halted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Halted {
+#[derive(Clone, Copy)]
+pub(crate) enum Halted<'a> {
     Yes,
     No,
-    /// The file does not say.
-    Untold,
+    /// The file does not say; the guest's memory may.
+    Untold(&'a dyn GuestMemory),
 }
 
 impl Registers {
@@ -72,32 +81,45 @@ impl Registers {
 
     /// What a processor with these registers is. `boot` is the boot processor, which runs from
     /// the reset vector at once, and which nobody parks.
-    pub(crate) fn processor(
-        &self,
-        boot: bool,
-        halted: Halted,
-        memory: &dyn GuestMemory,
-    ) -> Processor {
-        if !boot && halted != Halted::No && self.are_of_reset() {
+    pub(crate) fn processor(&self, boot: bool, halted: Halted<'_>) -> Processor {
+        if boot || matches!(halted, Halted::No) {
+            return Processor::Started(self.control);
+        }
+        if self.are_of_reset() {
             return Processor::NotStarted;
         }
         let masked = self.control.cr0 & CR0_PG == 0 && self.rflags & RFLAGS_IF == 0;
-        if !boot && masked && (halted == Halted::Yes || self.is_behind_hlt(halted, memory)) {
+        let parked = match halted {
+            Halted::Untold(memory) => self.is_behind_hlt(memory),
+            Halted::Yes | Halted::No => true,
+        };
+        if masked && parked {
             return Processor::Parked;
         }
         Processor::Started(self.control)
     }
 
+    /// The same by what KVM says that the processor does; `halted` is what else is said of it.
+    /// `None` if that cannot be.
+    pub(crate) fn of_kvm(&self, boot: bool, mp_state: u32, halted: bool) -> Option<Processor> {
+        let halted = match mp_state {
+            RUNNABLE if !halted => Halted::No,
+            RUNNABLE | HALTED => Halted::Yes,
+            // It waits, so that nothing but reset's or INIT's can be in its registers.
+            UNINITIALIZED | INIT_RECEIVED if !boot && self.are_of_reset() => Halted::Yes,
+            _ => return None,
+        };
+        Some(self.processor(boot, halted))
+    }
+
     /// Where a file does not say that a processor is halted: whether the instruction before the
     /// next one is `HLT`. With paging off addresses are physical.
-    fn is_behind_hlt(&self, halted: Halted, memory: &dyn GuestMemory) -> bool {
+    fn is_behind_hlt(&self, memory: &dyn GuestMemory) -> bool {
         let last = self.rip.checked_sub(1);
         let at = last.and_then(|last| self.cs_base.checked_add(last));
-        let Some(at) = at.filter(|at| *at < REAL_END && halted == Halted::Untold) else {
-            return false;
-        };
         let mut byte = [0];
-        memory.read(Gpa::new(at), &mut byte).is_ok() && byte == [HLT]
+        at.filter(|at| *at < REAL_END)
+            .is_some_and(|at| memory.read(Gpa::new(at), &mut byte).is_ok() && byte == [HLT])
     }
 }
 
@@ -132,6 +154,132 @@ pub(crate) fn host_in_vmcs12(vmcs: &[u8]) -> Option<ControlRegisters> {
         efer,
     ))
     .filter(ControlRegisters::is_in_long_mode)
+}
+
+/// KVM's `struct kvm_nested_state`, in bytes: flags, format, and behind the header the data.
+const NESTED_FORMAT: usize = 2;
+const NESTED_DATA: usize = 128;
+const NESTED_GUEST_MODE: u16 = 1;
+const NESTED_VMX: u16 = 0;
+const NESTED_SVM: u16 = 1;
+
+/// Whether by its `struct kvm_nested_state` a processor runs a nested guest, and what it has as
+/// that guest's host.
+pub(crate) fn nested(state: &[u8]) -> Option<Processor> {
+    let word = |at: usize| Some(u16::from_le_bytes(*state.get(at..)?.first_chunk()?));
+    if word(0)? & NESTED_GUEST_MODE == 0 {
+        return None;
+    }
+    let data = state.get(NESTED_DATA..).unwrap_or(&[]);
+    let host = match word(NESTED_FORMAT) {
+        Some(NESTED_VMX) => host_in_vmcs12(data),
+        Some(NESTED_SVM) => host_in_vmcb(data),
+        _ => None,
+    };
+    Some(Processor::InNestedGuest { host })
+}
+
+/// KVM's `struct kvm_regs` and `struct kvm_sregs`, as C has them: their lengths and fields.
+const REGS_LEN: usize = 144;
+const REGS_RIP: usize = 128;
+const REGS_RFLAGS: usize = 136;
+pub(crate) const SREGS_LEN: usize = 312;
+const SREGS_SEGMENTS: usize = 8;
+const SREGS_SEGMENT: usize = 24;
+const SREGS_TABLES: [usize; 2] = [192, 208];
+const SREGS_CR0: usize = 224;
+const SREGS_CR3: usize = 240;
+const SREGS_CR4: usize = 248;
+const SREGS_CR8: usize = 256;
+const SREGS_EFER: usize = 264;
+const SREGS_APIC_BASE: usize = 272;
+/// Of `IA32_APIC_BASE`: the boot processor; the APIC is on, or in x2APIC mode.
+const APIC_BASE_BOOT: u64 = 1 << 8;
+const APIC_BASE_FLAGS: u64 = APIC_BASE_BOOT | 1 << 10 | 1 << 11;
+const APIC_BASE: u64 = 0xfee0_0000;
+/// The bits that Linux's own headers name in `CR0`, `CR4` and `EFER`.
+const CR0_KNOWN: u64 = 0xe005_003f;
+const CR4_KNOWN: u64 = 0x1_13ff_7fff;
+const EFER_KNOWN: u64 = 0x0036_fd01;
+/// An address of a page table, with a PCID or cache bits below, and LAM's bits above.
+const CR3_KNOWN: u64 = 0x600f_ffff_ffff_ffff;
+
+/// A `struct kvm_sregs`, which may be one.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sregs<'a>(&'a [u8]);
+
+impl<'a> Sregs<'a> {
+    /// One that is as KVM leaves it: flags that are 0 or 1, padding of zeroes, no bit in a control
+    /// register that there is not, an APIC where it always is.
+    pub(crate) fn new(bytes: &'a [u8]) -> Option<Self> {
+        let bytes = bytes.get(..SREGS_LEN)?;
+        let apic = u64_in(bytes, SREGS_APIC_BASE)?;
+        if apic & !APIC_BASE_FLAGS != APIC_BASE {
+            return None;
+        }
+        let (segments, _) = bytes.as_chunks::<SREGS_SEGMENT>();
+        let segments = segments.get(..SREGS_SEGMENTS)?;
+        let sound = |segment: &[u8; SREGS_SEGMENT]| {
+            // Type, present, privilege, default size, system, long, granularity, available,
+            // unusable, padding.
+            let [.., kind, p, dpl, db, s, l, g, avl, unusable, padding] = segment;
+            *kind < 16
+                && *dpl < 4
+                && *padding == 0
+                && [p, db, s, l, g, avl, unusable]
+                    .iter()
+                    .all(|flag| **flag < 2)
+        };
+        let tables = SREGS_TABLES.iter().all(|at| {
+            let padding = at.checked_add(10).and_then(|at| bytes.get(at..)?.get(..6));
+            padding.is_some_and(|padding| padding.iter().all(|byte| *byte == 0))
+        });
+        let sregs = Self(bytes);
+        let control = sregs.control()?;
+        let efer = control.efer?;
+        let sound = segments.iter().all(sound)
+            && tables
+            && control.cr0 & !CR0_KNOWN == 0
+            && control.cr0 & CR0_ET != 0
+            && control.cr3 & !CR3_KNOWN == 0
+            && control.cr4 & !CR4_KNOWN == 0
+            && efer & !EFER_KNOWN == 0
+            // Long mode is active where it is on and paging is too.
+            && (efer & EFER_LMA != 0) == (efer & EFER_LME != 0 && control.cr0 & CR0_PG != 0)
+            && u64_in(bytes, SREGS_CR8)? < 16;
+        sound.then_some(sregs)
+    }
+
+    pub(crate) fn control(&self) -> Option<ControlRegisters> {
+        Some(ControlRegisters::new(
+            u64_in(self.0, SREGS_CR0)?,
+            u64_in(self.0, SREGS_CR3)?,
+            u64_in(self.0, SREGS_CR4)?,
+            Some(u64_in(self.0, SREGS_EFER)?),
+        ))
+    }
+
+    /// Whether it is the boot processor's.
+    pub(crate) fn is_boot(&self) -> bool {
+        u64_in(self.0, SREGS_APIC_BASE).is_some_and(|apic| apic & APIC_BASE_BOOT != 0)
+    }
+
+    /// All that is looked at, with the next instruction and the flags from elsewhere.
+    pub(crate) fn registers(&self, rip: u64, rflags: u64) -> Option<Registers> {
+        Some(Registers {
+            control: self.control()?,
+            rip,
+            rflags,
+            cs_selector: (u32_in(self.0, 12)? & 0xffff).into(),
+            cs_base: u64_in(self.0, 0)?,
+        })
+    }
+}
+
+/// The next instruction and the flags in a `struct kvm_regs`.
+pub(crate) fn rip_and_flags(regs: &[u8]) -> Option<(u64, u64)> {
+    let regs = regs.get(..REGS_LEN)?;
+    Some((u64_in(regs, REGS_RIP)?, u64_in(regs, REGS_RFLAGS)?))
 }
 
 /// The same of a save area that lies in guest memory.
