@@ -28,6 +28,7 @@ pub const TARGETS: &[Target] = &[
     ("raw", raw),
     ("mapped_ram", mapped_ram),
     ("stream", stream),
+    ("processors", processors),
     ("libvirt", libvirt),
     ("kdump", kdump),
     ("lime", lime),
@@ -98,7 +99,7 @@ fn dump(data: &[u8], spec: Option<&LayoutSpec>) {
 }
 
 fn prune(dump: &Dump, spec: Option<&LayoutSpec>) {
-    let _ = dump.vmcoreinfo();
+    let _ = (dump.vmcoreinfo(), dump.processors());
     let mut buffer = [0; 64];
     for region in dump.layout().regions() {
         let _ = dump.read(region.start(), &mut buffer);
@@ -137,6 +138,17 @@ fn prune(dump: &Dump, spec: Option<&LayoutSpec>) {
         }
     }
     let _ = dump.prune_in_place(&plan, &mut |_, _| {});
+}
+
+/// The devices' state behind the memory of a stream, which is one page of zeroes.
+pub fn processors(data: &[u8]) {
+    const HEAD: &[u8] = b"QEVM\0\0\0\x03\x07\0\0\0\x0epc-i440fx-10.0\
+        \x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\x10\x04\
+        \x06pc.ram\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02\
+        \x03\0\0\0\x02\0\0\0\0\0\0\0\x02\x06pc.ram\0\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02";
+    let file = file(&[HEAD, data].concat());
+    let dump = Dump::open(file.path(), None).expect("the memory is whole");
+    let _ = dump.processors();
 }
 
 /// The state of a Cloud Hypervisor folder, and behind a zero byte the pages of its memory.

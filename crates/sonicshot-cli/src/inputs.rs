@@ -4,7 +4,7 @@ use crate::analyze::Analysis;
 use crate::args::InputArgs;
 use crate::error::CliError;
 use crate::report::{count, say};
-use sonicshot::GuestMemory;
+use sonicshot::{GuestMemory, Processors};
 use sonicshot_dump::{Dump, DumpError, LayoutSpec, SnapshotFiles, Spool, check_not_in_use};
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -50,8 +50,17 @@ impl<'a> Input<'a> {
         self.files.memory()
     }
 
-    /// Opens the memory, over its base if one was given.
+    /// Opens the memory, over its base if one was given, with what the VMM's state beside it tells
+    /// of the processors.
     pub(crate) fn open(&self, layout: Option<&LayoutSpec>) -> Result<Dump, DumpError> {
+        let dump = self.open_memory(layout)?;
+        Ok(match self.files.processors() {
+            Processors::Unknown => dump,
+            told => dump.with_processors(told.clone()),
+        })
+    }
+
+    fn open_memory(&self, layout: Option<&LayoutSpec>) -> Result<Dump, DumpError> {
         if let Some(base) = &self.how.base {
             return Dump::open_over(self.memory(), base, layout);
         }

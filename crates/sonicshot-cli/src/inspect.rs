@@ -7,7 +7,7 @@ use crate::error::CliError;
 use crate::inputs::{Input, Inputs};
 use crate::report::{count, percent, say, size};
 use serde_json::{Map, Value, json};
-use sonicshot::{ClassSet, GuestMemory, PageClass, PrunePlan};
+use sonicshot::{ClassSet, GuestMemory, PageClass, Processor, Processors, PrunePlan};
 use sonicshot_dump::{NewFile, Vmm};
 use sonicshot_vmi::{ZoneReport, count_zero_pages};
 use std::cell::Cell;
@@ -138,6 +138,58 @@ fn zone_json(zone: &ZoneReport) -> Value {
     })
 }
 
+/// One word for what a processor does.
+fn state_of(processor: &Processor) -> &'static str {
+    match processor {
+        Processor::NotStarted => "not started",
+        Processor::Parked => "parked",
+        Processor::InSmm => "in SMM",
+        Processor::InNestedGuest { .. } => "in a nested guest",
+        Processor::Started(_) => "started",
+        _ => "unknown",
+    }
+}
+
+/// A list with each processor's state and the root of its page tables, or why there is none.
+fn processors_json(processors: &Processors) -> Value {
+    let one = |processor: &Processor| {
+        let registers = match processor {
+            Processor::Started(registers) => Some(registers),
+            Processor::InNestedGuest { host } => host.as_ref(),
+            _ => None,
+        };
+        json!({"state": state_of(processor), "cr3": registers.map(|registers| registers.cr3)})
+    };
+    match processors {
+        Processors::Known(all) => all.iter().map(one).collect(),
+        Processors::NotTold(why) => json!({"not_told": why}),
+        Processors::Crashed => json!({"not_told": "it is of a crashed kernel"}),
+        _ => Value::Null,
+    }
+}
+
+/// The same as a line, if there is something to say.
+fn processors_line(processors: &Processors) -> Option<String> {
+    let all = match processors {
+        Processors::Known(all) => all,
+        Processors::NotTold(why) => return Some(format!("not told: {why}")),
+        Processors::Crashed => return Some("those of a crashed kernel, without registers".into()),
+        _ => return None,
+    };
+    let mut counts: Vec<(&str, usize)> = Vec::new();
+    for state in all.iter().map(state_of) {
+        match counts.iter_mut().find(|(name, _)| *name == state) {
+            Some((_, count)) => *count = count.saturating_add(1),
+            None => counts.push((state, 1)),
+        }
+    }
+    let parts: Vec<_> = counts
+        .iter()
+        .map(|(name, n)| format!("{n} {name}"))
+        .collect();
+    Some(parts.join(", "))
+}
+
 pub(crate) fn json_report(analysis: &Analysis, zero_pages: u64) -> Value {
     let page_size = analysis.pages.map.page_size().bytes();
     let mut classes = Map::new();
@@ -161,6 +213,7 @@ pub(crate) fn json_report(analysis: &Analysis, zero_pages: u64) -> Value {
         "layout": analysis.dump.layout_spec().map(ToString::to_string),
         "layout_origin": analysis.layout_origin,
         "ram": regions,
+        "processors": processors_json(&analysis.dump.processors()),
         "page_size": page_size,
         "total_pages": analysis.counts.total(),
         "classes": classes,
@@ -194,6 +247,9 @@ pub(crate) fn print_report(analysis: &Analysis, zero_pages: u64) {
     }
     for region in analysis.dump.layout().regions() {
         say!("          {region} ({})", size(region.len()));
+    }
+    if let Some(line) = processors_line(&analysis.dump.processors()) {
+        say!("cpus      {line}");
     }
     say!("");
     say!(

@@ -17,6 +17,13 @@
 //!
 //! `memory_ranges` is the first member in each of them.
 //!
+//! # The processors
+//!
+//! From version 39 on `cpu-manager` has a snapshot of each, by its number, with KVM's structures:
+//! `regs`, `sregs`, `mp_state` and (52 and later) `nested_state`, each as the bytes that it is in
+//! C. Earlier ones pack them by a format of their own, and on Hyper-V (`Mshv`) they are others:
+//! both are not told.
+//!
 //! # What a hole reads as
 //!
 //! Up to version 51 the file is read to its end into the guest's memory, so a hole is zero. From
@@ -28,9 +35,11 @@
 
 use crate::DumpError;
 use crate::layout::LayoutSpec;
+use crate::processors::{SREGS_LEN, Sregs, nested, rip_and_flags, told, u32_in};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use sonicshot::{Gpa, GpaRange};
+use sonicshot::{Gpa, GpaRange, Processor, Processors};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
@@ -242,6 +251,133 @@ struct Zone {
     shared: bool,
 }
 
+/// The state once more, as far as it is of the processors.
+#[derive(Deserialize)]
+struct CpuRoot {
+    snapshots: CpuComponents,
+}
+
+#[derive(Deserialize)]
+struct CpuComponents {
+    #[serde(rename = "cpu-manager")]
+    cpu_manager: CpuManager,
+}
+
+#[derive(Deserialize)]
+struct CpuManager {
+    snapshots: BTreeMap<String, CpuComponent>,
+}
+
+#[derive(Deserialize)]
+struct CpuComponent {
+    snapshot_data: CpuData,
+}
+
+#[derive(Deserialize)]
+struct CpuData {
+    state: String,
+}
+
+/// A processor, as KVM has it; no other hypervisor's is known.
+#[derive(Deserialize)]
+enum CpuState {
+    Kvm(KvmState),
+}
+
+#[derive(Deserialize)]
+struct KvmState {
+    regs: Structure,
+    sregs: Structure,
+    mp_state: Structure,
+    #[serde(default)]
+    nested_state: Option<Structure>,
+}
+
+/// The bytes of a C structure.
+struct Structure(Vec<u8>);
+
+/// The longest, `struct kvm_nested_state`, takes two pages and a header.
+const MAX_STRUCTURE: usize = 16 << 10;
+
+impl<'de> Deserialize<'de> for Structure {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(StructureVisitor)
+    }
+}
+
+struct StructureVisitor;
+
+impl<'de> Visitor<'de> for StructureVisitor {
+    type Value = Structure;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the bytes of a structure")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Structure, A::Error> {
+        let mut bytes = Vec::new();
+        while let Some(byte) = seq.next_element()? {
+            if bytes.len() >= MAX_STRUCTURE {
+                return Err(de::Error::custom("a structure that is too long"));
+            }
+            bytes.push(byte);
+        }
+        Ok(Structure(bytes))
+    }
+}
+
+/// The processors in the state at `path`.
+pub(crate) fn processors(path: &Path) -> Processors {
+    match read_json(path) {
+        Ok(state) => told(processors_of(&state)),
+        Err(_) => Processors::NotTold("its state cannot be read"),
+    }
+}
+
+fn processors_of(state: &[u8]) -> Result<Vec<Processor>, &'static str> {
+    let Ok(root) = serde_json::from_slice::<CpuRoot>(state) else {
+        return Err("its state has no processors as version 39 and later write them");
+    };
+    let mut found = BTreeMap::new();
+    for (number, component) in &root.snapshots.cpu_manager.snapshots {
+        let Ok(number) = number.parse::<u32>() else {
+            return Err("its state has a processor without a number");
+        };
+        let Ok(CpuState::Kvm(state)) = serde_json::from_str(&component.snapshot_data.state) else {
+            return Err("its state has a processor of an unknown kind");
+        };
+        let (boot, processor) =
+            processor_of(&state).ok_or("the state of a processor is not known")?;
+        if found.insert(number, (boot, processor)).is_some() {
+            return Err("its state has a processor twice");
+        }
+    }
+    if found.values().filter(|(boot, _)| *boot).count() != 1 {
+        return Err("its state has none or several boot processors");
+    }
+    Ok(found
+        .into_values()
+        .map(|(_, processor)| processor)
+        .collect())
+}
+
+/// Whether it is the boot processor, and what it does.
+fn processor_of(state: &KvmState) -> Option<(bool, Processor)> {
+    let sregs = Sregs::new(&state.sregs.0).filter(|_| state.sregs.0.len() == SREGS_LEN)?;
+    let boot = sregs.is_boot();
+    if let Some(nested) = state
+        .nested_state
+        .as_ref()
+        .and_then(|state| nested(&state.0))
+    {
+        return Some((boot, nested));
+    }
+    let (rip, rflags) = rip_and_flags(&state.regs.0)?;
+    let mp_state = u32_in(&state.mp_state.0, 0)?;
+    let registers = sregs.registers(rip, rflags)?;
+    Some((boot, registers.of_kvm(boot, mp_state, false)?))
+}
+
 /// Whether, by the configuration at `path`, some of the guest's memory is a private mapping of a
 /// file: it does not begin as zero then.
 pub(crate) fn has_private_file(path: &Path) -> Result<bool, DumpError> {
@@ -281,6 +417,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use serde_json::{Value, json};
+    use sonicshot::ControlRegisters;
 
     /// The state as a version of Cloud Hypervisor packs it.
     fn state(version: u32, ranges: &[(u64, u64)]) -> Value {
@@ -395,6 +532,176 @@ mod tests {
                 "{text:.80}: {error:?}"
             );
         }
+    }
+
+    /// A processor's structures, as C has them and `kvm-bindings` writes them.
+    fn cpu(boot: bool, mp_state: u8, cr3: u64) -> Value {
+        let mut sregs = vec![0_u8; 312];
+        let mut regs = vec![0_u8; 144];
+        let put = |out: &mut [u8], at: usize, bytes: &[u8]| {
+            out[at..at + bytes.len()].copy_from_slice(bytes);
+        };
+        let apic = 0xfee0_0800_u64 | u64::from(boot) << 8;
+        put(&mut sregs, 272, &apic.to_le_bytes());
+        if cr3 == 0 {
+            put(&mut sregs, 0, &0xffff_0000_u64.to_le_bytes());
+            put(&mut sregs, 12, &0xf000_u16.to_le_bytes());
+            put(&mut sregs, 224, &0x6000_0010_u64.to_le_bytes());
+            put(&mut regs, 128, &0xfff0_u64.to_le_bytes());
+        } else {
+            put(&mut sregs, 12, &[0x10, 0, 11, 1, 0, 0, 1, 1, 1]);
+            for (at, value) in [
+                (224, 0x8005_0033),
+                (240, cr3),
+                (248, 0x37_0ef0),
+                (264, 0xd01),
+            ] {
+                put(&mut sregs, at, &u64::to_le_bytes(value));
+            }
+            put(&mut regs, 128, &0xffff_ffff_8100_0000_u64.to_le_bytes());
+        }
+        json!({
+            "cpuid": [{"function": 1}],
+            "regs": regs,
+            "sregs": sregs,
+            "mp_state": [mp_state, 0, 0, 0],
+            "nested_state": null,
+        })
+    }
+
+    /// A state with these processors.
+    fn of_cpus(cpus: &[(&str, Value)]) -> Vec<u8> {
+        let all: serde_json::Map<_, _> = cpus
+            .iter()
+            .map(|(number, cpu)| {
+                let state = json!({"Kvm": cpu}).to_string();
+                let cpu = json!({"snapshots": {}, "snapshot_data": {"state": state}});
+                ((*number).to_owned(), cpu)
+            })
+            .collect();
+        let manager = json!({"snapshots": all, "snapshot_data": null});
+        json!({"snapshots": {"cpu-manager": manager, "memory-manager": {}}})
+            .to_string()
+            .into_bytes()
+    }
+
+    fn runs(cr3: u64) -> Processor {
+        let registers = ControlRegisters::new(0x8005_0033, cr3, 0x37_0ef0, Some(0xd01));
+        Processor::Started(registers)
+    }
+
+    #[test]
+    fn processors_are_told_in_the_order_of_their_numbers() {
+        let state = of_cpus(&[
+            ("10", cpu(false, 3, 0x3000)),
+            ("2", cpu(false, 1, 0)),
+            ("0", cpu(true, 0, 0x1000)),
+            ("1", cpu(false, 0, 0x2000)),
+            ("3", cpu(false, 2, 0)),
+        ]);
+        let never = Processor::NotStarted;
+        let want = vec![runs(0x1000), runs(0x2000), never, never, runs(0x3000)];
+        assert_eq!(processors_of(&state), Ok(want));
+    }
+
+    #[test]
+    fn a_nested_guests_host_is_found() {
+        let host = (0x8005_0033_u64, 0xabc_d000_u64, 0x37_2ef0_u64);
+        for (format, places, more) in [
+            (1_u8, [0x558, 0x550, 0x548], (0x4d0, 0xd01_u64)),
+            (0, [584, 592, 600], (768, 1 << 9)),
+        ] {
+            let mut nested = vec![0_u8; 128 + 4096];
+            nested[0] = 1;
+            nested[2] = format;
+            let values = [host.0, host.1, host.2];
+            let fields = places.iter().zip(values).map(|(at, value)| (*at, value));
+            for (at, value) in fields.chain([more]) {
+                nested[128 + at..128 + at + 8].copy_from_slice(&value.to_le_bytes());
+            }
+            let mut with = |bytes: &[u8]| {
+                let mut cpu = cpu(true, 0, 0x1000);
+                nested[128..128 + bytes.len()].copy_from_slice(bytes);
+                cpu["nested_state"] = json!(nested);
+                processors_of(&of_cpus(&[("0", cpu)]))
+            };
+            let efer = (format == 1).then_some(0xd01);
+            let registers = ControlRegisters::new(host.0, host.1, host.2, efer);
+            let revision: &[u8] = if format == 1 {
+                &[]
+            } else {
+                &[0xd0, 0x7e, 0xe5, 0x11]
+            };
+            let host = Some(registers);
+            assert_eq!(with(revision), Ok(vec![Processor::InNestedGuest { host }]));
+            if format == 0 {
+                let none = Processor::InNestedGuest { host: None };
+                assert_eq!(with(&[0xd1]), Ok(vec![none]));
+            }
+        }
+        // Nested guests that it has, but is not in.
+        let mut cpu = cpu(true, 0, 0x1000);
+        cpu["nested_state"] = json!(vec![0; 128]);
+        assert_eq!(
+            processors_of(&of_cpus(&[("0", cpu)])),
+            Ok(vec![runs(0x1000)])
+        );
+    }
+
+    #[test]
+    fn processors_that_cannot_be_are_not_told() {
+        let good = || cpu(true, 0, 0x1000);
+        let with = |field: &str, value: Value| {
+            let mut cpu = good();
+            cpu[field] = value;
+            vec![("0", cpu)]
+        };
+        let flipped = |at: usize, bit: u8| {
+            let mut cpu = good();
+            let byte = cpu["sregs"][at].as_u64().unwrap() ^ u64::from(bit);
+            cpu["sregs"][at] = json!(byte);
+            vec![("0", cpu)]
+        };
+        let table = [
+            vec![],
+            vec![("0", good()), ("1", good())],
+            vec![("1", cpu(false, 0, 0x1000))],
+            vec![("0", good()), ("00", cpu(false, 0, 0x1000))],
+            vec![("x", good())],
+            vec![("0", good()), ("1", cpu(false, 1, 0x1000))],
+            vec![("0", good()), ("1", cpu(false, 4, 0x1000))],
+            with("regs", json!(vec![0; 143])),
+            with("sregs", json!(vec![0; 311])),
+            with("sregs", json!(vec![0; 312])),
+            with("sregs", json!(vec![0; 313])),
+            with("mp_state", json!([])),
+            with("mp_state", json!(0)),
+            with("regs", json!({"rip": 0})),
+            with("sregs", json!(vec![0; 1 << 20])),
+            // Long mode without paging; a bit that CR3 has not; a segment's padding; the APIC.
+            flipped(227, 0x80),
+            flipped(247, 0x80),
+            flipped(23, 1),
+            flipped(274, 1),
+        ];
+        for (number, cpus) in table.iter().enumerate() {
+            assert!(processors_of(&of_cpus(cpus)).is_err(), "{number}");
+        }
+        for version in [53, 38, 28, 19] {
+            let state = state(version, &[(0, 4096)]).to_string();
+            assert!(processors_of(state.as_bytes()).is_err());
+        }
+        for text in [
+            "",
+            "{}",
+            "[]",
+            r#"{"snapshots":{"cpu-manager":{"snapshots":[]}}}"#,
+        ] {
+            assert!(processors_of(text.as_bytes()).is_err());
+        }
+        let hyperv = String::from_utf8(of_cpus(&[("0", good())])).unwrap();
+        assert!(processors_of(hyperv.replace("Kvm", "Mshv").as_bytes()).is_err());
+        assert!(processors_of(hyperv.as_bytes()).is_ok());
     }
 
     #[test]

@@ -26,6 +26,8 @@
 mod avml;
 mod cloud_hypervisor;
 mod copy;
+mod core_notes;
+mod device_state;
 mod elf_core;
 mod error;
 mod firecracker;
@@ -44,6 +46,7 @@ mod migration;
 mod output;
 mod overlay;
 mod paged;
+mod processors;
 mod prune;
 mod qemu;
 mod raw;
@@ -77,7 +80,9 @@ pub use prune::{Progress, PruneStats};
 pub use qemu::{BlockKind, RamBlock};
 pub use restore::{CoreNotes, DumpFile, NewFile};
 pub use snapshot::{SnapshotFiles, Vmm};
-use sonicshot::{Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, PrunePlan, RamLayout};
+use sonicshot::{
+    Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, Processors, PrunePlan, RamLayout,
+};
 use sonicshot_xen::{CoreDump, XlImage};
 pub use spool::Spool;
 use std::fs::File;
@@ -104,6 +109,8 @@ pub struct Dump {
     image: Option<libvirt::Image>,
     /// Where the content is, if not in the file itself.
     spool: Option<Spool>,
+    /// What is known of the processors from elsewhere.
+    told: Option<Processors>,
 }
 
 /// How the file's pages are got at.
@@ -340,7 +347,16 @@ impl Dump {
             format,
             image: None,
             spool: None,
+            told: None,
         }
+    }
+
+    /// The same with what something beside the file tells of the guest's processors, such as the
+    /// VMM's own state: [`SnapshotFiles::processors`].
+    #[must_use]
+    pub fn with_processors(mut self, processors: Processors) -> Self {
+        self.told = Some(processors);
+        self
     }
 
     /// Where the content is that came through a pipe or was compressed: to open it again without
@@ -534,6 +550,12 @@ impl Dump {
         &self.format
     }
 
+    /// The processors in the devices' state of a migration file, which begins at `at`.
+    fn in_device_state(&self, mapped: &MappedDump, at: u64) -> Processors {
+        let found = device_state::processors(&self.path, mapped.bytes(), at, mapped);
+        processors::told(found)
+    }
+
     fn memory(&self) -> &dyn GuestMemory {
         match &self.store {
             Store::Mapped(mapped) => mapped,
@@ -557,7 +579,7 @@ fn migration(
         let ram = MappedRam::parse(path, data, at, layout)?;
         return Ok((ram.extents(path, data, on_disk)?, Format::MappedRam(ram)));
     }
-    let stream = Stream::parse(path, data, at, layout)?;
+    let mut stream = Stream::parse(path, data, at, layout)?;
     Ok((stream.extents(path, data)?, Format::Stream(stream)))
 }
 
@@ -590,6 +612,38 @@ impl GuestMemory for Dump {
         match &self.format {
             Format::XenCore(core) => core.p2m(),
             _ => self.memory().p2m(),
+        }
+    }
+
+    fn processors(&self) -> Processors {
+        let of_notes = |notes: Option<&[u8]>, text: Option<&[u8]>| match notes {
+            Some(notes) => core_notes::processors(notes, text, self.memory()),
+            None => Processors::Unknown,
+        };
+        match (&self.format, &self.store) {
+            _ if let Some(told) = &self.told => told.clone(),
+            _ if self.machine() == Some(Machine::Aarch64) => Processors::Unknown,
+            (Format::ElfCore(core), Store::Mapped(mapped)) => {
+                let notes = core.notes(mapped.bytes());
+                of_notes(notes.as_deref(), core.vmcoreinfo.as_deref())
+            }
+            (_, Store::Kdump(_, dump)) => of_notes(dump.notes(), dump.vmcoreinfo()),
+            (Format::Stream(stream), Store::Mapped(mapped)) => {
+                self.in_device_state(mapped, stream.records_end)
+            }
+            (Format::MappedRam(ram), Store::Mapped(mapped)) => {
+                match migration::rest_of_ram(&self.path, mapped.bytes(), &ram.start, ram.after) {
+                    Ok((_, end)) => self.in_device_state(mapped, end),
+                    Err(_) => Processors::NotTold("its devices' state is cut short"),
+                }
+            }
+            (Format::Xen(image), Store::Mapped(mapped)) => {
+                xen::processors(image.vcpus(mapped.bytes()), image.kind(), mapped)
+            }
+            (Format::XenCore(core), Store::Mapped(mapped)) => {
+                xen::processors(core.vcpus(mapped.bytes()), core.kind(), mapped)
+            }
+            _ => Processors::Unknown,
         }
     }
 }

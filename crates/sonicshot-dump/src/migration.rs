@@ -235,7 +235,7 @@ impl<'a> Writer<'a> {
 
 /// Passes over the rest of the section `ram` in a mapped-ram file, which has no pages: returns
 /// where the sections between its parts end, and where all of it ends.
-fn rest_of_ram(
+pub(crate) fn rest_of_ram(
     path: &Path,
     data: GuestBytes<'_>,
     start: &Start,

@@ -3,6 +3,7 @@
 use crate::cloud_hypervisor::{self, CONFIG, MEMORY, STATE};
 use crate::firecracker::{self, Entry};
 use crate::{DumpError, LayoutSpec};
+use sonicshot::Processors;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -51,6 +52,7 @@ pub struct SnapshotFiles {
     not_fresh: bool,
     /// The base, where it lies in the folder.
     skipped: Option<PathBuf>,
+    processors: Processors,
     notes: Vec<String>,
 }
 
@@ -102,7 +104,7 @@ impl SnapshotFiles {
             return Ok(files);
         }
         let (entries, skipped) = entries(path, base)?;
-        let Some(memory) = firecracker::memory_of(path, &entries)? else {
+        let Some((memory, state)) = firecracker::memory_of(path, &entries)? else {
             return Err(DumpError::NotASnapshot {
                 path: path.to_owned(),
             });
@@ -110,6 +112,7 @@ impl SnapshotFiles {
         let mut files = Self::file(&memory, layout);
         files.folder = Some(path.to_owned());
         files.vmm = Some(Vmm::Firecracker);
+        files.processors = firecracker::processors(&state);
         files.skipped = skipped;
         Ok(files)
     }
@@ -124,6 +127,7 @@ impl SnapshotFiles {
             vmm: None,
             not_fresh: false,
             skipped: None,
+            processors: Processors::Unknown,
             notes: Vec::new(),
         }
     }
@@ -136,6 +140,7 @@ impl SnapshotFiles {
         if config.is_file() {
             self.not_fresh = cloud_hypervisor::has_private_file(&config)?;
         }
+        self.processors = cloud_hypervisor::processors(&self.memory.with_file_name(STATE));
         match cloud_hypervisor::layout(&self.memory.with_file_name(STATE), len) {
             Ok(layout) if given.is_none() => self.layout = Some(layout),
             Ok(layout) => {
@@ -183,6 +188,13 @@ impl SnapshotFiles {
     #[must_use]
     pub fn vmm(&self) -> Option<Vmm> {
         self.vmm
+    }
+
+    /// What the VMM's state tells of the processors, to go with the memory:
+    /// [`Dump::with_processors`](crate::Dump::with_processors).
+    #[must_use]
+    pub fn processors(&self) -> &Processors {
+        &self.processors
     }
 
     /// What is worth knowing, for people.

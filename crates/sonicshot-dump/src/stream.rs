@@ -37,6 +37,9 @@ pub(crate) struct Stream {
     pub blocks: Vec<RamBlock>,
     /// Where the records of pages begin.
     pub records_at: u64,
+    /// Where they and the section `ram` end, and the devices' state begins; 0 until the records
+    /// were gone through.
+    pub records_end: u64,
 }
 
 /// One page's record.
@@ -128,6 +131,7 @@ impl Stream {
             blocks,
             start,
             records_at: cursor.at,
+            records_end: 0,
         })
     }
 
@@ -210,8 +214,8 @@ impl Stream {
     }
 
     /// Where the bytes of each page are that count, the last that came, of each block that is
-    /// looked into; 0 where it is zero.
-    fn places(&self, path: &Path, data: GuestBytes<'_>) -> Result<Vec<Vec<u64>>, DumpError> {
+    /// looked into; 0 where it is zero. And where the section `ram` ends.
+    fn places(&self, path: &Path, data: GuestBytes<'_>) -> Result<(Vec<Vec<u64>>, u64), DumpError> {
         // 0 is no page's place: the file's magic is there.
         let mut places: Vec<Vec<u64>> = Vec::new();
         for block in &self.blocks {
@@ -221,7 +225,7 @@ impl Stream {
             };
             places.push(vec![0; pages]);
         }
-        self.walk(path, data, |record| {
+        let end = self.walk(path, data, |record| {
             let places = record.block.and_then(|block| places.get_mut(block));
             let Some(places) = places.filter(|places| !places.is_empty()) else {
                 return Ok(());
@@ -233,16 +237,17 @@ impl Stream {
             *place = if record.has_data() { record.data } else { 0 };
             Ok(())
         })?;
-        Ok(places)
+        Ok((places, end))
     }
 
     /// Where each page of the guest's RAM is in the file.
     pub(crate) fn extents(
-        &self,
+        &mut self,
         path: &Path,
         data: GuestBytes<'_>,
     ) -> Result<Vec<Extent>, DumpError> {
-        let places = self.places(path, data)?;
+        let (places, end) = self.places(path, data)?;
+        self.records_end = end;
         let mut extents: Vec<Extent> = Vec::new();
         for (block, places) in self.blocks.iter().zip(places) {
             for (address, place) in (0_u64..).step_by(4096).zip(places) {
@@ -264,7 +269,7 @@ impl Stream {
         plan: &PrunePlan,
         mut each: impl FnMut(Part<'_>) -> Result<(), DumpError>,
     ) -> Result<(), DumpError> {
-        let places = self.places(path, data)?;
+        let (places, _) = self.places(path, data)?;
         let last = |record: &Record| {
             let page = usize::try_from(record.address / TARGET_PAGE).ok()?;
             places.get(record.block?)?.get(page).copied()

@@ -4,10 +4,11 @@
 //! Page data of an image lies in the file at any offset. A dropped page stays named, without content.
 
 use crate::mapped::{Extent, MappedDump};
+use crate::processors::{Halted, Registers, told};
 use crate::stream::Part;
 use crate::{DumpError, PruneStats, elf_core};
-use sonicshot::{GpaRange, GuestBytes, PageSize, PfnRange};
-use sonicshot_xen::{CoreDump, DomainKind, Dropped, Layer, XlImage};
+use sonicshot::{GpaRange, GuestBytes, GuestMemory, PageSize, PfnRange, Processor, Processors};
+use sonicshot_xen::{CoreDump, DomainKind, Dropped, Layer, Vcpu, Vcpus, XenError, XlImage};
 use std::path::Path;
 
 const PAGE: PageSize = PageSize::SIZE_4K;
@@ -16,7 +17,7 @@ pub(crate) fn parse(path: &Path, data: GuestBytes<'_>) -> Result<XlImage, DumpEr
     XlImage::parse(data).map_err(failed(path))
 }
 
-fn failed(path: &Path) -> impl Fn(sonicshot_xen::XenError) -> DumpError + use<'_> {
+fn failed(path: &Path) -> impl Fn(XenError) -> DumpError + use<'_> {
     move |source| DumpError::Xen {
         path: path.to_owned(),
         source,
@@ -87,6 +88,36 @@ pub(crate) fn pruned(
             sonicshot_xen::Part::Copy { from, len } => Part::Copy { from, len },
             sonicshot_xen::Part::Bytes(bytes) => Part::Bytes(bytes),
         })
+    })
+}
+
+/// The processors of an image or a core: those that are down were never started or were taken
+/// offline.
+pub(crate) fn processors(
+    vcpus: Result<Vcpus, XenError>,
+    kind: DomainKind,
+    memory: &dyn GuestMemory,
+) -> Processors {
+    let processor = |vcpu: &Vcpu| {
+        let Some(cs_base) = vcpu.cs_base.filter(|_| kind == DomainKind::Hvm) else {
+            return Processor::Started(vcpu.control);
+        };
+        let registers = Registers {
+            control: vcpu.control,
+            rip: vcpu.rip,
+            rflags: vcpu.rflags,
+            cs_selector: vcpu.cs_selector.into(),
+            cs_base,
+        };
+        registers.processor(vcpu.id == 0, Halted::Untold(memory))
+    };
+    told(match vcpus {
+        Ok(vcpus) => {
+            let online = vcpus.online.iter().map(processor);
+            let offline = std::iter::repeat_n(Processor::NotStarted, vcpus.offline);
+            Ok(online.chain(offline).collect())
+        }
+        Err(_) => Err("its records of the processors are missing or damaged"),
     })
 }
 

@@ -53,6 +53,7 @@ pub struct CoreDump {
     kind: DomainKind,
     machine: u16,
     xen: (u64, u64),
+    vcpus: u64,
     runs: Vec<CoreRun>,
     p2m: Option<P2m>,
 }
@@ -95,9 +96,23 @@ impl CoreDump {
             kind: notes.kind,
             machine: sections.machine,
             xen: notes.xen,
+            vcpus: notes.vcpus,
             runs: runs(&frames, pages.at),
             p2m,
         })
+    }
+
+    /// How many processors the header's note says there are.
+    pub(crate) fn vcpu_count(&self) -> u64 {
+        self.vcpus
+    }
+
+    /// A section that must be there: a cursor at its beginning that ends where it does.
+    pub(crate) fn open_section<'a>(
+        data: GuestBytes<'a>,
+        name: &'static str,
+    ) -> Result<Cursor<'a>, XenError> {
+        Sections::read(data)?.open(name, PROGBITS)
     }
 
     /// The kind of the domain.
@@ -237,6 +252,7 @@ impl<'a> Sections<'a> {
 /// What `.note.Xen` says.
 struct Notes {
     kind: DomainKind,
+    vcpus: u64,
     pages: u64,
     xen: (u64, u64),
 }
@@ -268,28 +284,33 @@ impl Notes {
         }
         let missing = |note: u32| cursor.malformed("no note of this type", start, note.into());
         format.ok_or_else(|| missing(FORMAT_VERSION_NOTE))?;
-        let (kind, pages) = header.ok_or_else(|| missing(HEADER_NOTE))?;
+        let (kind, vcpus, pages) = header.ok_or_else(|| missing(HEADER_NOTE))?;
         let xen = xen.ok_or_else(|| missing(XEN_VERSION_NOTE))?;
-        Ok(Self { kind, pages, xen })
+        Ok(Self {
+            kind,
+            vcpus,
+            pages,
+            xen,
+        })
     }
 }
 
-/// The kind of the domain, and how many pages there are.
-fn core_header(cursor: &mut Cursor<'_>) -> Result<(DomainKind, u64), XenError> {
+/// The kind of the domain, and how many processors and pages there are.
+fn core_header(cursor: &mut Cursor<'_>) -> Result<(DomainKind, u64, u64), XenError> {
     let at = cursor.at;
     let kind = match cursor.u64()? {
         MAGIC_PV => DomainKind::Pv,
         MAGIC_HVM => DomainKind::Hvm,
         other => return Err(cursor.malformed("the kind of the domain", at, other)),
     };
-    let _vcpus = cursor.u64()?;
+    let vcpus = cursor.u64()?;
     let pages = cursor.u64()?;
     let at = cursor.at;
     let size = cursor.u64()?;
     if size != PAGE {
         return Err(cursor.malformed("the size of a page", at, size));
     }
-    Ok((kind, pages))
+    Ok((kind, vcpus, pages))
 }
 
 fn format_version(cursor: &mut Cursor<'_>) -> Result<(), XenError> {

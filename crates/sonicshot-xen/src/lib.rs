@@ -44,6 +44,7 @@ mod image;
 mod page_data;
 mod prune;
 mod skeleton;
+mod vcpu;
 
 pub use core_dump::{CoreDump, CoreRun};
 pub use error::{Place, Within, XenError};
@@ -51,3 +52,4 @@ pub use frames::{Frame, FrameType};
 pub use image::{DomainKind, Layer, MAGIC, Record, XlImage};
 pub use prune::{Dropped, Part};
 pub use skeleton::{Joined, Skeleton};
+pub use vcpu::{Vcpu, Vcpus};

@@ -9,7 +9,7 @@
 )]
 
 use proptest::prelude::*;
-use sonicshot::{GuestBytes, Mfn, P2mError, Pfn};
+use sonicshot::{ControlRegisters, GuestBytes, Mfn, P2mError, Pfn};
 use sonicshot_xen::{CoreDump, DomainKind, Within, XenError};
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -31,6 +31,9 @@ struct Core {
     format: u64,
     /// Type and content of more notes.
     notes: Vec<(u32, Vec<u8>)>,
+    /// The processors' contexts, and how many the header's note says there are.
+    prstatus: Vec<u8>,
+    vcpus: u64,
     /// Names of more sections.
     more: Vec<&'static str>,
     /// Sections and notes that are missing, by name and type.
@@ -46,6 +49,8 @@ fn core(magic: u64, pages: &[(u64, u64)]) -> Core {
         page_size: 4096,
         format: 1,
         notes: Vec::new(),
+        prstatus: vec![0x11; 56],
+        vcpus: 1,
         more: Vec::new(),
         without: Vec::new(),
         without_note: 0,
@@ -62,7 +67,7 @@ impl Core {
             (0x200_0000, Vec::new()),
             (
                 0x200_0001,
-                words(&[self.magic, 1, self.count, self.page_size]),
+                words(&[self.magic, self.vcpus, self.count, self.page_size]),
             ),
             (0x200_0002, words(&[4, 17, 0x5a5a, 0x5a5a, 4096])),
             (0x200_0003, words(&[self.format])),
@@ -100,7 +105,7 @@ impl Core {
         let (table_name, table) = self.table();
         let mut sections = vec![
             (".note.Xen", 7_u32, self.notes()),
-            (".xen_prstatus", 1, vec![0x11; 56]),
+            (".xen_prstatus", 1, self.prstatus.clone()),
             (".xen_shared_info", 1, vec![0x22; 72]),
             (".xen_pages", 1, pages),
             (table_name, 1, table),
@@ -461,4 +466,89 @@ proptest! {
             }
         }
     }
+}
+
+/// A `struct vcpu_guest_context`: online or not, and its `CR0`, `CR3` and `CR4`.
+fn context(online: bool, control: [u64; 3]) -> Vec<u8> {
+    let mut out = vec![0x77; 5168];
+    let flags = 0x04 | u64::from(online) << 5;
+    let [cr0, cr3, cr4] = control;
+    for (at, value) in [
+        (512, flags),
+        (648, 0xffff_ffff_8100_0000),
+        (656, 0xe030),
+        (664, 0x246),
+        (4984, cr0),
+        (5008, cr3),
+        (5016, cr4),
+    ] {
+        out[at..at + 8].copy_from_slice(&u64::to_le_bytes(value));
+    }
+    out
+}
+
+#[test]
+fn processors_are_told() {
+    let pages = [(0, 0x90), (1, 0x91), (4, 0x70)];
+    let with = |magic: u64, contexts: &[Vec<u8>]| Core {
+        prstatus: contexts.concat(),
+        vcpus: contexts.len() as u64,
+        ..core(magic, &pages)
+    };
+    let vcpus = |core: &Core| {
+        let data = core.bytes();
+        parse(&data)
+            .unwrap()
+            .vcpus(GuestBytes::from_slice(&data))
+            .map(|vcpus| {
+                let control = |vcpu: &sonicshot_xen::Vcpu| (vcpu.id, vcpu.control);
+                let online: Vec<_> = vcpus.online.iter().map(control).collect();
+                (online, vcpus.offline)
+            })
+    };
+    // As Xen shows them, a PV guest's registers lack what it always has; its root is the
+    // machine's frame.
+    let pv = with(
+        PV,
+        &[
+            context(true, [8, 0x9_1000, 0x10]),
+            context(false, [0; 3]),
+            context(true, [8, 0x7_0018, 0]),
+        ],
+    );
+    let long = Some(0x500);
+    let registers = ControlRegisters::new;
+    let want = vec![
+        (0, registers(0x8000_0009, 0x1000, 0x30, long)),
+        (2, registers(0x8000_0009, 0x4000, 0x20, long)),
+    ];
+    assert_eq!(vcpus(&pv).unwrap(), (want, 1));
+    // Of another they are as they are.
+    let hvm = with(HVM, &[context(true, [0x8005_0033, 0x9_1000, 0x20])]);
+    let want = vec![(0, registers(0x8005_0033, 0x9_1000, 0x20, None))];
+    assert_eq!(vcpus(&hvm).unwrap(), (want, 0));
+
+    let good = context(true, [8, 0x9_1000, 0x10]);
+    for wrong in [
+        core(PV, &pages),
+        with(PV, &[]),
+        with(PV, &[context(false, [0; 3])]),
+        with(PV, &[good[..5167].to_vec()]),
+        with(PV, &[context(true, [8, 0x9_2000, 0x10])]),
+        Core {
+            vcpus: 2,
+            ..with(PV, &[good.clone()])
+        },
+        Core {
+            without: vec![".xen_prstatus"],
+            ..with(PV, &[good.clone()])
+        },
+        Core {
+            more: vec![".xen_prstatus"],
+            ..with(PV, &[good.clone()])
+        },
+    ] {
+        assert!(vcpus(&wrong).is_err(), "{wrong:?}");
+    }
+    assert!(vcpus(&with(PV, &[good])).is_ok());
 }

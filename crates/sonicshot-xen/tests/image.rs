@@ -10,8 +10,8 @@
 
 use proptest::prelude::*;
 use sonicshot::{
-    DropClasses, Fill, Gpa, GpaRange, GuestBytes, PageClass, PageMap, PageSize, Pfn, PfnRange,
-    PrunePlan, RamLayout,
+    ControlRegisters, DropClasses, Fill, Gpa, GpaRange, GuestBytes, PageClass, PageMap, PageSize,
+    Pfn, PfnRange, PrunePlan, RamLayout,
 };
 use sonicshot_xen::{DomainKind, Joined, Layer, Part, Skeleton, Within, XenError, XlImage};
 use std::collections::BTreeMap;
@@ -640,5 +640,122 @@ fn a_stream_by_itself_counts_its_own_records() {
                 "{layer:?}, {len}: {cut:?}"
             );
         }
+    }
+}
+
+/// A `struct hvm_hw_cpu`: `CR0`, `CR3`, `CR4`, `EFER`.
+fn hvm_cpu(control: [u64; 4], len: usize) -> Vec<u8> {
+    let mut out = vec![0x77; 1032];
+    let [cr0, cr3, cr4, efer] = control;
+    for (at, value) in [
+        (640, 0xffff_ffff_8100_0000),
+        (648, 0x246),
+        (656, cr0),
+        (672, cr3),
+        (680, cr4),
+        (736, 0x10),
+        (808, 0),
+        (992, efer),
+    ] {
+        out[at..at + 8].copy_from_slice(&u64::to_le_bytes(value));
+    }
+    out.truncate(len);
+    out
+}
+
+/// The parts of an HVM context: type, number, content.
+fn hvm_context(parts: &[(u8, u8, Vec<u8>)]) -> Item {
+    let mut body = Vec::new();
+    for (kind, instance, content) in parts {
+        body.extend([*kind, 0, *instance, 0]);
+        body.extend((content.len() as u32).to_le_bytes());
+        body.extend(content);
+    }
+    Item::Other(9, body)
+}
+
+/// A PV processor's record: its number, `CR0`, `CR3`, `CR4`.
+fn pv_cpu(id: u32, control: [u64; 3], len: usize) -> Item {
+    let mut body = id.to_le_bytes().to_vec();
+    body.resize(8 + len, 0x77);
+    let [cr0, cr3, cr4] = control;
+    for (at, value) in [(4984, cr0), (5008, cr3), (5016, cr4)] {
+        if let Some(place) = body.get_mut(8 + at..16 + at) {
+            place.copy_from_slice(&u64::to_le_bytes(value));
+        }
+    }
+    Item::Other(4, body)
+}
+
+#[test]
+fn processors_are_told() {
+    let vcpus = |kind: u8, items: &[Item]| {
+        let data = image(kind, items);
+        let vcpus = parse(&data).unwrap().vcpus(GuestBytes::from_slice(&data));
+        vcpus.map(|vcpus| {
+            assert_eq!(vcpus.offline, 0);
+            let control = |vcpu: &sonicshot_xen::Vcpu| (vcpu.id, vcpu.control);
+            vcpus.online.iter().map(control).collect::<Vec<_>>()
+        })
+    };
+    let cpu = |cr3: u64| hvm_cpu([0x8005_0033, cr3, 0x37_0ef0, 0xd01], 1032);
+    let registers = |cr3| ControlRegisters::new(0x8005_0033, cr3, 0x37_0ef0, Some(0xd01));
+    let page = Item::Pages(vec![(0, 0, 1)]);
+    let end = (0, 0, Vec::new());
+    let header = (1, 0, vec![1; 24]);
+    let good = [
+        page.clone(),
+        hvm_context(&[
+            header.clone(),
+            (2, 0, cpu(0x1000)),
+            (2, 3, cpu(0x2000)),
+            (5, 0, vec![2; 16]),
+            end.clone(),
+        ]),
+    ];
+    let want = vec![(0, registers(0x1000)), (3, registers(0x2000))];
+    assert_eq!(vcpus(2, &good).unwrap(), want);
+    // Xen's of before 4.15 are shorter.
+    let old = hvm_context(&[(2, 0, hvm_cpu([1, 2, 3, 4], 1000)), end.clone()]);
+    let want = vec![(0, ControlRegisters::new(1, 2, 3, Some(4)))];
+    assert_eq!(vcpus(2, &[old]).unwrap(), want);
+    for wrong in [
+        vec![page.clone()],
+        vec![hvm_context(&[header.clone(), end.clone()])],
+        vec![hvm_context(&[header.clone(), (2, 0, cpu(0x1000))])],
+        vec![hvm_context(&[(2, 1, cpu(0x1000)), end.clone()])],
+        vec![hvm_context(&[(2, 0, cpu(1)), (2, 0, cpu(1)), end.clone()])],
+        vec![hvm_context(&[(2, 0, hvm_cpu([0; 4], 999)), end.clone()])],
+        vec![hvm_context(&[(2, 0, vec![0; 5000]), end.clone()])],
+        vec![good[1].clone(), good[1].clone()],
+        vec![Item::Other(9, vec![2, 0, 0, 0, 0xff, 0xff, 0xff, 0xff])],
+        // Of the other kind of domain.
+        vec![pv_cpu(0, [8, 0x1000, 0x10], 5168)],
+    ] {
+        assert!(vcpus(2, &wrong).is_err(), "{wrong:?}");
+    }
+
+    // A PV guest's root is the guest's own frame; it always has paging and long mode.
+    let good = [
+        page,
+        pv_cpu(0, [8, 0x1000, 0x10], 5168),
+        pv_cpu(2, [8, 0x4018, 0], 5168),
+    ];
+    let long = Some(0x500);
+    let want = vec![
+        (0, ControlRegisters::new(0x8000_0009, 0x1000, 0x30, long)),
+        (2, ControlRegisters::new(0x8000_0009, 0x4000, 0x20, long)),
+    ];
+    assert_eq!(vcpus(1, &good).unwrap(), want);
+    for wrong in [
+        // A 32-bit guest.
+        vec![pv_cpu(0, [8, 0x1000, 0x10], 2800)],
+        vec![pv_cpu(0, [8, 0x1000, 0x10], 5169)],
+        vec![good[2].clone(), good[1].clone()],
+        vec![good[1].clone(), good[1].clone()],
+        vec![good[2].clone()],
+        vec![hvm_context(&[(2, 0, cpu(0x1000)), end])],
+    ] {
+        assert!(vcpus(1, &wrong).is_err(), "{wrong:?}");
     }
 }

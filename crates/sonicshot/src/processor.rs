@@ -69,6 +69,10 @@ pub enum Processor {
     /// Never started, or stopped for good by an INIT: held in reset, or waiting for a start-up
     /// interrupt (SIPI). It says nothing of who owns the memory.
     NotStarted,
+    /// Halted with interrupts and paging off, where firmware leaves the processors that it started
+    /// itself, for a kernel to take over: only an INIT, an NMI or an SMI gets it out. Never the
+    /// boot processor. It says as little of who owns the memory as [`NotStarted`](Self::NotStarted).
+    Parked,
     /// In system management mode: its registers are the firmware's.
     InSmm,
     /// Runs, or is halted, with these registers.
@@ -88,6 +92,9 @@ pub enum Processors {
     /// Nothing: the memory is raw, or its file tells no registers.
     #[default]
     Unknown,
+    /// The file is of a kind that tells them, but what it says of them is damaged, contradicts
+    /// itself or is not known: why. No register of it is to be believed.
+    NotTold(&'static str),
     /// Each processor, in the order of the file.
     Known(Vec<Processor>),
     /// The memory is that of a kernel that is dead by design: a crash kernel wrote it down from
