@@ -66,6 +66,7 @@
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
 mod address;
+mod alive;
 mod discover;
 mod error;
 mod guest;
@@ -73,6 +74,7 @@ mod iomem;
 mod kernel;
 mod mm;
 mod paging;
+mod processors;
 pub mod symbols;
 mod zero;
 
@@ -81,4 +83,5 @@ pub use error::VmiError;
 pub use guest::{Classification, GuestOptions, LinuxGuest, OnInconsistency};
 pub use mm::classify::{Inconsistency, ZoneReport};
 pub(crate) use paging::AddressSpace;
+pub use processors::{Cr3, Foreign, ForeignProcessor, ParseCr3Error};
 pub use zero::{count_zero_pages, mark_zero_pages};
