@@ -18,6 +18,26 @@
 //! }
 //! ```
 //!
+//! # Whose memory it is
+//!
+//! A kernel's records stay in memory when the kernel is gone: QEMU keeps RAM over a reset, and
+//! kexec does everywhere. Memory may also hold any number of copies of VMCOREINFO, and pages that a
+//! process made to look like it. So every page that may be a kernel's VMCOREINFO is a candidate:
+//!
+//! | evidence | what it must show |
+//! |---|---|
+//! | the processors ([`GuestMemory::processors`](sonicshot::GuestMemory::processors), or [`GuestOptions::cr3`]) | every one that was started, but for those in SMM, runs on page tables that lead where the kernel's own do: image, sections, struct pages, zones, per-CPU areas, direct map |
+//! | the kernel's own variable `vmcoreinfo_data` | points to the VMCOREINFO by which it was found |
+//! | per-CPU areas | say where they are and whose |
+//! | each online processor's current task | is of that processor, and running |
+//! | `system_state`, where no processors are told | is not that of a restart (kexec is one) or halt |
+//!
+//! The first is the best: a kernel that all processors run on is the one, and if one runs on
+//! others, [`LinuxGuest::classify`] refuses with [`VmiError::NotOwner`]. Where nothing is told of
+//! processors, all memory is searched, and if two kernels stand (and can be classified), the guest
+//! is refused with [`VmiError::Undecided`]. Kernels are tried for 10 seconds, all together; how
+//! many candidates there are does not matter: all but a few end within microseconds.
+//!
 //! # When a frame is free
 //!
 //! Only if four records agree: its block's head carries the buddy mark with an order; a free
