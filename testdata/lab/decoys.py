@@ -131,7 +131,8 @@ def do_reboot(args, find_tool):
     for series in args.kernels.split(","):
         for append in ("", "nokaslr"):
             told, bad = [], []
-            spec = spec_of(series, args.mem, args.cpu, args.smp, append)
+            # What earlier kernels left is not to be written over.
+            spec = spec_of(series, args.mem, args.cpu, args.smp, f"lab.empty=1 {append}")
             with Guest(spec, f"reboot-{series}-{append or 'kaslr'}-{args.mem}") as guest:
                 guest.ready()
                 for number in range(args.rounds):

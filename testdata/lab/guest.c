@@ -599,8 +599,9 @@ int main(void)
 	/* The disks are copied once and serve all forms of a snapshot: what is dirty stays so. */
 	put("/proc/sys/vm/dirty_writeback_centisecs", "0");
 
-	/* Free pages that are not zero, then page cache, clean and dirty. */
-	if (use_all(50, 0))
+	/* Free pages that are not zero, unless what earlier boots left in them is to stay; then page
+	 * cache, clean and dirty. */
+	if (!option("lab.empty", 0) && use_all(50, 0))
 		die("filling free memory");
 	k.files = hash_tree("/files");
 	int dirty = open("/files/dirty", O_RDWR | O_CREAT, 0600);

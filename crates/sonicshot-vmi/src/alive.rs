@@ -15,15 +15,6 @@ const MAX_CPUS: u64 = 8192;
 /// VMCOREINFO is at most one page.
 const MAX_VMCOREINFO: usize = 4096;
 
-/// What is known of a kernel beforehand.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Known {
-    /// Its VMCOREINFO is the note of a dump, and no page of memory.
-    pub is_note: bool,
-    /// Its processors are told: they say better whether it has handed the machine over.
-    pub by_processors: bool,
-}
-
 /// One processor that the kernel may use.
 #[derive(Debug, Clone, Copy)]
 struct Cpu {
@@ -34,12 +25,10 @@ struct Cpu {
 }
 
 /// Refuses a kernel whose records of itself are not whole. What no symbol or type tells of is
-/// passed over.
-pub(crate) fn check(kernel: &Kernel<'_>, known: Known) -> Result<(), VmiError> {
-    own_copy(kernel, known.is_note)?;
-    if !known.by_processors {
-        state(kernel)?;
-    }
+/// passed over. `is_note` is of a kernel whose VMCOREINFO is the note of a dump, and no page of
+/// memory.
+pub(crate) fn check(kernel: &Kernel<'_>, is_note: bool) -> Result<(), VmiError> {
+    own_copy(kernel, is_note)?;
     for cpu in cpus(kernel)? {
         own_area(kernel, cpu)?;
         if cpu.online {
@@ -80,21 +69,6 @@ fn own_copy(kernel: &Kernel<'_>, is_note: bool) -> Result<(), VmiError> {
 fn lines(text: &str) -> impl Iterator<Item = &str> {
     text.lines()
         .filter(|line| !line.is_empty() && !line.starts_with("CRASHTIME="))
-}
-
-/// `system_state`: a kernel that restarts or halts hands the machine over, and kexec is a restart
-/// too (`kernel_restart_prepare`).
-fn state(kernel: &Kernel<'_>) -> Result<(), VmiError> {
-    let Some(variable) = kernel.symbol_from_table("system_state")? else {
-        return Ok(());
-    };
-    let state = kernel.read_u32("system_state", variable)?;
-    for name in ["SYSTEM_HALT", "SYSTEM_POWER_OFF", "SYSTEM_RESTART"] {
-        if kernel.constant(name)? == Some(i64::from(state)) {
-            return Err(stale(format!("its state is {name}")));
-        }
-    }
-    Ok(())
 }
 
 /// The address of a per-CPU symbol before any displacement: a file's would need to be told apart

@@ -253,7 +253,10 @@ impl<T> Search<'_, '_, T> {
             }
             Err(why) => {
                 self.tell(format!("{origin}: {why}"));
-                self.error.get_or_insert(why);
+                // That a copy is none says less than what is wrong with the kernel's own.
+                if matches!(self.error, None | Some(VmiError::Stale { .. })) {
+                    self.error = Some(why);
+                }
             }
         }
         None
@@ -465,7 +468,6 @@ fn search(
     let [a, b, c, d, e, f, g, h, tail @ ..] = *magic;
     let first = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
     let second = u16::from_le_bytes(tail);
-    let by_reading = memory.prefers_read();
     let mut buffer = Vec::new();
     for window in windows(memory) {
         let start = window.start();
@@ -476,11 +478,9 @@ fn search(
             continue;
         }
         let len = usize::try_from(window.len()).unwrap_or(0);
-        let mapped = if by_reading {
-            None
-        } else {
-            memory.map(start, len)?
-        };
+        // Of each page a few bytes are looked at: even of a file that is quicker read than mapped
+        // they are quicker seen than copied with all the rest.
+        let mapped = memory.map(start, len)?;
         let bytes = if let Some(mapped) = &mapped {
             mapped.bytes()
         } else {

@@ -123,13 +123,9 @@ impl<'m> LinuxGuest<'m> {
         let owners = || Owners::new(memory, options.cr3);
         let told = owners();
         let mut attempt = |found: Found<'m>| {
-            let known = alive::Known {
-                is_note: found.is_note,
-                by_processors: told.are_known(),
-            };
             let is_note = found.is_note;
             let guest = Self::gather(found, options, owners())?;
-            alive::check(&guest.kernel, known)?;
+            alive::check(&guest.kernel, is_note)?;
             let proven = if told.are_known() {
                 guest.is_run_by_all()
             } else {

@@ -30,7 +30,6 @@
 //! | the kernel's own variable `vmcoreinfo_data` | points to the VMCOREINFO by which it was found |
 //! | per-CPU areas | say where they are and whose |
 //! | each online processor's current task | is of that processor, and running |
-//! | `system_state`, where no processors are told | is not that of a restart (kexec is one) or halt |
 //!
 //! The first is the best: a kernel that all processors run on is the one, and if one runs on
 //! others, [`LinuxGuest::classify`] refuses with [`VmiError::NotOwner`]. Where nothing is told of

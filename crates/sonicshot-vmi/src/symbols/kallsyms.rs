@@ -48,7 +48,7 @@ pub struct Kallsyms {
 }
 
 /// The symbols that this crate asks for, found in one pass together.
-const ASKED: [&str; 29] = [
+const ASKED: [&str; 28] = [
     "__cpu_online_mask",
     "__cpu_possible_mask",
     "__entry_text_start",
@@ -74,7 +74,6 @@ const ASKED: [&str; 29] = [
     "page_offset_base",
     "pcpu_hot",
     "swapper_pg_dir",
-    "system_state",
     "this_cpu_off",
     "vmcoreinfo_data",
     "want_page_poisoning",
