@@ -508,6 +508,58 @@ static unsigned long option(const char *name, unsigned long otherwise)
 	return strtoul(at + strlen(name) + 1, NULL, 10);
 }
 
+/* VMCOREINFO as it stands in the notes of /proc/kcore; its length, or 0. */
+static size_t vmcoreinfo(char *page)
+{
+	static char head[32 * 1024];
+	int fd = open("/proc/kcore", O_RDONLY);
+	size_t have = 0;
+	ssize_t got;
+	while (fd >= 0 && have < sizeof head &&
+	       (got = read(fd, head + have, sizeof head - have)) > 0)
+		have += got;
+	if (fd >= 0)
+		close(fd);
+	char *at = memmem(head, have, "OSRELEASE=", 10);
+	if (!at)
+		return 0;
+	size_t len = strnlen(at, head + have - at);
+	len = len < PAGE ? len : PAGE - 1;
+	memcpy(page, at, len);
+	return len;
+}
+
+/* Pages of memory that pass for VMCOREINFO: its first line alone, exact copies, copies in which
+ * one digit is another, copies that are cut off. */
+static void decoys(size_t pages)
+{
+	static char text[PAGE];
+	size_t len = vmcoreinfo(text);
+	if (!len)
+		die("/proc/kcore");
+	char *at = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+			-1, 0);
+	if (at == MAP_FAILED)
+		die("decoys");
+	for (size_t i = 0; i < pages; i++) {
+		char *page = at + i * PAGE;
+		size_t where = mix(seed + i) % len;
+		if (i % 4 == 0) {
+			strcpy(page, "OSRELEASE=x\n");
+			continue;
+		}
+		memcpy(page, text, len);
+		if (i % 4 == 2) {
+			while (where < len && !(page[where] >= '0' && page[where] <= '9'))
+				where++;
+			if (where < len)
+				page[where] = '0' + (page[where] - '0' + 1 + i % 9) % 10;
+		} else if (i % 4 == 3)
+			memset(page + where, 0, PAGE - where);
+	}
+	say("DECOYS %lu", (unsigned long)pages);
+}
+
 /* Waits until memory has grown by `mib`, bringing online what comes (some kernels do so alone). */
 static void wait_for_memory(unsigned long before_kib, unsigned long mib, const char *online)
 {
@@ -625,8 +677,9 @@ int main(void)
 	/* The disks are copied once and serve all forms of a snapshot: what is dirty stays so. */
 	put("/proc/sys/vm/dirty_writeback_centisecs", "0");
 
-	/* Free pages that are not zero, then page cache, clean and dirty. */
-	if (use_all(50, 0))
+	/* Free pages that are not zero, unless what earlier boots left in them is to stay; then page
+	 * cache, clean and dirty. */
+	if (!option("lab.empty", 0) && use_all(50, 0))
 		die("filling free memory");
 	if (option("lab.pmem", 0))
 		fill_pmem();
@@ -646,6 +699,14 @@ int main(void)
 			die("dirty page cache");
 	}
 	k.files = hash_tree("/files");
+
+	if (option("lab.decoys", 0))
+		decoys(option("lab.decoys", 0));
+	/* Processes that never leave user space by themselves. */
+	for (unsigned long i = 0; i < option("lab.spin", 0); i++)
+		if (fork() == 0)
+			for (;;)
+				__asm__ volatile("" ::: "memory");
 
 	int disk = open("/dev/vdb", O_RDWR | O_DIRECT);
 	if (disk < 0)
@@ -697,6 +758,8 @@ int main(void)
 				else if (strstr(line, "look")) {
 					const char *bad = look(&k);
 					say(bad ? "LOOK-FAIL %s" : "LOOK-OK", bad);
+				} else if (strstr(line, "reboot")) {
+					reboot(RB_AUTOBOOT);
 				} else if (strstr(line, "off")) {
 					sync();
 					reboot(RB_POWER_OFF);

@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench  # noqa: E402
+import decoys  # noqa: E402
 import killed  # noqa: E402
 import kernels  # noqa: E402
 import libvirt  # noqa: E402
@@ -374,6 +375,7 @@ def main():
     restore.add_argument("--torture", action="store_true")
     restore.set_defaults(run=do_restore)
 
+    decoys.add_commands(commands, find_tool)
     libvirt.add_command(commands, find_tool)
     oldqemu.add_command(commands, find_tool)
     xen_proof.add_command(commands, find_tool)

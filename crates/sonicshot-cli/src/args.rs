@@ -4,6 +4,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use sonicshot::PageClass;
 use sonicshot::checkpoint::Compression;
 use sonicshot_dump::LayoutSpec;
+use sonicshot_vmi::Cr3;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +15,8 @@ Exit codes:
   2  the command line is wrong
   3  the file is no dump that can be read, or is damaged
   4  no kernel was found in it, or its symbols are missing or of another kernel
-  5  the guest's own records of free pages contradict each other: nothing was pruned
+  5  the guest's own records of free pages contradict each other, or its kernel does not own
+     the memory: nothing was pruned
   6  another process has the file open for writing: it was not pruned in place";
 
 /// Leaves a guest's free memory out of its snapshots, from outside, with no agent.
@@ -67,6 +69,11 @@ pub(crate) struct InputArgs {
     /// The memory that the dump is a diff to: a Firecracker diff snapshot is read over it
     #[arg(long, value_name = "FILE")]
     pub base: Option<PathBuf>,
+    /// The CR3 of a processor that ran the guest's kernel (of one in a nested guest, its host's):
+    /// the kernel that owns the memory is told by it, instead of by what the file has of the
+    /// processors. Decimal, or hexadecimal with 0x
+    #[arg(long, value_name = "N")]
+    pub cr3: Option<Cr3>,
     /// Go on although the guest's records of free pages contradict each other: every page in
     /// question is kept, the others are believed
     #[arg(long)]

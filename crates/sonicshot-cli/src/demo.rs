@@ -40,6 +40,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
         symbols: Vec::new(),
         layout: None,
         base: None,
+        cr3: None,
         allow_inconsistent: false,
     };
     let input = Input::find(&dump, &how)?;

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use sonicshot::checkpoint::CheckpointError;
 use sonicshot::{Gpa, MemoryError, PageClass};
 use sonicshot_dump::{DumpError, KdumpWriteError};
-use sonicshot_vmi::VmiError;
+use sonicshot_vmi::{Foreign, VmiError};
 use sonicshot_xen_live::{DomainId, LiveError};
 use std::error::Error;
 use std::io::{self, Read};
@@ -128,7 +128,10 @@ impl CliError {
             | Self::ManyBlocks { .. } => 3,
             Self::NotWhole { .. } => 4,
             Self::Guest { source, .. } | Self::Domain { source, .. } => match source {
-                VmiError::Inconsistent(_) => 5,
+                VmiError::Inconsistent(_)
+                | VmiError::NotOwner { .. }
+                | VmiError::Undecided { .. }
+                | VmiError::Stale { .. } => 5,
                 _ => 4,
             },
         }
@@ -208,6 +211,20 @@ impl CliError {
                 VmiError::Missing { .. } => "give the kernel's vmlinux with --symbols",
                 VmiError::WrongKernel { .. } => {
                     "give the files of exactly the guest's build, or none at all"
+                }
+                VmiError::NotOwner { processor, .. }
+                    if matches!(processor.why, Foreign::Nested) =>
+                {
+                    "give the processor's CR3 as the nested guest's host: --cr3 N"
+                }
+                VmiError::NotOwner { .. } => {
+                    "the guest was in firmware, a boot loader, another kernel or early boot: take \
+                     the snapshot once it runs. If the processor is none of the guest's kernel, \
+                     give the CR3 of one that is: --cr3 N"
+                }
+                VmiError::Undecided { .. } | VmiError::Stale { .. } => {
+                    "an earlier kernel may have left its memory behind. If you know the CR3 of a \
+                     processor of the guest: --cr3 N"
                 }
                 VmiError::Inconsistent(_) => {
                     "the guest may have been running while it was dumped. --allow-inconsistent \

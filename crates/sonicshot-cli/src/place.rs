@@ -101,6 +101,9 @@ fn options(input: &Input<'_>, dump: &Dump) -> GuestOptions {
     for path in &input.how.symbols {
         options = options.symbols(path);
     }
+    if let Some(cr3) = input.how.cr3 {
+        options = options.cr3(cr3);
+    }
     match dump.vmcoreinfo() {
         Some(text) => options.vmcoreinfo(text),
         None => options,

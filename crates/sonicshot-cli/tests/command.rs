@@ -96,6 +96,41 @@ fn a_core_is_inspected_and_pruned_like_a_raw_dump() {
 }
 
 #[test]
+fn a_processor_on_other_page_tables_refuses_the_guest() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let before = fs::read(&raw).unwrap();
+    let out = folder.path().join("out");
+    for args in [
+        &["inspect", text(&raw)][..],
+        &["prune", text(&raw), "--in-place"],
+        &["prune", text(&raw), "-o", text(&out)],
+        &["save", text(&raw), "-o", text(&out)],
+    ] {
+        let run = sonicshot(&[args, &["--cr3", "0x1005"]].concat());
+        assert_eq!(run.status.code(), Some(5), "{}", stderr(&run));
+        let told = stderr(&run);
+        assert!(told.contains("processor 0 (CR3 0x1005)"), "{told}");
+        assert!(told.contains("--cr3 N"), "{told}");
+    }
+    assert!(!out.exists());
+    assert!(fs::read(&raw).unwrap() == before);
+    // What QEMU prints is hexadecimal without saying so.
+    let run = sonicshot(&["inspect", text(&raw), "--cr3", "0000000000100500"]);
+    assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+    let told = [
+        "inspect",
+        text(&raw),
+        "--cr3",
+        "0x1005",
+        "--allow-inconsistent",
+    ];
+    let run = sonicshot(&told);
+    assert!(run.status.success(), "{}", stderr(&run));
+    assert!(stdout(&run).contains("does not own the guest's memory"));
+}
+
+#[test]
 fn dropping_what_the_guest_uses_is_warned_of() {
     let folder = tempfile::tempdir().unwrap();
     let dump = raw_dump(folder.path(), |_| {});

@@ -2,14 +2,27 @@
 //!
 //! Every Linux kernel with crash support keeps VMCOREINFO, a page of text that describes it
 //! (`kernel/vmcore_info.c`), in a page of its own. It gives the top-level page table and the
-//! displacement of the kernel image, which page tables and the running kernel's own
-//! `init_uts_ns` must confirm: a stale copy (of an earlier boot, or in a file) does not pass.
+//! displacement of the kernel image. But memory may hold many pages that begin so: of kernels
+//! that ran before, in the buffers of whoever read it, or made by a process on purpose. So each
+//! such page is a candidate only:
+//!
+//! 1. Its text must name page tables in RAM that map themselves where it says, and an
+//!    `init_uts_ns` with its release. That takes microseconds, and nearly all end here.
+//! 2. Candidates with the same page tables are one kernel, and one of them is its own: the page
+//!    that a variable of the kernel's image points to.
+//! 3. Each kernel is tried to the end, those that the guest's processors run on first.
+//!
+//! The search ends at a kernel that is proven to own the memory. Where none can be proven, all
+//! RAM is searched, for an earlier and a later kernel may both stand.
 
 use crate::error::VmiError;
 use crate::paging::X86_64;
 use crate::symbols::Vmcoreinfo;
 use crate::{AddressSpace, KernelVa, VirtualMemory};
 use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, PageSize};
+use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasher, RandomState};
+use std::time::{Duration, Instant};
 
 /// `__START_KERNEL_map` (`arch/x86/include/asm/page_64_types.h`): an ABI of the kernel's own
 /// linker script, the same since 2.6.
@@ -18,11 +31,23 @@ const START_KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 const MAX_IMAGE: u64 = 1 << 30;
 /// VMCOREINFO is at most one page.
 const MAX_VMCOREINFO: usize = 4096;
-/// Each copy found costs a look at page tables: more than this many are somebody's joke.
-const MAX_CANDIDATES: usize = 64;
+/// How long kernels are tried, all together: one takes some 50 ms.
+const TRIES: Duration = Duration::from_secs(10);
+/// So many of the candidates that failed are told of.
+const MAX_TOLD: usize = 4;
 /// How much is mapped at a time while searching.
 const WINDOW: u64 = 2 << 20;
 const _: () = assert!(WINDOW.is_power_of_two());
+
+/// The page tables that a VMCOREINFO names: what tells one kernel from another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Tables {
+    /// `swapper_pg_dir`.
+    pub page_table: KernelVa,
+    /// Where that is in guest-physical memory.
+    pub root: Gpa,
+    pub five_levels: bool,
+}
 
 /// A kernel that was found, with its page tables confirmed.
 #[derive(Debug)]
@@ -33,41 +58,349 @@ pub(crate) struct Found<'m> {
     pub kaslr: u64,
     /// Where VMCOREINFO came from.
     pub origin: String,
+    /// Whether it is the note of a dump, and no page of memory.
+    pub is_note: bool,
 }
 
-/// Finds the kernel, by `given` VMCOREINFO (of a dump's note) or by searching all RAM.
-pub(crate) fn find<'m>(
+/// What a kernel that was tried to the end turned out to be.
+#[derive(Debug)]
+pub(crate) struct Tried<T> {
+    pub value: T,
+    /// Whether it is certain that this kernel owns the memory.
+    pub proven: bool,
+}
+
+/// All candidates for one kernel.
+#[derive(Debug)]
+struct Group {
+    tables: Tables,
+    note: bool,
+    pages: Vec<Gpa>,
+    /// The pages that the kernel's image points to, once they were looked for.
+    pointed: Option<HashSet<Gpa>>,
+    /// The texts that were tried.
+    tried: HashSet<u64>,
+    stands: bool,
+}
+
+type Attempt<'a, 'm, T> = dyn FnMut(Found<'m>) -> Result<Tried<T>, VmiError> + 'a;
+
+struct Search<'a, 'm, T> {
     memory: &'m dyn GuestMemory,
-    given: Option<&[u8]>,
-) -> Result<Found<'m>, VmiError> {
-    let mut tried = Vec::new();
+    given: Option<&'a [u8]>,
+    attempt: &'a mut Attempt<'a, 'm, T>,
+    groups: Vec<Group>,
+    by_tables: HashMap<Tables, usize>,
+    hasher: RandomState,
+    /// What is left of [`TRIES`].
+    left: Duration,
+    /// Whether a candidate was not tried, for there was no time.
+    out_of_time: bool,
+    told: Vec<String>,
+    error: Option<VmiError>,
+    standing: Vec<T>,
+}
+
+/// Finds the kernels that stand when `attempt` tries them to the end, by `given` VMCOREINFO (of a
+/// dump's note) and by searching RAM: at least one, and only one if it is proven. `runs` tells
+/// whether some processor runs on a kernel's page tables.
+pub(crate) fn find<'a, 'm, T>(
+    memory: &'m dyn GuestMemory,
+    given: Option<&'a [u8]>,
+    believe_note: bool,
+    runs: &dyn Fn(&Tables) -> bool,
+    attempt: &'a mut Attempt<'a, 'm, T>,
+) -> Result<Vec<T>, VmiError> {
+    let mut kernels = Search {
+        memory,
+        given,
+        attempt,
+        groups: Vec::new(),
+        by_tables: HashMap::new(),
+        hasher: RandomState::new(),
+        left: TRIES,
+        out_of_time: false,
+        told: Vec::new(),
+        error: None,
+        standing: Vec::new(),
+    };
     if let Some(text) = given {
-        match confirm(memory, text, "VMCOREINFO note".into()) {
-            Ok(found) => return Ok(found),
-            Err(why) => tried.push(format!("the dump's VMCOREINFO note: {why}")),
+        match confirm(memory, text) {
+            Ok(tables) => {
+                let number = kernels.group(tables);
+                if let Some(group) = kernels.groups.get_mut(number) {
+                    group.note = true;
+                }
+                if (believe_note || runs(&tables))
+                    && let Some(proven) = kernels.try_text(number, text, None)
+                {
+                    return Ok(vec![proven]);
+                }
+            }
+            Err(why) => kernels.tell(format!("the dump's VMCOREINFO note: {why}")),
         }
     }
-    let mut found = None;
-    let mut candidates = 0_usize;
+    let mut proven = None;
+    let mut text = [0; MAX_VMCOREINFO];
     search(memory, b"OSRELEASE=", &mut |at| {
-        candidates = candidates.saturating_add(1);
-        let mut text = vec![0; MAX_VMCOREINFO];
-        if memory.read(at, &mut text).is_ok() {
-            match confirm(memory, &text, format!("VMCOREINFO at {at}")) {
-                Ok(kernel) => found = Some(kernel),
-                Err(why) if tried.len() < 4 => tried.push(format!("VMCOREINFO at {at}: {why}")),
-                Err(_) => {}
+        if memory.read(at, &mut text).is_err() {
+            return true;
+        }
+        match confirm(memory, &text) {
+            Ok(tables) => {
+                let number = kernels.group(tables);
+                if let Some(group) = kernels.groups.get_mut(number) {
+                    group.pages.push(at);
+                }
+                if runs(&tables) && kernels.may_be_own(number, at) {
+                    proven = kernels.try_text(number, &text, Some(at));
+                }
+            }
+            Err(why) => kernels.tell(format!("VMCOREINFO at {at}: {why}")),
+        }
+        proven.is_none()
+    })?;
+    if let Some(proven) = proven {
+        return Ok(vec![proven]);
+    }
+    // The best evidence first; else in the order in which they were found.
+    let mut order: Vec<usize> = (0..kernels.groups.len()).collect();
+    order.sort_by_key(|number| {
+        let group = kernels.groups.get(*number);
+        !group.is_some_and(|group| runs(&group.tables))
+    });
+    for number in order {
+        if let Some(proven) = kernels.try_group(number) {
+            return Ok(vec![proven]);
+        }
+    }
+    kernels.outcome()
+}
+
+impl<T> Search<'_, '_, T> {
+    fn tell(&mut self, why: String) {
+        if self.told.len() < MAX_TOLD {
+            self.told.push(why);
+        }
+    }
+
+    /// The number of the group with these page tables.
+    fn group(&mut self, tables: Tables) -> usize {
+        let next = self.groups.len();
+        let number = *self.by_tables.entry(tables).or_insert(next);
+        if number == next {
+            self.groups.push(Group {
+                tables,
+                note: false,
+                pages: Vec::new(),
+                pointed: None,
+                tried: HashSet::new(),
+                stands: false,
+            });
+        }
+        number
+    }
+
+    /// Whether the page `at` is worth a try while others of its group may follow: the first is,
+    /// and those that the kernel's image points to.
+    fn may_be_own(&mut self, number: usize, at: Gpa) -> bool {
+        let Some(group) = self.groups.get_mut(number) else {
+            return false;
+        };
+        if group.stands {
+            return false;
+        }
+        if group.tried.is_empty() {
+            return true;
+        }
+        let (memory, tables) = (self.memory, group.tables);
+        let left = &mut self.left;
+        let pointed = group
+            .pointed
+            .get_or_insert_with(|| timed(left, || pointed_to(memory, &tables)));
+        pointed.contains(&at)
+    }
+
+    /// Tries one text to the end, unless the same was tried. `at` is its page, or it is the note.
+    /// Returns the kernel if it is proven.
+    fn try_text(&mut self, number: usize, text: &[u8], at: Option<Gpa>) -> Option<T> {
+        let group = self.groups.get_mut(number)?;
+        let end = memchr::memchr(0, text).unwrap_or(text.len());
+        let text = text.get(..end).unwrap_or_default();
+        if !group.tried.insert(self.hasher.hash_one(text)) {
+            return None;
+        }
+        if self.left.is_zero() {
+            self.out_of_time = true;
+            return None;
+        }
+        let origin = match at {
+            Some(at) => format!("VMCOREINFO at {at}"),
+            None => "VMCOREINFO note".into(),
+        };
+        let memory = self.memory;
+        let attempt = &mut *self.attempt;
+        let tables = group.tables;
+        let tried = timed(&mut self.left, || {
+            let found = Found::new(memory, &tables, text, origin.clone(), at.is_none())?;
+            attempt(found)
+        });
+        match tried {
+            Ok(tried) if tried.proven => return Some(tried.value),
+            Ok(tried) => {
+                group.stands = true;
+                self.standing.push(tried.value);
+            }
+            Err(why) => {
+                self.tell(format!("{origin}: {why}"));
+                // That a copy is none says less than what is wrong with the kernel's own.
+                if matches!(self.error, None | Some(VmiError::Stale { .. })) {
+                    self.error = Some(why);
+                }
             }
         }
-        found.is_none() && candidates < MAX_CANDIDATES
-    })?;
-    found.ok_or_else(|| VmiError::NoKernel {
-        tried: if tried.is_empty() {
-            "no page begins with VMCOREINFO".into()
-        } else {
-            tried.join("; ")
-        },
-    })
+        None
+    }
+
+    /// Tries the candidates of a group until one stands. Returns the kernel if it is proven.
+    fn try_group(&mut self, number: usize) -> Option<T> {
+        let group = self.groups.get_mut(number)?;
+        if group.stands {
+            return None;
+        }
+        let note = self.given.filter(|_| group.note);
+        let mut pages = core::mem::take(&mut group.pages);
+        if pages.len() > 1 {
+            let (memory, tables) = (self.memory, group.tables);
+            let left = &mut self.left;
+            let pointed = group
+                .pointed
+                .get_or_insert_with(|| timed(left, || pointed_to(memory, &tables)));
+            // Only if none is the kernel's own, for whatever reason, may any be.
+            if pages.iter().any(|page| pointed.contains(page)) {
+                pages.retain(|page| pointed.contains(page));
+            }
+        }
+        if let Some(text) = note
+            && let Some(proven) = self.try_text(number, text, None)
+        {
+            return Some(proven);
+        }
+        let mut text = [0; MAX_VMCOREINFO];
+        for page in pages {
+            if self.groups.get(number)?.stands {
+                break;
+            }
+            if self.memory.read(page, &mut text).is_ok()
+                && let Some(proven) = self.try_text(number, &text, Some(page))
+            {
+                return Some(proven);
+            }
+        }
+        None
+    }
+
+    fn outcome(self) -> Result<Vec<T>, VmiError> {
+        let untried = || format!("candidates that {} s were too short for", TRIES.as_secs());
+        match (self.standing.is_empty(), self.out_of_time, self.error) {
+            (false, false, _) => Ok(self.standing),
+            (false, true, _) => Err(VmiError::Undecided {
+                first: "the one that was found".into(),
+                second: untried(),
+            }),
+            // What is wrong with the only kernels there are says more than that there is none.
+            (true, false, Some(error)) => Err(error),
+            (true, out_of_time, _) => {
+                let mut told = self.told;
+                if out_of_time {
+                    told.push(untried());
+                }
+                Err(VmiError::NoKernel {
+                    tried: if told.is_empty() {
+                        "no page begins with VMCOREINFO".into()
+                    } else {
+                        told.join("; ")
+                    },
+                })
+            }
+        }
+    }
+}
+
+/// Does `work`, and takes the time that it took from `left`.
+fn timed<R>(left: &mut Duration, work: impl FnOnce() -> R) -> R {
+    let started = Instant::now();
+    let done = work();
+    *left = left.saturating_sub(started.elapsed());
+    done
+}
+
+impl<'m> Found<'m> {
+    fn new(
+        memory: &'m dyn GuestMemory,
+        tables: &Tables,
+        text: &[u8],
+        origin: String,
+        is_note: bool,
+    ) -> Result<Self, VmiError> {
+        let vmcoreinfo = Vmcoreinfo::parse(text)?;
+        Ok(Self {
+            space: tables.space(memory),
+            kaslr: vmcoreinfo.kernel_offset().unwrap_or(0),
+            vmcoreinfo,
+            origin,
+            is_note,
+        })
+    }
+}
+
+impl Tables {
+    fn space<'m>(&self, memory: &'m dyn GuestMemory) -> AddressSpace<'m> {
+        AddressSpace::new(memory, Box::new(X86_64::new(self.root, self.five_levels)))
+    }
+}
+
+/// The pages that the kernel with these page tables points to from the writable part of its
+/// image, which begins with `swapper_pg_dir`: its own VMCOREINFO is one of them
+/// (`vmcoreinfo_data`), a page of a process is not.
+fn pointed_to(memory: &dyn GuestMemory, tables: &Tables) -> HashSet<Gpa> {
+    const PIECE: usize = 64 << 10;
+    let space = tables.space(memory);
+    let (mut at, end) = image_range(&space, tables.page_table);
+    let mut pointers = Vec::new();
+    let mut buffer = vec![0; PIECE];
+    while at < end {
+        let there = space.translate(at).ok();
+        let len = there.map_or(PageSize::SIZE_4K.bytes(), |there| there.len);
+        let len = len.min(PIECE as u64).min(end.offset_from(at).unwrap_or(0));
+        let part = usize::try_from(len).unwrap_or(0);
+        if let Some(there) = there
+            && let Some(part) = buffer.get_mut(..part)
+            && memory.read(there.at, part).is_ok()
+        {
+            let (words, _) = part.as_chunks::<8>();
+            pointers.extend(
+                words
+                    .iter()
+                    .map(|word| u64::from_le_bytes(*word))
+                    .filter(|word| {
+                        word & 0xfff == 0 && *word >> 56 == 0xff && *word < START_KERNEL_MAP
+                    }),
+            );
+        }
+        at = match at.checked_add(len) {
+            Some(next) if len > 0 => next,
+            _ => break,
+        };
+    }
+    pointers.sort_unstable();
+    pointers.dedup();
+    let there = |pointer| space.translate(KernelVa::new(pointer)).ok();
+    pointers
+        .into_iter()
+        .filter_map(there)
+        .map(|there| there.at)
+        .collect()
 }
 
 /// The windows of all RAM, in the order in which the kernel's early allocations are likely to
@@ -135,7 +468,6 @@ fn search(
     let [a, b, c, d, e, f, g, h, tail @ ..] = *magic;
     let first = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
     let second = u16::from_le_bytes(tail);
-    let by_reading = memory.prefers_read();
     let mut buffer = Vec::new();
     for window in windows(memory) {
         let start = window.start();
@@ -146,11 +478,9 @@ fn search(
             continue;
         }
         let len = usize::try_from(window.len()).unwrap_or(0);
-        let mapped = if by_reading {
-            None
-        } else {
-            memory.map(start, len)?
-        };
+        // Of each page a few bytes are looked at: even of a file that is quicker read than mapped
+        // they are quicker seen than copied with all the rest.
+        let mapped = memory.map(start, len)?;
         let bytes = if let Some(mapped) = &mapped {
             mapped.bytes()
         } else {
@@ -179,47 +509,116 @@ fn search(
     Ok(())
 }
 
-/// Builds the address space that `text` describes, and checks it against the kernel in memory.
-fn confirm<'m>(
-    memory: &'m dyn GuestMemory,
-    text: &[u8],
-    origin: String,
-) -> Result<Found<'m>, VmiError> {
-    let info = Vmcoreinfo::parse(text)?;
+/// The lines of a VMCOREINFO that decide whether it may be this memory's.
+#[derive(Default)]
+struct Head<'t> {
+    release: Option<&'t [u8]>,
+    page_table: Option<&'t [u8]>,
+    init_uts_ns: Option<&'t [u8]>,
+    phys_base: Option<&'t [u8]>,
+    five_levels: Option<&'t [u8]>,
+    sme_mask: Option<&'t [u8]>,
+    is_arm64: bool,
+    /// A symbol table that is not in the kernel's image.
+    outside: bool,
+}
+
+impl<'t> Head<'t> {
+    fn read(text: &'t [u8]) -> Self {
+        let end = memchr::memchr(0, text).unwrap_or(text.len());
+        let mut head = Self::default();
+        for line in text.get(..end).unwrap_or_default().split(|b| *b == b'\n') {
+            let Some((key, value)) = memchr::memchr(b'=', line)
+                .and_then(|at| line.split_at_checked(at))
+                .and_then(|(key, value)| Some((key, value.get(1..)?.trim_ascii())))
+            else {
+                continue;
+            };
+            let field = match key {
+                b"OSRELEASE" => &mut head.release,
+                b"SYMBOL(swapper_pg_dir)" => &mut head.page_table,
+                b"SYMBOL(init_uts_ns)" => &mut head.init_uts_ns,
+                b"NUMBER(phys_base)" => &mut head.phys_base,
+                b"NUMBER(pgtable_l5_enabled)" => &mut head.five_levels,
+                b"NUMBER(sme_mask)" => &mut head.sme_mask,
+                b"NUMBER(VA_BITS)" => {
+                    head.is_arm64 = true;
+                    continue;
+                }
+                _ => {
+                    head.outside |= key.starts_with(b"SYMBOL(kallsyms_")
+                        && hexadecimal(value).is_none_or(|at| !is_in_image(at));
+                    continue;
+                }
+            };
+            // The kernel writes each key once; of two, the first counts.
+            field.get_or_insert(value);
+        }
+        head
+    }
+}
+
+fn hexadecimal(value: &[u8]) -> Option<u64> {
+    u64::from_str_radix(core::str::from_utf8(value).ok()?, 16).ok()
+}
+
+fn number(value: &[u8]) -> Option<i64> {
+    crate::symbols::parse_number(core::str::from_utf8(value).ok()?)
+}
+
+fn is_in_image(at: u64) -> bool {
+    at.checked_sub(START_KERNEL_MAP)
+        .is_some_and(|offset| offset < MAX_IMAGE)
+}
+
+/// Holds what `text` says of its kernel's page tables and name against memory. It makes no
+/// difference between a kernel's own VMCOREINFO and a copy, but it costs microseconds.
+fn confirm(memory: &dyn GuestMemory, text: &[u8]) -> Result<Tables, VmiError> {
+    let head = Head::read(text);
     let unsupported = |what: &str| VmiError::Unsupported { what: what.into() };
-    let need = |name: &str| {
-        info.symbol(name).ok_or_else(|| VmiError::Missing {
-            what: format!("symbol {name}"),
-            sources: "VMCOREINFO".into(),
-        })
+    let need = |value: Option<&[u8]>, name: &str| {
+        value
+            .and_then(hexadecimal)
+            .ok_or_else(|| VmiError::Missing {
+                what: format!("symbol {name}"),
+                sources: "VMCOREINFO".into(),
+            })
     };
-    if info.number("VA_BITS").is_some() {
+    if head.is_arm64 {
         return Err(unsupported(
             "an arm64 guest: only x86-64 is supported so far",
         ));
     }
-    if info.number("sme_mask").is_some_and(|mask| mask != 0) {
+    if head.sme_mask.and_then(number).is_some_and(|mask| mask != 0) {
         return Err(unsupported("a guest with encrypted memory (SME, SEV)"));
     }
-    let page_table = need("swapper_pg_dir")?;
-    let phys_base = info
-        .number("phys_base")
+    let page_table = need(head.page_table, "swapper_pg_dir")?;
+    let uts = need(head.init_uts_ns, "init_uts_ns")?;
+    let phys_base = head
+        .phys_base
+        .and_then(number)
         .ok_or_else(|| unsupported("VMCOREINFO without phys_base: not an x86-64 kernel"))?;
+    if head.outside || !is_in_image(page_table) || !is_in_image(uts) {
+        return Err(unsupported("VMCOREINFO with symbols outside the kernel"));
+    }
     let root = Gpa::new(
         page_table
-            .raw()
             .wrapping_sub(START_KERNEL_MAP)
             .wrapping_add(phys_base.cast_unsigned()),
     );
-    if !memory.layout().contains(root, 4096) {
+    if !memory.layout().contains(root, 4096) || root.raw() & 0xfff != 0 {
         return Err(unsupported(&format!(
             "a top-level page table at {root}, outside RAM"
         )));
     }
-    let five_levels = info.number("pgtable_l5_enabled").is_some_and(|on| on != 0);
-    let space = AddressSpace::new(memory, Box::new(X86_64::new(root, five_levels)));
+    let tables = Tables {
+        page_table: KernelVa::new(page_table),
+        root,
+        five_levels: head.five_levels.and_then(number).is_some_and(|on| on != 0),
+    };
+    let space = tables.space(memory);
     let there = space
-        .translate(page_table)
+        .translate(tables.page_table)
         .map_err(VmiError::read("swapper_pg_dir"))?;
     if there.at != root {
         return Err(VmiError::Disagree {
@@ -231,24 +630,18 @@ fn confirm<'m>(
         });
     }
     // The release in `init_uts_ns` is the running kernel's own.
-    let release = info.osrelease().unwrap_or_default().to_owned();
-    let uts = need("init_uts_ns")?;
+    let release = head.release.unwrap_or_default();
     let mut names = [0; 1024];
     space
-        .read(uts, &mut names)
+        .read(KernelVa::new(uts), &mut names)
         .map_err(VmiError::read("init_uts_ns"))?;
-    if release.is_empty() || memchr::memmem::find(&names, release.as_bytes()).is_none() {
+    if release.is_empty() || memchr::memmem::find(&names, release).is_none() {
+        let release = String::from_utf8_lossy(release.get(..64).unwrap_or(release));
         return Err(unsupported(&format!(
             "VMCOREINFO of `{release}`, which is not what init_uts_ns holds"
         )));
     }
-    let kaslr = info.kernel_offset().unwrap_or(0);
-    Ok(Found {
-        space,
-        vmcoreinfo: info,
-        kaslr,
-        origin,
-    })
+    Ok(tables)
 }
 
 /// The virtual addresses of the kernel's image, from its start as far as it is mapped.

@@ -1,7 +1,7 @@
 //! What can go wrong when a guest's kernel is read.
 
 use crate::symbols::SymbolError;
-use crate::{Inconsistency, KernelVa, VirtualReadError};
+use crate::{ForeignProcessor, Inconsistency, KernelVa, VirtualReadError};
 use sonicshot::{Gpa, MemoryError};
 
 /// Why a guest's kernel could not be understood.
@@ -84,6 +84,29 @@ pub enum VmiError {
     Unsupported {
         /// What it is about the guest.
         what: String,
+    },
+    /// What is left of a kernel that is gone, or one that is not whole.
+    #[error("the kernel that was found is gone: {what}")]
+    Stale {
+        /// What shows it.
+        what: String,
+    },
+    /// More than one kernel stands, and nothing tells which of them owns the memory.
+    #[error("two kernels may own the memory: {first}, and {second}")]
+    Undecided {
+        /// One of them.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// A processor runs on page tables of something other than the kernel that was found: a
+    /// later kernel, a boot loader or firmware owns the memory, or some of it.
+    #[error("kernel {kernel} does not own the guest's memory: {processor}")]
+    NotOwner {
+        /// The release of the kernel that was found.
+        kernel: String,
+        /// The processor.
+        processor: Box<ForeignProcessor>,
     },
     /// The sources of truth about free pages disagree by more than a stopped processor explains.
     #[error("{0}")]

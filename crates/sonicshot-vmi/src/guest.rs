@@ -1,6 +1,7 @@
 //! A Linux guest: its kernel found, its symbols gathered, its pages classified.
 
-use crate::discover::{self, Found};
+use crate::alive;
+use crate::discover::{self, Found, Tried};
 use crate::e820;
 use crate::error::VmiError;
 use crate::iomem;
@@ -9,6 +10,7 @@ use crate::mm::classify::{Inconsistency, ZoneReport, scan};
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
+use crate::processors::{Cr3, Owners, Verdict};
 use crate::symbols::{self, Kallsyms, SymbolSource};
 use crate::{KernelVa, VirtualMemory};
 use sonicshot::{Fill, GpaRange, GuestMemory, PageClass, PageMap, PageSize};
@@ -20,6 +22,7 @@ use std::path::{Path, PathBuf};
 pub struct GuestOptions {
     symbol_files: Vec<PathBuf>,
     vmcoreinfo: Option<Vec<u8>>,
+    cr3: Option<Cr3>,
 }
 
 impl GuestOptions {
@@ -41,6 +44,15 @@ impl GuestOptions {
     #[must_use]
     pub fn vmcoreinfo(mut self, text: impl Into<Vec<u8>>) -> Self {
         self.vmcoreinfo = Some(text.into());
+        self
+    }
+
+    /// Gives the `CR3` of the guest's processor, of one that runs and is no firmware's: the kernel
+    /// that owns the memory is the one whose page tables are there. It counts instead of what the
+    /// memory tells of processors.
+    #[must_use]
+    pub fn cr3(mut self, cr3: Cr3) -> Self {
+        self.cr3 = Some(cr3);
         self
     }
 }
@@ -92,15 +104,89 @@ pub struct LinuxGuest<'m> {
     page_size: PageSize,
     origin: String,
     banner: Option<String>,
+    owners: Owners,
 }
 
 impl<'m> LinuxGuest<'m> {
-    /// Finds the kernel in `memory` and gathers its symbols.
+    /// Finds the kernel that owns `memory` and gathers its symbols.
+    ///
+    /// Every page that may be a kernel's VMCOREINFO is tried to the end: its symbols are read, and
+    /// its own records of itself must be whole. If all processors of which something is told run
+    /// on its page tables, it is the one; if nothing is told, all memory is searched, and no other
+    /// may stand.
     ///
     /// # Errors
-    /// [`VmiError::NoKernel`] if there is none, [`VmiError::WrongKernel`] if a symbol file is
-    /// of another build, [`VmiError::Symbols`] if one cannot be read.
+    /// [`VmiError::NoKernel`] if there is none, [`VmiError::Stale`] if there is only what is left
+    /// of one, [`VmiError::Undecided`] if there are several and nothing tells which runs,
+    /// [`VmiError::WrongKernel`] if a symbol file is of another build, [`VmiError::Symbols`] if
+    /// one cannot be read.
     pub fn open(memory: &'m dyn GuestMemory, options: &GuestOptions) -> Result<Self, VmiError> {
+        let owners = || Owners::new(memory, options.cr3);
+        let told = owners();
+        let mut attempt = |found: Found<'m>| {
+            let is_note = found.is_note;
+            let guest = Self::gather(found, options, owners())?;
+            alive::check(&guest.kernel, is_note)?;
+            let proven = if told.are_known() {
+                guest.is_run_by_all()
+            } else {
+                is_note && told.are_crashed()
+            };
+            Ok(Tried {
+                value: guest,
+                proven,
+            })
+        };
+        let standing = discover::find(
+            memory,
+            options.vmcoreinfo.as_deref(),
+            told.are_crashed(),
+            &|tables| told.may_run_on(memory, tables),
+            &mut attempt,
+        )?;
+        Self::decide(standing)
+    }
+
+    /// Of several kernels that stand, the one that alone can be classified.
+    fn decide(mut standing: Vec<Self>) -> Result<Self, VmiError> {
+        if standing.len() > 1 {
+            let names: Vec<String> = standing.iter().map(Self::name).collect();
+            standing.retain(|guest| guest.classify(OnInconsistency::Refuse).is_ok());
+            if standing.len() != 1 {
+                let mut names = names.into_iter();
+                return Err(VmiError::Undecided {
+                    first: names.next().unwrap_or_default(),
+                    second: names.next().unwrap_or_default(),
+                });
+            }
+        }
+        standing.pop().ok_or_else(|| VmiError::NoKernel {
+            tried: "none stands".into(),
+        })
+    }
+
+    /// Which kernel it is, among several.
+    fn name(&self) -> String {
+        let root = self.kernel.symbol("swapper_pg_dir").ok().flatten();
+        let root = root.and_then(|at| self.kernel.space.translate(at).ok());
+        let at = root.map_or_else(String::new, |root| {
+            format!(", its page tables at {}", root.at)
+        });
+        format!("{} ({}{at})", self.kernel.release, self.origin)
+    }
+
+    /// Whether all processors that count run on this kernel.
+    fn is_run_by_all(&self) -> bool {
+        let check = || {
+            let map = MemMap::new(&self.kernel, self.page_size)?;
+            let zones = Zones::new(&self.kernel)?;
+            self.owners.check(&self.kernel, &map, &zones)
+        };
+        matches!(check(), Ok(Verdict::Owner))
+    }
+
+    /// Gathers the symbols and types of a kernel.
+    fn gather(found: Found<'m>, options: &GuestOptions, owners: Owners) -> Result<Self, VmiError> {
         let mut files = Vec::new();
         for path in &options.symbol_files {
             files.push(symbols::open_symbol_file(path)?);
@@ -110,7 +196,8 @@ impl<'m> LinuxGuest<'m> {
             vmcoreinfo,
             kaslr,
             origin,
-        } = discover::find(memory, options.vmcoreinfo.as_deref())?;
+            ..
+        } = found;
         let page_size = match vmcoreinfo.page_size() {
             Some(bytes) => PageSize::new(bytes).ok_or_else(|| VmiError::Unsupported {
                 what: format!("pages of {bytes} bytes"),
@@ -143,6 +230,7 @@ impl<'m> LinuxGuest<'m> {
             page_size,
             origin,
             banner: None,
+            owners,
         };
         if let Some(error) = kallsyms_error
             && guest.kernel.symbol("linux_banner")?.is_none()
@@ -341,12 +429,14 @@ impl<'m> LinuxGuest<'m> {
     /// Content is not looked at: [`mark_zero_pages`](crate::mark_zero_pages) does that.
     ///
     /// # Errors
+    /// [`VmiError::NotOwner`] if a processor runs on page tables of something else,
     /// [`VmiError::Inconsistent`] if the sources of truth disagree, [`VmiError::Missing`] if a
     /// symbol or member that decides about a page is known to no source, and what reading gives.
     pub fn classify(&self, on: OnInconsistency) -> Result<Classification, VmiError> {
         let mem_map = MemMap::new(&self.kernel, self.page_size)?;
         let layout = PageLayout::new(&self.kernel, mem_map.stride)?;
         let zones = Zones::new(&self.kernel)?;
+        let owner_note = self.owner_note(&mem_map, &zones, on)?;
         let scan = scan(&self.kernel, &mem_map, &layout, &zones)?;
         if scan.fatal
             && on == OnInconsistency::Refuse
@@ -355,6 +445,7 @@ impl<'m> LinuxGuest<'m> {
             return Err(VmiError::Inconsistent(Box::new(inconsistency)));
         }
         let mut notes = scan.notes;
+        notes.extend(owner_note);
         if let Some(inconsistency) = &scan.disagreement {
             notes.push(inconsistency.to_string());
         }
@@ -367,6 +458,25 @@ impl<'m> LinuxGuest<'m> {
             disagreement: scan.disagreement,
             notes,
         })
+    }
+
+    /// Refuses a kernel that does not own the memory, or says what there is to say of it.
+    fn owner_note(
+        &self,
+        map: &MemMap<'_>,
+        zones: &Zones,
+        on: OnInconsistency,
+    ) -> Result<Option<String>, VmiError> {
+        match (self.owners.check(&self.kernel, map, zones), on) {
+            (Ok(Verdict::Owner | Verdict::Unknown), _) => Ok(None),
+            (Ok(Verdict::Crashed), _) => Ok(Some(
+                "a crash dump: this kernel was dead when its memory was written down".into(),
+            )),
+            (Err(error @ VmiError::NotOwner { .. }), OnInconsistency::KeepInQuestion) => {
+                Ok(Some(error.to_string()))
+            }
+            (Err(error), _) => Err(error),
+        }
     }
 
     /// Whether the flag behind `names` is set: a static key or a bool, by its first byte.

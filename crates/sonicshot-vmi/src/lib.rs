@@ -18,6 +18,25 @@
 //! }
 //! ```
 //!
+//! # Whose memory it is
+//!
+//! A kernel's records stay in memory when the kernel is gone: QEMU keeps RAM over a reset, and
+//! kexec does everywhere. Memory may also hold any number of copies of VMCOREINFO, and pages that a
+//! process made to look like it. So every page that may be a kernel's VMCOREINFO is a candidate:
+//!
+//! | evidence | what it must show |
+//! |---|---|
+//! | the processors ([`GuestMemory::processors`](sonicshot::GuestMemory::processors), or [`GuestOptions::cr3`]) | every one that was started, but for those in SMM, runs on page tables that lead where the kernel's own do: image, sections, struct pages, zones, per-CPU areas, direct map |
+//! | the kernel's own variable `vmcoreinfo_data` | points to the VMCOREINFO by which it was found |
+//! | per-CPU areas | say where they are and whose |
+//! | each online processor's current task | is of that processor, and running |
+//!
+//! The first is the best: a kernel that all processors run on is the one, and if one runs on
+//! others, [`LinuxGuest::classify`] refuses with [`VmiError::NotOwner`]. Where nothing is told of
+//! processors, all memory is searched, and if two kernels stand (and can be classified), the guest
+//! is refused with [`VmiError::Undecided`]. Kernels are tried for 10 seconds, all together; how
+//! many candidates there are does not matter: all but a few end within microseconds.
+//!
 //! # When a frame is free
 //!
 //! Only if four records agree: its block's head carries the buddy mark with an order; a free
@@ -66,6 +85,7 @@
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
 mod address;
+mod alive;
 mod discover;
 mod e820;
 mod error;
@@ -74,6 +94,7 @@ mod iomem;
 mod kernel;
 mod mm;
 mod paging;
+mod processors;
 pub mod symbols;
 mod zero;
 
@@ -82,4 +103,5 @@ pub use error::VmiError;
 pub use guest::{Classification, GuestOptions, LinuxGuest, OnInconsistency};
 pub use mm::classify::{Inconsistency, ZoneReport};
 pub(crate) use paging::AddressSpace;
+pub use processors::{Cr3, Foreign, ForeignProcessor, ParseCr3Error};
 pub use zero::{count_zero_pages, mark_zero_pages};

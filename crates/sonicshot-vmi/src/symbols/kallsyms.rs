@@ -48,8 +48,10 @@ pub struct Kallsyms {
 }
 
 /// The symbols that this crate asks for, found in one pass together.
-const ASKED: [&str; 20] = [
+const ASKED: [&str; 28] = [
+    "__cpu_online_mask",
     "__cpu_possible_mask",
+    "__entry_text_start",
     "__per_cpu_offset",
     "__start_BTF",
     "__stop_BTF",
@@ -57,6 +59,8 @@ const ASKED: [&str; 20] = [
     "_page_poisoning_enabled",
     "_stext",
     "contig_page_data",
+    "cpu_number",
+    "current_task",
     "e820_table",
     "init_on_free",
     "init_task",
@@ -67,7 +71,11 @@ const ASKED: [&str; 20] = [
     "node_data",
     "nr_cpu_ids",
     "nr_node_ids",
+    "page_offset_base",
+    "pcpu_hot",
     "swapper_pg_dir",
+    "this_cpu_off",
+    "vmcoreinfo_data",
     "want_page_poisoning",
 ];
 

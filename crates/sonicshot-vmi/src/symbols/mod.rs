@@ -23,6 +23,7 @@ pub use elf::Vmlinux;
 pub use kallsyms::Kallsyms;
 pub use system_map::SystemMap;
 pub use vmcoreinfo::Vmcoreinfo;
+pub(crate) use vmcoreinfo::parse_number;
 
 use crate::{KernelVa, VirtualMemory};
 use core::fmt;

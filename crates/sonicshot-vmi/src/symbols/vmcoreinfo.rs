@@ -133,14 +133,18 @@ impl Vmcoreinfo {
     /// `NUMBER(name)`. Some are printed as signed, some as hexadecimal with `0x`.
     #[must_use]
     pub fn number(&self, name: &str) -> Option<i64> {
-        let text = self.entry("NUMBER", name)?;
-        match text.strip_prefix("0x") {
-            Some(hex) => u64::from_str_radix(hex, 16).ok().map(u64::cast_signed),
-            None => text
-                .parse()
-                .ok()
-                .or_else(|| text.parse::<u64>().ok().map(u64::cast_signed)),
-        }
+        parse_number(self.entry("NUMBER", name)?)
+    }
+}
+
+/// A `NUMBER`'s value.
+pub(crate) fn parse_number(text: &str) -> Option<i64> {
+    match text.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16).ok().map(u64::cast_signed),
+        None => text
+            .parse()
+            .ok()
+            .or_else(|| text.parse::<u64>().ok().map(u64::cast_signed)),
     }
 }
 
