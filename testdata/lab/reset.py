@@ -22,6 +22,8 @@ from kernels import LAB, run
 
 FREE = ("free_buddy", "free_pcp", "offline")
 PAGE = 4096
+# Frames that a kernel which is gone cannot have freed since it was ready.
+OTHERS = 4096
 # Where RAM files are while guests run in them.
 FAST = Path("/dev/shm") if Path("/dev/shm").is_dir() else LAB
 
@@ -162,7 +164,8 @@ class Round:
 
     def __init__(self, tool, folder, kind, work):
         self.tool, self.kind, self.work = tool, kind, work
-        self.pfns, self.frames = sign(tool, folder)
+        pfns, self.frames = sign(tool, folder)
+        self.pfns = set(pfns)
         meta = json.loads((folder / "meta.json").read_text())
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -177,7 +180,7 @@ class Round:
         self.qmp.call("migrate-incoming", uri=f"file:{folder / 'device.state'}")
         self.qmp.migrated()
         self.qmp.no_capabilities("x-ignore-shared")
-        self.began = self.ran = 0.0
+        self.ran, self.taken = 0.0, False
 
     def trigger(self):
         if KINDS[self.kind] is None:
@@ -202,12 +205,31 @@ class Round:
         took = time.monotonic() - started
         if done.returncode:
             return {"rc": done.returncode, "said": done.stderr.strip(), "took": took}
-        runs = proof.read_tsv(pfns)
-        dropped = proof.frames_of(runs, *FREE)
-        lost = dropped & nonzero
+        dropped = proof.frames_of(proof.read_tsv(pfns), *FREE)
         report = json.loads(done.stdout)
-        return {"rc": 0, "notes": report.get("notes"), "dropped": len(dropped),
-                "lost": len(lost), "which": ranges(lost), "took": took}
+        got = {"rc": 0, "notes": report.get("notes"), "dropped": len(dropped), "took": took}
+        # The old kernel's free frames were signed. Where many others are free, another kernel
+        # says so: one that is up. What is in its free frames is nobody's; that it is, is shown by
+        # taking them away and letting it run on.
+        got["owner"] = "old" if len(dropped.difference(self.pfns)) < OTHERS else "new"
+        lost = dropped & nonzero if got["owner"] == "old" else set()
+        got.update(lost=len(lost), which=ranges(lost))
+        if got["owner"] == "new" and path == self.ram:
+            self.take(dropped)
+        return got
+
+    def take(self, pfns):
+        """Zeroes frames of the stopped guest, as a prune under it would."""
+        with open(self.ram, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+            for pfn in pfns:
+                at = self.frames.offset(pfn)
+                memory[at:at + PAGE] = bytes(PAGE)
+        self.taken = True
+
+    def run_on(self):
+        """Lets the new kernel come up, with what was taken from it gone."""
+        self.qmp.call("cont")
+        self.machine.wait("READY", 300)
 
     def look(self, mapped):
         cpus = registers(self.qmp)
@@ -235,7 +257,7 @@ def line(found, form="raw"):
     if got["rc"]:
         said = f"refused ({got['rc']}): {got['said'][:int(os.environ.get('LAB_WIDTH', 150))]}"
     else:
-        said = f"pruned, {got['lost']} lost {text(got['which'])[:300]}"
+        said = f"pruned by the {got['owner']} kernel, {got['lost']} lost {text(got['which'])[:300]}"
     return f"{found['at']:.2f} s {found['stage']:14} {found['written']:6} written; {said}"
 
 
@@ -261,7 +283,8 @@ def resets(tool, todo, stops, seconds, seed, mapped, keep, log, each=8):
                     found.update(guest=folder.name, kind=kind)
                     for form in ("raw", "mapped") if mapped else ("raw",):
                         got = found[form]
-                        key = f"{form} " + (f"exit {got['rc']}" if got["rc"] else "pruned")
+                        key = f"{form} " + (f"exit {got['rc']}" if got["rc"] else
+                                            f"pruned by the {got['owner']} kernel")
                         sums[key] = sums.get(key, 0) + 1
                         sums[f"{form} frames lost"] = \
                             sums.get(f"{form} frames lost", 0) + got.get("lost", 0)
@@ -278,6 +301,9 @@ def resets(tool, todo, stops, seconds, seed, mapped, keep, log, each=8):
                         run("cp", "--sparse=always", round_.ram, Path(keep[0]) / name)
                     out.write(json.dumps(found) + "\n")
                     out.flush()
+                if round_.taken:
+                    round_.run_on()
+                    sums["ran on"] = sums.get("ran on", 0) + 1
             finally:
                 round_.quit()
     return sums

@@ -128,7 +128,7 @@ impl CliError {
             | Self::ManyBlocks { .. } => 3,
             Self::NotWhole { .. } => 4,
             Self::Guest { source, .. } | Self::Domain { source, .. } => match source {
-                VmiError::Inconsistent(_) => 5,
+                VmiError::Inconsistent(_) | VmiError::LaterOwner(_) => 5,
                 _ => 4,
             },
         }
@@ -208,6 +208,11 @@ impl CliError {
                 VmiError::Missing { .. } => "give the kernel's vmlinux with --symbols",
                 VmiError::WrongKernel { .. } => {
                     "give the files of exactly the guest's build, or none at all"
+                }
+                VmiError::LaterOwner(_) => {
+                    "the guest was reset, or has started another kernel, and is not up again: \
+                     take the memory when it is. If a register CR3 of the running guest is known, \
+                     --cr3 settles it"
                 }
                 VmiError::Inconsistent(_) => {
                     "the guest may have been running while it was dumped. --allow-inconsistent \

@@ -8,9 +8,10 @@ use crate::mm::classify::{Inconsistency, ZoneReport, scan};
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
+use crate::owner;
 use crate::symbols::{self, Kallsyms, SymbolSource};
 use crate::{KernelVa, VirtualMemory};
-use sonicshot::{Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, PageSize};
+use sonicshot::{Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, PageSize, Processors};
 use std::path::{Path, PathBuf};
 
 /// What may be known about a guest beforehand; by default nothing.
@@ -373,9 +374,11 @@ impl<'m> LinuxGuest<'m> {
     /// Content is not looked at: [`mark_zero_pages`](crate::mark_zero_pages) does that.
     ///
     /// # Errors
+    /// [`VmiError::LaterOwner`] if the memory bears traces of a later owner,
     /// [`VmiError::Inconsistent`] if the sources of truth disagree, [`VmiError::Missing`] if a
     /// symbol or member that decides about a page is known to no source, and what reading gives.
     pub fn classify(&self, on: OnInconsistency) -> Result<Classification, VmiError> {
+        let owner_note = self.check_owner(on)?;
         let mem_map = MemMap::new(&self.kernel, self.page_size)?;
         let layout = PageLayout::new(&self.kernel, mem_map.stride)?;
         let zones = Zones::new(&self.kernel)?;
@@ -387,6 +390,7 @@ impl<'m> LinuxGuest<'m> {
             return Err(VmiError::Inconsistent(Box::new(inconsistency)));
         }
         let mut notes = scan.notes;
+        notes.extend(owner_note);
         if let Some(inconsistency) = &scan.disagreement {
             notes.push(inconsistency.to_string());
         }
@@ -399,6 +403,22 @@ impl<'m> LinuxGuest<'m> {
             disagreement: scan.disagreement,
             notes,
         })
+    }
+
+    /// Looks for traces of a later owner, where no file tells the processors' registers.
+    fn check_owner(&self, on: OnInconsistency) -> Result<Option<String>, VmiError> {
+        if self.kernel.space.memory().processors() != Processors::Unknown {
+            return Ok(None);
+        }
+        let owner = owner::look(&self.kernel)?;
+        if owner.traces.is_empty() {
+            return Ok(Some(owner.note()));
+        }
+        let error = VmiError::LaterOwner(owner.traces);
+        match on {
+            OnInconsistency::Refuse => Err(error),
+            OnInconsistency::KeepInQuestion => Ok(Some(error.to_string())),
+        }
     }
 
     /// Whether the flag behind `names` is set: a static key or a bool, by its first byte.
