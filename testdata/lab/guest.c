@@ -663,6 +663,17 @@ int main(void)
 					say(bad ? "LOOK-FAIL %s" : "LOOK-OK", bad);
 				} else if (strstr(line, "reboot")) {
 					reboot(RB_AUTOBOOT);
+				} else if (strstr(line, "sleep")) {
+					put("/sys/power/state", "mem");
+					say("AWAKE");
+				} else if (strstr(line, "unplug")) {
+					put("/sys/devices/system/cpu/cpu1/online", "0");
+					say("UNPLUGGED");
+				} else if (strstr(line, "spin")) {
+					if (fork() == 0)
+						for (;;)
+							seed = mix(seed);
+					say("SPINNING");
 				} else if (strstr(line, "kexec")) {
 					syscall(SYS_reboot, 0xfee1dead, 672274793, RB_KEXEC, NULL);
 				} else if (strstr(line, "sysrq-")) {

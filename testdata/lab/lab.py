@@ -256,10 +256,22 @@ def do_reset(args):
             for kind in args.kinds.split(",") for series in args.kernels.split(",")]
     reset.Random(args.seed).shuffle(todo)
     log = kernels.LAB / f"{args.name}.jsonl"
+    if args.running:
+        todo = [(series, int(smp), kaslr == "kaslr", what)
+                for kaslr in args.kaslr.split(",") for smp in args.smp.split(",")
+                for what in args.running.split(",") for series in args.kernels.split(",")]
+        reset.Random(args.seed).shuffle(todo)
+        sums = reset.running(find_tool(args.sonicshot), todo, args.stops, args.seed, log, args.each)
+        print(", ".join(f"{key}: {value}" for key, value in sums.items()))
+        if sums["refused"]:
+            raise SystemExit(1)
+        return
     keep = args.keep and (args.keep, "all" if args.keep_all else "lost")
     sums = reset.resets(find_tool(args.sonicshot), todo, args.stops, args.seconds, args.seed,
                         args.mapped, keep, log, args.each)
     print(", ".join(f"{key}: {value}" for key, value in sums.items()))
+    if any("lost" in key and value for key, value in sums.items()):
+        raise SystemExit(1)
 
 
 def do_compare(args):
@@ -351,6 +363,8 @@ def main():
     gone = commands.add_parser("reset", help="stop guests after reset, kexec and crash")
     gone.add_argument("--kernels", default=",".join(kernels.SUITES))
     gone.add_argument("--kinds", default=",".join(reset.KINDS))
+    gone.add_argument("--running", nargs="?", const=",".join(reset.RUNNING),
+                      help="guests that run normally instead: nothing may be refused")
     gone.add_argument("--smp", default="1,2,4")
     gone.add_argument("--kaslr", default="kaslr,nokaslr")
     gone.add_argument("--mem", type=int, help="MiB; 256, and 512 with a crash kernel")

@@ -88,7 +88,7 @@ pub struct Classification {
 /// ```
 #[derive(Debug)]
 pub struct LinuxGuest<'m> {
-    kernel: Kernel<'m>,
+    pub(crate) kernel: Kernel<'m>,
     page_size: PageSize,
     origin: String,
     banner: Option<String>,

@@ -338,7 +338,13 @@ const SECONDS_PER_DAY: u64 = 86400;
 /// What a kernel that was started by a loader keeps of its `struct boot_params`.
 fn boot_params(kernel: &Kernel<'_>, member: &str) -> Result<KernelVa, VmiError> {
     let offset = kernel.need_member("boot_params", member)?.offset;
-    element("boot_params", kernel.need_symbol("boot_params")?, 0, 0, offset)
+    element(
+        "boot_params",
+        kernel.need_symbol("boot_params")?,
+        0,
+        0,
+        offset,
+    )
 }
 
 /// The second at which the kernel made `anon_inode_inode`, or why it does not tell.
@@ -417,8 +423,18 @@ fn slept(kernel: &Kernel<'_>) -> Result<Option<u64>, VmiError> {
     // `struct { seqcount_raw_spinlock_t seq; struct timekeeper timekeeper; }` without a name, and
     // since 6.13 `struct tk_data`, of which there are several since 6.17.
     for (variable, base) in [
-        ("tk_core", kernel.member("tk_data", "timekeeper")?.map_or(8, |m| m.offset)),
-        ("timekeeper_data", kernel.member("tk_data", "timekeeper")?.map_or(8, |m| m.offset)),
+        (
+            "tk_core",
+            kernel
+                .member("tk_data", "timekeeper")?
+                .map_or(8, |m| m.offset),
+        ),
+        (
+            "timekeeper_data",
+            kernel
+                .member("tk_data", "timekeeper")?
+                .map_or(8, |m| m.offset),
+        ),
     ] {
         if let Some(at) = kernel.symbol(variable)? {
             let at = element("timekeeper", at, 0, base, 0)?;
@@ -500,8 +516,16 @@ enum Clock {
 }
 
 fn boot_params_clock(kernel: &Kernel<'_>) -> Result<Option<Clock>, VmiError> {
-    let offset = kernel.need_member("x86_platform_ops", "get_wallclock")?.offset;
-    let at = element("x86_platform", kernel.need_symbol("x86_platform")?, 0, 0, offset)?;
+    let offset = kernel
+        .need_member("x86_platform_ops", "get_wallclock")?
+        .offset;
+    let at = element(
+        "x86_platform",
+        kernel.need_symbol("x86_platform")?,
+        0,
+        0,
+        offset,
+    )?;
     let function = kernel.read_ptr("x86_platform.get_wallclock", at)?;
     for (name, clock) in [
         ("mach_get_cmos_time", Clock::Chip),
@@ -570,7 +594,11 @@ fn firmware(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         traces.push(wrong("the ACPI root table", table, found));
     }
     let list = kernel.need_symbol("acpi_gbl_root_table_list")?;
-    let member = |name| kernel.need_member("acpi_table_list", name).map(|m| m.offset);
+    let member = |name| {
+        kernel
+            .need_member("acpi_table_list", name)
+            .map(|m| m.offset)
+    };
     let list_at = |offset| element("acpi_gbl_root_table_list", list, 0, 0, offset);
     let tables = kernel.read_ptr("acpi_table_list.tables", list_at(member("tables")?)?)?;
     let count = list_at(member("current_table_count")?)?;
@@ -583,7 +611,11 @@ fn firmware(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         });
     }
     let size = kernel.need_type_size("acpi_table_desc")?;
-    let member = |name| kernel.need_member("acpi_table_desc", name).map(|m| m.offset);
+    let member = |name| {
+        kernel
+            .need_member("acpi_table_desc", name)
+            .map(|m| m.offset)
+    };
     let (address, signature, len, flags) = (
         member("address")?,
         member("signature")?,
@@ -626,7 +658,9 @@ fn trampoline(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     let init_top = kernel.need_symbol("init_top_pgt")?;
     let text = kernel.need_member("real_mode_header", "text_start")?.offset;
     let end = kernel.need_member("real_mode_header", "ro_end")?.offset;
-    let pgd = kernel.need_member("real_mode_header", "trampoline_pgd")?.offset;
+    let pgd = kernel
+        .need_member("real_mode_header", "trampoline_pgd")?
+        .offset;
     let header = kernel.read_ptr("real_mode_header", variable)?;
     let field = |offset| element("real_mode_header", header, 0, 0, offset);
     let there = kernel
@@ -813,4 +847,343 @@ fn tasks(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         }
     }
     Ok(traces.into())
+}
+
+/// Each trace forged in the memory of a real guest that bears none.
+#[cfg(test)]
+mod tests {
+    use super::{Owner, Trace, boot_params, boot_second, look, slept};
+    use crate::kernel::{Kernel, element};
+    use crate::{GuestOptions, KernelVa, LinuxGuest, OnInconsistency, VmiError};
+    use sonicshot::{Gpa, GuestBytes, MappedRegions};
+    use std::io::Read;
+    use std::path::Path;
+    use std::sync::OnceLock;
+
+    fn ram() -> &'static [u8] {
+        static RAM: OnceLock<Vec<u8>> = OnceLock::new();
+        RAM.get_or_init(|| {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join("../../testdata/guest-6.1-128m/ram.raw.zst");
+            let file = std::fs::File::open(path).unwrap();
+            let mut reader = zstd::stream::read::Decoder::new(file).unwrap();
+            reader.window_log_max(31).unwrap();
+            let mut bytes = Vec::new();
+            reader.read_to_end(&mut bytes).unwrap();
+            bytes
+        })
+    }
+
+    fn with<T>(ram: &[u8], visit: impl FnOnce(&Kernel<'_>) -> T) -> T {
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+        visit(
+            &LinuxGuest::open(&memory, &GuestOptions::new())
+                .unwrap()
+                .kernel,
+        )
+    }
+
+    type Patch = (u64, Vec<u8>);
+
+    fn forged(patches: &[Patch]) -> Vec<u8> {
+        let mut forged = ram().to_vec();
+        for (at, bytes) in patches {
+            let at = usize::try_from(*at).unwrap();
+            assert_ne!(&forged[at..at + bytes.len()], bytes, "nothing is forged");
+            forged[at..at + bytes.len()].copy_from_slice(bytes);
+        }
+        forged
+    }
+
+    fn owner(patches: &[Patch]) -> Owner {
+        with(&forged(patches), |kernel| look(kernel).unwrap())
+    }
+
+    fn there(kernel: &Kernel<'_>, at: KernelVa) -> u64 {
+        kernel.space.translate(at).unwrap().at.raw()
+    }
+
+    fn variable(name: &'static str) -> u64 {
+        with(ram(), |kernel| {
+            there(kernel, kernel.need_symbol(name).unwrap())
+        })
+    }
+
+    /// Where `member` of the object is that `pointer` points to.
+    fn behind(pointer: &'static str, ty: &str, member: &str) -> u64 {
+        with(ram(), |kernel| {
+            let variable = kernel.need_symbol(pointer).unwrap();
+            let object = kernel.read_ptr(pointer, variable).unwrap();
+            let offset = kernel.need_member(ty, member).unwrap().offset;
+            there(kernel, object.checked_add(offset).unwrap())
+        })
+    }
+
+    fn param(member: &str) -> u64 {
+        with(ram(), |kernel| {
+            there(kernel, boot_params(kernel, member).unwrap())
+        })
+    }
+
+    /// The BIOS's ticks so many seconds after the kernel's boot (before it, if negative).
+    fn ticks(seconds: i64) -> Patch {
+        let boot = with(ram(), |kernel| boot_second(kernel).unwrap().ok().unwrap());
+        let second = boot.checked_add_signed(seconds).unwrap() % 86400;
+        let ticks = u32::try_from(second * 1_193_182 / 65536 + 1).unwrap();
+        (0x46c, ticks.to_le_bytes().to_vec())
+    }
+
+    fn long(value: u64) -> Vec<u8> {
+        value.to_le_bytes().to_vec()
+    }
+
+    fn word(value: u32) -> Vec<u8> {
+        value.to_le_bytes().to_vec()
+    }
+
+    #[test]
+    fn a_guest_that_runs_bears_no_trace_by_any_test() {
+        let owner = owner(&[]);
+        assert_eq!(owner.traces, []);
+        assert_eq!(owner.not_made, []);
+        assert_eq!(owner.clean.len(), super::TESTS.len());
+    }
+
+    #[test]
+    fn each_trace_is_seen_and_is_the_only_one() {
+        let root = with(ram(), |kernel| {
+            let at = boot_params(kernel, "acpi_rsdp_addr").unwrap();
+            kernel.read_u64("boot_params", at).unwrap()
+        });
+        let pgd = with(ram(), |kernel| {
+            let header = kernel.need_symbol("real_mode_header").unwrap();
+            let header = kernel.read_ptr("real_mode_header", header).unwrap();
+            let offset = kernel.need_member("real_mode_header", "trampoline_pgd");
+            let at = header.checked_add(offset.unwrap().offset).unwrap();
+            u64::from(kernel.read_u32("trampoline_pgd", at).unwrap())
+        });
+        let table = with(ram(), |kernel| {
+            let list = kernel.need_symbol("acpi_gbl_root_table_list").unwrap();
+            let tables = kernel.read_ptr("acpi_table_list", list).unwrap();
+            let size = kernel.need_type_size("acpi_table_desc").unwrap();
+            let offset = kernel
+                .need_member("acpi_table_desc", "address")
+                .unwrap()
+                .offset;
+            let at = element("acpi_table_desc", tables, 2, size, offset).unwrap();
+            kernel.read_u64("acpi_table_desc", at).unwrap()
+        });
+        let rsdt = usize::try_from(root).unwrap() + 16;
+        let rsdt = u64::from(u32::from_le_bytes(
+            ram()[rsdt..rsdt + 4].try_into().unwrap(),
+        ));
+        let this_cpu_off = with(ram(), |kernel| {
+            let (_, offset) = super::possible(kernel).unwrap()[0];
+            let symbol = kernel.need_symbol("this_cpu_off").unwrap();
+            there(kernel, symbol.wrapping_add(offset))
+        });
+        type Is = fn(&Trace) -> bool;
+        let state: Is = |trace| matches!(trace, Trace::State { .. });
+        let died: Is = |trace| matches!(trace, Trace::Panic { .. });
+        let clock: Is = |trace| matches!(trace, Trace::BiosClock { .. });
+        let firmware: Is = |trace| matches!(trace, Trace::Firmware { .. });
+        let record: Is = |trace| matches!(trace, Trace::Record { .. });
+        let cases: Vec<(&str, Vec<Patch>, Is)> = vec![
+            ("booting", vec![(variable("system_state"), word(0))], state),
+            (
+                "scheduling",
+                vec![(variable("system_state"), word(1))],
+                state,
+            ),
+            ("restart", vec![(variable("system_state"), word(5))], state),
+            (
+                "no state",
+                vec![(variable("system_state"), word(0x9090))],
+                state,
+            ),
+            (
+                "kexec",
+                vec![(variable("kexec_in_progress"), vec![1])],
+                |trace| matches!(trace, Trace::Kexec { .. }),
+            ),
+            ("panic", vec![(variable("panic_cpu"), word(0))], died),
+            ("crash", vec![(variable("crashing_cpu"), word(3))], died),
+            ("the BIOS started later", vec![ticks(10)], clock),
+            ("a day less some minutes later", vec![ticks(-200)], clock),
+            (
+                "the BIOS's data area cleared",
+                vec![(0x46c, word(0))],
+                clock,
+            ),
+            (
+                "the inode written over",
+                vec![(
+                    behind("anon_inode_inode", "inode", "i_sb"),
+                    long(variable("init_task")),
+                )],
+                |trace| matches!(trace, Trace::Broken { .. }),
+            ),
+            (
+                "the ROM over its segment",
+                vec![(root, vec![0; 36])],
+                firmware,
+            ),
+            (
+                "another root table",
+                vec![(rsdt, b"XXXX".to_vec())],
+                firmware,
+            ),
+            (
+                "a table half built",
+                vec![(table, b"XXXX".to_vec())],
+                firmware,
+            ),
+            (
+                "the trampoline's header",
+                vec![(
+                    behind("real_mode_header", "real_mode_header", "text_start"),
+                    word(0xeb63_9090),
+                )],
+                record,
+            ),
+            (
+                "the kernel half",
+                vec![(pgd + 511 * 8, long(0x1234_5067))],
+                record,
+            ),
+            ("the low half", vec![(pgd, long(0))], record),
+            ("per-CPU area", vec![(this_cpu_off, long(7))], record),
+        ];
+        for (name, patches, is) in cases {
+            let owner = owner(&patches);
+            assert_eq!(owner.traces.len(), 1, "{name}: {owner:?}");
+            assert!(is(&owner.traces[0]), "{name}: {owner:?}");
+            assert_eq!(
+                owner.clean.len(),
+                super::TESTS.len() - 1,
+                "{name}: {owner:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_bios_clock_may_be_behind_and_is_not_always_told() {
+        let kvm = with(ram(), |kernel| {
+            let offset = kernel.need_member("x86_platform_ops", "get_wallclock");
+            let at = kernel.need_symbol("x86_platform").unwrap();
+            let at = there(kernel, at.checked_add(offset.unwrap().offset).unwrap());
+            let clock = kernel.need_symbol("kvm_get_wallclock").unwrap();
+            (at, long(clock.raw()))
+        });
+        let ctime = behind("anon_inode_inode", "inode", "i_ctime.tv_sec");
+        let boot = with(ram(), |kernel| boot_second(kernel).unwrap().ok().unwrap());
+        let offs_boot = with(ram(), |kernel| {
+            let offset = kernel
+                .need_member("timekeeper", "offs_boot")
+                .unwrap()
+                .offset;
+            let at = kernel.need_symbol("tk_core").unwrap();
+            there(kernel, at.checked_add(8 + offset).unwrap())
+        });
+        let clean: Vec<Vec<Patch>> = vec![vec![ticks(1)], vec![ticks(-20)], vec![ticks(-110)]];
+        for patches in clean {
+            let owner = owner(&patches);
+            assert_eq!(
+                (owner.traces.len(), owner.not_made.len()),
+                (0, 0),
+                "{owner:?}"
+            );
+        }
+        let hour = || ticks(3600);
+        let cases: Vec<(&str, Vec<Patch>)> = vec![
+            (
+                "kexec",
+                vec![hour(), (param("hdr.type_of_loader"), vec![0xd1])],
+            ),
+            (
+                "EFI",
+                vec![
+                    hour(),
+                    (param("efi_info.efi_loader_signature"), b"EL64".to_vec()),
+                ],
+            ),
+            ("no BIOS data area", vec![hour(), (0x413, vec![0; 2])]),
+            ("no BIOS clock", vec![(0x46c, word(0x0018_00b0))]),
+            ("touched", vec![hour(), (ctime, long(boot + 9))]),
+            ("local time", vec![hour(), kvm.clone()]),
+            (
+                "neither",
+                vec![hour(), (kvm.0, long(variable("init_task")))],
+            ),
+            ("slept", vec![hour(), (offs_boot, long(5_000_000_000))]),
+        ];
+        for (why, patches) in cases {
+            let owner = owner(&patches);
+            assert_eq!(owner.traces, [], "{why}");
+            let [("the BIOS's clock", said)] = &owner.not_made[..] else {
+                panic!("{why}: {owner:?}");
+            };
+            assert!(said.contains(why), "{why}: {said}");
+        }
+        // KVM's own clock is not set by zones' minutes.
+        let owner = owner(&[ticks(3600 + 100), kvm]);
+        assert!(
+            matches!(owner.traces[..], [Trace::BiosClock { .. }]),
+            "{owner:?}"
+        );
+        assert_eq!(with(ram(), |kernel| slept(kernel).unwrap()), Some(0));
+    }
+
+    #[test]
+    fn one_torn_stack_is_explained_and_two_are_not() {
+        let stacks = with(ram(), |kernel| {
+            let links = kernel.need_member("task_struct", "tasks").unwrap().offset;
+            let stack = kernel.need_member("task_struct", "stack").unwrap().offset;
+            let mut at = kernel.need_symbol("init_task").unwrap();
+            let mut found = Vec::new();
+            for _ in 0..6 {
+                let next = at.checked_add(links).unwrap();
+                let next = kernel.read_ptr("tasks", next).unwrap().raw() - links;
+                at = KernelVa::new(next);
+                let end = kernel
+                    .read_ptr("stack", at.checked_add(stack).unwrap())
+                    .unwrap();
+                found.push((there(kernel, end), word(0xdead)));
+            }
+            found
+        });
+        assert_eq!(owner(&stacks[..1]).traces, []);
+        assert_eq!(owner(&stacks[..2]).traces.len(), 2);
+        // Cut short, and a circle that never comes back.
+        let next = with(ram(), |kernel| {
+            let links = kernel.need_member("task_struct", "tasks").unwrap().offset;
+            let head = kernel
+                .need_symbol("init_task")
+                .unwrap()
+                .checked_add(links)
+                .unwrap();
+            let first = kernel.read_ptr("tasks", head).unwrap();
+            (there(kernel, first), long(first.raw()))
+        });
+        let owner = owner(&[next]);
+        assert!(
+            matches!(owner.traces[..], [Trace::Broken { .. }]),
+            "{owner:?}"
+        );
+    }
+
+    #[test]
+    fn a_trace_refuses_the_guest_and_is_named() {
+        let ram = forged(&[ticks(77)]);
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+        let error = guest.classify(OnInconsistency::Refuse).unwrap_err();
+        assert!(matches!(error, VmiError::LaterOwner(_)), "{error}");
+        assert!(
+            error.to_string().contains("the BIOS's clock at 0x46c"),
+            "{error}"
+        );
+        let kept = guest.classify(OnInconsistency::KeepInQuestion).unwrap();
+        assert!(kept.notes.iter().any(|note| note.contains("0x46c")));
+    }
 }
