@@ -8,6 +8,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/kexec.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -560,6 +561,50 @@ static void decoys(size_t pages)
 	say("DECOYS %lu", (unsigned long)pages);
 }
 
+/* Copies `length` bytes of a disk into a file in memory, past the page cache of the disk. */
+static int from_disk(int disk, off_t at, size_t length)
+{
+	uint8_t *buffer;
+	int file = syscall(SYS_memfd_create, "boot", 0);
+	if (file < 0 || posix_memalign((void **)&buffer, PAGE, MIB))
+		die("a file for the next kernel");
+	for (size_t done = 0; done < length;) {
+		size_t more = length - done < MIB ? length - done : MIB;
+		ssize_t got = pread(disk, buffer, MIB, at + done);
+		if (got < (ssize_t)more || write(file, buffer, more) != (ssize_t)more)
+			die("the next kernel");
+		done += more;
+	}
+	free(buffer);
+	return file;
+}
+
+/* Loads the next kernel from the third disk: `kernel-length initrd-length command line\n` padded
+ * to 4 KiB, the kernel and the initrd, each padded to 1 MiB. */
+static void load_next(unsigned long flags)
+{
+	char *header;
+	int disk = open("/dev/vdc", O_RDONLY | O_DIRECT);
+	if (disk < 0 || posix_memalign((void **)&header, PAGE, PAGE) ||
+	    pread(disk, header, PAGE, 0) != (ssize_t)PAGE)
+		die("/dev/vdc");
+	size_t kernel, initrd;
+	int used = 0;
+	header[PAGE - 1] = 0;
+	if (sscanf(header, "%zu %zu %n", &kernel, &initrd, &used) < 2)
+		die("the next kernel's header");
+	char *line = header + used;
+	line[strcspn(line, "\n")] = 0;
+	off_t second = PAGE + (kernel + MIB - 1) / MIB * MIB;
+	int image = from_disk(disk, PAGE, kernel), ram = from_disk(disk, second, initrd);
+	if (syscall(SYS_kexec_file_load, image, ram, strlen(line) + 1, line, flags))
+		die("kexec_file_load");
+	close(image);
+	close(ram);
+	close(disk);
+	free(header);
+}
+
 /* Waits until memory has grown by `mib`, bringing online what comes (some kernels do so alone). */
 static void wait_for_memory(unsigned long before_kib, unsigned long mib, const char *online)
 {
@@ -677,6 +722,12 @@ int main(void)
 	/* The disks are copied once and serve all forms of a snapshot: what is dirty stays so. */
 	put("/proc/sys/vm/dirty_writeback_centisecs", "0");
 
+	unsigned long next = option("lab.kexec", 0);
+	if (next)
+		load_next(next == 2 ? KEXEC_FILE_ON_CRASH : 0);
+	put("/proc/sys/kernel/sysrq", "1");
+	int sysrq = open("/proc/sysrq-trigger", O_WRONLY);
+
 	/* Free pages that are not zero, unless what earlier boots left in them is to stay; then page
 	 * cache, clean and dirty. */
 	if (!option("lab.empty", 0) && use_all(50, 0))
@@ -760,6 +811,22 @@ int main(void)
 					say(bad ? "LOOK-FAIL %s" : "LOOK-OK", bad);
 				} else if (strstr(line, "reboot")) {
 					reboot(RB_AUTOBOOT);
+				} else if (strstr(line, "sleep")) {
+					put("/sys/power/state", "mem");
+					say("AWAKE");
+				} else if (strstr(line, "unplug")) {
+					put("/sys/devices/system/cpu/cpu1/online", "0");
+					say("UNPLUGGED");
+				} else if (strstr(line, "spin")) {
+					if (fork() == 0)
+						for (;;)
+							seed = mix(seed);
+					say("SPINNING");
+				} else if (strstr(line, "kexec")) {
+					syscall(SYS_reboot, 0xfee1dead, 672274793, RB_KEXEC, NULL);
+				} else if (strstr(line, "sysrq-")) {
+					if (write(sysrq, strstr(line, "sysrq-") + 6, 1) < 0)
+						say("LAB-NOTE sysrq: %s", strerror(errno));
 				} else if (strstr(line, "off")) {
 					sync();
 					reboot(RB_POWER_OFF);

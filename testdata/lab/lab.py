@@ -20,6 +20,7 @@ import matrix  # noqa: E402
 import oldqemu  # noqa: E402
 import peers  # noqa: E402
 import proof  # noqa: E402
+import reset  # noqa: E402
 import vmms  # noqa: E402
 import xen_figures  # noqa: E402
 import xen_proof  # noqa: E402
@@ -252,6 +253,32 @@ def do_stress(args):
           "torture OK")
 
 
+def do_reset(args):
+    """Ends kernels by reset, kexec and crash, and stops what comes after them."""
+    kernels.install_tools()
+    todo = [(series, int(smp), kaslr == "kaslr", kind, args.mem)
+            for kaslr in args.kaslr.split(",") for smp in args.smp.split(",")
+            for kind in args.kinds.split(",") for series in args.kernels.split(",")]
+    reset.Random(args.seed).shuffle(todo)
+    log = kernels.LAB / f"{args.name}.jsonl"
+    if args.running:
+        todo = [(series, int(smp), kaslr == "kaslr", what)
+                for kaslr in args.kaslr.split(",") for smp in args.smp.split(",")
+                for what in args.running.split(",") for series in args.kernels.split(",")]
+        reset.Random(args.seed).shuffle(todo)
+        sums = reset.running(find_tool(args.sonicshot), todo, args.stops, args.seed, log, args.each)
+        print(", ".join(f"{key}: {value}" for key, value in sums.items()))
+        if sums["refused"]:
+            raise SystemExit(1)
+        return
+    keep = args.keep and (args.keep, "all" if args.keep_all else "lost")
+    sums = reset.resets(find_tool(args.sonicshot), todo, args.stops, args.seconds, args.seed,
+                        args.mapped, keep, log, args.each)
+    print(", ".join(f"{key}: {value}" for key, value in sums.items()))
+    if any("lost" in key and value for key, value in sums.items()):
+        raise SystemExit(1)
+
+
 def do_compare(args):
     """Sizes and times of checkpoints beside makedumpfile's, of the same guest in one run."""
     kernels.install_tools()
@@ -337,6 +364,25 @@ def main():
     stress.add_argument("--sonicshot", help="the binary; built if not given")
     stress.add_argument("--debug-symbols", action="store_true")
     stress.set_defaults(run=do_stress, garbage="random", mapped=False, stream=False)
+
+    gone = commands.add_parser("reset", help="stop guests after reset, kexec and crash")
+    gone.add_argument("--kernels", default=",".join(kernels.SUITES))
+    gone.add_argument("--kinds", default=",".join(reset.KINDS))
+    gone.add_argument("--running", nargs="?", const=",".join(reset.RUNNING),
+                      help="guests that run normally instead: nothing may be refused")
+    gone.add_argument("--smp", default="1,2,4")
+    gone.add_argument("--kaslr", default="kaslr,nokaslr")
+    gone.add_argument("--mem", type=int, help="MiB; 256, and 512 with a crash kernel")
+    gone.add_argument("--stops", type=int, default=200)
+    gone.add_argument("--each", type=int, default=8, help="stops of one guest")
+    gone.add_argument("--seconds", type=float, default=3.5, help="the last stop at most so late")
+    gone.add_argument("--seed", type=int, default=1)
+    gone.add_argument("--mapped-ram", action="store_true", dest="mapped")
+    gone.add_argument("--keep", help="a folder for the RAM of stops that lost something")
+    gone.add_argument("--keep-all", action="store_true")
+    gone.add_argument("--name", default="reset")
+    gone.add_argument("--sonicshot", help="the binary; built if not given")
+    gone.set_defaults(run=do_reset)
 
     testdata = commands.add_parser("testdata", help="make the capture that the tests use")
     testdata.set_defaults(run=do_testdata)

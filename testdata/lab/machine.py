@@ -200,6 +200,10 @@ class Machine:
             "-serial", "chardev:c0",
             "-qmp", f"unix:{monitor},server=on,wait=off",
         ]
+        if (folder / "next.img").exists():
+            command += ["-drive", f"if=none,id=d2,format=raw,file={folder / 'next.img'}",
+                        "-device", "virtio-blk-pci,drive=d2"]
+        command += spec.get("more", [])
         if spec.get("balloon"):
             command += ["-device", "virtio-balloon-pci"]
         if incoming:
@@ -332,12 +336,25 @@ def prepare(spec, folder, more=""):
     with open(folder / "records.img", "wb") as records:
         # What is plugged in comes after the PCI hole, and kpageflags counts from 0.
         records.truncate((8 << 20) + ((mem + 4096 if plug else 2 * mem) << 20) // 4096 * 32)
+    if spec.get("next"):
+        write_next(spec, folder / "next.img")
     spec["cmdline"] = (
         "console=ttyS0 quiet panic=-1 "
         f"lab.anon={spec.get('anon') or (8 if small else 24 if mem < 2048 else 96)} "
         f"lab.seed={spec.get('seed', 1)} "
         f"lab.compressible={int(spec.get('garbage') == 'compressible')} "
         f"lab.huge={spec.get('hugetlb', 0)} {spec.get('append', '')} {more}").strip()
+
+
+def write_next(spec, image):
+    """A disk with the kernel that the guest loads as its next one, and that one's command line."""
+    kernel = (LAB / spec["kernel"]["vmlinuz"]).read_bytes()
+    initrd = build_initramfs(spec["kernel"]).read_bytes()
+    header = f"{len(kernel)} {len(initrd)} {spec['next']}\n".encode()
+    with open(image, "wb") as disk:
+        disk.write(header.ljust(4096, b"\0"))
+        for part in (kernel, initrd):
+            disk.write(part.ljust(-(-len(part) >> 20) << 20, b"\0"))
 
 
 def capture(spec, name):

@@ -129,6 +129,7 @@ impl CliError {
             Self::NotWhole { .. } => 4,
             Self::Guest { source, .. } | Self::Domain { source, .. } => match source {
                 VmiError::Inconsistent(_)
+                | VmiError::LaterOwner(_)
                 | VmiError::NotOwner { .. }
                 | VmiError::Undecided { .. }
                 | VmiError::Stale { .. } => 5,
@@ -225,6 +226,11 @@ impl CliError {
                 VmiError::Undecided { .. } | VmiError::Stale { .. } => {
                     "an earlier kernel may have left its memory behind. If you know the CR3 of a \
                      processor of the guest: --cr3 N"
+                }
+                VmiError::LaterOwner(_) => {
+                    "the guest was reset, or has started another kernel, and is not up again: \
+                     take the memory when it is. If a register CR3 of the running guest is known, \
+                     --cr3 settles it"
                 }
                 VmiError::Inconsistent(_) => {
                     "the guest may have been running while it was dumped. --allow-inconsistent \

@@ -1,7 +1,7 @@
 //! What can go wrong when a guest's kernel is read.
 
 use crate::symbols::SymbolError;
-use crate::{ForeignProcessor, Inconsistency, KernelVa, VirtualReadError};
+use crate::{ForeignProcessor, Inconsistency, KernelVa, Trace, VirtualReadError};
 use sonicshot::{Gpa, MemoryError};
 
 /// Why a guest's kernel could not be understood.
@@ -108,6 +108,13 @@ pub enum VmiError {
         /// The processor.
         processor: Box<ForeignProcessor>,
     },
+    /// The memory bears traces of a later owner: a BIOS, a loader or a kernel that ran after the
+    /// kernel found.
+    #[error(
+        "the kernel found does not own this memory any more: {}",
+        .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+    )]
+    LaterOwner(Vec<Trace>),
     /// The sources of truth about free pages disagree by more than a stopped processor explains.
     #[error("{0}")]
     Inconsistent(Box<Inconsistency>),

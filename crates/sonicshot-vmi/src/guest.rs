@@ -10,6 +10,7 @@ use crate::mm::classify::{Inconsistency, ZoneReport, scan};
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
+use crate::owner;
 use crate::processors::{Cr3, Owners, Verdict};
 use crate::symbols::{self, Kallsyms, SymbolSource};
 use crate::{KernelVa, VirtualMemory};
@@ -100,7 +101,7 @@ pub struct Classification {
 /// ```
 #[derive(Debug)]
 pub struct LinuxGuest<'m> {
-    kernel: Kernel<'m>,
+    pub(crate) kernel: Kernel<'m>,
     page_size: PageSize,
     origin: String,
     banner: Option<String>,
@@ -430,6 +431,7 @@ impl<'m> LinuxGuest<'m> {
     ///
     /// # Errors
     /// [`VmiError::NotOwner`] if a processor runs on page tables of something else,
+    /// [`VmiError::LaterOwner`] if the memory bears traces of a later owner,
     /// [`VmiError::Inconsistent`] if the sources of truth disagree, [`VmiError::Missing`] if a
     /// symbol or member that decides about a page is known to no source, and what reading gives.
     pub fn classify(&self, on: OnInconsistency) -> Result<Classification, VmiError> {
@@ -468,7 +470,8 @@ impl<'m> LinuxGuest<'m> {
         on: OnInconsistency,
     ) -> Result<Option<String>, VmiError> {
         match (self.owners.check(&self.kernel, map, zones), on) {
-            (Ok(Verdict::Owner | Verdict::Unknown), _) => Ok(None),
+            (Ok(Verdict::Owner), _) => Ok(None),
+            (Ok(Verdict::Unknown), on) => self.look_for_later_owner(on),
             (Ok(Verdict::Crashed), _) => Ok(Some(
                 "a crash dump: this kernel was dead when its memory was written down".into(),
             )),
@@ -476,6 +479,19 @@ impl<'m> LinuxGuest<'m> {
                 Ok(Some(error.to_string()))
             }
             (Err(error), _) => Err(error),
+        }
+    }
+
+    /// Looks for traces of a later owner, where nothing tells the processors' registers.
+    fn look_for_later_owner(&self, on: OnInconsistency) -> Result<Option<String>, VmiError> {
+        let owner = owner::look(&self.kernel)?;
+        if owner.traces.is_empty() {
+            return Ok(Some(owner.note()));
+        }
+        let error = VmiError::LaterOwner(owner.traces);
+        match on {
+            OnInconsistency::Refuse => Err(error),
+            OnInconsistency::KeepInQuestion => Ok(Some(error.to_string())),
         }
     }
 

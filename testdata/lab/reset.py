@@ -1,0 +1,389 @@
+"""A kernel that is gone: reset, kexec and crash kernel, stopped at random instants.
+
+RAM outlives a reset, and the records of the kernel that is gone stay consistent in it until its
+successor writes over them. Every free frame of a guest is given a signature of its own; then the
+guest is reset, or its kernel replaced, and stopped again and again. A frame that has lost its
+signature belongs to the new owner, and must not be dropped."""
+
+import json
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from random import Random
+
+import kernels
+import machine
+import proof
+from kernels import LAB, run
+
+FREE = ("free_buddy", "free_pcp", "offline")
+PAGE = 4096
+# Frames that a kernel which is gone cannot have freed since it was ready.
+OTHERS = 4096
+# Where RAM files are while guests run in them.
+FAST = Path("/dev/shm") if Path("/dev/shm").is_dir() else LAB
+
+# Kind -> what ends the kernel: a QMP command on the stopped guest, or a word on its console.
+KINDS = {
+    "reset": None,          # QMP system_reset
+    "reboot": "reboot",     # reboot(RB_AUTOBOOT)
+    "sysrq": "sysrq-b",     # at once, the kernel takes no note of it
+    "triple": "sysrq-b",    # the same by a triple fault (reboot=t)
+    "panic": "sysrq-c",     # a panic that reboots (panic=-1)
+    "kexec": "kexec",
+    "crash": "sysrq-c",
+}
+
+
+def spec_of(series, smp, kaslr, kind, mem=None, more=None):
+    # Under load an emulated timer looks broken to a kernel that tests it.
+    append = "no_timer_check" + ("" if kaslr else " nokaslr")
+    spec = {"kernel": kernels.fetch(series, False), "mem": mem or 256, "cpu": "qemu64", "smp": smp,
+            "machine": "pc", "garbage": "random", "forms": ["raw"]}
+    if kind == "kexec":
+        spec["mem"] = mem or 512
+        append += " lab.kexec=1"
+        spec["next"] = "console=ttyS0 quiet panic=-1 no_timer_check " + ("" if kaslr else "nokaslr")
+    elif kind == "crash":
+        spec["mem"] = mem or 640
+        append += " lab.kexec=2 crashkernel=160M"
+        spec["next"] = "console=ttyS0 quiet panic=-1 no_timer_check nr_cpus=1 " + ("" if kaslr else "nokaslr")
+    elif kind == "triple":
+        append += " reboot=t"
+    spec["append"] = append.strip()
+    spec.update(more or {})
+    return spec
+
+
+def base_of(series, smp, kaslr, kind, mem=None, more=None, tag=""):
+    """A guest at its READY, its free frames signed: a folder, made once."""
+    spec = spec_of(series, smp, kaslr, kind, mem, more)
+    same = {"kexec": "kexec", "crash": "crash", "triple": "triple"}.get(kind, "reset")
+    name = (f"reset-{series}-{spec['mem']}-smp{smp}-{'kaslr' if kaslr else 'nokaslr'}-{same}"
+            f"{tag}")
+    return machine.capture(spec, name)
+
+
+def signature(pfn):
+    """The content of a signed frame: no page of another, and nothing that a guest writes."""
+    word = (0x51674E0000000000 | pfn) ^ 0x5A5A5A5A
+    return word.to_bytes(8, "little") * (PAGE // 8)
+
+
+class Frames:
+    """Frame numbers and places in the RAM file."""
+
+    def __init__(self, layout):
+        self.parts = [(p["gpa"] // PAGE, p["len"] // PAGE, p["file_offset"]) for p in layout]
+
+    def offset(self, pfn):
+        for first, count, at in self.parts:
+            if first <= pfn < first + count:
+                return at + (pfn - first) * PAGE
+        return None
+
+
+def sign(tool, folder):
+    """Signs every free frame of the capture once; returns the frames."""
+    meta = json.loads((folder / "meta.json").read_text())
+    frames = Frames(meta["layout"])
+    listed, signed = folder / "signed.tsv", folder / "signed.raw"
+    if not signed.exists():
+        part = folder / "signed.part"
+        run("cp", "--sparse=auto", folder / "ram.raw", part)
+        run(tool, "inspect", folder / "ram.raw", "--pfns", listed)
+        with open(part, "r+b") as file:
+            for pfn in proof.frames_of(proof.read_tsv(listed), *FREE):
+                file.seek(frames.offset(pfn))
+                file.write(signature(pfn))
+        part.rename(signed)
+    return sorted(proof.frames_of(proof.read_tsv(listed), *FREE)), frames
+
+
+def written(ram, pfns, frames):
+    """Of the signed frames, those that have another content now; and of them those not zero."""
+    gone, zero = set(), bytes(PAGE)
+    full = set()
+    with open(ram, "rb") as file, \
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+        for pfn in pfns:
+            at = frames.offset(pfn)
+            page = memory[at:at + PAGE]
+            if page != signature(pfn):
+                gone.add(pfn)
+                if page != zero:
+                    full.add(pfn)
+    return gone, full
+
+
+def ranges(pfns):
+    out = []
+    for pfn in sorted(pfns):
+        if out and out[-1][1] == pfn:
+            out[-1][1] += 1
+        else:
+            out.append([pfn, pfn + 1])
+    return out
+
+
+def text(found):
+    return " ".join(f"{a:#x}-{b:#x}" if b - a > 1 else f"{a:#x}" for a, b in found)
+
+
+def registers(qmp):
+    said = qmp.call("human-monitor-command", command_line="info registers -a")
+    cpus = []
+    for part in re.split(r"CPU#\d+", said)[1:]:
+        def find(name):
+            got = re.search(rf"\b{name} ?=([0-9a-f]+)", part)
+            return int(got[1], 16) if got else 0
+        cpus.append({"rip": find("RIP") or find("EIP"), "cr0": find("CR0"), "cr3": find("CR3"),
+                     "efer": find("EFER"), "hlt": bool(re.search(r"HLT=1", part)),
+                     "cs": find("CS"), "smm": bool(re.search(r"SMM=1", part))})
+    return cpus
+
+
+def stage(cpus):
+    """What the first processor is doing, by its registers."""
+    cpu = cpus[0]
+    if not cpu["cr0"] & 1:
+        return "real mode"
+    if not cpu["cr0"] >> 31:
+        return "protected mode"
+    if not cpu["efer"] & 0x400:
+        return "paging"
+    if cpu["rip"] < 1 << 32:
+        return "long mode, low"
+    return "kernel" if cpu["rip"] >> 63 else "user"
+
+
+class Round:
+    """One guest that is taken from its READY through the end of its kernel."""
+
+    def __init__(self, tool, folder, kind, work):
+        self.tool, self.kind, self.work = tool, kind, work
+        pfns, self.frames = sign(tool, folder)
+        self.pfns = set(pfns)
+        meta = json.loads((folder / "meta.json").read_text())
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        for disk in ("files.img", "records.img", "next.img"):
+            if (folder / disk).exists():
+                run("cp", "--sparse=always", folder / disk, work / disk)
+        self.ram = work / "ram.raw"
+        run("cp", "--sparse=auto", folder / "signed.raw", self.ram)
+        self.machine = machine.Machine(meta["spec"], self.ram, work, incoming=True)
+        self.qmp = self.machine.qmp
+        self.qmp.capabilities("events", "x-ignore-shared")
+        self.qmp.call("migrate-incoming", uri=f"file:{folder / 'device.state'}")
+        self.qmp.migrated()
+        self.qmp.no_capabilities("x-ignore-shared")
+        self.ran, self.taken = 0.0, False
+
+    def trigger(self):
+        if KINDS[self.kind] is None:
+            self.qmp.call("system_reset")
+            time.sleep(0.05)
+        else:
+            self.machine.send(KINDS[self.kind])
+
+    def run_for(self, seconds):
+        self.qmp.call("cont")
+        time.sleep(seconds)
+        self.qmp.call("stop")
+        self.ran += seconds
+
+    def judge(self, path, written_now, nonzero):
+        """What the tool says of the stopped guest's memory in `path`."""
+        pfns = self.work / "pfns.tsv"
+        pfns.unlink(missing_ok=True)
+        started = time.monotonic()
+        done = subprocess.run([self.tool, "inspect", path, "--json", "--pfns", pfns, "--force"],
+                              capture_output=True, text=True)
+        took = time.monotonic() - started
+        if done.returncode:
+            return {"rc": done.returncode, "said": done.stderr.strip(), "took": took}
+        dropped = proof.frames_of(proof.read_tsv(pfns), *FREE)
+        report = json.loads(done.stdout)
+        got = {"rc": 0, "notes": report.get("notes"), "dropped": len(dropped), "took": took}
+        # The old kernel's free frames were signed. Where many others are free, another kernel
+        # says so: one that is up. What is in its free frames is nobody's; that it is, is shown by
+        # taking them away and letting it run on.
+        got["owner"] = "old" if len(dropped.difference(self.pfns)) < OTHERS else "new"
+        lost = dropped & nonzero if got["owner"] == "old" else set()
+        got.update(lost=len(lost), which=ranges(lost))
+        if got["owner"] == "new" and path == self.ram:
+            self.take(dropped)
+        return got
+
+    def take(self, pfns):
+        """Zeroes frames of the stopped guest, as a prune under it would."""
+        with open(self.ram, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+            for pfn in pfns:
+                at = self.frames.offset(pfn)
+                memory[at:at + PAGE] = bytes(PAGE)
+        self.taken = True
+
+    def run_on(self):
+        """Lets the new kernel come up, with what was taken from it gone."""
+        # The old kernel's last words are not the new one's.
+        with self.machine.arrived:
+            self.machine.lines = [line for line in self.machine.lines if "panic" not in line]
+        self.qmp.call("cont")
+        self.machine.wait("READY|BEAT", 300)
+
+    def look(self, mapped):
+        cpus = registers(self.qmp)
+        gone, full = written(self.ram, self.pfns, self.frames)
+        found = {"at": round(self.ran, 3), "stage": stage(cpus), "cpus": cpus,
+                 "written": len(gone), "where": ranges(gone),
+                 "raw": self.judge(self.ram, gone, full)}
+        if mapped:
+            self.qmp.capabilities("mapped-ram")
+            file = self.work / "mapped.ram"
+            file.unlink(missing_ok=True)
+            self.qmp.call("migrate", uri=f"file:{file}")
+            self.qmp.migrated()
+            self.qmp.no_capabilities("mapped-ram")
+            found["mapped"] = self.judge(file, gone, full)
+        return found
+
+    def quit(self):
+        self.machine.quit()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+# What a guest that runs normally does, or has done: orders, and the answer that is waited for.
+RUNNING = {
+    "idle": [],
+    "user space": [("spin", "SPINNING")],
+    "loaded": [],
+    "rebooted": [("reboot", "READY")],
+    "reset": [("QMP system_reset", "READY")],
+    "after kexec": [("kexec", "READY")],
+    "slept": [("sleep", "QMP system_wakeup"), (None, "AWAKE")],
+    "a processor unplugged": [("unplug", "UNPLUGGED")],
+}
+
+
+def running(tool, todo, stops, seed, log, each=10):
+    """Stops guests that run normally; nothing of them may be refused. `todo`: (series, smp,
+    kaslr, what)."""
+    random = Random(seed)
+    sums = {"stops": 0, "refused": 0}
+    number = 0
+    with open(log, "a") as out:
+        while sums["stops"] < stops:
+            series, smp, kaslr, what = todo[number % len(todo)]
+            number += 1
+            if what == "a processor unplugged":
+                smp = max(smp, 2)
+            more = {"more": ["-global", "PIIX4_PM.disable_s3=0"]}
+            spec = spec_of(series, smp, kaslr, "kexec" if what == "after kexec" else "reset",
+                           None, more)
+            work = FAST / f"sonicshot-running-{os.getpid()}"
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            machine.prepare(spec, work, "lab.stress=3" if what == "loaded" else "")
+            ram = work / "live.raw"
+            guest = machine.Machine(spec, ram, work)
+            try:
+                guest.wait("READY", 300)
+                for order, answer in RUNNING[what]:
+                    if order and order.startswith("QMP"):
+                        guest.qmp.call(order.split()[1])
+                    elif order:
+                        guest.send(order)
+                    if answer.startswith("QMP"):
+                        for _ in range(300):
+                            if guest.qmp.call("query-status")["status"] == "suspended":
+                                break
+                            time.sleep(0.1)
+                        guest.qmp.call(answer.split()[1])
+                    else:
+                        guest.wait(answer, 300)
+                for _ in range(each):
+                    time.sleep(random.uniform(0, 1))
+                    guest.qmp.call("stop")
+                    done = subprocess.run([tool, "inspect", ram, "--json", "--force"],
+                                          capture_output=True, text=True)
+                    found = {"kernel": series, "smp": smp, "kaslr": kaslr, "what": what,
+                             "stage": stage(registers(guest.qmp)), "rc": done.returncode,
+                             "said": done.stderr.strip()}
+                    if done.returncode == 0:
+                        found["notes"] = json.loads(done.stdout).get("notes")
+                    guest.qmp.call("cont")
+                    sums["stops"] += 1
+                    sums["refused"] += done.returncode != 0
+                    sums[what] = sums.get(what, 0) + 1
+                    if done.returncode:
+                        print(f"{series} smp{smp} {what}: refused: {done.stderr[:600]}", flush=True)
+                    out.write(json.dumps(found) + "\n")
+                    out.flush()
+                print(f"{series} smp{smp} {'kaslr' if kaslr else 'nokaslr'} {what}: {each} stops; "
+                      f"{found.get('notes')}", flush=True)
+            finally:
+                guest.quit()
+                shutil.rmtree(work, ignore_errors=True)
+    return sums
+
+
+def line(found, form="raw"):
+    got = found[form]
+    if got["rc"]:
+        said = f"refused ({got['rc']}): {got['said'][:int(os.environ.get('LAB_WIDTH', 150))]}"
+    else:
+        said = f"pruned by the {got['owner']} kernel, {got['lost']} lost {text(got['which'])[:300]}"
+    return f"{found['at']:.2f} s {found['stage']:14} {found['written']:6} written; {said}"
+
+
+def resets(tool, todo, stops, seconds, seed, mapped, keep, log, each=8):
+    """`todo`: (series, smp, kaslr, kind, mem). Takes `stops` stops in all, dealt round."""
+    random = Random(seed)
+    sums = {"stops": 0}
+    number = 0
+    with open(log, "a") as out:
+        while sums["stops"] < stops:
+            series, smp, kaslr, kind, mem = todo[number % len(todo)]
+            number += 1
+            folder = base_of(series, smp, kaslr, kind, mem)
+            instants = sorted(random.uniform(0, seconds) for _ in range(each))
+            round_ = Round(tool, folder, kind, FAST / f"sonicshot-reset-{os.getpid()}")
+            try:
+                round_.trigger()
+                before = 0
+                for instant in instants:
+                    round_.run_for(instant - before)
+                    before = instant
+                    found = round_.look(mapped)
+                    found.update(guest=folder.name, kind=kind)
+                    for form in ("raw", "mapped") if mapped else ("raw",):
+                        got = found[form]
+                        key = f"{form} " + (f"exit {got['rc']}" if got["rc"] else
+                                            f"pruned by the {got['owner']} kernel")
+                        sums[key] = sums.get(key, 0) + 1
+                        sums[f"{form} frames lost"] = \
+                            sums.get(f"{form} frames lost", 0) + got.get("lost", 0)
+                        if got.get("lost"):
+                            key = f"{form} stops with loss"
+                            sums[key] = sums.get(key, 0) + 1
+                    sums["stops"] += 1
+                    print(f"{folder.name} {kind} {line(found)}", flush=True)
+                    if mapped:
+                        print(f"    mapped-ram: {line(found, 'mapped')}", flush=True)
+                    if keep and (found["raw"].get("lost") or keep[1] == "all"):
+                        name = f"{folder.name}-{kind}-{number}-{found['at']:.2f}.raw"
+                        found["kept"] = name
+                        run("cp", "--sparse=always", round_.ram, Path(keep[0]) / name)
+                    out.write(json.dumps(found) + "\n")
+                    out.flush()
+                if round_.taken:
+                    round_.run_on()
+                    sums["ran on"] = sums.get("ran on", 0) + 1
+            finally:
+                round_.quit()
+    return sums
