@@ -61,6 +61,23 @@
 //! A symbol or member that no source knows never means "not set": it is
 //! [`VmiError::Missing`], or its pages are kept and a note says so.
 //!
+//! # When memory is offline
+//!
+//! | what | records that must agree |
+//! |---|---|
+//! | a section that is not online | its word in `mem_section`; its memory block's state (pmem, device DAX and device memory have sections, but no memory blocks); `present_pages` of all zones, and of all nodes, which must be just the frames of the online sections, holes by the guest's e820 map left out; no list of free pages, no LRU list, and no page table of a process may lead into it |
+//! | a page with the type `PageOffline` | its type; a ring of such pages alone that is closed and linked both ways, with its head outside the struct pages; in each of them at most one reference, no flag, and the same owner; and, beside the head, the driver's count of just as many |
+//!
+//! What a section's own struct pages say is not asked: where it was never online, they were never
+//! written. Offline memory that is not proved is kept, counted in a note, and never a reason to
+//! refuse. virtio-mem's pages are in no ring: they go as what they are on the host, zeroes.
+//!
+//! Constants and offsets have a second witness too: what several sources tell (BTF, VMCOREINFO,
+//! DWARF, also under another name, as `PGTY_offline` and `PAGE_OFFLINE_MAPCOUNT_VALUE`) must be
+//! the same, page types and flags must be in their range and each of its own, and the counters
+//! above hold for all struct pages. Where the struct pages lie is told by `vmemmap_base`, or by
+//! the section's number in `page.flags`, beside `mem_section`.
+//!
 //! # What free pages must read as
 //!
 //! | guest runs with | dropped free pages |
@@ -79,7 +96,8 @@
 //! Linux 4.18 and later on x86-64, four- and five-level paging. Proved on real guests: Debian's
 //! 5.10, 6.1, 6.12 and 7.2 (all `SPARSEMEM_VMEMMAP`). Classic `SPARSEMEM`, `FLATMEM`, deferred
 //! struct pages, unaccepted memory and hot-added subsections are written from the kernel's
-//! sources and have not met a real guest. A new architecture is one more file in `paging`. The
+//! sources and have not met a real guest. Memory blocks are read as Linux 5.8 and later have them;
+//! before, offline sections are kept. A new architecture is one more file in `paging`. The
 //! guest is untrusted: every walk is bounded by the guest's own number of frames, every length
 //! and pointer is checked, and crafted memory gives an error.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]

@@ -50,7 +50,7 @@ classes! {
     FreeBuddy = "free_buddy", true;
     /// On a per-CPU free list.
     FreePcp = "free_pcp", true;
-    /// Logically offline: ballooned, unplugged by virtio-mem, or in an offline section.
+    /// Offline: in a balloon, or in a section that is not online; by more than its own word.
     Offline = "offline", true;
     /// In use, and every byte is zero.
     Zero = "zero", true;
