@@ -73,6 +73,7 @@ mod iomem;
 mod kernel;
 mod mm;
 mod paging;
+mod place;
 pub mod symbols;
 mod zero;
 
@@ -81,4 +82,5 @@ pub use error::VmiError;
 pub use guest::{Classification, GuestOptions, LinuxGuest, OnInconsistency};
 pub use mm::classify::{Inconsistency, ZoneReport};
 pub(crate) use paging::AddressSpace;
+pub use place::PlaceEvidence;
 pub use zero::{count_zero_pages, mark_zero_pages};
