@@ -2,7 +2,7 @@
 
 use crate::error::CliError;
 use crate::inputs::{Input, add_notes};
-use crate::place::{self, keep_what_is_not_free_in_all};
+use crate::place::{self, keep_unconfirmed, keep_what_is_not_free_in_all};
 use sonicshot::{
     ClassCounts, ClassSet, DropClasses, Fill, GpaRange, GuestMemory, PageClass, PageSize, PrunePlan,
 };
@@ -86,6 +86,7 @@ pub(crate) fn classify(input: &Input<'_>) -> Result<Analysis, CliError> {
         check_whole(input, &placed.dump, &struct_pages)?;
     }
     keep_what_is_not_free_in_all(&mut pages.map, &placed.shared);
+    keep_unconfirmed(&mut pages.map, &placed.unconfirmed, &mut pages.notes);
     placed.dump.keep_what_must_stay(&mut pages.map);
     pages.notes.extend(placed.notes);
     let counts = pages.map.counts();

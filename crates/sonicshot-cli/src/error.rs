@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use sonicshot::checkpoint::CheckpointError;
-use sonicshot::{Gpa, MemoryError, PageClass};
+use sonicshot::{Gpa, GpaRange, MemoryError, PageClass};
 use sonicshot_dump::{DumpError, KdumpWriteError};
 use sonicshot_vmi::{Foreign, VmiError};
 use sonicshot_xen_live::{DomainId, LiveError};
@@ -58,6 +58,22 @@ pub(crate) enum CliError {
     NoLayout { path: PathBuf },
     #[error("{} has {count} blocks of memory: where each lies in the guest is not searched for", path.display())]
     ManyBlocks { path: PathBuf, count: usize },
+    #[error(
+        "{} cannot lie as --layout says: of the empty lists in the memory at {range}, which point to \
+         themselves, {lists} belong at {place} and {here} there",
+        path.display()
+    )]
+    Misplaced {
+        path: PathBuf,
+        range: GpaRange,
+        /// Where it must lie.
+        place: GpaRange,
+        /// How many lists say so, and how many the other.
+        lists: u64,
+        here: u64,
+    },
+    #[error("{} in {count} ranges: their places cannot be checked", path.display())]
+    ManyRanges { path: PathBuf, count: usize },
     #[error("{} has a hole where the guest has records of its pages, at {at}", path.display())]
     NotWhole { path: PathBuf, at: Gpa },
     #[error("pages of class {class} are never dropped: the guest's kernel needs them")]
@@ -125,6 +141,8 @@ impl CliError {
             | Self::Memory(_)
             | Self::Checkpoint { .. }
             | Self::NoLayout { .. }
+            | Self::Misplaced { .. }
+            | Self::ManyRanges { .. }
             | Self::ManyBlocks { .. } => 3,
             Self::NotWhole { .. } => 4,
             Self::Guest { source, .. } | Self::Domain { source, .. } => match source {
@@ -195,6 +213,9 @@ impl CliError {
                 source: CheckpointError::Checksum { .. } | CheckpointError::Truncated { .. },
                 ..
             } => "the file was damaged after it was written: take another copy of it",
+            Self::Misplaced { .. } => {
+                "give the ranges in the order in which the file has them, or no --layout"
+            }
             Self::NoLayout { .. }
             | Self::ManyBlocks { .. }
             | Self::Dump(DumpError::NoLayout { .. } | DumpError::Json { .. }) => {

@@ -1,11 +1,13 @@
 //! Finds out where in the guest the bytes of a dump lie, where the dump itself does not say:
 //! raw files, and QEMU's files with several blocks of memory. The guest's own memory maps decide.
 
+mod given;
 mod plugged;
 mod search;
 
 use crate::error::CliError;
 use crate::inputs::Input;
+pub(crate) use given::keep_unconfirmed;
 pub(crate) use plugged::keep_what_is_not_free_in_all;
 use search::{Attempt, MAX_ATTEMPTS, Search};
 use sonicshot::GpaRange;
@@ -19,6 +21,8 @@ pub(crate) struct Placed<T> {
     pub origin: &'static str,
     /// Ranges of the same length that hold blocks of which it is not known which is which.
     pub shared: Vec<Vec<GpaRange>>,
+    /// Ranges of a layout that was given of which nothing shows that they lie there.
+    pub unconfirmed: Vec<GpaRange>,
     pub notes: Vec<String>,
     pub value: T,
 }
@@ -35,7 +39,14 @@ pub(crate) fn with_guest<T>(
     if let Some(layout) = input.files.layout() {
         let dump = input.open(Some(layout))?;
         let own = dump.layout_spec().is_none() && dump.ram_blocks().is_empty();
-        let value = look(input, &dump, work).map_err(guest_error)?;
+        let guest = LinuxGuest::open(&dump, &options(input, &dump)).map_err(guest_error)?;
+        let unconfirmed = match input.how.layout {
+            Some(_) => given::check(input, &dump, &guest)?,
+            // The VMM's own word.
+            None => Vec::new(),
+        };
+        let value = work(&guest).map_err(guest_error)?;
+        drop(guest);
         return Ok(Placed {
             origin: if input.how.layout.is_none() {
                 "from the snapshot's state.json"
@@ -46,6 +57,7 @@ pub(crate) fn with_guest<T>(
             },
             dump,
             shared: Vec::new(),
+            unconfirmed,
             notes: Vec::new(),
             value,
         });

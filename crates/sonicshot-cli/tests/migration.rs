@@ -23,35 +23,6 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// The guest's RAM as QEMU would send it.
-fn stream() -> Vec<u8> {
-    let mut out = b"QEVM\0\0\0\x03\x07\0\0\0\x0epc-i440fx-10.0\x01\0\0\0\x02\x03ram".to_vec();
-    out.extend([0, 0, 0, 0, 0, 0, 0, 4]);
-    out.extend((ram().len() as u64 | 4).to_be_bytes());
-    out.extend(b"\x06pc.ram");
-    out.extend((ram().len() as u64).to_be_bytes());
-    let end = b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02";
-    out.extend(end);
-    out.extend(b"\x03\0\0\0\x02");
-    for (number, page) in ram().chunks(PAGE).enumerate() {
-        let zero = page.iter().all(|byte| *byte == 0);
-        let again = if number == 0 { 0 } else { 0x20 };
-        let flags = if zero { 2 } else { 8 } | again;
-        out.extend(((number * PAGE) as u64 | flags).to_be_bytes());
-        if number == 0 {
-            out.extend(b"\x06pc.ram");
-        }
-        if zero {
-            out.push(0);
-        } else {
-            out.extend(page);
-        }
-    }
-    out.extend(end);
-    out.extend(b"\x04the devices' state");
-    out
-}
-
 fn libvirt_header(format: u8) -> Vec<u8> {
     let xml = b"<domain type='qemu'/>\0";
     let mut out = b"LibvirtQemudSave".to_vec();

@@ -11,6 +11,7 @@ use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
 use crate::owner;
+use crate::place::{self, PlaceEvidence};
 use crate::processors::{Cr3, Owners, Verdict};
 use crate::symbols::{self, Kallsyms, SymbolSource};
 use crate::{KernelVa, VirtualMemory};
@@ -413,6 +414,15 @@ impl<'m> LinuxGuest<'m> {
             .symbol("page_offset_base")?
             .map(|at| self.kernel.read_ptr("page_offset_base", at))
             .transpose()
+    }
+
+    /// What the content of each of `ranges` of memory says about whether it lies there: for a
+    /// layout that somebody has given. The ranges must be disjoint.
+    ///
+    /// # Errors
+    /// [`VmiError`] if the kernel's page tables have memory elsewhere, or reading fails.
+    pub fn evidence_of_places(&self, ranges: &[GpaRange]) -> Result<Vec<PlaceEvidence>, VmiError> {
+        place::evidence(&self.kernel, self.page_size, self.direct_map()?, ranges)
     }
 
     /// RAM by the kernel's own tree of resources (`System RAM` in `/proc/iomem`), memory that was

@@ -3,7 +3,7 @@
 use crate::error::CliError;
 use crate::place::Placed;
 use crate::report::size;
-use sonicshot::{GpaRange, GuestMemory, MemoryError, PageClass, PageMap};
+use sonicshot::{GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PfnRange};
 use sonicshot_dump::{BlockKind, BlockPlace, Dump, RamBlock};
 use sonicshot_vmi::KernelVa;
 use std::collections::HashMap;
@@ -98,6 +98,7 @@ impl Plugged {
             dump,
             origin,
             shared: self.shared,
+            unconfirmed: Vec::new(),
             notes,
             value,
         }
@@ -199,6 +200,15 @@ fn kept(block: &RamBlock) -> String {
         block.name,
         size(block.len)
     )
+}
+
+/// Keeps all of `frames`.
+pub(super) fn keep(map: &mut PageMap, frames: PfnRange) {
+    map.with_slices(frames, |_, classes| {
+        for class in classes.iter_mut().filter(|class| class.may_be_dropped()) {
+            *class = PageClass::Unknown;
+        }
+    });
 }
 
 /// Where blocks of one length may lie in each other's place, keeps what is not free in all of the

@@ -1,0 +1,127 @@
+//! A layout that was given: whether what is in the guest's memory can lie so.
+
+use crate::error::CliError;
+use crate::inputs::Input;
+use crate::report::size;
+use sonicshot::{Gpa, GpaRange, GuestMemory, PageMap};
+use sonicshot_dump::Dump;
+use sonicshot_vmi::{LinuxGuest, VmiError};
+
+/// Memory is plugged in in blocks of this size or a multiple (`memory_block_size_bytes` on x86-64).
+const MEMORY_BLOCK: u64 = 128 << 20;
+/// Of a layout in more ranges, no range is compared with every other.
+const MAX_RANGES: usize = 4096;
+
+/// Looks in each range of the layout for what shows that it lies there. Returns the ranges in
+/// which nothing shows that.
+///
+/// # Errors
+/// [`CliError::Misplaced`] if something in one of them shows that it lies elsewhere.
+pub(super) fn check(
+    input: &Input<'_>,
+    dump: &Dump,
+    guest: &LinuxGuest<'_>,
+) -> Result<Vec<GpaRange>, CliError> {
+    let guest_error = |source: VmiError| CliError::Guest {
+        path: input.memory().into(),
+        source,
+    };
+    let Some(layout) = dump.layout_spec() else {
+        return Ok(Vec::new());
+    };
+    let ram = guest_ram(guest);
+    let ranges = pieces(&layout.ranges(dump.layout().bytes()), &ram);
+    // The kernel was found in the only one.
+    if ranges.len() <= 1 {
+        return Ok(Vec::new());
+    }
+    if ranges.len() > MAX_RANGES {
+        let count = ranges.len();
+        let path = input.memory().into();
+        return Err(CliError::ManyRanges { path, count });
+    }
+    let all = guest.evidence_of_places(&ranges).map_err(guest_error)?;
+    for evidence in &all {
+        if let (Some(place), Some((_, lists))) = (evidence.belongs_to(), evidence.elsewhere) {
+            return Err(CliError::Misplaced {
+                path: input.memory().into(),
+                range: evidence.range,
+                place,
+                lists,
+                here: evidence.here,
+            });
+        }
+    }
+    let confirmed = |range: &GpaRange| all.iter().any(|e| e.range == *range && e.is_confirmed());
+    let mut open: Vec<GpaRange> = ranges.iter().filter(|r| !confirmed(r)).copied().collect();
+    let in_file = |range: &GpaRange| dump.layout().contains(range.start(), range.len());
+    if let [_] = open.as_slice()
+        && !ram.is_empty()
+        && ram.iter().all(in_file)
+    {
+        // All other memory is in its place, and there is no other place where this could be.
+        open.clear();
+    }
+    Ok(open)
+}
+
+/// RAM by all that the guest's kernel knows of it.
+fn guest_ram(guest: &LinuxGuest<'_>) -> Vec<GpaRange> {
+    // What cannot be read says nothing.
+    let e820 = guest.e820().ok().flatten();
+    let tree = guest.system_ram().ok().flatten();
+    e820.into_iter().chain(tree).flatten().collect()
+}
+
+/// The ranges of a layout, cut where the guest has one block of memory end and another begin.
+fn pieces(layout: &[GpaRange], ram: &[GpaRange]) -> Vec<GpaRange> {
+    let mut cuts: Vec<Gpa> = ram.iter().flat_map(|r| [r.start(), r.end()]).collect();
+    cuts.retain(|cut| cut.raw().is_multiple_of(MEMORY_BLOCK));
+    cuts.sort_unstable();
+    cuts.dedup();
+    let mut pieces = Vec::new();
+    for range in layout {
+        let mut start = range.start();
+        let first = cuts.partition_point(|cut| *cut <= start);
+        for cut in cuts.iter().skip(first).take_while(|c| **c < range.end()) {
+            pieces.push(GpaRange::new(start, *cut));
+            start = *cut;
+        }
+        pieces.push(GpaRange::new(start, range.end()));
+    }
+    pieces.retain(|range| !range.is_empty());
+    pieces
+}
+
+/// Keeps what lies in `ranges`: nothing shows that it is what the guest has there.
+pub(crate) fn keep_unconfirmed(map: &mut PageMap, ranges: &[GpaRange], notes: &mut Vec<String>) {
+    let page_size = map.page_size();
+    for range in ranges {
+        super::plugged::keep(map, range.whole_frames(page_size));
+        notes.push(format!(
+            "memory at {range} ({}) is kept as it is: nothing in it shows that it lies there, as \
+             --layout says",
+            size(range.len())
+        ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::pieces;
+    use sonicshot::{Gpa, GpaRange};
+
+    fn range(start: u64, end: u64) -> GpaRange {
+        GpaRange::new(Gpa::new(start << 20), Gpa::new(end << 20))
+    }
+
+    #[test]
+    fn a_range_is_cut_where_blocks_of_memory_meet() {
+        let ram = [range(1, 3071), range(4096, 5120), range(5120, 6144)];
+        let cut = pieces(&[range(4096, 6144), range(0, 3072)], &ram);
+        assert_eq!(cut, [range(4096, 5120), range(5120, 6144), range(0, 3072)]);
+        let cut = pieces(&[range(0, 4096), range(5000, 5300)], &ram);
+        assert_eq!(cut, [range(0, 4096), range(5000, 5120), range(5120, 5300)]);
+        assert_eq!(pieces(&[range(0, 512)], &[]), [range(0, 512)]);
+    }
+}
