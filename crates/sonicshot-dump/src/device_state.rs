@@ -555,6 +555,9 @@ mod tests {
         vec![Processor::Started(registers), Processor::NotStarted]
     }
 
+    /// The bit in which the second's word for it has its value.
+    const HALTED: usize = 9944;
+
     /// Where the fields of both sections `cpu` begin.
     fn cpus() -> Vec<usize> {
         let header = b"\x03cpu\0\0\0";
@@ -570,8 +573,9 @@ mod tests {
         assert_eq!(cpus.len(), 2);
         let (mut same, mut refused) = (0, 0);
         for bit in 0..SMALL.len() * 8 {
-            // What is in the fields is believed.
-            if cpus.iter().any(|at| (*at..at + 1157).contains(&(bit / 8))) {
+            // What is in the fields is believed: here, and that the second is halted.
+            let halted = bit == HALTED;
+            if halted || cpus.iter().any(|at| (*at..at + 1157).contains(&(bit / 8))) {
                 continue;
             }
             let mut state = SMALL.to_vec();
@@ -606,11 +610,13 @@ mod tests {
         let registers = ControlRegisters::new(0x8005_0033, 0x1_1000, 0x37_0ef0, Some(0xd01));
         let changed = vec![Processor::Started(registers), Processor::NotStarted];
         assert_eq!(with(first + 477, 0), Ok(changed));
-        // It was started after all: with its instruction, its code segment, or a register.
+        // It runs, or was started after all: with its instruction, its code segment, or a register.
         for (at, bit) in [(135, 0), (259, 0), (260, 0), (479, 4), (487, 5)] {
             let found = with(second + at, bit).unwrap();
             assert_ne!(found[1], Processor::NotStarted, "{at}");
         }
+        let found = with(HALTED / 8, 0).unwrap();
+        assert!(matches!(found[1], Processor::Started(_)), "{found:?}");
     }
 
     #[test]

@@ -17,6 +17,31 @@
 //! | Xen `xl dump-core` core | `xen` | | | |
 //! | LiME, AVML | `lime`, `avml` | | | |
 //!
+//! # Processors
+//! Beside the memory most formats hold the state of the guest's processors, which
+//! [`processors`](GuestMemory::processors) tells: by it a kernel that runs is told from one that
+//! is gone.
+//!
+//! | format | where | not told there |
+//! |---|---|---|
+//! | ELF core, kdump-compressed, of QEMU | notes `CORE` and `QEMU` | `EFER`, halted, SMM, nested guest |
+//! | the same of `/proc/vmcore` | VMCOREINFO's `CRASHTIME` | all: [`Processors::Crashed`] |
+//! | QEMU mapped-ram and streams, libvirt | sections `cpu` and `cpu_common` | |
+//! | Cloud Hypervisor 39 and later | `state.json` | SMM |
+//! | Firecracker | the state file, by shape | SMM, nested guest |
+//! | Xen save image, HVM or PVH | `HVM_CONTEXT` | halted, nested guest |
+//! | Xen save image, PV | `X86_PV_VCPU_BASIC` | |
+//! | Xen core | `.xen_prstatus` | `EFER`, halted |
+//! | raw, LiME, AVML | | all: [`Processors::Unknown`] |
+//!
+//! What is damaged or contradicts itself there is [`Processors::NotTold`]; that is no error, for the
+//! memory may be whole. A processor whose registers are exactly those of a reset or an INIT and
+//! that is not the boot processor counts as never started, one that firmware parked as parked; all
+//! others are started, whatever they run. Of a PV guest of Xen `CR3` is the guest's own address of
+//! the root, also where the tables themselves hold the machine's numbers
+//! ([`p2m`](GuestMemory::p2m)). The state of a snapshot folder is not in the file that is opened:
+//! [`SnapshotFiles::processors`] tells it, and [`Dump::with_processors`] puts it to the memory.
+//!
 //! Files are not trusted: every offset and length is checked against the file before it is used,
 //! and what is allocated is bounded by the length of the file. Output appears whole or not at all;
 //! a prune in place leaves a valid dump whenever it is interrupted.
