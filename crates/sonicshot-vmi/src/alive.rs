@@ -183,13 +183,19 @@ fn own_task(kernel: &Kernel<'_>, cpu: Cpu) -> Result<(), VmiError> {
             return Ok(None);
         };
         let at = task.wrapping_add(member.offset);
-        let value = kernel.space.read_u32(at).map_err(|_| {
+        let mut bytes = [0; 4];
+        // An int, or shorter (`on_cpu`).
+        let len = member.size.and_then(|size| usize::try_from(size).ok());
+        let Some(part) = bytes.get_mut(..len.unwrap_or(4)) else {
+            return Ok(None);
+        };
+        kernel.space.read(at, part).map_err(|_| {
             stale(format!(
                 "the task of its processor {}, at {task}, is not there",
                 cpu.number
             ))
         })?;
-        Ok(Some(value.into()))
+        Ok(Some(u32::from_le_bytes(bytes).into()))
     };
     // In `thread_info` since 5.16 (bcf9033e5449).
     let number = match field("cpu")? {
@@ -208,7 +214,7 @@ fn own_task(kernel: &Kernel<'_>, cpu: Cpu) -> Result<(), VmiError> {
         && on_cpu != 1
     {
         return Err(stale(format!(
-            "the task of its processor {} is not running",
+            "the task of its processor {}, at {task}, is not running (on_cpu {on_cpu:#x})",
             cpu.number
         )));
     }
