@@ -87,6 +87,7 @@ fn a_right_layout_is_accepted_whole() {
         "0-64M,64M-128M",
         "0-32M,32M-128M",
         "0-24M,24M-32M,32M-128M",
+        "0-48M,48M-56M,56M-64M,64M-128M",
     ] {
         let got = report(&inspect(&raw, layout, &pfns));
         assert_eq!(got["classes"], want["classes"], "{layout}");
@@ -147,19 +148,24 @@ fn ranges_of_the_same_length_that_changed_places_are_refused() {
 fn what_nothing_is_known_of_is_kept() {
     let folder = TempDir::new().unwrap();
     let (raw, pfns) = (raw_dump(folder.path(), |_| {}), folder.path().join("pfns"));
-    // Processes and free pages: nothing of the kernel's.
-    for (layout, at) in [
-        ("0-48M,48M-56M,56M-64M,64M-128M", 48),
-        (&*swapped(48, 56, 8), 56),
-    ] {
-        let got = report(&inspect(&raw, layout, &pfns));
+    let part = |start: usize, end: usize| &ram()[start * MIB..end * MIB];
+    // Processes and free pages, nothing of the kernel's: in another place than the layout says,
+    // and in this one.
+    let layout = swapped(48, 56, 8);
+    for (right, at) in [(false, 56), (true, 48)] {
+        if right {
+            let parts = [part(0, 48), part(56, 64), part(48, 56), part(64, 128)];
+            fs::write(&raw, parts.concat()).unwrap();
+        }
+        let got = report(&inspect(&raw, &layout, &pfns));
         let notes = got["notes"].to_string();
         assert_eq!(notes.matches("is kept as it is").count(), 2, "{notes}");
-        assert_eq!(lost(&pfns, 48, 8, at), 0, "{layout}");
-        assert!(got["droppable_pages"].as_u64().unwrap() > 0, "{layout}");
+        assert_eq!(lost(&pfns, 48, 8, at), 0, "{right}");
+        assert!(got["droppable_pages"].as_u64().unwrap() > 0, "{right}");
     }
     // One that is left over can be nowhere else.
-    let got = report(&inspect(&raw, "0-48M,48M-64M,64M-128M", &pfns));
+    fs::write(&raw, [part(48, 64), part(0, 48), part(64, 128)].concat()).unwrap();
+    let got = report(&inspect(&raw, "48M-64M,0-48M,64M-128M", &pfns));
     let notes = got["notes"].to_string();
     assert!(!notes.contains("is kept as it is"), "{notes}");
     assert!(lost(&pfns, 48, 16, 48) > 0, "free pages are dropped");

@@ -290,4 +290,13 @@ fn an_order_that_the_guest_does_not_show_is_not_guessed() {
     let raw = raw_dump(folder.path(), |_| {});
     let expected = json(&["inspect", text(&raw), "--json"]);
     assert_eq!(report["classes"], expected["classes"]);
+    // Two of the same length that changed places.
+    for layout in [
+        "a=0-64M;b=96M-128M;c=64M-96M",
+        "a=64M-128M;b=0-32M;c=32M-64M",
+    ] {
+        let run = sonicshot(&["inspect", text(&path), "--layout", layout]);
+        let code = run.status.code();
+        assert!(matches!(code, Some(3 | 4)), "{}", stderr(&run));
+    }
 }

@@ -4,7 +4,7 @@ use crate::error::CliError;
 use crate::inputs::Input;
 use crate::report::size;
 use sonicshot::{Gpa, GpaRange, GuestMemory, PageMap};
-use sonicshot_dump::Dump;
+use sonicshot_dump::{Dump, LayoutSpec};
 use sonicshot_vmi::{LinuxGuest, VmiError};
 
 /// Memory is plugged in in blocks of this size or a multiple (`memory_block_size_bytes` on x86-64).
@@ -30,7 +30,11 @@ pub(super) fn check(
         return Ok(Vec::new());
     };
     let ram = guest_ram(guest);
-    let ranges = pieces(&layout.ranges(dump.layout().bytes()), &ram);
+    let ranges = match layout {
+        LayoutSpec::Blocks(blocks) => blocks.iter().flat_map(|b| joined(&b.ranges)).collect(),
+        _ => joined(&layout.ranges(dump.layout().bytes())),
+    };
+    let ranges = pieces(&ranges, &ram);
     // The kernel was found in the only one.
     if ranges.len() <= 1 {
         return Ok(Vec::new());
@@ -73,6 +77,21 @@ fn guest_ram(guest: &LinuxGuest<'_>) -> Vec<GpaRange> {
     e820.into_iter().chain(tree).flatten().collect()
 }
 
+/// The ranges that follow each other in the file, joined where they do so in the guest: to say one
+/// range in parts is to say nothing more.
+fn joined(ranges: &[GpaRange]) -> Vec<GpaRange> {
+    let mut joined: Vec<GpaRange> = Vec::new();
+    for range in ranges.iter().filter(|range| !range.is_empty()) {
+        match joined.last_mut() {
+            Some(last) if last.end() == range.start() => {
+                *last = GpaRange::new(last.start(), range.end());
+            }
+            _ => joined.push(*range),
+        }
+    }
+    joined
+}
+
 /// The ranges of a layout, cut where the guest has one block of memory end and another begin.
 fn pieces(layout: &[GpaRange], ram: &[GpaRange]) -> Vec<GpaRange> {
     let mut cuts: Vec<Gpa> = ram.iter().flat_map(|r| [r.start(), r.end()]).collect();
@@ -108,11 +127,27 @@ pub(crate) fn keep_unconfirmed(map: &mut PageMap, ranges: &[GpaRange], notes: &m
 
 #[cfg(test)]
 mod tests {
-    use super::pieces;
+    use super::{joined, pieces};
     use sonicshot::{Gpa, GpaRange};
 
     fn range(start: u64, end: u64) -> GpaRange {
         GpaRange::new(Gpa::new(start << 20), Gpa::new(end << 20))
+    }
+
+    #[test]
+    fn what_is_said_in_parts_is_one_range() {
+        let parts = [
+            range(0, 1),
+            range(1, 2),
+            range(4, 5),
+            range(2, 3),
+            range(3, 4),
+        ];
+        assert_eq!(joined(&parts), [range(0, 2), range(4, 5), range(2, 4)]);
+        assert_eq!(
+            joined(&[range(2, 4), range(1, 1), range(0, 2)]),
+            [range(2, 4), range(0, 2)]
+        );
     }
 
     #[test]
