@@ -87,7 +87,6 @@ fn a_right_layout_is_accepted_whole() {
         "0-64M,64M-128M",
         "0-32M,32M-128M",
         "0-24M,24M-32M,32M-128M",
-        "0-48M,48M-56M,56M-64M,64M-128M",
     ] {
         let got = report(&inspect(&raw, layout, &pfns));
         assert_eq!(got["classes"], want["classes"], "{layout}");
@@ -99,7 +98,7 @@ fn a_right_layout_is_accepted_whole() {
     let got = report(&inspect(&raw, "64M-128M,0-64M", &pfns));
     assert_eq!(got["classes"], want["classes"]);
     let run = inspect(&raw, "0-64M,64M-128M", &pfns);
-    assert!(matches!(run.status.code(), Some(3 | 4)), "{}", stderr(&run));
+    assert!(matches!(run.status.code(), Some(3..=5)), "{}", stderr(&run));
 }
 
 #[test]
@@ -109,18 +108,19 @@ fn ranges_of_the_same_length_that_changed_places_are_refused() {
     let before = fs::metadata(&raw).unwrap().modified().unwrap();
     // Halves; and stretches with kernel objects in one of them or both, of which the kernel found
     // needs none.
-    for (a, b, len, code) in [
-        (0, 64, 64, 4),
-        (24, 32, 8, 3),
-        (24, 64, 8, 3),
-        (32, 48, 8, 3),
-        (32, 112, 8, 3),
+    for (a, b, len, by_lists) in [
+        (0, 64, 64, false),
+        (24, 32, 8, true),
+        (24, 64, 8, true),
+        (32, 48, 8, true),
+        (32, 112, 8, true),
     ] {
         let layout = swapped(a, b, len);
         let run = sonicshot(&["prune", text(&raw), "--in-place", "--layout", &layout]);
-        assert_eq!(run.status.code(), Some(code), "{layout}: {}", stderr(&run));
-        if code == 3 {
-            let said = stderr(&run);
+        let (said, code) = (stderr(&run), run.status.code());
+        assert!(matches!(code, Some(3..=5)), "{layout}: {said}");
+        if by_lists {
+            assert_eq!(code, Some(3), "{layout}: {said}");
             assert!(said.contains("cannot lie as --layout says"), "{said}");
             assert!(said.contains("lists"), "{said}");
         }
@@ -163,6 +163,11 @@ fn what_nothing_is_known_of_is_kept() {
         assert_eq!(lost(&pfns, 48, 8, at), 0, "{right}");
         assert!(got["droppable_pages"].as_u64().unwrap() > 0, "{right}");
     }
+    // The file's content has changed places, not the ranges.
+    let parts = [part(0, 24), part(32, 40), part(24, 32), part(40, 128)];
+    fs::write(&raw, parts.concat()).unwrap();
+    let run = inspect(&raw, "0-24M,24M-32M,32M-40M,40M-128M", &pfns);
+    assert_eq!(run.status.code(), Some(3), "{}", stderr(&run));
     // One that is left over can be nowhere else.
     fs::write(&raw, [part(48, 64), part(0, 48), part(64, 128)].concat()).unwrap();
     let got = report(&inspect(&raw, "48M-64M,0-48M,64M-128M", &pfns));

@@ -297,6 +297,6 @@ fn an_order_that_the_guest_does_not_show_is_not_guessed() {
     ] {
         let run = sonicshot(&["inspect", text(&path), "--layout", layout]);
         let code = run.status.code();
-        assert!(matches!(code, Some(3 | 4)), "{}", stderr(&run));
+        assert!(matches!(code, Some(3..=5)), "{}", stderr(&run));
     }
 }

@@ -425,6 +425,17 @@ impl<'m> LinuxGuest<'m> {
         place::evidence(&self.kernel, self.page_size, self.direct_map()?, ranges)
     }
 
+    /// The memory that has struct pages: all that the kernel has ever taken for memory, of whatever
+    /// device, in whole sections (of 128 MiB).
+    ///
+    /// # Errors
+    /// [`VmiError`] if the kernel's memory map cannot be read.
+    pub fn known_memory(&self) -> Result<Vec<GpaRange>, VmiError> {
+        let mem_map = MemMap::new(&self.kernel, self.page_size)?;
+        let frames = mem_map.spans().iter().map(|span| span.frames);
+        Ok(frames.filter_map(|f| f.gpa_range(self.page_size)).collect())
+    }
+
     /// RAM by the kernel's own tree of resources (`System RAM` in `/proc/iomem`), memory that was
     /// plugged in included, each stretch as it was added; but not what belongs to a device, such
     /// as virtio-mem. `None` if the symbols or types do not tell where the tree is.

@@ -4,7 +4,7 @@ use crate::error::CliError;
 use crate::inputs::Input;
 use crate::report::size;
 use sonicshot::{Gpa, GpaRange, GuestMemory, PageMap};
-use sonicshot_dump::{Dump, LayoutSpec};
+use sonicshot_dump::Dump;
 use sonicshot_vmi::{LinuxGuest, VmiError};
 
 /// Memory is plugged in in blocks of this size or a multiple (`memory_block_size_bytes` on x86-64).
@@ -30,11 +30,7 @@ pub(super) fn check(
         return Ok(Vec::new());
     };
     let ram = guest_ram(guest);
-    let ranges = match layout {
-        LayoutSpec::Blocks(blocks) => blocks.iter().flat_map(|b| joined(&b.ranges)).collect(),
-        _ => joined(&layout.ranges(dump.layout().bytes())),
-    };
-    let ranges = pieces(&ranges, &ram);
+    let ranges = pieces(&layout.ranges(dump.layout().bytes()), &ram);
     // The kernel was found in the only one.
     if ranges.len() <= 1 {
         return Ok(Vec::new());
@@ -58,15 +54,37 @@ pub(super) fn check(
     }
     let confirmed = |range: &GpaRange| all.iter().any(|e| e.range == *range && e.is_confirmed());
     let mut open: Vec<GpaRange> = ranges.iter().filter(|r| !confirmed(r)).copied().collect();
-    let in_file = |range: &GpaRange| dump.layout().contains(range.start(), range.len());
     if let [_] = open.as_slice()
-        && !ram.is_empty()
-        && ram.iter().all(in_file)
+        && holds_all(dump, &guest.known_memory().map_err(guest_error)?, &ram)
     {
         // All other memory is in its place, and there is no other place where this could be.
         open.clear();
     }
     Ok(open)
+}
+
+/// Whether the guest has no memory that is not in the dump: by its own tables, and by its struct
+/// pages, which what belongs to a device (virtio-mem) has too. The last block of RAM need not be
+/// whole.
+fn holds_all(dump: &Dump, known: &[GpaRange], ram: &[GpaRange]) -> bool {
+    let in_dump = |range: &GpaRange| dump.layout().contains(range.start(), range.len());
+    let touches = |block: &GpaRange| {
+        let mut regions = dump.layout().regions().iter();
+        regions.any(|region| !region.intersection(block).is_empty())
+    };
+    let whole = |range: &GpaRange| {
+        let mut blocks = pieces(&[*range], &blocks(*range)).into_iter();
+        blocks.all(|block| touches(&block))
+    };
+    !ram.is_empty() && ram.iter().all(in_dump) && known.iter().all(whole)
+}
+
+/// The blocks of memory that a range touches.
+fn blocks(range: GpaRange) -> Vec<GpaRange> {
+    let first = range.start().raw() / MEMORY_BLOCK;
+    let last = range.end().raw().div_ceil(MEMORY_BLOCK);
+    let block = |n: u64| GpaRange::with_len(Gpa::new(n.checked_mul(MEMORY_BLOCK)?), MEMORY_BLOCK);
+    (first..last).filter_map(block).collect()
 }
 
 /// RAM by all that the guest's kernel knows of it.
@@ -77,22 +95,8 @@ fn guest_ram(guest: &LinuxGuest<'_>) -> Vec<GpaRange> {
     e820.into_iter().chain(tree).flatten().collect()
 }
 
-/// The ranges that follow each other in the file, joined where they do so in the guest: to say one
-/// range in parts is to say nothing more.
-fn joined(ranges: &[GpaRange]) -> Vec<GpaRange> {
-    let mut joined: Vec<GpaRange> = Vec::new();
-    for range in ranges.iter().filter(|range| !range.is_empty()) {
-        match joined.last_mut() {
-            Some(last) if last.end() == range.start() => {
-                *last = GpaRange::new(last.start(), range.end());
-            }
-            _ => joined.push(*range),
-        }
-    }
-    joined
-}
-
-/// The ranges of a layout, cut where the guest has one block of memory end and another begin.
+/// The ranges of a layout, cut where the guest has one block of memory end and another begin. Those
+/// that follow each other stay apart: that they do so in the file is what has to be shown.
 fn pieces(layout: &[GpaRange], ram: &[GpaRange]) -> Vec<GpaRange> {
     let mut cuts: Vec<Gpa> = ram.iter().flat_map(|r| [r.start(), r.end()]).collect();
     cuts.retain(|cut| cut.raw().is_multiple_of(MEMORY_BLOCK));
@@ -127,27 +131,11 @@ pub(crate) fn keep_unconfirmed(map: &mut PageMap, ranges: &[GpaRange], notes: &m
 
 #[cfg(test)]
 mod tests {
-    use super::{joined, pieces};
+    use super::pieces;
     use sonicshot::{Gpa, GpaRange};
 
     fn range(start: u64, end: u64) -> GpaRange {
         GpaRange::new(Gpa::new(start << 20), Gpa::new(end << 20))
-    }
-
-    #[test]
-    fn what_is_said_in_parts_is_one_range() {
-        let parts = [
-            range(0, 1),
-            range(1, 2),
-            range(4, 5),
-            range(2, 3),
-            range(3, 4),
-        ];
-        assert_eq!(joined(&parts), [range(0, 2), range(4, 5), range(2, 4)]);
-        assert_eq!(
-            joined(&[range(2, 4), range(1, 1), range(0, 2)]),
-            [range(2, 4), range(0, 2)]
-        );
     }
 
     #[test]
