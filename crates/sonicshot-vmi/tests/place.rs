@@ -80,7 +80,7 @@ fn lists_and_struct_pages_tell_where_they_lie() {
 #[test]
 fn parts_that_changed_places_are_told() {
     let parts = parts();
-    for (a, b) in [(3, 4), (3, 6), (4, 8), (4, 14)] {
+    for (a, b) in [(4, 6), (4, 8), (4, 14)] {
         let all = swapped(a, b).unwrap();
         // At `b` lies what belongs at `a`, which is full of lists.
         assert_eq!(all[b].belongs_to(), Some(parts[a]), "{:?}", all[b]);
