@@ -316,7 +316,7 @@ fn xen_again(dump: &Dump, input: &File) {
             &|_| false,
             &out,
             Overwrite::Refuse,
-            input,
+            &[input],
             &mut |_, _| {},
         )
         .expect("its own memory");

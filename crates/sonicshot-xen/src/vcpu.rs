@@ -98,7 +98,7 @@ impl XlImage {
                     let context = context(&mut cursor, record.len.saturating_sub(8))?;
                     // libxc has made it the guest's number.
                     let root = context.control.cr3;
-                    push(&mut online, paravirtualised(context, id, root), &cursor)?;
+                    push(&mut online, paravirtualised(&context, id, root), &cursor)?;
                     end = cursor;
                 }
             }
@@ -144,9 +144,9 @@ impl CoreDump {
                 let root = root_of(p2m, context.control.cr3).ok_or_else(|| {
                     cursor.malformed("a root of page tables", at, context.control.cr3)
                 })?;
-                push(&mut online, paravirtualised(context, id, root), &cursor)?;
+                push(&mut online, paravirtualised(&context, id, root), &cursor)?;
             } else {
-                push(&mut online, fully_virtualised(context, id), &cursor)?;
+                push(&mut online, fully_virtualised(&context, id), &cursor)?;
             }
             id = id.saturating_add(1);
         }
@@ -263,7 +263,7 @@ fn context(cursor: &mut Cursor<'_>, len: u32) -> Result<Context, XenError> {
     context.ok_or_else(|| cursor.malformed("the length of a processor's context", at, len.into()))
 }
 
-fn paravirtualised(context: Context, id: u32, root: u64) -> Vcpu {
+fn paravirtualised(context: &Context, id: u32, root: u64) -> Vcpu {
     let ControlRegisters { cr0, cr4, .. } = context.control;
     let root = root & !PageSize::SIZE_4K.offset_mask();
     let control = ControlRegisters::new(cr0 | CR0_PG_PE, root, cr4 | CR4_PAE, Some(EFER_LONG));
@@ -273,7 +273,7 @@ fn paravirtualised(context: Context, id: u32, root: u64) -> Vcpu {
     }
 }
 
-fn fully_virtualised(context: Context, id: u32) -> Vcpu {
+fn fully_virtualised(context: &Context, id: u32) -> Vcpu {
     Vcpu {
         id,
         control: context.control,

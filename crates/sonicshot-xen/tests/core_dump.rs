@@ -13,6 +13,7 @@ use sonicshot::{ControlRegisters, GuestBytes, Mfn, P2mError, Pfn};
 use sonicshot_xen::{CoreDump, DomainKind, Within, XenError};
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::slice::from_ref;
 
 const PAGE: usize = 4096;
 const NONE: u64 = u64::MAX;
@@ -537,15 +538,15 @@ fn processors_are_told() {
         with(PV, &[context(true, [8, 0x9_2000, 0x10])]),
         Core {
             vcpus: 2,
-            ..with(PV, &[good.clone()])
+            ..with(PV, from_ref(&good))
         },
         Core {
             without: vec![".xen_prstatus"],
-            ..with(PV, &[good.clone()])
+            ..with(PV, from_ref(&good))
         },
         Core {
             more: vec![".xen_prstatus"],
-            ..with(PV, &[good.clone()])
+            ..with(PV, from_ref(&good))
         },
     ] {
         assert!(vcpus(&wrong).is_err(), "{wrong:?}");
