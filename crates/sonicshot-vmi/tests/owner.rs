@@ -188,7 +188,12 @@ fn who_counts_and_who_does_not() {
     for processors in [
         vec![],
         vec![Processor::NotStarted],
-        vec![started(root), Processor::NotStarted, Processor::InSmm],
+        vec![
+            started(root),
+            Processor::NotStarted,
+            Processor::Parked,
+            Processor::InSmm,
+        ],
         vec![nested(Some(registers(root)))],
     ] {
         owner(ram, &processors).unwrap();
@@ -303,6 +308,14 @@ fn what_the_user_says_counts_and_what_is_said_may_be_a_note() {
     assert!(pages.notes.iter().any(|note| note.contains("crash dump")));
     let pages = classify(ram, Processors::Unknown, &GuestOptions::new(), refuse).unwrap();
     assert_eq!(pages.notes, [""; 0]);
+    let not_told = Processors::NotTold("a test");
+    let pages = classify(ram, not_told, &GuestOptions::new(), refuse).unwrap();
+    assert!(
+        pages
+            .notes
+            .iter()
+            .any(|note| note.contains("not believed: a test"))
+    );
 }
 
 /// A simple generator: the same decoys every time.
