@@ -493,6 +493,13 @@ impl<'m> LinuxGuest<'m> {
         match (self.owners.check(&self.kernel, map, zones), on) {
             (Ok(Verdict::Owner), _) => Ok(None),
             (Ok(Verdict::Unknown), on) => self.look_for_later_owner(on),
+            (Ok(Verdict::NotTold(why)), on) => {
+                let note = format!("what the file tells of the processors is not believed: {why}");
+                let traces = self.look_for_later_owner(on)?;
+                Ok(Some(traces.map_or(note.clone(), |traces| {
+                    format!("{note}; {traces}")
+                })))
+            }
             (Ok(Verdict::Crashed), _) => Ok(Some(
                 "a crash dump: this kernel was dead when its memory was written down".into(),
             )),

@@ -181,6 +181,8 @@ pub(crate) enum State {
 #[derive(Debug)]
 pub(crate) enum Owners {
     Unknown,
+    /// As little, for the file's word is not to be believed: why.
+    NotTold(&'static str),
     /// The kernel is dead by design.
     Crashed,
     /// Every processor that counts, with its number.
@@ -194,6 +196,8 @@ pub(crate) enum Verdict {
     Owner,
     /// Nothing.
     Unknown,
+    /// Nothing that can be believed: why.
+    NotTold(&'static str),
     /// It is the dead kernel of a crash dump.
     Crashed,
 }
@@ -231,7 +235,9 @@ impl Owners {
                     .enumerate()
                     .filter_map(|(number, processor)| {
                         let state = match processor {
-                            Processor::NotStarted | Processor::InSmm => return None,
+                            Processor::NotStarted | Processor::Parked | Processor::InSmm => {
+                                return None;
+                            }
                             Processor::Started(registers) => started(registers),
                             Processor::InNestedGuest { host: Some(host) } => started(host),
                             Processor::InNestedGuest { host: None } => State::Nested,
@@ -248,6 +254,7 @@ impl Owners {
                 }
             }
             Processors::Crashed => Self::Crashed,
+            Processors::NotTold(why) => Self::NotTold(why),
             _ => Self::Unknown,
         }
     }
@@ -293,6 +300,7 @@ impl Owners {
     ) -> Result<Verdict, VmiError> {
         let counted = match self {
             Self::Unknown => return Ok(Verdict::Unknown),
+            Self::NotTold(why) => return Ok(Verdict::NotTold(why)),
             Self::Crashed => return Ok(Verdict::Crashed),
             Self::Known(counted) => counted,
         };
