@@ -662,6 +662,10 @@ fn trampoline(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         .need_member("real_mode_header", "trampoline_pgd")?
         .offset;
     let header = kernel.read_ptr("real_mode_header", variable)?;
+    if header.raw() == 0 {
+        // A paravirtualised guest's processors are started by Xen.
+        return not_made("the kernel has none");
+    }
     let field = |offset| element("real_mode_header", header, 0, 0, offset);
     let there = kernel
         .space
