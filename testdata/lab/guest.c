@@ -814,9 +814,6 @@ int main(void)
 				} else if (strstr(line, "sleep")) {
 					put("/sys/power/state", "mem");
 					say("AWAKE");
-				} else if (strstr(line, "unplug")) {
-					put("/sys/devices/system/cpu/cpu1/online", "0");
-					say("UNPLUGGED");
 				} else if (strstr(line, "spin")) {
 					if (fork() == 0)
 						for (;;)

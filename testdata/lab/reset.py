@@ -266,7 +266,7 @@ RUNNING = {
     "reset": [("QMP system_reset", "READY")],
     "after kexec": [("kexec", "READY")],
     "slept": [("sleep", "QMP system_wakeup"), (None, "AWAKE")],
-    "a processor unplugged": [("unplug", "UNPLUGGED")],
+    "a processor never started": [],
 }
 
 
@@ -280,11 +280,12 @@ def running(tool, todo, stops, seed, log, each=10):
         while sums["stops"] < stops:
             series, smp, kaslr, what = todo[number % len(todo)]
             number += 1
-            if what == "a processor unplugged":
-                smp = max(smp, 2)
             more = {"more": ["-global", "PIIX4_PM.disable_s3=0"]}
             spec = spec_of(series, smp, kaslr, "kexec" if what == "after kexec" else "reset",
                            None, more)
+            if what == "a processor never started":
+                spec["smp"] = max(smp, 2)
+                spec["append"] += " maxcpus=1"
             work = FAST / f"sonicshot-running-{os.getpid()}"
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)

@@ -37,6 +37,23 @@
 //! is refused with [`VmiError::Undecided`]. Kernels are tried for 10 seconds, all together; how
 //! many candidates there are does not matter: all but a few end within microseconds.
 //!
+//! Where nothing is told of processors, and one kernel stands, the memory itself is searched for
+//! traces of a later owner: a BIOS, a boot menu, a loader, the next kernel's decompressor, a crash
+//! kernel. One [`Trace`] refuses the guest with [`VmiError::LaterOwner`]; without any it is
+//! classified, with a note that says which tests were made and which could not be.
+//!
+//! | trace | of |
+//! |---|---|
+//! | `system_state`, `kexec_in_progress`, `panic_cpu`, `crashing_cpu` | a kernel that has given the machine away, or is not up |
+//! | the BIOS's clock (ticks at 0x46c) against the time at which the kernel booted | a reset: all else that a BIOS leaves is what it left before |
+//! | the ACPI root pointer, root table, and tables | a BIOS that has written its ROM over its segment and has not built its tables yet |
+//! | the real-mode trampoline, per-CPU areas, the list of tasks and the ends of their stacks | whoever writes over the kernel's own |
+//!
+//! What a reset leaves no trace in: a kernel that was started by EFI, kexec or without firmware,
+//! as long as the new owner writes only to pages that are free; and a kernel that was up for less
+//! than three seconds, or that booted so many whole days before the reset, less up to two minutes.
+//! There only the processors' registers tell.
+//!
 //! # When a frame is free
 //!
 //! Only if four records agree: its block's head carries the buddy mark with an order; a free
