@@ -2,6 +2,8 @@
 //! `fuzz_targets/`, and on stable by `tests/replay.rs`.
 #![allow(missing_docs)]
 
+pub mod mutate;
+
 use sonicshot::checkpoint::{Before, CheckpointReader, RestoreRegions};
 use sonicshot::{
     DropClasses, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap, PageSize,
