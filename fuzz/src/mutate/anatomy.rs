@@ -328,6 +328,7 @@ impl Builder<'_> {
     }
 
     fn zone(&mut self, zone: u64, cpus: &[u64]) -> Result<()> {
+        let is_empty = self.u64(zone + self.need_offset("zone", "spanned_pages")?)? == 0;
         for field in [
             "spanned_pages",
             "zone_start_pfn",
@@ -346,6 +347,9 @@ impl Builder<'_> {
             if let Some(offset) = self.offset("zone", field)? {
                 self.word(Kind::Zone, &format!("zone.{field}"), zone + offset, 8)?;
             }
+        }
+        if is_empty {
+            return Ok(());
         }
         let stat = self.need_offset("zone", "vm_stat")?;
         for name in ["NR_FREE_PAGES", "NR_UNACCEPTED", "NR_FREE_CMA_PAGES"] {
@@ -372,9 +376,6 @@ impl Builder<'_> {
             Some(offset) => offset,
             None => self.need_offset("zone", "pageset")?,
         };
-        if self.u64(zone + self.need_offset("zone", "spanned_pages")?)? == 0 {
-            return Ok(());
-        }
         let pageset = self.u64(zone + pageset)?;
         let inside = self.offset("per_cpu_pageset", "pcp")?.unwrap_or(0);
         let stats = match self.offset("zone", "per_cpu_zonestats")? {
@@ -577,8 +578,8 @@ const ASKED: [&str; 22] = [
     "iomem_resource",
 ];
 
-/// The structures whose every member is mutated.
-const TYPES: [&str; 24] = [
+/// The structures whose every member is mutated: those that are asked for.
+const TYPES: [&str; 19] = [
     "page",
     "folio",
     "zone",
@@ -593,32 +594,41 @@ const TYPES: [&str; 24] = [
     "e820_table",
     "e820_entry",
     "resource",
-    "slab",
-    "ptdesc",
+    "lruvec",
     "balloon_dev_info",
     "virtio_balloon",
     "virtio_mem",
     "memory_block",
-    "lruvec",
-    "mm_struct",
-    "task_struct",
-    "zspage",
 ];
 
 /// Beginnings of the names of enumerators that are mutated.
-const ENUMERATORS: [&str; 12] = [
+const ENUMERATORS: [&str; 26] = [
     "PGTY_",
-    "PG_",
-    "NR_",
+    "PG_lru",
+    "PG_dirty",
+    "PG_writeback",
+    "PG_uptodate",
+    "PG_locked",
+    "PG_private",
+    "PG_swapbacked",
+    "PG_reserved",
+    "PG_head",
+    "PG_slab",
+    "PG_hwpoison",
+    "PG_hugetlb",
+    "PG_buddy",
+    "PG_offline",
     "__NR_PAGEFLAGS",
-    "MIGRATE_",
+    "NR_FREE_PAGES",
+    "NR_UNACCEPTED",
+    "MIGRATE_ISOLATE",
+    "MIGRATE_PCPTYPES",
+    "MIGRATE_TYPES",
     "SECTION_",
     "HUGETLB_PAGE_DTOR",
-    "ZONE_",
     "MAX_NR_ZONES",
-    "LRU_",
-    "PAGE_",
-    "MEM_",
+    "ZONE_",
+    "NR_LRU_LISTS",
 ];
 
 /// Places in BTF that say something of the allocator, and every byte of the header.
@@ -747,15 +757,9 @@ impl Anatomy {
         let btf_runs = builder.btf_records()?;
         builder.kallsyms_offsets()?;
         builder.kallsyms_records()?;
-        for name in [
-            "linux_banner",
-            "init_uts_ns",
-            "swapper_pg_dir",
-            "__start_BTF",
-        ] {
-            if let Some(at) = builder.symbol(name)? {
-                builder.tables("image", at);
-            }
+        // As far as the image is mapped: what finding its end and its tables walks.
+        for va in (stext..stext + (64 << 20)).step_by(4096) {
+            builder.tables("image", va);
         }
         let size = builder.btf.type_size("page")?.ok_or("no struct page")?;
         let mut pages = Vec::new();

@@ -3,12 +3,13 @@
 use super::anatomy::Kind;
 use super::capture::Capture;
 use super::{Report, Settings, Subject, run};
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 const USAGE: &str = "mutate [--capture DIR] [--rounds N] [--seconds N] [--threads N] [--seed N] \
-    [--kind 'struct page,zone,...'] [--all] [--lies N]";
+    [--kind 'struct page,zone,...'] [--all] [--named TEXT] [--lies N] [--at-least N]";
 
 /// Runs the command with the process's arguments.
 pub fn main() -> ExitCode {
@@ -28,6 +29,7 @@ fn command(args: impl Iterator<Item = String>) -> Result<bool, Box<dyn Error + S
         ..Settings::default()
     };
     let mut folder = small_capture();
+    let mut at_least = 0;
     let mut args = args;
     while let Some(option) = args.next() {
         if option == "--all" {
@@ -45,6 +47,8 @@ fn command(args: impl Iterator<Item = String>) -> Result<bool, Box<dyn Error + S
             "--threads" => settings.threads = value.parse()?,
             "--seed" => settings.seed = value.parse()?,
             "--lies" => settings.lies = value.parse()?,
+            "--at-least" => at_least = value.parse()?,
+            "--named" => settings.named = value,
             "--kind" => {
                 for name in value.split(',') {
                     let kind = Kind::ALL.into_iter().find(|kind| kind.to_string() == name);
@@ -59,6 +63,9 @@ fn command(args: impl Iterator<Item = String>) -> Result<bool, Box<dyn Error + S
     let report = run(&subject, &settings);
     print(&subject, &report);
     let total = report.total();
+    if total.tried < at_least {
+        return Err(format!("{} mutations, fewer than {at_least}", total.tried).into());
+    }
     Ok(total.wrong == 0 && total.panicked == 0 && report.lies.panicked == 0)
 }
 
@@ -98,6 +105,17 @@ pub fn print(subject: &Subject<'_>, report: &Report) {
                 "{title}: {key}: {} mutations, up to {} frames; {}",
                 finding.mutations, finding.most_frames, finding.example
             );
+        }
+    }
+    let mut words = BTreeMap::new();
+    for (kind, records) in &subject.anatomy.records {
+        for record in records {
+            *words.entry((kind, record.name)).or_insert(0) += 1;
+        }
+    }
+    if std::env::var_os("SONICSHOT_MUTATE_RECORDS").is_some() {
+        for ((kind, name), count) in words {
+            println!("{kind}: {} x {count}", subject.anatomy.names[name]);
         }
     }
     let total = report.total();

@@ -19,6 +19,7 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// One capture, where its records are, and what is true of it.
@@ -319,6 +320,8 @@ pub struct Settings {
     pub seed: u64,
     /// All kinds if empty.
     pub kinds: Vec<Kind>,
+    /// Only records whose name has this in it, with `all`.
+    pub named: String,
     /// Every bit of every record instead of a choice.
     pub all: bool,
     /// Of every so many mutations one is of several places.
@@ -333,15 +336,83 @@ impl Default for Settings {
             threads: 1,
             seed: 0x9e37_79b9_7f4a_7c15,
             kinds: Vec::new(),
+            named: String::new(),
             all: false,
             lies: 16,
         }
     }
 }
 
+/// One mutation of the capture in the tree, chosen by `data`: for libFuzzer.
+///
+/// # Panics
+/// If a mutation in one record drops a frame in use, or anything panics.
+pub fn by_input(data: &[u8]) {
+    static SMALL: OnceLock<Mutex<Small>> = OnceLock::new();
+    let Some((first, choices)) = data.split_first() else {
+        return;
+    };
+    let small = SMALL.get_or_init(|| Mutex::new(Small::new()));
+    // A panic of another thread leaves nothing half done: changes are put in place whole.
+    let small = small.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut rng = Rng::of_input(choices);
+    let mutation = if first & 1 == 0 {
+        small.plan.single(&mut rng)
+    } else {
+        small.plan.lie(&mut rng)
+    };
+    let Some(mutation) = mutation else { return };
+    let outcome = small
+        .subject
+        .try_one(small.overlay, &small.guest, &mutation.changes);
+    let fails = match &outcome {
+        Outcome::Panicked => true,
+        Outcome::Wrong { .. } => mutation.places == 1,
+        _ => false,
+    };
+    assert!(
+        !fails,
+        "{}: {outcome:?}",
+        mutation.describe(small.subject.capture)
+    );
+}
+
+/// The capture in the tree, kept for as long as the process lives.
+struct Small {
+    subject: &'static Subject<'static>,
+    plan: Plan<'static, 'static>,
+    overlay: &'static Overlay<'static>,
+    guest: LinuxGuest<'static>,
+}
+
+impl Small {
+    fn new() -> Self {
+        let capture = Capture::load(&command::small_capture()).expect("the capture in the tree");
+        let capture: &'static Capture = Box::leak(Box::new(capture));
+        let subject = Subject::new(capture).expect("a guest that is whole");
+        let subject: &'static Subject<'static> = Box::leak(Box::new(subject));
+        let overlay: &'static Overlay<'static> = Box::leak(Box::new(Overlay::new(capture)));
+        let guest = LinuxGuest::open(overlay, &GuestOptions::new()).expect("its kernel");
+        Self {
+            subject,
+            plan: Plan::new(subject, &[], ""),
+            overlay,
+            guest,
+        }
+    }
+}
+
+/// The numbers below `len` in an order in which a part of them is from everywhere.
+fn spread(number: u64, len: u64) -> u64 {
+    /// A prime larger than any number of mutations here.
+    const STEP: u128 = 2_147_483_647;
+    let at = u128::from(number) * STEP % u128::from(len.max(1));
+    u64::try_from(at).unwrap_or(0)
+}
+
 /// Tries mutations of `subject`.
 pub fn run(subject: &Subject<'_>, settings: &Settings) -> Report {
-    let plan = Plan::new(subject, &settings.kinds);
+    let plan = Plan::new(subject, &settings.kinds, &settings.named);
     let next = AtomicU64::new(0);
     let start = Instant::now();
     let rounds = if settings.all {
@@ -366,7 +437,7 @@ pub fn run(subject: &Subject<'_>, settings: &Settings) -> Report {
             // Each mutation has a seed of its own: threads do not change what is tried.
             let mut rng = Rng::new(settings.seed, number);
             let mutation = if settings.all {
-                plan.nth(number)
+                plan.nth(spread(number, rounds))
             } else if settings.lies > 0 && number % settings.lies == settings.lies - 1 {
                 plan.lie(&mut rng)
             } else {

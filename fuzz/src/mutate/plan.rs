@@ -6,24 +6,44 @@ use super::capture::{Capture, Change};
 use sonicshot::{Gpa, PageClass, Pfn};
 use std::collections::BTreeMap;
 
-/// Random numbers that are the same everywhere (xorshift).
+/// Numbers that choose: an input's as long as there are any, then ones that are as good as random
+/// and the same everywhere (xorshift).
 #[derive(Debug, Clone)]
-pub struct Rng(u64);
+pub struct Rng {
+    state: u64,
+    input: Vec<u8>,
+}
 
 impl Rng {
     pub fn new(seed: u64, number: u64) -> Self {
-        let mut rng = Self((seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15)) | 1);
+        let mut rng = Self {
+            state: (seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15)) | 1,
+            input: Vec::new(),
+        };
         for _ in 0..4 {
-            rng.next();
+            rng.number();
         }
         rng
     }
 
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
+    /// Choices by the bytes of a fuzzer's input, four for each.
+    pub fn of_input(input: &[u8]) -> Self {
+        Self {
+            state: 1,
+            input: input.to_vec(),
+        }
+    }
+
+    pub fn number(&mut self) -> u64 {
+        if let Some((word, rest)) = self.input.split_first_chunk() {
+            let word = u32::from_le_bytes(*word);
+            self.input = rest.to_vec();
+            return word.into();
+        }
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        self.state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
     }
 
     pub fn below(&mut self, len: usize) -> usize {
@@ -88,13 +108,17 @@ const WEIGHTS: [(Kind, usize); 10] = [
 pub struct Plan<'s, 'c> {
     subject: &'s Subject<'c>,
     kinds: Vec<Kind>,
+    /// Every record that is wanted.
+    chosen: Vec<(Kind, Record)>,
     /// Of which class each struct page's frame is in truth: indexes of the anatomy's pages.
     by_class: BTreeMap<PageClass, Vec<usize>>,
     by_frame: BTreeMap<u64, usize>,
+    /// The records of each kind that say the same of different things.
+    by_name: BTreeMap<Kind, Vec<Vec<Record>>>,
 }
 
 impl<'s, 'c> Plan<'s, 'c> {
-    pub fn new(subject: &'s Subject<'c>, kinds: &[Kind]) -> Self {
+    pub fn new(subject: &'s Subject<'c>, kinds: &[Kind], named: &str) -> Self {
         let mut by_class: BTreeMap<PageClass, Vec<usize>> = BTreeMap::new();
         let mut by_frame = BTreeMap::new();
         for (index, (pfn, _)) in subject.anatomy.pages.iter().enumerate() {
@@ -110,11 +134,18 @@ impl<'s, 'c> Plan<'s, 'c> {
             .iter()
             .filter(|(kind, _)| wanted(*kind))
             .flat_map(|(kind, weight)| std::iter::repeat_n(*kind, *weight));
+        let records = subject.anatomy.records.iter();
+        let records = records
+            .filter(|(kind, _)| wanted(**kind))
+            .flat_map(|(kind, records)| records.iter().map(|record| (*kind, *record)))
+            .filter(|(_, record)| subject.anatomy.names[record.name].contains(named));
         Self {
             subject,
+            chosen: records.collect(),
             kinds: chosen.collect(),
             by_class,
             by_frame,
+            by_name: grouped(&subject.anatomy.records),
         }
     }
 
@@ -138,19 +169,15 @@ impl<'s, 'c> Plan<'s, 'c> {
         if kind == Kind::Kallsyms && rng.below(2) == 0 {
             return self.stretch(rng);
         }
-        let records = self.subject.anatomy.records.get(&kind)?;
-        let record = *rng.of(records)?;
+        // What is rare is as likely as what there is much of.
+        let same = rng.of(self.by_name.get(&kind)?)?;
+        let record = *rng.of(same)?;
         let old = self.old(record.at, record.len)?;
-        let other = || {
-            // Another that says the same of something else.
-            let same: Vec<&Record> = records.iter().filter(|r| r.name == record.name).collect();
-            same
-        };
         let new = match rng.below(8) {
             0..4 => flip(old.clone(), rng),
             4 if kind != Kind::Vmcoreinfo => {
-                let same = other();
-                let from = rng.of(&same)?;
+                // Another that says the same of something else.
+                let from = rng.of(same)?;
                 self.old(from.at, record.len)?
             }
             4 => vec![*rng.of(b"0123456789abcdef-=\n()")?],
@@ -178,7 +205,7 @@ impl<'s, 'c> Plan<'s, 'c> {
     /// A byte of a long stretch that opening reads: names and offsets of symbols, mostly.
     fn stretch(&self, rng: &mut Rng) -> Option<Mutation> {
         let (start, len) = *rng.of(&self.subject.anatomy.stretches)?;
-        let at = Gpa::new(start + rng.next() % len);
+        let at = Gpa::new(start + rng.number() % len);
         let old = self.old(at, 1)?;
         let new = flip(old.clone(), rng);
         Some(Mutation {
@@ -200,7 +227,7 @@ impl<'s, 'c> Plan<'s, 'c> {
                 *byte = new;
             }
         };
-        let small = rng.next() & 0xfff;
+        let small = rng.number() & 0xfff;
         match rng.below(8) {
             0 => bytes.fill(0),
             1 => bytes.fill(0xff),
@@ -211,7 +238,7 @@ impl<'s, 'c> Plan<'s, 'c> {
             6 => {
                 let index = rng.below(bytes.len());
                 if let Some(byte) = bytes.get_mut(index) {
-                    *byte = rng.next().to_le_bytes()[0];
+                    *byte = rng.number().to_le_bytes()[0];
                 }
             }
             _ => put(&mut bytes, u128::from(small & 63)),
@@ -224,7 +251,8 @@ impl<'s, 'c> Plan<'s, 'c> {
             return Some(rng.below(self.subject.anatomy.pages.len()));
         }
         let classes: Vec<&Vec<usize>> = self.by_class.values().collect();
-        rng.of(rng.clone().of(&classes)?).copied()
+        let class = rng.of(&classes)?;
+        rng.of(class).copied()
     }
 
     fn struct_page(&self, rng: &mut Rng) -> Option<Mutation> {
@@ -291,7 +319,7 @@ impl<'s, 'c> Plan<'s, 'c> {
                 ("all of it as a type's".into(), at, self.old(at, size)?, new)
             }
             7 => {
-                let place = Gpa::new(at.raw() + rng.next() % size as u64);
+                let place = Gpa::new(at.raw() + rng.number() % size as u64);
                 let old = self.old(place, 1)?;
                 let new = self.any(old.clone(), rng);
                 ("a byte of it".into(), place, old, new)
@@ -316,22 +344,16 @@ impl<'s, 'c> Plan<'s, 'c> {
 
     /// How many there are of every bit of every record, struct pages left out.
     pub fn all_len(&self) -> u64 {
-        self.chosen()
+        self.chosen
+            .iter()
             .map(|(_, record)| record.len as u64 * 10)
             .sum()
-    }
-
-    fn chosen(&self) -> impl Iterator<Item = (Kind, Record)> + '_ {
-        let records = self.subject.anatomy.records.iter();
-        records
-            .filter(|(kind, _)| self.kinds.contains(kind))
-            .flat_map(|(kind, records)| records.iter().map(|record| (*kind, *record)))
     }
 
     /// Of every record each bit, and each byte as 0 and as 0xff.
     pub fn nth(&self, number: u64) -> Option<Mutation> {
         let mut left = number;
-        let (kind, record) = self.chosen().find(|(_, record)| {
+        let (kind, record) = *self.chosen.iter().find(|(_, record)| {
             let len = record.len as u64 * 10;
             if left < len {
                 return true;
@@ -575,6 +597,20 @@ impl<'s, 'c> Plan<'s, 'c> {
             Some(Gpa::new(at.raw() + lru))
         })
     }
+}
+
+fn grouped(records: &BTreeMap<Kind, Vec<Record>>) -> BTreeMap<Kind, Vec<Vec<Record>>> {
+    let group = |records: &Vec<Record>| {
+        let mut groups: BTreeMap<usize, Vec<Record>> = BTreeMap::new();
+        for record in records {
+            groups.entry(record.name).or_default().push(*record);
+        }
+        groups.into_values().collect()
+    };
+    records
+        .iter()
+        .map(|(kind, records)| (*kind, group(records)))
+        .collect()
 }
 
 fn flip(mut bytes: Vec<u8>, rng: &mut Rng) -> Vec<u8> {
