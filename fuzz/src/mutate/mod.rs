@@ -75,7 +75,9 @@ impl<'c> Subject<'c> {
         let overlay = Overlay::new(capture);
         let guest = LinuxGuest::open(&overlay, &GuestOptions::new())?;
         let pages = guest.classify(OnInconsistency::Refuse)?;
-        for (frames, class) in pages.map.runs().filter(|(_, class)| is_dropped(*class)) {
+        // What a balloon took after the kernel's word is in use there, and offline.
+        let is_free = |class| is_dropped(class) && class != PageClass::Offline;
+        for (frames, class) in pages.map.runs().filter(|(_, class)| is_free(*class)) {
             // Pages may have been freed between the kernel's word and the stop: a few.
             let used = frames.iter().filter(|pfn| {
                 let flags = capture.flags(*pfn);
