@@ -122,6 +122,11 @@ impl<'m> Walker<'m> {
         })
     }
 
+    /// Where the top-level table is.
+    pub fn root(&self) -> u64 {
+        self.root
+    }
+
     /// Where `va` lies, how far from there the same entry maps, and the entries on the way.
     pub fn walk(&self, va: u64) -> Option<(u64, u64, Vec<u64>)> {
         let mut table = self.root;
@@ -553,7 +558,9 @@ impl Builder<'_> {
 }
 
 /// Symbols that decide where records are.
-const ASKED: [&str; 22] = [
+const ASKED: [&str; 24] = [
+    "memory_blocks",
+    "sections_per_block",
     "__cpu_possible_mask",
     "__per_cpu_offset",
     "__start_BTF",
@@ -579,7 +586,10 @@ const ASKED: [&str; 22] = [
 ];
 
 /// The structures whose every member is mutated: those that are asked for.
-const TYPES: [&str; 19] = [
+const TYPES: [&str; 22] = [
+    "xarray",
+    "xa_node",
+    "virtio_device",
     "page",
     "folio",
     "zone",
@@ -602,7 +612,8 @@ const TYPES: [&str; 19] = [
 ];
 
 /// Beginnings of the names of enumerators that are mutated.
-const ENUMERATORS: [&str; 26] = [
+const ENUMERATORS: [&str; 27] = [
+    "MEM_OFFLINE",
     "PGTY_",
     "PG_lru",
     "PG_dirty",
@@ -722,9 +733,9 @@ fn btf_places(blob: &[u8]) -> Result<Vec<(String, usize, usize)>> {
 }
 
 impl Anatomy {
-    pub fn new(capture: &Capture) -> Result<Self> {
+    pub fn new(capture: &Capture, options: &GuestOptions) -> Result<Self> {
         let traced = Overlay::traced(capture);
-        let guest = LinuxGuest::open(&traced, &GuestOptions::new())?;
+        let guest = LinuxGuest::open(&traced, options)?;
         let by_open = traced.take_reads();
         guest.classify(OnInconsistency::Refuse)?;
         let by_classify = traced.take_reads();

@@ -10,11 +10,12 @@ pub mod capture;
 pub mod command;
 pub mod plan;
 
-use anatomy::{Anatomy, Kind};
+use anatomy::{Anatomy, Kind, Walker};
 use capture::{Capture, Change, KPF_BUDDY, KPF_IN_USE, KPF_OFFLINE, Overlay};
 use plan::{Mutation, Plan, Rng};
 use sonicshot::{PageClass, PageMap, PageSize, Pfn};
-use sonicshot_vmi::{Classification, GuestOptions, LinuxGuest, OnInconsistency, VmiError};
+use sonicshot_vmi::symbols::Vmcoreinfo;
+use sonicshot_vmi::{Classification, Cr3, GuestOptions, LinuxGuest, OnInconsistency, VmiError};
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -27,6 +28,9 @@ pub struct Subject<'c> {
     pub capture: &'c Capture,
     pub anatomy: Anatomy,
     pub truth: PageMap,
+    /// The processor's `CR3` is known: traces of a later owner, for which all memory is searched,
+    /// are then not looked for, and cannot be what refuses a lie.
+    pub options: GuestOptions,
     /// Blocks on which the unchanged guest's own sources disagree.
     pub explained: u64,
 }
@@ -73,7 +77,11 @@ impl<'c> Subject<'c> {
     /// Looks at the unchanged guest, and holds it against its own kernel's word.
     pub fn new(capture: &'c Capture) -> Result<Self, Box<dyn Error + Send + Sync>> {
         let overlay = Overlay::new(capture);
-        let guest = LinuxGuest::open(&overlay, &GuestOptions::new())?;
+        let raw = LinuxGuest::open(&overlay, &GuestOptions::new())?;
+        let info = Vmcoreinfo::parse(raw.vmcoreinfo().unwrap_or_default().as_bytes())?;
+        let root = Walker::new(&overlay, &info)?.root();
+        let options = GuestOptions::new().cr3(Cr3::new(root));
+        let guest = LinuxGuest::open(&overlay, &options)?;
         let pages = guest.classify(OnInconsistency::Refuse)?;
         // What a balloon took after the kernel's word is in use there, and offline.
         let is_free = |class| is_dropped(class) && class != PageClass::Offline;
@@ -88,11 +96,12 @@ impl<'c> Subject<'c> {
                 return Err(format!("{frames} is {class}, of which {used} are in use").into());
             }
         }
-        let anatomy = Anatomy::new(capture)?;
+        let anatomy = Anatomy::new(capture, &options)?;
         Ok(Self {
             capture,
             anatomy,
             truth: pages.map,
+            options,
             explained: pages.disagreement.map_or(0, |found| found.blocks),
         })
     }
@@ -140,8 +149,8 @@ impl<'c> Subject<'c> {
     }
 
     /// Opens the guest with the changes in it, and classifies its pages.
-    fn afresh(&self, overlay: &Overlay<'_>) -> Outcome {
-        let guest = match LinuxGuest::open(overlay, &GuestOptions::new()) {
+    fn afresh(&self, overlay: &Overlay<'_>, options: &GuestOptions) -> Outcome {
+        let guest = match LinuxGuest::open(overlay, options) {
             Ok(guest) => guest,
             Err(error) => return Outcome::NotOpened(error.to_string()),
         };
@@ -153,6 +162,15 @@ impl<'c> Subject<'c> {
             Ok(pages) => self.judge(&pages),
             Err(error) => Outcome::Refused(error.to_string()),
         }
+    }
+
+    /// What `changes` do in memory of which nothing else is known.
+    pub fn try_raw(&self, overlay: &Overlay<'_>, changes: &[Change]) -> Outcome {
+        overlay.set(changes);
+        let done = catch_unwind(AssertUnwindSafe(|| {
+            self.afresh(overlay, &GuestOptions::new())
+        }));
+        done.unwrap_or(Outcome::Panicked)
     }
 
     /// What `changes` do. `guest` was opened on `overlay` without changes, and serves all those
@@ -169,11 +187,11 @@ impl<'c> Subject<'c> {
         overlay.set(changes);
         let done = catch_unwind(AssertUnwindSafe(|| {
             if reopen {
-                return self.afresh(overlay);
+                return self.afresh(overlay, &self.options);
             }
             match self.classified(guest.classify(OnInconsistency::Refuse)) {
                 // What is wrong must also be wrong from the beginning.
-                Outcome::Wrong { .. } => self.afresh(overlay),
+                Outcome::Wrong { .. } => self.afresh(overlay, &self.options),
                 outcome => outcome,
             }
         }));
@@ -394,7 +412,7 @@ impl Small {
         let subject = Subject::new(capture).expect("a guest that is whole");
         let subject: &'static Subject<'static> = Box::leak(Box::new(subject));
         let overlay: &'static Overlay<'static> = Box::leak(Box::new(Overlay::new(capture)));
-        let guest = LinuxGuest::open(overlay, &GuestOptions::new()).expect("its kernel");
+        let guest = LinuxGuest::open(overlay, &subject.options).expect("its kernel");
         Self {
             subject,
             plan: Plan::new(subject, &[], ""),
@@ -412,6 +430,9 @@ fn spread(number: u64, len: u64) -> u64 {
     u64::try_from(at).unwrap_or(0)
 }
 
+/// Of every so many mutations one is of memory of which nothing else is known.
+const RAW: u64 = 50;
+
 /// Tries mutations of `subject`.
 pub fn run(subject: &Subject<'_>, settings: &Settings) -> Report {
     let plan = Plan::new(subject, &settings.kinds, &settings.named);
@@ -425,7 +446,7 @@ pub fn run(subject: &Subject<'_>, settings: &Settings) -> Report {
     let worker = || {
         let mut report = Report::default();
         let overlay = Overlay::new(subject.capture);
-        let Ok(guest) = LinuxGuest::open(&overlay, &GuestOptions::new()) else {
+        let Ok(guest) = LinuxGuest::open(&overlay, &subject.options) else {
             return report;
         };
         loop {
@@ -446,7 +467,11 @@ pub fn run(subject: &Subject<'_>, settings: &Settings) -> Report {
                 plan.single(&mut rng)
             };
             let Some(mutation) = mutation else { continue };
-            let outcome = subject.try_one(&overlay, &guest, &mutation.changes);
+            let outcome = if number % RAW == RAW - 1 {
+                subject.try_raw(&overlay, &mutation.changes)
+            } else {
+                subject.try_one(&overlay, &guest, &mutation.changes)
+            };
             report.note(subject, &mutation, &outcome);
         }
     };
