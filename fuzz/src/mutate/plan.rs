@@ -47,7 +47,7 @@ impl Rng {
     }
 
     pub fn below(&mut self, len: usize) -> usize {
-        usize::try_from(self.next() % (len.max(1) as u64)).unwrap_or(0)
+        usize::try_from(self.number() % (len.max(1) as u64)).unwrap_or(0)
     }
 
     fn of<'a, T>(&mut self, items: &'a [T]) -> Option<&'a T> {
