@@ -83,8 +83,10 @@ impl<'c> Subject<'c> {
         let options = GuestOptions::new().cr3(Cr3::new(root));
         let guest = LinuxGuest::open(&overlay, &options)?;
         let pages = guest.classify(OnInconsistency::Refuse)?;
-        // What a balloon took after the kernel's word is in use there, and offline.
-        let is_free = |class| is_dropped(class) && class != PageClass::Offline;
+        // A balloon takes pages after the kernel's word, and page cache goes for it: the word is
+        // then no more of this instant.
+        let balloon = pages.map.counts().get(PageClass::Offline) > 0;
+        let is_free = |class| is_dropped(class) && !balloon;
         for (frames, class) in pages.map.runs().filter(|(_, class)| is_free(*class)) {
             // Pages may have been freed between the kernel's word and the stop: a few.
             let used = frames.iter().filter(|pfn| {
