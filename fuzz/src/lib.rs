@@ -2,6 +2,8 @@
 //! `fuzz_targets/`, and on stable by `tests/replay.rs`.
 #![allow(missing_docs)]
 
+pub mod mutate;
+
 use sonicshot::checkpoint::{Before, CheckpointReader, RestoreRegions};
 use sonicshot::{
     DropClasses, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap, PageSize,
@@ -40,6 +42,7 @@ pub const TARGETS: &[Target] = &[
     ("layout", layout),
     ("guest", guest),
     ("checkpoint", checkpoint),
+    ("mutate", mutate),
 ];
 
 fn ask(source: &dyn SymbolSource) {
@@ -361,6 +364,11 @@ pub fn avml(data: &[u8]) {
 
 pub fn raw(data: &[u8]) {
     dump(data, Some(&LayoutSpec::Flat));
+}
+
+/// A mutation of a real guest, chosen by the bytes: no frame in use may be dropped.
+pub fn mutate(data: &[u8]) {
+    mutate::by_input(data);
 }
 
 pub fn layout(data: &[u8]) {

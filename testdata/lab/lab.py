@@ -17,6 +17,7 @@ import kernels  # noqa: E402
 import libvirt  # noqa: E402
 import machine  # noqa: E402
 import matrix  # noqa: E402
+import mutated  # noqa: E402
 import oldqemu  # noqa: E402
 import peers  # noqa: E402
 import proof  # noqa: E402
@@ -423,6 +424,7 @@ def main():
 
     decoys.add_commands(commands, find_tool)
     libvirt.add_command(commands, find_tool)
+    mutated.add_command(commands)
     oldqemu.add_command(commands, find_tool)
     xen_proof.add_command(commands, find_tool)
     xen_figures.add_command(commands, find_tool)
