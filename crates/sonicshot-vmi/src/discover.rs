@@ -12,7 +12,8 @@
 //!    that a variable of the kernel's image points to.
 //! 3. Each kernel is tried to the end, those that the guest's processors run on first.
 //!
-//! The search ends at a kernel that is proven to own the memory. Where none can be proven, all
+//! The search ends at a kernel that is proven to own the memory: by the processors, or where none
+//! are told by the absence of traces that every later owner leaves. Where none can be proven, all
 //! RAM is searched, for an earlier and a later kernel may both stand.
 
 use crate::error::VmiError;
@@ -103,7 +104,8 @@ struct Search<'a, 'm, T> {
 
 /// Finds the kernels that stand when `attempt` tries them to the end, by `given` VMCOREINFO (of a
 /// dump's note) and by searching RAM: at least one, and only one if it is proven. `runs` tells
-/// whether some processor runs on a kernel's page tables.
+/// whether a kernel with these page tables is worth a try as soon as it is met: some processor runs
+/// on them, or nothing is told of any.
 pub(crate) fn find<'a, 'm, T>(
     memory: &'m dyn GuestMemory,
     given: Option<&'a [u8]>,

@@ -114,8 +114,9 @@ impl<'m> LinuxGuest<'m> {
     ///
     /// Every page that may be a kernel's VMCOREINFO is tried to the end: its symbols are read, and
     /// its own records of itself must be whole. If all processors of which something is told run
-    /// on its page tables, it is the one; if nothing is told, all memory is searched, and no other
-    /// may stand.
+    /// on its page tables, it is the one. If nothing is told, one that bears no trace of a later
+    /// owner is, if a reset would have left one; else all memory is searched, and no other may
+    /// stand.
     ///
     /// # Errors
     /// [`VmiError::NoKernel`] if there is none, [`VmiError::Stale`] if there is only what is left
@@ -131,8 +132,10 @@ impl<'m> LinuxGuest<'m> {
             alive::check(&guest.kernel, is_note)?;
             let proven = if told.are_known() {
                 guest.is_run_by_all()
+            } else if told.are_crashed() {
+                is_note
             } else {
-                is_note && told.are_crashed()
+                owner::look(&guest.kernel)?.is_settled()
             };
             Ok(Tried {
                 value: guest,
@@ -143,7 +146,8 @@ impl<'m> LinuxGuest<'m> {
             memory,
             options.vmcoreinfo.as_deref(),
             told.are_crashed(),
-            &|tables| told.may_run_on(memory, tables),
+            // Where nothing is told, any may be the one: each is tried where it is met.
+            &|tables| told.is_unknown() || told.may_run_on(memory, tables),
             &mut attempt,
         )?;
         Self::decide(standing)

@@ -33,8 +33,9 @@
 //!
 //! The first is the best: a kernel that all processors run on is the one, and if one runs on
 //! others, [`LinuxGuest::classify`] refuses with [`VmiError::NotOwner`]. Where nothing is told of
-//! processors, all memory is searched, and if two kernels stand (and can be classified), the guest
-//! is refused with [`VmiError::Undecided`]. Kernels are tried for 10 seconds, all together; how
+//! processors, traces decide ([`Trace`]): a kernel that bears none is the one, if a reset would
+//! have left one. Else all memory is searched, and if two kernels stand (and can be classified),
+//! the guest is refused with [`VmiError::Undecided`]. Kernels are tried for 10 seconds, all together; how
 //! many candidates there are does not matter: all but a few end within microseconds.
 //!
 //! Where nothing is told of processors, and one kernel stands, the memory itself is searched for

@@ -263,6 +263,11 @@ impl Owners {
         matches!(self, Self::Known(_))
     }
 
+    /// Whether nothing is told of any processor.
+    pub(crate) fn is_unknown(&self) -> bool {
+        !self.are_known() && !self.are_crashed()
+    }
+
     pub(crate) fn are_crashed(&self) -> bool {
         matches!(self, Self::Crashed)
     }
