@@ -681,8 +681,8 @@ fn trampoline(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         .need_member("real_mode_header", "trampoline_pgd")?
         .offset;
     let header = kernel.read_ptr("real_mode_header", variable)?;
-    if header.raw() == 0 {
-        // A paravirtualised guest's processors are started by Xen.
+    // A paravirtualised guest's processors are started by Xen.
+    if header.raw() == 0 || kernel.space.memory().p2m().is_some() {
         return not_made("the kernel has none");
     }
     let field = |offset| element("real_mode_header", header, 0, 0, offset);
