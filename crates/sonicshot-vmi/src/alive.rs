@@ -6,12 +6,11 @@
 //! with its VMCOREINFO, each processor's area, each running task.
 
 use crate::error::VmiError;
-use crate::kernel::{Kernel, element};
+use crate::kernel::Kernel;
+use crate::mm::zone::{in_mask, possible_cpus};
 use crate::symbols::{SymbolBase, Vmcoreinfo};
 use crate::{KernelVa, VirtualMemory};
 
-/// `NR_CPUS` is 8192 at most.
-const MAX_CPUS: u64 = 8192;
 /// VMCOREINFO is at most one page.
 const MAX_VMCOREINFO: usize = 4096;
 
@@ -97,33 +96,21 @@ pub(crate) fn per_cpu_areas(kernel: &Kernel<'_>) -> Result<Vec<KernelVa>, VmiErr
 }
 
 fn cpus(kernel: &Kernel<'_>) -> Result<Vec<Cpu>, VmiError> {
-    let symbol = |name| kernel.symbol_from_table(name);
-    let (Some(offsets), Some(possible), Some(online), Some(ids)) = (
-        symbol("__per_cpu_offset")?,
-        symbol("__cpu_possible_mask")?,
-        symbol("__cpu_online_mask")?,
-        symbol("nr_cpu_ids")?,
-    ) else {
+    for name in ["__per_cpu_offset", "__cpu_possible_mask", "nr_cpu_ids"] {
+        if kernel.symbol_from_table(name)?.is_none() {
+            return Ok(Vec::new());
+        }
+    }
+    let Some(online) = kernel.symbol_from_table("__cpu_online_mask")? else {
         return Ok(Vec::new());
     };
-    let ids = u64::from(kernel.read_u32("nr_cpu_ids", ids)?);
-    if ids == 0 || ids > MAX_CPUS {
-        return Err(stale(format!("it has {ids} processors")));
-    }
-    let bit = |what, mask, cpu: u64| -> Result<bool, VmiError> {
-        let word = kernel.read_u64(what, element(what, mask, cpu >> 6, 8, 0)?)?;
-        Ok(word & (1 << (cpu & 63)) != 0)
-    };
     let mut found = Vec::new();
-    for number in 0..ids {
-        if bit("__cpu_possible_mask", possible, number)? {
-            let at = element("__per_cpu_offset", offsets, number, 8, 0)?;
-            found.push(Cpu {
-                number,
-                offset: kernel.read_u64("__per_cpu_offset", at)?,
-                online: bit("__cpu_online_mask", online, number)?,
-            });
-        }
+    for (number, offset) in possible_cpus(kernel)? {
+        found.push(Cpu {
+            number,
+            offset,
+            online: in_mask(kernel, "__cpu_online_mask", online, number)?,
+        });
     }
     if !found.iter().any(|cpu| cpu.online) {
         return Err(stale("none of its processors is online".into()));

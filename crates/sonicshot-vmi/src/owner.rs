@@ -37,6 +37,7 @@
 
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
+use crate::mm::zone::possible_cpus;
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use core::fmt;
 use sonicshot::{Gpa, MemoryError};
@@ -751,36 +752,10 @@ fn trampoline(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     Ok(traces.into())
 }
 
-/// The number and the displacement of every possible processor's per-CPU area.
-fn possible(kernel: &Kernel<'_>) -> Result<Vec<(u64, u64)>, VmiError> {
-    /// `NR_CPUS` of the largest kernels.
-    const MAX_CPUS: u64 = 8192;
-    let array = kernel.need_symbol("__per_cpu_offset")?;
-    let mask = kernel.need_symbol("__cpu_possible_mask")?;
-    let ids = kernel.need_symbol("nr_cpu_ids")?;
-    let count = u64::from(kernel.read_u32("nr_cpu_ids", ids)?);
-    if count == 0 || count > MAX_CPUS {
-        return Err(VmiError::Corrupt {
-            what: "nr_cpu_ids",
-            at: ids,
-            value: count,
-        });
-    }
-    let mut found = Vec::new();
-    for cpu in 0..count {
-        let word = element("__cpu_possible_mask", mask, cpu >> 6, 8, 0)?;
-        if kernel.read_u64("__cpu_possible_mask", word)? & (1 << (cpu & 63)) != 0 {
-            let at = element("__per_cpu_offset", array, cpu, 8, 0)?;
-            found.push((cpu, kernel.read_u64("__per_cpu_offset", at)?));
-        }
-    }
-    Ok(found)
-}
-
 fn per_cpu(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     let variable = kernel.need_symbol("this_cpu_off")?;
     let mut traces = Vec::new();
-    let all = possible(kernel)?;
+    let all = possible_cpus(kernel)?;
     if all.is_empty() {
         return Err(VmiError::Corrupt {
             what: "__cpu_possible_mask",
@@ -811,7 +786,7 @@ fn tasks(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     let first = kernel.need_symbol("init_task")?;
     let links = kernel.need_member("task_struct", "tasks")?.offset;
     let stack = kernel.need_member("task_struct", "stack")?.offset;
-    let processors = possible(kernel)?.len();
+    let processors = possible_cpus(kernel)?.len();
     let head = element("init_task", first, 0, 0, links)?;
     let mut at = head;
     let (mut torn, mut lost) = (Vec::new(), Vec::new());
@@ -1088,7 +1063,7 @@ mod tests {
     #[test]
     fn a_per_cpu_area_written_over_refuses_the_kernel() {
         let this_cpu_off = with(ram(), |kernel| {
-            let (_, offset) = super::possible(kernel).unwrap()[0];
+            let (_, offset) = super::possible_cpus(kernel).unwrap()[0];
             let symbol = kernel.need_symbol("this_cpu_off").unwrap();
             there(kernel, symbol.wrapping_add(offset))
         });

@@ -146,8 +146,8 @@ impl ZoneLayout {
 impl Zones {
     pub(crate) fn new(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
         let layout = ZoneLayout::new(kernel)?;
-        let (cpu_offsets, mut no_pcp) = match cpu_offsets(kernel) {
-            Ok(offsets) => (offsets, None),
+        let (cpu_offsets, mut no_pcp) = match possible_cpus(kernel) {
+            Ok(cpus) => (cpus.into_iter().map(|(_, offset)| offset).collect(), None),
             Err(error) => (Vec::new(), Some(error.to_string())),
         };
         if cpu_offsets.is_empty() && no_pcp.is_none() {
@@ -471,23 +471,39 @@ fn read_deferred(kernel: &Kernel<'_>, pgdat: KernelVa) -> Result<Option<Deferred
     }))
 }
 
-/// `__per_cpu_offset` of every possible processor.
-fn cpu_offsets(kernel: &Kernel<'_>) -> Result<Vec<u64>, VmiError> {
+/// Every possible processor's number, and the displacement of its per-CPU area
+/// (`__per_cpu_offset`).
+pub(crate) fn possible_cpus(kernel: &Kernel<'_>) -> Result<Vec<(u64, u64)>, VmiError> {
     let array = kernel.need_symbol("__per_cpu_offset")?;
     let mask = kernel.need_symbol("__cpu_possible_mask")?;
-    let ids = kernel.read_u32("nr_cpu_ids", kernel.need_symbol("nr_cpu_ids")?)?;
-    let mut offsets = Vec::new();
-    for cpu in 0..u64::from(ids).min(MAX_CPUS) {
-        let word = kernel.read_u64(
-            "__cpu_possible_mask",
-            element("__cpu_possible_mask", mask, cpu >> 6, 8, 0)?,
-        )?;
-        if word & (1 << (cpu & 63)) != 0 {
+    let variable = kernel.need_symbol("nr_cpu_ids")?;
+    let ids = u64::from(kernel.read_u32("nr_cpu_ids", variable)?);
+    if ids == 0 || ids > MAX_CPUS {
+        return Err(VmiError::Corrupt {
+            what: "nr_cpu_ids",
+            at: variable,
+            value: ids,
+        });
+    }
+    let mut found = Vec::new();
+    for cpu in 0..ids {
+        if in_mask(kernel, "__cpu_possible_mask", mask, cpu)? {
             let at = element("__per_cpu_offset", array, cpu, 8, 0)?;
-            offsets.push(kernel.read_u64("__per_cpu_offset", at)?);
+            found.push((cpu, kernel.read_u64("__per_cpu_offset", at)?));
         }
     }
-    Ok(offsets)
+    Ok(found)
+}
+
+/// Whether `struct cpumask` at `mask` has processor `cpu`.
+pub(crate) fn in_mask(
+    kernel: &Kernel<'_>,
+    what: &'static str,
+    mask: KernelVa,
+    cpu: u64,
+) -> Result<bool, VmiError> {
+    let word = kernel.read_u64(what, element(what, mask, cpu >> 6, 8, 0)?)?;
+    Ok(word & (1 << (cpu & 63)) != 0)
 }
 
 /// Where a processor's unfolded zone counters are.
