@@ -10,7 +10,7 @@ use crate::mm::classify::{Inconsistency, ZoneReport, scan};
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
-use crate::owner;
+use crate::owner::{self, Owner};
 use crate::place::{self, PlaceEvidence};
 use crate::processors::{Cr3, Owners, Verdict};
 use crate::symbols::{self, Kallsyms, SymbolSource};
@@ -107,6 +107,8 @@ pub struct LinuxGuest<'m> {
     origin: String,
     banner: Option<String>,
     owners: Owners,
+    /// What the memory shows of a later owner, where nothing is told of processors.
+    traces: Option<Owner>,
 }
 
 impl<'m> LinuxGuest<'m> {
@@ -128,14 +130,17 @@ impl<'m> LinuxGuest<'m> {
         let told = owners();
         let mut attempt = |found: Found<'m>| {
             let is_note = found.is_note;
-            let guest = Self::gather(found, options, owners())?;
+            let mut guest = Self::gather(found, options, owners())?;
             alive::check(&guest.kernel, is_note)?;
             let proven = if told.are_known() {
                 guest.is_run_by_all()
             } else if told.are_crashed() {
                 is_note
             } else {
-                owner::look(&guest.kernel)?.is_settled()
+                let owner = owner::look(&guest.kernel)?;
+                let settled = owner.is_settled();
+                guest.traces = Some(owner);
+                settled
             };
             Ok(Tried {
                 value: guest,
@@ -237,6 +242,7 @@ impl<'m> LinuxGuest<'m> {
             origin,
             banner: None,
             owners,
+            traces: None,
         };
         if let Some(error) = kallsyms_error
             && guest.kernel.symbol("linux_banner")?.is_none()
@@ -516,11 +522,17 @@ impl<'m> LinuxGuest<'m> {
 
     /// Looks for traces of a later owner, where nothing tells the processors' registers.
     fn look_for_later_owner(&self, on: OnInconsistency) -> Result<Option<String>, VmiError> {
-        let owner = owner::look(&self.kernel)?;
+        let looked;
+        let owner = if let Some(owner) = &self.traces {
+            owner
+        } else {
+            looked = owner::look(&self.kernel)?;
+            &looked
+        };
         if owner.traces.is_empty() {
             return Ok(Some(owner.note()));
         }
-        let error = VmiError::LaterOwner(owner.traces);
+        let error = VmiError::LaterOwner(owner.traces.clone());
         match on {
             OnInconsistency::Refuse => Err(error),
             OnInconsistency::KeepInQuestion => Ok(Some(error.to_string())),
