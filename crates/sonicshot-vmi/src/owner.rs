@@ -30,9 +30,11 @@
 //! boot, before any process can set the clock (`fs/anon_inodes.c`), by its clock as read from the
 //! same chip (`mach_get_cmos_time`). So the ticks are those of the boot or earlier, by as much as
 //! a loader kept interrupts off. Later ones are of a later start of the BIOS. Not tested: kernels
-//! that no BIOS started (EFI, direct boots, kexec), that have another clock, that have slept (what
-//! hibernation brings back is older than the BIOS's last start), and with an inode that was
-//! touched since. The ticks say no date: a reset so many whole days after the boot, less up to
+//! that no BIOS started (EFI, direct boots, kexec), that have another clock, and with an inode that
+//! was touched since. A kernel that has slept may have been woken up by a BIOS that set its ticks
+//! (what hibernation brings back is older than the BIOS's last start): they may be of its last
+//! sleep, too, which began when `timekeeping_suspend_time` says and lasted no longer than all
+//! sleeps together (`timekeeper.offs_boot`). The ticks say no date: a reset so many whole days after the boot, less up to
 //! two minutes, is not seen, nor one in the first three seconds.
 
 use crate::error::VmiError;
@@ -461,6 +463,36 @@ fn slept(kernel: &Kernel<'_>) -> Result<Option<u64>, VmiError> {
     Ok(None)
 }
 
+/// Whether a BIOS that set its clock to second `bios` may have woken the kernel up: it did so
+/// between the kernel's last going to sleep, which the kernel notes by the clock chip
+/// (`timekeeping_suspend`, `kernel/time/timekeeping.c`), and that second and all the time that it
+/// ever slept, `slept` nanoseconds. `None` if it is not known when it went to sleep.
+fn asleep(
+    kernel: &Kernel<'_>,
+    bios: u64,
+    slept: u64,
+    day: u64,
+    ahead: u64,
+) -> Result<Option<bool>, VmiError> {
+    const NANOSECONDS: u64 = 1_000_000_000;
+    let Some(at) = kernel.symbol("timekeeping_suspend_time")? else {
+        return Ok(None);
+    };
+    let began = kernel.read_u64("timekeeping_suspend_time", at)?;
+    if began == 0 {
+        return Ok(None);
+    }
+    // The chip tells whole seconds, both times.
+    let until = slept.div_ceil(NANOSECONDS).checked_add(ahead);
+    let since = i128::from(bios)
+        .wrapping_sub(i128::from(began))
+        .rem_euclid(i128::from(day));
+    Ok(Some(
+        until.is_none_or(|until| since <= i128::from(until))
+            || since >= i128::from(day.abs_diff(ahead)),
+    ))
+}
+
 fn bios_clock(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     /// In the BIOS's data area: base memory in KiB, ticks since midnight.
     const BASE_MEMORY: Gpa = Gpa::new(0x413);
@@ -519,8 +551,14 @@ fn bios_clock(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     if clock == Clock::Kvm && fits(ZONE, BEHIND_IN_ZONE) {
         return not_made("the clock chip may be set to local time");
     }
-    if slept(kernel)?.is_some_and(|slept| slept != 0) {
-        return not_made("the kernel has slept, and a BIOS may have woken it up");
+    if let Some(slept) = slept(kernel)?.filter(|slept| *slept != 0) {
+        let day = match clock {
+            Clock::Chip => SECONDS_PER_DAY,
+            Clock::Kvm => ZONE,
+        };
+        if asleep(kernel, bios, slept, day, AHEAD)?.unwrap_or(true) {
+            return not_made("the kernel has slept, and a BIOS may have woken it up");
+        }
     }
     Ok(Verdict::Traces(vec![Trace::BiosClock {
         bios,
@@ -1102,6 +1140,15 @@ mod tests {
             );
         }
         let hour = || ticks(3600);
+        // Gone to sleep so many seconds after the boot, for so many seconds.
+        let suspended = variable("timekeeping_suspend_time");
+        let asleep = |began: u64, seconds: u64| {
+            vec![
+                hour(),
+                (suspended, long(boot + began)),
+                (offs_boot, long(seconds * 1_000_000_000)),
+            ]
+        };
         let cases: Vec<(&str, Vec<Patch>)> = vec![
             (
                 "kexec",
@@ -1123,6 +1170,9 @@ mod tests {
                 vec![hour(), (kvm.0, long(variable("init_task")))],
             ),
             ("slept", vec![hour(), (offs_boot, long(5_000_000_000))]),
+            ("slept", asleep(3598, 5)),
+            ("slept", asleep(3594, 5)),
+            ("slept", asleep(7200, 83_000)),
         ];
         for (why, patches) in cases {
             let owner = owner(&patches);
@@ -1131,6 +1181,14 @@ mod tests {
                 panic!("{why}: {owner:?}");
             };
             assert!(said.contains(why), "{why}: {said}");
+        }
+        // A BIOS that woke the kernel up did so no later than the kernel woke up.
+        for (began, seconds) in [(3600 - 20, 5), (60, 3000), (3620, 5)] {
+            let owner = owner(&asleep(began, seconds));
+            assert!(
+                matches!(owner.traces[..], [Trace::BiosClock { .. }]),
+                "{began}, {seconds}: {owner:?}"
+            );
         }
         // KVM's own clock is not set by zones' minutes.
         let owner = owner(&[ticks(3600 + 100), kvm]);
