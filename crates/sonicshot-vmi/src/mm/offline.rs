@@ -466,7 +466,7 @@ impl OfflinePages {
         const MAX_RINGS: usize = 256;
         self.seen = vec![false; self.frames.len()];
         let (mut kept, mut rings) = (0_usize, 0_usize);
-        let mut reasons: Vec<String> = Vec::new();
+        let mut why: Option<String> = None;
         let mut at = 0_usize;
         while let Some(first) = self.frames.get(at).copied() {
             let seen = self.seen.get(at).copied().unwrap_or(true);
@@ -493,17 +493,14 @@ impl OfflinePages {
                 }
                 Ring::Broken(frames, reason) => {
                     kept = kept.saturating_add(frames.len());
-                    if reasons.len() < 3 {
-                        reasons.push(reason);
-                    }
+                    why.get_or_insert(reason);
                 }
             }
         }
-        if kept > 0 {
+        if let Some(why) = why {
             notes.push(format!(
                 "{kept} pages that are marked as offline are kept unless they are zero, for no driver \
-                 is known to have them ({})",
-                reasons.join("; ")
+                 is known to have them (the first: {why})"
             ));
         }
         Ok(())
