@@ -236,14 +236,22 @@ fn count_present(
     let boot = whole_frames(ram, mem_map);
     let mut expected = 0_u64;
     for span in mem_map.spans().iter().filter(|span| span.online) {
-        let frames = if span.early {
-            boot.iter().fold(0_u64, |sum, ram| {
-                sum.saturating_add(ram.intersection(&span.frames).len())
-            })
-        } else {
-            span.frames.len()
+        let too_many = || VmiError::Corrupt {
+            what: "the frames of the online sections",
+            at: span.at,
+            value: span.frames.len(),
         };
-        expected = expected.saturating_add(frames);
+        let mut add = |frames: u64| -> Result<(), VmiError> {
+            expected = expected.checked_add(frames).ok_or_else(too_many)?;
+            Ok(())
+        };
+        if span.early {
+            for ram in &boot {
+                add(ram.intersection(&span.frames).len())?;
+            }
+        } else {
+            add(span.frames.len())?;
+        }
     }
     let mut by_zones = Some(0_u64);
     for zone in &zones.zones {
@@ -359,9 +367,12 @@ impl MemoryBlocks {
 
     /// Why section `number` is not in an offline memory block; `None` if it is.
     fn doubt(&self, kernel: &Kernel<'_>, number: u64) -> Result<Option<String>, VmiError> {
-        let id = number.checked_div(self.per_block).unwrap_or(0);
+        let none = || Ok(Some(format!("section {number} has no memory block")));
+        let Some(id) = number.checked_div(self.per_block) else {
+            return none();
+        };
         let Some(block) = self.load(kernel, id)? else {
-            return Ok(Some(format!("section {number} has no memory block")));
+            return none();
         };
         let field = |offset| element("memory_block", block, 0, 0, offset);
         let start = kernel.read_u64(
