@@ -1,13 +1,11 @@
 //! A real guest's memory in this process, changes on top of it, and what was read of it.
 
-use sonicshot::{
-    Gpa, GpaRange, GuestBytes, GuestMemory, Mapped, MemoryError, PageSize, Pfn, RamLayout,
-};
+use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, Mapped, MemoryError, Pfn, RamLayout};
 use sonicshot_dump::{Dump, LayoutSpec};
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::Read;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError, RwLock};
 
@@ -238,23 +236,4 @@ impl GuestMemory for Overlay<'_> {
         }
         Ok(Some(Mapped::borrowed(GuestBytes::from_slice(bytes))))
     }
-}
-
-/// Writes all of a capture's changes into a file, to look at one with the command.
-pub fn write_changed(capture: &Capture, changes: &[Change], out: &Path) -> Result<()> {
-    let overlay = Overlay::new(capture);
-    overlay.set(changes);
-    let mut file = io::BufWriter::new(File::create(out)?);
-    let mut page = vec![0; PAGE];
-    for pfn in capture
-        .layout
-        .frames(PageSize::SIZE_4K)
-        .flat_map(|f| f.iter())
-    {
-        let at = pfn.gpa(PageSize::SIZE_4K).ok_or("an address")?;
-        overlay.read(at, &mut page)?;
-        io::Write::write_all(&mut file, &page)?;
-    }
-    io::Write::flush(&mut file)?;
-    Ok(())
 }
