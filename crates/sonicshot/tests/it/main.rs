@@ -10,3 +10,4 @@
 mod checkpoint;
 #[cfg(feature = "userfaultfd")]
 mod lazy;
+mod memory;
