@@ -143,7 +143,7 @@ fn stretches(
     let most = usize::try_from(most).unwrap_or(usize::MAX).max(1);
     let gap = if by_reading { GAP } else { most };
     let mut at = 0_usize;
-    std::iter::from_fn(move || {
+    iter::from_fn(move || {
         let rest = wanted.get(at..)?;
         let first = at.saturating_add(rest.iter().position(|wanted| *wanted)?);
         let (mut end, mut next) = (first, first);
