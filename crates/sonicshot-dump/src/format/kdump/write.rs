@@ -4,10 +4,11 @@
 //! A page that the plan drops, and one that the source does not have, is marked as existing but
 //! not in the file, as `makedumpfile -d` does. Pages of zeroes share one descriptor's data.
 
+use crate::Machine;
 use crate::format::kdump::read::{
     DESCRIPTOR_LEN, MAX_FRAMES, Note, SIGNATURE, SNAPPY, SUB_HEADER_LEN, ZLIB, ZSTD, notes_in,
 };
-use crate::{Machine, Progress};
+use crate::prune::stats::Progress;
 use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, PrunePlan};
 use std::fs::File;
 use std::io;
