@@ -20,22 +20,22 @@ const ZSTD_LEVEL: i32 = 3;
 
 /// Writes the pruned stream to a file: compressed again if it was.
 pub(crate) fn copy(stream: &dyn AsStream, work: Copying<'_>) -> Result<(), DumpError> {
-    stream.count(work.goes, work.stats);
-    if stream.packed_in().is_some() {
-        let path = stream.source().path();
-        write(
-            stream,
-            work.goes,
-            path,
-            &mut work.output.file(),
-            work.progress,
-        )?;
-        return Ok(());
+    let Copying {
+        goes,
+        output,
+        stats,
+        progress,
+    } = work;
+    stream.count(goes, stats);
+    if stream.packed_in().is_none() {
+        return copy_stream(stream, goes, output, progress);
     }
-    copy_stream(stream, work.goes, work.output, work.progress)
+    let path = stream.source().path();
+    write(stream, goes, path, &mut output.file(), progress)?;
+    Ok(())
 }
 
-/// Writes the pruned stream to a file; the kernel copies what stays as it is.
+/// The kernel copies what stays as it is.
 fn copy_stream(
     stream: &dyn AsStream,
     goes: &PrunePlan,
