@@ -5,11 +5,11 @@ use crate::format::ability::{AsStream, ByCopy, InPlace, Migration};
 use crate::format::qemu::{migration, start};
 use crate::format::{self, Format, Source, boxed};
 use crate::output::{Output, Overwrite, Target};
-use crate::prune::stats::Progress;
-use crate::{DumpError, LayoutSpec, Machine, RamBlock};
+use crate::{DumpError, LayoutSpec, RamBlock};
+use sonicshot::Progress;
 use sonicshot::{
-    Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, PageClass, PageMap, Processors,
-    PrunePlan, RamLayout,
+    Architecture, Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, PageClass, PageMap,
+    Processors, PrunePlan, RamLayout,
 };
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -188,7 +188,7 @@ impl Dump {
 
     /// The processor that the dump says the guest has, if it says.
     #[must_use]
-    pub fn machine(&self) -> Option<Machine> {
+    pub fn machine(&self) -> Option<Architecture> {
         self.format.machine()
     }
 
@@ -345,7 +345,7 @@ impl GuestMemory for Dump {
     fn processors(&self) -> Processors {
         match &self.told {
             Some(told) => told.clone(),
-            None if self.machine() == Some(Machine::Aarch64) => Processors::Unknown,
+            None if self.machine() == Some(Architecture::Aarch64) => Processors::Unknown,
             None => self.format.processors(),
         }
     }

@@ -6,7 +6,8 @@ use crate::format::libvirt::Image;
 use crate::format::qemu::content::Content;
 use crate::output::Output;
 use crate::prune::holes::Run;
-use crate::prune::stats::{Progress, PruneStats};
+use crate::prune::stats::PruneStats;
+use sonicshot::Progress;
 use sonicshot::PrunePlan;
 use std::fs::File;
 

@@ -22,10 +22,10 @@ use crate::backing::mapped::{self, MappedDump};
 use crate::backing::spool::Spool;
 use crate::layout::LayoutSpec;
 use crate::snapshot::{Named, SnapshotFiles};
-use crate::{DumpError, Machine, RamBlock};
+use crate::{DumpError, RamBlock};
 use ability::{AsStream, ByCopy, InPlace, Migration, Skeletal};
 use memmap2::Mmap;
-use sonicshot::{Fill, GuestBytes, GuestMemory, P2m, PfnRange, Processors};
+use sonicshot::{Architecture, Fill, GuestBytes, GuestMemory, P2m, PfnRange, Processors};
 use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -241,7 +241,7 @@ pub(crate) trait Format: fmt::Debug + Send + Sync {
     }
 
     /// The processor's kind.
-    fn machine(&self) -> Option<Machine> {
+    fn machine(&self) -> Option<Architecture> {
         None
     }
 

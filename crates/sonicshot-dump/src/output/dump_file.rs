@@ -1,10 +1,10 @@
 //! Files to restore a guest's memory into: raw RAM, ELF cores.
 
+use crate::DumpError;
 use crate::format::elf_core::wire::{self, PT_LOAD, PT_NOTE, Segment};
 use crate::output::{Output, Overwrite, Target};
-use crate::{DumpError, Machine};
 use sonicshot::checkpoint::{CheckpointError, FillWith, RestoreTarget};
-use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, RamLayout};
+use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, Progress, RamLayout};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -59,7 +59,7 @@ fn too_large(path: &Path, what: &'static str, value: u64) -> DumpError {
 #[non_exhaustive]
 pub struct CoreNotes {
     /// The guest's processor; x86-64 if it is not known.
-    pub machine: Option<Machine>,
+    pub machine: Option<Architecture>,
     /// The notes of the core that the memory came from, as they were.
     pub notes: Option<Vec<u8>>,
     /// The guest kernel's VMCOREINFO, for a core without `notes`.
@@ -130,7 +130,7 @@ impl DumpFile {
                 align: ALIGN,
             });
         }
-        let machine = notes.machine.unwrap_or(Machine::X86_64);
+        let machine = notes.machine.unwrap_or(Architecture::X86_64);
         let mut head = wire::headers(machine, &segments).ok_or_else(many)?;
         head.extend(text);
         Self::create(path, layout, overwrite, inputs, places, &head)
@@ -182,11 +182,7 @@ impl DumpFile {
     ///
     /// # Errors
     /// [`DumpError`] if it cannot be read or written.
-    pub fn copy(
-        &self,
-        memory: &dyn GuestMemory,
-        progress: crate::Progress<'_>,
-    ) -> Result<(), DumpError> {
+    pub fn copy(&self, memory: &dyn GuestMemory, progress: Progress<'_>) -> Result<(), DumpError> {
         let total = self.layout.bytes();
         let mut done = 0_u64;
         let mut buffer = Vec::new();

@@ -10,10 +10,11 @@ use crate::in_use as live;
 use crate::prune::holes::{
     PruneOptions, Run, block_size, join, smallest_hole, stretches_without, whole_blocks,
 };
-use crate::prune::stats::{Progress, PruneStats, disk_usage};
+use crate::prune::stats::{PruneStats, disk_usage};
 use crate::{Dump, DumpError};
 use rustix::fs::{FallocateFlags, SeekFrom, StatFs, fallocate, fstatfs, seek};
 use rustix::io::Errno;
+use sonicshot::Progress;
 use sonicshot::PrunePlan;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};

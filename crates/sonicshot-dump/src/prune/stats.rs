@@ -6,9 +6,6 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Told how far the work is: bytes done, of how many.
-pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
-
 /// What a prune did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]

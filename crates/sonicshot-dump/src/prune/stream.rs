@@ -7,7 +7,7 @@ use crate::format::ability::{AsStream, Copying, Part};
 use crate::format::libvirt::Compression;
 use crate::output::Output;
 use crate::prune::copy::{COPY, Copier};
-use crate::prune::stats::Progress;
+use sonicshot::Progress;
 use sonicshot::PrunePlan;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;

@@ -4,11 +4,11 @@
 mod copy;
 pub(crate) mod wire;
 
+use crate::DumpError;
 use crate::backing::mapped::MappedDump;
 use crate::format::ability::{ByCopy, Copying};
 use crate::format::{Format, Kind, Source, boxed, core_notes};
-use crate::{DumpError, Machine};
-use sonicshot::{GuestMemory, Processors};
+use sonicshot::{Architecture, GuestMemory, Processors};
 use std::fs::File;
 use wire::ElfCore;
 
@@ -45,7 +45,7 @@ impl Format for ElfDump {
         self.mapped.check_length()
     }
 
-    fn machine(&self) -> Option<Machine> {
+    fn machine(&self) -> Option<Architecture> {
         Some(self.core.machine)
     }
 

@@ -3,11 +3,11 @@
 pub(crate) mod read;
 pub(crate) mod write;
 
+use crate::DumpError;
 use crate::format::ability::{ByCopy, Copying};
 use crate::format::{Format, Kind, Source, boxed, core_notes};
-use crate::{DumpError, Machine};
 use read::KdumpFile;
-use sonicshot::{GuestMemory, Processors};
+use sonicshot::{Architecture, GuestMemory, Processors};
 use std::fs::File;
 use write::{KdumpCompression, KdumpOptions, write_kdump};
 
@@ -45,7 +45,7 @@ impl Format for KdumpDump {
         self.memory.check_length(&self.file)
     }
 
-    fn machine(&self) -> Option<Machine> {
+    fn machine(&self) -> Option<Architecture> {
         self.memory.machine()
     }
 

@@ -12,7 +12,7 @@ use crate::format::qemu::start::{
 };
 use crate::output::Output;
 use crate::prune::copy::{COPY, Copier};
-use crate::prune::stats::Progress;
+use sonicshot::Progress;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 

@@ -1,10 +1,10 @@
 //! Cores of `xl dump-core`, which are only read.
 
+use crate::DumpError;
 use crate::backing::mapped::{Extent, MappedDump};
 use crate::format::xen::{PAGE, failed, processors};
 use crate::format::{Format, Kind, Source, boxed, elf_core};
-use crate::{DumpError, Machine};
-use sonicshot::{GuestMemory, P2m, Processors};
+use sonicshot::{Architecture, GuestMemory, P2m, Processors};
 use sonicshot_xen::{CoreDump, DomainKind};
 use std::fs::File;
 
@@ -19,7 +19,7 @@ pub(crate) const KIND: Kind = Kind {
 struct XenCore {
     mapped: MappedDump,
     core: CoreDump,
-    machine: Machine,
+    machine: Architecture,
 }
 
 fn open(source: Source<'_>) -> Result<XenCore, DumpError> {
@@ -63,7 +63,7 @@ impl Format for XenCore {
         self.mapped.check_length()
     }
 
-    fn machine(&self) -> Option<Machine> {
+    fn machine(&self) -> Option<Architecture> {
         Some(self.machine)
     }
 

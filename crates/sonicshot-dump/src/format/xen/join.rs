@@ -2,8 +2,8 @@
 
 use crate::output::{Output, Target};
 use crate::prune::copy::COPY;
-use crate::prune::stats::Progress;
 use crate::{DumpError, Overwrite};
+use sonicshot::Progress;
 use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, PageSize, Pfn, PfnRange};
 use sonicshot_xen::{Joined, Skeleton};
 use std::fs::File;
