@@ -5,6 +5,7 @@ Everything it downloads or makes is under target/lab (or SONICSHOT_LAB_DIR)."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import bench
 import captures
@@ -50,12 +51,12 @@ COMMANDS = (
 )
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     for command in COMMANDS:
         command.add_to(commands)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     try:
         args.run(args)
     except LabError as error:
