@@ -16,7 +16,10 @@ use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::note::Note;
 use core::fmt;
+use sonicshot::work::{self, map_in_order};
 use sonicshot::{GuestBytes, PageClass, PageMap, Pfn, PfnRange};
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 
 /// What one zone's three sources of truth say about its free pages.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,6 +122,17 @@ impl Marks {
             .is_some_and(|(frames, _)| block.end() <= frames.end())
     }
 
+    /// Which list names each frame of `piece`, which is in one stretch of RAM.
+    fn of(&self, piece: PfnRange) -> Option<&[u8]> {
+        let above = self
+            .0
+            .partition_point(|(frames, _)| frames.start() <= piece.start());
+        let (frames, marks) = self.0.get(above.checked_sub(1)?)?;
+        let from = piece.start().offset_from(frames.start())?;
+        let to = piece.end().offset_from(frames.start())?;
+        marks.get(usize::try_from(from).ok()?..usize::try_from(to).ok()?)
+    }
+
     /// Whether a list names anything in `frames`.
     fn any_in(&self, frames: PfnRange) -> bool {
         self.0.iter().any(|(region, marks)| {
@@ -157,11 +171,23 @@ struct Disagreements {
 }
 
 impl Disagreements {
+    /// So many are described.
+    const EXAMPLES: usize = 8;
+
     fn block(&mut self, text: impl FnOnce() -> String) {
         self.blocks = self.blocks.saturating_add(1);
-        if self.examples.len() < 8 {
+        if self.examples.len() < Self::EXAMPLES {
             self.examples.push(text());
         }
+    }
+
+    /// Adds what was found behind all that is there.
+    fn add(&mut self, more: Self) {
+        self.blocks = self.blocks.saturating_add(more.blocks);
+        self.fatal |= more.fatal;
+        self.counters.extend(more.counters);
+        let room = Self::EXAMPLES.saturating_sub(self.examples.len());
+        self.examples.extend(more.examples.into_iter().take(room));
     }
 }
 
@@ -387,17 +413,37 @@ struct OpenBlock {
     spoiled: Option<Pfn>,
 }
 
+/// Frames that are looked at together, as a binary logarithm: their struct pages, mostly 512 KiB,
+/// fit a processor's cache, and a small guest has a piece for each thread. A piece is never shorter
+/// than the longest block of the buddy allocator.
+const PIECE: u32 = 13;
+
+/// What is the same for all pieces.
 struct Scanner<'a, 'm> {
     mem_map: &'a MemMap<'m>,
     layout: &'a PageLayout,
     max_order: u64,
-    zones: Vec<ZoneReport>,
+    /// What the zones span.
+    zones: Vec<PfnRange>,
+    /// Sections that may be offline: what points into them is looked for.
+    offline: &'a OfflineSections,
+}
+
+/// What the struct pages of a piece say.
+struct Piece<'a, 'm> {
+    scanner: &'a Scanner<'a, 'm>,
+    frames: PfnRange,
+    /// Which list names each frame as the head of a block.
+    marks: &'a [u8],
+    classes: Vec<PageClass>,
+    /// Pages in blocks with the buddy mark, by zone.
+    flagged: Vec<u64>,
     wrong: Disagreements,
     open: Option<OpenBlock>,
-    /// Sections that may be offline: what points into them is looked for.
-    offline: OfflineSections,
+    /// The first frame of an LRU list that goes into each of the sections that may be offline.
+    lru: BTreeMap<usize, Pfn>,
     /// Frames whose own struct page says that they are offline.
-    offline_pages: OfflinePages,
+    offline_pages: Vec<Pfn>,
     /// The head that was last looked up for a tail page, and its class.
     last_head: Option<(KernelVa, PageClass)>,
 }
@@ -408,57 +454,80 @@ pub(crate) fn scan(
     mem_map: &MemMap<'_>,
     layout: &PageLayout,
     zones: &Zones,
+    threads: Option<NonZeroUsize>,
 ) -> Result<Scan, VmiError> {
     let mut notes = Vec::new();
     let mut map = PageMap::new(kernel.space.memory().layout(), mem_map.page_size);
-    let walked = walk_lists(kernel, mem_map, zones, layout.lru, &map, &mut notes)?;
-    let offline = OfflineSections::find(kernel, mem_map, zones, &|frames| {
-        walked.marks.any_in(frames)
-    })?;
-    let mut scanner = Scanner {
+    let Walked {
+        marks,
+        zones: mut reports,
+        mut wrong,
+    } = walk_lists(kernel, mem_map, zones, layout.lru, &map, &mut notes)?;
+    let mut offline =
+        OfflineSections::find(kernel, mem_map, zones, &|frames| marks.any_in(frames))?;
+    let scanner = Scanner {
         mem_map,
         layout,
         max_order: zones.max_order(),
-        zones: walked.zones,
-        wrong: walked.wrong,
-        open: None,
-        offline,
-        offline_pages: OfflinePages::default(),
-        last_head: None,
+        zones: reports.iter().map(|zone| zone.span).collect(),
+        offline: &offline,
     };
-    for (frames, marks) in &walked.marks.0 {
-        let mut classes = vec![PageClass::Hole; marks.len()];
-        scanner.region(*frames, &mut classes, marks)?;
-        map.set_each(frames.start(), &classes);
+    let order = u32::try_from(scanner.max_order).map_or(PIECE, |order| order.max(PIECE));
+    let pieces: Vec<PfnRange> = map.pieces(order).collect();
+    let mut offline_pages = OfflinePages::default();
+    let mut seen: BTreeMap<usize, Pfn> = BTreeMap::new();
+    // Pieces are taken in their order, whichever thread had them: what is told is the same.
+    map_in_order(
+        work::threads(threads),
+        pieces,
+        || (),
+        |(), frames| scanner.piece(frames, &marks),
+        |piece: Result<Piece<'_, '_>, VmiError>| {
+            let piece = piece?;
+            map.set_each(piece.frames.start(), &piece.classes);
+            wrong.add(piece.wrong);
+            for (report, flagged) in reports.iter_mut().zip(piece.flagged) {
+                report.flagged = report.flagged.saturating_add(flagged);
+            }
+            for (section, by) in piece.lru {
+                seen.entry(section).or_insert(by);
+            }
+            piece
+                .offline_pages
+                .into_iter()
+                .for_each(|pfn| offline_pages.push(pfn));
+            Ok::<_, VmiError>(())
+        },
+    )?;
+    for (section, by) in seen {
+        offline.see(section, by);
     }
     for deferred in &zones.deferred {
         let frames = deferred.frames;
         notes.push(Note::DeferredKept { frames });
         map.set(deferred.frames, PageClass::Unknown);
     }
-    scanner.offline.see_page_tables(kernel, &map)?;
-    scanner.offline.settle(mem_map, &mut map, &mut notes);
-    scanner
-        .offline_pages
-        .settle(kernel, mem_map, layout, &mut map, &mut notes)?;
-    keep_mem_map(mem_map, &mut map, &mut scanner.wrong);
+    offline.see_page_tables(kernel, &map)?;
+    offline.settle(mem_map, &mut map, &mut notes);
+    offline_pages.settle(kernel, mem_map, layout, &mut map, &mut notes)?;
+    keep_mem_map(mem_map, &mut map, &mut wrong);
     let Disagreements {
         blocks,
         examples,
         counters,
         fatal,
-    } = scanner.wrong;
+    } = wrong;
     let explained = zones.cpus();
     let disagreement = (blocks > 0 || !counters.is_empty()).then(|| Inconsistency {
         blocks,
         examples,
         counters,
         explained,
-        zones: scanner.zones.clone(),
+        zones: reports.clone(),
     });
     Ok(Scan {
         map,
-        zones: scanner.zones,
+        zones: reports,
         fatal: fatal || blocks > explained,
         disagreement,
         notes,
@@ -491,117 +560,124 @@ fn keep_mem_map(mem_map: &MemMap<'_>, map: &mut PageMap, wrong: &mut Disagreemen
     }
 }
 
-impl Scanner<'_, '_> {
-    /// Classifies one stretch of RAM.
-    fn region(
-        &mut self,
-        frames: PfnRange,
-        classes: &mut [PageClass],
-        marks: &[u8],
-    ) -> Result<(), VmiError> {
-        classes.fill(PageClass::Hole);
-        let index = |pfn: Pfn| {
-            pfn.offset_from(frames.start())
-                .and_then(|n| usize::try_from(n).ok())
-                .unwrap_or(usize::MAX)
+impl<'a, 'm> Scanner<'a, 'm> {
+    /// Classifies a piece of RAM.
+    fn piece<'s>(&'s self, frames: PfnRange, marks: &'s Marks) -> Result<Piece<'s, 'm>, VmiError>
+    where
+        'a: 's,
+    {
+        // Without them nothing is said of the frames, and they are kept.
+        let marks = marks.of(frames).unwrap_or_default();
+        let mut piece = Piece {
+            scanner: self,
+            frames,
+            marks,
+            classes: vec![PageClass::Hole; marks.len()],
+            flagged: vec![0; self.zones.len()],
+            wrong: Disagreements::default(),
+            open: None,
+            lru: BTreeMap::new(),
+            offline_pages: Vec::new(),
+            last_head: None,
         };
-        for span in self.mem_map.spans() {
+        let spans = self.mem_map.spans();
+        let first = spans.partition_point(|span| span.frames.end() <= frames.start());
+        for span in spans.iter().skip(first) {
             let part = span.frames.intersection(&frames);
             if part.is_empty() {
-                continue;
+                break;
             }
-            if !span.online {
-                // Until it is proved to be offline.
-                if let Some(classes) = classes.get_mut(index(part.start())..index(part.end())) {
-                    classes.fill(PageClass::Unknown);
-                }
-                continue;
-            }
-            let at = self
-                .mem_map
-                .page_va(part.start())
-                .ok_or(VmiError::Corrupt {
-                    what: "mem_map",
-                    at: span.at,
-                    value: part.start().raw(),
-                })?;
-            let span = Span {
-                frames: part,
-                at,
-                ..*span
-            };
-            let mem_map = self.mem_map;
-            mem_map.visit_span(&span, &mut |first, pages| {
-                let begin = index(first);
-                self.stretch(first, pages, classes, marks, begin)
-            })?;
+            piece.span(span, part)?;
         }
-        // A block that begins in this stretch and does not end in it is no block.
-        if let Some(open) = self.open.take() {
-            self.spoil(&open, classes, frames.start());
+        // A block that begins here and does not end here is no block: of those that a list names
+        // none is longer than a piece, or goes on where there is no RAM.
+        if let Some(open) = piece.open.take() {
+            piece.spoil(&open);
         }
-        Ok(())
+        Ok(piece)
+    }
+}
+
+impl Piece<'_, '_> {
+    fn index(&self, pfn: Pfn) -> usize {
+        // What is not in the piece is behind all of its classes.
+        pfn.offset_from(self.frames.start())
+            .and_then(|n| usize::try_from(n).ok())
+            .unwrap_or(usize::MAX)
     }
 
-    /// Classifies the frames from `first` whose struct pages are `pages`; `begin` is the index
-    /// of `first` in `classes` and `marks`.
-    fn stretch(
-        &mut self,
-        first: Pfn,
-        pages: GuestBytes<'_>,
-        classes: &mut [PageClass],
-        marks: &[u8],
-        begin: usize,
-    ) -> Result<(), VmiError> {
-        let stride = usize::try_from(self.mem_map.stride).unwrap_or(usize::MAX);
+    /// Gives all of `frames` one class.
+    fn fill(&mut self, frames: PfnRange, class: PageClass) {
+        let part = frames.intersection(&self.frames);
+        let bounds = self.index(part.start())..self.index(part.end());
+        if let Some(classes) = self.classes.get_mut(bounds) {
+            classes.fill(class);
+        }
+    }
+
+    /// Classifies the part of a span that is in the piece.
+    fn span(&mut self, span: &Span, part: PfnRange) -> Result<(), VmiError> {
+        if !span.online {
+            // Until it is proved to be offline.
+            self.fill(part, PageClass::Unknown);
+            return Ok(());
+        }
+        let mem_map = self.scanner.mem_map;
+        let at = mem_map.page_va(part.start()).ok_or(VmiError::Corrupt {
+            what: "mem_map",
+            at: span.at,
+            value: part.start().raw(),
+        })?;
+        let span = Span {
+            frames: part,
+            at,
+            ..*span
+        };
+        mem_map.visit_span(&span, &mut |first, pages| self.stretch(first, pages))
+    }
+
+    /// Classifies the frames from `first` whose struct pages are `pages`.
+    fn stretch(&mut self, first: Pfn, pages: GuestBytes<'_>) -> Result<(), VmiError> {
+        let stride = usize::try_from(self.scanner.mem_map.stride).unwrap_or(usize::MAX);
+        let layout = self.scanner.layout;
+        let begin = self.index(first);
         let count = pages.len().checked_div(stride).unwrap_or(0);
-        let region_start = Pfn::new(first.raw().saturating_sub(begin as u64));
         for (number, at) in (0..count).zip((0_usize..).step_by(stride)) {
             let pfn = Pfn::new(first.raw().saturating_add(number as u64));
             let index = begin.saturating_add(number);
-            let (Some(page), Some(mark)) = (pages.get(at, stride), marks.get(index)) else {
+            let (Some(page), Some(mark)) = (pages.get(at, stride), self.marks.get(index)) else {
                 break;
             };
-            if let Some(open) = &mut self.open {
-                let is_free_tail = *mark == 0
-                    && self.layout.is_unused(&page)
-                    && self.layout.free_mark(&page) == Some(FreeMark::None);
-                if !is_free_tail && open.spoiled.is_none() {
-                    open.spoiled = Some(pfn);
-                }
-                if let Some(class) = classes.get_mut(index) {
-                    *class = open.class;
-                }
-                if pfn.checked_add(1) == Some(open.frames.end())
-                    && let Some(open) = self.open.take()
-                    && open.spoiled.is_some()
-                {
-                    self.spoil(&open, classes, region_start);
+            let mark = *mark;
+            let Some(open) = &mut self.open else {
+                let class = self.head(pfn, &page, mark)?;
+                if let Some(slot) = self.classes.get_mut(index) {
+                    *slot = class;
                 }
                 continue;
+            };
+            let is_free_tail = mark == 0
+                && layout.is_unused(&page)
+                && layout.free_mark(&page) == Some(FreeMark::None);
+            if !is_free_tail && open.spoiled.is_none() {
+                open.spoiled = Some(pfn);
             }
-            let class = self.head(pfn, &page, *mark)?;
-            if let Some(slot) = classes.get_mut(index) {
-                *slot = class;
+            if let Some(class) = self.classes.get_mut(index) {
+                *class = open.class;
+            }
+            if pfn.checked_add(1) == Some(open.frames.end())
+                && let Some(open) = self.open.take()
+                && open.spoiled.is_some()
+            {
+                self.spoil(&open);
             }
         }
         Ok(())
     }
 
     /// Takes back what was said of a block, and counts it as a disagreement.
-    fn spoil(&mut self, open: &OpenBlock, classes: &mut [PageClass], region_start: Pfn) {
-        let bounds = open
-            .frames
-            .start()
-            .offset_from(region_start)
-            .zip(open.frames.end().offset_from(region_start))
-            .and_then(|(a, b)| usize::try_from(a).ok().zip(usize::try_from(b).ok()));
-        if let Some((start, end)) = bounds {
-            let end = end.min(classes.len());
-            if let Some(classes) = classes.get_mut(start..end) {
-                classes.fill(PageClass::Unknown);
-            }
-        }
+    fn spoil(&mut self, open: &OpenBlock) {
+        self.fill(open.frames, PageClass::Unknown);
         self.wrong.block(|| match open.spoiled {
             Some(pfn) => format!(
                 "block {} is free by flag and list, but the struct page of frame {pfn} shows a user",
@@ -614,13 +690,13 @@ impl Scanner<'_, '_> {
     /// Classifies a frame that is not inside a free block; may begin one.
     fn head(&mut self, pfn: Pfn, page: &GuestBytes<'_>, mark: u8) -> Result<PageClass, VmiError> {
         let listed_order = u64::from(mark & ORDER);
-        match self.layout.free_mark(page) {
+        match self.scanner.layout.free_mark(page) {
             Some(FreeMark::Buddy { order }) => {
                 self.count_flagged(pfn, order);
                 let agreed = mark & (LISTED | PCP | TORN) == LISTED
-                    && order <= self.max_order
+                    && order <= self.scanner.max_order
                     && order == listed_order
-                    && self.layout.is_unused(page);
+                    && self.scanner.layout.is_unused(page);
                 if !agreed {
                     self.wrong.block(|| {
                         format!(
@@ -634,7 +710,7 @@ impl Scanner<'_, '_> {
                 return Ok(PageClass::FreeBuddy);
             }
             Some(FreeMark::None) if mark & (LISTED | PCP | TORN) == LISTED | PCP => {
-                if self.layout.is_unused_and_untyped(page) {
+                if self.scanner.layout.is_unused_and_untyped(page) {
                     self.begin(pfn, listed_order, PageClass::FreePcp);
                     return Ok(PageClass::FreePcp);
                 }
@@ -656,13 +732,18 @@ impl Scanner<'_, '_> {
             }
             _ => {}
         }
-        if self.layout.is_hwpoison(page) {
+        if self.scanner.layout.is_hwpoison(page) {
             return Ok(PageClass::HwPoison);
         }
-        if !self.offline.is_empty() && self.layout.is_on_lru(page) {
-            for at in [self.layout.lru, self.layout.lru.saturating_add(8)] {
+        let offline = self.scanner.offline;
+        if !offline.is_empty() && self.scanner.layout.is_on_lru(page) {
+            let lru = self.scanner.layout.lru;
+            for at in [lru, lru.saturating_add(8)] {
                 let node = usize::try_from(at).ok().and_then(|at| page.u64_at(at));
-                self.offline.see_lru(pfn, KernelVa::new(node.unwrap_or(0)));
+                let section = node.and_then(|node| offline.suspect_of(KernelVa::new(node)));
+                if let Some(section) = section {
+                    self.lru.entry(section).or_insert(pfn);
+                }
             }
         }
         let class = self.used(pfn, page)?;
@@ -670,8 +751,8 @@ impl Scanner<'_, '_> {
             return Ok(class);
         }
         // Its own word alone: its driver is asked in the end. Of a folio only the head has a word.
-        let own = self.mem_map.page_va(pfn);
-        if own.is_some_and(|at| self.layout.head_of(page, at).is_none()) {
+        let own = self.scanner.mem_map.page_va(pfn);
+        if own.is_some_and(|at| self.scanner.layout.head_of(page, at).is_none()) {
             self.offline_pages.push(pfn);
         }
         Ok(PageClass::Unknown)
@@ -694,26 +775,31 @@ impl Scanner<'_, '_> {
     }
 
     fn count_flagged(&mut self, pfn: Pfn, order: u64) {
-        if let Some(zone) = self.zones.iter_mut().find(|zone| zone.span.contains(pfn)) {
+        let zone = self
+            .scanner
+            .zones
+            .iter()
+            .position(|span| span.contains(pfn));
+        if let Some(flagged) = zone.and_then(|zone| self.flagged.get_mut(zone)) {
             let pages = u32::try_from(order)
                 .ok()
-                .filter(|order| u64::from(*order) <= self.max_order)
+                .filter(|order| u64::from(*order) <= self.scanner.max_order)
                 .and_then(|order| 1_u64.checked_shl(order))
                 .unwrap_or(1);
-            zone.flagged = zone.flagged.saturating_add(pages);
+            *flagged = flagged.saturating_add(pages);
         }
     }
 
     /// The class of a frame in use: that of the folio it belongs to.
     fn used(&mut self, pfn: Pfn, page: &GuestBytes<'_>) -> Result<PageClass, VmiError> {
-        let Some(at) = self.mem_map.page_va(pfn) else {
+        let Some(at) = self.scanner.mem_map.page_va(pfn) else {
             return Ok(PageClass::Unknown);
         };
-        let head = match self.layout.head_of(page, at) {
+        let head = match self.scanner.layout.head_of(page, at) {
             Some(head) => head,
             // hugetlb pages with an optimised vmemmap (5.18 to 7.0) show their head's struct page
             // again at the start of each page of struct pages; the next one tells the true head.
-            None if self.layout.is_head(page) && at.raw().is_multiple_of(4096) => {
+            None if self.scanner.layout.is_head(page) && at.raw().is_multiple_of(4096) => {
                 match self.fake_head(at) {
                     Some(head) => head,
                     None => at,
@@ -722,12 +808,12 @@ impl Scanner<'_, '_> {
             None => at,
         };
         if head == at {
-            let stride = self.mem_map.stride;
-            return Ok(self.layout.class(page, &|offset| {
+            let stride = self.scanner.mem_map.stride;
+            return Ok(self.scanner.layout.class(page, &|offset| {
                 if offset.saturating_add(8) <= stride {
                     page.u64_at(usize::try_from(offset).ok()?)
                 } else {
-                    self.mem_map.u64_at(at.checked_add(offset)?).ok()
+                    self.scanner.mem_map.u64_at(at.checked_add(offset)?).ok()
                 }
             }));
         }
@@ -736,18 +822,21 @@ impl Scanner<'_, '_> {
         {
             return Ok(class);
         }
-        let Some(_) = self.mem_map.frame_of(head) else {
+        let Some(_) = self.scanner.mem_map.frame_of(head) else {
             return Ok(PageClass::Unknown);
         };
         let mut copy = [0_u8; 256];
-        let stride = usize::try_from(self.mem_map.stride).unwrap_or(0);
+        let stride = usize::try_from(self.scanner.mem_map.stride).unwrap_or(0);
         let Some(copy) = copy.get_mut(..stride) else {
             return Ok(PageClass::Unknown);
         };
-        self.mem_map.copy_page(head, copy)?;
-        let class = self.layout.class(&GuestBytes::from_slice(copy), &|offset| {
-            self.mem_map.u64_at(head.checked_add(offset)?).ok()
-        });
+        self.scanner.mem_map.copy_page(head, copy)?;
+        let class = self
+            .scanner
+            .layout
+            .class(&GuestBytes::from_slice(copy), &|offset| {
+                self.scanner.mem_map.u64_at(head.checked_add(offset)?).ok()
+            });
         // A head that is itself unused says nothing of its tails.
         self.last_head = Some((head, class));
         Ok(class)
@@ -755,10 +844,12 @@ impl Scanner<'_, '_> {
 
     fn fake_head(&self, at: KernelVa) -> Option<KernelVa> {
         let mut copy = [0_u8; 256];
-        let copy = copy.get_mut(..usize::try_from(self.mem_map.stride).ok()?)?;
-        let next = at.checked_add(self.mem_map.stride)?;
-        self.mem_map.copy_page(next, copy).ok()?;
-        self.layout.head_of(&GuestBytes::from_slice(copy), next)
+        let copy = copy.get_mut(..usize::try_from(self.scanner.mem_map.stride).ok()?)?;
+        let next = at.checked_add(self.scanner.mem_map.stride)?;
+        self.scanner.mem_map.copy_page(next, copy).ok()?;
+        self.scanner
+            .layout
+            .head_of(&GuestBytes::from_slice(copy), next)
     }
 }
 

@@ -129,14 +129,16 @@ impl OfflineSections {
         }
     }
 
-    /// Notes that the LRU list of frame `by` goes on at `node`.
-    #[inline]
-    pub(crate) fn see_lru(&mut self, by: Pfn, node: KernelVa) {
+    /// The suspect whose struct pages hold `node`.
+    pub(crate) fn suspect_of(&self, node: KernelVa) -> Option<usize> {
         let above = self.by_structs.partition_point(|(start, _)| *start <= node);
-        let below = above.checked_sub(1).and_then(|at| self.by_structs.get(at));
-        if let Some((_, index)) = below
-            && let Some(suspect) = self.suspects.get_mut(*index)
-            && node < suspect.structs_end
+        let (_, index) = self.by_structs.get(above.checked_sub(1)?)?;
+        (node < self.suspects.get(*index)?.structs_end).then_some(*index)
+    }
+
+    /// Notes that an LRU list goes from the frame `by` into the suspect `index`.
+    pub(crate) fn see(&mut self, index: usize, by: Pfn) {
+        if let Some(suspect) = self.suspects.get_mut(index)
             && suspect.used.is_none()
         {
             suspect.used = Some(format!("an LRU list goes from frame {by} into it"));
@@ -916,10 +918,10 @@ mod tests {
             let is_listed = |frames: PfnRange| listed && frames.contains(Pfn::new(FRAMES));
             let mut found = OfflineSections::find(&kernel, &mem_map, &zones, &is_listed).unwrap();
             if let Some(pfn) = lru {
-                found.see_lru(
-                    Pfn::new(1),
-                    KernelVa::new(DIRECT_MAP + struct_page(pfn) + 8),
-                );
+                let node = KernelVa::new(DIRECT_MAP + struct_page(pfn) + 8);
+                if let Some(section) = found.suspect_of(node) {
+                    found.see(section, Pfn::new(1));
+                }
             }
             if let Some(table) = table {
                 let table = PfnRange::with_len(Pfn::new(table), 1).unwrap();
