@@ -46,7 +46,6 @@
 //! and what is allocated is bounded by the length of the file. Output appears whole or not at all;
 //! a prune in place leaves a valid dump whenever it is interrupted.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
-#![deny(unsafe_code)]
 
 mod backing;
 mod dump;

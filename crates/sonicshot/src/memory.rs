@@ -188,6 +188,7 @@ impl<'a> Mapped<'a> {
     /// # Safety
     /// `bytes` must stay readable until `hold` is dropped.
     #[must_use]
+    #[expect(unsafe_code, reason = "who makes it promises that the bytes stay")]
     pub unsafe fn held(bytes: GuestBytes<'a>, hold: Box<dyn Hold + 'a>) -> Self {
         Self {
             bytes,

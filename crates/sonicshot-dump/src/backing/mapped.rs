@@ -55,7 +55,7 @@ pub(crate) fn map_file(path: &Path) -> Result<(File, Mmap), DumpError> {
 }
 
 /// Maps `file`, which messages call `path`.
-#[allow(unsafe_code, reason = "the mmap edge")]
+#[expect(unsafe_code, reason = "the mmap edge")]
 pub(crate) fn map_open_file(path: &Path, file: File) -> Result<(File, Mmap), DumpError> {
     // SAFETY: the mapping is shared and read-only, and never handed out as `&[u8]` of guest
     // memory but as `GuestBytes`, which tolerates that others write the file. A file that is
@@ -65,7 +65,7 @@ pub(crate) fn map_open_file(path: &Path, file: File) -> Result<(File, Mmap), Dum
 }
 
 /// The bytes of the whole file.
-#[allow(unsafe_code, reason = "the mmap edge")]
+#[expect(unsafe_code, reason = "the mmap edge")]
 pub(crate) fn whole(map: &Mmap) -> GuestBytes<'_> {
     match NonNull::new(map.as_ptr().cast_mut()) {
         // SAFETY: the mapping has exactly this length, and lives while `map` is borrowed.
@@ -228,7 +228,7 @@ impl MappedDump {
 
     /// Takes the whole pages of `bytes` out of this process's page tables; they stay in the
     /// page cache.
-    #[allow(unsafe_code, reason = "the mmap edge")]
+    #[expect(unsafe_code, reason = "the mmap edge")]
     fn forget(&self, bytes: GuestBytes<'_>) {
         let base = self.map.as_ptr() as usize;
         let start = (bytes.as_ptr() as usize).saturating_sub(base);

@@ -534,6 +534,7 @@ fn a_seekable_reader_is_a_source() {
 
 #[cfg(feature = "mmap")]
 #[test]
+#[expect(unsafe_code, reason = "what is mapped is looked at")]
 fn a_mapped_checkpoint_reads_the_same_and_stays_private() {
     let guest = mixed();
     for codec in 0..3 {

@@ -1,5 +1,4 @@
 //! What the core's own records cost, counted by the allocator.
-#![expect(unsafe_code, reason = "an allocator that counts")]
 
 use sonicshot::*;
 use std::alloc::{GlobalAlloc, Layout, System};
