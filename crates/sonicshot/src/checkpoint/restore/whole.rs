@@ -8,6 +8,7 @@ use crate::checkpoint::wire::frames::{copy_exact, fill_words, ram_of, range_of, 
 use crate::checkpoint::wire::index::{ChunkInfo, Index, clip};
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
 use crate::checkpoint::wire::layout::{checksum, len64, size};
+use crate::memory::ram;
 use crate::work::for_each;
 use crate::{Gpa, GpaRange, LayoutError, MemoryError, PfnRange, Progress, RamLayout};
 use core::hash::Hasher;
@@ -77,7 +78,7 @@ impl<'a> RestoreRegions<'a> {
     /// The regions, each with its guest-physical address.
     ///
     /// # Errors
-    /// [`LayoutError`] if they overlap in the guest, or there are none.
+    /// [`LayoutError`] if they overlap in the guest, go beyond 64 bits, or there are none.
     pub fn new(regions: Vec<(Gpa, &'a mut [u8])>, before: Before) -> Result<Self, LayoutError> {
         let regions = regions
             .into_iter()
@@ -102,10 +103,10 @@ impl<'a> RestoreRegions<'a> {
         regions: Vec<(Gpa, NonNull<u8>, usize)>,
         before: Before,
     ) -> Result<Self, LayoutError> {
-        let mut regions: Vec<(GpaRange, NonNull<u8>)> = regions
+        let regions = regions
             .into_iter()
-            .filter_map(|(at, start, len)| Some((GpaRange::with_len(at, len64(len))?, start)))
-            .collect();
+            .map(|(at, start, len)| Ok((ram(at, len64(len))?, start)));
+        let mut regions = regions.collect::<Result<Vec<_>, LayoutError>>()?;
         regions.sort_by_key(|(range, _)| *range);
         let layout = RamLayout::new(regions.iter().map(|(range, _)| *range).collect())?;
         Ok(Self {
