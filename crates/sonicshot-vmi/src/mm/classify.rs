@@ -7,6 +7,7 @@
 //! stopped at any instruction has at most one block per processor on which these disagree.
 //! Such a block is kept; more of them, and nothing is believed.
 
+use super::marks::Marks;
 use super::mem_map::{MemMap, Span};
 use super::offline::{OfflinePages, OfflineSections};
 use super::page::{FreeMark, PageLayout};
@@ -87,78 +88,11 @@ pub(crate) struct Scan {
     pub notes: Vec<Note>,
 }
 
-/// One byte for every frame of the map: which list names the frame as the head of a block.
-struct Marks(Vec<(PfnRange, Vec<u8>)>);
-
+// What a mark says: which list names the frame as the head of a block, and of which order.
 const LISTED: u8 = 0x80;
 const TORN: u8 = 0x40;
 const PCP: u8 = 0x20;
 const ORDER: u8 = 0x1f;
-
-impl Marks {
-    fn new(map: &PageMap) -> Self {
-        Self(
-            map.ram()
-                .iter()
-                .filter_map(|frames| Some((*frames, vec![0; usize::try_from(frames.len()).ok()?])))
-                .collect(),
-        )
-    }
-
-    fn slot(&mut self, pfn: Pfn) -> Option<&mut u8> {
-        let above = self.0.partition_point(|(frames, _)| frames.start() <= pfn);
-        let (frames, marks) = self.0.get_mut(above.checked_sub(1)?)?;
-        marks.get_mut(usize::try_from(pfn.offset_from(frames.start())?).ok()?)
-    }
-
-    /// Whether all of `block` is in one stretch of RAM.
-    fn covers(&self, block: &PfnRange) -> bool {
-        let above = self
-            .0
-            .partition_point(|(frames, _)| frames.start() <= block.start());
-        above
-            .checked_sub(1)
-            .and_then(|index| self.0.get(index))
-            .is_some_and(|(frames, _)| block.end() <= frames.end())
-    }
-
-    /// Which list names each frame of `piece`, which is in one stretch of RAM.
-    fn of(&self, piece: PfnRange) -> Option<&[u8]> {
-        let above = self
-            .0
-            .partition_point(|(frames, _)| frames.start() <= piece.start());
-        let (frames, marks) = self.0.get(above.checked_sub(1)?)?;
-        let from = piece.start().offset_from(frames.start())?;
-        let to = piece.end().offset_from(frames.start())?;
-        marks.get(usize::try_from(from).ok()?..usize::try_from(to).ok()?)
-    }
-
-    /// Whether a list names anything in `frames`.
-    fn any_in(&self, frames: PfnRange) -> bool {
-        self.0.iter().any(|(region, marks)| {
-            let part = region.intersection(&frames);
-            let bounds = part
-                .start()
-                .offset_from(region.start())
-                .zip(part.end().offset_from(region.start()))
-                .and_then(|(a, b)| Some(usize::try_from(a).ok()?..usize::try_from(b).ok()?));
-            !part.is_empty()
-                && bounds
-                    .and_then(|bounds| marks.get(bounds))
-                    .is_none_or(|marks| marks.iter().any(|mark| *mark != 0))
-        })
-    }
-
-    /// Whether none of `block` is RAM here: it is in memory that the dump does not have.
-    fn is_elsewhere(&self, block: &PfnRange) -> bool {
-        let above = self
-            .0
-            .partition_point(|(frames, _)| frames.end() <= block.start());
-        self.0
-            .get(above)
-            .is_none_or(|(frames, _)| block.end() <= frames.start())
-    }
-}
 
 /// Blocks on which the sources disagree.
 #[derive(Default)]
@@ -434,7 +368,7 @@ struct Piece<'a, 'm> {
     scanner: &'a Scanner<'a, 'm>,
     frames: PfnRange,
     /// Which list names each frame as the head of a block.
-    marks: &'a [u8],
+    marks: Vec<u8>,
     classes: Vec<PageClass>,
     /// Pages in blocks with the buddy mark, by zone.
     flagged: Vec<u64>,
@@ -571,8 +505,8 @@ impl<'a, 'm> Scanner<'a, 'm> {
         let mut piece = Piece {
             scanner: self,
             frames,
-            marks,
             classes: vec![PageClass::Hole; marks.len()],
+            marks,
             flagged: vec![0; self.zones.len()],
             wrong: Disagreements::default(),
             open: None,
