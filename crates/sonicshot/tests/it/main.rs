@@ -13,3 +13,4 @@ mod checkpoint;
 mod lazy;
 #[expect(unsafe_code, reason = "an allocator that counts")]
 mod memory;
+mod page_sizes;
