@@ -29,8 +29,8 @@ pub trait RestoreTarget: Sync {
     /// Whether all of it reads as zero, so that pages of zeroes need not be touched.
     fn reads_as_zero(&self) -> bool;
 
-    /// Lets `fill` write the bytes of `range`, which lies in one region. If it fails, the
-    /// stretch may hold anything.
+    /// Lets `fill` write the bytes of `range`, which lies in one region: all of them at once. If it
+    /// fails, the stretch may hold anything.
     ///
     /// # Errors
     /// What `fill` gives, or why the target cannot take it.
@@ -270,7 +270,7 @@ impl<S: RangeSource> CheckpointReader<S> {
                 // Steps end at multiples of the page size, so that the word stays in phase.
                 let end = at.checked_add(FILL).unwrap_or(ram.end()).min(ram.end());
                 let word = in_phase(word, at);
-                target.fill(GpaRange::new(at, end), &mut |out| {
+                fill_all(target, GpaRange::new(at, end), &mut |out| {
                     fill_words(out, word);
                     Ok(())
                 })?;
@@ -306,7 +306,7 @@ impl<S: RangeSource> CheckpointReader<S> {
             let pages = chunk.bytes_of(slot, run.frames.len(), info.page_size)?;
             for ram in ram_of(info, run.frames)? {
                 let bytes = part_of(data.get(pages.clone()), range, ram)?;
-                target.fill(ram, &mut |out| copy_exact(bytes, out, ram.start()))?;
+                fill_all(target, ram, &mut |out| copy_exact(bytes, out, ram.start()))?;
             }
         }
         Ok(())
@@ -323,10 +323,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let mut computed = None;
         let mut offset = chunk.entry.offset;
         for range in ranges {
-            target.fill(*range, &mut |out| {
-                if len64(out.len()) != range.len() {
-                    return Err(wrong_length(*range, out.len()));
-                }
+            fill_all(target, *range, &mut |out| {
                 self.source()
                     .read_at(out, offset)
                     .map_err(CheckpointError::read(offset))?;
@@ -342,6 +339,26 @@ impl<S: RangeSource> CheckpointReader<S> {
         }
         check_chunk(chunk, computed.unwrap_or_else(|| sum.finish()))
     }
+}
+
+/// Fills a stretch of the target, which must give all of it at once.
+fn fill_all(
+    target: &dyn RestoreTarget,
+    range: GpaRange,
+    fill: FillWith<'_>,
+) -> Result<(), CheckpointError> {
+    let mut filled = false;
+    target.fill(range, &mut |out| {
+        if len64(out.len()) != range.len() {
+            return Err(wrong_length(range, out.len()));
+        }
+        filled = true;
+        fill(out)
+    })?;
+    if filled {
+        return Ok(());
+    }
+    Err(wrong_length(range, 0))
 }
 
 /// A page's word as it is read from `at` on.
@@ -369,7 +386,7 @@ fn part_of(data: Option<&[u8]>, whole: GpaRange, part: GpaRange) -> Result<&[u8]
 
 fn wrong_length(range: GpaRange, found: usize) -> CheckpointError {
     CheckpointError::Length {
-        what: "page data",
+        what: "the place for page data",
         at: range.start(),
         found: len64(found),
         expected: range.len(),
