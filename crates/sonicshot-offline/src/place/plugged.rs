@@ -1,9 +1,8 @@
 //! Memory that was plugged in as DIMMs: where each block of it lies.
 
-use crate::error::CliError;
-use crate::place::Placed;
-use crate::report::size;
-use sonicshot::{GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PfnRange};
+use crate::error::OfflineError;
+use crate::note::Note;
+use sonicshot::{GpaRange, GuestMemory, MemoryError};
 use sonicshot_dump::{BlockKind, BlockPlace, Dump, RamBlock};
 use sonicshot_vmi::KernelVa;
 use std::collections::HashMap;
@@ -12,12 +11,12 @@ use std::collections::HashMap;
 const NOTABLE: u64 = 128 << 20;
 
 /// Memory that was plugged in as DIMMs: the file does not say where, the guest's kernel does.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Plugged {
     pub places: Vec<BlockPlace>,
     /// Places of the same length, in which the blocks are in any order.
-    shared: Vec<Vec<GpaRange>>,
-    pub notes: Vec<String>,
+    pub shared: Vec<Vec<GpaRange>>,
+    pub notes: Vec<Note>,
 }
 
 impl Plugged {
@@ -55,7 +54,7 @@ impl Plugged {
         &mut self,
         dump: &Dump,
         direct_map: Option<KernelVa>,
-    ) -> Result<bool, CliError> {
+    ) -> Result<bool, OfflineError> {
         let mut changed = false;
         for ranges in std::mem::take(&mut self.shared) {
             let order = match direct_map {
@@ -63,14 +62,12 @@ impl Plugged {
                 None => None,
             };
             let Some(order) = order else {
-                self.notes.push(format!(
-                    "{} memory blocks of {} cannot be told from each other: what is not free in \
-                     all of them is kept",
-                    ranges.len(),
-                    ranges
-                        .first()
-                        .map_or_else(String::new, |range| size(range.len()))
-                ));
+                if let Some(first) = ranges.first() {
+                    self.notes.push(Note::BlocksAlike {
+                        count: ranges.len(),
+                        len: first.len(),
+                    });
+                }
                 self.shared.push(ranges);
                 continue;
             };
@@ -86,23 +83,15 @@ impl Plugged {
         }
         Ok(changed)
     }
+}
 
-    pub(super) fn placed<T>(self, dump: Dump, origin: &'static str, value: T) -> Placed<T> {
-        let mut notes = self.notes;
-        // A virtio-mem device of QEMU 5 to 7 does not say where its memory lies.
-        notes.extend(dump.ram_blocks().iter().filter_map(|block| {
-            let large = block.kind == BlockKind::Device && block.len >= NOTABLE;
-            (large && block.ranges.is_empty()).then(|| kept(block))
-        }));
-        Placed {
-            dump,
-            origin,
-            shared: self.shared,
-            unconfirmed: Vec::new(),
-            notes,
-            value,
-        }
-    }
+/// The devices' memory of which a file does not say where it lies: so with virtio-mem of QEMU 5 to
+/// 7.
+pub(super) fn unplaced_devices(dump: &Dump) -> impl Iterator<Item = Note> + '_ {
+    dump.ram_blocks().iter().filter_map(|block| {
+        let large = block.kind == BlockKind::Device && block.len >= NOTABLE;
+        (large && block.ranges.is_empty()).then(|| kept(block))
+    })
 }
 
 /// So many lists of a block must point to one place to be believed,
@@ -118,7 +107,7 @@ fn order_by_lists(
     dump: &Dump,
     ranges: &[GpaRange],
     direct_map: KernelVa,
-) -> Result<Option<Vec<GpaRange>>, CliError> {
+) -> Result<Option<Vec<GpaRange>>, OfflineError> {
     let mut order = Vec::new();
     for range in ranges {
         let votes = lists_by_place(dump, *range, ranges, direct_map)?;
@@ -193,56 +182,12 @@ fn lists_by_place(
 }
 
 /// What to say of a block whose place is not known.
-fn kept(block: &RamBlock) -> String {
-    format!(
-        "memory block {} ({}) is kept as it is: where it lies in the guest is not known (--layout \
-         can tell)",
-        block.name,
-        size(block.len)
-    )
-}
-
-/// Keeps all of `frames`.
-pub(super) fn keep(map: &mut PageMap, frames: PfnRange) {
-    map.with_slices(frames, |_, classes| {
-        for class in classes.iter_mut().filter(|class| class.may_be_dropped()) {
-            *class = PageClass::Unknown;
-        }
-    });
-}
-
-/// Where blocks of one length may lie in each other's place, keeps what is not free in all of the
-/// places: so nothing is dropped that is in use, whichever block is where.
-pub(crate) fn keep_what_is_not_free_in_all(map: &mut PageMap, shared: &[Vec<GpaRange>]) {
-    let page_size = map.page_size();
-    for ranges in shared {
-        let mut free: Vec<bool> = Vec::new();
-        let frames = || ranges.iter().map(|range| range.whole_frames(page_size));
-        for (number, frames) in frames().enumerate() {
-            free.resize(usize::try_from(frames.len()).unwrap_or(0), number == 0);
-            let mut seen = free.iter_mut();
-            map.with_slices(frames, |_, classes| {
-                for (class, free) in classes.iter().zip(&mut seen) {
-                    *free &= DROPPED.contains(class);
-                }
-            });
-            seen.for_each(|free| *free = false);
-        }
-        for frames in frames() {
-            let mut free = free.iter();
-            map.with_slices(frames, |_, classes| {
-                for (class, free) in classes.iter_mut().zip(&mut free) {
-                    if !free && class.may_be_dropped() {
-                        *class = PageClass::Unknown;
-                    }
-                }
-            });
-        }
+fn kept(block: &RamBlock) -> Note {
+    Note::BlockKept {
+        name: block.name.clone(),
+        len: block.len,
     }
 }
-
-/// What says of a page that the guest does not use it, whatever it holds.
-const DROPPED: [PageClass; 3] = [PageClass::FreeBuddy, PageClass::FreePcp, PageClass::Offline];
 
 #[cfg(test)]
 mod tests {
@@ -252,8 +197,8 @@ mod tests {
         reason = "tests may stop anywhere"
     )]
 
-    use super::{keep_what_is_not_free_in_all, order_by_lists};
-    use sonicshot::{Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn, PfnRange, RamLayout};
+    use super::order_by_lists;
+    use sonicshot::{Gpa, GpaRange};
     use sonicshot_dump::{Dump, LayoutSpec};
     use sonicshot_vmi::KernelVa;
 
@@ -299,25 +244,5 @@ mod tests {
         assert_eq!(order(&[(200, 0), (200, 0)]), None);
         assert_eq!(order(&[(100, 2), (0, 0), (100, 1)]), Some(vec![2, 0, 1]));
         assert_eq!(order(&[(100, 2), (0, 0), (0, 0)]), None);
-    }
-
-    #[test]
-    fn of_blocks_in_any_order_only_what_is_free_in_all_is_dropped() {
-        use PageClass::{Anonymous, FreeBuddy, FreePcp, Kernel, Offline, Unknown};
-        let first = [FreeBuddy, FreeBuddy, Kernel, Anonymous, FreePcp, Offline];
-        let second = [FreeBuddy, Kernel, FreePcp, Anonymous, FreeBuddy, FreeBuddy];
-        let layout = RamLayout::new(vec![range(0, 0x6000), range(0x10_0000, 0x10_6000)]).unwrap();
-        let mut map = PageMap::new(&layout, PageSize::SIZE_4K);
-        for (start, classes) in [(0, first), (0x100, second)] {
-            for (pfn, class) in (start..).zip(classes) {
-                map.set(PfnRange::with_len(Pfn::new(pfn), 1).unwrap(), class);
-            }
-        }
-        keep_what_is_not_free_in_all(&mut map, &[layout.regions().to_vec()]);
-        let classes = |start| (start..start + 6).map(|pfn| map.class(Pfn::new(pfn)).unwrap());
-        let kept = [FreeBuddy, Unknown, Kernel, Unknown, FreePcp, Offline];
-        assert!(classes(0).eq(kept));
-        let kept = [FreeBuddy, Kernel, Unknown, Unknown, FreeBuddy, FreeBuddy];
-        assert!(classes(0x100).eq(kept));
     }
 }

@@ -1,6 +1,5 @@
-//! Images that are compressed on their way.
+//! Images that are compressed on their way to a file and from it.
 
-use crate::args::ImageCompression;
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 
@@ -9,8 +8,21 @@ const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 const LZ4_MAGIC: [u8; 4] = [0x04, 0x22, 0x4d, 0x18];
 const BUFFER: usize = 1 << 20;
 
+/// How an image is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ImageCompression {
+    /// Zstandard, with its checksum.
+    Zstd,
+    /// LZ4 frames, with their checksum.
+    Lz4,
+}
+
 /// Writes all that comes from `from`, compressed and with a checksum.
-pub(super) fn compress(how: ImageCompression, mut from: impl Read, out: &File) -> io::Result<()> {
+///
+/// # Errors
+/// What reading or writing gives.
+pub fn compress(how: ImageCompression, mut from: impl Read, out: &File) -> io::Result<()> {
     let out = BufWriter::with_capacity(BUFFER, out);
     let out = match how {
         ImageCompression::Zstd => {
@@ -30,7 +42,8 @@ pub(super) fn compress(how: ImageCompression, mut from: impl Read, out: &File) -
 }
 
 /// How the file is compressed that begins with these bytes.
-pub(super) fn compression_of(start: [u8; 4]) -> Option<ImageCompression> {
+#[must_use]
+pub fn compression_of(start: [u8; 4]) -> Option<ImageCompression> {
     match start {
         ZSTD_MAGIC => Some(ImageCompression::Zstd),
         LZ4_MAGIC => Some(ImageCompression::Lz4),
@@ -39,11 +52,11 @@ pub(super) fn compression_of(start: [u8; 4]) -> Option<ImageCompression> {
 }
 
 /// Writes what `from` holds, decompressed, to `out`.
-pub(super) fn decompress(
-    how: ImageCompression,
-    from: &File,
-    out: &mut impl Write,
-) -> io::Result<()> {
+///
+/// # Errors
+/// What reading or writing gives; [`io::ErrorKind::InvalidData`] or
+/// [`io::ErrorKind::UnexpectedEof`] and the like if it is damaged or cut short.
+pub fn decompress(how: ImageCompression, from: &File, out: &mut impl Write) -> io::Result<()> {
     let from = BufReader::with_capacity(BUFFER, from);
     match how {
         ImageCompression::Zstd => copy(&mut zstd::Decoder::with_buffer(from)?, out),
@@ -66,8 +79,9 @@ fn copy(from: &mut impl Read, out: &mut impl Write) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{compress, compression_of, decompress};
-    use crate::args::ImageCompression;
+    #![allow(clippy::unwrap_used, reason = "tests may stop anywhere")]
+
+    use super::{ImageCompression, compress, compression_of, decompress};
     use std::fs::File;
     use std::io::{Read, Seek, Write};
 

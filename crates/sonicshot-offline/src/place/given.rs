@@ -1,31 +1,63 @@
 //! A layout that was given: whether what is in the guest's memory can lie so.
 
-use crate::error::CliError;
-use crate::inputs::Input;
-use crate::report::size;
-use sonicshot::{Gpa, GpaRange, GuestMemory, PageMap};
-use sonicshot_dump::Dump;
-use sonicshot_vmi::{LinuxGuest, VmiError};
+use super::placed::{Doubts, Look, Placed, open_guest};
+use crate::error::OfflineError;
+use crate::snapshot::Snapshot;
+use sonicshot::{Gpa, GpaRange, GuestMemory};
+use sonicshot_dump::{Dump, LayoutSpec};
+use sonicshot_vmi::LinuxGuest;
 
 /// Memory is plugged in in blocks of this size or a multiple (`memory_block_size_bytes` on x86-64).
 const MEMORY_BLOCK: u64 = 128 << 20;
 /// Of a layout in more ranges, no range is compared with every other.
 const MAX_RANGES: usize = 4096;
 
+/// Opens the dump in the layout that was given, or that the VMM's own state tells, and lets `look`
+/// see the guest.
+pub(super) fn with_guest<T>(
+    snapshot: &Snapshot,
+    layout: &LayoutSpec,
+    look: Look<'_, T>,
+) -> Result<Placed<T>, OfflineError> {
+    let dump = snapshot.dump(Some(layout))?;
+    let guest = open_guest(snapshot, &dump)?;
+    let by_user = snapshot.options().layout.is_some();
+    // The VMM's own word is believed.
+    let unconfirmed = if by_user {
+        check(snapshot, &dump, &guest)?
+    } else {
+        Vec::new()
+    };
+    let value = look(&guest).map_err(OfflineError::guest(snapshot.memory_file()))?;
+    drop(guest);
+    let of_file = dump.layout_spec().is_none() && dump.ram_blocks().is_empty();
+    Ok(Placed {
+        origin: match (by_user, of_file) {
+            (false, _) => "from the snapshot's state.json",
+            (true, true) => "from the file; --layout is for raw and QEMU's files",
+            (true, false) => "given",
+        },
+        dump,
+        doubts: Doubts {
+            shared: Vec::new(),
+            unconfirmed,
+        },
+        notes: Vec::new(),
+        value,
+    })
+}
+
 /// Looks in each range of the layout for what shows that it lies there. Returns the ranges in
 /// which nothing shows that.
 ///
 /// # Errors
-/// [`CliError::Misplaced`] if something in one of them shows that it lies elsewhere.
-pub(super) fn check(
-    input: &Input<'_>,
+/// [`OfflineError::Misplaced`] if something in one of them shows that it lies elsewhere.
+fn check(
+    snapshot: &Snapshot,
     dump: &Dump,
     guest: &LinuxGuest<'_>,
-) -> Result<Vec<GpaRange>, CliError> {
-    let guest_error = |source: VmiError| CliError::Guest {
-        path: input.memory().into(),
-        source,
-    };
+) -> Result<Vec<GpaRange>, OfflineError> {
+    let failed = OfflineError::guest(snapshot.memory_file());
     let Some(layout) = dump.layout_spec() else {
         return Ok(Vec::new());
     };
@@ -37,14 +69,14 @@ pub(super) fn check(
     }
     if ranges.len() > MAX_RANGES {
         let count = ranges.len();
-        let path = input.memory().into();
-        return Err(CliError::ManyRanges { path, count });
+        let path = snapshot.memory_file().into();
+        return Err(OfflineError::ManyRanges { path, count });
     }
-    let all = guest.evidence_of_places(&ranges).map_err(guest_error)?;
+    let all = guest.evidence_of_places(&ranges).map_err(&failed)?;
     for evidence in &all {
         if let (Some(place), Some((_, lists))) = (evidence.belongs_to(), evidence.elsewhere) {
-            return Err(CliError::Misplaced {
-                path: input.memory().into(),
+            return Err(OfflineError::Misplaced {
+                path: snapshot.memory_file().into(),
                 range: evidence.range,
                 place,
                 lists,
@@ -55,7 +87,7 @@ pub(super) fn check(
     let confirmed = |range: &GpaRange| all.iter().any(|e| e.range == *range && e.is_confirmed());
     let mut open: Vec<GpaRange> = ranges.iter().filter(|r| !confirmed(r)).copied().collect();
     if let [_] = open.as_slice()
-        && holds_all(dump, &guest.known_memory().map_err(guest_error)?, &ram)
+        && holds_all(dump, &guest.known_memory().map_err(&failed)?, &ram)
     {
         // All other memory is in its place, and there is no other place where this could be.
         open.clear();
@@ -114,19 +146,6 @@ fn pieces(layout: &[GpaRange], ram: &[GpaRange]) -> Vec<GpaRange> {
     }
     pieces.retain(|range| !range.is_empty());
     pieces
-}
-
-/// Keeps what lies in `ranges`: nothing shows that it is what the guest has there.
-pub(crate) fn keep_unconfirmed(map: &mut PageMap, ranges: &[GpaRange], notes: &mut Vec<String>) {
-    let page_size = map.page_size();
-    for range in ranges {
-        super::plugged::keep(map, range.whole_frames(page_size));
-        notes.push(format!(
-            "memory at {range} ({}) is kept as it is: nothing in it shows that it lies there, as \
-             --layout says",
-            size(range.len())
-        ));
-    }
 }
 
 #[cfg(test)]

@@ -1,12 +1,7 @@
-//! The ways to lay out a dump, likeliest first, and the trying of one.
+//! The ways to lay out a dump, likeliest first.
 
-use super::plugged::Plugged;
-use super::{Placed, look, options};
-use crate::error::CliError;
-use crate::inputs::Input;
-use sonicshot::{Gpa, GpaRange, GuestMemory, RamLayout};
-use sonicshot_dump::{BlockKind, BlockPlace, DumpError, LayoutSpec, RamBlock};
-use sonicshot_vmi::{LinuxGuest, VmiError};
+use sonicshot::{Gpa, GpaRange, RamLayout};
+use sonicshot_dump::{BlockKind, BlockPlace, LayoutSpec, RamBlock};
 
 /// Firmware keeps less than this of the RAM at the top of the low part for itself.
 const FIRMWARE: u64 = 128 << 20;
@@ -18,93 +13,101 @@ const FROM_FILE: &str = "from the file";
 const BY_GUEST: &str = "found out by the guest's own memory map";
 
 /// One way to lay out a dump.
+#[derive(Debug)]
 pub(super) struct Candidate {
     /// `None`: as the file says.
     layout: Option<LayoutSpec>,
     /// The RAM that the guest boots with; `None` if the dump says where it lies.
-    boot: Option<RamLayout>,
+    pub boot: Option<RamLayout>,
     /// Where other blocks are put to begin with, so that the kernel can be read if it is in them.
-    guess: Vec<BlockPlace>,
+    pub guess: Vec<BlockPlace>,
     /// Whether blocks were put in an order that nothing in the file tells.
-    guessed: bool,
-    origin: &'static str,
+    pub guessed: bool,
+    pub origin: &'static str,
 }
 
-/// What came of trying one.
-pub(super) enum Attempt<T> {
-    Done(Box<Placed<T>>),
-    /// The guest's map of the RAM that it boots with says otherwise.
-    Refuted(Vec<GpaRange>),
-    /// The guest's map could not be read.
-    Unconfirmed,
+impl Candidate {
+    /// How the dump is opened to be looked at.
+    pub(super) fn layout_with_guess(&self) -> Option<LayoutSpec> {
+        match &self.layout {
+            Some(LayoutSpec::Blocks(places)) => Some(LayoutSpec::Blocks(
+                [places.as_slice(), &self.guess].concat(),
+            )),
+            layout => layout.clone(),
+        }
+    }
+
+    /// Where blocks were put in an order that nothing in the file tells; `None` if none was.
+    pub(super) fn guessed_places(&self) -> Option<&[BlockPlace]> {
+        match &self.layout {
+            Some(LayoutSpec::Blocks(places)) if self.guessed => Some(places),
+            _ => None,
+        }
+    }
 }
 
 /// The candidates, likeliest first.
-pub(super) struct Search<'a> {
-    input: &'a Input<'a>,
+#[derive(Debug)]
+pub(super) struct Candidates {
     /// The blocks of a QEMU file; none of other formats.
     blocks: Vec<RamBlock>,
     /// Where a machine may have its RAM.
     specs: Vec<LayoutSpec>,
     todo: std::vec::IntoIter<Candidate>,
     /// Whether nothing has to be found out.
-    pub(super) certain: bool,
+    pub certain: bool,
     /// What the guest boots with, once a kernel was found.
     e820: Option<Vec<GpaRange>>,
+    /// The bytes of RAM in the file.
     len: u64,
 }
 
-impl<'a> Search<'a> {
-    pub(super) fn new(input: &'a Input<'a>) -> Result<Self, CliError> {
-        let mut specs = LayoutSpec::KNOWN.to_vec();
-        let first = match input.open(None) {
-            // A machine of QEMU's that is not known: one of the layouts may be its own.
-            Err(error @ DumpError::NoLayout { .. }) => specs
-                .iter()
-                .find_map(|spec| input.open(Some(spec)).ok())
-                .ok_or(error)?,
-            dump => {
-                let dump = dump?;
-                specs.retain(|spec| dump.machine_layout().is_none_or(|own| own == *spec));
-                dump
-            }
-        };
-        let blocks = first.ram_blocks().to_vec();
-        let mut search = Self {
-            input,
+impl Candidates {
+    /// The ways to lay out `len` bytes of RAM: of a QEMU file its `blocks`; of a `raw` file as one
+    /// of `specs`; any other format knows its own.
+    ///
+    /// # Errors
+    /// The number of blocks, if they are too many.
+    pub(super) fn new(
+        blocks: Vec<RamBlock>,
+        specs: Vec<LayoutSpec>,
+        len: u64,
+        raw: bool,
+    ) -> Result<Self, usize> {
+        let mut these = Self {
+            blocks,
             specs,
             todo: Vec::new().into_iter(),
             certain: false,
             e820: None,
-            len: first.layout().bytes(),
-            blocks,
+            len,
         };
-        let own = Candidate {
-            layout: None,
-            boot: None,
-            guess: Vec::new(),
-            guessed: false,
-            origin: FROM_FILE,
-        };
-        let count = search.ram().len();
+        let count = these.ram().len();
         if count > MAX_SEARCHED {
-            let path = input.memory().into();
-            return Err(CliError::ManyBlocks { path, count });
+            return Err(count);
         }
-        let candidates = if search.blocks.is_empty() {
-            match first.layout_spec() {
-                None => {
-                    search.certain = true;
-                    vec![own]
-                }
-                Some(_) => search.of_raw(),
-            }
+        let candidates = if these.are_of_blocks() {
+            these.of_blocks()
+        } else if raw {
+            these.of_raw()
         } else {
-            search.of_blocks()
+            these.certain = true;
+            vec![Candidate {
+                layout: None,
+                boot: None,
+                guess: Vec::new(),
+                guessed: false,
+                origin: FROM_FILE,
+            }]
         };
-        search.certain |= matches!(candidates.as_slice(), [only] if only.boot.is_none());
-        search.todo = candidates.into_iter();
-        Ok(search)
+        these.certain |= matches!(candidates.as_slice(), [only] if only.boot.is_none());
+        these.todo = candidates.into_iter();
+        Ok(these)
+    }
+
+    /// Whether they are of the blocks of a QEMU file.
+    pub(super) fn are_of_blocks(&self) -> bool {
+        !self.blocks.is_empty()
     }
 
     pub(super) fn next(&mut self) -> Option<Candidate> {
@@ -145,7 +148,7 @@ impl<'a> Search<'a> {
     }
 
     /// The blocks that may be RAM and are not among `names`.
-    fn others(&self, names: &[&str]) -> Vec<&RamBlock> {
+    pub(super) fn others(&self, names: &[&str]) -> Vec<&RamBlock> {
         let mut others = self.ram();
         others.retain(|block| !names.contains(&block.name.as_str()));
         others
@@ -256,7 +259,7 @@ impl<'a> Search<'a> {
             return;
         }
         let mut more = Vec::new();
-        if self.blocks.is_empty() {
+        if !self.are_of_blocks() {
             let layout = by_e820(&e820, self.len);
             more.extend(layout.and_then(|ranges| {
                 Some(Candidate {
@@ -278,85 +281,10 @@ impl<'a> Search<'a> {
         self.e820 = Some(e820);
     }
 
-    pub(super) fn attempt<T>(
-        &self,
-        candidate: &Candidate,
-        confirm: bool,
-        work: &dyn Fn(&LinuxGuest<'_>) -> Result<T, VmiError>,
-    ) -> Result<Attempt<T>, CliError> {
-        let guest_error = |source| CliError::Guest {
-            path: self.input.memory().into(),
-            source,
-        };
-        let dump = match &candidate.layout {
-            Some(LayoutSpec::Blocks(places)) => {
-                let all = [places.as_slice(), &candidate.guess].concat();
-                self.input.open(Some(&LayoutSpec::Blocks(all)))?
-            }
-            layout => self.input.open(layout.as_ref())?,
-        };
-        let guest = LinuxGuest::open(&dump, &options(self.input, &dump)).map_err(guest_error)?;
-        if let Some(boot) = &candidate.boot
-            && confirm
-        {
-            match guest.e820() {
-                Ok(Some(e820)) if !fits(boot, &e820) => return Ok(Attempt::Refuted(e820)),
-                Ok(Some(_)) => {}
-                // A file with one block has the layout of its machine.
-                _ if !self.blocks.is_empty() && !candidate.guessed => {}
-                _ => return Ok(Attempt::Unconfirmed),
-            }
-        }
-        let mut plugged = Plugged::default();
-        if let (None, Some(_)) = (&candidate.boot, dump.layout_spec())
-            && let Ok(Some(e820)) = guest.e820()
-            && !fits(dump.layout(), &e820)
-        {
-            let top = e820.iter().map(GpaRange::end).max().unwrap_or(Gpa::ZERO);
-            plugged.notes.push(format!(
-                "the guest booted with RAM up to {top:#x}, the file's layout ends at {:#x}: is the \
-                 layout right? What the guest's kernel does not know is kept",
-                dump.layout().end()
-            ));
-        }
-        if let Some(LayoutSpec::Blocks(places)) = &candidate.layout
-            && candidate.guessed
-        {
-            let structs = guest.struct_page_memory().map_err(guest_error)?;
-            if !self.in_place(places, &structs) {
-                return Ok(Attempt::Unconfirmed);
-            }
-            let names: Vec<&str> = places.iter().map(|place| place.name.as_str()).collect();
-            let ram = guest.system_ram().map_err(guest_error)?;
-            let taken: Vec<GpaRange> = places.iter().flat_map(|p| p.ranges.clone()).collect();
-            plugged = Plugged::find(&self.others(&names), &ram.unwrap_or_default(), &taken);
-            // A guess was only for reading the kernel: what counts is what that says.
-            if !plugged.places.is_empty() || !candidate.guess.is_empty() {
-                let direct_map = guest.direct_map().map_err(guest_error)?;
-                drop(guest);
-                let open = |plugged: &Plugged| {
-                    let all = [places.as_slice(), &plugged.places].concat();
-                    self.input.open(Some(&LayoutSpec::Blocks(all)))
-                };
-                let mut dump = open(&plugged)?;
-                if plugged.tell_apart(&dump, direct_map)? {
-                    dump = open(&plugged)?;
-                }
-                let value = look(self.input, &dump, work).map_err(guest_error)?;
-                let placed = plugged.placed(dump, candidate.origin, value);
-                return Ok(Attempt::Done(Box::new(placed)));
-            }
-        }
-        let value = work(&guest).map_err(guest_error)?;
-        drop(guest);
-        let placed = plugged.placed(dump, candidate.origin, value);
-        Ok(Attempt::Done(Box::new(placed)))
-    }
-
     /// Whether the guest can show that the blocks it boots with are where `places` has them: its
     /// kernel keeps struct pages in each but one, which would not fit its lists if they were read
     /// from another block. That one is told by the others.
-    fn in_place(&self, places: &[BlockPlace], structs: &[GpaRange]) -> bool {
+    pub(super) fn shows_in_place(&self, places: &[BlockPlace], structs: &[GpaRange]) -> bool {
         let ram = self.ram();
         let boot = |place: &&BlockPlace| ram.iter().any(|block| block.name == place.name);
         let boot: Vec<&BlockPlace> = places.iter().filter(boot).collect();
@@ -386,7 +314,7 @@ fn take(ranges: &mut Vec<GpaRange>, len: u64) -> Option<Vec<GpaRange>> {
 }
 
 /// Whether the usable RAM of the guest's map lies in `boot`, and reaches the top of it.
-fn fits(boot: &RamLayout, ram: &[GpaRange]) -> bool {
+pub(super) fn fits(boot: &RamLayout, ram: &[GpaRange]) -> bool {
     let inside = ram
         .iter()
         .all(|range| boot.contains(range.start(), range.len()));
