@@ -6,12 +6,10 @@ use crate::note::Note;
 use crate::options::AnalyzeOptions;
 use crate::place::{self, Placed};
 use crate::snapshot::Snapshot;
-use sonicshot::{
-    ClassCounts, ClassSet, DropClasses, Fill, GpaRange, PageClass, PageMap, PrunePlan,
-};
+use sonicshot::{ClassCounts, ClassSet, DropClasses, Fill, PageClass, PageMap, PrunePlan};
 use sonicshot_dump::{Dump, SnapshotFiles};
 use sonicshot_vmi::{
-    Classification, LinuxGuest, OnInconsistency, VmiError, ZoneReport, mark_zero_pages,
+    Analysis, AnalysisOptions, GuestFacts, Inconsistency, OnInconsistency, ZoneReport,
 };
 
 /// What is known of a snapshot's guest: its kernel, the class of every page, and what there is to
@@ -21,35 +19,9 @@ pub struct Analyzed {
     dump: Dump,
     files: SnapshotFiles,
     layout_origin: &'static str,
-    guest: Guest,
+    analysis: Analysis,
     counts: ClassCounts,
     notes: Vec<Note>,
-}
-
-/// What is taken of a guest.
-#[derive(Debug)]
-struct Guest {
-    release: String,
-    banner: Option<String>,
-    vmcoreinfo: Option<String>,
-    build_id: Option<Vec<u8>>,
-    symbol_sources: Vec<String>,
-    pages: Classification,
-    struct_pages: Vec<GpaRange>,
-}
-
-impl Guest {
-    fn look(guest: &LinuxGuest<'_>, on: OnInconsistency) -> Result<Self, VmiError> {
-        Ok(Self {
-            pages: guest.classify(on)?,
-            struct_pages: guest.struct_page_memory()?,
-            release: guest.release().to_owned(),
-            banner: guest.banner().map(str::to_owned),
-            vmcoreinfo: guest.vmcoreinfo().map(str::to_owned),
-            build_id: guest.build_id().map(<[u8]>::to_vec),
-            symbol_sources: guest.symbol_sources(),
-        })
-    }
 }
 
 impl Snapshot {
@@ -62,44 +34,39 @@ impl Snapshot {
     /// found or wrong, [`OfflineError::Guest`] if there is no kernel, or one that does not own the
     /// memory or contradicts itself, [`OfflineError::NotWhole`] if it is a diff without its base.
     pub fn analyze(&self, options: &AnalyzeOptions) -> Result<Analyzed, OfflineError> {
-        let on = options.on_inconsistency;
-        let placed = place::with_guest(self, &|guest| Guest::look(guest, on))?;
-        self.check(&placed, on)?;
+        // Of pages whose place is in doubt it does not count what the kernel says, but that they
+        // are zero does.
+        let look = AnalysisOptions::new()
+            .on_inconsistency(options.on_inconsistency)
+            .zero_pages(false);
         let Placed {
             dump,
             origin,
             doubts,
             notes: of_places,
-            value: mut guest,
-        } = placed;
-        let mut notes: Vec<Note> = std::mem::take(&mut guest.pages.notes)
-            .into_iter()
-            .map(Note::Guest)
-            .collect();
-        notes.extend(keep_what_is_in_doubt(&mut guest.pages.map, &dump, &doubts));
+            value: mut analysis,
+        } = place::with_guest(self, &|guest| guest.analyze(&look))?;
+        if options.on_inconsistency == OnInconsistency::Refuse && dump.layout_spec().is_some() {
+            check_whole(self.memory_file(), &dump, analysis.present())?;
+        }
+        keep_what_is_in_doubt(&mut analysis, &dump, &doubts);
+        let mut notes: Vec<Note> = analysis.notes().iter().cloned().map(Note::Guest).collect();
+        let unconfirmed = doubts.unconfirmed.into_iter();
+        notes.extend(unconfirmed.map(|range| Note::Unconfirmed { range }));
         notes.extend(of_places);
         notes.extend(self.notes());
         if options.zero_pages {
-            mark_zero_pages(&dump, &mut guest.pages.map)?;
-            notes.extend(kept_for_fill(&dump, guest.pages.free_fill));
+            analysis.mark_zero_pages(&dump)?;
+            notes.extend(kept_for_fill(&dump, analysis.free_fill()));
         }
         Ok(Analyzed {
-            counts: guest.pages.map.counts(),
+            counts: analysis.counts(),
             dump,
             files: self.files().clone(),
             layout_origin: origin,
-            guest,
+            analysis,
             notes,
         })
-    }
-
-    /// Refuses a raw file that lacks what every guest's memory has, unless what contradicts itself
-    /// is to be taken as well.
-    fn check(&self, placed: &Placed<Guest>, on: OnInconsistency) -> Result<(), OfflineError> {
-        if on == OnInconsistency::Refuse && placed.dump.layout_spec().is_some() {
-            check_whole(self.memory_file(), &placed.dump, &placed.value.struct_pages)?;
-        }
-        Ok(())
     }
 }
 
@@ -126,40 +93,16 @@ impl Analyzed {
         self.layout_origin
     }
 
-    /// The kernel's release, such as `6.1.0-37-cloud-amd64`.
+    /// Who the guest is.
     #[must_use]
-    pub fn release(&self) -> &str {
-        &self.guest.release
-    }
-
-    /// The kernel's banner (`Linux version …`), if it could be read.
-    #[must_use]
-    pub fn banner(&self) -> Option<&str> {
-        self.guest.banner.as_deref()
-    }
-
-    /// The kernel's VMCOREINFO.
-    #[must_use]
-    pub fn vmcoreinfo(&self) -> Option<&str> {
-        self.guest.vmcoreinfo.as_deref()
-    }
-
-    /// The kernel's build ID, if it tells one.
-    #[must_use]
-    pub fn build_id(&self) -> Option<&[u8]> {
-        self.guest.build_id.as_deref()
-    }
-
-    /// Where VMCOREINFO came from, then every source of symbols and types in use.
-    #[must_use]
-    pub fn symbol_sources(&self) -> &[String] {
-        &self.guest.symbol_sources
+    pub fn facts(&self) -> &GuestFacts {
+        self.analysis.facts()
     }
 
     /// The class of every page.
     #[must_use]
     pub fn pages(&self) -> &PageMap {
-        &self.guest.pages.map
+        self.analysis.pages()
     }
 
     /// How many pages there are of each class.
@@ -171,20 +114,19 @@ impl Analyzed {
     /// Every zone's numbers.
     #[must_use]
     pub fn zones(&self) -> &[ZoneReport] {
-        &self.guest.pages.zones
+        self.analysis.zones()
     }
 
-    /// Blocks on which the guest's records disagree; they are kept.
+    /// Blocks on which the guest's records disagree (kept), if there are any.
     #[must_use]
-    pub fn inconsistent_blocks(&self) -> u64 {
-        let disagreement = self.guest.pages.disagreement.as_ref();
-        disagreement.map_or(0, |disagreement| disagreement.blocks)
+    pub fn disagreement(&self) -> Option<&Inconsistency> {
+        self.analysis.disagreement()
     }
 
     /// What the guest expects of free pages.
     #[must_use]
     pub fn free_fill(&self) -> Fill {
-        self.guest.pages.free_fill
+        self.analysis.free_fill()
     }
 
     /// What is worth knowing, for people.
@@ -207,7 +149,7 @@ impl Analyzed {
     }
 
     pub(crate) fn wanted(&self, classes: ClassSet) -> PrunePlan {
-        PrunePlan::new(self.pages(), &DropClasses(classes), self.free_fill())
+        self.analysis.plan(&DropClasses(classes))
     }
 
     pub(crate) fn files(&self) -> &SnapshotFiles {

@@ -5,11 +5,10 @@ use crate::error::OfflineError;
 use crate::options::OpenOptions;
 use crate::place;
 use crate::snapshot::Snapshot;
-use sonicshot::Pfn;
-use sonicshot::checkpoint::{Architecture, CheckpointReader, PageContent};
+use sonicshot::checkpoint::{CheckpointReader, PageContent};
+use sonicshot::{Architecture, Pfn, Progress};
 use sonicshot_dump::{
-    CoreNotes, Dump, DumpError, DumpFile, LayoutSpec, Machine, NewFile, Overwrite, Progress,
-    XlSkeleton,
+    CoreNotes, Dump, DumpError, DumpFile, LayoutSpec, NewFile, Overwrite, XlSkeleton,
 };
 use std::fs::{self, File};
 use std::io::Read;
@@ -155,7 +154,7 @@ impl CheckpointFile {
             RestoreTo::Elf => {
                 let beside = Beside::of_checkpoint(&self.reader, &self.path)?;
                 let mut notes = CoreNotes::default();
-                notes.machine = self.machine().or(Some(Machine::X86_64));
+                notes.machine = self.machine().or(Some(Architecture::X86_64));
                 notes.notes = beside.notes;
                 notes.vmcoreinfo = beside.vmcoreinfo;
                 DumpFile::elf_core(out, layout, &notes, force, &source)?
@@ -166,12 +165,11 @@ impl CheckpointFile {
         Ok(output.finish()?)
     }
 
-    /// The guest's processor, if it is said.
-    pub(crate) fn machine(&self) -> Option<Machine> {
+    /// The guest's processor, if it is said and one that a dump can be of.
+    pub(crate) fn machine(&self) -> Option<Architecture> {
         match self.reader.info().architecture {
-            Architecture::X86_64 => Some(Machine::X86_64),
-            Architecture::Aarch64 => Some(Machine::Aarch64),
-            _ => None,
+            Some(Architecture::Other(_)) => None,
+            known => known,
         }
     }
 

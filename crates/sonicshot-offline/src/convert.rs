@@ -7,11 +7,11 @@ use crate::note::Note;
 use crate::place;
 use crate::save::{Contents, keep_everything, without_p2m};
 use crate::snapshot::Snapshot;
-use sonicshot::checkpoint::{Architecture, CheckpointInfo, Compression, SaveOptions};
-use sonicshot::{GuestMemory, PageSize, RamLayout};
+use sonicshot::checkpoint::{CheckpointInfo, Compression, SaveOptions};
+use sonicshot::{Architecture, GuestMemory, PageSize, Progress, RamLayout};
 use sonicshot_dump::{
-    CoreNotes, Dump, DumpError, DumpFile, KdumpCompression, KdumpOptions, LayoutSpec, Machine,
-    NewFile, Overwrite, Progress, XlSkeleton, write_kdump,
+    CoreNotes, Dump, DumpError, DumpFile, KdumpCompression, KdumpOptions, LayoutSpec, NewFile,
+    Overwrite, XlSkeleton, write_kdump,
 };
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -147,7 +147,7 @@ impl Snapshot {
     /// itself has.
     fn open_with_guest(&self) -> Result<Opened, OfflineError> {
         let vmcoreinfo = place::with_guest(self, &|guest| {
-            Ok(guest.vmcoreinfo().map(|text| text.as_bytes().to_vec()))
+            Ok(guest.facts().vmcoreinfo.map(String::into_bytes))
         });
         match vmcoreinfo {
             Ok(placed) => Ok(Opened {
@@ -229,7 +229,7 @@ struct Source<'a> {
     memory: &'a dyn GuestMemory,
     of: Of<'a>,
     path: &'a Path,
-    machine: Option<Machine>,
+    machine: Option<Architecture>,
     beside: Beside,
 }
 
@@ -303,7 +303,7 @@ impl Source<'_> {
         let (_, plan) = keep_everything(self.memory);
         let options = KdumpOptions {
             compression: KdumpCompression::Zlib,
-            machine: self.machine.or(Some(Machine::X86_64)),
+            machine: self.machine.or(Some(Architecture::X86_64)),
             vmcoreinfo: self.beside.vmcoreinfo.as_deref(),
             notes: self.beside.notes.as_deref(),
             threads: None,
@@ -324,11 +324,7 @@ impl Source<'_> {
         let file = NewFile::create(out.path, out.overwrite, &self.files())?;
         let (map, plan) = keep_everything(self.memory);
         let mut info = CheckpointInfo::new(self.memory.layout().clone(), PageSize::SIZE_4K);
-        info.architecture = match self.machine {
-            Some(Machine::X86_64) => Architecture::X86_64,
-            Some(Machine::Aarch64) => Architecture::Aarch64,
-            _ => Architecture::Unknown,
-        };
+        info.architecture = self.machine;
         let contents = Contents {
             info: &info,
             blobs: match self.of {

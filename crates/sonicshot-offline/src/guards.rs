@@ -2,10 +2,11 @@
 //! may not.
 
 use crate::error::OfflineError;
-use crate::note::Note;
 use crate::place::Doubts;
 use sonicshot::{GpaRange, GuestMemory, PageClass, PageMap, PageSize, PfnRange};
 use sonicshot_dump::Dump;
+use sonicshot_vmi::Analysis;
+use std::ops::Range;
 use std::path::Path;
 
 /// Refuses a raw file that has a hole where the guest has a page full of its `struct page`s. Each
@@ -36,60 +37,73 @@ pub(crate) fn check_whole(
 }
 
 /// Keeps what the doubts about its place forbid to drop, and what the format cannot be without.
-pub(crate) fn keep_what_is_in_doubt(map: &mut PageMap, dump: &Dump, doubts: &Doubts) -> Vec<Note> {
-    keep_what_is_not_free_in_all(map, &doubts.shared);
-    let page_size = map.page_size();
+pub(crate) fn keep_what_is_in_doubt(analysis: &mut Analysis, dump: &Dump, doubts: &Doubts) {
+    keep_what_is_not_free_in_all(analysis, &doubts.shared);
+    let page_size = analysis.pages().page_size();
     for range in &doubts.unconfirmed {
-        keep(map, range.whole_frames(page_size));
+        analysis.keep(range.whole_frames(page_size));
     }
-    dump.keep_what_must_stay(map);
-    let unconfirmed = doubts.unconfirmed.iter();
-    unconfirmed
-        .map(|range| Note::Unconfirmed { range: *range })
-        .collect()
+    keep_what_must_stay(analysis, dump);
 }
 
-/// Keeps all of `frames`.
-fn keep(map: &mut PageMap, frames: PfnRange) {
-    map.with_slices(frames, |_, classes| {
-        for class in classes.iter_mut().filter(|class| class.may_be_dropped()) {
-            *class = PageClass::Unknown;
+/// Keeps what the format cannot be without.
+fn keep_what_must_stay(analysis: &mut Analysis, dump: &Dump) {
+    if !dump.is_xl() {
+        return;
+    }
+    let mut map = analysis.pages().clone();
+    dump.keep_what_must_stay(&mut map);
+    for (frames, class) in map.runs() {
+        if class == PageClass::Unknown {
+            analysis.keep(frames);
         }
-    });
+    }
 }
 
 /// Where blocks of one length may lie in each other's place, keeps what is not free in all of the
 /// places: so nothing is dropped that is in use, whichever block is where.
-fn keep_what_is_not_free_in_all(map: &mut PageMap, shared: &[Vec<GpaRange>]) {
-    let page_size = map.page_size();
+fn keep_what_is_not_free_in_all(analysis: &mut Analysis, shared: &[Vec<GpaRange>]) {
+    let page_size = analysis.pages().page_size();
     for ranges in shared {
-        let mut free: Vec<bool> = Vec::new();
-        let frames = || ranges.iter().map(|range| range.whole_frames(page_size));
-        for (number, frames) in frames().enumerate() {
-            free.resize(usize::try_from(frames.len()).unwrap_or(0), number == 0);
-            let mut seen = free.iter_mut();
-            map.with_slices(frames, |_, classes| {
-                for (class, free) in classes.iter().zip(&mut seen) {
-                    *free &= DROPPED.contains(class);
+        let places: Vec<PfnRange> = ranges.iter().map(|r| r.whole_frames(page_size)).collect();
+        for number in not_free_in_all(analysis.pages(), &places) {
+            for place in &places {
+                let first = place.start().checked_add(number.start);
+                let end = place.start().checked_add(number.end);
+                if let (Some(first), Some(end)) = (first, end) {
+                    analysis.keep(PfnRange::new(first, end));
                 }
-            });
-            seen.for_each(|free| *free = false);
-        }
-        for frames in frames() {
-            let mut free = free.iter();
-            map.with_slices(frames, |_, classes| {
-                for (class, free) in classes.iter_mut().zip(&mut free) {
-                    if !free && class.may_be_dropped() {
-                        *class = PageClass::Unknown;
-                    }
-                }
-            });
+            }
         }
     }
 }
 
+/// Of `places`, which are all of one length, the frames by their number in each that are not free
+/// in all of them.
+fn not_free_in_all(map: &PageMap, places: &[PfnRange]) -> Vec<Range<u64>> {
+    let len = places.iter().map(PfnRange::len).max().unwrap_or(0);
+    let mut kept: Vec<Range<u64>> = Vec::new();
+    for number in 0..len {
+        let is_free = |place: &PfnRange| {
+            let pfn = place.start().checked_add(number);
+            let pfn = pfn.filter(|pfn| place.contains(*pfn));
+            pfn.and_then(|pfn| map.class(pfn))
+                .is_some_and(|class| FREE.contains(&class))
+        };
+        if places.iter().all(is_free) {
+            continue;
+        }
+        let next = number.saturating_add(1);
+        match kept.last_mut() {
+            Some(last) if last.end == number => last.end = next,
+            _ => kept.push(number..next),
+        }
+    }
+    kept
+}
+
 /// What says of a page that the guest does not use it, whatever it holds.
-const DROPPED: [PageClass; 3] = [PageClass::FreeBuddy, PageClass::FreePcp, PageClass::Offline];
+const FREE: [PageClass; 3] = [PageClass::FreeBuddy, PageClass::FreePcp, PageClass::Offline];
 
 #[cfg(test)]
 mod tests {
@@ -99,7 +113,7 @@ mod tests {
         reason = "tests may stop anywhere"
     )]
 
-    use super::keep_what_is_not_free_in_all;
+    use super::not_free_in_all;
     use sonicshot::{Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn, PfnRange, RamLayout};
 
     fn range(start: u64, end: u64) -> GpaRange {
@@ -118,7 +132,22 @@ mod tests {
                 map.set(PfnRange::with_len(Pfn::new(pfn), 1).unwrap(), class);
             }
         }
-        keep_what_is_not_free_in_all(&mut map, &[layout.regions().to_vec()]);
+        let places: Vec<PfnRange> = [0, 0x100]
+            .map(|start| PfnRange::with_len(Pfn::new(start), 6).unwrap())
+            .into();
+        // As `Analysis::keep` does.
+        for number in not_free_in_all(&map, &places) {
+            for place in &places {
+                for pfn in number
+                    .clone()
+                    .map(|n| place.start().checked_add(n).unwrap())
+                {
+                    if map.class(pfn).unwrap().may_be_dropped() {
+                        map.set(PfnRange::with_len(pfn, 1).unwrap(), Unknown);
+                    }
+                }
+            }
+        }
         let classes = |start| (start..start + 6).map(|pfn| map.class(Pfn::new(pfn)).unwrap());
         let kept = [FreeBuddy, Unknown, Kernel, Unknown, FreePcp, Offline];
         assert!(classes(0).eq(kept));

@@ -9,7 +9,7 @@
 //! let guest = snapshot.analyze(&AnalyzeOptions::new())?;
 //! let plan = guest.plan(ClassSet::DEFAULT_DROP)?;
 //! let stats = plan.prune_to("pruned.raw", Overwrite::Refuse, &mut |_, _| {})?;
-//! println!("Linux {}: {} bytes less", guest.release(), stats.dropped_bytes);
+//! println!("Linux {}: {} bytes less", guest.facts().release, stats.dropped_bytes);
 //! # Ok::<(), sonicshot_offline::OfflineError>(())
 //! ```
 //!

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Note {
     /// What was found in the guest.
-    Guest(String),
+    Guest(sonicshot_vmi::Note),
     /// What the files beside the memory say.
     Files(String),
     /// A process has the file open for writing while it is read.
@@ -61,7 +61,8 @@ pub enum Note {
 impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Guest(text) | Self::Files(text) => f.write_str(text),
+            Self::Guest(note) => note.fmt(f),
+            Self::Files(text) => f.write_str(text),
             Self::InUse { path, writer } => {
                 let (path, writer) = (path.clone(), writer.clone());
                 write!(

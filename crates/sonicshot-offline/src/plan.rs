@@ -2,8 +2,8 @@
 
 use crate::analyze::Analyzed;
 use crate::error::OfflineError;
-use sonicshot::{ClassSet, PageSize, PrunePlan};
-use sonicshot_dump::{NewFolder, Overwrite, Progress, PruneOptions, PruneStats};
+use sonicshot::{ClassSet, PageSize, Progress, PrunePlan};
+use sonicshot_dump::{NewFolder, Overwrite, PruneOptions, PruneStats};
 use std::io::Write;
 use std::path::Path;
 

@@ -5,11 +5,11 @@ use crate::error::OfflineError;
 use crate::note::Note;
 use crate::plan::Plan;
 use crate::snapshot::Snapshot;
-use sonicshot::checkpoint::{
-    Architecture, CheckpointInfo, CheckpointWriter, SaveOptions, SaveStats,
+use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, SaveOptions, SaveStats};
+use sonicshot::{
+    Architecture, Disposition, Fill, GuestMemory, PageMap, PageSize, Progress, PrunePlan,
 };
-use sonicshot::{Disposition, Fill, GuestMemory, PageMap, PageSize, PrunePlan};
-use sonicshot_dump::{Dump, Machine, NewFile, Overwrite, Progress};
+use sonicshot_dump::{Dump, NewFile, Overwrite};
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -131,10 +131,11 @@ impl Whole {
     }
 
     fn source(&self) -> Source<'_> {
-        let info = CheckpointInfo::new(self.dump.layout().clone(), PageSize::SIZE_4K);
+        let mut info = CheckpointInfo::new(self.dump.layout().clone(), PageSize::SIZE_4K);
+        info.architecture = self.dump.machine();
         Source {
             dump: &self.dump,
-            info: with_machine(info, &self.dump, Architecture::Unknown),
+            info,
             map: &self.map,
             plan: &self.plan,
             vmcoreinfo: self.dump.vmcoreinfo().map(<[u8]>::to_vec),
@@ -177,15 +178,17 @@ impl Plan<'_> {
         let analyzed = self.analyzed();
         let dump = analyzed.dump();
         let mut info = CheckpointInfo::new(dump.layout().clone(), self.page_size());
-        info.kernel_release = Some(analyzed.release().to_owned());
-        info.build_id = analyzed.build_id().map(<[u8]>::to_vec);
+        let facts = analyzed.facts();
+        info.kernel_release = Some(facts.release.clone());
+        info.build_id.clone_from(&facts.build_id);
+        // Only x86-64 kernels are found so far.
+        info.architecture = dump.machine().or(Some(Architecture::X86_64));
         Source {
             dump,
-            // Only x86-64 kernels are found so far.
-            info: with_machine(info, dump, Architecture::X86_64),
+            info,
             map: analyzed.pages(),
             plan: self.wanted(),
-            vmcoreinfo: analyzed.vmcoreinfo().map(|text| text.as_bytes().to_vec()),
+            vmcoreinfo: facts.vmcoreinfo.clone().map(String::into_bytes),
             notes: analyzed.notes().to_vec(),
         }
     }
@@ -302,13 +305,4 @@ pub(crate) fn keep_everything(memory: &dyn GuestMemory) -> (PageMap, PrunePlan) 
 /// What to say of an output that has a guest's pages, but not which frames of the machine they are.
 pub(crate) fn without_p2m(memory: &dyn GuestMemory) -> Option<Note> {
     memory.p2m().map(|_| Note::WithoutP2m)
-}
-
-fn with_machine(mut info: CheckpointInfo, dump: &Dump, otherwise: Architecture) -> CheckpointInfo {
-    info.architecture = match dump.machine() {
-        Some(Machine::X86_64) => Architecture::X86_64,
-        Some(Machine::Aarch64) => Architecture::Aarch64,
-        _ => otherwise,
-    };
-    info
 }

@@ -52,6 +52,11 @@ fn build_id(info: &CheckpointInfo) -> Option<String> {
     Some(id.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
+fn architecture(info: &CheckpointInfo) -> String {
+    let known = info.architecture;
+    known.map_or_else(|| "unknown".into(), |known| known.to_string())
+}
+
 fn print_json(path: &Path, reader: &CheckpointReader<File>, counts: &ClassCounts) {
     let info = reader.info();
     let mut report = stats_json(&reader.stats(), info.page_size.bytes());
@@ -72,7 +77,7 @@ fn print_json(path: &Path, reader: &CheckpointReader<File>, counts: &ClassCounts
         "format": "checkpoint",
         "kernel_release": info.kernel_release,
         "build_id": build_id(info),
-        "architecture": info.architecture.to_string(),
+        "architecture": architecture(info),
         "vmm": info.vmm,
         "compression": reader.codec(),
         "chunk_size": reader.chunk_size(),
@@ -93,7 +98,7 @@ fn print_file(reader: &CheckpointReader<File>, info: &CheckpointInfo) {
     say!(
         "kernel    {} ({})",
         info.kernel_release.as_deref().unwrap_or("not said"),
-        info.architecture
+        architecture(info)
     );
     if let Some(id) = build_id(info) {
         say!("build id  {id}");

@@ -74,7 +74,7 @@ fn processors_line(processors: &Processors) -> Option<String> {
 }
 
 pub(super) fn json_report(analyzed: &Analyzed, zero_pages: u64) -> Value {
-    let dump = analyzed.dump();
+    let (dump, facts) = (analyzed.dump(), analyzed.facts());
     let counts = analyzed.counts();
     let mut classes = Map::new();
     for class in PageClass::ALL {
@@ -88,9 +88,9 @@ pub(super) fn json_report(analyzed: &Analyzed, zero_pages: u64) -> Value {
     json!({
         "format": dump.format(),
         "file_bytes": dump.file_len(),
-        "kernel_release": analyzed.release(),
-        "kernel_banner": analyzed.banner(),
-        "symbol_sources": analyzed.symbol_sources(),
+        "kernel_release": facts.release,
+        "kernel_banner": facts.banner,
+        "symbol_sources": facts.symbol_sources,
         "layout": dump.layout_spec().map(ToString::to_string),
         "layout_origin": analyzed.layout_origin(),
         "ram": regions,
@@ -103,7 +103,7 @@ pub(super) fn json_report(analyzed: &Analyzed, zero_pages: u64) -> Value {
         "zero_pages": zero_pages,
         "free_fill": format!("{:?}", analyzed.free_fill()),
         "zones": analyzed.zones().iter().map(zone_json).collect::<Vec<_>>(),
-        "inconsistent_blocks": analyzed.inconsistent_blocks(),
+        "inconsistent_blocks": analyzed.disagreement().map_or(0, |found| found.blocks),
         "notes": lines(analyzed.notes()),
     })
 }
@@ -123,13 +123,13 @@ pub(crate) fn print_report(analyzed: &Analyzed, zero_pages: u64) {
 
 /// The file, its kernel and its layout.
 fn print_guest(analyzed: &Analyzed) {
-    let dump = analyzed.dump();
+    let (dump, facts) = (analyzed.dump(), analyzed.facts());
     say!("file      {}, {}", dump.format(), size(dump.file_len()));
-    say!("kernel    {}", analyzed.release());
-    if let Some(banner) = analyzed.banner() {
+    say!("kernel    {}", facts.release);
+    if let Some(banner) = &facts.banner {
         say!("          {banner}");
     }
-    say!("symbols   {}", analyzed.symbol_sources().join(", "));
+    say!("symbols   {}", facts.symbol_sources.join(", "));
     match dump.layout_spec() {
         Some(layout) => say!("layout    {layout} ({})", analyzed.layout_origin()),
         None => say!("layout    {}", analyzed.layout_origin()),

@@ -27,7 +27,7 @@ impl Report<'_> {
         let (analyzed, plan) = (self.analyzed, self.plan);
         let mut report = json!({
             "path": self.path.display().to_string(),
-            "kernel_release": analyzed.release(),
+            "kernel_release": analyzed.facts().release,
             "format": analyzed.dump().format(),
             "page_size": plan.page_size().bytes(),
             "total_pages": analyzed.counts().total(),

@@ -5,7 +5,7 @@ use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
 use sonicshot::{Gpa, GpaRange, GuestMemory};
 use sonicshot_dump::{Dump, LayoutSpec};
-use sonicshot_vmi::LinuxGuest;
+use sonicshot_vmi::GuestOs;
 
 /// Memory is plugged in in blocks of this size or a multiple (`memory_block_size_bytes` on x86-64).
 const MEMORY_BLOCK: u64 = 128 << 20;
@@ -24,11 +24,11 @@ pub(super) fn with_guest<T>(
     let by_user = snapshot.options().layout.is_some();
     // The VMM's own word is believed.
     let unconfirmed = if by_user {
-        check(snapshot, &dump, &guest)?
+        check(snapshot, &dump, &*guest)?
     } else {
         Vec::new()
     };
-    let value = look(&guest).map_err(OfflineError::guest(snapshot.memory_file()))?;
+    let value = look(&*guest).map_err(OfflineError::guest(snapshot.memory_file()))?;
     drop(guest);
     let of_file = dump.layout_spec().is_none() && dump.ram_blocks().is_empty();
     Ok(Placed {
@@ -55,7 +55,7 @@ pub(super) fn with_guest<T>(
 fn check(
     snapshot: &Snapshot,
     dump: &Dump,
-    guest: &LinuxGuest<'_>,
+    guest: &dyn GuestOs,
 ) -> Result<Vec<GpaRange>, OfflineError> {
     let failed = OfflineError::guest(snapshot.memory_file());
     let Some(layout) = dump.layout_spec() else {
@@ -120,9 +120,9 @@ fn blocks(range: GpaRange) -> Vec<GpaRange> {
 }
 
 /// RAM by all that the guest's kernel knows of it.
-fn guest_ram(guest: &LinuxGuest<'_>) -> Vec<GpaRange> {
+fn guest_ram(guest: &dyn GuestOs) -> Vec<GpaRange> {
     // What cannot be read says nothing.
-    let e820 = guest.e820().ok().flatten();
+    let e820 = guest.boot_ram().ok().flatten();
     let tree = guest.system_ram().ok().flatten();
     e820.into_iter().chain(tree).flatten().collect()
 }

@@ -5,10 +5,10 @@ use crate::note::Note;
 use crate::snapshot::Snapshot;
 use sonicshot::GpaRange;
 use sonicshot_dump::Dump;
-use sonicshot_vmi::{GuestOptions, LinuxGuest, VmiError};
+use sonicshot_vmi::{GuestOptions, GuestOs, VmiError};
 
 /// What is wanted of a guest once it is found.
-pub(crate) type Look<'a, T> = &'a dyn Fn(&LinuxGuest<'_>) -> Result<T, VmiError>;
+pub(crate) type Look<'a, T> = &'a dyn Fn(&dyn GuestOs) -> Result<T, VmiError>;
 
 /// A dump whose layout is known, and what was made of its guest.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ pub(crate) struct Doubts {
 pub(super) fn open_guest<'d>(
     snapshot: &Snapshot,
     dump: &'d Dump,
-) -> Result<LinuxGuest<'d>, OfflineError> {
+) -> Result<Box<dyn GuestOs + 'd>, OfflineError> {
     let known = snapshot.options();
     let mut options = GuestOptions::new();
     for path in &known.symbols {
@@ -46,5 +46,5 @@ pub(super) fn open_guest<'d>(
     if let Some(text) = dump.vmcoreinfo() {
         options = options.vmcoreinfo(text);
     }
-    LinuxGuest::open(dump, &options).map_err(OfflineError::guest(snapshot.memory_file()))
+    sonicshot_vmi::open_guest(dump, &options).map_err(OfflineError::guest(snapshot.memory_file()))
 }

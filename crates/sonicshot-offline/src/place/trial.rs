@@ -8,7 +8,7 @@ use crate::note::Note;
 use crate::snapshot::Snapshot;
 use sonicshot::{Gpa, GpaRange, GuestMemory};
 use sonicshot_dump::{BlockPlace, Dump, LayoutSpec};
-use sonicshot_vmi::LinuxGuest;
+use sonicshot_vmi::GuestOs;
 
 /// What came of trying a layout.
 pub(super) enum Outcome<T> {
@@ -32,18 +32,18 @@ pub(super) fn attempt<T>(
     let dump = snapshot.dump(candidate.layout_with_guess().as_ref())?;
     let guest = open_guest(snapshot, &dump)?;
     if confirm {
-        match agreement(candidates, candidate, &guest) {
+        match agreement(candidates, candidate, &*guest) {
             Agreement::Full => {}
             Agreement::None(e820) => return Ok(Outcome::Refuted(e820)),
             Agreement::Unknown => return Ok(Outcome::Unconfirmed),
         }
     }
-    let mut notes: Vec<Note> = ends_elsewhere(candidate, &dump, &guest)
+    let mut notes: Vec<Note> = ends_elsewhere(candidate, &dump, &*guest)
         .into_iter()
         .collect();
     let mut shared = Vec::new();
     if let Some(places) = candidate.guessed_places() {
-        let structs = guest.struct_page_memory().map_err(&failed)?;
+        let structs = guest.page_records().map_err(&failed)?;
         if !candidates.shows_in_place(places, &structs) {
             return Ok(Outcome::Unconfirmed);
         }
@@ -61,13 +61,13 @@ pub(super) fn attempt<T>(
             if plugged.tell_apart(&dump, direct_map)? {
                 dump = open(&plugged)?;
             }
-            let value = look(&open_guest(snapshot, &dump)?).map_err(&failed)?;
+            let value = look(&*open_guest(snapshot, &dump)?).map_err(&failed)?;
             return Ok(done(candidate, dump, plugged.notes, plugged.shared, value));
         }
         notes = plugged.notes;
         shared = plugged.shared;
     }
-    let value = look(&guest).map_err(&failed)?;
+    let value = look(&*guest).map_err(&failed)?;
     drop(guest);
     Ok(done(candidate, dump, notes, shared, value))
 }
@@ -100,11 +100,11 @@ enum Agreement {
     Unknown,
 }
 
-fn agreement(candidates: &Candidates, candidate: &Candidate, guest: &LinuxGuest<'_>) -> Agreement {
+fn agreement(candidates: &Candidates, candidate: &Candidate, guest: &dyn GuestOs) -> Agreement {
     let Some(boot) = &candidate.boot else {
         return Agreement::Full;
     };
-    match guest.e820() {
+    match guest.boot_ram() {
         Ok(Some(e820)) if !fits(boot, &e820) => Agreement::None(e820),
         Ok(Some(_)) => Agreement::Full,
         // A file with one block has the layout of its machine.
@@ -114,11 +114,11 @@ fn agreement(candidates: &Candidates, candidate: &Candidate, guest: &LinuxGuest<
 }
 
 /// Of a raw file of which nothing has to be found out: whether its guest booted with other RAM.
-fn ends_elsewhere(candidate: &Candidate, dump: &Dump, guest: &LinuxGuest<'_>) -> Option<Note> {
+fn ends_elsewhere(candidate: &Candidate, dump: &Dump, guest: &dyn GuestOs) -> Option<Note> {
     if candidate.boot.is_some() || dump.layout_spec().is_none() {
         return None;
     }
-    let e820 = guest.e820().ok().flatten()?;
+    let e820 = guest.boot_ram().ok().flatten()?;
     (!fits(dump.layout(), &e820)).then(|| Note::RamEndsElsewhere {
         guest: e820.iter().map(GpaRange::end).max().unwrap_or(Gpa::ZERO),
         file: dump.layout().end(),
