@@ -26,7 +26,11 @@ fn a_copy_and_the_file_itself_lose_the_same_pages_and_no_other() {
         let goes = ClassSet::DEFAULT_DROP.contains(class);
         dropped += u64::from(goes);
         assert!(
-            if goes { after.iter().all(|byte| *byte == 0) } else { after == before },
+            if goes {
+                after.iter().all(|byte| *byte == 0)
+            } else {
+                after == before
+            },
             "{pfn}: {class}"
         );
     }

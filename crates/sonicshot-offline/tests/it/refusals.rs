@@ -4,7 +4,8 @@ use crate::common::{PAGE, analyze, diff, open, quiet, ram, raw};
 use sonicshot::{ClassSet, PageClass};
 use sonicshot_dump::DumpError;
 use sonicshot_offline::{
-    AnalyzeOptions, LayoutSpec, OfflineError, OpenOptions, Overwrite, PruneOptions, Snapshot, Target,
+    AnalyzeOptions, LayoutSpec, OfflineError, OpenOptions, Overwrite, PruneOptions, Snapshot,
+    Target,
 };
 use sonicshot_vmi::{OnInconsistency, VmiError};
 use std::fs;
@@ -61,9 +62,18 @@ fn a_diff_with_little_in_it_has_no_kernel() {
 fn what_the_kernel_needs_is_never_dropped() {
     let temporary = TempDir::new().unwrap();
     let guest = analyze(&raw(temporary.path())).unwrap();
-    let plan = guest.plan([PageClass::FreeBuddy, PageClass::Slab].into_iter().collect());
+    let plan = guest.plan(
+        [PageClass::FreeBuddy, PageClass::Slab]
+            .into_iter()
+            .collect(),
+    );
     assert!(
-        matches!(plan, Err(OfflineError::Undroppable { class: PageClass::Slab })),
+        matches!(
+            plan,
+            Err(OfflineError::Undroppable {
+                class: PageClass::Slab
+            })
+        ),
         "{plan:?}"
     );
 }
@@ -109,7 +119,10 @@ fn a_snapshot_whose_vmm_reads_no_zeroes_is_not_pruned_by_anybody() {
     let folder = temporary.path().join("vm");
     fs::create_dir(&folder).unwrap();
     fs::write(folder.join("memory-ranges"), ram()).unwrap();
-    let ranges = format!(r#"{{"memory_ranges":{{"data":[{{"gpa":0,"length":{}}}]}}}}"#, ram().len());
+    let ranges = format!(
+        r#"{{"memory_ranges":{{"data":[{{"gpa":0,"length":{}}}]}}}}"#,
+        ram().len()
+    );
     let state = format!(
         r#"{{"snapshots":{{"memory-manager":{{"snapshots":{{}},"snapshot_data":{{"state":{ranges:?}}}}}}}}}"#
     );
