@@ -15,6 +15,14 @@ KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 # Series -> suites to look in, the first that has it wins.
 SUITES = {"5.10": "bullseye", "6.1": "bookworm", "6.12": "trixie", "7.2": "sid"}
+# Name -> suite and package of an EFI firmware, its code, its variables, and what QEMU needs for it.
+SMM = ["-global", "driver=cfi.pflash01,property=secure,value=on"]
+FIRMWARE = {
+    "ovmf": ("bookworm", "ovmf", "OVMF_CODE_4M.fd", "OVMF_VARS_4M.fd", []),
+    "ovmf-2m": ("bookworm", "ovmf", "OVMF_CODE.fd", "OVMF_VARS.fd", []),
+    "ovmf-smm": ("bookworm", "ovmf", "OVMF_CODE_4M.secboot.fd", "OVMF_VARS_4M.fd", SMM),
+    "ovmf-sid": ("sid", "ovmf-generic", "OVMF_CODE_4M.fd", "OVMF_VARS_4M.fd", []),
+}
 MODULES = [
     "virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci",
     "virtio_blk", "virtio_balloon", "qemu_fw_cfg", "virtio_mem", "ext4", "nd_e820", "nd_pmem",
@@ -217,6 +225,25 @@ def fetch(series, symbols):
     shutil.rmtree(work)
     record.write_text(json.dumps(meta, indent=1))
     return meta
+
+
+def fetch_firmware(name):
+    """Unpacks an EFI firmware and returns its code and the variables that it begins with."""
+    suite, package, *parts, _ = FIRMWARE[name]
+    home = LAB / "firmware" / name
+    found = [home / part for part in parts]
+    if not all(part.exists() for part in found):
+        apt = Apt(suite, LAB)
+        apt.update()
+        work = home / "unpack"
+        shutil.rmtree(work, ignore_errors=True)
+        apt.download(package, work)
+        for deb in work.glob("*.deb"):
+            run("dpkg", "-x", deb, work / "root")
+        for part in found:
+            shutil.copy(next((work / "root").rglob(part.name)), part)
+        shutil.rmtree(work)
+    return found
 
 
 def keep(path, target):

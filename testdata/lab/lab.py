@@ -273,8 +273,9 @@ def do_reset(args):
             raise SystemExit(1)
         return
     keep = args.keep and (args.keep, "all" if args.keep_all else "lost")
+    more = reset.firmware_of(args.firmware, args.machine, not args.no_s3)
     sums = reset.resets(find_tool(args.sonicshot), todo, args.stops, args.seconds, args.seed,
-                        args.mapped, keep, log, args.each)
+                        args.mapped, keep, log, args.each, more, "-no-s3" if args.no_s3 else "")
     print(", ".join(f"{key}: {value}" for key, value in sums.items()))
     if any("lost" in key and value for key, value in sums.items()):
         raise SystemExit(1)
@@ -381,6 +382,9 @@ def main():
     gone.add_argument("--mapped-ram", action="store_true", dest="mapped")
     gone.add_argument("--keep", help="a folder for the RAM of stops that lost something")
     gone.add_argument("--keep-all", action="store_true")
+    gone.add_argument("--firmware", choices=["seabios", *kernels.FIRMWARE], default="seabios")
+    gone.add_argument("--machine", default="pc")
+    gone.add_argument("--no-s3", action="store_true", help="EFI: the machine cannot sleep")
     gone.add_argument("--name", default="reset")
     gone.add_argument("--sonicshot", help="the binary; built if not given")
     gone.set_defaults(run=do_reset)

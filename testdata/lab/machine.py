@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+import kernels
 from kernels import LAB, ROOT, run
 
 GUEST_SOURCE = Path(__file__).with_name("guest.c")
@@ -203,6 +204,13 @@ class Machine:
         if (folder / "next.img").exists():
             command += ["-drive", f"if=none,id=d2,format=raw,file={folder / 'next.img'}",
                         "-device", "virtio-blk-pci,drive=d2"]
+        if spec.get("firmware"):
+            code, variables = kernels.fetch_firmware(spec["firmware"])
+            if not (folder / "vars.fd").exists():
+                shutil.copy(variables, folder / "vars.fd")
+            command += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={code}",
+                        "-drive", f"if=pflash,unit=1,format=raw,file={folder / 'vars.fd'}",
+                        *kernels.FIRMWARE[spec["firmware"]][-1]]
         command += spec.get("more", [])
         if spec.get("balloon"):
             command += ["-device", "virtio-balloon-pci"]

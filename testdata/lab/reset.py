@@ -59,12 +59,27 @@ def spec_of(series, smp, kaslr, kind, mem=None, more=None):
     return spec
 
 
+def firmware_of(name, machine_type, s3):
+    """What another firmware than SeaBIOS, or another machine, is in a guest's description."""
+    if name == "seabios" and machine_type == "pc":
+        return {}
+    chip = "PIIX4_PM" if machine_type.startswith("pc") else "ICH9-LPC"
+    # What is free is told by a dump that has the processors' registers.
+    more = {"machine": machine_type, "forms": ["raw", "elf"]}
+    if name != "seabios":
+        more["firmware"] = name
+        more["more"] = ["-global", f"{chip}.disable_s3={int(not s3)}"]
+    return more
+
+
 def base_of(series, smp, kaslr, kind, mem=None, more=None, tag=""):
     """A guest at its READY, its free frames signed: a folder, made once."""
     spec = spec_of(series, smp, kaslr, kind, mem, more)
     same = {"kexec": "kexec", "crash": "crash", "triple": "triple"}.get(kind, "reset")
     name = (f"reset-{series}-{spec['mem']}-smp{smp}-{'kaslr' if kaslr else 'nokaslr'}-{same}"
             f"{tag}")
+    if spec.get("firmware"):
+        name += f"-{spec['firmware']}-{spec['machine']}"
     return machine.capture(spec, name)
 
 
@@ -95,7 +110,8 @@ def sign(tool, folder):
     if not signed.exists():
         part = folder / "signed.part"
         run("cp", "--sparse=auto", folder / "ram.raw", part)
-        run(tool, "inspect", folder / "ram.raw", "--pfns", listed)
+        told = folder / "dump.elf" if (folder / "dump.elf").exists() else folder / "ram.raw"
+        run(tool, "inspect", told, "--pfns", listed)
         with open(part, "r+b") as file:
             for pfn in proof.frames_of(proof.read_tsv(listed), *FREE):
                 file.seek(frames.offset(pfn))
@@ -342,7 +358,7 @@ def line(found, form="raw"):
     return f"{found['at']:.2f} s {found['stage']:14} {found['written']:6} written; {said}"
 
 
-def resets(tool, todo, stops, seconds, seed, mapped, keep, log, each=8):
+def resets(tool, todo, stops, seconds, seed, mapped, keep, log, each=8, more=None, tag=""):
     """`todo`: (series, smp, kaslr, kind, mem). Takes `stops` stops in all, dealt round."""
     random = Random(seed)
     sums = {"stops": 0}
@@ -351,7 +367,7 @@ def resets(tool, todo, stops, seconds, seed, mapped, keep, log, each=8):
         while sums["stops"] < stops:
             series, smp, kaslr, kind, mem = todo[number % len(todo)]
             number += 1
-            folder = base_of(series, smp, kaslr, kind, mem)
+            folder = base_of(series, smp, kaslr, kind, mem, more, tag)
             instants = sorted(random.uniform(0, seconds) for _ in range(each))
             round_ = Round(tool, folder, kind, FAST / f"sonicshot-reset-{os.getpid()}")
             try:
