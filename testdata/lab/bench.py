@@ -8,6 +8,7 @@ from pathlib import Path
 
 import machine
 import peers
+from errors import CheckFailed
 from kernels import run
 from matrix import allocated, call
 
@@ -55,7 +56,7 @@ def restore(folder, tool, rounds):
     pruned = folder / "pruned.ram"
     report, refusal = call(tool, "inspect", folder / "mapped.ram")
     if refusal:
-        raise SystemExit(refusal)
+        raise CheckFailed(refusal)
     run(tool, "prune", folder / "mapped.ram", "-o", pruned, "--force")
     total = report["total_pages"] * 4096
     rows = [["all of RAM", mb(total), "", "", ""]]

@@ -11,6 +11,7 @@ from random import Random
 import kernels
 import machine
 import proof
+from errors import CheckFailed
 from kernels import LAB
 
 
@@ -66,7 +67,7 @@ class Guest:
         machine.read_records(self.folder / "records.img", self.folder)
         found = proof.against_kernel(self.folder, proof.read_tsv(self.folder / "pfns.tsv"), None)
         if found["share"] < 99:
-            raise proof.Failed(f"only {found['share']:.2f} % of the free frames were found: {found}")
+            raise CheckFailed(f"only {found['share']:.2f} % of the free frames were found: {found}")
         return found
 
     def prune_and_torture(self, tool):
@@ -74,14 +75,14 @@ class Guest:
         done = subprocess.run([str(a) for a in (tool, "prune", self.ram, "--in-place", "--live-ok",
                                                 "--json")], capture_output=True, text=True)
         if done.returncode:
-            raise proof.Failed(f"prune: {done.stderr.strip()[-600:]}")
+            raise CheckFailed(f"prune: {done.stderr.strip()[-600:]}")
         self.go_on()
         self.machine.wait("BEAT [0-9]", 120)
         self.machine.send("torture")
         line = self.machine.wait("TORTURE-", 1200)
         console = (self.folder / "console.log").read_text(errors="replace")
         if "TORTURE-OK" not in line or "-FAIL" in console:
-            raise proof.Failed(line)
+            raise CheckFailed(line)
         return json.loads(done.stdout)["dropped_bytes"] >> 20
 
     def processors(self):
@@ -112,7 +113,7 @@ def do_decoys(args, find_tool):
                 for _ in range(5):
                     report, time_or_error = guest.inspect(tool)
                     if not report:
-                        raise SystemExit(f"{series}, {count} decoys: {time_or_error}")
+                        raise CheckFailed(f"{series}, {count} decoys: {time_or_error}")
                     runs.append(time_or_error)
                 took[count] = min(runs)
                 found = guest.against_kernel()
@@ -122,7 +123,7 @@ def do_decoys(args, find_tool):
               f"{found['found']}/{found['kpf_buddy']} buddy frames, {found['changed']} dropped in "
               f"use by kpageflags, {dropped} MiB pruned, torture OK", flush=True)
         if cost >= 1:
-            raise SystemExit("too slow")
+            raise CheckFailed("too slow")
 
 
 def do_reboot(args, find_tool):
@@ -164,7 +165,7 @@ def do_reboot(args, find_tool):
                   f"{len(bad)} refused, {sum(told)} frames dropped in use by kpageflags, {tortured}",
                   *bad, sep="\n     ", flush=True)
     if failed:
-        raise SystemExit(f"{failed} refused")
+        raise CheckFailed(f"{failed} refused")
 
 
 # What the processors do when they are stopped: command line, processor, processors.
@@ -213,7 +214,7 @@ def do_processors(args, find_tool):
                     # A page that is no top-level page table.
                     report, error = guest.inspect(tool, "--cr3", hex(0x100000))
                     if report or "exit code 5" not in error:
-                        raise SystemExit(f"CR3 0x100000 was believed: {report or error}")
+                        raise CheckFailed(f"CR3 0x100000 was believed: {report or error}")
                     guest.go_on()
             failed += seen["refused"]
             print(f"{'FAIL' if seen['refused'] else 'ok  '} {series}, {kind}: {args.stops} stops; "
@@ -221,7 +222,7 @@ def do_processors(args, find_tool):
                   f"{seen['kernel']} in the kernel, {seen['halted']} halted, "
                   f"{len(seen['roots'])} page tables, {seen['refused']} refused", flush=True)
     if failed:
-        raise SystemExit(f"{failed} refused")
+        raise CheckFailed(f"{failed} refused")
 
 
 def add_commands(commands, find_tool):

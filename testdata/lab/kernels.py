@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from errors import CommandFailed
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = Path(os.environ.get("SONICSHOT_LAB_DIR", ROOT / "target" / "lab"))
@@ -34,7 +35,7 @@ def run(*command, **kwargs):
     done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True, **kwargs)
     if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-4000:]}")
+        raise CommandFailed(f"{' '.join(map(str, command))} failed:\n{done.stdout[-4000:]}")
     return done.stdout
 
 
@@ -48,7 +49,7 @@ def mirror():
                              r"((?:https?|ftp|file|mirror\S*):\S+/debian)/?(?:\s|$)", line)
             if found:
                 return found.group(1)
-    raise SystemExit("no Debian mirror in apt's sources")
+    raise CommandFailed("no Debian mirror in apt's sources")
 
 
 class Apt:

@@ -10,6 +10,7 @@ from random import Random
 
 import machine
 import mapped
+from errors import CheckFailed, CommandFailed, Differs
 from kernels import LAB, run
 from matrix import allocated
 
@@ -31,11 +32,11 @@ def check_raw(original, left, pruned):
                 if now[page] == before[page]:
                     continue
                 if now[page] != after[page]:
-                    raise mapped.Differs(f"{left} holds at {a.tell() - len(before) + at:#x} "
+                    raise Differs(f"{left} holds at {a.tell() - len(before) + at:#x} "
                                          "neither the old page nor the new one")
                 changed += 1
         if b.read(1) or c.read(1):
-            raise mapped.Differs(f"{left} has grown")
+            raise Differs(f"{left} has grown")
     return changed
 
 
@@ -79,7 +80,7 @@ def kill(tool, folder, form, rounds, seed):
         process.kill()
         ended = process.wait()
         if ended > 0:
-            raise SystemExit(f"round {number}: the prune itself failed with {ended}")
+            raise CommandFailed(f"round {number}: the prune itself failed with {ended}")
         gone = check(ended == 0)
         if ended == 0 or allocated(file) <= allocated(pruned):
             seen["when it was done"] += 1
@@ -101,7 +102,7 @@ def kill(tool, folder, form, rounds, seed):
         check(True)
         # A block of the file system more or less is not ours.
         if abs(allocated(file) - allocated(pruned)) > 1 << 20:
-            raise SystemExit(f"round {number}: {allocated(file)} bytes on disk after the second "
+            raise CheckFailed(f"round {number}: {allocated(file)} bytes on disk after the second "
                              f"prune, {allocated(pruned)} undisturbed")
     shutil.rmtree(work)
     where = ", ".join(f"{count} {name}" for name, count in seen.items())

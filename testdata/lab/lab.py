@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench  # noqa: E402
 import decoys  # noqa: E402
+from errors import AlreadyTold, CheckFailed, CommandFailed, LabError  # noqa: E402
 import killed  # noqa: E402
 import kernels  # noqa: E402
 import libvirt  # noqa: E402
@@ -162,7 +163,7 @@ def do_prove(args):
             print(f"ok   {name}: {row['found']}/{row['kpf_buddy']} buddy frames "
                   f"({row['share']:.3f} %), {row['pcp']} per-CPU, {row['unexplained']} dropped "
                   f"in use, {row['disk']}, torture {row['torture']}", flush=True)
-        except (proof.Failed, SystemExit) as error:
+        except LabError as error:
             failed += 1
             print(f"FAIL {name}: {error}", flush=True)
         if args.rm:
@@ -170,7 +171,7 @@ def do_prove(args):
     (kernels.LAB / "proof.md").write_text(proof.table(rows) + "\n")
     print(f"{len(rows)} passed, {failed} failed")
     if failed:
-        raise SystemExit(1)
+        raise AlreadyTold
 
 
 def do_matrix(args):
@@ -182,7 +183,7 @@ def do_matrix(args):
                            args.fresh)
     print(machine.relative(kernels.LAB / "matrix.md"))
     if failed:
-        raise SystemExit(f"{failed} rows failed")
+        raise CheckFailed(f"{failed} rows failed")
 
 
 def do_kill(args):
@@ -224,7 +225,7 @@ def do_stress(args):
             print(f"stop {number}: refused: {done.stderr.strip()[:600]}", flush=True)
             return
         if done.returncode:
-            raise SystemExit(f"stop {number}: {done.stderr}")
+            raise CommandFailed(f"stop {number}: {done.stderr}")
         report = kernels.json.loads(done.stdout)
         seen["blocks"] += report["inconsistent_blocks"]
         if args.oracle == "drgn" and number % 5 == 0:
@@ -232,12 +233,12 @@ def do_stress(args):
             runs = proof.read_tsv(folder / "pfns.tsv")
             try:
                 buddy, pcp = proof.drgn(folder, kernels.LAB / spec["kernel"]["vmlinux"])
-            except proof.Failed as error:
+            except CheckFailed as error:
                 print(f"stop {number}: drgn cannot read it: {str(error)[-200:]}", flush=True)
             else:
                 ours = proof.frames_of(runs, "free_buddy", "free_pcp")
                 if ours - (buddy | pcp):
-                    raise SystemExit(f"stop {number}: not free by drgn: {sorted(ours - buddy - pcp)[:8]}")
+                    raise CheckFailed(f"stop {number}: not free by drgn: {sorted(ours - buddy - pcp)[:8]}")
                 seen["drgn"] += 1
             (folder / "dump.elf").unlink()
         pruned = kernels.json.loads(kernels.run(tool, "prune", ram, "--in-place", "--live-ok",
@@ -270,7 +271,7 @@ def do_reset(args):
         sums = reset.running(find_tool(args.sonicshot), todo, args.stops, args.seed, log, args.each)
         print(", ".join(f"{key}: {value}" for key, value in sums.items()))
         if sums["refused"]:
-            raise SystemExit(1)
+            raise AlreadyTold
         return
     keep = args.keep and (args.keep, "all" if args.keep_all else "lost")
     more = reset.firmware_of(args.firmware, args.machine, not args.no_s3)
@@ -278,7 +279,7 @@ def do_reset(args):
                         args.mapped, keep, log, args.each, more, "-no-s3" if args.no_s3 else "")
     print(", ".join(f"{key}: {value}" for key, value in sums.items()))
     if any("lost" in key and value for key, value in sums.items()):
-        raise SystemExit(1)
+        raise AlreadyTold
 
 
 def do_compare(args):
@@ -434,8 +435,14 @@ def main():
     xen_figures.add_command(commands, find_tool)
 
     args = parser.parse_args()
-    args.run(args)
+    try:
+        args.run(args)
+    except LabError as error:
+        if str(error):
+            print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import kernels
 import machine
+from errors import AlreadyTold, GuestFailed, LabError, Refused
 from kernels import LAB, run
 
 IMAGES = LAB / "libvirt-images"
@@ -54,10 +55,6 @@ mount --bind "$2" "$1/$2"
 exec chroot "$1" sh -c '/usr/sbin/libvirtd & wait'
 """
 
-class Refused(Exception):
-    """libvirt said no."""
-
-
 def install():
     """Unpacks libvirt and its QEMU; returns their versions."""
     ROOT.install()
@@ -86,7 +83,7 @@ class Daemon:
                     break
                 time.sleep(0.1)
         self.__exit__()
-        raise SystemExit(f"libvirtd did not start: {last}\n{(LAB / 'libvirtd.log').read_text()}")
+        raise GuestFailed(f"libvirtd did not start: {last}\n{(LAB / 'libvirtd.log').read_text()}")
 
     def __exit__(self, *_):
         # The first process of the namespace takes all others with it.
@@ -265,7 +262,7 @@ def restore(daemon, name, folder, image, torture):
             if "TORTURE-OK" not in line:
                 console = (folder / "console.log").read_text(errors="replace")
                 said = [text.strip() for text in console.splitlines() if "LAB-" in text]
-                raise SystemExit(f"{line} {said[:4]}")
+                raise GuestFailed(f"{line} {said[:4]}")
         return beat, rss
     finally:
         guest.quit()
@@ -314,7 +311,7 @@ def prove(daemon, name, spec, forms, tool, torture):
             beat, rss = restore(daemon, name, folder, out if tool else image, torture)
             row.update(beat=f"{beat:.1f} s", rss=rss, ok=True,
                        restored="torture OK" if torture else "runs")
-        except (Refused, SystemExit) as error:
+        except LabError as error:
             row["restored"] = f"FAIL: {error}"
         finally:
             out.unlink(missing_ok=True)
@@ -371,7 +368,7 @@ def command(args):
             title = "-".join(parts)
             try:
                 rows += prove(daemon, title, spec, forms, tool, not args.no_torture)
-            except (Refused, SystemExit) as error:
+            except LabError as error:
                 print(f"FAIL {title}: {error}", flush=True)
                 rows.append(row_of(title, "-", restored=f"FAIL: {error}"))
             if args.rm:
@@ -380,7 +377,7 @@ def command(args):
     (LAB / "libvirt.md").write_text(text + "\n")
     print(text)
     if not all(row["ok"] for row in rows):
-        raise SystemExit(1)
+        raise AlreadyTold
 
 
 def add_command(commands, find_tool):

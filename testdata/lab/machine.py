@@ -15,6 +15,7 @@ from random import Random
 from typing import NamedTuple
 
 import kernels
+from errors import GuestFailed, LabError
 from kernels import LAB, ROOT, run
 
 GUEST_SOURCE = Path(__file__).with_name("guest.c")
@@ -88,14 +89,14 @@ class Monitor:
         self.socket = socket.socket(socket.AF_UNIX)
         for _ in range(600):
             if process.poll() is not None:
-                raise SystemExit(f"QEMU ended at once: {process.args}")
+                raise GuestFailed(f"QEMU ended at once: {process.args}")
             try:
                 self.socket.connect(str(path))
                 break
             except OSError:
                 time.sleep(0.05)
         else:
-            raise SystemExit("QEMU did not open its monitor")
+            raise GuestFailed("QEMU did not open its monitor")
         self.file = self.socket.makefile("rw")
         self.read()
         self.call("qmp_capabilities")
@@ -103,7 +104,7 @@ class Monitor:
     def read(self):
         line = self.file.readline()
         if not line:
-            raise SystemExit("QEMU closed its monitor")
+            raise GuestFailed("QEMU closed its monitor")
         return json.loads(line)
 
     def call(self, command, **arguments):
@@ -115,7 +116,7 @@ class Monitor:
         while True:
             answer = self.read()
             if "error" in answer:
-                raise SystemExit(f"QMP {command}: {answer['error']['desc']}")
+                raise GuestFailed(f"QMP {command}: {answer['error']['desc']}")
             if "return" in answer:
                 return answer["return"]
 
@@ -133,9 +134,9 @@ class Monitor:
             if status == "completed":
                 return
             if status == "failed":
-                raise SystemExit(f"migration failed: {self.call('query-migrate')}")
+                raise GuestFailed(f"migration failed: {self.call('query-migrate')}")
             time.sleep(0.005)
-        raise SystemExit("migration did not end")
+        raise GuestFailed("migration did not end")
 
 
 def backend(name, mib):
@@ -146,7 +147,7 @@ def memory(spec, ram, incoming):
     """The guest's memory for QEMU's command line: one file (`ram`) or anonymous memory, or a
     block for each NUMA node; and what is plugged in, which on a restore is there from the start."""
     if ram and any(spec.get(key) for key in ("numa", "dimm", "virtio_mem")):
-        raise SystemExit("a guest with several RAM blocks has no raw RAM file")
+        raise LabError("a guest with several RAM blocks has no raw RAM file")
     machine, size = spec["machine"], f"{spec['mem']}M"
     more = sum(spec.get("dimm", [])) + spec.get("virtio_mem", [0])[0]
     if more:
@@ -249,13 +250,13 @@ class Machine:
                 while self.lines:
                     line = self.lines.pop(0)
                     if re.search(r"LAB-FAIL|BEAT-FAIL|Kernel panic", line):
-                        raise SystemExit(f"guest: {line}")
+                        raise GuestFailed(f"guest: {line}")
                     if re.search(pattern, line):
                         return line
                 left = deadline - time.monotonic()
                 if left <= 0 or self.process.poll() is not None:
                     tail = (self.folder / "console.log").read_text(errors="replace")[-1500:]
-                    raise SystemExit(f"no `{pattern}` from the guest; its console ends:\n{tail}")
+                    raise GuestFailed(f"no `{pattern}` from the guest; its console ends:\n{tail}")
                 self.arrived.wait(min(left, 1))
 
     def send(self, text):
@@ -270,7 +271,7 @@ class Machine:
     def quit(self):
         try:
             self.qmp.call("quit")
-        except (SystemExit, OSError):
+        except (LabError, OSError):
             pass
         try:
             self.process.wait(20)
@@ -456,7 +457,7 @@ def inflate(qmp, target):
         time.sleep(0.5)
         if qmp.call("query-balloon")["actual"] <= target:
             return
-    raise SystemExit(f"the balloon holds {qmp.call('query-balloon')}, not {target}")
+    raise GuestFailed(f"the balloon holds {qmp.call('query-balloon')}, not {target}")
 
 
 class Restored(NamedTuple):
@@ -503,7 +504,7 @@ def restore(capture_folder, ram, ask="torture", seconds=1200, migration=None):
             console = (folder / "console.log").read_text(errors="replace")
             if f"{ask.upper()}-OK" not in line or "-FAIL" in console:
                 said = [text.strip() for text in console.splitlines() if "LAB-" in text]
-                raise SystemExit(f"{meta['name']}: {line} {said[:4]}")
+                raise GuestFailed(f"{meta['name']}: {line} {said[:4]}")
         return done
     finally:
         machine.quit()
@@ -532,7 +533,7 @@ def stress(spec, name, stops, at_stop):
         line = machine.wait("TORTURE-|STRESS-FAIL", 1200)
         console = (folder / "console.log").read_text(errors="replace")
         if "TORTURE-OK" not in line or "-FAIL" in console:
-            raise SystemExit(f"{name}: {line}")
+            raise GuestFailed(f"{name}: {line}")
     finally:
         machine.quit()
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,12 +2,9 @@
 
 import os
 import struct
+from errors import Differs
 
 PAGE = 4096
-
-
-class Differs(Exception):
-    """Two files do not hold the same guest."""
 
 
 def blocks(path):

@@ -12,6 +12,7 @@ import kernels
 import machine
 import mapped
 import proof
+from errors import CheckFailed, LabError
 from kernels import LAB, run
 
 # What makes a guest differ from the plain one (512 MiB, pc, one processor).
@@ -58,7 +59,7 @@ def call(tool, *arguments):
         error = json.loads(done.stderr.splitlines()[-1])
         return None, f"{(error['causes'] or [error['error']])[-1]} (exit code {done.returncode})"
     if done.returncode:
-        raise proof.Failed(f"{' '.join(map(str, arguments))}: {done.stderr.strip()[-600:]}")
+        raise CheckFailed(f"{' '.join(map(str, arguments))}: {done.stderr.strip()[-600:]}")
     return json.loads(done.stdout), None
 
 
@@ -71,14 +72,14 @@ def prune_and_restore(tool, folder, form, work, *options):
     report, refusal = call(tool, "prune", original, "-o", out, *options)
     if refusal:
         if out.exists():
-            raise proof.Failed(f"{form} refused, and yet there is {out}")
+            raise CheckFailed(f"{form} refused, and yet there is {out}")
         row["refused"] = refusal
     if form == "mapped.ram":
         placed = work / "placed.ram"
         run("cp", "--sparse=auto", original, placed)
         in_place, why = call(tool, "prune", placed, "--in-place")
         if bool(why) != bool(refusal):
-            raise proof.Failed(f"in place: {why}, by copy: {refusal}")
+            raise CheckFailed(f"in place: {why}, by copy: {refusal}")
         if why:
             run("cmp", original, placed)
         else:
@@ -208,7 +209,7 @@ def matrix(tool, series, names, keep, fresh):
             try:
                 folder = machine.capture(spec, capture)
                 row.update(one(binary, folder, work))
-            except (proof.Failed, mapped.Differs, SystemExit) as error:
+            except LabError as error:
                 row["failed"] = str(error)[:300].replace("\n", " ").replace("|", "/")
             shutil.rmtree(work, ignore_errors=True)
             if not keep and not row.get("failed"):

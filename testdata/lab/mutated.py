@@ -4,6 +4,7 @@ import subprocess
 
 import kernels
 import machine
+from errors import CheckFailed
 
 
 def capture_of(series, mem, more):
@@ -28,7 +29,7 @@ def do_mutate(args):
         if args.rm:
             kernels.shutil.rmtree(folder)
     if failed:
-        raise SystemExit(f"{', '.join(failed)}: something in use would have been dropped")
+        raise CheckFailed(f"{', '.join(failed)}: something in use would have been dropped")
 
 
 def add_command(commands):

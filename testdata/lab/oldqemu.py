@@ -8,6 +8,7 @@ import kernels
 import machine
 import matrix
 import proof
+from errors import AlreadyTold, LabError
 from kernels import LAB
 
 SUITES = {"5.2": "bullseye", "7.2": "bookworm"}
@@ -84,7 +85,7 @@ def command(args):
             try:
                 row |= one(tool, root, spec, f"oldqemu-{number}-{args.kernel}-{index}", work,
                            args.keep)
-            except (proof.Failed, SystemExit) as error:
+            except LabError as error:
                 row["failed"] = str(error)[:600].replace("\n", " ").replace("|", "/")
             print(f"QEMU {number}, {guest}: {matrix.outcome(row)}", flush=True)
     shutil.rmtree(work, ignore_errors=True)
@@ -92,7 +93,7 @@ def command(args):
     (LAB / "oldqemu.md").write_text(text + "\n")
     print(text)
     if any(row.get("failed") for row in rows):
-        raise SystemExit(1)
+        raise AlreadyTold
 
 
 def add_command(commands, find_tool):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import kernels
+from errors import CommandFailed
 
 PACKAGES = ["makedumpfile", "libc6", "libelf1t64", "libdw1t64", "liblzo2-2", "libsnappy1v5",
             "zlib1g", "libzstd1", "libbz2-1.0", "liblzma5", "libstdc++6", "libgcc-s1"]
@@ -76,7 +77,7 @@ def timed(command):
     done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        raise SystemExit(f"{command} failed:\n{done.stdout[-2000:]}")
+        raise CommandFailed(f"{command} failed:\n{done.stdout[-2000:]}")
     return time.monotonic() - begin
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import kernels
 import machine
+from errors import CheckFailed
 from kernels import LAB, run
 
 # Bits of /proc/kpageflags (include/uapi/linux/kernel-page-flags.h).
@@ -20,10 +21,6 @@ IN_USE = sum(1 << BITS[b] for b in ("LRU", "SLAB", "MMAP", "ANON", "COMPOUND_HEA
                                     "COMPOUND_TAIL", "HUGE", "THP", "PGTABLE", "RESERVED"))
 PAGE = 4096
 DROPPED = ("free_buddy", "free_pcp", "offline", "zero")
-
-
-class Failed(Exception):
-    """A check that did not hold."""
 
 
 def words(path):
@@ -39,7 +36,7 @@ def read_tsv(path):
         first, end, name = line.split("\t")
         first, end = int(first), int(end)
         if first <= last or end < first:
-            raise Failed(f"{path.name}: run {first}-{end} after {last}")
+            raise CheckFailed(f"{path.name}: run {first}-{end} after {last}")
         runs.append((first, end, name))
         last = end
     return runs
@@ -51,7 +48,7 @@ def inspect(tool, dump, symbols, out, more=()):
         command += ["--symbols", file]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
-        raise Failed(f"inspect {dump.name}: {done.stderr.strip()}")
+        raise CheckFailed(f"inspect {dump.name}: {done.stderr.strip()}")
     return json.loads(done.stdout), read_tsv(out)
 
 
@@ -113,14 +110,14 @@ def check_zero(folder, runs, meta):
             for pfn in range(first, end + 1):
                 ram.seek(offset_of(pfn, meta))
                 if ram.read(PAGE) != zero:
-                    raise Failed(f"frame {pfn} is called zero and is not")
+                    raise CheckFailed(f"frame {pfn} is called zero and is not")
 
 
 def offset_of(pfn, meta):
     for start, stop, offset in ram_frames(meta):
         if start <= pfn < stop:
             return offset + (pfn - start) * PAGE
-    raise Failed(f"frame {pfn} is not RAM")
+    raise CheckFailed(f"frame {pfn} is not RAM")
 
 
 def same_but_dropped(before, after, runs, meta, dropped):
@@ -135,7 +132,7 @@ def same_but_dropped(before, after, runs, meta, dropped):
                 b.seek(offset)
                 want = bytes(step) if name in dropped else a.read(step)
                 if b.read(step) != want:
-                    raise Failed(f"{after.name} differs in {name} at {offset:#x}")
+                    raise CheckFailed(f"{after.name} differs in {name} at {offset:#x}")
                 offset += step
                 length -= step
 
@@ -184,7 +181,7 @@ def drgn(folder, vmlinux):
     done = subprocess.run([venv / "bin" / "python", "-c", DRGN, folder / "dump.elf", vmlinux],
                           capture_output=True, text=True)
     if done.returncode:
-        raise Failed(f"drgn: {done.stderr[-2000:]}")
+        raise CheckFailed(f"drgn: {done.stderr[-2000:]}")
     found = json.loads(done.stdout)
     return [{pfn + i for pfn, order in found[kind] for i in range(1 << order)}
             for kind in ("buddy", "pcp")]
@@ -200,10 +197,10 @@ def crash(folder, vmlinux, pruned):
                               capture_output=True, text=True)
         found = [int(n) for n in re.findall(r"^nr_free_pages: (\d+)\s+\(verified\)", done.stdout, re.M)]
         if not found:
-            raise Failed(f"crash on {dump.name}: {done.stdout[-800:]}{done.stderr[-800:]}")
+            raise CheckFailed(f"crash on {dump.name}: {done.stdout[-800:]}{done.stderr[-800:]}")
         totals.append(sum(found))
     if totals[0] != totals[1]:
-        raise Failed(f"crash counts {totals[0]} free pages, after the prune {totals[1]}")
+        raise CheckFailed(f"crash counts {totals[0]} free pages, after the prune {totals[1]}")
     return totals[0]
 
 
@@ -224,19 +221,19 @@ def prove(tool, folder, variants, torture=True, oracles=()):
     reference = None
     for variant in variants:
         if variant not in files:
-            raise Failed(f"no debug symbols for `{variant}`: run setup --debug-symbols")
+            raise CheckFailed(f"no debug symbols for `{variant}`: run setup --debug-symbols")
         for dump in ("ram.raw", "dump.elf"):
             report, runs = inspect(tool, folder / dump, files[variant], work / "pfns.tsv")
             if report["kernel_release"] != meta["release"]:
-                raise Failed(f"kernel {report['kernel_release']}, not {meta['release']}")
+                raise CheckFailed(f"kernel {report['kernel_release']}, not {meta['release']}")
             runs = only_ram(runs, meta)
             covered = sum(end - first + 1 for first, end, _ in runs)
             if covered != sum(stop - start for start, stop, _ in ram_frames(meta)):
-                raise Failed(f"{dump}: {covered} frames covered")
+                raise CheckFailed(f"{dump}: {covered} frames covered")
             if reference is None:
                 reference = runs
             elif runs != reference:
-                raise Failed(f"{dump} with symbols {variant} reads differently")
+                raise CheckFailed(f"{dump} with symbols {variant} reads differently")
         row["symbols"].append(variant)
     runs = reference
     free_at_stop = None
@@ -244,14 +241,14 @@ def prove(tool, folder, variants, torture=True, oracles=()):
         buddy, pcp = drgn(folder, LAB / kernel["vmlinux"])
         ours, our_pcp = frames_of(runs, "free_buddy"), frames_of(runs, "free_pcp")
         if ours - buddy or our_pcp - pcp:
-            raise Failed(f"not free by drgn: {sorted((ours - buddy) | (our_pcp - pcp))[:8]}")
+            raise CheckFailed(f"not free by drgn: {sorted((ours - buddy) | (our_pcp - pcp))[:8]}")
         row["drgn"] = f"{len(ours)}/{len(buddy)}, pcp {len(our_pcp)}/{len(pcp)}"
         free_at_stop = buddy | pcp
     row.update(against_kernel(folder, runs, free_at_stop))
     if row["unexplained"]:
-        raise Failed(f"{row['unexplained']} dropped frames are in use by kpageflags")
+        raise CheckFailed(f"{row['unexplained']} dropped frames are in use by kpageflags")
     if row["share"] < 99.9 and not (free_at_stop and row["missed"] == 0):
-        raise Failed(f"only {row['share']:.3f} % of kpageflags' buddy frames found")
+        raise CheckFailed(f"only {row['share']:.3f} % of kpageflags' buddy frames found")
     check_zero(folder, runs, meta)
 
     ram = work / "ram.raw"
@@ -263,12 +260,12 @@ def prove(tool, folder, variants, torture=True, oracles=()):
     # A guest with page_poison=1 wants its pattern back, and a hole cannot hold it.
     poisoned = "page_poison=1" in meta["spec"].get("append", "")
     if poisoned != (stats["kept_for_fill_bytes"] > 0):
-        raise Failed(f"page_poison: {poisoned}, kept for it: {stats['kept_for_fill_bytes']}")
+        raise CheckFailed(f"page_poison: {poisoned}, kept for it: {stats['kept_for_fill_bytes']}")
     dropped = ("offline", "zero") if poisoned else DROPPED
     same_but_dropped(folder / "ram.raw", ram, runs, meta, dropped)
     again = json.loads(run(tool, "prune", ram, "--in-place", "--min-hole", "0", "--json"))
     if again["punched"] or ram.stat().st_blocks * 512 != after:
-        raise Failed("a second prune changed the file")
+        raise CheckFailed("a second prune changed the file")
     copy = work / "copy.raw"
     run(tool, "prune", folder / "ram.raw", "-o", copy)
     run("cmp", ram, copy)
@@ -279,16 +276,16 @@ def prove(tool, folder, variants, torture=True, oracles=()):
     run(tool, "prune", folder / "dump.elf", "-o", pruned)
     headers = run("readelf", "-lW", pruned)
     if "Error" in headers or "Warning" in headers:
-        raise Failed(f"readelf: {headers[:400]}")
+        raise CheckFailed(f"readelf: {headers[:400]}")
     _, elf_runs = inspect(tool, pruned, [], work / "pfns.tsv")
     if only_ram(elf_runs, meta) != runs:
-        raise Failed("the pruned ELF core reads differently")
+        raise CheckFailed("the pruned ELF core reads differently")
     row["elf"] = f"{(folder / 'dump.elf').stat().st_size >> 20} -> {pruned.stat().st_size >> 20} MiB"
     if "crash" in oracles:
         total = crash(folder, LAB / kernel["vmlinux"], pruned)
         ours = sum(1 for _ in frames_of(runs, "free_buddy"))
         if total != ours:
-            raise Failed(f"crash counts {total} free pages, we {ours}")
+            raise CheckFailed(f"crash counts {total} free pages, we {ours}")
         row["crash"] = total
     sizes = []
     restored = work / "restored.raw"

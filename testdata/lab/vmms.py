@@ -11,8 +11,8 @@ from pathlib import Path
 
 import machine
 import proof
+from errors import CheckFailed
 from kernels import LAB, run
-from proof import Failed
 
 PAGE = 4096
 # Every hole, so that the file is what a copy is.
@@ -118,7 +118,7 @@ def cloud_hypervisor(folder, memory, layout):
 
 def same(a, b):
     if proof.subprocess.run(["cmp", "-s", a, b]).returncode:
-        raise Failed(f"{a} and {b} differ")
+        raise CheckFailed(f"{a} and {b} differ")
 
 
 def on_disk(path):
@@ -173,10 +173,10 @@ def prove(tool, folder):
     changed = write_diff(base, ram, diff / "vm.mem")
     alone = proof.subprocess.run([tool, "inspect", diff, "--json"], capture_output=True, text=True)
     if alone.returncode != 4 or "--base" not in alone.stderr:
-        raise Failed(f"a diff without its base: {alone.returncode} {alone.stderr}")
+        raise CheckFailed(f"a diff without its base: {alone.returncode} {alone.stderr}")
     _, over = proof.inspect(tool, diff, [], work / "pfns.tsv", ["--base", base])
     if over != runs:
-        raise Failed("diff and base read differently from the whole")
+        raise CheckFailed("diff and base read differently from the whole")
     run(tool, "prune", diff, "--base", base, "-o", work / "copy")
     same(work / "copy" / "vm.mem", pruned)
     shutil.rmtree(work / "copy")
@@ -223,6 +223,6 @@ def kept_only(ram, merged, runs, meta, base=None):
                 if before == after:
                     continue
                 if not base or any(after) or not base(offset, before):
-                    raise Failed(f"{Path(merged).name} differs in {name} at {offset:#x}")
+                    raise CheckFailed(f"{Path(merged).name} differs in {name} at {offset:#x}")
                 taken += 1
     return taken

@@ -13,6 +13,7 @@ import sys
 import time
 
 import kernels
+from errors import CommandFailed, GuestFailed
 from kernels import LAB, Apt, run
 
 HOME = LAB / "xen-4.17"
@@ -134,7 +135,7 @@ def libraries(root, programs):
         for name, file in re.findall(r"^\s*([^/\s]+) => (/\S+)", text, re.M):
             file = kernels.Path(file)
             if root not in file.parents:
-                raise SystemExit(f"{program.name} wants {name}, which is not in the packages")
+                raise CommandFailed(f"{program.name} wants {name}, which is not in the packages")
             found[name] = file
     # glibc opens it by name when a thread ends.
     found["libgcc_s.so.1"] = next(root.rglob("libgcc_s.so.1"))
@@ -251,7 +252,7 @@ class Dom0:
             if "LAB-FAIL" in text or self.qemu.poll() is not None:
                 break
             time.sleep(0.2)
-        raise SystemExit(f"Xen: order {number} came to no end:\n{text[-3000:]}")
+        raise GuestFailed(f"Xen: order {number} came to no end:\n{text[-3000:]}")
 
     def order(self, script, seconds=900):
         """Has dom0 run a script. Its lines; times by name in seconds, sizes by name in bytes."""
@@ -263,7 +264,7 @@ class Dom0:
             disk.write(f"GO {self.orders} ".encode())
         lines = self.answer(self.orders, seconds)
         if not lines or lines[-1] != "DONE":
-            raise SystemExit("Xen: an order failed:\n" + "\n".join([script, "---", *lines[-40:]]))
+            raise GuestFailed("Xen: an order failed:\n" + "\n".join([script, "---", *lines[-40:]]))
         return Answer(lines)
 
     def take(self, path, into):
@@ -304,7 +305,7 @@ class Answer:
         """The word behind `name` at the beginning of a line, the last time that it comes."""
         found = [line.split()[1] for line in self.lines if line.startswith(name + " ")]
         if not found:
-            raise SystemExit(f"Xen: no {name} in:\n" + "\n".join(self.lines[-20:]))
+            raise GuestFailed(f"Xen: no {name} in:\n" + "\n".join(self.lines[-20:]))
         return found[-1]
 
     def json(self):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import charts
 import kernels
+from errors import CheckFailed, GuestFailed
 from kernels import LAB
 from xen import DOM0_MIB, Dom0
 
@@ -32,12 +33,12 @@ def round_of(dom0, tool):
                       f"timed restore {restore} /images/image\n"
                       "rm /images/image\nask look LOOK-\nmemory", 3600)
     if not any(line.startswith("LOOK-OK") for line in done.lines):
-        raise SystemExit(f"the guest does not run on: {done.lines[-3:]}")
+        raise GuestFailed(f"the guest does not run on: {done.lines[-3:]}")
     found = {**done.times, "bytes": done.sizes["image"], "memory": int(done.word("MEMORY"))}
     if option:
         report = done.json()
         if not report["pruned"]:
-            raise SystemExit(f"a full image: {report['reason']}")
+            raise CheckFailed(f"a full image: {report['reason']}")
         found |= {name: report[name] for name in ("dropped_pages", "total_pages", "look_seconds",
                                                   "suspended_seconds")}
     return found
@@ -67,7 +68,7 @@ def measure(tool, memory, used, rounds):
                                for _ in range(rounds)]
             said = dom0.order("ask torture TORTURE-", 3600).lines if small else ["TORTURE-OK"]
             if "TORTURE-OK" not in said:
-                raise SystemExit(f"the guest does not run on: {said[-2:]}")
+                raise GuestFailed(f"the guest does not run on: {said[-2:]}")
             return point
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import kernels
+from errors import CheckFailed
 from kernels import LAB, run
 from xen import Dom0
 
@@ -14,13 +15,9 @@ PAGE = 4096
 XALLOC, XTAB = 0xE, 0xF
 
 
-class Failed(Exception):
-    """A check did not hold."""
-
-
 def expect(holds, what):
     if not holds:
-        raise Failed(what)
+        raise CheckFailed(what)
 
 
 def tortured(dom0):
