@@ -148,6 +148,7 @@ impl CliError {
             Self::Guest { source, .. } | Self::Domain { source, .. } => match source {
                 VmiError::Inconsistent(_)
                 | VmiError::LaterOwner(_)
+                | VmiError::OwnerUntold { .. }
                 | VmiError::NotOwner { .. }
                 | VmiError::Undecided { .. }
                 | VmiError::Stale { .. } => 5,
@@ -247,6 +248,10 @@ impl CliError {
                 VmiError::Undecided { .. } | VmiError::Stale { .. } => {
                     "an earlier kernel may have left its memory behind. If you know the CR3 of a \
                      processor of the guest: --cr3 N"
+                }
+                VmiError::OwnerUntold { .. } => {
+                    "take the memory in a format that has the processors' registers, or give the \
+                     CR3 of a processor of the guest: --cr3 N"
                 }
                 VmiError::LaterOwner(_) => {
                     "the guest was reset, or has started another kernel, and is not up again: \

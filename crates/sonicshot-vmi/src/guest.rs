@@ -111,6 +111,23 @@ pub struct LinuxGuest<'m> {
     traces: Option<Owner>,
 }
 
+/// What there is to say of a kernel that owns the memory.
+#[derive(Default)]
+struct Owned {
+    note: Option<String>,
+    /// Memory that may have another owner all the same.
+    in_question: Vec<GpaRange>,
+}
+
+impl Owned {
+    fn noted(note: String) -> Self {
+        Self {
+            note: Some(note),
+            in_question: Vec::new(),
+        }
+    }
+}
+
 impl<'m> LinuxGuest<'m> {
     /// Finds the kernel that owns `memory` and gathers its symbols.
     ///
@@ -463,14 +480,15 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError::NotOwner`] if a processor runs on page tables of something else,
     /// [`VmiError::LaterOwner`] if the memory bears traces of a later owner,
+    /// [`VmiError::OwnerUntold`] if it would bear none of a reset,
     /// [`VmiError::Inconsistent`] if the sources of truth disagree, [`VmiError::Missing`] if a
     /// symbol or member that decides about a page is known to no source, and what reading gives.
     pub fn classify(&self, on: OnInconsistency) -> Result<Classification, VmiError> {
         let mem_map = MemMap::new(&self.kernel, self.page_size)?;
         let layout = PageLayout::new(&self.kernel, mem_map.stride)?;
         let zones = Zones::new(&self.kernel)?;
-        let owner_note = self.owner_note(&mem_map, &zones, on)?;
-        let scan = scan(&self.kernel, &mem_map, &layout, &zones)?;
+        let owner = self.owner(&mem_map, &zones, on)?;
+        let mut scan = scan(&self.kernel, &mem_map, &layout, &zones)?;
         if scan.fatal
             && on == OnInconsistency::Refuse
             && let Some(inconsistency) = scan.disagreement
@@ -478,7 +496,8 @@ impl<'m> LinuxGuest<'m> {
             return Err(VmiError::Inconsistent(Box::new(inconsistency)));
         }
         let mut notes = scan.notes;
-        notes.extend(owner_note);
+        notes.extend(owner.note);
+        notes.extend(self.keep(&mut scan.map, &owner.in_question));
         if let Some(inconsistency) = &scan.disagreement {
             notes.push(inconsistency.to_string());
         }
@@ -494,34 +513,63 @@ impl<'m> LinuxGuest<'m> {
     }
 
     /// Refuses a kernel that does not own the memory, or says what there is to say of it.
-    fn owner_note(
+    fn owner(
         &self,
         map: &MemMap<'_>,
         zones: &Zones,
         on: OnInconsistency,
-    ) -> Result<Option<String>, VmiError> {
+    ) -> Result<Owned, VmiError> {
         match (self.owners.check(&self.kernel, map, zones), on) {
-            (Ok(Verdict::Owner), _) => Ok(None),
+            (Ok(Verdict::Owner), _) => Ok(Owned::default()),
             (Ok(Verdict::Unknown), on) => self.look_for_later_owner(on),
             (Ok(Verdict::NotTold(why)), on) => {
                 let note = format!("what the file tells of the processors is not believed: {why}");
-                let traces = self.look_for_later_owner(on)?;
-                Ok(Some(traces.map_or(note.clone(), |traces| {
-                    format!("{note}; {traces}")
-                })))
+                let mut owned = self.look_for_later_owner(on)?;
+                owned.note = Some(match owned.note {
+                    Some(traces) => format!("{note}; {traces}"),
+                    None => note,
+                });
+                Ok(owned)
             }
-            (Ok(Verdict::Crashed), _) => Ok(Some(
+            (Ok(Verdict::Crashed), _) => Ok(Owned::noted(
                 "a crash dump: this kernel was dead when its memory was written down".into(),
             )),
             (Err(error @ VmiError::NotOwner { .. }), OnInconsistency::KeepInQuestion) => {
-                Ok(Some(error.to_string()))
+                Ok(Owned::noted(error.to_string()))
             }
             (Err(error), _) => Err(error),
         }
     }
 
+    /// Keeps the free frames of memory that may have another owner, and says how many.
+    fn keep(&self, map: &mut PageMap, ranges: &[GpaRange]) -> Option<String> {
+        let mut kept = 0_u64;
+        for range in ranges {
+            map.with_slices(range.whole_frames(self.page_size), |_, classes| {
+                for class in classes {
+                    if matches!(
+                        class,
+                        PageClass::FreeBuddy | PageClass::FreePcp | PageClass::Offline
+                    ) {
+                        *class = PageClass::Unknown;
+                        kept = kept.wrapping_add(1);
+                    }
+                }
+            });
+        }
+        let places: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+        (kept > 0).then(|| {
+            format!(
+                "{kept} free pages are kept: a firmware that starts again writes there before it \
+                 leaves a trace ({}). A format with the processors' registers, or --cr3, lets \
+                 them go",
+                places.join(", ")
+            )
+        })
+    }
+
     /// Looks for traces of a later owner, where nothing tells the processors' registers.
-    fn look_for_later_owner(&self, on: OnInconsistency) -> Result<Option<String>, VmiError> {
+    fn look_for_later_owner(&self, on: OnInconsistency) -> Result<Owned, VmiError> {
         let looked;
         let owner = if let Some(owner) = &self.traces {
             owner
@@ -529,13 +577,22 @@ impl<'m> LinuxGuest<'m> {
             looked = owner::look(&self.kernel)?;
             &looked
         };
-        if owner.traces.is_empty() {
-            return Ok(Some(owner.note()));
-        }
-        let error = VmiError::LaterOwner(owner.traces.clone());
+        let error = match &owner.untold {
+            _ if !owner.traces.is_empty() => VmiError::LaterOwner(owner.traces.clone()),
+            Some(why) => VmiError::OwnerUntold {
+                kernel: self.kernel.release.clone(),
+                why: why.clone(),
+            },
+            None => {
+                return Ok(Owned {
+                    note: Some(owner.note()),
+                    in_question: owner.in_question.clone(),
+                });
+            }
+        };
         match on {
             OnInconsistency::Refuse => Err(error),
-            OnInconsistency::KeepInQuestion => Ok(Some(error.to_string())),
+            OnInconsistency::KeepInQuestion => Ok(Owned::noted(error.to_string())),
         }
     }
 
