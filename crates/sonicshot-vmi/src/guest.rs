@@ -1,20 +1,23 @@
 //! A Linux guest: its kernel found, its symbols gathered, its pages classified.
 
-use crate::alive;
+use crate::analysis::{Analysis, AnalysisOptions, GuestFacts, Parts};
+use crate::arch::x86_64::e820;
 use crate::discover::{self, Found, Tried};
-use crate::e820;
 use crate::error::VmiError;
-use crate::iomem;
 use crate::kernel::Kernel;
 use crate::mm::classify::{Inconsistency, ZoneReport, scan};
+use crate::mm::iomem;
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
+use crate::note::{Note, TracesSought};
+use crate::os::GuestOs;
+use crate::owner::alive;
+use crate::owner::processors::{Cr3, Owners, Verdict};
 use crate::owner::{self, Owner};
 use crate::place::{self, PlaceEvidence};
-use crate::processors::{Cr3, Owners, Verdict};
 use crate::symbols::{self, Kallsyms, SymbolSource};
-use crate::{KernelVa, VirtualMemory};
+use crate::{KernelVa, VirtualMemory, mark_zero_pages};
 use sonicshot::{Fill, GpaRange, GuestMemory, PageClass, PageMap, PageSize};
 use std::path::{Path, PathBuf};
 
@@ -85,7 +88,7 @@ pub struct Classification {
     /// Blocks on which the sources disagree (kept), if there are any.
     pub disagreement: Option<Inconsistency>,
     /// What the user should know: features of the guest, pages kept and why.
-    pub notes: Vec<String>,
+    pub notes: Vec<Note>,
 }
 
 /// A Linux guest whose kernel was found in its memory.
@@ -114,13 +117,13 @@ pub struct LinuxGuest<'m> {
 /// What there is to say of a kernel that owns the memory.
 #[derive(Default)]
 struct Owned {
-    note: Option<String>,
+    note: Option<Note>,
     /// Memory that may have another owner all the same.
     in_question: Vec<GpaRange>,
 }
 
 impl Owned {
-    fn noted(note: String) -> Self {
+    fn noted(note: Note) -> Self {
         Self {
             note: Some(note),
             in_question: Vec::new(),
@@ -499,7 +502,7 @@ impl<'m> LinuxGuest<'m> {
         notes.extend(owner.note);
         notes.extend(self.keep(&mut scan.map, &owner.in_question));
         if let Some(inconsistency) = &scan.disagreement {
-            notes.push(inconsistency.to_string());
+            notes.push(Note::Disagreement(Box::new(inconsistency.clone())));
         }
         let free_fill = self.free_fill(&scan.map, &mut notes)?;
         self.note_features(&mut notes)?;
@@ -519,30 +522,29 @@ impl<'m> LinuxGuest<'m> {
         zones: &Zones,
         on: OnInconsistency,
     ) -> Result<Owned, VmiError> {
-        match (self.owners.check(&self.kernel, map, zones), on) {
-            (Ok(Verdict::Owner), _) => Ok(Owned::default()),
-            (Ok(Verdict::Unknown), on) => self.look_for_later_owner(on),
-            (Ok(Verdict::NotTold(why)), on) => {
-                let note = format!("what the file tells of the processors is not believed: {why}");
-                let mut owned = self.look_for_later_owner(on)?;
-                owned.note = Some(match owned.note {
-                    Some(traces) => format!("{note}; {traces}"),
-                    None => note,
-                });
-                Ok(owned)
+        match self.owners.check(&self.kernel, map, zones) {
+            Ok(Verdict::Owner) => Ok(Owned::default()),
+            Ok(Verdict::Unknown) => self.look_for_later_owner(on),
+            Ok(Verdict::NotTold(why)) => {
+                let owned = self.look_for_later_owner(on)?;
+                let instead = owned.note.map(Box::new);
+                Ok(Owned {
+                    note: instead.map(|instead| Note::ProcessorsNotBelieved { why, instead }),
+                    ..owned
+                })
             }
-            (Ok(Verdict::Crashed), _) => Ok(Owned::noted(
-                "a crash dump: this kernel was dead when its memory was written down".into(),
-            )),
-            (Err(error @ VmiError::NotOwner { .. }), OnInconsistency::KeepInQuestion) => {
-                Ok(Owned::noted(error.to_string()))
+            Ok(Verdict::Crashed) => Ok(Owned::noted(Note::CrashDump)),
+            Err(VmiError::NotOwner { kernel, processor })
+                if on == OnInconsistency::KeepInQuestion =>
+            {
+                Ok(Owned::noted(Note::NotOwner { kernel, processor }))
             }
-            (Err(error), _) => Err(error),
+            Err(error) => Err(error),
         }
     }
 
     /// Keeps the free frames of memory that may have another owner, and says how many.
-    fn keep(&self, map: &mut PageMap, ranges: &[GpaRange]) -> Option<String> {
+    fn keep(&self, map: &mut PageMap, ranges: &[GpaRange]) -> Option<Note> {
         let mut kept = 0_u64;
         for range in ranges {
             map.with_slices(range.whole_frames(self.page_size), |_, classes| {
@@ -557,14 +559,9 @@ impl<'m> LinuxGuest<'m> {
                 }
             });
         }
-        let places: Vec<String> = ranges.iter().map(ToString::to_string).collect();
-        (kept > 0).then(|| {
-            format!(
-                "{kept} free pages are kept: a firmware that starts again writes there before it \
-                 leaves a trace ({}). A format with the processors' registers, or --cr3, lets \
-                 them go",
-                places.join(", ")
-            )
+        (kept > 0).then(|| Note::FirmwareMemoryKept {
+            pages: kept,
+            places: ranges.to_vec(),
         })
     }
 
@@ -577,22 +574,29 @@ impl<'m> LinuxGuest<'m> {
             looked = owner::look(&self.kernel)?;
             &looked
         };
-        let error = match &owner.untold {
-            _ if !owner.traces.is_empty() => VmiError::LaterOwner(owner.traces.clone()),
-            Some(why) => VmiError::OwnerUntold {
-                kernel: self.kernel.release.clone(),
-                why: why.clone(),
-            },
-            None => {
-                return Ok(Owned {
-                    note: Some(owner.note()),
-                    in_question: owner.in_question.clone(),
-                });
+        let refuse = on == OnInconsistency::Refuse;
+        match &owner.untold {
+            _ if !owner.traces.is_empty() => {
+                let traces = owner.traces.clone();
+                if refuse {
+                    return Err(VmiError::LaterOwner(traces));
+                }
+                Ok(Owned::noted(Note::LaterOwner(traces)))
             }
-        };
-        match on {
-            OnInconsistency::Refuse => Err(error),
-            OnInconsistency::KeepInQuestion => Ok(Owned::noted(error.to_string())),
+            Some(why) => {
+                let (kernel, why) = (self.kernel.release.clone(), why.clone());
+                if refuse {
+                    return Err(VmiError::OwnerUntold { kernel, why });
+                }
+                Ok(Owned::noted(Note::OwnerUntold { kernel, why }))
+            }
+            None => Ok(Owned {
+                note: Some(Note::NoTraceOfLaterOwner(TracesSought {
+                    made: owner.clean.clone(),
+                    not_made: owner.not_made.clone(),
+                })),
+                in_question: owner.in_question.clone(),
+            }),
         }
     }
 
@@ -614,7 +618,7 @@ impl<'m> LinuxGuest<'m> {
 
     /// What free pages must read as: `mm/page_poison.c` checks for its pattern on allocation, and
     /// `init_on_free` hands out pages as zero without looking.
-    fn free_fill(&self, map: &PageMap, notes: &mut Vec<String>) -> Result<Fill, VmiError> {
+    fn free_fill(&self, map: &PageMap, notes: &mut Vec<Note>) -> Result<Fill, VmiError> {
         const PAGE_POISON: u8 = 0xaa;
         // `_page_poisoning_enabled` since 5.11, `want_page_poisoning` before.
         let poisoned = self.flag(&["_page_poisoning_enabled", "want_page_poisoning"])?;
@@ -652,34 +656,71 @@ impl<'m> LinuxGuest<'m> {
             // CONFIG_PAGE_POISONING_ZERO (to 5.10): the pattern is zero.
             return Ok(Fill::Zero);
         }
-        notes.push(
-            "the guest checks free pages for its poison pattern 0xaa (page_poison): \
-             they are kept where the format can only restore zeroes"
-                .into(),
-        );
+        notes.push(Note::PagePoison { byte: PAGE_POISON });
         Ok(Fill::Byte(PAGE_POISON))
     }
 
     /// Features of the guest that bear on free pages.
-    fn note_features(&self, notes: &mut Vec<String>) -> Result<(), VmiError> {
-        for (name, text) in [
-            (
-                "init_on_free",
-                "init_on_free: the guest trusts free pages to be zero",
-            ),
-            (
-                "_debug_pagealloc_enabled",
-                "debug_pagealloc: free pages are not mapped in the guest; their content is not looked at",
-            ),
-            (
-                "kasan_flag_enabled",
-                "KASAN with hardware tags: memory tags are in no dump",
-            ),
+    fn note_features(&self, notes: &mut Vec<Note>) -> Result<(), VmiError> {
+        for (name, note) in [
+            ("init_on_free", Note::InitOnFree),
+            ("_debug_pagealloc_enabled", Note::DebugPagealloc),
+            ("kasan_flag_enabled", Note::HardwareTags),
         ] {
             if self.flag(&[name])? == Some(true) {
-                notes.push(text.into());
+                notes.push(note);
             }
         }
         Ok(())
+    }
+}
+
+impl GuestOs for LinuxGuest<'_> {
+    fn facts(&self) -> GuestFacts {
+        GuestFacts {
+            os: "Linux",
+            release: self.release().to_owned(),
+            banner: self.banner().map(str::to_owned),
+            vmcoreinfo: self.vmcoreinfo().map(str::to_owned),
+            build_id: self.build_id().map(<[u8]>::to_vec),
+            symbol_sources: self.symbol_sources(),
+            page_size: self.page_size,
+        }
+    }
+
+    fn analyze(&self, options: &AnalysisOptions) -> Result<Analysis, VmiError> {
+        let mut pages = self.classify(options.inconsistency())?;
+        if options.looks_for_zero_pages() {
+            mark_zero_pages(self.kernel.space.memory(), &mut pages.map)?;
+        }
+        Ok(Analysis::new(Parts {
+            facts: self.facts(),
+            pages,
+            present: self.struct_page_memory()?,
+        }))
+    }
+
+    fn page_records(&self) -> Result<Vec<GpaRange>, VmiError> {
+        self.struct_page_memory()
+    }
+
+    fn boot_ram(&self) -> Result<Option<Vec<GpaRange>>, VmiError> {
+        self.e820()
+    }
+
+    fn system_ram(&self) -> Result<Option<Vec<GpaRange>>, VmiError> {
+        LinuxGuest::system_ram(self)
+    }
+
+    fn known_memory(&self) -> Result<Vec<GpaRange>, VmiError> {
+        LinuxGuest::known_memory(self)
+    }
+
+    fn direct_map(&self) -> Result<Option<KernelVa>, VmiError> {
+        LinuxGuest::direct_map(self)
+    }
+
+    fn evidence_of_places(&self, ranges: &[GpaRange]) -> Result<Vec<PlaceEvidence>, VmiError> {
+        LinuxGuest::evidence_of_places(self, ranges)
     }
 }

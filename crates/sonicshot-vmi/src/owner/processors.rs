@@ -7,14 +7,15 @@
 //! one that calls firmware (`pgd_ctor`, `efi_sync_low_kernel_mappings`), with one exception: under
 //! page-table isolation (PTI) user space has tables of its own, which are the twin of whole ones.
 
+use super::alive;
 use crate::KernelVa;
-use crate::alive;
+use crate::arch::x86_64::X86_64;
 use crate::discover::Tables;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::mm::mem_map::MemMap;
 use crate::mm::zone::Zones;
-use crate::paging::{Paging, X86_64};
+use crate::paging::Paging;
 use core::fmt;
 use core::str::FromStr;
 use sonicshot::{ControlRegisters, Gpa, GuestMemory, PageSize, Pfn, Processor, Processors};

@@ -7,7 +7,7 @@
 //! physical addresses, before it hands out any other memory (`DxeMain`, EDK II). Until then it
 //! writes to memory of fixed places alone ([`early_memory`]).
 
-use crate::e820;
+use crate::arch::x86_64::e820;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::{KernelVa, Trace};
@@ -300,7 +300,9 @@ fn utf16(kernel: &Kernel<'_>, at: Gpa) -> Result<String, VmiError> {
 #[cfg(test)]
 mod tests {
     use super::crc32;
-    use crate::owner::tests::{Patch, forged, of_a_bios, owner, param, ram, there, variable, with};
+    use crate::owner::traces::tests::{
+        Patch, forged, of_a_bios, owner, param, ram, there, variable, with,
+    };
     use crate::{Cr3, GuestOptions, LinuxGuest, OnInconsistency, Trace, VmiError};
     use sonicshot::{Gpa, GpaRange, GuestBytes, MappedRegions, PageClass, PageSize, Pfn};
 
@@ -448,16 +450,17 @@ mod tests {
         let owner = owner(&efi.patches());
         assert_eq!((owner.traces, owner.untold), (vec![], None));
         let mut made = of_a_bios();
-        made.retain(|name| *name != super::super::owner::CLOCK);
+        made.retain(|name| *name != super::super::traces::CLOCK);
         let (at, _) = made
             .iter()
             .enumerate()
             .find(|(_, name)| **name == "firmware tables")
             .unwrap();
-        made.insert(at, super::super::owner::EFI);
+        made.insert(at, super::super::traces::EFI);
         assert_eq!(owner.clean, made);
         let range = |start, end| GpaRange::new(Gpa::new(start), Gpa::new(end));
-        let usable = 0x7fe_0000;
+        // The last of its RAM by its /proc/iomem.
+        let usable = 0x7fd_a000;
         assert_eq!(
             owner.in_question,
             [
@@ -500,7 +503,10 @@ mod tests {
         }
         assert!(kept > 1000 && dropped > 1000, "{kept} {dropped}");
         let note = format!("{kept} free pages are kept: a firmware");
-        assert!(notes.iter().any(|said| said.contains(&note)), "{notes:?}");
+        assert!(
+            notes.iter().any(|said| said.to_string().contains(&note)),
+            "{notes:?}"
+        );
     }
 
     #[test]
@@ -631,7 +637,12 @@ mod tests {
             );
             assert!(error.to_string().contains(said), "{name}: {error}");
             let kept = guest.classify(OnInconsistency::KeepInQuestion).unwrap();
-            assert!(kept.notes.iter().any(|note| note.contains(said)), "{name}");
+            assert!(
+                kept.notes
+                    .iter()
+                    .any(|note| note.to_string().contains(said)),
+                "{name}"
+            );
             let root = variable("init_top_pgt");
             let options = GuestOptions::new().cr3(Cr3::new(root));
             let guest = LinuxGuest::open(&memory, &options).unwrap();

@@ -48,10 +48,10 @@
 //! for real-time work), and where it is not known where the firmware writes, nothing would tell of
 //! a reset, and the guest is refused.
 
-use crate::efi::{self, boot_params};
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::mm::zone::possible_cpus;
+use crate::owner::efi::{self, boot_params};
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use core::fmt;
 use sonicshot::{Gpa, GpaRange, MemoryError};
@@ -174,20 +174,6 @@ impl Owner {
     pub(crate) fn is_settled(&self) -> bool {
         let no_bios = |(test, why): &(&str, String)| *test == CLOCK && why == NO_BIOS;
         self.traces.is_empty() && (self.clean.contains(&CLOCK) || self.not_made.iter().any(no_bios))
-    }
-
-    /// One line for a classification without a trace.
-    pub(crate) fn note(&self) -> String {
-        let mut text = format!(
-            "no file tells the processors' registers: that the kernel found still owns the memory \
-             is judged by its traces alone (none of a later owner; tested: {}",
-            self.clean.join(", ")
-        );
-        for (test, why) in &self.not_made {
-            text.push_str(&format!("; not tested: {test}, {why}"));
-        }
-        text.push(')');
-        text
     }
 }
 
@@ -1284,6 +1270,10 @@ pub(crate) mod tests {
             "{error}"
         );
         let kept = guest.classify(OnInconsistency::KeepInQuestion).unwrap();
-        assert!(kept.notes.iter().any(|note| note.contains("0x46c")));
+        assert!(
+            kept.notes
+                .iter()
+                .any(|note| note.to_string().contains("0x46c"))
+        );
     }
 }
