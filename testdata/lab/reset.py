@@ -221,7 +221,7 @@ class Round:
         self.qmp.call("migrate-incoming", uri=f"file:{folder / 'device.state'}")
         self.qmp.migrated()
         self.qmp.no_capabilities("x-ignore-shared")
-        self.ran, self.taken = 0.0, False
+        self.ran, self.taken, self.replaced = 0.0, False, False
 
     def trigger(self) -> None:
         """Ends the guest's kernel."""
@@ -251,9 +251,10 @@ class Round:
         report = report_of(done.stdout)
         got: Json = {"rc": 0, "notes": report.get("notes"), "dropped": len(dropped), "took": took}
         # The old kernel's free frames were signed. Where many others are free, another kernel
-        # says so: one that is up. What is in its free frames is nobody's; that it is, is shown by
-        # taking them away and letting it run on.
-        got["owner"] = "old" if len(dropped.difference(self.pfns)) < OTHERS else "new"
+        # says so: one that is up, from then on. What is in its free frames is nobody's; that it is,
+        # is shown by taking them away and letting it run on.
+        self.replaced |= len(dropped.difference(self.pfns)) >= OTHERS
+        got["owner"] = "new" if self.replaced else "old"
         lost = dropped & nonzero if got["owner"] == "old" else set()
         got.update(lost=len(lost), which=ranges(lost))
         if got["owner"] == "new" and path == self.ram:
