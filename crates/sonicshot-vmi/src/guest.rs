@@ -487,6 +487,13 @@ impl<'m> LinuxGuest<'m> {
     /// [`VmiError::Inconsistent`] if the sources of truth disagree, [`VmiError::Missing`] if a
     /// symbol or member that decides about a page is known to no source, and what reading gives.
     pub fn classify(&self, on: OnInconsistency) -> Result<Classification, VmiError> {
+        // Records of a kernel that is gone may be gone as well, which is no answer.
+        if let Some(owner) = &self.traces
+            && !owner.traces.is_empty()
+            && on == OnInconsistency::Refuse
+        {
+            return Err(VmiError::LaterOwner(owner.traces.clone()));
+        }
         let mem_map = MemMap::new(&self.kernel, self.page_size)?;
         let layout = PageLayout::new(&self.kernel, mem_map.stride)?;
         let zones = Zones::new(&self.kernel)?;
