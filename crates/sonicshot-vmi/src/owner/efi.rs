@@ -420,7 +420,7 @@ mod tests {
             });
             let long = |word: u64| word.to_le_bytes().to_vec();
             let [runtime, map, count, size] = efi;
-            let system_at = u32::try_from(self.at).unwrap() + SYSTEM as u32;
+            let system_at = u32::try_from(self.at + SYSTEM as u64).unwrap();
             let signature = param("efi_info.efi_loader_signature");
             let mut patches = vec![
                 (self.at, page),

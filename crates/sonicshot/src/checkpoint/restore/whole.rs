@@ -1,0 +1,427 @@
+//! Puts a checkpoint's pages where the guest expects them, all of them at once.
+
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::read::chunk::{ChunkDecoder, check_chunk};
+use crate::checkpoint::read::reader::CheckpointReader;
+use crate::checkpoint::read::source::RangeSource;
+use crate::checkpoint::wire::frames::{copy_exact, fill_words, ram_of, range_of, slice_of};
+use crate::checkpoint::wire::index::{ChunkInfo, Index, clip};
+use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
+use crate::checkpoint::wire::layout::{checksum, len64, size};
+use crate::work::for_each;
+use crate::{Gpa, GpaRange, LayoutError, MemoryError, PfnRange, Progress, RamLayout};
+use core::hash::Hasher;
+use core::marker::PhantomData;
+use core::num::NonZeroUsize;
+use core::ptr::NonNull;
+use std::fmt;
+use std::sync::{Mutex, PoisonError};
+use twox_hash::XxHash3_64;
+
+/// Where restored pages go: a VMM's memory, a file.
+///
+/// Threads fill different stretches at once.
+pub trait RestoreTarget: Sync {
+    /// Where there is room; at least the RAM of the checkpoint.
+    fn layout(&self) -> &RamLayout;
+
+    /// Whether all of it reads as zero, so that pages of zeroes need not be touched.
+    fn reads_as_zero(&self) -> bool;
+
+    /// Lets `fill` write the bytes of `range`, which lies in one region. If it fails, the
+    /// stretch may hold anything.
+    ///
+    /// # Errors
+    /// What `fill` gives, or why the target cannot take it.
+    fn fill(&self, range: GpaRange, fill: FillWith<'_>) -> Result<(), CheckpointError>;
+}
+
+/// Writes the bytes of a stretch of guest memory.
+pub type FillWith<'a> = &'a mut dyn FnMut(&mut [u8]) -> Result<(), CheckpointError>;
+
+/// What a target held before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Before {
+    /// Zeroes: fresh anonymous memory, a new memfd. Pages of zeroes are not touched, and take
+    /// no memory.
+    Zeroes,
+    /// Anything: every page is written.
+    Anything,
+}
+
+/// A VMM's regions, to be filled.
+///
+/// ```
+/// use sonicshot::checkpoint::{Before, RestoreRegions};
+/// use sonicshot::Gpa;
+/// let mut low = vec![0; 1 << 20];
+/// let target = RestoreRegions::new(vec![(Gpa::ZERO, low.as_mut_slice())], Before::Zeroes)?;
+/// # Ok::<(), sonicshot::LayoutError>(())
+/// ```
+pub struct RestoreRegions<'a> {
+    layout: RamLayout,
+    regions: Vec<(GpaRange, NonNull<u8>)>,
+    before: Before,
+    /// The stretches that are being filled.
+    busy: Mutex<Vec<GpaRange>>,
+    owner: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: the regions are borrowed exclusively for `'a` (or promised so), and `fill` hands out
+// no byte twice at the same time, whatever threads call it.
+unsafe impl Send for RestoreRegions<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for RestoreRegions<'_> {}
+
+impl<'a> RestoreRegions<'a> {
+    /// The regions, each with its guest-physical address.
+    ///
+    /// # Errors
+    /// [`LayoutError`] if they overlap in the guest, or there are none.
+    pub fn new(regions: Vec<(Gpa, &'a mut [u8])>, before: Before) -> Result<Self, LayoutError> {
+        let regions = regions
+            .into_iter()
+            .map(|(at, bytes)| {
+                let len = bytes.len();
+                (at, NonNull::from_mut(bytes).cast(), len)
+            })
+            .collect();
+        // SAFETY: each slice is borrowed exclusively for `'a`.
+        unsafe { Self::from_raw_parts(regions, before) }
+    }
+
+    /// The regions, each with its guest-physical address, its place and its length in bytes.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    ///
+    /// # Safety
+    /// The bytes are mapped, writable and different for each region, and nobody else, not even
+    /// the guest, touches them, for `'a`.
+    pub unsafe fn from_raw_parts(
+        regions: Vec<(Gpa, NonNull<u8>, usize)>,
+        before: Before,
+    ) -> Result<Self, LayoutError> {
+        let mut regions: Vec<(GpaRange, NonNull<u8>)> = regions
+            .into_iter()
+            .filter_map(|(at, start, len)| Some((GpaRange::with_len(at, len64(len))?, start)))
+            .collect();
+        regions.sort_by_key(|(range, _)| *range);
+        let layout = RamLayout::new(regions.iter().map(|(range, _)| *range).collect())?;
+        Ok(Self {
+            layout,
+            regions,
+            before,
+            busy: Mutex::new(Vec::new()),
+            owner: PhantomData,
+        })
+    }
+
+    /// A stretch of one region.
+    fn place(&self, range: GpaRange) -> Option<(NonNull<u8>, usize)> {
+        let above = self
+            .regions
+            .partition_point(|(region, _)| region.start() <= range.start());
+        let (region, start) = self.regions.get(above.checked_sub(1)?)?;
+        if range.end() > region.end() {
+            return None;
+        }
+        let offset = usize::try_from(range.start().offset_from(region.start())?).ok()?;
+        // SAFETY: the offset is inside the region, whose bytes are one allocation.
+        let at = unsafe { start.add(offset) };
+        Some((at, usize::try_from(range.len()).ok()?))
+    }
+}
+
+impl RestoreTarget for RestoreRegions<'_> {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn reads_as_zero(&self) -> bool {
+        self.before == Before::Zeroes
+    }
+
+    fn fill(&self, range: GpaRange, fill: FillWith<'_>) -> Result<(), CheckpointError> {
+        let busy = || self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((start, len)) = self.place(range) else {
+            return self.fill_parts(range, fill);
+        };
+        {
+            let mut busy = busy();
+            if busy
+                .iter()
+                .any(|other| !other.intersection(&range).is_empty())
+            {
+                return Err(CheckpointError::Worker);
+            }
+            busy.push(range);
+        }
+        // SAFETY: the bytes are inside a region that is ours alone for `'a` (the constructors),
+        // and `busy` says that no other call has a slice of any of them.
+        let bytes = unsafe { core::slice::from_raw_parts_mut(start.as_ptr(), len) };
+        let result = fill(bytes);
+        busy().retain(|other| *other != range);
+        result
+    }
+}
+
+impl RestoreRegions<'_> {
+    /// As `fill`, for a stretch across regions, which touch in the guest but need not touch
+    /// here: by way of a buffer.
+    fn fill_parts(&self, range: GpaRange, fill: FillWith<'_>) -> Result<(), CheckpointError> {
+        if !self.layout.contains(range.start(), range.len()) {
+            return Err(MemoryError::NotRam { range }.into());
+        }
+        let mut buffer = vec![0; size(range.len())];
+        fill(&mut buffer)?;
+        for (region, _) in &self.regions {
+            let part = region.intersection(&range);
+            if !part.is_empty() {
+                let bytes = &*slice_of(&mut buffer, range, part)?;
+                self.fill(part, &mut |out| copy_exact(bytes, out, part.start()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for RestoreRegions<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RestoreRegions")
+            .field("layout", &self.layout)
+            .field("before", &self.before)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Runs that a thread looks at at once: most are short.
+const RUNS: usize = 1024;
+/// Longest stretch that is filled at once with one word.
+const FILL: u64 = 1 << 20;
+
+impl<S: RangeSource> CheckpointReader<S> {
+    /// Puts all pages into `target`, on `threads` threads or all cores. Pages of zeroes are
+    /// not touched if the target reads as zero.
+    ///
+    /// # Errors
+    /// [`CheckpointError`]; the target may then hold anything.
+    pub fn restore(
+        &self,
+        target: &dyn RestoreTarget,
+        threads: Option<NonZeroUsize>,
+        progress: Progress<'_>,
+    ) -> Result<(), CheckpointError> {
+        let info = self.info();
+        for region in info.layout.regions() {
+            if !target.layout().contains(region.start(), region.len()) {
+                return Err(CheckpointError::Layout { at: region.start() });
+            }
+        }
+        let threads = crate::work::threads(threads);
+        let index = self.index();
+        let chunks = index.chunk_count();
+        let chunk_size = u64::from(self.chunk_size());
+        let total = chunks.saturating_mul(chunk_size);
+        let runs = DataRuns::of(index);
+        for_each(
+            threads,
+            0..chunks,
+            &mut |done| progress(done.saturating_mul(chunk_size), total),
+            || self.decoder(),
+            |decoder, number| {
+                let chunk = index.chunk(number)?;
+                let (stores, refers) = runs.in_chunk(index, &chunk)?;
+                self.restore_chunk(decoder, target, &chunk, &stores, &refers)
+            },
+        )?;
+        let zeroed = target.reads_as_zero();
+        let count = index.run_count();
+        for_each(
+            threads,
+            (0..count).step_by(RUNS),
+            &mut |_| {},
+            || (),
+            |(), first| {
+                for number in first..first.saturating_add(RUNS).min(count) {
+                    let run = index.run(number)?;
+                    match run.content.word() {
+                        Some(word) if word != 0 || !zeroed => {
+                            self.restore_word(target, &run, word)?;
+                        }
+                        _ => {}
+                    }
+                }
+                Ok(())
+            },
+        )
+    }
+
+    fn restore_word(
+        &self,
+        target: &dyn RestoreTarget,
+        run: &PageRun,
+        word: u64,
+    ) -> Result<(), CheckpointError> {
+        for ram in ram_of(self.info(), run.frames)? {
+            let mut at = ram.start();
+            while at < ram.end() {
+                // Steps end at multiples of the page size, so that the word stays in phase.
+                let end = at.checked_add(FILL).unwrap_or(ram.end()).min(ram.end());
+                let word = in_phase(word, at);
+                target.fill(GpaRange::new(at, end), &mut |out| {
+                    fill_words(out, word);
+                    Ok(())
+                })?;
+                at = end;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts one chunk's pages where they are stored for, and where they are referred to again.
+    fn restore_chunk(
+        &self,
+        decoder: &mut ChunkDecoder,
+        target: &dyn RestoreTarget,
+        chunk: &ChunkInfo,
+        stores: &[PageRun],
+        refers: &[PageRun],
+    ) -> Result<(), CheckpointError> {
+        if chunk.entry.plain && refers.is_empty() {
+            let whole: Option<Vec<GpaRange>> =
+                stores.iter().map(|run| whole(self.info(), run)).collect();
+            if let Some(ranges) = whole {
+                return self.read_chunk(target, chunk, &ranges);
+            }
+        }
+        let info = self.info();
+        let data = decoder.load(self.source(), chunk)?;
+        for run in stores.iter().chain(refers) {
+            let PageContent::Data { slot } = run.content else {
+                continue;
+            };
+            let range = range_of(info, run.frames)?;
+            let pages = chunk.bytes_of(slot, run.frames.len(), info.page_size)?;
+            for ram in ram_of(info, run.frames)? {
+                let bytes = part_of(data.get(pages.clone()), range, ram)?;
+                target.fill(ram, &mut |out| copy_exact(bytes, out, ram.start()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what is stored as it is to where it belongs: `ranges`, one behind the other.
+    fn read_chunk(
+        &self,
+        target: &dyn RestoreTarget,
+        chunk: &ChunkInfo,
+        ranges: &[GpaRange],
+    ) -> Result<(), CheckpointError> {
+        let mut sum = XxHash3_64::new();
+        let mut computed = None;
+        let mut offset = chunk.entry.offset;
+        for range in ranges {
+            target.fill(*range, &mut |out| {
+                if len64(out.len()) != range.len() {
+                    return Err(wrong_length(*range, out.len()));
+                }
+                self.source()
+                    .read_at(out, offset)
+                    .map_err(CheckpointError::read(offset))?;
+                if ranges.len() == 1 {
+                    computed = Some(checksum(out));
+                } else {
+                    sum.write(out);
+                }
+                Ok(())
+            })?;
+            // A chunk's pages are inside of the file.
+            offset = offset.saturating_add(range.len());
+        }
+        check_chunk(chunk, computed.unwrap_or_else(|| sum.finish()))
+    }
+}
+
+/// A page's word as it is read from `at` on.
+fn in_phase(word: u64, at: Gpa) -> u64 {
+    let mut bytes = word.to_le_bytes();
+    bytes.rotate_left(size(at.raw() & 7));
+    u64::from_le_bytes(bytes)
+}
+
+/// Where a run's frames are, if all of that is RAM of one region.
+fn whole(info: &CheckpointInfo, run: &PageRun) -> Option<GpaRange> {
+    let range = run.frames.gpa_range(info.page_size)?;
+    info.layout
+        .contains(range.start(), range.len())
+        .then_some(range)
+}
+
+/// The bytes of `data` that stand for `part`, when `data` stands for `whole`.
+fn part_of(data: Option<&[u8]>, whole: GpaRange, part: GpaRange) -> Result<&[u8], CheckpointError> {
+    let from = part.start().offset_from(whole.start());
+    let to = part.end().offset_from(whole.start());
+    data.and_then(|data| data.get(size(from?)..size(to?)))
+        .ok_or_else(|| wrong_length(part, data.map_or(0, <[u8]>::len)))
+}
+
+fn wrong_length(range: GpaRange, found: usize) -> CheckpointError {
+    CheckpointError::Length {
+        what: "page data",
+        at: range.start(),
+        found: len64(found),
+        expected: range.len(),
+    }
+}
+
+/// The numbers of the runs with data, by their slots: those that store pages, and those that refer
+/// to stored pages again.
+struct DataRuns {
+    stores: Vec<u32>,
+    refers: Vec<u32>,
+}
+
+impl DataRuns {
+    fn of(index: &Index) -> Self {
+        let (stores, refers) = index.by_slot();
+        Self { stores, refers }
+    }
+
+    /// The parts of both that are in a chunk.
+    fn in_chunk(
+        &self,
+        index: &Index,
+        chunk: &ChunkInfo,
+    ) -> Result<(Vec<PageRun>, Vec<PageRun>), CheckpointError> {
+        // Of a chunk that the index has.
+        let end = chunk.first_slot.saturating_add(chunk.pages);
+        let of = |runs: &[u32]| {
+            let first = runs.partition_point(|number| index.slot(*number) < end);
+            // Backwards from the first run that begins behind the chunk.
+            let mut out = Vec::new();
+            for number in runs.iter().take(first).rev() {
+                let run = index.run(*number as usize)?;
+                let Some(part) = in_chunk(&run, chunk.first_slot, end) else {
+                    break;
+                };
+                out.push(part);
+            }
+            out.reverse();
+            Ok::<_, CheckpointError>(out)
+        };
+        Ok((of(&self.stores)?, of(&self.refers)?))
+    }
+}
+
+/// The part of a data run whose slots are in `start..end`.
+fn in_chunk(run: &PageRun, start: u64, end: u64) -> Option<PageRun> {
+    let PageContent::Data { slot } = run.content else {
+        return None;
+    };
+    let first = start.max(slot);
+    let last = end.min(slot.checked_add(run.frames.len())?);
+    let from = run.frames.start().checked_add(first.checked_sub(slot)?)?;
+    let len = last.checked_sub(first).filter(|len| *len > 0)?;
+    clip(run, PfnRange::with_len(from, len)?)
+}

@@ -1,0 +1,560 @@
+//! Checkpoints through the public API: what is written comes back, whatever the memory looks
+//! like; damage is always found; nothing of a hostile file is believed.
+
+use proptest::prelude::*;
+use sonicshot::checkpoint::*;
+use sonicshot::*;
+
+const PAGE: usize = 4096;
+
+/// A guest whose pages hold what a test says.
+struct Guest {
+    layout: RamLayout,
+    regions: Vec<(Gpa, Vec<u8>)>,
+    classes: Vec<PageClass>,
+    /// Frames that the source has no bytes for.
+    absent: Vec<Pfn>,
+}
+
+impl GuestMemory for Guest {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let range = GpaRange::with_len(at, buf.len() as u64).unwrap();
+        for pfn in &self.absent {
+            let frame = PfnRange::with_len(*pfn, 1).unwrap();
+            let frame = frame.gpa_range(PageSize::SIZE_4K).unwrap();
+            if !frame.intersection(&range).is_empty() {
+                return Err(MemoryError::Absent { range });
+            }
+        }
+        for (start, bytes) in &self.regions {
+            let Some(offset) = at.offset_from(*start) else {
+                continue;
+            };
+            if let Some(part) = bytes.get(offset as usize..offset as usize + buf.len()) {
+                buf.copy_from_slice(part);
+                return Ok(());
+            }
+        }
+        Err(MemoryError::NotRam { range })
+    }
+}
+
+/// A page's content by a small number.
+fn page(kind: u8, seed: u64) -> Vec<u8> {
+    match kind {
+        0 => vec![0; PAGE],
+        1 => vec![0xaa; PAGE],
+        2 => seed.to_le_bytes().repeat(PAGE / 8),
+        // Few different ones, so that some are the same.
+        3 => noise(seed % 3),
+        4 => noise(seed),
+        _ => {
+            let mut page = vec![0; PAGE];
+            page[usize::try_from(seed).unwrap_or(7) % PAGE] = 1;
+            page
+        }
+    }
+}
+
+fn noise(seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..PAGE / 8)
+        .flat_map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()
+        })
+        .collect()
+}
+
+/// Two regions: the lower with a ragged end if `ragged`.
+fn guest(pages: &[(u8, u64, u8)], ragged: bool) -> Guest {
+    let split = pages.len() / 2;
+    let (low, high) = pages.split_at(split);
+    let bytes = |pages: &[(u8, u64, u8)]| -> Vec<u8> {
+        pages
+            .iter()
+            .flat_map(|(kind, seed, _)| page(*kind, *seed))
+            .collect()
+    };
+    let mut regions = vec![(Gpa::ZERO, bytes(low)), (Gpa::new(1 << 32), bytes(high))];
+    if ragged && !low.is_empty() {
+        let len = regions[0].1.len();
+        regions[0].1.truncate(len - 1000);
+    }
+    regions.retain(|(_, bytes)| !bytes.is_empty());
+    let layout = RamLayout::new(
+        regions
+            .iter()
+            .map(|(at, bytes)| GpaRange::with_len(*at, bytes.len() as u64).unwrap())
+            .collect(),
+    )
+    .unwrap();
+    let class = |n: &u8| {
+        [
+            PageClass::Kernel,
+            PageClass::FreeBuddy,
+            PageClass::Anonymous,
+            PageClass::Zero,
+        ][usize::from(n % 4)]
+    };
+    Guest {
+        layout,
+        regions,
+        classes: pages
+            .iter()
+            .map(|(kind, _, c)| match class(c) {
+                // Zero is only said of zero pages.
+                PageClass::Zero if *kind != 0 => PageClass::Slab,
+                other => other,
+            })
+            .collect(),
+        absent: Vec::new(),
+    }
+}
+
+fn map_of(guest: &Guest) -> PageMap {
+    let mut map = PageMap::new(&guest.layout, PageSize::SIZE_4K);
+    let frames: Vec<Pfn> = guest
+        .layout
+        .frames(PageSize::SIZE_4K)
+        .flat_map(|f| f.iter().collect::<Vec<_>>())
+        .collect();
+    let low = guest.regions[0].1.len().div_ceil(PAGE);
+    for pfn in frames {
+        let number = usize::try_from(pfn.raw()).unwrap();
+        let number = if number >= 1 << 20 {
+            number - (1 << 20) + if guest.regions.len() > 1 { low } else { 0 }
+        } else {
+            number
+        };
+        map.set(PfnRange::with_len(pfn, 1).unwrap(), guest.classes[number]);
+    }
+    map
+}
+
+fn save(guest: &Guest, options: SaveOptions, fill: Fill) -> (Vec<u8>, SaveStats) {
+    let map = map_of(guest);
+    let plan = PrunePlan::new(&map, &DropClasses::default(), fill);
+    let mut info = CheckpointInfo::new(guest.layout.clone(), PageSize::SIZE_4K);
+    info.architecture = Some(Architecture::X86_64);
+    info.kernel_release = Some("6.1.0-test".into());
+    info.build_id = Some(vec![1, 2, 3]);
+    info.vmm = Some("test".into());
+    let mut writer = CheckpointWriter::new(Vec::new(), info, options).unwrap();
+    writer.blob("before", &b"state"[..]).unwrap();
+    writer.memory(guest, &map, &plan, &mut |_, _| {}).unwrap();
+    writer.blob("after", &[9; 5000][..]).unwrap();
+    writer.blob("empty", &[][..]).unwrap();
+    writer.finish().unwrap()
+}
+
+/// What each byte of the guest must read as.
+fn expected(guest: &Guest, fill: u8) -> Vec<(Gpa, Vec<u8>)> {
+    let map = map_of(guest);
+    let mut regions = guest.regions.clone();
+    for (at, bytes) in &mut regions {
+        for (number, page) in bytes.chunks_mut(PAGE).enumerate() {
+            let pfn = Pfn::new((at.raw() >> 12) + number as u64);
+            if page.len() == PAGE && map.class(pfn) == Some(PageClass::FreeBuddy) {
+                page.fill(fill);
+            }
+        }
+    }
+    regions
+}
+
+fn options(codec: u8, chunk: u32, threads: usize, deduplicate: bool) -> SaveOptions {
+    let mut options = SaveOptions::new(match codec {
+        #[cfg(feature = "lz4")]
+        1 => Compression::Lz4,
+        #[cfg(feature = "zstd")]
+        2 => Compression::ZSTD,
+        _ => Compression::None,
+    });
+    options.chunk_size = chunk;
+    options.threads = threads.try_into().ok();
+    options.deduplicate = deduplicate;
+    options
+}
+
+fn check(guest: &Guest, file: Vec<u8>, fill: u8) {
+    let checkpoint = CheckpointReader::new(file).unwrap();
+    checkpoint.verify(&mut |_, _| {}).unwrap();
+    checkpoint.verify_against(guest, &mut |_, _| {}).unwrap();
+    assert_eq!(checkpoint.read_blob("before").unwrap(), b"state");
+    assert_eq!(checkpoint.read_blob("after").unwrap(), [9; 5000]);
+    assert_eq!(checkpoint.read_blob("empty").unwrap(), []);
+    let expected = expected(guest, fill);
+    // Read as guest memory, at odd places too.
+    for (at, bytes) in &expected {
+        let mut found = vec![0; bytes.len()];
+        checkpoint.read(*at, &mut found).unwrap();
+        assert!(&found == bytes);
+        let mut odd = vec![0; bytes.len().min(5001) - 3];
+        checkpoint
+            .read(at.checked_add(3).unwrap(), &mut odd)
+            .unwrap();
+        assert!(odd == bytes[3..3 + odd.len()]);
+        // What `next_data` passes over is zero.
+        let mut next = *at;
+        let end = at.checked_add(bytes.len() as u64).unwrap();
+        while next < end {
+            let data = checkpoint
+                .next_data(next)
+                .unwrap_or(GpaRange::new(end, end));
+            let skipped = next.offset_from(*at).unwrap() as usize
+                ..data.start().offset_from(*at).unwrap() as usize;
+            assert!(bytes[skipped].iter().all(|byte| *byte == 0));
+            next = data.end();
+        }
+    }
+    // Restored into memory that was zero, and into memory that was not.
+    for (before, byte) in [(Before::Zeroes, 0), (Before::Anything, 0x55)] {
+        let mut memory: Vec<Vec<u8>> = expected.iter().map(|(_, b)| vec![byte; b.len()]).collect();
+        let regions = expected
+            .iter()
+            .map(|(at, _)| *at)
+            .zip(memory.iter_mut().map(Vec::as_mut_slice))
+            .collect();
+        let target = RestoreRegions::new(regions, before).unwrap();
+        checkpoint.restore(&target, None, &mut |_, _| {}).unwrap();
+        drop(target);
+        for ((_, bytes), found) in expected.iter().zip(&memory) {
+            assert!(bytes == found);
+        }
+    }
+    assert_eq!(checkpoint.page_map(), map_of(guest));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn what_is_saved_comes_back(
+        pages in proptest::collection::vec((0_u8..6, 0_u64..40, any::<u8>()), 1..70),
+        ragged in any::<bool>(),
+        codec in 0_u8..3,
+        chunk in 0_u32..5,
+        threads in 1_usize..4,
+        deduplicate in any::<bool>(),
+        poison in any::<bool>(),
+    ) {
+        let guest = guest(&pages, ragged);
+        let options = options(codec, (PAGE as u32) << chunk, threads, deduplicate);
+        let fill = if poison { Fill::Byte(0xaa) } else { Fill::Zero };
+        let (file, stats) = save(&guest, options, fill);
+        prop_assert_eq!(stats.file_len, file.len() as u64);
+        let read = CheckpointReader::new(file.as_slice()).unwrap().stats();
+        prop_assert_eq!(stats, read);
+        check(&guest, file, if poison { 0xaa } else { 0 });
+    }
+}
+
+/// A guest that has a bit of everything.
+fn mixed() -> Guest {
+    let pages: Vec<_> = (0..40_u8)
+        .map(|n| (n % 6, u64::from(n) / 3, n / 5))
+        .collect();
+    guest(&pages, true)
+}
+
+#[test]
+fn the_same_memory_gives_the_same_bytes_on_any_number_of_threads() {
+    for codec in 0..3 {
+        let one = save(&mixed(), options(codec, 8192, 1, true), Fill::Zero).0;
+        for threads in [2, 5] {
+            let more = save(&mixed(), options(codec, 8192, threads, true), Fill::Zero).0;
+            assert!(one == more);
+        }
+    }
+}
+
+#[test]
+fn same_pages_are_stored_once() {
+    let pages: Vec<_> = (0..64).map(|n| (4, n % 4, 0)).collect();
+    let (file, stats) = save(
+        &guest(&pages, false),
+        options(0, 65536, 2, true),
+        Fill::Zero,
+    );
+    assert_eq!((stats.data, stats.duplicate), (4, 60));
+    assert!(file.len() < 40_000);
+    let (_, stats) = save(
+        &guest(&pages, false),
+        options(0, 65536, 2, false),
+        Fill::Zero,
+    );
+    assert_eq!((stats.data, stats.duplicate), (64, 0));
+}
+
+#[test]
+fn uncompressed_pages_are_aligned_in_the_file() {
+    let pages: Vec<_> = (0..20).map(|n| (4, n, 0)).collect();
+    let guest = guest(&pages, false);
+    let (file, _) = save(&guest, options(0, 16384, 2, true), Fill::Zero);
+    for (_, bytes) in &guest.regions {
+        for page in bytes.chunks(PAGE) {
+            assert!(file.chunks(PAGE).any(|part| part == page));
+        }
+    }
+}
+
+#[test]
+fn absent_pages_stay_absent() {
+    let mut guest = guest(&[(4, 1, 0), (4, 2, 0), (4, 3, 0), (4, 4, 0)], false);
+    guest.absent.push(Pfn::new(1));
+    let (file, stats) = save(&guest, options(0, 8192, 2, true), Fill::Zero);
+    assert_eq!(stats.absent, 1);
+    let checkpoint = CheckpointReader::new(file).unwrap();
+    let run = checkpoint.run_of(Pfn::new(1)).unwrap();
+    assert_eq!(run.content, PageContent::Absent);
+    assert!(matches!(
+        checkpoint.read_u64(Gpa::new(4096)),
+        Err(MemoryError::Absent { .. })
+    ));
+    assert!(checkpoint.read_u64(Gpa::new(8192)).is_err() || guest.regions[0].1.len() > 8192);
+    checkpoint.verify_against(&guest, &mut |_, _| {}).unwrap();
+}
+
+#[test]
+fn a_page_that_differs_from_the_source_is_found() {
+    let mut guest = mixed();
+    let (file, _) = save(&guest, options(0, 8192, 2, true), Fill::Zero);
+    let checkpoint = CheckpointReader::new(file).unwrap();
+    let map = map_of(&guest);
+    for (region, page) in [(0, 3), (1, 7)] {
+        let pfn = Pfn::new((guest.regions[region].0.raw() >> 12) + page);
+        let byte = usize::try_from(page).unwrap() * PAGE + 77;
+        guest.regions[region].1[byte] ^= 4;
+        let result = checkpoint.verify_against(&guest, &mut |_, _| {});
+        if map.class(pfn) == Some(PageClass::FreeBuddy) {
+            result.unwrap();
+        } else {
+            assert!(
+                matches!(result, Err(CheckpointError::Differs { pfn: at, byte: 77, .. }) if at == pfn),
+                "{result:?}"
+            );
+        }
+        guest.regions[region].1[byte] ^= 4;
+    }
+}
+
+/// Opens and reads everything that can be read.
+fn read_all(file: &[u8]) -> Result<(), CheckpointError> {
+    let checkpoint = CheckpointReader::new(file)?;
+    checkpoint.verify(&mut |_, _| {})
+}
+
+#[test]
+fn a_file_cut_short_anywhere_is_refused() {
+    for codec in 0..3 {
+        let (file, _) = save(&mixed(), options(codec, 8192, 2, true), Fill::Zero);
+        read_all(&file).unwrap();
+        for len in 0..file.len() {
+            let error = CheckpointReader::new(&file[..len]).map(|_| ()).unwrap_err();
+            assert!(!error.to_string().is_empty());
+        }
+        let longer = [file.as_slice(), &[0]].concat();
+        CheckpointReader::new(longer).map(|_| ()).unwrap_err();
+    }
+}
+
+#[test]
+fn every_flipped_bit_is_found() {
+    let pages: Vec<_> = (0..8_u8).map(|n| (n % 6, u64::from(n), n / 5)).collect();
+    for codec in 0..3 {
+        let (mut file, _) = save(
+            &guest(&pages, true),
+            options(codec, 8192, 1, true),
+            Fill::Zero,
+        );
+        for at in 0..file.len() {
+            // Every bit of the records, one bit of each byte of the bulk.
+            let bits = if at < 128 || at + 1024 > file.len() {
+                0..8
+            } else {
+                at % 8..at % 8 + 1
+            };
+            for bit in bits {
+                file[at] ^= 1 << bit;
+                assert!(read_all(&file).is_err(), "byte {at} bit {bit}");
+                file[at] ^= 1 << bit;
+            }
+        }
+        read_all(&file).unwrap();
+    }
+}
+
+#[test]
+fn what_a_newer_writer_needs_is_refused_and_what_it_offers_is_ignored() {
+    let (file, _) = save(&mixed(), options(0, 8192, 1, true), Fill::Zero);
+    let with = |at: usize, byte: u8| {
+        let mut file = file.clone();
+        file[at] = byte;
+        // The header's checksum over the changed header.
+        let sum = twox_hash::XxHash3_64::oneshot(&file[..4088]);
+        file[4088..4096].copy_from_slice(&sum.to_le_bytes());
+        CheckpointReader::new(file).map(|_| ())
+    };
+    with(24, 0).unwrap();
+    with(31, 0x80).unwrap(); // an unknown compatible feature
+    assert!(matches!(
+        with(16, 1),
+        Err(CheckpointError::Incompatible { flags: 1 })
+    ));
+    assert!(matches!(
+        with(8, 2),
+        Err(CheckpointError::Version { found: 2, .. })
+    ));
+    assert!(matches!(
+        with(38, 9),
+        Err(CheckpointError::Corrupt { value: 9, .. })
+    ));
+    assert!(matches!(
+        with(32, 1),
+        Err(CheckpointError::Corrupt { offset: 32, .. })
+    ));
+}
+
+#[test]
+fn the_numbers_of_the_classes_are_part_of_the_format() {
+    let names: Vec<&str> = PageClass::ALL.iter().map(|class| class.name()).collect();
+    assert_eq!(
+        names,
+        [
+            "unknown",
+            "hole",
+            "free_buddy",
+            "free_pcp",
+            "offline",
+            "zero",
+            "kernel",
+            "slab",
+            "page_table",
+            "anonymous",
+            "page_cache_clean",
+            "page_cache_dirty",
+            "shmem",
+            "hugetlb",
+            "hugetlb_free",
+            "reserved",
+            "unaccepted",
+            "hwpoison",
+        ]
+    );
+}
+
+#[test]
+fn misuse_is_an_error() {
+    let guest = mixed();
+    let map = map_of(&guest);
+    let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
+    let new = || {
+        let info = CheckpointInfo::new(guest.layout.clone(), PageSize::SIZE_4K);
+        CheckpointWriter::new(Vec::new(), info, SaveOptions::default()).unwrap()
+    };
+    assert!(matches!(
+        new().finish(),
+        Err(CheckpointError::MemoryTimes { times: 0 })
+    ));
+    let mut writer = new();
+    writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+    assert!(matches!(
+        writer.memory(&guest, &map, &plan, &mut |_, _| {}),
+        Err(CheckpointError::MemoryTimes { times: 2 })
+    ));
+    let mut writer = new();
+    writer.blob("a", &[][..]).unwrap();
+    assert!(matches!(
+        writer.blob("a", &[][..]),
+        Err(CheckpointError::BlobExists { .. })
+    ));
+    assert!(matches!(
+        writer.blob("", &[][..]),
+        Err(CheckpointError::TooLarge { .. })
+    ));
+    let other = self::guest(&[(4, 0, 0), (4, 1, 0)], false);
+    assert!(matches!(
+        writer.memory(&other, &map, &plan, &mut |_, _| {}),
+        Err(CheckpointError::Layout { .. })
+    ));
+    let info = CheckpointInfo::new(guest.layout.clone(), PageSize::SIZE_4K);
+    assert!(CheckpointWriter::new(Vec::new(), info, options(0, 5000, 1, true)).is_err());
+    let (file, _) = save(&guest, SaveOptions::default(), Fill::Zero);
+    let checkpoint = CheckpointReader::new(file).unwrap();
+    assert!(matches!(
+        checkpoint.read_blob("none"),
+        Err(CheckpointError::NoBlob { .. })
+    ));
+}
+
+#[test]
+fn a_sink_that_fails_ends_the_save() {
+    struct Full(usize);
+    impl std::io::Write for Full {
+        fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+            if self.0 < buf.len() {
+                return Err(std::io::ErrorKind::StorageFull.into());
+            }
+            self.0 -= buf.len();
+            Ok(buf.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let guest = mixed();
+    let map = map_of(&guest);
+    let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
+    let (file, _) = save(&guest, SaveOptions::default(), Fill::Zero);
+    for room in (4096..file.len() - 16384).step_by(PAGE) {
+        let info = CheckpointInfo::new(guest.layout.clone(), PageSize::SIZE_4K);
+        let mut writer = CheckpointWriter::new(Full(room), info, SaveOptions::default()).unwrap();
+        let result = writer
+            .memory(&guest, &map, &plan, &mut |_, _| {})
+            .and_then(|()| writer.finish().map(drop));
+        assert!(matches!(result, Err(CheckpointError::Io { .. })), "{room}");
+    }
+}
+
+#[test]
+fn a_seekable_reader_is_a_source() {
+    let guest = mixed();
+    let (file, _) = save(&guest, SaveOptions::default(), Fill::Zero);
+    let source = SeekSource::new(std::io::Cursor::new(file));
+    let checkpoint = CheckpointReader::new(source).unwrap();
+    checkpoint.verify(&mut |_, _| {}).unwrap();
+    checkpoint.verify_against(&guest, &mut |_, _| {}).unwrap();
+}
+
+#[cfg(feature = "mmap")]
+#[test]
+fn a_mapped_checkpoint_reads_the_same_and_stays_private() {
+    let guest = mixed();
+    for codec in 0..3 {
+        let (bytes, _) = save(&guest, options(codec, 8192, 1, true), Fill::Byte(0xaa));
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        std::io::Write::write_all(&mut file, &bytes).unwrap();
+        let checkpoint = CheckpointReader::open(file.path()).unwrap();
+        let mut map_options = MapOptions::default();
+        map_options.min_mapping = 4096;
+        for max_mappings in [0, 3, 1000] {
+            map_options.max_mappings = max_mappings;
+            let memory = checkpoint.map_private(map_options).unwrap();
+            for (at, expected) in expected(&guest, 0xaa) {
+                let start = memory.address(at).unwrap();
+                // SAFETY: the region is mapped and nobody writes it.
+                let found = unsafe { std::slice::from_raw_parts(start.as_ptr(), expected.len()) };
+                assert!(found == expected);
+                // SAFETY: as above, and no reference is left.
+                unsafe { start.as_ptr().write(0x42) };
+            }
+        }
+        checkpoint.verify(&mut |_, _| {}).unwrap();
+    }
+}
