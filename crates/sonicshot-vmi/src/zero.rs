@@ -194,7 +194,7 @@ mod tests {
                 return Err(MemoryError::Absent { range });
             }
             for (pfn, page) in (at.raw() / PAGE..).zip(buf.chunks_mut(4096)) {
-                page.fill(u8::from(pfn % 3 == 0));
+                page.fill(u8::from(pfn.is_multiple_of(3)));
             }
             Ok(())
         }

@@ -8,6 +8,8 @@ use std::ops::Range;
 const CHUNK: u32 = 12;
 /// So many frames.
 const LEN: usize = 1 << CHUNK;
+/// Of a frame: its place in the chunk.
+const MASK: u64 = (1 << CHUNK) - 1;
 
 /// A byte for every frame of a map. Chunks of frames that no list names take no memory: of a guest
 /// with much memory most of it is one or the other.
@@ -94,7 +96,7 @@ impl Marks {
 
 /// Where a frame's mark is in its chunk.
 fn inside(pfn: u64) -> Option<usize> {
-    usize::try_from(pfn & (LEN as u64 - 1)).ok()
+    usize::try_from(pfn & MASK).ok()
 }
 
 #[cfg(test)]
