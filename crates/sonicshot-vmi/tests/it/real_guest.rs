@@ -121,15 +121,19 @@ fn any_number_of_threads_finds_the_same() {
             let free = sound
                 .map
                 .runs()
-                .filter(|(run, class)| *class == PageClass::FreeBuddy && run.len() >= 2);
-            let heads: Vec<u64> = free.map(|(run, _)| run.end().raw() - 1).collect();
-            assert!(heads.len() > 8, "{} runs", heads.len());
-            for pfn in heads {
+                .filter(|(_, class)| *class == PageClass::FreeBuddy);
+            let frames = free.flat_map(|(run, _)| run.iter()).map(Pfn::raw);
+            // At least one in each large block.
+            let inside: Vec<u64> = frames.filter(|pfn| pfn % 256 == 255).collect();
+            for pfn in inside {
                 ram[structs + usize::try_from(pfn).unwrap() * STRUCT_PAGE + REFCOUNT] = 1;
             }
         }
         let one = classify(&ram, 1);
         assert_eq!(one.disagreement.is_some(), torn);
+        if let Some(found) = &one.disagreement {
+            assert!(found.blocks > found.examples.len() as u64, "{found}");
+        }
         for threads in [2, 4, 7] {
             let several = classify(&ram, threads);
             assert_eq!(several.map, one.map);
