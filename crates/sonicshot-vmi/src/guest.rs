@@ -1,10 +1,10 @@
 //! A Linux guest: its kernel found, its symbols gathered, its pages classified.
 
 use crate::analysis::{Analysis, AnalysisOptions, GuestFacts, Parts};
-use crate::arch::x86_64::e820;
+use crate::arch::{self, Cr3};
 use crate::discover::{self, Found, Tried};
 use crate::error::VmiError;
-use crate::kernel::Kernel;
+use crate::kernel::{Build, Kernel};
 use crate::mm::classify::{Inconsistency, ZoneReport, scan};
 use crate::mm::iomem;
 use crate::mm::mem_map::MemMap;
@@ -13,7 +13,7 @@ use crate::mm::zone::Zones;
 use crate::note::{Note, TracesSought};
 use crate::os::GuestOs;
 use crate::owner::alive;
-use crate::owner::processors::{Cr3, Owners, Verdict};
+use crate::owner::processors::{Owners, Verdict};
 use crate::owner::{self, Owner};
 use crate::place::{self, PlaceEvidence};
 use crate::symbols::{self, Kallsyms, SymbolSource};
@@ -106,7 +106,6 @@ pub struct Classification {
 #[derive(Debug)]
 pub struct LinuxGuest<'m> {
     pub(crate) kernel: Kernel<'m>,
-    page_size: PageSize,
     origin: String,
     banner: Option<String>,
     owners: Owners,
@@ -186,13 +185,13 @@ impl<'m> LinuxGuest<'m> {
         let at = root.map_or_else(String::new, |root| {
             format!(", its page tables at {}", root.at)
         });
-        format!("{} ({}{at})", self.kernel.release, self.origin)
+        format!("{} ({}{at})", self.kernel.build.release, self.origin)
     }
 
     /// Whether all processors that count run on this kernel.
     fn is_run_by_all(&self) -> bool {
         let check = || {
-            let map = MemMap::new(&self.kernel, self.page_size)?;
+            let map = MemMap::new(&self.kernel)?;
             let zones = Zones::new(&self.kernel)?;
             self.owners.check(&self.kernel, &map, &zones)
         };
@@ -206,18 +205,23 @@ impl<'m> LinuxGuest<'m> {
             files.push(symbols::open_symbol_file(path)?);
         }
         let Found {
+            architecture,
             space,
             vmcoreinfo,
             kaslr,
             origin,
             ..
         } = found;
-        let page_size = match vmcoreinfo.page_size() {
-            Some(bytes) => PageSize::new(bytes).ok_or_else(|| VmiError::Unsupported {
+        let arch = arch::by_name(architecture)?;
+        let bytes = vmcoreinfo.page_size().ok_or_else(|| VmiError::Missing {
+            what: "PAGESIZE".into(),
+            sources: origin.clone(),
+        })?;
+        let page_size = PageSize::new(bytes)
+            .filter(|size| arch.has_page_size(*size))
+            .ok_or_else(|| VmiError::Unsupported {
                 what: format!("pages of {bytes} bytes"),
-            })?,
-            None => PageSize::SIZE_4K,
-        };
+            })?;
         let release = vmcoreinfo.osrelease().unwrap_or_default().to_owned();
         let stext = vmcoreinfo
             .symbol("_stext")
@@ -226,9 +230,15 @@ impl<'m> LinuxGuest<'m> {
                 what: "symbol _stext".into(),
                 sources: origin.clone(),
             })?;
-        let image = discover::image_range(&space, stext);
+        let image = discover::image_range(arch, &space, stext);
         let kallsyms = Kallsyms::find(&space, &vmcoreinfo, image);
-        let mut kernel = Kernel::new(space, release, kaslr);
+        let build = Build {
+            architecture,
+            page_size,
+            release,
+            kaslr,
+        };
+        let mut kernel = Kernel::new(space, build);
         for file in files {
             kernel.add(file);
         }
@@ -241,7 +251,6 @@ impl<'m> LinuxGuest<'m> {
         }
         let mut guest = Self {
             kernel,
-            page_size,
             origin,
             banner: None,
             owners,
@@ -290,7 +299,7 @@ impl<'m> LinuxGuest<'m> {
         let guest_name = || {
             self.banner
                 .clone()
-                .unwrap_or_else(|| self.kernel.release.clone())
+                .unwrap_or_else(|| self.kernel.build.release.clone())
         };
         let info = self.kernel.vmcoreinfo.as_ref();
         let hex = |id: &[u8]| {
@@ -351,7 +360,7 @@ impl<'m> LinuxGuest<'m> {
     /// The kernel's release, such as `6.1.0-37-cloud-amd64`.
     #[must_use]
     pub fn release(&self) -> &str {
-        &self.kernel.release
+        &self.kernel.build.release
     }
 
     /// The kernel's banner (`Linux version …`), if it could be read.
@@ -378,7 +387,7 @@ impl<'m> LinuxGuest<'m> {
     /// The guest's page size.
     #[must_use]
     pub fn page_size(&self) -> PageSize {
-        self.page_size
+        self.kernel.build.page_size
     }
 
     /// Where VMCOREINFO came from, then every source of symbols and types in use.
@@ -400,7 +409,7 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if the kernel's memory map cannot be read.
     pub fn struct_page_memory(&self) -> Result<Vec<GpaRange>, VmiError> {
-        let mem_map = MemMap::new(&self.kernel, self.page_size)?;
+        let mem_map = MemMap::new(&self.kernel)?;
         Ok(mem_map.own_memory().collect())
     }
 
@@ -411,10 +420,7 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if the map cannot be read or is not one.
     pub fn e820(&self) -> Result<Option<Vec<GpaRange>>, VmiError> {
-        match e820::usable_ram(&self.kernel, e820::FIRMWARE)? {
-            None => e820::usable_ram(&self.kernel, e820::OWN),
-            found => Ok(found),
-        }
+        arch::of(&self.kernel)?.boot_ram(&self.kernel)
     }
 
     /// Where the kernel maps all of memory, from guest-physical 0 on, if its symbols tell
@@ -423,10 +429,7 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if it cannot be read.
     pub fn direct_map(&self) -> Result<Option<KernelVa>, VmiError> {
-        self.kernel
-            .symbol("page_offset_base")?
-            .map(|at| self.kernel.read_ptr("page_offset_base", at))
-            .transpose()
+        arch::of(&self.kernel)?.direct_map(&self.kernel)
     }
 
     /// What the content of each of `ranges` of memory says about whether it lies there: for a
@@ -435,18 +438,20 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if the kernel's page tables have memory elsewhere, or reading fails.
     pub fn evidence_of_places(&self, ranges: &[GpaRange]) -> Result<Vec<PlaceEvidence>, VmiError> {
-        place::evidence(&self.kernel, self.page_size, self.direct_map()?, ranges)
+        place::evidence(&self.kernel, self.direct_map()?, ranges)
     }
 
     /// The memory that has struct pages: all that the kernel has ever taken for memory, of whatever
-    /// device, in whole sections (of 128 MiB).
+    /// device, in whole sections (of 128 MiB on x86-64).
     ///
     /// # Errors
     /// [`VmiError`] if the kernel's memory map cannot be read.
     pub fn known_memory(&self) -> Result<Vec<GpaRange>, VmiError> {
-        let mem_map = MemMap::new(&self.kernel, self.page_size)?;
+        let mem_map = MemMap::new(&self.kernel)?;
         let frames = mem_map.spans().iter().map(|span| span.frames);
-        Ok(frames.filter_map(|f| f.gpa_range(self.page_size)).collect())
+        Ok(frames
+            .filter_map(|f| f.gpa_range(self.kernel.build.page_size))
+            .collect())
     }
 
     /// RAM by the kernel's own tree of resources (`System RAM` in `/proc/iomem`), memory that was
@@ -469,7 +474,7 @@ impl<'m> LinuxGuest<'m> {
     /// [`VmiError::Inconsistent`] if the sources of truth disagree, [`VmiError::Missing`] if a
     /// symbol or member that decides about a page is known to no source, and what reading gives.
     pub fn classify(&self, on: OnInconsistency) -> Result<Classification, VmiError> {
-        let mem_map = MemMap::new(&self.kernel, self.page_size)?;
+        let mem_map = MemMap::new(&self.kernel)?;
         let layout = PageLayout::new(&self.kernel, mem_map.stride)?;
         let zones = Zones::new(&self.kernel)?;
         let owner_note = self.owner_note(&mem_map, &zones, on)?;
@@ -561,6 +566,8 @@ impl<'m> LinuxGuest<'m> {
     /// `init_on_free` hands out pages as zero without looking.
     fn free_fill(&self, map: &PageMap, notes: &mut Vec<Note>) -> Result<Fill, VmiError> {
         const PAGE_POISON: u8 = 0xaa;
+        /// Of so many runs of free pages the first is looked at.
+        const MAX_LOOKED: usize = 4096;
         // `_page_poisoning_enabled` since 5.11, `want_page_poisoning` before.
         let poisoned = self.flag(&["_page_poisoning_enabled", "want_page_poisoning"])?;
         let zeroed = self.flag(&["init_on_free"])?;
@@ -574,12 +581,12 @@ impl<'m> LinuxGuest<'m> {
         // not proves it off. The same of zeroes.
         let memory = self.kernel.space.memory();
         let (mut looked, mut with_pattern, mut zero) = (0_u32, 0_u32, 0_u32);
-        let mut page = vec![0; usize::try_from(self.page_size.bytes()).unwrap_or(4096)];
+        let mut page = self.kernel.page_buffer()?;
         let free = map
             .runs()
             .filter(|(_, class)| *class == PageClass::FreeBuddy);
-        for (frames, _) in free.take(4096) {
-            let Some(at) = frames.start().gpa(self.page_size) else {
+        for (frames, _) in free.take(MAX_LOOKED) {
+            let Some(at) = frames.start().gpa(self.kernel.build.page_size) else {
                 continue;
             };
             memory.read(at, &mut page)?;
@@ -625,7 +632,8 @@ impl GuestOs for LinuxGuest<'_> {
             vmcoreinfo: self.vmcoreinfo().map(str::to_owned),
             build_id: self.build_id().map(<[u8]>::to_vec),
             symbol_sources: self.symbol_sources(),
-            page_size: self.page_size,
+            architecture: self.kernel.build.architecture,
+            page_size: self.kernel.build.page_size,
         }
     }
 

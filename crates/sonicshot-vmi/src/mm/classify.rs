@@ -706,11 +706,12 @@ impl Scanner<'_, '_> {
         let Some(at) = self.mem_map.page_va(pfn) else {
             return Ok(PageClass::Unknown);
         };
+        let page_bytes = self.mem_map.page_size.bytes();
         let head = match self.layout.head_of(page, at) {
             Some(head) => head,
             // hugetlb pages with an optimised vmemmap (5.18 to 7.0) show their head's struct page
             // again at the start of each page of struct pages; the next one tells the true head.
-            None if self.layout.is_head(page) && at.raw().is_multiple_of(4096) => {
+            None if self.layout.is_head(page) && at.raw().is_multiple_of(page_bytes) => {
                 match self.fake_head(at) {
                     Some(head) => head,
                     None => at,

@@ -21,7 +21,7 @@
 use super::mem_map::{MemMap, Section};
 use super::page::PageLayout;
 use super::zone::Zones;
-use crate::arch::x86_64::e820;
+use crate::arch;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::note::Note;
@@ -119,13 +119,15 @@ impl OfflineSections {
         self.suspects.is_empty()
     }
 
-    fn note_user(&mut self, pfn: Pfn, text: impl FnOnce() -> String) {
-        let at = self.suspects.partition_point(|s| s.frames.end() <= pfn);
-        if let Some(suspect) = self.suspects.get_mut(at)
-            && suspect.frames.contains(pfn)
-            && suspect.used.is_none()
-        {
-            suspect.used = Some(text());
+    fn note_user(&mut self, frames: PfnRange, text: &dyn Fn() -> String) {
+        let first = self
+            .suspects
+            .partition_point(|suspect| suspect.frames.end() <= frames.start());
+        for suspect in self.suspects.iter_mut().skip(first) {
+            if suspect.frames.intersection(&frames).is_empty() {
+                break;
+            }
+            suspect.used.get_or_insert_with(text);
         }
     }
 
@@ -149,16 +151,12 @@ impl OfflineSections {
         kernel: &Kernel<'_>,
         map: &PageMap,
     ) -> Result<(), VmiError> {
-        const PRESENT_AND_USER: u64 = 1 | 1 << 2;
-        const LARGE: u64 = 1 << 7;
-        const FRAME: u64 = ((1 << 52) - 1) & !0xfff;
-        /// A page of 1 GiB.
-        const LARGEST: u64 = 1 << 18;
         if self.is_empty() {
             return Ok(());
         }
+        let arch = arch::of(kernel)?;
         let page_size = map.page_size();
-        let mut table = vec![0; usize::try_from(page_size.bytes()).unwrap_or(4096)];
+        let mut table = kernel.page_buffer()?;
         let tables = map
             .runs()
             .filter(|(_, class)| *class == PageClass::PageTable);
@@ -169,22 +167,10 @@ impl OfflineSections {
             kernel.space.memory().read(at, &mut table)?;
             let (entries, _) = table.as_chunks::<8>();
             for entry in entries {
-                let entry = u64::from_le_bytes(*entry);
-                if entry & PRESENT_AND_USER != PRESENT_AND_USER {
-                    continue;
-                }
-                let first = (entry & FRAME) >> page_size.shift();
-                let text = || format!("the page table in frame {pfn} maps frames of it");
-                self.note_user(Pfn::new(first), text);
-                if entry & LARGE != 0 && first.is_multiple_of(LARGEST) {
-                    let large = PfnRange::with_len(Pfn::new(first), LARGEST);
-                    for suspect in &mut self.suspects {
-                        let mapped = large
-                            .is_some_and(|large| !large.intersection(&suspect.frames).is_empty());
-                        if mapped && suspect.used.is_none() {
-                            suspect.used = Some(text());
-                        }
-                    }
+                if let Some(mapped) = arch.user_mapping(u64::from_le_bytes(*entry), page_size) {
+                    self.note_user(mapped, &|| {
+                        format!("the page table in frame {pfn} maps frames of it")
+                    });
                 }
             }
         }
@@ -224,7 +210,7 @@ fn count_present(
     mem_map: &MemMap<'_>,
     zones: &Zones,
 ) -> Result<Result<(), String>, VmiError> {
-    let Some(ram) = e820::usable_ram(kernel, e820::OWN)? else {
+    let Some(ram) = arch::of(kernel)?.counted_ram(kernel)? else {
         return Ok(Err("no source knows the guest's own memory map".into()));
     };
     let boot = whole_frames(ram, mem_map);
@@ -427,7 +413,7 @@ impl MemoryBlocks {
             above = Some(shift);
         }
         let is_leaf = above.map_or(index == 0, |shift| shift == 0);
-        let is_pointer = entry & 3 == 0 && entry >> 63 == 1;
+        let is_pointer = entry & 3 == 0 && arch::of(kernel)?.is_pointer(entry);
         Ok((is_leaf && is_pointer).then_some(KernelVa::new(entry)))
     }
 }
@@ -717,7 +703,7 @@ mod tests {
     fn settled(ram: &Ram, pages: &[u64]) -> (Vec<u64>, Vec<String>) {
         let memory = ram.memory();
         let kernel = kernel(&memory, ring_facts());
-        let mem_map = MemMap::new(&kernel, PageSize::SIZE_4K).unwrap();
+        let mem_map = MemMap::new(&kernel).unwrap();
         let layout = PageLayout::new(&kernel, 64).unwrap();
         let mut map = PageMap::new(memory.layout(), PageSize::SIZE_4K);
         let mut found = OfflinePages::default();
@@ -910,7 +896,7 @@ mod tests {
         fn settled(&self, listed: bool, lru: Option<u64>, table: Option<u64>) -> (u64, String) {
             let memory = self.ram.memory();
             let kernel = kernel(&memory, self.facts.clone());
-            let mem_map = MemMap::new(&kernel, PageSize::SIZE_4K).unwrap();
+            let mem_map = MemMap::new(&kernel).unwrap();
             let zones = Zones::new(&kernel).unwrap();
             let mut map = PageMap::new(memory.layout(), PageSize::SIZE_4K);
             let is_listed = |frames: PfnRange| listed && frames.contains(Pfn::new(FRAMES));

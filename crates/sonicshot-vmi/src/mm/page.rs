@@ -2,6 +2,7 @@
 
 use super::mem_map::MemMap;
 use crate::KernelVa;
+use crate::arch::{self, Arch};
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use sonicshot::{GuestBytes, PageClass};
@@ -20,6 +21,7 @@ pub(crate) struct PageLayout {
     bits: FlagBits,
     types: PageTypes,
     hugetlb: HugetlbMark,
+    arch: &'static dyn Arch,
 }
 
 /// Masks of `page.flags`. A flag that this kernel does not have is 0.
@@ -124,6 +126,7 @@ impl PageLayout {
             bits: FlagBits::new(kernel)?,
             types: PageTypes::new(kernel)?,
             hugetlb: HugetlbMark::new(kernel, stride)?,
+            arch: arch::of(kernel)?,
         })
     }
 
@@ -205,13 +208,15 @@ impl PageLayout {
 
     /// If this is a tail page, where its head's `struct page` is; `at` is the page's own.
     pub(crate) fn head_of(&self, page: &GuestBytes<'_>, at: KernelVa) -> Option<KernelVa> {
+        /// The top 1 GiB of the address space.
+        const NO_STRUCT_PAGE: u64 = 0xffff_ffff_c000_0000;
         let info = page.u64_at(self.compound)?;
         if info & 1 == 0 {
             return None;
         }
         // 7.1 stores a mask where struct page is a power of two. No struct page lies in the top
         // 1 GiB of the address space, and no mask is for a folio whose struct pages take more.
-        if info >= 0xffff_ffff_c000_0000 {
+        if info >= NO_STRUCT_PAGE {
             return Some(KernelVa::new(at.raw() & info & !1));
         }
         Some(KernelVa::new(info & !1))
@@ -282,7 +287,7 @@ impl PageLayout {
             // PAGE_MAPPING_ANON, also with the bit that makes it KSM.
             1 | 3 => PageClass::Anonymous,
             // A pointer to `struct address_space`: in the kernel half, aligned.
-            0 if mapping >> 63 == 1 => {
+            0 if self.arch.is_pointer(mapping) => {
                 if has(self.bits.swapbacked) {
                     PageClass::Shmem
                 } else if has(self.bits.lru)

@@ -570,8 +570,8 @@ impl PcpLayout {
                     lists_at: lists.offset,
                     lists: len,
                     types,
-                    // HPAGE_PMD_ORDER, with 4 KiB pages.
-                    huge_order: 9,
+                    // HPAGE_PMD_ORDER: a page of page tables has a pointer of 8 bytes for each.
+                    huge_order: kernel.build.page_size.shift().saturating_sub(3),
                 })
             }
             _ => Err(VmiError::Unsupported {

@@ -290,17 +290,24 @@ impl Tokens {
     }
 }
 
-/// Fills `buf` page by page as far as it is mapped; the rest stays zero. Returns how far.
+/// Whether a word may be an address of the kernel's: in the upper half on every architecture.
+fn is_kernel_half(word: u64) -> bool {
+    word >> 63 == 1
+}
+
+/// Fills `buf` step by step as far as it is mapped; the rest stays zero. Returns how far.
 fn read_what_is_mapped(memory: &dyn VirtualMemory, at: KernelVa, buf: &mut [u8]) -> usize {
+    /// No architecture has smaller pages.
+    const STEP: u64 = 4096;
     let mut done = 0_usize;
     while done < buf.len() {
         let Some(here) = at.checked_add(done as u64) else {
             break;
         };
-        let to_page_end = 0x1000_u64.saturating_sub(here.raw() & 0xfff);
-        let len = usize::try_from(to_page_end)
-            .unwrap_or(0)
-            .min(buf.len().saturating_sub(done));
+        let to_step_end = STEP.saturating_sub(here.raw() & (STEP - 1));
+        let left = buf.len().saturating_sub(done);
+        // Where a step is longer than any length, the rest is shorter.
+        let len = usize::try_from(to_step_end).map_or(left, |len| len.min(left));
         let end = done.saturating_add(len);
         match buf.get_mut(done..end).map(|part| memory.read(here, part)) {
             Some(Ok(())) => done = end,
@@ -578,8 +585,8 @@ fn tables_before(
             .checked_next_multiple_of(8)?;
         let absolute = u64::from(count).checked_mul(8)?;
         let first = KernelVa::new(count_at.raw().checked_sub(absolute)?);
-        let is_absolute = memory.read_u64(first).ok()? >> 63 == 1
-            && memory.read_u64(first.checked_add(8)?).ok()? >> 63 == 1;
+        let is_absolute = is_kernel_half(memory.read_u64(first).ok()?)
+            && is_kernel_half(memory.read_u64(first.checked_add(8)?).ok()?);
         let (offsets, relative_base) = if is_absolute {
             (first, None)
         } else {
