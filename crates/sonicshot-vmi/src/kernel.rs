@@ -2,6 +2,7 @@
 
 use crate::VirtualMemory;
 use crate::error::VmiError;
+use crate::needs;
 use crate::symbols::{Member, SymbolBase, SymbolSource, Vmcoreinfo};
 use crate::{AddressSpace, KernelVa};
 use sonicshot::{Architecture, PageSize};
@@ -80,6 +81,7 @@ impl<'m> Kernel<'m> {
         source: &dyn SymbolSource,
         name: &str,
     ) -> Result<Option<KernelVa>, VmiError> {
+        debug_assert!(needs::has_symbol(name), "{name}: no row of needs.rs");
         Ok(source.symbol(name)?.map(|at| match source.base() {
             SymbolBase::Linked => at.wrapping_add(self.build.kaslr),
             SymbolBase::Running => at,
@@ -115,6 +117,7 @@ impl<'m> Kernel<'m> {
     /// The size of `struct name` by the first source that knows it; refused when another
     /// disagrees.
     pub(crate) fn type_size(&self, name: &str) -> Result<Option<u64>, VmiError> {
+        debug_assert!(needs::has_structure(name), "{name}: no row of needs.rs");
         let mut found: Option<(u64, &str)> = None;
         for source in &self.sources {
             match (source.type_size(name)?, found) {
@@ -147,6 +150,10 @@ impl<'m> Kernel<'m> {
     /// The member of the first source that knows it; refused when another disagrees on the
     /// offset, for then one of them is of another kernel.
     pub(crate) fn member(&self, name: &str, path: &str) -> Result<Option<Member>, VmiError> {
+        debug_assert!(
+            needs::has_member(name, path),
+            "{name}.{path}: no row of needs.rs"
+        );
         let mut found: Option<(Member, &str)> = None;
         for source in &self.sources {
             let Some(member) = source.member(name, path)? else {
@@ -191,6 +198,7 @@ impl<'m> Kernel<'m> {
     /// The constant by the first source that knows it; refused when another disagrees, for then
     /// one of them is of another kernel, or damaged.
     pub(crate) fn constant(&self, name: &str) -> Result<Option<i64>, VmiError> {
+        debug_assert!(needs::has_constant(name), "{name}: no row of needs.rs");
         let mut found: Option<(i64, &str)> = None;
         for source in &self.sources {
             match (source.constant(name)?, found) {

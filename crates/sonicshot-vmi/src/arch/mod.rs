@@ -17,6 +17,8 @@ use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, PageSize, PfnRange};
 /// The smallest page of any architecture: what is searched page by page is searched in steps of
 /// this, and what begins a page begins one of these.
 pub(crate) const MIN_PAGE: usize = 4096;
+/// The bits of an address inside such a page.
+pub(crate) const MIN_PAGE_MASK: u64 = 0xfff;
 
 /// The page tables that a kernel names as its own: what tells one kernel from another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

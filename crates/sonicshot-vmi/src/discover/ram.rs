@@ -1,6 +1,6 @@
 //! The search of all RAM for pages that begin with a text.
 
-use crate::arch::MIN_PAGE;
+use crate::arch::{MIN_PAGE, MIN_PAGE_MASK};
 use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError};
 
 /// How much is mapped at a time while searching.
@@ -98,7 +98,7 @@ pub(super) fn search(
             GuestBytes::from_slice(&buffer)
         };
         // Page-aligned in the guest; a region may begin anywhere.
-        let skew = start.raw().wrapping_neg() & (MIN_PAGE as u64 - 1);
+        let skew = start.raw().wrapping_neg() & MIN_PAGE_MASK;
         let Ok(skew) = usize::try_from(skew) else {
             continue;
         };

@@ -6,7 +6,7 @@
 use super::bytes::Bytes;
 use super::vmcoreinfo::Vmcoreinfo;
 use super::{SymbolBase, SymbolError, SymbolSource};
-use crate::{KernelVa, VirtualMemory};
+use crate::{KernelVa, VirtualMemory, needs};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
@@ -46,38 +46,6 @@ pub struct Kallsyms {
     scheme: Scheme,
     found: Mutex<HashMap<String, Option<u64>>>,
 }
-
-/// The symbols that this crate asks for, found in one pass together.
-const ASKED: [&str; 28] = [
-    "__cpu_online_mask",
-    "__cpu_possible_mask",
-    "__entry_text_start",
-    "__per_cpu_offset",
-    "__start_BTF",
-    "__stop_BTF",
-    "_debug_pagealloc_enabled",
-    "_page_poisoning_enabled",
-    "_stext",
-    "contig_page_data",
-    "cpu_number",
-    "current_task",
-    "e820_table",
-    "init_on_free",
-    "init_task",
-    "init_uts_ns",
-    "kasan_flag_enabled",
-    "linux_banner",
-    "mem_section",
-    "node_data",
-    "nr_cpu_ids",
-    "nr_node_ids",
-    "page_offset_base",
-    "pcpu_hot",
-    "swapper_pg_dir",
-    "this_cpu_off",
-    "vmcoreinfo_data",
-    "want_page_poisoning",
-];
 
 impl core::fmt::Debug for Kallsyms {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
@@ -186,11 +154,13 @@ impl Kallsyms {
         let tokens = Tokens::read(memory, tables)?;
         let names = read_names(memory, tables.names, tables.count)?;
         let offsets = read_offsets(memory, tables)?;
-        let numbers = find_names(&names, &tokens, tables.count, &ASKED);
+        // All that will be asked for, in one pass.
+        let asked: Vec<&str> = needs::symbol_names().collect();
+        let numbers = find_names(&names, &tokens, tables.count, &asked);
         let scheme = find_scheme(tables, &offsets, info, |wanted| {
             numbers.get(wanted).copied()
         })?;
-        let found = ASKED
+        let found = asked
             .iter()
             .map(|name| {
                 let number = numbers.get(name).copied();
@@ -388,6 +358,8 @@ fn find_names<'w>(
             [] => true,
         })
         .collect();
+    let by_name: HashMap<&[u8], &str> =
+        wanted.iter().map(|name| (name.as_bytes(), *name)).collect();
     let mut found = HashMap::new();
     let mut rest = names;
     let mut name = Vec::with_capacity(MAX_NAME);
@@ -408,7 +380,7 @@ fn find_names<'w>(
             }
         }
         let this = name.get(1..).unwrap_or_default();
-        if let Some(wanted) = wanted.iter().find(|wanted| wanted.as_bytes() == this) {
+        if let Some(wanted) = by_name.get(this) {
             found.entry(*wanted).or_insert(number);
         }
     }
