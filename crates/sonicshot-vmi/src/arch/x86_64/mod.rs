@@ -1,7 +1,7 @@
 //! x86-64 (`arch/x86`): four- and five-level page tables, a PC's firmware, Xen's paravirtualised
 //! guests.
 
-mod e820;
+pub(crate) mod e820;
 mod paging;
 mod registers;
 mod tables;

@@ -13,8 +13,9 @@ pub(super) const ORDER: u8 = 0x1f;
 impl Marks {
     pub(super) fn new(map: &PageMap) -> Self {
         Self(
-            map.regions()
-                .map(|(frames, classes)| (frames, vec![0; classes.len()]))
+            map.ram()
+                .iter()
+                .filter_map(|frames| Some((*frames, vec![0; usize::try_from(frames.len()).ok()?])))
                 .collect(),
         )
     }

@@ -131,8 +131,10 @@ pub(crate) fn scan(
         offline_pages: OfflinePages::default(),
         last_head: None,
     };
-    for ((frames, classes), (_, marks)) in map.regions_mut().zip(&walked.marks.0) {
-        scanner.region(frames, classes, marks)?;
+    for (frames, marks) in &walked.marks.0 {
+        let mut classes = vec![PageClass::Hole; marks.len()];
+        scanner.region(*frames, &mut classes, marks)?;
+        map.set_each(frames.start(), &classes);
     }
     for deferred in &zones.deferred {
         let frames = deferred.frames;
