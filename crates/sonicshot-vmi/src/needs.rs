@@ -37,6 +37,10 @@ pub(crate) struct Symbol {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Structure {
     pub name: &'static str,
+    #[cfg_attr(
+        not(test),
+        allow(dead_code, reason = "real kernels are held against it")
+    )]
     pub kernels: Kernels,
     /// A source file that uses all of it, so that its DWARF has it.
     pub unit: &'static str,
@@ -47,6 +51,10 @@ pub(crate) struct Structure {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Member {
     pub path: &'static str,
+    #[cfg_attr(
+        not(test),
+        allow(dead_code, reason = "real kernels are held against it")
+    )]
     pub kernels: Kernels,
 }
 
@@ -54,6 +62,10 @@ pub(crate) struct Member {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Constant {
     pub name: &'static str,
+    #[cfg_attr(
+        not(test),
+        allow(dead_code, reason = "real kernels are held against it")
+    )]
     pub kernels: Kernels,
 }
 
@@ -143,6 +155,7 @@ pub(crate) const SYMBOLS: &[Symbol] = &[
     symbol("timekeeping_suspend_time", All),
     symbol("tk_core", Before(6, 17)),
     symbol("timekeeper_data", Since(6, 17)),
+    symbol("efi", Config("EFI")),
     symbol("acpi_gbl_root_table_list", Config("ACPI")),
     symbol("real_mode_header", All),
     symbol("init_top_pgt", All),
@@ -303,6 +316,8 @@ pub(crate) const STRUCTURES: &[Structure] = &[
         &[
             member("hdr.type_of_loader", All),
             member("efi_info.efi_loader_signature", All),
+            member("efi_info.efi_systab", All),
+            member("efi_info.efi_systab_hi", All),
             member("acpi_rsdp_addr", Since(5, 0)),
         ],
     ),
@@ -369,6 +384,17 @@ pub(crate) const STRUCTURES: &[Structure] = &[
         All,
         "arch/x86/kernel/x86_init.c",
         &[member("get_wallclock", All)],
+    ),
+    structure(
+        "efi",
+        Config("EFI"),
+        "arch/x86/platform/efi/efi.c",
+        &[
+            member("runtime", All),
+            member("memmap.map", All),
+            member("memmap.nr_map", All),
+            member("memmap.desc_size", All),
+        ],
     ),
     structure(
         "acpi_table_list",
@@ -534,9 +560,11 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/kernels")
     }
 
-    /// The kernels by their file: release, and each row with what is said of it; `None` if the
-    /// kernel does not have it.
-    fn kernels() -> Vec<((u32, u32), HashMap<String, Option<String>>)> {
+    /// What is said of each row; `None` if the kernel does not have it.
+    type Answers = HashMap<String, Option<String>>;
+
+    /// The kernels by their file: release, and answers.
+    fn kernels() -> Vec<((u32, u32), Answers)> {
         let mut kernels = Vec::new();
         for entry in std::fs::read_dir(folder()).unwrap() {
             let path = entry.unwrap().path();

@@ -204,7 +204,7 @@ impl Zones {
 
     /// How many processors can have been inside the allocator when the guest stopped.
     pub(crate) fn cpus(&self) -> u64 {
-        u64::try_from(self.cpu_offsets.len()).unwrap_or(1).max(1)
+        (self.cpu_offsets.len() as u64).max(1)
     }
 
     pub(crate) fn max_order(&self) -> u64 {

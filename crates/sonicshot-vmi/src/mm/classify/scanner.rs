@@ -10,7 +10,7 @@ use crate::mm::page::{FreeMark, PageLayout};
 use sonicshot::{GuestBytes, PageClass, Pfn, PfnRange};
 
 /// A block that began and whose remaining frames must be looked at.
-struct OpenBlock {
+pub(super) struct OpenBlock {
     frames: PfnRange,
     class: PageClass,
     spoiled: Option<Pfn>,
@@ -32,6 +32,19 @@ pub(super) struct Scanner<'a, 'm> {
     pub(super) last_head: Option<(KernelVa, PageClass)>,
 }
 
+/// The place of `pfn` in what is kept of each frame of `region`.
+fn index_in(region: PfnRange, pfn: Pfn) -> Result<usize, VmiError> {
+    pfn.offset_from(region.start())
+        .and_then(|offset| usize::try_from(offset).ok())
+        .ok_or_else(|| out_of_region(pfn))
+}
+
+fn out_of_region(pfn: Pfn) -> VmiError {
+    VmiError::Unsupported {
+        what: format!("a struct page of frame {pfn}, outside the stretch of RAM that is looked at"),
+    }
+}
+
 impl Scanner<'_, '_> {
     /// Classifies one stretch of RAM.
     pub(super) fn region(
@@ -41,11 +54,7 @@ impl Scanner<'_, '_> {
         marks: &[u8],
     ) -> Result<(), VmiError> {
         classes.fill(PageClass::Hole);
-        let index = |pfn: Pfn| {
-            pfn.offset_from(frames.start())
-                .and_then(|n| usize::try_from(n).ok())
-                .unwrap_or(usize::MAX)
-        };
+        let index = |pfn: Pfn| index_in(frames, pfn);
         for span in self.mem_map.spans() {
             let part = span.frames.intersection(&frames);
             if part.is_empty() {
@@ -53,9 +62,11 @@ impl Scanner<'_, '_> {
             }
             if !span.online {
                 // Until it is proved to be offline.
-                if let Some(classes) = classes.get_mut(index(part.start())..index(part.end())) {
-                    classes.fill(PageClass::Unknown);
-                }
+                let bounds = index(part.start())?..index(part.end())?;
+                let part = classes
+                    .get_mut(bounds)
+                    .ok_or_else(|| out_of_region(part.start()))?;
+                part.fill(PageClass::Unknown);
                 continue;
             }
             let at = self
@@ -73,36 +84,39 @@ impl Scanner<'_, '_> {
             };
             let mem_map = self.mem_map;
             mem_map.visit_span(&span, &mut |first, pages| {
-                let begin = index(first);
-                self.stretch(first, pages, classes, marks, begin)
+                let begin = index(first)?;
+                self.stretch(first, pages, frames, (&mut *classes, marks), begin)
             })?;
         }
         // A block that begins in this stretch and does not end in it is no block.
         if let Some(open) = self.open.take() {
-            self.spoil(&open, classes, frames.start());
+            self.spoil(&open, classes, frames)?;
         }
         Ok(())
     }
 
     /// Classifies the frames from `first` whose struct pages are `pages`; `begin` is the index
-    /// of `first` in `classes` and `marks`.
+    /// of `first` in the classes and marks of `region`.
     fn stretch(
         &mut self,
         first: Pfn,
         pages: GuestBytes<'_>,
-        classes: &mut [PageClass],
-        marks: &[u8],
+        region: PfnRange,
+        (classes, marks): (&mut [PageClass], &[u8]),
         begin: usize,
     ) -> Result<(), VmiError> {
-        let stride = usize::try_from(self.mem_map.stride).unwrap_or(usize::MAX);
-        let count = pages.len().checked_div(stride).unwrap_or(0);
-        let region_start = Pfn::new(first.raw().saturating_sub(begin as u64));
-        for (number, at) in (0..count).zip((0_usize..).step_by(stride)) {
-            let pfn = Pfn::new(first.raw().saturating_add(number as u64));
-            let index = begin.saturating_add(number);
-            let (Some(page), Some(mark)) = (pages.get(at, stride), marks.get(index)) else {
+        let stride = self.mem_map.stride_len()?;
+        let starts = (0_usize..).step_by(stride);
+        for (number, at) in (0_usize..).zip(starts) {
+            let Some(page) = pages.get(at, stride) else {
                 break;
             };
+            let pfn = first.checked_add(number as u64);
+            let pfn = pfn.ok_or_else(|| out_of_region(first))?;
+            let index = begin
+                .checked_add(number)
+                .ok_or_else(|| out_of_region(pfn))?;
+            let mark = marks.get(index).ok_or_else(|| out_of_region(pfn))?;
             if let Some(open) = &mut self.open {
                 let is_free_tail = *mark == 0
                     && self.layout.is_unused(&page)
@@ -117,7 +131,7 @@ impl Scanner<'_, '_> {
                     && let Some(open) = self.open.take()
                     && open.spoiled.is_some()
                 {
-                    self.spoil(&open, classes, region_start);
+                    self.spoil(&open, classes, region)?;
                 }
                 continue;
             }
@@ -130,19 +144,19 @@ impl Scanner<'_, '_> {
     }
 
     /// Takes back what was said of a block, and counts it as a disagreement.
-    fn spoil(&mut self, open: &OpenBlock, classes: &mut [PageClass], region_start: Pfn) {
-        let bounds = open
-            .frames
-            .start()
-            .offset_from(region_start)
-            .zip(open.frames.end().offset_from(region_start))
-            .and_then(|(a, b)| usize::try_from(a).ok().zip(usize::try_from(b).ok()));
-        if let Some((start, end)) = bounds {
-            let end = end.min(classes.len());
-            if let Some(classes) = classes.get_mut(start..end) {
-                classes.fill(PageClass::Unknown);
-            }
-        }
+    fn spoil(
+        &mut self,
+        open: &OpenBlock,
+        classes: &mut [PageClass],
+        region: PfnRange,
+    ) -> Result<(), VmiError> {
+        let (first, end) = (open.frames.start(), open.frames.end());
+        // A block that does not end in the region ends there.
+        let bounds = index_in(region, first)?..index_in(region, end.min(region.end()))?;
+        let block = classes
+            .get_mut(bounds)
+            .ok_or_else(|| out_of_region(first))?;
+        block.fill(PageClass::Unknown);
         self.wrong.block(|| match open.spoiled {
             Some(pfn) => format!(
                 "block {} is free by flag and list, but the struct page of frame {pfn} shows a user",
@@ -150,6 +164,7 @@ impl Scanner<'_, '_> {
             ),
             None => format!("block {} is free by flag and list, but leaves its RAM", open.frames),
         });
+        Ok(())
     }
 
     /// Classifies a frame that is not inside a free block; may begin one.
@@ -201,9 +216,11 @@ impl Scanner<'_, '_> {
             return Ok(PageClass::HwPoison);
         }
         if !self.offline.is_empty() && self.layout.is_on_lru(page) {
-            for at in [self.layout.lru, self.layout.lru.saturating_add(8)] {
-                let node = usize::try_from(at).ok().and_then(|at| page.u64_at(at));
-                self.offline.see_lru(pfn, KernelVa::new(node.unwrap_or(0)));
+            let Some(nodes) = self.layout.lru_nodes(page) else {
+                return Ok(PageClass::Unknown);
+            };
+            for node in nodes {
+                self.offline.see_lru(pfn, node);
             }
         }
         let class = self.used(pfn, page)?;
@@ -282,8 +299,7 @@ impl Scanner<'_, '_> {
             return Ok(PageClass::Unknown);
         };
         let mut copy = [0_u8; 256];
-        let stride = usize::try_from(self.mem_map.stride).unwrap_or(0);
-        let Some(copy) = copy.get_mut(..stride) else {
+        let Some(copy) = copy.get_mut(..self.mem_map.stride_len()?) else {
             return Ok(PageClass::Unknown);
         };
         self.mem_map.copy_page(head, copy)?;

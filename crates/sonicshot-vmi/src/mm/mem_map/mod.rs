@@ -182,6 +182,18 @@ impl<'m> MemMap<'m> {
             .filter_map(|chunk| GpaRange::with_len(chunk.gpa, chunk.len))
     }
 
+    /// The size of `struct page`, as a length.
+    pub(crate) fn stride_len(&self) -> Result<usize, VmiError> {
+        usize::try_from(self.stride).map_err(|_| VmiError::Unsupported {
+            what: format!("struct page of {} bytes", self.stride),
+        })
+    }
+
+    /// How many bytes so many struct pages are.
+    fn bytes_of(&self, pages: u64) -> Option<usize> {
+        usize::try_from(pages.checked_mul(self.stride)?).ok()
+    }
+
     /// Where the `struct page` of `pfn` is.
     pub(crate) fn page_va(&self, pfn: Pfn) -> Option<KernelVa> {
         let above = self
@@ -286,20 +298,24 @@ impl<'m> MemMap<'m> {
         while let Some(left) = span.frames.end().offset_from(pfn).filter(|n| *n > 0) {
             let at = self.page_va(pfn).ok_or_else(|| corrupt(span.at))?;
             let (chunk, offset) = self.chunk_of(at).ok_or_else(|| corrupt(at))?;
-            let in_chunk = chunk.len.saturating_sub(offset);
-            let whole = in_chunk.checked_div(self.stride).unwrap_or(0).min(left);
+            let whole = chunk
+                .len
+                .checked_sub(offset)
+                .and_then(|len| len.checked_div(self.stride))
+                .ok_or_else(|| corrupt(at))?
+                .min(left);
             let pages;
             if whole == 0 {
                 // This one straddles two chunks.
                 pages = 1;
-                buffer.resize(usize::try_from(self.stride).unwrap_or(0), 0);
+                buffer.resize(self.stride_len()?, 0);
                 self.copy_page(at, &mut buffer)?;
                 visit(pfn, GuestBytes::from_slice(&buffer))?;
             } else if let Some(mapped) = &chunk.mapped {
                 pages = whole;
                 let bytes = usize::try_from(offset)
                     .ok()
-                    .zip(usize::try_from(whole.saturating_mul(self.stride)).ok())
+                    .zip(self.bytes_of(whole))
                     .and_then(|(offset, len)| mapped.bytes().get(offset, len))
                     .ok_or_else(|| corrupt(at))?;
                 visit(pfn, bytes)?;
@@ -308,9 +324,10 @@ impl<'m> MemMap<'m> {
                 }
             } else {
                 // 2 MiB at a time: 32,768 frames of 64-byte struct pages.
-                pages = whole.min((2_u64 << 20).checked_div(self.stride).unwrap_or(1));
-                let len = pages.saturating_mul(self.stride);
-                buffer.resize(usize::try_from(len).unwrap_or(0), 0);
+                let at_once = (2_u64 << 20).checked_div(self.stride);
+                pages = at_once.ok_or_else(|| corrupt(at))?.min(whole);
+                let len = self.bytes_of(pages).ok_or_else(|| corrupt(at))?;
+                buffer.resize(len, 0);
                 let gpa = chunk.gpa.checked_add(offset).ok_or_else(|| corrupt(at))?;
                 self.memory.read(gpa, &mut buffer)?;
                 visit(pfn, GuestBytes::from_slice(&buffer))?;

@@ -31,7 +31,9 @@ impl HugetlbMark {
             let mask = u32::try_from(bit)
                 .ok()
                 .and_then(|bit| 1_u64.checked_shl(bit))
-                .unwrap_or(0);
+                .ok_or_else(|| VmiError::Unsupported {
+                    what: format!("PG_hugetlb of {bit}"),
+                })?;
             return Ok(Self::FolioFlag {
                 offset: member.offset,
                 mask,

@@ -58,7 +58,7 @@ impl PageLayout {
                     what: format!("page.{names:?} at {:#x} of {stride:#x}", member.offset),
                 })
         };
-        let lru = u64::try_from(at(&["lru"], 16)?).unwrap_or(0);
+        let lru = at(&["lru"], 16)? as u64;
         for alias in ["buddy_list", "pcp_list"] {
             if let Some(member) = kernel.member("page", alias)?
                 && member.offset != lru
@@ -135,8 +135,7 @@ impl PageLayout {
         at: KernelVa,
     ) -> Result<Option<u64>, VmiError> {
         let mut copy = [0_u8; 256];
-        let stride = usize::try_from(mem_map.stride).unwrap_or(usize::MAX);
-        let Some(copy) = copy.get_mut(..stride) else {
+        let Some(copy) = copy.get_mut(..mem_map.stride_len()?) else {
             return Ok(None);
         };
         mem_map.copy_page(at, copy)?;
@@ -152,6 +151,13 @@ impl PageLayout {
         let no_flag = flags & self.bits.all & !self.bits.uptodate == 0;
         let clean = offline && refcount <= 1 && no_flag;
         Ok(page.u64_at(self.private).filter(|_| clean))
+    }
+
+    /// Where the page's list goes on, forwards and backwards.
+    pub(crate) fn lru_nodes(&self, page: &GuestBytes<'_>) -> Option<[KernelVa; 2]> {
+        let next = usize::try_from(self.lru).ok()?;
+        let previous = next.checked_add(8)?;
+        Some([page.u64_at(next)?, page.u64_at(previous)?].map(KernelVa::new))
     }
 
     /// Whether the page is on an LRU list.
