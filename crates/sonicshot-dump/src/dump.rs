@@ -6,10 +6,9 @@ use crate::format::qemu::{migration, start};
 use crate::format::{self, Format, Source, boxed};
 use crate::output::{Output, Overwrite, Target};
 use crate::{DumpError, LayoutSpec, RamBlock};
-use sonicshot::Progress;
 use sonicshot::{
     Architecture, Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, PageClass, PageMap,
-    Processors, PrunePlan, RamLayout,
+    PfnRange, Processors, Progress, PrunePlan, RamLayout,
 };
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -205,6 +204,10 @@ impl Dump {
     /// # Errors
     /// [`DumpError::Xen`] if the file is no longer what was opened.
     pub fn xl_skeleton(&self, plan: &PrunePlan) -> Result<Option<Vec<u8>>, DumpError> {
+        self.skeleton_without(plan)
+    }
+
+    pub(crate) fn skeleton_without(&self, plan: &PrunePlan) -> Result<Option<Vec<u8>>, DumpError> {
         let skeletal = self.format.as_skeletal();
         skeletal.map(|format| format.skeleton(plan)).transpose()
     }
@@ -212,11 +215,12 @@ impl Dump {
     /// Makes pages that the format must keep, whatever the guest says of them, ones that no policy
     /// drops: what Xen holds to be page tables of a PV guest.
     pub fn keep_what_must_stay(&self, map: &mut PageMap) {
-        for one in self.format.must_stay() {
-            let class = map.class(one.start());
-            if class.is_some_and(PageClass::may_be_dropped) {
-                map.set(one, PageClass::Unknown);
-            }
+        for frames in self.format.must_stay() {
+            map.with_slices(frames, |_, classes| {
+                for class in classes.iter_mut().filter(|class| class.may_be_dropped()) {
+                    *class = PageClass::Unknown;
+                }
+            });
         }
     }
 
@@ -268,6 +272,10 @@ impl Dump {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    pub(crate) fn must_stay(&self) -> Vec<PfnRange> {
+        self.format.must_stay()
     }
 
     pub(crate) fn check_unchanged(&self) -> Result<(), DumpError> {

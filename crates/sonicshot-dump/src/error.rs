@@ -1,7 +1,7 @@
 //! What can go wrong with a dump file.
 
 use crate::WritingProcess;
-use sonicshot::{LayoutError, Pfn};
+use sonicshot::{Gpa, LayoutError, PageClass, Pfn};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -253,6 +253,26 @@ pub enum DumpError {
         pfn: Pfn,
         /// What is wrong with it.
         why: &'static str,
+    },
+    /// A raw file lacks what every guest's memory has: it is a diff without its base.
+    #[error("{} has a hole where the guest has records of its pages, at {at}", path.display())]
+    NotWhole {
+        /// The file.
+        path: PathBuf,
+        /// Where in the guest.
+        at: Gpa,
+    },
+    /// What is known of the guest is of another memory.
+    #[error("{} has other memory than the guest that was looked at", path.display())]
+    OtherGuest {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Pages of this class are never dropped.
+    #[error("pages of class {class} are never dropped: the guest's kernel needs them")]
+    Undroppable {
+        /// The class.
+        class: PageClass,
     },
     /// A file of this format has no room for it.
     #[error("{}: a file of this format cannot hold {what} {value}", path.display())]

@@ -52,6 +52,7 @@ mod backing;
 mod dump;
 mod error;
 mod format;
+mod guard;
 mod in_use;
 mod layout;
 mod output;
@@ -70,6 +71,7 @@ pub use format::kdump::write::{
 };
 pub use format::qemu::start::{BlockKind, RamBlock};
 pub use format::xen::join::XlSkeleton;
+pub use guard::{CheckedPlan, Doubts, check_whole, keep_in_doubt};
 pub use in_use::{WritingProcess, check_not_in_use};
 pub use layout::{BlockPlace, LayoutSpec, LayoutSpecError};
 pub use output::Overwrite;

@@ -69,19 +69,24 @@ fn parse(path: &Path, data: GuestBytes<'_>) -> Result<Image, DumpError> {
             0,
         );
     }
-    let (words, _) = header.as_chunks::<4>();
-    let mut words = words.iter().map(|word| u32::from_le_bytes(*word));
-    let mut next = || words.next().unwrap_or(0);
-    let version = next();
+    let word = |at: usize| {
+        header
+            .get(at..)?
+            .first_chunk()
+            .copied()
+            .map(u32::from_le_bytes)
+    };
+    let words = word(0).zip(word(4)).zip(word(12));
+    let Some(((version, data_len), format)) = words else {
+        return malformed("the end of the file inside the header", 16, 0);
+    };
     // A host of the other byte order.
     let swapped = version.swap_bytes() == VERSION;
-    let mut next = || if swapped { next().swap_bytes() } else { next() };
+    let in_order = |word: u32| if swapped { word.swap_bytes() } else { word };
+    let (data_len, format) = (in_order(data_len), in_order(format));
     if version != VERSION && !swapped {
         return malformed("the version of a libvirt save image", 16, version);
     }
-    let data_len = next();
-    let _was_running = next();
-    let format = next();
     if data_len > MAX_DATA {
         return malformed("the length of the domain's description", 20, data_len);
     }

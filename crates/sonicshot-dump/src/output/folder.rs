@@ -1,5 +1,6 @@
 //! A folder that appears whole or not at all.
 
+use crate::guard::CheckedPlan;
 use crate::output::{self, Output, PREFIX, Replaced, Rights, Target, folder_of, settle};
 use crate::{Dump, DumpError, Overwrite, PruneStats, SnapshotFiles};
 use rustix::fs::{
@@ -129,7 +130,7 @@ impl NewFolder {
             overwrite: Overwrite::Refuse,
             folder: Some(&self.folder),
         };
-        dump.prune_at(plan, target, progress)
+        CheckedPlan::of(dump, plan.clone()).prune_at(target, progress)
     }
 
     /// Makes the folder durable and gives it its name.

@@ -68,8 +68,10 @@ impl<'a> Copier<'a> {
                 break;
             }
             let (start, stop) = ((*start).max(from), (*stop).min(end));
-            let there = to.saturating_add(start.saturating_sub(from));
-            self.copy_data(start, there, stop.saturating_sub(start))?;
+            let inside = start.checked_sub(from).zip(stop.checked_sub(start));
+            let placed = inside.and_then(|(inside, len)| Some((to.checked_add(inside)?, len)));
+            let (there, len) = placed.ok_or_else(cut)?;
+            self.copy_data(start, there, len)?;
         }
         // What lies in holes is done as well.
         self.done = before.saturating_add(len);
@@ -82,10 +84,14 @@ impl<'a> Copier<'a> {
         let Some((head, body)) = self.block.and_then(|block| shared(from, to, len, block)) else {
             return self.copy_bytes(from, to, len);
         };
-        let tail = len.saturating_sub(head).saturating_sub(body);
-        let behind = |at: u64, len| at.saturating_add(len);
+        let beyond =
+            || DumpError::malformed(self.dump.path(), "a stretch beyond 64 bits", from, len);
+        let behind = |at: u64, len| at.checked_add(len).ok_or_else(beyond);
+        let (start, there) = (behind(from, head)?, behind(to, head)?);
+        let (rest, rest_there) = (behind(start, body)?, behind(there, body)?);
+        let tail = len.checked_sub(head).and_then(|len| len.checked_sub(body));
+        let tail = tail.ok_or_else(beyond)?;
         self.copy_bytes(from, to, head)?;
-        let (start, there) = (behind(from, head), behind(to, head));
         let (input, output) = (self.dump.file(), self.output.file());
         match sys::clone_range(input, start, body, output, there) {
             Ok(()) => {
@@ -100,19 +106,21 @@ impl<'a> Copier<'a> {
                 self.copy_bytes(start, there, body)?;
             }
         }
-        self.copy_bytes(behind(start, body), behind(there, body), tail)
+        self.copy_bytes(rest, rest_there, tail)
     }
 
     fn copy_bytes(&mut self, mut from: u64, mut to: u64, mut left: u64) -> Result<(), DumpError> {
         while left > 0 {
-            let now = usize::try_from(left).unwrap_or(COPY).min(COPY);
+            let now = usize::try_from(left).map_or(COPY, |left| left.min(COPY));
             let copied = match self.copy_by_kernel(from, to, now)? {
                 Some(copied) => copied,
                 None => self.copy_through(from, to, now)?,
             } as u64;
-            from = from.saturating_add(copied);
-            to = to.saturating_add(copied);
-            left = left.saturating_sub(copied);
+            let next = from.checked_add(copied).zip(to.checked_add(copied));
+            let next = next.zip(left.checked_sub(copied));
+            ((from, to), left) = next.ok_or_else(|| {
+                DumpError::malformed(self.dump.path(), "a stretch beyond 64 bits", from, left)
+            })?;
             self.done = self.done.saturating_add(copied);
             (self.progress)(self.done, self.total);
         }

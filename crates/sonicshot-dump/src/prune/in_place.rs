@@ -5,38 +5,34 @@
 //! file, that nobody else writes it, and that its file system punches holes. From there on each
 //! step leaves a valid dump.
 
+use crate::DumpError;
 use crate::backing::mapped::MappedDump;
+use crate::guard::CheckedPlan;
 use crate::in_use as live;
 use crate::prune::holes::{
     PruneOptions, Run, block_size, join, smallest_hole, stretches_without, whole_blocks,
 };
 use crate::prune::stats::{PruneStats, disk_usage};
-use crate::{Dump, DumpError};
 use rustix::fs::{FallocateFlags, SeekFrom, StatFs, fallocate, fstatfs, seek};
 use rustix::io::Errno;
 use sonicshot::Progress;
-use sonicshot::PrunePlan;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-impl Dump {
-    /// Punches the pages that `plan` drops out of the file itself, as [`PruneOptions::new`] says.
+impl CheckedPlan<'_> {
+    /// Punches the pages that go out of the file itself, as [`PruneOptions::new`] says.
     ///
     /// # Errors
     /// As [`prune_in_place_with`](Self::prune_in_place_with).
-    pub fn prune_in_place(
-        &self,
-        plan: &PrunePlan,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        self.prune_in_place_with(plan, &PruneOptions::new(), progress)
+    pub fn prune_in_place(&self, progress: Progress<'_>) -> Result<PruneStats, DumpError> {
+        self.prune_in_place_with(&PruneOptions::new(), progress)
     }
 
-    /// Punches the pages that `plan` drops out of the file itself.
+    /// Punches the pages that go out of the file itself.
     ///
-    /// Nothing is copied, and each step only makes pages that `plan` drops read as zero, so
-    /// whatever interrupts it leaves a valid dump. What is a hole already is not touched. In a
+    /// Nothing is copied, and each step only makes pages that go read as zero, so whatever
+    /// interrupts it leaves a valid dump. What is a hole already is not touched. In a
     /// mapped-ram file the marks of all these pages are cleared, and are on disk, before the
     /// first hole is punched.
     ///
@@ -47,15 +43,14 @@ impl Dump {
     /// somebody has; the file is then as it was.
     pub fn prune_in_place_with(
         &self,
-        plan: &PrunePlan,
         options: &PruneOptions,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
-        let format = self.in_place()?;
+        let format = self.dump().in_place()?;
         let dump = format.source();
         check_unchanged(dump, options)?;
-        let (goes, mut stats) = self.begin(plan, &[dump.file()])?;
-        let punching = format.punching(&goes, &mut stats)?;
+        let mut stats = self.begin(&[dump.file()])?;
+        let punching = format.punching(self.goes(), &mut stats)?;
         let system = fstatfs(dump.file())
             .map_err(|error| DumpError::io("reading", dump.path())(error.into()))?;
         let block = block_size(&system);

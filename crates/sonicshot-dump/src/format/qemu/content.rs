@@ -77,6 +77,7 @@ impl Places {
         match self {
             Self::Listed(places) => Box::new(places.iter().copied()),
             Self::InOrder { bitmap, at, pages } => Box::new((0..*pages).map(move |page| {
+                // Room for all pages is in the file, as was checked when it was opened.
                 let there = at.saturating_add(page.saturating_mul(TARGET_PAGE));
                 if is_set(bitmap, page) { there } else { 0 }
             })),

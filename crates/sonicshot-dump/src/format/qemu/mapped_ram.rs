@@ -274,7 +274,10 @@ impl MappedRam {
         self.placed()
             .map(|store| {
                 let mut bitmap = store.bitmap(path, data)?;
-                store.clear(&mut bitmap, plan);
+                store.clear(&mut bitmap, plan).ok_or_else(|| {
+                    let what = "a bitmap that does not fit its block";
+                    DumpError::malformed(path, what, store.bitmap_offset, store.len)
+                })?;
                 Ok((store.bitmap_offset, bitmap))
             })
             .collect()
@@ -351,25 +354,24 @@ impl Store {
         }
     }
 
-    /// Clears the bits of the pages that `plan` drops.
-    fn clear(&self, bitmap: &mut [u8], plan: &PrunePlan) {
+    /// Clears the bits of the pages that `plan` drops. `None` if the bitmap is not the block's.
+    fn clear(&self, bitmap: &mut [u8], plan: &PrunePlan) -> Option<()> {
         let mut base = 0_u64;
         for range in &self.ranges {
             for dropped in plan.dropped_in(*range) {
-                let inside = dropped.start().offset_from(range.start()).unwrap_or(0);
-                let start = base.saturating_add(inside);
+                let inside = dropped.start().offset_from(range.start())?;
+                let start = base.checked_add(inside)?;
                 // Only pages that are dropped as a whole.
                 let first = start.div_ceil(TARGET_PAGE);
-                let end = start.saturating_add(dropped.len()) / TARGET_PAGE;
+                let end = start.checked_add(dropped.len())? / TARGET_PAGE;
                 for page in first..end {
-                    let byte = usize::try_from(page >> 3).unwrap_or(usize::MAX);
-                    if let Some(byte) = bitmap.get_mut(byte) {
-                        *byte &= !(1_u8 << (page & 7));
-                    }
+                    let byte = bitmap.get_mut(usize::try_from(page >> 3).ok()?)?;
+                    *byte &= !(1_u8 << (page & 7));
                 }
             }
-            base = base.saturating_add(range.len());
+            base = base.checked_add(range.len())?;
         }
+        Some(())
     }
 }
 
@@ -446,8 +448,12 @@ fn copy_mapped_ram(
     let mut copier = Copier::new(dump, output, total, progress);
     let mut at = 0_u64;
     for (offset, len) in ram.holes(bitmaps).into_iter().chain([(total, 0)]) {
-        copier.copy(at, at, offset.saturating_sub(at))?;
-        at = offset.saturating_add(len);
+        let stretch = offset.checked_sub(at).zip(offset.checked_add(len));
+        let (kept, next) = stretch.ok_or_else(|| {
+            DumpError::malformed(dump.path(), "blocks of memory that overlap", offset, at)
+        })?;
+        copier.copy(at, at, kept)?;
+        at = next;
     }
     for (offset, bitmap) in bitmaps {
         output

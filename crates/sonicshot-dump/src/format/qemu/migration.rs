@@ -71,17 +71,25 @@ impl<'a> Writer<'a> {
         self.output.file()
     }
 
+    /// A refusal of what cannot be written.
+    fn impossible(&self, what: &'static str, value: u64) -> DumpError {
+        DumpError::malformed(self.dump.path(), what, self.at, value)
+    }
+
     /// Where the next byte goes.
-    fn position(&self) -> u64 {
-        self.at.saturating_add(self.pending.len() as u64)
+    fn position(&self) -> Result<u64, DumpError> {
+        let pending = self.pending.len() as u64;
+        let position = self.at.checked_add(pending);
+        position.ok_or_else(|| self.impossible("a stretch beyond 64 bits", pending))
     }
 
     fn flush(&mut self) -> Result<(), DumpError> {
         let writing = DumpError::io("writing", self.output.path());
+        let next = self.position()?;
         self.file()
             .write_all_at(&self.pending, self.at)
             .map_err(writing)?;
-        self.at = self.position();
+        self.at = next;
         self.pending.clear();
         Ok(())
     }
@@ -106,12 +114,20 @@ impl<'a> Writer<'a> {
     }
 
     fn name(&mut self, name: &str) -> Result<(), DumpError> {
-        // Names come from a file, where their length is one byte.
-        self.bytes(&[u8::try_from(name.len()).unwrap_or(u8::MAX)])?;
+        let len = u8::try_from(name.len())
+            .map_err(|_| self.impossible("the length of a name", name.len() as u64))?;
+        self.bytes(&[len])?;
         self.bytes(name.as_bytes())
     }
 
-    /// A page or other small stretch of the input.
+    /// A small stretch of the input.
+    fn between(&mut self, from: u64, to: u64) -> Result<(), DumpError> {
+        let len = to.checked_sub(from);
+        let len = len.ok_or_else(|| self.impossible("a stretch that ends before it begins", to))?;
+        self.small(from, len)
+    }
+
+    /// A page or other small stretch of the input, by its length.
     fn small(&mut self, from: u64, len: u64) -> Result<(), DumpError> {
         let beyond = DumpError::malformed(self.dump.path(), "a stretch beyond the end", from, len);
         let start = usize::try_from(from).unwrap_or(usize::MAX);
@@ -133,10 +149,12 @@ impl<'a> Writer<'a> {
 
     /// A stretch of the input of any length.
     fn long(&mut self, from: u64, to: u64) -> Result<(), DumpError> {
-        let len = to.saturating_sub(from);
+        let len = to.checked_sub(from);
+        let len = len.ok_or_else(|| self.impossible("a stretch that ends before it begins", to))?;
         self.flush()?;
         self.copier.copy(from, self.at, len)?;
-        self.at = self.at.saturating_add(len);
+        let end = self.at.checked_add(len);
+        self.at = end.ok_or_else(|| self.impossible("a stretch beyond 64 bits", len))?;
         Ok(())
     }
 
@@ -156,7 +174,7 @@ impl<'a> Writer<'a> {
     /// What stands before the section `ram`, with or without the capability of mapped-ram.
     fn head(&mut self, start: &Start, begin: u64, mapped: bool) -> Result<(), DumpError> {
         let configuration = start.configuration_at.unwrap_or(start.ram_at);
-        self.small(begin, configuration.saturating_sub(begin))?;
+        self.between(begin, configuration)?;
         let mut capabilities: Vec<&str> = start.capabilities.iter().map(String::as_str).collect();
         capabilities.retain(|name| *name != MAPPED_RAM);
         if mapped {
@@ -166,7 +184,9 @@ impl<'a> Writer<'a> {
             self.bytes(&[SUBSECTION])?;
             self.name(CAPABILITIES)?;
             self.bytes(&1_u32.to_be_bytes())?;
-            let count = u32::try_from(capabilities.len()).unwrap_or(u32::MAX);
+            let count = u32::try_from(capabilities.len()).map_err(|_| {
+                self.impossible("the number of capabilities", capabilities.len() as u64)
+            })?;
             self.bytes(&count.to_be_bytes())?;
             for name in capabilities {
                 self.name(name)?;
@@ -175,8 +195,8 @@ impl<'a> Writer<'a> {
         let (before, after) = start
             .capabilities_at
             .unwrap_or((start.ram_at, start.ram_at));
-        self.small(configuration, before.saturating_sub(configuration))?;
-        self.small(after, start.ram_at.saturating_sub(after))?;
+        self.between(configuration, before)?;
+        self.between(after, start.ram_at)?;
         self.small(start.ram_at, RAM_HEADER)?;
         self.word(start.total | FLAG_MEM_SIZE)
     }
@@ -189,10 +209,13 @@ fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         out.name(&block.name)?;
         out.word(block.len)?;
         let bitmap = places.bitmap();
-        let bitmap_at = out.position().saturating_add(HEADER_LEN);
+        let bitmap_at = out.position()?.checked_add(HEADER_LEN);
         let pages_at = bitmap_at
-            .saturating_add(bitmap.len() as u64)
-            .next_multiple_of(PAGES_ALIGN);
+            .and_then(|at| at.checked_add(bitmap.len() as u64))
+            .and_then(|end| end.checked_next_multiple_of(PAGES_ALIGN));
+        let places_of_block = bitmap_at.zip(pages_at);
+        let (bitmap_at, pages_at) = places_of_block
+            .ok_or_else(|| out.impossible("the length of a memory block", block.len))?;
         out.bytes(&MAPPED_RAM_VERSION.to_be_bytes())?;
         for field in [TARGET_PAGE, bitmap_at, pages_at] {
             out.word(field)?;
@@ -201,12 +224,14 @@ fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         let mut at = pages_at;
         for place in places.iter() {
             if place != 0 {
-                if out.position() != at {
+                if out.position()? != at {
                     out.seek(at)?;
                 }
                 out.small(place, TARGET_PAGE)?;
             }
-            at = at.saturating_add(TARGET_PAGE);
+            at = at
+                .checked_add(TARGET_PAGE)
+                .ok_or_else(|| out.impossible("the length of a memory block", block.len))?;
         }
         out.seek(at)?;
     }

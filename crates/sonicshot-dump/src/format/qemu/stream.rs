@@ -391,24 +391,25 @@ impl Stream {
                 return Ok(());
             }
             // The record's beginning stays but for its flags: name and place are the same.
-            each(Part::Copy {
-                from: copied,
-                len: record.at.saturating_sub(copied),
-            })?;
+            let before = |from: u64, to: u64| {
+                let len = to.checked_sub(from);
+                let wrong = || DumpError::malformed(path, "a record before the last", from, to);
+                len.map(|len| Part::Copy { from, len }).ok_or_else(wrong)
+            };
+            each(before(copied, record.at)?)?;
             let flags = record.flags & FLAG_CONTINUE | FLAG_ZERO;
             each(Part::Bytes(&(record.address | flags).to_be_bytes()))?;
             let name = record.at.saturating_add(8);
-            each(Part::Copy {
-                from: name,
-                len: record.data.saturating_sub(name),
-            })?;
+            each(before(name, record.data)?)?;
             each(Part::Bytes(&[0]))?;
             copied = record.end;
             Ok(())
         })?;
+        let len = (data.len() as u64).checked_sub(copied);
+        let wrong = || DumpError::malformed(path, "a record beyond the end", copied, 0);
         each(Part::Copy {
             from: copied,
-            len: (data.len() as u64).saturating_sub(copied),
+            len: len.ok_or_else(wrong)?,
         })
     }
 

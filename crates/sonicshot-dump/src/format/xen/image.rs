@@ -11,7 +11,7 @@ use crate::format::{Format, Kind, Source, boxed};
 use crate::prune::stats::PruneStats;
 use crate::prune::stream;
 use sonicshot::{Fill, GpaRange, GuestMemory, PfnRange, Processors, PrunePlan};
-use sonicshot_xen::{DomainKind, Layer, XlImage};
+use sonicshot_xen::{DomainKind, Guarded, Layer, XlImage};
 use std::fs::File;
 
 pub(crate) const KIND: Kind = Kind::by_magic(
@@ -67,10 +67,20 @@ impl Format for XlDump {
 
     /// What Xen holds to be page tables of a PV guest.
     fn must_stay(&self) -> Vec<PfnRange> {
+        let mut runs: Vec<PfnRange> = Vec::new();
         let stay = self.image.frames().iter();
-        stay.filter(|frame| !frame.may_be_dropped())
-            .filter_map(|frame| PfnRange::with_len(frame.pfn(), 1))
-            .collect()
+        for frame in stay.filter(|frame| !frame.may_be_dropped()) {
+            let Some(one) = PfnRange::with_len(frame.pfn(), 1) else {
+                continue;
+            };
+            match runs.last_mut() {
+                Some(last) if last.end() == one.start() => {
+                    *last = PfnRange::new(last.start(), one.end());
+                }
+                _ => runs.push(one),
+            }
+        }
+        runs
     }
 
     fn holds_device_state(&self) -> bool {
@@ -107,7 +117,7 @@ impl AsStream for XlDump {
     }
 
     fn pruned(&self, goes: &PrunePlan, each: EachPart<'_>) -> Result<(), DumpError> {
-        let dropped = self.image.dropped(goes);
+        let dropped = self.image.dropped(goes, Guarded::vouched());
         let failed = failed(self.mapped.path());
         self.image
             .pruned(self.mapped.bytes(), &dropped, failed, |part| {
@@ -120,7 +130,7 @@ impl AsStream for XlDump {
 
     /// Of what a plan drops, what Xen lets be dropped.
     fn count(&self, goes: &PrunePlan, stats: &mut PruneStats) {
-        let dropped = self.image.dropped(goes);
+        let dropped = self.image.dropped(goes, Guarded::vouched());
         stats.dropped_bytes = dropped.pages().saturating_mul(PAGE.bytes());
         stats.runs = dropped.runs().len() as u64;
     }
@@ -128,9 +138,10 @@ impl AsStream for XlDump {
 
 impl Skeletal for XlDump {
     fn skeleton(&self, plan: &PrunePlan) -> Result<Vec<u8>, DumpError> {
-        let skeleton = self
-            .image
-            .skeleton(self.mapped.bytes(), &self.image.dropped(plan));
+        let skeleton = self.image.skeleton(
+            self.mapped.bytes(),
+            &self.image.dropped(plan, Guarded::vouched()),
+        );
         skeleton.map_err(failed(self.mapped.path()))
     }
 }
