@@ -1,11 +1,10 @@
 //! What a path names: a dump file, or the folder that a VMM keeps a snapshot in.
 
 use crate::{DumpError, LayoutSpec, format};
-use sonicshot::Processors;
+use sonicshot::{FileId, Processors};
 use std::cell::OnceCell;
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// A folder with more files than this is no VMM's.
@@ -219,15 +218,14 @@ impl SnapshotFiles {
 
 /// The regular files of a folder, but `base`; and where that is, if it is there.
 fn entries(folder: &Path, base: Option<&Path>) -> Result<(Vec<Entry>, Option<PathBuf>), DumpError> {
-    let identity = |path: &Path| fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
-    let base = base.and_then(identity);
+    let base = base.and_then(|base| FileId::of_path(base).ok());
     let mut entries = Vec::new();
     let mut skipped = None;
     for entry in fs::read_dir(folder).map_err(DumpError::io("reading", folder))? {
         let path = entry.map_err(DumpError::io("reading", folder))?.path();
         let reading = || DumpError::io("reading", &path);
         let metadata = fs::metadata(&path).map_err(reading())?;
-        if base == Some((metadata.dev(), metadata.ino())) {
+        if base == Some(FileId::from(&metadata)) {
             skipped = Some(path);
             continue;
         }

@@ -23,27 +23,27 @@ pub struct DumpFile {
     output: Output,
     layout: RamLayout,
     /// Each region, and where its bytes begin in the file.
-    places: Vec<(GpaRange, u64)>,
+    places: Vec<(GpaRange, FileOffset)>,
 }
 
 /// Where the regions of a layout are in a file.
 struct Places {
     /// Each region, and where its bytes begin.
-    list: Vec<(GpaRange, u64)>,
-    /// How long the file is.
-    end: u64,
+    list: Vec<(GpaRange, FileOffset)>,
+    /// Where the file ends.
+    end: FileOffset,
 }
 
 impl Places {
     /// From `start` on, each at the next multiple of `align`.
     fn new(path: &Path, layout: &RamLayout, start: u64, align: u64) -> Result<Self, DumpError> {
         let mut list = Vec::with_capacity(layout.regions().len());
-        let mut end = start;
+        let mut end = FileOffset::new(start);
         for region in layout.regions() {
             list.push((*region, end));
             end = end
                 .checked_add(region.len())
-                .and_then(|end| end.checked_next_multiple_of(align))
+                .and_then(|end| end.checked_align_up(align))
                 .ok_or_else(|| too_large(path, "RAM of (bytes)", layout.bytes()))?;
         }
         Ok(Self { list, end })
@@ -123,7 +123,7 @@ impl DumpFile {
             segments.push(Segment {
                 kind: PT_LOAD,
                 flags: 7,
-                offset: *offset,
+                offset: offset.raw(),
                 vaddr: region.start().raw(),
                 paddr: region.start().raw(),
                 file_len: region.len(),
@@ -147,7 +147,7 @@ impl DumpFile {
     ) -> Result<Self, DumpError> {
         let output = Output::create(Target::new(path, overwrite), inputs)?;
         let writing = || DumpError::io("writing", path);
-        output.file().set_len(places.end).map_err(writing())?;
+        output.file().set_len(places.end.raw()).map_err(writing())?;
         output.file().write_all_at(head, 0).map_err(writing())?;
         Ok(Self {
             output,
@@ -156,7 +156,7 @@ impl DumpFile {
         })
     }
 
-    fn place(&self, range: GpaRange) -> Option<u64> {
+    fn place(&self, range: GpaRange) -> Option<FileOffset> {
         let above = self
             .places
             .partition_point(|(region, _)| region.start() <= range.start());
@@ -168,7 +168,7 @@ impl DumpFile {
     }
 
     /// Where the bytes from `at` on go.
-    fn offset(&self, at: Gpa, bytes: &[u8]) -> Result<u64, DumpError> {
+    fn offset(&self, at: Gpa, bytes: &[u8]) -> Result<FileOffset, DumpError> {
         let range = GpaRange::with_len(at, bytes.len() as u64);
         let offset = range.and_then(|range| self.place(range));
         let path = self.output.path();
@@ -179,13 +179,13 @@ impl DumpFile {
         let offset = self.offset(at, bytes)?;
         self.output
             .file()
-            .write_all_at(bytes, offset)
+            .write_all_at(bytes, offset.raw())
             .map_err(DumpError::io("writing", self.output.path()))
     }
 
     /// Writes what is not zero, where nothing was written yet.
     fn write_used(&self, at: Gpa, bytes: &[u8]) -> Result<(), DumpError> {
-        let offset = FileOffset::new(self.offset(at, bytes)?);
+        let offset = self.offset(at, bytes)?;
         write_sparse_at(self.output.file(), bytes, offset)
             .map_err(DumpError::io("writing", self.output.path()))
     }

@@ -12,7 +12,9 @@ use crate::format::qemu::start::{
 };
 use crate::output::Output;
 use crate::prune::copy::{COPY, Copier};
+use crate::prune::stream::append;
 use sonicshot::Progress;
+use sonicshot::{FileOffset, FileRange};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -129,21 +131,9 @@ impl<'a> Writer<'a> {
 
     /// A page or other small stretch of the input, by its length.
     fn small(&mut self, from: u64, len: u64) -> Result<(), DumpError> {
-        let beyond = DumpError::malformed(self.dump.path(), "a stretch beyond the end", from, len);
-        let start = usize::try_from(from).unwrap_or(usize::MAX);
-        let size = usize::try_from(len).unwrap_or(usize::MAX);
-        let Some(there) = self.dump.bytes().get(start, size) else {
-            return Err(beyond);
-        };
-        let old = self.pending.len();
-        self.pending.resize(old.saturating_add(size), 0);
-        let copied = self
-            .pending
-            .get_mut(old..)
-            .is_some_and(|out| there.copy_to(out));
-        if !copied {
-            return Err(beyond);
-        }
+        let range = FileRange::with_len(FileOffset::new(from), len);
+        let range = range.ok_or_else(|| self.impossible("a stretch beyond 64 bits", from))?;
+        append(self.dump, range, &mut self.pending)?;
         self.bytes(&[])
     }
 
@@ -152,7 +142,8 @@ impl<'a> Writer<'a> {
         let len = to.checked_sub(from);
         let len = len.ok_or_else(|| self.impossible("a stretch that ends before it begins", to))?;
         self.flush()?;
-        self.copier.copy(from, self.at, len)?;
+        let range = FileRange::new(FileOffset::new(from), FileOffset::new(to));
+        self.copier.copy(range, FileOffset::new(self.at))?;
         let end = self.at.checked_add(len);
         self.at = end.ok_or_else(|| self.impossible("a stretch beyond 64 bits", len))?;
         Ok(())
@@ -192,9 +183,11 @@ impl<'a> Writer<'a> {
                 self.name(name)?;
             }
         }
-        let (before, after) = start
-            .capabilities_at
-            .unwrap_or((start.ram_at, start.ram_at));
+        // Without a list of them it would be at the end.
+        let (before, after) = match start.capabilities_at {
+            Some(list) => (list.start().raw(), list.end().raw()),
+            None => (start.ram_at, start.ram_at),
+        };
         self.between(configuration, before)?;
         self.between(after, start.ram_at)?;
         self.small(start.ram_at, RAM_HEADER)?;
@@ -236,7 +229,7 @@ fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         out.seek(at)?;
     }
     out.footer(start)?;
-    out.long(content.between.0, content.between.1)?;
+    out.long(content.between.start().raw(), content.between.end().raw())?;
     out.bytes(&[SECTION_END])?;
     out.bytes(&start.ram_section.to_be_bytes())?;
     out.footer(start)?;
@@ -251,7 +244,7 @@ fn write_stream(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         out.word(block.len)?;
     }
     out.footer(start)?;
-    out.long(content.between.0, content.between.1)?;
+    out.long(content.between.start().raw(), content.between.end().raw())?;
     out.bytes(&[SECTION_END])?;
     out.bytes(&start.ram_section.to_be_bytes())?;
     for (block, places) in content.blocks.iter().zip(&content.places) {

@@ -20,7 +20,7 @@ use crate::format::{Format, Source};
 use crate::processors;
 use crate::prune::stream;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{GpaRange, GuestBytes, GuestMemory, Processors, PrunePlan};
+use sonicshot::{FileOffset, FileRange, GpaRange, GuestBytes, GuestMemory, Processors, PrunePlan};
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
@@ -392,9 +392,9 @@ impl Stream {
             }
             // The record's beginning stays but for its flags: name and place are the same.
             let before = |from: u64, to: u64| {
-                let len = to.checked_sub(from);
+                let range = (from <= to).then(|| stretch(from, to));
                 let wrong = || DumpError::malformed(path, "a record before the last", from, to);
-                len.map(|len| Part::Copy { from, len }).ok_or_else(wrong)
+                range.map(Part::Copy).ok_or_else(wrong)
             };
             each(before(copied, record.at)?)?;
             let flags = record.flags & FLAG_CONTINUE | FLAG_ZERO;
@@ -405,12 +405,10 @@ impl Stream {
             copied = record.end;
             Ok(())
         })?;
-        let len = (data.len() as u64).checked_sub(copied);
-        let wrong = || DumpError::malformed(path, "a record beyond the end", copied, 0);
-        each(Part::Copy {
-            from: copied,
-            len: len.ok_or_else(wrong)?,
-        })
+        let end = data.len() as u64;
+        let range = (copied <= end).then(|| stretch(copied, end));
+        let wrong = || DumpError::malformed(path, "a record beyond the end", copied, end);
+        each(Part::Copy(range.ok_or_else(wrong)?))
     }
 
     /// Whether all of a record's page is dropped.
@@ -428,6 +426,10 @@ impl Stream {
     }
 }
 
+fn stretch(from: u64, to: u64) -> FileRange {
+    FileRange::new(FileOffset::new(from), FileOffset::new(to))
+}
+
 /// Adds a page to the extents before it.
 fn push_page(extents: &mut Vec<Extent>, guest: GpaRange, place: u64) {
     match extents.last_mut() {
@@ -437,7 +439,7 @@ fn push_page(extents: &mut Vec<Extent>, guest: GpaRange, place: u64) {
         }
         _ => extents.push(Extent {
             guest,
-            offset: (place != 0).then_some(place),
+            offset: (place != 0).then_some(FileOffset::new(place)),
         }),
     }
 }
@@ -473,12 +475,12 @@ fn of_stream<'a>(
         Ok(())
     })?;
     let mut cursor = Cursor::new(path, data, stream.records_at);
-    let mut between = (0, 0);
+    let mut between = FileRange::new(FileOffset::ZERO, FileOffset::ZERO);
     if matches!(cursor.u64(), Ok(FLAG_EOS)) {
         cursor.footer(stream.start.ram_section)?;
-        between.0 = cursor.at;
+        let begin = cursor.at;
         start::other_sections(&mut cursor, &mut Start::default())?;
-        between.1 = cursor.at;
+        between = stretch(begin, cursor.at);
     }
     Ok(Content {
         start: &stream.start,

@@ -10,7 +10,9 @@ use crate::format::xen::{PAGE, failed, processors};
 use crate::format::{Format, Kind, Source, boxed};
 use crate::prune::stats::PruneStats;
 use crate::prune::stream;
-use sonicshot::{Fill, GpaRange, GuestMemory, PfnRange, Processors, PrunePlan};
+use sonicshot::{
+    FileOffset, FileRange, Fill, GpaRange, GuestMemory, PfnRange, Processors, PrunePlan,
+};
 use sonicshot_xen::{DomainKind, Guarded, Layer, XlImage};
 use std::fs::File;
 
@@ -120,11 +122,14 @@ impl AsStream for XlDump {
         let dropped = self.image.dropped(goes, Guarded::vouched());
         let failed = failed(self.mapped.path());
         self.image
-            .pruned(self.mapped.bytes(), &dropped, failed, |part| {
-                each(match part {
-                    sonicshot_xen::Part::Copy { from, len } => Part::Copy { from, len },
-                    sonicshot_xen::Part::Bytes(bytes) => Part::Bytes(bytes),
-                })
+            .pruned(self.mapped.bytes(), &dropped, failed, |part| match part {
+                sonicshot_xen::Part::Copy { from, len } => {
+                    let range = FileRange::with_len(FileOffset::new(from), len);
+                    let what = "a stretch beyond 64 bits";
+                    let beyond = || DumpError::malformed(self.mapped.path(), what, from, len);
+                    each(Part::Copy(range.ok_or_else(beyond)?))
+                }
+                sonicshot_xen::Part::Bytes(bytes) => each(Part::Bytes(bytes)),
             })
     }
 
@@ -154,10 +159,10 @@ fn extents(image: &XlImage) -> Vec<Extent> {
         let Some(guest) = frames.and_then(|frames| frames.gpa_range(PAGE)) else {
             continue;
         };
-        let offset = frame.data();
+        let offset = frame.data().map(FileOffset::new);
         if let Some(last) = extents.last_mut()
             && last.guest.end() == guest.start()
-            && last.offset.map(|at| at.saturating_add(last.guest.len())) == offset
+            && last.file().map(|file| file.end()) == offset
         {
             last.guest = GpaRange::new(last.guest.start(), guest.end());
             continue;
