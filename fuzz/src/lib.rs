@@ -312,10 +312,7 @@ pub fn xen(data: &[u8]) {
 
 /// An image made of what a Xen image is besides its memory, and of its memory, holds the same.
 fn xen_again(dump: &Dump, input: &File) {
-    // A few entries may name frames far apart: the plan's map is of those alone.
-    let map = PageMap::new(dump.layout(), PageSize::SIZE_4K);
-    let nothing = PrunePlan::new(&map, &DropClasses::default(), Fill::Any);
-    let Ok(Some(bytes)) = dump.xl_skeleton(&nothing) else {
+    let Ok(Some(bytes)) = dump.xl_skeleton() else {
         return;
     };
     let folder = tempfile::tempdir().expect("a folder");

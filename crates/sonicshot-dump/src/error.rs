@@ -1,7 +1,7 @@
 //! What can go wrong with a dump file.
 
-use crate::WritingProcess;
-use sonicshot::{Gpa, LayoutError, PageClass, Pfn};
+use sonicshot::{Gpa, LayoutError, MemoryError, PageClass, Pfn};
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -224,7 +224,7 @@ pub enum DumpError {
     Memory {
         /// Why not.
         #[source]
-        source: sonicshot::MemoryError,
+        source: MemoryError,
     },
     /// A kdump-compressed file could not be written.
     #[error("{}", path.display())]
@@ -233,7 +233,7 @@ pub enum DumpError {
         path: PathBuf,
         /// Why not.
         #[source]
-        source: crate::KdumpWriteError,
+        source: KdumpWriteError,
     },
     /// A Xen image cannot be read.
     #[error("{}", path.display())]
@@ -292,6 +292,42 @@ pub enum DumpError {
         /// What the operating system said.
         #[source]
         source: io::Error,
+    },
+}
+
+/// A process that has a file open for writing, or mapped so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WritingProcess {
+    /// Its number.
+    pub pid: u32,
+    /// Its name, by the kernel.
+    pub command: String,
+}
+
+impl fmt::Display for WritingProcess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (pid {})", self.command.escape_debug(), self.pid)
+    }
+}
+
+/// Why no kdump-compressed file could be written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KdumpWriteError {
+    /// The operating system refused to write.
+    #[error("writing the kdump file")]
+    Io(#[from] io::Error),
+    /// The guest's memory could not be read.
+    #[error("reading the guest's memory")]
+    Memory(#[from] MemoryError),
+    /// The format has no room for the guest.
+    #[error("a kdump file cannot hold {what} of {value}")]
+    TooLarge {
+        /// What of the guest.
+        what: &'static str,
+        /// How much of it there is.
+        value: u64,
     },
 }
 

@@ -12,15 +12,10 @@ use sonicshot_vmi::Analysis;
 
 /// What is not certain of where a dump's memory lies in the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct Doubts {
-    /// Ranges of the same length that hold blocks of which it is not known which is which.
-    pub shared: Vec<Vec<GpaRange>>,
-    /// Ranges of a layout that was given of which nothing shows that they lie there.
-    pub unconfirmed: Vec<GpaRange>,
-    /// Whether a raw file is taken although it lacks what every guest's memory has, as it was
-    /// asked for.
-    pub partial: bool,
+    shared: Vec<Vec<GpaRange>>,
+    unconfirmed: Vec<GpaRange>,
+    partial: bool,
 }
 
 impl Doubts {
@@ -28,6 +23,40 @@ impl Doubts {
     #[must_use]
     pub fn none() -> Self {
         Self::default()
+    }
+
+    /// Ranges of the same length that hold blocks of which it is not known which is which.
+    #[must_use]
+    pub fn shared(mut self, shared: Vec<Vec<GpaRange>>) -> Self {
+        self.shared = shared;
+        self
+    }
+
+    /// Ranges of a layout that was given of which nothing shows that they lie there.
+    #[must_use]
+    pub fn unconfirmed(mut self, ranges: Vec<GpaRange>) -> Self {
+        self.unconfirmed = ranges;
+        self
+    }
+
+    /// Whether a raw file is taken although it lacks what every guest's memory has, as it was
+    /// asked for.
+    #[must_use]
+    pub fn partial(mut self, partial: bool) -> Self {
+        self.partial = partial;
+        self
+    }
+
+    /// The [unconfirmed](Self::unconfirmed) ranges.
+    #[must_use]
+    pub fn of_unconfirmed(&self) -> &[GpaRange] {
+        &self.unconfirmed
+    }
+
+    /// Whether the file may be [partial](Self::partial).
+    #[must_use]
+    pub fn may_be_partial(&self) -> bool {
+        self.partial
     }
 }
 
@@ -172,7 +201,6 @@ impl<'d> CheckedPlan<'d> {
 
     /// A plan that nothing was checked of: for tests of formats, whose files hold no guest.
     #[cfg(feature = "unchecked")]
-    #[doc(hidden)]
     #[must_use]
     pub fn unchecked(dump: &'d Dump, plan: &PrunePlan) -> Self {
         Self::of(dump, plan.clone())

@@ -4,10 +4,9 @@
 //! mapped so. Where it grants no leases at all (NFS, a file of another user), every process is
 //! looked into by `/proc`.
 
-use crate::DumpError;
 use crate::backing::sys;
+use crate::error::{DumpError, WritingProcess};
 use sonicshot::FileId;
-use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
@@ -18,22 +17,6 @@ use std::time::Duration;
 /// until it becomes another program.
 const TRIES: u32 = 4;
 const BETWEEN_TRIES: Duration = Duration::from_millis(10);
-
-/// A process that has a file open for writing, or mapped so.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct WritingProcess {
-    /// Its number.
-    pub pid: u32,
-    /// Its name, by the kernel.
-    pub command: String,
-}
-
-impl fmt::Display for WritingProcess {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} (pid {})", self.command.escape_debug(), self.pid)
-    }
-}
 
 /// Refuses a file that a process, this one included, has open for writing.
 ///

@@ -3,7 +3,6 @@
 
 use crate::DumpError;
 use crate::backing::mapped;
-use crate::format::libvirt::{Compression, Image};
 use crate::format::qemu::start::MAGIC as MIGRATION;
 use crate::output::scratch;
 use sonicshot::FileOffset;
@@ -16,6 +15,32 @@ use std::sync::Arc;
 /// Where there may be room for a guest's memory, unlike in `/tmp`.
 const FALLBACK: &str = "/var/tmp";
 const PIECE: usize = 1 << 20;
+
+/// How the migration file in a libvirt image is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Compression {
+    Gzip,
+    Zstd,
+}
+
+/// What the header of a libvirt image says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Image {
+    /// `None`: the migration file is in the image as it is.
+    pub compression: Option<Compression>,
+    /// Where the migration file begins.
+    pub payload_at: u64,
+}
+
+impl Image {
+    pub(crate) fn name(&self) -> &'static str {
+        match self.compression {
+            None => "libvirt save image",
+            Some(Compression::Gzip) => "libvirt save image (gzip)",
+            Some(Compression::Zstd) => "libvirt save image (zstd)",
+        }
+    }
+}
 
 /// The content of a dump in a file without a name, which is gone with its last user.
 ///

@@ -2,7 +2,7 @@
 
 use crate::DumpError;
 use crate::backing::mapped::MappedDump;
-use crate::format::libvirt::Image;
+use crate::backing::spool::Image;
 use crate::format::qemu::content::Content;
 use crate::output::Output;
 use crate::prune::stats::PruneStats;

@@ -3,7 +3,8 @@
 use crate::backing::mapped::MappedDump;
 use crate::backing::overlay::Overlay;
 use crate::format::ability::{ByCopy, Copying, InPlace, Punching};
-use crate::format::{Format, Source, kind_of, raw};
+use crate::format::kind::{Format, Source};
+use crate::format::{kind_of, raw};
 use crate::prune::copy::Copier;
 use crate::prune::holes::sum_of;
 use crate::prune::runs::file_runs;

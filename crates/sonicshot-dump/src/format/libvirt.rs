@@ -7,8 +7,9 @@
 //! of the image. libvirt's own part stays as it is.
 
 use crate::DumpError;
-use crate::backing::spool::Spool;
-use crate::format::{Format, Kind, Source, qemu};
+use crate::backing::spool::{Compression, Image, Spool};
+use crate::format::kind::{Format, Kind, Source};
+use crate::format::qemu;
 use sonicshot::GuestBytes;
 use std::path::Path;
 
@@ -20,32 +21,6 @@ const HEADER_LEN: u64 = 92;
 const VERSION: u32 = 2;
 /// The XML of a domain, with its snapshots and what else there is, is shorter.
 const MAX_DATA: u32 = 1 << 28;
-
-/// How the migration file is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Compression {
-    Gzip,
-    Zstd,
-}
-
-/// What an image's header says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Image {
-    /// `None`: the migration file is in the image as it is.
-    pub compression: Option<Compression>,
-    /// Where the migration file begins.
-    pub payload_at: u64,
-}
-
-impl Image {
-    pub(crate) fn name(&self) -> &'static str {
-        match self.compression {
-            None => "libvirt save image",
-            Some(Compression::Gzip) => "libvirt save image (gzip)",
-            Some(Compression::Zstd) => "libvirt save image (zstd)",
-        }
-    }
-}
 
 fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {
     let image = parse(source.path, source.data())?;

@@ -3,7 +3,7 @@
 
 use crate::DumpError;
 use crate::backing::mapped::{Extent, MappedDump};
-use crate::format::{Format, Kind, Source, boxed};
+use crate::format::kind::{Format, Kind, Source, boxed};
 use sonicshot::{FileOffset, Gpa, GpaRange, GuestBytes, GuestMemory};
 use std::fs::File;
 use std::path::Path;

@@ -3,7 +3,7 @@
 
 use crate::backing::mapped::{Extent, MappedDump};
 use crate::format::ability::{ByCopy, Copying, InPlace, Punching};
-use crate::format::{Format, Source};
+use crate::format::kind::{Format, Source};
 use crate::prune::copy::Copier;
 use crate::prune::holes::sum_of;
 use crate::prune::runs::file_runs;

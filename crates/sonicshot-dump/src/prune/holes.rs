@@ -41,7 +41,7 @@ impl PruneOptions {
     /// 1.9 % of the bytes. With 64 KiB 3.1 % of the smaller guest would be left.
     pub const MIN_HOLE: u64 = 32 << 10;
 
-    /// What [`Dump::prune_in_place`](crate::Dump::prune_in_place) uses.
+    /// What [`CheckedPlan::prune_in_place`](crate::CheckedPlan::prune_in_place) uses.
     #[must_use]
     pub const fn new() -> Self {
         Self {

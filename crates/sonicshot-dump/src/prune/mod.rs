@@ -7,11 +7,11 @@ pub(crate) mod runs;
 pub(crate) mod stats;
 pub(crate) mod stream;
 
+use crate::DumpError;
 use crate::format::ability::Copying;
 use crate::guard::CheckedPlan;
 use crate::output::{Output, Overwrite, Target};
-use crate::{Dump, DumpError, PruneOptions};
-use sonicshot::{Progress, PrunePlan};
+use sonicshot::Progress;
 use stats::{PruneStats, disk_usage};
 use std::fs::File;
 use std::io::Write;
@@ -33,7 +33,7 @@ impl CheckedPlan<'_> {
     /// Writes a dump of the same format to `out` without the pages that go.
     ///
     /// A raw file keeps its length; dropped pages are holes and read as zero. An ELF core leaves
-    /// them out of its segments' data. What the format cannot [restore](Dump::restores) as the guest
+    /// them out of its segments' data. What the format cannot [restore](crate::Dump::restores) as the guest
     /// expects it is kept. The output appears whole or not at all.
     ///
     /// # Errors
@@ -95,60 +95,5 @@ impl CheckedPlan<'_> {
     /// [`DumpError::Xen`] if the file is no longer what was opened.
     pub fn xl_skeleton(&self) -> Result<Option<Vec<u8>>, DumpError> {
         self.dump().skeleton_without(self.wanted())
-    }
-}
-
-/// The same of a plan that nobody has checked.
-impl Dump {
-    /// As [`CheckedPlan::prune_to`].
-    ///
-    /// # Errors
-    /// As [`CheckedPlan::prune_to`].
-    pub fn prune_to(
-        &self,
-        plan: &PrunePlan,
-        out: &Path,
-        overwrite: Overwrite,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        CheckedPlan::of(self, plan.clone()).prune_to(out, overwrite, progress)
-    }
-
-    /// As [`CheckedPlan::prune_to_writer`].
-    ///
-    /// # Errors
-    /// As [`CheckedPlan::prune_to_writer`].
-    pub fn prune_to_writer(
-        &self,
-        plan: &PrunePlan,
-        out: impl Write,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        CheckedPlan::of(self, plan.clone()).prune_to_writer(out, progress)
-    }
-
-    /// As [`CheckedPlan::prune_in_place`].
-    ///
-    /// # Errors
-    /// As [`CheckedPlan::prune_in_place`].
-    pub fn prune_in_place(
-        &self,
-        plan: &PrunePlan,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        CheckedPlan::of(self, plan.clone()).prune_in_place(progress)
-    }
-
-    /// As [`CheckedPlan::prune_in_place_with`].
-    ///
-    /// # Errors
-    /// As [`CheckedPlan::prune_in_place_with`].
-    pub fn prune_in_place_with(
-        &self,
-        plan: &PrunePlan,
-        options: &PruneOptions,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        CheckedPlan::of(self, plan.clone()).prune_in_place_with(options, progress)
     }
 }

@@ -3,8 +3,8 @@
 
 use crate::DumpError;
 use crate::backing::mapped::MappedDump;
+use crate::backing::spool::Compression;
 use crate::format::ability::{AsStream, Copying, Part};
-use crate::format::libvirt::Compression;
 use crate::output::Output;
 use crate::prune::copy::{COPY, Copier};
 use sonicshot::Progress;

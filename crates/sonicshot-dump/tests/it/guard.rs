@@ -110,8 +110,7 @@ fn a_diff_without_its_base_is_refused() {
         matches!(refused, Err(DumpError::NotWhole { at: there, .. }) if there == at),
         "{refused:?}"
     );
-    let mut asked_for = Doubts::none();
-    asked_for.partial = true;
+    let asked_for = Doubts::none().partial(true);
     plan(&diff, &found, &asked_for).unwrap();
 }
 
@@ -173,8 +172,7 @@ fn what_is_in_doubt_stays() {
         parts.map(|part| part.len()).sum()
     };
     assert!(in_range(&sure) > 1 << 20);
-    let mut unconfirmed = Doubts::none();
-    unconfirmed.unconfirmed = vec![range];
+    let unconfirmed = Doubts::none().unconfirmed(vec![range]);
     let kept = plan(&dump, &found, &unconfirmed).unwrap();
     // What was found to be zero is so wherever it lies.
     for part in kept.goes().dropped_in(range) {
@@ -188,8 +186,7 @@ fn what_is_in_doubt_stays() {
     };
     assert_eq!(sum(&kept), sum(&sure));
 
-    let mut shared = Doubts::none();
-    shared.shared = vec![vec![range, GpaRange::new(at(64), at(96))]];
+    let shared = Doubts::none().shared(vec![vec![range, GpaRange::new(at(64), at(96))]]);
     let kept = plan(&dump, &found, &shared).unwrap();
     for part in kept.goes().dropped_in(range) {
         let there = part.start().checked_add(32 << 20).unwrap();

@@ -4,11 +4,15 @@
 //! A page that the plan drops, and one that the source does not have, is marked as existing but
 //! not in the file, as `makedumpfile -d` does. Pages of zeroes share one descriptor's data.
 
+use crate::error::KdumpWriteError;
 use crate::format::kdump::read::{
     DESCRIPTOR_LEN, MAX_FRAMES, Note, SIGNATURE, SNAPPY, SUB_HEADER_LEN, ZLIB, ZSTD, notes_in,
 };
-use sonicshot::Progress;
-use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, PageSize, PrunePlan};
+use sonicshot::work::{self, map_in_order};
+use sonicshot::{
+    Architecture, Disposition, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageMap, PageSize,
+    Progress, PrunePlan,
+};
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
@@ -16,9 +20,6 @@ use std::os::unix::fs::FileExt;
 
 /// What one thread reads and compresses at a time, in bytes.
 const CHUNK: u64 = 1 << 20;
-/// Chunks for each thread between two writes.
-const CHUNKS: usize = 4;
-const MAX_THREADS: usize = 64;
 /// `man makedumpfile`, `-d`: free pages are left out.
 const DUMP_LEVEL_FREE: u32 = 16;
 /// What is not known of the guest's `struct new_utsname`. libkdumpfile believes none of the
@@ -71,33 +72,28 @@ pub struct KdumpWriteStats {
     pub file_len: u64,
 }
 
-/// Why no kdump-compressed file could be written.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum KdumpWriteError {
-    /// The operating system refused to write.
-    #[error("writing the kdump file")]
-    Io(#[from] io::Error),
-    /// The guest's memory could not be read.
-    #[error("reading the guest's memory")]
-    Memory(#[from] MemoryError),
-    /// The format has no room for the guest.
-    #[error("a kdump file cannot hold {what} of {value}")]
-    TooLarge {
-        /// What of the guest.
-        what: &'static str,
-        /// How much of it there is.
-        value: u64,
-    },
-}
-
-/// Writes `memory`, without what `plan` drops, to the empty `file`. The plan's page size is the
-/// file's block size.
+/// Writes all of `memory` to the empty `file`, whose block size is the guest's page size.
 ///
 /// # Errors
 /// [`KdumpWriteError`] if the memory cannot be read or the file not be written. What is in the
 /// file is then of no use.
 pub fn write_kdump(
+    memory: &dyn GuestMemory,
+    page_size: PageSize,
+    file: &File,
+    options: &KdumpOptions<'_>,
+    progress: Progress<'_>,
+) -> Result<KdumpWriteStats, KdumpWriteError> {
+    let map = PageMap::new(memory.layout(), page_size);
+    let nothing = PrunePlan::new(&map, &|_| Disposition::Keep, Fill::Zero);
+    write_kdump_without(memory, &nothing, file, options, progress)
+}
+
+/// The same without what `plan` drops. The plan's page size is the file's block size.
+///
+/// # Errors
+/// As [`write_kdump`].
+pub fn write_kdump_without(
     memory: &dyn GuestMemory,
     plan: &PrunePlan,
     file: &File,
@@ -112,18 +108,20 @@ pub fn write_kdump(
     };
     let mut pages = Pages::begin(file, &sizes, frames.kept_bytes)?;
     let mut done = 0_u64;
-    let threads = options
-        .threads
-        .map_or(1, NonZeroUsize::get)
-        .min(MAX_THREADS);
-    for round in frames.chunks.chunks(threads.saturating_mul(CHUNKS)) {
-        for packed in compress_all(memory, round, sizes.block, options.compression, threads) {
+    let dumped = &mut frames.dumped;
+    map_in_order(
+        work::threads(options.threads.or(Some(NonZeroUsize::MIN))),
+        frames.chunks,
+        || Encoder::new(options.compression),
+        |encoder, chunk| pack(memory, chunk, sizes.block, encoder),
+        |packed| {
             let packed = packed?;
-            pages.add(&packed, &mut frames.dumped, &mut stats)?;
+            pages.add(&packed, dumped, &mut stats)?;
             done = done.saturating_add(packed.source.len());
             progress(done, frames.kept_bytes);
-        }
-    }
+            Ok::<(), KdumpWriteError>(())
+        },
+    )?;
     stats.file_len = pages.data_at;
     file.write_all_at(&frames.present.bits, sizes.present_at)?;
     file.write_all_at(&frames.dumped.bits, sizes.dumped_at)?;
@@ -498,44 +496,6 @@ struct Packed {
     pages: Vec<(Gpa, Stored)>,
     /// The data of all pages, end to end.
     data: Vec<u8>,
-}
-
-/// Reads and compresses `chunks`; gives the results in the same order.
-fn compress_all(
-    memory: &dyn GuestMemory,
-    chunks: &[GpaRange],
-    block: u32,
-    compression: KdumpCompression,
-    threads: usize,
-) -> Vec<Result<Packed, KdumpWriteError>> {
-    let share = chunks.len().div_ceil(threads).max(1);
-    let work = |chunks: &[GpaRange]| {
-        let mut encoder = Encoder::new(compression);
-        chunks
-            .iter()
-            .map(|chunk| pack(memory, *chunk, block, &mut encoder))
-            .collect::<Vec<_>>()
-    };
-    if share >= chunks.len() {
-        return work(chunks);
-    }
-    std::thread::scope(|scope| {
-        let work = &work;
-        let running: Vec<_> = chunks
-            .chunks(share)
-            .map(|chunks| (chunks, scope.spawn(move || work(chunks))))
-            .collect();
-        running
-            .into_iter()
-            .flat_map(|(chunks, thread)| {
-                thread.join().unwrap_or_else(|_| {
-                    // What such a thread had to say, the panic itself has said.
-                    let error = || io::Error::other("a thread that compresses panicked");
-                    chunks.iter().map(|_| Err(error().into())).collect()
-                })
-            })
-            .collect()
-    })
 }
 
 /// Reads and compresses one chunk, page by page.

@@ -8,12 +8,12 @@
 use crate::backing::mapped::{Extent, MappedDump};
 use crate::backing::spool::Spool;
 use crate::format::ability::{ByCopy, Copying, InPlace, Migration, Punching};
+use crate::format::kind::{Format, Source};
 use crate::format::qemu::content::{Content, Places, is_set, rest_of_ram};
 use crate::format::qemu::start::{
     self, Cursor, FLAG_EOS, MAPPED_RAM_VERSION, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE,
 };
 use crate::format::qemu::{Wrapping, device_state};
-use crate::format::{Format, Source};
 use crate::output::Output;
 use crate::processors;
 use crate::prune::copy::Copier;

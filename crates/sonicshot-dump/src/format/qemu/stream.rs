@@ -7,16 +7,16 @@
 //! refused.
 
 use crate::backing::mapped::{Extent, MappedDump};
+use crate::backing::spool::Image;
 use crate::backing::spool::Spool;
 use crate::format::ability::{AsStream, ByCopy, Copying, EachPart, Migration, Part};
-use crate::format::libvirt::Image;
+use crate::format::kind::{Format, Source};
 use crate::format::qemu::content::{Content, Places};
 use crate::format::qemu::start::{
     self, BlockKind, Cursor, FLAG_CONTINUE, FLAG_EOS, FLAG_MULTIFD_FLUSH, FLAG_PAGE, FLAG_ZERO,
     MAX_BLOCKS, RamBlock, SECTION_END, SECTION_PART, Start, TARGET_PAGE,
 };
 use crate::format::qemu::{Wrapping, device_state};
-use crate::format::{Format, Source};
 use crate::processors;
 use crate::prune::stream;
 use crate::{DumpError, LayoutSpec};

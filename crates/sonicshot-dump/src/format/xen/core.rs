@@ -2,8 +2,9 @@
 
 use crate::DumpError;
 use crate::backing::mapped::{Extent, MappedDump};
+use crate::format::elf_core;
+use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::xen::{PAGE, failed, processors};
-use crate::format::{Format, Kind, Source, boxed, elf_core};
 use sonicshot::{Architecture, FileOffset, GuestMemory, P2m, Processors};
 use sonicshot_xen::{CoreDump, DomainKind};
 use std::fs::File;

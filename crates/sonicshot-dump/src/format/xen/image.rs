@@ -6,8 +6,8 @@
 use crate::DumpError;
 use crate::backing::mapped::{Extent, MappedDump};
 use crate::format::ability::{AsStream, ByCopy, Copying, EachPart, Part, Skeletal};
+use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::xen::{PAGE, failed, processors};
-use crate::format::{Format, Kind, Source, boxed};
 use crate::prune::stats::PruneStats;
 use crate::prune::stream;
 use sonicshot::{
