@@ -1,6 +1,6 @@
 //! Finds out what a path names.
 
-use crate::snapshot::{Named, SnapshotFiles};
+use crate::snapshot::{Named, SnapshotFiles, check_is_file};
 use crate::{DumpError, LayoutSpec, format};
 use std::fs;
 use std::path::Path;
@@ -41,11 +41,18 @@ impl SnapshotFiles {
         }
     }
 
-    /// Refuses a snapshot whose VMM would not read a hole as zero.
+    /// Refuses a snapshot whose VMM would not read a hole as zero, and a folder whose memory is
+    /// not in it: a link leads to a file that may be another snapshot's, too.
     ///
     /// # Errors
-    /// [`DumpError::CannotPrune`], or why its files cannot be read.
+    /// [`DumpError::CannotPrune`], [`DumpError::Folder`], or why its files cannot be read.
     pub fn check_prunable(&self) -> Result<(), DumpError> {
-        format::check_holes(self.memory())
+        let memory = self.memory();
+        if self.folder().is_some() {
+            let there = fs::symlink_metadata(memory);
+            let there = there.map_err(DumpError::io("reading", memory))?;
+            check_is_file(memory, there.file_type())?;
+        }
+        format::check_holes(memory)
     }
 }

@@ -4,7 +4,8 @@ use crate::DumpError;
 use crate::layout::LayoutSpec;
 use sonicshot::{FileId, Processors};
 use std::cell::OnceCell;
-use std::fs::{self, File};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, FileType};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -98,9 +99,11 @@ impl<'a> Named<'a> {
         Ok(&self.listed()?.0)
     }
 
-    /// The snapshot with its memory in the file `memory`.
-    pub(crate) fn found(&self, memory: &Path, vmm: Vmm) -> SnapshotFiles {
+    /// The snapshot with its memory in the file `memory`; `beside` are the VMM's other files.
+    pub(crate) fn found(&self, memory: &Path, beside: &[&Path], vmm: Vmm) -> SnapshotFiles {
         let mut files = SnapshotFiles::file(memory, self.layout);
+        let names = beside.iter().filter_map(|file| file.file_name());
+        files.beside = names.map(ToOwned::to_owned).collect();
         files.folder = self.folder().map(Path::to_owned);
         files.vmm = Some(vmm);
         if let Some((_, skipped)) = self.entries.get() {
@@ -124,6 +127,8 @@ pub struct SnapshotFiles {
     pub(crate) layout: Option<LayoutSpec>,
     folder: Option<PathBuf>,
     vmm: Option<Vmm>,
+    /// The names of the VMM's files beside the memory.
+    beside: Vec<OsString>,
     /// The base, where it lies in the folder.
     skipped: Option<PathBuf>,
     pub(crate) processors: Processors,
@@ -139,6 +144,7 @@ impl SnapshotFiles {
             layout: layout.cloned(),
             folder: None,
             vmm: None,
+            beside: Vec::new(),
             skipped: None,
             processors: Processors::Unknown,
             notes: Vec::new(),
@@ -188,6 +194,22 @@ impl SnapshotFiles {
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
+
+    /// Whether a file of this name in the folder is one of the VMM's.
+    pub(crate) fn is_of_vmm(&self, name: &OsStr) -> bool {
+        self.memory.file_name() == Some(name) || self.beside.iter().any(|file| file == name)
+    }
+}
+
+/// Refuses what is no regular file of a snapshot's folder.
+pub(crate) fn check_is_file(path: &Path, is: FileType) -> Result<(), DumpError> {
+    if is.is_file() {
+        return Ok(());
+    }
+    Err(DumpError::Folder {
+        path: path.to_owned(),
+        why: "it is no regular file, and a snapshot's folder holds only such",
+    })
 }
 
 /// The regular files of a folder, but `base`; and where that is, if it is there.

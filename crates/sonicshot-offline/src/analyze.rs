@@ -166,6 +166,7 @@ impl Analyzed {
 
     /// The same as a plan that a file is pruned by.
     pub(crate) fn checked(&self, classes: ClassSet) -> Result<CheckedPlan<'_>, OfflineError> {
+        self.files.check_prunable()?;
         let plan = CheckedPlan::new(&self.dump, &self.analysis, &self.doubts, classes);
         plan.map_err(not_whole)
     }
