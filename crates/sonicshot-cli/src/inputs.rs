@@ -39,6 +39,7 @@ impl Input {
         self.path == Path::new(PIPE)
     }
 
+    /// Which file it is, whatever it was called.
     fn identity(&self) -> Option<FileId> {
         FileId::of_path(self.snapshot.memory_file()).ok()
     }

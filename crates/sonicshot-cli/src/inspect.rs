@@ -84,7 +84,9 @@ fn check_replaceable(path: &Path, memory: &Path, force: bool) -> Result<(), CliE
     if !force {
         return Err(CliError::Exists { path: path.into() });
     }
-    if FileId::of_path(memory).is_ok_and(|dump| dump == FileId::from(&there)) {
+    let is_dump = FileId::of_path(memory)
+        .is_ok_and(|dump| FileId::of_path(path).is_ok_and(|there| there == dump));
+    if is_dump {
         return Err(CliError::OverDump { path: path.into() });
     }
     if !there.is_file() {

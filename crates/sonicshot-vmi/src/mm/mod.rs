@@ -2,7 +2,6 @@
 
 pub(crate) mod classify;
 pub(crate) mod iomem;
-mod marks;
 pub(crate) mod mem_map;
 pub(crate) mod offline;
 pub(crate) mod page;

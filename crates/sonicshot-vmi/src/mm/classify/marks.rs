@@ -1,8 +1,14 @@
 //! Which free list names which frame.
 
+use crate::error::VmiError;
 use sonicshot::{PageMap, Pfn, PfnRange};
 use std::collections::BTreeMap;
 use std::ops::Range;
+
+pub(super) const LISTED: u8 = 0x80;
+pub(super) const TORN: u8 = 0x40;
+pub(super) const PCP: u8 = 0x20;
+pub(super) const ORDER: u8 = 0x1f;
 
 /// Frames whose marks are held together, as a binary logarithm.
 const CHUNK: u32 = 12;
@@ -11,7 +17,7 @@ const LEN: usize = 1 << CHUNK;
 /// Of a frame: its place in the chunk.
 const MASK: u64 = (1 << CHUNK) - 1;
 
-/// A byte for every frame of a map. Chunks of frames that no list names take no memory: of a guest
+/// A byte for every frame of a map: which list names the frame as the head of a block. Chunks of frames that no list names take no memory: of a guest
 /// with much memory most of it is one or the other.
 pub(super) struct Marks {
     /// The frames that there are: sorted, disjoint.
@@ -49,14 +55,19 @@ impl Marks {
     }
 
     /// The marks of `frames`, one after the other.
-    pub(super) fn of(&self, frames: PfnRange) -> Option<Vec<u8>> {
-        let mut marks = vec![0; usize::try_from(frames.len()).ok()?];
+    pub(super) fn of(&self, frames: PfnRange) -> Result<Vec<u8>, VmiError> {
+        let too_many = || VmiError::Unsupported {
+            what: format!("frames {frames} at once"),
+        };
+        let len = usize::try_from(frames.len()).map_err(|_| too_many())?;
+        let mut marks = vec![0; len];
         for (part, chunk) in self.parts(frames) {
-            let from = usize::try_from(part.start().offset_from(frames.start())?).ok()?;
-            let to = marks.get_mut(from..from.checked_add(chunk.len())?)?;
-            to.copy_from_slice(chunk);
+            let from = part.start().offset_from(frames.start());
+            let from = from.and_then(|from| usize::try_from(from).ok());
+            let to = from.and_then(|from| marks.get_mut(from..from.checked_add(chunk.len())?));
+            to.ok_or_else(too_many)?.copy_from_slice(chunk);
         }
-        Some(marks)
+        Ok(marks)
     }
 
     /// Whether a list names anything in `frames`.
@@ -98,6 +109,19 @@ impl Marks {
 fn inside(pfn: u64) -> Option<usize> {
     usize::try_from(pfn & MASK).ok()
 }
+
+/// What a mark says, for people.
+pub(super) fn describe_mark(mark: u8) -> String {
+    let order = mark & ORDER;
+    match mark & (LISTED | PCP | TORN) {
+        0 => "on no free list".into(),
+        LISTED => format!("on a free list of order {order}"),
+        LISTED_PCP => format!("on a per-CPU free list of order {order}"),
+        _ => format!("on a free list of order {order} that was being changed"),
+    }
+}
+
+const LISTED_PCP: u8 = LISTED | PCP;
 
 #[cfg(test)]
 mod tests {

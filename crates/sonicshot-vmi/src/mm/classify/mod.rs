@@ -1,0 +1,240 @@
+//! From struct pages, free lists and counters to page classes.
+//!
+//! A frame counts as free only if its flag says so, its block is aligned and inside its zone,
+//! the free list has it, linked in both directions, and no `struct page` of the block shows a
+//! user. The kernel clears the flag before it hands a page out and sets it after it took the
+//! page back (`del_page_from_free_list`, `__free_one_page` in `mm/page_alloc.c`), so a guest
+//! stopped at any instruction has at most one block per processor on which these disagree.
+//! Such a block is kept; more of them, and nothing is believed.
+
+mod lists;
+mod marks;
+mod scanner;
+
+use super::mem_map::MemMap;
+use super::offline::{OfflinePages, OfflineSections};
+use super::page::PageLayout;
+use super::zone::Zones;
+use crate::error::VmiError;
+use crate::kernel::Kernel;
+use crate::note::Note;
+use core::fmt;
+use scanner::Sources;
+use sonicshot::work::{self, map_in_order};
+use sonicshot::{PageClass, PageMap, Pfn, PfnRange};
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+
+/// What one zone's three sources of truth say about its free pages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ZoneReport {
+    /// The NUMA node.
+    pub node: u64,
+    /// The zone's name, such as `Normal`.
+    pub name: String,
+    /// The frames it spans, holes included.
+    pub span: PfnRange,
+    /// Pages in blocks that the free lists name.
+    pub listed: u64,
+    /// Pages in blocks whose head carries the buddy mark.
+    pub flagged: u64,
+    /// Pages by `nr_free` of every order.
+    pub nr_free: u64,
+    /// Pages by the counter `NR_FREE_PAGES`, the per-CPU deltas added and unaccepted pages
+    /// subtracted; pages in isolated blocks are not in it.
+    pub counter: i64,
+    /// Listed pages that are in isolated blocks.
+    pub isolated: u64,
+    /// Pages on per-CPU lists, all processors together.
+    pub pcp: u64,
+}
+
+/// Where free lists, page flags or counters disagree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Inconsistency {
+    /// Blocks on which flag, list and struct pages disagree; they are kept.
+    pub blocks: u64,
+    /// The first such blocks, and what is wrong with each.
+    pub examples: Vec<String>,
+    /// Disagreements of counters: which, and the numbers.
+    pub counters: Vec<String>,
+    /// How many blocks a stopped guest can explain: one for each processor.
+    pub explained: u64,
+    /// Every zone's numbers.
+    pub zones: Vec<ZoneReport>,
+}
+
+impl fmt::Display for Inconsistency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the guest's sources of truth about free pages disagree on {} blocks (a stopped guest explains {})",
+            self.blocks, self.explained
+        )?;
+        for text in self.counters.iter().chain(&self.examples) {
+            write!(f, "; {text}")?;
+        }
+        Ok(())
+    }
+}
+
+/// The result of looking at every struct page.
+#[derive(Debug)]
+pub(crate) struct Scan {
+    pub map: PageMap,
+    pub zones: Vec<ZoneReport>,
+    /// Disagreements, if there are any; `fatal` if more than a stopped guest explains.
+    pub disagreement: Option<Inconsistency>,
+    pub fatal: bool,
+    pub notes: Vec<Note>,
+}
+
+/// Blocks on which the sources disagree.
+#[derive(Default)]
+pub(super) struct Disagreements {
+    pub(super) blocks: u64,
+    pub(super) examples: Vec<String>,
+    pub(super) counters: Vec<String>,
+    /// Counters off by more than is explained.
+    pub(super) fatal: bool,
+}
+
+impl Disagreements {
+    /// So many are described.
+    const EXAMPLES: usize = 8;
+
+    pub(super) fn block(&mut self, text: impl FnOnce() -> String) {
+        self.blocks = self.blocks.saturating_add(1);
+        if self.examples.len() < Self::EXAMPLES {
+            self.examples.push(text());
+        }
+    }
+
+    /// Adds what was found behind all that is there.
+    fn add(&mut self, more: Self) {
+        self.blocks = self.blocks.saturating_add(more.blocks);
+        self.fatal |= more.fatal;
+        self.counters.extend(more.counters);
+        let room = Self::EXAMPLES.saturating_sub(self.examples.len());
+        self.examples.extend(more.examples.into_iter().take(room));
+    }
+}
+
+/// Frames that are looked at together, as a binary logarithm: their struct pages, mostly 512 KiB,
+/// fit a processor's cache, and a small guest has a piece for each thread. A piece is never shorter
+/// than the longest block of the buddy allocator.
+const PIECE: u32 = 13;
+
+/// Looks at every struct page, and gives every RAM frame its class.
+pub(crate) fn scan(
+    kernel: &Kernel<'_>,
+    mem_map: &MemMap<'_>,
+    layout: &PageLayout,
+    zones: &Zones,
+    threads: Option<NonZeroUsize>,
+) -> Result<Scan, VmiError> {
+    let mut notes = Vec::new();
+    let mut map = PageMap::new(kernel.space.memory().layout(), mem_map.page_size);
+    let lists::Walked {
+        marks,
+        zones: mut reports,
+        mut wrong,
+    } = lists::walk(kernel, mem_map, zones, layout.lru, &map, &mut notes)?;
+    let mut offline =
+        OfflineSections::find(kernel, mem_map, zones, &|frames| marks.any_in(frames))?;
+    let spans: Vec<PfnRange> = reports.iter().map(|zone| zone.span).collect();
+    let sources = Sources {
+        mem_map,
+        layout,
+        max_order: zones.max_order(),
+        zones: &spans,
+        offline: &offline,
+    };
+    let order = u32::try_from(sources.max_order).map_or(PIECE, |order| order.max(PIECE));
+    let pieces: Vec<PfnRange> = map.pieces(order).collect();
+    let mut offline_pages = OfflinePages::default();
+    let mut lru: BTreeMap<usize, Pfn> = BTreeMap::new();
+    // Pieces are taken in their order, whichever thread had them: what is told is the same.
+    map_in_order(
+        work::threads(threads),
+        pieces,
+        || (),
+        |(), frames| Ok::<_, VmiError>((frames, sources.piece(frames, &marks.of(frames)?)?)),
+        |piece| {
+            let (frames, (classes, seen)) = piece?;
+            map.set_each(frames.start(), &classes);
+            wrong.add(seen.wrong);
+            for (report, flagged) in reports.iter_mut().zip(seen.flagged) {
+                report.flagged = report.flagged.saturating_add(flagged);
+            }
+            for (section, by) in seen.lru {
+                lru.entry(section).or_insert(by);
+            }
+            for pfn in seen.offline_pages {
+                offline_pages.push(pfn);
+            }
+            Ok::<_, VmiError>(())
+        },
+    )?;
+    for (section, by) in lru {
+        offline.see(section, by);
+    }
+    for deferred in &zones.deferred {
+        let frames = deferred.frames;
+        notes.push(Note::DeferredKept { frames });
+        map.set(deferred.frames, PageClass::Unknown);
+    }
+    offline.see_page_tables(kernel, &map)?;
+    offline.settle(mem_map, &mut map, &mut notes);
+    offline_pages.settle(kernel, mem_map, layout, &mut map, &mut notes)?;
+    keep_mem_map(mem_map, &mut map, &mut wrong);
+    let Disagreements {
+        blocks,
+        examples,
+        counters,
+        fatal,
+    } = wrong;
+    let explained = zones.cpus();
+    let disagreement = (blocks > 0 || !counters.is_empty()).then(|| Inconsistency {
+        blocks,
+        examples,
+        counters,
+        explained,
+        zones: reports.clone(),
+    });
+    Ok(Scan {
+        map,
+        zones: reports,
+        fatal: fatal || blocks > explained,
+        disagreement,
+        notes,
+    })
+}
+
+/// The struct pages themselves are in use, whatever they say: with `memmap_on_memory` an offline
+/// section holds its own.
+fn keep_mem_map(mem_map: &MemMap<'_>, map: &mut PageMap, wrong: &mut Disagreements) {
+    let page_size = mem_map.page_size;
+    for range in mem_map.own_memory() {
+        let first = range.start().pfn(page_size);
+        let end = range.end().raw().div_ceil(page_size.bytes());
+        let frames = PfnRange::new(first, Pfn::new(end));
+        map.with_slices(frames, |start, classes| {
+            for (class, pfn) in classes.iter_mut().zip(start.raw()..) {
+                match class {
+                    PageClass::Offline => *class = PageClass::Kernel,
+                    PageClass::FreeBuddy | PageClass::FreePcp => {
+                        *class = PageClass::Unknown;
+                        wrong.fatal = true;
+                        wrong.block(|| {
+                            format!("frame {pfn:#x} holds struct pages and counts as free")
+                        });
+                    }
+                    _ => {}
+                }
+            }
+        });
+    }
+}
