@@ -19,6 +19,7 @@ use crate::place::{self, PlaceEvidence};
 use crate::symbols::{self, Kallsyms, SymbolSource};
 use crate::{KernelVa, VirtualMemory, mark_zero_pages};
 use sonicshot::{Fill, GpaRange, GuestMemory, PageClass, PageMap, PageSize};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 /// What may be known about a guest beforehand; by default nothing.
@@ -28,6 +29,7 @@ pub struct GuestOptions {
     symbol_files: Vec<PathBuf>,
     vmcoreinfo: Option<Vec<u8>>,
     cr3: Option<Cr3>,
+    threads: Option<NonZeroUsize>,
 }
 
 impl GuestOptions {
@@ -58,6 +60,14 @@ impl GuestOptions {
     #[must_use]
     pub fn cr3(mut self, cr3: Cr3) -> Self {
         self.cr3 = Some(cr3);
+        self
+    }
+
+    /// How many threads look at struct pages; by default one for each core. What is found does not
+    /// depend on it.
+    #[must_use]
+    pub fn threads(mut self, threads: NonZeroUsize) -> Self {
+        self.threads = Some(threads);
         self
     }
 }
@@ -111,6 +121,8 @@ pub struct LinuxGuest<'m> {
     owners: Owners,
     /// What the memory shows of a later owner, where nothing is told of processors.
     traces: Option<Owner>,
+    /// How many threads look at struct pages.
+    threads: Option<NonZeroUsize>,
 }
 
 /// What there is to say of a kernel that owns the memory.
@@ -272,6 +284,7 @@ impl<'m> LinuxGuest<'m> {
             banner: None,
             owners,
             traces: None,
+            threads: options.threads,
         };
         if let Some(error) = kallsyms_error
             && guest.kernel.symbol("linux_banner")?.is_none()
@@ -503,7 +516,7 @@ impl<'m> LinuxGuest<'m> {
         let layout = PageLayout::new(&self.kernel, mem_map.stride)?;
         let zones = Zones::new(&self.kernel)?;
         let owner = self.owner(&mem_map, &zones, on)?;
-        let mut scan = scan(&self.kernel, &mem_map, &layout, &zones)?;
+        let mut scan = scan(&self.kernel, &mem_map, &layout, &zones, self.threads)?;
         if scan.fatal
             && on == OnInconsistency::Refuse
             && let Some(inconsistency) = scan.disagreement
