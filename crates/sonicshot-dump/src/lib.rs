@@ -48,73 +48,51 @@
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 #![deny(unsafe_code)]
 
-mod avml;
-mod cloud_hypervisor;
-mod copy;
-mod core_notes;
-mod device_state;
-mod elf_core;
+mod backing;
 mod error;
-mod firecracker;
-mod folder;
-mod holes;
-mod in_place;
-mod kdump;
-mod kdump_write;
+mod format;
+mod in_use;
 mod layout;
-mod libvirt;
-mod lime;
-mod live;
-mod mapped;
-mod mapped_ram;
-mod migration;
 mod output;
-mod overlay;
-mod paged;
 mod processors;
 mod prune;
-mod qemu;
-mod raw;
-mod restore;
 mod snapshot;
-mod spool;
-mod stream;
-mod stream_out;
-mod sys;
-mod xen;
-mod xen_join;
 
-use avml::AvmlFile;
-use elf_core::ElfCore;
+use backing::mapped::{self, MappedDump};
+use backing::overlay::Overlay;
+pub use backing::spool::Spool;
 pub use error::DumpError;
-pub use folder::NewFolder;
-pub use holes::PruneOptions;
+use format::avml::AvmlFile;
+use format::elf_core::{self, ElfCore};
 #[doc(hidden)]
-pub use kdump::KdumpFile;
+pub use format::kdump::read::KdumpFile;
 #[doc(hidden)]
-pub use kdump_write::{
+pub use format::kdump::write::{
     KdumpCompression, KdumpOptions, KdumpWriteError, KdumpWriteStats, write_kdump,
 };
+use format::qemu::mapped_ram::{self, MappedRam};
+use format::qemu::stream::Stream;
+use format::qemu::{self, device_state, migration};
+pub use format::qemu::{BlockKind, RamBlock};
+pub use format::xen::join::XlSkeleton;
+use format::{core_notes, firecracker, libvirt, lime, raw, xen};
+pub use in_use::{WritingProcess, check_not_in_use};
 pub use layout::{BlockPlace, LayoutSpec, LayoutSpecError};
-pub use live::{WritingProcess, check_not_in_use};
-use mapped::MappedDump;
-use mapped_ram::MappedRam;
 pub use output::Overwrite;
-use overlay::Overlay;
-pub use prune::{Progress, PruneStats};
-pub use qemu::{BlockKind, RamBlock};
-pub use restore::{CoreNotes, DumpFile, NewFile};
+pub use output::dump_file::{CoreNotes, DumpFile, NewFile};
+pub use output::folder::NewFolder;
+pub use prune::PruneStats;
+pub use prune::holes::PruneOptions;
 pub use snapshot::{SnapshotFiles, Vmm};
+pub(crate) use sonicshot::Progress;
 use sonicshot::{
-    Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, Processors, PrunePlan, RamLayout,
+    Architecture, Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, Processors,
+    PrunePlan, RamLayout,
 };
 use sonicshot_xen::{CoreDump, XlImage};
-pub use spool::Spool;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use stream::Stream;
-pub use xen_join::XlSkeleton;
 
 /// A dump file: the guest's memory, and how the file holds it.
 ///
@@ -164,16 +142,6 @@ pub(crate) enum Format {
     Lime,
     Kdump,
     Avml,
-}
-
-/// A guest's processor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Machine {
-    /// x86-64.
-    X86_64,
-    /// arm64.
-    Aarch64,
 }
 
 /// What opens a file that begins with some magic bytes.
@@ -330,7 +298,7 @@ impl Dump {
                 let core = ElfCore::parse(path, data)?;
                 (core.extents(path, len)?, Format::ElfCore(core))
             }
-            Some(Opener::Qemu) => migration(path, data, 0, on_disk()?, layout)?,
+            Some(Opener::Qemu) => migration_file(path, data, 0, on_disk()?, layout)?,
             Some(Opener::Xen) => {
                 let image = xen::parse(path, data)?;
                 (xen::extents(&image), Format::Xen(Box::new(image)))
@@ -342,7 +310,7 @@ impl Dump {
                     return Self::open_spooled(&spool, layout);
                 }
                 image = Some(found);
-                migration(path, data, found.payload_at, on_disk()?, layout)?
+                migration_file(path, data, found.payload_at, on_disk()?, layout)?
             }
             None => {
                 if !len.is_multiple_of(4096) {
@@ -527,7 +495,7 @@ impl Dump {
 
     /// The processor that the dump says the guest has, if it says.
     #[must_use]
-    pub fn machine(&self) -> Option<Machine> {
+    pub fn machine(&self) -> Option<Architecture> {
         match (&self.format, &self.store) {
             (Format::ElfCore(core), _) => Some(core.machine),
             (Format::XenCore(core), _) => elf_core::machine(&self.path, core.machine()).ok(),
@@ -592,7 +560,7 @@ impl Dump {
 }
 
 /// What QEMU writes when it migrates into a file, from `at` on.
-fn migration(
+fn migration_file(
     path: &Path,
     data: sonicshot::GuestBytes<'_>,
     at: u64,
@@ -647,7 +615,7 @@ impl GuestMemory for Dump {
         };
         match (&self.format, &self.store) {
             _ if let Some(told) = &self.told => told.clone(),
-            _ if self.machine() == Some(Machine::Aarch64) => Processors::Unknown,
+            _ if self.machine() == Some(Architecture::Aarch64) => Processors::Unknown,
             (Format::ElfCore(core), Store::Mapped(mapped)) => {
                 let notes = core.notes(mapped.bytes());
                 of_notes(notes.as_deref(), core.vmcoreinfo.as_deref())

@@ -1,7 +1,7 @@
 //! What a path names: a dump file, or the folder that a VMM keeps a snapshot in.
 
-use crate::cloud_hypervisor::{self, CONFIG, MEMORY, STATE};
-use crate::firecracker::{self, Entry};
+use crate::format::cloud_hypervisor::{self, CONFIG, MEMORY, STATE};
+use crate::format::firecracker::{self, Entry};
 use crate::{DumpError, LayoutSpec};
 use sonicshot::Processors;
 use std::fs::{self, File};

@@ -1,0 +1,325 @@
+//! A sparse file of changes over the file that they were made to: a Firecracker diff snapshot
+//! and its base.
+//!
+//! Firecracker makes the diff as long as guest RAM and writes only the pages that changed since
+//! the last snapshot; where the diff has a hole, the guest has what the base has
+//! (`docs/snapshotting/snapshot-support.md`; `snapshot-editor edit-memory rebase` copies what
+//! `SEEK_DATA` finds in the diff over the base). So a hole in a diff does not read as zero, and
+//! a page may be punched out of it only where the base reads as zero. Whatever loses or makes
+//! holes on the way changes what such a diff means, for Firecracker as for this: a plain `cp`
+//! (coreutils 9.1) makes holes of zeroes in a sparse file, and so does a file system that
+//! compresses them away. `cp --reflink=always` and `mv` are safe.
+//!
+//! A base may be pruned although there are diffs to it: what was free then and is not in the
+//! diff was not written to since.
+
+use crate::backing::mapped::MappedDump;
+use crate::output::{Output, Target};
+use crate::prune::copy::Copier;
+use crate::prune::{Progress, PruneStats};
+use crate::{Dump, DumpError, Format, LayoutSpec, Store};
+use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, PrunePlan, RamLayout};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// How much of the base is looked at in one step for being zero: a hole is no use to the guest
+/// in smaller parts.
+const PAGE: u64 = 4096;
+
+/// A diff over its base, both raw files of the same length in the same layout.
+#[derive(Debug)]
+pub(crate) struct Overlay {
+    diff: MappedDump,
+    base: MappedDump,
+    /// All of the layout, sorted, without gaps inside a region.
+    pieces: Vec<Piece>,
+}
+
+/// A stretch of guest RAM that one of the files holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Piece {
+    guest: GpaRange,
+    in_diff: bool,
+}
+
+impl Dump {
+    /// Opens a Firecracker diff snapshot's memory file at `path` over `base`, the memory it was
+    /// made against (with earlier diffs merged, if there are any). Guest RAM is then the diff's
+    /// data over the base's.
+    ///
+    /// [`prune_to`](Self::prune_to) writes the merged memory, which needs no base any more.
+    /// [`prune_in_place`](Self::prune_in_place) changes the diff alone, and keeps of it what
+    /// would otherwise become what the base has.
+    ///
+    /// # Errors
+    /// [`DumpError::Base`] if the two cannot belong together, and as [`open`](Self::open).
+    pub fn open_over(
+        path: impl AsRef<Path>,
+        base: impl AsRef<Path>,
+        layout: Option<&LayoutSpec>,
+    ) -> Result<Self, DumpError> {
+        let (path, base) = (path.as_ref(), base.as_ref());
+        let refuse = |why| DumpError::Base {
+            path: path.to_owned(),
+            base: base.to_owned(),
+            why,
+        };
+        let raw = |path: &Path| {
+            let dump = Self::open(path, layout)?;
+            match (dump.store, dump.format) {
+                (Store::Mapped(mapped), Format::Raw { layout }) => Ok((mapped, layout)),
+                _ => Err(refuse("only raw memory files are diff and base")),
+            }
+        };
+        let (diff, layout) = raw(path)?;
+        let (base, _) = raw(base)?;
+        if diff.file_len() != base.file_len() {
+            return Err(refuse("their lengths differ"));
+        }
+        if same_file(&diff, &base)? {
+            return Err(refuse("they are the same file"));
+        }
+        let pieces = pieces(&diff)
+            .ok_or_else(|| refuse("the file system does not tell where the diff has holes"))?;
+        let overlay = Overlay { diff, base, pieces };
+        let store = Store::Overlay(Box::new(overlay));
+        Ok(Self::new(path, store, Format::Raw { layout }))
+    }
+}
+
+fn same_file(a: &MappedDump, b: &MappedDump) -> Result<bool, DumpError> {
+    let identity = |dump: &MappedDump| {
+        let metadata = dump.file().metadata();
+        let metadata = metadata.map_err(DumpError::io("reading", dump.path()))?;
+        Ok::<_, DumpError>((metadata.dev(), metadata.ino()))
+    };
+    Ok(identity(a)? == identity(b)?)
+}
+
+/// Splits guest RAM at the ends of the diff's data; `None` if those are not known.
+fn pieces(diff: &MappedDump) -> Option<Vec<Piece>> {
+    let data = diff.data_stretches()?;
+    let mut pieces = Vec::new();
+    for extent in diff.extents() {
+        let from = extent.offset?;
+        let end = from.checked_add(extent.guest.len())?;
+        let guest = |offset: u64| {
+            let inside = offset.checked_sub(from)?;
+            extent.guest.start().checked_add(inside)
+        };
+        let mut push = |start: u64, end: u64, in_diff| {
+            if start < end {
+                let guest = GpaRange::new(guest(start)?, guest(end)?);
+                pieces.push(Piece { guest, in_diff });
+            }
+            Some(())
+        };
+        let mut at = from;
+        let first = data.partition_point(|(_, data_end)| *data_end <= from);
+        for (start, stop) in data
+            .iter()
+            .skip(first)
+            .take_while(|(start, _)| *start < end)
+        {
+            let (start, stop) = ((*start).max(from), (*stop).min(end));
+            push(at, start, false)?;
+            push(start, stop, true)?;
+            at = stop;
+        }
+        push(at, end, false)?;
+    }
+    Some(pieces)
+}
+
+impl Overlay {
+    pub(crate) fn diff(&self) -> &MappedDump {
+        &self.diff
+    }
+
+    pub(crate) fn base(&self) -> &MappedDump {
+        &self.base
+    }
+
+    fn source(&self, in_diff: bool) -> &MappedDump {
+        if in_diff { &self.diff } else { &self.base }
+    }
+
+    /// The parts of the pieces that lie in `range`.
+    fn parts(&self, range: GpaRange) -> impl Iterator<Item = Piece> + '_ {
+        let first = self
+            .pieces
+            .partition_point(|piece| piece.guest.end() <= range.start());
+        let parts = self.pieces.iter().skip(first).map(move |piece| Piece {
+            guest: piece.guest.intersection(&range),
+            in_diff: piece.in_diff,
+        });
+        parts.take_while(|part| !part.guest.is_empty())
+    }
+
+    /// Of the stretches `runs` (offset and length) of the diff, those that it has and that read
+    /// as zero in the base; and how many bytes it has that do not.
+    pub(crate) fn punchable(&self, runs: &[(u64, u64)]) -> (Vec<(u64, u64)>, u64) {
+        let whole = [(0, self.diff.file_len())];
+        let data = self.diff.data_stretches().unwrap_or(&whole);
+        let (mut found, mut kept): (Vec<(u64, u64)>, _) = (Vec::new(), 0_u64);
+        for (offset, len) in runs {
+            let end = offset.saturating_add(*len);
+            let first = data.partition_point(|(_, data_end)| data_end <= offset);
+            for (start, stop) in data
+                .iter()
+                .skip(first)
+                .take_while(|(start, _)| *start < end)
+            {
+                let (mut at, stop) = ((*start).max(*offset), (*stop).min(end));
+                while at < stop {
+                    // Up to the end of the page, so that all later steps are whole pages.
+                    let next = (at | (PAGE - 1)).saturating_add(1).min(stop);
+                    let len = next.saturating_sub(at);
+                    if !self.base_is_zero(at, len) {
+                        kept = kept.saturating_add(len);
+                    } else {
+                        match found.last_mut() {
+                            Some((last, so_far)) if last.checked_add(*so_far) == Some(at) => {
+                                *so_far = so_far.saturating_add(len);
+                            }
+                            _ => found.push((at, len)),
+                        }
+                    }
+                    at = next;
+                }
+            }
+        }
+        (found, kept)
+    }
+
+    fn base_is_zero(&self, offset: u64, len: u64) -> bool {
+        if let Some(data) = self.base.data_stretches() {
+            let index = data.partition_point(|(_, end)| *end <= offset);
+            let end = offset.saturating_add(len);
+            if data.get(index).is_none_or(|(start, _)| *start >= end) {
+                return true;
+            }
+        }
+        let (Ok(offset), Ok(len)) = (usize::try_from(offset), usize::try_from(len)) else {
+            return false;
+        };
+        let bytes = self.base.bytes().get(offset, len);
+        bytes.is_some_and(|bytes| bytes.is_zero())
+    }
+
+    /// Refuses files that have become shorter or longer since they were opened, and a base that
+    /// was written to: what was zero in it may not be.
+    pub(crate) fn check_unchanged(&self) -> Result<(), DumpError> {
+        self.diff.check_length()?;
+        self.base.check_length()?;
+        self.base.check_unmodified()
+    }
+
+    /// Writes the merged memory without the pages that `plan` drops.
+    pub(crate) fn prune_to(
+        &self,
+        plan: &PrunePlan,
+        out: Target<'_>,
+        progress: Progress<'_>,
+    ) -> Result<PruneStats, DumpError> {
+        self.check_unchanged()?;
+        let zeroed = plan.clone().zero_filled_only();
+        let mut stats = PruneStats::of(plan, &zeroed);
+        for dump in [&self.diff, &self.base] {
+            let metadata = dump.file().metadata();
+            let metadata = metadata.map_err(DumpError::io("reading", dump.path()))?;
+            let on_disk = metadata.blocks().saturating_mul(512);
+            stats.disk_before = stats.disk_before.saturating_add(on_disk);
+        }
+        let output = Output::create(out, &[self.diff.file(), self.base.file()])?;
+        let len = self.diff.file_len();
+        let sized = output.file().set_len(len);
+        sized.map_err(DumpError::io("writing", output.path()))?;
+        let total = len.saturating_sub(zeroed.dropped_bytes());
+        let mut before = 0_u64;
+        for in_diff in [false, true] {
+            let mut done = before;
+            let mut shown = |here: u64, _: u64| {
+                done = before.saturating_add(here);
+                progress(done, total);
+            };
+            let source = self.source(in_diff);
+            let mut copier = Copier::new(source, &output, total, &mut shown);
+            for extent in source.extents() {
+                let Some(base) = extent.offset else { continue };
+                for piece in self.parts(extent.guest).filter(|p| p.in_diff == in_diff) {
+                    for kept in zeroed.kept_in(piece.guest) {
+                        let inside = kept.start().offset_from(extent.guest.start());
+                        let offset = base.saturating_add(inside.unwrap_or(0));
+                        copier.copy(offset, offset, kept.len())?;
+                    }
+                }
+            }
+            before = done;
+        }
+        stats.disk_after = output.finish()?;
+        Ok(stats)
+    }
+}
+
+impl GuestMemory for Overlay {
+    fn layout(&self) -> &RamLayout {
+        self.diff.layout()
+    }
+
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let range = GpaRange::with_len(at, buf.len() as u64).unwrap_or(GpaRange::new(at, at));
+        if range.len() != buf.len() as u64 || !self.layout().contains(at, range.len()) {
+            return Err(MemoryError::NotRam { range });
+        }
+        let mut rest = buf;
+        for part in self.parts(range) {
+            let len = usize::try_from(part.guest.len()).unwrap_or(usize::MAX);
+            // The parts tile the range, so this cannot fail.
+            let Some((now, later)) = rest.split_at_mut_checked(len) else {
+                return Err(MemoryError::NotRam { range });
+            };
+            self.source(part.in_diff).read(part.guest.start(), now)?;
+            rest = later;
+        }
+        if rest.is_empty() {
+            return Ok(());
+        }
+        Err(MemoryError::NotRam { range })
+    }
+
+    fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
+        let range = GpaRange::with_len(at, len as u64).unwrap_or(GpaRange::new(at, at));
+        match self.parts(range).next() {
+            Some(part) if part.guest == range => self.source(part.in_diff).map(at, len),
+            // A stretch across pieces.
+            Some(_) if self.layout().contains(at, len as u64) => Ok(None),
+            _ => Err(MemoryError::NotRam { range }),
+        }
+    }
+
+    fn next_data(&self, at: Gpa) -> Option<GpaRange> {
+        let region = *self.layout().region_of(at)?;
+        for part in self.parts(GpaRange::new(at, region.end())) {
+            if part.in_diff {
+                return Some(part.guest);
+            }
+            let data = self.base.next_data(part.guest.start());
+            let data = data.map(|data| data.intersection(&part.guest));
+            if let Some(data) = data.filter(|data| !data.is_empty()) {
+                return Some(data);
+            }
+        }
+        None
+    }
+
+    fn release(&self, range: GpaRange) {
+        for part in self.parts(range) {
+            self.source(part.in_diff).release(part.guest);
+        }
+    }
+
+    fn prefers_read(&self) -> bool {
+        true
+    }
+}

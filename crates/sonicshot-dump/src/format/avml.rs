@@ -1,0 +1,414 @@
+//! AVML dumps (Microsoft's `avml`, `src/image.rs`): records as LiME's, the data of each a Snappy
+//! stream in Google's framing format, followed by the length of that stream.
+//!
+//! AVML leaves out blocks (of 16 MiB at most) that are all zero, and does not say so: where
+//! nothing is recorded there may be RAM that is zero, or no RAM.
+
+use crate::DumpError;
+#[cfg(test)]
+use crate::backing::mapped::map_file;
+use crate::backing::mapped::whole;
+use crate::backing::paged::BlockCache;
+use crate::format::lime::{HEADER_LEN, Record};
+use memmap2::Mmap;
+use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, RamLayout};
+use std::fmt;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+const AVML_MAGIC: u32 = 0x4c4d_5641;
+const LIME_MAGIC: u32 = 0x4c69_4d45;
+/// How every Snappy stream begins (`framing_format.txt`).
+const STREAM: &[u8; 10] = b"\xff\x06\x00\x00sNaPpY";
+/// What one chunk decompresses to at most.
+const MAX_CHUNK: u64 = 1 << 16;
+/// A copy of 64 bytes takes at least 3.
+const MAX_RATIO: u64 = 32;
+/// A file may have so many chunks, and one more for each [`CHUNK_LEN`] bytes. (64 KiB of zeroes
+/// take 3 KiB.)
+const SMALL_CHUNKS: u64 = 1 << 20;
+const CHUNK_LEN: u64 = 256;
+/// Memory for decompressed chunks.
+const CACHE: usize = 16 << 20;
+
+/// An AVML dump.
+pub(crate) struct AvmlFile {
+    path: PathBuf,
+    map: Mmap,
+    layout: RamLayout,
+    /// Sorted by guest address, disjoint.
+    chunks: Vec<Chunk>,
+    cache: BlockCache<u64>,
+}
+
+/// A stretch of RAM that is compressed by itself.
+#[derive(Debug, Clone, Copy)]
+struct Chunk {
+    guest: GpaRange,
+    /// The chunk with its own header, or the bytes themselves.
+    from: u64,
+    stored_len: u64,
+    compressed: bool,
+}
+
+impl AvmlFile {
+    /// Opens the dump at `path`.
+    #[cfg(test)]
+    pub(crate) fn open(path: &Path) -> Result<Self, DumpError> {
+        let (_, map) = map_file(path)?;
+        Self::parse(path, map)
+    }
+
+    /// Makes the index of the mapped file.
+    pub(crate) fn parse(path: &Path, map: Mmap) -> Result<Self, DumpError> {
+        let mut chunks = chunks_of(path, whole(&map))?;
+        chunks.sort_unstable_by_key(|chunk| chunk.guest);
+        let layout =
+            RamLayout::new(chunks.iter().map(|chunk| chunk.guest).collect()).map_err(|source| {
+                DumpError::Layout {
+                    path: path.to_owned(),
+                    source,
+                }
+            })?;
+        let block = usize::try_from(MAX_CHUNK).unwrap_or(CACHE);
+        Ok(Self {
+            path: path.to_owned(),
+            map,
+            layout,
+            chunks,
+            cache: BlockCache::new(CACHE, block),
+        })
+    }
+}
+
+impl AvmlFile {
+    fn chunk_of(&self, at: Gpa) -> Option<&Chunk> {
+        let above = self.chunks.partition_point(|c| c.guest.start() <= at);
+        self.chunks
+            .get(above.checked_sub(1)?)
+            .filter(|chunk| chunk.guest.contains(at))
+    }
+
+    fn stored(&self, from: u64, len: u64) -> Option<GuestBytes<'_>> {
+        whole(&self.map).get(usize::try_from(from).ok()?, usize::try_from(len).ok()?)
+    }
+
+    /// Decompresses a chunk, and checks its sum.
+    fn decompress(&self, chunk: &Chunk) -> Result<Vec<u8>, DumpError> {
+        let bad = |what| DumpError::malformed(&self.path, what, chunk.from, chunk.stored_len);
+        let stored = self
+            .stored(chunk.from, chunk.stored_len)
+            .ok_or_else(|| bad("a chunk beyond the end: truncated"))?;
+        // Both lengths were bounded when the chunk was found.
+        let mut copy = vec![0; stored.len()];
+        let mut out = vec![0; usize::try_from(chunk.guest.len()).unwrap_or(0)];
+        let mut decoder = stored
+            .copy_to(&mut copy)
+            .then(|| snap::read::FrameDecoder::new(STREAM.chain(copy.as_slice())))
+            .ok_or_else(|| bad("a chunk beyond the end: truncated"))?;
+        decoder
+            .read_exact(&mut out)
+            .map_err(|_| bad("a chunk that cannot be decompressed"))?;
+        Ok(out)
+    }
+}
+
+impl GuestMemory for AvmlFile {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let range = GpaRange::with_len(at, buf.len() as u64).unwrap_or(GpaRange::new(at, at));
+        let not_ram = || MemoryError::NotRam { range };
+        let mut at = at;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let chunk = self.chunk_of(at).ok_or_else(not_ram)?;
+            let inside = at.offset_from(chunk.guest.start()).ok_or_else(not_ram)?;
+            let left = chunk.guest.len().saturating_sub(inside);
+            let len = left.min(rest.len() as u64);
+            let split = usize::try_from(len).map_err(|_| not_ram())?;
+            let (now, later) = rest.split_at_mut_checked(split).ok_or_else(not_ram)?;
+            let range = GpaRange::with_len(at, len).ok_or_else(not_ram)?;
+            if chunk.compressed {
+                let inside = usize::try_from(inside).map_err(|_| not_ram())?;
+                self.cache
+                    .read(chunk.from, inside, now, || self.decompress(chunk))
+                    .map_err(|source| MemoryError::Backend {
+                        range,
+                        source: Box::new(source),
+                    })?
+                    .ok_or_else(not_ram)?;
+            } else {
+                let from = chunk.from.checked_add(inside).ok_or_else(not_ram)?;
+                let bytes = self.stored(from, len).ok_or_else(not_ram)?;
+                if !bytes.copy_to(now) {
+                    return Err(not_ram());
+                }
+            }
+            at = range.end();
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for AvmlFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AvmlFile")
+            .field("path", &self.path)
+            .field("chunks", &self.chunks.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Finds the chunks of all records, by their headers alone.
+fn chunks_of(path: &Path, data: GuestBytes<'_>) -> Result<Vec<Chunk>, DumpError> {
+    let file_len = data.len() as u64;
+    let mut walk = Walk {
+        path,
+        data,
+        limit: SMALL_CHUNKS.saturating_add(file_len.checked_div(CHUNK_LEN).unwrap_or(0)),
+        chunks: Vec::new(),
+    };
+    let mut at = 0;
+    while at < file_len {
+        let record = Record::read(path, data, at)?;
+        let body = at.saturating_add(HEADER_LEN);
+        at = match (record.magic, record.version) {
+            (AVML_MAGIC, 2) => walk.stream(record.guest, body)?,
+            // Uncompressed: what `avml` writes without --compress is LiME's own format.
+            (LIME_MAGIC | AVML_MAGIC, 1) => {
+                let end = body.checked_add(record.guest.len());
+                let end = end.filter(|end| *end <= file_len).ok_or_else(|| {
+                    walk.bad("a record beyond the end: truncated", at, record.guest.len())
+                })?;
+                walk.push(Chunk {
+                    guest: record.guest,
+                    from: body,
+                    stored_len: record.guest.len(),
+                    compressed: false,
+                })?;
+                end
+            }
+            (AVML_MAGIC | LIME_MAGIC, version) => {
+                return Err(walk.bad("an unknown version of AVML", at, version.into()));
+            }
+            (magic, _) => return Err(walk.bad("no AVML record", at, magic.into())),
+        };
+    }
+    Ok(walk.chunks)
+}
+
+struct Walk<'a> {
+    path: &'a Path,
+    data: GuestBytes<'a>,
+    limit: u64,
+    chunks: Vec<Chunk>,
+}
+
+impl Walk<'_> {
+    fn bad(&self, what: &'static str, offset: u64, value: u64) -> DumpError {
+        DumpError::malformed(self.path, what, offset, value)
+    }
+
+    fn push(&mut self, chunk: Chunk) -> Result<(), DumpError> {
+        if self.chunks.len() as u64 >= self.limit {
+            return Err(self.bad("too many small chunks", chunk.from, self.limit));
+        }
+        self.chunks.push(chunk);
+        Ok(())
+    }
+
+    fn u8_at(&self, at: u64) -> Option<u8> {
+        self.data.u8_at(usize::try_from(at).ok()?)
+    }
+
+    /// Walks the stream at `begin`, which holds `guest`. Returns where the next record begins.
+    fn stream(&mut self, guest: GpaRange, begin: u64) -> Result<u64, DumpError> {
+        let mut left = guest;
+        let mut at = begin;
+        while !left.is_empty() {
+            let header = usize::try_from(at).ok().and_then(|at| self.data.u32_at(at));
+            let header = header
+                .ok_or_else(|| self.bad("a stream that is cut off: truncated", at, left.len()))?;
+            let [kind, length @ ..] = header.to_le_bytes();
+            let [a, b, c] = length;
+            let len = u64::from(u32::from_le_bytes([a, b, c, 0]));
+            let body = at.saturating_add(4);
+            let next = body.saturating_add(len);
+            if next > self.data.len() as u64 {
+                return Err(self.bad("a chunk beyond the end: truncated", at, len));
+            }
+            if at == begin && kind != 0xff {
+                return Err(self.bad("no Snappy stream", at, kind.into()));
+            }
+            // Data comes after a sum of 4 bytes.
+            let data = len.saturating_sub(4);
+            let size = match kind {
+                0x00 => self.claimed(body.saturating_add(4)),
+                0x01 => Some(data),
+                // The begin of the stream, padding, and what may be passed over.
+                0x80..=0xff => {
+                    at = next;
+                    continue;
+                }
+                _ => None,
+            };
+            let size = size.filter(|size| {
+                len >= 4 && *size <= MAX_CHUNK && *size <= data.saturating_mul(MAX_RATIO)
+            });
+            let size =
+                size.ok_or_else(|| self.bad("an impossible Snappy chunk", at, kind.into()))?;
+            let end = left.start().checked_add(size);
+            let end = end
+                .filter(|end| *end <= left.end())
+                .ok_or_else(|| self.bad("more data than the record has memory", at, size))?;
+            if size > 0 {
+                self.push(Chunk {
+                    guest: GpaRange::new(left.start(), end),
+                    from: at,
+                    stored_len: next.saturating_sub(at),
+                    compressed: true,
+                })?;
+            }
+            left = GpaRange::new(end, left.end());
+            at = next;
+        }
+        // Then its length.
+        let length = usize::try_from(at).ok().and_then(|at| self.data.u64_at(at));
+        let length = length
+            .ok_or_else(|| self.bad("a record without its length: truncated", at, guest.len()))?;
+        if length != at.saturating_sub(begin) {
+            return Err(self.bad("a stream of another length than recorded", at, length));
+        }
+        Ok(at.saturating_add(8))
+    }
+
+    /// How long a Snappy block says it is: a number in groups of 7 bits, the lowest first. More
+    /// than three groups are more than any chunk has.
+    fn claimed(&self, at: u64) -> Option<u64> {
+        let mut size = 0;
+        for (group, shift) in [(0, 0), (1, 7), (2, 14)] {
+            let byte = self.u8_at(at.checked_add(group)?)?;
+            size |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Some(size);
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::AvmlFile;
+    use crate::DumpError;
+    use proptest::prelude::*;
+    use sonicshot::{Gpa, GuestMemory};
+    use std::io::Write;
+
+    fn header(file: &mut Vec<u8>, magic: &[u8; 4], version: u32, start: u64, len: usize) {
+        file.extend(magic);
+        file.extend(version.to_le_bytes());
+        file.extend(start.to_le_bytes());
+        file.extend((start + len as u64 - 1).to_le_bytes());
+        file.extend([0; 8]);
+    }
+
+    /// A record of version 2, made by the library's own encoder of streams.
+    fn compressed(file: &mut Vec<u8>, start: u64, data: &[u8]) {
+        header(file, b"AVML", 2, start, data.len());
+        let mut encoder = snap::write::FrameEncoder::new(Vec::new());
+        encoder.write_all(data).unwrap();
+        let stream = encoder.into_inner().unwrap();
+        file.extend(&stream);
+        file.extend((stream.len() as u64).to_le_bytes());
+    }
+
+    fn open(bytes: &[u8]) -> Result<AvmlFile, DumpError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("dump.avml");
+        std::fs::write(&path, bytes).unwrap();
+        AvmlFile::open(&path)
+    }
+
+    fn pattern(len: usize, compressible: bool) -> Vec<u8> {
+        let mut state = 12345_u32;
+        (0..len)
+            .map(|at| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                if compressible {
+                    (at / 300 % 251).to_le_bytes()[0]
+                } else {
+                    (state >> 24) as u8
+                }
+            })
+            .collect()
+    }
+
+    fn check(dump: &AvmlFile, start: u64, data: &[u8]) {
+        for (at, len) in [
+            (0, data.len()),
+            (1, 70_000),
+            (65_530, 12),
+            (data.len() - 1, 1),
+        ] {
+            if at + len <= data.len() {
+                let mut got = vec![0; len];
+                dump.read(Gpa::new(start + at as u64), &mut got).unwrap();
+                assert!(got == data[at..at + len], "{start:#x} {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn reads_what_was_recorded() {
+        let (text, noise) = (pattern(300_000, true), pattern(150_000, false));
+        let mut file = Vec::new();
+        compressed(&mut file, 0x10_0000, &text);
+        compressed(&mut file, 0x1000, &noise);
+        for (magic, start) in [(b"EMiL", 0x100_0000), (b"AVML", 0x200_0000)] {
+            header(&mut file, magic, 1, start, 5000);
+            file.extend(&text[..5000]);
+        }
+        let dump = open(&file).unwrap();
+        check(&dump, 0x10_0000, &text);
+        check(&dump, 0x1000, &noise);
+        check(&dump, 0x100_0000, &text[..5000]);
+        check(&dump, 0x200_0000, &text[..5000]);
+        assert_eq!(dump.layout().regions().len(), 4);
+        assert!(dump.read_u32(Gpa::new(0x1000 + 149_998)).is_err());
+    }
+
+    #[test]
+    fn refuses_what_is_cut_off() {
+        let mut file = Vec::new();
+        compressed(&mut file, 0x1000, &pattern(3000, true));
+        compressed(&mut file, 0x8000, &pattern(200, false));
+        let first = open(&file).unwrap().chunks[1].from - 42;
+        for len in 1..file.len() {
+            assert_eq!(open(&file[..len]).is_ok(), len as u64 == first, "{len}");
+        }
+    }
+
+    proptest! {
+        /// The sum of each chunk tells of every change of its data.
+        #[test]
+        fn a_flipped_bit_is_an_error_or_changes_nothing(at in 0_usize..2_000, bit in 0..8) {
+            let data = pattern(6_000, true);
+            let mut file = Vec::new();
+            compressed(&mut file, 0x1000, &data);
+            let at = at % file.len();
+            file[at] ^= 1_u8 << bit;
+            let mut got = vec![0; data.len()];
+            if let Ok(dump) = open(&file)
+                && let Some(region) = dump.layout().regions().first()
+                && dump.read(region.start(), &mut got).is_ok()
+            {
+                prop_assert!(got == data);
+            }
+        }
+    }
+}

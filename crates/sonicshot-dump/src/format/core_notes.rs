@@ -1,0 +1,122 @@
+//! The processors in the notes of ELF cores and kdump-compressed dumps.
+//!
+//! For each processor QEMU's `dump-guest-memory` writes two notes: `CORE`, the `struct
+//! elf_prstatus` of Linux, and `QEMU`, a `QEMUCPUState` (`target/i386/arch_dump.c`). All of one
+//! kind come first, then all of the other, both in the order of the processors. The second has
+//! `CR0`, `CR3` and `CR4`. `EFER` is in neither, nor whether the processor is halted, in SMM or in
+//! a nested guest: there it counts as started, with the firmware's or that guest's registers.
+//!
+//! What a crash kernel saves as `/proc/vmcore` has `CORE` notes alone, and a VMCOREINFO that the
+//! kernel ended with the time of its crash as it died (`crash_save_vmcoreinfo`). A running
+//! kernel's has no such line, and `/proc/kcore` has other `CORE` notes besides.
+
+use crate::format::kdump::read::{Note, notes_in};
+use crate::processors::{self, Halted, Registers, u32_in, u64_in};
+use sonicshot::{ControlRegisters, GuestMemory, Processor, Processors};
+
+/// The only version of `QEMUCPUState`; what is added to it comes behind.
+const VERSION: u32 = 1;
+/// Its length as it was at first, in bytes.
+const MIN_LEN: usize = 432;
+/// Its fields, in bytes from its beginning.
+const RAX: usize = 8;
+const RSP: usize = 56;
+const RIP: usize = 136;
+const RFLAGS: usize = 144;
+const CS: usize = 152;
+const CR: usize = 392;
+/// The length of `struct elf_prstatus` of a 64-bit kernel, and where it has `RAX`, `RIP`, `RFLAGS`
+/// and `RSP`; and the same of a 32-bit one.
+const PRSTATUS_LEN: usize = 336;
+const PRSTATUS: [usize; 4] = [192, 240, 256, 264];
+const PRSTATUS_32_LEN: usize = 144;
+const PRSTATUS_32: [usize; 4] = [96, 120, 128, 132];
+/// More processors than any VM has.
+const MAX_PROCESSORS: usize = 1 << 14;
+
+/// What the notes of a dump tell. `vmcoreinfo` is the dump's, wherever it has it.
+pub(crate) fn processors(
+    notes: &[u8],
+    vmcoreinfo: Option<&[u8]>,
+    memory: &dyn GuestMemory,
+) -> Processors {
+    let mut status = Vec::new();
+    let mut states = Vec::new();
+    let mut others = false;
+    for note in notes_in(notes) {
+        match note.name {
+            _ if status.len().max(states.len()) > MAX_PROCESSORS => {
+                return Processors::NotTold("its notes are of too many processors");
+            }
+            b"CORE" if note.is_registers() => status.push(note.text),
+            b"QEMU" => states.push(note),
+            b"VMCOREINFO" => {}
+            _ => others = true,
+        }
+    }
+    if !states.is_empty() {
+        return processors::told(of_qemu(&status, &states, memory));
+    }
+    if !status.is_empty() && !others && vmcoreinfo.is_some_and(has_crashed) {
+        return Processors::Crashed;
+    }
+    Processors::Unknown
+}
+
+/// Whether the kernel of this VMCOREINFO wrote down when it crashed.
+fn has_crashed(vmcoreinfo: &[u8]) -> bool {
+    let mut lines = vmcoreinfo.split(|byte| *byte == b'\n');
+    lines.any(|line| {
+        let time = line.strip_prefix(b"CRASHTIME=");
+        time.is_some_and(|time| !time.is_empty() && time.iter().all(u8::is_ascii_digit))
+    })
+}
+
+fn of_qemu(
+    status: &[&[u8]],
+    states: &[Note<'_>],
+    memory: &dyn GuestMemory,
+) -> Result<Vec<Processor>, &'static str> {
+    if status.len() != states.len() {
+        return Err("its notes of the two kinds are of different numbers of processors");
+    }
+    let mut found = Vec::with_capacity(states.len());
+    for (number, (status, state)) in status.iter().zip(states).enumerate() {
+        let registers = registers(state.text).ok_or("a QEMU note of another version or length")?;
+        if !agree(status, state.text) {
+            return Err("the two notes of a processor do not agree");
+        }
+        found.push(registers.processor(number == 0, Halted::Untold(memory)));
+    }
+    Ok(found)
+}
+
+fn registers(state: &[u8]) -> Option<Registers> {
+    let len = usize::try_from(u32_in(state, 4)?).ok()?;
+    if u32_in(state, 0)? != VERSION || len < MIN_LEN || len != state.len() {
+        return None;
+    }
+    let control = |number: usize| u64_in(state, number.checked_mul(8)?.checked_add(CR)?);
+    Some(Registers {
+        control: ControlRegisters::new(control(0)?, control(3)?, control(4)?, None),
+        rip: u64_in(state, RIP)?,
+        rflags: u64_in(state, RFLAGS)?,
+        cs_selector: u32_in(state, CS)?.into(),
+        cs_base: u64_in(state, CS.checked_add(16)?)?,
+    })
+}
+
+/// Whether a processor's two notes are of the same instant. Where the first processor is not in
+/// long mode, QEMU writes the first note of each as a 32-bit kernel would have it.
+fn agree(status: &[u8], state: &[u8]) -> bool {
+    let wide = |at| u64_in(status, at);
+    let narrow = |at| u32_in(status, at).map(u64::from);
+    let fields = [RAX, RIP, RFLAGS, RSP].map(|at| u64_in(state, at));
+    match status.len() {
+        PRSTATUS_LEN => fields == PRSTATUS.map(wide),
+        PRSTATUS_32_LEN => {
+            fields.map(|field| Some(field? & 0xffff_ffff)) == PRSTATUS_32.map(narrow)
+        }
+        _ => false,
+    }
+}

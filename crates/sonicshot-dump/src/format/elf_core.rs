@@ -1,0 +1,383 @@
+//! ELF core dumps: QEMU's `dump-guest-memory`, `/proc/vmcore`, and others with one `PT_LOAD`
+//! for each stretch of RAM (System V ABI, ELF-64 object file format).
+//!
+//! Headers are read by hand, not by a library, since QEMU 10 writes an `e_ehsize` of 8 and its
+//! section headers before the program headers.
+
+use crate::DumpError;
+use crate::backing::mapped::Extent;
+use sonicshot::{Architecture, Gpa, GpaRange, GuestBytes};
+use std::path::Path;
+
+pub(crate) const HEADER_LEN: usize = 64;
+pub(crate) const SEGMENT_LEN: usize = 56;
+/// `e_phnum` of a file whose number of segments is in `sh_info` of section 0.
+const PN_XNUM: u16 = 0xffff;
+const ET_CORE: u16 = 4;
+const EM_X86_64: u16 = 62;
+const EM_AARCH64: u16 = 183;
+pub(crate) const PT_LOAD: u32 = 1;
+pub(crate) const PT_NOTE: u32 = 4;
+/// No dump has a million stretches of RAM.
+const MAX_SEGMENTS: u32 = 1 << 20;
+/// `/proc/kcore` has a handful of segments that overlap.
+const MAX_OVERLAPPING: usize = 1 << 12;
+/// A pruned core holds at least its guest's struct pages, a 64th of its memory; every frame of
+/// memory costs the reader a few bytes, so that a short file must not claim a lot of it.
+const MAX_SPARSENESS: u64 = 256;
+/// Memory that any file may claim: 64 MiB.
+const SMALL: u64 = 64 << 20;
+/// There are a few notes for each processor. What comes after so many is not looked at.
+const MAX_NOTES: u32 = 1 << 16;
+/// The kernel gives VMCOREINFO one page, of 64 KiB at most.
+const MAX_VMCOREINFO: u32 = 1 << 16;
+/// Notes that are carried along: a few hundred bytes for each processor.
+const MAX_KEPT_NOTES: u32 = 16 << 20;
+
+/// The processor of that `e_machine`.
+pub(crate) fn machine(path: &Path, number: u16) -> Result<Architecture, DumpError> {
+    match number {
+        EM_X86_64 => Ok(Architecture::X86_64),
+        EM_AARCH64 => Ok(Architecture::Aarch64),
+        other => {
+            let what = "a machine that is neither x86-64 nor arm64";
+            Err(DumpError::malformed(path, what, 18, other.into()))
+        }
+    }
+}
+
+/// The header of a core with `count` program headers right behind it.
+pub(crate) fn header(machine: Architecture, count: usize) -> Vec<u8> {
+    let mut head = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0];
+    head.resize(16, 0);
+    head.extend(4_u16.to_le_bytes()); // ET_CORE
+    head.extend(machine.elf_machine().to_le_bytes());
+    head.extend(1_u32.to_le_bytes()); // EV_CURRENT
+    head.extend(0_u64.to_le_bytes()); // e_entry
+    head.extend((HEADER_LEN as u64).to_le_bytes()); // e_phoff
+    head.extend(0_u64.to_le_bytes()); // e_shoff
+    head.extend(0_u32.to_le_bytes()); // e_flags
+    for word in [HEADER_LEN, SEGMENT_LEN, count, 0, 0, 0] {
+        head.extend(u16::try_from(word).unwrap_or(0).to_le_bytes());
+    }
+    head
+}
+
+/// One program header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Segment {
+    pub kind: u32,
+    pub flags: u32,
+    pub offset: u64,
+    pub vaddr: u64,
+    pub paddr: u64,
+    pub file_len: u64,
+    pub mem_len: u64,
+    pub align: u64,
+}
+
+/// What the headers of an ELF core say.
+#[derive(Debug, Clone)]
+pub(crate) struct ElfCore {
+    pub machine: Architecture,
+    pub segments: Vec<Segment>,
+    /// The VMCOREINFO text.
+    pub vmcoreinfo: Option<Vec<u8>>,
+}
+
+/// Fields are read one by one as [`GuestBytes`], for somebody may be writing the file.
+fn u16_at(data: GuestBytes<'_>, at: u64) -> Option<u16> {
+    data.u16_at(usize::try_from(at).ok()?)
+}
+
+fn u32_at(data: GuestBytes<'_>, at: u64) -> Option<u32> {
+    data.u32_at(usize::try_from(at).ok()?)
+}
+
+fn u64_at(data: GuestBytes<'_>, at: u64) -> Option<u64> {
+    data.u64_at(usize::try_from(at).ok()?)
+}
+
+/// A copy of the `len` bytes at `at`.
+fn copy_of(data: GuestBytes<'_>, at: u64, len: u32) -> Option<Vec<u8>> {
+    let len = usize::try_from(len).ok()?;
+    let bytes = data.get(usize::try_from(at).ok()?, len)?;
+    let mut copy = vec![0; len];
+    bytes.copy_to(&mut copy).then_some(copy)
+}
+
+impl Segment {
+    fn read(data: GuestBytes<'_>, at: u64) -> Option<Self> {
+        let field = |offset: u64| u64_at(data, at.checked_add(offset)?);
+        Some(Self {
+            kind: u32_at(data, at)?,
+            flags: u32_at(data, at.checked_add(4)?)?,
+            offset: field(8)?,
+            vaddr: field(16)?,
+            paddr: field(24)?,
+            file_len: field(32)?,
+            mem_len: field(40)?,
+            align: field(48)?,
+        })
+    }
+
+    pub(crate) fn to_bytes(self) -> [u8; SEGMENT_LEN] {
+        let mut out = [0; SEGMENT_LEN];
+        let kind = u64::from(self.kind) | u64::from(self.flags) << 32;
+        let words = [
+            kind,
+            self.offset,
+            self.vaddr,
+            self.paddr,
+            self.file_len,
+            self.mem_len,
+            self.align,
+        ];
+        for (part, word) in out.chunks_exact_mut(8).zip(words) {
+            part.copy_from_slice(&word.to_le_bytes());
+        }
+        out
+    }
+
+    /// How many bytes of guest RAM the segment stands for.
+    fn guest_len(&self) -> u64 {
+        // `/proc/kcore` marks memory that is not RAM with an address of all ones.
+        if self.kind == PT_LOAD && self.paddr != u64::MAX {
+            self.mem_len
+        } else {
+            0
+        }
+    }
+
+    /// The guest RAM that the segment holds, if it does.
+    pub(crate) fn guest(&self) -> Option<GpaRange> {
+        let range = GpaRange::with_len(Gpa::new(self.paddr), self.guest_len())?;
+        (!range.is_empty()).then_some(range)
+    }
+}
+
+impl ElfCore {
+    pub(crate) fn parse(path: &Path, data: GuestBytes<'_>) -> Result<Self, DumpError> {
+        let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
+        let len = data.len() as u64;
+        let short = || bad("a file too short for an ELF header", 0, len);
+        // Class 64-bit, data little-endian.
+        if u16_at(data, 4).ok_or_else(short)? != u16::from_le_bytes([2, 1]) {
+            return Err(DumpError::Unsupported {
+                path: path.to_owned(),
+                kind: "an ELF file that is not 64-bit little-endian",
+            });
+        }
+        let kind = u16_at(data, 16).ok_or_else(short)?;
+        if kind != ET_CORE {
+            return Err(DumpError::NotADump {
+                path: path.to_owned(),
+                why: "it is an ELF file, but no core (for symbols, give it with --symbols)",
+            });
+        }
+        let machine = machine(path, u16_at(data, 18).ok_or_else(short)?)?;
+        let table = u64_at(data, 32).ok_or_else(short)?;
+        let size = u16_at(data, 54).ok_or_else(short)?;
+        if usize::from(size) != SEGMENT_LEN {
+            return Err(bad("an unknown size of program headers", 54, size.into()));
+        }
+        let count = u16_at(data, 56).ok_or_else(short)?;
+        let count = if count == PN_XNUM {
+            let sections = u64_at(data, 40).ok_or_else(short)?;
+            let at = sections.checked_add(44).filter(|_| sections != 0);
+            at.and_then(|at| u32_at(data, at)).ok_or_else(|| {
+                bad(
+                    "more segments than e_phnum holds, but no section 0",
+                    40,
+                    sections,
+                )
+            })?
+        } else {
+            count.into()
+        };
+        if count == 0 {
+            return Err(bad("no program headers", 56, 0));
+        }
+        if count > MAX_SEGMENTS {
+            return Err(bad("an impossible number of segments", 56, count.into()));
+        }
+        let mut segments = Vec::new();
+        for number in 0..u64::from(count) {
+            let at = number
+                .checked_mul(SEGMENT_LEN as u64)
+                .and_then(|offset| table.checked_add(offset));
+            let segment = at
+                .and_then(|at| Segment::read(data, at))
+                .ok_or_else(|| bad("a program header beyond the end", table, number))?;
+            let at = at.unwrap_or(table);
+            let end = segment.offset.checked_add(segment.file_len);
+            if segment.file_len > 0 && end.is_none_or(|end| end > len) {
+                return Err(bad(
+                    "a segment beyond the end of the file: truncated",
+                    at,
+                    number,
+                ));
+            }
+            if segment.guest_len() > 0 && segment.file_len > segment.mem_len {
+                return Err(bad(
+                    "a segment with more data than memory",
+                    at,
+                    segment.file_len,
+                ));
+            }
+            segments.push(segment);
+        }
+        let vmcoreinfo = find_vmcoreinfo(data, &segments);
+        Ok(Self {
+            machine,
+            segments,
+            vmcoreinfo,
+        })
+    }
+
+    /// The guest's RAM: sorted, disjoint; where segments overlap, the first in the file counts.
+    ///
+    /// `file_len` is the length of the file: what it can justify bounds what is believed.
+    /// The bytes of the first `PT_NOTE` segment, unless there are too many.
+    pub(crate) fn notes(&self, data: GuestBytes<'_>) -> Option<Vec<u8>> {
+        let notes = self
+            .segments
+            .iter()
+            .find(|segment| segment.kind == PT_NOTE)?;
+        let len = u32::try_from(notes.file_len).ok()?;
+        (len <= MAX_KEPT_NOTES)
+            .then(|| copy_of(data, notes.offset, len))
+            .flatten()
+    }
+
+    pub(crate) fn extents(&self, path: &Path, file_len: u64) -> Result<Vec<Extent>, DumpError> {
+        let mut loads = Vec::new();
+        for (number, segment) in (0_u64..).zip(&self.segments) {
+            if segment.guest_len() > 0 {
+                let guest = segment.guest().ok_or_else(|| {
+                    DumpError::malformed(path, "a segment beyond 64 bits", segment.paddr, number)
+                })?;
+                loads.push((guest, segment));
+            }
+        }
+        // Segments that overlap are rare, and each may cut every other into pieces.
+        let mut order: Vec<_> = loads.iter().map(|(guest, _)| *guest).collect();
+        order.sort_unstable();
+        if order.is_sorted_by(|a, b| a.end() <= b.start()) {
+            loads.sort_unstable_by_key(|(guest, _)| guest.start());
+        } else if loads.len() > MAX_OVERLAPPING {
+            let count = loads.len() as u64;
+            return Err(DumpError::malformed(
+                path,
+                "too many overlapping segments",
+                56,
+                count,
+            ));
+        }
+        let mut extents: Vec<Extent> = Vec::new();
+        for (guest, segment) in loads {
+            add_extent(&mut extents, guest, segment);
+        }
+        if extents.is_empty() {
+            return Err(DumpError::NotADump {
+                path: path.to_owned(),
+                why: "an ELF core without any RAM",
+            });
+        }
+        let claimed = extents
+            .iter()
+            .fold(0_u64, |sum, extent| sum.saturating_add(extent.guest.len()));
+        if claimed
+            > file_len
+                .saturating_mul(MAX_SPARSENESS)
+                .saturating_add(SMALL)
+        {
+            return Err(DumpError::malformed(
+                path,
+                "segments that claim more memory than the file can be of",
+                56,
+                claimed,
+            ));
+        }
+        Ok(extents)
+    }
+}
+
+/// Adds what of `guest` is not covered yet.
+fn add_extent(extents: &mut Vec<Extent>, guest: GpaRange, segment: &Segment) {
+    let mut gaps = Vec::new();
+    let mut at = guest.start();
+    let first = extents.partition_point(|extent| extent.guest.end() <= guest.start());
+    for extent in extents.iter().skip(first) {
+        if extent.guest.start() >= guest.end() {
+            break;
+        }
+        gaps.push(GpaRange::new(at, extent.guest.start()));
+        at = at.max(extent.guest.end());
+    }
+    gaps.push(GpaRange::new(at, guest.end()));
+    let filled = GpaRange::with_len(guest.start(), segment.file_len).unwrap_or(guest);
+    for gap in gaps {
+        let data = gap.intersection(&filled);
+        let rest = GpaRange::new(gap.start().max(filled.end()), gap.end());
+        let inside = data.start().offset_from(guest.start()).unwrap_or(0);
+        for (guest, offset) in [(data, segment.offset.checked_add(inside)), (rest, None)] {
+            if !guest.is_empty() {
+                let index = extents.partition_point(|e| e.guest.start() < guest.start());
+                extents.insert(index, Extent { guest, offset });
+            }
+        }
+    }
+}
+
+/// The text of the note `VMCOREINFO` in any `PT_NOTE`.
+fn find_vmcoreinfo(data: GuestBytes<'_>, segments: &[Segment]) -> Option<Vec<u8>> {
+    let mut left = MAX_NOTES;
+    for notes in segments.iter().filter(|segment| segment.kind == PT_NOTE) {
+        let end = notes.offset.checked_add(notes.file_len)?;
+        let mut at = notes.offset;
+        while at < end {
+            left = left.checked_sub(1)?;
+            let Some(note) = Note::read(data, at) else {
+                break;
+            };
+            if note.text_end > end {
+                break;
+            }
+            if note.is_vmcoreinfo && note.text_len <= MAX_VMCOREINFO {
+                return copy_of(data, note.text_at, note.text_len);
+            }
+            at = note.next;
+        }
+    }
+    None
+}
+
+/// One note: a name and a text, each padded to 4 bytes.
+struct Note {
+    is_vmcoreinfo: bool,
+    text_at: u64,
+    text_len: u32,
+    text_end: u64,
+    next: u64,
+}
+
+impl Note {
+    fn read(data: GuestBytes<'_>, at: u64) -> Option<Self> {
+        let name_len = u32_at(data, at)?;
+        let text_len = u32_at(data, at.checked_add(4)?)?;
+        let name_at = at.checked_add(12)?;
+        let padded = |len: u32| u64::from(len).checked_next_multiple_of(4);
+        let text_at = name_at.checked_add(padded(name_len)?)?;
+        // With the zero at its end.
+        let is_vmcoreinfo = name_len == 11
+            && copy_of(data, name_at, name_len).is_some_and(|name| name == *b"VMCOREINFO\0");
+        Some(Self {
+            is_vmcoreinfo,
+            text_at,
+            text_len,
+            text_end: text_at.checked_add(text_len.into())?,
+            next: text_at.checked_add(padded(text_len)?)?,
+        })
+    }
+}

@@ -1,0 +1,4 @@
+//! kdump-compressed files: read, and written.
+
+pub(crate) mod read;
+pub(crate) mod write;

@@ -1,0 +1,858 @@
+//! kdump-compressed dumps: what `makedumpfile` writes, and QEMU's `dump-guest-memory` with
+//! `kdump-zlib`, `kdump-raw-zlib` and the like.
+//!
+//! The format is described by makedumpfile (`IMPLEMENTATION`, `diskdump_mod.h`), crash
+//! (`diskdump.h`) and QEMU (`include/sysemu/dump.h`). In blocks of one page: a header; a
+//! sub-header with VMCOREINFO and notes behind it; two bitmaps, the frames that exist and the
+//! frames that are in the file; a descriptor for each of the latter, in order; the pages, each
+//! compressed by itself.
+//!
+//! A *flattened* file, as written to a pipe, is a list of pieces, each with the place it has in
+//! the file proper. It is read in place, by an index of the pieces.
+
+use crate::DumpError;
+use crate::backing::mapped::{map_file, whole};
+use crate::backing::paged::BlockCache;
+use memmap2::Mmap;
+use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, PageSize, RamLayout};
+use std::collections::BinaryHeap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+pub(crate) const SIGNATURE: &[u8; 8] = b"KDUMP   ";
+const FLAT_SIGNATURE: &[u8; 16] = b"makedumpfile\0\0\0\0";
+/// A flattened file's own header.
+const FLAT_HEADER_LEN: u64 = 4096;
+
+/// What the header holds up to its last field that is read here. The layout is that of C
+/// structures on a 64-bit machine.
+const HEADER_LEN: usize = 464;
+/// The sub-header of version 6; earlier ones are shorter, and fill their block with zeroes.
+pub(crate) const SUB_HEADER_LEN: usize = 104;
+pub(crate) const DESCRIPTOR_LEN: u64 = 24;
+
+/// How a page is compressed, in its descriptor; the last two bits are of the whole dump.
+pub(crate) const ZLIB: u32 = 1;
+const LZO: u32 = 2;
+pub(crate) const SNAPPY: u32 = 4;
+pub(crate) const ZSTD: u32 = 0x20;
+const INCOMPLETE: u32 = 8;
+
+/// More frames than any guest has, 16 TiB of 4 KiB each: bounds what is kept about them.
+pub(crate) const MAX_FRAMES: u64 = 1 << 32;
+/// No guest has a million stretches of RAM.
+const MAX_REGIONS: usize = 1 << 20;
+/// A flattened file may have so many pieces, and one more for each [`PIECE_LEN`] bytes.
+const SMALL_PIECES: u64 = 1 << 20;
+const PIECE_LEN: u64 = 256;
+/// The kernel gives VMCOREINFO one page, of 64 KiB at most.
+const MAX_VMCOREINFO: u64 = 1 << 16;
+/// Notes of tens of thousands of processors.
+const MAX_NOTES: u64 = 16 << 20;
+const NT_PRSTATUS: u32 = 1;
+/// Frames that one number of the rank index stands for.
+const RANK_FRAMES: u64 = 512;
+const RANK_BYTES: usize = 64;
+/// Memory for decompressed pages.
+const CACHE: usize = 8 << 20;
+
+/// A kdump-compressed dump.
+pub struct KdumpFile {
+    path: PathBuf,
+    content: Content,
+    layout: RamLayout,
+    facts: Facts,
+    /// Where the bitmap of the frames in the file begins.
+    dumped_at: u64,
+    /// How many frames are in the file below each multiple of [`RANK_FRAMES`].
+    ranks: Vec<u64>,
+    /// Where the descriptors begin.
+    descriptors_at: u64,
+    cache: BlockCache<Descriptor>,
+    /// Decompressors that nobody uses at the moment.
+    decoders: Mutex<Vec<Decoder>>,
+}
+
+/// What the headers say.
+#[derive(Debug, Clone)]
+struct Facts {
+    version: u32,
+    page_size: PageSize,
+    machine: Option<Architecture>,
+    incomplete: bool,
+    frames: u64,
+    dumped: u64,
+    vmcoreinfo: Option<Vec<u8>>,
+    notes: Option<Vec<u8>>,
+}
+
+/// Where a page is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Descriptor {
+    offset: u64,
+    len: u32,
+    flags: u32,
+}
+
+impl KdumpFile {
+    /// Whether a file that begins with `head` is of this format, flattened or not.
+    #[must_use]
+    pub fn is_kdump(head: &[u8]) -> bool {
+        head.starts_with(SIGNATURE) || head.starts_with(b"makedumpfile")
+    }
+
+    /// Opens the dump at `path`.
+    ///
+    /// # Errors
+    /// [`DumpError`] if the file cannot be read, is of another format, or contradicts itself.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, DumpError> {
+        let path = path.as_ref();
+        let metadata = std::fs::metadata(path).map_err(DumpError::io("opening", path))?;
+        if !metadata.is_file() || metadata.len() == 0 {
+            return Err(DumpError::NotADump {
+                path: path.to_owned(),
+                why: "it is not a regular file with content",
+            });
+        }
+        let (_, map) = map_file(path)?;
+        Self::parse(path, map)
+    }
+
+    /// Reads the headers of the mapped file.
+    pub(crate) fn parse(path: &Path, map: Mmap) -> Result<Self, DumpError> {
+        let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
+        let content = Content::new(path, map)?;
+        let cut = |at| bad("a header beyond the end: truncated", at, content.len());
+        let mut header = [0; HEADER_LEN];
+        if !content.read(0, &mut header) {
+            return Err(cut(0));
+        }
+        let field = |at| u32_in(&header, at).unwrap_or(0);
+        if header.get(..8) != Some(SIGNATURE) {
+            return Err(bad("no kdump header", 0, u64_in(&header, 0).unwrap_or(0)));
+        }
+        let version = field(8);
+        if !(1..=6).contains(&version) {
+            return Err(match version.swap_bytes() {
+                1..=6 => DumpError::Unsupported {
+                    path: path.to_owned(),
+                    kind: "a big-endian kdump-compressed dump",
+                },
+                _ => bad("an unknown version of kdump header", 8, version.into()),
+            });
+        }
+        let (status, block, sub_blocks) = (field(424), field(428), field(432));
+        let (bitmap_blocks, max_frames) = (field(436), field(440));
+        let page_size = PageSize::new(block.into()).ok_or_else(|| {
+            bad(
+                "a block size that is no page size (of a 64-bit machine)",
+                428,
+                block.into(),
+            )
+        })?;
+        let block = page_size.bytes();
+        // All below fit: these are 32-bit numbers of blocks of 64 KiB at most.
+        let in_blocks = |blocks: u32| u64::from(blocks).saturating_mul(block);
+        if sub_blocks == 0 || in_blocks(sub_blocks) > content.len() {
+            return Err(bad("an impossible sub-header", 432, sub_blocks.into()));
+        }
+        let mut sub = [0; SUB_HEADER_LEN];
+        if !content.read(block, &mut sub) {
+            return Err(cut(block));
+        }
+        let sub_field = |at, since| {
+            let value = u64_in(&sub, at).unwrap_or(0);
+            if version >= since { value } else { 0 }
+        };
+        if version >= 2 && u32_in(&sub, 12).unwrap_or(0) != 0 {
+            return Err(DumpError::Unsupported {
+                path: path.to_owned(),
+                kind: "one part of a split kdump-compressed dump",
+            });
+        }
+        let max_frames = match sub_field(96, 6) {
+            0 => max_frames.into(),
+            max_frames => max_frames,
+        };
+
+        let present_at = block.saturating_add(in_blocks(sub_blocks));
+        let bitmaps_len = in_blocks(bitmap_blocks);
+        let descriptors_at = present_at.saturating_add(bitmaps_len);
+        // Compared to the file itself too, for a flattened one may claim any length.
+        if bitmap_blocks == 0
+            || descriptors_at > content.len()
+            || bitmaps_len > content.stored_len()
+        {
+            return Err(bad(
+                "bitmaps beyond the end: truncated",
+                436,
+                bitmap_blocks.into(),
+            ));
+        }
+        // Where there is only room for one bitmap it is both (crash: dump_is_partial).
+        let needed = max_frames.div_ceil(8).div_ceil(block);
+        let half = u64::from(bitmap_blocks) >> 1;
+        let (dumped_at, bitmap_len) = if needed <= half {
+            let half = half.saturating_mul(block);
+            (present_at.saturating_add(half), half)
+        } else {
+            (present_at, bitmaps_len)
+        };
+        let frames = max_frames.min(bitmap_len.saturating_mul(8));
+        if needed > bitmap_blocks.into() || frames > MAX_FRAMES {
+            return Err(bad("an impossible number of frames", 440, max_frames));
+        }
+
+        let layout = layout_of(path, &content, present_at, frames, page_size)?;
+        let (ranks, dumped) = ranks_of(&content, dumped_at, frames)
+            .ok_or_else(|| bad("bitmaps beyond the end: truncated", dumped_at, frames))?;
+        let incomplete = status & INCOMPLETE != 0;
+        let descriptors_end = dumped
+            .checked_mul(DESCRIPTOR_LEN)
+            .and_then(|len| descriptors_at.checked_add(len));
+        if !incomplete && descriptors_end.is_none_or(|end| end > content.len()) {
+            return Err(bad(
+                "page descriptors beyond the end: truncated",
+                descriptors_at,
+                dumped,
+            ));
+        }
+
+        let part = |at: usize, since, limit, what| {
+            let (offset, len) = (sub_field(at, since), sub_field(at.saturating_add(8), since));
+            let place = block.saturating_add(at as u64);
+            match (offset, len) {
+                (0, _) | (_, 0) => Ok(None),
+                (_, len) if len > limit => Err(bad(what, place, len)),
+                _ => content
+                    .copy(offset, len)
+                    .map(Some)
+                    .ok_or_else(|| bad(what, place, offset)),
+            }
+        };
+        let notes = part(48, 4, MAX_NOTES, "notes beyond the end or too long")?;
+        let vmcoreinfo = part(
+            32,
+            3,
+            MAX_VMCOREINFO,
+            "VMCOREINFO beyond the end or too long",
+        )?
+        .or_else(|| {
+            notes_in(notes.as_deref()?)
+                .find(|note| note.name == b"VMCOREINFO")
+                .map(|note| note.text.to_vec())
+        });
+        let machine = header
+            .get(272..337)
+            .and_then(machine_named)
+            .or_else(|| machine_of_notes(notes.as_deref()?));
+        let facts = Facts {
+            version,
+            page_size,
+            machine,
+            incomplete,
+            frames,
+            dumped,
+            vmcoreinfo,
+            notes,
+        };
+        Ok(Self {
+            path: path.to_owned(),
+            content,
+            layout,
+            dumped_at,
+            ranks,
+            descriptors_at,
+            cache: BlockCache::new(CACHE, usize::try_from(block).unwrap_or(CACHE)),
+            decoders: Mutex::new(Vec::new()),
+            facts,
+        })
+    }
+
+    /// Whether the file is flattened.
+    #[must_use]
+    pub fn is_flattened(&self) -> bool {
+        self.content.pieces.is_some()
+    }
+
+    /// The guest's page size.
+    #[must_use]
+    pub fn page_size(&self) -> PageSize {
+        self.facts.page_size
+    }
+
+    /// The version of the header.
+    #[must_use]
+    pub fn version(&self) -> u32 {
+        self.facts.version
+    }
+
+    /// The guest's processor, if the dump tells.
+    #[must_use]
+    pub fn machine(&self) -> Option<Architecture> {
+        self.facts.machine
+    }
+
+    /// The VMCOREINFO text.
+    #[must_use]
+    pub fn vmcoreinfo(&self) -> Option<&[u8]> {
+        self.facts.vmcoreinfo.as_deref()
+    }
+
+    /// The ELF notes: the registers of the processors among them.
+    #[must_use]
+    pub fn notes(&self) -> Option<&[u8]> {
+        self.facts.notes.as_deref()
+    }
+
+    /// How many frames are in the file.
+    #[must_use]
+    pub fn dumped_frames(&self) -> u64 {
+        self.facts.dumped
+    }
+
+    /// The descriptor of frame `pfn`; `None` if the frame is not in the file.
+    fn descriptor(&self, pfn: u64) -> Result<Option<Descriptor>, DumpError> {
+        let bad = |what, offset, value| DumpError::malformed(&self.path, what, offset, value);
+        if pfn >= self.facts.frames {
+            return Ok(None);
+        }
+        let (index, bit) = (pfn / RANK_FRAMES, pfn % RANK_FRAMES);
+        let bits_at = self.dumped_at.saturating_add(index.saturating_mul(64));
+        let mut bits = [0; RANK_BYTES];
+        let rank = usize::try_from(index).ok().and_then(|i| self.ranks.get(i));
+        let Some(rank) = rank.filter(|_| self.content.read(bits_at, &mut bits)) else {
+            return Err(bad("a bitmap beyond the end", bits_at, pfn));
+        };
+        let mut number = *rank;
+        for (word, base) in words(&bits).zip((0_u64..).step_by(64)) {
+            let below = bit.saturating_sub(base);
+            if below < 64 {
+                if word >> below & 1 == 0 {
+                    return Ok(None);
+                }
+                let lower = word & !(u64::MAX << below);
+                number = number.saturating_add(lower.count_ones().into());
+                break;
+            }
+            number = number.saturating_add(word.count_ones().into());
+        }
+        let at = number
+            .saturating_mul(DESCRIPTOR_LEN)
+            .saturating_add(self.descriptors_at);
+        let mut raw = [0; 16];
+        let there = self.content.read(at, &mut raw);
+        let descriptor = Descriptor {
+            offset: u64_in(&raw, 0).unwrap_or(0),
+            len: u32_in(&raw, 8).unwrap_or(0),
+            flags: u32_in(&raw, 12).unwrap_or(0),
+        };
+        if self.facts.incomplete {
+            // Written until the disk was full.
+            let end = descriptor.offset.checked_add(descriptor.len.into());
+            if !there
+                || descriptor.offset == 0
+                || descriptor.len == 0
+                || end.is_none_or(|end| end > self.content.len())
+            {
+                return Ok(None);
+            }
+        } else if !there {
+            return Err(bad("a page descriptor beyond the end", at, pfn));
+        }
+        if descriptor.len == 0 || u64::from(descriptor.len) > self.facts.page_size.bytes() {
+            let len = descriptor.len.into();
+            return Err(bad("an impossible length of a page", at, len));
+        }
+        Ok(Some(descriptor))
+    }
+
+    /// The page that `descriptor` is of, decompressed.
+    fn page(&self, descriptor: Descriptor) -> Result<Vec<u8>, DumpError> {
+        let Descriptor { offset, len, flags } = descriptor;
+        let bad = |what, value| DumpError::malformed(&self.path, what, offset, value);
+        let stored = self
+            .content
+            .copy(offset, len.into())
+            .ok_or_else(|| bad("a page beyond the end: truncated", len.into()))?;
+        let size = usize::try_from(self.facts.page_size.bytes())
+            .map_err(|_| bad("a page too large", len.into()))?;
+        if flags == 0 {
+            return if stored.len() == size {
+                Ok(stored)
+            } else {
+                Err(bad(
+                    "an uncompressed page that is not a page long",
+                    len.into(),
+                ))
+            };
+        }
+        let lock = || self.decoders.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut decoder = lock().pop().unwrap_or_default();
+        let mut page = vec![0; size];
+        let got = decoder.decode(flags, &stored, &mut page);
+        lock().push(decoder);
+        match got {
+            Some(got) if got == size => Ok(page),
+            Some(got) => Err(bad("a page that decompresses to another size", got as u64)),
+            None => Err(bad("a page that cannot be decompressed", flags.into())),
+        }
+    }
+}
+
+impl GuestMemory for KdumpFile {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let len = buf.len() as u64;
+        let range = GpaRange::with_len(at, len).unwrap_or(GpaRange::new(at, at));
+        let not_ram = || MemoryError::NotRam { range };
+        if !self.layout.contains(at, len) && len > 0 {
+            return Err(not_ram());
+        }
+        let size = self.facts.page_size;
+        let mut at = at;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let inside = at.raw() & size.offset_mask();
+            let len = size.bytes().saturating_sub(inside).min(rest.len() as u64);
+            let (Ok(inside), Ok(split)) = (usize::try_from(inside), usize::try_from(len)) else {
+                return Err(not_ram());
+            };
+            let (now, later) = rest.split_at_mut_checked(split).ok_or_else(not_ram)?;
+            let range = GpaRange::with_len(at, len).ok_or_else(not_ram)?;
+            let backend = |source| MemoryError::Backend {
+                range,
+                source: Box::new(source),
+            };
+            let descriptor = self
+                .descriptor(at.pfn(size).raw())
+                .map_err(backend)?
+                .ok_or(MemoryError::Absent { range })?;
+            self.cache
+                .read(descriptor, inside, now, || self.page(descriptor))
+                .map_err(backend)?
+                .ok_or_else(not_ram)?;
+            at = range.end();
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for KdumpFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KdumpFile")
+            .field("path", &self.path)
+            .field("version", &self.facts.version)
+            .field("machine", &self.facts.machine)
+            .field("page_size", &self.facts.page_size)
+            .field("dumped", &self.facts.dumped)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Decompressors, made when they are first needed.
+#[derive(Default)]
+struct Decoder {
+    zlib: Option<flate2::Decompress>,
+    snappy: Option<snap::raw::Decoder>,
+    zstd: Option<zstd::bulk::Decompressor<'static>>,
+}
+
+impl Decoder {
+    /// Decompresses a page; returns how long it is.
+    fn decode(&mut self, flags: u32, stored: &[u8], page: &mut [u8]) -> Option<usize> {
+        match flags {
+            ZLIB => {
+                let zlib = self
+                    .zlib
+                    .get_or_insert_with(|| flate2::Decompress::new(true));
+                zlib.reset(true);
+                let end = zlib
+                    .decompress(stored, page, flate2::FlushDecompress::Finish)
+                    .ok()?;
+                (end == flate2::Status::StreamEnd).then_some(())?;
+                usize::try_from(zlib.total_out()).ok()
+            }
+            LZO => lzo::decompress_into(stored, page).ok(),
+            SNAPPY => self
+                .snappy
+                .get_or_insert_default()
+                .decompress(stored, page)
+                .ok(),
+            ZSTD => {
+                if self.zstd.is_none() {
+                    self.zstd = zstd::bulk::Decompressor::new().ok();
+                }
+                self.zstd.as_mut()?.decompress_to_buffer(stored, page).ok()
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The bytes of the file proper, which in a flattened file are in pieces.
+struct Content {
+    map: Mmap,
+    /// Sorted by `at`, disjoint.
+    pieces: Option<Vec<Piece>>,
+}
+
+/// A piece of a flattened file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Piece {
+    /// Where in the file proper.
+    at: u64,
+    len: u64,
+    /// Where in the flattened file.
+    from: u64,
+}
+
+impl Piece {
+    /// Both ends of a piece were checked when it was read.
+    fn end(&self) -> u64 {
+        self.at.saturating_add(self.len)
+    }
+}
+
+impl Content {
+    fn new(path: &Path, map: Mmap) -> Result<Self, DumpError> {
+        let mut content = Self { map, pieces: None };
+        let mut signature = [0; 16];
+        if content.read(0, &mut signature) && signature == *FLAT_SIGNATURE {
+            content.pieces = Some(content.find_pieces(path)?);
+        }
+        Ok(content)
+    }
+
+    /// The length of the file proper.
+    fn len(&self) -> u64 {
+        match &self.pieces {
+            Some(pieces) => pieces.last().map_or(0, Piece::end),
+            None => self.stored_len(),
+        }
+    }
+
+    /// The length of the file on disk.
+    fn stored_len(&self) -> u64 {
+        self.map.len() as u64
+    }
+
+    fn read_stored(&self, at: u64, out: &mut [u8]) -> bool {
+        let at = usize::try_from(at).ok();
+        at.and_then(|at| whole(&self.map).get(at, out.len()))
+            .is_some_and(|bytes| bytes.copy_to(out))
+    }
+
+    /// Fills `out` with the bytes from `at` on; what is in no piece is zero. `false` if they are
+    /// not all inside.
+    fn read(&self, at: u64, out: &mut [u8]) -> bool {
+        let Some(pieces) = &self.pieces else {
+            return self.read_stored(at, out);
+        };
+        let end = at.checked_add(out.len() as u64);
+        if end.is_none_or(|end| end > self.len()) {
+            return false;
+        }
+        let mut at = at;
+        let mut rest = out;
+        let mut next = pieces.partition_point(|piece| piece.end() <= at);
+        while !rest.is_empty() {
+            let Some(piece) = pieces.get(next) else {
+                return false;
+            };
+            let gap = piece.at.saturating_sub(at);
+            let inside = at.saturating_sub(piece.at);
+            let len = match gap {
+                0 => piece.len.saturating_sub(inside),
+                gap => gap,
+            };
+            let len = len.min(rest.len() as u64);
+            let split = usize::try_from(len).unwrap_or(0);
+            let Some((now, later)) = rest.split_at_mut_checked(split) else {
+                return false;
+            };
+            if gap > 0 {
+                now.fill(0);
+            } else {
+                if !self.read_stored(piece.from.saturating_add(inside), now) {
+                    return false;
+                }
+                next = next.saturating_add(1);
+            }
+            at = at.saturating_add(len);
+            rest = later;
+        }
+        true
+    }
+
+    /// A copy of `len` bytes; the caller bounds `len`.
+    fn copy(&self, at: u64, len: u64) -> Option<Vec<u8>> {
+        if at.checked_add(len)? > self.len() {
+            return None;
+        }
+        let mut copy = vec![0; usize::try_from(len).ok()?];
+        self.read(at, &mut copy).then_some(copy)
+    }
+
+    /// Walks the records of a flattened file: big-endian offset and length, then the bytes.
+    fn find_pieces(&self, path: &Path) -> Result<Vec<Piece>, DumpError> {
+        let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
+        let file_len = self.stored_len();
+        let pair = |at| {
+            let mut raw = [0; 16];
+            self.read_stored(at, &mut raw).then_some(())?;
+            let swapped = |at| u64_in(&raw, at).map(u64::swap_bytes);
+            swapped(0).zip(swapped(8))
+        };
+        let kind = pair(16);
+        if kind != Some((1, 1)) {
+            let (kind, _) = kind.unwrap_or_default();
+            return Err(bad("an unknown flattened format", 16, kind));
+        }
+        let limit = SMALL_PIECES.saturating_add(file_len.checked_div(PIECE_LEN).unwrap_or(0));
+        let mut pieces = Vec::new();
+        let mut at = FLAT_HEADER_LEN;
+        loop {
+            let (to, len) = pair(at).ok_or_else(|| {
+                bad(
+                    "a flattened file without its end mark: truncated",
+                    at,
+                    file_len,
+                )
+            })?;
+            if (to, len) == (u64::MAX, u64::MAX) {
+                break;
+            }
+            let from = at.saturating_add(16);
+            let next = from.checked_add(len);
+            let next = next
+                .filter(|next| *next <= file_len)
+                .ok_or_else(|| bad("a piece beyond the end: truncated", at, len))?;
+            // These are signed numbers.
+            if to.checked_add(len).is_none_or(|end| end > i64::MAX as u64) {
+                return Err(bad("a piece at an impossible offset", at, to));
+            }
+            if len > 0 {
+                pieces.push(Piece { at: to, len, from });
+            }
+            if pieces.len() as u64 > limit {
+                return Err(bad("too many small pieces", at, pieces.len() as u64));
+            }
+            at = next;
+        }
+        Ok(without_overlaps(pieces))
+    }
+}
+
+/// Sorts `pieces`; where some overlap, the last one counts, as if each were written in turn.
+fn without_overlaps(mut pieces: Vec<Piece>) -> Vec<Piece> {
+    // Where a piece lies in the flattened file tells which was first.
+    pieces.sort_unstable_by_key(|piece| (piece.at, piece.from));
+    if pieces.is_sorted_by(|a, b| a.end() <= b.at) {
+        return pieces;
+    }
+    let mut edges: Vec<u64> = pieces
+        .iter()
+        .flat_map(|piece| [piece.at, piece.end()])
+        .collect();
+    edges.sort_unstable();
+    edges.dedup();
+    // Between two edges nothing begins or ends: all of it is of the last piece that covers it.
+    let mut open: BinaryHeap<(u64, u64, u64)> = BinaryHeap::new();
+    let mut coming = pieces.iter().peekable();
+    let mut out: Vec<Piece> = Vec::new();
+    for [start, end] in edges.array_windows() {
+        while let Some(piece) = coming.next_if(|piece| piece.at <= *start) {
+            open.push((piece.from, piece.at, piece.end()));
+        }
+        while open.peek().is_some_and(|(_, _, until)| until <= start) {
+            open.pop();
+        }
+        let Some((from, at, _)) = open.peek() else {
+            continue;
+        };
+        let part = Piece {
+            at: *start,
+            len: end.saturating_sub(*start),
+            from: from.saturating_add(start.saturating_sub(*at)),
+        };
+        match out.last_mut() {
+            Some(last)
+                if last.end() == part.at && last.from.saturating_add(last.len) == part.from =>
+            {
+                last.len = last.len.saturating_add(part.len);
+            }
+            _ => out.push(part),
+        }
+    }
+    out
+}
+
+/// The stretches of frames whose bit is set in the bitmap at `bitmap`.
+fn layout_of(
+    path: &Path,
+    content: &Content,
+    bitmap: u64,
+    frames: u64,
+    page_size: PageSize,
+) -> Result<RamLayout, DumpError> {
+    let bad = |what, value| DumpError::malformed(path, what, bitmap, value);
+    let mut regions: Vec<GpaRange> = Vec::new();
+    let mut add = |start: u64, end: u64| {
+        let gpa = |frame: u64| Gpa::new(frame.saturating_mul(page_size.bytes()));
+        let (start, end) = (gpa(start.min(frames)), gpa(end.min(frames)));
+        match regions.last_mut() {
+            Some(last) if last.end() == start => *last = GpaRange::new(last.start(), end),
+            _ if start < end => regions.push(GpaRange::new(start, end)),
+            _ => {}
+        }
+        regions.len() <= MAX_REGIONS
+    };
+    let few = for_words(content, bitmap, frames, |base, word| {
+        let mut at = 0_u32;
+        while at < 64 {
+            // Shifted by less than 64, as the loop says.
+            let zeroes = (word >> at).trailing_zeros();
+            let start = at.saturating_add(zeroes);
+            if start >= 64 {
+                break;
+            }
+            let ones = (word >> start).trailing_ones();
+            at = start.saturating_add(ones);
+            let frame = |bit: u32| base.saturating_add(bit.into());
+            if !add(frame(start), frame(at)) {
+                return None;
+            }
+        }
+        Some(())
+    });
+    if few.is_none() {
+        return Err(bad(
+            "bitmaps that are cut off or mark too many stretches of RAM",
+            frames,
+        ));
+    }
+    RamLayout::new(regions).map_err(|source| DumpError::Layout {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// The rank index of the bitmap, and how many bits are set in all.
+fn ranks_of(content: &Content, bitmap: u64, frames: u64) -> Option<(Vec<u64>, u64)> {
+    let mut ranks = Vec::new();
+    let mut sum = 0_u64;
+    for_words(content, bitmap, frames, |base, word| {
+        if base.is_multiple_of(RANK_FRAMES) {
+            ranks.push(sum);
+        }
+        let left = frames.saturating_sub(base);
+        let word = if left < 64 {
+            word & !(u64::MAX << left)
+        } else {
+            word
+        };
+        sum = sum.saturating_add(word.count_ones().into());
+        Some(())
+    })?;
+    Some((ranks, sum))
+}
+
+/// Gives `each` the first frame and the bits of every word of a bitmap of `frames` frames, until
+/// it returns `None`.
+fn for_words(
+    content: &Content,
+    bitmap: u64,
+    frames: u64,
+    mut each: impl FnMut(u64, u64) -> Option<()>,
+) -> Option<()> {
+    // A bitmap is whole blocks, the smallest of which is that long.
+    let mut buffer = [0; 4096];
+    let mut frame = 0_u64;
+    while frame < frames {
+        let at = bitmap.checked_add(frame >> 3)?;
+        content.read(at, &mut buffer).then_some(())?;
+        for word in words(&buffer) {
+            if frame >= frames {
+                break;
+            }
+            each(frame, word)?;
+            frame = frame.checked_add(64)?;
+        }
+    }
+    Some(())
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .map(|word| u64::from_le_bytes(*word))
+}
+
+fn u32_in(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+fn u64_in(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+/// The processor by its name in `struct new_utsname`.
+fn machine_named(name: &[u8]) -> Option<Architecture> {
+    match name.split(|byte| *byte == 0).next()? {
+        b"x86_64" => Some(Architecture::X86_64),
+        b"aarch64" => Some(Architecture::Aarch64),
+        _ => None,
+    }
+}
+
+/// The processor by the size of its `struct elf_prstatus`.
+fn machine_of_notes(notes: &[u8]) -> Option<Architecture> {
+    let status = notes_in(notes).find(Note::is_registers)?;
+    match status.text.len() {
+        336 => Some(Architecture::X86_64),
+        392 => Some(Architecture::Aarch64),
+        _ => None,
+    }
+}
+
+/// One ELF note.
+pub(crate) struct Note<'a> {
+    pub kind: u32,
+    pub name: &'a [u8],
+    pub text: &'a [u8],
+}
+
+impl Note<'_> {
+    /// Whether the note holds a processor's registers: `NT_PRSTATUS`.
+    pub(crate) fn is_registers(&self) -> bool {
+        self.kind == NT_PRSTATUS && self.name == b"CORE"
+    }
+}
+
+/// The ELF notes in `bytes`, up to the first that is cut off.
+pub(crate) fn notes_in(bytes: &[u8]) -> impl Iterator<Item = Note<'_>> {
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let name_len = usize::try_from(u32_in(rest, 0)?).ok()?;
+        let text_len = usize::try_from(u32_in(rest, 4)?).ok()?;
+        let kind = u32_in(rest, 8)?;
+        let body = rest.get(12..)?;
+        let name = body.get(..name_len)?;
+        let body = body.get(name_len.checked_next_multiple_of(4)?..)?;
+        let text = body.get(..text_len)?;
+        // The last one's padding may be missing.
+        rest = body
+            .get(text_len.checked_next_multiple_of(4)?..)
+            .unwrap_or(&[]);
+        let name = name.strip_suffix(&[0]).unwrap_or(name);
+        Some(Note { kind, name, text })
+    })
+}

@@ -1,0 +1,189 @@
+//! LiME dumps: the RAM of a guest as its own kernel sees it, one record for each `System RAM`
+//! range (LiME, `lime.h`: `lime_mem_range_header` version 1).
+
+use crate::DumpError;
+use crate::backing::mapped::Extent;
+use sonicshot::{Gpa, GpaRange, GuestBytes};
+use std::path::Path;
+
+/// `EMiL` in the file.
+const MAGIC: u32 = 0x4c69_4d45;
+pub(crate) const HEADER_LEN: u64 = 32;
+/// No guest has a million ranges of RAM.
+const MAX_RECORDS: usize = 1 << 20;
+
+/// The header of a record, the same in LiME's and AVML's files but for magic and version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Record {
+    pub magic: u32,
+    pub version: u32,
+    pub guest: GpaRange,
+}
+
+impl Record {
+    /// Reads the header at `at`. `None` in the result's place is a header that is cut off.
+    pub(crate) fn read(path: &Path, data: GuestBytes<'_>, at: u64) -> Result<Self, DumpError> {
+        let bad = |what, value| DumpError::malformed(path, what, at, value);
+        let cut = || {
+            bad(
+                "a record's header beyond the end: truncated",
+                data.len() as u64,
+            )
+        };
+        let place = usize::try_from(at).map_err(|_| cut())?;
+        let header = data.get(place, 32).ok_or_else(cut)?;
+        let (magic, version) = (header.u32_at(0), header.u32_at(4));
+        let (start, last) = (header.u64_at(8), header.u64_at(16));
+        let (magic, version) = magic.zip(version).ok_or_else(cut)?;
+        let (start, last) = start.zip(last).ok_or_else(cut)?;
+        // The end is the last byte itself.
+        let end = last.checked_add(1).filter(|end| *end > start);
+        let end = end.ok_or_else(|| bad("a record that ends before it begins", last))?;
+        Ok(Self {
+            magic,
+            version,
+            guest: GpaRange::new(Gpa::new(start), Gpa::new(end)),
+        })
+    }
+}
+
+/// Where the records of the LiME file `data` lie, sorted. Ranges that overlap are found out by
+/// [`MappedDump::new`](crate::backing::mapped::MappedDump::new).
+pub(crate) fn extents(path: &Path, data: GuestBytes<'_>) -> Result<Vec<Extent>, DumpError> {
+    let file_len = data.len() as u64;
+    let mut extents = Vec::new();
+    let mut at = 0_u64;
+    while at < file_len {
+        let bad = |what, value| DumpError::malformed(path, what, at, value);
+        let record = Record::read(path, data, at)?;
+        if record.magic != MAGIC {
+            return Err(bad("no LiME record", record.magic.into()));
+        }
+        if record.version != 1 {
+            return Err(bad("an unknown version of LiME", record.version.into()));
+        }
+        let offset = at.saturating_add(HEADER_LEN);
+        let end = offset.checked_add(record.guest.len());
+        let end = end
+            .filter(|end| *end <= file_len)
+            .ok_or_else(|| bad("a record beyond the end: truncated", record.guest.len()))?;
+        if extents.len() >= MAX_RECORDS {
+            return Err(bad("too many records", MAX_RECORDS as u64));
+        }
+        extents.push(Extent {
+            guest: record.guest,
+            offset: Some(offset),
+        });
+        at = end;
+    }
+    extents.sort_unstable_by_key(|extent| extent.guest);
+    Ok(extents)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::extents;
+    use crate::DumpError;
+    use crate::backing::mapped::{MappedDump, map_file, whole};
+    use proptest::prelude::*;
+    use sonicshot::{Gpa, GuestMemory};
+    use std::path::Path;
+
+    fn record(file: &mut Vec<u8>, start: u64, data: &[u8]) {
+        file.extend(b"EMiL\x01\0\0\0");
+        file.extend(start.to_le_bytes());
+        file.extend((start + data.len() as u64 - 1).to_le_bytes());
+        file.extend([0; 8]);
+        file.extend(data);
+    }
+
+    fn open(bytes: &[u8]) -> Result<MappedDump, DumpError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("dump.lime");
+        std::fs::write(&path, bytes).unwrap();
+        let (file, map) = map_file(&path)?;
+        let extents = extents(&path, whole(&map))?;
+        MappedDump::new(&path, file, map, extents)
+    }
+
+    /// Records in any order, one of which does not end at a page.
+    fn sample() -> Vec<u8> {
+        let mut file = Vec::new();
+        record(&mut file, 0x10_0000, &[2; 0x2000]);
+        record(&mut file, 0x1000, &[1; 0x1c00]);
+        file
+    }
+
+    #[test]
+    fn reads_what_was_recorded() {
+        let dump = open(&sample()).unwrap();
+        let regions: Vec<_> = dump
+            .layout()
+            .regions()
+            .iter()
+            .map(|r| (r.start().raw(), r.end().raw()))
+            .collect();
+        assert_eq!(regions, [(0x1000, 0x2c00), (0x10_0000, 0x10_2000)]);
+        assert_eq!(dump.read_u32(Gpa::new(0x2bfc)).unwrap(), 0x0101_0101);
+        assert_eq!(dump.read_u32(Gpa::new(0x10_1ffc)).unwrap(), 0x0202_0202);
+        assert!(dump.read_u32(Gpa::new(0x2bfd)).is_err());
+        assert!(dump.read_u32(Gpa::new(0xf_fffe)).is_err());
+    }
+
+    #[test]
+    fn refuses_what_is_cut_off_or_wrong() {
+        let file = sample();
+        for len in 1..file.len() {
+            // What ends with a whole record cannot be told from a smaller guest's dump.
+            assert_eq!(open(&file[..len]).is_ok(), len == 0x2020, "{len:#x}");
+        }
+        let cases: [(usize, u8); 5] = [(0, 0), (4, 2), (15, 0xff), (16, 0), (23, 0xff)];
+        for (at, byte) in cases {
+            let mut file = file.clone();
+            file[at] = byte;
+            if at == 16 {
+                file[17] = 0;
+                file[18] = 0;
+            }
+            assert!(open(&file).is_err(), "{at}");
+        }
+        let mut twice = file.clone();
+        record(&mut twice, 0x10_1000, &[3; 0x10]);
+        assert!(matches!(open(&twice), Err(DumpError::Layout { .. })));
+        assert!(extents(Path::new(""), (&[][..]).into()).unwrap().is_empty());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Records of any length at any distance, in any order: every byte is where it was.
+        #[test]
+        fn what_is_recorded_is_read(
+            parts in proptest::collection::vec((0_u64..0x3000, 1_usize..0x2800, any::<u8>()), 1..8),
+            turn in 0_usize..8,
+        ) {
+            let mut at = 0;
+            let mut records = Vec::new();
+            for (gap, len, seed) in parts {
+                at += gap;
+                let data: Vec<u8> = (0..len).map(|n| seed.wrapping_add((n % 251).to_le_bytes()[0])).collect();
+                records.push((at, data));
+                at += len as u64;
+            }
+            let mut file = Vec::new();
+            let turn = turn % records.len();
+            let (first, last) = records.split_at(turn);
+            for (start, data) in last.iter().chain(first) {
+                record(&mut file, *start, data);
+            }
+            let dump = open(&file).unwrap();
+            let total: u64 = records.iter().map(|(_, data)| data.len() as u64).sum();
+            prop_assert_eq!(dump.layout().bytes(), total);
+            for (start, data) in &records {
+                let mut there = vec![0; data.len()];
+                dump.read(Gpa::new(*start), &mut there).unwrap();
+                prop_assert!(there == *data);
+            }
+        }
+    }
+}

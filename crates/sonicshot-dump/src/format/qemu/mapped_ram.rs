@@ -1,0 +1,284 @@
+//! QEMU's mapped-ram migration files, of QEMU 9 and later
+//! (`docs/devel/migration/mapped-ram.rst`).
+//!
+//! Each block of memory has a bitmap, a bit for each page that is in the file, and room for all
+//! of its pages. A page is dropped by clearing its bit: QEMU then leaves its own memory as it
+//! is, which is zero where the memory is fresh. Then what the page took can be punched out.
+
+use crate::backing::mapped::Extent;
+use crate::format::qemu::{self, Cursor, FLAG_EOS, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE};
+use crate::{DumpError, LayoutSpec};
+use sonicshot::{GpaRange, GuestBytes, PrunePlan};
+use std::path::Path;
+
+/// The capability in the file's configuration.
+pub(crate) const CAPABILITY: &str = "mapped-ram";
+/// A page takes at least this much of the disk, however well the file system compresses.
+const MIN_STORED: u64 = 512;
+/// So many stretches any file may have: they take 32 MiB.
+const SMALL: u64 = 1 << 20;
+/// What keeps shared memory out of the file.
+const IGNORE_SHARED: &str = "x-ignore-shared";
+pub(crate) const HEADER_VERSION: u32 = 1;
+
+/// The memory in a mapped-ram file.
+#[derive(Debug, Clone)]
+pub(crate) struct MappedRam {
+    pub machine: Option<String>,
+    /// All blocks, as [`crate::Dump::ram_blocks`] gives them.
+    pub blocks: Vec<RamBlock>,
+    /// Where each is in the file.
+    pub stores: Vec<Store>,
+    pub start: Start,
+    /// Where what follows the memory's first part begins.
+    pub after: u64,
+}
+
+/// Where a block is in the file.
+#[derive(Debug, Clone)]
+pub(crate) struct Store {
+    /// Where the block's parts are in the guest, end to end in the block; none if the block is
+    /// kept as it is.
+    ranges: Vec<GpaRange>,
+    pub len: u64,
+    bitmap_offset: u64,
+    pub pages_offset: u64,
+}
+
+struct Block {
+    name: String,
+    len: u64,
+    bitmap_offset: u64,
+    pages_offset: u64,
+}
+
+impl MappedRam {
+    /// Reads the blocks' headers. The stream begins at `at` in the file, its offsets count from
+    /// the file's own beginning.
+    pub(crate) fn parse(
+        path: &Path,
+        data: GuestBytes<'_>,
+        at: u64,
+        layout: Option<&LayoutSpec>,
+    ) -> Result<Self, DumpError> {
+        let mut cursor = Cursor::new(path, data, at);
+        let mut start = qemu::start(&mut cursor)?;
+        if start.has(IGNORE_SHARED) {
+            return Err(DumpError::Unsupported {
+                path: path.to_owned(),
+                kind: "a migration file without the shared memory (x-ignore-shared): prune the \
+                       memory's own file",
+            });
+        }
+        let mut blocks: Vec<Block> = Vec::new();
+        let mut total = 0_u64;
+        while total < start.total {
+            if blocks.len() >= MAX_BLOCKS {
+                return Err(cursor.malformed("the number of memory blocks", total));
+            }
+            let block = block(&mut cursor, data.len() as u64)?;
+            total = total.saturating_add(block.len);
+            // The next block is behind the room for this one's pages.
+            cursor.at = block.pages_offset.saturating_add(block.len);
+            blocks.push(block);
+        }
+        let end = cursor.u64()?;
+        if total != start.total || end != FLAG_EOS {
+            return Err(cursor.malformed("the end of the memory blocks", end));
+        }
+        cursor.footer(start.ram_section)?;
+        let after = cursor.at;
+        qemu::other_sections(&mut cursor, &mut start)?;
+        let names = blocks.iter().map(|block| (block.name.clone(), block.len));
+        let placed = qemu::blocks(path, &start, layout, names.collect())?;
+        let stores = placed.iter().zip(&blocks).map(|(placed, block)| Store {
+            ranges: placed.ranges.clone(),
+            len: block.len,
+            bitmap_offset: block.bitmap_offset,
+            pages_offset: block.pages_offset,
+        });
+        Ok(Self {
+            stores: stores.collect(),
+            machine: start.machine.clone(),
+            blocks: placed,
+            start,
+            after,
+        })
+    }
+
+    /// Where each stretch of the guest's RAM is in the file, which takes `on_disk` bytes; what has
+    /// no bit is not in it.
+    pub(crate) fn extents(
+        &self,
+        path: &Path,
+        data: GuestBytes<'_>,
+        on_disk: u64,
+    ) -> Result<Vec<Extent>, DumpError> {
+        let mut extents: Vec<Extent> = Vec::new();
+        // A file of holes must not claim pages without end: a stretch of data, and one of none,
+        // for a page each, which a file system may have compressed.
+        let limit = (on_disk / MIN_STORED).saturating_add(SMALL);
+        for store in self.placed() {
+            let bitmap = store.bitmap(path, data)?;
+            if !store.extents(&bitmap, limit, &mut extents) {
+                let what = "more stretches of pages than the file has data for";
+                return Err(DumpError::malformed(path, what, store.bitmap_offset, limit));
+            }
+        }
+        extents.sort_by_key(|extent| extent.guest);
+        Ok(extents)
+    }
+
+    /// The blocks that are looked into.
+    fn placed(&self) -> impl Iterator<Item = &Store> {
+        self.stores.iter().filter(|store| !store.ranges.is_empty())
+    }
+
+    /// The bitmaps without the pages that `plan` drops: where each is in the file, and its bytes.
+    pub(crate) fn pruned_bitmaps(
+        &self,
+        path: &Path,
+        data: GuestBytes<'_>,
+        plan: &PrunePlan,
+    ) -> Result<Vec<(u64, Vec<u8>)>, DumpError> {
+        self.placed()
+            .map(|store| {
+                let mut bitmap = store.bitmap(path, data)?;
+                store.clear(&mut bitmap, plan);
+                Ok((store.bitmap_offset, bitmap))
+            })
+            .collect()
+    }
+
+    /// The stretches of the file that stand for pages without a bit: offset and length, in the
+    /// file's order. `bitmaps` are those of [`Self::pruned_bitmaps`].
+    pub(crate) fn holes(&self, bitmaps: &[(u64, Vec<u8>)]) -> Vec<(u64, u64)> {
+        let mut holes = Vec::new();
+        for (store, (_, bitmap)) in self.placed().zip(bitmaps) {
+            store.holes(bitmap, &mut holes);
+        }
+        holes
+    }
+}
+
+impl Store {
+    pub(crate) fn bitmap(&self, path: &Path, data: GuestBytes<'_>) -> Result<Vec<u8>, DumpError> {
+        let len = self.len.div_ceil(TARGET_PAGE).div_ceil(8);
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let start = usize::try_from(self.bitmap_offset).unwrap_or(usize::MAX);
+        let missing = || DumpError::malformed(path, "a bitmap", self.bitmap_offset, 0);
+        // Inside the file, as `block` has checked: no more memory than the file has bytes.
+        let bytes = data.get(start, len).ok_or_else(missing)?;
+        let mut bitmap = vec![0; len];
+        if bytes.copy_to(&mut bitmap) {
+            return Ok(bitmap);
+        }
+        Err(missing())
+    }
+
+    /// Adds the block's stretches; `false` if they are more than `limit` all together.
+    fn extents(&self, bitmap: &[u8], limit: u64, extents: &mut Vec<Extent>) -> bool {
+        let mut base = 0_u64;
+        for range in &self.ranges {
+            let mut at = base;
+            base = base.saturating_add(range.len());
+            while at < base {
+                let first = is_set(bitmap, at / TARGET_PAGE);
+                let mut end = at;
+                while end < base && is_set(bitmap, end / TARGET_PAGE) == first {
+                    end = end.saturating_add(TARGET_PAGE);
+                }
+                let end = end.min(base);
+                if extents.len() as u64 > limit {
+                    return false;
+                }
+                for (guest, from) in qemu::place(&self.ranges, at, end.saturating_sub(at)) {
+                    extents.push(Extent {
+                        guest,
+                        offset: first.then(|| self.pages_offset.saturating_add(from)),
+                    });
+                }
+                at = end;
+            }
+        }
+        true
+    }
+
+    fn holes(&self, bitmap: &[u8], holes: &mut Vec<(u64, u64)>) {
+        for page in 0..self.len / TARGET_PAGE {
+            if is_set(bitmap, page) {
+                continue;
+            }
+            let offset = self
+                .pages_offset
+                .saturating_add(page.saturating_mul(TARGET_PAGE));
+            match holes.last_mut() {
+                Some((start, len)) if start.saturating_add(*len) == offset => {
+                    *len = len.saturating_add(TARGET_PAGE);
+                }
+                _ => holes.push((offset, TARGET_PAGE)),
+            }
+        }
+    }
+
+    /// Clears the bits of the pages that `plan` drops.
+    fn clear(&self, bitmap: &mut [u8], plan: &PrunePlan) {
+        let mut base = 0_u64;
+        for range in &self.ranges {
+            for dropped in plan.dropped_in(*range) {
+                let inside = dropped.start().offset_from(range.start()).unwrap_or(0);
+                let start = base.saturating_add(inside);
+                // Only pages that are dropped as a whole.
+                let first = start.div_ceil(TARGET_PAGE);
+                let end = start.saturating_add(dropped.len()) / TARGET_PAGE;
+                for page in first..end {
+                    let byte = usize::try_from(page >> 3).unwrap_or(usize::MAX);
+                    if let Some(byte) = bitmap.get_mut(byte) {
+                        *byte &= !(1_u8 << (page & 7));
+                    }
+                }
+            }
+            base = base.saturating_add(range.len());
+        }
+    }
+}
+
+/// Bits count from the lowest of the first byte: words in the order of a little-endian host,
+/// which is what all hosts of these guests are.
+pub(crate) fn is_set(bitmap: &[u8], page: u64) -> bool {
+    usize::try_from(page >> 3)
+        .ok()
+        .and_then(|byte| bitmap.get(byte))
+        .is_some_and(|byte| byte >> (page & 7) & 1 == 1)
+}
+
+/// One block's name, length and header; all of it must lie in the file.
+fn block(cursor: &mut Cursor<'_>, file_len: u64) -> Result<Block, DumpError> {
+    let name = cursor.name()?;
+    let len = cursor.u64()?;
+    let version = cursor.u32()?;
+    if version != HEADER_VERSION {
+        return Err(cursor.malformed("the version of a mapped-ram header", version.into()));
+    }
+    let page_size = cursor.u64()?;
+    if page_size != TARGET_PAGE || len % TARGET_PAGE != 0 || len == 0 {
+        return Err(cursor.malformed("the page size or length of a memory block", page_size));
+    }
+    let bitmap_offset = cursor.u64()?;
+    let pages_offset = cursor.u64()?;
+    let bitmap_len = len.div_ceil(TARGET_PAGE).div_ceil(8);
+    let bitmap_end = bitmap_offset.checked_add(bitmap_len);
+    if bitmap_offset < cursor.at || bitmap_end.is_none_or(|end| end > pages_offset) {
+        return Err(cursor.malformed("the offset of a bitmap", bitmap_offset));
+    }
+    let end = pages_offset.checked_add(len);
+    if end.is_none_or(|end| end > file_len) {
+        return Err(cursor.malformed("the offset of a block's pages", pages_offset));
+    }
+    Ok(Block {
+        name,
+        len,
+        bitmap_offset,
+        pages_offset,
+    })
+}

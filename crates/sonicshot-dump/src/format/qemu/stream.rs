@@ -1,0 +1,347 @@
+//! QEMU's classic migration streams, as files: `migrate exec:cat > FILE` and what wraps it
+//! (`migration/savevm.c`, `migration/ram.c`).
+//!
+//! The pages of all memory blocks follow each other as records, each a page or a note that it is
+//! zero; a page may come several times, and the last one counts. A page is dropped by writing
+//! that it is zero. Streams with compressed pages, deltas (XBZRLE) or more than one channel are
+//! refused.
+
+use crate::backing::mapped::Extent;
+use crate::format::qemu::{
+    self, BlockKind, Cursor, FLAG_EOS, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE,
+};
+use crate::{DumpError, LayoutSpec};
+use sonicshot::{GpaRange, GuestBytes, PrunePlan};
+use std::collections::HashMap;
+use std::path::Path;
+
+pub(crate) const SECTION_PART: u8 = 2;
+pub(crate) const SECTION_END: u8 = 3;
+pub(crate) const FLAG_ZERO: u64 = 0x02;
+pub(crate) const FLAG_PAGE: u64 = 0x08;
+pub(crate) const FLAG_CONTINUE: u64 = 0x20;
+/// A page as what changed since it was last sent.
+const FLAG_XBZRLE: u64 = 0x40;
+/// A page compressed by QEMU itself (before QEMU 9.1).
+const FLAG_COMPRESSED: u64 = 0x100;
+/// Nothing follows it: only of use to the channels of multifd.
+pub(crate) const FLAG_MULTIFD_FLUSH: u64 = 0x200;
+const FLAGS: u64 = TARGET_PAGE.wrapping_sub(1);
+/// A page that is noted to be zero takes this much of the file.
+const ZERO_RECORD: u64 = 9;
+const WITH_DELTAS: &str = "a migration stream with deltas (xbzrle)";
+
+/// A classic migration stream.
+#[derive(Debug, Clone)]
+pub(crate) struct Stream {
+    pub start: Start,
+    /// All blocks, as [`crate::Dump::ram_blocks`] gives them.
+    pub blocks: Vec<RamBlock>,
+    /// Where the records of pages begin.
+    pub records_at: u64,
+    /// Where they and the section `ram` end, and the devices' state begins; 0 until the records
+    /// were gone through.
+    pub records_end: u64,
+}
+
+/// One page's record.
+pub(crate) struct Record {
+    /// Where it begins, where its page data would, and where it ends.
+    at: u64,
+    pub data: u64,
+    end: u64,
+    /// The page's place in its block.
+    pub address: u64,
+    flags: u64,
+    /// The number of its block.
+    pub block: Option<usize>,
+}
+
+impl Record {
+    /// Whether the page is there; if not it is zero.
+    pub(crate) fn has_data(&self) -> bool {
+        self.flags & FLAG_PAGE != 0
+    }
+}
+
+impl Stream {
+    /// Reads what comes before the pages.
+    pub(crate) fn parse(
+        path: &Path,
+        data: GuestBytes<'_>,
+        at: u64,
+        layout: Option<&LayoutSpec>,
+    ) -> Result<Self, DumpError> {
+        let mut cursor = Cursor::new(path, data, at);
+        let mut start = qemu::start(&mut cursor)?;
+        for (capability, kind) in [
+            (
+                "x-ignore-shared",
+                "a migration stream without the shared memory (x-ignore-shared)",
+            ),
+            ("postcopy-ram", "a migration stream for postcopy"),
+            (
+                "multifd",
+                "a migration stream of several channels (multifd)",
+            ),
+            ("xbzrle", WITH_DELTAS),
+        ] {
+            if start.has(capability) {
+                let path = path.to_owned();
+                return Err(DumpError::Unsupported { path, kind });
+            }
+        }
+        let mut blocks: Vec<(String, u64)> = Vec::new();
+        let mut total = 0_u64;
+        while total < start.total {
+            let name = cursor.name()?;
+            let len = cursor.u64()?;
+            if blocks.len() >= MAX_BLOCKS || len == 0 || len & FLAGS != 0 {
+                return Err(cursor.malformed("the length of a memory block", len));
+            }
+            total = total.saturating_add(len);
+            blocks.push((name, len));
+        }
+        if total != start.total {
+            return Err(cursor.malformed("the size of all memory", total));
+        }
+        // Where a virtio-mem device has its memory stands behind the first part.
+        let mut ahead = cursor.clone();
+        if matches!(ahead.u64(), Ok(FLAG_EOS)) {
+            ahead.footer(start.ram_section)?;
+            qemu::other_sections(&mut ahead, &mut start)?;
+        }
+        // Every page has a record: a short file must not claim a lot of memory. What is not
+        // plugged in of a virtio-mem device has none.
+        let records = (data.len() as u64 / ZERO_RECORD).saturating_add(1);
+        let mut blocks = qemu::blocks(path, &start, layout, blocks)?;
+        let pages = |blocks: &[RamBlock]| {
+            let placed = blocks.iter().filter(|block| !block.ranges.is_empty());
+            placed.fold(0_u64, |sum, block| sum.saturating_add(block.len)) / TARGET_PAGE
+        };
+        if pages(&blocks) > records {
+            for block in &mut blocks {
+                if block.kind == BlockKind::VirtioMem {
+                    block.ranges.clear();
+                }
+            }
+        }
+        if pages(&blocks) > records {
+            return Err(cursor.malformed("the size of all memory", total));
+        }
+        Ok(Self {
+            blocks,
+            start,
+            records_at: cursor.at,
+            records_end: 0,
+        })
+    }
+
+    pub(crate) fn machine(&self) -> Option<&str> {
+        self.start.machine.as_deref()
+    }
+
+    /// Goes through all records of pages. Returns where the section `ram` ends.
+    pub(crate) fn walk(
+        &self,
+        path: &Path,
+        data: GuestBytes<'_>,
+        mut each: impl FnMut(&Record) -> Result<(), DumpError>,
+    ) -> Result<u64, DumpError> {
+        let unsupported = |kind| DumpError::Unsupported {
+            path: path.to_owned(),
+            kind,
+        };
+        let mut cursor = Cursor::new(path, data, self.records_at);
+        // Of two blocks of one name the first. Each record may name another one.
+        let names = self.blocks.iter().map(|block| block.name.as_str());
+        let mut numbers: HashMap<&str, usize> = HashMap::new();
+        for (number, name) in names.enumerate() {
+            numbers.entry(name).or_insert(number);
+        }
+        let mut block = None;
+        let mut last_part = false;
+        // Each turn reads at least a byte, so that this ends with the file.
+        loop {
+            // The records of one part of the section.
+            loop {
+                let at = cursor.at;
+                let word = cursor.u64()?;
+                let (flags, address) = (word & FLAGS, word & !FLAGS);
+                match flags & !FLAG_CONTINUE {
+                    FLAG_EOS => break,
+                    FLAG_MULTIFD_FLUSH => continue,
+                    FLAG_PAGE | FLAG_ZERO => {}
+                    // QEMU does not say ahead that it sends such pages.
+                    FLAG_XBZRLE => return Err(unsupported(WITH_DELTAS)),
+                    FLAG_COMPRESSED => {
+                        return Err(unsupported("a migration stream with compressed pages"));
+                    }
+                    other => return Err(cursor.malformed("the kind of a page's record", other)),
+                }
+                if flags & FLAG_CONTINUE == 0 {
+                    let name = cursor.name()?;
+                    block = numbers.get(name.as_str()).copied();
+                }
+                let start = cursor.at;
+                if flags & FLAG_PAGE != 0 {
+                    cursor.skip(TARGET_PAGE)?;
+                } else {
+                    let fill = cursor.u8()?;
+                    if fill != 0 {
+                        return Err(cursor.malformed("the byte that fills a page", fill.into()));
+                    }
+                }
+                each(&Record {
+                    at,
+                    data: start,
+                    end: cursor.at,
+                    address,
+                    flags,
+                    block,
+                })?;
+            }
+            cursor.footer(self.start.ram_section)?;
+            if last_part {
+                return Ok(cursor.at);
+            }
+            qemu::other_sections(&mut cursor, &mut Start::default())?;
+            let kind = cursor.u8()?;
+            if kind != SECTION_PART && kind != SECTION_END {
+                return Err(cursor.malformed("a section among the memory's", kind.into()));
+            }
+            cursor.section(self.start.ram_section)?;
+            last_part = kind == SECTION_END;
+        }
+    }
+
+    /// Where the bytes of each page are that count, the last that came, of each block that is
+    /// looked into; 0 where it is zero. And where the section `ram` ends.
+    fn places(&self, path: &Path, data: GuestBytes<'_>) -> Result<(Vec<Vec<u64>>, u64), DumpError> {
+        // 0 is no page's place: the file's magic is there.
+        let mut places: Vec<Vec<u64>> = Vec::new();
+        for block in &self.blocks {
+            let pages = match block.ranges.as_slice() {
+                [] => 0,
+                _ => usize::try_from(block.len / TARGET_PAGE).unwrap_or(usize::MAX),
+            };
+            places.push(vec![0; pages]);
+        }
+        let end = self.walk(path, data, |record| {
+            let places = record.block.and_then(|block| places.get_mut(block));
+            let Some(places) = places.filter(|places| !places.is_empty()) else {
+                return Ok(());
+            };
+            let page = usize::try_from(record.address / TARGET_PAGE).unwrap_or(usize::MAX);
+            let place = places.get_mut(page).ok_or_else(|| {
+                DumpError::malformed(path, "the address of a page", record.at, record.address)
+            })?;
+            *place = if record.has_data() { record.data } else { 0 };
+            Ok(())
+        })?;
+        Ok((places, end))
+    }
+
+    /// Where each page of the guest's RAM is in the file.
+    pub(crate) fn extents(
+        &mut self,
+        path: &Path,
+        data: GuestBytes<'_>,
+    ) -> Result<Vec<Extent>, DumpError> {
+        let (places, end) = self.places(path, data)?;
+        self.records_end = end;
+        let mut extents: Vec<Extent> = Vec::new();
+        for (block, places) in self.blocks.iter().zip(places) {
+            for (address, place) in (0_u64..).step_by(4096).zip(places) {
+                for (guest, _) in qemu::place(&block.ranges, address, TARGET_PAGE) {
+                    push_page(&mut extents, guest, place);
+                }
+            }
+        }
+        extents.sort_by_key(|extent| extent.guest);
+        Ok(extents)
+    }
+
+    /// Hands out the pruned stream piece by piece: stretches of the file to be copied, and bytes
+    /// to be written instead of a dropped page, or of one that came again later.
+    pub(crate) fn pruned(
+        &self,
+        path: &Path,
+        data: GuestBytes<'_>,
+        plan: &PrunePlan,
+        mut each: impl FnMut(Part<'_>) -> Result<(), DumpError>,
+    ) -> Result<(), DumpError> {
+        let (places, _) = self.places(path, data)?;
+        let last = |record: &Record| {
+            let page = usize::try_from(record.address / TARGET_PAGE).ok()?;
+            places.get(record.block?)?.get(page).copied()
+        };
+        let mut copied = 0_u64;
+        self.walk(path, data, |record| {
+            let counts = last(record).is_none_or(|place| place == record.data);
+            if !record.has_data() || counts && !self.dropped(record, plan) {
+                return Ok(());
+            }
+            // The record's beginning stays but for its flags: name and place are the same.
+            each(Part::Copy {
+                from: copied,
+                len: record.at.saturating_sub(copied),
+            })?;
+            let flags = record.flags & FLAG_CONTINUE | FLAG_ZERO;
+            each(Part::Bytes(&(record.address | flags).to_be_bytes()))?;
+            let name = record.at.saturating_add(8);
+            each(Part::Copy {
+                from: name,
+                len: record.data.saturating_sub(name),
+            })?;
+            each(Part::Bytes(&[0]))?;
+            copied = record.end;
+            Ok(())
+        })?;
+        each(Part::Copy {
+            from: copied,
+            len: (data.len() as u64).saturating_sub(copied),
+        })
+    }
+
+    /// Whether all of a record's page is dropped.
+    fn dropped(&self, record: &Record, plan: &PrunePlan) -> bool {
+        let Some(block) = record.block.and_then(|block| self.blocks.get(block)) else {
+            return false;
+        };
+        let mut left = TARGET_PAGE;
+        for (guest, _) in qemu::place(&block.ranges, record.address, TARGET_PAGE) {
+            for part in plan.dropped_in(guest) {
+                left = left.saturating_sub(part.len());
+            }
+        }
+        left == 0
+    }
+}
+
+/// Adds a page to the extents before it.
+fn push_page(extents: &mut Vec<Extent>, guest: GpaRange, place: u64) {
+    match extents.last_mut() {
+        // Zeroes are joined; pages are never next to each other in the file.
+        Some(last) if place == 0 && last.offset.is_none() && last.guest.end() == guest.start() => {
+            last.guest = GpaRange::new(last.guest.start(), guest.end());
+        }
+        _ => extents.push(Extent {
+            guest,
+            offset: (place != 0).then_some(place),
+        }),
+    }
+}
+
+/// A part of a pruned stream.
+pub(crate) enum Part<'a> {
+    /// A stretch of the input.
+    Copy {
+        /// Where it begins.
+        from: u64,
+        /// Its length.
+        len: u64,
+    },
+    /// Other bytes.
+    Bytes(&'a [u8]),
+}

@@ -1,0 +1,255 @@
+//! Xen images in two: what they hold beside the guest's memory, and an image made of that and of
+//! memory from elsewhere.
+
+use crate::output::{Output, Target};
+use crate::prune::copy::COPY;
+use crate::{Dump, DumpError, Format, Overwrite, Progress};
+use sonicshot::{
+    Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn,
+    PfnRange, PrunePlan,
+};
+use sonicshot_xen::{Joined, Skeleton};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+const PAGE: PageSize = PageSize::SIZE_4K;
+const PAGE_LEN: usize = 4096;
+
+impl Dump {
+    /// What a Xen image holds beside the guest's memory, without the pages that `plan` drops and
+    /// Xen lets be dropped: [`XlSkeleton::write`] makes an image of it again. `None` of other
+    /// formats.
+    ///
+    /// # Errors
+    /// [`DumpError::Xen`] if the file is no longer what was opened.
+    pub fn xl_skeleton(&self, plan: &PrunePlan) -> Result<Option<Vec<u8>>, DumpError> {
+        let (Format::Xen(image), Some(dump)) = (self.format_data(), self.mapped()) else {
+            return Ok(None);
+        };
+        let skeleton = image.skeleton(dump.bytes(), &image.dropped(plan));
+        skeleton.map(Some).map_err(|source| DumpError::Xen {
+            path: self.path().to_owned(),
+            source,
+        })
+    }
+
+    /// Makes pages that the format must keep, whatever the guest says of them, ones that no policy
+    /// drops: what Xen holds to be page tables of a PV guest.
+    pub fn keep_what_must_stay(&self, map: &mut PageMap) {
+        let Format::Xen(image) = self.format_data() else {
+            return;
+        };
+        let stay = image
+            .frames()
+            .iter()
+            .filter(|frame| !frame.may_be_dropped());
+        for frame in stay {
+            let goes = map
+                .class(frame.pfn())
+                .is_some_and(PageClass::may_be_dropped);
+            if let Some(one) = PfnRange::with_len(frame.pfn(), 1).filter(|_| goes) {
+                map.set(one, PageClass::Unknown);
+            }
+        }
+    }
+}
+
+/// What a Xen image holds beside the guest's memory: headers, other records, and what each page is.
+#[derive(Debug)]
+pub struct XlSkeleton {
+    path: PathBuf,
+    bytes: Vec<u8>,
+    skeleton: Skeleton,
+}
+
+impl XlSkeleton {
+    /// Reads what [`Dump::xl_skeleton`] gave; messages call it by `path`.
+    ///
+    /// # Errors
+    /// [`DumpError::Xen`] if it is none.
+    pub fn parse(path: &Path, bytes: Vec<u8>) -> Result<Self, DumpError> {
+        let parsed = Skeleton::parse(GuestBytes::from_slice(&bytes));
+        let skeleton = parsed.map_err(|source| DumpError::Xen {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            bytes,
+            skeleton,
+        })
+    }
+
+    /// Refuses memory that has something in it where the image is to have no content: what is
+    /// there would be lost.
+    ///
+    /// # Errors
+    /// [`DumpError::XenFrame`], or why the memory cannot be read.
+    pub fn check_holds_all(&self, memory: &dyn GuestMemory) -> Result<(), DumpError> {
+        let mut page = [0; PAGE_LEN];
+        for (pfn, has_content) in self.skeleton.frames() {
+            let Some(at) = pfn.gpa(PAGE).filter(|_| !has_content) else {
+                continue;
+            };
+            match memory.read(at, &mut page) {
+                Ok(()) if page.iter().all(|byte| *byte == 0) => {}
+                Ok(()) => {
+                    return Err(self.wrong(pfn, "the memory has content there, the image has not"));
+                }
+                Err(MemoryError::Absent { .. }) => {}
+                Err(source) => return Err(DumpError::Memory { source }),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the image with the content that `memory` has. Of a page table it must really have
+    /// it: `left_out` says of a frame whether it was left out there. Zeroes are holes in the file,
+    /// which appears whole or not at all, for no more eyes than `inputs`. Returns what it takes on disk, in bytes.
+    ///
+    /// # Errors
+    /// [`DumpError::XenFrame`] if `memory` is not of this guest or lacks a page table; and what
+    /// reading and writing gives.
+    pub fn write(
+        &self,
+        memory: &dyn GuestMemory,
+        left_out: &dyn Fn(Pfn) -> bool,
+        out: &Path,
+        overwrite: Overwrite,
+        inputs: &[&File],
+        progress: Progress<'_>,
+    ) -> Result<u64, DumpError> {
+        self.check_frames(memory)?;
+        let output = Output::create(Target::new(out, overwrite), inputs)?;
+        let mut writer = Writer {
+            output,
+            at: 0,
+            pending: Vec::new(),
+        };
+        let with_content = self.skeleton.frames().filter(|(_, has)| *has).count() as u64;
+        let total = with_content.saturating_mul(PAGE.bytes());
+        let mut done = 0_u64;
+        let data = GuestBytes::from_slice(&self.bytes);
+        let failed = |source| DumpError::Xen {
+            path: self.path.clone(),
+            source,
+        };
+        self.skeleton.joined(data, failed, |part| match part {
+            Joined::Skeleton { from, len } => {
+                let bytes = usize::try_from(from).ok().zip(usize::try_from(len).ok());
+                let bytes = bytes.and_then(|(from, len)| self.bytes.get(from..)?.get(..len));
+                writer.bytes(bytes.unwrap_or_default())
+            }
+            Joined::Pages { frames, tables } => {
+                if let Some(pfn) = frames.iter().find(|pfn| tables && left_out(*pfn)) {
+                    let why = "it is a page table, and its content was left out";
+                    return Err(self.wrong(pfn, why));
+                }
+                writer.pages(memory, frames)?;
+                done = done.saturating_add(frames.len().saturating_mul(PAGE.bytes()));
+                progress(done.min(total), total);
+                Ok(())
+            }
+        })?;
+        writer.finish()
+    }
+
+    /// The memory's frames must be the image's.
+    fn check_frames(&self, memory: &dyn GuestMemory) -> Result<(), DumpError> {
+        let mut ours = self.skeleton.frames().map(|(pfn, _)| pfn);
+        let theirs = memory.layout().frames(PAGE).flat_map(|run| run.iter());
+        for pfn in theirs {
+            match ours.next() {
+                Some(our) if our == pfn => {}
+                Some(our) if our < pfn => return Err(self.wrong(our, NOT_IN_MEMORY)),
+                _ => return Err(self.wrong(pfn, "the memory has it, the image has not")),
+            }
+        }
+        match ours.next() {
+            Some(pfn) => Err(self.wrong(pfn, NOT_IN_MEMORY)),
+            None => Ok(()),
+        }
+    }
+
+    fn wrong(&self, pfn: Pfn, why: &'static str) -> DumpError {
+        DumpError::XenFrame {
+            path: self.path.clone(),
+            pfn,
+            why,
+        }
+    }
+}
+
+const NOT_IN_MEMORY: &str = "the image has it, the memory has not";
+
+/// Writes from front to back, in large pieces, and leaves out pages of the file that are zero.
+struct Writer {
+    output: Output,
+    at: u64,
+    /// What comes at `at`.
+    pending: Vec<u8>,
+}
+
+impl Writer {
+    fn bytes(&mut self, mut bytes: &[u8]) -> Result<(), DumpError> {
+        while !bytes.is_empty() {
+            let room = COPY.saturating_sub(self.pending.len());
+            let (now, later) = bytes.split_at(room.min(bytes.len()));
+            self.pending.extend(now);
+            bytes = later;
+            self.flush_if_full()?;
+        }
+        Ok(())
+    }
+
+    fn pages(&mut self, memory: &dyn GuestMemory, frames: PfnRange) -> Result<(), DumpError> {
+        let mut page = [0; PAGE_LEN];
+        for pfn in frames.iter() {
+            let at = pfn.gpa(PAGE).unwrap_or(Gpa::ZERO);
+            let read = memory.read(at, &mut page);
+            read.map_err(|source| DumpError::Memory { source })?;
+            self.bytes(&page)?;
+        }
+        if let Some(range) = frames.gpa_range(PAGE) {
+            memory.release(GpaRange::new(range.start(), range.end()));
+        }
+        Ok(())
+    }
+
+    fn flush_if_full(&mut self) -> Result<(), DumpError> {
+        if self.pending.len() < COPY {
+            return Ok(());
+        }
+        self.flush()
+    }
+
+    fn flush(&mut self) -> Result<(), DumpError> {
+        let zero = |page: &&[u8]| page.iter().all(|byte| *byte == 0);
+        let pages: Vec<&[u8]> = self.pending.chunks(PAGE_LEN).collect();
+        let mut start = 0_usize;
+        for like in pages.chunk_by(|a, b| zero(a) == zero(b)) {
+            let len = like
+                .iter()
+                .fold(0_usize, |sum, page| sum.saturating_add(page.len()));
+            let end = start.saturating_add(len);
+            if !like.first().is_none_or(zero) {
+                let bytes = self.pending.get(start..end).unwrap_or_default();
+                let at = self.at.saturating_add(start as u64);
+                let written = self.output.file().write_all_at(bytes, at);
+                written.map_err(DumpError::io("writing", self.output.path()))?;
+            }
+            start = end;
+        }
+        self.at = self.at.saturating_add(start as u64);
+        self.pending.clear();
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<u64, DumpError> {
+        self.flush()?;
+        let sized = self.output.file().set_len(self.at);
+        sized.map_err(DumpError::io("writing", self.output.path()))?;
+        self.output.finish()
+    }
+}

@@ -1,0 +1,281 @@
+//! Whether another process writes a file: a running VMM its guest's RAM.
+//!
+//! The kernel knows: it grants a read lease only on a file that nobody has open for writing, or
+//! mapped so. Where it grants no leases at all (NFS, a file of another user), every process is
+//! looked into by `/proc`.
+
+use crate::DumpError;
+use crate::backing::sys;
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+/// How often the lease is asked for: a child that was just forked has what its parent has open
+/// until it becomes another program.
+const TRIES: u32 = 4;
+const BETWEEN_TRIES: Duration = Duration::from_millis(10);
+
+/// A process that has a file open for writing, or mapped so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WritingProcess {
+    /// Its number.
+    pub pid: u32,
+    /// Its name, by the kernel.
+    pub command: String,
+}
+
+impl fmt::Display for WritingProcess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (pid {})", self.command.escape_debug(), self.pid)
+    }
+}
+
+/// Refuses a file that a process, this one included, has open for writing.
+///
+/// It says nothing of the next instant, nor of other hosts that share the file.
+///
+/// # Errors
+/// [`DumpError::InUse`] if one has, [`DumpError::MayBeInUse`] if that cannot be told,
+/// [`DumpError::Io`] if the file cannot be opened.
+pub fn check_not_in_use(path: &Path) -> Result<(), DumpError> {
+    let file = File::open(path).map_err(DumpError::io("opening", path))?;
+    check(&file, path)
+}
+
+/// The same of a file that is open for reading.
+pub(crate) fn check(file: &File, path: &Path) -> Result<(), DumpError> {
+    for _ in 0..TRIES {
+        match sys::try_read_lease(file) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return judge(scan(Path::new("/proc"), file), path, error),
+        }
+        thread::sleep(BETWEEN_TRIES);
+    }
+    Err(DumpError::InUse {
+        path: path.to_owned(),
+        writer: scan(Path::new("/proc"), file)
+            .ok()
+            .and_then(|scan| scan.writer),
+    })
+}
+
+/// What `/proc` says, where there are no leases because of `error`.
+fn judge(scan: io::Result<Scan>, path: &Path, error: io::Error) -> Result<(), DumpError> {
+    let path = path.to_owned();
+    match scan {
+        Ok(Scan {
+            writer: Some(writer),
+            ..
+        }) => Err(DumpError::InUse {
+            path,
+            writer: Some(writer),
+        }),
+        Ok(Scan { hidden: false, .. }) => Ok(()),
+        Ok(Scan { hidden: true, .. }) | Err(_) => Err(DumpError::MayBeInUse {
+            path,
+            source: error,
+        }),
+    }
+}
+
+/// What was found among the processes.
+#[derive(Debug, Default)]
+struct Scan {
+    writer: Option<WritingProcess>,
+    /// Some process may not be looked into.
+    hidden: bool,
+}
+
+/// Looks for a process that has `file` open for writing.
+fn scan(proc: &Path, file: &File) -> io::Result<Scan> {
+    let metadata = file.metadata()?;
+    let wanted = (metadata.dev(), metadata.ino());
+    let mut found = Scan::default();
+    for entry in fs::read_dir(proc)? {
+        let entry = entry?;
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
+        let process = entry.path();
+        let writes = [has_open(&process, wanted), has_mapped(&process, wanted)];
+        if writes.iter().any(|writes| matches!(writes, Ok(true))) {
+            let command = fs::read_to_string(process.join("comm")).unwrap_or_default();
+            found.writer = Some(WritingProcess {
+                pid,
+                command: command.trim_end().to_owned(),
+            });
+            return Ok(found);
+        }
+        let denied = |result: &io::Result<bool>| {
+            let error = result.as_ref().err();
+            error.is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+        };
+        found.hidden |= writes.iter().any(denied);
+    }
+    Ok(found)
+}
+
+type Inode = (u64, u64);
+
+/// Whether a descriptor of the process is of the file, and for writing.
+fn has_open(process: &Path, wanted: Inode) -> io::Result<bool> {
+    for entry in fs::read_dir(process.join("fd"))? {
+        let entry = entry?;
+        // It may be closed by now.
+        if !is_inode(&entry.path(), wanted) {
+            continue;
+        }
+        let info = process.join("fdinfo").join(entry.file_name());
+        let info = fs::read_to_string(info).unwrap_or_default();
+        if info.lines().any(opens_for_writing) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn is_inode(path: &Path, wanted: Inode) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == wanted)
+}
+
+/// A line of `fdinfo`: the flags of `open`, octal.
+fn opens_for_writing(line: &str) -> bool {
+    /// `O_ACCMODE`, of which 0 is reading only.
+    const ACCESS: u32 = 3;
+    let flags = line.strip_prefix("flags:");
+    let flags = flags.and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok());
+    flags.is_some_and(|flags| flags & ACCESS != 0)
+}
+
+/// Whether the process has the file mapped so that what it writes goes into it.
+fn has_mapped(process: &Path, wanted: Inode) -> io::Result<bool> {
+    let maps = fs::read_to_string(process.join("maps"))?;
+    Ok(maps.lines().any(|line| {
+        let Some((range, inode)) = writable_shared(line) else {
+            return false;
+        };
+        if inode != wanted.1 {
+            return false;
+        }
+        // `maps` names the file system's own device, which on btrfs and overlays is not the one
+        // of `stat`. Only root may see more: to others the number alone is enough to be careful.
+        let target = process.join("map_files").join(range);
+        match fs::metadata(&target) {
+            Ok(metadata) => (metadata.dev(), metadata.ino()) == wanted,
+            Err(_) => true,
+        }
+    }))
+}
+
+/// The range and the inode of a line of `maps`, if what is written there reaches the file.
+fn writable_shared(line: &str) -> Option<(&str, u64)> {
+    let mut fields = line.split_ascii_whitespace();
+    let (range, permissions) = (fields.next()?, fields.next()?.as_bytes());
+    if permissions.get(1) != Some(&b'w') || permissions.get(3) != Some(&b's') {
+        return None;
+    }
+    let inode = fields.nth(2)?.parse().ok()?;
+    Some((range, inode))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{check, judge, opens_for_writing, scan, writable_shared};
+    use crate::DumpError;
+    use memmap2::MmapMut;
+    use std::fs::{self, File, OpenOptions};
+    use std::io;
+    use std::path::Path;
+
+    #[test]
+    fn lines_of_proc() {
+        for (line, writes) in [
+            ("flags:\t0100000", false),
+            ("flags:\t0100001", true),
+            ("flags:\t02100002", true),
+            ("pos:\t2", false),
+            ("flags:\tx", false),
+        ] {
+            assert_eq!(opens_for_writing(line), writes, "{line}");
+        }
+        let line = "7f00-7f10 rw-s 00000000 fe:00 42   /a b (deleted)";
+        assert_eq!(writable_shared(line), Some(("7f00-7f10", 42)));
+        for line in [
+            "7f00-7f10 rw-p 00000000 fe:00 42 /a",
+            "7f00-7f10 r--s 00000000 fe:00 42 /a",
+            "7f00-7f10 rw-s 00000000 fe:00",
+            "",
+        ] {
+            assert_eq!(writable_shared(line), None, "{line}");
+        }
+    }
+
+    /// Both ways of asking, of a file that is open for reading, for writing, mapped.
+    #[test]
+    fn leases_and_proc_agree() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ram");
+        fs::write(&path, [1; 8192]).unwrap();
+        let file = File::open(&path).unwrap();
+        let proc = || scan(Path::new("/proc"), &file).unwrap();
+        assert!(check(&file, &path).is_ok());
+        assert_eq!(proc().writer, None);
+
+        let writer = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
+        let by_lease = check(&file, &path).unwrap_err();
+        let DumpError::InUse { writer: found, .. } = &by_lease else {
+            panic!("{by_lease}");
+        };
+        assert_eq!(found.as_ref().unwrap().pid, std::process::id());
+        assert_eq!(proc().writer, *found);
+        assert!(by_lease.to_string().contains("pid"), "{by_lease}");
+
+        // Mapped, then closed.
+        #[allow(unsafe_code, reason = "a mapping that outlives its descriptor")]
+        // SAFETY: nobody else writes the file or changes its length.
+        let map = unsafe { MmapMut::map_mut(&writer) }.unwrap();
+        drop(writer);
+        assert!(matches!(
+            check(&file, &path),
+            Err(DumpError::InUse {
+                writer: Some(_),
+                ..
+            })
+        ));
+        assert_eq!(proc().writer, *found);
+        drop(map);
+        assert!(check(&file, &path).is_ok());
+        assert_eq!(proc().writer, None);
+    }
+
+    #[test]
+    fn without_leases_doubt_is_refused() {
+        let none = || io::Error::from(io::ErrorKind::InvalidInput);
+        let path = Path::new("ram");
+        let scan = |hidden| super::Scan {
+            writer: None,
+            hidden,
+        };
+        assert!(judge(Ok(scan(false)), path, none()).is_ok());
+        for doubt in [Ok(scan(true)), Err(none())] {
+            assert!(matches!(
+                judge(doubt, path, none()),
+                Err(DumpError::MayBeInUse { .. })
+            ));
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! Files to restore a guest's memory into: raw RAM, ELF cores.
+
+use crate::DumpError;
+use crate::format::elf_core::{self, HEADER_LEN, PT_LOAD, PT_NOTE, SEGMENT_LEN, Segment};
+use crate::output::{Output, Overwrite, Target};
+use sonicshot::checkpoint::{CheckpointError, FillWith, RestoreTarget};
+use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, RamLayout};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Guest memory is copied in pieces of this many bytes.
+const COPY: u64 = 1 << 20;
+const ALIGN: u64 = 4096;
+
+/// A dump that is being written: sparse, with room for all of the guest's RAM, which reads as
+/// zero until it is filled. It gets its name when it is [finished](Self::finish).
+#[derive(Debug)]
+pub struct DumpFile {
+    output: Output,
+    layout: RamLayout,
+    /// Each region, and where its bytes begin in the file.
+    places: Vec<(GpaRange, u64)>,
+}
+
+/// What an ELF core says beside the memory.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct CoreNotes {
+    /// The guest's processor; x86-64 if it is not known.
+    pub machine: Option<Architecture>,
+    /// The notes of the core that the memory came from, as they were.
+    pub notes: Option<Vec<u8>>,
+    /// The guest kernel's VMCOREINFO, for a core without `notes`.
+    pub vmcoreinfo: Option<Vec<u8>>,
+}
+
+impl DumpFile {
+    /// A raw file: the regions end to end, lowest first. `inputs` are all files whose content
+    /// goes into it; see [`NewFile::create`].
+    ///
+    /// # Errors
+    /// [`DumpError`] if `path` is an input, exists and may not be replaced, or cannot be written.
+    pub fn raw(
+        path: &Path,
+        layout: &RamLayout,
+        overwrite: Overwrite,
+        inputs: &[&File],
+    ) -> Result<Self, DumpError> {
+        Self::create(path, layout, overwrite, inputs, 0, &[])
+    }
+
+    /// An ELF core: a segment for each region.
+    ///
+    /// # Errors
+    /// As [`raw`](Self::raw).
+    pub fn elf_core(
+        path: &Path,
+        layout: &RamLayout,
+        notes: &CoreNotes,
+        overwrite: Overwrite,
+        inputs: &[&File],
+    ) -> Result<Self, DumpError> {
+        let text = match (&notes.notes, &notes.vmcoreinfo) {
+            (Some(notes), _) => notes.clone(),
+            (None, Some(text)) => note(b"VMCOREINFO\0", 0, text),
+            (None, None) => Vec::new(),
+        };
+        let count = layout.regions().len().saturating_add(1);
+        let headers = SEGMENT_LEN.saturating_mul(count).saturating_add(HEADER_LEN) as u64;
+        let start = headers
+            .saturating_add(text.len() as u64)
+            .next_multiple_of(ALIGN);
+        let mut head = elf_core::header(notes.machine.unwrap_or(Architecture::X86_64), count);
+        let mut segment = Segment {
+            kind: PT_NOTE,
+            flags: 0,
+            offset: headers,
+            vaddr: 0,
+            paddr: 0,
+            file_len: text.len() as u64,
+            mem_len: text.len() as u64,
+            align: 4,
+        };
+        head.extend(segment.to_bytes());
+        let mut at = start;
+        for region in layout.regions() {
+            segment = Segment {
+                kind: PT_LOAD,
+                flags: 7,
+                offset: at,
+                vaddr: region.start().raw(),
+                paddr: region.start().raw(),
+                file_len: region.len(),
+                mem_len: region.len(),
+                align: ALIGN,
+            };
+            head.extend(segment.to_bytes());
+            at = at.saturating_add(region.len()).next_multiple_of(ALIGN);
+        }
+        head.extend(text);
+        Self::create(path, layout, overwrite, inputs, start, &head)
+    }
+
+    fn create(
+        path: &Path,
+        layout: &RamLayout,
+        overwrite: Overwrite,
+        inputs: &[&File],
+        start: u64,
+        head: &[u8],
+    ) -> Result<Self, DumpError> {
+        let output = Output::create(Target::new(path, overwrite), inputs)?;
+        let mut places = Vec::new();
+        let mut at = start;
+        for region in layout.regions() {
+            places.push((*region, at));
+            at = at.saturating_add(region.len());
+            if start > 0 {
+                at = at.next_multiple_of(ALIGN);
+            }
+        }
+        let writing = || DumpError::io("writing", path);
+        output.file().set_len(at).map_err(writing())?;
+        output.file().write_all_at(head, 0).map_err(writing())?;
+        Ok(Self {
+            output,
+            layout: layout.clone(),
+            places,
+        })
+    }
+
+    fn place(&self, range: GpaRange) -> Option<u64> {
+        let above = self
+            .places
+            .partition_point(|(region, _)| region.start() <= range.start());
+        let (region, offset) = self.places.get(above.checked_sub(1)?)?;
+        if range.end() > region.end() {
+            return None;
+        }
+        offset.checked_add(range.start().offset_from(region.start())?)
+    }
+
+    fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), DumpError> {
+        let range = GpaRange::with_len(at, bytes.len() as u64);
+        let path = self.output.path();
+        let offset = range
+            .and_then(|range| self.place(range))
+            .ok_or_else(|| DumpError::malformed(path, "RAM without a place", at.raw(), 0))?;
+        self.output
+            .file()
+            .write_all_at(bytes, offset)
+            .map_err(DumpError::io("writing", path))
+    }
+
+    /// Copies all of `memory`, leaving holes where it is known to be zero or holds no data.
+    ///
+    /// # Errors
+    /// [`DumpError`] if it cannot be read or written.
+    pub fn copy(
+        &self,
+        memory: &dyn GuestMemory,
+        progress: crate::Progress<'_>,
+    ) -> Result<(), DumpError> {
+        let total = self.layout.bytes();
+        let mut done = 0_u64;
+        let mut buffer = Vec::new();
+        for region in self.layout.regions() {
+            let mut at = region.start();
+            while let Some(data) = memory.next_data(at) {
+                let mut from = data.start();
+                while from < data.end() {
+                    let end = from.checked_add(COPY).unwrap_or(data.end()).min(data.end());
+                    let part = GpaRange::new(from, end);
+                    self.copy_part(memory, part, &mut buffer)?;
+                    from = end;
+                    let inside = from.offset_from(region.start()).unwrap_or(0);
+                    progress(done.saturating_add(inside), total);
+                }
+                at = data.end();
+                if at >= region.end() {
+                    break;
+                }
+            }
+            done = done.saturating_add(region.len());
+            progress(done, total);
+        }
+        Ok(())
+    }
+
+    fn copy_part(
+        &self,
+        memory: &dyn GuestMemory,
+        part: GpaRange,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), DumpError> {
+        let reading = |source| DumpError::Memory { source };
+        buffer.resize(usize::try_from(part.len()).unwrap_or(0), 0);
+        match memory.read(part.start(), buffer) {
+            Ok(()) => {
+                memory.release(part);
+                self.write_used(part.start(), buffer)
+            }
+            // Page by page, to keep what is there.
+            Err(MemoryError::Absent { .. }) if part.len() > ALIGN => {
+                let mut from = part.start();
+                while from < part.end() {
+                    let page = (from.raw() | ALIGN.saturating_sub(1)).saturating_add(1);
+                    let end = Gpa::new(page).min(part.end());
+                    self.copy_part(memory, GpaRange::new(from, end), buffer)?;
+                    from = end;
+                }
+                Ok(())
+            }
+            Err(MemoryError::Absent { .. }) => Ok(()),
+            Err(error) => Err(reading(error)),
+        }
+    }
+
+    /// Writes what is not zero, in pages.
+    fn write_used(&self, at: Gpa, bytes: &[u8]) -> Result<(), DumpError> {
+        let page = usize::try_from(ALIGN).unwrap_or(usize::MAX);
+        let mut start = 0;
+        let mut pending: Option<usize> = None;
+        for part in bytes.chunks(page) {
+            let zero = part.iter().all(|byte| *byte == 0);
+            match (zero, pending) {
+                (false, None) => pending = Some(start),
+                (true, Some(from)) => {
+                    self.write_part(at, bytes, from, start)?;
+                    pending = None;
+                }
+                _ => {}
+            }
+            start = start.saturating_add(part.len());
+        }
+        match pending {
+            Some(from) => self.write_part(at, bytes, from, start),
+            None => Ok(()),
+        }
+    }
+
+    fn write_part(&self, at: Gpa, bytes: &[u8], from: usize, to: usize) -> Result<(), DumpError> {
+        let there = at.checked_add(from as u64).unwrap_or(at);
+        self.write(there, bytes.get(from..to).unwrap_or_default())
+    }
+
+    /// Makes the file durable and gives it its name. Returns what it takes on disk, in bytes.
+    ///
+    /// # Errors
+    /// [`DumpError`] if that fails; then there is no such file.
+    pub fn finish(self) -> Result<u64, DumpError> {
+        self.output.finish()
+    }
+}
+
+impl RestoreTarget for DumpFile {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn reads_as_zero(&self) -> bool {
+        true
+    }
+
+    fn fill(&self, range: GpaRange, fill: FillWith<'_>) -> Result<(), CheckpointError> {
+        let mut bytes = vec![0; usize::try_from(range.len()).unwrap_or(0)];
+        fill(&mut bytes)?;
+        self.write(range.start(), &bytes).map_err(|source| {
+            CheckpointError::Memory(MemoryError::Backend {
+                range,
+                source: Box::new(source),
+            })
+        })
+    }
+}
+
+/// A file that something else than a dump is written to: a checkpoint. It appears whole or not
+/// at all.
+#[derive(Debug)]
+pub struct NewFile(Output);
+
+impl NewFile {
+    /// Begins to write `path`, which must be none of `inputs`: all files whose content goes into
+    /// it. It will be for no more eyes than each of them, and belong to the owner of the first,
+    /// or of the file that it replaces, where that is allowed.
+    ///
+    /// # Errors
+    /// [`DumpError`] if `path` is an input, exists and may not be replaced, or cannot be written.
+    pub fn create(path: &Path, overwrite: Overwrite, inputs: &[&File]) -> Result<Self, DumpError> {
+        Output::create(Target::new(path, overwrite), inputs).map(Self)
+    }
+
+    /// The same of something that is no file: a guest that runs. It is for its owner's eyes
+    /// alone.
+    ///
+    /// # Errors
+    /// [`DumpError`] if `path` exists and may not be replaced, or cannot be written.
+    pub fn create_new(path: &Path, overwrite: Overwrite) -> Result<Self, DumpError> {
+        Output::create(Target::new(path, overwrite), &[]).map(Self)
+    }
+
+    /// The file, without its name yet.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        self.0.file()
+    }
+
+    /// Makes the file durable and gives it its name. Returns what it takes on disk, in bytes.
+    ///
+    /// # Errors
+    /// [`DumpError`] if that fails; then there is no such file.
+    pub fn finish(self) -> Result<u64, DumpError> {
+        self.0.finish()
+    }
+}
+
+/// An ELF note.
+fn note(name: &[u8], kind: u32, text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for len in [name.len(), text.len()] {
+        out.extend(u32::try_from(len).unwrap_or(0).to_le_bytes());
+    }
+    out.extend(kind.to_le_bytes());
+    for part in [name, text] {
+        out.extend(part);
+        out.resize(out.len().next_multiple_of(4), 0);
+    }
+    out
+}

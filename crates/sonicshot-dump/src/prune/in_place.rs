@@ -1,0 +1,286 @@
+//! Takes the dropped pages out of the file itself.
+//!
+//! Nothing is changed before everything is known: what is to be dropped was classified and
+//! checked before this begins, then which bytes of the file that is, that it is still the same
+//! file, that nobody else writes it, and that its file system punches holes. From there on each
+//! step leaves a valid dump.
+
+use crate::backing::mapped::MappedDump;
+use crate::in_use as live;
+use crate::prune::holes::{
+    PruneOptions, Run, block_size, join, smallest_hole, stretches_without, whole_blocks,
+};
+use crate::prune::{Progress, PruneStats, disk_usage, file_runs};
+use crate::{Dump, DumpError, Format};
+use rustix::fs::{FallocateFlags, SeekFrom, StatFs, fallocate, fstatfs, seek};
+use rustix::io::Errno;
+use sonicshot::PrunePlan;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+impl Dump {
+    /// Punches the pages that `plan` drops out of the file itself, as [`PruneOptions::new`] says.
+    ///
+    /// # Errors
+    /// As [`prune_in_place_with`](Self::prune_in_place_with).
+    pub fn prune_in_place(
+        &self,
+        plan: &PrunePlan,
+        progress: Progress<'_>,
+    ) -> Result<PruneStats, DumpError> {
+        self.prune_in_place_with(plan, &PruneOptions::new(), progress)
+    }
+
+    /// Punches the pages that `plan` drops out of the file itself.
+    ///
+    /// Nothing is copied, and each step only makes pages that `plan` drops read as zero, so
+    /// whatever interrupts it leaves a valid dump. What is a hole already is not touched. In a
+    /// mapped-ram file the marks of all these pages are cleared, and are on disk, before the
+    /// first hole is punched.
+    ///
+    /// # Errors
+    /// [`DumpError::NotInPlace`] for a format that holes do not fit, [`DumpError::NoHoles`] if
+    /// the file system cannot punch them, [`DumpError::InUse`] or [`DumpError::MayBeInUse`] if
+    /// somebody (perhaps) writes the file, [`DumpError::Changed`] or [`DumpError::Modified`] if
+    /// somebody has; the file is then as it was.
+    pub fn prune_in_place_with(
+        &self,
+        plan: &PrunePlan,
+        options: &PruneOptions,
+        progress: Progress<'_>,
+    ) -> Result<PruneStats, DumpError> {
+        let not_in_place = || DumpError::NotInPlace {
+            path: self.path().into(),
+            format: self.format(),
+        };
+        let dump = self.mapped().filter(|_| self.spool().is_none());
+        let dump = dump.ok_or_else(not_in_place)?;
+        let path = dump.path();
+        let ram = match self.format_data() {
+            Format::Raw { .. } => None,
+            Format::MappedRam(ram) => Some(ram),
+            _ => return Err(not_in_place()),
+        };
+        check_unchanged(dump, options)?;
+        let zeroed = plan.clone().zero_filled_only();
+        let mut stats = PruneStats::of(plan, &zeroed);
+        stats.disk_before = disk_usage(dump.file(), path)?;
+        let mut runs = file_runs(dump, &zeroed);
+        if let Some(overlay) = self.overlay() {
+            overlay.check_unchanged()?;
+            (runs, stats.kept_for_base) = overlay.punchable(&runs);
+            stats.dropped_bytes = runs
+                .iter()
+                .fold(0, |sum, (_, len)| sum.saturating_add(*len));
+        }
+        stats.runs = runs.len() as u64;
+        let mut marks = Vec::new();
+        if let Some(ram) = ram {
+            marks = ram.pruned_bitmaps(path, dump.bytes(), &zeroed)?;
+            // Also what an earlier prune that was interrupted has left.
+            runs = ram.holes(&marks);
+            marks.retain(|(offset, bitmap)| !dump.holds(*offset, bitmap));
+        }
+        let system =
+            fstatfs(dump.file()).map_err(|error| DumpError::io("reading", path)(error.into()))?;
+        let block = block_size(&system);
+        let data = Data::of(dump, &system);
+        let runs = join(runs);
+        // By all that is dropped, whether it is a hole already or not: so a prune that follows an
+        // interrupted one leaves what that would have left.
+        let min_hole = options.min_hole.unwrap_or_else(|| smallest_hole(&runs));
+        let runs = data.held(&runs, stats.disk_before);
+        let mut holes = Vec::with_capacity(runs.len());
+        for (offset, len) in runs {
+            let hole = whole_blocks((offset, len), block);
+            let worth = hole.1 > 0 && hole.1 >= min_hole;
+            let left = len.saturating_sub(if worth { hole.1 } else { 0 });
+            stats.left_bytes = stats.left_bytes.saturating_add(left);
+            if worth {
+                holes.push(hole);
+            } else {
+                stats.left_runs = stats.left_runs.saturating_add(1);
+            }
+        }
+        if let Some(stretches) = data.stretches {
+            stats.extents_before = Some(stretches.len() as u64);
+            stats.extents_after = Some(stretches_without(stretches, &holes));
+        }
+        if marks.is_empty() && holes.is_empty() {
+            stats.disk_after = stats.disk_before;
+            return Ok(stats);
+        }
+
+        if let Some(overlay) = self.overlay() {
+            overlay.check_unchanged()?;
+        }
+        let file = open_to_change(dump, options)?;
+        if !holes.is_empty() {
+            probe(&file, path, dump.file_len(), block)?;
+        }
+        let writing = || DumpError::io("writing", path);
+        if !marks.is_empty() {
+            // First nobody may look for the pages any more: then what is left of them is as good
+            // as gone, whatever happens.
+            for (offset, bitmap) in &marks {
+                file.write_all_at(bitmap, *offset).map_err(writing())?;
+            }
+            file.sync_all().map_err(writing())?;
+        }
+        let total = holes
+            .iter()
+            .fold(0_u64, |sum, (_, len)| sum.saturating_add(*len));
+        let mut done = 0_u64;
+        for (offset, len) in holes {
+            punch(&file, path, offset, len)?;
+            stats.punched = stats.punched.saturating_add(1);
+            done = done.saturating_add(len);
+            progress(done, total);
+        }
+        if stats.punched > 0 {
+            file.sync_all().map_err(writing())?;
+        }
+        dump.note_change()?;
+        stats.disk_after = disk_usage(&file, path)?;
+        Ok(stats)
+    }
+}
+
+/// Refuses a file that is not as it was when it was opened, or that somebody writes.
+fn check_unchanged(dump: &MappedDump, options: &PruneOptions) -> Result<(), DumpError> {
+    dump.check_length()?;
+    if !options.live_ok {
+        dump.check_unmodified()?;
+        live::check(dump.file(), dump.path())?;
+    }
+    Ok(())
+}
+
+/// Opens the file that was classified for writing, right before it is changed.
+fn open_to_change(dump: &MappedDump, options: &PruneOptions) -> Result<File, DumpError> {
+    let path = dump.path();
+    check_unchanged(dump, options)?;
+    let file = OpenOptions::new()
+        .write(true)
+        .open(path)
+        .map_err(DumpError::io("opening for writing", path))?;
+    // Not one that took its name since.
+    if identity(&file, path)? != identity(dump.file(), path)? {
+        return Err(DumpError::NotADump {
+            path: path.into(),
+            why: "another file has taken its place since it was read",
+        });
+    }
+    Ok(file)
+}
+
+fn identity(file: &File, path: &Path) -> Result<(u64, u64), DumpError> {
+    let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Where a file has data, by its file system.
+struct Data<'a> {
+    file: &'a File,
+    len: u64,
+    /// All of it; `None` if it costs as much to ask as to punch: in memory each page is looked
+    /// at.
+    stretches: Option<&'a [(u64, u64)]>,
+}
+
+impl<'a> Data<'a> {
+    fn of(dump: &'a MappedDump, system: &StatFs) -> Self {
+        /// `include/uapi/linux/magic.h`: tmpfs, ramfs, hugetlbfs.
+        const IN_MEMORY: [u32; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
+        // Magic numbers have 32 bits, whatever the type.
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "as it says"
+        )]
+        let in_memory = IN_MEMORY.contains(&(system.f_type as u32));
+        Self {
+            file: dump.file(),
+            len: dump.file_len(),
+            stretches: (!in_memory).then(|| dump.data_stretches()).flatten(),
+        }
+    }
+
+    /// The runs that hold data.
+    ///
+    /// Space that is allocated but was never written looks like a hole. So where there may be
+    /// such space in a file that takes `on_disk` bytes, that is every run.
+    fn held(&self, runs: &[Run], on_disk: u64) -> Vec<Run> {
+        let held: Vec<Run> = runs
+            .iter()
+            .copied()
+            .filter(|run| self.holds(*run))
+            .collect();
+        let sum = |runs: &[Run]| {
+            runs.iter()
+                .fold(0_u64, |sum, run| sum.saturating_add(run.1))
+        };
+        let in_data = match self.stretches {
+            Some(stretches) => stretches.iter().fold(0_u64, |sum, (start, end)| {
+                sum.saturating_add(end.saturating_sub(*start))
+            }),
+            None => self
+                .len
+                .saturating_sub(sum(runs).saturating_sub(sum(&held))),
+        };
+        // The file system's own blocks count too: 1.5 % and 1 MiB are more than they take.
+        let expected = in_data.saturating_add(in_data >> 6).saturating_add(1 << 20);
+        if on_disk > expected {
+            runs.to_vec()
+        } else {
+            held
+        }
+    }
+
+    fn holds(&self, (offset, len): Run) -> bool {
+        let end = offset.saturating_add(len);
+        if let Some(stretches) = self.stretches {
+            let index = stretches.partition_point(|(_, data_end)| *data_end <= offset);
+            return stretches.get(index).is_some_and(|(start, _)| *start < end);
+        }
+        match seek(self.file, SeekFrom::Data(offset)) {
+            Ok(data) => data < end,
+            Err(Errno::NXIO) => false,
+            // It cannot tell.
+            Err(_) => true,
+        }
+    }
+}
+
+/// Finds out whether holes can be punched, by punching one where there is nothing: behind the
+/// end of the file.
+fn probe(file: &File, path: &Path, file_len: u64, block: u64) -> Result<(), DumpError> {
+    let Some(behind) = file_len.checked_next_multiple_of(block) else {
+        return Ok(());
+    };
+    match punch(file, path, behind, block) {
+        // A file as long as the file system allows.
+        Err(DumpError::Io { source, .. })
+            if source.raw_os_error() == Some(Errno::FBIG.raw_os_error()) =>
+        {
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+fn punch(file: &File, path: &Path, offset: u64, len: u64) -> Result<(), DumpError> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    loop {
+        return match fallocate(file, flags, offset, len) {
+            Ok(()) => Ok(()),
+            Err(Errno::INTR) => continue,
+            Err(error @ (Errno::OPNOTSUPP | Errno::NOSYS)) => Err(DumpError::NoHoles {
+                path: path.into(),
+                source: error.into(),
+            }),
+            Err(error) => Err(DumpError::io("punching a hole into", path)(error.into())),
+        };
+    }
+}

@@ -1,0 +1,626 @@
+//! ELF cores: every kind that is out there, hostile ones, and what a prune writes.
+
+use crate::common::*;
+use proptest::prelude::*;
+use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, RamLayout};
+use sonicshot_dump::{Dump, DumpError, Overwrite};
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use tempfile::TempDir;
+
+const PT_LOAD: u32 = 1;
+const PT_NOTE: u32 = 4;
+
+/// A program header to be written.
+#[derive(Debug, Clone)]
+struct Load {
+    kind: u32,
+    flags: u32,
+    vaddr: u64,
+    paddr: u64,
+    memsz: u64,
+    data: Vec<u8>,
+}
+
+fn load(paddr: u64, data: Vec<u8>) -> Load {
+    Load {
+        kind: PT_LOAD,
+        flags: 7,
+        vaddr: 0xffff_8880_0000_0000 + paddr,
+        paddr,
+        memsz: data.len() as u64,
+        data,
+    }
+}
+
+fn note(name: &str, text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    out.extend((u32::try_from(name.len()).unwrap() + 1).to_le_bytes());
+    out.extend(u32::try_from(text.len()).unwrap().to_le_bytes());
+    out.extend(0_u32.to_le_bytes());
+    for part in [[name.as_bytes(), b"\0"].concat(), text.to_vec()] {
+        out.extend(&part);
+        out.resize(out.len().next_multiple_of(4), 0);
+    }
+    out
+}
+
+fn notes(notes: &[Vec<u8>]) -> Load {
+    Load {
+        kind: PT_NOTE,
+        flags: 0,
+        vaddr: 0,
+        paddr: 0,
+        memsz: 0,
+        data: notes.concat(),
+    }
+}
+
+/// How a core is laid out in its file.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    ehsize: u16,
+    /// Where the program headers begin.
+    phoff: u64,
+    /// Bytes of padding before each segment's data.
+    padding: usize,
+    machine: u16,
+    /// Whether the number of segments is in section 0.
+    xnum: bool,
+}
+
+const PLAIN: Shape = Shape {
+    ehsize: 64,
+    phoff: 64,
+    padding: 0,
+    machine: 62,
+    xnum: false,
+};
+/// QEMU 10: a header length of 8, section headers first, data right behind the notes.
+const QEMU: Shape = Shape {
+    ehsize: 8,
+    phoff: 192,
+    padding: 28,
+    ..PLAIN
+};
+
+fn put(out: &mut Vec<u8>, at: usize, bytes: &[u8]) {
+    if out.len() < at + bytes.len() {
+        out.resize(at + bytes.len(), 0);
+    }
+    out[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+fn core(shape: Shape, loads: &[Load]) -> Vec<u8> {
+    let count = u16::try_from(loads.len()).unwrap();
+    let mut out = b"\x7fELF\x02\x01\x01".to_vec();
+    put(&mut out, 16, &4_u16.to_le_bytes());
+    put(&mut out, 18, &shape.machine.to_le_bytes());
+    put(&mut out, 20, &1_u32.to_le_bytes());
+    put(&mut out, 32, &shape.phoff.to_le_bytes());
+    put(&mut out, 52, &shape.ehsize.to_le_bytes());
+    put(&mut out, 54, &56_u16.to_le_bytes());
+    put(
+        &mut out,
+        56,
+        &if shape.xnum { 0xffff } else { count }.to_le_bytes(),
+    );
+    put(&mut out, 58, &64_u16.to_le_bytes());
+    if shape.xnum {
+        // One section header at 64: its sh_info is the number.
+        put(&mut out, 40, &64_u64.to_le_bytes());
+        put(&mut out, 60, &1_u16.to_le_bytes());
+        put(&mut out, 64 + 44, &u32::from(count).to_le_bytes());
+    }
+    let table = usize::try_from(shape.phoff).unwrap();
+    let mut at = table + loads.len() * 56;
+    for (index, load) in loads.iter().enumerate() {
+        at += shape.padding;
+        let head = table + index * 56;
+        put(&mut out, head, &load.kind.to_le_bytes());
+        put(&mut out, head + 4, &load.flags.to_le_bytes());
+        let words = [
+            at as u64,
+            load.vaddr,
+            load.paddr,
+            load.data.len() as u64,
+            load.memsz,
+            0,
+        ];
+        for (word, value) in words.iter().enumerate() {
+            put(&mut out, head + 8 + word * 8, &value.to_le_bytes());
+        }
+        put(&mut out, at, &load.data);
+        at += load.data.len();
+    }
+    out
+}
+
+fn write(folder: &TempDir, bytes: &[u8]) -> PathBuf {
+    let path = folder.path().join("core");
+    fs::write(&path, bytes).unwrap();
+    path
+}
+
+fn word(bytes: &[u8], at: usize, len: usize) -> u64 {
+    bytes[at..at + len]
+        .iter()
+        .rev()
+        .fold(0, |value, byte| value << 8 | u64::from(*byte))
+}
+
+/// The segments of a core that keeps to the letter of the format, with their data.
+fn segments(bytes: &[u8]) -> Vec<Load> {
+    assert_eq!(&bytes[..7], b"\x7fELF\x02\x01\x01");
+    let field = |at, len| usize::try_from(word(bytes, at, len)).unwrap();
+    assert_eq!((field(16, 2), field(20, 4)), (4, 1), "a core, version 1");
+    assert_eq!((field(32, 8), field(52, 2), field(54, 2)), (64, 64, 56));
+    assert_eq!((field(40, 8), field(60, 2)), (0, 0), "no sections");
+    let count = field(56, 2);
+    assert!(count < 0xffff);
+    (0..count)
+        .map(|index| {
+            let at = 64 + index * 56;
+            let part = |offset: usize| word(bytes, at + offset, 8);
+            let (offset, len) = (field(at + 8, 8), field(at + 32, 8));
+            let kind = u32::try_from(word(bytes, at, 4)).unwrap();
+            if kind == PT_LOAD {
+                assert_eq!(offset % 4096, 0, "data is aligned");
+            }
+            Load {
+                kind,
+                flags: u32::try_from(word(bytes, at + 4, 4)).unwrap(),
+                vaddr: part(16),
+                paddr: part(24),
+                memsz: part(40),
+                data: bytes[offset..offset + len].to_vec(),
+            }
+        })
+        .collect()
+}
+
+/// What a list of segments says of memory: the first to speak of a byte counts.
+fn memory(loads: &[Load], layout: &RamLayout) -> Vec<(Gpa, Vec<u8>)> {
+    let mut regions: Vec<_> = layout
+        .regions()
+        .iter()
+        .map(|r| (r.start(), vec![0; usize::try_from(r.len()).unwrap()]))
+        .collect();
+    for load in loads.iter().rev() {
+        if load.kind != PT_LOAD || load.paddr == u64::MAX {
+            continue;
+        }
+        for (start, bytes) in &mut regions {
+            for at in 0..load.memsz {
+                let index = (load.paddr + at).checked_sub(start.raw());
+                if let Some(byte) = index.and_then(|i| bytes.get_mut(usize::try_from(i).unwrap())) {
+                    *byte = load
+                        .data
+                        .get(usize::try_from(at).unwrap())
+                        .copied()
+                        .unwrap_or(0);
+                }
+            }
+        }
+    }
+    regions
+}
+
+fn prune(path: &Path, runs: &[(u64, u64)]) -> (Dump, Vec<u8>) {
+    let dump = Dump::open(path, None).unwrap();
+    let out = path.with_added_extension("pruned");
+    let plan = plan(dump.layout(), runs);
+    dump.prune_to(&plan, &out, Overwrite::Replace, &mut |_, _| {})
+        .unwrap();
+    (Dump::open(&out, None).unwrap(), fs::read(&out).unwrap())
+}
+
+#[test]
+fn cores_of_every_shape_are_read() {
+    let folder = TempDir::new().unwrap();
+    let vmcoreinfo = b"OSRELEASE=6.1.0\nPAGESIZE=4096\n";
+    let loads = [
+        notes(&[
+            note("CORE", &[1; 336]),
+            note("QEMU", &[2; 440]),
+            note("VMCOREINFO", vmcoreinfo),
+        ]),
+        load(0, pattern(1, 0xa_0000)),
+        load(0xc_0000, pattern(2, 5 * PAGE + 123)),
+        load(1 << 32, pattern(3, 0x1_0000)),
+    ];
+    let xnum = Shape {
+        phoff: 128,
+        xnum: true,
+        ..PLAIN
+    };
+    let arm = Shape {
+        machine: 183,
+        padding: 3,
+        ..PLAIN
+    };
+    for (shape, machine) in [
+        (PLAIN, Architecture::X86_64),
+        (QEMU, Architecture::X86_64),
+        (xnum, Architecture::X86_64),
+        (arm, Architecture::Aarch64),
+    ] {
+        let dump = Dump::open(write(&folder, &core(shape, &loads)), None).unwrap();
+        assert_eq!(dump.format(), "ELF core");
+        assert_eq!(dump.machine(), Some(machine));
+        assert_eq!(dump.vmcoreinfo(), Some(&vmcoreinfo[..]));
+        assert_eq!(dump.layout().regions().len(), 3);
+        assert!(contents(&dump) == memory(&loads, dump.layout()));
+        conforms(&dump);
+    }
+}
+
+#[test]
+fn what_is_not_in_the_file_reads_as_zero() {
+    let folder = TempDir::new().unwrap();
+    let mut tail = load(0x1_0000, pattern(1, 3 * PAGE));
+    tail.memsz = 8 * PAGE;
+    let mut absent = load(0x2_0000, vec![]);
+    absent.memsz = 4 * PAGE;
+    let loads = [tail, absent, load(0x2_4000, pattern(2, PAGE))];
+    let dump = Dump::open(write(&folder, &core(PLAIN, &loads)), None).unwrap();
+    assert!(contents(&dump) == memory(&loads, dump.layout()));
+    conforms(&dump);
+    let next = dump.next_data(Gpa::new(0x1_3000));
+    assert_eq!(next, None, "the region ends in zeroes");
+    let next = dump.next_data(Gpa::new(0x2_0000)).unwrap();
+    assert_eq!(next, GpaRange::new(Gpa::new(0x2_4000), Gpa::new(0x2_5000)));
+}
+
+#[test]
+fn not_every_segment_is_ram_and_the_first_of_two_counts() {
+    let folder = TempDir::new().unwrap();
+    let mut unmapped = load(0, pattern(1, PAGE));
+    unmapped.paddr = u64::MAX;
+    let mut nothing = load(0x5000, pattern(2, PAGE));
+    nothing.memsz = 0;
+    let loads = [
+        unmapped,
+        nothing,
+        load(0x2000, pattern(3, 2 * PAGE)),
+        load(0x1000, pattern(4, 4 * PAGE)),
+        load(0x2800, pattern(5, 6 * PAGE)),
+    ];
+    let path = write(&folder, &core(PLAIN, &loads));
+    let dump = Dump::open(&path, None).unwrap();
+    let region = GpaRange::new(Gpa::new(0x1000), Gpa::new(0x8800));
+    assert_eq!(dump.layout().regions(), [region]);
+    let before = memory(&loads, dump.layout());
+    assert!(contents(&dump) == before);
+    conforms(&dump);
+    // Neither is changed by a prune.
+    let runs = [(2, 2), (6, 1)];
+    let (after, bytes) = prune(&path, &runs);
+    assert!(contents(&after) == pruned(&before, &plan(dump.layout(), &runs)));
+    let kept = segments(&bytes);
+    assert_eq!((kept[0].paddr, &kept[0].data), (u64::MAX, &loads[0].data));
+    assert_eq!((kept[1].memsz, &kept[1].data), (0, &loads[1].data));
+}
+
+#[test]
+fn a_pruned_core_is_as_readelf_wants_it() {
+    let folder = TempDir::new().unwrap();
+    let info = notes(&[
+        note("CORE", &[1; 336]),
+        note("VMCOREINFO", b"OSRELEASE=6.1.0\n"),
+    ]);
+    let loads = [
+        info.clone(),
+        load(0, pattern(1, 160 * PAGE)),
+        load(0xc_0000, pattern(2, 64 * PAGE)),
+    ];
+    let path = write(&folder, &core(QEMU, &loads));
+    // The first pages of one segment, the middle of it, the last pages of the other.
+    let runs = [(0, 16), (40, 100), (0xc0 + 50, 14)];
+    let (after, bytes) = prune(&path, &runs);
+    assert!((bytes.len() as u64) < (160 + 64 - 130 + 4) * PAGE);
+    let got = segments(&bytes);
+    let shape: Vec<_> = got
+        .iter()
+        .map(|s| (s.paddr / PAGE, s.data.len() as u64 / PAGE, s.memsz / PAGE))
+        .collect();
+    assert_eq!(
+        shape[1..],
+        [(0, 0, 16), (16, 24, 124), (140, 20, 20), (192, 50, 64)]
+    );
+    assert_eq!(got[0].data, info.data, "notes are kept byte for byte");
+    assert_eq!(after.vmcoreinfo(), Some(&b"OSRELEASE=6.1.0\n"[..]));
+    for segment in &got[1..] {
+        assert_eq!(segment.vaddr, 0xffff_8880_0000_0000 + segment.paddr);
+        assert_eq!(segment.flags, 7);
+    }
+    if let Ok(run) = Command::new("readelf")
+        .arg("-lnW")
+        .arg(path.with_added_extension("pruned"))
+        .output()
+    {
+        let text = String::from_utf8_lossy(&run.stdout);
+        assert!(run.status.success() && run.stderr.is_empty(), "{run:?}");
+        assert!(
+            text.contains("There are 5 program headers, starting at offset 64"),
+            "{text}"
+        );
+        assert!(text.contains("VMCOREINFO"), "{text}");
+    }
+    // Pruned again, nothing changes.
+    let (_, again) = prune(&path.with_added_extension("pruned"), &runs);
+    assert!(again == bytes);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn a_pruned_core_reads_as_the_model_says(
+        // Gap before, data, memory behind it (in 256 bytes), seed.
+        sizes in proptest::collection::vec((0_u64..40, 0_u64..200, 0_u64..60, 0_u64..100), 1..6),
+        aligned in any::<bool>(),
+        runs in proptest::collection::vec((0_u64..80, 1_u64..12), 0..10),
+        quirks in any::<bool>(),
+        note_text in proptest::collection::vec(any::<u8>(), 0..40),
+    ) {
+        let unit = if aligned { PAGE / 4 } else { 256 };
+        let mut at = 0;
+        let mut loads = vec![notes(&[note("CORE", &note_text), note("VMCOREINFO", &note_text)])];
+        for (gap, data, rest, seed) in sizes {
+            let round = |n: u64| if aligned { (n * unit).next_multiple_of(PAGE) } else { n * unit };
+            at += round(gap);
+            let mut segment = load(at, pattern(seed, round(data)));
+            segment.memsz += round(rest);
+            at += segment.memsz;
+            loads.push(segment);
+        }
+        prop_assume!(loads.iter().any(|load| load.memsz > 0));
+        let folder = TempDir::new().unwrap();
+        let path = write(&folder, &core(if quirks { QEMU } else { PLAIN }, &loads));
+        let dump = Dump::open(&path, None).unwrap();
+        let before = memory(&loads, dump.layout());
+        prop_assert!(contents(&dump) == before);
+        conforms(&dump);
+        let plan = plan(dump.layout(), &runs);
+        let want = pruned(&before, &plan);
+        let (after, bytes) = prune(&path, &runs);
+        prop_assert_eq!(after.layout(), dump.layout());
+        prop_assert!(contents(&after) == want, "by our reader");
+        prop_assert!(memory(&segments(&bytes), dump.layout()) == want, "by the tests' reader");
+        conforms(&after);
+        prop_assert_eq!(after.vmcoreinfo(), Some(&note_text[..]));
+        prop_assert_eq!(&segments(&bytes)[0].data, &loads[0].data);
+        let data = |loads: &[Load]| loads[1..].iter().map(|load| load.data.len()).sum::<usize>();
+        let dropped: u64 = loads[1..].iter().filter(|load| !load.data.is_empty()).map(|load| {
+            let range = GpaRange::with_len(Gpa::new(load.paddr), load.data.len() as u64).unwrap();
+            plan.dropped_in(range).map(|run| run.len()).sum::<u64>()
+        }).sum();
+        prop_assert_eq!(data(&segments(&bytes)) as u64 + dropped, data(&loads) as u64);
+    }
+}
+
+/// 70,000 gaps do not fit into 65,534 segments: the narrowest become holes in the file.
+#[test]
+fn too_many_gaps_become_holes_in_the_file() {
+    let folder = TempDir::new().unwrap();
+    const GAPS: u64 = 70_000;
+    const WIDE: u64 = 100;
+    // A page kept, a page dropped, and so on; the last 100 gaps are two pages wide.
+    let pages = GAPS * 2 + WIDE;
+    let path = write(&folder, &core(PLAIN, &[load(0, vec![])]));
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    let len = pages * PAGE;
+    file.write_all_at(&4096_u64.to_le_bytes(), 64 + 8).unwrap();
+    file.write_all_at(&len.to_le_bytes(), 64 + 32).unwrap();
+    file.write_all_at(&len.to_le_bytes(), 64 + 40).unwrap();
+    file.set_len(4096 + len).unwrap();
+    // Data in some kept and some dropped pages, the rest of the file is a hole.
+    for page in [0, 1, 2, 3, 1000, 1001, GAPS] {
+        file.write_all_at(&pattern(page, PAGE), 4096 + page * PAGE)
+            .unwrap();
+    }
+    let mut runs = Vec::new();
+    let mut at = 0;
+    for gap in 0..GAPS {
+        let width = if gap >= GAPS - WIDE { 2 } else { 1 };
+        runs.push((at + 1, width));
+        at += 1 + width;
+    }
+    assert_eq!(at, pages);
+    let dump = Dump::open(&path, None).unwrap();
+    let plan = plan(dump.layout(), &runs);
+    let out = folder.path().join("out");
+    let stats = dump
+        .prune_to(&plan, &out, Overwrite::Refuse, &mut |_, _| {})
+        .unwrap();
+    // Each kept page begins a piece; what is dropped last needs no other behind it.
+    assert_eq!(stats.joined, GAPS - 65_534);
+    assert_eq!(stats.dropped_bytes, (GAPS + WIDE) * PAGE);
+    assert!(stats.disk_after < 8 << 20, "{stats:?}");
+    let after = Dump::open(&out, None).unwrap();
+    assert_eq!(after.layout(), dump.layout());
+    for page in [0, 2, 1000, GAPS] {
+        let mut bytes = vec![0; 4096];
+        after.read(Gpa::new(page * PAGE), &mut bytes).unwrap();
+        assert!(bytes == pattern(page, PAGE), "kept page {page}");
+    }
+    for page in [1, 3, 1001, pages - 1] {
+        let mut bytes = vec![1; 4096];
+        after.read(Gpa::new(page * PAGE), &mut bytes).unwrap();
+        assert!(bytes.iter().all(|byte| *byte == 0), "dropped page {page}");
+    }
+    let mut head = [0; 2];
+    fs::File::open(&out)
+        .unwrap()
+        .read_exact_at(&mut head, 56)
+        .unwrap();
+    assert_eq!(u16::from_le_bytes(head), 65_534);
+    let mut last = vec![0; 56];
+    fs::File::open(&out)
+        .unwrap()
+        .read_exact_at(&mut last, 64 + 65_533 * 56)
+        .unwrap();
+    assert_eq!(
+        word(&last, 40, 8) - word(&last, 32, 8),
+        2 * PAGE,
+        "wide gaps are not joined"
+    );
+}
+
+/// A change at a place of the file, and what the error must say.
+#[test]
+fn damaged_headers_are_named() {
+    let folder = TempDir::new().unwrap();
+    let good = core(
+        PLAIN,
+        &[
+            notes(&[note("CORE", &[1; 16])]),
+            load(0, pattern(1, 4 * PAGE)),
+        ],
+    );
+    let second = 64 + 56;
+    let max = u64::MAX.to_le_bytes();
+    let table: [(usize, &[u8], &str); 12] = [
+        (4, &[1], "not 64-bit little-endian"),
+        (5, &[2], "not 64-bit little-endian"),
+        (16, &[2], "no core"),
+        (18, &[40], "machine"),
+        (32, &max, "program header beyond the end"),
+        (32, &[0, 0, 1], "program header beyond the end"),
+        (54, &[32], "size of program headers"),
+        (56, &[0xff, 0xff], "no section 0"),
+        (second + 8, &max, "truncated"),
+        (second + 32, &max, "truncated"),
+        (second + 40, &PAGE.to_le_bytes(), "more data than memory"),
+        (second + 24, &(u64::MAX - 4).to_le_bytes(), "beyond 64 bits"),
+    ];
+    for (at, bytes, word) in table {
+        let mut bad = good.clone();
+        bad[at..at + bytes.len()].copy_from_slice(bytes);
+        let error = Dump::open(write(&folder, &bad), None)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(word), "{at}: {error}");
+    }
+    // Without program headers it is taken for a core of Xen.
+    let mut none = good.clone();
+    none[56..58].fill(0);
+    assert!(matches!(
+        Dump::open(write(&folder, &none), None),
+        Err(DumpError::Xen { .. })
+    ));
+    // No RAM at all.
+    let path = write(&folder, &core(PLAIN, &[notes(&[])]));
+    assert!(matches!(
+        Dump::open(path, None),
+        Err(DumpError::NotADump { .. })
+    ));
+    // The last segment says where it should have ended.
+    for len in (0..good.len()).filter(|len| *len < 400 || len % 251 == 0) {
+        let result = Dump::open(write(&folder, &good[..len]), None);
+        assert!(result.is_err(), "cut to {len}");
+    }
+}
+
+/// A reader keeps a few bytes for each frame, so a short file must not claim petabytes.
+#[test]
+fn memory_that_the_file_cannot_be_of_is_refused() {
+    let folder = TempDir::new().unwrap();
+    for (memsz, is_read) in [(32_u64 << 20, true), (1 << 40, false), (1 << 60, false)] {
+        let mut segment = load(0, pattern(1, PAGE));
+        segment.memsz = memsz;
+        let path = write(&folder, &core(PLAIN, &[segment]));
+        match Dump::open(path, None) {
+            Ok(dump) => assert!(is_read && dump.layout().bytes() == memsz),
+            Err(error) => assert!(!is_read && error.to_string().contains("claim"), "{error}"),
+        }
+    }
+}
+
+/// Many segments that show the same bytes do not make a file many times as large.
+#[test]
+fn shared_data_is_not_multiplied() {
+    let folder = TempDir::new().unwrap();
+    let mut bytes = core(PLAIN, &vec![load(0, vec![]); 100]);
+    let offset = bytes.len() as u64;
+    bytes.extend(pattern(1, 64 * PAGE));
+    for index in 0..100 {
+        let head = 64 + index * 56;
+        let paddr = index as u64 * 64 * PAGE;
+        for (word, value) in [offset, paddr, paddr, 64 * PAGE, 64 * PAGE]
+            .iter()
+            .enumerate()
+        {
+            put(&mut bytes, head + 8 + word * 8, &value.to_le_bytes());
+        }
+    }
+    let dump = Dump::open(write(&folder, &bytes), None).unwrap();
+    conforms(&dump);
+    let out = folder.path().join("out");
+    let plan = plan(dump.layout(), &[(0, 1)]);
+    let result = dump.prune_to(&plan, &out, Overwrite::Refuse, &mut |_, _| {});
+    assert!(matches!(result, Err(DumpError::CannotPrune { .. })));
+    assert_eq!(names(folder.path()), ["core"]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+    #[test]
+    fn hostile_headers_never_panic(
+        edits in proptest::collection::vec((0_usize..600, prop_oneof![
+            any::<u8>().prop_map(|byte| vec![byte]),
+            any::<u16>().prop_map(|word| word.to_le_bytes().to_vec()),
+            prop_oneof![Just(u64::MAX), Just(1 << 63), Just(0xffff_ffff_ffff_f000), 0_u64..100_000]
+                .prop_map(|word| word.to_le_bytes().to_vec()),
+        ]), 0..6),
+        field in proptest::collection::vec((0_usize..5, 0_usize..6, prop_oneof![
+            Just(u64::MAX), Just(u64::MAX - 0xfff), 0_u64..0x2_0000
+        ]), 0..4),
+        cut in proptest::option::of(0_usize..60_000),
+        quirks in any::<bool>(),
+        runs in proptest::collection::vec((0_u64..80, 1_u64..12), 0..4),
+    ) {
+        let shape = if quirks { QEMU } else { PLAIN };
+        let mut bytes = core(shape, &[
+            notes(&[note("CORE", &[1; 100]), note("VMCOREINFO", b"OSRELEASE=1\n")]),
+            load(0, pattern(1, 4 * PAGE)),
+            load(0x8000, pattern(2, 3 * PAGE + 77)),
+            load(0x2_0000, pattern(3, 2 * PAGE)),
+        ]);
+        for (segment, word, value) in field {
+            let at = usize::try_from(shape.phoff).unwrap() + segment * 56 + 8 + word * 8;
+            put(&mut bytes, at, &value.to_le_bytes());
+        }
+        for (at, edit) in edits {
+            put(&mut bytes, at, &edit);
+        }
+        bytes.truncate(cut.unwrap_or(usize::MAX));
+        let folder = TempDir::new().unwrap();
+        let path = write(&folder, &bytes);
+        if let Ok(dump) = Dump::open(&path, None) {
+            let _ = dump.vmcoreinfo();
+            for region in dump.layout().regions().to_vec() {
+                let size = usize::try_from(region.len().min(1 << 16)).unwrap();
+                let mut buffer = vec![0; size];
+                let _ = dump.read(region.start(), &mut buffer);
+                let _ = dump.map(region.start(), size);
+                let _ = dump.next_data(region.start());
+                dump.release(region);
+                let last = Gpa::new(region.end().raw() - 1);
+                let _ = dump.read(last, &mut [0; 1]);
+                let _ = dump.map(last, 1);
+            }
+            // A map of all frames of a layout that reaches to the sky would not fit.
+            if dump.layout().bytes() < 1 << 24 {
+                let plan = plan(dump.layout(), &runs);
+                let out = folder.path().join("out");
+                if dump.prune_to(&plan, &out, Overwrite::Refuse, &mut |_, _| {}).is_ok() {
+                    let after = Dump::open(&out, None).unwrap();
+                    prop_assert!(contents(&after) == pruned(&contents(&dump), &plan));
+                }
+            }
+        }
+    }
+}

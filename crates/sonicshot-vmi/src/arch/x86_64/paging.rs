@@ -1,0 +1,203 @@
+//! x86-64 page tables, four and five levels (Intel SDM vol. 3, 4.5).
+
+use crate::KernelVa;
+use crate::paging::{Paging, Translation};
+use sonicshot::{Gpa, GuestMemory, MemoryError, Mfn, P2m};
+
+const PRESENT: u64 = 1;
+const PAGE_SIZE_BIT: u64 = 1 << 7;
+/// Bits 51..12: where the next table or the page is.
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// Page tables that begin at `root`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct X86_64 {
+    root: Gpa,
+    levels: u32,
+}
+
+impl X86_64 {
+    pub(crate) fn new(root: Gpa, five_levels: bool) -> Self {
+        Self {
+            root,
+            levels: if five_levels { 5 } else { 4 },
+        }
+    }
+}
+
+impl Paging for X86_64 {
+    #[allow(
+        clippy::arithmetic_side_effects,
+        reason = "level is 1 to 5, so shift is 12 to 48 and every shifted value fits"
+    )]
+    fn translate(
+        &self,
+        memory: &dyn GuestMemory,
+        at: KernelVa,
+    ) -> Result<Option<Translation>, MemoryError> {
+        let va = at.raw();
+        let mut table = self.root.raw();
+        for level in (1..=self.levels).rev() {
+            let shift = 12 + 9 * (level - 1);
+            let index = (va >> shift) & 0x1ff;
+            let entry = memory.read_u64(Gpa::new(table | (index << 3)))?;
+            if entry & PRESENT == 0 {
+                return Ok(None);
+            }
+            let is_page = level == 1 || (level <= 3 && entry & PAGE_SIZE_BIT != 0);
+            if is_page {
+                let offset_mask = (1_u64 << shift) - 1;
+                let offset = va & offset_mask;
+                let named = (entry & ADDRESS & !offset_mask) | offset;
+                let Some(at) = guest_address(memory, named) else {
+                    return Ok(None);
+                };
+                // Neighbours in the machine need not be neighbours in the guest.
+                let page = if memory.p2m().is_some() {
+                    P2m::PAGE.bytes()
+                } else {
+                    1 << shift
+                };
+                let len = page - (offset & (page - 1));
+                return Ok(Some(Translation { at, len }));
+            }
+            let Some(next) = guest_address(memory, entry & ADDRESS) else {
+                return Ok(None);
+            };
+            table = next.raw();
+        }
+        Ok(None)
+    }
+}
+
+/// Where in guest-physical memory that is which an entry names; `None` if it is not the guest's,
+/// as are the frames of Xen itself that a paravirtualised guest has in its tables.
+fn guest_address(memory: &dyn GuestMemory, named: u64) -> Option<Gpa> {
+    let Some(p2m) = memory.p2m() else {
+        return Some(Gpa::new(named));
+    };
+    let frame = p2m.pfn(Mfn::new(named >> P2m::PAGE.shift()))?;
+    frame
+        .gpa(P2m::PAGE)?
+        .checked_add(named & P2m::PAGE.offset_mask())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::X86_64;
+    use crate::KernelVa;
+    use crate::paging::{Paging, Translation};
+    use sonicshot::{
+        Gpa, GuestBytes, GuestMemory, MappedRegions, MemoryError, Mfn, P2m, Pfn, RamLayout,
+    };
+
+    /// Page tables from `(table, index, entry)` lines in 64 KiB of memory.
+    fn tables(entries: &[(u64, u64, u64)]) -> Vec<u8> {
+        let mut ram = vec![0; 0x1_0000];
+        for (table, index, entry) in entries {
+            let at = usize::try_from(table + index * 8).unwrap();
+            ram[at..at + 8].copy_from_slice(&entry.to_le_bytes());
+        }
+        ram
+    }
+
+    fn translate(ram: &[u8], five: bool, va: u64) -> Option<(u64, u64)> {
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+        X86_64::new(Gpa::new(0x1000), five)
+            .translate(&memory, KernelVa::new(va))
+            .unwrap()
+            .map(|Translation { at, len }| (at.raw(), len))
+    }
+
+    #[test]
+    fn walks_four_levels_with_every_page_size() {
+        let ram = tables(&[
+            (0x1000, 511, 0x2063),
+            (0x2000, 510, 0x3063),
+            (0x3000, 0, 0x4063),
+            (0x4000, 5, 0x8000_0000_0009_a163),
+            (0x3000, 1, 0x0120_00e3),
+            (0x2000, 511, 0x8000_00e3),
+        ]);
+        assert_eq!(
+            translate(&ram, false, 0xffff_ffff_8000_5008),
+            Some((0x9_a008, 0xff8))
+        );
+        assert_eq!(
+            translate(&ram, false, 0xffff_ffff_8020_1234),
+            Some((0x0120_1234, 0x20_0000 - 0x1234))
+        );
+        assert_eq!(
+            translate(&ram, false, 0xffff_ffff_c000_0010),
+            Some((0x8000_0010, 0x4000_0000 - 0x10))
+        );
+        assert_eq!(translate(&ram, false, 0xffff_ffff_8000_6000), None);
+        assert_eq!(translate(&ram, false, 0xffff_8000_0000_0000), None);
+    }
+
+    #[test]
+    fn walks_five_levels() {
+        let ram = tables(&[
+            (0x1000, 0x111, 0x2063),
+            (0x2000, 0x1, 0x3063),
+            (0x3000, 0x2, 0x1_4000_00e3),
+        ]);
+        let va = 0xff00_0000_0000_0000 | (0x111 << 48) | (0x1 << 39) | (0x2 << 30) | 0x77;
+        assert_eq!(
+            translate(&ram, true, va),
+            Some((0x1_4000_0077, 0x4000_0000 - 0x77))
+        );
+    }
+
+    #[test]
+    fn a_table_outside_ram_is_an_error() {
+        let ram = tables(&[(0x1000, 0, 0xfff_ffff_f063)]);
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        let walk = X86_64::new(Gpa::new(0x1000), false).translate(&memory, KernelVa::new(0));
+        assert!(walk.is_err());
+    }
+
+    /// Memory whose page tables hold frame numbers of the machine.
+    struct Paravirtualised<'a>(MappedRegions<'a>, P2m);
+
+    impl GuestMemory for Paravirtualised<'_> {
+        fn layout(&self) -> &RamLayout {
+            self.0.layout()
+        }
+        fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+            self.0.read(at, buf)
+        }
+        fn p2m(&self) -> Option<&P2m> {
+            Some(&self.1)
+        }
+    }
+
+    #[test]
+    fn tables_of_a_paravirtualised_guest_hold_machine_frames() {
+        // Guest frame n is machine frame 0x100 - n.
+        let ram = tables(&[
+            (0x1000, 511, 0xfe063),
+            (0x2000, 510, 0xfd063),
+            (0x3000, 0, 0xfc063),
+            (0x3000, 1, 0x200_00e3),
+            (0x4000, 5, 0xf_7163),
+            (0x4000, 6, 0x7163),
+        ]);
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        let frames = (0..16).map(|n| (Pfn::new(n), Mfn::new(0x100 - n)));
+        let large = [(Pfn::new(0x900), Mfn::new(0x2001))];
+        let memory = Paravirtualised(memory, P2m::new(frames.chain(large)).unwrap());
+        let translate = |va| {
+            X86_64::new(Gpa::new(0x1000), false)
+                .translate(&memory, KernelVa::new(va))
+                .unwrap()
+                .map(|Translation { at, len }| (at.raw(), len))
+        };
+        assert_eq!(translate(0xffff_ffff_8000_5008), Some((0x9008, 0xff8)));
+        // A machine frame that is not the guest's.
+        assert_eq!(translate(0xffff_ffff_8000_6000), None);
+        // Of a large page each frame is somewhere else.
+        assert_eq!(translate(0xffff_ffff_8020_1234), Some((0x90_0234, 0xdcc)));
+        assert_eq!(translate(0xffff_ffff_8020_2000), None);
+    }
+}

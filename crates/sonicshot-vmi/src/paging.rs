@@ -1,0 +1,104 @@
+//! The kernel's own address space: virtual to guest-physical.
+
+use crate::{KernelVa, VirtualMemory, VirtualReadError};
+use sonicshot::{Gpa, GuestMemory, MemoryError};
+
+/// How an architecture walks its page tables.
+pub(crate) trait Paging: Send + Sync + core::fmt::Debug {
+    /// Where `at` lies in guest-physical memory, and how many bytes from there on are mapped
+    /// by the same entry; `None` if nothing maps it.
+    fn translate(
+        &self,
+        memory: &dyn GuestMemory,
+        at: KernelVa,
+    ) -> Result<Option<Translation>, MemoryError>;
+}
+
+/// Where a virtual address lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Translation {
+    /// Its guest-physical address.
+    pub at: Gpa,
+    /// How many bytes from there on the same page-table entry maps.
+    pub len: u64,
+}
+
+/// The kernel half of a guest's address space.
+#[derive(Debug)]
+pub(crate) struct AddressSpace<'m> {
+    memory: MemoryRef<'m>,
+    paging: Box<dyn Paging>,
+}
+
+struct MemoryRef<'m>(&'m dyn GuestMemory);
+
+impl core::fmt::Debug for MemoryRef<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        self.0.layout().fmt(f)
+    }
+}
+
+impl<'m> AddressSpace<'m> {
+    pub(crate) fn new(memory: &'m dyn GuestMemory, paging: Box<dyn Paging>) -> Self {
+        Self {
+            memory: MemoryRef(memory),
+            paging,
+        }
+    }
+
+    pub(crate) fn memory(&self) -> &'m dyn GuestMemory {
+        self.memory.0
+    }
+
+    /// Where `at` lies.
+    pub(crate) fn translate(&self, at: KernelVa) -> Result<Translation, VirtualReadError> {
+        match self.paging.translate(self.memory.0, at) {
+            Ok(Some(translation)) => Ok(translation),
+            Ok(None) => Err(VirtualReadError::NotMapped { at }),
+            Err(source) => Err(VirtualReadError::Memory { at, source }),
+        }
+    }
+
+    /// The NUL-terminated string at `at`, at most `max` bytes, as far as it is mapped.
+    pub(crate) fn read_str(&self, at: KernelVa, max: usize) -> Result<String, VirtualReadError> {
+        let mut text = Vec::new();
+        while text.len() < max {
+            let here = u64::try_from(text.len())
+                .ok()
+                .and_then(|offset| at.checked_add(offset))
+                .ok_or(VirtualReadError::NotMapped { at })?;
+            let mut byte = [0];
+            self.read(here, &mut byte)?;
+            match byte {
+                [0] => break,
+                [byte] => text.push(byte),
+            }
+        }
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+impl VirtualMemory for AddressSpace<'_> {
+    fn read(&self, at: KernelVa, buf: &mut [u8]) -> Result<(), VirtualReadError> {
+        let mut at = at;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let Translation { at: gpa, len } = self.translate(at)?;
+            // A mapping longer than the address space is longer than the buffer too.
+            let len = usize::try_from(len).unwrap_or(usize::MAX).min(rest.len());
+            let (now, later) = rest.split_at_mut(len);
+            self.memory
+                .0
+                .read(gpa, now)
+                .map_err(|source| VirtualReadError::Memory { at, source })?;
+            rest = later;
+            if !rest.is_empty() {
+                at = u64::try_from(len)
+                    .ok()
+                    .and_then(|len| at.checked_add(len))
+                    .ok_or(VirtualReadError::NotMapped { at })?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,14 @@
+//! The tests of the crate, one program.
+#![allow(
+    missing_docs,
+    dead_code,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::panic,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "tests may stop anywhere"
+)]
+
+mod core_dump;
+mod image;
