@@ -47,7 +47,7 @@ fn small_ram() -> Vec<u8> {
     (0..128).flat_map(page).collect()
 }
 
-fn name(out: &mut Vec<u8>, name: &str) {
+pub fn name(out: &mut Vec<u8>, name: &str) {
     out.push(u8::try_from(name.len()).unwrap());
     out.extend(name.as_bytes());
 }
@@ -84,7 +84,7 @@ fn stream(ram: &[u8]) -> Vec<u8> {
     out
 }
 
-fn libvirt(format: u8, content: &[u8]) -> Vec<u8> {
+pub fn libvirt(format: u8, content: &[u8]) -> Vec<u8> {
     let xml = b"<domain type='qemu'/>\0";
     let mut out = b"LibvirtQemudSave".to_vec();
     for word in [2, u8::try_from(xml.len()).unwrap(), 1, format, 0] {
@@ -321,8 +321,8 @@ impl Job {
             stdin: self.stdin.map(|name| self.inputs.path(name)),
             folder: work.into(),
             env: vec![("TMPDIR", work.as_os_str().to_owned())],
-            memory: None,
             names_only: self.names_only,
+            ..Spec::default()
         }
     }
 

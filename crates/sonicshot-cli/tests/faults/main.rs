@@ -14,6 +14,7 @@
     reason = "tests say so by panicking"
 )]
 
+mod bounds;
 mod changes;
 #[path = "../common/mod.rs"]
 mod common;

@@ -14,6 +14,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::ptr::null_mut;
+use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 /// A kind of system call, by what it does.
@@ -152,6 +153,10 @@ pub struct Spec {
     pub env: Vec<(&'static str, OsString)>,
     /// The most memory that the process may have of its own, in bytes (`RLIMIT_DATA`).
     pub memory: Option<u64>,
+    /// The longest file that it may write (`RLIMIT_FSIZE`): a write behind that is a signal.
+    pub longest: Option<u64>,
+    /// When it is ended by force.
+    pub patience: Option<Duration>,
     /// The file system knows no files without a name.
     pub names_only: bool,
 }
@@ -171,10 +176,12 @@ pub struct Run {
     pub hit: Option<Kind>,
     /// The most that was resident, in bytes.
     pub peak: u64,
+    pub took: Duration,
+    pub timed_out: bool,
 }
 
 /// The command: this build's, or another.
-fn binary() -> OsString {
+pub fn binary() -> OsString {
     let other = std::env::var_os("SONICSHOT_FAULT_BINARY");
     other.unwrap_or_else(|| env!("CARGO_BIN_EXE_sonicshot").into())
 }
@@ -192,22 +199,21 @@ impl Spec {
             .stdin(stdin.map_or_else(Stdio::null, Stdio::from))
             .stdout(stdout.try_clone().unwrap())
             .stderr(stderr.try_clone().unwrap());
-        let memory = self.memory;
+        let limits = [
+            (libc::RLIMIT_DATA, self.memory),
+            (libc::RLIMIT_FSIZE, self.longest),
+            (libc::RLIMIT_CORE, Some(0)),
+        ];
         let before = move || {
-            if let Some(limit) = memory {
+            for (what, limit) in limits {
+                let Some(limit) = limit else { continue };
                 let limit = libc::rlimit {
                     rlim_cur: limit,
                     rlim_max: limit,
                 };
                 // SAFETY: the structure is valid for the call.
-                check(unsafe { libc::setrlimit(libc::RLIMIT_DATA, &raw const limit) }.into())?;
+                check(unsafe { libc::setrlimit(what, &raw const limit) }.into())?;
             }
-            let none = libc::rlimit {
-                rlim_cur: 0,
-                rlim_max: 0,
-            };
-            // SAFETY: as above.
-            check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) }.into())?;
             if traced {
                 let nothing = null_mut::<c_void>();
                 // SAFETY: PTRACE_TRACEME takes no pointers.
@@ -223,16 +229,39 @@ impl Spec {
     /// Runs it without a tracer.
     pub fn run(&self) -> Run {
         let (mut command, stdout, stderr) = self.command(false);
+        let start = Instant::now();
         let pid = i32::try_from(command.spawn().unwrap().id()).unwrap();
+        let mut timed_out = false;
         let mut status = 0;
         let mut usage = MaybeUninit::<libc::rusage>::zeroed();
-        // SAFETY: both are valid for the call.
-        let waited = unsafe { libc::wait4(pid, &raw mut status, 0, usage.as_mut_ptr()) };
-        assert_eq!(waited, pid);
+        loop {
+            let flags = if self.patience.is_some() && !timed_out {
+                libc::WNOHANG
+            } else {
+                0
+            };
+            // SAFETY: both are valid for the call.
+            let waited = unsafe { libc::wait4(pid, &raw mut status, flags, usage.as_mut_ptr()) };
+            if waited == pid {
+                break;
+            }
+            assert_eq!(waited, 0);
+            if self
+                .patience
+                .is_some_and(|patience| start.elapsed() > patience)
+            {
+                timed_out = true;
+                // SAFETY: no pointers; it has not been waited for, so the number is still its own.
+                unsafe { libc::kill(pid, libc::SIGKILL) };
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
         // SAFETY: all zeroes is a valid value, and the kernel has filled it in.
         let usage = unsafe { usage.assume_init() };
         let mut run = Run::of(status, stdout, stderr);
         run.peak = u64::try_from(usage.ru_maxrss).unwrap() * 1024;
+        run.took = start.elapsed();
+        run.timed_out = timed_out;
         run
     }
 
@@ -276,6 +305,8 @@ impl Run {
             total: 0,
             hit: None,
             peak: 0,
+            took: Duration::ZERO,
+            timed_out: false,
         }
     }
 }
