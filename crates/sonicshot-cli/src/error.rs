@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use sonicshot::checkpoint::CheckpointError;
 use sonicshot::{Gpa, GpaRange, MemoryError, PageClass};
-use sonicshot_dump::{DumpError, KdumpWriteError};
+use sonicshot_dump::{DumpError, KdumpWriteError, SizeLimit};
 use sonicshot_vmi::{Foreign, VmiError};
 use sonicshot_xen_live::{DomainId, LiveError};
 use std::error::Error;
@@ -102,6 +102,13 @@ impl CliError {
                 | DumpError::NoHoles { .. }
                 | DumpError::Changed { .. }
                 | DumpError::Modified { .. }
+                | DumpError::NotFinished { .. }
+                | DumpError::Unsettled { .. }
+                | DumpError::PrunedInPart { .. }
+                | DumpError::TooLong {
+                    by: SizeLimit::Given | SizeLimit::Free,
+                    ..
+                }
                 | DumpError::Exists { .. }
                 | DumpError::SameFile { .. }
                 | DumpError::Kdump {

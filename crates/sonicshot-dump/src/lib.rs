@@ -59,7 +59,7 @@ mod processors;
 mod prune;
 mod snapshot;
 
-pub use backing::spool::Spool;
+pub use backing::spool::{SizeLimit, Spool};
 pub use dump::Dump;
 pub use error::DumpError;
 #[doc(hidden)]

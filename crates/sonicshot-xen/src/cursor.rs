@@ -1,17 +1,17 @@
 //! Reads a file from front to back, and knows where it is for messages.
 
 use crate::{Place, Within, XenError};
-use sonicshot::GuestBytes;
+use sonicshot::FileBytes;
 
 pub(crate) struct Cursor<'a> {
-    data: GuestBytes<'a>,
+    data: FileBytes<'a>,
     pub at: u64,
     /// The part of the file that is being read.
     pub within: Within,
 }
 
 impl<'a> Cursor<'a> {
-    pub(crate) fn new(data: GuestBytes<'a>) -> Self {
+    pub(crate) fn new(data: FileBytes<'a>) -> Self {
         Self {
             data,
             at: 0,
@@ -57,7 +57,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// The next `len` bytes.
-    pub(crate) fn take(&mut self, len: u64) -> Result<GuestBytes<'a>, XenError> {
+    pub(crate) fn take(&mut self, len: u64) -> Result<FileBytes<'a>, XenError> {
         let cut = XenError::Truncated {
             place: self.place(self.at),
             wanted: len,

@@ -3,7 +3,7 @@
 use crate::image::PAGE_DATA;
 use crate::page_data::{Entry, PAGE, PageData};
 use crate::{Record, XenError, XlImage};
-use sonicshot::{Gpa, GpaRange, GuestBytes, PageSize, Pfn, PfnRange, PrunePlan};
+use sonicshot::{FileBytes, Gpa, GpaRange, PageSize, Pfn, PfnRange, PrunePlan};
 
 /// A part of a pruned image.
 #[derive(Debug)]
@@ -87,7 +87,7 @@ impl XlImage {
     /// parsed.
     pub fn pruned<E>(
         &self,
-        data: GuestBytes<'_>,
+        data: FileBytes<'_>,
         dropped: &Dropped,
         failed: impl Fn(XenError) -> E,
         mut each: impl FnMut(Part<'_>) -> Result<(), E>,

@@ -2,10 +2,13 @@
 //! since a guest's memory is not read from front to back.
 
 use crate::DumpError;
-use crate::backing::mapped;
+use crate::backing::plain::content_of;
 use crate::format::libvirt::{Compression, Image};
-use crate::format::qemu::start::MAGIC as MIGRATION;
-use crate::output::scratch;
+use crate::format::qemu::start::{MAGIC as MIGRATION, ram_of_migration};
+use crate::output::{check_stamp, scratch};
+use rustix::fs::fstatvfs;
+use sonicshot::{FileBytes, FileContent, FileStamp};
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
@@ -14,9 +17,50 @@ use std::sync::Arc;
 
 /// Where there may be room for a guest's memory, unlike in `/tmp`.
 const FALLBACK: &str = "/var/tmp";
+/// What may come of a migration file beside the guest's RAM: a tenth of the RAM, for pages that
+/// come twice, or so much for the devices' state.
+const BESIDE_RAM: u64 = 16 << 20;
+/// Of a content that does not say how long it is, so much of the free space is used: one of these
+/// parts.
+const FREE_PARTS: u64 = 2;
 /// Zeroes of this length become a hole.
 const PAGE: usize = 4096;
 const PIECE: usize = 1 << 20;
+
+/// What says how much of a content is taken in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SizeLimit {
+    /// The content's own header, which tells how much RAM the guest has: in bytes.
+    Header {
+        /// The guest's RAM.
+        ram: u64,
+    },
+    /// The caller.
+    Given,
+    /// What is free where it is put: half of that.
+    Free,
+}
+
+impl fmt::Display for SizeLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Header { ram } => write!(
+                f,
+                "its header tells of {ram} bytes of RAM, and beside them a tenth of that or \
+                 {BESIDE_RAM} bytes are allowed"
+            ),
+            Self::Given => f.write_str("no more were allowed"),
+            Self::Free => f.write_str("that is half of what is free where it is put"),
+        }
+    }
+}
+
+/// How many bytes a content may have whose guest has `ram` bytes of RAM: 1.1 times that, and of a
+/// small guest some more.
+fn allowed_beside(ram: u64) -> Option<u64> {
+    ram.checked_add((ram / 10).max(BESIDE_RAM))
+}
 
 /// The content of a dump in a file without a name, which is gone with its last user.
 ///
@@ -40,12 +84,27 @@ impl Spool {
     /// # Errors
     /// [`DumpError::Io`] if it cannot be read, or not be written.
     pub fn from_reader(name: impl AsRef<Path>, reader: impl Read) -> Result<Self, DumpError> {
-        Self::new(name.as_ref(), Path::new(FALLBACK), reader, None)
+        Self::from_reader_up_to(name, reader, None)
+    }
+
+    /// The same of at most `max_size` bytes. Without it, of a migration file as many as the RAM
+    /// that its header tells of, and a tenth or 16 MiB more; of others half of what is free where
+    /// they are put.
+    ///
+    /// # Errors
+    /// [`DumpError::TooLong`] if there are more, and as [`from_reader`](Self::from_reader).
+    pub fn from_reader_up_to(
+        name: impl AsRef<Path>,
+        reader: impl Read,
+        max_size: Option<u64>,
+    ) -> Result<Self, DumpError> {
+        Self::new(name.as_ref(), Path::new(FALLBACK), reader, None, max_size)
     }
 
     /// Decompresses the content of the image in `file`.
     pub(crate) fn decompress(path: &Path, file: &File, image: Image) -> Result<Self, DumpError> {
         let reading = || DumpError::io("reading", path);
+        let before = FileStamp::of(file).map_err(reading())?;
         let original = file.try_clone().map_err(reading())?;
         let mut packed = file.try_clone().map_err(reading())?;
         packed
@@ -57,18 +116,21 @@ impl Spool {
             _ => Path::new("."),
         };
         let original = Some((original, image));
-        match image.compression {
+        let unpacked = match image.compression {
             Some(Compression::Gzip) => {
                 // One stream or several, as gzip itself reads them.
                 let reader = flate2::bufread::MultiGzDecoder::new(packed);
-                Self::new(path, beside, reader, original)
+                Self::new(path, beside, reader, original, None)
             }
             Some(Compression::Zstd) => {
                 let reader = zstd::stream::read::Decoder::with_buffer(packed).map_err(reading())?;
-                Self::new(path, beside, reader, original)
+                Self::new(path, beside, reader, original, None)
             }
-            None => Self::new(path, beside, packed, original),
-        }
+            None => Self::new(path, beside, packed, original, None),
+        };
+        // Before what may come of it: bytes that do not decompress.
+        check_stamp(file, path, before)?;
+        unpacked
     }
 
     fn new(
@@ -76,6 +138,7 @@ impl Spool {
         folder: &Path,
         mut reader: impl Read,
         image: Option<(File, Image)>,
+        max_size: Option<u64>,
     ) -> Result<Self, DumpError> {
         let mut folder =
             std::env::var_os("TMPDIR").map_or_else(|| folder.to_owned(), PathBuf::from);
@@ -87,6 +150,7 @@ impl Spool {
         let file = file.map_err(DumpError::io("creating a temporary file in", &folder))?;
         let mut buffer = vec![0; PIECE];
         let mut at = 0_u64;
+        let mut limit = max_size.map(|max| (max, SizeLimit::Given));
         loop {
             let len = fill(&mut reader, &mut buffer).map_err(|source| {
                 let path = name.to_owned();
@@ -104,9 +168,23 @@ impl Spool {
                     why: "what is compressed in it is no migration file of QEMU's",
                 });
             }
+            let (max, by) = match limit {
+                Some(limit) => limit,
+                None => limit_of(name, piece, &file)
+                    .map_err(DumpError::io("asking for the free space of", &folder))?,
+            };
+            limit = Some((max, by));
+            let end = at.saturating_add(len as u64);
+            if end > max {
+                return Err(DumpError::TooLong {
+                    path: name.to_owned(),
+                    limit: max,
+                    by,
+                });
+            }
             write_used(&file, piece, at)
                 .map_err(DumpError::io("writing a temporary file in", &folder))?;
-            at = at.saturating_add(len as u64);
+            at = end;
             if len < PIECE {
                 break;
             }
@@ -124,10 +202,10 @@ impl Spool {
         &self.0.name
     }
 
-    /// The content, mapped.
-    pub(crate) fn map(&self) -> Result<(File, memmap2::Mmap), DumpError> {
+    /// The content.
+    pub(crate) fn content(&self) -> Result<FileContent, DumpError> {
         let file = self.0.file.try_clone();
-        mapped::map_open_file(
+        content_of(
             &self.0.name,
             file.map_err(DumpError::io("opening", &self.0.name))?,
         )
@@ -137,6 +215,17 @@ impl Spool {
     pub(crate) fn image(&self) -> Option<(&File, Image)> {
         self.0.image.as_ref().map(|(file, image)| (file, *image))
     }
+}
+
+/// How long a content may be that begins with `start` and is put into `file`.
+fn limit_of(name: &Path, start: &[u8], file: &File) -> io::Result<(u64, SizeLimit)> {
+    let ram = ram_of_migration(name, FileBytes::from_slice(start));
+    if let Some((max, ram)) = ram.and_then(|ram| Some((allowed_beside(ram)?, ram))) {
+        return Ok((max, SizeLimit::Header { ram }));
+    }
+    let system = fstatvfs(file)?;
+    let free = system.f_bavail.saturating_mul(system.f_frsize);
+    Ok((free / FREE_PARTS, SizeLimit::Free))
 }
 
 /// Reads until `buffer` is full or there is no more.

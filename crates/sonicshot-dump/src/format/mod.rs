@@ -18,14 +18,17 @@ pub(crate) mod qemu;
 pub(crate) mod raw;
 pub(crate) mod xen;
 
-use crate::backing::mapped::{self, MappedDump};
+use crate::backing::plain::{self, PlainDump, open_content};
 use crate::backing::spool::Spool;
 use crate::layout::LayoutSpec;
+use crate::output::check_stamp;
 use crate::snapshot::{Named, SnapshotFiles};
 use crate::{DumpError, RamBlock};
 use ability::{AsStream, ByCopy, InPlace, Migration, Skeletal};
-use memmap2::Mmap;
-use sonicshot::{Architecture, Fill, GuestBytes, GuestMemory, P2m, PfnRange, Processors};
+use sonicshot::{
+    Architecture, Failure, FileBytes, FileContent, FileStamp, Fill, GuestMemory, P2m, PfnRange,
+    Processors,
+};
 use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -112,8 +115,7 @@ impl Kind {
 pub(crate) struct Source<'a> {
     /// What messages call it.
     pub path: &'a Path,
-    pub file: File,
-    pub map: Mmap,
+    pub content: FileContent,
     /// Where RAM lies, if the caller says.
     pub layout: Option<&'a LayoutSpec>,
     /// Where the content is, if it came through a pipe or was compressed.
@@ -134,11 +136,10 @@ impl<'a> Source<'a> {
         if metadata.len() == 0 {
             return Err(not_a_dump("it is empty"));
         }
-        let (file, map) = mapped::map_file(path)?;
+        let content = open_content(path)?;
         Ok(Self {
             path,
-            file,
-            map,
+            content,
             layout,
             spool: None,
         })
@@ -149,8 +150,8 @@ impl<'a> Source<'a> {
         spool: &'a Spool,
         layout: Option<&'a LayoutSpec>,
     ) -> Result<Self, DumpError> {
-        let (file, map) = spool.map()?;
-        if map.is_empty() {
+        let content = spool.content()?;
+        if content.is_empty() {
             return Err(DumpError::NotADump {
                 path: spool.name().to_owned(),
                 why: "it is empty",
@@ -158,21 +159,29 @@ impl<'a> Source<'a> {
         }
         Ok(Self {
             path: spool.name(),
-            file,
-            map,
+            content,
             layout,
             spool: Some(spool.clone()),
         })
     }
 
+    fn watch(&self) -> Result<Watch, DumpError> {
+        let file = self.content.file().try_clone();
+        Ok(Watch {
+            file: file.map_err(DumpError::io("reading", self.path))?,
+            stamp: self.content.stamp(),
+            failure: self.content.watch(),
+        })
+    }
+
     /// All bytes.
-    pub(crate) fn data(&self) -> GuestBytes<'_> {
-        mapped::whole(&self.map)
+    pub(crate) fn data(&self) -> FileBytes<'_> {
+        self.content.bytes()
     }
 
     /// The length in bytes.
     pub(crate) fn len(&self) -> u64 {
-        self.map.len() as u64
+        self.content.len()
     }
 
     /// The first bytes, if there are so many.
@@ -190,14 +199,14 @@ impl<'a> Source<'a> {
 
     /// What the file takes on disk, in bytes.
     pub(crate) fn on_disk(&self) -> Result<u64, DumpError> {
-        let metadata = self.file.metadata();
+        let metadata = self.content.file().metadata();
         let metadata = metadata.map_err(DumpError::io("reading", self.path))?;
         Ok(metadata.blocks().saturating_mul(512))
     }
 
     /// The file as guest memory, which lies in it as `extents` say.
-    pub(crate) fn mapped(self, extents: Vec<mapped::Extent>) -> Result<MappedDump, DumpError> {
-        MappedDump::new(self.path, self.file, self.map, extents)
+    pub(crate) fn mapped(self, extents: Vec<plain::Extent>) -> Result<PlainDump, DumpError> {
+        PlainDump::new(self.path, self.content, extents)
     }
 }
 
@@ -317,9 +326,31 @@ pub(crate) fn boxed(format: impl Format + 'static) -> Box<dyn Format> {
 
 /// Opens a file of any format, which its content tells.
 pub(crate) fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {
-    match kind_of(&source)? {
+    let (path, watch) = (source.path, source.watch()?);
+    let opened = kind_of(&source).and_then(|kind| match kind {
         Some(kind) => (kind.open)(source),
         None => raw::open(source).map(boxed),
+    });
+    opened.map_err(|error| watch.blame(path, error))
+}
+
+/// A file that is being opened.
+struct Watch {
+    file: File,
+    stamp: FileStamp,
+    failure: Failure,
+}
+
+impl Watch {
+    /// What is wrong with a file that changed meanwhile, or could not be read, says less.
+    fn blame(&self, path: &Path, error: DumpError) -> DumpError {
+        if let Err(changed) = check_stamp(&self.file, path, self.stamp) {
+            return changed;
+        }
+        match self.failure.get() {
+            Some(source) => DumpError::io("reading", path)(source),
+            None => error,
+        }
     }
 }
 

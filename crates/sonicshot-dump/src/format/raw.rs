@@ -1,7 +1,7 @@
 //! Raw guest RAM: the bytes of a memory backend file, a Firecracker memory file, a Cloud
 //! Hypervisor `memory-ranges` file.
 
-use crate::backing::mapped::{Extent, MappedDump};
+use crate::backing::plain::{Extent, PlainDump};
 use crate::format::ability::{ByCopy, Copying, InPlace, Punching};
 use crate::format::{Format, Source};
 use crate::prune::copy::Copier;
@@ -15,7 +15,7 @@ use std::path::Path;
 /// A raw file, mapped.
 #[derive(Debug)]
 pub(crate) struct Raw {
-    pub mapped: MappedDump,
+    pub mapped: PlainDump,
     pub layout: LayoutSpec,
 }
 
@@ -48,7 +48,7 @@ impl Format for Raw {
     }
 
     fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.mapped.check_length()
+        self.mapped.check_unchanged()
     }
 
     fn layout(&self) -> Option<&LayoutSpec> {
@@ -92,7 +92,7 @@ impl ByCopy for Raw {
 }
 
 impl InPlace for Raw {
-    fn source(&self) -> &MappedDump {
+    fn source(&self) -> &PlainDump {
         &self.mapped
     }
 

@@ -5,7 +5,7 @@
 //! file, that nobody else writes it, and that its file system punches holes. From there on each
 //! step leaves a valid dump.
 
-use crate::backing::mapped::MappedDump;
+use crate::backing::plain::PlainDump;
 use crate::in_use as live;
 use crate::prune::holes::{
     PruneOptions, Run, block_size, join, smallest_hole, stretches_without, whole_blocks,
@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use sonicshot::Progress;
 use sonicshot::PrunePlan;
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
@@ -110,10 +111,19 @@ fn worth_punching(
     holes
 }
 
+/// A prune that fails has left a valid dump.
+fn in_part<'a>(action: &'static str, path: &'a Path) -> impl Fn(io::Error) -> DumpError + use<'a> {
+    move |source| DumpError::PrunedInPart {
+        action,
+        path: path.to_owned(),
+        source,
+    }
+}
+
 /// First nobody may look for the pages any more: then what is left of them is as good as gone,
 /// whatever happens.
 fn write_marks(file: &File, path: &Path, marks: &[(u64, Vec<u8>)]) -> Result<(), DumpError> {
-    let writing = || DumpError::io("writing", path);
+    let writing = || in_part("writing", path);
     for (offset, bitmap) in marks {
         file.write_all_at(bitmap, *offset).map_err(writing())?;
     }
@@ -140,23 +150,23 @@ fn punch_all(
         progress(done, total);
     }
     if !holes.is_empty() {
-        file.sync_all().map_err(DumpError::io("writing", path))?;
+        file.sync_all().map_err(in_part("writing", path))?;
     }
     Ok(holes.len() as u64)
 }
 
 /// Refuses a file that is not as it was when it was opened, or that somebody writes.
-fn check_unchanged(dump: &MappedDump, options: &PruneOptions) -> Result<(), DumpError> {
+fn check_unchanged(dump: &PlainDump, options: &PruneOptions) -> Result<(), DumpError> {
     dump.check_length()?;
     if !options.live_ok {
-        dump.check_unmodified()?;
+        dump.check_unchanged()?;
         live::check(dump.file(), dump.path())?;
     }
     Ok(())
 }
 
 /// Opens the file that was classified for writing, right before it is changed.
-fn open_to_change(dump: &MappedDump, options: &PruneOptions) -> Result<File, DumpError> {
+fn open_to_change(dump: &PlainDump, options: &PruneOptions) -> Result<File, DumpError> {
     let path = dump.path();
     check_unchanged(dump, options)?;
     let file = OpenOptions::new()
@@ -188,7 +198,7 @@ struct Data<'a> {
 }
 
 impl<'a> Data<'a> {
-    fn of(dump: &'a MappedDump, system: &StatFs) -> Self {
+    fn of(dump: &'a PlainDump, system: &StatFs) -> Self {
         /// `include/uapi/linux/magic.h`: tmpfs, ramfs, hugetlbfs.
         const IN_MEMORY: [u32; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
         // Magic numbers have 32 bits, whatever the type.
@@ -259,7 +269,7 @@ fn probe(file: &File, path: &Path, file_len: u64, block: u64) -> Result<(), Dump
     };
     match punch(file, path, behind, block) {
         // A file as long as the file system allows.
-        Err(DumpError::Io { source, .. })
+        Err(DumpError::PrunedInPart { source, .. })
             if source.raw_os_error() == Some(Errno::FBIG.raw_os_error()) =>
         {
             Ok(())
@@ -278,7 +288,7 @@ fn punch(file: &File, path: &Path, offset: u64, len: u64) -> Result<(), DumpErro
                 path: path.into(),
                 source: error.into(),
             }),
-            Err(error) => Err(DumpError::io("punching a hole into", path)(error.into())),
+            Err(error) => Err(in_part("punching a hole into", path)(error.into())),
         };
     }
 }

@@ -64,12 +64,15 @@ impl Dump {
         let files = self.files();
         let (goes, mut stats) = self.begin(plan, &files)?;
         let output = Output::create(out, &files)?;
-        format.copy(Copying {
-            goes: &goes,
-            output: &output,
-            stats: &mut stats,
-            progress,
-        })?;
+        format
+            .copy(Copying {
+                goes: &goes,
+                output: &output,
+                stats: &mut stats,
+                progress,
+            })
+            .map_err(|error| self.blame(error))?;
+        self.check_unchanged()?;
         stats.disk_after = output.finish()?;
         Ok(stats)
     }
@@ -91,7 +94,9 @@ impl Dump {
         self.check_unchanged()?;
         let (goes, mut stats) = self.begin(plan, &[self.file()])?;
         format.count(&goes, &mut stats);
-        stats.disk_after = stream::write(format, &goes, self.path(), &mut out, progress)?;
+        let written = stream::write(format, &goes, self.path(), &mut out, progress);
+        stats.disk_after = written.map_err(|error| self.blame(error))?;
+        self.check_unchanged()?;
         Ok(stats)
     }
 }

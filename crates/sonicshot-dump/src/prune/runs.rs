@@ -1,12 +1,12 @@
 //! Which stretches of a file a plan drops.
 
 use crate::DumpError;
-use crate::backing::mapped::MappedDump;
+use crate::backing::plain::PlainDump;
 use crate::prune::holes::Run;
 use sonicshot::PrunePlan;
 
 /// The dropped stretches of a raw file; neighbours in the file are joined.
-pub(crate) fn file_runs(dump: &MappedDump, plan: &PrunePlan) -> Result<Vec<Run>, DumpError> {
+pub(crate) fn file_runs(dump: &PlainDump, plan: &PrunePlan) -> Result<Vec<Run>, DumpError> {
     let mut runs: Vec<Run> = Vec::new();
     for extent in dump.extents() {
         for dropped in plan.dropped_in(extent.guest) {

@@ -2,7 +2,7 @@
 //! into a compressor, or into a pipe.
 
 use crate::DumpError;
-use crate::backing::mapped::MappedDump;
+use crate::backing::plain::PlainDump;
 use crate::format::ability::{AsStream, Copying, Part};
 use crate::format::libvirt::Compression;
 use crate::output::Output;
@@ -116,7 +116,7 @@ fn write_stream(
 }
 
 /// Adds `len` bytes of the dump's file to `out`.
-fn append(dump: &MappedDump, from: u64, len: u64, out: &mut Vec<u8>) -> Result<(), DumpError> {
+fn append(dump: &PlainDump, from: u64, len: u64, out: &mut Vec<u8>) -> Result<(), DumpError> {
     let start = usize::try_from(from).unwrap_or(usize::MAX);
     let size = usize::try_from(len).unwrap_or(usize::MAX);
     let beyond = || DumpError::malformed(dump.path(), "a stretch beyond the end", from, len);

@@ -137,7 +137,6 @@ pub fn write_kdump(
     let mut dumped = Bitmap::new(bitmap_len)?;
     let mut kept_bytes = 0_u64;
     let mut stats = KdumpWriteStats::default();
-    let mut chunks = Vec::new();
     for region in &regions {
         present.set(*region, page.shift());
         for dropped in plan.dropped_in(*region) {
@@ -147,12 +146,6 @@ pub fn write_kdump(
         for kept in plan.kept_in(*region) {
             kept_bytes = kept_bytes.saturating_add(kept.len());
             dumped.set(kept, page.shift());
-            let mut start = kept.start();
-            while let Some(at) = start.checked_add(CHUNK).filter(|at| *at < kept.end()) {
-                chunks.push(GpaRange::new(start, at));
-                start = at;
-            }
-            chunks.push(GpaRange::new(start, kept.end()));
         }
     }
 
@@ -168,8 +161,16 @@ pub fn write_kdump(
         .threads
         .map_or(1, NonZeroUsize::get)
         .min(MAX_THREADS);
-    for round in chunks.chunks(threads.saturating_mul(CHUNKS)) {
-        for packed in compress_all(memory, round, block, options.compression, threads) {
+    let mut chunks = chunks_of(&regions, plan);
+    loop {
+        let round: Vec<_> = chunks
+            .by_ref()
+            .take(threads.saturating_mul(CHUNKS))
+            .collect();
+        if round.is_empty() {
+            break;
+        }
+        for packed in compress_all(memory, &round, block, options.compression, threads) {
             let packed = packed?;
             let mut descriptors = Vec::with_capacity(packed.pages.len().saturating_mul(24));
             let mut at = data_at;
@@ -206,8 +207,8 @@ pub fn write_kdump(
     }
     stats.file_len = data_at;
 
-    file.write_all_at(&present.0, present_at)?;
-    file.write_all_at(&dumped.0, dumped_at)?;
+    present.write_at(file, present_at, bitmap_len)?;
+    dumped.write_at(file, dumped_at, bitmap_len)?;
     let sizes = Sizes {
         block: u32::try_from(block).unwrap_or(0),
         sub_blocks: small("notes", sub_blocks)?,
@@ -327,30 +328,69 @@ fn phys_base(vmcoreinfo: &[u8]) -> u64 {
         .map_or(0, i64::cast_unsigned)
 }
 
-/// One bit for each frame.
-struct Bitmap(Vec<u8>);
+/// One bit for each frame, in pieces: one in which no frame is set, or every one, takes no memory,
+/// so that it is bounded by the stretches of frames and not by their number.
+struct Bitmap(Vec<Piece>);
+
+/// How many bytes of a bitmap are a piece.
+const PIECE: usize = 4096;
+/// Frames that a piece has a bit for.
+const PIECE_FRAMES: u64 = 8 * PIECE as u64;
+
+/// A piece whose bytes are all the same has none of its own.
+#[derive(Clone, Default)]
+struct Piece {
+    fill: u8,
+    bytes: Option<Box<[u8; PIECE]>>,
+}
+
+impl Piece {
+    fn bytes(&mut self) -> &mut [u8; PIECE] {
+        let fill = self.fill;
+        self.bytes.get_or_insert_with(|| Box::new([fill; PIECE]))
+    }
+
+    fn set_all(&mut self) {
+        self.fill = 0xff;
+        self.bytes = None;
+    }
+}
 
 impl Bitmap {
     fn new(len: u64) -> Result<Self, KdumpWriteError> {
         let what = "bitmaps";
-        let len =
-            usize::try_from(len).map_err(|_| KdumpWriteError::TooLarge { what, value: len })?;
-        Ok(Self(vec![0; len]))
+        let pieces = usize::try_from(len.div_ceil(PIECE as u64));
+        let pieces = pieces.map_err(|_| KdumpWriteError::TooLarge { what, value: len })?;
+        Ok(Self(vec![Piece::default(); pieces]))
+    }
+
+    fn piece(&mut self, frame: u64) -> Option<&mut Piece> {
+        self.0.get_mut(usize::try_from(frame / PIECE_FRAMES).ok()?)
     }
 
     fn byte(&mut self, frame: u64) -> Option<&mut u8> {
-        self.0.get_mut(usize::try_from(frame >> 3).ok()?)
+        let inside = usize::try_from((frame % PIECE_FRAMES) >> 3).ok()?;
+        self.piece(frame)?.bytes().get_mut(inside)
     }
 
     fn set(&mut self, range: GpaRange, shift: u32) {
         let mut frame = range.start().raw() >> shift;
         let end = range.end().raw() >> shift;
         while frame < end {
-            let whole = frame.is_multiple_of(8) && end.saturating_sub(frame) >= 8;
+            let whole = |count| frame.is_multiple_of(count) && end.saturating_sub(frame) >= count;
+            if whole(PIECE_FRAMES) {
+                let Some(piece) = self.piece(frame) else {
+                    return;
+                };
+                piece.set_all();
+                frame = frame.saturating_add(PIECE_FRAMES);
+                continue;
+            }
+            let eight = whole(8);
             let Some(byte) = self.byte(frame) else {
                 return;
             };
-            if whole {
+            if eight {
                 *byte = 0xff;
                 frame = frame.saturating_add(8);
             } else {
@@ -366,6 +406,41 @@ impl Bitmap {
             *byte &= !(1 << (frame & 7));
         }
     }
+
+    /// Writes the bitmap, of `len` bytes, to an empty stretch of a file, which is zero.
+    fn write_at(&self, file: &File, at: u64, len: u64) -> io::Result<()> {
+        let mut offset = 0_u64;
+        for piece in &self.0 {
+            let end = offset.saturating_add(PIECE as u64).min(len);
+            let size = usize::try_from(end.saturating_sub(offset)).unwrap_or(PIECE);
+            let same = [piece.fill; PIECE];
+            let bytes = piece.bytes.as_deref().unwrap_or(&same);
+            // What is zero stays a hole.
+            if piece.bytes.is_some() || piece.fill != 0 {
+                let bytes = bytes.get(..size).unwrap_or_default();
+                file.write_all_at(bytes, at.saturating_add(offset))?;
+            }
+            offset = end;
+        }
+        Ok(())
+    }
+}
+
+/// The parts of all kept memory, none longer than [`CHUNK`], lowest first.
+fn chunks_of<'a>(
+    regions: &'a [GpaRange],
+    plan: &'a PrunePlan,
+) -> impl Iterator<Item = GpaRange> + 'a {
+    let kept = regions.iter().flat_map(|region| plan.kept_in(*region));
+    kept.flat_map(|kept| {
+        let mut start = kept.start();
+        std::iter::from_fn(move || {
+            let next = start.checked_add(CHUNK).unwrap_or(kept.end());
+            let chunk = GpaRange::new(start, next.min(kept.end()));
+            start = chunk.end();
+            (!chunk.is_empty()).then_some(chunk)
+        })
+    })
 }
 
 /// How a page goes into the file.

@@ -4,7 +4,7 @@ use crate::output::{Output, Target};
 use crate::prune::copy::COPY;
 use crate::{DumpError, Overwrite};
 use sonicshot::Progress;
-use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, PageSize, Pfn, PfnRange};
+use sonicshot::{FileBytes, Gpa, GpaRange, GuestMemory, MemoryError, PageSize, Pfn, PfnRange};
 use sonicshot_xen::{Joined, Skeleton};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -27,7 +27,7 @@ impl XlSkeleton {
     /// # Errors
     /// [`DumpError::Xen`] if it is none.
     pub fn parse(path: &Path, bytes: Vec<u8>) -> Result<Self, DumpError> {
-        let parsed = Skeleton::parse(GuestBytes::from_slice(&bytes));
+        let parsed = Skeleton::parse(FileBytes::from_slice(&bytes));
         let skeleton = parsed.map_err(|source| DumpError::Xen {
             path: path.to_owned(),
             source,
@@ -88,7 +88,7 @@ impl XlSkeleton {
         let with_content = self.skeleton.frames().filter(|(_, has)| *has).count() as u64;
         let total = with_content.saturating_mul(PAGE.bytes());
         let mut done = 0_u64;
-        let data = GuestBytes::from_slice(&self.bytes);
+        let data = FileBytes::from_slice(&self.bytes);
         let failed = |source| DumpError::Xen {
             path: self.path.clone(),
             source,
