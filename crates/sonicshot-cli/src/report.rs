@@ -1,6 +1,7 @@
 //! Numbers for people, and progress.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use sonicshot_offline::{ByteSize, Note};
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::sync::OnceLock;
@@ -15,6 +16,17 @@ macro_rules! say {
 }
 pub(crate) use say;
 
+/// Prints a line to standard error, as `eprintln!` does, but without a panic if it fails: the exit
+/// code tells what came of the work.
+macro_rules! complain {
+    ($($arg:tt)*) => { $crate::report::print_error_line(format_args!($($arg)*)) };
+}
+pub(crate) use complain;
+
+pub(crate) fn print_error_line(line: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
+}
+
 /// Standard output takes a dump: what is said goes to standard error.
 static OUTPUT_IS_DUMP: AtomicBool = AtomicBool::new(false);
 
@@ -25,7 +37,7 @@ pub(crate) fn say_to_stderr() {
 
 pub(crate) fn print_line(line: fmt::Arguments<'_>) {
     if OUTPUT_IS_DUMP.load(Ordering::Relaxed) {
-        eprintln!("{line}");
+        complain!("{line}");
         return;
     }
     if let Err(error) = writeln!(io::stdout().lock(), "{line}") {
@@ -35,27 +47,26 @@ pub(crate) fn print_line(line: fmt::Arguments<'_>) {
 }
 
 /// What went wrong with standard output, unless its reader just wanted no more (`| head`).
-pub(crate) fn output_error() -> Option<&'static io::Error> {
-    OUTPUT_ERROR
-        .get()
-        .filter(|error| error.kind() != io::ErrorKind::BrokenPipe)
+pub(crate) fn output_error() -> Option<io::Error> {
+    let error = OUTPUT_ERROR.get()?;
+    if error.kind() == io::ErrorKind::BrokenPipe {
+        return None;
+    }
+    // In the operating system's words, which a kind alone may not have.
+    Some(match error.raw_os_error() {
+        Some(number) => io::Error::from_raw_os_error(number),
+        None => error.kind().into(),
+    })
 }
 
 /// Bytes as people read them: `449.5 MiB`.
 pub(crate) fn size(bytes: u64) -> String {
-    const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
-    if bytes < 1024 {
-        return format!("{bytes} B");
-    }
-    // Exact enough for a display.
-    #[allow(clippy::cast_precision_loss, reason = "four digits are shown")]
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    format!("{value:.1} {}", UNITS.get(unit).unwrap_or(&""))
+    ByteSize(bytes).to_string()
+}
+
+/// Notes as JSON has them: a text for each.
+pub(crate) fn lines(notes: &[Note]) -> Vec<String> {
+    notes.iter().map(Note::to_string).collect()
 }
 
 /// `part` of `whole` in percent.

@@ -110,6 +110,11 @@ impl FileContent {
         })
     }
 
+    /// Notes something else that went wrong with the file.
+    pub fn fail(&self, error: io::Error) {
+        let _ = self.failed.0.set(error);
+    }
+
     /// What went wrong first, where it could only be told as bytes that are not there.
     #[must_use]
     pub fn failure(&self) -> Option<io::Error> {

@@ -1,15 +1,15 @@
 //! `sonicshot xen save`.
 
-use super::packed;
 use super::xl::{self, Xl};
 use crate::args::XenSaveArgs;
-use crate::checkpoint::overwrite;
 use crate::error::CliError;
-use crate::report::{percent, progress_bar, say, size};
+use crate::output::overwrite;
+use crate::report::{complain, percent, progress_bar, say, size};
 use indicatif::ProgressBar;
 use serde_json::json;
 use sonicshot::{DropClasses, GuestMemory, PageSize, PrunePlan};
 use sonicshot_dump::{Dump, NewFile};
+use sonicshot_offline::packed;
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
 use sonicshot_xen_live::{DomainId, FrameRuns, LiveDomain, SaveFilter, Xen, path_of};
 use std::fs::File;
@@ -154,7 +154,7 @@ fn write(
     let (mut from, to) = io::pipe().map_err(writing)?;
     thread::scope(|scope| {
         let packing = scope.spawn(move || {
-            let packed = packed::compress(how, &mut from, out.file());
+            let packed = packed::compress(how.into(), &mut from, out.file());
             if packed.is_err() {
                 // A broken pipe would end xl before it can resume the domain.
                 let _ = io::copy(&mut from, &mut io::sink());
@@ -266,7 +266,7 @@ fn reason(saved: &Saved) -> Option<String> {
 
 fn print_summary(args: &XenSaveArgs, saved: &Saved) {
     if let Some(reason) = reason(saved) {
-        eprintln!("warning: nothing was left out, this is a full image: {reason}");
+        complain!("warning: nothing was left out, this is a full image: {reason}");
     }
     let seconds = saved.complete.duration_since(saved.started).as_secs_f64();
     let looked = saved.looked.as_ref();
@@ -274,7 +274,7 @@ fn print_summary(args: &XenSaveArgs, saved: &Saved) {
         && let Ok(look) = &looked.result
     {
         for note in &look.notes {
-            eprintln!("note: {note}");
+            complain!("note: {note}");
         }
         let dropped = look.frames.len();
         say!(

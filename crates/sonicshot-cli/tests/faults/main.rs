@@ -16,7 +16,7 @@
 
 mod bounds;
 mod changes;
-#[path = "../common/mod.rs"]
+#[path = "../it/common/mod.rs"]
 mod common;
 mod inject;
 mod inputs;

@@ -190,6 +190,14 @@ impl PlainDump {
         }
     }
 
+    /// Some file systems do not tell of holes; others fail.
+    fn cannot_tell<T>(&self, error: Errno) -> Option<T> {
+        if ![Errno::INVAL, Errno::OPNOTSUPP, Errno::NOSYS].contains(&error) {
+            self.content.fail(error.into());
+        }
+        None
+    }
+
     /// The stretches of the file that hold data, by the file system; `None` if it cannot tell.
     pub(crate) fn data_stretches(&self) -> Option<&[(u64, u64)]> {
         self.data
@@ -202,9 +210,12 @@ impl PlainDump {
                         Ok(start) => start,
                         // No more data.
                         Err(Errno::NXIO) => break,
-                        Err(_) => return None,
+                        Err(error) => return self.cannot_tell(error),
                     };
-                    let end = seek(self.file(), SeekFrom::Hole(start)).ok()?;
+                    let end = match seek(self.file(), SeekFrom::Hole(start)) {
+                        Ok(end) => end,
+                        Err(error) => return self.cannot_tell(error),
+                    };
                     if end <= start || found.len() >= MAX_FILE_EXTENTS {
                         return None;
                     }
