@@ -137,7 +137,7 @@ fn stream_of(len: u64, pages: impl Iterator<Item = Vec<u8>>) -> impl Iterator<It
     let pages = (0_u64..).zip(pages).map(|(number, page)| {
         let (again, zero) = (u64::from(number > 0) << 5, page.is_empty());
         let flags = if zero { 2 } else { 8 };
-        let mut out = (number * PAGE | flags | again).to_be_bytes().to_vec();
+        let mut out = ((number * PAGE) | flags | again).to_be_bytes().to_vec();
         if number == 0 {
             name(&mut out, "pc.ram");
         }

@@ -16,7 +16,7 @@
 
 mod bounds;
 mod changes;
-#[path = "../it/common/mod.rs"]
+#[path = "../it/common.rs"]
 mod common;
 mod inject;
 mod inputs;
