@@ -3,8 +3,8 @@
 use crate::{GuestOptions, Inconsistency, Note, OnInconsistency, VmiError, ZoneReport};
 use crate::{mark_zero_pages, open_guest};
 use sonicshot::{
-    ClassCounts, Fill, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, PfnRange,
-    PrunePlan, PrunePolicy,
+    Architecture, ClassCounts, Fill, GpaRange, GuestMemory, MemoryError, PageClass, PageMap,
+    PageSize, PfnRange, PrunePlan, PrunePolicy,
 };
 
 /// How a guest is looked at; by default nothing is known of it, a guest that contradicts itself is
@@ -81,6 +81,8 @@ pub struct GuestFacts {
     pub build_id: Option<Vec<u8>>,
     /// Where the kernel was found, then every source of symbols and types in use.
     pub symbol_sources: Vec<String>,
+    /// What its processors are.
+    pub architecture: Architecture,
     /// The guest's page size.
     pub page_size: PageSize,
 }
@@ -228,7 +230,9 @@ pub fn analyze(memory: &dyn GuestMemory, options: &AnalysisOptions) -> Result<An
 mod tests {
     use super::{Analysis, GuestFacts, Parts};
     use crate::Classification;
-    use sonicshot::{Fill, Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn, PfnRange, RamLayout};
+    use sonicshot::{
+        Architecture, Fill, Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn, PfnRange, RamLayout,
+    };
 
     #[test]
     fn keep_takes_back_the_kernels_word_and_nothing_else() {
@@ -246,6 +250,7 @@ mod tests {
                 vmcoreinfo: None,
                 build_id: None,
                 symbol_sources: Vec::new(),
+                architecture: Architecture::X86_64,
                 page_size: PageSize::SIZE_4K,
             },
             pages: Classification {

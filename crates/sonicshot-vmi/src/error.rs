@@ -115,6 +115,14 @@ pub enum VmiError {
         .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
     )]
     LaterOwner(Vec<Trace>),
+    /// Nothing in the memory would show whether the machine was reset since.
+    #[error("nothing tells whether kernel {kernel} still owns the memory: {why}")]
+    OwnerUntold {
+        /// The release of the kernel that was found.
+        kernel: String,
+        /// Why not.
+        why: String,
+    },
     /// The sources of truth about free pages disagree by more than a stopped processor explains.
     #[error("{0}")]
     Inconsistent(Box<Inconsistency>),

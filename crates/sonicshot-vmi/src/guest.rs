@@ -1,10 +1,10 @@
 //! A Linux guest: its kernel found, its symbols gathered, its pages classified.
 
 use crate::analysis::{Analysis, AnalysisOptions, GuestFacts, Parts};
-use crate::arch::x86_64::e820;
+use crate::arch::{self, Cr3};
 use crate::discover::{self, Found, Tried};
 use crate::error::VmiError;
-use crate::kernel::Kernel;
+use crate::kernel::{Build, Kernel};
 use crate::mm::classify::{Inconsistency, ZoneReport, scan};
 use crate::mm::iomem;
 use crate::mm::mem_map::MemMap;
@@ -13,7 +13,7 @@ use crate::mm::zone::Zones;
 use crate::note::{Note, TracesSought};
 use crate::os::GuestOs;
 use crate::owner::alive;
-use crate::owner::processors::{Cr3, Owners, Verdict};
+use crate::owner::processors::{Owners, Verdict};
 use crate::owner::{self, Owner};
 use crate::place::{self, PlaceEvidence};
 use crate::symbols::{self, Kallsyms, SymbolSource};
@@ -106,12 +106,28 @@ pub struct Classification {
 #[derive(Debug)]
 pub struct LinuxGuest<'m> {
     pub(crate) kernel: Kernel<'m>,
-    page_size: PageSize,
     origin: String,
     banner: Option<String>,
     owners: Owners,
     /// What the memory shows of a later owner, where nothing is told of processors.
     traces: Option<Owner>,
+}
+
+/// What there is to say of a kernel that owns the memory.
+#[derive(Default)]
+struct Owned {
+    note: Option<Note>,
+    /// Memory that may have another owner all the same.
+    in_question: Vec<GpaRange>,
+}
+
+impl Owned {
+    fn noted(note: Note) -> Self {
+        Self {
+            note: Some(note),
+            in_question: Vec::new(),
+        }
+    }
 }
 
 impl<'m> LinuxGuest<'m> {
@@ -186,13 +202,13 @@ impl<'m> LinuxGuest<'m> {
         let at = root.map_or_else(String::new, |root| {
             format!(", its page tables at {}", root.at)
         });
-        format!("{} ({}{at})", self.kernel.release, self.origin)
+        format!("{} ({}{at})", self.kernel.build.release, self.origin)
     }
 
     /// Whether all processors that count run on this kernel.
     fn is_run_by_all(&self) -> bool {
         let check = || {
-            let map = MemMap::new(&self.kernel, self.page_size)?;
+            let map = MemMap::new(&self.kernel)?;
             let zones = Zones::new(&self.kernel)?;
             self.owners.check(&self.kernel, &map, &zones)
         };
@@ -206,18 +222,23 @@ impl<'m> LinuxGuest<'m> {
             files.push(symbols::open_symbol_file(path)?);
         }
         let Found {
+            architecture,
             space,
             vmcoreinfo,
             kaslr,
             origin,
             ..
         } = found;
-        let page_size = match vmcoreinfo.page_size() {
-            Some(bytes) => PageSize::new(bytes).ok_or_else(|| VmiError::Unsupported {
+        let arch = arch::by_name(architecture)?;
+        let bytes = vmcoreinfo.page_size().ok_or_else(|| VmiError::Missing {
+            what: "PAGESIZE".into(),
+            sources: origin.clone(),
+        })?;
+        let page_size = PageSize::new(bytes)
+            .filter(|size| arch.has_page_size(*size))
+            .ok_or_else(|| VmiError::Unsupported {
                 what: format!("pages of {bytes} bytes"),
-            })?,
-            None => PageSize::SIZE_4K,
-        };
+            })?;
         let release = vmcoreinfo.osrelease().unwrap_or_default().to_owned();
         let stext = vmcoreinfo
             .symbol("_stext")
@@ -226,9 +247,15 @@ impl<'m> LinuxGuest<'m> {
                 what: "symbol _stext".into(),
                 sources: origin.clone(),
             })?;
-        let image = discover::image_range(&space, stext);
+        let image = discover::image_range(arch, &space, stext);
         let kallsyms = Kallsyms::find(&space, &vmcoreinfo, image);
-        let mut kernel = Kernel::new(space, release, kaslr);
+        let build = Build {
+            architecture,
+            page_size,
+            release,
+            kaslr,
+        };
+        let mut kernel = Kernel::new(space, build);
         for file in files {
             kernel.add(file);
         }
@@ -241,7 +268,6 @@ impl<'m> LinuxGuest<'m> {
         }
         let mut guest = Self {
             kernel,
-            page_size,
             origin,
             banner: None,
             owners,
@@ -290,7 +316,7 @@ impl<'m> LinuxGuest<'m> {
         let guest_name = || {
             self.banner
                 .clone()
-                .unwrap_or_else(|| self.kernel.release.clone())
+                .unwrap_or_else(|| self.kernel.build.release.clone())
         };
         let info = self.kernel.vmcoreinfo.as_ref();
         let hex = |id: &[u8]| {
@@ -351,7 +377,7 @@ impl<'m> LinuxGuest<'m> {
     /// The kernel's release, such as `6.1.0-37-cloud-amd64`.
     #[must_use]
     pub fn release(&self) -> &str {
-        &self.kernel.release
+        &self.kernel.build.release
     }
 
     /// The kernel's banner (`Linux version …`), if it could be read.
@@ -378,7 +404,7 @@ impl<'m> LinuxGuest<'m> {
     /// The guest's page size.
     #[must_use]
     pub fn page_size(&self) -> PageSize {
-        self.page_size
+        self.kernel.build.page_size
     }
 
     /// Where VMCOREINFO came from, then every source of symbols and types in use.
@@ -400,7 +426,7 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if the kernel's memory map cannot be read.
     pub fn struct_page_memory(&self) -> Result<Vec<GpaRange>, VmiError> {
-        let mem_map = MemMap::new(&self.kernel, self.page_size)?;
+        let mem_map = MemMap::new(&self.kernel)?;
         Ok(mem_map.own_memory().collect())
     }
 
@@ -411,10 +437,7 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if the map cannot be read or is not one.
     pub fn e820(&self) -> Result<Option<Vec<GpaRange>>, VmiError> {
-        match e820::usable_ram(&self.kernel, e820::FIRMWARE)? {
-            None => e820::usable_ram(&self.kernel, e820::OWN),
-            found => Ok(found),
-        }
+        arch::of(&self.kernel)?.boot_ram(&self.kernel)
     }
 
     /// Where the kernel maps all of memory, from guest-physical 0 on, if its symbols tell
@@ -423,10 +446,7 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if it cannot be read.
     pub fn direct_map(&self) -> Result<Option<KernelVa>, VmiError> {
-        self.kernel
-            .symbol("page_offset_base")?
-            .map(|at| self.kernel.read_ptr("page_offset_base", at))
-            .transpose()
+        arch::of(&self.kernel)?.direct_map(&self.kernel)
     }
 
     /// What the content of each of `ranges` of memory says about whether it lies there: for a
@@ -435,18 +455,20 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if the kernel's page tables have memory elsewhere, or reading fails.
     pub fn evidence_of_places(&self, ranges: &[GpaRange]) -> Result<Vec<PlaceEvidence>, VmiError> {
-        place::evidence(&self.kernel, self.page_size, self.direct_map()?, ranges)
+        place::evidence(&self.kernel, self.direct_map()?, ranges)
     }
 
     /// The memory that has struct pages: all that the kernel has ever taken for memory, of whatever
-    /// device, in whole sections (of 128 MiB).
+    /// device, in whole sections (of 128 MiB on x86-64).
     ///
     /// # Errors
     /// [`VmiError`] if the kernel's memory map cannot be read.
     pub fn known_memory(&self) -> Result<Vec<GpaRange>, VmiError> {
-        let mem_map = MemMap::new(&self.kernel, self.page_size)?;
+        let mem_map = MemMap::new(&self.kernel)?;
         let frames = mem_map.spans().iter().map(|span| span.frames);
-        Ok(frames.filter_map(|f| f.gpa_range(self.page_size)).collect())
+        Ok(frames
+            .filter_map(|f| f.gpa_range(self.kernel.build.page_size))
+            .collect())
     }
 
     /// RAM by the kernel's own tree of resources (`System RAM` in `/proc/iomem`), memory that was
@@ -466,14 +488,22 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError::NotOwner`] if a processor runs on page tables of something else,
     /// [`VmiError::LaterOwner`] if the memory bears traces of a later owner,
+    /// [`VmiError::OwnerUntold`] if it would bear none of a reset,
     /// [`VmiError::Inconsistent`] if the sources of truth disagree, [`VmiError::Missing`] if a
     /// symbol or member that decides about a page is known to no source, and what reading gives.
     pub fn classify(&self, on: OnInconsistency) -> Result<Classification, VmiError> {
-        let mem_map = MemMap::new(&self.kernel, self.page_size)?;
+        // Records of a kernel that is gone may be gone as well, which is no answer.
+        if let Some(owner) = &self.traces
+            && !owner.traces.is_empty()
+            && on == OnInconsistency::Refuse
+        {
+            return Err(VmiError::LaterOwner(owner.traces.clone()));
+        }
+        let mem_map = MemMap::new(&self.kernel)?;
         let layout = PageLayout::new(&self.kernel, mem_map.stride)?;
         let zones = Zones::new(&self.kernel)?;
-        let owner_note = self.owner_note(&mem_map, &zones, on)?;
-        let scan = scan(&self.kernel, &mem_map, &layout, &zones)?;
+        let owner = self.owner(&mem_map, &zones, on)?;
+        let mut scan = scan(&self.kernel, &mem_map, &layout, &zones)?;
         if scan.fatal
             && on == OnInconsistency::Refuse
             && let Some(inconsistency) = scan.disagreement
@@ -481,7 +511,8 @@ impl<'m> LinuxGuest<'m> {
             return Err(VmiError::Inconsistent(Box::new(inconsistency)));
         }
         let mut notes = scan.notes;
-        notes.extend(owner_note);
+        notes.extend(owner.note);
+        notes.extend(self.keep(&mut scan.map, &owner.in_question));
         if let Some(inconsistency) = &scan.disagreement {
             notes.push(Note::Disagreement(Box::new(inconsistency.clone())));
         }
@@ -497,31 +528,60 @@ impl<'m> LinuxGuest<'m> {
     }
 
     /// Refuses a kernel that does not own the memory, or says what there is to say of it.
-    fn owner_note(
+    fn owner(
         &self,
         map: &MemMap<'_>,
         zones: &Zones,
         on: OnInconsistency,
-    ) -> Result<Option<Note>, VmiError> {
+    ) -> Result<Owned, VmiError> {
         match self.owners.check(&self.kernel, map, zones) {
-            Ok(Verdict::Owner) => Ok(None),
-            Ok(Verdict::Unknown) => self.look_for_later_owner(on).map(Some),
+            Ok(Verdict::Owner) => Ok(Owned::default()),
+            Ok(Verdict::Unknown) => self.look_for_later_owner(on),
             Ok(Verdict::NotTold(why)) => {
-                let instead = Box::new(self.look_for_later_owner(on)?);
-                Ok(Some(Note::ProcessorsNotBelieved { why, instead }))
+                let owned = self.look_for_later_owner(on)?;
+                let instead = owned.note.map(Box::new);
+                Ok(Owned {
+                    note: instead.map(|instead| Note::ProcessorsNotBelieved { why, instead }),
+                    ..owned
+                })
             }
-            Ok(Verdict::Crashed) => Ok(Some(Note::CrashDump)),
+            Ok(Verdict::Crashed) => Ok(Owned::noted(Note::CrashDump)),
             Err(VmiError::NotOwner { kernel, processor })
                 if on == OnInconsistency::KeepInQuestion =>
             {
-                Ok(Some(Note::NotOwner { kernel, processor }))
+                Ok(Owned::noted(Note::NotOwner { kernel, processor }))
             }
             Err(error) => Err(error),
         }
     }
 
+    /// Keeps the free frames of memory that may have another owner, and says how many.
+    fn keep(&self, map: &mut PageMap, ranges: &[GpaRange]) -> Option<Note> {
+        let mut kept = 0_u64;
+        for range in ranges {
+            map.with_slices(
+                range.whole_frames(self.kernel.build.page_size),
+                |_, classes| {
+                    for class in classes {
+                        if matches!(
+                            class,
+                            PageClass::FreeBuddy | PageClass::FreePcp | PageClass::Offline
+                        ) {
+                            *class = PageClass::Unknown;
+                            kept = kept.wrapping_add(1);
+                        }
+                    }
+                },
+            );
+        }
+        (kept > 0).then(|| Note::FirmwareMemoryKept {
+            pages: kept,
+            places: ranges.to_vec(),
+        })
+    }
+
     /// Looks for traces of a later owner, where nothing tells the processors' registers.
-    fn look_for_later_owner(&self, on: OnInconsistency) -> Result<Note, VmiError> {
+    fn look_for_later_owner(&self, on: OnInconsistency) -> Result<Owned, VmiError> {
         let looked;
         let owner = if let Some(owner) = &self.traces {
             owner
@@ -529,15 +589,29 @@ impl<'m> LinuxGuest<'m> {
             looked = owner::look(&self.kernel)?;
             &looked
         };
-        if owner.traces.is_empty() {
-            return Ok(Note::NoTraceOfLaterOwner(TracesSought {
-                made: owner.clean.clone(),
-                not_made: owner.not_made.clone(),
-            }));
-        }
-        match on {
-            OnInconsistency::Refuse => Err(VmiError::LaterOwner(owner.traces.clone())),
-            OnInconsistency::KeepInQuestion => Ok(Note::LaterOwner(owner.traces.clone())),
+        let refuse = on == OnInconsistency::Refuse;
+        match &owner.untold {
+            _ if !owner.traces.is_empty() => {
+                let traces = owner.traces.clone();
+                if refuse {
+                    return Err(VmiError::LaterOwner(traces));
+                }
+                Ok(Owned::noted(Note::LaterOwner(traces)))
+            }
+            Some(why) => {
+                let (kernel, why) = (self.kernel.build.release.clone(), why.clone());
+                if refuse {
+                    return Err(VmiError::OwnerUntold { kernel, why });
+                }
+                Ok(Owned::noted(Note::OwnerUntold { kernel, why }))
+            }
+            None => Ok(Owned {
+                note: Some(Note::NoTraceOfLaterOwner(TracesSought {
+                    made: owner.clean.clone(),
+                    not_made: owner.not_made.clone(),
+                })),
+                in_question: owner.in_question.clone(),
+            }),
         }
     }
 
@@ -561,6 +635,8 @@ impl<'m> LinuxGuest<'m> {
     /// `init_on_free` hands out pages as zero without looking.
     fn free_fill(&self, map: &PageMap, notes: &mut Vec<Note>) -> Result<Fill, VmiError> {
         const PAGE_POISON: u8 = 0xaa;
+        /// Of so many runs of free pages the first is looked at.
+        const MAX_LOOKED: usize = 4096;
         // `_page_poisoning_enabled` since 5.11, `want_page_poisoning` before.
         let poisoned = self.flag(&["_page_poisoning_enabled", "want_page_poisoning"])?;
         let zeroed = self.flag(&["init_on_free"])?;
@@ -574,12 +650,12 @@ impl<'m> LinuxGuest<'m> {
         // not proves it off. The same of zeroes.
         let memory = self.kernel.space.memory();
         let (mut looked, mut with_pattern, mut zero) = (0_u32, 0_u32, 0_u32);
-        let mut page = vec![0; usize::try_from(self.page_size.bytes()).unwrap_or(4096)];
+        let mut page = self.kernel.page_buffer()?;
         let free = map
             .runs()
             .filter(|(_, class)| *class == PageClass::FreeBuddy);
-        for (frames, _) in free.take(4096) {
-            let Some(at) = frames.start().gpa(self.page_size) else {
+        for (frames, _) in free.take(MAX_LOOKED) {
+            let Some(at) = frames.start().gpa(self.kernel.build.page_size) else {
                 continue;
             };
             memory.read(at, &mut page)?;
@@ -625,7 +701,8 @@ impl GuestOs for LinuxGuest<'_> {
             vmcoreinfo: self.vmcoreinfo().map(str::to_owned),
             build_id: self.build_id().map(<[u8]>::to_vec),
             symbol_sources: self.symbol_sources(),
-            page_size: self.page_size,
+            architecture: self.kernel.build.architecture,
+            page_size: self.kernel.build.page_size,
         }
     }
 

@@ -9,7 +9,8 @@ use crate::output::check_stamp;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use sonicshot::{
-    FileBytes, FileContent, FileStamp, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout,
+    FileBytes, FileContent, FileOffset, FileRange, FileStamp, Gpa, GpaRange, GuestMemory, Mapped,
+    MemoryError, RamLayout,
 };
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,14 @@ const MAX_FILE_EXTENTS: usize = 1 << 20;
 pub(crate) struct Extent {
     pub guest: GpaRange,
     /// Where the bytes begin; `None` if they are not in the file and read as zero.
-    pub offset: Option<u64>,
+    pub offset: Option<FileOffset>,
+}
+
+impl Extent {
+    /// Where the bytes are; `None` if they are not in the file.
+    pub(crate) fn file(&self) -> Option<FileRange> {
+        FileRange::with_len(self.offset?, self.guest.len())
+    }
 }
 
 /// A dump whose pages lie in the file as they are.
@@ -40,8 +48,8 @@ pub(crate) struct PlainDump {
     extents_are_data: bool,
     /// What the file was when it was last written to by us, or opened.
     stamp: Mutex<FileStamp>,
-    /// The stretches of the file that are not holes, sorted: start and end.
-    data: OnceLock<Option<Vec<(u64, u64)>>>,
+    /// The stretches of the file that are not holes, sorted.
+    data: OnceLock<Option<Vec<FileRange>>>,
 }
 
 /// Opens `path`.
@@ -101,9 +109,9 @@ impl PlainDump {
     }
 
     /// Whether the file holds `bytes` at `offset`.
-    pub(crate) fn holds(&self, offset: u64, bytes: &[u8]) -> bool {
+    pub(crate) fn holds(&self, offset: FileOffset, bytes: &[u8]) -> bool {
         let mut there = vec![0; bytes.len()];
-        usize::try_from(offset)
+        usize::try_from(offset.raw())
             .ok()
             .and_then(|offset| self.bytes().get(offset, bytes.len()))
             .is_some_and(|found| found.copy_to(&mut there) && there == bytes)
@@ -115,6 +123,17 @@ impl PlainDump {
 
     pub(crate) fn file(&self) -> &File {
         self.content.file()
+    }
+
+    /// All of the file, as it was when it was opened.
+    pub(crate) fn file_range(&self) -> FileRange {
+        FileRange::new(FileOffset::ZERO, FileOffset::new(self.file_len()))
+    }
+
+    /// The bytes of a stretch of the file.
+    pub(crate) fn bytes_in(&self, range: FileRange) -> Option<FileBytes<'_>> {
+        let start = usize::try_from(range.start().raw()).ok()?;
+        self.bytes().get(start, usize::try_from(range.len()).ok()?)
     }
 
     /// The length of the file in bytes, when it was opened.
@@ -158,14 +177,24 @@ impl PlainDump {
     }
 
     /// Where the byte at `at` of `extent` is in the file; `None` if it is not in it.
-    pub(crate) fn offset_in(&self, extent: &Extent, at: Gpa) -> Result<Option<u64>, DumpError> {
+    pub(crate) fn offset_in(
+        &self,
+        extent: &Extent,
+        at: Gpa,
+    ) -> Result<Option<FileOffset>, DumpError> {
         let Some(base) = extent.offset else {
             return Ok(None);
         };
         let inside = at.offset_from(extent.guest.start());
         let offset = inside.and_then(|inside| base.checked_add(inside));
-        let wrong =
-            || DumpError::malformed(&self.path, "memory outside its stretch", base, at.raw());
+        let wrong = || {
+            DumpError::malformed(
+                &self.path,
+                "memory outside its stretch",
+                base.raw(),
+                at.raw(),
+            )
+        };
         offset.map(Some).ok_or_else(wrong)
     }
 
@@ -180,7 +209,7 @@ impl PlainDump {
 
     /// The part of `at..at+len` that one extent holds: where it is in the file, unless it is
     /// zeroes, and its length.
-    fn part(&self, at: Gpa, len: u64) -> Option<(Option<u64>, u64)> {
+    fn part(&self, at: Gpa, len: u64) -> Option<(Option<FileOffset>, u64)> {
         let extent = self.extent_of(at)?;
         let inside = at.offset_from(extent.guest.start())?;
         let len = extent.guest.len().checked_sub(inside)?.min(len);
@@ -199,7 +228,7 @@ impl PlainDump {
     }
 
     /// The stretches of the file that hold data, by the file system; `None` if it cannot tell.
-    pub(crate) fn data_stretches(&self) -> Option<&[(u64, u64)]> {
+    pub(crate) fn data_stretches(&self) -> Option<&[FileRange]> {
         self.data
             .get_or_init(|| {
                 let len = self.file_len();
@@ -219,7 +248,8 @@ impl PlainDump {
                     if end <= start || found.len() >= MAX_FILE_EXTENTS {
                         return None;
                     }
-                    found.push((start, end.min(len)));
+                    let range = (FileOffset::new(start), FileOffset::new(end.min(len)));
+                    found.push(FileRange::new(range.0, range.1));
                     at = end;
                 }
                 Some(found)
@@ -246,7 +276,7 @@ impl GuestMemory for PlainDump {
                 None => now.fill(0),
                 Some(offset) => self
                     .content
-                    .read_at(now, offset)
+                    .read_at(now, offset.raw())
                     .map_err(|source| MemoryError::Io { range, source })?,
             }
             rest = later;
@@ -287,16 +317,18 @@ impl GuestMemory for PlainDump {
                 return Some(GpaRange::new(from, extent.guest.end()));
             };
             let start = offset.checked_add(from.offset_from(extent.guest.start())?)?;
-            let end = offset.checked_add(extent.guest.len())?;
-            let index = data.partition_point(|(_, data_end)| *data_end <= start);
-            if let Some((data_start, data_end)) = data.get(index).filter(|(s, _)| *s < end) {
-                let to_guest = |file: u64| {
-                    extent
-                        .guest
-                        .start()
-                        .checked_add(file.clamp(start, end).checked_sub(offset)?)
+            let here = FileRange::new(start, offset.checked_add(extent.guest.len())?);
+            let index = data.partition_point(|data| data.end() <= start);
+            let data = data.get(index).map(|data| data.intersection(&here));
+            if let Some(data) = data.filter(|data| !data.is_empty()) {
+                let to_guest = |at: FileOffset| {
+                    let inside = at.offset_from(offset)?;
+                    extent.guest.start().checked_add(inside)
                 };
-                return Some(GpaRange::new(to_guest(*data_start)?, to_guest(*data_end)?));
+                return Some(GpaRange::new(
+                    to_guest(data.start())?,
+                    to_guest(data.end())?,
+                ));
             }
         }
         None

@@ -3,29 +3,26 @@
 
 use crate::DumpError;
 use crate::backing::plain::content_of;
-use crate::format::libvirt::{Compression, Image};
 use crate::format::qemu::start::{MAGIC as MIGRATION, ram_of_migration};
 use crate::output::{check_stamp, scratch};
 use rustix::fs::fstatvfs;
-use sonicshot::{FileBytes, FileContent, FileStamp};
+use sonicshot::file::write_sparse_at;
+use sonicshot::{FileBytes, FileContent, FileOffset, FileStamp};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Where there may be room for a guest's memory, unlike in `/tmp`.
 const FALLBACK: &str = "/var/tmp";
+const PIECE: usize = 1 << 20;
 /// What may come of a migration file beside the guest's RAM: a tenth of the RAM, for pages that
 /// come twice, or so much for the devices' state.
 const BESIDE_RAM: u64 = 16 << 20;
 /// Of a content that does not say how long it is, so much of the free space is used: one of these
 /// parts.
 const FREE_PARTS: u64 = 2;
-/// Zeroes of this length become a hole.
-const PAGE: usize = 4096;
-const PIECE: usize = 1 << 20;
 
 /// What says how much of a content is taken in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +57,32 @@ impl fmt::Display for SizeLimit {
 /// small guest some more.
 fn allowed_beside(ram: u64) -> Option<u64> {
     ram.checked_add((ram / 10).max(BESIDE_RAM))
+}
+
+/// How the migration file in a libvirt image is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Compression {
+    Gzip,
+    Zstd,
+}
+
+/// What the header of a libvirt image says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Image {
+    /// `None`: the migration file is in the image as it is.
+    pub compression: Option<Compression>,
+    /// Where the migration file begins.
+    pub payload_at: u64,
+}
+
+impl Image {
+    pub(crate) fn name(&self) -> &'static str {
+        match self.compression {
+            None => "libvirt save image",
+            Some(Compression::Gzip) => "libvirt save image (gzip)",
+            Some(Compression::Zstd) => "libvirt save image (zstd)",
+        }
+    }
 }
 
 /// The content of a dump in a file without a name, which is gone with its last user.
@@ -160,7 +183,7 @@ impl Spool {
                 }
                 DumpError::io("reading", name)(source)
             })?;
-            let piece = buffer.get(..len).unwrap_or_default();
+            let (piece, _) = buffer.split_at(len.min(buffer.len()));
             // Before more is taken in: what else it may be could be endless, or one in the other.
             if at == 0 && image.is_some() && !piece.starts_with(MIGRATION) {
                 return Err(DumpError::NotADump {
@@ -168,23 +191,26 @@ impl Spool {
                     why: "what is compressed in it is no migration file of QEMU's",
                 });
             }
+            let writing = || DumpError::io("writing a temporary file in", &folder);
+            let next = at
+                .checked_add(len as u64)
+                .ok_or(io::ErrorKind::FileTooLarge);
+            let next = next.map_err(|kind| writing()(kind.into()))?;
             let (max, by) = match limit {
                 Some(limit) => limit,
                 None => limit_of(name, piece, &file)
                     .map_err(DumpError::io("asking for the free space of", &folder))?,
             };
             limit = Some((max, by));
-            let end = at.saturating_add(len as u64);
-            if end > max {
+            if next > max {
                 return Err(DumpError::TooLong {
                     path: name.to_owned(),
                     limit: max,
                     by,
                 });
             }
-            write_used(&file, piece, at)
-                .map_err(DumpError::io("writing a temporary file in", &folder))?;
-            at = end;
+            write_sparse_at(&file, piece, FileOffset::new(at)).map_err(writing())?;
+            at = next;
             if len < PIECE {
                 break;
             }
@@ -224,8 +250,9 @@ fn limit_of(name: &Path, start: &[u8], file: &File) -> io::Result<(u64, SizeLimi
         return Ok((max, SizeLimit::Header { ram }));
     }
     let system = fstatvfs(file)?;
-    let free = system.f_bavail.saturating_mul(system.f_frsize);
-    Ok((free / FREE_PARTS, SizeLimit::Free))
+    // More than 64 bits tell of is no limit.
+    let free = system.f_bavail.checked_mul(system.f_frsize);
+    Ok((free.unwrap_or(u64::MAX) / FREE_PARTS, SizeLimit::Free))
 }
 
 /// Reads until `buffer` is full or there is no more.
@@ -240,23 +267,4 @@ fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
         }
     }
     Ok(len)
-}
-
-/// Writes what is not zero, in runs of pages.
-fn write_used(file: &File, piece: &[u8], at: u64) -> io::Result<()> {
-    let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
-    let pages: Vec<&[u8]> = piece.chunks(PAGE).collect();
-    let mut from = 0_usize;
-    for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
-        let len = run
-            .iter()
-            .fold(0_usize, |sum, page| sum.saturating_add(page.len()));
-        let end = from.saturating_add(len);
-        if !run.first().is_none_or(|page| is_zero(page)) {
-            let bytes = piece.get(from..end).unwrap_or_default();
-            file.write_all_at(bytes, at.saturating_add(from as u64))?;
-        }
-        from = end;
-    }
-    Ok(())
 }

@@ -9,8 +9,8 @@ use crate::backing::paged::BlockCache;
 use crate::backing::plain::check_content;
 #[cfg(test)]
 use crate::backing::plain::open_content;
+use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::lime::{HEADER_LEN, Record};
-use crate::format::{Format, Kind, Source, boxed};
 use sonicshot::{FileBytes, FileContent, Gpa, GpaRange, GuestMemory, MemoryError, RamLayout};
 use std::fmt;
 use std::fs::File;

@@ -34,7 +34,7 @@
 //! has what the file has. Such a snapshot is not pruned.
 
 use crate::DumpError;
-use crate::format::Kind;
+use crate::format::kind::Kind;
 use crate::layout::LayoutSpec;
 use crate::processors::{SREGS_LEN, Sregs, nested, rip_and_flags, told, u32_in};
 use crate::snapshot::{Named, SnapshotFiles, Vmm};
@@ -79,7 +79,8 @@ fn snapshot(named: &Named<'_>) -> Result<Option<SnapshotFiles>, DumpError> {
                   in files elsewhere",
         });
     }
-    let mut files = named.found(&memory, Vmm::CLOUD_HYPERVISOR);
+    let beside = [CONFIG, STATE].map(Path::new);
+    let mut files = named.found(&memory, &beside, Vmm::CLOUD_HYPERVISOR);
     let len = fs::metadata(&memory)
         .map_err(DumpError::io("reading", &memory))?
         .len();

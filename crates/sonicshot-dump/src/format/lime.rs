@@ -3,8 +3,8 @@
 
 use crate::DumpError;
 use crate::backing::plain::{Extent, PlainDump};
-use crate::format::{Format, Kind, Source, boxed};
-use sonicshot::{FileBytes, Gpa, GpaRange, GuestMemory};
+use crate::format::kind::{Format, Kind, Source, boxed};
+use sonicshot::{FileBytes, FileOffset, Gpa, GpaRange, GuestMemory};
 use std::fs::File;
 use std::path::Path;
 
@@ -103,7 +103,7 @@ fn extents(path: &Path, data: FileBytes<'_>) -> Result<Vec<Extent>, DumpError> {
         }
         extents.push(Extent {
             guest: record.guest,
-            offset: Some(offset),
+            offset: Some(FileOffset::new(offset)),
         });
         at = end;
     }

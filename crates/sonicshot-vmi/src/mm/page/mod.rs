@@ -1,10 +1,18 @@
 //! What one `struct page` says (`include/linux/mm_types.h`, `include/linux/page-flags.h`).
 
+mod flags;
+mod hugetlb;
+mod types;
+
 use super::mem_map::MemMap;
 use crate::KernelVa;
+use crate::arch::{self, Arch};
 use crate::error::VmiError;
 use crate::kernel::Kernel;
+use flags::FlagBits;
+use hugetlb::HugetlbMark;
 use sonicshot::{GuestBytes, PageClass};
+use types::PageTypes;
 
 /// Where the members of `struct page` are, and how this kernel encodes what they say.
 #[derive(Debug, Clone)]
@@ -20,58 +28,7 @@ pub(crate) struct PageLayout {
     bits: FlagBits,
     types: PageTypes,
     hugetlb: HugetlbMark,
-}
-
-/// Masks of `page.flags`. A flag that this kernel does not have is 0.
-#[derive(Debug, Clone, Copy)]
-struct FlagBits {
-    /// Every bit below `__NR_PAGEFLAGS`.
-    all: u64,
-    lru: u64,
-    dirty: u64,
-    writeback: u64,
-    uptodate: u64,
-    locked: u64,
-    private: u64,
-    private_2: u64,
-    swapbacked: u64,
-    reserved: u64,
-    head: u64,
-    slab: u64,
-    hwpoison: u64,
-}
-
-/// How `_mapcount`/`page_type` tells a page's type.
-#[derive(Debug, Clone, Copy)]
-struct PageTypes {
-    encoding: Encoding,
-    buddy: u32,
-    offline: Option<u32>,
-    table: Option<u32>,
-    slab: Option<u32>,
-    hugetlb: Option<u32>,
-    unaccepted: Option<u32>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Encoding {
-    /// 4.18 to 6.11: the types are bits that are *clear* in a number whose top bits are set.
-    ClearedBits,
-    /// Since 6.12 (4ffca5a96678): one type in the top byte, the rest is the owner's.
-    TopByte,
-}
-
-/// How this kernel marks the head of a hugetlb page.
-#[derive(Debug, Clone, Copy)]
-enum HugetlbMark {
-    /// `page[1].compound_dtor` (to 6.5): where in the second struct page, size, value.
-    Destructor { offset: u64, size: u64, value: u64 },
-    /// A flag in `folio._flags_1` (6.6 to 6.8): its offset from the head, and the mask.
-    FolioFlag { offset: u64, mask: u64 },
-    /// A page type (since 6.9).
-    Type,
-    /// No hugetlbfs in this kernel.
-    None,
+    arch: &'static dyn Arch,
 }
 
 /// What a free page's `struct page` says of it.
@@ -101,7 +58,7 @@ impl PageLayout {
                     what: format!("page.{names:?} at {:#x} of {stride:#x}", member.offset),
                 })
         };
-        let lru = u64::try_from(at(&["lru"], 16)?).unwrap_or(0);
+        let lru = at(&["lru"], 16)? as u64;
         for alias in ["buddy_list", "pcp_list"] {
             if let Some(member) = kernel.member("page", alias)?
                 && member.offset != lru
@@ -124,6 +81,7 @@ impl PageLayout {
             bits: FlagBits::new(kernel)?,
             types: PageTypes::new(kernel)?,
             hugetlb: HugetlbMark::new(kernel, stride)?,
+            arch: arch::of(kernel)?,
         })
     }
 
@@ -177,8 +135,7 @@ impl PageLayout {
         at: KernelVa,
     ) -> Result<Option<u64>, VmiError> {
         let mut copy = [0_u8; 256];
-        let stride = usize::try_from(mem_map.stride).unwrap_or(usize::MAX);
-        let Some(copy) = copy.get_mut(..stride) else {
+        let Some(copy) = copy.get_mut(..mem_map.stride_len()?) else {
             return Ok(None);
         };
         mem_map.copy_page(at, copy)?;
@@ -196,6 +153,13 @@ impl PageLayout {
         Ok(page.u64_at(self.private).filter(|_| clean))
     }
 
+    /// Where the page's list goes on, forwards and backwards.
+    pub(crate) fn lru_nodes(&self, page: &GuestBytes<'_>) -> Option<[KernelVa; 2]> {
+        let next = usize::try_from(self.lru).ok()?;
+        let previous = next.checked_add(8)?;
+        Some([page.u64_at(next)?, page.u64_at(previous)?].map(KernelVa::new))
+    }
+
     /// Whether the page is on an LRU list.
     #[inline]
     pub(crate) fn is_on_lru(&self, page: &GuestBytes<'_>) -> bool {
@@ -205,13 +169,15 @@ impl PageLayout {
 
     /// If this is a tail page, where its head's `struct page` is; `at` is the page's own.
     pub(crate) fn head_of(&self, page: &GuestBytes<'_>, at: KernelVa) -> Option<KernelVa> {
+        /// The top 1 GiB of the address space.
+        const NO_STRUCT_PAGE: u64 = 0xffff_ffff_c000_0000;
         let info = page.u64_at(self.compound)?;
         if info & 1 == 0 {
             return None;
         }
         // 7.1 stores a mask where struct page is a power of two. No struct page lies in the top
         // 1 GiB of the address space, and no mask is for a folio whose struct pages take more.
-        if info >= 0xffff_ffff_c000_0000 {
+        if info >= NO_STRUCT_PAGE {
             return Some(KernelVa::new(at.raw() & info & !1));
         }
         Some(KernelVa::new(info & !1))
@@ -282,7 +248,7 @@ impl PageLayout {
             // PAGE_MAPPING_ANON, also with the bit that makes it KSM.
             1 | 3 => PageClass::Anonymous,
             // A pointer to `struct address_space`: in the kernel half, aligned.
-            0 if mapping >> 63 == 1 => {
+            0 if self.arch.is_pointer(mapping) => {
                 if has(self.bits.swapbacked) {
                     PageClass::Shmem
                 } else if has(self.bits.lru)
@@ -303,288 +269,12 @@ impl PageLayout {
     }
 
     fn is_hugetlb(&self, flags: u64, ty: u32, read: &dyn Fn(u64) -> Option<u64>) -> bool {
-        let is_head = flags & self.bits.head != 0;
         match self.hugetlb {
             HugetlbMark::Type => self
                 .types
                 .hugetlb
                 .is_some_and(|value| self.types.is(ty, value)),
-            HugetlbMark::Destructor {
-                offset,
-                size,
-                value,
-            } => {
-                let aligned = offset & !7;
-                let shift = u32::try_from(offset.saturating_sub(aligned).saturating_mul(8));
-                let mask = if size >= 8 {
-                    u64::MAX
-                } else {
-                    (1_u64 << ((size & 7) << 3)).wrapping_sub(1)
-                };
-                is_head
-                    && read(aligned).zip(shift.ok()).is_some_and(|(word, shift)| {
-                        word.checked_shr(shift).unwrap_or(0) & mask == value
-                    })
-            }
-            HugetlbMark::FolioFlag { offset, mask } => {
-                is_head && read(offset).is_some_and(|word| word & mask != 0)
-            }
-            HugetlbMark::None => false,
-        }
-    }
-}
-
-impl FlagBits {
-    fn new(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
-        /// The flags share their word with the zone and the node of the page; no config has
-        /// fewer than these.
-        const COUNT: core::ops::RangeInclusive<i64> = 18..=40;
-        let count = kernel.need_constant("__NR_PAGEFLAGS")?;
-        if !COUNT.contains(&count) {
-            return Err(VmiError::Unsupported {
-                what: format!("__NR_PAGEFLAGS of {count}"),
-            });
-        }
-        let mut taken: Vec<(i64, &str)> = Vec::new();
-        let mut mask = |name: &'static str, bit: i64| -> Result<u64, VmiError> {
-            // Each has a bit of its own: none of these is another's second name.
-            if let Some((_, other)) = taken.iter().find(|(other, _)| *other == bit) {
-                return Err(VmiError::Unsupported {
-                    what: format!("{name} and {other} of {bit}, the same"),
-                });
-            }
-            taken.push((bit, name));
-            u32::try_from(bit)
-                .ok()
-                .filter(|_| bit < count)
-                .and_then(|bit| 1_u64.checked_shl(bit))
-                .ok_or(VmiError::Unsupported {
-                    what: format!("{name} of {bit}, with __NR_PAGEFLAGS of {count}"),
-                })
-        };
-        let mut need = |name| mask(name, kernel.need_constant(name)?);
-        let bits = Self {
-            all: u32::try_from(count)
-                .ok()
-                .and_then(|count| 1_u64.checked_shl(count))
-                .unwrap_or(0)
-                .wrapping_sub(1),
-            lru: need("PG_lru")?,
-            dirty: need("PG_dirty")?,
-            writeback: need("PG_writeback")?,
-            uptodate: need("PG_uptodate")?,
-            locked: need("PG_locked")?,
-            private: need("PG_private")?,
-            swapbacked: need("PG_swapbacked")?,
-            reserved: need("PG_reserved")?,
-            head: need("PG_head")?,
-            // `PG_slab` became a page type in 6.10 (46df8e73a4a3). The enumerator is searched by
-            // name, so its absence counts only where the type's is there.
-            slab: if PageTypes::has_slab_type(kernel)? {
-                0
-            } else {
-                need("PG_slab")?
-            },
-            private_2: 0,
-            hwpoison: 0,
-        };
-        let mut maybe = |name: &'static str| -> Result<u64, VmiError> {
-            kernel.constant(name)?.map_or(Ok(0), |bit| mask(name, bit))
-        };
-        let bits = Self {
-            private_2: maybe("PG_private_2")?,
-            // Only with CONFIG_MEMORY_FAILURE.
-            hwpoison: maybe("PG_hwpoison")?,
-            ..bits
-        };
-        // The same under another name, in VMCOREINFO.
-        if let Some(mask) = kernel.constant("PG_head_mask")?
-            && mask.cast_unsigned() != bits.head
-        {
-            return Err(VmiError::Disagree {
-                what: "the flag of a folio's head".into(),
-                first: "PG_head".into(),
-                first_value: bits.head,
-                second: "PG_head_mask".into(),
-                second_value: mask.cast_unsigned(),
-            });
-        }
-        Ok(bits)
-    }
-}
-
-impl PageTypes {
-    fn has_slab_type(kernel: &Kernel<'_>) -> Result<bool, VmiError> {
-        Ok(kernel.constant("PGTY_slab")?.is_some()
-            || kernel.constant("PAGE_SLAB_MAPCOUNT_VALUE")?.is_some())
-    }
-
-    #[allow(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "VMCOREINFO prints the 32-bit word as a signed number: the low 32 bits are meant"
-    )]
-    fn new(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
-        let from_info = |name: &str| -> Result<Option<u32>, VmiError> {
-            let name = format!("PAGE_{name}_MAPCOUNT_VALUE");
-            Ok(kernel.constant(&name)?.map(|value| value as u32))
-        };
-        // Since 6.12 `enum pagetype` holds the top byte: 0xf0 and up, and 0xff is a page without a
-        // type. VMCOREINFO tells the whole word of some; before, there are macros only, and in
-        // 6.11 an enumerator `PG_buddy` of 0x40000000.
-        let top_byte = |own: &str, info: &str| -> Result<Option<u32>, VmiError> {
-            let enumerator = format!("PGTY_{own}");
-            let word = match kernel.constant(&enumerator)? {
-                Some(byte) if (0xf0..0xff).contains(&byte) => Some((byte as u32) << 24),
-                Some(byte) => {
-                    return Err(VmiError::Unsupported {
-                        what: format!("{enumerator} of {byte:#x}"),
-                    });
-                }
-                None => None,
-            };
-            match (word, from_info(info)?) {
-                (Some(own), Some(told)) if own != told => Err(VmiError::Disagree {
-                    what: format!("the type of {own} pages", own = info.to_lowercase()),
-                    first: enumerator,
-                    first_value: u64::from(own),
-                    second: format!("PAGE_{info}_MAPCOUNT_VALUE"),
-                    second_value: u64::from(told),
-                }),
-                (word, told) => Ok(word.or(told)),
-            }
-        };
-        let by_enum = kernel.constant("PGTY_buddy")?.is_some();
-        if by_enum || from_info("BUDDY")?.is_some_and(|word| word >> 24 == 0xf0) {
-            let need_buddy = || kernel.need_constant("PAGE_BUDDY_MAPCOUNT_VALUE").map(|_| 0);
-            let types = Self {
-                encoding: Encoding::TopByte,
-                buddy: top_byte("buddy", "BUDDY")?.map_or_else(need_buddy, Ok)?,
-                offline: top_byte("offline", "OFFLINE")?,
-                table: if by_enum {
-                    top_byte("table", "TABLE")?
-                } else {
-                    Some(0xf200_0000)
-                },
-                slab: top_byte("slab", "SLAB")?,
-                hugetlb: top_byte("hugetlb", "HUGETLB")?,
-                unaccepted: top_byte("unaccepted", "UNACCEPTED")?,
-            };
-            return types.distinct();
-        }
-        let buddy = from_info("BUDDY")?.map_or_else(
-            || kernel.need_constant("PAGE_BUDDY_MAPCOUNT_VALUE").map(|_| 0),
-            Ok,
-        )?;
-        let cleared_bit = !buddy;
-        if !cleared_bit.is_power_of_two() {
-            return Err(VmiError::Unsupported {
-                what: format!("PAGE_BUDDY_MAPCOUNT_VALUE of {buddy:#x}"),
-            });
-        }
-        // No source tells the bit of page tables: a macro until 6.10. 5.11 dropped PG_kmemcg,
-        // which stood between (include/linux/page-flags.h). It names a class that is never
-        // dropped, so a wrong guess costs a label, not a page.
-        let table = match cleared_bit {
-            0x80 if kernel.is_older_than(5, 11) => Some(!0x400),
-            0x80 => Some(!0x200),
-            0x4000_0000 => Some(!0x1000_0000),
-            _ => None,
-        };
-        // One type is one cleared bit of the ones that are types; each but the top bits.
-        let one_bit = |name: &str| -> Result<Option<u32>, VmiError> {
-            match from_info(name)? {
-                Some(word) if !(!word).is_power_of_two() => Err(VmiError::Unsupported {
-                    what: format!("PAGE_{name}_MAPCOUNT_VALUE of {word:#x}"),
-                }),
-                word => Ok(word),
-            }
-        };
-        let types = Self {
-            encoding: Encoding::ClearedBits,
-            buddy,
-            offline: one_bit("OFFLINE")?,
-            table,
-            slab: one_bit("SLAB")?,
-            hugetlb: one_bit("HUGETLB")?,
-            unaccepted: one_bit("UNACCEPTED")?,
-        };
-        types.distinct()
-    }
-
-    /// Refuses two types of one value: one of them is another kernel's, or damaged.
-    fn distinct(self) -> Result<Self, VmiError> {
-        let all = [
-            ("buddy", Some(self.buddy)),
-            ("offline", self.offline),
-            ("table", self.table),
-            ("slab", self.slab),
-            ("hugetlb", self.hugetlb),
-            ("unaccepted", self.unaccepted),
-        ];
-        for (number, (name, value)) in all.iter().enumerate() {
-            let earlier = all.iter().take(number);
-            let mut same = earlier.filter(|(_, other)| value.is_some() && other == value);
-            if let (Some((other, _)), Some(value)) = (same.next(), value) {
-                return Err(VmiError::Unsupported {
-                    what: format!("{name} and {other} pages of one type {value:#x}"),
-                });
-            }
-        }
-        Ok(self)
-    }
-
-    /// Whether the word `ty` says the type whose word `value` is.
-    #[inline]
-    fn is(&self, ty: u32, value: u32) -> bool {
-        match self.encoding {
-            Encoding::TopByte => ty >> 24 == value >> 24,
-            // A small negative number is a mapcount that underflowed; the type's bit must be
-            // the only one that is clear among the type bits, the top bits are set.
-            Encoding::ClearedBits => ty == value,
-        }
-    }
-}
-
-impl HugetlbMark {
-    fn new(kernel: &Kernel<'_>, stride: u64) -> Result<Self, VmiError> {
-        if kernel.constant("PGTY_hugetlb")?.is_some()
-            || kernel.constant("PAGE_HUGETLB_MAPCOUNT_VALUE")?.is_some()
-        {
-            return Ok(Self::Type);
-        }
-        // 6.6 to 6.8: `PG_hugetlb` is a flag of the second struct page.
-        if let (Some(bit), Some(member)) = (
-            kernel.constant("PG_hugetlb")?,
-            kernel.member("folio", "_flags_1")?,
-        ) {
-            let mask = u32::try_from(bit)
-                .ok()
-                .and_then(|bit| 1_u64.checked_shl(bit))
-                .unwrap_or(0);
-            return Ok(Self::FolioFlag {
-                offset: member.offset,
-                mask,
-            });
-        }
-        let Some(value) = kernel.constant("HUGETLB_PAGE_DTOR")? else {
-            return Ok(Self::None);
-        };
-        // `page.compound_dtor` of the second struct page; 6.3 moved it to `folio._folio_dtor`.
-        let offset = if let Some(member) = kernel.member("folio", "_folio_dtor")? {
-            Some((member.offset, member.size))
-        } else {
-            kernel
-                .member("page", "compound_dtor")?
-                .and_then(|member| Some((stride.checked_add(member.offset)?, member.size)))
-        };
-        match (offset, u64::try_from(value)) {
-            (Some((offset, size)), Ok(value)) => Ok(Self::Destructor {
-                offset,
-                size: size.unwrap_or(1),
-                value,
-            }),
-            _ => Ok(Self::None),
+            mark => flags & self.bits.head != 0 && mark.is_set(read),
         }
     }
 }
