@@ -1,7 +1,7 @@
 //! The same memory in another format; nothing is looked for that may be left out.
 
 use crate::blobs::{self, Beside};
-use crate::checkpoint_file::CheckpointFile;
+use crate::checkpoint_file::{CheckpointFile, blamed_on};
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::place;
@@ -116,7 +116,8 @@ impl Snapshot {
             machine: dump.machine(),
             beside,
         };
-        let disk_bytes = source.write(target, Output { path, overwrite }, progress)?;
+        let written = source.write(target, Output { path, overwrite }, progress);
+        let disk_bytes = written.map_err(|error| blamed_on(dump, error))?;
         let mut notes = Vec::new();
         if dump.holds_device_state() && !target.keeps_device_state(dump) {
             notes.push(Note::WithoutDeviceState);

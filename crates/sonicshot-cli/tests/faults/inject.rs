@@ -9,6 +9,12 @@ use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// What is known to go wrong: the call, the fault, and what is wrong then. Only for what is not yet
+/// mended; this may only get shorter.
+const KNOWN: &[(Kind, &str, &str)] = &[];
+/// From so many points of each kind of call on, all of the table must be found.
+const ALL_POINTS: u64 = 20;
+
 /// What is done to a call: its name, the error number; none for a short count.
 type Fault = (&'static str, Option<i32>, bool);
 
@@ -333,7 +339,7 @@ impl Report {
     }
 }
 
-fn check(jobs: &[Job], points: u64, share: u64) {
+fn check(jobs: &[Job], points: u64, share: u64, with_a_kernel: bool) {
     let mut report = Report {
         draw: Draw::new(3),
         runs: 0,
@@ -344,21 +350,37 @@ fn check(jobs: &[Job], points: u64, share: u64) {
         report.job(job, points, share);
     }
     println!("{}", report.text());
-    assert!(report.wrong.is_empty());
+    let found: BTreeSet<_> = report
+        .wrong
+        .keys()
+        .map(|(kind, fault, what)| (*kind, *fault, what.as_str()))
+        .collect();
+    for one in &found {
+        assert!(KNOWN.contains(one), "{one:?}");
+    }
+    // All points were tried: what is mended must go from the table.
+    if points >= ALL_POINTS && with_a_kernel && std::env::var_os("SONICSHOT_FAULT_ONLY").is_none() {
+        for one in KNOWN {
+            assert!(
+                found.contains(one),
+                "{one:?} is mended: take it off the table"
+            );
+        }
+    }
 }
 
 #[test]
 fn errors_without_a_kernel() {
     match rounds() {
-        Some(points) => check(&small_jobs(), points, 1),
-        None => check(&small_jobs(), 2, 4),
+        Some(points) => check(&small_jobs(), points, 1, false),
+        None => check(&small_jobs(), 2, 12, false),
     }
 }
 
 #[test]
 fn errors_with_a_kernel() {
     match rounds() {
-        Some(points) => check(&guest_jobs(), points, 1),
-        None => check(&guest_jobs(), 2, 30),
+        Some(points) => check(&guest_jobs(), points, 1, true),
+        None => check(&guest_jobs(), 2, 60, true),
     }
 }

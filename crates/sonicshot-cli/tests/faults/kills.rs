@@ -107,7 +107,7 @@ fn kills_without_a_kernel() {
     let steps = [
         Nameless, Create, Write, WriteAt, Truncate, Sync, Owner, Mode, Link, Rename,
     ];
-    check(&small_jobs(), rounds().unwrap_or(2), &steps);
+    check(&small_jobs(), rounds().unwrap_or(1), &steps);
 }
 
 #[test]

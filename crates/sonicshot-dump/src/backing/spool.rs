@@ -171,6 +171,11 @@ impl Spool {
             scratch(&folder)
         });
         let file = file.map_err(DumpError::io("creating a temporary file in", &folder))?;
+        let file = file.map_err(|(path, source)| DumpError::Io {
+            action: "removing the temporary file",
+            path,
+            source,
+        })?;
         let mut buffer = vec![0; PIECE];
         let mut at = 0_u64;
         let mut limit = max_size.map(|max| (max, SizeLimit::Given));

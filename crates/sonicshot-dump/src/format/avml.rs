@@ -167,7 +167,11 @@ impl GuestMemory for AvmlFile {
                     .read(chunk.from, inside, now, || self.decompress(chunk))
                     .map_err(|source| MemoryError::Backend {
                         range,
-                        source: Box::new(source),
+                        source: Box::new(
+                            check_content(&self.content, &self.path)
+                                .err()
+                                .unwrap_or(source),
+                        ),
                     })?
                     .ok_or_else(not_ram)?;
             } else {

@@ -465,18 +465,23 @@ fn link(file: &File, folder: &File, name: &OsStr) -> io::Result<()> {
     Ok(())
 }
 
+/// A file that has no name, or one that could not be removed: which, and why.
+pub(crate) type Scratch = Result<File, (PathBuf, io::Error)>;
+
 /// A file without a name, for this process alone, that is gone with it.
-pub(crate) fn scratch(folder: &Path) -> io::Result<File> {
+pub(crate) fn scratch(folder: &Path) -> io::Result<Scratch> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     match retry_on_intr(|| openat(CWD, folder, flags, Mode::RUSR | Mode::WUSR)) {
-        Ok(file) => Ok(file.into()),
+        Ok(file) => Ok(Ok(file.into())),
         // Where there is no such thing, one whose name is removed at once.
         Err(_) => {
             let named = Builder::new().prefix(PREFIX).tempfile_in(folder)?;
             let (file, name) = named.into_parts();
-            // It says which name stays.
-            name.close()?;
-            Ok(file)
+            let path = name.to_path_buf();
+            Ok(match name.close() {
+                Ok(()) => Ok(file),
+                Err(error) => Err((path, error)),
+            })
         }
     }
 }

@@ -347,7 +347,7 @@ impl GuestMemory for KdumpFile {
             let range = GpaRange::with_len(at, len).ok_or_else(not_ram)?;
             let backend = |source| MemoryError::Backend {
                 range,
-                source: Box::new(source),
+                source: Box::new(self.check_unchanged().err().unwrap_or(source)),
             };
             let descriptor = self
                 .descriptor(at.pfn(size).raw())
