@@ -5,7 +5,7 @@ mod copy;
 pub(crate) mod wire;
 
 use crate::DumpError;
-use crate::backing::mapped::MappedDump;
+use crate::backing::plain::PlainDump;
 use crate::format::ability::{ByCopy, Copying};
 use crate::format::core_notes;
 use crate::format::kind::{Format, Kind, Source, boxed};
@@ -18,7 +18,7 @@ pub(crate) const KIND: Kind = Kind::by_magic(&[b"\x7fELF"], |source| open(source
 /// An ELF core, mapped.
 #[derive(Debug)]
 pub(crate) struct ElfDump {
-    mapped: MappedDump,
+    mapped: PlainDump,
     core: ElfCore,
 }
 
@@ -43,7 +43,7 @@ impl Format for ElfDump {
     }
 
     fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.mapped.check_length()
+        self.mapped.check_unchanged()
     }
 
     fn machine(&self) -> Option<Architecture> {
