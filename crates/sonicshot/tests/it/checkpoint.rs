@@ -629,6 +629,7 @@ fn is_mapped(name: &str) -> bool {
 
 #[cfg(feature = "mmap")]
 #[test]
+#[expect(unsafe_code, reason = "what is mapped is looked at")]
 fn only_what_nobody_can_cut_off_is_mapped() {
     use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
     use std::fs::File;
