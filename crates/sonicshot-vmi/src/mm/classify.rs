@@ -363,7 +363,9 @@ fn check_counters(
     // block of the largest order (or one batch for a per-CPU list, which is smaller). Beside
     // that, a processor that folds its delta into the zone (`refresh_cpu_vm_stats`) has it in a
     // register: at most 127, the range of the delta's type.
-    let bound = zones.cpus().saturating_mul(127).saturating_add(
+    // Where the deltas cannot be read, each processor's may be as large again.
+    let deltas = if zones.without_deltas { 254 } else { 127 };
+    let bound = zones.cpus().saturating_mul(deltas).saturating_add(
         1_u64
             .checked_shl(u32::try_from(zones.max_order()).unwrap_or(0))
             .unwrap_or(0),

@@ -20,6 +20,8 @@ pub(crate) struct PageLayout {
     bits: FlagBits,
     types: PageTypes,
     hugetlb: HugetlbMark,
+    /// Whether only free pages, offline ones and broken ones can be told: all others are unknown.
+    only_free: bool,
 }
 
 /// Masks of `page.flags`. A flag that this kernel does not have is 0.
@@ -85,22 +87,7 @@ pub(crate) enum FreeMark {
 
 impl PageLayout {
     pub(crate) fn new(kernel: &Kernel<'_>, stride: u64) -> Result<Self, VmiError> {
-        let at = |names: &[&str], size: u64| -> Result<usize, VmiError> {
-            let member = kernel.first_member("page", names)?;
-            let Some(member) = member else {
-                return kernel
-                    .need_member("page", names.first().unwrap_or(&""))
-                    .map(|_| 0);
-            };
-            member
-                .offset
-                .checked_add(size)
-                .filter(|end| *end <= stride)
-                .and_then(|_| usize::try_from(member.offset).ok())
-                .ok_or_else(|| VmiError::Unsupported {
-                    what: format!("page.{names:?} at {:#x} of {stride:#x}", member.offset),
-                })
-        };
+        let at = |names: &[&str], size: u64| place(kernel, stride, names, size);
         let lru = u64::try_from(at(&["lru"], 16)?).unwrap_or(0);
         for alias in ["buddy_list", "pcp_list"] {
             if let Some(member) = kernel.member("page", alias)?
@@ -124,6 +111,31 @@ impl PageLayout {
             bits: FlagBits::new(kernel)?,
             types: PageTypes::new(kernel)?,
             hugetlb: HugetlbMark::new(kernel, stride)?,
+            only_free: false,
+        })
+    }
+
+    /// By what VMCOREINFO tells alone: enough for free, offline and broken pages. All other
+    /// pages are [`PageClass::Unknown`].
+    pub(crate) fn of_free_pages(kernel: &Kernel<'_>, stride: u64) -> Result<Self, VmiError> {
+        let at = |names: &[&str], size: u64| place(kernel, stride, names, size);
+        let lru = at(&["lru"], 16)?;
+        Ok(Self {
+            flags: at(&["flags"], 8)?,
+            refcount: at(&["_refcount"], 4)?,
+            mapcount: at(&["_mapcount", "page_type"], 4)?,
+            mapping: at(&["mapping"], 8)?,
+            private: at(&["private"], 8)?,
+            // It has always shared the place of `lru.next`.
+            compound: match kernel.first_member("page", &["compound_head", "compound_info"])? {
+                Some(_) => at(&["compound_head", "compound_info"], 8)?,
+                None => lru,
+            },
+            lru: u64::try_from(lru).unwrap_or(0),
+            bits: FlagBits::of_free_pages(kernel)?,
+            types: PageTypes::new(kernel)?,
+            hugetlb: HugetlbMark::None,
+            only_free: true,
         })
     }
 
@@ -251,7 +263,7 @@ impl PageLayout {
         let has = |mask: u64| flags & mask != 0;
         let is = |value: Option<u32>| value.is_some_and(|value| self.types.is(ty, value));
 
-        if has(self.bits.slab) || is(self.types.slab) {
+        if (has(self.bits.slab) || is(self.types.slab)) && !self.only_free {
             return Some(PageClass::Slab);
         }
         if is(self.types.offline) {
@@ -259,6 +271,9 @@ impl PageLayout {
         }
         if is(self.types.unaccepted) {
             return Some(PageClass::Unaccepted);
+        }
+        if self.only_free {
+            return Some(PageClass::Unknown);
         }
         if is(self.types.table) {
             return Some(PageClass::PageTable);
@@ -334,7 +349,70 @@ impl PageLayout {
     }
 }
 
+/// Where the member of `struct page` is that goes by one of `names`, of so many bytes.
+fn place(
+    kernel: &Kernel<'_>,
+    stride: u64,
+    names: &[&str],
+    size: u64,
+) -> Result<usize, VmiError> {
+    let Some(member) = kernel.first_member("page", names)? else {
+        return kernel
+            .need_member("page", names.first().unwrap_or(&""))
+            .map(|_| 0);
+    };
+    member
+        .offset
+        .checked_add(size)
+        .filter(|end| *end <= stride)
+        .and_then(|_| usize::try_from(member.offset).ok())
+        .ok_or_else(|| VmiError::Unsupported {
+            what: format!("page.{names:?} at {:#x} of {stride:#x}", member.offset),
+        })
+}
+
 impl FlagBits {
+    /// The flags that decide about free pages, by the few that VMCOREINFO tells.
+    ///
+    /// `enum pageflags` (`include/linux/page-flags.h`) has `uptodate`, `dirty`, `lru` in this
+    /// order since 4.18, and behind `swapbacked` at least `unevictable` and, with an MMU,
+    /// `mlocked`: all bits up to there are flags. The ones behind (hwpoison is told, if it is
+    /// there) are never alone on a page in use.
+    fn of_free_pages(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
+        const MOST: i64 = 40;
+        let told = |name: &str| -> Result<Option<u64>, VmiError> {
+            match kernel.constant(name)? {
+                Some(bit) if (2..MOST).contains(&bit) => Ok(Some(1 << bit)),
+                Some(bit) => Err(VmiError::Unsupported {
+                    what: format!("{name} of {bit}"),
+                }),
+                None => Ok(None),
+            }
+        };
+        let need = |name: &str| -> Result<u64, VmiError> {
+            told(name)?.map_or_else(|| kernel.need_constant(name).map(|_| 0), Ok)
+        };
+        let lru = need("PG_lru")?;
+        let swapbacked = need("PG_swapbacked")?;
+        let hwpoison = told("PG_hwpoison")?.unwrap_or(0);
+        let up_to_mlocked = (swapbacked << 3).wrapping_sub(1);
+        Ok(Self {
+            all: up_to_mlocked | hwpoison,
+            lru,
+            dirty: lru >> 1,
+            writeback: 0,
+            uptodate: lru >> 2,
+            locked: 1,
+            private: need("PG_private")?,
+            swapbacked,
+            reserved: 0,
+            head: told_mask(kernel)?,
+            slab: told("PG_slab")?.unwrap_or(0),
+            private_2: 0,
+            hwpoison,
+        })
+    }
+
     fn new(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
         /// The flags share their word with the zone and the node of the page; no config has
         /// fewer than these.
@@ -410,6 +488,17 @@ impl FlagBits {
             });
         }
         Ok(bits)
+    }
+}
+
+/// `PG_head_mask`, or 0.
+fn told_mask(kernel: &Kernel<'_>) -> Result<u64, VmiError> {
+    match kernel.constant("PG_head_mask")? {
+        Some(mask) if mask.cast_unsigned().is_power_of_two() => Ok(mask.cast_unsigned()),
+        Some(mask) => Err(VmiError::Unsupported {
+            what: format!("PG_head_mask of {mask:#x}"),
+        }),
+        None => Ok(0),
     }
 }
 
