@@ -170,7 +170,7 @@ fn write_kdump_seeds() {
     ] {
         let options = KdumpOptions {
             compression,
-            machine: Some(sonicshot_dump::Machine::X86_64),
+            machine: Some(sonicshot::Architecture::X86_64),
             vmcoreinfo: Some(b"OSRELEASE=6.1\n"),
             notes: None,
             threads: None,

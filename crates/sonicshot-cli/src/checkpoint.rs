@@ -8,14 +8,15 @@ use crate::place;
 use crate::report::{count, percent, progress_bar, say, size};
 use serde_json::{Map, Value, json};
 use sonicshot::checkpoint::{
-    Architecture, CheckpointError, CheckpointInfo, CheckpointReader, CheckpointWriter, PageContent,
-    SaveOptions, SaveStats,
+    CheckpointError, CheckpointInfo, CheckpointReader, CheckpointWriter, PageContent, SaveOptions,
+    SaveStats,
 };
 use sonicshot::{
-    ClassCounts, ClassSet, DropClasses, Fill, GuestMemory, PageMap, PageSize, Pfn, PrunePlan,
+    Architecture, ClassCounts, ClassSet, DropClasses, Fill, GuestMemory, PageMap, PageSize, Pfn,
+    PrunePlan,
 };
 use sonicshot_dump::{
-    CoreNotes, Dump, DumpError, DumpFile, LayoutSpec, Machine, NewFile, Overwrite, XlSkeleton,
+    CoreNotes, Dump, DumpError, DumpFile, LayoutSpec, NewFile, Overwrite, XlSkeleton,
 };
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
@@ -92,7 +93,7 @@ fn source(args: &SaveArgs) -> Result<Source, CliError> {
         let vmcoreinfo = dump.vmcoreinfo().map(<[u8]>::to_vec);
         let info = CheckpointInfo::new(dump.layout().clone(), PageSize::SIZE_4K);
         return Ok(Source {
-            info: with_machine(info, &dump, Architecture::Unknown),
+            info: with_architecture(info, &dump, None),
             dump,
             map,
             fill: Fill::Zero,
@@ -107,7 +108,7 @@ fn source(args: &SaveArgs) -> Result<Source, CliError> {
     info.build_id = analysis.build_id;
     Ok(Source {
         // Only x86-64 kernels are found so far.
-        info: with_machine(info, &analysis.dump, Architecture::X86_64),
+        info: with_architecture(info, &analysis.dump, Some(Architecture::X86_64)),
         dump: analysis.dump,
         map: analysis.pages.map,
         fill: analysis.pages.free_fill,
@@ -116,12 +117,12 @@ fn source(args: &SaveArgs) -> Result<Source, CliError> {
     })
 }
 
-fn with_machine(mut info: CheckpointInfo, dump: &Dump, otherwise: Architecture) -> CheckpointInfo {
-    info.architecture = match dump.machine() {
-        Some(Machine::X86_64) => Architecture::X86_64,
-        Some(Machine::Aarch64) => Architecture::Aarch64,
-        _ => otherwise,
-    };
+fn with_architecture(
+    mut info: CheckpointInfo,
+    dump: &Dump,
+    otherwise: Option<Architecture>,
+) -> CheckpointInfo {
+    info.architecture = dump.machine().or(otherwise);
     info
 }
 
@@ -306,8 +307,8 @@ fn dump_file(args: &RestoreArgs, reader: &CheckpointReader<File>) -> Result<Dump
     };
     let mut notes = CoreNotes::default();
     notes.machine = match reader.info().architecture {
-        Architecture::Aarch64 => Some(Machine::Aarch64),
-        _ => Some(Machine::X86_64),
+        Some(Architecture::Aarch64) => Some(Architecture::Aarch64),
+        _ => Some(Architecture::X86_64),
     };
     notes.notes = blob(CORE_NOTES)?;
     notes.vmcoreinfo = blob(VMCOREINFO)?;
@@ -452,6 +453,9 @@ pub(crate) fn inspect(path: &Path, args: &InspectArgs) -> Result<(), CliError> {
     if let Some(path) = &args.pfns {
         write_pfns(&reader, path, args.force)?;
     }
+    let architecture = info
+        .architecture
+        .map_or_else(|| "unknown".into(), |known| known.to_string());
     let build_id = info.build_id.as_ref().map(|id| {
         id.iter()
             .map(|byte| format!("{byte:02x}"))
@@ -475,7 +479,7 @@ pub(crate) fn inspect(path: &Path, args: &InspectArgs) -> Result<(), CliError> {
             "format": "checkpoint",
             "kernel_release": info.kernel_release,
             "build_id": build_id,
-            "architecture": info.architecture.to_string(),
+            "architecture": architecture,
             "vmm": info.vmm,
             "compression": reader.codec(),
             "chunk_size": reader.chunk_size(),
@@ -496,7 +500,7 @@ pub(crate) fn inspect(path: &Path, args: &InspectArgs) -> Result<(), CliError> {
     say!(
         "kernel    {} ({})",
         info.kernel_release.as_deref().unwrap_or("not said"),
-        info.architecture
+        architecture
     );
     if let Some(id) = build_id {
         say!("build id  {id}");

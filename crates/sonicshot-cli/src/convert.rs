@@ -10,13 +10,14 @@ use crate::report::{progress_bar, say, size};
 use crate::{checkpoint, place};
 use serde_json::json;
 use sonicshot::checkpoint::{
-    Architecture, CheckpointError, CheckpointInfo, CheckpointReader, CheckpointWriter, Compression,
-    SaveOptions,
+    CheckpointError, CheckpointInfo, CheckpointReader, CheckpointWriter, Compression, SaveOptions,
 };
-use sonicshot::{Disposition, Fill, GuestMemory, PageMap, PageSize, PrunePlan};
+use sonicshot::{
+    Architecture, Disposition, Fill, GuestMemory, PageMap, PageSize, Progress, PrunePlan,
+};
 use sonicshot_dump::{
-    CoreNotes, Dump, DumpError, DumpFile, KdumpCompression, KdumpOptions, LayoutSpec, Machine,
-    NewFile, Progress, XlSkeleton, write_kdump,
+    CoreNotes, Dump, DumpError, DumpFile, KdumpCompression, KdumpOptions, LayoutSpec, NewFile,
+    XlSkeleton, write_kdump,
 };
 use std::fs::File;
 use std::path::Path;
@@ -30,7 +31,7 @@ enum Source {
 
 /// What a dump carries beside the memory.
 struct Beside {
-    machine: Option<Machine>,
+    machine: Option<Architecture>,
     notes: Option<Vec<u8>>,
     vmcoreinfo: Option<Vec<u8>>,
 }
@@ -78,9 +79,8 @@ impl Source {
                 };
                 Ok(Beside {
                     machine: match reader.info().architecture {
-                        Architecture::X86_64 => Some(Machine::X86_64),
-                        Architecture::Aarch64 => Some(Machine::Aarch64),
-                        _ => None,
+                        Some(Architecture::Other(_)) => None,
+                        known => known,
                     },
                     notes: blob(CORE_NOTES)?,
                     vmcoreinfo: blob(VMCOREINFO)?,
@@ -213,7 +213,7 @@ fn write(
             let (_, plan) = everything();
             let options = KdumpOptions {
                 compression: KdumpCompression::Zlib,
-                machine: beside.machine.or(Some(Machine::X86_64)),
+                machine: beside.machine.or(Some(Architecture::X86_64)),
                 vmcoreinfo: beside.vmcoreinfo.as_deref(),
                 notes: beside.notes.as_deref(),
                 threads: None,
@@ -230,11 +230,7 @@ fn write(
             let file = NewFile::create(out, force, &source.files())?;
             let (map, plan) = everything();
             let mut info = CheckpointInfo::new(memory.layout().clone(), PageSize::SIZE_4K);
-            info.architecture = match beside.machine {
-                Some(Machine::X86_64) => Architecture::X86_64,
-                Some(Machine::Aarch64) => Architecture::Aarch64,
-                _ => Architecture::Unknown,
-            };
+            info.architecture = beside.machine;
             let options = SaveOptions::new(Compression::ZSTD);
             let failed = checkpoint(out);
             let mut writer = CheckpointWriter::new(file.file(), info, options).map_err(&failed)?;

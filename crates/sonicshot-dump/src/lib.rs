@@ -81,11 +81,13 @@ pub use layout::{BlockPlace, LayoutSpec, LayoutSpecError};
 pub use output::Overwrite;
 pub use output::dump_file::{CoreNotes, DumpFile, NewFile};
 pub use output::folder::NewFolder;
+pub use prune::PruneStats;
 pub use prune::holes::PruneOptions;
-pub use prune::{Progress, PruneStats};
 pub use snapshot::{SnapshotFiles, Vmm};
+pub(crate) use sonicshot::Progress;
 use sonicshot::{
-    Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, Processors, PrunePlan, RamLayout,
+    Architecture, Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, Processors,
+    PrunePlan, RamLayout,
 };
 use sonicshot_xen::{CoreDump, XlImage};
 use std::fs::File;
@@ -140,16 +142,6 @@ pub(crate) enum Format {
     Lime,
     Kdump,
     Avml,
-}
-
-/// A guest's processor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Machine {
-    /// x86-64.
-    X86_64,
-    /// arm64.
-    Aarch64,
 }
 
 /// What opens a file that begins with some magic bytes.
@@ -503,7 +495,7 @@ impl Dump {
 
     /// The processor that the dump says the guest has, if it says.
     #[must_use]
-    pub fn machine(&self) -> Option<Machine> {
+    pub fn machine(&self) -> Option<Architecture> {
         match (&self.format, &self.store) {
             (Format::ElfCore(core), _) => Some(core.machine),
             (Format::XenCore(core), _) => elf_core::machine(&self.path, core.machine()).ok(),
@@ -623,7 +615,7 @@ impl GuestMemory for Dump {
         };
         match (&self.format, &self.store) {
             _ if let Some(told) = &self.told => told.clone(),
-            _ if self.machine() == Some(Machine::Aarch64) => Processors::Unknown,
+            _ if self.machine() == Some(Architecture::Aarch64) => Processors::Unknown,
             (Format::ElfCore(core), Store::Mapped(mapped)) => {
                 let notes = core.notes(mapped.bytes());
                 of_notes(notes.as_deref(), core.vmcoreinfo.as_deref())

@@ -58,6 +58,7 @@ impl fmt::Debug for PageSize {
     }
 }
 
+/// An address or a number of its own kind.
 macro_rules! number {
     ($(#[$doc:meta])* $name:ident, $unit:literal) => {
         $(#[$doc])*
@@ -91,6 +92,8 @@ macro_rules! number {
         }
     };
 }
+
+pub(crate) use number;
 
 number! {
     /// A guest-physical address, in bytes.
@@ -250,6 +253,8 @@ macro_rules! half_open_range {
         }
     };
 }
+
+pub(crate) use half_open_range;
 
 half_open_range! {
     /// A half-open range of guest-physical addresses.

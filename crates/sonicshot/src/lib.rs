@@ -45,9 +45,12 @@
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
 mod address;
+mod architecture;
 mod bytes;
 pub mod checkpoint;
 mod class;
+mod cursor;
+pub mod file;
 mod memory;
 mod p2m;
 mod page_map;
@@ -55,12 +58,16 @@ mod policy;
 mod processor;
 #[cfg(feature = "vm-memory")]
 mod vm_memory;
+pub mod work;
 
 #[cfg(feature = "vm-memory")]
 pub use crate::vm_memory::VmMemory;
 pub use address::{Gpa, GpaRange, Mfn, PageSize, Pfn, PfnRange};
+pub use architecture::Architecture;
 pub use bytes::GuestBytes;
 pub use class::{ClassCounts, ClassSet, PageClass, UnknownClass};
+pub use cursor::{Bytes, Cursor, CutShort, Number};
+pub use file::{FileId, FileOffset, FileRange};
 pub use memory::{
     GuestMemory, Hold, LayoutError, MAX_MAP, Mapped, MappedRegions, MemoryError, RamLayout,
 };
@@ -68,3 +75,4 @@ pub use p2m::{P2m, P2mBuilder, P2mError};
 pub use page_map::PageMap;
 pub use policy::{Disposition, DropClasses, DropRun, Fill, PrunePlan, PrunePolicy};
 pub use processor::{ControlRegisters, Processor, Processors};
+pub use work::Progress;

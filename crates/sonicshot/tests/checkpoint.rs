@@ -149,7 +149,7 @@ fn save(guest: &Guest, options: SaveOptions, fill: Fill) -> (Vec<u8>, SaveStats)
     let map = map_of(guest);
     let plan = PrunePlan::new(&map, &DropClasses::default(), fill);
     let mut info = CheckpointInfo::new(guest.layout.clone(), PageSize::SIZE_4K);
-    info.architecture = Architecture::X86_64;
+    info.architecture = Some(Architecture::X86_64);
     info.kernel_release = Some("6.1.0-test".into());
     info.build_id = Some(vec![1, 2, 3]);
     info.vmm = Some("test".into());

@@ -4,9 +4,9 @@
 //! Headers are read by hand, not by a library, since QEMU 10 writes an `e_ehsize` of 8 and its
 //! section headers before the program headers.
 
+use crate::DumpError;
 use crate::backing::mapped::Extent;
-use crate::{DumpError, Machine};
-use sonicshot::{Gpa, GpaRange, GuestBytes};
+use sonicshot::{Architecture, Gpa, GpaRange, GuestBytes};
 use std::path::Path;
 
 pub(crate) const HEADER_LEN: usize = 64;
@@ -34,19 +34,11 @@ const MAX_VMCOREINFO: u32 = 1 << 16;
 /// Notes that are carried along: a few hundred bytes for each processor.
 const MAX_KEPT_NOTES: u32 = 16 << 20;
 
-/// The `e_machine` of a processor.
-pub(crate) fn number(machine: Machine) -> u16 {
-    match machine {
-        Machine::X86_64 => EM_X86_64,
-        Machine::Aarch64 => EM_AARCH64,
-    }
-}
-
 /// The processor of that `e_machine`.
-pub(crate) fn machine(path: &Path, number: u16) -> Result<Machine, DumpError> {
+pub(crate) fn machine(path: &Path, number: u16) -> Result<Architecture, DumpError> {
     match number {
-        EM_X86_64 => Ok(Machine::X86_64),
-        EM_AARCH64 => Ok(Machine::Aarch64),
+        EM_X86_64 => Ok(Architecture::X86_64),
+        EM_AARCH64 => Ok(Architecture::Aarch64),
         other => {
             let what = "a machine that is neither x86-64 nor arm64";
             Err(DumpError::malformed(path, what, 18, other.into()))
@@ -55,11 +47,11 @@ pub(crate) fn machine(path: &Path, number: u16) -> Result<Machine, DumpError> {
 }
 
 /// The header of a core with `count` program headers right behind it.
-pub(crate) fn header(machine: Machine, count: usize) -> Vec<u8> {
+pub(crate) fn header(machine: Architecture, count: usize) -> Vec<u8> {
     let mut head = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0];
     head.resize(16, 0);
     head.extend(4_u16.to_le_bytes()); // ET_CORE
-    head.extend(number(machine).to_le_bytes());
+    head.extend(machine.elf_machine().to_le_bytes());
     head.extend(1_u32.to_le_bytes()); // EV_CURRENT
     head.extend(0_u64.to_le_bytes()); // e_entry
     head.extend((HEADER_LEN as u64).to_le_bytes()); // e_phoff
@@ -87,7 +79,7 @@ pub(crate) struct Segment {
 /// What the headers of an ELF core say.
 #[derive(Debug, Clone)]
 pub(crate) struct ElfCore {
-    pub machine: Machine,
+    pub machine: Architecture,
     pub segments: Vec<Segment>,
     /// The VMCOREINFO text.
     pub vmcoreinfo: Option<Vec<u8>>,

@@ -1,10 +1,10 @@
 //! Files to restore a guest's memory into: raw RAM, ELF cores.
 
+use crate::DumpError;
 use crate::format::elf_core::{self, HEADER_LEN, PT_LOAD, PT_NOTE, SEGMENT_LEN, Segment};
 use crate::output::{Output, Overwrite, Target};
-use crate::{DumpError, Machine};
 use sonicshot::checkpoint::{CheckpointError, FillWith, RestoreTarget};
-use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, RamLayout};
+use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, RamLayout};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -28,7 +28,7 @@ pub struct DumpFile {
 #[non_exhaustive]
 pub struct CoreNotes {
     /// The guest's processor; x86-64 if it is not known.
-    pub machine: Option<Machine>,
+    pub machine: Option<Architecture>,
     /// The notes of the core that the memory came from, as they were.
     pub notes: Option<Vec<u8>>,
     /// The guest kernel's VMCOREINFO, for a core without `notes`.
@@ -71,7 +71,7 @@ impl DumpFile {
         let start = headers
             .saturating_add(text.len() as u64)
             .next_multiple_of(ALIGN);
-        let mut head = elf_core::header(notes.machine.unwrap_or(Machine::X86_64), count);
+        let mut head = elf_core::header(notes.machine.unwrap_or(Architecture::X86_64), count);
         let mut segment = Segment {
             kind: PT_NOTE,
             flags: 0,

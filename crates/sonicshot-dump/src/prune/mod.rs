@@ -19,8 +19,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-/// Told how far the work is: bytes done, of how many.
-pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+pub(crate) use sonicshot::Progress;
 
 /// What a prune did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -2,8 +2,8 @@
 
 use crate::common::*;
 use proptest::prelude::*;
-use sonicshot::{Gpa, GpaRange, GuestMemory, RamLayout};
-use sonicshot_dump::{Dump, DumpError, Machine, Overwrite};
+use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, RamLayout};
+use sonicshot_dump::{Dump, DumpError, Overwrite};
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -242,10 +242,10 @@ fn cores_of_every_shape_are_read() {
         ..PLAIN
     };
     for (shape, machine) in [
-        (PLAIN, Machine::X86_64),
-        (QEMU, Machine::X86_64),
-        (xnum, Machine::X86_64),
-        (arm, Machine::Aarch64),
+        (PLAIN, Architecture::X86_64),
+        (QEMU, Architecture::X86_64),
+        (xnum, Architecture::X86_64),
+        (arm, Architecture::Aarch64),
     ] {
         let dump = Dump::open(write(&folder, &core(shape, &loads)), None).unwrap();
         assert_eq!(dump.format(), "ELF core");

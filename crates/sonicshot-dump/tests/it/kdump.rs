@@ -3,11 +3,11 @@
 
 use proptest::prelude::*;
 use sonicshot::{
-    DropClasses, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn,
-    PfnRange, PrunePlan, RamLayout,
+    Architecture, DropClasses, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageClass, PageMap,
+    PageSize, Pfn, PfnRange, PrunePlan, RamLayout,
 };
 use sonicshot_dump::{
-    DumpError, KdumpCompression, KdumpFile, KdumpOptions, KdumpWriteError, Machine, write_kdump,
+    DumpError, KdumpCompression, KdumpFile, KdumpOptions, KdumpWriteError, write_kdump,
 };
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -275,7 +275,7 @@ fn reads_every_compression_version_and_page_size() {
             build.check(&dump);
             assert_eq!(dump.layout().regions().len(), 2);
             assert_eq!(dump.page_size().bytes(), block as u64);
-            assert_eq!(dump.machine(), Some(Machine::X86_64));
+            assert_eq!(dump.machine(), Some(Architecture::X86_64));
             assert_eq!(dump.dumped_frames(), 11);
             let info = (version >= 3).then_some(&b"OSRELEASE=6.1.0\n"[..]);
             assert_eq!(dump.vmcoreinfo(), info);
@@ -287,8 +287,8 @@ fn reads_every_compression_version_and_page_size() {
 #[test]
 fn finds_processor_and_vmcoreinfo_in_the_notes() {
     for (len, machine) in [
-        (336, Some(Machine::X86_64)),
-        (392, Some(Machine::Aarch64)),
+        (336, Some(Architecture::X86_64)),
+        (392, Some(Architecture::Aarch64)),
         (100, None),
     ] {
         let mut notes = note(6, 20);
@@ -653,7 +653,7 @@ proptest! {
         notes.extend(note(1, 392));
         let options = KdumpOptions {
             compression,
-            machine: more.then_some(Machine::X86_64),
+            machine: more.then_some(Architecture::X86_64),
             vmcoreinfo: more.then_some(b"OSRELEASE=6.1\nNUMBER(phys_base)=-4096\n"),
             notes: Some(&notes).filter(|_| more).map(Vec::as_slice),
             threads: NonZeroUsize::new(threads),

@@ -1,67 +1,17 @@
 //! What a checkpoint says of itself and of its guest.
 
-use crate::{PageClass, PageSize, PfnRange, RamLayout};
+use crate::{Architecture, PageClass, PageSize, PfnRange, RamLayout};
 use core::fmt;
 use core::str::FromStr;
-
-/// A guest's processor, numbered as ELF does (`e_machine`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-#[non_exhaustive]
-pub enum Architecture {
-    /// Not said.
-    #[default]
-    Unknown,
-    /// x86-64 (62).
-    X86_64,
-    /// arm64 (183).
-    Aarch64,
-    /// Another one.
-    Other(u16),
-}
-
-impl Architecture {
-    /// The architecture with ELF's number `machine`; 0 is unknown.
-    #[must_use]
-    pub const fn from_elf_machine(machine: u16) -> Self {
-        match machine {
-            0 => Self::Unknown,
-            62 => Self::X86_64,
-            183 => Self::Aarch64,
-            other => Self::Other(other),
-        }
-    }
-
-    /// ELF's number of it; 0 if unknown.
-    #[must_use]
-    pub const fn elf_machine(self) -> u16 {
-        match self {
-            Self::Unknown => 0,
-            Self::X86_64 => 62,
-            Self::Aarch64 => 183,
-            Self::Other(other) => other,
-        }
-    }
-}
-
-impl fmt::Display for Architecture {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unknown => f.pad("unknown"),
-            Self::X86_64 => f.pad("x86_64"),
-            Self::Aarch64 => f.pad("aarch64"),
-            Self::Other(other) => write!(f, "ELF machine {other}"),
-        }
-    }
-}
 
 /// What a checkpoint says of its guest. Only the layout and the page size are needed.
 ///
 /// ```
-/// use sonicshot::{Gpa, GpaRange, PageSize, RamLayout};
-/// use sonicshot::checkpoint::{Architecture, CheckpointInfo};
+/// use sonicshot::checkpoint::CheckpointInfo;
+/// use sonicshot::{Architecture, Gpa, GpaRange, PageSize, RamLayout};
 /// let layout = RamLayout::new(vec![GpaRange::new(Gpa::ZERO, Gpa::new(1 << 20))])?;
 /// let mut info = CheckpointInfo::new(layout, PageSize::SIZE_4K);
-/// info.architecture = Architecture::X86_64;
+/// info.architecture = Some(Architecture::X86_64);
 /// info.vmm = Some("my-vmm 1.0".into());
 /// # Ok::<(), sonicshot::LayoutError>(())
 /// ```
@@ -72,8 +22,8 @@ pub struct CheckpointInfo {
     pub layout: RamLayout,
     /// The size of a page, of the guest and of the checkpoint.
     pub page_size: PageSize,
-    /// The guest's processor.
-    pub architecture: Architecture,
+    /// The architecture of the guest's processors, if it is said.
+    pub architecture: Option<Architecture>,
     /// The guest kernel's release, as `uname -r` gives it.
     pub kernel_release: Option<String>,
     /// The guest kernel's build ID.
@@ -89,7 +39,7 @@ impl CheckpointInfo {
         Self {
             layout,
             page_size,
-            architecture: Architecture::Unknown,
+            architecture: None,
             kernel_release: None,
             build_id: None,
             vmm: None,

@@ -1,8 +1,8 @@
 //! The bytes of a checkpoint, as `FORMAT.md` gives them: constants, and each record's encoding.
 
 use super::error::CheckpointError;
-use super::info::{Architecture, CheckpointInfo, Compression, PageContent, PageRun};
-use crate::{Gpa, GpaRange, PageClass, PageSize, Pfn, PfnRange, RamLayout};
+use super::info::{CheckpointInfo, Compression, PageContent, PageRun};
+use crate::{Architecture, Gpa, GpaRange, PageClass, PageSize, Pfn, PfnRange, RamLayout};
 use twox_hash::XxHash3_64;
 
 /// The first bytes of every checkpoint. As in PNG, a transfer as text damages them.
@@ -135,7 +135,9 @@ impl Header {
         out.extend(self.compatible.to_le_bytes());
         let page_size = u32::try_from(self.info.page_size.bytes()).unwrap_or(0);
         out.extend(page_size.to_le_bytes());
-        out.extend(self.info.architecture.elf_machine().to_le_bytes());
+        // ELF's EM_NONE where none is said.
+        let machine = self.info.architecture.map_or(0, Architecture::elf_machine);
+        out.extend(machine.to_le_bytes());
         out.extend([self.codec.number(), 0]);
         out.extend(self.chunk_size.to_le_bytes());
         let count = u32::try_from(regions.len()).unwrap_or(u32::MAX);

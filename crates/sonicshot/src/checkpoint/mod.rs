@@ -35,9 +35,7 @@ mod uffd;
 mod writer;
 
 pub use error::CheckpointError;
-pub use info::{
-    Architecture, CheckpointInfo, Compression, PageContent, PageRun, UnknownCompression,
-};
+pub use info::{CheckpointInfo, Compression, PageContent, PageRun, UnknownCompression};
 #[cfg(feature = "userfaultfd")]
 pub use lazy::{LazyOptions, LazyRegion, LazyRestore, LazyStats, Prefetch, WorkingSet};
 #[cfg(feature = "mmap")]
@@ -47,4 +45,4 @@ pub use restore::{Before, FillWith, RestoreRegions, RestoreTarget};
 pub use source::{RangeSource, SeekSource};
 #[cfg(feature = "userfaultfd")]
 pub use uffd::{HostAddress, Uffd};
-pub use writer::{CheckpointWriter, Progress, SaveOptions, SaveStats};
+pub use writer::{CheckpointWriter, SaveOptions, SaveStats};

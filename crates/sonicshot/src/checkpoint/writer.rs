@@ -9,7 +9,7 @@ use super::layout::{
     align_up, checksum, len64,
 };
 use super::scan::{Batch, Batches, Buffer, Buffers, Page, Part, Scanned, Stored, same};
-use crate::{Gpa, GuestMemory, PageMap, Pfn, PfnRange, PrunePlan, RamLayout};
+use crate::{Gpa, GuestMemory, PageMap, Pfn, PfnRange, Progress, PrunePlan, RamLayout};
 use core::hash::Hasher;
 use core::num::NonZeroUsize;
 use core::ops::Range;
@@ -19,9 +19,6 @@ use std::io::{Read, Write};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use twox_hash::{XxHash3_64, XxHash3_128};
-
-/// Told how far the work is: bytes of guest memory done, of how many.
-pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 
 /// How a checkpoint is written.
 #[derive(Debug, Clone)]

@@ -10,11 +10,11 @@
 //! A *flattened* file, as written to a pipe, is a list of pieces, each with the place it has in
 //! the file proper. It is read in place, by an index of the pieces.
 
+use crate::DumpError;
 use crate::backing::mapped::{map_file, whole};
 use crate::backing::paged::BlockCache;
-use crate::{DumpError, Machine};
 use memmap2::Mmap;
-use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, PageSize, RamLayout};
+use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, PageSize, RamLayout};
 use std::collections::BinaryHeap;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -79,7 +79,7 @@ pub struct KdumpFile {
 struct Facts {
     version: u32,
     page_size: PageSize,
-    machine: Option<Machine>,
+    machine: Option<Architecture>,
     incomplete: bool,
     frames: u64,
     dumped: u64,
@@ -290,7 +290,7 @@ impl KdumpFile {
 
     /// The guest's processor, if the dump tells.
     #[must_use]
-    pub fn machine(&self) -> Option<Machine> {
+    pub fn machine(&self) -> Option<Architecture> {
         self.facts.machine
     }
 
@@ -805,20 +805,20 @@ fn u64_in(bytes: &[u8], at: usize) -> Option<u64> {
 }
 
 /// The processor by its name in `struct new_utsname`.
-fn machine_named(name: &[u8]) -> Option<Machine> {
+fn machine_named(name: &[u8]) -> Option<Architecture> {
     match name.split(|byte| *byte == 0).next()? {
-        b"x86_64" => Some(Machine::X86_64),
-        b"aarch64" => Some(Machine::Aarch64),
+        b"x86_64" => Some(Architecture::X86_64),
+        b"aarch64" => Some(Architecture::Aarch64),
         _ => None,
     }
 }
 
 /// The processor by the size of its `struct elf_prstatus`.
-fn machine_of_notes(notes: &[u8]) -> Option<Machine> {
+fn machine_of_notes(notes: &[u8]) -> Option<Architecture> {
     let status = notes_in(notes).find(Note::is_registers)?;
     match status.text.len() {
-        336 => Some(Machine::X86_64),
-        392 => Some(Machine::Aarch64),
+        336 => Some(Architecture::X86_64),
+        392 => Some(Architecture::Aarch64),
         _ => None,
     }
 }

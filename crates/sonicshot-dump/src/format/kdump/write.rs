@@ -7,8 +7,7 @@
 use crate::format::kdump::read::{
     DESCRIPTOR_LEN, MAX_FRAMES, Note, SIGNATURE, SNAPPY, SUB_HEADER_LEN, ZLIB, ZSTD, notes_in,
 };
-use crate::{Machine, Progress};
-use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, PrunePlan};
+use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, Progress, PrunePlan};
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
@@ -46,7 +45,7 @@ pub struct KdumpOptions<'a> {
     /// How pages are compressed.
     pub compression: KdumpCompression,
     /// The guest's processor.
-    pub machine: Option<Machine>,
+    pub machine: Option<Architecture>,
     /// The guest's VMCOREINFO text. Most readers cannot do without.
     pub vmcoreinfo: Option<&'a [u8]>,
     /// ELF notes: an `NT_PRSTATUS` for each processor.
@@ -247,9 +246,9 @@ fn header(sizes: &Sizes, options: &KdumpOptions<'_>) -> Vec<u8> {
         .filter(|release| !release.is_empty())
         .unwrap_or(UNKNOWN);
     let machine: &[u8] = match options.machine {
-        Some(Machine::X86_64) => b"x86_64",
-        Some(Machine::Aarch64) => b"aarch64",
-        None => UNKNOWN,
+        Some(Architecture::X86_64) => b"x86_64",
+        Some(Architecture::Aarch64) => b"aarch64",
+        _ => UNKNOWN,
     };
     let status = match options.compression {
         KdumpCompression::None => 0,
