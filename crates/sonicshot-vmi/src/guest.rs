@@ -13,6 +13,7 @@ use crate::mm::zone::Zones;
 use crate::owner::{self, Owner};
 use crate::place::{self, PlaceEvidence};
 use crate::processors::{Cr3, Owners, Verdict};
+use crate::shape::{self, Knowledge};
 use crate::symbols::{self, Kallsyms, SymbolSource};
 use crate::{KernelVa, VirtualMemory};
 use sonicshot::{Fill, GpaRange, GuestMemory, PageClass, PageMap, PageSize};
@@ -25,6 +26,7 @@ pub struct GuestOptions {
     symbol_files: Vec<PathBuf>,
     vmcoreinfo: Option<Vec<u8>>,
     cr3: Option<Cr3>,
+    at_most: Option<Knowledge>,
 }
 
 impl GuestOptions {
@@ -55,6 +57,15 @@ impl GuestOptions {
     #[must_use]
     pub fn cr3(mut self, cr3: Cr3) -> Self {
         self.cr3 = Some(cr3);
+        self
+    }
+
+    /// Takes no more than this of the guest and of all files: tests hold what less knowledge finds
+    /// against what more does.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn at_most(mut self, knowledge: Knowledge) -> Self {
+        self.at_most = Some(knowledge);
         self
     }
 }
@@ -109,6 +120,9 @@ pub struct LinuxGuest<'m> {
     owners: Owners,
     /// What the memory shows of a later owner, where nothing is told of processors.
     traces: Option<Owner>,
+    knowledge: Knowledge,
+    /// The kernel's image, from its start as far as it is mapped.
+    image: (KernelVa, KernelVa),
 }
 
 impl<'m> LinuxGuest<'m> {
@@ -189,8 +203,7 @@ impl<'m> LinuxGuest<'m> {
     /// Whether all processors that count run on this kernel.
     fn is_run_by_all(&self) -> bool {
         let check = || {
-            let map = MemMap::new(&self.kernel, self.page_size)?;
-            let zones = Zones::new(&self.kernel)?;
+            let (map, _, zones) = self.structures()?;
             self.owners.check(&self.kernel, &map, &zones)
         };
         matches!(check(), Ok(Verdict::Owner))
@@ -198,6 +211,7 @@ impl<'m> LinuxGuest<'m> {
 
     /// Gathers the symbols and types of a kernel.
     fn gather(found: Found<'m>, options: &GuestOptions, owners: Owners) -> Result<Self, VmiError> {
+        let hides_types = options.at_most.is_some_and(|most| most > Knowledge::Types);
         let mut files = Vec::new();
         for path in &options.symbol_files {
             files.push(symbols::open_symbol_file(path)?);
@@ -231,10 +245,11 @@ impl<'m> LinuxGuest<'m> {
         }
         kernel.add(Box::new(vmcoreinfo.clone()));
         kernel.vmcoreinfo = Some(vmcoreinfo);
-        let mut kallsyms_error = None;
-        match kallsyms {
-            Ok(kallsyms) => kernel.add(Box::new(kallsyms)),
-            Err(error) => kallsyms_error = Some(error),
+        // Kernels without CONFIG_KALLSYMS have none; nor is it needed to find free pages.
+        if let Ok(kallsyms) = kallsyms
+            && !hides_types
+        {
+            kernel.add(Box::new(kallsyms));
         }
         let mut guest = Self {
             kernel,
@@ -243,21 +258,43 @@ impl<'m> LinuxGuest<'m> {
             banner: None,
             owners,
             traces: None,
+            knowledge: Knowledge::Types,
+            image,
         };
-        if let Some(error) = kallsyms_error
-            && guest.kernel.symbol("linux_banner")?.is_none()
-        {
-            // Nothing else knows where things are.
-            return Err(error.into());
-        }
         guest.read_banner()?;
         guest.check_files(options.symbol_files.len())?;
         // Also beside a file's types: where both tell, they must agree.
-        let btf = symbols::find_btf(&guest.kernel.space, guest.btf_bounds()?, image)?;
-        if let Some(btf) = btf {
+        if !hides_types
+            && let Some(btf) = symbols::find_btf(&guest.kernel.space, guest.btf_bounds()?, image)?
+        {
             guest.kernel.add(Box::new(btf));
         }
+        // VMCOREINFO tells neither.
+        let has_types = guest.kernel.member("zone", "zone_start_pfn")?.is_some()
+            || guest.kernel.constant("__NR_PAGEFLAGS")?.is_some();
+        if !has_types {
+            guest.knowledge = Knowledge::Vmcoreinfo;
+        }
         Ok(guest)
+    }
+
+    /// What is known of the kernel.
+    #[must_use]
+    pub fn knowledge(&self) -> Knowledge {
+        self.knowledge
+    }
+
+    /// The struct pages, what each says, and the zones, by whatever is known of them.
+    fn structures(&self) -> Result<(MemMap<'m>, PageLayout, Zones), VmiError> {
+        let map = MemMap::new(&self.kernel, self.page_size)?;
+        if self.knowledge == Knowledge::Types {
+            let layout = PageLayout::new(&self.kernel, map.stride)?;
+            let zones = Zones::new(&self.kernel)?;
+            return Ok((map, layout, zones));
+        }
+        let layout = PageLayout::of_free_pages(&self.kernel, map.stride)?;
+        let zones = shape::told_zones(&self.kernel, &map, &layout, self.image)?;
+        Ok((map, layout, zones))
     }
 
     /// `__start_BTF` and `__stop_BTF`, if the symbols are known.
@@ -466,9 +503,7 @@ impl<'m> LinuxGuest<'m> {
     /// [`VmiError::Inconsistent`] if the sources of truth disagree, [`VmiError::Missing`] if a
     /// symbol or member that decides about a page is known to no source, and what reading gives.
     pub fn classify(&self, on: OnInconsistency) -> Result<Classification, VmiError> {
-        let mem_map = MemMap::new(&self.kernel, self.page_size)?;
-        let layout = PageLayout::new(&self.kernel, mem_map.stride)?;
-        let zones = Zones::new(&self.kernel)?;
+        let (mem_map, layout, zones) = self.structures()?;
         let owner_note = self.owner_note(&mem_map, &zones, on)?;
         let scan = scan(&self.kernel, &mem_map, &layout, &zones)?;
         if scan.fatal
@@ -588,8 +623,10 @@ impl<'m> LinuxGuest<'m> {
                 zero = zero.saturating_add(1);
             }
         }
-        if poisoned == Some(false) || poisoned.is_none() && with_pattern < looked {
-            return Ok(unless_poisoned(zeroed.unwrap_or(zero == looked)));
+        // Where no flag tells, a few pages that were just freed or being given away decide nothing.
+        let most = |count: u32| count > looked.saturating_sub(looked.div_ceil(20));
+        if poisoned == Some(false) || poisoned.is_none() && !most(with_pattern) {
+            return Ok(unless_poisoned(zeroed.unwrap_or(most(zero))));
         }
         if looked > 0 && zero == looked {
             // CONFIG_PAGE_POISONING_ZERO (to 5.10): the pattern is zero.

@@ -133,6 +133,7 @@ mod owner;
 mod paging;
 mod place;
 mod processors;
+mod shape;
 pub mod symbols;
 mod zero;
 
@@ -144,4 +145,5 @@ pub use owner::Trace;
 pub(crate) use paging::AddressSpace;
 pub use place::PlaceEvidence;
 pub use processors::{Cr3, Foreign, ForeignProcessor, ParseCr3Error};
+pub use shape::Knowledge;
 pub use zero::{count_zero_pages, mark_zero_pages};

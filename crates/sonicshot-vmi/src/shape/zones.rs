@@ -76,11 +76,6 @@ impl Exits {
         }
     }
 
-    /// Whether no free block is the end of a list.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.heads.is_empty()
-    }
-
     /// The arrays `free_area` that the heads are in, each with all its heads, lowest first.
     pub(crate) fn arrays(
         &self,
@@ -155,6 +150,8 @@ pub(crate) struct ZoneWords {
     pub spanned_pages: u64,
     /// `vm_stat[NR_FREE_PAGES]`.
     pub free_pages: u64,
+    /// `NR_FREE_PAGES`.
+    pub index: u64,
 }
 
 impl ZoneWords {
@@ -167,6 +164,7 @@ impl ZoneWords {
         })?;
         let vm_stat = kernel.need_member("zone", "vm_stat")?.offset;
         Ok(Self {
+            index,
             spanned_pages: kernel.need_member("zone", "spanned_pages")?.offset,
             free_pages: index
                 .checked_mul(8)
