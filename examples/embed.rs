@@ -7,8 +7,8 @@
 //!
 //! The file stands in for a running guest: its bytes are put into the VMM's regions first.
 
-use sonicshot::{DropClasses, GuestMemory, PrunePlan, VmMemory};
-use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency, mark_zero_pages};
+use sonicshot::{DropClasses, GuestMemory, VmMemory};
+use sonicshot_vmi::{AnalysisOptions, analyze};
 use std::error::Error;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -26,12 +26,9 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // The VMM has paused its processors and devices here.
     let guest = VmMemory::new(&memory)?;
-    let linux = LinuxGuest::open(&guest, &GuestOptions::new())?;
-    let mut pages = linux.classify(OnInconsistency::Refuse)?;
-    mark_zero_pages(&guest, &mut pages.map)?;
+    let analysis = analyze(&guest, &AnalysisOptions::new())?;
     // A hole in the snapshot reads as zero, so only what may read as zero is left out.
-    let plan =
-        PrunePlan::new(&pages.map, &DropClasses::default(), pages.free_fill).zero_filled_only();
+    let plan = analysis.plan(&DropClasses::default()).zero_filled_only();
 
     let out = File::create(&snapshot)?;
     out.set_len(guest.layout().bytes())?;
@@ -43,7 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     println!(
         "Linux {}: wrote {} of {} MiB",
-        linux.release(),
+        analysis.facts().release,
         written >> 20,
         guest.layout().bytes() >> 20
     );

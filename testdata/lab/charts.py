@@ -1,10 +1,13 @@
 """Line charts side by side, as an SVG that is read on light and on dark ground."""
 
 import math
+from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT = 300, 190  # of one chart's frame
 LEFT, TOP, RIGHT, BOTTOM = 52, 66, 14, 46
+# A series: x and y of each of its points.
+Points = Sequence[tuple[float, float]]
 # The series in their order: colours that stand out from white and from black.
 COLOURS = ["#8b949e", "#2f81f7"]
 STYLE = """
@@ -24,32 +27,36 @@ text { font: 12px system-ui, sans-serif; fill: #57606a; }
 class Scale:
     """The places of an axis."""
 
-    def __init__(self, low, high, length, log=False):
-        self.place = math.log2 if log else float
+    def __init__(self, low: float, high: float, length: float, log: bool = False) -> None:
+        self.log = log
         self.low, self.length = self.place(low), length
         self.span = self.place(high) - self.low
 
-    def __call__(self, value):
+    def place(self, value: float) -> float:
+        return math.log2(value) if self.log else value
+
+    def __call__(self, value: float) -> float:
         return (self.place(value) - self.low) / self.span * self.length
 
 
-def steps(high):
+def steps(high: float) -> list[float]:
     """Round numbers from zero to `high` or a little more, at most six."""
     step = 10.0 ** math.floor(math.log10(high))
     step = next(step * part for part in (0.2, 0.5, 1, 2, 5) if high / (step * part) <= 5)
     return [step * i for i in range(math.ceil(high / step) + 1)]
 
 
-def text(x, y, words, anchor="middle", style=""):
+def text(x: float, y: float, words: str, anchor: str = "middle", style: str = "") -> str:
     named = f' class="{style}"' if style else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{named}>{escape(words)}</text>'
 
 
-def line(kind, x1, y1, x2, y2):
+def line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def chart(left, title, label, ticks, log, lines):
+def chart(left: float, title: str, label: str, ticks: Mapping[int, str], log: bool,
+          lines: Sequence[Points]) -> list[str]:
     """One chart. `ticks`: the places on the x axis and what they are called; `lines`: the points
     of every series."""
     x = Scale(min(ticks), max(ticks), WIDTH, log)
@@ -73,11 +80,13 @@ def chart(left, title, label, ticks, log, lines):
     return parts
 
 
-def svg(names, label, ticks, charts, log=False):
+def svg(names: Sequence[str], label: str, ticks: Mapping[int, str],
+        charts: Sequence[tuple[str, Sequence[Points]]], log: bool = False) -> str:
     """`names` of the series; `charts`: a title and the points of every series, for each."""
     step = LEFT + WIDTH + RIGHT
     width, height = step * len(charts), TOP + HEIGHT + BOTTOM
-    parts, at = [], LEFT
+    parts: list[str] = []
+    at = LEFT
     for colour, name in zip(COLOURS, names):
         parts.append(f'<circle cx="{at + 4}" cy="16" r="4" fill="{colour}"/>')
         parts.append(text(at + 14, 20, name, "start"))

@@ -1,24 +1,28 @@
 """Kills a prune in place at random moments: what is left must run, and a second prune must end
 where an undisturbed one ends."""
 
-import json
 import shutil
 import statistics
 import subprocess
 import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from random import Random
 
-import machine
+import captures
+import kernels
 import mapped
+from command import command
+from debian import install_tools
 from errors import CheckFailed, CommandFailed, Differs
-from kernels import LAB, run
-from matrix import allocated
+from host import LAB, allocated, run
+from spec import PAGE, GuestSpec
+from tool import find_tool, report_of, tool_argument
 
-PAGE = 4096
 STEP = 8 << 20
 
 
-def check_raw(original, left, pruned):
+def check_raw(original: Path, left: Path, pruned: Path) -> int:
     """Every page is as it was before or as it is in the end; returns how many of those that the
     prune changes it has changed."""
     changed = 0
@@ -40,24 +44,24 @@ def check_raw(original, left, pruned):
     return changed
 
 
-def kill(tool, folder, form, rounds, seed):
+def kill(tool: Path, folder: Path, form: str, rounds: int, seed: int) -> str:
     """Returns a line that says how it went."""
     original = folder / form
     work = LAB / "kill" / f"{folder.name}-{form}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     pruned, file = work / "pruned", work / "file"
-    prune = [tool, "prune", file, "--in-place", "--json"]
+    prune = (tool, "prune", file, "--in-place", "--json")
     times = []
     for _ in range(3):
         run("cp", "--sparse=auto", original, file)
         started = time.monotonic()
-        report = json.loads(run(*prune))
+        report = report_of(run(*prune))
         times.append(time.monotonic() - started)
     file.rename(pruned)
     whole = statistics.median(times)
 
-    def check(done):
+    def check(done: bool) -> int:
         """Of the pages to drop, how many are gone."""
         if form == "mapped.ram":
             gone = mapped.check_pruned(original, file, alike=False)
@@ -91,12 +95,12 @@ def kill(tool, folder, form, rounds, seed):
         torture = number % 10 == 9
         tortured += torture
         if form == "mapped.ram":
-            machine.restore(folder, None, "torture" if torture else "look", migration=file)
+            captures.restore(folder, None, "torture" if torture else "look", migration=file)
         else:
             # The guest runs in the file, so in a copy of it.
             copy = work / "running"
             run("cp", "--sparse=always", file, copy)
-            machine.restore(folder, copy, "torture" if torture else "look")
+            captures.restore(folder, copy, "torture" if torture else "look")
             copy.unlink()
         run(*prune)
         check(True)
@@ -109,3 +113,21 @@ def kill(tool, folder, form, rounds, seed):
     return (f"{form}, {report['kernel_release']}: {rounds} prunes of {whole:.3f} s killed ({where}): "
             f"each file restored and looked through, {tortured} of them tortured, "
             "each second prune ends where an undisturbed one does")
+
+
+def kill_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--kernel", default="6.1")
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1)
+    tool_argument(parser)
+
+
+@command("kill", "kill prunes in place, run on from what is left", kill_arguments)
+def do_kill(args: Namespace) -> None:
+    """Kills prunes in place at random moments, and lets a guest run from what is left."""
+    install_tools()
+    tool = find_tool(args.sonicshot)
+    spec = GuestSpec(kernels.fetch(args.kernel), forms=("raw", "mapped"))
+    folder = captures.capture(spec, f"kill-{args.kernel}")
+    for form in ("mapped.ram", "ram.raw"):
+        print(kill(tool, folder, form, args.rounds, args.seed), flush=True)

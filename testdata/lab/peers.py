@@ -5,10 +5,18 @@ import struct
 import subprocess
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import captures
 import kernels
+from command import command
+from debian import Apt, install_tools
 from errors import CommandFailed
+from host import LAB, Word, attempt, read_through, run
+from spec import GuestSpec
+from tool import find_tool, tool_argument
 
 PACKAGES = ["makedumpfile", "libc6", "libelf1t64", "libdw1t64", "liblzo2-2", "libsnappy1v5",
             "zlib1g", "libzstd1", "libbz2-1.0", "liblzma5", "libstdc++6", "libgcc-s1"]
@@ -16,17 +24,17 @@ PACKAGES = ["makedumpfile", "libc6", "libelf1t64", "libdw1t64", "liblzo2-2", "li
 DIRECT_MAP = {4: 0xFFFF888000000000, 5: 0xFF11000000000000}
 
 
-def makedumpfile():
+def makedumpfile() -> list[str]:
     """The command, as a list; downloaded and unpacked when it is missing."""
-    root = kernels.LAB / "makedumpfile"
+    root = LAB / "makedumpfile"
     if not (root / "done").exists():
-        apt = kernels.Apt("sid", kernels.LAB)
+        apt = Apt("sid")
         apt.update()
         packages = root / "packages"
         for package in PACKAGES:
             apt.download(package, packages)
-        for package in packages.glob("*.deb"):
-            kernels.run("dpkg", "-x", package, root)
+        for deb in packages.glob("*.deb"):
+            run("dpkg", "-x", deb, root)
         (root / "done").touch()
     libraries = root / "usr/lib/x86_64-linux-gnu"
     loader = next(p for p in [root / "usr/lib64/ld-linux-x86-64.so.2",
@@ -37,7 +45,12 @@ def makedumpfile():
     return [str(loader), "--library-path", str(libraries), str(program)]
 
 
-def vmcore(ram, vmcoreinfo, out, levels=4):
+def version(peer: Sequence[str]) -> str:
+    """As makedumpfile has it."""
+    return attempt(*peer, "-v").stdout.split("\n")[0]
+
+
+def vmcore(ram: Path, vmcoreinfo: bytes, out: Path, levels: int = 4) -> None:
     """Shapes raw RAM of a `pc` guest without KASLR as /proc/vmcore does."""
     size = ram.stat().st_size
     split = 3 << 30
@@ -62,52 +75,67 @@ def vmcore(ram, vmcoreinfo, out, levels=4):
                 file.write(piece)
 
 
-def vmcoreinfo(capture, sonicshot):
+def vmcoreinfo(capture: Path, sonicshot: Path) -> bytes:
     """The guest kernel's VMCOREINFO, as a checkpoint carries it."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
-        checkpoint, text = Path(scratch) / "first.sonic", Path(scratch) / "vmcoreinfo"
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as shm:
+        scratch = Path(shm)
+        checkpoint, text = scratch / "first.sonic", scratch / "vmcoreinfo"
         timed([sonicshot, "save", capture / "ram.raw", "-o", checkpoint])
-        timed([sonicshot, "restore", checkpoint, "-o", Path(scratch) / "raw", "--blob",
+        timed([sonicshot, "restore", checkpoint, "-o", scratch / "raw", "--blob",
                f"vmcoreinfo={text}"])
         return text.read_bytes()
 
 
-def timed(command):
+def timed(line: Sequence[Word]) -> float:
+    """The seconds that a command took."""
     begin = time.monotonic()
-    done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE,
+    done = subprocess.run([str(word) for word in line], stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        raise CommandFailed(f"{command} failed:\n{done.stdout[-2000:]}")
+        raise CommandFailed(f"{line} failed:\n{done.stdout[-2000:]}")
     return time.monotonic() - begin
 
 
-def compare(capture, sonicshot, rounds=5):
+def compare(capture: Path, sonicshot: Path, rounds: int = 5) -> None:
     """One run: sonicshot's save against makedumpfile's, both into memory, caches warm."""
     peer = makedumpfile()
-    version = subprocess.run([*peer, "-v"], capture_output=True, text=True).stdout.split("\n")[0]
+    name = version(peer)
     ram = capture / "ram.raw"
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
-        scratch = Path(scratch)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as shm:
         core = capture / "vmcore"
         if not core.exists():
             vmcore(ram, vmcoreinfo(capture, sonicshot), core)
-        for file in [ram, core]:
-            subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
-        works = {
+        for file in (ram, core):
+            read_through(file)
+        works: dict[str, Callable[[Path], list[Word]]] = {
             "sonicshot save, zstd": lambda out: [sonicshot, "save", ram, "-o", out],
             "sonicshot save, lz4": lambda out: [sonicshot, "save", ram, "-o", out,
                                                 "--compress", "lz4"],
-            f"{version} -d 17 -z": lambda out: [*peer, "-d", "17", "-z", core, out],
-            f"{version} -d 17 -l": lambda out: [*peer, "-d", "17", "-l", core, out],
+            f"{name} -d 17 -z": lambda out: [*peer, "-d", "17", "-z", core, out],
+            f"{name} -d 17 -l": lambda out: [*peer, "-d", "17", "-l", core, out],
         }
-        times = {name: [] for name in works}
-        sizes = {}
+        times: dict[str, list[float]] = {work: [] for work in works}
+        sizes: dict[str, int] = {}
         for _ in range(rounds):
-            for name, command in works.items():
-                out = scratch / "out"
+            for work, line in works.items():
+                out = Path(shm) / "out"
                 out.unlink(missing_ok=True)
-                times[name].append(timed(command(out)))
-                sizes[name] = out.stat().st_size
-        for name in works:
-            print(f"{name:<40} {sizes[name] / 1e6:8.1f} MB  {statistics.median(times[name]):6.2f} s")
-        return {name: (sizes[name], statistics.median(times[name])) for name in works}
+                times[work].append(timed(line(out)))
+                sizes[work] = out.stat().st_size
+    for work in works:
+        print(f"{work:<40} {sizes[work] / 1e6:8.1f} MB  {statistics.median(times[work]):6.2f} s")
+
+
+def compare_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--kernel", default="6.1")
+    parser.add_argument("--mem", type=int, default=4096, help="MiB")
+    tool_argument(parser)
+
+
+@command("compare", "checkpoints against makedumpfile", compare_arguments)
+def do_compare(args: Namespace) -> None:
+    """Sizes and times of checkpoints beside makedumpfile's, of the same guest in one run."""
+    install_tools()
+    spec = GuestSpec(kernels.fetch(args.kernel), mem=args.mem, append="nokaslr", forms=("raw",))
+    folder = captures.capture(spec, f"compare-{args.kernel}-{args.mem}")
+    compare(folder, find_tool(args.sonicshot))

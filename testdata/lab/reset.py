@@ -12,16 +12,23 @@ import re
 import shutil
 import subprocess
 import time
+from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import captures
 import kernels
 import machine
-import proof
-from kernels import LAB, run
+from captures import Meta
+from command import command
+from debian import install_tools
+from errors import AlreadyTold
+from frames import FREE, frames_of, ram_frames, read_tsv
+from host import LAB, run
+from spec import PAGE, GuestSpec
+from tool import find_tool, tool_argument
 
-FREE = ("free_buddy", "free_pcp", "offline")
-PAGE = 4096
 # Frames that a kernel which is gone cannot have freed since it was ready.
 OTHERS = 4096
 # Where RAM files are while guests run in them.
@@ -42,30 +49,28 @@ KINDS = {
 def spec_of(series, smp, kaslr, kind, mem=None, more=None):
     # Under load an emulated timer looks broken to a kernel that tests it.
     append = "no_timer_check" + ("" if kaslr else " nokaslr")
-    spec = {"kernel": kernels.fetch(series, False), "mem": mem or 256, "cpu": "qemu64", "smp": smp,
-            "machine": "pc", "garbage": "random", "forms": ["raw"]}
+    spec = GuestSpec(kernels.fetch(series), mem=mem or 256, smp=smp, forms=("raw",))
     if kind == "kexec":
-        spec["mem"] = mem or 512
         append += " lab.kexec=1"
-        spec["next"] = "console=ttyS0 quiet panic=-1 no_timer_check " + ("" if kaslr else "nokaslr")
+        spec = replace(spec, mem=mem or 512, next="console=ttyS0 quiet panic=-1 no_timer_check "
+                       + ("" if kaslr else "nokaslr"))
     elif kind == "crash":
-        spec["mem"] = mem or 640
         append += " lab.kexec=2 crashkernel=160M"
-        spec["next"] = "console=ttyS0 quiet panic=-1 no_timer_check nr_cpus=1 " + ("" if kaslr else "nokaslr")
+        spec = replace(spec, mem=mem or 640, next="console=ttyS0 quiet panic=-1 no_timer_check "
+                       "nr_cpus=1 " + ("" if kaslr else "nokaslr"))
     elif kind == "triple":
         append += " reboot=t"
-    spec["append"] = append.strip()
-    spec.update(more or {})
-    return spec
+    # `more`: the fields of the spec that are to be others.
+    return replace(spec, append=append, **(more or {}))
 
 
 def base_of(series, smp, kaslr, kind, mem=None, more=None, tag=""):
     """A guest at its READY, its free frames signed: a folder, made once."""
     spec = spec_of(series, smp, kaslr, kind, mem, more)
     same = {"kexec": "kexec", "crash": "crash", "triple": "triple"}.get(kind, "reset")
-    name = (f"reset-{series}-{spec['mem']}-smp{smp}-{'kaslr' if kaslr else 'nokaslr'}-{same}"
+    name = (f"reset-{series}-{spec.mem}-smp{smp}-{'kaslr' if kaslr else 'nokaslr'}-{same}"
             f"{tag}")
-    return machine.capture(spec, name)
+    return captures.capture(spec, name)
 
 
 def signature(pfn):
@@ -78,30 +83,29 @@ class Frames:
     """Frame numbers and places in the RAM file."""
 
     def __init__(self, layout):
-        self.parts = [(p["gpa"] // PAGE, p["len"] // PAGE, p["file_offset"]) for p in layout]
+        self.parts = ram_frames(layout)
 
     def offset(self, pfn):
-        for first, count, at in self.parts:
-            if first <= pfn < first + count:
+        for first, end, at in self.parts:
+            if first <= pfn < end:
                 return at + (pfn - first) * PAGE
         return None
 
 
 def sign(tool, folder):
     """Signs every free frame of the capture once; returns the frames."""
-    meta = json.loads((folder / "meta.json").read_text())
-    frames = Frames(meta["layout"])
+    frames = Frames(Meta.read(folder).layout)
     listed, signed = folder / "signed.tsv", folder / "signed.raw"
     if not signed.exists():
         part = folder / "signed.part"
         run("cp", "--sparse=auto", folder / "ram.raw", part)
         run(tool, "inspect", folder / "ram.raw", "--pfns", listed)
         with open(part, "r+b") as file:
-            for pfn in proof.frames_of(proof.read_tsv(listed), *FREE):
+            for pfn in frames_of(read_tsv(listed), *FREE):
                 file.seek(frames.offset(pfn))
                 file.write(signature(pfn))
         part.rename(signed)
-    return sorted(proof.frames_of(proof.read_tsv(listed), *FREE)), frames
+    return sorted(frames_of(read_tsv(listed), *FREE)), frames
 
 
 def written(ram, pfns, frames):
@@ -168,7 +172,7 @@ class Round:
         self.tool, self.kind, self.work = tool, kind, work
         pfns, self.frames = sign(tool, folder)
         self.pfns = set(pfns)
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = Meta.read(folder)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         for disk in ("files.img", "records.img", "next.img"):
@@ -176,7 +180,7 @@ class Round:
                 run("cp", "--sparse=always", folder / disk, work / disk)
         self.ram = work / "ram.raw"
         run("cp", "--sparse=auto", folder / "signed.raw", self.ram)
-        self.machine = machine.Machine(meta["spec"], self.ram, work, incoming=True)
+        self.machine = machine.Machine(meta.spec, self.ram, work, incoming=True)
         self.qmp = self.machine.qmp
         self.qmp.capabilities("events", "x-ignore-shared")
         self.qmp.call("migrate-incoming", uri=f"file:{folder / 'device.state'}")
@@ -207,7 +211,7 @@ class Round:
         took = time.monotonic() - started
         if done.returncode:
             return {"rc": done.returncode, "said": done.stderr.strip(), "took": took}
-        dropped = proof.frames_of(proof.read_tsv(pfns), *FREE)
+        dropped = frames_of(read_tsv(pfns), *FREE)
         report = json.loads(done.stdout)
         got = {"rc": 0, "notes": report.get("notes"), "dropped": len(dropped), "took": took}
         # The old kernel's free frames were signed. Where many others are free, another kernel
@@ -280,16 +284,17 @@ def running(tool, todo, stops, seed, log, each=10):
         while sums["stops"] < stops:
             series, smp, kaslr, what = todo[number % len(todo)]
             number += 1
-            more = {"more": ["-global", "PIIX4_PM.disable_s3=0"]}
+            more = {"more": ("-global", "PIIX4_PM.disable_s3=0")}
             spec = spec_of(series, smp, kaslr, "kexec" if what == "after kexec" else "reset",
                            None, more)
             if what == "a processor never started":
-                spec["smp"] = max(smp, 2)
-                spec["append"] += " maxcpus=1"
+                spec = replace(spec, smp=max(smp, 2), append=f"{spec.append} maxcpus=1")
+            if what == "loaded":
+                spec = replace(spec, stress=3)
             work = FAST / f"sonicshot-running-{os.getpid()}"
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-            machine.prepare(spec, work, "lab.stress=3" if what == "loaded" else "")
+            machine.prepare(spec, work)
             ram = work / "live.raw"
             guest = machine.Machine(spec, ram, work)
             try:
@@ -388,3 +393,49 @@ def resets(tool, todo, stops, seconds, seed, mapped, keep, log, each=8):
             finally:
                 round_.quit()
     return sums
+
+
+def reset_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--kernels", default=kernels.ALL)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--running", nargs="?", const=",".join(RUNNING),
+                        help="guests that run normally instead: nothing may be refused")
+    parser.add_argument("--smp", default="1,2,4")
+    parser.add_argument("--kaslr", default="kaslr,nokaslr")
+    parser.add_argument("--mem", type=int, help="MiB; 256, and 512 with a crash kernel")
+    parser.add_argument("--stops", type=int, default=200)
+    parser.add_argument("--each", type=int, default=8, help="stops of one guest")
+    parser.add_argument("--seconds", type=float, default=3.5, help="the last stop at most so late")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--mapped-ram", action="store_true", dest="mapped")
+    parser.add_argument("--keep", help="a folder for the RAM of stops that lost something")
+    parser.add_argument("--keep-all", action="store_true")
+    parser.add_argument("--name", default="reset")
+    tool_argument(parser)
+
+
+@command("reset", "stop guests after reset, kexec and crash", reset_arguments)
+def do_reset(args: Namespace) -> None:
+    """Ends kernels by reset, kexec and crash, and stops what comes after them."""
+    install_tools()
+    todo = [(series, int(smp), kaslr == "kaslr", kind, args.mem)
+            for kaslr in args.kaslr.split(",") for smp in args.smp.split(",")
+            for kind in args.kinds.split(",") for series in args.kernels.split(",")]
+    Random(args.seed).shuffle(todo)
+    log = LAB / f"{args.name}.jsonl"
+    if args.running:
+        todo = [(series, int(smp), kaslr == "kaslr", what)
+                for kaslr in args.kaslr.split(",") for smp in args.smp.split(",")
+                for what in args.running.split(",") for series in args.kernels.split(",")]
+        Random(args.seed).shuffle(todo)
+        sums = running(find_tool(args.sonicshot), todo, args.stops, args.seed, log, args.each)
+        print(", ".join(f"{key}: {value}" for key, value in sums.items()))
+        if sums["refused"]:
+            raise AlreadyTold
+        return
+    keep = args.keep and (args.keep, "all" if args.keep_all else "lost")
+    sums = resets(find_tool(args.sonicshot), todo, args.stops, args.seconds, args.seed,
+                  args.mapped, keep, log, args.each)
+    print(", ".join(f"{key}: {value}" for key, value in sums.items()))
+    if any("lost" in key and value for key, value in sums.items()):
+        raise AlreadyTold

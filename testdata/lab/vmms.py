@@ -7,32 +7,42 @@ import os
 import shutil
 import struct
 import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import machine
-import proof
+import captures
+import kernels
+from captures import Meta
+from command import command
+from debian import install_tools
 from errors import CheckFailed
-from kernels import LAB, run
+from frames import DROPPED, FREE, Run, frames_of, offset_of, ram_frames, same_but_dropped
+from host import LAB, allocated, attempt, run
+from machine import DISKS, Machine, prepare
+from proof import inspect
+from spec import PAGE, GuestSpec, Layout
+from tool import find_tool, report_of, tool_argument
 
-PAGE = 4096
 # Every hole, so that the file is what a copy is.
 IN_PLACE = ("--in-place", "--min-hole", "0", "--json")
 # The number that a Firecracker state file begins with, since 1.15 behind a byte.
 FIRECRACKER_STATE = b"\0" + struct.pack("<Q", 0x0710_1984_8664_0000) + b"\x0610.0.0" + bytes(999)
 
 
-def capture(spec, name):
+def capture(spec: GuestSpec, name: str) -> Path:
     """Boots a guest whose processes take and give back memory without rest, and stops it twice:
     its RAM at the first stop (a base), at the second, and QEMU's device state and the disks
     then."""
-    folder = LAB / "captures" / name
+    folder = captures.HOME / name
     if (folder / "meta.json").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    machine.prepare(spec, folder, "lab.stress=2")
+    prepare(spec, folder)
     ram = folder / "live.raw"
-    guest = machine.Machine(spec, ram, folder)
+    guest = Machine(spec, ram, folder)
     try:
         guest.wait("READY", 900)
         qmp = guest.qmp
@@ -45,25 +55,22 @@ def capture(spec, name):
         qmp.call("migrate", uri=f"file:{folder / 'device.state'}")
         qmp.migrated()
         run("cp", "--sparse=auto", ram, folder / "ram.raw")
-        for disk in ("files.img", "records.img"):
-            run("cp", "--sparse=always", folder / disk, folder / f"{disk}.stop")
+        captures.put_by_disks(folder)
     finally:
         guest.quit()
     ram.unlink()
-    for disk in ("files.img", "records.img"):
+    for disk in DISKS:
         (folder / f"{disk}.stop").rename(folder / disk)
-    meta = {"name": name, "spec": spec, "release": spec["kernel"]["release"],
-            "layout": machine.layout(spec["machine"], spec["mem"])}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    Meta(name, spec, spec.layout).write(folder)
     return folder
 
 
-def write_diff(base, ram, diff):
+def write_diff(base: Path, ram: Path, diff: Path) -> int:
     """The pages of `ram` that are not those of `base`, in a sparse file: what Firecracker's diff
     is when it tracks dirty pages. Returns how many."""
     changed = 0
     with open(base, "rb") as a, open(ram, "rb") as b, open(diff, "wb") as out:
-        out.truncate(os.path.getsize(ram))
+        out.truncate(ram.stat().st_size)
         while True:
             at = b.tell()
             old, new = a.read(1 << 20), b.read(1 << 20)
@@ -78,10 +85,10 @@ def write_diff(base, ram, diff):
                     changed += 1
 
 
-def merge(base, diff):
+def merge(base: Path, diff: Path) -> None:
     """Copies the data of `diff` over `base`, as Firecracker's tool does."""
     with open(base, "r+b") as out, open(diff, "rb") as data:
-        size, at = os.path.getsize(diff), 0
+        size, at = diff.stat().st_size, 0
         while at < size:
             try:
                 at = os.lseek(data.fileno(), at, os.SEEK_DATA)
@@ -94,17 +101,17 @@ def merge(base, diff):
                 at += step
 
 
-def firecracker(folder, memory):
+def firecracker(folder: Path, memory: Path, _: Layout) -> Path:
     folder.mkdir()
     (folder / "vm.state").write_bytes(FIRECRACKER_STATE)
     run("cp", "--sparse=auto", memory, folder / "vm.mem")
     return folder
 
 
-def cloud_hypervisor(folder, memory, layout):
+def cloud_hypervisor(folder: Path, memory: Path, layout: Layout) -> Path:
     folder.mkdir()
-    size = sum(part["len"] for part in layout)
-    ranges = [{"gpa": part["gpa"], "length": part["len"]} for part in layout]
+    size = sum(part.len for part in layout)
+    ranges = [{"gpa": part.gpa, "length": part.len} for part in layout]
     state = {"memory_ranges": {"data": ranges}, "guest_ram_mappings": [], "boot_ram": size}
     (folder / "config.json").write_text(json.dumps(
         {"cpus": {"boot_vcpus": 1}, "memory": {"size": size, "shared": False, "zones": None}}))
@@ -116,113 +123,165 @@ def cloud_hypervisor(folder, memory, layout):
     return folder
 
 
-def same(a, b):
-    if proof.subprocess.run(["cmp", "-s", a, b]).returncode:
+def same(a: Path, b: Path) -> None:
+    if attempt("cmp", "-s", a, b).returncode:
         raise CheckFailed(f"{a} and {b} differ")
 
 
-def on_disk(path):
-    return f"{path.stat().st_blocks >> 11} MiB"
+def on_disk(path: Path) -> str:
+    return f"{allocated(path) >> 20} MiB"
 
 
-def prove(tool, folder):
-    """Prunes every kind of snapshot made of one guest in place and by copy, and runs the guest
-    on. Returns a line of what it saw."""
-    meta = json.loads((folder / "meta.json").read_text())
-    work = LAB / "vmms" / meta["name"]
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    ram, base = folder / "ram.raw", folder / "base.raw"
-    said = []
+# Each VMM's snapshot of some memory, and the name of the memory in it.
+SNAPSHOTS: list[tuple[Callable[[Path, Path, Layout], Path], str]] = [
+    (firecracker, "vm.mem"), (cloud_hypervisor, "memory-ranges")]
 
-    # What a plain prune of the second stop gives; every other way must give the same bytes.
-    _, runs = proof.inspect(tool, ram, [], work / "pfns.tsv")
-    pruned = work / "pruned.raw"
-    run(tool, "prune", ram, "-o", pruned)
-    proof.same_but_dropped(ram, pruned, runs, meta, proof.DROPPED)
 
-    for make, name in ((firecracker, "vm.mem"), (cloud_hypervisor, "memory-ranges")):
-        more = [meta["layout"]] if make is cloud_hypervisor else []
-        snapshot = make(work / "snapshot", ram, *more)
-        before = on_disk(snapshot / name)
-        run(tool, "prune", snapshot, "-o", work / "copy", "--json")
-        run(tool, "prune", snapshot, *IN_PLACE)
-        for out in (snapshot, work / "copy"):
-            same(out / name, pruned)
-        for other in sorted(set(os.listdir(snapshot)) - {name}):
-            same(snapshot / other, work / "copy" / other)
-        said.append(f"{make.__name__} {before} -> {on_disk(snapshot / name)}")
-        shutil.rmtree(snapshot)
-        shutil.rmtree(work / "copy")
+@dataclass(frozen=True)
+class FreeBefore:
+    """The frames that were free in a base."""
 
-    _, base_runs = proof.inspect(tool, base, [], work / "pfns.tsv")
-    free_in_base = proof.frames_of(base_runs, "free_buddy", "free_pcp", "offline")
-    frames = {offset: start for start, _, offset in proof.ram_frames(meta)}
+    base: Path
+    frames: set[int]
+    layout: Layout
 
-    def was_free(offset, before):
-        part = max(known for known in frames if known <= offset)
-        with open(base, "rb") as file:
+    def was_free(self, offset: int, content: bytes) -> bool:
+        """Whether the base had `content` at an offset of raw RAM, in a free frame."""
+        part = max((part for part in ram_frames(self.layout) if part.offset <= offset),
+                   key=lambda part: part.offset)
+        with open(self.base, "rb") as file:
             file.seek(offset)
-            return frames[part] + (offset - part) // PAGE in free_in_base \
-                and file.read(PAGE) == before
+            return part.first + (offset - part.offset) // PAGE in self.frames \
+                and file.read(PAGE) == content
 
-    # A diff, over its base.
-    diff = work / "diff"
-    diff.mkdir()
-    (diff / "vm.state").write_bytes(FIRECRACKER_STATE)
-    changed = write_diff(base, ram, diff / "vm.mem")
-    alone = proof.subprocess.run([tool, "inspect", diff, "--json"], capture_output=True, text=True)
-    if alone.returncode != 4 or "--base" not in alone.stderr:
-        raise CheckFailed(f"a diff without its base: {alone.returncode} {alone.stderr}")
-    _, over = proof.inspect(tool, diff, [], work / "pfns.tsv", ["--base", base])
-    if over != runs:
-        raise CheckFailed("diff and base read differently from the whole")
-    run(tool, "prune", diff, "--base", base, "-o", work / "copy")
-    same(work / "copy" / "vm.mem", pruned)
-    shutil.rmtree(work / "copy")
-    # In place, over the base as it is and over one that was pruned itself.
-    for kind in ("plain", "pruned"):
-        merged = work / "merged.raw"
-        run("cp", "--sparse=auto", base, merged)
-        if kind == "pruned":
-            run(tool, "prune", merged, *IN_PLACE)
-        file = work / "diff.mem"
+
+class Proof:
+    """Every kind of snapshot made of one guest, pruned in place and by copy."""
+
+    def __init__(self, tool: Path, folder: Path) -> None:
+        self.tool, self.folder = tool, folder
+        self.meta = Meta.read(folder)
+        self.layout = self.meta.layout
+        self.work = LAB / "vmms" / self.meta.name
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        self.ram, self.base = folder / "ram.raw", folder / "base.raw"
+        # What a plain prune of the second stop gives; every other way must give the same bytes.
+        self.runs = self.frames(self.ram)
+        self.pruned = self.work / "pruned.raw"
+        run(tool, "prune", self.ram, "-o", self.pruned)
+        same_but_dropped(self.ram, self.pruned, self.runs, self.layout, DROPPED)
+        self.said: list[str] = []
+
+    def frames(self, snapshot: Path, *options: str | Path) -> list[Run]:
+        return inspect(self.tool, snapshot, [], self.work / "pfns.tsv", *options)[1]
+
+    def whole_snapshots(self) -> None:
+        copy = self.work / "copy"
+        for make, name in SNAPSHOTS:
+            snapshot = make(self.work / "snapshot", self.ram, self.layout)
+            before = on_disk(snapshot / name)
+            run(self.tool, "prune", snapshot, "-o", copy, "--json")
+            run(self.tool, "prune", snapshot, *IN_PLACE)
+            for out in (snapshot, copy):
+                same(out / name, self.pruned)
+            for other in sorted(set(os.listdir(snapshot)) - {name}):
+                same(snapshot / other, copy / other)
+            self.said.append(f"{make.__name__} {before} -> {on_disk(snapshot / name)}")
+            shutil.rmtree(snapshot)
+            shutil.rmtree(copy)
+
+    def write_diff(self) -> tuple[Path, int]:
+        """Firecracker's diff of the second stop: read and pruned over its base it is as the whole
+        is, without it nothing is said. Its memory, and the pages in it."""
+        diff, copy = self.work / "diff", self.work / "copy"
+        diff.mkdir()
+        (diff / "vm.state").write_bytes(FIRECRACKER_STATE)
+        changed = write_diff(self.base, self.ram, diff / "vm.mem")
+        alone = attempt(self.tool, "inspect", diff, "--json")
+        if alone.returncode != 4 or "--base" not in alone.stderr:
+            raise CheckFailed(f"a diff without its base: {alone.returncode} {alone.stderr}")
+        if self.frames(diff, "--base", self.base) != self.runs:
+            raise CheckFailed("diff and base read differently from the whole")
+        run(self.tool, "prune", diff, "--base", self.base, "-o", copy)
+        same(copy / "vm.mem", self.pruned)
+        shutil.rmtree(copy)
+        return diff / "vm.mem", changed
+
+    def diff_in_place(self, diff: Path, changed: int, pruned_base: FreeBefore | None) -> Path:
+        """The diff pruned in place, over the base as it is or over one that was pruned itself,
+        and merged into that; the merged memory."""
+        kind = "pruned" if pruned_base else "plain"
+        merged = self.work / "merged.raw"
+        run("cp", "--sparse=auto", self.base, merged)
+        if pruned_base:
+            run(self.tool, "prune", merged, *IN_PLACE)
+        file = self.work / "diff.mem"
         # Not by `cp`, which makes holes of zeroes even with --sparse=auto.
         with open(file, "wb") as empty:
-            empty.truncate(os.path.getsize(ram))
-        merge(file, diff / "vm.mem")
+            empty.truncate(self.ram.stat().st_size)
+        merge(file, diff)
         size = on_disk(file)
-        report = json.loads(run(tool, "prune", file, "--base", merged, *IN_PLACE))
-        said.append(f"diff of {changed} pages, {kind} base: {size} -> {on_disk(file)}, "
-                    f"{report['kept_for_base_bytes'] >> 10} KiB kept for the base")
+        report = report_of(run(self.tool, "prune", file, "--base", merged, *IN_PLACE))
+        self.said.append(f"diff of {changed} pages, {kind} base: {size} -> {on_disk(file)}, "
+                         f"{report['kept_for_base_bytes'] >> 10} KiB kept for the base")
         merge(merged, file)
-        taken = kept_only(ram, merged, runs, meta, was_free if kind == "pruned" else None)
+        taken = kept_only(self.ram, merged, self.runs, self.layout, pruned_base)
         if taken:
-            said.append(f"{taken} pages taken but not written to since")
+            self.said.append(f"{taken} pages taken but not written to since")
+        return merged
+
+
+def prove(tool: Path, folder: Path) -> str:
+    """Prunes every kind of snapshot made of one guest in place and by copy, and runs the guest
+    on. Returns a line of what it saw."""
+    proof = Proof(tool, folder)
+    proof.whole_snapshots()
+    free = FreeBefore(proof.base, frames_of(proof.frames(proof.base), *FREE), proof.layout)
+    diff, changed = proof.write_diff()
+    proof.diff_in_place(diff, changed, None)
+    merged = proof.diff_in_place(diff, changed, free)
     # The guest on the pruned memory, and on the merged one.
-    for memory in (pruned, merged):
-        machine.restore(folder, memory)
-    shutil.rmtree(work)
-    return "; ".join(said) + "; torture OK twice"
+    for memory in (proof.pruned, merged):
+        captures.restore(folder, memory)
+    shutil.rmtree(proof.work)
+    return "; ".join(proof.said) + "; torture OK twice"
 
 
-def kept_only(ram, merged, runs, meta, base=None):
+def kept_only(ram: Path, merged: Path, runs: Sequence[Run], layout: Layout,
+              base: FreeBefore | None) -> int:
     """Every page that is not free is as it was, the zero ones too. One that the pruned `base` had
-    free, and that was taken but not written to since, may be zero."""
-    free = ("free_buddy", "free_pcp", "offline")
+    free, and that was taken but not written to since, may be zero: how many there are."""
     taken = 0
     with open(ram, "rb") as a, open(merged, "rb") as b:
-        for first, end, name in runs:
-            if name in free:
+        for run_ in runs:
+            if run_.page_class in FREE:
                 continue
-            start = proof.offset_of(first, meta)
-            for offset in range(start, start + (end - first + 1) * PAGE, PAGE):
+            start = offset_of(run_.first, layout)
+            for offset in range(start, start + (run_.last - run_.first + 1) * PAGE, PAGE):
                 a.seek(offset)
                 b.seek(offset)
                 before, after = a.read(PAGE), b.read(PAGE)
                 if before == after:
                     continue
-                if not base or any(after) or not base(offset, before):
-                    raise CheckFailed(f"{Path(merged).name} differs in {name} at {offset:#x}")
+                if not base or any(after) or not base.was_free(offset, before):
+                    raise CheckFailed(f"{merged.name} differs in {run_.page_class} at {offset:#x}")
                 taken += 1
     return taken
+
+
+def vmms_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--kernel", default="6.1")
+    parser.add_argument("--mem", default="512,4096", help="MiB, several")
+    tool_argument(parser)
+
+
+@command("vmms", "Firecracker's and Cloud Hypervisor's files", vmms_arguments)
+def do_vmms(args: Namespace) -> None:
+    """Firecracker's and Cloud Hypervisor's files, made of real guests' RAM."""
+    install_tools()
+    tool = find_tool(args.sonicshot)
+    kernel = kernels.fetch(args.kernel)
+    for mem in map(int, args.mem.split(",")):
+        folder = capture(GuestSpec(kernel, mem=mem, stress=2), f"vmms-{args.kernel}-{mem}")
+        print(f"ok   {mem} MiB: {prove(tool, folder)}", flush=True)

@@ -11,10 +11,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import kernels
+from debian import Apt
 from errors import CommandFailed, GuestFailed
-from kernels import LAB, Apt, run
+from host import LAB, Json, pack, run
+from kernels import Kernel
+from tool import report_of
 
 HOME = LAB / "xen-4.17"
 PACKAGES = """xen-hypervisor-4.17-amd64 xen-utils-4.17 xen-utils-common xenstore-utils libxenmisc4.17
@@ -102,13 +109,23 @@ memory() { xl list lab | tail -n 1 | awk '{print "MEMORY", $3}'; }
 """
 
 
-def install():
+@dataclass(frozen=True)
+class XenGuest:
+    """A paravirtual guest; its memory in MiB, and what is added to its command line."""
+
+    kernel: Kernel
+    memory: int
+    append: str = ""
+    vcpus: int = 1
+
+
+def install() -> tuple[Path, str]:
     """Unpacks the packages; returns the folder and dom0's kernel's release."""
     done = HOME / "release"
     root = HOME / "root"
     if done.exists():
         return root, done.read_text()
-    apt = Apt("bookworm", LAB)
+    apt = Apt("bookworm")
     apt.update()
     shutil.rmtree(HOME, ignore_errors=True)
     image = next(p for p in apt.depends("linux-image-amd64") if p.startswith("linux-image-"))
@@ -121,7 +138,7 @@ def install():
     return root, done.read_text()
 
 
-def libraries(root, programs):
+def libraries(root: Path, programs: Sequence[Path]) -> tuple[Path, dict[str, Path]]:
     """The libraries that programs need, all of them of the folder, and its loader."""
     folders = [root / "lib/x86_64-linux-gnu", root / "usr/lib/x86_64-linux-gnu",
                root / "usr/lib/xen-4.17/lib/x86_64-linux-gnu"]
@@ -132,8 +149,8 @@ def libraries(root, programs):
     for program in programs:
         text = run(loader, "--library-path", path, "--list", program)
         # The loader itself is listed by an absolute path, and must not be copied to that.
-        for name, file in re.findall(r"^\s*([^/\s]+) => (/\S+)", text, re.M):
-            file = kernels.Path(file)
+        for name, place in re.findall(r"^\s*([^/\s]+) => (/\S+)", text, re.M):
+            file = Path(place)
             if root not in file.parents:
                 raise CommandFailed(f"{program.name} wants {name}, which is not in the packages")
             found[name] = file
@@ -142,25 +159,18 @@ def libraries(root, programs):
     return loader, found
 
 
-def archive(tree, into):
-    with open(into, "wb") as out:
-        names = "\n".join(str(p.relative_to(tree)) for p in sorted(tree.rglob("*"))) + "\n"
-        subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], cwd=tree, input=names.encode(),
-                       stdout=out, check=True)
-
-
-def build_guest(work):
+def build_guest(work: Path) -> Path:
     tree = work / "guest"
     for name in ("dev", "proc", "sys", "shm", "files"):
         (tree / name).mkdir(parents=True)
     run("gcc", "-O2", "-static", "-Wall", "-Wextra", "-o", tree / "init",
-        kernels.Path(__file__).with_name("xenguest.c"))
-    archive(tree, work / "guest.cpio")
+        Path(__file__).with_name("xenguest.c"))
+    pack(tree, work / "guest.cpio")
     return work / "guest.cpio"
 
 
-def build_dom0(root, release, work, tool, guest):
-    """dom0's initramfs: Xen's tools, `tool`, and a guest of so much memory with that kernel."""
+def build_dom0(root: Path, release: str, work: Path, tool: Path, guest: XenGuest) -> Path:
+    """dom0's initramfs: Xen's tools, `tool`, and the guest."""
     tree = work / "dom0"
     tools = tree / "usr/lib/xen-4.17/bin"
     for folder in (tools, tree / "bin", tree / "lib", tree / "lib64", tree / "modules",
@@ -180,20 +190,20 @@ def build_dom0(root, release, work, tool, guest):
     shutil.copy(root / "bin/busybox", tree / "bin/busybox")
     order = kernels.collect_modules(root, release, tree / "modules", MODULES)
     (tree / "modules/order").write_text("".join(f"{name}.ko\n" for name in order))
-    shutil.copy(LAB / guest["kernel"]["vmlinuz"], tree / "vmlinuz")
+    shutil.copy(guest.kernel.image, tree / "vmlinuz")
     shutil.copy(build_guest(work), tree / "guest.cpio")
     (tree / "lab.cfg").write_text(
-        f'name="lab"\ntype="pv"\nmemory={guest["memory"]}\nvcpus={guest.get("vcpus", 1)}\n'
+        f'name="lab"\ntype="pv"\nmemory={guest.memory}\nvcpus={guest.vcpus}\n'
         f'kernel="/vmlinuz"\nramdisk="/guest.cpio"\n'
-        f'extra="console=hvc0 {guest.get("append", "")}"\non_crash="preserve"\n')
+        f'extra="console=hvc0 {guest.append}"\non_crash="preserve"\n')
     (tree / "order.sh").write_text(ORDER)
     (tree / "init").write_text(INIT)
     (tree / "init").chmod(0o755)
-    archive(tree, work / "dom0.cpio")
+    pack(tree, work / "dom0.cpio")
     return work / "dom0.cpio"
 
 
-def cache_of(disk):
+def cache_of(disk: Path) -> str:
     """How QEMU opens a disk: without the host's page cache, if the host's file system can."""
     try:
         os.close(os.open(disk, os.O_RDWR | os.O_DIRECT))
@@ -205,23 +215,22 @@ def cache_of(disk):
 class Dom0:
     """QEMU with Xen and dom0 in it; to be used by `with`."""
 
-    def __init__(self, work, tool, guest):
-        """`guest`: kernel (as kernels.fetch gives it), memory in MiB, append, vcpus."""
+    def __init__(self, work: Path, tool: Path, guest: XenGuest) -> None:
         root, release = install()
-        self.work, self.root, self.orders = work, root, 0
+        self.root, self.orders = root, 0
         dom0 = build_dom0(root, release, work, tool, guest)
         self.log = work / "console.log"
         with gzip.open(root / "boot/xen-4.17-amd64.gz") as packed:
             (work / "xen.elf").write_bytes(packed.read())
         # The images of the whole guest, full and pruned.
-        sizes = {"images": 2 * guest["memory"] + 512, "orders": ORDERS_MIB, "files": FILES_MIB}
+        sizes = {"images": 2 * guest.memory + 512, "orders": ORDERS_MIB, "files": FILES_MIB}
         self.disks = {name: work / name for name in sizes}
         for name, mib in sizes.items():
             with open(self.disks[name], "wb") as file:
                 file.truncate(mib << 20)
         run("mkfs.ext4", "-q", "-F", self.disks["images"])
         command = ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-smp", "2",
-                   "-m", f"{guest['memory'] + DOM0_MIB + 768}M",
+                   "-m", f"{guest.memory + DOM0_MIB + 768}M",
                    "-display", "none", "-monitor", "none", "-no-reboot",
                    "-serial", f"file:{self.log}", "-kernel", str(work / "xen.elf"), "-append",
                    f"console=com1 com1=115200,8n1 dom0_mem={DOM0_MIB}M,max:{DOM0_MIB}M "
@@ -234,17 +243,17 @@ class Dom0:
         self.qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         self.answer(0, 300)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.qemu.poll() is None:
             self.qemu.kill()
         self.qemu.wait()
 
-    def answer(self, number, seconds):
+    def answer(self, number: int, seconds: float) -> list[str]:
         """What dom0 says of an order, once it is done."""
-        end = time.time() + seconds
+        end, text = time.time() + seconds, ""
         while time.time() < end:
             text = self.log.read_text(errors="replace") if self.log.exists() else ""
             if re.search(rf"LAB-END {number}\s*$", text, re.M):
@@ -254,7 +263,7 @@ class Dom0:
             time.sleep(0.2)
         raise GuestFailed(f"Xen: order {number} came to no end:\n{text[-3000:]}")
 
-    def order(self, script, seconds=900):
+    def order(self, script: str, seconds: float = 900) -> "Answer":
         """Has dom0 run a script. Its lines; times by name in seconds, sizes by name in bytes."""
         self.orders += 1
         with open(self.disks["orders"], "r+b") as disk:
@@ -267,7 +276,7 @@ class Dom0:
             raise GuestFailed("Xen: an order failed:\n" + "\n".join([script, "---", *lines[-40:]]))
         return Answer(lines)
 
-    def take(self, path, into):
+    def take(self, path: str, into: Path) -> Path:
         """Copies an image out of dom0."""
         done = self.order(f"size taken {path}\ndd if={path} of=/dev/vdc bs=1M 2>/dev/null\nsync")
         with open(self.disks["files"], "rb") as disk, open(into, "wb") as out:
@@ -278,14 +287,14 @@ class Dom0:
                 left -= len(piece)
         return into
 
-    def give(self, file, path):
+    def give(self, file: Path, path: str) -> None:
         """Copies a file into dom0."""
         with open(file, "rb") as source, open(self.disks["files"], "r+b") as disk:
             shutil.copyfileobj(source, disk, 1 << 24)
         self.order(f"blockdev --flushbufs /dev/vdc\n"
                    f"head -c {file.stat().st_size} /dev/vdc > {path}\nsync")
 
-    def check(self, image):
+    def check(self, image: Path) -> None:
         """Xen's own checker of streams."""
         tools = self.root / "usr/lib/xen-4.17"
         run(sys.executable, tools / "bin/verify-stream-v2", "--in", image, "--format", "xl",
@@ -295,19 +304,19 @@ class Dom0:
 class Answer:
     """What dom0 said."""
 
-    def __init__(self, lines):
+    def __init__(self, lines: list[str]) -> None:
         self.lines = lines
         words = [line.split() for line in lines]
         self.times = {w[1]: float(w[3]) - float(w[2]) for w in words if w[:1] == ["TIME"]}
         self.sizes = {w[1]: int(w[2]) for w in words if w[:1] == ["SIZE"]}
 
-    def word(self, name):
+    def word(self, name: str) -> str:
         """The word behind `name` at the beginning of a line, the last time that it comes."""
         found = [line.split()[1] for line in self.lines if line.startswith(name + " ")]
         if not found:
             raise GuestFailed(f"Xen: no {name} in:\n" + "\n".join(self.lines[-20:]))
         return found[-1]
 
-    def json(self):
+    def json(self) -> Json:
         """The last line that is JSON."""
-        return kernels.json.loads([line for line in self.lines if line.startswith("{")][-1])
+        return report_of([line for line in self.lines if line.startswith("{")][-1])

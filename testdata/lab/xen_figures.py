@@ -5,13 +5,19 @@ import json
 import shutil
 import statistics
 import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import charts
 import kernels
+from command import command
+from debian import install_tools
 from errors import CheckFailed, GuestFailed
-from kernels import LAB
-from xen import DOM0_MIB, Dom0
+from host import LAB
+from tool import find_tool, tool_argument
+from xen import DOM0_MIB, Dom0, XenGuest
 
 SERIES = "6.1"
 # In use in every guest of the first figure, MiB.
@@ -24,7 +30,21 @@ TOOLS = {"xl": ("xl save lab", "xl restore"),
 FACTS = {"save": "save, s", "restore": "restore, s", "bytes": "image, GB"}
 
 
-def round_of(dom0, tool):
+class Point(TypedDict):
+    """A guest that was measured, as `results.json` has it."""
+
+    memory: int
+    used: int
+    kernel: str
+    guest_used: int
+    cache: str
+    # MB/s, to `write` and to `read`.
+    disk: dict[str, float]
+    # Each: a fact's value by its name, for each of `TOOLS`.
+    rounds: list[dict[str, dict[str, float]]]
+
+
+def round_of(dom0: Dom0, tool: str) -> dict[str, float]:
     """Saves the running guest and restores it; nothing is cached, and all is on the disk."""
     save, restore = TOOLS[tool]
     option = "--json" if tool == "sonicshot" else ""
@@ -44,28 +64,27 @@ def round_of(dom0, tool):
     return found
 
 
-def disk_speed(dom0):
+def disk_speed(dom0: Dom0) -> dict[str, float]:
     """What the disk of the images does without Xen, MB/s: written, read."""
     done = dom0.order("timed write dd if=/dev/zero of=/images/disk bs=1M count=512\n"
                       "timed read dd if=/images/disk of=/dev/null bs=1M\nrm /images/disk")
     return {way: (512 << 20) / 1e6 / done.times[way] for way in ("write", "read")}
 
 
-def measure(tool, memory, used, rounds):
+def measure(tool: Path, memory: int, used: int, rounds: int) -> Point:
     """One guest of its own: saved and restored by both in turn."""
-    kernel = kernels.fetch(SERIES, False)
+    kernel = kernels.fetch(SERIES)
     work = Path(tempfile.mkdtemp(prefix="xen-", dir=LAB))
     small = memory <= TORTURED_MIB
-    guest = {"kernel": kernel, "memory": memory,
-             "append": f"lab.used={used} lab.garbage={int(small)}"}
+    guest = XenGuest(kernel, memory, f"lab.used={used} lab.garbage={int(small)}")
     try:
         with Dom0(work, tool, guest) as dom0:
             ready = dom0.order("xl create /lab.cfg\nguest READY 0\ngrep '^USED' $log", 3600)
-            point = {"memory": memory, "used": used, "kernel": kernel["release"],
-                     "guest_used": int(ready.word("USED")), "cache": dom0.cache,
-                     "disk": disk_speed(dom0)}
-            point["rounds"] = [{name: round_of(dom0, name) for name in TOOLS}
-                               for _ in range(rounds)]
+            point: Point = {
+                "memory": memory, "used": used, "kernel": kernel.release,
+                "guest_used": int(ready.word("USED")), "cache": dom0.cache,
+                "disk": disk_speed(dom0),
+                "rounds": [{name: round_of(dom0, name) for name in TOOLS} for _ in range(rounds)]}
             said = dom0.order("ask torture TORTURE-", 3600).lines if small else ["TORTURE-OK"]
             if "TORTURE-OK" not in said:
                 raise GuestFailed(f"the guest does not run on: {said[-2:]}")
@@ -74,22 +93,22 @@ def measure(tool, memory, used, rounds):
         shutil.rmtree(work, ignore_errors=True)
 
 
-def median(point, tool, fact):
+def median(point: Point, tool: str, fact: str) -> float:
     value = statistics.median(one[tool][fact] for one in point["rounds"])
     return value / 1e9 if fact == "bytes" else value
 
 
-def change(point, fact):
+def change(point: Point, fact: str) -> str:
     """What ours needs more than `xl`; below zero when less."""
     more = median(point, "sonicshot", fact) / median(point, "xl", fact) - 1
     return f"{100 * more:+.1f} %"
 
 
-def size(mib):
+def size(mib: int) -> str:
     return f"{mib} MiB" if mib < 1024 else f"{mib / 1024:g} GiB"
 
 
-def table(points):
+def table(points: Sequence[Point]) -> str:
     lines = ["| guest | in use | save, s | | restore, s | | image, GB | |",
              "|---|---:|---|---:|---|---:|---|---:|"]
     for point in points:
@@ -102,8 +121,9 @@ def table(points):
     return "\n".join(lines)
 
 
-def plot(points, key, label, ticks, log):
-    graphs = [(title, [[(point[key], median(point, tool, fact)) for point in points]
+def plot(places: Mapping[int, Point], label: str, ticks: Mapping[int, str], log: bool) -> str:
+    """`places`: the points by where they are on the x axis."""
+    graphs = [(title, [[(at, median(point, tool, fact)) for at, point in places.items()]
                        for tool in TOOLS]) for fact, title in FACTS.items()]
     return charts.svg(["xl", "sonicshot xen"], label, ticks, graphs, log)
 
@@ -162,7 +182,8 @@ of its memory.
 """
 
 
-def page(points, memory_points, used_points):
+def page(points: Sequence[Point], memory_points: Sequence[Point], used_points: Sequence[Point]
+         ) -> str:
     first, last = points[0], memory_points[-1]
     rounds = {len(point["rounds"]) for point in points}
     speeds = {way: [point["disk"][way] for point in points] for way in ("write", "read")}
@@ -179,28 +200,44 @@ def page(points, memory_points, used_points):
         look=median(last, "sonicshot", "look_seconds"), **spread)
 
 
-def publish(points, into):
+def publish(points: Sequence[Point], into: Path) -> None:
     """The tables, the plots and the page, of what is measured so far."""
     little = sorted((p for p in points if p["used"] == LITTLE), key=lambda p: p["memory"])
     largest = little[-1]["memory"]
     used = sorted((p for p in points if p["memory"] == largest), key=lambda p: p["used"])
-    memory_ticks = {p["memory"]: size(p["memory"]) for p in little}
-    used_ticks = {p["used"]: f"{p['used'] / 1024:.2g}" for p in used}
     if len(little) > 1:
-        (into / "memory.svg").write_text(plot(little, "memory", "the guest's memory", memory_ticks,
-                                              True))
+        places = {p["memory"]: p for p in little}
+        ticks = {at: size(at) for at in places}
+        (into / "memory.svg").write_text(plot(places, "the guest's memory", ticks, True))
     if len(used) > 1:
-        (into / "used.svg").write_text(plot(used, "used", "in use, GiB", used_ticks, False))
+        places = {p["used"]: p for p in used}
+        ticks = {at: f"{at / 1024:.2g}" for at in places}
+        (into / "used.svg").write_text(plot(places, "in use, GiB", ticks, False))
     (into / "README.md").write_text(page(points, little, used))
 
 
-def do_figures(args, find_tool):
-    kernels.install_tools()
+def mebibytes(text: str) -> list[int]:
+    return [int(size) for size in text.split(",") if size]
+
+
+def figures_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--memory", type=mebibytes, default=[256, 512, 1024, 2048, 4096, 8192],
+                        help="of the guests with little in use, MiB")
+    parser.add_argument("--used", type=mebibytes, default=[1024, 2048, 4096, 6144],
+                        help="by the largest guest, MiB")
+    parser.add_argument("--rounds", type=int, default=3, help="saves and restores by each")
+    parser.add_argument("--into", type=Path, help="a folder; points that it has are not made again")
+    tool_argument(parser)
+
+
+@command("xen-figures", "Xen: time and size, `xl` beside ours", figures_arguments)
+def do_figures(args: Namespace) -> None:
+    install_tools()
     tool = find_tool(args.sonicshot)
     into = args.into or LAB / "xen-figures"
     into.mkdir(parents=True, exist_ok=True)
     results = into / "results.json"
-    points = json.loads(results.read_text()) if results.exists() else []
+    points: list[Point] = json.loads(results.read_text()) if results.exists() else []
     done = {(point["memory"], point["used"]) for point in points}
     wanted = [(memory, LITTLE) for memory in args.memory]
     wanted += [(max(args.memory), used) for used in args.used]
@@ -212,19 +249,3 @@ def do_figures(args, find_tool):
         print(table(points[-1:]).splitlines()[-1], flush=True)
         publish(points, into)
     print(into / "README.md")
-
-
-def mebibytes(text):
-    return [int(size) for size in text.split(",") if size]
-
-
-def add_command(commands, find_tool):
-    figures = commands.add_parser("xen-figures", help="Xen: time and size, `xl` beside ours")
-    figures.add_argument("--memory", type=mebibytes, default=[256, 512, 1024, 2048, 4096, 8192],
-                         help="of the guests with little in use, MiB")
-    figures.add_argument("--used", type=mebibytes, default=[1024, 2048, 4096, 6144],
-                         help="by the largest guest, MiB")
-    figures.add_argument("--rounds", type=int, default=3, help="saves and restores by each")
-    figures.add_argument("--into", type=Path, help="a folder; points that it has are not made again")
-    figures.add_argument("--sonicshot", help="the binary; built if not given")
-    figures.set_defaults(run=lambda args: do_figures(args, find_tool))

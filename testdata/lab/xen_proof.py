@@ -4,45 +4,86 @@ import filecmp
 import shutil
 import struct
 import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import kernels
+from command import command
+from debian import install_tools
 from errors import CheckFailed
-from kernels import LAB, run
-from xen import Dom0
+from host import LAB, run
+from spec import PAGE
+from tool import find_tool, report_of, tool_argument
+from xen import Dom0, XenGuest
 
-PAGE = 4096
 XALLOC, XTAB = 0xE, 0xF
 
 
-def expect(holds, what):
+# How `sonicshot xen save` compresses.
+COMPRESSIONS = ("plain", "zstd", "lz4")
+
+
+@dataclass(frozen=True)
+class Offline:
+    """What `xl save` and then `sonicshot prune` made of a guest: bytes, seconds, pages."""
+
+    full_bytes: int
+    full_save: float
+    full_restore: float
+    guest_free: int
+    pruned_bytes: int
+    pruned_pages: int
+    pruned_restore: float
+
+
+@dataclass(frozen=True)
+class Live:
+    """A save by `sonicshot xen save`: bytes, seconds, pages."""
+
+    save: float
+    bytes: int
+    pages: int
+    restore: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of the table: a guest, and what became of it, saved live by each of `COMPRESSIONS`."""
+
+    guest: XenGuest
+    offline: Offline
+    live: Sequence[Live]
+
+
+def expect(holds: bool, what: str) -> None:
     if not holds:
         raise CheckFailed(what)
 
 
-def tortured(dom0):
+def tortured(dom0: Dom0) -> None:
     said = dom0.order("ask torture TORTURE-").lines
     expect("TORTURE-OK" in said, f"the guest does not run on: {said[-2:]}")
 
 
-def restored(dom0, command, memory):
-    """Restores by a command, and checks that the guest has all its memory and runs on."""
-    done = dom0.order(f"timed restore {command}\nmemory")
-    expect(int(done.word("MEMORY")) == memory, f"after {command} the guest lacks memory: "
+def restored(dom0: Dom0, order: str, memory: int) -> float:
+    """Restores by a command, and checks that the guest has all its memory and runs on. The
+    seconds that it took."""
+    done = dom0.order(f"timed restore {order}\nmemory")
+    expect(int(done.word("MEMORY")) == memory, f"after {order} the guest lacks memory: "
            f"{done.word('MEMORY')} of {memory} MiB")
     tortured(dom0)
     return done.times["restore"]
 
 
-def cycle(tool, series, memory, append="", keep=None):
+def cycle(tool: Path, guest: XenGuest, keep: Path | None = None) -> Row:
     """One guest: saved by xl, pruned offline, saved by sonicshot, each restored and tortured."""
-    guest = {"kernel": kernels.fetch(series, False), "memory": memory, "append": append}
     work = Path(tempfile.mkdtemp(prefix="xen-", dir=LAB))
     try:
         with Dom0(work, tool, guest) as dom0:
-            row = {"kernel": guest["kernel"]["release"], "memory": memory, "append": append}
-            row |= offline(dom0, tool, work, memory)
-            row |= live(dom0, tool, work, memory)
+            row = Row(guest, offline(dom0, tool, work, guest.memory),
+                      live(dom0, tool, work, guest.memory))
             refusals(dom0)
             return row
     finally:
@@ -53,7 +94,7 @@ def cycle(tool, series, memory, append="", keep=None):
         shutil.rmtree(work, ignore_errors=True)
 
 
-def offline(dom0, tool, work, memory):
+def offline(dom0: Dom0, tool: Path, work: Path, memory: int) -> Offline:
     """A full image, and what `sonicshot prune` makes of it."""
     dom0.order("xl create /lab.cfg\nguest READY 0")
     done = dom0.order("timed save xl save lab /images/full\nsize full /images/full\n"
@@ -62,7 +103,7 @@ def offline(dom0, tool, work, memory):
     dom0.take("/images/full", full)
     dom0.check(full)
     run(tool, "inspect", full)
-    report = kernels.json.loads(run(tool, "prune", full, "-o", pruned, "--json"))
+    report = report_of(run(tool, "prune", full, "-o", pruned, "--json"))
     dom0.check(pruned)
     # By way of a checkpoint it is the same image.
     run(tool, "save", full, "-o", work / "full.sonic")
@@ -73,39 +114,36 @@ def offline(dom0, tool, work, memory):
     dom0.give(pruned, "/images/pruned")
     restore = restored(dom0, "xl restore /images/pruned", memory)
     dom0.order("rm /images/pruned")
-    return {"full_bytes": full.stat().st_size, "full_save": done.times["save"],
-            "full_restore": full_restore, "guest_free": int(done.word("FREE")),
-            "pruned_bytes": pruned.stat().st_size, "pruned_pages": report["dropped_bytes"] // PAGE,
-            "pruned_restore": restore}
+    return Offline(full_bytes=full.stat().st_size, full_save=done.times["save"],
+                   full_restore=full_restore, guest_free=int(done.word("FREE")),
+                   pruned_bytes=pruned.stat().st_size,
+                   pruned_pages=report["dropped_bytes"] // PAGE, pruned_restore=restore)
 
 
-def live(dom0, tool, work, memory):
+def live(dom0: Dom0, tool: Path, work: Path, memory: int) -> list[Live]:
     """The guest as it runs now, saved by `sonicshot xen save`."""
-    row = {}
-    for how in ("", "zstd", "lz4"):
-        option = f"--compress {how}" if how else ""
+    saves = []
+    for how in COMPRESSIONS:
+        option = "" if how == "plain" else f"--compress {how}"
         done = dom0.order("rm -f /images/live\n"
                           f"timed save sonicshot xen save lab /images/live --json {option}\n"
                           "size live /images/live\nxl list")
         report = done.json()
         expect(report["pruned"], f"a full image: {report['reason']}")
         expect(not any(line.startswith("lab ") for line in done.lines), "the guest still runs")
-        row[f"live_{how or 'plain'}"] = {
-            "save": done.times["save"], "bytes": done.sizes["live"],
-            "pages": report["dropped_pages"], "look": report["look_seconds"],
-            "suspended": report["suspended_seconds"]}
-        if not how:
+        if how == "plain":
             image = dom0.take("/images/live", work / "live.xl")
             dom0.check(image)
-            kept = run(tool, "prune", image, "--dry-run", "--json")
-            expect(kernels.json.loads(kept)["total_pages"] == report["total_pages"],
+            kept = report_of(run(tool, "prune", image, "--dry-run", "--json"))
+            expect(kept["total_pages"] == report["total_pages"],
                    "the image has other pages than the domain")
-        row[f"live_{how or 'plain'}"]["restore"] = restored(
-            dom0, "sonicshot xen restore /images/live", memory)
-    return row
+        restore = restored(dom0, "sonicshot xen restore /images/live", memory)
+        saves.append(Live(done.times["save"], done.sizes["live"], report["dropped_pages"],
+                          restore))
+    return saves
 
 
-def refusals(dom0):
+def refusals(dom0: Dom0) -> None:
     """Saves that cannot be done: no file is left, and the guest runs on."""
     before = "set +e\nmkdir -p /small\nmountpoint -q /small || mount -t tmpfs -o size=40M x /small\n"
     for option in ("", "--compress lz4"):
@@ -128,10 +166,10 @@ def refusals(dom0):
     expect(not any(line.startswith("lab ") for line in done.lines), "half a guest is there")
 
 
-def retyped(image, into, change):
+def retyped(image: Path, into: Path, change: Callable[[int], int | None]) -> None:
     """Writes an image whose pages without data are changed: `change` makes the entry of one
     another entry, or None to leave it out."""
-    data = Path(image).read_bytes()
+    data = image.read_bytes()
     at = 48 + struct.unpack_from("<I", data, 44)[0] + 16 + 8 + 24 + 16
     out = bytearray(data[:at])
     while True:
@@ -139,9 +177,9 @@ def retyped(image, into, change):
         body, end = at + 8, at + 8 + (length + 7) // 8 * 8
         if kind == 1:
             count = struct.unpack_from("<I", data, body)[0]
-            entries = struct.unpack_from(f"<{count}Q", data, body + 8)
-            entries = [change(e) if e >> 60 == XALLOC else e for e in entries]
-            entries = [e for e in entries if e is not None]
+            entries = list(struct.unpack_from(f"<{count}Q", data, body + 8))
+            changed = [change(e) if e >> 60 == XALLOC else e for e in entries]
+            entries = [e for e in changed if e is not None]
             pages = data[body + 8 + count * 8:body + length]
             if entries:
                 out += struct.pack("<IIII", 1, 8 + len(entries) * 8 + len(pages), len(entries), 0)
@@ -151,15 +189,15 @@ def retyped(image, into, change):
         at = end
         if kind == 0:
             break
-    Path(into).write_bytes(bytes(out) + data[at:])
+    into.write_bytes(bytes(out) + data[at:])
 
 
-def give_back_later(tool, series, memory):
+def give_back_later(tool: Path, guest: XenGuest) -> dict[str, list[str]]:
     """The paper's way, tried: frames that are left unpopulated in the image. What an unchanged
     `xl restore` and guest make of it."""
-    guest = {"kernel": kernels.fetch(series, False), "memory": memory}
     work = Path(tempfile.mkdtemp(prefix="xen-", dir=LAB))
-    ways = {"type XTAB": lambda entry: entry | XTAB << 60, "left out": lambda entry: None}
+    ways: dict[str, Callable[[int], int | None]] = {
+        "type XTAB": lambda entry: entry | XTAB << 60, "left out": lambda entry: None}
     found = {}
     try:
         with Dom0(work, tool, guest) as dom0:
@@ -176,50 +214,50 @@ def give_back_later(tool, series, memory):
     return found
 
 
-def table(rows):
+def table(rows: Sequence[Row]) -> str:
     text = ["| guest | free by its kernel, pages | dropped: offline, live | image, MB: full, offline, "
             "live, zstd, lz4 | save, s: full, live, zstd, lz4 | restore, s: full, offline, live, "
             "zstd, lz4 | runs on |",
             "|---|---:|---:|---|---|---|---|"]
     for row in rows:
-        lives = [row[f"live_{how}"] for how in ("plain", "zstd", "lz4")]
+        off = row.offline
         mb = ", ".join(f"{size / 1e6:.0f}" for size in (
-            row["full_bytes"], row["pruned_bytes"], *(one["bytes"] for one in lives)))
+            off.full_bytes, off.pruned_bytes, *(one.bytes for one in row.live)))
         saves = ", ".join(f"{time:.1f}" for time in (
-            row["full_save"], *(one["save"] for one in lives)))
+            off.full_save, *(one.save for one in row.live)))
         restores = ", ".join(f"{time:.1f}" for time in (
-            row["full_restore"], row["pruned_restore"], *(one["restore"] for one in lives)))
-        name = f"{row['kernel']}, {row['memory']} MiB" + (
-            f", `{row['append']}`" if row["append"] else "")
-        text.append(f"| {name} | {row['guest_free']:,} | {row['pruned_pages']:,}, "
-                    f"{lives[0]['pages']:,} | {mb} | {saves} | {restores} | torture OK, 8 times |")
+            off.full_restore, off.pruned_restore, *(one.restore for one in row.live)))
+        name = f"{row.guest.kernel.release}, {row.guest.memory} MiB" + (
+            f", `{row.guest.append}`" if row.guest.append else "")
+        text.append(f"| {name} | {off.guest_free:,} | {off.pruned_pages:,}, "
+                    f"{row.live[0].pages:,} | {mb} | {saves} | {restores} | torture OK, 8 times |")
     return "\n".join(text)
 
 
-def do_xen(args, find_tool):
-    kernels.install_tools()
+def xen_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--kernels", default="5.10,6.1,6.12")
+    parser.add_argument("--memory", type=int, default=512, help="of the guest, in MiB")
+    parser.add_argument("--append", default="", help="to the guest's command line")
+    parser.add_argument("--keep", type=Path, help="a folder for the images")
+    parser.add_argument("--give-back", action="store_true",
+                        help="try images with frames left unpopulated instead")
+    tool_argument(parser)
+
+
+@command("xen", "a real Xen: save, prune, save live, restore, torture", xen_arguments)
+def do_xen(args: Namespace) -> None:
+    install_tools()
     tool = find_tool(args.sonicshot)
     if args.give_back:
-        for way, lines in give_back_later(tool, "6.1", args.memory).items():
+        guest = XenGuest(kernels.fetch("6.1"), args.memory)
+        for way, lines in give_back_later(tool, guest).items():
             print(f"{way}:", *lines, sep="\n  ")
         return
     rows = []
     for series in args.kernels.split(","):
-        row = cycle(tool, series, args.memory, args.append, args.keep)
+        row = cycle(tool, XenGuest(kernels.fetch(series), args.memory, args.append), args.keep)
         rows.append(row)
         print(f"ok   {table([row]).splitlines()[-1]}", flush=True)
     text = table(rows) + "\n"
     (LAB / "xen.md").write_text(text)
     print(text)
-
-
-def add_command(commands, find_tool):
-    xen = commands.add_parser("xen", help="a real Xen: save, prune, save live, restore, torture")
-    xen.add_argument("--kernels", default="5.10,6.1,6.12")
-    xen.add_argument("--memory", type=int, default=512, help="of the guest, in MiB")
-    xen.add_argument("--append", default="", help="to the guest's command line")
-    xen.add_argument("--keep", type=Path, help="a folder for the images")
-    xen.add_argument("--give-back", action="store_true",
-                     help="try images with frames left unpopulated instead")
-    xen.add_argument("--sonicshot", help="the binary; built if not given")
-    xen.set_defaults(run=lambda args: do_xen(args, find_tool))

@@ -21,6 +21,8 @@ pub(crate) struct Analysis {
     pub build_id: Option<Vec<u8>>,
     pub symbol_sources: Vec<String>,
     pub pages: Classification,
+    /// What the user should know.
+    pub notes: Vec<String>,
     pub counts: ClassCounts,
 }
 
@@ -42,7 +44,7 @@ pub(crate) fn analyze(input: &Input<'_>) -> Result<Analysis, CliError> {
     mark_zero_pages(&analysis.dump, &mut analysis.pages.map)?;
     analysis.counts = analysis.pages.map.counts();
     if !analysis.can_go(PageClass::Zero) {
-        analysis.pages.notes.push(
+        analysis.notes.push(
             if analysis.can_go(PageClass::FreeBuddy) {
                 "pages in use that are zero are kept: Xen does not promise zeroes after a restore"
             } else {
@@ -86,9 +88,10 @@ pub(crate) fn classify(input: &Input<'_>) -> Result<Analysis, CliError> {
         check_whole(input, &placed.dump, &struct_pages)?;
     }
     keep_what_is_not_free_in_all(&mut pages.map, &placed.shared);
-    keep_unconfirmed(&mut pages.map, &placed.unconfirmed, &mut pages.notes);
+    let mut notes: Vec<String> = pages.notes.iter().map(ToString::to_string).collect();
+    keep_unconfirmed(&mut pages.map, &placed.unconfirmed, &mut notes);
     placed.dump.keep_what_must_stay(&mut pages.map);
-    pages.notes.extend(placed.notes);
+    notes.extend(placed.notes);
     let counts = pages.map.counts();
     let mut analysis = Analysis {
         dump: placed.dump,
@@ -99,6 +102,7 @@ pub(crate) fn classify(input: &Input<'_>) -> Result<Analysis, CliError> {
         build_id,
         symbol_sources,
         pages,
+        notes,
         counts,
     };
     add_notes(&mut analysis, input);

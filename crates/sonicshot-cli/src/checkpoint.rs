@@ -113,7 +113,7 @@ fn source(args: &SaveArgs) -> Result<Source, CliError> {
         map: analysis.pages.map,
         fill: analysis.pages.free_fill,
         vmcoreinfo: analysis.vmcoreinfo.map(String::into_bytes),
-        notes: analysis.pages.notes,
+        notes: analysis.notes,
     })
 }
 

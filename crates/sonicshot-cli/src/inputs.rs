@@ -206,7 +206,7 @@ pub(crate) fn without_p2m(memory: &dyn GuestMemory) -> Option<String> {
 
 /// Puts what the files beside the memory say with the other notes.
 pub(crate) fn add_notes(analysis: &mut Analysis, input: &Input<'_>) {
-    let notes = &mut analysis.pages.notes;
+    let notes = &mut analysis.notes;
     notes.extend(input.files.notes().iter().cloned());
     notes.extend(input.in_use());
 }

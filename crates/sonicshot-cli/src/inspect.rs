@@ -223,7 +223,7 @@ pub(crate) fn json_report(analysis: &Analysis, zero_pages: u64) -> Value {
         "free_fill": format!("{:?}", analysis.pages.free_fill),
         "zones": analysis.pages.zones.iter().map(zone_json).collect::<Vec<_>>(),
         "inconsistent_blocks": analysis.pages.disagreement.as_ref().map_or(0, |d| d.blocks),
-        "notes": analysis.pages.notes,
+        "notes": analysis.notes,
     })
 }
 
@@ -309,7 +309,7 @@ pub(crate) fn print_report(analysis: &Analysis, zero_pages: u64) {
         bytes(zero_pages),
         percent(zero_pages, total)
     );
-    for note in &analysis.pages.notes {
+    for note in &analysis.notes {
         say!("note: {note}");
     }
 }

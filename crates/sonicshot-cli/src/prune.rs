@@ -250,7 +250,7 @@ fn print_json(
         "droppable_bytes": plan.dropped_bytes(),
         "dry_run": args.dry_run,
         "seconds": seconds,
-        "notes": analysis.pages.notes,
+        "notes": analysis.notes,
         "warnings": warnings,
     });
     if let (Some(stats), Some(report)) = (stats, report.as_object_mut()) {
@@ -278,7 +278,7 @@ fn print_summary(
     stats: Option<&PruneStats>,
     seconds: f64,
 ) {
-    for note in &analysis.pages.notes {
+    for note in &analysis.notes {
         eprintln!("note: {note}");
     }
     let total = analysis.counts.total();

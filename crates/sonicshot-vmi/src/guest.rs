@@ -1,6 +1,7 @@
 //! A Linux guest: its kernel found, its symbols gathered, its pages classified.
 
 use crate::alive;
+use crate::analysis::{Analysis, AnalysisOptions, GuestFacts, Parts};
 use crate::discover::{self, Found, Tried};
 use crate::e820;
 use crate::error::VmiError;
@@ -10,12 +11,14 @@ use crate::mm::classify::{Inconsistency, ZoneReport, scan};
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
+use crate::note::{Note, TracesSought};
+use crate::os::GuestOs;
 use crate::owner::{self, Owner};
 use crate::place::{self, PlaceEvidence};
 use crate::processors::{Cr3, Owners, Verdict};
 use crate::shape::{self, Knowledge};
 use crate::symbols::{self, Kallsyms, SymbolSource};
-use crate::{KernelVa, VirtualMemory};
+use crate::{KernelVa, VirtualMemory, mark_zero_pages};
 use sonicshot::{Fill, GpaRange, GuestMemory, PageClass, PageMap, PageSize};
 use std::path::{Path, PathBuf};
 
@@ -96,7 +99,7 @@ pub struct Classification {
     /// Blocks on which the sources disagree (kept), if there are any.
     pub disagreement: Option<Inconsistency>,
     /// What the user should know: features of the guest, pages kept and why.
-    pub notes: Vec<String>,
+    pub notes: Vec<Note>,
 }
 
 /// A Linux guest whose kernel was found in its memory.
@@ -515,7 +518,7 @@ impl<'m> LinuxGuest<'m> {
         let mut notes = scan.notes;
         notes.extend(owner_note);
         if let Some(inconsistency) = &scan.disagreement {
-            notes.push(inconsistency.to_string());
+            notes.push(Note::Disagreement(Box::new(inconsistency.clone())));
         }
         let free_fill = self.free_fill(&scan.map, &mut notes)?;
         self.note_features(&mut notes)?;
@@ -534,29 +537,26 @@ impl<'m> LinuxGuest<'m> {
         map: &MemMap<'_>,
         zones: &Zones,
         on: OnInconsistency,
-    ) -> Result<Option<String>, VmiError> {
-        match (self.owners.check(&self.kernel, map, zones), on) {
-            (Ok(Verdict::Owner), _) => Ok(None),
-            (Ok(Verdict::Unknown), on) => self.look_for_later_owner(on),
-            (Ok(Verdict::NotTold(why)), on) => {
-                let note = format!("what the file tells of the processors is not believed: {why}");
-                let traces = self.look_for_later_owner(on)?;
-                Ok(Some(traces.map_or(note.clone(), |traces| {
-                    format!("{note}; {traces}")
-                })))
+    ) -> Result<Option<Note>, VmiError> {
+        match self.owners.check(&self.kernel, map, zones) {
+            Ok(Verdict::Owner) => Ok(None),
+            Ok(Verdict::Unknown) => self.look_for_later_owner(on).map(Some),
+            Ok(Verdict::NotTold(why)) => {
+                let instead = Box::new(self.look_for_later_owner(on)?);
+                Ok(Some(Note::ProcessorsNotBelieved { why, instead }))
             }
-            (Ok(Verdict::Crashed), _) => Ok(Some(
-                "a crash dump: this kernel was dead when its memory was written down".into(),
-            )),
-            (Err(error @ VmiError::NotOwner { .. }), OnInconsistency::KeepInQuestion) => {
-                Ok(Some(error.to_string()))
+            Ok(Verdict::Crashed) => Ok(Some(Note::CrashDump)),
+            Err(VmiError::NotOwner { kernel, processor })
+                if on == OnInconsistency::KeepInQuestion =>
+            {
+                Ok(Some(Note::NotOwner { kernel, processor }))
             }
-            (Err(error), _) => Err(error),
+            Err(error) => Err(error),
         }
     }
 
     /// Looks for traces of a later owner, where nothing tells the processors' registers.
-    fn look_for_later_owner(&self, on: OnInconsistency) -> Result<Option<String>, VmiError> {
+    fn look_for_later_owner(&self, on: OnInconsistency) -> Result<Note, VmiError> {
         let looked;
         let owner = if let Some(owner) = &self.traces {
             owner
@@ -565,12 +565,14 @@ impl<'m> LinuxGuest<'m> {
             &looked
         };
         if owner.traces.is_empty() {
-            return Ok(Some(owner.note()));
+            return Ok(Note::NoTraceOfLaterOwner(TracesSought {
+                made: owner.clean.clone(),
+                not_made: owner.not_made.clone(),
+            }));
         }
-        let error = VmiError::LaterOwner(owner.traces.clone());
         match on {
-            OnInconsistency::Refuse => Err(error),
-            OnInconsistency::KeepInQuestion => Ok(Some(error.to_string())),
+            OnInconsistency::Refuse => Err(VmiError::LaterOwner(owner.traces.clone())),
+            OnInconsistency::KeepInQuestion => Ok(Note::LaterOwner(owner.traces.clone())),
         }
     }
 
@@ -592,7 +594,7 @@ impl<'m> LinuxGuest<'m> {
 
     /// What free pages must read as: `mm/page_poison.c` checks for its pattern on allocation, and
     /// `init_on_free` hands out pages as zero without looking.
-    fn free_fill(&self, map: &PageMap, notes: &mut Vec<String>) -> Result<Fill, VmiError> {
+    fn free_fill(&self, map: &PageMap, notes: &mut Vec<Note>) -> Result<Fill, VmiError> {
         const PAGE_POISON: u8 = 0xaa;
         // `_page_poisoning_enabled` since 5.11, `want_page_poisoning` before.
         let poisoned = self.flag(&["_page_poisoning_enabled", "want_page_poisoning"])?;
@@ -632,34 +634,71 @@ impl<'m> LinuxGuest<'m> {
             // CONFIG_PAGE_POISONING_ZERO (to 5.10): the pattern is zero.
             return Ok(Fill::Zero);
         }
-        notes.push(
-            "the guest checks free pages for its poison pattern 0xaa (page_poison): \
-             they are kept where the format can only restore zeroes"
-                .into(),
-        );
+        notes.push(Note::PagePoison { byte: PAGE_POISON });
         Ok(Fill::Byte(PAGE_POISON))
     }
 
     /// Features of the guest that bear on free pages.
-    fn note_features(&self, notes: &mut Vec<String>) -> Result<(), VmiError> {
-        for (name, text) in [
-            (
-                "init_on_free",
-                "init_on_free: the guest trusts free pages to be zero",
-            ),
-            (
-                "_debug_pagealloc_enabled",
-                "debug_pagealloc: free pages are not mapped in the guest; their content is not looked at",
-            ),
-            (
-                "kasan_flag_enabled",
-                "KASAN with hardware tags: memory tags are in no dump",
-            ),
+    fn note_features(&self, notes: &mut Vec<Note>) -> Result<(), VmiError> {
+        for (name, note) in [
+            ("init_on_free", Note::InitOnFree),
+            ("_debug_pagealloc_enabled", Note::DebugPagealloc),
+            ("kasan_flag_enabled", Note::HardwareTags),
         ] {
             if self.flag(&[name])? == Some(true) {
-                notes.push(text.into());
+                notes.push(note);
             }
         }
         Ok(())
+    }
+}
+
+impl GuestOs for LinuxGuest<'_> {
+    fn facts(&self) -> GuestFacts {
+        GuestFacts {
+            os: "Linux",
+            release: self.release().to_owned(),
+            banner: self.banner().map(str::to_owned),
+            vmcoreinfo: self.vmcoreinfo().map(str::to_owned),
+            build_id: self.build_id().map(<[u8]>::to_vec),
+            symbol_sources: self.symbol_sources(),
+            page_size: self.page_size,
+        }
+    }
+
+    fn analyze(&self, options: &AnalysisOptions) -> Result<Analysis, VmiError> {
+        let mut pages = self.classify(options.inconsistency())?;
+        if options.looks_for_zero_pages() {
+            mark_zero_pages(self.kernel.space.memory(), &mut pages.map)?;
+        }
+        Ok(Analysis::new(Parts {
+            facts: self.facts(),
+            pages,
+            present: self.struct_page_memory()?,
+        }))
+    }
+
+    fn page_records(&self) -> Result<Vec<GpaRange>, VmiError> {
+        self.struct_page_memory()
+    }
+
+    fn boot_ram(&self) -> Result<Option<Vec<GpaRange>>, VmiError> {
+        self.e820()
+    }
+
+    fn system_ram(&self) -> Result<Option<Vec<GpaRange>>, VmiError> {
+        LinuxGuest::system_ram(self)
+    }
+
+    fn known_memory(&self) -> Result<Vec<GpaRange>, VmiError> {
+        LinuxGuest::known_memory(self)
+    }
+
+    fn direct_map(&self) -> Result<Option<KernelVa>, VmiError> {
+        LinuxGuest::direct_map(self)
+    }
+
+    fn evidence_of_places(&self, ranges: &[GpaRange]) -> Result<Vec<PlaceEvidence>, VmiError> {
+        LinuxGuest::evidence_of_places(self, ranges)
     }
 }

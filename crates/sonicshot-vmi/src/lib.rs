@@ -1,22 +1,23 @@
 //! Read a Linux guest's page allocator from outside: from a dump, or a paused guest's memory.
 //!
-//! [`LinuxGuest::open`] finds the kernel in any [`GuestMemory`](sonicshot::GuestMemory), with no
+//! [`analyze`] finds the kernel in any [`GuestMemory`](sonicshot::GuestMemory), with no
 //! file given: VMCOREINFO gives the page tables and what KASLR did, kallsyms the symbols, BTF the
 //! types, all out of the guest's own memory. System.map, vmlinux (ELF symbols, BTF or DWARF) and
-//! raw BTF can be given instead, and are refused if they are of another build.
-//! [`LinuxGuest::classify`] then gives every frame its class:
+//! raw BTF can be given instead, and are refused if they are of another build. Every frame gets
+//! its class:
 //!
 //! ```no_run
 //! use sonicshot::{DropClasses, GuestMemory, PrunePlan};
-//! use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency, mark_zero_pages};
+//! use sonicshot_vmi::{AnalysisOptions, VmiError, analyze};
 //!
-//! fn plan(memory: &dyn GuestMemory) -> Result<PrunePlan, Box<dyn std::error::Error>> {
-//!     let guest = LinuxGuest::open(memory, &GuestOptions::new())?;
-//!     let mut pages = guest.classify(OnInconsistency::Refuse)?;
-//!     mark_zero_pages(memory, &mut pages.map)?;
-//!     Ok(PrunePlan::new(&pages.map, &DropClasses::default(), pages.free_fill))
+//! fn plan(memory: &dyn GuestMemory) -> Result<PrunePlan, VmiError> {
+//!     let analysis = analyze(memory, &AnalysisOptions::new())?;
+//!     Ok(analysis.plan(&DropClasses::default()))
 //! }
 //! ```
+//!
+//! [`open_guest`] gives the guest itself ([`GuestOs`]), which tells more: where its RAM lies, and
+//! what its memory says about a layout. [`LinuxGuest`] is the one there is.
 //!
 //! # Whose memory it is
 //!
@@ -122,6 +123,7 @@
 
 mod address;
 mod alive;
+mod analysis;
 mod discover;
 mod e820;
 mod error;
@@ -129,6 +131,8 @@ mod guest;
 mod iomem;
 mod kernel;
 mod mm;
+mod note;
+mod os;
 mod owner;
 mod paging;
 mod place;
@@ -138,9 +142,12 @@ pub mod symbols;
 mod zero;
 
 pub use address::{KernelVa, VirtualMemory, VirtualReadError};
+pub use analysis::{Analysis, AnalysisOptions, GuestFacts, analyze};
 pub use error::VmiError;
 pub use guest::{Classification, GuestOptions, LinuxGuest, OnInconsistency};
 pub use mm::classify::{Inconsistency, ZoneReport};
+pub use note::{Note, TracesSought};
+pub use os::{GuestOs, open_guest};
 pub use owner::Trace;
 pub(crate) use paging::AddressSpace;
 pub use place::PlaceEvidence;

@@ -303,16 +303,26 @@ fn what_the_user_says_counts_and_what_is_said_may_be_a_note() {
     assert!(matches!(refused, VmiError::NotOwner { .. }), "{refused}");
     let keep = OnInconsistency::KeepInQuestion;
     let pages = classify(ram, bad(), &GuestOptions::new(), keep).unwrap();
-    assert!(pages.notes.iter().any(|note| note.contains("does not own")));
+    assert!(
+        pages
+            .notes
+            .iter()
+            .any(|note| note.to_string().contains("does not own"))
+    );
     let pages = classify(ram, Processors::Crashed, &GuestOptions::new(), refuse).unwrap();
-    assert!(pages.notes.iter().any(|note| note.contains("crash dump")));
+    assert!(
+        pages
+            .notes
+            .iter()
+            .any(|note| note.to_string().contains("crash dump"))
+    );
     let not_told = Processors::NotTold("a test");
     let pages = classify(ram, not_told, &GuestOptions::new(), refuse).unwrap();
     assert!(
         pages
             .notes
             .iter()
-            .any(|note| note.contains("not believed: a test"))
+            .any(|note| note.to_string().contains("not believed: a test"))
     );
 }
 

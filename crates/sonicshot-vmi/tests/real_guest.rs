@@ -295,7 +295,12 @@ fn a_section_in_use_that_loses_a_bit_is_not_dropped() {
         let wrong = after.iter().zip(&before).filter(|(a, b)| **a && !**b);
         assert_eq!(wrong.count(), 0, "bit {bit}");
         if bit == 2 {
-            assert!(pages.notes.iter().any(|note| note.contains("not online")));
+            assert!(
+                pages
+                    .notes
+                    .iter()
+                    .any(|note| note.to_string().contains("not online"))
+            );
         }
     }
     assert!(classified >= 2, "{classified}");

@@ -219,7 +219,7 @@ fn look(xen: &Xen, id: DomainId, args: &XenSaveArgs) -> Result<Look, CliError> {
         release: guest.release().to_owned(),
         total_pages: domain.layout().bytes() >> PAGE.shift(),
         frames,
-        notes: pages.notes,
+        notes: pages.notes.iter().map(ToString::to_string).collect(),
     })
 }
 

@@ -14,6 +14,7 @@ use super::zone::{Listed, ListedBlock, Zone, Zones};
 use crate::KernelVa;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
+use crate::note::Note;
 use core::fmt;
 use sonicshot::{GuestBytes, PageClass, PageMap, Pfn, PfnRange};
 
@@ -80,7 +81,7 @@ pub(crate) struct Scan {
     /// Disagreements, if there are any; `fatal` if more than a stopped guest explains.
     pub disagreement: Option<Inconsistency>,
     pub fatal: bool,
-    pub notes: Vec<String>,
+    pub notes: Vec<Note>,
 }
 
 /// One byte for every frame of the map: which list names the frame as the head of a block.
@@ -176,7 +177,7 @@ fn walk_lists(
     zones: &Zones,
     lru: u64,
     map: &PageMap,
-    notes: &mut Vec<String>,
+    notes: &mut Vec<Note>,
 ) -> Result<Walked, VmiError> {
     let mut marks = Marks::new(map);
     let mut wrong = Disagreements::default();
@@ -231,7 +232,7 @@ fn walk_lists(
         reports.push(report);
     }
     if let Some(why) = &zones.no_pcp {
-        notes.push(format!("pages on per-CPU free lists are kept: {why}"));
+        notes.push(Note::PerCpuListsKept { why: why.clone() });
     }
     Ok(Walked {
         marks,
@@ -430,10 +431,8 @@ pub(crate) fn scan(
         scanner.region(frames, classes, marks)?;
     }
     for deferred in &zones.deferred {
-        notes.push(format!(
-            "frames {} have no initialised struct page yet and are kept",
-            deferred.frames
-        ));
+        let frames = deferred.frames;
+        notes.push(Note::DeferredKept { frames });
         map.set(deferred.frames, PageClass::Unknown);
     }
     scanner.offline.see_page_tables(kernel, &map)?;

@@ -24,6 +24,7 @@ use super::zone::Zones;
 use crate::e820;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
+use crate::note::Note;
 use crate::{KernelVa, VirtualMemory};
 use sonicshot::{GpaRange, PageClass, PageMap, Pfn, PfnRange};
 
@@ -191,12 +192,7 @@ impl OfflineSections {
     }
 
     /// Gives the frames of sections that nothing speaks against their class, and says what is kept.
-    pub(crate) fn settle(
-        mut self,
-        mem_map: &MemMap<'_>,
-        map: &mut PageMap,
-        notes: &mut Vec<String>,
-    ) {
+    pub(crate) fn settle(mut self, mem_map: &MemMap<'_>, map: &mut PageMap, notes: &mut Vec<Note>) {
         let offline = |span: &&super::mem_map::Span| !span.online;
         for suspect in std::mem::take(&mut self.suspects) {
             if let Some(reason) = suspect.used {
@@ -214,12 +210,10 @@ impl OfflineSections {
             }
         }
         if self.kept > 0 {
-            notes.push(format!(
-                "{} frames in sections that are not online are kept, for nothing proves that they are \
-                 offline memory ({}): persistent and device memory is there, too",
-                self.kept,
-                self.reasons.join("; ")
-            ));
+            notes.push(Note::SectionsKept {
+                frames: self.kept,
+                reasons: self.reasons,
+            });
         }
     }
 }
@@ -471,7 +465,7 @@ impl OfflinePages {
         mem_map: &MemMap<'_>,
         layout: &PageLayout,
         map: &mut PageMap,
-        notes: &mut Vec<String>,
+        notes: &mut Vec<Note>,
     ) -> Result<(), VmiError> {
         /// More drivers have no balloon: the others' pages are kept.
         const MAX_RINGS: usize = 256;
@@ -509,10 +503,10 @@ impl OfflinePages {
             }
         }
         if let Some(why) = why {
-            notes.push(format!(
-                "{kept} pages that are marked as offline are kept unless they are zero, for no driver \
-                 is known to have them (the first: {why})"
-            ));
+            notes.push(Note::OfflinePagesKept {
+                pages: kept as u64,
+                why,
+            });
         }
         Ok(())
     }
@@ -672,6 +666,7 @@ mod tests {
     use crate::mm::mem_map::MemMap;
     use crate::mm::page::PageLayout;
     use crate::mm::zone::Zones;
+    use crate::note::Note;
     use sonicshot::{GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange};
 
     const MIB: usize = 1 << 20;
@@ -737,6 +732,7 @@ mod tests {
             .unwrap();
         let offline = map.runs().filter(|(_, class)| *class == PageClass::Offline);
         let frames = offline.flat_map(|(frames, _)| frames.iter().map(Pfn::raw));
+        let notes = notes.iter().map(Note::to_string).collect();
         (frames.collect(), notes)
     }
 
@@ -932,7 +928,8 @@ mod tests {
             found.see_page_tables(&kernel, &map).unwrap();
             let mut notes = Vec::new();
             found.settle(&mem_map, &mut map, &mut notes);
-            (map.counts().get(PageClass::Offline), notes.concat())
+            let notes: String = notes.iter().map(Note::to_string).collect();
+            (map.counts().get(PageClass::Offline), notes)
         }
 
         fn alone(&self) -> (u64, String) {

@@ -1,0 +1,269 @@
+//! What is known of a guest once it was looked at: one value, which only the looking makes.
+
+use crate::{GuestOptions, Inconsistency, Note, OnInconsistency, VmiError, ZoneReport};
+use crate::{mark_zero_pages, open_guest};
+use sonicshot::{
+    ClassCounts, Fill, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, PfnRange,
+    PrunePlan, PrunePolicy,
+};
+
+/// How a guest is looked at; by default nothing is known of it, a guest that contradicts itself is
+/// refused, and pages in use are looked at for zeroes.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct AnalysisOptions {
+    guest: GuestOptions,
+    on_inconsistency: OnInconsistency,
+    zero_pages: bool,
+}
+
+impl Default for AnalysisOptions {
+    fn default() -> Self {
+        Self {
+            guest: GuestOptions::new(),
+            on_inconsistency: OnInconsistency::Refuse,
+            zero_pages: true,
+        }
+    }
+}
+
+impl AnalysisOptions {
+    /// The defaults.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// What is known of the guest beforehand.
+    #[must_use]
+    pub fn guest(mut self, guest: GuestOptions) -> Self {
+        self.guest = guest;
+        self
+    }
+
+    /// Whether a guest whose sources disagree is classified all the same.
+    #[must_use]
+    pub fn on_inconsistency(mut self, on: OnInconsistency) -> Self {
+        self.on_inconsistency = on;
+        self
+    }
+
+    /// Whether pages in use are looked at for zeroes. Without it no page has the class
+    /// [`Zero`](PageClass::Zero) until [`Analysis::mark_zero_pages`] is called.
+    #[must_use]
+    pub fn zero_pages(mut self, look: bool) -> Self {
+        self.zero_pages = look;
+        self
+    }
+
+    pub(crate) fn inconsistency(&self) -> OnInconsistency {
+        self.on_inconsistency
+    }
+
+    pub(crate) fn looks_for_zero_pages(&self) -> bool {
+        self.zero_pages
+    }
+}
+
+/// Who the guest is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GuestFacts {
+    /// The name of its operating system: `Linux`.
+    pub os: &'static str,
+    /// The kernel's release, such as `6.1.0-37-cloud-amd64`.
+    pub release: String,
+    /// The kernel's banner (`Linux version …`), if it could be read.
+    pub banner: Option<String>,
+    /// The kernel's VMCOREINFO: what a dump of this guest carries as a note.
+    pub vmcoreinfo: Option<String>,
+    /// The kernel's build ID, if it tells one (Linux 5.9 and later).
+    pub build_id: Option<Vec<u8>>,
+    /// Where the kernel was found, then every source of symbols and types in use.
+    pub symbol_sources: Vec<String>,
+    /// The guest's page size.
+    pub page_size: PageSize,
+}
+
+/// The class of every frame of a guest, and what stands behind it.
+///
+/// Only [`analyze`] and [`GuestOs::analyze`](crate::GuestOs::analyze) make one, so that what is
+/// planned by it has been through every check of theirs. It can be changed in one direction:
+/// [`keep`](Self::keep) takes frames out of what may be dropped.
+#[derive(Debug, Clone)]
+pub struct Analysis {
+    facts: GuestFacts,
+    pages: PageMap,
+    free_fill: Fill,
+    zones: Vec<ZoneReport>,
+    disagreement: Option<Inconsistency>,
+    notes: Vec<Note>,
+    present: Vec<GpaRange>,
+}
+
+/// All that an [`Analysis`] is made of.
+pub(crate) struct Parts {
+    pub facts: GuestFacts,
+    pub pages: crate::Classification,
+    pub present: Vec<GpaRange>,
+}
+
+impl Analysis {
+    pub(crate) fn new(parts: Parts) -> Self {
+        let crate::Classification {
+            map,
+            free_fill,
+            zones,
+            disagreement,
+            notes,
+        } = parts.pages;
+        Self {
+            facts: parts.facts,
+            pages: map,
+            free_fill,
+            zones,
+            disagreement,
+            notes,
+            present: parts.present,
+        }
+    }
+
+    /// Who the guest is.
+    #[must_use]
+    pub fn facts(&self) -> &GuestFacts {
+        &self.facts
+    }
+
+    /// The class of every RAM frame.
+    #[must_use]
+    pub fn pages(&self) -> &PageMap {
+        &self.pages
+    }
+
+    /// How many frames each class has.
+    #[must_use]
+    pub fn counts(&self) -> ClassCounts {
+        self.pages.counts()
+    }
+
+    /// What the guest expects of free pages; [`Fill::Any`] of most: they write to a page before
+    /// they trust it.
+    #[must_use]
+    pub fn free_fill(&self) -> Fill {
+        self.free_fill
+    }
+
+    /// Every zone's numbers.
+    #[must_use]
+    pub fn zones(&self) -> &[ZoneReport] {
+        &self.zones
+    }
+
+    /// Blocks on which the sources disagree (kept), if there are any.
+    #[must_use]
+    pub fn disagreement(&self) -> Option<&Inconsistency> {
+        self.disagreement.as_ref()
+    }
+
+    /// What the user should know.
+    #[must_use]
+    pub fn notes(&self) -> &[Note] {
+        &self.notes
+    }
+
+    /// Memory that is never zero in a guest of this kind: its records of its pages. A file that
+    /// has a hole there is no whole one (a diff snapshot without what it is a diff to).
+    #[must_use]
+    pub fn present(&self) -> &[GpaRange] {
+        &self.present
+    }
+
+    /// What `policy` drops of this guest.
+    pub fn plan(&self, policy: &dyn PrunePolicy) -> PrunePlan {
+        PrunePlan::new(&self.pages, policy, self.free_fill)
+    }
+
+    /// Takes back what the guest's kernel says of `frames`: those that might be dropped for it are
+    /// [`Unknown`](PageClass::Unknown) from now on. Frames that were found to hold only zeroes do
+    /// so whatever they are, and stay [`Zero`](PageClass::Zero).
+    pub fn keep(&mut self, frames: PfnRange) {
+        self.pages.with_slices(frames, |_, classes| {
+            for class in classes.iter_mut() {
+                if class.may_be_dropped() && *class != PageClass::Zero {
+                    *class = PageClass::Unknown;
+                }
+            }
+        });
+    }
+
+    /// Gives the class [`Zero`](PageClass::Zero) to every page of `memory`, which is that of the
+    /// guest, that is in use or was [kept](Self::keep) and holds only zeroes.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if a page cannot be read.
+    pub fn mark_zero_pages(&mut self, memory: &dyn GuestMemory) -> Result<(), MemoryError> {
+        mark_zero_pages(memory, &mut self.pages)
+    }
+}
+
+/// Finds the kernel in a guest's memory, and gives every frame its class.
+///
+/// ```no_run
+/// use sonicshot::{DropClasses, GuestMemory, PrunePlan};
+/// use sonicshot_vmi::{AnalysisOptions, VmiError, analyze};
+///
+/// fn plan(memory: &dyn GuestMemory) -> Result<PrunePlan, VmiError> {
+///     let analysis = analyze(memory, &AnalysisOptions::new())?;
+///     Ok(analysis.plan(&DropClasses::default()))
+/// }
+/// ```
+///
+/// # Errors
+/// What [`open_guest`] and [`GuestOs::analyze`](crate::GuestOs::analyze) give.
+pub fn analyze(memory: &dyn GuestMemory, options: &AnalysisOptions) -> Result<Analysis, VmiError> {
+    open_guest(memory, &options.guest)?.analyze(options)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Analysis, GuestFacts, Parts};
+    use crate::Classification;
+    use sonicshot::{Fill, Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn, PfnRange, RamLayout};
+
+    #[test]
+    fn keep_takes_back_the_kernels_word_and_nothing_else() {
+        let ram = GpaRange::with_len(Gpa::ZERO, 32 * 4096).unwrap();
+        let mut map = PageMap::new(&RamLayout::new(vec![ram]).unwrap(), PageSize::SIZE_4K);
+        let one = |pfn| PfnRange::with_len(Pfn::new(pfn), 1).unwrap();
+        for (pfn, class) in (0..).zip(PageClass::ALL) {
+            map.set(one(pfn), *class);
+        }
+        let mut analysis = Analysis::new(Parts {
+            facts: GuestFacts {
+                os: "Linux",
+                release: String::new(),
+                banner: None,
+                vmcoreinfo: None,
+                build_id: None,
+                symbol_sources: Vec::new(),
+                page_size: PageSize::SIZE_4K,
+            },
+            pages: Classification {
+                map: map.clone(),
+                free_fill: Fill::Any,
+                zones: Vec::new(),
+                disagreement: None,
+                notes: Vec::new(),
+            },
+            present: Vec::new(),
+        });
+        let first_half = PfnRange::new(Pfn::new(0), Pfn::new(9));
+        analysis.keep(first_half);
+        for (pfn, class) in (0..).map(Pfn::new).zip(PageClass::ALL) {
+            let lowered =
+                first_half.contains(pfn) && class.may_be_dropped() && *class != PageClass::Zero;
+            let expected = if lowered { PageClass::Unknown } else { *class };
+            assert_eq!(analysis.pages().class(pfn), Some(expected), "{class}");
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! What a user should know of an analysis.
+
+use crate::{ForeignProcessor, Inconsistency, Trace, VmiError};
+use core::fmt;
+use sonicshot::PfnRange;
+
+/// Something of the guest that a user should know: a feature that bears on free pages, pages that
+/// are kept and why, what stands behind the choice of the kernel. Its text is for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Note {
+    /// The per-CPU free lists cannot be read.
+    PerCpuListsKept {
+        /// Why not.
+        why: String,
+    },
+    /// Struct pages that the kernel has not initialised yet (`DEFERRED_STRUCT_PAGE_INIT`).
+    DeferredKept {
+        /// Their frames.
+        frames: PfnRange,
+    },
+    /// Sections that are not online, and not proved to be offline memory.
+    SectionsKept {
+        /// How many frames are in them.
+        frames: u64,
+        /// What speaks against them; the first few.
+        reasons: Vec<String>,
+    },
+    /// Pages that say that they are offline, and that no driver is known to have.
+    OfflinePagesKept {
+        /// How many.
+        pages: u64,
+        /// Why the first of them is not believed.
+        why: String,
+    },
+    /// Nothing tells the processors' registers, and the memory bears no trace of a later owner.
+    NoTraceOfLaterOwner(TracesSought),
+    /// The file tells of processors, and is not believed.
+    ProcessorsNotBelieved {
+        /// Why not.
+        why: &'static str,
+        /// What was found instead.
+        instead: Box<Note>,
+    },
+    /// The kernel was dead when its memory was written down.
+    CrashDump,
+    /// A processor runs on page tables of something else, and the guest was classified all the
+    /// same.
+    NotOwner {
+        /// The release of the kernel that was found.
+        kernel: String,
+        /// The processor.
+        processor: Box<ForeignProcessor>,
+    },
+    /// The memory bears traces of a later owner, and the guest was classified all the same.
+    LaterOwner(Vec<Trace>),
+    /// Sources of truth about free pages disagree; the blocks in question are kept.
+    Disagreement(Box<Inconsistency>),
+    /// The guest checks its free pages for a pattern (`page_poison`).
+    PagePoison {
+        /// The pattern's byte.
+        byte: u8,
+    },
+    /// The guest trusts its free pages to be zero (`init_on_free`).
+    InitOnFree,
+    /// The guest does not map its free pages (`debug_pagealloc`).
+    DebugPagealloc,
+    /// The guest tags its memory (KASAN with hardware tags).
+    HardwareTags,
+}
+
+/// Which traces of a later owner were looked for, where none was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TracesSought {
+    /// The tests that were made.
+    pub made: Vec<&'static str>,
+    /// The tests that could not be made, and why.
+    pub not_made: Vec<(&'static str, String)>,
+}
+
+impl fmt::Display for TracesSought {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "no file tells the processors' registers: that the kernel found still owns the memory \
+             is judged by its traces alone (none of a later owner; tested: {}",
+            self.made.join(", ")
+        )?;
+        for (test, why) in &self.not_made {
+            write!(f, "; not tested: {test}, {why}")?;
+        }
+        f.write_str(")")
+    }
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PerCpuListsKept { why } => {
+                write!(f, "pages on per-CPU free lists are kept: {why}")
+            }
+            Self::DeferredKept { frames } => write!(
+                f,
+                "frames {frames} have no initialised struct page yet and are kept"
+            ),
+            Self::SectionsKept { frames, reasons } => write!(
+                f,
+                "{frames} frames in sections that are not online are kept, for nothing proves that \
+                 they are offline memory ({}): persistent and device memory is there, too",
+                reasons.join("; ")
+            ),
+            Self::OfflinePagesKept { pages, why } => write!(
+                f,
+                "{pages} pages that are marked as offline are kept unless they are zero, for no \
+                 driver is known to have them (the first: {why})"
+            ),
+            Self::NoTraceOfLaterOwner(sought) => sought.fmt(f),
+            Self::ProcessorsNotBelieved { why, instead } => write!(
+                f,
+                "what the file tells of the processors is not believed: {why}; {instead}"
+            ),
+            Self::CrashDump => {
+                f.write_str("a crash dump: this kernel was dead when its memory was written down")
+            }
+            Self::NotOwner { kernel, processor } => VmiError::NotOwner {
+                kernel: kernel.clone(),
+                processor: processor.clone(),
+            }
+            .fmt(f),
+            Self::LaterOwner(traces) => VmiError::LaterOwner(traces.clone()).fmt(f),
+            Self::Disagreement(inconsistency) => inconsistency.fmt(f),
+            Self::PagePoison { byte } => write!(
+                f,
+                "the guest checks free pages for its poison pattern {byte:#x} (page_poison): they \
+                 are kept where the format can only restore zeroes"
+            ),
+            Self::InitOnFree => f.write_str("init_on_free: the guest trusts free pages to be zero"),
+            Self::DebugPagealloc => f.write_str(
+                "debug_pagealloc: free pages are not mapped in the guest; their content is not \
+                 looked at",
+            ),
+            Self::HardwareTags => {
+                f.write_str("KASAN with hardware tags: memory tags are in no dump")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Note, TracesSought};
+    use sonicshot::{Pfn, PfnRange};
+
+    /// Programs read these lines in JSON: they stay as they are.
+    #[test]
+    fn texts_are_what_they_were() {
+        let frames = PfnRange::new(Pfn::new(0x10), Pfn::new(0x20));
+        let sought = || TracesSought {
+            made: vec!["kexec", "panic"],
+            not_made: vec![("tasks", "no source knows init_task".into())],
+        };
+        let by_traces = "no file tells the processors' registers: that the kernel found still owns \
+                         the memory is judged by its traces alone (none of a later owner; tested: \
+                         kexec, panic; not tested: tasks, no source knows init_task)";
+        let table: [(Note, &str); 10] = [
+            (
+                Note::PerCpuListsKept { why: "w".into() },
+                "pages on per-CPU free lists are kept: w",
+            ),
+            (
+                Note::DeferredKept { frames },
+                &format!("frames {frames} have no initialised struct page yet and are kept"),
+            ),
+            (
+                Note::SectionsKept {
+                    frames: 7,
+                    reasons: vec!["a".into(), "b".into()],
+                },
+                "7 frames in sections that are not online are kept, for nothing proves that they \
+                 are offline memory (a; b): persistent and device memory is there, too",
+            ),
+            (
+                Note::OfflinePagesKept {
+                    pages: 4,
+                    why: "w".into(),
+                },
+                "4 pages that are marked as offline are kept unless they are zero, for no driver is \
+                 known to have them (the first: w)",
+            ),
+            (Note::NoTraceOfLaterOwner(sought()), by_traces),
+            (
+                Note::ProcessorsNotBelieved {
+                    why: "torn",
+                    instead: Box::new(Note::NoTraceOfLaterOwner(sought())),
+                },
+                &format!(
+                    "what the file tells of the processors is not believed: torn; {by_traces}"
+                ),
+            ),
+            (
+                Note::CrashDump,
+                "a crash dump: this kernel was dead when its memory was written down",
+            ),
+            (
+                Note::PagePoison { byte: 0xaa },
+                "the guest checks free pages for its poison pattern 0xaa (page_poison): they are \
+                 kept where the format can only restore zeroes",
+            ),
+            (
+                Note::InitOnFree,
+                "init_on_free: the guest trusts free pages to be zero",
+            ),
+            (
+                Note::DebugPagealloc,
+                "debug_pagealloc: free pages are not mapped in the guest; their content is not \
+                 looked at",
+            ),
+        ];
+        for (note, text) in table {
+            assert_eq!(note.to_string(), text);
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! A guest's operating system, whichever it is.
+
+use crate::{
+    Analysis, AnalysisOptions, GuestFacts, GuestOptions, KernelVa, LinuxGuest, PlaceEvidence,
+    VmiError,
+};
+use core::fmt;
+use sonicshot::{GpaRange, GuestMemory};
+
+/// A guest's operating system, found in its memory.
+///
+/// What takes a guest's pages apart asks no more than this, so a kernel that is not Linux is one
+/// more implementation, which [`open_guest`] tries.
+pub trait GuestOs: fmt::Debug {
+    /// Who the guest is.
+    fn facts(&self) -> GuestFacts;
+
+    /// Gives every RAM frame its class. Of `options` what is known of the guest beforehand is not
+    /// asked again: it was opened with that.
+    ///
+    /// # Errors
+    /// [`VmiError::NotOwner`] if a processor runs on page tables of something else,
+    /// [`VmiError::LaterOwner`] if the memory bears traces of a later owner,
+    /// [`VmiError::Inconsistent`] if the sources of truth disagree, [`VmiError::Missing`] if a
+    /// symbol or member that decides about a page is known to no source, and what reading gives.
+    fn analyze(&self, options: &AnalysisOptions) -> Result<Analysis, VmiError>;
+
+    /// Where the kernel's records of its pages lie in guest-physical memory: what an analysis
+    /// reads.
+    ///
+    /// # Errors
+    /// [`VmiError`] if they cannot be found.
+    fn page_records(&self) -> Result<Vec<GpaRange>, VmiError>;
+
+    /// The usable RAM that the guest booted with, by the map that its firmware or VMM gave to it;
+    /// `None` if nothing tells.
+    ///
+    /// # Errors
+    /// [`VmiError`] if the map cannot be read or is not one.
+    fn boot_ram(&self) -> Result<Option<Vec<GpaRange>>, VmiError>;
+
+    /// RAM by the kernel's own records now, memory that was plugged in included, each stretch as
+    /// it was added; but not what belongs to a device. `None` if nothing tells.
+    ///
+    /// # Errors
+    /// [`VmiError`] if the records cannot be read or are none.
+    fn system_ram(&self) -> Result<Option<Vec<GpaRange>>, VmiError>;
+
+    /// All that the kernel has ever taken for memory, of whatever device, in whole sections.
+    ///
+    /// # Errors
+    /// [`VmiError`] if the kernel's records cannot be read.
+    fn known_memory(&self) -> Result<Vec<GpaRange>, VmiError>;
+
+    /// Where the kernel maps all of memory, from guest-physical 0 on; `None` if nothing tells.
+    ///
+    /// # Errors
+    /// [`VmiError`] if it cannot be read.
+    fn direct_map(&self) -> Result<Option<KernelVa>, VmiError>;
+
+    /// What the content of each of `ranges` of memory says about whether it lies there: for a
+    /// layout that somebody has given. The ranges must be disjoint.
+    ///
+    /// # Errors
+    /// [`VmiError`] if the kernel's page tables have memory elsewhere, or reading fails.
+    fn evidence_of_places(&self, ranges: &[GpaRange]) -> Result<Vec<PlaceEvidence>, VmiError>;
+}
+
+/// Finds the operating system that owns `memory`.
+///
+/// # Errors
+/// What [`LinuxGuest::open`] gives: there is no other yet.
+pub fn open_guest<'m>(
+    memory: &'m dyn GuestMemory,
+    options: &GuestOptions,
+) -> Result<Box<dyn GuestOs + 'm>, VmiError> {
+    Ok(Box::new(LinuxGuest::open(memory, options)?))
+}
