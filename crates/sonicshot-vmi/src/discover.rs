@@ -36,6 +36,8 @@ const MAX_VMCOREINFO: usize = 4096;
 const TRIES: Duration = Duration::from_secs(10);
 /// So many of the candidates that failed are told of.
 const MAX_TOLD: usize = 4;
+/// What was tried where there is nothing at all.
+pub(crate) const NO_PAGE: &str = "no page begins with VMCOREINFO";
 /// How much is mapped at a time while searching.
 const WINDOW: u64 = 2 << 20;
 const _: () = assert!(WINDOW.is_power_of_two());
@@ -319,7 +321,7 @@ impl<T> Search<'_, '_, T> {
                 }
                 Err(VmiError::NoKernel {
                     tried: if told.is_empty() {
-                        "no page begins with VMCOREINFO".into()
+                        NO_PAGE.into()
                     } else {
                         told.join("; ")
                     },

@@ -115,6 +115,15 @@ pub enum VmiError {
         .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
     )]
     LaterOwner(Vec<Trace>),
+    /// A page that the kernel runs on counts as free: what was taken for the allocator's records is
+    /// something else, or of another kernel.
+    #[error("{what} at {at} counts as free: the records of free pages are not this kernel's")]
+    Covered {
+        /// What the page is.
+        what: &'static str,
+        /// Where it is.
+        at: Gpa,
+    },
     /// The sources of truth about free pages disagree by more than a stopped processor explains.
     #[error("{0}")]
     Inconsistent(Box<Inconsistency>),

@@ -16,7 +16,7 @@ use crate::os::GuestOs;
 use crate::owner::{self, Owner};
 use crate::place::{self, PlaceEvidence};
 use crate::processors::{Cr3, Owners, Verdict};
-use crate::shape::{self, Knowledge};
+use crate::shape::{self, Knowledge, Shaped};
 use crate::symbols::{self, Kallsyms, SymbolSource};
 use crate::{KernelVa, VirtualMemory, mark_zero_pages};
 use sonicshot::{Fill, GpaRange, GuestMemory, PageClass, PageMap, PageSize};
@@ -126,6 +126,8 @@ pub struct LinuxGuest<'m> {
     knowledge: Knowledge,
     /// The kernel's image, from its start as far as it is mapped.
     image: (KernelVa, KernelVa),
+    /// Where it was found by shape.
+    shaped: Option<Shaped>,
 }
 
 impl<'m> LinuxGuest<'m> {
@@ -164,6 +166,9 @@ impl<'m> LinuxGuest<'m> {
                 proven,
             })
         };
+        if options.at_most == Some(Knowledge::Shape) {
+            return Self::by_shape(memory, owners());
+        }
         let standing = discover::find(
             memory,
             options.vmcoreinfo.as_deref(),
@@ -171,8 +176,29 @@ impl<'m> LinuxGuest<'m> {
             // Where nothing is told, any may be the one: each is tried where it is met.
             &|tables| told.is_unknown() || told.may_run_on(memory, tables),
             &mut attempt,
-        )?;
-        Self::decide(standing)
+        );
+        match standing {
+            Err(VmiError::NoKernel { tried }) if tried == discover::NO_PAGE => {
+                Self::by_shape(memory, owners())
+            }
+            standing => Self::decide(standing?),
+        }
+    }
+
+    /// The kernel that alone stands by the shape of its records.
+    fn by_shape(memory: &'m dyn GuestMemory, owners: Owners) -> Result<Self, VmiError> {
+        let (shaped, kernel, image) = shape::find(memory, &owners)?;
+        Ok(Self {
+            kernel,
+            page_size: PageSize::SIZE_4K,
+            origin: shaped.origin(),
+            banner: None,
+            owners,
+            traces: None,
+            knowledge: Knowledge::Shape,
+            image,
+            shaped: Some(shaped),
+        })
     }
 
     /// Of several kernels that stand, the one that alone can be classified.
@@ -263,6 +289,7 @@ impl<'m> LinuxGuest<'m> {
             traces: None,
             knowledge: Knowledge::Types,
             image,
+            shaped: None,
         };
         guest.read_banner()?;
         guest.check_files(options.symbol_files.len())?;
@@ -287,8 +314,18 @@ impl<'m> LinuxGuest<'m> {
         self.knowledge
     }
 
+    fn mem_map(&self) -> Result<MemMap<'m>, VmiError> {
+        match &self.shaped {
+            Some(shaped) => shaped.mem_map(&self.kernel, self.page_size),
+            None => MemMap::new(&self.kernel, self.page_size),
+        }
+    }
+
     /// The struct pages, what each says, and the zones, by whatever is known of them.
     fn structures(&self) -> Result<(MemMap<'m>, PageLayout, Zones), VmiError> {
+        if let Some(shaped) = &self.shaped {
+            return shaped.structures(&self.kernel, self.page_size, self.image);
+        }
         let map = MemMap::new(&self.kernel, self.page_size)?;
         if self.knowledge == Knowledge::Types {
             let layout = PageLayout::new(&self.kernel, map.stride)?;
@@ -437,8 +474,7 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if the kernel's memory map cannot be read.
     pub fn struct_page_memory(&self) -> Result<Vec<GpaRange>, VmiError> {
-        let mem_map = MemMap::new(&self.kernel, self.page_size)?;
-        Ok(mem_map.own_memory().collect())
+        Ok(self.mem_map()?.own_memory().collect())
     }
 
     /// Usable RAM by the map that the firmware gave to the guest, if the symbols tell where it is:
@@ -481,7 +517,7 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if the kernel's memory map cannot be read.
     pub fn known_memory(&self) -> Result<Vec<GpaRange>, VmiError> {
-        let mem_map = MemMap::new(&self.kernel, self.page_size)?;
+        let mem_map = self.mem_map()?;
         let frames = mem_map.spans().iter().map(|span| span.frames);
         Ok(frames.filter_map(|f| f.gpa_range(self.page_size)).collect())
     }
@@ -514,6 +550,9 @@ impl<'m> LinuxGuest<'m> {
             && let Some(inconsistency) = scan.disagreement
         {
             return Err(VmiError::Inconsistent(Box::new(inconsistency)));
+        }
+        if self.knowledge != Knowledge::Types {
+            shape::check_cover(&self.kernel, &zones, self.image, &scan.map)?;
         }
         let mut notes = scan.notes;
         notes.extend(owner_note);

@@ -7,7 +7,6 @@
 //! one that calls firmware (`pgd_ctor`, `efi_sync_low_kernel_mappings`), with one exception: under
 //! page-table isolation (PTI) user space has tables of its own, which are the twin of whole ones.
 
-use crate::KernelVa;
 use crate::alive;
 use crate::discover::Tables;
 use crate::error::VmiError;
@@ -15,6 +14,7 @@ use crate::kernel::{Kernel, element};
 use crate::mm::mem_map::MemMap;
 use crate::mm::zone::Zones;
 use crate::paging::{Paging, X86_64};
+use crate::{KernelVa, VirtualMemory};
 use core::fmt;
 use core::str::FromStr;
 use sonicshot::{ControlRegisters, Gpa, GuestMemory, PageSize, Pfn, Processor, Processors};
@@ -257,6 +257,30 @@ impl Owners {
             Processors::NotTold(why) => Self::NotTold(why),
             _ => Self::Unknown,
         }
+    }
+
+    /// The top-level tables that processors run on, of user space the kernel's twin; and whether
+    /// they have five levels.
+    pub(crate) fn roots(&self) -> Vec<(Gpa, bool)> {
+        let Self::Known(counted) = self else {
+            return Vec::new();
+        };
+        let mut found = Vec::new();
+        for (_, state) in counted {
+            let State::Tables { cr3, five_levels } = state else {
+                continue;
+            };
+            let levels = five_levels.map_or(vec![false, true], |five| vec![five]);
+            for five_levels in levels {
+                for root in [cr3.root() & !PTI_USER_TABLE, cr3.root()] {
+                    let root = (Gpa::new(root), five_levels);
+                    if !found.contains(&root) {
+                        found.push(root);
+                    }
+                }
+            }
+        }
+        found
     }
 
     pub(crate) fn are_known(&self) -> bool {
@@ -504,6 +528,9 @@ fn entries(kernel: &Kernel<'_>) -> Result<Option<Vec<Landmark>>, VmiError> {
         Some(at) => Some(at),
         None => kernel.symbol_from_table("entry_SYSCALL_64")?,
     };
+    // Without a symbol table the interrupt table itself tells.
+    let has_table = kernel.sources().iter().any(|source| !source.is_vmcoreinfo());
+    let code = code.or_else(|| page_fault_handler(kernel).filter(|_| !has_table));
     let Some(code) = code else {
         return Ok(None);
     };
@@ -512,4 +539,16 @@ fn entries(kernel: &Kernel<'_>) -> Result<Option<Vec<Landmark>>, VmiError> {
         landmark(kernel, "the kernel's entry code", code),
     ];
     Ok(found.into_iter().collect::<Result<_, _>>().ok())
+}
+
+/// Where the kernel handles page faults, which is in its entry code: by gate 14 of its interrupt
+/// table (Intel SDM vol. 3, 6.14.1).
+fn page_fault_handler(kernel: &Kernel<'_>) -> Option<KernelVa> {
+    const GATE: u64 = 14 * 16;
+    let gate = CPU_ENTRY_AREA.checked_add(GATE)?;
+    let low = kernel.space.read_u64(gate).ok()?;
+    let high = kernel.space.read_u64(gate.checked_add(8)?).ok()?;
+    // Bits 15 to 0, 31 to 16 (at 48), 63 to 32 of the address.
+    let at = low & 0xffff | low >> 32 & 0xffff_0000 | high << 32;
+    (at >> 63 == 1).then(|| KernelVa::new(at))
 }

@@ -399,6 +399,9 @@ struct Scanner<'a, 'm> {
     offline: OfflineSections,
     /// Frames whose own struct page says that they are offline.
     offline_pages: OfflinePages,
+    /// Whether a block on no list is only counted, here.
+    keeps_unlisted: bool,
+    unlisted: u64,
     /// The head that was last looked up for a tail page, and its class.
     last_head: Option<(KernelVa, PageClass)>,
 }
@@ -425,6 +428,8 @@ pub(crate) fn scan(
         open: None,
         offline,
         offline_pages: OfflinePages::default(),
+        keeps_unlisted: zones.keeps_unlisted,
+        unlisted: 0,
         last_head: None,
     };
     for ((frames, classes), (_, marks)) in map.regions_mut().zip(&walked.marks.0) {
@@ -620,6 +625,10 @@ impl Scanner<'_, '_> {
                     && order <= self.max_order
                     && order == listed_order
                     && self.layout.is_unused(page);
+                if mark == 0 && self.keeps_unlisted {
+                    self.unlisted = self.unlisted.saturating_add(1);
+                    return Ok(PageClass::Unknown);
+                }
                 if !agreed {
                     self.wrong.block(|| {
                         format!(

@@ -139,6 +139,54 @@ impl PageLayout {
         })
     }
 
+    /// Of x86-64 (since 4.18), where nothing is told but by shape; `buddy` is the word that says
+    /// the buddy's type.
+    pub(crate) fn by_shape(buddy: u32) -> Self {
+        /// Up to `swapbacked`, `unevictable` and `mlocked` in all versions.
+        const FLAGS: u64 = 0x1f_ffff;
+        /// To 6.9 the upper is `dirty`, since then the lower is `referenced`.
+        const UPTODATE: u64 = 0xc;
+        Self {
+            flags: 0,
+            refcount: 52,
+            mapcount: 48,
+            mapping: 24,
+            private: 40,
+            compound: 8,
+            lru: 8,
+            bits: FlagBits {
+                all: FLAGS,
+                lru: 0,
+                dirty: 0,
+                writeback: 0,
+                uptodate: UPTODATE,
+                locked: 1,
+                private: 0,
+                swapbacked: 0,
+                reserved: 0,
+                head: 0,
+                slab: 0,
+                private_2: 0,
+                hwpoison: 0,
+            },
+            types: PageTypes {
+                encoding: if buddy >> 24 == 0xf0 {
+                    Encoding::TopByte
+                } else {
+                    Encoding::ClearedBits
+                },
+                buddy,
+                offline: None,
+                table: None,
+                slab: None,
+                hugetlb: None,
+                unaccepted: None,
+            },
+            hugetlb: HugetlbMark::None,
+            only_free: true,
+        }
+    }
+
     fn flags(&self, page: &GuestBytes<'_>) -> Option<u64> {
         page.u64_at(self.flags)
     }

@@ -97,6 +97,9 @@ pub(crate) struct Zones {
     pcp: Option<PcpLayout>,
     /// Whether the counters are without the per-CPU deltas.
     pub without_deltas: bool,
+    /// Whether a block that says it is free and is on no list is kept and counted, and no more:
+    /// before a kernel has set up its struct pages, those of the boot before may show.
+    pub keeps_unlisted: bool,
 }
 
 /// One free block that a list names.
@@ -212,6 +215,7 @@ impl Zones {
             no_pcp,
             pcp: None,
             without_deltas: false,
+            keeps_unlisted: false,
         })
     }
 
@@ -252,6 +256,7 @@ impl Zones {
             no_pcp,
             pcp,
             without_deltas,
+            keeps_unlisted: false,
         }
     }
 

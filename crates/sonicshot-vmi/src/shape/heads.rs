@@ -52,6 +52,12 @@ impl Heads<'_, '_> {
         (may(next) && may(prev)).then_some(Head::Pages { next, prev })
     }
 
+    /// The word at `base + offset`, if it is there.
+    pub(crate) fn word(&self, base: u64, offset: u64) -> Option<u64> {
+        let at = KernelVa::new(base).checked_add(offset)?;
+        self.space.read_u64(at).ok()
+    }
+
     /// Whether `node` is the list node of some struct page.
     pub(crate) fn is_node(&self, node: KernelVa) -> bool {
         let page = node.raw().checked_sub(self.lru).map(KernelVa::new);

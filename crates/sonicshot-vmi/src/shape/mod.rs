@@ -6,8 +6,12 @@
 //! a list of free pages leaves the struct pages at its head, and the head is in what is looked
 //! for. What is found so is held against the same records as what types tell of.
 
+mod cover;
 mod heads;
+mod kernel;
 mod percpu;
+mod records;
+mod roots;
 mod zones;
 
 use crate::KernelVa;
@@ -16,6 +20,7 @@ use crate::kernel::Kernel;
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
+pub(crate) use cover::check as check_cover;
 use core::fmt;
 use heads::Heads;
 use zones::{Exits, ZoneWords};
@@ -29,6 +34,9 @@ pub enum Knowledge {
     /// VMCOREINFO alone: free pages are told, and offline ones in a driver's list. All others are
     /// unknown, and kept.
     Vmcoreinfo,
+    /// Nothing: free pages are told by the shape of their records, and page tables that lead to
+    /// them. All others are unknown, and kept.
+    Shape,
 }
 
 impl Knowledge {
@@ -38,6 +46,7 @@ impl Knowledge {
         match self {
             Self::Types => "types",
             Self::Vmcoreinfo => "vmcoreinfo",
+            Self::Shape => "shape",
         }
     }
 }
@@ -46,6 +55,18 @@ impl fmt::Display for Knowledge {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
+}
+
+pub(crate) use kernel::{Shaped, find};
+
+/// How many struct pages there are: no list is longer.
+fn frames_of(map: &MemMap<'_>) -> Result<u64, VmiError> {
+    map.spans()
+        .iter()
+        .try_fold(0_u64, |sum, span| sum.checked_add(span.frames.len()))
+        .ok_or_else(|| VmiError::Unsupported {
+            what: "more struct pages than there can be frames".into(),
+        })
 }
 
 /// The zones and per-CPU lists of a kernel of which VMCOREINFO tells, but no types. `image` is
@@ -79,13 +100,7 @@ pub(crate) fn told_zones(
                 .into(),
         });
     }
-    let frames = map
-        .spans()
-        .iter()
-        .try_fold(0_u64, |sum, span| sum.checked_add(span.frames.len()))
-        .ok_or_else(|| VmiError::Unsupported {
-            what: "more struct pages than frames".into(),
-        })?;
+    let frames = frames_of(map)?;
     let per_cpu = percpu::find(&heads, &mut found, area.free_area, image, words.index, frames)?;
     Ok(Zones::by_shape(
         area,

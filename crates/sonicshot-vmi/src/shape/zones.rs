@@ -148,8 +148,8 @@ pub(crate) struct ZoneWords {
     /// `spanned_pages`. Since 3.10 `zone_start_pfn` and `managed_pages` stand before it, and
     /// `present_pages` behind (`include/linux/mmzone.h`).
     pub spanned_pages: u64,
-    /// `vm_stat[NR_FREE_PAGES]`.
-    pub free_pages: u64,
+    /// `vm_stat[NR_FREE_PAGES]`, if it is told.
+    pub free_pages: Option<u64>,
     /// `NR_FREE_PAGES`.
     pub index: u64,
 }
@@ -166,12 +166,14 @@ impl ZoneWords {
         Ok(Self {
             index,
             spanned_pages: kernel.need_member("zone", "spanned_pages")?.offset,
-            free_pages: index
-                .checked_mul(8)
-                .and_then(|bytes| vm_stat.checked_add(bytes))
-                .ok_or_else(|| VmiError::Unsupported {
-                    what: format!("zone.vm_stat at {vm_stat:#x}"),
-                })?,
+            free_pages: Some(
+                index
+                    .checked_mul(8)
+                    .and_then(|bytes| vm_stat.checked_add(bytes))
+                    .ok_or_else(|| VmiError::Unsupported {
+                        what: format!("zone.vm_stat at {vm_stat:#x}"),
+                    })?,
+            ),
         })
     }
 }
@@ -264,10 +266,69 @@ pub(crate) fn read(
         span,
         present: Some(present),
         nr_free,
-        counter: word("zone.vm_stat", words.free_pages)?.cast_signed(),
+        counter: match words.free_pages {
+            Some(offset) => word("zone.vm_stat", offset)?.cast_signed(),
+            None => 0,
+        },
         unaccepted: 0,
         pageset: KernelVa::new(0),
     })
+}
+
+/// What the lists of a zone hold.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sums {
+    /// Pages in all blocks.
+    pub pages: u64,
+    /// The lowest frame.
+    pub first: u64,
+    /// The frame behind the last.
+    pub end: u64,
+}
+
+/// Walks all lists of the zone whose free areas are at `array`; `left` bounds all walks together.
+///
+/// # Errors
+/// [`VmiError::Corrupt`] if a list is not closed.
+pub(crate) fn sums(
+    heads: &Heads<'_, '_>,
+    array: KernelVa,
+    area: &AreaLayout,
+    left: &mut u64,
+) -> Result<Sums, VmiError> {
+    let corrupt = |at: KernelVa, value: u64| VmiError::Corrupt {
+        what: "a list of free blocks",
+        at,
+        value,
+    };
+    let mut sums = Sums {
+        pages: 0,
+        first: u64::MAX,
+        end: 0,
+    };
+    let per_order = usize::try_from(area.migrate_types).unwrap_or(usize::MAX);
+    for (number, head) in list_heads(array, area).enumerate() {
+        let order = number.checked_div(per_order).unwrap_or(0);
+        let pages = u32::try_from(order).ok().and_then(|o| 1_u64.checked_shl(o));
+        let pages = pages.ok_or_else(|| corrupt(head, order as u64))?;
+        let next = |at: KernelVa| heads.space.read_u64(at).map(KernelVa::new);
+        let mut node = next(head).map_err(VmiError::read("a free list's head"))?;
+        while node != head {
+            let frame = heads.map.frame_of(heads.page_of(node)?);
+            let frame = frame.ok_or_else(|| corrupt(head, node.raw()))?.raw();
+            *left = left.checked_sub(1).ok_or_else(|| corrupt(head, node.raw()))?;
+            let end = frame.checked_add(pages);
+            let sum = sums.pages.checked_add(pages);
+            let (Some(end), Some(sum)) = (end, sum) else {
+                return Err(corrupt(head, frame));
+            };
+            sums.pages = sum;
+            sums.first = sums.first.min(frame);
+            sums.end = sums.end.max(end);
+            node = KernelVa::new(heads.map.u64_at(node)?);
+        }
+    }
+    Ok(sums)
 }
 
 /// The zone's name: of the words between its span and its lists the one that points to one.
