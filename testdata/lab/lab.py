@@ -5,6 +5,7 @@ Everything it downloads or makes is under target/lab (or SONICSHOT_LAB_DIR)."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import bench
 import captures
@@ -18,6 +19,7 @@ import oldqemu
 import peers
 import proof
 import reset
+import small
 import stress
 import testdata
 import vmms
@@ -38,6 +40,7 @@ COMMANDS = (
     proof.do_prove,
     peers.do_compare,
     vmms.do_vmms,
+    small.do_small,
     captures.do_restore,
     decoys.do_decoys,
     decoys.do_reboot,
@@ -50,12 +53,12 @@ COMMANDS = (
 )
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     for command in COMMANDS:
         command.add_to(commands)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     try:
         args.run(args)
     except LabError as error:

@@ -1,6 +1,6 @@
 //! What is known of a guest once it was looked at: one value, which only the looking makes.
 
-use crate::{GuestOptions, Inconsistency, Note, OnInconsistency, VmiError, ZoneReport};
+use crate::{GuestOptions, Inconsistency, Knowledge, Note, OnInconsistency, VmiError, ZoneReport};
 use crate::{mark_zero_pages, open_guest};
 use sonicshot::{
     ClassCounts, Fill, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, PfnRange,
@@ -81,6 +81,8 @@ pub struct GuestFacts {
     pub build_id: Option<Vec<u8>>,
     /// Where the kernel was found, then every source of symbols and types in use.
     pub symbol_sources: Vec<String>,
+    /// What is known of the kernel.
+    pub knowledge: Knowledge,
     /// The guest's page size.
     pub page_size: PageSize,
 }
@@ -246,6 +248,7 @@ mod tests {
                 vmcoreinfo: None,
                 build_id: None,
                 symbol_sources: Vec::new(),
+                knowledge: crate::Knowledge::Types,
                 page_size: PageSize::SIZE_4K,
             },
             pages: Classification {

@@ -1,21 +1,21 @@
 //! A Linux guest: its kernel found, its symbols gathered, its pages classified.
 
-use crate::alive;
 use crate::analysis::{Analysis, AnalysisOptions, GuestFacts, Parts};
+use crate::arch::x86_64::e820;
 use crate::discover::{self, Found, Tried};
-use crate::e820;
 use crate::error::VmiError;
-use crate::iomem;
 use crate::kernel::Kernel;
 use crate::mm::classify::{Inconsistency, ZoneReport, scan};
+use crate::mm::iomem;
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
 use crate::note::{Note, TracesSought};
 use crate::os::GuestOs;
+use crate::owner::alive;
+use crate::owner::processors::{Cr3, Owners, Verdict};
 use crate::owner::{self, Owner};
 use crate::place::{self, PlaceEvidence};
-use crate::processors::{Cr3, Owners, Verdict};
 use crate::shape::{self, Knowledge, Shaped};
 use crate::symbols::{self, Kallsyms, SymbolSource};
 use crate::{KernelVa, VirtualMemory, mark_zero_pages};
@@ -701,6 +701,7 @@ impl GuestOs for LinuxGuest<'_> {
             vmcoreinfo: self.vmcoreinfo().map(str::to_owned),
             build_id: self.build_id().map(<[u8]>::to_vec),
             symbol_sources: self.symbol_sources(),
+            knowledge: self.knowledge,
             page_size: self.page_size,
         }
     }

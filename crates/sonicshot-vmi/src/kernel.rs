@@ -260,7 +260,8 @@ pub(crate) fn element(
 pub(crate) mod testing {
     use super::Kernel;
     use crate::KernelVa;
-    use crate::paging::{AddressSpace, X86_64};
+    use crate::arch::x86_64::X86_64;
+    use crate::paging::AddressSpace;
     use crate::symbols::{Member, SymbolBase, SymbolError, SymbolSource};
     use sonicshot::{Gpa, GuestBytes, MappedRegions};
     use std::collections::HashMap;

@@ -122,13 +122,11 @@
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
 mod address;
-mod alive;
 mod analysis;
+mod arch;
 mod discover;
-mod e820;
 mod error;
 mod guest;
-mod iomem;
 mod kernel;
 mod mm;
 mod note;
@@ -136,7 +134,6 @@ mod os;
 mod owner;
 mod paging;
 mod place;
-mod processors;
 mod shape;
 pub mod symbols;
 mod zero;
@@ -149,8 +146,8 @@ pub use mm::classify::{Inconsistency, ZoneReport};
 pub use note::{Note, TracesSought};
 pub use os::{GuestOs, open_guest};
 pub use owner::Trace;
+pub use owner::processors::{Cr3, Foreign, ForeignProcessor, ParseCr3Error};
 pub(crate) use paging::AddressSpace;
 pub use place::PlaceEvidence;
-pub use processors::{Cr3, Foreign, ForeignProcessor, ParseCr3Error};
 pub use shape::Knowledge;
 pub use zero::{count_zero_pages, mark_zero_pages};

@@ -15,6 +15,7 @@ use crate::KernelVa;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::note::Note;
+use crate::shape::Knowledge;
 use core::fmt;
 use sonicshot::{GuestBytes, PageClass, PageMap, Pfn, PfnRange};
 
@@ -57,10 +58,16 @@ pub struct Inconsistency {
     pub explained: u64,
     /// Every zone's numbers.
     pub zones: Vec<ZoneReport>,
+    /// What was known of the kernel: with types missing, what was taken for its records may be
+    /// something else.
+    pub knowledge: Knowledge,
 }
 
 impl fmt::Display for Inconsistency {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.knowledge != Knowledge::Types {
+            f.write_str("types are missing, and ")?;
+        }
         write!(
             f,
             "the guest's sources of truth about free pages disagree on {} blocks (a stopped guest explains {})",
@@ -428,7 +435,7 @@ pub(crate) fn scan(
         open: None,
         offline,
         offline_pages: OfflinePages::default(),
-        keeps_unlisted: zones.keeps_unlisted,
+        keeps_unlisted: zones.knowledge == Knowledge::Shape,
         unlisted: 0,
         last_head: None,
     };
@@ -446,6 +453,11 @@ pub(crate) fn scan(
         .offline_pages
         .settle(kernel, mem_map, layout, &mut map, &mut notes)?;
     keep_mem_map(mem_map, &mut map, &mut scanner.wrong);
+    if scanner.unlisted > 0 {
+        notes.push(Note::UnlistedKept {
+            blocks: scanner.unlisted,
+        });
+    }
     let Disagreements {
         blocks,
         examples,
@@ -459,6 +471,7 @@ pub(crate) fn scan(
         counters,
         explained,
         zones: scanner.zones.clone(),
+        knowledge: zones.knowledge,
     });
     Ok(Scan {
         map,

@@ -141,7 +141,10 @@ impl<'m> MemMap<'m> {
                     || page.saturating_sub(at.raw() & page_size.offset_mask()),
                     |there| there.len,
                 );
-                let frames = len.checked_div(stride).filter(|n| *n > 0).ok_or_else(corrupt)?;
+                let frames = len
+                    .checked_div(stride)
+                    .filter(|n| *n > 0)
+                    .ok_or_else(corrupt)?;
                 let frames = PfnRange::with_len(pfn, frames.min(left)).ok_or_else(corrupt)?;
                 if there.is_some() {
                     let span = Span {

@@ -21,7 +21,7 @@
 use super::mem_map::{MemMap, Section};
 use super::page::PageLayout;
 use super::zone::Zones;
-use crate::e820;
+use crate::arch::x86_64::e820;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::note::Note;

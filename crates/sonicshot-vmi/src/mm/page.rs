@@ -398,12 +398,7 @@ impl PageLayout {
 }
 
 /// Where the member of `struct page` is that goes by one of `names`, of so many bytes.
-fn place(
-    kernel: &Kernel<'_>,
-    stride: u64,
-    names: &[&str],
-    size: u64,
-) -> Result<usize, VmiError> {
+fn place(kernel: &Kernel<'_>, stride: u64, names: &[&str], size: u64) -> Result<usize, VmiError> {
     let Some(member) = kernel.first_member("page", names)? else {
         return kernel
             .need_member("page", names.first().unwrap_or(&""))

@@ -5,6 +5,7 @@
 use super::mem_map::MemMap;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
+use crate::shape::Knowledge;
 use crate::{KernelVa, VirtualMemory};
 use sonicshot::{Pfn, PfnRange};
 
@@ -97,9 +98,10 @@ pub(crate) struct Zones {
     pcp: Option<PcpLayout>,
     /// Whether the counters are without the per-CPU deltas.
     pub without_deltas: bool,
-    /// Whether a block that says it is free and is on no list is kept and counted, and no more:
-    /// before a kernel has set up its struct pages, those of the boot before may show.
-    pub keeps_unlisted: bool,
+    /// What they were found by. Where it is the shape alone, a block that says it is free and is
+    /// on no list is kept and counted, and no more: before a kernel has set up its struct pages,
+    /// those of the boot before may show.
+    pub knowledge: Knowledge,
 }
 
 /// One free block that a list names.
@@ -215,7 +217,7 @@ impl Zones {
             no_pcp,
             pcp: None,
             without_deltas: false,
-            keeps_unlisted: false,
+            knowledge: Knowledge::Types,
         })
     }
 
@@ -256,7 +258,7 @@ impl Zones {
             no_pcp,
             pcp,
             without_deltas,
-            keeps_unlisted: false,
+            knowledge: Knowledge::Vmcoreinfo,
         }
     }
 

@@ -4,15 +4,15 @@ use super::heads::Heads;
 use super::records::{self, STRIDE};
 use super::roots::{self, Root};
 use super::zones::{self, Exits};
-use super::{cover, frames_of, percpu};
+use super::{Knowledge, cover, frames_of, percpu};
+use crate::arch::x86_64::X86_64;
 use crate::discover::image_range;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::{AreaLayout, Zone, Zones};
-use crate::paging::X86_64;
-use crate::processors::Owners;
+use crate::owner::processors::Owners;
 use crate::{AddressSpace, KernelVa, symbols};
 use sonicshot::{Gpa, GuestMemory, PageSize};
 
@@ -109,9 +109,9 @@ pub(crate) fn find<'m>(
     match (standing.pop(), why) {
         (Some(found), _) => Ok((found.shaped, found.kernel, found.image)),
         (None, Some(why)) => Err(why),
-        (None, None) if pass.records.is_empty() => {
-            Err(nothing("no page begins with VMCOREINFO, and nothing looks like a free page's record"))
-        }
+        (None, None) if pass.records.is_empty() => Err(nothing(
+            "no page begins with VMCOREINFO, and nothing looks like a free page's record",
+        )),
         (None, None) => Err(nothing(
             "no page begins with VMCOREINFO, and no page table leads to what looks like the records \
              of free pages",
@@ -264,7 +264,7 @@ fn zones_by_shape(
         per_cpu.lists,
         !per_cpu.with_deltas,
     );
-    zones.keeps_unlisted = true;
+    zones.knowledge = Knowledge::Shape;
     Ok(zones)
 }
 
@@ -321,11 +321,13 @@ fn count(
     for offset in (first..first.saturating_add(ZONE_TAIL)).step_by(8) {
         let mut off = Some(0_u64);
         for (zone, deltas) in listed.iter().zip(zones.iter()) {
-            let counted = word(zone, offset)
-                .and_then(|word| word.cast_signed().checked_add(deltas.counter));
+            let counted =
+                word(zone, offset).and_then(|word| word.cast_signed().checked_add(deltas.counter));
             let pages = i64::try_from(zone.sums.pages).ok();
             let apart = counted.zip(pages).map(|(a, b)| a.abs_diff(b));
-            off = off.zip(apart).and_then(|(sum, apart)| sum.checked_add(apart));
+            off = off
+                .zip(apart)
+                .and_then(|(sum, apart)| sum.checked_add(apart));
         }
         if let Some(off) = off
             && best.is_none_or(|(least, _)| off < least)

@@ -20,8 +20,8 @@ use crate::kernel::Kernel;
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
-pub(crate) use cover::check as check_cover;
 use core::fmt;
+pub(crate) use cover::check as check_cover;
 use heads::Heads;
 use zones::{Exits, ZoneWords};
 
@@ -101,7 +101,14 @@ pub(crate) fn told_zones(
         });
     }
     let frames = frames_of(map)?;
-    let per_cpu = percpu::find(&heads, &mut found, area.free_area, image, words.index, frames)?;
+    let per_cpu = percpu::find(
+        &heads,
+        &mut found,
+        area.free_area,
+        image,
+        words.index,
+        frames,
+    )?;
     Ok(Zones::by_shape(
         area,
         found,

@@ -268,11 +268,7 @@ fn pages_in(
 }
 
 /// Calls `visit` with each aligned word of what is mapped in `range`.
-fn each_word(
-    space: &AddressSpace<'_>,
-    range: (KernelVa, KernelVa),
-    visit: &mut dyn FnMut(u64),
-) {
+fn each_word(space: &AddressSpace<'_>, range: (KernelVa, KernelVa), visit: &mut dyn FnMut(u64)) {
     const PIECE: u64 = 64 << 10;
     const STEP: u64 = 4096;
     let (mut at, end) = range;

@@ -167,7 +167,10 @@ fn look_for_tables(
     const LARGE: u64 = 1 << 7;
     const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
     let leads = |entry: u64| {
-        entry & LARGE == 0 && memory.layout().contains(Gpa::new(entry & ADDRESS), PAGE as u64)
+        entry & LARGE == 0
+            && memory
+                .layout()
+                .contains(Gpa::new(entry & ADDRESS), PAGE as u64)
     };
     for offset in (0..bytes.len()).step_by(PAGE) {
         let entry = |index: usize| bytes.u64_at(offset.saturating_add(index.saturating_mul(8)));

@@ -7,7 +7,8 @@
 
 use super::records::{Records, STRIDE};
 use crate::KernelVa;
-use crate::paging::{Paging, X86_64};
+use crate::arch::x86_64::X86_64;
+use crate::paging::Paging;
 use sonicshot::{Gpa, GuestMemory};
 
 /// So many records are asked, evenly spread.

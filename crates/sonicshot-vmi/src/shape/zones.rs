@@ -101,7 +101,8 @@ impl Exits {
         let mut found: Vec<KernelVa> = Vec::new();
         for (_, array) in order.into_iter().take(MAX_TRIES) {
             let own: Vec<KernelVa> = list_heads(array, area).collect();
-            let has_vote = |head: &&KernelVa| self.heads.contains_key(head) && !taken.contains(head);
+            let has_vote =
+                |head: &&KernelVa| self.heads.contains_key(head) && !taken.contains(head);
             if found.len() >= MAX_ZONES
                 || !own.iter().any(|head| has_vote(&head))
                 || own.len() as u64 != area.orders.saturating_mul(area.migrate_types)
@@ -194,15 +195,13 @@ pub(crate) fn told_area(kernel: &Kernel<'_>) -> Result<AreaLayout, VmiError> {
     // `nr_free` is all that is behind the lists.
     let nr_free = migrate_types.checked_mul(16);
     match nr_free {
-        Some(nr_free) if free_list == 0 && nr_free.checked_add(8) == Some(size) => {
-            Ok(AreaLayout {
-                free_area: kernel.need_member("zone", "free_area")?.offset,
-                orders: len("zone", "free_area", MAX_ORDERS)?,
-                size,
-                migrate_types,
-                nr_free,
-            })
-        }
+        Some(nr_free) if free_list == 0 && nr_free.checked_add(8) == Some(size) => Ok(AreaLayout {
+            free_area: kernel.need_member("zone", "free_area")?.offset,
+            orders: len("zone", "free_area", MAX_ORDERS)?,
+            size,
+            migrate_types,
+            nr_free,
+        }),
         _ => Err(VmiError::Unsupported {
             what: format!(
                 "struct free_area of {size} bytes with {migrate_types} lists at {free_list}"
@@ -316,7 +315,9 @@ pub(crate) fn sums(
         while node != head {
             let frame = heads.map.frame_of(heads.page_of(node)?);
             let frame = frame.ok_or_else(|| corrupt(head, node.raw()))?.raw();
-            *left = left.checked_sub(1).ok_or_else(|| corrupt(head, node.raw()))?;
+            *left = left
+                .checked_sub(1)
+                .ok_or_else(|| corrupt(head, node.raw()))?;
             let end = frame.checked_add(pages);
             let sum = sums.pages.checked_add(pages);
             let (Some(end), Some(sum)) = (end, sum) else {

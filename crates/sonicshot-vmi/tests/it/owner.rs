@@ -1,12 +1,5 @@
 //! Which kernel owns a guest's memory: among pages that pass for its VMCOREINFO, beside another
 //! kernel that stands, and by the page tables that the processors run on.
-#![allow(
-    missing_docs,
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    clippy::panic,
-    reason = "tests say so by panicking"
-)]
 
 use sonicshot::{
     ControlRegisters, Gpa, GuestBytes, GuestMemory, MappedRegions, MemoryError, PageClass,

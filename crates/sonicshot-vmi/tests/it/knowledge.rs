@@ -1,12 +1,4 @@
 //! What is found of a guest of which little is known, against what all knowledge finds.
-#![allow(
-    missing_docs,
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    clippy::panic,
-    reason = "tests say so by panicking"
-)]
-
 use sonicshot::{Gpa, GuestBytes, MappedRegions, PageClass, PageMap};
 use sonicshot_vmi::{Classification, Cr3, GuestOptions, Knowledge, LinuxGuest, OnInconsistency};
 use std::fs::{self, File};
@@ -87,16 +79,48 @@ fn vmcoreinfo_alone_finds_the_same_free_pages_as_types() {
     assert_eq!(all.zones.len(), few.zones.len());
     for (all, few) in all.zones.iter().zip(&few.zones) {
         assert_eq!(
-            (&all.name, all.span, all.listed, all.nr_free, all.counter, all.pcp),
-            (&few.name, few.span, few.listed, few.nr_free, few.counter, few.pcp)
+            (
+                &all.name,
+                all.span,
+                all.listed,
+                all.nr_free,
+                all.counter,
+                all.pcp
+            ),
+            (
+                &few.name,
+                few.span,
+                few.listed,
+                few.nr_free,
+                few.counter,
+                few.pcp
+            )
         );
     }
     assert_eq!(all.free_fill, few.free_fill);
     // Nothing else is told, so nothing else can be dropped but by its content.
-    let told = classes(&few.map).into_iter().find(|class| {
-        !is_free(*class) && !matches!(class, PageClass::Unknown | PageClass::Hole)
-    });
+    let told = classes(&few.map)
+        .into_iter()
+        .find(|class| !is_free(*class) && !matches!(class, PageClass::Unknown | PageClass::Hole));
     assert_eq!(told, None);
+}
+
+#[test]
+fn shape_alone_finds_no_other_free_pages_than_types() {
+    let ram = testdata();
+    let all = classify(&ram, Knowledge::Types, None).unwrap();
+    let few = classify(&ram, Knowledge::Shape, None).unwrap();
+    assert_eq!(few.disagreement, None);
+    let [both, more, fewer] = compare(&all.map, &few.map, &is_free);
+    assert_eq!(fewer, 0);
+    assert!(more * 20 <= both, "{more} of {both} are missing");
+    assert_eq!(all.zones.len(), few.zones.len());
+    for (all, few) in all.zones.iter().zip(&few.zones) {
+        assert_eq!(
+            (&all.name, all.span, all.listed, all.nr_free, all.counter),
+            (&few.name, few.span, few.listed, few.nr_free, few.counter)
+        );
+    }
 }
 
 /// Captures of the lab (raw RAM without a hole), given by `SONICSHOT_CAPTURES`, `:` between them.
@@ -107,10 +131,7 @@ fn captures() {
     let given = std::env::var("SONICSHOT_CAPTURES").unwrap();
     let mut wrong = 0;
     for path in given.split(':').map(PathBuf::from) {
-        let file = File::open(&path).unwrap();
-        // SAFETY-free reading: captures are small.
-        let mut ram = Vec::new();
-        { file }.read_to_end(&mut ram).unwrap();
+        let ram = fs::read(&path).unwrap();
         let flags = fs::read(path.with_file_name("kpageflags.bin")).unwrap_or_default();
         let (flags, _) = flags.as_chunks::<8>();
         println!("{}", path.display());
@@ -129,7 +150,10 @@ fn captures() {
             };
             let free = classes(&pages.map);
             let counts = pages.map.counts();
-            let kernel = flags.iter().filter(|w| u64::from_le_bytes(**w) & BUDDY != 0).count();
+            let kernel = flags
+                .iter()
+                .filter(|w| u64::from_le_bytes(**w) & BUDDY != 0)
+                .count();
             let not_buddy = free.iter().zip(flags).filter(|(class, word)| {
                 **class == PageClass::FreeBuddy && u64::from_le_bytes(**word) & BUDDY == 0
             });

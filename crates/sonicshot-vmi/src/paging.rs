@@ -1,11 +1,7 @@
-//! The kernel's own address space: virtual to guest-physical, one file an architecture.
-
-mod x86_64;
+//! The kernel's own address space: virtual to guest-physical.
 
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use sonicshot::{Gpa, GuestMemory, MemoryError};
-
-pub(crate) use x86_64::X86_64;
 
 /// How an architecture walks its page tables.
 pub(crate) trait Paging: Send + Sync + core::fmt::Debug {

@@ -1,7 +1,7 @@
 //! x86-64 page tables, four and five levels (Intel SDM vol. 3, 4.5).
 
-use super::{Paging, Translation};
 use crate::KernelVa;
+use crate::paging::{Paging, Translation};
 use sonicshot::{Gpa, GuestMemory, MemoryError, Mfn, P2m};
 use std::collections::HashSet;
 

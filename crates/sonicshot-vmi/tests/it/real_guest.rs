@@ -1,12 +1,5 @@
 //! A real guest's memory, as it was, and damaged on purpose: whatever a guest's memory holds,
 //! no page may be dropped that its kernel uses.
-#![allow(
-    missing_docs,
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    clippy::panic,
-    reason = "tests say so by panicking"
-)]
 
 use sonicshot::{
     Gpa, GpaRange, GuestBytes, GuestMemory, MappedRegions, MemoryError, PageClass, PageMap, Pfn,

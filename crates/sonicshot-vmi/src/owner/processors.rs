@@ -7,13 +7,14 @@
 //! one that calls firmware (`pgd_ctor`, `efi_sync_low_kernel_mappings`), with one exception: under
 //! page-table isolation (PTI) user space has tables of its own, which are the twin of whole ones.
 
-use crate::alive;
+use super::alive;
+use crate::arch::x86_64::X86_64;
 use crate::discover::Tables;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::mm::mem_map::MemMap;
 use crate::mm::zone::Zones;
-use crate::paging::{Paging, X86_64};
+use crate::paging::Paging;
 use crate::{KernelVa, VirtualMemory};
 use core::fmt;
 use core::str::FromStr;
@@ -529,7 +530,10 @@ fn entries(kernel: &Kernel<'_>) -> Result<Option<Vec<Landmark>>, VmiError> {
         None => kernel.symbol_from_table("entry_SYSCALL_64")?,
     };
     // Without a symbol table the interrupt table itself tells.
-    let has_table = kernel.sources().iter().any(|source| !source.is_vmcoreinfo());
+    let has_table = kernel
+        .sources()
+        .iter()
+        .any(|source| !source.is_vmcoreinfo());
     let code = code.or_else(|| page_fault_handler(kernel).filter(|_| !has_table));
     let Some(code) = code else {
         return Ok(None);

@@ -16,8 +16,8 @@
 //! are told by the absence of traces that every later owner leaves. Where none can be proven, all
 //! RAM is searched, for an earlier and a later kernel may both stand.
 
+use crate::arch::x86_64::X86_64;
 use crate::error::VmiError;
-use crate::paging::X86_64;
 use crate::symbols::Vmcoreinfo;
 use crate::{AddressSpace, KernelVa, VirtualMemory};
 use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError, PageSize};

@@ -1,10 +1,4 @@
 //! What a real guest's memory tells of where each part of it lies.
-#![allow(
-    missing_docs,
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "tests say so by panicking"
-)]
 
 use sonicshot::{Gpa, GpaRange, GuestBytes, MappedRegions};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, PlaceEvidence, VmiError};

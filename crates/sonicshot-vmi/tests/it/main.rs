@@ -1,0 +1,13 @@
+//! The crate's tests on real guests' memory.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "tests say so by panicking"
+)]
+
+mod knowledge;
+mod owner;
+mod place;
+mod real_guest;
