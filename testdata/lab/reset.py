@@ -10,24 +10,26 @@ import mmap
 import os
 import re
 import shutil
-import subprocess
 import time
 from argparse import ArgumentParser, Namespace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any, NamedTuple
 
 import captures
 import kernels
-import machine
 from captures import Meta
 from command import command
 from debian import install_tools
-from errors import AlreadyTold
+from errors import AlreadyTold, CheckFailed
 from frames import FREE, frames_of, ram_frames, read_tsv
-from host import LAB, run
-from spec import PAGE, GuestSpec
-from tool import find_tool, tool_argument
+from host import LAB, Json, attempt, run
+from machine import Machine, Monitor, prepare
+from spec import PAGE, GuestSpec, Layout
+from tool import find_tool, report_of, tool_argument
 
 # Frames that a kernel which is gone cannot have freed since it was ready.
 OTHERS = 4096
@@ -35,7 +37,7 @@ OTHERS = 4096
 FAST = Path("/dev/shm") if Path("/dev/shm").is_dir() else LAB
 
 # Kind -> what ends the kernel: a QMP command on the stopped guest, or a word on its console.
-KINDS = {
+KINDS: dict[str, str | None] = {
     "reset": None,          # QMP system_reset
     "reboot": "reboot",     # reboot(RB_AUTOBOOT)
     "sysrq": "sysrq-b",     # at once, the kernel takes no note of it
@@ -46,7 +48,24 @@ KINDS = {
 }
 
 
-def spec_of(series, smp, kaslr, kind, mem=None, more=None):
+class Case(NamedTuple):
+    """A guest, and what ends its kernel (of `KINDS`) or what it does (of `RUNNING`)."""
+
+    series: str
+    smp: int
+    kaslr: bool
+    kind: str
+    # MiB; what fits the kind if it is not told.
+    mem: int | None = None
+
+    @property
+    def randomised(self) -> str:
+        return "kaslr" if self.kaslr else "nokaslr"
+
+
+def spec_of(series: str, smp: int, kaslr: bool, kind: str, mem: int | None = None,
+            more: Mapping[str, Any] | None = None) -> GuestSpec:
+    """`more`: the fields of the spec that are to be others."""
     # Under load an emulated timer looks broken to a kernel that tests it.
     append = "no_timer_check" + ("" if kaslr else " nokaslr")
     spec = GuestSpec(kernels.fetch(series), mem=mem or 256, smp=smp, forms=("raw",))
@@ -60,11 +79,11 @@ def spec_of(series, smp, kaslr, kind, mem=None, more=None):
                        "nr_cpus=1 " + ("" if kaslr else "nokaslr"))
     elif kind == "triple":
         append += " reboot=t"
-    # `more`: the fields of the spec that are to be others.
     return replace(spec, append=append, **(more or {}))
 
 
-def base_of(series, smp, kaslr, kind, mem=None, more=None, tag=""):
+def base_of(series: str, smp: int, kaslr: bool, kind: str, mem: int | None = None,
+            more: Mapping[str, Any] | None = None, tag: str = "") -> Path:
     """A guest at its READY, its free frames signed: a folder, made once."""
     spec = spec_of(series, smp, kaslr, kind, mem, more)
     same = {"kexec": "kexec", "crash": "crash", "triple": "triple"}.get(kind, "reset")
@@ -73,7 +92,7 @@ def base_of(series, smp, kaslr, kind, mem=None, more=None, tag=""):
     return captures.capture(spec, name)
 
 
-def signature(pfn):
+def signature(pfn: int) -> bytes:
     """The content of a signed frame: no page of another, and nothing that a guest writes."""
     word = (0x51674E0000000000 | pfn) ^ 0x5A5A5A5A
     return word.to_bytes(8, "little") * (PAGE // 8)
@@ -82,17 +101,17 @@ def signature(pfn):
 class Frames:
     """Frame numbers and places in the RAM file."""
 
-    def __init__(self, layout):
+    def __init__(self, layout: Layout) -> None:
         self.parts = ram_frames(layout)
 
-    def offset(self, pfn):
+    def offset(self, pfn: int) -> int:
         for first, end, at in self.parts:
             if first <= pfn < end:
                 return at + (pfn - first) * PAGE
-        return None
+        raise CheckFailed(f"frame {pfn} is not RAM")
 
 
-def sign(tool, folder):
+def sign(tool: Path, folder: Path) -> tuple[list[int], Frames]:
     """Signs every free frame of the capture once; returns the frames."""
     frames = Frames(Meta.read(folder).layout)
     listed, signed = folder / "signed.tsv", folder / "signed.raw"
@@ -108,10 +127,11 @@ def sign(tool, folder):
     return sorted(frames_of(read_tsv(listed), *FREE)), frames
 
 
-def written(ram, pfns, frames):
+def written(ram: Path, pfns: Iterable[int], frames: Frames) -> tuple[set[int], set[int]]:
     """Of the signed frames, those that have another content now; and of them those not zero."""
-    gone, zero = set(), bytes(PAGE)
-    full = set()
+    zero = bytes(PAGE)
+    gone: set[int] = set()
+    full: set[int] = set()
     with open(ram, "rb") as file, \
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
         for pfn in pfns:
@@ -124,8 +144,9 @@ def written(ram, pfns, frames):
     return gone, full
 
 
-def ranges(pfns):
-    out = []
+def ranges(pfns: Iterable[int]) -> list[list[int]]:
+    """Frames as ranges: the first, and the one behind the last."""
+    out: list[list[int]] = []
     for pfn in sorted(pfns):
         if out and out[-1][1] == pfn:
             out[-1][1] += 1
@@ -134,15 +155,15 @@ def ranges(pfns):
     return out
 
 
-def text(found):
+def text(found: Sequence[Sequence[int]]) -> str:
     return " ".join(f"{a:#x}-{b:#x}" if b - a > 1 else f"{a:#x}" for a, b in found)
 
 
-def registers(qmp):
-    said = qmp.call("human-monitor-command", command_line="info registers -a")
+def registers(qmp: Monitor) -> list[Json]:
+    """Of each processor, as the log has them."""
     cpus = []
-    for part in re.split(r"CPU#\d+", said)[1:]:
-        def find(name):
+    for part in re.split(r"CPU#\d+", qmp.human("info registers -a"))[1:]:
+        def find(name: str, part: str = part) -> int:
             got = re.search(rf"\b{name} ?=([0-9a-f]+)", part)
             return int(got[1], 16) if got else 0
         cpus.append({"rip": find("RIP") or find("EIP"), "cr0": find("CR0"), "cr3": find("CR3"),
@@ -151,7 +172,7 @@ def registers(qmp):
     return cpus
 
 
-def stage(cpus):
+def stage(cpus: Sequence[Json]) -> str:
     """What the first processor is doing, by its registers."""
     cpu = cpus[0]
     if not cpu["cr0"] & 1:
@@ -168,7 +189,7 @@ def stage(cpus):
 class Round:
     """One guest that is taken from its READY through the end of its kernel."""
 
-    def __init__(self, tool, folder, kind, work):
+    def __init__(self, tool: Path, folder: Path, kind: str, work: Path) -> None:
         self.tool, self.kind, self.work = tool, kind, work
         pfns, self.frames = sign(tool, folder)
         self.pfns = set(pfns)
@@ -180,7 +201,7 @@ class Round:
                 run("cp", "--sparse=always", folder / disk, work / disk)
         self.ram = work / "ram.raw"
         run("cp", "--sparse=auto", folder / "signed.raw", self.ram)
-        self.machine = machine.Machine(meta.spec, self.ram, work, incoming=True)
+        self.machine = Machine(meta.spec, self.ram, work, incoming=True)
         self.qmp = self.machine.qmp
         self.qmp.capabilities("events", "x-ignore-shared")
         self.qmp.call("migrate-incoming", uri=f"file:{folder / 'device.state'}")
@@ -188,32 +209,33 @@ class Round:
         self.qmp.no_capabilities("x-ignore-shared")
         self.ran, self.taken = 0.0, False
 
-    def trigger(self):
-        if KINDS[self.kind] is None:
+    def trigger(self) -> None:
+        """Ends the guest's kernel."""
+        word = KINDS[self.kind]
+        if word is None:
             self.qmp.call("system_reset")
             time.sleep(0.05)
         else:
-            self.machine.send(KINDS[self.kind])
+            self.machine.send(word)
 
-    def run_for(self, seconds):
+    def run_for(self, seconds: float) -> None:
         self.qmp.call("cont")
         time.sleep(seconds)
         self.qmp.call("stop")
         self.ran += seconds
 
-    def judge(self, path, written_now, nonzero):
+    def judge(self, path: Path, nonzero: set[int]) -> Json:
         """What the tool says of the stopped guest's memory in `path`."""
         pfns = self.work / "pfns.tsv"
         pfns.unlink(missing_ok=True)
         started = time.monotonic()
-        done = subprocess.run([self.tool, "inspect", path, "--json", "--pfns", pfns, "--force"],
-                              capture_output=True, text=True)
+        done = attempt(self.tool, "inspect", path, "--json", "--pfns", pfns, "--force")
         took = time.monotonic() - started
         if done.returncode:
             return {"rc": done.returncode, "said": done.stderr.strip(), "took": took}
         dropped = frames_of(read_tsv(pfns), *FREE)
-        report = json.loads(done.stdout)
-        got = {"rc": 0, "notes": report.get("notes"), "dropped": len(dropped), "took": took}
+        report = report_of(done.stdout)
+        got: Json = {"rc": 0, "notes": report.get("notes"), "dropped": len(dropped), "took": took}
         # The old kernel's free frames were signed. Where many others are free, another kernel
         # says so: one that is up. What is in its free frames is nobody's; that it is, is shown by
         # taking them away and letting it run on.
@@ -224,7 +246,7 @@ class Round:
             self.take(dropped)
         return got
 
-    def take(self, pfns):
+    def take(self, pfns: Iterable[int]) -> None:
         """Zeroes frames of the stopped guest, as a prune under it would."""
         with open(self.ram, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
             for pfn in pfns:
@@ -232,7 +254,7 @@ class Round:
                 memory[at:at + PAGE] = bytes(PAGE)
         self.taken = True
 
-    def run_on(self):
+    def run_on(self) -> None:
         """Lets the new kernel come up, with what was taken from it gone."""
         # The old kernel's last words are not the new one's.
         with self.machine.arrived:
@@ -240,12 +262,13 @@ class Round:
         self.qmp.call("cont")
         self.machine.wait("READY|BEAT", 300)
 
-    def look(self, mapped):
+    def look(self, mapped: bool) -> Json:
+        """What the stopped guest is at, what it has written, and what the tool says of it."""
         cpus = registers(self.qmp)
         gone, full = written(self.ram, self.pfns, self.frames)
-        found = {"at": round(self.ran, 3), "stage": stage(cpus), "cpus": cpus,
+        found: Json = {"at": round(self.ran, 3), "stage": stage(cpus), "cpus": cpus,
                  "written": len(gone), "where": ranges(gone),
-                 "raw": self.judge(self.ram, gone, full)}
+                 "raw": self.judge(self.ram, full)}
         if mapped:
             self.qmp.capabilities("mapped-ram")
             file = self.work / "mapped.ram"
@@ -253,16 +276,16 @@ class Round:
             self.qmp.call("migrate", uri=f"file:{file}")
             self.qmp.migrated()
             self.qmp.no_capabilities("mapped-ram")
-            found["mapped"] = self.judge(file, gone, full)
+            found["mapped"] = self.judge(file, full)
         return found
 
-    def quit(self):
+    def quit(self) -> None:
         self.machine.quit()
         shutil.rmtree(self.work, ignore_errors=True)
 
 
 # What a guest that runs normally does, or has done: orders, and the answer that is waited for.
-RUNNING = {
+RUNNING: dict[str, list[tuple[str | None, str]]] = {
     "idle": [],
     "user space": [("spin", "SPINNING")],
     "loaded": [],
@@ -274,15 +297,16 @@ RUNNING = {
 }
 
 
-def running(tool, todo, stops, seed, log, each=10):
-    """Stops guests that run normally; nothing of them may be refused. `todo`: (series, smp,
-    kaslr, what)."""
+def running(tool: Path, todo: Sequence[Case], stops: int, seed: int, log: Path, each: int = 10
+            ) -> Counter[str]:
+    """Stops guests that run normally; nothing of them may be refused."""
     random = Random(seed)
-    sums = {"stops": 0, "refused": 0}
+    sums = Counter({"stops": 0, "refused": 0})
     number = 0
     with open(log, "a") as out:
         while sums["stops"] < stops:
-            series, smp, kaslr, what = todo[number % len(todo)]
+            case = todo[number % len(todo)]
+            series, smp, kaslr, what, _ = case
             number += 1
             more = {"more": ("-global", "PIIX4_PM.disable_s3=0")}
             spec = spec_of(series, smp, kaslr, "kexec" if what == "after kexec" else "reset",
@@ -294,9 +318,9 @@ def running(tool, todo, stops, seed, log, each=10):
             work = FAST / f"sonicshot-running-{os.getpid()}"
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-            machine.prepare(spec, work)
+            prepare(spec, work)
             ram = work / "live.raw"
-            guest = machine.Machine(spec, ram, work)
+            guest = Machine(spec, ram, work)
             try:
                 guest.wait("READY", 300)
                 for order, answer in RUNNING[what]:
@@ -315,22 +339,22 @@ def running(tool, todo, stops, seed, log, each=10):
                 for _ in range(each):
                     time.sleep(random.uniform(0, 1))
                     guest.qmp.call("stop")
-                    done = subprocess.run([tool, "inspect", ram, "--json", "--force"],
-                                          capture_output=True, text=True)
-                    found = {"kernel": series, "smp": smp, "kaslr": kaslr, "what": what,
-                             "stage": stage(registers(guest.qmp)), "rc": done.returncode,
-                             "said": done.stderr.strip()}
+                    done = attempt(tool, "inspect", ram, "--json", "--force")
+                    found: Json = {
+                        "kernel": series, "smp": smp, "kaslr": kaslr, "what": what,
+                        "stage": stage(registers(guest.qmp)), "rc": done.returncode,
+                        "said": done.stderr.strip()}
                     if done.returncode == 0:
-                        found["notes"] = json.loads(done.stdout).get("notes")
+                        found["notes"] = report_of(done.stdout).get("notes")
                     guest.qmp.call("cont")
                     sums["stops"] += 1
                     sums["refused"] += done.returncode != 0
-                    sums[what] = sums.get(what, 0) + 1
+                    sums[what] += 1
                     if done.returncode:
                         print(f"{series} smp{smp} {what}: refused: {done.stderr[:600]}", flush=True)
                     out.write(json.dumps(found) + "\n")
                     out.flush()
-                print(f"{series} smp{smp} {'kaslr' if kaslr else 'nokaslr'} {what}: {each} stops; "
+                print(f"{series} smp{smp} {case.randomised} {what}: {each} stops; "
                       f"{found.get('notes')}", flush=True)
             finally:
                 guest.quit()
@@ -338,7 +362,8 @@ def running(tool, todo, stops, seed, log, each=10):
     return sums
 
 
-def line(found, form="raw"):
+def line(found: Json, form: str = "raw") -> str:
+    """A stop, in words."""
     got = found[form]
     if got["rc"]:
         said = f"refused ({got['rc']}): {got['said'][:int(os.environ.get('LAB_WIDTH', 150))]}"
@@ -347,10 +372,18 @@ def line(found, form="raw"):
     return f"{found['at']:.2f} s {found['stage']:14} {found['written']:6} written; {said}"
 
 
-def resets(tool, todo, stops, seconds, seed, mapped, keep, log, each=8):
-    """`todo`: (series, smp, kaslr, kind, mem). Takes `stops` stops in all, dealt round."""
+class Keep(NamedTuple):
+    """A folder for the RAM of stops: of those that lost something, or of all."""
+
+    folder: Path
+    all: bool
+
+
+def resets(tool: Path, todo: Sequence[Case], stops: int, seconds: float, seed: int, mapped: bool,
+           keep: Keep | None, log: Path, each: int = 8) -> Counter[str]:
+    """Takes `stops` stops in all, dealt round."""
     random = Random(seed)
-    sums = {"stops": 0}
+    sums = Counter({"stops": 0})
     number = 0
     with open(log, "a") as out:
         while sums["stops"] < stops:
@@ -361,7 +394,7 @@ def resets(tool, todo, stops, seconds, seed, mapped, keep, log, each=8):
             round_ = Round(tool, folder, kind, FAST / f"sonicshot-reset-{os.getpid()}")
             try:
                 round_.trigger()
-                before = 0
+                before = 0.0
                 for instant in instants:
                     round_.run_for(instant - before)
                     before = instant
@@ -371,25 +404,23 @@ def resets(tool, todo, stops, seconds, seed, mapped, keep, log, each=8):
                         got = found[form]
                         key = f"{form} " + (f"exit {got['rc']}" if got["rc"] else
                                             f"pruned by the {got['owner']} kernel")
-                        sums[key] = sums.get(key, 0) + 1
-                        sums[f"{form} frames lost"] = \
-                            sums.get(f"{form} frames lost", 0) + got.get("lost", 0)
+                        sums[key] += 1
+                        sums[f"{form} frames lost"] += got.get("lost", 0)
                         if got.get("lost"):
-                            key = f"{form} stops with loss"
-                            sums[key] = sums.get(key, 0) + 1
+                            sums[f"{form} stops with loss"] += 1
                     sums["stops"] += 1
                     print(f"{folder.name} {kind} {line(found)}", flush=True)
                     if mapped:
                         print(f"    mapped-ram: {line(found, 'mapped')}", flush=True)
-                    if keep and (found["raw"].get("lost") or keep[1] == "all"):
+                    if keep and (found["raw"].get("lost") or keep.all):
                         name = f"{folder.name}-{kind}-{number}-{found['at']:.2f}.raw"
                         found["kept"] = name
-                        run("cp", "--sparse=always", round_.ram, Path(keep[0]) / name)
+                        run("cp", "--sparse=always", round_.ram, keep.folder / name)
                     out.write(json.dumps(found) + "\n")
                     out.flush()
                 if round_.taken:
                     round_.run_on()
-                    sums["ran on"] = sums.get("ran on", 0) + 1
+                    sums["ran on"] += 1
             finally:
                 round_.quit()
     return sums
@@ -418,24 +449,21 @@ def reset_arguments(parser: ArgumentParser) -> None:
 def do_reset(args: Namespace) -> None:
     """Ends kernels by reset, kexec and crash, and stops what comes after them."""
     install_tools()
-    todo = [(series, int(smp), kaslr == "kaslr", kind, args.mem)
+    kinds = args.running or args.kinds
+    todo = [Case(series, int(smp), kaslr == "kaslr", kind, args.mem)
             for kaslr in args.kaslr.split(",") for smp in args.smp.split(",")
-            for kind in args.kinds.split(",") for series in args.kernels.split(",")]
+            for kind in kinds.split(",") for series in args.kernels.split(",")]
     Random(args.seed).shuffle(todo)
     log = LAB / f"{args.name}.jsonl"
+    tool = find_tool(args.sonicshot)
     if args.running:
-        todo = [(series, int(smp), kaslr == "kaslr", what)
-                for kaslr in args.kaslr.split(",") for smp in args.smp.split(",")
-                for what in args.running.split(",") for series in args.kernels.split(",")]
-        Random(args.seed).shuffle(todo)
-        sums = running(find_tool(args.sonicshot), todo, args.stops, args.seed, log, args.each)
-        print(", ".join(f"{key}: {value}" for key, value in sums.items()))
-        if sums["refused"]:
-            raise AlreadyTold
-        return
-    keep = args.keep and (args.keep, "all" if args.keep_all else "lost")
-    sums = resets(find_tool(args.sonicshot), todo, args.stops, args.seconds, args.seed,
-                  args.mapped, keep, log, args.each)
+        sums = running(tool, todo, args.stops, args.seed, log, args.each)
+        wrong = sums["refused"] > 0
+    else:
+        keep = Keep(Path(args.keep), args.keep_all) if args.keep else None
+        sums = resets(tool, todo, args.stops, args.seconds, args.seed, args.mapped, keep, log,
+                      args.each)
+        wrong = any("lost" in key and value for key, value in sums.items())
     print(", ".join(f"{key}: {value}" for key, value in sums.items()))
-    if any("lost" in key and value for key, value in sums.items()):
+    if wrong:
         raise AlreadyTold

@@ -254,6 +254,16 @@ pub enum DumpError {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// A file of this format has no room for it.
+    #[error("{}: a file of this format cannot hold {what} {value}", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// What of the guest.
+        what: &'static str,
+        /// How much of it there is.
+        value: u64,
+    },
     /// The file system cannot punch holes.
     #[error("the file system of {} cannot punch holes", path.display())]
     NoHoles {

@@ -1,9 +1,8 @@
 //! What a path names: a dump file, or the folder that a VMM keeps a snapshot in.
 
-use crate::format::cloud_hypervisor::{self, CONFIG, MEMORY, STATE};
-use crate::format::firecracker::{self, Entry};
-use crate::{DumpError, LayoutSpec};
+use crate::{DumpError, LayoutSpec, format};
 use sonicshot::Processors;
+use std::cell::OnceCell;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -14,24 +13,79 @@ const MAX_FILES: usize = 1024;
 /// As much of each file's beginning as it takes to tell its kind.
 const START: u64 = 16;
 
-/// The VMM that a folder is of.
+/// The VMM that a snapshot is of. Each is a constant of this type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Vmm {
-    /// Cloud Hypervisor.
-    CloudHypervisor,
-    /// Firecracker.
-    Firecracker,
-}
+pub struct Vmm(&'static str);
 
 impl Vmm {
+    pub(crate) const fn named(name: &'static str) -> Self {
+        Self(name)
+    }
+
     /// The VMM's name.
     #[must_use]
     pub fn name(self) -> &'static str {
-        match self {
-            Self::CloudHypervisor => "Cloud Hypervisor",
-            Self::Firecracker => "Firecracker",
+        self.0
+    }
+}
+
+/// What was given as a snapshot, for a VMM to say whether it is one of its own.
+pub(crate) struct Named<'a> {
+    path: &'a Path,
+    is_folder: bool,
+    /// A file that is not the memory though it may look so: what a diff is to.
+    base: Option<&'a Path>,
+    layout: Option<&'a LayoutSpec>,
+    entries: OnceCell<(Vec<Entry>, Option<PathBuf>)>,
+}
+
+/// A file of a folder.
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
+    pub path: PathBuf,
+    pub len: u64,
+    /// Its first bytes.
+    pub start: Vec<u8>,
+}
+
+impl<'a> Named<'a> {
+    /// As it was given.
+    pub(crate) fn path(&self) -> &Path {
+        self.path
+    }
+
+    /// The folder, if it is one.
+    pub(crate) fn folder(&self) -> Option<&Path> {
+        self.is_folder.then_some(self.path)
+    }
+
+    /// Where RAM lies, if the caller says.
+    pub(crate) fn layout(&self) -> Option<&LayoutSpec> {
+        self.layout
+    }
+
+    fn listed(&self) -> Result<&(Vec<Entry>, Option<PathBuf>), DumpError> {
+        if let Some(listed) = self.entries.get() {
+            return Ok(listed);
         }
+        let listed = entries(self.path, self.base)?;
+        Ok(self.entries.get_or_init(|| listed))
+    }
+
+    /// The files of the folder but the base, by their names.
+    pub(crate) fn entries(&self) -> Result<&[Entry], DumpError> {
+        Ok(&self.listed()?.0)
+    }
+
+    /// The snapshot with its memory in the file `memory`.
+    pub(crate) fn found(&self, memory: &Path, vmm: Vmm) -> SnapshotFiles {
+        let mut files = SnapshotFiles::file(memory, self.layout);
+        files.folder = self.folder().map(Path::to_owned);
+        files.vmm = Some(vmm);
+        if let Some((_, skipped)) = self.entries.get() {
+            files.skipped.clone_from(skipped);
+        }
+        files
     }
 }
 
@@ -46,14 +100,13 @@ impl Vmm {
 #[derive(Debug, Clone)]
 pub struct SnapshotFiles {
     memory: PathBuf,
-    layout: Option<LayoutSpec>,
+    pub(crate) layout: Option<LayoutSpec>,
     folder: Option<PathBuf>,
     vmm: Option<Vmm>,
-    not_fresh: bool,
     /// The base, where it lies in the folder.
     skipped: Option<PathBuf>,
-    processors: Processors,
-    notes: Vec<String>,
+    pub(crate) processors: Processors,
+    pub(crate) notes: Vec<String>,
 }
 
 impl SnapshotFiles {
@@ -74,47 +127,27 @@ impl SnapshotFiles {
     ) -> Result<Self, DumpError> {
         let path = path.as_ref();
         let metadata = fs::metadata(path).map_err(DumpError::io("opening", path))?;
-        if !metadata.is_dir() {
-            // To open a pipe that nobody writes would take for ever.
-            if !metadata.is_file() {
-                return Err(DumpError::NotADump {
-                    path: path.to_owned(),
-                    why: "it is not a regular file; what comes through a pipe is given as `-`",
-                });
-            }
-            let mut files = Self::file(path, layout);
-            let named = path.file_name().is_some_and(|name| name == MEMORY);
-            if named && path.with_file_name(STATE).is_file() {
-                files.read_cloud_hypervisor(layout)?;
-            }
-            return Ok(files);
-        }
-        if path.join(STATE).is_file() && path.join(CONFIG).is_file() {
-            let memory = path.join(MEMORY);
-            if !memory.is_file() {
-                return Err(DumpError::NotADump {
-                    path: path.to_owned(),
-                    why: "it is a Cloud Hypervisor snapshot without `memory-ranges`: all of its \
-                          memory is in files elsewhere",
-                });
-            }
-            let mut files = Self::file(&memory, layout);
-            files.folder = Some(path.to_owned());
-            files.read_cloud_hypervisor(layout)?;
-            return Ok(files);
-        }
-        let (entries, skipped) = entries(path, base)?;
-        let Some((memory, state)) = firecracker::memory_of(path, &entries)? else {
-            return Err(DumpError::NotASnapshot {
+        // To open a pipe that nobody writes would take for ever.
+        if !metadata.is_dir() && !metadata.is_file() {
+            return Err(DumpError::NotADump {
                 path: path.to_owned(),
+                why: "it is not a regular file; what comes through a pipe is given as `-`",
             });
+        }
+        let named = Named {
+            path,
+            is_folder: metadata.is_dir(),
+            base,
+            layout,
+            entries: OnceCell::new(),
         };
-        let mut files = Self::file(&memory, layout);
-        files.folder = Some(path.to_owned());
-        files.vmm = Some(Vmm::Firecracker);
-        files.processors = firecracker::processors(&state);
-        files.skipped = skipped;
-        Ok(files)
+        match format::snapshot(&named)? {
+            Some(files) => Ok(files),
+            None if named.is_folder => Err(DumpError::NotASnapshot {
+                path: path.to_owned(),
+            }),
+            None => Ok(Self::file(path, layout)),
+        }
     }
 
     /// The file `memory` by itself, which is not looked at.
@@ -125,38 +158,10 @@ impl SnapshotFiles {
             layout: layout.cloned(),
             folder: None,
             vmm: None,
-            not_fresh: false,
             skipped: None,
             processors: Processors::Unknown,
             notes: Vec::new(),
         }
-    }
-
-    fn read_cloud_hypervisor(&mut self, given: Option<&LayoutSpec>) -> Result<(), DumpError> {
-        self.vmm = Some(Vmm::CloudHypervisor);
-        let reading = DumpError::io("reading", &self.memory);
-        let len = fs::metadata(&self.memory).map_err(reading)?.len();
-        let config = self.memory.with_file_name(CONFIG);
-        if config.is_file() {
-            self.not_fresh = cloud_hypervisor::has_private_file(&config)?;
-        }
-        self.processors = cloud_hypervisor::processors(&self.memory.with_file_name(STATE));
-        match cloud_hypervisor::layout(&self.memory.with_file_name(STATE), len) {
-            Ok(layout) if given.is_none() => self.layout = Some(layout),
-            Ok(layout) => {
-                if given.is_some_and(|given| given.ranges(len) != layout.ranges(len)) {
-                    let note =
-                        format!("the layout given is not that of {STATE}, which is {layout}");
-                    self.notes.push(note);
-                }
-            }
-            Err(error) if given.is_some() => {
-                let note = format!("{STATE} was not understood, and --layout believed: {error}");
-                self.notes.push(note);
-            }
-            Err(error) => return Err(error),
-        }
-        Ok(())
     }
 
     /// The file that holds guest RAM.
@@ -206,16 +211,9 @@ impl SnapshotFiles {
     /// Refuses a snapshot whose VMM would not read a hole as zero.
     ///
     /// # Errors
-    /// [`DumpError::CannotPrune`].
+    /// [`DumpError::CannotPrune`], or why its files cannot be read.
     pub fn check_prunable(&self) -> Result<(), DumpError> {
-        if !self.not_fresh {
-            return Ok(());
-        }
-        Err(DumpError::CannotPrune {
-            path: self.memory.clone(),
-            why: "by its config.json some of the guest's memory is a private mapping of a file, \
-                  and Cloud Hypervisor leaves what that file holds where the snapshot has a hole",
-        })
+        format::check_holes(&self.memory)
     }
 }
 

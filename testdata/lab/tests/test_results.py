@@ -83,8 +83,9 @@ class Captures(unittest.TestCase):
 
     def test_against_the_kernels_word(self) -> None:
         buddy, lru, offline = (1 << BITS[name] for name in ("BUDDY", "LRU", "OFFLINE"))
-        # Frame 3 is in use, and dropped; 4 is in use and offline; 5 is free, and not found.
-        flags = [buddy, buddy, 0, lru, lru | offline, buddy, 0]
+        # Frame 2 has gone to a per-CPU list; 3 and 6 are in use, and dropped; 4 is in use and
+        # offline; 5 is free, and not found.
+        flags = [buddy, buddy, buddy, lru, lru | offline, buddy, 0]
         counts = [0, 0, 0, 0, 0, 0, 1]
         for name, words in (("kpageflags", flags), ("kpagecount", counts)):
             (self.folder / f"{name}.bin").write_bytes(
@@ -92,9 +93,11 @@ class Captures(unittest.TestCase):
         runs = [Run(0, 1, "free_buddy"), Run(2, 3, "free_pcp"), Run(4, 4, "offline"),
                 Run(5, 5, "kernel"), Run(6, 6, "free_buddy")]
         self.assertEqual(proof.against_kernel(self.folder, runs, None),
-                         Agreement(kpf_buddy=3, found=2, pcp=2, changed=2, unexplained=2, missed=0))
-        self.assertEqual(proof.against_kernel(self.folder, runs, {3, 5}),
-                         Agreement(kpf_buddy=3, found=2, pcp=2, changed=2, unexplained=1, missed=1))
+                         Agreement(kpf_buddy=4, found=2, pcp=2, changed=2, unexplained=2, missed=0))
+        for free_at_stop, unexplained, missed in (({0, 1, 2, 3, 5, 6}, 0, 1), ({6}, 1, 0),
+                                                  ({5}, 2, 1), (set(), 2, 0)):
+            self.assertEqual(proof.against_kernel(self.folder, runs, free_at_stop),
+                             Agreement(4, 2, 2, 2, unexplained, missed))
 
     def test_zero(self) -> None:
         layout = (Part(0, 3 * 4096, 0),)

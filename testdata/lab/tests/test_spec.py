@@ -30,6 +30,10 @@ class Records(unittest.TestCase):
                 self.assertEqual(read, replace(spec, booted=spec.cmdline))
                 self.assertEqual(read.to_json(), spec.to_json())
 
+    def test_what_a_reader_needs_is_always_there(self) -> None:
+        self.assertEqual(list(PLAIN.to_json()), ["kernel", "mem", "cpu", "smp", "machine",
+                                                 "garbage", "forms", "cmdline"])
+
     def test_all_fields_are_in_the_specs(self) -> None:
         for field in PLAIN.__dataclass_fields__:
             if field not in ("kernel", "booted"):
@@ -47,6 +51,7 @@ class Records(unittest.TestCase):
         spec = GuestSpec.from_json(record)
         self.assertEqual(spec.numa, (192, 320))
         self.assertEqual(spec.virtio_mem, VirtioMem(size=512, plugged=200))
+        self.assertEqual((spec.room, spec.plugged), (512, 200))
         self.assertEqual(spec.kernel.modules, ("ext4",))
         self.assertEqual(spec.cmdline, record["cmdline"])
         self.assertTrue(spec.several_blocks)

@@ -74,6 +74,17 @@ pub(crate) fn whole(map: &Mmap) -> GuestBytes<'_> {
     }
 }
 
+/// Refuses a file that no longer has the length that it was opened with.
+pub(crate) fn check_length(file: &File, path: &Path, before: u64) -> Result<(), DumpError> {
+    let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
+    let now = metadata.len();
+    if now == before {
+        return Ok(());
+    }
+    let path = path.to_owned();
+    Err(DumpError::Changed { path, before, now })
+}
+
 /// When the file was last written to.
 fn last_written(file: &File, path: &Path) -> Result<(i64, i64), DumpError> {
     let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
@@ -144,18 +155,7 @@ impl MappedDump {
     /// Refuses a file that has become shorter or longer since it was opened: what is missing
     /// would be taken for a hole.
     pub(crate) fn check_length(&self) -> Result<(), DumpError> {
-        let metadata = self
-            .file
-            .metadata()
-            .map_err(DumpError::io("reading", &self.path))?;
-        if metadata.len() == self.file_len() {
-            return Ok(());
-        }
-        Err(DumpError::Changed {
-            path: self.path.clone(),
-            before: self.file_len(),
-            now: metadata.len(),
-        })
+        check_length(&self.file, &self.path, self.file_len())
     }
 
     /// Refuses a file that was written to since it was opened: what is known of it is outdated.
@@ -180,6 +180,18 @@ impl MappedDump {
 
     pub(crate) fn extents(&self) -> &[Extent] {
         &self.extents
+    }
+
+    /// Where the byte at `at` of `extent` is in the file; `None` if it is not in it.
+    pub(crate) fn offset_in(&self, extent: &Extent, at: Gpa) -> Result<Option<u64>, DumpError> {
+        let Some(base) = extent.offset else {
+            return Ok(None);
+        };
+        let inside = at.offset_from(extent.guest.start());
+        let offset = inside.and_then(|inside| base.checked_add(inside));
+        let wrong =
+            || DumpError::malformed(&self.path, "memory outside its stretch", base, at.raw());
+        offset.map(Some).ok_or_else(wrong)
     }
 
     fn extent_of(&self, at: Gpa) -> Option<&Extent> {

@@ -13,14 +13,10 @@
 //! A base may be pruned although there are diffs to it: what was free then and is not in the
 //! diff was not written to since.
 
+use crate::DumpError;
 use crate::backing::mapped::MappedDump;
-use crate::output::{Output, Target};
-use crate::prune::copy::Copier;
-use crate::prune::{Progress, PruneStats};
-use crate::{Dump, DumpError, Format, LayoutSpec, Store};
-use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, PrunePlan, RamLayout};
+use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 
 /// How much of the base is looked at in one step for being zero: a hole is no use to the guest
 /// in smaller parts.
@@ -37,54 +33,9 @@ pub(crate) struct Overlay {
 
 /// A stretch of guest RAM that one of the files holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Piece {
-    guest: GpaRange,
-    in_diff: bool,
-}
-
-impl Dump {
-    /// Opens a Firecracker diff snapshot's memory file at `path` over `base`, the memory it was
-    /// made against (with earlier diffs merged, if there are any). Guest RAM is then the diff's
-    /// data over the base's.
-    ///
-    /// [`prune_to`](Self::prune_to) writes the merged memory, which needs no base any more.
-    /// [`prune_in_place`](Self::prune_in_place) changes the diff alone, and keeps of it what
-    /// would otherwise become what the base has.
-    ///
-    /// # Errors
-    /// [`DumpError::Base`] if the two cannot belong together, and as [`open`](Self::open).
-    pub fn open_over(
-        path: impl AsRef<Path>,
-        base: impl AsRef<Path>,
-        layout: Option<&LayoutSpec>,
-    ) -> Result<Self, DumpError> {
-        let (path, base) = (path.as_ref(), base.as_ref());
-        let refuse = |why| DumpError::Base {
-            path: path.to_owned(),
-            base: base.to_owned(),
-            why,
-        };
-        let raw = |path: &Path| {
-            let dump = Self::open(path, layout)?;
-            match (dump.store, dump.format) {
-                (Store::Mapped(mapped), Format::Raw { layout }) => Ok((mapped, layout)),
-                _ => Err(refuse("only raw memory files are diff and base")),
-            }
-        };
-        let (diff, layout) = raw(path)?;
-        let (base, _) = raw(base)?;
-        if diff.file_len() != base.file_len() {
-            return Err(refuse("their lengths differ"));
-        }
-        if same_file(&diff, &base)? {
-            return Err(refuse("they are the same file"));
-        }
-        let pieces = pieces(&diff)
-            .ok_or_else(|| refuse("the file system does not tell where the diff has holes"))?;
-        let overlay = Overlay { diff, base, pieces };
-        let store = Store::Overlay(Box::new(overlay));
-        Ok(Self::new(path, store, Format::Raw { layout }))
-    }
+pub(crate) struct Piece {
+    pub guest: GpaRange,
+    pub in_diff: bool,
 }
 
 fn same_file(a: &MappedDump, b: &MappedDump) -> Result<bool, DumpError> {
@@ -132,6 +83,23 @@ fn pieces(diff: &MappedDump) -> Option<Vec<Piece>> {
 }
 
 impl Overlay {
+    /// `diff` over `base`; `refuse` says why they cannot belong together.
+    pub(crate) fn new(
+        diff: MappedDump,
+        base: MappedDump,
+        refuse: impl Fn(&'static str) -> DumpError,
+    ) -> Result<Self, DumpError> {
+        if diff.file_len() != base.file_len() {
+            return Err(refuse("their lengths differ"));
+        }
+        if same_file(&diff, &base)? {
+            return Err(refuse("they are the same file"));
+        }
+        let pieces = pieces(&diff)
+            .ok_or_else(|| refuse("the file system does not tell where the diff has holes"))?;
+        Ok(Self { diff, base, pieces })
+    }
+
     pub(crate) fn diff(&self) -> &MappedDump {
         &self.diff
     }
@@ -140,12 +108,12 @@ impl Overlay {
         &self.base
     }
 
-    fn source(&self, in_diff: bool) -> &MappedDump {
+    pub(crate) fn source(&self, in_diff: bool) -> &MappedDump {
         if in_diff { &self.diff } else { &self.base }
     }
 
     /// The parts of the pieces that lie in `range`.
-    fn parts(&self, range: GpaRange) -> impl Iterator<Item = Piece> + '_ {
+    pub(crate) fn parts(&self, range: GpaRange) -> impl Iterator<Item = Piece> + '_ {
         let first = self
             .pieces
             .partition_point(|piece| piece.guest.end() <= range.start());
@@ -213,52 +181,6 @@ impl Overlay {
         self.diff.check_length()?;
         self.base.check_length()?;
         self.base.check_unmodified()
-    }
-
-    /// Writes the merged memory without the pages that `plan` drops.
-    pub(crate) fn prune_to(
-        &self,
-        plan: &PrunePlan,
-        out: Target<'_>,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        self.check_unchanged()?;
-        let zeroed = plan.clone().zero_filled_only();
-        let mut stats = PruneStats::of(plan, &zeroed);
-        for dump in [&self.diff, &self.base] {
-            let metadata = dump.file().metadata();
-            let metadata = metadata.map_err(DumpError::io("reading", dump.path()))?;
-            let on_disk = metadata.blocks().saturating_mul(512);
-            stats.disk_before = stats.disk_before.saturating_add(on_disk);
-        }
-        let output = Output::create(out, &[self.diff.file(), self.base.file()])?;
-        let len = self.diff.file_len();
-        let sized = output.file().set_len(len);
-        sized.map_err(DumpError::io("writing", output.path()))?;
-        let total = len.saturating_sub(zeroed.dropped_bytes());
-        let mut before = 0_u64;
-        for in_diff in [false, true] {
-            let mut done = before;
-            let mut shown = |here: u64, _: u64| {
-                done = before.saturating_add(here);
-                progress(done, total);
-            };
-            let source = self.source(in_diff);
-            let mut copier = Copier::new(source, &output, total, &mut shown);
-            for extent in source.extents() {
-                let Some(base) = extent.offset else { continue };
-                for piece in self.parts(extent.guest).filter(|p| p.in_diff == in_diff) {
-                    for kept in zeroed.kept_in(piece.guest) {
-                        let inside = kept.start().offset_from(extent.guest.start());
-                        let offset = base.saturating_add(inside.unwrap_or(0));
-                        copier.copy(offset, offset, kept.len())?;
-                    }
-                }
-            }
-            before = done;
-        }
-        stats.disk_after = output.finish()?;
-        Ok(stats)
     }
 }
 

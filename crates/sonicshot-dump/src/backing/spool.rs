@@ -4,7 +4,7 @@
 use crate::DumpError;
 use crate::backing::mapped;
 use crate::format::libvirt::{Compression, Image};
-use crate::format::qemu::MAGIC as MIGRATION;
+use crate::format::qemu::start::MAGIC as MIGRATION;
 use crate::output::scratch;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};

@@ -7,14 +7,18 @@
 use crate::DumpError;
 #[cfg(test)]
 use crate::backing::mapped::map_file;
-use crate::backing::mapped::whole;
+use crate::backing::mapped::{check_length, whole};
 use crate::backing::paged::BlockCache;
 use crate::format::lime::{HEADER_LEN, Record};
+use crate::format::{Format, Kind, Source, boxed};
 use memmap2::Mmap;
 use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, RamLayout};
 use std::fmt;
+use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+
+pub(crate) const KIND: Kind = Kind::by_magic(&[b"AVML"], |source| open(source).map(boxed));
 
 const AVML_MAGIC: u32 = 0x4c4d_5641;
 const LIME_MAGIC: u32 = 0x4c69_4d45;
@@ -31,7 +35,38 @@ const CHUNK_LEN: u64 = 256;
 /// Memory for decompressed chunks.
 const CACHE: usize = 16 << 20;
 
-/// An AVML dump.
+/// An AVML dump's file and memory.
+#[derive(Debug)]
+struct AvmlDump {
+    file: File,
+    memory: AvmlFile,
+}
+
+fn open(source: Source<'_>) -> Result<AvmlDump, DumpError> {
+    let memory = AvmlFile::parse(source.path, source.map)?;
+    let file = source.file;
+    Ok(AvmlDump { file, memory })
+}
+
+impl Format for AvmlDump {
+    fn name(&self) -> &'static str {
+        "AVML"
+    }
+
+    fn memory(&self) -> &dyn GuestMemory {
+        &self.memory
+    }
+
+    fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn check_unchanged(&self) -> Result<(), DumpError> {
+        self.memory.check_length(&self.file)
+    }
+}
+
+/// The memory in an AVML dump.
 pub(crate) struct AvmlFile {
     path: PathBuf,
     map: Mmap,
@@ -82,6 +117,11 @@ impl AvmlFile {
 }
 
 impl AvmlFile {
+    /// Refuses a file that has become shorter or longer since it was opened.
+    fn check_length(&self, file: &File) -> Result<(), DumpError> {
+        check_length(file, &self.path, self.map.len() as u64)
+    }
+
     fn chunk_of(&self, at: Gpa) -> Option<&Chunk> {
         let above = self.chunks.partition_point(|c| c.guest.start() <= at);
         self.chunks

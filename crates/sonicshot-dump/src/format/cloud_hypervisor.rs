@@ -34,21 +34,93 @@
 //! has what the file has. Such a snapshot is not pruned.
 
 use crate::DumpError;
+use crate::format::Kind;
 use crate::layout::LayoutSpec;
 use crate::processors::{SREGS_LEN, Sregs, nested, rip_and_flags, told, u32_in};
+use crate::snapshot::{Named, SnapshotFiles, Vmm};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use sonicshot::{Gpa, GpaRange, Processor, Processors};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
 
 /// The names that Cloud Hypervisor gives its files.
-pub(crate) const MEMORY: &str = "memory-ranges";
-pub(crate) const STATE: &str = "state.json";
-pub(crate) const CONFIG: &str = "config.json";
+const MEMORY: &str = "memory-ranges";
+const STATE: &str = "state.json";
+const CONFIG: &str = "config.json";
+
+impl Vmm {
+    /// Cloud Hypervisor.
+    pub const CLOUD_HYPERVISOR: Self = Self::named("Cloud Hypervisor");
+}
+
+/// The memory is raw RAM; the files beside it say where it lies.
+pub(crate) const KIND: Kind = Kind {
+    no_holes,
+    ..Kind::by_name(snapshot)
+};
+
+/// A folder with all three files, or the memory with the state beside it.
+fn snapshot(named: &Named<'_>) -> Result<Option<SnapshotFiles>, DumpError> {
+    let memory = match named.folder() {
+        Some(folder) if folder.join(STATE).is_file() && folder.join(CONFIG).is_file() => {
+            folder.join(MEMORY)
+        }
+        None if is_memory(named.path()) => named.path().to_owned(),
+        _ => return Ok(None),
+    };
+    if !memory.is_file() {
+        return Err(DumpError::NotADump {
+            path: named.path().to_owned(),
+            why: "it is a Cloud Hypervisor snapshot without `memory-ranges`: all of its memory is \
+                  in files elsewhere",
+        });
+    }
+    let mut files = named.found(&memory, Vmm::CLOUD_HYPERVISOR);
+    let len = fs::metadata(&memory)
+        .map_err(DumpError::io("reading", &memory))?
+        .len();
+    let state = memory.with_file_name(STATE);
+    // Read now, so that what is wrong with it is said before the work.
+    no_holes(&memory)?;
+    files.processors = processors(&state);
+    let given = named.layout();
+    match (layout(&state, len), given) {
+        (Ok(layout), None) => files.layout = Some(layout),
+        (Ok(layout), Some(given)) => {
+            if given.ranges(len) != layout.ranges(len) {
+                let note = format!("the layout given is not that of {STATE}, which is {layout}");
+                files.notes.push(note);
+            }
+        }
+        (Err(error), Some(_)) => {
+            let note = format!("{STATE} was not understood, and --layout believed: {error}");
+            files.notes.push(note);
+        }
+        (Err(error), None) => return Err(error),
+    }
+    Ok(Some(files))
+}
+
+/// Whether `path` is a snapshot's memory by its name and what lies beside it.
+fn is_memory(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name == MEMORY) && path.with_file_name(STATE).is_file()
+}
+
+/// Memory of which some is a private mapping of a file must not get holes.
+fn no_holes(memory: &Path) -> Result<Option<&'static str>, DumpError> {
+    let config = memory.with_file_name(CONFIG);
+    if !is_memory(memory) || !config.is_file() || !has_private_file(&config)? {
+        return Ok(None);
+    }
+    Ok(Some(
+        "by its config.json some of the guest's memory is a private mapping of a file, and Cloud \
+         Hypervisor leaves what that file holds where the snapshot has a hole",
+    ))
+}
 
 /// Longest state that is read: a hundred times one of today's, for versions that write each byte
 /// as a number.
@@ -172,7 +244,7 @@ fn packed(bytes: &[u8]) -> Result<Vec<Range>, serde_json::Error> {
 
 /// Where the bytes of a `memory-ranges` file of `len` bytes lie in the guest, by the state at
 /// `path`.
-pub(crate) fn layout(path: &Path, len: u64) -> Result<LayoutSpec, DumpError> {
+fn layout(path: &Path, len: u64) -> Result<LayoutSpec, DumpError> {
     let state = read_json(path)?;
     let ranges = ranges_of(&state).map_err(json_error(path))?;
     let malformed = |what, index: usize, value| DumpError::Malformed {
@@ -327,7 +399,7 @@ impl<'de> Visitor<'de> for StructureVisitor {
 }
 
 /// The processors in the state at `path`.
-pub(crate) fn processors(path: &Path) -> Processors {
+fn processors(path: &Path) -> Processors {
     match read_json(path) {
         Ok(state) => told(processors_of(&state)),
         Err(_) => Processors::NotTold("its state cannot be read"),
@@ -380,7 +452,7 @@ fn processor_of(state: &KvmState) -> Option<(bool, Processor)> {
 
 /// Whether, by the configuration at `path`, some of the guest's memory is a private mapping of a
 /// file: it does not begin as zero then.
-pub(crate) fn has_private_file(path: &Path) -> Result<bool, DumpError> {
+fn has_private_file(path: &Path) -> Result<bool, DumpError> {
     let config: Config = serde_json::from_slice(&read_json(path)?).map_err(json_error(path))?;
     let zones = config.memory.and_then(|memory| memory.zones);
     let private = |zone: &Zone| zone.file.is_some() && !zone.shared;
@@ -418,6 +490,7 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::{Value, json};
     use sonicshot::ControlRegisters;
+    use std::fs;
 
     /// The state as a version of Cloud Hypervisor packs it.
     fn state(version: u32, ranges: &[(u64, u64)]) -> Value {
@@ -454,7 +527,7 @@ mod tests {
     fn read(state: &[u8], len: u64) -> Result<Vec<(u64, u64)>, DumpError> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(STATE);
-        std::fs::write(&path, state).unwrap();
+        fs::write(&path, state).unwrap();
         match layout(&path, len)? {
             LayoutSpec::Ranges(ranges) => Ok(ranges
                 .iter()
@@ -728,7 +801,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(CONFIG);
         for (text, want) in table {
-            std::fs::write(&path, text).unwrap();
+            fs::write(&path, text).unwrap();
             assert_eq!(has_private_file(&path).ok(), want, "{text}");
         }
     }

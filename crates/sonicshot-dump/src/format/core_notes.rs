@@ -36,10 +36,13 @@ const MAX_PROCESSORS: usize = 1 << 14;
 
 /// What the notes of a dump tell. `vmcoreinfo` is the dump's, wherever it has it.
 pub(crate) fn processors(
-    notes: &[u8],
+    notes: Option<&[u8]>,
     vmcoreinfo: Option<&[u8]>,
     memory: &dyn GuestMemory,
 ) -> Processors {
+    let Some(notes) = notes else {
+        return Processors::Unknown;
+    };
     let mut status = Vec::new();
     let mut states = Vec::new();
     let mut others = false;

@@ -32,12 +32,31 @@
 //! [`Dump::open_over`]: crate::Dump::open_over
 
 use crate::DumpError;
+use crate::format::{Kind, begins_as_known};
 use crate::processors::{Halted, SREGS_LEN, Sregs, u32_in};
+use crate::snapshot::{Entry, Named, SnapshotFiles, Vmm};
 use sonicshot::{Processor, Processors};
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+
+impl Vmm {
+    /// Firecracker.
+    pub const FIRECRACKER: Self = Self::named("Firecracker");
+}
+
+/// A state file is no memory, and says that there is a memory file in its folder.
+pub(crate) const KIND: Kind = Kind {
+    is_one: |source| source.start::<16>().is_some_and(|start| is_state(&start)),
+    open: |source| {
+        Err(DumpError::NotADump {
+            path: source.path.to_owned(),
+            why: NOT_MEMORY,
+        })
+    },
+    ..Kind::by_name(snapshot)
+};
 
 /// How the number goes on after its two lowest bytes, on x86-64 and arm64.
 const MAGIC: [[u8; 6]; 2] = [
@@ -46,14 +65,14 @@ const MAGIC: [[u8; 6]; 2] = [
 ];
 
 /// What is said of a state file that is taken for a memory file.
-pub(crate) const NOT_MEMORY: &str =
+const NOT_MEMORY: &str =
     "it is a Firecracker VM's state: give the memory file, or the folder of both";
 
 /// Guest RAM is given in MiB.
 const MIB: u64 = 1 << 20;
 
 /// Whether a file that begins with `start` is a state file.
-pub(crate) fn is_state(start: &[u8]) -> bool {
+fn is_state(start: &[u8]) -> bool {
     [2, 3].iter().any(|at| {
         let rest = start.get(*at..).unwrap_or(&[]);
         MAGIC.iter().any(|magic| rest.starts_with(magic))
@@ -62,16 +81,20 @@ pub(crate) fn is_state(start: &[u8]) -> bool {
 
 /// Whether a file of `len` bytes that begins with `start` may be guest RAM.
 fn may_be_memory(start: &[u8], len: u64) -> bool {
-    len > 0 && len.is_multiple_of(MIB) && !is_state(start) && !crate::begins_as_known(start)
+    len > 0 && len.is_multiple_of(MIB) && !is_state(start) && !begins_as_known(start)
 }
 
-/// A file of a folder.
-#[derive(Debug, Clone)]
-pub(crate) struct Entry {
-    pub path: PathBuf,
-    pub len: u64,
-    /// Its first bytes.
-    pub start: Vec<u8>,
+/// A folder with a state file and the memory that goes with it.
+fn snapshot(named: &Named<'_>) -> Result<Option<SnapshotFiles>, DumpError> {
+    let Some(folder) = named.folder() else {
+        return Ok(None);
+    };
+    let Some((memory, state)) = memory_of(folder, named.entries()?)? else {
+        return Ok(None);
+    };
+    let mut files = named.found(&memory, Vmm::FIRECRACKER);
+    files.processors = processors(&state);
+    Ok(Some(files))
 }
 
 /// A state is some 10 KiB for each processor.
@@ -93,7 +116,7 @@ const RESET_VECTOR: u64 = 0xfff0;
 const APIC_BASE_AT: usize = 272;
 
 /// The processors in the state file `path`.
-pub(crate) fn processors(path: &Path) -> Processors {
+fn processors(path: &Path) -> Processors {
     let read = || {
         let mut state = Vec::new();
         File::open(path)?.take(MAX_STATE).read_to_end(&mut state)?;
@@ -172,10 +195,7 @@ fn apic_id(apic: &[u8]) -> Option<u32> {
 
 /// The memory file among the files of the folder `path`, and the state file; `None` if that is
 /// not there.
-pub(crate) fn memory_of(
-    path: &Path,
-    entries: &[Entry],
-) -> Result<Option<(PathBuf, PathBuf)>, DumpError> {
+fn memory_of(path: &Path, entries: &[Entry]) -> Result<Option<(PathBuf, PathBuf)>, DumpError> {
     let several = |what, files: Vec<&Entry>| DumpError::Ambiguous {
         path: path.to_owned(),
         what,

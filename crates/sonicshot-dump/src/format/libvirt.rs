@@ -7,8 +7,12 @@
 //! of the image. libvirt's own part stays as it is.
 
 use crate::DumpError;
+use crate::backing::spool::Spool;
+use crate::format::{Format, Kind, Source, qemu};
 use sonicshot::GuestBytes;
 use std::path::Path;
+
+pub(crate) const KIND: Kind = Kind::by_magic(&[MAGIC], open);
 
 /// An image that is complete.
 pub(crate) const MAGIC: &[u8; 16] = b"LibvirtQemudSave";
@@ -43,8 +47,17 @@ impl Image {
     }
 }
 
+fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {
+    let image = parse(source.path, source.data())?;
+    if image.compression.is_none() {
+        return qemu::open_in(source, image);
+    }
+    let spool = Spool::decompress(source.path, &source.file, image)?;
+    qemu::open(Source::spooled(&spool, source.layout)?)
+}
+
 /// Reads the header.
-pub(crate) fn parse(path: &Path, data: GuestBytes<'_>) -> Result<Image, DumpError> {
+fn parse(path: &Path, data: GuestBytes<'_>) -> Result<Image, DumpError> {
     let malformed =
         |what, offset, value: u32| Err(DumpError::malformed(path, what, offset, u64::from(value)));
     let mut header = [0_u8; 20];

@@ -2,9 +2,13 @@
 //! range (LiME, `lime.h`: `lime_mem_range_header` version 1).
 
 use crate::DumpError;
-use crate::backing::mapped::Extent;
-use sonicshot::{Gpa, GpaRange, GuestBytes};
+use crate::backing::mapped::{Extent, MappedDump};
+use crate::format::{Format, Kind, Source, boxed};
+use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory};
+use std::fs::File;
 use std::path::Path;
+
+pub(crate) const KIND: Kind = Kind::by_magic(&[b"EMiL"], |source| open(source).map(boxed));
 
 /// `EMiL` in the file.
 const MAGIC: u32 = 0x4c69_4d45;
@@ -47,9 +51,36 @@ impl Record {
     }
 }
 
+/// A LiME file, mapped.
+#[derive(Debug)]
+struct LimeDump(MappedDump);
+
+fn open(source: Source<'_>) -> Result<LimeDump, DumpError> {
+    let extents = extents(source.path, source.data())?;
+    source.mapped(extents).map(LimeDump)
+}
+
+impl Format for LimeDump {
+    fn name(&self) -> &'static str {
+        "LiME"
+    }
+
+    fn memory(&self) -> &dyn GuestMemory {
+        &self.0
+    }
+
+    fn file(&self) -> &File {
+        self.0.file()
+    }
+
+    fn check_unchanged(&self) -> Result<(), DumpError> {
+        self.0.check_length()
+    }
+}
+
 /// Where the records of the LiME file `data` lie, sorted. Ranges that overlap are found out by
 /// [`MappedDump::new`](crate::backing::mapped::MappedDump::new).
-pub(crate) fn extents(path: &Path, data: GuestBytes<'_>) -> Result<Vec<Extent>, DumpError> {
+fn extents(path: &Path, data: GuestBytes<'_>) -> Result<Vec<Extent>, DumpError> {
     let file_len = data.len() as u64;
     let mut extents = Vec::new();
     let mut at = 0_u64;

@@ -1,10 +1,10 @@
 //! Files to restore a guest's memory into: raw RAM, ELF cores.
 
 use crate::DumpError;
-use crate::format::elf_core::{self, HEADER_LEN, PT_LOAD, PT_NOTE, SEGMENT_LEN, Segment};
+use crate::format::elf_core::wire::{self, PT_LOAD, PT_NOTE, Segment};
 use crate::output::{Output, Overwrite, Target};
 use sonicshot::checkpoint::{CheckpointError, FillWith, RestoreTarget};
-use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, RamLayout};
+use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, Progress, RamLayout};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -12,6 +12,8 @@ use std::path::Path;
 /// Guest memory is copied in pieces of this many bytes.
 const COPY: u64 = 1 << 20;
 const ALIGN: u64 = 4096;
+const PAGE: usize = 4096;
+const PLACELESS: &str = "RAM without a place";
 
 /// A dump that is being written: sparse, with room for all of the guest's RAM, which reads as
 /// zero until it is filled. It gets its name when it is [finished](Self::finish).
@@ -21,6 +23,35 @@ pub struct DumpFile {
     layout: RamLayout,
     /// Each region, and where its bytes begin in the file.
     places: Vec<(GpaRange, u64)>,
+}
+
+/// Where the regions of a layout are in a file.
+struct Places {
+    /// Each region, and where its bytes begin.
+    list: Vec<(GpaRange, u64)>,
+    /// How long the file is.
+    end: u64,
+}
+
+impl Places {
+    /// From `start` on, each at the next multiple of `align`.
+    fn new(path: &Path, layout: &RamLayout, start: u64, align: u64) -> Result<Self, DumpError> {
+        let mut list = Vec::with_capacity(layout.regions().len());
+        let mut end = start;
+        for region in layout.regions() {
+            list.push((*region, end));
+            end = end
+                .checked_add(region.len())
+                .and_then(|end| end.checked_next_multiple_of(align))
+                .ok_or_else(|| too_large(path, "RAM of (bytes)", layout.bytes()))?;
+        }
+        Ok(Self { list, end })
+    }
+}
+
+fn too_large(path: &Path, what: &'static str, value: u64) -> DumpError {
+    let path = path.to_owned();
+    DumpError::TooLarge { path, what, value }
 }
 
 /// What an ELF core says beside the memory.
@@ -47,7 +78,8 @@ impl DumpFile {
         overwrite: Overwrite,
         inputs: &[&File],
     ) -> Result<Self, DumpError> {
-        Self::create(path, layout, overwrite, inputs, 0, &[])
+        let places = Places::new(path, layout, 0, 1)?;
+        Self::create(path, layout, overwrite, inputs, places, &[])
     }
 
     /// An ELF core: a segment for each region.
@@ -63,16 +95,20 @@ impl DumpFile {
     ) -> Result<Self, DumpError> {
         let text = match (&notes.notes, &notes.vmcoreinfo) {
             (Some(notes), _) => notes.clone(),
-            (None, Some(text)) => note(b"VMCOREINFO\0", 0, text),
+            (None, Some(text)) => note(b"VMCOREINFO\0", 0, text)
+                .ok_or_else(|| too_large(path, "a VMCOREINFO of (bytes)", text.len() as u64))?,
             (None, None) => Vec::new(),
         };
-        let count = layout.regions().len().saturating_add(1);
-        let headers = SEGMENT_LEN.saturating_mul(count).saturating_add(HEADER_LEN) as u64;
+        let count = layout.regions().len();
+        let many = || too_large(path, "a number of stretches of RAM of", count as u64);
+        let headers = count.checked_add(1).and_then(wire::headers_len);
+        let headers = headers.ok_or_else(many)?;
         let start = headers
-            .saturating_add(text.len() as u64)
-            .next_multiple_of(ALIGN);
-        let mut head = elf_core::header(notes.machine.unwrap_or(Architecture::X86_64), count);
-        let mut segment = Segment {
+            .checked_add(text.len() as u64)
+            .and_then(|end| end.checked_next_multiple_of(ALIGN))
+            .ok_or_else(|| too_large(path, "notes of (bytes)", text.len() as u64))?;
+        let places = Places::new(path, layout, start, ALIGN)?;
+        let mut segments = vec![Segment {
             kind: PT_NOTE,
             flags: 0,
             offset: headers,
@@ -81,25 +117,23 @@ impl DumpFile {
             file_len: text.len() as u64,
             mem_len: text.len() as u64,
             align: 4,
-        };
-        head.extend(segment.to_bytes());
-        let mut at = start;
-        for region in layout.regions() {
-            segment = Segment {
+        }];
+        for (region, offset) in &places.list {
+            segments.push(Segment {
                 kind: PT_LOAD,
                 flags: 7,
-                offset: at,
+                offset: *offset,
                 vaddr: region.start().raw(),
                 paddr: region.start().raw(),
                 file_len: region.len(),
                 mem_len: region.len(),
                 align: ALIGN,
-            };
-            head.extend(segment.to_bytes());
-            at = at.saturating_add(region.len()).next_multiple_of(ALIGN);
+            });
         }
+        let machine = notes.machine.unwrap_or(Architecture::X86_64);
+        let mut head = wire::headers(machine, &segments).ok_or_else(many)?;
         head.extend(text);
-        Self::create(path, layout, overwrite, inputs, start, &head)
+        Self::create(path, layout, overwrite, inputs, places, &head)
     }
 
     fn create(
@@ -107,26 +141,17 @@ impl DumpFile {
         layout: &RamLayout,
         overwrite: Overwrite,
         inputs: &[&File],
-        start: u64,
+        places: Places,
         head: &[u8],
     ) -> Result<Self, DumpError> {
         let output = Output::create(Target::new(path, overwrite), inputs)?;
-        let mut places = Vec::new();
-        let mut at = start;
-        for region in layout.regions() {
-            places.push((*region, at));
-            at = at.saturating_add(region.len());
-            if start > 0 {
-                at = at.next_multiple_of(ALIGN);
-            }
-        }
         let writing = || DumpError::io("writing", path);
-        output.file().set_len(at).map_err(writing())?;
+        output.file().set_len(places.end).map_err(writing())?;
         output.file().write_all_at(head, 0).map_err(writing())?;
         Ok(Self {
             output,
             layout: layout.clone(),
-            places,
+            places: places.list,
         })
     }
 
@@ -146,7 +171,7 @@ impl DumpFile {
         let path = self.output.path();
         let offset = range
             .and_then(|range| self.place(range))
-            .ok_or_else(|| DumpError::malformed(path, "RAM without a place", at.raw(), 0))?;
+            .ok_or_else(|| DumpError::malformed(path, PLACELESS, at.raw(), 0))?;
         self.output
             .file()
             .write_all_at(bytes, offset)
@@ -157,11 +182,7 @@ impl DumpFile {
     ///
     /// # Errors
     /// [`DumpError`] if it cannot be read or written.
-    pub fn copy(
-        &self,
-        memory: &dyn GuestMemory,
-        progress: crate::Progress<'_>,
-    ) -> Result<(), DumpError> {
+    pub fn copy(&self, memory: &dyn GuestMemory, progress: Progress<'_>) -> Result<(), DumpError> {
         let total = self.layout.bytes();
         let mut done = 0_u64;
         let mut buffer = Vec::new();
@@ -195,7 +216,7 @@ impl DumpFile {
         buffer: &mut Vec<u8>,
     ) -> Result<(), DumpError> {
         let reading = |source| DumpError::Memory { source };
-        buffer.resize(usize::try_from(part.len()).unwrap_or(0), 0);
+        buffer.resize(self.size(part)?, 0);
         match memory.read(part.start(), buffer) {
             Ok(()) => {
                 memory.release(part);
@@ -217,32 +238,34 @@ impl DumpFile {
         }
     }
 
-    /// Writes what is not zero, in pages.
-    fn write_used(&self, at: Gpa, bytes: &[u8]) -> Result<(), DumpError> {
-        let page = usize::try_from(ALIGN).unwrap_or(usize::MAX);
-        let mut start = 0;
-        let mut pending: Option<usize> = None;
-        for part in bytes.chunks(page) {
-            let zero = part.iter().all(|byte| *byte == 0);
-            match (zero, pending) {
-                (false, None) => pending = Some(start),
-                (true, Some(from)) => {
-                    self.write_part(at, bytes, from, start)?;
-                    pending = None;
-                }
-                _ => {}
-            }
-            start = start.saturating_add(part.len());
-        }
-        match pending {
-            Some(from) => self.write_part(at, bytes, from, start),
-            None => Ok(()),
-        }
+    /// The length of a piece in memory.
+    fn size(&self, range: GpaRange) -> Result<usize, DumpError> {
+        usize::try_from(range.len())
+            .map_err(|_| too_large(self.output.path(), "a piece of (bytes)", range.len()))
     }
 
-    fn write_part(&self, at: Gpa, bytes: &[u8], from: usize, to: usize) -> Result<(), DumpError> {
-        let there = at.checked_add(from as u64).unwrap_or(at);
-        self.write(there, bytes.get(from..to).unwrap_or_default())
+    /// Writes what is not zero, in runs of pages.
+    fn write_used(&self, at: Gpa, bytes: &[u8]) -> Result<(), DumpError> {
+        let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
+        let pages: Vec<&[u8]> = bytes.chunks(PAGE).collect();
+        let mut rest = bytes;
+        let mut from = at;
+        for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+            let len = run
+                .iter()
+                .fold(0_usize, |sum, page| sum.saturating_add(page.len()));
+            let beyond = || DumpError::malformed(self.output.path(), PLACELESS, from.raw(), 0);
+            let (now, later) = rest.split_at_checked(len).ok_or_else(beyond)?;
+            if run.first().is_some_and(|page| !is_zero(page)) {
+                self.write(from, now)?;
+            }
+            if later.is_empty() {
+                break;
+            }
+            from = from.checked_add(len as u64).ok_or_else(beyond)?;
+            rest = later;
+        }
+        Ok(())
     }
 
     /// Makes the file durable and gives it its name. Returns what it takes on disk, in bytes.
@@ -264,14 +287,15 @@ impl RestoreTarget for DumpFile {
     }
 
     fn fill(&self, range: GpaRange, fill: FillWith<'_>) -> Result<(), CheckpointError> {
-        let mut bytes = vec![0; usize::try_from(range.len()).unwrap_or(0)];
-        fill(&mut bytes)?;
-        self.write(range.start(), &bytes).map_err(|source| {
+        let failed = |source| {
             CheckpointError::Memory(MemoryError::Backend {
                 range,
                 source: Box::new(source),
             })
-        })
+        };
+        let mut bytes = vec![0; self.size(range).map_err(failed)?];
+        fill(&mut bytes)?;
+        self.write(range.start(), &bytes).map_err(failed)
     }
 }
 
@@ -315,16 +339,16 @@ impl NewFile {
     }
 }
 
-/// An ELF note.
-fn note(name: &[u8], kind: u32, text: &[u8]) -> Vec<u8> {
+/// An ELF note; `None` if its text is longer than 32 bits count.
+fn note(name: &[u8], kind: u32, text: &[u8]) -> Option<Vec<u8>> {
     let mut out = Vec::new();
     for len in [name.len(), text.len()] {
-        out.extend(u32::try_from(len).unwrap_or(0).to_le_bytes());
+        out.extend(u32::try_from(len).ok()?.to_le_bytes());
     }
     out.extend(kind.to_le_bytes());
     for part in [name, text] {
         out.extend(part);
-        out.resize(out.len().next_multiple_of(4), 0);
+        out.resize(out.len().checked_next_multiple_of(4)?, 0);
     }
-    out
+    Some(out)
 }

@@ -1,12 +1,13 @@
 //! A folder that appears whole or not at all.
 
 use crate::output::{self, Output, PREFIX, Replaced, Rights, Target, folder_of, settle};
-use crate::{Dump, DumpError, Overwrite, Progress, PruneStats, SnapshotFiles};
+use crate::{Dump, DumpError, Overwrite, PruneStats, SnapshotFiles};
 use rustix::fs::{
     Mode, OFlags, RenameFlags, SeekFrom, copy_file_range, openat, renameat_with, seek,
 };
 use rustix::io::Errno;
 use rustix::process::geteuid;
+use sonicshot::Progress;
 use sonicshot::PrunePlan;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};

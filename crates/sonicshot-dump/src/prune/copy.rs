@@ -4,10 +4,10 @@ use crate::DumpError;
 use crate::backing::mapped::MappedDump;
 use crate::backing::sys;
 use crate::output::Output;
-use crate::prune::Progress;
 use crate::prune::holes::block_size;
 use rustix::fs::{copy_file_range, fstatfs};
 use rustix::io::Errno;
+use sonicshot::Progress;
 use std::os::unix::fs::FileExt;
 
 /// Longest stretch that is copied at once. Larger ones leave the processor's cache.

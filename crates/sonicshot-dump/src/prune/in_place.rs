@@ -10,10 +10,11 @@ use crate::in_use as live;
 use crate::prune::holes::{
     PruneOptions, Run, block_size, join, smallest_hole, stretches_without, whole_blocks,
 };
-use crate::prune::{Progress, PruneStats, disk_usage, file_runs};
-use crate::{Dump, DumpError, Format};
+use crate::prune::stats::{PruneStats, disk_usage};
+use crate::{Dump, DumpError};
 use rustix::fs::{FallocateFlags, SeekFrom, StatFs, fallocate, fstatfs, seek};
 use rustix::io::Errno;
+use sonicshot::Progress;
 use sonicshot::PrunePlan;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -50,101 +51,98 @@ impl Dump {
         options: &PruneOptions,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
-        let not_in_place = || DumpError::NotInPlace {
-            path: self.path().into(),
-            format: self.format(),
-        };
-        let dump = self.mapped().filter(|_| self.spool().is_none());
-        let dump = dump.ok_or_else(not_in_place)?;
-        let path = dump.path();
-        let ram = match self.format_data() {
-            Format::Raw { .. } => None,
-            Format::MappedRam(ram) => Some(ram),
-            _ => return Err(not_in_place()),
-        };
+        let format = self.in_place()?;
+        let dump = format.source();
         check_unchanged(dump, options)?;
-        let zeroed = plan.clone().zero_filled_only();
-        let mut stats = PruneStats::of(plan, &zeroed);
-        stats.disk_before = disk_usage(dump.file(), path)?;
-        let mut runs = file_runs(dump, &zeroed);
-        if let Some(overlay) = self.overlay() {
-            overlay.check_unchanged()?;
-            (runs, stats.kept_for_base) = overlay.punchable(&runs);
-            stats.dropped_bytes = runs
-                .iter()
-                .fold(0, |sum, (_, len)| sum.saturating_add(*len));
-        }
-        stats.runs = runs.len() as u64;
-        let mut marks = Vec::new();
-        if let Some(ram) = ram {
-            marks = ram.pruned_bitmaps(path, dump.bytes(), &zeroed)?;
-            // Also what an earlier prune that was interrupted has left.
-            runs = ram.holes(&marks);
-            marks.retain(|(offset, bitmap)| !dump.holds(*offset, bitmap));
-        }
-        let system =
-            fstatfs(dump.file()).map_err(|error| DumpError::io("reading", path)(error.into()))?;
+        let (goes, mut stats) = self.begin(plan, &[dump.file()])?;
+        let punching = format.punching(&goes, &mut stats)?;
+        let system = fstatfs(dump.file())
+            .map_err(|error| DumpError::io("reading", dump.path())(error.into()))?;
         let block = block_size(&system);
         let data = Data::of(dump, &system);
-        let runs = join(runs);
-        // By all that is dropped, whether it is a hole already or not: so a prune that follows an
-        // interrupted one leaves what that would have left.
-        let min_hole = options.min_hole.unwrap_or_else(|| smallest_hole(&runs));
-        let runs = data.held(&runs, stats.disk_before);
-        let mut holes = Vec::with_capacity(runs.len());
-        for (offset, len) in runs {
-            let hole = whole_blocks((offset, len), block);
-            let worth = hole.1 > 0 && hole.1 >= min_hole;
-            let left = len.saturating_sub(if worth { hole.1 } else { 0 });
-            stats.left_bytes = stats.left_bytes.saturating_add(left);
-            if worth {
-                holes.push(hole);
-            } else {
-                stats.left_runs = stats.left_runs.saturating_add(1);
-            }
-        }
+        let holes = worth_punching(punching.runs, options, &data, block, &mut stats);
         if let Some(stretches) = data.stretches {
             stats.extents_before = Some(stretches.len() as u64);
             stats.extents_after = Some(stretches_without(stretches, &holes));
         }
-        if marks.is_empty() && holes.is_empty() {
+        if punching.marks.is_empty() && holes.is_empty() {
             stats.disk_after = stats.disk_before;
             return Ok(stats);
         }
-
-        if let Some(overlay) = self.overlay() {
-            overlay.check_unchanged()?;
-        }
+        format.check_others()?;
         let file = open_to_change(dump, options)?;
         if !holes.is_empty() {
-            probe(&file, path, dump.file_len(), block)?;
+            probe(&file, dump.path(), dump.file_len(), block)?;
         }
-        let writing = || DumpError::io("writing", path);
-        if !marks.is_empty() {
-            // First nobody may look for the pages any more: then what is left of them is as good
-            // as gone, whatever happens.
-            for (offset, bitmap) in &marks {
-                file.write_all_at(bitmap, *offset).map_err(writing())?;
-            }
-            file.sync_all().map_err(writing())?;
-        }
-        let total = holes
-            .iter()
-            .fold(0_u64, |sum, (_, len)| sum.saturating_add(*len));
-        let mut done = 0_u64;
-        for (offset, len) in holes {
-            punch(&file, path, offset, len)?;
-            stats.punched = stats.punched.saturating_add(1);
-            done = done.saturating_add(len);
-            progress(done, total);
-        }
-        if stats.punched > 0 {
-            file.sync_all().map_err(writing())?;
-        }
+        write_marks(&file, dump.path(), &punching.marks)?;
+        stats.punched = punch_all(&file, dump.path(), &holes, progress)?;
         dump.note_change()?;
-        stats.disk_after = disk_usage(&file, path)?;
+        stats.disk_after = disk_usage(&file, dump.path())?;
         Ok(stats)
     }
+}
+
+/// Of the runs that go, the whole blocks that are worth a hole; what is left is counted.
+fn worth_punching(
+    runs: Vec<Run>,
+    options: &PruneOptions,
+    data: &Data<'_>,
+    block: u64,
+    stats: &mut PruneStats,
+) -> Vec<Run> {
+    let runs = join(runs);
+    // By all that is dropped, whether it is a hole already or not: so a prune that follows an
+    // interrupted one leaves what that would have left.
+    let min_hole = options.min_hole.unwrap_or_else(|| smallest_hole(&runs));
+    let runs = data.held(&runs, stats.disk_before);
+    let mut holes = Vec::with_capacity(runs.len());
+    for (offset, len) in runs {
+        let hole = whole_blocks((offset, len), block);
+        let worth = hole.1 > 0 && hole.1 >= min_hole;
+        let left = len.saturating_sub(if worth { hole.1 } else { 0 });
+        stats.left_bytes = stats.left_bytes.saturating_add(left);
+        if worth {
+            holes.push(hole);
+        } else {
+            stats.left_runs = stats.left_runs.saturating_add(1);
+        }
+    }
+    holes
+}
+
+/// First nobody may look for the pages any more: then what is left of them is as good as gone,
+/// whatever happens.
+fn write_marks(file: &File, path: &Path, marks: &[(u64, Vec<u8>)]) -> Result<(), DumpError> {
+    let writing = || DumpError::io("writing", path);
+    for (offset, bitmap) in marks {
+        file.write_all_at(bitmap, *offset).map_err(writing())?;
+    }
+    if marks.is_empty() {
+        return Ok(());
+    }
+    file.sync_all().map_err(writing())
+}
+
+/// Punches the holes, and returns how many that were.
+fn punch_all(
+    file: &File,
+    path: &Path,
+    holes: &[Run],
+    progress: Progress<'_>,
+) -> Result<u64, DumpError> {
+    let total = holes
+        .iter()
+        .fold(0_u64, |sum, (_, len)| sum.saturating_add(*len));
+    let mut done = 0_u64;
+    for (offset, len) in holes {
+        punch(file, path, *offset, *len)?;
+        done = done.saturating_add(*len);
+        progress(done, total);
+    }
+    if !holes.is_empty() {
+        file.sync_all().map_err(DumpError::io("writing", path))?;
+    }
+    Ok(holes.len() as u64)
 }
 
 /// Refuses a file that is not as it was when it was opened, or that somebody writes.

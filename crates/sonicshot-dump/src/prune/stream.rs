@@ -1,51 +1,48 @@
 //! Writes a migration stream again, with a note that it is zero for each dropped page: to a file,
 //! into a compressor, or into a pipe.
 
+use crate::DumpError;
 use crate::backing::mapped::MappedDump;
+use crate::format::ability::{AsStream, Copying, Part};
 use crate::format::libvirt::Compression;
-use crate::format::qemu::stream::{Part, Stream};
-use crate::format::xen;
-use crate::output::{Output, Target};
+use crate::output::Output;
 use crate::prune::copy::{COPY, Copier};
-use crate::prune::{Progress, PruneStats, disk_usage};
-use crate::{Dump, DumpError, Format, Spool};
+use sonicshot::Progress;
 use sonicshot::PrunePlan;
-use sonicshot_xen::{Dropped, XlImage};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 /// Stretches shorter than this are gathered before they are written.
 const SMALL_PIECE: u64 = 64 << 10;
 /// What `zstd` itself uses.
 const ZSTD_LEVEL: i32 = 3;
 
-/// What is written again, and without which pages.
-pub(crate) enum Rewritten<'a> {
-    Stream(&'a Stream, &'a PrunePlan),
-    Xen(&'a XlImage, &'a Dropped),
-}
-
-impl Rewritten<'_> {
-    /// Hands out the pruned content piece by piece.
-    fn pruned(
-        &self,
-        dump: &MappedDump,
-        each: impl FnMut(Part<'_>) -> Result<(), DumpError>,
-    ) -> Result<(), DumpError> {
-        match self {
-            Self::Stream(stream, plan) => stream.pruned(dump.path(), dump.bytes(), plan, each),
-            Self::Xen(image, dropped) => xen::pruned(image, dump, dropped, each),
-        }
+/// Writes the pruned stream to a file: compressed again if it was.
+pub(crate) fn copy(stream: &dyn AsStream, work: Copying<'_>) -> Result<(), DumpError> {
+    let Copying {
+        goes,
+        output,
+        stats,
+        progress,
+    } = work;
+    stream.count(goes, stats);
+    if stream.packed_in().is_none() {
+        return copy_stream(stream, goes, output, progress);
     }
+    let path = stream.source().path();
+    write(stream, goes, path, &mut output.file(), progress)?;
+    Ok(())
 }
 
-/// Writes the pruned stream to a file; the kernel copies what stays as it is.
-pub(crate) fn copy_stream(
-    dump: &MappedDump,
-    stream: &Rewritten<'_>,
+/// The kernel copies what stays as it is.
+fn copy_stream(
+    stream: &dyn AsStream,
+    goes: &PrunePlan,
     output: &Output,
     progress: Progress<'_>,
 ) -> Result<(), DumpError> {
+    let dump = stream.source();
     let mut copier = Copier::new(dump, output, dump.file_len(), progress);
     let writing = || DumpError::io("writing", output.path());
     let mut at = 0_u64;
@@ -57,7 +54,7 @@ pub(crate) fn copy_stream(
         small.clear();
         Ok::<(), DumpError>(())
     };
-    stream.pruned(dump, |piece| {
+    stream.pruned(goes, &mut |piece| {
         let (from, len) = match piece {
             Part::Bytes(bytes) => {
                 small.extend(bytes);
@@ -83,15 +80,16 @@ pub(crate) fn copy_stream(
 
 /// Writes the pruned stream from front to back.
 fn write_stream(
-    dump: &MappedDump,
-    stream: &Rewritten<'_>,
+    stream: &dyn AsStream,
+    goes: &PrunePlan,
     out: &mut dyn Write,
     failed: &dyn Fn(io::Error) -> DumpError,
     progress: Progress<'_>,
 ) -> Result<(), DumpError> {
+    let dump = stream.source();
     let mut buffer: Vec<u8> = Vec::new();
     let total = dump.file_len();
-    stream.pruned(dump, |piece| {
+    stream.pruned(goes, &mut |piece| {
         let (mut from, mut left) = match piece {
             Part::Bytes(bytes) => {
                 buffer.extend(bytes);
@@ -129,93 +127,49 @@ fn append(dump: &MappedDump, from: u64, len: u64, out: &mut Vec<u8>) -> Result<(
     copied.then_some(()).ok_or_else(beyond)
 }
 
-impl Dump {
-    /// Whether the content is compressed as a whole, so that it can only be written again.
-    pub(crate) fn is_compressed(&self) -> bool {
-        self.spool().and_then(Spool::image).is_some()
+/// Writes the pruned stream to `out`, in the image that it was compressed in. Messages call the
+/// input `path`. Returns how many bytes were written.
+pub(crate) fn write(
+    stream: &dyn AsStream,
+    goes: &PrunePlan,
+    path: &Path,
+    out: &mut dyn Write,
+    progress: Progress<'_>,
+) -> Result<u64, DumpError> {
+    let failed = move |source| DumpError::Io {
+        action: "writing the pruned",
+        path: path.to_owned(),
+        source,
+    };
+    let mut counted = Counted(out, 0);
+    let mut compression = None;
+    if let Some((file, image)) = stream.packed_in() {
+        // At most what libvirt's header may say.
+        let len = usize::try_from(image.payload_at);
+        let len = len.map_err(|_| DumpError::malformed(path, "a header too long", 0, 0))?;
+        let mut header = vec![0; len];
+        file.read_exact_at(&mut header, 0)
+            .map_err(DumpError::io("reading", path))?;
+        counted.write_all(&header).map_err(&failed)?;
+        compression = image.compression;
     }
-
-    /// Writes a dump of the same format without the pages that `plan` drops, from front to back:
-    /// into a pipe. Only migration streams, those in a libvirt image too, and Xen images can be
-    /// written so.
-    /// What is written is complete only if this returns without an error.
-    ///
-    /// # Errors
-    /// [`DumpError::NotAStream`] for other formats, and what reading and writing gives.
-    pub fn prune_to_writer(
-        &self,
-        plan: &PrunePlan,
-        mut out: impl Write,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        let not_a_stream = || DumpError::NotAStream {
-            path: self.path().into(),
-            format: self.format(),
-        };
-        let dump = self.mapped().ok_or_else(not_a_stream)?;
-        dump.check_length()?;
-        let path = self.path().to_owned();
-        let failed = move |source| DumpError::Io {
-            action: "writing the pruned",
-            path: path.clone(),
-            source,
-        };
-        let goes = self.restorable(plan);
-        let mut stats = PruneStats::of(plan, &goes);
-        stats.disk_before = disk_usage(self.file(), self.path())?;
-        let dropped;
-        let stream = &match self.format_data() {
-            Format::Stream(stream) => Rewritten::Stream(stream, &goes),
-            Format::Xen(image) => {
-                dropped = image.dropped(&goes);
-                xen::count(&dropped, &mut stats);
-                Rewritten::Xen(image, &dropped)
-            }
-            _ => return Err(not_a_stream()),
-        };
-        let mut counted = Counted(&mut out, 0);
-        if let Some((file, image)) = self.spool().and_then(Spool::image) {
-            let len = usize::try_from(image.payload_at).unwrap_or(usize::MAX);
-            // At most what `libvirt::parse` lets pass.
-            let mut header = vec![0; len];
-            file.read_exact_at(&mut header, 0)
-                .map_err(DumpError::io("reading", self.path()))?;
-            counted.write_all(&header).map_err(&failed)?;
-            match image.compression {
-                Some(Compression::Gzip) => {
-                    let level = flate2::Compression::default();
-                    let mut packer = flate2::write::GzEncoder::new(&mut counted, level);
-                    write_stream(dump, stream, &mut packer, &failed, progress)?;
-                    packer.finish().map_err(&failed)?;
-                }
-                Some(Compression::Zstd) => {
-                    let packer = zstd::stream::write::Encoder::new(&mut counted, ZSTD_LEVEL);
-                    let mut packer = packer.map_err(&failed)?;
-                    write_stream(dump, stream, &mut packer, &failed, progress)?;
-                    packer.finish().map_err(&failed)?;
-                }
-                None => write_stream(dump, stream, &mut counted, &failed, progress)?,
-            }
-        } else {
-            write_stream(dump, stream, &mut counted, &failed, progress)?;
+    match compression {
+        Some(Compression::Gzip) => {
+            let level = flate2::Compression::default();
+            let mut packer = flate2::write::GzEncoder::new(&mut counted, level);
+            write_stream(stream, goes, &mut packer, &failed, progress)?;
+            packer.finish().map_err(&failed)?;
         }
-        counted.flush().map_err(&failed)?;
-        stats.disk_after = counted.1;
-        Ok(stats)
+        Some(Compression::Zstd) => {
+            let packer = zstd::stream::write::Encoder::new(&mut counted, ZSTD_LEVEL);
+            let mut packer = packer.map_err(&failed)?;
+            write_stream(stream, goes, &mut packer, &failed, progress)?;
+            packer.finish().map_err(&failed)?;
+        }
+        None => write_stream(stream, goes, &mut counted, &failed, progress)?,
     }
-
-    /// Writes a compressed image again.
-    pub(crate) fn prune_compressed(
-        &self,
-        plan: &PrunePlan,
-        out: Target<'_>,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        let output = Output::create(out, &self.files())?;
-        let mut stats = self.prune_to_writer(plan, output.file(), progress)?;
-        stats.disk_after = output.finish()?;
-        Ok(stats)
-    }
+    counted.flush().map_err(&failed)?;
+    Ok(counted.1)
 }
 
 /// Counts what is written.

@@ -235,7 +235,7 @@ fn ranges_lie_in_the_file_in_the_order_of_the_state() {
     let high = usize::try_from(2 * PAGE).unwrap();
     for given in [path.clone(), path.join("memory-ranges")] {
         let files = SnapshotFiles::find(&given, None, None).unwrap();
-        assert_eq!(files.vmm(), Some(Vmm::CloudHypervisor));
+        assert_eq!(files.vmm(), Some(Vmm::CLOUD_HYPERVISOR));
         assert_eq!(files.memory(), path.join("memory-ranges"));
         assert_eq!(files.folder().is_some(), given.is_dir());
         files.check_prunable().unwrap();
@@ -334,7 +334,7 @@ fn a_folder_is_told_by_what_is_in_it() {
     )
     .unwrap();
     let files = find(&pair, None).unwrap();
-    assert_eq!(files.vmm(), Some(Vmm::Firecracker));
+    assert_eq!(files.vmm(), Some(Vmm::FIRECRACKER));
     assert_eq!(files.memory(), pair.join("vm.mem"));
     // The state alone is no memory.
     let error = Dump::open(pair.join("vm.state"), None).unwrap_err();

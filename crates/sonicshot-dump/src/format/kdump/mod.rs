@@ -2,3 +2,86 @@
 
 pub(crate) mod read;
 pub(crate) mod write;
+
+use crate::DumpError;
+use crate::format::ability::{ByCopy, Copying};
+use crate::format::{Format, Kind, Source, boxed, core_notes};
+use read::KdumpFile;
+use sonicshot::{Architecture, GuestMemory, Processors};
+use std::fs::File;
+use write::{KdumpCompression, KdumpOptions, write_kdump};
+
+pub(crate) const KIND: Kind = Kind::by_magic(&[read::SIGNATURE, b"makedumpfile"], |source| {
+    open(source).map(boxed)
+});
+
+/// A kdump-compressed file and its memory.
+#[derive(Debug)]
+struct KdumpDump {
+    file: File,
+    memory: KdumpFile,
+}
+
+fn open(source: Source<'_>) -> Result<KdumpDump, DumpError> {
+    let memory = KdumpFile::parse(source.path, source.map)?;
+    let file = source.file;
+    Ok(KdumpDump { file, memory })
+}
+
+impl Format for KdumpDump {
+    fn name(&self) -> &'static str {
+        "kdump-compressed"
+    }
+
+    fn memory(&self) -> &dyn GuestMemory {
+        &self.memory
+    }
+
+    fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn check_unchanged(&self) -> Result<(), DumpError> {
+        self.memory.check_length(&self.file)
+    }
+
+    fn machine(&self) -> Option<Architecture> {
+        self.memory.machine()
+    }
+
+    fn vmcoreinfo(&self) -> Option<&[u8]> {
+        self.memory.vmcoreinfo()
+    }
+
+    fn notes(&self) -> Option<Vec<u8>> {
+        self.memory.notes().map(<[u8]>::to_vec)
+    }
+
+    fn processors(&self) -> Processors {
+        core_notes::processors(self.memory.notes(), self.vmcoreinfo(), &self.memory)
+    }
+
+    fn by_copy(&self) -> Option<&dyn ByCopy> {
+        Some(self)
+    }
+}
+
+impl ByCopy for KdumpDump {
+    /// A kdump-compressed file again.
+    fn copy(&self, work: Copying<'_>) -> Result<(), DumpError> {
+        let options = KdumpOptions {
+            compression: KdumpCompression::Zlib,
+            machine: self.machine(),
+            vmcoreinfo: self.vmcoreinfo(),
+            notes: self.memory.notes(),
+            threads: None,
+        };
+        let file = work.output.file();
+        let written = write_kdump(&self.memory, work.goes, file, &options, work.progress);
+        written.map_err(|source| DumpError::Kdump {
+            path: work.output.path().into(),
+            source,
+        })?;
+        Ok(())
+    }
+}

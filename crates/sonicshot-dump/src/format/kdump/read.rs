@@ -11,12 +11,13 @@
 //! the file proper. It is read in place, by an index of the pieces.
 
 use crate::DumpError;
-use crate::backing::mapped::{map_file, whole};
+use crate::backing::mapped::{check_length, map_file, whole};
 use crate::backing::paged::BlockCache;
 use memmap2::Mmap;
 use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, PageSize, RamLayout};
 use std::collections::BinaryHeap;
 use std::fmt;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -268,6 +269,11 @@ impl KdumpFile {
             decoders: Mutex::new(Vec::new()),
             facts,
         })
+    }
+
+    /// Refuses a file that has become shorter or longer since it was opened.
+    pub(crate) fn check_length(&self, file: &File) -> Result<(), DumpError> {
+        check_length(file, &self.path, self.content.stored_len())
     }
 
     /// Whether the file is flattened.

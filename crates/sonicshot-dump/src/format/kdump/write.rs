@@ -7,7 +7,8 @@
 use crate::format::kdump::read::{
     DESCRIPTOR_LEN, MAX_FRAMES, Note, SIGNATURE, SNAPPY, SUB_HEADER_LEN, ZLIB, ZSTD, notes_in,
 };
-use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, Progress, PrunePlan};
+use sonicshot::Progress;
+use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, PrunePlan};
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;

@@ -5,21 +5,151 @@
 //! of its pages. A page is dropped by clearing its bit: QEMU then leaves its own memory as it
 //! is, which is zero where the memory is fresh. Then what the page took can be punched out.
 
-use crate::backing::mapped::Extent;
-use crate::format::qemu::{self, Cursor, FLAG_EOS, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE};
+use crate::backing::mapped::{Extent, MappedDump};
+use crate::backing::spool::Spool;
+use crate::format::ability::{ByCopy, Copying, InPlace, Migration, Punching};
+use crate::format::qemu::content::{Content, Places, is_set, rest_of_ram};
+use crate::format::qemu::start::{
+    self, Cursor, FLAG_EOS, MAPPED_RAM_VERSION, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE,
+};
+use crate::format::qemu::{Wrapping, device_state};
+use crate::format::{Format, Source};
+use crate::output::Output;
+use crate::processors;
+use crate::prune::copy::Copier;
+use crate::prune::runs::file_runs;
+use crate::prune::stats::PruneStats;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{GpaRange, GuestBytes, PrunePlan};
+use sonicshot::Progress;
+use sonicshot::{GpaRange, GuestBytes, GuestMemory, Processors, PrunePlan};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// The capability in the file's configuration.
-pub(crate) const CAPABILITY: &str = "mapped-ram";
 /// A page takes at least this much of the disk, however well the file system compresses.
 const MIN_STORED: u64 = 512;
 /// So many stretches any file may have: they take 32 MiB.
 const SMALL: u64 = 1 << 20;
 /// What keeps shared memory out of the file.
 const IGNORE_SHARED: &str = "x-ignore-shared";
-pub(crate) const HEADER_VERSION: u32 = 1;
+
+/// A mapped-ram file, mapped.
+#[derive(Debug)]
+pub(crate) struct MappedRamDump {
+    mapped: MappedDump,
+    ram: MappedRam,
+    wrapping: Wrapping,
+}
+
+pub(crate) fn open(source: Source<'_>, wrapping: Wrapping) -> Result<MappedRamDump, DumpError> {
+    let (path, data) = (source.path, source.data());
+    let ram = MappedRam::parse(path, data, wrapping.begin(), source.layout)?;
+    let extents = ram.extents(path, data, source.on_disk()?)?;
+    let mut mapped = source.mapped(extents)?;
+    mapped.trust_extents();
+    Ok(MappedRamDump {
+        mapped,
+        ram,
+        wrapping,
+    })
+}
+
+impl Format for MappedRamDump {
+    fn name(&self) -> &'static str {
+        match self.wrapping.image() {
+            Some(_) => "libvirt save image (sparse)",
+            None => "QEMU mapped-ram",
+        }
+    }
+
+    fn memory(&self) -> &dyn GuestMemory {
+        &self.mapped
+    }
+
+    fn file(&self) -> &File {
+        let packed = self.wrapping.packed_in();
+        packed.map_or(self.mapped.file(), |(file, _)| file)
+    }
+
+    fn unpacked(&self) -> Option<&Spool> {
+        self.wrapping.unpacked()
+    }
+
+    fn check_unchanged(&self) -> Result<(), DumpError> {
+        self.mapped.check_length()
+    }
+
+    fn machine_type(&self) -> Option<&str> {
+        self.ram.machine.as_deref()
+    }
+
+    fn ram_blocks(&self) -> &[RamBlock] {
+        &self.ram.blocks
+    }
+
+    fn holds_device_state(&self) -> bool {
+        true
+    }
+
+    fn processors(&self) -> Processors {
+        let (path, data) = (self.mapped.path(), self.mapped.bytes());
+        match rest_of_ram(path, data, &self.ram.start, self.ram.after) {
+            Ok((_, end)) => {
+                processors::told(device_state::processors(path, data, end, &self.mapped))
+            }
+            Err(_) => Processors::NotTold("its devices' state is cut short"),
+        }
+    }
+
+    /// Not where it is compressed: the format has no offsets then.
+    fn by_copy(&self) -> Option<&dyn ByCopy> {
+        self.unpacked().is_none().then_some(self)
+    }
+
+    fn in_place(&self) -> Option<&dyn InPlace> {
+        Some(self)
+    }
+
+    fn as_migration(&self) -> Option<&dyn Migration> {
+        Some(self)
+    }
+}
+
+impl ByCopy for MappedRamDump {
+    fn copy(&self, work: Copying<'_>) -> Result<(), DumpError> {
+        let (dump, ram) = (&self.mapped, &self.ram);
+        let bitmaps = ram.pruned_bitmaps(dump.path(), dump.bytes(), work.goes)?;
+        work.stats.runs = file_runs(dump, work.goes)?.len() as u64;
+        work.stats.cloned_bytes = copy_mapped_ram(dump, ram, &bitmaps, work.output, work.progress)?;
+        Ok(())
+    }
+}
+
+impl InPlace for MappedRamDump {
+    fn source(&self) -> &MappedDump {
+        &self.mapped
+    }
+
+    fn punching(&self, goes: &PrunePlan, stats: &mut PruneStats) -> Result<Punching, DumpError> {
+        let dump = &self.mapped;
+        stats.runs = file_runs(dump, goes)?.len() as u64;
+        let mut marks = self.ram.pruned_bitmaps(dump.path(), dump.bytes(), goes)?;
+        // Also what an earlier prune that was interrupted has left.
+        let runs = self.ram.holes(&marks);
+        marks.retain(|(offset, bitmap)| !dump.holds(*offset, bitmap));
+        Ok(Punching { marks, runs })
+    }
+}
+
+impl Migration for MappedRamDump {
+    fn source(&self) -> &MappedDump {
+        &self.mapped
+    }
+
+    fn content(&self) -> Result<Content<'_>, DumpError> {
+        of_mapped(&self.mapped, &self.ram, self.wrapping.begin())
+    }
+}
 
 /// The memory in a mapped-ram file.
 #[derive(Debug, Clone)]
@@ -62,7 +192,7 @@ impl MappedRam {
         layout: Option<&LayoutSpec>,
     ) -> Result<Self, DumpError> {
         let mut cursor = Cursor::new(path, data, at);
-        let mut start = qemu::start(&mut cursor)?;
+        let mut start = start::start(&mut cursor)?;
         if start.has(IGNORE_SHARED) {
             return Err(DumpError::Unsupported {
                 path: path.to_owned(),
@@ -88,9 +218,9 @@ impl MappedRam {
         }
         cursor.footer(start.ram_section)?;
         let after = cursor.at;
-        qemu::other_sections(&mut cursor, &mut start)?;
+        start::other_sections(&mut cursor, &mut start)?;
         let names = blocks.iter().map(|block| (block.name.clone(), block.len));
-        let placed = qemu::blocks(path, &start, layout, names.collect())?;
+        let placed = start::blocks(path, &start, layout, names.collect())?;
         let stores = placed.iter().zip(&blocks).map(|(placed, block)| Store {
             ranges: placed.ranges.clone(),
             len: block.len,
@@ -192,7 +322,7 @@ impl Store {
                 if extents.len() as u64 > limit {
                     return false;
                 }
-                for (guest, from) in qemu::place(&self.ranges, at, end.saturating_sub(at)) {
+                for (guest, from) in start::place(&self.ranges, at, end.saturating_sub(at)) {
                     extents.push(Extent {
                         guest,
                         offset: first.then(|| self.pages_offset.saturating_add(from)),
@@ -243,21 +373,12 @@ impl Store {
     }
 }
 
-/// Bits count from the lowest of the first byte: words in the order of a little-endian host,
-/// which is what all hosts of these guests are.
-pub(crate) fn is_set(bitmap: &[u8], page: u64) -> bool {
-    usize::try_from(page >> 3)
-        .ok()
-        .and_then(|byte| bitmap.get(byte))
-        .is_some_and(|byte| byte >> (page & 7) & 1 == 1)
-}
-
 /// One block's name, length and header; all of it must lie in the file.
 fn block(cursor: &mut Cursor<'_>, file_len: u64) -> Result<Block, DumpError> {
     let name = cursor.name()?;
     let len = cursor.u64()?;
     let version = cursor.u32()?;
-    if version != HEADER_VERSION {
+    if version != MAPPED_RAM_VERSION {
         return Err(cursor.malformed("the version of a mapped-ram header", version.into()));
     }
     let page_size = cursor.u64()?;
@@ -281,4 +402,58 @@ fn block(cursor: &mut Cursor<'_>, file_len: u64) -> Result<Block, DumpError> {
         bitmap_offset,
         pages_offset,
     })
+}
+
+fn of_mapped<'a>(
+    dump: &MappedDump,
+    ram: &'a MappedRam,
+    begin: u64,
+) -> Result<Content<'a>, DumpError> {
+    let (path, data) = (dump.path(), dump.bytes());
+    let (between, end) = rest_of_ram(path, data, &ram.start, ram.after)?;
+    let mut places = Vec::new();
+    for store in &ram.stores {
+        // Room for all of its pages is in the file, as was checked when it was opened.
+        let bitmap = store.bitmap(path, data)?;
+        places.push(Places::InOrder {
+            bitmap,
+            at: store.pages_offset,
+            pages: store.len / TARGET_PAGE,
+        });
+    }
+    Ok(Content {
+        start: &ram.start,
+        blocks: &ram.blocks,
+        places,
+        begin,
+        between: (ram.after, between),
+        end,
+    })
+}
+
+/// Copies all of the file but the dropped pages, and clears their bits. Returns how many bytes
+/// are shared.
+fn copy_mapped_ram(
+    dump: &MappedDump,
+    ram: &MappedRam,
+    bitmaps: &[(u64, Vec<u8>)],
+    output: &Output,
+    progress: Progress<'_>,
+) -> Result<u64, DumpError> {
+    let writing = || DumpError::io("writing", output.path());
+    let total = dump.file_len();
+    output.file().set_len(total).map_err(writing())?;
+    let mut copier = Copier::new(dump, output, total, progress);
+    let mut at = 0_u64;
+    for (offset, len) in ram.holes(bitmaps).into_iter().chain([(total, 0)]) {
+        copier.copy(at, at, offset.saturating_sub(at))?;
+        at = offset.saturating_add(len);
+    }
+    for (offset, bitmap) in bitmaps {
+        output
+            .file()
+            .write_all_at(bitmap, *offset)
+            .map_err(writing())?;
+    }
+    Ok(copier.cloned())
 }

@@ -2,101 +2,48 @@
 //! file. Both hold the same: all blocks of memory, and then the devices' state, which stays as it
 //! is byte for byte.
 
+use crate::DumpError;
 use crate::backing::mapped::MappedDump;
-use crate::format::qemu::mapped_ram::{self, HEADER_VERSION, MappedRam, is_set};
-use crate::format::qemu::stream::{
-    FLAG_CONTINUE, FLAG_MULTIFD_FLUSH, FLAG_PAGE, FLAG_ZERO, SECTION_END, SECTION_PART, Stream,
+use crate::format::ability::Migration;
+use crate::format::qemu::content::Content;
+use crate::format::qemu::start::{
+    BlockKind, CAPABILITIES, FLAG_CONTINUE, FLAG_EOS, FLAG_MEM_SIZE, FLAG_PAGE, FLAG_ZERO,
+    MAPPED_RAM, MAPPED_RAM_VERSION, SECTION_END, SUBSECTION, Start, TARGET_PAGE,
 };
-use crate::format::qemu::{
-    CAPABILITIES, Cursor, FLAG_EOS, FLAG_MEM_SIZE, SUBSECTION, Start, TARGET_PAGE,
-};
-use crate::output::{Output, Overwrite, Target};
-use crate::prune::Progress;
+use crate::output::Output;
 use crate::prune::copy::{COPY, Copier};
-use crate::{BlockKind, Dump, DumpError, Format, RamBlock};
-use sonicshot::GuestBytes;
+use sonicshot::Progress;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 
 /// Where the pages of a block begin is a multiple of this, for direct I/O.
 const PAGES_ALIGN: u64 = 1 << 20;
 const FOOTER: u8 = 0x7e;
 /// The header of a block in a mapped-ram file.
 const HEADER_LEN: u64 = 28;
-/// The shortest record of a page in a stream.
-const MIN_RECORD: u64 = 9;
 /// The header of the section `ram`: kind, number, name, instance, version.
 const RAM_HEADER: u64 = 17;
 
-impl Dump {
-    /// Writes the migration file again as a mapped-ram file, which QEMU 9 and later loads with
-    /// the capability of that name. Of a libvirt image that is the migration file in it.
-    ///
-    /// # Errors
-    /// [`DumpError::CannotConvert`] if it is no migration file, and what reading and writing
-    /// gives; there is then no new file.
-    pub fn to_mapped_ram(
-        &self,
-        out: &Path,
-        overwrite: Overwrite,
-        progress: Progress<'_>,
-    ) -> Result<u64, DumpError> {
-        self.to_migration(out, overwrite, progress, write_mapped, "a mapped-ram file")
-    }
-
-    /// Writes the migration file again as a classic stream, which every QEMU since 5 loads. Of a
-    /// libvirt image that is the migration file in it.
-    ///
-    /// # Errors
-    /// As [`to_mapped_ram`](Self::to_mapped_ram).
-    pub fn to_stream(
-        &self,
-        out: &Path,
-        overwrite: Overwrite,
-        progress: Progress<'_>,
-    ) -> Result<u64, DumpError> {
-        self.to_migration(out, overwrite, progress, write_stream, "a migration stream")
-    }
-
-    fn to_migration(
-        &self,
-        out: &Path,
-        overwrite: Overwrite,
-        progress: Progress<'_>,
-        write: fn(&Content<'_>, &mut Writer<'_>) -> Result<(), DumpError>,
-        to: &'static str,
-    ) -> Result<u64, DumpError> {
-        let cannot = || DumpError::CannotConvert {
-            path: self.path().into(),
-            format: self.format(),
-            to,
-        };
-        let dump = self.mapped().ok_or_else(cannot)?;
-        dump.check_length()?;
-        let content = match self.format_data() {
-            Format::Stream(stream) => of_stream(dump, stream, self.payload_at())?,
-            Format::MappedRam(ram) => of_mapped(dump, ram, self.payload_at())?,
-            _ => return Err(cannot()),
-        };
-        let output = Output::create(Target::new(out, overwrite), &self.files())?;
-        write(&content, &mut Writer::new(dump, &output, progress))?;
-        output.finish()
-    }
+/// Which of the two kinds is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    MappedRam,
+    Stream,
 }
 
-/// What both kinds of file hold.
-struct Content<'a> {
-    start: &'a Start,
-    blocks: &'a [RamBlock],
-    /// Where the pages of each block are.
-    places: Vec<Places>,
-    /// Where the file begins.
-    begin: u64,
-    /// The sections behind the memory's first part: where they begin and end.
-    between: (u64, u64),
-    /// Where what follows the memory begins.
-    end: u64,
+/// Writes what `from` holds as the other kind, or the same again.
+pub(crate) fn write(
+    from: &dyn Migration,
+    kind: Kind,
+    output: &Output,
+    progress: Progress<'_>,
+) -> Result<(), DumpError> {
+    let content = from.content()?;
+    let mut writer = Writer::new(from.source(), output, progress);
+    match kind {
+        Kind::MappedRam => write_mapped(&content, &mut writer),
+        Kind::Stream => write_stream(&content, &mut writer),
+    }
 }
 
 /// Writes one piece after the other.
@@ -211,9 +158,9 @@ impl<'a> Writer<'a> {
         let configuration = start.configuration_at.unwrap_or(start.ram_at);
         self.small(begin, configuration.saturating_sub(begin))?;
         let mut capabilities: Vec<&str> = start.capabilities.iter().map(String::as_str).collect();
-        capabilities.retain(|name| *name != mapped_ram::CAPABILITY);
+        capabilities.retain(|name| *name != MAPPED_RAM);
         if mapped {
-            capabilities.push(mapped_ram::CAPABILITY);
+            capabilities.push(MAPPED_RAM);
         }
         if !capabilities.is_empty() {
             self.bytes(&[SUBSECTION])?;
@@ -235,158 +182,6 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// Passes over the rest of the section `ram` in a mapped-ram file, which has no pages: returns
-/// where the sections between its parts end, and where all of it ends.
-pub(crate) fn rest_of_ram(
-    path: &Path,
-    data: GuestBytes<'_>,
-    start: &Start,
-    after: u64,
-) -> Result<(u64, u64), DumpError> {
-    let mut cursor = Cursor::new(path, data, after);
-    let mut between = after;
-    let mut first = true;
-    // Each turn passes over a section, so that this ends with the file.
-    loop {
-        crate::format::qemu::other_sections(&mut cursor, &mut Start::default())?;
-        if first {
-            between = cursor.at;
-            first = false;
-        }
-        let kind = cursor.u8()?;
-        if kind != SECTION_PART && kind != SECTION_END {
-            return Err(cursor.malformed("a section among the memory's", kind.into()));
-        }
-        cursor.section(start.ram_section)?;
-        loop {
-            match cursor.u64()? {
-                FLAG_EOS => break,
-                FLAG_MULTIFD_FLUSH => {}
-                other => return Err(cursor.malformed("what follows the memory", other)),
-            }
-        }
-        cursor.footer(start.ram_section)?;
-        if kind == SECTION_END {
-            return Ok((between, cursor.at));
-        }
-    }
-}
-
-/// Where each page of a block is.
-enum Places {
-    /// 0 where it is zero.
-    Listed(Vec<u64>),
-    /// One behind the other from here on, those with a bit.
-    InOrder {
-        bitmap: Vec<u8>,
-        at: u64,
-        pages: u64,
-    },
-}
-
-impl Places {
-    /// The place of each page; 0 where it is zero.
-    fn iter(&self) -> Box<dyn Iterator<Item = u64> + '_> {
-        match self {
-            Self::Listed(places) => Box::new(places.iter().copied()),
-            Self::InOrder { bitmap, at, pages } => Box::new((0..*pages).map(move |page| {
-                let there = at.saturating_add(page.saturating_mul(TARGET_PAGE));
-                if is_set(bitmap, page) { there } else { 0 }
-            })),
-        }
-    }
-
-    /// A bit for each page that is not zero, as a mapped-ram file has them.
-    fn bitmap(&self) -> Vec<u8> {
-        let places = match self {
-            Self::Listed(places) => places,
-            Self::InOrder { bitmap, .. } => return bitmap.clone(),
-        };
-        let byte = |pages: &[u64]| {
-            let bits = pages.iter().zip(0_u32..);
-            bits.fold(0_u8, |byte, (place, bit)| {
-                byte | u8::from(*place != 0) << bit
-            })
-        };
-        places.chunks(8).map(byte).collect()
-    }
-}
-
-fn of_stream<'a>(
-    dump: &MappedDump,
-    stream: &'a Stream,
-    begin: u64,
-) -> Result<Content<'a>, DumpError> {
-    let (path, data) = (dump.path(), dump.bytes());
-    let mut places: Vec<Vec<u64>> = Vec::new();
-    let limit = (data.len() as u64 / MIN_RECORD).saturating_add(1);
-    let mut total = 0_u64;
-    for block in &stream.blocks {
-        let pages = block.len / TARGET_PAGE;
-        total = total.saturating_add(pages);
-        // A short file must not claim a lot of memory.
-        if total > limit {
-            let what = "the size of all memory";
-            return Err(DumpError::malformed(path, what, begin, total));
-        }
-        places.push(vec![0; usize::try_from(pages).unwrap_or(usize::MAX)]);
-    }
-    let end = stream.walk(path, data, |record| {
-        let page = usize::try_from(record.address / TARGET_PAGE).unwrap_or(usize::MAX);
-        let place = record
-            .block
-            .and_then(|block| places.get_mut(block)?.get_mut(page));
-        let place = place.ok_or_else(|| {
-            DumpError::malformed(path, "the address of a page", record.data, record.address)
-        })?;
-        *place = if record.has_data() { record.data } else { 0 };
-        Ok(())
-    })?;
-    let mut cursor = Cursor::new(path, data, stream.records_at);
-    let mut between = (0, 0);
-    if matches!(cursor.u64(), Ok(FLAG_EOS)) {
-        cursor.footer(stream.start.ram_section)?;
-        between.0 = cursor.at;
-        crate::format::qemu::other_sections(&mut cursor, &mut Start::default())?;
-        between.1 = cursor.at;
-    }
-    Ok(Content {
-        start: &stream.start,
-        blocks: &stream.blocks,
-        places: places.into_iter().map(Places::Listed).collect(),
-        begin,
-        between,
-        end,
-    })
-}
-
-fn of_mapped<'a>(
-    dump: &MappedDump,
-    ram: &'a MappedRam,
-    begin: u64,
-) -> Result<Content<'a>, DumpError> {
-    let (path, data) = (dump.path(), dump.bytes());
-    let (between, end) = rest_of_ram(path, data, &ram.start, ram.after)?;
-    let mut places = Vec::new();
-    for store in &ram.stores {
-        // Room for all of its pages is in the file, as was checked when it was opened.
-        let bitmap = store.bitmap(path, data)?;
-        places.push(Places::InOrder {
-            bitmap,
-            at: store.pages_offset,
-            pages: store.len / TARGET_PAGE,
-        });
-    }
-    Ok(Content {
-        start: &ram.start,
-        blocks: &ram.blocks,
-        places,
-        begin,
-        between: (ram.after, between),
-        end,
-    })
-}
-
 fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpError> {
     let start = content.start;
     out.head(start, content.begin, true)?;
@@ -398,7 +193,7 @@ fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         let pages_at = bitmap_at
             .saturating_add(bitmap.len() as u64)
             .next_multiple_of(PAGES_ALIGN);
-        out.bytes(&HEADER_VERSION.to_be_bytes())?;
+        out.bytes(&MAPPED_RAM_VERSION.to_be_bytes())?;
         for field in [TARGET_PAGE, bitmap_at, pages_at] {
             out.word(field)?;
         }

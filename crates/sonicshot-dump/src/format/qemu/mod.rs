@@ -1,464 +1,71 @@
-//! What QEMU's migration files have in common: how they begin, and their RAM blocks
-//! (`migration/savevm.c`, `migration/ram.c`).
-//!
-//! Numbers are big-endian. A file begins with `QEVM`, version 3, a configuration section with the
-//! machine's name, and the first part of the section `ram`, which lists all blocks of memory:
-//! the guest's RAM, and the ROMs and video memory that go with it.
+//! QEMU's migration files, of two kinds.
 
+pub(crate) mod content;
 pub(crate) mod device_state;
 pub(crate) mod mapped_ram;
 pub(crate) mod migration;
+pub(crate) mod start;
 pub(crate) mod stream;
 
-use crate::{BlockPlace, DumpError, LayoutSpec};
-use sonicshot::{Gpa, GpaRange, GuestBytes};
-use std::path::Path;
+use crate::DumpError;
+use crate::backing::spool::Spool;
+use crate::format::libvirt::Image;
+use crate::format::{Format, Kind, Source, boxed};
+use start::{Cursor, MAGIC, MAPPED_RAM};
+use std::fs::File;
 
-/// The subsection with the capabilities that both sides must have.
-pub(crate) const CAPABILITIES: &str = "configuration/capabilities";
-/// How a migration file begins.
-pub(crate) const MAGIC: &[u8; 4] = b"QEVM";
-const VERSION: u32 = 3;
-const SECTION_START: u8 = 1;
-pub(crate) const SECTION_FULL: u8 = 4;
-const SECTION_COMMAND: u8 = 8;
-pub(crate) const SECTION_FOOTER: u8 = 0x7e;
-pub(crate) const SUBSECTION: u8 = 5;
-const CONFIGURATION: u8 = 7;
-const RAM_VERSION: u32 = 4;
-/// The flag that comes with the total of all blocks.
-pub(crate) const FLAG_MEM_SIZE: u64 = 0x04;
-/// Ends a part of the section.
-pub(crate) const FLAG_EOS: u64 = 0x10;
-/// QEMU's pages, whatever the guest's are.
-pub(crate) const TARGET_PAGE: u64 = 4096;
-/// No machine has more memory blocks.
-pub(crate) const MAX_BLOCKS: usize = 4096;
-/// Names and small tables are shorter than this.
-const MAX_NAME: u32 = 4096;
-const MAX_CAPABILITIES: u32 = 256;
-/// No machine has more virtio-mem devices.
-const MAX_PLUGGED: usize = 256;
-/// The state of a virtio-mem device that goes before the memory
-/// (`hw/virtio/virtio-mem.c`, QEMU 8 and later); the device's own name stands before it.
-const VIRTIO_MEM: &str = "/virtio-mem-device-early";
+pub(crate) const KIND: Kind = Kind::by_magic(&[MAGIC], open);
 
-/// Reads one field after the other.
-#[derive(Clone)]
-pub(crate) struct Cursor<'a> {
-    path: &'a Path,
-    data: GuestBytes<'a>,
-    pub at: u64,
+/// What a migration file is wrapped in.
+#[derive(Debug, Default)]
+pub(crate) struct Wrapping {
+    image: Option<Image>,
+    /// The content, if the image is compressed.
+    unpacked: Option<Spool>,
 }
 
-impl<'a> Cursor<'a> {
-    pub(crate) fn new(path: &'a Path, data: GuestBytes<'a>, at: u64) -> Self {
-        Self { path, data, at }
-    }
-
-    pub(crate) fn malformed(&self, what: &'static str, value: u64) -> DumpError {
-        DumpError::malformed(self.path, what, self.at, value)
-    }
-
-    pub(crate) fn bytes<const N: usize>(&mut self) -> Result<[u8; N], DumpError> {
-        let mut out = [0; N];
-        self.copy(&mut out)?;
-        Ok(out)
-    }
-
-    fn copy(&mut self, out: &mut [u8]) -> Result<(), DumpError> {
-        let start = usize::try_from(self.at).unwrap_or(usize::MAX);
-        self.data
-            .get(start, out.len())
-            .filter(|bytes| bytes.copy_to(out))
-            .ok_or_else(|| self.malformed("the end of the file inside a field", 0))?;
-        self.at = self.at.saturating_add(out.len() as u64);
-        Ok(())
-    }
-
-    pub(crate) fn u8(&mut self) -> Result<u8, DumpError> {
-        Ok(u8::from_be_bytes(self.bytes()?))
-    }
-
-    pub(crate) fn u32(&mut self) -> Result<u32, DumpError> {
-        Ok(u32::from_be_bytes(self.bytes()?))
-    }
-
-    pub(crate) fn u64(&mut self) -> Result<u64, DumpError> {
-        Ok(u64::from_be_bytes(self.bytes()?))
-    }
-
-    fn text(&mut self, len: u32) -> Result<String, DumpError> {
-        if len > MAX_NAME {
-            return Err(self.malformed("the length of a name", len.into()));
-        }
-        let mut name = vec![0; len as usize];
-        self.copy(&mut name)?;
-        String::from_utf8(name).map_err(|_| self.malformed("a name that is no text", len.into()))
-    }
-
-    /// A name behind its length in one byte.
-    pub(crate) fn name(&mut self) -> Result<String, DumpError> {
-        let len = self.u8()?;
-        self.text(len.into())
-    }
-
-    /// Passes over bytes that are there.
-    pub(crate) fn skip(&mut self, len: u64) -> Result<(), DumpError> {
-        let end = self.at.checked_add(len);
-        match end.filter(|end| *end <= self.data.len() as u64) {
-            Some(end) => {
-                self.at = end;
-                Ok(())
-            }
-            None => Err(self.malformed("the end of the file inside a page", len)),
+impl Wrapping {
+    /// Where the migration file begins in the bytes.
+    pub(crate) fn begin(&self) -> u64 {
+        match self.image {
+            Some(image) if image.compression.is_none() => image.payload_at,
+            _ => 0,
         }
     }
 
-    /// The number of a section, which must be this.
-    pub(crate) fn section(&mut self, wanted: u32) -> Result<(), DumpError> {
-        let found = self.u32()?;
-        if found == wanted {
-            return Ok(());
-        }
-        Err(self.malformed("the number of a section", found.into()))
+    pub(crate) fn image(&self) -> Option<Image> {
+        self.image
     }
 
-    /// The end of a section, if it is marked.
-    pub(crate) fn footer(&mut self, section: u32) -> Result<(), DumpError> {
-        if self.peek() == Some(SECTION_FOOTER) {
-            self.u8()?;
-            self.section(section)?;
-        }
-        Ok(())
+    pub(crate) fn unpacked(&self) -> Option<&Spool> {
+        self.unpacked.as_ref()
     }
 
-    pub(crate) fn peek(&self) -> Option<u8> {
-        self.data.u8_at(usize::try_from(self.at).ok()?)
+    /// The compressed image, if it is one.
+    pub(crate) fn packed_in(&self) -> Option<(&File, Image)> {
+        self.unpacked.as_ref()?.image()
     }
 }
 
-/// What a migration file says before its memory.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Start {
-    pub machine: Option<String>,
-    pub capabilities: Vec<String>,
-    /// Where the machine's name ends, if there is one: what else is said of the configuration
-    /// follows.
-    pub configuration_at: Option<u64>,
-    /// Where the list of capabilities is, from its beginning to its end.
-    pub capabilities_at: Option<(u64, u64)>,
-    /// Where the section `ram` begins.
-    pub ram_at: u64,
-    /// The number of the section `ram`.
-    pub ram_section: u32,
-    /// The length of all blocks, in bytes.
-    pub total: u64,
-    /// The memory of virtio-mem devices.
-    plugged: Vec<Plugged>,
+/// Opens a migration file, or what was compressed as one.
+pub(crate) fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {
+    let unpacked = source.spool.clone().filter(|spool| spool.image().is_some());
+    let image = unpacked.as_ref().and_then(Spool::image);
+    let image = image.map(|(_, image)| image);
+    open_wrapped(source, Wrapping { image, unpacked })
 }
 
-/// Where a virtio-mem device has its memory.
-#[derive(Debug, Clone)]
-struct Plugged {
-    /// The device's name, which the block of its memory begins with.
-    device: String,
-    range: GpaRange,
+/// Opens the migration file in `image`.
+pub(crate) fn open_in(source: Source<'_>, image: Image) -> Result<Box<dyn Format>, DumpError> {
+    let image = Some(image);
+    let unpacked = None;
+    open_wrapped(source, Wrapping { image, unpacked })
 }
 
-/// What a block of memory is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum BlockKind {
-    /// The guest's RAM: what it boots with, or what was plugged in as a DIMM. Also whatever has
-    /// a name that is not known.
-    Ram,
-    /// The memory of a virtio-mem device, which says itself where it lies.
-    VirtioMem,
-    /// A ROM, video memory, or another device's, by its name.
-    Device,
-}
-
-/// A block of memory in a migration file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct RamBlock {
-    /// Its name, such as `pc.ram`, `ram-node0` or `pc.bios`.
-    pub name: String,
-    /// Its length in bytes.
-    pub len: u64,
-    /// What it is.
-    pub kind: BlockKind,
-    /// Where it lies in the guest, end to end in the block. Empty: that is not known, and the
-    /// block is kept as it is.
-    pub ranges: Vec<GpaRange>,
-}
-
-impl Start {
-    pub(crate) fn has(&self, capability: &str) -> bool {
-        self.capabilities.iter().any(|name| name == capability)
+fn open_wrapped(source: Source<'_>, wrapping: Wrapping) -> Result<Box<dyn Format>, DumpError> {
+    let mut cursor = Cursor::new(source.path, source.data(), wrapping.begin());
+    if start::start(&mut cursor)?.has(MAPPED_RAM) {
+        return mapped_ram::open(source, wrapping).map(boxed);
     }
-}
-
-/// Where a guest of the machine of this name has its RAM.
-pub(crate) fn layout_of(machine: &str) -> Option<LayoutSpec> {
-    if machine.starts_with("pc-q35") {
-        Some(LayoutSpec::Q35)
-    } else if machine.starts_with("pc-i440fx") {
-        Some(LayoutSpec::Pc)
-    } else {
-        None
-    }
-}
-
-/// Reads the file's start up to the first memory block of the section `ram`.
-pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
-    if &cursor.bytes::<4>()? != MAGIC {
-        return Err(cursor.malformed("no QEVM", 0));
-    }
-    let version = cursor.u32()?;
-    if version != VERSION {
-        return Err(cursor.malformed("a migration version", version.into()));
-    }
-    let mut start = Start::default();
-    if cursor.peek() == Some(CONFIGURATION) {
-        cursor.u8()?;
-        let len = cursor.u32()?;
-        start.machine = Some(cursor.text(len)?);
-        start.configuration_at = Some(cursor.at);
-        while cursor.peek() == Some(SUBSECTION) {
-            let begin = cursor.at;
-            cursor.u8()?;
-            let name = cursor.name()?;
-            cursor.u32()?; // its version
-            match name.as_str() {
-                CAPABILITIES => {
-                    let count = cursor.u32()?;
-                    if count > MAX_CAPABILITIES {
-                        return Err(cursor.malformed("the number of capabilities", count.into()));
-                    }
-                    for _ in 0..count {
-                        start.capabilities.push(cursor.name()?);
-                    }
-                    start.capabilities_at = Some((begin, cursor.at));
-                }
-                "configuration/target-page-bits" => {
-                    let bits = cursor.u32()?;
-                    if 1_u64.checked_shl(bits) != Some(TARGET_PAGE) {
-                        return Err(cursor.malformed("the size of a page", bits.into()));
-                    }
-                }
-                "configuration/uuid" => drop(cursor.bytes::<16>()?),
-                _ => return Err(cursor.malformed("a part of the configuration, unknown", 0)),
-            }
-        }
-    }
-    other_sections(cursor, &mut start)?;
-    start.ram_at = cursor.at;
-    let section = cursor.u8()?;
-    start.ram_section = cursor.u32()?;
-    let name = cursor.name()?;
-    cursor.u32()?; // instance
-    let version = cursor.u32()?;
-    if section != SECTION_START || name != "ram" || version != RAM_VERSION {
-        return Err(cursor.malformed("a first section that is not ram", section.into()));
-    }
-    let total = cursor.u64()?;
-    if total & (TARGET_PAGE.saturating_sub(1)) != FLAG_MEM_SIZE {
-        return Err(cursor.malformed("the size of all memory", total));
-    }
-    start.total = total & !(TARGET_PAGE.saturating_sub(1));
-    Ok(start)
-}
-
-/// Whether a block of this name is no RAM of the guest, but a device's.
-fn is_device(name: &str) -> bool {
-    name.starts_with("/rom@")
-        || name.ends_with(".rom")
-        || name.ends_with(".bios")
-        || name.contains("vga")
-        || name.contains(".vram")
-        || name.contains("flash")
-        || name.contains(':')
-}
-
-/// Passes over what may stand before and between the parts of the memory: commands, and the state
-/// of virtio-mem devices, which is noted.
-pub(crate) fn other_sections(cursor: &mut Cursor<'_>, start: &mut Start) -> Result<(), DumpError> {
-    loop {
-        let mut ahead = cursor.clone();
-        match ahead.peek() {
-            Some(SECTION_COMMAND) => {
-                ahead.u8()?;
-                ahead.bytes::<2>()?;
-                let len = u16::from_be_bytes(ahead.bytes()?);
-                ahead.skip(len.into())?;
-            }
-            Some(SECTION_FULL) => {
-                ahead.u8()?;
-                let number = ahead.u32()?;
-                let name = ahead.name()?;
-                ahead.bytes::<8>()?; // instance, version
-                let Some(device) = name.strip_suffix(VIRTIO_MEM) else {
-                    return Ok(());
-                };
-                if start.plugged.len() >= MAX_PLUGGED {
-                    return Err(ahead.malformed("the number of virtio-mem devices", 0));
-                }
-                let range = virtio_mem(&mut ahead)?;
-                start.plugged.push(Plugged {
-                    device: device.to_owned(),
-                    range,
-                });
-                ahead.footer(number)?;
-            }
-            _ => return Ok(()),
-        }
-        *cursor = ahead;
-    }
-}
-
-/// Reads what a virtio-mem device says of its memory: where it is, and which of its pieces are
-/// plugged in, which the memory's own records tell as well.
-fn virtio_mem(cursor: &mut Cursor<'_>) -> Result<GpaRange, DumpError> {
-    let address = cursor.u64()?;
-    let len = cursor.u64()?;
-    let piece = cursor.u64()?;
-    cursor.u32()?; // node
-    cursor.u64()?; // how much is plugged in
-    let range = GpaRange::with_len(Gpa::new(address), len);
-    let pieces = len.checked_div(piece).filter(|_| len % TARGET_PAGE == 0);
-    let (Some(range), Some(pieces)) = (range, pieces) else {
-        return Err(cursor.malformed("the memory of a virtio-mem device", len));
-    };
-    // A bit for each piece, in words.
-    cursor.skip(pieces.div_ceil(64).saturating_mul(8))?;
-    Ok(range)
-}
-
-/// The blocks of these names and lengths, each with where it lies in the guest, if that is known.
-///
-/// Without a layout for each block by name, the longest one that is no device's is the RAM that
-/// the machine boots with, laid out by `layout` or by the machine's name.
-pub(crate) fn blocks(
-    path: &Path,
-    start: &Start,
-    layout: Option<&LayoutSpec>,
-    found: Vec<(String, u64)>,
-) -> Result<Vec<RamBlock>, DumpError> {
-    let mut blocks: Vec<RamBlock> = Vec::new();
-    for (name, len) in found {
-        let plugged = start.plugged.iter().find(|plugged| {
-            let rest = name.strip_prefix(plugged.device.as_str());
-            rest.is_some_and(|rest| rest.starts_with('/')) && plugged.range.len() == len
-        });
-        blocks.push(RamBlock {
-            kind: match plugged {
-                Some(_) => BlockKind::VirtioMem,
-                None if is_device(&name) => BlockKind::Device,
-                None => BlockKind::Ram,
-            },
-            ranges: plugged.iter().map(|plugged| plugged.range).collect(),
-            name,
-            len,
-        });
-    }
-    if let Some(LayoutSpec::Blocks(places)) = layout {
-        for block in &mut blocks {
-            block.ranges.clear();
-        }
-        for place in places {
-            place_named(path, place, &mut blocks)?;
-        }
-    } else {
-        let main = blocks
-            .iter_mut()
-            .filter(|block| block.kind == BlockKind::Ram)
-            // Of blocks of one length the first.
-            .rev()
-            .max_by_key(|block| block.len)
-            .ok_or_else(|| DumpError::malformed(path, "no block of guest RAM", 0, 0))?;
-        main.ranges = ranges(path, start, layout, main.len)?;
-    }
-    Ok(blocks)
-}
-
-/// Puts a block where the layout has it.
-fn place_named(path: &Path, place: &BlockPlace, blocks: &mut [RamBlock]) -> Result<(), DumpError> {
-    let wanted = |block: &RamBlock| block.name == place.name && block.ranges.is_empty();
-    let found = blocks.iter().position(wanted);
-    let Some(block) = found.and_then(|found| blocks.get_mut(found)) else {
-        let known: Vec<&str> = blocks.iter().map(|block| block.name.as_str()).collect();
-        return Err(DumpError::NoBlock {
-            path: path.to_owned(),
-            name: place.name.clone(),
-            known: known.join(", "),
-        });
-    };
-    let described = sum(&place.ranges);
-    if described != block.len {
-        return Err(DumpError::LayoutLength {
-            path: path.to_owned(),
-            layout: LayoutSpec::Blocks(vec![place.clone()]).to_string(),
-            described,
-            actual: block.len,
-        });
-    }
-    block.ranges.clone_from(&place.ranges);
-    Ok(())
-}
-
-fn sum(ranges: &[GpaRange]) -> u64 {
-    ranges
-        .iter()
-        .fold(0, |sum, range| sum.saturating_add(range.len()))
-}
-
-/// Where the `len` bytes that the machine boots with are in the guest.
-fn ranges(
-    path: &Path,
-    start: &Start,
-    layout: Option<&LayoutSpec>,
-    len: u64,
-) -> Result<Vec<GpaRange>, DumpError> {
-    let Some(spec) = layout
-        .cloned()
-        .or_else(|| layout_of(start.machine.as_deref()?))
-    else {
-        return Err(DumpError::NoLayout {
-            path: path.to_owned(),
-            machine: start.machine.clone().unwrap_or_default(),
-        });
-    };
-    let ranges = spec.ranges(len);
-    let described = sum(&ranges);
-    if described != len {
-        return Err(DumpError::LayoutLength {
-            path: path.to_owned(),
-            layout: spec.to_string(),
-            described,
-            actual: len,
-        });
-    }
-    Ok(ranges)
-}
-
-/// The stretches of guest RAM that `start..start + len` of the RAM block is.
-pub(crate) fn place(
-    ranges: &[GpaRange],
-    start: u64,
-    len: u64,
-) -> impl Iterator<Item = (GpaRange, u64)> + '_ {
-    let end = start.saturating_add(len);
-    let mut base = 0_u64;
-    ranges.iter().filter_map(move |range| {
-        let first = base;
-        base = base.saturating_add(range.len());
-        let (from, to) = (start.max(first), end.min(base));
-        if from >= to {
-            return None;
-        }
-        let at = range.start().checked_add(from.saturating_sub(first))?;
-        Some((GpaRange::with_len(at, to.saturating_sub(from))?, from))
-    })
+    stream::open(source, wrapping).map(boxed)
 }

@@ -6,30 +6,142 @@
 //! that it is zero. Streams with compressed pages, deltas (XBZRLE) or more than one channel are
 //! refused.
 
-use crate::backing::mapped::Extent;
-use crate::format::qemu::{
-    self, BlockKind, Cursor, FLAG_EOS, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE,
+use crate::backing::mapped::{Extent, MappedDump};
+use crate::backing::spool::Spool;
+use crate::format::ability::{AsStream, ByCopy, Copying, EachPart, Migration, Part};
+use crate::format::libvirt::Image;
+use crate::format::qemu::content::{Content, Places};
+use crate::format::qemu::start::{
+    self, BlockKind, Cursor, FLAG_CONTINUE, FLAG_EOS, FLAG_MULTIFD_FLUSH, FLAG_PAGE, FLAG_ZERO,
+    MAX_BLOCKS, RamBlock, SECTION_END, SECTION_PART, Start, TARGET_PAGE,
 };
+use crate::format::qemu::{Wrapping, device_state};
+use crate::format::{Format, Source};
+use crate::processors;
+use crate::prune::stream;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{GpaRange, GuestBytes, PrunePlan};
+use sonicshot::{GpaRange, GuestBytes, GuestMemory, Processors, PrunePlan};
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::Path;
 
-pub(crate) const SECTION_PART: u8 = 2;
-pub(crate) const SECTION_END: u8 = 3;
-pub(crate) const FLAG_ZERO: u64 = 0x02;
-pub(crate) const FLAG_PAGE: u64 = 0x08;
-pub(crate) const FLAG_CONTINUE: u64 = 0x20;
 /// A page as what changed since it was last sent.
 const FLAG_XBZRLE: u64 = 0x40;
 /// A page compressed by QEMU itself (before QEMU 9.1).
 const FLAG_COMPRESSED: u64 = 0x100;
-/// Nothing follows it: only of use to the channels of multifd.
-pub(crate) const FLAG_MULTIFD_FLUSH: u64 = 0x200;
 const FLAGS: u64 = TARGET_PAGE.wrapping_sub(1);
 /// A page that is noted to be zero takes this much of the file.
 const ZERO_RECORD: u64 = 9;
 const WITH_DELTAS: &str = "a migration stream with deltas (xbzrle)";
+
+/// A migration stream, mapped.
+#[derive(Debug)]
+pub(crate) struct StreamDump {
+    mapped: MappedDump,
+    stream: Stream,
+    wrapping: Wrapping,
+}
+
+pub(crate) fn open(source: Source<'_>, wrapping: Wrapping) -> Result<StreamDump, DumpError> {
+    let (path, data) = (source.path, source.data());
+    let mut stream = Stream::parse(path, data, wrapping.begin(), source.layout)?;
+    let extents = stream.extents(path, data)?;
+    let mapped = source.mapped(extents)?;
+    Ok(StreamDump {
+        mapped,
+        stream,
+        wrapping,
+    })
+}
+
+impl Format for StreamDump {
+    fn name(&self) -> &'static str {
+        let image = self.wrapping.image();
+        image.as_ref().map_or("QEMU migration stream", Image::name)
+    }
+
+    fn memory(&self) -> &dyn GuestMemory {
+        &self.mapped
+    }
+
+    fn file(&self) -> &File {
+        let packed = self.wrapping.packed_in();
+        packed.map_or(self.mapped.file(), |(file, _)| file)
+    }
+
+    fn unpacked(&self) -> Option<&Spool> {
+        self.wrapping.unpacked()
+    }
+
+    fn check_unchanged(&self) -> Result<(), DumpError> {
+        self.mapped.check_length()
+    }
+
+    fn machine_type(&self) -> Option<&str> {
+        self.stream.start.machine.as_deref()
+    }
+
+    fn ram_blocks(&self) -> &[RamBlock] {
+        &self.stream.blocks
+    }
+
+    fn holds_device_state(&self) -> bool {
+        true
+    }
+
+    fn processors(&self) -> Processors {
+        let (dump, at) = (&self.mapped, self.stream.records_end);
+        processors::told(device_state::processors(
+            dump.path(),
+            dump.bytes(),
+            at,
+            dump,
+        ))
+    }
+
+    fn by_copy(&self) -> Option<&dyn ByCopy> {
+        Some(self)
+    }
+
+    fn as_stream(&self) -> Option<&dyn AsStream> {
+        Some(self)
+    }
+
+    fn as_migration(&self) -> Option<&dyn Migration> {
+        Some(self)
+    }
+}
+
+impl ByCopy for StreamDump {
+    fn copy(&self, work: Copying<'_>) -> Result<(), DumpError> {
+        stream::copy(self, work)
+    }
+}
+
+impl AsStream for StreamDump {
+    fn source(&self) -> &MappedDump {
+        &self.mapped
+    }
+
+    fn packed_in(&self) -> Option<(&File, Image)> {
+        self.wrapping.packed_in()
+    }
+
+    fn pruned(&self, goes: &PrunePlan, each: EachPart<'_>) -> Result<(), DumpError> {
+        let (path, data) = (self.mapped.path(), self.mapped.bytes());
+        self.stream.pruned(path, data, goes, each)
+    }
+}
+
+impl Migration for StreamDump {
+    fn source(&self) -> &MappedDump {
+        &self.mapped
+    }
+
+    fn content(&self) -> Result<Content<'_>, DumpError> {
+        of_stream(&self.mapped, &self.stream, self.wrapping.begin())
+    }
+}
 
 /// A classic migration stream.
 #[derive(Debug, Clone)]
@@ -73,7 +185,7 @@ impl Stream {
         layout: Option<&LayoutSpec>,
     ) -> Result<Self, DumpError> {
         let mut cursor = Cursor::new(path, data, at);
-        let mut start = qemu::start(&mut cursor)?;
+        let mut start = start::start(&mut cursor)?;
         for (capability, kind) in [
             (
                 "x-ignore-shared",
@@ -109,12 +221,12 @@ impl Stream {
         let mut ahead = cursor.clone();
         if matches!(ahead.u64(), Ok(FLAG_EOS)) {
             ahead.footer(start.ram_section)?;
-            qemu::other_sections(&mut ahead, &mut start)?;
+            start::other_sections(&mut ahead, &mut start)?;
         }
         // Every page has a record: a short file must not claim a lot of memory. What is not
         // plugged in of a virtio-mem device has none.
         let records = (data.len() as u64 / ZERO_RECORD).saturating_add(1);
-        let mut blocks = qemu::blocks(path, &start, layout, blocks)?;
+        let mut blocks = start::blocks(path, &start, layout, blocks)?;
         let pages = |blocks: &[RamBlock]| {
             let placed = blocks.iter().filter(|block| !block.ranges.is_empty());
             placed.fold(0_u64, |sum, block| sum.saturating_add(block.len)) / TARGET_PAGE
@@ -135,10 +247,6 @@ impl Stream {
             records_at: cursor.at,
             records_end: 0,
         })
-    }
-
-    pub(crate) fn machine(&self) -> Option<&str> {
-        self.start.machine.as_deref()
     }
 
     /// Goes through all records of pages. Returns where the section `ram` ends.
@@ -205,7 +313,7 @@ impl Stream {
             if last_part {
                 return Ok(cursor.at);
             }
-            qemu::other_sections(&mut cursor, &mut Start::default())?;
+            start::other_sections(&mut cursor, &mut Start::default())?;
             let kind = cursor.u8()?;
             if kind != SECTION_PART && kind != SECTION_END {
                 return Err(cursor.malformed("a section among the memory's", kind.into()));
@@ -253,7 +361,7 @@ impl Stream {
         let mut extents: Vec<Extent> = Vec::new();
         for (block, places) in self.blocks.iter().zip(places) {
             for (address, place) in (0_u64..).step_by(4096).zip(places) {
-                for (guest, _) in qemu::place(&block.ranges, address, TARGET_PAGE) {
+                for (guest, _) in start::place(&block.ranges, address, TARGET_PAGE) {
                     push_page(&mut extents, guest, place);
                 }
             }
@@ -269,7 +377,7 @@ impl Stream {
         path: &Path,
         data: GuestBytes<'_>,
         plan: &PrunePlan,
-        mut each: impl FnMut(Part<'_>) -> Result<(), DumpError>,
+        each: EachPart<'_>,
     ) -> Result<(), DumpError> {
         let (places, _) = self.places(path, data)?;
         let last = |record: &Record| {
@@ -310,7 +418,7 @@ impl Stream {
             return false;
         };
         let mut left = TARGET_PAGE;
-        for (guest, _) in qemu::place(&block.ranges, record.address, TARGET_PAGE) {
+        for (guest, _) in start::place(&block.ranges, record.address, TARGET_PAGE) {
             for part in plan.dropped_in(guest) {
                 left = left.saturating_sub(part.len());
             }
@@ -333,15 +441,50 @@ fn push_page(extents: &mut Vec<Extent>, guest: GpaRange, place: u64) {
     }
 }
 
-/// A part of a pruned stream.
-pub(crate) enum Part<'a> {
-    /// A stretch of the input.
-    Copy {
-        /// Where it begins.
-        from: u64,
-        /// Its length.
-        len: u64,
-    },
-    /// Other bytes.
-    Bytes(&'a [u8]),
+fn of_stream<'a>(
+    dump: &MappedDump,
+    stream: &'a Stream,
+    begin: u64,
+) -> Result<Content<'a>, DumpError> {
+    let (path, data) = (dump.path(), dump.bytes());
+    let mut places: Vec<Vec<u64>> = Vec::new();
+    let limit = (data.len() as u64 / ZERO_RECORD).saturating_add(1);
+    let mut total = 0_u64;
+    for block in &stream.blocks {
+        let pages = block.len / TARGET_PAGE;
+        total = total.saturating_add(pages);
+        // A short file must not claim a lot of memory.
+        if total > limit {
+            let what = "the size of all memory";
+            return Err(DumpError::malformed(path, what, begin, total));
+        }
+        places.push(vec![0; usize::try_from(pages).unwrap_or(usize::MAX)]);
+    }
+    let end = stream.walk(path, data, |record| {
+        let page = usize::try_from(record.address / TARGET_PAGE).unwrap_or(usize::MAX);
+        let place = record
+            .block
+            .and_then(|block| places.get_mut(block)?.get_mut(page));
+        let place = place.ok_or_else(|| {
+            DumpError::malformed(path, "the address of a page", record.data, record.address)
+        })?;
+        *place = if record.has_data() { record.data } else { 0 };
+        Ok(())
+    })?;
+    let mut cursor = Cursor::new(path, data, stream.records_at);
+    let mut between = (0, 0);
+    if matches!(cursor.u64(), Ok(FLAG_EOS)) {
+        cursor.footer(stream.start.ram_section)?;
+        between.0 = cursor.at;
+        start::other_sections(&mut cursor, &mut Start::default())?;
+        between.1 = cursor.at;
+    }
+    Ok(Content {
+        start: &stream.start,
+        blocks: &stream.blocks,
+        places: places.into_iter().map(Places::Listed).collect(),
+        begin,
+        between,
+        end,
+    })
 }

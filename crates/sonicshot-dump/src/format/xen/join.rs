@@ -1,13 +1,10 @@
-//! Xen images in two: what they hold beside the guest's memory, and an image made of that and of
-//! memory from elsewhere.
+//! A Xen image made of what another holds beside the guest's memory, and of memory from elsewhere.
 
 use crate::output::{Output, Target};
 use crate::prune::copy::COPY;
-use crate::{Dump, DumpError, Format, Overwrite, Progress};
-use sonicshot::{
-    Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn,
-    PfnRange, PrunePlan,
-};
+use crate::{DumpError, Overwrite};
+use sonicshot::Progress;
+use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, PageSize, Pfn, PfnRange};
 use sonicshot_xen::{Joined, Skeleton};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -15,45 +12,6 @@ use std::path::{Path, PathBuf};
 
 const PAGE: PageSize = PageSize::SIZE_4K;
 const PAGE_LEN: usize = 4096;
-
-impl Dump {
-    /// What a Xen image holds beside the guest's memory, without the pages that `plan` drops and
-    /// Xen lets be dropped: [`XlSkeleton::write`] makes an image of it again. `None` of other
-    /// formats.
-    ///
-    /// # Errors
-    /// [`DumpError::Xen`] if the file is no longer what was opened.
-    pub fn xl_skeleton(&self, plan: &PrunePlan) -> Result<Option<Vec<u8>>, DumpError> {
-        let (Format::Xen(image), Some(dump)) = (self.format_data(), self.mapped()) else {
-            return Ok(None);
-        };
-        let skeleton = image.skeleton(dump.bytes(), &image.dropped(plan));
-        skeleton.map(Some).map_err(|source| DumpError::Xen {
-            path: self.path().to_owned(),
-            source,
-        })
-    }
-
-    /// Makes pages that the format must keep, whatever the guest says of them, ones that no policy
-    /// drops: what Xen holds to be page tables of a PV guest.
-    pub fn keep_what_must_stay(&self, map: &mut PageMap) {
-        let Format::Xen(image) = self.format_data() else {
-            return;
-        };
-        let stay = image
-            .frames()
-            .iter()
-            .filter(|frame| !frame.may_be_dropped());
-        for frame in stay {
-            let goes = map
-                .class(frame.pfn())
-                .is_some_and(PageClass::may_be_dropped);
-            if let Some(one) = PfnRange::with_len(frame.pfn(), 1).filter(|_| goes) {
-                map.set(one, PageClass::Unknown);
-            }
-        }
-    }
-}
 
 /// What a Xen image holds beside the guest's memory: headers, other records, and what each page is.
 #[derive(Debug)]
@@ -64,7 +22,7 @@ pub struct XlSkeleton {
 }
 
 impl XlSkeleton {
-    /// Reads what [`Dump::xl_skeleton`] gave; messages call it by `path`.
+    /// Reads what [`Dump::xl_skeleton`](crate::Dump::xl_skeleton) gave; messages call it by `path`.
     ///
     /// # Errors
     /// [`DumpError::Xen`] if it is none.

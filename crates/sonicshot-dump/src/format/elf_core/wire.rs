@@ -1,5 +1,4 @@
-//! ELF core dumps: QEMU's `dump-guest-memory`, `/proc/vmcore`, and others with one `PT_LOAD`
-//! for each stretch of RAM (System V ABI, ELF-64 object file format).
+//! What is in an ELF core (System V ABI, ELF-64 object file format).
 //!
 //! Headers are read by hand, not by a library, since QEMU 10 writes an `e_ehsize` of 8 and its
 //! section headers before the program headers.
@@ -46,8 +45,40 @@ pub(crate) fn machine(path: &Path, number: u16) -> Result<Architecture, DumpErro
     }
 }
 
-/// The header of a core with `count` program headers right behind it.
-pub(crate) fn header(machine: Architecture, count: usize) -> Vec<u8> {
+/// The most program headers that `e_phnum` counts by itself.
+const MAX_COUNTED: usize = PN_XNUM as usize - 1;
+const SECTION_LEN: usize = 64;
+
+/// How long the header of a core, its `count` program headers and what counts them are, in bytes;
+/// `None` if no core has so many.
+pub(crate) fn headers_len(count: usize) -> Option<u64> {
+    if u32::try_from(count).is_ok_and(|count| count > MAX_SEGMENTS) {
+        return None;
+    }
+    let section = if count > MAX_COUNTED { SECTION_LEN } else { 0 };
+    let segments = SEGMENT_LEN.checked_mul(count)?;
+    let len = segments.checked_add(HEADER_LEN)?.checked_add(section)?;
+    u64::try_from(len).ok()
+}
+
+/// The header of a core with `segments`, whose headers follow; behind those, if they are more than
+/// 16 bits count, the section that does. As long as [`headers_len`] says; `None` if no core has
+/// so many.
+pub(crate) fn headers(machine: Architecture, segments: &[Segment]) -> Option<Vec<u8>> {
+    headers_len(segments.len())?;
+    let count = u32::try_from(segments.len()).ok()?;
+    let extended = segments.len() > MAX_COUNTED;
+    let counted = if extended {
+        PN_XNUM
+    } else {
+        u16::try_from(count).ok()?
+    };
+    let sections_at = if extended {
+        let at = SEGMENT_LEN.checked_mul(segments.len())?;
+        u64::try_from(at.checked_add(HEADER_LEN)?).ok()?
+    } else {
+        0
+    };
     let mut head = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0];
     head.resize(16, 0);
     head.extend(4_u16.to_le_bytes()); // ET_CORE
@@ -55,12 +86,24 @@ pub(crate) fn header(machine: Architecture, count: usize) -> Vec<u8> {
     head.extend(1_u32.to_le_bytes()); // EV_CURRENT
     head.extend(0_u64.to_le_bytes()); // e_entry
     head.extend((HEADER_LEN as u64).to_le_bytes()); // e_phoff
-    head.extend(0_u64.to_le_bytes()); // e_shoff
+    head.extend(sections_at.to_le_bytes()); // e_shoff
     head.extend(0_u32.to_le_bytes()); // e_flags
-    for word in [HEADER_LEN, SEGMENT_LEN, count, 0, 0, 0] {
-        head.extend(u16::try_from(word).unwrap_or(0).to_le_bytes());
+    let (section_len, sections) = if extended { (64_u16, 1_u16) } else { (0, 0) };
+    for word in [64_u16, 56, counted, section_len, sections, 0] {
+        head.extend(word.to_le_bytes());
     }
-    head
+    for segment in segments {
+        head.extend(segment.to_bytes());
+    }
+    if extended {
+        // A section of type SHT_NULL, all zero but for `sh_info`.
+        let mut section = [0; SECTION_LEN];
+        section
+            .get_mut(44..48)?
+            .copy_from_slice(&count.to_le_bytes());
+        head.extend(section);
+    }
+    Some(head)
 }
 
 /// One program header.
@@ -154,6 +197,12 @@ impl Segment {
         let range = GpaRange::with_len(Gpa::new(self.paddr), self.guest_len())?;
         (!range.is_empty()).then_some(range)
     }
+
+    /// What of that RAM the file has data for: empty if it has none.
+    pub(crate) fn filled(&self) -> Option<GpaRange> {
+        self.guest()?;
+        GpaRange::with_len(Gpa::new(self.paddr), self.file_len)
+    }
 }
 
 impl ElfCore {
@@ -235,9 +284,6 @@ impl ElfCore {
         })
     }
 
-    /// The guest's RAM: sorted, disjoint; where segments overlap, the first in the file counts.
-    ///
-    /// `file_len` is the length of the file: what it can justify bounds what is believed.
     /// The bytes of the first `PT_NOTE` segment, unless there are too many.
     pub(crate) fn notes(&self, data: GuestBytes<'_>) -> Option<Vec<u8>> {
         let notes = self
@@ -250,6 +296,9 @@ impl ElfCore {
             .flatten()
     }
 
+    /// The guest's RAM: sorted, disjoint; where segments overlap, the first in the file counts.
+    ///
+    /// `file_len` is the length of the file: what it can justify bounds what is believed.
     pub(crate) fn extents(&self, path: &Path, file_len: u64) -> Result<Vec<Extent>, DumpError> {
         let mut loads = Vec::new();
         for (number, segment) in (0_u64..).zip(&self.segments) {
@@ -320,8 +369,9 @@ fn add_extent(extents: &mut Vec<Extent>, guest: GpaRange, segment: &Segment) {
     for gap in gaps {
         let data = gap.intersection(&filled);
         let rest = GpaRange::new(gap.start().max(filled.end()), gap.end());
-        let inside = data.start().offset_from(guest.start()).unwrap_or(0);
-        for (guest, offset) in [(data, segment.offset.checked_add(inside)), (rest, None)] {
+        let inside = data.start().offset_from(guest.start());
+        let offset = inside.and_then(|inside| segment.offset.checked_add(inside));
+        for (guest, offset) in [(data, offset), (rest, None)] {
             if !guest.is_empty() {
                 let index = extents.partition_point(|e| e.guest.start() < guest.start());
                 extents.insert(index, Extent { guest, offset });

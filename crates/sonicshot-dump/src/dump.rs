@@ -1,0 +1,352 @@
+//! A dump of any format.
+
+use crate::backing::spool::Spool;
+use crate::format::ability::{AsStream, ByCopy, InPlace, Migration};
+use crate::format::qemu::{migration, start};
+use crate::format::{self, Format, Source, boxed};
+use crate::output::{Output, Overwrite, Target};
+use crate::{DumpError, LayoutSpec, RamBlock};
+use sonicshot::Progress;
+use sonicshot::{
+    Architecture, Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, PageClass, PageMap,
+    Processors, PrunePlan, RamLayout,
+};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+/// A dump file: the guest's memory, and how the file holds it.
+///
+/// ```no_run
+/// use sonicshot::GuestMemory;
+/// use sonicshot_dump::{Dump, LayoutSpec};
+/// let dump = Dump::open("guest.raw", Some(&LayoutSpec::Pc))?;
+/// println!("{}: {} bytes of RAM", dump.format(), dump.layout().bytes());
+/// # Ok::<(), sonicshot_dump::DumpError>(())
+/// ```
+#[derive(Debug)]
+pub struct Dump {
+    path: PathBuf,
+    format: Box<dyn Format>,
+    /// Where the content is, if it came through a pipe.
+    spool: Option<Spool>,
+    /// What is known of the processors from elsewhere.
+    told: Option<Processors>,
+}
+
+impl Dump {
+    /// Opens the dump at `path`, its kind told by its content. What has no known beginning is
+    /// raw RAM, laid out by `layout`, by default [`LayoutSpec::Pc`].
+    ///
+    /// # Errors
+    /// [`DumpError`] if the file cannot be read, is no dump, or contradicts itself.
+    pub fn open(path: impl AsRef<Path>, layout: Option<&LayoutSpec>) -> Result<Self, DumpError> {
+        let path = path.as_ref();
+        let format = format::open(Source::open(path, layout)?)?;
+        Ok(Self::new(path, format, None))
+    }
+
+    /// Opens a dump that came through a pipe or that was compressed. Messages call it by the
+    /// spool's name.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_spooled(spool: &Spool, layout: Option<&LayoutSpec>) -> Result<Self, DumpError> {
+        let format = format::open(Source::spooled(spool, layout)?)?;
+        Ok(Self::new(spool.name(), format, Some(spool.clone())))
+    }
+
+    /// Opens a Firecracker diff snapshot's memory file at `path` over `base`, the memory it was
+    /// made against (with earlier diffs merged, if there are any). Guest RAM is then the diff's
+    /// data over the base's.
+    ///
+    /// [`prune_to`](Self::prune_to) writes the merged memory, which needs no base any more.
+    /// [`prune_in_place`](Self::prune_in_place) changes the diff alone, and keeps of it what
+    /// would otherwise become what the base has.
+    ///
+    /// # Errors
+    /// [`DumpError::Base`] if the two cannot belong together, and as [`open`](Self::open).
+    pub fn open_over(
+        path: impl AsRef<Path>,
+        base: impl AsRef<Path>,
+        layout: Option<&LayoutSpec>,
+    ) -> Result<Self, DumpError> {
+        let path = path.as_ref();
+        let diff = format::diff::open(path, base.as_ref(), layout)?;
+        Ok(Self::new(path, boxed(diff), None))
+    }
+
+    fn new(path: &Path, format: Box<dyn Format>, spool: Option<Spool>) -> Self {
+        Self {
+            path: path.to_owned(),
+            format,
+            spool,
+            told: None,
+        }
+    }
+
+    /// The same with what something beside the file tells of the guest's processors, such as the
+    /// VMM's own state: [`SnapshotFiles::processors`](crate::SnapshotFiles::processors).
+    #[must_use]
+    pub fn with_processors(mut self, processors: Processors) -> Self {
+        self.told = Some(processors);
+        self
+    }
+
+    /// Where the content is that came through a pipe or was compressed: to open it again without
+    /// doing that again.
+    #[must_use]
+    pub fn spool(&self) -> Option<&Spool> {
+        // What came through a pipe may have been compressed on top, and has a spool of its own.
+        self.format.unpacked().or(self.spool.as_ref())
+    }
+
+    /// The format's name.
+    #[must_use]
+    pub fn format(&self) -> &'static str {
+        self.format.name()
+    }
+
+    /// Whether a page that must read as `fill` can be dropped: does it after a restore? Mostly a
+    /// dropped page reads as zero; in a Xen image nobody knows.
+    #[must_use]
+    pub fn restores(&self, fill: Fill) -> bool {
+        fill == Fill::Any || fill == self.format.dropped_reads_as()
+    }
+
+    /// The part of `plan` that this format can drop: what it [restores](Self::restores).
+    #[must_use]
+    pub fn restorable(&self, plan: &PrunePlan) -> PrunePlan {
+        if self.restores(Fill::Zero) {
+            plan.clone().zero_filled_only()
+        } else {
+            plan.clone().any_filled_only()
+        }
+    }
+
+    /// The layout of a raw file; `None` if the format itself says where RAM lies.
+    #[must_use]
+    pub fn layout_spec(&self) -> Option<&LayoutSpec> {
+        self.format.layout()
+    }
+
+    /// The VMCOREINFO text that the dump carries beside the memory, if it does.
+    #[must_use]
+    pub fn vmcoreinfo(&self) -> Option<&[u8]> {
+        self.format.vmcoreinfo()
+    }
+
+    /// The notes that the dump carries beside the memory, as an ELF core has them.
+    #[must_use]
+    pub fn core_notes(&self) -> Option<Vec<u8>> {
+        self.format.notes()
+    }
+
+    /// The file. Of a dump that came through a pipe, the temporary file with its content.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        self.format.file()
+    }
+
+    /// All files that the memory comes from: [`file`](Self::file), and the base of a diff. What is
+    /// made of it is to be for no more eyes than each of them.
+    #[must_use]
+    pub fn files(&self) -> Vec<&File> {
+        std::iter::once(self.file())
+            .chain(self.format.base())
+            .collect()
+    }
+
+    /// The machine that QEMU ran, such as `pc-i440fx-10.0`, if the dump says.
+    #[must_use]
+    pub fn machine_type(&self) -> Option<&str> {
+        self.format.machine_type()
+    }
+
+    /// Where a guest of that machine has its RAM, if it is one whose layout is known.
+    #[must_use]
+    pub fn machine_layout(&self) -> Option<LayoutSpec> {
+        start::layout_of(self.machine_type()?)
+    }
+
+    /// The blocks of memory of QEMU's migration files; other formats have none.
+    #[must_use]
+    pub fn ram_blocks(&self) -> &[RamBlock] {
+        self.format.ram_blocks()
+    }
+
+    /// Whether the file holds the devices' state too, so that a guest can be restored from it.
+    #[must_use]
+    pub fn holds_device_state(&self) -> bool {
+        self.format.holds_device_state()
+    }
+
+    /// Whether it is a Xen save image.
+    #[must_use]
+    pub fn is_xl(&self) -> bool {
+        self.format.as_skeletal().is_some()
+    }
+
+    /// The processor that the dump says the guest has, if it says.
+    #[must_use]
+    pub fn machine(&self) -> Option<Architecture> {
+        self.format.machine()
+    }
+
+    /// The length of the file in bytes.
+    #[must_use]
+    pub fn file_len(&self) -> u64 {
+        self.file().metadata().map_or(0, |m| m.len())
+    }
+
+    /// What a Xen image holds beside the guest's memory, without the pages that `plan` drops and
+    /// Xen lets be dropped: [`XlSkeleton::write`](crate::XlSkeleton::write) makes an image of it
+    /// again. `None` of other formats.
+    ///
+    /// # Errors
+    /// [`DumpError::Xen`] if the file is no longer what was opened.
+    pub fn xl_skeleton(&self, plan: &PrunePlan) -> Result<Option<Vec<u8>>, DumpError> {
+        let skeletal = self.format.as_skeletal();
+        skeletal.map(|format| format.skeleton(plan)).transpose()
+    }
+
+    /// Makes pages that the format must keep, whatever the guest says of them, ones that no policy
+    /// drops: what Xen holds to be page tables of a PV guest.
+    pub fn keep_what_must_stay(&self, map: &mut PageMap) {
+        for one in self.format.must_stay() {
+            let class = map.class(one.start());
+            if class.is_some_and(PageClass::may_be_dropped) {
+                map.set(one, PageClass::Unknown);
+            }
+        }
+    }
+
+    /// Writes the migration file again as a mapped-ram file, which QEMU 9 and later loads with
+    /// the capability of that name. Of a libvirt image that is the migration file in it.
+    ///
+    /// # Errors
+    /// [`DumpError::CannotConvert`] if it is no migration file, and what reading and writing
+    /// gives; there is then no new file.
+    pub fn to_mapped_ram(
+        &self,
+        out: &Path,
+        overwrite: Overwrite,
+        progress: Progress<'_>,
+    ) -> Result<u64, DumpError> {
+        let from = self.as_migration("a mapped-ram file")?;
+        let out = Target::new(out, overwrite);
+        self.to_migration(from, migration::Kind::MappedRam, out, progress)
+    }
+
+    /// Writes the migration file again as a classic stream, which every QEMU since 5 loads. Of a
+    /// libvirt image that is the migration file in it.
+    ///
+    /// # Errors
+    /// As [`to_mapped_ram`](Self::to_mapped_ram).
+    pub fn to_stream(
+        &self,
+        out: &Path,
+        overwrite: Overwrite,
+        progress: Progress<'_>,
+    ) -> Result<u64, DumpError> {
+        let from = self.as_migration("a migration stream")?;
+        let out = Target::new(out, overwrite);
+        self.to_migration(from, migration::Kind::Stream, out, progress)
+    }
+
+    fn to_migration(
+        &self,
+        from: &dyn Migration,
+        kind: migration::Kind,
+        out: Target<'_>,
+        progress: Progress<'_>,
+    ) -> Result<u64, DumpError> {
+        self.check_unchanged()?;
+        let output = Output::create(out, &self.files())?;
+        migration::write(from, kind, &output, progress)?;
+        output.finish()
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn check_unchanged(&self) -> Result<(), DumpError> {
+        self.format.check_unchanged()
+    }
+}
+
+/// What the format can do, or the refusal.
+impl Dump {
+    pub(crate) fn by_copy(&self) -> Result<&dyn ByCopy, DumpError> {
+        self.format.by_copy().ok_or_else(|| DumpError::CannotPrune {
+            path: self.path.clone(),
+            why: self.format.instead(),
+        })
+    }
+
+    /// What came through a pipe has no file to be changed.
+    pub(crate) fn in_place(&self) -> Result<&dyn InPlace, DumpError> {
+        let format = self.format.in_place().filter(|_| self.spool().is_none());
+        format.ok_or_else(|| DumpError::NotInPlace {
+            path: self.path.clone(),
+            format: self.format(),
+        })
+    }
+
+    pub(crate) fn as_stream(&self) -> Result<&dyn AsStream, DumpError> {
+        self.format
+            .as_stream()
+            .ok_or_else(|| DumpError::NotAStream {
+                path: self.path.clone(),
+                format: self.format(),
+            })
+    }
+
+    fn as_migration(&self, to: &'static str) -> Result<&dyn Migration, DumpError> {
+        self.format
+            .as_migration()
+            .ok_or_else(|| DumpError::CannotConvert {
+                path: self.path.clone(),
+                format: self.format(),
+                to,
+            })
+    }
+}
+
+impl GuestMemory for Dump {
+    fn layout(&self) -> &RamLayout {
+        self.format.memory().layout()
+    }
+
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        self.format.memory().read(at, buf)
+    }
+
+    fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
+        self.format.memory().map(at, len)
+    }
+
+    fn next_data(&self, at: Gpa) -> Option<GpaRange> {
+        self.format.memory().next_data(at)
+    }
+
+    fn release(&self, range: GpaRange) {
+        self.format.memory().release(range);
+    }
+
+    fn prefers_read(&self) -> bool {
+        self.format.memory().prefers_read()
+    }
+
+    fn p2m(&self) -> Option<&P2m> {
+        self.format.p2m()
+    }
+
+    fn processors(&self) -> Processors {
+        match &self.told {
+            Some(told) => told.clone(),
+            None if self.machine() == Some(Architecture::Aarch64) => Processors::Unknown,
+            None => self.format.processors(),
+        }
+    }
+}

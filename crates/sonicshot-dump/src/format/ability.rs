@@ -1,0 +1,98 @@
+//! What formats can do beside being read.
+
+use crate::DumpError;
+use crate::backing::mapped::MappedDump;
+use crate::format::libvirt::Image;
+use crate::format::qemu::content::Content;
+use crate::output::Output;
+use crate::prune::holes::Run;
+use crate::prune::stats::PruneStats;
+use sonicshot::Progress;
+use sonicshot::PrunePlan;
+use std::fs::File;
+
+/// A file of the same format that is to be written without some pages.
+pub(crate) struct Copying<'a> {
+    /// What goes: nothing that the format cannot drop.
+    pub goes: &'a PrunePlan,
+    pub output: &'a Output,
+    pub stats: &'a mut PruneStats,
+    pub progress: Progress<'a>,
+}
+
+/// Can be written again without the dropped pages.
+pub(crate) trait ByCopy {
+    /// Writes all of the output, and fills in what is special of `stats`.
+    fn copy(&self, work: Copying<'_>) -> Result<(), DumpError>;
+}
+
+/// What of a file is to be changed in place.
+#[derive(Debug, Default)]
+pub(crate) struct Punching {
+    /// Bytes that say of pages that they are not there, each with its offset: written first.
+    pub marks: Vec<(u64, Vec<u8>)>,
+    /// The stretches that then stand for nothing.
+    pub runs: Vec<Run>,
+}
+
+/// Can have its pages punched out.
+pub(crate) trait InPlace {
+    /// The file that is changed.
+    fn source(&self) -> &MappedDump;
+
+    /// Refuses other files that the result depends on if they are no longer what was opened.
+    fn check_others(&self) -> Result<(), DumpError> {
+        Ok(())
+    }
+
+    /// What is to be done for `goes` to go.
+    fn punching(&self, goes: &PrunePlan, stats: &mut PruneStats) -> Result<Punching, DumpError>;
+}
+
+/// A part of a pruned stream.
+pub(crate) enum Part<'a> {
+    /// A stretch of the input.
+    Copy {
+        /// Where it begins.
+        from: u64,
+        /// Its length.
+        len: u64,
+    },
+    /// Other bytes.
+    Bytes(&'a [u8]),
+}
+
+/// Takes the parts of a pruned stream, one after the other.
+pub(crate) type EachPart<'a> = &'a mut dyn FnMut(Part<'_>) -> Result<(), DumpError>;
+
+/// Can be written from front to back.
+pub(crate) trait AsStream {
+    /// The file that parts are copied from.
+    fn source(&self) -> &MappedDump;
+
+    /// The image that the stream is compressed in, if it is.
+    fn packed_in(&self) -> Option<(&File, Image)> {
+        None
+    }
+
+    /// Hands out the stream without `goes`, part by part.
+    fn pruned(&self, goes: &PrunePlan, each: EachPart<'_>) -> Result<(), DumpError>;
+
+    /// Fills in what is special of `stats`.
+    fn count(&self, _goes: &PrunePlan, _stats: &mut PruneStats) {}
+}
+
+/// Holds what QEMU's migration files hold.
+pub(crate) trait Migration {
+    /// The file that it is in.
+    fn source(&self) -> &MappedDump;
+
+    /// What is in it, and where.
+    fn content(&self) -> Result<Content<'_>, DumpError>;
+}
+
+/// Is the guest's memory and something else, which can be put together again.
+pub(crate) trait Skeletal {
+    /// All but the memory, without the pages that `plan` drops.
+    fn skeleton(&self, plan: &PrunePlan) -> Result<Vec<u8>, DumpError>;
+}

@@ -1,0 +1,138 @@
+//! A raw diff over its base: Firecracker's. See [`crate::backing::overlay`].
+
+use crate::backing::mapped::MappedDump;
+use crate::backing::overlay::Overlay;
+use crate::format::ability::{ByCopy, Copying, InPlace, Punching};
+use crate::format::{Format, Source, kind_of, raw};
+use crate::prune::copy::Copier;
+use crate::prune::runs::file_runs;
+use crate::prune::stats::PruneStats;
+use crate::{DumpError, LayoutSpec};
+use sonicshot::{GuestMemory, PrunePlan};
+use std::fs::File;
+use std::path::Path;
+
+/// A diff and its base as one memory.
+#[derive(Debug)]
+pub(crate) struct Diff {
+    overlay: Overlay,
+    layout: LayoutSpec,
+}
+
+/// Opens the diff at `path` over `base`.
+pub(crate) fn open(
+    path: &Path,
+    base: &Path,
+    layout: Option<&LayoutSpec>,
+) -> Result<Diff, DumpError> {
+    let refuse = |why| DumpError::Base {
+        path: path.to_owned(),
+        base: base.to_owned(),
+        why,
+    };
+    let raw = |path: &Path| {
+        let source = Source::open(path, layout)?;
+        match kind_of(&source)? {
+            None => raw::open(source),
+            Some(kind) => {
+                // What is wrong with the file itself says more.
+                (kind.open)(source)?;
+                Err(refuse("only raw memory files are diff and base"))
+            }
+        }
+    };
+    let (diff, base_file) = (raw(path)?, raw(base)?);
+    let overlay = Overlay::new(diff.mapped, base_file.mapped, refuse)?;
+    let layout = diff.layout;
+    Ok(Diff { overlay, layout })
+}
+
+impl Format for Diff {
+    fn name(&self) -> &'static str {
+        "raw RAM, a diff over its base"
+    }
+
+    fn memory(&self) -> &dyn GuestMemory {
+        &self.overlay
+    }
+
+    fn file(&self) -> &File {
+        self.overlay.diff().file()
+    }
+
+    fn base(&self) -> Option<&File> {
+        Some(self.overlay.base().file())
+    }
+
+    fn check_unchanged(&self) -> Result<(), DumpError> {
+        self.overlay.check_unchanged()
+    }
+
+    fn layout(&self) -> Option<&LayoutSpec> {
+        Some(&self.layout)
+    }
+
+    fn by_copy(&self) -> Option<&dyn ByCopy> {
+        Some(self)
+    }
+
+    fn in_place(&self) -> Option<&dyn InPlace> {
+        Some(self)
+    }
+}
+
+impl ByCopy for Diff {
+    /// The merged memory, which needs no base any more.
+    fn copy(&self, work: Copying<'_>) -> Result<(), DumpError> {
+        let (overlay, output, goes) = (&self.overlay, work.output, work.goes);
+        let len = overlay.diff().file_len();
+        let sized = output.file().set_len(len);
+        sized.map_err(DumpError::io("writing", output.path()))?;
+        let total = len.saturating_sub(goes.dropped_bytes());
+        let mut before = 0_u64;
+        for in_diff in [false, true] {
+            let mut done = before;
+            let mut shown = |here: u64, _: u64| {
+                done = before.saturating_add(here);
+                (work.progress)(done, total);
+            };
+            let source = overlay.source(in_diff);
+            let mut copier = Copier::new(source, output, total, &mut shown);
+            for extent in source.extents() {
+                for piece in overlay.parts(extent.guest).filter(|p| p.in_diff == in_diff) {
+                    for kept in goes.kept_in(piece.guest) {
+                        if let Some(offset) = source.offset_in(extent, kept.start())? {
+                            copier.copy(offset, offset, kept.len())?;
+                        }
+                    }
+                }
+            }
+            before = done;
+        }
+        Ok(())
+    }
+}
+
+impl InPlace for Diff {
+    fn source(&self) -> &MappedDump {
+        self.overlay.diff()
+    }
+
+    fn check_others(&self) -> Result<(), DumpError> {
+        self.overlay.check_unchanged()
+    }
+
+    /// Of the diff alone, what would not become what the base has.
+    fn punching(&self, goes: &PrunePlan, stats: &mut PruneStats) -> Result<Punching, DumpError> {
+        self.overlay.check_unchanged()?;
+        let runs = file_runs(self.overlay.diff(), goes)?;
+        let (runs, kept) = self.overlay.punchable(&runs);
+        stats.kept_for_base = kept;
+        stats.dropped_bytes = runs
+            .iter()
+            .fold(0, |sum, (_, len)| sum.saturating_add(*len));
+        stats.runs = runs.len() as u64;
+        let marks = Vec::new();
+        Ok(Punching { marks, runs })
+    }
+}

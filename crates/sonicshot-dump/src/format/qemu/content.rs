@@ -1,0 +1,109 @@
+//! What both of QEMU's kinds of migration files hold, and where.
+
+use crate::DumpError;
+use crate::format::qemu::start::{
+    self, Cursor, FLAG_EOS, FLAG_MULTIFD_FLUSH, RamBlock, SECTION_END, SECTION_PART, Start,
+    TARGET_PAGE,
+};
+use sonicshot::GuestBytes;
+use std::path::Path;
+
+/// What both kinds of file hold.
+pub(crate) struct Content<'a> {
+    pub start: &'a Start,
+    pub blocks: &'a [RamBlock],
+    /// Where the pages of each block are.
+    pub places: Vec<Places>,
+    /// Where the file begins.
+    pub begin: u64,
+    /// The sections behind the memory's first part: where they begin and end.
+    pub between: (u64, u64),
+    /// Where what follows the memory begins.
+    pub end: u64,
+}
+
+/// Passes over the rest of the section `ram` in a mapped-ram file, which has no pages: returns
+/// where the sections between its parts end, and where all of it ends.
+pub(crate) fn rest_of_ram(
+    path: &Path,
+    data: GuestBytes<'_>,
+    start: &Start,
+    after: u64,
+) -> Result<(u64, u64), DumpError> {
+    let mut cursor = Cursor::new(path, data, after);
+    let mut between = after;
+    let mut first = true;
+    // Each turn passes over a section, so that this ends with the file.
+    loop {
+        start::other_sections(&mut cursor, &mut Start::default())?;
+        if first {
+            between = cursor.at;
+            first = false;
+        }
+        let kind = cursor.u8()?;
+        if kind != SECTION_PART && kind != SECTION_END {
+            return Err(cursor.malformed("a section among the memory's", kind.into()));
+        }
+        cursor.section(start.ram_section)?;
+        loop {
+            match cursor.u64()? {
+                FLAG_EOS => break,
+                FLAG_MULTIFD_FLUSH => {}
+                other => return Err(cursor.malformed("what follows the memory", other)),
+            }
+        }
+        cursor.footer(start.ram_section)?;
+        if kind == SECTION_END {
+            return Ok((between, cursor.at));
+        }
+    }
+}
+
+/// Where each page of a block is.
+pub(crate) enum Places {
+    /// 0 where it is zero.
+    Listed(Vec<u64>),
+    /// One behind the other from here on, those with a bit.
+    InOrder {
+        bitmap: Vec<u8>,
+        at: u64,
+        pages: u64,
+    },
+}
+
+impl Places {
+    /// The place of each page; 0 where it is zero.
+    pub(crate) fn iter(&self) -> Box<dyn Iterator<Item = u64> + '_> {
+        match self {
+            Self::Listed(places) => Box::new(places.iter().copied()),
+            Self::InOrder { bitmap, at, pages } => Box::new((0..*pages).map(move |page| {
+                let there = at.saturating_add(page.saturating_mul(TARGET_PAGE));
+                if is_set(bitmap, page) { there } else { 0 }
+            })),
+        }
+    }
+
+    /// A bit for each page that is not zero, as a mapped-ram file has them.
+    pub(crate) fn bitmap(&self) -> Vec<u8> {
+        let places = match self {
+            Self::Listed(places) => places,
+            Self::InOrder { bitmap, .. } => return bitmap.clone(),
+        };
+        let byte = |pages: &[u64]| {
+            let bits = pages.iter().zip(0_u32..);
+            bits.fold(0_u8, |byte, (place, bit)| {
+                byte | u8::from(*place != 0) << bit
+            })
+        };
+        places.chunks(8).map(byte).collect()
+    }
+}
+
+/// Bits count from the lowest of the first byte: words in the order of a little-endian host,
+/// which is what all hosts of these guests are.
+pub(crate) fn is_set(bitmap: &[u8], page: u64) -> bool {
+    usize::try_from(page >> 3)
+        .ok()
+        .and_then(|byte| bitmap.get(byte))
+        .is_some_and(|byte| byte >> (page & 7) & 1 == 1)
+}

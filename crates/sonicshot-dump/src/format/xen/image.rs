@@ -1,0 +1,157 @@
+//! Images of `xl save`, and the streams in them.
+//!
+//! Page data of an image lies in the file at any offset. A dropped page stays named, without
+//! content.
+
+use crate::DumpError;
+use crate::backing::mapped::{Extent, MappedDump};
+use crate::format::ability::{AsStream, ByCopy, Copying, EachPart, Part, Skeletal};
+use crate::format::xen::{PAGE, failed, processors};
+use crate::format::{Format, Kind, Source, boxed};
+use crate::prune::stats::PruneStats;
+use crate::prune::stream;
+use sonicshot::{Fill, GpaRange, GuestMemory, PfnRange, Processors, PrunePlan};
+use sonicshot_xen::{DomainKind, Layer, XlImage};
+use std::fs::File;
+
+pub(crate) const KIND: Kind = Kind::by_magic(
+    &[
+        b"Xen saved domain",
+        b"LibxlFmt",
+        b"\xff\xff\xff\xff\xff\xff\xff\xffXENF",
+    ],
+    |source| open(source).map(boxed),
+);
+
+/// An image, mapped.
+#[derive(Debug)]
+struct XlDump {
+    mapped: MappedDump,
+    image: XlImage,
+}
+
+fn open(source: Source<'_>) -> Result<XlDump, DumpError> {
+    let image = XlImage::parse(source.data()).map_err(failed(source.path))?;
+    let extents = extents(&image);
+    let mut mapped = source.mapped(extents)?;
+    mapped.trust_extents();
+    Ok(XlDump { mapped, image })
+}
+
+impl Format for XlDump {
+    fn name(&self) -> &'static str {
+        match (self.image.outermost(), self.image.kind()) {
+            (Layer::Xl, DomainKind::Pv) => "Xen save image (PV)",
+            (Layer::Xl, _) => "Xen save image (HVM or PVH)",
+            (_, DomainKind::Pv) => "Xen migration stream (PV)",
+            _ => "Xen migration stream (HVM or PVH)",
+        }
+    }
+
+    fn memory(&self) -> &dyn GuestMemory {
+        &self.mapped
+    }
+
+    fn file(&self) -> &File {
+        self.mapped.file()
+    }
+
+    fn check_unchanged(&self) -> Result<(), DumpError> {
+        self.mapped.check_length()
+    }
+
+    /// Xen gives the guest pages of which nobody knows what is in them.
+    fn dropped_reads_as(&self) -> Fill {
+        Fill::Any
+    }
+
+    /// What Xen holds to be page tables of a PV guest.
+    fn must_stay(&self) -> Vec<PfnRange> {
+        let stay = self.image.frames().iter();
+        stay.filter(|frame| !frame.may_be_dropped())
+            .filter_map(|frame| PfnRange::with_len(frame.pfn(), 1))
+            .collect()
+    }
+
+    fn holds_device_state(&self) -> bool {
+        true
+    }
+
+    fn processors(&self) -> Processors {
+        let vcpus = self.image.vcpus(self.mapped.bytes());
+        processors(vcpus, self.image.kind(), &self.mapped)
+    }
+
+    fn by_copy(&self) -> Option<&dyn ByCopy> {
+        Some(self)
+    }
+
+    fn as_stream(&self) -> Option<&dyn AsStream> {
+        Some(self)
+    }
+
+    fn as_skeletal(&self) -> Option<&dyn Skeletal> {
+        Some(self)
+    }
+}
+
+impl ByCopy for XlDump {
+    fn copy(&self, work: Copying<'_>) -> Result<(), DumpError> {
+        stream::copy(self, work)
+    }
+}
+
+impl AsStream for XlDump {
+    fn source(&self) -> &MappedDump {
+        &self.mapped
+    }
+
+    fn pruned(&self, goes: &PrunePlan, each: EachPart<'_>) -> Result<(), DumpError> {
+        let dropped = self.image.dropped(goes);
+        let failed = failed(self.mapped.path());
+        self.image
+            .pruned(self.mapped.bytes(), &dropped, failed, |part| {
+                each(match part {
+                    sonicshot_xen::Part::Copy { from, len } => Part::Copy { from, len },
+                    sonicshot_xen::Part::Bytes(bytes) => Part::Bytes(bytes),
+                })
+            })
+    }
+
+    /// Of what a plan drops, what Xen lets be dropped.
+    fn count(&self, goes: &PrunePlan, stats: &mut PruneStats) {
+        let dropped = self.image.dropped(goes);
+        stats.dropped_bytes = dropped.pages().saturating_mul(PAGE.bytes());
+        stats.runs = dropped.runs().len() as u64;
+    }
+}
+
+impl Skeletal for XlDump {
+    fn skeleton(&self, plan: &PrunePlan) -> Result<Vec<u8>, DumpError> {
+        let skeleton = self
+            .image
+            .skeleton(self.mapped.bytes(), &self.image.dropped(plan));
+        skeleton.map_err(failed(self.mapped.path()))
+    }
+}
+
+/// Where each page of the guest's RAM is in the file; neighbours in both are one extent.
+fn extents(image: &XlImage) -> Vec<Extent> {
+    let mut extents: Vec<Extent> = Vec::new();
+    for frame in image.frames() {
+        let frames = PfnRange::with_len(frame.pfn(), 1);
+        let Some(guest) = frames.and_then(|frames| frames.gpa_range(PAGE)) else {
+            continue;
+        };
+        let offset = frame.data();
+        if let Some(last) = extents.last_mut()
+            && last.guest.end() == guest.start()
+            && last.offset.map(|at| at.saturating_add(last.guest.len())) == offset
+        {
+            last.guest = GpaRange::new(last.guest.start(), guest.end());
+            continue;
+        }
+        extents.push(Extent { guest, offset });
+    }
+    extents
+}

@@ -1,0 +1,61 @@
+//! How far a prune is, and what it did.
+
+use crate::DumpError;
+use sonicshot::PrunePlan;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// What a prune did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct PruneStats {
+    /// Bytes of guest RAM that were dropped.
+    pub dropped_bytes: u64,
+    /// Bytes that the plan would drop, but the format keeps, for they would not read as the guest
+    /// expects after a restore ([`Dump::restores`](crate::Dump::restores)).
+    pub kept_for_fill: u64,
+    /// Bytes that the plan would drop, but a diff keeps: without them the guest would have what
+    /// the base has there, which is not zero.
+    pub kept_for_base: u64,
+    /// Stretches that were dropped, in the file.
+    pub runs: u64,
+    /// Of those, the ones that really had to be punched; the others were holes already.
+    pub punched: u64,
+    /// Stretches of an ELF core that were dropped as a hole in the file, because it would have
+    /// more segments than 16 bits count.
+    pub joined: u64,
+    /// Bytes that were dropped and are in the file all the same: in stretches too short for a
+    /// hole, or in parts of blocks.
+    pub left_bytes: u64,
+    /// Stretches that were too short for a hole.
+    pub left_runs: u64,
+    /// Bytes that the output shares with the input.
+    pub cloned_bytes: u64,
+    /// Stretches of data in the input file, if that is cheap to count.
+    pub extents_before: Option<u64>,
+    /// Stretches of data in the output file, the same.
+    pub extents_after: Option<u64>,
+    /// What the input takes on disk, in bytes.
+    pub disk_before: u64,
+    /// What the output takes on disk, in bytes.
+    pub disk_after: u64,
+}
+
+impl PruneStats {
+    /// What dropping `goes` of `plan` comes to, before it is done.
+    pub(crate) fn of(plan: &PrunePlan, goes: &PrunePlan) -> Self {
+        Self {
+            dropped_bytes: goes.dropped_bytes(),
+            kept_for_fill: plan.dropped_bytes().saturating_sub(goes.dropped_bytes()),
+            runs: goes.runs().len() as u64,
+            ..Self::default()
+        }
+    }
+}
+
+/// What a file takes on disk, in bytes.
+pub(crate) fn disk_usage(file: &File, path: &Path) -> Result<u64, DumpError> {
+    let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
+    Ok(metadata.blocks().saturating_mul(512))
+}
