@@ -1,7 +1,7 @@
 //! Struct pages of free blocks, told by their shape alone, in all of RAM.
 //!
 //! `struct page` of x86-64, 64 bytes (`include/linux/mm_types.h`, since 4.18): flags 0, lru 8,
-//! private 40, page_type 48, _refcount 52. The head of a free block has no flag, no reference, the
+//! private 40, `page_type` 48, `_refcount` 52. The head of a free block has no flag, no reference, the
 //! buddy's type, its order in `private`, and in `lru` two kernel pointers. Whatever looks so is a
 //! record; of whose struct pages it is one, or of whose copy, is not told here.
 

@@ -63,9 +63,14 @@ pub(crate) fn stands(
             };
             let back = if is_next { other.prev } else { other.next };
             let own = back.raw().wrapping_sub(LRU);
-            if place(own) != Some(record.at) {
-                torn = torn.saturating_add(1);
-                continue;
+            match place(own) {
+                Some(there) if there == record.at => {}
+                // This one is a copy of the other.
+                Some(there) if records.at(there).is_some() => continue,
+                _ => {
+                    torn = torn.saturating_add(1);
+                    continue;
+                }
             }
             mutual = mutual.saturating_add(1);
             let base = own & !(ALIGNMENT - 1);

@@ -123,6 +123,191 @@ fn shape_alone_finds_no_other_free_pages_than_types() {
     }
 }
 
+/// Of the guest's `struct page` (Linux 6.1, x86-64), from its own BTF.
+const STRUCT_PAGE: usize = 64;
+const LRU: usize = 8;
+const PRIVATE: usize = 40;
+const MAPCOUNT: usize = 48;
+const REFCOUNT: usize = 52;
+const PAGE_BUDDY: u32 = !0x80;
+
+fn u64_at(ram: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(ram[at..at + 8].try_into().unwrap())
+}
+
+fn put(ram: &mut [u8], at: usize, value: u64) {
+    ram[at..at + 8].copy_from_slice(&value.to_le_bytes());
+}
+
+/// The guest's struct pages: where they are in the file, and their virtual address.
+struct StructPages {
+    at: usize,
+    va: u64,
+}
+
+impl StructPages {
+    fn new(ram: &[u8]) -> Self {
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+        let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+        let at = usize::try_from(guest.struct_page_memory().unwrap()[0].start().raw()).unwrap();
+        let mut found = Self { at, va: 0 };
+        // Any list that goes on in another struct page; the array begins at a whole GiB.
+        let next = (0..ram.len() / 4096)
+            .filter(|pfn| found.is_free_head(ram, *pfn))
+            .map(|pfn| u64_at(ram, found.of(pfn) + LRU))
+            .find(|next| next & 0xffff_0000_0000_0000 == 0xffff_0000_0000_0000 && next & 63 == 8)
+            .unwrap();
+        found.va = next & !((1 << 30) - 1);
+        found
+    }
+
+    fn of(&self, pfn: usize) -> usize {
+        self.at + pfn * STRUCT_PAGE
+    }
+
+    fn node(&self, pfn: usize) -> u64 {
+        self.va + (pfn * STRUCT_PAGE + LRU) as u64
+    }
+
+    fn is_free_head(&self, ram: &[u8], pfn: usize) -> bool {
+        let at = self.of(pfn) + MAPCOUNT;
+        ram[at..at + 4] == PAGE_BUDDY.to_le_bytes()
+    }
+
+    /// Makes the struct page of `pfn` look like a free block of order 0 between two nodes.
+    fn make_free(&self, ram: &mut [u8], pfn: usize, prev: u64, next: u64) {
+        let at = self.of(pfn);
+        let zone_and_node = u64_at(ram, at) & !0x3f_ffff;
+        put(ram, at, zone_and_node);
+        put(ram, at + LRU, next);
+        put(ram, at + LRU + 8, prev);
+        put(ram, at + PRIVATE, 0);
+        ram[at + MAPCOUNT..at + MAPCOUNT + 4].copy_from_slice(&PAGE_BUDDY.to_le_bytes());
+        ram[at + REFCOUNT..at + REFCOUNT + 4].fill(0);
+    }
+
+    /// Two free blocks of order 0 that follow each other in a list.
+    fn neighbours(&self, ram: &[u8]) -> (usize, usize) {
+        (0..ram.len() / 4096)
+            .filter(|pfn| self.is_free_head(ram, *pfn) && u64_at(ram, self.of(*pfn) + PRIVATE) == 0)
+            .find_map(|pfn| {
+                let next = u64_at(ram, self.of(pfn) + LRU).checked_sub(self.va + LRU as u64)?;
+                let next = usize::try_from(next).unwrap() / STRUCT_PAGE;
+                (next < ram.len() / 4096).then_some((pfn, next))
+            })
+            .unwrap()
+    }
+}
+
+fn line<'t>(text: &'t str, key: &str) -> &'t str {
+    let line = text.lines().find_map(|line| line.strip_prefix(key));
+    line.unwrap()
+}
+
+/// The frame in which the kernel's code begins.
+fn code(ram: &[u8]) -> usize {
+    let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+    let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+    let info = guest.vmcoreinfo().unwrap();
+    let stext = u64::from_str_radix(line(info, "SYMBOL(_stext)="), 16).unwrap();
+    let phys_base: i64 = line(info, "NUMBER(phys_base)=").parse().unwrap();
+    let gpa = (stext - 0xffff_ffff_8000_0000).wrapping_add(phys_base.cast_unsigned());
+    usize::try_from(gpa >> 12).unwrap()
+}
+
+#[test]
+fn a_copy_of_the_struct_pages_is_not_believed() {
+    let mut ram = testdata();
+    let pages = StructPages::new(&ram);
+    let all = classify(&ram, Knowledge::Types, None).unwrap();
+    let free: Vec<bool> = classes(&all.map).into_iter().map(is_free).collect();
+    let len = free.len() * STRUCT_PAGE;
+    // In memory of a process, 2 MiB in one piece: as in a nested guest, or a copied dump.
+    let frames = len / 4096;
+    let to = (0..free.len())
+        .step_by(frames)
+        .filter(|first| !(first * 4096..first * 4096 + len).contains(&pages.at))
+        .find(|first| {
+            classes(&all.map)[*first..first + frames]
+                .iter()
+                .all(|class| *class == PageClass::Anonymous)
+        })
+        .unwrap();
+    ram.copy_within(pages.at..pages.at + len, to * 4096);
+    for knowledge in [Knowledge::Vmcoreinfo, Knowledge::Shape] {
+        let few = classify(&ram, knowledge, None).unwrap();
+        let [both, more, fewer] = compare(&all.map, &few.map, &is_free);
+        assert_eq!((more, fewer), (0, 0), "{knowledge}: {both} in both");
+    }
+}
+
+#[test]
+fn a_record_on_no_list_is_kept() {
+    let mut ram = testdata();
+    let pages = StructPages::new(&ram);
+    let all = classify(&ram, Knowledge::Types, None).unwrap();
+    let used: Vec<usize> = classes(&all.map)
+        .iter()
+        .enumerate()
+        .filter(|(_, class)| **class == PageClass::Anonymous)
+        .map(|(pfn, _)| pfn)
+        .take(64)
+        .collect();
+    let (first, second) = pages.neighbours(&ram);
+    // As an earlier boot has left them: they name blocks which do not name them.
+    for pfn in &used {
+        let (prev, next) = (pages.node(first), pages.node(second));
+        pages.make_free(&mut ram, *pfn, prev, next);
+    }
+    let few = classify(&ram, Knowledge::Shape, None).unwrap();
+    assert_eq!(compare(&all.map, &few.map, &is_free)[1..], [0, 0]);
+    assert!(
+        few.notes
+            .iter()
+            .any(|note| note.to_string().starts_with("64 blocks"))
+    );
+    let error = classify(&ram, Knowledge::Vmcoreinfo, None).unwrap_err();
+    assert!(
+        error.starts_with("types are missing, and the guest's sources of truth"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_list_with_the_kernels_own_code_is_refused() {
+    let mut ram = testdata();
+    let pages = StructPages::new(&ram);
+    let code = code(&ram);
+    let (first, second) = pages.neighbours(&ram);
+    pages.make_free(&mut ram, code, pages.node(first), pages.node(second));
+    put(&mut ram, pages.of(first) + LRU, pages.node(code));
+    put(&mut ram, pages.of(second) + LRU + 8, pages.node(code));
+    for knowledge in [Knowledge::Vmcoreinfo, Knowledge::Shape] {
+        let error = classify(&ram, knowledge, None).unwrap_err();
+        assert!(
+            error.starts_with("the kernel's code at"),
+            "{knowledge}: {error}"
+        );
+    }
+}
+
+#[test]
+fn page_tables_that_lead_to_no_records_are_no_kernels() {
+    let ram = testdata();
+    for cr3 in [0x10_0000, 0x0, 0xffff_f000] {
+        let error = classify(&ram, Knowledge::Shape, Some(Cr3::new(cr3))).unwrap_err();
+        assert!(
+            error.contains("no page table leads to"),
+            "{cr3:#x}: {error}"
+        );
+    }
+    let error = classify(&vec![0; 16 << 20], Knowledge::Shape, None).unwrap_err();
+    assert!(
+        error.contains("nothing looks like a free page's record"),
+        "{error}"
+    );
+}
+
 /// Captures of the lab (raw RAM without a hole), given by `SONICSHOT_CAPTURES`, `:` between them.
 #[test]
 #[ignore = "needs captures of the lab"]
