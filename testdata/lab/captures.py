@@ -63,14 +63,19 @@ class Meta:
                    record.get("guest", ""), record.get("times", {}), memory)
 
 
+def is_there(folder: Path) -> bool:
+    """Whether a folder has a capture of this lab's guest program: one of an older program would be
+    tortured by that. Nothing else of its record is looked at."""
+    file = folder / "meta.json"
+    return file.exists() and json.loads(file.read_text()).get("guest") == guest_program()
+
+
 def capture(spec: GuestSpec, name: str) -> Path:
     """Boots a guest, lets it fill its memory, stops it, and takes everything at that instant. A
     guest that is `live` is not stopped: it is busy while QEMU saves it, in one form alone. The
     folder; what is there already is not made again."""
     folder = HOME / name
-    guest = guest_program()
-    # One of an older guest program would be tortured by that program.
-    if (folder / "meta.json").exists() and Meta.read(folder).guest == guest:
+    if is_there(folder):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -105,7 +110,7 @@ def capture(spec: GuestSpec, name: str) -> Path:
     (folder / "live.raw").unlink(missing_ok=True)
     for disk in DISKS:
         (folder / f"{disk}.stop").rename(folder / disk)
-    Meta(name, spec, spec.layout, guest, times, memory.to_json()).write(folder)
+    Meta(name, spec, spec.layout, guest_program(), times, memory.to_json()).write(folder)
     return folder
 
 

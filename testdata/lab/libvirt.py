@@ -205,7 +205,7 @@ def capture(daemon: Daemon, spec: GuestSpec, name: str, formats: Sequence[str]) 
     memory: what is saved first is restored without running, and saved in the next format."""
     folder = IMAGES / name
     first = folder / "raw.save"
-    if not (folder / "meta.json").exists() or Meta.read(folder).guest != guest_program():
+    if not captures.is_there(folder):
         boot(daemon, spec, name, folder, first)
     for form in formats:
         image = folder / f"{form}.save"

@@ -3,12 +3,14 @@ import tempfile
 import unittest
 from pathlib import Path
 
+import captures
 import frames
 import matrix
 import proof
 from captures import Meta, Restored
 from errors import CheckFailed, LabError
 from frames import Run
+from machine import guest_program
 from matrix import Form, Outcome, Row
 from proof import BITS, Agreement
 from spec import GuestSpec, Part
@@ -76,6 +78,14 @@ class Captures(unittest.TestCase):
         read = Meta.read(self.folder)
         self.assertEqual((read.name, read.layout, read.release),
                          (self.folder.name, (Part(0, 4096, 0),), KERNEL.release))
+
+    def test_one_of_another_guest_program_is_made_again(self) -> None:
+        self.assertFalse(captures.is_there(self.folder))
+        for guest, there in (("0123", False), (guest_program(), True)):
+            # Of a spec that this lab cannot read.
+            record = {"guest": guest, "spec": {"colour": "red"}}
+            (self.folder / "meta.json").write_text(json.dumps(record))
+            self.assertEqual(captures.is_there(self.folder), there)
 
     def test_none(self) -> None:
         with self.assertRaisesRegex(LabError, "no capture"):
