@@ -149,7 +149,17 @@ impl<'m> LinuxGuest<'m> {
         let told = owners();
         let mut attempt = |found: Found<'m>| {
             let is_note = found.is_note;
+            let (tables, info) = (found.tables, found.vmcoreinfo.clone());
             let mut guest = Self::gather(found, options, owners())?;
+            // Where symbols tell which VMCOREINFO is the kernel's own, that is seen below.
+            if guest.knowledge == Knowledge::Vmcoreinfo && !discover::is_own(memory, &tables, &info)
+            {
+                return Err(VmiError::Stale {
+                    what: "types are missing, and nothing in the kernel's image points to this \
+                           VMCOREINFO"
+                        .into(),
+                });
+            }
             alive::check(&guest.kernel, is_note)?;
             let proven = if told.are_known() {
                 guest.is_run_by_all()
@@ -274,12 +284,14 @@ impl<'m> LinuxGuest<'m> {
         }
         kernel.add(Box::new(vmcoreinfo.clone()));
         kernel.vmcoreinfo = Some(vmcoreinfo);
-        // Kernels without CONFIG_KALLSYMS have none; nor is it needed to find free pages.
-        if let Ok(kallsyms) = kallsyms
-            && !hides_types
-        {
-            kernel.add(Box::new(kallsyms));
-        }
+        // Kernels without CONFIG_KALLSYMS have none. Without it types tell of nothing where it is.
+        let has_table = match kallsyms {
+            Ok(kallsyms) if !hides_types => {
+                kernel.add(Box::new(kallsyms));
+                true
+            }
+            _ => kernel.symbol("linux_banner")?.is_some(),
+        };
         let mut guest = Self {
             kernel,
             page_size,
@@ -294,7 +306,7 @@ impl<'m> LinuxGuest<'m> {
         guest.read_banner()?;
         guest.check_files(options.symbol_files.len())?;
         // Also beside a file's types: where both tell, they must agree.
-        if !hides_types
+        if has_table
             && let Some(btf) = symbols::find_btf(&guest.kernel.space, guest.btf_bounds()?, image)?
         {
             guest.kernel.add(Box::new(btf));

@@ -63,6 +63,8 @@ pub(crate) struct Found<'m> {
     pub origin: String,
     /// Whether it is the note of a dump, and no page of memory.
     pub is_note: bool,
+    /// The page tables that it names.
+    pub tables: Tables,
 }
 
 /// What a kernel that was tried to the end turned out to be.
@@ -354,8 +356,22 @@ impl<'m> Found<'m> {
             vmcoreinfo,
             origin,
             is_note,
+            tables: *tables,
         })
     }
+}
+
+/// Whether a variable in the image of the kernel with these page tables points to a page with this
+/// VMCOREINFO: it is the kernel's own, whatever symbols are missing.
+pub(crate) fn is_own(memory: &dyn GuestMemory, tables: &Tables, info: &Vmcoreinfo) -> bool {
+    let text = info.text().as_bytes();
+    let mut page = [0; MAX_VMCOREINFO];
+    pointed_to(memory, tables).into_iter().any(|at| {
+        memory.read(at, &mut page).is_ok() && {
+            let end = memchr::memchr(0, &page).unwrap_or(page.len());
+            page.get(..end) == Some(text)
+        }
+    })
 }
 
 impl Tables {

@@ -174,27 +174,35 @@ impl StructPages {
         ram[at..at + 4] == PAGE_BUDDY.to_le_bytes()
     }
 
-    /// Makes the struct page of `pfn` look like a free block of order 0 between two nodes.
-    fn make_free(&self, ram: &mut [u8], pfn: usize, prev: u64, next: u64) {
+    /// Makes the struct pages from `pfn` on look like a free block between two nodes.
+    fn make_free(&self, ram: &mut [u8], pfn: usize, order: u64, prev: u64, next: u64) {
+        for page in pfn..pfn + (1 << order) {
+            let at = self.of(page);
+            let zone_and_node = u64_at(ram, at) & !0x3f_ffff;
+            put(ram, at, zone_and_node);
+            put(ram, at + LRU, 0);
+            ram[at + MAPCOUNT..at + MAPCOUNT + 4].fill(0xff);
+            ram[at + REFCOUNT..at + REFCOUNT + 4].fill(0);
+        }
         let at = self.of(pfn);
-        let zone_and_node = u64_at(ram, at) & !0x3f_ffff;
-        put(ram, at, zone_and_node);
         put(ram, at + LRU, next);
         put(ram, at + LRU + 8, prev);
-        put(ram, at + PRIVATE, 0);
+        put(ram, at + PRIVATE, order);
         ram[at + MAPCOUNT..at + MAPCOUNT + 4].copy_from_slice(&PAGE_BUDDY.to_le_bytes());
-        ram[at + REFCOUNT..at + REFCOUNT + 4].fill(0);
     }
 
-    /// Two free blocks of order 0 that follow each other in a list.
-    fn neighbours(&self, ram: &[u8]) -> (usize, usize) {
-        (0..ram.len() / 4096)
-            .filter(|pfn| self.is_free_head(ram, *pfn) && u64_at(ram, self.of(*pfn) + PRIVATE) == 0)
-            .find_map(|pfn| {
+    /// Two free blocks that follow each other in a list, and their order: the lowest there is.
+    fn neighbours(&self, ram: &[u8]) -> (usize, usize, u64) {
+        let order = |pfn: usize| u64_at(ram, self.of(pfn) + PRIVATE);
+        // In the zone of most memory.
+        (4096..ram.len() / 4096)
+            .filter(|pfn| self.is_free_head(ram, *pfn))
+            .filter_map(|pfn| {
                 let next = u64_at(ram, self.of(pfn) + LRU).checked_sub(self.va + LRU as u64)?;
                 let next = usize::try_from(next).unwrap() / STRUCT_PAGE;
-                (next < ram.len() / 4096).then_some((pfn, next))
+                (next < ram.len() / 4096).then_some((pfn, next, order(pfn)))
             })
+            .min_by_key(|(.., order)| *order)
             .unwrap()
     }
 }
@@ -222,16 +230,12 @@ fn a_copy_of_the_struct_pages_is_not_believed() {
     let all = classify(&ram, Knowledge::Types, None).unwrap();
     let free: Vec<bool> = classes(&all.map).into_iter().map(is_free).collect();
     let len = free.len() * STRUCT_PAGE;
-    // In memory of a process, 2 MiB in one piece: as in a nested guest, or a copied dump.
+    // In one piece, as in a nested guest's memory or a copied dump; that nobody uses it does not
+    // matter to what is found.
     let frames = len / 4096;
     let to = (0..free.len())
         .step_by(frames)
-        .filter(|first| !(first * 4096..first * 4096 + len).contains(&pages.at))
-        .find(|first| {
-            classes(&all.map)[*first..first + frames]
-                .iter()
-                .all(|class| *class == PageClass::Anonymous)
-        })
+        .find(|first| free[*first..first + frames].iter().all(|free| *free))
         .unwrap();
     ram.copy_within(pages.at..pages.at + len, to * 4096);
     for knowledge in [Knowledge::Vmcoreinfo, Knowledge::Shape] {
@@ -253,11 +257,11 @@ fn a_record_on_no_list_is_kept() {
         .map(|(pfn, _)| pfn)
         .take(64)
         .collect();
-    let (first, second) = pages.neighbours(&ram);
+    let (first, second, _) = pages.neighbours(&ram);
     // As an earlier boot has left them: they name blocks which do not name them.
     for pfn in &used {
         let (prev, next) = (pages.node(first), pages.node(second));
-        pages.make_free(&mut ram, *pfn, prev, next);
+        pages.make_free(&mut ram, *pfn, 0, prev, next);
     }
     let few = classify(&ram, Knowledge::Shape, None).unwrap();
     assert_eq!(compare(&all.map, &few.map, &is_free)[1..], [0, 0]);
@@ -278,8 +282,8 @@ fn a_list_with_the_kernels_own_code_is_refused() {
     let mut ram = testdata();
     let pages = StructPages::new(&ram);
     let code = code(&ram);
-    let (first, second) = pages.neighbours(&ram);
-    pages.make_free(&mut ram, code, pages.node(first), pages.node(second));
+    let (first, second, order) = pages.neighbours(&ram);
+    pages.make_free(&mut ram, code, order, pages.node(first), pages.node(second));
     put(&mut ram, pages.of(first) + LRU, pages.node(code));
     put(&mut ram, pages.of(second) + LRU + 8, pages.node(code));
     for knowledge in [Knowledge::Vmcoreinfo, Knowledge::Shape] {
