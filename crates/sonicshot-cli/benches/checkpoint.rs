@@ -20,8 +20,8 @@ mod uffd;
 
 use sonicshot::checkpoint::*;
 use sonicshot::{
-    DropClasses, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize,
-    PrunePlan, RamLayout,
+    DropClasses, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn,
+    PfnRange, PrunePlan, RamLayout,
 };
 use sonicshot_dump::{Dump, LayoutSpec};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
@@ -360,15 +360,16 @@ fn save_sparse(gib: u64, path: &Path) {
     // Free but for runs of 8 pages.
     let runs = (200 << 20) / (8 * 4096);
     let step = total / runs;
-    for (frames, classes) in map.regions_mut() {
-        for (pfn, class) in frames.iter().zip(classes) {
-            *class = if pfn.raw() % step < 8 {
+    let all = PfnRange::new(Pfn::new(0), Pfn::new(u64::MAX));
+    map.with_slices(all, |first, classes| {
+        for (pfn, class) in (first.raw()..).zip(classes) {
+            *class = if pfn % step < 8 {
                 PageClass::Kernel
             } else {
                 PageClass::FreeBuddy
             };
         }
-    }
+    });
     let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
     let info = CheckpointInfo::new(guest.layout().clone(), PageSize::SIZE_4K);
     let out = File::create(path).unwrap();

@@ -1,16 +1,20 @@
 //! Pages whose every byte is zero.
 
+use sonicshot::work::{for_each, threads};
 use sonicshot::{
-    GpaRange, GuestBytes, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn,
+    ClassSet, GpaRange, GuestBytes, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn,
+    PfnRange,
 };
+use std::iter;
 use std::num::NonZeroUsize;
-use std::sync::Mutex;
-use std::thread;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-/// How many frames a thread takes at a time.
-const PIECE: usize = 4096;
 /// How much is mapped or read at a time: what fits the processor's cache.
 const WINDOW: u64 = 512 << 10;
+/// A thread counts the pages of so many frames at a time, as a binary logarithm.
+const PIECE: u32 = 13;
+/// More threads only wait for memory.
+const MAX_THREADS: NonZeroUsize = NonZeroUsize::new(16).unwrap();
 
 /// Gives the class [`PageClass::Zero`] to every page that is in use, of whatever class, and
 /// holds only zeroes. Free and offline pages keep their class, and are not read.
@@ -19,17 +23,13 @@ const WINDOW: u64 = 512 << 10;
 /// is not touched.
 ///
 /// # Errors
-/// [`MemoryError`] if a page cannot be read.
+/// [`MemoryError`] if a page cannot be read: of the lowest one.
 pub fn mark_zero_pages(memory: &dyn GuestMemory, map: &mut PageMap) -> Result<(), MemoryError> {
     let page_size = map.page_size();
-    let mut pieces = Vec::new();
-    for (frames, classes) in map.regions_mut() {
-        let starts = (frames.start().raw()..).step_by(PIECE);
-        pieces.extend(starts.zip(classes.chunks_mut(PIECE)));
-    }
-    in_parallel(pieces, |(start, classes)| {
-        let wanted: Vec<bool> = classes.iter().map(|class| is_read(*class)).collect();
-        zero_frames(memory, page_size, Pfn::new(start), &wanted, &mut |index| {
+    let read: ClassSet = PageClass::ALL.iter().copied().filter(is_read).collect();
+    map.edit(threads(None).min(MAX_THREADS), read, |start, classes| {
+        let wanted: Vec<bool> = classes.iter().map(|class| read.contains(*class)).collect();
+        zero_frames(memory, page_size, start, &wanted, &mut |index| {
             if let Some(class) = classes.get_mut(index) {
                 *class = PageClass::Zero;
             }
@@ -43,37 +43,24 @@ pub fn mark_zero_pages(memory: &dyn GuestMemory, map: &mut PageMap) -> Result<()
 /// # Errors
 /// [`MemoryError`] if a page cannot be read.
 pub fn count_zero_pages(memory: &dyn GuestMemory, map: &PageMap) -> Result<u64, MemoryError> {
-    let mut pieces = Vec::new();
-    for (frames, classes) in map.regions() {
-        let starts = (frames.start().raw()..).step_by(PIECE);
-        pieces.extend(starts.zip(classes.chunks(PIECE)));
-    }
-    let total = Mutex::new(0_u64);
-    in_parallel(pieces, |(start, classes)| {
-        let wanted: Vec<bool> = classes
-            .iter()
-            .map(|class| *class != PageClass::HwPoison)
-            .collect();
-        let mut zero = 0_u64;
-        zero_frames(
-            memory,
-            map.page_size(),
-            Pfn::new(start),
-            &wanted,
-            &mut |_| {
-                zero = zero.saturating_add(1);
-            },
-        )?;
-        if let Ok(mut total) = total.lock() {
-            *total = total.saturating_add(zero);
+    let zero = AtomicU64::new(0);
+    let count = |wanted: &mut Vec<bool>, piece: PfnRange| {
+        wanted.clear();
+        for (run, class) in map.runs_in(piece) {
+            let len = usize::try_from(run.len()).unwrap_or(usize::MAX);
+            wanted.extend(iter::repeat_n(class != PageClass::HwPoison, len));
         }
-        Ok(())
-    })?;
-    Ok(total.into_inner().unwrap_or(0))
+        zero_frames(memory, map.page_size(), piece.start(), wanted, &mut |_| {
+            zero.fetch_add(1, Ordering::Relaxed);
+        })
+    };
+    let threads = threads(None).min(MAX_THREADS);
+    for_each(threads, map.pieces(PIECE), &mut |_| {}, Vec::new, count)?;
+    Ok(zero.into_inner())
 }
 
 /// Whether a page of this class may become [`PageClass::Zero`].
-fn is_read(class: PageClass) -> bool {
+fn is_read(class: &PageClass) -> bool {
     !matches!(
         class,
         PageClass::FreeBuddy
@@ -82,37 +69,6 @@ fn is_read(class: PageClass) -> bool {
             | PageClass::HwPoison
             | PageClass::Unaccepted
     )
-}
-
-/// Runs `work` on every item, on all processors; the first error ends it.
-fn in_parallel<T: Send, E: Send>(
-    items: Vec<T>,
-    work: impl Fn(T) -> Result<(), E> + Sync,
-) -> Result<(), E> {
-    let threads = thread::available_parallelism()
-        .map_or(1, NonZeroUsize::get)
-        .min(items.len())
-        .min(16);
-    let items = Mutex::new(items.into_iter());
-    let take = || items.lock().ok().and_then(|mut items| items.next());
-    let run = || -> Result<(), E> {
-        while let Some(item) = take() {
-            work(item)?;
-        }
-        Ok(())
-    };
-    thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(run)).collect();
-        let mut result = run();
-        for other in others {
-            // A thread that panicked has a bug; its panic goes on here.
-            let theirs = other
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            result = result.and(theirs);
-        }
-        result
-    })
 }
 
 /// Calls `found` with the index of each wanted frame from `start` that holds only zeroes.
@@ -187,7 +143,7 @@ fn stretches(
     let most = usize::try_from(most).unwrap_or(usize::MAX).max(1);
     let gap = if by_reading { GAP } else { most };
     let mut at = 0_usize;
-    std::iter::from_fn(move || {
+    iter::from_fn(move || {
         let rest = wanted.get(at..)?;
         let first = at.saturating_add(rest.iter().position(|wanted| *wanted)?);
         let (mut end, mut next) = (first, first);

@@ -40,9 +40,13 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Limits: guests are little-endian; addresses and sizes are 64-bit. Nothing here looks into a
+//! Limits: guests are little-endian; addresses and sizes are 64-bit, and so must the host be. Nothing here looks into a
 //! guest: crafted memory can at worst make a reader return an error.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
+
+// A guest's memory, and a checkpoint, is longer than 32 bits can tell.
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("sonicshot is for hosts of 64 bits");
 
 mod address;
 mod architecture;

@@ -102,8 +102,9 @@ const ORDER: u8 = 0x1f;
 impl Marks {
     fn new(map: &PageMap) -> Self {
         Self(
-            map.regions()
-                .map(|(frames, classes)| (frames, vec![0; classes.len()]))
+            map.ram()
+                .iter()
+                .filter_map(|frames| Some((*frames, vec![0; usize::try_from(frames.len()).ok()?])))
                 .collect(),
         )
     }
@@ -439,8 +440,10 @@ pub(crate) fn scan(
         unlisted: 0,
         last_head: None,
     };
-    for ((frames, classes), (_, marks)) in map.regions_mut().zip(&walked.marks.0) {
-        scanner.region(frames, classes, marks)?;
+    for (frames, marks) in &walked.marks.0 {
+        let mut classes = vec![PageClass::Hole; marks.len()];
+        scanner.region(*frames, &mut classes, marks)?;
+        map.set_each(frames.start(), &classes);
     }
     for deferred in &zones.deferred {
         let frames = deferred.frames;

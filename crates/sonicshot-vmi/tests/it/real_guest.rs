@@ -59,8 +59,8 @@ fn is_dropped(class: PageClass) -> bool {
 }
 
 fn dropped(map: &PageMap) -> Vec<bool> {
-    map.regions()
-        .flat_map(|(_, classes)| classes.iter().map(|class| is_dropped(*class)))
+    map.runs()
+        .flat_map(|(run, class)| run.iter().map(move |_| is_dropped(class)))
         .collect()
 }
 

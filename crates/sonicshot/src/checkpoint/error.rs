@@ -114,6 +114,18 @@ pub enum CheckpointError {
         /// How much there may be.
         max: u64,
     },
+    /// Bytes that are to be copied are not as many as there is room for.
+    #[error("{what} at {at} has {found} bytes, not {expected}")]
+    Length {
+        /// What the bytes are.
+        what: &'static str,
+        /// Where they belong in the guest.
+        at: Gpa,
+        /// How many there are.
+        found: u64,
+        /// How many there should be.
+        expected: u64,
+    },
     /// There is no blob of this name.
     #[error("the checkpoint has no blob `{name}`")]
     NoBlob {

@@ -17,32 +17,24 @@
 //! it is opened, nothing is allocated that its length does not justify, and page data is checked
 //! when it is read. The checksums are against accidents, not against an adversary.
 
-mod codec;
 mod error;
-mod index;
-mod info;
-mod layout;
-#[cfg(feature = "userfaultfd")]
-mod lazy;
-#[cfg(feature = "mmap")]
-mod private_map;
-mod reader;
+mod read;
 mod restore;
-mod scan;
-mod source;
-#[cfg(feature = "userfaultfd")]
-mod uffd;
-mod writer;
+mod save;
+mod wire;
 
 pub use error::CheckpointError;
-pub use info::{CheckpointInfo, Compression, PageContent, PageRun, UnknownCompression};
+pub use read::reader::CheckpointReader;
+pub use read::source::{RangeSource, SeekSource};
 #[cfg(feature = "userfaultfd")]
-pub use lazy::{LazyOptions, LazyRegion, LazyRestore, LazyStats, Prefetch, WorkingSet};
+pub use restore::lazy::uffd::{HostAddress, Uffd};
+#[cfg(feature = "userfaultfd")]
+pub use restore::lazy::{LazyOptions, LazyRegion, LazyRestore, LazyStats, Prefetch, WorkingSet};
 #[cfg(feature = "mmap")]
-pub use private_map::{MapOptions, PrivateMemory};
-pub use reader::CheckpointReader;
-pub use restore::{Before, FillWith, RestoreRegions, RestoreTarget};
-pub use source::{RangeSource, SeekSource};
-#[cfg(feature = "userfaultfd")]
-pub use uffd::{HostAddress, Uffd};
-pub use writer::{CheckpointWriter, SaveOptions, SaveStats};
+pub use restore::private_map::{MapOptions, PrivateMemory};
+pub use restore::whole::{Before, FillWith, RestoreRegions, RestoreTarget};
+pub use save::options::SaveOptions;
+pub use save::writer::CheckpointWriter;
+pub use wire::info::{
+    CheckpointInfo, Compression, PageContent, PageRun, SaveStats, UnknownCompression,
+};

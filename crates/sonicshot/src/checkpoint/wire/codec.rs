@@ -8,9 +8,9 @@
     )
 )]
 
-use super::error::CheckpointError;
+use super::header::Codec;
 use super::info::Compression;
-use super::layout::Codec;
+use crate::checkpoint::CheckpointError;
 
 /// Compresses chunks; one a thread.
 pub(crate) struct Compressor {

@@ -1,13 +1,4 @@
 //! Lazy restore against the real kernel: what a guest touches is what was saved.
-#![allow(
-    missing_docs,
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    clippy::cast_possible_truncation,
-    reason = "tests may stop anywhere"
-)]
-#![cfg(feature = "userfaultfd")]
-
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use sonicshot::checkpoint::*;
 use sonicshot::*;

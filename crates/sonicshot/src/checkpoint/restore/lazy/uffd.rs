@@ -1,6 +1,6 @@
 //! The kernel's `userfaultfd`: page faults served by a process (`linux/userfaultfd.h`).
 
-use super::error::CheckpointError;
+use crate::checkpoint::error::CheckpointError;
 use core::fmt;
 use core::mem::size_of;
 use core::ptr::NonNull;

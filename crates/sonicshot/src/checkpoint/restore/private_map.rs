@@ -1,11 +1,13 @@
 //! Restores an uncompressed checkpoint by mapping it.
 
-use super::error::CheckpointError;
-use super::info::{PageContent, PageRun};
-use super::layout::len64;
-use super::reader::{CheckpointReader, ChunkDecoder, fill_words, ram_of};
-use super::source::RangeSource;
-use crate::{Gpa, GpaRange};
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::read::chunk::ChunkDecoder;
+use crate::checkpoint::read::reader::CheckpointReader;
+use crate::checkpoint::read::source::RangeSource;
+use crate::checkpoint::wire::frames::{fill_words, ram_of, range_of};
+use crate::checkpoint::wire::info::{PageContent, PageRun};
+use crate::checkpoint::wire::layout::{len64, size};
+use crate::{Gpa, GpaRange, MemoryError, PfnRange};
 use core::ffi::c_void;
 use core::ptr::NonNull;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
@@ -108,7 +110,7 @@ impl<S: RangeSource> CheckpointReader<S> {
             regions: Vec::new(),
         };
         for region in info.layout.regions() {
-            let len = usize::try_from(region.len()).unwrap_or(usize::MAX);
+            let len = size(region.len());
             let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
             let access = ProtFlags::READ | ProtFlags::WRITE;
             // SAFETY: a new mapping, wherever the system has room, touches nobody's memory.
@@ -131,7 +133,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let shortest = lengths
             .get(options.max_mappings)
             .map_or(options.min_mapping, |len| len.saturating_add(1));
-        let mut decoder = ChunkDecoder::new(self.header_codec());
+        let mut decoder = self.decoder();
         for run in self.runs() {
             let mapped = match run.content {
                 PageContent::Data { slot } if bytes_of(&run) >= shortest => {
@@ -160,18 +162,13 @@ impl<S: RangeSource> CheckpointReader<S> {
         let Some(file) = self.source().as_file() else {
             return Ok(false);
         };
-        let (Some(range), Some(chunk)) = (
-            run.frames.gpa_range(info.page_size),
-            self.index().chunk_of(slot),
-        ) else {
-            return Ok(false);
-        };
+        let range = range_of(info, run.frames)?;
         if self.codec() != "none" || !info.layout.contains(range.start(), range.len()) {
             return Ok(false);
         }
-        // Uncompressed chunks follow each other without a gap.
-        let inside = slot.saturating_sub(chunk.first_slot) << info.page_size.shift();
-        let offset = chunk.entry.offset.saturating_add(inside);
+        let Some(offset) = self.one_stretch(slot, range.len())? else {
+            return Ok(false);
+        };
         let Some(at) = memory.address(range.start()) else {
             return Ok(false);
         };
@@ -182,7 +179,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         {
             return Ok(false);
         }
-        let len = usize::try_from(range.len()).unwrap_or(0);
+        let len = size(range.len());
         let access = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
         let place: *mut c_void = at.as_ptr().cast();
@@ -196,6 +193,27 @@ impl<S: RangeSource> CheckpointReader<S> {
         Ok(true)
     }
 
+    /// Where the stored pages from `slot` begin in the file, if all `len` bytes of them follow each
+    /// other there.
+    fn one_stretch(&self, slot: u64, len: u64) -> Result<Option<u64>, CheckpointError> {
+        let page_size = self.info().page_size;
+        let last_slot = (len >> page_size.shift())
+            .checked_sub(1)
+            .and_then(|more| slot.checked_add(more));
+        let Some(last_slot) = last_slot else {
+            return Ok(None);
+        };
+        let place = |slot| {
+            let chunk = self.index().chunk_of(slot)?;
+            let inside = chunk.bytes_of(slot, 1, page_size)?.start;
+            Ok::<_, CheckpointError>(chunk.entry.offset.checked_add(len64(inside)))
+        };
+        // In a file that this crate wrote they do. Others may have a blob between two chunks.
+        let (first, last) = (place(slot)?, place(last_slot)?);
+        let end = last.and_then(|last| last.checked_add(page_size.bytes()));
+        Ok(first.filter(|first| first.checked_add(len) == end))
+    }
+
     fn read_run(
         &self,
         decoder: &mut ChunkDecoder,
@@ -203,27 +221,25 @@ impl<S: RangeSource> CheckpointReader<S> {
         run: &PageRun,
     ) -> Result<(), CheckpointError> {
         let info = self.info();
-        let page = usize::try_from(info.page_size.bytes()).unwrap_or(0);
-        let mut buffer = vec![0; page];
+        let mut buffer = vec![0; size(info.page_size.bytes())];
         for pfn in run.frames.iter() {
             match run.content.word() {
                 Some(word) => fill_words(&mut buffer, word),
                 None => self.page_into(decoder, pfn, &mut buffer)?,
             }
-            let Some(frame) = crate::PfnRange::with_len(pfn, 1) else {
-                continue;
-            };
-            for ram in ram_of(info, frame) {
-                let skip = ram.start().raw() & info.page_size.offset_mask();
-                let skip = usize::try_from(skip).unwrap_or(0);
-                let len = usize::try_from(ram.len()).unwrap_or(0);
+            let frame = PfnRange::with_len(pfn, 1).unwrap_or(run.frames);
+            for ram in ram_of(info, frame)? {
+                let skip = size(ram.start().raw() & info.page_size.offset_mask());
+                let len = size(ram.len());
+                let place = memory.address(ram.start());
                 let bytes = buffer.get(skip..skip.saturating_add(len));
-                if let (Some(bytes), Some(at)) = (bytes, memory.address(ram.start())) {
-                    // SAFETY: `ram` lies in one region of `memory`, which is not handed out
-                    // yet, and `bytes` are as long.
-                    unsafe {
-                        core::ptr::copy_nonoverlapping(bytes.as_ptr(), at.as_ptr(), bytes.len());
-                    }
+                let Some((bytes, at)) = bytes.zip(place) else {
+                    return Err(MemoryError::NotRam { range: ram }.into());
+                };
+                // SAFETY: `ram` lies in one region of `memory`, which is not handed out
+                // yet, and `bytes` are as long.
+                unsafe {
+                    core::ptr::copy_nonoverlapping(bytes.as_ptr(), at.as_ptr(), bytes.len());
                 }
             }
         }

@@ -1,12 +1,14 @@
 //! Puts a checkpoint's pages where the guest expects them, all of them at once.
 
-use super::error::CheckpointError;
-use super::index::clip;
-use super::info::{PageContent, PageRun};
-use super::layout::{checksum, len64};
-use super::reader::{CheckpointReader, ChunkDecoder, check_chunk, fill_words, parallel, ram_of};
-use super::scan::slice_of;
-use super::source::RangeSource;
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::read::chunk::{ChunkDecoder, check_chunk};
+use crate::checkpoint::read::reader::CheckpointReader;
+use crate::checkpoint::read::source::RangeSource;
+use crate::checkpoint::wire::frames::{copy_exact, fill_words, ram_of, range_of, slice_of};
+use crate::checkpoint::wire::index::{ChunkInfo, Index, clip};
+use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
+use crate::checkpoint::wire::layout::{checksum, len64, size};
+use crate::work::for_each;
 use crate::{Gpa, GpaRange, LayoutError, MemoryError, PfnRange, Progress, RamLayout};
 use core::hash::Hasher;
 use core::marker::PhantomData;
@@ -171,19 +173,13 @@ impl RestoreRegions<'_> {
         if !self.layout.contains(range.start(), range.len()) {
             return Err(MemoryError::NotRam { range }.into());
         }
-        let len = usize::try_from(range.len()).unwrap_or(0);
-        let mut buffer = vec![0; len];
+        let mut buffer = vec![0; size(range.len())];
         fill(&mut buffer)?;
         for (region, _) in &self.regions {
             let part = region.intersection(&range);
-            if let (false, Some(bytes)) = (part.is_empty(), slice_of(&mut buffer, range, part)) {
-                let bytes = &*bytes;
-                self.fill(part, &mut |out| {
-                    if out.len() == bytes.len() {
-                        out.copy_from_slice(bytes);
-                    }
-                    Ok(())
-                })?;
+            if !part.is_empty() {
+                let bytes = &*slice_of(&mut buffer, range, part)?;
+                self.fill(part, &mut |out| copy_exact(bytes, out, part.start()))?;
             }
         }
         Ok(())
@@ -199,9 +195,7 @@ impl fmt::Debug for RestoreRegions<'_> {
     }
 }
 
-/// Chunks that a thread restores at once.
-const CHUNKS: usize = 16;
-/// Runs that a thread looks at at once.
+/// Runs that a thread looks at at once: most are short.
 const RUNS: usize = 1024;
 /// Longest stretch that is filled at once with one word.
 const FILL: u64 = 1 << 20;
@@ -224,51 +218,43 @@ impl<S: RangeSource> CheckpointReader<S> {
                 return Err(CheckpointError::Layout { at: region.start() });
             }
         }
-        let threads = threads.map(NonZeroUsize::get);
+        let threads = crate::work::threads(threads);
         let index = self.index();
         let chunks = index.chunk_count();
-        let total = chunks.saturating_mul(self.chunk_size().into());
-        let (stores, refers) = index.by_slot();
-        let count = usize::try_from(chunks).unwrap_or(usize::MAX);
-        parallel(count, CHUNKS, threads, progress, (0, total), |numbers| {
-            let mut decoder = ChunkDecoder::new(self.header_codec());
-            for number in numbers {
-                let Some(chunk) = index.chunk(len64(number)) else {
-                    continue;
-                };
-                let end = chunk.first_slot.saturating_add(chunk.pages);
-                let of = |runs: &[u32]| {
-                    let first = runs.partition_point(|number| index.slot(*number) < end);
-                    // Backwards from the first run that begins behind the chunk.
-                    let mut out = Vec::new();
-                    for number in runs.iter().take(first).rev() {
-                        let Some(run) = index.run(*number as usize) else {
-                            break;
-                        };
-                        let Some(part) = in_chunk(&run, chunk.first_slot, end) else {
-                            break;
-                        };
-                        out.push(part);
-                    }
-                    out.reverse();
-                    out
-                };
-                let (stores, refers) = (of(&stores), of(&refers));
-                self.restore_chunk(&mut decoder, target, &chunk, &stores, &refers)?;
-            }
-            Ok(())
-        })?;
+        let chunk_size = u64::from(self.chunk_size());
+        let total = chunks.saturating_mul(chunk_size);
+        let runs = DataRuns::of(index);
+        for_each(
+            threads,
+            0..chunks,
+            &mut |done| progress(done.saturating_mul(chunk_size), total),
+            || self.decoder(),
+            |decoder, number| {
+                let chunk = index.chunk(number)?;
+                let (stores, refers) = runs.in_chunk(index, &chunk)?;
+                self.restore_chunk(decoder, target, &chunk, &stores, &refers)
+            },
+        )?;
         let zeroed = target.reads_as_zero();
-        let runs = index.run_count();
-        parallel(runs, RUNS, threads, &mut |_, _| {}, (0, 0), |numbers| {
-            for run in numbers.filter_map(|number| index.run(number)) {
-                match run.content.word() {
-                    Some(word) if word != 0 || !zeroed => self.restore_word(target, &run, word)?,
-                    _ => {}
+        let count = index.run_count();
+        for_each(
+            threads,
+            (0..count).step_by(RUNS),
+            &mut |_| {},
+            || (),
+            |(), first| {
+                for number in first..first.saturating_add(RUNS).min(count) {
+                    let run = index.run(number)?;
+                    match run.content.word() {
+                        Some(word) if word != 0 || !zeroed => {
+                            self.restore_word(target, &run, word)?;
+                        }
+                        _ => {}
+                    }
                 }
-            }
-            Ok(())
-        })
+                Ok(())
+            },
+        )
     }
 
     fn restore_word(
@@ -277,14 +263,14 @@ impl<S: RangeSource> CheckpointReader<S> {
         run: &PageRun,
         word: u64,
     ) -> Result<(), CheckpointError> {
-        for ram in ram_of(self.info(), run.frames) {
+        for ram in ram_of(self.info(), run.frames)? {
             let mut at = ram.start();
             while at < ram.end() {
                 // Steps end at multiples of the page size, so that the word stays in phase.
                 let end = at.checked_add(FILL).unwrap_or(ram.end()).min(ram.end());
-                let phase = u32::try_from((at.raw() & 7).saturating_mul(8)).unwrap_or(0);
+                let word = in_phase(word, at);
                 target.fill(GpaRange::new(at, end), &mut |out| {
-                    fill_words(out, word.rotate_right(phase));
+                    fill_words(out, word);
                     Ok(())
                 })?;
                 at = end;
@@ -298,61 +284,133 @@ impl<S: RangeSource> CheckpointReader<S> {
         &self,
         decoder: &mut ChunkDecoder,
         target: &dyn RestoreTarget,
-        chunk: &super::index::ChunkInfo,
+        chunk: &ChunkInfo,
         stores: &[PageRun],
         refers: &[PageRun],
     ) -> Result<(), CheckpointError> {
-        let info = self.info();
-        let whole = |run: &PageRun| {
-            run.frames
-                .gpa_range(info.page_size)
-                .filter(|range| info.layout.contains(range.start(), range.len()))
-        };
-        // What is stored as it is, is read to where it belongs.
-        if chunk.entry.plain && refers.is_empty() && stores.iter().all(|run| whole(run).is_some()) {
-            let mut sum = XxHash3_64::new();
-            let mut offset = chunk.entry.offset;
-            let mut computed = None;
-            for range in stores.iter().filter_map(whole) {
-                target.fill(range, &mut |out| {
-                    self.source()
-                        .read_at(out, offset)
-                        .map_err(CheckpointError::read(offset))?;
-                    if stores.len() == 1 {
-                        computed = Some(checksum(out));
-                    } else {
-                        sum.write(out);
-                    }
-                    Ok(())
-                })?;
-                offset = offset.saturating_add(range.len());
+        if chunk.entry.plain && refers.is_empty() {
+            let whole: Option<Vec<GpaRange>> =
+                stores.iter().map(|run| whole(self.info(), run)).collect();
+            if let Some(ranges) = whole {
+                return self.read_chunk(target, chunk, &ranges);
             }
-            return check_chunk(chunk, computed.unwrap_or_else(|| sum.finish()));
         }
-        let page_shift = info.page_size.shift();
-        let data = decoder.load(self, chunk)?;
+        let info = self.info();
+        let data = decoder.load(self.source(), chunk)?;
         for run in stores.iter().chain(refers) {
             let PageContent::Data { slot } = run.content else {
                 continue;
             };
-            let Some(range) = run.frames.gpa_range(info.page_size) else {
-                continue;
-            };
-            let start = slot.saturating_sub(chunk.first_slot) << page_shift;
-            for ram in ram_of(info, run.frames) {
-                let skip = ram.start().offset_from(range.start()).unwrap_or(0);
-                let from = usize::try_from(start.saturating_add(skip)).unwrap_or(usize::MAX);
-                let len = usize::try_from(ram.len()).unwrap_or(usize::MAX);
-                let bytes = data.get(from..from.saturating_add(len)).unwrap_or_default();
-                target.fill(ram, &mut |out| {
-                    if out.len() == bytes.len() {
-                        out.copy_from_slice(bytes);
-                    }
-                    Ok(())
-                })?;
+            let range = range_of(info, run.frames)?;
+            let pages = chunk.bytes_of(slot, run.frames.len(), info.page_size)?;
+            for ram in ram_of(info, run.frames)? {
+                let bytes = part_of(data.get(pages.clone()), range, ram)?;
+                target.fill(ram, &mut |out| copy_exact(bytes, out, ram.start()))?;
             }
         }
         Ok(())
+    }
+
+    /// Reads what is stored as it is to where it belongs: `ranges`, one behind the other.
+    fn read_chunk(
+        &self,
+        target: &dyn RestoreTarget,
+        chunk: &ChunkInfo,
+        ranges: &[GpaRange],
+    ) -> Result<(), CheckpointError> {
+        let mut sum = XxHash3_64::new();
+        let mut computed = None;
+        let mut offset = chunk.entry.offset;
+        for range in ranges {
+            target.fill(*range, &mut |out| {
+                if len64(out.len()) != range.len() {
+                    return Err(wrong_length(*range, out.len()));
+                }
+                self.source()
+                    .read_at(out, offset)
+                    .map_err(CheckpointError::read(offset))?;
+                if ranges.len() == 1 {
+                    computed = Some(checksum(out));
+                } else {
+                    sum.write(out);
+                }
+                Ok(())
+            })?;
+            // A chunk's pages are inside of the file.
+            offset = offset.saturating_add(range.len());
+        }
+        check_chunk(chunk, computed.unwrap_or_else(|| sum.finish()))
+    }
+}
+
+/// A page's word as it is read from `at` on.
+fn in_phase(word: u64, at: Gpa) -> u64 {
+    let mut bytes = word.to_le_bytes();
+    bytes.rotate_left(size(at.raw() & 7));
+    u64::from_le_bytes(bytes)
+}
+
+/// Where a run's frames are, if all of that is RAM of one region.
+fn whole(info: &CheckpointInfo, run: &PageRun) -> Option<GpaRange> {
+    let range = run.frames.gpa_range(info.page_size)?;
+    info.layout
+        .contains(range.start(), range.len())
+        .then_some(range)
+}
+
+/// The bytes of `data` that stand for `part`, when `data` stands for `whole`.
+fn part_of(data: Option<&[u8]>, whole: GpaRange, part: GpaRange) -> Result<&[u8], CheckpointError> {
+    let from = part.start().offset_from(whole.start());
+    let to = part.end().offset_from(whole.start());
+    data.and_then(|data| data.get(size(from?)..size(to?)))
+        .ok_or_else(|| wrong_length(part, data.map_or(0, <[u8]>::len)))
+}
+
+fn wrong_length(range: GpaRange, found: usize) -> CheckpointError {
+    CheckpointError::Length {
+        what: "page data",
+        at: range.start(),
+        found: len64(found),
+        expected: range.len(),
+    }
+}
+
+/// The numbers of the runs with data, by their slots: those that store pages, and those that refer
+/// to stored pages again.
+struct DataRuns {
+    stores: Vec<u32>,
+    refers: Vec<u32>,
+}
+
+impl DataRuns {
+    fn of(index: &Index) -> Self {
+        let (stores, refers) = index.by_slot();
+        Self { stores, refers }
+    }
+
+    /// The parts of both that are in a chunk.
+    fn in_chunk(
+        &self,
+        index: &Index,
+        chunk: &ChunkInfo,
+    ) -> Result<(Vec<PageRun>, Vec<PageRun>), CheckpointError> {
+        // Of a chunk that the index has.
+        let end = chunk.first_slot.saturating_add(chunk.pages);
+        let of = |runs: &[u32]| {
+            let first = runs.partition_point(|number| index.slot(*number) < end);
+            // Backwards from the first run that begins behind the chunk.
+            let mut out = Vec::new();
+            for number in runs.iter().take(first).rev() {
+                let run = index.run(*number as usize)?;
+                let Some(part) = in_chunk(&run, chunk.first_slot, end) else {
+                    break;
+                };
+                out.push(part);
+            }
+            out.reverse();
+            Ok::<_, CheckpointError>(out)
+        };
+        Ok((of(&self.stores)?, of(&self.refers)?))
     }
 }
 
@@ -362,10 +420,8 @@ fn in_chunk(run: &PageRun, start: u64, end: u64) -> Option<PageRun> {
         return None;
     };
     let first = start.max(slot);
-    let last = end.min(slot.saturating_add(run.frames.len()));
-    if first >= last {
-        return None;
-    }
-    let from = run.frames.start().checked_add(first.saturating_sub(slot))?;
-    clip(run, PfnRange::with_len(from, last.saturating_sub(first))?)
+    let last = end.min(slot.checked_add(run.frames.len())?);
+    let from = run.frames.start().checked_add(first.checked_sub(slot)?)?;
+    let len = last.checked_sub(first).filter(|len| *len > 0)?;
+    clip(run, PfnRange::with_len(from, len)?)
 }

@@ -1,13 +1,10 @@
 //! The first pass over the memory to be saved: what is to be read, and what the pages hold.
 
-use super::error::CheckpointError;
-use super::index::{covered_frames, ram_in};
-use super::info::{CheckpointInfo, PageContent, PageRun};
-use super::layout::checksum;
-use crate::{
-    DropRun, Fill, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn, PfnRange,
-    PrunePlan,
-};
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::wire::frames::{covered_frames, read_frames};
+use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
+use crate::checkpoint::wire::layout::{MAX_RUN, checksum, size};
+use crate::{DropRun, Fill, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange, PrunePlan};
 use core::iter::Peekable;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -88,7 +85,7 @@ impl<'a> Batches<'a> {
             None => None,
         };
         // A run's length has 32 bits in the file.
-        end = end.min(at.checked_add(u32::MAX.into()).unwrap_or(end));
+        end = end.min(at.checked_add(MAX_RUN).unwrap_or(end));
         let part = match dropped {
             Some(fill) => {
                 let content = match fill {
@@ -207,6 +204,11 @@ impl Buffer {
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.bytes
     }
+
+    /// Keeps the first `len` bytes.
+    pub(crate) fn shorten(&mut self, len: usize) {
+        self.bytes.truncate(len);
+    }
 }
 
 impl Deref for Buffer {
@@ -243,12 +245,13 @@ impl Batch {
         info: &CheckpointInfo,
         buffers: &Arc<Buffers>,
     ) -> Result<Scanned, CheckpointError> {
-        let page_size = usize::try_from(info.page_size.bytes()).unwrap_or(usize::MAX);
+        let page_size = size(info.page_size.bytes());
+        // A batch is small.
         let count = self.0.iter().fold(0_u64, |sum, part| match part {
             Part::Read(frames, _) => sum.saturating_add(frames.len()),
             Part::Known(_) => sum,
         });
-        let count = usize::try_from(count).unwrap_or(0);
+        let count = size(count);
         let mut bytes = buffers.take(count.saturating_mul(page_size));
         let mut pages = Vec::with_capacity(count);
         let mut rest = bytes.bytes.as_mut_slice();
@@ -256,9 +259,8 @@ impl Batch {
             let Part::Read(frames, _) = part else {
                 continue;
             };
-            let len = usize::try_from(frames.len())
-                .unwrap_or(usize::MAX)
-                .saturating_mul(page_size);
+            // Of one length with the frames, or they are not read.
+            let len = size(frames.len()).saturating_mul(page_size);
             let (now, later) = rest.split_at_mut_checked(len).unwrap_or_default();
             rest = later;
             let absent = read_frames(memory, info, *frames, now)?;
@@ -276,62 +278,6 @@ impl Batch {
             pages,
         })
     }
-}
-
-/// Reads `frames` into `out`, zero where RAM fills a frame only in part. Returns the frames that
-/// the source has no bytes for.
-pub(crate) fn read_frames(
-    memory: &dyn GuestMemory,
-    info: &CheckpointInfo,
-    frames: PfnRange,
-    out: &mut [u8],
-) -> Result<Vec<Pfn>, MemoryError> {
-    match read_range(memory, info, frames, out) {
-        Err(MemoryError::Absent { .. }) => {}
-        done => return done.map(|()| Vec::new()),
-    }
-    let page_size = usize::try_from(info.page_size.bytes()).unwrap_or(usize::MAX);
-    let mut absent = Vec::new();
-    for (pfn, page) in frames.iter().zip(out.chunks_exact_mut(page_size)) {
-        let one = PfnRange::new(pfn, pfn.checked_add(1).unwrap_or(pfn));
-        match read_range(memory, info, one, page) {
-            Err(MemoryError::Absent { .. }) => {
-                page.fill(0);
-                absent.push(pfn);
-            }
-            done => done?,
-        }
-    }
-    Ok(absent)
-}
-
-fn read_range(
-    memory: &dyn GuestMemory,
-    info: &CheckpointInfo,
-    frames: PfnRange,
-    out: &mut [u8],
-) -> Result<(), MemoryError> {
-    let Some(range) = frames.gpa_range(info.page_size) else {
-        return Ok(());
-    };
-    if info.layout.contains(range.start(), range.len()) {
-        memory.read(range.start(), out)?;
-        return Ok(());
-    }
-    out.fill(0);
-    for part in ram_in(&info.layout, range) {
-        if let Some(out) = slice_of(out, range, part) {
-            memory.read(part.start(), out)?;
-        }
-    }
-    Ok(())
-}
-
-/// The bytes of `out` that stand for `part`, when `out` stands for `whole`.
-pub(crate) fn slice_of(out: &mut [u8], whole: GpaRange, part: GpaRange) -> Option<&mut [u8]> {
-    let start = usize::try_from(part.start().offset_from(whole.start())?).ok()?;
-    let end = usize::try_from(part.end().offset_from(whole.start())?).ok()?;
-    out.get_mut(start..end)
 }
 
 fn look_at(page: &[u8]) -> Page {
@@ -373,7 +319,7 @@ impl Stored {
             .clamp(64, ENTRIES)
             .next_power_of_two();
         Self {
-            entries: vec![Entry::default(); usize::try_from(len).unwrap_or(0)],
+            entries: vec![Entry::default(); size(len)],
             mask: len.saturating_sub(1),
         }
     }
@@ -393,7 +339,7 @@ impl Stored {
     }
 
     fn place(&self, hash: u64, way: u64) -> usize {
-        usize::try_from((hash ^ way) & self.mask).unwrap_or(0)
+        size((hash ^ way) & self.mask)
     }
 
     /// Remembers a page. The place of an older one is taken if there is no other.

@@ -187,6 +187,48 @@ pub struct PageRun {
     pub content: PageContent,
 }
 
+/// What a checkpoint holds, in pages and bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct SaveStats {
+    /// Pages whose bytes are stored.
+    pub data: u64,
+    /// Pages that have the same bytes as a stored one.
+    pub duplicate: u64,
+    /// Pages in use that are zero.
+    pub zero: u64,
+    /// Pages in use that are one word, over and over.
+    pub fill: u64,
+    /// Pages left out.
+    pub free: u64,
+    /// Pages that the source has no bytes for.
+    pub absent: u64,
+    /// Bytes of page data, as stored.
+    pub stored_bytes: u64,
+    /// The length of the checkpoint in bytes.
+    pub file_len: u64,
+    /// Runs of pages in the index.
+    pub runs: u64,
+    /// The digest of the whole file.
+    pub digest: u128,
+}
+
+impl SaveStats {
+    /// Counts a run. `stores` says that its pages are stored for the first time.
+    pub(crate) fn count(&mut self, run: &PageRun, stores: bool) {
+        let count = match run.content {
+            PageContent::Data { .. } if stores => &mut self.data,
+            PageContent::Data { .. } => &mut self.duplicate,
+            PageContent::Zero => &mut self.zero,
+            PageContent::Fill { .. } => &mut self.fill,
+            PageContent::Free { .. } => &mut self.free,
+            PageContent::Absent => &mut self.absent,
+        };
+        // No more than the frames of 64 bits of memory.
+        *count = count.saturating_add(run.frames.len());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::Compression;

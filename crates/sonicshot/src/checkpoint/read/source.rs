@@ -1,6 +1,6 @@
 //! Where a checkpoint's bytes come from.
 
-use crate::GuestBytes;
+use crate::{Bytes, GuestBytes};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::sync::{Mutex, PoisonError};
@@ -52,13 +52,11 @@ impl RangeSource for File {
 
 impl RangeSource for GuestBytes<'_> {
     fn len(&self) -> io::Result<u64> {
-        Ok(u64::try_from(GuestBytes::len(self)).unwrap_or(u64::MAX))
+        Ok(self.byte_len())
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        usize::try_from(offset)
-            .ok()
-            .and_then(|offset| self.get(offset, buf.len()))
+        self.part(offset, buf.len() as u64)
             .filter(|bytes| bytes.copy_to(buf))
             .map(drop)
             .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())

@@ -1,0 +1,7 @@
+//! Reading a checkpoint.
+
+pub(crate) mod chunk;
+mod memory;
+pub(crate) mod reader;
+pub(crate) mod source;
+mod verify;

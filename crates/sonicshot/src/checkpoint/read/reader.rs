@@ -1,0 +1,315 @@
+//! Reads a checkpoint.
+
+use super::chunk::ChunkDecoder;
+use super::source::RangeSource;
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::wire::footer::Footer;
+use crate::checkpoint::wire::header::{Header, START_LEN};
+use crate::checkpoint::wire::index::Index;
+use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun, SaveStats};
+use crate::checkpoint::wire::layout::{FOOTER_LEN, MAGIC, checksum, len64, size};
+use crate::checkpoint::wire::record::BlobEntry;
+use crate::{PageMap, Pfn, PfnRange};
+use core::hash::Hasher;
+use std::fmt;
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::sync::Mutex;
+use twox_hash::XxHash3_64;
+
+/// Longest stretch that is read at once for checksums.
+const READ: usize = 1 << 20;
+
+/// A checkpoint, opened: header and index are checked and in memory, page data is read when it
+/// is asked for, and checked then.
+///
+/// It is [`GuestMemory`](crate::GuestMemory): dropped pages read as what the guest expects, absent ones are an error.
+///
+/// ```no_run
+/// use sonicshot::checkpoint::CheckpointReader;
+/// let checkpoint = CheckpointReader::open("guest.sonic")?;
+/// println!("{:?}", checkpoint.info());
+/// # Ok::<(), sonicshot::checkpoint::CheckpointError>(())
+/// ```
+pub struct CheckpointReader<S> {
+    pub(super) source: S,
+    pub(super) header: Header,
+    pub(super) index: Index,
+    pub(super) footer: Footer,
+    /// Chunks that stay decompressed, the least recently used first.
+    pub(super) cache: Mutex<Vec<ChunkDecoder>>,
+}
+
+impl CheckpointReader<File> {
+    /// Opens the checkpoint at `path`.
+    ///
+    /// # Errors
+    /// [`CheckpointError`] if it cannot be read, is none, or is damaged.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
+        Self::new(File::open(path).map_err(CheckpointError::read(0))?)
+    }
+}
+
+impl<S: RangeSource> CheckpointReader<S> {
+    /// Whether a file that begins with these bytes, 8 or more, is a checkpoint.
+    #[must_use]
+    pub fn is_checkpoint(start: &[u8]) -> bool {
+        start.starts_with(&MAGIC)
+    }
+
+    /// Opens the checkpoint that `source` holds.
+    ///
+    /// # Errors
+    /// [`CheckpointError`] if it cannot be read, is none, or is damaged.
+    pub fn new(source: S) -> Result<Self, CheckpointError> {
+        let file_len = source.len().map_err(CheckpointError::read(0))?;
+        let read = |offset, len, what| read_part(&source, file_len, offset, len, what);
+        let start = read(0, file_len.min(START_LEN), "the header")?;
+        let header_len = Header::length(&start, file_len)?;
+        let header = Header::decode(&read(0, header_len, "the header")?)?;
+        // A file without room for a footer has none at its end.
+        let footer_at = file_len.saturating_sub(FOOTER_LEN);
+        let footer = read(footer_at, file_len.min(FOOTER_LEN), "the footer")?;
+        let footer = Footer::decode(&footer, file_len, header_len)?;
+        let bytes = read(footer.index_offset, footer.index_len, "the index")?;
+        let computed = checksum(&bytes);
+        if computed != footer.index_checksum {
+            return Err(CheckpointError::Checksum {
+                what: "the index",
+                offset: footer.index_offset,
+                stored: footer.index_checksum.into(),
+                computed: computed.into(),
+            });
+        }
+        let index = Index::decode(bytes, footer.index_offset, header_len, &header)?;
+        Ok(Self {
+            source,
+            header,
+            index,
+            footer,
+            cache: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// What the checkpoint says of its guest.
+    #[must_use]
+    pub fn info(&self) -> &CheckpointInfo {
+        &self.header.info
+    }
+
+    /// How page data is compressed: `none`, `lz4` or `zstd`.
+    #[must_use]
+    pub fn codec(&self) -> &'static str {
+        self.header.codec.name()
+    }
+
+    /// Page data in a chunk, in bytes.
+    #[must_use]
+    pub fn chunk_size(&self) -> u32 {
+        self.index.chunk_size()
+    }
+
+    /// The length of the checkpoint in bytes.
+    #[must_use]
+    pub fn file_len(&self) -> u64 {
+        self.footer.file_len
+    }
+
+    /// The digest of the whole file, as its footer has it: XXH3-128.
+    #[must_use]
+    pub fn digest(&self) -> u128 {
+        self.footer.digest
+    }
+
+    /// Where the bytes come from.
+    #[must_use]
+    pub fn source(&self) -> &S {
+        &self.source
+    }
+
+    /// The blobs: name, and length in bytes.
+    pub fn blobs(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.index
+            .blobs
+            .iter()
+            .map(|blob| (blob.name.as_str(), blob.len))
+    }
+
+    fn find_blob(&self, name: &str) -> Result<&BlobEntry, CheckpointError> {
+        let found = self.index.blobs.iter().find(|blob| blob.name == name);
+        found.ok_or_else(|| CheckpointError::NoBlob { name: name.into() })
+    }
+
+    /// The blob `name`, checked.
+    ///
+    /// # Errors
+    /// [`CheckpointError::NoBlob`], or why it cannot be read.
+    pub fn read_blob(&self, name: &str) -> Result<Vec<u8>, CheckpointError> {
+        let mut out = Vec::new();
+        self.copy_blob(name, &mut out)?;
+        Ok(out)
+    }
+
+    /// Writes the blob `name` to `out`. What was written counts only if this succeeds, for a
+    /// blob is checked at its end.
+    ///
+    /// # Errors
+    /// [`CheckpointError::NoBlob`], or why it cannot be read or written.
+    pub fn copy_blob(&self, name: &str, out: &mut dyn Write) -> Result<(), CheckpointError> {
+        let blob = self.find_blob(name)?;
+        let mut left = blob.len;
+        self.check_blob(blob, &mut |bytes| {
+            // Behind the blob are the zeroes that align what follows.
+            let (now, _) = bytes.split_at(size(left).min(bytes.len()));
+            left = left.saturating_sub(len64(now.len()));
+            out.write_all(now)
+                .map_err(CheckpointError::write(blob.offset))
+        })
+    }
+
+    pub(super) fn check_blob(
+        &self,
+        blob: &BlobEntry,
+        each: &mut dyn FnMut(&[u8]) -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
+        let mut sum = XxHash3_64::new();
+        self.stretch(blob.offset, blob.stored_len, &mut |bytes| {
+            sum.write(bytes);
+            each(bytes)
+        })?;
+        let computed = sum.finish();
+        if computed == blob.checksum {
+            return Ok(());
+        }
+        Err(CheckpointError::Checksum {
+            what: "a blob",
+            offset: blob.offset,
+            stored: blob.checksum.into(),
+            computed: computed.into(),
+        })
+    }
+
+    /// Reads a stretch of the file, piece by piece.
+    pub(super) fn stretch(
+        &self,
+        offset: u64,
+        len: u64,
+        each: &mut dyn FnMut(&[u8]) -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
+        let mut buffer = vec![0; READ.min(size(len))];
+        let mut done = 0_u64;
+        while let Some(left) = len.checked_sub(done).filter(|left| *left > 0) {
+            let (part, _) = buffer.split_at_mut(size(left).min(READ));
+            // Inside the file, as was checked when the index was read.
+            let at = offset.saturating_add(done);
+            self.source
+                .read_at(part, at)
+                .map_err(CheckpointError::read(at))?;
+            each(part)?;
+            done = done.saturating_add(len64(part.len()));
+        }
+        Ok(())
+    }
+
+    /// All runs of pages, lowest first: every frame that holds RAM once.
+    pub fn runs(&self) -> impl Iterator<Item = PageRun> + '_ {
+        self.index.runs()
+    }
+
+    /// The parts of the runs that cover `frames`, lowest first.
+    pub fn runs_in(&self, frames: PfnRange) -> impl Iterator<Item = PageRun> + '_ {
+        self.index.runs_in(frames)
+    }
+
+    /// The run that holds `pfn`, if that is RAM.
+    #[must_use]
+    pub fn run_of(&self, pfn: Pfn) -> Option<PageRun> {
+        self.index.run_of(pfn)
+    }
+
+    /// What is in the checkpoint.
+    #[must_use]
+    pub fn stats(&self) -> SaveStats {
+        let mut stats = SaveStats {
+            file_len: self.footer.file_len,
+            digest: self.footer.digest,
+            ..SaveStats::default()
+        };
+        for run in self.runs() {
+            let stores = run.content == PageContent::Data { slot: stats.data };
+            stats.count(&run, stores);
+            stats.runs = stats.runs.saturating_add(1);
+        }
+        for number in 0..self.index.chunk_count() {
+            if let Ok(chunk) = self.index.chunk(number) {
+                let len = u64::from(chunk.entry.stored_len);
+                stats.stored_bytes = stats.stored_bytes.saturating_add(len);
+            }
+        }
+        stats
+    }
+
+    /// The class of every frame, as it was when the checkpoint was written.
+    #[must_use]
+    pub fn page_map(&self) -> PageMap {
+        let info = &self.header.info;
+        let mut map = PageMap::new(&info.layout, info.page_size);
+        for run in self.runs() {
+            map.set(run.frames, run.class);
+        }
+        map
+    }
+
+    pub(crate) fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// What reads page data; one a thread.
+    pub(crate) fn decoder(&self) -> ChunkDecoder {
+        ChunkDecoder::new(self.header.codec)
+    }
+
+    /// The bytes of `count` stored pages from `slot`, all in one chunk.
+    pub(crate) fn pages<'d>(
+        &self,
+        decoder: &'d mut ChunkDecoder,
+        slot: u64,
+        count: u64,
+    ) -> Result<&'d [u8], CheckpointError> {
+        decoder.pages(&self.source, &self.index, slot, count)
+    }
+}
+
+impl<S> fmt::Debug for CheckpointReader<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CheckpointReader")
+            .field("info", &self.header.info)
+            .field("file_len", &self.footer.file_len)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A part of the file, which must be that long.
+fn read_part(
+    source: &impl RangeSource,
+    file_len: u64,
+    offset: u64,
+    len: u64,
+    what: &'static str,
+) -> Result<Vec<u8>, CheckpointError> {
+    let end = offset.checked_add(len);
+    if end.is_none_or(|end| end > file_len) {
+        return Err(CheckpointError::Truncated {
+            what,
+            offset,
+            need: len,
+            len: file_len,
+        });
+    }
+    let mut bytes = vec![0; size(len)];
+    source
+        .read_at(&mut bytes, offset)
+        .map_err(CheckpointError::read(offset))?;
+    Ok(bytes)
+}

@@ -1,0 +1,7 @@
+//! Writing a checkpoint.
+
+pub(crate) mod options;
+mod pages;
+mod scan;
+mod sink;
+pub(crate) mod writer;

@@ -1,0 +1,243 @@
+//! Writes a checkpoint, front to back, on all cores.
+
+use super::options::SaveOptions;
+use super::pages::{Output, Source, save_pages};
+use super::sink::Sink;
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::wire::builder::IndexBuilder;
+use crate::checkpoint::wire::codec::Compressor;
+use crate::checkpoint::wire::footer::Footer;
+use crate::checkpoint::wire::frames::same_layout;
+use crate::checkpoint::wire::header::{Codec, Header};
+use crate::checkpoint::wire::info::{CheckpointInfo, SaveStats};
+use crate::checkpoint::wire::layout::{
+    ALIGN, FOOTER_LEN, MAX_BLOB_NAME, MAX_CHUNK, checksum, len64, narrow, size, too_large,
+};
+use crate::checkpoint::wire::record::BlobEntry;
+use crate::{GuestMemory, PageMap, Progress, PrunePlan};
+use core::hash::Hasher;
+use std::fmt;
+use std::io::{Read, Write};
+use twox_hash::XxHash3_64;
+
+/// Writes a checkpoint to anything that takes bytes: a file, a pipe, a socket.
+///
+/// Nothing is written twice and nothing is sought. Memory use is bounded: some MiB of page data a
+/// thread, 24 MiB to find duplicates, and the index (24 bytes for each run of like pages and each
+/// chunk).
+///
+/// ```
+/// use sonicshot::checkpoint::*;
+/// use sonicshot::*;
+///
+/// let ram = vec![7_u8; 16 * 4096];
+/// let guest = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))])?;
+/// let mut map = PageMap::new(guest.layout(), PageSize::SIZE_4K); // from LinuxGuest::classify
+/// map.set(PfnRange::new(Pfn::new(4), Pfn::new(16)), PageClass::FreeBuddy);
+/// let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
+///
+/// let info = CheckpointInfo::new(guest.layout().clone(), PageSize::SIZE_4K);
+/// let mut writer = CheckpointWriter::new(Vec::new(), info, SaveOptions::default())?;
+/// writer.blob("device-state", &b"the VMM's own"[..])?;
+/// writer.memory(&guest, &map, &plan, &mut |_, _| {})?;
+/// let (file, stats) = writer.finish()?;
+/// assert_eq!(stats.free, 12);
+///
+/// let checkpoint = CheckpointReader::new(file)?;
+/// assert_eq!(checkpoint.read_blob("device-state")?, b"the VMM's own");
+/// assert_eq!(checkpoint.read_u64(Gpa::new(4096))?, 0x0707_0707_0707_0707);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct CheckpointWriter<W> {
+    sink: Sink<W>,
+    header: Header,
+    options: SaveOptions,
+    index: IndexBuilder,
+    stats: SaveStats,
+    memory_times: u32,
+}
+
+impl<W: Write> CheckpointWriter<W> {
+    /// Begins a checkpoint of the guest that `info` describes.
+    ///
+    /// # Errors
+    /// [`CheckpointError`] if the options cannot be, or writing fails.
+    pub fn new(
+        out: W,
+        info: CheckpointInfo,
+        mut options: SaveOptions,
+    ) -> Result<Self, CheckpointError> {
+        let page: u32 = narrow("a page of", info.page_size.bytes(), MAX_CHUNK)?;
+        options.chunk_size = options.chunk_size.max(page);
+        let chunk = u64::from(options.chunk_size);
+        if chunk > MAX_CHUNK || chunk & info.page_size.offset_mask() != 0 {
+            return Err(CheckpointError::TooLarge {
+                what: "a chunk that is not whole pages, or so long",
+                value: chunk,
+                max: MAX_CHUNK,
+            });
+        }
+        // To fail now rather than after the first pages.
+        let _ = Compressor::new(options.compression)?;
+        let header = Header {
+            codec: Codec::of(options.compression),
+            chunk_size: options.chunk_size,
+            compatible: 0,
+            info,
+        };
+        let mut sink = Sink::new(out);
+        sink.write(&header.encode()?)?;
+        Ok(Self {
+            sink,
+            index: IndexBuilder::new(chunk >> header.info.page_size.shift()),
+            header,
+            options,
+            stats: SaveStats::default(),
+            memory_times: 0,
+        })
+    }
+
+    /// Adds a blob of the VMM's own: device state, configuration. Its name has at most 255 bytes.
+    ///
+    /// # Errors
+    /// [`CheckpointError::BlobExists`], [`CheckpointError::TooLarge`], or what reading and
+    /// writing give.
+    pub fn blob(&mut self, name: &str, mut content: impl Read) -> Result<(), CheckpointError> {
+        let name_len = len64(name.len());
+        if name_len == 0 || name_len > MAX_BLOB_NAME {
+            return Err(CheckpointError::TooLarge {
+                what: "bytes of a blob's name",
+                value: name_len,
+                max: MAX_BLOB_NAME,
+            });
+        }
+        if self.index.has_blob(name) {
+            return Err(CheckpointError::BlobExists { name: name.into() });
+        }
+        let offset = self.sink.offset();
+        let mut sum = XxHash3_64::new();
+        let mut buffer = vec![0; 64 << 10];
+        let mut len = 0_u64;
+        loop {
+            let got = match content.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(got) => got,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(CheckpointError::read(len)(error)),
+            };
+            let Some(bytes) = buffer.get(..got) else {
+                let error =
+                    std::io::Error::other("a reader that gives more than there is room for");
+                return Err(CheckpointError::read(len)(error));
+            };
+            sum.write(bytes);
+            self.sink.write(bytes)?;
+            // No more than the file's.
+            len = len.saturating_add(len64(got));
+        }
+        if self.header.codec == Codec::None {
+            // What follows may be page data, to be mapped.
+            let end = self.sink.offset().checked_next_multiple_of(ALIGN);
+            let end =
+                end.ok_or_else(|| too_large("bytes of file", self.sink.offset(), u64::MAX))?;
+            let zeroes = vec![0; size(end.saturating_sub(self.sink.offset()))];
+            sum.write(&zeroes);
+            self.sink.write(&zeroes)?;
+        }
+        self.index.push_blob(BlobEntry {
+            name: name.into(),
+            offset,
+            // The file only grows.
+            stored_len: self.sink.offset().saturating_sub(offset),
+            len,
+            checksum: sum.finish(),
+        });
+        Ok(())
+    }
+
+    /// Adds the guest's memory: the pages that `plan` keeps, and of the others what they must
+    /// read as. The guest, and whatever else writes its memory, must be paused.
+    ///
+    /// # Errors
+    /// [`CheckpointError`] if `memory` or `map` are not of the guest that the checkpoint was
+    /// begun for, or reading or writing fails. The checkpoint cannot be finished then.
+    pub fn memory(
+        &mut self,
+        memory: &dyn GuestMemory,
+        map: &PageMap,
+        plan: &PrunePlan,
+        progress: Progress<'_>,
+    ) -> Result<(), CheckpointError> {
+        let info = self.header.info.clone();
+        same_layout(&info.layout, memory.layout())?;
+        for page_size in [map.page_size(), plan.page_size()] {
+            if page_size != info.page_size {
+                return Err(CheckpointError::TooLarge {
+                    what: "pages of another size than the checkpoint's",
+                    value: page_size.bytes(),
+                    max: info.page_size.bytes(),
+                });
+            }
+        }
+        self.memory_times = self.memory_times.saturating_add(1);
+        if self.memory_times != 1 {
+            return Err(CheckpointError::MemoryTimes {
+                times: self.memory_times,
+            });
+        }
+        let output = Output {
+            sink: &mut self.sink,
+            index: &mut self.index,
+            stats: &mut self.stats,
+        };
+        let source = Source {
+            memory,
+            info: &info,
+            map,
+            plan,
+        };
+        save_pages(output, &source, &self.options, progress)
+    }
+
+    /// Writes index and footer. Returns what was written to, flushed, and what is in it.
+    ///
+    /// # Errors
+    /// [`CheckpointError::MemoryTimes`] if there is no memory in it, or what writing gives.
+    pub fn finish(mut self) -> Result<(W, SaveStats), CheckpointError> {
+        if self.memory_times != 1 {
+            return Err(CheckpointError::MemoryTimes {
+                times: self.memory_times,
+            });
+        }
+        self.stats.runs = self.index.run_count();
+        let index = self.index.encode()?;
+        let index_offset = self.sink.offset();
+        self.sink.write(&index)?;
+        let mut footer = Footer {
+            index_offset,
+            index_len: len64(index.len()),
+            index_checksum: checksum(&index),
+            file_len: self
+                .sink
+                .offset()
+                .checked_add(FOOTER_LEN)
+                .ok_or_else(|| too_large("bytes of file", self.sink.offset(), u64::MAX))?,
+            digest: 0,
+        };
+        footer.digest = self.sink.digest_with(&footer.digested());
+        self.sink.write(&footer.encode())?;
+        let (out, file_len) = self.sink.finish()?;
+        self.stats.file_len = file_len;
+        self.stats.digest = footer.digest;
+        Ok((out, self.stats))
+    }
+}
+
+impl<W> fmt::Debug for CheckpointWriter<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CheckpointWriter")
+            .field("info", &self.header.info)
+            .field("offset", &self.sink.offset())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,137 @@
+//! Puts an index together while a checkpoint is written.
+
+use super::info::{PageContent, PageRun};
+use super::layout::{
+    INDEX_HEAD, INDEX_MAGIC, MAX_RUN, RUN_LEN, SECTION_BLOBS, SECTION_CHUNKS, SECTION_LEN,
+    SECTION_NEEDED, SECTION_RUNS, len64, pad,
+};
+use super::record::{BlobEntry, ChunkEntry, encode_run};
+use crate::PfnRange;
+use crate::checkpoint::CheckpointError;
+
+/// Puts an index together while a checkpoint is written.
+#[derive(Debug)]
+pub(crate) struct IndexBuilder {
+    pages_per_chunk: u64,
+    runs: Vec<u8>,
+    /// Not in `runs` yet: it may grow. And whether it stores pages for the first time.
+    last: Option<(PageRun, bool)>,
+    chunks: Vec<u8>,
+    blobs: Vec<BlobEntry>,
+    /// Pages stored so far.
+    pub slots: u64,
+}
+
+impl IndexBuilder {
+    pub(crate) fn new(pages_per_chunk: u64) -> Self {
+        Self {
+            pages_per_chunk,
+            runs: Vec::new(),
+            last: None,
+            chunks: Vec::new(),
+            blobs: Vec::new(),
+            slots: 0,
+        }
+    }
+
+    /// Adds the run of pages that comes next. `stores` says that its data is stored for the
+    /// first time, not referred to again.
+    pub(crate) fn push(&mut self, run: PageRun, stores: bool) -> Result<(), CheckpointError> {
+        if let Some((last, last_stores)) = &mut self.last
+            && *last_stores == stores
+            && self.pages_per_chunk > 0
+            && let Some(joined) = join(last, &run, stores, self.pages_per_chunk)
+        {
+            *last = joined;
+            return Ok(());
+        }
+        self.flush()?;
+        self.last = Some((run, stores));
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), CheckpointError> {
+        if let Some((run, _)) = self.last.take() {
+            encode_run(&run, &mut self.runs)?;
+        }
+        Ok(())
+    }
+
+    /// How many runs there are so far.
+    pub(crate) fn run_count(&self) -> u64 {
+        let last = usize::from(self.last.is_some());
+        len64((self.runs.len() / RUN_LEN).saturating_add(last))
+    }
+
+    pub(crate) fn push_chunk(&mut self, chunk: &ChunkEntry) {
+        chunk.encode(&mut self.chunks);
+    }
+
+    pub(crate) fn has_blob(&self, name: &str) -> bool {
+        self.blobs.iter().any(|blob| blob.name == name)
+    }
+
+    pub(crate) fn push_blob(&mut self, blob: BlobEntry) {
+        self.blobs.push(blob);
+    }
+
+    /// The index as it stands in the file.
+    pub(crate) fn encode(mut self) -> Result<Vec<u8>, CheckpointError> {
+        self.flush()?;
+        let mut blobs = Vec::new();
+        for blob in &self.blobs {
+            blob.encode(&mut blobs)?;
+        }
+        /// As the index has it.
+        const SECTIONS: u32 = 3;
+        let sections: [_; SECTIONS as usize] = [
+            (SECTION_RUNS, &self.runs),
+            (SECTION_CHUNKS, &self.chunks),
+            (SECTION_BLOBS, &blobs),
+        ];
+        let mut out = Vec::with_capacity(self.runs.len().saturating_add(self.chunks.len()));
+        out.extend(INDEX_MAGIC);
+        out.extend(SECTIONS.to_le_bytes());
+        out.extend([0; 4]);
+        out.extend(self.slots.to_le_bytes());
+        out.extend([0; 8]);
+        let mut at = INDEX_HEAD.saturating_add(sections.len().saturating_mul(SECTION_LEN));
+        for (kind, bytes) in &sections {
+            out.extend(kind.to_le_bytes());
+            out.extend(SECTION_NEEDED.to_le_bytes());
+            out.extend(len64(at).to_le_bytes());
+            out.extend(len64(bytes.len()).to_le_bytes());
+            at = at.saturating_add(bytes.len().next_multiple_of(8));
+        }
+        for (_, bytes) in sections {
+            out.extend(bytes);
+            pad(&mut out, 8);
+        }
+        Ok(out)
+    }
+}
+
+/// Both runs as one, if that says the same.
+fn join(last: &PageRun, next: &PageRun, stores: bool, pages_per_chunk: u64) -> Option<PageRun> {
+    if last.class != next.class || last.frames.end() != next.frames.start() {
+        return None;
+    }
+    match (last.content, next.content) {
+        (PageContent::Data { slot }, PageContent::Data { slot: next_slot }) => {
+            if slot.checked_add(last.frames.len()) != Some(next_slot) {
+                return None;
+            }
+            let end = next_slot.checked_add(next.frames.len())?.checked_sub(1)?;
+            let chunk = |slot: u64| slot.checked_div(pages_per_chunk);
+            // What refers to stored pages again stays inside one chunk, so that a restore
+            // finds it by the chunk.
+            if !stores && chunk(slot) != chunk(end) {
+                return None;
+            }
+        }
+        (a, b) if a == b => {}
+        _ => return None,
+    }
+    let frames = PfnRange::new(last.frames.start(), next.frames.end());
+    (frames.len() <= MAX_RUN).then_some(PageRun { frames, ..*last })
+}

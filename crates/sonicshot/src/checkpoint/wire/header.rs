@@ -1,0 +1,331 @@
+//! The header: what a checkpoint is, and of which guest.
+
+use super::info::{CheckpointInfo, Compression};
+use super::layout::{
+    ALIGN, MAGIC, MAX_ATTRIBUTE, MAX_CHUNK, MAX_HEADER, MAX_REGIONS, VERSION, checksum, len64,
+    narrow, pad, size, too_large,
+};
+use crate::checkpoint::CheckpointError;
+use crate::{Architecture, Bytes, Cursor, CutShort, Gpa, GpaRange, PageSize, RamLayout};
+
+/// The length of the checksum at the end.
+const SUM_LEN: u64 = 8;
+/// Where the header's length stands.
+const LENGTH_AT: u64 = 12;
+/// Where what a reader must know begins.
+const FEATURES_AT: u64 = 16;
+/// The first 16 bytes tell what the file is, and how long its header.
+pub(crate) const START_LEN: u64 = 16;
+
+const ATTRIBUTE_RELEASE: u16 = 1;
+const ATTRIBUTE_BUILD_ID: u16 = 2;
+const ATTRIBUTE_VMM: u16 = 3;
+
+/// The header of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub info: CheckpointInfo,
+    pub codec: Codec,
+    /// Bytes of page data in every chunk but the last.
+    pub chunk_size: u32,
+    pub compatible: u64,
+}
+
+/// How chunks are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Codec {
+    None,
+    Lz4,
+    Zstd,
+}
+
+impl Codec {
+    pub(crate) const fn of(compression: Compression) -> Self {
+        match compression {
+            Compression::None => Self::None,
+            Compression::Lz4 => Self::Lz4,
+            Compression::Zstd { .. } => Self::Zstd,
+        }
+    }
+
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Lz4 => "lz4",
+            Self::Zstd => "zstd",
+        }
+    }
+
+    const fn number(self) -> u8 {
+        match self {
+            Self::None => 0,
+            Self::Lz4 => 1,
+            Self::Zstd => 2,
+        }
+    }
+
+    const fn numbered(number: u8) -> Option<Self> {
+        match number {
+            0 => Some(Self::None),
+            1 => Some(Self::Lz4),
+            2 => Some(Self::Zstd),
+            _ => None,
+        }
+    }
+}
+
+impl Header {
+    /// The header's bytes, its padding and checksum included.
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, CheckpointError> {
+        let mut out = Vec::new();
+        out.extend(MAGIC);
+        out.extend(VERSION.to_le_bytes());
+        out.extend([0; 4]); // the length, once it is known
+        out.extend(0_u64.to_le_bytes()); // incompatible features: none yet
+        out.extend(self.compatible.to_le_bytes());
+        let page_size: u32 = narrow(
+            "a page of",
+            self.info.page_size.bytes(),
+            PageSize::SIZE_64K.bytes(),
+        )?;
+        out.extend(page_size.to_le_bytes());
+        // ELF's EM_NONE where none is said.
+        let machine = self.info.architecture.map_or(0, Architecture::elf_machine);
+        out.extend(machine.to_le_bytes());
+        out.extend([self.codec.number(), 0]);
+        out.extend(self.chunk_size.to_le_bytes());
+        self.encode_regions(&mut out)?;
+        self.encode_attributes(&mut out)?;
+        let len = len64(out.len())
+            .checked_add(SUM_LEN)
+            .and_then(|len| len.checked_next_multiple_of(ALIGN))
+            .filter(|len| *len <= MAX_HEADER)
+            .ok_or_else(|| too_large("bytes of header", len64(out.len()), MAX_HEADER))?;
+        let length: u32 = narrow("bytes of header", len, MAX_HEADER)?;
+        let (start, end) = (size(LENGTH_AT), size(FEATURES_AT));
+        if let Some(field) = out.get_mut(start..end) {
+            field.copy_from_slice(&length.to_le_bytes());
+        }
+        // Never below what is there: the sum was added before it was rounded up.
+        out.resize(size(len.saturating_sub(SUM_LEN)), 0);
+        let sum = checksum(&out);
+        out.extend(sum.to_le_bytes());
+        Ok(out)
+    }
+
+    fn encode_regions(&self, out: &mut Vec<u8>) -> Result<(), CheckpointError> {
+        let regions = self.info.layout.regions();
+        let count = len64(regions.len());
+        if count > MAX_REGIONS {
+            return Err(too_large("RAM regions", count, MAX_REGIONS));
+        }
+        let count: u32 = narrow("RAM regions", count, MAX_REGIONS)?;
+        out.extend(count.to_le_bytes());
+        for region in regions {
+            out.extend(region.start().raw().to_le_bytes());
+            out.extend(region.end().raw().to_le_bytes());
+        }
+        Ok(())
+    }
+
+    fn encode_attributes(&self, out: &mut Vec<u8>) -> Result<(), CheckpointError> {
+        let info = &self.info;
+        for (kind, value) in [
+            (
+                ATTRIBUTE_RELEASE,
+                info.kernel_release.as_ref().map(String::as_bytes),
+            ),
+            (ATTRIBUTE_BUILD_ID, info.build_id.as_deref()),
+            (ATTRIBUTE_VMM, info.vmm.as_ref().map(String::as_bytes)),
+        ] {
+            let Some(value) = value else { continue };
+            let len = len64(value.len());
+            if len > MAX_ATTRIBUTE {
+                return Err(too_large("bytes of an attribute", len, MAX_ATTRIBUTE));
+            }
+            let len: u32 = narrow("bytes of an attribute", len, MAX_ATTRIBUTE)?;
+            out.extend(kind.to_le_bytes());
+            out.extend([0; 2]);
+            out.extend(len.to_le_bytes());
+            out.extend(value);
+            pad(out, 8);
+        }
+        out.extend([0; 8]); // no more attributes
+        Ok(())
+    }
+
+    /// How long the header is that begins with `start`, the first 16 bytes or more of the file.
+    pub(crate) fn length(start: &[u8], file_len: u64) -> Result<u64, CheckpointError> {
+        let magic = start.get(..MAGIC.len()).unwrap_or(start);
+        if magic != MAGIC {
+            return Err(CheckpointError::NotACheckpoint {
+                found: magic.to_vec(),
+            });
+        }
+        let short = |cut: CutShort| CheckpointError::Truncated {
+            what: "the header",
+            offset: 0,
+            need: START_LEN,
+            len: cut.offset.saturating_add(cut.left),
+        };
+        let mut cursor = Cursor::at(start, len64(MAGIC.len()));
+        let version: u32 = cursor.le().map_err(short)?;
+        if version != VERSION {
+            return Err(CheckpointError::Version {
+                found: version,
+                known: VERSION,
+            });
+        }
+        let len = u64::from(cursor.le::<u32>().map_err(short)?);
+        if len == 0 || len > MAX_HEADER || !len.is_multiple_of(ALIGN) {
+            return Err(corrupt("the header's length", LENGTH_AT, len));
+        }
+        if len > file_len {
+            return Err(CheckpointError::Truncated {
+                what: "the header",
+                offset: 0,
+                need: len,
+                len: file_len,
+            });
+        }
+        Ok(len)
+    }
+
+    /// Reads a whole header, its length checked already.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, CheckpointError> {
+        let mut fields = Fields::checked(bytes)?;
+        let incompatible: u64 = fields.next()?;
+        if incompatible != 0 {
+            return Err(CheckpointError::Incompatible {
+                flags: incompatible,
+            });
+        }
+        let compatible: u64 = fields.next()?;
+        let at = fields.at();
+        let raw = u64::from(fields.next::<u32>()?);
+        let page_size = PageSize::new(raw).ok_or_else(|| corrupt("the page size", at, raw))?;
+        let architecture = Architecture::from_elf_machine(fields.next()?);
+        let at = fields.at();
+        let [codec, _reserved] = fields.next::<u16>()?.to_le_bytes();
+        let codec = Codec::numbered(codec).ok_or_else(|| corrupt("the codec", at, codec.into()))?;
+        let at = fields.at();
+        let chunk_size: u32 = fields.next()?;
+        let chunk = u64::from(chunk_size);
+        if chunk == 0 || chunk > MAX_CHUNK || chunk & page_size.offset_mask() != 0 {
+            return Err(corrupt("the chunk size", at, chunk));
+        }
+        let mut info = CheckpointInfo::new(fields.regions()?, page_size);
+        info.architecture = architecture;
+        while fields.attribute(&mut info)? {}
+        Ok(Self {
+            info,
+            codec,
+            chunk_size,
+            compatible,
+        })
+    }
+}
+
+const fn corrupt(what: &'static str, offset: u64, value: u64) -> CheckpointError {
+    CheckpointError::Corrupt {
+        what,
+        offset,
+        value,
+    }
+}
+
+/// The fields of a header whose checksum is right, one after the other.
+struct Fields<'a>(Cursor<&'a [u8]>);
+
+impl<'a> Fields<'a> {
+    fn checked(bytes: &'a [u8]) -> Result<Self, CheckpointError> {
+        let short = || corrupt("the header's length", LENGTH_AT, len64(bytes.len()));
+        let end = len64(bytes.len()).checked_sub(SUM_LEN).ok_or_else(short)?;
+        let body = bytes.part(0, end).ok_or_else(short)?;
+        let stored: u64 = bytes.le_at(end).ok_or_else(short)?;
+        let computed = checksum(body);
+        if stored != computed {
+            return Err(CheckpointError::Checksum {
+                what: "the header",
+                offset: 0,
+                stored: stored.into(),
+                computed: computed.into(),
+            });
+        }
+        Ok(Self(Cursor::at(body, FEATURES_AT)))
+    }
+
+    fn at(&self) -> u64 {
+        self.0.position()
+    }
+
+    fn next<T: crate::Number>(&mut self) -> Result<T, CheckpointError> {
+        self.0.le().map_err(|_| self.short())
+    }
+
+    fn short(&self) -> CheckpointError {
+        let len = self.0.bytes().byte_len().saturating_add(SUM_LEN);
+        corrupt("the header's length", LENGTH_AT, len)
+    }
+
+    fn regions(&mut self) -> Result<RamLayout, CheckpointError> {
+        let at = self.at();
+        let count = u64::from(self.next::<u32>()?);
+        if count == 0 || count > MAX_REGIONS {
+            return Err(corrupt("the number of RAM regions", at, count));
+        }
+        let first_at = self.at();
+        let mut regions: Vec<GpaRange> = Vec::new();
+        for _ in 0..count {
+            let at = self.at();
+            let start: u64 = self.next()?;
+            let end_at = self.at();
+            let end: u64 = self.next()?;
+            // Sorted, with holes between: what `RamLayout` gives back as it was.
+            let touches = regions.last().is_some_and(|last| start <= last.end().raw());
+            if start >= end || touches {
+                return Err(corrupt("a RAM region's start", at, start));
+            }
+            // The last frame must have an end, so that no frame arithmetic can wrap.
+            if end > (1 << 63) {
+                return Err(corrupt("a RAM region's end", end_at, end));
+            }
+            regions.push(GpaRange::new(Gpa::new(start), Gpa::new(end)));
+        }
+        RamLayout::new(regions).map_err(|_| corrupt("a RAM region's start", first_at, count))
+    }
+
+    /// Takes the next attribute into `info`; `false` if there are no more.
+    fn attribute(&mut self, info: &mut CheckpointInfo) -> Result<bool, CheckpointError> {
+        let kind: u16 = self.next()?;
+        let _reserved: u16 = self.next()?;
+        let len_at = self.at();
+        let len = u64::from(self.next::<u32>()?);
+        if kind == 0 {
+            return Ok(false);
+        }
+        let bad_length = || corrupt("an attribute's length", len_at, len);
+        if len > MAX_ATTRIBUTE {
+            return Err(bad_length());
+        }
+        let at = self.at();
+        let value = self.0.take(len).map_err(|_| bad_length())?;
+        let text = || {
+            core::str::from_utf8(value)
+                .map(|text| Some(text.to_owned()))
+                .map_err(|error| corrupt("an attribute's text", at, len64(error.valid_up_to())))
+        };
+        match kind {
+            ATTRIBUTE_RELEASE => info.kernel_release = text()?,
+            ATTRIBUTE_BUILD_ID => info.build_id = Some(value.to_vec()),
+            ATTRIBUTE_VMM => info.vmm = text()?,
+            _ => {} // not needed to read the rest
+        }
+        let next = self
+            .at()
+            .checked_next_multiple_of(8)
+            .ok_or_else(bad_length)?;
+        self.0.seek(next);
+        Ok(true)
+    }
+}

@@ -1,0 +1,504 @@
+//! The index: which page is where. Kept as the bytes that it is in the file, and searched in place.
+
+use super::frames::covered_frames;
+use super::header::{Codec, Header};
+use super::info::{PageContent, PageRun};
+use super::layout::{
+    ALIGN, CHUNK_LEN, INDEX_HEAD, INDEX_MAGIC, RUN_LEN, SECTION_BLOBS, SECTION_CHUNKS,
+    SECTION_NEEDED, SECTION_RUNS, len64, size,
+};
+use super::record::{BlobEntry, ChunkEntry, decode_run};
+use crate::checkpoint::CheckpointError;
+use crate::{Bytes, Cursor, CutShort, PageSize, Pfn, PfnRange};
+use core::iter::Peekable;
+use core::ops::Range;
+
+/// A checkpoint's index, checked.
+#[derive(Debug)]
+pub(crate) struct Index {
+    bytes: Vec<u8>,
+    /// Where they stand in the file.
+    offset: u64,
+    runs: Range<usize>,
+    chunks: Range<usize>,
+    pub blobs: Vec<BlobEntry>,
+    /// How many pages are stored.
+    pub slots: u64,
+    page_size: PageSize,
+    pages_per_chunk: u64,
+    chunk_size: u32,
+}
+
+/// The chunk that holds a stored page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ChunkInfo {
+    pub entry: ChunkEntry,
+    pub number: u64,
+    pub first_slot: u64,
+    /// How many pages are in it.
+    pub pages: u64,
+    /// Their length in bytes.
+    pub len: usize,
+}
+
+impl ChunkInfo {
+    /// Where the `count` stored pages from `slot` are in its page data: all of them are in it.
+    pub(crate) fn bytes_of(
+        &self,
+        slot: u64,
+        count: u64,
+        page_size: PageSize,
+    ) -> Result<Range<usize>, CheckpointError> {
+        let first = slot.checked_sub(self.first_slot);
+        first
+            .and_then(|first| Some(first..first.checked_add(count)?))
+            .filter(|pages| pages.end <= self.pages)
+            // A chunk's length was checked, and these are inside.
+            .map(|pages| {
+                size(pages.start << page_size.shift())..size(pages.end << page_size.shift())
+            })
+            .ok_or(CheckpointError::Corrupt {
+                what: "the stored page of a run",
+                offset: self.entry.offset,
+                value: slot,
+            })
+    }
+}
+
+impl Index {
+    /// Reads the index that `bytes` are, which stand at `offset` in the file behind a header of
+    /// `header_len` bytes, and checks that it covers the guest's RAM once, and the file once.
+    pub(crate) fn decode(
+        bytes: Vec<u8>,
+        offset: u64,
+        header_len: u64,
+        header: &Header,
+    ) -> Result<Self, CheckpointError> {
+        let Sections {
+            slots,
+            runs,
+            chunks,
+            blobs,
+        } = Sections::decode(&bytes, offset)?;
+        let page_size = header.info.page_size;
+        let mut index = Self {
+            bytes,
+            offset,
+            runs,
+            chunks,
+            blobs: Vec::new(),
+            slots,
+            page_size,
+            pages_per_chunk: u64::from(header.chunk_size) >> page_size.shift(),
+            chunk_size: header.chunk_size,
+        };
+        index.blobs = index.read_blobs(blobs)?;
+        index.check_runs(header)?;
+        index.check_places(header_len, header.codec)?;
+        Ok(index)
+    }
+
+    /// An error of what stands at `at` in the index.
+    fn corrupt(&self, what: &'static str, at: usize, value: u64) -> CheckpointError {
+        corrupt(self.offset, what, at, value)
+    }
+
+    fn read_blobs(&self, range: Range<usize>) -> Result<Vec<BlobEntry>, CheckpointError> {
+        let mut out: Vec<BlobEntry> = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let left = self.bytes.get(at..range.end);
+            let Some((blob, len)) = left.and_then(BlobEntry::decode) else {
+                let value = len64(range.end.saturating_sub(at));
+                return Err(self.corrupt("the record of a blob", at, value));
+            };
+            out.push(blob);
+            at = at.saturating_add(len);
+        }
+        let mut names: Vec<&str> = out.iter().map(|blob| blob.name.as_str()).collect();
+        names.sort_unstable();
+        if let Some([name, _]) = names.windows(2).find(|pair| pair.first() == pair.last()) {
+            return Err(CheckpointError::BlobExists {
+                name: (*name).to_owned(),
+            });
+        }
+        Ok(out)
+    }
+
+    /// Every frame once, in order; every stored page once before it is referred to again.
+    fn check_runs(&self, header: &Header) -> Result<(), CheckpointError> {
+        let count = self.run_count();
+        if len64(count) > u64::from(u32::MAX) {
+            return Err(self.corrupt("the number of runs", self.runs.start, len64(count)));
+        }
+        let mut expected = covered_frames(&header.info.layout, self.page_size).into_iter();
+        let mut rest = PfnRange::new(Pfn::new(0), Pfn::new(0));
+        let mut stored = 0_u64;
+        for number in 0..count {
+            let run = self.run(number)?;
+            let corrupt = |what, value| self.corrupt(what, self.place_of_run(number), value);
+            if rest.is_empty() {
+                rest = expected.next().unwrap_or(rest);
+            }
+            if run.frames.start() != rest.start() || run.frames.end() > rest.end() {
+                return Err(corrupt(
+                    "the first frame of a run",
+                    run.frames.start().raw(),
+                ));
+            }
+            rest = PfnRange::new(run.frames.end(), rest.end());
+            if let PageContent::Data { slot } = run.content {
+                stored = self
+                    .stored_after(stored, slot, run.frames.len())
+                    .ok_or_else(|| corrupt("the stored page of a run", slot))?;
+            }
+        }
+        if !rest.is_empty() || expected.next().is_some() {
+            return Err(self.corrupt("the number of runs", self.runs.end, len64(count)));
+        }
+        if stored != self.slots {
+            return Err(self.corrupt("the number of stored pages", self.runs.start, self.slots));
+        }
+        Ok(())
+    }
+
+    /// How many pages are stored after a run of `count` from `slot`, if `stored` are before it: it
+    /// stores the next ones, or refers again to some of one chunk.
+    fn stored_after(&self, stored: u64, slot: u64, count: u64) -> Option<u64> {
+        let end = slot.checked_add(count)?;
+        let last = end.checked_sub(1)?;
+        let chunk = |slot: u64| slot.checked_div(self.pages_per_chunk);
+        if slot == stored {
+            return (end <= self.slots).then_some(end);
+        }
+        (end <= stored && chunk(slot) == chunk(last)).then_some(stored)
+    }
+
+    /// Header, chunks, blobs and index fill the file without gap or overlap.
+    fn check_places(&self, header_len: u64, codec: Codec) -> Result<(), CheckpointError> {
+        let count = self.chunk_count();
+        let expected = match self.pages_per_chunk {
+            0 => 0,
+            pages => self.slots.div_ceil(pages),
+        };
+        if count != expected {
+            return Err(self.corrupt("the number of chunks", self.chunks.start, count));
+        }
+        let mut parts = Parts::new(header_len, self.offset, &self.blobs);
+        for number in 0..count {
+            parts.take_blobs()?;
+            let chunk = self.chunk(number)?;
+            parts
+                .take_chunk(&chunk, codec)
+                .map_err(|(what, value)| self.corrupt(what, self.place_of_chunk(number), value))?;
+        }
+        parts.take_blobs()?;
+        parts.finish()
+    }
+
+    /// Where the record of a run stands in the index.
+    fn place_of_run(&self, number: usize) -> usize {
+        // Past everything if there is no such run, where nothing is found.
+        number
+            .saturating_mul(RUN_LEN)
+            .saturating_add(self.runs.start)
+    }
+
+    fn place_of_chunk(&self, number: u64) -> usize {
+        size(number)
+            .saturating_mul(CHUNK_LEN)
+            .saturating_add(self.chunks.start)
+    }
+
+    pub(crate) fn run_count(&self) -> usize {
+        self.runs.len() / RUN_LEN
+    }
+
+    /// The run `number`.
+    pub(crate) fn run(&self, number: usize) -> Result<PageRun, CheckpointError> {
+        let at = self.place_of_run(number);
+        let end = at.saturating_add(RUN_LEN);
+        let bytes = self.bytes.get(at..end).filter(|_| end <= self.runs.end);
+        decode_run(bytes.unwrap_or_default()).map_err(|(what, value)| self.corrupt(what, at, value))
+    }
+
+    /// The number of the run that holds `pfn`, or of the next above it.
+    pub(crate) fn run_number(&self, pfn: Pfn) -> usize {
+        let (mut low, mut high) = (0, self.run_count());
+        while low < high {
+            let middle = low.midpoint(high);
+            if self.run(middle).is_ok_and(|run| run.frames.end() <= pfn) {
+                low = middle.saturating_add(1);
+            } else {
+                high = middle;
+            }
+        }
+        low
+    }
+
+    /// The run that holds `pfn`.
+    pub(crate) fn run_of(&self, pfn: Pfn) -> Option<PageRun> {
+        self.run(self.run_number(pfn))
+            .ok()
+            .filter(|run| run.frames.contains(pfn))
+    }
+
+    /// All runs; each was decoded when the index was read.
+    pub(crate) fn runs(&self) -> impl Iterator<Item = PageRun> + '_ {
+        (0..self.run_count()).map_while(|number| self.run(number).ok())
+    }
+
+    /// The parts of the runs that cover `frames`, lowest first.
+    pub(crate) fn runs_in(&self, frames: PfnRange) -> impl Iterator<Item = PageRun> + '_ {
+        (self.run_number(frames.start())..self.run_count())
+            .map_while(|number| self.run(number).ok())
+            .take_while(move |run| run.frames.start() < frames.end())
+            .filter_map(move |run| clip(&run, frames))
+    }
+
+    pub(crate) fn chunk_count(&self) -> u64 {
+        len64(self.chunks.len() / CHUNK_LEN)
+    }
+
+    /// The chunk `number`.
+    pub(crate) fn chunk(&self, number: u64) -> Result<ChunkInfo, CheckpointError> {
+        let at = self.place_of_chunk(number);
+        self.chunk_at(number, at)
+            .ok_or_else(|| self.corrupt("the record of a chunk", at, number))
+    }
+
+    fn chunk_at(&self, number: u64, at: usize) -> Option<ChunkInfo> {
+        let end = at.checked_add(CHUNK_LEN)?;
+        if end > self.chunks.end {
+            return None;
+        }
+        let first_slot = number.checked_mul(self.pages_per_chunk)?;
+        let pages = self
+            .slots
+            .checked_sub(first_slot)?
+            .min(self.pages_per_chunk);
+        Some(ChunkInfo {
+            entry: ChunkEntry::decode(self.bytes.get(at..end)?)?,
+            number,
+            first_slot,
+            pages,
+            len: size(pages.checked_mul(self.page_size.bytes())?),
+        })
+    }
+
+    /// The chunk that holds the stored page `slot`.
+    pub(crate) fn chunk_of(&self, slot: u64) -> Result<ChunkInfo, CheckpointError> {
+        match slot.checked_div(self.pages_per_chunk) {
+            Some(number) if slot < self.slots => self.chunk(number),
+            _ => Err(self.corrupt("the stored page of a run", self.runs.start, slot)),
+        }
+    }
+
+    pub(crate) fn page_size(&self) -> PageSize {
+        self.page_size
+    }
+
+    pub(crate) fn chunk_size(&self) -> u32 {
+        self.chunk_size
+    }
+
+    /// The runs with data: those that store pages, by their slots, and those that refer to
+    /// stored pages again, sorted by slot.
+    pub(crate) fn by_slot(&self) -> (Vec<u32>, Vec<u32>) {
+        let (mut stores, mut refers) = (Vec::new(), Vec::new());
+        let mut stored = 0_u64;
+        for (number, run) in (0..).zip(self.runs()) {
+            if let PageContent::Data { slot } = run.content {
+                if slot == stored {
+                    stored = stored.saturating_add(run.frames.len());
+                    stores.push(number);
+                } else {
+                    refers.push(number);
+                }
+            }
+        }
+        refers.sort_by_key(|number| self.slot(*number));
+        (stores, refers)
+    }
+
+    /// The first slot of the data run `number`; beyond all of them if it is none.
+    pub(crate) fn slot(&self, number: u32) -> u64 {
+        match self.run(number as usize).map(|run| run.content) {
+            Ok(PageContent::Data { slot }) => slot,
+            _ => u64::MAX,
+        }
+    }
+}
+
+fn corrupt(offset: u64, what: &'static str, at: usize, value: u64) -> CheckpointError {
+    CheckpointError::Corrupt {
+        what,
+        offset: offset.saturating_add(len64(at)),
+        value,
+    }
+}
+
+/// Where the parts of an index are in its bytes.
+struct Sections {
+    slots: u64,
+    runs: Range<usize>,
+    chunks: Range<usize>,
+    blobs: Range<usize>,
+}
+
+impl Sections {
+    fn decode(bytes: &[u8], offset: u64) -> Result<Self, CheckpointError> {
+        let corrupt = |what, at, value| corrupt(offset, what, at, value);
+        let short = |_: CutShort| corrupt("the index's length", 0, len64(bytes.len()));
+        let mut fields = Cursor::new(bytes);
+        if !fields.is_at(&INDEX_MAGIC) {
+            let found = fields.le().map_err(short)?;
+            return Err(corrupt("the index's first word", 0, found));
+        }
+        fields.seek(len64(INDEX_MAGIC.len()));
+        let count_at = size(fields.position());
+        let count: u32 = fields.le().map_err(short)?;
+        fields.skip(4).map_err(short)?;
+        let slots = fields.le().map_err(short)?;
+        let (mut runs, mut chunks, mut blobs) = (None, None, None);
+        fields.seek(len64(INDEX_HEAD));
+        for _ in 0..count {
+            let at = size(fields.position());
+            let kind: u32 = fields.le().map_err(short)?;
+            let flags: u32 = fields.le().map_err(short)?;
+            let start: u64 = fields.le().map_err(short)?;
+            let len: u64 = fields.le().map_err(short)?;
+            if bytes.part(start, len).is_none() {
+                let at = at.saturating_add(16);
+                return Err(corrupt("the length of a section", at, len));
+            }
+            let place = match kind {
+                SECTION_RUNS => &mut runs,
+                SECTION_CHUNKS => &mut chunks,
+                SECTION_BLOBS => &mut blobs,
+                _ if flags & SECTION_NEEDED == 0 => continue,
+                other => return Err(corrupt("the kind of a section", at, other.into())),
+            };
+            // The part is there, so that its end is in `bytes`.
+            let range = size(start)..size(start.saturating_add(len));
+            if place.replace(range).is_some() {
+                return Err(corrupt("the kind of a second section", at, kind.into()));
+            }
+        }
+        let (Some(runs), Some(chunks), Some(blobs)) = (runs, chunks, blobs) else {
+            return Err(corrupt("the number of sections", count_at, count.into()));
+        };
+        for (range, record) in [(&runs, RUN_LEN), (&chunks, CHUNK_LEN)] {
+            if !range.len().is_multiple_of(record) {
+                let len = len64(range.len());
+                return Err(corrupt("the length of a section", range.start, len));
+            }
+        }
+        Ok(Self {
+            slots,
+            runs,
+            chunks,
+            blobs,
+        })
+    }
+}
+
+/// Goes through the chunks and blobs of a file as they must follow each other.
+struct Parts<'a> {
+    /// Where the next one begins.
+    at: u64,
+    /// Where the index begins.
+    end: u64,
+    blobs: Peekable<std::vec::IntoIter<&'a BlobEntry>>,
+}
+
+impl<'a> Parts<'a> {
+    fn new(start: u64, end: u64, blobs: &'a [BlobEntry]) -> Self {
+        let mut blobs: Vec<&BlobEntry> = blobs.iter().collect();
+        // Empty ones first: they stand where the next thing begins.
+        blobs.sort_by_key(|blob| (blob.offset, blob.stored_len));
+        Self {
+            at: start,
+            end,
+            blobs: blobs.into_iter().peekable(),
+        }
+    }
+
+    fn take_blobs(&mut self) -> Result<(), CheckpointError> {
+        while let Some(blob) = self.blobs.next_if(|blob| blob.offset == self.at) {
+            let padding = blob.stored_len.checked_sub(blob.len);
+            let end = self.at.checked_add(blob.stored_len);
+            let end = end.filter(|end| *end <= self.end);
+            match end.filter(|_| padding.is_some_and(|padding| padding < ALIGN)) {
+                Some(end) => self.at = end,
+                None => {
+                    return Err(CheckpointError::Corrupt {
+                        what: "the length of a blob",
+                        offset: self.at,
+                        value: blob.stored_len,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The next chunk; else the field of its record that is wrong, and its value.
+    fn take_chunk(&mut self, chunk: &ChunkInfo, codec: Codec) -> Result<(), (&'static str, u64)> {
+        let entry = chunk.entry;
+        let aligned = codec != Codec::None || self.at.is_multiple_of(ALIGN);
+        if entry.offset != self.at || !aligned {
+            return Err(("the offset of a chunk", entry.offset));
+        }
+        let stored = u64::from(entry.stored_len);
+        let fits = match (entry.plain, codec) {
+            (true, _) => stored == len64(chunk.len),
+            (false, Codec::None) => false,
+            (false, _) => stored > 0 && stored < len64(chunk.len),
+        };
+        let end = self
+            .at
+            .checked_add(stored)
+            .filter(|end| fits && *end <= self.end);
+        self.at = end.ok_or(("the length of a chunk", stored))?;
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<(), CheckpointError> {
+        if let Some(blob) = self.blobs.next() {
+            return Err(CheckpointError::Corrupt {
+                what: "the offset of a blob",
+                offset: self.at,
+                value: blob.offset,
+            });
+        }
+        if self.at != self.end {
+            return Err(CheckpointError::Corrupt {
+                what: "the end of the page data",
+                offset: self.end,
+                value: self.at,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// The part of `run` that lies in `frames`, if any.
+pub(crate) fn clip(run: &PageRun, frames: PfnRange) -> Option<PageRun> {
+    let part = run.frames.intersection(&frames);
+    if part.is_empty() {
+        return None;
+    }
+    let skipped = part.start().offset_from(run.frames.start())?;
+    let content = match run.content {
+        PageContent::Data { slot } => PageContent::Data {
+            slot: slot.checked_add(skipped)?,
+        },
+        other => other,
+    };
+    Some(PageRun {
+        frames: part,
+        content,
+        ..*run
+    })
+}

@@ -1,0 +1,72 @@
+//! What the records of a checkpoint have in common, as `FORMAT.md` gives it: constants, checksums,
+//! padding.
+
+use crate::checkpoint::CheckpointError;
+use twox_hash::XxHash3_64;
+
+/// The first bytes of every checkpoint. As in PNG, a transfer as text damages them.
+pub(crate) const MAGIC: [u8; 8] = *b"\x89SONIC\r\n";
+pub(crate) const INDEX_MAGIC: [u8; 8] = *b"SONICIDX";
+pub(crate) const END_MAGIC: [u8; 8] = *b"SONICEND";
+pub(crate) const VERSION: u32 = 1;
+/// The header, and uncompressed page data, are aligned to this.
+pub(crate) const ALIGN: u64 = 4096;
+/// A header is no longer than this.
+pub(crate) const MAX_HEADER: u64 = 1 << 20;
+pub(crate) const MAX_REGIONS: u64 = 4096;
+pub(crate) const MAX_ATTRIBUTE: u64 = 4096;
+/// A chunk has at most this much page data, in bytes.
+pub(crate) const MAX_CHUNK: u64 = 16 << 20;
+pub(crate) const MAX_BLOB_NAME: u64 = 255;
+/// A run has at most so many frames.
+pub(crate) const MAX_RUN: u64 = u32::MAX as u64;
+
+pub(crate) const FOOTER_LEN: u64 = 64;
+pub(crate) const INDEX_HEAD: usize = 32;
+pub(crate) const SECTION_LEN: usize = 24;
+pub(crate) const RUN_LEN: usize = 24;
+pub(crate) const CHUNK_LEN: usize = 24;
+pub(crate) const BLOB_HEAD: usize = 40;
+
+pub(crate) const SECTION_RUNS: u32 = 1;
+pub(crate) const SECTION_CHUNKS: u32 = 2;
+pub(crate) const SECTION_BLOBS: u32 = 3;
+/// A section that a reader must know.
+pub(crate) const SECTION_NEEDED: u32 = 1;
+
+pub(crate) fn checksum(bytes: &[u8]) -> u64 {
+    XxHash3_64::oneshot(bytes)
+}
+
+/// A length as the format has it.
+pub(crate) const fn len64(len: usize) -> u64 {
+    len as u64
+}
+
+/// A length of the format in memory: this crate is for hosts of 64 bits.
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "a `usize` has 64 bits, see the crate's root"
+)]
+pub(crate) const fn size(len: u64) -> usize {
+    len as usize
+}
+
+/// `value` in the narrower field that the format has for it.
+pub(crate) fn narrow<T: TryFrom<u64>>(
+    what: &'static str,
+    value: u64,
+    max: u64,
+) -> Result<T, CheckpointError> {
+    T::try_from(value).map_err(|_| too_large(what, value, max))
+}
+
+pub(crate) const fn too_large(what: &'static str, value: u64, max: u64) -> CheckpointError {
+    CheckpointError::TooLarge { what, value, max }
+}
+
+/// Fills up with zeroes to a multiple of `align`.
+pub(crate) fn pad(out: &mut Vec<u8>, align: usize) {
+    let len = out.len().next_multiple_of(align);
+    out.resize(len, 0);
+}

@@ -1,0 +1,13 @@
+//! The tests of the crate through its public API, one program.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "tests may stop anywhere"
+)]
+
+mod checkpoint;
+#[cfg(feature = "userfaultfd")]
+mod lazy;
+mod memory;
