@@ -85,6 +85,13 @@ pub enum VmiError {
         /// What it is about the guest.
         what: String,
     },
+    /// A Linux kernel was found, of a machine of a kind that cannot be read from outside, or not
+    /// yet.
+    #[error("{what}")]
+    OtherMachine {
+        /// What the guest is.
+        what: &'static str,
+    },
     /// What is left of a kernel that is gone, or one that is not whole.
     #[error("the kernel that was found is gone: {what}")]
     Stale {

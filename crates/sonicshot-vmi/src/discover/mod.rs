@@ -103,6 +103,8 @@ struct Search<'a, 'm, T> {
     out_of_time: bool,
     told: Vec<String>,
     error: Option<VmiError>,
+    /// A kernel of a machine that cannot be read.
+    other: Option<VmiError>,
     standing: Vec<T>,
 }
 
@@ -128,6 +130,7 @@ pub(crate) fn find<'a, 'm, T>(
         out_of_time: false,
         told: Vec::new(),
         error: None,
+        other: None,
         standing: Vec::new(),
     };
     if let Some(text) = given {
@@ -143,7 +146,7 @@ pub(crate) fn find<'a, 'm, T>(
                     return Ok(vec![proven]);
                 }
             }
-            Err(why) => kernels.tell(format!("the dump's VMCOREINFO note: {why}")),
+            Err(why) => kernels.unconfirmed("the dump's VMCOREINFO note", why),
         }
     }
     let mut proven = None;
@@ -162,7 +165,7 @@ pub(crate) fn find<'a, 'm, T>(
                     proven = kernels.try_text(number, &text, Some(at));
                 }
             }
-            Err(why) => kernels.tell(format!("VMCOREINFO at {at}: {why}")),
+            Err(why) => kernels.unconfirmed(&format!("VMCOREINFO at {at}"), why),
         }
         proven.is_none()
     })?;
@@ -187,6 +190,15 @@ impl<T> Search<'_, '_, T> {
     fn tell(&mut self, why: String) {
         if self.told.len() < MAX_TOLD {
             self.told.push(why);
+        }
+    }
+
+    /// Notes why a text is not a kernel's of this memory. One of a machine of another kind says
+    /// more than that there is no kernel.
+    fn unconfirmed(&mut self, origin: &str, why: VmiError) {
+        self.tell(format!("{origin}: {why}"));
+        if matches!(why, VmiError::OtherMachine { .. }) && self.other.is_none() {
+            self.other = Some(why);
         }
     }
 
@@ -308,7 +320,11 @@ impl<T> Search<'_, '_, T> {
 
     fn outcome(self) -> Result<Vec<T>, VmiError> {
         let untried = || format!("candidates that {} s were too short for", TRIES.as_secs());
-        match (self.standing.is_empty(), self.out_of_time, self.error) {
+        match (
+            self.standing.is_empty(),
+            self.out_of_time,
+            self.error.or(self.other),
+        ) {
             (false, false, _) => Ok(self.standing),
             (false, true, _) => Err(VmiError::Undecided {
                 first: "the one that was found".into(),
@@ -604,15 +620,17 @@ fn confirm(memory: &dyn GuestMemory, text: &[u8]) -> Result<Tables, VmiError> {
                 sources: "VMCOREINFO".into(),
             })
     };
+    let other = |what: &'static str| VmiError::OtherMachine { what };
     if head.is_arm64 {
-        return Err(unsupported(
-            "an arm64 guest: only x86-64 is supported so far",
-        ));
+        return Err(other("an arm64 guest: only x86-64 is supported so far"));
     }
     if head.sme_mask.and_then(number).is_some_and(|mask| mask != 0) {
-        return Err(unsupported("a guest with encrypted memory (SME, SEV)"));
+        return Err(other("a guest with encrypted memory (SME, SEV)"));
     }
     let page_table = need(head.page_table, "swapper_pg_dir")?;
+    if head.release.is_some() && u32::try_from(page_table).is_ok() {
+        return Err(other("a 32-bit x86 kernel: only x86-64 is supported"));
+    }
     let uts = need(head.init_uts_ns, "init_uts_ns")?;
     let phys_base = head
         .phys_base

@@ -110,7 +110,7 @@ pub(crate) fn find<'m>(
         (Some(found), _) => Ok((found.shaped, found.kernel, found.image)),
         (None, Some(why)) => Err(why),
         (None, None) if pass.records.is_empty() => Err(nothing(
-            "no page begins with VMCOREINFO, and nothing looks like a free page's record",
+            "no page begins with VMCOREINFO, and nothing looks like a free page's record: it is encrypted, or no Linux",
         )),
         (None, None) => Err(nothing(
             "no page begins with VMCOREINFO, and no page table leads to what looks like the records \
