@@ -3,8 +3,9 @@
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use sonicshot::PageClass;
 use sonicshot::checkpoint::Compression;
-use sonicshot_dump::LayoutSpec;
-use sonicshot_vmi::Cr3;
+use sonicshot_offline::packed::ImageCompression;
+use sonicshot_offline::{AnalyzeOptions, LayoutSpec, OpenOptions, RestoreTo};
+use sonicshot_vmi::{Cr3, OnInconsistency};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -78,6 +79,27 @@ pub(crate) struct InputArgs {
     /// question is kept, the others are believed
     #[arg(long)]
     pub allow_inconsistent: bool,
+}
+
+impl InputArgs {
+    /// What is known of the dump beforehand.
+    pub(crate) fn open(&self) -> OpenOptions {
+        let mut options = OpenOptions::new();
+        options.symbols.clone_from(&self.symbols);
+        options.layout.clone_from(&self.layout);
+        options.base.clone_from(&self.base);
+        options.cr3 = self.cr3;
+        options
+    }
+
+    /// How its guest is looked at.
+    pub(crate) fn analyze(&self) -> AnalyzeOptions {
+        AnalyzeOptions::new().on_inconsistency(if self.allow_inconsistent {
+            OnInconsistency::KeepInQuestion
+        } else {
+            OnInconsistency::Refuse
+        })
+    }
 }
 
 #[derive(Debug, Args)]
@@ -225,6 +247,16 @@ pub(crate) enum DumpKind {
     Xl,
 }
 
+impl From<DumpKind> for RestoreTo {
+    fn from(kind: DumpKind) -> Self {
+        match kind {
+            DumpKind::Raw => Self::Raw,
+            DumpKind::Elf => Self::Elf,
+            DumpKind::Xl => Self::Xl,
+        }
+    }
+}
+
 /// What a dump can be converted to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ConvertTo {
@@ -320,11 +352,20 @@ pub(crate) enum XenCommand {
 
 /// How an image is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum ImageCompression {
+pub(crate) enum Packing {
     /// Zstandard
     Zstd,
     /// LZ4
     Lz4,
+}
+
+impl From<Packing> for ImageCompression {
+    fn from(how: Packing) -> Self {
+        match how {
+            Packing::Zstd => Self::Zstd,
+            Packing::Lz4 => Self::Lz4,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -339,7 +380,7 @@ pub(crate) struct XenSaveArgs {
     pub symbols: Vec<PathBuf>,
     /// Compress the image; `sonicshot xen restore` takes it as it is
     #[arg(long, value_enum, value_name = "HOW")]
-    pub compress: Option<ImageCompression>,
+    pub compress: Option<Packing>,
     /// Leave the domain running: it goes on as soon as its memory is written
     #[arg(short, long, conflicts_with = "pause")]
     pub checkpoint: bool,

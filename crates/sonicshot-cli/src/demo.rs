@@ -1,12 +1,11 @@
 //! `sonicshot demo`: the whole thing on a real dump, checked against the guest's own kernel.
 
-use crate::analyze::analyze;
-use crate::args::{DemoArgs, InputArgs};
+use crate::args::DemoArgs;
 use crate::error::CliError;
-use crate::inputs::Input;
 use crate::inspect::print_report;
 use crate::report::{count, say, size};
-use sonicshot::{DropClasses, PageClass, PageMap, Pfn, PrunePlan};
+use sonicshot::{ClassSet, PageClass, PageMap, Pfn};
+use sonicshot_offline::{AnalyzeOptions, OpenOptions, PruneOptions, Snapshot};
 use sonicshot_vmi::count_zero_pages;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -36,29 +35,18 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
     say!("$ unpack {}", folder.join("ram.raw.zst").display());
     unpack(&folder.join("ram.raw.zst"), &dump)?;
     say!("\n$ sonicshot inspect guest.raw");
-    let how = InputArgs {
-        symbols: Vec::new(),
-        layout: None,
-        base: None,
-        cr3: None,
-        allow_inconsistent: false,
-    };
-    let input = Input::find(&dump, &how)?;
-    let analysis = analyze(&input)?;
-    let zero_pages = count_zero_pages(&analysis.dump, &analysis.pages.map)?;
-    print_report(&analysis, zero_pages);
+    let snapshot = Snapshot::open(&dump, &OpenOptions::new())?;
+    let analyzed = snapshot.analyze(&AnalyzeOptions::new())?;
+    let zero_pages = count_zero_pages(analyzed.dump(), analyzed.pages())?;
+    print_report(&analyzed, zero_pages);
 
     say!("\n$ compare with /proc/kpageflags, written by the guest itself before it stopped");
     let flags = read_flags(&folder.join("kpageflags.bin.zst"))?;
-    check(&analysis.pages.map, &flags)?;
+    check(analyzed.pages(), &flags)?;
 
     say!("\n$ sonicshot prune guest.raw --in-place");
-    let plan = PrunePlan::new(
-        &analysis.pages.map,
-        &DropClasses::default(),
-        analysis.pages.free_fill,
-    );
-    let stats = analysis.dump.prune_in_place(&plan, &mut |_, _| {})?;
+    let plan = analyzed.plan(ClassSet::DEFAULT_DROP)?;
+    let stats = plan.prune_in_place(&PruneOptions::new(), &mut |_, _| {})?;
     say!(
         "dropped {} in {} runs; on disk: {} -> {}",
         size(stats.dropped_bytes),
@@ -66,8 +54,8 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
         size(stats.disk_before),
         size(stats.disk_after)
     );
-    let again = analyze(&input)?;
-    let same = again.counts == analysis.counts;
+    let again = snapshot.analyze(&AnalyzeOptions::new())?;
+    let same = again.counts() == analyzed.counts();
     say!("\n$ sonicshot inspect guest.raw");
     say!(
         "the pruned dump tells the same of every page: {}",

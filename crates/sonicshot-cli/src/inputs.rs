@@ -1,85 +1,37 @@
 //! The files and folders that a command is given.
 
-use crate::analyze::Analysis;
 use crate::args::InputArgs;
 use crate::error::CliError;
 use crate::report::{count, say};
-use sonicshot::{GuestMemory, Processors};
-use sonicshot_dump::{Dump, DumpError, LayoutSpec, SnapshotFiles, Spool, check_not_in_use};
-use std::cell::RefCell;
+use sonicshot_offline::Snapshot;
 use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// One input, and how it is to be understood.
+/// One input, as it was given.
 #[derive(Debug)]
-pub(crate) struct Input<'a> {
-    /// As it was given.
+pub(crate) struct Input {
     pub path: PathBuf,
-    pub files: SnapshotFiles,
-    pub how: &'a InputArgs,
-    /// The content of what came through a pipe or was compressed, once it is there.
-    spool: RefCell<Option<Spool>>,
+    pub snapshot: Snapshot,
 }
 
 /// Stands for standard input.
 const PIPE: &str = "-";
 
-impl<'a> Input<'a> {
-    pub(crate) fn find(path: &Path, how: &'a InputArgs) -> Result<Self, CliError> {
-        let (files, spool) = if path == Path::new(PIPE) {
-            let name = Path::new("standard input");
-            let spool = Spool::from_reader(name, io::stdin().lock())?;
-            (SnapshotFiles::file(name, how.layout.as_ref()), Some(spool))
+impl Input {
+    pub(crate) fn find(path: &Path, how: &InputArgs) -> Result<Self, CliError> {
+        let options = how.open();
+        let snapshot = if path == Path::new(PIPE) {
+            Snapshot::from_reader("standard input", io::stdin().lock(), &options)?
         } else {
-            let files = SnapshotFiles::find(path, how.base.as_deref(), how.layout.as_ref())?;
-            (files, None)
+            Snapshot::open(path, &options)?
         };
         Ok(Self {
             path: path.into(),
-            files,
-            how,
-            spool: RefCell::new(spool),
+            snapshot,
         })
-    }
-
-    /// The file with the guest's memory.
-    pub(crate) fn memory(&self) -> &Path {
-        self.files.memory()
-    }
-
-    /// Opens the memory, over its base if one was given, with what the VMM's state beside it tells
-    /// of the processors.
-    pub(crate) fn open(&self, layout: Option<&LayoutSpec>) -> Result<Dump, DumpError> {
-        let dump = self.open_memory(layout)?;
-        Ok(match self.files.processors() {
-            Processors::Unknown => dump,
-            told => dump.with_processors(told.clone()),
-        })
-    }
-
-    fn open_memory(&self, layout: Option<&LayoutSpec>) -> Result<Dump, DumpError> {
-        if let Some(base) = &self.how.base {
-            return Dump::open_over(self.memory(), base, layout);
-        }
-        if let Some(spool) = &*self.spool.borrow() {
-            return Dump::open_spooled(spool, layout);
-        }
-        let dump = Dump::open(self.memory(), layout)?;
-        *self.spool.borrow_mut() = dump.spool().cloned();
-        Ok(dump)
-    }
-
-    /// What to say of a file that somebody may be writing while it is read.
-    pub(crate) fn in_use(&self) -> Option<String> {
-        match check_not_in_use(self.memory()) {
-            Err(error @ DumpError::InUse { .. }) => Some(format!(
-                "{error}: what is read of it is torn unless its guest is stopped"
-            )),
-            _ => None,
-        }
     }
 
     /// Whether it is standard input.
@@ -88,7 +40,7 @@ impl<'a> Input<'a> {
     }
 
     fn identity(&self) -> Option<(u64, u64)> {
-        let metadata = fs::metadata(self.memory()).ok()?;
+        let metadata = fs::metadata(self.snapshot.memory_file()).ok()?;
         Some((metadata.dev(), metadata.ino()))
     }
 
@@ -102,8 +54,8 @@ impl<'a> Input<'a> {
 
 /// Several inputs, each looked at once; those that could not be found out about too.
 #[derive(Debug)]
-pub(crate) struct Inputs<'a> {
-    found: Vec<(PathBuf, Result<Input<'a>, CliError>)>,
+pub(crate) struct Inputs {
+    found: Vec<(PathBuf, Result<Input, CliError>)>,
     repeated: usize,
 }
 
@@ -115,8 +67,8 @@ struct Tally {
     code: Option<u8>,
 }
 
-impl<'a> Inputs<'a> {
-    pub(crate) fn find(paths: &[PathBuf], how: &'a InputArgs, json: bool) -> Self {
+impl Inputs {
+    pub(crate) fn find(paths: &[PathBuf], how: &InputArgs, json: bool) -> Self {
         let mut seen = HashSet::new();
         let mut repeated = 0_usize;
         let mut found = Vec::new();
@@ -136,7 +88,7 @@ impl<'a> Inputs<'a> {
     }
 
     /// Those that were found.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Input<'a>> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Input> {
         self.found
             .iter()
             .filter_map(|(_, input)| input.as_ref().ok())
@@ -152,7 +104,7 @@ impl<'a> Inputs<'a> {
     pub(crate) fn each(
         self,
         json: bool,
-        mut work: impl FnMut(&Input<'_>) -> Result<(), CliError>,
+        mut work: impl FnMut(&Input) -> Result<(), CliError>,
         sum: impl FnOnce() -> String,
     ) -> Result<(), CliError> {
         let several = self.several();
@@ -193,20 +145,4 @@ impl<'a> Inputs<'a> {
             None => Ok(()),
         }
     }
-}
-
-/// What to say of an output that has a guest's pages, but not which frames of the machine they are.
-pub(crate) fn without_p2m(memory: &dyn GuestMemory) -> Option<String> {
-    memory.p2m().map(|_| {
-        "the page tables hold frame numbers of the machine, which only the core explains: no kernel \
-         will be found in the output"
-            .into()
-    })
-}
-
-/// Puts what the files beside the memory say with the other notes.
-pub(crate) fn add_notes(analysis: &mut Analysis, input: &Input<'_>) {
-    let notes = &mut analysis.notes;
-    notes.extend(input.files.notes().iter().cloned());
-    notes.extend(input.in_use());
 }

@@ -1,16 +1,16 @@
 //! `sonicshot`: looks into a guest's memory dump, and prunes it.
 
-mod analyze;
 mod args;
-mod checkpoint;
 mod convert;
 mod demo;
 mod error;
 mod inputs;
 mod inspect;
-mod place;
+mod output;
 mod prune;
 mod report;
+mod restore;
+mod save;
 mod xen;
 
 use args::{Cli, Command, XenCommand};
@@ -23,9 +23,9 @@ fn main() -> ExitCode {
     let (result, json) = match &cli.command {
         Command::Inspect(args) => (inspect::run(args), args.json),
         Command::Prune(args) => (prune::run(args), args.json),
-        Command::Save(args) => (checkpoint::save(args), args.json),
-        Command::Restore(args) => (checkpoint::restore(args), args.json),
-        Command::Verify(args) => (checkpoint::verify(args), args.json),
+        Command::Save(args) => (save::run(args), args.json),
+        Command::Restore(args) => (restore::run(args), args.json),
+        Command::Verify(args) => (restore::verify(args), args.json),
         Command::Convert(args) => (convert::run(args), args.json),
         Command::Xen(XenCommand::Save(args)) => (xen::save(args), args.json),
         Command::Xen(XenCommand::Restore(args)) => (xen::restore(args), args.json),

@@ -1,13 +1,16 @@
 //! `sonicshot prune`.
 
-use crate::analyze::{Analysis, analyze};
+mod report;
+
 use crate::args::PruneArgs;
 use crate::error::CliError;
 use crate::inputs::{Input, Inputs};
-use crate::report::{count, percent, progress_bar, say, say_to_stderr, size};
-use serde_json::json;
-use sonicshot::{ClassSet, PageClass, PrunePlan};
-use sonicshot_dump::{DumpError, NewFolder, Overwrite, PruneOptions, PruneStats, check_not_in_use};
+use crate::output::{overwrite, shown_on};
+use crate::report::{percent, progress_bar, say_to_stderr, size};
+use report::Report;
+use sonicshot::{ClassSet, PageClass};
+use sonicshot_dump::DumpError;
+use sonicshot_offline::{Plan, PruneOptions, PruneStats, check_droppable};
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::io::{self, IsTerminal};
@@ -16,9 +19,7 @@ use std::time::Instant;
 
 pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
     let drop: ClassSet = args.drop.iter().copied().collect();
-    if let Some(class) = drop.iter().find(|class| !class.may_be_dropped()) {
-        return Err(CliError::Undroppable { class });
-    }
+    check_droppable(drop)?;
     if args.to_stdout() {
         if io::stdout().is_terminal() {
             let what = "a dump is not written to a terminal: give a file, or pipe it";
@@ -29,18 +30,7 @@ pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
     let inputs = Inputs::find(&args.files, &args.input, args.json);
     // Before the work, not after it.
     let outputs = outputs(args, &inputs)?;
-    let beyond: Vec<_> = drop
-        .iter()
-        .filter(|class| !ClassSet::DEFAULT_DROP.contains(*class))
-        .map(PageClass::name)
-        .collect();
-    let warnings: Vec<String> = match beyond.as_slice() {
-        [] => Vec::new(),
-        classes => vec![format!(
-            "{} hold data that the guest uses: it cannot run from the result",
-            classes.join(", ")
-        )],
-    };
+    let warnings = warnings(drop);
     if !args.json {
         for warning in &warnings {
             eprintln!("warning: {warning}");
@@ -51,16 +41,37 @@ pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
         args.json,
         |input| {
             let out = outputs.get(&input.path).map(PathBuf::as_path);
-            let one = one(args, drop, input, out, &warnings)?;
-            sum.set(sum.get().add(one));
+            let job = Job {
+                args,
+                drop,
+                out,
+                warnings: &warnings,
+            };
+            sum.set(sum.get().add(job.run(input)?));
             Ok(())
         },
         || sum.get().text(args.dry_run),
     )
 }
 
+/// What is wrong with dropping `classes`.
+fn warnings(classes: ClassSet) -> Vec<String> {
+    let beyond: Vec<_> = classes
+        .iter()
+        .filter(|class| !ClassSet::DEFAULT_DROP.contains(*class))
+        .map(PageClass::name)
+        .collect();
+    match beyond.as_slice() {
+        [] => Vec::new(),
+        classes => vec![format!(
+            "{} hold data that the guest uses: it cannot run from the result",
+            classes.join(", ")
+        )],
+    }
+}
+
 /// Where each input's copy goes.
-fn outputs(args: &PruneArgs, inputs: &Inputs<'_>) -> Result<HashMap<PathBuf, PathBuf>, CliError> {
+fn outputs(args: &PruneArgs, inputs: &Inputs) -> Result<HashMap<PathBuf, PathBuf>, CliError> {
     let mut outputs = HashMap::new();
     let Some(out) = &args.output else {
         return Ok(outputs);
@@ -136,218 +147,83 @@ impl Sum {
     }
 }
 
-fn one(
-    args: &PruneArgs,
+/// What is to be done with one input.
+struct Job<'a> {
+    args: &'a PruneArgs,
     drop: ClassSet,
-    input: &Input<'_>,
-    out: Option<&Path>,
-    warnings: &[String],
-) -> Result<Sum, CliError> {
-    let started = Instant::now();
-    input.files.check_prunable()?;
-    if args.in_place && input.is_pipe() {
-        let what = "standard input cannot be pruned in place: -o OUT";
-        return Err(CliError::Usage { what: what.into() });
-    }
-    if args.in_place && !args.dry_run && !args.live_ok {
-        // Long before the last moment, when it is looked at again.
-        check_not_in_use(input.memory())?;
-    }
-    let analysis = analyze(input)?;
-    let plan = analysis.plan(drop);
-    let stats = if args.dry_run {
-        None
-    } else {
-        Some(write(args, input, out, &analysis, &plan)?)
-    };
-    let seconds = started.elapsed().as_secs_f64();
-    let plan = analysis.dump.restorable(&plan);
-    if args.json {
-        print_json(
-            args,
-            input,
-            &analysis,
-            &plan,
-            stats.as_ref(),
-            seconds,
-            warnings,
-        );
-    } else {
-        print_summary(args, &analysis, &plan, stats.as_ref(), seconds);
-    }
-    let stats_of = stats.unwrap_or_default();
-    Ok(Sum {
-        dropped: stats.map_or(plan.dropped_bytes(), |stats| stats.dropped_bytes),
-        total: analysis
-            .counts
-            .total()
-            .saturating_mul(plan.page_size().bytes()),
-        disk_before: stats_of.disk_before,
-        disk_after: stats_of.disk_after,
-    })
+    /// Where its copy goes, if there is to be one.
+    out: Option<&'a Path>,
+    warnings: &'a [String],
 }
 
-fn write(
-    args: &PruneArgs,
-    input: &Input<'_>,
-    out: Option<&Path>,
-    analysis: &Analysis,
-    plan: &PrunePlan,
-) -> Result<PruneStats, CliError> {
-    let bar = progress_bar("pruning", args.json);
-    let mut progress = |done: u64, total: u64| {
-        bar.set_length(total);
-        bar.set_position(done);
-    };
-    let overwrite = if args.force {
-        Overwrite::Replace
-    } else {
-        Overwrite::Refuse
-    };
-    let dump = &analysis.dump;
-    let stats = match out {
-        Some(_) if args.to_stdout() => {
-            dump.prune_to_writer(plan, io::stdout().lock(), &mut progress)?
+impl Job<'_> {
+    fn run(&self, input: &Input) -> Result<Sum, CliError> {
+        let args = self.args;
+        let started = Instant::now();
+        self.check(input)?;
+        let analyzed = input.snapshot.analyze(&args.input.analyze())?;
+        let plan = analyzed.plan(self.drop)?;
+        let stats = if args.dry_run {
+            None
+        } else {
+            Some(self.write(input, &plan)?)
+        };
+        let report = Report {
+            path: &input.path,
+            analyzed: &analyzed,
+            plan: &plan,
+            stats: stats.as_ref(),
+            seconds: started.elapsed().as_secs_f64(),
+            warnings: self.warnings,
+        };
+        if args.json {
+            report.print_json();
+        } else {
+            report.print_summary(args.in_place);
         }
-        Some(out) if input.files.folder().is_some() => {
-            let folder = NewFolder::create(out, overwrite, &input.files)?;
-            let stats = folder.write_memory(dump, plan, &mut progress)?;
-            folder.finish()?;
-            stats
-        }
-        Some(out) => dump.prune_to(plan, out, overwrite, &mut progress)?,
-        None if args.in_place => {
-            let mut options = PruneOptions::new().live_ok(args.live_ok);
-            options.min_hole = args.min_hole;
-            dump.prune_in_place_with(plan, &options, &mut progress)?
-        }
-        None => {
-            return Err(CliError::Usage {
-                what: format!("{} has no output", input.path.display()),
-            });
-        }
-    };
-    bar.finish_and_clear();
-    Ok(stats)
-}
+        let stats_of = stats.unwrap_or_default();
+        Ok(Sum {
+            dropped: stats.map_or(plan.dropped_bytes(), |stats| stats.dropped_bytes),
+            total: report.total_bytes(),
+            disk_before: stats_of.disk_before,
+            disk_after: stats_of.disk_after,
+        })
+    }
 
-fn print_json(
-    args: &PruneArgs,
-    input: &Input<'_>,
-    analysis: &Analysis,
-    plan: &PrunePlan,
-    stats: Option<&PruneStats>,
-    seconds: f64,
-    warnings: &[String],
-) {
-    let mut report = json!({
-        "path": input.path.display().to_string(),
-        "kernel_release": analysis.release,
-        "format": analysis.dump.format(),
-        "page_size": plan.page_size().bytes(),
-        "total_pages": analysis.counts.total(),
-        "droppable_pages": plan.dropped_pages(),
-        "droppable_bytes": plan.dropped_bytes(),
-        "dry_run": args.dry_run,
-        "seconds": seconds,
-        "notes": analysis.notes,
-        "warnings": warnings,
-    });
-    if let (Some(stats), Some(report)) = (stats, report.as_object_mut()) {
-        report.insert("dropped_bytes".into(), stats.dropped_bytes.into());
-        report.insert("kept_for_fill_bytes".into(), stats.kept_for_fill.into());
-        report.insert("kept_for_base_bytes".into(), stats.kept_for_base.into());
-        report.insert("runs".into(), stats.runs.into());
-        report.insert("punched".into(), stats.punched.into());
-        report.insert("joined".into(), stats.joined.into());
-        report.insert("left_bytes".into(), stats.left_bytes.into());
-        report.insert("left_runs".into(), stats.left_runs.into());
-        report.insert("cloned_bytes".into(), stats.cloned_bytes.into());
-        report.insert("extents_before".into(), stats.extents_before.into());
-        report.insert("extents_after".into(), stats.extents_after.into());
-        report.insert("disk_before".into(), stats.disk_before.into());
-        report.insert("disk_after".into(), stats.disk_after.into());
+    /// Before the guest is looked at.
+    fn check(&self, input: &Input) -> Result<(), CliError> {
+        let args = self.args;
+        input.snapshot.check_prunable()?;
+        if args.in_place && input.is_pipe() {
+            let what = "standard input cannot be pruned in place: -o OUT";
+            return Err(CliError::Usage { what: what.into() });
+        }
+        if args.in_place && !args.dry_run && !args.live_ok {
+            // Long before the last moment, when it is looked at again.
+            input.snapshot.check_not_in_use()?;
+        }
+        Ok(())
     }
-    say!("{report}");
-}
 
-fn print_summary(
-    args: &PruneArgs,
-    analysis: &Analysis,
-    plan: &PrunePlan,
-    stats: Option<&PruneStats>,
-    seconds: f64,
-) {
-    for note in &analysis.notes {
-        eprintln!("note: {note}");
-    }
-    let total = analysis.counts.total();
-    let Some(stats) = stats else {
-        say!(
-            "would drop {} pages ({}, {} of RAM) in {} runs; nothing was changed",
-            count(plan.dropped_pages()),
-            size(plan.dropped_bytes()),
-            percent(plan.dropped_pages(), total),
-            count(plan.runs().len() as u64),
-        );
-        return;
-    };
-    let total_bytes = total.saturating_mul(plan.page_size().bytes());
-    say!(
-        "dropped {} of {} ({}) in {} runs, {seconds:.2} s",
-        size(stats.dropped_bytes),
-        size(total_bytes),
-        percent(stats.dropped_bytes, total_bytes),
-        count(stats.runs),
-    );
-    if stats.kept_for_fill > 0 {
-        say!(
-            "kept {} that would not read as the guest expects after a restore",
-            size(stats.kept_for_fill)
-        );
-    }
-    if stats.kept_for_base > 0 {
-        say!(
-            "kept {} of the diff: what the base has there is not zero",
-            size(stats.kept_for_base)
-        );
-    }
-    if stats.joined > 0 {
-        say!(
-            "{} of the runs are holes in the file: a core has no room for more segments",
-            count(stats.joined)
-        );
-    }
-    if args.in_place && stats.punched == 0 && stats.left_bytes == 0 {
-        say!("nothing to do: what can be dropped is not in the file already");
-    } else if args.in_place {
-        say!("punched {}", holes(stats));
-    }
-    if stats.left_bytes > 0 {
-        say!(
-            "left {} in the file: {} stretches are shorter than the smallest hole (--min-hole)",
-            size(stats.left_bytes),
-            count(stats.left_runs)
-        );
-    }
-    if stats.cloned_bytes > 0 {
-        say!("shared {} with the input", size(stats.cloned_bytes));
-    }
-    say!(
-        "on disk: {} -> {}",
-        size(stats.disk_before),
-        size(stats.disk_after)
-    );
-}
-
-fn holes(stats: &PruneStats) -> String {
-    let holes = format!("{} holes", count(stats.punched));
-    match (stats.extents_before, stats.extents_after) {
-        (Some(before), Some(after)) => format!(
-            "{holes}; stretches of data in the file: {} -> {}",
-            count(before),
-            count(after)
-        ),
-        _ => holes,
+    fn write(&self, input: &Input, plan: &Plan<'_>) -> Result<PruneStats, CliError> {
+        let args = self.args;
+        let bar = progress_bar("pruning", args.json);
+        let progress = &mut shown_on(&bar);
+        let stats = match self.out {
+            Some(_) if args.to_stdout() => plan.prune_to_writer(io::stdout().lock(), progress)?,
+            Some(out) => plan.prune_to(out, overwrite(args.force), progress)?,
+            None if args.in_place => {
+                let mut options = PruneOptions::new().live_ok(args.live_ok);
+                options.min_hole = args.min_hole;
+                plan.prune_in_place(&options, progress)?
+            }
+            None => {
+                return Err(CliError::Usage {
+                    what: format!("{} has no output", input.path.display()),
+                });
+            }
+        };
+        bar.finish_and_clear();
+        Ok(stats)
     }
 }

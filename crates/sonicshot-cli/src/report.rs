@@ -1,6 +1,7 @@
 //! Numbers for people, and progress.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use sonicshot_offline::{ByteSize, Note};
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::sync::OnceLock;
@@ -43,19 +44,12 @@ pub(crate) fn output_error() -> Option<&'static io::Error> {
 
 /// Bytes as people read them: `449.5 MiB`.
 pub(crate) fn size(bytes: u64) -> String {
-    const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
-    if bytes < 1024 {
-        return format!("{bytes} B");
-    }
-    // Exact enough for a display.
-    #[allow(clippy::cast_precision_loss, reason = "four digits are shown")]
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    format!("{value:.1} {}", UNITS.get(unit).unwrap_or(&""))
+    ByteSize(bytes).to_string()
+}
+
+/// Notes as JSON has them: a text for each.
+pub(crate) fn lines(notes: &[Note]) -> Vec<String> {
+    notes.iter().map(Note::to_string).collect()
 }
 
 /// `part` of `whole` in percent.

@@ -1,6 +1,5 @@
 //! `sonicshot xen save` and `sonicshot xen restore`: around Xen's own `xl`.
 
-mod packed;
 mod restore;
 mod save;
 mod xl;

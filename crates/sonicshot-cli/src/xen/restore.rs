@@ -1,11 +1,11 @@
 //! `sonicshot xen restore`.
 
-use super::packed;
 use super::xl::Xl;
-use crate::args::{ImageCompression, XenRestoreArgs};
+use crate::args::XenRestoreArgs;
 use crate::error::CliError;
 use crate::report::say;
 use serde_json::json;
+use sonicshot_offline::packed::{self, ImageCompression};
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::process::Stdio;

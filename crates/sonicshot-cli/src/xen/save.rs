@@ -1,15 +1,15 @@
 //! `sonicshot xen save`.
 
-use super::packed;
 use super::xl::{self, Xl};
 use crate::args::XenSaveArgs;
-use crate::checkpoint::overwrite;
 use crate::error::CliError;
+use crate::output::overwrite;
 use crate::report::{percent, progress_bar, say, size};
 use indicatif::ProgressBar;
 use serde_json::json;
 use sonicshot::{DropClasses, GuestMemory, PageSize, PrunePlan};
 use sonicshot_dump::{Dump, NewFile};
+use sonicshot_offline::packed;
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
 use sonicshot_xen_live::{DomainId, FrameRuns, LiveDomain, SaveFilter, Xen, path_of};
 use std::fs::File;
@@ -154,7 +154,7 @@ fn write(
     let (mut from, to) = io::pipe().map_err(writing)?;
     thread::scope(|scope| {
         let packing = scope.spawn(move || {
-            let packed = packed::compress(how, &mut from, out.file());
+            let packed = packed::compress(how.into(), &mut from, out.file());
             if packed.is_err() {
                 // A broken pipe would end xl before it can resume the domain.
                 let _ = io::copy(&mut from, &mut io::sink());

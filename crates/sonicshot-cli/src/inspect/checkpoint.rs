@@ -1,0 +1,193 @@
+//! What `inspect` says of a checkpoint; no kernel is looked for.
+
+use crate::args::InspectArgs;
+use crate::error::CliError;
+use crate::output::{io, overwrite};
+use crate::report::{count, percent, say, size};
+use crate::save::stats_json;
+use serde_json::{Map, Value, json};
+use sonicshot::ClassCounts;
+use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, PageContent, SaveStats};
+use sonicshot_dump::NewFile;
+use sonicshot_offline::CheckpointFile;
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+
+pub(super) fn inspect(path: &Path, args: &InspectArgs) -> Result<(), CliError> {
+    let checkpoint = CheckpointFile::open(path)?;
+    let reader = checkpoint.reader();
+    // Not by a map of every frame: a small file may describe a huge guest.
+    let mut counts = ClassCounts::default();
+    for run in reader.runs() {
+        counts.add(run.class, run.frames.len());
+    }
+    if let Some(path) = &args.pfns {
+        write_pfns(reader, path, args.force)?;
+    }
+    if args.json {
+        print_json(path, reader, &counts);
+        return Ok(());
+    }
+    let (info, stats) = (reader.info(), reader.stats());
+    let page_size = info.page_size.bytes();
+    print_file(reader, info);
+    say!("");
+    print_contents(&stats, page_size, counts.total());
+    say!("");
+    print_classes(&counts, page_size);
+    let data = stats.data.saturating_mul(page_size);
+    say!("");
+    say!(
+        "{} of page data in {} ({})",
+        size(data),
+        size(stats.stored_bytes),
+        percent(stats.stored_bytes, data)
+    );
+    Ok(())
+}
+
+fn build_id(info: &CheckpointInfo) -> Option<String> {
+    let id = info.build_id.as_ref()?;
+    Some(id.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn architecture(info: &CheckpointInfo) -> String {
+    let known = info.architecture;
+    known.map_or_else(|| "unknown".into(), |known| known.to_string())
+}
+
+fn print_json(path: &Path, reader: &CheckpointReader<File>, counts: &ClassCounts) {
+    let info = reader.info();
+    let mut report = stats_json(&reader.stats(), info.page_size.bytes());
+    let classes: Map<String, Value> = counts
+        .iter()
+        .map(|(class, pages)| (class.name().into(), pages.into()))
+        .collect();
+    let regions = info.layout.regions().iter();
+    let regions: Vec<_> = regions
+        .map(|r| json!([r.start().raw(), r.end().raw()]))
+        .collect();
+    let blobs = reader.blobs();
+    let blobs: Vec<_> = blobs
+        .map(|(name, len)| json!({"name": name, "bytes": len}))
+        .collect();
+    let more = json!({
+        "path": path.display().to_string(),
+        "format": "checkpoint",
+        "kernel_release": info.kernel_release,
+        "build_id": build_id(info),
+        "architecture": architecture(info),
+        "vmm": info.vmm,
+        "compression": reader.codec(),
+        "chunk_size": reader.chunk_size(),
+        "ram": regions,
+        "total_pages": counts.total(),
+        "classes": classes,
+        "blobs": blobs,
+    });
+    if let Value::Object(more) = more {
+        report.extend(more);
+    }
+    say!("{}", Value::Object(report));
+}
+
+/// The file, its guest, and what it holds beside the memory.
+fn print_file(reader: &CheckpointReader<File>, info: &CheckpointInfo) {
+    say!("file      checkpoint, {}", size(reader.file_len()));
+    say!(
+        "kernel    {} ({})",
+        info.kernel_release.as_deref().unwrap_or("not said"),
+        architecture(info)
+    );
+    if let Some(id) = build_id(info) {
+        say!("build id  {id}");
+    }
+    if let Some(vmm) = &info.vmm {
+        say!("vmm       {vmm}");
+    }
+    say!(
+        "storage   {}, chunks of {}",
+        reader.codec(),
+        size(reader.chunk_size().into())
+    );
+    say!("digest    {:032x}", reader.digest());
+    for region in info.layout.regions() {
+        say!("ram       {region}  ({})", size(region.len()));
+    }
+    for (name, len) in reader.blobs() {
+        say!("blob      {name}, {}", size(len));
+    }
+}
+
+/// How many pages there are of each content, of `total`.
+fn print_contents(stats: &SaveStats, page_size: u64, total: u64) {
+    say!(
+        "{:<18} {:>12} {:>12} {:>8}",
+        "content",
+        "pages",
+        "size",
+        "share"
+    );
+    for (name, pages) in [
+        ("data", stats.data),
+        ("data again", stats.duplicate),
+        ("zero", stats.zero),
+        ("one word", stats.fill),
+        ("left out", stats.free),
+        ("absent", stats.absent),
+    ] {
+        if pages > 0 {
+            let size = size(pages.saturating_mul(page_size));
+            let share = percent(pages, total);
+            say!("{name:<18} {:>12} {size:>12} {share:>8}", count(pages));
+        }
+    }
+}
+
+fn print_classes(counts: &ClassCounts, page_size: u64) {
+    let total = counts.total();
+    let bytes = |pages: u64| size(pages.saturating_mul(page_size));
+    say!(
+        "{:<18} {:>12} {:>12} {:>8}",
+        "class",
+        "pages",
+        "size",
+        "share"
+    );
+    for (class, pages) in counts.iter() {
+        let (size, share) = (bytes(pages), percent(pages, total));
+        say!(
+            "{:<18} {:>12} {size:>12} {share:>8}",
+            class.name(),
+            count(pages)
+        );
+    }
+    say!("{:<18} {:>12} {:>12}", "total", count(total), bytes(total));
+}
+
+/// A line for each run: first frame, last frame, class, content.
+fn write_pfns(reader: &CheckpointReader<File>, path: &Path, force: bool) -> Result<(), CliError> {
+    let out = NewFile::create(path, overwrite(force), &[reader.source()])?;
+    let mut lines = io::BufWriter::new(out.file());
+    let mut write = || -> io::Result<()> {
+        for run in reader.runs() {
+            let content = match run.content {
+                PageContent::Data { .. } => "data",
+                other => other.name(),
+            };
+            let last = run.frames.end().raw().saturating_sub(1);
+            writeln!(
+                lines,
+                "{}\t{last}\t{}\t{content}",
+                run.frames.start().raw(),
+                run.class
+            )?;
+        }
+        lines.flush()
+    };
+    write().map_err(io("writing", path))?;
+    drop(lines);
+    out.finish()?;
+    Ok(())
+}

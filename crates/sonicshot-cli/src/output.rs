@@ -1,0 +1,45 @@
+//! What is the same of every output.
+
+use crate::error::CliError;
+use indicatif::ProgressBar;
+use sonicshot_dump::Overwrite;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What `--force` means.
+pub(crate) fn overwrite(force: bool) -> Overwrite {
+    if force {
+        Overwrite::Replace
+    } else {
+        Overwrite::Refuse
+    }
+}
+
+/// What the operating system refused while `action` was done.
+pub(crate) fn io(action: &'static str, path: &Path) -> impl Fn(io::Error) -> CliError {
+    move |source| CliError::Io {
+        action,
+        path: path.into(),
+        source,
+    }
+}
+
+/// Shows on `bar` how far the work is.
+pub(crate) fn shown_on(bar: &ProgressBar) -> impl FnMut(u64, u64) + '_ {
+    |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    }
+}
+
+/// `NAME=FILE` of each `--blob`.
+pub(crate) fn named_files(args: &[String]) -> Result<Vec<(&str, PathBuf)>, CliError> {
+    args.iter()
+        .map(|arg| match arg.split_once('=') {
+            Some((name, file)) if !name.is_empty() && !file.is_empty() => Ok((name, file.into())),
+            _ => Err(CliError::Usage {
+                what: format!("`{arg}` is no NAME=FILE"),
+            }),
+        })
+        .collect()
+}

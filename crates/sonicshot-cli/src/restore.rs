@@ -1,0 +1,88 @@
+//! `sonicshot restore` and `sonicshot verify`.
+
+use crate::args::{DumpKind, RestoreArgs, VerifyArgs};
+use crate::error::CliError;
+use crate::output::{named_files, overwrite, shown_on};
+use crate::report::{count, progress_bar, say, size};
+use serde_json::json;
+use sonicshot_offline::{CheckpointFile, LayoutSpec, RestoreOptions};
+use std::path::Path;
+use std::time::Instant;
+
+pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
+    let started = Instant::now();
+    if args.output == Path::new("-") {
+        let what = "a dump is restored to a file, not to standard output: -o OUT";
+        return Err(CliError::Usage { what: what.into() });
+    }
+    let mut options = RestoreOptions::new(args.to.into());
+    options.overwrite = overwrite(args.force);
+    options.threads = args.threads;
+    let blobs = named_files(&args.blob)?.into_iter();
+    options.blobs = blobs.map(|(name, path)| (name.to_owned(), path)).collect();
+    let checkpoint = CheckpointFile::open(&args.file)?;
+    let bar = progress_bar("restoring", args.json);
+    let on_disk = checkpoint.restore(&args.output, &options, &mut shown_on(&bar))?;
+    bar.finish_and_clear();
+    let seconds = started.elapsed().as_secs_f64();
+    let layout = &checkpoint.reader().info().layout;
+    if args.json {
+        let report = json!({
+            "ram_bytes": layout.bytes(),
+            "disk_bytes": on_disk,
+            "seconds": seconds,
+        });
+        say!("{report}");
+        return Ok(());
+    }
+    say!(
+        "restored {} of RAM, {} on disk, in {seconds:.2} s",
+        size(layout.bytes()),
+        size(on_disk)
+    );
+    if let ([_, ..], DumpKind::Raw) = (layout.regions(), args.to) {
+        let ranges = LayoutSpec::Ranges(layout.regions().to_vec());
+        say!("layout: {ranges}");
+    }
+    Ok(())
+}
+
+pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
+    let started = Instant::now();
+    let checkpoint = CheckpointFile::open(&args.file)?;
+    let bar = progress_bar("checking", args.json);
+    let mut progress = shown_on(&bar);
+    checkpoint.verify(&mut progress)?;
+    let mut compared = None;
+    if let Some(path) = &args.against {
+        let layout = args.layout.as_ref();
+        compared = Some(checkpoint.verify_against(path, layout, &mut progress)?);
+    }
+    bar.finish_and_clear();
+    let seconds = started.elapsed().as_secs_f64();
+    let reader = checkpoint.reader();
+    if args.json {
+        let report = json!({
+            "file_bytes": reader.file_len(),
+            "digest": format!("{:032x}", reader.digest()),
+            "compared_pages": compared,
+            "seconds": seconds,
+        });
+        say!("{report}");
+        return Ok(());
+    }
+    say!(
+        "{} is sound: {} checked, digest {:032x}, {seconds:.2} s",
+        args.file.display(),
+        size(reader.file_len()),
+        reader.digest()
+    );
+    if let (Some(pages), Some(path)) = (compared, &args.against) {
+        say!(
+            "{} kept pages are those of {}",
+            count(pages),
+            path.display()
+        );
+    }
+    Ok(())
+}

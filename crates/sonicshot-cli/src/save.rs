@@ -1,0 +1,156 @@
+//! `sonicshot save`.
+
+use crate::args::SaveArgs;
+use crate::error::CliError;
+use crate::inputs::Input;
+use crate::output::{named_files, overwrite, shown_on};
+use crate::report::{count, lines, percent, progress_bar, say, size};
+use serde_json::{Map, Value, json};
+use sonicshot::ClassSet;
+use sonicshot::checkpoint::{SaveOptions, SaveStats};
+use sonicshot_offline::{CheckpointOptions, Plan, Saved, Whole, check_droppable};
+use std::io::{self, IsTerminal};
+use std::time::Instant;
+
+pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
+    let started = Instant::now();
+    let drop: ClassSet = args.drop.iter().copied().collect();
+    check_droppable(drop)?;
+    let blobs = named_files(&args.blob)?;
+    check_output(args)?;
+    let mut options = CheckpointOptions::new(writing(args));
+    options.vmm.clone_from(&args.vmm);
+    for (name, path) in blobs {
+        options = options.blob(name, path)?;
+    }
+    let snapshot = Input::find(&args.file, &args.input)?.snapshot;
+    let saved = if args.keep_all {
+        write(args, &Source::Whole(&snapshot.keep_all()?), &options)?
+    } else {
+        // What is zero is found as it is written.
+        let analyze = args.input.analyze().zero_pages(false);
+        let analyzed = snapshot.analyze(&analyze)?;
+        write(args, &Source::Planned(&analyzed.plan(drop)?), &options)?
+    };
+    let seconds = started.elapsed().as_secs_f64();
+    if args.json {
+        tell(args, &json_report(args, &saved, seconds));
+        return Ok(());
+    }
+    for note in &saved.notes {
+        eprintln!("note: {note}");
+    }
+    tell(args, &summary(&saved, seconds));
+    Ok(())
+}
+
+impl SaveArgs {
+    /// Whether the checkpoint goes to standard output.
+    fn to_stdout(&self) -> bool {
+        self.output.as_os_str() == "-"
+    }
+}
+
+/// Before the work, not after it.
+fn check_output(args: &SaveArgs) -> Result<(), CliError> {
+    if args.to_stdout() {
+        if io::stdout().is_terminal() {
+            let what = "a checkpoint is not written to a terminal";
+            return Err(CliError::Usage { what: what.into() });
+        }
+    } else if !args.force && args.output.exists() {
+        let path = args.output.clone();
+        return Err(CliError::Exists { path });
+    }
+    Ok(())
+}
+
+fn writing(args: &SaveArgs) -> SaveOptions {
+    let mut options = SaveOptions::new(args.compress);
+    options.chunk_size = args.chunk.saturating_mul(1024);
+    options.threads = args.threads;
+    options
+}
+
+/// What is saved.
+enum Source<'a> {
+    Whole(&'a Whole),
+    Planned(&'a Plan<'a>),
+}
+
+fn write(
+    args: &SaveArgs,
+    source: &Source<'_>,
+    options: &CheckpointOptions,
+) -> Result<Saved, CliError> {
+    let bar = progress_bar("saving", args.json);
+    let progress = &mut shown_on(&bar);
+    let (out, force) = (&args.output, overwrite(args.force));
+    let saved = match (source, args.to_stdout()) {
+        (Source::Whole(all), false) => all.save(out, force, options, progress),
+        (Source::Whole(all), true) => all.save_to_writer(io::stdout().lock(), options, progress),
+        (Source::Planned(plan), false) => plan.save(out, force, options, progress),
+        (Source::Planned(plan), true) => {
+            plan.save_to_writer(io::stdout().lock(), options, progress)
+        }
+    }?;
+    bar.finish_and_clear();
+    Ok(saved)
+}
+
+/// Says something, where the checkpoint is not.
+fn tell(args: &SaveArgs, what: &str) {
+    if args.to_stdout() {
+        eprintln!("{what}");
+    } else {
+        say!("{what}");
+    }
+}
+
+fn json_report(args: &SaveArgs, saved: &Saved, seconds: f64) -> String {
+    let mut report = stats_json(&saved.stats, saved.info.page_size.bytes());
+    report.insert("kernel_release".into(), json!(saved.info.kernel_release));
+    report.insert("compression".into(), json!(args.compress.to_string()));
+    report.insert("disk_bytes".into(), json!(saved.disk_bytes));
+    report.insert("seconds".into(), json!(seconds));
+    report.insert("notes".into(), json!(lines(&saved.notes)));
+    Value::Object(report).to_string()
+}
+
+/// What a checkpoint holds.
+pub(crate) fn stats_json(stats: &SaveStats, page_size: u64) -> Map<String, Value> {
+    let value = json!({
+        "page_size": page_size,
+        "data_pages": stats.data,
+        "duplicate_pages": stats.duplicate,
+        "zero_pages": stats.zero,
+        "fill_pages": stats.fill,
+        "free_pages": stats.free,
+        "absent_pages": stats.absent,
+        "stored_bytes": stats.stored_bytes,
+        "file_bytes": stats.file_len,
+        "runs": stats.runs,
+        "digest": format!("{:032x}", stats.digest),
+    });
+    match value {
+        Value::Object(map) => map,
+        _ => Map::new(),
+    }
+}
+
+fn summary(saved: &Saved, seconds: f64) -> String {
+    let total = saved.info.layout.bytes();
+    let stats = &saved.stats;
+    format!(
+        "saved {} of RAM as {} ({}) in {seconds:.2} s\n\
+         stored {} pages; left out {} free, {} zero, {} filled with one word, {} twice there",
+        size(total),
+        size(stats.file_len),
+        percent(stats.file_len, total),
+        count(stats.data),
+        count(stats.free),
+        count(stats.zero),
+        count(stats.fill),
+        count(stats.duplicate),
+    )
+}

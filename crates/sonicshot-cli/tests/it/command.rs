@@ -1,0 +1,261 @@
+//! The command's manners: what it prints and refuses, on files that are no guests.
+
+use crate::common::*;
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// The guest's RAM as an ELF core with two segments.
+fn elf_dump(folder: &Path) -> std::path::PathBuf {
+    let half = 64_u64 << 20;
+    let mut out = b"\x7fELF\x02\x01\x01".to_vec();
+    out.resize(16, 0);
+    out.extend([4, 0, 62, 0, 1, 0, 0, 0]);
+    for word in [0_u64, 64, 0] {
+        out.extend(word.to_le_bytes());
+    }
+    for half_word in [0_u16, 0, 64, 56, 2, 0, 0, 0] {
+        out.extend(half_word.to_le_bytes());
+    }
+    for index in 0..2 {
+        out.extend([1, 0, 0, 0, 7, 0, 0, 0]);
+        for word in [
+            4096 + index * half,
+            index * half,
+            index * half,
+            half,
+            half,
+            0,
+        ] {
+            out.extend(word.to_le_bytes());
+        }
+    }
+    out.resize(4096, 0);
+    out.extend(ram());
+    let path = folder.join("guest.elf");
+    fs::write(&path, out).unwrap();
+    path
+}
+
+#[test]
+fn a_core_is_inspected_and_pruned_like_a_raw_dump() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let elf = elf_dump(folder.path());
+    let json = |args: &[&str]| -> serde_json::Value {
+        let run = sonicshot(args);
+        assert!(run.status.success(), "{}", stderr(&run));
+        serde_json::from_slice(&run.stdout).unwrap()
+    };
+    let inspect = |path: &Path| json(&["inspect", text(path), "--json"]);
+    let (of_raw, of_elf) = (inspect(&raw), inspect(&elf));
+    assert_eq!(of_elf["format"], "ELF core");
+    assert_eq!(of_elf["layout"], serde_json::Value::Null);
+    for key in [
+        "kernel_release",
+        "classes",
+        "droppable_pages",
+        "zero_pages",
+        "zones",
+    ] {
+        assert_eq!(of_elf[key], of_raw[key], "{key}");
+    }
+    let out = folder.path().join("pruned.elf");
+    let report = json(&["prune", text(&elf), "-o", text(&out), "--json"]);
+    assert_eq!(
+        report["dropped_bytes"],
+        of_elf["droppable_pages"].as_u64().unwrap() * 4096
+    );
+    assert_eq!(report["joined"], 0);
+    assert!(fs::metadata(&out).unwrap().len() < fs::metadata(&elf).unwrap().len());
+    let again = inspect(&out);
+    assert_eq!(again["classes"], of_raw["classes"]);
+
+    let run = sonicshot(&["prune", text(&elf), "--in-place"]);
+    assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+    assert!(
+        stderr(&run).contains("hint: prune by copy instead: -o OUT"),
+        "{}",
+        stderr(&run)
+    );
+}
+
+#[test]
+fn a_processor_on_other_page_tables_refuses_the_guest() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let before = fs::read(&raw).unwrap();
+    let out = folder.path().join("out");
+    for args in [
+        &["inspect", text(&raw)][..],
+        &["prune", text(&raw), "--in-place"],
+        &["prune", text(&raw), "-o", text(&out)],
+        &["save", text(&raw), "-o", text(&out)],
+    ] {
+        let run = sonicshot(&[args, &["--cr3", "0x1005"]].concat());
+        assert_eq!(run.status.code(), Some(5), "{}", stderr(&run));
+        let told = stderr(&run);
+        assert!(told.contains("processor 0 (CR3 0x1005)"), "{told}");
+        assert!(told.contains("--cr3 N"), "{told}");
+    }
+    assert!(!out.exists());
+    assert!(fs::read(&raw).unwrap() == before);
+    // What QEMU prints is hexadecimal without saying so.
+    let run = sonicshot(&["inspect", text(&raw), "--cr3", "0000000000100500"]);
+    assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+    let told = [
+        "inspect",
+        text(&raw),
+        "--cr3",
+        "0x1005",
+        "--allow-inconsistent",
+    ];
+    let run = sonicshot(&told);
+    assert!(run.status.success(), "{}", stderr(&run));
+    assert!(stdout(&run).contains("does not own the guest's memory"));
+}
+
+#[test]
+fn dropping_what_the_guest_uses_is_warned_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let dump = raw_dump(folder.path(), |_| {});
+    let drop = "free_buddy,page_cache_clean";
+    let run = sonicshot(&["prune", text(&dump), "--dry-run", "--drop", drop]);
+    assert!(run.status.success());
+    assert!(
+        stderr(&run).contains("warning: page_cache_clean"),
+        "{}",
+        stderr(&run)
+    );
+    let run = sonicshot(&["prune", text(&dump), "--dry-run", "--drop", drop, "--json"]);
+    let report: serde_json::Value = serde_json::from_slice(&run.stdout).unwrap();
+    assert!(
+        report["warnings"][0]
+            .as_str()
+            .unwrap()
+            .contains("cannot run")
+    );
+    assert!(run.stderr.is_empty(), "JSON alone: {}", stderr(&run));
+}
+
+#[test]
+fn the_list_of_frames_is_not_written_over_the_dump() {
+    let folder = tempfile::tempdir().unwrap();
+    let dump = raw_dump(folder.path(), |_| {});
+    let link = folder.path().join("link");
+    fs::hard_link(&dump, &link).unwrap();
+    for out in [&dump, &link] {
+        let run = sonicshot(&["inspect", text(&dump), "--pfns", text(out), "--force"]);
+        assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+    }
+    assert!(fs::read(&dump).unwrap() == ram());
+    let taken = folder.path().join("taken");
+    fs::write(&taken, "precious").unwrap();
+    let run = sonicshot(&["inspect", text(&dump), "--pfns", text(&taken)]);
+    assert_eq!(run.status.code(), Some(1), "{}", stderr(&run));
+    assert_eq!(fs::read(&taken).unwrap(), b"precious");
+    // Nor over what is no file, such as /dev/null.
+    let socket = folder.path().join("socket");
+    let _bound = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let run = sonicshot(&["inspect", text(&dump), "--pfns", text(&socket), "--force"]);
+    assert_eq!(run.status.code(), Some(1), "{}", stderr(&run));
+    assert!(!fs::metadata(&socket).unwrap().is_file());
+}
+
+#[test]
+fn a_reader_that_stops_is_no_error_but_a_full_disk_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let dump = raw_dump(folder.path(), |_| {});
+    let mut child = Command::new(env!("CARGO_BIN_EXE_sonicshot"))
+        .args(["inspect", text(&dump)])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // As `head` does, before the first line.
+    drop(child.stdout.take());
+    let mut said = String::new();
+    child
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut said)
+        .unwrap();
+    assert!(child.wait().unwrap().success(), "{said}");
+    assert_eq!(said, "");
+
+    let run = Command::new(env!("CARGO_BIN_EXE_sonicshot"))
+        .args(["inspect", text(&dump), "--json"])
+        .stdout(
+            fs::OpenOptions::new()
+                .write(true)
+                .open("/dev/full")
+                .unwrap(),
+        )
+        .output()
+        .unwrap();
+    assert_eq!(run.status.code(), Some(1), "{}", stderr(&run));
+    assert!(stderr(&run).contains("standard output"));
+}
+
+#[test]
+fn help_names_every_exit_code() {
+    for args in [
+        &["--help"][..],
+        &["inspect", "--help"],
+        &["prune", "--help"],
+    ] {
+        let run = sonicshot(args);
+        assert!(run.status.success());
+        for code in 0..=5 {
+            assert!(
+                stdout(&run).contains(&format!("\n  {code}  ")),
+                "{args:?}: {code}"
+            );
+        }
+    }
+    assert_eq!(sonicshot(&["prune", "x"]).status.code(), Some(2));
+    assert_eq!(
+        sonicshot(&["prune", "x", "-o", "y", "--in-place"])
+            .status
+            .code(),
+        Some(2)
+    );
+    assert_eq!(
+        sonicshot(&["inspect", "x", "--layout", "odd"])
+            .status
+            .code(),
+        Some(2)
+    );
+}
+
+/// A pipe without a writer is not waited for, whatever is to be done with it.
+#[test]
+fn a_named_pipe_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("pipe");
+    let made = Command::new("mkfifo").arg(&pipe).status().unwrap();
+    assert!(made.success());
+    let (pipe, out) = (text(&pipe), folder.path().join("out"));
+    for args in [
+        vec!["inspect", pipe],
+        vec!["prune", pipe, "--in-place"],
+        vec!["convert", pipe, "--to", "elf", "-o", text(&out)],
+        vec!["save", pipe, "-o", text(&out)],
+    ] {
+        let run = sonicshot(&args);
+        assert_eq!(run.status.code(), Some(3), "{args:?}: {}", stderr(&run));
+    }
+}
+
+#[test]
+fn where_to_prune_to_must_be_said() {
+    let run = sonicshot(&["prune", "x"]);
+    assert_eq!(run.status.code(), Some(2));
+    assert!(stderr(&run).contains("--in-place"), "{}", stderr(&run));
+}

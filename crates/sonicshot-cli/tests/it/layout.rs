@@ -1,0 +1,173 @@
+//! A layout that is given is believed only as far as the guest's memory shows that it is right.
+
+use crate::common::*;
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+use std::process::Output;
+use tempfile::TempDir;
+
+const MIB: usize = 1 << 20;
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn inspect(dump: &Path, layout: &str, pfns: &Path) -> Output {
+    let (dump, pfns) = (text(dump), text(pfns));
+    sonicshot(&[
+        "inspect", dump, "--layout", layout, "--pfns", pfns, "--force", "--json",
+    ])
+}
+
+fn report(run: &Output) -> Value {
+    assert!(run.status.success(), "{}", stderr(run));
+    serde_json::from_slice(&run.stdout).unwrap()
+}
+
+/// The layout in which the stretches at `a` and `b` of the file, each of `len` MiB, have changed
+/// places.
+fn swapped(a: usize, b: usize, len: usize) -> String {
+    let parts = [
+        (0, a),
+        (b, b + len),
+        (a + len, b),
+        (a, a + len),
+        (b + len, 128),
+    ];
+    let parts = parts.iter().filter(|(start, end)| start < end);
+    let parts: Vec<String> = parts
+        .map(|(start, end)| format!("{start}M-{end}M"))
+        .collect();
+    parts.join(",")
+}
+
+/// The frames of `len` MiB from `start` MiB on that are to be dropped and are not zero where the
+/// file has them for this layout, from `at` MiB on.
+fn lost(pfns: &Path, start: usize, len: usize, at: usize) -> usize {
+    let mut lost = 0;
+    for (first, last, class) in read_pfns(pfns) {
+        if !["free_buddy", "free_pcp", "offline", "zero"].contains(&class.as_str()) {
+            continue;
+        }
+        for pfn in first..=last {
+            let gpa = usize::try_from(pfn).unwrap() * 4096;
+            if (start * MIB..(start + len) * MIB).contains(&gpa) {
+                let from = gpa - start * MIB + at * MIB;
+                lost += usize::from(ram()[from..from + 4096].iter().any(|byte| *byte != 0));
+            }
+        }
+    }
+    lost
+}
+
+#[test]
+fn a_right_layout_is_accepted_whole() {
+    let folder = TempDir::new().unwrap();
+    let (raw, pfns) = (raw_dump(folder.path(), |_| {}), folder.path().join("pfns"));
+    let want = sonicshot(&["inspect", text(&raw), "--json"]);
+    let want = report(&want);
+    for layout in [
+        "pc",
+        "q35",
+        "firecracker",
+        "firecracker-old",
+        "flat",
+        "0-128M",
+        "0-64M,64M-128M",
+        "0-32M,32M-128M",
+        "0-24M,24M-32M,32M-128M",
+    ] {
+        let got = report(&inspect(&raw, layout, &pfns));
+        assert_eq!(got["classes"], want["classes"], "{layout}");
+        assert_eq!(got["notes"], want["notes"], "{layout}");
+    }
+    // The file has the upper half first.
+    let (low, high) = ram().split_at(64 * MIB);
+    fs::write(&raw, [high, low].concat()).unwrap();
+    let got = report(&inspect(&raw, "64M-128M,0-64M", &pfns));
+    assert_eq!(got["classes"], want["classes"]);
+    let run = inspect(&raw, "0-64M,64M-128M", &pfns);
+    assert!(matches!(run.status.code(), Some(3..=5)), "{}", stderr(&run));
+}
+
+#[test]
+fn ranges_of_the_same_length_that_changed_places_are_refused() {
+    let folder = TempDir::new().unwrap();
+    let (raw, pfns) = (raw_dump(folder.path(), |_| {}), folder.path().join("pfns"));
+    let before = fs::metadata(&raw).unwrap().modified().unwrap();
+    // Halves; and stretches with kernel objects in one of them or both, of which the kernel found
+    // needs none.
+    for (a, b, len, by_lists) in [
+        (0, 64, 64, false),
+        // The kernel's VMCOREINFO is in one.
+        (24, 32, 8, false),
+        (24, 64, 8, false),
+        (32, 48, 8, true),
+        (32, 64, 8, true),
+        (32, 112, 8, true),
+    ] {
+        let layout = swapped(a, b, len);
+        let run = sonicshot(&["prune", text(&raw), "--in-place", "--layout", &layout]);
+        let (said, code) = (stderr(&run), run.status.code());
+        assert!(matches!(code, Some(3..=5)), "{layout}: {said}");
+        if by_lists {
+            assert_eq!(code, Some(3), "{layout}: {said}");
+            assert!(said.contains("cannot lie as --layout says"), "{said}");
+            assert!(said.contains("lists"), "{said}");
+        }
+        assert_eq!(fs::metadata(&raw).unwrap().modified().unwrap(), before);
+    }
+    // Whatever changes places: it is refused, or nothing is dropped there.
+    let mut accepted = 0;
+    for a in (0..128).step_by(16) {
+        for b in (a + 16..128).step_by(16) {
+            let layout = swapped(a, b, 16);
+            let run = inspect(&raw, &layout, &pfns);
+            if run.status.success() {
+                accepted += 1;
+                assert_eq!(lost(&pfns, a, 16, b), 0, "{layout}");
+                assert_eq!(lost(&pfns, b, 16, a), 0, "{layout}");
+            } else {
+                assert!(matches!(run.status.code(), Some(3..=5)), "{}", stderr(&run));
+            }
+        }
+    }
+    assert!(accepted < 8, "{accepted} of 28 were accepted");
+}
+
+#[test]
+fn what_nothing_is_known_of_is_kept() {
+    let folder = TempDir::new().unwrap();
+    let (raw, pfns) = (raw_dump(folder.path(), |_| {}), folder.path().join("pfns"));
+    let part = |start: usize, end: usize| &ram()[start * MIB..end * MIB];
+    // Processes and free pages, nothing of the kernel's: in another place than the layout says,
+    // and in this one.
+    let layout = swapped(48, 56, 8);
+    for (right, at) in [(false, 56), (true, 48)] {
+        if right {
+            let parts = [part(0, 48), part(56, 64), part(48, 56), part(64, 128)];
+            fs::write(&raw, parts.concat()).unwrap();
+        }
+        let got = report(&inspect(&raw, &layout, &pfns));
+        let notes = got["notes"].to_string();
+        assert_eq!(notes.matches("is kept as it is").count(), 2, "{notes}");
+        assert_eq!(lost(&pfns, 48, 8, at), 0, "{right}");
+        assert!(got["droppable_pages"].as_u64().unwrap() > 0, "{right}");
+    }
+    // The file's content has changed places, not the ranges.
+    let [a, b] = [part(32, 40), part(48, 56)];
+    fs::write(
+        &raw,
+        [part(0, 32), b, part(40, 48), a, part(56, 128)].concat(),
+    )
+    .unwrap();
+    let run = inspect(&raw, "0-32M,32M-40M,40M-48M,48M-56M,56M-128M", &pfns);
+    assert_eq!(run.status.code(), Some(3), "{}", stderr(&run));
+    // One that is left over can be nowhere else.
+    fs::write(&raw, [part(48, 64), part(0, 48), part(64, 128)].concat()).unwrap();
+    let got = report(&inspect(&raw, "48M-64M,0-48M,64M-128M", &pfns));
+    let notes = got["notes"].to_string();
+    assert!(!notes.contains("is kept as it is"), "{notes}");
+    assert!(lost(&pfns, 48, 16, 48) > 0, "free pages are dropped");
+}

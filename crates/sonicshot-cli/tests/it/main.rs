@@ -1,0 +1,19 @@
+//! The command, on the real guest in testdata and on files made of it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "tests say so by panicking"
+)]
+
+mod checkpoint;
+mod command;
+mod common;
+mod folders;
+mod in_place;
+mod layout;
+mod migration;
+mod real_guest;
+mod rights;
+mod xen;
+mod xen_live;

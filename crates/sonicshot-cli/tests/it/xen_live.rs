@@ -1,0 +1,213 @@
+//! `sonicshot xen` with a Xen that is not there: stand-ins for its libraries and its tool, and the
+//! memory of a real guest as a domain's. (The lab has a real one.)
+
+use crate::common::*;
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// A folder with the stand-ins, and the guest's memory.
+struct Standin(tempfile::TempDir);
+
+impl Standin {
+    fn new() -> Self {
+        let this = Self(tempfile::tempdir().unwrap());
+        this.build(
+            "control.rs",
+            "libxenctrl.so.4.39",
+            &["--crate-type", "cdylib"],
+        );
+        this.build(
+            "memory.rs",
+            "libxenforeignmemory.so.1",
+            &["--crate-type", "cdylib"],
+        );
+        this.build("xl.rs", "xl", &["-Clink-arg=libxenctrl.so.4.39"]);
+        fs::write(this.file("ram"), ram()).unwrap();
+        this
+    }
+
+    fn build(&self, source: &str, name: &str, options: &[&str]) {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/standin");
+        let done = Command::new(std::env::var_os("RUSTC").unwrap_or("rustc".into()))
+            .args(["--edition", "2024", "-o", name])
+            .arg(folder.join(source))
+            .args(options)
+            .current_dir(self.0.path())
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{}", stderr(&done));
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn run(&self, program: &Path, args: &[&str], variables: &[(&str, &str)]) -> Output {
+        Command::new(program)
+            .args(args)
+            .current_dir(self.0.path())
+            .env("PATH", self.0.path())
+            .env("LD_LIBRARY_PATH", self.0.path())
+            .env("STANDIN_RAM", self.file("ram"))
+            .env("STANDIN_LOG", self.file("log"))
+            .env("STANDIN_RESTORED", self.file("restored"))
+            .envs(variables.iter().copied())
+            .output()
+            .unwrap()
+    }
+
+    fn sonicshot(&self, args: &[&str], variables: &[(&str, &str)]) -> Output {
+        self.run(Path::new(env!("CARGO_BIN_EXE_sonicshot")), args, variables)
+    }
+
+    /// What `xl` was asked since this was called last.
+    fn asked(&self) -> Vec<String> {
+        let log = fs::read_to_string(self.file("log")).unwrap_or_default();
+        let _ = fs::remove_file(self.file("log"));
+        log.lines().map(str::to_owned).collect()
+    }
+
+    fn bytes(&self, name: &str) -> Vec<u8> {
+        fs::read(self.file(name)).unwrap()
+    }
+}
+
+fn json(run: &Output) -> Value {
+    assert!(run.status.success(), "{}", stderr(run));
+    serde_json::from_slice(&run.stdout).unwrap()
+}
+
+#[test]
+fn a_save_is_what_a_prune_makes_of_a_full_one() {
+    let xen = Standin::new();
+    assert!(
+        xen.run(&xen.file("xl"), &["save", "-p", "5", "./full"], &[])
+            .status
+            .success()
+    );
+    json(&xen.sonicshot(&["prune", "full", "-o", "pruned", "--json"], &[]));
+    xen.asked();
+
+    let saved = json(&xen.sonicshot(&["xen", "save", "guest", "live", "--json"], &[]));
+    assert_eq!(saved["pruned"], true, "{saved}");
+    assert_eq!(saved["total_pages"], 32768);
+    assert!(saved["dropped_pages"].as_u64().unwrap() > 10_000, "{saved}");
+    assert!(xen.bytes("live") == xen.bytes("pruned"));
+    assert_eq!(saved["file_bytes"], xen.bytes("live").len());
+    // Destroyed only after its image has its name.
+    assert_eq!(xen.asked(), ["domid guest", "save -p 5", "destroy 5"]);
+
+    let again = xen.sonicshot(&["xen", "save", "5", "live"], &[]);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(stderr(&again).contains("live exists"), "{}", stderr(&again));
+    assert_eq!(xen.asked(), [""; 0], "the domain was not touched");
+
+    for option in ["-c", "-p"] {
+        let args = ["xen", "save", "5", "live", "--force", "--json", option];
+        assert_eq!(json(&xen.sonicshot(&args, &[]))["pruned"], true);
+        assert_eq!(xen.asked(), [format!("save {option} 5")]);
+    }
+}
+
+#[test]
+fn compressed_images_are_restored_as_they_are() {
+    let xen = Standin::new();
+    json(&xen.sonicshot(&["xen", "save", "5", "plain", "--json"], &[]));
+    assert!(
+        xen.sonicshot(&["xen", "restore", "plain"], &[])
+            .status
+            .success()
+    );
+    assert!(xen.bytes("restored") == xen.bytes("plain"));
+    for how in ["zstd", "lz4"] {
+        let args = ["xen", "save", "5", how, "--compress", how, "--json"];
+        let saved = json(&xen.sonicshot(&args, &[]));
+        assert_eq!(saved["pruned"], true);
+        assert!(xen.bytes(how).len() < xen.bytes("plain").len() * 9 / 10);
+        xen.asked();
+        fs::remove_file(xen.file("restored")).unwrap();
+        let restored = xen.sonicshot(&["xen", "restore", how, "-p", "--", "-e"], &[]);
+        assert!(restored.status.success(), "{}", stderr(&restored));
+        assert!(xen.bytes("restored") == xen.bytes("plain"), "{how}");
+        assert_eq!(xen.asked(), ["restore -p -e"]);
+
+        let half = xen.bytes(how).len() / 2;
+        fs::write(xen.file("cut"), &xen.bytes(how)[..half]).unwrap();
+        let cut = xen.sonicshot(&["xen", "restore", "cut"], &[]);
+        assert_eq!(cut.status.code(), Some(1), "{}", stderr(&cut));
+    }
+}
+
+#[test]
+fn whatever_fails_the_domain_is_left() {
+    let xen = Standin::new();
+    // xl itself resumes it.
+    for option in ["-p", "--compress=zstd"] {
+        let args = ["xen", "save", "5", "live", option];
+        let failed = xen.sonicshot(&args, &[("STANDIN_FAILS", "1")]);
+        assert_eq!(failed.status.code(), Some(1));
+        assert!(
+            stderr(&failed).contains("the disk is full"),
+            "{}",
+            stderr(&failed)
+        );
+        assert!(!xen.file("live").exists());
+        assert_eq!(xen.asked(), ["save -p 5"]);
+    }
+    // Its image could not be given its name.
+    fs::create_dir(xen.file("folder")).unwrap();
+    let args = ["xen", "save", "5", "folder", "--force"];
+    assert_eq!(xen.sonicshot(&args, &[]).status.code(), Some(1));
+    assert_eq!(xen.asked(), [""; 0], "the domain was not touched");
+    let missing = xen.sonicshot(&["xen", "save", "nobody", "live"], &[]);
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(stderr(&missing).contains("no such domain"));
+    xen.asked();
+    let dom0 = xen.sonicshot(&["xen", "save", "0", "live"], &[]);
+    assert_eq!(dom0.status.code(), Some(2));
+    assert_eq!(xen.asked(), [""; 0], "dom0 was not touched");
+    assert!(!xen.file("live").exists());
+}
+
+#[test]
+fn without_a_look_the_image_is_a_full_one_and_says_so() {
+    let xen = Standin::new();
+    assert!(
+        xen.run(&xen.file("xl"), &["save", "-p", "5", "./full"], &[])
+            .status
+            .success()
+    );
+    let args = ["xen", "save", "5", "live", "--json"];
+    let saved = json(&xen.sonicshot(&args, &[("STANDIN_RUNS", "1")]));
+    assert_eq!(saved["pruned"], false);
+    assert!(
+        saved["reason"].as_str().unwrap().contains("not suspended"),
+        "{saved}"
+    );
+    assert!(xen.bytes("live") == xen.bytes("full"));
+
+    // Not a Linux guest.
+    fs::write(xen.file("ram"), vec![7; 16 << 20]).unwrap();
+    let text = xen.sonicshot(&["xen", "save", "5", "other"], &[]);
+    assert!(text.status.success());
+    assert!(
+        stderr(&text).contains("this is a full image"),
+        "{}",
+        stderr(&text)
+    );
+}
+
+#[test]
+fn without_xen_nothing_is_touched() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = Command::new(env!("CARGO_BIN_EXE_sonicshot"))
+        .args(["xen", "save", "guest", "image"])
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    assert_eq!(run.status.code(), Some(1));
+    assert!(stderr(&run).contains("run it in dom0"), "{}", stderr(&run));
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}

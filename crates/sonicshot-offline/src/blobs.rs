@@ -1,0 +1,89 @@
+//! What a checkpoint holds beside the memory, by name.
+
+use crate::error::OfflineError;
+use sonicshot::PrunePlan;
+use sonicshot::checkpoint::{CheckpointError, CheckpointReader};
+use sonicshot_dump::Dump;
+use std::fs::File;
+use std::path::Path;
+
+/// The guest kernel's VMCOREINFO.
+const VMCOREINFO: &str = "vmcoreinfo";
+/// The notes of an ELF core.
+const CORE_NOTES: &str = "elf-notes";
+/// A Xen save image: all but the content of its pages.
+const XEN_IMAGE: &str = "xen-image";
+
+/// A blob's name and content.
+pub(crate) type Blob = (String, Vec<u8>);
+
+/// What a core's reader wants beside the memory.
+#[derive(Debug, Default)]
+pub(crate) struct Beside {
+    pub vmcoreinfo: Option<Vec<u8>>,
+    /// The notes of an ELF core.
+    pub notes: Option<Vec<u8>>,
+}
+
+impl Beside {
+    pub(crate) fn of_dump(dump: &Dump) -> Self {
+        Self {
+            vmcoreinfo: dump.vmcoreinfo().map(<[u8]>::to_vec),
+            notes: dump.core_notes(),
+        }
+    }
+
+    pub(crate) fn of_checkpoint(
+        reader: &CheckpointReader<File>,
+        path: &Path,
+    ) -> Result<Self, OfflineError> {
+        Ok(Self {
+            vmcoreinfo: read(reader, path, VMCOREINFO)?,
+            notes: read(reader, path, CORE_NOTES)?,
+        })
+    }
+
+    /// The blobs that hold it, and of a Xen image what it is without the pages that `plan` drops.
+    pub(crate) fn into_blobs(
+        self,
+        dump: &Dump,
+        plan: &PrunePlan,
+    ) -> Result<Vec<Blob>, OfflineError> {
+        let all = [
+            (VMCOREINFO, self.vmcoreinfo),
+            (CORE_NOTES, self.notes),
+            (XEN_IMAGE, dump.xl_skeleton(plan)?),
+        ];
+        let there = all.into_iter();
+        let there = there.filter_map(|(name, bytes)| Some((name.to_owned(), bytes?)));
+        Ok(there.collect())
+    }
+}
+
+/// All but the pages' content of the Xen image that the checkpoint was made of.
+pub(crate) fn xen_image(
+    reader: &CheckpointReader<File>,
+    path: &Path,
+) -> Result<Vec<u8>, OfflineError> {
+    read(reader, path, XEN_IMAGE)?.ok_or_else(|| OfflineError::NoImage { path: path.into() })
+}
+
+/// Every blob of a checkpoint.
+pub(crate) fn all(reader: &CheckpointReader<File>, path: &Path) -> Result<Vec<Blob>, OfflineError> {
+    let blobs = reader.blobs();
+    let read = |(name, _): (&str, u64)| Ok((name.to_owned(), reader.read_blob(name)?));
+    let blobs: Result<Vec<Blob>, CheckpointError> = blobs.map(read).collect();
+    blobs.map_err(OfflineError::checkpoint(path))
+}
+
+fn read(
+    reader: &CheckpointReader<File>,
+    path: &Path,
+    name: &str,
+) -> Result<Option<Vec<u8>>, OfflineError> {
+    match reader.read_blob(name) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(CheckpointError::NoBlob { .. }) => Ok(None),
+        Err(error) => Err(OfflineError::checkpoint(path)(error)),
+    }
+}

@@ -1,0 +1,222 @@
+//! A checkpoint made a dump again, and checked.
+
+use crate::blobs::{self, Beside};
+use crate::error::OfflineError;
+use crate::options::OpenOptions;
+use crate::place;
+use crate::snapshot::Snapshot;
+use sonicshot::checkpoint::{CheckpointReader, PageContent};
+use sonicshot::{Architecture, Pfn, Progress};
+use sonicshot_dump::{
+    CoreNotes, Dump, DumpError, DumpFile, LayoutSpec, NewFile, Overwrite, XlSkeleton,
+};
+use std::fs::{self, File};
+use std::io::Read;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+/// A checkpoint in a file.
+#[derive(Debug)]
+pub struct CheckpointFile {
+    path: PathBuf,
+    reader: CheckpointReader<File>,
+}
+
+/// What a checkpoint is made into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum RestoreTo {
+    /// Raw guest RAM.
+    #[default]
+    Raw,
+    /// An ELF core.
+    Elf,
+    /// The Xen save image that it was made of.
+    Xl,
+}
+
+/// How a checkpoint is made a dump again.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct RestoreOptions {
+    /// What it is made into.
+    pub to: RestoreTo,
+    /// Whether files that exist are replaced.
+    pub overwrite: Overwrite,
+    /// How many threads work; by default as many as there are cores.
+    pub threads: Option<NonZeroUsize>,
+    /// The blobs to be written to files too: the name of each, and the file's.
+    pub blobs: Vec<(String, PathBuf)>,
+}
+
+impl RestoreOptions {
+    /// The memory alone, into a file that must not exist.
+    #[must_use]
+    pub fn new(to: RestoreTo) -> Self {
+        Self {
+            to,
+            overwrite: Overwrite::Refuse,
+            threads: None,
+            blobs: Vec::new(),
+        }
+    }
+}
+
+impl CheckpointFile {
+    /// Opens a checkpoint; its directory is checked, its pages are not read.
+    ///
+    /// # Errors
+    /// [`OfflineError::Checkpoint`] if it is none or damaged.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, OfflineError> {
+        let path = path.as_ref();
+        Ok(Self {
+            reader: CheckpointReader::open(path).map_err(OfflineError::checkpoint(path))?,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Whether the file at `path` begins as a checkpoint.
+    #[must_use]
+    pub fn is_at(path: &Path) -> bool {
+        let mut start = [0; 8];
+        // To open a pipe that nobody writes would take for ever.
+        let is_file = fs::metadata(path).is_ok_and(|metadata| metadata.is_file());
+        is_file
+            && File::open(path).is_ok_and(|mut file| {
+                file.read_exact(&mut start).is_ok()
+                    && CheckpointReader::<File>::is_checkpoint(&start)
+            })
+    }
+
+    /// What it holds.
+    #[must_use]
+    pub fn reader(&self) -> &CheckpointReader<File> {
+        &self.reader
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes a dump of it again. Returns what that takes on disk, in bytes.
+    ///
+    /// # Errors
+    /// [`OfflineError::Checkpoint`] if it is damaged or lacks a blob, [`OfflineError::NoImage`] if
+    /// it is to be a Xen image and was none, [`OfflineError::Dump`] if an output exists or writing
+    /// fails.
+    pub fn restore(
+        &self,
+        out: impl AsRef<Path>,
+        options: &RestoreOptions,
+        progress: Progress<'_>,
+    ) -> Result<u64, OfflineError> {
+        let mut files = Vec::new();
+        for (name, path) in &options.blobs {
+            files.push(self.blob_to(name, path, options.overwrite)?);
+        }
+        let on_disk = self.memory_to(out.as_ref(), options, progress)?;
+        for file in files {
+            file.finish()?;
+        }
+        Ok(on_disk)
+    }
+
+    /// Writes a blob to a file that has no name yet.
+    fn blob_to(
+        &self,
+        name: &str,
+        path: &Path,
+        overwrite: Overwrite,
+    ) -> Result<NewFile, OfflineError> {
+        let file = NewFile::create(path, overwrite, &[self.reader.source()])?;
+        let copied = self.reader.copy_blob(name, &mut file.file());
+        copied.map_err(OfflineError::checkpoint(&self.path))?;
+        Ok(file)
+    }
+
+    fn memory_to(
+        &self,
+        out: &Path,
+        options: &RestoreOptions,
+        progress: Progress<'_>,
+    ) -> Result<u64, OfflineError> {
+        let (layout, force) = (&self.reader.info().layout, options.overwrite);
+        let source = [self.reader.source()];
+        let output = match options.to {
+            RestoreTo::Xl => {
+                let left_out = |pfn| self.left_out(pfn);
+                let skeleton = self.xl_skeleton()?;
+                let written =
+                    skeleton.write(&self.reader, &left_out, out, force, &source, progress);
+                return Ok(written?);
+            }
+            RestoreTo::Raw => DumpFile::raw(out, layout, force, &source)?,
+            RestoreTo::Elf => {
+                let beside = Beside::of_checkpoint(&self.reader, &self.path)?;
+                let mut notes = CoreNotes::default();
+                notes.machine = self.machine().or(Some(Architecture::X86_64));
+                notes.notes = beside.notes;
+                notes.vmcoreinfo = beside.vmcoreinfo;
+                DumpFile::elf_core(out, layout, &notes, force, &source)?
+            }
+        };
+        let restored = self.reader.restore(&output, options.threads, progress);
+        restored.map_err(OfflineError::checkpoint(&self.path))?;
+        Ok(output.finish()?)
+    }
+
+    /// The guest's processor, if it is said and one that a dump can be of.
+    pub(crate) fn machine(&self) -> Option<Architecture> {
+        match self.reader.info().architecture {
+            Some(Architecture::Other(_)) => None,
+            known => known,
+        }
+    }
+
+    /// What makes a Xen image of it again.
+    pub(crate) fn xl_skeleton(&self) -> Result<XlSkeleton, OfflineError> {
+        let bytes = blobs::xen_image(&self.reader, &self.path)?;
+        Ok(XlSkeleton::parse(&self.path, bytes)?)
+    }
+
+    /// Whether it has no content of `pfn`, of its own accord or the source's.
+    pub(crate) fn left_out(&self, pfn: Pfn) -> bool {
+        let run = self.reader.run_of(pfn);
+        run.is_none_or(|run| matches!(run.content, PageContent::Absent | PageContent::Free { .. }))
+    }
+
+    /// Reads every byte of it and checks its sums.
+    ///
+    /// # Errors
+    /// [`OfflineError::Checkpoint`] with the first that is wrong.
+    pub fn verify(&self, progress: Progress<'_>) -> Result<(), OfflineError> {
+        let checked = self.reader.verify(progress);
+        checked.map_err(OfflineError::checkpoint(&self.path))
+    }
+
+    /// Compares every kept page with the dump at `path`. A raw dump lies as `layout` says, or as
+    /// the checkpoint does. Returns how many pages were compared.
+    ///
+    /// # Errors
+    /// [`OfflineError::Checkpoint`] with the first page that differs, [`OfflineError::Dump`] if the
+    /// dump cannot be read.
+    pub fn verify_against(
+        &self,
+        path: impl AsRef<Path>,
+        layout: Option<&LayoutSpec>,
+        progress: Progress<'_>,
+    ) -> Result<u64, OfflineError> {
+        let path = path.as_ref();
+        // A raw dump has no layout of its own: the checkpoint tells.
+        let own = LayoutSpec::Ranges(self.reader.info().layout.regions().to_vec());
+        let dump = match Dump::open(path, Some(layout.unwrap_or(&own))) {
+            // Several blocks of memory: the guest has to be asked again which is where.
+            Err(DumpError::LayoutLength { .. }) if layout.is_none() => {
+                place::open(&Snapshot::open(path, &OpenOptions::new())?)?
+            }
+            dump => dump?,
+        };
+        let compared = self.reader.verify_against(&dump, progress);
+        compared.map_err(OfflineError::checkpoint(&self.path))
+    }
+}

@@ -1,0 +1,385 @@
+//! The same memory in another format; nothing is looked for that may be left out.
+
+use crate::blobs::{self, Beside};
+use crate::checkpoint_file::CheckpointFile;
+use crate::error::OfflineError;
+use crate::note::Note;
+use crate::place;
+use crate::save::{Contents, keep_everything, without_p2m};
+use crate::snapshot::Snapshot;
+use sonicshot::checkpoint::{CheckpointInfo, Compression, SaveOptions};
+use sonicshot::{Architecture, GuestMemory, PageSize, Progress, RamLayout};
+use sonicshot_dump::{
+    CoreNotes, Dump, DumpError, DumpFile, KdumpCompression, KdumpOptions, LayoutSpec, NewFile,
+    Overwrite, XlSkeleton, write_kdump,
+};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+/// What a dump or a checkpoint is converted to.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Target {
+    /// Raw guest RAM.
+    Raw,
+    /// An ELF core.
+    Elf,
+    /// A kdump-compressed file (zlib).
+    Kdump,
+    /// A checkpoint (zstd).
+    Checkpoint,
+    /// A QEMU mapped-ram file, of another file of QEMU's or libvirt's.
+    MappedRam,
+    /// A QEMU migration stream, of another file of QEMU's or libvirt's.
+    Stream,
+    /// A Xen save image. What is in it beside the memory comes from the template, or else from
+    /// the checkpoint or the image that is converted.
+    Xl(Option<Template>),
+}
+
+/// A Xen save image whose memory is replaced by that of another dump of the same guest, of the same
+/// moment.
+#[derive(Debug)]
+pub struct Template {
+    path: PathBuf,
+    image: Box<Dump>,
+}
+
+impl Template {
+    /// Opens the image.
+    ///
+    /// # Errors
+    /// [`OfflineError::Dump`] if it cannot be read.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, OfflineError> {
+        let path = path.as_ref();
+        Ok(Self {
+            image: Box::new(Dump::open(path, None)?),
+            path: path.to_owned(),
+        })
+    }
+}
+
+/// What became of a conversion.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Converted {
+    /// The format that it was.
+    pub format: &'static str,
+    /// The guest's RAM. A raw file has it from front to back.
+    pub layout: RamLayout,
+    /// What the new file takes on disk, in bytes.
+    pub disk_bytes: u64,
+    /// What is worth knowing, for people.
+    pub notes: Vec<Note>,
+}
+
+/// The file that is written.
+#[derive(Clone, Copy)]
+struct Output<'a> {
+    path: &'a Path,
+    overwrite: Overwrite,
+}
+
+impl Snapshot {
+    /// Writes the same memory as `target`. The output appears whole or not at all.
+    ///
+    /// # Errors
+    /// [`OfflineError::Dump`]: the output exists, the format cannot become the other, or reading or
+    /// writing fails; [`OfflineError::NoTemplate`]: there is nothing to make a Xen image of; and
+    /// what [`analyze`](Self::analyze) gives for a layout that is not found.
+    pub fn convert(
+        &self,
+        target: &Target,
+        out: impl AsRef<Path>,
+        overwrite: Overwrite,
+        progress: Progress<'_>,
+    ) -> Result<Converted, OfflineError> {
+        let opened = self.open_for(target)?;
+        let dump = &opened.dump;
+        let mut beside = Beside::of_dump(dump);
+        beside.vmcoreinfo = beside.vmcoreinfo.or(opened.vmcoreinfo);
+        let source = Source {
+            memory: dump,
+            of: Of::Dump(dump),
+            path: self.path(),
+            machine: dump.machine(),
+            beside,
+        };
+        let path = out.as_ref();
+        let disk_bytes = source.write(target, Output { path, overwrite }, progress)?;
+        let mut notes = Vec::new();
+        if dump.holds_device_state() && !target.keeps_device_state(dump) {
+            notes.push(Note::WithoutDeviceState);
+        }
+        notes.extend(opened.notes);
+        notes.extend(without_p2m(dump));
+        Ok(Converted {
+            format: dump.format(),
+            layout: dump.layout().clone(),
+            disk_bytes,
+            notes,
+        })
+    }
+
+    /// Opens the memory as far as `target` needs to know where it lies.
+    fn open_for(&self, target: &Target) -> Result<Opened, OfflineError> {
+        let layout = self.files().layout();
+        match target {
+            // All blocks are taken as they are: where they lie does not matter.
+            Target::MappedRam | Target::Stream | Target::Xl(None) => {
+                Ok(Opened::new(self.dump(layout)?))
+            }
+            Target::Xl(Some(template)) => {
+                // A raw file that was made of the template lies as that does.
+                let regions = template.image.layout().regions().to_vec();
+                let of_template = LayoutSpec::Ranges(regions);
+                Ok(Opened::new(
+                    self.dump(Some(layout.unwrap_or(&of_template)))?,
+                ))
+            }
+            Target::Raw | Target::Elf | Target::Kdump | Target::Checkpoint => {
+                self.open_with_guest()
+            }
+        }
+    }
+
+    /// Opens the memory in its layout, with VMCOREINFO, which a reader of cores wants and the guest
+    /// itself has.
+    fn open_with_guest(&self) -> Result<Opened, OfflineError> {
+        let vmcoreinfo = place::with_guest(self, &|guest| {
+            Ok(guest.facts().vmcoreinfo.map(String::into_bytes))
+        });
+        match vmcoreinfo {
+            Ok(placed) => Ok(Opened {
+                dump: placed.dump,
+                vmcoreinfo: placed.value,
+                // What is left out, or may lie elsewhere.
+                notes: placed.notes,
+            }),
+            Err(OfflineError::Guest { .. }) => Ok(Opened::new(place::open(self)?)),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// A dump that is converted, and what its guest told.
+struct Opened {
+    dump: Dump,
+    vmcoreinfo: Option<Vec<u8>>,
+    notes: Vec<Note>,
+}
+
+impl Opened {
+    fn new(dump: Dump) -> Self {
+        Self {
+            dump,
+            vmcoreinfo: None,
+            notes: Vec::new(),
+        }
+    }
+}
+
+impl CheckpointFile {
+    /// Writes the same memory as `target`. What was left out of the checkpoint reads as it says.
+    /// The output appears whole or not at all.
+    ///
+    /// # Errors
+    /// [`OfflineError::NotOfCheckpoint`] for files of QEMU's, [`OfflineError::NoImage`] for a Xen
+    /// image if it was none, [`OfflineError::Dump`], [`OfflineError::Checkpoint`]: the output
+    /// exists, or reading or writing fails.
+    pub fn convert(
+        &self,
+        target: &Target,
+        out: impl AsRef<Path>,
+        overwrite: Overwrite,
+        progress: Progress<'_>,
+    ) -> Result<Converted, OfflineError> {
+        let source = Source {
+            memory: self.reader(),
+            of: Of::Checkpoint(self),
+            path: self.path(),
+            machine: self.machine(),
+            beside: Beside::of_checkpoint(self.reader(), self.path())?,
+        };
+        let path = out.as_ref();
+        let disk_bytes = source.write(target, Output { path, overwrite }, progress)?;
+        Ok(Converted {
+            format: "checkpoint",
+            layout: self.reader().layout().clone(),
+            disk_bytes,
+            notes: without_p2m(self.reader()).into_iter().collect(),
+        })
+    }
+}
+
+impl Target {
+    /// Whether it holds the state of the devices that `dump` has.
+    fn keeps_device_state(&self, dump: &Dump) -> bool {
+        match self {
+            Self::MappedRam | Self::Stream | Self::Xl(_) => true,
+            // A checkpoint holds all of a Xen image.
+            Self::Checkpoint => dump.is_xl(),
+            Self::Raw | Self::Elf | Self::Kdump => false,
+        }
+    }
+}
+
+/// What is converted.
+struct Source<'a> {
+    memory: &'a dyn GuestMemory,
+    of: Of<'a>,
+    path: &'a Path,
+    machine: Option<Architecture>,
+    beside: Beside,
+}
+
+#[derive(Clone, Copy)]
+enum Of<'a> {
+    Dump(&'a Dump),
+    Checkpoint(&'a CheckpointFile),
+}
+
+impl Source<'_> {
+    /// The files that it comes from.
+    fn files(&self) -> Vec<&File> {
+        match self.of {
+            Of::Dump(dump) => dump.files(),
+            Of::Checkpoint(checkpoint) => vec![checkpoint.reader().source()],
+        }
+    }
+
+    /// Returns what the new file takes on disk, in bytes.
+    fn write(
+        self,
+        target: &Target,
+        out: Output<'_>,
+        progress: Progress<'_>,
+    ) -> Result<u64, OfflineError> {
+        match target {
+            Target::Raw => self.write_raw(out, progress),
+            Target::Elf => self.write_elf(out, progress),
+            Target::Kdump => self.write_kdump(out, progress),
+            Target::Checkpoint => self.write_checkpoint(out, progress),
+            Target::Xl(template) => self.write_xl(template.as_ref(), out, progress),
+            Target::MappedRam => {
+                Ok(self
+                    .migration()?
+                    .to_mapped_ram(out.path, out.overwrite, progress)?)
+            }
+            Target::Stream => Ok(self
+                .migration()?
+                .to_stream(out.path, out.overwrite, progress)?),
+        }
+    }
+
+    /// A dump, as a migration file has to be.
+    fn migration(&self) -> Result<&Dump, OfflineError> {
+        match self.of {
+            Of::Dump(dump) => Ok(dump),
+            Of::Checkpoint(_) => Err(OfflineError::NotOfCheckpoint),
+        }
+    }
+
+    fn write_raw(&self, out: Output<'_>, progress: Progress<'_>) -> Result<u64, OfflineError> {
+        let layout = self.memory.layout();
+        let file = DumpFile::raw(out.path, layout, out.overwrite, &self.files())?;
+        file.copy(self.memory, progress)?;
+        Ok(file.finish()?)
+    }
+
+    fn write_elf(&self, out: Output<'_>, progress: Progress<'_>) -> Result<u64, OfflineError> {
+        let mut notes = CoreNotes::default();
+        notes.machine = self.machine;
+        notes.notes.clone_from(&self.beside.notes);
+        notes.vmcoreinfo.clone_from(&self.beside.vmcoreinfo);
+        let layout = self.memory.layout();
+        let file = DumpFile::elf_core(out.path, layout, &notes, out.overwrite, &self.files())?;
+        file.copy(self.memory, progress)?;
+        Ok(file.finish()?)
+    }
+
+    fn write_kdump(&self, out: Output<'_>, progress: Progress<'_>) -> Result<u64, OfflineError> {
+        let file = NewFile::create(out.path, out.overwrite, &self.files())?;
+        let (_, plan) = keep_everything(self.memory);
+        let options = KdumpOptions {
+            compression: KdumpCompression::Zlib,
+            machine: self.machine.or(Some(Architecture::X86_64)),
+            vmcoreinfo: self.beside.vmcoreinfo.as_deref(),
+            notes: self.beside.notes.as_deref(),
+            threads: None,
+        };
+        let written = write_kdump(self.memory, &plan, file.file(), &options, progress);
+        written.map_err(|source| DumpError::Kdump {
+            path: out.path.to_owned(),
+            source,
+        })?;
+        Ok(file.finish()?)
+    }
+
+    fn write_checkpoint(
+        self,
+        out: Output<'_>,
+        progress: Progress<'_>,
+    ) -> Result<u64, OfflineError> {
+        let file = NewFile::create(out.path, out.overwrite, &self.files())?;
+        let (map, plan) = keep_everything(self.memory);
+        let mut info = CheckpointInfo::new(self.memory.layout().clone(), PageSize::SIZE_4K);
+        info.architecture = self.machine;
+        let contents = Contents {
+            info: &info,
+            blobs: match self.of {
+                Of::Dump(dump) => self.beside.into_blobs(dump, &plan)?,
+                Of::Checkpoint(checkpoint) => blobs::all(checkpoint.reader(), self.path)?,
+            },
+            files: &[],
+            memory: self.memory,
+            map: &map,
+            plan: &plan,
+        };
+        let options = SaveOptions::new(Compression::ZSTD);
+        contents.write(file.file(), out.path, options, progress)?;
+        Ok(file.finish()?)
+    }
+
+    fn write_xl(
+        &self,
+        template: Option<&Template>,
+        out: Output<'_>,
+        progress: Progress<'_>,
+    ) -> Result<u64, OfflineError> {
+        let skeleton = match (template, self.of) {
+            (Some(template), _) => {
+                let skeleton = skeleton_of(&template.image, &template.path)?;
+                skeleton.check_holds_all(self.memory)?;
+                skeleton
+            }
+            (None, Of::Dump(dump)) => skeleton_of(dump, self.path)?,
+            (None, Of::Checkpoint(checkpoint)) => checkpoint.xl_skeleton()?,
+        };
+        let left_out = |pfn| match self.of {
+            Of::Dump(_) => false,
+            Of::Checkpoint(checkpoint) => checkpoint.left_out(pfn),
+        };
+        let mut files = self.files();
+        files.extend(template.iter().flat_map(|template| template.image.files()));
+        let written = skeleton.write(
+            self.memory,
+            &left_out,
+            out.path,
+            out.overwrite,
+            &files,
+            progress,
+        );
+        Ok(written?)
+    }
+}
+
+/// What makes a Xen image of its memory again.
+fn skeleton_of(image: &Dump, path: &Path) -> Result<XlSkeleton, OfflineError> {
+    let (_, nothing) = keep_everything(image);
+    let bytes = image.xl_skeleton(&nothing)?;
+    Ok(XlSkeleton::parse(
+        path,
+        bytes.ok_or(OfflineError::NoTemplate)?,
+    )?)
+}

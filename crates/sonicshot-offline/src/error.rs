@@ -1,0 +1,143 @@
+//! What can go wrong between a file's name and what is made of it.
+
+use sonicshot::checkpoint::CheckpointError;
+use sonicshot::{Gpa, GpaRange, MemoryError, PageClass};
+use sonicshot_dump::DumpError;
+use sonicshot_vmi::VmiError;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why a snapshot could not be opened, analysed, pruned, saved or converted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OfflineError {
+    /// The file or folder cannot be read or written.
+    #[error(transparent)]
+    Dump(#[from] DumpError),
+    /// The guest in it is none that can be analysed.
+    #[error("{}", path.display())]
+    Guest {
+        /// The file with the guest's memory.
+        path: PathBuf,
+        /// What is wrong with the guest.
+        #[source]
+        source: VmiError,
+    },
+    /// A checkpoint cannot be read or written.
+    #[error("{}", path.display())]
+    Checkpoint {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: CheckpointError,
+    },
+    /// The guest's memory cannot be read.
+    #[error("reading guest memory")]
+    Memory(#[from] MemoryError),
+    /// The operating system refused.
+    #[error("{action} {}", path.display())]
+    Io {
+        /// What was being done, such as `opening`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Where the bytes of the file lie in the guest could not be found out.
+    #[error("{}: none of the known layouts agrees with the guest's own memory map", path.display())]
+    NoLayout {
+        /// The file with the guest's memory.
+        path: PathBuf,
+    },
+    /// A QEMU file has more blocks than are searched.
+    #[error("{} has {count} blocks of memory: where each lies in the guest is not searched for", path.display())]
+    ManyBlocks {
+        /// The file with the guest's memory.
+        path: PathBuf,
+        /// How many there are.
+        count: usize,
+    },
+    /// The memory shows that the layout that was given is wrong.
+    #[error(
+        "{} cannot lie as --layout says: of the empty lists in the memory at {range}, which point to \
+         themselves, {lists} belong at {place} and {here} there",
+        path.display()
+    )]
+    Misplaced {
+        /// The file with the guest's memory.
+        path: PathBuf,
+        /// Where the layout puts the memory in question.
+        range: GpaRange,
+        /// Where it must lie.
+        place: GpaRange,
+        /// How many lists say so,
+        lists: u64,
+        /// and how many the other.
+        here: u64,
+    },
+    /// The layout that was given is in more ranges than are checked.
+    #[error("{} in {count} ranges: their places cannot be checked", path.display())]
+    ManyRanges {
+        /// The file with the guest's memory.
+        path: PathBuf,
+        /// How many there are.
+        count: usize,
+    },
+    /// A raw file lacks what every guest's memory has: it is a diff without its base, such as a
+    /// Firecracker diff snapshot ([`OpenOptions::base`](crate::OpenOptions::base)).
+    #[error("{} has a hole where the guest has records of its pages, at {at}", path.display())]
+    NotWhole {
+        /// The file with the guest's memory.
+        path: PathBuf,
+        /// The first page that is missing.
+        at: Gpa,
+    },
+    /// A class was to be dropped that never is.
+    #[error("pages of class {class} are never dropped: the guest's kernel needs them")]
+    Undroppable {
+        /// The class.
+        class: PageClass,
+    },
+    /// The checkpoint was made of something else than a Xen image.
+    #[error("{} is no checkpoint of a Xen image: it holds the guest's memory alone", path.display())]
+    NoImage {
+        /// The checkpoint.
+        path: PathBuf,
+    },
+    /// What a Xen image has beside the memory is nowhere to be had.
+    #[error("a Xen image is made of a checkpoint of one, or of memory and --template IMAGE")]
+    NoTemplate,
+    /// A checkpoint was to become a migration file.
+    #[error("a checkpoint holds no migration file to convert: restore it instead")]
+    NotOfCheckpoint,
+}
+
+impl OfflineError {
+    /// A refusal of the operating system.
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    /// An error of the checkpoint at `path`.
+    pub(crate) fn checkpoint(path: &Path) -> impl Fn(CheckpointError) -> Self {
+        move |source| Self::Checkpoint {
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    /// An error of the guest whose memory is at `path`.
+    pub(crate) fn guest(path: &Path) -> impl Fn(VmiError) -> Self {
+        move |source| Self::Guest {
+            path: path.to_owned(),
+            source,
+        }
+    }
+}

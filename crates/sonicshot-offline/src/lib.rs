@@ -1,0 +1,58 @@
+//! Existing memory dumps and VM snapshots, pruned, saved and converted: all that lies between the
+//! name of a file and the file without its guest's free pages.
+//!
+//! ```no_run
+//! use sonicshot::ClassSet;
+//! use sonicshot_offline::{AnalyzeOptions, OpenOptions, Overwrite, Snapshot};
+//!
+//! let snapshot = Snapshot::open("guest.raw", &OpenOptions::new())?;
+//! let guest = snapshot.analyze(&AnalyzeOptions::new())?;
+//! let plan = guest.plan(ClassSet::DEFAULT_DROP)?;
+//! let stats = plan.prune_to("pruned.raw", Overwrite::Refuse, &mut |_, _| {})?;
+//! println!("Linux {}: {} bytes less", guest.facts().release, stats.dropped_bytes);
+//! # Ok::<(), sonicshot_offline::OfflineError>(())
+//! ```
+//!
+//! # The way of a prune
+//!
+//! 1. [`Snapshot::open`] tells what the path names: a file, a VMM's folder, a diff and its base.
+//! 2. [`Snapshot::analyze`] finds the layout in which the guest's own memory map agrees with the
+//!    file, the kernel that owns the memory, and the class of every page. It refuses a diff without
+//!    its base, and keeps what it is not certain of.
+//! 3. [`Analyzed::plan`] says which pages go.
+//! 4. [`Plan::prune_to`], [`Plan::prune_in_place`], [`Plan::prune_to_writer`] or [`Plan::save`]
+//!    writes what is left; each refuses what the VMM would not restore.
+//!
+//! [`Snapshot::convert`] writes all of the memory in another format, and [`CheckpointFile`] makes a
+//! dump of a checkpoint again.
+//!
+//! What a user should know of all that is a [`Note`].
+#![forbid(unsafe_code)]
+#![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
+
+mod analyze;
+mod blobs;
+mod checkpoint_file;
+mod convert;
+mod error;
+mod guards;
+mod note;
+mod options;
+pub mod packed;
+mod place;
+mod plan;
+mod save;
+mod snapshot;
+mod text;
+
+pub use analyze::Analyzed;
+pub use checkpoint_file::{CheckpointFile, RestoreOptions, RestoreTo};
+pub use convert::{Converted, Target, Template};
+pub use error::OfflineError;
+pub use note::Note;
+pub use options::{AnalyzeOptions, OpenOptions};
+pub use plan::{Plan, check_droppable};
+pub use save::{CheckpointOptions, Saved, Whole};
+pub use snapshot::Snapshot;
+pub use sonicshot_dump::{LayoutSpec, Overwrite, PruneOptions, PruneStats};
+pub use text::ByteSize;

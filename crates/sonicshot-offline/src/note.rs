@@ -1,0 +1,113 @@
+//! What a user should know of a snapshot and of what was done with it.
+
+use crate::text::ByteSize;
+use sonicshot::{Gpa, GpaRange};
+use sonicshot_dump::{DumpError, WritingProcess};
+use std::fmt;
+use std::path::PathBuf;
+
+/// One thing that is worth knowing; as text, a line for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Note {
+    /// What was found in the guest.
+    Guest(sonicshot_vmi::Note),
+    /// What the files beside the memory say.
+    Files(String),
+    /// A process has the file open for writing while it is read.
+    InUse {
+        /// The file.
+        path: PathBuf,
+        /// The process, if it can be seen.
+        writer: Option<WritingProcess>,
+    },
+    /// The guest booted with other RAM than the file has.
+    RamEndsElsewhere {
+        /// Where the guest's RAM ends by its own map.
+        guest: Gpa,
+        /// Where the file's layout ends.
+        file: Gpa,
+    },
+    /// Where a block of memory lies is not known, so all of it is kept.
+    BlockKept {
+        /// Its name in the file.
+        name: String,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// Blocks of one length of which it is not known which is which: only what is free in all of
+    /// them is dropped.
+    BlocksAlike {
+        /// How many there are.
+        count: usize,
+        /// The length of each in bytes.
+        len: u64,
+    },
+    /// Nothing shows that this memory lies where the layout that was given puts it: it is kept.
+    Unconfirmed {
+        /// Where the layout puts it.
+        range: GpaRange,
+    },
+    /// Zero pages in use are kept, for the format does not promise zeroes.
+    ZeroPagesKept,
+    /// So are free pages, for the guest relies on what they read as.
+    FreePagesKept,
+    /// What is written has a guest's pages, but not the table that explains its page tables.
+    WithoutP2m,
+    /// What is written has the memory of a migration file, but not the devices' state.
+    WithoutDeviceState,
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Guest(note) => note.fmt(f),
+            Self::Files(text) => f.write_str(text),
+            Self::InUse { path, writer } => {
+                let (path, writer) = (path.clone(), writer.clone());
+                write!(
+                    f,
+                    "{}: what is read of it is torn unless its guest is stopped",
+                    DumpError::InUse { path, writer }
+                )
+            }
+            Self::RamEndsElsewhere { guest, file } => write!(
+                f,
+                "the guest booted with RAM up to {guest:#x}, the file's layout ends at {file:#x}: is \
+                 the layout right? What the guest's kernel does not know is kept"
+            ),
+            Self::BlockKept { name, len } => write!(
+                f,
+                "memory block {name} ({}) is kept as it is: where it lies in the guest is not known \
+                 (--layout can tell)",
+                ByteSize(*len)
+            ),
+            Self::BlocksAlike { count, len } => write!(
+                f,
+                "{count} memory blocks of {} cannot be told from each other: what is not free in \
+                 all of them is kept",
+                ByteSize(*len)
+            ),
+            Self::Unconfirmed { range } => write!(
+                f,
+                "memory at {range} ({}) is kept as it is: nothing in it shows that it lies there, \
+                 as --layout says",
+                ByteSize(range.len())
+            ),
+            Self::ZeroPagesKept => f.write_str(
+                "pages in use that are zero are kept: Xen does not promise zeroes after a restore",
+            ),
+            Self::FreePagesKept => f.write_str(
+                "free pages are kept: the guest relies on what they read as, and Xen gives it \
+                 others after a restore",
+            ),
+            Self::WithoutP2m => f.write_str(
+                "the page tables hold frame numbers of the machine, which only the core explains: \
+                 no kernel will be found in the output",
+            ),
+            Self::WithoutDeviceState => f.write_str(
+                "the devices' state is not in the output: a guest cannot be restored from it",
+            ),
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! What may be known of a snapshot beforehand, and what is wanted of it.
+
+use sonicshot_dump::LayoutSpec;
+use sonicshot_vmi::{Cr3, OnInconsistency};
+use std::path::{Path, PathBuf};
+
+/// What is known of a snapshot beforehand; by default nothing, and everything is found out.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct OpenOptions {
+    /// Files with symbols and types of the guest's kernel.
+    pub symbols: Vec<PathBuf>,
+    /// Where the bytes of the file lie in the guest.
+    pub layout: Option<LayoutSpec>,
+    /// The memory that the file is a diff to.
+    pub base: Option<PathBuf>,
+    /// The `CR3` of a processor that ran the guest's kernel.
+    pub cr3: Option<Cr3>,
+}
+
+impl OpenOptions {
+    /// Nothing known.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a System.map, vmlinux or BTF file of the guest's kernel. Without one everything is
+    /// found in the guest's own memory.
+    #[must_use]
+    pub fn symbols(mut self, path: impl AsRef<Path>) -> Self {
+        self.symbols.push(path.as_ref().to_owned());
+        self
+    }
+
+    /// Gives the layout of a raw file, or the places of a QEMU file's blocks. It is believed as
+    /// far as the guest's memory shows that it is right.
+    #[must_use]
+    pub fn layout(mut self, layout: LayoutSpec) -> Self {
+        self.layout = Some(layout);
+        self
+    }
+
+    /// Gives the memory that the file is a diff to: a Firecracker diff snapshot is read over it.
+    #[must_use]
+    pub fn base(mut self, path: impl AsRef<Path>) -> Self {
+        self.base = Some(path.as_ref().to_owned());
+        self
+    }
+
+    /// Gives the `CR3` of a processor that ran the guest's kernel, which tells it from kernels
+    /// that are gone.
+    #[must_use]
+    pub fn cr3(mut self, cr3: Cr3) -> Self {
+        self.cr3 = Some(cr3);
+        self
+    }
+}
+
+/// How a guest is looked at.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct AnalyzeOptions {
+    /// Whether a guest whose records contradict each other is analysed all the same.
+    pub on_inconsistency: OnInconsistency,
+    /// Whether pages in use are looked into, so that those that are zero can go too. A checkpoint
+    /// finds them as it is written.
+    pub zero_pages: bool,
+}
+
+impl Default for AnalyzeOptions {
+    fn default() -> Self {
+        Self {
+            on_inconsistency: OnInconsistency::Refuse,
+            zero_pages: true,
+        }
+    }
+}
+
+impl AnalyzeOptions {
+    /// A guest that contradicts itself is refused, and pages in use are looked into.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Says what becomes of a guest whose records contradict each other.
+    #[must_use]
+    pub fn on_inconsistency(mut self, on: OnInconsistency) -> Self {
+        self.on_inconsistency = on;
+        self
+    }
+
+    /// Says whether pages in use are looked into.
+    #[must_use]
+    pub fn zero_pages(mut self, look: bool) -> Self {
+        self.zero_pages = look;
+        self
+    }
+}

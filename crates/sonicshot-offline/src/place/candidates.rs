@@ -1,0 +1,423 @@
+//! The ways to lay out a dump, likeliest first.
+
+use sonicshot::{Gpa, GpaRange, RamLayout};
+use sonicshot_dump::{BlockKind, BlockPlace, LayoutSpec, RamBlock};
+
+/// Firmware keeps less than this of the RAM at the top of the low part for itself.
+const FIRMWARE: u64 = 128 << 20;
+/// So many ways to lay out a dump are tried.
+pub(super) const MAX_ATTEMPTS: usize = 64;
+/// Of more blocks the ways to lay them out are not searched: QEMU has at most 256 slots for memory.
+const MAX_SEARCHED: usize = 256;
+const FROM_FILE: &str = "from the file";
+const BY_GUEST: &str = "found out by the guest's own memory map";
+
+/// One way to lay out a dump.
+#[derive(Debug)]
+pub(super) struct Candidate {
+    /// `None`: as the file says.
+    layout: Option<LayoutSpec>,
+    /// The RAM that the guest boots with; `None` if the dump says where it lies.
+    pub boot: Option<RamLayout>,
+    /// Where other blocks are put to begin with, so that the kernel can be read if it is in them.
+    pub guess: Vec<BlockPlace>,
+    /// Whether blocks were put in an order that nothing in the file tells.
+    pub guessed: bool,
+    pub origin: &'static str,
+}
+
+impl Candidate {
+    /// How the dump is opened to be looked at.
+    pub(super) fn layout_with_guess(&self) -> Option<LayoutSpec> {
+        match &self.layout {
+            Some(LayoutSpec::Blocks(places)) => Some(LayoutSpec::Blocks(
+                [places.as_slice(), &self.guess].concat(),
+            )),
+            layout => layout.clone(),
+        }
+    }
+
+    /// Where blocks were put in an order that nothing in the file tells; `None` if none was.
+    pub(super) fn guessed_places(&self) -> Option<&[BlockPlace]> {
+        match &self.layout {
+            Some(LayoutSpec::Blocks(places)) if self.guessed => Some(places),
+            _ => None,
+        }
+    }
+}
+
+/// The candidates, likeliest first.
+#[derive(Debug)]
+pub(super) struct Candidates {
+    /// The blocks of a QEMU file; none of other formats.
+    blocks: Vec<RamBlock>,
+    /// Where a machine may have its RAM.
+    specs: Vec<LayoutSpec>,
+    todo: std::vec::IntoIter<Candidate>,
+    /// Whether nothing has to be found out.
+    pub certain: bool,
+    /// What the guest boots with, once a kernel was found.
+    e820: Option<Vec<GpaRange>>,
+    /// The bytes of RAM in the file.
+    len: u64,
+}
+
+impl Candidates {
+    /// The ways to lay out `len` bytes of RAM: of a QEMU file its `blocks`; of a `raw` file as one
+    /// of `specs`; any other format knows its own.
+    ///
+    /// # Errors
+    /// The number of blocks, if they are too many.
+    pub(super) fn new(
+        blocks: Vec<RamBlock>,
+        specs: Vec<LayoutSpec>,
+        len: u64,
+        raw: bool,
+    ) -> Result<Self, usize> {
+        let mut these = Self {
+            blocks,
+            specs,
+            todo: Vec::new().into_iter(),
+            certain: false,
+            e820: None,
+            len,
+        };
+        let count = these.ram().len();
+        if count > MAX_SEARCHED {
+            return Err(count);
+        }
+        let candidates = if these.are_of_blocks() {
+            these.of_blocks()
+        } else if raw {
+            these.of_raw()
+        } else {
+            these.certain = true;
+            vec![Candidate {
+                layout: None,
+                boot: None,
+                guess: Vec::new(),
+                guessed: false,
+                origin: FROM_FILE,
+            }]
+        };
+        these.certain |= matches!(candidates.as_slice(), [only] if only.boot.is_none());
+        these.todo = candidates.into_iter();
+        Ok(these)
+    }
+
+    /// Whether they are of the blocks of a QEMU file.
+    pub(super) fn are_of_blocks(&self) -> bool {
+        !self.blocks.is_empty()
+    }
+
+    pub(super) fn next(&mut self) -> Option<Candidate> {
+        let e820 = &self.e820;
+        self.todo.find(|candidate| match (&candidate.boot, e820) {
+            (Some(boot), Some(e820)) => fits(boot, e820),
+            _ => true,
+        })
+    }
+
+    fn of_raw(&self) -> Vec<Candidate> {
+        let mut candidates: Vec<Candidate> = Vec::new();
+        for spec in &self.specs {
+            let Ok(boot) = RamLayout::new(spec.ranges(self.len)) else {
+                continue;
+            };
+            if candidates.iter().all(|c| c.boot.as_ref() != Some(&boot)) {
+                candidates.push(Candidate {
+                    layout: Some(spec.clone()),
+                    boot: Some(boot),
+                    guess: Vec::new(),
+                    guessed: false,
+                    origin: BY_GUEST,
+                });
+            }
+        }
+        if let [only] = candidates.as_mut_slice() {
+            only.boot = None;
+            only.origin = "the same in every VMM for this size";
+        }
+        candidates
+    }
+
+    /// The blocks that may be RAM that the guest boots with, in the order of the file.
+    fn ram(&self) -> Vec<&RamBlock> {
+        let ram = |block: &&RamBlock| block.kind == BlockKind::Ram;
+        self.blocks.iter().filter(ram).collect()
+    }
+
+    /// The blocks that may be RAM and are not among `names`.
+    pub(super) fn others(&self, names: &[&str]) -> Vec<&RamBlock> {
+        let mut others = self.ram();
+        others.retain(|block| !names.contains(&block.name.as_str()));
+        others
+    }
+
+    fn of_blocks(&self) -> Vec<Candidate> {
+        let mut by_length = self.ram();
+        by_length.sort_by_key(|block| std::cmp::Reverse(block.len));
+        let mut orders: Vec<Vec<&RamBlock>> = by_length.iter().map(|block| vec![*block]).collect();
+        // NUMA nodes: usually in the order in which they were made, or that of their names.
+        let mut by_name = self.ram();
+        by_name.sort_by(|a, b| a.name.cmp(&b.name));
+        for order in [self.ram(), by_name] {
+            if !orders.contains(&order) {
+                orders.push(order);
+            }
+        }
+        let likely = orders.len();
+        add_orders(&self.ram(), &mut Vec::new(), &mut orders);
+        let mut candidates = Vec::new();
+        let mut with_dimms = Vec::new();
+        for (number, order) in orders.into_iter().enumerate() {
+            let total = order.iter().fold(0, |sum, b| b.len.saturating_add(sum));
+            let mut known: Vec<Vec<GpaRange>> = Vec::new();
+            for spec in &self.specs {
+                let ranges = spec.ranges(total);
+                if known.contains(&ranges) {
+                    continue;
+                }
+                if number == likely {
+                    candidates.append(&mut with_dimms);
+                }
+                if let Some(candidate) = self.candidate(&order, &ranges, FROM_FILE) {
+                    with_dimms.extend(self.with_dimms(&candidate, &order));
+                    candidates.push(candidate);
+                }
+                known.push(ranges);
+            }
+        }
+        candidates.append(&mut with_dimms);
+        candidates
+    }
+
+    /// The same with all other blocks where QEMU has DIMMs: one behind the other from the first
+    /// whole GiB on that is above 4 GiB and all RAM (`hw/i386/pc.c`). A guest that boots with them
+    /// may have what its kernel needs in there.
+    fn with_dimms(&self, candidate: &Candidate, order: &[&RamBlock]) -> Vec<Candidate> {
+        const GIB: u64 = 1 << 30;
+        let names: Vec<&str> = order.iter().map(|block| block.name.as_str()).collect();
+        let in_file = self.others(&names);
+        let mut by_name = in_file.clone();
+        by_name.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut guesses: Vec<Vec<BlockPlace>> = Vec::new();
+        for dimms in [by_name, in_file] {
+            let end = candidate.boot.as_ref().map_or(Gpa::ZERO, RamLayout::end);
+            let mut at = end.raw().checked_next_multiple_of(GIB);
+            at = at.map(|at| at.max(4 * GIB));
+            let places = dimms.iter().map(|block| {
+                let range = GpaRange::with_len(Gpa::new(at?), block.len)?;
+                at = Some(range.end().raw());
+                Some(BlockPlace::new(&block.name, vec![range]))
+            });
+            let places: Option<Vec<BlockPlace>> = places.collect();
+            guesses.extend(places.filter(|p| !p.is_empty() && !guesses.contains(p)));
+        }
+        let with = |guess| Candidate {
+            layout: candidate.layout.clone(),
+            boot: candidate.boot.clone(),
+            guess,
+            ..*candidate
+        };
+        guesses.into_iter().map(with).collect()
+    }
+
+    /// The blocks `order` at `ranges`, beside those whose place is known.
+    fn candidate(
+        &self,
+        order: &[&RamBlock],
+        ranges: &[GpaRange],
+        origin: &'static str,
+    ) -> Option<Candidate> {
+        let mut places = Vec::new();
+        let mut ranges = ranges.to_vec();
+        for block in order {
+            let place = take(&mut ranges, block.len)?;
+            places.push(BlockPlace::new(&block.name, place));
+        }
+        let boot = places.iter().flat_map(|place| place.ranges.clone());
+        let boot = RamLayout::new(boot.collect()).ok()?;
+        for block in &self.blocks {
+            if block.kind == BlockKind::VirtioMem {
+                places.push(BlockPlace::new(&block.name, block.ranges.clone()));
+            }
+        }
+        let guessed = self.ram().len() > 1;
+        Some(Candidate {
+            layout: Some(LayoutSpec::Blocks(places)),
+            boot: Some(boot),
+            guess: Vec::new(),
+            guessed,
+            origin: if guessed { BY_GUEST } else { origin },
+        })
+    }
+
+    /// Takes what a guest's own map says, and a layout made by it as one more candidate.
+    pub(super) fn learn(&mut self, e820: Vec<GpaRange>) {
+        if self.e820.is_some() {
+            return;
+        }
+        let mut more = Vec::new();
+        if !self.are_of_blocks() {
+            let layout = by_e820(&e820, self.len);
+            more.extend(layout.and_then(|ranges| {
+                Some(Candidate {
+                    boot: Some(RamLayout::new(ranges.clone()).ok()?),
+                    layout: Some(LayoutSpec::Ranges(ranges)),
+                    guess: Vec::new(),
+                    guessed: false,
+                    origin: BY_GUEST,
+                })
+            }));
+        } else {
+            for block in self.ram() {
+                let ranges = by_e820(&e820, block.len);
+                more.extend(ranges.and_then(|r| self.candidate(&[block], &r, BY_GUEST)));
+            }
+        }
+        let todo = std::mem::take(&mut self.todo);
+        self.todo = todo.chain(more).collect::<Vec<_>>().into_iter();
+        self.e820 = Some(e820);
+    }
+
+    /// Whether the guest can show that the blocks it boots with are where `places` has them: its
+    /// kernel keeps struct pages in each but one, which would not fit its lists if they were read
+    /// from another block. That one is told by the others.
+    pub(super) fn shows_in_place(&self, places: &[BlockPlace], structs: &[GpaRange]) -> bool {
+        let ram = self.ram();
+        let boot = |place: &&BlockPlace| ram.iter().any(|block| block.name == place.name);
+        let boot: Vec<&BlockPlace> = places.iter().filter(boot).collect();
+        let found = |place: &&&BlockPlace| {
+            let mut ranges = place.ranges.iter();
+            ranges.any(|range| structs.iter().any(|s| !s.intersection(range).is_empty()))
+        };
+        boot.iter().filter(found).count().saturating_add(1) >= boot.len()
+    }
+}
+
+/// Takes `len` bytes off the front of `ranges`.
+fn take(ranges: &mut Vec<GpaRange>, len: u64) -> Option<Vec<GpaRange>> {
+    let mut taken = Vec::new();
+    let mut left = len;
+    while left > 0 {
+        let first = ranges.first_mut()?;
+        let part = GpaRange::with_len(first.start(), first.len().min(left))?;
+        *first = GpaRange::new(part.end(), first.end());
+        left = left.saturating_sub(part.len());
+        if first.is_empty() {
+            ranges.remove(0);
+        }
+        taken.push(part);
+    }
+    Some(taken)
+}
+
+/// Whether the usable RAM of the guest's map lies in `boot`, and reaches the top of it.
+pub(super) fn fits(boot: &RamLayout, ram: &[GpaRange]) -> bool {
+    let inside = ram
+        .iter()
+        .all(|range| boot.contains(range.start(), range.len()));
+    let top = ram.iter().map(GpaRange::end).max();
+    let reaches = match (boot.regions(), top) {
+        // Firmware keeps memory at the top of the low part for itself, never of the high part.
+        ([_], Some(top)) => boot.end().offset_from(top).is_some_and(|n| n < FIRMWARE),
+        (_, Some(top)) => top == boot.end(),
+        (_, None) => false,
+    };
+    inside && reaches
+}
+
+/// Where `len` bytes of RAM lie by the guest's map: some below 4 GiB, the rest from there on.
+fn by_e820(e820: &[GpaRange], len: u64) -> Option<Vec<GpaRange>> {
+    let gib_4 = Gpa::new(1 << 32);
+    let end = e820.iter().map(GpaRange::end).max()?;
+    let high = GpaRange::new(gib_4, end.max(gib_4));
+    let low = GpaRange::with_len(Gpa::ZERO, len.checked_sub(high.len())?)?;
+    if low.is_empty() || low.end() > gib_4 {
+        return None;
+    }
+    let mut ranges = vec![low, high];
+    ranges.retain(|range| !range.is_empty());
+    Some(ranges)
+}
+
+/// Adds every order of two and more of `blocks`, up to a limit.
+fn add_orders<'b>(
+    blocks: &[&'b RamBlock],
+    begun: &mut Vec<&'b RamBlock>,
+    orders: &mut Vec<Vec<&'b RamBlock>>,
+) {
+    for block in blocks {
+        if begun.contains(block) {
+            continue;
+        }
+        if orders.len() >= MAX_ATTEMPTS {
+            return;
+        }
+        begun.push(block);
+        if begun.len() > 1 && !orders.contains(begun) {
+            orders.push(begun.clone());
+        }
+        add_orders(blocks, begun, orders);
+        begun.pop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(
+        clippy::unwrap_used,
+        clippy::indexing_slicing,
+        reason = "tests may stop anywhere"
+    )]
+
+    use super::{by_e820, fits, take};
+    use sonicshot::{Gpa, GpaRange, RamLayout};
+
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+
+    fn range(start: u64, end: u64) -> GpaRange {
+        GpaRange::new(Gpa::new(start), Gpa::new(end))
+    }
+
+    #[test]
+    fn a_layout_fits_the_map_that_the_firmware_made_of_it() {
+        let two = RamLayout::new(vec![range(0, 3 * GIB), range(4 * GIB, 5 * GIB)]).unwrap();
+        let low = [range(0x1000, 0x9_f000), range(MIB, 3 * GIB - 0x2_6000)];
+        let with = |end| [&low[..], &[range(4 * GIB, end)]].concat();
+        assert!(fits(&two, &with(5 * GIB)));
+        // The high part is used to its end; nothing lies outside.
+        assert!(!fits(&two, &with(5 * GIB - 4096)));
+        assert!(!fits(&two, &with(6 * GIB)));
+        assert!(!fits(&two, &[]));
+        let one = RamLayout::new(vec![range(0, 512 * MIB)]).unwrap();
+        let reaching = |end| [range(0x1000, 0x9_f000), range(MIB, end)];
+        assert!(fits(&one, &reaching(512 * MIB - 0x2_6000)));
+        assert!(!fits(&one, &reaching(384 * MIB)), "of a smaller guest");
+        assert!(!fits(&one, &reaching(513 * MIB)), "of a larger one");
+    }
+
+    #[test]
+    fn the_map_tells_where_ram_is_split() {
+        let map = [range(MIB, 2 * GIB - 0x2_6000), range(4 * GIB, 6 * GIB)];
+        let layout = by_e820(&map, 4 * GIB).unwrap();
+        assert_eq!(layout, [range(0, 2 * GIB), range(4 * GIB, 6 * GIB)]);
+        let low = by_e820(&[range(MIB, GIB)], GIB).unwrap();
+        assert_eq!(low, [range(0, GIB)]);
+        assert_eq!(by_e820(&map, GIB), None);
+        assert_eq!(by_e820(&map, 9 * GIB), None);
+        assert_eq!(by_e820(&[], GIB), None);
+    }
+
+    #[test]
+    fn blocks_take_their_parts_in_order() {
+        let mut ranges = vec![range(0, 0x3000), range(0x10000, 0x14000)];
+        let first = take(&mut ranges, 0x4000).unwrap();
+        assert_eq!(first, [range(0, 0x3000), range(0x10000, 0x11000)]);
+        let second = take(&mut ranges, 0x3000).unwrap();
+        assert_eq!(second, [range(0x11000, 0x14000)]);
+        assert_eq!(take(&mut ranges, 1), None);
+    }
+}

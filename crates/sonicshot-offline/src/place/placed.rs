@@ -1,0 +1,50 @@
+//! A dump in its layout, and the guest in it.
+
+use crate::error::OfflineError;
+use crate::note::Note;
+use crate::snapshot::Snapshot;
+use sonicshot::GpaRange;
+use sonicshot_dump::Dump;
+use sonicshot_vmi::{GuestOptions, GuestOs, VmiError};
+
+/// What is wanted of a guest once it is found.
+pub(crate) type Look<'a, T> = &'a dyn Fn(&dyn GuestOs) -> Result<T, VmiError>;
+
+/// A dump whose layout is known, and what was made of its guest.
+#[derive(Debug)]
+pub(crate) struct Placed<T> {
+    pub dump: Dump,
+    /// How the layout was found, for people.
+    pub origin: &'static str,
+    pub doubts: Doubts,
+    pub notes: Vec<Note>,
+    pub value: T,
+}
+
+/// What of a layout is not certain.
+#[derive(Debug, Default)]
+pub(crate) struct Doubts {
+    /// Ranges of the same length that hold blocks of which it is not known which is which.
+    pub shared: Vec<Vec<GpaRange>>,
+    /// Ranges of a layout that was given of which nothing shows that they lie there.
+    pub unconfirmed: Vec<GpaRange>,
+}
+
+/// Finds the guest in a dump, by what is known beforehand.
+pub(super) fn open_guest<'d>(
+    snapshot: &Snapshot,
+    dump: &'d Dump,
+) -> Result<Box<dyn GuestOs + 'd>, OfflineError> {
+    let known = snapshot.options();
+    let mut options = GuestOptions::new();
+    for path in &known.symbols {
+        options = options.symbols(path);
+    }
+    if let Some(cr3) = known.cr3 {
+        options = options.cr3(cr3);
+    }
+    if let Some(text) = dump.vmcoreinfo() {
+        options = options.vmcoreinfo(text);
+    }
+    sonicshot_vmi::open_guest(dump, &options).map_err(OfflineError::guest(snapshot.memory_file()))
+}

@@ -1,0 +1,124 @@
+//! The layout that the guest confirms, of all that may be.
+
+use super::candidates::{Candidate, Candidates, MAX_ATTEMPTS};
+use super::placed::{Look, Placed};
+use super::trial::{Outcome, attempt};
+use crate::error::OfflineError;
+use crate::snapshot::Snapshot;
+use sonicshot::GuestMemory;
+use sonicshot_dump::{Dump, DumpError, LayoutSpec};
+use sonicshot_vmi::VmiError;
+
+/// Tries the layouts, likeliest first, until the guest's own memory map agrees with one.
+pub(super) fn with_guest<T>(
+    snapshot: &Snapshot,
+    look: Look<'_, T>,
+) -> Result<Placed<T>, OfflineError> {
+    let mut candidates = candidates(snapshot)?;
+    let mut why_not = None;
+    let mut unconfirmed = None;
+    for _ in 0..MAX_ATTEMPTS {
+        let Some(candidate) = candidates.next() else {
+            break;
+        };
+        match attempt(snapshot, &candidates, &candidate, true, look) {
+            Ok(Outcome::Done(placed)) => return Ok(*placed),
+            Ok(Outcome::Refuted(e820)) => candidates.learn(e820),
+            Ok(Outcome::Unconfirmed) => {
+                unconfirmed.get_or_insert(candidate);
+            }
+            Err(error) if candidates.certain || is_about_symbols(snapshot, &error) => {
+                return Err(error);
+            }
+            // What is wrong with a kernel says more than that there is none.
+            Err(error) if why_not.as_ref().is_none_or(is_no_kernel) => why_not = Some(error),
+            Err(_) => {}
+        }
+    }
+    match unconfirmed {
+        Some(candidate) => guess(snapshot, &candidates, &candidate, look),
+        None => Err(why_not.unwrap_or_else(|| no_layout(snapshot))),
+    }
+}
+
+/// Whether there is only one way to lay out the dump.
+pub(super) fn is_certain(snapshot: &Snapshot) -> Result<bool, OfflineError> {
+    Ok(candidates(snapshot)?.certain)
+}
+
+/// All ways to lay out the dump.
+fn candidates(snapshot: &Snapshot) -> Result<Candidates, OfflineError> {
+    let (dump, specs) = first_look(snapshot)?;
+    let blocks = dump.ram_blocks().to_vec();
+    let candidates = Candidates::new(
+        blocks,
+        specs,
+        dump.layout().bytes(),
+        dump.layout_spec().is_some(),
+    );
+    candidates.map_err(|count| OfflineError::ManyBlocks {
+        path: snapshot.memory_file().into(),
+        count,
+    })
+}
+
+/// Opens the dump in any layout, and tells where its machine may have its RAM.
+fn first_look(snapshot: &Snapshot) -> Result<(Dump, Vec<LayoutSpec>), OfflineError> {
+    let mut specs = LayoutSpec::KNOWN.to_vec();
+    match snapshot.dump(None) {
+        // A machine of QEMU's that is not known: one of the layouts may be its own.
+        Err(error @ DumpError::NoLayout { .. }) => {
+            let mut dumps = specs.iter().map(|spec| snapshot.dump(Some(spec)));
+            let dump = dumps.find_map(Result::ok).ok_or(error)?;
+            Ok((dump, specs))
+        }
+        dump => {
+            let dump = dump?;
+            specs.retain(|spec| dump.machine_layout().is_none_or(|own| own == *spec));
+            Ok((dump, specs))
+        }
+    }
+}
+
+/// Takes the first layout in which there is a kernel, though its map could not be read.
+fn guess<T>(
+    snapshot: &Snapshot,
+    candidates: &Candidates,
+    candidate: &Candidate,
+    look: Look<'_, T>,
+) -> Result<Placed<T>, OfflineError> {
+    match attempt(snapshot, candidates, candidate, false, look)? {
+        Outcome::Done(placed) => Ok(Placed {
+            origin: "guessed: the guest's e820 map could not be read",
+            ..*placed
+        }),
+        // A kernel was found: what is wrong in other layouts says nothing.
+        _ => Err(no_layout(snapshot)),
+    }
+}
+
+fn no_layout(snapshot: &Snapshot) -> OfflineError {
+    OfflineError::NoLayout {
+        path: snapshot.memory_file().into(),
+    }
+}
+
+fn is_no_kernel(error: &OfflineError) -> bool {
+    matches!(
+        error,
+        OfflineError::Guest {
+            source: VmiError::NoKernel { .. },
+            ..
+        }
+    )
+}
+
+/// A wrong symbol file is wrong in every layout; the guest's own symbols are only where they are
+/// in the right one.
+fn is_about_symbols(snapshot: &Snapshot, error: &OfflineError) -> bool {
+    let OfflineError::Guest { source, .. } = error else {
+        return false;
+    };
+    !snapshot.options().symbols.is_empty()
+        && matches!(source, VmiError::WrongKernel { .. } | VmiError::Symbols(_))
+}

@@ -1,0 +1,133 @@
+//! The trying of one layout.
+
+use super::candidates::{Candidate, Candidates, fits};
+use super::placed::{Doubts, Look, Placed, open_guest};
+use super::plugged::{Plugged, unplaced_devices};
+use crate::error::OfflineError;
+use crate::note::Note;
+use crate::snapshot::Snapshot;
+use sonicshot::{Gpa, GpaRange, GuestMemory};
+use sonicshot_dump::{BlockPlace, Dump, LayoutSpec};
+use sonicshot_vmi::GuestOs;
+
+/// What came of trying a layout.
+pub(super) enum Outcome<T> {
+    Done(Box<Placed<T>>),
+    /// The guest's map of the RAM that it boots with says otherwise.
+    Refuted(Vec<GpaRange>),
+    /// The guest's map could not be read.
+    Unconfirmed,
+}
+
+/// Opens the dump as `candidate` has it, and lets `look` see the guest if that agrees. Without
+/// `confirm` a guest agrees that says nothing.
+pub(super) fn attempt<T>(
+    snapshot: &Snapshot,
+    candidates: &Candidates,
+    candidate: &Candidate,
+    confirm: bool,
+    look: Look<'_, T>,
+) -> Result<Outcome<T>, OfflineError> {
+    let failed = OfflineError::guest(snapshot.memory_file());
+    let dump = snapshot.dump(candidate.layout_with_guess().as_ref())?;
+    let guest = open_guest(snapshot, &dump)?;
+    if confirm {
+        match agreement(candidates, candidate, &*guest) {
+            Agreement::Full => {}
+            Agreement::None(e820) => return Ok(Outcome::Refuted(e820)),
+            Agreement::Unknown => return Ok(Outcome::Unconfirmed),
+        }
+    }
+    let mut notes: Vec<Note> = ends_elsewhere(candidate, &dump, &*guest)
+        .into_iter()
+        .collect();
+    let mut shared = Vec::new();
+    if let Some(places) = candidate.guessed_places() {
+        let structs = guest.page_records().map_err(&failed)?;
+        if !candidates.shows_in_place(places, &structs) {
+            return Ok(Outcome::Unconfirmed);
+        }
+        let ram = guest.system_ram().map_err(&failed)?.unwrap_or_default();
+        let mut plugged = plugged(candidates, places, &ram);
+        // A guess was only for reading the kernel: what counts is what that says.
+        if !plugged.places.is_empty() || !candidate.guess.is_empty() {
+            let direct_map = guest.direct_map().map_err(&failed)?;
+            drop(guest);
+            let open = |plugged: &Plugged| {
+                let all = [places, &plugged.places].concat();
+                snapshot.dump(Some(&LayoutSpec::Blocks(all)))
+            };
+            let mut dump = open(&plugged)?;
+            if plugged.tell_apart(&dump, direct_map)? {
+                dump = open(&plugged)?;
+            }
+            let value = look(&*open_guest(snapshot, &dump)?).map_err(&failed)?;
+            return Ok(done(candidate, dump, plugged.notes, plugged.shared, value));
+        }
+        notes = plugged.notes;
+        shared = plugged.shared;
+    }
+    let value = look(&*guest).map_err(&failed)?;
+    drop(guest);
+    Ok(done(candidate, dump, notes, shared, value))
+}
+
+fn done<T>(
+    candidate: &Candidate,
+    dump: Dump,
+    mut notes: Vec<Note>,
+    shared: Vec<Vec<GpaRange>>,
+    value: T,
+) -> Outcome<T> {
+    notes.extend(unplaced_devices(&dump));
+    Outcome::Done(Box::new(Placed {
+        dump,
+        origin: candidate.origin,
+        doubts: Doubts {
+            shared,
+            unconfirmed: Vec::new(),
+        },
+        notes,
+        value,
+    }))
+}
+
+/// What a guest's own map says of a layout.
+enum Agreement {
+    Full,
+    /// This is what the guest boots with instead.
+    None(Vec<GpaRange>),
+    Unknown,
+}
+
+fn agreement(candidates: &Candidates, candidate: &Candidate, guest: &dyn GuestOs) -> Agreement {
+    let Some(boot) = &candidate.boot else {
+        return Agreement::Full;
+    };
+    match guest.boot_ram() {
+        Ok(Some(e820)) if !fits(boot, &e820) => Agreement::None(e820),
+        Ok(Some(_)) => Agreement::Full,
+        // A file with one block has the layout of its machine.
+        _ if candidates.are_of_blocks() && !candidate.guessed => Agreement::Full,
+        _ => Agreement::Unknown,
+    }
+}
+
+/// Of a raw file of which nothing has to be found out: whether its guest booted with other RAM.
+fn ends_elsewhere(candidate: &Candidate, dump: &Dump, guest: &dyn GuestOs) -> Option<Note> {
+    if candidate.boot.is_some() || dump.layout_spec().is_none() {
+        return None;
+    }
+    let e820 = guest.boot_ram().ok().flatten()?;
+    (!fits(dump.layout(), &e820)).then(|| Note::RamEndsElsewhere {
+        guest: e820.iter().map(GpaRange::end).max().unwrap_or(Gpa::ZERO),
+        file: dump.layout().end(),
+    })
+}
+
+/// Where the blocks lie that are not in `places`, by what the guest's kernel has of RAM.
+fn plugged(candidates: &Candidates, places: &[BlockPlace], ram: &[GpaRange]) -> Plugged {
+    let names: Vec<&str> = places.iter().map(|place| place.name.as_str()).collect();
+    let taken: Vec<GpaRange> = places.iter().flat_map(|p| p.ranges.clone()).collect();
+    Plugged::find(&candidates.others(&names), ram, &taken)
+}

@@ -1,0 +1,308 @@
+//! A snapshot saved as a checkpoint.
+
+use crate::blobs::{Beside, Blob};
+use crate::error::OfflineError;
+use crate::note::Note;
+use crate::plan::Plan;
+use crate::snapshot::Snapshot;
+use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, SaveOptions, SaveStats};
+use sonicshot::{
+    Architecture, Disposition, Fill, GuestMemory, PageMap, PageSize, Progress, PrunePlan,
+};
+use sonicshot_dump::{Dump, NewFile, Overwrite};
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+
+/// How a checkpoint is written, and what goes into it beside the guest.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct CheckpointOptions {
+    /// How page data is stored.
+    pub writing: SaveOptions,
+    /// The VMM that ran the guest.
+    pub vmm: Option<String>,
+    blobs: Vec<(String, File)>,
+}
+
+impl CheckpointOptions {
+    /// Page data is stored so, and nothing goes into it but what the snapshot has.
+    #[must_use]
+    pub fn new(writing: SaveOptions) -> Self {
+        Self {
+            writing,
+            vmm: None,
+            blobs: Vec::new(),
+        }
+    }
+
+    /// Notes the VMM that ran the guest.
+    #[must_use]
+    pub fn vmm(mut self, name: impl Into<String>) -> Self {
+        self.vmm = Some(name.into());
+        self
+    }
+
+    /// Puts the file at `path` into the checkpoint as `name`, such as the VMM's device state. What
+    /// is written is then for no more eyes than it.
+    ///
+    /// # Errors
+    /// [`OfflineError::Io`] if it cannot be opened.
+    pub fn blob(
+        mut self,
+        name: impl Into<String>,
+        path: impl AsRef<Path>,
+    ) -> Result<Self, OfflineError> {
+        let path = path.as_ref();
+        let file = File::open(path).map_err(OfflineError::io("opening", path))?;
+        self.blobs.push((name.into(), file));
+        Ok(self)
+    }
+}
+
+/// What became of a snapshot that was saved.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Saved {
+    /// What the checkpoint says of its guest.
+    pub info: CheckpointInfo,
+    /// What it holds.
+    pub stats: SaveStats,
+    /// What it takes on disk, in bytes; `None` of one that went into a pipe.
+    pub disk_bytes: Option<u64>,
+    /// What is worth knowing, for people.
+    pub notes: Vec<Note>,
+}
+
+/// A snapshot of which no page is left out but zero ones; its guest was not looked for.
+#[derive(Debug)]
+pub struct Whole {
+    dump: Dump,
+    map: PageMap,
+    plan: PrunePlan,
+    notes: Vec<Note>,
+}
+
+impl Snapshot {
+    /// Opens the memory without looking for a guest: every page is kept. The layout is what the
+    /// file or the options say, and what they do not say is `pc`'s.
+    ///
+    /// # Errors
+    /// [`OfflineError::Dump`] if the file is damaged or none that is read.
+    pub fn keep_all(&self) -> Result<Whole, OfflineError> {
+        let dump = self.dump(self.files().layout())?;
+        let (map, plan) = keep_everything(&dump);
+        Ok(Whole {
+            dump,
+            map,
+            plan,
+            notes: self.in_use().into_iter().collect(),
+        })
+    }
+}
+
+impl Whole {
+    /// As [`Plan::save`].
+    ///
+    /// # Errors
+    /// As [`Plan::save`].
+    pub fn save(
+        &self,
+        out: impl AsRef<Path>,
+        overwrite: Overwrite,
+        options: &CheckpointOptions,
+        progress: Progress<'_>,
+    ) -> Result<Saved, OfflineError> {
+        self.source()
+            .save(out.as_ref(), overwrite, options, progress)
+    }
+
+    /// As [`Plan::save_to_writer`].
+    ///
+    /// # Errors
+    /// As [`Plan::save_to_writer`].
+    pub fn save_to_writer(
+        &self,
+        out: impl Write,
+        options: &CheckpointOptions,
+        progress: Progress<'_>,
+    ) -> Result<Saved, OfflineError> {
+        self.source().save_to_writer(out, options, progress)
+    }
+
+    fn source(&self) -> Source<'_> {
+        let mut info = CheckpointInfo::new(self.dump.layout().clone(), PageSize::SIZE_4K);
+        info.architecture = self.dump.machine();
+        Source {
+            dump: &self.dump,
+            info,
+            map: &self.map,
+            plan: &self.plan,
+            vmcoreinfo: self.dump.vmcoreinfo().map(<[u8]>::to_vec),
+            notes: self.notes.clone(),
+        }
+    }
+}
+
+impl Plan<'_> {
+    /// Saves the snapshot as a checkpoint without the pages. It appears whole or not at all.
+    ///
+    /// # Errors
+    /// [`OfflineError::Checkpoint`], [`OfflineError::Dump`]: the output exists, a blob's name is
+    /// taken, or reading or writing fails.
+    pub fn save(
+        &self,
+        out: impl AsRef<Path>,
+        overwrite: Overwrite,
+        options: &CheckpointOptions,
+        progress: Progress<'_>,
+    ) -> Result<Saved, OfflineError> {
+        self.source()
+            .save(out.as_ref(), overwrite, options, progress)
+    }
+
+    /// The same into a pipe. What is written is complete only if this returns without an error.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub fn save_to_writer(
+        &self,
+        out: impl Write,
+        options: &CheckpointOptions,
+        progress: Progress<'_>,
+    ) -> Result<Saved, OfflineError> {
+        self.source().save_to_writer(out, options, progress)
+    }
+
+    fn source(&self) -> Source<'_> {
+        let analyzed = self.analyzed();
+        let dump = analyzed.dump();
+        let mut info = CheckpointInfo::new(dump.layout().clone(), self.page_size());
+        let facts = analyzed.facts();
+        info.kernel_release = Some(facts.release.clone());
+        info.build_id.clone_from(&facts.build_id);
+        // Only x86-64 kernels are found so far.
+        info.architecture = dump.machine().or(Some(Architecture::X86_64));
+        Source {
+            dump,
+            info,
+            map: analyzed.pages(),
+            plan: self.wanted(),
+            vmcoreinfo: facts.vmcoreinfo.clone().map(String::into_bytes),
+            notes: analyzed.notes().to_vec(),
+        }
+    }
+}
+
+/// What is known of a snapshot before it is saved.
+struct Source<'a> {
+    dump: &'a Dump,
+    info: CheckpointInfo,
+    map: &'a PageMap,
+    plan: &'a PrunePlan,
+    vmcoreinfo: Option<Vec<u8>>,
+    notes: Vec<Note>,
+}
+
+impl Source<'_> {
+    fn save(
+        self,
+        path: &Path,
+        overwrite: Overwrite,
+        options: &CheckpointOptions,
+        progress: Progress<'_>,
+    ) -> Result<Saved, OfflineError> {
+        // What is put in beside the memory may be for fewer eyes.
+        let mut inputs = self.dump.files();
+        inputs.extend(options.blobs.iter().map(|(_, file)| file));
+        let out = NewFile::create(path, overwrite, &inputs)?;
+        let mut saved = self.write(out.file(), path, options, progress)?;
+        saved.disk_bytes = Some(out.finish()?);
+        Ok(saved)
+    }
+
+    fn save_to_writer(
+        self,
+        out: impl Write,
+        options: &CheckpointOptions,
+        progress: Progress<'_>,
+    ) -> Result<Saved, OfflineError> {
+        self.write(out, Path::new("-"), options, progress)
+    }
+
+    fn write(
+        mut self,
+        out: impl Write,
+        path: &Path,
+        options: &CheckpointOptions,
+        progress: Progress<'_>,
+    ) -> Result<Saved, OfflineError> {
+        self.info.vmm.clone_from(&options.vmm);
+        let beside = Beside {
+            vmcoreinfo: self.vmcoreinfo.take(),
+            notes: self.dump.core_notes(),
+        };
+        let contents = Contents {
+            info: &self.info,
+            blobs: beside.into_blobs(self.dump, self.plan)?,
+            files: &options.blobs,
+            memory: self.dump,
+            map: self.map,
+            plan: self.plan,
+        };
+        let stats = contents.write(out, path, options.writing.clone(), progress)?;
+        self.notes.extend(without_p2m(self.dump));
+        Ok(Saved {
+            info: self.info,
+            stats,
+            disk_bytes: None,
+            notes: self.notes,
+        })
+    }
+}
+
+/// All that goes into a checkpoint.
+pub(crate) struct Contents<'a> {
+    pub info: &'a CheckpointInfo,
+    pub blobs: Vec<Blob>,
+    pub files: &'a [(String, File)],
+    pub memory: &'a dyn GuestMemory,
+    pub map: &'a PageMap,
+    pub plan: &'a PrunePlan,
+}
+
+impl Contents<'_> {
+    /// Writes it to `out`, which messages call `path`.
+    pub(crate) fn write(
+        &self,
+        out: impl Write,
+        path: &Path,
+        options: SaveOptions,
+        progress: Progress<'_>,
+    ) -> Result<SaveStats, OfflineError> {
+        let failed = OfflineError::checkpoint(path);
+        let mut writer = CheckpointWriter::new(out, self.info.clone(), options).map_err(&failed)?;
+        for (name, bytes) in &self.blobs {
+            writer.blob(name, bytes.as_slice()).map_err(&failed)?;
+        }
+        for (name, file) in self.files {
+            writer.blob(name, file).map_err(&failed)?;
+        }
+        let written = writer.memory(self.memory, self.map, self.plan, progress);
+        written.map_err(&failed)?;
+        let (_, stats) = writer.finish().map_err(&failed)?;
+        Ok(stats)
+    }
+}
+
+/// A plan that drops nothing, and the map that it is of.
+pub(crate) fn keep_everything(memory: &dyn GuestMemory) -> (PageMap, PrunePlan) {
+    let map = PageMap::new(memory.layout(), PageSize::SIZE_4K);
+    let plan = PrunePlan::new(&map, &|_| Disposition::Keep, Fill::Zero);
+    (map, plan)
+}
+
+/// What to say of an output that has a guest's pages, but not which frames of the machine they are.
+pub(crate) fn without_p2m(memory: &dyn GuestMemory) -> Option<Note> {
+    memory.p2m().map(|_| Note::WithoutP2m)
+}

@@ -1,0 +1,178 @@
+//! A library's user is refused what the command's user is.
+
+use crate::common::{PAGE, analyze, diff, open, quiet, ram, raw};
+use sonicshot::{ClassSet, PageClass};
+use sonicshot_dump::DumpError;
+use sonicshot_offline::{
+    AnalyzeOptions, LayoutSpec, OfflineError, OpenOptions, Overwrite, PruneOptions, Snapshot,
+    Target,
+};
+use sonicshot_vmi::{OnInconsistency, VmiError};
+use std::fs;
+use tempfile::TempDir;
+
+/// Whether it is a page of `struct page`s of free frames, none of them the first of a block: the
+/// lists do not lead through it.
+fn is_record(page: &[u8]) -> bool {
+    page.chunks(64).all(|record| {
+        record[48..56] == [0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]
+            && record[..8] == page[..8]
+            && record[6..8] != [0, 0]
+    })
+}
+
+#[test]
+fn a_diff_without_its_base_is_no_whole_guest() {
+    let temporary = TempDir::new().unwrap();
+    let number = ram().chunks(PAGE).position(is_record).unwrap();
+    let path = diff(temporary.path(), |page, _| page == number);
+    match analyze(&path) {
+        Err(OfflineError::NotWhole { path: of, at }) => {
+            assert_eq!(of, path);
+            assert_eq!(at.raw(), (number * PAGE) as u64);
+        }
+        other => panic!("{other:?}"),
+    }
+    let base = raw(temporary.path());
+    let over = Snapshot::open(&path, &OpenOptions::new().base(base)).unwrap();
+    over.analyze(&AnalyzeOptions::new()).unwrap();
+    // Who takes a guest that contradicts itself is told nothing of it.
+    let all = AnalyzeOptions::new().on_inconsistency(OnInconsistency::KeepInQuestion);
+    open(&path).analyze(&all).unwrap();
+}
+
+#[test]
+fn a_diff_with_little_in_it_has_no_kernel() {
+    let temporary = TempDir::new().unwrap();
+    let path = diff(temporary.path(), |page, _| page % 64 != 0);
+    let found = analyze(&path);
+    assert!(
+        matches!(
+            found,
+            Err(OfflineError::Guest {
+                source: VmiError::NoKernel { .. },
+                ..
+            })
+        ),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn what_the_kernel_needs_is_never_dropped() {
+    let temporary = TempDir::new().unwrap();
+    let guest = analyze(&raw(temporary.path())).unwrap();
+    let plan = guest.plan(
+        [PageClass::FreeBuddy, PageClass::Slab]
+            .into_iter()
+            .collect(),
+    );
+    assert!(
+        matches!(
+            plan,
+            Err(OfflineError::Undroppable {
+                class: PageClass::Slab
+            })
+        ),
+        "{plan:?}"
+    );
+}
+
+#[test]
+fn a_layout_that_the_memory_contradicts_is_refused() {
+    let temporary = TempDir::new().unwrap();
+    let path = raw(temporary.path());
+    // Two stretches with kernel objects in them have changed places.
+    let layout = "0-32M,48M-56M,40M-48M,32M-40M,56M-128M";
+    let layout: LayoutSpec = layout.parse().unwrap();
+    let found = Snapshot::open(&path, &OpenOptions::new().layout(layout)).unwrap();
+    let found = found.analyze(&AnalyzeOptions::new());
+    assert!(
+        matches!(found, Err(OfflineError::Misplaced { .. })),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn a_file_that_is_written_is_not_pruned_in_place() {
+    let temporary = TempDir::new().unwrap();
+    let path = raw(temporary.path());
+    let guest = analyze(&path).unwrap();
+    let plan = guest.plan(ClassSet::DEFAULT_DROP).unwrap();
+    let _writer = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let pruned = plan.prune_in_place(&PruneOptions::new(), &mut quiet);
+    assert!(
+        matches!(
+            pruned,
+            Err(OfflineError::Dump(
+                DumpError::InUse { .. } | DumpError::MayBeInUse { .. }
+            ))
+        ),
+        "{pruned:?}"
+    );
+    assert!(fs::read(&path).unwrap() == ram());
+}
+
+#[test]
+fn a_snapshot_whose_vmm_reads_no_zeroes_is_not_pruned_by_anybody() {
+    let temporary = TempDir::new().unwrap();
+    let folder = temporary.path().join("vm");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("memory-ranges"), ram()).unwrap();
+    let ranges = format!(
+        r#"{{"memory_ranges":{{"data":[{{"gpa":0,"length":{}}}]}}}}"#,
+        ram().len()
+    );
+    let state = format!(
+        r#"{{"snapshots":{{"memory-manager":{{"snapshots":{{}},"snapshot_data":{{"state":{ranges:?}}}}}}}}}"#
+    );
+    fs::write(folder.join("state.json"), state).unwrap();
+    // A zone that is a private mapping of a file.
+    let config = r#"{"memory":{"zones":[{"id":"a","size":1,"file":"/tmp/ram"}]}}"#;
+    fs::write(folder.join("config.json"), config).unwrap();
+    let snapshot = open(&folder);
+    let refused = snapshot.check_prunable();
+    assert!(
+        matches!(
+            refused,
+            Err(OfflineError::Dump(DumpError::CannotPrune { .. }))
+        ),
+        "{refused:?}"
+    );
+    let guest = snapshot.analyze(&AnalyzeOptions::new()).unwrap();
+    let plan = guest.plan(ClassSet::DEFAULT_DROP).unwrap();
+    let out = temporary.path().join("out");
+    for pruned in [
+        plan.prune_to(&out, Overwrite::Refuse, &mut quiet),
+        plan.prune_in_place(&PruneOptions::new(), &mut quiet),
+        plan.prune_to_writer(Vec::new(), &mut quiet),
+    ] {
+        assert!(
+            matches!(
+                pruned,
+                Err(OfflineError::Dump(DumpError::CannotPrune { .. }))
+            ),
+            "{pruned:?}"
+        );
+    }
+    assert!(!out.exists());
+    assert!(fs::read(folder.join("memory-ranges")).unwrap() == ram());
+}
+
+#[test]
+fn what_cannot_become_another_format_is_refused() {
+    let temporary = TempDir::new().unwrap();
+    let snapshot = open(&raw(temporary.path()));
+    let out = temporary.path().join("out");
+    let image = snapshot.convert(&Target::Xl(None), &out, Overwrite::Refuse, &mut quiet);
+    assert!(matches!(image, Err(OfflineError::NoTemplate)), "{image:?}");
+    let stream = snapshot.convert(&Target::Stream, &out, Overwrite::Refuse, &mut quiet);
+    assert!(
+        matches!(
+            stream,
+            Err(OfflineError::Dump(DumpError::CannotConvert { .. }))
+        ),
+        "{stream:?}"
+    );
+    assert!(!out.exists());
+}

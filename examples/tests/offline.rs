@@ -1,0 +1,96 @@
+//! The examples of `sonicshot-offline`, run on the real guest in testdata.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "tests may stop anywhere"
+)]
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use tempfile::TempDir;
+
+const PAGE: usize = 4096;
+
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The guest's 128 MiB, as `guest.raw` in `folder`.
+fn unpack(folder: &Path) -> Vec<u8> {
+    let from = File::open(repository().join("testdata/guest-6.1-128m/ram.raw.zst")).unwrap();
+    let mut reader = zstd::stream::read::Decoder::new(from).unwrap();
+    reader.window_log_max(31).unwrap();
+    let mut ram = Vec::new();
+    io::copy(&mut reader, &mut ram).unwrap();
+    fs::write(folder.join("guest.raw"), &ram).unwrap();
+    ram
+}
+
+/// Runs an example, which is built with the tests.
+fn run(name: &str, folder: &Path, args: &[&str]) -> Output {
+    let tests = std::env::current_exe().unwrap();
+    let examples = tests.ancestors().nth(2).unwrap().join("examples");
+    let mut command = Command::new(examples.join(name));
+    command.current_dir(folder).args(args).output().unwrap()
+}
+
+#[test]
+fn the_readmes_example_prunes_a_dump() {
+    let source = include_str!("../prune_dump.rs");
+    let code = source.split_once("\n\n").unwrap().1;
+    assert!(code.lines().count() <= 15);
+    let readme = fs::read_to_string(repository().join("README.md")).unwrap();
+    assert!(readme.contains(&format!("```rust\n{code}```\n")));
+    let folder = TempDir::new().unwrap();
+    let ram = unpack(folder.path());
+    let output = run("prune_dump", folder.path(), &[]);
+    assert!(output.status.success(), "{output:?}");
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.starts_with("Linux 6.1."), "{said}");
+    let pruned = fs::read(folder.path().join("pruned.raw")).unwrap();
+    let dropped = ram.chunks(PAGE).zip(pruned.chunks(PAGE));
+    let dropped = dropped.filter(|(before, after)| before != after).count();
+    assert!(dropped > 10_000, "{dropped}");
+    let kept = ram.chunks(PAGE).zip(pruned.chunks(PAGE));
+    for (before, after) in kept {
+        assert!(before == after || after.iter().all(|byte| *byte == 0));
+    }
+    // It does not write over anything.
+    assert!(!run("prune_dump", folder.path(), &[]).status.success());
+}
+
+#[test]
+fn a_diff_without_its_base_is_told_by_its_error() {
+    assert!(include_str!("../refuse_diff.rs").lines().count() <= 15);
+    let folder = TempDir::new().unwrap();
+    let ram = unpack(folder.path());
+    // A page of `struct page`s of free frames, none of them the first of a block, is missing.
+    let is_record = |page: &&[u8]| {
+        page.chunks(64).all(|record| {
+            record[48..56] == [0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]
+                && record[..8] == page[..8]
+                && record[6..8] != [0, 0]
+        })
+    };
+    let pages = || (0..).step_by(PAGE).zip(ram.chunks(PAGE));
+    let (missing, _) = pages().find(|(_, page)| is_record(page)).unwrap();
+    let diff = File::create(folder.path().join("diff.mem")).unwrap();
+    for (at, page) in pages().filter(|(at, _)| *at != missing) {
+        diff.write_all_at(page, at).unwrap();
+    }
+    let output = run("refuse_diff", folder.path(), &["diff.mem"]);
+    assert!(output.status.success(), "{output:?}");
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(
+        said,
+        format!("diff.mem is a diff: no page at {missing:#x}\n")
+    );
+    let output = run("refuse_diff", folder.path(), &["guest.raw"]);
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.starts_with("guest.raw: Linux 6.1."), "{said}");
+}
