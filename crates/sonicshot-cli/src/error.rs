@@ -235,6 +235,7 @@ fn code_of_dump(error: &DumpError) -> u8 {
 fn code_of_guest(error: &VmiError) -> u8 {
     match error {
         VmiError::Inconsistent(_)
+        | VmiError::Covered { .. }
         | VmiError::LaterOwner(_)
         | VmiError::NotOwner { .. }
         | VmiError::Undecided { .. }
