@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import firmware
 from errors import GuestFailed, LabError
 from host import LAB, Json, pack, run
 from kernels import Kernel
@@ -237,6 +238,8 @@ class Machine:
         if (folder / "next.img").exists():
             command += ["-drive", f"if=none,id=d2,format=raw,file={folder / 'next.img'}",
                         "-device", "virtio-blk-pci,drive=d2"]
+        if spec.firmware:
+            command += firmware.options_of(spec.firmware, folder)
         command += spec.more
         if spec.balloon:
             command += ["-device", "virtio-balloon-pci"]

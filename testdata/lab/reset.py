@@ -20,6 +20,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 import captures
+import firmware
 import kernels
 from captures import Meta
 from command import command
@@ -82,6 +83,16 @@ def spec_of(series: str, smp: int, kaslr: bool, kind: str, mem: int | None = Non
     return replace(spec, append=append, **(more or {}))
 
 
+def machine_of(name: str, machine: str, no_sleep: bool) -> Json:
+    """The fields of a spec for another firmware than SeaBIOS, or another machine than `pc`."""
+    more: Json = {"machine": machine, "more": firmware.sleep(machine, not no_sleep)}
+    if name != "seabios":
+        # What is free is told by a dump that has the processors' registers: of raw memory some
+        # is kept.
+        more |= {"firmware": name, "forms": ("raw", "elf")}
+    return more
+
+
 def base_of(series: str, smp: int, kaslr: bool, kind: str, mem: int | None = None,
             more: Mapping[str, Any] | None = None, tag: str = "") -> Path:
     """A guest at its READY, its free frames signed: a folder, made once."""
@@ -89,6 +100,8 @@ def base_of(series: str, smp: int, kaslr: bool, kind: str, mem: int | None = Non
     same = {"kexec": "kexec", "crash": "crash", "triple": "triple"}.get(kind, "reset")
     name = (f"reset-{series}-{spec.mem}-smp{smp}-{'kaslr' if kaslr else 'nokaslr'}-{same}"
             f"{tag}")
+    if spec.firmware or spec.machine != "pc":
+        name += f"-{spec.firmware or 'seabios'}-{spec.machine}"
     return captures.capture(spec, name)
 
 
@@ -118,7 +131,8 @@ def sign(tool: Path, folder: Path) -> tuple[list[int], Frames]:
     if not signed.exists():
         part = folder / "signed.part"
         run("cp", "--sparse=auto", folder / "ram.raw", part)
-        run(tool, "inspect", folder / "ram.raw", "--pfns", listed)
+        told = folder / "dump.elf"
+        run(tool, "inspect", told if told.exists() else folder / "ram.raw", "--pfns", listed)
         with open(part, "r+b") as file:
             for pfn in frames_of(read_tsv(listed), *FREE):
                 file.seek(frames.offset(pfn))
@@ -207,7 +221,7 @@ class Round:
         self.qmp.call("migrate-incoming", uri=f"file:{folder / 'device.state'}")
         self.qmp.migrated()
         self.qmp.no_capabilities("x-ignore-shared")
-        self.ran, self.taken = 0.0, False
+        self.ran, self.taken, self.replaced = 0.0, False, False
 
     def trigger(self) -> None:
         """Ends the guest's kernel."""
@@ -237,9 +251,10 @@ class Round:
         report = report_of(done.stdout)
         got: Json = {"rc": 0, "notes": report.get("notes"), "dropped": len(dropped), "took": took}
         # The old kernel's free frames were signed. Where many others are free, another kernel
-        # says so: one that is up. What is in its free frames is nobody's; that it is, is shown by
-        # taking them away and letting it run on.
-        got["owner"] = "old" if len(dropped.difference(self.pfns)) < OTHERS else "new"
+        # says so: one that is up, from then on. What is in its free frames is nobody's; that it is,
+        # is shown by taking them away and letting it run on.
+        self.replaced |= len(dropped.difference(self.pfns)) >= OTHERS
+        got["owner"] = "new" if self.replaced else "old"
         lost = dropped & nonzero if got["owner"] == "old" else set()
         got.update(lost=len(lost), which=ranges(lost))
         if got["owner"] == "new" and path == self.ram:
@@ -270,12 +285,7 @@ class Round:
                  "written": len(gone), "where": ranges(gone),
                  "raw": self.judge(self.ram, full)}
         if mapped:
-            self.qmp.capabilities("mapped-ram")
-            file = self.work / "mapped.ram"
-            file.unlink(missing_ok=True)
-            self.qmp.call("migrate", uri=f"file:{file}")
-            self.qmp.migrated()
-            self.qmp.no_capabilities("mapped-ram")
+            file = migrate(self.qmp, self.work / "mapped.ram")
             found["mapped"] = self.judge(file, full)
         return found
 
@@ -288,6 +298,7 @@ class Round:
 RUNNING: dict[str, list[tuple[str | None, str]]] = {
     "idle": [],
     "user space": [("spin", "SPINNING")],
+    "user space with PTI": [("spin", "SPINNING")],
     "loaded": [],
     "rebooted": [("reboot", "READY")],
     "reset": [("QMP system_reset", "READY")],
@@ -297,9 +308,9 @@ RUNNING: dict[str, list[tuple[str | None, str]]] = {
 }
 
 
-def running(tool: Path, todo: Sequence[Case], stops: int, seed: int, log: Path, each: int = 10
-            ) -> Counter[str]:
-    """Stops guests that run normally; nothing of them may be refused."""
+def running(tool: Path, todo: Sequence[Case], stops: int, seed: int, mapped: bool, log: Path,
+            each: int = 10, more: Mapping[str, Any] | None = None) -> Counter[str]:
+    """Stops guests that run normally; nothing of them may be refused. `more`: as of `spec_of`."""
     random = Random(seed)
     sums = Counter({"stops": 0, "refused": 0})
     number = 0
@@ -308,11 +319,12 @@ def running(tool: Path, todo: Sequence[Case], stops: int, seed: int, log: Path, 
             case = todo[number % len(todo)]
             series, smp, kaslr, what, _ = case
             number += 1
-            more = {"more": ("-global", "PIIX4_PM.disable_s3=0")}
             spec = spec_of(series, smp, kaslr, "kexec" if what == "after kexec" else "reset",
                            None, more)
             if what == "a processor never started":
                 spec = replace(spec, smp=max(smp, 2), append=f"{spec.append} maxcpus=1")
+            if what == "user space with PTI":
+                spec = replace(spec, append=f"{spec.append} pti=on")
             if what == "loaded":
                 spec = replace(spec, stress=3)
             work = FAST / f"sonicshot-running-{os.getpid()}"
@@ -339,19 +351,24 @@ def running(tool: Path, todo: Sequence[Case], stops: int, seed: int, log: Path, 
                 for _ in range(each):
                     time.sleep(random.uniform(0, 1))
                     guest.qmp.call("stop")
-                    done = attempt(tool, "inspect", ram, "--json", "--force")
-                    found: Json = {
-                        "kernel": series, "smp": smp, "kaslr": kaslr, "what": what,
-                        "stage": stage(registers(guest.qmp)), "rc": done.returncode,
-                        "said": done.stderr.strip()}
-                    if done.returncode == 0:
-                        found["notes"] = report_of(done.stdout).get("notes")
+                    found: Json = {"kernel": series, "smp": smp, "kaslr": kaslr, "what": what,
+                                   "firmware": spec.firmware,
+                                   "stage": stage(registers(guest.qmp))}
+                    files = [ram]
+                    if mapped:
+                        files.append(migrate(guest.qmp, work / "mapped.ram"))
+                    for file in files:
+                        done = attempt(tool, "inspect", file, "--json", "--force")
+                        found[file.name] = {"rc": done.returncode, "said": done.stderr.strip()}
+                        if done.returncode:
+                            print(f"{series} smp{smp} {what} {file.name}: refused: "
+                                  f"{done.stderr[:600]}", flush=True)
+                            sums["refused"] += 1
+                        elif file == ram:
+                            found["notes"] = report_of(done.stdout).get("notes")
                     guest.qmp.call("cont")
                     sums["stops"] += 1
-                    sums["refused"] += done.returncode != 0
                     sums[what] += 1
-                    if done.returncode:
-                        print(f"{series} smp{smp} {what}: refused: {done.stderr[:600]}", flush=True)
                     out.write(json.dumps(found) + "\n")
                     out.flush()
                 print(f"{series} smp{smp} {case.randomised} {what}: {each} stops; "
@@ -360,6 +377,16 @@ def running(tool: Path, todo: Sequence[Case], stops: int, seed: int, log: Path, 
                 guest.quit()
                 shutil.rmtree(work, ignore_errors=True)
     return sums
+
+
+def migrate(qmp: Monitor, file: Path) -> Path:
+    """Saves a stopped guest as a mapped-ram file."""
+    file.unlink(missing_ok=True)
+    qmp.capabilities("events", "mapped-ram")
+    qmp.call("migrate", uri=f"file:{file}")
+    qmp.migrated()
+    qmp.no_capabilities("mapped-ram")
+    return file
 
 
 def line(found: Json, form: str = "raw") -> str:
@@ -380,8 +407,9 @@ class Keep(NamedTuple):
 
 
 def resets(tool: Path, todo: Sequence[Case], stops: int, seconds: float, seed: int, mapped: bool,
-           keep: Keep | None, log: Path, each: int = 8) -> Counter[str]:
-    """Takes `stops` stops in all, dealt round."""
+           keep: Keep | None, log: Path, each: int = 8, more: Mapping[str, Any] | None = None,
+           tag: str = "") -> Counter[str]:
+    """Takes `stops` stops in all, dealt round. `more`: as of `spec_of`; `tag` names it."""
     random = Random(seed)
     sums = Counter({"stops": 0})
     number = 0
@@ -389,7 +417,7 @@ def resets(tool: Path, todo: Sequence[Case], stops: int, seconds: float, seed: i
         while sums["stops"] < stops:
             series, smp, kaslr, kind, mem = todo[number % len(todo)]
             number += 1
-            folder = base_of(series, smp, kaslr, kind, mem)
+            folder = base_of(series, smp, kaslr, kind, mem, more, tag)
             instants = sorted(random.uniform(0, seconds) for _ in range(each))
             round_ = Round(tool, folder, kind, FAST / f"sonicshot-reset-{os.getpid()}")
             try:
@@ -441,6 +469,9 @@ def reset_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--mapped-ram", action="store_true", dest="mapped")
     parser.add_argument("--keep", help="a folder for the RAM of stops that lost something")
     parser.add_argument("--keep-all", action="store_true")
+    parser.add_argument("--firmware", choices=["seabios", *firmware.KNOWN], default="seabios")
+    parser.add_argument("--machine", choices=["pc", "q35"], default="pc")
+    parser.add_argument("--no-sleep", action="store_true", help="a machine that cannot sleep")
     parser.add_argument("--name", default="reset")
     tool_argument(parser)
 
@@ -456,13 +487,14 @@ def do_reset(args: Namespace) -> None:
     Random(args.seed).shuffle(todo)
     log = LAB / f"{args.name}.jsonl"
     tool = find_tool(args.sonicshot)
+    more = machine_of(args.firmware, args.machine, args.no_sleep)
     if args.running:
-        sums = running(tool, todo, args.stops, args.seed, log, args.each)
+        sums = running(tool, todo, args.stops, args.seed, args.mapped, log, args.each, more)
         wrong = sums["refused"] > 0
     else:
         keep = Keep(Path(args.keep), args.keep_all) if args.keep else None
         sums = resets(tool, todo, args.stops, args.seconds, args.seed, args.mapped, keep, log,
-                      args.each)
+                      args.each, more, "-no-sleep" if args.no_sleep else "")
         wrong = any("lost" in key and value for key, value in sums.items())
     print(", ".join(f"{key}: {value}" for key, value in sums.items()))
     if wrong:

@@ -24,6 +24,7 @@ from frames import DROPPED, same_but_dropped
 from host import LAB, Word, allocated, run
 from kernels import Kernel
 from spec import GuestSpec
+from stress import Pruner, stress
 from tool import find_tool, tool_argument
 
 
@@ -160,6 +161,8 @@ def small_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--append", default="", help="kernel command line")
     parser.add_argument("--knowledge", default="vmcoreinfo", help="what must be known of them")
     parser.add_argument("--no-torture", action="store_true")
+    parser.add_argument("--stops", type=int, default=0,
+                        help="of a busy guest, whose RAM is pruned under it at each")
     parser.add_argument("--keep", action="store_true", help="keep the captures")
     tool_argument(parser)
 
@@ -176,6 +179,12 @@ def do_small(args: Namespace) -> None:
             folder = capture(spec, spec.name)
             said = prove(tool, folder, args.knowledge, not args.no_torture)
             print(f"ok   {spec.name}, Linux {spec.kernel.release}: {said}", flush=True)
+            if args.stops:
+                seen = Pruner(tool, None)
+                stress(spec, spec.name, args.stops, seen.at_stop)
+                print(f"ok   {spec.name}, busy: pruned {seen.pruned} times ({seen.pages} pages), "
+                      f"refused {seen.refused} times, {seen.blocks} blocks kept as in question, "
+                      "torture OK", flush=True)
         except LabError as error:
             failed += 1
             print(f"FAIL {spec.name}: {error}", flush=True)

@@ -82,6 +82,8 @@ class GuestSpec:
     next: str = ""
     # Of the migration to a stream.
     capabilities: tuple[str, ...] = ()
+    # An EFI firmware of `firmware.KNOWN`; SeaBIOS if none is named.
+    firmware: str = ""
     # The command that runs another QEMU than the host's, and more of its options.
     qemu: tuple[str, ...] = ()
     more: tuple[str, ...] = ()

@@ -237,6 +237,7 @@ fn code_of_guest(error: &VmiError) -> u8 {
         VmiError::Inconsistent(_)
         | VmiError::Covered { .. }
         | VmiError::LaterOwner(_)
+        | VmiError::OwnerUntold { .. }
         | VmiError::NotOwner { .. }
         | VmiError::Undecided { .. }
         | VmiError::Stale { .. } => 5,
@@ -333,6 +334,10 @@ fn hint_of_guest(error: &VmiError, path: &Path) -> Option<&'static str> {
         }
         VmiError::Undecided { .. } | VmiError::Stale { .. } => {
             "an earlier kernel may have left its memory behind. If you know the CR3 of a \
+             processor of the guest: --cr3 N"
+        }
+        VmiError::OwnerUntold { .. } => {
+            "take the memory in a format that has the processors' registers, or give the CR3 of a \
              processor of the guest: --cr3 N"
         }
         VmiError::LaterOwner(_) => {

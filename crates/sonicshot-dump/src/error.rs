@@ -139,6 +139,16 @@ pub enum DumpError {
         /// Why.
         why: &'static str,
     },
+    /// A folder that would be replaced holds a file that is no part of the snapshot in it, and
+    /// that would be lost.
+    #[error(
+        "{} is no part of the snapshot in its folder, and would be lost with it",
+        path.display()
+    )]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+    },
     /// The output exists, and was not to be written over.
     #[error("{} exists", path.display())]
     Exists {

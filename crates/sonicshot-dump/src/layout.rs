@@ -61,12 +61,32 @@ impl BlockPlace {
 
 /// A text that is no layout.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "`{text}` is no layout: want pc, q35, firecracker, firecracker-old, flat, START-END,... or BLOCK=START-END,...;BLOCK=..."
-)]
-pub struct LayoutSpecError {
-    /// The text given.
-    pub text: String,
+#[non_exhaustive]
+pub enum LayoutSpecError {
+    /// It names no layout, and is no list of ranges.
+    #[error(
+        "`{text}` is no layout: want pc, q35, firecracker, firecracker-old, flat, START-END,... or BLOCK=START-END,...;BLOCK=..."
+    )]
+    Unknown {
+        /// The text given.
+        text: String,
+    },
+    /// Two of its ranges have memory in common.
+    #[error("the ranges {first} and {second} overlap: memory lies in one place of the file alone")]
+    Overlap {
+        /// The one that begins first.
+        first: GpaRange,
+        /// The other.
+        second: GpaRange,
+    },
+    /// The ranges of a block are not in the order in which the block holds them.
+    #[error("the range {second} is given behind {first}: a block holds its ranges lowest first")]
+    Order {
+        /// The one given first.
+        first: GpaRange,
+        /// The one behind it.
+        second: GpaRange,
+    },
 }
 
 impl LayoutSpec {
@@ -154,29 +174,48 @@ impl FromStr for LayoutSpec {
         if let Some(known) = Self::KNOWN.iter().find(|known| known.to_string() == text) {
             return Ok(known.clone());
         }
-        let layout = if text.contains('=') {
-            let blocks = text.split(';').map(|block| {
-                // The last one: a name may hold a `=`, ranges do not.
-                let (name, ranges) = block.rsplit_once('=')?;
-                (!name.is_empty()).then_some(BlockPlace::new(name, parse_ranges(ranges, true)?))
-            });
-            blocks.collect::<Option<Vec<_>>>().map(Self::Blocks)
-        } else {
-            parse_ranges(text, false).map(Self::Ranges)
-        };
-        layout.ok_or_else(|| LayoutSpecError { text: text.into() })
+        let unknown = || LayoutSpecError::Unknown { text: text.into() };
+        if !text.contains('=') {
+            let ranges = parse_ranges(text).ok_or_else(unknown)?;
+            check_disjoint(&ranges)?;
+            return Ok(Self::Ranges(ranges));
+        }
+        let mut blocks = Vec::new();
+        for block in text.split(';') {
+            // The last one: a name may hold a `=`, ranges do not.
+            let (name, ranges) = block.rsplit_once('=').ok_or_else(unknown)?;
+            let ranges = parse_ranges(ranges).ok_or_else(unknown)?;
+            if name.is_empty() {
+                return Err(unknown());
+            }
+            check_disjoint(&ranges)?;
+            check_order(&ranges)?;
+            blocks.push(BlockPlace::new(name, ranges));
+        }
+        Ok(Self::Blocks(blocks))
     }
 }
 
-/// Ranges of which none lies in another. QEMU's blocks hold theirs in order, a raw file in any.
-fn parse_ranges(text: &str, sorted: bool) -> Option<Vec<GpaRange>> {
-    let ranges: Option<Vec<_>> = text.split(',').map(parse_range).collect();
-    let mut in_order = ranges.clone()?;
-    if !sorted {
-        in_order.sort_unstable();
+fn parse_ranges(text: &str) -> Option<Vec<GpaRange>> {
+    text.split(',').map(parse_range).collect()
+}
+
+/// Refuses ranges of which one lies in another. A raw file holds them in any order.
+fn check_disjoint(ranges: &[GpaRange]) -> Result<(), LayoutSpecError> {
+    let mut sorted = ranges.to_vec();
+    sorted.sort_unstable();
+    match sorted.array_windows().find(|[a, b]| a.end() > b.start()) {
+        Some(&[first, second]) => Err(LayoutSpecError::Overlap { first, second }),
+        None => Ok(()),
     }
-    let disjoint = in_order.is_sorted_by(|a, b| a.end() <= b.start());
-    ranges.filter(|_| disjoint)
+}
+
+/// Refuses ranges that are not in the order in which QEMU's blocks hold theirs.
+fn check_order(ranges: &[GpaRange]) -> Result<(), LayoutSpecError> {
+    match ranges.array_windows().find(|[a, b]| a.end() > b.start()) {
+        Some(&[first, second]) => Err(LayoutSpecError::Order { first, second }),
+        None => Ok(()),
+    }
 }
 
 /// `START-END`, END exclusive.
@@ -204,7 +243,7 @@ fn parse_size(text: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::LayoutSpec;
+    use super::{LayoutSpec, LayoutSpecError};
 
     /// File length, layout, and the ranges as `(start, end)`.
     #[test]
@@ -240,6 +279,36 @@ mod tests {
                 .map(|r| (r.start().raw(), r.end().raw()))
                 .collect();
             assert_eq!(got, want, "{name} {len:#x}");
+        }
+    }
+
+    #[test]
+    fn ranges_that_overlap_are_called_so() {
+        for (text, said) in [
+            (
+                "0-2G,1G-3G",
+                "the ranges 0x0..0x80000000 and 0x40000000..0xc0000000 overlap",
+            ),
+            (
+                "1G-3G,0-2G",
+                "the ranges 0x0..0x80000000 and 0x40000000..0xc0000000 overlap",
+            ),
+            (
+                "0-1G,0-1G",
+                "the ranges 0x0..0x40000000 and 0x0..0x40000000 overlap",
+            ),
+            (
+                "ram0=0-2G,1G-3G",
+                "the ranges 0x0..0x80000000 and 0x40000000..0xc0000000 overlap",
+            ),
+            (
+                "ram0=2G-3G,0-1G",
+                "the range 0x0..0x40000000 is given behind 0x80000000..0xc0000000",
+            ),
+            ("0-2G,1G", "`0-2G,1G` is no layout"),
+        ] {
+            let error: LayoutSpecError = text.parse::<LayoutSpec>().unwrap_err();
+            assert!(error.to_string().starts_with(said), "{text}: {error}");
         }
     }
 

@@ -3,7 +3,8 @@
 use crate::{DumpError, LayoutSpec, format};
 use sonicshot::Processors;
 use std::cell::OnceCell;
-use std::fs::{self, File};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, FileType};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -77,9 +78,11 @@ impl<'a> Named<'a> {
         Ok(&self.listed()?.0)
     }
 
-    /// The snapshot with its memory in the file `memory`.
-    pub(crate) fn found(&self, memory: &Path, vmm: Vmm) -> SnapshotFiles {
+    /// The snapshot with its memory in the file `memory`; `beside` are the VMM's other files.
+    pub(crate) fn found(&self, memory: &Path, beside: &[&Path], vmm: Vmm) -> SnapshotFiles {
         let mut files = SnapshotFiles::file(memory, self.layout);
+        let names = beside.iter().filter_map(|file| file.file_name());
+        files.beside = names.map(ToOwned::to_owned).collect();
         files.folder = self.folder().map(Path::to_owned);
         files.vmm = Some(vmm);
         if let Some((_, skipped)) = self.entries.get() {
@@ -103,6 +106,8 @@ pub struct SnapshotFiles {
     pub(crate) layout: Option<LayoutSpec>,
     folder: Option<PathBuf>,
     vmm: Option<Vmm>,
+    /// The names of the VMM's files beside the memory.
+    beside: Vec<OsString>,
     /// The base, where it lies in the folder.
     skipped: Option<PathBuf>,
     pub(crate) processors: Processors,
@@ -158,6 +163,7 @@ impl SnapshotFiles {
             layout: layout.cloned(),
             folder: None,
             vmm: None,
+            beside: Vec::new(),
             skipped: None,
             processors: Processors::Unknown,
             notes: Vec::new(),
@@ -208,13 +214,39 @@ impl SnapshotFiles {
         &self.notes
     }
 
-    /// Refuses a snapshot whose VMM would not read a hole as zero.
+    /// Whether a file of this name in the folder is one of the VMM's.
+    pub(crate) fn is_of_vmm(&self, name: &OsStr) -> bool {
+        self.memory.file_name() == Some(name) || self.beside.iter().any(|file| file == name)
+    }
+
+    /// Refuses a snapshot whose VMM would not read a hole as zero, and a folder whose memory is
+    /// not in it: a link leads to a file that may be another snapshot's, too.
     ///
     /// # Errors
-    /// [`DumpError::CannotPrune`], or why its files cannot be read.
+    /// [`DumpError::CannotPrune`], [`DumpError::Folder`], or why its files cannot be read.
     pub fn check_prunable(&self) -> Result<(), DumpError> {
+        if self.folder.is_some() {
+            let reading = DumpError::io("reading", &self.memory);
+            check_is_file(
+                &self.memory,
+                fs::symlink_metadata(&self.memory)
+                    .map_err(reading)?
+                    .file_type(),
+            )?;
+        }
         format::check_holes(&self.memory)
     }
+}
+
+/// Refuses what is no regular file of a snapshot's folder.
+pub(crate) fn check_is_file(path: &Path, is: FileType) -> Result<(), DumpError> {
+    if is.is_file() {
+        return Ok(());
+    }
+    Err(DumpError::Folder {
+        path: path.to_owned(),
+        why: "it is no regular file, and a snapshot's folder holds only such",
+    })
 }
 
 /// The regular files of a folder, but `base`; and where that is, if it is there.

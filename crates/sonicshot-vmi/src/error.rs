@@ -131,6 +131,14 @@ pub enum VmiError {
         /// Where it is.
         at: Gpa,
     },
+    /// Nothing in the memory would show whether the machine was reset since.
+    #[error("nothing tells whether kernel {kernel} still owns the memory: {why}")]
+    OwnerUntold {
+        /// The release of the kernel that was found.
+        kernel: String,
+        /// Why not.
+        why: String,
+    },
     /// The sources of truth about free pages disagree by more than a stopped processor explains.
     #[error("{0}")]
     Inconsistent(Box<Inconsistency>),

@@ -130,6 +130,23 @@ pub struct LinuxGuest<'m> {
     shaped: Option<Shaped>,
 }
 
+/// What there is to say of a kernel that owns the memory.
+#[derive(Default)]
+struct Owned {
+    note: Option<Note>,
+    /// Memory that may have another owner all the same.
+    in_question: Vec<GpaRange>,
+}
+
+impl Owned {
+    fn noted(note: Note) -> Self {
+        Self {
+            note: Some(note),
+            in_question: Vec::new(),
+        }
+    }
+}
+
 impl<'m> LinuxGuest<'m> {
     /// Finds the kernel that owns `memory` and gathers its symbols.
     ///
@@ -551,12 +568,20 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError::NotOwner`] if a processor runs on page tables of something else,
     /// [`VmiError::LaterOwner`] if the memory bears traces of a later owner,
+    /// [`VmiError::OwnerUntold`] if it would bear none of a reset,
     /// [`VmiError::Inconsistent`] if the sources of truth disagree, [`VmiError::Missing`] if a
     /// symbol or member that decides about a page is known to no source, and what reading gives.
     pub fn classify(&self, on: OnInconsistency) -> Result<Classification, VmiError> {
+        // Records of a kernel that is gone may be gone as well, which is no answer.
+        if let Some(owner) = &self.traces
+            && !owner.traces.is_empty()
+            && on == OnInconsistency::Refuse
+        {
+            return Err(VmiError::LaterOwner(owner.traces.clone()));
+        }
         let (mem_map, layout, zones) = self.structures()?;
-        let owner_note = self.owner_note(&mem_map, &zones, on)?;
-        let scan = scan(&self.kernel, &mem_map, &layout, &zones)?;
+        let owner = self.owner(&mem_map, &zones, on)?;
+        let mut scan = scan(&self.kernel, &mem_map, &layout, &zones)?;
         if scan.fatal
             && on == OnInconsistency::Refuse
             && let Some(inconsistency) = scan.disagreement
@@ -567,7 +592,8 @@ impl<'m> LinuxGuest<'m> {
             shape::check_cover(&self.kernel, &zones, self.image, &scan.map)?;
         }
         let mut notes = scan.notes;
-        notes.extend(owner_note);
+        notes.extend(owner.note);
+        notes.extend(self.keep(&mut scan.map, &owner.in_question));
         if let Some(inconsistency) = &scan.disagreement {
             notes.push(Note::Disagreement(Box::new(inconsistency.clone())));
         }
@@ -583,31 +609,57 @@ impl<'m> LinuxGuest<'m> {
     }
 
     /// Refuses a kernel that does not own the memory, or says what there is to say of it.
-    fn owner_note(
+    fn owner(
         &self,
         map: &MemMap<'_>,
         zones: &Zones,
         on: OnInconsistency,
-    ) -> Result<Option<Note>, VmiError> {
+    ) -> Result<Owned, VmiError> {
         match self.owners.check(&self.kernel, map, zones) {
-            Ok(Verdict::Owner) => Ok(None),
-            Ok(Verdict::Unknown) => self.look_for_later_owner(on).map(Some),
+            Ok(Verdict::Owner) => Ok(Owned::default()),
+            Ok(Verdict::Unknown) => self.look_for_later_owner(on),
             Ok(Verdict::NotTold(why)) => {
-                let instead = Box::new(self.look_for_later_owner(on)?);
-                Ok(Some(Note::ProcessorsNotBelieved { why, instead }))
+                let owned = self.look_for_later_owner(on)?;
+                let instead = owned.note.map(Box::new);
+                Ok(Owned {
+                    note: instead.map(|instead| Note::ProcessorsNotBelieved { why, instead }),
+                    ..owned
+                })
             }
-            Ok(Verdict::Crashed) => Ok(Some(Note::CrashDump)),
+            Ok(Verdict::Crashed) => Ok(Owned::noted(Note::CrashDump)),
             Err(VmiError::NotOwner { kernel, processor })
                 if on == OnInconsistency::KeepInQuestion =>
             {
-                Ok(Some(Note::NotOwner { kernel, processor }))
+                Ok(Owned::noted(Note::NotOwner { kernel, processor }))
             }
             Err(error) => Err(error),
         }
     }
 
+    /// Keeps the free frames of memory that may have another owner, and says how many.
+    fn keep(&self, map: &mut PageMap, ranges: &[GpaRange]) -> Option<Note> {
+        let mut kept = 0_u64;
+        for range in ranges {
+            map.with_slices(range.whole_frames(self.page_size), |_, classes| {
+                for class in classes {
+                    if matches!(
+                        class,
+                        PageClass::FreeBuddy | PageClass::FreePcp | PageClass::Offline
+                    ) {
+                        *class = PageClass::Unknown;
+                        kept = kept.wrapping_add(1);
+                    }
+                }
+            });
+        }
+        (kept > 0).then(|| Note::FirmwareMemoryKept {
+            pages: kept,
+            places: ranges.to_vec(),
+        })
+    }
+
     /// Looks for traces of a later owner, where nothing tells the processors' registers.
-    fn look_for_later_owner(&self, on: OnInconsistency) -> Result<Note, VmiError> {
+    fn look_for_later_owner(&self, on: OnInconsistency) -> Result<Owned, VmiError> {
         let looked;
         let owner = if let Some(owner) = &self.traces {
             owner
@@ -615,15 +667,29 @@ impl<'m> LinuxGuest<'m> {
             looked = owner::look(&self.kernel)?;
             &looked
         };
-        if owner.traces.is_empty() {
-            return Ok(Note::NoTraceOfLaterOwner(TracesSought {
-                made: owner.clean.clone(),
-                not_made: owner.not_made.clone(),
-            }));
-        }
-        match on {
-            OnInconsistency::Refuse => Err(VmiError::LaterOwner(owner.traces.clone())),
-            OnInconsistency::KeepInQuestion => Ok(Note::LaterOwner(owner.traces.clone())),
+        let refuse = on == OnInconsistency::Refuse;
+        match &owner.untold {
+            _ if !owner.traces.is_empty() => {
+                let traces = owner.traces.clone();
+                if refuse {
+                    return Err(VmiError::LaterOwner(traces));
+                }
+                Ok(Owned::noted(Note::LaterOwner(traces)))
+            }
+            Some(why) => {
+                let (kernel, why) = (self.kernel.release.clone(), why.clone());
+                if refuse {
+                    return Err(VmiError::OwnerUntold { kernel, why });
+                }
+                Ok(Owned::noted(Note::OwnerUntold { kernel, why }))
+            }
+            None => Ok(Owned {
+                note: Some(Note::NoTraceOfLaterOwner(TracesSought {
+                    made: owner.clean.clone(),
+                    not_made: owner.not_made.clone(),
+                })),
+                in_question: owner.in_question.clone(),
+            }),
         }
     }
 

@@ -48,13 +48,21 @@
 //! |---|---|
 //! | `system_state`, `kexec_in_progress`, `panic_cpu`, `crashing_cpu` | a kernel that has given the machine away, or is not up |
 //! | the BIOS's clock (ticks at 0x46c) against the time at which the kernel booted | a reset: all else that a BIOS leaves is what it left before |
+//! | the EFI system table and runtime services table | an EFI firmware that has built them anew, without the addresses that the kernel had given it |
 //! | the ACPI root pointer, root table, and tables | a BIOS that has written its ROM over its segment and has not built its tables yet |
 //! | the real-mode trampoline, per-CPU areas, the list of tasks and the ends of their stacks | whoever writes over the kernel's own |
 //!
-//! What a reset leaves no trace in: a kernel that was started by EFI, kexec or without firmware,
-//! as long as the new owner writes only to pages that are free; and a kernel that was up for less
-//! than three seconds, or that booted so many whole days before the reset, less up to two minutes.
-//! There only the processors' registers tell.
+//! What a reset leaves no trace in: a kernel that was started by kexec or without firmware, as long
+//! as the new owner writes only to pages that are free; and one that a BIOS started and that was up
+//! for less than three seconds, or that booted so many whole days before the reset, less up to two
+//! minutes. There only the processors' registers tell.
+//!
+//! An EFI firmware writes to places of its own before it builds its tables. Where nothing is told
+//! of processors, free pages there are kept, and counted in a note: below 1 MiB, from 8 to 32 MiB,
+//! and the uppermost 80 MiB below 4 GiB that the kernel may use, with what is above them. That is
+//! so of EDK II's OVMF; of a kernel that another EFI firmware started, or that does not use the
+//! firmware's runtime services (`efi=noruntime`), nothing would tell of a reset, and the guest is
+//! refused with [`VmiError::OwnerUntold`].
 //!
 //! # When a frame is free
 //!

@@ -2,7 +2,7 @@
 
 use crate::{ForeignProcessor, Inconsistency, Trace, VmiError};
 use core::fmt;
-use sonicshot::PfnRange;
+use sonicshot::{GpaRange, PfnRange};
 
 /// Something of the guest that a user should know: a feature that bears on free pages, pages that
 /// are kept and why, what stands behind the choice of the kernel. Its text is for people.
@@ -59,6 +59,22 @@ pub enum Note {
     },
     /// The memory bears traces of a later owner, and the guest was classified all the same.
     LaterOwner(Vec<Trace>),
+    /// Nothing in the memory would show whether the machine was reset, and the guest was
+    /// classified all the same.
+    OwnerUntold {
+        /// The release of the kernel that was found.
+        kernel: String,
+        /// Why not.
+        why: String,
+    },
+    /// Free pages where an EFI firmware that starts again writes before it leaves a trace, and
+    /// nothing tells the processors' registers.
+    FirmwareMemoryKept {
+        /// How many.
+        pages: u64,
+        /// Where it writes.
+        places: Vec<GpaRange>,
+    },
     /// Sources of truth about free pages disagree; the blocks in question are kept.
     Disagreement(Box<Inconsistency>),
     /// The guest checks its free pages for a pattern (`page_poison`).
@@ -139,6 +155,21 @@ impl fmt::Display for Note {
             }
             .fmt(f),
             Self::LaterOwner(traces) => VmiError::LaterOwner(traces.clone()).fmt(f),
+            Self::OwnerUntold { kernel, why } => VmiError::OwnerUntold {
+                kernel: kernel.clone(),
+                why: why.clone(),
+            }
+            .fmt(f),
+            Self::FirmwareMemoryKept { pages, places } => {
+                let places: Vec<String> = places.iter().map(ToString::to_string).collect();
+                write!(
+                    f,
+                    "{pages} free pages are kept: a firmware that starts again writes there before \
+                     it leaves a trace ({}). A format with the processors' registers, or --cr3, \
+                     lets them go",
+                    places.join(", ")
+                )
+            }
             Self::Disagreement(inconsistency) => inconsistency.fmt(f),
             Self::PagePoison { byte } => write!(
                 f,
@@ -160,7 +191,7 @@ impl fmt::Display for Note {
 #[cfg(test)]
 mod tests {
     use super::{Note, TracesSought};
-    use sonicshot::{Pfn, PfnRange};
+    use sonicshot::{Gpa, GpaRange, Pfn, PfnRange};
 
     /// Programs read these lines in JSON: they stay as they are.
     #[test]
@@ -173,7 +204,7 @@ mod tests {
         let by_traces = "no file tells the processors' registers: that the kernel found still owns \
                          the memory is judged by its traces alone (none of a later owner; tested: \
                          kexec, panic; not tested: tasks, no source knows init_task)";
-        let table: [(Note, &str); 10] = [
+        let table: [(Note, &str); 12] = [
             (
                 Note::PerCpuListsKept { why: "w".into() },
                 "pages on per-CPU free lists are kept: w",
@@ -211,6 +242,22 @@ mod tests {
             (
                 Note::CrashDump,
                 "a crash dump: this kernel was dead when its memory was written down",
+            ),
+            (
+                Note::OwnerUntold {
+                    kernel: "6.1".into(),
+                    why: "w".into(),
+                },
+                "nothing tells whether kernel 6.1 still owns the memory: w",
+            ),
+            (
+                Note::FirmwareMemoryKept {
+                    pages: 9,
+                    places: vec![GpaRange::new(Gpa::ZERO, Gpa::new(0x10_0000))],
+                },
+                "9 free pages are kept: a firmware that starts again writes there before it leaves \
+                 a trace (0x0..0x100000). A format with the processors' registers, or --cr3, lets \
+                 them go",
             ),
             (
                 Note::PagePoison { byte: 0xaa },

@@ -79,7 +79,8 @@ fn snapshot(named: &Named<'_>) -> Result<Option<SnapshotFiles>, DumpError> {
                   in files elsewhere",
         });
     }
-    let mut files = named.found(&memory, Vmm::CLOUD_HYPERVISOR);
+    let beside = [CONFIG, STATE].map(Path::new);
+    let mut files = named.found(&memory, &beside, Vmm::CLOUD_HYPERVISOR);
     let len = fs::metadata(&memory)
         .map_err(DumpError::io("reading", &memory))?
         .len();

@@ -92,7 +92,7 @@ fn snapshot(named: &Named<'_>) -> Result<Option<SnapshotFiles>, DumpError> {
     let Some((memory, state)) = memory_of(folder, named.entries()?)? else {
         return Ok(None);
     };
-    let mut files = named.found(&memory, Vmm::FIRECRACKER);
+    let mut files = named.found(&memory, &[&state], Vmm::FIRECRACKER);
     files.processors = processors(&state);
     Ok(Some(files))
 }

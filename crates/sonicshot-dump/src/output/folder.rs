@@ -1,6 +1,7 @@
 //! A folder that appears whole or not at all.
 
 use crate::output::{self, Output, PREFIX, Replaced, Rights, Target, folder_of, settle};
+use crate::snapshot::check_is_file;
 use crate::{Dump, DumpError, Overwrite, PruneStats, SnapshotFiles};
 use rustix::fs::{
     Mode, OFlags, RenameFlags, SeekFrom, copy_file_range, openat, renameat_with, seek,
@@ -44,11 +45,12 @@ impl NewFolder {
     /// Begins to write the folder `path`, for a snapshot like `files`, which must have been
     /// given as a folder. A base in it is left out: what is written needs none.
     ///
-    /// What is replaced by [`Overwrite::Replace`] must be a snapshot folder too.
+    /// What is replaced by [`Overwrite::Replace`] must be a snapshot folder too, with no file
+    /// that is neither one of the VMM's nor in the new folder.
     ///
     /// # Errors
-    /// [`DumpError::Exists`], [`DumpError::SameFile`], or what copying gives; nothing is left
-    /// then.
+    /// [`DumpError::Exists`], [`DumpError::SameFile`], [`DumpError::Foreign`], or what copying
+    /// gives; nothing is left then.
     pub fn create(
         path: &Path,
         overwrite: Overwrite,
@@ -80,13 +82,15 @@ impl NewFolder {
             if !there.is_dir() || SnapshotFiles::find(path, None, None).is_err() {
                 return Err(refuse(path, "only a snapshot's folder is replaced by one"));
             }
-            only_files(path)?;
         }
         let source = output::open_folder(input).map_err(DumpError::io("opening", input))?;
         let rights = Rights::of(&source).map_err(DumpError::io("reading", input))?;
         let mut names = only_files(input)?;
         let base = files.base().and_then(Path::file_name);
         names.retain(|name| Some(name.as_os_str()) != base);
+        if overwrite == Overwrite::Replace {
+            only_ours(path, &names)?;
+        }
 
         let creating = || DumpError::io("creating a folder in", parent);
         let held = output::open_folder(parent).map_err(creating())?;
@@ -146,6 +150,10 @@ impl NewFolder {
         let temporary = self.temporary.path().file_name().unwrap_or_default();
         let (parent, name) = (&self.parent, self.name.as_os_str());
         let rename = |flags| renameat_with(parent, temporary, parent, name, flags);
+        if self.overwrite == Overwrite::Replace {
+            // Memory takes its time to be written, and somebody may have put a file there.
+            only_ours(&self.path, &self.names)?;
+        }
         let exchanged = match self.overwrite {
             Overwrite::Replace => match rename(RenameFlags::EXCHANGE) {
                 Ok(()) => true,
@@ -223,15 +231,29 @@ fn only_files(folder: &Path) -> Result<Vec<OsString>, DumpError> {
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).map_err(reading())? {
         let entry = entry.map_err(reading())?;
-        if !entry.file_type().map_err(reading())?.is_file() {
-            return Err(DumpError::Folder {
-                path: entry.path(),
-                why: "it is no regular file, and a snapshot's folder holds only such",
-            });
-        }
+        check_is_file(&entry.path(), entry.file_type().map_err(reading())?)?;
         names.push(entry.file_name());
     }
     Ok(names)
+}
+
+/// Refuses to replace the folder `path`, if it is there, by one with the files `new`, if a file in
+/// it is neither one of the VMM's nor one that the new folder has too: nobody else may have it.
+fn only_ours(path: &Path, new: &[OsString]) -> Result<(), DumpError> {
+    if fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+        return Ok(());
+    }
+    let names = only_files(path)?;
+    let own = SnapshotFiles::find(path, None, None)?;
+    match names
+        .into_iter()
+        .find(|name| !new.contains(name) && !own.is_of_vmm(name))
+    {
+        Some(name) => Err(DumpError::Foreign {
+            path: path.join(name),
+        }),
+        None => Ok(()),
+    }
 }
 
 /// Copies a file and its holes. `from` and `to` are for messages.

@@ -405,7 +405,16 @@ fn a_folder_appears_whole_or_not_at_all() {
     // Replaced only when told, as a whole, and only a snapshot.
     let error = make(Overwrite::Refuse, b"").unwrap_err();
     assert!(matches!(error, DumpError::Exists { .. }), "{error}");
+    // With nothing of somebody else's.
     fs::write(out.join("old"), "x").unwrap();
+    let error = make(Overwrite::Replace, b"").unwrap_err();
+    assert!(
+        matches!(&error, DumpError::Foreign { path } if *path == out.join("old")),
+        "{error}"
+    );
+    assert_eq!(names(&out), ["disk", "old", "vm.mem", "vm.state"]);
+    assert_eq!(fs::read(out.join("vm.mem")).unwrap()[0], 1, "as it was");
+    fs::remove_file(out.join("old")).unwrap();
     make(Overwrite::Replace, &vec![2; 1 << 20]).unwrap();
     assert_eq!(names(&out), ["disk", "vm.mem", "vm.state"]);
     assert_eq!(fs::read(out.join("vm.mem")).unwrap()[0], 2);
@@ -437,4 +446,38 @@ fn a_folder_appears_whole_or_not_at_all() {
     let error = NewFolder::create(&at("new"), Overwrite::Refuse, &find()).unwrap_err();
     assert!(error.to_string().contains("no regular file"), "{error}");
     assert_eq!(names(temporary.path()), ["in", "late", "out"]);
+}
+
+/// In place its target would be pruned, which may be another snapshot's memory too.
+#[test]
+fn a_folder_with_a_link_for_its_memory_is_refused_by_copy_and_in_place() {
+    let temporary = TempDir::new().unwrap();
+    let at = |name: &str| temporary.path().join(name);
+    for (folder, memory) in [
+        (firecracker(&at("pair")), "vm.mem"),
+        (
+            cloud_hypervisor(&at("cloud"), &[(0, PAGE)]),
+            "memory-ranges",
+        ),
+    ] {
+        let find = || SnapshotFiles::find(&folder, None, None).unwrap();
+        let file = folder.join(memory);
+        find().check_prunable().unwrap();
+        fs::rename(&file, at("elsewhere")).unwrap();
+        symlink(at("elsewhere"), &file).unwrap();
+        for error in [
+            find().check_prunable().unwrap_err(),
+            NewFolder::create(&at("out"), Overwrite::Refuse, &find()).unwrap_err(),
+        ] {
+            assert!(
+                matches!(&error, DumpError::Folder { path, .. } if *path == file),
+                "{error}"
+            );
+        }
+        // Given by its own name it is what it leads to.
+        SnapshotFiles::find(at("elsewhere"), None, None)
+            .unwrap()
+            .check_prunable()
+            .unwrap();
+    }
 }

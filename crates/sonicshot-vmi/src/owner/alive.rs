@@ -9,7 +9,8 @@ use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::mm::zone::{in_mask, possible_cpus};
 use crate::symbols::{SymbolBase, Vmcoreinfo};
-use crate::{KernelVa, VirtualMemory};
+use crate::{KernelVa, VirtualMemory, VirtualReadError};
+use sonicshot::MemoryError;
 
 /// VMCOREINFO is at most one page.
 const MAX_VMCOREINFO: usize = 4096;
@@ -50,7 +51,23 @@ fn own_copy(kernel: &Kernel<'_>, is_note: bool) -> Result<(), VmiError> {
         return Ok(());
     };
     let mut text = [0; MAX_VMCOREINFO];
-    let at = kernel.read_ptr("vmcoreinfo_data", variable)?;
+    let at = match kernel.read_ptr("vmcoreinfo_data", variable) {
+        // Its page tables have lost it.
+        Err(VmiError::Read {
+            source:
+                VirtualReadError::NotMapped { .. }
+                | VirtualReadError::Memory {
+                    source: MemoryError::NotRam { .. },
+                    ..
+                },
+            ..
+        }) => {
+            return Err(stale(format!(
+                "its own variable vmcoreinfo_data, at {variable}, is not there"
+            )));
+        }
+        other => other?,
+    };
     match kernel.space.read(at, &mut text) {
         Ok(()) => {}
         // A kernel that crashed keeps it where the crash kernel is, which no dump has.

@@ -1,6 +1,7 @@
 //! Whether the kernel that was found owns the memory.
 
 pub(crate) mod alive;
+mod efi;
 pub(crate) mod processors;
 mod traces;
 

@@ -14,6 +14,7 @@
 //! | kexec | `kexec_in_progress` | set right before the jump (`kernel/kexec_core.c`) |
 //! | panic | `panic_cpu` or `crashing_cpu` names a processor | `panic` and `crash_kexec` set it before they jump into the crash kernel or reset (`kernel/panic.c`, `arch/x86/kernel/crash.c`); a kernel that runs on has it at -1 |
 //! | the BIOS's clock | the ticks at 0x46c are of another time of day than when the kernel booted | below |
+//! | EFI tables | the system table or the runtime services table of an EFI firmware do not have the kernel's addresses | below |
 //! | firmware tables | the ACPI root pointer, the root table, or a table in it are not where and what the kernel found | ACPI memory is reserved and the tables' names and lengths never change; a BIOS that starts again writes its ROM over the segment that holds the pointer, and builds the tables again later |
 //! | trampoline | the header or the page table of the real-mode trampoline are not as the kernel left them | the kernel writes it once, at boot, into memory below 1 MiB that it reserves (`arch/x86/realmode/init.c`) |
 //! | per-CPU areas | `this_cpu_off` of a possible processor is not its `__per_cpu_offset` | written once, at boot, for all possible processors, also such that were never plugged in (`arch/x86/kernel/setup_percpu.c`) |
@@ -36,13 +37,24 @@
 //! sleep, too, which began when `timekeeping_suspend_time` says and lasted no longer than all
 //! sleeps together (`timekeeper.offs_boot`). The ticks say no date: a reset so many whole days after the boot, less up to
 //! two minutes, is not seen, nor one in the first three seconds.
+//!
+//! # EFI
+//!
+//! There is no such clock in a machine with an EFI firmware, but the firmware's tables hold what
+//! the kernel told it: the addresses at which the kernel calls its runtime services. A firmware
+//! that starts again builds both tables anew, at the same place and with addresses of its own,
+//! before it hands out other memory ([`efi`]). What it writes before, it writes to places of its
+//! own: free pages there are kept. Where the runtime services are off (`efi=noruntime`, kernels
+//! for real-time work), and where it is not known where the firmware writes, nothing would tell of
+//! a reset, and the guest is refused.
 
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::mm::zone::possible_cpus;
+use crate::owner::efi::{self, boot_params};
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use core::fmt;
-use sonicshot::{Gpa, MemoryError};
+use sonicshot::{Gpa, GpaRange, MemoryError};
 use std::collections::HashSet;
 
 /// One thing in memory that the kernel found does not leave so while it owns the memory.
@@ -150,6 +162,10 @@ pub(crate) struct Owner {
     pub clean: Vec<&'static str>,
     /// Tests that could not be made, and why.
     pub not_made: Vec<(&'static str, String)>,
+    /// Where a later owner may have written that has not come as far as to leave a trace.
+    pub in_question: Vec<GpaRange>,
+    /// Why it cannot be told whether there is a later owner, if so.
+    pub untold: Option<String>,
 }
 
 impl Owner {
@@ -170,6 +186,12 @@ enum Verdict {
     /// The test cannot be made.
     NotMade(String),
     Traces(Vec<Trace>),
+    /// Nothing found, but what may have been written here.
+    CleanBut(Vec<GpaRange>),
+    /// Nothing can be found, and nothing else would show what this test would.
+    Untold(String),
+    /// There is nothing of what it looks at.
+    NotHere,
 }
 
 impl From<Vec<Trace>> for Verdict {
@@ -188,16 +210,18 @@ fn not_made(why: impl Into<String>) -> Result<Verdict, VmiError> {
 
 type Test = fn(&Kernel<'_>) -> Result<Verdict, VmiError>;
 
-const CLOCK: &str = "the BIOS's clock";
+pub(crate) const CLOCK: &str = "the BIOS's clock";
+pub(crate) const EFI: &str = "EFI tables";
 /// A machine without a BIOS: direct boots of Firecracker and Cloud Hypervisor, whose memory no
 /// reset outlives.
 const NO_BIOS: &str = "no BIOS data area";
 
-const TESTS: [(&str, Test); 8] = [
+const TESTS: [(&str, Test); 9] = [
     ("the kernel's state", state),
     ("kexec", kexec),
     ("panic", panic),
     (CLOCK, bios_clock),
+    (EFI, efi_tables),
     ("firmware tables", firmware),
     ("trampoline", trampoline),
     ("per-CPU areas", per_cpu),
@@ -215,6 +239,12 @@ pub(crate) fn look(kernel: &Kernel<'_>) -> Result<Owner, VmiError> {
             Ok(Verdict::Clean) => owner.clean.push(name),
             Ok(Verdict::NotMade(why)) => owner.not_made.push((name, why)),
             Ok(Verdict::Traces(traces)) => owner.traces.extend(traces),
+            Ok(Verdict::CleanBut(ranges)) => {
+                owner.clean.push(name);
+                owner.in_question.extend(ranges);
+            }
+            Ok(Verdict::Untold(why)) => owner.untold = Some(why),
+            Ok(Verdict::NotHere) => {}
             Err(
                 VmiError::Memory(MemoryError::NotRam { .. } | MemoryError::Absent { .. })
                 | VmiError::Read {
@@ -338,18 +368,6 @@ fn physical<const N: usize>(kernel: &Kernel<'_>, at: Gpa) -> Result<[u8; N], Vmi
 }
 
 const SECONDS_PER_DAY: u64 = 86400;
-
-/// What a kernel that was started by a loader keeps of its `struct boot_params`.
-fn boot_params(kernel: &Kernel<'_>, member: &str) -> Result<KernelVa, VmiError> {
-    let offset = kernel.need_member("boot_params", member)?.offset;
-    element(
-        "boot_params",
-        kernel.need_symbol("boot_params")?,
-        0,
-        0,
-        offset,
-    )
-}
 
 /// The second at which the kernel made `anon_inode_inode`, or why it does not tell.
 fn boot_second(kernel: &Kernel<'_>) -> Result<Result<u64, Verdict>, VmiError> {
@@ -504,8 +522,7 @@ fn bios_clock(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     if loader >> 4 == KEXEC {
         return not_made("the kernel was started by kexec");
     }
-    let efi = boot_params(kernel, "efi_info.efi_loader_signature")?;
-    if kernel.read_u32("boot_params", efi)? != 0 {
+    if efi::is_started_by(kernel)? {
         return not_made("the kernel was started by EFI");
     }
     let clock = boot_params_clock(kernel)?;
@@ -580,6 +597,17 @@ fn boot_params_clock(kernel: &Kernel<'_>) -> Result<Option<Clock>, VmiError> {
         }
     }
     Ok(None)
+}
+
+fn efi_tables(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
+    if !efi::is_started_by(kernel)? {
+        return Ok(Verdict::NotHere);
+    }
+    Ok(match efi::tables(kernel)? {
+        efi::Tables::Kept(ranges) => Verdict::CleanBut(ranges),
+        efi::Tables::Gone(traces) => Verdict::Traces(traces),
+        efi::Tables::Untold(why) => Verdict::Untold(why),
+    })
 }
 
 fn sum(bytes: &[u8]) -> u8 {
@@ -873,7 +901,7 @@ fn tasks(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
 
 /// Each trace forged in the memory of a real guest that bears none.
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::{Owner, Trace, boot_params, boot_second, look, slept};
     use crate::kernel::{Kernel, element};
     use crate::{GuestOptions, KernelVa, LinuxGuest, OnInconsistency, VmiError};
@@ -882,7 +910,7 @@ mod tests {
     use std::path::Path;
     use std::sync::OnceLock;
 
-    fn ram() -> &'static [u8] {
+    pub(crate) fn ram() -> &'static [u8] {
         static RAM: OnceLock<Vec<u8>> = OnceLock::new();
         RAM.get_or_init(|| {
             let path = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -896,7 +924,7 @@ mod tests {
         })
     }
 
-    fn with<T>(ram: &[u8], visit: impl FnOnce(&Kernel<'_>) -> T) -> T {
+    pub(crate) fn with<T>(ram: &[u8], visit: impl FnOnce(&Kernel<'_>) -> T) -> T {
         let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
         visit(
             &LinuxGuest::open(&memory, &GuestOptions::new())
@@ -905,9 +933,9 @@ mod tests {
         )
     }
 
-    type Patch = (u64, Vec<u8>);
+    pub(crate) type Patch = (u64, Vec<u8>);
 
-    fn forged(patches: &[Patch]) -> Vec<u8> {
+    pub(crate) fn forged(patches: &[Patch]) -> Vec<u8> {
         let mut forged = ram().to_vec();
         for (at, bytes) in patches {
             let at = usize::try_from(*at).unwrap();
@@ -917,15 +945,15 @@ mod tests {
         forged
     }
 
-    fn owner(patches: &[Patch]) -> Owner {
+    pub(crate) fn owner(patches: &[Patch]) -> Owner {
         with(&forged(patches), |kernel| look(kernel).unwrap())
     }
 
-    fn there(kernel: &Kernel<'_>, at: KernelVa) -> u64 {
+    pub(crate) fn there(kernel: &Kernel<'_>, at: KernelVa) -> u64 {
         kernel.space.translate(at).unwrap().at.raw()
     }
 
-    fn variable(name: &'static str) -> u64 {
+    pub(crate) fn variable(name: &'static str) -> u64 {
         with(ram(), |kernel| {
             there(kernel, kernel.need_symbol(name).unwrap())
         })
@@ -941,7 +969,7 @@ mod tests {
         })
     }
 
-    fn param(member: &str) -> u64 {
+    pub(crate) fn param(member: &str) -> u64 {
         with(ram(), |kernel| {
             there(kernel, boot_params(kernel, member).unwrap())
         })
@@ -968,7 +996,14 @@ mod tests {
         let owner = owner(&[]);
         assert_eq!(owner.traces, []);
         assert_eq!(owner.not_made, []);
-        assert_eq!(owner.clean.len(), super::TESTS.len());
+        assert_eq!((owner.in_question, owner.untold), (vec![], None));
+        assert_eq!(owner.clean, of_a_bios());
+    }
+
+    /// The tests that a machine with a BIOS gives rise to: all but the one of EFI's tables.
+    pub(crate) fn of_a_bios() -> Vec<&'static str> {
+        let names = super::TESTS.iter().map(|(name, _)| *name);
+        names.filter(|name| *name != super::EFI).collect()
     }
 
     #[test]
@@ -1076,7 +1111,7 @@ mod tests {
             assert!(is(&owner.traces[0]), "{name}: {owner:?}");
             assert_eq!(
                 owner.clean.len(),
-                super::TESTS.len() - 1,
+                of_a_bios().len() - 1,
                 "{name}: {owner:?}"
             );
         }

@@ -37,8 +37,8 @@ fn classify(ram: &[u8], knowledge: Knowledge, cr3: Option<Cr3>) -> Result<Classi
 }
 
 fn classes(map: &PageMap) -> Vec<PageClass> {
-    map.regions()
-        .flat_map(|(_, classes)| classes.iter().copied())
+    map.runs()
+        .flat_map(|(frames, class)| frames.iter().map(move |_| class))
         .collect()
 }
 
