@@ -318,7 +318,8 @@ fn hint_of_guest(error: &VmiError, path: &Path) -> Option<&'static str> {
              of over 2 GiB, try --layout"
         }
         VmiError::NoKernel { .. } => {
-            "is this a Linux guest's memory? For a raw file of over 2 GiB, try --layout"
+            "is this a Linux guest's memory? For a raw file of over 2 GiB, try --layout. \
+             prune --drop zero leaves out pages of zeroes alone, and needs no kernel"
         }
         VmiError::Missing { .. } => "give the kernel's vmlinux with --symbols",
         VmiError::WrongKernel { .. } => {

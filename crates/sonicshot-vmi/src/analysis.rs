@@ -130,6 +130,36 @@ impl Analysis {
         }
     }
 
+    /// Of memory of which no kernel is known: each page that holds only zeroes is
+    /// [`Zero`](PageClass::Zero), all others are [`Unknown`](PageClass::Unknown). A page that is
+    /// dropped of it must read as zero whatever lies beneath.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if a page cannot be read.
+    pub fn of_zero_pages(memory: &dyn GuestMemory) -> Result<Self, MemoryError> {
+        let page_size = PageSize::SIZE_4K;
+        let mut pages = PageMap::new(memory.layout(), page_size);
+        mark_zero_pages(memory, &mut pages)?;
+        Ok(Self {
+            facts: GuestFacts {
+                os: "unknown",
+                release: "unknown".into(),
+                banner: None,
+                vmcoreinfo: None,
+                build_id: None,
+                symbol_sources: Vec::new(),
+                knowledge: Knowledge::Nothing,
+                page_size,
+            },
+            pages,
+            free_fill: Fill::Zero,
+            zones: Vec::new(),
+            disagreement: None,
+            notes: Vec::new(),
+            present: Vec::new(),
+        })
+    }
+
     /// Who the guest is.
     #[must_use]
     pub fn facts(&self) -> &GuestFacts {

@@ -37,6 +37,8 @@ pub enum Knowledge {
     /// Nothing: free pages are told by the shape of their records, and page tables that lead to
     /// them. All others are unknown, and kept.
     Shape,
+    /// No kernel: a page is told by its content, if that is zero.
+    Nothing,
 }
 
 impl Knowledge {
@@ -47,6 +49,7 @@ impl Knowledge {
             Self::Types => "types",
             Self::Vmcoreinfo => "vmcoreinfo",
             Self::Shape => "shape",
+            Self::Nothing => "nothing",
         }
     }
 }
