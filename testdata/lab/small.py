@@ -128,7 +128,7 @@ def prove(tool: Path, folder: Path, knowledge: str, torture: bool) -> str:
     """Holds what sonicshot says of a capture against the guest's own kernel, prunes its RAM and
     its mapped-ram file in place, and runs the guest on from each."""
     meta = Meta.read(folder)
-    options: list[Word] = ["--layout", "microvm"] if meta.spec.mem > 3072 else []
+    options: list[Word] = ["--layout", "firecracker"] if meta.spec.mem > 3072 else []
     report, runs = proof.inspect(tool, folder / "ram.raw", [], folder / "pfns.tsv", *options)
     if report["kernel_release"] != meta.release or report["knowledge"] != knowledge:
         raise CheckFailed(f"kernel {report['kernel_release']} by {report['knowledge']}")
