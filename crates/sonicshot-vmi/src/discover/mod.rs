@@ -385,7 +385,10 @@ pub(crate) fn is_own(memory: &dyn GuestMemory, tables: &Tables, info: &Vmcoreinf
     pointed_to(memory, tables).into_iter().any(|at| {
         memory.read(at, &mut page).is_ok() && {
             let end = memchr::memchr(0, &page).unwrap_or(page.len());
-            page.get(..end) == Some(text)
+            let own = page.get(..end).filter(|own| !own.is_empty());
+            // At a crash a line is added to the copy that becomes a dump's note.
+            let added = own.and_then(|own| text.strip_prefix(own));
+            added.is_some_and(|added| added.is_empty() || added.starts_with(b"CRASHTIME="))
         }
     })
 }
