@@ -9,7 +9,7 @@ use sonicshot::{
     DropClasses, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap, PageSize,
     Pfn, PfnRange, PrunePlan,
 };
-use sonicshot_dump::{Dump, LayoutSpec, Overwrite, SnapshotFiles, XlSkeleton};
+use sonicshot_dump::{CheckedPlan, Dump, LayoutSpec, Overwrite, SnapshotFiles, XlSkeleton};
 use sonicshot_vmi::symbols::{Btf, SymbolSource, Vmcoreinfo, open_symbol_file};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
 use sonicshot_xen::{Joined, Skeleton, XlImage};
@@ -101,6 +101,21 @@ fn dump(data: &[u8], spec: Option<&LayoutSpec>) {
     }
 }
 
+/// A plan that drops every other page, unless the guest is too large for a test.
+fn every_other_page(dump: &Dump) -> Option<PrunePlan> {
+    // A header may claim more memory than a test should hold a map of.
+    if dump.layout().bytes() > 1 << 24 {
+        return None;
+    }
+    let mut map = PageMap::new(dump.layout(), PageSize::SIZE_4K);
+    for pfn in (0..4096).step_by(2) {
+        if let Some(frame) = PfnRange::with_len(Pfn::new(pfn), 1) {
+            map.set(frame, PageClass::FreeBuddy);
+        }
+    }
+    Some(PrunePlan::new(&map, &DropClasses::default(), Fill::Any))
+}
+
 fn prune(dump: &Dump, spec: Option<&LayoutSpec>) {
     let _ = (dump.vmcoreinfo(), dump.processors());
     let mut buffer = [0; 64];
@@ -109,21 +124,14 @@ fn prune(dump: &Dump, spec: Option<&LayoutSpec>) {
         let _ = dump.map(region.start(), 64);
         let _ = dump.next_data(region.start());
     }
-    // A header may claim more memory than a test should hold a map of.
-    if dump.layout().bytes() > 1 << 24 {
+    let Some(plan) = every_other_page(dump) else {
         return;
-    }
-    let mut map = PageMap::new(dump.layout(), PageSize::SIZE_4K);
-    for pfn in (0..4096).step_by(2) {
-        if let Some(frame) = PfnRange::with_len(Pfn::new(pfn), 1) {
-            map.set(frame, PageClass::FreeBuddy);
-        }
-    }
-    let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Any);
+    };
     let folder = tempfile::tempdir().expect("a folder");
     let out = folder.path().join("out");
-    if dump
-        .prune_to(&plan, &out, Overwrite::Refuse, &mut |_, _| {})
+    let unchecked = CheckedPlan::unchecked(dump, &plan);
+    if unchecked
+        .prune_to(&out, Overwrite::Refuse, &mut |_, _| {})
         .is_ok()
     {
         let pruned = Dump::open(&out, spec).expect("what we write, we read");
@@ -140,7 +148,7 @@ fn prune(dump: &Dump, spec: Option<&LayoutSpec>) {
             }
         }
     }
-    let _ = dump.prune_in_place(&plan, &mut |_, _| {});
+    let _ = unchecked.prune_in_place(&mut |_, _| {});
 }
 
 /// The devices' state behind the memory of a stream, which is one page of zeroes.
@@ -304,10 +312,7 @@ pub fn xen(data: &[u8]) {
 
 /// An image made of what a Xen image is besides its memory, and of its memory, holds the same.
 fn xen_again(dump: &Dump, input: &File) {
-    // A few entries may name frames far apart: the plan's map is of those alone.
-    let map = PageMap::new(dump.layout(), PageSize::SIZE_4K);
-    let nothing = PrunePlan::new(&map, &DropClasses::default(), Fill::Any);
-    let Ok(Some(bytes)) = dump.xl_skeleton(&nothing) else {
+    let Ok(Some(bytes)) = dump.xl_skeleton() else {
         return;
     };
     let folder = tempfile::tempdir().expect("a folder");

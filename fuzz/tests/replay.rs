@@ -149,7 +149,7 @@ fn write_kdump_seeds() {
         DropClasses, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap,
         PageSize, Pfn, PfnRange, PrunePlan,
     };
-    use sonicshot_dump::{KdumpCompression, KdumpOptions, write_kdump};
+    use sonicshot_dump::{KdumpCompression, KdumpOptions, write_kdump_without};
     let ram: Vec<u8> = (0..8 * 4096_u32)
         .map(|i| ((i >> 12) * (i >> 4)).to_le_bytes()[0])
         .collect();
@@ -176,6 +176,6 @@ fn write_kdump_seeds() {
             threads: None,
         };
         let file = fs::File::create(folder.join(name)).unwrap();
-        write_kdump(&guest, &plan, &file, &options, &mut |_, _| {}).unwrap();
+        write_kdump_without(&guest, &plan, &file, &options, &mut |_, _| {}).unwrap();
     }
 }

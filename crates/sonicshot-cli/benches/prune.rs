@@ -17,7 +17,7 @@
 )]
 
 use sonicshot::{DropClasses, GpaRange, GuestMemory, PageClass, PrunePlan};
-use sonicshot_dump::{Dump, LayoutSpec, Overwrite};
+use sonicshot_dump::{CheckedPlan, Dump, LayoutSpec, Overwrite};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency, mark_zero_pages};
 use std::fs::{self, File, OpenOptions};
 use std::hint::black_box;
@@ -152,7 +152,9 @@ fn prune_in_place(dump: &Dump, ram: &Path, scratch: &Path) {
         let start = Instant::now();
         let dump = Dump::open(&copy, Some(&LayoutSpec::Pc)).unwrap();
         let plan = analyze(&dump);
-        dump.prune_in_place(&plan, &mut |_, _| {}).unwrap();
+        CheckedPlan::unchecked(&dump, &plan)
+            .prune_in_place(&mut |_, _| {})
+            .unwrap();
         prunes.push(start.elapsed().as_secs_f64() * 1e3);
     }
     let (punch, prune, analysis) = (
@@ -196,7 +198,8 @@ fn mapped_ram(from: &Path, folder: &Path) {
     let dump = Dump::open(&file, None).unwrap();
     let plan = analyze(&dump);
     let to = |out: &Path| {
-        dump.prune_to(&plan, out, Overwrite::Refuse, &mut |_, _| {})
+        CheckedPlan::unchecked(&dump, &plan)
+            .prune_to(out, Overwrite::Refuse, &mut |_, _| {})
             .unwrap()
     };
     let (mut copies, mut limits) = (Vec::new(), Vec::new());
@@ -228,7 +231,9 @@ fn mapped_ram(from: &Path, folder: &Path) {
         let dump = Dump::open(&file, None).unwrap();
         let plan = analyze(&dump);
         analyses.push(start.elapsed().as_secs_f64() * 1e3);
-        let stats = dump.prune_in_place(&plan, &mut |_, _| {}).unwrap();
+        let stats = CheckedPlan::unchecked(&dump, &plan)
+            .prune_in_place(&mut |_, _| {})
+            .unwrap();
         prunes.push(start.elapsed().as_secs_f64() * 1e3);
         let freed = stats.disk_before - stats.disk_after;
         let after = stretches(&File::open(&file).unwrap());

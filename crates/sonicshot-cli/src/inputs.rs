@@ -3,11 +3,11 @@
 use crate::args::InputArgs;
 use crate::error::CliError;
 use crate::report::{count, say};
+use sonicshot::FileId;
 use sonicshot_offline::Snapshot;
 use std::collections::HashSet;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// One input, as it was given.
@@ -39,9 +39,9 @@ impl Input {
         self.path == Path::new(PIPE)
     }
 
-    fn identity(&self) -> Option<(u64, u64)> {
-        let metadata = fs::metadata(self.snapshot.memory_file()).ok()?;
-        Some((metadata.dev(), metadata.ino()))
+    /// Which file it is, whatever it was called.
+    fn identity(&self) -> Option<FileId> {
+        FileId::of_path(self.snapshot.memory_file()).ok()
     }
 
     /// What the input is called where its copy is to have the same name.

@@ -10,14 +10,13 @@ use crate::output::{io, overwrite};
 use crate::report::{percent, say, size};
 use guest::json_report;
 pub(crate) use guest::print_report;
-use sonicshot::ClassSet;
+use sonicshot::{ClassSet, FileId};
 use sonicshot_dump::{NewFile, Vmm};
 use sonicshot_offline::{Analyzed, CheckpointFile};
 use sonicshot_vmi::count_zero_pages;
 use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
@@ -85,8 +84,9 @@ fn check_replaceable(path: &Path, memory: &Path, force: bool) -> Result<(), CliE
     if !force {
         return Err(CliError::Exists { path: path.into() });
     }
-    let dump = fs::metadata(memory).map(|dump| (dump.dev(), dump.ino()));
-    if dump.is_ok_and(|dump| dump == (there.dev(), there.ino())) {
+    let is_dump = FileId::of_path(memory)
+        .is_ok_and(|dump| FileId::of_path(path).is_ok_and(|there| there == dump));
+    if is_dump {
         return Err(CliError::OverDump { path: path.into() });
     }
     if !there.is_file() {

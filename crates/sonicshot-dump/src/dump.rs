@@ -1,15 +1,15 @@
 //! A dump of any format.
 
 use crate::backing::spool::Spool;
+use crate::format;
 use crate::format::ability::{AsStream, ByCopy, InPlace, Migration};
+use crate::format::kind::{Format, Source, boxed};
 use crate::format::qemu::{migration, start};
-use crate::format::{self, Format, Source, boxed};
 use crate::output::{Output, Overwrite, Target};
 use crate::{DumpError, LayoutSpec, RamBlock};
-use sonicshot::Progress;
 use sonicshot::{
-    Architecture, Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, PageClass, PageMap,
-    Processors, PrunePlan, RamLayout,
+    Architecture, Disposition, Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m,
+    PageClass, PageMap, PageSize, PfnRange, Processors, Progress, PrunePlan, RamLayout,
 };
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -59,9 +59,8 @@ impl Dump {
     /// made against (with earlier diffs merged, if there are any). Guest RAM is then the diff's
     /// data over the base's.
     ///
-    /// [`prune_to`](Self::prune_to) writes the merged memory, which needs no base any more.
-    /// [`prune_in_place`](Self::prune_in_place) changes the diff alone, and keeps of it what
-    /// would otherwise become what the base has.
+    /// Pruned by copy it is the merged memory, which needs no base any more. Pruned in place the
+    /// diff alone is changed, and keeps what would otherwise become what the base has.
     ///
     /// # Errors
     /// [`DumpError::Base`] if the two cannot belong together, and as [`open`](Self::open).
@@ -198,13 +197,21 @@ impl Dump {
         self.file().metadata().map_or(0, |m| m.len())
     }
 
-    /// What a Xen image holds beside the guest's memory, without the pages that `plan` drops and
-    /// Xen lets be dropped: [`XlSkeleton::write`](crate::XlSkeleton::write) makes an image of it
-    /// again. `None` of other formats.
+    /// What a Xen image holds beside the guest's memory: [`XlSkeleton::write`] makes an image of it
+    /// again. `None` of other formats. [`CheckedPlan::xl_skeleton`] leaves pages out.
     ///
     /// # Errors
     /// [`DumpError::Xen`] if the file is no longer what was opened.
-    pub fn xl_skeleton(&self, plan: &PrunePlan) -> Result<Option<Vec<u8>>, DumpError> {
+    ///
+    /// [`XlSkeleton::write`]: crate::XlSkeleton::write
+    /// [`CheckedPlan::xl_skeleton`]: crate::CheckedPlan::xl_skeleton
+    pub fn xl_skeleton(&self) -> Result<Option<Vec<u8>>, DumpError> {
+        let map = PageMap::new(self.layout(), PageSize::SIZE_4K);
+        let nothing = PrunePlan::new(&map, &|_| Disposition::Keep, Fill::Zero);
+        self.skeleton_without(&nothing)
+    }
+
+    pub(crate) fn skeleton_without(&self, plan: &PrunePlan) -> Result<Option<Vec<u8>>, DumpError> {
         let skeletal = self.format.as_skeletal();
         skeletal.map(|format| format.skeleton(plan)).transpose()
     }
@@ -212,11 +219,12 @@ impl Dump {
     /// Makes pages that the format must keep, whatever the guest says of them, ones that no policy
     /// drops: what Xen holds to be page tables of a PV guest.
     pub fn keep_what_must_stay(&self, map: &mut PageMap) {
-        for one in self.format.must_stay() {
-            let class = map.class(one.start());
-            if class.is_some_and(PageClass::may_be_dropped) {
-                map.set(one, PageClass::Unknown);
-            }
+        for frames in self.format.must_stay() {
+            map.with_slices(frames, |_, classes| {
+                for class in classes.iter_mut().filter(|class| class.may_be_dropped()) {
+                    *class = PageClass::Unknown;
+                }
+            });
         }
     }
 
@@ -268,6 +276,10 @@ impl Dump {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    pub(crate) fn must_stay(&self) -> Vec<PfnRange> {
+        self.format.must_stay()
     }
 
     pub(crate) fn check_unchanged(&self) -> Result<(), DumpError> {

@@ -1,7 +1,7 @@
 //! What can go wrong with a dump file.
 
-use crate::WritingProcess;
-use sonicshot::{LayoutError, Pfn};
+use sonicshot::{Gpa, LayoutError, MemoryError, PageClass, Pfn};
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -234,7 +234,7 @@ pub enum DumpError {
     Memory {
         /// Why not.
         #[source]
-        source: sonicshot::MemoryError,
+        source: MemoryError,
     },
     /// A kdump-compressed file could not be written.
     #[error("{}", path.display())]
@@ -243,7 +243,7 @@ pub enum DumpError {
         path: PathBuf,
         /// Why not.
         #[source]
-        source: crate::KdumpWriteError,
+        source: KdumpWriteError,
     },
     /// A Xen image cannot be read.
     #[error("{}", path.display())]
@@ -264,6 +264,26 @@ pub enum DumpError {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// A raw file lacks what every guest's memory has: it is a diff without its base.
+    #[error("{} has a hole where the guest has records of its pages, at {at}", path.display())]
+    NotWhole {
+        /// The file.
+        path: PathBuf,
+        /// Where in the guest.
+        at: Gpa,
+    },
+    /// What is known of the guest is of another memory.
+    #[error("{} has other memory than the guest that was looked at", path.display())]
+    OtherGuest {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Pages of this class are never dropped.
+    #[error("pages of class {class} are never dropped: the guest's kernel needs them")]
+    Undroppable {
+        /// The class.
+        class: PageClass,
+    },
     /// A file of this format has no room for it.
     #[error("{}: a file of this format cannot hold {what} {value}", path.display())]
     TooLarge {
@@ -282,6 +302,42 @@ pub enum DumpError {
         /// What the operating system said.
         #[source]
         source: io::Error,
+    },
+}
+
+/// A process that has a file open for writing, or mapped so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WritingProcess {
+    /// Its number.
+    pub pid: u32,
+    /// Its name, by the kernel.
+    pub command: String,
+}
+
+impl fmt::Display for WritingProcess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (pid {})", self.command.escape_debug(), self.pid)
+    }
+}
+
+/// Why no kdump-compressed file could be written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KdumpWriteError {
+    /// The operating system refused to write.
+    #[error("writing the kdump file")]
+    Io(#[from] io::Error),
+    /// The guest's memory could not be read.
+    #[error("reading the guest's memory")]
+    Memory(#[from] MemoryError),
+    /// The format has no room for the guest.
+    #[error("a kdump file cannot hold {what} of {value}")]
+    TooLarge {
+        /// What of the guest.
+        what: &'static str,
+        /// How much of it there is.
+        value: u64,
     },
 }
 

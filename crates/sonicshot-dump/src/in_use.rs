@@ -4,12 +4,11 @@
 //! mapped so. Where it grants no leases at all (NFS, a file of another user), every process is
 //! looked into by `/proc`.
 
-use crate::DumpError;
 use crate::backing::sys;
-use std::fmt;
+use crate::error::{DumpError, WritingProcess};
+use sonicshot::FileId;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
@@ -18,22 +17,6 @@ use std::time::Duration;
 /// until it becomes another program.
 const TRIES: u32 = 4;
 const BETWEEN_TRIES: Duration = Duration::from_millis(10);
-
-/// A process that has a file open for writing, or mapped so.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct WritingProcess {
-    /// Its number.
-    pub pid: u32,
-    /// Its name, by the kernel.
-    pub command: String,
-}
-
-impl fmt::Display for WritingProcess {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} (pid {})", self.command.escape_debug(), self.pid)
-    }
-}
 
 /// Refuses a file that a process, this one included, has open for writing.
 ///
@@ -94,8 +77,7 @@ struct Scan {
 
 /// Looks for a process that has `file` open for writing.
 fn scan(proc: &Path, file: &File) -> io::Result<Scan> {
-    let metadata = file.metadata()?;
-    let wanted = (metadata.dev(), metadata.ino());
+    let wanted = FileId::of(file)?;
     let mut found = Scan::default();
     for entry in fs::read_dir(proc)? {
         let entry = entry?;
@@ -125,10 +107,8 @@ fn scan(proc: &Path, file: &File) -> io::Result<Scan> {
     Ok(found)
 }
 
-type Inode = (u64, u64);
-
 /// Whether a descriptor of the process is of the file, and for writing.
-fn has_open(process: &Path, wanted: Inode) -> io::Result<bool> {
+fn has_open(process: &Path, wanted: FileId) -> io::Result<bool> {
     for entry in fs::read_dir(process.join("fd"))? {
         let entry = entry?;
         // It may be closed by now.
@@ -144,8 +124,8 @@ fn has_open(process: &Path, wanted: Inode) -> io::Result<bool> {
     Ok(false)
 }
 
-fn is_inode(path: &Path, wanted: Inode) -> bool {
-    fs::metadata(path).is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == wanted)
+fn is_inode(path: &Path, wanted: FileId) -> bool {
+    FileId::of_path(path).is_ok_and(|id| id == wanted)
 }
 
 /// A line of `fdinfo`: the flags of `open`, octal.
@@ -158,22 +138,19 @@ fn opens_for_writing(line: &str) -> bool {
 }
 
 /// Whether the process has the file mapped so that what it writes goes into it.
-fn has_mapped(process: &Path, wanted: Inode) -> io::Result<bool> {
+fn has_mapped(process: &Path, wanted: FileId) -> io::Result<bool> {
     let maps = fs::read_to_string(process.join("maps"))?;
     Ok(maps.lines().any(|line| {
         let Some((range, inode)) = writable_shared(line) else {
             return false;
         };
-        if inode != wanted.1 {
+        if inode != wanted.inode() {
             return false;
         }
         // `maps` names the file system's own device, which on btrfs and overlays is not the one
         // of `stat`. Only root may see more: to others the number alone is enough to be careful.
         let target = process.join("map_files").join(range);
-        match fs::metadata(&target) {
-            Ok(metadata) => (metadata.dev(), metadata.ino()) == wanted,
-            Err(_) => true,
-        }
+        FileId::of_path(&target).map_or(true, |id| id == wanted)
     }))
 }
 

@@ -1,17 +1,17 @@
 //! The files that VMMs and dump tools write of a guest's memory: read as guest memory, most of
 //! them without copying, and pruned.
 //!
-//! [`Dump::open`] tells a file's format by its content. A `Dump` is a
-//! [`GuestMemory`](sonicshot::GuestMemory), which `sonicshot-vmi` looks into; a [`PrunePlan`](sonicshot::PrunePlan) made
-//! of what it finds goes to [`Dump::prune_to`], [`Dump::prune_in_place`] or
-//! [`Dump::prune_to_writer`].
+//! [`Dump::open`] tells a file's format by its content. A `Dump` is a [`GuestMemory`], which
+//! `sonicshot-vmi` looks into. A [`CheckedPlan`] made of what it finds, after every guard has been
+//! through it, is what a file is pruned by: [`CheckedPlan::prune_to`],
+//! [`CheckedPlan::prune_in_place`] or [`CheckedPlan::prune_to_writer`].
 //!
 //! | format | module | in place | by copy | into a pipe |
 //! |---|---|---|---|---|
-//! | raw guest RAM, Firecracker, Cloud Hypervisor | `raw`, `overlay`, `snapshot` | yes | yes | |
+//! | raw guest RAM, Firecracker, Cloud Hypervisor | `raw`, `diff`, `firecracker`, `cloud_hypervisor` | yes | yes | |
 //! | ELF core | `elf_core` | | yes | |
-//! | QEMU mapped-ram, libvirt `sparse` | `mapped_ram`, `libvirt` | yes | yes | |
-//! | QEMU migration stream, libvirt `raw`, `gzip`, `zstd` | `stream`, `libvirt` | | yes | yes |
+//! | QEMU mapped-ram, libvirt `sparse` | `qemu::mapped_ram`, `libvirt` | yes | yes | |
+//! | QEMU migration stream, libvirt `raw`, `gzip`, `zstd` | `qemu::stream`, `libvirt` | | yes | yes |
 //! | kdump-compressed | `kdump` | | yes | |
 //! | Xen `xl save` image, libxl and libxc streams | `xen` | | yes | yes |
 //! | Xen `xl dump-core` core | `xen` | | | |
@@ -19,39 +19,48 @@
 //!
 //! # Processors
 //! Beside the memory most formats hold the state of the guest's processors, which
-//! [`processors`](sonicshot::GuestMemory::processors) tells: by it a kernel that runs is told from one that
+//! [`processors`] tells: by it a kernel that runs is told from one that
 //! is gone.
 //!
 //! | format | where | not told there |
 //! |---|---|---|
 //! | ELF core, kdump-compressed, of QEMU | notes `CORE` and `QEMU` | `EFER`, halted, SMM, nested guest |
-//! | the same of `/proc/vmcore` | VMCOREINFO's `CRASHTIME` | all: [`Processors::Crashed`](sonicshot::Processors::Crashed) |
+//! | the same of `/proc/vmcore` | VMCOREINFO's `CRASHTIME` | all: [`Processors::Crashed`] |
 //! | QEMU mapped-ram and streams, libvirt | sections `cpu` and `cpu_common` | |
 //! | Cloud Hypervisor 39 and later | `state.json` | SMM |
 //! | Firecracker | the state file, by shape | SMM, nested guest |
 //! | Xen save image, HVM or PVH | `HVM_CONTEXT` | halted, nested guest |
 //! | Xen save image, PV | `X86_PV_VCPU_BASIC` | |
 //! | Xen core | `.xen_prstatus` | `EFER`, halted |
-//! | raw, LiME, AVML | | all: [`Processors::Unknown`](sonicshot::Processors::Unknown) |
+//! | raw, LiME, AVML | | all: [`Processors::Unknown`] |
 //!
-//! What is damaged or contradicts itself there is [`Processors::NotTold`](sonicshot::Processors::NotTold); that is no error, for the
+//! What is damaged or contradicts itself there is [`Processors::NotTold`]; that is no error, for the
 //! memory may be whole. A processor whose registers are exactly those of a reset or an INIT and
 //! that is not the boot processor counts as never started, one that firmware parked as parked; all
 //! others are started, whatever they run. Of a PV guest of Xen `CR3` is the guest's own address of
 //! the root, also where the tables themselves hold the machine's numbers
-//! ([`p2m`](sonicshot::GuestMemory::p2m)). The state of a snapshot folder is not in the file that is opened:
+//! ([`p2m`]). The state of a snapshot folder is not in the file that is opened:
 //! [`SnapshotFiles::processors`] tells it, and [`Dump::with_processors`] puts it to the memory.
 //!
 //! Files are not trusted: every offset and length is checked against the file before it is used,
 //! and what is allocated is bounded by the length of the file. Output appears whole or not at all;
 //! a prune in place leaves a valid dump whenever it is interrupted.
+//!
+//! [`GuestMemory`]: sonicshot::GuestMemory
+//! [`Processors::Crashed`]: sonicshot::Processors::Crashed
+//! [`Processors::NotTold`]: sonicshot::Processors::NotTold
+//! [`Processors::Unknown`]: sonicshot::Processors::Unknown
+//! [`p2m`]: sonicshot::GuestMemory::p2m
+//! [`processors`]: sonicshot::GuestMemory::processors
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 #![deny(unsafe_code)]
 
 mod backing;
 mod dump;
 mod error;
+mod find;
 mod format;
+mod guard;
 mod in_use;
 mod layout;
 mod output;
@@ -61,16 +70,19 @@ mod snapshot;
 
 pub use backing::spool::Spool;
 pub use dump::Dump;
-pub use error::DumpError;
+#[doc(hidden)]
+pub use error::KdumpWriteError;
+pub use error::{DumpError, WritingProcess};
 #[doc(hidden)]
 pub use format::kdump::read::KdumpFile;
+#[cfg(feature = "unchecked")]
+pub use format::kdump::write::write_kdump_without;
 #[doc(hidden)]
-pub use format::kdump::write::{
-    KdumpCompression, KdumpOptions, KdumpWriteError, KdumpWriteStats, write_kdump,
-};
+pub use format::kdump::write::{KdumpCompression, KdumpOptions, KdumpWriteStats, write_kdump};
 pub use format::qemu::start::{BlockKind, RamBlock};
 pub use format::xen::join::XlSkeleton;
-pub use in_use::{WritingProcess, check_not_in_use};
+pub use guard::{CheckedPlan, Doubts, check_whole, keep_in_doubt};
+pub use in_use::check_not_in_use;
 pub use layout::{BlockPlace, LayoutSpec, LayoutSpecError};
 pub use output::Overwrite;
 pub use output::dump_file::{CoreNotes, DumpFile, NewFile};

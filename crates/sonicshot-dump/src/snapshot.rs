@@ -1,12 +1,12 @@
 //! What a path names: a dump file, or the folder that a VMM keeps a snapshot in.
 
-use crate::{DumpError, LayoutSpec, format};
-use sonicshot::Processors;
+use crate::DumpError;
+use crate::layout::LayoutSpec;
+use sonicshot::{FileId, Processors};
 use std::cell::OnceCell;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, FileType};
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// A folder with more files than this is no VMM's.
@@ -37,6 +37,8 @@ pub(crate) struct Named<'a> {
     /// A file that is not the memory though it may look so: what a diff is to.
     base: Option<&'a Path>,
     layout: Option<&'a LayoutSpec>,
+    /// Whether a file that begins so is of a format that says itself what it is.
+    is_known: fn(&[u8]) -> bool,
     entries: OnceCell<(Vec<Entry>, Option<PathBuf>)>,
 }
 
@@ -47,9 +49,28 @@ pub(crate) struct Entry {
     pub len: u64,
     /// Its first bytes.
     pub start: Vec<u8>,
+    /// Whether it is of a format that says itself what it is.
+    pub is_known: bool,
 }
 
 impl<'a> Named<'a> {
+    pub(crate) fn new(
+        path: &'a Path,
+        is_folder: bool,
+        base: Option<&'a Path>,
+        layout: Option<&'a LayoutSpec>,
+        is_known: fn(&[u8]) -> bool,
+    ) -> Self {
+        Self {
+            path,
+            is_folder,
+            base,
+            layout,
+            is_known,
+            entries: OnceCell::new(),
+        }
+    }
+
     /// As it was given.
     pub(crate) fn path(&self) -> &Path {
         self.path
@@ -69,7 +90,7 @@ impl<'a> Named<'a> {
         if let Some(listed) = self.entries.get() {
             return Ok(listed);
         }
-        let listed = entries(self.path, self.base)?;
+        let listed = entries(self.path, self.base, self.is_known)?;
         Ok(self.entries.get_or_init(|| listed))
     }
 
@@ -115,46 +136,6 @@ pub struct SnapshotFiles {
 }
 
 impl SnapshotFiles {
-    /// Looks at `path`: a file is the memory itself; a folder is Cloud Hypervisor's or a
-    /// Firecracker pair, and nothing else. What lies deeper is not looked at.
-    ///
-    /// `base` is a file that is not the memory though it may look so: what a diff is to. `layout`
-    /// is where RAM lies if the caller knows better; then a state that cannot be read is only
-    /// noted.
-    ///
-    /// # Errors
-    /// [`DumpError::NotASnapshot`], [`DumpError::Ambiguous`], and what is wrong with the VMM's
-    /// state.
-    pub fn find(
-        path: impl AsRef<Path>,
-        base: Option<&Path>,
-        layout: Option<&LayoutSpec>,
-    ) -> Result<Self, DumpError> {
-        let path = path.as_ref();
-        let metadata = fs::metadata(path).map_err(DumpError::io("opening", path))?;
-        // To open a pipe that nobody writes would take for ever.
-        if !metadata.is_dir() && !metadata.is_file() {
-            return Err(DumpError::NotADump {
-                path: path.to_owned(),
-                why: "it is not a regular file; what comes through a pipe is given as `-`",
-            });
-        }
-        let named = Named {
-            path,
-            is_folder: metadata.is_dir(),
-            base,
-            layout,
-            entries: OnceCell::new(),
-        };
-        match format::snapshot(&named)? {
-            Some(files) => Ok(files),
-            None if named.is_folder => Err(DumpError::NotASnapshot {
-                path: path.to_owned(),
-            }),
-            None => Ok(Self::file(path, layout)),
-        }
-    }
-
     /// The file `memory` by itself, which is not looked at.
     #[must_use]
     pub fn file(memory: &Path, layout: Option<&LayoutSpec>) -> Self {
@@ -218,24 +199,6 @@ impl SnapshotFiles {
     pub(crate) fn is_of_vmm(&self, name: &OsStr) -> bool {
         self.memory.file_name() == Some(name) || self.beside.iter().any(|file| file == name)
     }
-
-    /// Refuses a snapshot whose VMM would not read a hole as zero, and a folder whose memory is
-    /// not in it: a link leads to a file that may be another snapshot's, too.
-    ///
-    /// # Errors
-    /// [`DumpError::CannotPrune`], [`DumpError::Folder`], or why its files cannot be read.
-    pub fn check_prunable(&self) -> Result<(), DumpError> {
-        if self.folder.is_some() {
-            let reading = DumpError::io("reading", &self.memory);
-            check_is_file(
-                &self.memory,
-                fs::symlink_metadata(&self.memory)
-                    .map_err(reading)?
-                    .file_type(),
-            )?;
-        }
-        format::check_holes(&self.memory)
-    }
 }
 
 /// Refuses what is no regular file of a snapshot's folder.
@@ -250,16 +213,19 @@ pub(crate) fn check_is_file(path: &Path, is: FileType) -> Result<(), DumpError> 
 }
 
 /// The regular files of a folder, but `base`; and where that is, if it is there.
-fn entries(folder: &Path, base: Option<&Path>) -> Result<(Vec<Entry>, Option<PathBuf>), DumpError> {
-    let identity = |path: &Path| fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
-    let base = base.and_then(identity);
+fn entries(
+    folder: &Path,
+    base: Option<&Path>,
+    is_known: fn(&[u8]) -> bool,
+) -> Result<(Vec<Entry>, Option<PathBuf>), DumpError> {
+    let base = base.and_then(|base| FileId::of_path(base).ok());
     let mut entries = Vec::new();
     let mut skipped = None;
     for entry in fs::read_dir(folder).map_err(DumpError::io("reading", folder))? {
         let path = entry.map_err(DumpError::io("reading", folder))?.path();
         let reading = || DumpError::io("reading", &path);
         let metadata = fs::metadata(&path).map_err(reading())?;
-        if base == Some((metadata.dev(), metadata.ino())) {
+        if base == Some(FileId::from(&metadata)) {
             skipped = Some(path);
             continue;
         }
@@ -278,6 +244,7 @@ fn entries(folder: &Path, base: Option<&Path>) -> Result<(Vec<Entry>, Option<Pat
             .map_err(reading())?;
         entries.push(Entry {
             len: metadata.len(),
+            is_known: is_known(&start),
             start,
             path,
         });

@@ -1,13 +1,14 @@
 //! From a snapshot to the class of every page in it.
 
 use crate::error::OfflineError;
-use crate::guards::{check_whole, keep_what_is_in_doubt};
 use crate::note::Note;
 use crate::options::AnalyzeOptions;
 use crate::place::{self, Placed};
 use crate::snapshot::Snapshot;
 use sonicshot::{ClassCounts, ClassSet, DropClasses, Fill, PageClass, PageMap, PrunePlan};
-use sonicshot_dump::{Dump, SnapshotFiles};
+use sonicshot_dump::{
+    CheckedPlan, Doubts, Dump, DumpError, SnapshotFiles, check_whole, keep_in_doubt,
+};
 use sonicshot_vmi::{
     Analysis, AnalysisOptions, GuestFacts, Inconsistency, OnInconsistency, ZoneReport,
 };
@@ -19,6 +20,7 @@ pub struct Analyzed {
     dump: Dump,
     files: SnapshotFiles,
     layout_origin: &'static str,
+    doubts: Doubts,
     analysis: Analysis,
     counts: ClassCounts,
     notes: Vec<Note>,
@@ -46,13 +48,14 @@ impl Snapshot {
             notes: of_places,
             value: mut analysis,
         } = place::with_guest(self, &|guest| guest.analyze(&look))?;
-        if options.on_inconsistency == OnInconsistency::Refuse && dump.layout_spec().is_some() {
-            check_whole(self.memory_file(), &dump, analysis.present())?;
+        let doubts = doubts.partial(options.on_inconsistency != OnInconsistency::Refuse);
+        if !doubts.may_be_partial() {
+            check_whole(&dump, &analysis).map_err(not_whole)?;
         }
-        keep_what_is_in_doubt(&mut analysis, &dump, &doubts);
+        keep_in_doubt(&dump, &mut analysis, &doubts);
         let mut notes: Vec<Note> = analysis.notes().iter().cloned().map(Note::Guest).collect();
-        let unconfirmed = doubts.unconfirmed.into_iter();
-        notes.extend(unconfirmed.map(|range| Note::Unconfirmed { range }));
+        let unconfirmed = doubts.of_unconfirmed().iter();
+        notes.extend(unconfirmed.map(|range| Note::Unconfirmed { range: *range }));
         notes.extend(of_places);
         notes.extend(self.notes());
         if options.zero_pages {
@@ -64,9 +67,18 @@ impl Snapshot {
             dump,
             files: self.files().clone(),
             layout_origin: origin,
+            doubts,
             analysis,
             notes,
         })
+    }
+}
+
+/// The refusal of a diff without its base, as users of this crate see it.
+fn not_whole(error: DumpError) -> OfflineError {
+    match error {
+        DumpError::NotWhole { path, at } => OfflineError::NotWhole { path, at },
+        error => error.into(),
     }
 }
 
@@ -161,6 +173,13 @@ impl Analyzed {
 
     pub(crate) fn wanted(&self, classes: ClassSet) -> PrunePlan {
         self.analysis.plan(&DropClasses(classes))
+    }
+
+    /// The same as a plan that a file is pruned by.
+    pub(crate) fn checked(&self, classes: ClassSet) -> Result<CheckedPlan<'_>, OfflineError> {
+        self.files.check_prunable()?;
+        let plan = CheckedPlan::new(&self.dump, &self.analysis, &self.doubts, classes);
+        plan.map_err(not_whole)
     }
 
     pub(crate) fn files(&self) -> &SnapshotFiles {

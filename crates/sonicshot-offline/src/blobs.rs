@@ -1,7 +1,6 @@
 //! What a checkpoint holds beside the memory, by name.
 
 use crate::error::OfflineError;
-use sonicshot::PrunePlan;
 use sonicshot::checkpoint::{CheckpointError, CheckpointReader};
 use sonicshot_dump::Dump;
 use std::fs::File;
@@ -43,20 +42,16 @@ impl Beside {
         })
     }
 
-    /// The blobs that hold it, and of a Xen image what it is without the pages that `plan` drops.
-    pub(crate) fn into_blobs(
-        self,
-        dump: &Dump,
-        plan: &PrunePlan,
-    ) -> Result<Vec<Blob>, OfflineError> {
+    /// The blobs that hold it, and what a Xen image is beside its memory.
+    pub(crate) fn into_blobs(self, xen_image: Option<Vec<u8>>) -> Vec<Blob> {
         let all = [
             (VMCOREINFO, self.vmcoreinfo),
             (CORE_NOTES, self.notes),
-            (XEN_IMAGE, dump.xl_skeleton(plan)?),
+            (XEN_IMAGE, xen_image),
         ];
         let there = all.into_iter();
         let there = there.filter_map(|(name, bytes)| Some((name.to_owned(), bytes?)));
-        Ok(there.collect())
+        there.collect()
     }
 }
 

@@ -300,7 +300,6 @@ impl Source<'_> {
 
     fn write_kdump(&self, out: Output<'_>, progress: Progress<'_>) -> Result<u64, OfflineError> {
         let file = NewFile::create(out.path, out.overwrite, &self.files())?;
-        let (_, plan) = keep_everything(self.memory);
         let options = KdumpOptions {
             compression: KdumpCompression::Zlib,
             machine: self.machine.or(Some(Architecture::X86_64)),
@@ -308,7 +307,13 @@ impl Source<'_> {
             notes: self.beside.notes.as_deref(),
             threads: None,
         };
-        let written = write_kdump(self.memory, &plan, file.file(), &options, progress);
+        let written = write_kdump(
+            self.memory,
+            PageSize::SIZE_4K,
+            file.file(),
+            &options,
+            progress,
+        );
         written.map_err(|source| DumpError::Kdump {
             path: out.path.to_owned(),
             source,
@@ -328,7 +333,7 @@ impl Source<'_> {
         let contents = Contents {
             info: &info,
             blobs: match self.of {
-                Of::Dump(dump) => self.beside.into_blobs(dump, &plan)?,
+                Of::Dump(dump) => self.beside.into_blobs(dump.xl_skeleton()?),
                 Of::Checkpoint(checkpoint) => blobs::all(checkpoint.reader(), self.path)?,
             },
             files: &[],
@@ -376,8 +381,7 @@ impl Source<'_> {
 
 /// What makes a Xen image of its memory again.
 fn skeleton_of(image: &Dump, path: &Path) -> Result<XlSkeleton, OfflineError> {
-    let (_, nothing) = keep_everything(image);
-    let bytes = image.xl_skeleton(&nothing)?;
+    let bytes = image.xl_skeleton()?;
     Ok(XlSkeleton::parse(
         path,
         bytes.ok_or(OfflineError::NoTemplate)?,

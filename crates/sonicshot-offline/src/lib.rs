@@ -35,7 +35,6 @@ mod blobs;
 mod checkpoint_file;
 mod convert;
 mod error;
-mod guards;
 mod note;
 mod options;
 pub mod packed;

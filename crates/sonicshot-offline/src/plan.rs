@@ -3,7 +3,7 @@
 use crate::analyze::Analyzed;
 use crate::error::OfflineError;
 use sonicshot::{ClassSet, PageSize, Progress, PrunePlan};
-use sonicshot_dump::{NewFolder, Overwrite, PruneOptions, PruneStats};
+use sonicshot_dump::{CheckedPlan, NewFolder, Overwrite, PruneOptions, PruneStats};
 use std::io::Write;
 use std::path::Path;
 
@@ -11,6 +11,7 @@ use std::path::Path;
 #[derive(Debug)]
 pub struct Plan<'a> {
     analyzed: &'a Analyzed,
+    classes: ClassSet,
     /// By the classes alone.
     wanted: PrunePlan,
     /// What of that can go in this format.
@@ -26,6 +27,7 @@ impl Analyzed {
         check_droppable(classes)?;
         Ok(Plan {
             analyzed: self,
+            classes,
             wanted: self.wanted(classes),
             dropped: self.droppable(classes),
         })
@@ -45,7 +47,7 @@ pub fn check_droppable(classes: ClassSet) -> Result<(), OfflineError> {
     }
 }
 
-impl Plan<'_> {
+impl<'a> Plan<'a> {
     /// The guest's page size.
     #[must_use]
     pub fn page_size(&self) -> PageSize {
@@ -83,13 +85,13 @@ impl Plan<'_> {
         overwrite: Overwrite,
         progress: Progress<'_>,
     ) -> Result<PruneStats, OfflineError> {
-        let (files, dump) = (self.analyzed.files(), self.analyzed.dump());
-        files.check_prunable()?;
+        let files = self.analyzed.files();
+        let plan = self.checked()?;
         if files.folder().is_none() {
-            return Ok(dump.prune_to(&self.wanted, out.as_ref(), overwrite, progress)?);
+            return Ok(plan.prune_to(out.as_ref(), overwrite, progress)?);
         }
         let folder = NewFolder::create(out.as_ref(), overwrite, files)?;
-        let stats = folder.write_memory(dump, &self.wanted, progress)?;
+        let stats = folder.write_memory(&plan, progress)?;
         folder.finish()?;
         Ok(stats)
     }
@@ -104,9 +106,7 @@ impl Plan<'_> {
         options: &PruneOptions,
         progress: Progress<'_>,
     ) -> Result<PruneStats, OfflineError> {
-        self.analyzed.files().check_prunable()?;
-        let dump = self.analyzed.dump();
-        Ok(dump.prune_in_place_with(&self.wanted, options, progress)?)
+        Ok(self.checked()?.prune_in_place_with(options, progress)?)
     }
 
     /// Writes a migration stream without the pages into a pipe.
@@ -118,9 +118,12 @@ impl Plan<'_> {
         out: impl Write,
         progress: Progress<'_>,
     ) -> Result<PruneStats, OfflineError> {
-        self.analyzed.files().check_prunable()?;
-        let dump = self.analyzed.dump();
-        Ok(dump.prune_to_writer(&self.wanted, out, progress)?)
+        Ok(self.checked()?.prune_to_writer(out, progress)?)
+    }
+
+    /// The plan with every guard behind it, which refuse what cannot be pruned at all.
+    pub(crate) fn checked(&self) -> Result<CheckedPlan<'a>, OfflineError> {
+        self.analyzed.checked(self.classes)
     }
 
     pub(crate) fn analyzed(&self) -> &Analyzed {

@@ -113,7 +113,7 @@ impl Whole {
         options: &CheckpointOptions,
         progress: Progress<'_>,
     ) -> Result<Saved, OfflineError> {
-        self.source()
+        self.source()?
             .save(out.as_ref(), overwrite, options, progress)
     }
 
@@ -127,20 +127,21 @@ impl Whole {
         options: &CheckpointOptions,
         progress: Progress<'_>,
     ) -> Result<Saved, OfflineError> {
-        self.source().save_to_writer(out, options, progress)
+        self.source()?.save_to_writer(out, options, progress)
     }
 
-    fn source(&self) -> Source<'_> {
+    fn source(&self) -> Result<Source<'_>, OfflineError> {
         let mut info = CheckpointInfo::new(self.dump.layout().clone(), PageSize::SIZE_4K);
         info.architecture = self.dump.machine();
-        Source {
+        Ok(Source {
             dump: &self.dump,
             info,
             map: &self.map,
             plan: &self.plan,
             vmcoreinfo: self.dump.vmcoreinfo().map(<[u8]>::to_vec),
             notes: self.notes.clone(),
-        }
+            xen_image: self.dump.xl_skeleton()?,
+        })
     }
 }
 
@@ -157,7 +158,7 @@ impl Plan<'_> {
         options: &CheckpointOptions,
         progress: Progress<'_>,
     ) -> Result<Saved, OfflineError> {
-        self.source()
+        self.source()?
             .save(out.as_ref(), overwrite, options, progress)
     }
 
@@ -171,10 +172,10 @@ impl Plan<'_> {
         options: &CheckpointOptions,
         progress: Progress<'_>,
     ) -> Result<Saved, OfflineError> {
-        self.source().save_to_writer(out, options, progress)
+        self.source()?.save_to_writer(out, options, progress)
     }
 
-    fn source(&self) -> Source<'_> {
+    fn source(&self) -> Result<Source<'_>, OfflineError> {
         let analyzed = self.analyzed();
         let dump = analyzed.dump();
         let mut info = CheckpointInfo::new(dump.layout().clone(), self.page_size());
@@ -183,14 +184,18 @@ impl Plan<'_> {
         info.build_id.clone_from(&facts.build_id);
         // Only x86-64 kernels are found so far.
         info.architecture = dump.machine().or(Some(Architecture::X86_64));
-        Source {
+        Ok(Source {
             dump,
             info,
             map: analyzed.pages(),
             plan: self.wanted(),
             vmcoreinfo: facts.vmcoreinfo.clone().map(String::into_bytes),
             notes: analyzed.notes().to_vec(),
-        }
+            xen_image: match dump.is_xl() {
+                true => self.checked()?.xl_skeleton()?,
+                false => None,
+            },
+        })
     }
 }
 
@@ -202,6 +207,8 @@ struct Source<'a> {
     plan: &'a PrunePlan,
     vmcoreinfo: Option<Vec<u8>>,
     notes: Vec<Note>,
+    /// What a Xen image is beside its memory, without the pages that are dropped.
+    xen_image: Option<Vec<u8>>,
 }
 
 impl Source<'_> {
@@ -244,7 +251,7 @@ impl Source<'_> {
         };
         let contents = Contents {
             info: &self.info,
-            blobs: beside.into_blobs(self.dump, self.plan)?,
+            blobs: beside.into_blobs(self.xen_image.take()),
             files: &options.blobs,
             memory: self.dump,
             map: self.map,

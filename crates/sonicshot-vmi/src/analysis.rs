@@ -3,8 +3,8 @@
 use crate::{GuestOptions, Inconsistency, Knowledge, Note, OnInconsistency, VmiError, ZoneReport};
 use crate::{mark_zero_pages, open_guest};
 use sonicshot::{
-    ClassCounts, Fill, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, PfnRange,
-    PrunePlan, PrunePolicy,
+    Architecture, ClassCounts, Fill, GpaRange, GuestMemory, MemoryError, PageClass, PageMap,
+    PageSize, PfnRange, PrunePlan, PrunePolicy,
 };
 
 /// How a guest is looked at; by default nothing is known of it, a guest that contradicts itself is
@@ -83,6 +83,8 @@ pub struct GuestFacts {
     pub symbol_sources: Vec<String>,
     /// What is known of the kernel.
     pub knowledge: Knowledge,
+    /// What its processors are.
+    pub architecture: Architecture,
     /// The guest's page size.
     pub page_size: PageSize,
 }
@@ -149,6 +151,7 @@ impl Analysis {
                 build_id: None,
                 symbol_sources: Vec::new(),
                 knowledge: Knowledge::Nothing,
+                architecture: Architecture::X86_64,
                 page_size,
             },
             pages,
@@ -260,7 +263,9 @@ pub fn analyze(memory: &dyn GuestMemory, options: &AnalysisOptions) -> Result<An
 mod tests {
     use super::{Analysis, GuestFacts, Parts};
     use crate::Classification;
-    use sonicshot::{Fill, Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn, PfnRange, RamLayout};
+    use sonicshot::{
+        Architecture, Fill, Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn, PfnRange, RamLayout,
+    };
 
     #[test]
     fn keep_takes_back_the_kernels_word_and_nothing_else() {
@@ -279,6 +284,7 @@ mod tests {
                 build_id: None,
                 symbol_sources: Vec::new(),
                 knowledge: crate::Knowledge::Types,
+                architecture: Architecture::X86_64,
                 page_size: PageSize::SIZE_4K,
             },
             pages: Classification {

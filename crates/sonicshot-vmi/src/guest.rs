@@ -1,10 +1,10 @@
 //! A Linux guest: its kernel found, its symbols gathered, its pages classified.
 
 use crate::analysis::{Analysis, AnalysisOptions, GuestFacts, Parts};
-use crate::arch::x86_64::e820;
+use crate::arch::{self, Cr3};
 use crate::discover::{self, Found, Tried};
 use crate::error::VmiError;
-use crate::kernel::Kernel;
+use crate::kernel::{Build, Kernel};
 use crate::mm::classify::{Inconsistency, ZoneReport, scan};
 use crate::mm::iomem;
 use crate::mm::mem_map::MemMap;
@@ -13,7 +13,7 @@ use crate::mm::zone::Zones;
 use crate::note::{Note, TracesSought};
 use crate::os::GuestOs;
 use crate::owner::alive;
-use crate::owner::processors::{Cr3, Owners, Verdict};
+use crate::owner::processors::{Owners, Verdict};
 use crate::owner::{self, Owner};
 use crate::place::{self, PlaceEvidence};
 use crate::shape::{self, Knowledge, Shaped};
@@ -117,7 +117,6 @@ pub struct Classification {
 #[derive(Debug)]
 pub struct LinuxGuest<'m> {
     pub(crate) kernel: Kernel<'m>,
-    page_size: PageSize,
     origin: String,
     banner: Option<String>,
     owners: Owners,
@@ -217,7 +216,6 @@ impl<'m> LinuxGuest<'m> {
         let (shaped, kernel, image) = shape::find(memory, &owners)?;
         Ok(Self {
             kernel,
-            page_size: PageSize::SIZE_4K,
             origin: shaped.origin(),
             banner: None,
             owners,
@@ -253,7 +251,7 @@ impl<'m> LinuxGuest<'m> {
         let at = root.map_or_else(String::new, |root| {
             format!(", its page tables at {}", root.at)
         });
-        format!("{} ({}{at})", self.kernel.release, self.origin)
+        format!("{} ({}{at})", self.kernel.build.release, self.origin)
     }
 
     /// Whether all processors that count run on this kernel.
@@ -273,18 +271,23 @@ impl<'m> LinuxGuest<'m> {
             files.push(symbols::open_symbol_file(path)?);
         }
         let Found {
+            architecture,
             space,
             vmcoreinfo,
             kaslr,
             origin,
             ..
         } = found;
-        let page_size = match vmcoreinfo.page_size() {
-            Some(bytes) => PageSize::new(bytes).ok_or_else(|| VmiError::Unsupported {
+        let arch = arch::by_name(architecture)?;
+        let bytes = vmcoreinfo.page_size().ok_or_else(|| VmiError::Missing {
+            what: "PAGESIZE".into(),
+            sources: origin.clone(),
+        })?;
+        let page_size = PageSize::new(bytes)
+            .filter(|size| arch.has_page_size(*size))
+            .ok_or_else(|| VmiError::Unsupported {
                 what: format!("pages of {bytes} bytes"),
-            })?,
-            None => PageSize::SIZE_4K,
-        };
+            })?;
         let release = vmcoreinfo.osrelease().unwrap_or_default().to_owned();
         let stext = vmcoreinfo
             .symbol("_stext")
@@ -293,9 +296,15 @@ impl<'m> LinuxGuest<'m> {
                 what: "symbol _stext".into(),
                 sources: origin.clone(),
             })?;
-        let image = discover::image_range(&space, stext);
+        let image = discover::image_range(arch, &space, stext);
         let kallsyms = Kallsyms::find(&space, &vmcoreinfo, image);
-        let mut kernel = Kernel::new(space, release, kaslr);
+        let build = Build {
+            architecture,
+            page_size,
+            release,
+            kaslr,
+        };
+        let mut kernel = Kernel::new(space, build);
         for file in files {
             kernel.add(file);
         }
@@ -311,7 +320,6 @@ impl<'m> LinuxGuest<'m> {
         };
         let mut guest = Self {
             kernel,
-            page_size,
             origin,
             banner: None,
             owners,
@@ -345,17 +353,17 @@ impl<'m> LinuxGuest<'m> {
 
     fn mem_map(&self) -> Result<MemMap<'m>, VmiError> {
         match &self.shaped {
-            Some(shaped) => shaped.mem_map(&self.kernel, self.page_size),
-            None => MemMap::new(&self.kernel, self.page_size),
+            Some(shaped) => shaped.mem_map(&self.kernel),
+            None => MemMap::new(&self.kernel),
         }
     }
 
     /// The struct pages, what each says, and the zones, by whatever is known of them.
     fn structures(&self) -> Result<(MemMap<'m>, PageLayout, Zones), VmiError> {
         if let Some(shaped) = &self.shaped {
-            return shaped.structures(&self.kernel, self.page_size, self.image);
+            return shaped.structures(&self.kernel, self.image);
         }
-        let map = MemMap::new(&self.kernel, self.page_size)?;
+        let map = MemMap::new(&self.kernel)?;
         if self.knowledge == Knowledge::Types {
             let layout = PageLayout::new(&self.kernel, map.stride)?;
             let zones = Zones::new(&self.kernel)?;
@@ -393,7 +401,7 @@ impl<'m> LinuxGuest<'m> {
         let guest_name = || {
             self.banner
                 .clone()
-                .unwrap_or_else(|| self.kernel.release.clone())
+                .unwrap_or_else(|| self.kernel.build.release.clone())
         };
         let info = self.kernel.vmcoreinfo.as_ref();
         let hex = |id: &[u8]| {
@@ -454,7 +462,7 @@ impl<'m> LinuxGuest<'m> {
     /// The kernel's release, such as `6.1.0-37-cloud-amd64`.
     #[must_use]
     pub fn release(&self) -> &str {
-        &self.kernel.release
+        &self.kernel.build.release
     }
 
     /// The kernel's banner (`Linux version …`), if it could be read.
@@ -481,7 +489,7 @@ impl<'m> LinuxGuest<'m> {
     /// The guest's page size.
     #[must_use]
     pub fn page_size(&self) -> PageSize {
-        self.page_size
+        self.kernel.build.page_size
     }
 
     /// Where VMCOREINFO came from, then every source of symbols and types in use.
@@ -513,10 +521,7 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if the map cannot be read or is not one.
     pub fn e820(&self) -> Result<Option<Vec<GpaRange>>, VmiError> {
-        match e820::usable_ram(&self.kernel, e820::FIRMWARE)? {
-            None => e820::usable_ram(&self.kernel, e820::OWN),
-            found => Ok(found),
-        }
+        arch::of(&self.kernel)?.boot_ram(&self.kernel)
     }
 
     /// Where the kernel maps all of memory, from guest-physical 0 on, if its symbols tell
@@ -525,10 +530,7 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if it cannot be read.
     pub fn direct_map(&self) -> Result<Option<KernelVa>, VmiError> {
-        self.kernel
-            .symbol("page_offset_base")?
-            .map(|at| self.kernel.read_ptr("page_offset_base", at))
-            .transpose()
+        arch::of(&self.kernel)?.direct_map(&self.kernel)
     }
 
     /// What the content of each of `ranges` of memory says about whether it lies there: for a
@@ -537,18 +539,20 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if the kernel's page tables have memory elsewhere, or reading fails.
     pub fn evidence_of_places(&self, ranges: &[GpaRange]) -> Result<Vec<PlaceEvidence>, VmiError> {
-        place::evidence(&self.kernel, self.page_size, self.direct_map()?, ranges)
+        place::evidence(&self.kernel, self.direct_map()?, ranges)
     }
 
     /// The memory that has struct pages: all that the kernel has ever taken for memory, of whatever
-    /// device, in whole sections (of 128 MiB).
+    /// device, in whole sections (of 128 MiB on x86-64).
     ///
     /// # Errors
     /// [`VmiError`] if the kernel's memory map cannot be read.
     pub fn known_memory(&self) -> Result<Vec<GpaRange>, VmiError> {
         let mem_map = self.mem_map()?;
         let frames = mem_map.spans().iter().map(|span| span.frames);
-        Ok(frames.filter_map(|f| f.gpa_range(self.page_size)).collect())
+        Ok(frames
+            .filter_map(|f| f.gpa_range(self.kernel.build.page_size))
+            .collect())
     }
 
     /// RAM by the kernel's own tree of resources (`System RAM` in `/proc/iomem`), memory that was
@@ -640,17 +644,20 @@ impl<'m> LinuxGuest<'m> {
     fn keep(&self, map: &mut PageMap, ranges: &[GpaRange]) -> Option<Note> {
         let mut kept = 0_u64;
         for range in ranges {
-            map.with_slices(range.whole_frames(self.page_size), |_, classes| {
-                for class in classes {
-                    if matches!(
-                        class,
-                        PageClass::FreeBuddy | PageClass::FreePcp | PageClass::Offline
-                    ) {
-                        *class = PageClass::Unknown;
-                        kept = kept.wrapping_add(1);
+            map.with_slices(
+                range.whole_frames(self.kernel.build.page_size),
+                |_, classes| {
+                    for class in classes {
+                        if matches!(
+                            class,
+                            PageClass::FreeBuddy | PageClass::FreePcp | PageClass::Offline
+                        ) {
+                            *class = PageClass::Unknown;
+                            kept = kept.wrapping_add(1);
+                        }
                     }
-                }
-            });
+                },
+            );
         }
         (kept > 0).then(|| Note::FirmwareMemoryKept {
             pages: kept,
@@ -677,7 +684,7 @@ impl<'m> LinuxGuest<'m> {
                 Ok(Owned::noted(Note::LaterOwner(traces)))
             }
             Some(why) => {
-                let (kernel, why) = (self.kernel.release.clone(), why.clone());
+                let (kernel, why) = (self.kernel.build.release.clone(), why.clone());
                 if refuse {
                     return Err(VmiError::OwnerUntold { kernel, why });
                 }
@@ -713,6 +720,8 @@ impl<'m> LinuxGuest<'m> {
     /// `init_on_free` hands out pages as zero without looking.
     fn free_fill(&self, map: &PageMap, notes: &mut Vec<Note>) -> Result<Fill, VmiError> {
         const PAGE_POISON: u8 = 0xaa;
+        /// Of so many runs of free pages the first is looked at.
+        const MAX_LOOKED: usize = 4096;
         // `_page_poisoning_enabled` since 5.11, `want_page_poisoning` before.
         let poisoned = self.flag(&["_page_poisoning_enabled", "want_page_poisoning"])?;
         let zeroed = self.flag(&["init_on_free"])?;
@@ -726,12 +735,12 @@ impl<'m> LinuxGuest<'m> {
         // not proves it off. The same of zeroes.
         let memory = self.kernel.space.memory();
         let (mut looked, mut with_pattern, mut zero) = (0_u32, 0_u32, 0_u32);
-        let mut page = vec![0; usize::try_from(self.page_size.bytes()).unwrap_or(4096)];
+        let mut page = self.kernel.page_buffer()?;
         let free = map
             .runs()
             .filter(|(_, class)| *class == PageClass::FreeBuddy);
-        for (frames, _) in free.take(4096) {
-            let Some(at) = frames.start().gpa(self.page_size) else {
+        for (frames, _) in free.take(MAX_LOOKED) {
+            let Some(at) = frames.start().gpa(self.kernel.build.page_size) else {
                 continue;
             };
             memory.read(at, &mut page)?;
@@ -780,7 +789,8 @@ impl GuestOs for LinuxGuest<'_> {
             build_id: self.build_id().map(<[u8]>::to_vec),
             symbol_sources: self.symbol_sources(),
             knowledge: self.knowledge,
-            page_size: self.page_size,
+            architecture: self.kernel.build.architecture,
+            page_size: self.kernel.build.page_size,
         }
     }
 

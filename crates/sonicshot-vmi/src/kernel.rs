@@ -2,37 +2,56 @@
 
 use crate::VirtualMemory;
 use crate::error::VmiError;
+use crate::needs;
 use crate::symbols::{Member, SymbolBase, SymbolSource, Vmcoreinfo};
 use crate::{AddressSpace, KernelVa};
+use sonicshot::{Architecture, PageSize};
 
 /// All sources of symbols of one running kernel, in order of precedence, and its memory.
 #[derive(Debug)]
 pub(crate) struct Kernel<'m> {
     pub(crate) space: AddressSpace<'m>,
+    pub(crate) build: Build,
     sources: Vec<Box<dyn SymbolSource>>,
-    /// The release, such as `6.1.0-37-cloud-amd64`.
-    pub(crate) release: String,
     /// What the kernel says of itself; also one of the sources.
     pub(crate) vmcoreinfo: Option<Vmcoreinfo>,
+}
+
+/// Which kernel it is, and how it was started.
+#[derive(Debug, Clone)]
+pub(crate) struct Build {
+    pub architecture: Architecture,
+    /// The size of its pages.
+    pub page_size: PageSize,
+    /// The release, such as `6.1.0-37-cloud-amd64`.
+    pub release: String,
     /// What KASLR added to the linked addresses.
-    kaslr: u64,
+    pub kaslr: u64,
 }
 
 impl<'m> Kernel<'m> {
-    pub(crate) fn new(space: AddressSpace<'m>, release: String, kaslr: u64) -> Self {
+    pub(crate) fn new(space: AddressSpace<'m>, build: Build) -> Self {
         Self {
             space,
+            build,
             sources: Vec::new(),
-            release,
             vmcoreinfo: None,
-            kaslr,
         }
+    }
+
+    /// Room for a page of the guest.
+    pub(crate) fn page_buffer(&self) -> Result<Vec<u8>, VmiError> {
+        let bytes = self.build.page_size.bytes();
+        let len = usize::try_from(bytes).map_err(|_| VmiError::Unsupported {
+            what: format!("pages of {bytes} bytes"),
+        })?;
+        Ok(vec![0; len])
     }
 
     /// Whether the release is below `major.minor`; for labels only, since distributions
     /// backport.
     pub(crate) fn is_older_than(&self, major: u32, minor: u32) -> bool {
-        let mut parts = self.release.split(['.', '-']).map(str::parse::<u32>);
+        let mut parts = self.build.release.split(['.', '-']).map(str::parse::<u32>);
         match (parts.next(), parts.next()) {
             (Some(Ok(a)), Some(Ok(b))) => (a, b) < (major, minor),
             _ => false,
@@ -62,8 +81,9 @@ impl<'m> Kernel<'m> {
         source: &dyn SymbolSource,
         name: &str,
     ) -> Result<Option<KernelVa>, VmiError> {
+        debug_assert!(needs::has_symbol(name), "{name}: no row of needs.rs");
         Ok(source.symbol(name)?.map(|at| match source.base() {
-            SymbolBase::Linked => at.wrapping_add(self.kaslr),
+            SymbolBase::Linked => at.wrapping_add(self.build.kaslr),
             SymbolBase::Running => at,
         }))
     }
@@ -97,6 +117,7 @@ impl<'m> Kernel<'m> {
     /// The size of `struct name` by the first source that knows it; refused when another
     /// disagrees.
     pub(crate) fn type_size(&self, name: &str) -> Result<Option<u64>, VmiError> {
+        debug_assert!(needs::has_structure(name), "{name}: no row of needs.rs");
         let mut found: Option<(u64, &str)> = None;
         for source in &self.sources {
             match (source.type_size(name)?, found) {
@@ -129,6 +150,10 @@ impl<'m> Kernel<'m> {
     /// The member of the first source that knows it; refused when another disagrees on the
     /// offset, for then one of them is of another kernel.
     pub(crate) fn member(&self, name: &str, path: &str) -> Result<Option<Member>, VmiError> {
+        debug_assert!(
+            needs::has_member(name, path),
+            "{name}.{path}: no row of needs.rs"
+        );
         let mut found: Option<(Member, &str)> = None;
         for source in &self.sources {
             let Some(member) = source.member(name, path)? else {
@@ -173,6 +198,7 @@ impl<'m> Kernel<'m> {
     /// The constant by the first source that knows it; refused when another disagrees, for then
     /// one of them is of another kernel, or damaged.
     pub(crate) fn constant(&self, name: &str) -> Result<Option<i64>, VmiError> {
+        debug_assert!(needs::has_constant(name), "{name}: no row of needs.rs");
         let mut found: Option<(i64, &str)> = None;
         for source in &self.sources {
             match (source.constant(name)?, found) {
@@ -258,12 +284,12 @@ pub(crate) fn element(
 /// A made-up kernel for tests of layouts that no real guest at hand has.
 #[cfg(test)]
 pub(crate) mod testing {
-    use super::Kernel;
+    use super::{Build, Kernel};
     use crate::KernelVa;
-    use crate::arch::x86_64::X86_64;
+    use crate::arch::x86_64::Walk;
     use crate::paging::AddressSpace;
     use crate::symbols::{Member, SymbolBase, SymbolError, SymbolSource};
-    use sonicshot::{Gpa, GuestBytes, MappedRegions};
+    use sonicshot::{Architecture, Gpa, GuestBytes, MappedRegions, PageSize};
     use std::collections::HashMap;
 
     /// Where all of memory is mapped.
@@ -385,8 +411,14 @@ pub(crate) mod testing {
     pub(crate) fn kernel<'m>(memory: &'m MappedRegions<'_>, facts: Facts) -> Kernel<'m> {
         use sonicshot::GuestMemory;
         let root = Gpa::new(memory.layout().bytes() - 0x3000);
-        let space = AddressSpace::new(memory, Box::new(X86_64::new(root, false)));
-        let mut kernel = Kernel::new(space, "6.1.0".into(), 0);
+        let space = AddressSpace::new(memory, Box::new(Walk::new(root, 4)));
+        let build = Build {
+            architecture: Architecture::X86_64,
+            page_size: PageSize::SIZE_4K,
+            release: "6.1.0".into(),
+            kaslr: 0,
+        };
+        let mut kernel = Kernel::new(space, build);
         kernel.add(Box::new(facts));
         kernel
     }

@@ -146,8 +146,8 @@
 //! struct pages, unaccepted memory and hot-added subsections are written from the kernel's
 //! sources and have not met a real guest. Memory blocks are read as Linux 5.8 and later have them;
 //! before, offline sections are kept. Kernels without VMCOREINFO are read on x86-64 alone, with
-//! struct pages of 64 bytes in a vmemmap. A new architecture is one more file in `paging`. The
-//! guest is untrusted: every walk is bounded by the guest's own number of frames, every length
+//! struct pages of 64 bytes in a vmemmap. A new architecture is one more folder in `arch`, another
+//! system one more [`GuestOs`]. The guest is untrusted: every walk is bounded by the guest's own number of frames, every length
 //! and pointer is checked, and crafted memory gives an error.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
@@ -159,6 +159,7 @@ mod error;
 mod guest;
 mod kernel;
 mod mm;
+mod needs;
 mod note;
 mod os;
 mod owner;
@@ -170,13 +171,13 @@ mod zero;
 
 pub use address::{KernelVa, VirtualMemory, VirtualReadError};
 pub use analysis::{Analysis, AnalysisOptions, GuestFacts, analyze};
+pub use arch::{Cr3, Foreign, ForeignProcessor, ParseCr3Error};
 pub use error::VmiError;
 pub use guest::{Classification, GuestOptions, LinuxGuest, OnInconsistency};
 pub use mm::classify::{Inconsistency, ZoneReport};
 pub use note::{Note, TracesSought};
 pub use os::{GuestOs, open_guest};
 pub use owner::Trace;
-pub use owner::processors::{Cr3, Foreign, ForeignProcessor, ParseCr3Error};
 pub(crate) use paging::AddressSpace;
 pub use place::PlaceEvidence;
 pub use shape::Knowledge;

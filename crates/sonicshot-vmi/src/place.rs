@@ -11,10 +11,11 @@
 //!   do not.
 
 use crate::KernelVa;
+use crate::arch;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::mm::mem_map::MemMap;
-use sonicshot::{Gpa, GpaRange, GuestMemory, PageSize};
+use sonicshot::{GpaRange, GuestMemory};
 
 /// So many lists must point to one place for it to be believed. In memory in its right place a few
 /// lists of one element look as if they pointed elsewhere, at most two to any one place.
@@ -66,13 +67,12 @@ fn is_clear(these: u64, others: u64) -> bool {
 /// Evidence for each of `ranges`, which are disjoint.
 pub(crate) fn evidence(
     kernel: &Kernel<'_>,
-    page_size: PageSize,
     direct_map: Option<KernelVa>,
     ranges: &[GpaRange],
 ) -> Result<Vec<PlaceEvidence>, VmiError> {
     let direct_map = match direct_map {
         Some(at) => Some(at),
-        None => fixed_direct_map(kernel, ranges),
+        None => arch::of(kernel)?.fixed_direct_map(kernel, ranges),
     };
     let mut found: Vec<PlaceEvidence> = Vec::new();
     for range in ranges {
@@ -89,34 +89,12 @@ pub(crate) fn evidence(
         found.push(evidence);
     }
     // A kernel whose struct pages cannot be found has none that could tell anything.
-    if let Ok(mem_map) = MemMap::new(kernel, page_size)
+    if let Ok(mem_map) = MemMap::new(kernel)
         && let Ok(Some(lru)) = kernel.member("page", "lru")
     {
         count_struct_pages(kernel, &mem_map, lru.offset, &mut found)?;
     }
     Ok(found)
-}
-
-/// Where the direct map begins in a kernel that does not choose by chance
-/// (`arch/x86/include/asm/page_64_types.h`, since 4.20 and before; with five levels).
-fn fixed_direct_map(kernel: &Kernel<'_>, ranges: &[GpaRange]) -> Option<KernelVa> {
-    const BASES: [u64; 4] = [
-        0xffff_8880_0000_0000,
-        0xffff_8800_0000_0000,
-        0xff11_0000_0000_0000,
-        0xff10_0000_0000_0000,
-    ];
-    /// Behind what the firmware uses.
-    const PROBE: u64 = 16 << 20;
-    let probe = Gpa::new(PROBE);
-    if !ranges.iter().any(|range| range.contains(probe)) {
-        return None;
-    }
-    let maps = |base: &KernelVa| {
-        let there = base.checked_add(PROBE).map(|at| kernel.space.translate(at));
-        matches!(there, Some(Ok(there)) if there.at == probe)
-    };
-    BASES.map(KernelVa::new).into_iter().find(maps)
 }
 
 /// Checks that the page tables map `range` in the direct map to where it is, or not at all.
@@ -291,7 +269,7 @@ mod tests {
     use super::{ENOUGH, PlaceEvidence, check_tables, evidence};
     use crate::KernelVa;
     use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel};
-    use sonicshot::{Gpa, GpaRange, PageSize};
+    use sonicshot::{Gpa, GpaRange};
 
     const MIB: u64 = 1 << 20;
 
@@ -315,7 +293,7 @@ mod tests {
         let memory = ram.memory();
         let kernel = kernel(&memory, Facts::default());
         let base = Some(KernelVa::new(DIRECT_MAP));
-        evidence(&kernel, PageSize::SIZE_4K, base, &ranges).unwrap()
+        evidence(&kernel, base, &ranges).unwrap()
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use crate::cursor::Cursor;
 use crate::frames::{Frame, Frames};
 use crate::page_data::{PageData, table_of};
-use crate::{Within, XenError};
+use crate::{Place, Within, XenError};
 use sonicshot::GuestBytes;
 
 /// How an image begins.
@@ -83,6 +83,14 @@ pub struct Record {
 impl Record {
     /// The length of a record's header.
     pub(crate) const HEADER: u64 = 8;
+
+    /// Where it is, for messages.
+    pub(crate) fn place(&self) -> Place {
+        Place {
+            within: Within::Record(self.number),
+            offset: self.offset,
+        }
+    }
 
     /// Where the body begins.
     pub(crate) fn body(&self) -> u64 {

@@ -50,6 +50,8 @@ pub use core_dump::{CoreDump, CoreRun};
 pub use error::{Place, Within, XenError};
 pub use frames::{Frame, FrameType};
 pub use image::{DomainKind, Layer, MAGIC, Record, XlImage};
+#[doc(hidden)]
+pub use prune::Guarded;
 pub use prune::{Dropped, Part};
 pub use skeleton::{Joined, Skeleton};
 pub use vcpu::{Vcpu, Vcpus};

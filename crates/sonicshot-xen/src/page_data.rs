@@ -18,6 +18,8 @@ pub(crate) const MAX_FRAME: u64 = 1 << (52 - 12);
 pub(crate) struct PageData<'a> {
     body: GuestBytes<'a>,
     count: u32,
+    /// The count and the reserved word, as they are.
+    head: u64,
     /// Where the body begins in the file.
     at: u64,
 }
@@ -46,7 +48,9 @@ impl<'a> PageData<'a> {
     ) -> Result<Self, XenError> {
         let len = u64::from(record.len);
         let wrong = |value| cursor.malformed("the number of pages", record.body(), value);
-        let count = body.u32_at(0).ok_or_else(|| wrong(0))?;
+        let head = body.u64_at(0).ok_or_else(|| wrong(0))?;
+        let [a, b, c, d, ..] = head.to_le_bytes();
+        let count = u32::from_le_bytes([a, b, c, d]);
         let table = table_of(count);
         if count == 0 || table > len {
             return Err(wrong(count.into()));
@@ -54,6 +58,7 @@ impl<'a> PageData<'a> {
         let this = Self {
             body,
             count,
+            head,
             at: record.body(),
         };
         let mut end = table;
@@ -110,7 +115,12 @@ impl<'a> PageData<'a> {
 
     /// The count and the reserved word, as they are.
     pub(crate) fn head(&self) -> u64 {
-        self.body.u64_at(0).unwrap_or(0)
+        self.head
+    }
+
+    /// How many entries there are.
+    pub(crate) fn count(&self) -> u32 {
+        self.count
     }
 }
 

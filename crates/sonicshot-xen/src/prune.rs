@@ -2,8 +2,25 @@
 
 use crate::image::PAGE_DATA;
 use crate::page_data::{Entry, PAGE, PageData};
-use crate::{Record, XenError, XlImage};
+use crate::{Place, Record, Within, XenError, XlImage};
 use sonicshot::{Gpa, GpaRange, GuestBytes, PageSize, Pfn, PfnRange, PrunePlan};
+
+/// [`PAGE`] as a record's length has it.
+const PAGE_LEN: u32 = 4096;
+
+/// The word of whoever calls [`XlImage::dropped`] that the plan has been through the guards of
+/// `sonicshot-dump`, which is where images are pruned: what the guest and the file are was checked.
+#[doc(hidden)]
+#[derive(Debug, Clone, Copy)]
+pub struct Guarded(());
+
+impl Guarded {
+    #[doc(hidden)]
+    #[must_use]
+    pub const fn vouched() -> Self {
+        Self(())
+    }
+}
 
 /// A part of a pruned image.
 #[derive(Debug)]
@@ -52,8 +69,9 @@ impl Dropped {
 impl XlImage {
     /// Which frames of `plan` can be left out of this image: those that may read as
     /// [anything](sonicshot::Fill::Any) after a restore, and are ordinary pages.
+    #[doc(hidden)]
     #[must_use]
-    pub fn dropped(&self, plan: &PrunePlan) -> Dropped {
+    pub fn dropped(&self, plan: &PrunePlan, _: Guarded) -> Dropped {
         let plan = plan.clone().any_filled_only();
         let mut runs: Vec<PfnRange> = Vec::new();
         let mut frames = self.frames().iter().peekable();
@@ -109,10 +127,10 @@ impl XlImage {
             };
             each(Part::Copy {
                 from: copied,
-                len: record.offset.saturating_sub(copied),
+                len: between(copied, record.offset, record).map_err(&failed)?,
             })?;
             bytes.clear();
-            rewritten(record, &pages, after, &mut bytes);
+            rewritten(record, &pages, after, &mut bytes).map_err(&failed)?;
             each(Part::Bytes(&bytes))?;
             // The data of pages that are kept, neighbours as one.
             let mut stretch = (0_u64, 0_u64);
@@ -133,36 +151,64 @@ impl XlImage {
             }
             copied = record.end();
         }
-        each(Part::Copy {
-            from: copied,
-            len: (data.len() as u64).saturating_sub(copied),
-        })
+        let len = rest(data, copied).map_err(&failed)?;
+        each(Part::Copy { from: copied, len })
     }
+}
+
+/// How much comes from `copied` on.
+pub(crate) fn rest(data: GuestBytes<'_>, copied: u64) -> Result<u64, XenError> {
+    let left = (data.len() as u64).checked_sub(copied);
+    left.ok_or(XenError::Truncated {
+        place: Place {
+            within: Within::Headers,
+            offset: copied,
+        },
+        wanted: 0,
+        left: 0,
+    })
 }
 
 /// A record of pages up to where their data begins. Entries and pages are multiples of 8 bytes: it
 /// needs no padding.
+///
+/// # Errors
+/// [`XenError::Malformed`] if the entries are no longer those that were counted.
 pub(crate) fn rewritten(
     record: &Record,
     pages: &PageData<'_>,
     after: impl Fn(Entry) -> Entry,
     out: &mut Vec<u8>,
-) {
-    out.extend(record.kind.to_le_bytes());
-    let len_at = out.len();
-    out.extend(record.len.to_le_bytes());
-    out.extend(pages.head().to_le_bytes());
-    let mut len = record.len;
+) -> Result<(), XenError> {
+    let mut entries = Vec::new();
+    let mut count = 0_u32;
+    let mut len = Some(record.len);
     for entry in pages.entries() {
         let now = after(entry);
         if entry.data.is_some() && now.data.is_none() {
-            // It was there, by the record's own length.
-            len = len.saturating_sub(4096);
+            len = len.and_then(|len| len.checked_sub(PAGE_LEN));
         }
-        out.extend(now.word().to_le_bytes());
+        entries.extend(now.word().to_le_bytes());
+        count = count.saturating_add(1);
     }
-    let place = out.get_mut(len_at..).and_then(|out| out.get_mut(..4));
-    if let Some(place) = place {
-        place.copy_from_slice(&len.to_le_bytes());
-    }
+    let len = len.filter(|_| count == pages.count());
+    let len = len.ok_or(XenError::Malformed {
+        what: "a record of pages that has changed",
+        place: record.place(),
+        value: count.into(),
+    })?;
+    out.extend(record.kind.to_le_bytes());
+    out.extend(len.to_le_bytes());
+    out.extend(pages.head().to_le_bytes());
+    out.extend(entries);
+    Ok(())
+}
+
+/// How far `to` is behind `from`.
+pub(crate) fn between(from: u64, to: u64, record: &Record) -> Result<u64, XenError> {
+    to.checked_sub(from).ok_or(XenError::Malformed {
+        what: "a record before the last",
+        place: record.place(),
+        value: from,
+    })
 }

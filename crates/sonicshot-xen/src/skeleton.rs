@@ -7,7 +7,7 @@ use crate::cursor::Cursor;
 use crate::frames::Frame;
 use crate::image::{PAGE_DATA, Pages};
 use crate::page_data::{Entry, PageData};
-use crate::prune::rewritten;
+use crate::prune::{between, rest, rewritten};
 use crate::{Dropped, FrameType, Place, Record, Within, XenError, XlImage};
 use sonicshot::{GuestBytes, Pfn, PfnRange};
 
@@ -61,10 +61,12 @@ impl XlImage {
                     entry
                 }
             };
+            between(copied, record.offset, record)?;
             append(data, copied, record.offset, &mut out)?;
-            rewritten(record, &pages, after, &mut out);
+            rewritten(record, &pages, after, &mut out)?;
             copied = record.end();
         }
+        rest(data, copied)?;
         append(data, copied, data.len() as u64, &mut out)?;
         Ok(out)
     }
@@ -81,12 +83,16 @@ impl XlImage {
 fn append(data: GuestBytes<'_>, from: u64, to: u64, out: &mut Vec<u8>) -> Result<(), XenError> {
     let mut cursor = Cursor::new(data);
     cursor.at = from;
+    let cut = cursor.place(from);
     let part = cursor.take(to.saturating_sub(from))?;
     let old = out.len();
     out.resize(old.saturating_add(part.len()), 0);
     let copied = out.get_mut(old..).is_some_and(|out| part.copy_to(out));
-    debug_assert!(copied, "as long as the part");
-    Ok(())
+    copied.then_some(()).ok_or(XenError::Truncated {
+        place: cut,
+        wanted: part.len() as u64,
+        left: 0,
+    })
 }
 
 impl Skeleton {
@@ -157,7 +163,7 @@ impl Skeleton {
         for (record, next) in self.page_records() {
             each(Joined::Skeleton {
                 from: copied,
-                len: next.offset.saturating_sub(copied),
+                len: between(copied, next.offset, record).map_err(&failed)?,
             })?;
             copied = next.offset;
             let pages = entries(data, record, next).map_err(&failed)?;
@@ -182,10 +188,8 @@ impl Skeleton {
                 each(Joined::Pages { frames, tables })?;
             }
         }
-        each(Joined::Skeleton {
-            from: copied,
-            len: (data.len() as u64).saturating_sub(copied),
-        })
+        let len = rest(data, copied).map_err(&failed)?;
+        each(Joined::Skeleton { from: copied, len })
     }
 }
 
@@ -198,6 +202,6 @@ fn entries<'a>(
     let mut cursor = Cursor::new(data);
     cursor.within = Within::Record(record.number);
     cursor.at = record.body();
-    let body = cursor.take(next.offset.saturating_sub(record.body()))?;
+    let body = cursor.take(between(record.body(), next.offset, record)?)?;
     PageData::parse(&cursor, record, body)
 }

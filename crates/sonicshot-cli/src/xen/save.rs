@@ -7,10 +7,10 @@ use crate::output::overwrite;
 use crate::report::{percent, progress_bar, say, size};
 use indicatif::ProgressBar;
 use serde_json::json;
-use sonicshot::{DropClasses, GuestMemory, PageSize, PrunePlan};
+use sonicshot::{DropClasses, GuestMemory, PageSize};
 use sonicshot_dump::{Dump, NewFile};
 use sonicshot_offline::packed;
-use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
+use sonicshot_vmi::{AnalysisOptions, GuestOptions, analyze};
 use sonicshot_xen_live::{DomainId, FrameRuns, LiveDomain, SaveFilter, Xen, path_of};
 use std::fs::File;
 use std::io;
@@ -211,15 +211,14 @@ fn look(xen: &Xen, id: DomainId, args: &XenSaveArgs) -> Result<Look, CliError> {
     for path in &args.symbols {
         options = options.symbols(path);
     }
-    let guest = LinuxGuest::open(&domain, &options).map_err(failed)?;
-    let pages = guest.classify(OnInconsistency::Refuse).map_err(failed)?;
-    let plan = PrunePlan::new(&pages.map, &DropClasses::default(), pages.free_fill);
-    let frames = domain.dropped(&plan);
+    let options = AnalysisOptions::new().guest(options).zero_pages(false);
+    let guest = analyze(&domain, &options).map_err(failed)?;
+    let frames = domain.dropped(&guest.plan(&DropClasses::default()));
     Ok(Look {
-        release: guest.release().to_owned(),
+        release: guest.facts().release.clone(),
         total_pages: domain.layout().bytes() >> PAGE.shift(),
         frames,
-        notes: pages.notes.iter().map(ToString::to_string).collect(),
+        notes: guest.notes().iter().map(ToString::to_string).collect(),
     })
 }
 

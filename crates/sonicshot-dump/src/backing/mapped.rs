@@ -2,12 +2,15 @@
 //!
 //! Everything that knows where each stretch of guest RAM lies in the file is the same for all
 //! uncompressed formats: a format parser only makes the list of [`Extent`]s.
+#![expect(unsafe_code, reason = "the mmap edge")]
 
 use crate::DumpError;
 use memmap2::Mmap;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
-use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, Mapped, MemoryError, RamLayout};
+use sonicshot::{
+    FileOffset, FileRange, Gpa, GpaRange, GuestBytes, GuestMemory, Mapped, MemoryError, RamLayout,
+};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -27,7 +30,14 @@ const LONG_READ: usize = 4096;
 pub(crate) struct Extent {
     pub guest: GpaRange,
     /// Where the bytes begin; `None` if they are not in the file and read as zero.
-    pub offset: Option<u64>,
+    pub offset: Option<FileOffset>,
+}
+
+impl Extent {
+    /// Where the bytes are; `None` if they are not in the file.
+    pub(crate) fn file(&self) -> Option<FileRange> {
+        FileRange::with_len(self.offset?, self.guest.len())
+    }
 }
 
 /// A mapped dump.
@@ -44,8 +54,8 @@ pub(crate) struct MappedDump {
     extents_are_data: bool,
     /// When the file was last written to, that we know of.
     written: Mutex<(i64, i64)>,
-    /// The stretches of the file that are not holes, sorted: start and end.
-    data: OnceLock<Option<Vec<(u64, u64)>>>,
+    /// The stretches of the file that are not holes, sorted.
+    data: OnceLock<Option<Vec<FileRange>>>,
 }
 
 /// Opens and maps `path`.
@@ -55,7 +65,6 @@ pub(crate) fn map_file(path: &Path) -> Result<(File, Mmap), DumpError> {
 }
 
 /// Maps `file`, which messages call `path`.
-#[allow(unsafe_code, reason = "the mmap edge")]
 pub(crate) fn map_open_file(path: &Path, file: File) -> Result<(File, Mmap), DumpError> {
     // SAFETY: the mapping is shared and read-only, and never handed out as `&[u8]` of guest
     // memory but as `GuestBytes`, which tolerates that others write the file. A file that is
@@ -65,7 +74,6 @@ pub(crate) fn map_open_file(path: &Path, file: File) -> Result<(File, Mmap), Dum
 }
 
 /// The bytes of the whole file.
-#[allow(unsafe_code, reason = "the mmap edge")]
 pub(crate) fn whole(map: &Mmap) -> GuestBytes<'_> {
     match NonNull::new(map.as_ptr().cast_mut()) {
         // SAFETY: the mapping has exactly this length, and lives while `map` is borrowed.
@@ -131,9 +139,9 @@ impl MappedDump {
     }
 
     /// Whether the file holds `bytes` at `offset`.
-    pub(crate) fn holds(&self, offset: u64, bytes: &[u8]) -> bool {
+    pub(crate) fn holds(&self, offset: FileOffset, bytes: &[u8]) -> bool {
         let mut there = vec![0; bytes.len()];
-        usize::try_from(offset)
+        usize::try_from(offset.raw())
             .ok()
             .and_then(|offset| self.bytes().get(offset, bytes.len()))
             .is_some_and(|found| found.copy_to(&mut there) && there == bytes)
@@ -145,6 +153,17 @@ impl MappedDump {
 
     pub(crate) fn file(&self) -> &File {
         &self.file
+    }
+
+    /// All of the file, as it was when it was opened.
+    pub(crate) fn file_range(&self) -> FileRange {
+        FileRange::new(FileOffset::ZERO, FileOffset::new(self.file_len()))
+    }
+
+    /// The bytes of a stretch of the file.
+    pub(crate) fn bytes_in(&self, range: FileRange) -> Option<GuestBytes<'_>> {
+        let start = usize::try_from(range.start().raw()).ok()?;
+        self.bytes().get(start, usize::try_from(range.len()).ok()?)
     }
 
     /// The length of the file in bytes, when it was opened.
@@ -183,14 +202,24 @@ impl MappedDump {
     }
 
     /// Where the byte at `at` of `extent` is in the file; `None` if it is not in it.
-    pub(crate) fn offset_in(&self, extent: &Extent, at: Gpa) -> Result<Option<u64>, DumpError> {
+    pub(crate) fn offset_in(
+        &self,
+        extent: &Extent,
+        at: Gpa,
+    ) -> Result<Option<FileOffset>, DumpError> {
         let Some(base) = extent.offset else {
             return Ok(None);
         };
         let inside = at.offset_from(extent.guest.start());
         let offset = inside.and_then(|inside| base.checked_add(inside));
-        let wrong =
-            || DumpError::malformed(&self.path, "memory outside its stretch", base, at.raw());
+        let wrong = || {
+            DumpError::malformed(
+                &self.path,
+                "memory outside its stretch",
+                base.raw(),
+                at.raw(),
+            )
+        };
         offset.map(Some).ok_or_else(wrong)
     }
 
@@ -205,7 +234,7 @@ impl MappedDump {
 
     /// The part of `at..at+len` that one extent holds: where it is in the file, unless it is
     /// zeroes, and its length.
-    fn part(&self, at: Gpa, len: u64) -> Option<(Option<u64>, u64)> {
+    fn part(&self, at: Gpa, len: u64) -> Option<(Option<FileOffset>, u64)> {
         let extent = self.extent_of(at)?;
         let inside = at.offset_from(extent.guest.start())?;
         let len = extent.guest.len().checked_sub(inside)?.min(len);
@@ -221,14 +250,12 @@ impl MappedDump {
         let Some(offset) = offset else {
             return Some((None, len));
         };
-        let start = usize::try_from(offset).ok()?;
-        let bytes = whole(&self.map).get(start, usize::try_from(len).ok()?)?;
+        let bytes = self.bytes_in(FileRange::with_len(offset, len)?)?;
         Some((Some(bytes), len))
     }
 
     /// Takes the whole pages of `bytes` out of this process's page tables; they stay in the
     /// page cache.
-    #[allow(unsafe_code, reason = "the mmap edge")]
     fn forget(&self, bytes: GuestBytes<'_>) {
         let base = self.map.as_ptr() as usize;
         let start = (bytes.as_ptr() as usize).saturating_sub(base);
@@ -247,7 +274,7 @@ impl MappedDump {
     }
 
     /// The stretches of the file that hold data, by the file system; `None` if it cannot tell.
-    pub(crate) fn data_stretches(&self) -> Option<&[(u64, u64)]> {
+    pub(crate) fn data_stretches(&self) -> Option<&[FileRange]> {
         self.data
             .get_or_init(|| {
                 let len = self.map.len() as u64;
@@ -264,7 +291,8 @@ impl MappedDump {
                     if end <= start || found.len() >= MAX_FILE_EXTENTS {
                         return None;
                     }
-                    found.push((start, end.min(len)));
+                    let range = (FileOffset::new(start), FileOffset::new(end.min(len)));
+                    found.push(FileRange::new(range.0, range.1));
                     at = end;
                 }
                 Some(found)
@@ -291,11 +319,11 @@ impl GuestMemory for MappedDump {
                 None => now.fill(0),
                 Some(offset) if size >= LONG_READ => self
                     .file
-                    .read_exact_at(now, offset)
+                    .read_exact_at(now, offset.raw())
                     .map_err(|source| MemoryError::Io { range, source })?,
                 Some(offset) => {
-                    let start = usize::try_from(offset).map_err(|_| not_ram())?;
-                    let copied = whole(&self.map).get(start, size);
+                    let range = FileRange::with_len(offset, len).ok_or_else(not_ram)?;
+                    let copied = self.bytes_in(range);
                     if !copied.is_some_and(|bytes| bytes.copy_to(now)) {
                         return Err(not_ram());
                     }
@@ -341,16 +369,18 @@ impl GuestMemory for MappedDump {
                 return Some(GpaRange::new(from, extent.guest.end()));
             };
             let start = offset.checked_add(from.offset_from(extent.guest.start())?)?;
-            let end = offset.checked_add(extent.guest.len())?;
-            let index = data.partition_point(|(_, data_end)| *data_end <= start);
-            if let Some((data_start, data_end)) = data.get(index).filter(|(s, _)| *s < end) {
-                let to_guest = |file: u64| {
-                    extent
-                        .guest
-                        .start()
-                        .checked_add(file.clamp(start, end).checked_sub(offset)?)
+            let here = FileRange::new(start, offset.checked_add(extent.guest.len())?);
+            let index = data.partition_point(|data| data.end() <= start);
+            let data = data.get(index).map(|data| data.intersection(&here));
+            if let Some(data) = data.filter(|data| !data.is_empty()) {
+                let to_guest = |at: FileOffset| {
+                    let inside = at.offset_from(offset)?;
+                    extent.guest.start().checked_add(inside)
                 };
-                return Some(GpaRange::new(to_guest(*data_start)?, to_guest(*data_end)?));
+                return Some(GpaRange::new(
+                    to_guest(data.start())?,
+                    to_guest(data.end())?,
+                ));
             }
         }
         None

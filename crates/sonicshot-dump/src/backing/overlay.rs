@@ -15,8 +15,9 @@
 
 use crate::DumpError;
 use crate::backing::mapped::MappedDump;
-use sonicshot::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout};
-use std::os::unix::fs::MetadataExt;
+use sonicshot::{
+    FileId, FileOffset, FileRange, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout,
+};
 
 /// How much of the base is looked at in one step for being zero: a hole is no use to the guest
 /// in smaller parts.
@@ -40,9 +41,8 @@ pub(crate) struct Piece {
 
 fn same_file(a: &MappedDump, b: &MappedDump) -> Result<bool, DumpError> {
     let identity = |dump: &MappedDump| {
-        let metadata = dump.file().metadata();
-        let metadata = metadata.map_err(DumpError::io("reading", dump.path()))?;
-        Ok::<_, DumpError>((metadata.dev(), metadata.ino()))
+        let id = FileId::of(dump.file());
+        id.map_err(DumpError::io("reading", dump.path()))
     };
     Ok(identity(a)? == identity(b)?)
 }
@@ -52,34 +52,36 @@ fn pieces(diff: &MappedDump) -> Option<Vec<Piece>> {
     let data = diff.data_stretches()?;
     let mut pieces = Vec::new();
     for extent in diff.extents() {
-        let from = extent.offset?;
-        let end = from.checked_add(extent.guest.len())?;
-        let guest = |offset: u64| {
-            let inside = offset.checked_sub(from)?;
+        let here = extent.file()?;
+        let guest = |at: FileOffset| {
+            let inside = at.offset_from(here.start())?;
             extent.guest.start().checked_add(inside)
         };
-        let mut push = |start: u64, end: u64, in_diff| {
+        let mut push = |start: FileOffset, end: FileOffset, in_diff| {
             if start < end {
                 let guest = GpaRange::new(guest(start)?, guest(end)?);
                 pieces.push(Piece { guest, in_diff });
             }
             Some(())
         };
-        let mut at = from;
-        let first = data.partition_point(|(_, data_end)| *data_end <= from);
-        for (start, stop) in data
-            .iter()
-            .skip(first)
-            .take_while(|(start, _)| *start < end)
-        {
-            let (start, stop) = ((*start).max(from), (*stop).min(end));
-            push(at, start, false)?;
-            push(start, stop, true)?;
-            at = stop;
+        let mut at = here.start();
+        for data in inside(data, here) {
+            push(at, data.start(), false)?;
+            push(data.start(), data.end(), true)?;
+            at = data.end();
         }
-        push(at, end, false)?;
+        push(at, here.end(), false)?;
     }
     Some(pieces)
+}
+
+/// What of the stretches `data`, which are sorted, lies in `range`.
+fn inside(data: &[FileRange], range: FileRange) -> impl Iterator<Item = FileRange> + '_ {
+    let first = data.partition_point(|data| data.end() <= range.start());
+    let parts = data.iter().skip(first);
+    parts
+        .map(move |data| data.intersection(&range))
+        .take_while(|part| !part.is_empty())
 }
 
 impl Overlay {
@@ -124,33 +126,28 @@ impl Overlay {
         parts.take_while(|part| !part.guest.is_empty())
     }
 
-    /// Of the stretches `runs` (offset and length) of the diff, those that it has and that read
-    /// as zero in the base; and how many bytes it has that do not.
-    pub(crate) fn punchable(&self, runs: &[(u64, u64)]) -> (Vec<(u64, u64)>, u64) {
-        let whole = [(0, self.diff.file_len())];
+    /// Of the stretches `runs` of the diff, those that it has and that read as zero in the base;
+    /// and how many bytes it has that do not.
+    pub(crate) fn punchable(&self, runs: &[FileRange]) -> (Vec<FileRange>, u64) {
+        let whole = [self.diff.file_range()];
         let data = self.diff.data_stretches().unwrap_or(&whole);
-        let (mut found, mut kept): (Vec<(u64, u64)>, _) = (Vec::new(), 0_u64);
-        for (offset, len) in runs {
-            let end = offset.saturating_add(*len);
-            let first = data.partition_point(|(_, data_end)| data_end <= offset);
-            for (start, stop) in data
-                .iter()
-                .skip(first)
-                .take_while(|(start, _)| *start < end)
-            {
-                let (mut at, stop) = ((*start).max(*offset), (*stop).min(end));
-                while at < stop {
+        let (mut found, mut kept): (Vec<FileRange>, _) = (Vec::new(), 0_u64);
+        for run in runs {
+            for data in inside(data, *run) {
+                let mut at = data.start();
+                while at < data.end() {
                     // Up to the end of the page, so that all later steps are whole pages.
-                    let next = (at | (PAGE - 1)).saturating_add(1).min(stop);
-                    let len = next.saturating_sub(at);
-                    if !self.base_is_zero(at, len) {
-                        kept = kept.saturating_add(len);
+                    let next = at.checked_add(1).and_then(|at| at.checked_align_up(PAGE));
+                    let next = next.map_or(data.end(), |next| next.min(data.end()));
+                    let part = FileRange::new(at, next);
+                    if !self.base_is_zero(part) {
+                        kept = kept.saturating_add(part.len());
                     } else {
                         match found.last_mut() {
-                            Some((last, so_far)) if last.checked_add(*so_far) == Some(at) => {
-                                *so_far = so_far.saturating_add(len);
+                            Some(last) if last.end() == at => {
+                                *last = FileRange::new(last.start(), next);
                             }
-                            _ => found.push((at, len)),
+                            _ => found.push(part),
                         }
                     }
                     at = next;
@@ -160,18 +157,13 @@ impl Overlay {
         (found, kept)
     }
 
-    fn base_is_zero(&self, offset: u64, len: u64) -> bool {
-        if let Some(data) = self.base.data_stretches() {
-            let index = data.partition_point(|(_, end)| *end <= offset);
-            let end = offset.saturating_add(len);
-            if data.get(index).is_none_or(|(start, _)| *start >= end) {
-                return true;
-            }
+    fn base_is_zero(&self, range: FileRange) -> bool {
+        if let Some(data) = self.base.data_stretches()
+            && inside(data, range).next().is_none()
+        {
+            return true;
         }
-        let (Ok(offset), Ok(len)) = (usize::try_from(offset), usize::try_from(len)) else {
-            return false;
-        };
-        let bytes = self.base.bytes().get(offset, len);
+        let bytes = self.base.bytes_in(range);
         bytes.is_some_and(|bytes| bytes.is_zero())
     }
 

@@ -3,20 +3,44 @@
 
 use crate::DumpError;
 use crate::backing::mapped;
-use crate::format::libvirt::{Compression, Image};
 use crate::format::qemu::start::MAGIC as MIGRATION;
 use crate::output::scratch;
+use sonicshot::FileOffset;
+use sonicshot::file::write_sparse_at;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Where there may be room for a guest's memory, unlike in `/tmp`.
 const FALLBACK: &str = "/var/tmp";
-/// Zeroes of this length become a hole.
-const PAGE: usize = 4096;
 const PIECE: usize = 1 << 20;
+
+/// How the migration file in a libvirt image is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Compression {
+    Gzip,
+    Zstd,
+}
+
+/// What the header of a libvirt image says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Image {
+    /// `None`: the migration file is in the image as it is.
+    pub compression: Option<Compression>,
+    /// Where the migration file begins.
+    pub payload_at: u64,
+}
+
+impl Image {
+    pub(crate) fn name(&self) -> &'static str {
+        match self.compression {
+            None => "libvirt save image",
+            Some(Compression::Gzip) => "libvirt save image (gzip)",
+            Some(Compression::Zstd) => "libvirt save image (zstd)",
+        }
+    }
+}
 
 /// The content of a dump in a file without a name, which is gone with its last user.
 ///
@@ -96,7 +120,7 @@ impl Spool {
                 }
                 DumpError::io("reading", name)(source)
             })?;
-            let piece = buffer.get(..len).unwrap_or_default();
+            let (piece, _) = buffer.split_at(len.min(buffer.len()));
             // Before more is taken in: what else it may be could be endless, or one in the other.
             if at == 0 && image.is_some() && !piece.starts_with(MIGRATION) {
                 return Err(DumpError::NotADump {
@@ -104,9 +128,12 @@ impl Spool {
                     why: "what is compressed in it is no migration file of QEMU's",
                 });
             }
-            write_used(&file, piece, at)
-                .map_err(DumpError::io("writing a temporary file in", &folder))?;
-            at = at.saturating_add(len as u64);
+            let writing = || DumpError::io("writing a temporary file in", &folder);
+            write_sparse_at(&file, piece, FileOffset::new(at)).map_err(writing())?;
+            let next = at
+                .checked_add(len as u64)
+                .ok_or(io::ErrorKind::FileTooLarge);
+            at = next.map_err(|kind| writing()(kind.into()))?;
             if len < PIECE {
                 break;
             }
@@ -151,23 +178,4 @@ fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
         }
     }
     Ok(len)
-}
-
-/// Writes what is not zero, in runs of pages.
-fn write_used(file: &File, piece: &[u8], at: u64) -> io::Result<()> {
-    let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
-    let pages: Vec<&[u8]> = piece.chunks(PAGE).collect();
-    let mut from = 0_usize;
-    for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
-        let len = run
-            .iter()
-            .fold(0_usize, |sum, page| sum.saturating_add(page.len()));
-        let end = from.saturating_add(len);
-        if !run.first().is_none_or(|page| is_zero(page)) {
-            let bytes = piece.get(from..end).unwrap_or_default();
-            file.write_all_at(bytes, at.saturating_add(from as u64))?;
-        }
-        from = end;
-    }
-    Ok(())
 }

@@ -1,5 +1,5 @@
 //! System calls that no crate in use offers.
-#![allow(unsafe_code, reason = "the FFI edge")]
+#![expect(unsafe_code, reason = "the FFI edge")]
 
 use std::fs::File;
 use std::io;

@@ -2,13 +2,12 @@
 
 use crate::DumpError;
 use crate::backing::mapped::MappedDump;
-use crate::format::libvirt::Image;
+use crate::backing::spool::Image;
 use crate::format::qemu::content::Content;
 use crate::output::Output;
-use crate::prune::holes::Run;
 use crate::prune::stats::PruneStats;
 use sonicshot::Progress;
-use sonicshot::PrunePlan;
+use sonicshot::{FileOffset, FileRange, PrunePlan};
 use std::fs::File;
 
 /// A file of the same format that is to be written without some pages.
@@ -30,9 +29,9 @@ pub(crate) trait ByCopy {
 #[derive(Debug, Default)]
 pub(crate) struct Punching {
     /// Bytes that say of pages that they are not there, each with its offset: written first.
-    pub marks: Vec<(u64, Vec<u8>)>,
+    pub marks: Vec<(FileOffset, Vec<u8>)>,
     /// The stretches that then stand for nothing.
-    pub runs: Vec<Run>,
+    pub runs: Vec<FileRange>,
 }
 
 /// Can have its pages punched out.
@@ -52,12 +51,7 @@ pub(crate) trait InPlace {
 /// A part of a pruned stream.
 pub(crate) enum Part<'a> {
     /// A stretch of the input.
-    Copy {
-        /// Where it begins.
-        from: u64,
-        /// Its length.
-        len: u64,
-    },
+    Copy(FileRange),
     /// Other bytes.
     Bytes(&'a [u8]),
 }

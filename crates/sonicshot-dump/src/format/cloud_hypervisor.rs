@@ -34,7 +34,7 @@
 //! has what the file has. Such a snapshot is not pruned.
 
 use crate::DumpError;
-use crate::format::Kind;
+use crate::format::kind::Kind;
 use crate::layout::LayoutSpec;
 use crate::processors::{SREGS_LEN, Sregs, nested, rip_and_flags, told, u32_in};
 use crate::snapshot::{Named, SnapshotFiles, Vmm};

@@ -3,12 +3,14 @@
 use crate::backing::mapped::MappedDump;
 use crate::backing::overlay::Overlay;
 use crate::format::ability::{ByCopy, Copying, InPlace, Punching};
-use crate::format::{Format, Source, kind_of, raw};
+use crate::format::kind::{Format, Source};
+use crate::format::{kind_of, raw};
 use crate::prune::copy::Copier;
+use crate::prune::holes::sum_of;
 use crate::prune::runs::file_runs;
 use crate::prune::stats::PruneStats;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{GuestMemory, PrunePlan};
+use sonicshot::{FileRange, GuestMemory, PrunePlan};
 use std::fs::File;
 use std::path::Path;
 
@@ -102,7 +104,16 @@ impl ByCopy for Diff {
                 for piece in overlay.parts(extent.guest).filter(|p| p.in_diff == in_diff) {
                     for kept in goes.kept_in(piece.guest) {
                         if let Some(offset) = source.offset_in(extent, kept.start())? {
-                            copier.copy(offset, offset, kept.len())?;
+                            let from = FileRange::with_len(offset, kept.len());
+                            let beyond = || {
+                                DumpError::malformed(
+                                    source.path(),
+                                    "a stretch beyond 64 bits",
+                                    offset.raw(),
+                                    0,
+                                )
+                            };
+                            copier.copy(from.ok_or_else(beyond)?, offset)?;
                         }
                     }
                 }
@@ -128,9 +139,7 @@ impl InPlace for Diff {
         let runs = file_runs(self.overlay.diff(), goes)?;
         let (runs, kept) = self.overlay.punchable(&runs);
         stats.kept_for_base = kept;
-        stats.dropped_bytes = runs
-            .iter()
-            .fold(0, |sum, (_, len)| sum.saturating_add(*len));
+        stats.dropped_bytes = sum_of(&runs);
         stats.runs = runs.len() as u64;
         let marks = Vec::new();
         Ok(Punching { marks, runs })

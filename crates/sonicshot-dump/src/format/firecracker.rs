@@ -32,7 +32,7 @@
 //! [`Dump::open_over`]: crate::Dump::open_over
 
 use crate::DumpError;
-use crate::format::{Kind, begins_as_known};
+use crate::format::kind::Kind;
 use crate::processors::{Halted, SREGS_LEN, Sregs, u32_in};
 use crate::snapshot::{Entry, Named, SnapshotFiles, Vmm};
 use sonicshot::{Processor, Processors};
@@ -79,9 +79,10 @@ fn is_state(start: &[u8]) -> bool {
     })
 }
 
-/// Whether a file of `len` bytes that begins with `start` may be guest RAM.
-fn may_be_memory(start: &[u8], len: u64) -> bool {
-    len > 0 && len.is_multiple_of(MIB) && !is_state(start) && !begins_as_known(start)
+/// Whether a file may be guest RAM.
+fn may_be_memory(file: &Entry) -> bool {
+    let is_other = is_state(&file.start) || file.is_known;
+    file.len > 0 && file.len.is_multiple_of(MIB) && !is_other
 }
 
 /// A folder with a state file and the memory that goes with it.
@@ -209,7 +210,7 @@ fn memory_of(path: &Path, entries: &[Entry]) -> Result<Option<(PathBuf, PathBuf)
     };
     let memory: Vec<_> = entries
         .iter()
-        .filter(|entry| may_be_memory(&entry.start, entry.len))
+        .filter(|entry| may_be_memory(entry))
         .collect();
     match memory.as_slice() {
         [] => Err(DumpError::NotADump {

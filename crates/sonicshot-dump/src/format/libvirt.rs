@@ -7,8 +7,9 @@
 //! of the image. libvirt's own part stays as it is.
 
 use crate::DumpError;
-use crate::backing::spool::Spool;
-use crate::format::{Format, Kind, Source, qemu};
+use crate::backing::spool::{Compression, Image, Spool};
+use crate::format::kind::{Format, Kind, Source};
+use crate::format::qemu;
 use sonicshot::GuestBytes;
 use std::path::Path;
 
@@ -20,32 +21,6 @@ const HEADER_LEN: u64 = 92;
 const VERSION: u32 = 2;
 /// The XML of a domain, with its snapshots and what else there is, is shorter.
 const MAX_DATA: u32 = 1 << 28;
-
-/// How the migration file is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Compression {
-    Gzip,
-    Zstd,
-}
-
-/// What an image's header says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Image {
-    /// `None`: the migration file is in the image as it is.
-    pub compression: Option<Compression>,
-    /// Where the migration file begins.
-    pub payload_at: u64,
-}
-
-impl Image {
-    pub(crate) fn name(&self) -> &'static str {
-        match self.compression {
-            None => "libvirt save image",
-            Some(Compression::Gzip) => "libvirt save image (gzip)",
-            Some(Compression::Zstd) => "libvirt save image (zstd)",
-        }
-    }
-}
 
 fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {
     let image = parse(source.path, source.data())?;
@@ -69,19 +44,24 @@ fn parse(path: &Path, data: GuestBytes<'_>) -> Result<Image, DumpError> {
             0,
         );
     }
-    let (words, _) = header.as_chunks::<4>();
-    let mut words = words.iter().map(|word| u32::from_le_bytes(*word));
-    let mut next = || words.next().unwrap_or(0);
-    let version = next();
+    let word = |at: usize| {
+        header
+            .get(at..)?
+            .first_chunk()
+            .copied()
+            .map(u32::from_le_bytes)
+    };
+    let words = word(0).zip(word(4)).zip(word(12));
+    let Some(((version, data_len), format)) = words else {
+        return malformed("the end of the file inside the header", 16, 0);
+    };
     // A host of the other byte order.
     let swapped = version.swap_bytes() == VERSION;
-    let mut next = || if swapped { next().swap_bytes() } else { next() };
+    let in_order = |word: u32| if swapped { word.swap_bytes() } else { word };
+    let (data_len, format) = (in_order(data_len), in_order(format));
     if version != VERSION && !swapped {
         return malformed("the version of a libvirt save image", 16, version);
     }
-    let data_len = next();
-    let _was_running = next();
-    let format = next();
     if data_len > MAX_DATA {
         return malformed("the length of the domain's description", 20, data_len);
     }

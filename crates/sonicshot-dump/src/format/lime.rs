@@ -3,8 +3,8 @@
 
 use crate::DumpError;
 use crate::backing::mapped::{Extent, MappedDump};
-use crate::format::{Format, Kind, Source, boxed};
-use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory};
+use crate::format::kind::{Format, Kind, Source, boxed};
+use sonicshot::{FileOffset, Gpa, GpaRange, GuestBytes, GuestMemory};
 use std::fs::File;
 use std::path::Path;
 
@@ -103,7 +103,7 @@ fn extents(path: &Path, data: GuestBytes<'_>) -> Result<Vec<Extent>, DumpError> 
         }
         extents.push(Extent {
             guest: record.guest,
-            offset: Some(offset),
+            offset: Some(FileOffset::new(offset)),
         });
         at = end;
     }

@@ -2,7 +2,8 @@
 //!
 //! A format is one file here that has a [`Kind`], which opens it, and implements [`Format`]; and
 //! one line in [`KINDS`]. What it can do beside being read it says by the traits of
-//! [`ability`]; what it cannot is refused in one place, [`crate::Dump`].
+//! [`ability`]; what it cannot is refused in one place, [`crate::Dump`]. A format knows no other but
+//! those that it wraps, and not the list.
 
 pub(crate) mod ability;
 pub(crate) mod avml;
@@ -12,23 +13,16 @@ pub(crate) mod diff;
 pub(crate) mod elf_core;
 pub(crate) mod firecracker;
 pub(crate) mod kdump;
+pub(crate) mod kind;
 pub(crate) mod libvirt;
 pub(crate) mod lime;
 pub(crate) mod qemu;
 pub(crate) mod raw;
 pub(crate) mod xen;
 
-use crate::backing::mapped::{self, MappedDump};
-use crate::backing::spool::Spool;
-use crate::layout::LayoutSpec;
+use crate::DumpError;
 use crate::snapshot::{Named, SnapshotFiles};
-use crate::{DumpError, RamBlock};
-use ability::{AsStream, ByCopy, InPlace, Migration, Skeletal};
-use memmap2::Mmap;
-use sonicshot::{Architecture, Fill, GuestBytes, GuestMemory, P2m, PfnRange, Processors};
-use std::fmt;
-use std::fs::File;
-use std::os::unix::fs::MetadataExt;
+use kind::{Format, Kind, Source, boxed};
 use std::path::Path;
 
 /// All formats that say themselves what they are; the first that takes a file has it. What none
@@ -57,263 +51,6 @@ const NOT_YET: &[(&[u8], &str)] = &[
     (&[0x1f, 0x8b], "compressed with gzip"),
     (&[0xfd, b'7', b'z', b'X', b'Z', 0], "compressed with xz"),
 ];
-
-/// How a format is told from others, and opened.
-pub(crate) struct Kind {
-    /// How its files begin: each of them with one of these.
-    pub magics: &'static [&'static [u8]],
-    /// Whether a file is one, where its beginning does not tell by itself.
-    pub is_one: fn(&Source<'_>) -> bool,
-    /// Opens a file of it.
-    pub open: fn(Source<'_>) -> Result<Box<dyn Format>, DumpError>,
-    /// Finds the memory where a VMM keeps more than that: in a folder, or in a file with others
-    /// beside it. `None` if it is not this VMM's.
-    pub snapshot: fn(&Named<'_>) -> Result<Option<SnapshotFiles>, DumpError>,
-    /// Why the memory file at a path must not get holes, whatever the format: the VMM whose
-    /// snapshot it is part of would not read them as zero.
-    pub no_holes: fn(&Path) -> Result<Option<&'static str>, DumpError>,
-}
-
-impl Kind {
-    /// A format of one file that is told by how it begins.
-    pub(crate) const fn by_magic(
-        magics: &'static [&'static [u8]],
-        open: fn(Source<'_>) -> Result<Box<dyn Format>, DumpError>,
-    ) -> Self {
-        Self {
-            magics,
-            is_one: |_| true,
-            open,
-            snapshot: |_| Ok(None),
-            no_holes: |_| Ok(None),
-        }
-    }
-
-    /// What is told by the names of its files alone, of which the memory is in another format.
-    pub(crate) const fn by_name(
-        snapshot: fn(&Named<'_>) -> Result<Option<SnapshotFiles>, DumpError>,
-    ) -> Self {
-        Self {
-            magics: &[],
-            is_one: |_| false,
-            open: |source| raw::open(source).map(boxed),
-            snapshot,
-            no_holes: |_| Ok(None),
-        }
-    }
-
-    fn takes(&self, source: &Source<'_>) -> bool {
-        let begins = |magic: &&[u8]| source.begins_with(magic);
-        (self.magics.is_empty() || self.magics.iter().any(begins)) && (self.is_one)(source)
-    }
-}
-
-/// A file that is to be opened.
-pub(crate) struct Source<'a> {
-    /// What messages call it.
-    pub path: &'a Path,
-    pub file: File,
-    pub map: Mmap,
-    /// Where RAM lies, if the caller says.
-    pub layout: Option<&'a LayoutSpec>,
-    /// Where the content is, if it came through a pipe or was compressed.
-    pub spool: Option<Spool>,
-}
-
-impl<'a> Source<'a> {
-    /// The file at `path`.
-    pub(crate) fn open(path: &'a Path, layout: Option<&'a LayoutSpec>) -> Result<Self, DumpError> {
-        let not_a_dump = |why| DumpError::NotADump {
-            path: path.to_owned(),
-            why,
-        };
-        let metadata = std::fs::metadata(path).map_err(DumpError::io("opening", path))?;
-        if !metadata.is_file() {
-            return Err(not_a_dump("it is not a regular file"));
-        }
-        if metadata.len() == 0 {
-            return Err(not_a_dump("it is empty"));
-        }
-        let (file, map) = mapped::map_file(path)?;
-        Ok(Self {
-            path,
-            file,
-            map,
-            layout,
-            spool: None,
-        })
-    }
-
-    /// What is in `spool`.
-    pub(crate) fn spooled(
-        spool: &'a Spool,
-        layout: Option<&'a LayoutSpec>,
-    ) -> Result<Self, DumpError> {
-        let (file, map) = spool.map()?;
-        if map.is_empty() {
-            return Err(DumpError::NotADump {
-                path: spool.name().to_owned(),
-                why: "it is empty",
-            });
-        }
-        Ok(Self {
-            path: spool.name(),
-            file,
-            map,
-            layout,
-            spool: Some(spool.clone()),
-        })
-    }
-
-    /// All bytes.
-    pub(crate) fn data(&self) -> GuestBytes<'_> {
-        mapped::whole(&self.map)
-    }
-
-    /// The length in bytes.
-    pub(crate) fn len(&self) -> u64 {
-        self.map.len() as u64
-    }
-
-    /// The first bytes, if there are so many.
-    pub(crate) fn start<const N: usize>(&self) -> Option<[u8; N]> {
-        let mut start = [0; N];
-        let there = self.data().get(0, N)?;
-        there.copy_to(&mut start).then_some(start)
-    }
-
-    fn begins_with(&self, magic: &[u8]) -> bool {
-        let mut start = vec![0; magic.len()];
-        let there = self.data().get(0, magic.len());
-        there.is_some_and(|there| there.copy_to(&mut start)) && start == magic
-    }
-
-    /// What the file takes on disk, in bytes.
-    pub(crate) fn on_disk(&self) -> Result<u64, DumpError> {
-        let metadata = self.file.metadata();
-        let metadata = metadata.map_err(DumpError::io("reading", self.path))?;
-        Ok(metadata.blocks().saturating_mul(512))
-    }
-
-    /// The file as guest memory, which lies in it as `extents` say.
-    pub(crate) fn mapped(self, extents: Vec<mapped::Extent>) -> Result<MappedDump, DumpError> {
-        MappedDump::new(self.path, self.file, self.map, extents)
-    }
-}
-
-/// A dump of some format: the guest's memory, and what the file says beside it.
-pub(crate) trait Format: fmt::Debug + Send + Sync {
-    /// What people call it.
-    fn name(&self) -> &'static str;
-
-    /// The guest's memory.
-    fn memory(&self) -> &dyn GuestMemory;
-
-    /// The file; of one that is compressed as a whole, that one.
-    fn file(&self) -> &File;
-
-    /// The file that some of the memory comes from, if that is another.
-    fn base(&self) -> Option<&File> {
-        None
-    }
-
-    /// Where the content is, if the file is compressed as a whole.
-    fn unpacked(&self) -> Option<&Spool> {
-        None
-    }
-
-    /// Refuses files that are no longer what was opened.
-    fn check_unchanged(&self) -> Result<(), DumpError>;
-
-    /// What a page that is dropped reads as after a restore.
-    fn dropped_reads_as(&self) -> Fill {
-        Fill::Zero
-    }
-
-    /// Frames that must stay, whatever the guest says of them; sorted.
-    fn must_stay(&self) -> Vec<PfnRange> {
-        Vec::new()
-    }
-
-    /// Where RAM lies, if the file itself does not say.
-    fn layout(&self) -> Option<&LayoutSpec> {
-        None
-    }
-
-    /// The processor's kind.
-    fn machine(&self) -> Option<Architecture> {
-        None
-    }
-
-    /// The name of the machine that QEMU ran.
-    fn machine_type(&self) -> Option<&str> {
-        None
-    }
-
-    /// The blocks of memory of QEMU's migration files.
-    fn ram_blocks(&self) -> &[RamBlock] {
-        &[]
-    }
-
-    /// The VMCOREINFO text.
-    fn vmcoreinfo(&self) -> Option<&[u8]> {
-        None
-    }
-
-    /// The ELF notes.
-    fn notes(&self) -> Option<Vec<u8>> {
-        None
-    }
-
-    /// Whether the file holds the devices' state too.
-    fn holds_device_state(&self) -> bool {
-        false
-    }
-
-    /// What the file tells of the processors.
-    fn processors(&self) -> Processors {
-        Processors::Unknown
-    }
-
-    /// What translates the machine's frame numbers in a PV guest's page tables.
-    fn p2m(&self) -> Option<&P2m> {
-        self.memory().p2m()
-    }
-
-    /// What to do with a file that cannot be pruned.
-    fn instead(&self) -> &'static str {
-        "this format is only read here: save it as a checkpoint instead"
-    }
-
-    /// Can it be pruned by copy?
-    fn by_copy(&self) -> Option<&dyn ByCopy> {
-        None
-    }
-
-    /// Can it be pruned in place?
-    fn in_place(&self) -> Option<&dyn InPlace> {
-        None
-    }
-
-    /// Can it be written from front to back?
-    fn as_stream(&self) -> Option<&dyn AsStream> {
-        None
-    }
-
-    /// Can it be made into QEMU's migration files?
-    fn as_migration(&self) -> Option<&dyn Migration> {
-        None
-    }
-
-    /// Can it be split into the guest's memory and the rest?
-    fn as_skeletal(&self) -> Option<&dyn Skeletal> {
-        None
-    }
-}
-
-pub(crate) fn boxed(format: impl Format + 'static) -> Box<dyn Format> {
-    Box::new(format)
-}
 
 /// Opens a file of any format, which its content tells.
 pub(crate) fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {

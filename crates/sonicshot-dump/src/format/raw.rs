@@ -3,12 +3,13 @@
 
 use crate::backing::mapped::{Extent, MappedDump};
 use crate::format::ability::{ByCopy, Copying, InPlace, Punching};
-use crate::format::{Format, Source};
+use crate::format::kind::{Format, Source};
 use crate::prune::copy::Copier;
+use crate::prune::holes::sum_of;
 use crate::prune::runs::file_runs;
 use crate::prune::stats::PruneStats;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{GuestMemory, PrunePlan};
+use sonicshot::{FileOffset, FileRange, GuestMemory, PrunePlan};
 use std::fs::File;
 use std::path::Path;
 
@@ -66,28 +67,7 @@ impl Format for Raw {
 
 impl ByCopy for Raw {
     fn copy(&self, work: Copying<'_>) -> Result<(), DumpError> {
-        let dump = &self.mapped;
-        let Copying { goes, output, .. } = work;
-        let total = dump
-            .extents()
-            .iter()
-            .fold(0_u64, |sum, extent| sum.saturating_add(extent.guest.len()));
-        output
-            .file()
-            .set_len(total)
-            .map_err(DumpError::io("writing", output.path()))?;
-        let kept_total = total.saturating_sub(goes.dropped_bytes());
-        let mut copier = Copier::new(dump, output, kept_total, work.progress);
-        for extent in dump.extents() {
-            for kept in goes.kept_in(extent.guest) {
-                if let Some(offset) = dump.offset_in(extent, kept.start())? {
-                    copier.copy(offset, offset, kept.len())?;
-                }
-            }
-        }
-        work.stats.runs = file_runs(dump, goes)?.len() as u64;
-        work.stats.cloned_bytes = copier.cloned();
-        Ok(())
+        copy_kept(&self.mapped, work)
     }
 }
 
@@ -97,29 +77,71 @@ impl InPlace for Raw {
     }
 
     fn punching(&self, goes: &PrunePlan, stats: &mut PruneStats) -> Result<Punching, DumpError> {
-        let runs = file_runs(&self.mapped, goes)?;
-        stats.runs = runs.len() as u64;
-        let marks = Vec::new();
-        Ok(Punching { marks, runs })
+        punch_dropped(&self.mapped, goes, stats)
     }
+}
+
+/// Copies the pages that are kept of a file that is nothing but pages, each to its own place.
+pub(crate) fn copy_kept(dump: &MappedDump, work: Copying<'_>) -> Result<(), DumpError> {
+    let Copying {
+        goes,
+        output,
+        stats,
+        progress,
+    } = work;
+    let total = dump.file_len();
+    let sized = output.file().set_len(total);
+    sized.map_err(DumpError::io("writing", output.path()))?;
+    let runs = file_runs(dump, goes)?;
+    let kept_total = total.saturating_sub(sum_of(&runs));
+    let mut copier = Copier::new(dump, output, kept_total, progress);
+    for extent in dump.extents() {
+        for kept in goes.kept_in(extent.guest) {
+            if let Some(offset) = dump.offset_in(extent, kept.start())? {
+                let from = FileRange::with_len(offset, kept.len());
+                copier.copy(from.ok_or_else(|| beyond(dump, offset))?, offset)?;
+            }
+        }
+    }
+    stats.runs = runs.len() as u64;
+    stats.cloned_bytes = copier.cloned();
+    Ok(())
+}
+
+fn beyond(dump: &MappedDump, at: FileOffset) -> DumpError {
+    DumpError::malformed(dump.path(), "a stretch beyond 64 bits", at.raw(), 0)
+}
+
+/// What of such a file is to be punched.
+pub(crate) fn punch_dropped(
+    dump: &MappedDump,
+    goes: &PrunePlan,
+    stats: &mut PruneStats,
+) -> Result<Punching, DumpError> {
+    let runs = file_runs(dump, goes)?;
+    stats.runs = runs.len() as u64;
+    let marks = Vec::new();
+    Ok(Punching { marks, runs })
 }
 
 /// Where the bytes of a raw file of `len` bytes lie, by `spec`.
 fn extents(path: &Path, len: u64, spec: &LayoutSpec) -> Result<Vec<Extent>, DumpError> {
-    let mut offset = 0_u64;
+    let mut offset = FileOffset::ZERO;
     let mut extents = Vec::new();
     for guest in spec.ranges(len) {
         extents.push(Extent {
             guest,
             offset: Some(offset),
         });
-        offset = offset.saturating_add(guest.len());
+        offset = offset
+            .checked_add(guest.len())
+            .ok_or_else(|| DumpError::malformed(path, "a layout beyond 64 bits", 0, len))?;
     }
-    if offset != len {
+    if offset.raw() != len {
         return Err(DumpError::LayoutLength {
             path: path.to_owned(),
             layout: spec.to_string(),
-            described: offset,
+            described: offset.raw(),
             actual: len,
         });
     }

@@ -4,7 +4,10 @@ use crate::DumpError;
 use crate::format::elf_core::wire::{self, PT_LOAD, PT_NOTE, Segment};
 use crate::output::{Output, Overwrite, Target};
 use sonicshot::checkpoint::{CheckpointError, FillWith, RestoreTarget};
-use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, Progress, RamLayout};
+use sonicshot::file::write_sparse_at;
+use sonicshot::{
+    Architecture, FileOffset, Gpa, GpaRange, GuestMemory, MemoryError, Progress, RamLayout,
+};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -12,8 +15,6 @@ use std::path::Path;
 /// Guest memory is copied in pieces of this many bytes.
 const COPY: u64 = 1 << 20;
 const ALIGN: u64 = 4096;
-const PAGE: usize = 4096;
-const PLACELESS: &str = "RAM without a place";
 
 /// A dump that is being written: sparse, with room for all of the guest's RAM, which reads as
 /// zero until it is filled. It gets its name when it is [finished](Self::finish).
@@ -22,27 +23,27 @@ pub struct DumpFile {
     output: Output,
     layout: RamLayout,
     /// Each region, and where its bytes begin in the file.
-    places: Vec<(GpaRange, u64)>,
+    places: Vec<(GpaRange, FileOffset)>,
 }
 
 /// Where the regions of a layout are in a file.
 struct Places {
     /// Each region, and where its bytes begin.
-    list: Vec<(GpaRange, u64)>,
-    /// How long the file is.
-    end: u64,
+    list: Vec<(GpaRange, FileOffset)>,
+    /// Where the file ends.
+    end: FileOffset,
 }
 
 impl Places {
     /// From `start` on, each at the next multiple of `align`.
     fn new(path: &Path, layout: &RamLayout, start: u64, align: u64) -> Result<Self, DumpError> {
         let mut list = Vec::with_capacity(layout.regions().len());
-        let mut end = start;
+        let mut end = FileOffset::new(start);
         for region in layout.regions() {
             list.push((*region, end));
             end = end
                 .checked_add(region.len())
-                .and_then(|end| end.checked_next_multiple_of(align))
+                .and_then(|end| end.checked_align_up(align))
                 .ok_or_else(|| too_large(path, "RAM of (bytes)", layout.bytes()))?;
         }
         Ok(Self { list, end })
@@ -122,7 +123,7 @@ impl DumpFile {
             segments.push(Segment {
                 kind: PT_LOAD,
                 flags: 7,
-                offset: *offset,
+                offset: offset.raw(),
                 vaddr: region.start().raw(),
                 paddr: region.start().raw(),
                 file_len: region.len(),
@@ -146,7 +147,7 @@ impl DumpFile {
     ) -> Result<Self, DumpError> {
         let output = Output::create(Target::new(path, overwrite), inputs)?;
         let writing = || DumpError::io("writing", path);
-        output.file().set_len(places.end).map_err(writing())?;
+        output.file().set_len(places.end.raw()).map_err(writing())?;
         output.file().write_all_at(head, 0).map_err(writing())?;
         Ok(Self {
             output,
@@ -155,7 +156,7 @@ impl DumpFile {
         })
     }
 
-    fn place(&self, range: GpaRange) -> Option<u64> {
+    fn place(&self, range: GpaRange) -> Option<FileOffset> {
         let above = self
             .places
             .partition_point(|(region, _)| region.start() <= range.start());
@@ -166,16 +167,27 @@ impl DumpFile {
         offset.checked_add(range.start().offset_from(region.start())?)
     }
 
-    fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), DumpError> {
+    /// Where the bytes from `at` on go.
+    fn offset(&self, at: Gpa, bytes: &[u8]) -> Result<FileOffset, DumpError> {
         let range = GpaRange::with_len(at, bytes.len() as u64);
+        let offset = range.and_then(|range| self.place(range));
         let path = self.output.path();
-        let offset = range
-            .and_then(|range| self.place(range))
-            .ok_or_else(|| DumpError::malformed(path, PLACELESS, at.raw(), 0))?;
+        offset.ok_or_else(|| DumpError::malformed(path, "RAM without a place", at.raw(), 0))
+    }
+
+    fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), DumpError> {
+        let offset = self.offset(at, bytes)?;
         self.output
             .file()
-            .write_all_at(bytes, offset)
-            .map_err(DumpError::io("writing", path))
+            .write_all_at(bytes, offset.raw())
+            .map_err(DumpError::io("writing", self.output.path()))
+    }
+
+    /// Writes what is not zero, where nothing was written yet.
+    fn write_used(&self, at: Gpa, bytes: &[u8]) -> Result<(), DumpError> {
+        let offset = self.offset(at, bytes)?;
+        write_sparse_at(self.output.file(), bytes, offset)
+            .map_err(DumpError::io("writing", self.output.path()))
     }
 
     /// Copies all of `memory`, leaving holes where it is known to be zero or holds no data.
@@ -191,7 +203,9 @@ impl DumpFile {
             while let Some(data) = memory.next_data(at) {
                 let mut from = data.start();
                 while from < data.end() {
-                    let end = from.checked_add(COPY).unwrap_or(data.end()).min(data.end());
+                    let end = from
+                        .checked_add(COPY)
+                        .map_or(data.end(), |end| end.min(data.end()));
                     let part = GpaRange::new(from, end);
                     self.copy_part(memory, part, &mut buffer)?;
                     from = end;
@@ -242,30 +256,6 @@ impl DumpFile {
     fn size(&self, range: GpaRange) -> Result<usize, DumpError> {
         usize::try_from(range.len())
             .map_err(|_| too_large(self.output.path(), "a piece of (bytes)", range.len()))
-    }
-
-    /// Writes what is not zero, in runs of pages.
-    fn write_used(&self, at: Gpa, bytes: &[u8]) -> Result<(), DumpError> {
-        let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
-        let pages: Vec<&[u8]> = bytes.chunks(PAGE).collect();
-        let mut rest = bytes;
-        let mut from = at;
-        for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
-            let len = run
-                .iter()
-                .fold(0_usize, |sum, page| sum.saturating_add(page.len()));
-            let beyond = || DumpError::malformed(self.output.path(), PLACELESS, from.raw(), 0);
-            let (now, later) = rest.split_at_checked(len).ok_or_else(beyond)?;
-            if run.first().is_some_and(|page| !is_zero(page)) {
-                self.write(from, now)?;
-            }
-            if later.is_empty() {
-                break;
-            }
-            from = from.checked_add(len as u64).ok_or_else(beyond)?;
-            rest = later;
-        }
-        Ok(())
     }
 
     /// Makes the file durable and gives it its name. Returns what it takes on disk, in bytes.

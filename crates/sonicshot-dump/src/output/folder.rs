@@ -1,15 +1,15 @@
 //! A folder that appears whole or not at all.
 
+use crate::guard::CheckedPlan;
 use crate::output::{self, Output, PREFIX, Replaced, Rights, Target, folder_of, settle};
 use crate::snapshot::check_is_file;
-use crate::{Dump, DumpError, Overwrite, PruneStats, SnapshotFiles};
+use crate::{DumpError, Overwrite, PruneStats, SnapshotFiles};
 use rustix::fs::{
     Mode, OFlags, RenameFlags, SeekFrom, copy_file_range, openat, renameat_with, seek,
 };
 use rustix::io::Errno;
 use rustix::process::geteuid;
 use sonicshot::Progress;
-use sonicshot::PrunePlan;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -118,14 +118,13 @@ impl NewFolder {
         })
     }
 
-    /// Writes the memory, without the pages that `plan` drops.
+    /// Writes the memory, without the pages that go.
     ///
     /// # Errors
-    /// As [`Dump::prune_to`].
+    /// As [`CheckedPlan::prune_to`].
     pub fn write_memory(
         &self,
-        dump: &Dump,
-        plan: &PrunePlan,
+        plan: &CheckedPlan<'_>,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
         let target = Target {
@@ -133,7 +132,7 @@ impl NewFolder {
             overwrite: Overwrite::Refuse,
             folder: Some(&self.folder),
         };
-        dump.prune_at(plan, target, progress)
+        plan.prune_at(target, progress)
     }
 
     /// Makes the folder durable and gives it its name.

@@ -33,6 +33,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use rustix::process::geteuid;
+use sonicshot::FileId;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
@@ -120,7 +121,9 @@ impl Output {
         let mut rights = Vec::new();
         for input in inputs {
             let metadata = input.metadata().map_err(DumpError::io("reading", path))?;
-            if there.is_some_and(|there| (there.st_dev, there.st_ino) == identity(&metadata)) {
+            if there.is_some_and(|there| {
+                FileId::new(there.st_dev, there.st_ino) == FileId::from(&metadata)
+            }) {
                 return Err(DumpError::SameFile { path: path.into() });
             }
             rights.push(Rights::of(input).map_err(DumpError::io("reading", path))?);
@@ -375,10 +378,6 @@ pub(crate) fn open_folder(path: &Path) -> io::Result<File> {
 
 fn ends_as_folder(path: &Path) -> bool {
     path.as_os_str().as_bytes().ends_with(b"/")
-}
-
-pub(crate) fn identity(metadata: &std::fs::Metadata) -> (u64, u64) {
-    (metadata.dev(), metadata.ino())
 }
 
 fn kind_of(stat: &Stat) -> u32 {

@@ -8,6 +8,7 @@ use crate::prune::holes::block_size;
 use rustix::fs::{copy_file_range, fstatfs};
 use rustix::io::Errno;
 use sonicshot::Progress;
+use sonicshot::{FileOffset, FileRange};
 use std::os::unix::fs::FileExt;
 
 /// Longest stretch that is copied at once. Larger ones leave the processor's cache.
@@ -51,68 +52,74 @@ impl<'a> Copier<'a> {
         }
     }
 
-    /// Copies the `len` bytes at `from` to `to`.
-    pub(crate) fn copy(&mut self, from: u64, to: u64, len: u64) -> Result<(), DumpError> {
+    /// Copies the bytes `from` to `to`.
+    pub(crate) fn copy(&mut self, from: FileRange, to: FileOffset) -> Result<(), DumpError> {
         let dump = self.dump;
-        let cut = || DumpError::malformed(dump.path(), "a stretch beyond the end", from, len);
-        let end = from.checked_add(len).ok_or_else(cut)?;
-        if end > dump.file_len() {
-            return Err(cut());
+        if from.end() > dump.file_range().end() {
+            return Err(self.beyond(from));
         }
-        let whole = [(from, end)];
+        let whole = [from];
         let data = dump.data_stretches().unwrap_or(&whole);
-        let first = data.partition_point(|(_, data_end)| *data_end <= from);
+        let first = data.partition_point(|data| data.end() <= from.start());
         let before = self.done;
-        for (start, stop) in data.iter().skip(first) {
-            if *start >= end {
+        for data in data.iter().skip(first) {
+            let data = data.intersection(&from);
+            if data.is_empty() {
                 break;
             }
-            let (start, stop) = ((*start).max(from), (*stop).min(end));
-            let there = to.saturating_add(start.saturating_sub(from));
-            self.copy_data(start, there, stop.saturating_sub(start))?;
+            let inside = data.start().offset_from(from.start());
+            let there = inside.and_then(|inside| to.checked_add(inside));
+            self.copy_data(data, there.ok_or_else(|| self.beyond(from))?)?;
         }
         // What lies in holes is done as well.
-        self.done = before.saturating_add(len);
+        self.done = before.saturating_add(from.len());
         (self.progress)(self.done, self.total);
         Ok(())
     }
 
+    fn beyond(&self, from: FileRange) -> DumpError {
+        let (start, len) = (from.start().raw(), from.len());
+        DumpError::malformed(self.dump.path(), "a stretch beyond the end", start, len)
+    }
+
     /// Shares the whole blocks of a stretch where the file system can, and copies the rest.
-    fn copy_data(&mut self, from: u64, to: u64, len: u64) -> Result<(), DumpError> {
-        let Some((head, body)) = self.block.and_then(|block| shared(from, to, len, block)) else {
-            return self.copy_bytes(from, to, len);
+    fn copy_data(&mut self, from: FileRange, to: FileOffset) -> Result<(), DumpError> {
+        let body = self.block.and_then(|block| shared(from, to, block));
+        let Some((body, there)) = body else {
+            return self.copy_bytes(from, to);
         };
-        let tail = len.saturating_sub(head).saturating_sub(body);
-        let behind = |at: u64, len| at.saturating_add(len);
-        self.copy_bytes(from, to, head)?;
-        let (start, there) = (behind(from, head), behind(to, head));
+        let behind = there.checked_add(body.len());
+        let behind = behind.ok_or_else(|| self.beyond(from))?;
+        self.copy_bytes(FileRange::new(from.start(), body.start()), to)?;
         let (input, output) = (self.dump.file(), self.output.file());
-        match sys::clone_range(input, start, body, output, there) {
+        let start = body.start().raw();
+        match sys::clone_range(input, start, body.len(), output, there.raw()) {
             Ok(()) => {
-                self.cloned = self.cloned.saturating_add(body);
-                self.done = self.done.saturating_add(body);
+                self.cloned = self.cloned.saturating_add(body.len());
+                self.done = self.done.saturating_add(body.len());
                 (self.progress)(self.done, self.total);
             }
             // Two file systems, or one that cannot. What is really wrong, such as a full disk,
             // the plain copy finds out too.
             Err(_) => {
                 self.block = None;
-                self.copy_bytes(start, there, body)?;
+                self.copy_bytes(body, there)?;
             }
         }
-        self.copy_bytes(behind(start, body), behind(there, body), tail)
+        self.copy_bytes(FileRange::new(body.end(), from.end()), behind)
     }
 
-    fn copy_bytes(&mut self, mut from: u64, mut to: u64, mut left: u64) -> Result<(), DumpError> {
-        while left > 0 {
-            let now = usize::try_from(left).unwrap_or(COPY).min(COPY);
-            let copied = match self.copy_by_kernel(from, to, now)? {
+    fn copy_bytes(&mut self, from: FileRange, to: FileOffset) -> Result<(), DumpError> {
+        let (mut rest, mut to) = (from, to);
+        while !rest.is_empty() {
+            let now = usize::try_from(rest.len()).map_or(COPY, |left| left.min(COPY));
+            let copied = match self.copy_by_kernel(rest.start(), to, now)? {
                 Some(copied) => copied,
-                None => self.copy_through(from, to, now)?,
+                None => self.copy_through(rest.start(), to, now)?,
             } as u64;
-            from = from.saturating_add(copied);
-            to = to.saturating_add(copied);
-            left = left.saturating_sub(copied);
+            let next = rest.start().checked_add(copied).zip(to.checked_add(copied));
+            let (start, there) = next.ok_or_else(|| self.beyond(from))?;
+            (rest, to) = (FileRange::new(start, rest.end()), there);
             self.done = self.done.saturating_add(copied);
             (self.progress)(self.done, self.total);
         }
@@ -127,12 +134,12 @@ impl<'a> Copier<'a> {
     /// Lets the kernel copy up to `len` bytes; `None` if it does not between these files.
     fn copy_by_kernel(
         &mut self,
-        from: u64,
-        to: u64,
+        from: FileOffset,
+        to: FileOffset,
         len: usize,
     ) -> Result<Option<usize>, DumpError> {
         let (input, output) = (self.dump.file(), self.output.file());
-        let (mut source, mut target) = (from, to);
+        let (mut source, mut target) = (from.raw(), to.raw());
         while self.by_kernel {
             match copy_file_range(input, Some(&mut source), output, Some(&mut target), len) {
                 Ok(copied) if copied > 0 => return Ok(Some(copied)),
@@ -148,39 +155,50 @@ impl<'a> Copier<'a> {
         Ok(None)
     }
 
-    fn copy_through(&mut self, from: u64, to: u64, len: usize) -> Result<usize, DumpError> {
+    fn copy_through(
+        &mut self,
+        from: FileOffset,
+        to: FileOffset,
+        len: usize,
+    ) -> Result<usize, DumpError> {
         self.buffer.resize(len, 0);
         self.dump
             .file()
-            .read_exact_at(&mut self.buffer, from)
+            .read_exact_at(&mut self.buffer, from.raw())
             .map_err(DumpError::io("reading", self.dump.path()))?;
         self.output
             .file()
-            .write_all_at(&self.buffer, to)
+            .write_all_at(&self.buffer, to.raw())
             .map_err(DumpError::io("writing", self.output.path()))?;
         Ok(len)
     }
 }
 
-/// How much of a stretch comes before its first whole block, and how much is whole blocks;
-/// `None` if blocks of the input are none of the output.
-fn shared(from: u64, to: u64, len: u64, block: u64) -> Option<(u64, u64)> {
-    let inside = from.checked_rem(block)?;
-    if to.checked_rem(block)? != inside {
+/// The whole blocks of a stretch, and where they go; `None` if blocks of the input are none of the
+/// output.
+fn shared(from: FileRange, to: FileOffset, block: u64) -> Option<(FileRange, FileOffset)> {
+    let inside = from.start().raw().checked_rem(block)?;
+    if to.raw().checked_rem(block)? != inside {
         return None;
     }
-    let head = from.checked_next_multiple_of(block)?.checked_sub(from)?;
-    let rest = len.checked_sub(head)?;
-    let body = rest.checked_sub(rest.checked_rem(block)?)?;
-    (body > 0).then_some((head, body))
+    let start = from.start().checked_align_up(block)?;
+    let end = from.end().raw();
+    let end = FileOffset::new(end.checked_sub(end.checked_rem(block)?)?);
+    let body = FileRange::new(start, end);
+    let there = to.checked_add(start.offset_from(from.start())?)?;
+    (!body.is_empty()).then_some((body, there))
 }
 
 #[cfg(test)]
 mod tests {
     use super::shared;
+    use sonicshot::{FileOffset, FileRange};
 
     #[test]
     fn whole_blocks_can_be_shared() {
+        let at = FileOffset::new;
+        let range = |from, len| FileRange::with_len(at(from), len).unwrap();
+        // How much comes before the first whole block, and how much is whole blocks.
         for (from, to, len, want) in [
             (0, 8192, 4096, Some((0, 4096))),
             (100, 4196, 9000, Some((3996, 4096))),
@@ -190,8 +208,13 @@ mod tests {
             (0, 0, 0, None),
             (u64::MAX - 1, u64::MAX - 1, 1, None),
         ] {
-            assert_eq!(shared(from, to, len, 4096), want, "{from} {to} {len}");
+            let want = want.map(|(head, body)| (range(from + head, body), at(to + head)));
+            assert_eq!(
+                shared(range(from, len), at(to), 4096),
+                want,
+                "{from} {to} {len}"
+            );
         }
-        assert_eq!(shared(0, 0, 1 << 20, 0), None);
+        assert_eq!(shared(range(0, 1 << 20), at(0), 0), None);
     }
 }

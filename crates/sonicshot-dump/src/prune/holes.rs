@@ -1,15 +1,13 @@
 //! Which stretches of a file are worth a hole.
 
 use rustix::fs::StatFs;
+use sonicshot::{FileOffset, FileRange};
 use std::iter;
 
 /// The block of a file system that does not say.
 const BLOCK: u64 = 4096;
 /// The largest that is believed: a huge page of hugetlbfs.
 const MAX_BLOCK: u64 = 1 << 30;
-
-/// A stretch of a file: its offset and its length in bytes.
-pub(crate) type Run = (u64, u64);
 
 /// How a prune in place goes about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -43,7 +41,7 @@ impl PruneOptions {
     /// 1.9 % of the bytes. With 64 KiB 3.1 % of the smaller guest would be left.
     pub const MIN_HOLE: u64 = 32 << 10;
 
-    /// What [`Dump::prune_in_place`](crate::Dump::prune_in_place) uses.
+    /// What [`CheckedPlan::prune_in_place`](crate::CheckedPlan::prune_in_place) uses.
     #[must_use]
     pub const fn new() -> Self {
         Self {
@@ -70,14 +68,17 @@ impl PruneOptions {
     }
 }
 
+/// How long runs are all together, in bytes.
+pub(crate) fn sum_of<'a>(runs: impl IntoIterator<Item = &'a FileRange>) -> u64 {
+    let lengths = runs.into_iter().map(FileRange::len);
+    lengths.fold(0, u64::saturating_add)
+}
+
 /// The smallest hole for these runs.
-pub(crate) fn smallest_hole(runs: &[Run]) -> u64 {
+pub(crate) fn smallest_hole(runs: &[FileRange]) -> u64 {
     /// Of 100 bytes that can be freed, so many may be left.
     const LEFT: u64 = 3;
-    let sum = |below: u64| {
-        let runs = runs.iter().filter(|(_, len)| *len < below);
-        runs.fold(0_u64, |sum, (_, len)| sum.saturating_add(*len))
-    };
+    let sum = |below: u64| sum_of(runs.iter().filter(|run| run.len() < below));
     let most = (sum(u64::MAX) / 100).saturating_mul(LEFT);
     let mut hole = PruneOptions::MIN_HOLE;
     while hole > 1 && sum(hole) > most {
@@ -87,16 +88,15 @@ pub(crate) fn smallest_hole(runs: &[Run]) -> u64 {
 }
 
 /// Sorts runs, and joins those that touch.
-pub(crate) fn join(mut runs: Vec<Run>) -> Vec<Run> {
+pub(crate) fn join(mut runs: Vec<FileRange>) -> Vec<FileRange> {
     runs.sort_unstable();
-    let mut joined: Vec<Run> = Vec::with_capacity(runs.len());
-    for (offset, len) in runs {
-        let end = offset.saturating_add(len);
+    let mut joined: Vec<FileRange> = Vec::with_capacity(runs.len());
+    for run in runs {
         match joined.last_mut() {
-            Some((start, last)) if start.saturating_add(*last) >= offset => {
-                *last = (*last).max(end.saturating_sub(*start));
+            Some(last) if last.end() >= run.start() => {
+                *last = FileRange::new(last.start(), last.end().max(run.end()));
             }
-            _ => joined.push((offset, len)),
+            _ => joined.push(run),
         }
     }
     joined
@@ -104,11 +104,11 @@ pub(crate) fn join(mut runs: Vec<Run>) -> Vec<Run> {
 
 /// The whole blocks inside a run. A file system gives back nothing smaller: of a part of a block
 /// it would only write zeroes.
-pub(crate) fn whole_blocks((offset, len): Run, block: u64) -> Run {
-    let end = offset.saturating_add(len);
-    let start = offset.checked_next_multiple_of(block).unwrap_or(end);
+pub(crate) fn whole_blocks(run: FileRange, block: u64) -> FileRange {
+    let start = run.start().checked_align_up(block).unwrap_or(run.end());
+    let end = run.end().raw();
     let end = end.saturating_sub(end.checked_rem(block).unwrap_or(0));
-    (start, end.saturating_sub(start))
+    FileRange::new(start, FileOffset::new(end))
 }
 
 /// What the file system gives back at once. Not `st_blksize`, which is what it likes to read.
@@ -121,16 +121,18 @@ pub(crate) fn block_size(system: &StatFs) -> u64 {
     }
 }
 
-/// How many stretches of data are left of `data` (start and end, sorted) when `holes` are punched.
-pub(crate) fn stretches_without(data: &[(u64, u64)], holes: &[Run]) -> u64 {
+/// How many stretches of data are left of `data` (sorted) when `holes` are punched.
+pub(crate) fn stretches_without(data: &[FileRange], holes: &[FileRange]) -> u64 {
     let mut count = 0_u64;
-    for (start, end) in data {
-        let first = holes.partition_point(|(at, len)| at.saturating_add(*len) <= *start);
-        let inside = holes.iter().skip(first).take_while(|(at, _)| at < end);
-        let mut from = *start;
-        for (at, len) in inside.copied().chain(iter::once((*end, 0))) {
-            count = count.saturating_add(u64::from(at > from));
-            from = at.saturating_add(len);
+    for data in data {
+        let first = holes.partition_point(|hole| hole.end() <= data.start());
+        let inside = holes.iter().skip(first);
+        let inside = inside.take_while(|hole| hole.start() < data.end());
+        let end = FileRange::new(data.end(), data.end());
+        let mut from = data.start();
+        for hole in inside.copied().chain(iter::once(end)) {
+            count = count.saturating_add(u64::from(hole.start() > from));
+            from = hole.end();
         }
     }
     count
@@ -140,16 +142,26 @@ pub(crate) fn stretches_without(data: &[(u64, u64)], holes: &[Run]) -> u64 {
 mod tests {
     use super::{PruneOptions, join, smallest_hole, stretches_without, whole_blocks};
     use proptest::prelude::*;
+    use sonicshot::{FileOffset, FileRange};
+
+    /// A run by its offset and length.
+    fn run((offset, len): (u64, u64)) -> FileRange {
+        FileRange::with_len(FileOffset::new(offset), len).unwrap()
+    }
+
+    fn runs(list: Vec<(u64, u64)>) -> Vec<FileRange> {
+        list.into_iter().map(run).collect()
+    }
 
     #[test]
     fn runs_that_touch_are_one() {
-        for (runs, want) in [
+        for (list, want) in [
             (vec![], vec![]),
             (vec![(8, 4), (0, 8)], vec![(0, 12)]),
             (vec![(0, 8), (9, 1)], vec![(0, 8), (9, 1)]),
             (vec![(0, 9), (4, 2), (20, 1)], vec![(0, 9), (20, 1)]),
         ] {
-            assert_eq!(join(runs), want);
+            assert_eq!(join(runs(list)), runs(want));
         }
     }
 
@@ -160,7 +172,7 @@ mod tests {
             let lengths = runs
                 .iter()
                 .flat_map(|(len, count)| (0..*count).map(|_| *len));
-            lengths.map(|len| (0, len)).collect::<Vec<_>>()
+            lengths.map(|len| run((0, len))).collect::<Vec<_>>()
         };
         for (few, many, want) in [
             ((1000 * K, 1), (4 * K, 7), PruneOptions::MIN_HOLE),
@@ -176,14 +188,14 @@ mod tests {
 
     #[test]
     fn parts_of_blocks_are_left() {
-        for (run, block, want) in [
+        for (part, block, want) in [
             ((0, 8192), 4096, (0, 8192)),
             ((1, 8192), 4096, (4096, 4096)),
             ((100, 4096), 4096, (4096, 0)),
             ((4096, 1 << 20), 1 << 16, (1 << 16, 15 << 16)),
             ((u64::MAX - 5, 5), 4096, (u64::MAX, 0)),
         ] {
-            assert_eq!(whole_blocks(run, block), want, "{run:?}");
+            assert_eq!(whole_blocks(run(part), block), run(want), "{part:?}");
         }
     }
 
@@ -193,23 +205,17 @@ mod tests {
             data in proptest::collection::vec(any::<bool>(), 0..60),
             holes in proptest::collection::vec((0_u64..60, 1_u64..9), 0..8),
         ) {
-            let runs = |bits: &[bool]| {
-                let mut runs: Vec<(u64, u64)> = Vec::new();
-                for (at, _) in (0..).zip(bits).filter(|(_, bit)| **bit) {
-                    match runs.last_mut() {
-                        Some((_, end)) if *end == at => *end += 1,
-                        _ => runs.push((at, at + 1)),
-                    }
-                }
-                runs
+            let stretches = |bits: &[bool]| {
+                let bits = (0..).zip(bits).filter(|(_, bit)| **bit);
+                join(bits.map(|(at, _)| run((at, 1))).collect())
             };
-            let holes = join(holes);
-            let before = runs(&data);
+            let holes = join(runs(holes));
+            let before = stretches(&data);
             let mut after = data;
             for (at, bit) in (0..).zip(&mut after) {
-                *bit &= !holes.iter().any(|(start, len)| (*start..start + len).contains(&at));
+                *bit &= !holes.iter().any(|hole| hole.contains(FileOffset::new(at)));
             }
-            prop_assert_eq!(stretches_without(&before, &holes), runs(&after).len() as u64);
+            prop_assert_eq!(stretches_without(&before, &holes), stretches(&after).len() as u64);
         }
     }
 }

@@ -5,38 +5,34 @@
 //! file, that nobody else writes it, and that its file system punches holes. From there on each
 //! step leaves a valid dump.
 
+use crate::DumpError;
 use crate::backing::mapped::MappedDump;
+use crate::guard::CheckedPlan;
 use crate::in_use as live;
 use crate::prune::holes::{
-    PruneOptions, Run, block_size, join, smallest_hole, stretches_without, whole_blocks,
+    PruneOptions, block_size, join, smallest_hole, stretches_without, sum_of, whole_blocks,
 };
 use crate::prune::stats::{PruneStats, disk_usage};
-use crate::{Dump, DumpError};
 use rustix::fs::{FallocateFlags, SeekFrom, StatFs, fallocate, fstatfs, seek};
 use rustix::io::Errno;
-use sonicshot::Progress;
-use sonicshot::PrunePlan;
+use sonicshot::{FileId, FileOffset, FileRange, Progress};
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-impl Dump {
-    /// Punches the pages that `plan` drops out of the file itself, as [`PruneOptions::new`] says.
+impl CheckedPlan<'_> {
+    /// Punches the pages that go out of the file itself, as [`PruneOptions::new`] says.
     ///
     /// # Errors
     /// As [`prune_in_place_with`](Self::prune_in_place_with).
-    pub fn prune_in_place(
-        &self,
-        plan: &PrunePlan,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        self.prune_in_place_with(plan, &PruneOptions::new(), progress)
+    pub fn prune_in_place(&self, progress: Progress<'_>) -> Result<PruneStats, DumpError> {
+        self.prune_in_place_with(&PruneOptions::new(), progress)
     }
 
-    /// Punches the pages that `plan` drops out of the file itself.
+    /// Punches the pages that go out of the file itself.
     ///
-    /// Nothing is copied, and each step only makes pages that `plan` drops read as zero, so
-    /// whatever interrupts it leaves a valid dump. What is a hole already is not touched. In a
+    /// Nothing is copied, and each step only makes pages that go read as zero, so whatever
+    /// interrupts it leaves a valid dump. What is a hole already is not touched. In a
     /// mapped-ram file the marks of all these pages are cleared, and are on disk, before the
     /// first hole is punched.
     ///
@@ -47,15 +43,14 @@ impl Dump {
     /// somebody has; the file is then as it was.
     pub fn prune_in_place_with(
         &self,
-        plan: &PrunePlan,
         options: &PruneOptions,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
-        let format = self.in_place()?;
+        let format = self.dump().in_place()?;
         let dump = format.source();
         check_unchanged(dump, options)?;
-        let (goes, mut stats) = self.begin(plan, &[dump.file()])?;
-        let punching = format.punching(&goes, &mut stats)?;
+        let mut stats = self.begin(&[dump.file()])?;
+        let punching = format.punching(self.goes(), &mut stats)?;
         let system = fstatfs(dump.file())
             .map_err(|error| DumpError::io("reading", dump.path())(error.into()))?;
         let block = block_size(&system);
@@ -84,22 +79,22 @@ impl Dump {
 
 /// Of the runs that go, the whole blocks that are worth a hole; what is left is counted.
 fn worth_punching(
-    runs: Vec<Run>,
+    runs: Vec<FileRange>,
     options: &PruneOptions,
     data: &Data<'_>,
     block: u64,
     stats: &mut PruneStats,
-) -> Vec<Run> {
+) -> Vec<FileRange> {
     let runs = join(runs);
     // By all that is dropped, whether it is a hole already or not: so a prune that follows an
     // interrupted one leaves what that would have left.
     let min_hole = options.min_hole.unwrap_or_else(|| smallest_hole(&runs));
     let runs = data.held(&runs, stats.disk_before);
     let mut holes = Vec::with_capacity(runs.len());
-    for (offset, len) in runs {
-        let hole = whole_blocks((offset, len), block);
-        let worth = hole.1 > 0 && hole.1 >= min_hole;
-        let left = len.saturating_sub(if worth { hole.1 } else { 0 });
+    for run in runs {
+        let hole = whole_blocks(run, block);
+        let worth = !hole.is_empty() && hole.len() >= min_hole;
+        let left = run.len().saturating_sub(if worth { hole.len() } else { 0 });
         stats.left_bytes = stats.left_bytes.saturating_add(left);
         if worth {
             holes.push(hole);
@@ -112,10 +107,10 @@ fn worth_punching(
 
 /// First nobody may look for the pages any more: then what is left of them is as good as gone,
 /// whatever happens.
-fn write_marks(file: &File, path: &Path, marks: &[(u64, Vec<u8>)]) -> Result<(), DumpError> {
+fn write_marks(file: &File, path: &Path, marks: &[(FileOffset, Vec<u8>)]) -> Result<(), DumpError> {
     let writing = || DumpError::io("writing", path);
     for (offset, bitmap) in marks {
-        file.write_all_at(bitmap, *offset).map_err(writing())?;
+        file.write_all_at(bitmap, offset.raw()).map_err(writing())?;
     }
     if marks.is_empty() {
         return Ok(());
@@ -127,16 +122,14 @@ fn write_marks(file: &File, path: &Path, marks: &[(u64, Vec<u8>)]) -> Result<(),
 fn punch_all(
     file: &File,
     path: &Path,
-    holes: &[Run],
+    holes: &[FileRange],
     progress: Progress<'_>,
 ) -> Result<u64, DumpError> {
-    let total = holes
-        .iter()
-        .fold(0_u64, |sum, (_, len)| sum.saturating_add(*len));
+    let total = sum_of(holes);
     let mut done = 0_u64;
-    for (offset, len) in holes {
-        punch(file, path, *offset, *len)?;
-        done = done.saturating_add(*len);
+    for hole in holes {
+        punch(file, path, *hole)?;
+        done = done.saturating_add(hole.len());
         progress(done, total);
     }
     if !holes.is_empty() {
@@ -164,7 +157,8 @@ fn open_to_change(dump: &MappedDump, options: &PruneOptions) -> Result<File, Dum
         .open(path)
         .map_err(DumpError::io("opening for writing", path))?;
     // Not one that took its name since.
-    if identity(&file, path)? != identity(dump.file(), path)? {
+    let identity = |file| FileId::of(file).map_err(DumpError::io("reading", path));
+    if identity(&file)? != identity(dump.file())? {
         return Err(DumpError::NotADump {
             path: path.into(),
             why: "another file has taken its place since it was read",
@@ -173,18 +167,13 @@ fn open_to_change(dump: &MappedDump, options: &PruneOptions) -> Result<File, Dum
     Ok(file)
 }
 
-fn identity(file: &File, path: &Path) -> Result<(u64, u64), DumpError> {
-    let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
-    Ok((metadata.dev(), metadata.ino()))
-}
-
 /// Where a file has data, by its file system.
 struct Data<'a> {
     file: &'a File,
     len: u64,
     /// All of it; `None` if it costs as much to ask as to punch: in memory each page is looked
     /// at.
-    stretches: Option<&'a [(u64, u64)]>,
+    stretches: Option<&'a [FileRange]>,
 }
 
 impl<'a> Data<'a> {
@@ -209,23 +198,17 @@ impl<'a> Data<'a> {
     ///
     /// Space that is allocated but was never written looks like a hole. So where there may be
     /// such space in a file that takes `on_disk` bytes, that is every run.
-    fn held(&self, runs: &[Run], on_disk: u64) -> Vec<Run> {
-        let held: Vec<Run> = runs
+    fn held(&self, runs: &[FileRange], on_disk: u64) -> Vec<FileRange> {
+        let held: Vec<FileRange> = runs
             .iter()
             .copied()
             .filter(|run| self.holds(*run))
             .collect();
-        let sum = |runs: &[Run]| {
-            runs.iter()
-                .fold(0_u64, |sum, run| sum.saturating_add(run.1))
-        };
         let in_data = match self.stretches {
-            Some(stretches) => stretches.iter().fold(0_u64, |sum, (start, end)| {
-                sum.saturating_add(end.saturating_sub(*start))
-            }),
+            Some(stretches) => sum_of(stretches),
             None => self
                 .len
-                .saturating_sub(sum(runs).saturating_sub(sum(&held))),
+                .saturating_sub(sum_of(runs).saturating_sub(sum_of(&held))),
         };
         // The file system's own blocks count too: 1.5 % and 1 MiB are more than they take.
         let expected = in_data.saturating_add(in_data >> 6).saturating_add(1 << 20);
@@ -236,14 +219,14 @@ impl<'a> Data<'a> {
         }
     }
 
-    fn holds(&self, (offset, len): Run) -> bool {
-        let end = offset.saturating_add(len);
+    fn holds(&self, run: FileRange) -> bool {
         if let Some(stretches) = self.stretches {
-            let index = stretches.partition_point(|(_, data_end)| *data_end <= offset);
-            return stretches.get(index).is_some_and(|(start, _)| *start < end);
+            let index = stretches.partition_point(|data| data.end() <= run.start());
+            let next = stretches.get(index);
+            return next.is_some_and(|data| data.start() < run.end());
         }
-        match seek(self.file, SeekFrom::Data(offset)) {
-            Ok(data) => data < end,
+        match seek(self.file, SeekFrom::Data(run.start().raw())) {
+            Ok(data) => data < run.end().raw(),
             Err(Errno::NXIO) => false,
             // It cannot tell.
             Err(_) => true,
@@ -254,10 +237,11 @@ impl<'a> Data<'a> {
 /// Finds out whether holes can be punched, by punching one where there is nothing: behind the
 /// end of the file.
 fn probe(file: &File, path: &Path, file_len: u64, block: u64) -> Result<(), DumpError> {
-    let Some(behind) = file_len.checked_next_multiple_of(block) else {
+    let behind = FileOffset::new(file_len).checked_align_up(block);
+    let Some(behind) = behind.and_then(|behind| FileRange::with_len(behind, block)) else {
         return Ok(());
     };
-    match punch(file, path, behind, block) {
+    match punch(file, path, behind) {
         // A file as long as the file system allows.
         Err(DumpError::Io { source, .. })
             if source.raw_os_error() == Some(Errno::FBIG.raw_os_error()) =>
@@ -268,10 +252,10 @@ fn probe(file: &File, path: &Path, file_len: u64, block: u64) -> Result<(), Dump
     }
 }
 
-fn punch(file: &File, path: &Path, offset: u64, len: u64) -> Result<(), DumpError> {
+fn punch(file: &File, path: &Path, hole: FileRange) -> Result<(), DumpError> {
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     loop {
-        return match fallocate(file, flags, offset, len) {
+        return match fallocate(file, flags, hole.start().raw(), hole.len()) {
             Ok(()) => Ok(()),
             Err(Errno::INTR) => continue,
             Err(error @ (Errno::OPNOTSUPP | Errno::NOSYS)) => Err(DumpError::NoHoles {

@@ -7,37 +7,33 @@ pub(crate) mod runs;
 pub(crate) mod stats;
 pub(crate) mod stream;
 
+use crate::DumpError;
 use crate::format::ability::Copying;
+use crate::guard::CheckedPlan;
 use crate::output::{Output, Overwrite, Target};
-use crate::{Dump, DumpError};
 use sonicshot::Progress;
-use sonicshot::PrunePlan;
 use stats::{PruneStats, disk_usage};
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-impl Dump {
-    /// What every prune begins with: what of `plan` the format can drop, and what that comes to.
+impl CheckedPlan<'_> {
+    /// What every prune begins with: what the plan comes to, and that the dump is what was opened.
     /// `files` are those of which the size on disk is told.
-    pub(crate) fn begin(
-        &self,
-        plan: &PrunePlan,
-        files: &[&File],
-    ) -> Result<(PrunePlan, PruneStats), DumpError> {
-        let goes = self.restorable(plan);
-        let mut stats = PruneStats::of(plan, &goes);
+    pub(crate) fn begin(&self, files: &[&File]) -> Result<PruneStats, DumpError> {
+        self.dump().check_unchanged()?;
+        let mut stats = PruneStats::of(self.wanted(), self.goes());
         for file in files {
-            let on_disk = disk_usage(file, self.path())?;
+            let on_disk = disk_usage(file, self.dump().path())?;
             stats.disk_before = stats.disk_before.saturating_add(on_disk);
         }
-        Ok((goes, stats))
+        Ok(stats)
     }
 
-    /// Writes a dump of the same format to `out` without the pages that `plan` drops.
+    /// Writes a dump of the same format to `out` without the pages that go.
     ///
     /// A raw file keeps its length; dropped pages are holes and read as zero. An ELF core leaves
-    /// them out of its segments' data. What the format cannot [restore](Self::restores) as the guest
+    /// them out of its segments' data. What the format cannot [restore](crate::Dump::restores) as the guest
     /// expects it is kept. The output appears whole or not at all.
     ///
     /// # Errors
@@ -45,27 +41,24 @@ impl Dump {
     /// that is only read, or what writing gives; `out` is then as it was.
     pub fn prune_to(
         &self,
-        plan: &PrunePlan,
         out: &Path,
         overwrite: Overwrite,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
-        self.prune_at(plan, Target::new(out, overwrite), progress)
+        self.prune_at(Target::new(out, overwrite), progress)
     }
 
     pub(crate) fn prune_at(
         &self,
-        plan: &PrunePlan,
         out: Target<'_>,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
-        let format = self.by_copy()?;
-        self.check_unchanged()?;
-        let files = self.files();
-        let (goes, mut stats) = self.begin(plan, &files)?;
+        let format = self.dump().by_copy()?;
+        let files = self.dump().files();
+        let mut stats = self.begin(&files)?;
         let output = Output::create(out, &files)?;
         format.copy(Copying {
-            goes: &goes,
+            goes: self.goes(),
             output: &output,
             stats: &mut stats,
             progress,
@@ -74,24 +67,33 @@ impl Dump {
         Ok(stats)
     }
 
-    /// Writes a dump of the same format without the pages that `plan` drops, from front to back:
-    /// into a pipe. Only migration streams, those in a libvirt image too, and Xen images can be
-    /// written so.
+    /// Writes a dump of the same format without the pages that go, from front to back: into a
+    /// pipe. Only migration streams, those in a libvirt image too, and Xen images can be written
+    /// so.
     /// What is written is complete only if this returns without an error.
     ///
     /// # Errors
     /// [`DumpError::NotAStream`] for other formats, and what reading and writing gives.
     pub fn prune_to_writer(
         &self,
-        plan: &PrunePlan,
         mut out: impl Write,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
-        let format = self.as_stream()?;
-        self.check_unchanged()?;
-        let (goes, mut stats) = self.begin(plan, &[self.file()])?;
-        format.count(&goes, &mut stats);
-        stats.disk_after = stream::write(format, &goes, self.path(), &mut out, progress)?;
+        let dump = self.dump();
+        let format = dump.as_stream()?;
+        let mut stats = self.begin(&[dump.file()])?;
+        format.count(self.goes(), &mut stats);
+        stats.disk_after = stream::write(format, self.goes(), dump.path(), &mut out, progress)?;
         Ok(stats)
+    }
+
+    /// What a Xen image holds beside the guest's memory, without the pages that go and Xen lets be
+    /// dropped: [`XlSkeleton::write`](crate::XlSkeleton::write) makes an image of it again. `None`
+    /// of other formats.
+    ///
+    /// # Errors
+    /// [`DumpError::Xen`] if the file is no longer what was opened.
+    pub fn xl_skeleton(&self) -> Result<Option<Vec<u8>>, DumpError> {
+        self.dump().skeleton_without(self.wanted())
     }
 }

@@ -2,22 +2,25 @@
 
 use crate::DumpError;
 use crate::backing::mapped::MappedDump;
-use crate::prune::holes::Run;
-use sonicshot::PrunePlan;
+use sonicshot::{FileRange, PrunePlan};
 
 /// The dropped stretches of a raw file; neighbours in the file are joined.
-pub(crate) fn file_runs(dump: &MappedDump, plan: &PrunePlan) -> Result<Vec<Run>, DumpError> {
-    let mut runs: Vec<Run> = Vec::new();
+pub(crate) fn file_runs(dump: &MappedDump, plan: &PrunePlan) -> Result<Vec<FileRange>, DumpError> {
+    let mut runs: Vec<FileRange> = Vec::new();
     for extent in dump.extents() {
         for dropped in plan.dropped_in(extent.guest) {
             let Some(offset) = dump.offset_in(extent, dropped.start())? else {
                 continue;
             };
+            let run = FileRange::with_len(offset, dropped.len()).ok_or_else(|| {
+                let what = "a stretch beyond 64 bits";
+                DumpError::malformed(dump.path(), what, offset.raw(), dropped.len())
+            })?;
             match runs.last_mut() {
-                Some((last, len)) if last.checked_add(*len) == Some(offset) => {
-                    *len = len.saturating_add(dropped.len());
+                Some(last) if last.end() == run.start() => {
+                    *last = FileRange::new(last.start(), run.end());
                 }
-                _ => runs.push((offset, dropped.len())),
+                _ => runs.push(run),
             }
         }
     }

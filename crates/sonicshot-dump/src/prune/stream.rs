@@ -3,12 +3,12 @@
 
 use crate::DumpError;
 use crate::backing::mapped::MappedDump;
+use crate::backing::spool::Compression;
 use crate::format::ability::{AsStream, Copying, Part};
-use crate::format::libvirt::Compression;
 use crate::output::Output;
 use crate::prune::copy::{COPY, Copier};
 use sonicshot::Progress;
-use sonicshot::PrunePlan;
+use sonicshot::{FileOffset, FileRange, PrunePlan};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -45,37 +45,44 @@ fn copy_stream(
     let dump = stream.source();
     let mut copier = Copier::new(dump, output, dump.file_len(), progress);
     let writing = || DumpError::io("writing", output.path());
-    let mut at = 0_u64;
+    let behind = |at: FileOffset, len: u64| {
+        let what = "a stretch beyond 64 bits";
+        let beyond = || DumpError::malformed(dump.path(), what, at.raw(), len);
+        at.checked_add(len).ok_or_else(beyond)
+    };
+    let mut at = FileOffset::ZERO;
     // Small pieces are gathered: a note of a zero page has nine bytes.
     let mut small: Vec<u8> = Vec::new();
-    let flush = |small: &mut Vec<u8>, at: &mut u64| {
-        output.file().write_all_at(small, *at).map_err(writing())?;
-        *at = at.saturating_add(small.len() as u64);
+    let flush = |small: &mut Vec<u8>, at: &mut FileOffset| {
+        let next = behind(*at, small.len() as u64)?;
+        let written = output.file().write_all_at(small, at.raw());
+        written.map_err(writing())?;
+        *at = next;
         small.clear();
         Ok::<(), DumpError>(())
     };
     stream.pruned(goes, &mut |piece| {
-        let (from, len) = match piece {
+        let from = match piece {
             Part::Bytes(bytes) => {
                 small.extend(bytes);
                 return Ok(());
             }
-            Part::Copy { from, len } => (from, len),
+            Part::Copy(from) => from,
         };
-        if len < SMALL_PIECE {
-            append(dump, from, len, &mut small)?;
+        if from.len() < SMALL_PIECE {
+            append(dump, from, &mut small)?;
             if small.len() >= COPY {
                 flush(&mut small, &mut at)?;
             }
             return Ok(());
         }
         flush(&mut small, &mut at)?;
-        copier.copy(from, at, len)?;
-        at = at.saturating_add(len);
+        copier.copy(from, at)?;
+        at = behind(at, from.len())?;
         Ok(())
     })?;
     flush(&mut small, &mut at)?;
-    output.file().set_len(at).map_err(writing())
+    output.file().set_len(at.raw()).map_err(writing())
 }
 
 /// Writes the pruned stream from front to back.
@@ -90,22 +97,22 @@ fn write_stream(
     let mut buffer: Vec<u8> = Vec::new();
     let total = dump.file_len();
     stream.pruned(goes, &mut |piece| {
-        let (mut from, mut left) = match piece {
+        let mut rest = match piece {
             Part::Bytes(bytes) => {
                 buffer.extend(bytes);
-                (0, 0)
+                return Ok(());
             }
-            Part::Copy { from, len } => (from, len),
+            Part::Copy(from) => from,
         };
-        while left > 0 {
-            let now = left.min(COPY as u64);
-            append(dump, from, now, &mut buffer)?;
-            from = from.saturating_add(now);
-            left = left.saturating_sub(now);
+        while !rest.is_empty() {
+            let end = rest.start().checked_add(COPY as u64);
+            let end = end.map_or(rest.end(), |end| end.min(rest.end()));
+            append(dump, FileRange::new(rest.start(), end), &mut buffer)?;
+            rest = FileRange::new(end, rest.end());
             if buffer.len() >= COPY {
                 out.write_all(&buffer).map_err(failed)?;
                 buffer.clear();
-                progress(from, total);
+                progress(end.raw(), total);
             }
         }
         Ok(())
@@ -115,14 +122,17 @@ fn write_stream(
     Ok(())
 }
 
-/// Adds `len` bytes of the dump's file to `out`.
-fn append(dump: &MappedDump, from: u64, len: u64, out: &mut Vec<u8>) -> Result<(), DumpError> {
-    let start = usize::try_from(from).unwrap_or(usize::MAX);
-    let size = usize::try_from(len).unwrap_or(usize::MAX);
-    let beyond = || DumpError::malformed(dump.path(), "a stretch beyond the end", from, len);
-    let there = dump.bytes().get(start, size).ok_or_else(beyond)?;
+/// Adds a stretch of the dump's file to `out`.
+pub(crate) fn append(
+    dump: &MappedDump,
+    from: FileRange,
+    out: &mut Vec<u8>,
+) -> Result<(), DumpError> {
+    let (start, len) = (from.start().raw(), from.len());
+    let beyond = || DumpError::malformed(dump.path(), "a stretch beyond the end", start, len);
+    let there = dump.bytes_in(from).ok_or_else(beyond)?;
     let old = out.len();
-    out.resize(old.saturating_add(size), 0);
+    out.resize(old.saturating_add(there.len()), 0);
     let copied = out.get_mut(old..).is_some_and(|out| there.copy_to(out));
     copied.then_some(()).ok_or_else(beyond)
 }

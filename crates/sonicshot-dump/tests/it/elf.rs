@@ -3,7 +3,7 @@
 use crate::common::*;
 use proptest::prelude::*;
 use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, RamLayout};
-use sonicshot_dump::{Dump, DumpError, Overwrite};
+use sonicshot_dump::{CoreNotes, Dump, DumpError, DumpFile, Overwrite};
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -470,6 +470,60 @@ fn too_many_gaps_become_holes_in_the_file() {
 }
 
 /// A change at a place of the file, and what the error must say.
+/// 70,000 stretches of RAM are more segments than `e_phnum` counts: section 0 does, in a core that
+/// is made of another dump and in one that is pruned.
+#[test]
+fn a_core_of_many_stretches_of_ram_has_them_all() {
+    const STRETCHES: u64 = 70_000;
+    const LEN: usize = 64;
+    let folder = TempDir::new().unwrap();
+    let mut lime = Vec::new();
+    for number in 0..STRETCHES {
+        let start = number * 0x2000 + 0x1000;
+        lime.extend(b"EMiL\x01\0\0\0");
+        lime.extend(start.to_le_bytes());
+        lime.extend((start + LEN as u64 - 1).to_le_bytes());
+        lime.extend([0; 8]);
+        // Most are zero, and holes in the core.
+        let byte = if number % 1000 == 999 { 0x5a } else { 0 };
+        lime.extend([byte; LEN]);
+    }
+    let dump = Dump::open(write(&folder, &lime), None).unwrap();
+    let made = folder.path().join("made");
+    let notes = CoreNotes::default();
+    let files = dump.files();
+    let core = DumpFile::elf_core(&made, dump.layout(), &notes, Overwrite::Refuse, &files).unwrap();
+    core.copy(&dump, &mut |_, _| {}).unwrap();
+    core.finish().unwrap();
+    let made_dump = Dump::open(&made, None).unwrap();
+    let pruned = folder.path().join("pruned");
+    let nothing = plan(made_dump.layout(), &[]);
+    made_dump
+        .prune_to(&nothing, &pruned, Overwrite::Refuse, &mut |_, _| {})
+        .unwrap();
+    for path in [made, pruned] {
+        let mut head = [0; 64];
+        let file = fs::File::open(&path).unwrap();
+        file.read_exact_at(&mut head, 0).unwrap();
+        assert_eq!(word(&head, 56, 2), 0xffff, "e_phnum");
+        assert_eq!(
+            [word(&head, 58, 2), word(&head, 60, 2)],
+            [64, 1],
+            "e_shentsize, e_shnum"
+        );
+        let mut section = [0; 64];
+        file.read_exact_at(&mut section, word(&head, 40, 8))
+            .unwrap();
+        let count = word(&section, 44, 4);
+        section[44..48].fill(0);
+        assert_eq!(section, [0; 64], "a section of type SHT_NULL");
+        assert_eq!(count, STRETCHES + 1, "and the notes");
+        let read = Dump::open(&path, None).unwrap();
+        assert_eq!(read.layout(), dump.layout());
+        assert!(contents(&read) == contents(&dump));
+    }
+}
+
 #[test]
 fn damaged_headers_are_named() {
     let folder = TempDir::new().unwrap();

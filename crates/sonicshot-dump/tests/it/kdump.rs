@@ -7,7 +7,7 @@ use sonicshot::{
     PageSize, Pfn, PfnRange, PrunePlan, RamLayout,
 };
 use sonicshot_dump::{
-    DumpError, KdumpCompression, KdumpFile, KdumpOptions, KdumpWriteError, write_kdump,
+    DumpError, KdumpCompression, KdumpFile, KdumpOptions, KdumpWriteError, write_kdump_without,
 };
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -660,7 +660,7 @@ proptest! {
         };
         let mut last = (0, 0);
         let stats =
-            write_kdump(&guest, &guest.plan(), &file, &options, &mut |a, b| last = (a, b)).unwrap();
+            write_kdump_without(&guest, &guest.plan(), &file, &options, &mut |a, b| last = (a, b)).unwrap();
         prop_assert_eq!(last.0, last.1);
         let count = |kind| guest.pages.iter().filter(|(_, k)| *k == kind).count() as u64;
         prop_assert_eq!(stats.zero_pages, count(Kind::Zero));
@@ -743,7 +743,7 @@ fn a_source_that_fails_is_an_error_of_the_writer() {
     let place = Place::new();
     let file = File::create(&place.path).unwrap();
     let write = |guest: &Broken| {
-        write_kdump(
+        write_kdump_without(
             guest,
             &plan,
             &file,

@@ -1,7 +1,7 @@
 //! libvirt's save images, and what comes through a pipe; any QEMU file, read and pruned.
 
 use crate::common::qemu::{Block, File, PAGE, first_bytes, name, stream};
-use crate::common::{every_page, plan};
+use crate::common::{Prunes, every_page, plan};
 use proptest::prelude::*;
 use sonicshot::GuestMemory;
 use sonicshot_dump::{Dump, DumpError, LayoutSpec, Overwrite, Spool};

@@ -13,6 +13,7 @@
 mod clone;
 mod common;
 mod elf;
+mod guard;
 mod in_place;
 mod kdump;
 mod libvirt;

@@ -1,7 +1,7 @@
 //! QEMU's mapped-ram files and migration streams: what is read, what a prune leaves, and files that lie.
 
 use crate::common::qemu::{Block, File, PAGE, first_bytes, stream, virtio_mem};
-use crate::common::{Ramfs, every_page};
+use crate::common::{Prunes, Ramfs, every_page};
 
 use sonicshot::{
     DropClasses, Fill, Gpa, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange, PrunePlan,

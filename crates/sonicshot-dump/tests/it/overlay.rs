@@ -3,7 +3,9 @@
 use crate::common::*;
 use proptest::prelude::*;
 use sonicshot::{Fill, Gpa, GuestMemory, PageClass};
-use sonicshot_dump::{Dump, DumpError, LayoutSpec, NewFolder, Overwrite, SnapshotFiles, Vmm};
+use sonicshot_dump::{
+    CheckedPlan, Dump, DumpError, LayoutSpec, NewFolder, Overwrite, SnapshotFiles, Vmm,
+};
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -382,7 +384,7 @@ fn a_folder_appears_whole_or_not_at_all() {
         fs::write(&file, memory).unwrap();
         let dump = Dump::open(&file, None).unwrap();
         let nothing = plan(dump.layout(), &[]);
-        folder.write_memory(&dump, &nothing, &mut |_, _| {})?;
+        folder.write_memory(&CheckedPlan::unchecked(&dump, &nothing), &mut |_, _| {})?;
         folder.finish()
     };
     make(Overwrite::Refuse, &vec![1; 1 << 20]).unwrap();

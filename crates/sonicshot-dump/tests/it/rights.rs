@@ -7,8 +7,8 @@ use rustix::process::geteuid;
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, CheckpointWriter, SaveOptions};
 use sonicshot::{GuestMemory, PageMap, PageSize};
 use sonicshot_dump::{
-    CoreNotes, Dump, DumpError, DumpFile, KdumpCompression, KdumpOptions, NewFile, NewFolder,
-    Overwrite, SnapshotFiles, Spool, XlSkeleton, write_kdump,
+    CheckedPlan, CoreNotes, Dump, DumpError, DumpFile, KdumpCompression, KdumpOptions, NewFile,
+    NewFolder, Overwrite, SnapshotFiles, Spool, XlSkeleton, write_kdump_without,
 };
 use std::fs::{self, File, Permissions};
 use std::os::fd::AsRawFd;
@@ -128,7 +128,7 @@ fn kdump(
         notes: None,
         threads: None,
     };
-    let written = write_kdump(&dump, &nothing, file.file(), &options, &mut |_, _| during());
+    let written = write_kdump_without(&dump, &nothing, file.file(), &options, &mut |_, _| during());
     written.unwrap();
     file.finish().map(drop)
 }
@@ -192,7 +192,7 @@ fn to_xl(
     during: &mut dyn FnMut(),
 ) -> Result<(), DumpError> {
     let dump = Dump::open(input, None)?;
-    let skeleton = dump.xl_skeleton(&plan(dump.layout(), &[]))?.unwrap();
+    let skeleton = dump.xl_skeleton()?.unwrap();
     let skeleton = XlSkeleton::parse(input, skeleton)?;
     let mut progress = |_, _| during();
     let (none, inputs) = (|_| false, dump.files());
@@ -570,7 +570,9 @@ fn a_folder_and_each_file_in_it_are_for_no_more_eyes_than_their_counterparts() {
         during("copied");
         let dump = Dump::open(input.join("vm.mem"), None).unwrap();
         let plan = plan(dump.layout(), &[(1, 2)]);
-        folder.write_memory(&dump, &plan, &mut |_, _| {}).unwrap();
+        folder
+            .write_memory(&CheckedPlan::unchecked(&dump, &plan), &mut |_, _| {})
+            .unwrap();
         during("written");
         folder.finish().unwrap();
         assert!(

@@ -3,7 +3,7 @@
 use crate::common::xen::{image, image_with};
 use crate::common::*;
 use sonicshot::{Fill, GuestMemory, PageClass, PageMap, PageSize, Pfn};
-use sonicshot_dump::{Dump, DumpError, Overwrite, XlSkeleton};
+use sonicshot_dump::{CheckedPlan, Dump, DumpError, Overwrite, XlSkeleton};
 use std::fs;
 
 #[test]
@@ -62,7 +62,10 @@ fn no_image_is_made_with_a_page_table_left_out() {
     fs::write(&path, image_with(&[1, 2, 0, 4], &[1, 2])).unwrap();
     let dump = Dump::open(&path, None).unwrap();
     let everything = plan_with(dump.layout(), &[(0, 4)], PageClass::FreeBuddy, Fill::Any);
-    let skeleton = dump.xl_skeleton(&everything).unwrap().unwrap();
+    let skeleton = CheckedPlan::unchecked(&dump, &everything)
+        .xl_skeleton()
+        .unwrap()
+        .unwrap();
     let skeleton = XlSkeleton::parse(&path, skeleton).unwrap();
     let write = |left_out: &[u64]| {
         let left_out = |pfn: Pfn| left_out.contains(&pfn.raw());

@@ -1,10 +1,10 @@
 //! A layout that was given: whether what is in the guest's memory can lie so.
 
-use super::placed::{Doubts, Look, Placed, open_guest};
+use super::placed::{Look, Placed, open_guest};
 use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
 use sonicshot::{Gpa, GpaRange, GuestMemory};
-use sonicshot_dump::{Dump, LayoutSpec};
+use sonicshot_dump::{Doubts, Dump, LayoutSpec};
 use sonicshot_vmi::GuestOs;
 
 /// Memory is plugged in in blocks of this size or a multiple (`memory_block_size_bytes` on x86-64).
@@ -38,10 +38,7 @@ pub(super) fn with_guest<T>(
             (true, false) => "given",
         },
         dump,
-        doubts: Doubts {
-            shared: Vec::new(),
-            unconfirmed,
-        },
+        doubts: Doubts::none().unconfirmed(unconfirmed),
         notes: Vec::new(),
         value,
     })

@@ -10,7 +10,7 @@ mod trial;
 
 use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
-pub(crate) use placed::{Doubts, Look, Placed};
+pub(crate) use placed::{Look, Placed};
 use sonicshot_dump::Dump;
 
 /// Opens the dump in the layout that its guest confirms and lets `look` see the guest.

@@ -3,8 +3,7 @@
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::snapshot::Snapshot;
-use sonicshot::GpaRange;
-use sonicshot_dump::Dump;
+use sonicshot_dump::{Doubts, Dump};
 use sonicshot_vmi::{GuestOptions, GuestOs, VmiError};
 
 /// What is wanted of a guest once it is found.
@@ -19,15 +18,6 @@ pub(crate) struct Placed<T> {
     pub doubts: Doubts,
     pub notes: Vec<Note>,
     pub value: T,
-}
-
-/// What of a layout is not certain.
-#[derive(Debug, Default)]
-pub(crate) struct Doubts {
-    /// Ranges of the same length that hold blocks of which it is not known which is which.
-    pub shared: Vec<Vec<GpaRange>>,
-    /// Ranges of a layout that was given of which nothing shows that they lie there.
-    pub unconfirmed: Vec<GpaRange>,
 }
 
 /// Finds the guest in a dump, by what is known beforehand.

@@ -1,13 +1,13 @@
 //! The trying of one layout.
 
 use super::candidates::{Candidate, Candidates, fits};
-use super::placed::{Doubts, Look, Placed, open_guest};
+use super::placed::{Look, Placed, open_guest};
 use super::plugged::{Plugged, unplaced_devices};
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::snapshot::Snapshot;
 use sonicshot::{Gpa, GpaRange, GuestMemory};
-use sonicshot_dump::{BlockPlace, Dump, LayoutSpec};
+use sonicshot_dump::{BlockPlace, Doubts, Dump, LayoutSpec};
 use sonicshot_vmi::GuestOs;
 
 /// What came of trying a layout.
@@ -83,10 +83,7 @@ fn done<T>(
     Outcome::Done(Box::new(Placed {
         dump,
         origin: candidate.origin,
-        doubts: Doubts {
-            shared,
-            unconfirmed: Vec::new(),
-        },
+        doubts: Doubts::none().shared(shared),
         notes,
         value,
     }))

@@ -1,3 +1,180 @@
-//! What differs between the processors that a guest may run on: a folder an architecture.
+//! What differs between the processors that a guest may run on: one trait, a folder an
+//! architecture.
 
+mod processor;
 pub(crate) mod x86_64;
+
+use crate::KernelVa;
+use crate::error::VmiError;
+use crate::kernel::Kernel;
+use crate::paging::{AddressSpace, Paging};
+use crate::symbols::VmcoreinfoLines;
+use core::fmt;
+pub use processor::{Cr3, Foreign, ForeignProcessor, ParseCr3Error};
+pub(crate) use processor::{Landmark, Told};
+use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, PageSize, PfnRange};
+
+/// The smallest page of any architecture: what is searched page by page is searched in steps of
+/// this, and what begins a page begins one of these.
+pub(crate) const MIN_PAGE: usize = 4096;
+/// The bits of an address inside such a page.
+pub(crate) const MIN_PAGE_MASK: u64 = 0xfff;
+
+/// The page tables that a kernel names as its own: what tells one kernel from another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Tables {
+    /// Whose page tables they are.
+    pub architecture: Architecture,
+    /// `swapper_pg_dir`.
+    pub page_table: KernelVa,
+    /// Where that is in guest-physical memory.
+    pub root: Gpa,
+    /// How many levels there are.
+    pub levels: u32,
+}
+
+/// Where a kernel's image may lie, and how far it may reach.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ImageShape {
+    /// Its start is a multiple of this.
+    pub align: u64,
+    /// The most bytes that it takes.
+    pub max_len: u64,
+}
+
+/// How memory is cut into sections (`SPARSEMEM`), in powers of two.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SectionSize {
+    /// `SECTION_SIZE_BITS`.
+    pub section_bits: u32,
+    /// `MAX_PHYSMEM_BITS`.
+    pub memory_bits: u32,
+}
+
+/// An architecture, as far as the reading of a kernel's records depends on it.
+pub(crate) trait Arch: Sync + fmt::Debug {
+    /// Whether a kernel may have pages of this size.
+    fn has_page_size(&self, size: PageSize) -> bool;
+
+    /// Whether `value` may be an address of the kernel's half of the address space.
+    fn is_pointer(&self, value: u64) -> bool;
+
+    /// Whether `value` may be the address of a page that the kernel has allocated: one that is not
+    /// in its image.
+    fn may_point_to_page(&self, value: u64) -> bool;
+
+    /// Where the kernel's image may lie.
+    fn image(&self) -> ImageShape;
+
+    /// How a kernel cuts memory into sections whose sources do not tell.
+    fn section_size(&self, page_size: PageSize) -> SectionSize;
+
+    /// The page tables that a VMCOREINFO names, if they are in memory. They need not be whole.
+    ///
+    /// # Errors
+    /// [`VmiError`] with what the text lacks, or what makes the guest one that cannot be read.
+    fn tables(
+        &self,
+        memory: &dyn GuestMemory,
+        text: VmcoreinfoLines<'_>,
+    ) -> Result<Tables, VmiError>;
+
+    /// How `tables` are walked.
+    fn paging(&self, tables: &Tables) -> Box<dyn Paging>;
+
+    /// The frames that an entry of a page table maps for a process, if it maps any. Of an entry
+    /// that leads to another table it may be that table's frame.
+    fn user_mapping(&self, entry: u64, page_size: PageSize) -> Option<PfnRange>;
+
+    /// Usable RAM by the map that firmware or VMM gave to the guest, if the symbols tell where it
+    /// is; options of the kernel do not change it.
+    fn boot_ram(&self, kernel: &Kernel<'_>) -> Result<Option<Vec<GpaRange>>, VmiError>;
+
+    /// The RAM of the boot that the kernel counts as present (`present_pages`).
+    fn counted_ram(&self, kernel: &Kernel<'_>) -> Result<Option<Vec<GpaRange>>, VmiError>;
+
+    /// Where the kernel maps all of memory, from guest-physical 0 on, if its symbols tell.
+    fn direct_map(&self, kernel: &Kernel<'_>) -> Result<Option<KernelVa>, VmiError>;
+
+    /// Where the kernel maps all of memory that does not choose by chance; `ranges` is what there
+    /// is of memory.
+    fn fixed_direct_map(&self, kernel: &Kernel<'_>, ranges: &[GpaRange]) -> Option<KernelVa>;
+
+    /// Whether a processor's page tables have `tables` at their place: reason enough to try this
+    /// kernel first.
+    fn may_run_on(&self, memory: &dyn GuestMemory, told: &Told, tables: &Tables) -> bool;
+
+    /// The first processor that runs on tables which do not lead where the kernel's own do.
+    ///
+    /// # Errors
+    /// [`VmiError`] if the kernel's own tables cannot be read.
+    fn first_foreign(
+        &self,
+        kernel: &Kernel<'_>,
+        landmarks: &[Landmark],
+        told: &[(usize, Told)],
+    ) -> Result<Option<ForeignProcessor>, VmiError>;
+}
+
+/// The one by which a kernel of `architecture` is read.
+///
+/// # Errors
+/// [`VmiError::Unsupported`] if there is none yet.
+pub(crate) fn by_name(architecture: Architecture) -> Result<&'static dyn Arch, VmiError> {
+    match architecture {
+        Architecture::X86_64 => Ok(&x86_64::X86_64),
+        other => Err(VmiError::Unsupported {
+            what: format!("a guest of architecture {other}: only x86-64 is supported so far"),
+        }),
+    }
+}
+
+/// The one by which `kernel` is read.
+///
+/// # Errors
+/// As [`by_name`].
+pub(crate) fn of(kernel: &Kernel<'_>) -> Result<&'static dyn Arch, VmiError> {
+    by_name(kernel.build.architecture)
+}
+
+/// The page tables that a VMCOREINFO names, of whichever architecture it is.
+///
+/// # Errors
+/// As [`Arch::tables`].
+pub(crate) fn tables(
+    memory: &dyn GuestMemory,
+    text: VmcoreinfoLines<'_>,
+) -> Result<Tables, VmiError> {
+    // `arch/arm64/kernel/vmcore_info.c`; x86-64 has no such line.
+    if text.value("NUMBER(VA_BITS)").is_some() {
+        return Err(VmiError::OtherMachine {
+            what: "an arm64 guest: only x86-64 is supported so far",
+        });
+    }
+    by_name(Architecture::X86_64)?.tables(memory, text)
+}
+
+/// `SYMBOL(name)` of a VMCOREINFO.
+///
+/// # Errors
+/// [`VmiError::Missing`] if it has none.
+pub(crate) fn need_address(text: VmcoreinfoLines<'_>, name: &str) -> Result<KernelVa, VmiError> {
+    text.address(name).ok_or_else(|| VmiError::Missing {
+        what: format!("symbol {name}"),
+        sources: "VMCOREINFO".into(),
+    })
+}
+
+impl Tables {
+    /// The address space that these tables make.
+    ///
+    /// # Errors
+    /// As [`by_name`].
+    pub(crate) fn space<'m>(
+        &self,
+        memory: &'m dyn GuestMemory,
+    ) -> Result<AddressSpace<'m>, VmiError> {
+        let paging = by_name(self.architecture)?.paging(self);
+        Ok(AddressSpace::new(memory, paging))
+    }
+}

@@ -113,6 +113,13 @@ pub(crate) struct ListedBlock {
     pub isolated: bool,
 }
 
+impl ListedBlock {
+    /// How many pages the block has.
+    pub(crate) fn pages(&self) -> Option<u64> {
+        1_u64.checked_shl(self.order)
+    }
+}
+
 /// What the walk of one list came upon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Listed {
@@ -177,7 +184,10 @@ impl Zones {
         if cpu_offsets.is_empty() && no_pcp.is_none() {
             no_pcp = Some("no processor is possible".into());
         }
-        let diffs = StatDiffs::new(kernel)?;
+        let deltas = Deltas {
+            diffs: StatDiffs::new(kernel)?,
+            cpu_offsets: &cpu_offsets,
+        };
         let mut zones = Vec::new();
         let mut deferred = Vec::new();
         let mut pgdats = Vec::new();
@@ -200,9 +210,7 @@ impl Zones {
                     layout.zone_size,
                     node_zones.offset,
                 )?;
-                if let Some(zone) =
-                    read_zone(kernel, &layout, at, node, &cpu_offsets, diffs.as_ref())?
-                {
+                if let Some(zone) = read_zone(kernel, &layout, at, node, &deltas)? {
                     zones.push(zone);
                 }
             }
@@ -264,22 +272,18 @@ impl Zones {
 
     /// How many processors can have been inside the allocator when the guest stopped.
     pub(crate) fn cpus(&self) -> u64 {
-        u64::try_from(self.cpu_offsets.len()).unwrap_or(1).max(1)
+        (self.cpu_offsets.len() as u64).max(1)
     }
 
     pub(crate) fn max_order(&self) -> u64 {
         self.layout.orders.saturating_sub(1)
     }
 
-    /// Walks every free list of `zone`. `lru` is the offset of the list node in `struct page`;
-    /// `frames_left` bounds all walks together: no honest guest lists more blocks than it has frames.
+    /// Walks every free list of `zone`.
     pub(crate) fn walk_free_lists(
         &self,
-        map: &MemMap<'_>,
-        kernel: &Kernel<'_>,
+        lists: &mut FreeLists<'_, '_>,
         zone: &Zone,
-        lru: u64,
-        frames_left: &mut u64,
         visit: &mut dyn FnMut(Listed) -> Result<(), VmiError>,
     ) -> Result<(), VmiError> {
         let layout = &self.layout;
@@ -295,10 +299,10 @@ impl Zones {
                 let head = element("free_area.free_list", area, migrate_type, 16, 0)?;
                 let block = ListedBlock {
                     head: Pfn::new(0),
-                    order: u32::try_from(order).unwrap_or(0),
+                    order: narrow("zone.free_area", zone.at, order)?,
                     isolated: layout.migrate_isolate == Some(migrate_type),
                 };
-                walk_list(map, kernel, head, lru, block, frames_left, visit)?;
+                lists.walk(head, block, visit)?;
             }
         }
         Ok(())
@@ -308,13 +312,11 @@ impl Zones {
     /// pair of pages counted and pages listed for each processor.
     pub(crate) fn walk_pcp_lists(
         &self,
-        map: &MemMap<'_>,
-        kernel: &Kernel<'_>,
+        lists: &mut FreeLists<'_, '_>,
         zone: &Zone,
-        lru: u64,
-        frames_left: &mut u64,
         visit: &mut dyn FnMut(Listed) -> Result<(), VmiError>,
     ) -> Result<Vec<(u64, u64)>, VmiError> {
+        let kernel = lists.kernel;
         let layout = match self.pcp {
             Some(layout) => layout,
             None => PcpLayout::new(kernel)?,
@@ -329,14 +331,20 @@ impl Zones {
             let mut listed = 0_u64;
             for index in 0..layout.lists {
                 let head = element("per_cpu_pages.lists", pcp, index, 16, layout.lists_at)?;
-                let order = layout.order(index)?;
                 let block = ListedBlock {
                     head: Pfn::new(0),
-                    order,
+                    order: layout.order(index)?,
                     isolated: false,
                 };
-                walk_list(map, kernel, head, lru, block, frames_left, &mut |found| {
-                    listed = listed.saturating_add(1_u64.checked_shl(order).unwrap_or(0));
+                lists.walk(head, block, &mut |found| {
+                    listed = block
+                        .pages()
+                        .and_then(|pages| listed.checked_add(pages))
+                        .ok_or(VmiError::Corrupt {
+                            what: "the per-CPU lists",
+                            at: head,
+                            value: listed,
+                        })?;
                     visit(found)
                 })?;
             }
@@ -346,51 +354,78 @@ impl Zones {
     }
 }
 
-/// Walks one list of free pages from its `head`. `block` is what every entry is, but for its frame.
-fn walk_list(
-    map: &MemMap<'_>,
-    kernel: &Kernel<'_>,
-    head: KernelVa,
+/// What free lists are walked by.
+pub(crate) struct FreeLists<'a, 'm> {
+    map: &'a MemMap<'m>,
+    kernel: &'a Kernel<'m>,
+    /// The offset of the list node in `struct page`.
     lru: u64,
-    block: ListedBlock,
-    frames_left: &mut u64,
-    visit: &mut dyn FnMut(Listed) -> Result<(), VmiError>,
-) -> Result<(), VmiError> {
-    let mut node = kernel.read_ptr("a free list's head", head)?;
-    while node != head {
-        let page = KernelVa::new(node.raw().wrapping_sub(lru));
-        let Some(pfn) = map.frame_of(page) else {
-            return Err(VmiError::Corrupt {
-                what: "a free list",
+    /// Bounds all walks together: no honest guest lists more blocks than it has frames.
+    frames_left: u64,
+}
+
+impl<'a, 'm> FreeLists<'a, 'm> {
+    pub(crate) fn new(map: &'a MemMap<'m>, kernel: &'a Kernel<'m>, lru: u64) -> Self {
+        // Also frames outside the dump's RAM may be listed.
+        let frames = map.spans().iter().map(|span| span.frames.len());
+        Self {
+            map,
+            kernel,
+            lru,
+            frames_left: frames.fold(0, u64::saturating_add),
+        }
+    }
+
+    /// Walks one list of free pages from its `head`. `block` is what every entry is, but for its
+    /// frame.
+    fn walk(
+        &mut self,
+        head: KernelVa,
+        block: ListedBlock,
+        visit: &mut dyn FnMut(Listed) -> Result<(), VmiError>,
+    ) -> Result<(), VmiError> {
+        let (map, kernel) = (self.map, self.kernel);
+        let mut node = kernel.read_ptr("a free list's head", head)?;
+        while node != head {
+            let page = KernelVa::new(node.raw().wrapping_sub(self.lru));
+            let Some(pfn) = map.frame_of(page) else {
+                return Err(VmiError::Corrupt {
+                    what: "a free list",
+                    at: head,
+                    value: node.raw(),
+                });
+            };
+            self.frames_left = self.frames_left.checked_sub(1).ok_or(VmiError::Corrupt {
+                what: "a free list longer than memory",
                 at: head,
                 value: node.raw(),
-            });
-        };
-        *frames_left = frames_left.checked_sub(1).ok_or(VmiError::Corrupt {
-            what: "a free list longer than memory",
-            at: head,
-            value: node.raw(),
-        })?;
-        let next = KernelVa::new(map.u64_at(node)?);
-        let back_at = next.checked_add(8).ok_or(VmiError::Corrupt {
-            what: "a free list",
-            at: node,
-            value: next.raw(),
-        })?;
-        let back = if next == head {
-            kernel.read_u64("a free list's head", back_at)?
-        } else {
-            map.u64_at(back_at)?
-        };
-        let block = ListedBlock { head: pfn, ..block };
-        visit(if back == node.raw() {
-            Listed::Block(block)
-        } else {
-            Listed::Torn(block)
-        })?;
-        node = next;
+            })?;
+            let next = KernelVa::new(map.u64_at(node)?);
+            let back_at = next.checked_add(8).ok_or(VmiError::Corrupt {
+                what: "a free list",
+                at: node,
+                value: next.raw(),
+            })?;
+            let back = if next == head {
+                kernel.read_u64("a free list's head", back_at)?
+            } else {
+                map.u64_at(back_at)?
+            };
+            let block = ListedBlock { head: pfn, ..block };
+            visit(if back == node.raw() {
+                Listed::Block(block)
+            } else {
+                Listed::Torn(block)
+            })?;
+            node = next;
+        }
+        Ok(())
     }
-    Ok(())
+}
+
+/// A small number of the kernel's, such as an order.
+fn narrow(what: &'static str, at: KernelVa, value: u64) -> Result<u32, VmiError> {
+    u32::try_from(value).map_err(|_| VmiError::Corrupt { what, at, value })
 }
 
 /// The nodes and their `struct pglist_data`.
@@ -429,13 +464,13 @@ fn online_nodes(kernel: &Kernel<'_>) -> Result<u64, VmiError> {
     Ok(u64::from(kernel.read_u32("nr_node_ids", at)?))
 }
 
+/// The zone at `at`, unless it spans nothing.
 fn read_zone(
     kernel: &Kernel<'_>,
     layout: &ZoneLayout,
     at: KernelVa,
     node: u64,
-    cpu_offsets: &[u64],
-    diffs: Option<&StatDiffs>,
+    deltas: &Deltas<'_>,
 ) -> Result<Option<Zone>, VmiError> {
     let field = |offset| element("zone", at, 0, 0, offset);
     let spanned = kernel.read_u64("zone.spanned_pages", field(layout.spanned_pages)?)?;
@@ -459,64 +494,78 @@ fn read_zone(
         .space
         .read_str(name_at, 16)
         .map_err(VmiError::read("zone.name"))?;
-    let mut nr_free = Vec::new();
-    for order in 0..layout.orders {
-        let offset = layout
-            .free_area
-            .checked_add(layout.nr_free)
-            .ok_or(VmiError::Corrupt {
-                what: "zone.free_area",
-                at,
-                value: layout.free_area,
-            })?;
-        let at = element("zone.free_area", at, order, layout.free_area_size, offset)?;
-        nr_free.push(kernel.read_u64("free_area.nr_free", at)?);
-    }
-    let stat = |index: u64| -> Result<i64, VmiError> {
-        let at = element("zone.vm_stat", at, index, 8, layout.vm_stat)?;
-        Ok(kernel.read_u64("zone.vm_stat", at)?.cast_signed())
-    };
-    let mut counter = stat(layout.nr_free_pages)?;
-    let mut unaccepted = match layout.nr_unaccepted {
-        Some(index) => stat(index)?,
-        None => 0,
-    };
-    if let Some(diffs) = diffs {
-        let base = kernel.read_ptr("zone's per-CPU counters", field(diffs.pointer)?)?;
-        for offset in cpu_offsets {
-            let diff = |index: u64| -> Result<i64, VmiError> {
-                let at = base
-                    .wrapping_add(*offset)
-                    .wrapping_add(diffs.vm_stat_diff)
-                    .wrapping_add(index);
-                let mut byte = [0];
-                kernel
-                    .space
-                    .read(at, &mut byte)
-                    .map_err(VmiError::read("vm_stat_diff"))?;
-                Ok(i64::from(i8::from_le_bytes(byte)))
-            };
-            counter = counter.saturating_add(diff(layout.nr_free_pages)?);
-            if let Some(index) = layout.nr_unaccepted {
-                unaccepted = unaccepted.saturating_add(diff(index)?);
-            }
-        }
-    }
     let pageset = kernel
         .first_member("zone", &["per_cpu_pageset", "pageset"])?
         .map_or_else(|| kernel.need_member("zone", "per_cpu_pageset"), Ok)?;
     let pageset = kernel.read_ptr("zone.per_cpu_pageset", field(pageset.offset)?)?;
+    let counter = |index| read_counter(kernel, layout, at, index, deltas);
     Ok(Some(Zone {
         at,
         node,
         name,
         span,
         present,
-        nr_free,
-        counter,
-        unaccepted,
+        nr_free: read_nr_free(kernel, layout, at)?,
+        counter: counter(layout.nr_free_pages)?,
+        unaccepted: layout.nr_unaccepted.map_or(Ok(0), counter)?,
         pageset,
     }))
+}
+
+/// `nr_free` of each order of the zone at `at`.
+fn read_nr_free(
+    kernel: &Kernel<'_>,
+    layout: &ZoneLayout,
+    at: KernelVa,
+) -> Result<Vec<u64>, VmiError> {
+    let offset = layout
+        .free_area
+        .checked_add(layout.nr_free)
+        .ok_or(VmiError::Corrupt {
+            what: "zone.free_area",
+            at,
+            value: layout.free_area,
+        })?;
+    let nr_free = |order| {
+        let at = element("zone.free_area", at, order, layout.free_area_size, offset)?;
+        kernel.read_u64("free_area.nr_free", at)
+    };
+    (0..layout.orders).map(nr_free).collect()
+}
+
+/// Counter number `index` of the zone at `at`, with what the processors have not folded in yet.
+fn read_counter(
+    kernel: &Kernel<'_>,
+    layout: &ZoneLayout,
+    at: KernelVa,
+    index: u64,
+    deltas: &Deltas<'_>,
+) -> Result<i64, VmiError> {
+    let stat = element("zone.vm_stat", at, index, 8, layout.vm_stat)?;
+    let mut counter = kernel.read_u64("zone.vm_stat", stat)?.cast_signed();
+    let Some(diffs) = &deltas.diffs else {
+        return Ok(counter);
+    };
+    let pointer = element("zone", at, 0, 0, diffs.pointer)?;
+    let base = kernel.read_ptr("zone's per-CPU counters", pointer)?;
+    for offset in deltas.cpu_offsets {
+        let delta = base
+            .wrapping_add(*offset)
+            .wrapping_add(diffs.vm_stat_diff)
+            .wrapping_add(index);
+        let mut byte = [0];
+        kernel
+            .space
+            .read(delta, &mut byte)
+            .map_err(VmiError::read("vm_stat_diff"))?;
+        let sum = counter.checked_add(i64::from(i8::from_le_bytes(byte)));
+        counter = sum.ok_or(VmiError::Corrupt {
+            what: "zone.vm_stat",
+            at: stat,
+            value: counter.cast_unsigned(),
+        })?;
+    }
+    Ok(counter)
 }
 
 /// `pgdat.first_deferred_pfn` (`CONFIG_DEFERRED_STRUCT_PAGE_INIT`): all ones when done.
@@ -535,8 +584,12 @@ fn read_deferred(kernel: &Kernel<'_>, pgdat: KernelVa) -> Result<Option<Deferred
     if first == u64::MAX {
         return Ok(None);
     }
-    let start = field("node_start_pfn")?;
-    let end = start.saturating_add(field("node_spanned_pages")?);
+    let (start, spanned) = (field("node_start_pfn")?, field("node_spanned_pages")?);
+    let end = start.checked_add(spanned).ok_or(VmiError::Corrupt {
+        what: "pglist_data.node_spanned_pages",
+        at: pgdat,
+        value: spanned,
+    })?;
     Ok(Some(Deferred {
         frames: PfnRange::new(Pfn::new(first.max(start)), Pfn::new(end)),
     }))
@@ -575,6 +628,13 @@ pub(crate) fn in_mask(
 ) -> Result<bool, VmiError> {
     let word = kernel.read_u64(what, element(what, mask, cpu >> 6, 8, 0)?)?;
     Ok(word & (1 << (cpu & 63)) != 0)
+}
+
+/// The zone counters that processors have not folded in yet.
+struct Deltas<'a> {
+    /// `None` without SMP, where there are none.
+    diffs: Option<StatDiffs>,
+    cpu_offsets: &'a [u64],
 }
 
 /// Where a processor's unfolded zone counters are.
@@ -641,8 +701,8 @@ impl PcpLayout {
                     lists_at: lists.offset,
                     lists: len,
                     types,
-                    // HPAGE_PMD_ORDER, with 4 KiB pages.
-                    huge_order: 9,
+                    // HPAGE_PMD_ORDER: a page of page tables has a pointer of 8 bytes for each.
+                    huge_order: kernel.build.page_size.shift().saturating_sub(3),
                 })
             }
             _ => Err(VmiError::Unsupported {
@@ -653,9 +713,10 @@ impl PcpLayout {
 
     /// `pindex_to_order` (`mm/page_alloc.c`, since 5.14): the order is in no page.
     pub(crate) fn order(&self, index: u64) -> Result<u32, VmiError> {
-        let order = index.checked_div(self.types).unwrap_or(0);
-        if order <= COSTLY_ORDER {
-            Ok(u32::try_from(order).unwrap_or(0))
+        let order = index.checked_div(self.types);
+        let order = order.and_then(|order| u32::try_from(order).ok());
+        if let Some(order) = order.filter(|order| u64::from(*order) <= COSTLY_ORDER) {
+            Ok(order)
         } else if index < self.types.saturating_mul(COSTLY_ORDER.saturating_add(2)) {
             Ok(self.huge_order)
         } else {

@@ -5,16 +5,16 @@ use super::records::{self, STRIDE};
 use super::roots::{self, Root};
 use super::zones::{self, Exits};
 use super::{Knowledge, cover, frames_of, percpu};
-use crate::arch::x86_64::X86_64;
+use crate::arch::x86_64::{Walk, X86_64};
 use crate::discover::image_range;
 use crate::error::VmiError;
-use crate::kernel::Kernel;
+use crate::kernel::{Build, Kernel};
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::{AreaLayout, Zone, Zones};
 use crate::owner::processors::Owners;
 use crate::{AddressSpace, KernelVa, symbols};
-use sonicshot::{Gpa, GuestMemory, PageSize};
+use sonicshot::{Architecture, Gpa, GuestMemory, PageSize};
 
 /// `NR_PAGE_ORDERS` of x86-64, where no config changes it.
 const ORDERS: u64 = 11;
@@ -57,20 +57,20 @@ pub(crate) fn find<'m>(
     if memory.p2m().is_some() {
         return Err(nothing("a paravirtualised guest of Xen"));
     }
-    let told = owners.roots();
+    let told = owners.roots(memory);
     let pass = records::find(memory, told.is_empty())?;
     let mut standing: Vec<Candidate<'m>> = Vec::new();
     let mut why = None;
     let mut seen: Vec<(KernelVa, Gpa)> = Vec::new();
-    let anywhere = pass.tops.iter().flat_map(|at| [(*at, false), (*at, true)]);
-    let places: Vec<(Gpa, bool)> = if told.is_empty() {
+    let anywhere = pass.tops.iter().flat_map(|at| [(*at, 4), (*at, 5)]);
+    let places: Vec<(Gpa, u32)> = if told.is_empty() {
         anywhere.collect()
     } else {
         told
     };
     for records in &pass.records {
-        for (at, five_levels) in &places {
-            let Some(root) = roots::stands(memory, *at, *five_levels, records) else {
+        for (at, levels) in &places {
+            let Some(root) = roots::stands(memory, *at, *levels, records) else {
                 continue;
             };
             // Every process has its own top table; all lead to the same struct pages.
@@ -97,7 +97,7 @@ pub(crate) fn find<'m>(
     let name = |found: &Candidate<'_>| {
         format!(
             "{} (by shape, its struct pages at {})",
-            found.kernel.release, found.shaped.root.there
+            found.kernel.build.release, found.shaped.root.there
         )
     };
     if let [first, second, ..] = standing.as_slice() {
@@ -127,14 +127,19 @@ fn nothing(tried: &str) -> VmiError {
 
 fn candidate(memory: &dyn GuestMemory, shaped: Shaped) -> Result<Candidate<'_>, VmiError> {
     let root = shaped.root;
-    let space = AddressSpace::new(memory, Box::new(X86_64::new(root.at, root.five_levels)));
+    let space = AddressSpace::new(memory, Box::new(Walk::new(root.at, root.levels)));
     let start = cover::first_mapped(&space, IMAGE, IMAGE_END).ok_or_else(|| {
         nothing("the page tables that lead to records of free pages have no kernel image")
     })?;
-    let image = image_range(&space, start);
-    let release = release(&space, image);
-    let kernel = Kernel::new(space, release, 0);
-    shaped.structures(&kernel, PageSize::SIZE_4K, image)?;
+    let image = image_range(&X86_64, &space, start);
+    let build = Build {
+        architecture: Architecture::X86_64,
+        page_size: PageSize::SIZE_4K,
+        release: release(&space, image),
+        kaslr: 0,
+    };
+    let kernel = Kernel::new(space, build);
+    shaped.structures(&kernel, image)?;
     Ok(Candidate {
         shaped,
         kernel,
@@ -169,12 +174,13 @@ impl Shaped {
     }
 
     /// The struct pages.
-    pub(crate) fn mem_map<'m>(
-        &self,
-        kernel: &Kernel<'m>,
-        page_size: PageSize,
-    ) -> Result<MemMap<'m>, VmiError> {
-        MemMap::by_vmemmap(&kernel.space, page_size, STRIDE, self.root.vmemmap)
+    pub(crate) fn mem_map<'m>(&self, kernel: &Kernel<'m>) -> Result<MemMap<'m>, VmiError> {
+        MemMap::by_vmemmap(
+            &kernel.space,
+            kernel.build.page_size,
+            STRIDE,
+            self.root.vmemmap,
+        )
     }
 
     /// The struct pages, what each says, and the zones.
@@ -184,11 +190,10 @@ impl Shaped {
     pub(crate) fn structures<'m>(
         &self,
         kernel: &Kernel<'m>,
-        page_size: PageSize,
         image: (KernelVa, KernelVa),
     ) -> Result<(MemMap<'m>, PageLayout, Zones), VmiError> {
-        let map = self.mem_map(kernel, page_size)?;
-        let layout = PageLayout::by_shape(self.buddy);
+        let map = self.mem_map(kernel)?;
+        let layout = PageLayout::by_shape(kernel, self.buddy)?;
         let zones = zones_by_shape(kernel, &map, &layout, image)?;
         Ok((map, layout, zones))
     }

@@ -7,7 +7,7 @@
 
 use super::records::{Records, STRIDE};
 use crate::KernelVa;
-use crate::arch::x86_64::X86_64;
+use crate::arch::x86_64::Walk;
 use crate::paging::Paging;
 use sonicshot::{Gpa, GuestMemory};
 
@@ -27,8 +27,8 @@ const MAX_STEPS: u64 = 1 << 16;
 pub(crate) struct Root {
     /// The top-level table.
     pub at: Gpa,
-    /// Whether it is one of five levels.
-    pub five_levels: bool,
+    /// How many levels there are.
+    pub levels: u32,
     /// Where the array of struct pages begins.
     pub vmemmap: KernelVa,
     /// Where that is.
@@ -39,10 +39,10 @@ pub(crate) struct Root {
 pub(crate) fn stands(
     memory: &dyn GuestMemory,
     at: Gpa,
-    five_levels: bool,
+    levels: u32,
     records: &Records,
 ) -> Option<Root> {
-    let walk = X86_64::new(at, five_levels);
+    let walk = Walk::new(at, levels);
     let place = |va: u64| {
         let there = walk.translate(memory, KernelVa::new(va)).ok().flatten()?;
         Some(there.at)
@@ -89,7 +89,7 @@ pub(crate) fn stands(
     }
     Some(Root {
         at,
-        five_levels,
+        levels,
         vmemmap: KernelVa::new(base),
         there: place(base)?,
     })

@@ -7,22 +7,13 @@
 use super::bytes::Bytes;
 use super::mapped::MappedFile;
 use super::{Member, SymbolError, SymbolSource};
+use crate::needs;
 use gimli::{
     AttributeValue, DebuggingInformationEntry, DwarfSections, EndianSlice, LittleEndian, Reader,
     Unit, UnitOffset,
 };
 use std::collections::HashMap;
 
-/// The source files whose units are read: the allocator, the memory map, the firmware's map.
-const SOURCES: [&str; 7] = [
-    "mm/page_alloc.c",
-    "mm/vmstat.c",
-    "mm/sparse.c",
-    "mm/mm_init.c",
-    "mm/hugetlb.c",
-    "fs/proc/page.c",
-    "arch/x86/kernel/e820.c",
-];
 /// A kernel has some 5,000 units.
 const MAX_UNITS: usize = 1 << 17;
 /// A unit of a kernel has some 100,000 entries.
@@ -100,7 +91,9 @@ impl Dwarf {
         let sections = DwarfSections::load(load).map_err(damaged)?;
         let dwarf = sections.borrow(|bytes| EndianSlice::new(bytes, LittleEndian));
         let mut units = dwarf.units();
-        let mut left = SOURCES.len();
+        // The source files whose units are read.
+        let sources = needs::units();
+        let mut left = sources.len();
         for _ in 0..MAX_UNITS {
             let Some(header) = units.next().map_err(damaged)? else {
                 break;
@@ -108,7 +101,7 @@ impl Dwarf {
             let unit = dwarf.unit(header).map_err(damaged)?;
             let is_wanted = unit.name.is_some_and(|name| {
                 let name = name.slice();
-                SOURCES.iter().any(|source| {
+                sources.iter().any(|source| {
                     // Relative to the kernel's tree, or absolute.
                     name.strip_suffix(source.as_bytes())
                         .is_some_and(|before| before.is_empty() || before.ends_with(b"/"))
@@ -265,79 +258,101 @@ impl Walk {
                 .filter(|(at, _)| at.checked_add(1) == Some(depth))
                 .map(|(_, parent)| *parent);
             let at = global(unit, entry.offset());
-            let tag = entry.tag();
-            match tag {
-                gimli::DW_TAG_structure_type | gimli::DW_TAG_union_type => {
-                    if entry.attr_value(gimli::DW_AT_declaration).is_some() {
-                        continue;
-                    }
-                    if let Some(name) = name_of(dwarf, unit, entry) {
-                        self.structs.entry(name).or_insert(at);
-                    }
-                    let size = unsigned(entry, gimli::DW_AT_byte_size).unwrap_or(0);
-                    let structure = Structure {
-                        size,
-                        members: Vec::new(),
-                    };
-                    self.shapes.insert(at, Shape::Structure(structure));
-                    parents.push((depth, at));
-                }
-                gimli::DW_TAG_member => {
-                    let field = Field {
-                        name: name_of(dwarf, unit, entry).unwrap_or_default(),
-                        offset: unsigned(entry, gimli::DW_AT_data_member_location).unwrap_or(0),
-                        ty: type_of(unit, entry),
-                    };
-                    let is_bits = entry.attr_value(gimli::DW_AT_data_bit_offset).is_some();
-                    if let Some(Shape::Structure(structure)) =
-                        parent.and_then(|parent| self.shapes.get_mut(&parent))
-                        && !is_bits
-                    {
-                        structure.members.push(field);
-                    }
-                }
-                gimli::DW_TAG_array_type => {
-                    let element = type_of(unit, entry);
-                    self.shapes.insert(at, Shape::Array { element, len: None });
-                    parents.push((depth, at));
-                }
-                gimli::DW_TAG_subrange_type => {
-                    if let Some(Shape::Array { len, .. }) =
-                        parent.and_then(|parent| self.shapes.get_mut(&parent))
-                        && len.is_none()
-                    {
-                        *len = unsigned(entry, gimli::DW_AT_count)
-                            .or_else(|| unsigned(entry, gimli::DW_AT_upper_bound)?.checked_add(1));
-                    }
-                }
-                gimli::DW_TAG_enumeration_type => {
-                    let size = unsigned(entry, gimli::DW_AT_byte_size).unwrap_or(4);
-                    self.shapes.insert(at, Shape::Sized(size));
-                    parents.push((depth, at));
-                }
-                gimli::DW_TAG_enumerator => {
-                    if let Some(name) = name_of(dwarf, unit, entry)
-                        && let Some(value) = constant(entry)
-                    {
-                        self.enumerators.entry(name).or_insert(value);
-                    }
-                }
-                gimli::DW_TAG_typedef
-                | gimli::DW_TAG_const_type
-                | gimli::DW_TAG_volatile_type
-                | gimli::DW_TAG_restrict_type
-                | gimli::DW_TAG_atomic_type => {
-                    self.shapes.insert(at, Shape::Alias(type_of(unit, entry)));
-                }
-                gimli::DW_TAG_base_type | gimli::DW_TAG_pointer_type => {
-                    let size = unsigned(entry, gimli::DW_AT_byte_size).unwrap_or(8);
-                    self.shapes.insert(at, Shape::Sized(size));
-                }
-                _ => {}
+            if self.entry(dwarf, unit, entry, at, parent) == Children::Read {
+                parents.push((depth, at));
             }
         }
         Ok(())
     }
+
+    /// Takes one entry, which is at `at` across all units; `parent` is the type around it.
+    fn entry<'a>(
+        &mut self,
+        dwarf: &gimli::Dwarf<Slice<'a>>,
+        unit: &Unit<Slice<'a>>,
+        entry: &DebuggingInformationEntry<Slice<'a>>,
+        at: usize,
+        parent: Option<usize>,
+    ) -> Children {
+        match entry.tag() {
+            gimli::DW_TAG_structure_type | gimli::DW_TAG_union_type => {
+                if entry.attr_value(gimli::DW_AT_declaration).is_some() {
+                    return Children::Skip;
+                }
+                if let Some(name) = name_of(dwarf, unit, entry) {
+                    self.structs.entry(name).or_insert(at);
+                }
+                let structure = Structure {
+                    size: unsigned(entry, gimli::DW_AT_byte_size).unwrap_or(0),
+                    members: Vec::new(),
+                };
+                self.shapes.insert(at, Shape::Structure(structure));
+                return Children::Read;
+            }
+            gimli::DW_TAG_member => {
+                let field = Field {
+                    name: name_of(dwarf, unit, entry).unwrap_or_default(),
+                    offset: unsigned(entry, gimli::DW_AT_data_member_location).unwrap_or(0),
+                    ty: type_of(unit, entry),
+                };
+                let is_bits = entry.attr_value(gimli::DW_AT_data_bit_offset).is_some();
+                if let Some(Shape::Structure(structure)) = self.parent(parent)
+                    && !is_bits
+                {
+                    structure.members.push(field);
+                }
+            }
+            gimli::DW_TAG_array_type => {
+                let element = type_of(unit, entry);
+                self.shapes.insert(at, Shape::Array { element, len: None });
+                return Children::Read;
+            }
+            gimli::DW_TAG_subrange_type => {
+                if let Some(Shape::Array { len, .. }) = self.parent(parent)
+                    && len.is_none()
+                {
+                    *len = unsigned(entry, gimli::DW_AT_count)
+                        .or_else(|| unsigned(entry, gimli::DW_AT_upper_bound)?.checked_add(1));
+                }
+            }
+            gimli::DW_TAG_enumeration_type => {
+                let size = unsigned(entry, gimli::DW_AT_byte_size).unwrap_or(4);
+                self.shapes.insert(at, Shape::Sized(size));
+                return Children::Read;
+            }
+            gimli::DW_TAG_enumerator => {
+                if let Some(name) = name_of(dwarf, unit, entry)
+                    && let Some(value) = constant(entry)
+                {
+                    self.enumerators.entry(name).or_insert(value);
+                }
+            }
+            gimli::DW_TAG_typedef
+            | gimli::DW_TAG_const_type
+            | gimli::DW_TAG_volatile_type
+            | gimli::DW_TAG_restrict_type
+            | gimli::DW_TAG_atomic_type => {
+                self.shapes.insert(at, Shape::Alias(type_of(unit, entry)));
+            }
+            gimli::DW_TAG_base_type | gimli::DW_TAG_pointer_type => {
+                let size = unsigned(entry, gimli::DW_AT_byte_size).unwrap_or(8);
+                self.shapes.insert(at, Shape::Sized(size));
+            }
+            _ => {}
+        }
+        Children::Skip
+    }
+
+    fn parent(&mut self, parent: Option<usize>) -> Option<&mut Shape> {
+        self.shapes.get_mut(&parent?)
+    }
+}
+
+/// Whether what is inside an entry belongs to it.
+#[derive(PartialEq, Eq)]
+enum Children {
+    Read,
+    Skip,
 }
 
 /// An offset within a unit as one across all units.

@@ -6,7 +6,7 @@
 use super::bytes::Bytes;
 use super::vmcoreinfo::Vmcoreinfo;
 use super::{SymbolBase, SymbolError, SymbolSource};
-use crate::{KernelVa, VirtualMemory};
+use crate::{KernelVa, VirtualMemory, needs};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
@@ -46,38 +46,6 @@ pub struct Kallsyms {
     scheme: Scheme,
     found: Mutex<HashMap<String, Option<u64>>>,
 }
-
-/// The symbols that this crate asks for, found in one pass together.
-const ASKED: [&str; 28] = [
-    "__cpu_online_mask",
-    "__cpu_possible_mask",
-    "__entry_text_start",
-    "__per_cpu_offset",
-    "__start_BTF",
-    "__stop_BTF",
-    "_debug_pagealloc_enabled",
-    "_page_poisoning_enabled",
-    "_stext",
-    "contig_page_data",
-    "cpu_number",
-    "current_task",
-    "e820_table",
-    "init_on_free",
-    "init_task",
-    "init_uts_ns",
-    "kasan_flag_enabled",
-    "linux_banner",
-    "mem_section",
-    "node_data",
-    "nr_cpu_ids",
-    "nr_node_ids",
-    "page_offset_base",
-    "pcpu_hot",
-    "swapper_pg_dir",
-    "this_cpu_off",
-    "vmcoreinfo_data",
-    "want_page_poisoning",
-];
 
 impl core::fmt::Debug for Kallsyms {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
@@ -186,11 +154,13 @@ impl Kallsyms {
         let tokens = Tokens::read(memory, tables)?;
         let names = read_names(memory, tables.names, tables.count)?;
         let offsets = read_offsets(memory, tables)?;
-        let numbers = find_names(&names, &tokens, tables.count, &ASKED);
+        // All that will be asked for, in one pass.
+        let asked: Vec<&str> = needs::symbol_names().collect();
+        let numbers = find_names(&names, &tokens, tables.count, &asked);
         let scheme = find_scheme(tables, &offsets, info, |wanted| {
             numbers.get(wanted).copied()
         })?;
-        let found = ASKED
+        let found = asked
             .iter()
             .map(|name| {
                 let number = numbers.get(name).copied();
@@ -290,17 +260,24 @@ impl Tokens {
     }
 }
 
-/// Fills `buf` page by page as far as it is mapped; the rest stays zero. Returns how far.
+/// Whether a word may be an address of the kernel's: in the upper half on every architecture.
+fn is_kernel_half(word: u64) -> bool {
+    word >> 63 == 1
+}
+
+/// Fills `buf` step by step as far as it is mapped; the rest stays zero. Returns how far.
 fn read_what_is_mapped(memory: &dyn VirtualMemory, at: KernelVa, buf: &mut [u8]) -> usize {
+    /// No architecture has smaller pages.
+    const STEP: u64 = 4096;
     let mut done = 0_usize;
     while done < buf.len() {
         let Some(here) = at.checked_add(done as u64) else {
             break;
         };
-        let to_page_end = 0x1000_u64.saturating_sub(here.raw() & 0xfff);
-        let len = usize::try_from(to_page_end)
-            .unwrap_or(0)
-            .min(buf.len().saturating_sub(done));
+        let to_step_end = STEP.saturating_sub(here.raw() & (STEP - 1));
+        let left = buf.len().saturating_sub(done);
+        // Where a step is longer than any length, the rest is shorter.
+        let len = usize::try_from(to_step_end).map_or(left, |len| len.min(left));
         let end = done.saturating_add(len);
         match buf.get_mut(done..end).map(|part| memory.read(here, part)) {
             Some(Ok(())) => done = end,
@@ -381,6 +358,8 @@ fn find_names<'w>(
             [] => true,
         })
         .collect();
+    let by_name: HashMap<&[u8], &str> =
+        wanted.iter().map(|name| (name.as_bytes(), *name)).collect();
     let mut found = HashMap::new();
     let mut rest = names;
     let mut name = Vec::with_capacity(MAX_NAME);
@@ -401,7 +380,7 @@ fn find_names<'w>(
             }
         }
         let this = name.get(1..).unwrap_or_default();
-        if let Some(wanted) = wanted.iter().find(|wanted| wanted.as_bytes() == this) {
+        if let Some(wanted) = by_name.get(this) {
             found.entry(*wanted).or_insert(number);
         }
     }
@@ -578,8 +557,8 @@ fn tables_before(
             .checked_next_multiple_of(8)?;
         let absolute = u64::from(count).checked_mul(8)?;
         let first = KernelVa::new(count_at.raw().checked_sub(absolute)?);
-        let is_absolute = memory.read_u64(first).ok()? >> 63 == 1
-            && memory.read_u64(first.checked_add(8)?).ok()? >> 63 == 1;
+        let is_absolute = is_kernel_half(memory.read_u64(first).ok()?)
+            && is_kernel_half(memory.read_u64(first.checked_add(8)?).ok()?);
         let (offsets, relative_base) = if is_absolute {
             (first, None)
         } else {

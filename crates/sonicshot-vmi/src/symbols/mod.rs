@@ -23,7 +23,7 @@ pub use elf::Vmlinux;
 pub use kallsyms::Kallsyms;
 pub use system_map::SystemMap;
 pub use vmcoreinfo::Vmcoreinfo;
-pub(crate) use vmcoreinfo::parse_number;
+pub(crate) use vmcoreinfo::VmcoreinfoLines;
 
 use crate::{KernelVa, VirtualMemory};
 use core::fmt;
@@ -185,6 +185,7 @@ pub(crate) fn scan(
     visit: &mut dyn FnMut(KernelVa) -> bool,
 ) {
     const PIECE: usize = 1 << 20;
+    /// No architecture has smaller pages.
     const PAGE: usize = 4096;
     let overlap = needle.len().saturating_sub(1);
     let mut buffer = Vec::new();

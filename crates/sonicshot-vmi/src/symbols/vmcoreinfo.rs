@@ -137,8 +137,51 @@ impl Vmcoreinfo {
     }
 }
 
+/// The lines of what may be a VMCOREINFO, without any of it copied: enough to tell in microseconds
+/// that it is none of this memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct VmcoreinfoLines<'t>(&'t [u8]);
+
+impl<'t> VmcoreinfoLines<'t> {
+    /// The lines of `text` up to its first NUL.
+    pub(crate) fn new(text: &'t [u8]) -> Self {
+        let end = memchr::memchr(0, text).unwrap_or(text.len());
+        Self(text.get(..end).unwrap_or_default())
+    }
+
+    /// Each line's key and value.
+    pub(crate) fn lines(self) -> impl Iterator<Item = (&'t [u8], &'t [u8])> {
+        self.0.split(|byte| *byte == b'\n').filter_map(|line| {
+            let (key, value) = line.split_at_checked(memchr::memchr(b'=', line)?)?;
+            Some((key, value.get(1..)?.trim_ascii()))
+        })
+    }
+
+    /// The value of `key`. The kernel writes each key once; of two, the first counts.
+    pub(crate) fn value(self, key: &str) -> Option<&'t [u8]> {
+        let mut lines = self.lines();
+        lines.find_map(|(this, value)| (this == key.as_bytes()).then_some(value))
+    }
+
+    /// The number that `key` has.
+    pub(crate) fn number(self, key: &str) -> Option<i64> {
+        parse_number(core::str::from_utf8(self.value(key)?).ok()?)
+    }
+
+    /// The value of a hexadecimal number without a prefix, as addresses are written.
+    pub(crate) fn hexadecimal(value: &[u8]) -> Option<u64> {
+        u64::from_str_radix(core::str::from_utf8(value).ok()?, 16).ok()
+    }
+
+    /// `SYMBOL(name)`.
+    pub(crate) fn address(self, name: &str) -> Option<KernelVa> {
+        let value = self.value(&format!("SYMBOL({name})"))?;
+        Self::hexadecimal(value).map(KernelVa::new)
+    }
+}
+
 /// A `NUMBER`'s value.
-pub(crate) fn parse_number(text: &str) -> Option<i64> {
+fn parse_number(text: &str) -> Option<i64> {
     match text.strip_prefix("0x") {
         Some(hex) => u64::from_str_radix(hex, 16).ok().map(u64::cast_signed),
         None => text

@@ -5,7 +5,9 @@ use sonicshot::{
     ControlRegisters, DropClasses, Fill, Gpa, GpaRange, GuestBytes, PageClass, PageMap, PageSize,
     Pfn, PfnRange, PrunePlan, RamLayout,
 };
-use sonicshot_xen::{DomainKind, Joined, Layer, Part, Skeleton, Within, XenError, XlImage};
+use sonicshot_xen::{
+    DomainKind, Guarded, Joined, Layer, Part, Skeleton, Within, XenError, XlImage,
+};
 use std::collections::BTreeMap;
 
 const PAGE: usize = 4096;
@@ -132,7 +134,7 @@ fn plan(drop: &[u64]) -> PrunePlan {
 
 fn prune(data: &[u8], drop: &[u64]) -> Vec<u8> {
     let image = parse(data).unwrap();
-    let dropped = image.dropped(&plan(drop));
+    let dropped = image.dropped(&plan(drop), Guarded::vouched());
     let mut out = Vec::new();
     let bytes = GuestBytes::from_slice(data);
     image
@@ -245,7 +247,7 @@ proptest! {
 /// The skeleton of `data` without `drop`, and the image that it makes with what the guest has.
 fn split_and_join(data: &[u8], drop: &[u64]) -> (Vec<u8>, Vec<u8>) {
     let image = parse(data).unwrap();
-    let dropped = image.dropped(&plan(drop));
+    let dropped = image.dropped(&plan(drop), Guarded::vouched());
     let bytes = GuestBytes::from_slice(data);
     let skeleton = image.skeleton(bytes, &dropped).unwrap();
     let memory = seen(data);

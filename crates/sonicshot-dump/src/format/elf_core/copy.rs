@@ -5,7 +5,7 @@ use crate::backing::mapped::MappedDump;
 use crate::format::ability::Copying;
 use crate::format::elf_core::wire::{self, ElfCore, PT_LOAD, Segment};
 use crate::prune::copy::Copier;
-use sonicshot::{GpaRange, PrunePlan};
+use sonicshot::{FileOffset, FileRange, GpaRange, PrunePlan};
 use std::os::unix::fs::FileExt;
 
 /// A core has at most this many segments, so that every reader can count them in 16 bits.
@@ -175,18 +175,21 @@ fn copy_piece(
 ) -> Result<Option<()>, DumpError> {
     let Piece { segment, from, .. } = piece;
     let Some(filled) = segment.filled() else {
-        copier.copy(*from, segment.offset, segment.file_len)?;
+        let data = FileRange::with_len(FileOffset::new(*from), segment.file_len);
+        let Some(data) = data else { return Ok(None) };
+        copier.copy(data, FileOffset::new(segment.offset))?;
         return Ok(Some(()));
     };
     // Where pieces were joined, dropped pages lie inside: they are passed over.
     for kept in goes.kept_in(filled) {
         let inside = kept.start().offset_from(filled.start());
         let from = inside.and_then(|inside| from.checked_add(inside));
+        let from = from.and_then(|from| FileRange::with_len(FileOffset::new(from), kept.len()));
         let to = inside.and_then(|inside| segment.offset.checked_add(inside));
         let (Some(from), Some(to)) = (from, to) else {
             return Ok(None);
         };
-        copier.copy(from, to, kept.len())?;
+        copier.copy(from, FileOffset::new(to))?;
     }
     Ok(Some(()))
 }

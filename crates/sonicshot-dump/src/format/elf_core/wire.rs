@@ -5,7 +5,7 @@
 
 use crate::DumpError;
 use crate::backing::mapped::Extent;
-use sonicshot::{Architecture, Gpa, GpaRange, GuestBytes};
+use sonicshot::{Architecture, FileOffset, Gpa, GpaRange, GuestBytes};
 use std::path::Path;
 
 pub(crate) const HEADER_LEN: usize = 64;
@@ -371,6 +371,7 @@ fn add_extent(extents: &mut Vec<Extent>, guest: GpaRange, segment: &Segment) {
         let rest = GpaRange::new(gap.start().max(filled.end()), gap.end());
         let inside = data.start().offset_from(guest.start());
         let offset = inside.and_then(|inside| segment.offset.checked_add(inside));
+        let offset = offset.map(FileOffset::new);
         for (guest, offset) in [(data, offset), (rest, None)] {
             if !guest.is_empty() {
                 let index = extents.partition_point(|e| e.guest.start() < guest.start());

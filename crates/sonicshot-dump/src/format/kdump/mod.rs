@@ -5,11 +5,12 @@ pub(crate) mod write;
 
 use crate::DumpError;
 use crate::format::ability::{ByCopy, Copying};
-use crate::format::{Format, Kind, Source, boxed, core_notes};
+use crate::format::core_notes;
+use crate::format::kind::{Format, Kind, Source, boxed};
 use read::KdumpFile;
 use sonicshot::{Architecture, GuestMemory, Processors};
 use std::fs::File;
-use write::{KdumpCompression, KdumpOptions, write_kdump};
+use write::{KdumpCompression, KdumpOptions, write_kdump_without};
 
 pub(crate) const KIND: Kind = Kind::by_magic(&[read::SIGNATURE, b"makedumpfile"], |source| {
     open(source).map(boxed)
@@ -77,7 +78,7 @@ impl ByCopy for KdumpDump {
             threads: None,
         };
         let file = work.output.file();
-        let written = write_kdump(&self.memory, work.goes, file, &options, work.progress);
+        let written = write_kdump_without(&self.memory, work.goes, file, &options, work.progress);
         written.map_err(|source| DumpError::Kdump {
             path: work.output.path().into(),
             source,

@@ -124,132 +124,41 @@ impl KdumpFile {
     pub(crate) fn parse(path: &Path, map: Mmap) -> Result<Self, DumpError> {
         let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
         let content = Content::new(path, map)?;
-        let cut = |at| bad("a header beyond the end: truncated", at, content.len());
-        let mut header = [0; HEADER_LEN];
-        if !content.read(0, &mut header) {
-            return Err(cut(0));
-        }
-        let field = |at| u32_in(&header, at).unwrap_or(0);
-        if header.get(..8) != Some(SIGNATURE) {
-            return Err(bad("no kdump header", 0, u64_in(&header, 0).unwrap_or(0)));
-        }
-        let version = field(8);
-        if !(1..=6).contains(&version) {
-            return Err(match version.swap_bytes() {
-                1..=6 => DumpError::Unsupported {
-                    path: path.to_owned(),
-                    kind: "a big-endian kdump-compressed dump",
-                },
-                _ => bad("an unknown version of kdump header", 8, version.into()),
-            });
-        }
-        let (status, block, sub_blocks) = (field(424), field(428), field(432));
-        let (bitmap_blocks, max_frames) = (field(436), field(440));
-        let page_size = PageSize::new(block.into()).ok_or_else(|| {
+        let header = Header::read(path, &content)?;
+        let sub = SubHeader::read(path, &content, &header)?;
+        let places = Places::new(path, &content, &header, &sub)?;
+        let Places { frames, .. } = places;
+        let page_size = header.page_size;
+        let layout = layout_of(path, &content, places.present_at, frames, page_size)?;
+        let (ranks, dumped) = ranks_of(&content, places.dumped_at, frames).ok_or_else(|| {
             bad(
-                "a block size that is no page size (of a 64-bit machine)",
-                428,
-                block.into(),
+                "bitmaps beyond the end: truncated",
+                places.dumped_at,
+                frames,
             )
         })?;
-        let block = page_size.bytes();
-        // All below fit: these are 32-bit numbers of blocks of 64 KiB at most.
-        let in_blocks = |blocks: u32| u64::from(blocks).saturating_mul(block);
-        if sub_blocks == 0 || in_blocks(sub_blocks) > content.len() {
-            return Err(bad("an impossible sub-header", 432, sub_blocks.into()));
-        }
-        let mut sub = [0; SUB_HEADER_LEN];
-        if !content.read(block, &mut sub) {
-            return Err(cut(block));
-        }
-        let sub_field = |at, since| {
-            let value = u64_in(&sub, at).unwrap_or(0);
-            if version >= since { value } else { 0 }
-        };
-        if version >= 2 && u32_in(&sub, 12).unwrap_or(0) != 0 {
-            return Err(DumpError::Unsupported {
-                path: path.to_owned(),
-                kind: "one part of a split kdump-compressed dump",
-            });
-        }
-        let max_frames = match sub_field(96, 6) {
-            0 => max_frames.into(),
-            max_frames => max_frames,
-        };
-
-        let present_at = block.saturating_add(in_blocks(sub_blocks));
-        let bitmaps_len = in_blocks(bitmap_blocks);
-        let descriptors_at = present_at.saturating_add(bitmaps_len);
-        // Compared to the file itself too, for a flattened one may claim any length.
-        if bitmap_blocks == 0
-            || descriptors_at > content.len()
-            || bitmaps_len > content.stored_len()
-        {
-            return Err(bad(
-                "bitmaps beyond the end: truncated",
-                436,
-                bitmap_blocks.into(),
-            ));
-        }
-        // Where there is only room for one bitmap it is both (crash: dump_is_partial).
-        let needed = max_frames.div_ceil(8).div_ceil(block);
-        let half = u64::from(bitmap_blocks) >> 1;
-        let (dumped_at, bitmap_len) = if needed <= half {
-            let half = half.saturating_mul(block);
-            (present_at.saturating_add(half), half)
-        } else {
-            (present_at, bitmaps_len)
-        };
-        let frames = max_frames.min(bitmap_len.saturating_mul(8));
-        if needed > bitmap_blocks.into() || frames > MAX_FRAMES {
-            return Err(bad("an impossible number of frames", 440, max_frames));
-        }
-
-        let layout = layout_of(path, &content, present_at, frames, page_size)?;
-        let (ranks, dumped) = ranks_of(&content, dumped_at, frames)
-            .ok_or_else(|| bad("bitmaps beyond the end: truncated", dumped_at, frames))?;
-        let incomplete = status & INCOMPLETE != 0;
+        let incomplete = header.status & INCOMPLETE != 0;
         let descriptors_end = dumped
             .checked_mul(DESCRIPTOR_LEN)
-            .and_then(|len| descriptors_at.checked_add(len));
+            .and_then(|len| places.descriptors_at.checked_add(len));
         if !incomplete && descriptors_end.is_none_or(|end| end > content.len()) {
             return Err(bad(
                 "page descriptors beyond the end: truncated",
-                descriptors_at,
+                places.descriptors_at,
                 dumped,
             ));
         }
-
-        let part = |at: usize, since, limit, what| {
-            let (offset, len) = (sub_field(at, since), sub_field(at.saturating_add(8), since));
-            let place = block.saturating_add(at as u64);
-            match (offset, len) {
-                (0, _) | (_, 0) => Ok(None),
-                (_, len) if len > limit => Err(bad(what, place, len)),
-                _ => content
-                    .copy(offset, len)
-                    .map(Some)
-                    .ok_or_else(|| bad(what, place, offset)),
-            }
-        };
-        let notes = part(48, 4, MAX_NOTES, "notes beyond the end or too long")?;
-        let vmcoreinfo = part(
-            32,
-            3,
-            MAX_VMCOREINFO,
-            "VMCOREINFO beyond the end or too long",
-        )?
-        .or_else(|| {
+        let notes = sub.notes.copy(path, &content, MAX_NOTES)?;
+        let vmcoreinfo = sub.vmcoreinfo.copy(path, &content, MAX_VMCOREINFO)?;
+        let vmcoreinfo = vmcoreinfo.or_else(|| {
             notes_in(notes.as_deref()?)
                 .find(|note| note.name == b"VMCOREINFO")
                 .map(|note| note.text.to_vec())
         });
-        let machine = header
-            .get(272..337)
-            .and_then(machine_named)
-            .or_else(|| machine_of_notes(notes.as_deref()?));
+        let machine =
+            machine_named(&header.machine).or_else(|| machine_of_notes(notes.as_deref()?));
         let facts = Facts {
-            version,
+            version: header.version,
             page_size,
             machine,
             incomplete,
@@ -258,14 +167,16 @@ impl KdumpFile {
             vmcoreinfo,
             notes,
         };
+        let block = usize::try_from(page_size.bytes())
+            .map_err(|_| bad("a block size", 428, page_size.bytes()))?;
         Ok(Self {
             path: path.to_owned(),
             content,
             layout,
-            dumped_at,
+            dumped_at: places.dumped_at,
             ranks,
-            descriptors_at,
-            cache: BlockCache::new(CACHE, usize::try_from(block).unwrap_or(CACHE)),
+            descriptors_at: places.descriptors_at,
+            cache: BlockCache::new(CACHE, block),
             decoders: Mutex::new(Vec::new()),
             facts,
         })
@@ -349,11 +260,10 @@ impl KdumpFile {
             .saturating_add(self.descriptors_at);
         let mut raw = [0; 16];
         let there = self.content.read(at, &mut raw);
-        let descriptor = Descriptor {
-            offset: u64_in(&raw, 0).unwrap_or(0),
-            len: u32_in(&raw, 8).unwrap_or(0),
-            flags: u32_in(&raw, 12).unwrap_or(0),
-        };
+        let fields = u64_in(&raw, 0).zip(u32_in(&raw, 8)).zip(u32_in(&raw, 12));
+        let ((offset, len), flags) =
+            fields.ok_or_else(|| bad("a page descriptor beyond the end", at, pfn))?;
+        let descriptor = Descriptor { offset, len, flags };
         if self.facts.incomplete {
             // Written until the disk was full.
             let end = descriptor.offset.checked_add(descriptor.len.into());
@@ -458,6 +368,204 @@ impl fmt::Debug for KdumpFile {
             .field("page_size", &self.facts.page_size)
             .field("dumped", &self.facts.dumped)
             .finish_non_exhaustive()
+    }
+}
+
+/// What is of use in `struct disk_dump_header`.
+struct Header {
+    version: u32,
+    status: u32,
+    page_size: PageSize,
+    sub_blocks: u32,
+    bitmap_blocks: u32,
+    max_frames: u32,
+    /// The processor's name.
+    machine: Vec<u8>,
+}
+
+impl Header {
+    fn read(path: &Path, content: &Content) -> Result<Self, DumpError> {
+        let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
+        let cut = || bad("a header beyond the end: truncated", 0, content.len());
+        let mut header = [0; HEADER_LEN];
+        if !content.read(0, &mut header) {
+            return Err(cut());
+        }
+        let field = |at| u32_in(&header, at).ok_or_else(cut);
+        if header.get(..8) != Some(SIGNATURE) {
+            let found = u64_in(&header, 0).ok_or_else(cut)?;
+            return Err(bad("no kdump header", 0, found));
+        }
+        let version = field(8)?;
+        if !(1..=6).contains(&version) {
+            return Err(match version.swap_bytes() {
+                1..=6 => DumpError::Unsupported {
+                    path: path.to_owned(),
+                    kind: "a big-endian kdump-compressed dump",
+                },
+                _ => bad("an unknown version of kdump header", 8, version.into()),
+            });
+        }
+        let block = field(428)?;
+        let page_size = PageSize::new(block.into()).ok_or_else(|| {
+            bad(
+                "a block size that is no page size (of a 64-bit machine)",
+                428,
+                block.into(),
+            )
+        })?;
+        Ok(Self {
+            version,
+            status: field(424)?,
+            page_size,
+            sub_blocks: field(432)?,
+            bitmap_blocks: field(436)?,
+            max_frames: field(440)?,
+            machine: header.get(272..337).ok_or_else(cut)?.to_vec(),
+        })
+    }
+
+    /// How long so many blocks are. These are 32-bit numbers of blocks of 64 KiB at most.
+    fn in_blocks(&self, blocks: u32) -> u64 {
+        u64::from(blocks).saturating_mul(self.page_size.bytes())
+    }
+}
+
+/// A part of the file that the sub-header names.
+struct Part {
+    /// What is said if it is beyond the end or too long.
+    what: &'static str,
+    /// Where that is said.
+    named_at: u64,
+    offset: u64,
+    len: u64,
+}
+
+impl Part {
+    /// A copy of it, unless there is none.
+    fn copy(
+        &self,
+        path: &Path,
+        content: &Content,
+        limit: u64,
+    ) -> Result<Option<Vec<u8>>, DumpError> {
+        let bad = |value| DumpError::malformed(path, self.what, self.named_at, value);
+        if self.offset == 0 || self.len == 0 {
+            return Ok(None);
+        }
+        if self.len > limit {
+            return Err(bad(self.len));
+        }
+        let copy = content.copy(self.offset, self.len);
+        copy.map(Some).ok_or_else(|| bad(self.offset))
+    }
+}
+
+/// What is of use in `struct kdump_sub_header`.
+struct SubHeader {
+    /// 0 of a version that has it in the header alone.
+    max_frames: u64,
+    vmcoreinfo: Part,
+    notes: Part,
+}
+
+impl SubHeader {
+    fn read(path: &Path, content: &Content, header: &Header) -> Result<Self, DumpError> {
+        let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
+        let block = header.page_size.bytes();
+        let cut = || bad("a header beyond the end: truncated", block, content.len());
+        let sub_blocks = header.sub_blocks;
+        if sub_blocks == 0 || header.in_blocks(sub_blocks) > content.len() {
+            return Err(bad("an impossible sub-header", 432, sub_blocks.into()));
+        }
+        let mut sub = [0; SUB_HEADER_LEN];
+        if !content.read(block, &mut sub) {
+            return Err(cut());
+        }
+        let field = |at, since| match u64_in(&sub, at).ok_or_else(cut) {
+            Ok(_) if header.version < since => Ok(0),
+            read => read,
+        };
+        if header.version >= 2 && u32_in(&sub, 12).ok_or_else(cut)? != 0 {
+            return Err(DumpError::Unsupported {
+                path: path.to_owned(),
+                kind: "one part of a split kdump-compressed dump",
+            });
+        }
+        let part = |at: usize, since, what| {
+            Ok::<_, DumpError>(Part {
+                what,
+                named_at: block.saturating_add(at as u64),
+                offset: field(at, since)?,
+                len: field(at.saturating_add(8), since)?,
+            })
+        };
+        Ok(Self {
+            max_frames: field(96, 6)?,
+            vmcoreinfo: part(32, 3, "VMCOREINFO beyond the end or too long")?,
+            notes: part(48, 4, "notes beyond the end or too long")?,
+        })
+    }
+}
+
+/// Where the parts of the file are that the pages are found by.
+#[derive(Clone, Copy)]
+struct Places {
+    frames: u64,
+    /// The bitmap of the frames that exist.
+    present_at: u64,
+    /// That of the frames in the file.
+    dumped_at: u64,
+    descriptors_at: u64,
+}
+
+impl Places {
+    fn new(
+        path: &Path,
+        content: &Content,
+        header: &Header,
+        sub: &SubHeader,
+    ) -> Result<Self, DumpError> {
+        let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
+        let block = header.page_size.bytes();
+        let max_frames = match sub.max_frames {
+            0 => header.max_frames.into(),
+            max_frames => max_frames,
+        };
+        let present_at = block.saturating_add(header.in_blocks(header.sub_blocks));
+        let bitmap_blocks = header.bitmap_blocks;
+        let bitmaps_len = header.in_blocks(bitmap_blocks);
+        let descriptors_at = present_at.saturating_add(bitmaps_len);
+        // Compared to the file itself too, for a flattened one may claim any length.
+        if bitmap_blocks == 0
+            || descriptors_at > content.len()
+            || bitmaps_len > content.stored_len()
+        {
+            return Err(bad(
+                "bitmaps beyond the end: truncated",
+                436,
+                bitmap_blocks.into(),
+            ));
+        }
+        // Where there is only room for one bitmap it is both (crash: dump_is_partial).
+        let needed = max_frames.div_ceil(8).div_ceil(block);
+        let half = u64::from(bitmap_blocks) >> 1;
+        let (dumped_at, bitmap_len) = if needed <= half {
+            let half = half.saturating_mul(block);
+            (present_at.saturating_add(half), half)
+        } else {
+            (present_at, bitmaps_len)
+        };
+        let frames = max_frames.min(bitmap_len.saturating_mul(8));
+        if needed > bitmap_blocks.into() || frames > MAX_FRAMES {
+            return Err(bad("an impossible number of frames", 440, max_frames));
+        }
+        Ok(Self {
+            frames,
+            present_at,
+            dumped_at,
+            descriptors_at,
+        })
     }
 }
 

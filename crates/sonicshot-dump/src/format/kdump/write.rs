@@ -4,11 +4,15 @@
 //! A page that the plan drops, and one that the source does not have, is marked as existing but
 //! not in the file, as `makedumpfile -d` does. Pages of zeroes share one descriptor's data.
 
+use crate::error::KdumpWriteError;
 use crate::format::kdump::read::{
     DESCRIPTOR_LEN, MAX_FRAMES, Note, SIGNATURE, SNAPPY, SUB_HEADER_LEN, ZLIB, ZSTD, notes_in,
 };
-use sonicshot::Progress;
-use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, PrunePlan};
+use sonicshot::work::{self, map_in_order};
+use sonicshot::{
+    Architecture, Disposition, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageMap, PageSize,
+    Progress, PrunePlan,
+};
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
@@ -16,9 +20,6 @@ use std::os::unix::fs::FileExt;
 
 /// What one thread reads and compresses at a time, in bytes.
 const CHUNK: u64 = 1 << 20;
-/// Chunks for each thread between two writes.
-const CHUNKS: usize = 4;
-const MAX_THREADS: usize = 64;
 /// `man makedumpfile`, `-d`: free pages are left out.
 const DUMP_LEVEL_FREE: u32 = 16;
 /// What is not known of the guest's `struct new_utsname`. libkdumpfile believes none of the
@@ -71,175 +72,271 @@ pub struct KdumpWriteStats {
     pub file_len: u64,
 }
 
-/// Why no kdump-compressed file could be written.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum KdumpWriteError {
-    /// The operating system refused to write.
-    #[error("writing the kdump file")]
-    Io(#[from] io::Error),
-    /// The guest's memory could not be read.
-    #[error("reading the guest's memory")]
-    Memory(#[from] MemoryError),
-    /// The format has no room for the guest.
-    #[error("a kdump file cannot hold {what} of {value}")]
-    TooLarge {
-        /// What of the guest.
-        what: &'static str,
-        /// How much of it there is.
-        value: u64,
-    },
-}
-
-/// Writes `memory`, without what `plan` drops, to the empty `file`. The plan's page size is the
-/// file's block size.
+/// Writes all of `memory` to the empty `file`, whose block size is the guest's page size.
 ///
 /// # Errors
 /// [`KdumpWriteError`] if the memory cannot be read or the file not be written. What is in the
 /// file is then of no use.
 pub fn write_kdump(
     memory: &dyn GuestMemory,
+    page_size: PageSize,
+    file: &File,
+    options: &KdumpOptions<'_>,
+    progress: Progress<'_>,
+) -> Result<KdumpWriteStats, KdumpWriteError> {
+    let map = PageMap::new(memory.layout(), page_size);
+    let nothing = PrunePlan::new(&map, &|_| Disposition::Keep, Fill::Zero);
+    write_kdump_without(memory, &nothing, file, options, progress)
+}
+
+/// The same without what `plan` drops. The plan's page size is the file's block size.
+///
+/// # Errors
+/// As [`write_kdump`].
+pub fn write_kdump_without(
+    memory: &dyn GuestMemory,
     plan: &PrunePlan,
     file: &File,
     options: &KdumpOptions<'_>,
     progress: Progress<'_>,
 ) -> Result<KdumpWriteStats, KdumpWriteError> {
-    let page = plan.page_size();
-    let block = page.bytes();
-    let regions: Vec<GpaRange> = memory
-        .layout()
-        .frames(page)
-        .filter_map(|frames| frames.gpa_range(page))
-        .collect();
-    let end = regions.last().map_or(0, |region| region.end().raw());
-    let frames = end >> page.shift();
-    if frames > MAX_FRAMES {
-        return Err(KdumpWriteError::TooLarge {
-            what: "a number of frames",
-            value: frames,
-        });
-    }
-
-    // Sizes are bounded by MAX_FRAMES from here on.
-    let notes = options.notes.unwrap_or_default();
-    let vmcoreinfo = options.vmcoreinfo.unwrap_or_default();
-    let sub_len = [SUB_HEADER_LEN, notes.len(), vmcoreinfo.len()]
-        .into_iter()
-        .fold(0_u64, |sum, len| sum.saturating_add(len as u64));
-    let sub_blocks = sub_len.div_ceil(block);
-    let bitmap_blocks = frames.div_ceil(8).div_ceil(block);
-    let bitmap_len = bitmap_blocks.saturating_mul(block);
-    let present_at = block.saturating_mul(sub_blocks.saturating_add(1));
-    let dumped_at = present_at.saturating_add(bitmap_len);
-    let descriptors_at = dumped_at.saturating_add(bitmap_len);
-
-    let mut present = Bitmap::new(bitmap_len)?;
-    let mut dumped = Bitmap::new(bitmap_len)?;
-    let mut kept_bytes = 0_u64;
-    let mut stats = KdumpWriteStats::default();
-    let mut chunks = Vec::new();
-    for region in &regions {
-        present.set(*region, page.shift());
-        for dropped in plan.dropped_in(*region) {
-            let pages = dropped.len() >> page.shift();
-            stats.dropped_pages = stats.dropped_pages.saturating_add(pages);
-        }
-        for kept in plan.kept_in(*region) {
-            kept_bytes = kept_bytes.saturating_add(kept.len());
-            dumped.set(kept, page.shift());
-            let mut start = kept.start();
-            while let Some(at) = start.checked_add(CHUNK).filter(|at| *at < kept.end()) {
-                chunks.push(GpaRange::new(start, at));
-                start = at;
-            }
-            chunks.push(GpaRange::new(start, kept.end()));
-        }
-    }
-
-    // Behind the descriptors of all pages that may come, the page of zeroes, then the others.
-    let table = (kept_bytes >> page.shift()).saturating_mul(DESCRIPTOR_LEN);
-    let zero_at = descriptors_at.saturating_add(table).next_multiple_of(block);
-    let zeroes = vec![0; usize::try_from(block).unwrap_or(0)];
-    file.write_all_at(&zeroes, zero_at)?;
-    let mut data_at = zero_at.saturating_add(block);
-    let mut descriptor_at = descriptors_at;
-    let mut done = 0_u64;
-    let threads = options
-        .threads
-        .map_or(1, NonZeroUsize::get)
-        .min(MAX_THREADS);
-    for round in chunks.chunks(threads.saturating_mul(CHUNKS)) {
-        for packed in compress_all(memory, round, block, options.compression, threads) {
-            let packed = packed?;
-            let mut descriptors = Vec::with_capacity(packed.pages.len().saturating_mul(24));
-            let mut at = data_at;
-            for (gpa, stored) in &packed.pages {
-                let (offset, len, flags) = match stored {
-                    Stored::Absent => {
-                        dumped.clear(*gpa, page.shift());
-                        stats.absent_pages = stats.absent_pages.saturating_add(1);
-                        continue;
-                    }
-                    Stored::Zero => {
-                        stats.zero_pages = stats.zero_pages.saturating_add(1);
-                        (zero_at, u32::try_from(block).unwrap_or(0), 0)
-                    }
-                    Stored::Data { len, flags } => {
-                        let offset = at;
-                        at = at.saturating_add((*len).into());
-                        (offset, *len, *flags)
-                    }
-                };
-                stats.pages = stats.pages.saturating_add(1);
-                descriptors.extend(offset.to_le_bytes());
-                descriptors.extend(len.to_le_bytes());
-                descriptors.extend(flags.to_le_bytes());
-                descriptors.extend(0_u64.to_le_bytes());
-            }
-            file.write_all_at(&packed.data, data_at)?;
-            file.write_all_at(&descriptors, descriptor_at)?;
-            data_at = at;
-            descriptor_at = descriptor_at.saturating_add(descriptors.len() as u64);
-            done = done.saturating_add(packed.source.len());
-            progress(done, kept_bytes);
-        }
-    }
-    stats.file_len = data_at;
-
-    file.write_all_at(&present.0, present_at)?;
-    file.write_all_at(&dumped.0, dumped_at)?;
-    let sizes = Sizes {
-        block: u32::try_from(block).unwrap_or(0),
-        sub_blocks: small("notes", sub_blocks)?,
-        bitmap_blocks: small("bitmaps", bitmap_blocks.saturating_mul(2))?,
-        frames,
-        dump_level: if stats.dropped_pages > 0 {
-            DUMP_LEVEL_FREE
-        } else {
-            0
-        },
+    let sizes = Sizes::new(memory, plan.page_size(), options)?;
+    let mut frames = Frames::new(memory, plan, &sizes)?;
+    let mut stats = KdumpWriteStats {
+        dropped_pages: frames.dropped_pages,
+        ..KdumpWriteStats::default()
     };
-    file.write_all_at(&sub_header(&sizes, notes, vmcoreinfo), block)?;
+    let mut pages = Pages::begin(file, &sizes, frames.kept_bytes)?;
+    let mut done = 0_u64;
+    let dumped = &mut frames.dumped;
+    map_in_order(
+        work::threads(options.threads.or(Some(NonZeroUsize::MIN))),
+        frames.chunks,
+        || Encoder::new(options.compression),
+        |encoder, chunk| pack(memory, chunk, sizes.block, encoder),
+        |packed| {
+            let packed = packed?;
+            pages.add(&packed, dumped, &mut stats)?;
+            done = done.saturating_add(packed.source.len());
+            progress(done, frames.kept_bytes);
+            Ok::<(), KdumpWriteError>(())
+        },
+    )?;
+    stats.file_len = pages.data_at;
+    file.write_all_at(&frames.present.bits, sizes.present_at)?;
+    file.write_all_at(&frames.dumped.bits, sizes.dumped_at)?;
+    let level = match stats.dropped_pages {
+        0 => 0,
+        _ => DUMP_LEVEL_FREE,
+    };
+    let sub = sub_header(&sizes, level, options)?;
+    file.write_all_at(&sub, sizes.block.into())?;
     // Last, so that a file that is not complete is not taken for one.
-    file.write_all_at(&header(&sizes, options), 0)?;
+    file.write_all_at(&header(&sizes, options)?, 0)?;
     Ok(stats)
+}
+
+/// Which frames there are, and which of them come into the file.
+struct Frames {
+    present: Bitmap,
+    dumped: Bitmap,
+    /// Those that come, in pieces for a thread each.
+    chunks: Vec<GpaRange>,
+    kept_bytes: u64,
+    dropped_pages: u64,
+}
+
+impl Frames {
+    fn new(
+        memory: &dyn GuestMemory,
+        plan: &PrunePlan,
+        sizes: &Sizes,
+    ) -> Result<Self, KdumpWriteError> {
+        let page = plan.page_size();
+        let mut this = Self {
+            present: Bitmap::new(sizes)?,
+            dumped: Bitmap::new(sizes)?,
+            chunks: Vec::new(),
+            kept_bytes: 0,
+            dropped_pages: 0,
+        };
+        let regions = memory.layout().frames(page);
+        for region in regions.filter_map(|frames| frames.gpa_range(page)) {
+            this.present.set(region)?;
+            for dropped in plan.dropped_in(region) {
+                let pages = dropped.len() >> page.shift();
+                this.dropped_pages = this.dropped_pages.saturating_add(pages);
+            }
+            for kept in plan.kept_in(region) {
+                this.kept_bytes = this.kept_bytes.saturating_add(kept.len());
+                this.dumped.set(kept)?;
+                let mut start = kept.start();
+                while let Some(at) = start.checked_add(CHUNK).filter(|at| *at < kept.end()) {
+                    this.chunks.push(GpaRange::new(start, at));
+                    start = at;
+                }
+                this.chunks.push(GpaRange::new(start, kept.end()));
+            }
+        }
+        Ok(this)
+    }
+}
+
+/// Writes descriptors and pages. Behind the descriptors of all pages that may come, the page of
+/// zeroes, then the others.
+struct Pages<'a> {
+    file: &'a File,
+    block: u32,
+    zero_at: u64,
+    data_at: u64,
+    descriptor_at: u64,
+}
+
+impl<'a> Pages<'a> {
+    fn begin(file: &'a File, sizes: &Sizes, kept_bytes: u64) -> Result<Self, KdumpWriteError> {
+        let block = u64::from(sizes.block);
+        let table = (kept_bytes >> sizes.shift).checked_mul(DESCRIPTOR_LEN);
+        let end = table.and_then(|table| sizes.descriptors_at.checked_add(table));
+        let zero_at = end.and_then(|end| end.checked_next_multiple_of(block));
+        let places = zero_at.and_then(|at| Some((at, at.checked_add(block)?)));
+        let (zero_at, data_at) = places.ok_or(KdumpWriteError::TooLarge {
+            what: "memory (bytes)",
+            value: kept_bytes,
+        })?;
+        file.write_all_at(&vec![0; in_memory(block)?], zero_at)?;
+        Ok(Self {
+            file,
+            block: sizes.block,
+            zero_at,
+            data_at,
+            descriptor_at: sizes.descriptors_at,
+        })
+    }
+
+    /// Adds the pages of a chunk. Those that the source does not have are cleared in `dumped`.
+    fn add(
+        &mut self,
+        packed: &Packed,
+        dumped: &mut Bitmap,
+        stats: &mut KdumpWriteStats,
+    ) -> Result<(), KdumpWriteError> {
+        let too_long = |value| KdumpWriteError::TooLarge {
+            what: "a length (bytes)",
+            value,
+        };
+        let mut descriptors = Vec::with_capacity(packed.pages.len().saturating_mul(24));
+        let mut at = self.data_at;
+        for (gpa, stored) in &packed.pages {
+            let (offset, len, flags) = match stored {
+                Stored::Absent => {
+                    dumped.clear(*gpa)?;
+                    stats.absent_pages = stats.absent_pages.saturating_add(1);
+                    continue;
+                }
+                Stored::Zero => {
+                    stats.zero_pages = stats.zero_pages.saturating_add(1);
+                    (self.zero_at, self.block, 0)
+                }
+                Stored::Data { len, flags } => {
+                    let offset = at;
+                    at = at.checked_add((*len).into()).ok_or(too_long(at))?;
+                    (offset, *len, *flags)
+                }
+            };
+            stats.pages = stats.pages.saturating_add(1);
+            descriptors.extend(offset.to_le_bytes());
+            descriptors.extend(len.to_le_bytes());
+            descriptors.extend(flags.to_le_bytes());
+            descriptors.extend(0_u64.to_le_bytes());
+        }
+        self.file.write_all_at(&packed.data, self.data_at)?;
+        self.file.write_all_at(&descriptors, self.descriptor_at)?;
+        self.data_at = at;
+        let next = self.descriptor_at.checked_add(descriptors.len() as u64);
+        self.descriptor_at = next.ok_or(too_long(self.descriptor_at))?;
+        Ok(())
+    }
 }
 
 fn small(what: &'static str, value: u64) -> Result<u32, KdumpWriteError> {
     u32::try_from(value).map_err(|_| KdumpWriteError::TooLarge { what, value })
 }
 
-/// The numbers in the headers.
+/// A length as one of something in memory.
+fn in_memory(len: u64) -> Result<usize, KdumpWriteError> {
+    let what = "a piece of (bytes)";
+    usize::try_from(len).map_err(|_| KdumpWriteError::TooLarge { what, value: len })
+}
+
+/// The numbers in the headers, and where the parts of the file are.
 struct Sizes {
     block: u32,
+    shift: u32,
     sub_blocks: u32,
+    /// Of both bitmaps.
     bitmap_blocks: u32,
     frames: u64,
-    dump_level: u32,
+    /// Of one bitmap, in bytes.
+    bitmap_len: u64,
+    present_at: u64,
+    dumped_at: u64,
+    descriptors_at: u64,
+}
+
+impl Sizes {
+    fn new(
+        memory: &dyn GuestMemory,
+        page: PageSize,
+        options: &KdumpOptions<'_>,
+    ) -> Result<Self, KdumpWriteError> {
+        let regions = memory.layout().frames(page);
+        let last = regions.filter_map(|frames| frames.gpa_range(page)).last();
+        let frames = last.map_or(0, |region| region.end().raw()) >> page.shift();
+        if frames > MAX_FRAMES {
+            return Err(KdumpWriteError::TooLarge {
+                what: "a number of frames",
+                value: frames,
+            });
+        }
+        let notes = options.notes.unwrap_or_default();
+        let vmcoreinfo = options.vmcoreinfo.unwrap_or_default();
+        let block = page.bytes();
+        let parts = [SUB_HEADER_LEN, notes.len(), vmcoreinfo.len()];
+        let sub_len = parts
+            .into_iter()
+            .try_fold(0_u64, |sum, len| sum.checked_add(len as u64));
+        let of_notes = |value| KdumpWriteError::TooLarge {
+            what: "notes (bytes)",
+            value,
+        };
+        let sub_len = sub_len.ok_or(of_notes(u64::MAX))?;
+        let sub_blocks = sub_len.div_ceil(block);
+        let bitmap_blocks = frames.div_ceil(8).div_ceil(block);
+        let places = || {
+            let bitmap_len = bitmap_blocks.checked_mul(block)?;
+            let present_at = block.checked_mul(sub_blocks.checked_add(1)?)?;
+            let dumped_at = present_at.checked_add(bitmap_len)?;
+            let descriptors_at = dumped_at.checked_add(bitmap_len)?;
+            Some((bitmap_len, present_at, dumped_at, descriptors_at))
+        };
+        let places = places().ok_or(of_notes(sub_len))?;
+        let (bitmap_len, present_at, dumped_at, descriptors_at) = places;
+        Ok(Self {
+            block: small("a page size", block)?,
+            shift: page.shift(),
+            sub_blocks: small("notes", sub_blocks)?,
+            bitmap_blocks: small("bitmaps", bitmap_blocks.saturating_mul(2))?,
+            frames,
+            bitmap_len,
+            present_at,
+            dumped_at,
+            descriptors_at,
+        })
+    }
 }
 
 /// `struct disk_dump_header` of version 6.
-fn header(sizes: &Sizes, options: &KdumpOptions<'_>) -> Vec<u8> {
+fn header(sizes: &Sizes, options: &KdumpOptions<'_>) -> Result<Vec<u8>, KdumpWriteError> {
     let info = options.vmcoreinfo.unwrap_or_default();
     let release = info
         .split(|byte| *byte == b'\n')
@@ -274,38 +371,50 @@ fn header(sizes: &Sizes, options: &KdumpOptions<'_>) -> Vec<u8> {
         sizes.block,
         sizes.sub_blocks,
         sizes.bitmap_blocks,
-        u32::try_from(sizes.frames).unwrap_or(u32::MAX),
+        // In version 6 the sub-header has the number; of one that does not fit, the largest is
+        // here (makedumpfile, `write_kdump_header`).
+        u32::try_from(sizes.frames).map_or(u32::MAX, |frames| frames),
         0,
         0,
         0,
         0,
-        u32::try_from(processors).unwrap_or(u32::MAX),
+        small("a number of processors", processors as u64)?,
     ] {
         out.extend(field.to_le_bytes());
     }
-    out
+    Ok(out)
 }
 
 /// `struct kdump_sub_header` of version 6, and what follows it.
-fn sub_header(sizes: &Sizes, notes: &[u8], vmcoreinfo: &[u8]) -> Vec<u8> {
-    let notes_at = u64::from(sizes.block).saturating_add(SUB_HEADER_LEN as u64);
-    let info_at = notes_at.saturating_add(notes.len() as u64);
+fn sub_header(
+    sizes: &Sizes,
+    dump_level: u32,
+    options: &KdumpOptions<'_>,
+) -> Result<Vec<u8>, KdumpWriteError> {
+    let notes = options.notes.unwrap_or_default();
+    let vmcoreinfo = options.vmcoreinfo.unwrap_or_default();
+    let notes_at = u64::from(sizes.block).checked_add(SUB_HEADER_LEN as u64);
+    let places = notes_at.and_then(|at| Some((at, at.checked_add(notes.len() as u64)?)));
+    let (notes_at, info_at) = places.ok_or(KdumpWriteError::TooLarge {
+        what: "notes (bytes)",
+        value: notes.len() as u64,
+    })?;
     // An empty part has no place.
     let part = |at: u64, bytes: &[u8]| match bytes.len() as u64 {
         0 => [0, 0],
         len => [at, len],
     };
-    let info = part(info_at, vmcoreinfo);
-    let notes_part = part(notes_at, notes);
+    let [info_at, info_len] = part(info_at, vmcoreinfo);
+    let [notes_at, notes_len] = part(notes_at, notes);
     let words = [
         phys_base(vmcoreinfo),
-        sizes.dump_level.into(), // and no split
+        dump_level.into(), // and no split
         0,
         0,
-        info[0],
-        info[1],
-        notes_part[0],
-        notes_part[1],
+        info_at,
+        info_len,
+        notes_at,
+        notes_len,
         0,
         0,
         0,
@@ -315,7 +424,7 @@ fn sub_header(sizes: &Sizes, notes: &[u8], vmcoreinfo: &[u8]) -> Vec<u8> {
     let mut out: Vec<u8> = words.into_iter().flat_map(u64::to_le_bytes).collect();
     out.extend(notes);
     out.extend(vmcoreinfo);
-    out
+    Ok(out)
 }
 
 /// `NUMBER(phys_base)` of x86-64, which is signed.
@@ -328,28 +437,33 @@ fn phys_base(vmcoreinfo: &[u8]) -> u64 {
 }
 
 /// One bit for each frame.
-struct Bitmap(Vec<u8>);
+struct Bitmap {
+    bits: Vec<u8>,
+    shift: u32,
+}
 
 impl Bitmap {
-    fn new(len: u64) -> Result<Self, KdumpWriteError> {
-        let what = "bitmaps";
-        let len =
-            usize::try_from(len).map_err(|_| KdumpWriteError::TooLarge { what, value: len })?;
-        Ok(Self(vec![0; len]))
+    fn new(sizes: &Sizes) -> Result<Self, KdumpWriteError> {
+        let bits = vec![0; in_memory(sizes.bitmap_len)?];
+        let shift = sizes.shift;
+        Ok(Self { bits, shift })
     }
 
-    fn byte(&mut self, frame: u64) -> Option<&mut u8> {
-        self.0.get_mut(usize::try_from(frame >> 3).ok()?)
+    fn byte(&mut self, frame: u64) -> Result<&mut u8, KdumpWriteError> {
+        let byte = usize::try_from(frame >> 3).ok();
+        let byte = byte.and_then(|byte| self.bits.get_mut(byte));
+        byte.ok_or(KdumpWriteError::TooLarge {
+            what: "a frame of number",
+            value: frame,
+        })
     }
 
-    fn set(&mut self, range: GpaRange, shift: u32) {
-        let mut frame = range.start().raw() >> shift;
-        let end = range.end().raw() >> shift;
+    fn set(&mut self, range: GpaRange) -> Result<(), KdumpWriteError> {
+        let mut frame = range.start().raw() >> self.shift;
+        let end = range.end().raw() >> self.shift;
         while frame < end {
             let whole = frame.is_multiple_of(8) && end.saturating_sub(frame) >= 8;
-            let Some(byte) = self.byte(frame) else {
-                return;
-            };
+            let byte = self.byte(frame)?;
             if whole {
                 *byte = 0xff;
                 frame = frame.saturating_add(8);
@@ -358,13 +472,13 @@ impl Bitmap {
                 frame = frame.saturating_add(1);
             }
         }
+        Ok(())
     }
 
-    fn clear(&mut self, at: Gpa, shift: u32) {
-        let frame = at.raw() >> shift;
-        if let Some(byte) = self.byte(frame) {
-            *byte &= !(1 << (frame & 7));
-        }
+    fn clear(&mut self, at: Gpa) -> Result<(), KdumpWriteError> {
+        let frame = at.raw() >> self.shift;
+        *self.byte(frame)? &= !(1 << (frame & 7));
+        Ok(())
     }
 }
 
@@ -384,58 +498,20 @@ struct Packed {
     data: Vec<u8>,
 }
 
-/// Reads and compresses `chunks`; gives the results in the same order.
-fn compress_all(
-    memory: &dyn GuestMemory,
-    chunks: &[GpaRange],
-    block: u64,
-    compression: KdumpCompression,
-    threads: usize,
-) -> Vec<Result<Packed, KdumpWriteError>> {
-    let share = chunks.len().div_ceil(threads).max(1);
-    let work = |chunks: &[GpaRange]| {
-        let mut encoder = Encoder::new(compression);
-        chunks
-            .iter()
-            .map(|chunk| pack(memory, *chunk, block, &mut encoder))
-            .collect::<Vec<_>>()
-    };
-    if share >= chunks.len() {
-        return work(chunks);
-    }
-    std::thread::scope(|scope| {
-        let work = &work;
-        let running: Vec<_> = chunks
-            .chunks(share)
-            .map(|chunks| (chunks, scope.spawn(move || work(chunks))))
-            .collect();
-        running
-            .into_iter()
-            .flat_map(|(chunks, thread)| {
-                thread.join().unwrap_or_else(|_| {
-                    // What such a thread had to say, the panic itself has said.
-                    let error = || io::Error::other("a thread that compresses panicked");
-                    chunks.iter().map(|_| Err(error().into())).collect()
-                })
-            })
-            .collect()
-    })
-}
-
 /// Reads and compresses one chunk, page by page.
 fn pack(
     memory: &dyn GuestMemory,
     source: GpaRange,
-    block: u64,
+    block: u32,
     encoder: &mut Encoder,
 ) -> Result<Packed, KdumpWriteError> {
-    let size = usize::try_from(block).unwrap_or(0);
+    let size = in_memory(block.into())?;
     let mut packed = Packed {
         source,
         pages: Vec::new(),
         data: Vec::new(),
     };
-    let mut buffer = vec![0; usize::try_from(source.len()).unwrap_or(0)];
+    let mut buffer = vec![0; in_memory(source.len())?];
     // Zeroes that the source knows of need not be read.
     let data = memory.next_data(source.start());
     let all_zero = data.is_none_or(|data| data.start() >= source.end());
@@ -458,7 +534,8 @@ fn pack(
             None | Some(Ok(())) => encoder.encode(page, &mut packed.data)?,
         };
         packed.pages.push((at, stored));
-        at = at.checked_add(block).unwrap_or(source.end());
+        let next = at.checked_add(block.into());
+        at = next.map_or(source.end(), |next| next.min(source.end()));
     }
     Ok(packed)
 }
@@ -524,9 +601,7 @@ impl Encoder {
             _ => (page, 0),
         };
         data.extend_from_slice(bytes);
-        Ok(Stored::Data {
-            len: u32::try_from(bytes.len()).unwrap_or(0),
-            flags,
-        })
+        let len = u32::try_from(bytes.len()).map_err(io::Error::other)?;
+        Ok(Stored::Data { len, flags })
     }
 }

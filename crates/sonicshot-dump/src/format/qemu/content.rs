@@ -5,7 +5,7 @@ use crate::format::qemu::start::{
     self, Cursor, FLAG_EOS, FLAG_MULTIFD_FLUSH, RamBlock, SECTION_END, SECTION_PART, Start,
     TARGET_PAGE,
 };
-use sonicshot::GuestBytes;
+use sonicshot::{FileRange, GuestBytes};
 use std::path::Path;
 
 /// What both kinds of file hold.
@@ -16,8 +16,8 @@ pub(crate) struct Content<'a> {
     pub places: Vec<Places>,
     /// Where the file begins.
     pub begin: u64,
-    /// The sections behind the memory's first part: where they begin and end.
-    pub between: (u64, u64),
+    /// The sections behind the memory's first part.
+    pub between: FileRange,
     /// Where what follows the memory begins.
     pub end: u64,
 }
@@ -77,6 +77,7 @@ impl Places {
         match self {
             Self::Listed(places) => Box::new(places.iter().copied()),
             Self::InOrder { bitmap, at, pages } => Box::new((0..*pages).map(move |page| {
+                // Room for all pages is in the file, as was checked when it was opened.
                 let there = at.saturating_add(page.saturating_mul(TARGET_PAGE));
                 if is_set(bitmap, page) { there } else { 0 }
             })),

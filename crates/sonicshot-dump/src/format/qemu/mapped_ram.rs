@@ -8,20 +8,21 @@
 use crate::backing::mapped::{Extent, MappedDump};
 use crate::backing::spool::Spool;
 use crate::format::ability::{ByCopy, Copying, InPlace, Migration, Punching};
+use crate::format::kind::{Format, Source};
 use crate::format::qemu::content::{Content, Places, is_set, rest_of_ram};
 use crate::format::qemu::start::{
     self, Cursor, FLAG_EOS, MAPPED_RAM_VERSION, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE,
 };
 use crate::format::qemu::{Wrapping, device_state};
-use crate::format::{Format, Source};
 use crate::output::Output;
 use crate::processors;
 use crate::prune::copy::Copier;
 use crate::prune::runs::file_runs;
 use crate::prune::stats::PruneStats;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::Progress;
-use sonicshot::{GpaRange, GuestBytes, GuestMemory, Processors, PrunePlan};
+use sonicshot::{
+    FileOffset, FileRange, GpaRange, GuestBytes, GuestMemory, Processors, Progress, PrunePlan,
+};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -270,19 +271,21 @@ impl MappedRam {
         path: &Path,
         data: GuestBytes<'_>,
         plan: &PrunePlan,
-    ) -> Result<Vec<(u64, Vec<u8>)>, DumpError> {
+    ) -> Result<Vec<(FileOffset, Vec<u8>)>, DumpError> {
         self.placed()
             .map(|store| {
                 let mut bitmap = store.bitmap(path, data)?;
-                store.clear(&mut bitmap, plan);
-                Ok((store.bitmap_offset, bitmap))
+                store.clear(&mut bitmap, plan).ok_or_else(|| {
+                    let what = "a bitmap that does not fit its block";
+                    DumpError::malformed(path, what, store.bitmap_offset, store.len)
+                })?;
+                Ok((FileOffset::new(store.bitmap_offset), bitmap))
             })
             .collect()
     }
 
-    /// The stretches of the file that stand for pages without a bit: offset and length, in the
-    /// file's order. `bitmaps` are those of [`Self::pruned_bitmaps`].
-    pub(crate) fn holes(&self, bitmaps: &[(u64, Vec<u8>)]) -> Vec<(u64, u64)> {
+    /// The stretches of the file that stand for pages without a bit, in the file's order. `bitmaps` are those of [`Self::pruned_bitmaps`].
+    pub(crate) fn holes(&self, bitmaps: &[(FileOffset, Vec<u8>)]) -> Vec<FileRange> {
         let mut holes = Vec::new();
         for (store, (_, bitmap)) in self.placed().zip(bitmaps) {
             store.holes(bitmap, &mut holes);
@@ -325,7 +328,8 @@ impl Store {
                 for (guest, from) in start::place(&self.ranges, at, end.saturating_sub(at)) {
                     extents.push(Extent {
                         guest,
-                        offset: first.then(|| self.pages_offset.saturating_add(from)),
+                        offset: first
+                            .then(|| FileOffset::new(self.pages_offset.saturating_add(from))),
                     });
                 }
                 at = end;
@@ -334,7 +338,7 @@ impl Store {
         true
     }
 
-    fn holes(&self, bitmap: &[u8], holes: &mut Vec<(u64, u64)>) {
+    fn holes(&self, bitmap: &[u8], holes: &mut Vec<FileRange>) {
         for page in 0..self.len / TARGET_PAGE {
             if is_set(bitmap, page) {
                 continue;
@@ -342,34 +346,34 @@ impl Store {
             let offset = self
                 .pages_offset
                 .saturating_add(page.saturating_mul(TARGET_PAGE));
+            // Room for all pages is in the file, as was checked when it was opened.
+            let start = FileOffset::new(offset);
+            let end = FileOffset::new(offset.saturating_add(TARGET_PAGE));
             match holes.last_mut() {
-                Some((start, len)) if start.saturating_add(*len) == offset => {
-                    *len = len.saturating_add(TARGET_PAGE);
-                }
-                _ => holes.push((offset, TARGET_PAGE)),
+                Some(last) if last.end() == start => *last = FileRange::new(last.start(), end),
+                _ => holes.push(FileRange::new(start, end)),
             }
         }
     }
 
-    /// Clears the bits of the pages that `plan` drops.
-    fn clear(&self, bitmap: &mut [u8], plan: &PrunePlan) {
+    /// Clears the bits of the pages that `plan` drops. `None` if the bitmap is not the block's.
+    fn clear(&self, bitmap: &mut [u8], plan: &PrunePlan) -> Option<()> {
         let mut base = 0_u64;
         for range in &self.ranges {
             for dropped in plan.dropped_in(*range) {
-                let inside = dropped.start().offset_from(range.start()).unwrap_or(0);
-                let start = base.saturating_add(inside);
+                let inside = dropped.start().offset_from(range.start())?;
+                let start = base.checked_add(inside)?;
                 // Only pages that are dropped as a whole.
                 let first = start.div_ceil(TARGET_PAGE);
-                let end = start.saturating_add(dropped.len()) / TARGET_PAGE;
+                let end = start.checked_add(dropped.len())? / TARGET_PAGE;
                 for page in first..end {
-                    let byte = usize::try_from(page >> 3).unwrap_or(usize::MAX);
-                    if let Some(byte) = bitmap.get_mut(byte) {
-                        *byte &= !(1_u8 << (page & 7));
-                    }
+                    let byte = bitmap.get_mut(usize::try_from(page >> 3).ok()?)?;
+                    *byte &= !(1_u8 << (page & 7));
                 }
             }
-            base = base.saturating_add(range.len());
+            base = base.checked_add(range.len())?;
         }
+        Some(())
     }
 }
 
@@ -426,7 +430,7 @@ fn of_mapped<'a>(
         blocks: &ram.blocks,
         places,
         begin,
-        between: (ram.after, between),
+        between: FileRange::new(FileOffset::new(ram.after), FileOffset::new(between)),
         end,
     })
 }
@@ -436,7 +440,7 @@ fn of_mapped<'a>(
 fn copy_mapped_ram(
     dump: &MappedDump,
     ram: &MappedRam,
-    bitmaps: &[(u64, Vec<u8>)],
+    bitmaps: &[(FileOffset, Vec<u8>)],
     output: &Output,
     progress: Progress<'_>,
 ) -> Result<u64, DumpError> {
@@ -444,15 +448,29 @@ fn copy_mapped_ram(
     let total = dump.file_len();
     output.file().set_len(total).map_err(writing())?;
     let mut copier = Copier::new(dump, output, total, progress);
-    let mut at = 0_u64;
-    for (offset, len) in ram.holes(bitmaps).into_iter().chain([(total, 0)]) {
-        copier.copy(at, at, offset.saturating_sub(at))?;
-        at = offset.saturating_add(len);
+    let mut at = FileOffset::ZERO;
+    let end = dump.file_range().end();
+    for hole in ram
+        .holes(bitmaps)
+        .into_iter()
+        .chain([FileRange::new(end, end)])
+    {
+        if hole.start() < at {
+            let (at, hole) = (at.raw(), hole.start().raw());
+            return Err(DumpError::malformed(
+                dump.path(),
+                "blocks of memory that overlap",
+                hole,
+                at,
+            ));
+        }
+        copier.copy(FileRange::new(at, hole.start()), at)?;
+        at = hole.end();
     }
     for (offset, bitmap) in bitmaps {
         output
             .file()
-            .write_all_at(bitmap, *offset)
+            .write_all_at(bitmap, offset.raw())
             .map_err(writing())?;
     }
     Ok(copier.cloned())

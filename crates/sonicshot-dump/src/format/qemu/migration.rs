@@ -12,7 +12,9 @@ use crate::format::qemu::start::{
 };
 use crate::output::Output;
 use crate::prune::copy::{COPY, Copier};
+use crate::prune::stream::append;
 use sonicshot::Progress;
+use sonicshot::{FileOffset, FileRange};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -71,17 +73,25 @@ impl<'a> Writer<'a> {
         self.output.file()
     }
 
+    /// A refusal of what cannot be written.
+    fn impossible(&self, what: &'static str, value: u64) -> DumpError {
+        DumpError::malformed(self.dump.path(), what, self.at, value)
+    }
+
     /// Where the next byte goes.
-    fn position(&self) -> u64 {
-        self.at.saturating_add(self.pending.len() as u64)
+    fn position(&self) -> Result<u64, DumpError> {
+        let pending = self.pending.len() as u64;
+        let position = self.at.checked_add(pending);
+        position.ok_or_else(|| self.impossible("a stretch beyond 64 bits", pending))
     }
 
     fn flush(&mut self) -> Result<(), DumpError> {
         let writing = DumpError::io("writing", self.output.path());
+        let next = self.position()?;
         self.file()
             .write_all_at(&self.pending, self.at)
             .map_err(writing)?;
-        self.at = self.position();
+        self.at = next;
         self.pending.clear();
         Ok(())
     }
@@ -106,37 +116,36 @@ impl<'a> Writer<'a> {
     }
 
     fn name(&mut self, name: &str) -> Result<(), DumpError> {
-        // Names come from a file, where their length is one byte.
-        self.bytes(&[u8::try_from(name.len()).unwrap_or(u8::MAX)])?;
+        let len = u8::try_from(name.len())
+            .map_err(|_| self.impossible("the length of a name", name.len() as u64))?;
+        self.bytes(&[len])?;
         self.bytes(name.as_bytes())
     }
 
-    /// A page or other small stretch of the input.
+    /// A small stretch of the input.
+    fn between(&mut self, from: u64, to: u64) -> Result<(), DumpError> {
+        let len = to.checked_sub(from);
+        let len = len.ok_or_else(|| self.impossible("a stretch that ends before it begins", to))?;
+        self.small(from, len)
+    }
+
+    /// A page or other small stretch of the input, by its length.
     fn small(&mut self, from: u64, len: u64) -> Result<(), DumpError> {
-        let beyond = DumpError::malformed(self.dump.path(), "a stretch beyond the end", from, len);
-        let start = usize::try_from(from).unwrap_or(usize::MAX);
-        let size = usize::try_from(len).unwrap_or(usize::MAX);
-        let Some(there) = self.dump.bytes().get(start, size) else {
-            return Err(beyond);
-        };
-        let old = self.pending.len();
-        self.pending.resize(old.saturating_add(size), 0);
-        let copied = self
-            .pending
-            .get_mut(old..)
-            .is_some_and(|out| there.copy_to(out));
-        if !copied {
-            return Err(beyond);
-        }
+        let range = FileRange::with_len(FileOffset::new(from), len);
+        let range = range.ok_or_else(|| self.impossible("a stretch beyond 64 bits", from))?;
+        append(self.dump, range, &mut self.pending)?;
         self.bytes(&[])
     }
 
     /// A stretch of the input of any length.
     fn long(&mut self, from: u64, to: u64) -> Result<(), DumpError> {
-        let len = to.saturating_sub(from);
+        let len = to.checked_sub(from);
+        let len = len.ok_or_else(|| self.impossible("a stretch that ends before it begins", to))?;
         self.flush()?;
-        self.copier.copy(from, self.at, len)?;
-        self.at = self.at.saturating_add(len);
+        let range = FileRange::new(FileOffset::new(from), FileOffset::new(to));
+        self.copier.copy(range, FileOffset::new(self.at))?;
+        let end = self.at.checked_add(len);
+        self.at = end.ok_or_else(|| self.impossible("a stretch beyond 64 bits", len))?;
         Ok(())
     }
 
@@ -156,7 +165,7 @@ impl<'a> Writer<'a> {
     /// What stands before the section `ram`, with or without the capability of mapped-ram.
     fn head(&mut self, start: &Start, begin: u64, mapped: bool) -> Result<(), DumpError> {
         let configuration = start.configuration_at.unwrap_or(start.ram_at);
-        self.small(begin, configuration.saturating_sub(begin))?;
+        self.between(begin, configuration)?;
         let mut capabilities: Vec<&str> = start.capabilities.iter().map(String::as_str).collect();
         capabilities.retain(|name| *name != MAPPED_RAM);
         if mapped {
@@ -166,17 +175,21 @@ impl<'a> Writer<'a> {
             self.bytes(&[SUBSECTION])?;
             self.name(CAPABILITIES)?;
             self.bytes(&1_u32.to_be_bytes())?;
-            let count = u32::try_from(capabilities.len()).unwrap_or(u32::MAX);
+            let count = u32::try_from(capabilities.len()).map_err(|_| {
+                self.impossible("the number of capabilities", capabilities.len() as u64)
+            })?;
             self.bytes(&count.to_be_bytes())?;
             for name in capabilities {
                 self.name(name)?;
             }
         }
-        let (before, after) = start
-            .capabilities_at
-            .unwrap_or((start.ram_at, start.ram_at));
-        self.small(configuration, before.saturating_sub(configuration))?;
-        self.small(after, start.ram_at.saturating_sub(after))?;
+        // Without a list of them it would be at the end.
+        let (before, after) = match start.capabilities_at {
+            Some(list) => (list.start().raw(), list.end().raw()),
+            None => (start.ram_at, start.ram_at),
+        };
+        self.between(configuration, before)?;
+        self.between(after, start.ram_at)?;
         self.small(start.ram_at, RAM_HEADER)?;
         self.word(start.total | FLAG_MEM_SIZE)
     }
@@ -189,10 +202,13 @@ fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         out.name(&block.name)?;
         out.word(block.len)?;
         let bitmap = places.bitmap();
-        let bitmap_at = out.position().saturating_add(HEADER_LEN);
+        let bitmap_at = out.position()?.checked_add(HEADER_LEN);
         let pages_at = bitmap_at
-            .saturating_add(bitmap.len() as u64)
-            .next_multiple_of(PAGES_ALIGN);
+            .and_then(|at| at.checked_add(bitmap.len() as u64))
+            .and_then(|end| end.checked_next_multiple_of(PAGES_ALIGN));
+        let places_of_block = bitmap_at.zip(pages_at);
+        let (bitmap_at, pages_at) = places_of_block
+            .ok_or_else(|| out.impossible("the length of a memory block", block.len))?;
         out.bytes(&MAPPED_RAM_VERSION.to_be_bytes())?;
         for field in [TARGET_PAGE, bitmap_at, pages_at] {
             out.word(field)?;
@@ -201,17 +217,19 @@ fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         let mut at = pages_at;
         for place in places.iter() {
             if place != 0 {
-                if out.position() != at {
+                if out.position()? != at {
                     out.seek(at)?;
                 }
                 out.small(place, TARGET_PAGE)?;
             }
-            at = at.saturating_add(TARGET_PAGE);
+            at = at
+                .checked_add(TARGET_PAGE)
+                .ok_or_else(|| out.impossible("the length of a memory block", block.len))?;
         }
         out.seek(at)?;
     }
     out.footer(start)?;
-    out.long(content.between.0, content.between.1)?;
+    out.long(content.between.start().raw(), content.between.end().raw())?;
     out.bytes(&[SECTION_END])?;
     out.bytes(&start.ram_section.to_be_bytes())?;
     out.footer(start)?;
@@ -226,7 +244,7 @@ fn write_stream(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         out.word(block.len)?;
     }
     out.footer(start)?;
-    out.long(content.between.0, content.between.1)?;
+    out.long(content.between.start().raw(), content.between.end().raw())?;
     out.bytes(&[SECTION_END])?;
     out.bytes(&start.ram_section.to_be_bytes())?;
     for (block, places) in content.blocks.iter().zip(&content.places) {

@@ -8,9 +8,9 @@ pub(crate) mod start;
 pub(crate) mod stream;
 
 use crate::DumpError;
+use crate::backing::spool::Image;
 use crate::backing::spool::Spool;
-use crate::format::libvirt::Image;
-use crate::format::{Format, Kind, Source, boxed};
+use crate::format::kind::{Format, Kind, Source, boxed};
 use start::{Cursor, MAGIC, MAPPED_RAM};
 use std::fs::File;
 

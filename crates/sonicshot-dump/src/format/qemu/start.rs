@@ -6,7 +6,7 @@
 //! the guest's RAM, and the ROMs and video memory that go with it.
 
 use crate::{BlockPlace, DumpError, LayoutSpec};
-use sonicshot::{Gpa, GpaRange, GuestBytes};
+use sonicshot::{FileOffset, FileRange, Gpa, GpaRange, GuestBytes};
 use std::path::Path;
 
 /// The subsection with the capabilities that both sides must have.
@@ -152,8 +152,8 @@ pub(crate) struct Start {
     /// Where the machine's name ends, if there is one: what else is said of the configuration
     /// follows.
     pub configuration_at: Option<u64>,
-    /// Where the list of capabilities is, from its beginning to its end.
-    pub capabilities_at: Option<(u64, u64)>,
+    /// Where the list of capabilities is.
+    pub capabilities_at: Option<FileRange>,
     /// Where the section `ram` begins.
     pub ram_at: u64,
     /// The number of the section `ram`.
@@ -246,7 +246,8 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
                     for _ in 0..count {
                         start.capabilities.push(cursor.name()?);
                     }
-                    start.capabilities_at = Some((begin, cursor.at));
+                    let (begin, end) = (FileOffset::new(begin), FileOffset::new(cursor.at));
+                    start.capabilities_at = Some(FileRange::new(begin, end));
                 }
                 "configuration/target-page-bits" => {
                     let bits = cursor.u32()?;

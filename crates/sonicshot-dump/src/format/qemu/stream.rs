@@ -7,20 +7,20 @@
 //! refused.
 
 use crate::backing::mapped::{Extent, MappedDump};
+use crate::backing::spool::Image;
 use crate::backing::spool::Spool;
 use crate::format::ability::{AsStream, ByCopy, Copying, EachPart, Migration, Part};
-use crate::format::libvirt::Image;
+use crate::format::kind::{Format, Source};
 use crate::format::qemu::content::{Content, Places};
 use crate::format::qemu::start::{
     self, BlockKind, Cursor, FLAG_CONTINUE, FLAG_EOS, FLAG_MULTIFD_FLUSH, FLAG_PAGE, FLAG_ZERO,
     MAX_BLOCKS, RamBlock, SECTION_END, SECTION_PART, Start, TARGET_PAGE,
 };
 use crate::format::qemu::{Wrapping, device_state};
-use crate::format::{Format, Source};
 use crate::processors;
 use crate::prune::stream;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{GpaRange, GuestBytes, GuestMemory, Processors, PrunePlan};
+use sonicshot::{FileOffset, FileRange, GpaRange, GuestBytes, GuestMemory, Processors, PrunePlan};
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
@@ -391,25 +391,24 @@ impl Stream {
                 return Ok(());
             }
             // The record's beginning stays but for its flags: name and place are the same.
-            each(Part::Copy {
-                from: copied,
-                len: record.at.saturating_sub(copied),
-            })?;
+            let before = |from: u64, to: u64| {
+                let range = (from <= to).then(|| stretch(from, to));
+                let wrong = || DumpError::malformed(path, "a record before the last", from, to);
+                range.map(Part::Copy).ok_or_else(wrong)
+            };
+            each(before(copied, record.at)?)?;
             let flags = record.flags & FLAG_CONTINUE | FLAG_ZERO;
             each(Part::Bytes(&(record.address | flags).to_be_bytes()))?;
             let name = record.at.saturating_add(8);
-            each(Part::Copy {
-                from: name,
-                len: record.data.saturating_sub(name),
-            })?;
+            each(before(name, record.data)?)?;
             each(Part::Bytes(&[0]))?;
             copied = record.end;
             Ok(())
         })?;
-        each(Part::Copy {
-            from: copied,
-            len: (data.len() as u64).saturating_sub(copied),
-        })
+        let end = data.len() as u64;
+        let range = (copied <= end).then(|| stretch(copied, end));
+        let wrong = || DumpError::malformed(path, "a record beyond the end", copied, end);
+        each(Part::Copy(range.ok_or_else(wrong)?))
     }
 
     /// Whether all of a record's page is dropped.
@@ -427,6 +426,10 @@ impl Stream {
     }
 }
 
+fn stretch(from: u64, to: u64) -> FileRange {
+    FileRange::new(FileOffset::new(from), FileOffset::new(to))
+}
+
 /// Adds a page to the extents before it.
 fn push_page(extents: &mut Vec<Extent>, guest: GpaRange, place: u64) {
     match extents.last_mut() {
@@ -436,7 +439,7 @@ fn push_page(extents: &mut Vec<Extent>, guest: GpaRange, place: u64) {
         }
         _ => extents.push(Extent {
             guest,
-            offset: (place != 0).then_some(place),
+            offset: (place != 0).then_some(FileOffset::new(place)),
         }),
     }
 }
@@ -472,12 +475,12 @@ fn of_stream<'a>(
         Ok(())
     })?;
     let mut cursor = Cursor::new(path, data, stream.records_at);
-    let mut between = (0, 0);
+    let mut between = FileRange::new(FileOffset::ZERO, FileOffset::ZERO);
     if matches!(cursor.u64(), Ok(FLAG_EOS)) {
         cursor.footer(stream.start.ram_section)?;
-        between.0 = cursor.at;
+        let begin = cursor.at;
         start::other_sections(&mut cursor, &mut Start::default())?;
-        between.1 = cursor.at;
+        between = stretch(begin, cursor.at);
     }
     Ok(Content {
         start: &stream.start,

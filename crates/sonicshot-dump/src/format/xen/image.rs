@@ -6,12 +6,14 @@
 use crate::DumpError;
 use crate::backing::mapped::{Extent, MappedDump};
 use crate::format::ability::{AsStream, ByCopy, Copying, EachPart, Part, Skeletal};
+use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::xen::{PAGE, failed, processors};
-use crate::format::{Format, Kind, Source, boxed};
 use crate::prune::stats::PruneStats;
 use crate::prune::stream;
-use sonicshot::{Fill, GpaRange, GuestMemory, PfnRange, Processors, PrunePlan};
-use sonicshot_xen::{DomainKind, Layer, XlImage};
+use sonicshot::{
+    FileOffset, FileRange, Fill, GpaRange, GuestMemory, PfnRange, Processors, PrunePlan,
+};
+use sonicshot_xen::{DomainKind, Guarded, Layer, XlImage};
 use std::fs::File;
 
 pub(crate) const KIND: Kind = Kind::by_magic(
@@ -67,10 +69,20 @@ impl Format for XlDump {
 
     /// What Xen holds to be page tables of a PV guest.
     fn must_stay(&self) -> Vec<PfnRange> {
+        let mut runs: Vec<PfnRange> = Vec::new();
         let stay = self.image.frames().iter();
-        stay.filter(|frame| !frame.may_be_dropped())
-            .filter_map(|frame| PfnRange::with_len(frame.pfn(), 1))
-            .collect()
+        for frame in stay.filter(|frame| !frame.may_be_dropped()) {
+            let Some(one) = PfnRange::with_len(frame.pfn(), 1) else {
+                continue;
+            };
+            match runs.last_mut() {
+                Some(last) if last.end() == one.start() => {
+                    *last = PfnRange::new(last.start(), one.end());
+                }
+                _ => runs.push(one),
+            }
+        }
+        runs
     }
 
     fn holds_device_state(&self) -> bool {
@@ -107,20 +119,23 @@ impl AsStream for XlDump {
     }
 
     fn pruned(&self, goes: &PrunePlan, each: EachPart<'_>) -> Result<(), DumpError> {
-        let dropped = self.image.dropped(goes);
+        let dropped = self.image.dropped(goes, Guarded::vouched());
         let failed = failed(self.mapped.path());
         self.image
-            .pruned(self.mapped.bytes(), &dropped, failed, |part| {
-                each(match part {
-                    sonicshot_xen::Part::Copy { from, len } => Part::Copy { from, len },
-                    sonicshot_xen::Part::Bytes(bytes) => Part::Bytes(bytes),
-                })
+            .pruned(self.mapped.bytes(), &dropped, failed, |part| match part {
+                sonicshot_xen::Part::Copy { from, len } => {
+                    let range = FileRange::with_len(FileOffset::new(from), len);
+                    let what = "a stretch beyond 64 bits";
+                    let beyond = || DumpError::malformed(self.mapped.path(), what, from, len);
+                    each(Part::Copy(range.ok_or_else(beyond)?))
+                }
+                sonicshot_xen::Part::Bytes(bytes) => each(Part::Bytes(bytes)),
             })
     }
 
     /// Of what a plan drops, what Xen lets be dropped.
     fn count(&self, goes: &PrunePlan, stats: &mut PruneStats) {
-        let dropped = self.image.dropped(goes);
+        let dropped = self.image.dropped(goes, Guarded::vouched());
         stats.dropped_bytes = dropped.pages().saturating_mul(PAGE.bytes());
         stats.runs = dropped.runs().len() as u64;
     }
@@ -128,9 +143,10 @@ impl AsStream for XlDump {
 
 impl Skeletal for XlDump {
     fn skeleton(&self, plan: &PrunePlan) -> Result<Vec<u8>, DumpError> {
-        let skeleton = self
-            .image
-            .skeleton(self.mapped.bytes(), &self.image.dropped(plan));
+        let skeleton = self.image.skeleton(
+            self.mapped.bytes(),
+            &self.image.dropped(plan, Guarded::vouched()),
+        );
         skeleton.map_err(failed(self.mapped.path()))
     }
 }
@@ -143,10 +159,10 @@ fn extents(image: &XlImage) -> Vec<Extent> {
         let Some(guest) = frames.and_then(|frames| frames.gpa_range(PAGE)) else {
             continue;
         };
-        let offset = frame.data();
+        let offset = frame.data().map(FileOffset::new);
         if let Some(last) = extents.last_mut()
             && last.guest.end() == guest.start()
-            && last.offset.map(|at| at.saturating_add(last.guest.len())) == offset
+            && last.file().map(|file| file.end()) == offset
         {
             last.guest = GpaRange::new(last.guest.start(), guest.end());
             continue;

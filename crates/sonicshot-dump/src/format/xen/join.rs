@@ -1,13 +1,12 @@
 //! A Xen image made of what another holds beside the guest's memory, and of memory from elsewhere.
 
 use crate::output::{Output, Target};
-use crate::prune::copy::COPY;
 use crate::{DumpError, Overwrite};
-use sonicshot::Progress;
-use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, PageSize, Pfn, PfnRange};
+use sonicshot::file::SparseWriter;
+use sonicshot::{GuestBytes, GuestMemory, MemoryError, PageSize, Pfn, PfnRange, Progress};
 use sonicshot_xen::{Joined, Skeleton};
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 const PAGE: PageSize = PageSize::SIZE_4K;
@@ -80,11 +79,8 @@ impl XlSkeleton {
     ) -> Result<u64, DumpError> {
         self.check_frames(memory)?;
         let output = Output::create(Target::new(out, overwrite), inputs)?;
-        let mut writer = Writer {
-            output,
-            at: 0,
-            pending: Vec::new(),
-        };
+        let mut writer = SparseWriter::new(output.file());
+        let writing = || DumpError::io("writing", output.path());
         let with_content = self.skeleton.frames().filter(|(_, has)| *has).count() as u64;
         let total = with_content.saturating_mul(PAGE.bytes());
         let mut done = 0_u64;
@@ -97,20 +93,49 @@ impl XlSkeleton {
             Joined::Skeleton { from, len } => {
                 let bytes = usize::try_from(from).ok().zip(usize::try_from(len).ok());
                 let bytes = bytes.and_then(|(from, len)| self.bytes.get(from..)?.get(..len));
-                writer.bytes(bytes.unwrap_or_default())
+                let beyond =
+                    || DumpError::malformed(&self.path, "a part beyond the end", from, len);
+                writer
+                    .write_all(bytes.ok_or_else(beyond)?)
+                    .map_err(writing())
             }
             Joined::Pages { frames, tables } => {
                 if let Some(pfn) = frames.iter().find(|pfn| tables && left_out(*pfn)) {
                     let why = "it is a page table, and its content was left out";
                     return Err(self.wrong(pfn, why));
                 }
-                writer.pages(memory, frames)?;
+                self.write_pages(memory, frames, |page| {
+                    writer.write_all(page).map_err(writing())
+                })?;
                 done = done.saturating_add(frames.len().saturating_mul(PAGE.bytes()));
                 progress(done.min(total), total);
                 Ok(())
             }
         })?;
-        writer.finish()
+        writer.finish().map_err(writing())?;
+        output.finish()
+    }
+
+    /// Hands out the content of frames, page by page.
+    fn write_pages(
+        &self,
+        memory: &dyn GuestMemory,
+        frames: PfnRange,
+        mut each: impl FnMut(&[u8]) -> Result<(), DumpError>,
+    ) -> Result<(), DumpError> {
+        let mut page = [0; PAGE_LEN];
+        for pfn in frames.iter() {
+            let at = pfn
+                .gpa(PAGE)
+                .ok_or_else(|| self.wrong(pfn, "no memory is so high"))?;
+            let read = memory.read(at, &mut page);
+            read.map_err(|source| DumpError::Memory { source })?;
+            each(&page)?;
+        }
+        if let Some(range) = frames.gpa_range(PAGE) {
+            memory.release(range);
+        }
+        Ok(())
     }
 
     /// The memory's frames must be the image's.
@@ -140,74 +165,3 @@ impl XlSkeleton {
 }
 
 const NOT_IN_MEMORY: &str = "the image has it, the memory has not";
-
-/// Writes from front to back, in large pieces, and leaves out pages of the file that are zero.
-struct Writer {
-    output: Output,
-    at: u64,
-    /// What comes at `at`.
-    pending: Vec<u8>,
-}
-
-impl Writer {
-    fn bytes(&mut self, mut bytes: &[u8]) -> Result<(), DumpError> {
-        while !bytes.is_empty() {
-            let room = COPY.saturating_sub(self.pending.len());
-            let (now, later) = bytes.split_at(room.min(bytes.len()));
-            self.pending.extend(now);
-            bytes = later;
-            self.flush_if_full()?;
-        }
-        Ok(())
-    }
-
-    fn pages(&mut self, memory: &dyn GuestMemory, frames: PfnRange) -> Result<(), DumpError> {
-        let mut page = [0; PAGE_LEN];
-        for pfn in frames.iter() {
-            let at = pfn.gpa(PAGE).unwrap_or(Gpa::ZERO);
-            let read = memory.read(at, &mut page);
-            read.map_err(|source| DumpError::Memory { source })?;
-            self.bytes(&page)?;
-        }
-        if let Some(range) = frames.gpa_range(PAGE) {
-            memory.release(GpaRange::new(range.start(), range.end()));
-        }
-        Ok(())
-    }
-
-    fn flush_if_full(&mut self) -> Result<(), DumpError> {
-        if self.pending.len() < COPY {
-            return Ok(());
-        }
-        self.flush()
-    }
-
-    fn flush(&mut self) -> Result<(), DumpError> {
-        let zero = |page: &&[u8]| page.iter().all(|byte| *byte == 0);
-        let pages: Vec<&[u8]> = self.pending.chunks(PAGE_LEN).collect();
-        let mut start = 0_usize;
-        for like in pages.chunk_by(|a, b| zero(a) == zero(b)) {
-            let len = like
-                .iter()
-                .fold(0_usize, |sum, page| sum.saturating_add(page.len()));
-            let end = start.saturating_add(len);
-            if !like.first().is_none_or(zero) {
-                let bytes = self.pending.get(start..end).unwrap_or_default();
-                let at = self.at.saturating_add(start as u64);
-                let written = self.output.file().write_all_at(bytes, at);
-                written.map_err(DumpError::io("writing", self.output.path()))?;
-            }
-            start = end;
-        }
-        self.at = self.at.saturating_add(start as u64);
-        self.pending.clear();
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<u64, DumpError> {
-        self.flush()?;
-        let sized = self.output.file().set_len(self.at);
-        sized.map_err(DumpError::io("writing", self.output.path()))?;
-        self.output.finish()
-    }
-}

@@ -6,10 +6,11 @@ pub mod xen;
 
 use sonicshot::{
     DropClasses, Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange,
-    PrunePlan, RamLayout,
+    Progress, PrunePlan, RamLayout,
 };
-use sonicshot_dump::PruneOptions;
+use sonicshot_dump::{CheckedPlan, Dump, DumpError, Overwrite, PruneOptions, PruneStats};
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 use tempfile::TempDir;
@@ -44,6 +45,75 @@ pub fn plan_with(
         map.set(PfnRange::with_len(Pfn::new(*first), *count).unwrap(), class);
     }
     PrunePlan::new(&map, &DropClasses::default(), fill)
+}
+
+/// Prunes by plans of pages that the tests chose, which no guest was looked at for.
+pub trait Prunes {
+    fn prune_to(
+        &self,
+        plan: &PrunePlan,
+        out: &Path,
+        overwrite: Overwrite,
+        progress: Progress<'_>,
+    ) -> Result<PruneStats, DumpError>;
+
+    fn prune_to_writer(
+        &self,
+        plan: &PrunePlan,
+        out: impl Write,
+        progress: Progress<'_>,
+    ) -> Result<PruneStats, DumpError>;
+
+    fn prune_in_place(
+        &self,
+        plan: &PrunePlan,
+        progress: Progress<'_>,
+    ) -> Result<PruneStats, DumpError>;
+
+    fn prune_in_place_with(
+        &self,
+        plan: &PrunePlan,
+        options: &PruneOptions,
+        progress: Progress<'_>,
+    ) -> Result<PruneStats, DumpError>;
+}
+
+impl Prunes for Dump {
+    fn prune_to(
+        &self,
+        plan: &PrunePlan,
+        out: &Path,
+        overwrite: Overwrite,
+        progress: Progress<'_>,
+    ) -> Result<PruneStats, DumpError> {
+        CheckedPlan::unchecked(self, plan).prune_to(out, overwrite, progress)
+    }
+
+    fn prune_to_writer(
+        &self,
+        plan: &PrunePlan,
+        out: impl Write,
+        progress: Progress<'_>,
+    ) -> Result<PruneStats, DumpError> {
+        CheckedPlan::unchecked(self, plan).prune_to_writer(out, progress)
+    }
+
+    fn prune_in_place(
+        &self,
+        plan: &PrunePlan,
+        progress: Progress<'_>,
+    ) -> Result<PruneStats, DumpError> {
+        CheckedPlan::unchecked(self, plan).prune_in_place(progress)
+    }
+
+    fn prune_in_place_with(
+        &self,
+        plan: &PrunePlan,
+        options: &PruneOptions,
+        progress: Progress<'_>,
+    ) -> Result<PruneStats, DumpError> {
+        CheckedPlan::unchecked(self, plan).prune_in_place_with(options, progress)
+    }
 }
 
 /// All RAM, region by region, as `read` gives it.

@@ -2,31 +2,30 @@
 
 use crate::KernelVa;
 use crate::paging::{Paging, Translation};
-use sonicshot::{Gpa, GuestMemory, MemoryError, Mfn, P2m};
+use sonicshot::{Gpa, GuestMemory, MemoryError, Mfn, P2m, PageSize, Pfn, PfnRange};
 use std::collections::HashSet;
 
 const PRESENT: u64 = 1;
+const USER: u64 = 1 << 2;
 const PAGE_SIZE_BIT: u64 = 1 << 7;
 /// Bits 51..12: where the next table or the page is.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// Page tables that begin at `root`.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct X86_64 {
+pub(crate) struct Walk {
     root: Gpa,
     levels: u32,
 }
 
-impl X86_64 {
-    pub(crate) fn new(root: Gpa, five_levels: bool) -> Self {
-        Self {
-            root,
-            levels: if five_levels { 5 } else { 4 },
-        }
+impl Walk {
+    /// `levels` is 4 or 5.
+    pub(crate) fn new(root: Gpa, levels: u32) -> Self {
+        Self { root, levels }
     }
 }
 
-impl Paging for X86_64 {
+impl Paging for Walk {
     #[allow(
         clippy::arithmetic_side_effects,
         reason = "level is 1 to 5, so shift is 12 to 48 and every shifted value fits"
@@ -107,6 +106,24 @@ impl Paging for X86_64 {
     }
 }
 
+/// The frames that an entry of a page table maps for a process. An entry that leads to another
+/// table counts as one that maps that table's frame.
+pub(super) fn user_mapping(entry: u64, page_size: PageSize) -> Option<PfnRange> {
+    /// A page of 1 GiB; one of 2 MiB begins where a table of 4 KiB pages would.
+    const LARGEST: u64 = 1 << 18;
+    if entry & (PRESENT | USER) != PRESENT | USER {
+        return None;
+    }
+    let mut first = (entry & ADDRESS) >> page_size.shift();
+    let is_large = entry & PAGE_SIZE_BIT != 0;
+    if is_large {
+        // Of a large page the lowest bit is none of the address (PAT).
+        first &= !1;
+    }
+    let is_largest = is_large && first.is_multiple_of(LARGEST);
+    PfnRange::with_len(Pfn::new(first), if is_largest { LARGEST } else { 1 })
+}
+
 /// Where in guest-physical memory that is which an entry names; `None` if it is not the guest's,
 /// as are the frames of Xen itself that a paravirtualised guest has in its tables.
 fn guest_address(memory: &dyn GuestMemory, named: u64) -> Option<Gpa> {
@@ -121,7 +138,7 @@ fn guest_address(memory: &dyn GuestMemory, named: u64) -> Option<Gpa> {
 
 #[cfg(test)]
 mod tests {
-    use super::X86_64;
+    use super::Walk;
     use crate::KernelVa;
     use crate::paging::{Paging, Translation};
     use sonicshot::{
@@ -140,7 +157,7 @@ mod tests {
 
     fn translate(ram: &[u8], five: bool, va: u64) -> Option<(u64, u64)> {
         let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
-        X86_64::new(Gpa::new(0x1000), five)
+        Walk::new(Gpa::new(0x1000), if five { 5 } else { 4 })
             .translate(&memory, KernelVa::new(va))
             .unwrap()
             .map(|Translation { at, len }| (at.raw(), len))
@@ -188,7 +205,7 @@ mod tests {
             (0x4000, 5, 0x5063),
         ]);
         let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
-        let walk = X86_64::new(Gpa::new(0x1000), false);
+        let walk = Walk::new(Gpa::new(0x1000), 4);
         let mut seen = Vec::new();
         walk.visit_tables(&memory, &mut |table| {
             seen.push(table.raw());
@@ -224,7 +241,7 @@ mod tests {
     fn a_table_outside_ram_is_an_error() {
         let ram = tables(&[(0x1000, 0, 0xfff_ffff_f063)]);
         let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
-        let walk = X86_64::new(Gpa::new(0x1000), false).translate(&memory, KernelVa::new(0));
+        let walk = Walk::new(Gpa::new(0x1000), 4).translate(&memory, KernelVa::new(0));
         assert!(walk.is_err());
     }
 
@@ -259,7 +276,7 @@ mod tests {
         let large = [(Pfn::new(0x900), Mfn::new(0x2001))];
         let memory = Paravirtualised(memory, P2m::new(frames.chain(large)).unwrap());
         let translate = |va| {
-            X86_64::new(Gpa::new(0x1000), false)
+            Walk::new(Gpa::new(0x1000), 4)
                 .translate(&memory, KernelVa::new(va))
                 .unwrap()
                 .map(|Translation { at, len }| (at.raw(), len))

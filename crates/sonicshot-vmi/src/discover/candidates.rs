@@ -1,0 +1,278 @@
+//! The candidates: pages that may be a kernel's VMCOREINFO, by the page tables that they name.
+
+use super::image::pointed_to;
+use super::{Found, read_text};
+use crate::arch::Tables;
+use crate::error::VmiError;
+use sonicshot::{Gpa, GuestMemory};
+use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasher, RandomState};
+use std::time::{Duration, Instant};
+
+/// How long kernels are tried, all together: one takes some 50 ms.
+const TRIES: Duration = Duration::from_secs(10);
+/// So many of the candidates that failed are told of.
+const MAX_TOLD: usize = 4;
+/// What was tried where there is nothing at all.
+pub(crate) const NO_PAGE: &str = "no page begins with VMCOREINFO";
+
+/// What a kernel that was tried to the end turned out to be.
+#[derive(Debug)]
+pub(crate) struct Tried<T> {
+    pub value: T,
+    /// Whether it is certain that this kernel owns the memory.
+    pub proven: bool,
+}
+
+/// All candidates for one kernel.
+#[derive(Debug)]
+struct Group {
+    tables: Tables,
+    note: bool,
+    pages: Vec<Gpa>,
+    /// The pages that the kernel's image points to, once they were looked for.
+    pointed: Option<HashSet<Gpa>>,
+    /// The texts that were tried.
+    tried: HashSet<u64>,
+    stands: bool,
+}
+
+pub(super) type Attempt<'a, 'm, T> = dyn FnMut(Found<'m>) -> Result<Tried<T>, VmiError> + 'a;
+
+/// All candidates of a memory.
+pub(super) struct Candidates<'a, 'm, T> {
+    memory: &'m dyn GuestMemory,
+    given: Option<&'a [u8]>,
+    attempt: &'a mut Attempt<'a, 'm, T>,
+    groups: Vec<Group>,
+    by_tables: HashMap<Tables, usize>,
+    hasher: RandomState,
+    /// What is left of [`TRIES`].
+    left: Duration,
+    /// Whether a candidate was not tried, for there was no time.
+    out_of_time: bool,
+    told: Vec<String>,
+    error: Option<VmiError>,
+    /// A kernel of a machine that cannot be read.
+    other: Option<VmiError>,
+    standing: Vec<T>,
+}
+
+impl<'a, 'm, T> Candidates<'a, 'm, T> {
+    /// None yet; `attempt` tries one to the end, and `given` is the text of a dump's note.
+    pub(super) fn new(
+        memory: &'m dyn GuestMemory,
+        given: Option<&'a [u8]>,
+        attempt: &'a mut Attempt<'a, 'm, T>,
+    ) -> Self {
+        Self {
+            memory,
+            given,
+            attempt,
+            groups: Vec::new(),
+            by_tables: HashMap::new(),
+            hasher: RandomState::new(),
+            left: TRIES,
+            out_of_time: false,
+            told: Vec::new(),
+            error: None,
+            other: None,
+            standing: Vec::new(),
+        }
+    }
+
+    /// Keeps what is wrong with a candidate, of a few.
+    /// Notes why a text is not a kernel's of this memory. One of a machine of another kind says
+    /// more than that there is no kernel.
+    pub(super) fn unconfirmed(&mut self, origin: &str, why: VmiError) {
+        self.tell(format!("{origin}: {why}"));
+        if matches!(why, VmiError::OtherMachine { .. }) && self.other.is_none() {
+            self.other = Some(why);
+        }
+    }
+
+    pub(super) fn tell(&mut self, why: String) {
+        if self.told.len() < MAX_TOLD {
+            self.told.push(why);
+        }
+    }
+
+    /// The number of the group with these page tables.
+    fn group(&mut self, tables: Tables) -> usize {
+        let next = self.groups.len();
+        let number = *self.by_tables.entry(tables).or_insert(next);
+        if number == next {
+            self.groups.push(Group {
+                tables,
+                note: false,
+                pages: Vec::new(),
+                pointed: None,
+                tried: HashSet::new(),
+                stands: false,
+            });
+        }
+        number
+    }
+
+    /// Takes the dump's note for a candidate; returns the number of its group.
+    pub(super) fn add_note(&mut self, tables: Tables) -> usize {
+        let number = self.group(tables);
+        if let Some(group) = self.groups.get_mut(number) {
+            group.note = true;
+        }
+        number
+    }
+
+    /// Takes the page `at` for a candidate; returns the number of its group.
+    pub(super) fn add_page(&mut self, tables: Tables, at: Gpa) -> usize {
+        let number = self.group(tables);
+        if let Some(group) = self.groups.get_mut(number) {
+            group.pages.push(at);
+        }
+        number
+    }
+
+    /// Whether the page `at` is worth a try while others of its group may follow: the first is,
+    /// and those that the kernel's image points to.
+    pub(super) fn may_be_own(&mut self, number: usize, at: Gpa) -> bool {
+        let Some(group) = self.groups.get_mut(number) else {
+            return false;
+        };
+        if group.stands {
+            return false;
+        }
+        if group.tried.is_empty() {
+            return true;
+        }
+        let (memory, tables) = (self.memory, group.tables);
+        let left = &mut self.left;
+        let pointed = group
+            .pointed
+            .get_or_insert_with(|| timed(left, || pointed_to(memory, &tables)));
+        pointed.contains(&at)
+    }
+
+    /// Tries one text to the end, unless the same was tried. `at` is its page, or it is the note.
+    /// Returns the kernel if it is proven.
+    pub(super) fn try_text(&mut self, number: usize, text: &[u8], at: Option<Gpa>) -> Option<T> {
+        let group = self.groups.get_mut(number)?;
+        let end = memchr::memchr(0, text).unwrap_or(text.len());
+        let text = text.get(..end).unwrap_or_default();
+        if !group.tried.insert(self.hasher.hash_one(text)) {
+            return None;
+        }
+        if self.left.is_zero() {
+            self.out_of_time = true;
+            return None;
+        }
+        let origin = match at {
+            Some(at) => format!("VMCOREINFO at {at}"),
+            None => "VMCOREINFO note".into(),
+        };
+        let memory = self.memory;
+        let attempt = &mut *self.attempt;
+        let tables = group.tables;
+        let tried = timed(&mut self.left, || {
+            let found = Found::new(memory, &tables, text, origin.clone(), at.is_none())?;
+            attempt(found)
+        });
+        match tried {
+            Ok(tried) if tried.proven => return Some(tried.value),
+            Ok(tried) => {
+                group.stands = true;
+                self.standing.push(tried.value);
+            }
+            Err(why) => {
+                self.tell(format!("{origin}: {why}"));
+                // That a copy is none says less than what is wrong with the kernel's own.
+                if matches!(self.error, None | Some(VmiError::Stale { .. })) {
+                    self.error = Some(why);
+                }
+            }
+        }
+        None
+    }
+
+    /// Tries the groups: those with the best evidence (`runs`) first, else in the order in which they
+    /// were found. Returns the kernel if one is proven.
+    pub(super) fn try_groups(&mut self, runs: &dyn Fn(&Tables) -> bool) -> Option<T> {
+        let mut order: Vec<usize> = (0..self.groups.len()).collect();
+        order.sort_by_key(|number| {
+            let group = self.groups.get(*number);
+            !group.is_some_and(|group| runs(&group.tables))
+        });
+        order.into_iter().find_map(|number| self.try_group(number))
+    }
+
+    /// Tries the candidates of a group until one stands. Returns the kernel if it is proven.
+    fn try_group(&mut self, number: usize) -> Option<T> {
+        let group = self.groups.get_mut(number)?;
+        if group.stands {
+            return None;
+        }
+        let note = self.given.filter(|_| group.note);
+        let mut pages = core::mem::take(&mut group.pages);
+        if pages.len() > 1 {
+            let (memory, tables) = (self.memory, group.tables);
+            let left = &mut self.left;
+            let pointed = group
+                .pointed
+                .get_or_insert_with(|| timed(left, || pointed_to(memory, &tables)));
+            // Only if none is the kernel's own, for whatever reason, may any be.
+            if pages.iter().any(|page| pointed.contains(page)) {
+                pages.retain(|page| pointed.contains(page));
+            }
+        }
+        if let Some(text) = note
+            && let Some(proven) = self.try_text(number, text, None)
+        {
+            return Some(proven);
+        }
+        for page in pages {
+            if self.groups.get(number)?.stands {
+                break;
+            }
+            if let Some(text) = read_text(self.memory, page)
+                && let Some(proven) = self.try_text(number, &text, Some(page))
+            {
+                return Some(proven);
+            }
+        }
+        None
+    }
+
+    pub(super) fn outcome(self) -> Result<Vec<T>, VmiError> {
+        let untried = || format!("candidates that {} s were too short for", TRIES.as_secs());
+        let error = self.error.or(self.other);
+        match (self.standing.is_empty(), self.out_of_time, error) {
+            (false, false, _) => Ok(self.standing),
+            (false, true, _) => Err(VmiError::Undecided {
+                first: "the one that was found".into(),
+                second: untried(),
+            }),
+            // What is wrong with the only kernels there are says more than that there is none.
+            (true, false, Some(error)) => Err(error),
+            (true, out_of_time, _) => {
+                let mut told = self.told;
+                if out_of_time {
+                    told.push(untried());
+                }
+                Err(VmiError::NoKernel {
+                    tried: if told.is_empty() {
+                        NO_PAGE.into()
+                    } else {
+                        told.join("; ")
+                    },
+                })
+            }
+        }
+    }
+}
+
+/// Does `work`, and takes the time that it took from `left`.
+fn timed<R>(left: &mut Duration, work: impl FnOnce() -> R) -> R {
+    let started = Instant::now();
+    let done = work();
+    *left = left.saturating_sub(started.elapsed());
+    done
+}

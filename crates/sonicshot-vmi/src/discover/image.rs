@@ -1,0 +1,76 @@
+//! The kernel's image: where it lies, and what it points to.
+
+use crate::arch::{Arch, MIN_PAGE, Tables, by_name};
+use crate::{AddressSpace, KernelVa};
+use sonicshot::{Gpa, GuestMemory};
+use std::collections::HashSet;
+
+/// The pages that the kernel with these page tables points to from the writable part of its
+/// image, which begins with `swapper_pg_dir`: its own VMCOREINFO is one of them
+/// (`vmcoreinfo_data`), a page of a process is not.
+pub(super) fn pointed_to(memory: &dyn GuestMemory, tables: &Tables) -> HashSet<Gpa> {
+    const PIECE: usize = 64 << 10;
+    let (Ok(arch), Ok(space)) = (by_name(tables.architecture), tables.space(memory)) else {
+        return HashSet::new();
+    };
+    let (mut at, end) = image_range(arch, &space, tables.page_table);
+    let mut pointers = Vec::new();
+    let mut buffer = vec![0; PIECE];
+    while at < end {
+        let there = space.translate(at).ok();
+        let len = there.map_or(MIN_PAGE as u64, |there| there.len);
+        let len = len.min(PIECE as u64).min(end.offset_from(at).unwrap_or(0));
+        let part = usize::try_from(len).unwrap_or(0);
+        if let Some(there) = there
+            && let Some(part) = buffer.get_mut(..part)
+            && memory.read(there.at, part).is_ok()
+        {
+            let (words, _) = part.as_chunks::<8>();
+            pointers.extend(
+                words
+                    .iter()
+                    .map(|word| u64::from_le_bytes(*word))
+                    .filter(|word| arch.may_point_to_page(*word)),
+            );
+        }
+        at = match at.checked_add(len) {
+            Some(next) if len > 0 => next,
+            _ => break,
+        };
+    }
+    pointers.sort_unstable();
+    pointers.dedup();
+    let there = |pointer| space.translate(KernelVa::new(pointer)).ok();
+    pointers
+        .into_iter()
+        .filter_map(there)
+        .map(|there| there.at)
+        .collect()
+}
+
+/// The virtual addresses of the kernel's image, from its start as far as it is mapped.
+pub(crate) fn image_range(
+    arch: &dyn Arch,
+    space: &AddressSpace<'_>,
+    stext: KernelVa,
+) -> (KernelVa, KernelVa) {
+    /// The image has unmapped gaps between its sections, of up to one large page each.
+    const LARGEST_GAP: u64 = 8 << 20;
+    let image = arch.image();
+    let start = KernelVa::new(stext.raw() & !image.align.saturating_sub(1));
+    let limit = start.checked_add(image.max_len).unwrap_or(start);
+    let mut at = start;
+    let mut end = start;
+    while at < limit && at.offset_from(end).unwrap_or(0) <= LARGEST_GAP {
+        let step = match space.translate(at) {
+            Ok(there) => {
+                let next = at.checked_add(there.len).unwrap_or(limit);
+                end = next.min(limit);
+                there.len
+            }
+            Err(_) => MIN_PAGE as u64,
+        };
+        at = at.checked_add(step).unwrap_or(limit);
+    }
+    (start, end)
+}

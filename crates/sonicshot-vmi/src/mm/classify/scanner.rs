@@ -1,0 +1,328 @@
+//! Every struct page, one after the other.
+
+use super::marks::{LISTED, ORDER, PCP, TORN, describe_mark};
+use super::{Disagreements, ZoneReport};
+use crate::KernelVa;
+use crate::error::VmiError;
+use crate::mm::mem_map::{MemMap, Span};
+use crate::mm::offline::{OfflinePages, OfflineSections};
+use crate::mm::page::{FreeMark, PageLayout};
+use sonicshot::{GuestBytes, PageClass, Pfn, PfnRange};
+
+/// A block that began and whose remaining frames must be looked at.
+pub(super) struct OpenBlock {
+    frames: PfnRange,
+    class: PageClass,
+    spoiled: Option<Pfn>,
+}
+
+/// The state of the look at all struct pages.
+pub(super) struct Scanner<'a, 'm> {
+    pub(super) mem_map: &'a MemMap<'m>,
+    pub(super) layout: &'a PageLayout,
+    pub(super) max_order: u64,
+    pub(super) zones: Vec<ZoneReport>,
+    pub(super) wrong: Disagreements,
+    pub(super) open: Option<OpenBlock>,
+    /// Sections that may be offline: what points into them is looked for.
+    pub(super) offline: OfflineSections,
+    /// Frames whose own struct page says that they are offline.
+    pub(super) offline_pages: OfflinePages,
+    /// Whether a block on no list is only counted, here.
+    pub(super) keeps_unlisted: bool,
+    pub(super) unlisted: u64,
+    /// The head that was last looked up for a tail page, and its class.
+    pub(super) last_head: Option<(KernelVa, PageClass)>,
+}
+
+/// The place of `pfn` in what is kept of each frame of `region`.
+fn index_in(region: PfnRange, pfn: Pfn) -> Result<usize, VmiError> {
+    pfn.offset_from(region.start())
+        .and_then(|offset| usize::try_from(offset).ok())
+        .ok_or_else(|| out_of_region(pfn))
+}
+
+fn out_of_region(pfn: Pfn) -> VmiError {
+    VmiError::Unsupported {
+        what: format!("a struct page of frame {pfn}, outside the stretch of RAM that is looked at"),
+    }
+}
+
+impl Scanner<'_, '_> {
+    /// Classifies one stretch of RAM.
+    pub(super) fn region(
+        &mut self,
+        frames: PfnRange,
+        classes: &mut [PageClass],
+        marks: &[u8],
+    ) -> Result<(), VmiError> {
+        classes.fill(PageClass::Hole);
+        let index = |pfn: Pfn| index_in(frames, pfn);
+        for span in self.mem_map.spans() {
+            let part = span.frames.intersection(&frames);
+            if part.is_empty() {
+                continue;
+            }
+            if !span.online {
+                // Until it is proved to be offline.
+                let bounds = index(part.start())?..index(part.end())?;
+                let part = classes
+                    .get_mut(bounds)
+                    .ok_or_else(|| out_of_region(part.start()))?;
+                part.fill(PageClass::Unknown);
+                continue;
+            }
+            let at = self
+                .mem_map
+                .page_va(part.start())
+                .ok_or(VmiError::Corrupt {
+                    what: "mem_map",
+                    at: span.at,
+                    value: part.start().raw(),
+                })?;
+            let span = Span {
+                frames: part,
+                at,
+                ..*span
+            };
+            let mem_map = self.mem_map;
+            mem_map.visit_span(&span, &mut |first, pages| {
+                let begin = index(first)?;
+                self.stretch(first, pages, frames, (&mut *classes, marks), begin)
+            })?;
+        }
+        // A block that begins in this stretch and does not end in it is no block.
+        if let Some(open) = self.open.take() {
+            self.spoil(&open, classes, frames)?;
+        }
+        Ok(())
+    }
+
+    /// Classifies the frames from `first` whose struct pages are `pages`; `begin` is the index
+    /// of `first` in the classes and marks of `region`.
+    fn stretch(
+        &mut self,
+        first: Pfn,
+        pages: GuestBytes<'_>,
+        region: PfnRange,
+        (classes, marks): (&mut [PageClass], &[u8]),
+        begin: usize,
+    ) -> Result<(), VmiError> {
+        let stride = self.mem_map.stride_len()?;
+        let starts = (0_usize..).step_by(stride);
+        for (number, at) in (0_usize..).zip(starts) {
+            let Some(page) = pages.get(at, stride) else {
+                break;
+            };
+            let pfn = first.checked_add(number as u64);
+            let pfn = pfn.ok_or_else(|| out_of_region(first))?;
+            let index = begin
+                .checked_add(number)
+                .ok_or_else(|| out_of_region(pfn))?;
+            let mark = marks.get(index).ok_or_else(|| out_of_region(pfn))?;
+            if let Some(open) = &mut self.open {
+                let is_free_tail = *mark == 0
+                    && self.layout.is_unused(&page)
+                    && self.layout.free_mark(&page) == Some(FreeMark::None);
+                if !is_free_tail && open.spoiled.is_none() {
+                    open.spoiled = Some(pfn);
+                }
+                if let Some(class) = classes.get_mut(index) {
+                    *class = open.class;
+                }
+                if pfn.checked_add(1) == Some(open.frames.end())
+                    && let Some(open) = self.open.take()
+                    && open.spoiled.is_some()
+                {
+                    self.spoil(&open, classes, region)?;
+                }
+                continue;
+            }
+            let class = self.head(pfn, &page, *mark)?;
+            if let Some(slot) = classes.get_mut(index) {
+                *slot = class;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes back what was said of a block, and counts it as a disagreement.
+    fn spoil(
+        &mut self,
+        open: &OpenBlock,
+        classes: &mut [PageClass],
+        region: PfnRange,
+    ) -> Result<(), VmiError> {
+        let (first, end) = (open.frames.start(), open.frames.end());
+        // A block that does not end in the region ends there.
+        let bounds = index_in(region, first)?..index_in(region, end.min(region.end()))?;
+        let block = classes
+            .get_mut(bounds)
+            .ok_or_else(|| out_of_region(first))?;
+        block.fill(PageClass::Unknown);
+        self.wrong.block(|| match open.spoiled {
+            Some(pfn) => format!(
+                "block {} is free by flag and list, but the struct page of frame {pfn} shows a user",
+                open.frames
+            ),
+            None => format!("block {} is free by flag and list, but leaves its RAM", open.frames),
+        });
+        Ok(())
+    }
+
+    /// Classifies a frame that is not inside a free block; may begin one.
+    fn head(&mut self, pfn: Pfn, page: &GuestBytes<'_>, mark: u8) -> Result<PageClass, VmiError> {
+        let listed_order = u64::from(mark & ORDER);
+        match self.layout.free_mark(page) {
+            Some(FreeMark::Buddy { order }) => {
+                self.count_flagged(pfn, order);
+                let agreed = mark & (LISTED | PCP | TORN) == LISTED
+                    && order <= self.max_order
+                    && order == listed_order
+                    && self.layout.is_unused(page);
+                if mark == 0 && self.keeps_unlisted {
+                    self.unlisted = self.unlisted.saturating_add(1);
+                    return Ok(PageClass::Unknown);
+                }
+                if !agreed {
+                    self.wrong.block(|| {
+                        format!(
+                            "frame {pfn} is marked as a free block of order {order}, {}",
+                            describe_mark(mark)
+                        )
+                    });
+                    return Ok(PageClass::Unknown);
+                }
+                self.begin(pfn, order, PageClass::FreeBuddy);
+                return Ok(PageClass::FreeBuddy);
+            }
+            Some(FreeMark::None) if mark & (LISTED | PCP | TORN) == LISTED | PCP => {
+                if self.layout.is_unused_and_untyped(page) {
+                    self.begin(pfn, listed_order, PageClass::FreePcp);
+                    return Ok(PageClass::FreePcp);
+                }
+                self.wrong.block(|| {
+                    format!(
+                        "frame {pfn} is on a per-CPU free list, but its struct page shows a user"
+                    )
+                });
+                return Ok(PageClass::Unknown);
+            }
+            Some(FreeMark::None) if mark & LISTED != 0 => {
+                self.wrong.block(|| {
+                    format!(
+                        "frame {pfn} is {}, but has no mark of a free block",
+                        describe_mark(mark)
+                    )
+                });
+                return Ok(PageClass::Unknown);
+            }
+            _ => {}
+        }
+        if self.layout.is_hwpoison(page) {
+            return Ok(PageClass::HwPoison);
+        }
+        if !self.offline.is_empty() && self.layout.is_on_lru(page) {
+            let Some(nodes) = self.layout.lru_nodes(page) else {
+                return Ok(PageClass::Unknown);
+            };
+            for node in nodes {
+                self.offline.see_lru(pfn, node);
+            }
+        }
+        let class = self.used(pfn, page)?;
+        if class != PageClass::Offline {
+            return Ok(class);
+        }
+        // Its own word alone: its driver is asked in the end. Of a folio only the head has a word.
+        let own = self.mem_map.page_va(pfn);
+        if own.is_some_and(|at| self.layout.head_of(page, at).is_none()) {
+            self.offline_pages.push(pfn);
+        }
+        Ok(PageClass::Unknown)
+    }
+
+    fn begin(&mut self, pfn: Pfn, order: u64, class: PageClass) {
+        let frames = u32::try_from(order)
+            .ok()
+            .and_then(|order| 1_u64.checked_shl(order))
+            .and_then(|len| PfnRange::with_len(pfn, len));
+        if let Some(frames) = frames
+            && frames.len() > 1
+        {
+            self.open = Some(OpenBlock {
+                frames,
+                class,
+                spoiled: None,
+            });
+        }
+    }
+
+    fn count_flagged(&mut self, pfn: Pfn, order: u64) {
+        if let Some(zone) = self.zones.iter_mut().find(|zone| zone.span.contains(pfn)) {
+            let pages = u32::try_from(order)
+                .ok()
+                .filter(|order| u64::from(*order) <= self.max_order)
+                .and_then(|order| 1_u64.checked_shl(order))
+                .unwrap_or(1);
+            zone.flagged = zone.flagged.saturating_add(pages);
+        }
+    }
+
+    /// The class of a frame in use: that of the folio it belongs to.
+    fn used(&mut self, pfn: Pfn, page: &GuestBytes<'_>) -> Result<PageClass, VmiError> {
+        let Some(at) = self.mem_map.page_va(pfn) else {
+            return Ok(PageClass::Unknown);
+        };
+        let page_bytes = self.mem_map.page_size.bytes();
+        let head = match self.layout.head_of(page, at) {
+            Some(head) => head,
+            // hugetlb pages with an optimised vmemmap (5.18 to 7.0) show their head's struct page
+            // again at the start of each page of struct pages; the next one tells the true head.
+            None if self.layout.is_head(page) && at.raw().is_multiple_of(page_bytes) => {
+                match self.fake_head(at) {
+                    Some(head) => head,
+                    None => at,
+                }
+            }
+            None => at,
+        };
+        if head == at {
+            let stride = self.mem_map.stride;
+            return Ok(self.layout.class(page, &|offset| {
+                if offset.saturating_add(8) <= stride {
+                    page.u64_at(usize::try_from(offset).ok()?)
+                } else {
+                    self.mem_map.u64_at(at.checked_add(offset)?).ok()
+                }
+            }));
+        }
+        if let Some((last, class)) = self.last_head
+            && last == head
+        {
+            return Ok(class);
+        }
+        let Some(_) = self.mem_map.frame_of(head) else {
+            return Ok(PageClass::Unknown);
+        };
+        let mut copy = [0_u8; 256];
+        let Some(copy) = copy.get_mut(..self.mem_map.stride_len()?) else {
+            return Ok(PageClass::Unknown);
+        };
+        self.mem_map.copy_page(head, copy)?;
+        let class = self.layout.class(&GuestBytes::from_slice(copy), &|offset| {
+            self.mem_map.u64_at(head.checked_add(offset)?).ok()
+        });
+        // A head that is itself unused says nothing of its tails.
+        self.last_head = Some((head, class));
+        Ok(class)
+    }
+
+    fn fake_head(&self, at: KernelVa) -> Option<KernelVa> {
+        let mut copy = [0_u8; 256];
+        let copy = copy.get_mut(..usize::try_from(self.mem_map.stride).ok()?)?;
+        let next = at.checked_add(self.mem_map.stride)?;
+        self.mem_map.copy_page(next, copy).ok()?;
+        self.layout.head_of(&GuestBytes::from_slice(copy), next)
+    }
+}

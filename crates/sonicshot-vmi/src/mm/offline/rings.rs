@@ -1,0 +1,257 @@
+//! Pages that say that they are offline: the rings of balloons.
+
+use crate::error::VmiError;
+use crate::kernel::Kernel;
+use crate::mm::mem_map::MemMap;
+use crate::mm::page::PageLayout;
+use crate::note::Note;
+use crate::{KernelVa, VirtualMemory};
+use sonicshot::{PageClass, PageMap, Pfn, PfnRange};
+
+/// What a ring of offline pages came to.
+enum Ring {
+    /// All its pages, and that a driver has them.
+    Whole(Vec<Pfn>),
+    /// The pages that were met, and why they are not believed.
+    Broken(Vec<Pfn>, String),
+}
+
+/// Pages that say that they are offline, and whether their driver says so too.
+#[derive(Debug, Default)]
+pub(crate) struct OfflinePages {
+    /// Sorted.
+    frames: Vec<Pfn>,
+    seen: Vec<bool>,
+}
+
+impl OfflinePages {
+    /// Notes a frame; they come in rising order.
+    pub(crate) fn push(&mut self, pfn: Pfn) {
+        self.frames.push(pfn);
+    }
+
+    fn index(&self, pfn: Pfn) -> Option<usize> {
+        self.frames.binary_search(&pfn).ok()
+    }
+
+    /// Gives those their class whose ring stands, and says how many are kept.
+    pub(crate) fn settle(
+        mut self,
+        kernel: &Kernel<'_>,
+        mem_map: &MemMap<'_>,
+        layout: &PageLayout,
+        map: &mut PageMap,
+        notes: &mut Vec<Note>,
+    ) -> Result<(), VmiError> {
+        /// More drivers have no balloon: the others' pages are kept.
+        const MAX_RINGS: usize = 256;
+        let records = Records {
+            kernel,
+            mem_map,
+            layout,
+        };
+        self.seen = vec![false; self.frames.len()];
+        let (mut kept, mut rings) = (0_usize, 0_usize);
+        let mut why: Option<String> = None;
+        let mut at = 0_usize;
+        while let Some(first) = self.frames.get(at).copied() {
+            let seen = self.seen.get(at).copied().unwrap_or(true);
+            at = at.saturating_add(1);
+            if seen {
+                continue;
+            }
+            rings = rings.saturating_add(1);
+            let ring = if rings > MAX_RINGS {
+                Ring::Broken(
+                    vec![first],
+                    format!("there are more than {MAX_RINGS} such rings"),
+                )
+            } else {
+                self.walk(&records, first)?
+            };
+            match ring {
+                Ring::Whole(frames) => {
+                    for pfn in frames {
+                        if let Some(page) = PfnRange::with_len(pfn, 1) {
+                            map.set(page, PageClass::Offline);
+                        }
+                    }
+                }
+                Ring::Broken(frames, reason) => {
+                    kept = kept.saturating_add(frames.len());
+                    why.get_or_insert(reason);
+                }
+            }
+        }
+        if let Some(why) = why {
+            notes.push(Note::OfflinePagesKept {
+                pages: kept as u64,
+                why,
+            });
+        }
+        Ok(())
+    }
+
+    /// Follows the list that `first` is in, once around.
+    fn walk(&mut self, records: &Records<'_, '_>, first: Pfn) -> Result<Ring, VmiError> {
+        let mut met = vec![first];
+        self.mark(first);
+        match self.follow(records, first, &mut met) {
+            Ok(()) => Ok(Ring::Whole(met)),
+            Err(Stop::Broken(why)) => Ok(Ring::Broken(met, why)),
+            Err(Stop::Error(error)) => Err(error),
+        }
+    }
+
+    fn follow(
+        &mut self,
+        records: &Records<'_, '_>,
+        first: Pfn,
+        met: &mut Vec<Pfn>,
+    ) -> Result<(), Stop> {
+        let start = records
+            .mem_map
+            .page_va(first)
+            .and_then(|at| at.checked_add(records.layout.lru));
+        let broken = |why: String| Err(Stop::Broken(format!("frame {first}{why}")));
+        let Some(start) = start else {
+            return broken(" has no struct page".into());
+        };
+        let mut head: Option<KernelVa> = None;
+        let mut owner: Option<u64> = None;
+        let mut node = start;
+        loop {
+            let next = records.next(node, first, &mut owner)?;
+            if records.links_back(next, node) != Some(true) {
+                return broken(format!(
+                    ": its list is not linked in both directions at {node}"
+                ));
+            }
+            if next == start {
+                break;
+            }
+            match records.page_at(next) {
+                Some(pfn) if self.is_new(pfn) => met.push(pfn),
+                Some(pfn) => {
+                    return broken(format!(
+                        ": its list goes on at frame {pfn}, which is not of it"
+                    ));
+                }
+                // The list's head: one, outside the struct pages.
+                None if head.is_none() && !records.mem_map.holds(next) => head = Some(next),
+                None => {
+                    return broken(format!(": its list goes through {next}, which is no page"));
+                }
+            }
+            node = next;
+        }
+        let Some(head) = head else {
+            return broken(format!(": its list of {} has no head", met.len()));
+        };
+        // A balloon's pages point to `struct balloon_dev_info`, which has the list.
+        if let Some(owner) = owner.filter(|owner| *owner != 0)
+            && head.raw().checked_sub(owner).is_none_or(|gap| gap >= 256)
+        {
+            return broken(format!(": its owner at {owner:#x} has no list at {head}"));
+        }
+        if !is_counted(records.kernel, head, met.len() as u64) {
+            return broken(format!(
+                ": beside the list of {} at {head} no count says so",
+                met.len()
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whether the frame is one that says that it is offline, and was not met before.
+    fn is_new(&mut self, pfn: Pfn) -> bool {
+        let seen = self.index(pfn).and_then(|index| self.seen.get_mut(index));
+        seen.is_some_and(|seen| !core::mem::replace(seen, true))
+    }
+
+    fn mark(&mut self, pfn: Pfn) {
+        if let Some(seen) = self.index(pfn).and_then(|index| self.seen.get_mut(index)) {
+            *seen = true;
+        }
+    }
+}
+
+/// What a ring is read by.
+struct Records<'a, 'm> {
+    kernel: &'a Kernel<'m>,
+    mem_map: &'a MemMap<'m>,
+    layout: &'a PageLayout,
+}
+
+impl Records<'_, '_> {
+    /// The node behind `node`. A page must be as a driver leaves its pages, and of the same
+    /// `owner` as those before.
+    fn next(&self, node: KernelVa, first: Pfn, owner: &mut Option<u64>) -> Result<KernelVa, Stop> {
+        let Some(pfn) = self.page_at(node) else {
+            let next = self.kernel.read_u64("a balloon's list", node)?;
+            return Ok(KernelVa::new(next));
+        };
+        let page = self.mem_map.page_va(pfn);
+        let left = page
+            .map(|at| self.layout.left_by_driver(self.mem_map, at))
+            .transpose()?;
+        let Some(private) = left.flatten() else {
+            let why = format!("frame {pfn} is not as a balloon leaves its pages");
+            return Err(Stop::Broken(why));
+        };
+        if *owner.get_or_insert(private) != private {
+            let why = format!("frame {pfn} is of another owner than frame {first}");
+            return Err(Stop::Broken(why));
+        }
+        Ok(KernelVa::new(self.mem_map.u64_at(node)?))
+    }
+
+    /// The frame whose `lru` is at `node`.
+    fn page_at(&self, node: KernelVa) -> Option<Pfn> {
+        let page = node.raw().checked_sub(self.layout.lru)?;
+        self.mem_map.frame_of(KernelVa::new(page))
+    }
+
+    /// Whether `next` names `node` as the one before it; `None` if it cannot be read.
+    fn links_back(&self, next: KernelVa, node: KernelVa) -> Option<bool> {
+        let at = next.checked_add(8)?;
+        let back = if self.mem_map.holds(next) {
+            self.mem_map.u64_at(at).ok()?
+        } else {
+            self.kernel.read_u64("a balloon's list", at).ok()?
+        };
+        Some(back == node.raw())
+    }
+}
+
+/// Why a walk ends early.
+enum Stop {
+    /// The ring is not to be believed.
+    Broken(String),
+    Error(VmiError),
+}
+
+impl From<VmiError> for Stop {
+    fn from(error: VmiError) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// Whether a count of `len` stands in the structure around the list head at `head`: a balloon's
+/// driver has one beside its list (`virtio_balloon.num_pages`, `drivers/virtio/virtio_balloon.c`).
+fn is_counted(kernel: &Kernel<'_>, head: KernelVa, len: u64) -> bool {
+    const AROUND: u64 = 256;
+    let Ok(len) = u32::try_from(len) else {
+        return false;
+    };
+    let first = head.raw().wrapping_sub(AROUND) & !7;
+    let mut bytes = [0; 512 + 16];
+    // What is not mapped holds no count.
+    for (at, word) in (first..).step_by(8).zip(bytes.chunks_mut(8)) {
+        if kernel.space.read(KernelVa::new(at), word).is_err() {
+            word.fill(0);
+        }
+    }
+    let (words, _) = bytes.as_chunks::<4>();
+    len > 0 && words.iter().any(|word| u32::from_le_bytes(*word) == len)
+}
