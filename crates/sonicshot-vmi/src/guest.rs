@@ -205,7 +205,7 @@ impl<'m> LinuxGuest<'m> {
             })
         };
         if options.at_most == Some(Knowledge::Shape) {
-            return Self::by_shape(memory, owners());
+            return Self::by_shape(memory, owners(), options.threads);
         }
         let standing = discover::find(
             memory,
@@ -217,14 +217,18 @@ impl<'m> LinuxGuest<'m> {
         );
         match standing {
             Err(VmiError::NoKernel { tried }) if tried == discover::NO_PAGE => {
-                Self::by_shape(memory, owners())
+                Self::by_shape(memory, owners(), options.threads)
             }
             standing => Self::decide(standing?),
         }
     }
 
     /// The kernel that alone stands by the shape of its records.
-    fn by_shape(memory: &'m dyn GuestMemory, owners: Owners) -> Result<Self, VmiError> {
+    fn by_shape(
+        memory: &'m dyn GuestMemory,
+        owners: Owners,
+        threads: Option<NonZeroUsize>,
+    ) -> Result<Self, VmiError> {
         let (shaped, kernel, image) = shape::find(memory, &owners)?;
         Ok(Self {
             kernel,
@@ -235,6 +239,7 @@ impl<'m> LinuxGuest<'m> {
             knowledge: Knowledge::Shape,
             image,
             shaped: Some(shaped),
+            threads,
         })
     }
 
