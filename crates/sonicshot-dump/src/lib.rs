@@ -53,7 +53,6 @@
 //! [`p2m`]: sonicshot::GuestMemory::p2m
 //! [`processors`]: sonicshot::GuestMemory::processors
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
-#![deny(unsafe_code)]
 
 mod backing;
 mod dump;

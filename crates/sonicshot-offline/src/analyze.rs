@@ -99,6 +99,7 @@ impl Analyzed {
             dump,
             files,
             layout_origin: "no kernel confirms it, and zeroes need none",
+            doubts: Doubts::none(),
             analysis,
             notes: vec![Note::NoKernel],
         }

@@ -20,6 +20,7 @@ use crate::shape::{self, Knowledge, Shaped};
 use crate::symbols::{self, Kallsyms, SymbolSource};
 use crate::{KernelVa, VirtualMemory, mark_zero_pages};
 use sonicshot::{Fill, GpaRange, GuestMemory, PageClass, PageMap, PageSize};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 /// What may be known about a guest beforehand; by default nothing.
@@ -30,6 +31,7 @@ pub struct GuestOptions {
     vmcoreinfo: Option<Vec<u8>>,
     cr3: Option<Cr3>,
     at_most: Option<Knowledge>,
+    threads: Option<NonZeroUsize>,
 }
 
 impl GuestOptions {
@@ -69,6 +71,14 @@ impl GuestOptions {
     #[must_use]
     pub fn at_most(mut self, knowledge: Knowledge) -> Self {
         self.at_most = Some(knowledge);
+        self
+    }
+
+    /// How many threads look at struct pages; by default one for each core. What is found does not
+    /// depend on it.
+    #[must_use]
+    pub fn threads(mut self, threads: NonZeroUsize) -> Self {
+        self.threads = Some(threads);
         self
     }
 }
@@ -127,6 +137,8 @@ pub struct LinuxGuest<'m> {
     image: (KernelVa, KernelVa),
     /// Where it was found by shape.
     shaped: Option<Shaped>,
+    /// How many threads look at struct pages.
+    threads: Option<NonZeroUsize>,
 }
 
 /// What there is to say of a kernel that owns the memory.
@@ -193,7 +205,7 @@ impl<'m> LinuxGuest<'m> {
             })
         };
         if options.at_most == Some(Knowledge::Shape) {
-            return Self::by_shape(memory, owners());
+            return Self::by_shape(memory, owners(), options.threads);
         }
         let standing = discover::find(
             memory,
@@ -205,14 +217,18 @@ impl<'m> LinuxGuest<'m> {
         );
         match standing {
             Err(VmiError::NoKernel { tried }) if tried == discover::NO_PAGE => {
-                Self::by_shape(memory, owners())
+                Self::by_shape(memory, owners(), options.threads)
             }
             standing => Self::decide(standing?),
         }
     }
 
     /// The kernel that alone stands by the shape of its records.
-    fn by_shape(memory: &'m dyn GuestMemory, owners: Owners) -> Result<Self, VmiError> {
+    fn by_shape(
+        memory: &'m dyn GuestMemory,
+        owners: Owners,
+        threads: Option<NonZeroUsize>,
+    ) -> Result<Self, VmiError> {
         let (shaped, kernel, image) = shape::find(memory, &owners)?;
         Ok(Self {
             kernel,
@@ -223,6 +239,7 @@ impl<'m> LinuxGuest<'m> {
             knowledge: Knowledge::Shape,
             image,
             shaped: Some(shaped),
+            threads,
         })
     }
 
@@ -327,6 +344,7 @@ impl<'m> LinuxGuest<'m> {
             knowledge: Knowledge::Types,
             image,
             shaped: None,
+            threads: options.threads,
         };
         guest.read_banner()?;
         guest.check_files(options.symbol_files.len())?;
@@ -585,7 +603,7 @@ impl<'m> LinuxGuest<'m> {
         }
         let (mem_map, layout, zones) = self.structures()?;
         let owner = self.owner(&mem_map, &zones, on)?;
-        let mut scan = scan(&self.kernel, &mem_map, &layout, &zones)?;
+        let mut scan = scan(&self.kernel, &mem_map, &layout, &zones, self.threads)?;
         if scan.fatal
             && on == OnInconsistency::Refuse
             && let Some(inconsistency) = scan.disagreement

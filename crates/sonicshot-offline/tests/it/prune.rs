@@ -2,8 +2,9 @@
 
 use crate::common::{PAGE, analyze, open, quiet, ram, raw};
 use sonicshot::{ClassSet, GuestMemory, PageClass, Pfn};
+use sonicshot_dump::DumpError;
 use sonicshot_offline::{
-    AnalyzeOptions, LayoutSpec, Note, OpenOptions, Overwrite, PruneOptions, Snapshot,
+    AnalyzeOptions, LayoutSpec, Note, OfflineError, OpenOptions, Overwrite, PruneOptions, Snapshot,
 };
 use std::fs;
 use tempfile::TempDir;
@@ -53,6 +54,16 @@ fn what_comes_through_a_pipe_is_analysed_as_a_file_is() {
     let of_pipe = piped.analyze(&AnalyzeOptions::new()).unwrap();
     assert_eq!(of_pipe.counts(), of_file.counts());
     assert_eq!(of_pipe.dump().layout(), of_file.dump().layout());
+    // There is no file to punch.
+    let plan = of_pipe.plan(ClassSet::DEFAULT_DROP).unwrap();
+    let in_place = plan.prune_in_place(&PruneOptions::new(), &mut quiet);
+    assert!(
+        matches!(
+            in_place,
+            Err(OfflineError::Dump(DumpError::NotInPlace { .. }))
+        ),
+        "{in_place:?}"
+    );
 }
 
 #[test]

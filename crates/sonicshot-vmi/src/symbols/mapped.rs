@@ -16,7 +16,7 @@ enum Inner {
 }
 
 impl MappedFile {
-    #[allow(unsafe_code, reason = "the mmap edge")]
+    #[expect(unsafe_code, reason = "the mmap edge")]
     pub(crate) fn open(path: &Path) -> Result<Self, SymbolError> {
         let io = |source| SymbolError::Io {
             path: path.to_owned(),

@@ -382,7 +382,10 @@ impl<'m> MemMap<'m> {
                     .and_then(|(offset, len)| mapped.bytes().get(offset, len))
                     .ok_or_else(|| corrupt(at))?;
                 visit(pfn, bytes)?;
-                if let Some(range) = GpaRange::with_len(chunk.gpa, chunk.len) {
+                // Other threads may be at other parts of the chunk.
+                let seen = chunk.gpa.checked_add(offset);
+                if let Some(range) = seen.and_then(|at| GpaRange::with_len(at, bytes.len() as u64))
+                {
                     self.memory.release(range);
                 }
             } else {
