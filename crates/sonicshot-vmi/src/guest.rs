@@ -30,8 +30,8 @@ pub struct GuestOptions {
     symbol_files: Vec<PathBuf>,
     vmcoreinfo: Option<Vec<u8>>,
     cr3: Option<Cr3>,
-    threads: Option<NonZeroUsize>,
     at_most: Option<Knowledge>,
+    threads: Option<NonZeroUsize>,
 }
 
 impl GuestOptions {
@@ -65,20 +65,20 @@ impl GuestOptions {
         self
     }
 
-    /// How many threads look at struct pages; by default one for each core. What is found does not
-    /// depend on it.
-    #[must_use]
-    pub fn threads(mut self, threads: NonZeroUsize) -> Self {
-        self.threads = Some(threads);
-        self
-    }
-
     /// Takes no more than this of the guest and of all files: tests hold what less knowledge finds
     /// against what more does.
     #[doc(hidden)]
     #[must_use]
     pub fn at_most(mut self, knowledge: Knowledge) -> Self {
         self.at_most = Some(knowledge);
+        self
+    }
+
+    /// How many threads look at struct pages; by default one for each core. What is found does not
+    /// depend on it.
+    #[must_use]
+    pub fn threads(mut self, threads: NonZeroUsize) -> Self {
+        self.threads = Some(threads);
         self
     }
 }
@@ -132,13 +132,13 @@ pub struct LinuxGuest<'m> {
     owners: Owners,
     /// What the memory shows of a later owner, where nothing is told of processors.
     traces: Option<Owner>,
-    /// How many threads look at struct pages.
-    threads: Option<NonZeroUsize>,
     knowledge: Knowledge,
     /// The kernel's image, from its start as far as it is mapped.
     image: (KernelVa, KernelVa),
     /// Where it was found by shape.
     shaped: Option<Shaped>,
+    /// How many threads look at struct pages.
+    threads: Option<NonZeroUsize>,
 }
 
 /// What there is to say of a kernel that owns the memory.
@@ -341,10 +341,10 @@ impl<'m> LinuxGuest<'m> {
             banner: None,
             owners,
             traces: None,
-            threads: options.threads,
             knowledge: Knowledge::Types,
             image,
             shaped: None,
+            threads: options.threads,
         };
         guest.read_banner()?;
         guest.check_files(options.symbol_files.len())?;

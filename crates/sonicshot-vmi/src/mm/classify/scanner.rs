@@ -27,7 +27,7 @@ pub(super) struct Sources<'a, 'm> {
     pub(super) zones: &'a [PfnRange],
     /// Sections that may be offline: what points into them is looked for.
     pub(super) offline: &'a OfflineSections,
-    /// Whether a block on no list is only counted, here.
+    /// Whether a block on no list is only counted.
     pub(super) keeps_unlisted: bool,
 }
 
@@ -41,7 +41,7 @@ pub(super) struct Seen {
     pub(super) lru: BTreeMap<usize, Pfn>,
     /// Frames whose own struct page says that they are offline.
     pub(super) offline_pages: Vec<Pfn>,
-    /// Blocks on no list that are only counted.
+    /// Blocks with the buddy mark that are on no list, where they are only counted.
     pub(super) unlisted: u64,
 }
 
