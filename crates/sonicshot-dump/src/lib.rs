@@ -53,7 +53,6 @@
 //! [`p2m`]: sonicshot::GuestMemory::p2m
 //! [`processors`]: sonicshot::GuestMemory::processors
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
-#![deny(unsafe_code)]
 
 mod backing;
 mod dump;
@@ -68,7 +67,7 @@ mod processors;
 mod prune;
 mod snapshot;
 
-pub use backing::spool::Spool;
+pub use backing::spool::{SizeLimit, Spool};
 pub use dump::Dump;
 #[doc(hidden)]
 pub use error::KdumpWriteError;

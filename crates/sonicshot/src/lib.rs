@@ -50,17 +50,26 @@ compile_error!("sonicshot is for hosts of 64 bits");
 
 mod address;
 mod architecture;
+#[expect(
+    unsafe_code,
+    reason = "guest bytes are behind a pointer, which somebody else may write to"
+)]
 mod bytes;
 pub mod checkpoint;
 mod class;
 mod cursor;
 pub mod file;
+mod file_bytes;
 mod memory;
 mod p2m;
 mod page_map;
 mod policy;
 mod processor;
 #[cfg(feature = "vm-memory")]
+#[expect(
+    unsafe_code,
+    reason = "the guard of a mapping is kept beside its pointer"
+)]
 mod vm_memory;
 pub mod work;
 
@@ -71,7 +80,8 @@ pub use architecture::Architecture;
 pub use bytes::GuestBytes;
 pub use class::{ClassCounts, ClassSet, PageClass, UnknownClass};
 pub use cursor::{Bytes, Cursor, CutShort, Number};
-pub use file::{FileId, FileOffset, FileRange};
+pub use file::{FileId, FileOffset, FileRange, FileStamp};
+pub use file_bytes::{Failure, FileBytes, FileContent};
 pub use memory::{
     GuestMemory, Hold, LayoutError, MAX_MAP, Mapped, MappedRegions, MemoryError, RamLayout,
 };
