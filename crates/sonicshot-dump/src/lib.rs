@@ -89,4 +89,4 @@ pub use output::dump_file::{CoreNotes, DumpFile, NewFile};
 pub use output::folder::NewFolder;
 pub use prune::holes::PruneOptions;
 pub use prune::stats::PruneStats;
-pub use snapshot::{SnapshotFiles, Vmm};
+pub use snapshot::{FilesNote, SnapshotFiles, Vmm};
