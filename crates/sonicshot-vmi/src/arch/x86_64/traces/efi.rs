@@ -5,12 +5,15 @@
 //! table and in the runtime services table (UEFI 2.10, sections 4.3 and 4.5) are the kernel's, and
 //! their checksums are made anew. A firmware that starts again builds both tables anew, with
 //! physical addresses, before it hands out any other memory (`DxeMain`, EDK II). Until then it
-//! writes to memory of fixed places alone ([`early_memory`]).
+//! writes to memory of fixed places alone ([`early_memory`]): free pages there are kept. Where the
+//! runtime services are off (`efi=noruntime`, kernels for real-time work), and where it is not known
+//! where the firmware writes, nothing would tell of a reset, and the guest is refused.
 
-use crate::arch::x86_64::e820;
+use super::super::e820;
+use crate::KernelVa;
+use crate::arch::{Trace, Verdict};
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
-use crate::{KernelVa, Trace};
 use sonicshot::{Gpa, GpaRange, MemoryError};
 
 /// Whether an EFI firmware, or its loader, started the kernel.
@@ -294,6 +297,18 @@ fn utf16(kernel: &Kernel<'_>, at: Gpa) -> Result<String, VmiError> {
     Ok(text
         .map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER))
         .collect())
+}
+
+/// The test for a trace in them.
+pub(super) fn efi_tables(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
+    if !is_started_by(kernel)? {
+        return Ok(Verdict::NotHere);
+    }
+    Ok(match tables(kernel)? {
+        Tables::Kept(ranges) => Verdict::CleanBut(ranges),
+        Tables::Gone(traces) => Verdict::Traces(traces),
+        Tables::Untold(why) => Verdict::Untold(why),
+    })
 }
 
 /// A kernel that EFI started, forged in the memory of a real guest that a BIOS started.
