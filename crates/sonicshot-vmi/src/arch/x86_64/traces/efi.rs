@@ -465,13 +465,13 @@ mod tests {
         let owner = owner(&efi.patches());
         assert_eq!((owner.traces, owner.untold), (vec![], None));
         let mut made = of_a_bios();
-        made.retain(|name| *name != super::super::traces::CLOCK);
+        made.retain(|name| *name != super::super::CLOCK);
         let (at, _) = made
             .iter()
             .enumerate()
             .find(|(_, name)| **name == "firmware tables")
             .unwrap();
-        made.insert(at, super::super::traces::EFI);
+        made.insert(at, super::super::EFI);
         assert_eq!(owner.clean, made);
         let range = |start, end| GpaRange::new(Gpa::new(start), Gpa::new(end));
         // The last of its RAM by its /proc/iomem.
