@@ -5,8 +5,9 @@
 //! socket, and sends one message: where its memory is, as JSON, and the `userfaultfd`. Nothing
 //! else is ever said; the connection stays open for as long as the microVM lives.
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use serde::Deserialize;
 use sonicshot::checkpoint::{
     CheckpointError, CheckpointInfo, CheckpointReader, HostAddress, LazyOptions, LazyRegion,
@@ -18,10 +19,16 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// The longest message that is taken, in bytes. Firecracker's have some hundred: one mapping for
 /// each region.
 pub const MAX_MESSAGE: usize = 64 << 10;
+/// How long the whole message may take to come, if the stream has no read timeout of its own.
+/// Firecracker sends it at once.
+pub const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Descriptors that a message has, which is told from more of them.
+const DESCRIPTORS: usize = 1;
 
 /// Why Firecracker's message could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +42,14 @@ pub enum MessageError {
         /// How much had come.
         len: usize,
     },
+    /// The message did not come whole in time.
+    #[error("{len} bytes of the mappings came in {limit:?}, and not the rest")]
+    Slow {
+        /// How much had come.
+        len: usize,
+        /// How long the whole message may take.
+        limit: Duration,
+    },
     /// The message does not end.
     #[error("the mappings have more than {MAX_MESSAGE} bytes")]
     TooLong,
@@ -47,6 +62,9 @@ pub enum MessageError {
         /// How many there were.
         count: usize,
     },
+    /// There were more descriptors than could be taken in.
+    #[error("more file descriptors came with the mappings than can be taken in, not one")]
+    TooManyDescriptors,
     /// There is no memory to serve.
     #[error("there are no mappings")]
     NoMappings,
@@ -67,6 +85,22 @@ pub enum MessageError {
         size: u64,
         /// Its pages' size in bytes.
         page: u64,
+    },
+    /// A mapping ends behind the end of all addresses.
+    #[error("the mapping of {size:#x} bytes at {host:#x} ends behind the last address")]
+    Wraps {
+        /// Where the mapping begins in Firecracker.
+        host: u64,
+        /// Its length in bytes.
+        size: u64,
+    },
+    /// Two mappings are at the same place, in Firecracker or in the guest.
+    #[error("two mappings overlap {} at {at:#x}", if *.in_guest { "in the guest" } else { "in Firecracker" })]
+    Overlap {
+        /// Whether it is the guest's memory that is mapped twice.
+        in_guest: bool,
+        /// The first address that both have.
+        at: u64,
     },
     /// A mapping is not part of one region of the checkpoint.
     #[error("the mapping of {size:#x} bytes at offset {offset:#x} is not in a region of the guest")]
@@ -135,6 +169,12 @@ impl Mapping {
                 offset: self.offset,
                 size: self.size,
             })?;
+        if self.base_host_virt_addr.checked_add(self.size).is_none() {
+            return Err(MessageError::Wraps {
+                host: self.base_host_virt_addr,
+                size: self.size,
+            });
+        }
         Ok(LazyRegion {
             guest,
             host: HostAddress::new(host),
@@ -157,7 +197,34 @@ fn guest_range(layout: &RamLayout, offset: u64, size: u64) -> Option<GpaRange> {
     None
 }
 
+/// Refuses mappings of which two have an address in common. A page of the guest that is in two
+/// places could be given back in one and brought in again in the other.
+fn check_disjoint(regions: &[LazyRegion]) -> Result<(), MessageError> {
+    let host = |region: &LazyRegion| (region.host.raw() as u64, region.guest.len());
+    let guest = |region: &LazyRegion| (region.guest.start().raw(), region.guest.len());
+    for (in_guest, mut ranges) in [
+        (false, regions.iter().map(host).collect::<Vec<_>>()),
+        (true, regions.iter().map(guest).collect()),
+    ] {
+        ranges.sort_unstable();
+        for pair in ranges.windows(2) {
+            if let [(start, len), (next, _)] = pair
+                && next.checked_sub(*start).is_some_and(|gap| gap < *len)
+            {
+                return Err(MessageError::Overlap {
+                    in_guest,
+                    at: *next,
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Receives what Firecracker says of its memory, and the `userfaultfd` that reports its faults.
+///
+/// The whole message must have come within the stream's read timeout, or [`MESSAGE_TIMEOUT`] if
+/// it has none.
 ///
 /// # Errors
 /// [`MessageError`] if the message is something else, or not about the guest that `info`
@@ -168,8 +235,16 @@ pub fn receive(
 ) -> Result<(Vec<LazyRegion>, OwnedFd), MessageError> {
     let mut message = Vec::new();
     let mut descriptors = Vec::new();
+    let limit = stream.read_timeout().ok().flatten();
+    let limit = limit.unwrap_or(MESSAGE_TIMEOUT);
+    let start = Instant::now();
     let mappings = loop {
+        wait(stream, start, limit, message.len())?;
         let got = receive_part(stream, &mut message, &mut descriptors)?;
+        if descriptors.len() > DESCRIPTORS {
+            let count = descriptors.len();
+            return Err(MessageError::Descriptors { count });
+        }
         // A stream keeps no messages apart: this one is complete when it can be read.
         match serde_json::from_slice::<Vec<Mapping>>(&message) {
             Ok(mappings) => break mappings,
@@ -186,8 +261,30 @@ pub fn receive(
     if mappings.is_empty() {
         return Err(MessageError::NoMappings);
     }
-    let regions: Result<_, _> = mappings.iter().map(|m| m.region(info)).collect();
-    Ok((regions?, uffd))
+    let regions: Result<Vec<_>, _> = mappings.iter().map(|m| m.region(info)).collect();
+    let regions = regions?;
+    check_disjoint(&regions)?;
+    Ok((regions, uffd))
+}
+
+/// Waits until there is more to read, at most until `limit` has passed since `start`.
+fn wait(
+    stream: &UnixStream,
+    start: Instant,
+    limit: Duration,
+    len: usize,
+) -> Result<(), MessageError> {
+    loop {
+        let left = limit.saturating_sub(start.elapsed());
+        let timeout = Timespec::try_from(left).map_err(|_| Errno::INVAL)?;
+        let mut ready = [PollFd::new(stream, PollFlags::IN)];
+        match poll(&mut ready, Some(&timeout)) {
+            Err(Errno::INTR) => {}
+            Ok(0) if len == 0 => return Err(Errno::AGAIN.into()),
+            Ok(0) => return Err(MessageError::Slow { len, limit }),
+            other => return Ok(other.map(drop)?),
+        }
+    }
 }
 
 fn receive_part(
@@ -200,16 +297,21 @@ fn receive_part(
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [IoSliceMut::new(&mut part)];
-    let got = loop {
+    let received = loop {
         match recvmsg(stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
             Err(Errno::INTR) => {}
-            other => break other?.bytes,
+            other => break other?,
         }
     };
+    let got = received.bytes;
     for received in control.drain() {
         if let RecvAncillaryMessage::ScmRights(rights) = received {
             descriptors.extend(rights);
         }
+    }
+    // Some were lost: it is not known how many there were.
+    if received.flags.contains(ReturnFlags::CTRUNC) && descriptors.len() <= DESCRIPTORS {
+        return Err(MessageError::TooManyDescriptors);
     }
     message.extend_from_slice(part.get(..got).unwrap_or_default());
     Ok(got)

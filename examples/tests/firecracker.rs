@@ -535,6 +535,142 @@ fn a_silent_peer_times_out() {
 }
 
 #[test]
+fn a_peer_that_drips_bytes_times_out() {
+    let (near, far) = UnixStream::pair().unwrap();
+    let limit = Duration::from_millis(200);
+    far.set_read_timeout(Some(limit)).unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Each byte in time, the message never whole.
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                send(&near, b" ", &[]);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let start = Instant::now();
+        let error = receive(&far, &info()).unwrap_err();
+        done.store(true, Ordering::Relaxed);
+        assert!(
+            matches!(error, MessageError::Slow { len, limit: l } if len > 1 && l == limit),
+            "{error:?}"
+        );
+        let took = start.elapsed();
+        assert!(took >= limit && took < 20 * limit, "{took:?}");
+    });
+}
+
+/// Descriptors that this process has open.
+fn open_descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[test]
+fn descriptors_that_come_in_any_number_are_refused_and_closed() {
+    let good = mapping(0x7000_0000, 4096, 0, 4096);
+    let (head, tail) = good.split_at(20);
+    let file = tempfile::tempfile().unwrap();
+    for (first, second) in [(0, 0), (2, 0), (0, 2), (1, 1), (1, 4), (4, 4)] {
+        let (near, far) = UnixStream::pair().unwrap();
+        send(&near, head, &vec![file.as_fd(); first]);
+        send(&near, tail, &vec![file.as_fd(); second]);
+        let error = receive(&far, &info()).unwrap_err();
+        assert!(
+            matches!(error, MessageError::Descriptors { count } if count != 1),
+            "{first} and {second}: {error:?}"
+        );
+    }
+    // One for each byte of a message that does not end: no more than two are ever held.
+    let (near, far) = UnixStream::pair().unwrap();
+    for _ in 0..200 {
+        send(&near, b" ", &[file.as_fd()]);
+    }
+    let before = open_descriptors();
+    let error = receive(&far, &info()).unwrap_err();
+    assert!(
+        matches!(error, MessageError::Descriptors { count: 2 }),
+        "{error:?}"
+    );
+    assert!(open_descriptors() < before + 50);
+    // More at once than can be taken in.
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(40))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let many = vec![file.as_fd(); 40];
+    assert!(control.push(SendAncillaryMessage::ScmRights(&many)));
+    let (near, far) = UnixStream::pair().unwrap();
+    sendmsg(
+        &near,
+        &[IoSlice::new(&good)],
+        &mut control,
+        SendFlags::empty(),
+    )
+    .unwrap();
+    let error = receive(&far, &info()).unwrap_err();
+    assert!(
+        matches!(error, MessageError::Descriptors { count } if count > 1),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn mappings_that_wrap_are_refused() {
+    let low = (REGIONS[0].1 * PAGE) as u64;
+    for base in [!0xfff, (low - 4096).wrapping_neg()] {
+        let error = refused(&mapping(base, low, 0, 4096), 1);
+        assert!(
+            matches!(error, MessageError::Wraps { host, size } if (host, size) == (base, low)),
+            "{error:?}"
+        );
+    }
+}
+
+#[test]
+fn mappings_that_overlap_are_refused() {
+    let part = |base: u64, size: u64, offset: u64| json!({"base_host_virt_addr": base, "size": size, "offset": offset, "page_size": 4096});
+    for (mappings, in_guest, at) in [
+        // The same twice, the end of one in the other, one in the other.
+        (
+            json!([part(0x10_0000, 8192, 0), part(0x10_0000, 8192, 8192)]),
+            false,
+            0x10_0000,
+        ),
+        (
+            json!([part(0x10_1000, 8192, 0), part(0x10_0000, 8192, 8192)]),
+            false,
+            0x10_1000,
+        ),
+        (
+            json!([part(0x10_0000, 32768, 0), part(0x10_2000, 4096, 32768)]),
+            false,
+            0x10_2000,
+        ),
+        // Apart in Firecracker, the same in the guest.
+        (
+            json!([part(0x10_0000, 8192, 0), part(0x20_0000, 8192, 0)]),
+            true,
+            0,
+        ),
+        (
+            json!([part(0x10_0000, 8192, 4096), part(0x20_0000, 8192, 0)]),
+            true,
+            4096,
+        ),
+    ] {
+        let error = refused(mappings.to_string().as_bytes(), 1);
+        assert!(
+            matches!(error, MessageError::Overlap { in_guest: g, at: a } if (g, a) == (in_guest, at)),
+            "{mappings}: {error:?}"
+        );
+    }
+    // Side by side is sound.
+    let (near, far) = UnixStream::pair().unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let message = json!([part(0x10_0000, 8192, 0), part(0x10_2000, 8192, 8192)]).to_string();
+    send(&near, message.as_bytes(), &[file.as_fd()]);
+    assert_eq!(receive(&far, &info()).unwrap().0.len(), 2);
+}
+
+#[test]
 fn a_descriptor_that_is_no_userfaultfd_is_refused() {
     let checkpoint = save(Compression::None);
     let reader = Arc::new(CheckpointReader::open(checkpoint.path()).unwrap());

@@ -6,7 +6,7 @@ pub mod mutate;
 
 use sonicshot::checkpoint::{Before, CheckpointReader, RestoreRegions};
 use sonicshot::{
-    DropClasses, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap, PageSize,
+    DropClasses, FileBytes, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap, PageSize,
     Pfn, PfnRange, PrunePlan,
 };
 use sonicshot_dump::{CheckedPlan, Dump, LayoutSpec, Overwrite, SnapshotFiles, XlSkeleton};
@@ -287,7 +287,7 @@ pub fn xen(data: &[u8]) {
     if let Ok(dump) = Dump::open(input.path(), None) {
         xen_again(&dump, input.as_file());
     }
-    let bytes = GuestBytes::from_slice(data);
+    let bytes = FileBytes::from_slice(data);
     let Ok(skeleton) = Skeleton::parse(bytes) else {
         return;
     };
@@ -307,7 +307,7 @@ pub fn xen(data: &[u8]) {
         .joined(bytes, |error| error, put)
         .expect("what was parsed");
     assert!(image.len() <= data.len() + skeleton.frames().count() * 4096);
-    XlImage::parse(GuestBytes::from_slice(&image)).expect("what we join, we read");
+    XlImage::parse(FileBytes::from_slice(&image)).expect("what we join, we read");
 }
 
 /// An image made of what a Xen image is besides its memory, and of its memory, holds the same.

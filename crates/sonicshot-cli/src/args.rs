@@ -70,6 +70,11 @@ pub(crate) struct InputArgs {
     /// The memory that the dump is a diff to: a Firecracker diff snapshot is read over it
     #[arg(long, value_name = "FILE")]
     pub base: Option<PathBuf>,
+    /// The most that is taken in from standard input: bytes, or with K, M, G. By default, of a
+    /// migration stream as much as the guest has RAM and a tenth or 16 MiB more, of others half of
+    /// what is free where it is put (TMPDIR)
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_size: Option<u64>,
     /// The CR3 of a processor that ran the guest's kernel (of one in a nested guest, its host's):
     /// the kernel that owns the memory is told by it, instead of by what the file has of the
     /// processors. Decimal, or hexadecimal with 0x
@@ -89,6 +94,7 @@ impl InputArgs {
         options.layout.clone_from(&self.layout);
         options.base.clone_from(&self.base);
         options.cr3 = self.cr3;
+        options.max_size = self.max_size;
         options
     }
 

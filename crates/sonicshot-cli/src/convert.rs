@@ -4,7 +4,7 @@ use crate::args::{ConvertArgs, ConvertTo};
 use crate::error::CliError;
 use crate::inputs::Input;
 use crate::output::{overwrite, shown_on};
-use crate::report::{lines, progress_bar, say, size};
+use crate::report::{complain, lines, progress_bar, say, size};
 use serde_json::json;
 use sonicshot_dump::DumpError;
 use sonicshot_offline::{CheckpointFile, Converted, LayoutSpec, Target, Template};
@@ -57,7 +57,7 @@ fn convert(args: &ConvertArgs, target: &Target) -> Result<Converted, CliError> {
     let bar = progress_bar("converting", args.json);
     let progress = &mut shown_on(&bar);
     let (out, force) = (&args.output, overwrite(args.force));
-    let converted = if CheckpointFile::is_at(&args.file) {
+    let converted = if CheckpointFile::is_at(&args.file)? {
         CheckpointFile::open(&args.file)?.convert(target, out, force, progress)?
     } else {
         let snapshot = Input::find(&args.file, &args.input)?.snapshot;
@@ -81,7 +81,7 @@ fn print_json(args: &ConvertArgs, converted: &Converted, seconds: f64) {
 
 fn print_summary(args: &ConvertArgs, converted: &Converted, seconds: f64) {
     for note in &converted.notes {
-        eprintln!("note: {note}");
+        complain!("note: {note}");
     }
     let ram = &converted.layout;
     say!(

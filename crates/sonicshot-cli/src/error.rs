@@ -1,9 +1,10 @@
 //! What the command says when it fails, and how it exits.
 
+use crate::report::complain;
 use serde_json::{Value, json};
 use sonicshot::MemoryError;
 use sonicshot::checkpoint::CheckpointError;
-use sonicshot_dump::{DumpError, KdumpWriteError};
+use sonicshot_dump::{DumpError, KdumpWriteError, SizeLimit};
 use sonicshot_offline::OfflineError;
 use sonicshot_vmi::{Foreign, VmiError};
 use sonicshot_xen_live::{DomainId, LiveError};
@@ -68,6 +69,26 @@ impl From<MemoryError> for CliError {
 
 impl CliError {
     pub(crate) fn code(&self) -> u8 {
+        match self.code_of_kind() {
+            // Not the file or its guest is at fault, but that it cannot be read or written.
+            3 | 4 if self.is_of_the_system() => 1,
+            code => code,
+        }
+    }
+
+    /// Whether it comes of something that the operating system refused.
+    fn is_of_the_system(&self) -> bool {
+        let mut next: Option<&(dyn Error + 'static)> = Some(self);
+        while let Some(error) = next {
+            if let Some(error) = error.downcast_ref::<io::Error>() {
+                return error.raw_os_error().is_some();
+            }
+            next = error.source();
+        }
+        false
+    }
+
+    fn code_of_kind(&self) -> u8 {
         match self {
             Self::Reported { code } => *code,
             Self::Offline(error) => code_of(error),
@@ -125,7 +146,7 @@ impl CliError {
             return;
         }
         if json {
-            eprintln!("{}", self.to_json());
+            complain!("{}", self.to_json());
         } else {
             self.print_text();
         }
@@ -138,11 +159,11 @@ impl CliError {
             if let Some(value) = value.as_object_mut() {
                 value.insert("path".into(), input.display().to_string().into());
             }
-            eprintln!("{value}");
+            complain!("{value}");
             return;
         }
         if several {
-            eprintln!("failed: {}", input.display());
+            complain!("failed: {}", input.display());
         }
         self.print_text();
     }
@@ -157,12 +178,12 @@ impl CliError {
     }
 
     fn print_text(&self) {
-        eprintln!("error: {self}");
+        complain!("error: {self}");
         for cause in self.causes() {
-            eprintln!("  because: {cause}");
+            complain!("  because: {cause}");
         }
         if let Some(hint) = self.hint() {
-            eprintln!("  hint: {hint}");
+            complain!("  hint: {hint}");
         }
     }
 }
@@ -217,6 +238,13 @@ fn code_of_dump(error: &DumpError) -> u8 {
         | DumpError::NoHoles { .. }
         | DumpError::Changed { .. }
         | DumpError::Modified { .. }
+        | DumpError::NotFinished { .. }
+        | DumpError::Unsettled { .. }
+        | DumpError::PrunedInPart { .. }
+        | DumpError::TooLong {
+            by: SizeLimit::Given | SizeLimit::Free,
+            ..
+        }
         | DumpError::Exists { .. }
         | DumpError::SameFile { .. }
         | DumpError::Kdump {
@@ -235,6 +263,7 @@ fn code_of_dump(error: &DumpError) -> u8 {
 fn code_of_guest(error: &VmiError) -> u8 {
     match error {
         VmiError::Inconsistent(_)
+        | VmiError::Covered { .. }
         | VmiError::LaterOwner(_)
         | VmiError::OwnerUntold { .. }
         | VmiError::NotOwner { .. }
@@ -288,6 +317,10 @@ fn hint_of_dump(error: &DumpError) -> Option<&'static str> {
         DumpError::Io { action, .. } if action.contains("temporary file") => {
             "name a folder with room for the guest's memory in TMPDIR"
         }
+        DumpError::TooLong { .. } => {
+            "--max-size SIZE allows more, of standard input: the memory of a guest that ran while it \
+             was sent may have come several times"
+        }
         DumpError::NotAStream { .. } => "give a file: -o OUT",
         DumpError::Compressed { .. } => {
             "the file is damaged or was cut short: take another copy of it"
@@ -317,7 +350,8 @@ fn hint_of_guest(error: &VmiError, path: &Path) -> Option<&'static str> {
              of over 2 GiB, try --layout"
         }
         VmiError::NoKernel { .. } => {
-            "is this a Linux guest's memory? For a raw file of over 2 GiB, try --layout"
+            "is this a Linux guest's memory? For a raw file of over 2 GiB, try --layout. \
+             prune --drop zero leaves out pages of zeroes alone, and needs no kernel"
         }
         VmiError::Missing { .. } => "give the kernel's vmlinux with --symbols",
         VmiError::WrongKernel { .. } => {

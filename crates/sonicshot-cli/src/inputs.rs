@@ -2,7 +2,7 @@
 
 use crate::args::InputArgs;
 use crate::error::CliError;
-use crate::report::{count, say};
+use crate::report::{complain, count, say};
 use sonicshot::FileId;
 use sonicshot_offline::Snapshot;
 use std::collections::HashSet;
@@ -78,7 +78,7 @@ impl Inputs {
             if identity.is_some_and(|identity| !seen.insert(identity)) {
                 repeated = repeated.saturating_add(1);
                 if !json {
-                    eprintln!("note: {} was given already", path.display());
+                    complain!("note: {} was given already", path.display());
                 }
                 continue;
             }

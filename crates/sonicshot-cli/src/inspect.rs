@@ -50,7 +50,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
 /// Shows one input; returns how many bytes a prune saves, and of how many.
 fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
     let memory = input.snapshot.memory_file();
-    if CheckpointFile::is_at(memory) {
+    if CheckpointFile::is_at(memory)? {
         checkpoint::inspect(memory, args)?;
         return Ok((0, 0));
     }
@@ -59,6 +59,7 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
     }
     let analyzed = input.snapshot.analyze(&args.input.analyze())?;
     let zero_pages = count_zero_pages(analyzed.dump(), analyzed.pages())?;
+    analyzed.dump().check_unchanged()?;
     if let Some(path) = &args.pfns {
         write_pfns(&analyzed, path, args.force)?;
     }

@@ -35,7 +35,7 @@ fn main() -> ExitCode {
         Some(error) => Err(CliError::Io {
             action: "writing to",
             path: "standard output".into(),
-            source: error.kind().into(),
+            source: error,
         }),
         None => Ok(()),
     });

@@ -6,7 +6,7 @@ use crate::args::PruneArgs;
 use crate::error::CliError;
 use crate::inputs::{Input, Inputs};
 use crate::output::{overwrite, shown_on};
-use crate::report::{percent, progress_bar, say_to_stderr, size};
+use crate::report::{complain, percent, progress_bar, say_to_stderr, size};
 use report::Report;
 use sonicshot::{ClassSet, PageClass};
 use sonicshot_dump::DumpError;
@@ -33,7 +33,7 @@ pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
     let warnings = warnings(drop);
     if !args.json {
         for warning in &warnings {
-            eprintln!("warning: {warning}");
+            complain!("warning: {warning}");
         }
     }
     let sum = Cell::new(Sum::default());
@@ -109,12 +109,21 @@ fn outputs(args: &PruneArgs, inputs: &Inputs) -> Result<HashMap<PathBuf, PathBuf
                 to.display()
             )));
         }
-        if !args.force && to.exists() {
-            return Err(DumpError::Exists { path: to }.into());
+        // One of several does not stop the others.
+        if !inputs.several() {
+            check_free(args, &to)?;
         }
         outputs.insert(input.path.clone(), to);
     }
     Ok(outputs)
+}
+
+/// Refuses an output that exists, unless it may be replaced.
+fn check_free(args: &PruneArgs, out: &Path) -> Result<(), CliError> {
+    if args.force || args.to_stdout() || !out.exists() {
+        return Ok(());
+    }
+    Err(DumpError::Exists { path: out.into() }.into())
 }
 
 /// What came of one or more inputs, in bytes.
@@ -161,7 +170,13 @@ impl Job<'_> {
         let args = self.args;
         let started = Instant::now();
         self.check(input)?;
-        let analyzed = input.snapshot.analyze(&args.input.analyze())?;
+        let analyzed = match input.snapshot.analyze(&args.input.analyze()) {
+            // Pages of zeroes need no kernel.
+            Err(error) if error.is_no_kernel() && self.drops_zeroes_alone() => {
+                input.snapshot.zero_pages()?.ok_or(error)?
+            }
+            analyzed => analyzed?,
+        };
         let plan = analyzed.plan(self.drop)?;
         let stats = if args.dry_run {
             None
@@ -190,9 +205,16 @@ impl Job<'_> {
         })
     }
 
+    fn drops_zeroes_alone(&self) -> bool {
+        self.drop.iter().eq([PageClass::Zero])
+    }
+
     /// Before the guest is looked at.
     fn check(&self, input: &Input) -> Result<(), CliError> {
         let args = self.args;
+        if let Some(out) = self.out {
+            check_free(args, out)?;
+        }
         input.snapshot.check_prunable()?;
         if args.in_place && input.is_pipe() {
             let what = "standard input cannot be pruned in place: -o OUT";

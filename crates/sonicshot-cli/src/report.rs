@@ -16,6 +16,17 @@ macro_rules! say {
 }
 pub(crate) use say;
 
+/// Prints a line to standard error, as `eprintln!` does, but without a panic if it fails: the exit
+/// code tells what came of the work.
+macro_rules! complain {
+    ($($arg:tt)*) => { $crate::report::print_error_line(format_args!($($arg)*)) };
+}
+pub(crate) use complain;
+
+pub(crate) fn print_error_line(line: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
+}
+
 /// Standard output takes a dump: what is said goes to standard error.
 static OUTPUT_IS_DUMP: AtomicBool = AtomicBool::new(false);
 
@@ -26,7 +37,7 @@ pub(crate) fn say_to_stderr() {
 
 pub(crate) fn print_line(line: fmt::Arguments<'_>) {
     if OUTPUT_IS_DUMP.load(Ordering::Relaxed) {
-        eprintln!("{line}");
+        complain!("{line}");
         return;
     }
     if let Err(error) = writeln!(io::stdout().lock(), "{line}") {
@@ -36,10 +47,16 @@ pub(crate) fn print_line(line: fmt::Arguments<'_>) {
 }
 
 /// What went wrong with standard output, unless its reader just wanted no more (`| head`).
-pub(crate) fn output_error() -> Option<&'static io::Error> {
-    OUTPUT_ERROR
-        .get()
-        .filter(|error| error.kind() != io::ErrorKind::BrokenPipe)
+pub(crate) fn output_error() -> Option<io::Error> {
+    let error = OUTPUT_ERROR.get()?;
+    if error.kind() == io::ErrorKind::BrokenPipe {
+        return None;
+    }
+    // In the operating system's words, which a kind alone may not have.
+    Some(match error.raw_os_error() {
+        Some(number) => io::Error::from_raw_os_error(number),
+        None => error.kind().into(),
+    })
 }
 
 /// Bytes as people read them: `449.5 MiB`.

@@ -4,7 +4,7 @@ use crate::args::SaveArgs;
 use crate::error::CliError;
 use crate::inputs::Input;
 use crate::output::{named_files, overwrite, shown_on};
-use crate::report::{count, lines, percent, progress_bar, say, size};
+use crate::report::{complain, count, lines, percent, progress_bar, say, size};
 use serde_json::{Map, Value, json};
 use sonicshot::ClassSet;
 use sonicshot::checkpoint::{SaveOptions, SaveStats};
@@ -38,7 +38,7 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
         return Ok(());
     }
     for note in &saved.notes {
-        eprintln!("note: {note}");
+        complain!("note: {note}");
     }
     tell(args, &summary(&saved, seconds));
     Ok(())
@@ -101,7 +101,7 @@ fn write(
 /// Says something, where the checkpoint is not.
 fn tell(args: &SaveArgs, what: &str) {
     if args.to_stdout() {
-        eprintln!("{what}");
+        complain!("{what}");
     } else {
         say!("{what}");
     }

@@ -270,7 +270,9 @@ impl Dump {
     ) -> Result<u64, DumpError> {
         self.check_unchanged()?;
         let output = Output::create(out, &self.files())?;
-        migration::write(from, kind, &output, progress)?;
+        let written = migration::write(from, kind, &output, progress);
+        written.map_err(|error| self.blame(error))?;
+        self.check_unchanged()?;
         output.finish()
     }
 
@@ -282,8 +284,18 @@ impl Dump {
         self.format.must_stay()
     }
 
-    pub(crate) fn check_unchanged(&self) -> Result<(), DumpError> {
+    /// Refuses files that were changed since they were opened, and such as could not be read: what
+    /// is known of them, and what was written of them, is of no use.
+    ///
+    /// # Errors
+    /// [`DumpError::Changed`], [`DumpError::Modified`] or [`DumpError::Io`].
+    pub fn check_unchanged(&self) -> Result<(), DumpError> {
         self.format.check_unchanged()
+    }
+
+    /// What is wrong with a file that has changed, or cannot be read, says less than that.
+    pub(crate) fn blame(&self, error: DumpError) -> DumpError {
+        self.check_unchanged().err().unwrap_or(error)
     }
 }
 

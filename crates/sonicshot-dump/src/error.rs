@@ -1,5 +1,6 @@
 //! What can go wrong with a dump file.
 
+use crate::SizeLimit;
 use sonicshot::{Gpa, LayoutError, MemoryError, PageClass, Pfn};
 use std::fmt;
 use std::io;
@@ -192,6 +193,49 @@ pub enum DumpError {
         /// The file.
         path: PathBuf,
         /// Why there are no leases.
+        #[source]
+        source: io::Error,
+    },
+    /// More came out of a pipe or a compressor than is taken in.
+    #[error("more than {limit} bytes come of {}: {by}", path.display())]
+    TooLong {
+        /// What it comes of.
+        path: PathBuf,
+        /// How many bytes are taken in.
+        limit: u64,
+        /// What says so.
+        by: SizeLimit,
+    },
+    /// The output was written, but could not be made durable or get its name.
+    #[error("{action} {}: it has not appeared, and what had its name is as it was", path.display())]
+    NotFinished {
+        /// What was being done, such as `giving its name to`.
+        action: &'static str,
+        /// The output.
+        path: PathBuf,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The output has its name, but what was to follow failed.
+    #[error("{} is whole and has its name, but {what}", path.display())]
+    Unsettled {
+        /// The output.
+        path: PathBuf,
+        /// What failed, and what may come of it.
+        what: String,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A prune in place did not come to its end.
+    #[error("{action} {}: it is a whole dump all the same, of which a part was pruned", path.display())]
+    PrunedInPart {
+        /// What was being done, such as `punching a hole into`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
         #[source]
         source: io::Error,
     },

@@ -67,7 +67,7 @@ mod processors;
 mod prune;
 mod snapshot;
 
-pub use backing::spool::Spool;
+pub use backing::spool::{SizeLimit, Spool};
 pub use dump::Dump;
 #[doc(hidden)]
 pub use error::KdumpWriteError;

@@ -36,6 +36,10 @@ impl Snapshot {
     /// found or wrong, [`OfflineError::Guest`] if there is no kernel, or one that does not own the
     /// memory or contradicts itself, [`OfflineError::NotWhole`] if it is a diff without its base.
     pub fn analyze(&self, options: &AnalyzeOptions) -> Result<Analyzed, OfflineError> {
+        self.look(options).map_err(|error| self.blame(error))
+    }
+
+    fn look(&self, options: &AnalyzeOptions) -> Result<Analyzed, OfflineError> {
         // Of pages whose place is in doubt it does not count what the kernel says, but that they
         // are zero does.
         let look = AnalysisOptions::new()
@@ -62,6 +66,7 @@ impl Snapshot {
             analysis.mark_zero_pages(&dump)?;
             notes.extend(kept_for_fill(&dump, analysis.free_fill()));
         }
+        dump.check_unchanged()?;
         Ok(Analyzed {
             counts: analysis.counts(),
             dump,
@@ -93,6 +98,18 @@ fn kept_for_fill(dump: &Dump, free_fill: Fill) -> Option<Note> {
 }
 
 impl Analyzed {
+    pub(crate) fn without_kernel(dump: Dump, files: SnapshotFiles, analysis: Analysis) -> Self {
+        Self {
+            counts: analysis.counts(),
+            dump,
+            files,
+            layout_origin: "no kernel confirms it, and zeroes need none",
+            doubts: Doubts::none(),
+            analysis,
+            notes: vec![Note::NoKernel],
+        }
+    }
+
     /// The memory, and how the file holds it.
     #[must_use]
     pub fn dump(&self) -> &Dump {

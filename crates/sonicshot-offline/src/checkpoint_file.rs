@@ -6,12 +6,12 @@ use crate::options::OpenOptions;
 use crate::place;
 use crate::snapshot::Snapshot;
 use sonicshot::checkpoint::{CheckpointReader, PageContent};
-use sonicshot::{Architecture, Pfn, Progress};
+use sonicshot::{Architecture, FileStamp, Pfn, Progress};
 use sonicshot_dump::{
     CoreNotes, Dump, DumpError, DumpFile, LayoutSpec, NewFile, Overwrite, XlSkeleton,
 };
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 pub struct CheckpointFile {
     path: PathBuf,
     reader: CheckpointReader<File>,
+    /// What the file was before it was opened.
+    stamp: FileStamp,
 }
 
 /// What a checkpoint is made into.
@@ -69,23 +71,47 @@ impl CheckpointFile {
     /// [`OfflineError::Checkpoint`] if it is none or damaged.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, OfflineError> {
         let path = path.as_ref();
+        let file = File::open(path).map_err(OfflineError::io("opening", path))?;
+        let stamp = FileStamp::of(&file).map_err(OfflineError::io("reading", path))?;
+        let watch = file.try_clone();
+        let watch = watch.map_err(OfflineError::io("opening", path))?;
+        let reader = CheckpointReader::new(file).map_err(|source| {
+            let error = OfflineError::checkpoint(path)(source);
+            check_stamp(&watch, path, stamp).err().unwrap_or(error)
+        })?;
         Ok(Self {
-            reader: CheckpointReader::open(path).map_err(OfflineError::checkpoint(path))?,
+            reader,
             path: path.to_owned(),
+            stamp,
         })
     }
 
+    /// Refuses a file that was changed since it was opened.
+    pub(crate) fn check_unchanged(&self) -> Result<(), OfflineError> {
+        check_stamp(self.reader.source(), &self.path, self.stamp)
+    }
+
+    /// What is wrong with a file that has changed says less than that it has.
+    pub(crate) fn blamed<T>(&self, result: Result<T, OfflineError>) -> Result<T, OfflineError> {
+        result.map_err(|error| self.check_unchanged().err().unwrap_or(error))
+    }
+
     /// Whether the file at `path` begins as a checkpoint.
-    #[must_use]
-    pub fn is_at(path: &Path) -> bool {
+    ///
+    /// # Errors
+    /// [`OfflineError::Io`] if there is a file that cannot be read.
+    pub fn is_at(path: &Path) -> Result<bool, OfflineError> {
         let mut start = [0; 8];
         // To open a pipe that nobody writes would take for ever.
-        let is_file = fs::metadata(path).is_ok_and(|metadata| metadata.is_file());
-        is_file
-            && File::open(path).is_ok_and(|mut file| {
-                file.read_exact(&mut start).is_ok()
-                    && CheckpointReader::<File>::is_checkpoint(&start)
-            })
+        if !fs::metadata(path).is_ok_and(|metadata| metadata.is_file()) {
+            return Ok(false);
+        }
+        let mut file = File::open(path).map_err(OfflineError::io("opening", path))?;
+        match file.read_exact(&mut start) {
+            Ok(()) => Ok(CheckpointReader::<File>::is_checkpoint(&start)),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            Err(error) => Err(OfflineError::io("reading", path)(error)),
+        }
     }
 
     /// What it holds.
@@ -110,15 +136,18 @@ impl CheckpointFile {
         options: &RestoreOptions,
         progress: Progress<'_>,
     ) -> Result<u64, OfflineError> {
-        let mut files = Vec::new();
-        for (name, path) in &options.blobs {
-            files.push(self.blob_to(name, path, options.overwrite)?);
-        }
-        let on_disk = self.memory_to(out.as_ref(), options, progress)?;
-        for file in files {
-            file.finish()?;
-        }
-        Ok(on_disk)
+        let restore = |progress| {
+            let mut files = Vec::new();
+            for (name, path) in &options.blobs {
+                files.push(self.blob_to(name, path, options.overwrite)?);
+            }
+            let on_disk = self.memory_to(out.as_ref(), options, progress)?;
+            for file in files {
+                file.finish()?;
+            }
+            Ok(on_disk)
+        };
+        self.blamed(restore(progress))
     }
 
     /// Writes a blob to a file that has no name yet.
@@ -191,7 +220,8 @@ impl CheckpointFile {
     /// [`OfflineError::Checkpoint`] with the first that is wrong.
     pub fn verify(&self, progress: Progress<'_>) -> Result<(), OfflineError> {
         let checked = self.reader.verify(progress);
-        checked.map_err(OfflineError::checkpoint(&self.path))
+        self.blamed(checked.map_err(OfflineError::checkpoint(&self.path)))?;
+        self.check_unchanged()
     }
 
     /// Compares every kept page with the dump at `path`. A raw dump lies as `layout` says, or as
@@ -217,6 +247,29 @@ impl CheckpointFile {
             dump => dump?,
         };
         let compared = self.reader.verify_against(&dump, progress);
-        compared.map_err(OfflineError::checkpoint(&self.path))
+        let compared = compared.map_err(OfflineError::checkpoint(&self.path));
+        let compared = compared.map_err(|error| blamed_on(&dump, error));
+        self.blamed(compared)
     }
+}
+
+/// Refuses a file that was changed since it was opened.
+fn check_stamp(file: &File, path: &Path, before: FileStamp) -> Result<(), OfflineError> {
+    let now = FileStamp::of(file).map_err(OfflineError::io("reading", path))?;
+    if now == before {
+        return Ok(());
+    }
+    let path = path.to_owned();
+    let (before, now) = (before.len(), now.len());
+    let changed = match before == now {
+        true => DumpError::Modified { path },
+        false => DumpError::Changed { path, before, now },
+    };
+    Err(changed.into())
+}
+
+/// What is wrong with a dump whose file has changed, or cannot be read, says less than that.
+pub(crate) fn blamed_on(dump: &Dump, error: OfflineError) -> OfflineError {
+    let changed = dump.check_unchanged().err();
+    changed.map_or(error, OfflineError::from)
 }

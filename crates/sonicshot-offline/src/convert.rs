@@ -1,7 +1,7 @@
 //! The same memory in another format; nothing is looked for that may be left out.
 
 use crate::blobs::{self, Beside};
-use crate::checkpoint_file::CheckpointFile;
+use crate::checkpoint_file::{CheckpointFile, blamed_on};
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::place;
@@ -94,6 +94,17 @@ impl Snapshot {
         overwrite: Overwrite,
         progress: Progress<'_>,
     ) -> Result<Converted, OfflineError> {
+        let converted = self.convert_as_it_is(target, out.as_ref(), overwrite, progress);
+        converted.map_err(|error| self.blame(error))
+    }
+
+    fn convert_as_it_is(
+        &self,
+        target: &Target,
+        path: &Path,
+        overwrite: Overwrite,
+        progress: Progress<'_>,
+    ) -> Result<Converted, OfflineError> {
         let opened = self.open_for(target)?;
         let dump = &opened.dump;
         let mut beside = Beside::of_dump(dump);
@@ -105,8 +116,8 @@ impl Snapshot {
             machine: dump.machine(),
             beside,
         };
-        let path = out.as_ref();
-        let disk_bytes = source.write(target, Output { path, overwrite }, progress)?;
+        let written = source.write(target, Output { path, overwrite }, progress);
+        let disk_bytes = written.map_err(|error| blamed_on(dump, error))?;
         let mut notes = Vec::new();
         if dump.holds_device_state() && !target.keeps_device_state(dump) {
             notes.push(Note::WithoutDeviceState);
@@ -194,15 +205,18 @@ impl CheckpointFile {
         overwrite: Overwrite,
         progress: Progress<'_>,
     ) -> Result<Converted, OfflineError> {
-        let source = Source {
-            memory: self.reader(),
-            of: Of::Checkpoint(self),
-            path: self.path(),
-            machine: self.machine(),
-            beside: Beside::of_checkpoint(self.reader(), self.path())?,
-        };
         let path = out.as_ref();
-        let disk_bytes = source.write(target, Output { path, overwrite }, progress)?;
+        let write = |progress| {
+            let source = Source {
+                memory: self.reader(),
+                of: Of::Checkpoint(self),
+                path: self.path(),
+                machine: self.machine(),
+                beside: Beside::of_checkpoint(self.reader(), self.path())?,
+            };
+            source.write(target, Output { path, overwrite }, progress)
+        };
+        let disk_bytes = self.blamed(write(progress))?;
         Ok(Converted {
             format: "checkpoint",
             layout: self.reader().layout().clone(),
@@ -239,7 +253,21 @@ enum Of<'a> {
     Checkpoint(&'a CheckpointFile),
 }
 
+impl Of<'_> {
+    /// Refuses files that were changed since they were opened.
+    fn check_unchanged(self) -> Result<(), OfflineError> {
+        match self {
+            Self::Dump(dump) => Ok(dump.check_unchanged()?),
+            Self::Checkpoint(checkpoint) => checkpoint.check_unchanged(),
+        }
+    }
+}
+
 impl Source<'_> {
+    fn check_unchanged(&self) -> Result<(), OfflineError> {
+        self.of.check_unchanged()
+    }
+
     /// The files that it comes from.
     fn files(&self) -> Vec<&File> {
         match self.of {
@@ -284,6 +312,7 @@ impl Source<'_> {
         let layout = self.memory.layout();
         let file = DumpFile::raw(out.path, layout, out.overwrite, &self.files())?;
         file.copy(self.memory, progress)?;
+        self.check_unchanged()?;
         Ok(file.finish()?)
     }
 
@@ -295,6 +324,7 @@ impl Source<'_> {
         let layout = self.memory.layout();
         let file = DumpFile::elf_core(out.path, layout, &notes, out.overwrite, &self.files())?;
         file.copy(self.memory, progress)?;
+        self.check_unchanged()?;
         Ok(file.finish()?)
     }
 
@@ -318,6 +348,7 @@ impl Source<'_> {
             path: out.path.to_owned(),
             source,
         })?;
+        self.check_unchanged()?;
         Ok(file.finish()?)
     }
 
@@ -342,7 +373,9 @@ impl Source<'_> {
             plan: &plan,
         };
         let options = SaveOptions::new(Compression::ZSTD);
+        let of = self.of;
         contents.write(file.file(), out.path, options, progress)?;
+        of.check_unchanged()?;
         Ok(file.finish()?)
     }
 

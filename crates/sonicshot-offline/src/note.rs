@@ -14,6 +14,8 @@ pub enum Note {
     Guest(sonicshot_vmi::Note),
     /// What the files beside the memory say.
     Files(String),
+    /// No kernel was looked for any more: only what pages hold is told.
+    NoKernel,
     /// A process has the file open for writing while it is read.
     InUse {
         /// The file.
@@ -63,6 +65,9 @@ impl fmt::Display for Note {
         match self {
             Self::Guest(note) => note.fmt(f),
             Self::Files(text) => f.write_str(text),
+            Self::NoKernel => {
+                f.write_str("no kernel was found: pages of zeroes go, all others are kept")
+            }
             Self::InUse { path, writer } => {
                 let (path, writer) = (path.clone(), writer.clone());
                 write!(

@@ -16,6 +16,8 @@ pub struct OpenOptions {
     pub base: Option<PathBuf>,
     /// The `CR3` of a processor that ran the guest's kernel.
     pub cr3: Option<Cr3>,
+    /// How many bytes are taken in from a pipe at most.
+    pub max_size: Option<u64>,
 }
 
 impl OpenOptions {
@@ -45,6 +47,14 @@ impl OpenOptions {
     #[must_use]
     pub fn base(mut self, path: impl AsRef<Path>) -> Self {
         self.base = Some(path.as_ref().to_owned());
+        self
+    }
+
+    /// Says how many bytes are taken in at most of what comes through a pipe, instead of
+    /// [what its header allows](sonicshot_dump::Spool::from_reader_up_to).
+    #[must_use]
+    pub fn max_size(mut self, bytes: u64) -> Self {
+        self.max_size = Some(bytes);
         self
     }
 

@@ -1,6 +1,7 @@
 //! A snapshot saved as a checkpoint.
 
 use crate::blobs::{Beside, Blob};
+use crate::checkpoint_file::blamed_on;
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::plan::Plan;
@@ -90,7 +91,8 @@ impl Snapshot {
     /// # Errors
     /// [`OfflineError::Dump`] if the file is damaged or none that is read.
     pub fn keep_all(&self) -> Result<Whole, OfflineError> {
-        let dump = self.dump(self.files().layout())?;
+        let dump = self.dump(self.files().layout());
+        let dump = dump.map_err(|error| self.blame(error.into()))?;
         let (map, plan) = keep_everything(&dump);
         Ok(Whole {
             dump,
@@ -223,7 +225,10 @@ impl Source<'_> {
         let mut inputs = self.dump.files();
         inputs.extend(options.blobs.iter().map(|(_, file)| file));
         let out = NewFile::create(path, overwrite, &inputs)?;
-        let mut saved = self.write(out.file(), path, options, progress)?;
+        let dump = self.dump;
+        let saved = self.write(out.file(), path, options, progress);
+        let mut saved = saved.map_err(|error| blamed_on(dump, error))?;
+        dump.check_unchanged()?;
         saved.disk_bytes = Some(out.finish()?);
         Ok(saved)
     }
@@ -234,7 +239,11 @@ impl Source<'_> {
         options: &CheckpointOptions,
         progress: Progress<'_>,
     ) -> Result<Saved, OfflineError> {
-        self.write(out, Path::new("-"), options, progress)
+        let dump = self.dump;
+        let saved = self.write(out, Path::new("-"), options, progress);
+        let saved = saved.map_err(|error| blamed_on(dump, error))?;
+        dump.check_unchanged()?;
+        Ok(saved)
     }
 
     fn write(

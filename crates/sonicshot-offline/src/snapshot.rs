@@ -3,7 +3,7 @@
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::options::OpenOptions;
-use sonicshot::Processors;
+use sonicshot::{FileStamp, Processors};
 use sonicshot_dump::{Dump, DumpError, LayoutSpec, SnapshotFiles, Spool, Vmm, check_not_in_use};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -20,6 +20,8 @@ pub struct Snapshot {
     options: OpenOptions,
     /// The content of what came through a pipe or was compressed, once it is there.
     spool: OnceLock<Spool>,
+    /// What the files were when it was opened.
+    stamps: Vec<(PathBuf, FileStamp)>,
 }
 
 impl Snapshot {
@@ -31,11 +33,15 @@ impl Snapshot {
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self, OfflineError> {
         let path = path.as_ref();
         let files = SnapshotFiles::find(path, options.base.as_deref(), options.layout.as_ref())?;
+        let names = [Some(files.memory()), options.base.as_deref()];
+        let stamp = |path: &Path| Some((path.to_owned(), FileStamp::of_path(path).ok()?));
+        let stamps = names.into_iter().flatten().filter_map(stamp).collect();
         Ok(Self {
             path: path.to_owned(),
             files,
             options: options.clone(),
             spool: OnceLock::new(),
+            stamps,
         })
     }
 
@@ -50,12 +56,13 @@ impl Snapshot {
         options: &OpenOptions,
     ) -> Result<Self, OfflineError> {
         let name = name.as_ref();
-        let spool = Spool::from_reader(name, reader)?;
+        let spool = Spool::from_reader_up_to(name, reader, options.max_size)?;
         Ok(Self {
             path: name.to_owned(),
             files: SnapshotFiles::file(name, options.layout.as_ref()),
             options: options.clone(),
             spool: OnceLock::from(spool),
+            stamps: Vec::new(),
         })
     }
 
@@ -93,6 +100,32 @@ impl Snapshot {
     /// [`DumpError::InUse`] or [`DumpError::MayBeInUse`] as [`OfflineError::Dump`].
     pub fn check_not_in_use(&self) -> Result<(), OfflineError> {
         Ok(check_not_in_use(self.memory_file())?)
+    }
+
+    /// Refuses files that were changed since this was opened: what is known of them is of no use.
+    ///
+    /// # Errors
+    /// [`DumpError::Changed`] or [`DumpError::Modified`] as [`OfflineError::Dump`].
+    pub fn check_unchanged(&self) -> Result<(), OfflineError> {
+        for (path, before) in &self.stamps {
+            let now = FileStamp::of_path(path).map_err(OfflineError::io("reading", path))?;
+            if now == *before {
+                continue;
+            }
+            let path = path.clone();
+            let (before, now) = (before.len(), now.len());
+            return Err(match before == now {
+                true => DumpError::Modified { path },
+                false => DumpError::Changed { path, before, now },
+            }
+            .into());
+        }
+        Ok(())
+    }
+
+    /// What is wrong with a file that has changed says less than that it has.
+    pub(crate) fn blame(&self, error: OfflineError) -> OfflineError {
+        self.check_unchanged().err().unwrap_or(error)
     }
 
     /// What is known beforehand.

@@ -4,7 +4,7 @@
 use crate::cursor::Cursor;
 use crate::page_data::{MAX_FRAME, PAGE};
 use crate::{DomainKind, Within, XenError};
-use sonicshot::{GuestBytes, Mfn, P2m, Pfn, PfnRange};
+use sonicshot::{FileBytes, Mfn, P2m, Pfn, PfnRange};
 
 /// 64-bit, little-endian: the two bytes behind the magic.
 const CLASS_AND_ORDER: u16 = 0x0102;
@@ -44,9 +44,9 @@ pub struct CoreRun {
 /// A core of Xen.
 ///
 /// ```
-/// use sonicshot::GuestBytes;
+/// use sonicshot::FileBytes;
 /// use sonicshot_xen::CoreDump;
-/// assert!(!CoreDump::is_core(GuestBytes::from_slice(b"\x7fELF")));
+/// assert!(!CoreDump::is_core(FileBytes::from_slice(b"\x7fELF")));
 /// ```
 #[derive(Debug)]
 pub struct CoreDump {
@@ -62,7 +62,7 @@ impl CoreDump {
     /// Whether `data` begins as a core of Xen does: as an ELF core without program headers, which
     /// nobody else writes.
     #[must_use]
-    pub fn is_core(data: GuestBytes<'_>) -> bool {
+    pub fn is_core(data: FileBytes<'_>) -> bool {
         Cursor::new(data).is_at(b"\x7fELF")
             && data.u16_at(4) == Some(CLASS_AND_ORDER)
             && data.u16_at(16) == Some(ET_CORE)
@@ -73,7 +73,7 @@ impl CoreDump {
     ///
     /// # Errors
     /// [`XenError`] if it is none, or contradicts itself.
-    pub fn parse(data: GuestBytes<'_>) -> Result<Self, XenError> {
+    pub fn parse(data: FileBytes<'_>) -> Result<Self, XenError> {
         let sections = Sections::read(data)?;
         let notes = Notes::read(sections.open(NOTE_SECTION, NOTE)?)?;
         let pages = sections.open(PAGES_SECTION, PROGBITS)?;
@@ -109,7 +109,7 @@ impl CoreDump {
 
     /// A section that must be there: a cursor at its beginning that ends where it does.
     pub(crate) fn open_section<'a>(
-        data: GuestBytes<'a>,
+        data: FileBytes<'a>,
         name: &'static str,
     ) -> Result<Cursor<'a>, XenError> {
         Sections::read(data)?.open(name, PROGBITS)
@@ -148,11 +148,11 @@ impl CoreDump {
 
 /// The section headers.
 struct Sections<'a> {
-    data: GuestBytes<'a>,
+    data: FileBytes<'a>,
     machine: u16,
     headers: Vec<Section>,
     /// The section with their names.
-    names: GuestBytes<'a>,
+    names: FileBytes<'a>,
 }
 
 struct Section {
@@ -184,7 +184,7 @@ impl Section {
 }
 
 impl<'a> Sections<'a> {
-    fn read(data: GuestBytes<'a>) -> Result<Self, XenError> {
+    fn read(data: FileBytes<'a>) -> Result<Self, XenError> {
         let mut cursor = Cursor::new(data);
         if !CoreDump::is_core(data) {
             return Err(cursor.malformed("no core of Xen", 0, data.len() as u64));

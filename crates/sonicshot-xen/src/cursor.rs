@@ -1,17 +1,17 @@
 //! Reads a file from front to back, and knows where it is for messages.
 
 use crate::{Place, Within, XenError};
-use sonicshot::{CutShort, GuestBytes};
+use sonicshot::{CutShort, FileBytes};
 
 pub(crate) struct Cursor<'a> {
-    data: GuestBytes<'a>,
+    data: FileBytes<'a>,
     pub at: u64,
     /// The part of the file that is being read.
     pub within: Within,
 }
 
 impl<'a> Cursor<'a> {
-    pub(crate) fn new(data: GuestBytes<'a>) -> Self {
+    pub(crate) fn new(data: FileBytes<'a>) -> Self {
         Self {
             data,
             at: 0,
@@ -51,7 +51,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    fn fields(&self) -> sonicshot::Cursor<GuestBytes<'a>> {
+    fn fields(&self) -> sonicshot::Cursor<FileBytes<'a>> {
         sonicshot::Cursor::at(self.data, self.at)
     }
 
@@ -69,7 +69,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// The next `len` bytes.
-    pub(crate) fn take(&mut self, len: u64) -> Result<GuestBytes<'a>, XenError> {
+    pub(crate) fn take(&mut self, len: u64) -> Result<FileBytes<'a>, XenError> {
         let mut fields = self.fields();
         let bytes = fields.take(len).map_err(|cut| self.cut(cut))?;
         self.at = fields.position();

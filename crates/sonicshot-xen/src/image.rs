@@ -4,7 +4,7 @@ use crate::cursor::Cursor;
 use crate::frames::{Frame, Frames};
 use crate::page_data::{PageData, table_of};
 use crate::{Place, Within, XenError};
-use sonicshot::GuestBytes;
+use sonicshot::FileBytes;
 
 /// How an image begins.
 pub const MAGIC: &[u8; 32] = b"Xen saved domain, xl format\n \0 \r";
@@ -118,9 +118,9 @@ fn table_len(cursor: &mut Cursor<'_>) -> Result<u64, XenError> {
 /// An `xl save` image, or one of the streams in it by itself.
 ///
 /// ```
-/// use sonicshot::GuestBytes;
+/// use sonicshot::FileBytes;
 /// use sonicshot_xen::{XenError, XlImage};
-/// let cut = GuestBytes::from_slice(b"Xen saved domain");
+/// let cut = FileBytes::from_slice(b"Xen saved domain");
 /// assert!(matches!(XlImage::parse(cut), Err(XenError::Truncated { .. })));
 /// ```
 #[derive(Debug)]
@@ -137,11 +137,11 @@ impl XlImage {
     ///
     /// # Errors
     /// [`XenError`] if it is none, contradicts itself or is of an unsupported kind.
-    pub fn parse(data: GuestBytes<'_>) -> Result<Self, XenError> {
+    pub fn parse(data: FileBytes<'_>) -> Result<Self, XenError> {
         Self::parse_with(data, Pages::Inside)
     }
 
-    pub(crate) fn parse_with(data: GuestBytes<'_>, pages: Pages) -> Result<Self, XenError> {
+    pub(crate) fn parse_with(data: FileBytes<'_>, pages: Pages) -> Result<Self, XenError> {
         let mut cursor = Cursor::new(data);
         let outermost = if cursor.is_at(LIBXC_MAGIC) {
             Layer::Libxc
@@ -276,7 +276,7 @@ impl XlImage {
 
     pub(crate) fn page_data<'a>(
         &self,
-        data: GuestBytes<'a>,
+        data: FileBytes<'a>,
         record: &Record,
     ) -> Result<PageData<'a>, XenError> {
         let mut cursor = Cursor::new(data);

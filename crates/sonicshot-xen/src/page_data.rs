@@ -2,7 +2,7 @@
 
 use crate::cursor::Cursor;
 use crate::{FrameType, Record, XenError};
-use sonicshot::GuestBytes;
+use sonicshot::FileBytes;
 
 pub(crate) const PAGE: u64 = 4096;
 /// The count, and a word that is reserved.
@@ -16,7 +16,7 @@ pub(crate) const MAX_FRAME: u64 = 1 << (52 - 12);
 
 /// A record of type `PAGE_DATA`: its length is what its entries say.
 pub(crate) struct PageData<'a> {
-    body: GuestBytes<'a>,
+    body: FileBytes<'a>,
     count: u32,
     /// The count and the reserved word, as they are.
     head: u64,
@@ -44,7 +44,7 @@ impl<'a> PageData<'a> {
     pub(crate) fn parse(
         cursor: &Cursor<'_>,
         record: &Record,
-        body: GuestBytes<'a>,
+        body: FileBytes<'a>,
     ) -> Result<Self, XenError> {
         let len = u64::from(record.len);
         let wrong = |value| cursor.malformed("the number of pages", record.body(), value);

@@ -3,7 +3,7 @@
 use crate::image::PAGE_DATA;
 use crate::page_data::{Entry, PAGE, PageData};
 use crate::{Place, Record, Within, XenError, XlImage};
-use sonicshot::{Gpa, GpaRange, GuestBytes, PageSize, Pfn, PfnRange, PrunePlan};
+use sonicshot::{FileBytes, Gpa, GpaRange, PageSize, Pfn, PfnRange, PrunePlan};
 
 /// [`PAGE`] as a record's length has it.
 const PAGE_LEN: u32 = 4096;
@@ -105,7 +105,7 @@ impl XlImage {
     /// parsed.
     pub fn pruned<E>(
         &self,
-        data: GuestBytes<'_>,
+        data: FileBytes<'_>,
         dropped: &Dropped,
         failed: impl Fn(XenError) -> E,
         mut each: impl FnMut(Part<'_>) -> Result<(), E>,
@@ -157,7 +157,7 @@ impl XlImage {
 }
 
 /// How much comes from `copied` on.
-pub(crate) fn rest(data: GuestBytes<'_>, copied: u64) -> Result<u64, XenError> {
+pub(crate) fn rest(data: FileBytes<'_>, copied: u64) -> Result<u64, XenError> {
     let left = (data.len() as u64).checked_sub(copied);
     left.ok_or(XenError::Truncated {
         place: Place {

@@ -9,7 +9,7 @@ use crate::image::{PAGE_DATA, Pages};
 use crate::page_data::{Entry, PageData};
 use crate::prune::{between, rest, rewritten};
 use crate::{Dropped, FrameType, Place, Record, Within, XenError, XlImage};
-use sonicshot::{GuestBytes, Pfn, PfnRange};
+use sonicshot::{FileBytes, Pfn, PfnRange};
 
 /// A part of an image that is put together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,9 +34,9 @@ pub enum Joined {
 /// what it is.
 ///
 /// ```
-/// use sonicshot::GuestBytes;
+/// use sonicshot::FileBytes;
 /// use sonicshot_xen::{Skeleton, XenError};
-/// let cut = GuestBytes::from_slice(b"Xen saved domain");
+/// let cut = FileBytes::from_slice(b"Xen saved domain");
 /// assert!(matches!(Skeleton::parse(cut), Err(XenError::Truncated { .. })));
 /// ```
 #[derive(Debug)]
@@ -49,7 +49,7 @@ impl XlImage {
     ///
     /// # Errors
     /// [`XenError`], if `data` is not what was parsed.
-    pub fn skeleton(&self, data: GuestBytes<'_>, dropped: &Dropped) -> Result<Vec<u8>, XenError> {
+    pub fn skeleton(&self, data: FileBytes<'_>, dropped: &Dropped) -> Result<Vec<u8>, XenError> {
         let mut out = Vec::new();
         let mut copied = 0_u64;
         for record in self.records().iter().filter(|r| r.kind == PAGE_DATA) {
@@ -80,7 +80,7 @@ impl XlImage {
     }
 }
 
-fn append(data: GuestBytes<'_>, from: u64, to: u64, out: &mut Vec<u8>) -> Result<(), XenError> {
+fn append(data: FileBytes<'_>, from: u64, to: u64, out: &mut Vec<u8>) -> Result<(), XenError> {
     let mut cursor = Cursor::new(data);
     cursor.at = from;
     let cut = cursor.place(from);
@@ -101,14 +101,14 @@ impl Skeleton {
     ///
     /// # Errors
     /// [`XenError`] if it is none, contradicts itself or is of an unsupported kind.
-    pub fn parse(data: GuestBytes<'_>) -> Result<Self, XenError> {
+    pub fn parse(data: FileBytes<'_>) -> Result<Self, XenError> {
         let this = Self(XlImage::parse_with(data, Pages::LeftOut)?);
         this.check_contents(data)?;
         Ok(this)
     }
 
     /// Refuses a second content of the same page: a small skeleton could ask for it without end.
-    fn check_contents(&self, data: GuestBytes<'_>) -> Result<(), XenError> {
+    fn check_contents(&self, data: FileBytes<'_>) -> Result<(), XenError> {
         let frames = self.0.frames();
         let mut seen = vec![false; frames.len()];
         for (record, next) in self.page_records() {
@@ -155,7 +155,7 @@ impl Skeleton {
     /// parsed.
     pub fn joined<E>(
         &self,
-        data: GuestBytes<'_>,
+        data: FileBytes<'_>,
         failed: impl Fn(XenError) -> E,
         mut each: impl FnMut(Joined) -> Result<(), E>,
     ) -> Result<(), E> {
@@ -195,7 +195,7 @@ impl Skeleton {
 
 /// The entries of a record that ends where the next begins.
 fn entries<'a>(
-    data: GuestBytes<'a>,
+    data: FileBytes<'a>,
     record: &Record,
     next: &Record,
 ) -> Result<PageData<'a>, XenError> {

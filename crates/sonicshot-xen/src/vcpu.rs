@@ -13,7 +13,7 @@ use crate::core_dump::CoreDump;
 use crate::cursor::Cursor;
 use crate::image::Record;
 use crate::{DomainKind, Within, XenError, XlImage};
-use sonicshot::{ControlRegisters, GuestBytes, Mfn, P2m, PageSize};
+use sonicshot::{ControlRegisters, FileBytes, Mfn, P2m, PageSize};
 
 pub(crate) const PRSTATUS_SECTION: &str = ".xen_prstatus";
 const PV_VCPU_BASIC: u32 = 4;
@@ -86,7 +86,7 @@ impl XlImage {
     ///
     /// # Errors
     /// [`XenError`] if there are none, or what is said of them cannot be.
-    pub fn vcpus(&self, data: GuestBytes<'_>) -> Result<Vcpus, XenError> {
+    pub fn vcpus(&self, data: FileBytes<'_>) -> Result<Vcpus, XenError> {
         let mut online: Vec<Vcpu> = Vec::new();
         let mut end = Cursor::new(data);
         match self.kind() {
@@ -126,7 +126,7 @@ impl CoreDump {
     ///
     /// # Errors
     /// [`XenError`] if there are none, or what is said of them cannot be.
-    pub fn vcpus(&self, data: GuestBytes<'_>) -> Result<Vcpus, XenError> {
+    pub fn vcpus(&self, data: FileBytes<'_>) -> Result<Vcpus, XenError> {
         let mut cursor = Self::open_section(data, PRSTATUS_SECTION)?;
         let start = cursor.at;
         let (mut online, mut offline) = (Vec::new(), 0_usize);
@@ -164,7 +164,7 @@ fn root_of(p2m: &P2m, cr3: u64) -> Option<u64> {
     Some(pfn.gpa(page)?.raw())
 }
 
-fn open<'a>(data: GuestBytes<'a>, record: &Record) -> Cursor<'a> {
+fn open<'a>(data: FileBytes<'a>, record: &Record) -> Cursor<'a> {
     let mut cursor = Cursor::new(data);
     cursor.within = Within::Record(record.number);
     cursor.at = record.body();
@@ -211,7 +211,7 @@ fn hvm_context(
     }
 }
 
-fn hvm_cpu(bytes: GuestBytes<'_>, instance: u16) -> Option<Vcpu> {
+fn hvm_cpu(bytes: FileBytes<'_>, instance: u16) -> Option<Vcpu> {
     let word = |at: usize| bytes.u64_at(at);
     if bytes.len() < HVM_CPU_LEN {
         return None;

@@ -113,6 +113,73 @@ impl FileId {
     }
 }
 
+/// How long a file is and when it was last written to: whether it has changed since.
+///
+/// Who may write the file may also set that time back; what is read is then theirs, as the file is.
+///
+/// ```
+/// use sonicshot::FileStamp;
+/// let file = tempfile::NamedTempFile::new()?;
+/// let before = FileStamp::of(file.as_file())?;
+/// file.as_file().set_len(7)?;
+/// let now = FileStamp::of(file.as_file())?;
+/// assert_eq!((before.len(), now.len()), (0, 7));
+/// assert_ne!(before, now);
+/// # Ok::<(), std::io::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileStamp {
+    id: FileId,
+    len: u64,
+    written: (i64, i64),
+}
+
+impl FileStamp {
+    /// That of an open file.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn of(file: &File) -> io::Result<Self> {
+        file.metadata().map(|metadata| Self::from(&metadata))
+    }
+
+    /// That of the file that has the name `path`; of a symbolic link, of the one that it leads to.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn of_path(path: &Path) -> io::Result<Self> {
+        std::fs::metadata(path).map(|metadata| Self::from(&metadata))
+    }
+
+    /// The length in bytes.
+    #[must_use]
+    pub const fn len(self) -> u64 {
+        self.len
+    }
+
+    /// Whether there were no bytes.
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.len == 0
+    }
+
+    /// Which file it is.
+    #[must_use]
+    pub const fn id(self) -> FileId {
+        self.id
+    }
+}
+
+impl From<&Metadata> for FileStamp {
+    fn from(metadata: &Metadata) -> Self {
+        Self {
+            id: FileId::from(metadata),
+            len: metadata.len(),
+            written: (metadata.mtime(), metadata.mtime_nsec()),
+        }
+    }
+}
+
 impl From<&Metadata> for FileId {
     fn from(metadata: &Metadata) -> Self {
         Self::new(metadata.dev(), metadata.ino())

@@ -59,6 +59,7 @@ pub mod checkpoint;
 mod class;
 mod cursor;
 pub mod file;
+mod file_bytes;
 mod memory;
 mod p2m;
 mod page_map;
@@ -79,7 +80,8 @@ pub use architecture::Architecture;
 pub use bytes::GuestBytes;
 pub use class::{ClassCounts, ClassSet, PageClass, UnknownClass};
 pub use cursor::{Bytes, Cursor, CutShort, Number};
-pub use file::{FileId, FileOffset, FileRange};
+pub use file::{FileId, FileOffset, FileRange, FileStamp};
+pub use file_bytes::{Failure, FileBytes, FileContent};
 pub use memory::{
     GuestMemory, Hold, LayoutError, MAX_MAP, Mapped, MappedRegions, MemoryError, RamLayout,
 };

@@ -1,6 +1,6 @@
 //! What there is to say of a prune: as JSON, and for people.
 
-use crate::report::{count, lines, percent, say, size};
+use crate::report::{complain, count, lines, percent, say, size};
 use serde_json::json;
 use sonicshot_offline::{Analyzed, Plan, PruneStats};
 use std::path::Path;
@@ -58,7 +58,7 @@ impl Report<'_> {
 
     pub(super) fn print_summary(&self, in_place: bool) {
         for note in self.analyzed.notes() {
-            eprintln!("note: {note}");
+            complain!("note: {note}");
         }
         match self.stats {
             Some(stats) => self.print_stats(stats, in_place),

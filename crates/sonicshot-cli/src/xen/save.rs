@@ -4,7 +4,7 @@ use super::xl::{self, Xl};
 use crate::args::XenSaveArgs;
 use crate::error::CliError;
 use crate::output::overwrite;
-use crate::report::{percent, progress_bar, say, size};
+use crate::report::{complain, percent, progress_bar, say, size};
 use indicatif::ProgressBar;
 use serde_json::json;
 use sonicshot::{DropClasses, GuestMemory, PageSize};
@@ -265,7 +265,7 @@ fn reason(saved: &Saved) -> Option<String> {
 
 fn print_summary(args: &XenSaveArgs, saved: &Saved) {
     if let Some(reason) = reason(saved) {
-        eprintln!("warning: nothing was left out, this is a full image: {reason}");
+        complain!("warning: nothing was left out, this is a full image: {reason}");
     }
     let seconds = saved.complete.duration_since(saved.started).as_secs_f64();
     let looked = saved.looked.as_ref();
@@ -273,7 +273,7 @@ fn print_summary(args: &XenSaveArgs, saved: &Saved) {
         && let Ok(look) = &looked.result
     {
         for note in &look.notes {
-            eprintln!("note: {note}");
+            complain!("note: {note}");
         }
         let dropped = look.frames.len();
         say!(

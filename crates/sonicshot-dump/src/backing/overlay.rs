@@ -14,7 +14,7 @@
 //! diff was not written to since.
 
 use crate::DumpError;
-use crate::backing::mapped::MappedDump;
+use crate::backing::plain::PlainDump;
 use sonicshot::{
     FileId, FileOffset, FileRange, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout,
 };
@@ -26,8 +26,8 @@ const PAGE: u64 = 4096;
 /// A diff over its base, both raw files of the same length in the same layout.
 #[derive(Debug)]
 pub(crate) struct Overlay {
-    diff: MappedDump,
-    base: MappedDump,
+    diff: PlainDump,
+    base: PlainDump,
     /// All of the layout, sorted, without gaps inside a region.
     pieces: Vec<Piece>,
 }
@@ -39,8 +39,8 @@ pub(crate) struct Piece {
     pub in_diff: bool,
 }
 
-fn same_file(a: &MappedDump, b: &MappedDump) -> Result<bool, DumpError> {
-    let identity = |dump: &MappedDump| {
+fn same_file(a: &PlainDump, b: &PlainDump) -> Result<bool, DumpError> {
+    let identity = |dump: &PlainDump| {
         let id = FileId::of(dump.file());
         id.map_err(DumpError::io("reading", dump.path()))
     };
@@ -48,7 +48,7 @@ fn same_file(a: &MappedDump, b: &MappedDump) -> Result<bool, DumpError> {
 }
 
 /// Splits guest RAM at the ends of the diff's data; `None` if those are not known.
-fn pieces(diff: &MappedDump) -> Option<Vec<Piece>> {
+fn pieces(diff: &PlainDump) -> Option<Vec<Piece>> {
     let data = diff.data_stretches()?;
     let mut pieces = Vec::new();
     for extent in diff.extents() {
@@ -87,8 +87,8 @@ fn inside(data: &[FileRange], range: FileRange) -> impl Iterator<Item = FileRang
 impl Overlay {
     /// `diff` over `base`; `refuse` says why they cannot belong together.
     pub(crate) fn new(
-        diff: MappedDump,
-        base: MappedDump,
+        diff: PlainDump,
+        base: PlainDump,
         refuse: impl Fn(&'static str) -> DumpError,
     ) -> Result<Self, DumpError> {
         if diff.file_len() != base.file_len() {
@@ -102,15 +102,15 @@ impl Overlay {
         Ok(Self { diff, base, pieces })
     }
 
-    pub(crate) fn diff(&self) -> &MappedDump {
+    pub(crate) fn diff(&self) -> &PlainDump {
         &self.diff
     }
 
-    pub(crate) fn base(&self) -> &MappedDump {
+    pub(crate) fn base(&self) -> &PlainDump {
         &self.base
     }
 
-    pub(crate) fn source(&self, in_diff: bool) -> &MappedDump {
+    pub(crate) fn source(&self, in_diff: bool) -> &PlainDump {
         if in_diff { &self.diff } else { &self.base }
     }
 
@@ -169,10 +169,15 @@ impl Overlay {
 
     /// Refuses files that have become shorter or longer since they were opened, and a base that
     /// was written to: what was zero in it may not be.
-    pub(crate) fn check_unchanged(&self) -> Result<(), DumpError> {
+    pub(crate) fn check_base(&self) -> Result<(), DumpError> {
         self.diff.check_length()?;
-        self.base.check_length()?;
-        self.base.check_unmodified()
+        self.base.check_unchanged()
+    }
+
+    /// Refuses files that were changed since they were opened.
+    pub(crate) fn check_unchanged(&self) -> Result<(), DumpError> {
+        self.diff.check_unchanged()?;
+        self.base.check_unchanged()
     }
 }
 

@@ -2,11 +2,13 @@
 //! since a guest's memory is not read from front to back.
 
 use crate::DumpError;
-use crate::backing::mapped;
-use crate::format::qemu::start::MAGIC as MIGRATION;
-use crate::output::scratch;
-use sonicshot::FileOffset;
+use crate::backing::plain::content_of;
+use crate::format::qemu::start::{MAGIC as MIGRATION, ram_of_migration};
+use crate::output::{check_stamp, scratch};
+use rustix::fs::fstatvfs;
 use sonicshot::file::write_sparse_at;
+use sonicshot::{FileBytes, FileContent, FileOffset, FileStamp};
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -15,6 +17,47 @@ use std::sync::Arc;
 /// Where there may be room for a guest's memory, unlike in `/tmp`.
 const FALLBACK: &str = "/var/tmp";
 const PIECE: usize = 1 << 20;
+/// What may come of a migration file beside the guest's RAM: a tenth of the RAM, for pages that
+/// come twice, or so much for the devices' state.
+const BESIDE_RAM: u64 = 16 << 20;
+/// Of a content that does not say how long it is, so much of the free space is used: one of these
+/// parts.
+const FREE_PARTS: u64 = 2;
+
+/// What says how much of a content is taken in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SizeLimit {
+    /// The content's own header, which tells how much RAM the guest has: in bytes.
+    Header {
+        /// The guest's RAM.
+        ram: u64,
+    },
+    /// The caller.
+    Given,
+    /// What is free where it is put: half of that.
+    Free,
+}
+
+impl fmt::Display for SizeLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Header { ram } => write!(
+                f,
+                "its header tells of {ram} bytes of RAM, and beside them a tenth of that or \
+                 {BESIDE_RAM} bytes are allowed"
+            ),
+            Self::Given => f.write_str("no more were allowed"),
+            Self::Free => f.write_str("that is half of what is free where it is put"),
+        }
+    }
+}
+
+/// How many bytes a content may have whose guest has `ram` bytes of RAM: 1.1 times that, and of a
+/// small guest some more.
+fn allowed_beside(ram: u64) -> Option<u64> {
+    ram.checked_add((ram / 10).max(BESIDE_RAM))
+}
 
 /// How the migration file in a libvirt image is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,12 +107,27 @@ impl Spool {
     /// # Errors
     /// [`DumpError::Io`] if it cannot be read, or not be written.
     pub fn from_reader(name: impl AsRef<Path>, reader: impl Read) -> Result<Self, DumpError> {
-        Self::new(name.as_ref(), Path::new(FALLBACK), reader, None)
+        Self::from_reader_up_to(name, reader, None)
+    }
+
+    /// The same of at most `max_size` bytes. Without it, of a migration file as many as the RAM
+    /// that its header tells of, and a tenth or 16 MiB more; of others half of what is free where
+    /// they are put.
+    ///
+    /// # Errors
+    /// [`DumpError::TooLong`] if there are more, and as [`from_reader`](Self::from_reader).
+    pub fn from_reader_up_to(
+        name: impl AsRef<Path>,
+        reader: impl Read,
+        max_size: Option<u64>,
+    ) -> Result<Self, DumpError> {
+        Self::new(name.as_ref(), Path::new(FALLBACK), reader, None, max_size)
     }
 
     /// Decompresses the content of the image in `file`.
     pub(crate) fn decompress(path: &Path, file: &File, image: Image) -> Result<Self, DumpError> {
         let reading = || DumpError::io("reading", path);
+        let before = FileStamp::of(file).map_err(reading())?;
         let original = file.try_clone().map_err(reading())?;
         let mut packed = file.try_clone().map_err(reading())?;
         packed
@@ -81,18 +139,21 @@ impl Spool {
             _ => Path::new("."),
         };
         let original = Some((original, image));
-        match image.compression {
+        let unpacked = match image.compression {
             Some(Compression::Gzip) => {
                 // One stream or several, as gzip itself reads them.
                 let reader = flate2::bufread::MultiGzDecoder::new(packed);
-                Self::new(path, beside, reader, original)
+                Self::new(path, beside, reader, original, None)
             }
             Some(Compression::Zstd) => {
                 let reader = zstd::stream::read::Decoder::with_buffer(packed).map_err(reading())?;
-                Self::new(path, beside, reader, original)
+                Self::new(path, beside, reader, original, None)
             }
-            None => Self::new(path, beside, packed, original),
-        }
+            None => Self::new(path, beside, packed, original, None),
+        };
+        // Before what may come of it: bytes that do not decompress.
+        check_stamp(file, path, before)?;
+        unpacked
     }
 
     fn new(
@@ -100,6 +161,7 @@ impl Spool {
         folder: &Path,
         mut reader: impl Read,
         image: Option<(File, Image)>,
+        max_size: Option<u64>,
     ) -> Result<Self, DumpError> {
         let mut folder =
             std::env::var_os("TMPDIR").map_or_else(|| folder.to_owned(), PathBuf::from);
@@ -109,8 +171,14 @@ impl Spool {
             scratch(&folder)
         });
         let file = file.map_err(DumpError::io("creating a temporary file in", &folder))?;
+        let file = file.map_err(|(path, source)| DumpError::Io {
+            action: "removing the temporary file",
+            path,
+            source,
+        })?;
         let mut buffer = vec![0; PIECE];
         let mut at = 0_u64;
+        let mut limit = max_size.map(|max| (max, SizeLimit::Given));
         loop {
             let len = fill(&mut reader, &mut buffer).map_err(|source| {
                 let path = name.to_owned();
@@ -129,11 +197,25 @@ impl Spool {
                 });
             }
             let writing = || DumpError::io("writing a temporary file in", &folder);
-            write_sparse_at(&file, piece, FileOffset::new(at)).map_err(writing())?;
             let next = at
                 .checked_add(len as u64)
                 .ok_or(io::ErrorKind::FileTooLarge);
-            at = next.map_err(|kind| writing()(kind.into()))?;
+            let next = next.map_err(|kind| writing()(kind.into()))?;
+            let (max, by) = match limit {
+                Some(limit) => limit,
+                None => limit_of(name, piece, &file)
+                    .map_err(DumpError::io("asking for the free space of", &folder))?,
+            };
+            limit = Some((max, by));
+            if next > max {
+                return Err(DumpError::TooLong {
+                    path: name.to_owned(),
+                    limit: max,
+                    by,
+                });
+            }
+            write_sparse_at(&file, piece, FileOffset::new(at)).map_err(writing())?;
+            at = next;
             if len < PIECE {
                 break;
             }
@@ -151,10 +233,10 @@ impl Spool {
         &self.0.name
     }
 
-    /// The content, mapped.
-    pub(crate) fn map(&self) -> Result<(File, memmap2::Mmap), DumpError> {
+    /// The content.
+    pub(crate) fn content(&self) -> Result<FileContent, DumpError> {
         let file = self.0.file.try_clone();
-        mapped::map_open_file(
+        content_of(
             &self.0.name,
             file.map_err(DumpError::io("opening", &self.0.name))?,
         )
@@ -164,6 +246,18 @@ impl Spool {
     pub(crate) fn image(&self) -> Option<(&File, Image)> {
         self.0.image.as_ref().map(|(file, image)| (file, *image))
     }
+}
+
+/// How long a content may be that begins with `start` and is put into `file`.
+fn limit_of(name: &Path, start: &[u8], file: &File) -> io::Result<(u64, SizeLimit)> {
+    let ram = ram_of_migration(name, FileBytes::from_slice(start));
+    if let Some((max, ram)) = ram.and_then(|ram| Some((allowed_beside(ram)?, ram))) {
+        return Ok((max, SizeLimit::Header { ram }));
+    }
+    let system = fstatvfs(file)?;
+    // More than 64 bits tell of is no limit.
+    let free = system.f_bavail.checked_mul(system.f_frsize);
+    Ok((free.unwrap_or(u64::MAX) / FREE_PARTS, SizeLimit::Free))
 }
 
 /// Reads until `buffer` is full or there is no more.

@@ -1,7 +1,7 @@
 //! What formats can do beside being read.
 
 use crate::DumpError;
-use crate::backing::mapped::MappedDump;
+use crate::backing::plain::PlainDump;
 use crate::backing::spool::Image;
 use crate::format::qemu::content::Content;
 use crate::output::Output;
@@ -37,7 +37,7 @@ pub(crate) struct Punching {
 /// Can have its pages punched out.
 pub(crate) trait InPlace {
     /// The file that is changed.
-    fn source(&self) -> &MappedDump;
+    fn source(&self) -> &PlainDump;
 
     /// Refuses other files that the result depends on if they are no longer what was opened.
     fn check_others(&self) -> Result<(), DumpError> {
@@ -62,7 +62,7 @@ pub(crate) type EachPart<'a> = &'a mut dyn FnMut(Part<'_>) -> Result<(), DumpErr
 /// Can be written from front to back.
 pub(crate) trait AsStream {
     /// The file that parts are copied from.
-    fn source(&self) -> &MappedDump;
+    fn source(&self) -> &PlainDump;
 
     /// The image that the stream is compressed in, if it is.
     fn packed_in(&self) -> Option<(&File, Image)> {
@@ -79,7 +79,7 @@ pub(crate) trait AsStream {
 /// Holds what QEMU's migration files hold.
 pub(crate) trait Migration {
     /// The file that it is in.
-    fn source(&self) -> &MappedDump;
+    fn source(&self) -> &PlainDump;
 
     /// What is in it, and where.
     fn content(&self) -> Result<Content<'_>, DumpError>;

@@ -5,14 +5,13 @@
 //! nothing is recorded there may be RAM that is zero, or no RAM.
 
 use crate::DumpError;
-#[cfg(test)]
-use crate::backing::mapped::map_file;
-use crate::backing::mapped::{check_length, whole};
 use crate::backing::paged::BlockCache;
+use crate::backing::plain::check_content;
+#[cfg(test)]
+use crate::backing::plain::open_content;
 use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::lime::{HEADER_LEN, Record};
-use memmap2::Mmap;
-use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, RamLayout};
+use sonicshot::{FileBytes, FileContent, Gpa, GpaRange, GuestMemory, MemoryError, RamLayout};
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
@@ -37,15 +36,10 @@ const CACHE: usize = 16 << 20;
 
 /// An AVML dump's file and memory.
 #[derive(Debug)]
-struct AvmlDump {
-    file: File,
-    memory: AvmlFile,
-}
+struct AvmlDump(AvmlFile);
 
 fn open(source: Source<'_>) -> Result<AvmlDump, DumpError> {
-    let memory = AvmlFile::parse(source.path, source.map)?;
-    let file = source.file;
-    Ok(AvmlDump { file, memory })
+    AvmlFile::parse(source.path, source.content).map(AvmlDump)
 }
 
 impl Format for AvmlDump {
@@ -54,22 +48,22 @@ impl Format for AvmlDump {
     }
 
     fn memory(&self) -> &dyn GuestMemory {
-        &self.memory
+        &self.0
     }
 
     fn file(&self) -> &File {
-        &self.file
+        self.0.content.file()
     }
 
     fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.memory.check_length(&self.file)
+        check_content(&self.0.content, &self.0.path)
     }
 }
 
 /// The memory in an AVML dump.
 pub(crate) struct AvmlFile {
     path: PathBuf,
-    map: Mmap,
+    content: FileContent,
     layout: RamLayout,
     /// Sorted by guest address, disjoint.
     chunks: Vec<Chunk>,
@@ -90,13 +84,12 @@ impl AvmlFile {
     /// Opens the dump at `path`.
     #[cfg(test)]
     pub(crate) fn open(path: &Path) -> Result<Self, DumpError> {
-        let (_, map) = map_file(path)?;
-        Self::parse(path, map)
+        Self::parse(path, open_content(path)?)
     }
 
-    /// Makes the index of the mapped file.
-    pub(crate) fn parse(path: &Path, map: Mmap) -> Result<Self, DumpError> {
-        let mut chunks = chunks_of(path, whole(&map))?;
+    /// Makes the index of the file.
+    pub(crate) fn parse(path: &Path, content: FileContent) -> Result<Self, DumpError> {
+        let mut chunks = chunks_of(path, content.bytes())?;
         chunks.sort_unstable_by_key(|chunk| chunk.guest);
         let layout =
             RamLayout::new(chunks.iter().map(|chunk| chunk.guest).collect()).map_err(|source| {
@@ -108,7 +101,7 @@ impl AvmlFile {
         let block = usize::try_from(MAX_CHUNK).unwrap_or(CACHE);
         Ok(Self {
             path: path.to_owned(),
-            map,
+            content,
             layout,
             chunks,
             cache: BlockCache::new(CACHE, block),
@@ -117,11 +110,6 @@ impl AvmlFile {
 }
 
 impl AvmlFile {
-    /// Refuses a file that has become shorter or longer since it was opened.
-    fn check_length(&self, file: &File) -> Result<(), DumpError> {
-        check_length(file, &self.path, self.map.len() as u64)
-    }
-
     fn chunk_of(&self, at: Gpa) -> Option<&Chunk> {
         let above = self.chunks.partition_point(|c| c.guest.start() <= at);
         self.chunks
@@ -129,8 +117,10 @@ impl AvmlFile {
             .filter(|chunk| chunk.guest.contains(at))
     }
 
-    fn stored(&self, from: u64, len: u64) -> Option<GuestBytes<'_>> {
-        whole(&self.map).get(usize::try_from(from).ok()?, usize::try_from(len).ok()?)
+    fn stored(&self, from: u64, len: u64) -> Option<FileBytes<'_>> {
+        self.content
+            .bytes()
+            .get(usize::try_from(from).ok()?, usize::try_from(len).ok()?)
     }
 
     /// Decompresses a chunk, and checks its sum.
@@ -177,7 +167,11 @@ impl GuestMemory for AvmlFile {
                     .read(chunk.from, inside, now, || self.decompress(chunk))
                     .map_err(|source| MemoryError::Backend {
                         range,
-                        source: Box::new(source),
+                        source: Box::new(
+                            check_content(&self.content, &self.path)
+                                .err()
+                                .unwrap_or(source),
+                        ),
                     })?
                     .ok_or_else(not_ram)?;
             } else {
@@ -204,7 +198,7 @@ impl fmt::Debug for AvmlFile {
 }
 
 /// Finds the chunks of all records, by their headers alone.
-fn chunks_of(path: &Path, data: GuestBytes<'_>) -> Result<Vec<Chunk>, DumpError> {
+fn chunks_of(path: &Path, data: FileBytes<'_>) -> Result<Vec<Chunk>, DumpError> {
     let file_len = data.len() as u64;
     let mut walk = Walk {
         path,
@@ -243,7 +237,7 @@ fn chunks_of(path: &Path, data: GuestBytes<'_>) -> Result<Vec<Chunk>, DumpError>
 
 struct Walk<'a> {
     path: &'a Path,
-    data: GuestBytes<'a>,
+    data: FileBytes<'a>,
     limit: u64,
     chunks: Vec<Chunk>,
 }

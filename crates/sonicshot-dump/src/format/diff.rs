@@ -1,7 +1,7 @@
 //! A raw diff over its base: Firecracker's. See [`crate::backing::overlay`].
 
-use crate::backing::mapped::MappedDump;
 use crate::backing::overlay::Overlay;
+use crate::backing::plain::PlainDump;
 use crate::format::ability::{ByCopy, Copying, InPlace, Punching};
 use crate::format::kind::{Format, Source};
 use crate::format::{kind_of, raw};
@@ -125,17 +125,17 @@ impl ByCopy for Diff {
 }
 
 impl InPlace for Diff {
-    fn source(&self) -> &MappedDump {
+    fn source(&self) -> &PlainDump {
         self.overlay.diff()
     }
 
     fn check_others(&self) -> Result<(), DumpError> {
-        self.overlay.check_unchanged()
+        self.overlay.check_base()
     }
 
     /// Of the diff alone, what would not become what the base has.
     fn punching(&self, goes: &PrunePlan, stats: &mut PruneStats) -> Result<Punching, DumpError> {
-        self.overlay.check_unchanged()?;
+        self.overlay.check_base()?;
         let runs = file_runs(self.overlay.diff(), goes)?;
         let (runs, kept) = self.overlay.punchable(&runs);
         stats.kept_for_base = kept;

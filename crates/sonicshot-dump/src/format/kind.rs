@@ -1,18 +1,21 @@
 //! What a format is: how it is told from others and opened, and what every one of them tells.
 
 use crate::DumpError;
-use crate::backing::mapped::{self, MappedDump};
+use crate::backing::plain::{self, PlainDump, open_content};
 use crate::backing::spool::Spool;
 use crate::format::ability::{AsStream, ByCopy, InPlace, Migration, Skeletal};
 use crate::format::qemu::start::RamBlock;
 use crate::layout::LayoutSpec;
+use crate::output::check_stamp;
 use crate::snapshot::{Named, SnapshotFiles};
-use memmap2::Mmap;
-use sonicshot::{Architecture, Fill, GuestBytes, GuestMemory, P2m, PfnRange, Processors};
+use sonicshot::{
+    Architecture, Failure, FileBytes, FileContent, FileStamp, Fill, GuestMemory, P2m, PfnRange,
+    Processors,
+};
 use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// How a format is told from others, and opened.
 pub(crate) struct Kind {
@@ -74,8 +77,7 @@ impl Kind {
 pub(crate) struct Source<'a> {
     /// What messages call it.
     pub path: &'a Path,
-    pub file: File,
-    pub map: Mmap,
+    pub content: FileContent,
     /// Where RAM lies, if the caller says.
     pub layout: Option<&'a LayoutSpec>,
     /// Where the content is, if it came through a pipe or was compressed.
@@ -96,11 +98,10 @@ impl<'a> Source<'a> {
         if metadata.len() == 0 {
             return Err(not_a_dump("it is empty"));
         }
-        let (file, map) = mapped::map_file(path)?;
+        let content = open_content(path)?;
         Ok(Self {
             path,
-            file,
-            map,
+            content,
             layout,
             spool: None,
         })
@@ -111,8 +112,8 @@ impl<'a> Source<'a> {
         spool: &'a Spool,
         layout: Option<&'a LayoutSpec>,
     ) -> Result<Self, DumpError> {
-        let (file, map) = spool.map()?;
-        if map.is_empty() {
+        let content = spool.content()?;
+        if content.is_empty() {
             return Err(DumpError::NotADump {
                 path: spool.name().to_owned(),
                 why: "it is empty",
@@ -120,21 +121,31 @@ impl<'a> Source<'a> {
         }
         Ok(Self {
             path: spool.name(),
-            file,
-            map,
+            content,
             layout,
             spool: Some(spool.clone()),
         })
     }
 
+    /// To tell what is wrong with the file when it cannot be opened.
+    pub(crate) fn watch(&self) -> Result<Watch, DumpError> {
+        let file = self.content.file().try_clone();
+        Ok(Watch {
+            path: self.path.to_owned(),
+            file: file.map_err(DumpError::io("reading", self.path))?,
+            stamp: self.content.stamp(),
+            failure: self.content.watch(),
+        })
+    }
+
     /// All bytes.
-    pub(crate) fn data(&self) -> GuestBytes<'_> {
-        mapped::whole(&self.map)
+    pub(crate) fn data(&self) -> FileBytes<'_> {
+        self.content.bytes()
     }
 
     /// The length in bytes.
     pub(crate) fn len(&self) -> u64 {
-        self.map.len() as u64
+        self.content.len()
     }
 
     /// The first bytes, if there are so many.
@@ -152,14 +163,35 @@ impl<'a> Source<'a> {
 
     /// What the file takes on disk, in bytes.
     pub(crate) fn on_disk(&self) -> Result<u64, DumpError> {
-        let metadata = self.file.metadata();
+        let metadata = self.content.file().metadata();
         let metadata = metadata.map_err(DumpError::io("reading", self.path))?;
         Ok(metadata.blocks().saturating_mul(512))
     }
 
     /// The file as guest memory, which lies in it as `extents` say.
-    pub(crate) fn mapped(self, extents: Vec<mapped::Extent>) -> Result<MappedDump, DumpError> {
-        MappedDump::new(self.path, self.file, self.map, extents)
+    pub(crate) fn mapped(self, extents: Vec<plain::Extent>) -> Result<PlainDump, DumpError> {
+        PlainDump::new(self.path, self.content, extents)
+    }
+}
+
+/// A file that is being opened.
+pub(crate) struct Watch {
+    path: PathBuf,
+    file: File,
+    stamp: FileStamp,
+    failure: Failure,
+}
+
+impl Watch {
+    /// What is wrong with a file that changed meanwhile, or could not be read, says less.
+    pub(crate) fn blame(&self, error: DumpError) -> DumpError {
+        if let Err(changed) = check_stamp(&self.file, &self.path, self.stamp) {
+            return changed;
+        }
+        match self.failure.get() {
+            Some(source) => DumpError::io("reading", &self.path)(source),
+            None => error,
+        }
     }
 }
 

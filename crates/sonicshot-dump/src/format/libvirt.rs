@@ -10,7 +10,7 @@ use crate::DumpError;
 use crate::backing::spool::{Compression, Image, Spool};
 use crate::format::kind::{Format, Kind, Source};
 use crate::format::qemu;
-use sonicshot::GuestBytes;
+use sonicshot::FileBytes;
 use std::path::Path;
 
 pub(crate) const KIND: Kind = Kind::by_magic(&[MAGIC], open);
@@ -27,12 +27,12 @@ fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {
     if image.compression.is_none() {
         return qemu::open_in(source, image);
     }
-    let spool = Spool::decompress(source.path, &source.file, image)?;
+    let spool = Spool::decompress(source.path, source.content.file(), image)?;
     qemu::open(Source::spooled(&spool, source.layout)?)
 }
 
 /// Reads the header.
-fn parse(path: &Path, data: GuestBytes<'_>) -> Result<Image, DumpError> {
+fn parse(path: &Path, data: FileBytes<'_>) -> Result<Image, DumpError> {
     let malformed =
         |what, offset, value: u32| Err(DumpError::malformed(path, what, offset, u64::from(value)));
     let mut header = [0_u8; 20];

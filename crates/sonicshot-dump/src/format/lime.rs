@@ -2,9 +2,9 @@
 //! range (LiME, `lime.h`: `lime_mem_range_header` version 1).
 
 use crate::DumpError;
-use crate::backing::mapped::{Extent, MappedDump};
+use crate::backing::plain::{Extent, PlainDump};
 use crate::format::kind::{Format, Kind, Source, boxed};
-use sonicshot::{FileOffset, Gpa, GpaRange, GuestBytes, GuestMemory};
+use sonicshot::{FileBytes, FileOffset, Gpa, GpaRange, GuestMemory};
 use std::fs::File;
 use std::path::Path;
 
@@ -26,7 +26,7 @@ pub(crate) struct Record {
 
 impl Record {
     /// Reads the header at `at`. `None` in the result's place is a header that is cut off.
-    pub(crate) fn read(path: &Path, data: GuestBytes<'_>, at: u64) -> Result<Self, DumpError> {
+    pub(crate) fn read(path: &Path, data: FileBytes<'_>, at: u64) -> Result<Self, DumpError> {
         let bad = |what, value| DumpError::malformed(path, what, at, value);
         let cut = || {
             bad(
@@ -53,7 +53,7 @@ impl Record {
 
 /// A LiME file, mapped.
 #[derive(Debug)]
-struct LimeDump(MappedDump);
+struct LimeDump(PlainDump);
 
 fn open(source: Source<'_>) -> Result<LimeDump, DumpError> {
     let extents = extents(source.path, source.data())?;
@@ -74,13 +74,13 @@ impl Format for LimeDump {
     }
 
     fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.0.check_length()
+        self.0.check_unchanged()
     }
 }
 
 /// Where the records of the LiME file `data` lie, sorted. Ranges that overlap are found out by
-/// [`MappedDump::new`](crate::backing::mapped::MappedDump::new).
-fn extents(path: &Path, data: GuestBytes<'_>) -> Result<Vec<Extent>, DumpError> {
+/// [`PlainDump::new`](crate::backing::plain::PlainDump::new).
+fn extents(path: &Path, data: FileBytes<'_>) -> Result<Vec<Extent>, DumpError> {
     let file_len = data.len() as u64;
     let mut extents = Vec::new();
     let mut at = 0_u64;
@@ -115,7 +115,7 @@ fn extents(path: &Path, data: GuestBytes<'_>) -> Result<Vec<Extent>, DumpError> 
 mod tests {
     use super::extents;
     use crate::DumpError;
-    use crate::backing::mapped::{MappedDump, map_file, whole};
+    use crate::backing::plain::{PlainDump, open_content};
     use proptest::prelude::*;
     use sonicshot::{Gpa, GuestMemory};
     use std::path::Path;
@@ -128,13 +128,13 @@ mod tests {
         file.extend(data);
     }
 
-    fn open(bytes: &[u8]) -> Result<MappedDump, DumpError> {
+    fn open(bytes: &[u8]) -> Result<PlainDump, DumpError> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("dump.lime");
         std::fs::write(&path, bytes).unwrap();
-        let (file, map) = map_file(&path)?;
-        let extents = extents(&path, whole(&map))?;
-        MappedDump::new(&path, file, map, extents)
+        let content = open_content(&path)?;
+        let extents = extents(&path, content.bytes())?;
+        PlainDump::new(&path, content, extents)
     }
 
     /// Records in any order, one of which does not end at a page.

@@ -54,10 +54,12 @@ const NOT_YET: &[(&[u8], &str)] = &[
 
 /// Opens a file of any format, which its content tells.
 pub(crate) fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {
-    match kind_of(&source)? {
+    let watch = source.watch()?;
+    let opened = kind_of(&source).and_then(|kind| match kind {
         Some(kind) => (kind.open)(source),
         None => raw::open(source).map(boxed),
-    }
+    });
+    opened.map_err(|error| watch.blame(error))
 }
 
 /// The format of a file; `None` if it is raw RAM.

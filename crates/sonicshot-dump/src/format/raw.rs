@@ -1,7 +1,7 @@
 //! Raw guest RAM: the bytes of a memory backend file, a Firecracker memory file, a Cloud
 //! Hypervisor `memory-ranges` file.
 
-use crate::backing::mapped::{Extent, MappedDump};
+use crate::backing::plain::{Extent, PlainDump};
 use crate::format::ability::{ByCopy, Copying, InPlace, Punching};
 use crate::format::kind::{Format, Source};
 use crate::prune::copy::Copier;
@@ -16,7 +16,7 @@ use std::path::Path;
 /// A raw file, mapped.
 #[derive(Debug)]
 pub(crate) struct Raw {
-    pub mapped: MappedDump,
+    pub mapped: PlainDump,
     pub layout: LayoutSpec,
 }
 
@@ -49,7 +49,7 @@ impl Format for Raw {
     }
 
     fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.mapped.check_length()
+        self.mapped.check_unchanged()
     }
 
     fn layout(&self) -> Option<&LayoutSpec> {
@@ -72,7 +72,7 @@ impl ByCopy for Raw {
 }
 
 impl InPlace for Raw {
-    fn source(&self) -> &MappedDump {
+    fn source(&self) -> &PlainDump {
         &self.mapped
     }
 
@@ -82,7 +82,7 @@ impl InPlace for Raw {
 }
 
 /// Copies the pages that are kept of a file that is nothing but pages, each to its own place.
-pub(crate) fn copy_kept(dump: &MappedDump, work: Copying<'_>) -> Result<(), DumpError> {
+pub(crate) fn copy_kept(dump: &PlainDump, work: Copying<'_>) -> Result<(), DumpError> {
     let Copying {
         goes,
         output,
@@ -108,13 +108,13 @@ pub(crate) fn copy_kept(dump: &MappedDump, work: Copying<'_>) -> Result<(), Dump
     Ok(())
 }
 
-fn beyond(dump: &MappedDump, at: FileOffset) -> DumpError {
+fn beyond(dump: &PlainDump, at: FileOffset) -> DumpError {
     DumpError::malformed(dump.path(), "a stretch beyond 64 bits", at.raw(), 0)
 }
 
 /// What of such a file is to be punched.
 pub(crate) fn punch_dropped(
-    dump: &MappedDump,
+    dump: &PlainDump,
     goes: &PrunePlan,
     stats: &mut PruneStats,
 ) -> Result<Punching, DumpError> {

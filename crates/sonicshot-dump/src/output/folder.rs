@@ -1,13 +1,15 @@
 //! A folder that appears whole or not at all.
 
 use crate::guard::CheckedPlan;
-use crate::output::{self, Output, PREFIX, Replaced, Rights, Target, folder_of, settle};
+use crate::output::{
+    self, Output, PREFIX, Replaced, Rights, Target, folder_of, settle, sync_folder,
+};
 use crate::snapshot::check_is_file;
 use crate::{DumpError, Overwrite, PruneStats, SnapshotFiles};
 use rustix::fs::{
     Mode, OFlags, RenameFlags, SeekFrom, copy_file_range, openat, renameat_with, seek,
 };
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::process::geteuid;
 use sonicshot::Progress;
 use std::ffi::{OsStr, OsString};
@@ -141,11 +143,17 @@ impl NewFolder {
     /// What the operating system says; the folder then has not appeared, and one that was to be
     /// replaced is there as it was.
     pub fn finish(self) -> Result<(), DumpError> {
-        let naming = DumpError::io("giving its name to", &self.path);
-        let writing = DumpError::io("writing", &self.path);
-        self.settle()
-            .map_err(DumpError::io("setting the permissions of", &self.path))?;
-        self.folder.sync_all().map_err(writing)?;
+        let failed = |action| {
+            let path = self.path.clone();
+            move |source| DumpError::NotFinished {
+                action,
+                path,
+                source,
+            }
+        };
+        let settled = self.settle();
+        settled.map_err(failed("setting the permissions of"))?;
+        self.folder.sync_all().map_err(failed("writing"))?;
         let temporary = self.temporary.path().file_name().unwrap_or_default();
         let (parent, name) = (&self.parent, self.name.as_os_str());
         let rename = |flags| renameat_with(parent, temporary, parent, name, flags);
@@ -153,6 +161,7 @@ impl NewFolder {
             // Memory takes its time to be written, and somebody may have put a file there.
             only_ours(&self.path, &self.names)?;
         }
+        let naming = failed("giving its name to");
         let exchanged = match self.overwrite {
             Overwrite::Replace => match rename(RenameFlags::EXCHANGE) {
                 Ok(()) => true,
@@ -169,12 +178,20 @@ impl NewFolder {
                 error => naming(error.into()),
             })?;
         }
+        let old = self.temporary.path().to_owned();
         // The old one has the temporary name now, and goes with it; else nothing has.
-        if !exchanged {
+        let removed = if exchanged {
+            self.temporary.close()
+        } else {
             let _gone = self.temporary.keep();
-        }
-        let synced = self.parent.sync_all();
-        synced.map_err(DumpError::io("writing", folder_of(&self.path)))
+            Ok(())
+        };
+        sync_folder(&self.parent, &self.path)?;
+        removed.map_err(|source| DumpError::Unsettled {
+            path: self.path.clone(),
+            what: format!("what it replaces is still there, as {}", old.display()),
+            source,
+        })
     }
 
     /// Gives the folder its owner and mode. Of what it replaces, the folder and each file keep
@@ -186,7 +203,8 @@ impl NewFolder {
         };
         if let Some(replaced) = replaced {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let old = File::from(openat(&self.parent, &self.name, flags, Mode::empty())?);
+            let old = retry_on_intr(|| openat(&self.parent, &self.name, flags, Mode::empty()))?;
+            let old = File::from(old);
             for name in &self.names {
                 if let Some(old) = Replaced::find(&old, name) {
                     let file = open_file(&self.folder, name)?;
@@ -203,7 +221,9 @@ impl NewFolder {
 fn open_ours(parent: &File, path: &Path) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let name = path.file_name().unwrap_or_default();
-    let folder = File::from(openat(parent, name, flags, Mode::empty())?);
+    let folder = File::from(retry_on_intr(|| {
+        openat(parent, name, flags, Mode::empty())
+    })?);
     let metadata = folder.metadata()?;
     if metadata.uid() != geteuid().as_raw() || metadata.mode() & 0o077 != 0 {
         let why = "another was put in its place";
@@ -216,7 +236,9 @@ fn open_ours(parent: &File, path: &Path) -> io::Result<File> {
 fn open_file(folder: &File, name: &OsStr) -> io::Result<File> {
     // What is no file may never answer.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = File::from(openat(folder, name, flags, Mode::empty())?);
+    let file = File::from(retry_on_intr(|| {
+        openat(folder, name, flags, Mode::empty())
+    })?);
     if !file.metadata()?.is_file() {
         let why = "it is no regular file";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, why));

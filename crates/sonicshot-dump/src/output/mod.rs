@@ -31,9 +31,9 @@ use rustix::fs::{
     AtFlags, CWD, Gid, Mode, OFlags, RenameFlags, Stat, Uid, fchmod, fchown, fgetxattr,
     fremovexattr, linkat, openat, renameat, renameat_with, statat,
 };
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::process::geteuid;
-use sonicshot::FileId;
+use sonicshot::{FileId, FileStamp};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
@@ -81,6 +81,59 @@ pub(crate) struct Output {
     path: PathBuf,
     overwrite: Overwrite,
     inputs: Vec<Rights>,
+    sources: Vec<Unchanged>,
+}
+
+/// A file that must not change while an output is made of it.
+#[derive(Debug)]
+struct Unchanged {
+    file: File,
+    stamp: FileStamp,
+}
+
+impl Unchanged {
+    fn new(file: &File) -> io::Result<Self> {
+        Ok(Self {
+            stamp: FileStamp::of(file)?,
+            file: file.try_clone()?,
+        })
+    }
+
+    fn check(&self) -> Result<(), DumpError> {
+        check_stamp(&self.file, &name_of(&self.file), self.stamp)
+    }
+}
+
+/// Refuses a file that was cut off, made longer or written to since it had this stamp.
+pub(crate) fn check_stamp(file: &File, path: &Path, before: FileStamp) -> Result<(), DumpError> {
+    let now = FileStamp::of(file).map_err(DumpError::io("reading", path))?;
+    if now == before {
+        return Ok(());
+    }
+    let path = path.to_owned();
+    if now.len() == before.len() {
+        return Err(DumpError::Modified { path });
+    }
+    let (before, now) = (before.len(), now.len());
+    Err(DumpError::Changed { path, before, now })
+}
+
+/// What an open file is called, for messages.
+fn name_of(file: &File) -> PathBuf {
+    let link = proc_name(file);
+    std::fs::read_link(&link).unwrap_or_else(|_| "an input".into())
+}
+
+/// Makes the name of `path`, which lies in `folder`, durable.
+pub(crate) fn sync_folder(folder: &File, path: &Path) -> Result<(), DumpError> {
+    folder.sync_all().map_err(|source| DumpError::Unsettled {
+        path: path.into(),
+        what: format!(
+            "{} could not be written to disk: if the machine stops now, the name may be lost",
+            folder_of(path).display()
+        ),
+        source,
+    })
 }
 
 #[derive(Debug)]
@@ -118,7 +171,7 @@ impl Output {
         let name = name.ok_or_else(|| invalid("it is no regular file"))?;
 
         let there = statat(&folder, name, AtFlags::empty()).ok();
-        let mut rights = Vec::new();
+        let (mut rights, mut sources) = (Vec::new(), Vec::new());
         for input in inputs {
             let metadata = input.metadata().map_err(DumpError::io("reading", path))?;
             if there.is_some_and(|there| {
@@ -127,6 +180,7 @@ impl Output {
                 return Err(DumpError::SameFile { path: path.into() });
             }
             rights.push(Rights::of(input).map_err(DumpError::io("reading", path))?);
+            sources.push(Unchanged::new(input).map_err(DumpError::io("reading", path))?);
         }
         // Not followed, for it is the link itself that would be replaced.
         if target.overwrite == Overwrite::Refuse
@@ -151,6 +205,7 @@ impl Output {
             path: path.into(),
             overwrite: target.overwrite,
             inputs: rights,
+            sources,
         };
         forget_access_lists(output.file());
         Ok(output)
@@ -176,10 +231,19 @@ impl Output {
             Overwrite::Refuse => None,
             Overwrite::Replace => Replaced::find(&self.folder, &self.name),
         };
-        settle(file, &self.inputs, replaced)
-            .map_err(DumpError::io("setting the permissions of", path))?;
-        file.sync_all().map_err(DumpError::io("writing", path))?;
-        let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
+        let failed = |action| {
+            move |source| DumpError::NotFinished {
+                action,
+                path: path.into(),
+                source,
+            }
+        };
+        for source in &self.sources {
+            source.check()?;
+        }
+        settle(file, &self.inputs, replaced).map_err(failed("setting the permissions of"))?;
+        file.sync_all().map_err(failed("writing"))?;
+        let metadata = file.metadata().map_err(failed("reading"))?;
         let (folder, name) = (&self.folder, self.name.as_os_str());
         let named = match (self.file, self.overwrite) {
             (Unfinished::Nameless(file), Overwrite::Refuse) => link(&file, folder, name),
@@ -191,12 +255,10 @@ impl Output {
         };
         named.map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => DumpError::Exists { path: path.into() },
-            _ => DumpError::io("giving its name to", path)(error),
+            _ => failed("giving its name to")(error),
         })?;
         // The name itself is durable once the folder is.
-        folder
-            .sync_all()
-            .map_err(DumpError::io("writing", folder_of(path)))?;
+        sync_folder(folder, path)?;
         Ok(metadata.blocks().saturating_mul(512))
     }
 }
@@ -373,7 +435,7 @@ pub(crate) fn folder_of(path: &Path) -> &Path {
 /// Opens a folder to work in, wherever its path may lead later.
 pub(crate) fn open_folder(path: &Path) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    Ok(openat(CWD, path, flags, Mode::empty())?.into())
+    Ok(retry_on_intr(|| openat(CWD, path, flags, Mode::empty()))?.into())
 }
 
 fn ends_as_folder(path: &Path) -> bool {
@@ -386,7 +448,8 @@ fn kind_of(stat: &Stat) -> u32 {
 
 fn nameless(folder: &File) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    let file = File::from(openat(folder, ".", flags, Mode::RUSR | Mode::WUSR)?);
+    let mode = Mode::RUSR | Mode::WUSR;
+    let file = File::from(retry_on_intr(|| openat(folder, ".", flags, mode))?);
     // Naming goes through /proc, which a container may lack.
     std::fs::metadata(proc_name(&file))?;
     Ok(file)
@@ -402,16 +465,24 @@ fn link(file: &File, folder: &File, name: &OsStr) -> io::Result<()> {
     Ok(())
 }
 
+/// A file that has no name, or one that could not be removed: which, and why.
+pub(crate) type Scratch = Result<File, (PathBuf, io::Error)>;
+
 /// A file without a name, for this process alone, that is gone with it.
-pub(crate) fn scratch(folder: &Path) -> io::Result<File> {
+pub(crate) fn scratch(folder: &Path) -> io::Result<Scratch> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    match openat(CWD, folder, flags, Mode::RUSR | Mode::WUSR) {
-        Ok(file) => Ok(file.into()),
+    match retry_on_intr(|| openat(CWD, folder, flags, Mode::RUSR | Mode::WUSR)) {
+        Ok(file) => Ok(Ok(file.into())),
         // Where there is no such thing, one whose name is removed at once.
-        Err(_) => Builder::new()
-            .prefix(PREFIX)
-            .tempfile_in(folder)
-            .map(NamedTempFile::into_file),
+        Err(_) => {
+            let named = Builder::new().prefix(PREFIX).tempfile_in(folder)?;
+            let (file, name) = named.into_parts();
+            let path = name.to_path_buf();
+            Ok(match name.close() {
+                Ok(()) => Ok(file),
+                Err(error) => Err((path, error)),
+            })
+        }
     }
 }
 
@@ -430,7 +501,7 @@ fn with_random_name<T>(
 fn temporary(folder: &File, path: &Path) -> io::Result<NamedTempFile<File>> {
     let flags = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::RDWR | OFlags::CLOEXEC;
     with_random_name(path, |name| {
-        Ok(openat(folder, name, flags, Mode::RUSR | Mode::WUSR)?.into())
+        Ok(retry_on_intr(|| openat(folder, name, flags, Mode::RUSR | Mode::WUSR))?.into())
     })
 }
 

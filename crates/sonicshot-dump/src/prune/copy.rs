@@ -1,7 +1,7 @@
 //! Copies stretches of one file to another.
 
 use crate::DumpError;
-use crate::backing::mapped::MappedDump;
+use crate::backing::plain::PlainDump;
 use crate::backing::sys;
 use crate::output::Output;
 use crate::prune::holes::block_size;
@@ -16,7 +16,7 @@ pub(crate) const COPY: usize = 1 << 20;
 
 /// Copies stretches of the input to the output; holes stay holes.
 pub(crate) struct Copier<'a> {
-    dump: &'a MappedDump,
+    dump: &'a PlainDump,
     output: &'a Output,
     /// The blocks that the output can share with the input; `None` if it cannot.
     block: Option<u64>,
@@ -31,7 +31,7 @@ pub(crate) struct Copier<'a> {
 
 impl<'a> Copier<'a> {
     pub(crate) fn new(
-        dump: &'a MappedDump,
+        dump: &'a PlainDump,
         output: &'a Output,
         total: u64,
         progress: Progress<'a>,

@@ -6,7 +6,7 @@
 //! step leaves a valid dump.
 
 use crate::DumpError;
-use crate::backing::mapped::MappedDump;
+use crate::backing::plain::PlainDump;
 use crate::guard::CheckedPlan;
 use crate::in_use as live;
 use crate::prune::holes::{
@@ -17,6 +17,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, StatFs, fallocate, fstatfs, seek};
 use rustix::io::Errno;
 use sonicshot::{FileId, FileOffset, FileRange, Progress};
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -49,7 +50,7 @@ impl CheckedPlan<'_> {
         let format = self.dump().in_place()?;
         let dump = format.source();
         check_unchanged(dump, options)?;
-        let mut stats = self.begin(&[dump.file()])?;
+        let mut stats = self.begin_with(&[dump.file()])?;
         let punching = format.punching(self.goes(), &mut stats)?;
         let system = fstatfs(dump.file())
             .map_err(|error| DumpError::io("reading", dump.path())(error.into()))?;
@@ -105,10 +106,19 @@ fn worth_punching(
     holes
 }
 
+/// A prune that fails has left a valid dump.
+fn in_part<'a>(action: &'static str, path: &'a Path) -> impl Fn(io::Error) -> DumpError + use<'a> {
+    move |source| DumpError::PrunedInPart {
+        action,
+        path: path.to_owned(),
+        source,
+    }
+}
+
 /// First nobody may look for the pages any more: then what is left of them is as good as gone,
 /// whatever happens.
 fn write_marks(file: &File, path: &Path, marks: &[(FileOffset, Vec<u8>)]) -> Result<(), DumpError> {
-    let writing = || DumpError::io("writing", path);
+    let writing = || in_part("writing", path);
     for (offset, bitmap) in marks {
         file.write_all_at(bitmap, offset.raw()).map_err(writing())?;
     }
@@ -133,23 +143,23 @@ fn punch_all(
         progress(done, total);
     }
     if !holes.is_empty() {
-        file.sync_all().map_err(DumpError::io("writing", path))?;
+        file.sync_all().map_err(in_part("writing", path))?;
     }
     Ok(holes.len() as u64)
 }
 
 /// Refuses a file that is not as it was when it was opened, or that somebody writes.
-fn check_unchanged(dump: &MappedDump, options: &PruneOptions) -> Result<(), DumpError> {
+fn check_unchanged(dump: &PlainDump, options: &PruneOptions) -> Result<(), DumpError> {
     dump.check_length()?;
     if !options.live_ok {
-        dump.check_unmodified()?;
+        dump.check_unchanged()?;
         live::check(dump.file(), dump.path())?;
     }
     Ok(())
 }
 
 /// Opens the file that was classified for writing, right before it is changed.
-fn open_to_change(dump: &MappedDump, options: &PruneOptions) -> Result<File, DumpError> {
+fn open_to_change(dump: &PlainDump, options: &PruneOptions) -> Result<File, DumpError> {
     let path = dump.path();
     check_unchanged(dump, options)?;
     let file = OpenOptions::new()
@@ -177,7 +187,7 @@ struct Data<'a> {
 }
 
 impl<'a> Data<'a> {
-    fn of(dump: &'a MappedDump, system: &StatFs) -> Self {
+    fn of(dump: &'a PlainDump, system: &StatFs) -> Self {
         /// `include/uapi/linux/magic.h`: tmpfs, ramfs, hugetlbfs.
         const IN_MEMORY: [u32; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
         // Magic numbers have 32 bits, whatever the type.
@@ -243,7 +253,7 @@ fn probe(file: &File, path: &Path, file_len: u64, block: u64) -> Result<(), Dump
     };
     match punch(file, path, behind) {
         // A file as long as the file system allows.
-        Err(DumpError::Io { source, .. })
+        Err(DumpError::PrunedInPart { source, .. })
             if source.raw_os_error() == Some(Errno::FBIG.raw_os_error()) =>
         {
             Ok(())
@@ -262,7 +272,7 @@ fn punch(file: &File, path: &Path, hole: FileRange) -> Result<(), DumpError> {
                 path: path.into(),
                 source: error.into(),
             }),
-            Err(error) => Err(DumpError::io("punching a hole into", path)(error.into())),
+            Err(error) => Err(in_part("punching a hole into", path)(error.into())),
         };
     }
 }

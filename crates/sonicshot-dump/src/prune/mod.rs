@@ -22,6 +22,11 @@ impl CheckedPlan<'_> {
     /// `files` are those of which the size on disk is told.
     pub(crate) fn begin(&self, files: &[&File]) -> Result<PruneStats, DumpError> {
         self.dump().check_unchanged()?;
+        self.begin_with(files)
+    }
+
+    /// The same of a file that may have been written to by who vouches for it.
+    pub(crate) fn begin_with(&self, files: &[&File]) -> Result<PruneStats, DumpError> {
         let mut stats = PruneStats::of(self.wanted(), self.goes());
         for file in files {
             let on_disk = disk_usage(file, self.dump().path())?;
@@ -57,12 +62,14 @@ impl CheckedPlan<'_> {
         let files = self.dump().files();
         let mut stats = self.begin(&files)?;
         let output = Output::create(out, &files)?;
-        format.copy(Copying {
+        let copied = format.copy(Copying {
             goes: self.goes(),
             output: &output,
             stats: &mut stats,
             progress,
-        })?;
+        });
+        copied.map_err(|error| self.dump().blame(error))?;
+        self.dump().check_unchanged()?;
         stats.disk_after = output.finish()?;
         Ok(stats)
     }
@@ -83,7 +90,9 @@ impl CheckedPlan<'_> {
         let format = dump.as_stream()?;
         let mut stats = self.begin(&[dump.file()])?;
         format.count(self.goes(), &mut stats);
-        stats.disk_after = stream::write(format, self.goes(), dump.path(), &mut out, progress)?;
+        let written = stream::write(format, self.goes(), dump.path(), &mut out, progress);
+        stats.disk_after = written.map_err(|error| dump.blame(error))?;
+        dump.check_unchanged()?;
         Ok(stats)
     }
 

@@ -2,7 +2,7 @@
 //! into a compressor, or into a pipe.
 
 use crate::DumpError;
-use crate::backing::mapped::MappedDump;
+use crate::backing::plain::PlainDump;
 use crate::backing::spool::Compression;
 use crate::format::ability::{AsStream, Copying, Part};
 use crate::output::Output;
@@ -124,7 +124,7 @@ fn write_stream(
 
 /// Adds a stretch of the dump's file to `out`.
 pub(crate) fn append(
-    dump: &MappedDump,
+    dump: &PlainDump,
     from: FileRange,
     out: &mut Vec<u8>,
 ) -> Result<(), DumpError> {

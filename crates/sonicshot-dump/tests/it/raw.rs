@@ -49,6 +49,32 @@ fn regions_lie_end_to_end_in_the_file() {
     ));
 }
 
+/// VMMs that load an ELF kernel leave its header at the bottom of RAM.
+#[test]
+fn ram_that_begins_with_a_kernels_elf_header_is_raw() {
+    const EXEC: u8 = 2;
+    const CORE: u8 = 4;
+    let folder = TempDir::new().unwrap();
+    for (kind, pages, odd, raw) in [
+        (EXEC, 4096, 0, true),
+        (3, 4096, 0, true),
+        (CORE, 4096, 0, false),
+        // A program.
+        (EXEC, 4095, 0, false),
+        (EXEC, 4096, 8, false),
+    ] {
+        let mut head = b"\x7fELF\x02\x01\x01".to_vec();
+        head.resize(64, 0);
+        head[16] = kind;
+        let path = file(&folder, "ram", &head);
+        let sparse = OpenOptions::new().write(true).open(&path).unwrap();
+        sparse.set_len(pages * PAGE + odd).unwrap();
+        let format = Dump::open(&path, Some(&LayoutSpec::Flat)).map(|dump| dump.format());
+        assert_eq!(format.is_ok(), raw, "kind {kind}, {pages} pages and {odd}");
+        assert_eq!(format.unwrap_or("raw RAM"), "raw RAM");
+    }
+}
+
 /// A stretch of a file with holes around it.
 #[test]
 fn holes_are_not_touched() {

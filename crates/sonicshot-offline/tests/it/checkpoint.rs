@@ -38,7 +38,7 @@ fn a_plan_is_saved_to_a_file_and_into_a_pipe() {
     assert_eq!((of_pipe.stats, of_pipe.disk_bytes), (saved.stats, None));
     assert!(fs::read(&out).unwrap() == piped);
 
-    assert!(CheckpointFile::is_at(&out) && !CheckpointFile::is_at(&path));
+    assert!(CheckpointFile::is_at(&out).unwrap() && !CheckpointFile::is_at(&path).unwrap());
     let checkpoint = CheckpointFile::open(&out).unwrap();
     checkpoint.verify(&mut quiet).unwrap();
     assert!(checkpoint.verify_against(&path, None, &mut quiet).unwrap() > 0);
@@ -95,7 +95,7 @@ fn all_of_it_comes_back_whatever_it_was_in_between() {
         assert_eq!(converted.layout.bytes(), ram().len() as u64);
         let back = temporary.path().join("back");
         let force = Overwrite::Replace;
-        if CheckpointFile::is_at(&out) {
+        if CheckpointFile::is_at(&out).unwrap() {
             let out = CheckpointFile::open(&out).unwrap();
             out.convert(&Target::Raw, &back, force, &mut quiet).unwrap();
         } else {

@@ -158,8 +158,8 @@ pub(crate) fn tables(
 ) -> Result<Tables, VmiError> {
     // `arch/arm64/kernel/vmcore_info.c`; x86-64 has no such line.
     if text.value("NUMBER(VA_BITS)").is_some() {
-        return Err(VmiError::Unsupported {
-            what: "an arm64 guest: only x86-64 is supported so far".into(),
+        return Err(VmiError::OtherMachine {
+            what: "an arm64 guest: only x86-64 is supported so far",
         });
     }
     by_name(Architecture::X86_64)?.tables(memory, text)

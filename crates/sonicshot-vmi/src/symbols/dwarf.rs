@@ -5,7 +5,7 @@
 //! them use everything that is asked for, and of the others nothing but the name.
 
 use super::bytes::Bytes;
-use super::mapped::MappedFile;
+use super::own::OwnFile;
 use super::{Member, SymbolError, SymbolSource};
 use crate::needs;
 use gimli::{
@@ -66,7 +66,7 @@ impl Dwarf {
     /// Walks as many units of the file as it takes; `None` if the file has no DWARF.
     pub(crate) fn new(
         origin: String,
-        file: &MappedFile,
+        file: &OwnFile,
         section: FindSection<'_>,
     ) -> Result<Option<Self>, SymbolError> {
         if section(".debug_info").is_none() {

@@ -2,8 +2,8 @@
 
 use super::bytes::Bytes;
 use super::dwarf::Dwarf;
-use super::mapped::MappedFile;
 use super::names::NameIndex;
+use super::own::OwnFile;
 use super::{Btf, Member, SymbolError, SymbolSource};
 use crate::KernelVa;
 use goblin::elf::header::header64;
@@ -35,7 +35,7 @@ struct Section {
 #[derive(Debug)]
 pub struct Vmlinux {
     origin: String,
-    file: Arc<MappedFile>,
+    file: Arc<OwnFile>,
     sections: Vec<Section>,
     names_section: usize,
     symbols: OnceLock<SymbolTable>,
@@ -74,7 +74,7 @@ impl Vmlinux {
     /// # Errors
     /// [`SymbolError`] if it cannot be read or is no little-endian ELF64 file with sections.
     pub fn open(path: &Path) -> Result<Self, SymbolError> {
-        Self::new(path.display().to_string(), MappedFile::open(path)?)
+        Self::new(path.display().to_string(), OwnFile::open(path)?)
     }
 
     /// Takes types from DWARF even where the file has BTF.
@@ -84,7 +84,7 @@ impl Vmlinux {
         self
     }
 
-    pub(crate) fn new(origin: String, file: MappedFile) -> Result<Self, SymbolError> {
+    pub(crate) fn new(origin: String, file: OwnFile) -> Result<Self, SymbolError> {
         let name = origin.clone();
         let malformed = |what, offset: u64, value: u64| SymbolError::Malformed {
             origin: name.clone(),
@@ -374,7 +374,7 @@ impl<'a> Note<'a> {
 /// A part of a mapped file that keeps it mapped.
 #[derive(Debug)]
 pub(crate) struct FilePart {
-    pub file: Arc<MappedFile>,
+    pub file: Arc<OwnFile>,
     pub at: usize,
     pub len: usize,
 }

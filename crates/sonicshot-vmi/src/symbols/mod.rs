@@ -13,8 +13,8 @@ mod bytes;
 mod dwarf;
 mod elf;
 mod kallsyms;
-mod mapped;
 mod names;
+mod own;
 mod system_map;
 mod vmcoreinfo;
 
@@ -27,7 +27,7 @@ pub(crate) use vmcoreinfo::VmcoreinfoLines;
 
 use crate::{KernelVa, VirtualMemory};
 use core::fmt;
-use mapped::MappedFile;
+use own::OwnFile;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -164,7 +164,7 @@ pub enum SymbolError {
 /// # Errors
 /// [`SymbolError`] if it cannot be read, is of no known kind, or is damaged.
 pub fn open_symbol_file(path: &Path) -> Result<Box<dyn SymbolSource>, SymbolError> {
-    let file = MappedFile::open(path)?;
+    let file = OwnFile::open(path)?;
     let origin = path.display().to_string();
     match file.bytes() {
         [0x7f, b'E', b'L', b'F', ..] => Ok(Box::new(Vmlinux::new(origin, file)?)),
@@ -178,7 +178,7 @@ pub fn open_symbol_file(path: &Path) -> Result<Box<dyn SymbolSource>, SymbolErro
 
 /// Calls `visit` with every address in `range` at which `needle` stands, lowest first, until it
 /// returns `false`. Addresses that are not mapped are passed over.
-fn scan(
+pub(crate) fn scan(
     memory: &dyn VirtualMemory,
     range: (KernelVa, KernelVa),
     needle: &[u8],

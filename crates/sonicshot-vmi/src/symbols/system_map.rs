@@ -1,7 +1,7 @@
 //! System.map: a line `ADDRESS TYPE NAME` for each symbol, as `nm` writes it.
 
-use super::mapped::MappedFile;
 use super::names::NameIndex;
+use super::own::OwnFile;
 use super::{SymbolError, SymbolSource};
 use crate::KernelVa;
 use std::path::Path;
@@ -10,7 +10,7 @@ use std::path::Path;
 #[derive(Debug)]
 pub struct SystemMap {
     origin: String,
-    file: MappedFile,
+    file: OwnFile,
     /// Where each line begins.
     lines: Vec<u32>,
     index: NameIndex,
@@ -26,11 +26,11 @@ impl SystemMap {
     /// [`SymbolError`] if it cannot be read or holds other lines. The placeholder that Debian
     /// puts into its kernel packages is refused.
     pub fn open(path: &Path) -> Result<Self, SymbolError> {
-        let file = MappedFile::open(path)?;
+        let file = OwnFile::open(path)?;
         Self::new(path.display().to_string(), file)
     }
 
-    fn new(origin: String, file: MappedFile) -> Result<Self, SymbolError> {
+    fn new(origin: String, file: OwnFile) -> Result<Self, SymbolError> {
         let malformed = |what, offset: usize, value: u64| SymbolError::Malformed {
             origin: origin.clone(),
             what,
@@ -115,13 +115,13 @@ impl SymbolSource for SystemMap {
 
 #[cfg(test)]
 mod tests {
-    use super::super::mapped::MappedFile;
+    use super::super::own::OwnFile;
     use super::{SymbolSource, SystemMap};
     use crate::KernelVa;
     use proptest::prelude::*;
 
     fn open(text: &[u8]) -> Result<SystemMap, super::SymbolError> {
-        SystemMap::new("test".into(), MappedFile::from_bytes(text))
+        SystemMap::new("test".into(), OwnFile::from_bytes(text))
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Cores made here, byte by byte, by another hand than the reader's.
 
 use proptest::prelude::*;
-use sonicshot::{ControlRegisters, GuestBytes, Mfn, P2mError, Pfn};
+use sonicshot::{ControlRegisters, FileBytes, Mfn, P2mError, Pfn};
 use sonicshot_xen::{CoreDump, DomainKind, Within, XenError};
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -132,7 +132,7 @@ impl Core {
 }
 
 fn parse(data: &[u8]) -> Result<CoreDump, XenError> {
-    CoreDump::parse(GuestBytes::from_slice(data))
+    CoreDump::parse(FileBytes::from_slice(data))
 }
 
 /// The error with its causes.
@@ -492,7 +492,7 @@ fn processors_are_told() {
         let data = core.bytes();
         parse(&data)
             .unwrap()
-            .vcpus(GuestBytes::from_slice(&data))
+            .vcpus(FileBytes::from_slice(&data))
             .map(|vcpus| {
                 let control = |vcpu: &sonicshot_xen::Vcpu| (vcpu.id, vcpu.control);
                 let online: Vec<_> = vcpus.online.iter().map(control).collect();

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use sonicshot::{
-    ControlRegisters, DropClasses, Fill, Gpa, GpaRange, GuestBytes, PageClass, PageMap, PageSize,
+    ControlRegisters, DropClasses, FileBytes, Fill, Gpa, GpaRange, PageClass, PageMap, PageSize,
     Pfn, PfnRange, PrunePlan, RamLayout,
 };
 use sonicshot_xen::{
@@ -86,7 +86,7 @@ fn image(kind: u8, items: &[Item]) -> Vec<u8> {
 }
 
 fn parse(data: &[u8]) -> Result<XlImage, XenError> {
-    XlImage::parse(GuestBytes::from_slice(data))
+    XlImage::parse(FileBytes::from_slice(data))
 }
 
 /// What the guest has after a restore: each frame's content, or nothing that is known.
@@ -136,7 +136,7 @@ fn prune(data: &[u8], drop: &[u64]) -> Vec<u8> {
     let image = parse(data).unwrap();
     let dropped = image.dropped(&plan(drop), Guarded::vouched());
     let mut out = Vec::new();
-    let bytes = GuestBytes::from_slice(data);
+    let bytes = FileBytes::from_slice(data);
     image
         .pruned(
             bytes,
@@ -248,7 +248,7 @@ proptest! {
 fn split_and_join(data: &[u8], drop: &[u64]) -> (Vec<u8>, Vec<u8>) {
     let image = parse(data).unwrap();
     let dropped = image.dropped(&plan(drop), Guarded::vouched());
-    let bytes = GuestBytes::from_slice(data);
+    let bytes = FileBytes::from_slice(data);
     let skeleton = image.skeleton(bytes, &dropped).unwrap();
     let memory = seen(data);
     let joined = join(&skeleton, |pfn| memory[&pfn].0.unwrap()).unwrap();
@@ -256,7 +256,7 @@ fn split_and_join(data: &[u8], drop: &[u64]) -> (Vec<u8>, Vec<u8>) {
 }
 
 fn join(skeleton: &[u8], content: impl Fn(u64) -> u8) -> Result<Vec<u8>, XenError> {
-    let bytes = GuestBytes::from_slice(skeleton);
+    let bytes = FileBytes::from_slice(skeleton);
     let mut out = Vec::new();
     let put = |part| {
         match part {
@@ -362,7 +362,7 @@ fn a_skeleton_that_asks_for_a_page_twice_is_refused() {
             last = data.len() - 8;
         }
         tail(&mut data);
-        let error = Skeleton::parse(GuestBytes::from_slice(&data)).unwrap_err();
+        let error = Skeleton::parse(FileBytes::from_slice(&data)).unwrap_err();
         let wanted = format!(
             "a second content of a page in record {}, at offset {last:#x} (value {:#x})",
             1 + records.len(),
@@ -386,7 +386,7 @@ fn pages_are_asked_for_in_the_order_of_the_file() {
     ];
     let data = image(1, &items);
     let skeleton = split_and_join(&data, &[]).0;
-    let bytes = GuestBytes::from_slice(&skeleton);
+    let bytes = FileBytes::from_slice(&skeleton);
     let mut asked = Vec::new();
     let skeleton = Skeleton::parse(bytes).unwrap();
     let each = |part| {
@@ -685,7 +685,7 @@ fn pv_cpu(id: u32, control: [u64; 3], len: usize) -> Item {
 fn processors_are_told() {
     let vcpus = |kind: u8, items: &[Item]| {
         let data = image(kind, items);
-        let vcpus = parse(&data).unwrap().vcpus(GuestBytes::from_slice(&data));
+        let vcpus = parse(&data).unwrap().vcpus(FileBytes::from_slice(&data));
         vcpus.map(|vcpus| {
             assert_eq!(vcpus.offline, 0);
             let control = |vcpu: &sonicshot_xen::Vcpu| (vcpu.id, vcpu.control);

@@ -602,8 +602,9 @@ fn a_mapped_checkpoint_reads_the_same_and_stays_private() {
         let checkpoint = CheckpointReader::open(file.path()).unwrap();
         let mut map_options = MapOptions::default();
         map_options.min_mapping = 4096;
-        for max_mappings in [0, 3, 1000] {
+        for (max_mappings, unsealed) in [(0, true), (3, true), (1000, true), (1000, false)] {
             map_options.max_mappings = max_mappings;
+            map_options.unsealed = unsealed;
             let memory = checkpoint.map_private(map_options).unwrap();
             for (at, expected) in expected(&guest, 0xaa) {
                 let start = memory.address(at).unwrap();
@@ -615,5 +616,61 @@ fn a_mapped_checkpoint_reads_the_same_and_stays_private() {
             }
         }
         checkpoint.verify(&mut |_, _| {}).unwrap();
+    }
+}
+
+/// What the process has mapped of a file whose name contains this.
+#[cfg(feature = "mmap")]
+fn is_mapped(name: &str) -> bool {
+    std::fs::read_to_string("/proc/self/maps")
+        .unwrap()
+        .contains(name)
+}
+
+#[cfg(feature = "mmap")]
+#[test]
+#[expect(unsafe_code, reason = "what is mapped is looked at")]
+fn only_what_nobody_can_cut_off_is_mapped() {
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+    use std::fs::File;
+    use std::io::Write;
+    let guest = mixed();
+    let (bytes, _) = save(&guest, options(0, 8192, 1, true), Fill::Byte(0xaa));
+    let all = SealFlags::SHRINK | SealFlags::WRITE;
+    for (name, seals, unsealed, mapped) in [
+        ("sonic-none", SealFlags::empty(), false, false),
+        ("sonic-grow", SealFlags::GROW, false, false),
+        ("sonic-shrink", SealFlags::SHRINK, false, false),
+        ("sonic-write", SealFlags::WRITE, false, false),
+        ("sonic-all", all, false, true),
+        (
+            "sonic-future",
+            SealFlags::SHRINK | SealFlags::FUTURE_WRITE,
+            false,
+            true,
+        ),
+        ("sonic-vouched", SealFlags::empty(), true, true),
+    ] {
+        let memory = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        let mut file = File::from(memory);
+        file.write_all(&bytes).unwrap();
+        fcntl_add_seals(&file, seals).unwrap();
+        let other = file.try_clone().unwrap();
+        let checkpoint = CheckpointReader::new(file).unwrap();
+        let mut map_options = MapOptions::default();
+        map_options.min_mapping = 4096;
+        map_options.unsealed = unsealed;
+        let memory = checkpoint.map_private(map_options).unwrap();
+        assert_eq!(is_mapped(name), mapped, "{name}");
+        if !mapped {
+            // It would end this process by a signal.
+            let _ = other.set_len(0);
+        }
+        for (at, expected) in expected(&guest, 0xaa) {
+            let start = memory.address(at).unwrap();
+            // SAFETY: the region is mapped and nobody writes it.
+            let found = unsafe { std::slice::from_raw_parts(start.as_ptr(), expected.len()) };
+            assert!(found == expected, "{name}");
+        }
     }
 }

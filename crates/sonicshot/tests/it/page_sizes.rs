@@ -21,7 +21,7 @@ fn content(pfn: u64, class: PageClass, page: &mut [u8]) {
         // Every fourth is the same as the one before.
         _ => {
             for (word, at) in page.chunks_mut(8).zip(0_u64..) {
-                let value = ((pfn & !3) | 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ at / 3;
+                let value = ((pfn & !3) | 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (at / 3);
                 word.copy_from_slice(&value.to_le_bytes()[..word.len()]);
             }
         }

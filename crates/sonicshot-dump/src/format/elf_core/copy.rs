@@ -1,7 +1,7 @@
 //! An ELF core again, without the dropped pages.
 
 use crate::DumpError;
-use crate::backing::mapped::MappedDump;
+use crate::backing::plain::PlainDump;
 use crate::format::ability::Copying;
 use crate::format::elf_core::wire::{self, ElfCore, PT_LOAD, Segment};
 use crate::prune::copy::Copier;
@@ -106,7 +106,7 @@ fn gap(a: &Piece, b: &Piece) -> Option<u64> {
 }
 
 /// Writes a core with the kept pages.
-pub(super) fn copy(dump: &MappedDump, core: &ElfCore, work: Copying<'_>) -> Result<(), DumpError> {
+pub(super) fn copy(dump: &PlainDump, core: &ElfCore, work: Copying<'_>) -> Result<(), DumpError> {
     let refuse = |why| DumpError::CannotPrune {
         path: dump.path().into(),
         why,

@@ -4,15 +4,15 @@
 //! section headers before the program headers.
 
 use crate::DumpError;
-use crate::backing::mapped::Extent;
-use sonicshot::{Architecture, FileOffset, Gpa, GpaRange, GuestBytes};
+use crate::backing::plain::Extent;
+use sonicshot::{Architecture, FileBytes, FileOffset, Gpa, GpaRange};
 use std::path::Path;
 
 pub(crate) const HEADER_LEN: usize = 64;
 pub(crate) const SEGMENT_LEN: usize = 56;
 /// `e_phnum` of a file whose number of segments is in `sh_info` of section 0.
 const PN_XNUM: u16 = 0xffff;
-const ET_CORE: u16 = 4;
+pub(super) const ET_CORE: u16 = 4;
 const EM_X86_64: u16 = 62;
 const EM_AARCH64: u16 = 183;
 pub(crate) const PT_LOAD: u32 = 1;
@@ -128,21 +128,21 @@ pub(crate) struct ElfCore {
     pub vmcoreinfo: Option<Vec<u8>>,
 }
 
-/// Fields are read one by one as [`GuestBytes`], for somebody may be writing the file.
-fn u16_at(data: GuestBytes<'_>, at: u64) -> Option<u16> {
+/// Fields are read one by one as [`FileBytes`], for somebody may be writing the file.
+fn u16_at(data: FileBytes<'_>, at: u64) -> Option<u16> {
     data.u16_at(usize::try_from(at).ok()?)
 }
 
-fn u32_at(data: GuestBytes<'_>, at: u64) -> Option<u32> {
+fn u32_at(data: FileBytes<'_>, at: u64) -> Option<u32> {
     data.u32_at(usize::try_from(at).ok()?)
 }
 
-fn u64_at(data: GuestBytes<'_>, at: u64) -> Option<u64> {
+fn u64_at(data: FileBytes<'_>, at: u64) -> Option<u64> {
     data.u64_at(usize::try_from(at).ok()?)
 }
 
 /// A copy of the `len` bytes at `at`.
-fn copy_of(data: GuestBytes<'_>, at: u64, len: u32) -> Option<Vec<u8>> {
+fn copy_of(data: FileBytes<'_>, at: u64, len: u32) -> Option<Vec<u8>> {
     let len = usize::try_from(len).ok()?;
     let bytes = data.get(usize::try_from(at).ok()?, len)?;
     let mut copy = vec![0; len];
@@ -150,7 +150,7 @@ fn copy_of(data: GuestBytes<'_>, at: u64, len: u32) -> Option<Vec<u8>> {
 }
 
 impl Segment {
-    fn read(data: GuestBytes<'_>, at: u64) -> Option<Self> {
+    fn read(data: FileBytes<'_>, at: u64) -> Option<Self> {
         let field = |offset: u64| u64_at(data, at.checked_add(offset)?);
         Some(Self {
             kind: u32_at(data, at)?,
@@ -206,7 +206,7 @@ impl Segment {
 }
 
 impl ElfCore {
-    pub(crate) fn parse(path: &Path, data: GuestBytes<'_>) -> Result<Self, DumpError> {
+    pub(crate) fn parse(path: &Path, data: FileBytes<'_>) -> Result<Self, DumpError> {
         let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
         let len = data.len() as u64;
         let short = || bad("a file too short for an ELF header", 0, len);
@@ -285,7 +285,7 @@ impl ElfCore {
     }
 
     /// The bytes of the first `PT_NOTE` segment, unless there are too many.
-    pub(crate) fn notes(&self, data: GuestBytes<'_>) -> Option<Vec<u8>> {
+    pub(crate) fn notes(&self, data: FileBytes<'_>) -> Option<Vec<u8>> {
         let notes = self
             .segments
             .iter()
@@ -382,7 +382,7 @@ fn add_extent(extents: &mut Vec<Extent>, guest: GpaRange, segment: &Segment) {
 }
 
 /// The text of the note `VMCOREINFO` in any `PT_NOTE`.
-fn find_vmcoreinfo(data: GuestBytes<'_>, segments: &[Segment]) -> Option<Vec<u8>> {
+fn find_vmcoreinfo(data: FileBytes<'_>, segments: &[Segment]) -> Option<Vec<u8>> {
     let mut left = MAX_NOTES;
     for notes in segments.iter().filter(|segment| segment.kind == PT_NOTE) {
         let end = notes.offset.checked_add(notes.file_len)?;
@@ -414,7 +414,7 @@ struct Note {
 }
 
 impl Note {
-    fn read(data: GuestBytes<'_>, at: u64) -> Option<Self> {
+    fn read(data: FileBytes<'_>, at: u64) -> Option<Self> {
         let name_len = u32_at(data, at)?;
         let text_len = u32_at(data, at.checked_add(4)?)?;
         let name_at = at.checked_add(12)?;

@@ -19,14 +19,12 @@ pub(crate) const KIND: Kind = Kind::by_magic(&[read::SIGNATURE, b"makedumpfile"]
 /// A kdump-compressed file and its memory.
 #[derive(Debug)]
 struct KdumpDump {
-    file: File,
     memory: KdumpFile,
 }
 
 fn open(source: Source<'_>) -> Result<KdumpDump, DumpError> {
-    let memory = KdumpFile::parse(source.path, source.map)?;
-    let file = source.file;
-    Ok(KdumpDump { file, memory })
+    let memory = KdumpFile::parse(source.path, source.content)?;
+    Ok(KdumpDump { memory })
 }
 
 impl Format for KdumpDump {
@@ -39,11 +37,11 @@ impl Format for KdumpDump {
     }
 
     fn file(&self) -> &File {
-        &self.file
+        self.memory.file()
     }
 
     fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.memory.check_length(&self.file)
+        self.memory.check_unchanged()
     }
 
     fn machine(&self) -> Option<Architecture> {

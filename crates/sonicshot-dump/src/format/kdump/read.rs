@@ -11,10 +11,11 @@
 //! the file proper. It is read in place, by an index of the pieces.
 
 use crate::DumpError;
-use crate::backing::mapped::{check_length, map_file, whole};
 use crate::backing::paged::BlockCache;
-use memmap2::Mmap;
-use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, PageSize, RamLayout};
+use crate::backing::plain::{check_content, open_content};
+use sonicshot::{
+    Architecture, FileContent, Gpa, GpaRange, GuestMemory, MemoryError, PageSize, RamLayout,
+};
 use std::collections::BinaryHeap;
 use std::fmt;
 use std::fs::File;
@@ -116,14 +117,13 @@ impl KdumpFile {
                 why: "it is not a regular file with content",
             });
         }
-        let (_, map) = map_file(path)?;
-        Self::parse(path, map)
+        Self::parse(path, open_content(path)?)
     }
 
-    /// Reads the headers of the mapped file.
-    pub(crate) fn parse(path: &Path, map: Mmap) -> Result<Self, DumpError> {
+    /// Reads the headers of the file.
+    pub(crate) fn parse(path: &Path, file: FileContent) -> Result<Self, DumpError> {
         let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
-        let content = Content::new(path, map)?;
+        let content = Content::new(path, file)?;
         let header = Header::read(path, &content)?;
         let sub = SubHeader::read(path, &content, &header)?;
         let places = Places::new(path, &content, &header, &sub)?;
@@ -182,9 +182,14 @@ impl KdumpFile {
         })
     }
 
-    /// Refuses a file that has become shorter or longer since it was opened.
-    pub(crate) fn check_length(&self, file: &File) -> Result<(), DumpError> {
-        check_length(file, &self.path, self.content.stored_len())
+    /// Refuses a file that was changed since it was opened, or could not be read.
+    pub(crate) fn check_unchanged(&self) -> Result<(), DumpError> {
+        check_content(&self.content.file, &self.path)
+    }
+
+    /// The file.
+    pub(crate) fn file(&self) -> &File {
+        self.content.file.file()
     }
 
     /// Whether the file is flattened.
@@ -342,7 +347,7 @@ impl GuestMemory for KdumpFile {
             let range = GpaRange::with_len(at, len).ok_or_else(not_ram)?;
             let backend = |source| MemoryError::Backend {
                 range,
-                source: Box::new(source),
+                source: Box::new(self.check_unchanged().err().unwrap_or(source)),
             };
             let descriptor = self
                 .descriptor(at.pfn(size).raw())
@@ -611,7 +616,7 @@ impl Decoder {
 
 /// The bytes of the file proper, which in a flattened file are in pieces.
 struct Content {
-    map: Mmap,
+    file: FileContent,
     /// Sorted by `at`, disjoint.
     pieces: Option<Vec<Piece>>,
 }
@@ -634,8 +639,8 @@ impl Piece {
 }
 
 impl Content {
-    fn new(path: &Path, map: Mmap) -> Result<Self, DumpError> {
-        let mut content = Self { map, pieces: None };
+    fn new(path: &Path, file: FileContent) -> Result<Self, DumpError> {
+        let mut content = Self { file, pieces: None };
         let mut signature = [0; 16];
         if content.read(0, &mut signature) && signature == *FLAT_SIGNATURE {
             content.pieces = Some(content.find_pieces(path)?);
@@ -653,13 +658,12 @@ impl Content {
 
     /// The length of the file on disk.
     fn stored_len(&self) -> u64 {
-        self.map.len() as u64
+        self.file.len()
     }
 
     fn read_stored(&self, at: u64, out: &mut [u8]) -> bool {
-        let at = usize::try_from(at).ok();
-        at.and_then(|at| whole(&self.map).get(at, out.len()))
-            .is_some_and(|bytes| bytes.copy_to(out))
+        let end = at.checked_add(out.len() as u64);
+        end.is_some_and(|end| end <= self.file.len()) && self.file.read_at(out, at).is_ok()
     }
 
     /// Fills `out` with the bytes from `at` on; what is in no piece is zero. `false` if they are

@@ -101,7 +101,10 @@ pub fn write_kdump_without(
     progress: Progress<'_>,
 ) -> Result<KdumpWriteStats, KdumpWriteError> {
     let sizes = Sizes::new(memory, plan.page_size(), options)?;
-    let mut frames = Frames::new(memory, plan, &sizes)?;
+    let regions = memory.layout().frames(plan.page_size());
+    let regions = regions.filter_map(|frames| frames.gpa_range(plan.page_size()));
+    let regions: Vec<GpaRange> = regions.collect();
+    let mut frames = Frames::new(&regions, plan, &sizes)?;
     let mut stats = KdumpWriteStats {
         dropped_pages: frames.dropped_pages,
         ..KdumpWriteStats::default()
@@ -111,7 +114,7 @@ pub fn write_kdump_without(
     let dumped = &mut frames.dumped;
     map_in_order(
         work::threads(options.threads.or(Some(NonZeroUsize::MIN))),
-        frames.chunks,
+        chunks_of(&regions, plan),
         || Encoder::new(options.compression),
         |encoder, chunk| pack(memory, chunk, sizes.block, encoder),
         |packed| {
@@ -123,8 +126,9 @@ pub fn write_kdump_without(
         },
     )?;
     stats.file_len = pages.data_at;
-    file.write_all_at(&frames.present.bits, sizes.present_at)?;
-    file.write_all_at(&frames.dumped.bits, sizes.dumped_at)?;
+    let len = sizes.bitmap_len;
+    frames.present.write_at(file, sizes.present_at, len)?;
+    frames.dumped.write_at(file, sizes.dumped_at, len)?;
     let level = match stats.dropped_pages {
         0 => 0,
         _ => DUMP_LEVEL_FREE,
@@ -136,32 +140,41 @@ pub fn write_kdump_without(
     Ok(stats)
 }
 
+/// The parts of all kept memory, none longer than [`CHUNK`], lowest first.
+fn chunks_of<'a>(
+    regions: &'a [GpaRange],
+    plan: &'a PrunePlan,
+) -> impl Iterator<Item = GpaRange> + 'a {
+    let kept = regions.iter().flat_map(|region| plan.kept_in(*region));
+    kept.flat_map(|kept| {
+        let mut start = kept.start();
+        std::iter::from_fn(move || {
+            let next = start.checked_add(CHUNK).unwrap_or(kept.end());
+            let chunk = GpaRange::new(start, next.min(kept.end()));
+            start = chunk.end();
+            (!chunk.is_empty()).then_some(chunk)
+        })
+    })
+}
+
 /// Which frames there are, and which of them come into the file.
 struct Frames {
     present: Bitmap,
     dumped: Bitmap,
-    /// Those that come, in pieces for a thread each.
-    chunks: Vec<GpaRange>,
     kept_bytes: u64,
     dropped_pages: u64,
 }
 
 impl Frames {
-    fn new(
-        memory: &dyn GuestMemory,
-        plan: &PrunePlan,
-        sizes: &Sizes,
-    ) -> Result<Self, KdumpWriteError> {
+    fn new(regions: &[GpaRange], plan: &PrunePlan, sizes: &Sizes) -> Result<Self, KdumpWriteError> {
         let page = plan.page_size();
         let mut this = Self {
             present: Bitmap::new(sizes)?,
             dumped: Bitmap::new(sizes)?,
-            chunks: Vec::new(),
             kept_bytes: 0,
             dropped_pages: 0,
         };
-        let regions = memory.layout().frames(page);
-        for region in regions.filter_map(|frames| frames.gpa_range(page)) {
+        for region in regions.iter().copied() {
             this.present.set(region)?;
             for dropped in plan.dropped_in(region) {
                 let pages = dropped.len() >> page.shift();
@@ -170,12 +183,6 @@ impl Frames {
             for kept in plan.kept_in(region) {
                 this.kept_bytes = this.kept_bytes.saturating_add(kept.len());
                 this.dumped.set(kept)?;
-                let mut start = kept.start();
-                while let Some(at) = start.checked_add(CHUNK).filter(|at| *at < kept.end()) {
-                    this.chunks.push(GpaRange::new(start, at));
-                    start = at;
-                }
-                this.chunks.push(GpaRange::new(start, kept.end()));
             }
         }
         Ok(this)
@@ -436,22 +443,59 @@ fn phys_base(vmcoreinfo: &[u8]) -> u64 {
         .map_or(0, i64::cast_unsigned)
 }
 
-/// One bit for each frame.
+/// One bit for each frame, in pieces: one in which no frame is set, or every one, takes no memory,
+/// so that it is bounded by the stretches of frames and not by their number.
 struct Bitmap {
-    bits: Vec<u8>,
+    pieces: Vec<Piece>,
     shift: u32,
+}
+
+/// How many bytes of a bitmap are a piece.
+const PIECE: usize = 4096;
+/// Frames that a piece has a bit for.
+const PIECE_FRAMES: u64 = 8 * PIECE as u64;
+
+/// A piece whose bytes are all the same has none of its own.
+#[derive(Clone, Default)]
+struct Piece {
+    fill: u8,
+    bytes: Option<Box<[u8; PIECE]>>,
+}
+
+impl Piece {
+    fn bytes(&mut self) -> &mut [u8; PIECE] {
+        let fill = self.fill;
+        self.bytes.get_or_insert_with(|| Box::new([fill; PIECE]))
+    }
+
+    fn set_all(&mut self) {
+        self.fill = 0xff;
+        self.bytes = None;
+    }
 }
 
 impl Bitmap {
     fn new(sizes: &Sizes) -> Result<Self, KdumpWriteError> {
-        let bits = vec![0; in_memory(sizes.bitmap_len)?];
-        let shift = sizes.shift;
-        Ok(Self { bits, shift })
+        let pieces = in_memory(sizes.bitmap_len.div_ceil(PIECE as u64))?;
+        Ok(Self {
+            pieces: vec![Piece::default(); pieces],
+            shift: sizes.shift,
+        })
+    }
+
+    fn piece(&mut self, frame: u64) -> Result<&mut Piece, KdumpWriteError> {
+        let piece = usize::try_from(frame / PIECE_FRAMES).ok();
+        let piece = piece.and_then(|piece| self.pieces.get_mut(piece));
+        piece.ok_or(KdumpWriteError::TooLarge {
+            what: "a frame of number",
+            value: frame,
+        })
     }
 
     fn byte(&mut self, frame: u64) -> Result<&mut u8, KdumpWriteError> {
-        let byte = usize::try_from(frame >> 3).ok();
-        let byte = byte.and_then(|byte| self.bits.get_mut(byte));
+        let bytes = self.piece(frame)?.bytes();
+        let inside = usize::try_from((frame % PIECE_FRAMES) >> 3).ok();
+        let byte = inside.and_then(|inside| bytes.get_mut(inside));
         byte.ok_or(KdumpWriteError::TooLarge {
             what: "a frame of number",
             value: frame,
@@ -462,15 +506,37 @@ impl Bitmap {
         let mut frame = range.start().raw() >> self.shift;
         let end = range.end().raw() >> self.shift;
         while frame < end {
-            let whole = frame.is_multiple_of(8) && end.saturating_sub(frame) >= 8;
-            let byte = self.byte(frame)?;
-            if whole {
-                *byte = 0xff;
-                frame = frame.saturating_add(8);
+            let left = end.saturating_sub(frame);
+            let whole = |count| frame.is_multiple_of(count) && left >= count;
+            let step = if whole(PIECE_FRAMES) {
+                self.piece(frame)?.set_all();
+                PIECE_FRAMES
+            } else if whole(8) {
+                *self.byte(frame)? = 0xff;
+                8
             } else {
-                *byte |= 1 << (frame & 7);
-                frame = frame.saturating_add(1);
+                *self.byte(frame)? |= 1 << (frame & 7);
+                1
+            };
+            frame = frame.saturating_add(step);
+        }
+        Ok(())
+    }
+
+    /// Writes the bitmap, of `len` bytes, to an empty stretch of a file, which is zero.
+    fn write_at(&self, file: &File, at: u64, len: u64) -> Result<(), KdumpWriteError> {
+        let mut offset = 0_u64;
+        for piece in &self.pieces {
+            let end = offset.saturating_add(PIECE as u64).min(len);
+            let size = in_memory(end.saturating_sub(offset))?;
+            let same = [piece.fill; PIECE];
+            let bytes = piece.bytes.as_deref().unwrap_or(&same);
+            // What is zero stays a hole.
+            if piece.bytes.is_some() || piece.fill != 0 {
+                let bytes = bytes.get(..size).unwrap_or_default();
+                file.write_all_at(bytes, at.saturating_add(offset))?;
             }
+            offset = end;
         }
         Ok(())
     }

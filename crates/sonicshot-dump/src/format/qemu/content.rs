@@ -5,7 +5,7 @@ use crate::format::qemu::start::{
     self, Cursor, FLAG_EOS, FLAG_MULTIFD_FLUSH, RamBlock, SECTION_END, SECTION_PART, Start,
     TARGET_PAGE,
 };
-use sonicshot::{FileRange, GuestBytes};
+use sonicshot::{FileBytes, FileRange};
 use std::path::Path;
 
 /// What both kinds of file hold.
@@ -26,7 +26,7 @@ pub(crate) struct Content<'a> {
 /// where the sections between its parts end, and where all of it ends.
 pub(crate) fn rest_of_ram(
     path: &Path,
-    data: GuestBytes<'_>,
+    data: FileBytes<'_>,
     start: &Start,
     after: u64,
 ) -> Result<(u64, u64), DumpError> {

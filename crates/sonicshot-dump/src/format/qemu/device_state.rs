@@ -21,7 +21,7 @@ use crate::format::qemu::start::{Cursor, SECTION_FOOTER, SECTION_FULL, SUBSECTIO
 use crate::processors::{Registers, host_in_memory, host_in_vmcb, host_in_vmcs12};
 use serde::Deserialize;
 use serde::de::{Deserializer, SeqAccess, Visitor};
-use sonicshot::{ControlRegisters, GuestBytes, GuestMemory, Processor};
+use sonicshot::{ControlRegisters, FileBytes, GuestMemory, Processor};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
@@ -263,7 +263,7 @@ impl<'de> Visitor<'de> for SubsectionsVisitor {
 /// What the devices' state from `at` on tells of the processors.
 pub(crate) fn processors(
     path: &Path,
-    data: GuestBytes<'_>,
+    data: FileBytes<'_>,
     at: u64,
     memory: &dyn GuestMemory,
 ) -> Result<Vec<Processor>, &'static str> {
@@ -368,7 +368,7 @@ fn walk<'a>(
     end: u64,
     description: &'a Description,
 ) -> Result<Vec<Section<'a>>, DumpError> {
-    let mut cursor = Cursor::new(path, GuestBytes::from_slice(state), 0);
+    let mut cursor = Cursor::new(path, FileBytes::from_slice(state), 0);
     let mut sections = Vec::new();
     let mut early = 0;
     for device in &description.devices {
@@ -546,8 +546,9 @@ mod tests {
 
     fn read(state: &[u8]) -> Result<Vec<Processor>, &'static str> {
         let ram = [0; 4096];
-        let ram = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
-        processors(Path::new("test"), GuestBytes::from_slice(state), 0, &ram)
+        let ram =
+            MappedRegions::new(vec![(Gpa::ZERO, sonicshot::GuestBytes::from_slice(&ram))]).unwrap();
+        processors(Path::new("test"), FileBytes::from_slice(state), 0, &ram)
     }
 
     fn two() -> Vec<Processor> {

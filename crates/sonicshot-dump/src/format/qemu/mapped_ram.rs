@@ -5,7 +5,7 @@
 //! of its pages. A page is dropped by clearing its bit: QEMU then leaves its own memory as it
 //! is, which is zero where the memory is fresh. Then what the page took can be punched out.
 
-use crate::backing::mapped::{Extent, MappedDump};
+use crate::backing::plain::{Extent, PlainDump};
 use crate::backing::spool::Spool;
 use crate::format::ability::{ByCopy, Copying, InPlace, Migration, Punching};
 use crate::format::kind::{Format, Source};
@@ -21,7 +21,7 @@ use crate::prune::runs::file_runs;
 use crate::prune::stats::PruneStats;
 use crate::{DumpError, LayoutSpec};
 use sonicshot::{
-    FileOffset, FileRange, GpaRange, GuestBytes, GuestMemory, Processors, Progress, PrunePlan,
+    FileBytes, FileOffset, FileRange, GpaRange, GuestMemory, Processors, Progress, PrunePlan,
 };
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -37,7 +37,7 @@ const IGNORE_SHARED: &str = "x-ignore-shared";
 /// A mapped-ram file, mapped.
 #[derive(Debug)]
 pub(crate) struct MappedRamDump {
-    mapped: MappedDump,
+    mapped: PlainDump,
     ram: MappedRam,
     wrapping: Wrapping,
 }
@@ -77,7 +77,7 @@ impl Format for MappedRamDump {
     }
 
     fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.mapped.check_length()
+        self.mapped.check_unchanged()
     }
 
     fn machine_type(&self) -> Option<&str> {
@@ -127,7 +127,7 @@ impl ByCopy for MappedRamDump {
 }
 
 impl InPlace for MappedRamDump {
-    fn source(&self) -> &MappedDump {
+    fn source(&self) -> &PlainDump {
         &self.mapped
     }
 
@@ -143,7 +143,7 @@ impl InPlace for MappedRamDump {
 }
 
 impl Migration for MappedRamDump {
-    fn source(&self) -> &MappedDump {
+    fn source(&self) -> &PlainDump {
         &self.mapped
     }
 
@@ -188,7 +188,7 @@ impl MappedRam {
     /// the file's own beginning.
     pub(crate) fn parse(
         path: &Path,
-        data: GuestBytes<'_>,
+        data: FileBytes<'_>,
         at: u64,
         layout: Option<&LayoutSpec>,
     ) -> Result<Self, DumpError> {
@@ -242,7 +242,7 @@ impl MappedRam {
     pub(crate) fn extents(
         &self,
         path: &Path,
-        data: GuestBytes<'_>,
+        data: FileBytes<'_>,
         on_disk: u64,
     ) -> Result<Vec<Extent>, DumpError> {
         let mut extents: Vec<Extent> = Vec::new();
@@ -250,8 +250,10 @@ impl MappedRam {
         // for a page each, which a file system may have compressed.
         let limit = (on_disk / MIN_STORED).saturating_add(SMALL);
         for store in self.placed() {
-            let bitmap = store.bitmap(path, data)?;
-            if !store.extents(&bitmap, limit, &mut extents) {
+            let missing = || DumpError::malformed(path, "a bitmap", store.bitmap_offset, 0);
+            let mut marks = store.marks(data).ok_or_else(missing)?;
+            let fits = store.extents(&mut marks, limit, &mut extents);
+            if !fits.ok_or_else(missing)? {
                 let what = "more stretches of pages than the file has data for";
                 return Err(DumpError::malformed(path, what, store.bitmap_offset, limit));
             }
@@ -269,7 +271,7 @@ impl MappedRam {
     pub(crate) fn pruned_bitmaps(
         &self,
         path: &Path,
-        data: GuestBytes<'_>,
+        data: FileBytes<'_>,
         plan: &PrunePlan,
     ) -> Result<Vec<(FileOffset, Vec<u8>)>, DumpError> {
         self.placed()
@@ -294,8 +296,68 @@ impl MappedRam {
     }
 }
 
+/// A block's bitmap, looked at in pieces: however long it is, only one of them is in memory.
+struct Marks<'a> {
+    bitmap: FileBytes<'a>,
+    /// The bytes from `at` on; none if nothing was read yet.
+    piece: Vec<u8>,
+    at: u64,
+}
+
+/// How many bytes of a bitmap are looked at at once.
+const PIECE: u64 = 64 << 10;
+
+impl Marks<'_> {
+    /// The marks of the eight pages from 8 x `number` on.
+    fn byte(&mut self, number: u64) -> Option<u8> {
+        let inside = |at: u64| usize::try_from(number.checked_sub(at)?).ok();
+        if let Some(byte) = inside(self.at).and_then(|inside| self.piece.get(inside)) {
+            return Some(*byte);
+        }
+        let start = number.checked_sub(number % PIECE)?;
+        let left = (self.bitmap.len() as u64).checked_sub(start)?;
+        let len = usize::try_from(left.min(PIECE)).ok()?;
+        let bytes = self.bitmap.get(usize::try_from(start).ok()?, len)?;
+        let mut piece = vec![0; len];
+        bytes.copy_to(&mut piece).then_some(())?;
+        (self.piece, self.at) = (piece, start);
+        self.piece.get(inside(start)?).copied()
+    }
+
+    fn is_set(&mut self, page: u64) -> Option<bool> {
+        Some(self.byte(page >> 3)? >> (page & 7) & 1 == 1)
+    }
+
+    /// The first page from `page` on that is not marked as it is, or `end`.
+    fn end_of(&mut self, page: u64, end: u64, mark: bool) -> Option<u64> {
+        let all = if mark { 0xff } else { 0 };
+        let mut page = page;
+        while page < end {
+            let eight = page & 7 == 0 && end.saturating_sub(page) >= 8;
+            if eight && self.byte(page >> 3)? == all {
+                page = page.saturating_add(8);
+            } else if self.is_set(page)? == mark {
+                page = page.saturating_add(1);
+            } else {
+                break;
+            }
+        }
+        Some(page)
+    }
+}
+
 impl Store {
-    pub(crate) fn bitmap(&self, path: &Path, data: GuestBytes<'_>) -> Result<Vec<u8>, DumpError> {
+    fn marks<'a>(&self, data: FileBytes<'a>) -> Option<Marks<'a>> {
+        let len = self.len.div_ceil(TARGET_PAGE).div_ceil(8);
+        let (start, len) = (usize::try_from(self.bitmap_offset), usize::try_from(len));
+        Some(Marks {
+            bitmap: data.get(start.ok()?, len.ok()?)?,
+            piece: Vec::new(),
+            at: 0,
+        })
+    }
+
+    pub(crate) fn bitmap(&self, path: &Path, data: FileBytes<'_>) -> Result<Vec<u8>, DumpError> {
         let len = self.len.div_ceil(TARGET_PAGE).div_ceil(8);
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         let start = usize::try_from(self.bitmap_offset).unwrap_or(usize::MAX);
@@ -309,21 +371,25 @@ impl Store {
         Err(missing())
     }
 
-    /// Adds the block's stretches; `false` if they are more than `limit` all together.
-    fn extents(&self, bitmap: &[u8], limit: u64, extents: &mut Vec<Extent>) -> bool {
+    /// Adds the block's stretches; `false` if they are more than `limit` all together, `None` if
+    /// the bitmap is not all there.
+    fn extents(
+        &self,
+        marks: &mut Marks<'_>,
+        limit: u64,
+        extents: &mut Vec<Extent>,
+    ) -> Option<bool> {
         let mut base = 0_u64;
         for range in &self.ranges {
             let mut at = base;
             base = base.saturating_add(range.len());
             while at < base {
-                let first = is_set(bitmap, at / TARGET_PAGE);
-                let mut end = at;
-                while end < base && is_set(bitmap, end / TARGET_PAGE) == first {
-                    end = end.saturating_add(TARGET_PAGE);
-                }
-                let end = end.min(base);
+                let page = at / TARGET_PAGE;
+                let first = marks.is_set(page)?;
+                let end = marks.end_of(page, base.div_ceil(TARGET_PAGE), first)?;
+                let end = end.saturating_mul(TARGET_PAGE).min(base);
                 if extents.len() as u64 > limit {
-                    return false;
+                    return Some(false);
                 }
                 for (guest, from) in start::place(&self.ranges, at, end.saturating_sub(at)) {
                     extents.push(Extent {
@@ -335,7 +401,7 @@ impl Store {
                 at = end;
             }
         }
-        true
+        Some(true)
     }
 
     fn holes(&self, bitmap: &[u8], holes: &mut Vec<FileRange>) {
@@ -409,7 +475,7 @@ fn block(cursor: &mut Cursor<'_>, file_len: u64) -> Result<Block, DumpError> {
 }
 
 fn of_mapped<'a>(
-    dump: &MappedDump,
+    dump: &PlainDump,
     ram: &'a MappedRam,
     begin: u64,
 ) -> Result<Content<'a>, DumpError> {
@@ -438,7 +504,7 @@ fn of_mapped<'a>(
 /// Copies all of the file but the dropped pages, and clears their bits. Returns how many bytes
 /// are shared.
 fn copy_mapped_ram(
-    dump: &MappedDump,
+    dump: &PlainDump,
     ram: &MappedRam,
     bitmaps: &[(FileOffset, Vec<u8>)],
     output: &Output,

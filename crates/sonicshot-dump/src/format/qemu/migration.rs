@@ -3,7 +3,7 @@
 //! is byte for byte.
 
 use crate::DumpError;
-use crate::backing::mapped::MappedDump;
+use crate::backing::plain::PlainDump;
 use crate::format::ability::Migration;
 use crate::format::qemu::content::Content;
 use crate::format::qemu::start::{
@@ -50,7 +50,7 @@ pub(crate) fn write(
 
 /// Writes one piece after the other.
 struct Writer<'a> {
-    dump: &'a MappedDump,
+    dump: &'a PlainDump,
     output: &'a Output,
     copier: Copier<'a>,
     /// What was not written yet, and where it goes.
@@ -59,7 +59,7 @@ struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    fn new(dump: &'a MappedDump, output: &'a Output, progress: Progress<'a>) -> Self {
+    fn new(dump: &'a PlainDump, output: &'a Output, progress: Progress<'a>) -> Self {
         Self {
             dump,
             output,

@@ -6,7 +6,7 @@
 //! the guest's RAM, and the ROMs and video memory that go with it.
 
 use crate::{BlockPlace, DumpError, LayoutSpec};
-use sonicshot::{FileOffset, FileRange, Gpa, GpaRange, GuestBytes};
+use sonicshot::{FileBytes, FileOffset, FileRange, Gpa, GpaRange};
 use std::path::Path;
 
 /// The subsection with the capabilities that both sides must have.
@@ -53,12 +53,12 @@ const VIRTIO_MEM: &str = "/virtio-mem-device-early";
 #[derive(Clone)]
 pub(crate) struct Cursor<'a> {
     path: &'a Path,
-    data: GuestBytes<'a>,
+    data: FileBytes<'a>,
     pub at: u64,
 }
 
 impl<'a> Cursor<'a> {
-    pub(crate) fn new(path: &'a Path, data: GuestBytes<'a>, at: u64) -> Self {
+    pub(crate) fn new(path: &'a Path, data: FileBytes<'a>, at: u64) -> Self {
         Self { path, data, at }
     }
 
@@ -215,6 +215,13 @@ pub(crate) fn layout_of(machine: &str) -> Option<LayoutSpec> {
     } else {
         None
     }
+}
+
+/// How much RAM the guest has whose migration file begins with `data`, which messages call `path`;
+/// `None` if it is no such beginning.
+pub(crate) fn ram_of_migration(path: &Path, data: FileBytes<'_>) -> Option<u64> {
+    let start = start(&mut Cursor::new(path, data, 0)).ok()?;
+    Some(start.total)
 }
 
 /// Reads the file's start up to the first memory block of the section `ram`.

@@ -6,7 +6,7 @@
 //! that it is zero. Streams with compressed pages, deltas (XBZRLE) or more than one channel are
 //! refused.
 
-use crate::backing::mapped::{Extent, MappedDump};
+use crate::backing::plain::{Extent, PlainDump};
 use crate::backing::spool::Image;
 use crate::backing::spool::Spool;
 use crate::format::ability::{AsStream, ByCopy, Copying, EachPart, Migration, Part};
@@ -20,7 +20,7 @@ use crate::format::qemu::{Wrapping, device_state};
 use crate::processors;
 use crate::prune::stream;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{FileOffset, FileRange, GpaRange, GuestBytes, GuestMemory, Processors, PrunePlan};
+use sonicshot::{FileBytes, FileOffset, FileRange, GpaRange, GuestMemory, Processors, PrunePlan};
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
@@ -37,7 +37,7 @@ const WITH_DELTAS: &str = "a migration stream with deltas (xbzrle)";
 /// A migration stream, mapped.
 #[derive(Debug)]
 pub(crate) struct StreamDump {
-    mapped: MappedDump,
+    mapped: PlainDump,
     stream: Stream,
     wrapping: Wrapping,
 }
@@ -74,7 +74,7 @@ impl Format for StreamDump {
     }
 
     fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.mapped.check_length()
+        self.mapped.check_unchanged()
     }
 
     fn machine_type(&self) -> Option<&str> {
@@ -119,7 +119,7 @@ impl ByCopy for StreamDump {
 }
 
 impl AsStream for StreamDump {
-    fn source(&self) -> &MappedDump {
+    fn source(&self) -> &PlainDump {
         &self.mapped
     }
 
@@ -134,7 +134,7 @@ impl AsStream for StreamDump {
 }
 
 impl Migration for StreamDump {
-    fn source(&self) -> &MappedDump {
+    fn source(&self) -> &PlainDump {
         &self.mapped
     }
 
@@ -180,7 +180,7 @@ impl Stream {
     /// Reads what comes before the pages.
     pub(crate) fn parse(
         path: &Path,
-        data: GuestBytes<'_>,
+        data: FileBytes<'_>,
         at: u64,
         layout: Option<&LayoutSpec>,
     ) -> Result<Self, DumpError> {
@@ -253,7 +253,7 @@ impl Stream {
     pub(crate) fn walk(
         &self,
         path: &Path,
-        data: GuestBytes<'_>,
+        data: FileBytes<'_>,
         mut each: impl FnMut(&Record) -> Result<(), DumpError>,
     ) -> Result<u64, DumpError> {
         let unsupported = |kind| DumpError::Unsupported {
@@ -325,7 +325,7 @@ impl Stream {
 
     /// Where the bytes of each page are that count, the last that came, of each block that is
     /// looked into; 0 where it is zero. And where the section `ram` ends.
-    fn places(&self, path: &Path, data: GuestBytes<'_>) -> Result<(Vec<Vec<u64>>, u64), DumpError> {
+    fn places(&self, path: &Path, data: FileBytes<'_>) -> Result<(Vec<Vec<u64>>, u64), DumpError> {
         // 0 is no page's place: the file's magic is there.
         let mut places: Vec<Vec<u64>> = Vec::new();
         for block in &self.blocks {
@@ -354,7 +354,7 @@ impl Stream {
     pub(crate) fn extents(
         &mut self,
         path: &Path,
-        data: GuestBytes<'_>,
+        data: FileBytes<'_>,
     ) -> Result<Vec<Extent>, DumpError> {
         let (places, end) = self.places(path, data)?;
         self.records_end = end;
@@ -375,7 +375,7 @@ impl Stream {
     pub(crate) fn pruned(
         &self,
         path: &Path,
-        data: GuestBytes<'_>,
+        data: FileBytes<'_>,
         plan: &PrunePlan,
         each: EachPart<'_>,
     ) -> Result<(), DumpError> {
@@ -445,7 +445,7 @@ fn push_page(extents: &mut Vec<Extent>, guest: GpaRange, place: u64) {
 }
 
 fn of_stream<'a>(
-    dump: &MappedDump,
+    dump: &PlainDump,
     stream: &'a Stream,
     begin: u64,
 ) -> Result<Content<'a>, DumpError> {

@@ -1,7 +1,7 @@
 //! Cores of `xl dump-core`, which are only read.
 
 use crate::DumpError;
-use crate::backing::mapped::{Extent, MappedDump};
+use crate::backing::plain::{Extent, PlainDump};
 use crate::format::elf_core;
 use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::xen::{PAGE, failed, processors};
@@ -18,7 +18,7 @@ pub(crate) const KIND: Kind = Kind {
 /// A core, mapped.
 #[derive(Debug)]
 struct XenCore {
-    mapped: MappedDump,
+    mapped: PlainDump,
     core: CoreDump,
     machine: Architecture,
 }
@@ -61,7 +61,7 @@ impl Format for XenCore {
     }
 
     fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.mapped.check_length()
+        self.mapped.check_unchanged()
     }
 
     fn machine(&self) -> Option<Architecture> {

@@ -4,7 +4,7 @@
 //! content.
 
 use crate::DumpError;
-use crate::backing::mapped::{Extent, MappedDump};
+use crate::backing::plain::{Extent, PlainDump};
 use crate::format::ability::{AsStream, ByCopy, Copying, EachPart, Part, Skeletal};
 use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::xen::{PAGE, failed, processors};
@@ -28,7 +28,7 @@ pub(crate) const KIND: Kind = Kind::by_magic(
 /// An image, mapped.
 #[derive(Debug)]
 struct XlDump {
-    mapped: MappedDump,
+    mapped: PlainDump,
     image: XlImage,
 }
 
@@ -59,7 +59,7 @@ impl Format for XlDump {
     }
 
     fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.mapped.check_length()
+        self.mapped.check_unchanged()
     }
 
     /// Xen gives the guest pages of which nobody knows what is in them.
@@ -114,7 +114,7 @@ impl ByCopy for XlDump {
 }
 
 impl AsStream for XlDump {
-    fn source(&self) -> &MappedDump {
+    fn source(&self) -> &PlainDump {
         &self.mapped
     }
 

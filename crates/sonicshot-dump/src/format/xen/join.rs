@@ -3,7 +3,7 @@
 use crate::output::{Output, Target};
 use crate::{DumpError, Overwrite};
 use sonicshot::file::SparseWriter;
-use sonicshot::{GuestBytes, GuestMemory, MemoryError, PageSize, Pfn, PfnRange, Progress};
+use sonicshot::{FileBytes, GuestMemory, MemoryError, PageSize, Pfn, PfnRange, Progress};
 use sonicshot_xen::{Joined, Skeleton};
 use std::fs::File;
 use std::io::Write;
@@ -26,7 +26,7 @@ impl XlSkeleton {
     /// # Errors
     /// [`DumpError::Xen`] if it is none.
     pub fn parse(path: &Path, bytes: Vec<u8>) -> Result<Self, DumpError> {
-        let parsed = Skeleton::parse(GuestBytes::from_slice(&bytes));
+        let parsed = Skeleton::parse(FileBytes::from_slice(&bytes));
         let skeleton = parsed.map_err(|source| DumpError::Xen {
             path: path.to_owned(),
             source,
@@ -84,7 +84,7 @@ impl XlSkeleton {
         let with_content = self.skeleton.frames().filter(|(_, has)| *has).count() as u64;
         let total = with_content.saturating_mul(PAGE.bytes());
         let mut done = 0_u64;
-        let data = GuestBytes::from_slice(&self.bytes);
+        let data = FileBytes::from_slice(&self.bytes);
         let failed = |source| DumpError::Xen {
             path: self.path.clone(),
             source,

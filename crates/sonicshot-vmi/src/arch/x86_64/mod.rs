@@ -14,6 +14,7 @@ use crate::kernel::Kernel;
 use crate::paging::Paging;
 use crate::symbols::VmcoreinfoLines;
 pub(crate) use paging::Walk;
+pub(crate) use registers::roots;
 use sonicshot::{Gpa, GpaRange, GuestMemory, PageSize, PfnRange};
 
 /// `__START_KERNEL_map` (`arch/x86/include/asm/page_64_types.h`): an ABI of the kernel's own

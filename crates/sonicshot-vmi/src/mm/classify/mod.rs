@@ -18,6 +18,7 @@ use super::zone::Zones;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::note::Note;
+use crate::shape::Knowledge;
 use core::fmt;
 use scanner::Sources;
 use sonicshot::work::{self, map_in_order};
@@ -64,10 +65,16 @@ pub struct Inconsistency {
     pub explained: u64,
     /// Every zone's numbers.
     pub zones: Vec<ZoneReport>,
+    /// What was known of the kernel: with types missing, what was taken for its records may be
+    /// something else.
+    pub knowledge: Knowledge,
 }
 
 impl fmt::Display for Inconsistency {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.knowledge != Knowledge::Types {
+            f.write_str("types are missing, and ")?;
+        }
         write!(
             f,
             "the guest's sources of truth about free pages disagree on {} blocks (a stopped guest explains {})",
@@ -151,11 +158,13 @@ pub(crate) fn scan(
         max_order: zones.max_order(),
         zones: &spans,
         offline: &offline,
+        keeps_unlisted: zones.knowledge == Knowledge::Shape,
     };
     let order = u32::try_from(sources.max_order).map_or(PIECE, |order| order.max(PIECE));
     let pieces: Vec<PfnRange> = map.pieces(order).collect();
     let mut offline_pages = OfflinePages::default();
     let mut lru: BTreeMap<usize, Pfn> = BTreeMap::new();
+    let mut unlisted = 0_u64;
     // Pieces are taken in their order, whichever thread had them: what is told is the same.
     map_in_order(
         work::threads(threads),
@@ -166,6 +175,7 @@ pub(crate) fn scan(
             let (frames, (classes, seen)) = piece?;
             map.set_each(frames.start(), &classes);
             wrong.add(seen.wrong);
+            unlisted = unlisted.saturating_add(seen.unlisted);
             for (report, flagged) in reports.iter_mut().zip(seen.flagged) {
                 report.flagged = report.flagged.saturating_add(flagged);
             }
@@ -190,6 +200,9 @@ pub(crate) fn scan(
     offline.settle(mem_map, &mut map, &mut notes);
     offline_pages.settle(kernel, mem_map, layout, &mut map, &mut notes)?;
     keep_mem_map(mem_map, &mut map, &mut wrong);
+    if unlisted > 0 {
+        notes.push(Note::UnlistedKept { blocks: unlisted });
+    }
     let Disagreements {
         blocks,
         examples,
@@ -203,6 +216,7 @@ pub(crate) fn scan(
         counters,
         explained,
         zones: reports.clone(),
+        knowledge: zones.knowledge,
     });
     Ok(Scan {
         map,

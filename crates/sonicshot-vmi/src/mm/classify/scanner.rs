@@ -27,6 +27,8 @@ pub(super) struct Sources<'a, 'm> {
     pub(super) zones: &'a [PfnRange],
     /// Sections that may be offline: what points into them is looked for.
     pub(super) offline: &'a OfflineSections,
+    /// Whether a block on no list is only counted.
+    pub(super) keeps_unlisted: bool,
 }
 
 /// What the struct pages of one piece say.
@@ -39,6 +41,8 @@ pub(super) struct Seen {
     pub(super) lru: BTreeMap<usize, Pfn>,
     /// Frames whose own struct page says that they are offline.
     pub(super) offline_pages: Vec<Pfn>,
+    /// Blocks with the buddy mark that are on no list, where they are only counted.
+    pub(super) unlisted: u64,
 }
 
 /// The look at the struct pages of one piece, a part of a stretch of RAM.
@@ -48,6 +52,7 @@ struct Scanner<'a, 'm> {
     max_order: u64,
     zones: &'a [PfnRange],
     offline: &'a OfflineSections,
+    keeps_unlisted: bool,
     seen: Seen,
     open: Option<OpenBlock>,
     /// The head that was last looked up for a tail page, and its class.
@@ -80,6 +85,7 @@ impl Sources<'_, '_> {
             max_order: self.max_order,
             zones: self.zones,
             offline: self.offline,
+            keeps_unlisted: self.keeps_unlisted,
             seen: Seen {
                 flagged: vec![0; self.zones.len()],
                 ..Seen::default()
@@ -226,6 +232,10 @@ impl Scanner<'_, '_> {
                     && order <= self.max_order
                     && order == listed_order
                     && self.layout.is_unused(page);
+                if mark == 0 && self.keeps_unlisted {
+                    self.seen.unlisted = self.seen.unlisted.saturating_add(1);
+                    return Ok(PageClass::Unknown);
+                }
                 if !agreed {
                     self.seen.wrong.block(|| {
                         format!(

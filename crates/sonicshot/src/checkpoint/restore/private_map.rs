@@ -10,8 +10,10 @@ use crate::checkpoint::wire::layout::{len64, size};
 use crate::{Gpa, GpaRange, MemoryError, PfnRange};
 use core::ffi::c_void;
 use core::ptr::NonNull;
+use rustix::fs::{SealFlags, fcntl_get_seals};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use std::fmt;
+use std::fs::File;
 
 /// How a checkpoint is mapped.
 #[derive(Debug, Clone, Copy)]
@@ -22,6 +24,11 @@ pub struct MapOptions {
     pub max_mappings: usize,
     /// A stretch shorter than this, in bytes, is read rather than mapped.
     pub min_mapping: u64,
+    /// The file is mapped although it is not sealed. Whoever can cut it off then ends this process
+    /// by `SIGBUS`, and who can write it changes what the guest has: only for a file that none but
+    /// the caller can write. Without it, what is not sealed against both (a memfd with
+    /// `F_SEAL_SHRINK` and `F_SEAL_WRITE` or `F_SEAL_FUTURE_WRITE`) is read.
+    pub unsealed: bool,
 }
 
 impl Default for MapOptions {
@@ -29,6 +36,7 @@ impl Default for MapOptions {
         Self {
             max_mappings: 16_384,
             min_mapping: 32 << 10,
+            unsealed: false,
         }
     }
 }
@@ -37,8 +45,8 @@ impl Default for MapOptions {
 /// in this process), and thin (free and zero pages take no memory until they are written).
 ///
 /// Mapped pages come in when they are touched, and are not checked:
-/// [`verify`](CheckpointReader::verify) the checkpoint if it may be damaged. The file must stay as
-/// it is.
+/// [`verify`](CheckpointReader::verify) the checkpoint if it may be damaged. Only a file that stays
+/// as it is can be mapped: see [`MapOptions::unsealed`].
 pub struct PrivateMemory {
     regions: Vec<(GpaRange, NonNull<u8>, usize)>,
 }
@@ -85,6 +93,14 @@ impl fmt::Debug for PrivateMemory {
     }
 }
 
+/// Whether nobody can cut a file off or write to it any more.
+fn is_sealed(file: &File) -> bool {
+    fcntl_get_seals(file).is_ok_and(|seals| {
+        seals.contains(SealFlags::SHRINK)
+            && seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE)
+    })
+}
+
 fn host(
     operation: &'static str,
     at: usize,
@@ -100,7 +116,8 @@ fn host(
 
 impl<S: RangeSource> CheckpointReader<S> {
     /// Maps the checkpoint's memory: an anonymous mapping for each region, and over it the file's
-    /// page data where it is long enough. What is compressed, or comes from no file, is read.
+    /// page data where it is long enough. What is compressed, or comes from no file or from one
+    /// that others might change, is read.
     ///
     /// # Errors
     /// [`CheckpointError`] if something cannot be mapped or read.
@@ -134,9 +151,10 @@ impl<S: RangeSource> CheckpointReader<S> {
             .get(options.max_mappings)
             .map_or(options.min_mapping, |len| len.saturating_add(1));
         let mut decoder = self.decoder();
+        let may_map = options.unsealed || self.source().as_file().is_some_and(is_sealed);
         for run in self.runs() {
             let mapped = match run.content {
-                PageContent::Data { slot } if bytes_of(&run) >= shortest => {
+                PageContent::Data { slot } if may_map && bytes_of(&run) >= shortest => {
                     self.map_run(&memory, &run, slot, host_page)?
                 }
                 PageContent::Data { .. } => false,

@@ -1,29 +1,24 @@
-//! A dump file, mapped, served as guest memory.
+//! A dump file whose pages lie in it as they are, served as guest memory.
 //!
 //! Everything that knows where each stretch of guest RAM lies in the file is the same for all
-//! uncompressed formats: a format parser only makes the list of [`Extent`]s.
-#![expect(unsafe_code, reason = "the mmap edge")]
+//! uncompressed formats: a format parser only makes the list of [`Extent`]s. The file is read and
+//! not mapped, for somebody else may cut it off: see [`FileContent`].
 
 use crate::DumpError;
-use memmap2::Mmap;
+use crate::output::check_stamp;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use sonicshot::{
-    FileOffset, FileRange, Gpa, GpaRange, GuestBytes, GuestMemory, Mapped, MemoryError, RamLayout,
+    FileBytes, FileContent, FileOffset, FileRange, FileStamp, Gpa, GpaRange, GuestMemory, Mapped,
+    MemoryError, RamLayout,
 };
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::ptr::NonNull;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// A file in more pieces than this is not asked for its holes: finding them costs as much as
 /// reading.
 const MAX_FILE_EXTENTS: usize = 1 << 20;
-
-/// From this length on, the kernel copies a stretch faster than it maps it page by page. It also
-/// leaves holes of files in memory alone, which a mapping that is touched fills.
-const LONG_READ: usize = 4096;
 
 /// A stretch of guest RAM and where its bytes are in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,71 +35,48 @@ impl Extent {
     }
 }
 
-/// A mapped dump.
+/// A dump whose pages lie in the file as they are.
 #[derive(Debug)]
-pub(crate) struct MappedDump {
+pub(crate) struct PlainDump {
     path: PathBuf,
-    file: File,
-    map: Mmap,
+    content: FileContent,
     layout: RamLayout,
     /// Sorted by guest address, disjoint.
     extents: Vec<Extent>,
     /// Whether the format itself says which pages hold data, so that the file system need not be
     /// asked for its holes.
     extents_are_data: bool,
-    /// When the file was last written to, that we know of.
-    written: Mutex<(i64, i64)>,
+    /// What the file was when it was last written to by us, or opened.
+    stamp: Mutex<FileStamp>,
     /// The stretches of the file that are not holes, sorted.
     data: OnceLock<Option<Vec<FileRange>>>,
 }
 
-/// Opens and maps `path`.
-pub(crate) fn map_file(path: &Path) -> Result<(File, Mmap), DumpError> {
+/// Opens `path`.
+pub(crate) fn open_content(path: &Path) -> Result<FileContent, DumpError> {
     let file = File::open(path).map_err(DumpError::io("opening", path))?;
-    map_open_file(path, file)
+    content_of(path, file)
 }
 
-/// Maps `file`, which messages call `path`.
-pub(crate) fn map_open_file(path: &Path, file: File) -> Result<(File, Mmap), DumpError> {
-    // SAFETY: the mapping is shared and read-only, and never handed out as `&[u8]` of guest
-    // memory but as `GuestBytes`, which tolerates that others write the file. A file that is
-    // truncated while mapped ends the process with SIGBUS, as for every reader of mapped files.
-    let map = unsafe { Mmap::map(&file) }.map_err(DumpError::io("mapping", path))?;
-    Ok((file, map))
+/// The content of `file`, which messages call `path`.
+pub(crate) fn content_of(path: &Path, file: File) -> Result<FileContent, DumpError> {
+    FileContent::new(file).map_err(DumpError::io("reading", path))
 }
 
-/// The bytes of the whole file.
-pub(crate) fn whole(map: &Mmap) -> GuestBytes<'_> {
-    match NonNull::new(map.as_ptr().cast_mut()) {
-        // SAFETY: the mapping has exactly this length, and lives while `map` is borrowed.
-        Some(base) => unsafe { GuestBytes::from_raw_parts(base, map.len()) },
-        None => GuestBytes::from_slice(&[]),
+/// Refuses a file that is no longer what was opened, or that could not be read.
+pub(crate) fn check_content(content: &FileContent, path: &Path) -> Result<(), DumpError> {
+    check_stamp(content.file(), path, content.stamp())?;
+    match content.failure() {
+        Some(source) => Err(DumpError::io("reading", path)(source)),
+        None => Ok(()),
     }
 }
 
-/// Refuses a file that no longer has the length that it was opened with.
-pub(crate) fn check_length(file: &File, path: &Path, before: u64) -> Result<(), DumpError> {
-    let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
-    let now = metadata.len();
-    if now == before {
-        return Ok(());
-    }
-    let path = path.to_owned();
-    Err(DumpError::Changed { path, before, now })
-}
-
-/// When the file was last written to.
-fn last_written(file: &File, path: &Path) -> Result<(i64, i64), DumpError> {
-    let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
-    Ok((metadata.mtime(), metadata.mtime_nsec()))
-}
-
-impl MappedDump {
+impl PlainDump {
     /// `extents` must be disjoint, and lie inside the file.
     pub(crate) fn new(
         path: &Path,
-        file: File,
-        map: Mmap,
+        content: FileContent,
         mut extents: Vec<Extent>,
     ) -> Result<Self, DumpError> {
         // A file may hold the guest's ranges in any order.
@@ -115,13 +87,11 @@ impl MappedDump {
                 source,
             },
         )?;
-        let written = Mutex::new(last_written(&file, path)?);
         Ok(Self {
             path: path.to_owned(),
-            written,
+            stamp: Mutex::new(content.stamp()),
             extents_are_data: false,
-            file,
-            map,
+            content,
             layout,
             extents,
             data: OnceLock::new(),
@@ -134,8 +104,8 @@ impl MappedDump {
     }
 
     /// The bytes of the whole file.
-    pub(crate) fn bytes(&self) -> GuestBytes<'_> {
-        whole(&self.map)
+    pub(crate) fn bytes(&self) -> FileBytes<'_> {
+        self.content.bytes()
     }
 
     /// Whether the file holds `bytes` at `offset`.
@@ -152,7 +122,7 @@ impl MappedDump {
     }
 
     pub(crate) fn file(&self) -> &File {
-        &self.file
+        self.content.file()
     }
 
     /// All of the file, as it was when it was opened.
@@ -161,39 +131,44 @@ impl MappedDump {
     }
 
     /// The bytes of a stretch of the file.
-    pub(crate) fn bytes_in(&self, range: FileRange) -> Option<GuestBytes<'_>> {
+    pub(crate) fn bytes_in(&self, range: FileRange) -> Option<FileBytes<'_>> {
         let start = usize::try_from(range.start().raw()).ok()?;
         self.bytes().get(start, usize::try_from(range.len()).ok()?)
     }
 
     /// The length of the file in bytes, when it was opened.
     pub(crate) fn file_len(&self) -> u64 {
-        self.map.len() as u64
+        self.content.len()
     }
 
     /// Refuses a file that has become shorter or longer since it was opened: what is missing
     /// would be taken for a hole.
     pub(crate) fn check_length(&self) -> Result<(), DumpError> {
-        check_length(&self.file, &self.path, self.file_len())
-    }
-
-    /// Refuses a file that was written to since it was opened: what is known of it is outdated.
-    pub(crate) fn check_unmodified(&self) -> Result<(), DumpError> {
-        let now = last_written(&self.file, &self.path)?;
-        if self.written.lock().is_ok_and(|written| *written == now) {
+        let metadata = self.file().metadata();
+        let metadata = metadata.map_err(DumpError::io("reading", &self.path))?;
+        let (before, now) = (self.file_len(), metadata.len());
+        if now == before {
             return Ok(());
         }
-        Err(DumpError::Modified {
-            path: self.path.clone(),
-        })
+        let path = self.path.clone();
+        Err(DumpError::Changed { path, before, now })
+    }
+
+    /// Refuses a file that was changed since it was opened: what is known of it is outdated; and
+    /// one that could not be read.
+    pub(crate) fn check_unchanged(&self) -> Result<(), DumpError> {
+        let stamp = *self.stamp.lock().unwrap_or_else(PoisonError::into_inner);
+        check_stamp(self.file(), &self.path, stamp)?;
+        match self.content.failure() {
+            Some(source) => Err(DumpError::io("reading", &self.path)(source)),
+            None => Ok(()),
+        }
     }
 
     /// Takes what was written to the file so far as our own doing.
     pub(crate) fn note_change(&self) -> Result<(), DumpError> {
-        let now = last_written(&self.file, &self.path)?;
-        if let Ok(mut written) = self.written.lock() {
-            *written = now;
-        }
+        let now = FileStamp::of(self.file()).map_err(DumpError::io("reading", &self.path))?;
+        *self.stamp.lock().unwrap_or_else(PoisonError::into_inner) = now;
         Ok(())
     }
 
@@ -244,50 +219,32 @@ impl MappedDump {
         }
     }
 
-    /// The same with its bytes.
-    fn piece(&self, at: Gpa, len: u64) -> Option<(Option<GuestBytes<'_>>, u64)> {
-        let (offset, len) = self.part(at, len)?;
-        let Some(offset) = offset else {
-            return Some((None, len));
-        };
-        let bytes = self.bytes_in(FileRange::with_len(offset, len)?)?;
-        Some((Some(bytes), len))
-    }
-
-    /// Takes the whole pages of `bytes` out of this process's page tables; they stay in the
-    /// page cache.
-    fn forget(&self, bytes: GuestBytes<'_>) {
-        let base = self.map.as_ptr() as usize;
-        let start = (bytes.as_ptr() as usize).saturating_sub(base);
-        let end = start.saturating_add(bytes.len());
-        let first = start.next_multiple_of(4096);
-        let len = (end & !4095).saturating_sub(first);
-        if len == 0 {
-            return;
+    /// Some file systems do not tell of holes; others fail.
+    fn cannot_tell<T>(&self, error: Errno) -> Option<T> {
+        if ![Errno::INVAL, Errno::OPNOTSUPP, Errno::NOSYS].contains(&error) {
+            self.content.fail(error.into());
         }
-        // SAFETY: the mapping is shared, read-only and of a file, so dropping its page-table
-        // entries loses nothing: the next access maps the same bytes again.
-        let _ = unsafe {
-            self.map
-                .unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, len)
-        };
+        None
     }
 
     /// The stretches of the file that hold data, by the file system; `None` if it cannot tell.
     pub(crate) fn data_stretches(&self) -> Option<&[FileRange]> {
         self.data
             .get_or_init(|| {
-                let len = self.map.len() as u64;
+                let len = self.file_len();
                 let mut found = Vec::new();
                 let mut at = 0;
                 while at < len {
-                    let start = match seek(&self.file, SeekFrom::Data(at)) {
+                    let start = match seek(self.file(), SeekFrom::Data(at)) {
                         Ok(start) => start,
                         // No more data.
                         Err(Errno::NXIO) => break,
-                        Err(_) => return None,
+                        Err(error) => return self.cannot_tell(error),
                     };
-                    let end = seek(&self.file, SeekFrom::Hole(start)).ok()?;
+                    let end = match seek(self.file(), SeekFrom::Hole(start)) {
+                        Ok(end) => end,
+                        Err(error) => return self.cannot_tell(error),
+                    };
                     if end <= start || found.len() >= MAX_FILE_EXTENTS {
                         return None;
                     }
@@ -301,7 +258,7 @@ impl MappedDump {
     }
 }
 
-impl GuestMemory for MappedDump {
+impl GuestMemory for PlainDump {
     fn layout(&self) -> &RamLayout {
         &self.layout
     }
@@ -317,17 +274,10 @@ impl GuestMemory for MappedDump {
             let (now, later) = rest.split_at_mut_checked(size).ok_or_else(not_ram)?;
             match offset {
                 None => now.fill(0),
-                Some(offset) if size >= LONG_READ => self
-                    .file
-                    .read_exact_at(now, offset.raw())
+                Some(offset) => self
+                    .content
+                    .read_at(now, offset.raw())
                     .map_err(|source| MemoryError::Io { range, source })?,
-                Some(offset) => {
-                    let range = FileRange::with_len(offset, len).ok_or_else(not_ram)?;
-                    let copied = self.bytes_in(range);
-                    if !copied.is_some_and(|bytes| bytes.copy_to(now)) {
-                        return Err(not_ram());
-                    }
-                }
             }
             rest = later;
             if !rest.is_empty() {
@@ -339,12 +289,10 @@ impl GuestMemory for MappedDump {
 
     fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
         let range = GpaRange::with_len(at, len as u64).unwrap_or(GpaRange::new(at, at));
-        match self.piece(at, len as u64) {
-            Some((Some(bytes), got)) if got == len as u64 => Ok(Some(Mapped::borrowed(bytes))),
-            // Zeroes that are not in the file, or a stretch across extents.
-            Some(_) if self.layout.contains(at, len as u64) => Ok(None),
-            _ => Err(MemoryError::NotRam { range }),
+        if self.layout.contains(at, len as u64) {
+            return Ok(None);
         }
+        Err(MemoryError::NotRam { range })
     }
 
     fn next_data(&self, at: Gpa) -> Option<GpaRange> {
@@ -384,23 +332,6 @@ impl GuestMemory for MappedDump {
             }
         }
         None
-    }
-
-    fn release(&self, range: GpaRange) {
-        let mut rest = range;
-        // Each piece is one extent's part, and none is empty, so this ends.
-        while !rest.is_empty() {
-            let Some((bytes, len)) = self.piece(rest.start(), rest.len()) else {
-                return;
-            };
-            if let Some(bytes) = bytes {
-                self.forget(bytes);
-            }
-            let Some(next) = rest.start().checked_add(len) else {
-                return;
-            };
-            rest = GpaRange::new(next, rest.end());
-        }
     }
 
     fn prefers_read(&self) -> bool {
