@@ -145,6 +145,7 @@ fn restore(checkpoint: &Arc<CheckpointReader<File>>, options: LazyOptions) -> Ou
     Ok(touched)
 }
 
+#[expect(unsafe_code, reason = "who registers memory promises what it is")]
 fn register(
     uffd: &Uffd,
     memory: &GuestMemoryMmap,

@@ -1,4 +1,5 @@
 //! A client that speaks Firecracker's side of the page-fault protocol.
+#![expect(unsafe_code, reason = "guest memory is a mapping here")]
 #![allow(
     missing_docs,
     clippy::unwrap_used,

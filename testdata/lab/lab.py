@@ -19,6 +19,7 @@ import oldqemu
 import peers
 import proof
 import reset
+import small
 import stress
 import testdata
 import vmms
@@ -39,6 +40,7 @@ COMMANDS = (
     proof.do_prove,
     peers.do_compare,
     vmms.do_vmms,
+    small.do_small,
     captures.do_restore,
     decoys.do_decoys,
     decoys.do_reboot,

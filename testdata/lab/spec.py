@@ -33,7 +33,8 @@ Layout = Sequence[Part]
 def layout(machine: str, mem: int) -> tuple[Part, ...]:
     """RAM of `mem` MiB as QEMU lays it out, in the order of the file."""
     size = mem << 20
-    low_max, low_split = (0xE0000000, 0xC0000000) if machine == "pc" else (0xB0000000, 0x80000000)
+    low_max, low_split = {"pc": (0xE0000000, 0xC0000000), "q35": (0xB0000000, 0x80000000),
+                          "microvm": (0xC0000000, 0xC0000000)}[machine]
     low = size if size < low_max else low_split
     parts = [Part(0, low, 0)]
     if size > low:
@@ -150,7 +151,9 @@ class GuestSpec:
         """The kernel's command line."""
         if self.booted:
             return self.booted
-        words = ["console=ttyS0 quiet panic=-1", f"lab.anon={self.anon_mib}",
+        console = "console=ttyS0" if self.machine != "microvm" else \
+            "console=hvc0 root=/dev/vdc ro rootfstype=ext4 init=/init"
+        words = [f"{console} quiet panic=-1", f"lab.anon={self.anon_mib}",
                  f"lab.seed={self.seed}",
                  f"lab.compressible={int(self.garbage == 'compressible')}",
                  f"lab.huge={self.hugetlb}", self.append]

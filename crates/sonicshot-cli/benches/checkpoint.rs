@@ -8,6 +8,7 @@
 //!
 //! Without `SONICSHOT_BENCH_RAM` it runs on the 128 MiB guest in testdata. Files are written to
 //! `SONICSHOT_BENCH_DIR`, by default the temporary folder.
+#![expect(unsafe_code, reason = "guest memory is a mapping here")]
 #![allow(
     missing_docs,
     clippy::unwrap_used,

@@ -263,6 +263,7 @@ fn code_of_dump(error: &DumpError) -> u8 {
 fn code_of_guest(error: &VmiError) -> u8 {
     match error {
         VmiError::Inconsistent(_)
+        | VmiError::Covered { .. }
         | VmiError::LaterOwner(_)
         | VmiError::OwnerUntold { .. }
         | VmiError::NotOwner { .. }
@@ -349,7 +350,8 @@ fn hint_of_guest(error: &VmiError, path: &Path) -> Option<&'static str> {
              of over 2 GiB, try --layout"
         }
         VmiError::NoKernel { .. } => {
-            "is this a Linux guest's memory? For a raw file of over 2 GiB, try --layout"
+            "is this a Linux guest's memory? For a raw file of over 2 GiB, try --layout. \
+             prune --drop zero leaves out pages of zeroes alone, and needs no kernel"
         }
         VmiError::Missing { .. } => "give the kernel's vmlinux with --symbols",
         VmiError::WrongKernel { .. } => {

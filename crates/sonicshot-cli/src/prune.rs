@@ -170,7 +170,13 @@ impl Job<'_> {
         let args = self.args;
         let started = Instant::now();
         self.check(input)?;
-        let analyzed = input.snapshot.analyze(&args.input.analyze())?;
+        let analyzed = match input.snapshot.analyze(&args.input.analyze()) {
+            // Pages of zeroes need no kernel.
+            Err(error) if error.is_no_kernel() && self.drops_zeroes_alone() => {
+                input.snapshot.zero_pages()?.ok_or(error)?
+            }
+            analyzed => analyzed?,
+        };
         let plan = analyzed.plan(self.drop)?;
         let stats = if args.dry_run {
             None
@@ -197,6 +203,10 @@ impl Job<'_> {
             disk_before: stats_of.disk_before,
             disk_after: stats_of.disk_after,
         })
+    }
+
+    fn drops_zeroes_alone(&self) -> bool {
+        self.drop.iter().eq([PageClass::Zero])
     }
 
     /// Before the guest is looked at.

@@ -222,7 +222,7 @@ mod tests {
         assert!(by_lease.to_string().contains("pid"), "{by_lease}");
 
         // Mapped, then closed.
-        #[allow(unsafe_code, reason = "a mapping that outlives its descriptor")]
+        #[expect(unsafe_code, reason = "a mapping that outlives its descriptor")]
         // SAFETY: nobody else writes the file or changes its length.
         let map = unsafe { MmapMut::map_mut(&writer) }.unwrap();
         drop(writer);

@@ -98,6 +98,18 @@ fn kept_for_fill(dump: &Dump, free_fill: Fill) -> Option<Note> {
 }
 
 impl Analyzed {
+    pub(crate) fn without_kernel(dump: Dump, files: SnapshotFiles, analysis: Analysis) -> Self {
+        Self {
+            counts: analysis.counts(),
+            dump,
+            files,
+            layout_origin: "no kernel confirms it, and zeroes need none",
+            doubts: Doubts::none(),
+            analysis,
+            notes: vec![Note::NoKernel],
+        }
+    }
+
     /// The memory, and how the file holds it.
     #[must_use]
     pub fn dump(&self) -> &Dump {

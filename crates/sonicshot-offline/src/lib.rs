@@ -43,6 +43,7 @@ mod plan;
 mod save;
 mod snapshot;
 mod text;
+mod zero;
 
 pub use analyze::Analyzed;
 pub use checkpoint_file::{CheckpointFile, RestoreOptions, RestoreTo};

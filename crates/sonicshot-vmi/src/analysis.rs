@@ -1,6 +1,6 @@
 //! What is known of a guest once it was looked at: one value, which only the looking makes.
 
-use crate::{GuestOptions, Inconsistency, Note, OnInconsistency, VmiError, ZoneReport};
+use crate::{GuestOptions, Inconsistency, Knowledge, Note, OnInconsistency, VmiError, ZoneReport};
 use crate::{mark_zero_pages, open_guest};
 use sonicshot::{
     Architecture, ClassCounts, Fill, GpaRange, GuestMemory, MemoryError, PageClass, PageMap,
@@ -81,6 +81,8 @@ pub struct GuestFacts {
     pub build_id: Option<Vec<u8>>,
     /// Where the kernel was found, then every source of symbols and types in use.
     pub symbol_sources: Vec<String>,
+    /// What is known of the kernel.
+    pub knowledge: Knowledge,
     /// What its processors are.
     pub architecture: Architecture,
     /// The guest's page size.
@@ -128,6 +130,37 @@ impl Analysis {
             notes,
             present: parts.present,
         }
+    }
+
+    /// Of memory of which no kernel is known: each page that holds only zeroes is
+    /// [`Zero`](PageClass::Zero), all others are [`Unknown`](PageClass::Unknown). A page that is
+    /// dropped of it must read as zero whatever lies beneath.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if a page cannot be read.
+    pub fn of_zero_pages(memory: &dyn GuestMemory) -> Result<Self, MemoryError> {
+        let page_size = PageSize::SIZE_4K;
+        let mut pages = PageMap::new(memory.layout(), page_size);
+        mark_zero_pages(memory, &mut pages)?;
+        Ok(Self {
+            facts: GuestFacts {
+                os: "unknown",
+                release: "unknown".into(),
+                banner: None,
+                vmcoreinfo: None,
+                build_id: None,
+                symbol_sources: Vec::new(),
+                knowledge: Knowledge::Nothing,
+                architecture: Architecture::X86_64,
+                page_size,
+            },
+            pages,
+            free_fill: Fill::Zero,
+            zones: Vec::new(),
+            disagreement: None,
+            notes: Vec::new(),
+            present: Vec::new(),
+        })
     }
 
     /// Who the guest is.
@@ -250,6 +283,7 @@ mod tests {
                 vmcoreinfo: None,
                 build_id: None,
                 symbol_sources: Vec::new(),
+                knowledge: crate::Knowledge::Types,
                 architecture: Architecture::X86_64,
                 page_size: PageSize::SIZE_4K,
             },

@@ -85,6 +85,13 @@ pub enum VmiError {
         /// What it is about the guest.
         what: String,
     },
+    /// A Linux kernel was found, of a machine of a kind that cannot be read from outside, or not
+    /// yet.
+    #[error("{what}")]
+    OtherMachine {
+        /// What the guest is.
+        what: &'static str,
+    },
     /// What is left of a kernel that is gone, or one that is not whole.
     #[error("the kernel that was found is gone: {what}")]
     Stale {
@@ -115,6 +122,15 @@ pub enum VmiError {
         .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
     )]
     LaterOwner(Vec<Trace>),
+    /// A page that the kernel runs on counts as free: what was taken for the allocator's records is
+    /// something else, or of another kernel.
+    #[error("{what} at {at} counts as free: the records of free pages are not this kernel's")]
+    Covered {
+        /// What the page is.
+        what: &'static str,
+        /// Where it is.
+        at: Gpa,
+    },
     /// Nothing in the memory would show whether the machine was reset since.
     #[error("nothing tells whether kernel {kernel} still owns the memory: {why}")]
     OwnerUntold {

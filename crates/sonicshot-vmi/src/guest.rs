@@ -1,7 +1,7 @@
 //! A Linux guest: its kernel found, its symbols gathered, its pages classified.
 
 use crate::analysis::{Analysis, AnalysisOptions, GuestFacts, Parts};
-use crate::arch::{self, Cr3};
+use crate::arch::{self, Cr3, Owner};
 use crate::discover::{self, Found, Tried};
 use crate::error::VmiError;
 use crate::kernel::{Build, Kernel};
@@ -12,13 +12,15 @@ use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
 use crate::note::{Note, TracesSought};
 use crate::os::GuestOs;
+use crate::owner;
 use crate::owner::alive;
 use crate::owner::processors::{Owners, Verdict};
-use crate::owner::{self, Owner};
 use crate::place::{self, PlaceEvidence};
+use crate::shape::{self, Knowledge, Shaped};
 use crate::symbols::{self, Kallsyms, SymbolSource};
 use crate::{KernelVa, VirtualMemory, mark_zero_pages};
 use sonicshot::{Fill, GpaRange, GuestMemory, PageClass, PageMap, PageSize};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 /// What may be known about a guest beforehand; by default nothing.
@@ -28,6 +30,8 @@ pub struct GuestOptions {
     symbol_files: Vec<PathBuf>,
     vmcoreinfo: Option<Vec<u8>>,
     cr3: Option<Cr3>,
+    at_most: Option<Knowledge>,
+    threads: Option<NonZeroUsize>,
 }
 
 impl GuestOptions {
@@ -58,6 +62,23 @@ impl GuestOptions {
     #[must_use]
     pub fn cr3(mut self, cr3: Cr3) -> Self {
         self.cr3 = Some(cr3);
+        self
+    }
+
+    /// Takes no more than this of the guest and of all files: tests hold what less knowledge finds
+    /// against what more does.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn at_most(mut self, knowledge: Knowledge) -> Self {
+        self.at_most = Some(knowledge);
+        self
+    }
+
+    /// How many threads look at struct pages; by default one for each core. What is found does not
+    /// depend on it.
+    #[must_use]
+    pub fn threads(mut self, threads: NonZeroUsize) -> Self {
+        self.threads = Some(threads);
         self
     }
 }
@@ -111,6 +132,13 @@ pub struct LinuxGuest<'m> {
     owners: Owners,
     /// What the memory shows of a later owner, where nothing is told of processors.
     traces: Option<Owner>,
+    knowledge: Knowledge,
+    /// The kernel's image, from its start as far as it is mapped.
+    image: (KernelVa, KernelVa),
+    /// Where it was found by shape.
+    shaped: Option<Shaped>,
+    /// How many threads look at struct pages.
+    threads: Option<NonZeroUsize>,
 }
 
 /// What there is to say of a kernel that owns the memory.
@@ -149,7 +177,17 @@ impl<'m> LinuxGuest<'m> {
         let told = owners();
         let mut attempt = |found: Found<'m>| {
             let is_note = found.is_note;
+            let (tables, info) = (found.tables, found.vmcoreinfo.clone());
             let mut guest = Self::gather(found, options, owners())?;
+            // Where symbols tell which VMCOREINFO is the kernel's own, that is seen below.
+            if guest.knowledge == Knowledge::Vmcoreinfo && !discover::is_own(memory, &tables, &info)
+            {
+                return Err(VmiError::Stale {
+                    what: "types are missing, and nothing in the kernel's image points to this \
+                           VMCOREINFO"
+                        .into(),
+                });
+            }
             alive::check(&guest.kernel, is_note)?;
             let proven = if told.are_known() {
                 guest.is_run_by_all()
@@ -157,7 +195,7 @@ impl<'m> LinuxGuest<'m> {
                 is_note
             } else {
                 let owner = owner::look(&guest.kernel)?;
-                let settled = owner.is_settled();
+                let settled = arch::of(&guest.kernel)?.is_settled(&owner);
                 guest.traces = Some(owner);
                 settled
             };
@@ -166,6 +204,9 @@ impl<'m> LinuxGuest<'m> {
                 proven,
             })
         };
+        if options.at_most == Some(Knowledge::Shape) {
+            return Self::by_shape(memory, owners(), options.threads);
+        }
         let standing = discover::find(
             memory,
             options.vmcoreinfo.as_deref(),
@@ -173,8 +214,33 @@ impl<'m> LinuxGuest<'m> {
             // Where nothing is told, any may be the one: each is tried where it is met.
             &|tables| told.is_unknown() || told.may_run_on(memory, tables),
             &mut attempt,
-        )?;
-        Self::decide(standing)
+        );
+        match standing {
+            Err(VmiError::NoKernel { tried }) if tried == discover::NO_PAGE => {
+                Self::by_shape(memory, owners(), options.threads)
+            }
+            standing => Self::decide(standing?),
+        }
+    }
+
+    /// The kernel that alone stands by the shape of its records.
+    fn by_shape(
+        memory: &'m dyn GuestMemory,
+        owners: Owners,
+        threads: Option<NonZeroUsize>,
+    ) -> Result<Self, VmiError> {
+        let (shaped, kernel, image) = shape::find(memory, &owners)?;
+        Ok(Self {
+            kernel,
+            origin: shaped.origin(),
+            banner: None,
+            owners,
+            traces: None,
+            knowledge: Knowledge::Shape,
+            image,
+            shaped: Some(shaped),
+            threads,
+        })
     }
 
     /// Of several kernels that stand, the one that alone can be classified.
@@ -208,8 +274,7 @@ impl<'m> LinuxGuest<'m> {
     /// Whether all processors that count run on this kernel.
     fn is_run_by_all(&self) -> bool {
         let check = || {
-            let map = MemMap::new(&self.kernel)?;
-            let zones = Zones::new(&self.kernel)?;
+            let (map, _, zones) = self.structures()?;
             self.owners.check(&self.kernel, &map, &zones)
         };
         matches!(check(), Ok(Verdict::Owner))
@@ -217,6 +282,7 @@ impl<'m> LinuxGuest<'m> {
 
     /// Gathers the symbols and types of a kernel.
     fn gather(found: Found<'m>, options: &GuestOptions, owners: Owners) -> Result<Self, VmiError> {
+        let hides_types = options.at_most.is_some_and(|most| most > Knowledge::Types);
         let mut files = Vec::new();
         for path in &options.symbol_files {
             files.push(symbols::open_symbol_file(path)?);
@@ -261,32 +327,69 @@ impl<'m> LinuxGuest<'m> {
         }
         kernel.add(Box::new(vmcoreinfo.clone()));
         kernel.vmcoreinfo = Some(vmcoreinfo);
-        let mut kallsyms_error = None;
-        match kallsyms {
-            Ok(kallsyms) => kernel.add(Box::new(kallsyms)),
-            Err(error) => kallsyms_error = Some(error),
-        }
+        // Kernels without CONFIG_KALLSYMS have none. Without it types tell of nothing where it is.
+        let has_table = match kallsyms {
+            Ok(kallsyms) if !hides_types => {
+                kernel.add(Box::new(kallsyms));
+                true
+            }
+            _ => kernel.symbol("linux_banner")?.is_some(),
+        };
         let mut guest = Self {
             kernel,
             origin,
             banner: None,
             owners,
             traces: None,
+            knowledge: Knowledge::Types,
+            image,
+            shaped: None,
+            threads: options.threads,
         };
-        if let Some(error) = kallsyms_error
-            && guest.kernel.symbol("linux_banner")?.is_none()
-        {
-            // Nothing else knows where things are.
-            return Err(error.into());
-        }
         guest.read_banner()?;
         guest.check_files(options.symbol_files.len())?;
         // Also beside a file's types: where both tell, they must agree.
-        let btf = symbols::find_btf(&guest.kernel.space, guest.btf_bounds()?, image)?;
-        if let Some(btf) = btf {
+        if has_table
+            && let Some(btf) = symbols::find_btf(&guest.kernel.space, guest.btf_bounds()?, image)?
+        {
             guest.kernel.add(Box::new(btf));
         }
+        // VMCOREINFO tells neither.
+        let has_types = guest.kernel.member("zone", "zone_start_pfn")?.is_some()
+            || guest.kernel.constant("__NR_PAGEFLAGS")?.is_some();
+        if !has_types {
+            guest.knowledge = Knowledge::Vmcoreinfo;
+        }
         Ok(guest)
+    }
+
+    /// What is known of the kernel.
+    #[must_use]
+    pub fn knowledge(&self) -> Knowledge {
+        self.knowledge
+    }
+
+    fn mem_map(&self) -> Result<MemMap<'m>, VmiError> {
+        match &self.shaped {
+            Some(shaped) => shaped.mem_map(&self.kernel),
+            None => MemMap::new(&self.kernel),
+        }
+    }
+
+    /// The struct pages, what each says, and the zones, by whatever is known of them.
+    fn structures(&self) -> Result<(MemMap<'m>, PageLayout, Zones), VmiError> {
+        if let Some(shaped) = &self.shaped {
+            return shaped.structures(&self.kernel, self.image);
+        }
+        let map = MemMap::new(&self.kernel)?;
+        if self.knowledge == Knowledge::Types {
+            let layout = PageLayout::new(&self.kernel, map.stride)?;
+            let zones = Zones::new(&self.kernel)?;
+            return Ok((map, layout, zones));
+        }
+        let layout = PageLayout::of_free_pages(&self.kernel, map.stride)?;
+        let zones = shape::told_zones(&self.kernel, &map, &layout, self.image)?;
+        Ok((map, layout, zones))
     }
 
     /// `__start_BTF` and `__stop_BTF`, if the symbols are known.
@@ -426,8 +529,7 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if the kernel's memory map cannot be read.
     pub fn struct_page_memory(&self) -> Result<Vec<GpaRange>, VmiError> {
-        let mem_map = MemMap::new(&self.kernel)?;
-        Ok(mem_map.own_memory().collect())
+        Ok(self.mem_map()?.own_memory().collect())
     }
 
     /// Usable RAM by the map that the firmware gave to the guest, if the symbols tell where it is:
@@ -464,7 +566,7 @@ impl<'m> LinuxGuest<'m> {
     /// # Errors
     /// [`VmiError`] if the kernel's memory map cannot be read.
     pub fn known_memory(&self) -> Result<Vec<GpaRange>, VmiError> {
-        let mem_map = MemMap::new(&self.kernel)?;
+        let mem_map = self.mem_map()?;
         let frames = mem_map.spans().iter().map(|span| span.frames);
         Ok(frames
             .filter_map(|f| f.gpa_range(self.kernel.build.page_size))
@@ -499,16 +601,17 @@ impl<'m> LinuxGuest<'m> {
         {
             return Err(VmiError::LaterOwner(owner.traces.clone()));
         }
-        let mem_map = MemMap::new(&self.kernel)?;
-        let layout = PageLayout::new(&self.kernel, mem_map.stride)?;
-        let zones = Zones::new(&self.kernel)?;
+        let (mem_map, layout, zones) = self.structures()?;
         let owner = self.owner(&mem_map, &zones, on)?;
-        let mut scan = scan(&self.kernel, &mem_map, &layout, &zones)?;
+        let mut scan = scan(&self.kernel, &mem_map, &layout, &zones, self.threads)?;
         if scan.fatal
             && on == OnInconsistency::Refuse
             && let Some(inconsistency) = scan.disagreement
         {
             return Err(VmiError::Inconsistent(Box::new(inconsistency)));
+        }
+        if self.knowledge != Knowledge::Types {
+            shape::check_cover(&self.kernel, &zones, self.image, &scan.map)?;
         }
         let mut notes = scan.notes;
         notes.extend(owner.note);
@@ -666,8 +769,10 @@ impl<'m> LinuxGuest<'m> {
                 zero = zero.saturating_add(1);
             }
         }
-        if poisoned == Some(false) || poisoned.is_none() && with_pattern < looked {
-            return Ok(unless_poisoned(zeroed.unwrap_or(zero == looked)));
+        // Where no flag tells, a few pages that were just freed or being given away decide nothing.
+        let most = |count: u32| count > looked.saturating_sub(looked.div_ceil(20));
+        if poisoned == Some(false) || poisoned.is_none() && !most(with_pattern) {
+            return Ok(unless_poisoned(zeroed.unwrap_or(most(zero))));
         }
         if looked > 0 && zero == looked {
             // CONFIG_PAGE_POISONING_ZERO (to 5.10): the pattern is zero.
@@ -701,6 +806,7 @@ impl GuestOs for LinuxGuest<'_> {
             vmcoreinfo: self.vmcoreinfo().map(str::to_owned),
             build_id: self.build_id().map(<[u8]>::to_vec),
             symbol_sources: self.symbol_sources(),
+            knowledge: self.knowledge,
             architecture: self.kernel.build.architecture,
             page_size: self.kernel.build.page_size,
         }

@@ -88,6 +88,27 @@
 //! A symbol or member that no source knows never means "not set": it is
 //! [`VmiError::Missing`], or its pages are kept and a note says so.
 //!
+//! # When little is known
+//!
+//! | [`Knowledge`] | from | tells |
+//! |---|---|---|
+//! | `types` | BTF or DWARF, with symbols | every class |
+//! | `vmcoreinfo` | VMCOREINFO alone | free pages, offline ones in a driver's list; all others are unknown |
+//! | `shape` | nothing | free pages; all others are unknown |
+//!
+//! The most that is there is taken. Without types zones are found by their own lists, which leave
+//! the struct pages at a head inside the zone, and the per-CPU lists by the zones' pointers and
+//! the array of the processors' displacements; then the same four records decide, within the same
+//! bounds. VMCOREINFO must be one that a variable of the kernel's image points to.
+//!
+//! Without VMCOREINFO (and only where no page of memory begins so) the struct pages of free blocks
+//! are searched in all of RAM by their shape, and page tables under which they lead to each other:
+//! those that the processors run on, or if none are told any page that does. A block counts only
+//! in a list of a zone that stands; others may be an earlier boot's, and are kept and counted. If
+//! more than one kernel stands the guest is refused with [`VmiError::Undecided`]. On both levels
+//! a classification in which the kernel's page tables, code, zones or struct pages count as free
+//! is refused with [`VmiError::Covered`].
+//!
 //! # When memory is offline
 //!
 //! | what | records that must agree |
@@ -124,7 +145,8 @@
 //! 5.10, 6.1, 6.12 and 7.2 (all `SPARSEMEM_VMEMMAP`). Classic `SPARSEMEM`, `FLATMEM`, deferred
 //! struct pages, unaccepted memory and hot-added subsections are written from the kernel's
 //! sources and have not met a real guest. Memory blocks are read as Linux 5.8 and later have them;
-//! before, offline sections are kept. A new architecture is one more folder in `arch`, another
+//! before, offline sections are kept. Kernels without VMCOREINFO are read on x86-64 alone, with
+//! struct pages of 64 bytes in a vmemmap. A new architecture is one more folder in `arch`, another
 //! system one more [`GuestOs`]. The guest is untrusted: every walk is bounded by the guest's own number of frames, every length
 //! and pointer is checked, and crafted memory gives an error.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
@@ -143,18 +165,19 @@ mod os;
 mod owner;
 mod paging;
 mod place;
+mod shape;
 pub mod symbols;
 mod zero;
 
 pub use address::{KernelVa, VirtualMemory, VirtualReadError};
 pub use analysis::{Analysis, AnalysisOptions, GuestFacts, analyze};
-pub use arch::{Cr3, Foreign, ForeignProcessor, ParseCr3Error};
+pub use arch::{Cr3, Foreign, ForeignProcessor, ParseCr3Error, Trace};
 pub use error::VmiError;
 pub use guest::{Classification, GuestOptions, LinuxGuest, OnInconsistency};
 pub use mm::classify::{Inconsistency, ZoneReport};
 pub use note::{Note, TracesSought};
 pub use os::{GuestOs, open_guest};
-pub use owner::Trace;
 pub(crate) use paging::AddressSpace;
 pub use place::PlaceEvidence;
+pub use shape::Knowledge;
 pub use zero::{count_zero_pages, mark_zero_pages};

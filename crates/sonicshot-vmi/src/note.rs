@@ -33,6 +33,11 @@ pub enum Note {
         /// Why the first of them is not believed.
         why: String,
     },
+    /// Blocks that say they are free and are on no list of any zone.
+    UnlistedKept {
+        /// How many.
+        blocks: u64,
+    },
     /// Nothing tells the processors' registers, and the memory bears no trace of a later owner.
     NoTraceOfLaterOwner(TracesSought),
     /// The file tells of processors, and is not believed.
@@ -130,6 +135,11 @@ impl fmt::Display for Note {
                 f,
                 "{pages} pages that are marked as offline are kept unless they are zero, for no \
                  driver is known to have them (the first: {why})"
+            ),
+            Self::UnlistedKept { blocks } => write!(
+                f,
+                "{blocks} blocks say that they are free and are on no list of any zone: they are \
+                 kept, for they may be records of an earlier boot"
             ),
             Self::NoTraceOfLaterOwner(sought) => sought.fmt(f),
             Self::ProcessorsNotBelieved { why, instead } => write!(

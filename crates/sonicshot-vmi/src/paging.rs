@@ -12,6 +12,13 @@ pub(crate) trait Paging: Send + Sync + core::fmt::Debug {
         memory: &dyn GuestMemory,
         at: KernelVa,
     ) -> Result<Option<Translation>, MemoryError>;
+
+    /// Calls `visit` with each page table of the kernel half, once, until it returns `false`.
+    fn visit_tables(
+        &self,
+        memory: &dyn GuestMemory,
+        visit: &mut dyn FnMut(Gpa) -> bool,
+    ) -> Result<(), MemoryError>;
 }
 
 /// Where a virtual address lies.
@@ -57,6 +64,14 @@ impl<'m> AddressSpace<'m> {
             Ok(None) => Err(VirtualReadError::NotMapped { at }),
             Err(source) => Err(VirtualReadError::Memory { at, source }),
         }
+    }
+
+    /// Calls `visit` with each page table of the kernel half, once, until it returns `false`.
+    pub(crate) fn visit_tables(
+        &self,
+        visit: &mut dyn FnMut(Gpa) -> bool,
+    ) -> Result<(), MemoryError> {
+        self.paging.visit_tables(self.memory.0, visit)
     }
 
     /// The NUL-terminated string at `at`, at most `max` bytes, as far as it is mapped.

@@ -25,9 +25,17 @@ const MAX_THREADS: NonZeroUsize = NonZeroUsize::new(16).unwrap();
 /// # Errors
 /// [`MemoryError`] if a page cannot be read: of the lowest one.
 pub fn mark_zero_pages(memory: &dyn GuestMemory, map: &mut PageMap) -> Result<(), MemoryError> {
+    mark_on(threads(None).min(MAX_THREADS), memory, map)
+}
+
+fn mark_on(
+    threads: NonZeroUsize,
+    memory: &dyn GuestMemory,
+    map: &mut PageMap,
+) -> Result<(), MemoryError> {
     let page_size = map.page_size();
     let read: ClassSet = PageClass::ALL.iter().copied().filter(is_read).collect();
-    map.edit(threads(None).min(MAX_THREADS), read, |start, classes| {
+    map.edit(threads, read, |start, classes| {
         let wanted: Vec<bool> = classes.iter().map(|class| read.contains(*class)).collect();
         zero_frames(memory, page_size, start, &wanted, &mut |index| {
             if let Some(class) = classes.get_mut(index) {
@@ -162,8 +170,73 @@ fn stretches(
 
 #[cfg(test)]
 mod tests {
-    use super::stretches;
+    use super::{count_zero_pages, mark_on, stretches};
     use proptest::prelude::*;
+    use sonicshot::{
+        Gpa, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn, PfnRange,
+        RamLayout,
+    };
+    use std::num::NonZeroUsize;
+
+    const PAGE: u64 = 4096;
+
+    /// Every third frame is not zero, and those from `bad` on cannot be read.
+    struct Guest(RamLayout, u64);
+
+    impl GuestMemory for Guest {
+        fn layout(&self) -> &RamLayout {
+            &self.0
+        }
+
+        fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+            let range = GpaRange::with_len(at, buf.len() as u64).unwrap();
+            if range.end().raw() > self.1 * PAGE {
+                return Err(MemoryError::Absent { range });
+            }
+            for (pfn, page) in (at.raw() / PAGE..).zip(buf.chunks_mut(4096)) {
+                page.fill(u8::from(pfn.is_multiple_of(3)));
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn any_number_of_threads_finds_the_same() {
+        // Several pieces, the last one short.
+        let frames = 5 * 8192 + 100;
+        let layout = RamLayout::new(vec![GpaRange::new(Gpa::ZERO, Gpa::new(frames * PAGE))]);
+        let layout = layout.unwrap();
+        let mut fresh = PageMap::new(&layout, PageSize::SIZE_4K);
+        fresh.set(
+            PfnRange::new(Pfn::new(9000), Pfn::new(20_000)),
+            PageClass::FreeBuddy,
+        );
+        let mark = |threads, bad| {
+            let guest = Guest(layout.clone(), bad);
+            let mut map = fresh.clone();
+            let done = mark_on(NonZeroUsize::new(threads).unwrap(), &guest, &mut map);
+            done.map(|()| map).map_err(|error| error.to_string())
+        };
+        let one = mark(1, frames).unwrap();
+        for threads in [2, 4, 9] {
+            assert_eq!(mark(threads, frames).unwrap(), one);
+            // The lowest that cannot be read is told of, whoever is first.
+            for bad in [20_001, 30_000, frames - 1] {
+                assert_eq!(mark(threads, bad).unwrap_err(), mark(1, bad).unwrap_err());
+            }
+        }
+        for pfn in 0..frames {
+            let free = (9000..20_000).contains(&pfn);
+            let expected = match (free, pfn % 3) {
+                (true, _) => PageClass::FreeBuddy,
+                (false, 0) => PageClass::Unknown,
+                (false, _) => PageClass::Zero,
+            };
+            assert_eq!(one.class(Pfn::new(pfn)), Some(expected));
+        }
+        let zero = count_zero_pages(&Guest(layout.clone(), frames), &one).unwrap();
+        assert_eq!(zero, (0..frames).filter(|pfn| pfn % 3 != 0).count() as u64);
+    }
 
     proptest! {
         #[test]

@@ -11,7 +11,10 @@ use sonicshot::{
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-const PAGE: PageSize = PageSize::SIZE_4K;
+/// What Xen maps, of every guest.
+const PAGE: PageSize = P2m::PAGE;
+/// A number that Xen cannot map.
+const NOWHERE: u64 = u64::MAX >> PAGE.shift();
 /// `XEN_DOMINF_*` and `SHUTDOWN_suspend` (`xen/include/public/domctl.h`, `sched.h`).
 const HVM: u32 = 1 << 1;
 const SHUT_DOWN: u32 = 1 << 2;
@@ -119,9 +122,9 @@ impl<'x> LiveDomain<'x> {
     }
 
     fn map_frames(&self, first: u64, count: u64) -> Result<Foreign<'x>, LiveError> {
-        // A number that Xen cannot map, for a frame that the guest does not have.
+        // Of a frame that the guest does not have nothing is mapped.
         let numbers: Vec<u64> = (first..first.saturating_add(count))
-            .map(|pfn| self.frame_of(pfn).unwrap_or(u64::MAX >> 12))
+            .map(|pfn| self.frame_of(pfn).unwrap_or(NOWHERE))
             .collect();
         self.xen.map(self.id, &numbers)
     }

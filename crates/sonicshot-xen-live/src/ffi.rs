@@ -9,13 +9,17 @@ use core::ffi::{c_int, c_uint, c_void};
 use core::fmt;
 use core::ptr::{self, NonNull};
 use libloading::Library;
-use sonicshot::{GuestBytes, Mapped, Mfn, Pfn};
+use sonicshot::{GuestBytes, Mapped, Mfn, P2m, Pfn};
 use std::io;
 use std::sync::{Mutex, PoisonError};
 
 /// The oldest release that is looked for, and one that is not there yet.
 const MINORS: core::ops::Range<u32> = 14..40;
-const PAGE: usize = 4096;
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "a page has 16 bits at most"
+)]
+const PAGE: usize = P2m::PAGE.bytes() as usize;
 const PROT_READ: c_int = 1;
 
 type Handle = *mut c_void;

@@ -15,11 +15,10 @@
 //! What a guest writes is not trusted: its table of frames is bounded by the pages that Xen says it
 //! has, and a frame that is not the guest's cannot be mapped by Xen's own check.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
-#![deny(unsafe_code)]
 
 mod domain;
 mod error;
-#[allow(unsafe_code, reason = "the edge to Xen's libraries")]
+#[expect(unsafe_code, reason = "the edge to Xen's libraries")]
 mod ffi;
 mod filter;
 mod p2m_list;

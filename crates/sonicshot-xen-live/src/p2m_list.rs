@@ -9,11 +9,15 @@ use sonicshot::{Mfn, P2m, P2mBuilder, Pfn};
 /// Where the architecture's part lies in the shared information of a guest of 64 bits.
 const ARCH: usize = 3088;
 const ENTRY: usize = 8;
-const PAGE: usize = 4096;
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "a page has 16 bits at most"
+)]
+const PAGE: usize = P2m::PAGE.bytes() as usize;
 const ENTRIES: u64 = 512;
 /// Of an entry of a page table: where the next table or the page is.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-const PAGE_SHIFT: u32 = 12;
+const PAGE_SHIFT: u32 = P2m::PAGE.shift();
 const PRESENT: u64 = 1;
 /// Linux marks entries that are no frame of the guest by the two highest bits.
 const NOT_OWN: u64 = 3 << 62;

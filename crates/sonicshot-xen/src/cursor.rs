@@ -1,7 +1,7 @@
 //! Reads a file from front to back, and knows where it is for messages.
 
 use crate::{Place, Within, XenError};
-use sonicshot::FileBytes;
+use sonicshot::{CutShort, FileBytes};
 
 pub(crate) struct Cursor<'a> {
     data: FileBytes<'a>,
@@ -51,33 +51,37 @@ impl<'a> Cursor<'a> {
         }
     }
 
+    fn fields(&self) -> sonicshot::Cursor<FileBytes<'a>> {
+        sonicshot::Cursor::at(self.data, self.at)
+    }
+
+    fn cut(&self, cut: CutShort) -> XenError {
+        XenError::Truncated {
+            place: self.place(cut.offset),
+            wanted: cut.wanted,
+            left: cut.left,
+        }
+    }
+
     /// How many bytes there are from here on.
     pub(crate) fn left(&self) -> u64 {
-        (self.data.len() as u64).saturating_sub(self.at)
+        self.fields().left()
     }
 
     /// The next `len` bytes.
     pub(crate) fn take(&mut self, len: u64) -> Result<FileBytes<'a>, XenError> {
-        let cut = XenError::Truncated {
-            place: self.place(self.at),
-            wanted: len,
-            left: self.left(),
-        };
-        let bytes = usize::try_from(self.at)
-            .ok()
-            .zip(usize::try_from(len).ok())
-            .and_then(|(at, len)| self.data.get(at, len));
-        let bytes = bytes.ok_or(cut)?;
-        self.at = self.at.saturating_add(len);
+        let mut fields = self.fields();
+        let bytes = fields.take(len).map_err(|cut| self.cut(cut))?;
+        self.at = fields.position();
         Ok(bytes)
     }
 
     /// The next bytes, copied.
     pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], XenError> {
-        let mut out = [0; N];
-        let copied = self.take(N as u64)?.copy_to(&mut out);
-        debug_assert!(copied, "as long as asked for");
-        Ok(out)
+        let mut fields = self.fields();
+        let array = fields.array().map_err(|cut| self.cut(cut))?;
+        self.at = fields.position();
+        Ok(array)
     }
 
     pub(crate) fn u16(&mut self) -> Result<u16, XenError> {
@@ -94,10 +98,7 @@ impl<'a> Cursor<'a> {
 
     /// Whether `bytes` come next.
     pub(crate) fn is_at(&self, bytes: &[u8]) -> bool {
-        let at = usize::try_from(self.at).unwrap_or(usize::MAX);
-        let there = self.data.get(at, bytes.len());
-        let mut copy = vec![0; bytes.len()];
-        there.is_some_and(|there| there.copy_to(&mut copy) && copy == bytes)
+        self.fields().is_at(bytes)
     }
 
     /// The streams' headers are big-endian, whatever the rest is.

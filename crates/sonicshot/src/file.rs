@@ -382,7 +382,7 @@ mod tests {
             for (number, (len, _)) in parts.iter().enumerate() {
                 out.write_all(&whole[start..start + len]).unwrap();
                 start += len;
-                if number % 2 == 0 {
+                if number.is_multiple_of(2) {
                     out.flush().unwrap();
                 }
             }

@@ -50,6 +50,10 @@ compile_error!("sonicshot is for hosts of 64 bits");
 
 mod address;
 mod architecture;
+#[expect(
+    unsafe_code,
+    reason = "guest bytes are behind a pointer, which somebody else may write to"
+)]
 mod bytes;
 pub mod checkpoint;
 mod class;
@@ -62,6 +66,10 @@ mod page_map;
 mod policy;
 mod processor;
 #[cfg(feature = "vm-memory")]
+#[expect(
+    unsafe_code,
+    reason = "the guard of a mapping is kept beside its pointer"
+)]
 mod vm_memory;
 pub mod work;
 

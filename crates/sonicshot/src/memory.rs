@@ -58,6 +58,14 @@ pub enum LayoutError {
         /// The upper one.
         second: GpaRange,
     },
+    /// A RAM range goes beyond 64 bits.
+    #[error("RAM of {len} bytes from {start} goes beyond 64 bits")]
+    Wraps {
+        /// Where it begins.
+        start: Gpa,
+        /// Its length in bytes.
+        len: u64,
+    },
     /// There is no RAM at all.
     #[error("the layout has no RAM")]
     Empty,
@@ -188,6 +196,7 @@ impl<'a> Mapped<'a> {
     /// # Safety
     /// `bytes` must stay readable until `hold` is dropped.
     #[must_use]
+    #[expect(unsafe_code, reason = "who makes it promises that the bytes stay")]
     pub unsafe fn held(bytes: GuestBytes<'a>, hold: Box<dyn Hold + 'a>) -> Self {
         Self {
             bytes,
@@ -358,6 +367,11 @@ macro_rules! forward_guest_memory {
 }
 forward_guest_memory!(&M, Box<M>, std::sync::Arc<M>);
 
+/// A stretch of RAM.
+pub(crate) fn ram(start: Gpa, len: u64) -> Result<GpaRange, LayoutError> {
+    GpaRange::with_len(start, len).ok_or(LayoutError::Wraps { start, len })
+}
+
 /// The range of a request, for error messages: empty if it would wrap.
 pub(crate) fn request(at: Gpa, len: usize) -> GpaRange {
     u64::try_from(len)
@@ -394,12 +408,10 @@ impl<'a> MappedRegions<'a> {
     /// [`LayoutError`] if they overlap in the guest, or there are none.
     pub fn new(mut regions: Vec<(Gpa, GuestBytes<'a>)>) -> Result<Self, LayoutError> {
         regions.sort_unstable_by_key(|(at, _)| *at);
-        let layout = RamLayout::new(
-            regions
-                .iter()
-                .map(|(at, bytes)| request(*at, bytes.len()))
-                .collect(),
-        )?;
+        let ranges = regions
+            .iter()
+            .map(|(at, bytes)| ram(*at, bytes.len() as u64));
+        let layout = RamLayout::new(ranges.collect::<Result<_, _>>()?)?;
         Ok(Self { layout, regions })
     }
 
@@ -421,7 +433,7 @@ impl GuestMemory for MappedRegions<'_> {
             if bytes.copy_to(buf) {
                 return Ok(());
             }
-        } else if self.layout.contains(at, request(at, buf.len()).len()) {
+        } else if self.layout.contains(at, buf.len() as u64) {
             // The stretch crosses regions that touch in the guest but not in this process.
             return copy_across(self, at, buf);
         }
@@ -433,7 +445,7 @@ impl GuestMemory for MappedRegions<'_> {
     fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
         match self.find(at, len) {
             Some(bytes) => Ok(Some(Mapped::borrowed(bytes))),
-            None if self.layout.contains(at, request(at, len).len()) => Ok(None),
+            None if self.layout.contains(at, len as u64) => Ok(None),
             None => Err(MemoryError::NotRam {
                 range: request(at, len),
             }),

@@ -666,7 +666,11 @@ mod tests {
             let range = PfnRange::with_len(Pfn::new(start), len).unwrap();
             // Short runs, to make bytes of it.
             let striped = |pfn: u64| {
-                if pfn % 3 == 0 { class } else { PageClass::Slab }
+                if pfn.is_multiple_of(3) {
+                    class
+                } else {
+                    PageClass::Slab
+                }
             };
             let edited = |pfn: u64, class: &mut PageClass| {
                 if pfn % 5 < 2 {
@@ -858,7 +862,7 @@ mod tests {
         let all = PfnRange::new(Pfn::new(0), Pfn::new(CHUNK));
         let stripes: Vec<_> = (0..CHUNK)
             .map(|pfn| {
-                if pfn % 2 == 0 {
+                if pfn.is_multiple_of(2) {
                     PageClass::Slab
                 } else {
                     PageClass::Zero
@@ -873,7 +877,7 @@ mod tests {
         two.set(all, PageClass::Zero);
         assert_ne!(one, two);
         one.with_slices(PfnRange::new(Pfn::new(0), Pfn::new(1)), |_, part| {
-            part.fill(PageClass::Zero)
+            part.fill(PageClass::Zero);
         });
         assert_eq!((one.runs().count(), two.runs().count()), (1, 1));
         assert_eq!(one, two);

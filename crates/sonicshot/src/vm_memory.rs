@@ -1,7 +1,7 @@
 //! A VMM's own `vm-memory` guest memory, served to the pruner.
 
-use crate::memory::request;
-use crate::{Gpa, GpaRange, GuestBytes, GuestMemory, LayoutError, Mapped, MemoryError, RamLayout};
+use crate::memory::{ram, request};
+use crate::{Gpa, GuestBytes, GuestMemory, LayoutError, Mapped, MemoryError, RamLayout};
 use std::fmt;
 use std::ptr::NonNull;
 use vm_memory::volatile_memory::PtrGuard;
@@ -44,15 +44,14 @@ impl<'a, M: GuestMemoryBackend> VmMemory<'a, M> {
     /// Serves `memory`.
     ///
     /// # Errors
-    /// [`LayoutError`] if it has no regions.
+    /// [`LayoutError`] if it has no regions, or one that cannot be.
     pub fn new(memory: &'a M) -> Result<Self, LayoutError> {
         let regions = memory
             .iter()
-            .filter_map(|region| GpaRange::with_len(Gpa::new(region.start_addr().0), region.len()))
-            .collect();
+            .map(|region| ram(Gpa::new(region.start_addr().0), region.len()));
         Ok(Self {
             memory,
-            layout: RamLayout::new(regions)?,
+            layout: RamLayout::new(regions.collect::<Result<_, _>>()?)?,
         })
     }
 }
@@ -70,8 +69,8 @@ impl<M: GuestMemoryBackend + Sync> GuestMemory for VmMemory<'_, M> {
     }
 
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        let range = request(at, buf.len());
-        if !self.layout.contains(at, range.len()) {
+        if !self.layout.contains(at, buf.len() as u64) {
+            let range = request(at, buf.len());
             return Err(MemoryError::NotRam { range });
         }
         self.memory
@@ -81,7 +80,7 @@ impl<M: GuestMemoryBackend + Sync> GuestMemory for VmMemory<'_, M> {
 
     fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
         let range = request(at, len);
-        if !self.layout.contains(at, range.len()) {
+        if !self.layout.contains(at, len as u64) {
             return Err(MemoryError::NotRam { range });
         }
         let address = GuestAddress(at.raw());

@@ -4,7 +4,7 @@ use crate::report::{count, lines, percent, say, size};
 use serde_json::{Map, Value, json};
 use sonicshot::{ClassSet, GuestMemory, PageClass, Processor, Processors};
 use sonicshot_offline::Analyzed;
-use sonicshot_vmi::ZoneReport;
+use sonicshot_vmi::{Knowledge, ZoneReport};
 
 fn zone_json(zone: &ZoneReport) -> Value {
     json!({
@@ -91,6 +91,7 @@ pub(super) fn json_report(analyzed: &Analyzed, zero_pages: u64) -> Value {
         "kernel_release": facts.release,
         "kernel_banner": facts.banner,
         "symbol_sources": facts.symbol_sources,
+        "knowledge": facts.knowledge.name(),
         "layout": dump.layout_spec().map(ToString::to_string),
         "layout_origin": analyzed.layout_origin(),
         "ram": regions,
@@ -130,6 +131,10 @@ fn print_guest(analyzed: &Analyzed) {
         say!("          {banner}");
     }
     say!("symbols   {}", facts.symbol_sources.join(", "));
+    if facts.knowledge != Knowledge::Types {
+        let known = facts.knowledge;
+        say!("knowledge {known}: free pages and zeroes are told, all others are kept");
+    }
     match dump.layout_spec() {
         Some(layout) => say!("layout    {layout} ({})", analyzed.layout_origin()),
         None => say!("layout    {}", analyzed.layout_origin()),

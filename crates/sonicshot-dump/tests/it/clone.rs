@@ -26,10 +26,8 @@ impl Mounted {
                 .args([&image, &at])
                 .output()
                 .is_ok_and(|run| run.status.success());
-        if !mounted {
-            eprintln!("skipped: {} or mount does not work here", mkfs[0]);
-        }
-        mounted.then(|| Self(folder))
+        let what = format!("{} and loop mounts of what it makes", mkfs[0]);
+        sonicshot_testkit::has(&what, mounted).then(|| Self(folder))
     }
 
     fn path(&self) -> std::path::PathBuf {

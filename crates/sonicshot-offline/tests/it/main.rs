@@ -10,3 +10,4 @@ mod checkpoint;
 mod common;
 mod prune;
 mod refusals;
+mod zero;

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 const TRIES: Duration = Duration::from_secs(10);
 /// So many of the candidates that failed are told of.
 const MAX_TOLD: usize = 4;
+/// What was tried where there is nothing at all.
+pub(crate) const NO_PAGE: &str = "no page begins with VMCOREINFO";
 
 /// What a kernel that was tried to the end turned out to be.
 #[derive(Debug)]
@@ -51,6 +53,8 @@ pub(super) struct Candidates<'a, 'm, T> {
     out_of_time: bool,
     told: Vec<String>,
     error: Option<VmiError>,
+    /// A kernel of a machine that cannot be read.
+    other: Option<VmiError>,
     standing: Vec<T>,
 }
 
@@ -72,11 +76,21 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
             out_of_time: false,
             told: Vec::new(),
             error: None,
+            other: None,
             standing: Vec::new(),
         }
     }
 
     /// Keeps what is wrong with a candidate, of a few.
+    /// Notes why a text is not a kernel's of this memory. One of a machine of another kind says
+    /// more than that there is no kernel.
+    pub(super) fn unconfirmed(&mut self, origin: &str, why: VmiError) {
+        self.tell(format!("{origin}: {why}"));
+        if matches!(why, VmiError::OtherMachine { .. }) && self.other.is_none() {
+            self.other = Some(why);
+        }
+    }
+
     pub(super) fn tell(&mut self, why: String) {
         if self.told.len() < MAX_TOLD {
             self.told.push(why);
@@ -229,7 +243,8 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
 
     pub(super) fn outcome(self) -> Result<Vec<T>, VmiError> {
         let untried = || format!("candidates that {} s were too short for", TRIES.as_secs());
-        match (self.standing.is_empty(), self.out_of_time, self.error) {
+        let error = self.error.or(self.other);
+        match (self.standing.is_empty(), self.out_of_time, error) {
             (false, false, _) => Ok(self.standing),
             (false, true, _) => Err(VmiError::Undecided {
                 first: "the one that was found".into(),
@@ -244,7 +259,7 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
                 }
                 Err(VmiError::NoKernel {
                     tried: if told.is_empty() {
-                        "no page begins with VMCOREINFO".into()
+                        NO_PAGE.into()
                     } else {
                         told.join("; ")
                     },

@@ -24,8 +24,8 @@ use crate::arch::{self, MIN_PAGE, Tables};
 use crate::error::VmiError;
 use crate::symbols::{Vmcoreinfo, VmcoreinfoLines};
 use crate::{AddressSpace, VirtualMemory};
-pub(crate) use candidates::Tried;
 use candidates::{Attempt, Candidates};
+pub(crate) use candidates::{NO_PAGE, Tried};
 pub(crate) use image::image_range;
 use sonicshot::{Architecture, Gpa, GuestMemory};
 
@@ -41,6 +41,8 @@ pub(crate) struct Found<'m> {
     pub origin: String,
     /// Whether it is the note of a dump, and no page of memory.
     pub is_note: bool,
+    /// The page tables that it names.
+    pub tables: Tables,
 }
 
 /// Finds the kernels that stand when `attempt` tries them to the end, by `given` VMCOREINFO (of a
@@ -65,7 +67,7 @@ pub(crate) fn find<'a, 'm, T>(
                     return Ok(vec![proven]);
                 }
             }
-            Err(why) => kernels.tell(format!("the dump's VMCOREINFO note: {why}")),
+            Err(why) => kernels.unconfirmed("the dump's VMCOREINFO note", why),
         }
     }
     let mut proven = None;
@@ -80,7 +82,7 @@ pub(crate) fn find<'a, 'm, T>(
                     proven = kernels.try_text(number, &text, Some(at));
                 }
             }
-            Err(why) => kernels.tell(format!("VMCOREINFO at {at}: {why}")),
+            Err(why) => kernels.unconfirmed(&format!("VMCOREINFO at {at}"), why),
         }
         proven.is_none()
     })?;
@@ -123,8 +125,24 @@ impl<'m> Found<'m> {
             vmcoreinfo,
             origin,
             is_note,
+            tables: *tables,
         })
     }
+}
+
+/// Whether a variable in the image of the kernel with these page tables points to a page with this
+/// VMCOREINFO: it is the kernel's own, whatever symbols are missing.
+pub(crate) fn is_own(memory: &dyn GuestMemory, tables: &Tables, info: &Vmcoreinfo) -> bool {
+    let text = info.text().as_bytes();
+    image::pointed_to(memory, tables).into_iter().any(|at| {
+        read_text(memory, at).is_some_and(|page| {
+            let end = memchr::memchr(0, &page).unwrap_or(page.len());
+            let own = page.get(..end).filter(|own| !own.is_empty());
+            // At a crash a line is added to the copy that becomes a dump's note.
+            let added = own.and_then(|own| text.strip_prefix(own));
+            added.is_some_and(|added| added.is_empty() || added.starts_with(b"CRASHTIME="))
+        })
+    })
 }
 
 /// Holds what `text` says of its kernel's page tables and name against memory. It makes no

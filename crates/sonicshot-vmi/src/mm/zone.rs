@@ -5,6 +5,7 @@
 use super::mem_map::MemMap;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
+use crate::shape::Knowledge;
 use crate::{KernelVa, VirtualMemory};
 use sonicshot::{Pfn, PfnRange};
 
@@ -57,7 +58,22 @@ pub(crate) struct Zone {
     /// Pages that the counter has and the lists have not: unaccepted memory.
     pub unaccepted: i64,
     /// Where the per-CPU pages are, as the zone's `__percpu` pointer.
-    pageset: KernelVa,
+    pub pageset: KernelVa,
+}
+
+/// The array `zone.free_area`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AreaLayout {
+    /// From the zone to the array.
+    pub free_area: u64,
+    /// How many elements it has.
+    pub orders: u64,
+    /// The size of an element, `struct free_area`.
+    pub size: u64,
+    /// The heads of lists in an element, one for each migrate type.
+    pub migrate_types: u64,
+    /// From an element to its `nr_free`.
+    pub nr_free: u64,
 }
 
 /// A node's frames from here on have no initialised `struct page` yet.
@@ -78,6 +94,14 @@ pub(crate) struct Zones {
     pub cpu_offsets: Vec<u64>,
     /// Why the per-CPU lists cannot be read, if they can't.
     pub no_pcp: Option<String>,
+    /// Where the per-CPU lists are, if no type tells.
+    pcp: Option<PcpLayout>,
+    /// Whether the counters are without the per-CPU deltas.
+    pub without_deltas: bool,
+    /// What they were found by. Where it is the shape alone, a block that says it is free and is
+    /// on no list is kept and counted, and no more: before a kernel has set up its struct pages,
+    /// those of the boot before may show.
+    pub knowledge: Knowledge,
 }
 
 /// One free block that a list names.
@@ -199,7 +223,51 @@ impl Zones {
             deferred,
             cpu_offsets,
             no_pcp,
+            pcp: None,
+            without_deltas: false,
+            knowledge: Knowledge::Types,
         })
+    }
+
+    /// Zones that were found by their own lists. `area` is their array of free areas, `vm_stat`
+    /// and the like have been read; `pcp` tells where the per-CPU lists are, or why nothing does.
+    pub(crate) fn by_shape(
+        area: AreaLayout,
+        zones: Vec<Zone>,
+        cpu_offsets: Vec<u64>,
+        pcp: Result<PcpLayout, String>,
+        without_deltas: bool,
+    ) -> Self {
+        let (pcp, no_pcp) = match pcp {
+            Ok(pcp) => (Some(pcp), None),
+            Err(why) => (None, Some(why)),
+        };
+        Self {
+            layout: ZoneLayout {
+                zone_size: 0,
+                free_area: area.free_area,
+                orders: area.orders,
+                free_area_size: area.size,
+                migrate_types: area.migrate_types,
+                nr_free: area.nr_free,
+                zone_start_pfn: 0,
+                spanned_pages: 0,
+                present_pages: None,
+                name: 0,
+                vm_stat: 0,
+                nr_free_pages: 0,
+                nr_unaccepted: None,
+                migrate_isolate: None,
+            },
+            zones,
+            nodes: Vec::new(),
+            deferred: Vec::new(),
+            cpu_offsets,
+            no_pcp,
+            pcp,
+            without_deltas,
+            knowledge: Knowledge::Vmcoreinfo,
+        }
     }
 
     /// How many processors can have been inside the allocator when the guest stopped.
@@ -249,7 +317,10 @@ impl Zones {
         visit: &mut dyn FnMut(Listed) -> Result<(), VmiError>,
     ) -> Result<Vec<(u64, u64)>, VmiError> {
         let kernel = lists.kernel;
-        let layout = PcpLayout::new(kernel)?;
+        let layout = match self.pcp {
+            Some(layout) => layout,
+            None => PcpLayout::new(kernel)?,
+        };
         let mut counts = Vec::new();
         for offset in &self.cpu_offsets {
             let pcp = zone.pageset.wrapping_add(*offset).wrapping_add(layout.pcp);
@@ -596,17 +667,17 @@ impl StatDiffs {
 }
 
 /// Where the lists in a processor's `struct per_cpu_pages` are, and what is in each.
-#[derive(Debug)]
-struct PcpLayout {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PcpLayout {
     /// From the zone's `__percpu` pointer to `struct per_cpu_pages`.
-    pcp: u64,
-    count: u64,
-    lists_at: u64,
-    lists: u64,
+    pub pcp: u64,
+    pub count: u64,
+    pub lists_at: u64,
+    pub lists: u64,
     /// `MIGRATE_PCPTYPES`.
-    types: u64,
+    pub types: u64,
     /// Of the lists behind the ones of order 0 to `PAGE_ALLOC_COSTLY_ORDER`.
-    huge_order: u32,
+    pub huge_order: u32,
 }
 
 /// `PAGE_ALLOC_COSTLY_ORDER`, the same since 2.6.
@@ -641,7 +712,7 @@ impl PcpLayout {
     }
 
     /// `pindex_to_order` (`mm/page_alloc.c`, since 5.14): the order is in no page.
-    fn order(&self, index: u64) -> Result<u32, VmiError> {
+    pub(crate) fn order(&self, index: u64) -> Result<u32, VmiError> {
         let order = index.checked_div(self.types);
         let order = order.and_then(|order| u32::try_from(order).ok());
         if let Some(order) = order.filter(|order| u64::from(*order) <= COSTLY_ORDER) {

@@ -13,7 +13,7 @@ use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::mm::mem_map::MemMap;
 use crate::mm::zone::Zones;
-use sonicshot::{GuestMemory, Pfn, Processor, Processors};
+use sonicshot::{Gpa, GuestMemory, Pfn, Processor, Processors};
 
 /// So many struct pages, evenly spread, are compared for each processor.
 const MAX_SPANS: usize = 256;
@@ -73,6 +73,22 @@ impl Owners {
             Processors::NotTold(why) => Self::NotTold(why),
             _ => Self::Unknown,
         }
+    }
+
+    /// The top-level tables that processors run on, and how many levels each may have.
+    pub(crate) fn roots(&self, memory: &dyn GuestMemory) -> Vec<(Gpa, u32)> {
+        let Self::Known(counted) = self else {
+            return Vec::new();
+        };
+        let mut found = Vec::new();
+        for (_, told) in counted {
+            for root in arch::x86_64::roots(memory, told) {
+                if !found.contains(&root) {
+                    found.push(root);
+                }
+            }
+        }
+        found
     }
 
     pub(crate) fn are_known(&self) -> bool {

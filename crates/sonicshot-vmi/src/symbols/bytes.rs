@@ -1,5 +1,7 @@
 //! Checked reads of little-endian values from untrusted bytes.
 
+use sonicshot::Bytes as _;
+
 /// Bytes that may be anything; every read is checked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bytes<'a>(pub &'a [u8]);
@@ -9,20 +11,16 @@ impl<'a> Bytes<'a> {
         self.0.get(at..at.checked_add(len)?)
     }
 
-    fn array<const N: usize>(self, at: usize) -> Option<[u8; N]> {
-        self.get(at, N)?.try_into().ok()
-    }
-
     pub(crate) fn u16(self, at: usize) -> Option<u16> {
-        self.array(at).map(u16::from_le_bytes)
+        self.0.le_at(at as u64)
     }
 
     pub(crate) fn u32(self, at: usize) -> Option<u32> {
-        self.array(at).map(u32::from_le_bytes)
+        self.0.le_at(at as u64)
     }
 
     pub(crate) fn u64(self, at: usize) -> Option<u64> {
-        self.array(at).map(u64::from_le_bytes)
+        self.0.le_at(at as u64)
     }
 
     /// The bytes from `at` to the next NUL, without it.

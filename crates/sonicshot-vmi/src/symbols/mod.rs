@@ -178,7 +178,7 @@ pub fn open_symbol_file(path: &Path) -> Result<Box<dyn SymbolSource>, SymbolErro
 
 /// Calls `visit` with every address in `range` at which `needle` stands, lowest first, until it
 /// returns `false`. Addresses that are not mapped are passed over.
-fn scan(
+pub(crate) fn scan(
     memory: &dyn VirtualMemory,
     range: (KernelVa, KernelVa),
     needle: &[u8],

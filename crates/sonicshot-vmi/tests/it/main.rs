@@ -7,6 +7,7 @@
     reason = "tests say so by panicking"
 )]
 
+mod knowledge;
 mod owner;
 mod place;
 mod real_guest;

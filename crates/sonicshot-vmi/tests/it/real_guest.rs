@@ -11,6 +11,7 @@ use sonicshot_vmi::{
 };
 use std::fs::File;
 use std::io::Read;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -101,6 +102,46 @@ fn heads(ram: &[u8]) -> Vec<(usize, u64, usize)> {
 
 fn class_of(pages: &Classification, pfn: usize) -> PageClass {
     pages.map.class(Pfn::new(pfn as u64)).unwrap()
+}
+
+#[test]
+fn any_number_of_threads_finds_the_same() {
+    let mut ram = ram();
+    let classify = |ram: &[u8], threads| {
+        let memory = memory(ram);
+        let options = GuestOptions::new().threads(NonZeroUsize::new(threads).unwrap());
+        let guest = LinuxGuest::open(&memory, &options).unwrap();
+        guest.classify(OnInconsistency::KeepInQuestion).unwrap()
+    };
+    // Sound, and with free blocks of which struct pages show users, more than are described.
+    for torn in [false, true] {
+        if torn {
+            let sound = classify(&ram, 1);
+            let structs = usize::try_from(struct_pages(&ram).start().raw()).unwrap();
+            let free = sound
+                .map
+                .runs()
+                .filter(|(_, class)| *class == PageClass::FreeBuddy);
+            let frames = free.flat_map(|(run, _)| run.iter()).map(Pfn::raw);
+            // At least one in each large block.
+            let inside: Vec<u64> = frames.filter(|pfn| pfn % 256 == 255).collect();
+            for pfn in inside {
+                ram[structs + usize::try_from(pfn).unwrap() * STRUCT_PAGE + REFCOUNT] = 1;
+            }
+        }
+        let one = classify(&ram, 1);
+        assert_eq!(one.disagreement.is_some(), torn);
+        if let Some(found) = &one.disagreement {
+            assert!(found.blocks > found.examples.len() as u64, "{found}");
+        }
+        for threads in [2, 4, 7] {
+            let several = classify(&ram, threads);
+            assert_eq!(several.map, one.map);
+            assert_eq!(several.zones, one.zones);
+            assert_eq!(several.disagreement, one.disagreement);
+            assert_eq!(format!("{:?}", several.notes), format!("{:?}", one.notes));
+        }
+    }
 }
 
 #[test]

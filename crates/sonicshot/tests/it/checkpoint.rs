@@ -522,6 +522,64 @@ fn a_sink_that_fails_ends_the_save() {
     }
 }
 
+/// A target that gives another length than it is asked for, or nothing at all.
+struct Wrong {
+    layout: RamLayout,
+    zeroed: bool,
+    more: Option<isize>,
+}
+
+impl RestoreTarget for Wrong {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn reads_as_zero(&self) -> bool {
+        self.zeroed
+    }
+
+    fn fill(&self, range: GpaRange, fill: FillWith<'_>) -> Result<(), CheckpointError> {
+        match self.more {
+            Some(more) => {
+                let len = usize::try_from(range.len()).unwrap();
+                fill(&mut vec![0; len.saturating_add_signed(more)])
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+#[test]
+fn a_target_of_another_length_is_an_error() {
+    // Pages with data alone, and zeroes alone, which are only written where it may hold anything.
+    let data: Vec<_> = (0..8_u8).map(|n| (4, u64::from(n), 0)).collect();
+    let zeroes = [(0, 0, 4); 8];
+    for (pages, zeroed) in [(&data[..], true), (&zeroes[..], false)] {
+        let guest = guest(pages, false);
+        for codec in 0..3 {
+            let (file, _) = save(&guest, options(codec, 8192, 1, true), Fill::Zero);
+            let checkpoint = CheckpointReader::new(file).unwrap();
+            let restore = |more| {
+                let target = Wrong {
+                    layout: guest.layout.clone(),
+                    zeroed,
+                    more,
+                };
+                checkpoint.restore(&target, None, &mut |_, _| {})
+            };
+            restore(Some(0)).unwrap();
+            for more in [Some(-1), Some(1), Some(-4096), None] {
+                let error = restore(more).unwrap_err();
+                assert!(
+                    matches!(error, CheckpointError::Length { expected, found, .. }
+                        if found != expected),
+                    "{error}"
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn a_seekable_reader_is_a_source() {
     let guest = mixed();
@@ -534,6 +592,7 @@ fn a_seekable_reader_is_a_source() {
 
 #[cfg(feature = "mmap")]
 #[test]
+#[expect(unsafe_code, reason = "what is mapped is looked at")]
 fn a_mapped_checkpoint_reads_the_same_and_stays_private() {
     let guest = mixed();
     for codec in 0..3 {
@@ -570,6 +629,7 @@ fn is_mapped(name: &str) -> bool {
 
 #[cfg(feature = "mmap")]
 #[test]
+#[expect(unsafe_code, reason = "what is mapped is looked at")]
 fn only_what_nobody_can_cut_off_is_mapped() {
     use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
     use std::fs::File;

@@ -1,5 +1,4 @@
 //! What the core's own records cost, counted by the allocator.
-#![expect(unsafe_code, reason = "an allocator that counts")]
 
 use sonicshot::*;
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -54,7 +53,7 @@ fn layout() -> RamLayout {
     let gpa = |gib: u64| Gpa::new(gib << 30);
     RamLayout::new(vec![
         GpaRange::new(gpa(0), gpa(3)),
-        GpaRange::new(gpa(4), gpa((12 * TIB >> 30) + 1)),
+        GpaRange::new(gpa(4), gpa(((12 * TIB) >> 30) + 1)),
     ])
     .unwrap()
 }
@@ -65,7 +64,7 @@ fn a_map_of_12_tib_costs_what_its_runs_cost() {
     for page_size in [PageSize::SIZE_4K, PageSize::SIZE_16K, PageSize::SIZE_64K] {
         let (mut map, bytes, most) = cost(|| PageMap::new(&layout, page_size));
         assert!(most < 4 << 10, "{most} bytes for one run");
-        assert_eq!(map.total(), 12 * TIB >> page_size.shift());
+        assert_eq!(map.total(), (12 * TIB) >> page_size.shift());
 
         // 10,000 runs, far from each other, in no order.
         const RUNS: u64 = 10_000;

@@ -9,11 +9,24 @@ use crate::backing::plain::PlainDump;
 use crate::format::ability::{ByCopy, Copying};
 use crate::format::core_notes;
 use crate::format::kind::{Format, Kind, Source, boxed};
-use sonicshot::{Architecture, GuestMemory, Processors};
+use sonicshot::{Architecture, GuestMemory, PageSize, Processors};
 use std::fs::File;
 use wire::ElfCore;
 
-pub(crate) const KIND: Kind = Kind::by_magic(&[b"\x7fELF"], |source| open(source).map(boxed));
+pub(crate) const KIND: Kind = Kind {
+    is_one: |source| !may_be_ram(source),
+    ..Kind::by_magic(&[b"\x7fELF"], |source| open(source).map(boxed))
+};
+
+/// Whether an ELF file may be a guest's RAM: QEMU's microvm, Firecracker and Cloud Hypervisor leave
+/// the header of the kernel that they load at guest-physical 0. It is that of a program, no core,
+/// and RAM is whole pages, more of them than a program has that loads nothing else.
+fn may_be_ram(source: &Source<'_>) -> bool {
+    const LEAST: u64 = 16 << 20;
+    let kind = source.start::<18>();
+    let is_core = kind.is_none_or(|start| start.ends_with(&wire::ET_CORE.to_le_bytes()));
+    !is_core && source.len() >= LEAST && source.len().is_multiple_of(PageSize::SIZE_4K.bytes())
+}
 
 /// An ELF core, mapped.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ pub(crate) const HEADER_LEN: usize = 64;
 pub(crate) const SEGMENT_LEN: usize = 56;
 /// `e_phnum` of a file whose number of segments is in `sh_info` of section 0.
 const PN_XNUM: u16 = 0xffff;
-const ET_CORE: u16 = 4;
+pub(super) const ET_CORE: u16 = 4;
 const EM_X86_64: u16 = 62;
 const EM_AARCH64: u16 = 183;
 pub(crate) const PT_LOAD: u32 = 1;

@@ -3,6 +3,7 @@
 use crate::KernelVa;
 use crate::paging::{Paging, Translation};
 use sonicshot::{Gpa, GuestMemory, MemoryError, Mfn, P2m, PageSize, Pfn, PfnRange};
+use std::collections::HashSet;
 
 const PRESENT: u64 = 1;
 const USER: u64 = 1 << 2;
@@ -66,6 +67,42 @@ impl Paging for Walk {
             table = next.raw();
         }
         Ok(None)
+    }
+
+    fn visit_tables(
+        &self,
+        memory: &dyn GuestMemory,
+        visit: &mut dyn FnMut(Gpa) -> bool,
+    ) -> Result<(), MemoryError> {
+        // Each table once, however often it is named: there are no more than pages of RAM.
+        let mut seen = HashSet::from([self.root]);
+        let mut left = vec![(self.root, self.levels)];
+        while let Some((table, level)) = left.pop() {
+            if !visit(table) {
+                break;
+            }
+            let mut entries = [0; 4096];
+            memory.read(table, &mut entries)?;
+            let (entries, _) = entries.as_chunks::<8>();
+            // Of the top table the upper half.
+            let first = if level == self.levels { 256 } else { 0 };
+            for entry in entries.iter().skip(first) {
+                let entry = u64::from_le_bytes(*entry);
+                let is_page = level == 1 || (level <= 3 && entry & PAGE_SIZE_BIT != 0);
+                if entry & PRESENT == 0 || is_page {
+                    continue;
+                }
+                let next = guest_address(memory, entry & ADDRESS)
+                    .filter(|next| memory.layout().contains(*next, 4096));
+                if let Some(next) = next
+                    && seen.insert(next)
+                    && level > 1
+                {
+                    left.push((next, level.saturating_sub(1)));
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -150,6 +187,40 @@ mod tests {
         );
         assert_eq!(translate(&ram, false, 0xffff_ffff_8000_6000), None);
         assert_eq!(translate(&ram, false, 0xffff_8000_0000_0000), None);
+    }
+
+    #[test]
+    fn each_table_of_the_kernel_half_is_visited_once() {
+        let ram = tables(&[
+            (0x1000, 0, 0x9063),
+            (0x1000, 511, 0x2063),
+            (0x1000, 510, 0x2063),
+            (0x2000, 510, 0x3063),
+            (0x2000, 511, 0x8000_00e3),
+            (0x3000, 0, 0x4063),
+            (0x3000, 1, 0x0120_00e3),
+            (0x3000, 2, 0xfff_0063),
+            // A loop.
+            (0x3000, 3, 0x2063),
+            (0x4000, 5, 0x5063),
+        ]);
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        let walk = Walk::new(Gpa::new(0x1000), 4);
+        let mut seen = Vec::new();
+        walk.visit_tables(&memory, &mut |table| {
+            seen.push(table.raw());
+            true
+        })
+        .unwrap();
+        seen.sort_unstable();
+        assert_eq!(seen, [0x1000, 0x2000, 0x3000, 0x4000]);
+        let mut first = 0;
+        walk.visit_tables(&memory, &mut |_| {
+            first += 1;
+            false
+        })
+        .unwrap();
+        assert_eq!(first, 1);
     }
 
     #[test]

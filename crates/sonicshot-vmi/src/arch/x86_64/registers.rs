@@ -4,11 +4,11 @@
 //! isolation (PTI) user space has tables of its own, which are the twin of whole ones.
 
 use super::paging::Walk;
-use crate::KernelVa;
 use crate::arch::{Cr3, Foreign, ForeignProcessor, Landmark, Tables, Told};
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::paging::Paging;
+use crate::{KernelVa, VirtualMemory};
 use sonicshot::{ControlRegisters, Gpa, GuestMemory, Processor};
 use std::collections::HashSet;
 
@@ -72,6 +72,25 @@ fn root(cr3: Cr3) -> u64 {
 fn place(walk: &Walk, memory: &dyn GuestMemory, at: KernelVa) -> Option<Gpa> {
     let there = walk.translate(memory, at).ok().flatten()?;
     Some(there.at)
+}
+
+/// The top-level tables that a processor runs on, of user space the kernel's twin first; and how
+/// many levels each may have.
+pub(crate) fn roots(memory: &dyn GuestMemory, told: &Told) -> Vec<(Gpa, u32)> {
+    let State::Tables { cr3, levels } = State::of(memory, told) else {
+        return Vec::new();
+    };
+    let levels = levels.map_or(vec![4, 5], |levels| vec![levels]);
+    let mut found = Vec::new();
+    for levels in levels {
+        for root in [root(cr3) & !PTI_USER_TABLE, root(cr3)] {
+            let root = (Gpa::new(root), levels);
+            if !found.contains(&root) {
+                found.push(root);
+            }
+        }
+    }
+    found
 }
 
 /// Whether the processor's page tables have `tables` at their place.
@@ -170,6 +189,12 @@ fn entries(kernel: &Kernel<'_>) -> Result<Option<Vec<Landmark>>, VmiError> {
         Some(at) => Some(at),
         None => kernel.symbol_from_table("entry_SYSCALL_64")?,
     };
+    // Without a symbol table the interrupt table itself tells.
+    let has_table = kernel
+        .sources()
+        .iter()
+        .any(|source| !source.is_vmcoreinfo());
+    let code = code.or_else(|| page_fault_handler(kernel).filter(|_| !has_table));
     let Some(code) = code else {
         return Ok(None);
     };
@@ -178,4 +203,16 @@ fn entries(kernel: &Kernel<'_>) -> Result<Option<Vec<Landmark>>, VmiError> {
         Landmark::new(kernel, "the kernel's entry code", code),
     ];
     Ok(found.into_iter().collect::<Result<_, _>>().ok())
+}
+
+/// Where the kernel handles page faults, which is in its entry code: by gate 14 of its interrupt
+/// table (Intel SDM vol. 3, 6.14.1).
+fn page_fault_handler(kernel: &Kernel<'_>) -> Option<KernelVa> {
+    const GATE: u64 = 14 * 16;
+    let gate = CPU_ENTRY_AREA.checked_add(GATE)?;
+    let low = kernel.space.read_u64(gate).ok()?;
+    let high = kernel.space.read_u64(gate.checked_add(8)?).ok()?;
+    // Bits 15 to 0, 31 to 16 (at 48), 63 to 32 of the address.
+    let at = low & 0xffff | low >> 32 & 0xffff_0000 | high << 32;
+    (at >> 63 == 1).then(|| KernelVa::new(at))
 }

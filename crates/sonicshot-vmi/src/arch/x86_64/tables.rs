@@ -16,9 +16,16 @@ pub(super) fn by_vmcoreinfo(
         .number("NUMBER(sme_mask)")
         .is_some_and(|mask| mask != 0)
     {
-        return Err(unsupported("a guest with encrypted memory (SME, SEV)"));
+        return Err(VmiError::OtherMachine {
+            what: "a guest with encrypted memory (SME, SEV)",
+        });
     }
     let page_table = need_address(text, "swapper_pg_dir")?;
+    if u32::try_from(page_table.raw()).is_ok() {
+        return Err(VmiError::OtherMachine {
+            what: "a 32-bit x86 kernel: only x86-64 is supported",
+        });
+    }
     let uts = need_address(text, "init_uts_ns")?;
     let phys_base = text
         .number("NUMBER(phys_base)")

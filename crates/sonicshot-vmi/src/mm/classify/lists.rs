@@ -233,10 +233,12 @@ fn check_counters(
     // block of the largest order (or one batch for a per-CPU list, which is smaller). Beside
     // that, a processor that folds its delta into the zone (`refresh_cpu_vm_stats`) has it in a
     // register: at most 127, the range of the delta's type.
+    // Where the deltas cannot be read, each processor's may be as large again.
+    let deltas = if zones.without_deltas { 254 } else { 127 };
     let largest = u32::try_from(zones.max_order()).ok();
     let bound = largest
         .and_then(|order| 1_u64.checked_shl(order))
-        .and_then(|block| zones.cpus().checked_mul(127)?.checked_add(block))
+        .and_then(|block| zones.cpus().checked_mul(deltas)?.checked_add(block))
         .ok_or_else(|| corrupt(zones.max_order()))?;
     let listed = report
         .listed

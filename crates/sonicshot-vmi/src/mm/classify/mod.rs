@@ -18,9 +18,13 @@ use super::zone::Zones;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::note::Note;
+use crate::shape::Knowledge;
 use core::fmt;
-use scanner::Scanner;
+use scanner::Sources;
+use sonicshot::work::{self, map_in_order};
 use sonicshot::{PageClass, PageMap, Pfn, PfnRange};
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 
 /// What one zone's three sources of truth say about its free pages.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,10 +65,16 @@ pub struct Inconsistency {
     pub explained: u64,
     /// Every zone's numbers.
     pub zones: Vec<ZoneReport>,
+    /// What was known of the kernel: with types missing, what was taken for its records may be
+    /// something else.
+    pub knowledge: Knowledge,
 }
 
 impl fmt::Display for Inconsistency {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.knowledge != Knowledge::Types {
+            f.write_str("types are missing, and ")?;
+        }
         write!(
             f,
             "the guest's sources of truth about free pages disagree on {} blocks (a stopped guest explains {})",
@@ -99,13 +109,30 @@ pub(super) struct Disagreements {
 }
 
 impl Disagreements {
+    /// So many are described.
+    const EXAMPLES: usize = 8;
+
     pub(super) fn block(&mut self, text: impl FnOnce() -> String) {
         self.blocks = self.blocks.saturating_add(1);
-        if self.examples.len() < 8 {
+        if self.examples.len() < Self::EXAMPLES {
             self.examples.push(text());
         }
     }
+
+    /// Adds what was found behind all that is there.
+    fn add(&mut self, more: Self) {
+        self.blocks = self.blocks.saturating_add(more.blocks);
+        self.fatal |= more.fatal;
+        self.counters.extend(more.counters);
+        let room = Self::EXAMPLES.saturating_sub(self.examples.len());
+        self.examples.extend(more.examples.into_iter().take(room));
+    }
 }
+
+/// Frames that are looked at together, as a binary logarithm: their struct pages, mostly 512 KiB,
+/// fit a processor's cache, and a small guest has a piece for each thread. A piece is never shorter
+/// than the longest block of the buddy allocator.
+const PIECE: u32 = 13;
 
 /// Looks at every struct page, and gives every RAM frame its class.
 pub(crate) fn scan(
@@ -113,57 +140,87 @@ pub(crate) fn scan(
     mem_map: &MemMap<'_>,
     layout: &PageLayout,
     zones: &Zones,
+    threads: Option<NonZeroUsize>,
 ) -> Result<Scan, VmiError> {
     let mut notes = Vec::new();
     let mut map = PageMap::new(kernel.space.memory().layout(), mem_map.page_size);
-    let walked = lists::walk(kernel, mem_map, zones, layout.lru, &map, &mut notes)?;
-    let offline = OfflineSections::find(kernel, mem_map, zones, &|frames| {
-        walked.marks.any_in(frames)
-    })?;
-    let mut scanner = Scanner {
+    let lists::Walked {
+        marks,
+        zones: mut reports,
+        mut wrong,
+    } = lists::walk(kernel, mem_map, zones, layout.lru, &map, &mut notes)?;
+    let mut offline =
+        OfflineSections::find(kernel, mem_map, zones, &|frames| marks.any_in(frames))?;
+    let spans: Vec<PfnRange> = reports.iter().map(|zone| zone.span).collect();
+    let sources = Sources {
         mem_map,
         layout,
         max_order: zones.max_order(),
-        zones: walked.zones,
-        wrong: walked.wrong,
-        open: None,
-        offline,
-        offline_pages: OfflinePages::default(),
-        last_head: None,
+        zones: &spans,
+        offline: &offline,
+        keeps_unlisted: zones.knowledge == Knowledge::Shape,
     };
-    for (frames, marks) in &walked.marks.0 {
-        let mut classes = vec![PageClass::Hole; marks.len()];
-        scanner.region(*frames, &mut classes, marks)?;
-        map.set_each(frames.start(), &classes);
+    let order = u32::try_from(sources.max_order).map_or(PIECE, |order| order.max(PIECE));
+    let pieces: Vec<PfnRange> = map.pieces(order).collect();
+    let mut offline_pages = OfflinePages::default();
+    let mut lru: BTreeMap<usize, Pfn> = BTreeMap::new();
+    let mut unlisted = 0_u64;
+    // Pieces are taken in their order, whichever thread had them: what is told is the same.
+    map_in_order(
+        work::threads(threads),
+        pieces,
+        || (),
+        |(), frames| Ok::<_, VmiError>((frames, sources.piece(frames, &marks.of(frames)?)?)),
+        |piece| {
+            let (frames, (classes, seen)) = piece?;
+            map.set_each(frames.start(), &classes);
+            wrong.add(seen.wrong);
+            unlisted = unlisted.saturating_add(seen.unlisted);
+            for (report, flagged) in reports.iter_mut().zip(seen.flagged) {
+                report.flagged = report.flagged.saturating_add(flagged);
+            }
+            for (section, by) in seen.lru {
+                lru.entry(section).or_insert(by);
+            }
+            for pfn in seen.offline_pages {
+                offline_pages.push(pfn);
+            }
+            Ok::<_, VmiError>(())
+        },
+    )?;
+    for (section, by) in lru {
+        offline.see(section, by);
     }
     for deferred in &zones.deferred {
         let frames = deferred.frames;
         notes.push(Note::DeferredKept { frames });
         map.set(deferred.frames, PageClass::Unknown);
     }
-    scanner.offline.see_page_tables(kernel, &map)?;
-    scanner.offline.settle(mem_map, &mut map, &mut notes);
-    scanner
-        .offline_pages
-        .settle(kernel, mem_map, layout, &mut map, &mut notes)?;
-    keep_mem_map(mem_map, &mut map, &mut scanner.wrong);
+    offline.see_page_tables(kernel, &map)?;
+    offline.settle(mem_map, &mut map, &mut notes);
+    offline_pages.settle(kernel, mem_map, layout, &mut map, &mut notes)?;
+    keep_mem_map(mem_map, &mut map, &mut wrong);
+    if unlisted > 0 {
+        notes.push(Note::UnlistedKept { blocks: unlisted });
+    }
     let Disagreements {
         blocks,
         examples,
         counters,
         fatal,
-    } = scanner.wrong;
+    } = wrong;
     let explained = zones.cpus();
     let disagreement = (blocks > 0 || !counters.is_empty()).then(|| Inconsistency {
         blocks,
         examples,
         counters,
         explained,
-        zones: scanner.zones.clone(),
+        zones: reports.clone(),
+        knowledge: zones.knowledge,
     });
     Ok(Scan {
         map,
-        zones: scanner.zones,
+        zones: reports,
         fatal: fatal || blocks > explained,
         disagreement,
         notes,

@@ -1,35 +1,62 @@
 //! Every struct page, one after the other.
 
+use super::Disagreements;
 use super::marks::{LISTED, ORDER, PCP, TORN, describe_mark};
-use super::{Disagreements, ZoneReport};
 use crate::KernelVa;
 use crate::error::VmiError;
 use crate::mm::mem_map::{MemMap, Span};
-use crate::mm::offline::{OfflinePages, OfflineSections};
+use crate::mm::offline::OfflineSections;
 use crate::mm::page::{FreeMark, PageLayout};
 use sonicshot::{GuestBytes, PageClass, Pfn, PfnRange};
+use std::collections::BTreeMap;
 
 /// A block that began and whose remaining frames must be looked at.
-pub(super) struct OpenBlock {
+struct OpenBlock {
     frames: PfnRange,
     class: PageClass,
     spoiled: Option<Pfn>,
 }
 
-/// The state of the look at all struct pages.
-pub(super) struct Scanner<'a, 'm> {
+/// What is the same for all pieces of RAM, which are looked at by several threads.
+#[derive(Clone, Copy)]
+pub(super) struct Sources<'a, 'm> {
     pub(super) mem_map: &'a MemMap<'m>,
     pub(super) layout: &'a PageLayout,
     pub(super) max_order: u64,
-    pub(super) zones: Vec<ZoneReport>,
-    pub(super) wrong: Disagreements,
-    pub(super) open: Option<OpenBlock>,
+    /// What the zones span.
+    pub(super) zones: &'a [PfnRange],
     /// Sections that may be offline: what points into them is looked for.
-    pub(super) offline: OfflineSections,
+    pub(super) offline: &'a OfflineSections,
+    /// Whether a block on no list is only counted.
+    pub(super) keeps_unlisted: bool,
+}
+
+/// What the struct pages of one piece say.
+#[derive(Default)]
+pub(super) struct Seen {
+    /// Pages in blocks with the buddy mark, by zone.
+    pub(super) flagged: Vec<u64>,
+    pub(super) wrong: Disagreements,
+    /// The first frame of an LRU list that goes into each of the sections that may be offline.
+    pub(super) lru: BTreeMap<usize, Pfn>,
     /// Frames whose own struct page says that they are offline.
-    pub(super) offline_pages: OfflinePages,
+    pub(super) offline_pages: Vec<Pfn>,
+    /// Blocks with the buddy mark that are on no list, where they are only counted.
+    pub(super) unlisted: u64,
+}
+
+/// The look at the struct pages of one piece, a part of a stretch of RAM.
+struct Scanner<'a, 'm> {
+    mem_map: &'a MemMap<'m>,
+    layout: &'a PageLayout,
+    max_order: u64,
+    zones: &'a [PfnRange],
+    offline: &'a OfflineSections,
+    keeps_unlisted: bool,
+    seen: Seen,
+    open: Option<OpenBlock>,
     /// The head that was last looked up for a tail page, and its class.
-    pub(super) last_head: Option<(KernelVa, PageClass)>,
+    last_head: Option<(KernelVa, PageClass)>,
 }
 
 /// The place of `pfn` in what is kept of each frame of `region`.
@@ -45,20 +72,47 @@ fn out_of_region(pfn: Pfn) -> VmiError {
     }
 }
 
+impl Sources<'_, '_> {
+    /// Gives the frames of a piece their classes, by `marks` and their struct pages.
+    pub(super) fn piece(
+        self,
+        frames: PfnRange,
+        marks: &[u8],
+    ) -> Result<(Vec<PageClass>, Seen), VmiError> {
+        let mut scanner = Scanner {
+            mem_map: self.mem_map,
+            layout: self.layout,
+            max_order: self.max_order,
+            zones: self.zones,
+            offline: self.offline,
+            keeps_unlisted: self.keeps_unlisted,
+            seen: Seen {
+                flagged: vec![0; self.zones.len()],
+                ..Seen::default()
+            },
+            open: None,
+            last_head: None,
+        };
+        let mut classes = vec![PageClass::Hole; marks.len()];
+        scanner.region(frames, &mut classes, marks)?;
+        Ok((classes, scanner.seen))
+    }
+}
+
 impl Scanner<'_, '_> {
-    /// Classifies one stretch of RAM.
-    pub(super) fn region(
+    fn region(
         &mut self,
         frames: PfnRange,
         classes: &mut [PageClass],
         marks: &[u8],
     ) -> Result<(), VmiError> {
-        classes.fill(PageClass::Hole);
         let index = |pfn: Pfn| index_in(frames, pfn);
-        for span in self.mem_map.spans() {
+        let spans = self.mem_map.spans();
+        let first = spans.partition_point(|span| span.frames.end() <= frames.start());
+        for span in spans.iter().skip(first) {
             let part = span.frames.intersection(&frames);
             if part.is_empty() {
-                continue;
+                break;
             }
             if !span.online {
                 // Until it is proved to be offline.
@@ -88,7 +142,8 @@ impl Scanner<'_, '_> {
                 self.stretch(first, pages, frames, (&mut *classes, marks), begin)
             })?;
         }
-        // A block that begins in this stretch and does not end in it is no block.
+        // A block that begins in this piece and does not end in it is no block: of those that a
+        // list names none is longer than a piece, or goes on where there is no RAM.
         if let Some(open) = self.open.take() {
             self.spoil(&open, classes, frames)?;
         }
@@ -157,7 +212,7 @@ impl Scanner<'_, '_> {
             .get_mut(bounds)
             .ok_or_else(|| out_of_region(first))?;
         block.fill(PageClass::Unknown);
-        self.wrong.block(|| match open.spoiled {
+        self.seen.wrong.block(|| match open.spoiled {
             Some(pfn) => format!(
                 "block {} is free by flag and list, but the struct page of frame {pfn} shows a user",
                 open.frames
@@ -177,8 +232,12 @@ impl Scanner<'_, '_> {
                     && order <= self.max_order
                     && order == listed_order
                     && self.layout.is_unused(page);
+                if mark == 0 && self.keeps_unlisted {
+                    self.seen.unlisted = self.seen.unlisted.saturating_add(1);
+                    return Ok(PageClass::Unknown);
+                }
                 if !agreed {
-                    self.wrong.block(|| {
+                    self.seen.wrong.block(|| {
                         format!(
                             "frame {pfn} is marked as a free block of order {order}, {}",
                             describe_mark(mark)
@@ -194,7 +253,7 @@ impl Scanner<'_, '_> {
                     self.begin(pfn, listed_order, PageClass::FreePcp);
                     return Ok(PageClass::FreePcp);
                 }
-                self.wrong.block(|| {
+                self.seen.wrong.block(|| {
                     format!(
                         "frame {pfn} is on a per-CPU free list, but its struct page shows a user"
                     )
@@ -202,7 +261,7 @@ impl Scanner<'_, '_> {
                 return Ok(PageClass::Unknown);
             }
             Some(FreeMark::None) if mark & LISTED != 0 => {
-                self.wrong.block(|| {
+                self.seen.wrong.block(|| {
                     format!(
                         "frame {pfn} is {}, but has no mark of a free block",
                         describe_mark(mark)
@@ -219,8 +278,11 @@ impl Scanner<'_, '_> {
             let Some(nodes) = self.layout.lru_nodes(page) else {
                 return Ok(PageClass::Unknown);
             };
-            for node in nodes {
-                self.offline.see_lru(pfn, node);
+            for section in nodes
+                .into_iter()
+                .filter_map(|node| self.offline.suspect_of(node))
+            {
+                self.seen.lru.entry(section).or_insert(pfn);
             }
         }
         let class = self.used(pfn, page)?;
@@ -230,7 +292,7 @@ impl Scanner<'_, '_> {
         // Its own word alone: its driver is asked in the end. Of a folio only the head has a word.
         let own = self.mem_map.page_va(pfn);
         if own.is_some_and(|at| self.layout.head_of(page, at).is_none()) {
-            self.offline_pages.push(pfn);
+            self.seen.offline_pages.push(pfn);
         }
         Ok(PageClass::Unknown)
     }
@@ -252,13 +314,14 @@ impl Scanner<'_, '_> {
     }
 
     fn count_flagged(&mut self, pfn: Pfn, order: u64) {
-        if let Some(zone) = self.zones.iter_mut().find(|zone| zone.span.contains(pfn)) {
+        let zone = self.zones.iter().position(|span| span.contains(pfn));
+        if let Some(flagged) = zone.and_then(|zone| self.seen.flagged.get_mut(zone)) {
             let pages = u32::try_from(order)
                 .ok()
                 .filter(|order| u64::from(*order) <= self.max_order)
                 .and_then(|order| 1_u64.checked_shl(order))
                 .unwrap_or(1);
-            zone.flagged = zone.flagged.saturating_add(pages);
+            *flagged = flagged.saturating_add(pages);
         }
     }
 

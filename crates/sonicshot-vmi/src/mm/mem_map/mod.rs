@@ -7,9 +7,9 @@ mod arrays;
 mod flat;
 mod sparse;
 
-use crate::KernelVa;
 use crate::error::VmiError;
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, element};
+use crate::{AddressSpace, KernelVa};
 use core::sync::atomic::{AtomicU32, Ordering};
 use sonicshot::{
     Gpa, GpaRange, GuestBytes, GuestMemory, MAX_MAP, Mapped, MemoryError, PageSize, Pfn, PfnRange,
@@ -107,12 +107,76 @@ impl<'m> MemMap<'m> {
             model,
             reads: AtomicU32::new(0),
         };
-        map.find_chunks(kernel)?;
+        map.find_chunks(&kernel.space)?;
+        Ok(map)
+    }
+
+    /// The struct pages of all RAM in an array that begins at `vmemmap`, as far as the page tables
+    /// map it.
+    pub(crate) fn by_vmemmap(
+        space: &AddressSpace<'m>,
+        page_size: PageSize,
+        stride: u64,
+        vmemmap: KernelVa,
+    ) -> Result<Self, VmiError> {
+        let memory = space.memory();
+        let mut spans: Vec<Span> = Vec::new();
+        for region in memory.layout().frames(page_size) {
+            let mut pfn = region.start();
+            while let Some(left) = region.end().offset_from(pfn).filter(|left| *left > 0) {
+                let corrupt = || VmiError::Corrupt {
+                    what: "the struct page array",
+                    at: vmemmap,
+                    value: pfn.raw(),
+                };
+                let at = element("vmemmap", vmemmap, pfn.raw(), stride, 0)?;
+                let there = space.translate(at).ok();
+                // What is not mapped is missing in whole pages.
+                let page = page_size.bytes();
+                let len = there.map_or_else(
+                    || page.saturating_sub(at.raw() & page_size.offset_mask()),
+                    |there| there.len,
+                );
+                let frames = len
+                    .checked_div(stride)
+                    .filter(|n| *n > 0)
+                    .ok_or_else(corrupt)?;
+                let frames = PfnRange::with_len(pfn, frames.min(left)).ok_or_else(corrupt)?;
+                if there.is_some() {
+                    let span = Span {
+                        frames,
+                        at,
+                        online: true,
+                        early: true,
+                    };
+                    // All is one array: frames that follow each other do so in it, too.
+                    match spans.last_mut() {
+                        Some(last) if last.frames.end() == pfn => {
+                            last.frames = PfnRange::new(last.frames.start(), frames.end());
+                        }
+                        _ => spans.push(span),
+                    }
+                }
+                pfn = frames.end();
+            }
+        }
+        let mut map = Self {
+            memory,
+            page_size,
+            stride,
+            by_va: spans.clone(),
+            spans,
+            sections: Vec::new(),
+            chunks: Vec::new(),
+            model: "SPARSEMEM_VMEMMAP",
+            reads: AtomicU32::new(0),
+        };
+        map.find_chunks(space)?;
         Ok(map)
     }
 
     /// Resolves every span to guest-physical memory once; page tables are not walked again.
-    fn find_chunks(&mut self, kernel: &Kernel<'m>) -> Result<(), VmiError> {
+    fn find_chunks(&mut self, space: &AddressSpace<'m>) -> Result<(), VmiError> {
         let mut chunks: Vec<Chunk<'m>> = Vec::new();
         for span in &self.by_va {
             let len = span.frames.len().checked_mul(self.stride);
@@ -125,8 +189,7 @@ impl<'m> MemMap<'m> {
                 })?;
             let mut at = span.at;
             while let Some(left) = end.offset_from(at).filter(|left| *left > 0) {
-                let there = kernel
-                    .space
+                let there = space
                     .translate(at)
                     .map_err(VmiError::read("the struct page array"))?;
                 let len = there.len.min(left);
@@ -319,7 +382,10 @@ impl<'m> MemMap<'m> {
                     .and_then(|(offset, len)| mapped.bytes().get(offset, len))
                     .ok_or_else(|| corrupt(at))?;
                 visit(pfn, bytes)?;
-                if let Some(range) = GpaRange::with_len(chunk.gpa, chunk.len) {
+                // Other threads may be at other parts of the chunk.
+                let seen = chunk.gpa.checked_add(offset);
+                if let Some(range) = seen.and_then(|at| GpaRange::with_len(at, bytes.len() as u64))
+                {
                     self.memory.release(range);
                 }
             } else {

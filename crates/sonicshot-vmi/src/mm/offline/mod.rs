@@ -283,10 +283,10 @@ mod tests {
             let is_listed = |frames: PfnRange| listed && frames.contains(Pfn::new(FRAMES));
             let mut found = OfflineSections::find(&kernel, &mem_map, &zones, &is_listed).unwrap();
             if let Some(pfn) = lru {
-                found.see_lru(
-                    Pfn::new(1),
-                    KernelVa::new(DIRECT_MAP + struct_page(pfn) + 8),
-                );
+                let node = KernelVa::new(DIRECT_MAP + struct_page(pfn) + 8);
+                if let Some(section) = found.suspect_of(node) {
+                    found.see(section, Pfn::new(1));
+                }
             }
             if let Some(table) = table {
                 let table = PfnRange::with_len(Pfn::new(table), 1).unwrap();

@@ -113,14 +113,17 @@ impl OfflineSections {
         }
     }
 
-    /// Notes that the LRU list of frame `by` goes on at `node`.
+    /// The suspect whose struct pages hold `node`.
     #[inline]
-    pub(crate) fn see_lru(&mut self, by: Pfn, node: KernelVa) {
+    pub(crate) fn suspect_of(&self, node: KernelVa) -> Option<usize> {
         let above = self.by_structs.partition_point(|(start, _)| *start <= node);
-        let below = above.checked_sub(1).and_then(|at| self.by_structs.get(at));
-        if let Some((_, index)) = below
-            && let Some(suspect) = self.suspects.get_mut(*index)
-            && node < suspect.structs_end
+        let (_, index) = self.by_structs.get(above.checked_sub(1)?)?;
+        (node < self.suspects.get(*index)?.structs_end).then_some(*index)
+    }
+
+    /// Notes that an LRU list goes from the frame `by` into the suspect `index`.
+    pub(crate) fn see(&mut self, index: usize, by: Pfn) {
+        if let Some(suspect) = self.suspects.get_mut(index)
             && suspect.used.is_none()
         {
             suspect.used = Some(format!("an LRU list goes from frame {by} into it"));

@@ -24,6 +24,67 @@ pub(super) struct FlagBits {
 }
 
 impl FlagBits {
+    /// The flags that decide about free pages, by the few that VMCOREINFO tells.
+    ///
+    /// `enum pageflags` (`include/linux/page-flags.h`) has `uptodate`, `dirty`, `lru` in this
+    /// order since 4.18, and behind `swapbacked` at least `unevictable` and, with an MMU,
+    /// `mlocked`: all bits up to there are flags. The ones behind (hwpoison is told, if it is
+    /// there) are never alone on a page in use.
+    pub(super) fn of_free_pages(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
+        const MOST: i64 = 40;
+        let told = |name: &str| -> Result<Option<u64>, VmiError> {
+            match kernel.constant(name)? {
+                Some(bit) if (2..MOST).contains(&bit) => Ok(Some(1 << bit)),
+                Some(bit) => Err(VmiError::Unsupported {
+                    what: format!("{name} of {bit}"),
+                }),
+                None => Ok(None),
+            }
+        };
+        let need = |name: &str| -> Result<u64, VmiError> {
+            told(name)?.map_or_else(|| kernel.need_constant(name).map(|_| 0), Ok)
+        };
+        let lru = need("PG_lru")?;
+        let swapbacked = need("PG_swapbacked")?;
+        let hwpoison = told("PG_hwpoison")?.unwrap_or(0);
+        let up_to_mlocked = (swapbacked << 3).wrapping_sub(1);
+        Ok(Self {
+            all: up_to_mlocked | hwpoison,
+            lru,
+            dirty: lru >> 1,
+            writeback: 0,
+            uptodate: lru >> 2,
+            locked: 1,
+            private: need("PG_private")?,
+            swapbacked,
+            reserved: 0,
+            head: told_mask(kernel)?,
+            slab: told("PG_slab")?.unwrap_or(0),
+            private_2: 0,
+            hwpoison,
+        })
+    }
+
+    /// Of x86-64, whatever its version: up to `mlocked` all bits are flags, and one of two is
+    /// `uptodate`: to 6.9 the lower, since then the upper.
+    pub(super) fn by_shape() -> Self {
+        Self {
+            all: 0x1f_ffff,
+            lru: 0,
+            dirty: 0,
+            writeback: 0,
+            uptodate: 0xc,
+            locked: 1,
+            private: 0,
+            private_2: 0,
+            swapbacked: 0,
+            reserved: 0,
+            head: 0,
+            slab: 0,
+            hwpoison: 0,
+        }
+    }
+
     pub(super) fn new(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
         /// The flags share their word with the zone and the node of the page; no config has
         /// fewer than these.
@@ -99,5 +160,16 @@ impl FlagBits {
             });
         }
         Ok(bits)
+    }
+}
+
+/// `PG_head_mask`, or 0.
+fn told_mask(kernel: &Kernel<'_>) -> Result<u64, VmiError> {
+    match kernel.constant("PG_head_mask")? {
+        Some(mask) if mask.cast_unsigned().is_power_of_two() => Ok(mask.cast_unsigned()),
+        Some(mask) => Err(VmiError::Unsupported {
+            what: format!("PG_head_mask of {mask:#x}"),
+        }),
+        None => Ok(0),
     }
 }

@@ -28,6 +28,8 @@ pub(crate) struct PageLayout {
     bits: FlagBits,
     types: PageTypes,
     hugetlb: HugetlbMark,
+    /// Whether only free pages, offline ones and broken ones can be told: all others are unknown.
+    only_free: bool,
     arch: &'static dyn Arch,
 }
 
@@ -42,22 +44,7 @@ pub(crate) enum FreeMark {
 
 impl PageLayout {
     pub(crate) fn new(kernel: &Kernel<'_>, stride: u64) -> Result<Self, VmiError> {
-        let at = |names: &[&str], size: u64| -> Result<usize, VmiError> {
-            let member = kernel.first_member("page", names)?;
-            let Some(member) = member else {
-                return kernel
-                    .need_member("page", names.first().unwrap_or(&""))
-                    .map(|_| 0);
-            };
-            member
-                .offset
-                .checked_add(size)
-                .filter(|end| *end <= stride)
-                .and_then(|_| usize::try_from(member.offset).ok())
-                .ok_or_else(|| VmiError::Unsupported {
-                    what: format!("page.{names:?} at {:#x} of {stride:#x}", member.offset),
-                })
-        };
+        let at = |names: &[&str], size: u64| place(kernel, stride, names, size);
         let lru = at(&["lru"], 16)? as u64;
         for alias in ["buddy_list", "pcp_list"] {
             if let Some(member) = kernel.member("page", alias)?
@@ -81,6 +68,51 @@ impl PageLayout {
             bits: FlagBits::new(kernel)?,
             types: PageTypes::new(kernel)?,
             hugetlb: HugetlbMark::new(kernel, stride)?,
+            only_free: false,
+            arch: arch::of(kernel)?,
+        })
+    }
+
+    /// By what VMCOREINFO tells alone: enough for free, offline and broken pages. All other
+    /// pages are [`PageClass::Unknown`].
+    pub(crate) fn of_free_pages(kernel: &Kernel<'_>, stride: u64) -> Result<Self, VmiError> {
+        let at = |names: &[&str], size: u64| place(kernel, stride, names, size);
+        let lru = at(&["lru"], 16)?;
+        Ok(Self {
+            flags: at(&["flags"], 8)?,
+            refcount: at(&["_refcount"], 4)?,
+            mapcount: at(&["_mapcount", "page_type"], 4)?,
+            mapping: at(&["mapping"], 8)?,
+            private: at(&["private"], 8)?,
+            // It has always shared the place of `lru.next`.
+            compound: match kernel.first_member("page", &["compound_head", "compound_info"])? {
+                Some(_) => at(&["compound_head", "compound_info"], 8)?,
+                None => lru,
+            },
+            lru: lru as u64,
+            bits: FlagBits::of_free_pages(kernel)?,
+            types: PageTypes::new(kernel)?,
+            hugetlb: HugetlbMark::None,
+            only_free: true,
+            arch: arch::of(kernel)?,
+        })
+    }
+
+    /// Of x86-64 (since 4.18), where nothing is told but by shape; `buddy` is the word that says
+    /// the buddy's type.
+    pub(crate) fn by_shape(kernel: &Kernel<'_>, buddy: u32) -> Result<Self, VmiError> {
+        Ok(Self {
+            flags: 0,
+            refcount: 52,
+            mapcount: 48,
+            mapping: 24,
+            private: 40,
+            compound: 8,
+            lru: 8,
+            bits: FlagBits::by_shape(),
+            types: PageTypes::by_shape(buddy),
+            hugetlb: HugetlbMark::None,
+            only_free: true,
             arch: arch::of(kernel)?,
         })
     }
@@ -217,7 +249,7 @@ impl PageLayout {
         let has = |mask: u64| flags & mask != 0;
         let is = |value: Option<u32>| value.is_some_and(|value| self.types.is(ty, value));
 
-        if has(self.bits.slab) || is(self.types.slab) {
+        if (has(self.bits.slab) || is(self.types.slab)) && !self.only_free {
             return Some(PageClass::Slab);
         }
         if is(self.types.offline) {
@@ -225,6 +257,9 @@ impl PageLayout {
         }
         if is(self.types.unaccepted) {
             return Some(PageClass::Unaccepted);
+        }
+        if self.only_free {
+            return Some(PageClass::Unknown);
         }
         if is(self.types.table) {
             return Some(PageClass::PageTable);
@@ -277,6 +312,23 @@ impl PageLayout {
             mark => flags & self.bits.head != 0 && mark.is_set(read),
         }
     }
+}
+
+/// Where the member of `struct page` is that goes by one of `names`, of so many bytes.
+fn place(kernel: &Kernel<'_>, stride: u64, names: &[&str], size: u64) -> Result<usize, VmiError> {
+    let Some(member) = kernel.first_member("page", names)? else {
+        return kernel
+            .need_member("page", names.first().unwrap_or(&""))
+            .map(|_| 0);
+    };
+    member
+        .offset
+        .checked_add(size)
+        .filter(|end| *end <= stride)
+        .and_then(|_| usize::try_from(member.offset).ok())
+        .ok_or_else(|| VmiError::Unsupported {
+            what: format!("page.{names:?} at {:#x} of {stride:#x}", member.offset),
+        })
 }
 
 #[cfg(test)]

@@ -29,6 +29,23 @@ impl PageTypes {
             || kernel.constant("PAGE_SLAB_MAPCOUNT_VALUE")?.is_some())
     }
 
+    /// Nothing but the buddy's, whose word is `buddy`.
+    pub(super) fn by_shape(buddy: u32) -> Self {
+        Self {
+            encoding: if buddy >> 24 == 0xf0 {
+                Encoding::TopByte
+            } else {
+                Encoding::ClearedBits
+            },
+            buddy,
+            offline: None,
+            table: None,
+            slab: None,
+            hugetlb: None,
+            unaccepted: None,
+        }
+    }
+
     pub(super) fn new(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
         let by_enum = kernel.constant("PGTY_buddy")?.is_some();
         let types = if by_enum || word(kernel, "BUDDY")?.is_some_and(|word| word >> 24 == 0xf0) {

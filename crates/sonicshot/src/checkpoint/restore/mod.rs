@@ -4,5 +4,10 @@
 #[cfg(feature = "userfaultfd")]
 pub(crate) mod lazy;
 #[cfg(feature = "mmap")]
+#[expect(unsafe_code, reason = "the edge to mmap")]
 pub(crate) mod private_map;
+#[expect(
+    unsafe_code,
+    reason = "a VMM's regions are given as pointers, and filled by several threads"
+)]
 pub(crate) mod whole;

@@ -8,6 +8,7 @@ use crate::checkpoint::wire::frames::{copy_exact, fill_words, ram_of, range_of, 
 use crate::checkpoint::wire::index::{ChunkInfo, Index, clip};
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
 use crate::checkpoint::wire::layout::{checksum, len64, size};
+use crate::memory::ram;
 use crate::work::for_each;
 use crate::{Gpa, GpaRange, LayoutError, MemoryError, PfnRange, Progress, RamLayout};
 use core::hash::Hasher;
@@ -28,8 +29,8 @@ pub trait RestoreTarget: Sync {
     /// Whether all of it reads as zero, so that pages of zeroes need not be touched.
     fn reads_as_zero(&self) -> bool;
 
-    /// Lets `fill` write the bytes of `range`, which lies in one region. If it fails, the
-    /// stretch may hold anything.
+    /// Lets `fill` write the bytes of `range`, which lies in one region: all of them at once. If it
+    /// fails, the stretch may hold anything.
     ///
     /// # Errors
     /// What `fill` gives, or why the target cannot take it.
@@ -77,7 +78,7 @@ impl<'a> RestoreRegions<'a> {
     /// The regions, each with its guest-physical address.
     ///
     /// # Errors
-    /// [`LayoutError`] if they overlap in the guest, or there are none.
+    /// [`LayoutError`] if they overlap in the guest, go beyond 64 bits, or there are none.
     pub fn new(regions: Vec<(Gpa, &'a mut [u8])>, before: Before) -> Result<Self, LayoutError> {
         let regions = regions
             .into_iter()
@@ -102,10 +103,10 @@ impl<'a> RestoreRegions<'a> {
         regions: Vec<(Gpa, NonNull<u8>, usize)>,
         before: Before,
     ) -> Result<Self, LayoutError> {
-        let mut regions: Vec<(GpaRange, NonNull<u8>)> = regions
+        let regions = regions
             .into_iter()
-            .filter_map(|(at, start, len)| Some((GpaRange::with_len(at, len64(len))?, start)))
-            .collect();
+            .map(|(at, start, len)| Ok((ram(at, len64(len))?, start)));
+        let mut regions = regions.collect::<Result<Vec<_>, LayoutError>>()?;
         regions.sort_by_key(|(range, _)| *range);
         let layout = RamLayout::new(regions.iter().map(|(range, _)| *range).collect())?;
         Ok(Self {
@@ -269,7 +270,7 @@ impl<S: RangeSource> CheckpointReader<S> {
                 // Steps end at multiples of the page size, so that the word stays in phase.
                 let end = at.checked_add(FILL).unwrap_or(ram.end()).min(ram.end());
                 let word = in_phase(word, at);
-                target.fill(GpaRange::new(at, end), &mut |out| {
+                fill_all(target, GpaRange::new(at, end), &mut |out| {
                     fill_words(out, word);
                     Ok(())
                 })?;
@@ -305,7 +306,7 @@ impl<S: RangeSource> CheckpointReader<S> {
             let pages = chunk.bytes_of(slot, run.frames.len(), info.page_size)?;
             for ram in ram_of(info, run.frames)? {
                 let bytes = part_of(data.get(pages.clone()), range, ram)?;
-                target.fill(ram, &mut |out| copy_exact(bytes, out, ram.start()))?;
+                fill_all(target, ram, &mut |out| copy_exact(bytes, out, ram.start()))?;
             }
         }
         Ok(())
@@ -322,10 +323,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let mut computed = None;
         let mut offset = chunk.entry.offset;
         for range in ranges {
-            target.fill(*range, &mut |out| {
-                if len64(out.len()) != range.len() {
-                    return Err(wrong_length(*range, out.len()));
-                }
+            fill_all(target, *range, &mut |out| {
                 self.source()
                     .read_at(out, offset)
                     .map_err(CheckpointError::read(offset))?;
@@ -341,6 +339,26 @@ impl<S: RangeSource> CheckpointReader<S> {
         }
         check_chunk(chunk, computed.unwrap_or_else(|| sum.finish()))
     }
+}
+
+/// Fills a stretch of the target, which must give all of it at once.
+fn fill_all(
+    target: &dyn RestoreTarget,
+    range: GpaRange,
+    fill: FillWith<'_>,
+) -> Result<(), CheckpointError> {
+    let mut filled = false;
+    target.fill(range, &mut |out| {
+        if len64(out.len()) != range.len() {
+            return Err(wrong_length(range, out.len()));
+        }
+        filled = true;
+        fill(out)
+    })?;
+    if filled {
+        return Ok(());
+    }
+    Err(wrong_length(range, 0))
 }
 
 /// A page's word as it is read from `at` on.
@@ -368,7 +386,7 @@ fn part_of(data: Option<&[u8]>, whole: GpaRange, part: GpaRange) -> Result<&[u8]
 
 fn wrong_length(range: GpaRange, found: usize) -> CheckpointError {
     CheckpointError::Length {
-        what: "page data",
+        what: "the place for page data",
         at: range.start(),
         found: len64(found),
         expected: range.len(),

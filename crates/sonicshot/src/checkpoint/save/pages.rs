@@ -237,7 +237,7 @@ impl<W: Write> Saving<'_, '_, '_, W> {
         self.close_chunk()?;
         self.submit_chunks()?;
         while let Some(oldest) = self.packs.pop_front() {
-            self.write_all(oldest.wait()?)?;
+            self.write_all(&oldest.wait()?)?;
         }
         progress(total, total);
         Ok(())
@@ -354,7 +354,7 @@ impl<W: Write> Saving<'_, '_, '_, W> {
         if self.packs.len() > self.depth.saturating_mul(2)
             && let Some(oldest) = self.packs.pop_front()
         {
-            self.write_all(oldest.wait()?)?;
+            self.write_all(&oldest.wait()?)?;
         }
         Ok(())
     }
@@ -363,7 +363,7 @@ impl<W: Write> Saving<'_, '_, '_, W> {
     fn write_ready(&mut self) -> Result<(), CheckpointError> {
         while let Some(oldest) = self.packs.pop_front() {
             match oldest.try_wait() {
-                Ok(packed) => self.write_all(packed?)?,
+                Ok(packed) => self.write_all(&packed?)?,
                 Err(pending) => {
                     self.packs.push_front(pending);
                     break;
@@ -373,7 +373,7 @@ impl<W: Write> Saving<'_, '_, '_, W> {
         Ok(())
     }
 
-    fn write_all(&mut self, packed: Vec<Packed>) -> Result<(), CheckpointError> {
+    fn write_all(&mut self, packed: &[Packed]) -> Result<(), CheckpointError> {
         packed.iter().try_for_each(|packed| self.write(packed))
     }
 

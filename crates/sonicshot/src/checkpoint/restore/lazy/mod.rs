@@ -3,6 +3,7 @@
 mod fetch;
 mod region;
 mod service;
+#[expect(unsafe_code, reason = "the edge to userfaultfd")]
 pub(crate) mod uffd;
 mod working_set;
 

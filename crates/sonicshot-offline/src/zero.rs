@@ -1,0 +1,76 @@
+//! Memory without a kernel: pages of zeroes alone.
+
+use crate::analyze::Analyzed;
+use crate::error::OfflineError;
+use crate::snapshot::Snapshot;
+use sonicshot::{Gpa, GuestMemory, PageClass};
+use sonicshot_dump::Dump;
+use sonicshot_vmi::{Analysis, VmiError};
+
+/// How files begin that hold no memory: disk images and archives.
+const FOREIGN: [&[u8]; 8] = [
+    b"QFI\xfb",
+    b"KDMV",
+    b"vhdxfile",
+    b"conectix",
+    b"PK\x03\x04",
+    b"<<< ",
+    b"hsqs",
+    b"%PDF",
+];
+
+impl OfflineError {
+    /// Whether no Linux kernel was found in the guest's memory.
+    #[must_use]
+    pub fn is_no_kernel(&self) -> bool {
+        matches!(
+            self,
+            Self::Guest {
+                source: VmiError::NoKernel { .. },
+                ..
+            }
+        )
+    }
+}
+
+impl Snapshot {
+    /// Tells the pages that hold only zeroes, without looking for a kernel. `None` where a dropped
+    /// page may not read as zero: of a format of which nobody knows what it reads as, of a diff
+    /// (or a raw file with holes, which may be one: they mean "as in the base"), and of a file
+    /// that begins as no memory does.
+    ///
+    /// # Errors
+    /// [`OfflineError::Dump`] if the file is damaged or none that is read.
+    pub fn zero_pages(&self) -> Result<Option<Analyzed>, OfflineError> {
+        let dump = self.dump(self.files().layout())?;
+        if self.options().base.is_some() || !is_whole(&dump) {
+            return Ok(None);
+        }
+        let analysis = Analysis::of_zero_pages(&dump)?;
+        let found = Analyzed::without_kernel(dump, self.files().clone(), analysis);
+        Ok(found.can_go(PageClass::Zero).then_some(found))
+    }
+}
+
+/// Whether the file holds all of the memory; of other formats than raw RAM that is told by them.
+fn is_whole(dump: &Dump) -> bool {
+    if dump.layout_spec().is_none() {
+        return true;
+    }
+    let mut start = [0; 8];
+    let first = dump.layout().regions().first();
+    let begins = first.is_some_and(|first| dump.read(first.start(), &mut start).is_ok());
+    if !begins || FOREIGN.iter().any(|magic| start.starts_with(magic)) {
+        return false;
+    }
+    dump.layout().regions().iter().all(|region| {
+        let mut at: Gpa = region.start();
+        while at < region.end() {
+            match dump.next_data(at) {
+                Some(data) if data.start() <= at && data.end() > at => at = data.end(),
+                _ => return false,
+            }
+        }
+        true
+    })
+}

@@ -1,0 +1,122 @@
+//! The allocator's structures found by their shape, where no type tells what they look like.
+//!
+//! Kernels of sandboxes have no BTF, and often no symbols of data. VMCOREINFO alone tells what a
+//! struct page of a free block looks like, and how a zone's array of free areas is laid out, but
+//! not where a zone is, nor anything of the per-CPU lists. Both are found by the lists themselves:
+//! a list of free pages leaves the struct pages at its head, and the head is in what is looked
+//! for. What is found so is held against the same records as what types tell of.
+
+mod cover;
+mod heads;
+mod kernel;
+mod percpu;
+mod records;
+mod roots;
+mod zones;
+
+use crate::KernelVa;
+use crate::error::VmiError;
+use crate::kernel::Kernel;
+use crate::mm::mem_map::MemMap;
+use crate::mm::page::PageLayout;
+use crate::mm::zone::Zones;
+use core::fmt;
+pub(crate) use cover::check as check_cover;
+use heads::Heads;
+use zones::{Exits, ZoneWords};
+
+/// What is known of a guest's kernel: the most there is, as it was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Knowledge {
+    /// Types (BTF, DWARF): every class of pages is told.
+    Types,
+    /// VMCOREINFO alone: free pages are told, and offline ones in a driver's list. All others are
+    /// unknown, and kept.
+    Vmcoreinfo,
+    /// Nothing: free pages are told by the shape of their records, and page tables that lead to
+    /// them. All others are unknown, and kept.
+    Shape,
+    /// No kernel: a page is told by its content, if that is zero.
+    Nothing,
+}
+
+impl Knowledge {
+    /// Its name, as reports have it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Types => "types",
+            Self::Vmcoreinfo => "vmcoreinfo",
+            Self::Shape => "shape",
+            Self::Nothing => "nothing",
+        }
+    }
+}
+
+impl fmt::Display for Knowledge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+pub(crate) use kernel::{Shaped, find};
+
+/// How many struct pages there are: no list is longer.
+fn frames_of(map: &MemMap<'_>) -> Result<u64, VmiError> {
+    map.spans()
+        .iter()
+        .try_fold(0_u64, |sum, span| sum.checked_add(span.frames.len()))
+        .ok_or_else(|| VmiError::Unsupported {
+            what: "more struct pages than there can be frames".into(),
+        })
+}
+
+/// The zones and per-CPU lists of a kernel of which VMCOREINFO tells, but no types. `image` is
+/// the kernel's.
+///
+/// # Errors
+/// [`VmiError::Unsupported`] if no zone is found, or VMCOREINFO is of an unknown kind;
+/// [`VmiError::Missing`] if it lacks what is needed.
+pub(crate) fn told_zones(
+    kernel: &Kernel<'_>,
+    map: &MemMap<'_>,
+    layout: &PageLayout,
+    image: (KernelVa, KernelVa),
+) -> Result<Zones, VmiError> {
+    let area = zones::told_area(kernel)?;
+    let words = ZoneWords::told(kernel)?;
+    let heads = Heads {
+        space: &kernel.space,
+        map,
+        lru: layout.lru,
+    };
+    let arrays = Exits::find(map, layout)?.arrays(&heads, &area)?;
+    let mut found = Vec::new();
+    for array in arrays {
+        found.push(zones::read(&kernel.space, array, &area, words)?);
+    }
+    if found.is_empty() {
+        return Err(VmiError::Unsupported {
+            what: "no list of free pages leads to a zone: types are missing, and nothing else \
+                   tells where zones are"
+                .into(),
+        });
+    }
+    let frames = frames_of(map)?;
+    let per_cpu = percpu::find(
+        &heads,
+        &mut found,
+        area.free_area,
+        image,
+        words.index,
+        frames,
+    )?;
+    Ok(Zones::by_shape(
+        area,
+        found,
+        per_cpu.offsets,
+        per_cpu.lists,
+        !per_cpu.with_deltas,
+    ))
+}

@@ -1,0 +1,374 @@
+//! What is found of a guest of which little is known, against what all knowledge finds.
+use sonicshot::{Gpa, GuestBytes, MappedRegions, PageClass, PageMap};
+use sonicshot_vmi::{Classification, Cr3, GuestOptions, Knowledge, LinuxGuest, OnInconsistency};
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+fn testdata() -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../testdata/guest-6.1-128m")
+        .join("ram.raw.zst");
+    let mut reader = zstd::stream::read::Decoder::new(File::open(path).unwrap()).unwrap();
+    reader.window_log_max(31).unwrap();
+    let mut bytes = Vec::new();
+    reader.read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+fn classify(ram: &[u8], knowledge: Knowledge, cr3: Option<Cr3>) -> Result<Classification, String> {
+    let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+    let mut options = GuestOptions::new().at_most(knowledge);
+    if let Some(cr3) = cr3 {
+        options = options.cr3(cr3);
+    }
+    let told = |error: sonicshot_vmi::VmiError| {
+        let mut text = error.to_string();
+        let mut next = std::error::Error::source(&error);
+        while let Some(cause) = next {
+            text.push_str(&format!(": {cause}"));
+            next = cause.source();
+        }
+        text
+    };
+    let guest = LinuxGuest::open(&memory, &options).map_err(told)?;
+    guest.classify(OnInconsistency::Refuse).map_err(told)
+}
+
+fn classes(map: &PageMap) -> Vec<PageClass> {
+    map.runs()
+        .flat_map(|(frames, class)| frames.iter().map(move |_| class))
+        .collect()
+}
+
+fn is_free(class: PageClass) -> bool {
+    matches!(class, PageClass::FreeBuddy | PageClass::FreePcp)
+}
+
+/// How many frames are free in both, in `all` alone, and in `few` alone.
+fn compare(all: &PageMap, few: &PageMap, class: &dyn Fn(PageClass) -> bool) -> [usize; 3] {
+    let mut counts = [0; 3];
+    for (a, b) in classes(all).into_iter().zip(classes(few)) {
+        match (class(a), class(b)) {
+            (true, true) => counts[0] += 1,
+            (true, false) => counts[1] += 1,
+            (false, true) => counts[2] += 1,
+            (false, false) => {}
+        }
+    }
+    counts
+}
+
+#[test]
+fn vmcoreinfo_alone_finds_the_same_free_pages_as_types() {
+    let ram = testdata();
+    let all = classify(&ram, Knowledge::Types, None).unwrap();
+    let few = classify(&ram, Knowledge::Vmcoreinfo, None).unwrap();
+    assert_eq!(few.disagreement, None);
+    for class in [PageClass::FreeBuddy, PageClass::FreePcp] {
+        let [both, ..] = compare(&all.map, &few.map, &|c| c == class);
+        assert!(both > 0, "{class}");
+        assert_eq!(
+            compare(&all.map, &few.map, &|c| c == class),
+            [both, 0, 0],
+            "{class}"
+        );
+    }
+    // The same numbers by the same records; deltas of processors are found, too.
+    assert_eq!(all.zones.len(), few.zones.len());
+    for (all, few) in all.zones.iter().zip(&few.zones) {
+        assert_eq!(
+            (
+                &all.name,
+                all.span,
+                all.listed,
+                all.nr_free,
+                all.counter,
+                all.pcp
+            ),
+            (
+                &few.name,
+                few.span,
+                few.listed,
+                few.nr_free,
+                few.counter,
+                few.pcp
+            )
+        );
+    }
+    assert_eq!(all.free_fill, few.free_fill);
+    // Nothing else is told, so nothing else can be dropped but by its content.
+    let told = classes(&few.map)
+        .into_iter()
+        .find(|class| !is_free(*class) && !matches!(class, PageClass::Unknown | PageClass::Hole));
+    assert_eq!(told, None);
+}
+
+#[test]
+fn shape_alone_finds_no_other_free_pages_than_types() {
+    let ram = testdata();
+    let all = classify(&ram, Knowledge::Types, None).unwrap();
+    let few = classify(&ram, Knowledge::Shape, None).unwrap();
+    assert_eq!(few.disagreement, None);
+    let [both, more, fewer] = compare(&all.map, &few.map, &is_free);
+    assert_eq!(fewer, 0);
+    assert!(more * 20 <= both, "{more} of {both} are missing");
+    assert_eq!(all.zones.len(), few.zones.len());
+    for (all, few) in all.zones.iter().zip(&few.zones) {
+        assert_eq!(
+            (&all.name, all.span, all.listed, all.nr_free, all.counter),
+            (&few.name, few.span, few.listed, few.nr_free, few.counter)
+        );
+    }
+}
+
+/// Of the guest's `struct page` (Linux 6.1, x86-64), from its own BTF.
+const STRUCT_PAGE: usize = 64;
+const LRU: usize = 8;
+const PRIVATE: usize = 40;
+const MAPCOUNT: usize = 48;
+const REFCOUNT: usize = 52;
+const PAGE_BUDDY: u32 = !0x80;
+
+fn u64_at(ram: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(ram[at..at + 8].try_into().unwrap())
+}
+
+fn put(ram: &mut [u8], at: usize, value: u64) {
+    ram[at..at + 8].copy_from_slice(&value.to_le_bytes());
+}
+
+/// The guest's struct pages: where they are in the file, and their virtual address.
+struct StructPages {
+    at: usize,
+    va: u64,
+}
+
+impl StructPages {
+    fn new(ram: &[u8]) -> Self {
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+        let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+        let at = usize::try_from(guest.struct_page_memory().unwrap()[0].start().raw()).unwrap();
+        let mut found = Self { at, va: 0 };
+        // Any list that goes on in another struct page; the array begins at a whole GiB.
+        let next = (0..ram.len() / 4096)
+            .filter(|pfn| found.is_free_head(ram, *pfn))
+            .map(|pfn| u64_at(ram, found.of(pfn) + LRU))
+            .find(|next| next & 0xffff_0000_0000_0000 == 0xffff_0000_0000_0000 && next & 63 == 8)
+            .unwrap();
+        found.va = next & !((1 << 30) - 1);
+        found
+    }
+
+    fn of(&self, pfn: usize) -> usize {
+        self.at + pfn * STRUCT_PAGE
+    }
+
+    fn node(&self, pfn: usize) -> u64 {
+        self.va + (pfn * STRUCT_PAGE + LRU) as u64
+    }
+
+    fn is_free_head(&self, ram: &[u8], pfn: usize) -> bool {
+        let at = self.of(pfn) + MAPCOUNT;
+        ram[at..at + 4] == PAGE_BUDDY.to_le_bytes()
+    }
+
+    /// Makes the struct pages from `pfn` on look like a free block between two nodes.
+    fn make_free(&self, ram: &mut [u8], pfn: usize, order: u64, prev: u64, next: u64) {
+        for page in pfn..pfn + (1 << order) {
+            let at = self.of(page);
+            let zone_and_node = u64_at(ram, at) & !0x3f_ffff;
+            put(ram, at, zone_and_node);
+            put(ram, at + LRU, 0);
+            ram[at + MAPCOUNT..at + MAPCOUNT + 4].fill(0xff);
+            ram[at + REFCOUNT..at + REFCOUNT + 4].fill(0);
+        }
+        let at = self.of(pfn);
+        put(ram, at + LRU, next);
+        put(ram, at + LRU + 8, prev);
+        put(ram, at + PRIVATE, order);
+        ram[at + MAPCOUNT..at + MAPCOUNT + 4].copy_from_slice(&PAGE_BUDDY.to_le_bytes());
+    }
+
+    /// Two free blocks that follow each other in a list, and their order: the lowest there is.
+    fn neighbours(&self, ram: &[u8]) -> (usize, usize, u64) {
+        let order = |pfn: usize| u64_at(ram, self.of(pfn) + PRIVATE);
+        // In the zone of most memory.
+        (4096..ram.len() / 4096)
+            .filter(|pfn| self.is_free_head(ram, *pfn))
+            .filter_map(|pfn| {
+                let next = u64_at(ram, self.of(pfn) + LRU).checked_sub(self.va + LRU as u64)?;
+                let next = usize::try_from(next).unwrap() / STRUCT_PAGE;
+                (next < ram.len() / 4096).then_some((pfn, next, order(pfn)))
+            })
+            .min_by_key(|(.., order)| *order)
+            .unwrap()
+    }
+}
+
+fn line<'t>(text: &'t str, key: &str) -> &'t str {
+    let line = text.lines().find_map(|line| line.strip_prefix(key));
+    line.unwrap()
+}
+
+/// The frame in which the kernel's code begins.
+fn code(ram: &[u8]) -> usize {
+    let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+    let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+    let info = guest.vmcoreinfo().unwrap();
+    let stext = u64::from_str_radix(line(info, "SYMBOL(_stext)="), 16).unwrap();
+    let phys_base: i64 = line(info, "NUMBER(phys_base)=").parse().unwrap();
+    let gpa = (stext - 0xffff_ffff_8000_0000).wrapping_add(phys_base.cast_unsigned());
+    usize::try_from(gpa >> 12).unwrap()
+}
+
+#[test]
+fn a_copy_of_the_struct_pages_is_not_believed() {
+    let mut ram = testdata();
+    let pages = StructPages::new(&ram);
+    let all = classify(&ram, Knowledge::Types, None).unwrap();
+    let free: Vec<bool> = classes(&all.map).into_iter().map(is_free).collect();
+    let len = free.len() * STRUCT_PAGE;
+    // In one piece, as in a nested guest's memory or a copied dump; that nobody uses it does not
+    // matter to what is found.
+    let frames = len / 4096;
+    let to = (0..free.len())
+        .step_by(frames)
+        .find(|first| free[*first..first + frames].iter().all(|free| *free))
+        .unwrap();
+    ram.copy_within(pages.at..pages.at + len, to * 4096);
+    for knowledge in [Knowledge::Vmcoreinfo, Knowledge::Shape] {
+        let few = classify(&ram, knowledge, None).unwrap();
+        let [both, more, fewer] = compare(&all.map, &few.map, &is_free);
+        assert_eq!((more, fewer), (0, 0), "{knowledge}: {both} in both");
+    }
+}
+
+#[test]
+fn a_record_on_no_list_is_kept() {
+    let mut ram = testdata();
+    let pages = StructPages::new(&ram);
+    let all = classify(&ram, Knowledge::Types, None).unwrap();
+    let used: Vec<usize> = classes(&all.map)
+        .iter()
+        .enumerate()
+        .filter(|(_, class)| **class == PageClass::Anonymous)
+        .map(|(pfn, _)| pfn)
+        .take(64)
+        .collect();
+    let (first, second, _) = pages.neighbours(&ram);
+    // As an earlier boot has left them: they name blocks which do not name them.
+    for pfn in &used {
+        let (prev, next) = (pages.node(first), pages.node(second));
+        pages.make_free(&mut ram, *pfn, 0, prev, next);
+    }
+    let few = classify(&ram, Knowledge::Shape, None).unwrap();
+    assert_eq!(compare(&all.map, &few.map, &is_free)[1..], [0, 0]);
+    assert!(
+        few.notes
+            .iter()
+            .any(|note| note.to_string().starts_with("64 blocks"))
+    );
+    let error = classify(&ram, Knowledge::Vmcoreinfo, None).unwrap_err();
+    assert!(
+        error.starts_with("types are missing, and the guest's sources of truth"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_list_with_the_kernels_own_code_is_refused() {
+    let mut ram = testdata();
+    let pages = StructPages::new(&ram);
+    let code = code(&ram);
+    let (first, second, order) = pages.neighbours(&ram);
+    pages.make_free(&mut ram, code, order, pages.node(first), pages.node(second));
+    put(&mut ram, pages.of(first) + LRU, pages.node(code));
+    put(&mut ram, pages.of(second) + LRU + 8, pages.node(code));
+    for knowledge in [Knowledge::Vmcoreinfo, Knowledge::Shape] {
+        let error = classify(&ram, knowledge, None).unwrap_err();
+        assert!(
+            error.starts_with("the kernel's code at"),
+            "{knowledge}: {error}"
+        );
+    }
+}
+
+#[test]
+fn page_tables_that_lead_to_no_records_are_no_kernels() {
+    let ram = testdata();
+    for cr3 in [0x10_0000, 0x0, 0xffff_f000] {
+        let error = classify(&ram, Knowledge::Shape, Some(Cr3::new(cr3))).unwrap_err();
+        assert!(
+            error.contains("no page table leads to"),
+            "{cr3:#x}: {error}"
+        );
+    }
+    let error = classify(&vec![0; 16 << 20], Knowledge::Shape, None).unwrap_err();
+    assert!(
+        error.contains("nothing looks like a free page's record"),
+        "{error}"
+    );
+}
+
+/// Captures of the lab (raw RAM without a hole), given by `SONICSHOT_CAPTURES`, `:` between them.
+#[test]
+#[ignore = "needs captures of the lab"]
+fn captures() {
+    const BUDDY: u64 = 1 << 10;
+    let given = std::env::var("SONICSHOT_CAPTURES").unwrap();
+    let mut wrong = 0;
+    for path in given.split(':').map(PathBuf::from) {
+        let ram = fs::read(&path).unwrap();
+        let flags = fs::read(path.with_file_name("kpageflags.bin")).unwrap_or_default();
+        let (flags, _) = flags.as_chunks::<8>();
+        println!("{}", path.display());
+        let mut all: Option<Classification> = None;
+        for knowledge in [Knowledge::Types, Knowledge::Vmcoreinfo, Knowledge::Shape] {
+            let start = Instant::now();
+            let found = classify(&ram, knowledge, None);
+            let took = start.elapsed();
+            let pages = match found {
+                Ok(pages) => pages,
+                Err(error) => {
+                    println!("  {knowledge}: {error}");
+                    wrong += 1;
+                    continue;
+                }
+            };
+            let free = classes(&pages.map);
+            let counts = pages.map.counts();
+            let kernel = flags
+                .iter()
+                .filter(|w| u64::from_le_bytes(**w) & BUDDY != 0)
+                .count();
+            let not_buddy = free.iter().zip(flags).filter(|(class, word)| {
+                **class == PageClass::FreeBuddy && u64::from_le_bytes(**word) & BUDDY == 0
+            });
+            println!(
+                "  {knowledge}: {took:.2?}, buddy {}, pcp {}, offline {}; kpageflags {kernel}, \
+                 not there {}",
+                counts.get(PageClass::FreeBuddy),
+                counts.get(PageClass::FreePcp),
+                counts.get(PageClass::Offline),
+                not_buddy.count()
+            );
+            for zone in &pages.zones {
+                println!("    {zone:?}");
+            }
+            for note in &pages.notes {
+                println!("    note: {note}");
+            }
+            if let Some(all) = &all {
+                let buddy = compare(&all.map, &pages.map, &|c| c == PageClass::FreeBuddy);
+                let free = compare(&all.map, &pages.map, &is_free);
+                println!("    buddy both, more, fewer: {buddy:?}; free {free:?}");
+                wrong += usize::from(free[2] > 0);
+            } else {
+                all = Some(pages);
+            }
+        }
+    }
+    assert_eq!(wrong, 0);
+}
