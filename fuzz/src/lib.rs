@@ -6,8 +6,8 @@ pub mod mutate;
 
 use sonicshot::checkpoint::{Before, CheckpointReader, RestoreRegions};
 use sonicshot::{
-    DropClasses, FileBytes, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap, PageSize,
-    Pfn, PfnRange, PrunePlan,
+    DropClasses, FileBytes, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap,
+    PageSize, Pfn, PfnRange, PrunePlan,
 };
 use sonicshot_dump::{CheckedPlan, Dump, LayoutSpec, Overwrite, SnapshotFiles, XlSkeleton};
 use sonicshot_vmi::symbols::{Btf, SymbolSource, Vmcoreinfo, open_symbol_file};
