@@ -6,8 +6,8 @@ pub mod mutate;
 
 use sonicshot::checkpoint::{Before, CheckpointReader, RestoreRegions};
 use sonicshot::{
-    DropClasses, FileBytes, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap, PageSize,
-    Pfn, PfnRange, PrunePlan,
+    DropClasses, FileBytes, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap,
+    PageSize, Pfn, PfnRange, PrunePlan,
 };
 use sonicshot_dump::{CheckedPlan, Dump, LayoutSpec, Overwrite, SnapshotFiles, XlSkeleton};
 use sonicshot_vmi::symbols::{Btf, SymbolSource, Vmcoreinfo, open_symbol_file};
@@ -36,6 +36,7 @@ pub const TARGETS: &[Target] = &[
     ("lime", lime),
     ("avml", avml),
     ("cloud_hypervisor", cloud_hypervisor),
+    ("crosvm", crosvm),
     ("firecracker", firecracker),
     ("xen", xen),
     ("xen_core", xen_core),
@@ -181,6 +182,26 @@ pub fn cloud_hypervisor(data: &[u8]) {
         assert_eq!(dump.layout().bytes(), pages as u64 * 4096);
         prune(&dump, files.layout());
     }
+}
+
+/// The number of pages of a crosvm snapshot's memory, and the metadata beside it.
+pub fn crosvm(data: &[u8]) {
+    let (pages, metadata) = data.split_first().unwrap_or((&4, &[]));
+    let pages = usize::from(*pages);
+    let folder = tempfile::tempdir().expect("a folder");
+    let memory = folder.path().join("mem");
+    fs::write(&memory, vec![7; pages * 4096]).expect("writing a file");
+    fs::write(folder.path().join("mem_metadata"), metadata).expect("writing a file");
+    let Ok(dump) = Dump::open(&memory, None) else {
+        return;
+    };
+    let Some(plan) = every_other_page(&dump) else {
+        return;
+    };
+    let plan = CheckedPlan::unchecked(&dump, &plan);
+    let _ = plan.prune_in_place(&mut |_, _| {});
+    let again = Dump::open(&memory, None).expect("what we write, we read");
+    assert_eq!(again.layout(), dump.layout());
 }
 
 /// What a byte's two bits say of a page: a hole, zeroes, or one of two patterns.

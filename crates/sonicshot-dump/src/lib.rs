@@ -8,6 +8,7 @@
 //!
 //! | format | module | in place | by copy | into a pipe |
 //! |---|---|---|---|---|
+//! | crosvm | `crosvm` | yes | yes | |
 //! | raw guest RAM, Firecracker, Cloud Hypervisor | `raw`, `diff`, `firecracker`, `cloud_hypervisor` | yes | yes | |
 //! | ELF core | `elf_core` | | yes | |
 //! | QEMU mapped-ram, libvirt `sparse` | `qemu::mapped_ram`, `libvirt` | yes | yes | |
@@ -32,7 +33,7 @@
 //! | Xen save image, HVM or PVH | `HVM_CONTEXT` | halted, nested guest |
 //! | Xen save image, PV | `X86_PV_VCPU_BASIC` | |
 //! | Xen core | `.xen_prstatus` | `EFER`, halted |
-//! | raw, LiME, AVML | | all: [`Processors::Unknown`] |
+//! | raw, LiME, AVML, crosvm | | all: [`Processors::Unknown`] |
 //!
 //! What is damaged or contradicts itself there is [`Processors::NotTold`]; that is no error, for the
 //! memory may be whole. A processor whose registers are exactly those of a reset or an INIT and
@@ -88,4 +89,4 @@ pub use output::dump_file::{CoreNotes, DumpFile, NewFile};
 pub use output::folder::NewFolder;
 pub use prune::holes::PruneOptions;
 pub use prune::stats::PruneStats;
-pub use snapshot::{SnapshotFiles, Vmm};
+pub use snapshot::{FilesNote, SnapshotFiles, Vmm};

@@ -5,6 +5,7 @@ use crate::layout::LayoutSpec;
 use sonicshot::{FileId, Processors};
 use std::cell::OnceCell;
 use std::ffi::{OsStr, OsString};
+use std::fmt;
 use std::fs::{self, File, FileType};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,45 @@ use std::path::{Path, PathBuf};
 const MAX_FILES: usize = 1024;
 /// As much of each file's beginning as it takes to tell its kind.
 const START: u64 = 16;
+
+/// What is worth knowing of a VMM's files; as text, a line for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FilesNote {
+    /// The layout that was given is not that of the VMM's state.
+    OtherLayout {
+        /// The file with the state.
+        state: &'static str,
+        /// What it says.
+        layout: LayoutSpec,
+    },
+    /// The VMM's state was not understood, and the layout that was given is believed.
+    NotUnderstood {
+        /// The file with the state.
+        state: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+impl fmt::Display for FilesNote {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OtherLayout { state, layout } => {
+                write!(
+                    f,
+                    "the layout given is not that of {state}, which is {layout}"
+                )
+            }
+            Self::NotUnderstood { state, why } => {
+                write!(
+                    f,
+                    "{state} was not understood, and --layout believed: {why}"
+                )
+            }
+        }
+    }
+}
 
 /// The VMM that a snapshot is of. Each is a constant of this type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -132,7 +172,7 @@ pub struct SnapshotFiles {
     /// The base, where it lies in the folder.
     skipped: Option<PathBuf>,
     pub(crate) processors: Processors,
-    pub(crate) notes: Vec<String>,
+    pub(crate) notes: Vec<FilesNote>,
 }
 
 impl SnapshotFiles {
@@ -191,7 +231,7 @@ impl SnapshotFiles {
 
     /// What is worth knowing, for people.
     #[must_use]
-    pub fn notes(&self) -> &[String] {
+    pub fn notes(&self) -> &[FilesNote] {
         &self.notes
     }
 

@@ -2,7 +2,7 @@
 
 use crate::text::ByteSize;
 use sonicshot::{Gpa, GpaRange};
-use sonicshot_dump::{DumpError, WritingProcess};
+use sonicshot_dump::{DumpError, FilesNote, WritingProcess};
 use std::fmt;
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ pub enum Note {
     /// What was found in the guest.
     Guest(sonicshot_vmi::Note),
     /// What the files beside the memory say.
-    Files(String),
+    Files(FilesNote),
     /// No kernel was looked for any more: only what pages hold is told.
     NoKernel,
     /// A process has the file open for writing while it is read.
@@ -64,7 +64,7 @@ impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Guest(note) => note.fmt(f),
-            Self::Files(text) => f.write_str(text),
+            Self::Files(note) => note.fmt(f),
             Self::NoKernel => {
                 f.write_str("no kernel was found: pages of zeroes go, all others are kept")
             }

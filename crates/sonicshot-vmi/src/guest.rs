@@ -1,7 +1,7 @@
 //! A Linux guest: its kernel found, its symbols gathered, its pages classified.
 
 use crate::analysis::{Analysis, AnalysisOptions, GuestFacts, Parts};
-use crate::arch::{self, Cr3};
+use crate::arch::{self, Cr3, Owner};
 use crate::discover::{self, Found, Tried};
 use crate::error::VmiError;
 use crate::kernel::{Build, Kernel};
@@ -12,9 +12,9 @@ use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
 use crate::note::{Note, TracesSought};
 use crate::os::GuestOs;
+use crate::owner;
 use crate::owner::alive;
 use crate::owner::processors::{Owners, Verdict};
-use crate::owner::{self, Owner};
 use crate::place::{self, PlaceEvidence};
 use crate::shape::{self, Knowledge, Shaped};
 use crate::symbols::{self, Kallsyms, SymbolSource};
@@ -195,7 +195,7 @@ impl<'m> LinuxGuest<'m> {
                 is_note
             } else {
                 let owner = owner::look(&guest.kernel)?;
-                let settled = owner.is_settled();
+                let settled = arch::of(&guest.kernel)?.is_settled(&owner);
                 guest.traces = Some(owner);
                 settled
             };

@@ -171,13 +171,12 @@ mod zero;
 
 pub use address::{KernelVa, VirtualMemory, VirtualReadError};
 pub use analysis::{Analysis, AnalysisOptions, GuestFacts, analyze};
-pub use arch::{Cr3, Foreign, ForeignProcessor, ParseCr3Error};
+pub use arch::{Cr3, Foreign, ForeignProcessor, ParseCr3Error, Trace};
 pub use error::VmiError;
 pub use guest::{Classification, GuestOptions, LinuxGuest, OnInconsistency};
 pub use mm::classify::{Inconsistency, ZoneReport};
 pub use note::{Note, TracesSought};
 pub use os::{GuestOs, open_guest};
-pub use owner::Trace;
 pub(crate) use paging::AddressSpace;
 pub use place::PlaceEvidence;
 pub use shape::Knowledge;

@@ -37,7 +37,7 @@ use crate::DumpError;
 use crate::format::kind::Kind;
 use crate::layout::LayoutSpec;
 use crate::processors::{SREGS_LEN, Sregs, nested, rip_and_flags, told, u32_in};
-use crate::snapshot::{Named, SnapshotFiles, Vmm};
+use crate::snapshot::{FilesNote, Named, SnapshotFiles, Vmm};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use sonicshot::{Gpa, GpaRange, Processor, Processors};
@@ -93,13 +93,15 @@ fn snapshot(named: &Named<'_>) -> Result<Option<SnapshotFiles>, DumpError> {
         (Ok(layout), None) => files.layout = Some(layout),
         (Ok(layout), Some(given)) => {
             if given.ranges(len) != layout.ranges(len) {
-                let note = format!("the layout given is not that of {STATE}, which is {layout}");
-                files.notes.push(note);
+                let state = STATE;
+                files.notes.push(FilesNote::OtherLayout { state, layout });
             }
         }
         (Err(error), Some(_)) => {
-            let note = format!("{STATE} was not understood, and --layout believed: {error}");
-            files.notes.push(note);
+            files.notes.push(FilesNote::NotUnderstood {
+                state: STATE,
+                why: error.to_string(),
+            });
         }
         (Err(error), None) => return Err(error),
     }

@@ -9,6 +9,7 @@ pub(crate) mod ability;
 pub(crate) mod avml;
 pub(crate) mod cloud_hypervisor;
 pub(crate) mod core_notes;
+pub(crate) mod crosvm;
 pub(crate) mod diff;
 pub(crate) mod elf_core;
 pub(crate) mod firecracker;
@@ -29,6 +30,7 @@ use std::path::Path;
 /// takes is raw RAM.
 const KINDS: &[&Kind] = &[
     &cloud_hypervisor::KIND,
+    &crosvm::KIND,
     &firecracker::KIND,
     &xen::core::KIND,
     &elf_core::KIND,

@@ -277,7 +277,9 @@ fn a_layout_that_is_given_is_believed_and_the_rest_is_said() {
     let files = SnapshotFiles::find(&path, None, Some(&given)).unwrap();
     assert_eq!(files.layout(), Some(&given));
     assert!(
-        files.notes()[0].contains("is not that of state.json"),
+        files.notes()[0]
+            .to_string()
+            .contains("is not that of state.json"),
         "{:?}",
         files.notes()
     );
@@ -295,7 +297,7 @@ fn a_layout_that_is_given_is_believed_and_the_rest_is_said() {
     ));
     let files = SnapshotFiles::find(&path, None, Some(&given)).unwrap();
     assert!(
-        files.notes()[0].contains("not understood"),
+        files.notes()[0].to_string().contains("not understood"),
         "{:?}",
         files.notes()
     );

@@ -2,6 +2,7 @@
 //! architecture.
 
 mod processor;
+mod trace;
 pub(crate) mod x86_64;
 
 use crate::KernelVa;
@@ -13,6 +14,8 @@ use core::fmt;
 pub use processor::{Cr3, Foreign, ForeignProcessor, ParseCr3Error};
 pub(crate) use processor::{Landmark, Told};
 use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, PageSize, PfnRange};
+pub use trace::Trace;
+pub(crate) use trace::{Owner, Test, Verdict, not_made};
 
 /// The smallest page of any architecture: what is searched page by page is searched in steps of
 /// this, and what begins a page begins one of these.
@@ -114,6 +117,14 @@ pub(crate) trait Arch: Sync + fmt::Debug {
         landmarks: &[Landmark],
         told: &[(usize, Told)],
     ) -> Result<Option<ForeignProcessor>, VmiError>;
+
+    /// Tests for traces that a later owner leaves on such a machine, beside those in the kernel's
+    /// own records.
+    fn traces(&self) -> &'static [(&'static str, Test)];
+
+    /// Whether no other kernel need be looked for: there is no trace, and of a reset one of the
+    /// tests that were made would tell.
+    fn is_settled(&self, owner: &Owner) -> bool;
 }
 
 /// The one by which a kernel of `architecture` is read.

@@ -12,9 +12,6 @@ use crate::symbols::{SymbolBase, Vmcoreinfo};
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use sonicshot::MemoryError;
 
-/// VMCOREINFO is at most one page.
-const MAX_VMCOREINFO: usize = 4096;
-
 /// One processor that the kernel may use.
 #[derive(Debug, Clone, Copy)]
 struct Cpu {
@@ -50,7 +47,8 @@ fn own_copy(kernel: &Kernel<'_>, is_note: bool) -> Result<(), VmiError> {
     let Some(variable) = kernel.symbol_from_table("vmcoreinfo_data")? else {
         return Ok(());
     };
-    let mut text = [0; MAX_VMCOREINFO];
+    // VMCOREINFO is at most one page.
+    let mut text = kernel.page_buffer()?;
     let at = match kernel.read_ptr("vmcoreinfo_data", variable) {
         // Its page tables have lost it.
         Err(VmiError::Read {

@@ -1,9 +1,7 @@
 //! Whether the kernel that was found owns the memory.
 
 pub(crate) mod alive;
-mod efi;
 pub(crate) mod processors;
-mod traces;
+pub(crate) mod traces;
 
-pub use traces::Trace;
-pub(crate) use traces::{Owner, look};
+pub(crate) use traces::look;

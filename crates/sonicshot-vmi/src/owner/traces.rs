@@ -13,220 +13,40 @@
 //! | the kernel's state | `system_state` is not `SYSTEM_RUNNING` or `SYSTEM_SUSPEND` | `kernel_restart`, `kernel_kexec`, `kernel_halt` and `kernel_power_off` set it before they give the machine away (`kernel/reboot.c`, `kernel/kexec_core.c`) and never back; the initial value, `SYSTEM_BOOTING`, means that the next kernel's image has been written over this one, or that the kernel is not up yet |
 //! | kexec | `kexec_in_progress` | set right before the jump (`kernel/kexec_core.c`) |
 //! | panic | `panic_cpu` or `crashing_cpu` names a processor | `panic` and `crash_kexec` set it before they jump into the crash kernel or reset (`kernel/panic.c`, `arch/x86/kernel/crash.c`); a kernel that runs on has it at -1 |
-//! | the BIOS's clock | the ticks at 0x46c are of another time of day than when the kernel booted | below |
-//! | EFI tables | the system table or the runtime services table of an EFI firmware do not have the kernel's addresses | below |
+//! | the BIOS's clock | the ticks at 0x46c are of another time of day than when the kernel booted | its own page, `arch/x86_64/traces` |
+//! | EFI tables | the system table or the runtime services table of an EFI firmware do not have the kernel's addresses | its own page, `arch/x86_64/traces` |
 //! | firmware tables | the ACPI root pointer, the root table, or a table in it are not where and what the kernel found | ACPI memory is reserved and the tables' names and lengths never change; a BIOS that starts again writes its ROM over the segment that holds the pointer, and builds the tables again later |
 //! | trampoline | the header or the page table of the real-mode trampoline are not as the kernel left them | the kernel writes it once, at boot, into memory below 1 MiB that it reserves (`arch/x86/realmode/init.c`) |
 //! | per-CPU areas | `this_cpu_off` of a possible processor is not its `__per_cpu_offset` | written once, at boot, for all possible processors, also such that were never plugged in (`arch/x86/kernel/setup_percpu.c`) |
 //! | tasks | the list of tasks is not closed, or the end of a task's stack has lost its mark | a kernel stopped at any instruction has at most one torn link, and one stack that is being freed, for each processor (`include/linux/rculist.h`, `kernel/fork.c`) |
-//!
-//! # The BIOS's clock
-//!
-//! A reset leaves no word in the kernel's own memory, and what the firmware builds is byte for
-//! byte what it built for the kernel found: the same tables at the same places. What differs is
-//! the time. A BIOS clears its data area first (`bda_init` in `SeaBIOS`), sets the ticks since midnight
-//! from the clock chip (`clock_setup`; IBM PC, INT 1Ah) and counts them on by interrupts for as
-//! long as BIOS, loader and the kernel's real-mode code let it; a kernel never writes there. When
-//! that kernel booted is told by the times of `anon_inode_inode`, an inode that it makes once, at
-//! boot, before any process can set the clock (`fs/anon_inodes.c`), by its clock as read from the
-//! same chip (`mach_get_cmos_time`). So the ticks are those of the boot or earlier, by as much as
-//! a loader kept interrupts off. Later ones are of a later start of the BIOS. Not tested: kernels
-//! that no BIOS started (EFI, direct boots, kexec), that have another clock, and with an inode that
-//! was touched since. A kernel that has slept may have been woken up by a BIOS that set its ticks
-//! (what hibernation brings back is older than the BIOS's last start): they may be of its last
-//! sleep, too, which began when `timekeeping_suspend_time` says and lasted no longer than all
-//! sleeps together (`timekeeper.offs_boot`). The ticks say no date: a reset so many whole days after the boot, less up to
-//! two minutes, is not seen, nor one in the first three seconds.
-//!
-//! # EFI
-//!
-//! There is no such clock in a machine with an EFI firmware, but the firmware's tables hold what
-//! the kernel told it: the addresses at which the kernel calls its runtime services. A firmware
-//! that starts again builds both tables anew, at the same place and with addresses of its own,
-//! before it hands out other memory ([`efi`]). What it writes before, it writes to places of its
-//! own: free pages there are kept. Where the runtime services are off (`efi=noruntime`, kernels
-//! for real-time work), and where it is not known where the firmware writes, nothing would tell of
-//! a reset, and the guest is refused.
 
+use crate::arch::{self, Owner, Test, Trace, Verdict, not_made};
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::mm::zone::possible_cpus;
-use crate::owner::efi::{self, boot_params};
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
-use core::fmt;
-use sonicshot::{Gpa, GpaRange, MemoryError};
+use sonicshot::MemoryError;
 use std::collections::HashSet;
-
-/// One thing in memory that the kernel found does not leave so while it owns the memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Trace {
-    /// `system_state` says that the kernel has gone, or is not up.
-    State {
-        /// Where it is.
-        at: KernelVa,
-        /// Its value.
-        value: u32,
-        /// The name of the value, if the kernel's types tell.
-        name: Option<&'static str>,
-    },
-    /// `kexec_in_progress` is set.
-    Kexec {
-        /// Where it is.
-        at: KernelVa,
-    },
-    /// The kernel has died.
-    Panic {
-        /// The variable that says so.
-        variable: &'static str,
-        /// Where it is.
-        at: KernelVa,
-        /// The processor that died.
-        cpu: i32,
-    },
-    /// The BIOS started after the kernel did. Both times in seconds since midnight.
-    BiosClock {
-        /// Ticks in the BIOS's data area, in seconds.
-        bios: u64,
-        /// The kernel's clock when it booted.
-        kernel: u64,
-    },
-    /// A table of the firmware is not where and what the kernel found.
-    Firmware {
-        /// Which table.
-        what: String,
-        /// Where the kernel found it.
-        at: Gpa,
-        /// What is there.
-        found: String,
-    },
-    /// A record of the kernel's own, written once, holds something else.
-    Record {
-        /// Which record.
-        what: &'static str,
-        /// Where it is.
-        at: KernelVa,
-        /// What it holds.
-        value: u64,
-        /// What the kernel put there.
-        expected: u64,
-    },
-    /// A record of the kernel's own cannot be followed.
-    Broken {
-        /// Which test could not be ended.
-        test: &'static str,
-        /// Why.
-        why: String,
-    },
-}
-
-impl fmt::Display for Trace {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::State { at, value, name } => {
-                let name = name.unwrap_or("not the state of a kernel that runs");
-                write!(f, "system_state at {at} is {value} ({name})")
-            }
-            Self::Kexec { at } => write!(f, "kexec_in_progress at {at} is set"),
-            Self::Panic { variable, at, cpu } => {
-                write!(f, "{variable} at {at} is {cpu}: the kernel has died")
-            }
-            Self::BiosClock { bios, kernel } => {
-                let clock = |s: u64| format!("{:02}:{:02}:{:02}", s / 3600, s / 60 % 60, s % 60);
-                write!(
-                    f,
-                    "the BIOS's clock at 0x46c stands at {}, and the kernel booted at {}",
-                    clock(*bios),
-                    clock(*kernel)
-                )
-            }
-            Self::Firmware { what, at, found } => {
-                write!(f, "{what}, which the kernel found at {at}, {found}")
-            }
-            Self::Record {
-                what,
-                at,
-                value,
-                expected,
-            } => write!(f, "{what} at {at} is {value:#x}, not {expected:#x}"),
-            Self::Broken { test, why } => write!(f, "{test}: {why}"),
-        }
-    }
-}
-
-/// What all tests found.
-#[derive(Debug, Default)]
-pub(crate) struct Owner {
-    pub traces: Vec<Trace>,
-    /// Tests that found nothing.
-    pub clean: Vec<&'static str>,
-    /// Tests that could not be made, and why.
-    pub not_made: Vec<(&'static str, String)>,
-    /// Where a later owner may have written that has not come as far as to leave a trace.
-    pub in_question: Vec<GpaRange>,
-    /// Why it cannot be told whether there is a later owner, if so.
-    pub untold: Option<String>,
-}
-
-impl Owner {
-    /// Whether no other kernel need be looked for: there is no trace, and of the one thing that
-    /// leaves no other, a reset, the BIOS's clock would tell, or there is no BIOS to start again.
-    pub(crate) fn is_settled(&self) -> bool {
-        let no_bios = |(test, why): &(&str, String)| *test == CLOCK && why == NO_BIOS;
-        self.traces.is_empty() && (self.clean.contains(&CLOCK) || self.not_made.iter().any(no_bios))
-    }
-}
 
 /// Each trace that is reported; more of a kind say nothing more.
 const MAX_TRACES: usize = 16;
 
-enum Verdict {
-    /// Nothing found.
-    Clean,
-    /// The test cannot be made.
-    NotMade(String),
-    Traces(Vec<Trace>),
-    /// Nothing found, but what may have been written here.
-    CleanBut(Vec<GpaRange>),
-    /// Nothing can be found, and nothing else would show what this test would.
-    Untold(String),
-    /// There is nothing of what it looks at.
-    NotHere,
-}
-
-impl From<Vec<Trace>> for Verdict {
-    fn from(traces: Vec<Trace>) -> Self {
-        if traces.is_empty() {
-            Self::Clean
-        } else {
-            Self::Traces(traces)
-        }
-    }
-}
-
-fn not_made(why: impl Into<String>) -> Result<Verdict, VmiError> {
-    Ok(Verdict::NotMade(why.into()))
-}
-
-type Test = fn(&Kernel<'_>) -> Result<Verdict, VmiError>;
-
-pub(crate) const CLOCK: &str = "the BIOS's clock";
-pub(crate) const EFI: &str = "EFI tables";
-/// A machine without a BIOS: direct boots of Firecracker and Cloud Hypervisor, whose memory no
-/// reset outlives.
-const NO_BIOS: &str = "no BIOS data area";
-
-const TESTS: [(&str, Test); 9] = [
+/// What any kernel leaves in its own records; the architecture's tests come between the two.
+const BEFORE: [(&str, Test); 3] = [
     ("the kernel's state", state),
     ("kexec", kexec),
     ("panic", panic),
-    (CLOCK, bios_clock),
-    (EFI, efi_tables),
-    ("firmware tables", firmware),
-    ("trampoline", trampoline),
-    ("per-CPU areas", per_cpu),
-    ("tasks", tasks),
 ];
+const AFTER: [(&str, Test); 2] = [("per-CPU areas", per_cpu), ("tasks", tasks)];
+
+/// Every test, in the order in which a note names them.
+///
+/// # Errors
+/// [`VmiError::Unsupported`] for an architecture of which none are known.
+fn all_tests(kernel: &Kernel<'_>) -> Result<Vec<(&'static str, Test)>, VmiError> {
+    let own = arch::of(kernel)?.traces();
+    Ok([BEFORE.as_slice(), own, AFTER.as_slice()].concat())
+}
 
 /// Makes every test that can be made.
 ///
@@ -234,7 +54,7 @@ const TESTS: [(&str, Test); 9] = [
 /// What reading the memory gives; a record that cannot be followed is a trace.
 pub(crate) fn look(kernel: &Kernel<'_>) -> Result<Owner, VmiError> {
     let mut owner = Owner::default();
-    for (name, test) in TESTS {
+    for (name, test) in all_tests(kernel)? {
         match test(kernel) {
             Ok(Verdict::Clean) => owner.clean.push(name),
             Ok(Verdict::NotMade(why)) => owner.not_made.push((name, why)),
@@ -360,450 +180,6 @@ fn panic(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     Ok(traces.into())
 }
 
-/// Little-endian numbers of guest-physical memory.
-fn physical<const N: usize>(kernel: &Kernel<'_>, at: Gpa) -> Result<[u8; N], VmiError> {
-    let mut bytes = [0; N];
-    kernel.space.memory().read(at, &mut bytes)?;
-    Ok(bytes)
-}
-
-const SECONDS_PER_DAY: u64 = 86400;
-
-/// The second at which the kernel made `anon_inode_inode`, or why it does not tell.
-fn boot_second(kernel: &Kernel<'_>) -> Result<Result<u64, Verdict>, VmiError> {
-    /// `include/uapi/linux/magic.h`.
-    const ANON_INODE_FS_MAGIC: u64 = 0x0904_1934;
-    /// 2000-01-01: the clock was not set.
-    const EARLIEST: u64 = 946_684_800;
-    let variable = kernel.need_symbol("anon_inode_inode")?;
-    let super_block = kernel.need_member("inode", "i_sb")?.offset;
-    let magic = kernel.need_member("super_block", "s_magic")?.offset;
-    let mut offsets = Vec::new();
-    for time in ["atime", "mtime", "ctime"] {
-        // Since 6.11, since 6.6 (6.7), and before.
-        let names = [
-            format!("i_{time}_sec"),
-            format!("__i_{time}.tv_sec"),
-            format!("i_{time}.tv_sec"),
-        ];
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        match kernel.first_member("inode", &names)? {
-            Some(member) => offsets.push(member.offset),
-            None => {
-                return Ok(Err(Verdict::NotMade(
-                    "no source knows where an inode's times are".into(),
-                )));
-            }
-        }
-    }
-    let inode = kernel.read_ptr("anon_inode_inode", variable)?;
-    if inode.raw() == 0 {
-        return Err(VmiError::Corrupt {
-            what: "anon_inode_inode",
-            at: variable,
-            value: 0,
-        });
-    }
-    let field = |offset| element("anon_inode_inode", inode, 0, 0, offset);
-    let super_block = kernel.read_ptr("anon_inode_inode.i_sb", field(super_block)?)?;
-    let at = element("super_block", super_block, 0, 0, magic)?;
-    let value = kernel.read_u64("super_block.s_magic", at)?;
-    if value != ANON_INODE_FS_MAGIC {
-        return Ok(Err(Verdict::Traces(vec![Trace::Record {
-            what: "the magic number of anon_inodefs",
-            at,
-            value,
-            expected: ANON_INODE_FS_MAGIC,
-        }])));
-    }
-    let mut times = Vec::new();
-    for offset in offsets {
-        times.push(kernel.read_u64("anon_inode_inode's times", field(offset)?)?);
-    }
-    let Some(first) = times.first().copied() else {
-        return Ok(Err(Verdict::NotMade("an inode has no times".into())));
-    };
-    if times.iter().any(|time| *time != first) {
-        return Ok(Err(Verdict::NotMade(
-            "anon_inode_inode was touched since it was made".into(),
-        )));
-    }
-    if first < EARLIEST {
-        return Ok(Err(Verdict::NotMade(
-            "the kernel had no clock when it booted".into(),
-        )));
-    }
-    Ok(Ok(first))
-}
-
-/// How long the kernel has slept, in nanoseconds: `timekeeper.offs_boot`, which only suspend and
-/// hibernation change. `None` if it is not known where that is.
-fn slept(kernel: &Kernel<'_>) -> Result<Option<u64>, VmiError> {
-    let Some(offset) = kernel.member("timekeeper", "offs_boot")? else {
-        return Ok(None);
-    };
-    // `struct { seqcount_raw_spinlock_t seq; struct timekeeper timekeeper; }` without a name, and
-    // since 6.13 `struct tk_data`, of which there are several since 6.17.
-    for (variable, base) in [
-        (
-            "tk_core",
-            kernel
-                .member("tk_data", "timekeeper")?
-                .map_or(8, |m| m.offset),
-        ),
-        (
-            "timekeeper_data",
-            kernel
-                .member("tk_data", "timekeeper")?
-                .map_or(8, |m| m.offset),
-        ),
-    ] {
-        if let Some(at) = kernel.symbol(variable)? {
-            let at = element("timekeeper", at, 0, base, 0)?;
-            let at = element("timekeeper", at, 1, base, offset.offset)?;
-            return kernel.read_u64("timekeeper.offs_boot", at).map(Some);
-        }
-    }
-    Ok(None)
-}
-
-/// Whether a BIOS that set its clock to second `bios` may have woken the kernel up: it did so
-/// between the kernel's last going to sleep, which the kernel notes by the clock chip
-/// (`timekeeping_suspend`, `kernel/time/timekeeping.c`), and that second and all the time that it
-/// ever slept, `slept` nanoseconds. `None` if it is not known when it went to sleep.
-fn asleep(
-    kernel: &Kernel<'_>,
-    bios: u64,
-    slept: u64,
-    day: u64,
-    ahead: u64,
-) -> Result<Option<bool>, VmiError> {
-    const NANOSECONDS: u64 = 1_000_000_000;
-    let Some(at) = kernel.symbol("timekeeping_suspend_time")? else {
-        return Ok(None);
-    };
-    let began = kernel.read_u64("timekeeping_suspend_time", at)?;
-    if began == 0 {
-        return Ok(None);
-    }
-    // The chip tells whole seconds, both times.
-    let until = slept.div_ceil(NANOSECONDS).checked_add(ahead);
-    let since = i128::from(bios)
-        .wrapping_sub(i128::from(began))
-        .rem_euclid(i128::from(day));
-    Ok(Some(
-        until.is_none_or(|until| since <= i128::from(until))
-            || since >= i128::from(day.abs_diff(ahead)),
-    ))
-}
-
-fn bios_clock(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
-    /// In the BIOS's data area: base memory in KiB, ticks since midnight.
-    const BASE_MEMORY: Gpa = Gpa::new(0x413);
-    const TICKS: Gpa = Gpa::new(0x46c);
-    /// A day of 65536 periods of the 1.193182 MHz timer each.
-    const TICKS_PER_DAY: u32 = 0x0018_00b0;
-    /// Boot loaders, `0x0d << 4` and up (`Documentation/arch/x86/boot.rst`).
-    const KEXEC: u8 = 0x0d;
-    /// The clock chip tells whole seconds, to the BIOS and to the kernel; the host's clock, from
-    /// which KVM tells the time, may be another second ahead of the chip's.
-    const AHEAD: u64 = 3;
-    /// What a loader's menu that waits with interrupts off, decompressing, and the boot of a
-    /// large machine may take.
-    const BEHIND: u64 = 120;
-    /// A virtual machine's clock chip may be set to local time, by quarters of an hour.
-    const ZONE: u64 = 900;
-    const BEHIND_IN_ZONE: u64 = 10;
-    let loader = boot_params(kernel, "hdr.type_of_loader")?;
-    let mut byte = [0];
-    let read = kernel.space.read(loader, &mut byte);
-    read.map_err(VmiError::read("boot_params"))?;
-    let [loader] = byte;
-    if loader >> 4 == KEXEC {
-        return not_made("the kernel was started by kexec");
-    }
-    if efi::is_started_by(kernel)? {
-        return not_made("the kernel was started by EFI");
-    }
-    let clock = boot_params_clock(kernel)?;
-    if u16::from_le_bytes(physical(kernel, BASE_MEMORY)?) == 0 {
-        return not_made(NO_BIOS);
-    }
-    let ticks = u32::from_le_bytes(physical(kernel, TICKS)?);
-    if ticks >= TICKS_PER_DAY {
-        return not_made("no BIOS clock");
-    }
-    let bios = u64::from(ticks) * 65536 / 1_193_182;
-    let Some(clock) = clock else {
-        return not_made("the kernel has its clock from neither the clock chip nor KVM");
-    };
-    let second = match boot_second(kernel)? {
-        Ok(second) => second,
-        Err(verdict) => return Ok(verdict),
-    };
-    let kernel_second = second % SECONDS_PER_DAY;
-    // How far the BIOS's clock is behind the kernel's boot.
-    let behind = i128::from(kernel_second).wrapping_sub(i128::from(bios));
-    let fits = |day: u64, most: u64| {
-        let behind = behind.rem_euclid(i128::from(day));
-        behind <= i128::from(most) || behind >= i128::from(day.abs_diff(AHEAD))
-    };
-    if fits(SECONDS_PER_DAY, BEHIND) {
-        return Ok(Verdict::Clean);
-    }
-    if clock == Clock::Kvm && fits(ZONE, BEHIND_IN_ZONE) {
-        return not_made("the clock chip may be set to local time");
-    }
-    if let Some(slept) = slept(kernel)?.filter(|slept| *slept != 0) {
-        let day = match clock {
-            Clock::Chip => SECONDS_PER_DAY,
-            Clock::Kvm => ZONE,
-        };
-        if asleep(kernel, bios, slept, day, AHEAD)?.unwrap_or(true) {
-            return not_made("the kernel has slept, and a BIOS may have woken it up");
-        }
-    }
-    Ok(Verdict::Traces(vec![Trace::BiosClock {
-        bios,
-        kernel: kernel_second,
-    }]))
-}
-
-/// What a kernel reads its first time from.
-#[derive(PartialEq, Eq)]
-enum Clock {
-    Chip,
-    Kvm,
-}
-
-fn boot_params_clock(kernel: &Kernel<'_>) -> Result<Option<Clock>, VmiError> {
-    let offset = kernel
-        .need_member("x86_platform_ops", "get_wallclock")?
-        .offset;
-    let at = element(
-        "x86_platform",
-        kernel.need_symbol("x86_platform")?,
-        0,
-        0,
-        offset,
-    )?;
-    let function = kernel.read_ptr("x86_platform.get_wallclock", at)?;
-    for (name, clock) in [
-        ("mach_get_cmos_time", Clock::Chip),
-        ("kvm_get_wallclock", Clock::Kvm),
-    ] {
-        if kernel.symbol(name)? == Some(function) {
-            return Ok(Some(clock));
-        }
-    }
-    Ok(None)
-}
-
-fn efi_tables(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
-    if !efi::is_started_by(kernel)? {
-        return Ok(Verdict::NotHere);
-    }
-    Ok(match efi::tables(kernel)? {
-        efi::Tables::Kept(ranges) => Verdict::CleanBut(ranges),
-        efi::Tables::Gone(traces) => Verdict::Traces(traces),
-        efi::Tables::Untold(why) => Verdict::Untold(why),
-    })
-}
-
-fn sum(bytes: &[u8]) -> u8 {
-    bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
-}
-
-/// The ACPI root pointer that the kernel found, the root table, and each table that it listed
-/// (`drivers/acpi/acpica/tbutils.c`; ACPI 6.5, section 5.2).
-fn firmware(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
-    const MAX_TABLES: u32 = 256;
-    /// A root table of more is none.
-    const MAX_ROOT: u32 = 1 << 16;
-    let root = kernel.read_u64("boot_params", boot_params(kernel, "acpi_rsdp_addr")?)?;
-    if root == 0 {
-        return not_made("the kernel was not told where the ACPI tables are");
-    }
-    let root = Gpa::new(root);
-    let mut traces = Vec::new();
-    let wrong = |what: &str, at, found: String| Trace::Firmware {
-        what: what.into(),
-        at,
-        found,
-    };
-    let pointer: [u8; 36] = physical(kernel, root)?;
-    let (v1, rest) = pointer.split_at(20);
-    let good = v1.starts_with(b"RSD PTR ") && sum(v1) == 0;
-    let word = |bytes: &[u8], at: usize| {
-        bytes
-            .get(at..at.saturating_add(4))
-            .and_then(|word| word.try_into().ok())
-            .map_or(0, u32::from_le_bytes)
-    };
-    if !good {
-        traces.push(wrong("the ACPI root pointer", root, "is not there".into()));
-        return Ok(traces.into());
-    }
-    let extended = v1.get(15).is_some_and(|revision| *revision >= 2);
-    let xsdt = u64::from(word(rest, 4)) | u64::from(word(rest, 8)) << 32;
-    let table = if extended && xsdt != 0 {
-        xsdt
-    } else {
-        u64::from(word(v1, 16))
-    };
-    let table = Gpa::new(table);
-    let header: [u8; 8] = physical(kernel, table)?;
-    let length = word(&header, 4);
-    let named = header.starts_with(b"RSDT") || header.starts_with(b"XSDT");
-    let mut good = named && (36..=MAX_ROOT).contains(&length);
-    if good {
-        let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
-        kernel.space.memory().read(table, &mut bytes)?;
-        good = sum(&bytes) == 0;
-    }
-    if !good {
-        let found = format!("is not there ({})", header.escape_ascii());
-        traces.push(wrong("the ACPI root table", table, found));
-    }
-    let list = kernel.need_symbol("acpi_gbl_root_table_list")?;
-    let member = |name| {
-        kernel
-            .need_member("acpi_table_list", name)
-            .map(|m| m.offset)
-    };
-    let list_at = |offset| element("acpi_gbl_root_table_list", list, 0, 0, offset);
-    let tables = kernel.read_ptr("acpi_table_list.tables", list_at(member("tables")?)?)?;
-    let count = list_at(member("current_table_count")?)?;
-    let count_is = kernel.read_u32("acpi_table_list.current_table_count", count)?;
-    if count_is > MAX_TABLES {
-        return Err(VmiError::Corrupt {
-            what: "acpi_table_list.current_table_count",
-            at: count,
-            value: u64::from(count_is),
-        });
-    }
-    let size = kernel.need_type_size("acpi_table_desc")?;
-    let member = |name| {
-        kernel
-            .need_member("acpi_table_desc", name)
-            .map(|m| m.offset)
-    };
-    let (address, signature, len, flags) = (
-        member("address")?,
-        member("signature")?,
-        member("length")?,
-        member("flags")?,
-    );
-    for index in 0..u64::from(count_is) {
-        /// `ACPI_TABLE_ORIGIN_MASK` and `ACPI_TABLE_ORIGIN_INTERNAL_PHYSICAL`.
-        const ORIGIN: u32 = 3;
-        const PHYSICAL: u32 = 1;
-        let field = |offset| element("acpi_table_desc", tables, index, size, offset);
-        let origin = kernel.read_u32("acpi_table_desc.flags", field(flags)?)? & ORIGIN;
-        let at = kernel.read_u64("acpi_table_desc.address", field(address)?)?;
-        if origin != PHYSICAL || at == 0 {
-            continue;
-        }
-        let name = kernel.read_u32("acpi_table_desc.signature", field(signature)?)?;
-        let long = kernel.read_u32("acpi_table_desc.length", field(len)?)?;
-        let header: [u8; 8] = match physical(kernel, Gpa::new(at)) {
-            Err(VmiError::Memory(MemoryError::NotRam { .. } | MemoryError::Absent { .. })) => {
-                continue;
-            }
-            other => other?,
-        };
-        if word(&header, 0) != name || word(&header, 4) != long {
-            let what = format!("the ACPI table {}", name.to_le_bytes().escape_ascii());
-            let found = format!("is not there ({})", header.escape_ascii());
-            traces.push(wrong(&what, Gpa::new(at), found));
-        }
-    }
-    Ok(traces.into())
-}
-
-/// `struct real_mode_header` and what it leads to (`arch/x86/realmode/init.c`).
-fn trampoline(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
-    /// Set by processors as they walk the table.
-    const ACCESSED: u64 = 1 << 5;
-    const ONE_MIB: u64 = 1 << 20;
-    let variable = kernel.need_symbol("real_mode_header")?;
-    let init_top = kernel.need_symbol("init_top_pgt")?;
-    let text = kernel.need_member("real_mode_header", "text_start")?.offset;
-    let end = kernel.need_member("real_mode_header", "ro_end")?.offset;
-    let pgd = kernel
-        .need_member("real_mode_header", "trampoline_pgd")?
-        .offset;
-    let header = kernel.read_ptr("real_mode_header", variable)?;
-    // A paravirtualised guest's processors are started by Xen.
-    if header.raw() == 0 || kernel.space.memory().p2m().is_some() {
-        return not_made("the kernel has none");
-    }
-    let field = |offset| element("real_mode_header", header, 0, 0, offset);
-    let there = kernel
-        .space
-        .translate(header)
-        .map_err(VmiError::read("real_mode_header"))?;
-    let base = there.at.raw();
-    if base >= ONE_MIB {
-        return Err(VmiError::Corrupt {
-            what: "real_mode_header",
-            at: variable,
-            value: header.raw(),
-        });
-    }
-    let mut traces = Vec::new();
-    for (what, offset) in [
-        ("real_mode_header.text_start", text),
-        ("real_mode_header.ro_end", end),
-        ("real_mode_header.trampoline_pgd", pgd),
-    ] {
-        let at = field(offset)?;
-        let value = u64::from(kernel.read_u32(what, at)?);
-        if !(base..ONE_MIB).contains(&value) {
-            traces.push(Trace::Record {
-                what,
-                at,
-                value,
-                expected: base,
-            });
-        }
-    }
-    if !traces.is_empty() {
-        return Ok(traces.into());
-    }
-    let table = u64::from(kernel.read_u32("real_mode_header.trampoline_pgd", field(pgd)?)?);
-    // Beside the header, so mapped as that is.
-    let table = table
-        .checked_sub(base)
-        .and_then(|offset| header.checked_add(offset))
-        .ok_or(VmiError::Corrupt {
-            what: "real_mode_header.trampoline_pgd",
-            at: header,
-            value: table,
-        })?;
-    let mut compare = |what, index, expected: u64| {
-        let at = element("trampoline_pgd", table, index, 8, 0)?;
-        let value = kernel.read_u64("trampoline_pgd", at)?;
-        if (value ^ expected) & !ACCESSED != 0 {
-            traces.push(Trace::Record {
-                what,
-                at,
-                value,
-                expected,
-            });
-        }
-        Ok::<_, VmiError>(())
-    };
-    let last = element("init_top_pgt", init_top, 511, 8, 0)?;
-    let last = kernel.read_u64("init_top_pgt", last)?;
-    compare("the trampoline's page table, entry 511", 511, last)?;
-    if let Some(at) = kernel.symbol("trampoline_pgd_entry")? {
-        let entry = kernel.read_u64("trampoline_pgd_entry", at)?;
-        compare("the trampoline's page table, entry 0", 0, entry)?;
-    }
-    Ok(traces.into())
-}
-
 fn per_cpu(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     let variable = kernel.need_symbol("this_cpu_off")?;
     let mut traces = Vec::new();
@@ -902,7 +278,11 @@ fn tasks(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
 /// Each trace forged in the memory of a real guest that bears none.
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::{Owner, Trace, boot_params, boot_second, look, slept};
+    use super::{all_tests, look};
+    use crate::arch::x86_64::traces::EFI;
+    use crate::arch::x86_64::traces::clock::{boot_second, slept};
+    use crate::arch::x86_64::traces::efi::boot_params;
+    use crate::arch::{Owner, Trace};
     use crate::kernel::{Kernel, element};
     use crate::{GuestOptions, KernelVa, LinuxGuest, OnInconsistency, VmiError};
     use sonicshot::{Gpa, GuestBytes, MappedRegions};
@@ -1002,8 +382,9 @@ pub(crate) mod tests {
 
     /// The tests that a machine with a BIOS gives rise to: all but the one of EFI's tables.
     pub(crate) fn of_a_bios() -> Vec<&'static str> {
-        let names = super::TESTS.iter().map(|(name, _)| *name);
-        names.filter(|name| *name != super::EFI).collect()
+        let tests = with(ram(), |kernel| all_tests(kernel).unwrap());
+        let names = tests.into_iter().map(|(name, _)| name);
+        names.filter(|name| *name != EFI).collect()
     }
 
     #[test]
@@ -1122,7 +503,7 @@ pub(crate) mod tests {
     #[test]
     fn a_per_cpu_area_written_over_refuses_the_kernel() {
         let this_cpu_off = with(ram(), |kernel| {
-            let (_, offset) = super::possible_cpus(kernel).unwrap()[0];
+            let (_, offset) = crate::mm::zone::possible_cpus(kernel).unwrap()[0];
             let symbol = kernel.need_symbol("this_cpu_off").unwrap();
             there(kernel, symbol.wrapping_add(offset))
         });

@@ -1,12 +1,13 @@
 //! x86-64 (`arch/x86`): four- and five-level page tables, a PC's firmware, Xen's paravirtualised
 //! guests.
 
-pub(crate) mod e820;
+mod e820;
 mod paging;
 mod registers;
 mod tables;
+pub(crate) mod traces;
 
-use super::{Arch, ForeignProcessor, ImageShape, Landmark, SectionSize, Tables, Told};
+use super::{Arch, ForeignProcessor, ImageShape, Landmark, Owner, SectionSize, Tables, Test, Told};
 use crate::KernelVa;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
@@ -136,5 +137,13 @@ impl Arch for X86_64 {
         told: &[(usize, Told)],
     ) -> Result<Option<ForeignProcessor>, VmiError> {
         registers::first_foreign(kernel, landmarks, told)
+    }
+
+    fn traces(&self) -> &'static [(&'static str, Test)] {
+        &traces::TESTS
+    }
+
+    fn is_settled(&self, owner: &Owner) -> bool {
+        traces::are_settled(owner)
     }
 }

@@ -5,12 +5,15 @@
 //! table and in the runtime services table (UEFI 2.10, sections 4.3 and 4.5) are the kernel's, and
 //! their checksums are made anew. A firmware that starts again builds both tables anew, with
 //! physical addresses, before it hands out any other memory (`DxeMain`, EDK II). Until then it
-//! writes to memory of fixed places alone ([`early_memory`]).
+//! writes to memory of fixed places alone ([`early_memory`]): free pages there are kept. Where the
+//! runtime services are off (`efi=noruntime`, kernels for real-time work), and where it is not known
+//! where the firmware writes, nothing would tell of a reset, and the guest is refused.
 
-use crate::arch::x86_64::e820;
+use super::super::e820;
+use crate::KernelVa;
+use crate::arch::{Trace, Verdict};
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
-use crate::{KernelVa, Trace};
 use sonicshot::{Gpa, GpaRange, MemoryError};
 
 /// Whether an EFI firmware, or its loader, started the kernel.
@@ -296,6 +299,18 @@ fn utf16(kernel: &Kernel<'_>, at: Gpa) -> Result<String, VmiError> {
         .collect())
 }
 
+/// The test for a trace in them.
+pub(super) fn efi_tables(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
+    if !is_started_by(kernel)? {
+        return Ok(Verdict::NotHere);
+    }
+    Ok(match tables(kernel)? {
+        Tables::Kept(ranges) => Verdict::CleanBut(ranges),
+        Tables::Gone(traces) => Verdict::Traces(traces),
+        Tables::Untold(why) => Verdict::Untold(why),
+    })
+}
+
 /// A kernel that EFI started, forged in the memory of a real guest that a BIOS started.
 #[cfg(test)]
 mod tests {
@@ -450,13 +465,13 @@ mod tests {
         let owner = owner(&efi.patches());
         assert_eq!((owner.traces, owner.untold), (vec![], None));
         let mut made = of_a_bios();
-        made.retain(|name| *name != super::super::traces::CLOCK);
+        made.retain(|name| *name != super::super::CLOCK);
         let (at, _) = made
             .iter()
             .enumerate()
             .find(|(_, name)| **name == "firmware tables")
             .unwrap();
-        made.insert(at, super::super::traces::EFI);
+        made.insert(at, super::super::EFI);
         assert_eq!(owner.clean, made);
         let range = |start, end| GpaRange::new(Gpa::new(start), Gpa::new(end));
         // The last of its RAM by its /proc/iomem.

@@ -1,0 +1,151 @@
+//! What a later owner of the memory leaves behind: a trace, and what a test for one comes to.
+
+use crate::KernelVa;
+use crate::error::VmiError;
+use crate::kernel::Kernel;
+use core::fmt;
+use sonicshot::{Gpa, GpaRange};
+
+/// One thing in memory that the kernel found does not leave so while it owns the memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Trace {
+    /// `system_state` says that the kernel has gone, or is not up.
+    State {
+        /// Where it is.
+        at: KernelVa,
+        /// Its value.
+        value: u32,
+        /// The name of the value, if the kernel's types tell.
+        name: Option<&'static str>,
+    },
+    /// `kexec_in_progress` is set.
+    Kexec {
+        /// Where it is.
+        at: KernelVa,
+    },
+    /// The kernel has died.
+    Panic {
+        /// The variable that says so.
+        variable: &'static str,
+        /// Where it is.
+        at: KernelVa,
+        /// The processor that died.
+        cpu: i32,
+    },
+    /// The BIOS started after the kernel did. Both times in seconds since midnight.
+    BiosClock {
+        /// Ticks in the BIOS's data area, in seconds.
+        bios: u64,
+        /// The kernel's clock when it booted.
+        kernel: u64,
+    },
+    /// A table of the firmware is not where and what the kernel found.
+    Firmware {
+        /// Which table.
+        what: String,
+        /// Where the kernel found it.
+        at: Gpa,
+        /// What is there.
+        found: String,
+    },
+    /// A record of the kernel's own, written once, holds something else.
+    Record {
+        /// Which record.
+        what: &'static str,
+        /// Where it is.
+        at: KernelVa,
+        /// What it holds.
+        value: u64,
+        /// What the kernel put there.
+        expected: u64,
+    },
+    /// A record of the kernel's own cannot be followed.
+    Broken {
+        /// Which test could not be ended.
+        test: &'static str,
+        /// Why.
+        why: String,
+    },
+}
+
+impl fmt::Display for Trace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::State { at, value, name } => {
+                let name = name.unwrap_or("not the state of a kernel that runs");
+                write!(f, "system_state at {at} is {value} ({name})")
+            }
+            Self::Kexec { at } => write!(f, "kexec_in_progress at {at} is set"),
+            Self::Panic { variable, at, cpu } => {
+                write!(f, "{variable} at {at} is {cpu}: the kernel has died")
+            }
+            Self::BiosClock { bios, kernel } => {
+                let clock = |s: u64| format!("{:02}:{:02}:{:02}", s / 3600, s / 60 % 60, s % 60);
+                write!(
+                    f,
+                    "the BIOS's clock at 0x46c stands at {}, and the kernel booted at {}",
+                    clock(*bios),
+                    clock(*kernel)
+                )
+            }
+            Self::Firmware { what, at, found } => {
+                write!(f, "{what}, which the kernel found at {at}, {found}")
+            }
+            Self::Record {
+                what,
+                at,
+                value,
+                expected,
+            } => write!(f, "{what} at {at} is {value:#x}, not {expected:#x}"),
+            Self::Broken { test, why } => write!(f, "{test}: {why}"),
+        }
+    }
+}
+
+/// What all tests found.
+#[derive(Debug, Default)]
+pub(crate) struct Owner {
+    pub traces: Vec<Trace>,
+    /// Tests that found nothing.
+    pub clean: Vec<&'static str>,
+    /// Tests that could not be made, and why.
+    pub not_made: Vec<(&'static str, String)>,
+    /// Where a later owner may have written that has not come as far as to leave a trace.
+    pub in_question: Vec<GpaRange>,
+    /// Why it cannot be told whether there is a later owner, if so.
+    pub untold: Option<String>,
+}
+
+/// What a test comes to.
+pub(crate) enum Verdict {
+    /// Nothing found.
+    Clean,
+    /// The test cannot be made.
+    NotMade(String),
+    Traces(Vec<Trace>),
+    /// Nothing found, but what may have been written here.
+    CleanBut(Vec<GpaRange>),
+    /// Nothing can be found, and nothing else would show what this test would.
+    Untold(String),
+    /// There is nothing of what it looks at.
+    NotHere,
+}
+
+impl From<Vec<Trace>> for Verdict {
+    fn from(traces: Vec<Trace>) -> Self {
+        if traces.is_empty() {
+            Self::Clean
+        } else {
+            Self::Traces(traces)
+        }
+    }
+}
+
+/// A test that cannot be made, and why.
+pub(crate) fn not_made(why: impl Into<String>) -> Result<Verdict, VmiError> {
+    Ok(Verdict::NotMade(why.into()))
+}
+
+/// A test for a trace.
+pub(crate) type Test = fn(&Kernel<'_>) -> Result<Verdict, VmiError>;

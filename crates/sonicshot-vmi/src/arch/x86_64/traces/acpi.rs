@@ -1,0 +1,156 @@
+//! The firmware's tables: the ACPI root pointer that the kernel found, the root table, and each table
+//! that it listed (`drivers/acpi/acpica/tbutils.c`; ACPI 6.5, section 5.2).
+
+use super::efi::boot_params;
+use super::physical;
+use crate::arch::{Trace, Verdict, not_made};
+use crate::error::VmiError;
+use crate::kernel::{Kernel, element};
+use sonicshot::{Gpa, MemoryError};
+
+/// The test for a trace in them.
+pub(super) fn firmware(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
+    let root = kernel.read_u64("boot_params", boot_params(kernel, "acpi_rsdp_addr")?)?;
+    if root == 0 {
+        return not_made("the kernel was not told where the ACPI tables are");
+    }
+    let Some(table) = root_table(kernel, Gpa::new(root))? else {
+        let found = "is not there".into();
+        return Ok(vec![wrong("the ACPI root pointer", Gpa::new(root), found)].into());
+    };
+    let mut traces = Vec::new();
+    traces.extend(check_root_table(kernel, table)?);
+    for listed in listed(kernel)? {
+        traces.extend(listed.check(kernel)?);
+    }
+    Ok(traces.into())
+}
+
+fn wrong(what: &str, at: Gpa, found: String) -> Trace {
+    Trace::Firmware {
+        what: what.into(),
+        at,
+        found,
+    }
+}
+
+fn sum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+}
+
+/// The little-endian word at `at` of what was read in one piece.
+fn word(bytes: &[u8], at: usize) -> u32 {
+    bytes
+        .get(at..at.saturating_add(4))
+        .and_then(|word| word.try_into().ok())
+        .map_or(0, u32::from_le_bytes)
+}
+
+/// Where the root pointer at `at` leads, if it is one.
+fn root_table(kernel: &Kernel<'_>, at: Gpa) -> Result<Option<Gpa>, VmiError> {
+    let pointer: [u8; 36] = physical(kernel, at)?;
+    let (v1, rest) = pointer.split_at(20);
+    if !v1.starts_with(b"RSD PTR ") || sum(v1) != 0 {
+        return Ok(None);
+    }
+    let extended = v1.get(15).is_some_and(|revision| *revision >= 2);
+    let xsdt = u64::from(word(rest, 4)) | u64::from(word(rest, 8)) << 32;
+    Ok(Some(Gpa::new(if extended && xsdt != 0 {
+        xsdt
+    } else {
+        u64::from(word(v1, 16))
+    })))
+}
+
+/// What is wrong with the root table, if anything is.
+fn check_root_table(kernel: &Kernel<'_>, table: Gpa) -> Result<Option<Trace>, VmiError> {
+    /// A root table of more is none.
+    const MAX_ROOT: u32 = 1 << 16;
+    let header: [u8; 8] = physical(kernel, table)?;
+    let length = word(&header, 4);
+    let named = header.starts_with(b"RSDT") || header.starts_with(b"XSDT");
+    if named
+        && (36..=MAX_ROOT).contains(&length)
+        && let Ok(length) = usize::try_from(length)
+    {
+        let mut bytes = vec![0; length];
+        kernel.space.memory().read(table, &mut bytes)?;
+        if sum(&bytes) == 0 {
+            return Ok(None);
+        }
+    }
+    let found = format!("is not there ({})", header.escape_ascii());
+    Ok(Some(wrong("the ACPI root table", table, found)))
+}
+
+/// A table that the kernel has listed.
+struct Listed {
+    at: Gpa,
+    name: u32,
+    length: u32,
+}
+
+/// The tables in memory that the kernel has listed (`acpi_gbl_root_table_list`).
+fn listed(kernel: &Kernel<'_>) -> Result<Vec<Listed>, VmiError> {
+    const MAX_TABLES: u32 = 256;
+    /// `ACPI_TABLE_ORIGIN_MASK` and `ACPI_TABLE_ORIGIN_INTERNAL_PHYSICAL`.
+    const ORIGIN: u32 = 3;
+    const PHYSICAL: u32 = 1;
+    let list = kernel.need_symbol("acpi_gbl_root_table_list")?;
+    let list_at = |name| {
+        let offset = kernel.need_member("acpi_table_list", name)?.offset;
+        element("acpi_gbl_root_table_list", list, 0, 0, offset)
+    };
+    let tables = kernel.read_ptr("acpi_table_list.tables", list_at("tables")?)?;
+    let count_at = list_at("current_table_count")?;
+    let count = kernel.read_u32("acpi_table_list.current_table_count", count_at)?;
+    if count > MAX_TABLES {
+        return Err(VmiError::Corrupt {
+            what: "acpi_table_list.current_table_count",
+            at: count_at,
+            value: u64::from(count),
+        });
+    }
+    let size = kernel.need_type_size("acpi_table_desc")?;
+    let offset = |name| {
+        kernel
+            .need_member("acpi_table_desc", name)
+            .map(|member| member.offset)
+    };
+    let (address, signature) = (offset("address")?, offset("signature")?);
+    let (length, flags) = (offset("length")?, offset("flags")?);
+    let mut found = Vec::new();
+    for index in 0..u64::from(count) {
+        let field = |offset| element("acpi_table_desc", tables, index, size, offset);
+        let origin = kernel.read_u32("acpi_table_desc.flags", field(flags)?)? & ORIGIN;
+        let at = kernel.read_u64("acpi_table_desc.address", field(address)?)?;
+        if origin != PHYSICAL || at == 0 {
+            continue;
+        }
+        found.push(Listed {
+            at: Gpa::new(at),
+            name: kernel.read_u32("acpi_table_desc.signature", field(signature)?)?,
+            length: kernel.read_u32("acpi_table_desc.length", field(length)?)?,
+        });
+    }
+    Ok(found)
+}
+
+impl Listed {
+    /// What is wrong with the table, if anything is; one that is in no RAM is passed over.
+    fn check(&self, kernel: &Kernel<'_>) -> Result<Option<Trace>, VmiError> {
+        let header: [u8; 8] = match physical(kernel, self.at) {
+            Err(VmiError::Memory(MemoryError::NotRam { .. } | MemoryError::Absent { .. })) => {
+                return Ok(None);
+            }
+            other => other?,
+        };
+        if word(&header, 0) == self.name && word(&header, 4) == self.length {
+            return Ok(None);
+        }
+        let name = self.name.to_le_bytes();
+        let what = format!("the ACPI table {}", name.escape_ascii());
+        let found = format!("is not there ({})", header.escape_ascii());
+        Ok(Some(wrong(&what, self.at, found)))
+    }
+}

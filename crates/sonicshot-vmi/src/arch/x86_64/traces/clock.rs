@@ -1,0 +1,259 @@
+//! The BIOS's clock.
+//!
+//! A reset leaves no word in the kernel's own memory, and what the firmware builds is byte for
+//! byte what it built for the kernel found: the same tables at the same places. What differs is
+//! the time. A BIOS clears its data area first (`bda_init` in `SeaBIOS`), sets the ticks since midnight
+//! from the clock chip (`clock_setup`; IBM PC, INT 1Ah) and counts them on by interrupts for as
+//! long as BIOS, loader and the kernel's real-mode code let it; a kernel never writes there. When
+//! that kernel booted is told by the times of `anon_inode_inode`, an inode that it makes once, at
+//! boot, before any process can set the clock (`fs/anon_inodes.c`), by its clock as read from the
+//! same chip (`mach_get_cmos_time`). So the ticks are those of the boot or earlier, by as much as
+//! a loader kept interrupts off. Later ones are of a later start of the BIOS. Not tested: kernels
+//! that no BIOS started (EFI, direct boots, kexec), that have another clock, and with an inode that
+//! was touched since. A kernel that has slept may have been woken up by a BIOS that set its ticks
+//! (what hibernation brings back is older than the BIOS's last start): they may be of its last
+//! sleep, too, which began when `timekeeping_suspend_time` says and lasted no longer than all
+//! sleeps together (`timekeeper.offs_boot`). The ticks say no date: a reset so many whole days after the boot, less up to
+//! two minutes, is not seen, nor one in the first three seconds.
+
+use super::NO_BIOS;
+use super::efi::{self, boot_params};
+use super::physical;
+use crate::VirtualMemory;
+use crate::arch::{Trace, Verdict, not_made};
+use crate::error::VmiError;
+use crate::kernel::{Kernel, element};
+use sonicshot::Gpa;
+
+const SECONDS_PER_DAY: u64 = 86400;
+
+/// The second at which the kernel made `anon_inode_inode`, or why it does not tell.
+pub(crate) fn boot_second(kernel: &Kernel<'_>) -> Result<Result<u64, Verdict>, VmiError> {
+    /// `include/uapi/linux/magic.h`.
+    const ANON_INODE_FS_MAGIC: u64 = 0x0904_1934;
+    /// 2000-01-01: the clock was not set.
+    const EARLIEST: u64 = 946_684_800;
+    let variable = kernel.need_symbol("anon_inode_inode")?;
+    let super_block = kernel.need_member("inode", "i_sb")?.offset;
+    let magic = kernel.need_member("super_block", "s_magic")?.offset;
+    let mut offsets = Vec::new();
+    for time in ["atime", "mtime", "ctime"] {
+        // Since 6.11, since 6.6 (6.7), and before.
+        let names = [
+            format!("i_{time}_sec"),
+            format!("__i_{time}.tv_sec"),
+            format!("i_{time}.tv_sec"),
+        ];
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        match kernel.first_member("inode", &names)? {
+            Some(member) => offsets.push(member.offset),
+            None => {
+                return Ok(Err(Verdict::NotMade(
+                    "no source knows where an inode's times are".into(),
+                )));
+            }
+        }
+    }
+    let inode = kernel.read_ptr("anon_inode_inode", variable)?;
+    if inode.raw() == 0 {
+        return Err(VmiError::Corrupt {
+            what: "anon_inode_inode",
+            at: variable,
+            value: 0,
+        });
+    }
+    let field = |offset| element("anon_inode_inode", inode, 0, 0, offset);
+    let super_block = kernel.read_ptr("anon_inode_inode.i_sb", field(super_block)?)?;
+    let at = element("super_block", super_block, 0, 0, magic)?;
+    let value = kernel.read_u64("super_block.s_magic", at)?;
+    if value != ANON_INODE_FS_MAGIC {
+        return Ok(Err(Verdict::Traces(vec![Trace::Record {
+            what: "the magic number of anon_inodefs",
+            at,
+            value,
+            expected: ANON_INODE_FS_MAGIC,
+        }])));
+    }
+    let mut times = Vec::new();
+    for offset in offsets {
+        times.push(kernel.read_u64("anon_inode_inode's times", field(offset)?)?);
+    }
+    let Some(first) = times.first().copied() else {
+        return Ok(Err(Verdict::NotMade("an inode has no times".into())));
+    };
+    if times.iter().any(|time| *time != first) {
+        return Ok(Err(Verdict::NotMade(
+            "anon_inode_inode was touched since it was made".into(),
+        )));
+    }
+    if first < EARLIEST {
+        return Ok(Err(Verdict::NotMade(
+            "the kernel had no clock when it booted".into(),
+        )));
+    }
+    Ok(Ok(first))
+}
+
+/// How long the kernel has slept, in nanoseconds: `timekeeper.offs_boot`, which only suspend and
+/// hibernation change. `None` if it is not known where that is.
+pub(crate) fn slept(kernel: &Kernel<'_>) -> Result<Option<u64>, VmiError> {
+    let Some(offset) = kernel.member("timekeeper", "offs_boot")? else {
+        return Ok(None);
+    };
+    // `struct { seqcount_raw_spinlock_t seq; struct timekeeper timekeeper; }` without a name, and
+    // since 6.13 `struct tk_data`, of which there are several since 6.17.
+    for (variable, base) in [
+        (
+            "tk_core",
+            kernel
+                .member("tk_data", "timekeeper")?
+                .map_or(8, |m| m.offset),
+        ),
+        (
+            "timekeeper_data",
+            kernel
+                .member("tk_data", "timekeeper")?
+                .map_or(8, |m| m.offset),
+        ),
+    ] {
+        if let Some(at) = kernel.symbol(variable)? {
+            let at = element("timekeeper", at, 0, base, 0)?;
+            let at = element("timekeeper", at, 1, base, offset.offset)?;
+            return kernel.read_u64("timekeeper.offs_boot", at).map(Some);
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a BIOS that set its clock to second `bios` may have woken the kernel up: it did so
+/// between the kernel's last going to sleep, which the kernel notes by the clock chip
+/// (`timekeeping_suspend`, `kernel/time/timekeeping.c`), and that second and all the time that it
+/// ever slept, `slept` nanoseconds. `None` if it is not known when it went to sleep.
+fn asleep(
+    kernel: &Kernel<'_>,
+    bios: u64,
+    slept: u64,
+    day: u64,
+    ahead: u64,
+) -> Result<Option<bool>, VmiError> {
+    const NANOSECONDS: u64 = 1_000_000_000;
+    let Some(at) = kernel.symbol("timekeeping_suspend_time")? else {
+        return Ok(None);
+    };
+    let began = kernel.read_u64("timekeeping_suspend_time", at)?;
+    if began == 0 {
+        return Ok(None);
+    }
+    // The chip tells whole seconds, both times.
+    let until = slept.div_ceil(NANOSECONDS).checked_add(ahead);
+    let since = i128::from(bios)
+        .wrapping_sub(i128::from(began))
+        .rem_euclid(i128::from(day));
+    Ok(Some(
+        until.is_none_or(|until| since <= i128::from(until))
+            || since >= i128::from(day.abs_diff(ahead)),
+    ))
+}
+
+/// See the top of the file.
+pub(super) fn bios_clock(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
+    /// In the BIOS's data area: base memory in KiB, ticks since midnight.
+    const BASE_MEMORY: Gpa = Gpa::new(0x413);
+    const TICKS: Gpa = Gpa::new(0x46c);
+    /// A day of 65536 periods of the 1.193182 MHz timer each.
+    const TICKS_PER_DAY: u32 = 0x0018_00b0;
+    /// Boot loaders, `0x0d << 4` and up (`Documentation/arch/x86/boot.rst`).
+    const KEXEC: u8 = 0x0d;
+    /// The clock chip tells whole seconds, to the BIOS and to the kernel; the host's clock, from
+    /// which KVM tells the time, may be another second ahead of the chip's.
+    const AHEAD: u64 = 3;
+    /// What a loader's menu that waits with interrupts off, decompressing, and the boot of a
+    /// large machine may take.
+    const BEHIND: u64 = 120;
+    /// A virtual machine's clock chip may be set to local time, by quarters of an hour.
+    const ZONE: u64 = 900;
+    const BEHIND_IN_ZONE: u64 = 10;
+    let loader = boot_params(kernel, "hdr.type_of_loader")?;
+    let mut byte = [0];
+    let read = kernel.space.read(loader, &mut byte);
+    read.map_err(VmiError::read("boot_params"))?;
+    let [loader] = byte;
+    if loader >> 4 == KEXEC {
+        return not_made("the kernel was started by kexec");
+    }
+    if efi::is_started_by(kernel)? {
+        return not_made("the kernel was started by EFI");
+    }
+    let clock = boot_params_clock(kernel)?;
+    if u16::from_le_bytes(physical(kernel, BASE_MEMORY)?) == 0 {
+        return not_made(NO_BIOS);
+    }
+    let ticks = u32::from_le_bytes(physical(kernel, TICKS)?);
+    if ticks >= TICKS_PER_DAY {
+        return not_made("no BIOS clock");
+    }
+    let bios = u64::from(ticks) * 65536 / 1_193_182;
+    let Some(clock) = clock else {
+        return not_made("the kernel has its clock from neither the clock chip nor KVM");
+    };
+    let second = match boot_second(kernel)? {
+        Ok(second) => second,
+        Err(verdict) => return Ok(verdict),
+    };
+    let kernel_second = second % SECONDS_PER_DAY;
+    // How far the BIOS's clock is behind the kernel's boot.
+    let behind = i128::from(kernel_second).wrapping_sub(i128::from(bios));
+    let fits = |day: u64, most: u64| {
+        let behind = behind.rem_euclid(i128::from(day));
+        behind <= i128::from(most) || behind >= i128::from(day.abs_diff(AHEAD))
+    };
+    if fits(SECONDS_PER_DAY, BEHIND) {
+        return Ok(Verdict::Clean);
+    }
+    if clock == Clock::Kvm && fits(ZONE, BEHIND_IN_ZONE) {
+        return not_made("the clock chip may be set to local time");
+    }
+    if let Some(slept) = slept(kernel)?.filter(|slept| *slept != 0) {
+        let day = match clock {
+            Clock::Chip => SECONDS_PER_DAY,
+            Clock::Kvm => ZONE,
+        };
+        if asleep(kernel, bios, slept, day, AHEAD)?.unwrap_or(true) {
+            return not_made("the kernel has slept, and a BIOS may have woken it up");
+        }
+    }
+    Ok(Verdict::Traces(vec![Trace::BiosClock {
+        bios,
+        kernel: kernel_second,
+    }]))
+}
+
+/// What a kernel reads its first time from.
+#[derive(PartialEq, Eq)]
+enum Clock {
+    Chip,
+    Kvm,
+}
+
+fn boot_params_clock(kernel: &Kernel<'_>) -> Result<Option<Clock>, VmiError> {
+    let offset = kernel
+        .need_member("x86_platform_ops", "get_wallclock")?
+        .offset;
+    let at = element(
+        "x86_platform",
+        kernel.need_symbol("x86_platform")?,
+        0,
+        0,
+        offset,
+    )?;
+    let function = kernel.read_ptr("x86_platform.get_wallclock", at)?;
+    for (name, clock) in [
+        ("mach_get_cmos_time", Clock::Chip),
+        ("kvm_get_wallclock", Clock::Kvm),
+    ] {
+        if kernel.symbol(name)? == Some(function) {
+            return Ok(Some(clock));
+        }
+    }
+    Ok(None)
+}

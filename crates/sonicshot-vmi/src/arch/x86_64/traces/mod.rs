@@ -1,0 +1,38 @@
+//! Traces that a later owner leaves on a PC: its firmware's, its kernel's start.
+
+mod acpi;
+pub(crate) mod clock;
+pub(crate) mod efi;
+mod trampoline;
+
+use crate::arch::{Owner, Test};
+use crate::error::VmiError;
+use crate::kernel::Kernel;
+use sonicshot::Gpa;
+
+pub(crate) const CLOCK: &str = "the BIOS's clock";
+pub(crate) const EFI: &str = "EFI tables";
+/// A machine without a BIOS: direct boots of Firecracker and Cloud Hypervisor, whose memory no
+/// reset outlives.
+const NO_BIOS: &str = "no BIOS data area";
+
+pub(super) const TESTS: [(&str, Test); 4] = [
+    (CLOCK, clock::bios_clock),
+    (EFI, efi::efi_tables),
+    ("firmware tables", acpi::firmware),
+    ("trampoline", trampoline::trampoline),
+];
+
+/// Whether no other kernel need be looked for: there is no trace, and of the one thing that
+/// leaves no other, a reset, the BIOS's clock would tell, or there is no BIOS to start again.
+pub(super) fn are_settled(owner: &Owner) -> bool {
+    let no_bios = |(test, why): &(&str, String)| *test == CLOCK && why == NO_BIOS;
+    owner.traces.is_empty() && (owner.clean.contains(&CLOCK) || owner.not_made.iter().any(no_bios))
+}
+
+/// Little-endian numbers of guest-physical memory.
+pub(crate) fn physical<const N: usize>(kernel: &Kernel<'_>, at: Gpa) -> Result<[u8; N], VmiError> {
+    let mut bytes = [0; N];
+    kernel.space.memory().read(at, &mut bytes)?;
+    Ok(bytes)
+}
