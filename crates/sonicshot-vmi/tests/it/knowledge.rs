@@ -282,10 +282,26 @@ fn a_list_with_the_kernels_own_code_is_refused() {
     let mut ram = testdata();
     let pages = StructPages::new(&ram);
     let code = code(&ram);
-    let (first, second, order) = pages.neighbours(&ram);
-    pages.make_free(&mut ram, code, order, pages.node(first), pages.node(second));
-    put(&mut ram, pages.of(first) + LRU, pages.node(code));
-    put(&mut ram, pages.of(second) + LRU + 8, pages.node(code));
+    // A list of one block, in the zone of most memory, of an order to which the code is aligned:
+    // its head names it twice.
+    let alone = |ram: &[u8], pfn: usize| {
+        let order = u64_at(ram, pages.of(pfn) + PRIVATE);
+        let next = u64_at(ram, pages.of(pfn) + LRU);
+        let prev = u64_at(ram, pages.of(pfn) + LRU + 8);
+        (next == prev && code.is_multiple_of(1 << order)).then_some((pfn, order, next))
+    };
+    let (block, order, head) = (4096..ram.len() / 4096)
+        .filter(|pfn| pages.is_free_head(&ram, *pfn))
+        .find_map(|pfn| alone(&ram, pfn))
+        .unwrap();
+    let mut names = pages.node(block).to_le_bytes().to_vec();
+    names.extend_from_within(..);
+    let at = ram.windows(16).step_by(8).position(|two| two == names);
+    let head_at = at.unwrap() * 8;
+    assert_eq!(head_at % 8, usize::try_from(head % 8).unwrap());
+    pages.make_free(&mut ram, code, order, pages.node(block), head);
+    put(&mut ram, pages.of(block) + LRU, pages.node(code));
+    put(&mut ram, head_at + 8, pages.node(code));
     for knowledge in [Knowledge::Vmcoreinfo, Knowledge::Shape] {
         let error = classify(&ram, knowledge, None).unwrap_err();
         assert!(
