@@ -1,6 +1,6 @@
 //! An error, or a short count, at each kind of system call of every command and format.
 
-use super::inputs::{Content, Job, content, guest_jobs, scratch, small_jobs};
+use super::inputs::{Content, Job, content, few_guest_jobs, guest_jobs, scratch, small_jobs};
 use super::kills::Draw;
 use super::tracer::{Act, At, Kind, Run, Spec};
 use std::collections::{BTreeMap, BTreeSet};
@@ -381,6 +381,6 @@ fn errors_without_a_kernel() {
 fn errors_with_a_kernel() {
     match rounds() {
         Some(points) => check(&guest_jobs(), points, 1, true),
-        None => check(&guest_jobs(), 2, 60, true),
+        None => check(&few_guest_jobs(), 1, 12, true),
     }
 }

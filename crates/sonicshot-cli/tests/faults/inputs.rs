@@ -520,6 +520,23 @@ pub fn small_jobs() -> Vec<Job> {
     jobs
 }
 
+/// Of those that look into the guest the ones that the gate takes: by copy, in place, through a
+/// pipe, a folder.
+const IN_THE_GATE: [&str; 4] = [
+    "prune raw",
+    "prune mapped in place",
+    "prune from pipe to pipe",
+    "replace a folder",
+];
+
+/// A few of the commands that look into the guest.
+pub fn few_guest_jobs() -> Vec<Job> {
+    let mut jobs = guest_jobs();
+    jobs.retain(|job| IN_THE_GATE.contains(&job.name.as_str()));
+    assert_eq!(jobs.len(), IN_THE_GATE.len());
+    jobs
+}
+
 /// Commands that look into the guest.
 pub fn guest_jobs() -> Vec<Job> {
     let inputs = Inputs::guest();

@@ -1,7 +1,7 @@
 //! Killed at any system call of a run: the input or a whole output remains.
 
 use super::inject::{Baseline, rounds, run, wanted};
-use super::inputs::{Job, guest_jobs, small_jobs};
+use super::inputs::{Job, few_guest_jobs, guest_jobs, small_jobs};
 use super::tracer::{Act, At, Kind};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -122,6 +122,6 @@ fn kills_with_a_kernel() {
     ];
     match rounds() {
         Some(draws) => check(&guest_jobs(), draws, 1, &steps),
-        None => check(&guest_jobs(), 1, 8, &steps),
+        None => check(&few_guest_jobs(), 1, 8, &steps),
     };
 }
