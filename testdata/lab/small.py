@@ -140,7 +140,7 @@ def prove(tool: Path, folder: Path, knowledge: str, torture: bool) -> str:
     for form in ("ram.raw", "mapped.ram"):
         run("cp", "--sparse=auto", folder / form, pruned)
         before = allocated(pruned)
-        run(tool, "prune", pruned, "--in-place", "--live-ok", *options)
+        run(tool, "prune", pruned, "--in-place", "--live-ok", "--min-hole", "0", *options)
         sizes.append(f"{before >> 20} -> {allocated(pruned) >> 20} MiB")
         if form == "ram.raw":
             same_but_dropped(folder / form, pruned, runs, meta.layout, DROPPED)
