@@ -217,7 +217,17 @@ impl<'m> LinuxGuest<'m> {
         );
         match standing {
             Err(VmiError::NoKernel { tried }) if tried == discover::NO_PAGE => {
-                Self::by_shape(memory, owners(), options.threads)
+                let guest = Self::by_shape(memory, owners(), options.threads)?;
+                if told.are_known() {
+                    return Ok(guest);
+                }
+                // A firmware or the next kernel may have written over the VMCOREINFO of one that
+                // is gone, and of its records nothing else; what would tell needs its symbols.
+                Err(VmiError::OwnerUntold {
+                    kernel: guest.kernel.build.release,
+                    why: "there is no VMCOREINFO, so no trace of a later owner can be looked for"
+                        .into(),
+                })
             }
             standing => Self::decide(standing?),
         }
@@ -315,6 +325,7 @@ impl<'m> LinuxGuest<'m> {
             })?;
         let image = discover::image_range(arch, &space, stext);
         let kallsyms = Kallsyms::find(&space, &vmcoreinfo, image);
+        let has_no_kallsyms = vmcoreinfo.tells_of_no_kallsyms();
         let build = Build {
             architecture,
             page_size,
@@ -327,13 +338,16 @@ impl<'m> LinuxGuest<'m> {
         }
         kernel.add(Box::new(vmcoreinfo.clone()));
         kernel.vmcoreinfo = Some(vmcoreinfo);
-        // Kernels without CONFIG_KALLSYMS have none. Without it types tell of nothing where it is.
+        // Without symbols types tell of nothing where it is.
         let has_table = match kallsyms {
             Ok(kallsyms) if !hides_types => {
                 kernel.add(Box::new(kallsyms));
                 true
             }
-            _ => kernel.symbol("linux_banner")?.is_some(),
+            _ if kernel.symbol("linux_banner")?.is_some() => true,
+            // A table that is gone is no table that never was: the kernel may be gone with it.
+            Err(error) if !hides_types && !has_no_kallsyms => return Err(error.into()),
+            _ => false,
         };
         let mut guest = Self {
             kernel,

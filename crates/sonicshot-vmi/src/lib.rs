@@ -103,11 +103,17 @@
 //!
 //! Without VMCOREINFO (and only where no page of memory begins so) the struct pages of free blocks
 //! are searched in all of RAM by their shape, and page tables under which they lead to each other:
-//! those that the processors run on, or if none are told any page that does. A block counts only
-//! in a list of a zone that stands; others may be an earlier boot's, and are kept and counted. If
-//! more than one kernel stands the guest is refused with [`VmiError::Undecided`]. On both levels
-//! a classification in which the kernel's page tables, code, zones or struct pages count as free
-//! is refused with [`VmiError::Covered`].
+//! those that the processors run on. Where nothing is told of processors the guest is refused with
+//! [`VmiError::OwnerUntold`]: every trace of a later owner is looked for by symbols, and the
+//! VMCOREINFO may be just what that owner has written over. A block counts only in a list of a
+//! zone that stands; others may be an earlier boot's, and are kept and counted. If more than one
+//! kernel stands the guest is refused with [`VmiError::Undecided`]. On both levels a
+//! classification in which the kernel's page tables, code, zones or struct pages count as free is
+//! refused with [`VmiError::Covered`].
+//!
+//! Symbols or types that cannot be read are not none: a kernel whose VMCOREINFO, release or
+//! symbols say that it has them is refused with [`VmiError::Symbols`]. Where there are none, raw
+//! memory shows no trace of a reset, as a note says.
 //!
 //! # When memory is offline
 //!

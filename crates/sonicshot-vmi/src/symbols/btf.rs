@@ -402,12 +402,21 @@ pub fn find_btf(
 ) -> Result<Option<Btf>, SymbolError> {
     const ORIGIN: &str = "BTF in guest memory";
     if let Some((start, stop)) = bounds {
-        let len = stop.offset_from(start).unwrap_or(0);
-        if (1..=MAX_LEN).contains(&len) {
-            let mut blob = vec![0; usize::try_from(len).unwrap_or(0)];
-            if memory.read(start, &mut blob).is_ok() {
-                return Btf::new(ORIGIN, blob).map(Some);
-            }
+        // Types that cannot be read are not none: a kernel without any has no such symbols.
+        let unread = |what, value| SymbolError::Malformed {
+            origin: ORIGIN.into(),
+            what,
+            offset: start.raw(),
+            value,
+        };
+        let len = stop.offset_from(start).filter(|len| *len <= MAX_LEN);
+        let len = len.and_then(|len| usize::try_from(len).ok());
+        let len = len.ok_or_else(|| unread("an end of .BTF", stop.raw()))?;
+        if len > 0 {
+            let mut blob = vec![0; len];
+            let read = memory.read(start, &mut blob);
+            read.map_err(|_| unread("a .BTF that is not mapped", len as u64))?;
+            return Btf::new(ORIGIN, blob).map(Some);
         }
     }
     // `.BTF` follows read-only data and is aligned to a page or at least to a word.

@@ -112,6 +112,18 @@ impl Vmcoreinfo {
         u64::from_str_radix(text, 16).ok().map(KernelVa::new)
     }
 
+    /// Whether the kernel was built without kallsyms: since 6.0 (5fd8fea935a1) one with it says
+    /// where its tables are, and before that nothing is told.
+    pub(crate) fn tells_of_no_kallsyms(&self) -> bool {
+        let release = self
+            .osrelease()
+            .and_then(|release| release.split('.').next());
+        let major = release.and_then(|major| major.parse::<u32>().ok());
+        let mut names = self.lines.keys();
+        major.is_some_and(|major| major >= 6)
+            && !names.any(|name| name.starts_with("SYMBOL(kallsyms_"))
+    }
+
     /// `SIZE(name)` in bytes.
     #[must_use]
     pub fn size(&self, name: &str) -> Option<u64> {

@@ -1,6 +1,8 @@
 //! What is found of a guest of which little is known, against what all knowledge finds.
 use sonicshot::{Gpa, GuestBytes, MappedRegions, PageClass, PageMap};
-use sonicshot_vmi::{Classification, Cr3, GuestOptions, Knowledge, LinuxGuest, OnInconsistency};
+use sonicshot_vmi::{
+    Classification, Cr3, GuestOptions, Knowledge, LinuxGuest, OnInconsistency, VmiError,
+};
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -23,7 +25,7 @@ fn classify(ram: &[u8], knowledge: Knowledge, cr3: Option<Cr3>) -> Result<Classi
     if let Some(cr3) = cr3 {
         options = options.cr3(cr3);
     }
-    let told = |error: sonicshot_vmi::VmiError| {
+    let told = |error: VmiError| {
         let mut text = error.to_string();
         let mut next = std::error::Error::source(&error);
         while let Some(cause) = next {
@@ -309,6 +311,63 @@ fn a_list_with_the_kernels_own_code_is_refused() {
             "{knowledge}: {error}"
         );
     }
+}
+
+/// Writes `over` over all of `what` in the guest's memory; how often it stood there.
+fn erase(ram: &mut [u8], what: &[u8], over: u8) -> usize {
+    let places: Vec<usize> = memchr::memmem::find_iter(ram, what).collect();
+    for at in &places {
+        ram[*at..at + what.len()].fill(over);
+    }
+    places.len()
+}
+
+#[test]
+fn symbols_that_are_gone_are_not_symbols_that_never_were() {
+    let mut ram = testdata();
+    let memory = |ram: &[u8]| {
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+        match LinuxGuest::open(&memory, &GuestOptions::new()) {
+            Ok(guest) => Err(guest.knowledge()),
+            Err(error) => Ok(error),
+        }
+    };
+    assert_eq!(memory(&ram).unwrap_err(), Knowledge::Types);
+    // What writes over a kernel's symbols may write over more of it.
+    let digits = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\0";
+    assert!(erase(&mut ram, digits, 0xff) > 0);
+    let error = memory(&ram).unwrap();
+    assert!(matches!(error, VmiError::Symbols(_)), "{error}");
+}
+
+#[test]
+fn a_kernel_without_vmcoreinfo_must_be_run_by_the_processors() {
+    let mut ram = testdata();
+    let at = {
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+        let info = guest.vmcoreinfo().unwrap();
+        let root = info
+            .lines()
+            .find_map(|line| line.strip_prefix("SYMBOL(swapper_pg_dir)="));
+        let root = u64::from_str_radix(root.unwrap(), 16).unwrap();
+        let base = info
+            .lines()
+            .find_map(|line| line.strip_prefix("NUMBER(phys_base)="));
+        let base = base.unwrap().parse::<i64>().unwrap();
+        root.wrapping_sub(0xffff_ffff_8000_0000)
+            .wrapping_add_signed(base)
+    };
+    assert!(erase(&mut ram, b"OSRELEASE=", b'#') > 0);
+    let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+    // As after a reset by a firmware that took just this page.
+    let error = LinuxGuest::open(&memory, &GuestOptions::new())
+        .err()
+        .unwrap();
+    assert!(matches!(error, VmiError::OwnerUntold { .. }), "{error}");
+    let told = GuestOptions::new().cr3(Cr3::new(at));
+    let guest = LinuxGuest::open(&memory, &told).unwrap();
+    assert_eq!(guest.knowledge(), Knowledge::Shape);
 }
 
 #[test]
