@@ -9,14 +9,16 @@ use sonicshot::{
     DropClasses, FileBytes, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap,
     PageSize, Pfn, PfnRange, PrunePlan,
 };
-use sonicshot_dump::{CheckedPlan, Dump, LayoutSpec, Overwrite, SnapshotFiles, XlSkeleton};
+use sonicshot_dump::{
+    CheckedPlan, Dump, DumpError, LayoutSpec, Overwrite, SnapshotFiles, XlSkeleton,
+};
 use sonicshot_vmi::symbols::{Btf, SymbolSource, Vmcoreinfo, open_symbol_file};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
 use sonicshot_xen::{Joined, Skeleton, XlImage};
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
 use twox_hash::XxHash3_64;
 
 /// A target: its name, its body.
@@ -65,10 +67,34 @@ fn ask(source: &dyn SymbolSource) {
     );
 }
 
-fn file(data: &[u8]) -> tempfile::NamedTempFile {
-    let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
-    file.write_all(data).expect("writing it");
-    file
+/// A folder in memory, if there is one: what is written is waited for on a disk.
+fn folder() -> TempDir {
+    let in_memory = tempfile::tempdir_in("/dev/shm");
+    in_memory
+        .or_else(|_| tempfile::tempdir())
+        .expect("a folder")
+}
+
+/// A file that nobody has open: one that somebody writes is not pruned in place.
+struct Input {
+    _folder: TempDir,
+    path: PathBuf,
+}
+
+impl Input {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn file(data: &[u8]) -> Input {
+    let folder = folder();
+    let path = folder.path().join("input");
+    fs::write(&path, data).expect("writing it");
+    Input {
+        _folder: folder,
+        path,
+    }
 }
 
 pub fn btf(data: &[u8]) {
@@ -128,7 +154,7 @@ fn prune(dump: &Dump, spec: Option<&LayoutSpec>) {
     let Some(plan) = every_other_page(dump) else {
         return;
     };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder();
     let out = folder.path().join("out");
     let unchecked = CheckedPlan::unchecked(dump, &plan);
     if unchecked
@@ -149,7 +175,8 @@ fn prune(dump: &Dump, spec: Option<&LayoutSpec>) {
             }
         }
     }
-    let _ = unchecked.prune_in_place(&mut |_, _| {});
+    let in_place = unchecked.prune_in_place(&mut |_, _| {});
+    assert!(!matches!(in_place, Err(DumpError::InUse { .. })));
 }
 
 /// The devices' state behind the memory of a stream, which is one page of zeroes.
@@ -167,7 +194,7 @@ pub fn processors(data: &[u8]) {
 pub fn cloud_hypervisor(data: &[u8]) {
     let mut parts = data.splitn(2, |byte| *byte == 0);
     let (state, memory) = (parts.next().unwrap_or(&[]), parts.next().unwrap_or(&[]));
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder();
     let write = |name: &str, bytes: &[u8]| {
         fs::write(folder.path().join(name), bytes).expect("writing a file");
     };
@@ -188,7 +215,7 @@ pub fn cloud_hypervisor(data: &[u8]) {
 pub fn crosvm(data: &[u8]) {
     let (pages, metadata) = data.split_first().unwrap_or((&4, &[]));
     let pages = usize::from(*pages);
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder();
     let memory = folder.path().join("mem");
     fs::write(&memory, vec![7; pages * 4096]).expect("writing a file");
     fs::write(folder.path().join("mem_metadata"), metadata).expect("writing a file");
@@ -218,7 +245,7 @@ fn page(file: &File, number: usize, bits: u8) {
 /// A diff and its base, a byte for a page of both; what they mean stays when they are pruned.
 /// The same bytes as a state file beside a memory file.
 pub fn firecracker(data: &[u8]) {
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder();
     let create = |name: &str, len: u64| {
         let path = folder.path().join(name);
         let file = File::create(&path).expect("a file");
@@ -237,6 +264,7 @@ pub fn firecracker(data: &[u8]) {
         page(&base_file, number, *byte);
         page(&diff_file, number, *byte >> 2);
     }
+    drop((base_file, diff_file));
     let open = |base: &Path| Dump::open_over(&diff, base, Some(&LayoutSpec::Flat));
     let Ok(dump) = open(&base) else {
         assert!(data.is_empty());
@@ -272,7 +300,7 @@ fn migration(data: &[u8]) {
     let Ok(dump) = Dump::open(input.path(), Some(&LayoutSpec::Flat)) else {
         return;
     };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder();
     let out = folder.path().join("out");
     let quiet = &mut |_, _| {};
     let written = dump
@@ -306,7 +334,8 @@ pub fn xen(data: &[u8]) {
     dump(data, None);
     let input = file(data);
     if let Ok(dump) = Dump::open(input.path(), None) {
-        xen_again(&dump, input.as_file());
+        let file = File::open(input.path()).expect("the input");
+        xen_again(&dump, &file);
     }
     let bytes = FileBytes::from_slice(data);
     let Ok(skeleton) = Skeleton::parse(bytes) else {
@@ -336,7 +365,7 @@ fn xen_again(dump: &Dump, input: &File) {
     let Ok(Some(bytes)) = dump.xl_skeleton() else {
         return;
     };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder();
     let out = folder.path().join("out");
     XlSkeleton::parse(Path::new("skeleton"), bytes)
         .expect("what we take apart, we read")
