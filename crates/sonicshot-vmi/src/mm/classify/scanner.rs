@@ -14,6 +14,8 @@ use std::collections::BTreeMap;
 struct OpenBlock {
     frames: PfnRange,
     class: PageClass,
+    /// The frame that has to be looked at next: there may be frames without a struct page.
+    next: Pfn,
     spoiled: Option<Pfn>,
 }
 
@@ -160,6 +162,10 @@ impl Scanner<'_, '_> {
         (classes, marks): (&mut [PageClass], &[u8]),
         begin: usize,
     ) -> Result<(), VmiError> {
+        // A block in which a struct page is missing is no block.
+        if let Some(open) = self.open.take_if(|open| open.next != first) {
+            self.spoil(&open, classes, region)?;
+        }
         let stride = self.mem_map.stride_len()?;
         let starts = (0_usize..).step_by(stride);
         for (number, at) in (0_usize..).zip(starts) {
@@ -182,7 +188,8 @@ impl Scanner<'_, '_> {
                 if let Some(class) = classes.get_mut(index) {
                     *class = open.class;
                 }
-                if pfn.checked_add(1) == Some(open.frames.end())
+                open.next = pfn.checked_add(1).ok_or_else(|| out_of_region(pfn))?;
+                if open.next == open.frames.end()
                     && let Some(open) = self.open.take()
                     && open.spoiled.is_some()
                 {
@@ -217,7 +224,11 @@ impl Scanner<'_, '_> {
                 "block {} is free by flag and list, but the struct page of frame {pfn} shows a user",
                 open.frames
             ),
-            None => format!("block {} is free by flag and list, but leaves its RAM", open.frames),
+            None => format!(
+                "block {} is free by flag and list, but leaves its RAM or has frames without a \
+                 struct page",
+                open.frames
+            ),
         });
         Ok(())
     }
@@ -303,11 +314,13 @@ impl Scanner<'_, '_> {
             .and_then(|order| 1_u64.checked_shl(order))
             .and_then(|len| PfnRange::with_len(pfn, len));
         if let Some(frames) = frames
+            && let Some(next) = pfn.checked_add(1)
             && frames.len() > 1
         {
             self.open = Some(OpenBlock {
                 frames,
                 class,
+                next,
                 spoiled: None,
             });
         }
@@ -380,5 +393,88 @@ impl Scanner<'_, '_> {
         let next = at.checked_add(self.mem_map.stride)?;
         self.mem_map.copy_page(next, copy).ok()?;
         self.layout.head_of(&GuestBytes::from_slice(copy), next)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{LISTED, Scanner, Seen};
+    use crate::kernel::testing::{DIRECT_MAP, Ram, kernel, page_facts};
+    use crate::mm::mem_map::MemMap;
+    use crate::mm::offline::OfflineSections;
+    use crate::mm::page::PageLayout;
+    use sonicshot::{GuestBytes, PageClass, Pfn, PfnRange};
+
+    const ARRAY: u64 = 0x10_0000;
+    const FRAMES: usize = 2048;
+
+    #[test]
+    fn a_block_in_which_struct_pages_are_missing_is_none_and_no_more_is_free_for_it() {
+        let mut facts = page_facts();
+        facts.member("page", "compound_head", 8);
+        facts.constants.insert("PAGE_BUDDY_MAPCOUNT_VALUE", -129);
+        facts.constants.insert("PAGE_OFFLINE_MAPCOUNT_VALUE", -257);
+        facts.symbols.insert("mem_map", DIRECT_MAP + 0x1000);
+        facts.symbols.insert("max_mapnr", DIRECT_MAP + 0x1008);
+        let mut ram = Ram::new(8 << 20);
+        ram.put(0x1000, DIRECT_MAP + ARRAY);
+        ram.put(0x1008, FRAMES as u64);
+        for pfn in 0..FRAMES as u64 {
+            // Nobody maps it. Those behind the block have a user.
+            let users = u64::from(pfn >= 1024) << 32;
+            ram.put(ARRAY + pfn * 64 + 48, 0xffff_ffff | users);
+        }
+        // Of order 10, with the buddy mark.
+        ram.put(ARRAY + 40, 10);
+        ram.put(ARRAY + 48, 0xffff_ff7f);
+        let memory = ram.memory();
+        let kernel = kernel(&memory, facts);
+        let mem_map = MemMap::new(&kernel).unwrap();
+        let layout = PageLayout::new(&kernel, 64).unwrap();
+        let region = PfnRange::new(Pfn::new(0), Pfn::new(FRAMES as u64));
+        let look = |parts: &[(u64, u64)]| {
+            let offline = OfflineSections::default();
+            let mut scanner = Scanner {
+                mem_map: &mem_map,
+                layout: &layout,
+                max_order: 10,
+                zones: &[],
+                offline: &offline,
+                keeps_unlisted: false,
+                seen: Seen::default(),
+                open: None,
+                last_head: None,
+            };
+            let mut classes = vec![PageClass::Hole; FRAMES];
+            let mut marks = vec![0; FRAMES];
+            marks[0] = LISTED | 10;
+            for (first, end) in parts {
+                let mut bytes = vec![0; usize::try_from((end - first) * 64).unwrap()];
+                let at = mem_map.page_va(Pfn::new(*first)).unwrap();
+                for (number, page) in (0_u64..).zip(bytes.chunks_mut(64)) {
+                    mem_map
+                        .copy_page(at.checked_add(number * 64).unwrap(), page)
+                        .unwrap();
+                }
+                let begin = usize::try_from(*first).unwrap();
+                let lists = (classes.as_mut_slice(), marks.as_slice());
+                let pages = GuestBytes::from_slice(&bytes);
+                scanner
+                    .stretch(Pfn::new(*first), pages, region, lists, begin)
+                    .unwrap();
+            }
+            (classes, scanner.seen.wrong.blocks)
+        };
+        let free = |classes: &[PageClass]| {
+            let is_free = |class: &&PageClass| **class == PageClass::FreeBuddy;
+            classes.iter().filter(is_free).count()
+        };
+        let (classes, wrong) = look(&[(0, 256), (256, 2048)]);
+        assert_eq!((free(&classes), wrong), (1024, 0));
+        // Frames without a struct page: the end of the block is never met.
+        for parts in [[(0, 512), (1500, 2048)], [(0, 1023), (1024, 2048)]] {
+            let (classes, wrong) = look(&parts);
+            assert_eq!((free(&classes), wrong), (0, 1), "{parts:?}");
+        }
     }
 }
