@@ -22,6 +22,7 @@ use crate::{KernelVa, VirtualMemory, mark_zero_pages};
 use sonicshot::{Fill, GpaRange, GuestMemory, PageClass, PageMap, PageSize};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// What may be known about a guest beforehand; by default nothing.
 #[derive(Debug, Clone, Default)]
@@ -174,11 +175,15 @@ impl<'m> LinuxGuest<'m> {
     /// one cannot be read.
     pub fn open(memory: &'m dyn GuestMemory, options: &GuestOptions) -> Result<Self, VmiError> {
         let owners = || Owners::new(memory, options.cr3);
+        let mut files: Vec<Arc<dyn SymbolSource>> = Vec::new();
+        for path in &options.symbol_files {
+            files.push(symbols::open_symbol_file(path)?.into());
+        }
         let told = owners();
         let mut attempt = |found: Found<'m>| {
             let is_note = found.is_note;
             let (tables, info) = (found.tables, found.vmcoreinfo.clone());
-            let mut guest = Self::gather(found, options, owners())?;
+            let mut guest = Self::gather(found, options, &files, owners())?;
             // Where symbols tell which VMCOREINFO is the kernel's own, that is seen below.
             if guest.knowledge == Knowledge::Vmcoreinfo && !discover::is_own(memory, &tables, &info)
             {
@@ -291,12 +296,13 @@ impl<'m> LinuxGuest<'m> {
     }
 
     /// Gathers the symbols and types of a kernel.
-    fn gather(found: Found<'m>, options: &GuestOptions, owners: Owners) -> Result<Self, VmiError> {
+    fn gather(
+        found: Found<'m>,
+        options: &GuestOptions,
+        files: &[Arc<dyn SymbolSource>],
+        owners: Owners,
+    ) -> Result<Self, VmiError> {
         let hides_types = options.at_most.is_some_and(|most| most > Knowledge::Types);
-        let mut files = Vec::new();
-        for path in &options.symbol_files {
-            files.push(symbols::open_symbol_file(path)?);
-        }
         let Found {
             architecture,
             space,
@@ -334,7 +340,7 @@ impl<'m> LinuxGuest<'m> {
         };
         let mut kernel = Kernel::new(space, build);
         for file in files {
-            kernel.add(file);
+            kernel.share(file);
         }
         kernel.add(Box::new(vmcoreinfo.clone()));
         kernel.vmcoreinfo = Some(vmcoreinfo);

@@ -6,13 +6,14 @@ use crate::needs;
 use crate::symbols::{Member, SymbolBase, SymbolSource, Vmcoreinfo};
 use crate::{AddressSpace, KernelVa};
 use sonicshot::{Architecture, PageSize};
+use std::sync::Arc;
 
 /// All sources of symbols of one running kernel, in order of precedence, and its memory.
 #[derive(Debug)]
 pub(crate) struct Kernel<'m> {
     pub(crate) space: AddressSpace<'m>,
     pub(crate) build: Build,
-    sources: Vec<Box<dyn SymbolSource>>,
+    sources: Vec<Arc<dyn SymbolSource>>,
     /// What the kernel says of itself; also one of the sources.
     pub(crate) vmcoreinfo: Option<Vmcoreinfo>,
 }
@@ -60,10 +61,15 @@ impl<'m> Kernel<'m> {
 
     /// Adds a source; earlier ones take precedence.
     pub(crate) fn add(&mut self, source: Box<dyn SymbolSource>) {
-        self.sources.push(source);
+        self.sources.push(source.into());
     }
 
-    pub(crate) fn sources(&self) -> &[Box<dyn SymbolSource>] {
+    /// Adds one that other kernels that are tried have too.
+    pub(crate) fn share(&mut self, source: &Arc<dyn SymbolSource>) {
+        self.sources.push(Arc::clone(source));
+    }
+
+    pub(crate) fn sources(&self) -> &[Arc<dyn SymbolSource>] {
         &self.sources
     }
 

@@ -5,6 +5,9 @@ use sonicshot::{Gpa, GuestMemory, MemoryError};
 
 /// How an architecture walks its page tables.
 pub(crate) trait Paging: Send + Sync + core::fmt::Debug {
+    /// How many levels of tables there are.
+    fn levels(&self) -> u32;
+
     /// Where `at` lies in guest-physical memory, and how many bytes from there on are mapped
     /// by the same entry; `None` if nothing maps it.
     fn translate(
@@ -55,6 +58,11 @@ impl<'m> AddressSpace<'m> {
 
     pub(crate) fn memory(&self) -> &'m dyn GuestMemory {
         self.memory.0
+    }
+
+    /// How many levels of page tables there are.
+    pub(crate) fn levels(&self) -> u32 {
+        self.paging.levels()
     }
 
     /// Where `at` lies.

@@ -81,7 +81,6 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
         }
     }
 
-    /// Keeps what is wrong with a candidate, of a few.
     /// Notes why a text is not a kernel's of this memory. One of a machine of another kind says
     /// more than that there is no kernel.
     pub(super) fn unconfirmed(&mut self, origin: &str, why: VmiError) {
@@ -91,6 +90,7 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
         }
     }
 
+    /// Keeps what is wrong with a candidate, of a few.
     pub(super) fn tell(&mut self, why: String) {
         if self.told.len() < MAX_TOLD {
             self.told.push(why);

@@ -26,6 +26,10 @@ impl Walk {
 }
 
 impl Paging for Walk {
+    fn levels(&self) -> u32 {
+        self.levels
+    }
+
     #[allow(
         clippy::arithmetic_side_effects,
         reason = "level is 1 to 5, so shift is 12 to 48 and every shifted value fits"

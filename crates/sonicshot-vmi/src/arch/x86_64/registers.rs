@@ -115,13 +115,7 @@ pub(super) fn first_foreign(
 ) -> Result<Option<ForeignProcessor>, VmiError> {
     let memory = kernel.space.memory();
     let entries = entries(kernel)?;
-    let kernel_levels = super::levels(
-        kernel
-            .vmcoreinfo
-            .as_ref()
-            .and_then(|info| info.number("pgtable_l5_enabled"))
-            .is_some_and(|on| on != 0),
-    );
+    let kernel_levels = kernel.space.levels();
     // Many processors may run on the same tables.
     let mut passed = HashSet::new();
     for (number, told) in told {

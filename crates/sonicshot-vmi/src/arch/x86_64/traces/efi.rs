@@ -10,10 +10,10 @@
 //! where the firmware writes, nothing would tell of a reset, and the guest is refused.
 
 use super::super::e820;
-use crate::KernelVa;
 use crate::arch::{Trace, Verdict};
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
+use crate::{KernelVa, VirtualReadError};
 use sonicshot::{Gpa, GpaRange, MemoryError};
 
 /// Whether an EFI firmware, or its loader, started the kernel.
@@ -70,7 +70,15 @@ pub(crate) fn tables(kernel: &Kernel<'_>) -> Result<Tables, VmiError> {
             | VmiError::Unsupported { .. }
             | VmiError::Corrupt { .. }
             | VmiError::Symbols(_)
-            | VmiError::Memory(MemoryError::NotRam { .. } | MemoryError::Absent { .. })),
+            | VmiError::Memory(MemoryError::NotRam { .. } | MemoryError::Absent { .. })
+            | VmiError::Read {
+                source:
+                    VirtualReadError::Memory {
+                        source: MemoryError::NotRam { .. } | MemoryError::Absent { .. },
+                        ..
+                    },
+                ..
+            }),
         ) => Ok(Tables::Untold(error.to_string())),
         other => other,
     }
