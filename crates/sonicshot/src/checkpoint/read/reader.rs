@@ -14,6 +14,7 @@ use core::hash::Hasher;
 use std::fmt;
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Mutex;
 use twox_hash::XxHash3_64;
@@ -72,6 +73,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let footer_at = file_len.saturating_sub(FOOTER_LEN);
         let footer = read(footer_at, file_len.min(FOOTER_LEN), "the footer")?;
         let footer = Footer::decode(&footer, file_len, header_len)?;
+        check_held(&source, &footer)?;
         let bytes = read(footer.index_offset, footer.index_len, "the index")?;
         let computed = checksum(&bytes);
         if computed != footer.index_checksum {
@@ -291,6 +293,29 @@ impl<S> fmt::Debug for CheckpointReader<S> {
 }
 
 /// A part of the file, which must be that long.
+/// Refuses an index that is longer than the file can hold data for: who opens a file with a long
+/// hole must not need memory for it.
+fn check_held(source: &impl RangeSource, footer: &Footer) -> Result<(), CheckpointError> {
+    /// An index of this length is read whatever the file says.
+    const SMALL_INDEX: u64 = 16 << 20;
+    /// btrfs compresses 128 KiB into a block of 4 KiB at best; no file system more.
+    const MAX_COMPRESSION: u64 = 32;
+    let Some(file) = source.as_file().filter(|_| footer.index_len > SMALL_INDEX) else {
+        return Ok(());
+    };
+    let blocks = file.metadata().map_err(CheckpointError::read(0))?.blocks();
+    // In units of 512 bytes, whatever the file system has (stat(2)).
+    let held = blocks.checked_mul(512 * MAX_COMPRESSION);
+    if held.is_some_and(|held| held < footer.index_len) {
+        return Err(CheckpointError::Corrupt {
+            what: "the index's length, of which the file holds no data",
+            offset: footer.index_offset,
+            value: footer.index_len,
+        });
+    }
+    Ok(())
+}
+
 fn read_part(
     source: &impl RangeSource,
     file_len: u64,
