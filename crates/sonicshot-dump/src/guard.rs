@@ -234,9 +234,11 @@ impl<'d> CheckedPlan<'d> {
 /// Refuses an analysis of other memory.
 fn check_is_of(dump: &Dump, guest: &Analysis) -> Result<(), DumpError> {
     let size = guest.pages().page_size();
-    let frames = dump.layout().frames(size);
-    let theirs = frames.fold(0_u64, |sum, run| sum.saturating_add(run.len()));
-    if theirs == guest.pages().total() {
+    if dump
+        .layout()
+        .frames(size)
+        .eq(guest.pages().ram().iter().copied())
+    {
         return Ok(());
     }
     let path = dump.path().to_owned();

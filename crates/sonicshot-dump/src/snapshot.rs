@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 /// A folder with more files than this is no VMM's.
 const MAX_FILES: usize = 1024;
 /// As much of each file's beginning as it takes to tell its kind.
-const START: u64 = 16;
+const START: u64 = 18;
 
 /// What is worth knowing of a VMM's files; as text, a line for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,7 +78,7 @@ pub(crate) struct Named<'a> {
     base: Option<&'a Path>,
     layout: Option<&'a LayoutSpec>,
     /// Whether a file that begins so is of a format that says itself what it is.
-    is_known: fn(&[u8]) -> bool,
+    is_known: fn(&[u8], u64) -> bool,
     entries: OnceCell<(Vec<Entry>, Option<PathBuf>)>,
 }
 
@@ -99,7 +99,7 @@ impl<'a> Named<'a> {
         is_folder: bool,
         base: Option<&'a Path>,
         layout: Option<&'a LayoutSpec>,
-        is_known: fn(&[u8]) -> bool,
+        is_known: fn(&[u8], u64) -> bool,
     ) -> Self {
         Self {
             path,
@@ -256,7 +256,7 @@ pub(crate) fn check_is_file(path: &Path, is: FileType) -> Result<(), DumpError> 
 fn entries(
     folder: &Path,
     base: Option<&Path>,
-    is_known: fn(&[u8]) -> bool,
+    is_known: fn(&[u8], u64) -> bool,
 ) -> Result<(Vec<Entry>, Option<PathBuf>), DumpError> {
     let base = base.and_then(|base| FileId::of_path(base).ok());
     let mut entries = Vec::new();
@@ -284,7 +284,7 @@ fn entries(
             .map_err(reading())?;
         entries.push(Entry {
             len: metadata.len(),
-            is_known: is_known(&start),
+            is_known: is_known(&start, metadata.len()),
             start,
             path,
         });

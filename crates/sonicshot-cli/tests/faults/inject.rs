@@ -14,8 +14,6 @@ use std::path::{Path, PathBuf};
 const KNOWN: &[(Kind, &str, &str)] = &[
     // All of a prune in place is done, and only how much it has saved cannot be told.
     (Kind::Stat, "EIO", UNTOLD),
-    // A file system that punches one hole and not the next.
-    (Kind::Punch, "EOPNOTSUPP", UNTOLD),
     // Nothing is changed: whether somebody writes the file cannot be told. A lease could be asked
     // for again.
     (Kind::Lease, "EIO", "exit 6"),

@@ -26,9 +26,10 @@ use std::path::Path;
 const MEMORY: &str = "mem";
 const METADATA: &str = "mem_metadata";
 const ENCRYPTED: &str = "enc_metadata";
-/// How an LZ4 frame begins.
-const LZ4: [u8; 4] = [0x04, 0x22, 0x4d, 0x18];
-/// The metadata of a guest whose every other page is zero take some 25 bytes for each 8 KiB.
+/// Metadata that take more than this, and for each page in `mem` as much as a stretch of one page
+/// does, are refused: what they are made into in memory takes many times their length.
+const SMALL_METADATA: u64 = 1 << 20;
+const METADATA_A_PAGE: u64 = 64;
 const MAX_METADATA: u64 = 64 << 20;
 /// No guest has more regions, nor stretches.
 const MAX_STRETCHES: usize = 1 << 22;
@@ -76,6 +77,9 @@ fn snapshot(named: &Named<'_>) -> Result<Option<SnapshotFiles>, DumpError> {
 #[derive(Deserialize)]
 struct Metadata {
     regions: Vec<Region>,
+    /// Whether `mem` is an LZ4 frame.
+    #[serde(default)]
+    compressed: bool,
 }
 
 /// A region of guest RAM.
@@ -111,26 +115,29 @@ fn open(source: Source<'_>) -> Result<CrosvmDump, DumpError> {
     if source.path.with_file_name(ENCRYPTED).exists() {
         return Err(unsupported("the memory of an encrypted crosvm snapshot"));
     }
-    if source.start() == Some(LZ4) {
-        return Err(unsupported("the compressed memory of a crosvm snapshot"));
-    }
     let beside = source.path.with_file_name(METADATA);
-    let bytes = read_metadata(&beside)?;
+    let bytes = read_metadata(&beside, source.len())?;
     let metadata = parse(&bytes).map_err(|source| DumpError::Json {
         path: beside.clone(),
         source,
     })?;
+    if metadata.compressed {
+        return Err(unsupported("the compressed memory of a crosvm snapshot"));
+    }
     let extents = extents(&beside, &metadata, source.len(), bytes.len() as u64)?;
     source.mapped(extents).map(CrosvmDump)
 }
 
-fn read_metadata(path: &Path) -> Result<Vec<u8>, DumpError> {
+/// The metadata beside a `mem` of `len` bytes.
+fn read_metadata(path: &Path, len: u64) -> Result<Vec<u8>, DumpError> {
     let reading = || DumpError::io("reading", path);
     let file = File::open(path).map_err(reading())?;
+    let of_pages = (len / PAGE).saturating_mul(METADATA_A_PAGE);
+    let most = SMALL_METADATA.saturating_add(of_pages).min(MAX_METADATA);
     let mut bytes = Vec::new();
-    let mut limited = file.take(MAX_METADATA.saturating_add(1));
+    let mut limited = file.take(most.saturating_add(1));
     let read = limited.read_to_end(&mut bytes).map_err(reading())? as u64;
-    if read > MAX_METADATA {
+    if read > most {
         let what = "metadata of this length";
         return Err(DumpError::malformed(path, what, 0, read));
     }
@@ -320,6 +327,12 @@ impl Cbor<'_> {
                 }
                 Value::Object(table)
             }
+            7 => match number {
+                20 => false.into(),
+                21 => true.into(),
+                22 => Value::Null,
+                _ => return None,
+            },
             _ => return None,
         })
     }
@@ -347,7 +360,7 @@ mod tests {
     const MEM: [u8; 4] = [1, 2, 3, 4];
 
     fn metadata() -> Value {
-        json!({"regions": [
+        json!({"compressed": false, "regions": [
             {"guest_base": 0, "size": 0x4000, "data_ranges": [
                 {"start": 0, "end": 0x1000}, {"start": 0x2000, "end": 0x3000},
             ]},

@@ -75,8 +75,11 @@ pub(crate) fn kind_of(source: &Source<'_>) -> Result<Option<&'static Kind>, Dump
     Ok(KINDS.iter().copied().find(|kind| kind.takes(source)))
 }
 
-/// Whether a file that begins with `start` is of a known format.
-pub(crate) fn begins_as_known(start: &[u8]) -> bool {
+/// Whether a file of `len` bytes that begins with `start` is of a known format, other than RAM.
+pub(crate) fn begins_as_known(start: &[u8], len: u64) -> bool {
+    if elf_core::may_be_ram(start, len) {
+        return false;
+    }
     let known = KINDS.iter().flat_map(|kind| kind.magics).copied();
     let not_yet = NOT_YET.iter().map(|(magic, _)| *magic);
     known.chain(not_yet).any(|magic| start.starts_with(magic))

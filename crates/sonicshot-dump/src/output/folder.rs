@@ -179,6 +179,8 @@ impl NewFolder {
             })?;
         }
         let old = self.temporary.path().to_owned();
+        // First the new one is on disk: what it replaces may go only then.
+        let synced = sync_folder(&self.parent, &self.path);
         // The old one has the temporary name now, and goes with it; else nothing has.
         let removed = if exchanged {
             self.temporary.close()
@@ -186,7 +188,7 @@ impl NewFolder {
             let _gone = self.temporary.keep();
             Ok(())
         };
-        sync_folder(&self.parent, &self.path)?;
+        synced?;
         removed.map_err(|source| DumpError::Unsettled {
             path: self.path.clone(),
             what: format!("what it replaces is still there, as {}", old.display()),

@@ -138,7 +138,8 @@ fn punch_all(
     let total = sum_of(holes);
     let mut done = 0_u64;
     for hole in holes {
-        punch(file, path, *hole)?;
+        let failed = in_part("punching a hole into", path);
+        punch(file, *hole).map_err(|error| failed(error.into()))?;
         done = done.saturating_add(hole.len());
         progress(done, total);
     }
@@ -251,28 +252,24 @@ fn probe(file: &File, path: &Path, file_len: u64, block: u64) -> Result<(), Dump
     let Some(behind) = behind.and_then(|behind| FileRange::with_len(behind, block)) else {
         return Ok(());
     };
-    match punch(file, path, behind) {
+    match punch(file, behind) {
+        Ok(()) => Ok(()),
         // A file as long as the file system allows.
-        Err(DumpError::PrunedInPart { source, .. })
-            if source.raw_os_error() == Some(Errno::FBIG.raw_os_error()) =>
-        {
-            Ok(())
-        }
-        result => result,
+        Err(Errno::FBIG) => Ok(()),
+        Err(error @ (Errno::OPNOTSUPP | Errno::NOSYS)) => Err(DumpError::NoHoles {
+            path: path.into(),
+            source: error.into(),
+        }),
+        Err(error) => Err(DumpError::io("punching a hole into", path)(error.into())),
     }
 }
 
-fn punch(file: &File, path: &Path, hole: FileRange) -> Result<(), DumpError> {
+fn punch(file: &File, hole: FileRange) -> Result<(), Errno> {
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     loop {
-        return match fallocate(file, flags, hole.start().raw(), hole.len()) {
-            Ok(()) => Ok(()),
-            Err(Errno::INTR) => continue,
-            Err(error @ (Errno::OPNOTSUPP | Errno::NOSYS)) => Err(DumpError::NoHoles {
-                path: path.into(),
-                source: error.into(),
-            }),
-            Err(error) => Err(in_part("punching a hole into", path)(error.into())),
-        };
+        match fallocate(file, flags, hole.start().raw(), hole.len()) {
+            Err(Errno::INTR) => {}
+            done => return done,
+        }
     }
 }

@@ -14,18 +14,22 @@ use std::fs::File;
 use wire::ElfCore;
 
 pub(crate) const KIND: Kind = Kind {
-    is_one: |source| !may_be_ram(source),
+    is_one: |source| {
+        let start = source.start::<18>().unwrap_or_default();
+        !may_be_ram(&start, source.len())
+    },
     ..Kind::by_magic(&[b"\x7fELF"], |source| open(source).map(boxed))
 };
 
 /// Whether an ELF file may be a guest's RAM: QEMU's microvm, Firecracker and Cloud Hypervisor leave
 /// the header of the kernel that they load at guest-physical 0. It is that of a program, no core,
 /// and RAM is whole pages, more of them than a program has that loads nothing else.
-fn may_be_ram(source: &Source<'_>) -> bool {
+pub(crate) fn may_be_ram(start: &[u8], len: u64) -> bool {
     const LEAST: u64 = 16 << 20;
-    let kind = source.start::<18>();
-    let is_core = kind.is_none_or(|start| start.ends_with(&wire::ET_CORE.to_le_bytes()));
-    !is_core && source.len() >= LEAST && source.len().is_multiple_of(PageSize::SIZE_4K.bytes())
+    // `e_type`, behind `e_ident`.
+    let kind = start.get(16..18).filter(|_| start.starts_with(b"\x7fELF"));
+    let is_other = kind.is_some_and(|kind| kind != wire::ET_CORE.to_le_bytes());
+    is_other && len >= LEAST && len.is_multiple_of(PageSize::SIZE_4K.bytes())
 }
 
 /// An ELF core, mapped.
