@@ -44,6 +44,12 @@ impl Input {
         FileId::of_path(self.snapshot.memory_file()).ok()
     }
 
+    /// Whether the name `path` leads to this input's memory.
+    pub(crate) fn is_file_at(&self, path: &Path) -> bool {
+        let identity = self.identity();
+        identity.is_some() && identity == FileId::of_path(path).ok()
+    }
+
     /// What the input is called where its copy is to have the same name.
     pub(crate) fn name(&self) -> Option<PathBuf> {
         let name = |path: &Path| path.file_name().map(PathBuf::from);

@@ -101,6 +101,15 @@ fn outputs(args: &PruneArgs, inputs: &Inputs) -> Result<HashMap<PathBuf, PathBuf
         } else {
             out.clone()
         };
+        // Else the next input is what was written for the one before.
+        let same = |other: &Input| other.path != input.path && other.is_file_at(&to);
+        if let Some(other) = inputs.iter().find(|other| same(other)) {
+            return Err(usage(format!(
+                "{} would be written over by what is made of {}",
+                other.path.display(),
+                input.path.display()
+            )));
+        }
         if let Some(other) = taken.insert(to.clone(), &input.path) {
             return Err(usage(format!(
                 "{} and {} would both be written to {}",
@@ -172,7 +181,7 @@ impl Job<'_> {
         self.check(input)?;
         let analyzed = match input.snapshot.analyze(&args.input.analyze()) {
             // Pages of zeroes need no kernel.
-            Err(error) if error.is_no_kernel() && self.drops_zeroes_alone() => {
+            Err(error) if error.is_of_the_kernel() && self.drops_zeroes_alone() => {
                 input.snapshot.zero_pages()?.ok_or(error)?
             }
             analyzed => analyzed?,

@@ -14,7 +14,7 @@ pub enum Note {
     Guest(sonicshot_vmi::Note),
     /// What the files beside the memory say.
     Files(FilesNote),
-    /// No kernel was looked for any more: only what pages hold is told.
+    /// No kernel tells of its pages: only what they hold counts.
     NoKernel,
     /// A process has the file open for writing while it is read.
     InUse {
@@ -66,7 +66,7 @@ impl fmt::Display for Note {
             Self::Guest(note) => note.fmt(f),
             Self::Files(note) => note.fmt(f),
             Self::NoKernel => {
-                f.write_str("no kernel was found: pages of zeroes go, all others are kept")
+                f.write_str("no kernel tells of its pages: those of zeroes go, all others are kept")
             }
             Self::InUse { path, writer } => {
                 let (path, writer) = (path.clone(), writer.clone());

@@ -5,7 +5,7 @@ use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
 use sonicshot::{Gpa, GuestMemory, PageClass};
 use sonicshot_dump::Dump;
-use sonicshot_vmi::{Analysis, VmiError};
+use sonicshot_vmi::Analysis;
 
 /// How files begin that hold no memory: disk images and archives.
 const FOREIGN: [&[u8]; 8] = [
@@ -20,16 +20,10 @@ const FOREIGN: [&[u8]; 8] = [
 ];
 
 impl OfflineError {
-    /// Whether no Linux kernel was found in the guest's memory.
+    /// Whether there is no kernel, or none that tells anything: what needs none can be done.
     #[must_use]
-    pub fn is_no_kernel(&self) -> bool {
-        matches!(
-            self,
-            Self::Guest {
-                source: VmiError::NoKernel { .. },
-                ..
-            }
-        )
+    pub fn is_of_the_kernel(&self) -> bool {
+        matches!(self, Self::Guest { .. } | Self::NoLayout { .. })
     }
 }
 

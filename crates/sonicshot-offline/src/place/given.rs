@@ -4,7 +4,7 @@ use super::placed::{Look, Placed, open_guest};
 use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
 use sonicshot::{Gpa, GpaRange, GuestMemory};
-use sonicshot_dump::{Doubts, Dump, LayoutSpec};
+use sonicshot_dump::{BlockKind, Doubts, Dump, LayoutSpec};
 use sonicshot_vmi::GuestOs;
 
 /// Memory is plugged in in blocks of this size or a multiple (`memory_block_size_bytes` on x86-64).
@@ -55,11 +55,18 @@ fn check(
     guest: &dyn GuestOs,
 ) -> Result<Vec<GpaRange>, OfflineError> {
     let failed = OfflineError::guest(snapshot.memory_file());
-    let Some(layout) = dump.layout_spec() else {
-        return Ok(Vec::new());
+    let given: Vec<GpaRange> = match dump.layout_spec() {
+        Some(layout) => layout.ranges(dump.layout().bytes()),
+        // Of QEMU's files the blocks; other formats tell themselves, and have none.
+        None => dump
+            .ram_blocks()
+            .iter()
+            .filter(|block| block.kind == BlockKind::Ram)
+            .flat_map(|block| block.ranges.iter().copied())
+            .collect(),
     };
     let ram = guest_ram(guest);
-    let ranges = pieces(&layout.ranges(dump.layout().bytes()), &ram);
+    let ranges = pieces(&given, &ram);
     // The kernel was found in the only one.
     if ranges.len() <= 1 {
         return Ok(Vec::new());

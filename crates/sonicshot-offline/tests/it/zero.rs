@@ -31,7 +31,7 @@ fn pages_of_zeroes_need_no_kernel() {
     let path = memory(&folder, b"x");
     let snapshot = Snapshot::open(&path, &OpenOptions::new()).unwrap();
     let error = snapshot.analyze(&AnalyzeOptions::new()).unwrap_err();
-    assert!(error.is_no_kernel(), "{error:?}");
+    assert!(error.is_of_the_kernel(), "{error:?}");
     let found = snapshot.zero_pages().unwrap().unwrap();
     assert_eq!(found.counts().get(PageClass::Zero), 21);
     assert_eq!(found.counts().get(PageClass::Unknown), 43);
