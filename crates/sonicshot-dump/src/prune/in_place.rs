@@ -253,9 +253,8 @@ fn probe(file: &File, path: &Path, file_len: u64, block: u64) -> Result<(), Dump
         return Ok(());
     };
     match punch(file, behind) {
-        Ok(()) => Ok(()),
-        // A file as long as the file system allows.
-        Err(Errno::FBIG) => Ok(()),
+        // Too big: a file as long as the file system allows.
+        Ok(()) | Err(Errno::FBIG) => Ok(()),
         Err(error @ (Errno::OPNOTSUPP | Errno::NOSYS)) => Err(DumpError::NoHoles {
             path: path.into(),
             source: error.into(),
