@@ -408,6 +408,7 @@ mod tests {
                     cbor(value, out);
                 }
             }
+            Value::Bool(flag) => head(7, 20 + u64::from(*flag), out),
             other => panic!("{other}"),
         }
     }
@@ -546,7 +547,9 @@ mod tests {
             matches!(refused, Err(DumpError::Unsupported { .. })),
             "{refused:?}"
         );
-        let (_folder, path) = folder(metadata().to_string().as_bytes());
+        let mut packed = metadata();
+        packed["compressed"] = true.into();
+        let (_folder, path) = folder(packed.to_string().as_bytes());
         fs::write(&path, b"\x04\x22\x4d\x18\x64\x40\xa7").unwrap();
         let refused = Dump::open(&path, None);
         assert!(
