@@ -8,8 +8,8 @@ use crate::format::qemu::{migration, start};
 use crate::output::{Output, Overwrite, Target};
 use crate::{DumpError, LayoutSpec, RamBlock};
 use sonicshot::{
-    Architecture, Disposition, Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m,
-    PageClass, PageMap, PageSize, PfnRange, Processors, Progress, PrunePlan, RamLayout,
+    Architecture, Disposition, Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, PageMap,
+    PageSize, PfnRange, Processors, Progress, PrunePlan, RamLayout,
 };
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -214,18 +214,6 @@ impl Dump {
     pub(crate) fn skeleton_without(&self, plan: &PrunePlan) -> Result<Option<Vec<u8>>, DumpError> {
         let skeletal = self.format.as_skeletal();
         skeletal.map(|format| format.skeleton(plan)).transpose()
-    }
-
-    /// Makes pages that the format must keep, whatever the guest says of them, ones that no policy
-    /// drops: what Xen holds to be page tables of a PV guest.
-    pub fn keep_what_must_stay(&self, map: &mut PageMap) {
-        for frames in self.format.must_stay() {
-            map.with_slices(frames, |_, classes| {
-                for class in classes.iter_mut().filter(|class| class.may_be_dropped()) {
-                    *class = PageClass::Unknown;
-                }
-            });
-        }
     }
 
     /// Writes the migration file again as a mapped-ram file, which QEMU 9 and later loads with

@@ -1,6 +1,6 @@
 //! What can go wrong with a dump file.
 
-use crate::SizeLimit;
+use crate::{LayoutSpec, SizeLimit};
 use sonicshot::{Gpa, LayoutError, MemoryError, PageClass, Pfn};
 use std::fmt;
 use std::io;
@@ -315,6 +315,22 @@ pub enum DumpError {
         path: PathBuf,
         /// Where in the guest.
         at: Gpa,
+    },
+    /// Nothing shows that a raw file's memory lies where it is taken to.
+    #[error(
+        "{} is taken to lie as {layout}, to {end}, and its guest booted with RAM {}",
+        path.display(),
+        boot_end.map_or("of which it does not tell".into(), |end| format!("to {end}, in another layout"))
+    )]
+    LayoutNotShown {
+        /// The file.
+        path: PathBuf,
+        /// Where its memory is taken to lie.
+        layout: LayoutSpec,
+        /// Where that ends.
+        end: Gpa,
+        /// Where the RAM ends that the guest booted with, by its own map, if that can be read.
+        boot_end: Option<Gpa>,
     },
     /// What is known of the guest is of another memory.
     #[error("{} has other memory than the guest that was looked at", path.display())]

@@ -4,11 +4,12 @@
 //! pruned by.
 
 use crate::format::check_holes;
+use crate::layout::is_boot_ram;
 use crate::{Dump, DumpError};
 use sonicshot::{
-    ClassSet, DropClasses, GpaRange, GuestMemory, PageClass, PageMap, Pfn, PfnRange, PrunePlan,
+    ClassSet, DropClasses, Gpa, GpaRange, GuestMemory, PageClass, PageMap, Pfn, PfnRange, PrunePlan,
 };
-use sonicshot_vmi::Analysis;
+use sonicshot_vmi::{Analysis, Knowledge};
 
 /// What is not certain of where a dump's memory lies in the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -16,13 +17,27 @@ pub struct Doubts {
     shared: Vec<Vec<GpaRange>>,
     unconfirmed: Vec<GpaRange>,
     partial: bool,
+    layout_is_checked: bool,
 }
 
 impl Doubts {
-    /// None: the dump itself says where everything lies.
+    /// None: the dump itself says where everything lies. Of a raw file, which does not, the
+    /// guest's own map of its RAM has to.
     #[must_use]
     pub fn none() -> Self {
         Self::default()
+    }
+
+    /// The word of whoever has held a layout against what lies in the guest's memory, and says
+    /// here what is uncertain of it: of `sonicshot-offline` alone.
+    #[cfg(feature = "__offline")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn of_checked_layout() -> Self {
+        Self {
+            layout_is_checked: true,
+            ..Self::default()
+        }
     }
 
     /// Ranges of the same length that hold blocks of which it is not known which is which.
@@ -87,6 +102,35 @@ pub fn check_whole(dump: &Dump, guest: &Analysis) -> Result<(), DumpError> {
         }
     }
     Ok(())
+}
+
+/// Below this a guest has one piece of RAM; above it lies what a hole for devices has pushed up.
+const ONE_PIECE: Gpa = Gpa::new(1 << 32);
+
+/// Refuses a raw file of which nothing shows where in the guest it lies, if it may lie in several
+/// pieces. With one alone, the kernel was found in it.
+fn check_layout(dump: &Dump, guest: &Analysis, doubts: &Doubts) -> Result<(), DumpError> {
+    let Some(layout) = dump.layout_spec() else {
+        return Ok(());
+    };
+    let ranges = layout.ranges(dump.layout().bytes());
+    // Pages that go because they are zero are so wherever they lie.
+    let by_kernel = guest.facts().knowledge != Knowledge::Nothing;
+    let is_one = ranges.len() <= 1 && dump.layout().end() <= ONE_PIECE;
+    if doubts.layout_is_checked || !by_kernel || is_one {
+        return Ok(());
+    }
+    let boot = guest.boot_ram();
+    let shown = boot.is_some_and(|ram| is_boot_ram(dump.layout(), ram));
+    if shown && ranges.is_sorted() {
+        return Ok(());
+    }
+    Err(DumpError::LayoutNotShown {
+        path: dump.path().to_owned(),
+        layout: layout.clone(),
+        end: dump.layout().end(),
+        boot_end: boot.and_then(|ram| ram.iter().map(GpaRange::end).max()),
+    })
 }
 
 /// Keeps what the doubts about its place forbid to drop, and what the format cannot be without.
@@ -179,7 +223,8 @@ impl<'d> CheckedPlan<'d> {
     /// # Errors
     /// [`DumpError::Undroppable`] of a class that is never dropped, [`DumpError::CannotPrune`] of a
     /// snapshot whose VMM would not read a hole as zero, [`DumpError::NotWhole`] of a diff without
-    /// its base, [`DumpError::OtherGuest`] if `guest` is not what is in `dump`.
+    /// its base, [`DumpError::OtherGuest`] if `guest` is not what is in `dump`,
+    /// [`DumpError::LayoutNotShown`] of a raw file that may lie elsewhere.
     pub fn new(
         dump: &'d Dump,
         guest: &Analysis,
@@ -191,6 +236,7 @@ impl<'d> CheckedPlan<'d> {
         }
         check_holes(dump.path())?;
         check_is_of(dump, guest)?;
+        check_layout(dump, guest, doubts)?;
         if !doubts.partial {
             check_whole(dump, guest)?;
         }
@@ -200,7 +246,8 @@ impl<'d> CheckedPlan<'d> {
     }
 
     /// A plan that nothing was checked of: for tests of formats, whose files hold no guest.
-    #[cfg(feature = "unchecked")]
+    #[cfg(feature = "__unchecked")]
+    #[doc(hidden)]
     #[must_use]
     pub fn unchecked(dump: &'d Dump, plan: &PrunePlan) -> Self {
         Self::of(dump, plan.clone())

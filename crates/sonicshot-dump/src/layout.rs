@@ -2,9 +2,11 @@
 
 use core::fmt;
 use core::str::FromStr;
-use sonicshot::{Gpa, GpaRange};
+use sonicshot::{Gpa, GpaRange, RamLayout};
 
 const GIB_4: u64 = 1 << 32;
+/// Firmware keeps less than this of the RAM at the top of the low part for itself.
+const FIRMWARE: u64 = 128 << 20;
 
 /// How a VMM spreads a guest's RAM over guest-physical memory. The file holds the parts end to
 /// end, lowest first; ranges that are given, in the order given.
@@ -159,6 +161,22 @@ impl fmt::Display for LayoutSpec {
     }
 }
 
+/// Whether `ram`, what a guest could use as it booted, lies in `layout` and reaches the top of it.
+#[must_use]
+pub fn is_boot_ram(layout: &RamLayout, ram: &[GpaRange]) -> bool {
+    let inside = ram
+        .iter()
+        .all(|range| layout.contains(range.start(), range.len()));
+    let top = ram.iter().map(GpaRange::end).max();
+    let reaches = match (layout.regions(), top) {
+        // Firmware keeps memory at the top of the low part for itself, never of the high part.
+        ([_], Some(top)) => layout.end().offset_from(top).is_some_and(|n| n < FIRMWARE),
+        (_, Some(top)) => top == layout.end(),
+        (_, None) => false,
+    };
+    inside && reaches
+}
+
 fn write_ranges(f: &mut fmt::Formatter<'_>, ranges: &[GpaRange]) -> fmt::Result {
     for (index, range) in ranges.iter().enumerate() {
         let comma = if index > 0 { "," } else { "" };
@@ -243,7 +261,35 @@ fn parse_size(text: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{LayoutSpec, LayoutSpecError};
+    use super::{LayoutSpec, LayoutSpecError, is_boot_ram};
+    use sonicshot::{Gpa, GpaRange, RamLayout};
+
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+
+    fn range(start: u64, end: u64) -> GpaRange {
+        GpaRange::new(Gpa::new(start), Gpa::new(end))
+    }
+
+    #[test]
+    fn a_layout_fits_the_map_that_the_firmware_made_of_it() {
+        let two = RamLayout::new(vec![range(0, 3 * GIB), range(4 * GIB, 5 * GIB)]).unwrap();
+        let low = [range(0x1000, 0x9_f000), range(MIB, 3 * GIB - 0x2_6000)];
+        let with = |end| [&low[..], &[range(4 * GIB, end)]].concat();
+        assert!(is_boot_ram(&two, &with(5 * GIB)));
+        // The high part is used to its end; nothing lies outside.
+        assert!(!is_boot_ram(&two, &with(5 * GIB - 4096)));
+        assert!(!is_boot_ram(&two, &with(6 * GIB)));
+        assert!(!is_boot_ram(&two, &[]));
+        let one = RamLayout::new(vec![range(0, 512 * MIB)]).unwrap();
+        let reaching = |end| [range(0x1000, 0x9_f000), range(MIB, end)];
+        assert!(is_boot_ram(&one, &reaching(512 * MIB - 0x2_6000)));
+        assert!(
+            !is_boot_ram(&one, &reaching(384 * MIB)),
+            "of a smaller guest"
+        );
+        assert!(!is_boot_ram(&one, &reaching(513 * MIB)), "of a larger one");
+    }
 
     /// File length, layout, and the ranges as `(start, end)`.
     #[test]

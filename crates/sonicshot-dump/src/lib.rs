@@ -75,7 +75,7 @@ pub use error::KdumpWriteError;
 pub use error::{DumpError, WritingProcess};
 #[doc(hidden)]
 pub use format::kdump::read::KdumpFile;
-#[cfg(feature = "unchecked")]
+#[cfg(feature = "__unchecked")]
 pub use format::kdump::write::write_kdump_without;
 #[doc(hidden)]
 pub use format::kdump::write::{KdumpCompression, KdumpOptions, KdumpWriteStats, write_kdump};
@@ -83,7 +83,7 @@ pub use format::qemu::start::{BlockKind, RamBlock};
 pub use format::xen::join::XlSkeleton;
 pub use guard::{CheckedPlan, Doubts, check_whole, keep_in_doubt};
 pub use in_use::check_not_in_use;
-pub use layout::{BlockPlace, LayoutSpec, LayoutSpecError};
+pub use layout::{BlockPlace, LayoutSpec, LayoutSpecError, is_boot_ram};
 pub use output::Overwrite;
 pub use output::dump_file::{CoreNotes, DumpFile, NewFile};
 pub use output::folder::NewFolder;

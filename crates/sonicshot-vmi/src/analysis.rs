@@ -103,6 +103,7 @@ pub struct Analysis {
     disagreement: Option<Inconsistency>,
     notes: Vec<Note>,
     present: Vec<GpaRange>,
+    boot_ram: Option<Vec<GpaRange>>,
 }
 
 /// All that an [`Analysis`] is made of.
@@ -110,6 +111,7 @@ pub(crate) struct Parts {
     pub facts: GuestFacts,
     pub pages: crate::Classification,
     pub present: Vec<GpaRange>,
+    pub boot_ram: Option<Vec<GpaRange>>,
 }
 
 impl Analysis {
@@ -129,6 +131,7 @@ impl Analysis {
             disagreement,
             notes,
             present: parts.present,
+            boot_ram: parts.boot_ram,
         }
     }
 
@@ -160,6 +163,7 @@ impl Analysis {
             disagreement: None,
             notes: Vec::new(),
             present: Vec::new(),
+            boot_ram: None,
         })
     }
 
@@ -211,6 +215,13 @@ impl Analysis {
     #[must_use]
     pub fn present(&self) -> &[GpaRange] {
         &self.present
+    }
+
+    /// The usable RAM that the guest booted with, by its own map of it; `None` if that cannot be
+    /// read. Memory that was taken to lie elsewhere is not where this says.
+    #[must_use]
+    pub fn boot_ram(&self) -> Option<&[GpaRange]> {
+        self.boot_ram.as_deref()
     }
 
     /// What `policy` drops of this guest.
@@ -295,6 +306,7 @@ mod tests {
                 notes: Vec::new(),
             },
             present: Vec::new(),
+            boot_ram: None,
         });
         let first_half = PfnRange::new(Pfn::new(0), Pfn::new(9));
         analysis.keep(first_half);

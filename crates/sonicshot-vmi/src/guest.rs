@@ -841,6 +841,8 @@ impl GuestOs for LinuxGuest<'_> {
             facts: self.facts(),
             pages,
             present: self.struct_page_memory()?,
+            // A map that cannot be read confirms nothing.
+            boot_ram: self.e820().ok().flatten(),
         }))
     }
 

@@ -40,6 +40,8 @@ mod core_dump;
 mod cursor;
 mod error;
 mod frames;
+#[cfg(feature = "__guarded")]
+mod guarded;
 mod image;
 mod page_data;
 mod prune;
@@ -50,8 +52,6 @@ pub use core_dump::{CoreDump, CoreRun};
 pub use error::{Place, Within, XenError};
 pub use frames::{Frame, FrameType};
 pub use image::{DomainKind, Layer, MAGIC, Record, XlImage};
-#[doc(hidden)]
-pub use prune::Guarded;
 pub use prune::{Dropped, Part};
 pub use skeleton::{Joined, Skeleton};
 pub use vcpu::{Vcpu, Vcpus};

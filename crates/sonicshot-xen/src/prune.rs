@@ -3,24 +3,10 @@
 use crate::image::PAGE_DATA;
 use crate::page_data::{Entry, PAGE, PageData};
 use crate::{Place, Record, Within, XenError, XlImage};
-use sonicshot::{FileBytes, Gpa, GpaRange, PageSize, Pfn, PfnRange, PrunePlan};
+use sonicshot::{FileBytes, Pfn, PfnRange};
 
 /// [`PAGE`] as a record's length has it.
 const PAGE_LEN: u32 = 4096;
-
-/// The word of whoever calls [`XlImage::dropped`] that the plan has been through the guards of
-/// `sonicshot-dump`, which is where images are pruned: what the guest and the file are was checked.
-#[doc(hidden)]
-#[derive(Debug, Clone, Copy)]
-pub struct Guarded(());
-
-impl Guarded {
-    #[doc(hidden)]
-    #[must_use]
-    pub const fn vouched() -> Self {
-        Self(())
-    }
-}
 
 /// A part of a pruned image.
 #[derive(Debug)]
@@ -36,11 +22,12 @@ pub enum Part<'a> {
     Bytes(&'a [u8]),
 }
 
-/// The frames that are dropped of an image: those of a plan that may be.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The frames that are dropped of an image: those of a plan that may be. Only `sonicshot-dump` makes
+/// one, behind the guards there; by default it is none.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dropped {
     /// Sorted, disjoint, with gaps between.
-    runs: Vec<PfnRange>,
+    pub(crate) runs: Vec<PfnRange>,
 }
 
 impl Dropped {
@@ -67,36 +54,6 @@ impl Dropped {
 }
 
 impl XlImage {
-    /// Which frames of `plan` can be left out of this image: those that may read as
-    /// [anything](sonicshot::Fill::Any) after a restore, and are ordinary pages.
-    #[doc(hidden)]
-    #[must_use]
-    pub fn dropped(&self, plan: &PrunePlan, _: Guarded) -> Dropped {
-        let plan = plan.clone().any_filled_only();
-        let mut runs: Vec<PfnRange> = Vec::new();
-        let mut frames = self.frames().iter().peekable();
-        let everything = GpaRange::new(Gpa::ZERO, Gpa::new(u64::MAX));
-        for part in plan.dropped_in(everything) {
-            let part = part.whole_frames(PageSize::SIZE_4K);
-            while frames.next_if(|frame| frame.pfn() < part.start()).is_some() {}
-            while let Some(frame) = frames.next_if(|frame| frame.pfn() < part.end()) {
-                if !frame.may_be_dropped() {
-                    continue;
-                }
-                let Some(one) = PfnRange::with_len(frame.pfn(), 1) else {
-                    continue;
-                };
-                match runs.last_mut() {
-                    Some(last) if last.end() == one.start() => {
-                        *last = PfnRange::new(last.start(), one.end());
-                    }
-                    _ => runs.push(one),
-                }
-            }
-        }
-        Dropped { runs }
-    }
-
     /// Hands out the image in `data`, from which this was parsed, without the frames in `dropped`:
     /// stretches of the input, and other bytes between. Every copy of a dropped page goes.
     ///

@@ -196,3 +196,24 @@ fn what_is_in_doubt_stays() {
     }
     assert!(in_range(&kept) < in_range(&sure));
 }
+
+#[test]
+fn memory_of_which_nothing_shows_where_it_lies_is_refused() {
+    let guest = Guest::new();
+    let path = guest.file("ram");
+    let lying = |ranges: &str| {
+        let dump = Dump::open(&path, Some(&ranges.parse().unwrap())).unwrap();
+        let found = look(&dump);
+        plan(&dump, &found, &Doubts::none()).map(|_| ())
+    };
+    // In pieces, each where it is by the guest's own map.
+    lying("0-64M,64M-128M").unwrap();
+    // One of them where that map has nothing.
+    let refused = lying("0-72M,4G-4104M,80M-128M").unwrap_err();
+    let (end, boot) = match &refused {
+        DumpError::LayoutNotShown { end, boot_end, .. } => (end.raw(), boot_end.unwrap().raw()),
+        other => panic!("{other}"),
+    };
+    assert_eq!(end, 4104 << 20);
+    assert!(boot <= 128 << 20 && boot > 127 << 20, "{boot:#x}");
+}

@@ -2,7 +2,7 @@
 
 use crate::common::xen::{image, image_with};
 use crate::common::*;
-use sonicshot::{Fill, GuestMemory, PageClass, PageMap, PageSize, Pfn};
+use sonicshot::{Fill, GuestMemory, PageClass, Pfn};
 use sonicshot_dump::{CheckedPlan, Dump, DumpError, Overwrite, XlSkeleton};
 use std::fs;
 
@@ -44,13 +44,16 @@ fn a_page_table_stays_whatever_the_guest_says_of_it() {
     let path = folder.path().join("image");
     fs::write(&path, image_with(&[1, 2, 3, 4], &[1])).unwrap();
     let dump = Dump::open(&path, None).unwrap();
-    let mut map = PageMap::new(dump.layout(), PageSize::SIZE_4K);
-    for run in dump.layout().frames(PageSize::SIZE_4K) {
-        map.set(run, PageClass::FreeBuddy);
-    }
-    dump.keep_what_must_stay(&mut map);
-    for pfn in 0..4 {
-        let stays = map.class(Pfn::new(pfn)) != Some(PageClass::FreeBuddy);
+    let everything = plan_with(dump.layout(), &[(0, 4)], PageClass::FreeBuddy, Fill::Any);
+    let out = folder.path().join("out");
+    let stats = dump
+        .prune_to(&everything, &out, Overwrite::Refuse, &mut |_, _| {})
+        .unwrap();
+    assert_eq!(stats.dropped_bytes, 3 * PAGE);
+    let pruned = Dump::open(&out, None).unwrap();
+    for pfn in 0..4_u64 {
+        let at = sonicshot::Gpa::new(pfn * PAGE);
+        let stays = pruned.next_data(at).is_some_and(|data| data.start() == at);
         assert_eq!(stays, pfn == 1, "{pfn}");
     }
 }

@@ -1,10 +1,8 @@
 //! The ways to lay out a dump, likeliest first.
 
 use sonicshot::{Gpa, GpaRange, RamLayout};
-use sonicshot_dump::{BlockKind, BlockPlace, LayoutSpec, RamBlock};
+use sonicshot_dump::{BlockKind, BlockPlace, LayoutSpec, RamBlock, is_boot_ram};
 
-/// Firmware keeps less than this of the RAM at the top of the low part for itself.
-const FIRMWARE: u64 = 128 << 20;
 /// So many ways to lay out a dump are tried.
 pub(super) const MAX_ATTEMPTS: usize = 64;
 /// Of more blocks the ways to lay them out are not searched: QEMU has at most 256 slots for memory.
@@ -113,7 +111,7 @@ impl Candidates {
     pub(super) fn next(&mut self) -> Option<Candidate> {
         let e820 = &self.e820;
         self.todo.find(|candidate| match (&candidate.boot, e820) {
-            (Some(boot), Some(e820)) => fits(boot, e820),
+            (Some(boot), Some(e820)) => is_boot_ram(boot, e820),
             _ => true,
         })
     }
@@ -313,21 +311,6 @@ fn take(ranges: &mut Vec<GpaRange>, len: u64) -> Option<Vec<GpaRange>> {
     Some(taken)
 }
 
-/// Whether the usable RAM of the guest's map lies in `boot`, and reaches the top of it.
-pub(super) fn fits(boot: &RamLayout, ram: &[GpaRange]) -> bool {
-    let inside = ram
-        .iter()
-        .all(|range| boot.contains(range.start(), range.len()));
-    let top = ram.iter().map(GpaRange::end).max();
-    let reaches = match (boot.regions(), top) {
-        // Firmware keeps memory at the top of the low part for itself, never of the high part.
-        ([_], Some(top)) => boot.end().offset_from(top).is_some_and(|n| n < FIRMWARE),
-        (_, Some(top)) => top == boot.end(),
-        (_, None) => false,
-    };
-    inside && reaches
-}
-
 /// Where `len` bytes of RAM lie by the guest's map: some below 4 GiB, the rest from there on.
 fn by_e820(e820: &[GpaRange], len: u64) -> Option<Vec<GpaRange>> {
     let gib_4 = Gpa::new(1 << 32);
@@ -372,31 +355,14 @@ mod tests {
         reason = "tests may stop anywhere"
     )]
 
-    use super::{by_e820, fits, take};
-    use sonicshot::{Gpa, GpaRange, RamLayout};
+    use super::{by_e820, take};
+    use sonicshot::{Gpa, GpaRange};
 
     const MIB: u64 = 1 << 20;
     const GIB: u64 = 1 << 30;
 
     fn range(start: u64, end: u64) -> GpaRange {
         GpaRange::new(Gpa::new(start), Gpa::new(end))
-    }
-
-    #[test]
-    fn a_layout_fits_the_map_that_the_firmware_made_of_it() {
-        let two = RamLayout::new(vec![range(0, 3 * GIB), range(4 * GIB, 5 * GIB)]).unwrap();
-        let low = [range(0x1000, 0x9_f000), range(MIB, 3 * GIB - 0x2_6000)];
-        let with = |end| [&low[..], &[range(4 * GIB, end)]].concat();
-        assert!(fits(&two, &with(5 * GIB)));
-        // The high part is used to its end; nothing lies outside.
-        assert!(!fits(&two, &with(5 * GIB - 4096)));
-        assert!(!fits(&two, &with(6 * GIB)));
-        assert!(!fits(&two, &[]));
-        let one = RamLayout::new(vec![range(0, 512 * MIB)]).unwrap();
-        let reaching = |end| [range(0x1000, 0x9_f000), range(MIB, end)];
-        assert!(fits(&one, &reaching(512 * MIB - 0x2_6000)));
-        assert!(!fits(&one, &reaching(384 * MIB)), "of a smaller guest");
-        assert!(!fits(&one, &reaching(513 * MIB)), "of a larger one");
     }
 
     #[test]

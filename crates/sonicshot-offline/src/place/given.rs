@@ -38,7 +38,7 @@ pub(super) fn with_guest<T>(
             (true, false) => "given",
         },
         dump,
-        doubts: Doubts::none().unconfirmed(unconfirmed),
+        doubts: Doubts::of_checked_layout().unconfirmed(unconfirmed),
         notes: Vec::new(),
         value,
     })

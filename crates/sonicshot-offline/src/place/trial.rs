@@ -1,13 +1,13 @@
 //! The trying of one layout.
 
-use super::candidates::{Candidate, Candidates, fits};
+use super::candidates::{Candidate, Candidates};
 use super::placed::{Look, Placed, open_guest};
 use super::plugged::{Plugged, unplaced_devices};
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::snapshot::Snapshot;
 use sonicshot::{Gpa, GpaRange, GuestMemory};
-use sonicshot_dump::{BlockPlace, Doubts, Dump, LayoutSpec};
+use sonicshot_dump::{BlockPlace, Doubts, Dump, LayoutSpec, is_boot_ram};
 use sonicshot_vmi::GuestOs;
 
 /// What came of trying a layout.
@@ -83,7 +83,7 @@ fn done<T>(
     Outcome::Done(Box::new(Placed {
         dump,
         origin: candidate.origin,
-        doubts: Doubts::none().shared(shared),
+        doubts: Doubts::of_checked_layout().shared(shared),
         notes,
         value,
     }))
@@ -102,7 +102,7 @@ fn agreement(candidates: &Candidates, candidate: &Candidate, guest: &dyn GuestOs
         return Agreement::Full;
     };
     match guest.boot_ram() {
-        Ok(Some(e820)) if !fits(boot, &e820) => Agreement::None(e820),
+        Ok(Some(e820)) if !is_boot_ram(boot, &e820) => Agreement::None(e820),
         Ok(Some(_)) => Agreement::Full,
         // A file with one block has the layout of its machine.
         _ if candidates.are_of_blocks() && !candidate.guessed => Agreement::Full,
@@ -116,7 +116,7 @@ fn ends_elsewhere(candidate: &Candidate, dump: &Dump, guest: &dyn GuestOs) -> Op
         return None;
     }
     let e820 = guest.boot_ram().ok().flatten()?;
-    (!fits(dump.layout(), &e820)).then(|| Note::RamEndsElsewhere {
+    (!is_boot_ram(dump.layout(), &e820)).then(|| Note::RamEndsElsewhere {
         guest: e820.iter().map(GpaRange::end).max().unwrap_or(Gpa::ZERO),
         file: dump.layout().end(),
     })

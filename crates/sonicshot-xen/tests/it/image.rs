@@ -5,9 +5,7 @@ use sonicshot::{
     ControlRegisters, DropClasses, FileBytes, Fill, Gpa, GpaRange, PageClass, PageMap, PageSize,
     Pfn, PfnRange, PrunePlan, RamLayout,
 };
-use sonicshot_xen::{
-    DomainKind, Guarded, Joined, Layer, Part, Skeleton, Within, XenError, XlImage,
-};
+use sonicshot_xen::{DomainKind, Joined, Layer, Part, Skeleton, Within, XenError, XlImage};
 use std::collections::BTreeMap;
 
 const PAGE: usize = 4096;
@@ -134,7 +132,7 @@ fn plan(drop: &[u64]) -> PrunePlan {
 
 fn prune(data: &[u8], drop: &[u64]) -> Vec<u8> {
     let image = parse(data).unwrap();
-    let dropped = image.dropped(&plan(drop), Guarded::vouched());
+    let dropped = image.dropped(&plan(drop));
     let mut out = Vec::new();
     let bytes = FileBytes::from_slice(data);
     image
@@ -247,7 +245,7 @@ proptest! {
 /// The skeleton of `data` without `drop`, and the image that it makes with what the guest has.
 fn split_and_join(data: &[u8], drop: &[u64]) -> (Vec<u8>, Vec<u8>) {
     let image = parse(data).unwrap();
-    let dropped = image.dropped(&plan(drop), Guarded::vouched());
+    let dropped = image.dropped(&plan(drop));
     let bytes = FileBytes::from_slice(data);
     let skeleton = image.skeleton(bytes, &dropped).unwrap();
     let memory = seen(data);

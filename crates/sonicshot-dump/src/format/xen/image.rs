@@ -13,7 +13,7 @@ use crate::prune::stream;
 use sonicshot::{
     FileOffset, FileRange, Fill, GpaRange, GuestMemory, PfnRange, Processors, PrunePlan,
 };
-use sonicshot_xen::{DomainKind, Guarded, Layer, XlImage};
+use sonicshot_xen::{DomainKind, Layer, XlImage};
 use std::fs::File;
 
 pub(crate) const KIND: Kind = Kind::by_magic(
@@ -119,7 +119,7 @@ impl AsStream for XlDump {
     }
 
     fn pruned(&self, goes: &PrunePlan, each: EachPart<'_>) -> Result<(), DumpError> {
-        let dropped = self.image.dropped(goes, Guarded::vouched());
+        let dropped = self.image.dropped(goes);
         let failed = failed(self.mapped.path());
         self.image
             .pruned(self.mapped.bytes(), &dropped, failed, |part| match part {
@@ -135,7 +135,7 @@ impl AsStream for XlDump {
 
     /// Of what a plan drops, what Xen lets be dropped.
     fn count(&self, goes: &PrunePlan, stats: &mut PruneStats) {
-        let dropped = self.image.dropped(goes, Guarded::vouched());
+        let dropped = self.image.dropped(goes);
         stats.dropped_bytes = dropped.pages().saturating_mul(PAGE.bytes());
         stats.runs = dropped.runs().len() as u64;
     }
@@ -143,10 +143,9 @@ impl AsStream for XlDump {
 
 impl Skeletal for XlDump {
     fn skeleton(&self, plan: &PrunePlan) -> Result<Vec<u8>, DumpError> {
-        let skeleton = self.image.skeleton(
-            self.mapped.bytes(),
-            &self.image.dropped(plan, Guarded::vouched()),
-        );
+        let skeleton = self
+            .image
+            .skeleton(self.mapped.bytes(), &self.image.dropped(plan));
         skeleton.map_err(failed(self.mapped.path()))
     }
 }
