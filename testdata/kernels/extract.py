@@ -3,7 +3,8 @@
 
     extract.py VMLINUZ FOLDER
 
-writes FOLDER/System.map and FOLDER/btf. Needs readelf, lz4 or zstd, and the program
+writes FOLDER/System.map, FOLDER/btf, and FOLDER/names: the strings that may be names in its
+VMCOREINFO, a line each. Needs readelf, lz4 or zstd, and the program
 kallsyms-finder of the package vmlinux-to-elf.
 """
 
@@ -62,6 +63,8 @@ def main() -> None:
     (folder / "btf").write_bytes(kernel[start : start + length])
     lines = [line for line in symbols.splitlines() if re.fullmatch(r"[0-9a-f]{16} \w \S+", line)]
     (folder / "System.map").write_text("\n".join(lines) + "\n")
+    names = sorted(set(re.findall(rb"(?<=\0)[A-Za-z_][A-Za-z0-9_.]+(?=\0)", kernel)))
+    (folder / "names").write_bytes(b"\n".join(names) + b"\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 //! The symbols that kallsyms looks up in one pass are those of this table, and the source files
 //! whose DWARF is read are the ones that it names. Nothing else is asked for (a build with debug
 //! assertions checks that). `testdata/kernels` has what real kernels answer: a row that some
-//! kernel's BTF and symbol table contradict fails there, not at a user's.
+//! kernel's BTF and symbol table contradict fails there, not at a user's; so does one that none of
+//! them has, unless the tests name the kernels that do.
 
 /// Which kernels have something. A commit is of Linus Torvalds' tree; distributions backport, so a
 /// version decides nothing but what the test expects.
@@ -20,7 +21,7 @@ pub(crate) enum Kernels {
     Between((u32, u32), (u32, u32)),
     /// Those that are configured so.
     Config(&'static str),
-    /// None: VMCOREINFO tells it.
+    /// VMCOREINFO tells it, and nothing else on x86-64.
     Vmcoreinfo,
 }
 
@@ -102,7 +103,7 @@ pub(crate) const SYMBOLS: &[Symbol] = &[
     symbol("init_uts_ns", All),
     symbol("linux_banner", All),
     symbol("vmcoreinfo_data", Config("VMCORE_INFO")),
-    symbol("swapper_pg_dir", Config("ARM64")), // a macro on x86-64; VMCOREINFO has it
+    symbol("swapper_pg_dir", Vmcoreinfo),
     symbol("__start_BTF", Config("DEBUG_INFO_BTF")),
     symbol("__stop_BTF", Config("DEBUG_INFO_BTF")),
     // Where memory is.
@@ -532,6 +533,45 @@ mod tests {
     use std::fmt::Write;
     use std::path::{Path, PathBuf};
 
+    /// What is said of a row that VMCOREINFO tells.
+    const IN_VMCOREINFO: &str = "in VMCOREINFO";
+
+    /// The rows that no kernel in `testdata/kernels` has, and where they are instead.
+    const ELSEWHERE: &[(&str, &str)] = &[
+        ("symbol vmemmap", "arm64's VMCOREINFO, since 6.12"),
+        ("symbol mem_map", "FLATMEM: mm/memory.c"),
+        ("symbol max_mapnr", "FLATMEM: mm/memory.c"),
+        ("symbol contig_page_data", "without NUMA: mm/memblock.c"),
+        (
+            "symbol _debug_pagealloc_enabled",
+            "DEBUG_PAGEALLOC: mm/page_alloc.c, since 6.5 mm/debug_page_alloc.c",
+        ),
+        (
+            "symbol _page_poisoning_enabled",
+            "PAGE_POISONING: mm/page_poison.c, since 5.11",
+        ),
+        (
+            "symbol want_page_poisoning",
+            "PAGE_POISONING: mm/page_poison.c, to 5.10",
+        ),
+        (
+            "symbol kasan_flag_enabled",
+            "KASAN_HW_TAGS of arm64, since 5.11",
+        ),
+        (
+            "member pglist_data.node_mem_map",
+            "FLATMEM: include/linux/mmzone.h",
+        ),
+        ("member inode.__i_atime.tv_sec", "6.7 to 6.10"),
+        ("member inode.__i_mtime.tv_sec", "6.7 to 6.10"),
+        ("member inode.__i_ctime.tv_sec", "6.6 to 6.10"),
+        ("constant PG_hugetlb", "6.6 to 6.8, until d99e3140a4d3"),
+        (
+            "constant PAGE_TABLE_MAPCOUNT_VALUE",
+            "no VMCOREINFO so far: all types of pages are asked for by such a name",
+        ),
+    ];
+
     /// A row of the table: as it stands in a kernel's file, and which kernels have it.
     fn rows() -> Vec<(String, Kernels)> {
         let mut rows = Vec::new();
@@ -608,8 +648,13 @@ mod tests {
                     Kernels::Since(major, minor) => release >= (major, minor),
                     Kernels::Before(major, minor) => release < (major, minor),
                     Kernels::Between(from, to) => (from..to).contains(&release),
+                    // These are held against all kernels together.
                     Kernels::Config(_) => continue,
-                    Kernels::Vmcoreinfo => false,
+                    Kernels::Vmcoreinfo => {
+                        let told = answer.as_deref().is_none_or(|said| said == IN_VMCOREINFO);
+                        assert!(told, "{row} in {release:?}: {answer:?}");
+                        continue;
+                    }
                 };
                 assert_eq!(
                     answer.is_some(),
@@ -625,10 +670,37 @@ mod tests {
         }
     }
 
-    /// What a kernel's own symbol table and BTF say of each row.
+    /// A name that is not spelt as any kernel spells it is found in none.
+    #[test]
+    fn every_row_is_found_in_some_kernel() {
+        let kernels = kernels();
+        let elsewhere: HashMap<&str, &str> = ELSEWHERE.iter().copied().collect();
+        assert_eq!(elsewhere.len(), ELSEWHERE.len());
+        let mut rest: HashSet<&str> = elsewhere.keys().copied().collect();
+        for (row, _) in rows() {
+            let found = kernels
+                .iter()
+                .any(|(_, answers)| answers.get(&row).is_some_and(Option::is_some));
+            let named = rest.remove(row.as_str());
+            assert!(
+                found != named,
+                "`{row}` is found in testdata/kernels: {found}; in the list of what is elsewhere: \
+                 {named}"
+            );
+        }
+        assert!(rest.is_empty(), "no rows of the table: {rest:?}");
+    }
+
+    /// What a kernel's own symbol table and BTF say of each row; of what only VMCOREINFO tells,
+    /// the names that the kernel writes there.
     fn ask(folder: &Path) -> String {
         let symbols = open_symbol_file(&folder.join("System.map")).unwrap();
         let types = open_symbol_file(&folder.join("btf")).unwrap();
+        let names = std::fs::read_to_string(folder.join("names")).unwrap();
+        let names: HashSet<&str> = names.lines().collect();
+        let in_vmcoreinfo = |kernels, name: &str| {
+            (kernels == Kernels::Vmcoreinfo && names.contains(name)).then(|| IN_VMCOREINFO.into())
+        };
         let mut text = String::new();
         let mut line = |row: String, said: Option<String>| {
             writeln!(text, "{row}: {}", said.unwrap_or_else(|| "no".into())).unwrap();
@@ -637,7 +709,9 @@ mod tests {
             let there = symbols.symbol(symbol.name).unwrap();
             line(
                 format!("symbol {}", symbol.name),
-                there.map(|_| "yes".into()),
+                there
+                    .map(|_| "yes".into())
+                    .or_else(|| in_vmcoreinfo(symbol.kernels, symbol.name)),
             );
         }
         for structure in STRUCTURES {
@@ -659,17 +733,41 @@ mod tests {
             let value = types.constant(constant.name).unwrap();
             line(
                 format!("constant {}", constant.name),
-                value.map(|value| value.to_string()),
+                value
+                    .map(|value| value.to_string())
+                    .or_else(|| in_vmcoreinfo(constant.kernels, constant.name)),
             );
         }
         text
     }
 
+    /// Whether this machine has the lab's kernels, and the tool that reads their symbols.
+    fn can_extract() -> bool {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let mut folders = std::env::split_paths(&path);
+        let has_tool = folders.any(|folder| folder.join("kallsyms-finder").exists());
+        let lab = std::env::var_os("SONICSHOT_LAB_DIR").map_or_else(
+            || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/lab"),
+            PathBuf::from,
+        );
+        let kernels = std::fs::read_dir(lab.join("kernels"));
+        let mut kernels = kernels.into_iter().flatten().flatten();
+        has_tool && kernels.any(|kernel| kernel.path().join("vmlinuz").exists())
+    }
+
     /// The files are what the kernels say: `SONICSHOT_KERNELS` names a folder with a folder for each
-    /// kernel, in it its `System.map` and its `btf`. With `SONICSHOT_BLESS=1` they are written.
+    /// kernel, in it what `testdata/kernels/extract.py` takes out of it. With `SONICSHOT_BLESS=1`
+    /// the files are written.
     #[test]
     fn the_files_are_of_the_kernels() {
         let Some(kernels) = std::env::var_os("SONICSHOT_KERNELS") else {
+            // Nowhere to be made, or forgotten.
+            let what = "a folder in SONICSHOT_KERNELS (testdata/kernels/README.md)";
+            if can_extract() {
+                let _ = sonicshot_testkit::has(what, false);
+            } else {
+                eprintln!("skipped: neither {what}, nor what makes one");
+            }
             return;
         };
         let mut seen = 0;
