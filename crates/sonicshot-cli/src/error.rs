@@ -254,6 +254,10 @@ fn code_of_dump(error: &DumpError) -> u8 {
         DumpError::NotInPlace { .. }
         | DumpError::NotAStream { .. }
         | DumpError::CannotConvert { .. }
+        | DumpError::Kdump {
+            source: KdumpWriteError::Machine { .. },
+            ..
+        }
         | DumpError::NoBlock { .. } => 2,
         DumpError::InUse { .. } | DumpError::MayBeInUse { .. } => 6,
         _ => 3,

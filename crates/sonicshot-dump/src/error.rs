@@ -1,7 +1,7 @@
 //! What can go wrong with a dump file.
 
 use crate::{LayoutSpec, SizeLimit};
-use sonicshot::{Gpa, LayoutError, MemoryError, PageClass, Pfn};
+use sonicshot::{Architecture, Gpa, LayoutError, MemoryError, PageClass, Pfn};
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -398,6 +398,12 @@ pub enum KdumpWriteError {
         what: &'static str,
         /// How much of it there is.
         value: u64,
+    },
+    /// The format names the processor as Linux does, and that name is not known.
+    #[error("a kdump file says what Linux calls its processor, which is not known of {machine}")]
+    Machine {
+        /// The guest's processor.
+        machine: Architecture,
     },
 }
 

@@ -1,6 +1,7 @@
 //! A checkpoint made a dump again, and checked.
 
 use crate::blobs::{self, Beside};
+use crate::convert::ASSUMED_MACHINE;
 use crate::error::OfflineError;
 use crate::options::OpenOptions;
 use crate::place;
@@ -183,7 +184,7 @@ impl CheckpointFile {
             RestoreTo::Elf => {
                 let beside = Beside::of_checkpoint(&self.reader, &self.path)?;
                 let mut notes = CoreNotes::default();
-                notes.machine = self.machine().or(Some(Architecture::X86_64));
+                notes.machine = self.machine().or(Some(ASSUMED_MACHINE));
                 notes.notes = beside.notes;
                 notes.vmcoreinfo = beside.vmcoreinfo;
                 DumpFile::elf_core(out, layout, &notes, force, &source)?
@@ -194,12 +195,9 @@ impl CheckpointFile {
         Ok(output.finish()?)
     }
 
-    /// The guest's processor, if it is said and one that a dump can be of.
+    /// The guest's processor, if it is said.
     pub(crate) fn machine(&self) -> Option<Architecture> {
-        match self.reader.info().architecture {
-            Some(Architecture::Other(_)) => None,
-            known => known,
-        }
+        self.reader.info().architecture
     }
 
     /// What makes a Xen image of it again.

@@ -5,7 +5,7 @@ use crate::checkpoint_file::{CheckpointFile, blamed_on};
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::place;
-use crate::save::{Contents, keep_everything, without_p2m};
+use crate::save::{Contents, UNTOLD_PAGE, keep_everything, without_p2m};
 use crate::snapshot::Snapshot;
 use sonicshot::checkpoint::{CheckpointInfo, Compression, SaveOptions};
 use sonicshot::{Architecture, GuestMemory, PageSize, Progress, RamLayout};
@@ -15,6 +15,10 @@ use sonicshot_dump::{
 };
 use std::fs::File;
 use std::path::{Path, PathBuf};
+
+/// What a core says of the guest's processor where neither the file nor a kernel in it tells. It
+/// is what memory that does not say where it lies is taken for, too: an x86-64 machine's.
+pub(crate) const ASSUMED_MACHINE: Architecture = Architecture::X86_64;
 
 /// What a dump or a checkpoint is converted to.
 #[derive(Debug)]
@@ -109,11 +113,13 @@ impl Snapshot {
         let dump = &opened.dump;
         let mut beside = Beside::of_dump(dump);
         beside.vmcoreinfo = beside.vmcoreinfo.or(opened.vmcoreinfo);
+        let machine = dump.machine().or(opened.machine);
         let source = Source {
             memory: dump,
             of: Of::Dump(dump),
             path: self.path(),
-            machine: dump.machine(),
+            machine,
+            page_size: opened.page_size,
             beside,
         };
         let written = source.write(target, Output { path, overwrite }, progress);
@@ -122,6 +128,7 @@ impl Snapshot {
         if dump.holds_device_state() && !target.keeps_device_state(dump) {
             notes.push(Note::WithoutDeviceState);
         }
+        notes.extend(target.assumes(machine));
         notes.extend(opened.notes);
         notes.extend(without_p2m(dump));
         Ok(Converted {
@@ -157,13 +164,13 @@ impl Snapshot {
     /// Opens the memory in its layout, with VMCOREINFO, which a reader of cores wants and the guest
     /// itself has.
     fn open_with_guest(&self) -> Result<Opened, OfflineError> {
-        let vmcoreinfo = place::with_guest(self, &|guest| {
-            Ok(guest.facts().vmcoreinfo.map(String::into_bytes))
-        });
-        match vmcoreinfo {
+        let facts = place::with_guest(self, &|guest| Ok(guest.facts()));
+        match facts {
             Ok(placed) => Ok(Opened {
                 dump: placed.dump,
-                vmcoreinfo: placed.value,
+                machine: placed.value.architecture,
+                page_size: placed.value.page_size,
+                vmcoreinfo: placed.value.vmcoreinfo.map(String::into_bytes),
                 // What is left out, or may lie elsewhere.
                 notes: placed.notes,
             }),
@@ -176,6 +183,8 @@ impl Snapshot {
 /// A dump that is converted, and what its guest told.
 struct Opened {
     dump: Dump,
+    machine: Option<Architecture>,
+    page_size: PageSize,
     vmcoreinfo: Option<Vec<u8>>,
     notes: Vec<Note>,
 }
@@ -184,6 +193,8 @@ impl Opened {
     fn new(dump: Dump) -> Self {
         Self {
             dump,
+            machine: None,
+            page_size: UNTOLD_PAGE,
             vmcoreinfo: None,
             notes: Vec::new(),
         }
@@ -212,6 +223,7 @@ impl CheckpointFile {
                 of: Of::Checkpoint(self),
                 path: self.path(),
                 machine: self.machine(),
+                page_size: self.reader().info().page_size,
                 beside: Beside::of_checkpoint(self.reader(), self.path())?,
             };
             source.write(target, Output { path, overwrite }, progress)
@@ -221,12 +233,24 @@ impl CheckpointFile {
             format: "checkpoint",
             layout: self.reader().layout().clone(),
             disk_bytes,
-            notes: without_p2m(self.reader()).into_iter().collect(),
+            notes: target
+                .assumes(self.machine())
+                .into_iter()
+                .chain(without_p2m(self.reader()))
+                .collect(),
         })
     }
 }
 
 impl Target {
+    /// What to say of an output that must name a processor which nobody has told.
+    fn assumes(&self, machine: Option<Architecture>) -> Option<Note> {
+        let names_it = matches!(self, Self::Elf | Self::Kdump);
+        (names_it && machine.is_none()).then_some(Note::MachineAssumed {
+            machine: ASSUMED_MACHINE,
+        })
+    }
+
     /// Whether it holds the state of the devices that `dump` has.
     fn keeps_device_state(&self, dump: &Dump) -> bool {
         match self {
@@ -244,6 +268,7 @@ struct Source<'a> {
     of: Of<'a>,
     path: &'a Path,
     machine: Option<Architecture>,
+    page_size: PageSize,
     beside: Beside,
 }
 
@@ -318,7 +343,7 @@ impl Source<'_> {
 
     fn write_elf(&self, out: Output<'_>, progress: Progress<'_>) -> Result<u64, OfflineError> {
         let mut notes = CoreNotes::default();
-        notes.machine = self.machine;
+        notes.machine = self.machine.or(Some(ASSUMED_MACHINE));
         notes.notes.clone_from(&self.beside.notes);
         notes.vmcoreinfo.clone_from(&self.beside.vmcoreinfo);
         let layout = self.memory.layout();
@@ -332,18 +357,12 @@ impl Source<'_> {
         let file = NewFile::create(out.path, out.overwrite, &self.files())?;
         let options = KdumpOptions {
             compression: KdumpCompression::Zlib,
-            machine: self.machine.or(Some(Architecture::X86_64)),
+            machine: self.machine.or(Some(ASSUMED_MACHINE)),
             vmcoreinfo: self.beside.vmcoreinfo.as_deref(),
             notes: self.beside.notes.as_deref(),
             threads: None,
         };
-        let written = write_kdump(
-            self.memory,
-            PageSize::SIZE_4K,
-            file.file(),
-            &options,
-            progress,
-        );
+        let written = write_kdump(self.memory, self.page_size, file.file(), &options, progress);
         written.map_err(|source| DumpError::Kdump {
             path: out.path.to_owned(),
             source,
@@ -358,8 +377,8 @@ impl Source<'_> {
         progress: Progress<'_>,
     ) -> Result<u64, OfflineError> {
         let file = NewFile::create(out.path, out.overwrite, &self.files())?;
-        let (map, plan) = keep_everything(self.memory);
-        let mut info = CheckpointInfo::new(self.memory.layout().clone(), PageSize::SIZE_4K);
+        let (map, plan) = keep_everything(self.memory, self.page_size);
+        let mut info = CheckpointInfo::new(self.memory.layout().clone(), self.page_size);
         info.architecture = self.machine;
         let contents = Contents {
             info: &info,

@@ -1,7 +1,7 @@
 //! What a user should know of a snapshot and of what was done with it.
 
 use crate::text::ByteSize;
-use sonicshot::{Gpa, GpaRange};
+use sonicshot::{Architecture, Gpa, GpaRange};
 use sonicshot_dump::{DumpError, FilesNote, WritingProcess};
 use std::fmt;
 use std::path::PathBuf;
@@ -58,6 +58,12 @@ pub enum Note {
     WithoutP2m,
     /// What is written has the memory of a migration file, but not the devices' state.
     WithoutDeviceState,
+    /// Neither the file nor a kernel in it tells the guest's processor, and what is written has to
+    /// name one.
+    MachineAssumed {
+        /// The one that it names.
+        machine: Architecture,
+    },
 }
 
 impl fmt::Display for Note {
@@ -112,6 +118,11 @@ impl fmt::Display for Note {
             ),
             Self::WithoutDeviceState => f.write_str(
                 "the devices' state is not in the output: a guest cannot be restored from it",
+            ),
+            Self::MachineAssumed { machine } => write!(
+                f,
+                "neither the file nor a kernel in it tells the guest's processor: the output says \
+                 {machine}"
             ),
         }
     }

@@ -7,10 +7,9 @@ use crate::note::Note;
 use crate::plan::Plan;
 use crate::snapshot::Snapshot;
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, SaveOptions, SaveStats};
-use sonicshot::{
-    Architecture, Disposition, Fill, GuestMemory, PageMap, PageSize, Progress, PrunePlan,
-};
+use sonicshot::{Disposition, Fill, GuestMemory, PageMap, PageSize, Progress, PrunePlan};
 use sonicshot_dump::{Dump, NewFile, Overwrite};
+use sonicshot_vmi::Knowledge;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -93,7 +92,7 @@ impl Snapshot {
     pub fn keep_all(&self) -> Result<Whole, OfflineError> {
         let dump = self.dump(self.files().layout());
         let dump = dump.map_err(|error| self.blame(error.into()))?;
-        let (map, plan) = keep_everything(&dump);
+        let (map, plan) = keep_everything(&dump, UNTOLD_PAGE);
         Ok(Whole {
             dump,
             map,
@@ -133,7 +132,7 @@ impl Whole {
     }
 
     fn source(&self) -> Result<Source<'_>, OfflineError> {
-        let mut info = CheckpointInfo::new(self.dump.layout().clone(), PageSize::SIZE_4K);
+        let mut info = CheckpointInfo::new(self.dump.layout().clone(), UNTOLD_PAGE);
         info.architecture = self.dump.machine();
         Ok(Source {
             dump: &self.dump,
@@ -182,10 +181,11 @@ impl Plan<'_> {
         let dump = analyzed.dump();
         let mut info = CheckpointInfo::new(dump.layout().clone(), self.page_size());
         let facts = analyzed.facts();
-        info.kernel_release = Some(facts.release.clone());
+        if facts.knowledge != Knowledge::Nothing {
+            info.kernel_release = Some(facts.release.clone());
+        }
         info.build_id.clone_from(&facts.build_id);
-        // Only x86-64 kernels are found so far.
-        info.architecture = dump.machine().or(Some(Architecture::X86_64));
+        info.architecture = dump.machine().or(facts.architecture);
         Ok(Source {
             dump,
             info,
@@ -311,9 +311,16 @@ impl Contents<'_> {
     }
 }
 
+/// In which units memory is written of whose guest nothing is known: in the smallest pages, which
+/// every larger one is a whole number of.
+pub(crate) const UNTOLD_PAGE: PageSize = PageSize::SIZE_4K;
+
 /// A plan that drops nothing, and the map that it is of.
-pub(crate) fn keep_everything(memory: &dyn GuestMemory) -> (PageMap, PrunePlan) {
-    let map = PageMap::new(memory.layout(), PageSize::SIZE_4K);
+pub(crate) fn keep_everything(
+    memory: &dyn GuestMemory,
+    page_size: PageSize,
+) -> (PageMap, PrunePlan) {
+    let map = PageMap::new(memory.layout(), page_size);
     let plan = PrunePlan::new(&map, &|_| Disposition::Keep, Fill::Zero);
     (map, plan)
 }

@@ -71,7 +71,7 @@ impl AnalysisOptions {
 pub struct GuestFacts {
     /// The name of its operating system: `Linux`.
     pub os: &'static str,
-    /// The kernel's release, such as `6.1.0-37-cloud-amd64`.
+    /// The kernel's release, such as `6.1.0-37-cloud-amd64`; `unknown` where none was found.
     pub release: String,
     /// The kernel's banner (`Linux version …`), if it could be read.
     pub banner: Option<String>,
@@ -83,9 +83,9 @@ pub struct GuestFacts {
     pub symbol_sources: Vec<String>,
     /// What is known of the kernel.
     pub knowledge: Knowledge,
-    /// What its processors are.
-    pub architecture: Architecture,
-    /// The guest's page size.
+    /// What its processors are; `None` where no kernel was found, which alone tells.
+    pub architecture: Option<Architecture>,
+    /// The guest's page size; 4 KiB, the smallest there is, where no kernel was found.
     pub page_size: PageSize,
 }
 
@@ -142,6 +142,7 @@ impl Analysis {
     /// # Errors
     /// [`MemoryError`] if a page cannot be read.
     pub fn of_zero_pages(memory: &dyn GuestMemory) -> Result<Self, MemoryError> {
+        // What is zero in units of the smallest page is so in any.
         let page_size = PageSize::SIZE_4K;
         let mut pages = PageMap::new(memory.layout(), page_size);
         mark_zero_pages(memory, &mut pages)?;
@@ -154,7 +155,7 @@ impl Analysis {
                 build_id: None,
                 symbol_sources: Vec::new(),
                 knowledge: Knowledge::Nothing,
-                architecture: Architecture::X86_64,
+                architecture: None,
                 page_size,
             },
             pages,
@@ -295,7 +296,7 @@ mod tests {
                 build_id: None,
                 symbol_sources: Vec::new(),
                 knowledge: crate::Knowledge::Types,
-                architecture: Architecture::X86_64,
+                architecture: Some(Architecture::X86_64),
                 page_size: PageSize::SIZE_4K,
             },
             pages: Classification {

@@ -827,7 +827,7 @@ impl GuestOs for LinuxGuest<'_> {
             build_id: self.build_id().map(<[u8]>::to_vec),
             symbol_sources: self.symbol_sources(),
             knowledge: self.knowledge,
-            architecture: self.kernel.build.architecture,
+            architecture: Some(self.kernel.build.architecture),
             page_size: self.kernel.build.page_size,
         }
     }

@@ -292,8 +292,7 @@ pub(crate) fn element(
 pub(crate) mod testing {
     use super::{Build, Kernel};
     use crate::KernelVa;
-    use crate::arch::x86_64::Walk;
-    use crate::paging::AddressSpace;
+    use crate::arch::Tables;
     use crate::symbols::{Member, SymbolBase, SymbolError, SymbolSource};
     use sonicshot::{Architecture, Gpa, GuestBytes, MappedRegions, PageSize};
     use std::collections::HashMap;
@@ -417,7 +416,13 @@ pub(crate) mod testing {
     pub(crate) fn kernel<'m>(memory: &'m MappedRegions<'_>, facts: Facts) -> Kernel<'m> {
         use sonicshot::GuestMemory;
         let root = Gpa::new(memory.layout().bytes() - 0x3000);
-        let space = AddressSpace::new(memory, Box::new(Walk::new(root, 4)));
+        let tables = Tables {
+            architecture: Architecture::X86_64,
+            page_table: KernelVa::new(0),
+            root,
+            levels: 4,
+        };
+        let space = tables.space(memory).unwrap();
         let build = Build {
             architecture: Architecture::X86_64,
             page_size: PageSize::SIZE_4K,

@@ -1,13 +1,18 @@
 //! A snapshot saved, and made a dump again.
 
 use crate::common::{open, quiet, ram, raw};
-use sonicshot::ClassSet;
-use sonicshot::checkpoint::{Compression, SaveOptions};
-use sonicshot_offline::{
-    AnalyzeOptions, CheckpointFile, CheckpointOptions, OfflineError, Overwrite, RestoreOptions,
-    RestoreTo, Target,
+use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, Compression, SaveOptions};
+use sonicshot::{
+    Architecture, ClassSet, Disposition, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions,
+    PageMap, PageSize, PrunePlan,
 };
-use std::fs;
+use sonicshot_dump::{DumpError, KdumpWriteError};
+use sonicshot_offline::{
+    AnalyzeOptions, CheckpointFile, CheckpointOptions, Note, OfflineError, Overwrite,
+    RestoreOptions, RestoreTo, Target,
+};
+use std::fs::{self, File};
+use std::path::Path;
 use tempfile::TempDir;
 
 fn options() -> CheckpointOptions {
@@ -104,5 +109,71 @@ fn all_of_it_comes_back_whatever_it_was_in_between() {
                 .unwrap();
         }
         assert!(fs::read(&back).unwrap() == ram(), "{target:?}");
+    }
+}
+
+/// A checkpoint of four pages whose guest has such a processor.
+fn checkpoint_of(path: &Path, machine: Option<Architecture>) -> CheckpointFile {
+    let bytes = vec![7; 4 << 12];
+    let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&bytes))]).unwrap();
+    let mut info = CheckpointInfo::new(memory.layout().clone(), PageSize::SIZE_4K);
+    info.architecture = machine;
+    let map = PageMap::new(memory.layout(), PageSize::SIZE_4K);
+    let plan = PrunePlan::new(&map, &|_| Disposition::Keep, Fill::Zero);
+    let writing = SaveOptions::new(Compression::Lz4);
+    let mut writer = CheckpointWriter::new(File::create(path).unwrap(), info, writing).unwrap();
+    writer.memory(&memory, &map, &plan, &mut quiet).unwrap();
+    writer.finish().unwrap();
+    CheckpointFile::open(path).unwrap()
+}
+
+#[test]
+fn an_output_names_the_processor_that_the_guest_has() {
+    const RISCV: Architecture = Architecture::Other(243);
+    let folder = TempDir::new().unwrap();
+    let (sonic, out) = (folder.path().join("x.sonic"), folder.path().join("out"));
+    let replace = Overwrite::Replace;
+    for (machine, number) in [
+        (Some(RISCV), 243),
+        (Some(Architecture::Aarch64), 183),
+        (Some(Architecture::X86_64), 62),
+        // Nobody tells: that is said.
+        (None, 62),
+    ] {
+        let checkpoint = checkpoint_of(&sonic, machine);
+        let of_core = || {
+            let core = fs::read(&out).unwrap();
+            u16::from_le_bytes([core[18], core[19]])
+        };
+        let elf = checkpoint.convert(&Target::Elf, &out, replace, &mut quiet);
+        let assumed = Note::MachineAssumed {
+            machine: Architecture::X86_64,
+        };
+        let notes = elf.unwrap().notes;
+        assert_eq!(notes.contains(&assumed), machine.is_none(), "{machine:?}");
+        assert_eq!(of_core(), number);
+        let mut options = RestoreOptions::new(RestoreTo::Elf);
+        options.overwrite = replace;
+        checkpoint.restore(&out, &options, &mut quiet).unwrap();
+        assert_eq!(of_core(), number);
+
+        let again = checkpoint.convert(&Target::Checkpoint, &out, replace, &mut quiet);
+        again.unwrap();
+        let again = CheckpointFile::open(&out).unwrap();
+        assert_eq!(again.reader().info().architecture, machine);
+
+        let kdump = checkpoint.convert(&Target::Kdump, &out, replace, &mut quiet);
+        if machine == Some(RISCV) {
+            let refused = matches!(
+                kdump,
+                Err(OfflineError::Dump(DumpError::Kdump {
+                    source: KdumpWriteError::Machine { machine: RISCV },
+                    ..
+                }))
+            );
+            assert!(refused, "{kdump:?}");
+        } else {
+            kdump.unwrap();
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! Memory in which no kernel is found: only pages of zeroes can go.
 
+use sonicshot::checkpoint::{Compression, SaveOptions};
 use sonicshot::{ClassSet, PageClass};
-use sonicshot_offline::{AnalyzeOptions, OpenOptions, Overwrite, Snapshot};
+use sonicshot_offline::{AnalyzeOptions, CheckpointOptions, OpenOptions, Overwrite, Snapshot};
 use std::fs;
 use std::path::PathBuf;
 use tempfile::TempDir;
@@ -41,6 +42,14 @@ fn pages_of_zeroes_need_no_kernel() {
     let stats = plan.prune_to(&out, Overwrite::Refuse, progress).unwrap();
     assert_eq!(stats.dropped_bytes, 21 * PAGE as u64);
     assert!(fs::read(&out).unwrap() == fs::read(&path).unwrap());
+    // What nobody told is not made up.
+    let writing = CheckpointOptions::new(SaveOptions::new(Compression::Lz4));
+    let mut sonic = Vec::new();
+    let saved = plan.save_to_writer(&mut sonic, &writing, progress).unwrap();
+    assert_eq!(
+        (saved.info.architecture, saved.info.kernel_release),
+        (None, None)
+    );
 }
 
 #[test]

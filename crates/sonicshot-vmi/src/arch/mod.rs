@@ -103,6 +103,10 @@ pub(crate) trait Arch: Sync + fmt::Debug {
     /// is of memory.
     fn fixed_direct_map(&self, kernel: &Kernel<'_>, ranges: &[GpaRange]) -> Option<KernelVa>;
 
+    /// The top-level tables that a processor may have the kernel's from, likeliest first, and how
+    /// many levels each may have; none if its registers are another architecture's.
+    fn roots(&self, memory: &dyn GuestMemory, told: &Told) -> Vec<(Gpa, u32)>;
+
     /// Whether a processor's page tables have `tables` at their place: reason enough to try this
     /// kernel first.
     fn may_run_on(&self, memory: &dyn GuestMemory, told: &Told, tables: &Tables) -> bool;
@@ -125,6 +129,15 @@ pub(crate) trait Arch: Sync + fmt::Debug {
     /// Whether no other kernel need be looked for: there is no trace, and of a reset one of the
     /// tests that were made would tell.
     fn is_settled(&self, owner: &Owner) -> bool;
+}
+
+/// Every architecture of which kernels are read.
+const ALL: [&dyn Arch; 1] = [&x86_64::X86_64];
+
+/// As [`Arch::roots`], by whichever architecture has such registers.
+pub(crate) fn roots(memory: &dyn GuestMemory, told: &Told) -> Vec<(Gpa, u32)> {
+    let each = ALL.iter().map(|arch| arch.roots(memory, told));
+    each.flatten().collect()
 }
 
 /// The one by which a kernel of `architecture` is read.

@@ -82,7 +82,7 @@ impl Owners {
         };
         let mut found = Vec::new();
         for (_, told) in counted {
-            for root in arch::x86_64::roots(memory, told) {
+            for root in arch::roots(memory, told) {
                 if !found.contains(&root) {
                     found.push(root);
                 }

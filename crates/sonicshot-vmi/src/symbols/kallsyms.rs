@@ -6,6 +6,7 @@
 use super::bytes::Bytes;
 use super::vmcoreinfo::Vmcoreinfo;
 use super::{SymbolBase, SymbolError, SymbolSource};
+use crate::arch::MIN_PAGE;
 use crate::{KernelVa, VirtualMemory, needs};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -267,8 +268,7 @@ fn is_kernel_half(word: u64) -> bool {
 
 /// Fills `buf` step by step as far as it is mapped; the rest stays zero. Returns how far.
 fn read_what_is_mapped(memory: &dyn VirtualMemory, at: KernelVa, buf: &mut [u8]) -> usize {
-    /// No architecture has smaller pages.
-    const STEP: u64 = 4096;
+    const STEP: u64 = MIN_PAGE as u64;
     let mut done = 0_usize;
     while done < buf.len() {
         let Some(here) = at.checked_add(done as u64) else {

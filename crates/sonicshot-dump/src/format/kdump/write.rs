@@ -100,6 +100,7 @@ pub fn write_kdump_without(
     options: &KdumpOptions<'_>,
     progress: Progress<'_>,
 ) -> Result<KdumpWriteStats, KdumpWriteError> {
+    let machine = machine_name(options.machine)?;
     let sizes = Sizes::new(memory, plan.page_size(), options)?;
     let regions = memory.layout().frames(plan.page_size());
     let regions = regions.filter_map(|frames| frames.gpa_range(plan.page_size()));
@@ -136,7 +137,7 @@ pub fn write_kdump_without(
     let sub = sub_header(&sizes, level, options)?;
     file.write_all_at(&sub, sizes.block.into())?;
     // Last, so that a file that is not complete is not taken for one.
-    file.write_all_at(&header(&sizes, options)?, 0)?;
+    file.write_all_at(&header(&sizes, machine, options)?, 0)?;
     Ok(stats)
 }
 
@@ -342,19 +343,28 @@ impl Sizes {
     }
 }
 
+/// What Linux calls the guest's processor.
+fn machine_name(machine: Option<Architecture>) -> Result<&'static [u8], KdumpWriteError> {
+    match machine {
+        Some(Architecture::X86_64) => Ok(b"x86_64"),
+        Some(Architecture::Aarch64) => Ok(b"aarch64"),
+        Some(machine) => Err(KdumpWriteError::Machine { machine }),
+        None => Ok(UNKNOWN),
+    }
+}
+
 /// `struct disk_dump_header` of version 6.
-fn header(sizes: &Sizes, options: &KdumpOptions<'_>) -> Result<Vec<u8>, KdumpWriteError> {
+fn header(
+    sizes: &Sizes,
+    machine: &[u8],
+    options: &KdumpOptions<'_>,
+) -> Result<Vec<u8>, KdumpWriteError> {
     let info = options.vmcoreinfo.unwrap_or_default();
     let release = info
         .split(|byte| *byte == b'\n')
         .find_map(|line| line.strip_prefix(b"OSRELEASE="))
         .filter(|release| !release.is_empty())
         .unwrap_or(UNKNOWN);
-    let machine: &[u8] = match options.machine {
-        Some(Architecture::X86_64) => b"x86_64",
-        Some(Architecture::Aarch64) => b"aarch64",
-        _ => UNKNOWN,
-    };
     let status = match options.compression {
         KdumpCompression::None => 0,
         KdumpCompression::Zlib => ZLIB,

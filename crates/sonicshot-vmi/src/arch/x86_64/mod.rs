@@ -14,7 +14,6 @@ use crate::kernel::Kernel;
 use crate::paging::Paging;
 use crate::symbols::VmcoreinfoLines;
 pub(crate) use paging::Walk;
-pub(crate) use registers::roots;
 use sonicshot::{Gpa, GpaRange, GuestMemory, PageSize, PfnRange};
 
 /// `__START_KERNEL_map` (`arch/x86/include/asm/page_64_types.h`): an ABI of the kernel's own
@@ -124,6 +123,10 @@ impl Arch for X86_64 {
             matches!(there, Some(Ok(there)) if there.at == probe)
         };
         BASES.map(KernelVa::new).into_iter().find(maps)
+    }
+
+    fn roots(&self, memory: &dyn GuestMemory, told: &Told) -> Vec<(Gpa, u32)> {
+        registers::roots(memory, told)
     }
 
     fn may_run_on(&self, memory: &dyn GuestMemory, told: &Told, tables: &Tables) -> bool {

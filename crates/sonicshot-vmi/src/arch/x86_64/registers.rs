@@ -76,7 +76,7 @@ fn place(walk: &Walk, memory: &dyn GuestMemory, at: KernelVa) -> Option<Gpa> {
 
 /// The top-level tables that a processor runs on, of user space the kernel's twin first; and how
 /// many levels each may have.
-pub(crate) fn roots(memory: &dyn GuestMemory, told: &Told) -> Vec<(Gpa, u32)> {
+pub(super) fn roots(memory: &dyn GuestMemory, told: &Told) -> Vec<(Gpa, u32)> {
     let State::Tables { cr3, levels } = State::of(memory, told) else {
         return Vec::new();
     };

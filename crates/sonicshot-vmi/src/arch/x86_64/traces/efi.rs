@@ -323,9 +323,8 @@ pub(super) fn efi_tables(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
 #[cfg(test)]
 mod tests {
     use super::crc32;
-    use crate::owner::traces::tests::{
-        Patch, forged, of_a_bios, owner, param, ram, there, variable, with,
-    };
+    use crate::arch::x86_64::traces::tests::{of_a_bios, param};
+    use crate::owner::traces::tests::{Patch, forged, owner, ram, there, variable, with};
     use crate::{Cr3, GuestOptions, LinuxGuest, OnInconsistency, Trace, VmiError};
     use sonicshot::{Gpa, GpaRange, GuestBytes, MappedRegions, PageClass, PageSize, Pfn};
 

@@ -1,8 +1,17 @@
 //! Traces that a later owner leaves on a PC: its firmware's, its kernel's start.
+//!
+//! | test | trace | why it is one |
+//! |---|---|---|
+//! | the BIOS's clock | the ticks at 0x46c are of another time of day than when the kernel booted | `clock.rs` |
+//! | EFI tables | the system table or the runtime services table of an EFI firmware do not have the kernel's addresses | `efi.rs` |
+//! | firmware tables | the ACPI root pointer, the root table, or a table in it are not where and what the kernel found | ACPI memory is reserved and the tables' names and lengths never change; a BIOS that starts again writes its ROM over the segment that holds the pointer, and builds the tables again later |
+//! | trampoline | the header or the page table of the real-mode trampoline are not as the kernel left them | the kernel writes it once, at boot, into memory below 1 MiB that it reserves (`arch/x86/realmode/init.c`) |
 
 mod acpi;
 pub(crate) mod clock;
 pub(crate) mod efi;
+#[cfg(test)]
+mod tests;
 mod trampoline;
 
 use crate::arch::{Owner, Test};

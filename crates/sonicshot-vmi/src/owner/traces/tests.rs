@@ -1,0 +1,198 @@
+//! Each trace forged in the memory of a real guest that bears none.
+
+use super::{all_tests, look};
+use crate::arch::{Owner, Trace};
+use crate::kernel::Kernel;
+use crate::{GuestOptions, KernelVa, LinuxGuest, OnInconsistency, VmiError};
+use sonicshot::{Gpa, GuestBytes, MappedRegions};
+use std::io::Read;
+use std::path::Path;
+use std::sync::OnceLock;
+
+pub(crate) fn ram() -> &'static [u8] {
+    static RAM: OnceLock<Vec<u8>> = OnceLock::new();
+    RAM.get_or_init(|| {
+        let path =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/guest-6.1-128m/ram.raw.zst");
+        let file = std::fs::File::open(path).unwrap();
+        let mut reader = zstd::stream::read::Decoder::new(file).unwrap();
+        reader.window_log_max(31).unwrap();
+        let mut bytes = Vec::new();
+        reader.read_to_end(&mut bytes).unwrap();
+        bytes
+    })
+}
+
+pub(crate) fn with<T>(ram: &[u8], visit: impl FnOnce(&Kernel<'_>) -> T) -> T {
+    let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+    visit(
+        &LinuxGuest::open(&memory, &GuestOptions::new())
+            .unwrap()
+            .kernel,
+    )
+}
+
+pub(crate) type Patch = (u64, Vec<u8>);
+
+pub(crate) fn forged(patches: &[Patch]) -> Vec<u8> {
+    let mut forged = ram().to_vec();
+    for (at, bytes) in patches {
+        let at = usize::try_from(*at).unwrap();
+        assert_ne!(&forged[at..at + bytes.len()], bytes, "nothing is forged");
+        forged[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    forged
+}
+
+pub(crate) fn owner(patches: &[Patch]) -> Owner {
+    with(&forged(patches), |kernel| look(kernel).unwrap())
+}
+
+pub(crate) fn there(kernel: &Kernel<'_>, at: KernelVa) -> u64 {
+    kernel.space.translate(at).unwrap().at.raw()
+}
+
+pub(crate) fn variable(name: &'static str) -> u64 {
+    with(ram(), |kernel| {
+        there(kernel, kernel.need_symbol(name).unwrap())
+    })
+}
+
+/// Where `member` of the object is that `pointer` points to.
+pub(crate) fn behind(pointer: &'static str, ty: &str, member: &str) -> u64 {
+    with(ram(), |kernel| {
+        let variable = kernel.need_symbol(pointer).unwrap();
+        let object = kernel.read_ptr(pointer, variable).unwrap();
+        let offset = kernel.need_member(ty, member).unwrap().offset;
+        there(kernel, object.checked_add(offset).unwrap())
+    })
+}
+
+pub(crate) fn long(value: u64) -> Vec<u8> {
+    value.to_le_bytes().to_vec()
+}
+
+pub(crate) fn word(value: u32) -> Vec<u8> {
+    value.to_le_bytes().to_vec()
+}
+
+#[test]
+fn a_guest_that_runs_bears_no_trace_by_any_test() {
+    let owner = owner(&[]);
+    assert_eq!(owner.traces, []);
+    assert_eq!(owner.not_made, []);
+    assert_eq!((owner.in_question, owner.untold), (vec![], None));
+}
+
+/// The names of all tests that are made of the guest.
+pub(crate) fn names() -> Vec<&'static str> {
+    let tests = with(ram(), |kernel| all_tests(kernel).unwrap());
+    tests.into_iter().map(|(name, _)| name).collect()
+}
+
+/// A trace of a kind.
+pub(crate) type Is = fn(&Trace) -> bool;
+
+/// Forges what each case says, and looks for one trace of its kind, which no other test sees.
+pub(crate) fn each_is_the_only_one(cases: Vec<(&str, Vec<Patch>, Is)>) {
+    let tests = owner(&[]).clean.len();
+    for (name, patches, is) in cases {
+        let owner = owner(&patches);
+        assert_eq!(owner.traces.len(), 1, "{name}: {owner:?}");
+        assert!(is(&owner.traces[0]), "{name}: {owner:?}");
+        assert_eq!(owner.clean.len(), tests - 1, "{name}: {owner:?}");
+    }
+}
+
+#[test]
+fn each_trace_is_seen_and_is_the_only_one() {
+    let state: Is = |trace| matches!(trace, Trace::State { .. });
+    let died: Is = |trace| matches!(trace, Trace::Panic { .. });
+    each_is_the_only_one(vec![
+        ("booting", vec![(variable("system_state"), word(0))], state),
+        (
+            "scheduling",
+            vec![(variable("system_state"), word(1))],
+            state,
+        ),
+        ("restart", vec![(variable("system_state"), word(5))], state),
+        (
+            "no state",
+            vec![(variable("system_state"), word(0x9090))],
+            state,
+        ),
+        (
+            "kexec",
+            vec![(variable("kexec_in_progress"), vec![1])],
+            |trace| matches!(trace, Trace::Kexec { .. }),
+        ),
+        ("panic", vec![(variable("panic_cpu"), word(0))], died),
+        ("crash", vec![(variable("crashing_cpu"), word(3))], died),
+    ]);
+}
+
+/// A processor that is online is looked at before anything else is believed; the test here is
+/// left with those that are not.
+#[test]
+fn a_per_cpu_area_written_over_refuses_the_kernel() {
+    let this_cpu_off = with(ram(), |kernel| {
+        let (_, offset) = crate::mm::zone::possible_cpus(kernel).unwrap()[0];
+        let symbol = kernel.need_symbol("this_cpu_off").unwrap();
+        there(kernel, symbol.wrapping_add(offset))
+    });
+    let ram = forged(&[(this_cpu_off, long(7))]);
+    let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+    let error = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap_err();
+    assert!(error.to_string().contains("this_cpu_off"), "{error}");
+}
+
+#[test]
+fn one_torn_stack_is_explained_and_two_are_not() {
+    let stacks = with(ram(), |kernel| {
+        let links = kernel.need_member("task_struct", "tasks").unwrap().offset;
+        let stack = kernel.need_member("task_struct", "stack").unwrap().offset;
+        let mut at = kernel.need_symbol("init_task").unwrap();
+        let mut found = Vec::new();
+        for _ in 0..6 {
+            let next = at.checked_add(links).unwrap();
+            let next = kernel.read_ptr("tasks", next).unwrap().raw() - links;
+            at = KernelVa::new(next);
+            let end = kernel
+                .read_ptr("stack", at.checked_add(stack).unwrap())
+                .unwrap();
+            found.push((there(kernel, end), word(0xdead)));
+        }
+        found
+    });
+    assert_eq!(owner(&stacks[..1]).traces, []);
+    assert_eq!(owner(&stacks[..2]).traces.len(), 2);
+    // Cut short, and a circle that never comes back.
+    let next = with(ram(), |kernel| {
+        let links = kernel.need_member("task_struct", "tasks").unwrap().offset;
+        let head = kernel
+            .need_symbol("init_task")
+            .unwrap()
+            .checked_add(links)
+            .unwrap();
+        let first = kernel.read_ptr("tasks", head).unwrap();
+        (there(kernel, first), long(first.raw()))
+    });
+    let owner = owner(&[next]);
+    assert!(
+        matches!(owner.traces[..], [Trace::Broken { .. }]),
+        "{owner:?}"
+    );
+}
+
+#[test]
+fn a_trace_refuses_the_guest_and_is_named() {
+    let ram = forged(&[(variable("kexec_in_progress"), vec![1])]);
+    let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+    let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+    let error = guest.classify(OnInconsistency::Refuse).unwrap_err();
+    assert!(matches!(error, VmiError::LaterOwner(_)), "{error}");
+    let named = |text: String| text.contains("kexec_in_progress");
+    assert!(named(error.to_string()), "{error}");
+    let kept = guest.classify(OnInconsistency::KeepInQuestion).unwrap();
+    assert!(kept.notes.iter().any(|note| named(note.to_string())));
+}
