@@ -85,7 +85,7 @@ pub use guard::{CheckedPlan, Doubts, check_whole, keep_in_doubt};
 pub use in_use::check_not_in_use;
 pub use layout::{BlockPlace, LayoutSpec, LayoutSpecError, is_boot_ram};
 pub use output::Overwrite;
-pub use output::dump_file::{CoreNotes, DumpFile, NewFile};
+pub use output::dump_file::{CoreNotes, DumpFile, NewFile, ReadyFile};
 pub use output::folder::NewFolder;
 pub use prune::holes::PruneOptions;
 pub use prune::stats::PruneStats;

@@ -140,11 +140,13 @@ impl CheckpointFile {
         let restore = |progress| {
             let mut files = Vec::new();
             for (name, path) in &options.blobs {
-                files.push(self.blob_to(name, path, options.overwrite)?);
+                let file = self.blob_to(name, path, options.overwrite)?;
+                files.push(file.ready()?);
             }
+            // What is wrong with the checkpoint shows before the first file has its name.
             let on_disk = self.memory_to(out.as_ref(), options, progress)?;
             for file in files {
-                file.finish()?;
+                file.place()?;
             }
             Ok(on_disk)
         };

@@ -2,7 +2,7 @@
 
 use crate::DumpError;
 use crate::format::elf_core::wire::{self, PT_LOAD, PT_NOTE, Segment};
-use crate::output::{Output, Overwrite, Target};
+use crate::output::{Output, Overwrite, Ready, Target};
 use sonicshot::checkpoint::{CheckpointError, FillWith, RestoreTarget};
 use sonicshot::file::write_sparse_at;
 use sonicshot::{
@@ -326,6 +326,29 @@ impl NewFile {
     /// [`DumpError`] if that fails; then there is no such file.
     pub fn finish(self) -> Result<u64, DumpError> {
         self.0.finish()
+    }
+
+    /// Makes the file durable and checks the inputs, so that nothing but its name is left to be
+    /// done: for files that are to appear together with another one.
+    ///
+    /// # Errors
+    /// [`DumpError`] if that fails; then there is no such file.
+    pub fn ready(self) -> Result<ReadyFile, DumpError> {
+        self.0.ready().map(ReadyFile)
+    }
+}
+
+/// A [`NewFile`] that is whole and on disk, but for its name.
+#[derive(Debug)]
+pub struct ReadyFile(Ready);
+
+impl ReadyFile {
+    /// Gives the file its name. Returns what it takes on disk, in bytes.
+    ///
+    /// # Errors
+    /// [`DumpError`] if that fails; then there is no such file.
+    pub fn place(self) -> Result<u64, DumpError> {
+        self.0.place()
     }
 }
 

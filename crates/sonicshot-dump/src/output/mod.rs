@@ -225,41 +225,71 @@ impl Output {
     /// Gives the file its owner and its mode, makes it durable, and gives it its name. Returns
     /// what it takes on disk, in bytes.
     pub(crate) fn finish(self) -> Result<u64, DumpError> {
+        self.ready()?.place()
+    }
+
+    /// All that may fail for what went into it: the file lacks its name alone.
+    pub(crate) fn ready(self) -> Result<Ready, DumpError> {
         let path = self.path.as_path();
         let file = self.file();
         let replaced = match self.overwrite {
             Overwrite::Refuse => None,
             Overwrite::Replace => Replaced::find(&self.folder, &self.name),
         };
-        let failed = |action| {
-            move |source| DumpError::NotFinished {
-                action,
-                path: path.into(),
-                source,
-            }
-        };
+        let failed = |action| not_finished(action, path);
         for source in &self.sources {
             source.check()?;
         }
         settle(file, &self.inputs, replaced).map_err(failed("setting the permissions of"))?;
         file.sync_all().map_err(failed("writing"))?;
         let metadata = file.metadata().map_err(failed("reading"))?;
-        let (folder, name) = (&self.folder, self.name.as_os_str());
-        let named = match (self.file, self.overwrite) {
-            (Unfinished::Nameless(file), Overwrite::Refuse) => link(&file, folder, name),
+        let disk_bytes = metadata.blocks().saturating_mul(512);
+        let output = self;
+        Ok(Ready { output, disk_bytes })
+    }
+}
+
+fn not_finished(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DumpError {
+    move |source| DumpError::NotFinished {
+        action,
+        path: path.into(),
+        source,
+    }
+}
+
+/// A file that is whole and on disk, without its name.
+#[derive(Debug)]
+pub(crate) struct Ready {
+    output: Output,
+    disk_bytes: u64,
+}
+
+impl Ready {
+    /// Gives the file its name. Returns what it takes on disk, in bytes.
+    pub(crate) fn place(self) -> Result<u64, DumpError> {
+        let Output {
+            file,
+            folder,
+            name,
+            path,
+            overwrite,
+            ..
+        } = self.output;
+        let named = match (file, overwrite) {
+            (Unfinished::Nameless(file), Overwrite::Refuse) => link(&file, &folder, &name),
             (Unfinished::Nameless(file), Overwrite::Replace) => {
-                replace(&file, folder, folder_of(path), name)
+                replace(&file, &folder, folder_of(&path), &name)
             }
-            (Unfinished::Named(file), Overwrite::Refuse) => persist_new(file, folder, name),
-            (Unfinished::Named(file), Overwrite::Replace) => persist(file, folder, name),
+            (Unfinished::Named(file), Overwrite::Refuse) => persist_new(file, &folder, &name),
+            (Unfinished::Named(file), Overwrite::Replace) => persist(file, &folder, &name),
         };
         named.map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => DumpError::Exists { path: path.into() },
-            _ => failed("giving its name to")(error),
+            io::ErrorKind::AlreadyExists => DumpError::Exists { path: path.clone() },
+            _ => not_finished("giving its name to", &path)(error),
         })?;
         // The name itself is durable once the folder is.
-        sync_folder(folder, path)?;
-        Ok(metadata.blocks().saturating_mul(512))
+        sync_folder(&folder, &path)?;
+        Ok(self.disk_bytes)
     }
 }
 
