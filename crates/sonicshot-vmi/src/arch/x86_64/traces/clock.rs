@@ -13,8 +13,11 @@
 //! was touched since. A kernel that has slept may have been woken up by a BIOS that set its ticks
 //! (what hibernation brings back is older than the BIOS's last start): they may be of its last
 //! sleep, too, which began when `timekeeping_suspend_time` says and lasted no longer than all
-//! sleeps together (`timekeeper.offs_boot`). The ticks say no date: a reset so many whole days after the boot, less up to
-//! two minutes, is not seen, nor one in the first three seconds.
+//! sleeps together (`timekeeper.offs_boot`). The ticks say no date: a reset so many whole days
+//! after the boot, less up to two minutes, is not seen, nor one in the first three seconds.
+//!
+//! `SeaBIOS` computes the ticks in 32 bits that do not hold a day (`ticks_from_ms`): from 21:50:35
+//! on they are those of the first hours of a day, and each of those counts as both times.
 
 use super::NO_BIOS;
 use super::efi::{self, boot_params};
@@ -160,8 +163,6 @@ pub(super) fn bios_clock(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     /// In the BIOS's data area: base memory in KiB, ticks since midnight.
     const BASE_MEMORY: Gpa = Gpa::new(0x413);
     const TICKS: Gpa = Gpa::new(0x46c);
-    /// A day of 65536 periods of the 1.193182 MHz timer each.
-    const TICKS_PER_DAY: u32 = 0x0018_00b0;
     /// Boot loaders, `0x0d << 4` and up (`Documentation/arch/x86/boot.rst`).
     const KEXEC: u8 = 0x0d;
     /// The clock chip tells whole seconds, to the BIOS and to the kernel; the host's clock, from
@@ -189,10 +190,9 @@ pub(super) fn bios_clock(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         return not_made(NO_BIOS);
     }
     let ticks = u32::from_le_bytes(physical(kernel, TICKS)?);
-    if ticks >= TICKS_PER_DAY {
+    let Some(bios) = seconds_of(ticks) else {
         return not_made("no BIOS clock");
-    }
-    let bios = u64::from(ticks) * 65536 / 1_193_182;
+    };
     let Some(clock) = clock else {
         return not_made("the kernel has its clock from neither the clock chip nor KVM");
     };
@@ -201,11 +201,13 @@ pub(super) fn bios_clock(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         Err(verdict) => return Ok(verdict),
     };
     let kernel_second = second % SECONDS_PER_DAY;
-    // How far the BIOS's clock is behind the kernel's boot.
-    let behind = i128::from(kernel_second).wrapping_sub(i128::from(bios));
     let fits = |day: u64, most: u64| {
-        let behind = behind.rem_euclid(i128::from(day));
-        behind <= i128::from(most) || behind >= i128::from(day.abs_diff(AHEAD))
+        bios.iter().any(|bios| {
+            // How far the BIOS's clock is behind the kernel's boot.
+            let behind = i128::from(kernel_second).wrapping_sub(i128::from(*bios));
+            let behind = behind.rem_euclid(i128::from(day));
+            behind <= i128::from(most) || behind >= i128::from(day.abs_diff(AHEAD))
+        })
     };
     if fits(SECONDS_PER_DAY, BEHIND) {
         return Ok(Verdict::Clean);
@@ -218,14 +220,33 @@ pub(super) fn bios_clock(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
             Clock::Chip => SECONDS_PER_DAY,
             Clock::Kvm => ZONE,
         };
-        if asleep(kernel, bios, slept, day, AHEAD)?.unwrap_or(true) {
-            return not_made("the kernel has slept, and a BIOS may have woken it up");
+        for bios in bios {
+            if asleep(kernel, bios, slept, day, AHEAD)?.unwrap_or(true) {
+                return not_made("the kernel has slept, and a BIOS may have woken it up");
+            }
         }
     }
+    let [bios, _] = bios;
     Ok(Verdict::Traces(vec![Trace::BiosClock {
         bios,
         kernel: kernel_second,
     }]))
+}
+
+/// The seconds since midnight at which a BIOS may have set its clock to `ticks`: as they are, and
+/// as `SeaBIOS` computes them late in the day. `None` if no clock has such ticks.
+fn seconds_of(ticks: u32) -> Option<[u64; 2]> {
+    /// A day of 65536 periods of the timer each.
+    const TICKS_PER_DAY: u32 = 0x0018_00b0;
+    /// What `SeaBIOS` counts in 32 bits before it makes ticks of it: so many to a tick.
+    const PARTS: u64 = 3000;
+    /// The timer's frequency in Hz, in those.
+    const FREQUENCY: u64 = 1_193_182 * PARTS;
+    let ticks = u64::from(ticks).checked_mul(PARTS);
+    let whole = ticks.filter(|parts| *parts < u64::from(TICKS_PER_DAY) * PARTS)?;
+    let cut = whole.checked_add(1 << 32)?;
+    let seconds = |parts: u64| parts.checked_mul(65536)?.checked_div(FREQUENCY);
+    Some([seconds(whole)?, seconds(cut)?])
 }
 
 /// What a kernel reads its first time from.
@@ -256,4 +277,25 @@ fn boot_params_clock(kernel: &Kernel<'_>) -> Result<Option<Clock>, VmiError> {
         }
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::seconds_of;
+
+    #[test]
+    fn ticks_are_the_seconds_that_a_bios_made_them_of() {
+        for second in 0_u32..86400 {
+            let parts = u64::from(second) * 1000 * 3_579_545;
+            let parts = parts.div_ceil(65536);
+            let whole = u32::try_from(parts.div_ceil(3000)).unwrap();
+            let cut = u32::try_from(parts % (1 << 32)).unwrap().div_ceil(3000);
+            assert!(seconds_of(whole).unwrap()[0].abs_diff(second.into()) <= 1);
+            assert_eq!(whole == cut, second < 78_635, "{second}");
+            let seconds = seconds_of(cut)
+                .unwrap()
+                .map(|told| told.abs_diff(second.into()));
+            assert!(seconds.into_iter().any(|off| off <= 1), "{second}: {cut}");
+        }
+    }
 }
