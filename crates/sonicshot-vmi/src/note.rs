@@ -30,8 +30,10 @@ pub enum Note {
     OfflinePagesKept {
         /// How many.
         pages: u64,
-        /// Why the first of them is not believed.
-        why: String,
+        /// Why they are not believed, of the first rings that they are in.
+        reasons: Vec<String>,
+        /// Of how many more rings that would have to be told.
+        more: u64,
     },
     /// Blocks that say they are free and are on no list of any zone.
     UnlistedKept {
@@ -131,11 +133,22 @@ impl fmt::Display for Note {
                  they are offline memory ({}): persistent and device memory is there, too",
                 reasons.join("; ")
             ),
-            Self::OfflinePagesKept { pages, why } => write!(
-                f,
-                "{pages} pages that are marked as offline are kept unless they are zero, for no \
-                 driver is known to have them (the first: {why})"
-            ),
+            Self::OfflinePagesKept {
+                pages,
+                reasons,
+                more,
+            } => {
+                write!(
+                    f,
+                    "{pages} pages that are marked as offline are kept unless they are zero, for no \
+                     driver is known to have them ({}",
+                    reasons.join("; ")
+                )?;
+                if *more > 0 {
+                    write!(f, "; and {more} more")?;
+                }
+                f.write_str(")")
+            }
             Self::UnlistedKept { blocks } => write!(
                 f,
                 "{blocks} blocks say that they are free and are on no list of any zone: they are \
@@ -204,7 +217,7 @@ mod tests {
         let by_traces = "no file tells the processors' registers: that the kernel found still owns \
                          the memory is judged by its traces alone (none of a later owner; tested: \
                          kexec, panic; not tested: tasks, no source knows init_task)";
-        let table: [(Note, &str); 12] = [
+        let table: [(Note, &str); 13] = [
             (
                 Note::PerCpuListsKept { why: "w".into() },
                 "pages on per-CPU free lists are kept: w",
@@ -224,10 +237,20 @@ mod tests {
             (
                 Note::OfflinePagesKept {
                     pages: 4,
-                    why: "w".into(),
+                    reasons: vec!["a".into(), "b".into()],
+                    more: 0,
                 },
                 "4 pages that are marked as offline are kept unless they are zero, for no driver is \
-                 known to have them (the first: w)",
+                 known to have them (a; b)",
+            ),
+            (
+                Note::OfflinePagesKept {
+                    pages: 9,
+                    reasons: vec!["a".into()],
+                    more: 8,
+                },
+                "9 pages that are marked as offline are kept unless they are zero, for no driver is \
+                 known to have them (a; and 8 more)",
             ),
             (Note::NoTraceOfLaterOwner(sought()), by_traces),
             (

@@ -186,6 +186,28 @@ mod tests {
         }
     }
 
+    #[test]
+    fn of_several_rings_in_doubt_each_is_told_of() {
+        let mut ram = balloon(&PAGES);
+        let alone = [300, 301, 302, 303, 304];
+        for pfn in alone {
+            ram.put(struct_page(pfn) + 48, OFFLINE | 1 << 32);
+        }
+        let told = |count: usize| {
+            let mut pages = [&alone[..count], &PAGES[..]].concat();
+            pages.sort_unstable();
+            let (offline, notes) = settled(&ram, &pages);
+            assert_eq!(offline, [40, 41, 700, 900]);
+            notes[0].clone()
+        };
+        let two = told(2);
+        assert!(
+            two.contains("frame 0x12c") && two.contains("; frame 0x12d") && !two.contains("more"),
+            "{two}"
+        );
+        assert!(told(5).ends_with("; and 2 more)"), "{}", told(5));
+    }
+
     /// Two boot sections and their kernel's records: zones, nodes, e820, memory blocks.
     struct Sections {
         ram: Ram,

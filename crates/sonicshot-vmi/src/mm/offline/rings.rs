@@ -45,6 +45,8 @@ impl OfflinePages {
     ) -> Result<(), VmiError> {
         /// More drivers have no balloon: the others' pages are kept.
         const MAX_RINGS: usize = 256;
+        /// Of so many rings it is told why they are not believed.
+        const MAX_REASONS: usize = 3;
         let records = Records {
             kernel,
             mem_map,
@@ -52,7 +54,7 @@ impl OfflinePages {
         };
         self.seen = vec![false; self.frames.len()];
         let (mut kept, mut rings) = (0_usize, 0_usize);
-        let mut why: Option<String> = None;
+        let (mut reasons, mut more): (Vec<String>, u64) = (Vec::new(), 0);
         let mut at = 0_usize;
         while let Some(first) = self.frames.get(at).copied() {
             let seen = self.seen.get(at).copied().unwrap_or(true);
@@ -79,14 +81,19 @@ impl OfflinePages {
                 }
                 Ring::Broken(frames, reason) => {
                     kept = kept.saturating_add(frames.len());
-                    why.get_or_insert(reason);
+                    if reasons.len() < MAX_REASONS {
+                        reasons.push(reason);
+                    } else {
+                        more = more.saturating_add(1);
+                    }
                 }
             }
         }
-        if let Some(why) = why {
+        if kept > 0 {
             notes.push(Note::OfflinePagesKept {
                 pages: kept as u64,
-                why,
+                reasons,
+                more,
             });
         }
         Ok(())
