@@ -14,13 +14,18 @@ use std::collections::{BTreeMap, btree_map};
 const CHUNK: u64 = 1 << 13;
 
 /// What a run costs at most, in bytes, with its share of the tree: three times what it costs mostly.
+/// It decides when a chunk's frames are bytes, and is what the map's bound is counted by.
 const RUN_COST: u64 = 128;
 
 /// The class of every frame of a guest's RAM.
 ///
-/// It costs what its runs cost, some 50 bytes each, and nowhere more than a byte a frame: where
-/// runs are short, the frames of a chunk (of 8,192) are bytes instead. A guest of 12 TiB that is
-/// one run is a few hundred bytes.
+/// It costs what its runs cost, some 50 bytes each, counted as 128. Where the runs that begin in a
+/// chunk (8,192 frames, aligned, as far as they are in one region) would by that count take more
+/// than a byte a frame, its frames are bytes instead, behind one entry as large as a run's. A chunk
+/// in which no more than one run begins is never bytes, however few its frames are. So all of it
+/// takes at most a byte a frame, 128 bytes for each chunk of each region, and 16 for each region,
+/// beside the tree's first node of some 300: a region of one frame costs as much as a run. A guest
+/// of 12 TiB that is one run is a few hundred bytes.
 ///
 /// ```
 /// use sonicshot::{Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn, PfnRange, RamLayout};
@@ -770,8 +775,19 @@ mod tests {
             self.check_cost();
         }
 
-        /// Nothing costs more than a byte a frame, and a little for each chunk.
+        /// All of it costs at most a byte a frame, and an entry for each chunk of each region; and
+        /// no chunk more than that.
         fn check_cost(&self) {
+            let each = self.map.segments.values().map(|segment| match segment {
+                Segment::Uniform(_) => super::RUN_COST,
+                Segment::Dense(classes) => super::RUN_COST + classes.len() as u64,
+            });
+            let chunks = |region: &PfnRange| {
+                (region.end().raw() - 1) / CHUNK - region.start().raw() / CHUNK + 1
+            };
+            let chunks: u64 = self.map.regions.iter().map(chunks).sum();
+            assert!(each.sum::<u64>() <= self.map.total() + chunks * super::RUN_COST);
+            assert!(self.map.segments.len() >= self.map.regions.len());
             let mut starts = self.map.segments.keys().copied().peekable();
             while let Some(start) = starts.next() {
                 let region = self.map.region_of(start).unwrap();

@@ -20,10 +20,9 @@ use crate::kernel::Kernel;
 use crate::note::Note;
 use crate::shape::Knowledge;
 use core::fmt;
-use scanner::Sources;
+use scanner::{Seen, Sources};
 use sonicshot::work::{self, map_in_order};
 use sonicshot::{PageClass, PageMap, Pfn, PfnRange};
-use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 
 /// What one zone's three sources of truth say about its free pages.
@@ -120,12 +119,24 @@ impl Disagreements {
     }
 
     /// Adds what was found behind all that is there.
-    fn add(&mut self, more: Self) {
+    pub(super) fn add(&mut self, more: Self) {
         self.blocks = self.blocks.saturating_add(more.blocks);
         self.fatal |= more.fatal;
         self.counters.extend(more.counters);
         let room = Self::EXAMPLES.saturating_sub(self.examples.len());
         self.examples.extend(more.examples.into_iter().take(room));
+    }
+
+    /// What there is to say of them, if there are any.
+    fn of(self, zones: &Zones, reports: &[ZoneReport]) -> Option<Inconsistency> {
+        (self.blocks > 0 || !self.counters.is_empty()).then(|| Inconsistency {
+            blocks: self.blocks,
+            examples: self.examples,
+            counters: self.counters,
+            explained: zones.cpus(),
+            zones: reports.to_vec(),
+            knowledge: zones.knowledge,
+        })
     }
 }
 
@@ -160,11 +171,43 @@ pub(crate) fn scan(
         offline: &offline,
         keeps_unlisted: zones.knowledge == Knowledge::Shape,
     };
+    let seen = look_at_struct_pages(&sources, &marks, threads, &mut map)?;
+    wrong.add(seen.wrong);
+    for (report, flagged) in reports.iter_mut().zip(seen.flagged) {
+        report.flagged = flagged;
+    }
+    for (section, by) in seen.lru {
+        offline.see(section, by);
+    }
+    keep_deferred(zones, &mut map, &mut notes);
+    offline.see_page_tables(kernel, &map)?;
+    offline.settle(mem_map, &mut map, &mut notes);
+    OfflinePages::new(seen.offline_pages).settle(kernel, mem_map, layout, &mut map, &mut notes)?;
+    keep_mem_map(mem_map, &mut map, &mut wrong);
+    if seen.unlisted > 0 {
+        let blocks = seen.unlisted;
+        notes.push(Note::UnlistedKept { blocks });
+    }
+    let fatal = wrong.fatal || wrong.blocks > zones.cpus();
+    Ok(Scan {
+        map,
+        fatal,
+        disagreement: wrong.of(zones, &reports),
+        zones: reports,
+        notes,
+    })
+}
+
+/// Gives each frame the class that its struct page says, and returns what they all say together.
+fn look_at_struct_pages(
+    sources: &Sources<'_, '_>,
+    marks: &marks::Marks,
+    threads: Option<NonZeroUsize>,
+    map: &mut PageMap,
+) -> Result<Seen, VmiError> {
     let order = u32::try_from(sources.max_order).map_or(PIECE, |order| order.max(PIECE));
     let pieces: Vec<PfnRange> = map.pieces(order).collect();
-    let mut offline_pages = OfflinePages::default();
-    let mut lru: BTreeMap<usize, Pfn> = BTreeMap::new();
-    let mut unlisted = 0_u64;
+    let mut all = Seen::of_zones(sources.zones.len());
     // Pieces are taken in their order, whichever thread had them: what is told is the same.
     map_in_order(
         work::threads(threads),
@@ -174,57 +217,20 @@ pub(crate) fn scan(
         |piece| {
             let (frames, (classes, seen)) = piece?;
             map.set_each(frames.start(), &classes);
-            wrong.add(seen.wrong);
-            unlisted = unlisted.saturating_add(seen.unlisted);
-            for (report, flagged) in reports.iter_mut().zip(seen.flagged) {
-                report.flagged = report.flagged.saturating_add(flagged);
-            }
-            for (section, by) in seen.lru {
-                lru.entry(section).or_insert(by);
-            }
-            for pfn in seen.offline_pages {
-                offline_pages.push(pfn);
-            }
+            all.add(seen);
             Ok::<_, VmiError>(())
         },
     )?;
-    for (section, by) in lru {
-        offline.see(section, by);
-    }
+    Ok(all)
+}
+
+/// Keeps the frames whose struct pages nobody has initialised yet.
+fn keep_deferred(zones: &Zones, map: &mut PageMap, notes: &mut Vec<Note>) {
     for deferred in &zones.deferred {
         let frames = deferred.frames;
         notes.push(Note::DeferredKept { frames });
-        map.set(deferred.frames, PageClass::Unknown);
+        map.set(frames, PageClass::Unknown);
     }
-    offline.see_page_tables(kernel, &map)?;
-    offline.settle(mem_map, &mut map, &mut notes);
-    offline_pages.settle(kernel, mem_map, layout, &mut map, &mut notes)?;
-    keep_mem_map(mem_map, &mut map, &mut wrong);
-    if unlisted > 0 {
-        notes.push(Note::UnlistedKept { blocks: unlisted });
-    }
-    let Disagreements {
-        blocks,
-        examples,
-        counters,
-        fatal,
-    } = wrong;
-    let explained = zones.cpus();
-    let disagreement = (blocks > 0 || !counters.is_empty()).then(|| Inconsistency {
-        blocks,
-        examples,
-        counters,
-        explained,
-        zones: reports.clone(),
-        knowledge: zones.knowledge,
-    });
-    Ok(Scan {
-        map,
-        zones: reports,
-        fatal: fatal || blocks > explained,
-        disagreement,
-        notes,
-    })
 }
 
 /// The struct pages themselves are in use, whatever they say: with `memmap_on_memory` an offline

@@ -33,7 +33,7 @@ pub(super) struct Sources<'a, 'm> {
     pub(super) keeps_unlisted: bool,
 }
 
-/// What the struct pages of one piece say.
+/// What the struct pages of one piece say, or of all together.
 #[derive(Default)]
 pub(super) struct Seen {
     /// Pages in blocks with the buddy mark, by zone.
@@ -45,6 +45,29 @@ pub(super) struct Seen {
     pub(super) offline_pages: Vec<Pfn>,
     /// Blocks with the buddy mark that are on no list, where they are only counted.
     pub(super) unlisted: u64,
+}
+
+impl Seen {
+    /// Nothing yet, of so many zones.
+    pub(super) fn of_zones(count: usize) -> Self {
+        Self {
+            flagged: vec![0; count],
+            ..Self::default()
+        }
+    }
+
+    /// Adds what the next piece says.
+    pub(super) fn add(&mut self, piece: Self) {
+        for (flagged, more) in self.flagged.iter_mut().zip(piece.flagged) {
+            *flagged = flagged.saturating_add(more);
+        }
+        self.wrong.add(piece.wrong);
+        for (section, by) in piece.lru {
+            self.lru.entry(section).or_insert(by);
+        }
+        self.offline_pages.extend(piece.offline_pages);
+        self.unlisted = self.unlisted.saturating_add(piece.unlisted);
+    }
 }
 
 /// The look at the struct pages of one piece, a part of a stretch of RAM.
@@ -88,10 +111,7 @@ impl Sources<'_, '_> {
             zones: self.zones,
             offline: self.offline,
             keeps_unlisted: self.keeps_unlisted,
-            seen: Seen {
-                flagged: vec![0; self.zones.len()],
-                ..Seen::default()
-            },
+            seen: Seen::of_zones(self.zones.len()),
             open: None,
             last_head: None,
         };

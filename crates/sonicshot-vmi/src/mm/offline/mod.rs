@@ -87,12 +87,9 @@ mod tests {
         let mem_map = MemMap::new(&kernel).unwrap();
         let layout = PageLayout::new(&kernel, 64).unwrap();
         let mut map = PageMap::new(memory.layout(), PageSize::SIZE_4K);
-        let mut found = OfflinePages::default();
         let mut sorted = pages.to_vec();
         sorted.sort_unstable();
-        for pfn in sorted {
-            found.push(Pfn::new(pfn));
-        }
+        let found = OfflinePages::new(sorted.into_iter().map(Pfn::new).collect());
         let mut notes = Vec::new();
         found
             .settle(&kernel, &mem_map, &layout, &mut map, &mut notes)

@@ -17,7 +17,7 @@ enum Ring {
 }
 
 /// Pages that say that they are offline, and whether their driver says so too.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct OfflinePages {
     /// Sorted.
     frames: Vec<Pfn>,
@@ -25,9 +25,12 @@ pub(crate) struct OfflinePages {
 }
 
 impl OfflinePages {
-    /// Notes a frame; they come in rising order.
-    pub(crate) fn push(&mut self, pfn: Pfn) {
-        self.frames.push(pfn);
+    /// These frames, in rising order.
+    pub(crate) fn new(frames: Vec<Pfn>) -> Self {
+        Self {
+            seen: vec![false; frames.len()],
+            frames,
+        }
     }
 
     fn index(&self, pfn: Pfn) -> Option<usize> {
@@ -52,7 +55,6 @@ impl OfflinePages {
             mem_map,
             layout,
         };
-        self.seen = vec![false; self.frames.len()];
         let (mut kept, mut rings) = (0_usize, 0_usize);
         let (mut reasons, mut more): (Vec<String>, u64) = (Vec::new(), 0);
         let mut at = 0_usize;
