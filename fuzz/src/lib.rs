@@ -344,8 +344,8 @@ pub fn xen(data: &[u8]) {
     let mut image = Vec::new();
     let put = |part| {
         match part {
-            Joined::Skeleton { from, len } => {
-                image.extend(&data[from as usize..][..len as usize]);
+            Joined::Skeleton(range) => {
+                image.extend(&data[range.start().raw() as usize..range.end().raw() as usize]);
             }
             Joined::Pages { frames, .. } => {
                 image.resize(image.len() + frames.len() as usize * 4096, 0);

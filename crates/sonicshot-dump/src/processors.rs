@@ -3,7 +3,7 @@
 //! Registers that are told wrong are worse than none, for by them a kernel is believed to own the
 //! memory. So what contradicts itself is [`Processors::NotTold`], and never a guess.
 
-use sonicshot::{ControlRegisters, Gpa, GuestMemory, Processor, Processors};
+use sonicshot::{Bytes, ControlRegisters, Gpa, GuestMemory, Processor, Processors};
 
 /// Long mode is on; long mode is active (`EFER`).
 const EFER_LME: u64 = 1 << 8;
@@ -23,17 +23,17 @@ const REAL_END: u64 = 1 << 32;
 /// Where AMD's virtual machine control block has the control registers, in bytes from its
 /// beginning (AMD APM volume 2, table B-2). A host's save area is laid out alike, by KVM and by
 /// QEMU.
-const VMCB_EFER: usize = 0x4d0;
-const VMCB_CR4: usize = 0x548;
-const VMCB_CR3: usize = 0x550;
-const VMCB_CR0: usize = 0x558;
+const VMCB_EFER: u64 = 0x4d0;
+const VMCB_CR4: u64 = 0x548;
+const VMCB_CR3: u64 = 0x550;
+const VMCB_CR0: u64 = 0x558;
 /// KVM's `struct vmcs12` (`arch/x86/kvm/vmx/vmcs12.h`), whose layout never changes.
 const VMCS12_REVISION: u32 = 0x11e5_7ed0;
-const VMCS12_HOST_EFER: usize = 264;
-const VMCS12_HOST_CR0: usize = 584;
-const VMCS12_HOST_CR3: usize = 592;
-const VMCS12_HOST_CR4: usize = 600;
-const VMCS12_EXIT_CONTROLS: usize = 768;
+const VMCS12_HOST_EFER: u64 = 264;
+const VMCS12_HOST_CR0: u64 = 584;
+const VMCS12_HOST_CR3: u64 = 592;
+const VMCS12_HOST_CR4: u64 = 600;
+const VMCS12_EXIT_CONTROLS: u64 = 768;
 /// On an exit the host is in long mode; and it gets the `EFER` that stands in the structure.
 const EXIT_HOST_LONG: u32 = 1 << 9;
 const EXIT_LOAD_EFER: u32 = 1 << 21;
@@ -126,38 +126,38 @@ impl Registers {
 /// A host's registers in a control block or a save area of AMD's.
 pub(crate) fn host_in_vmcb(block: &[u8]) -> Option<ControlRegisters> {
     Some(ControlRegisters::new(
-        u64_in(block, VMCB_CR0)?,
-        u64_in(block, VMCB_CR3)?,
-        u64_in(block, VMCB_CR4)?,
-        Some(u64_in(block, VMCB_EFER)?),
+        block.le_at::<u64>(VMCB_CR0)?,
+        block.le_at::<u64>(VMCB_CR3)?,
+        block.le_at::<u64>(VMCB_CR4)?,
+        Some(block.le_at::<u64>(VMCB_EFER)?),
     ))
     .filter(ControlRegisters::is_in_long_mode)
 }
 
 /// A host's registers in KVM's `struct vmcs12`.
 pub(crate) fn host_in_vmcs12(vmcs: &[u8]) -> Option<ControlRegisters> {
-    if u32_in(vmcs, 0)? != VMCS12_REVISION {
+    if vmcs.le_at::<u32>(0)? != VMCS12_REVISION {
         return None;
     }
-    let controls = u32_in(vmcs, VMCS12_EXIT_CONTROLS)?;
+    let controls = vmcs.le_at::<u32>(VMCS12_EXIT_CONTROLS)?;
     if controls & EXIT_HOST_LONG == 0 {
         return None;
     }
     let efer = match controls & EXIT_LOAD_EFER {
         0 => None,
-        _ => Some(u64_in(vmcs, VMCS12_HOST_EFER)?),
+        _ => Some(vmcs.le_at::<u64>(VMCS12_HOST_EFER)?),
     };
     Some(ControlRegisters::new(
-        u64_in(vmcs, VMCS12_HOST_CR0)?,
-        u64_in(vmcs, VMCS12_HOST_CR3)?,
-        u64_in(vmcs, VMCS12_HOST_CR4)?,
+        vmcs.le_at::<u64>(VMCS12_HOST_CR0)?,
+        vmcs.le_at::<u64>(VMCS12_HOST_CR3)?,
+        vmcs.le_at::<u64>(VMCS12_HOST_CR4)?,
         efer,
     ))
     .filter(ControlRegisters::is_in_long_mode)
 }
 
 /// KVM's `struct kvm_nested_state`, in bytes: flags, format, and behind the header the data.
-const NESTED_FORMAT: usize = 2;
+const NESTED_FORMAT: u64 = 2;
 const NESTED_DATA: usize = 128;
 const NESTED_GUEST_MODE: u16 = 1;
 const NESTED_VMX: u16 = 0;
@@ -166,7 +166,7 @@ const NESTED_SVM: u16 = 1;
 /// Whether by its `struct kvm_nested_state` a processor runs a nested guest, and what it has as
 /// that guest's host.
 pub(crate) fn nested(state: &[u8]) -> Option<Processor> {
-    let word = |at: usize| Some(u16::from_le_bytes(*state.get(at..)?.first_chunk()?));
+    let word = |at: u64| state.le_at::<u16>(at);
     if word(0)? & NESTED_GUEST_MODE == 0 {
         return None;
     }
@@ -181,18 +181,18 @@ pub(crate) fn nested(state: &[u8]) -> Option<Processor> {
 
 /// KVM's `struct kvm_regs` and `struct kvm_sregs`, as C has them: their lengths and fields.
 const REGS_LEN: usize = 144;
-const REGS_RIP: usize = 128;
-const REGS_RFLAGS: usize = 136;
+const REGS_RIP: u64 = 128;
+const REGS_RFLAGS: u64 = 136;
 pub(crate) const SREGS_LEN: usize = 312;
 const SREGS_SEGMENTS: usize = 8;
 const SREGS_SEGMENT: usize = 24;
 const SREGS_TABLES: [usize; 2] = [192, 208];
-const SREGS_CR0: usize = 224;
-const SREGS_CR3: usize = 240;
-const SREGS_CR4: usize = 248;
-const SREGS_CR8: usize = 256;
-const SREGS_EFER: usize = 264;
-const SREGS_APIC_BASE: usize = 272;
+const SREGS_CR0: u64 = 224;
+const SREGS_CR3: u64 = 240;
+const SREGS_CR4: u64 = 248;
+const SREGS_CR8: u64 = 256;
+const SREGS_EFER: u64 = 264;
+const SREGS_APIC_BASE: u64 = 272;
 /// Of `IA32_APIC_BASE`: the boot processor; the APIC is on, or in x2APIC mode.
 const APIC_BASE_BOOT: u64 = 1 << 8;
 const APIC_BASE_FLAGS: u64 = APIC_BASE_BOOT | 1 << 10 | 1 << 11;
@@ -213,7 +213,7 @@ impl<'a> Sregs<'a> {
     /// register that there is not, an APIC where it always is.
     pub(crate) fn new(bytes: &'a [u8]) -> Option<Self> {
         let bytes = bytes.get(..SREGS_LEN)?;
-        let apic = u64_in(bytes, SREGS_APIC_BASE)?;
+        let apic = bytes.le_at::<u64>(SREGS_APIC_BASE)?;
         if apic & !APIC_BASE_FLAGS != APIC_BASE {
             return None;
         }
@@ -246,22 +246,24 @@ impl<'a> Sregs<'a> {
             && efer & !EFER_KNOWN == 0
             // Long mode is active where it is on and paging is too.
             && (efer & EFER_LMA != 0) == (efer & EFER_LME != 0 && control.cr0 & CR0_PG != 0)
-            && u64_in(bytes, SREGS_CR8)? < 16;
+            && bytes.le_at::<u64>(SREGS_CR8)? < 16;
         sound.then_some(sregs)
     }
 
     pub(crate) fn control(&self) -> Option<ControlRegisters> {
         Some(ControlRegisters::new(
-            u64_in(self.0, SREGS_CR0)?,
-            u64_in(self.0, SREGS_CR3)?,
-            u64_in(self.0, SREGS_CR4)?,
-            Some(u64_in(self.0, SREGS_EFER)?),
+            self.0.le_at::<u64>(SREGS_CR0)?,
+            self.0.le_at::<u64>(SREGS_CR3)?,
+            self.0.le_at::<u64>(SREGS_CR4)?,
+            Some(self.0.le_at::<u64>(SREGS_EFER)?),
         ))
     }
 
     /// Whether it is the boot processor's.
     pub(crate) fn is_boot(&self) -> bool {
-        u64_in(self.0, SREGS_APIC_BASE).is_some_and(|apic| apic & APIC_BASE_BOOT != 0)
+        self.0
+            .le_at::<u64>(SREGS_APIC_BASE)
+            .is_some_and(|apic| apic & APIC_BASE_BOOT != 0)
     }
 
     /// All that is looked at, with the next instruction and the flags from elsewhere.
@@ -270,8 +272,8 @@ impl<'a> Sregs<'a> {
             control: self.control()?,
             rip,
             rflags,
-            cs_selector: (u32_in(self.0, 12)? & 0xffff).into(),
-            cs_base: u64_in(self.0, 0)?,
+            cs_selector: (self.0.le_at::<u32>(12)? & 0xffff).into(),
+            cs_base: self.0.le_at::<u64>(0)?,
         })
     }
 }
@@ -279,7 +281,10 @@ impl<'a> Sregs<'a> {
 /// The next instruction and the flags in a `struct kvm_regs`.
 pub(crate) fn rip_and_flags(regs: &[u8]) -> Option<(u64, u64)> {
     let regs = regs.get(..REGS_LEN)?;
-    Some((u64_in(regs, REGS_RIP)?, u64_in(regs, REGS_RFLAGS)?))
+    Some((
+        regs.le_at::<u64>(REGS_RIP)?,
+        regs.le_at::<u64>(REGS_RFLAGS)?,
+    ))
 }
 
 /// The same of a save area that lies in guest memory.
@@ -296,12 +301,4 @@ pub(crate) fn told(found: Result<Vec<Processor>, &'static str>) -> Processors {
         Ok(processors) => Processors::Known(processors),
         Err(why) => Processors::NotTold(why),
     }
-}
-
-pub(crate) fn u32_in(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-pub(crate) fn u64_in(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
 }

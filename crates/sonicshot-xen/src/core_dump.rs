@@ -4,7 +4,7 @@
 use crate::cursor::Cursor;
 use crate::page_data::{MAX_FRAME, PAGE};
 use crate::{DomainKind, Within, XenError};
-use sonicshot::{FileBytes, Mfn, P2m, Pfn, PfnRange};
+use sonicshot::{Bytes, FileBytes, FileOffset, Mfn, P2m, Pfn, PfnRange};
 
 /// 64-bit, little-endian: the two bytes behind the magic.
 const CLASS_AND_ORDER: u16 = 0x0102;
@@ -37,8 +37,8 @@ const NO_FRAME: u64 = u64::MAX;
 pub struct CoreRun {
     /// The guest's frames.
     pub frames: PfnRange,
-    /// Where the first one's content is, in bytes from the start of the file.
-    pub offset: u64,
+    /// Where the first one's content is.
+    pub offset: FileOffset,
 }
 
 /// A core of Xen.
@@ -64,9 +64,9 @@ impl CoreDump {
     #[must_use]
     pub fn is_core(data: FileBytes<'_>) -> bool {
         Cursor::new(data).is_at(b"\x7fELF")
-            && data.u16_at(4) == Some(CLASS_AND_ORDER)
-            && data.u16_at(16) == Some(ET_CORE)
-            && data.u16_at(56) == Some(0)
+            && data.le_at(4) == Some(CLASS_AND_ORDER)
+            && data.le_at(16) == Some(ET_CORE)
+            && data.le_at(56) == Some(0_u16)
     }
 
     /// Reads the sections of the core in `data`, and where its pages are.
@@ -78,14 +78,18 @@ impl CoreDump {
         let notes = Notes::read(sections.open(NOTE_SECTION, NOTE)?)?;
         let pages = sections.open(PAGES_SECTION, PROGBITS)?;
         if Some(pages.left()) != notes.pages.checked_mul(PAGE) {
-            return Err(pages.malformed("a section of another length", pages.at, pages.left()));
+            return Err(pages.malformed(
+                "a section of another length",
+                pages.offset(),
+                pages.left(),
+            ));
         }
         let frames = frames(&sections, &notes)?;
         let p2m = match notes.kind {
             DomainKind::Pv => {
                 let table = sections.open(P2M_SECTION, PROGBITS)?;
                 let failed = |source| XenError::Frames {
-                    place: table.place(table.at),
+                    place: table.place(table.offset()),
                     source,
                 };
                 Some(P2m::new(frames.iter().copied()).map_err(failed)?)
@@ -97,7 +101,7 @@ impl CoreDump {
             machine: sections.machine,
             xen: notes.xen,
             vcpus: notes.vcpus,
-            runs: runs(&frames, pages.at),
+            runs: runs(&frames, pages.offset()),
             p2m,
         })
     }
@@ -159,18 +163,18 @@ struct Section {
     /// Where its name is among the names.
     name: u32,
     kind: u32,
-    offset: u64,
+    offset: FileOffset,
     len: u64,
     /// Where this header is.
-    at: u64,
+    at: FileOffset,
 }
 
 impl Section {
     fn read(cursor: &mut Cursor<'_>) -> Result<Self, XenError> {
-        let at = cursor.at;
-        let (name, kind) = (cursor.u32()?, cursor.u32()?);
-        let (_flags, _address) = (cursor.u64()?, cursor.u64()?);
-        let (offset, len) = (cursor.u64()?, cursor.u64()?);
+        let at = cursor.offset();
+        let (name, kind) = (cursor.le()?, cursor.le()?);
+        let (_flags, _address) = (cursor.le::<u64>()?, cursor.le::<u64>()?);
+        let (offset, len) = (FileOffset::new(cursor.le()?), cursor.le()?);
         // Link, info, alignment, size of an entry.
         cursor.take(24)?;
         Ok(Self {
@@ -187,28 +191,32 @@ impl<'a> Sections<'a> {
     fn read(data: FileBytes<'a>) -> Result<Self, XenError> {
         let mut cursor = Cursor::new(data);
         if !CoreDump::is_core(data) {
-            return Err(cursor.malformed("no core of Xen", 0, data.len() as u64));
+            return Err(cursor.malformed("no core of Xen", FileOffset::ZERO, data.byte_len()));
         }
-        cursor.at = 18;
-        let machine = cursor.u16()?;
-        cursor.at = 40;
-        let table = cursor.u64()?;
-        cursor.at = 58;
-        let size = cursor.u16()?;
+        cursor.seek(FileOffset::new(18));
+        let machine = cursor.le()?;
+        cursor.seek(FileOffset::new(40));
+        let table = FileOffset::new(cursor.le()?);
+        cursor.seek(FileOffset::new(58));
+        let at = cursor.offset();
+        let size: u16 = cursor.le()?;
         if size != SECTION_HEADER {
-            return Err(cursor.malformed("the size of a section header", 58, size.into()));
+            return Err(cursor.malformed("the size of a section header", at, size.into()));
         }
-        let (count, names) = (cursor.u16()?, cursor.u16()?);
-        cursor.at = table;
+        let count: u16 = cursor.le()?;
+        let named_at = cursor.offset();
+        let names: u16 = cursor.le()?;
+        cursor.seek(table);
         let mut headers = Vec::new();
         for _ in 0..count {
             headers.push(Section::read(&mut cursor)?);
         }
         let section = headers.get(usize::from(names)).filter(|s| s.kind == STRTAB);
-        let section = section
-            .ok_or_else(|| cursor.malformed("the section with the names", 62, names.into()))?;
+        let section = section.ok_or_else(|| {
+            cursor.malformed("the section with the names", named_at, names.into())
+        })?;
         cursor.within = Within::Section(NAMES_SECTION);
-        cursor.at = section.offset;
+        cursor.seek(section.offset);
         let names = cursor.take(section.len)?;
         Ok(Self {
             data,
@@ -219,8 +227,8 @@ impl<'a> Sections<'a> {
     }
 
     fn is_called(&self, section: &Section, name: &str) -> bool {
-        let mut names = Cursor::new(self.names);
-        names.at = section.name.into();
+        let at = FileOffset::new(section.name.into());
+        let names = Cursor::at(self.names, Within::Section(NAMES_SECTION), at);
         names.is_at(&[name.as_bytes(), b"\0"].concat())
     }
 
@@ -233,19 +241,14 @@ impl<'a> Sections<'a> {
             name,
             count: more.saturating_add(first.is_some().into()),
         })?;
-        let mut file = Cursor::new(self.data);
-        file.within = Within::Section(name);
+        let mut file = Cursor::at(self.data, Within::Section(name), section.offset);
         if section.kind != kind {
             return Err(file.malformed("the section's type", section.at, section.kind.into()));
         }
-        file.at = section.offset;
         file.take(section.len)?;
-        // Whatever is beyond the address space was beyond the file's end.
-        let end = usize::try_from(file.at).unwrap_or(usize::MAX);
-        let data = self.data.get(0, end).unwrap_or(self.data);
-        let mut cursor = Cursor::new(data);
-        (cursor.within, cursor.at) = (file.within, section.offset);
-        Ok(cursor)
+        // What was just taken ends inside.
+        let data = self.data.part(0, file.offset().raw()).unwrap_or(self.data);
+        Ok(Cursor::at(data, file.within, section.offset))
     }
 }
 
@@ -259,26 +262,28 @@ struct Notes {
 
 impl Notes {
     fn read(mut cursor: Cursor<'_>) -> Result<Self, XenError> {
-        let start = cursor.at;
+        let start = cursor.offset();
         let (mut header, mut xen, mut format) = (None, None, None);
         while cursor.left() > 0 {
-            let at = cursor.at;
-            let (name, len, note) = (cursor.u32()?, cursor.u32()?, cursor.u32()?);
+            let at = cursor.offset();
+            let (name, len, note): (u32, u32, u32) = (cursor.le()?, cursor.le()?, cursor.le()?);
             if name as usize != NOTE_NAME.len() || !cursor.is_at(NOTE_NAME) {
                 return Err(cursor.malformed("a note that is not Xen's", at, name.into()));
             }
             cursor.take(name.into())?;
-            let next = cursor.at.saturating_add(u64::from(len).next_multiple_of(4));
+            let next = cursor
+                .offset()
+                .checked_add(u64::from(len).next_multiple_of(4));
             let again = match note {
                 HEADER_NOTE => header.replace(core_header(&mut cursor)?).is_some(),
-                XEN_VERSION_NOTE => xen.replace((cursor.u64()?, cursor.u64()?)).is_some(),
+                XEN_VERSION_NOTE => xen.replace((cursor.le()?, cursor.le()?)).is_some(),
                 FORMAT_VERSION_NOTE => format.replace(format_version(&mut cursor)?).is_some(),
                 _ => false,
             };
             if again {
                 return Err(cursor.malformed("a second note of this type", at, note.into()));
             }
-            let rest = next.checked_sub(cursor.at);
+            let rest = next.and_then(|next| next.offset_from(cursor.offset()));
             let rest = rest.ok_or_else(|| cursor.malformed("a short note", at, len.into()))?;
             cursor.take(rest)?;
         }
@@ -297,16 +302,15 @@ impl Notes {
 
 /// The kind of the domain, and how many processors and pages there are.
 fn core_header(cursor: &mut Cursor<'_>) -> Result<(DomainKind, u64, u64), XenError> {
-    let at = cursor.at;
-    let kind = match cursor.u64()? {
+    let at = cursor.offset();
+    let kind = match cursor.le::<u64>()? {
         MAGIC_PV => DomainKind::Pv,
         MAGIC_HVM => DomainKind::Hvm,
         other => return Err(cursor.malformed("the kind of the domain", at, other)),
     };
-    let vcpus = cursor.u64()?;
-    let pages = cursor.u64()?;
-    let at = cursor.at;
-    let size = cursor.u64()?;
+    let (vcpus, pages) = (cursor.le()?, cursor.le()?);
+    let at = cursor.offset();
+    let size: u64 = cursor.le()?;
     if size != PAGE {
         return Err(cursor.malformed("the size of a page", at, size));
     }
@@ -314,8 +318,8 @@ fn core_header(cursor: &mut Cursor<'_>) -> Result<(DomainKind, u64, u64), XenErr
 }
 
 fn format_version(cursor: &mut Cursor<'_>) -> Result<(), XenError> {
-    let at = cursor.at;
-    let version = cursor.u64()?;
+    let at = cursor.offset();
+    let version: u64 = cursor.le()?;
     if version >> 32 != FORMAT {
         return Err(cursor.malformed("the version of the format", at, version));
     }
@@ -330,15 +334,15 @@ fn frames(sections: &Sections<'_>, notes: &Notes) -> Result<Vec<(Pfn, Mfn)>, Xen
     };
     let mut table = sections.open(name, PROGBITS)?;
     if Some(table.left()) != notes.pages.checked_mul(entry) {
-        return Err(table.malformed("a section of another length", table.at, table.left()));
+        return Err(table.malformed("a section of another length", table.offset(), table.left()));
     }
     let mut frames: Vec<(Pfn, Mfn)> = Vec::new();
     let mut ended = false;
     while table.left() > 0 {
-        let at = table.at;
-        let pfn = table.u64()?;
+        let at = table.offset();
+        let pfn = table.le::<u64>()?;
         let mfn = match notes.kind {
-            DomainKind::Pv => table.u64()?,
+            DomainKind::Pv => table.le::<u64>()?,
             DomainKind::Hvm => pfn,
         };
         if pfn == NO_FRAME && mfn == NO_FRAME {
@@ -361,20 +365,20 @@ fn frames(sections: &Sections<'_>, notes: &Notes) -> Result<Vec<(Pfn, Mfn)>, Xen
 }
 
 /// `frames`, whose pages begin at `offset` of the file, with neighbours together.
-fn runs(frames: &[(Pfn, Mfn)], offset: u64) -> Vec<CoreRun> {
+fn runs(frames: &[(Pfn, Mfn)], offset: FileOffset) -> Vec<CoreRun> {
     let mut runs: Vec<CoreRun> = Vec::new();
     for (number, (pfn, _)) in (0_u64..).zip(frames) {
-        let Some(frames) = PfnRange::with_len(*pfn, 1) else {
+        let inside = number.checked_mul(PAGE);
+        let offset = inside.and_then(|inside| offset.checked_add(inside));
+        let (Some(frames), Some(offset)) = (PfnRange::with_len(*pfn, 1), offset) else {
+            // The section ends inside the file.
             continue;
         };
         match runs.last_mut() {
             Some(last) if last.frames.end() == *pfn => {
                 last.frames = PfnRange::new(last.frames.start(), frames.end());
             }
-            _ => runs.push(CoreRun {
-                frames,
-                offset: offset.saturating_add(number.saturating_mul(PAGE)),
-            }),
+            _ => runs.push(CoreRun { frames, offset }),
         }
     }
     runs

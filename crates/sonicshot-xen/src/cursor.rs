@@ -1,22 +1,37 @@
 //! Reads a file from front to back, and knows where it is for messages.
 
 use crate::{Place, Within, XenError};
-use sonicshot::{CutShort, FileBytes};
+use sonicshot::{CutShort, FileBytes, FileOffset, Number};
 
+/// The cursor of all formats over a file of Xen's: its errors say in which part they are.
 pub(crate) struct Cursor<'a> {
-    data: FileBytes<'a>,
-    pub at: u64,
+    fields: sonicshot::Cursor<FileBytes<'a>>,
     /// The part of the file that is being read.
     pub within: Within,
 }
 
 impl<'a> Cursor<'a> {
+    /// Reads `data` from its beginning.
     pub(crate) fn new(data: FileBytes<'a>) -> Self {
+        Self::at(data, Within::Headers, FileOffset::ZERO)
+    }
+
+    /// Reads `data` from a place in one of its parts.
+    pub(crate) fn at(data: FileBytes<'a>, within: Within, offset: FileOffset) -> Self {
         Self {
-            data,
-            at: 0,
-            within: Within::Headers,
+            fields: sonicshot::Cursor::at(data, offset.raw()),
+            within,
         }
+    }
+
+    /// Where the next field begins.
+    pub(crate) fn offset(&self) -> FileOffset {
+        FileOffset::new(self.fields.position())
+    }
+
+    /// Goes to `offset`, which may be behind the end.
+    pub(crate) fn seek(&mut self, offset: FileOffset) {
+        self.fields.seek(offset.raw());
     }
 
     /// Goes on to the next record; returns its number.
@@ -29,7 +44,7 @@ impl<'a> Cursor<'a> {
         number
     }
 
-    pub(crate) fn malformed(&self, what: &'static str, offset: u64, value: u64) -> XenError {
+    pub(crate) fn malformed(&self, what: &'static str, offset: FileOffset, value: u64) -> XenError {
         XenError::Malformed {
             what,
             place: self.place(offset),
@@ -37,72 +52,59 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    pub(crate) fn unsupported(&self, what: &'static str, offset: u64) -> XenError {
+    pub(crate) fn unsupported(&self, what: &'static str, offset: FileOffset) -> XenError {
         XenError::Unsupported {
             what,
             place: self.place(offset),
         }
     }
 
-    pub(crate) fn place(&self, offset: u64) -> Place {
+    pub(crate) fn place(&self, offset: FileOffset) -> Place {
         Place {
             within: self.within,
             offset,
         }
     }
 
-    fn fields(&self) -> sonicshot::Cursor<FileBytes<'a>> {
-        sonicshot::Cursor::at(self.data, self.at)
-    }
-
-    fn cut(&self, cut: CutShort) -> XenError {
-        XenError::Truncated {
-            place: self.place(cut.offset),
+    fn told<T>(&self, read: Result<T, CutShort>) -> Result<T, XenError> {
+        read.map_err(|cut| XenError::Truncated {
+            place: self.place(FileOffset::new(cut.offset)),
             wanted: cut.wanted,
             left: cut.left,
-        }
+        })
     }
 
     /// How many bytes there are from here on.
     pub(crate) fn left(&self) -> u64 {
-        self.fields().left()
+        self.fields.left()
     }
 
     /// The next `len` bytes.
     pub(crate) fn take(&mut self, len: u64) -> Result<FileBytes<'a>, XenError> {
-        let mut fields = self.fields();
-        let bytes = fields.take(len).map_err(|cut| self.cut(cut))?;
-        self.at = fields.position();
-        Ok(bytes)
+        let read = self.fields.take(len);
+        self.told(read)
     }
 
     /// The next bytes, copied.
     pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], XenError> {
-        let mut fields = self.fields();
-        let array = fields.array().map_err(|cut| self.cut(cut))?;
-        self.at = fields.position();
-        Ok(array)
+        let read = self.fields.array();
+        self.told(read)
     }
 
-    pub(crate) fn u16(&mut self) -> Result<u16, XenError> {
-        self.array().map(u16::from_le_bytes)
+    /// The next number, little-endian.
+    pub(crate) fn le<T: Number>(&mut self) -> Result<T, XenError> {
+        let read = self.fields.le();
+        self.told(read)
     }
 
-    pub(crate) fn u32(&mut self) -> Result<u32, XenError> {
-        self.array().map(u32::from_le_bytes)
-    }
-
-    pub(crate) fn u64(&mut self) -> Result<u64, XenError> {
-        self.array().map(u64::from_le_bytes)
+    /// The next number, big-endian: the streams' headers are so, whatever the rest is.
+    pub(crate) fn be<T: Number>(&mut self) -> Result<T, XenError> {
+        let read = self.fields.be();
+        self.told(read)
     }
 
     /// Whether `bytes` come next.
     pub(crate) fn is_at(&self, bytes: &[u8]) -> bool {
-        self.fields().is_at(bytes)
-    }
-
-    /// The streams' headers are big-endian, whatever the rest is.
-    pub(crate) fn be_u32(&mut self) -> Result<u32, XenError> {
-        self.array().map(u32::from_be_bytes)
+        self.fields.is_at(bytes)
     }
 }

@@ -1,7 +1,7 @@
 //! What can be wrong with a file.
 
 use core::fmt;
-use sonicshot::P2mError;
+use sonicshot::{FileOffset, P2mError};
 
 /// A part of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,8 +30,8 @@ impl fmt::Display for Within {
 pub struct Place {
     /// The part of the file.
     pub within: Within,
-    /// Bytes from the start of the file.
-    pub offset: u64,
+    /// The place in the file.
+    pub offset: FileOffset,
 }
 
 impl fmt::Display for Place {

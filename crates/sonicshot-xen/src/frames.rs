@@ -4,7 +4,7 @@ use crate::XenError;
 use crate::cursor::Cursor;
 use crate::page_data::{Entry, PageData};
 use core::fmt;
-use sonicshot::Pfn;
+use sonicshot::{FileOffset, Pfn};
 
 /// What a page is to Xen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,7 +101,7 @@ impl Frame {
         };
         Self {
             word: entry.pfn << Self::FLAGS | ordinary | populated,
-            data: entry.data.unwrap_or(0),
+            data: entry.data.map_or(0, FileOffset::raw),
         }
     }
 
@@ -128,8 +128,8 @@ impl Frame {
     /// Where the content is in the file that counts, the last that comes; `None` if none comes,
     /// and what the guest finds there is up to Xen.
     #[must_use]
-    pub fn data(&self) -> Option<u64> {
-        (self.data != 0).then_some(self.data)
+    pub fn data(&self) -> Option<FileOffset> {
+        (self.data != 0).then_some(FileOffset::new(self.data))
     }
 
     /// Whether it may be dropped: in no pass of the save was it anything but an ordinary page.

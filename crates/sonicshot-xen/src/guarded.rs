@@ -24,12 +24,7 @@ impl XlImage {
                 let Some(one) = PfnRange::with_len(frame.pfn(), 1) else {
                     continue;
                 };
-                match runs.last_mut() {
-                    Some(last) if last.end() == one.start() => {
-                        *last = PfnRange::new(last.start(), one.end());
-                    }
-                    _ => runs.push(one),
-                }
+                one.append_to(&mut runs);
             }
         }
         Dropped { runs }

@@ -4,7 +4,7 @@ use crate::cursor::Cursor;
 use crate::frames::{Frame, Frames};
 use crate::page_data::{PageData, table_of};
 use crate::{Place, Within, XenError};
-use sonicshot::FileBytes;
+use sonicshot::{Bytes, FileBytes, FileOffset, FileRange};
 
 /// How an image begins.
 pub const MAGIC: &[u8; 32] = b"Xen saved domain, xl format\n \0 \r";
@@ -76,30 +76,19 @@ pub struct Record {
     pub kind: u32,
     /// The length of its body in bytes, without the padding.
     pub len: u32,
-    /// Where its header begins, in bytes from the start of the file.
-    pub offset: u64,
+    /// Where its header begins.
+    pub offset: FileOffset,
+    /// Its body and the padding, as far as they are in the file.
+    pub(crate) body: FileRange,
 }
 
 impl Record {
-    /// The length of a record's header.
-    pub(crate) const HEADER: u64 = 8;
-
     /// Where it is, for messages.
     pub(crate) fn place(&self) -> Place {
         Place {
             within: Within::Record(self.number),
             offset: self.offset,
         }
-    }
-
-    /// Where the body begins.
-    pub(crate) fn body(&self) -> u64 {
-        self.offset.saturating_add(Self::HEADER)
-    }
-
-    /// Where the next record begins.
-    pub(crate) fn end(&self) -> u64 {
-        self.body().saturating_add(padded(self.len))
     }
 }
 
@@ -109,9 +98,9 @@ fn padded(len: u32) -> u64 {
 
 /// How much of a record of pages comes before their data.
 fn table_len(cursor: &mut Cursor<'_>) -> Result<u64, XenError> {
-    let body = cursor.at;
-    let count = cursor.u32()?;
-    cursor.at = body;
+    let body = cursor.offset();
+    let count = cursor.le::<u32>()?;
+    cursor.seek(body);
     Ok(table_of(count))
 }
 
@@ -164,8 +153,8 @@ impl XlImage {
         // Each turn reads a header, so that this ends with the file.
         loop {
             cursor.next_record();
-            let at = cursor.at;
-            let (kind, len) = (cursor.u32()?, cursor.u32()?);
+            let at = cursor.offset();
+            let (kind, len): (u32, u32) = (cursor.le()?, cursor.le()?);
             match kind {
                 LIBXL_CONTEXT if image.is_some() => {
                     return Err(cursor.malformed("a second memory image", at, kind.into()));
@@ -185,7 +174,7 @@ impl XlImage {
                 }
             }
         }
-        image.ok_or_else(|| cursor.malformed("no memory image before the end", cursor.at, 0))
+        image.ok_or_else(|| cursor.malformed("no memory image before the end", cursor.offset(), 0))
     }
 
     fn libxc_stream(cursor: &mut Cursor<'_>, pages: Pages) -> Result<Self, XenError> {
@@ -195,21 +184,24 @@ impl XlImage {
         // Each turn reads a header, so that this ends with the file.
         loop {
             let number = cursor.next_record();
-            let offset = cursor.at;
-            let record = Record {
-                number,
-                kind: cursor.u32()?,
-                len: cursor.u32()?,
-                offset,
-            };
-            if record.len > MAX_RECORD {
-                return Err(cursor.malformed("the length of a record", offset, record.len.into()));
+            let offset = cursor.offset();
+            let (record_kind, len): (u32, u32) = (cursor.le()?, cursor.le()?);
+            if len > MAX_RECORD {
+                return Err(cursor.malformed("the length of a record", offset, len.into()));
             }
-            let stored = match (record.kind, pages) {
+            let begins = cursor.offset();
+            let stored = match (record_kind, pages) {
                 (PAGE_DATA, Pages::LeftOut) => table_len(cursor)?,
-                _ => padded(record.len),
+                _ => padded(len),
             };
             let body = cursor.take(stored)?;
+            let record = Record {
+                number,
+                kind: record_kind,
+                len,
+                offset,
+                body: FileRange::new(begins, cursor.offset()),
+            };
             match record.kind {
                 END if record.len != 0 => {
                     return Err(cursor.malformed("an end with content", offset, record.len.into()));
@@ -221,7 +213,7 @@ impl XlImage {
                     return Err(cursor.unsupported("an image made to be verified", offset));
                 }
                 P2M_FRAMES if kind == DomainKind::Pv => {
-                    let last = body.u32_at(4).map(u64::from);
+                    let last = body.le_at::<u32>(4).map(u64::from);
                     let last = last.filter(|_| record.len >= 8).ok_or_else(|| {
                         cursor.malformed("the length of P2M_FRAMES", offset, record.len.into())
                     })?;
@@ -279,10 +271,8 @@ impl XlImage {
         data: FileBytes<'a>,
         record: &Record,
     ) -> Result<PageData<'a>, XenError> {
-        let mut cursor = Cursor::new(data);
-        cursor.within = Within::Record(record.number);
-        cursor.at = record.body();
-        let body = cursor.take(padded(record.len))?;
+        let mut cursor = Cursor::at(data, record.place().within, record.body.start());
+        let body = cursor.take(record.body.len())?;
         PageData::parse(&cursor, record, body)
     }
 }
@@ -292,41 +282,41 @@ const CHECKPOINTED: &str = "a checkpointed stream (Remus, COLO)";
 fn xl_header(cursor: &mut Cursor<'_>) -> Result<(), XenError> {
     let magic: [u8; 32] = cursor.array()?;
     if &magic != MAGIC {
-        return Err(cursor.malformed("the magic of an xl image", 0, 0));
+        return Err(cursor.malformed("the magic of an xl image", FileOffset::ZERO, 0));
     }
-    let at = cursor.at;
-    let order = cursor.u32()?;
+    let at = cursor.offset();
+    let order = cursor.le::<u32>()?;
     if order != BYTE_ORDER {
         return Err(cursor.malformed("the byte order", at, order.into()));
     }
-    let at = cursor.at;
-    let mandatory = cursor.u32()?;
+    let at = cursor.offset();
+    let mandatory = cursor.le::<u32>()?;
     if mandatory & !(XL_JSON | XL_STREAM_V2) != 0 {
         return Err(cursor.malformed("an unknown mandatory flag", at, mandatory.into()));
     }
     if mandatory & XL_STREAM_V2 == 0 {
         return Err(cursor.unsupported("a stream from before Xen 4.6", at));
     }
-    let _optional = cursor.u32()?;
-    let config = cursor.u32()?;
+    let _optional = cursor.le::<u32>()?;
+    let config = cursor.le::<u32>()?;
     cursor.take(config.into())?;
     Ok(())
 }
 
 fn libxl_header(cursor: &mut Cursor<'_>) -> Result<(), XenError> {
-    let at = cursor.at;
+    let at = cursor.offset();
     let magic: [u8; 8] = cursor.array()?;
     if &magic != LIBXL_MAGIC {
         let value = u64::from_be_bytes(magic);
         return Err(cursor.malformed("the magic of the libxl stream", at, value));
     }
-    let at = cursor.at;
-    let version = cursor.be_u32()?;
+    let at = cursor.offset();
+    let version = cursor.be::<u32>()?;
     if version != LIBXL_VERSION {
         return Err(cursor.malformed("the version of the libxl stream", at, version.into()));
     }
-    let at = cursor.at;
-    let options = cursor.be_u32()?;
+    let at = cursor.offset();
+    let options = cursor.be::<u32>()?;
     if options & BIG_ENDIAN != 0 {
         return Err(cursor.unsupported("a big-endian stream", at));
     }
@@ -334,33 +324,33 @@ fn libxl_header(cursor: &mut Cursor<'_>) -> Result<(), XenError> {
 }
 
 fn libxc_header(cursor: &mut Cursor<'_>) -> Result<(DomainKind, (u32, u32)), XenError> {
-    let at = cursor.at;
+    let at = cursor.offset();
     let magic: [u8; 12] = cursor.array()?;
     if &magic != LIBXC_MAGIC {
         return Err(cursor.malformed("the magic of the libxc stream", at, 0));
     }
-    let at = cursor.at;
-    let version = cursor.be_u32()?;
+    let at = cursor.offset();
+    let version = cursor.be::<u32>()?;
     if !LIBXC_VERSIONS.contains(&version) {
         return Err(cursor.malformed("the version of the libxc stream", at, version.into()));
     }
-    let at = cursor.at;
-    let options = u16::from_be_bytes(cursor.array()?);
+    let at = cursor.offset();
+    let options: u16 = cursor.be()?;
     if u32::from(options) & BIG_ENDIAN != 0 {
         return Err(cursor.unsupported("a big-endian stream", at));
     }
     cursor.take(6)?;
-    let at = cursor.at;
-    let kind = match cursor.u32()? {
+    let at = cursor.offset();
+    let kind = match cursor.le::<u32>()? {
         PV => DomainKind::Pv,
         HVM => DomainKind::Hvm,
         other => return Err(cursor.malformed("the kind of the domain", at, other.into())),
     };
-    let at = cursor.at;
-    let shift = cursor.u16()?;
+    let at = cursor.offset();
+    let shift = cursor.le::<u16>()?;
     if shift != PAGE_SHIFT {
         return Err(cursor.malformed("the size of a page", at, shift.into()));
     }
     cursor.take(2)?;
-    Ok((kind, (cursor.u32()?, cursor.u32()?)))
+    Ok((kind, (cursor.le()?, cursor.le()?)))
 }

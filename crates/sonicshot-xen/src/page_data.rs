@@ -2,7 +2,7 @@
 
 use crate::cursor::Cursor;
 use crate::{FrameType, Record, XenError};
-use sonicshot::FileBytes;
+use sonicshot::{Bytes, FileBytes, FileOffset};
 
 pub(crate) const PAGE: u64 = 4096;
 /// The count, and a word that is reserved.
@@ -21,7 +21,7 @@ pub(crate) struct PageData<'a> {
     /// The count and the reserved word, as they are.
     head: u64,
     /// Where the body begins in the file.
-    at: u64,
+    at: FileOffset,
 }
 
 /// One page of such a record.
@@ -30,12 +30,13 @@ pub(crate) struct Entry {
     pub pfn: u64,
     pub kind: FrameType,
     /// Where its entry is in the file.
-    pub at: u64,
+    pub at: FileOffset,
     /// Where its bytes are in the file, if it has any.
-    pub data: Option<u64>,
+    pub data: Option<FileOffset>,
 }
 
-/// Where the data of so many pages begins in a record's body.
+/// Where the data of so many pages begins in a record's body. A number of 32 bits is too small for
+/// this to end beyond 64.
 pub(crate) fn table_of(count: u32) -> u64 {
     HEAD.saturating_add(u64::from(count).saturating_mul(ENTRY))
 }
@@ -47,10 +48,9 @@ impl<'a> PageData<'a> {
         body: FileBytes<'a>,
     ) -> Result<Self, XenError> {
         let len = u64::from(record.len);
-        let wrong = |value| cursor.malformed("the number of pages", record.body(), value);
-        let head = body.u64_at(0).ok_or_else(|| wrong(0))?;
-        let [a, b, c, d, ..] = head.to_le_bytes();
-        let count = u32::from_le_bytes([a, b, c, d]);
+        let wrong = |value| cursor.malformed("the number of pages", record.body.start(), value);
+        let head = body.le_at(0).ok_or_else(|| wrong(0))?;
+        let count = body.le_at(0).ok_or_else(|| wrong(0))?;
         let table = table_of(count);
         if count == 0 || table > len {
             return Err(wrong(count.into()));
@@ -59,9 +59,9 @@ impl<'a> PageData<'a> {
             body,
             count,
             head,
-            at: record.body(),
+            at: record.body.start(),
         };
-        let mut end = table;
+        let mut end = Some(table);
         for entry in this.words() {
             let (at, word) = entry;
             let bits = word >> TYPE_SHIFT;
@@ -73,10 +73,10 @@ impl<'a> PageData<'a> {
                 return Err(cursor.malformed("the number of a page", at, word));
             }
             if kind.has_data() {
-                end = end.saturating_add(PAGE);
+                end = end.and_then(|end| end.checked_add(PAGE));
             }
         }
-        if end != len {
+        if end != Some(len) {
             return Err(cursor.malformed(
                 "a record of pages of another length",
                 record.offset,
@@ -87,22 +87,20 @@ impl<'a> PageData<'a> {
     }
 
     /// The entries as they are, each with its place in the file.
-    fn words(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+    fn words(&self) -> impl Iterator<Item = (FileOffset, u64)> + '_ {
         (0..u64::from(self.count)).filter_map(|index| {
-            let inside = HEAD.saturating_add(index.saturating_mul(ENTRY));
-            let word = self.body.u64_at(usize::try_from(inside).ok()?)?;
-            Some((self.at.saturating_add(inside), word))
+            let inside = index.checked_mul(ENTRY)?.checked_add(HEAD)?;
+            Some((self.at.checked_add(inside)?, self.body.le_at(inside)?))
         })
     }
 
     pub(crate) fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
-        let table = table_of(self.count);
-        let mut next = self.at.saturating_add(table);
+        let mut next = self.at.checked_add(table_of(self.count));
         self.words().filter_map(move |(at, word)| {
             let kind = FrameType::from_bits(word >> TYPE_SHIFT)?;
-            let data = kind.has_data().then_some(next);
-            if data.is_some() {
-                next = next.saturating_add(PAGE);
+            let data = if kind.has_data() { Some(next?) } else { None };
+            if let Some(at) = data {
+                next = at.checked_add(PAGE);
             }
             Some(Entry {
                 pfn: number(word),

@@ -3,7 +3,7 @@
 use crate::image::PAGE_DATA;
 use crate::page_data::{Entry, PAGE, PageData};
 use crate::{Place, Record, Within, XenError, XlImage};
-use sonicshot::{FileBytes, Pfn, PfnRange};
+use sonicshot::{FileBytes, FileOffset, FileRange, Pfn, PfnRange};
 
 /// [`PAGE`] as a record's length has it.
 const PAGE_LEN: u32 = 4096;
@@ -12,12 +12,7 @@ const PAGE_LEN: u32 = 4096;
 #[derive(Debug)]
 pub enum Part<'a> {
     /// A stretch of the input.
-    Copy {
-        /// Where it begins.
-        from: u64,
-        /// Its length in bytes.
-        len: u64,
-    },
+    Copy(FileRange),
     /// Other bytes.
     Bytes(&'a [u8]),
 }
@@ -67,7 +62,7 @@ impl XlImage {
         failed: impl Fn(XenError) -> E,
         mut each: impl FnMut(Part<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut copied = 0_u64;
+        let mut copied = FileOffset::ZERO;
         let mut bytes = Vec::new();
         for record in self.records().iter().filter(|r| r.kind == PAGE_DATA) {
             let pages = self.page_data(data, record).map_err(&failed)?;
@@ -82,48 +77,43 @@ impl XlImage {
                     entry
                 }
             };
-            each(Part::Copy {
-                from: copied,
-                len: between(copied, record.offset, record).map_err(&failed)?,
-            })?;
+            each(Part::Copy(
+                between(copied, record.offset, record).map_err(&failed)?,
+            ))?;
             bytes.clear();
             rewritten(record, &pages, after, &mut bytes).map_err(&failed)?;
             each(Part::Bytes(&bytes))?;
             // The data of pages that are kept, neighbours as one.
-            let mut stretch = (0_u64, 0_u64);
+            let mut stretches: Vec<FileRange> = Vec::new();
             for at in pages.entries().filter_map(|entry| after(entry).data) {
-                let (from, len) = stretch;
-                if len > 0 && from.saturating_add(len) == at {
-                    stretch.1 = len.saturating_add(PAGE);
-                    continue;
-                }
-                if len > 0 {
-                    each(Part::Copy { from, len })?;
-                }
-                stretch = (at, PAGE);
+                let page = FileRange::with_len(at, PAGE);
+                let beyond = || failed(changed(record, at.raw()));
+                page.ok_or_else(beyond)?.append_to(&mut stretches);
             }
-            let (from, len) = stretch;
-            if len > 0 {
-                each(Part::Copy { from, len })?;
-            }
-            copied = record.end();
+            stretches
+                .into_iter()
+                .map(Part::Copy)
+                .try_for_each(&mut each)?;
+            copied = record.body.end();
         }
-        let len = rest(data, copied).map_err(&failed)?;
-        each(Part::Copy { from: copied, len })
+        each(Part::Copy(rest(data, copied).map_err(&failed)?))
     }
 }
 
-/// How much comes from `copied` on.
-pub(crate) fn rest(data: FileBytes<'_>, copied: u64) -> Result<u64, XenError> {
-    let left = (data.len() as u64).checked_sub(copied);
-    left.ok_or(XenError::Truncated {
-        place: Place {
-            within: Within::Headers,
-            offset: copied,
-        },
-        wanted: 0,
-        left: 0,
-    })
+/// What comes from `copied` on.
+pub(crate) fn rest(data: FileBytes<'_>, copied: FileOffset) -> Result<FileRange, XenError> {
+    let end = FileOffset::new(data.len() as u64);
+    if end < copied {
+        return Err(XenError::Truncated {
+            place: Place {
+                within: Within::Headers,
+                offset: copied,
+            },
+            wanted: 0,
+            left: 0,
+        });
+    }
+    Ok(FileRange::new(copied, end))
 }
 
 /// A record of pages up to where their data begins. Entries and pages are multiples of 8 bytes: it
@@ -149,11 +139,7 @@ pub(crate) fn rewritten(
         count = count.saturating_add(1);
     }
     let len = len.filter(|_| count == pages.count());
-    let len = len.ok_or(XenError::Malformed {
-        what: "a record of pages that has changed",
-        place: record.place(),
-        value: count.into(),
-    })?;
+    let len = len.ok_or_else(|| changed(record, count.into()))?;
     out.extend(record.kind.to_le_bytes());
     out.extend(len.to_le_bytes());
     out.extend(pages.head().to_le_bytes());
@@ -161,11 +147,26 @@ pub(crate) fn rewritten(
     Ok(())
 }
 
-/// How far `to` is behind `from`.
-pub(crate) fn between(from: u64, to: u64, record: &Record) -> Result<u64, XenError> {
-    to.checked_sub(from).ok_or(XenError::Malformed {
-        what: "a record before the last",
+fn changed(record: &Record, value: u64) -> XenError {
+    XenError::Malformed {
+        what: "a record of pages that has changed",
         place: record.place(),
-        value: from,
-    })
+        value,
+    }
+}
+
+/// What lies between the end of a record and the next.
+pub(crate) fn between(
+    from: FileOffset,
+    to: FileOffset,
+    record: &Record,
+) -> Result<FileRange, XenError> {
+    if to < from {
+        return Err(XenError::Malformed {
+            what: "a record before the last",
+            place: record.place(),
+            value: from.raw(),
+        });
+    }
+    Ok(FileRange::new(from, to))
 }

@@ -6,21 +6,16 @@
 use crate::cursor::Cursor;
 use crate::frames::Frame;
 use crate::image::{PAGE_DATA, Pages};
-use crate::page_data::{Entry, PageData};
+use crate::page_data::Entry;
 use crate::prune::{between, rest, rewritten};
 use crate::{Dropped, FrameType, Place, Record, Within, XenError, XlImage};
-use sonicshot::{FileBytes, Pfn, PfnRange};
+use sonicshot::{FileBytes, FileOffset, FileRange, Pfn, PfnRange};
 
 /// A part of an image that is put together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Joined {
     /// A stretch of the skeleton.
-    Skeleton {
-        /// Where it begins.
-        from: u64,
-        /// Its length in bytes.
-        len: u64,
-    },
+    Skeleton(FileRange),
     /// The content of some pages.
     Pages {
         /// Which, in this order.
@@ -51,7 +46,7 @@ impl XlImage {
     /// [`XenError`], if `data` is not what was parsed.
     pub fn skeleton(&self, data: FileBytes<'_>, dropped: &Dropped) -> Result<Vec<u8>, XenError> {
         let mut out = Vec::new();
-        let mut copied = 0_u64;
+        let mut copied = FileOffset::ZERO;
         for record in self.records().iter().filter(|r| r.kind == PAGE_DATA) {
             let pages = self.page_data(data, record)?;
             let after = |entry: Entry| {
@@ -61,13 +56,11 @@ impl XlImage {
                     entry
                 }
             };
-            between(copied, record.offset, record)?;
-            append(data, copied, record.offset, &mut out)?;
+            append(data, between(copied, record.offset, record)?, &mut out)?;
             rewritten(record, &pages, after, &mut out)?;
-            copied = record.end();
+            copied = record.body.end();
         }
-        rest(data, copied)?;
-        append(data, copied, data.len() as u64, &mut out)?;
+        append(data, rest(data, copied)?, &mut out)?;
         Ok(out)
     }
 
@@ -80,11 +73,10 @@ impl XlImage {
     }
 }
 
-fn append(data: FileBytes<'_>, from: u64, to: u64, out: &mut Vec<u8>) -> Result<(), XenError> {
-    let mut cursor = Cursor::new(data);
-    cursor.at = from;
-    let cut = cursor.place(from);
-    let part = cursor.take(to.saturating_sub(from))?;
+fn append(data: FileBytes<'_>, from: FileRange, out: &mut Vec<u8>) -> Result<(), XenError> {
+    let mut cursor = Cursor::at(data, Within::Headers, from.start());
+    let cut = cursor.place(from.start());
+    let part = cursor.take(from.len())?;
     let old = out.len();
     out.resize(old.saturating_add(part.len()), 0);
     let copied = out.get_mut(old..).is_some_and(|out| part.copy_to(out));
@@ -111,8 +103,8 @@ impl Skeleton {
     fn check_contents(&self, data: FileBytes<'_>) -> Result<(), XenError> {
         let frames = self.0.frames();
         let mut seen = vec![false; frames.len()];
-        for (record, next) in self.page_records() {
-            let pages = entries(data, record, next)?;
+        for record in self.page_records() {
+            let pages = self.0.page_data(data, record)?;
             for entry in pages.entries().filter(|entry| entry.data.is_some()) {
                 let pfn = Pfn::new(entry.pfn);
                 let found = frames.binary_search_by_key(&pfn, Frame::pfn).ok();
@@ -132,12 +124,10 @@ impl Skeleton {
         Ok(())
     }
 
-    /// The records of pages, each with the one that follows.
-    fn page_records(&self) -> impl Iterator<Item = (&Record, &Record)> {
-        // The last record is the end, which has no pages.
-        let pairs = self.0.records().array_windows();
-        let pairs = pairs.map(|[record, next]| (record, next));
-        pairs.filter(|(record, _)| record.kind == PAGE_DATA)
+    /// The records of pages.
+    fn page_records(&self) -> impl Iterator<Item = &Record> {
+        let records = self.0.records().iter();
+        records.filter(|record| record.kind == PAGE_DATA)
     }
 
     /// The frames that the guest has after a restore, lowest first, each once; and whether the
@@ -159,14 +149,14 @@ impl Skeleton {
         failed: impl Fn(XenError) -> E,
         mut each: impl FnMut(Joined) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut copied = 0_u64;
-        for (record, next) in self.page_records() {
-            each(Joined::Skeleton {
-                from: copied,
-                len: between(copied, next.offset, record).map_err(&failed)?,
-            })?;
-            copied = next.offset;
-            let pages = entries(data, record, next).map_err(&failed)?;
+        let mut copied = FileOffset::ZERO;
+        for record in self.page_records() {
+            let end = record.body.end();
+            each(Joined::Skeleton(
+                between(copied, end, record).map_err(&failed)?,
+            ))?;
+            copied = end;
+            let pages = self.0.page_data(data, record).map_err(&failed)?;
             let mut run: Option<(PfnRange, bool)> = None;
             for entry in pages.entries().filter(|entry| entry.data.is_some()) {
                 let tables = matches!(entry.kind, FrameType::Table { .. });
@@ -188,20 +178,6 @@ impl Skeleton {
                 each(Joined::Pages { frames, tables })?;
             }
         }
-        let len = rest(data, copied).map_err(&failed)?;
-        each(Joined::Skeleton { from: copied, len })
+        each(Joined::Skeleton(rest(data, copied).map_err(&failed)?))
     }
-}
-
-/// The entries of a record that ends where the next begins.
-fn entries<'a>(
-    data: FileBytes<'a>,
-    record: &Record,
-    next: &Record,
-) -> Result<PageData<'a>, XenError> {
-    let mut cursor = Cursor::new(data);
-    cursor.within = Within::Record(record.number);
-    cursor.at = record.body();
-    let body = cursor.take(between(record.body(), next.offset, record)?)?;
-    PageData::parse(&cursor, record, body)
 }

@@ -12,8 +12,8 @@
 use crate::core_dump::CoreDump;
 use crate::cursor::Cursor;
 use crate::image::Record;
-use crate::{DomainKind, Within, XenError, XlImage};
-use sonicshot::{ControlRegisters, FileBytes, Mfn, P2m, PageSize};
+use crate::{DomainKind, XenError, XlImage};
+use sonicshot::{Bytes, ControlRegisters, FileBytes, Mfn, P2m, PageSize};
 
 pub(crate) const PRSTATUS_SECTION: &str = ".xen_prstatus";
 const PV_VCPU_BASIC: u32 = 4;
@@ -21,26 +21,26 @@ const HVM_CONTEXT: u32 = 9;
 const HVM_END: u16 = 0;
 const HVM_CPU: u16 = 2;
 /// `struct hvm_hw_cpu` up to `msr_efer`; what is behind it has changed.
-const HVM_CPU_LEN: usize = 1000;
+const HVM_CPU_LEN: u64 = 1000;
 const MAX_HVM_CPU: u32 = 4096;
-const HVM_RIP: usize = 640;
-const HVM_RFLAGS: usize = 648;
-const HVM_CR0: usize = 656;
-const HVM_CR3: usize = 672;
-const HVM_CR4: usize = 680;
-const HVM_CS: usize = 736;
-const HVM_CS_BASE: usize = 808;
-const HVM_EFER: usize = 992;
+const HVM_RIP: u64 = 640;
+const HVM_RFLAGS: u64 = 648;
+const HVM_CR0: u64 = 656;
+const HVM_CR3: u64 = 672;
+const HVM_CR4: u64 = 680;
+const HVM_CS: u64 = 736;
+const HVM_CS_BASE: u64 = 808;
+const HVM_EFER: u64 = 992;
 
 /// `struct vcpu_guest_context` of a 64-bit guest. What a 32-bit PV guest has is shorter.
-const CONTEXT_LEN: usize = 5168;
-const CONTEXT_FLAGS: usize = 512;
-const CONTEXT_RIP: usize = 648;
-const CONTEXT_CS: usize = 656;
-const CONTEXT_RFLAGS: usize = 664;
-const CONTEXT_CR0: usize = 4984;
-const CONTEXT_CR3: usize = 5008;
-const CONTEXT_CR4: usize = 5016;
+const CONTEXT_LEN: u64 = 5168;
+const CONTEXT_FLAGS: u64 = 512;
+const CONTEXT_RIP: u64 = 648;
+const CONTEXT_CS: u64 = 656;
+const CONTEXT_RFLAGS: u64 = 664;
+const CONTEXT_CR0: u64 = 4984;
+const CONTEXT_CR3: u64 = 5008;
+const CONTEXT_CR4: u64 = 5016;
 /// `VGCF_online`.
 const ONLINE: u64 = 1 << 5;
 /// More processors than Xen gives any domain.
@@ -93,7 +93,7 @@ impl XlImage {
             DomainKind::Pv => {
                 for record in self.records().iter().filter(|r| r.kind == PV_VCPU_BASIC) {
                     let mut cursor = open(data, record);
-                    let id = cursor.u32()?;
+                    let id = cursor.le()?;
                     cursor.take(4)?;
                     let context = context(&mut cursor, record.len.saturating_sub(8))?;
                     // libxc has made it the guest's number.
@@ -115,7 +115,7 @@ impl XlImage {
             }
         }
         if online.first().is_none_or(|first| first.id != 0) {
-            return Err(end.malformed("no record of the first processor", end.at, 0));
+            return Err(end.malformed("no record of the first processor", end.offset(), 0));
         }
         Ok(Vcpus { online, offline: 0 })
     }
@@ -128,15 +128,15 @@ impl CoreDump {
     /// [`XenError`] if there are none, or what is said of them cannot be.
     pub fn vcpus(&self, data: FileBytes<'_>) -> Result<Vcpus, XenError> {
         let mut cursor = Self::open_section(data, PRSTATUS_SECTION)?;
-        let start = cursor.at;
+        let start = cursor.offset();
         let (mut online, mut offline) = (Vec::new(), 0_usize);
-        let len = CONTEXT_LEN as u64;
+        let len = CONTEXT_LEN;
         if Some(cursor.left()) != self.vcpu_count().checked_mul(len) {
             return Err(cursor.malformed("a section of another length", start, cursor.left()));
         }
         let mut id = 0_u32;
         while cursor.left() > 0 {
-            let at = cursor.at;
+            let at = cursor.offset();
             let context = context(&mut cursor, u32::try_from(len).unwrap_or(0))?;
             if context.flags & ONLINE == 0 {
                 offline = offline.saturating_add(1);
@@ -165,14 +165,11 @@ fn root_of(p2m: &P2m, cr3: u64) -> Option<u64> {
 }
 
 fn open<'a>(data: FileBytes<'a>, record: &Record) -> Cursor<'a> {
-    let mut cursor = Cursor::new(data);
-    cursor.within = Within::Record(record.number);
-    cursor.at = record.body();
-    cursor
+    Cursor::at(data, record.place().within, record.body.start())
 }
 
 fn push(online: &mut Vec<Vcpu>, vcpu: Vcpu, cursor: &Cursor<'_>) -> Result<(), XenError> {
-    let wrong = |what| Err(cursor.malformed(what, cursor.at, vcpu.id.into()));
+    let wrong = |what| Err(cursor.malformed(what, cursor.offset(), vcpu.id.into()));
     if online.last().is_some_and(|last| last.id >= vcpu.id) {
         return wrong("a processor that is not above the one before");
     }
@@ -188,14 +185,15 @@ fn hvm_context(
     record: &Record,
     online: &mut Vec<Vcpu>,
 ) -> Result<(), XenError> {
-    let end = record.body().saturating_add(record.len.into());
+    let end = record.body.start().checked_add(record.len.into());
     loop {
-        let at = cursor.at;
-        let (kind, instance, len) = (cursor.u16()?, cursor.u16()?, cursor.u32()?);
-        let next = cursor.at.saturating_add(len.into());
-        if next > end {
-            return Err(cursor.malformed("the length of a part of the context", at, len.into()));
-        }
+        let at = cursor.offset();
+        let (kind, instance, len) = (cursor.le()?, cursor.le()?, cursor.le::<u32>()?);
+        let next = cursor.offset().checked_add(len.into());
+        let next = next.filter(|next| end.is_some_and(|end| *next <= end));
+        let next = next.ok_or_else(|| {
+            cursor.malformed("the length of a part of the context", at, len.into())
+        })?;
         match kind {
             HVM_END => return Ok(()),
             HVM_CPU => {
@@ -206,14 +204,14 @@ fn hvm_context(
                 })?;
                 push(online, vcpu, cursor)?;
             }
-            _ => cursor.at = next,
+            _ => cursor.seek(next),
         }
     }
 }
 
 fn hvm_cpu(bytes: FileBytes<'_>, instance: u16) -> Option<Vcpu> {
-    let word = |at: usize| bytes.u64_at(at);
-    if bytes.len() < HVM_CPU_LEN {
+    let word = |at: u64| bytes.le_at::<u64>(at);
+    if bytes.byte_len() < HVM_CPU_LEN {
         return None;
     }
     Some(Vcpu {
@@ -226,7 +224,7 @@ fn hvm_cpu(bytes: FileBytes<'_>, instance: u16) -> Option<Vcpu> {
         ),
         rip: word(HVM_RIP)?,
         rflags: word(HVM_RFLAGS)?,
-        cs_selector: bytes.u32_at(HVM_CS)?,
+        cs_selector: bytes.le_at(HVM_CS)?,
         cs_base: Some(word(HVM_CS_BASE)?),
     })
 }
@@ -241,10 +239,10 @@ struct Context {
 }
 
 fn context(cursor: &mut Cursor<'_>, len: u32) -> Result<Context, XenError> {
-    let at = cursor.at;
-    let bytes = cursor.take(CONTEXT_LEN as u64)?;
+    let at = cursor.offset();
+    let bytes = cursor.take(CONTEXT_LEN)?;
     let read = || {
-        let word = |at: usize| bytes.u64_at(at);
+        let word = |at: u64| bytes.le_at::<u64>(at);
         let control = ControlRegisters::new(
             word(CONTEXT_CR0)?,
             word(CONTEXT_CR3)?,
@@ -256,10 +254,10 @@ fn context(cursor: &mut Cursor<'_>, len: u32) -> Result<Context, XenError> {
             control,
             rip: word(CONTEXT_RIP)?,
             rflags: word(CONTEXT_RFLAGS)?,
-            cs_selector: bytes.u16_at(CONTEXT_CS)?,
+            cs_selector: bytes.le_at(CONTEXT_CS)?,
         })
     };
-    let context = read().filter(|_| u64::from(len) == CONTEXT_LEN as u64);
+    let context = read().filter(|_| u64::from(len) == CONTEXT_LEN);
     context.ok_or_else(|| cursor.malformed("the length of a processor's context", at, len.into()))
 }
 

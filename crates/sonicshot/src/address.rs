@@ -232,6 +232,14 @@ macro_rules! half_open_range {
                 self.start.0 <= point.0 && point.0 < self.end.0
             }
 
+            /// Adds the range to `runs`, as one with the last if it begins where that ends.
+            pub fn append_to(self, runs: &mut Vec<Self>) {
+                match runs.last_mut() {
+                    Some(last) if last.end == self.start => last.end = self.end,
+                    _ => runs.push(self),
+                }
+            }
+
             /// What both ranges cover; empty if they do not meet.
             #[must_use]
             pub fn intersection(&self, other: &Self) -> Self {

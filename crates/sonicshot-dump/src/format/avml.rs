@@ -11,7 +11,9 @@ use crate::backing::plain::check_content;
 use crate::backing::plain::open_content;
 use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::lime::{HEADER_LEN, Record};
-use sonicshot::{FileBytes, FileContent, Gpa, GpaRange, GuestMemory, MemoryError, RamLayout};
+use sonicshot::{
+    Bytes, FileBytes, FileContent, Gpa, GpaRange, GuestMemory, MemoryError, RamLayout,
+};
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
@@ -255,21 +257,17 @@ impl Walk<'_> {
         Ok(())
     }
 
-    fn u8_at(&self, at: u64) -> Option<u8> {
-        self.data.u8_at(usize::try_from(at).ok()?)
-    }
-
     /// Walks the stream at `begin`, which holds `guest`. Returns where the next record begins.
     fn stream(&mut self, guest: GpaRange, begin: u64) -> Result<u64, DumpError> {
         let mut left = guest;
         let mut at = begin;
         while !left.is_empty() {
-            let header = usize::try_from(at).ok().and_then(|at| self.data.u32_at(at));
+            let header = self.data.le_at::<u32>(at);
             let header = header
                 .ok_or_else(|| self.bad("a stream that is cut off: truncated", at, left.len()))?;
-            let [kind, length @ ..] = header.to_le_bytes();
-            let [a, b, c] = length;
-            let len = u64::from(u32::from_le_bytes([a, b, c, 0]));
+            // A byte for the kind, three for the length.
+            let [kind, ..] = header.to_le_bytes();
+            let len = u64::from(header >> 8);
             let body = at.saturating_add(4);
             let next = body.saturating_add(len);
             if next > self.data.len() as u64 {
@@ -311,7 +309,7 @@ impl Walk<'_> {
             at = next;
         }
         // Then its length.
-        let length = usize::try_from(at).ok().and_then(|at| self.data.u64_at(at));
+        let length = self.data.le_at::<u64>(at);
         let length = length
             .ok_or_else(|| self.bad("a record without its length: truncated", at, guest.len()))?;
         if length != at.saturating_sub(begin) {
@@ -325,7 +323,7 @@ impl Walk<'_> {
     fn claimed(&self, at: u64) -> Option<u64> {
         let mut size = 0;
         for (group, shift) in [(0, 0), (1, 7), (2, 14)] {
-            let byte = self.u8_at(at.checked_add(group)?)?;
+            let byte: u8 = self.data.le_at(at.checked_add(group)?)?;
             size |= u64::from(byte & 0x7f) << shift;
             if byte & 0x80 == 0 {
                 return Some(size);

@@ -36,11 +36,11 @@
 use crate::DumpError;
 use crate::format::kind::Kind;
 use crate::layout::LayoutSpec;
-use crate::processors::{SREGS_LEN, Sregs, nested, rip_and_flags, told, u32_in};
+use crate::processors::{SREGS_LEN, Sregs, nested, rip_and_flags, told};
 use crate::snapshot::{FilesNote, Named, SnapshotFiles, Vmm};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use sonicshot::{Gpa, GpaRange, Processor, Processors};
+use sonicshot::{Bytes, Cursor, CutShort, Gpa, GpaRange, Processor, Processors};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File};
@@ -232,17 +232,18 @@ fn ranges_of(state: &[u8]) -> Result<Vec<Range>, serde_json::Error> {
 /// The list at the start of a state of versions 19 to 38: how many, then each one's address and
 /// length.
 fn packed(bytes: &[u8]) -> Result<Vec<Range>, serde_json::Error> {
-    let short = || de::Error::custom("the packed list of memory ranges is cut short");
-    let (words, _) = bytes.as_chunks::<8>();
-    let (count, words) = words.split_first().ok_or_else(short)?;
-    let (pairs, _) = words.as_chunks::<2>();
-    let count = usize::try_from(u64::from_le_bytes(*count)).unwrap_or(usize::MAX);
-    let pairs = pairs.get(..count).ok_or_else(short)?;
-    let range = |[gpa, length]: &[[u8; 8]; 2]| Range {
-        gpa: u64::from_le_bytes(*gpa),
-        length: u64::from_le_bytes(*length),
-    };
-    Ok(pairs.iter().map(range).collect())
+    let short = |_: CutShort| de::Error::custom("the packed list of memory ranges is cut short");
+    let mut words = Cursor::new(bytes);
+    let count = words.le::<u64>().map_err(short)?;
+    let mut ranges = Vec::new();
+    // Each takes bytes, so that this ends with them.
+    for _ in 0..count {
+        ranges.push(Range {
+            gpa: words.le().map_err(short)?,
+            length: words.le().map_err(short)?,
+        });
+    }
+    Ok(ranges)
 }
 
 /// Where the bytes of a `memory-ranges` file of `len` bytes lie in the guest, by the state at
@@ -448,7 +449,7 @@ fn processor_of(state: &KvmState) -> Option<(bool, Processor)> {
         return Some((boot, nested));
     }
     let (rip, rflags) = rip_and_flags(&state.regs.0)?;
-    let mp_state = u32_in(&state.mp_state.0, 0)?;
+    let mp_state = state.mp_state.0.as_slice().le_at::<u32>(0)?;
     let registers = sregs.registers(rip, rflags)?;
     Some((boot, registers.of_kvm(boot, mp_state, false)?))
 }

@@ -11,26 +11,26 @@
 //! kernel's has no such line, and `/proc/kcore` has other `CORE` notes besides.
 
 use crate::format::kdump::read::{Note, notes_in};
-use crate::processors::{self, Halted, Registers, u32_in, u64_in};
-use sonicshot::{ControlRegisters, GuestMemory, Processor, Processors};
+use crate::processors::{self, Halted, Registers};
+use sonicshot::{Bytes, ControlRegisters, GuestMemory, Processor, Processors};
 
 /// The only version of `QEMUCPUState`; what is added to it comes behind.
 const VERSION: u32 = 1;
 /// Its length as it was at first, in bytes.
 const MIN_LEN: usize = 432;
 /// Its fields, in bytes from its beginning.
-const RAX: usize = 8;
-const RSP: usize = 56;
-const RIP: usize = 136;
-const RFLAGS: usize = 144;
-const CS: usize = 152;
-const CR: usize = 392;
+const RAX: u64 = 8;
+const RSP: u64 = 56;
+const RIP: u64 = 136;
+const RFLAGS: u64 = 144;
+const CS: u64 = 152;
+const CR: u64 = 392;
 /// The length of `struct elf_prstatus` of a 64-bit kernel, and where it has `RAX`, `RIP`, `RFLAGS`
 /// and `RSP`; and the same of a 32-bit one.
 const PRSTATUS_LEN: usize = 336;
-const PRSTATUS: [usize; 4] = [192, 240, 256, 264];
+const PRSTATUS: [u64; 4] = [192, 240, 256, 264];
 const PRSTATUS_32_LEN: usize = 144;
-const PRSTATUS_32: [usize; 4] = [96, 120, 128, 132];
+const PRSTATUS_32: [u64; 4] = [96, 120, 128, 132];
 /// More processors than any VM has.
 const MAX_PROCESSORS: usize = 1 << 14;
 
@@ -95,26 +95,26 @@ fn of_qemu(
 }
 
 fn registers(state: &[u8]) -> Option<Registers> {
-    let len = usize::try_from(u32_in(state, 4)?).ok()?;
-    if u32_in(state, 0)? != VERSION || len < MIN_LEN || len != state.len() {
+    let len = usize::try_from(state.le_at::<u32>(4)?).ok()?;
+    if state.le_at::<u32>(0)? != VERSION || len < MIN_LEN || len != state.len() {
         return None;
     }
-    let control = |number: usize| u64_in(state, number.checked_mul(8)?.checked_add(CR)?);
+    let control = |number: u64| state.le_at::<u64>(number.checked_mul(8)?.checked_add(CR)?);
     Some(Registers {
         control: ControlRegisters::new(control(0)?, control(3)?, control(4)?, None),
-        rip: u64_in(state, RIP)?,
-        rflags: u64_in(state, RFLAGS)?,
-        cs_selector: u32_in(state, CS)?.into(),
-        cs_base: u64_in(state, CS.checked_add(16)?)?,
+        rip: state.le_at::<u64>(RIP)?,
+        rflags: state.le_at::<u64>(RFLAGS)?,
+        cs_selector: state.le_at::<u32>(CS)?.into(),
+        cs_base: state.le_at::<u64>(CS.checked_add(16)?)?,
     })
 }
 
 /// Whether a processor's two notes are of the same instant. Where the first processor is not in
 /// long mode, QEMU writes the first note of each as a 32-bit kernel would have it.
 fn agree(status: &[u8], state: &[u8]) -> bool {
-    let wide = |at| u64_in(status, at);
-    let narrow = |at| u32_in(status, at).map(u64::from);
-    let fields = [RAX, RIP, RFLAGS, RSP].map(|at| u64_in(state, at));
+    let wide = |at| status.le_at::<u64>(at);
+    let narrow = |at| status.le_at::<u32>(at).map(u64::from);
+    let fields = [RAX, RIP, RFLAGS, RSP].map(|at| state.le_at::<u64>(at));
     match status.len() {
         PRSTATUS_LEN => fields == PRSTATUS.map(wide),
         PRSTATUS_32_LEN => {

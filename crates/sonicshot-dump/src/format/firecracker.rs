@@ -33,9 +33,9 @@
 
 use crate::DumpError;
 use crate::format::kind::Kind;
-use crate::processors::{Halted, SREGS_LEN, Sregs, u32_in};
+use crate::processors::{Halted, SREGS_LEN, Sregs};
 use crate::snapshot::{Entry, Named, SnapshotFiles, Vmm};
-use sonicshot::{Processor, Processors};
+use sonicshot::{Bytes, Processor, Processors};
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Read};
@@ -106,8 +106,8 @@ const MAX_PROCESSORS: usize = 256;
 /// (Intel SDM volume 3, table 12-1).
 const APIC_LEN: usize = 1024;
 const APIC_REGISTER: usize = 16;
-const APIC_ID: usize = 0x20;
-const APIC_VERSION: usize = 0x30;
+const APIC_ID: u64 = 0x20;
+const APIC_VERSION: u64 = 0x30;
 /// The version that KVM's have, and how many entries their local vector table has at most.
 const APIC_KVM: u32 = 0x14;
 const APIC_MAX_ENTRY: u32 = 7;
@@ -182,7 +182,7 @@ fn apics_in(state: &[u8]) -> impl Iterator<Item = u32> + '_ {
 }
 
 fn apic_id(apic: &[u8]) -> Option<u32> {
-    let version = u32_in(apic, APIC_VERSION)?;
+    let version = apic.le_at::<u32>(APIC_VERSION)?;
     if version & 0xffff != APIC_KVM || version >> 16 & 0xff > APIC_MAX_ENTRY {
         return None;
     }
@@ -191,7 +191,7 @@ fn apic_id(apic: &[u8]) -> Option<u32> {
     if !registers.iter().all(alone) {
         return None;
     }
-    u32_in(apic, APIC_ID)
+    apic.le_at::<u32>(APIC_ID)
 }
 
 /// The memory file among the files of the folder `path`, and the state file; `None` if that is

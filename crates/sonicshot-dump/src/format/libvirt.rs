@@ -10,7 +10,7 @@ use crate::DumpError;
 use crate::backing::spool::{Compression, Image, Spool};
 use crate::format::kind::{Format, Kind, Source};
 use crate::format::qemu;
-use sonicshot::FileBytes;
+use sonicshot::{Cursor, CutShort, FileBytes};
 use std::path::Path;
 
 pub(crate) const KIND: Kind = Kind::by_magic(&[MAGIC], open);
@@ -35,25 +35,17 @@ fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {
 fn parse(path: &Path, data: FileBytes<'_>) -> Result<Image, DumpError> {
     let malformed =
         |what, offset, value: u32| Err(DumpError::malformed(path, what, offset, u64::from(value)));
-    let mut header = [0_u8; 20];
-    let there = data.get(MAGIC.len(), header.len());
-    if !there.is_some_and(|there| there.copy_to(&mut header)) {
-        return malformed(
-            "the end of the file inside the header",
-            MAGIC.len() as u64,
-            0,
-        );
-    }
-    let word = |at: usize| {
-        header
-            .get(at..)?
-            .first_chunk()
-            .copied()
-            .map(u32::from_le_bytes)
+    let mut header = Cursor::at(data, MAGIC.len() as u64);
+    let mut read = || {
+        let (version, data_len) = (header.le::<u32>()?, header.le::<u32>()?);
+        header.skip(4)?;
+        let format = header.le::<u32>()?;
+        header.skip(4)?;
+        Ok::<_, CutShort>((version, data_len, format))
     };
-    let words = word(0).zip(word(4)).zip(word(12));
-    let Some(((version, data_len), format)) = words else {
-        return malformed("the end of the file inside the header", 16, 0);
+    let Ok((version, data_len, format)) = read() else {
+        let what = "the end of the file inside the header";
+        return malformed(what, MAGIC.len() as u64, 0);
     };
     // A host of the other byte order.
     let swapped = version.swap_bytes() == VERSION;

@@ -4,7 +4,7 @@
 use crate::DumpError;
 use crate::backing::plain::{Extent, PlainDump};
 use crate::format::kind::{Format, Kind, Source, boxed};
-use sonicshot::{FileBytes, FileOffset, Gpa, GpaRange, GuestMemory};
+use sonicshot::{Cursor, CutShort, FileBytes, FileOffset, Gpa, GpaRange, GuestMemory};
 use std::fs::File;
 use std::path::Path;
 
@@ -28,18 +28,18 @@ impl Record {
     /// Reads the header at `at`. `None` in the result's place is a header that is cut off.
     pub(crate) fn read(path: &Path, data: FileBytes<'_>, at: u64) -> Result<Self, DumpError> {
         let bad = |what, value| DumpError::malformed(path, what, at, value);
-        let cut = || {
+        let cut = |_: CutShort| {
             bad(
                 "a record's header beyond the end: truncated",
                 data.len() as u64,
             )
         };
-        let place = usize::try_from(at).map_err(|_| cut())?;
-        let header = data.get(place, 32).ok_or_else(cut)?;
-        let (magic, version) = (header.u32_at(0), header.u32_at(4));
-        let (start, last) = (header.u64_at(8), header.u64_at(16));
-        let (magic, version) = magic.zip(version).ok_or_else(cut)?;
-        let (start, last) = start.zip(last).ok_or_else(cut)?;
+        let mut header = Cursor::at(data, at);
+        let (magic, version) = (header.le().map_err(cut)?, header.le().map_err(cut)?);
+        let start = header.le().map_err(cut)?;
+        let last: u64 = header.le().map_err(cut)?;
+        // What is reserved.
+        header.skip(8).map_err(cut)?;
         // The end is the last byte itself.
         let end = last.checked_add(1).filter(|end| *end > start);
         let end = end.ok_or_else(|| bad("a record that ends before it begins", last))?;

@@ -16,12 +16,7 @@ pub(crate) fn file_runs(dump: &PlainDump, plan: &PrunePlan) -> Result<Vec<FileRa
                 let what = "a stretch beyond 64 bits";
                 DumpError::malformed(dump.path(), what, offset.raw(), dropped.len())
             })?;
-            match runs.last_mut() {
-                Some(last) if last.end() == run.start() => {
-                    *last = FileRange::new(last.start(), run.end());
-                }
-                _ => runs.push(run),
-            }
+            run.append_to(&mut runs);
         }
     }
     Ok(runs)

@@ -146,7 +146,7 @@ fn refused(data: &[u8]) -> String {
 fn seen(data: &[u8], core: &CoreDump) -> BTreeMap<u64, u8> {
     let mut seen = BTreeMap::new();
     for run in core.runs() {
-        let mut at = run.offset as usize;
+        let mut at = run.offset.raw() as usize;
         for pfn in run.frames.iter() {
             let page = &data[at..at + PAGE];
             assert!(page.iter().all(|byte| *byte == page[0]));
@@ -393,7 +393,7 @@ fn a_core_cut_off_anywhere_is_refused() {
                     wanted,
                     left,
                 }) => assert!(
-                    wanted > left && (left == 0 || place.offset + left == len as u64),
+                    wanted > left && (left == 0 || place.offset.raw() + left == len as u64),
                     "{len}: {place}"
                 ),
                 Err(XenError::Malformed { .. }) if len < 58 => {}
@@ -455,7 +455,7 @@ proptest! {
         }
         if let Ok(core) = parse(&data) {
             for run in core.runs() {
-                prop_assert!(run.offset + run.frames.len() * PAGE as u64 <= data.len() as u64);
+                prop_assert!(run.offset.raw() + run.frames.len() * PAGE as u64 <= data.len() as u64);
             }
         }
     }

@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 use sonicshot::{
-    ControlRegisters, DropClasses, FileBytes, Fill, Gpa, GpaRange, PageClass, PageMap, PageSize,
-    Pfn, PfnRange, PrunePlan, RamLayout,
+    ControlRegisters, DropClasses, FileBytes, FileOffset, FileRange, Fill, Gpa, GpaRange,
+    PageClass, PageMap, PageSize, Pfn, PfnRange, PrunePlan, RamLayout,
 };
 use sonicshot_xen::{DomainKind, Joined, Layer, Part, Skeleton, Within, XenError, XlImage};
 use std::collections::BTreeMap;
@@ -110,7 +110,7 @@ fn seen(data: &[u8]) -> BTreeMap<u64, (Option<u8>, bool)> {
     let image = parse(data).unwrap();
     let frame = |frame: &sonicshot_xen::Frame| {
         let fill = frame.data().map(|at| {
-            let page = &data[usize::try_from(at).unwrap()..][..PAGE];
+            let page = &data[usize::try_from(at.raw()).unwrap()..][..PAGE];
             assert!(page.iter().all(|byte| *byte == page[0]));
             page[0]
         });
@@ -130,6 +130,11 @@ fn plan(drop: &[u64]) -> PrunePlan {
     PrunePlan::new(&map, &DropClasses::default(), Fill::Any)
 }
 
+fn inside(range: FileRange) -> std::ops::Range<usize> {
+    let place = |at: FileOffset| usize::try_from(at.raw()).unwrap();
+    place(range.start())..place(range.end())
+}
+
 fn prune(data: &[u8], drop: &[u64]) -> Vec<u8> {
     let image = parse(data).unwrap();
     let dropped = image.dropped(&plan(drop));
@@ -143,13 +148,7 @@ fn prune(data: &[u8], drop: &[u64]) -> Vec<u8> {
             |part| {
                 match part {
                     Part::Bytes(bytes) => out.extend(bytes),
-                    Part::Copy { from, len } => {
-                        let (from, len) = (
-                            usize::try_from(from).unwrap(),
-                            usize::try_from(len).unwrap(),
-                        );
-                        out.extend(&data[from..from + len]);
-                    }
+                    Part::Copy(range) => out.extend(&data[inside(range)]),
                 }
                 Ok(())
             },
@@ -234,7 +233,7 @@ proptest! {
         }
         if let Ok(image) = parse(&data) {
             for frame in image.frames() {
-                let at = frame.data().map_or(0, |at| at + 4096);
+                let at = frame.data().map_or(0, |at| at.raw() + 4096);
                 prop_assert!(at <= data.len() as u64);
             }
             prune(&data, &[1, 2, 3]);
@@ -258,10 +257,7 @@ fn join(skeleton: &[u8], content: impl Fn(u64) -> u8) -> Result<Vec<u8>, XenErro
     let mut out = Vec::new();
     let put = |part| {
         match part {
-            Joined::Skeleton { from, len } => {
-                let from = usize::try_from(from).unwrap();
-                out.extend(&skeleton[from..][..usize::try_from(len).unwrap()]);
-            }
+            Joined::Skeleton(range) => out.extend(&skeleton[inside(range)]),
             Joined::Pages { frames, .. } => {
                 for pfn in frames.iter() {
                     out.extend([content(pfn.raw()); PAGE]);
@@ -324,7 +320,7 @@ proptest! {
         if let Ok(joined) = join(&data, |pfn| pfn.to_le_bytes()[0]) {
             let image = parse(&joined).unwrap();
             for frame in image.frames().iter().filter(|frame| frame.data().is_some()) {
-                let at = usize::try_from(frame.data().unwrap()).unwrap();
+                let at = usize::try_from(frame.data().unwrap().raw()).unwrap();
                 prop_assert_eq!(joined[at], frame.pfn().raw().to_le_bytes()[0]);
             }
         }
@@ -337,7 +333,7 @@ fn last_types(data: &[u8], items: &[Item]) -> BTreeMap<u64, u8> {
     let image = parse(data).unwrap();
     for (record, item) in image.records().iter().zip(items) {
         let Item::Pages(pages) = item else { continue };
-        let at = usize::try_from(record.offset).unwrap() + 16;
+        let at = usize::try_from(record.offset.raw()).unwrap() + 16;
         for (index, (_, pfn, _)) in pages.iter().enumerate() {
             types.insert(*pfn, data[at + index * 8 + 7] >> 4);
         }
@@ -452,7 +448,7 @@ fn an_image_cut_off_anywhere_is_refused_with_the_place() {
                 left,
             }) => {
                 assert!(
-                    wanted > left && place.offset + left == len as u64,
+                    wanted > left && place.offset.raw() + left == len as u64,
                     "{len}: {place}"
                 );
                 if len > first_record + 8 {

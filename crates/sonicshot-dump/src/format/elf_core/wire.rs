@@ -5,7 +5,7 @@
 
 use crate::DumpError;
 use crate::backing::plain::Extent;
-use sonicshot::{Architecture, FileBytes, FileOffset, Gpa, GpaRange};
+use sonicshot::{Architecture, Bytes, FileBytes, FileOffset, Gpa, GpaRange};
 use std::path::Path;
 
 pub(crate) const HEADER_LEN: usize = 64;
@@ -119,6 +119,9 @@ pub(crate) struct Segment {
     pub align: u64,
 }
 
+/// The class of 64 bits, and the data little-endian, as they follow the magic.
+const ELF_64_LITTLE: u16 = 0x0102;
+
 /// What the headers of an ELF core say.
 #[derive(Debug, Clone)]
 pub(crate) struct ElfCore {
@@ -128,33 +131,18 @@ pub(crate) struct ElfCore {
     pub vmcoreinfo: Option<Vec<u8>>,
 }
 
-/// Fields are read one by one as [`FileBytes`], for somebody may be writing the file.
-fn u16_at(data: FileBytes<'_>, at: u64) -> Option<u16> {
-    data.u16_at(usize::try_from(at).ok()?)
-}
-
-fn u32_at(data: FileBytes<'_>, at: u64) -> Option<u32> {
-    data.u32_at(usize::try_from(at).ok()?)
-}
-
-fn u64_at(data: FileBytes<'_>, at: u64) -> Option<u64> {
-    data.u64_at(usize::try_from(at).ok()?)
-}
-
-/// A copy of the `len` bytes at `at`.
+/// A copy of the `len` bytes at `at`. All is read as [`FileBytes`], for somebody may be writing the
+/// file.
 fn copy_of(data: FileBytes<'_>, at: u64, len: u32) -> Option<Vec<u8>> {
-    let len = usize::try_from(len).ok()?;
-    let bytes = data.get(usize::try_from(at).ok()?, len)?;
-    let mut copy = vec![0; len];
-    bytes.copy_to(&mut copy).then_some(copy)
+    data.part(at, len.into())?.copied()
 }
 
 impl Segment {
     fn read(data: FileBytes<'_>, at: u64) -> Option<Self> {
-        let field = |offset: u64| u64_at(data, at.checked_add(offset)?);
+        let field = |offset: u64| data.le_at::<u64>(at.checked_add(offset)?);
         Some(Self {
-            kind: u32_at(data, at)?,
-            flags: u32_at(data, at.checked_add(4)?)?,
+            kind: data.le_at(at)?,
+            flags: data.le_at(at.checked_add(4)?)?,
             offset: field(8)?,
             vaddr: field(16)?,
             paddr: field(24)?,
@@ -210,31 +198,30 @@ impl ElfCore {
         let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
         let len = data.len() as u64;
         let short = || bad("a file too short for an ELF header", 0, len);
-        // Class 64-bit, data little-endian.
-        if u16_at(data, 4).ok_or_else(short)? != u16::from_le_bytes([2, 1]) {
+        if data.le_at::<u16>(4).ok_or_else(short)? != ELF_64_LITTLE {
             return Err(DumpError::Unsupported {
                 path: path.to_owned(),
                 kind: "an ELF file that is not 64-bit little-endian",
             });
         }
-        let kind = u16_at(data, 16).ok_or_else(short)?;
+        let kind = data.le_at::<u16>(16).ok_or_else(short)?;
         if kind != ET_CORE {
             return Err(DumpError::NotADump {
                 path: path.to_owned(),
                 why: "it is an ELF file, but no core (for symbols, give it with --symbols)",
             });
         }
-        let machine = machine(path, u16_at(data, 18).ok_or_else(short)?)?;
-        let table = u64_at(data, 32).ok_or_else(short)?;
-        let size = u16_at(data, 54).ok_or_else(short)?;
+        let machine = machine(path, data.le_at::<u16>(18).ok_or_else(short)?)?;
+        let table = data.le_at::<u64>(32).ok_or_else(short)?;
+        let size = data.le_at::<u16>(54).ok_or_else(short)?;
         if usize::from(size) != SEGMENT_LEN {
             return Err(bad("an unknown size of program headers", 54, size.into()));
         }
-        let count = u16_at(data, 56).ok_or_else(short)?;
+        let count = data.le_at::<u16>(56).ok_or_else(short)?;
         let count = if count == PN_XNUM {
-            let sections = u64_at(data, 40).ok_or_else(short)?;
+            let sections = data.le_at::<u64>(40).ok_or_else(short)?;
             let at = sections.checked_add(44).filter(|_| sections != 0);
-            at.and_then(|at| u32_at(data, at)).ok_or_else(|| {
+            at.and_then(|at| data.le_at::<u32>(at)).ok_or_else(|| {
                 bad(
                     "more segments than e_phnum holds, but no section 0",
                     40,
@@ -415,8 +402,8 @@ struct Note {
 
 impl Note {
     fn read(data: FileBytes<'_>, at: u64) -> Option<Self> {
-        let name_len = u32_at(data, at)?;
-        let text_len = u32_at(data, at.checked_add(4)?)?;
+        let name_len = data.le_at(at)?;
+        let text_len = data.le_at(at.checked_add(4)?)?;
         let name_at = at.checked_add(12)?;
         let padded = |len: u32| u64::from(len).checked_next_multiple_of(4);
         let text_at = name_at.checked_add(padded(name_len)?)?;

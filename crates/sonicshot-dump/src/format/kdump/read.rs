@@ -14,7 +14,8 @@ use crate::DumpError;
 use crate::backing::paged::BlockCache;
 use crate::backing::plain::{check_content, open_content};
 use sonicshot::{
-    Architecture, FileContent, Gpa, GpaRange, GuestMemory, MemoryError, PageSize, RamLayout,
+    Architecture, Bytes, Cursor, CutShort, FileContent, Gpa, GpaRange, GuestMemory, MemoryError,
+    PageSize, RamLayout,
 };
 use std::collections::BinaryHeap;
 use std::fmt;
@@ -95,6 +96,17 @@ struct Descriptor {
     offset: u64,
     len: u32,
     flags: u32,
+}
+
+impl Descriptor {
+    fn read(bytes: &[u8]) -> Result<Self, CutShort> {
+        let mut fields = Cursor::new(bytes);
+        Ok(Self {
+            offset: fields.le()?,
+            len: fields.le()?,
+            flags: fields.le()?,
+        })
+    }
 }
 
 impl KdumpFile {
@@ -265,10 +277,8 @@ impl KdumpFile {
             .saturating_add(self.descriptors_at);
         let mut raw = [0; 16];
         let there = self.content.read(at, &mut raw);
-        let fields = u64_in(&raw, 0).zip(u32_in(&raw, 8)).zip(u32_in(&raw, 12));
-        let ((offset, len), flags) =
-            fields.ok_or_else(|| bad("a page descriptor beyond the end", at, pfn))?;
-        let descriptor = Descriptor { offset, len, flags };
+        let descriptor =
+            Descriptor::read(&raw).map_err(|_| bad("a page descriptor beyond the end", at, pfn))?;
         if self.facts.incomplete {
             // Written until the disk was full.
             let end = descriptor.offset.checked_add(descriptor.len.into());
@@ -396,9 +406,10 @@ impl Header {
         if !content.read(0, &mut header) {
             return Err(cut());
         }
-        let field = |at| u32_in(&header, at).ok_or_else(cut);
+        let header = header.as_slice();
+        let field = |at| header.le_at::<u32>(at).ok_or_else(cut);
         if header.get(..8) != Some(SIGNATURE) {
-            let found = u64_in(&header, 0).ok_or_else(cut)?;
+            let found = header.le_at(0).ok_or_else(cut)?;
             return Err(bad("no kdump header", 0, found));
         }
         let version = field(8)?;
@@ -487,20 +498,21 @@ impl SubHeader {
         if !content.read(block, &mut sub) {
             return Err(cut());
         }
-        let field = |at, since| match u64_in(&sub, at).ok_or_else(cut) {
+        let sub = sub.as_slice();
+        let field = |at, since| match sub.le_at::<u64>(at).ok_or_else(cut) {
             Ok(_) if header.version < since => Ok(0),
             read => read,
         };
-        if header.version >= 2 && u32_in(&sub, 12).ok_or_else(cut)? != 0 {
+        if header.version >= 2 && sub.le_at::<u32>(12).ok_or_else(cut)? != 0 {
             return Err(DumpError::Unsupported {
                 path: path.to_owned(),
                 kind: "one part of a split kdump-compressed dump",
             });
         }
-        let part = |at: usize, since, what| {
+        let part = |at: u64, since, what| {
             Ok::<_, DumpError>(Part {
                 what,
-                named_at: block.saturating_add(at as u64),
+                named_at: block.saturating_add(at),
                 offset: field(at, since)?,
                 len: field(at.saturating_add(8), since)?,
             })
@@ -724,8 +736,8 @@ impl Content {
         let pair = |at| {
             let mut raw = [0; 16];
             self.read_stored(at, &mut raw).then_some(())?;
-            let swapped = |at| u64_in(&raw, at).map(u64::swap_bytes);
-            swapped(0).zip(swapped(8))
+            let raw = raw.as_slice();
+            raw.be_at::<u64>(0).zip(raw.be_at::<u64>(8))
         };
         let kind = pair(16);
         if kind != Some((1, 1)) {
@@ -907,19 +919,8 @@ fn for_words(
 }
 
 fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
-    bytes
-        .as_chunks::<8>()
-        .0
-        .iter()
-        .map(|word| u64::from_le_bytes(*word))
-}
-
-fn u32_in(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-fn u64_in(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
+    let mut words = Cursor::new(bytes);
+    std::iter::from_fn(move || words.le().ok())
 }
 
 /// The processor by its name in `struct new_utsname`.
@@ -957,20 +958,18 @@ impl Note<'_> {
 
 /// The ELF notes in `bytes`, up to the first that is cut off.
 pub(crate) fn notes_in(bytes: &[u8]) -> impl Iterator<Item = Note<'_>> {
-    let mut rest = bytes;
-    std::iter::from_fn(move || {
-        let name_len = usize::try_from(u32_in(rest, 0)?).ok()?;
-        let text_len = usize::try_from(u32_in(rest, 4)?).ok()?;
-        let kind = u32_in(rest, 8)?;
-        let body = rest.get(12..)?;
-        let name = body.get(..name_len)?;
-        let body = body.get(name_len.checked_next_multiple_of(4)?..)?;
-        let text = body.get(..text_len)?;
-        // The last one's padding may be missing.
-        rest = body
-            .get(text_len.checked_next_multiple_of(4)?..)
-            .unwrap_or(&[]);
-        let name = name.strip_suffix(&[0]).unwrap_or(name);
-        Some(Note { kind, name, text })
-    })
+    let mut notes = Cursor::new(bytes);
+    std::iter::from_fn(move || next_note(&mut notes).ok())
+}
+
+fn next_note<'a>(notes: &mut Cursor<&'a [u8]>) -> Result<Note<'a>, CutShort> {
+    let (name_len, text_len, kind): (u32, u32, u32) = (notes.le()?, notes.le()?, notes.le()?);
+    let padding = |len: u32| u64::from(len).next_multiple_of(4).abs_diff(len.into());
+    let name = notes.take(name_len.into())?;
+    notes.skip(padding(name_len))?;
+    let text = notes.take(text_len.into())?;
+    // The last one's may be missing.
+    notes.skip(padding(text_len).min(notes.left()))?;
+    let name = name.strip_suffix(&[0]).unwrap_or(name);
+    Ok(Note { kind, name, text })
 }

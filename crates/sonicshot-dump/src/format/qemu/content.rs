@@ -37,16 +37,16 @@ pub(crate) fn rest_of_ram(
     loop {
         start::other_sections(&mut cursor, &mut Start::default())?;
         if first {
-            between = cursor.at;
+            between = cursor.at();
             first = false;
         }
-        let kind = cursor.u8()?;
+        let kind = cursor.be::<u8>()?;
         if kind != SECTION_PART && kind != SECTION_END {
             return Err(cursor.malformed("a section among the memory's", kind.into()));
         }
         cursor.section(start.ram_section)?;
         loop {
-            match cursor.u64()? {
+            match cursor.be::<u64>()? {
                 FLAG_EOS => break,
                 FLAG_MULTIFD_FLUSH => {}
                 other => return Err(cursor.malformed("what follows the memory", other)),
@@ -54,7 +54,7 @@ pub(crate) fn rest_of_ram(
         }
         cursor.footer(start.ram_section)?;
         if kind == SECTION_END {
-            return Ok((between, cursor.at));
+            return Ok((between, cursor.at()));
         }
     }
 }

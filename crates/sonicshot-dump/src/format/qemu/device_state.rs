@@ -21,7 +21,7 @@ use crate::format::qemu::start::{Cursor, SECTION_FOOTER, SECTION_FULL, SUBSECTIO
 use crate::processors::{Registers, host_in_memory, host_in_vmcb, host_in_vmcs12};
 use serde::Deserialize;
 use serde::de::{Deserializer, SeqAccess, Visitor};
-use sonicshot::{ControlRegisters, FileBytes, GuestMemory, Processor};
+use sonicshot::{Bytes, ControlRegisters, FileBytes, GuestMemory, Processor};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
@@ -378,11 +378,11 @@ fn walk<'a>(
             continue;
         }
         let number = header(&mut cursor, device)?;
-        let start = cursor.at;
+        let start = cursor.at();
         cursor.skip(device.part.len())?;
         let bytes = usize::try_from(start)
             .ok()
-            .zip(usize::try_from(cursor.at).ok())
+            .zip(usize::try_from(cursor.at()).ok())
             .and_then(|(start, end)| state.get(start..end))
             .ok_or_else(|| cursor.malformed("the end of a section", start))?;
         if cursor.peek() == Some(SECTION_FOOTER) {
@@ -390,7 +390,7 @@ fn walk<'a>(
         }
         sections.push(Section { device, bytes });
     }
-    if cursor.at != end {
+    if cursor.at() != end {
         return Err(cursor.malformed("the end of the devices' state", end));
     }
     Ok(sections)
@@ -398,11 +398,11 @@ fn walk<'a>(
 
 /// The header of the section of `device`; returns its number.
 fn header(cursor: &mut Cursor<'_>, device: &Device) -> Result<u32, DumpError> {
-    let kind = cursor.u8()?;
-    let number = cursor.u32()?;
+    let kind = cursor.be::<u8>()?;
+    let number = cursor.be::<u32>()?;
     let name = cursor.name()?;
-    let instance = cursor.u32()?;
-    let version = cursor.u32()?;
+    let instance = cursor.be::<u32>()?;
+    let version = cursor.be::<u32>()?;
     let as_described = kind == SECTION_FULL
         && name == device.name
         && instance == device.instance_id
@@ -473,8 +473,8 @@ fn processor(
             control,
             rip: cpu.u64("env.eip")?,
             rflags: cpu.u64("env.eflags")?,
-            cs_selector: u32::from_be_bytes(*segment.first_chunk()?).into(),
-            cs_base: u64::from_be_bytes(*segment.get(4..)?.first_chunk()?),
+            cs_selector: segment.be_at::<u32>(0)?.into(),
+            cs_base: segment.be_at(4)?,
         };
         let states = (cpu.u32("env.mp_state")?, common.u32("halted")?);
         Some((registers, cpu.u32("env.hflags")?, states))

@@ -210,15 +210,15 @@ impl MappedRam {
             let block = block(&mut cursor, data.len() as u64)?;
             total = total.saturating_add(block.len);
             // The next block is behind the room for this one's pages.
-            cursor.at = block.pages_offset.saturating_add(block.len);
+            cursor.seek(block.pages_offset.saturating_add(block.len));
             blocks.push(block);
         }
-        let end = cursor.u64()?;
+        let end = cursor.be::<u64>()?;
         if total != start.total || end != FLAG_EOS {
             return Err(cursor.malformed("the end of the memory blocks", end));
         }
         cursor.footer(start.ram_section)?;
-        let after = cursor.at;
+        let after = cursor.at();
         start::other_sections(&mut cursor, &mut start)?;
         let names = blocks.iter().map(|block| (block.name.clone(), block.len));
         let placed = start::blocks(path, &start, layout, names.collect())?;
@@ -446,20 +446,20 @@ impl Store {
 /// One block's name, length and header; all of it must lie in the file.
 fn block(cursor: &mut Cursor<'_>, file_len: u64) -> Result<Block, DumpError> {
     let name = cursor.name()?;
-    let len = cursor.u64()?;
-    let version = cursor.u32()?;
+    let len = cursor.be::<u64>()?;
+    let version = cursor.be::<u32>()?;
     if version != MAPPED_RAM_VERSION {
         return Err(cursor.malformed("the version of a mapped-ram header", version.into()));
     }
-    let page_size = cursor.u64()?;
+    let page_size = cursor.be::<u64>()?;
     if page_size != TARGET_PAGE || len % TARGET_PAGE != 0 || len == 0 {
         return Err(cursor.malformed("the page size or length of a memory block", page_size));
     }
-    let bitmap_offset = cursor.u64()?;
-    let pages_offset = cursor.u64()?;
+    let bitmap_offset = cursor.be::<u64>()?;
+    let pages_offset = cursor.be::<u64>()?;
     let bitmap_len = len.div_ceil(TARGET_PAGE).div_ceil(8);
     let bitmap_end = bitmap_offset.checked_add(bitmap_len);
-    if bitmap_offset < cursor.at || bitmap_end.is_none_or(|end| end > pages_offset) {
+    if bitmap_offset < cursor.at() || bitmap_end.is_none_or(|end| end > pages_offset) {
         return Err(cursor.malformed("the offset of a bitmap", bitmap_offset));
     }
     let end = pages_offset.checked_add(len);

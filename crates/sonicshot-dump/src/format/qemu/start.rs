@@ -6,7 +6,7 @@
 //! the guest's RAM, and the ROMs and video memory that go with it.
 
 use crate::{BlockPlace, DumpError, LayoutSpec};
-use sonicshot::{FileBytes, FileOffset, FileRange, Gpa, GpaRange};
+use sonicshot::{Bytes, CutShort, FileBytes, FileOffset, FileRange, Gpa, GpaRange, Number};
 use std::path::Path;
 
 /// The subsection with the capabilities that both sides must have.
@@ -49,81 +49,75 @@ const MAX_PLUGGED: usize = 256;
 /// (`hw/virtio/virtio-mem.c`, QEMU 8 and later); the device's own name stands before it.
 const VIRTIO_MEM: &str = "/virtio-mem-device-early";
 
-/// Reads one field after the other.
+/// The cursor of all formats over a migration file: its errors name the file.
 #[derive(Clone)]
 pub(crate) struct Cursor<'a> {
     path: &'a Path,
-    data: FileBytes<'a>,
-    pub at: u64,
+    fields: sonicshot::Cursor<FileBytes<'a>>,
 }
 
 impl<'a> Cursor<'a> {
     pub(crate) fn new(path: &'a Path, data: FileBytes<'a>, at: u64) -> Self {
-        Self { path, data, at }
+        let fields = sonicshot::Cursor::at(data, at);
+        Self { path, fields }
+    }
+
+    /// Where the next field begins.
+    pub(crate) fn at(&self) -> u64 {
+        self.fields.position()
+    }
+
+    /// Goes to `at`, which may be behind the end.
+    pub(crate) fn seek(&mut self, at: u64) {
+        self.fields.seek(at);
     }
 
     pub(crate) fn malformed(&self, what: &'static str, value: u64) -> DumpError {
-        DumpError::malformed(self.path, what, self.at, value)
+        DumpError::malformed(self.path, what, self.fields.position(), value)
+    }
+
+    fn told<T>(&self, read: Result<T, CutShort>) -> Result<T, DumpError> {
+        read.map_err(|_| self.malformed("the end of the file inside a field", 0))
     }
 
     pub(crate) fn bytes<const N: usize>(&mut self) -> Result<[u8; N], DumpError> {
-        let mut out = [0; N];
-        self.copy(&mut out)?;
-        Ok(out)
+        let read = self.fields.array();
+        self.told(read)
     }
 
-    fn copy(&mut self, out: &mut [u8]) -> Result<(), DumpError> {
-        let start = usize::try_from(self.at).unwrap_or(usize::MAX);
-        self.data
-            .get(start, out.len())
-            .filter(|bytes| bytes.copy_to(out))
-            .ok_or_else(|| self.malformed("the end of the file inside a field", 0))?;
-        self.at = self.at.saturating_add(out.len() as u64);
-        Ok(())
-    }
-
-    pub(crate) fn u8(&mut self) -> Result<u8, DumpError> {
-        Ok(u8::from_be_bytes(self.bytes()?))
-    }
-
-    pub(crate) fn u32(&mut self) -> Result<u32, DumpError> {
-        Ok(u32::from_be_bytes(self.bytes()?))
-    }
-
-    pub(crate) fn u64(&mut self) -> Result<u64, DumpError> {
-        Ok(u64::from_be_bytes(self.bytes()?))
+    /// The next number: they are big-endian.
+    pub(crate) fn be<T: Number>(&mut self) -> Result<T, DumpError> {
+        let read = self.fields.be();
+        self.told(read)
     }
 
     fn text(&mut self, len: u32) -> Result<String, DumpError> {
         if len > MAX_NAME {
             return Err(self.malformed("the length of a name", len.into()));
         }
-        let mut name = vec![0; len as usize];
-        self.copy(&mut name)?;
+        let mut ahead = self.fields;
+        let name = ahead.take(len.into()).map(Bytes::copied);
+        let cut = || self.malformed("the end of the file inside a field", 0);
+        let name = name.ok().flatten().ok_or_else(cut)?;
+        self.fields = ahead;
         String::from_utf8(name).map_err(|_| self.malformed("a name that is no text", len.into()))
     }
 
     /// A name behind its length in one byte.
     pub(crate) fn name(&mut self) -> Result<String, DumpError> {
-        let len = self.u8()?;
+        let len: u8 = self.be()?;
         self.text(len.into())
     }
 
     /// Passes over bytes that are there.
     pub(crate) fn skip(&mut self, len: u64) -> Result<(), DumpError> {
-        let end = self.at.checked_add(len);
-        match end.filter(|end| *end <= self.data.len() as u64) {
-            Some(end) => {
-                self.at = end;
-                Ok(())
-            }
-            None => Err(self.malformed("the end of the file inside a page", len)),
-        }
+        let skipped = self.fields.skip(len);
+        skipped.map_err(|_| self.malformed("the end of the file inside a page", len))
     }
 
     /// The number of a section, which must be this.
     pub(crate) fn section(&mut self, wanted: u32) -> Result<(), DumpError> {
-        let found = self.u32()?;
+        let found: u32 = self.be()?;
         if found == wanted {
             return Ok(());
         }
@@ -133,14 +127,14 @@ impl<'a> Cursor<'a> {
     /// The end of a section, if it is marked.
     pub(crate) fn footer(&mut self, section: u32) -> Result<(), DumpError> {
         if self.peek() == Some(SECTION_FOOTER) {
-            self.u8()?;
+            self.be::<u8>()?;
             self.section(section)?;
         }
         Ok(())
     }
 
     pub(crate) fn peek(&self) -> Option<u8> {
-        self.data.u8_at(usize::try_from(self.at).ok()?)
+        self.fields.peek()
     }
 }
 
@@ -229,35 +223,35 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
     if &cursor.bytes::<4>()? != MAGIC {
         return Err(cursor.malformed("no QEVM", 0));
     }
-    let version = cursor.u32()?;
+    let version = cursor.be::<u32>()?;
     if version != VERSION {
         return Err(cursor.malformed("a migration version", version.into()));
     }
     let mut start = Start::default();
     if cursor.peek() == Some(CONFIGURATION) {
-        cursor.u8()?;
-        let len = cursor.u32()?;
+        cursor.be::<u8>()?;
+        let len = cursor.be::<u32>()?;
         start.machine = Some(cursor.text(len)?);
-        start.configuration_at = Some(cursor.at);
+        start.configuration_at = Some(cursor.at());
         while cursor.peek() == Some(SUBSECTION) {
-            let begin = cursor.at;
-            cursor.u8()?;
+            let begin = cursor.at();
+            cursor.be::<u8>()?;
             let name = cursor.name()?;
-            cursor.u32()?; // its version
+            cursor.be::<u32>()?; // its version
             match name.as_str() {
                 CAPABILITIES => {
-                    let count = cursor.u32()?;
+                    let count = cursor.be::<u32>()?;
                     if count > MAX_CAPABILITIES {
                         return Err(cursor.malformed("the number of capabilities", count.into()));
                     }
                     for _ in 0..count {
                         start.capabilities.push(cursor.name()?);
                     }
-                    let (begin, end) = (FileOffset::new(begin), FileOffset::new(cursor.at));
+                    let (begin, end) = (FileOffset::new(begin), FileOffset::new(cursor.at()));
                     start.capabilities_at = Some(FileRange::new(begin, end));
                 }
                 "configuration/target-page-bits" => {
-                    let bits = cursor.u32()?;
+                    let bits = cursor.be::<u32>()?;
                     if 1_u64.checked_shl(bits) != Some(TARGET_PAGE) {
                         return Err(cursor.malformed("the size of a page", bits.into()));
                     }
@@ -268,16 +262,16 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
         }
     }
     other_sections(cursor, &mut start)?;
-    start.ram_at = cursor.at;
-    let section = cursor.u8()?;
-    start.ram_section = cursor.u32()?;
+    start.ram_at = cursor.at();
+    let section = cursor.be::<u8>()?;
+    start.ram_section = cursor.be::<u32>()?;
     let name = cursor.name()?;
-    cursor.u32()?; // instance
-    let version = cursor.u32()?;
+    cursor.be::<u32>()?; // instance
+    let version = cursor.be::<u32>()?;
     if section != SECTION_START || name != "ram" || version != RAM_VERSION {
         return Err(cursor.malformed("a first section that is not ram", section.into()));
     }
-    let total = cursor.u64()?;
+    let total = cursor.be::<u64>()?;
     if total & (TARGET_PAGE.saturating_sub(1)) != FLAG_MEM_SIZE {
         return Err(cursor.malformed("the size of all memory", total));
     }
@@ -303,14 +297,14 @@ pub(crate) fn other_sections(cursor: &mut Cursor<'_>, start: &mut Start) -> Resu
         let mut ahead = cursor.clone();
         match ahead.peek() {
             Some(SECTION_COMMAND) => {
-                ahead.u8()?;
+                ahead.be::<u8>()?;
                 ahead.bytes::<2>()?;
-                let len = u16::from_be_bytes(ahead.bytes()?);
+                let len: u16 = ahead.be()?;
                 ahead.skip(len.into())?;
             }
             Some(SECTION_FULL) => {
-                ahead.u8()?;
-                let number = ahead.u32()?;
+                ahead.be::<u8>()?;
+                let number = ahead.be::<u32>()?;
                 let name = ahead.name()?;
                 ahead.bytes::<8>()?; // instance, version
                 let Some(device) = name.strip_suffix(VIRTIO_MEM) else {
@@ -335,11 +329,11 @@ pub(crate) fn other_sections(cursor: &mut Cursor<'_>, start: &mut Start) -> Resu
 /// Reads what a virtio-mem device says of its memory: where it is, and which of its pieces are
 /// plugged in, which the memory's own records tell as well.
 fn virtio_mem(cursor: &mut Cursor<'_>) -> Result<GpaRange, DumpError> {
-    let address = cursor.u64()?;
-    let len = cursor.u64()?;
-    let piece = cursor.u64()?;
-    cursor.u32()?; // node
-    cursor.u64()?; // how much is plugged in
+    let address = cursor.be::<u64>()?;
+    let len = cursor.be::<u64>()?;
+    let piece = cursor.be::<u64>()?;
+    cursor.be::<u32>()?; // node
+    cursor.be::<u64>()?; // how much is plugged in
     let range = GpaRange::with_len(Gpa::new(address), len);
     let pieces = len.checked_div(piece).filter(|_| len % TARGET_PAGE == 0);
     let (Some(range), Some(pieces)) = (range, pieces) else {

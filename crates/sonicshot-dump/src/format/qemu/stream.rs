@@ -207,7 +207,7 @@ impl Stream {
         let mut total = 0_u64;
         while total < start.total {
             let name = cursor.name()?;
-            let len = cursor.u64()?;
+            let len = cursor.be::<u64>()?;
             if blocks.len() >= MAX_BLOCKS || len == 0 || len & FLAGS != 0 {
                 return Err(cursor.malformed("the length of a memory block", len));
             }
@@ -219,7 +219,7 @@ impl Stream {
         }
         // Where a virtio-mem device has its memory stands behind the first part.
         let mut ahead = cursor.clone();
-        if matches!(ahead.u64(), Ok(FLAG_EOS)) {
+        if matches!(ahead.be::<u64>(), Ok(FLAG_EOS)) {
             ahead.footer(start.ram_section)?;
             start::other_sections(&mut ahead, &mut start)?;
         }
@@ -244,7 +244,7 @@ impl Stream {
         Ok(Self {
             blocks,
             start,
-            records_at: cursor.at,
+            records_at: cursor.at(),
             records_end: 0,
         })
     }
@@ -273,8 +273,8 @@ impl Stream {
         loop {
             // The records of one part of the section.
             loop {
-                let at = cursor.at;
-                let word = cursor.u64()?;
+                let at = cursor.at();
+                let word = cursor.be::<u64>()?;
                 let (flags, address) = (word & FLAGS, word & !FLAGS);
                 match flags & !FLAG_CONTINUE {
                     FLAG_EOS => break,
@@ -291,11 +291,11 @@ impl Stream {
                     let name = cursor.name()?;
                     block = numbers.get(name.as_str()).copied();
                 }
-                let start = cursor.at;
+                let start = cursor.at();
                 if flags & FLAG_PAGE != 0 {
                     cursor.skip(TARGET_PAGE)?;
                 } else {
-                    let fill = cursor.u8()?;
+                    let fill = cursor.be::<u8>()?;
                     if fill != 0 {
                         return Err(cursor.malformed("the byte that fills a page", fill.into()));
                     }
@@ -303,7 +303,7 @@ impl Stream {
                 each(&Record {
                     at,
                     data: start,
-                    end: cursor.at,
+                    end: cursor.at(),
                     address,
                     flags,
                     block,
@@ -311,10 +311,10 @@ impl Stream {
             }
             cursor.footer(self.start.ram_section)?;
             if last_part {
-                return Ok(cursor.at);
+                return Ok(cursor.at());
             }
             start::other_sections(&mut cursor, &mut Start::default())?;
-            let kind = cursor.u8()?;
+            let kind = cursor.be::<u8>()?;
             if kind != SECTION_PART && kind != SECTION_END {
                 return Err(cursor.malformed("a section among the memory's", kind.into()));
             }
@@ -476,11 +476,11 @@ fn of_stream<'a>(
     })?;
     let mut cursor = Cursor::new(path, data, stream.records_at);
     let mut between = FileRange::new(FileOffset::ZERO, FileOffset::ZERO);
-    if matches!(cursor.u64(), Ok(FLAG_EOS)) {
+    if matches!(cursor.be::<u64>(), Ok(FLAG_EOS)) {
         cursor.footer(stream.start.ram_section)?;
-        let begin = cursor.at;
+        let begin = cursor.at();
         start::other_sections(&mut cursor, &mut Start::default())?;
-        between = stretch(begin, cursor.at);
+        between = stretch(begin, cursor.at());
     }
     Ok(Content {
         start: &stream.start,

@@ -5,7 +5,7 @@ use crate::backing::plain::{Extent, PlainDump};
 use crate::format::elf_core;
 use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::xen::{PAGE, failed, processors};
-use sonicshot::{Architecture, FileOffset, GuestMemory, P2m, Processors};
+use sonicshot::{Architecture, GuestMemory, P2m, Processors};
 use sonicshot_xen::{CoreDump, DomainKind};
 use std::fs::File;
 
@@ -38,7 +38,7 @@ fn open(source: Source<'_>) -> Result<XenCore, DumpError> {
 fn extents(core: &CoreDump) -> Vec<Extent> {
     let extent = |run: &sonicshot_xen::CoreRun| {
         let guest = run.frames.gpa_range(PAGE)?;
-        let offset = Some(FileOffset::new(run.offset));
+        let offset = Some(run.offset);
         Some(Extent { guest, offset })
     };
     core.runs().iter().filter_map(extent).collect()

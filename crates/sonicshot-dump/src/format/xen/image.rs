@@ -10,9 +10,7 @@ use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::xen::{PAGE, failed, processors};
 use crate::prune::stats::PruneStats;
 use crate::prune::stream;
-use sonicshot::{
-    FileOffset, FileRange, Fill, GpaRange, GuestMemory, PfnRange, Processors, PrunePlan,
-};
+use sonicshot::{Fill, GpaRange, GuestMemory, PfnRange, Processors, PrunePlan};
 use sonicshot_xen::{DomainKind, Layer, XlImage};
 use std::fs::File;
 
@@ -75,12 +73,7 @@ impl Format for XlDump {
             let Some(one) = PfnRange::with_len(frame.pfn(), 1) else {
                 continue;
             };
-            match runs.last_mut() {
-                Some(last) if last.end() == one.start() => {
-                    *last = PfnRange::new(last.start(), one.end());
-                }
-                _ => runs.push(one),
-            }
+            one.append_to(&mut runs);
         }
         runs
     }
@@ -122,14 +115,11 @@ impl AsStream for XlDump {
         let dropped = self.image.dropped(goes);
         let failed = failed(self.mapped.path());
         self.image
-            .pruned(self.mapped.bytes(), &dropped, failed, |part| match part {
-                sonicshot_xen::Part::Copy { from, len } => {
-                    let range = FileRange::with_len(FileOffset::new(from), len);
-                    let what = "a stretch beyond 64 bits";
-                    let beyond = || DumpError::malformed(self.mapped.path(), what, from, len);
-                    each(Part::Copy(range.ok_or_else(beyond)?))
-                }
-                sonicshot_xen::Part::Bytes(bytes) => each(Part::Bytes(bytes)),
+            .pruned(self.mapped.bytes(), &dropped, failed, |part| {
+                each(match part {
+                    sonicshot_xen::Part::Copy(range) => Part::Copy(range),
+                    sonicshot_xen::Part::Bytes(bytes) => Part::Bytes(bytes),
+                })
             })
     }
 
@@ -158,7 +148,7 @@ fn extents(image: &XlImage) -> Vec<Extent> {
         let Some(guest) = frames.and_then(|frames| frames.gpa_range(PAGE)) else {
             continue;
         };
-        let offset = frame.data().map(FileOffset::new);
+        let offset = frame.data();
         if let Some(last) = extents.last_mut()
             && last.guest.end() == guest.start()
             && last.file().map(|file| file.end()) == offset

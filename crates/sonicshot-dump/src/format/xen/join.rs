@@ -3,7 +3,7 @@
 use crate::output::{Output, Target};
 use crate::{DumpError, Overwrite};
 use sonicshot::file::SparseWriter;
-use sonicshot::{FileBytes, GuestMemory, MemoryError, PageSize, Pfn, PfnRange, Progress};
+use sonicshot::{Bytes, FileBytes, GuestMemory, MemoryError, PageSize, Pfn, PfnRange, Progress};
 use sonicshot_xen::{Joined, Skeleton};
 use std::fs::File;
 use std::io::Write;
@@ -90,9 +90,9 @@ impl XlSkeleton {
             source,
         };
         self.skeleton.joined(data, failed, |part| match part {
-            Joined::Skeleton { from, len } => {
-                let bytes = usize::try_from(from).ok().zip(usize::try_from(len).ok());
-                let bytes = bytes.and_then(|(from, len)| self.bytes.get(from..)?.get(..len));
+            Joined::Skeleton(range) => {
+                let (from, len) = (range.start().raw(), range.len());
+                let bytes = self.bytes.as_slice().part(from, len);
                 let beyond =
                     || DumpError::malformed(&self.path, "a part beyond the end", from, len);
                 writer
