@@ -7,12 +7,12 @@ use sonicshot::checkpoint::CheckpointError;
 use sonicshot_dump::{DumpError, KdumpWriteError, SizeLimit};
 use sonicshot_offline::OfflineError;
 use sonicshot_vmi::{Foreign, VmiError};
-use sonicshot_xen_live::{DomainId, LiveError};
+use sonicshot_xen_live::LiveError;
 use std::error::Error;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{ExitCode, ExitStatus};
+use std::process::ExitCode;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CliError {
@@ -21,20 +21,10 @@ pub(crate) enum CliError {
     #[error("{what}")]
     Usage { what: String },
     #[error("the live domain")]
-    Live(#[from] LiveError),
-    #[error("domain {domain}")]
-    Domain {
-        domain: DomainId,
-        #[source]
-        source: VmiError,
-    },
-    /// Xen's own tool failed.
-    #[error("{command} failed ({status}){}", said(output))]
-    Xl {
-        command: String,
-        status: ExitStatus,
-        output: String,
-    },
+    Live(#[source] LiveError),
+    /// What says itself what it is about.
+    #[error(transparent)]
+    AboutDomain(LiveError),
     #[error("{action} {}", path.display())]
     Io {
         action: &'static str,
@@ -58,6 +48,28 @@ pub(crate) enum CliError {
 impl From<DumpError> for CliError {
     fn from(error: DumpError) -> Self {
         Self::Offline(error.into())
+    }
+}
+
+impl From<LiveError> for CliError {
+    fn from(error: LiveError) -> Self {
+        match error {
+            LiveError::Image(error) => error.into(),
+            LiveError::Io {
+                action,
+                path,
+                source,
+            } => Self::Io {
+                action,
+                path,
+                source,
+            },
+            LiveError::NoNumber { .. } | LiveError::IsDom0 => Self::Usage {
+                what: error.to_string(),
+            },
+            LiveError::Guest { .. } | LiveError::Xl { .. } => Self::AboutDomain(error),
+            error => Self::Live(error),
+        }
     }
 }
 
@@ -92,11 +104,11 @@ impl CliError {
         match self {
             Self::Reported { code } => *code,
             Self::Offline(error) => code_of(error),
-            Self::Domain { source, .. } => code_of_guest(source),
+            Self::AboutDomain(LiveError::Guest { source, .. }) => code_of_guest(source),
             Self::Usage { .. } | Self::OverDump { .. } => 2,
             Self::Io { .. }
             | Self::Live(_)
-            | Self::Xl { .. }
+            | Self::AboutDomain(_)
             | Self::Exists { .. }
             | Self::NoDemo { .. }
             | Self::Demo { .. } => 1,
@@ -185,14 +197,6 @@ impl CliError {
         if let Some(hint) = self.hint() {
             complain!("  hint: {hint}");
         }
-    }
-}
-
-/// What a program said, to go behind what is said of it.
-fn said(output: &str) -> String {
-    match output.trim() {
-        "" => String::new(),
-        output => format!(":\n{output}"),
     }
 }
 

@@ -2,7 +2,6 @@
 
 mod restore;
 mod save;
-mod xl;
 
 pub(crate) use restore::restore;
 pub(crate) use save::save;

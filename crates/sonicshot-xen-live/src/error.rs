@@ -2,7 +2,11 @@
 
 use crate::DomainId;
 use sonicshot::{LayoutError, MemoryError, P2mError};
+use sonicshot_dump::DumpError;
+use sonicshot_vmi::VmiError;
 use std::io;
+use std::path::PathBuf;
+use std::process::ExitStatus;
 
 /// Why a live domain's memory cannot be read, or its save not be filtered.
 #[derive(Debug, thiserror::Error)]
@@ -97,4 +101,56 @@ pub enum LiveError {
         #[source]
         source: io::Error,
     },
+    /// `xl` tells no number of a domain.
+    #[error("xl does not know the number of {name}: {said}")]
+    NoNumber {
+        /// The domain's name.
+        name: String,
+        /// What `xl` said.
+        said: String,
+    },
+    /// The domain is the one that saves the others.
+    #[error("domain 0 cannot be saved: it is the one that saves the others")]
+    IsDom0,
+    /// Nothing can be told of the domain's guest.
+    #[error("domain {domain}")]
+    Guest {
+        /// The domain.
+        domain: DomainId,
+        /// Why not.
+        #[source]
+        source: VmiError,
+    },
+    /// `xl` failed.
+    #[error("{command} failed ({status}){}", said(output))]
+    Xl {
+        /// The command.
+        command: String,
+        /// How it ended.
+        status: ExitStatus,
+        /// What it said.
+        output: String,
+    },
+    /// A file, a pipe or `xl` cannot be used.
+    #[error("{action} {}", path.display())]
+    Io {
+        /// What is done.
+        action: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The image cannot be written, or is none.
+    #[error(transparent)]
+    Image(#[from] DumpError),
+}
+
+/// What a program said, to go behind what is said of it.
+fn said(output: &str) -> String {
+    match output.trim() {
+        "" => String::new(),
+        output => format!(":\n{output}"),
+    }
 }

@@ -6,6 +6,8 @@
 //!   as it is looked at. It must not run meanwhile.
 //! - [`SaveFilter`] has an unchanged `xl save` leave frames out: they are told to libxc as frames
 //!   to be populated without content, so that it neither maps nor writes them.
+//! - [`save`] does all of that with a domain, and ends with an image that is whole or not there;
+//!   [`restore`] has `xl` take it again, also if it was compressed.
 //!
 //! # Which domains
 //! Paravirtualised ones of 64 bits, and HVM and PVH ones. Of the latter two the code follows Xen's
@@ -22,11 +24,17 @@ mod error;
 mod ffi;
 mod filter;
 mod p2m_list;
+mod restore;
+mod save;
+mod xl;
 
 pub use domain::LiveDomain;
 pub use error::LiveError;
 pub use ffi::Xen;
 pub use filter::{FrameRuns, SaveFilter, path_of};
+pub use restore::restore;
+pub use save::{AfterSave, Look, Looked, SaveOptions, Saved, save};
+pub use sonicshot_offline::packed::ImageCompression;
 
 /// A domain's number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -1,20 +1,19 @@
 //! Xen's own tool.
 
-use crate::error::CliError;
-use sonicshot_xen_live::DomainId;
+use crate::{DomainId, LiveError};
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::process::{Command, ExitStatus, Stdio};
 
 /// A call of `xl`. What it says is kept, and told if it fails.
-pub(super) struct Xl {
+pub(crate) struct Xl {
     pub command: Command,
     words: String,
     output: File,
 }
 
 impl Xl {
-    pub(super) fn new(words: &[&str]) -> Result<Self, CliError> {
+    pub(crate) fn new(words: &[&str]) -> Result<Self, LiveError> {
         let words_of = words.join(" ");
         let failed = |source| cannot_run(&words_of, source);
         // A pipe would have to be emptied while it runs.
@@ -33,18 +32,18 @@ impl Xl {
     }
 
     /// Runs it to its end. Returns what it said.
-    pub(super) fn run(mut self) -> Result<String, CliError> {
+    pub(crate) fn run(mut self) -> Result<String, LiveError> {
         let status = self.command.status();
         let status = status.map_err(|source| self.cannot_run(source))?;
         self.ended(status)
     }
 
-    pub(super) fn cannot_run(&self, source: io::Error) -> CliError {
+    pub(crate) fn cannot_run(&self, source: io::Error) -> LiveError {
         cannot_run(&self.words, source)
     }
 
     /// What it said, once it has ended.
-    pub(super) fn ended(mut self, status: ExitStatus) -> Result<String, CliError> {
+    pub(crate) fn ended(mut self, status: ExitStatus) -> Result<String, LiveError> {
         let mut output = Vec::new();
         let read = self.output.rewind();
         // Without its words there is still its status.
@@ -53,7 +52,7 @@ impl Xl {
         if status.success() {
             return Ok(output);
         }
-        Err(CliError::Xl {
+        Err(LiveError::Xl {
             command: format!("xl {}", self.words),
             status,
             output,
@@ -61,29 +60,35 @@ impl Xl {
     }
 }
 
-fn cannot_run(words: &str, source: io::Error) -> CliError {
-    CliError::Io {
+fn cannot_run(words: &str, source: io::Error) -> LiveError {
+    LiveError::Io {
         action: "running",
         path: format!("xl {words}").into(),
         source,
     }
 }
 
-/// The number of the domain that is called `name`, or has that number. dom0 is none to be saved.
-pub(super) fn domain_of(name: &str) -> Result<DomainId, CliError> {
-    let number = match name.parse() {
-        Ok(number) => number,
-        Err(_) => {
-            let said = Xl::new(&["domid", name])?.run()?;
-            let said = said.trim();
-            said.parse().map_err(|_| CliError::Usage {
-                what: format!("xl does not know the number of {name}: {said}"),
-            })?
+impl DomainId {
+    /// The domain that is called `name`, or has that number, as `xl` knows it. The one that saves
+    /// the others is none.
+    ///
+    /// # Errors
+    /// [`LiveError::NoNumber`], [`LiveError::IsDom0`], or why `xl` does not tell.
+    pub fn find(name: &str) -> Result<Self, LiveError> {
+        let number = match name.parse() {
+            Ok(number) => number,
+            Err(_) => {
+                let said = Xl::new(&["domid", name])?.run()?;
+                let said = said.trim();
+                said.parse().map_err(|_| LiveError::NoNumber {
+                    name: name.into(),
+                    said: said.into(),
+                })?
+            }
+        };
+        if number == 0 {
+            return Err(LiveError::IsDom0);
         }
-    };
-    if number == 0 {
-        let what = "domain 0 cannot be saved: it is the one that saves the others";
-        return Err(CliError::Usage { what: what.into() });
+        Ok(Self::new(number))
     }
-    Ok(DomainId::new(number))
 }

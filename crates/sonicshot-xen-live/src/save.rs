@@ -1,0 +1,287 @@
+//! What `xl save` does, without the domain's free pages.
+
+use crate::xl::Xl;
+use crate::{DomainId, FrameRuns, LiveDomain, LiveError, SaveFilter, Xen, path_of};
+use sonicshot::{DropClasses, GuestMemory, PageSize, Progress};
+use sonicshot_dump::{Dump, NewFile, Overwrite};
+use sonicshot_offline::packed::{self, ImageCompression};
+use sonicshot_vmi::{AnalysisOptions, GuestOptions, Note, analyze};
+use std::fs::File;
+use std::io;
+use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const PAGE: PageSize = PageSize::SIZE_4K;
+/// How often it is looked how far the image is.
+const EVERY: Duration = Duration::from_millis(100);
+
+/// What becomes of a domain that was saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum AfterSave {
+    /// It is destroyed, once its image is on the disk and has its name.
+    #[default]
+    Destroy,
+    /// It stays paused.
+    Pause,
+    /// It goes on as soon as its memory is written.
+    GoOn,
+}
+
+/// How a domain is saved.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct SaveOptions {
+    /// What becomes of it.
+    pub after: AfterSave,
+    /// How the image is compressed; [`restore`](crate::restore) takes it as it is.
+    pub compression: Option<ImageCompression>,
+    /// Whether a file that exists is replaced.
+    pub overwrite: Overwrite,
+    /// Files with symbols and types of the guest's kernel, which need not be given.
+    pub symbols: Vec<PathBuf>,
+}
+
+impl Default for SaveOptions {
+    fn default() -> Self {
+        Self {
+            after: AfterSave::default(),
+            compression: None,
+            overwrite: Overwrite::Refuse,
+            symbols: Vec::new(),
+        }
+    }
+}
+
+/// What was found in a domain.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Look {
+    /// Its kernel's release.
+    pub release: String,
+    /// How many pages it has.
+    pub total_pages: u64,
+    /// The frames that were left out.
+    pub frames: FrameRuns,
+    /// What is worth knowing of its guest.
+    pub notes: Vec<Note>,
+}
+
+impl Look {
+    fn kept_bytes(&self) -> u64 {
+        let kept = self.total_pages.saturating_sub(self.frames.len());
+        kept.saturating_mul(PAGE.bytes())
+    }
+}
+
+/// The look at a domain.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Looked {
+    /// What it found, or why there is none: then nothing was left out.
+    pub result: Result<Look, LiveError>,
+    /// When the domain was suspended.
+    pub suspended: Instant,
+    /// How long the look took.
+    pub took: Duration,
+}
+
+/// What a save came to.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Saved {
+    /// The domain.
+    pub domain: DomainId,
+    /// The look at it; `None` if Xen's save helper never asked for the types of frames.
+    pub looked: Option<Looked>,
+    /// How long the image is, in bytes.
+    pub file_bytes: u64,
+    /// How long it took from the first call until the image was complete.
+    pub took: Duration,
+    /// How long the domain was suspended until then.
+    pub suspended: Option<Duration>,
+}
+
+/// Has `xl` save the domain `name` (or of that number) to the file `path`, without the pages that
+/// its guest does not use. The image appears whole or not at all. A domain that is not left running
+/// is paused until the image is on the disk, and goes on if that fails.
+///
+/// # Errors
+/// [`LiveError`]: Xen or `xl` refuse, there is a file of this name, or writing fails. A guest that
+/// cannot be looked at is none: it is saved in full.
+pub fn save(
+    name: &str,
+    path: &Path,
+    options: &SaveOptions,
+    progress: Progress<'_>,
+) -> Result<Saved, LiveError> {
+    let started = Instant::now();
+    let xen = Xen::open()?;
+    let domain = DomainId::find(name)?;
+    let out = NewFile::create_new(path, options.overwrite)?;
+    let work = Work {
+        xen: &xen,
+        domain,
+        options,
+        path,
+        expected: AtomicU64::new(0),
+    };
+    let (looked, packed) = watched(out.file(), &work.expected, progress, || work.write(&out))?;
+    let file_bytes = out.file().metadata().map_or(0, |file| file.len());
+    // The domain stays paused until the image is on the disk and has its name.
+    let finished = packed
+        .and_then(|()| work.check(&out))
+        .and_then(|()| Ok(out.finish()?));
+    let id = domain.to_string();
+    let gone = options.after == AfterSave::Destroy;
+    if let Err(error) = finished {
+        if gone {
+            // What it says is not what went wrong first.
+            let _ = Xl::new(&["unpause", &id]).and_then(Xl::run);
+        }
+        return Err(error);
+    }
+    let complete = Instant::now();
+    if gone {
+        Xl::new(&["destroy", &id])?.run()?;
+    }
+    let suspended = looked.as_ref();
+    Ok(Saved {
+        domain,
+        file_bytes,
+        took: complete.duration_since(started),
+        suspended: suspended.map(|looked| complete.duration_since(looked.suspended)),
+        looked,
+    })
+}
+
+/// Tells how long `file` is while `work` writes it, once it is known what to expect.
+fn watched<T: Send>(
+    file: &File,
+    expected: &AtomicU64,
+    progress: Progress<'_>,
+    work: impl FnOnce() -> T + Send,
+) -> T {
+    let watching = thread::current();
+    let done = thread::scope(|scope| {
+        let working = scope.spawn(move || {
+            let done = work();
+            watching.unpark();
+            done
+        });
+        while !working.is_finished() {
+            match expected.load(Ordering::Relaxed) {
+                0 => {}
+                total => progress(file.metadata().map_or(0, |file| file.len()), total),
+            }
+            thread::park_timeout(EVERY);
+        }
+        working.join()
+    });
+    done.unwrap_or_else(|panic| resume_unwind(panic))
+}
+
+/// A save that is under way.
+struct Work<'a> {
+    xen: &'a Xen,
+    domain: DomainId,
+    options: &'a SaveOptions,
+    /// What messages call the image.
+    path: &'a Path,
+    /// How long the image will be, at most; 0 while that is not known.
+    expected: AtomicU64,
+}
+
+impl Work<'_> {
+    /// Has `xl` write the image to `out`. Once it has, the domain is paused, also if packing
+    /// failed.
+    fn write(&self, out: &NewFile) -> Result<(Option<Looked>, Result<(), LiveError>), LiveError> {
+        let writing = |source| LiveError::Io {
+            action: "writing",
+            path: self.path.to_owned(),
+            source,
+        };
+        let Some(how) = self.options.compression else {
+            return Ok((self.run(&path_of(out.file()))?, Ok(())));
+        };
+        let (mut from, to) = io::pipe().map_err(writing)?;
+        thread::scope(|scope| {
+            let packing = scope.spawn(move || {
+                let packed = packed::compress(how, &mut from, out.file());
+                if packed.is_err() {
+                    // A broken pipe would end xl before it can resume the domain.
+                    let _ = io::copy(&mut from, &mut io::sink());
+                }
+                packed
+            });
+            let looked = self.run(&path_of(&to));
+            // Nobody writes any more: the reader comes to the end.
+            drop(to);
+            let packed = packing
+                .join()
+                .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()));
+            Ok((looked?, packed.map_err(writing)))
+        })
+    }
+
+    fn run(&self, target: &str) -> Result<Option<Looked>, LiveError> {
+        let after = match self.options.after {
+            AfterSave::GoOn => "-c",
+            AfterSave::Destroy | AfterSave::Pause => "-p",
+        };
+        let mut xl = Xl::new(&["save", after, &self.domain.to_string(), target])?;
+        let filter = SaveFilter::new()?;
+        filter.attach(&mut xl.command);
+        let mut child = xl.command.spawn().map_err(|source| xl.cannot_run(source))?;
+        let mut looked = None;
+        let status = filter.serve(&mut child, |domain| {
+            let suspended = Instant::now();
+            let result = self.look(domain);
+            let frames = match &result {
+                Ok(look) => {
+                    self.expected.store(look.kept_bytes(), Ordering::Relaxed);
+                    look.frames.clone()
+                }
+                Err(_) => FrameRuns::default(),
+            };
+            looked = Some(Looked {
+                result,
+                suspended,
+                took: suspended.elapsed(),
+            });
+            frames
+        })?;
+        xl.ended(status)?;
+        Ok(looked)
+    }
+
+    /// Looks for the free pages of a domain that is suspended.
+    fn look(&self, id: DomainId) -> Result<Look, LiveError> {
+        let failed = |source| LiveError::Guest { domain: id, source };
+        let domain = LiveDomain::open(self.xen, id)?;
+        let mut options = GuestOptions::new();
+        for path in &self.options.symbols {
+            options = options.symbols(path);
+        }
+        let options = AnalysisOptions::new().guest(options).zero_pages(false);
+        let guest = analyze(&domain, &options).map_err(failed)?;
+        let frames = domain.dropped(&guest.plan(&DropClasses::default()));
+        Ok(Look {
+            release: guest.facts().release.clone(),
+            total_pages: domain.layout().bytes() >> PAGE.shift(),
+            frames,
+            notes: guest.notes().to_vec(),
+        })
+    }
+
+    /// Whether the image is one that can be read, from its first record to its last.
+    fn check(&self, out: &NewFile) -> Result<(), LiveError> {
+        if self.options.compression.is_none() {
+            Dump::open(path_of(out.file()), None)?;
+        }
+        Ok(())
+    }
+}
