@@ -26,14 +26,19 @@ from captures import Meta
 from command import command
 from debian import install_tools
 from errors import AlreadyTold, CheckFailed
-from frames import FREE, frames_of, ram_frames, read_tsv
+from frames import FREE, Run, frames_of, ram_frames, read_tsv
 from host import LAB, Json, attempt, run
 from machine import Machine, Monitor, prepare
 from spec import PAGE, GuestSpec, Layout
 from tool import find_tool, report_of, tool_argument
 
-# Frames that a kernel which is gone cannot have freed since it was ready.
+# MiB of patterns that a kernel's successor fills, a good deal less than it.
+ANON_AFTER = 4
+# Where more frames than these are in use by one and not by the other, records are not those of the
+# kernel that was ready: its successor never fills as much.
 OTHERS = 4096
+# What is in use, and for what.
+USED = ("kernel", "slab", "page_table", "anonymous", "page_cache_clean", "page_cache_dirty", "shmem")
 # Where RAM files are while guests run in them.
 FAST = Path("/dev/shm") if Path("/dev/shm").is_dir() else LAB
 
@@ -73,11 +78,11 @@ def spec_of(series: str, smp: int, kaslr: bool, kind: str, mem: int | None = Non
     if kind == "kexec":
         append += " lab.kexec=1"
         spec = replace(spec, mem=mem or 512, next="console=ttyS0 quiet panic=-1 no_timer_check "
-                       + ("" if kaslr else "nokaslr"))
+                       f"lab.anon={ANON_AFTER} " + ("" if kaslr else "nokaslr"))
     elif kind == "crash":
         append += " lab.kexec=2 crashkernel=160M"
         spec = replace(spec, mem=mem or 640, next="console=ttyS0 quiet panic=-1 no_timer_check "
-                       "nr_cpus=1 " + ("" if kaslr else "nokaslr"))
+                       f"nr_cpus=1 lab.anon={ANON_AFTER} " + ("" if kaslr else "nokaslr"))
     elif kind == "triple":
         append += " reboot=t"
     return replace(spec, append=append, **(more or {}))
@@ -109,6 +114,11 @@ def signature(pfn: int) -> bytes:
     """The content of a signed frame: no page of another, and nothing that a guest writes."""
     word = (0x51674E0000000000 | pfn) ^ 0x5A5A5A5A
     return word.to_bytes(8, "little") * (PAGE // 8)
+
+
+def used(runs: Iterable[Run]) -> set[int]:
+    """What is in use by a kernel's records, and for what it is known."""
+    return frames_of(runs, *USED)
 
 
 class Frames:
@@ -215,13 +225,16 @@ class Round:
                 run("cp", "--sparse=always", folder / disk, work / disk)
         self.ram = work / "ram.raw"
         run("cp", "--sparse=auto", folder / "signed.raw", self.ram)
-        self.machine = Machine(meta.spec, self.ram, work, incoming=True)
+        # The next boot reads a command line of its own: it fills less memory.
+        after = replace(meta.spec, anon=ANON_AFTER)
+        self.machine = Machine(after, self.ram, work, incoming=True)
         self.qmp = self.machine.qmp
         self.qmp.capabilities("events", "x-ignore-shared")
         self.qmp.call("migrate-incoming", uri=f"file:{folder / 'device.state'}")
         self.qmp.migrated()
         self.qmp.no_capabilities("x-ignore-shared")
-        self.ran, self.taken, self.replaced = 0.0, False, False
+        self.used = used(read_tsv(folder / "signed.tsv"))
+        self.ran, self.taken = 0.0, False
 
     def trigger(self) -> None:
         """Ends the guest's kernel."""
@@ -247,14 +260,15 @@ class Round:
         took = time.monotonic() - started
         if done.returncode:
             return {"rc": done.returncode, "said": done.stderr.strip(), "took": took}
-        dropped = frames_of(read_tsv(pfns), *FREE)
+        runs = read_tsv(pfns)
+        dropped = frames_of(runs, *FREE)
         report = report_of(done.stdout)
         got: Json = {"rc": 0, "notes": report.get("notes"), "dropped": len(dropped), "took": took}
-        # The old kernel's free frames were signed. Where many others are free, another kernel
-        # says so: one that is up, from then on. What is in its free frames is nobody's; that it is,
-        # is shown by taking them away and letting it run on.
-        self.replaced |= len(dropped.difference(self.pfns)) >= OTHERS
-        got["owner"] = "new" if self.replaced else "old"
+        # The old kernel stands still since it was ready, or nearly: what was in use then is, by
+        # its records. Another kernel uses other frames. What is in its free frames is nobody's;
+        # that it is, is shown by taking them away and letting it run on.
+        got["differ"] = len(self.used ^ used(runs))
+        got["owner"] = "new" if got["differ"] >= OTHERS else "old"
         lost = dropped & nonzero if got["owner"] == "old" else set()
         got.update(lost=len(lost), which=ranges(lost))
         if got["owner"] == "new" and path == self.ram:
