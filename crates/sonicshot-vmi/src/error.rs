@@ -139,6 +139,28 @@ pub enum VmiError {
         /// Why not.
         why: String,
     },
+    /// A search of the guest's records was ended: there was more to look at than there was time.
+    #[error("{what}: {done} of {all} were looked at, and {seconds} s were over")]
+    OutOfTime {
+        /// What was looked at.
+        what: &'static str,
+        /// So many of them were.
+        done: u64,
+        /// So many there are.
+        all: u64,
+        /// How long it may take.
+        seconds: u64,
+    },
+    /// The guest has more of something than any that is whole.
+    #[error("{found} {what}, and at most {most} are looked at")]
+    TooMany {
+        /// What there is too much of.
+        what: &'static str,
+        /// So many were found, before the search was ended.
+        found: u64,
+        /// So many may be.
+        most: u64,
+    },
     /// The sources of truth about free pages disagree by more than a stopped processor explains.
     #[error("{0}")]
     Inconsistent(Box<Inconsistency>),

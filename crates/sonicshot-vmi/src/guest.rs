@@ -2,6 +2,7 @@
 
 use crate::analysis::{Analysis, AnalysisOptions, GuestFacts, Parts};
 use crate::arch::{self, Cr3, Owner};
+use crate::deadline::Deadline;
 use crate::discover::{self, Found, Tried};
 use crate::error::VmiError;
 use crate::kernel::{Build, Kernel};
@@ -220,9 +221,11 @@ impl<'m> LinuxGuest<'m> {
             &|tables| told.is_unknown() || told.may_run_on(memory, tables),
             &mut attempt,
         );
-        match standing {
-            Err(VmiError::NoKernel { tried }) if tried == discover::NO_PAGE => {
-                let guest = Self::by_shape(memory, owners(), options.threads)?;
+        match standing? {
+            discover::Search::Standing(standing) => Self::decide(standing),
+            discover::Search::NoText(no_text) => {
+                let guest = Self::by_shape(memory, owners(), options.threads)
+                    .map_err(|why| no_text.and(why))?;
                 if told.are_known() {
                     return Ok(guest);
                 }
@@ -234,7 +237,6 @@ impl<'m> LinuxGuest<'m> {
                         .into(),
                 })
             }
-            standing => Self::decide(standing?),
         }
     }
 
@@ -391,7 +393,7 @@ impl<'m> LinuxGuest<'m> {
 
     fn mem_map(&self) -> Result<MemMap<'m>, VmiError> {
         match &self.shaped {
-            Some(shaped) => shaped.mem_map(&self.kernel),
+            Some(shaped) => shaped.mem_map(&self.kernel, &Deadline::new()),
             None => MemMap::new(&self.kernel),
         }
     }
@@ -399,7 +401,7 @@ impl<'m> LinuxGuest<'m> {
     /// The struct pages, what each says, and the zones, by whatever is known of them.
     fn structures(&self) -> Result<(MemMap<'m>, PageLayout, Zones), VmiError> {
         if let Some(shaped) = &self.shaped {
-            return shaped.structures(&self.kernel, self.image);
+            return shaped.structures(&self.kernel, self.image, &Deadline::new());
         }
         let map = MemMap::new(&self.kernel)?;
         if self.knowledge == Knowledge::Types {

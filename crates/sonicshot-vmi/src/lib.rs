@@ -160,6 +160,7 @@
 mod address;
 mod analysis;
 mod arch;
+mod deadline;
 mod discover;
 mod error;
 mod guest;

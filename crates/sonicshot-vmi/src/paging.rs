@@ -22,6 +22,14 @@ pub(crate) trait Paging: Send + Sync + core::fmt::Debug {
         memory: &dyn GuestMemory,
         visit: &mut dyn FnMut(Gpa) -> bool,
     ) -> Result<(), MemoryError>;
+
+    /// Where in the kernel half a stretch of mappings begins, if it is where the array of struct
+    /// pages may (on x86-64 a multiple of 1 GiB), lowest first; at most `most` and one.
+    fn stretches(
+        &self,
+        memory: &dyn GuestMemory,
+        most: usize,
+    ) -> Result<Vec<KernelVa>, MemoryError>;
 }
 
 /// Where a virtual address lies.

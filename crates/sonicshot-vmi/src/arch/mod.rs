@@ -13,7 +13,7 @@ use crate::symbols::VmcoreinfoLines;
 use core::fmt;
 pub use processor::{Cr3, Foreign, ForeignProcessor, ParseCr3Error};
 pub(crate) use processor::{Landmark, Told};
-use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, PageSize, PfnRange};
+use sonicshot::{Architecture, Gpa, GpaRange, GuestBytes, GuestMemory, PageSize, PfnRange};
 pub use trace::Trace;
 pub(crate) use trace::{Owner, Test, Verdict, not_made};
 
@@ -54,6 +54,23 @@ pub(crate) struct SectionSize {
     pub memory_bits: u32,
 }
 
+/// What every kernel of an architecture looks like, whatever its config and version: by this one is
+/// found that tells nothing of itself.
+#[derive(Debug)]
+pub(crate) struct KernelShape {
+    pub architecture: Architecture,
+    /// The only size of pages that such a kernel has.
+    pub page_size: PageSize,
+    /// Where the kernel's image begins at the earliest.
+    pub image: KernelVa,
+    /// Where it ends at the latest.
+    pub image_end: KernelVa,
+    /// How many levels page tables may have.
+    pub levels: &'static [u32],
+    /// `NR_PAGE_ORDERS`.
+    pub orders: u64,
+}
+
 /// An architecture, as far as the reading of a kernel's records depends on it.
 pub(crate) trait Arch: Sync + fmt::Debug {
     /// Whether a kernel may have pages of this size.
@@ -83,7 +100,18 @@ pub(crate) trait Arch: Sync + fmt::Debug {
     ) -> Result<Tables, VmiError>;
 
     /// How `tables` are walked.
-    fn paging(&self, tables: &Tables) -> Box<dyn Paging>;
+    fn paging(&self, tables: &Tables) -> Box<dyn Paging> {
+        self.walk(tables.root, tables.levels)
+    }
+
+    /// How page tables are walked whose top-level one is at `root`.
+    fn walk(&self, root: Gpa, levels: u32) -> Box<dyn Paging>;
+
+    /// What a kernel looks like that tells nothing of itself, if all look alike.
+    fn shape(&self) -> Option<&'static KernelShape>;
+
+    /// Whether `page` may be a kernel's top-level page table.
+    fn may_be_top_table(&self, page: &GuestBytes<'_>, memory: &dyn GuestMemory) -> bool;
 
     /// The frames that an entry of a page table maps for a process, if it maps any. Of an entry
     /// that leads to another table it may be that table's frame.
@@ -138,6 +166,11 @@ const ALL: [&dyn Arch; 1] = [&x86_64::X86_64];
 pub(crate) fn roots(memory: &dyn GuestMemory, told: &Told) -> Vec<(Gpa, u32)> {
     let each = ALL.iter().map(|arch| arch.roots(memory, told));
     each.flatten().collect()
+}
+
+/// The one whose kernels can be found by what all of them look like, and what that is.
+pub(crate) fn shaped() -> Option<(&'static dyn Arch, &'static KernelShape)> {
+    ALL.into_iter().find_map(|arch| Some((arch, arch.shape()?)))
 }
 
 /// The one by which a kernel of `architecture` is read.

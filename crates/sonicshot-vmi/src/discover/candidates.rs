@@ -4,6 +4,7 @@ use super::image::pointed_to;
 use super::{Found, read_text};
 use crate::arch::Tables;
 use crate::error::VmiError;
+use core::fmt::Display;
 use sonicshot::{Gpa, GuestMemory};
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
@@ -13,8 +14,47 @@ use std::time::{Duration, Instant};
 const TRIES: Duration = Duration::from_secs(10);
 /// So many of the candidates that failed are told of.
 const MAX_TOLD: usize = 4;
-/// What was tried where there is nothing at all.
-pub(crate) const NO_PAGE: &str = "no page begins with VMCOREINFO";
+
+/// What a search for kernels comes to.
+#[derive(Debug)]
+pub(crate) enum Search<T> {
+    /// These stand: at least one, and only one if it is proven.
+    Standing(Vec<T>),
+    /// No page has the VMCOREINFO of a kernel of this memory, whatever begins so. A kernel may be
+    /// there all the same that has none.
+    NoText(NoText),
+}
+
+/// What was found instead of a kernel's VMCOREINFO.
+#[derive(Debug)]
+pub(crate) struct NoText {
+    /// Of the pages that begin so what is wrong with the first few.
+    told: Vec<String>,
+    /// A kernel of a machine that cannot be read.
+    other: Option<VmiError>,
+}
+
+impl NoText {
+    /// Why no kernel is found, when `why` is what came of the search for one without VMCOREINFO.
+    pub(crate) fn and(self, why: VmiError) -> VmiError {
+        match (self.other, why) {
+            (
+                Some(other),
+                VmiError::NoKernel { .. } | VmiError::TooMany { .. } | VmiError::OutOfTime { .. },
+            ) => other,
+            (_, VmiError::NoKernel { tried }) => {
+                let mut told = self.told;
+                if told.is_empty() {
+                    told.push("no page begins with VMCOREINFO".into());
+                }
+                VmiError::NoKernel {
+                    tried: format!("{}, and {tried}", told.join("; ")),
+                }
+            }
+            (_, why) => why,
+        }
+    }
+}
 
 /// What a kernel that was tried to the end turned out to be.
 #[derive(Debug)]
@@ -83,17 +123,17 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
 
     /// Notes why a text is not a kernel's of this memory. One of a machine of another kind says
     /// more than that there is no kernel.
-    pub(super) fn unconfirmed(&mut self, origin: &str, why: VmiError) {
-        self.tell(format!("{origin}: {why}"));
+    pub(super) fn unconfirmed(&mut self, origin: &dyn Display, why: VmiError) {
+        self.tell(&format_args!("{origin}: {why}"));
         if matches!(why, VmiError::OtherMachine { .. }) && self.other.is_none() {
             self.other = Some(why);
         }
     }
 
     /// Keeps what is wrong with a candidate, of a few.
-    pub(super) fn tell(&mut self, why: String) {
+    fn tell(&mut self, why: &dyn Display) {
         if self.told.len() < MAX_TOLD {
-            self.told.push(why);
+            self.told.push(why.to_string());
         }
     }
 
@@ -183,7 +223,7 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
                 self.standing.push(tried.value);
             }
             Err(why) => {
-                self.tell(format!("{origin}: {why}"));
+                self.tell(&format_args!("{origin}: {why}"));
                 // That a copy is none says less than what is wrong with the kernel's own.
                 if matches!(self.error, None | Some(VmiError::Stale { .. })) {
                     self.error = Some(why);
@@ -241,11 +281,16 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
         None
     }
 
-    pub(super) fn outcome(self) -> Result<Vec<T>, VmiError> {
+    pub(super) fn outcome(self) -> Result<Search<T>, VmiError> {
         let untried = || format!("candidates that {} s were too short for", TRIES.as_secs());
-        let error = self.error.or(self.other);
-        match (self.standing.is_empty(), self.out_of_time, error) {
-            (false, false, _) => Ok(self.standing),
+        if self.groups.is_empty() {
+            return Ok(Search::NoText(NoText {
+                told: self.told,
+                other: self.other,
+            }));
+        }
+        match (self.standing.is_empty(), self.out_of_time, self.error) {
+            (false, false, _) => Ok(Search::Standing(self.standing)),
             (false, true, _) => Err(VmiError::Undecided {
                 first: "the one that was found".into(),
                 second: untried(),
@@ -258,11 +303,7 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
                     told.push(untried());
                 }
                 Err(VmiError::NoKernel {
-                    tried: if told.is_empty() {
-                        NO_PAGE.into()
-                    } else {
-                        told.join("; ")
-                    },
+                    tried: told.join("; "),
                 })
             }
         }

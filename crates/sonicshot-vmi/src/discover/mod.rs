@@ -25,7 +25,7 @@ use crate::error::VmiError;
 use crate::symbols::{Vmcoreinfo, VmcoreinfoLines};
 use crate::{AddressSpace, VirtualMemory};
 use candidates::{Attempt, Candidates};
-pub(crate) use candidates::{NO_PAGE, Tried};
+pub(crate) use candidates::{Search, Tried};
 pub(crate) use image::image_range;
 use sonicshot::{Architecture, Gpa, GuestMemory};
 
@@ -46,7 +46,7 @@ pub(crate) struct Found<'m> {
 }
 
 /// Finds the kernels that stand when `attempt` tries them to the end, by `given` VMCOREINFO (of a
-/// dump's note) and by searching RAM: at least one, and only one if it is proven. `runs` tells
+/// dump's note) and by searching RAM. `runs` tells
 /// whether a kernel with these page tables is worth a try as soon as it is met: some processor runs
 /// on them, or nothing is told of any.
 pub(crate) fn find<'a, 'm, T>(
@@ -55,7 +55,7 @@ pub(crate) fn find<'a, 'm, T>(
     believe_note: bool,
     runs: &dyn Fn(&Tables) -> bool,
     attempt: &'a mut Attempt<'a, 'm, T>,
-) -> Result<Vec<T>, VmiError> {
+) -> Result<Search<T>, VmiError> {
     let mut kernels = Candidates::new(memory, given, attempt);
     if let Some(text) = given {
         match confirm(memory, text) {
@@ -64,10 +64,10 @@ pub(crate) fn find<'a, 'm, T>(
                 if (believe_note || runs(&tables))
                     && let Some(proven) = kernels.try_text(number, text, None)
                 {
-                    return Ok(vec![proven]);
+                    return Ok(Search::Standing(vec![proven]));
                 }
             }
-            Err(why) => kernels.unconfirmed("the dump's VMCOREINFO note", why),
+            Err(why) => kernels.unconfirmed(&"the dump's VMCOREINFO note", why),
         }
     }
     let mut proven = None;
@@ -82,12 +82,12 @@ pub(crate) fn find<'a, 'm, T>(
                     proven = kernels.try_text(number, &text, Some(at));
                 }
             }
-            Err(why) => kernels.unconfirmed(&format!("VMCOREINFO at {at}"), why),
+            Err(why) => kernels.unconfirmed(&format_args!("VMCOREINFO at {at}"), why),
         }
         proven.is_none()
     })?;
     if let Some(proven) = proven.or_else(|| kernels.try_groups(runs)) {
-        return Ok(vec![proven]);
+        return Ok(Search::Standing(vec![proven]));
     }
     kernels.outcome()
 }

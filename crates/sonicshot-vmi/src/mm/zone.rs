@@ -7,7 +7,7 @@ use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::shape::Knowledge;
 use crate::{KernelVa, VirtualMemory};
-use sonicshot::{Pfn, PfnRange};
+use sonicshot::{PageSize, Pfn, PfnRange};
 
 /// `CONFIG_NODES_SHIFT` is 10 at most.
 const MAX_NODES: u64 = 1 << 10;
@@ -701,14 +701,18 @@ impl PcpLayout {
                     lists_at: lists.offset,
                     lists: len,
                     types,
-                    // HPAGE_PMD_ORDER: a page of page tables has a pointer of 8 bytes for each.
-                    huge_order: kernel.build.page_size.shift().saturating_sub(3),
+                    huge_order: Self::huge_order(kernel.build.page_size),
                 })
             }
             _ => Err(VmiError::Unsupported {
                 what: format!("per_cpu_pages.lists of {:?} for {types} types", lists.len),
             }),
         }
+    }
+
+    /// `HPAGE_PMD_ORDER`: a page of page tables has a pointer of 8 bytes for each.
+    pub(crate) fn huge_order(page_size: PageSize) -> u32 {
+        page_size.shift().saturating_sub(3)
     }
 
     /// `pindex_to_order` (`mm/page_alloc.c`, since 5.14): the order is in no page.

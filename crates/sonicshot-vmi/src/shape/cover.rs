@@ -4,6 +4,7 @@
 //! Records that were taken for the allocator's and are not, or are another kernel's, say of these
 //! pages that they are free as of any other.
 
+use crate::arch::{Arch, KernelShape};
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::mm::zone::Zones;
@@ -37,7 +38,7 @@ pub(crate) fn check(
         wrong.is_ok()
     })?;
     wrong?;
-    for at in pages(image) {
+    for at in pages(image, map.page_size()) {
         if let Ok(there) = space.translate(at) {
             refuse("the kernel's code", there.at)?;
         }
@@ -56,28 +57,24 @@ pub(crate) fn check(
 }
 
 /// The pages at the beginning of the image.
-fn pages(image: (KernelVa, KernelVa)) -> impl Iterator<Item = KernelVa> {
-    let step = usize::try_from(PageSize::SIZE_4K.bytes()).unwrap_or(4096);
-    let end = image.1.offset_from(image.0).map_or(0, |len| len.min(CODE));
-    (0..end)
-        .step_by(step)
-        .filter_map(move |offset| image.0.checked_add(offset))
+fn pages(image: (KernelVa, KernelVa), page_size: PageSize) -> impl Iterator<Item = KernelVa> {
+    let len = image.1.offset_from(image.0).map_or(0, |len| len.min(CODE));
+    let count = len.div_ceil(page_size.bytes());
+    (0..count).filter_map(move |number| image.0.checked_add(number.checked_mul(page_size.bytes())?))
 }
 
-/// Where the kernel's image begins: the first mapping at or above `from`, before `end`.
+/// Where the kernel's image begins: the first mapping where one may be.
 pub(crate) fn first_mapped(
     space: &AddressSpace<'_>,
-    from: KernelVa,
-    end: KernelVa,
+    arch: &dyn Arch,
+    shape: &KernelShape,
 ) -> Option<KernelVa> {
-    /// An image begins at a multiple of `CONFIG_PHYSICAL_ALIGN`, 2 MiB at least.
-    const STEP: u64 = 2 << 20;
-    let mut at = from;
-    while at < end {
+    let mut at = shape.image;
+    while at < shape.image_end {
         if space.translate(at).is_ok() {
             return Some(at);
         }
-        at = at.checked_add(STEP)?;
+        at = at.checked_add(arch.image().align)?;
     }
     None
 }

@@ -5,7 +5,8 @@ use super::records::{self, STRIDE};
 use super::roots::{self, Root};
 use super::zones::{self, Exits};
 use super::{Knowledge, cover, frames_of, percpu};
-use crate::arch::x86_64::{Walk, X86_64};
+use crate::arch::{self, Arch, KernelShape};
+use crate::deadline::Deadline;
 use crate::discover::image_range;
 use crate::error::VmiError;
 use crate::kernel::{Build, Kernel};
@@ -14,10 +15,9 @@ use crate::mm::page::PageLayout;
 use crate::mm::zone::{AreaLayout, Zone, Zones};
 use crate::owner::processors::Owners;
 use crate::{AddressSpace, KernelVa, symbols};
-use sonicshot::{Architecture, Gpa, GuestMemory, PageSize};
+use sonicshot::{Gpa, GuestMemory};
+use std::collections::HashSet;
 
-/// `NR_PAGE_ORDERS` of x86-64, where no config changes it.
-const ORDERS: u64 = 11;
 /// `MIGRATE_TYPES`.
 const MIGRATE_TYPES: core::ops::RangeInclusive<u64> = 4..=8;
 /// How much of a zone stands before its free areas, at most.
@@ -26,9 +26,6 @@ const ZONE_HEAD: u64 = 576;
 const ZONE_TAIL: u64 = 2048;
 /// Kernels that stand, of which one is too many already.
 const MAX_KERNELS: usize = 4;
-/// Where x86-64 has the kernel's image (`__START_KERNEL_map`, 1 GiB at most).
-const IMAGE: KernelVa = KernelVa::new(0xffff_ffff_8000_0000);
-const IMAGE_END: KernelVa = KernelVa::new(0xffff_ffff_c000_0000);
 
 /// A kernel that was found by shape.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +33,8 @@ pub(crate) struct Shaped {
     root: Root,
     /// The word that says the buddy's type.
     buddy: u32,
+    /// `NR_PAGE_ORDERS`.
+    orders: u64,
 }
 
 /// What was found, and the zones, which show that it is a kernel.
@@ -49,7 +48,8 @@ struct Candidate<'m> {
 /// those that a processor runs on, or if none is told, any. Also its image.
 ///
 /// # Errors
-/// [`VmiError::NoKernel`] if there is none, [`VmiError::Undecided`] if there are several.
+/// [`VmiError::NoKernel`] if there is none, [`VmiError::Undecided`] if there are several,
+/// [`VmiError::OutOfTime`] and [`VmiError::TooMany`] if there is too much that may be one.
 pub(crate) fn find<'m>(
     memory: &'m dyn GuestMemory,
     owners: &Owners,
@@ -57,65 +57,153 @@ pub(crate) fn find<'m>(
     if memory.p2m().is_some() {
         return Err(nothing("a paravirtualised guest of Xen"));
     }
+    let (arch, shape) = arch::shaped().ok_or_else(|| nothing("no architecture is known"))?;
     let told = owners.roots(memory);
-    let pass = records::find(memory, told.is_empty())?;
-    let mut standing: Vec<Candidate<'m>> = Vec::new();
-    let mut why = None;
-    let mut seen: Vec<(KernelVa, Gpa)> = Vec::new();
-    let anywhere = pass.tops.iter().flat_map(|at| [(*at, 4), (*at, 5)]);
-    let places: Vec<(Gpa, u32)> = if told.is_empty() {
-        anywhere.collect()
+    let pass = records::find(memory, arch, shape.page_size, told.is_empty())?;
+    let places = if told.is_empty() {
+        let levels = |at: Gpa| shape.levels.iter().map(move |levels| (at, *levels));
+        pass.tops.iter().flat_map(|at| levels(*at)).collect()
     } else {
-        told
+        told.clone()
+    };
+    let mut search = Search {
+        memory,
+        arch,
+        shape,
+        deadline: Deadline::new(),
+        told: !told.is_empty(),
+        standing: Vec::new(),
+        failed: HashSet::new(),
+        why: None,
+        tried: 0,
+        all: (places.len() as u64).saturating_mul(pass.records.len() as u64),
     };
     for records in &pass.records {
         for (at, levels) in &places {
-            let Some(root) = roots::stands(memory, *at, *levels, records) else {
-                continue;
-            };
+            search.root(*at, *levels, records)?;
+        }
+    }
+    let found = pass.records.iter().map(|records| records.found);
+    search.outcome(found.fold(0, u64::saturating_add))
+}
+
+/// The search for kernels by page tables.
+struct Search<'m> {
+    memory: &'m dyn GuestMemory,
+    arch: &'static dyn Arch,
+    shape: &'static KernelShape,
+    deadline: Deadline,
+    /// Whether processors run on all the page tables.
+    told: bool,
+    standing: Vec<Candidate<'m>>,
+    /// What does not stand, however many page tables lead there: where the struct pages would be,
+    /// and the kernel's image.
+    failed: HashSet<(u32, KernelVa, Gpa, Option<Gpa>)>,
+    /// Why the first that does not stand does not.
+    why: Option<VmiError>,
+    /// So many page tables were tried, of so many.
+    tried: u64,
+    all: u64,
+}
+
+impl<'m> Search<'m> {
+    /// Tries the page tables at `at`.
+    fn root(&mut self, at: Gpa, levels: u32, records: &records::Records) -> Result<(), VmiError> {
+        let what = "page tables that may be a kernel's";
+        let walk = self.arch.walk(at, levels);
+        for root in roots::stand(self.memory, walk.as_ref(), at, self.told, records)? {
+            self.deadline.check(what, self.tried, self.all)?;
             // Every process has its own top table; all lead to the same struct pages.
-            if seen.contains(&(root.vmemmap, root.there)) {
+            let is_same = |found: &Candidate<'_>| {
+                (found.shaped.root.vmemmap, found.shaped.root.there) == (root.vmemmap, root.there)
+            };
+            let space = AddressSpace::new(self.memory, self.arch.walk(root.at, root.levels));
+            let image = cover::first_mapped(&space, self.arch, self.shape);
+            let image_at = image.and_then(|image| space.translate(image).ok());
+            let image_at = image_at.map(|there| there.at);
+            let tried = (records.buddy, root.vmemmap, root.there, image_at);
+            if self.standing.len() >= MAX_KERNELS
+                || self.standing.iter().any(is_same)
+                || self.failed.contains(&tried)
+            {
                 continue;
             }
             let shaped = Shaped {
                 root,
                 buddy: records.buddy,
+                orders: self.shape.orders,
             };
-            match candidate(memory, shaped) {
-                Ok(found) => {
-                    seen.push((root.vmemmap, root.there));
-                    standing.push(found);
-                }
+            match self.candidate(shaped, space, image) {
+                Ok(found) => self.standing.push(found),
+                Err(error @ VmiError::OutOfTime { .. }) => return Err(error),
                 // A stale top table may still lead there, but to no zone.
-                Err(error) => why = Some(error),
-            }
-            if standing.len() >= MAX_KERNELS {
-                break;
+                Err(error) => {
+                    self.failed.insert(tried);
+                    // The likeliest comes first.
+                    if root.has_records {
+                        self.why.get_or_insert(error);
+                    }
+                }
             }
         }
+        self.deadline.check(what, self.tried, self.all)?;
+        self.tried = self.tried.saturating_add(1);
+        Ok(())
     }
-    let name = |found: &Candidate<'_>| {
-        format!(
-            "{} (by shape, its struct pages at {})",
-            found.kernel.build.release, found.shaped.root.there
-        )
-    };
-    if let [first, second, ..] = standing.as_slice() {
-        return Err(VmiError::Undecided {
-            first: name(first),
-            second: name(second),
-        });
+
+    fn candidate(
+        &self,
+        shaped: Shaped,
+        space: AddressSpace<'m>,
+        image: Option<KernelVa>,
+    ) -> Result<Candidate<'m>, VmiError> {
+        let start = image.ok_or_else(|| {
+            nothing("the page tables that lead to records of free pages have no kernel image")
+        })?;
+        let image = image_range(self.arch, &space, start);
+        let build = Build {
+            architecture: self.shape.architecture,
+            page_size: self.shape.page_size,
+            release: release(&space, image),
+            kaslr: 0,
+        };
+        let kernel = Kernel::new(space, build);
+        shaped.structures(&kernel, image, &self.deadline)?;
+        Ok(Candidate {
+            shaped,
+            kernel,
+            image,
+        })
     }
-    match (standing.pop(), why) {
-        (Some(found), _) => Ok((found.shaped, found.kernel, found.image)),
-        (None, Some(why)) => Err(why),
-        (None, None) if pass.records.is_empty() => Err(nothing(
-            "no page begins with VMCOREINFO, and nothing looks like a free page's record: it is encrypted, or no Linux",
-        )),
-        (None, None) => Err(nothing(
-            "no page begins with VMCOREINFO, and no page table leads to what looks like the records \
-             of free pages",
-        )),
+
+    /// The one that stands; `records` is how many records there are.
+    fn outcome(
+        mut self,
+        records: u64,
+    ) -> Result<(Shaped, Kernel<'m>, (KernelVa, KernelVa)), VmiError> {
+        let name = |found: &Candidate<'_>| {
+            format!(
+                "{} (by shape, its struct pages at {})",
+                found.kernel.build.release, found.shaped.root.there
+            )
+        };
+        if let [first, second, ..] = self.standing.as_slice() {
+            return Err(VmiError::Undecided {
+                first: name(first),
+                second: name(second),
+            });
+        }
+        match (self.standing.pop(), self.why) {
+            (Some(found), _) => Ok((found.shaped, found.kernel, found.image)),
+            (None, Some(why)) => Err(why),
+            (None, None) if records == 0 => Err(nothing(
+                "nothing looks like a free page's record: it is encrypted, or no Linux",
+            )),
+            (None, None) => Err(nothing(&format!(
+                "no page table leads to what looks like the records of free pages ({records} of                  them, {} page tables)",
+                self.all
+            ))),
+        }
     }
 }
 
@@ -123,28 +211,6 @@ fn nothing(tried: &str) -> VmiError {
     VmiError::NoKernel {
         tried: tried.into(),
     }
-}
-
-fn candidate(memory: &dyn GuestMemory, shaped: Shaped) -> Result<Candidate<'_>, VmiError> {
-    let root = shaped.root;
-    let space = AddressSpace::new(memory, Box::new(Walk::new(root.at, root.levels)));
-    let start = cover::first_mapped(&space, IMAGE, IMAGE_END).ok_or_else(|| {
-        nothing("the page tables that lead to records of free pages have no kernel image")
-    })?;
-    let image = image_range(&X86_64, &space, start);
-    let build = Build {
-        architecture: Architecture::X86_64,
-        page_size: PageSize::SIZE_4K,
-        release: release(&space, image),
-        kaslr: 0,
-    };
-    let kernel = Kernel::new(space, build);
-    shaped.structures(&kernel, image)?;
-    Ok(Candidate {
-        shaped,
-        kernel,
-        image,
-    })
 }
 
 /// The release in the kernel's banner, which is in its image.
@@ -174,12 +240,17 @@ impl Shaped {
     }
 
     /// The struct pages.
-    pub(crate) fn mem_map<'m>(&self, kernel: &Kernel<'m>) -> Result<MemMap<'m>, VmiError> {
+    pub(crate) fn mem_map<'m>(
+        &self,
+        kernel: &Kernel<'m>,
+        deadline: &Deadline,
+    ) -> Result<MemMap<'m>, VmiError> {
         MemMap::by_vmemmap(
             &kernel.space,
             kernel.build.page_size,
             STRIDE,
             self.root.vmemmap,
+            deadline,
         )
     }
 
@@ -191,10 +262,11 @@ impl Shaped {
         &self,
         kernel: &Kernel<'m>,
         image: (KernelVa, KernelVa),
+        deadline: &Deadline,
     ) -> Result<(MemMap<'m>, PageLayout, Zones), VmiError> {
-        let map = self.mem_map(kernel)?;
+        let map = self.mem_map(kernel, deadline)?;
         let layout = PageLayout::by_shape(kernel, self.buddy)?;
-        let zones = zones_by_shape(kernel, &map, &layout, image)?;
+        let zones = zones_by_shape(kernel, &map, &layout, image, self.orders, deadline)?;
         Ok((map, layout, zones))
     }
 }
@@ -214,6 +286,8 @@ fn zones_by_shape(
     map: &MemMap<'_>,
     layout: &PageLayout,
     image: (KernelVa, KernelVa),
+    orders: u64,
+    deadline: &Deadline,
 ) -> Result<Zones, VmiError> {
     let heads = Heads {
         space: &kernel.space,
@@ -226,12 +300,12 @@ fn zones_by_shape(
         let lists = migrate_types.saturating_mul(16);
         let area = AreaLayout {
             free_area: ZONE_HEAD,
-            orders: ORDERS,
+            orders,
             size: lists.saturating_add(8),
             migrate_types,
             nr_free: lists,
         };
-        let arrays = exits.arrays(&heads, &area)?;
+        let arrays = exits.arrays(&heads, &area, deadline)?;
         if arrays.is_empty() {
             continue;
         }
@@ -260,7 +334,7 @@ fn zones_by_shape(
         };
         found.push(zones::read(&kernel.space, zone.array, &area, words)?);
     }
-    let per_cpu = percpu::find(&heads, &mut found, ZONE_HEAD, image, 0, frames)?;
+    let per_cpu = percpu::find(&heads, &mut found, ZONE_HEAD, image, 0, frames, deadline)?;
     count(&heads, &area, &listed, &mut found)?;
     let mut zones = Zones::by_shape(
         area,

@@ -15,6 +15,7 @@ mod roots;
 mod zones;
 
 use crate::KernelVa;
+use crate::deadline::Deadline;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::mm::mem_map::MemMap;
@@ -84,6 +85,7 @@ pub(crate) fn told_zones(
     layout: &PageLayout,
     image: (KernelVa, KernelVa),
 ) -> Result<Zones, VmiError> {
+    let deadline = Deadline::new();
     let area = zones::told_area(kernel)?;
     let words = ZoneWords::told(kernel)?;
     let heads = Heads {
@@ -91,7 +93,7 @@ pub(crate) fn told_zones(
         map,
         lru: layout.lru,
     };
-    let arrays = Exits::find(map, layout)?.arrays(&heads, &area)?;
+    let arrays = Exits::find(map, layout)?.arrays(&heads, &area, &deadline)?;
     let mut found = Vec::new();
     for array in arrays {
         found.push(zones::read(&kernel.space, array, &area, words)?);
@@ -111,6 +113,7 @@ pub(crate) fn told_zones(
         image,
         words.index,
         frames,
+        &deadline,
     )?;
     Ok(Zones::by_shape(
         area,

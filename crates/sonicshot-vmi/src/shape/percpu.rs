@@ -12,6 +12,7 @@
 //! zones and processors, that says how many pages they hold.
 
 use super::heads::{Head, Heads};
+use crate::deadline::Deadline;
 use crate::error::VmiError;
 use crate::kernel::element;
 use crate::mm::zone::{PcpLayout, Zone};
@@ -20,12 +21,12 @@ use std::collections::HashSet;
 
 /// `NR_CPUS` is 8192 at most.
 const MAX_CPUS: usize = 8192;
+/// So many different words of an image are tried; one that is whole has some thousands.
+const MAX_WORDS: u64 = 1 << 18;
 /// `MIGRATE_PCPTYPES`, the same since 3.18.
 const TYPES: u64 = 3;
 /// Lists of order 0 to `PAGE_ALLOC_COSTLY_ORDER`, since 5.14.
 const LISTS: u64 = 12;
-/// `HPAGE_PMD_ORDER` with 4 KiB pages.
-const HUGE_ORDER: u32 = 9;
 /// The numbers before the lists take no more, with a lock of any kind.
 const MAX_LISTS_AT: u64 = 128;
 /// From the row of lists back to `count`: 16 bytes in 5.10 and 5.15, 20 from 6.0, 28 from 6.7.
@@ -63,6 +64,7 @@ pub(crate) fn find(
     image: (KernelVa, KernelVa),
     nr_free_pages: u64,
     frames: u64,
+    deadline: &Deadline,
 ) -> Result<PerCpu, VmiError> {
     let nothing = |why: &str| PerCpu {
         offsets: Vec::new(),
@@ -87,12 +89,12 @@ pub(crate) fn find(
         }
         zone.pageset = pageset;
     }
-    let Some((offsets, row)) = processors(heads, zones, image) else {
+    let Some((offsets, row)) = processors(heads, zones, image, deadline)? else {
         return Ok(nothing(
             "no processor's lists are found where the zones point",
         ));
     };
-    let lists = count_of(heads, zones, &offsets, row, frames)?;
+    let lists = count_of(heads, zones, &offsets, row, frames, deadline)?;
     let one_processor = offsets == [0];
     let with_deltas = one_processor || row.lists >= LISTS;
     if with_deltas && !one_processor {
@@ -139,7 +141,8 @@ fn processors(
     heads: &Heads<'_, '_>,
     zones: &[Zone],
     image: (KernelVa, KernelVa),
-) -> Option<(Vec<u64>, Row)> {
+    deadline: &Deadline,
+) -> Result<Option<(Vec<u64>, Row)>, VmiError> {
     let row_of = |offset: u64| {
         let mut rows = zones
             .iter()
@@ -149,24 +152,35 @@ fn processors(
     };
     // Without SMP the pointer is the address itself.
     if let Some(row) = row_of(0) {
-        return Some((vec![0], row));
+        return Ok(Some((vec![0], row)));
     }
+    let inside = heads.map.page_size.offset_mask();
     let mut tried = HashSet::new();
     let mut found: Vec<u64> = Vec::new();
     let mut shape: Option<Row> = None;
-    each_word(heads.space, image, &mut |word| {
+    each_word(heads, image, &mut |word| {
         // Whole pages; the difference of two kernel addresses.
-        if word & 0xfff != 0 || word >> 56 != 0xff || !tried.insert(word) {
-            return;
+        if word & inside != 0 || word >> 56 != 0xff || !tried.insert(word) {
+            return Ok(());
         }
-        let Some(row) = row_of(word) else {
-            return;
-        };
-        if *shape.get_or_insert(row) == row && found.len() < MAX_CPUS {
+        let number = tried.len() as u64;
+        if number > MAX_WORDS {
+            return Err(VmiError::TooMany {
+                what: "words of the kernel's image that may be a processor's displacement",
+                found: number,
+                most: MAX_WORDS,
+            });
+        }
+        deadline.check("words of the kernel's image", number, MAX_WORDS)?;
+        if let Some(row) = row_of(word)
+            && *shape.get_or_insert(row) == row
+            && found.len() < MAX_CPUS
+        {
             found.push(word);
         }
-    });
-    shape.map(|row| (found, row))
+        Ok(())
+    })?;
+    Ok(shape.map(|row| (found, row)))
 }
 
 /// The `struct per_cpu_pages` at `at`, if it looks like one.
@@ -197,6 +211,7 @@ fn count_of(
     offsets: &[u64],
     row: Row,
     frames: u64,
+    deadline: &Deadline,
 ) -> Result<Result<PcpLayout, String>, VmiError> {
     let layout = |count: u64| PcpLayout {
         pcp: 0,
@@ -204,13 +219,15 @@ fn count_of(
         lists_at: row.lists_at,
         lists: row.lists,
         types: TYPES,
-        huge_order: HUGE_ORDER,
+        huge_order: PcpLayout::huge_order(heads.map.page_size),
     };
     let mut sums = Vec::new();
     let mut left = frames;
     for zone in zones {
         for offset in offsets {
             let at = zone.pageset.wrapping_add(*offset);
+            let all = (zones.len() as u64).saturating_mul(offsets.len() as u64);
+            deadline.check("processors' lists", sums.len() as u64, all)?;
             sums.push((at, pages_in(heads, at, &layout(0), &mut left)));
         }
     }
@@ -268,21 +285,26 @@ fn pages_in(
 }
 
 /// Calls `visit` with each aligned word of what is mapped in `range`.
-fn each_word(space: &AddressSpace<'_>, range: (KernelVa, KernelVa), visit: &mut dyn FnMut(u64)) {
+fn each_word(
+    heads: &Heads<'_, '_>,
+    range: (KernelVa, KernelVa),
+    visit: &mut dyn FnMut(u64) -> Result<(), VmiError>,
+) -> Result<(), VmiError> {
     const PIECE: u64 = 64 << 10;
-    const STEP: u64 = 4096;
+    let step = heads.map.page_size.bytes();
+    let space = heads.space;
     let (mut at, end) = range;
     let mut buffer = vec![0; usize::try_from(PIECE).unwrap_or(0)];
     while let Some(left) = end.offset_from(at).filter(|left| *left > 0) {
         let there = space.translate(at).ok();
-        let len = there.map_or(STEP, |there| there.len.min(PIECE)).min(left);
+        let len = there.map_or(step, |there| there.len.min(PIECE)).min(left);
         let part = usize::try_from(len).ok().and_then(|n| buffer.get_mut(..n));
         if let (Some(there), Some(part)) = (there, part)
             && space.memory().read(there.at, part).is_ok()
         {
             let (words, _) = part.as_chunks::<8>();
             for word in words {
-                visit(u64::from_le_bytes(*word));
+                visit(u64::from_le_bytes(*word))?;
             }
         }
         match at.checked_add(len) {
@@ -290,4 +312,5 @@ fn each_word(space: &AddressSpace<'_>, range: (KernelVa, KernelVa), visit: &mut 
             _ => break,
         }
     }
+    Ok(())
 }

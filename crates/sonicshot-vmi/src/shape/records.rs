@@ -1,16 +1,21 @@
 //! Struct pages of free blocks, told by their shape alone, in all of RAM.
 //!
-//! `struct page` of x86-64, 64 bytes (`include/linux/mm_types.h`, since 4.18): flags 0, lru 8,
+//! `struct page` of 64 bits, 64 bytes (`include/linux/mm_types.h`, since 4.18): flags 0, lru 8,
 //! private 40, `page_type` 48, `_refcount` 52. The head of a free block has no flag, no reference, the
 //! buddy's type, its order in `private`, and in `lru` two kernel pointers. Whatever looks so is a
 //! record; of whose struct pages it is one, or of whose copy, is not told here.
 
 use crate::KernelVa;
+use crate::arch::Arch;
 use crate::error::VmiError;
-use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory};
+use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, PageSize};
 
 /// The size of `struct page`.
 pub(crate) const STRIDE: u64 = 64;
+/// The same, as a length.
+const LEN: usize = 64;
+/// `page.lru`.
+pub(crate) const LRU: u64 = 8;
 /// The words that say the buddy's type: to 6.10, in 6.11, since 6.12.
 pub(crate) const BUDDY: [u32; 3] = [0xffff_ff7f, 0xbfff_ffff, 0xf000_0000];
 /// The flags that every kernel has, less the two of which one is `PG_uptodate` (and
@@ -19,8 +24,10 @@ const FLAGS: u64 = 0x1f_ffff & !0xc;
 const MAX_ORDER: u64 = 13;
 /// How much is mapped at a time.
 const WINDOW: u64 = 2 << 20;
-/// More page tables than this that might be the top one, and nothing is tried.
+/// More pages that might be top-level page tables than this, and nothing is tried.
 const MAX_TOPS: usize = 1 << 16;
+/// So many records are kept: every so manyth of those that there are.
+const MAX_KEPT: usize = 1 << 15;
 
 /// What looks like the struct page of a free block's head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,17 +40,22 @@ pub(crate) struct Record {
     pub prev: KernelVa,
 }
 
-/// All records of one encoding of page types.
-#[derive(Debug, Default)]
+/// Records of one encoding of page types.
+#[derive(Debug)]
 pub(crate) struct Records {
     /// The word that says the buddy's type.
     pub buddy: u32,
-    /// By address.
-    pub list: Vec<Record>,
+    /// How many there are.
+    pub found: u64,
+    /// Some of them, from everywhere: in all, of which a guest decides, there may be as many as its
+    /// memory has room for.
+    pub kept: Vec<Record>,
+    /// One of so many is kept.
+    every: u64,
 }
 
 /// What one pass over RAM found.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Pass {
     /// By encoding, most records first; those of which there are none are left out.
     pub records: Vec<Records>,
@@ -52,31 +64,63 @@ pub(crate) struct Pass {
 }
 
 impl Records {
-    /// The record at `at`.
-    pub(crate) fn at(&self, at: Gpa) -> Option<&Record> {
-        let index = self.list.binary_search_by_key(&at, |record| record.at);
-        self.list.get(index.ok()?)
+    fn new(buddy: u32) -> Self {
+        Self {
+            buddy,
+            found: 0,
+            kept: Vec::new(),
+            every: 1,
+        }
+    }
+
+    fn push(&mut self, record: Record) {
+        if self.found.is_multiple_of(self.every) {
+            if self.kept.len() >= MAX_KEPT {
+                let mut keep = false;
+                self.kept.retain(|_| {
+                    keep = !keep;
+                    keep
+                });
+                self.every = self.every.saturating_mul(2);
+            }
+            // The capacity is even, so this one is of those that stay.
+            self.kept.push(record);
+        }
+        self.found = self.found.saturating_add(1);
+    }
+
+    /// The record at `at`, if one is there.
+    pub(crate) fn at(&self, memory: &dyn GuestMemory, at: Gpa) -> Option<Record> {
+        if !at.raw().is_multiple_of(STRIDE) {
+            return None;
+        }
+        let mut bytes = [0; LEN];
+        memory.read(at, &mut bytes).ok()?;
+        let bytes = GuestBytes::from_slice(&bytes);
+        let is_own = bytes.u64_at(48) == Some(u64::from(self.buddy));
+        record(&bytes, 0, at).filter(|_| is_own)
     }
 }
 
-/// Looks at all RAM once; for top-level page tables too if `tables`.
+/// Looks at all RAM once; for top-level page tables of `arch` too if `tables`.
 ///
 /// # Errors
-/// [`VmiError::Memory`] if it cannot be read, [`VmiError::Unsupported`] if there are more records
-/// than frames: none of them can be believed.
-pub(crate) fn find(memory: &dyn GuestMemory, tables: bool) -> Result<Pass, VmiError> {
-    let mut found = BUDDY.map(|buddy| Records {
-        buddy,
-        list: Vec::new(),
-    });
+/// [`VmiError::Memory`] if it cannot be read, [`VmiError::TooMany`] if there are more page tables
+/// than can be tried.
+pub(crate) fn find(
+    memory: &dyn GuestMemory,
+    arch: &dyn Arch,
+    page_size: PageSize,
+    tables: bool,
+) -> Result<Pass, VmiError> {
+    let mut found = BUDDY.map(Records::new);
     let mut tops = Vec::new();
-    let most = usize::try_from(memory.layout().bytes() >> 12).unwrap_or(usize::MAX);
     let mut buffer = Vec::new();
     for region in memory.layout().regions() {
         let mut at = region.start();
         while let Some(data) = memory.next_data(at).filter(|d| d.start() < region.end()) {
             // Whole pages, so that each record is whole.
-            let start = Gpa::new(data.start().raw() & !0xfff).max(region.start());
+            let start = Gpa::new(data.start().raw() & !page_size.offset_mask()).max(region.start());
             let end = Gpa::new((start.raw() | (WINDOW - 1)).saturating_add(1)).min(region.end());
             let window = GpaRange::new(start, end);
             let len = usize::try_from(window.len()).unwrap_or(0);
@@ -92,33 +136,22 @@ pub(crate) fn find(memory: &dyn GuestMemory, tables: bool) -> Result<Pass, VmiEr
             if let Some(bytes) = bytes {
                 look(&bytes, start, &mut found);
                 if tables {
-                    look_for_tables(&bytes, start, memory, &mut tops);
+                    look_for_tables(&bytes, start, memory, (arch, page_size), &mut tops)?;
                 }
             }
             drop(mapped);
             memory.release(window);
-            if found.iter().any(|records| records.list.len() > most) {
-                return Err(VmiError::Unsupported {
-                    what: "more that looks like free blocks than there are frames".into(),
-                });
-            }
             at = end;
         }
     }
-    if tops.len() >= MAX_TOPS {
-        return Err(VmiError::Unsupported {
-            what: format!("more than {MAX_TOPS} pages that look like top-level page tables"),
-        });
-    }
-    let mut records: Vec<Records> = found.into_iter().filter(|r| !r.list.is_empty()).collect();
-    records.sort_by_key(|records| core::cmp::Reverse(records.list.len()));
+    let mut records: Vec<Records> = found.into_iter().filter(|r| r.found > 0).collect();
+    records.sort_by_key(|records| core::cmp::Reverse(records.found));
     Ok(Pass { records, tops })
 }
 
 /// The records in `bytes`, which begin at `start`.
 fn look(bytes: &GuestBytes<'_>, start: Gpa, found: &mut [Records; 3]) {
-    const STEP: usize = 64;
-    for offset in (0..bytes.len()).step_by(STEP) {
+    for offset in (0..bytes.len()).step_by(LEN) {
         // The type below, no reference above.
         let Some(word) = bytes.u64_at(offset.saturating_add(48)) else {
             break;
@@ -126,27 +159,25 @@ fn look(bytes: &GuestBytes<'_>, start: Gpa, found: &mut [Records; 3]) {
         let Some(number) = BUDDY.iter().position(|buddy| word == u64::from(*buddy)) else {
             continue;
         };
-        let field = |at: usize| bytes.u64_at(offset.saturating_add(at));
-        let (Some(flags), Some(next), Some(prev), Some(order)) =
-            (field(0), field(8), field(16), field(40))
-        else {
-            continue;
-        };
-        let at = start.checked_add(offset as u64);
-        if flags & FLAGS == 0
-            && order <= MAX_ORDER
-            && is_pointer(next)
-            && is_pointer(prev)
-            && let Some(at) = at
+        if let Some(at) = start.checked_add(offset as u64)
+            && let Some(record) = record(bytes, offset, at)
             && let Some(records) = found.get_mut(number)
         {
-            records.list.push(Record {
-                at,
-                next: KernelVa::new(next),
-                prev: KernelVa::new(prev),
-            });
+            records.push(record);
         }
     }
+}
+
+/// The record at `offset` of `bytes`, whose type was looked at; it lies at `at`.
+fn record(bytes: &GuestBytes<'_>, offset: usize, at: Gpa) -> Option<Record> {
+    let field = |at: usize| bytes.u64_at(offset.checked_add(at)?);
+    let (flags, next, prev, order) = (field(0)?, field(8)?, field(16)?, field(40)?);
+    let looks_so = flags & FLAGS == 0 && order <= MAX_ORDER && is_pointer(next) && is_pointer(prev);
+    looks_so.then(|| Record {
+        at,
+        next: KernelVa::new(next),
+        prev: KernelVa::new(prev),
+    })
 }
 
 /// A pointer of the kernel's half to something aligned.
@@ -154,38 +185,60 @@ fn is_pointer(word: u64) -> bool {
     word >> 56 == 0xff && word & 7 == 0
 }
 
-/// The pages in `bytes` that may be top-level page tables: the last entry, which maps the kernel's
-/// image, leads to a table in RAM, and so do all others of the upper half that lead anywhere.
+/// The pages in `bytes`, which begin at `start`, that may be top-level page tables.
 fn look_for_tables(
     bytes: &GuestBytes<'_>,
     start: Gpa,
     memory: &dyn GuestMemory,
+    (arch, page_size): (&dyn Arch, PageSize),
     tops: &mut Vec<Gpa>,
-) {
-    const PAGE: usize = 4096;
-    const PRESENT: u64 = 1;
-    const LARGE: u64 = 1 << 7;
-    const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-    let leads = |entry: u64| {
-        entry & LARGE == 0
-            && memory
-                .layout()
-                .contains(Gpa::new(entry & ADDRESS), PAGE as u64)
-    };
-    for offset in (0..bytes.len()).step_by(PAGE) {
-        let entry = |index: usize| bytes.u64_at(offset.saturating_add(index.saturating_mul(8)));
-        let last = entry(511).is_some_and(|entry| entry & PRESENT != 0 && leads(entry));
-        if !last {
-            continue;
-        }
-        let plausible = (256..511)
-            .filter_map(entry)
-            .all(|entry| entry & PRESENT == 0 && entry & 0xfff == 0 || leads(entry));
-        if plausible
-            && tops.len() < MAX_TOPS
+) -> Result<(), VmiError> {
+    let len = usize::try_from(page_size.bytes()).map_err(|_| VmiError::Unsupported {
+        what: format!("pages of {} bytes", page_size.bytes()),
+    })?;
+    for offset in (0..bytes.len()).step_by(len) {
+        if bytes
+            .get(offset, len)
+            .is_some_and(|page| arch.may_be_top_table(&page, memory))
             && let Some(at) = start.checked_add(offset as u64)
         {
             tops.push(at);
+        }
+    }
+    if tops.len() > MAX_TOPS {
+        return Err(VmiError::TooMany {
+            what: "pages that look like top-level page tables",
+            found: tops.len() as u64,
+            most: MAX_TOPS as u64,
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_KEPT, Record, Records};
+    use crate::KernelVa;
+    use sonicshot::Gpa;
+
+    #[test]
+    fn records_without_end_take_no_more_memory_and_are_from_everywhere() {
+        for found in [1, MAX_KEPT, MAX_KEPT + 1, 9 * MAX_KEPT + 5] {
+            let mut records = Records::new(0);
+            for number in 0..found as u64 {
+                records.push(Record {
+                    at: Gpa::new(number * 64),
+                    next: KernelVa::new(0),
+                    prev: KernelVa::new(0),
+                });
+            }
+            assert_eq!(records.found, found as u64);
+            assert!(records.kept.len() <= MAX_KEPT);
+            assert!(records.kept.capacity() <= 2 * MAX_KEPT);
+            assert!(records.kept.len() * 2 >= found.min(MAX_KEPT), "{found}");
+            for (number, record) in (0_u64..).zip(&records.kept) {
+                assert_eq!(record.at, Gpa::new(number * records.every * 64), "{found}");
+            }
         }
     }
 }

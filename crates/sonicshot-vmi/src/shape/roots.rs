@@ -2,25 +2,29 @@
 //!
 //! The pointers in a record are kernel addresses, and only page tables tell where they lead. With
 //! the kernel's own they lead to other records, which point back; a record's address is then told
-//! by its neighbour, and with it where the array of struct pages (vmemmap) begins. Tables of
-//! a kernel that is gone, of another, or of a nested guest lead elsewhere, or to no zone.
+//! by its neighbour, and with it in which stretch of the kernel's mappings the array of struct pages
+//! (vmemmap) lies. It begins where the stretch does (`kaslr_regions`, `arch/x86/mm/kaslr.c`: at a
+//! multiple of 1 GiB). Tables of a kernel that is gone, of another, or of a nested guest lead
+//! elsewhere, or to no zone. Whoever can write to the guest's memory can make records without end,
+//! which lead to each other in the direct map: of tables that a processor runs on every stretch may
+//! be the array, those first for which most records speak, and zones decide.
 
-use super::records::{Records, STRIDE};
+use super::records::{LRU, Records};
 use crate::KernelVa;
-use crate::arch::x86_64::Walk;
+use crate::error::VmiError;
 use crate::paging::Paging;
 use sonicshot::{Gpa, GuestMemory};
 
 /// So many records are asked, evenly spread.
 const ASKED: usize = 512;
-/// So many of them must lead to others that lead back.
-const ENOUGH: usize = 4;
-/// `page.lru`.
-const LRU: u64 = 8;
-/// vmemmap begins at a multiple of this (`kaslr_regions`, `arch/x86/mm/kaslr.c`).
-const ALIGNMENT: u64 = 1 << 30;
-/// vmemmap is no longer than this: of 4 PiB of RAM.
-const MAX_STEPS: u64 = 1 << 16;
+/// All are gone through in so many passes, of which the first must not fail where tables are only
+/// such that look so.
+const PHASES: usize = 8;
+const FIRST: usize = ASKED / PHASES;
+/// So many records must lead to others that lead back.
+const ENOUGH: u64 = 4;
+/// More stretches than this in the kernel half of the address space are no kernel's.
+const MAX_STRETCHES: usize = 1 << 10;
 
 /// Page tables under which the records stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,64 +37,89 @@ pub(crate) struct Root {
     pub vmemmap: KernelVa,
     /// Where that is.
     pub there: Gpa,
+    /// Whether records lead to each other there.
+    pub has_records: bool,
 }
 
-/// Whether the tables at `at` lead from record to record, and where vmemmap then begins.
-pub(crate) fn stands(
+/// Where vmemmap may begin by the tables at `at`, the likeliest first: of tables that a processor
+/// runs on (`told`) anywhere, of others only where records lead to each other.
+///
+/// # Errors
+/// [`VmiError::TooMany`] if the tables map more stretches than a kernel's.
+pub(crate) fn stand(
     memory: &dyn GuestMemory,
+    walk: &dyn Paging,
     at: Gpa,
-    levels: u32,
+    told: bool,
     records: &Records,
-) -> Option<Root> {
-    let walk = Walk::new(at, levels);
+) -> Result<Vec<Root>, VmiError> {
     let place = |va: u64| {
         let there = walk.translate(memory, KernelVa::new(va)).ok().flatten()?;
         Some(there.at)
     };
-    let step = records.list.len().div_ceil(ASKED).max(1);
-    let (mut asked, mut mutual, mut torn) = (0_usize, 0_usize, 0_usize);
-    let mut vmemmap: Option<u64> = None;
-    for record in records.list.iter().step_by(step) {
-        asked = asked.saturating_add(1);
-        if asked > 64 && mutual == 0 {
-            return None;
+    let nodes = nodes(memory, &place, told, records);
+    if nodes.is_empty() && !told {
+        return Ok(Vec::new());
+    }
+    let stretches = walk.stretches(memory, MAX_STRETCHES)?;
+    if stretches.len() > MAX_STRETCHES {
+        return Err(VmiError::TooMany {
+            what: "stretches of mappings in the kernel half of a page table",
+            found: stretches.len() as u64,
+            most: MAX_STRETCHES as u64,
+        });
+    }
+    let mut begins: Vec<(u64, KernelVa)> = stretches.into_iter().map(|begin| (0, begin)).collect();
+    for node in nodes {
+        let above = begins.partition_point(|(_, begin)| *begin <= node);
+        let begin = above.checked_sub(1).and_then(|at| begins.get_mut(at));
+        if let Some((votes, _)) = begin {
+            *votes = votes.saturating_add(1);
         }
-        // The neighbour names this record: so its address is told.
+    }
+    let enough = if told { 0 } else { ENOUGH.min(records.found) };
+    begins.retain(|(votes, _)| *votes >= enough);
+    begins.sort_by_key(|(votes, begin)| (core::cmp::Reverse(*votes), *begin));
+    let root = |(votes, vmemmap): (u64, KernelVa)| {
+        Some(Root {
+            at,
+            levels: walk.levels(),
+            vmemmap,
+            there: place(vmemmap.raw())?,
+            has_records: votes > 0,
+        })
+    };
+    Ok(begins.into_iter().filter_map(root).collect())
+}
+
+/// The addresses of records whose neighbours name them, of some.
+fn nodes(
+    memory: &dyn GuestMemory,
+    place: &dyn Fn(u64) -> Option<Gpa>,
+    told: bool,
+    records: &Records,
+) -> Vec<KernelVa> {
+    let mut found = Vec::new();
+    let step = records.kept.len().div_ceil(ASKED).max(1);
+    // The first are from everywhere, too.
+    let phases = (0..PHASES).filter_map(|phase| records.kept.get(phase.checked_mul(step)?..));
+    let spread = phases.flat_map(|rest| rest.iter().step_by(step.saturating_mul(PHASES)));
+    for (asked, record) in spread.enumerate() {
+        if asked >= FIRST && found.is_empty() && !told {
+            break;
+        }
         for (neighbour, is_next) in [(record.next, true), (record.prev, false)] {
             let page = neighbour.raw().wrapping_sub(LRU);
-            let Some(other) = place(page).and_then(|there| records.at(there)) else {
+            let Some(other) = place(page).and_then(|there| records.at(memory, there)) else {
                 continue;
             };
             let back = if is_next { other.prev } else { other.next };
             let own = back.raw().wrapping_sub(LRU);
-            match place(own) {
-                Some(there) if there == record.at => {}
-                // This one is a copy of the other.
-                Some(there) if records.at(there).is_some() => continue,
-                _ => {
-                    torn = torn.saturating_add(1);
-                    continue;
-                }
+            // If it names another, this one is a copy of that.
+            if place(own) == Some(record.at) {
+                found.push(KernelVa::new(own));
             }
-            mutual = mutual.saturating_add(1);
-            let base = own & !(ALIGNMENT - 1);
-            vmemmap = Some(vmemmap.map_or(base, |lowest| lowest.min(base)));
         }
     }
-    let enough = mutual >= ENOUGH.min(records.list.len());
-    let mut base = vmemmap.filter(|_| enough && torn.saturating_mul(4) <= mutual)?;
-    // Of more than 64 GiB the records may all be further up.
-    for _ in 0..MAX_STEPS {
-        let below = base.wrapping_sub(STRIDE);
-        if place(below).is_none() {
-            break;
-        }
-        base = below & !(ALIGNMENT - 1);
-    }
-    Some(Root {
-        at,
-        levels,
-        vmemmap: KernelVa::new(base),
-        there: place(base)?,
-    })
+    found
 }

@@ -7,6 +7,7 @@
 //! as anywhere: `nr_free` of each order, `NR_FREE_PAGES`, the span.
 
 use super::heads::Heads;
+use crate::deadline::Deadline;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::mm::mem_map::MemMap;
@@ -16,12 +17,10 @@ use crate::{AddressSpace, KernelVa, VirtualMemory};
 use sonicshot::{GuestBytes, Pfn, PfnRange};
 use std::collections::{HashMap, HashSet};
 
-/// 1024 nodes of five zones of 14 orders of 8 migrate types have 573,440 lists.
-const MAX_HEADS: usize = 1 << 20;
-/// More zones than nodes and types of zones.
-const MAX_ZONES: usize = 8 << 10;
-/// So many places for a zone are looked into.
-const MAX_TRIES: usize = 1 << 16;
+/// 64 nodes of five zones of 14 orders of 8 migrate types have 35,840 lists.
+const MAX_HEADS: usize = 1 << 16;
+/// More zones than 64 nodes have.
+const MAX_ZONES: usize = 512;
 /// `MIGRATE_TYPES` is four to seven.
 const MAX_MIGRATE_TYPES: u64 = 16;
 
@@ -42,8 +41,7 @@ impl Exits {
         };
         for span in map.spans().iter().filter(|span| span.online) {
             map.visit_span(span, &mut |_, pages| {
-                exits.see(map, layout, &pages, stride, lru);
-                Ok(())
+                exits.see(map, layout, &pages, stride, lru)
             })?;
         }
         Ok(exits)
@@ -56,7 +54,7 @@ impl Exits {
         pages: &GuestBytes<'_>,
         stride: usize,
         lru: usize,
-    ) {
+    ) -> Result<(), VmiError> {
         let count = pages.len().checked_div(stride).unwrap_or(0);
         for at in (0..pages.len()).step_by(stride).take(count) {
             let Some(page) = pages.get(at, stride) else {
@@ -69,11 +67,19 @@ impl Exits {
                 let Some(node) = page.u64_at(node).map(KernelVa::new) else {
                     continue;
                 };
-                if !map.holds(node) && self.heads.len() < MAX_HEADS && order < MAX_ORDERS {
+                if !map.holds(node) && order < MAX_ORDERS {
                     self.heads.insert(node, order);
                 }
             }
+            if self.heads.len() > MAX_HEADS {
+                return Err(VmiError::TooMany {
+                    what: "heads of lists of free pages",
+                    found: self.heads.len() as u64,
+                    most: MAX_HEADS as u64,
+                });
+            }
         }
+        Ok(())
     }
 
     /// The arrays `free_area` that the heads are in, each with all its heads, lowest first.
@@ -81,6 +87,7 @@ impl Exits {
         &self,
         heads: &Heads<'_, '_>,
         area: &AreaLayout,
+        deadline: &Deadline,
     ) -> Result<Vec<KernelVa>, VmiError> {
         if area.migrate_types == 0 || area.migrate_types > MAX_MIGRATE_TYPES {
             return Err(VmiError::Unsupported {
@@ -99,12 +106,13 @@ impl Exits {
         order.sort_unstable_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
         let mut taken: HashSet<KernelVa> = HashSet::new();
         let mut found: Vec<KernelVa> = Vec::new();
-        for (_, array) in order.into_iter().take(MAX_TRIES) {
+        let places = order.len() as u64;
+        for (number, (_, array)) in (0_u64..).zip(order) {
+            deadline.check("places where a zone may be", number, places)?;
             let own: Vec<KernelVa> = list_heads(array, area).collect();
             let has_vote =
                 |head: &&KernelVa| self.heads.contains_key(head) && !taken.contains(head);
-            if found.len() >= MAX_ZONES
-                || !own.iter().any(|head| has_vote(&head))
+            if !own.iter().any(|head| has_vote(&head))
                 || own.len() as u64 != area.orders.saturating_mul(area.migrate_types)
                 || !own.iter().all(|head| heads.at(*head).is_some())
             {
@@ -112,6 +120,13 @@ impl Exits {
             }
             taken.extend(own);
             found.push(array);
+            if found.len() > MAX_ZONES {
+                return Err(VmiError::TooMany {
+                    what: "zones",
+                    found: found.len() as u64,
+                    most: MAX_ZONES as u64,
+                });
+            }
         }
         found.sort_unstable();
         Ok(found)
@@ -342,4 +357,44 @@ fn name(space: &AddressSpace<'_>, at: KernelVa, spanned_pages: u64, free_area: u
         NAMES.contains(&text.as_str()).then_some(text)
     });
     names.into_iter().next().unwrap_or_else(|| "unnamed".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Exits, MAX_HEADS};
+    use crate::VmiError;
+    use crate::kernel::testing::{DIRECT_MAP, Ram, kernel, page_facts};
+    use crate::mm::mem_map::MemMap;
+    use crate::mm::page::PageLayout;
+
+    #[test]
+    fn heads_without_end_are_refused_with_their_number() {
+        const ARRAY: u64 = 0x10_0000;
+        let heads = |frames: u64, each: u64| {
+            let mut facts = page_facts();
+            facts.symbols.insert("mem_map", DIRECT_MAP + 0x1000);
+            facts.symbols.insert("max_mapnr", DIRECT_MAP + 0x1008);
+            facts.member("page", "compound_head", 8);
+            facts.constants.insert("PAGE_BUDDY_MAPCOUNT_VALUE", -129);
+            let mut ram = Ram::new(8 << 20);
+            ram.put(0x1000, DIRECT_MAP + ARRAY);
+            ram.put(0x1008, frames);
+            for pfn in 0..frames {
+                let page = ARRAY + pfn * 64;
+                ram.put(page + 8, 0xffff_ffff_9000_0000 + pfn * each);
+                ram.put(page + 16, 0xffff_ffff_a000_0000 + pfn * each);
+                ram.put(page + 48, 0xffff_ff7f);
+            }
+            let memory = ram.memory();
+            let kernel = kernel(&memory, facts);
+            let map = MemMap::new(&kernel).unwrap();
+            let layout = PageLayout::new(&kernel, 64).unwrap();
+            Exits::find(&map, &layout).map(|exits| exits.heads.len())
+        };
+        let frames = MAX_HEADS as u64 / 2;
+        assert_eq!(heads(frames + 1, 0).unwrap(), 2);
+        assert_eq!(heads(frames, 16).unwrap(), MAX_HEADS);
+        let error = heads(frames + 1, 16).unwrap_err();
+        assert!(matches!(error, VmiError::TooMany { .. }), "{error}");
+    }
 }

@@ -6,7 +6,7 @@ use sonicshot_vmi::{
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 fn testdata() -> Vec<u8> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -340,24 +340,21 @@ fn symbols_that_are_gone_are_not_symbols_that_never_were() {
     assert!(matches!(error, VmiError::Symbols(_)), "{error}");
 }
 
+/// Where the kernel's top-level page table is: the processor's `CR3`.
+fn root(ram: &[u8]) -> Cr3 {
+    let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+    let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+    let info = guest.vmcoreinfo().unwrap();
+    let root = u64::from_str_radix(line(info, "SYMBOL(swapper_pg_dir)="), 16).unwrap();
+    let base: i64 = line(info, "NUMBER(phys_base)=").parse().unwrap();
+    let root = root.wrapping_sub(0xffff_ffff_8000_0000);
+    Cr3::new(root.wrapping_add_signed(base))
+}
+
 #[test]
 fn a_kernel_without_vmcoreinfo_must_be_run_by_the_processors() {
     let mut ram = testdata();
-    let at = {
-        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
-        let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
-        let info = guest.vmcoreinfo().unwrap();
-        let root = info
-            .lines()
-            .find_map(|line| line.strip_prefix("SYMBOL(swapper_pg_dir)="));
-        let root = u64::from_str_radix(root.unwrap(), 16).unwrap();
-        let base = info
-            .lines()
-            .find_map(|line| line.strip_prefix("NUMBER(phys_base)="));
-        let base = base.unwrap().parse::<i64>().unwrap();
-        root.wrapping_sub(0xffff_ffff_8000_0000)
-            .wrapping_add_signed(base)
-    };
+    let cr3 = root(&ram);
     assert!(erase(&mut ram, b"OSRELEASE=", b'#') > 0);
     let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
     // As after a reset by a firmware that took just this page.
@@ -365,9 +362,90 @@ fn a_kernel_without_vmcoreinfo_must_be_run_by_the_processors() {
         .err()
         .unwrap();
     assert!(matches!(error, VmiError::OwnerUntold { .. }), "{error}");
-    let told = GuestOptions::new().cr3(Cr3::new(at));
+    let told = GuestOptions::new().cr3(cr3);
     let guest = LinuxGuest::open(&memory, &told).unwrap();
     assert_eq!(guest.knowledge(), Knowledge::Shape);
+}
+
+#[test]
+fn pages_that_begin_like_vmcoreinfo_do_not_hide_a_kernel_that_has_none() {
+    const DECOYS: usize = 10_000;
+    let mut ram = testdata();
+    let cr3 = root(&ram);
+    let text = {
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+        guest.vmcoreinfo().unwrap().to_owned()
+    };
+    let found = |ram: &[u8], decoys: &[u8]| {
+        let mut parts = vec![(Gpa::ZERO, GuestBytes::from_slice(ram))];
+        if !decoys.is_empty() {
+            parts.push((Gpa::new(1 << 30), GuestBytes::from_slice(decoys)));
+        }
+        let memory = MappedRegions::new(parts).unwrap();
+        let began = Instant::now();
+        let guest = LinuxGuest::open(&memory, &GuestOptions::new().cr3(cr3)).unwrap();
+        let took = began.elapsed();
+        assert_eq!(guest.knowledge(), Knowledge::Shape);
+        let pages = guest.classify(OnInconsistency::Refuse).unwrap();
+        (pages.map.counts().get(PageClass::FreeBuddy), took)
+    };
+    assert!(erase(&mut ram, b"OSRELEASE=", b'#') > 0);
+    let (free, without) = found(&ram, &[]);
+    // The beginning alone; a text of another kernel, of another machine, of this kernel elsewhere.
+    let texts = [
+        "OSRELEASE=".to_owned(),
+        format!("{}KERNELOFFSET=1\n", &text[..text.len() / 2]),
+        format!("{text}NUMBER(VA_BITS)=48\n"),
+        text.replace(
+            "NUMBER(phys_base)=",
+            "NUMBER(phys_base)=4096\nNUMBER(other)=",
+        ),
+    ];
+    let mut decoys = vec![0; DECOYS << 12];
+    for (page, text) in decoys.chunks_mut(1 << 12).zip(texts.iter().cycle()) {
+        page[..text.len()].copy_from_slice(text.as_bytes());
+    }
+    for count in [1, DECOYS] {
+        let (with, took) = found(&ram, &decoys[..count << 12]);
+        assert_eq!(with, free, "{count}");
+        // All are read, none is tried to the end.
+        let more = took.saturating_sub(without);
+        assert!(more < Duration::from_secs(1), "{count}: {more:?}");
+    }
+}
+
+#[test]
+fn records_made_elsewhere_do_not_hide_the_kernels_own() {
+    let mut ram = testdata();
+    let pages = StructPages::new(&ram);
+    let cr3 = root(&ram);
+    let all = classify(&ram, Knowledge::Types, None).unwrap();
+    let direct_map = {
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+        guest.direct_map().unwrap().unwrap().raw()
+    };
+    assert!(direct_map < pages.va);
+    // Lists of a process's making, by the addresses at which the kernel has its pages.
+    let mut made = 0_u64;
+    let free = classes(&all.map).into_iter().enumerate();
+    for (pfn, _) in free.filter(|(_, class)| is_free(*class)).take(64) {
+        let first = pfn << 12;
+        let node = |number: usize| direct_map + (first + number % 64 * 64 + LRU) as u64;
+        for number in 0..64 {
+            let at = first + number * 64;
+            ram[at..at + 64].fill(0);
+            put(&mut ram, at + LRU, node(number + 1));
+            put(&mut ram, at + LRU + 8, node(number + 63));
+            ram[at + MAPCOUNT..at + MAPCOUNT + 4].copy_from_slice(&PAGE_BUDDY.to_le_bytes());
+            made += 1;
+        }
+    }
+    assert_eq!(made, 4096);
+    let few = classify(&ram, Knowledge::Shape, Some(cr3)).unwrap();
+    let [both, more, fewer] = compare(&all.map, &few.map, &is_free);
+    assert_eq!((more, fewer), (0, 0), "{both}");
 }
 
 #[test]

@@ -4,17 +4,21 @@
 mod e820;
 mod paging;
 mod registers;
+mod shape;
 mod tables;
 pub(crate) mod traces;
 
-use super::{Arch, ForeignProcessor, ImageShape, Landmark, Owner, SectionSize, Tables, Test, Told};
+use super::{
+    Arch, ForeignProcessor, ImageShape, KernelShape, Landmark, Owner, SectionSize, Tables, Test,
+    Told,
+};
 use crate::KernelVa;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::paging::Paging;
 use crate::symbols::VmcoreinfoLines;
 pub(crate) use paging::Walk;
-use sonicshot::{Gpa, GpaRange, GuestMemory, PageSize, PfnRange};
+use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, PageSize, PfnRange};
 
 /// `__START_KERNEL_map` (`arch/x86/include/asm/page_64_types.h`): an ABI of the kernel's own
 /// linker script, the same since 2.6.
@@ -75,8 +79,16 @@ impl Arch for X86_64 {
         tables::by_vmcoreinfo(memory, text)
     }
 
-    fn paging(&self, tables: &Tables) -> Box<dyn Paging> {
-        Box::new(Walk::new(tables.root, tables.levels))
+    fn walk(&self, root: Gpa, levels: u32) -> Box<dyn Paging> {
+        Box::new(Walk::new(root, levels))
+    }
+
+    fn shape(&self) -> Option<&'static KernelShape> {
+        Some(&shape::SHAPE)
+    }
+
+    fn may_be_top_table(&self, page: &GuestBytes<'_>, memory: &dyn GuestMemory) -> bool {
+        shape::may_be_top_table(page, memory)
     }
 
     fn user_mapping(&self, entry: u64, page_size: PageSize) -> Option<PfnRange> {

@@ -108,6 +108,74 @@ impl Paging for Walk {
         }
         Ok(())
     }
+
+    fn stretches(
+        &self,
+        memory: &dyn GuestMemory,
+        most: usize,
+    ) -> Result<Vec<KernelVa>, MemoryError> {
+        let mut found = Vec::new();
+        // All bits above those that the tables take are the same.
+        let bits = self.levels.saturating_mul(9).saturating_add(12);
+        let from = u64::MAX.checked_shl(bits).unwrap_or(0);
+        self.add_stretches(memory, (self.root, self.levels), from, most, &mut found)?;
+        Ok(found)
+    }
+}
+
+impl Walk {
+    /// Adds the stretches that the table at `table` has, whose entries begin at `from`.
+    fn add_stretches(
+        &self,
+        memory: &dyn GuestMemory,
+        (table, level): (Gpa, u32),
+        from: u64,
+        most: usize,
+        found: &mut Vec<KernelVa>,
+    ) -> Result<(), MemoryError> {
+        /// So many bytes are mapped by an entry of a table of this level.
+        const LEVEL: u32 = 3;
+        let Some(each) = level
+            .checked_sub(1)
+            .and_then(|below| below.checked_mul(9)?.checked_add(12))
+            .and_then(|shift| 1_u64.checked_shl(shift))
+        else {
+            return Ok(());
+        };
+        let mut entries = [0; 4096];
+        match memory.read(table, &mut entries) {
+            // The firmware's or a device's: nothing of the kernel's is found there.
+            Err(MemoryError::NotRam { .. } | MemoryError::Absent { .. }) => return Ok(()),
+            read => read?,
+        }
+        let (entries, _) = entries.as_chunks::<8>();
+        let first = if level == self.levels { 256 } else { 0 };
+        for (index, entry) in (0_u64..).zip(entries).skip(first) {
+            if found.len() > most {
+                break;
+            }
+            let entry = u64::from_le_bytes(*entry);
+            if entry & PRESENT == 0 {
+                continue;
+            }
+            let at = from.wrapping_add(index.wrapping_mul(each));
+            if level > LEVEL {
+                if let Some(next) = guest_address(memory, entry & ADDRESS) {
+                    let below = (next, level.saturating_sub(1));
+                    self.add_stretches(memory, below, at, most, found)?;
+                }
+                continue;
+            }
+            let is_mapped = |at: u64| {
+                let there = self.translate(memory, KernelVa::new(at));
+                matches!(there, Ok(Some(_)))
+            };
+            if is_mapped(at) && !is_mapped(at.wrapping_sub(1)) {
+                found.push(KernelVa::new(at));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The frames that an entry of a page table maps for a process. An entry that leads to another
@@ -225,6 +293,32 @@ mod tests {
         })
         .unwrap();
         assert_eq!(first, 1);
+    }
+
+    #[test]
+    fn stretches_of_the_kernel_half_are_told_by_their_begin() {
+        let tables = tables(&[
+            (0x1000, 0, 0x2063),
+            (0x1000, 0x111, 0x2063),
+            (0x1000, 0x1ff, 0x2063),
+            // A whole GiB and the next by a table; one of which the begin is not mapped.
+            (0x2000, 7, 0x8000_00e3),
+            (0x2000, 8, 0x3063),
+            (0x2000, 10, 0x4063),
+            (0x2000, 11, 0x3063),
+            (0x3000, 0, 0x0120_00e3),
+            (0x4000, 1, 0x0120_00e3),
+            (0x2000, 12, 0xffff_f063),
+        ]);
+        let memory =
+            MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&tables))]).unwrap();
+        let walk = Walk::new(Gpa::new(0x1000), 4);
+        let found = walk.stretches(&memory, 10).unwrap();
+        let gib =
+            |top: u64, number: u64| KernelVa::new(0xffff_0000_0000_0000 | top << 39 | number << 30);
+        let all = [gib(0x111, 7), gib(0x111, 11), gib(0x1ff, 7), gib(0x1ff, 11)];
+        assert_eq!(found, all);
+        assert_eq!(walk.stretches(&memory, 1).unwrap(), all[..2]);
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod arrays;
 mod flat;
 mod sparse;
 
+use crate::deadline::Deadline;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::{AddressSpace, KernelVa};
@@ -112,18 +113,26 @@ impl<'m> MemMap<'m> {
     }
 
     /// The struct pages of all RAM in an array that begins at `vmemmap`, as far as the page tables
-    /// map it.
+    /// map it. How much RAM there is the file says.
     pub(crate) fn by_vmemmap(
         space: &AddressSpace<'m>,
         page_size: PageSize,
         stride: u64,
         vmemmap: KernelVa,
+        deadline: &Deadline,
     ) -> Result<Self, VmiError> {
         let memory = space.memory();
         let mut spans: Vec<Span> = Vec::new();
+        let mut steps = 0_u64;
         for region in memory.layout().frames(page_size) {
             let mut pfn = region.start();
             while let Some(left) = region.end().offset_from(pfn).filter(|left| *left > 0) {
+                steps = steps.wrapping_add(1);
+                if steps.is_multiple_of(1 << 12) {
+                    let last = memory.layout().end().pfn(page_size);
+                    let what = "frames whose struct pages may be mapped";
+                    deadline.check(what, pfn.raw(), last.raw())?;
+                }
                 let corrupt = || VmiError::Corrupt {
                     what: "the struct page array",
                     at: vmemmap,
@@ -417,8 +426,14 @@ impl core::fmt::Debug for MemMap<'_> {
 mod tests {
     use super::MemMap;
     use crate::KernelVa;
+    use crate::arch::x86_64::Walk;
+    use crate::deadline::Deadline;
     use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel};
-    use sonicshot::Pfn;
+    use crate::{AddressSpace, VmiError};
+    use sonicshot::{
+        Gpa, GpaRange, GuestMemory, MappedRegions, MemoryError, PageSize, Pfn, RamLayout,
+    };
+    use std::time::Duration;
 
     const MIB: usize = 1 << 20;
 
@@ -445,6 +460,37 @@ mod tests {
                 )
             })
             .collect()
+    }
+
+    /// A file that says it has this much RAM, of which the first has something.
+    struct Claims<'a>(MappedRegions<'a>, RamLayout);
+
+    impl GuestMemory for Claims<'_> {
+        fn layout(&self) -> &RamLayout {
+            &self.1
+        }
+        fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+            self.0.read(at, buf)
+        }
+    }
+
+    #[test]
+    fn struct_pages_of_claimed_ram_are_looked_for_so_long() {
+        let ram = Ram::new(8 * MIB);
+        let found = |claimed: u64, deadline: Duration| {
+            let layout = RamLayout::new(vec![GpaRange::new(Gpa::ZERO, Gpa::new(claimed))]);
+            let memory = Claims(ram.memory(), layout.unwrap());
+            let walk = Walk::new(Gpa::new(8 * MIB as u64 - 0x3000), 4);
+            let space = AddressSpace::new(&memory, Box::new(walk));
+            let vmemmap = KernelVa::new(0xffff_ea00_0000_0000);
+            let deadline = Deadline::within(deadline);
+            MemMap::by_vmemmap(&space, PageSize::SIZE_4K, 64, vmemmap, &deadline).map(|_| ())
+        };
+        let over = Duration::ZERO;
+        assert!(found(1 << 23, over).is_ok());
+        assert!(found(1 << 33, Duration::from_secs(60)).is_ok());
+        let error = found(1 << 50, over).unwrap_err();
+        assert!(matches!(error, VmiError::OutOfTime { .. }), "{error}");
     }
 
     fn refused(ram: &Ram, facts: Facts) -> String {
