@@ -200,7 +200,8 @@ impl<'m> LinuxGuest<'m> {
             } else if told.are_crashed() {
                 is_note
             } else {
-                let owner = owner::look(&guest.kernel)?;
+                let types = guest.knowledge == Knowledge::Types;
+                let owner = owner::look(&guest.kernel, types)?;
                 let settled = arch::of(&guest.kernel)?.is_settled(&owner);
                 guest.traces = Some(owner);
                 settled
@@ -711,7 +712,7 @@ impl<'m> LinuxGuest<'m> {
         let owner = if let Some(owner) = &self.traces {
             owner
         } else {
-            looked = owner::look(&self.kernel)?;
+            looked = owner::look(&self.kernel, self.knowledge == Knowledge::Types)?;
             &looked
         };
         let refuse = on == OnInconsistency::Refuse;

@@ -101,9 +101,10 @@
 //! the array of the processors' displacements; then the same four records decide, within the same
 //! bounds. VMCOREINFO must be one that a variable of the kernel's image points to.
 //!
-//! Without VMCOREINFO (and only where no page of memory begins so) the struct pages of free blocks
-//! are searched in all of RAM by their shape, and page tables under which they lead to each other:
-//! those that the processors run on. Where nothing is told of processors the guest is refused with
+//! Without VMCOREINFO (where no page that begins so is of a kernel of this memory) the struct pages
+//! of free blocks are searched in all of RAM by their shape, and page tables under which they lead to
+//! each other: those that the processors run on, each stretch of which may be the array of struct
+//! pages. Where nothing is told of processors the guest is refused with
 //! [`VmiError::OwnerUntold`]: every trace of a later owner is looked for by symbols, and the
 //! VMCOREINFO may be just what that owner has written over. A block counts only in a list of a
 //! zone that stands; others may be an earlier boot's, and are kept and counted. If more than one
@@ -112,8 +113,15 @@
 //! refused with [`VmiError::Covered`].
 //!
 //! Symbols or types that cannot be read are not none: a kernel whose VMCOREINFO, release or
-//! symbols say that it has them is refused with [`VmiError::Symbols`]. Where there are none, raw
-//! memory shows no trace of a reset, as a note says.
+//! symbols say that it has them is refused with [`VmiError::Symbols`]. Where there are none, and
+//! nothing is told of processors, the kernel's log (`printk_ringbuffer`, which VMCOREINFO tells all
+//! of) is asked for a later owner: whether it says that the kernel goes; when the kernel set its
+//! clock from the chip that the BIOS's is set from; where the firmware's tables were. Without a BIOS
+//! there is none to start again. Where it does not tell (its lines are lost, an EFI firmware started
+//! the kernel, there is no such chip) the guest is refused with [`VmiError::OwnerUntold`].
+//!
+//! A search by shape ends after 10 s with [`VmiError::OutOfTime`], and one of more than there can be
+//! with [`VmiError::TooMany`].
 //!
 //! # When memory is offline
 //!

@@ -154,6 +154,9 @@ pub(crate) trait Arch: Sync + fmt::Debug {
     /// own records.
     fn traces(&self) -> &'static [(&'static str, Test)];
 
+    /// The same, where no types tell of the kernel's records: tests that take its log for them.
+    fn traces_by_log(&self) -> &'static [(&'static str, Test)];
+
     /// Whether no other kernel need be looked for: there is no trace, and of a reset one of the
     /// tests that were made would tell.
     fn is_settled(&self, owner: &Owner) -> bool;

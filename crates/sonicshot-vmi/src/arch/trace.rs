@@ -33,6 +33,11 @@ pub enum Trace {
         /// The processor that died.
         cpu: i32,
     },
+    /// The kernel's log ends with its going.
+    Log {
+        /// What it says.
+        line: String,
+    },
     /// The BIOS started after the kernel did. Both times in seconds since midnight.
     BiosClock {
         /// Ticks in the BIOS's data area, in seconds.
@@ -80,6 +85,7 @@ impl fmt::Display for Trace {
             Self::Panic { variable, at, cpu } => {
                 write!(f, "{variable} at {at} is {cpu}: the kernel has died")
             }
+            Self::Log { line } => write!(f, "the kernel's log says `{line}`"),
             Self::BiosClock { bios, kernel } => {
                 let clock = |s: u64| format!("{:02}:{:02}:{:02}", s / 3600, s / 60 % 60, s % 60);
                 write!(

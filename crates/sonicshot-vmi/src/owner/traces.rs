@@ -14,6 +14,7 @@
 //! | kexec | `kexec_in_progress` | set right before the jump (`kernel/kexec_core.c`) |
 //! | panic | `panic_cpu` or `crashing_cpu` names a processor | `panic` and `crash_kexec` set it before they jump into the crash kernel or reset (`kernel/panic.c`, `arch/x86/kernel/crash.c`); a kernel that runs on has it at -1 |
 //! | the machine's own | what its firmware and the next kernel's start leave | in the architecture's room, `arch/NAME/traces` |
+//! | the kernel's log | it says that the kernel restarts, halts, powers off, or starts another | asked where no types tell of the state: all these are said right before (`kernel/reboot.c`, `kernel/kexec_core.c`) |
 //! | per-CPU areas | `this_cpu_off` of a possible processor is not its `__per_cpu_offset` | written once, at boot, for all possible processors, also such that were never plugged in (`arch/x86/kernel/setup_percpu.c`) |
 //! | tasks | the list of tasks is not closed, or the end of a task's stack has lost its mark | a kernel stopped at any instruction has at most one torn link, and one stack that is being freed, for each processor (`include/linux/rculist.h`, `kernel/fork.c`) |
 
@@ -21,6 +22,7 @@ use crate::arch::{self, Owner, Test, Trace, Verdict, not_made};
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::mm::zone::possible_cpus;
+use crate::owner::log;
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use sonicshot::MemoryError;
 use std::collections::HashSet;
@@ -36,22 +38,46 @@ const BEFORE: [(&str, Test); 3] = [
 ];
 const AFTER: [(&str, Test); 2] = [("per-CPU areas", per_cpu), ("tasks", tasks)];
 
-/// Every test, in the order in which a note names them.
+/// What a kernel without types leaves; behind it come the architecture's tests of that kind.
+const BY_LOG: [(&str, Test); 1] = [("the kernel's log", log_end)];
+
+/// Every test, in the order in which a note names them; `types` is whether types tell of the
+/// kernel.
 ///
 /// # Errors
 /// [`VmiError::Unsupported`] for an architecture of which none are known.
-fn all_tests(kernel: &Kernel<'_>) -> Result<Vec<(&'static str, Test)>, VmiError> {
-    let own = arch::of(kernel)?.traces();
-    Ok([BEFORE.as_slice(), own, AFTER.as_slice()].concat())
+fn all_tests(kernel: &Kernel<'_>, types: bool) -> Result<Vec<(&'static str, Test)>, VmiError> {
+    let arch = arch::of(kernel)?;
+    Ok(if types {
+        [BEFORE.as_slice(), arch.traces(), AFTER.as_slice()].concat()
+    } else {
+        [BY_LOG.as_slice(), arch.traces_by_log()].concat()
+    })
 }
 
-/// Makes every test that can be made.
+/// Makes every test that can be made. A kernel of which no types tell (`types`) has few: where the
+/// one is not made that would tell of a reset, nothing would, and its owner is untold.
 ///
 /// # Errors
 /// What reading the memory gives; a record that cannot be followed is a trace.
-pub(crate) fn look(kernel: &Kernel<'_>) -> Result<Owner, VmiError> {
+pub(crate) fn look(kernel: &Kernel<'_>, types: bool) -> Result<Owner, VmiError> {
+    let mut owner = make(kernel, types)?;
+    if !types && owner.traces.is_empty() && !arch::of(kernel)?.is_settled(&owner) {
+        let not_made = owner.not_made.iter();
+        let not_made: Vec<String> = not_made
+            .map(|(test, why)| format!("{test}, {why}"))
+            .collect();
+        owner.untold.get_or_insert_with(|| {
+            let why = not_made.join("; ");
+            format!("types are missing, and nothing else would show a reset (not tested: {why})")
+        });
+    }
+    Ok(owner)
+}
+
+fn make(kernel: &Kernel<'_>, types: bool) -> Result<Owner, VmiError> {
     let mut owner = Owner::default();
-    for (name, test) in all_tests(kernel)? {
+    for (name, test) in all_tests(kernel, types)? {
         match test(kernel) {
             Ok(Verdict::Clean) => owner.clean.push(name),
             Ok(Verdict::NotMade(why)) => owner.not_made.push((name, why)),
@@ -143,6 +169,27 @@ fn state(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         Some("SYSTEM_RUNNING" | "SYSTEM_SUSPEND") => Verdict::Clean,
         name => Verdict::Traces(vec![Trace::State { at, value, name }]),
     })
+}
+
+/// What a kernel says last (`kernel/reboot.c`, `kernel/kexec_core.c`): it has stopped all else by then.
+fn log_end(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
+    const LAST: [&str; 6] = [
+        "reboot: Restarting system",
+        "reboot: machine restart",
+        "reboot: Power down",
+        "reboot: System halted",
+        "kexec_core: Starting new kernel",
+        "kexec: Starting new kernel",
+    ];
+    let lines = log::lines(kernel)?;
+    let is_last = |line: &&log::Line| LAST.iter().any(|last| line.text.starts_with(last));
+    let found = lines.iter().filter(is_last);
+    let traces: Vec<Trace> = found
+        .map(|line| Trace::Log {
+            line: line.text.clone(),
+        })
+        .collect();
+    Ok(traces.into())
 }
 
 fn kexec(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {

@@ -376,7 +376,8 @@ mod tests {
             facts.symbols.insert("max_mapnr", DIRECT_MAP + 0x1008);
             facts.member("page", "compound_head", 8);
             facts.constants.insert("PAGE_BUDDY_MAPCOUNT_VALUE", -129);
-            let mut ram = Ram::new(8 << 20);
+            // Struct pages of what is RAM, and no more.
+            let mut ram = Ram::new(256 << 20);
             ram.put(0x1000, DIRECT_MAP + ARRAY);
             ram.put(0x1008, frames);
             for pfn in 0..frames {

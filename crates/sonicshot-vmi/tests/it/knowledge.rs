@@ -6,6 +6,7 @@ use sonicshot_vmi::{
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 fn testdata() -> Vec<u8> {
@@ -19,7 +20,15 @@ fn testdata() -> Vec<u8> {
     bytes
 }
 
+/// Where the kernel of the unchanged capture has its top-level page table.
+fn testdata_root() -> Cr3 {
+    static ROOT: OnceLock<Cr3> = OnceLock::new();
+    *ROOT.get_or_init(|| root(&testdata()))
+}
+
+/// A kernel that is found by shape has to be run by a processor: by default of the capture's.
 fn classify(ram: &[u8], knowledge: Knowledge, cr3: Option<Cr3>) -> Result<Classification, String> {
+    let cr3 = cr3.or_else(|| (knowledge == Knowledge::Shape).then(testdata_root));
     let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
     let mut options = GuestOptions::new().at_most(knowledge);
     if let Some(cr3) = cr3 {
@@ -448,6 +457,100 @@ fn records_made_elsewhere_do_not_hide_the_kernels_own() {
     assert_eq!((more, fewer), (0, 0), "{both}");
 }
 
+/// Each made in the memory of a guest that bears no trace; of no processor is anything told.
+#[test]
+fn without_types_the_log_tells_of_a_later_owner() {
+    let ram = testdata();
+    let few = classify(&ram, Knowledge::Vmcoreinfo, None).unwrap();
+    let notes: Vec<String> = few.notes.iter().map(ToString::to_string).collect();
+    let made = "tested: the kernel's log, the BIOS's clock, firmware tables)";
+    assert!(notes.iter().any(|note| note.contains(made)), "{notes:?}");
+    let rsdp = (0xe_0000..0x10_0000)
+        .step_by(16)
+        .find(|at| ram[*at..].starts_with(b"RSD PTR "));
+    let ticks = u32::from_le_bytes(ram[0x46c..0x470].try_into().unwrap());
+    type Change<'a> = &'a dyn Fn(&mut [u8]);
+    let replace = |ram: &mut [u8], what: &[u8], with: &[u8]| {
+        assert_eq!(what.len(), with.len());
+        let places: Vec<usize> = memchr::memmem::find_iter(ram, what).collect();
+        assert!(!places.is_empty());
+        for at in places {
+            ram[at..at + what.len()].copy_from_slice(with);
+        }
+    };
+    // An hour later; cleared, as a BIOS does first.
+    let later = (ticks + 65_543) % 0x18_00b0;
+    let table: [(&str, Change<'_>, &str); 7] = [
+        (
+            "a BIOS that started later",
+            &|ram| ram[0x46c..0x470].copy_from_slice(&later.to_le_bytes()),
+            "the kernel found does not own this memory any more: the BIOS's clock",
+        ),
+        (
+            "a BIOS that starts",
+            &|ram| ram[0x46c..0x470].fill(0),
+            "the kernel found does not own this memory any more: the BIOS's clock",
+        ),
+        (
+            "a BIOS whose ROM is new",
+            &|ram| ram[rsdp.unwrap()..][..8].fill(0),
+            "the kernel found does not own this memory any more: the ACPI root pointer",
+        ),
+        (
+            "a kernel that restarts",
+            &|ram| {
+                let line = b"BIOS-e820: [mem 0x0000000000000000-0";
+                replace(ram, line, b"reboot: Restarting system           ");
+            },
+            "the kernel found does not own this memory any more: the kernel's log says `reboot",
+        ),
+        (
+            "a kernel that starts another",
+            &|ram| {
+                let line = b"BIOS-e820: [mem 0x0000000000000000-0";
+                replace(ram, line, b"kexec_core: Starting new kernel     ");
+            },
+            "the kernel found does not own this memory any more: the kernel's log says `kexec",
+        ),
+        (
+            "no line of the clock",
+            &|ram| {
+                replace(
+                    ram,
+                    b": setting system clock to 2",
+                    b": setting SYSTEM clock to 2",
+                );
+            },
+            "nothing tells whether kernel 6.1.0-50-cloud-amd64 still owns the memory: types are \
+             missing, and nothing else would show a reset (not tested: the BIOS's clock",
+        ),
+        (
+            "no data area of a BIOS, started by EFI",
+            &|ram| {
+                ram[0x413..0x415].fill(0);
+                let line = b"BIOS-e820: [mem 0x0000000000000000-0";
+                replace(ram, line, b"efi: EFI v2.70 by EDK II            ");
+            },
+            "nothing tells whether kernel 6.1.0-50-cloud-amd64 still owns the memory: types are \
+             missing, and nothing else would show a reset (not tested: the BIOS's clock, the \
+             kernel was started by EFI",
+        ),
+    ];
+    for (what, change, text) in table {
+        let mut ram = ram.clone();
+        change(&mut ram);
+        let error = classify(&ram, Knowledge::Vmcoreinfo, None).unwrap_err();
+        assert!(error.starts_with(text), "{what}: {error}");
+        // What the processors say needs no trace.
+        let told = classify(&ram, Knowledge::Vmcoreinfo, Some(testdata_root()));
+        assert!(told.is_ok(), "{what}: {:?}", told.err());
+    }
+    // A machine without a BIOS has none to start again.
+    let mut ram = ram;
+    ram[0x413..0x415].fill(0);
+    assert!(classify(&ram, Knowledge::Vmcoreinfo, None).is_ok());
+}
+
 #[test]
 fn page_tables_that_lead_to_no_records_are_no_kernels() {
     let ram = testdata();
@@ -480,7 +583,7 @@ fn captures() {
         let mut all: Option<Classification> = None;
         for knowledge in [Knowledge::Types, Knowledge::Vmcoreinfo, Knowledge::Shape] {
             let start = Instant::now();
-            let found = classify(&ram, knowledge, None);
+            let found = classify(&ram, knowledge, Some(root(&ram)));
             let took = start.elapsed();
             let pages = match found {
                 Ok(pages) => pages,

@@ -158,6 +158,10 @@ impl Arch for X86_64 {
         &traces::TESTS
     }
 
+    fn traces_by_log(&self) -> &'static [(&'static str, Test)] {
+        &traces::TESTS_BY_LOG
+    }
+
     fn is_settled(&self, owner: &Owner) -> bool {
         traces::are_settled(owner)
     }

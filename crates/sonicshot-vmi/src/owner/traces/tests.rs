@@ -45,7 +45,7 @@ pub(crate) fn forged(patches: &[Patch]) -> Vec<u8> {
 }
 
 pub(crate) fn owner(patches: &[Patch]) -> Owner {
-    with(&forged(patches), |kernel| look(kernel).unwrap())
+    with(&forged(patches), |kernel| look(kernel, true).unwrap())
 }
 
 pub(crate) fn there(kernel: &Kernel<'_>, at: KernelVa) -> u64 {
@@ -86,7 +86,7 @@ fn a_guest_that_runs_bears_no_trace_by_any_test() {
 
 /// The names of all tests that are made of the guest.
 pub(crate) fn names() -> Vec<&'static str> {
-    let tests = with(ram(), |kernel| all_tests(kernel).unwrap());
+    let tests = with(ram(), |kernel| all_tests(kernel, true).unwrap());
     tests.into_iter().map(|(name, _)| name).collect()
 }
 

@@ -6,6 +6,7 @@ use super::physical;
 use crate::arch::{Trace, Verdict, not_made};
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
+use crate::owner::log::{self, Line};
 use sonicshot::{Gpa, MemoryError};
 
 /// The test for a trace in them.
@@ -22,6 +23,27 @@ pub(super) fn firmware(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     traces.extend(check_root_table(kernel, table)?);
     for listed in listed(kernel)? {
         traces.extend(listed.check(kernel)?);
+    }
+    Ok(traces.into())
+}
+
+/// As [`firmware`], of a kernel of which no types tell: by the lines of its log that name each table
+/// (`acpi_tb_print_table_header`, `drivers/acpi/acpica/tbprint.c`).
+pub(super) fn firmware_by_log(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
+    const ROOT: u32 = u32::from_le_bytes(*b"RSDP");
+    let lines = log::lines(kernel)?;
+    let tables: Vec<Listed> = lines.iter().filter_map(Listed::of_line).collect();
+    let Some(root) = tables.iter().find(|table| table.name == ROOT) else {
+        return not_made("the kernel's log does not tell where the ACPI tables are");
+    };
+    let Some(table) = root_table(kernel, root.at)? else {
+        let found = "is not there".into();
+        return Ok(vec![wrong("the ACPI root pointer", root.at, found)].into());
+    };
+    let mut traces = Vec::new();
+    traces.extend(check_root_table(kernel, table)?);
+    for table in tables.iter().filter(|table| table.name != ROOT) {
+        traces.extend(table.check(kernel)?);
     }
     Ok(traces.into())
 }
@@ -137,6 +159,19 @@ fn listed(kernel: &Kernel<'_>) -> Result<Vec<Listed>, VmiError> {
 }
 
 impl Listed {
+    /// The table that a line of the log is of: `ACPI: FACP 0x000000000FFE2147 000074 (v01 …`.
+    fn of_line(line: &Line) -> Option<Self> {
+        let rest = line.text.strip_prefix("ACPI: ")?;
+        let (name, rest) = rest.split_once(" 0x")?;
+        let (at, rest) = rest.split_once(' ')?;
+        let (length, _) = rest.split_once(' ').unwrap_or((rest, ""));
+        Some(Self {
+            at: Gpa::new(u64::from_str_radix(at, 16).ok()?),
+            name: u32::from_le_bytes(name.as_bytes().try_into().ok()?),
+            length: u32::from_str_radix(length, 16).ok()?,
+        })
+    }
+
     /// What is wrong with the table, if anything is; one that is in no RAM is passed over.
     fn check(&self, kernel: &Kernel<'_>) -> Result<Option<Trace>, VmiError> {
         let header: [u8; 8] = match physical(kernel, self.at) {

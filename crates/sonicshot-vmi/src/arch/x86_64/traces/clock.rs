@@ -18,6 +18,9 @@
 //!
 //! `SeaBIOS` computes the ticks in 32 bits that do not hold a day (`ticks_from_ms`): from 21:50:35
 //! on they are those of the first hours of a day, and each of those counts as both times.
+//!
+//! Where no types tell of all that, the kernel's log tells whether an EFI firmware started it, and
+//! what it read from the clock chip when it set its own clock.
 
 use super::NO_BIOS;
 use super::efi::{self, boot_params};
@@ -26,6 +29,7 @@ use crate::VirtualMemory;
 use crate::arch::{Trace, Verdict, not_made};
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
+use crate::owner::log::{self, Line};
 use sonicshot::Gpa;
 
 const SECONDS_PER_DAY: u64 = 86400;
@@ -158,19 +162,83 @@ fn asleep(
     ))
 }
 
+/// In the BIOS's data area: base memory in KiB, ticks since midnight.
+const BASE_MEMORY: Gpa = Gpa::new(0x413);
+const TICKS: Gpa = Gpa::new(0x46c);
+/// The clock chip tells whole seconds, to the BIOS and to the kernel; the host's clock, from
+/// which KVM tells the time, may be another second ahead of the chip's.
+const AHEAD: u64 = 3;
+/// What a loader's menu that waits with interrupts off, decompressing, and the boot of a
+/// large machine may take.
+const BEHIND: u64 = 120;
+
+/// When the BIOS may have last set or counted its clock, in seconds of the day; or why it has none.
+fn bios_seconds(kernel: &Kernel<'_>) -> Result<Result<[u64; 2], &'static str>, VmiError> {
+    if u16::from_le_bytes(physical(kernel, BASE_MEMORY)?) == 0 {
+        return Ok(Err(NO_BIOS));
+    }
+    let ticks = u32::from_le_bytes(physical(kernel, TICKS)?);
+    Ok(seconds_of(ticks).ok_or("no BIOS clock"))
+}
+
+/// Whether the BIOS's clock is `most` seconds behind the kernel's boot, or less, by what they say of
+/// a period of `day` seconds.
+fn fits(kernel_second: u64, bios: [u64; 2], day: u64, most: u64) -> bool {
+    bios.iter().any(|bios| {
+        let behind = i128::from(kernel_second).wrapping_sub(i128::from(*bios));
+        let behind = behind.rem_euclid(i128::from(day));
+        behind <= i128::from(most) || behind >= i128::from(day.abs_diff(AHEAD))
+    })
+}
+
+/// The second at which the kernel started, by the line of its log with which it sets its clock from
+/// the chip (`drivers/rtc/class.c`): that is the chip which the BIOS's clock is set from.
+fn start_by_log(lines: &[Line]) -> Option<u64> {
+    const NANOSECONDS: u64 = 1_000_000_000;
+    let set = |line: &Line| {
+        let (chip, rest) = line.text.split_once(": setting system clock to ")?;
+        let (_, second) = rest.rsplit_once('(')?;
+        let second = second.strip_suffix(')')?.parse::<u64>().ok()?;
+        let is_chips = line.of_device && chip.starts_with("rtc_cmos ");
+        second
+            .checked_sub(line.time.checked_div(NANOSECONDS)?)
+            .filter(|_| is_chips)
+    };
+    lines.iter().find_map(set)
+}
+
+/// As [`bios_clock`], of a kernel of which no types tell.
+pub(super) fn bios_clock_by_log(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
+    let lines = log::lines(kernel)?;
+    if lines.iter().any(|line| line.text.starts_with("efi: EFI v")) {
+        return not_made("the kernel was started by EFI");
+    }
+    let bios = match bios_seconds(kernel)? {
+        Ok(bios) => bios,
+        // An EFI firmware has no such data area, and the first lines tell of it.
+        Err(NO_BIOS) if lines.first().is_none_or(|line| line.seq != 0) => {
+            return not_made("the kernel's log has lost its begin");
+        }
+        Err(why) => return not_made(why),
+    };
+    let Some(second) = start_by_log(&lines) else {
+        return not_made("the kernel's log does not tell when it set its clock from the chip");
+    };
+    let kernel_second = second % SECONDS_PER_DAY;
+    if fits(kernel_second, bios, SECONDS_PER_DAY, BEHIND) {
+        return Ok(Verdict::Clean);
+    }
+    let [bios, _] = bios;
+    Ok(Verdict::Traces(vec![Trace::BiosClock {
+        bios,
+        kernel: kernel_second,
+    }]))
+}
+
 /// See the top of the file.
 pub(super) fn bios_clock(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
-    /// In the BIOS's data area: base memory in KiB, ticks since midnight.
-    const BASE_MEMORY: Gpa = Gpa::new(0x413);
-    const TICKS: Gpa = Gpa::new(0x46c);
     /// Boot loaders, `0x0d << 4` and up (`Documentation/arch/x86/boot.rst`).
     const KEXEC: u8 = 0x0d;
-    /// The clock chip tells whole seconds, to the BIOS and to the kernel; the host's clock, from
-    /// which KVM tells the time, may be another second ahead of the chip's.
-    const AHEAD: u64 = 3;
-    /// What a loader's menu that waits with interrupts off, decompressing, and the boot of a
-    /// large machine may take.
-    const BEHIND: u64 = 120;
     /// A virtual machine's clock chip may be set to local time, by quarters of an hour.
     const ZONE: u64 = 900;
     const BEHIND_IN_ZONE: u64 = 10;
@@ -186,12 +254,9 @@ pub(super) fn bios_clock(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         return not_made("the kernel was started by EFI");
     }
     let clock = boot_params_clock(kernel)?;
-    if u16::from_le_bytes(physical(kernel, BASE_MEMORY)?) == 0 {
-        return not_made(NO_BIOS);
-    }
-    let ticks = u32::from_le_bytes(physical(kernel, TICKS)?);
-    let Some(bios) = seconds_of(ticks) else {
-        return not_made("no BIOS clock");
+    let bios = match bios_seconds(kernel)? {
+        Ok(bios) => bios,
+        Err(why) => return not_made(why),
     };
     let Some(clock) = clock else {
         return not_made("the kernel has its clock from neither the clock chip nor KVM");
@@ -201,18 +266,10 @@ pub(super) fn bios_clock(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         Err(verdict) => return Ok(verdict),
     };
     let kernel_second = second % SECONDS_PER_DAY;
-    let fits = |day: u64, most: u64| {
-        bios.iter().any(|bios| {
-            // How far the BIOS's clock is behind the kernel's boot.
-            let behind = i128::from(kernel_second).wrapping_sub(i128::from(*bios));
-            let behind = behind.rem_euclid(i128::from(day));
-            behind <= i128::from(most) || behind >= i128::from(day.abs_diff(AHEAD))
-        })
-    };
-    if fits(SECONDS_PER_DAY, BEHIND) {
+    if fits(kernel_second, bios, SECONDS_PER_DAY, BEHIND) {
         return Ok(Verdict::Clean);
     }
-    if clock == Clock::Kvm && fits(ZONE, BEHIND_IN_ZONE) {
+    if clock == Clock::Kvm && fits(kernel_second, bios, ZONE, BEHIND_IN_ZONE) {
         return not_made("the clock chip may be set to local time");
     }
     if let Some(slept) = slept(kernel)?.filter(|slept| *slept != 0) {

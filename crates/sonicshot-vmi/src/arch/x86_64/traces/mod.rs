@@ -32,6 +32,11 @@ pub(super) const TESTS: [(&str, Test); 4] = [
     ("trampoline", trampoline::trampoline),
 ];
 
+pub(super) const TESTS_BY_LOG: [(&str, Test); 2] = [
+    (CLOCK, clock::bios_clock_by_log),
+    ("firmware tables", acpi::firmware_by_log),
+];
+
 /// Whether no other kernel need be looked for: there is no trace, and of the one thing that
 /// leaves no other, a reset, the BIOS's clock would tell, or there is no BIOS to start again.
 pub(super) fn are_settled(owner: &Owner) -> bool {

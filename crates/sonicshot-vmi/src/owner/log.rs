@@ -1,0 +1,161 @@
+//! The kernel's log (`kernel/printk/printk_ringbuffer.h`, since 5.10), which VMCOREINFO tells all of:
+//! what a kernel without types says of its start and its end.
+
+use crate::error::VmiError;
+use crate::kernel::{Kernel, element};
+use crate::{KernelVa, VirtualMemory};
+
+/// A line of the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Line {
+    /// Its number since the kernel's start.
+    pub seq: u64,
+    /// When it was written, in nanoseconds since the kernel's start.
+    pub time: u64,
+    /// Whether it is of a device: no process can write one.
+    pub of_device: bool,
+    pub text: String,
+}
+
+/// `CONFIG_LOG_BUF_SHIFT` is 25 at most, and a descriptor is for at least 32 bytes.
+const MAX_LINES: u64 = 1 << 20;
+/// As much of a line is read.
+const MAX_TEXT: u64 = 512;
+
+/// The ring's parts, by VMCOREINFO.
+struct Ring<'k, 'm> {
+    kernel: &'k Kernel<'m>,
+    descs: KernelVa,
+    infos: KernelVa,
+    data: KernelVa,
+    count_bits: u32,
+    size_bits: u32,
+}
+
+/// All lines that the log still has, the oldest first.
+///
+/// # Errors
+/// [`VmiError::Missing`] if VMCOREINFO does not tell of it, [`VmiError::Corrupt`] if it is none,
+/// and what reading gives.
+pub(crate) fn lines(kernel: &Kernel<'_>) -> Result<Vec<Line>, VmiError> {
+    const RING: &str = "printk_ringbuffer";
+    let variable = told(kernel, "symbol prb", |info| info.symbol("prb"))?;
+    let ring = kernel.read_ptr("prb", variable)?;
+    let part = |name: &str| element(RING, ring, 0, 0, offset(kernel, RING, name)?);
+    let (descs, data) = (part("desc_ring")?, part("text_data_ring")?);
+    let of_descs = |name| element(RING, descs, 0, 0, offset(kernel, "prb_desc_ring", name)?);
+    let of_data = |name| element(RING, data, 0, 0, offset(kernel, "prb_data_ring", name)?);
+    let count_bits = kernel.read_u32("prb_desc_ring.count_bits", of_descs("count_bits")?)?;
+    let size_bits = kernel.read_u32("prb_data_ring.size_bits", of_data("size_bits")?)?;
+    let too_many = VmiError::Corrupt {
+        what: "prb_desc_ring.count_bits",
+        at: descs,
+        value: count_bits.into(),
+    };
+    let lines = 1_u64.checked_shl(count_bits).filter(|n| *n <= MAX_LINES);
+    let lines = lines.filter(|_| size_bits < 32).ok_or(too_many)?;
+    let head = kernel.read_u64("prb_desc_ring.head_id", of_descs("head_id")?)?;
+    let tail = kernel.read_u64("prb_desc_ring.tail_id", of_descs("tail_id")?)?;
+    let ring = Ring {
+        kernel,
+        descs: kernel.read_ptr("prb_desc_ring.descs", of_descs("descs")?)?,
+        infos: kernel.read_ptr("prb_desc_ring.infos", of_descs("infos")?)?,
+        data: kernel.read_ptr("prb_data_ring.data", of_data("data")?)?,
+        count_bits,
+        size_bits,
+    };
+    let mut found = Vec::new();
+    let mut id = tail;
+    for _ in 0..lines {
+        found.extend(ring.line(id)?);
+        if id == head {
+            break;
+        }
+        id = id.wrapping_add(1) & ID;
+    }
+    Ok(found)
+}
+
+/// Of `prb_desc.state_var` what is the identifier; above is the state.
+const ID: u64 = u64::MAX >> 2;
+/// `desc_committed` and `desc_finalized`: the line is whole.
+const WHOLE: core::ops::RangeInclusive<u64> = 1..=2;
+
+impl Ring<'_, '_> {
+    /// The line that the descriptor with this identifier is of, if it is whole.
+    fn line(&self, id: u64) -> Result<Option<Line>, VmiError> {
+        let kernel = self.kernel;
+        let mask = |bits: u32| (1_u64 << bits.min(63)).wrapping_sub(1);
+        let index = id & mask(self.count_bits);
+        let desc = |name: &str| {
+            let size = size(kernel, "prb_desc")?;
+            let offset = offset(kernel, "prb_desc", name)?;
+            element("prb_desc", self.descs, index, size, offset)
+        };
+        let info = |name: &str| {
+            let size = size(kernel, "printk_info")?;
+            let offset = offset(kernel, "printk_info", name)?;
+            element("printk_info", self.infos, index, size, offset)
+        };
+        let state = kernel.read_u64("prb_desc.state_var", desc("state_var")?)?;
+        let place = desc("text_blk_lpos")?;
+        let position = |name: &str| {
+            let offset = offset(kernel, "prb_data_blk_lpos", name)?;
+            kernel.read_u64(
+                "prb_desc.text_blk_lpos",
+                element("prb_desc", place, 0, 0, offset)?,
+            )
+        };
+        let (begin, next) = (position("begin")?, position("next")?);
+        // A line without text has an odd place.
+        if state & ID != id || !WHOLE.contains(&(state >> 62)) || begin & 1 != 0 {
+            return Ok(None);
+        }
+        // A block that does not fit behind the last begins the ring anew.
+        let is_at_begin = begin >> self.size_bits != next >> self.size_bits;
+        let at = if is_at_begin {
+            0
+        } else {
+            begin & mask(self.size_bits)
+        };
+        let len = kernel.read_u32("printk_info.text_len", info("text_len")?)?;
+        let len = u64::from(len & 0xffff).min(MAX_TEXT);
+        // Before the text stands the descriptor's identifier.
+        let at = element("the log's text", self.data, 0, 0, at.saturating_add(8))?;
+        let mut text = vec![0; usize::try_from(len).unwrap_or(0)];
+        let read = kernel.space.read(at, &mut text);
+        read.map_err(VmiError::read("the log's text"))?;
+        // `dev_printk_info.subsystem` is its first member.
+        let mut device = [0];
+        let read = kernel.space.read(info("dev_info")?, &mut device);
+        read.map_err(VmiError::read("printk_info.dev_info"))?;
+        Ok(Some(Line {
+            seq: kernel.read_u64("printk_info.seq", info("seq")?)?,
+            time: kernel.read_u64("printk_info.ts_nsec", info("ts_nsec")?)?,
+            of_device: device != [0],
+            text: String::from_utf8_lossy(&text).into_owned(),
+        }))
+    }
+}
+
+/// What VMCOREINFO tells.
+fn told<T>(
+    kernel: &Kernel<'_>,
+    what: &str,
+    ask: impl FnOnce(&crate::symbols::Vmcoreinfo) -> Option<T>,
+) -> Result<T, VmiError> {
+    let found = kernel.vmcoreinfo.as_ref().and_then(ask);
+    found.ok_or_else(|| VmiError::Missing {
+        what: what.into(),
+        sources: "VMCOREINFO".into(),
+    })
+}
+
+fn offset(kernel: &Kernel<'_>, ty: &str, name: &str) -> Result<u64, VmiError> {
+    let path = format!("{ty}.{name}");
+    told(kernel, &path, |info| info.offset(&path))
+}
+
+fn size(kernel: &Kernel<'_>, ty: &str) -> Result<u64, VmiError> {
+    told(kernel, ty, |info| info.size(ty))
+}
