@@ -4,5 +4,6 @@
 pub(crate) mod overlay;
 pub(crate) mod paged;
 pub(crate) mod plain;
+pub(crate) mod scattered;
 pub(crate) mod spool;
 pub(crate) mod sys;

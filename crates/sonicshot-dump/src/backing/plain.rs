@@ -5,6 +5,7 @@
 //! not mapped, for somebody else may cut it off: see [`FileContent`].
 
 use crate::DumpError;
+use crate::backing::scattered::{PagePlaces, Scattered};
 use crate::output::check_stamp;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -43,6 +44,8 @@ pub(crate) struct PlainDump {
     layout: RamLayout,
     /// Sorted by guest address, disjoint.
     extents: Vec<Extent>,
+    /// Instead of them where each page lies for itself.
+    scattered: Option<Scattered>,
     /// Whether the format itself says which pages hold data, so that the file system need not be
     /// asked for its holes.
     extents_are_data: bool,
@@ -81,19 +84,40 @@ impl PlainDump {
     ) -> Result<Self, DumpError> {
         // A file may hold the guest's ranges in any order.
         extents.sort_unstable_by_key(|extent| extent.guest);
-        let layout = RamLayout::new(extents.iter().map(|extent| extent.guest).collect()).map_err(
-            |source| DumpError::Layout {
-                path: path.to_owned(),
-                source,
-            },
-        )?;
+        let ranges = extents.iter().map(|extent| extent.guest).collect();
+        let mut dump = Self::of_ranges(path, content, ranges)?;
+        dump.extents = extents;
+        Ok(dump)
+    }
+
+    /// The same of pages that lie in the file one by one.
+    pub(crate) fn scattered(
+        path: &Path,
+        content: FileContent,
+        scattered: Scattered,
+    ) -> Result<Self, DumpError> {
+        let mut dump = Self::of_ranges(path, content, scattered.ranges().collect())?;
+        dump.scattered = Some(scattered);
+        Ok(dump)
+    }
+
+    fn of_ranges(
+        path: &Path,
+        content: FileContent,
+        ranges: Vec<GpaRange>,
+    ) -> Result<Self, DumpError> {
+        let layout = RamLayout::new(ranges).map_err(|source| DumpError::Layout {
+            path: path.to_owned(),
+            source,
+        })?;
         Ok(Self {
             path: path.to_owned(),
             stamp: Mutex::new(content.stamp()),
             extents_are_data: false,
             content,
             layout,
-            extents,
+            extents: Vec::new(),
+            scattered: None,
             data: OnceLock::new(),
         })
     }
@@ -172,8 +196,15 @@ impl PlainDump {
         Ok(())
     }
 
+    /// Where the stretches of the guest's RAM are; none if the pages are
+    /// [scattered](Self::pages_of_block).
     pub(crate) fn extents(&self) -> &[Extent] {
         &self.extents
+    }
+
+    /// Where the pages of a block are, by its number, if they lie in the file one by one.
+    pub(crate) fn pages_of_block(&self, number: usize) -> Option<&PagePlaces> {
+        self.scattered.as_ref()?.block(number)
     }
 
     /// Where the byte at `at` of `extent` is in the file; `None` if it is not in it.
@@ -210,6 +241,9 @@ impl PlainDump {
     /// The part of `at..at+len` that one extent holds: where it is in the file, unless it is
     /// zeroes, and its length.
     fn part(&self, at: Gpa, len: u64) -> Option<(Option<FileOffset>, u64)> {
+        if let Some(scattered) = &self.scattered {
+            return scattered.part(at, len);
+        }
         let extent = self.extent_of(at)?;
         let inside = at.offset_from(extent.guest.start())?;
         let len = extent.guest.len().checked_sub(inside)?.min(len);
@@ -296,10 +330,13 @@ impl GuestMemory for PlainDump {
     }
 
     fn next_data(&self, at: Gpa) -> Option<GpaRange> {
+        let region = *self.layout.region_of(at)?;
+        if let Some(scattered) = &self.scattered {
+            return scattered.next_data(at, region.end());
+        }
         let first = self
             .extents
             .partition_point(|extent| extent.guest.end() <= at);
-        let region = *self.layout.region_of(at)?;
         for extent in self.extents.get(first..)? {
             if extent.guest.start() >= region.end() {
                 break;

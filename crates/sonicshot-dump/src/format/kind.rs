@@ -2,6 +2,7 @@
 
 use crate::DumpError;
 use crate::backing::plain::{self, PlainDump, open_content};
+use crate::backing::scattered::Scattered;
 use crate::backing::spool::Spool;
 use crate::format::ability::{AsStream, ByCopy, InPlace, Migration, Skeletal};
 use crate::format::qemu::start::RamBlock;
@@ -171,6 +172,11 @@ impl<'a> Source<'a> {
     /// The file as guest memory, which lies in it as `extents` say.
     pub(crate) fn mapped(self, extents: Vec<plain::Extent>) -> Result<PlainDump, DumpError> {
         PlainDump::new(self.path, self.content, extents)
+    }
+
+    /// The same of pages that lie in it one by one.
+    pub(crate) fn scattered(self, pages: Scattered) -> Result<PlainDump, DumpError> {
+        PlainDump::scattered(self.path, self.content, pages)
     }
 }
 

@@ -1,11 +1,12 @@
 //! What both of QEMU's kinds of migration files hold, and where.
 
 use crate::DumpError;
+use crate::backing::scattered::PagePlaces;
 use crate::format::qemu::start::{
     self, Cursor, FLAG_EOS, FLAG_MULTIFD_FLUSH, RamBlock, SECTION_END, SECTION_PART, Start,
     TARGET_PAGE,
 };
-use sonicshot::{FileBytes, FileRange};
+use sonicshot::{FileBytes, FileOffset, FileRange};
 use std::path::Path;
 
 /// What both kinds of file hold.
@@ -61,8 +62,8 @@ pub(crate) fn rest_of_ram(
 
 /// Where each page of a block is.
 pub(crate) enum Places {
-    /// 0 where it is zero.
-    Listed(Vec<u64>),
+    /// Each for itself.
+    Listed(PagePlaces),
     /// One behind the other from here on, those with a bit.
     InOrder {
         bitmap: Vec<u8>,
@@ -72,14 +73,14 @@ pub(crate) enum Places {
 }
 
 impl Places {
-    /// The place of each page; 0 where it is zero.
-    pub(crate) fn iter(&self) -> Box<dyn Iterator<Item = u64> + '_> {
+    /// The place of each page; `None` where it is zero.
+    pub(crate) fn iter(&self) -> Box<dyn Iterator<Item = Option<FileOffset>> + '_> {
         match self {
-            Self::Listed(places) => Box::new(places.iter().copied()),
+            Self::Listed(places) => Box::new(places.iter()),
             Self::InOrder { bitmap, at, pages } => Box::new((0..*pages).map(move |page| {
                 // Room for all pages is in the file, as was checked when it was opened.
                 let there = at.saturating_add(page.saturating_mul(TARGET_PAGE));
-                if is_set(bitmap, page) { there } else { 0 }
+                is_set(bitmap, page).then_some(FileOffset::new(there))
             })),
         }
     }
@@ -90,13 +91,16 @@ impl Places {
             Self::Listed(places) => places,
             Self::InOrder { bitmap, .. } => return bitmap.clone(),
         };
-        let byte = |pages: &[u64]| {
-            let bits = pages.iter().zip(0_u32..);
-            bits.fold(0_u8, |byte, (place, bit)| {
-                byte | u8::from(*place != 0) << bit
-            })
-        };
-        places.chunks(8).map(byte).collect()
+        let mut bitmap = Vec::new();
+        for (page, place) in (0_u32..8).cycle().zip(places.iter()) {
+            if page == 0 {
+                bitmap.push(0_u8);
+            }
+            if let Some(byte) = bitmap.last_mut() {
+                *byte |= u8::from(place.is_some()) << page;
+            }
+        }
+        bitmap
     }
 }
 

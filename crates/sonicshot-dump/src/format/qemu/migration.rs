@@ -216,11 +216,11 @@ fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         out.bytes(&bitmap)?;
         let mut at = pages_at;
         for place in places.iter() {
-            if place != 0 {
+            if let Some(place) = place {
                 if out.position()? != at {
                     out.seek(at)?;
                 }
-                out.small(place, TARGET_PAGE)?;
+                out.small(place.raw(), TARGET_PAGE)?;
             }
             at = at
                 .checked_add(TARGET_PAGE)
@@ -251,18 +251,22 @@ fn write_stream(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         let mut again = 0;
         for (address, place) in (0_u64..).step_by(4096).zip(places.iter()) {
             // Like QEMU, nothing of what is not plugged in.
-            if place == 0 && block.kind == BlockKind::VirtioMem {
+            if place.is_none() && block.kind == BlockKind::VirtioMem {
                 continue;
             }
-            let kind = if place == 0 { FLAG_ZERO } else { FLAG_PAGE };
+            let kind = if place.is_some() {
+                FLAG_PAGE
+            } else {
+                FLAG_ZERO
+            };
             out.word(address | kind | again)?;
             if again == 0 {
                 out.name(&block.name)?;
                 again = FLAG_CONTINUE;
             }
             match place {
-                0 => out.bytes(&[0])?,
-                place => out.small(place, TARGET_PAGE)?,
+                None => out.bytes(&[0])?,
+                Some(place) => out.small(place.raw(), TARGET_PAGE)?,
             }
         }
     }

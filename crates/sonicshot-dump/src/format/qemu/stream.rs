@@ -6,7 +6,8 @@
 //! that it is zero. Streams with compressed pages, deltas (XBZRLE) or more than one channel are
 //! refused.
 
-use crate::backing::plain::{Extent, PlainDump};
+use crate::backing::plain::PlainDump;
+use crate::backing::scattered::{PagePlaces, Scattered};
 use crate::backing::spool::Image;
 use crate::backing::spool::Spool;
 use crate::format::ability::{AsStream, ByCopy, Copying, EachPart, Migration, Part};
@@ -20,7 +21,7 @@ use crate::format::qemu::{Wrapping, device_state};
 use crate::processors;
 use crate::prune::stream;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{FileBytes, FileOffset, FileRange, GpaRange, GuestMemory, Processors, PrunePlan};
+use sonicshot::{FileBytes, FileOffset, FileRange, GuestMemory, Processors, PrunePlan};
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
@@ -45,8 +46,8 @@ pub(crate) struct StreamDump {
 pub(crate) fn open(source: Source<'_>, wrapping: Wrapping) -> Result<StreamDump, DumpError> {
     let (path, data) = (source.path, source.data());
     let mut stream = Stream::parse(path, data, wrapping.begin(), source.layout)?;
-    let extents = stream.extents(path, data)?;
-    let mapped = source.mapped(extents)?;
+    let pages = stream.pages(path, data)?;
+    let mapped = source.scattered(pages)?;
     Ok(StreamDump {
         mapped,
         stream,
@@ -128,8 +129,7 @@ impl AsStream for StreamDump {
     }
 
     fn pruned(&self, goes: &PrunePlan, each: EachPart<'_>) -> Result<(), DumpError> {
-        let (path, data) = (self.mapped.path(), self.mapped.bytes());
-        self.stream.pruned(path, data, goes, each)
+        self.stream.pruned(&self.mapped, goes, each)
     }
 }
 
@@ -154,6 +154,15 @@ pub(crate) struct Stream {
     /// Where they and the section `ram` end, and the devices' state begins; 0 until the records
     /// were gone through.
     pub records_end: u64,
+}
+
+/// Of which blocks the pages are looked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Of {
+    /// The guest's RAM.
+    Ram,
+    /// Video memory and ROMs, too: a record of none of the blocks is an error then.
+    All,
 }
 
 /// One page's record.
@@ -323,71 +332,74 @@ impl Stream {
         }
     }
 
-    /// Where the bytes of each page are that count, the last that came, of each block that is
-    /// looked into; 0 where it is zero. And where the section `ram` ends.
-    fn places(&self, path: &Path, data: FileBytes<'_>) -> Result<(Vec<Vec<u64>>, u64), DumpError> {
-        // 0 is no page's place: the file's magic is there.
-        let mut places: Vec<Vec<u64>> = Vec::new();
+    /// Where the bytes of each page are that count, the last that came; of other blocks than
+    /// these none. And where the section `ram` ends.
+    fn places(
+        &self,
+        path: &Path,
+        data: FileBytes<'_>,
+        of: Of,
+    ) -> Result<(Vec<PagePlaces>, u64), DumpError> {
+        let mut places: Vec<Option<PagePlaces>> = Vec::new();
         for block in &self.blocks {
-            let pages = match block.ranges.as_slice() {
-                [] => 0,
-                _ => usize::try_from(block.len / TARGET_PAGE).unwrap_or(usize::MAX),
-            };
-            places.push(vec![0; pages]);
+            let pages = block.len / TARGET_PAGE;
+            let is_wanted = of == Of::All || !block.ranges.is_empty();
+            let found = is_wanted.then(|| PagePlaces::new(pages, data.len() as u64));
+            places.push(found);
         }
         let end = self.walk(path, data, |record| {
-            let places = record.block.and_then(|block| places.get_mut(block));
-            let Some(places) = places.filter(|places| !places.is_empty()) else {
-                return Ok(());
+            let bad =
+                || DumpError::malformed(path, "the address of a page", record.at, record.address);
+            let found = record
+                .block
+                .and_then(|block| places.get_mut(block)?.as_mut());
+            let places = match (found, of) {
+                (Some(places), _) => places,
+                (None, Of::Ram) => return Ok(()),
+                (None, Of::All) => return Err(bad()),
             };
-            let page = usize::try_from(record.address / TARGET_PAGE).unwrap_or(usize::MAX);
-            let place = places.get_mut(page).ok_or_else(|| {
-                DumpError::malformed(path, "the address of a page", record.at, record.address)
-            })?;
-            *place = if record.has_data() { record.data } else { 0 };
-            Ok(())
+            let place = record.has_data().then_some(FileOffset::new(record.data));
+            places
+                .set(record.address / TARGET_PAGE, place)
+                .ok_or_else(bad)
         })?;
-        Ok((places, end))
+        let none = || PagePlaces::new(0, 0);
+        let places = places.into_iter().map(|places| places.unwrap_or_else(none));
+        Ok((places.collect(), end))
     }
 
     /// Where each page of the guest's RAM is in the file.
-    pub(crate) fn extents(
+    pub(crate) fn pages(
         &mut self,
         path: &Path,
         data: FileBytes<'_>,
-    ) -> Result<Vec<Extent>, DumpError> {
-        let (places, end) = self.places(path, data)?;
+    ) -> Result<Scattered, DumpError> {
+        let (places, end) = self.places(path, data, Of::Ram)?;
         self.records_end = end;
-        let mut extents: Vec<Extent> = Vec::new();
-        for (block, places) in self.blocks.iter().zip(places) {
-            for (address, place) in (0_u64..).step_by(4096).zip(places) {
-                for (guest, _) in start::place(&block.ranges, address, TARGET_PAGE) {
-                    push_page(&mut extents, guest, place);
-                }
-            }
-        }
-        extents.sort_by_key(|extent| extent.guest);
-        Ok(extents)
+        let ranges = self.blocks.iter().map(|block| block.ranges.as_slice());
+        Ok(Scattered::new(ranges.zip(places)))
     }
 
     /// Hands out the pruned stream piece by piece: stretches of the file to be copied, and bytes
     /// to be written instead of a dropped page, or of one that came again later.
     pub(crate) fn pruned(
         &self,
-        path: &Path,
-        data: FileBytes<'_>,
+        dump: &PlainDump,
         plan: &PrunePlan,
         each: EachPart<'_>,
     ) -> Result<(), DumpError> {
-        let (places, _) = self.places(path, data)?;
-        let last = |record: &Record| {
-            let page = usize::try_from(record.address / TARGET_PAGE).ok()?;
-            places.get(record.block?)?.get(page).copied()
+        let (path, data) = (dump.path(), dump.bytes());
+        // Of a block that is not looked into every page counts.
+        let comes_again = |record: &Record| {
+            let places = record.block.and_then(|block| dump.pages_of_block(block));
+            let is_there = self.is_looked_into(record);
+            is_there
+                && places.and_then(|places| places.get(record.address / TARGET_PAGE))
+                    != Some(FileOffset::new(record.data))
         };
         let mut copied = 0_u64;
         self.walk(path, data, |record| {
-            let counts = last(record).is_none_or(|place| place == record.data);
-            if !record.has_data() || counts && !self.dropped(record, plan) {
+            if !record.has_data() || !comes_again(record) && !self.dropped(record, plan) {
                 return Ok(());
             }
             // The record's beginning stays but for its flags: name and place are the same.
@@ -411,6 +423,12 @@ impl Stream {
         each(Part::Copy(range.ok_or_else(wrong)?))
     }
 
+    /// Whether a record's page is of a block of the guest's RAM.
+    fn is_looked_into(&self, record: &Record) -> bool {
+        let block = record.block.and_then(|block| self.blocks.get(block));
+        block.is_some_and(|block| !block.ranges.is_empty())
+    }
+
     /// Whether all of a record's page is dropped.
     fn dropped(&self, record: &Record, plan: &PrunePlan) -> bool {
         let Some(block) = record.block.and_then(|block| self.blocks.get(block)) else {
@@ -430,50 +448,21 @@ fn stretch(from: u64, to: u64) -> FileRange {
     FileRange::new(FileOffset::new(from), FileOffset::new(to))
 }
 
-/// Adds a page to the extents before it.
-fn push_page(extents: &mut Vec<Extent>, guest: GpaRange, place: u64) {
-    match extents.last_mut() {
-        // Zeroes are joined; pages are never next to each other in the file.
-        Some(last) if place == 0 && last.offset.is_none() && last.guest.end() == guest.start() => {
-            last.guest = GpaRange::new(last.guest.start(), guest.end());
-        }
-        _ => extents.push(Extent {
-            guest,
-            offset: (place != 0).then_some(FileOffset::new(place)),
-        }),
-    }
-}
-
 fn of_stream<'a>(
     dump: &PlainDump,
     stream: &'a Stream,
     begin: u64,
 ) -> Result<Content<'a>, DumpError> {
     let (path, data) = (dump.path(), dump.bytes());
-    let mut places: Vec<Vec<u64>> = Vec::new();
     let limit = (data.len() as u64 / ZERO_RECORD).saturating_add(1);
-    let mut total = 0_u64;
-    for block in &stream.blocks {
-        let pages = block.len / TARGET_PAGE;
-        total = total.saturating_add(pages);
-        // A short file must not claim a lot of memory.
-        if total > limit {
-            let what = "the size of all memory";
-            return Err(DumpError::malformed(path, what, begin, total));
-        }
-        places.push(vec![0; usize::try_from(pages).unwrap_or(usize::MAX)]);
+    let pages = stream.blocks.iter().map(|block| block.len / TARGET_PAGE);
+    let total = pages.fold(0, u64::saturating_add);
+    // A short file must not claim a lot of memory.
+    if total > limit {
+        let what = "the size of all memory";
+        return Err(DumpError::malformed(path, what, begin, total));
     }
-    let end = stream.walk(path, data, |record| {
-        let page = usize::try_from(record.address / TARGET_PAGE).unwrap_or(usize::MAX);
-        let place = record
-            .block
-            .and_then(|block| places.get_mut(block)?.get_mut(page));
-        let place = place.ok_or_else(|| {
-            DumpError::malformed(path, "the address of a page", record.data, record.address)
-        })?;
-        *place = if record.has_data() { record.data } else { 0 };
-        Ok(())
-    })?;
+    let (places, end) = stream.places(path, data, Of::All)?;
     let mut cursor = Cursor::new(path, data, stream.records_at);
     let mut between = FileRange::new(FileOffset::ZERO, FileOffset::ZERO);
     if matches!(cursor.be::<u64>(), Ok(FLAG_EOS)) {
