@@ -1,6 +1,7 @@
 //! The kernel's memory management: struct pages, zones, free lists.
 
 pub(crate) mod classify;
+pub(crate) mod cpus;
 pub(crate) mod iomem;
 pub(crate) mod mem_map;
 pub(crate) mod offline;

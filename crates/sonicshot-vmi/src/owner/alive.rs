@@ -7,7 +7,7 @@
 
 use crate::error::VmiError;
 use crate::kernel::Kernel;
-use crate::mm::zone::{in_mask, possible_cpus};
+use crate::mm::cpus::{in_mask, possible_cpus};
 use crate::symbols::{SymbolBase, Vmcoreinfo};
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use sonicshot::MemoryError;

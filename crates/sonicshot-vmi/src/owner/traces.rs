@@ -21,7 +21,7 @@
 use crate::arch::{self, Owner, Test, Trace, Verdict, not_made};
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
-use crate::mm::zone::possible_cpus;
+use crate::mm::cpus::possible_cpus;
 use crate::owner::log;
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use sonicshot::MemoryError;

@@ -136,7 +136,7 @@ fn each_trace_is_seen_and_is_the_only_one() {
 #[test]
 fn a_per_cpu_area_written_over_refuses_the_kernel() {
     let this_cpu_off = with(ram(), |kernel| {
-        let (_, offset) = crate::mm::zone::possible_cpus(kernel).unwrap()[0];
+        let (_, offset) = crate::mm::cpus::possible_cpus(kernel).unwrap()[0];
         let symbol = kernel.need_symbol("this_cpu_off").unwrap();
         there(kernel, symbol.wrapping_add(offset))
     });
