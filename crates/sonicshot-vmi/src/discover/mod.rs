@@ -157,7 +157,7 @@ fn confirm(memory: &dyn GuestMemory, text: &[u8]) -> Result<Tables, VmiError> {
     if there.at != tables.root {
         return Err(VmiError::Disagree {
             what: "swapper_pg_dir".into(),
-            first: "phys_base".into(),
+            first: "VMCOREINFO".into(),
             first_value: tables.root.raw(),
             second: "the page tables".into(),
             second_value: there.at.raw(),

@@ -93,7 +93,7 @@ fn nameless() -> io::Result<File> {
     }
 }
 
-#[allow(unsafe_code, reason = "the mmap edge")]
+#[expect(unsafe_code, reason = "the mmap edge")]
 fn map(own: &File) -> io::Result<memmap2::Mmap> {
     // SAFETY: the file has no name and was opened by this process alone, which neither writes nor
     // cuts it from here on; so its bytes do not change while they are mapped.

@@ -1,0 +1,87 @@
+//! What the guest's options mean for its free pages.
+
+use super::LinuxGuest;
+use crate::VirtualMemory;
+use crate::error::VmiError;
+use crate::note::Note;
+use sonicshot::{Fill, PageClass, PageMap};
+
+impl LinuxGuest<'_> {
+    /// Whether the flag behind `names` is set: a static key or a bool, by its first byte.
+    fn flag(&self, names: &[&str]) -> Result<Option<bool>, VmiError> {
+        for name in names {
+            if let Some(at) = self.kernel.symbol(name)? {
+                let mut byte = [0];
+                self.kernel
+                    .space
+                    .read(at, &mut byte)
+                    .map_err(VmiError::read("a kernel flag"))?;
+                return Ok(Some(byte != [0]));
+            }
+        }
+        // A name that a whole symbol table does not have belongs to a feature not built in.
+        Ok(self.kernel.knows_all_symbols()?.then_some(false))
+    }
+
+    /// What free pages must read as: `mm/page_poison.c` checks for its pattern on allocation, and
+    /// `init_on_free` hands out pages as zero without looking.
+    pub(super) fn free_fill(&self, map: &PageMap, notes: &mut Vec<Note>) -> Result<Fill, VmiError> {
+        const PAGE_POISON: u8 = 0xaa;
+        /// Of so many runs of free pages the first is looked at.
+        const MAX_LOOKED: usize = 4096;
+        // `_page_poisoning_enabled` since 5.11, `want_page_poisoning` before.
+        let poisoned = self.flag(&["_page_poisoning_enabled", "want_page_poisoning"])?;
+        let zeroed = self.flag(&["init_on_free"])?;
+        let unless_poisoned = |zeroed| if zeroed { Fill::Zero } else { Fill::Any };
+        if poisoned == Some(false)
+            && let Some(zeroed) = zeroed
+        {
+            return Ok(unless_poisoned(zeroed));
+        }
+        // On, or unknown: with poisoning every free page holds the pattern, so one that does
+        // not proves it off. The same of zeroes.
+        let memory = self.kernel.space.memory();
+        let (mut looked, mut with_pattern, mut zero) = (0_u32, 0_u32, 0_u32);
+        let mut page = self.kernel.page_buffer()?;
+        let free = map
+            .runs()
+            .filter(|(_, class)| *class == PageClass::FreeBuddy);
+        for (frames, _) in free.take(MAX_LOOKED) {
+            let Some(at) = frames.start().gpa(self.kernel.build.page_size) else {
+                continue;
+            };
+            memory.read(at, &mut page)?;
+            looked = looked.saturating_add(1);
+            if page.iter().all(|byte| *byte == PAGE_POISON) {
+                with_pattern = with_pattern.saturating_add(1);
+            } else if page.iter().all(|byte| *byte == 0) {
+                zero = zero.saturating_add(1);
+            }
+        }
+        // Where no flag tells, a few pages that were just freed or being given away decide nothing.
+        let most = |count: u32| count > looked.saturating_sub(looked.div_ceil(20));
+        if poisoned == Some(false) || poisoned.is_none() && !most(with_pattern) {
+            return Ok(unless_poisoned(zeroed.unwrap_or(most(zero))));
+        }
+        if looked > 0 && zero == looked {
+            // CONFIG_PAGE_POISONING_ZERO (to 5.10): the pattern is zero.
+            return Ok(Fill::Zero);
+        }
+        notes.push(Note::PagePoison { byte: PAGE_POISON });
+        Ok(Fill::Byte(PAGE_POISON))
+    }
+
+    /// Features of the guest that bear on free pages.
+    pub(super) fn note_features(&self, notes: &mut Vec<Note>) -> Result<(), VmiError> {
+        for (name, note) in [
+            ("init_on_free", Note::InitOnFree),
+            ("_debug_pagealloc_enabled", Note::DebugPagealloc),
+            ("kasan_flag_enabled", Note::HardwareTags),
+        ] {
+            if self.flag(&[name])? == Some(true) {
+                notes.push(note);
+            }
+        }
+        Ok(())
+    }
+}

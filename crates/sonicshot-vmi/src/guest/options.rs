@@ -1,0 +1,78 @@
+//! How a guest is opened and classified.
+
+use crate::arch::Cr3;
+use crate::shape::Knowledge;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+/// What may be known about a guest beforehand; by default nothing.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct GuestOptions {
+    pub(super) symbol_files: Vec<PathBuf>,
+    pub(super) vmcoreinfo: Option<Vec<u8>>,
+    pub(super) cr3: Option<Cr3>,
+    pub(super) at_most: Option<Knowledge>,
+    pub(super) threads: Option<NonZeroUsize>,
+}
+
+impl GuestOptions {
+    /// Nothing known: everything is found in the guest's memory.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a System.map, a vmlinux, or raw BTF of the guest's kernel. Earlier files take
+    /// precedence, and all files take precedence over what is found in memory.
+    #[must_use]
+    pub fn symbols(mut self, path: impl AsRef<Path>) -> Self {
+        self.symbol_files.push(path.as_ref().to_owned());
+        self
+    }
+
+    /// Gives the VMCOREINFO text that the dump carries.
+    #[must_use]
+    pub fn vmcoreinfo(mut self, text: impl Into<Vec<u8>>) -> Self {
+        self.vmcoreinfo = Some(text.into());
+        self
+    }
+
+    /// Gives the `CR3` of the guest's processor, of one that runs and is no firmware's: the kernel
+    /// that owns the memory is the one whose page tables are there. It counts instead of what the
+    /// memory tells of processors.
+    #[must_use]
+    pub fn cr3(mut self, cr3: Cr3) -> Self {
+        self.cr3 = Some(cr3);
+        self
+    }
+
+    /// Takes no more than this of the guest and of all files: tests hold what less knowledge finds
+    /// against what more does.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn at_most(mut self, knowledge: Knowledge) -> Self {
+        self.at_most = Some(knowledge);
+        self
+    }
+
+    /// How many threads look at struct pages; by default one for each core. What is found does not
+    /// depend on it.
+    #[must_use]
+    pub fn threads(mut self, threads: NonZeroUsize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+}
+
+/// Whether a guest whose sources disagree is classified all the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum OnInconsistency {
+    /// It is refused with [`VmiError::Inconsistent`].
+    #[default]
+    Refuse,
+    /// Every block in question is kept, the rest is believed. Only for dumps that will never
+    /// run again.
+    KeepInQuestion,
+}
