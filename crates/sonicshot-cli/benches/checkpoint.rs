@@ -55,6 +55,48 @@ fn timed(work: impl FnOnce()) -> f64 {
     start.elapsed().as_secs_f64() * 1e3
 }
 
+/// A guest that is saved.
+struct Guest {
+    dump: Dump,
+    release: String,
+    map: PageMap,
+    plan: PrunePlan,
+}
+
+impl Guest {
+    fn open(ram: &Path) -> Self {
+        let dump = Dump::open(ram, Some(&LayoutSpec::Pc)).unwrap();
+        let (release, pages) = {
+            let guest = LinuxGuest::open(&dump, &GuestOptions::new()).unwrap();
+            let pages = guest.classify(OnInconsistency::Refuse).unwrap();
+            (guest.release().to_owned(), pages)
+        };
+        let plan = PrunePlan::new(&pages.map, &DropClasses::default(), pages.free_fill);
+        Self {
+            dump,
+            release,
+            map: pages.map,
+            plan,
+        }
+    }
+
+    fn save(&self, compression: Compression, out: impl Write) -> SaveStats {
+        let info = CheckpointInfo::new(self.dump.layout().clone(), PageSize::SIZE_4K);
+        let mut writer = CheckpointWriter::new(out, info, SaveOptions::new(compression)).unwrap();
+        writer
+            .memory(&self.dump, &self.map, &self.plan, &mut |_, _| {})
+            .unwrap();
+        writer.finish().unwrap().1
+    }
+}
+
+fn line(what: &str, ours: f64, limit: f64) {
+    println!(
+        "{what:<58} {ours:8.1} ms  limit {limit:8.1} ms  {:5.0} % of its speed",
+        limit * 100.0 / ours
+    );
+}
+
 fn main() {
     let scratch = match std::env::var_os("SONICSHOT_BENCH_DIR") {
         Some(folder) => tempfile::tempdir_in(folder).unwrap(),
@@ -65,53 +107,54 @@ fn main() {
         None => unpack_testdata(scratch.path()),
     };
     std::io::copy(&mut File::open(&ram).unwrap(), &mut std::io::sink()).unwrap();
-    let dump = Dump::open(&ram, Some(&LayoutSpec::Pc)).unwrap();
-    let guest = LinuxGuest::open(&dump, &GuestOptions::new()).unwrap();
-    let pages = guest.classify(OnInconsistency::Refuse).unwrap();
-    let plan = PrunePlan::new(&pages.map, &DropClasses::default(), pages.free_fill);
-    let save = |compression, out: &mut dyn Write| {
-        let info = CheckpointInfo::new(dump.layout().clone(), PageSize::SIZE_4K);
-        let mut writer = CheckpointWriter::new(out, info, SaveOptions::new(compression)).unwrap();
-        writer
-            .memory(&dump, &pages.map, &plan, &mut |_, _| {})
-            .unwrap();
-        writer.finish().unwrap().1
-    };
+    let guest = Guest::open(&ram);
     // The pages that a checkpoint stores, for the limits to work on.
     let plain = scratch.path().join("plain.sonic");
-    let stats = save(Compression::None, &mut File::create(&plain).unwrap());
+    let stats = guest.save(Compression::None, File::create(&plain).unwrap());
     let kept = kept_bytes(&plain, &stats);
-    let mib = kept.len() as f64 / f64::from(1 << 20);
     println!(
-        "guest: Linux {}, {} MiB, {mib:.0} MiB of page data",
-        guest.release(),
-        dump.layout().bytes() >> 20
+        "guest: Linux {}, {} MiB, {:.0} MiB of page data",
+        guest.release,
+        guest.dump.layout().bytes() >> 20,
+        mib(kept.len() as u64)
     );
-    let line = |what: &str, ours: f64, limit: f64| {
-        println!(
-            "{what:<58} {ours:8.1} ms  limit {limit:8.1} ms  {:5.0} % of its speed",
-            limit * 100.0 / ours
-        );
-    };
-
     let (ours, limit) = by_turns(
         || {
             timed(|| {
-                save(Compression::Lz4, &mut std::io::sink());
+                guest.save(Compression::Lz4, std::io::sink());
             })
         },
         || timed(|| lz4_on_all_cores(&kept)),
     );
     line("save with lz4; limit: liblz4 on all cores", ours, limit);
+    uncompressed(&guest, &kept, scratch.path());
+    restore(&guest.dump, &plain);
+    for compression in [Compression::Lz4, Compression::ZSTD] {
+        compressed(&guest, kept.len() as u64, compression, scratch.path());
+    }
+    fault(&plain, "none");
+    ready(&plain, "this guest");
+    for gib in [8, 64] {
+        let path = scratch.path().join("sparse.sonic");
+        save_sparse(gib, &path);
+        ready(&path, &format!("{gib} GiB, 200 MiB used"));
+    }
+}
 
-    let copy_of = scratch.path().join("kept");
-    fs::write(&copy_of, &kept).unwrap();
-    let (out, copied) = (scratch.path().join("out"), scratch.path().join("copied"));
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+/// A save to a file beside `cp` of the same bytes.
+fn uncompressed(guest: &Guest, kept: &[u8], scratch: &Path) {
+    let copy_of = scratch.join("kept");
+    fs::write(&copy_of, kept).unwrap();
+    let (out, copied) = (scratch.join("out"), scratch.join("copied"));
     let (ours, limit) = by_turns(
         || {
             let _ = fs::remove_file(&out);
             timed(|| {
-                save(Compression::None, &mut File::create(&out).unwrap());
+                guest.save(Compression::None, File::create(&out).unwrap());
             })
         },
         || {
@@ -125,43 +168,33 @@ fn main() {
             })
         },
     );
-    line(
-        "save uncompressed; limit: cp of the same bytes",
-        ours,
-        limit,
-    );
+    let what = "save uncompressed; limit: cp of the same bytes";
+    line(what, ours, limit);
     for path in [&copy_of, &copied, &out] {
         fs::remove_file(path).unwrap();
     }
+}
 
-    restore(&dump, &plain, &line);
-    for compression in [Compression::Lz4, Compression::ZSTD] {
-        let path = scratch.path().join("compressed.sonic");
-        let stats = save(compression, &mut File::create(&path).unwrap());
-        println!(
-            "-- {compression}: {:.1} MiB, {:.0} % of the page data",
-            stats.file_len as f64 / f64::from(1 << 20),
-            stats.stored_bytes as f64 * 100.0 / kept.len() as f64
-        );
-        let took = median(|| {
-            timed(|| {
-                save(compression, &mut std::io::sink());
-            })
-        });
-        println!(
-            "save with {compression} {took:8.1} ms, {:.0} MiB/s",
-            mib * 1e3 / took
-        );
-        restore(&dump, &path, &line);
-        fault(&path, &compression.to_string());
-    }
-    fault(&plain, "none");
-    ready(&plain, "this guest");
-    for gib in [8, 64] {
-        let path = scratch.path().join("sparse.sonic");
-        save_sparse(gib, &path);
-        ready(&path, &format!("{gib} GiB, 200 MiB used"));
-    }
+/// A compressed checkpoint of `kept` bytes of page data: its size, its save, its restore.
+fn compressed(guest: &Guest, kept: u64, compression: Compression, scratch: &Path) {
+    let path = scratch.join("compressed.sonic");
+    let stats = guest.save(compression, File::create(&path).unwrap());
+    println!(
+        "-- {compression}: {:.1} MiB, {:.0} % of the page data",
+        mib(stats.file_len),
+        stats.stored_bytes as f64 * 100.0 / kept as f64
+    );
+    let took = median(|| {
+        timed(|| {
+            guest.save(compression, std::io::sink());
+        })
+    });
+    println!(
+        "save with {compression} {took:8.1} ms, {:.0} MiB/s",
+        mib(kept) * 1e3 / took
+    );
+    restore(&guest.dump, &path);
+    fault(&path, &compression.to_string());
 }
 
 fn median(mut work: impl FnMut() -> f64) -> f64 {
@@ -196,7 +229,7 @@ fn lz4_on_all_cores(bytes: &[u8]) {
 }
 
 /// A full restore into fresh memory; limit: the file read into fresh memory.
-fn restore(dump: &Dump, path: &Path, line: &dyn Fn(&str, f64, f64)) {
+fn restore(dump: &Dump, path: &Path) {
     let reader = CheckpointReader::open(path).unwrap();
     let (ours, limit) = by_turns(
         || {

@@ -207,17 +207,16 @@ mod tests {
     use sonicshot::{Gpa, GpaRange, Pfn, PfnRange};
 
     /// Programs read these lines in JSON: they stay as they are.
+    fn check(table: &[(Note, &str)]) {
+        for (note, text) in table {
+            assert_eq!(note.to_string(), *text);
+        }
+    }
+
     #[test]
-    fn texts_are_what_they_were() {
+    fn texts_of_pages_are_what_they_were() {
         let frames = PfnRange::new(Pfn::new(0x10), Pfn::new(0x20));
-        let sought = || TracesSought {
-            made: vec!["kexec", "panic"],
-            not_made: vec![("tasks", "no source knows init_task".into())],
-        };
-        let by_traces = "no file tells the processors' registers: that the kernel found still owns \
-                         the memory is judged by its traces alone (none of a later owner; tested: \
-                         kexec, panic; not tested: tasks, no source knows init_task)";
-        let table: [(Note, &str); 13] = [
+        check(&[
             (
                 Note::PerCpuListsKept { why: "w".into() },
                 "pages on per-CPU free lists are kept: w",
@@ -252,27 +251,6 @@ mod tests {
                 "9 pages that are marked as offline are kept unless they are zero, for no driver is \
                  known to have them (a; and 8 more)",
             ),
-            (Note::NoTraceOfLaterOwner(sought()), by_traces),
-            (
-                Note::ProcessorsNotBelieved {
-                    why: "torn",
-                    instead: Box::new(Note::NoTraceOfLaterOwner(sought())),
-                },
-                &format!(
-                    "what the file tells of the processors is not believed: torn; {by_traces}"
-                ),
-            ),
-            (
-                Note::CrashDump,
-                "a crash dump: this kernel was dead when its memory was written down",
-            ),
-            (
-                Note::OwnerUntold {
-                    kernel: "6.1".into(),
-                    why: "w".into(),
-                },
-                "nothing tells whether kernel 6.1 still owns the memory: w",
-            ),
             (
                 Note::FirmwareMemoryKept {
                     pages: 9,
@@ -296,9 +274,40 @@ mod tests {
                 "debug_pagealloc: free pages are not mapped in the guest; their content is not \
                  looked at",
             ),
-        ];
-        for (note, text) in table {
-            assert_eq!(note.to_string(), text);
-        }
+        ]);
+    }
+
+    #[test]
+    fn texts_of_the_owner_are_what_they_were() {
+        let sought = || TracesSought {
+            made: vec!["kexec", "panic"],
+            not_made: vec![("tasks", "no source knows init_task".into())],
+        };
+        let by_traces = "no file tells the processors' registers: that the kernel found still owns \
+                         the memory is judged by its traces alone (none of a later owner; tested: \
+                         kexec, panic; not tested: tasks, no source knows init_task)";
+        check(&[
+            (Note::NoTraceOfLaterOwner(sought()), by_traces),
+            (
+                Note::ProcessorsNotBelieved {
+                    why: "torn",
+                    instead: Box::new(Note::NoTraceOfLaterOwner(sought())),
+                },
+                &format!(
+                    "what the file tells of the processors is not believed: torn; {by_traces}"
+                ),
+            ),
+            (
+                Note::CrashDump,
+                "a crash dump: this kernel was dead when its memory was written down",
+            ),
+            (
+                Note::OwnerUntold {
+                    kernel: "6.1".into(),
+                    why: "w".into(),
+                },
+                "nothing tells whether kernel 6.1 still owns the memory: w",
+            ),
+        ]);
     }
 }

@@ -188,7 +188,30 @@ struct Builder<'m> {
     records: BTreeMap<u64, (Kind, Record)>,
 }
 
-impl Builder<'_> {
+impl<'m> Builder<'m> {
+    /// Of the guest in `overlay` with this VMCOREINFO; and where its image begins.
+    fn of(overlay: &'m Overlay<'m>, text: &str) -> Result<(Self, u64)> {
+        let info = Vmcoreinfo::parse(text.as_bytes())?;
+        let walker = Walker::new(overlay, &info)?;
+        let stext = info.symbol("_stext").ok_or("no _stext")?.raw() & !0x1f_ffff;
+        let image = (KernelVa::new(stext), KernelVa::new(stext + (64 << 20)));
+        let symbols = Kallsyms::find(&walker, &info, image)?;
+        let bounds = symbols
+            .symbol("__start_BTF")?
+            .zip(symbols.symbol("__stop_BTF")?);
+        let btf = find_btf(&walker, bounds, image)?.ok_or("no BTF")?;
+        let builder = Self {
+            walker,
+            symbols,
+            info,
+            btf,
+            names: Vec::new(),
+            numbers: BTreeMap::new(),
+            records: BTreeMap::new(),
+        };
+        Ok((builder, stext))
+    }
+
     fn name(&mut self, name: &str) -> usize {
         if let Some(number) = self.numbers.get(name) {
             return *number;
@@ -644,92 +667,141 @@ const ENUMERATORS: [&str; 27] = [
 
 /// Places in BTF that say something of the allocator, and every byte of the header.
 fn btf_places(blob: &[u8]) -> Result<Vec<(String, usize, usize)>> {
-    let word = |at: usize| -> Result<usize> {
-        let bytes = blob.get(at..at + 4).ok_or("cut off")?;
+    let mut btf = BtfPlaces::new(blob)?;
+    let starts = btf.starts()?;
+    let wanted = btf.enumerators_and_wanted(&starts)?;
+    btf.structures(&starts, wanted)?;
+    btf.strings();
+    Ok(btf.places)
+}
+
+/// What was found so far, and where it is looked for.
+struct BtfPlaces<'a> {
+    blob: &'a [u8],
+    strings: usize,
+    places: Vec<(String, usize, usize)>,
+    /// Offsets of names.
+    names: BTreeSet<usize>,
+}
+
+impl<'a> BtfPlaces<'a> {
+    fn new(blob: &'a [u8]) -> Result<Self> {
+        let mut this = Self {
+            blob,
+            strings: 0,
+            places: (0..24).map(|at| ("header".into(), at, 1)).collect(),
+            names: BTreeSet::new(),
+        };
+        this.strings = this.word(4)? + this.word(16)?;
+        Ok(this)
+    }
+
+    fn word(&self, at: usize) -> Result<usize> {
+        let bytes = self.blob.get(at..at + 4).ok_or("cut off")?;
         Ok(usize::try_from(u32::from_le_bytes(bytes.try_into()?))?)
-    };
-    let base = word(4)?;
-    let (types, types_len) = (base + word(8)?, word(12)?);
-    let strings = base + word(16)?;
-    let text = |offset: usize| {
-        let tail = blob.get(strings + offset..).unwrap_or_default();
+    }
+
+    fn text(&self, offset: usize) -> String {
+        let tail = self.blob.get(self.strings + offset..).unwrap_or_default();
         let len = tail.iter().position(|byte| *byte == 0).unwrap_or(0);
         String::from_utf8_lossy(&tail[..len]).into_owned()
-    };
-    let mut places: Vec<(String, usize, usize)> =
-        (0..24).map(|at| ("header".into(), at, 1)).collect();
-    let mut name_bytes = BTreeSet::new();
-    // First pass: where each type is; then what is wanted, and the anonymous ones inside.
-    let mut starts = vec![0];
-    let mut at = types;
-    while at < types + types_len {
-        starts.push(at);
-        let info = word(at + 4)?;
-        let (kind, vlen) = (info >> 24 & 0x1f, info & 0xffff);
-        at += 12
-            + match kind {
-                1 | 14 | 17 => 4,
-                3 => 12,
-                4 | 5 | 15 | 19 => vlen * 12,
-                6 | 13 => vlen * 8,
-                _ => 0,
-            };
     }
-    let mut wanted: Vec<(usize, String)> = Vec::new();
-    for start in &starts[1..] {
-        let kind = word(start + 4)? >> 24 & 0x1f;
-        let name = text(word(*start)?);
-        if matches!(kind, 4 | 5) && TYPES.contains(&name.as_str()) {
-            wanted.push((*start, name));
-        } else if matches!(kind, 6 | 19) {
-            let step = if kind == 6 { 8 } else { 12 };
-            for number in 0..word(start + 4)? & 0xffff {
-                let entry = start + 12 + number * step;
-                let name = text(word(entry)?);
-                if ENUMERATORS.iter().any(|begin| name.starts_with(begin)) {
-                    places.push((format!("enumerator {name}, name"), entry, 4));
-                    places.push((format!("enumerator {name}"), entry + 4, step - 4));
-                    name_bytes.insert(word(entry)?);
+
+    /// Where each type is, by its number.
+    fn starts(&self) -> Result<Vec<usize>> {
+        let (types, types_len) = (self.word(4)? + self.word(8)?, self.word(12)?);
+        let mut starts = vec![0];
+        let mut at = types;
+        while at < types + types_len {
+            starts.push(at);
+            let info = self.word(at + 4)?;
+            let (kind, vlen) = (info >> 24 & 0x1f, info & 0xffff);
+            at += 12
+                + match kind {
+                    1 | 14 | 17 => 4,
+                    3 => 12,
+                    4 | 5 | 15 | 19 => vlen * 12,
+                    6 | 13 => vlen * 8,
+                    _ => 0,
+                };
+        }
+        Ok(starts)
+    }
+
+    /// Adds the enumerators, and returns where the structures are.
+    fn enumerators_and_wanted(&mut self, starts: &[usize]) -> Result<Vec<(usize, String)>> {
+        let mut wanted: Vec<(usize, String)> = Vec::new();
+        for start in &starts[1..] {
+            let kind = self.word(start + 4)? >> 24 & 0x1f;
+            let name = self.text(self.word(*start)?);
+            if matches!(kind, 4 | 5) && TYPES.contains(&name.as_str()) {
+                wanted.push((*start, name));
+            } else if matches!(kind, 6 | 19) {
+                let step = if kind == 6 { 8 } else { 12 };
+                for number in 0..self.word(start + 4)? & 0xffff {
+                    let entry = start + 12 + number * step;
+                    let name = self.text(self.word(entry)?);
+                    if ENUMERATORS.iter().any(|begin| name.starts_with(begin)) {
+                        let places = &mut self.places;
+                        places.push((format!("enumerator {name}, name"), entry, 4));
+                        places.push((format!("enumerator {name}"), entry + 4, step - 4));
+                        let name = self.word(entry)?;
+                        self.names.insert(name);
+                    }
                 }
             }
         }
+        Ok(wanted)
     }
-    let mut seen = BTreeSet::new();
-    while let Some((start, name)) = wanted.pop() {
-        if !seen.insert(start) {
-            continue;
-        }
-        places.push((format!("struct {name}, name"), start, 4));
-        places.push((format!("struct {name}, info"), start + 4, 4));
-        places.push((format!("struct {name}, size"), start + 8, 4));
-        name_bytes.insert(word(start)?);
-        for number in 0..word(start + 4)? & 0xffff {
-            let member = start + 12 + number * 12;
-            let of = format!("{name}.{}", text(word(member)?));
-            places.push((format!("{of}, name"), member, 4));
-            places.push((format!("{of}, type"), member + 4, 4));
-            places.push((format!("{of}, offset"), member + 8, 4));
-            name_bytes.insert(word(member)?);
-            // The type of the member: arrays, and structures without a name.
-            let id = word(member + 4)?;
-            let Some(inner) = starts.get(id).copied().filter(|_| id != 0) else {
+
+    /// Adds the structures with their members, and those without a name inside.
+    fn structures(&mut self, starts: &[usize], mut wanted: Vec<(usize, String)>) -> Result<()> {
+        let mut seen = BTreeSet::new();
+        while let Some((start, name)) = wanted.pop() {
+            if !seen.insert(start) {
                 continue;
-            };
-            match word(inner + 4)? >> 24 & 0x1f {
-                3 => places.push((format!("{of}, length"), inner + 20, 4)),
-                4 | 5 if word(inner)? == 0 => wanted.push((inner, name.clone())),
-                _ => {}
+            }
+            let places = &mut self.places;
+            places.push((format!("struct {name}, name"), start, 4));
+            places.push((format!("struct {name}, info"), start + 4, 4));
+            places.push((format!("struct {name}, size"), start + 8, 4));
+            let own = self.word(start)?;
+            self.names.insert(own);
+            for number in 0..self.word(start + 4)? & 0xffff {
+                let member = start + 12 + number * 12;
+                let of = format!("{name}.{}", self.text(self.word(member)?));
+                let places = &mut self.places;
+                places.push((format!("{of}, name"), member, 4));
+                places.push((format!("{of}, type"), member + 4, 4));
+                places.push((format!("{of}, offset"), member + 8, 4));
+                let own = self.word(member)?;
+                self.names.insert(own);
+                // The type of the member: arrays, and structures without a name.
+                let id = self.word(member + 4)?;
+                let Some(inner) = starts.get(id).copied().filter(|_| id != 0) else {
+                    continue;
+                };
+                match self.word(inner + 4)? >> 24 & 0x1f {
+                    3 => self.places.push((format!("{of}, length"), inner + 20, 4)),
+                    4 | 5 if self.word(inner)? == 0 => wanted.push((inner, name.clone())),
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds every byte of the names.
+    fn strings(&mut self) {
+        self.names.remove(&0);
+        for offset in core::mem::take(&mut self.names) {
+            let name = self.text(offset);
+            for (index, _) in name.bytes().enumerate() {
+                let at = self.strings + offset + index;
+                self.places.push((format!("string {name}"), at, 1));
             }
         }
     }
-    name_bytes.remove(&0);
-    for offset in name_bytes {
-        let name = text(offset);
-        for (index, _) in name.bytes().enumerate() {
-            places.push((format!("string {name}"), strings + offset + index, 1));
-        }
-    }
-    Ok(places)
 }
 
 impl Anatomy {
@@ -744,24 +816,7 @@ impl Anatomy {
             .find_page(text.as_bytes())
             .ok_or("no VMCOREINFO page")?;
         let overlay = Overlay::new(capture);
-        let info = Vmcoreinfo::parse(text.as_bytes())?;
-        let walker = Walker::new(&overlay, &info)?;
-        let stext = info.symbol("_stext").ok_or("no _stext")?.raw() & !0x1f_ffff;
-        let image = (KernelVa::new(stext), KernelVa::new(stext + (64 << 20)));
-        let symbols = Kallsyms::find(&walker, &info, image)?;
-        let bounds = symbols
-            .symbol("__start_BTF")?
-            .zip(symbols.symbol("__stop_BTF")?);
-        let btf = find_btf(&walker, bounds, image)?.ok_or("no BTF")?;
-        let mut builder = Builder {
-            walker,
-            symbols,
-            info,
-            btf,
-            names: Vec::new(),
-            numbers: BTreeMap::new(),
-            records: BTreeMap::new(),
-        };
+        let (mut builder, stext) = Builder::of(&overlay, &text)?;
         builder.vmcoreinfo(at);
         builder.zones()?;
         let sections = builder.sections()?;
@@ -773,40 +828,12 @@ impl Anatomy {
             builder.tables("image", va);
         }
         let size = builder.btf.type_size("page")?.ok_or("no struct page")?;
-        let mut pages = Vec::new();
-        for (first, count, base) in &sections {
-            for number in 0..*count {
-                let va = base.wrapping_add((first + number) * size);
-                let Ok(at) = builder.walker.gpa(va) else {
-                    break;
-                };
-                if number % 512 == 0 {
-                    builder.tables("page", va);
-                }
-                pages.push((first + number, at));
-            }
-        }
+        let pages = builder.struct_pages(&sections, size);
         let fields = builder.fields()?;
         let types = builder.types()?;
         builder.traced(&by_classify, &pages, size);
         builder.traced(&by_open, &pages, size);
-        let is_btf = |at: u64| {
-            btf_runs
-                .iter()
-                .any(|(start, len)| at.wrapping_sub(*start) < *len)
-        };
-        let long = by_open
-            .reads
-            .iter()
-            .filter(|(_, len)| **len > 16 && **len < 2 << 20);
-        let stretches: Vec<_> = long
-            .map(|(at, len)| (*at, *len as u64))
-            .filter(|(at, _)| !is_btf(*at))
-            .collect();
-        let mut read_by_open: Vec<(u64, u64)> = btf_runs;
-        let words = by_open.reads.iter().filter(|(_, len)| **len < 2 << 20);
-        read_by_open.extend(words.map(|(at, len)| (*at, *len as u64)));
-        read_by_open.sort_unstable();
+        let (stretches, read_by_open) = stretches(&by_open, &btf_runs);
         let mut records: BTreeMap<Kind, Vec<Record>> = BTreeMap::new();
         for (kind, record) in builder.records.into_values() {
             records.entry(kind).or_default().push(record);
@@ -822,8 +849,8 @@ impl Anatomy {
                 .iter()
                 .map(|(first, _, base)| (*first, *base))
                 .collect(),
-            stretches: joined(&stretches),
-            read_by_open: joined(&read_by_open),
+            stretches,
+            read_by_open,
         })
     }
 
@@ -838,8 +865,29 @@ impl Anatomy {
     }
 }
 
-fn joined(sorted: &[(u64, u64)]) -> Vec<(u64, u64)> {
-    let mut runs: Vec<(u64, u64)> = Vec::new();
+/// Where each begins, and how long it is.
+type Stretches = Vec<(u64, u64)>;
+
+/// The longer stretches that opening the guest reads, without BTF; and all that it reads.
+fn stretches(by_open: &Reads, btf_runs: &[(u64, u64)]) -> (Stretches, Stretches) {
+    let is_btf = |at: u64| {
+        let mut runs = btf_runs.iter();
+        runs.any(|(start, len)| at.wrapping_sub(*start) < *len)
+    };
+    let reads = || by_open.reads.iter().filter(|(_, len)| **len < 2 << 20);
+    let long = reads().filter(|(_, len)| **len > 16);
+    let stretches: Vec<_> = long
+        .map(|(at, len)| (*at, *len as u64))
+        .filter(|(at, _)| !is_btf(*at))
+        .collect();
+    let mut all = btf_runs.to_vec();
+    all.extend(reads().map(|(at, len)| (*at, *len as u64)));
+    all.sort_unstable();
+    (joined(&stretches), joined(&all))
+}
+
+fn joined(sorted: &[(u64, u64)]) -> Stretches {
+    let mut runs = Stretches::new();
     for (start, len) in sorted {
         match runs.last_mut() {
             Some((first, run)) if *start <= *first + *run => {
@@ -852,6 +900,24 @@ fn joined(sorted: &[(u64, u64)]) -> Vec<(u64, u64)> {
 }
 
 impl Builder<'_> {
+    /// The frames of `sections` that have a struct page of `size` bytes, and where it is.
+    fn struct_pages(&mut self, sections: &[(u64, u64, u64)], size: u64) -> Vec<(u64, Gpa)> {
+        let mut pages = Vec::new();
+        for (first, count, base) in sections {
+            for number in 0..*count {
+                let va = base.wrapping_add((first + number) * size);
+                let Ok(at) = self.walker.gpa(va) else {
+                    break;
+                };
+                if number % 512 == 0 {
+                    self.tables("page", va);
+                }
+                pages.push((first + number, at));
+            }
+        }
+        pages
+    }
+
     fn fields(&self) -> Result<Vec<Field>> {
         let mut fields = Vec::new();
         for (name, len) in [

@@ -255,6 +255,24 @@ impl<'s, 'c> Plan<'s, 'c> {
         rng.of(class).copied()
     }
 
+    /// A struct page as a free or an offline page leaves it, but with a type.
+    fn left_with_a_type(&self, mut page: Vec<u8>, rng: &mut Rng) -> Option<Vec<u8>> {
+        let anatomy = &self.subject.anatomy;
+        let ty = *rng.of(&anatomy.types)?;
+        for field in &anatomy.fields {
+            let from = usize::try_from(field.offset).ok()?;
+            let word = page.get_mut(from..from + field.len)?;
+            match field.name {
+                "_mapcount" => word.copy_from_slice(&ty.to_le_bytes()),
+                "_refcount" => word.copy_from_slice(&(rng.below(2) as u32).to_le_bytes()),
+                "private" => word.copy_from_slice(&(rng.below(11) as u64).to_le_bytes()),
+                "mapping" | "index" => word.fill(0),
+                _ => {}
+            }
+        }
+        Some(page)
+    }
+
     fn struct_page(&self, rng: &mut Rng) -> Option<Mutation> {
         let anatomy = &self.subject.anatomy;
         let number = self.page_of_some_class(rng)?;
@@ -302,21 +320,9 @@ impl<'s, 'c> Plan<'s, 'c> {
                 (name, at, self.old(at, size)?, self.old(from, size)?)
             }
             6 => {
-                // As a free or an offline page is left, but with a type.
-                let mut new = self.old(at, size)?;
-                let ty = *rng.of(&anatomy.types)?;
-                for field in &anatomy.fields {
-                    let from = usize::try_from(field.offset).ok()?;
-                    let word = new.get_mut(from..from + field.len)?;
-                    match field.name {
-                        "_mapcount" => word.copy_from_slice(&ty.to_le_bytes()),
-                        "_refcount" => word.copy_from_slice(&(rng.below(2) as u32).to_le_bytes()),
-                        "private" => word.copy_from_slice(&(rng.below(11) as u64).to_le_bytes()),
-                        "mapping" | "index" => word.fill(0),
-                        _ => {}
-                    }
-                }
-                ("all of it as a type's".into(), at, self.old(at, size)?, new)
+                let old = self.old(at, size)?;
+                let new = self.left_with_a_type(old.clone(), rng)?;
+                ("all of it as a type's".into(), at, old, new)
             }
             7 => {
                 let place = Gpa::new(at.raw() + rng.number() % size as u64);

@@ -2,7 +2,7 @@
 //! file held; no signal, and no mixture.
 
 use super::inject::{rounds, wanted};
-use super::inputs::{Job, content, few_guest_jobs, guest_jobs, scratch, small_jobs};
+use super::inputs::{Content, Job, content, few_guest_jobs, guest_jobs, scratch, small_jobs};
 use super::kills::Draw;
 use super::tracer::{Act, At, Run};
 use std::cell::Cell;
@@ -78,6 +78,45 @@ struct Tally {
     examples: BTreeMap<String, u64>,
 }
 
+impl Tally {
+    /// Counts a run that left `now`; it would have left and said `want` without the change.
+    fn judge(&mut self, run: &Run, now: &Content, (want, expected): (&Content, &str)) {
+        let mut note = |what: String| *self.examples.entry(what).or_default() += 1;
+        match (run.code, run.signal) {
+            (_, Some(signal)) => {
+                note(format!("signal {signal}"));
+                self.signals += 1;
+            }
+            (Some(0), _) if now == want && said(run) == expected => self.unmoved += 1,
+            (Some(0), _) => {
+                note(format!("exit 0 with another output: {}", run.stderr.trim()));
+                self.wrong += 1;
+            }
+            (Some(101), _) => {
+                note(format!("panics: {}", run.stderr.trim()));
+                self.wrong += 1;
+            }
+            _ if !now.is_empty() && now != want => {
+                note("leaves what is half".into());
+                self.wrong += 1;
+            }
+            _ if ["was written to", "bytes when it was opened"]
+                .iter()
+                .any(|words| run.stderr.contains(words)) =>
+            {
+                self.told += 1;
+            }
+            (code, _) => {
+                note(format!(
+                    "exit {code:?}: {}",
+                    run.stderr.trim().replace('\n', " / ")
+                ));
+                self.other += 1;
+            }
+        }
+    }
+}
+
 /// The commands that read one file.
 fn jobs(all: bool) -> Vec<Job> {
     let of_guests = if all { guest_jobs() } else { few_guest_jobs() };
@@ -143,39 +182,7 @@ fn tally(jobs: &[Job], tries: u64, share: u64) -> BTreeMap<(Change, String), Tal
                     tally.unmoved += 1;
                     continue;
                 }
-                let mut note = |what: String| *tally.examples.entry(what).or_default() += 1;
-                match (run.code, run.signal) {
-                    (_, Some(signal)) => {
-                        note(format!("signal {signal}"));
-                        tally.signals += 1;
-                    }
-                    (Some(0), _) if now == want && said(&run) == expected => tally.unmoved += 1,
-                    (Some(0), _) => {
-                        note(format!("exit 0 with another output: {}", run.stderr.trim()));
-                        tally.wrong += 1;
-                    }
-                    (Some(101), _) => {
-                        note(format!("panics: {}", run.stderr.trim()));
-                        tally.wrong += 1;
-                    }
-                    _ if !now.is_empty() && now != want => {
-                        note("leaves what is half".into());
-                        tally.wrong += 1;
-                    }
-                    _ if ["was written to", "bytes when it was opened"]
-                        .iter()
-                        .any(|words| run.stderr.contains(words)) =>
-                    {
-                        tally.told += 1;
-                    }
-                    (code, _) => {
-                        note(format!(
-                            "exit {code:?}: {}",
-                            run.stderr.trim().replace('\n', " / ")
-                        ));
-                        tally.other += 1;
-                    }
-                }
+                tally.judge(&run, &now, (&want, &expected));
             }
         }
     }

@@ -410,6 +410,17 @@ pub fn content(folder: &Path) -> Content {
 /// Commands that need no kernel, on every format.
 pub fn small_jobs() -> Vec<Job> {
     let inputs = Inputs::small();
+    let all = [
+        of_formats(inputs),
+        of_checkpoints(inputs),
+        of_several_files(inputs),
+        by_names_only(inputs),
+    ];
+    all.into_iter().flatten().collect()
+}
+
+/// Each format made another one.
+fn of_formats(inputs: &'static Inputs) -> Vec<Job> {
     let mut jobs = Vec::new();
     let mut job = |name: &str, line: &str| jobs.push(Job::new(inputs, name, line));
     for from in [
@@ -447,6 +458,13 @@ pub fn small_jobs() -> Vec<Job> {
         let line = format!("convert {{{from}}} -o {{work}}/out --to {to}");
         job(&format!("convert {from} to {to}"), &line);
     }
+    jobs
+}
+
+/// Checkpoints made dumps again, and looked at.
+fn of_checkpoints(inputs: &'static Inputs) -> Vec<Job> {
+    let mut jobs = Vec::new();
+    let mut job = |name: &str, line: &str| jobs.push(Job::new(inputs, name, line));
     for from in ["sonic", "sonic-lz4", "sonic-none"] {
         for to in ["raw", "elf", "xl"] {
             let line = format!("restore {{{from}}} -o {{work}}/out --to {to}");
@@ -457,6 +475,13 @@ pub fn small_jobs() -> Vec<Job> {
         let line = format!("inspect {{{from}}} --pfns {{work}}/out");
         job(&format!("inspect {from}"), &line);
     }
+    jobs
+}
+
+/// Commands with more than one input or output.
+fn of_several_files(inputs: &'static Inputs) -> Vec<Job> {
+    let mut jobs = Vec::new();
+    let mut job = |name: &str, line: &str| jobs.push(Job::new(inputs, name, line));
     for (name, line) in [
         (
             "convert raw and a template to xl",
@@ -495,6 +520,12 @@ pub fn small_jobs() -> Vec<Job> {
     {
         job.prepared = Some(("blob", "out"));
     }
+    jobs
+}
+
+/// Commands of which no more than the names of the files is told.
+fn by_names_only(inputs: &'static Inputs) -> Vec<Job> {
+    let mut jobs = Vec::new();
     for (name, line) in [
         (
             "names only: convert",

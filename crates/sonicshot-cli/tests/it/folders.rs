@@ -220,18 +220,12 @@ fn a_firecracker_pair_is_pruned() {
     );
 }
 
-#[test]
-fn a_diff_is_read_over_its_base() {
-    let temporary = TempDir::new().unwrap();
-    let want = pruned(temporary.path());
-    let whole = raw_dump(temporary.path(), |_| {});
-    let tsv = temporary.path().join("pfns");
-    let classes_of_whole = classes(&[text(&whole)], &tsv);
-    // The guest some time before: other data in what changes as a guest runs, and of that some
-    // that was zero then.
+/// The guest some time before: other data in what changes as a guest runs, and of that some that
+/// was zero then.
+fn some_time_before(classes: &[String]) -> Vec<u8> {
     let mut before = ram().to_vec();
     let mut count = 0_u8;
-    for (page, class) in before.chunks_mut(PAGE).zip(&classes_of_whole) {
+    for (page, class) in before.chunks_mut(PAGE).zip(classes) {
         if matches!(
             class.as_str(),
             "free_buddy" | "free_pcp" | "zero" | "anonymous"
@@ -242,6 +236,60 @@ fn a_diff_is_read_over_its_base() {
             }
         }
     }
+    before
+}
+
+/// What a diff over `base` reads as.
+fn merged_over(base: &[u8], diff: &Path) -> Vec<u8> {
+    let mut merged = base.to_vec();
+    let file = File::open(diff).unwrap();
+    let mut at = 0;
+    while let Ok(start) = rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(at)) {
+        at = rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(start)).unwrap();
+        let (from, to) = (
+            usize::try_from(start).unwrap(),
+            usize::try_from(at).unwrap(),
+        );
+        file.read_exact_at(&mut merged[from..to], start).unwrap();
+    }
+    merged
+}
+
+/// Prunes a diff in place: what would let the base show through stays.
+fn prune_diff_in_place(diff: &Path, base: &Path) {
+    let over = ["--base", text(base)];
+    let blocks = || fs::metadata(diff).unwrap().blocks();
+    let size = blocks();
+    let report = json(
+        &[
+            &[
+                "prune",
+                text(diff),
+                "--in-place",
+                "--min-hole",
+                "0",
+                "--json",
+            ],
+            &over[..],
+        ]
+        .concat(),
+    );
+    assert!(report["punched"].as_u64().unwrap() > 0, "{report}");
+    assert!(
+        report["kept_for_base_bytes"].as_u64().unwrap() > 0,
+        "{report}"
+    );
+    assert!(blocks() < size);
+}
+
+#[test]
+fn a_diff_is_read_over_its_base() {
+    let temporary = TempDir::new().unwrap();
+    let want = pruned(temporary.path());
+    let whole = raw_dump(temporary.path(), |_| {});
+    let tsv = temporary.path().join("pfns");
+    let classes_of_whole = classes(&[text(&whole)], &tsv);
+    let before = some_time_before(&classes_of_whole);
     let base = temporary.path().join("base");
     fs::write(&base, &before).unwrap();
     let folder = firecracker(&temporary.path().join("vm"), b"");
@@ -294,41 +342,9 @@ fn a_diff_is_read_over_its_base() {
     json(&["restore", text(&sonic), "-o", text(&again), "--json"]);
     assert!(fs::read(&again).unwrap() == want);
 
-    // In place, what would let the base show through stays.
-    let blocks = || fs::metadata(&diff).unwrap().blocks();
-    let size = blocks();
-    let report = json(
-        &[
-            &[
-                "prune",
-                text(&diff),
-                "--in-place",
-                "--min-hole",
-                "0",
-                "--json",
-            ],
-            &over[..],
-        ]
-        .concat(),
-    );
-    assert!(report["punched"].as_u64().unwrap() > 0, "{report}");
-    assert!(
-        report["kept_for_base_bytes"].as_u64().unwrap() > 0,
-        "{report}"
-    );
-    assert!(blocks() < size);
+    prune_diff_in_place(&diff, &base);
     assert!(fs::read(&base).unwrap() == before, "the base is only read");
-    let mut merged = before.clone();
-    let file = File::open(&diff).unwrap();
-    let mut at = 0;
-    while let Ok(start) = rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(at)) {
-        at = rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(start)).unwrap();
-        let (from, to) = (
-            usize::try_from(start).unwrap(),
-            usize::try_from(at).unwrap(),
-        );
-        file.read_exact_at(&mut merged[from..to], start).unwrap();
-    }
+    let merged = merged_over(&before, &diff);
     let pages = merged
         .chunks(PAGE)
         .zip(ram().chunks(PAGE))

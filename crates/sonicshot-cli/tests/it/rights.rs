@@ -70,17 +70,18 @@ fn xl(path: &Path) {
     fs::write(path, out).unwrap();
 }
 
-#[test]
-fn no_command_writes_a_file_for_more_eyes_than_its_input() {
-    let folder = TempDir::new().unwrap();
+/// Runs a command that must do it.
+fn run(args: &[&str]) {
+    let run = sonicshot(args);
+    assert!(run.status.success(), "{args:?}: {}", stderr(&run));
+}
+
+/// A file of each format of the same guest, and what goes beside one.
+fn inputs_in(folder: &TempDir) {
     let at = |name: &str| folder.path().join(name);
-    let run = |args: &[&str]| {
-        let run = sonicshot(args);
-        assert!(run.status.success(), "{args:?}: {}", stderr(&run));
-    };
     raw_dump(folder.path(), |_| {});
     xl(&at("guest.xl"));
-    let vm = firecracker(&at("vm"));
+    firecracker(&at("vm"));
     let diff = File::create(at("guest.diff")).unwrap();
     diff.set_len(ram().len() as u64).unwrap();
     diff.write_all_at(&ram()[..4096], 0).unwrap();
@@ -104,7 +105,21 @@ fn no_command_writes_a_file_for_more_eyes_than_its_input() {
         "--blob",
         &secret,
     ]);
+}
 
+#[test]
+fn no_command_writes_a_file_for_more_eyes_than_its_input() {
+    let folder = TempDir::new().unwrap();
+    inputs_in(&folder);
+    check_outputs(&folder);
+    check_frames(&folder);
+    check_folder(&folder);
+    check_in_place(&folder);
+}
+
+fn check_outputs(folder: &TempDir) {
+    let at = |name: &str| folder.path().join(name);
+    let secret = format!("secret={}", text(&at("secret")));
     let (base, template) = (at("guest.raw"), at("guest.xl"));
     let got = format!("secret={}", text(&at("got")));
     // Its input's name and mode, the command without input and output, the mode of the output.
@@ -175,8 +190,11 @@ fn no_command_writes_a_file_for_more_eyes_than_its_input() {
         assert_eq!(rights(&input).2, *mode, "{args:?}");
         fs::remove_file(out).unwrap();
     }
+}
 
-    // The list of frames too.
+/// The list of frames too.
+fn check_frames(folder: &TempDir) {
+    let at = |name: &str| folder.path().join(name);
     for input in ["guest.raw", "guest.sonic"] {
         let (input, out) = (at(input), at("frames"));
         let (uid, gid) = set(&input, 0o4640);
@@ -184,8 +202,12 @@ fn no_command_writes_a_file_for_more_eyes_than_its_input() {
         assert_eq!(rights(&out), (uid, gid, 0o640), "{input:?}");
         fs::remove_file(out).unwrap();
     }
+}
 
-    // A folder, and each file in it.
+/// A folder, and each file in it.
+fn check_folder(folder: &TempDir) {
+    let at = |name: &str| folder.path().join(name);
+    let vm = at("vm");
     let (out, state, memory) = (at("new"), vm.join("vm.state"), vm.join("vm.mem"));
     let (uid, gid) = set(&state, 0o4640);
     set(&memory, 0o4660);
@@ -194,8 +216,12 @@ fn no_command_writes_a_file_for_more_eyes_than_its_input() {
     assert_eq!(rights(&out), (uid, gid, 0o755));
     assert_eq!(rights(&out.join("vm.state")), (uid, gid, 0o640));
     assert_eq!(rights(&out.join("vm.mem")), (uid, gid, 0o660));
+}
 
-    // In place nothing of it changes; for who is not root, the kernel takes setuid away.
+/// In place nothing of it changes; for who is not root, the kernel takes setuid away.
+fn check_in_place(folder: &TempDir) {
+    let at = |name: &str| folder.path().join(name);
+    let (uid, gid, _) = rights(&at("guest.raw"));
     let mode = if uid == THEY.0 { 0o4775 } else { 0o775 };
     for input in ["guest.raw", "guest.mapped"] {
         set(&at(input), mode);

@@ -457,27 +457,37 @@ fn records_made_elsewhere_do_not_hide_the_kernels_own() {
     assert_eq!((more, fewer), (0, 0), "{both}");
 }
 
-/// Each made in the memory of a guest that bears no trace; of no processor is anything told.
 #[test]
-fn without_types_the_log_tells_of_a_later_owner() {
-    let ram = testdata();
+fn without_types_a_guest_that_bears_no_trace_is_taken() {
+    let mut ram = testdata();
     let few = classify(&ram, Knowledge::Vmcoreinfo, None).unwrap();
     let notes: Vec<String> = few.notes.iter().map(ToString::to_string).collect();
     let made = "tested: the kernel's log, the BIOS's clock, firmware tables)";
     assert!(notes.iter().any(|note| note.contains(made)), "{notes:?}");
+    // A machine without a BIOS has none to start again.
+    ram[0x413..0x415].fill(0);
+    assert!(classify(&ram, Knowledge::Vmcoreinfo, None).is_ok());
+}
+
+/// Writes `with` wherever `what` is.
+fn replace(ram: &mut [u8], what: &[u8], with: &[u8]) {
+    assert_eq!(what.len(), with.len());
+    let places: Vec<usize> = memchr::memmem::find_iter(ram, what).collect();
+    assert!(!places.is_empty());
+    for at in places {
+        ram[at..at + what.len()].copy_from_slice(with);
+    }
+}
+
+/// Each made in the memory of a guest that bears no trace; of no processor is anything told.
+#[test]
+fn without_types_the_log_tells_of_a_later_owner() {
+    let ram = testdata();
     let rsdp = (0xe_0000..0x10_0000)
         .step_by(16)
         .find(|at| ram[*at..].starts_with(b"RSD PTR "));
     let ticks = u32::from_le_bytes(ram[0x46c..0x470].try_into().unwrap());
     type Change<'a> = &'a dyn Fn(&mut [u8]);
-    let replace = |ram: &mut [u8], what: &[u8], with: &[u8]| {
-        assert_eq!(what.len(), with.len());
-        let places: Vec<usize> = memchr::memmem::find_iter(ram, what).collect();
-        assert!(!places.is_empty());
-        for at in places {
-            ram[at..at + what.len()].copy_from_slice(with);
-        }
-    };
     // An hour later; cleared, as a BIOS does first.
     let later = (ticks + 65_543) % 0x18_00b0;
     let table: [(&str, Change<'_>, &str); 7] = [
@@ -545,10 +555,6 @@ fn without_types_the_log_tells_of_a_later_owner() {
         let told = classify(&ram, Knowledge::Vmcoreinfo, Some(testdata_root()));
         assert!(told.is_ok(), "{what}: {:?}", told.err());
     }
-    // A machine without a BIOS has none to start again.
-    let mut ram = ram;
-    ram[0x413..0x415].fill(0);
-    assert!(classify(&ram, Knowledge::Vmcoreinfo, None).is_ok());
 }
 
 #[test]

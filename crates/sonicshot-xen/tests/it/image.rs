@@ -524,6 +524,19 @@ fn what_contradicts_the_format_is_named_with_record_and_offset() {
         let error = parse(&changed(at, bytes)).unwrap_err().to_string();
         assert!(error.contains(wanted), "{at:#x}: {error}");
     }
+    let mut none = head(1, 3);
+    none.truncate(libxl + 32);
+    record(&mut none, 0, b"");
+    let error = parse(&none).unwrap_err().to_string();
+    assert!(
+        error.contains("no memory image before the end in record 1"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_page_that_cannot_be_is_named_with_record_and_place() {
+    let pages = head(1, 3).len();
     for (word, wanted) in [
         (5 << 60, "type of a page"),
         (8 << 60 | 1, "type of a page"),
@@ -554,14 +567,6 @@ fn what_contradicts_the_format_is_named_with_record_and_offset() {
         error
             .to_string()
             .contains("length of P2M_FRAMES in record 2")
-    );
-    let mut none = head(1, 3);
-    none.truncate(libxl + 32);
-    record(&mut none, 0, b"");
-    let error = parse(&none).unwrap_err().to_string();
-    assert!(
-        error.contains("no memory image before the end in record 1"),
-        "{error}"
     );
 }
 

@@ -114,44 +114,67 @@ fn each_trace_is_seen_and_is_the_only_one() {
     ]);
 }
 
+/// The kernel's boot, and the patches that concern its clock.
+struct Clock {
+    /// The second of the boot.
+    boot: u64,
+    /// A clock that KVM gives.
+    kvm: Patch,
+    suspended: u64,
+    offs_boot: u64,
+}
+
+impl Clock {
+    fn new() -> Self {
+        let kvm = with(ram(), |kernel| {
+            let offset = kernel.need_member("x86_platform_ops", "get_wallclock");
+            let at = kernel.need_symbol("x86_platform").unwrap();
+            let at = there(kernel, at.checked_add(offset.unwrap().offset).unwrap());
+            let clock = kernel.need_symbol("kvm_get_wallclock").unwrap();
+            (at, long(clock.raw()))
+        });
+        let offs_boot = with(ram(), |kernel| {
+            let offset = kernel.need_member("timekeeper", "offs_boot");
+            let at = kernel.need_symbol("tk_core").unwrap();
+            there(kernel, at.checked_add(8 + offset.unwrap().offset).unwrap())
+        });
+        Self {
+            boot: with(ram(), |kernel| boot_second(kernel).unwrap().ok().unwrap()),
+            kvm,
+            suspended: variable("timekeeping_suspend_time"),
+            offs_boot,
+        }
+    }
+
+    /// Gone to sleep so many seconds after the boot, for so many seconds; the BIOS's clock is an
+    /// hour ahead.
+    fn asleep(&self, began: u64, seconds: u64) -> Vec<Patch> {
+        vec![
+            ticks(3600),
+            (self.suspended, long(self.boot + began)),
+            (self.offs_boot, long(seconds * 1_000_000_000)),
+        ]
+    }
+}
+
 #[test]
-fn the_bios_clock_may_be_behind_and_is_not_always_told() {
-    let kvm = with(ram(), |kernel| {
-        let offset = kernel.need_member("x86_platform_ops", "get_wallclock");
-        let at = kernel.need_symbol("x86_platform").unwrap();
-        let at = there(kernel, at.checked_add(offset.unwrap().offset).unwrap());
-        let clock = kernel.need_symbol("kvm_get_wallclock").unwrap();
-        (at, long(clock.raw()))
-    });
-    let ctime = behind("anon_inode_inode", "inode", "i_ctime.tv_sec");
-    let boot = with(ram(), |kernel| boot_second(kernel).unwrap().ok().unwrap());
-    let offs_boot = with(ram(), |kernel| {
-        let offset = kernel
-            .need_member("timekeeper", "offs_boot")
-            .unwrap()
-            .offset;
-        let at = kernel.need_symbol("tk_core").unwrap();
-        there(kernel, at.checked_add(8 + offset).unwrap())
-    });
-    let clean: Vec<Vec<Patch>> = vec![vec![ticks(1)], vec![ticks(-20)], vec![ticks(-110)]];
-    for patches in clean {
-        let owner = owner(&patches);
+fn the_bios_clock_may_be_behind() {
+    for seconds in [1, -20, -110] {
+        let owner = owner(&[ticks(seconds)]);
         assert_eq!(
             (owner.traces.len(), owner.not_made.len()),
             (0, 0),
             "{owner:?}"
         );
     }
+    assert_eq!(with(ram(), |kernel| slept(kernel).unwrap()), Some(0));
+}
+
+#[test]
+fn the_bios_clock_is_not_always_told() {
+    let clock = Clock::new();
     let hour = || ticks(3600);
-    // Gone to sleep so many seconds after the boot, for so many seconds.
-    let suspended = variable("timekeeping_suspend_time");
-    let asleep = |began: u64, seconds: u64| {
-        vec![
-            hour(),
-            (suspended, long(boot + began)),
-            (offs_boot, long(seconds * 1_000_000_000)),
-        ]
-    };
+    let ctime = behind("anon_inode_inode", "inode", "i_ctime.tv_sec");
     let cases: Vec<(&str, Vec<Patch>)> = vec![
         (
             "kexec",
@@ -166,16 +189,19 @@ fn the_bios_clock_may_be_behind_and_is_not_always_told() {
         ),
         ("no BIOS data area", vec![hour(), (0x413, vec![0; 2])]),
         ("no BIOS clock", vec![(0x46c, word(0x0018_00b0))]),
-        ("touched", vec![hour(), (ctime, long(boot + 9))]),
-        ("local time", vec![hour(), kvm.clone()]),
+        ("touched", vec![hour(), (ctime, long(clock.boot + 9))]),
+        ("local time", vec![hour(), clock.kvm.clone()]),
         (
             "neither",
-            vec![hour(), (kvm.0, long(variable("init_task")))],
+            vec![hour(), (clock.kvm.0, long(variable("init_task")))],
         ),
-        ("slept", vec![hour(), (offs_boot, long(5_000_000_000))]),
-        ("slept", asleep(3598, 5)),
-        ("slept", asleep(3594, 5)),
-        ("slept", asleep(7200, 83_000)),
+        (
+            "slept",
+            vec![hour(), (clock.offs_boot, long(5_000_000_000))],
+        ),
+        ("slept", clock.asleep(3598, 5)),
+        ("slept", clock.asleep(3594, 5)),
+        ("slept", clock.asleep(7200, 83_000)),
     ];
     for (why, patches) in cases {
         let owner = owner(&patches);
@@ -185,19 +211,21 @@ fn the_bios_clock_may_be_behind_and_is_not_always_told() {
         };
         assert!(said.contains(why), "{why}: {said}");
     }
+}
+
+#[test]
+fn a_wake_up_or_a_clock_of_its_own_does_not_hide_a_reset() {
+    let clock = Clock::new();
     // A BIOS that woke the kernel up did so no later than the kernel woke up.
-    for (began, seconds) in [(3600 - 20, 5), (60, 3000), (3620, 5)] {
-        let owner = owner(&asleep(began, seconds));
+    let woken = [(3600 - 20, 5), (60, 3000), (3620, 5)];
+    let woken = woken.map(|(began, seconds)| clock.asleep(began, seconds));
+    // KVM's own clock is not set by zones' minutes.
+    let by_kvm = vec![ticks(3600 + 100), clock.kvm.clone()];
+    for patches in woken.into_iter().chain([by_kvm]) {
+        let owner = owner(&patches);
         assert!(
             matches!(owner.traces[..], [Trace::BiosClock { .. }]),
-            "{began}, {seconds}: {owner:?}"
+            "{patches:?}: {owner:?}"
         );
     }
-    // KVM's own clock is not set by zones' minutes.
-    let owner = owner(&[ticks(3600 + 100), kvm]);
-    assert!(
-        matches!(owner.traces[..], [Trace::BiosClock { .. }]),
-        "{owner:?}"
-    );
-    assert_eq!(with(ram(), |kernel| slept(kernel).unwrap()), Some(0));
 }
