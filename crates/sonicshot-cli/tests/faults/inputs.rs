@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use tempfile::TempDir;
 
 const PAGE: usize = 4096;
@@ -170,15 +170,25 @@ impl Inputs {
     }
 
     /// Of memory that no kernel is in, half a mebibyte: a run takes milliseconds.
-    pub fn small() -> &'static Self {
-        static SMALL: OnceLock<Inputs> = OnceLock::new();
-        SMALL.get_or_init(|| Self::make(&small_ram(), true))
+    pub fn small() -> Arc<Self> {
+        static SMALL: Mutex<Weak<Inputs>> = Mutex::new(Weak::new());
+        Self::shared(&SMALL, || Self::make(&small_ram(), true))
     }
 
     /// Of the real guest.
-    pub fn guest() -> &'static Self {
-        static GUEST: OnceLock<Inputs> = OnceLock::new();
-        GUEST.get_or_init(|| Self::make(ram(), false))
+    pub fn guest() -> Arc<Self> {
+        static GUEST: Mutex<Weak<Inputs>> = Mutex::new(Weak::new());
+        Self::shared(&GUEST, || Self::make(ram(), false))
+    }
+
+    /// Those of a test that still uses them: the last one takes them away.
+    fn shared(there: &Mutex<Weak<Self>>, make: impl FnOnce() -> Self) -> Arc<Self> {
+        let mut there = there.lock().unwrap_or_else(PoisonError::into_inner);
+        there.upgrade().unwrap_or_else(|| {
+            let made = Arc::new(make());
+            *there = Arc::downgrade(&made);
+            made
+        })
     }
 
     fn make(ram: &[u8], small: bool) -> Self {
@@ -270,7 +280,7 @@ impl Inputs {
 #[derive(Debug)]
 pub struct Job {
     pub name: String,
-    inputs: &'static Inputs,
+    inputs: Arc<Inputs>,
     /// `{NAME}` is an input, `{work}` the folder that outputs go to.
     line: String,
     /// The input that is changed in place, or that is there to be replaced.
@@ -284,10 +294,10 @@ pub struct Job {
 pub type Content = BTreeMap<PathBuf, Vec<u8>>;
 
 impl Job {
-    fn new(inputs: &'static Inputs, name: &str, line: &str) -> Self {
+    fn new(inputs: &Arc<Inputs>, name: &str, line: &str) -> Self {
         Self {
             name: name.into(),
-            inputs,
+            inputs: Arc::clone(inputs),
             line: line.into(),
             prepared: None,
             stdin: None,
@@ -422,7 +432,7 @@ pub fn small_jobs() -> Vec<Job> {
 /// Each format made another one.
 fn of_formats(inputs: &'static Inputs) -> Vec<Job> {
     let mut jobs = Vec::new();
-    let mut job = |name: &str, line: &str| jobs.push(Job::new(inputs, name, line));
+    let mut job = |name: &str, line: &str| jobs.push(Job::new(&inputs, name, line));
     for from in [
         "raw",
         "elf",
@@ -541,7 +551,7 @@ fn by_names_only(inputs: &'static Inputs) -> Vec<Job> {
             "convert {libvirt-zstd} -o {work}/out --to raw --layout 0x0-0x80000",
         ),
     ] {
-        let mut job = Job::new(inputs, name, line);
+        let mut job = Job::new(&inputs, name, line);
         job.names_only = true;
         if name.ends_with("replace") {
             job.prepared = Some(("blob", "out"));
@@ -585,16 +595,16 @@ pub fn guest_jobs() -> Vec<Job> {
         "fc",
     ] {
         let line = format!("prune {{{from}}} -o {{work}}/out");
-        jobs.push(Job::new(inputs, &format!("prune {from}"), &line));
+        jobs.push(Job::new(&inputs, &format!("prune {from}"), &line));
     }
     jobs.push(Job::new(
-        inputs,
+        &inputs,
         "prune diff",
         "prune {diff} --base {base} -o {work}/out",
     ));
     for (from, name) in [("raw", "raw"), ("mapped", "mapped"), ("ch", "ch")] {
         let mut job = Job::new(
-            inputs,
+            &inputs,
             &format!("prune {name} in place"),
             "prune {work}/in --in-place",
         );
@@ -602,24 +612,24 @@ pub fn guest_jobs() -> Vec<Job> {
         jobs.push(job);
     }
     let mut job = Job::new(
-        inputs,
+        &inputs,
         "prune diff in place",
         "prune {work}/in --base {base} --in-place",
     );
     job.prepared = Some(("diff", "in"));
     jobs.push(job);
-    let mut job = Job::new(inputs, "prune from pipe to pipe", "prune - -o -");
+    let mut job = Job::new(&inputs, "prune from pipe to pipe", "prune - -o -");
     job.stdin = Some("stream");
     jobs.push(job);
     let mut job = Job::new(
-        inputs,
+        &inputs,
         "replace by a prune",
         "prune {raw} -o {work}/out --force",
     );
     job.prepared = Some(("blob", "out"));
     jobs.push(job);
     let mut job = Job::new(
-        inputs,
+        &inputs,
         "replace a folder",
         "prune {ch} -o {work}/out --force",
     );
@@ -627,10 +637,10 @@ pub fn guest_jobs() -> Vec<Job> {
     jobs.push(job);
     for from in ["raw", "kdump", "lime", "xen"] {
         let line = format!("inspect {{{from}}} --pfns {{work}}/out");
-        jobs.push(Job::new(inputs, &format!("inspect {from}"), &line));
+        jobs.push(Job::new(&inputs, &format!("inspect {from}"), &line));
     }
     jobs.push(Job::new(
-        inputs,
+        &inputs,
         "save the guest",
         "save {raw} -o {work}/out",
     ));
