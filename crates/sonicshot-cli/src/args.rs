@@ -111,9 +111,9 @@ impl InputArgs {
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
     /// Dumps: raw guest RAM, an ELF core, a QEMU migration file or stream, a libvirt save image, a
-    /// Xen save image, migration stream or core, kdump-compressed, LiME, AVML; a Cloud Hypervisor
-    /// snapshot folder, or one with a Firecracker state and memory file; a checkpoint; `-` is
-    /// standard input
+    /// Xen save image, migration stream or core, kdump-compressed, LiME, AVML; a snapshot folder of
+    /// Cloud Hypervisor or crosvm, or one with a Firecracker state and memory file; a checkpoint;
+    /// `-` is standard input
     #[arg(value_name = "FILE|DIR", required = true)]
     pub files: Vec<PathBuf>,
     #[command(flatten)]
@@ -133,8 +133,8 @@ pub(crate) struct InspectArgs {
 #[command(group = ArgGroup::new("where").required(true).multiple(true).args(["output", "in_place", "dry_run"]))]
 pub(crate) struct PruneArgs {
     /// Dumps: raw guest RAM, an ELF core, a QEMU migration file or stream, a libvirt save image, a
-    /// Xen save image or migration stream, kdump-compressed; a Cloud Hypervisor snapshot folder, or
-    /// one with a Firecracker state and memory file; `-` is standard input
+    /// Xen save image or migration stream, kdump-compressed; a snapshot folder of Cloud Hypervisor or
+    /// crosvm, or one with a Firecracker state and memory file; `-` is standard input
     #[arg(value_name = "FILE|DIR", required = true)]
     pub files: Vec<PathBuf>,
     #[command(flatten)]

@@ -140,6 +140,16 @@ pub enum DumpError {
         /// Why.
         why: &'static str,
     },
+    /// A folder holds more than any VMM's snapshot does.
+    #[error("{} holds more than {most} {what}, as no snapshot does", path.display())]
+    FolderTooLarge {
+        /// The folder.
+        path: PathBuf,
+        /// What it has too many of.
+        what: &'static str,
+        /// How many there may be.
+        most: u64,
+    },
     /// A folder that would be replaced holds a file that is no part of the snapshot in it, and
     /// that would be lost.
     #[error(

@@ -6,8 +6,8 @@ use std::fs;
 use std::path::Path;
 
 impl SnapshotFiles {
-    /// Looks at `path`: a file is the memory itself; a folder is Cloud Hypervisor's or a
-    /// Firecracker pair, and nothing else. What lies deeper is not looked at.
+    /// Looks at `path`: a file is the memory itself; a folder is Cloud Hypervisor's,
+    /// crosvm's or a Firecracker pair, and nothing else. What lies deeper is not looked at.
     ///
     /// `base` is a file that is not the memory though it may look so: what a diff is to. `layout`
     /// is where RAM lies if the caller knows better; then a state that cannot be read is only

@@ -8,8 +8,8 @@
 //!
 //! | format | module | in place | by copy | into a pipe |
 //! |---|---|---|---|---|
-//! | crosvm | `crosvm` | yes | yes | |
 //! | raw guest RAM, Firecracker, Cloud Hypervisor | `raw`, `diff`, `firecracker`, `cloud_hypervisor` | yes | yes | |
+//! | crosvm | `crosvm` | yes | yes | |
 //! | ELF core | `elf_core` | | yes | |
 //! | QEMU mapped-ram, libvirt `sparse` | `qemu::mapped_ram`, `libvirt` | yes | yes | |
 //! | QEMU migration stream, libvirt `raw`, `gzip`, `zstd` | `qemu::stream`, `libvirt` | | yes | yes |

@@ -169,6 +169,8 @@ pub struct SnapshotFiles {
     vmm: Option<Vmm>,
     /// The names of the VMM's files beside the memory.
     beside: Vec<OsString>,
+    /// Whether the VMM has folders in its folder, not only files.
+    pub(crate) folders: bool,
     /// The base, where it lies in the folder.
     skipped: Option<PathBuf>,
     pub(crate) processors: Processors,
@@ -185,6 +187,7 @@ impl SnapshotFiles {
             folder: None,
             vmm: None,
             beside: Vec::new(),
+            folders: false,
             skipped: None,
             processors: Processors::Unknown,
             notes: Vec::new(),

@@ -194,6 +194,55 @@ fn kdump(path: &Path, len: u64) {
     sparse(path, descriptors + 2 * PAGE, &parts);
 }
 
+/// A crosvm snapshot's memory of holes, and the longest metadata that are read for it: `item`s of
+/// the regions, by their number.
+fn crosvm(path: &Path, len: u64, head: &[u8], item: impl Fn(u64) -> Vec<u8>, tail: &[u8]) {
+    sparse(path, len, &[]);
+    let mut metadata = head.to_vec();
+    let room = usize::try_from(64 * MIB).unwrap() - tail.len();
+    for number in 0.. {
+        let item = item(number);
+        if metadata.len() + item.len() > room {
+            break;
+        }
+        metadata.extend(item);
+    }
+    // What came last ends with a comma.
+    if metadata.last() == Some(&b',') {
+        metadata.pop();
+    }
+    metadata.extend(tail);
+    fs::write(path.with_file_name("mem_metadata"), metadata).unwrap();
+}
+
+/// Metadata of more regions than any guest has.
+fn crosvm_regions(path: &Path, len: u64) {
+    crosvm(path, len, b"{\"regions\":[", |_| b"[0,0],".to_vec(), b"]}");
+}
+
+/// Metadata that are right: every second page.
+fn crosvm_stretches(path: &Path, len: u64) {
+    let size = 4 * len;
+    let head = format!(r#"{{"regions":[{{"guest_base":0,"size":{size},"data_ranges":["#);
+    let stretch = |number: u64| {
+        let start = 2 * number * PAGE;
+        format!(r#"{{"start":{start},"end":{}}},"#, start + PAGE).into_bytes()
+    };
+    crosvm(path, len, head.as_bytes(), stretch, b"]}]}");
+    let metadata = fs::read_to_string(path.with_file_name("mem_metadata")).unwrap();
+    let stretches = metadata.matches("start").count() as u64;
+    sparse(path, stretches * PAGE, &[]);
+}
+
+/// CBOR that would take many times its length if it were read into a tree.
+fn crosvm_tree(path: &Path, len: u64) {
+    let mut head = b"\xa2\x65other\x9a".to_vec();
+    let items = 63 * MIB;
+    head.extend(u32::try_from(items).unwrap().to_be_bytes());
+    head.extend(vec![0; usize::try_from(items).unwrap()]);
+    crosvm(path, len, &head, |_| vec![0; 64 << 20], b"\x67regions\x80");
+}
+
 type Make = fn(&Path, u64);
 
 /// A file: its name, what makes it, of how many bytes of RAM.
@@ -209,6 +258,9 @@ const FILES: &[(&str, Make, u64)] = &[
     ("stream", stream, 8 * TIB),
     ("lime", lime, TIB),
     ("kdump", kdump, 32 * GIB),
+    ("mem", crosvm_regions, 8 * GIB),
+    ("mem", crosvm_stretches, 8 * GIB),
+    ("mem", crosvm_tree, 8 * GIB),
 ];
 
 /// What is done to each.

@@ -93,6 +93,48 @@ fn classes(args: &[&str], out: &Path) -> Vec<String> {
 }
 
 #[test]
+fn a_crosvm_folder_is_pruned_with_all_that_is_in_it() {
+    let temporary = TempDir::new().unwrap();
+    let want = pruned(temporary.path());
+    let folder = temporary.path().join("vm");
+    fs::create_dir_all(folder.join("vcpu")).unwrap();
+    fs::create_dir_all(folder.join("bus0/pci")).unwrap();
+    fs::write(folder.join("vcpu/0"), b"registers").unwrap();
+    fs::write(folder.join("bus0/pci/3"), b"a device").unwrap();
+    let whole = json!({"guest_base": 0, "size": 2 * HALF, "data_ranges": [
+        {"start": 0, "end": HALF}, {"start": HALF, "end": 2 * HALF},
+    ]});
+    let metadata = json!({"regions": [whole], "compressed": false}).to_string();
+    fs::write(folder.join("mem_metadata"), &metadata).unwrap();
+    fs::write(folder.join("mem"), ram()).unwrap();
+    let others = |folder: &Path| {
+        assert_eq!(fs::read(folder.join("vcpu/0")).unwrap(), b"registers");
+        assert_eq!(fs::read(folder.join("bus0/pci/3")).unwrap(), b"a device");
+        assert_eq!(
+            fs::read_to_string(folder.join("mem_metadata")).unwrap(),
+            metadata
+        );
+        fs::read(folder.join("mem")).unwrap()
+    };
+    assert_eq!(json(&["inspect", text(&folder), "--json"])["vmm"], "crosvm");
+    let out = temporary.path().join("out");
+    json(&["prune", text(&folder), "-o", text(&out), "--json"]);
+    assert!(others(&out) == want);
+    assert!(others(&folder) == ram());
+    json(&["prune", text(&folder), "--in-place", "--json"]);
+    assert!(others(&folder) == want);
+
+    // What is no file is refused by its name, and nothing is left behind.
+    let link = folder.join("vcpu/1");
+    std::os::unix::fs::symlink("0", &link).unwrap();
+    let again = temporary.path().join("again");
+    let run = sonicshot(&["prune", text(&folder), "-o", text(&again)]);
+    assert_eq!(run.status.code(), Some(3));
+    assert!(stderr(&run).contains(text(&link)), "{}", stderr(&run));
+    assert!(!again.exists());
+}
+
+#[test]
 fn a_cloud_hypervisor_folder_is_pruned_as_its_state_says() {
     let temporary = TempDir::new().unwrap();
     let want = halves(&pruned(temporary.path()));

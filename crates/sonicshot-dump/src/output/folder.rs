@@ -7,11 +7,12 @@ use crate::output::{
 use crate::snapshot::check_is_file;
 use crate::{DumpError, Overwrite, PruneStats, SnapshotFiles};
 use rustix::fs::{
-    Mode, OFlags, RenameFlags, SeekFrom, copy_file_range, openat, renameat_with, seek,
+    Mode, OFlags, RenameFlags, SeekFrom, copy_file_range, mkdirat, openat, renameat_with, seek,
 };
 use rustix::io::{Errno, retry_on_intr};
 use rustix::process::geteuid;
 use sonicshot::Progress;
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -22,7 +23,24 @@ use tempfile::TempDir;
 /// Longest stretch that is copied at once.
 const COPY: u64 = 1 << 20;
 
-/// A snapshot folder that is being written: a copy of another's files, all but the memory.
+/// No VMM's snapshot has more files and folders, nor folders further inside each other.
+const MAX_ENTRIES: usize = 4096;
+const MAX_DEPTH: u32 = 8;
+
+/// What lies in a folder, by its name.
+type Tree = BTreeMap<OsString, Entry>;
+
+#[derive(Debug)]
+enum Entry {
+    File,
+    Folder {
+        inside: Tree,
+        /// Those of the folder that it is a copy of, once it is one.
+        rights: Option<Rights>,
+    },
+}
+
+/// A snapshot folder that is being written: a copy of all that is in another but the memory.
 ///
 /// It is written under another name beside its own, for its owner alone, and gets its own name
 /// when everything is on disk; if it is dropped before, it is removed. The owner and mode of each
@@ -36,8 +54,8 @@ pub struct NewFolder {
     parent: File,
     name: OsString,
     memory: OsString,
-    /// All names in it, the memory's too.
-    names: Vec<OsString>,
+    /// All that is in it, the memory too.
+    tree: Tree,
     rights: Rights,
     path: PathBuf,
     overwrite: Overwrite,
@@ -87,11 +105,11 @@ impl NewFolder {
         }
         let source = output::open_folder(input).map_err(DumpError::io("opening", input))?;
         let rights = Rights::of(&source).map_err(DumpError::io("reading", input))?;
-        let mut names = only_files(input)?;
+        let mut tree = tree_of(input, files.folders)?;
         let base = files.base().and_then(Path::file_name);
-        names.retain(|name| Some(name.as_os_str()) != base);
+        tree.retain(|name, _| Some(name.as_os_str()) != base);
         if overwrite == Overwrite::Replace {
-            only_ours(path, &names)?;
+            only_ours(path, &tree)?;
         }
 
         let creating = || DumpError::io("creating a folder in", parent);
@@ -103,17 +121,19 @@ impl NewFolder {
             .map_err(creating())?;
         let folder = open_ours(&held, temporary.path()).map_err(creating())?;
         output::forget_access_lists(&folder);
-        for name in names.iter().filter(|name| name.as_os_str() != memory) {
-            let (from, to) = (input.join(name), path.join(name));
-            copy(&source, &folder, name, &from, &to)?;
-        }
+        let copying = Copying {
+            source: &source,
+            folder: &folder,
+            but: Some(memory),
+        };
+        copying.all(&mut tree, input, path)?;
         Ok(Self {
             memory: memory.to_owned(),
             temporary,
             folder,
             parent: held,
             name: name.to_owned(),
-            names,
+            tree,
             rights,
             path: path.into(),
             overwrite,
@@ -159,7 +179,7 @@ impl NewFolder {
         let rename = |flags| renameat_with(parent, temporary, parent, name, flags);
         if self.overwrite == Overwrite::Replace {
             // Memory takes its time to be written, and somebody may have put a file there.
-            only_ours(&self.path, &self.names)?;
+            only_ours(&self.path, &self.tree)?;
         }
         let naming = failed("giving its name to");
         let exchanged = match self.overwrite {
@@ -203,18 +223,12 @@ impl NewFolder {
             Overwrite::Refuse => None,
             Overwrite::Replace => Replaced::find(&self.parent, &self.name),
         };
-        if let Some(replaced) = replaced {
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let old = retry_on_intr(|| openat(&self.parent, &self.name, flags, Mode::empty()))?;
-            let old = File::from(old);
-            for name in &self.names {
-                if let Some(old) = Replaced::find(&old, name) {
-                    let file = open_file(&self.folder, name)?;
-                    settle(&file, &[Rights::of(&file)?], Some(old.inside(replaced)))?;
-                    file.sync_all()?;
-                }
-            }
-        }
+        let old = replaced.map(|replaced| {
+            let old = open_inside(&self.parent, &self.name)?;
+            Ok::<_, io::Error>((old, replaced))
+        });
+        let old: Option<(File, Replaced)> = old.transpose()?;
+        settle_inside(&self.folder, &self.tree, old.as_ref())?;
         settle(&self.folder, &[self.rights], replaced)
     }
 }
@@ -248,34 +262,147 @@ fn open_file(folder: &File, name: &OsStr) -> io::Result<File> {
     Ok(file)
 }
 
-/// The names in a folder of which all must be regular files.
-fn only_files(folder: &Path) -> Result<Vec<OsString>, DumpError> {
-    let reading = || DumpError::io("reading", folder);
-    let mut names = Vec::new();
-    for entry in fs::read_dir(folder).map_err(reading())? {
-        let entry = entry.map_err(reading())?;
-        check_is_file(&entry.path(), entry.file_type().map_err(reading())?)?;
-        names.push(entry.file_name());
-    }
-    Ok(names)
+/// Opens a folder in another.
+fn open_inside(folder: &File, name: &OsStr) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(retry_on_intr(|| openat(folder, name, flags, Mode::empty()))?.into())
 }
 
-/// Refuses to replace the folder `path`, if it is there, by one with the files `new`, if a file in
-/// it is neither one of the VMM's nor one that the new folder has too: nobody else may have it.
-fn only_ours(path: &Path, new: &[OsString]) -> Result<(), DumpError> {
+/// What is in a folder: regular files alone, and if `folders`, folders of such.
+fn tree_of(path: &Path, folders: bool) -> Result<Tree, DumpError> {
+    let mut room = MAX_ENTRIES;
+    listed(path, folders.then_some(MAX_DEPTH), &mut room)
+}
+
+/// The same, with `depth` folders in each other at most, and `room` for so many entries.
+fn listed(path: &Path, depth: Option<u32>, room: &mut usize) -> Result<Tree, DumpError> {
+    let reading = || DumpError::io("reading", path);
+    let too_large = |what, most| DumpError::FolderTooLarge {
+        path: path.to_owned(),
+        what,
+        most,
+    };
+    let mut tree = Tree::new();
+    for entry in fs::read_dir(path).map_err(reading())? {
+        let entry = entry.map_err(reading())?;
+        let left = room.checked_sub(1);
+        *room = left.ok_or_else(|| too_large("files and folders", MAX_ENTRIES as u64))?;
+        let (is, there) = (entry.file_type().map_err(reading())?, entry.path());
+        let kind = match depth {
+            Some(depth) if is.is_dir() => {
+                let inside = depth.checked_sub(1);
+                inside.ok_or_else(|| too_large("folders in each other", MAX_DEPTH.into()))?;
+                Entry::Folder {
+                    inside: listed(&there, inside, room)?,
+                    rights: None,
+                }
+            }
+            Some(_) if !is.is_file() => {
+                let why =
+                    "it is neither a regular file nor a folder, and a snapshot holds only such";
+                return Err(DumpError::Folder { path: there, why });
+            }
+            _ => {
+                check_is_file(&there, is)?;
+                Entry::File
+            }
+        };
+        tree.insert(entry.file_name(), kind);
+    }
+    Ok(tree)
+}
+
+/// Refuses to replace the folder `path`, if it is there, by one with `new` in it, if something in
+/// it is neither one of the VMM's files nor in the new folder too: nobody else may have it.
+fn only_ours(path: &Path, new: &Tree) -> Result<(), DumpError> {
     if fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
         return Ok(());
     }
-    let names = only_files(path)?;
     let own = SnapshotFiles::find(path, None, None)?;
-    match names
-        .into_iter()
-        .find(|name| !new.contains(name) && !own.is_of_vmm(name))
-    {
-        Some(name) => Err(DumpError::Foreign {
-            path: path.join(name),
+    let there = tree_of(path, own.folders)?;
+    match foreign(&there, new, &|name| own.is_of_vmm(name)) {
+        Some(inside) => Err(DumpError::Foreign {
+            path: path.join(inside),
         }),
         None => Ok(()),
+    }
+}
+
+/// What of `there` is neither in `new` nor a file of the VMM's own.
+fn foreign(there: &Tree, new: &Tree, is_own: &dyn Fn(&OsStr) -> bool) -> Option<PathBuf> {
+    there
+        .iter()
+        .find_map(|(name, entry)| match (entry, new.get(name)) {
+            (Entry::File, Some(Entry::File)) => None,
+            (Entry::File, None) if is_own(name) => None,
+            (Entry::Folder { inside, .. }, Some(Entry::Folder { inside: new, .. })) => {
+                let inside = foreign(inside, new, &|_| false)?;
+                Some(Path::new(name).join(inside))
+            }
+            _ => Some(name.into()),
+        })
+}
+
+/// Gives what is in a folder its owner and mode, and makes it durable. `old` is what it replaces.
+fn settle_inside(folder: &File, tree: &Tree, old: Option<&(File, Replaced)>) -> io::Result<()> {
+    for (name, entry) in tree {
+        let replaced = old.and_then(|(old, all)| Some(Replaced::find(old, name)?.inside(*all)));
+        match entry {
+            Entry::File if replaced.is_some() => {
+                let file = open_file(folder, name)?;
+                settle(&file, &[Rights::of(&file)?], replaced)?;
+                file.sync_all()?;
+            }
+            Entry::File => {}
+            Entry::Folder { inside, rights } => {
+                let new = open_inside(folder, name)?;
+                let old = old.zip(replaced);
+                let old = old.and_then(|((old, _), all)| Some((open_inside(old, name).ok()?, all)));
+                settle_inside(&new, inside, old.as_ref())?;
+                settle(&new, rights.as_slice(), replaced)?;
+                new.sync_all()?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The copying of what is in a folder to another.
+struct Copying<'a> {
+    source: &'a File,
+    folder: &'a File,
+    /// A file that is left out.
+    but: Option<&'a OsStr>,
+}
+
+impl Copying<'_> {
+    /// Copies `tree`; `from` and `to` are for messages.
+    fn all(&self, tree: &mut Tree, from: &Path, to: &Path) -> Result<(), DumpError> {
+        for (name, entry) in tree {
+            let (from, to) = (from.join(name), to.join(name));
+            match entry {
+                Entry::File if self.but == Some(name.as_os_str()) => {}
+                Entry::File => copy(self.source, self.folder, name, &from, &to)?,
+                Entry::Folder { inside, rights } => {
+                    let source =
+                        open_inside(self.source, name).map_err(DumpError::io("opening", &from))?;
+                    let of = Rights::of(&source).map_err(DumpError::io("reading", &from))?;
+                    *rights = Some(of);
+                    mkdirat(self.folder, name.as_os_str(), Mode::RWXU)
+                        .map_err(|error| DumpError::io("creating", &to)(error.into()))?;
+                    let folder =
+                        open_inside(self.folder, name).map_err(DumpError::io("opening", &to))?;
+                    output::forget_access_lists(&folder);
+                    let inner = Copying {
+                        source: &source,
+                        folder: &folder,
+                        but: None,
+                    };
+                    inner.all(inside, &from, &to)?;
+                }
+            }
+        }
+        Ok(())
     }
 }
 
