@@ -1,7 +1,7 @@
 //! What can go wrong with a dump file.
 
 use crate::{LayoutSpec, SizeLimit};
-use sonicshot::{Architecture, Gpa, LayoutError, MemoryError, PageClass, Pfn};
+use sonicshot::{Architecture, FileStamp, Gpa, LayoutError, MemoryError, PageClass, Pfn};
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -432,6 +432,23 @@ fn names(paths: &[PathBuf]) -> String {
 }
 
 impl DumpError {
+    /// Refuses a file, called `path`, that was cut off, made longer or written to since it was as
+    /// `before`.
+    ///
+    /// # Errors
+    /// [`Changed`](Self::Changed) or [`Modified`](Self::Modified).
+    pub fn check_same(path: &Path, before: FileStamp, now: FileStamp) -> Result<(), Self> {
+        let path = path.to_owned();
+        if now == before {
+            return Ok(());
+        }
+        let (before, now) = (before.len(), now.len());
+        Err(match before == now {
+            true => Self::Modified { path },
+            false => Self::Changed { path, before, now },
+        })
+    }
+
     pub(crate) fn io<'a>(
         action: &'static str,
         path: &'a Path,

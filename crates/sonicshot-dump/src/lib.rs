@@ -63,12 +63,13 @@ mod format;
 mod guard;
 mod in_use;
 mod layout;
+mod limit;
 mod output;
 mod processors;
 mod prune;
 mod snapshot;
 
-pub use backing::spool::{SizeLimit, Spool};
+pub use backing::spool::Spool;
 pub use dump::Dump;
 #[doc(hidden)]
 pub use error::KdumpWriteError;
@@ -84,6 +85,7 @@ pub use format::xen::join::XlSkeleton;
 pub use guard::{CheckedPlan, Doubts, check_whole, keep_in_doubt};
 pub use in_use::check_not_in_use;
 pub use layout::{BlockPlace, LayoutSpec, LayoutSpecError, is_boot_ram};
+pub use limit::SizeLimit;
 pub use output::Overwrite;
 pub use output::dump_file::{CoreNotes, DumpFile, NewFile, ReadyFile};
 pub use output::folder::NewFolder;

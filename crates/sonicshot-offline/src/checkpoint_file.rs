@@ -1,11 +1,11 @@
 //! A checkpoint made a dump again, and checked.
 
 use crate::blobs::{self, Beside};
-use crate::convert::ASSUMED_MACHINE;
 use crate::error::OfflineError;
 use crate::options::OpenOptions;
 use crate::place;
 use crate::snapshot::Snapshot;
+use crate::untold::ASSUMED_MACHINE;
 use sonicshot::checkpoint::{CheckpointReader, PageContent};
 use sonicshot::{Architecture, FileStamp, Pfn, Progress};
 use sonicshot_dump::{
@@ -256,16 +256,7 @@ impl CheckpointFile {
 /// Refuses a file that was changed since it was opened.
 fn check_stamp(file: &File, path: &Path, before: FileStamp) -> Result<(), OfflineError> {
     let now = FileStamp::of(file).map_err(OfflineError::io("reading", path))?;
-    if now == before {
-        return Ok(());
-    }
-    let path = path.to_owned();
-    let (before, now) = (before.len(), now.len());
-    let changed = match before == now {
-        true => DumpError::Modified { path },
-        false => DumpError::Changed { path, before, now },
-    };
-    Err(changed.into())
+    Ok(DumpError::check_same(path, before, now)?)
 }
 
 /// What is wrong with a dump whose file has changed, or cannot be read, says less than that.

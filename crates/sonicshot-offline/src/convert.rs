@@ -5,8 +5,9 @@ use crate::checkpoint_file::{CheckpointFile, blamed_on};
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::place;
-use crate::save::{Contents, UNTOLD_PAGE, keep_everything, without_p2m};
+use crate::save::{Contents, keep_everything, without_p2m};
 use crate::snapshot::Snapshot;
+use crate::untold::{ASSUMED_MACHINE, UNTOLD_PAGE};
 use sonicshot::checkpoint::{CheckpointInfo, Compression, SaveOptions};
 use sonicshot::{Architecture, GuestMemory, PageSize, Progress, RamLayout};
 use sonicshot_dump::{
@@ -15,10 +16,6 @@ use sonicshot_dump::{
 };
 use std::fs::File;
 use std::path::{Path, PathBuf};
-
-/// What a core says of the guest's processor where neither the file nor a kernel in it tells. It
-/// is what memory that does not say where it lies is taken for, too: an x86-64 machine's.
-pub(crate) const ASSUMED_MACHINE: Architecture = Architecture::X86_64;
 
 /// What a dump or a checkpoint is converted to.
 #[derive(Debug)]

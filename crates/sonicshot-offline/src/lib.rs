@@ -43,6 +43,7 @@ mod plan;
 mod save;
 mod snapshot;
 mod text;
+mod untold;
 mod zero;
 
 pub use analyze::Analyzed;

@@ -6,6 +6,7 @@ use crate::error::OfflineError;
 use crate::note::Note;
 use crate::plan::Plan;
 use crate::snapshot::Snapshot;
+use crate::untold::UNTOLD_PAGE;
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, SaveOptions, SaveStats};
 use sonicshot::{Disposition, Fill, GuestMemory, PageMap, PageSize, Progress, PrunePlan};
 use sonicshot_dump::{Dump, NewFile, Overwrite};
@@ -102,34 +103,42 @@ impl Snapshot {
     }
 }
 
-impl Whole {
-    /// As [`Plan::save`].
-    ///
-    /// # Errors
-    /// As [`Plan::save`].
-    pub fn save(
-        &self,
-        out: impl AsRef<Path>,
-        overwrite: Overwrite,
-        options: &CheckpointOptions,
-        progress: Progress<'_>,
-    ) -> Result<Saved, OfflineError> {
-        self.source()?
-            .save(out.as_ref(), overwrite, options, progress)
-    }
+/// The ways to write a checkpoint: the same of all that has a `source`.
+macro_rules! saves {
+    () => {
+        /// Saves the snapshot as a checkpoint without the pages that go. It appears whole or not at all.
+        ///
+        /// # Errors
+        /// [`OfflineError::Checkpoint`], [`OfflineError::Dump`]: the output exists, a blob's name is
+        /// taken, or reading or writing fails.
+        pub fn save(
+            &self,
+            out: impl AsRef<Path>,
+            overwrite: Overwrite,
+            options: &CheckpointOptions,
+            progress: Progress<'_>,
+        ) -> Result<Saved, OfflineError> {
+            self.source()?
+                .save(out.as_ref(), overwrite, options, progress)
+        }
 
-    /// As [`Plan::save_to_writer`].
-    ///
-    /// # Errors
-    /// As [`Plan::save_to_writer`].
-    pub fn save_to_writer(
-        &self,
-        out: impl Write,
-        options: &CheckpointOptions,
-        progress: Progress<'_>,
-    ) -> Result<Saved, OfflineError> {
-        self.source()?.save_to_writer(out, options, progress)
-    }
+        /// The same into a pipe. What is written is complete only if this returns without an error.
+        ///
+        /// # Errors
+        /// As [`save`](Self::save).
+        pub fn save_to_writer(
+            &self,
+            out: impl Write,
+            options: &CheckpointOptions,
+            progress: Progress<'_>,
+        ) -> Result<Saved, OfflineError> {
+            self.source()?.save_to_writer(out, options, progress)
+        }
+    };
+}
+
+impl Whole {
+    saves!();
 
     fn source(&self) -> Result<Source<'_>, OfflineError> {
         let mut info = CheckpointInfo::new(self.dump.layout().clone(), UNTOLD_PAGE);
@@ -147,34 +156,7 @@ impl Whole {
 }
 
 impl Plan<'_> {
-    /// Saves the snapshot as a checkpoint without the pages. It appears whole or not at all.
-    ///
-    /// # Errors
-    /// [`OfflineError::Checkpoint`], [`OfflineError::Dump`]: the output exists, a blob's name is
-    /// taken, or reading or writing fails.
-    pub fn save(
-        &self,
-        out: impl AsRef<Path>,
-        overwrite: Overwrite,
-        options: &CheckpointOptions,
-        progress: Progress<'_>,
-    ) -> Result<Saved, OfflineError> {
-        self.source()?
-            .save(out.as_ref(), overwrite, options, progress)
-    }
-
-    /// The same into a pipe. What is written is complete only if this returns without an error.
-    ///
-    /// # Errors
-    /// As [`save`](Self::save).
-    pub fn save_to_writer(
-        &self,
-        out: impl Write,
-        options: &CheckpointOptions,
-        progress: Progress<'_>,
-    ) -> Result<Saved, OfflineError> {
-        self.source()?.save_to_writer(out, options, progress)
-    }
+    saves!();
 
     fn source(&self) -> Result<Source<'_>, OfflineError> {
         let analyzed = self.analyzed();
@@ -310,10 +292,6 @@ impl Contents<'_> {
         Ok(stats)
     }
 }
-
-/// In which units memory is written of whose guest nothing is known: in the smallest pages, which
-/// every larger one is a whole number of.
-pub(crate) const UNTOLD_PAGE: PageSize = PageSize::SIZE_4K;
 
 /// A plan that drops nothing, and the map that it is of.
 pub(crate) fn keep_everything(

@@ -109,16 +109,7 @@ impl Snapshot {
     pub fn check_unchanged(&self) -> Result<(), OfflineError> {
         for (path, before) in &self.stamps {
             let now = FileStamp::of_path(path).map_err(OfflineError::io("reading", path))?;
-            if now == *before {
-                continue;
-            }
-            let path = path.clone();
-            let (before, now) = (before.len(), now.len());
-            return Err(match before == now {
-                true => DumpError::Modified { path },
-                false => DumpError::Changed { path, before, now },
-            }
-            .into());
+            DumpError::check_same(path, *before, now)?;
         }
         Ok(())
     }

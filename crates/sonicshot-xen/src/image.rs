@@ -3,7 +3,7 @@
 use crate::cursor::Cursor;
 use crate::frames::{Frame, Frames};
 use crate::page_data::{PageData, table_of};
-use crate::{Place, Within, XenError};
+use crate::{Record, XenError};
 use sonicshot::{Bytes, FileBytes, FileOffset, FileRange};
 
 /// How an image begins.
@@ -65,31 +65,6 @@ pub enum Layer {
     Libxl,
     /// The stream of libxc, with the domain's memory.
     Libxc,
-}
-
-/// A record of the libxc stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Record {
-    /// Its number in the file, as in messages.
-    pub number: u64,
-    /// Its type.
-    pub kind: u32,
-    /// The length of its body in bytes, without the padding.
-    pub len: u32,
-    /// Where its header begins.
-    pub offset: FileOffset,
-    /// Its body and the padding, as far as they are in the file.
-    pub(crate) body: FileRange,
-}
-
-impl Record {
-    /// Where it is, for messages.
-    pub(crate) fn place(&self) -> Place {
-        Place {
-            within: Within::Record(self.number),
-            offset: self.offset,
-        }
-    }
 }
 
 fn padded(len: u32) -> u64 {

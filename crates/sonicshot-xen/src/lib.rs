@@ -39,19 +39,23 @@
 mod core_dump;
 mod cursor;
 mod error;
+mod frame_type;
 mod frames;
 #[cfg(feature = "__guarded")]
 mod guarded;
 mod image;
 mod page_data;
 mod prune;
+mod record;
 mod skeleton;
 mod vcpu;
 
 pub use core_dump::{CoreDump, CoreRun};
 pub use error::{Place, Within, XenError};
-pub use frames::{Frame, FrameType};
-pub use image::{DomainKind, Layer, MAGIC, Record, XlImage};
+pub use frame_type::FrameType;
+pub use frames::Frame;
+pub use image::{DomainKind, Layer, MAGIC, XlImage};
 pub use prune::{Dropped, Part};
+pub use record::Record;
 pub use skeleton::{Joined, Skeleton};
 pub use vcpu::{Vcpu, Vcpus};

@@ -11,8 +11,7 @@
 
 use crate::core_dump::CoreDump;
 use crate::cursor::Cursor;
-use crate::image::Record;
-use crate::{DomainKind, XenError, XlImage};
+use crate::{DomainKind, Record, XenError, XlImage};
 use sonicshot::{Bytes, ControlRegisters, FileBytes, Mfn, P2m, PageSize};
 
 pub(crate) const PRSTATUS_SECTION: &str = ".xen_prstatus";

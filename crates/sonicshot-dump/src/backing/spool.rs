@@ -4,11 +4,11 @@
 use crate::DumpError;
 use crate::backing::plain::content_of;
 use crate::format::qemu::start::{MAGIC as MIGRATION, ram_of_migration};
+use crate::limit::{SizeLimit, allowed_beside};
 use crate::output::{check_stamp, scratch};
 use rustix::fs::fstatvfs;
 use sonicshot::file::write_sparse_at;
 use sonicshot::{FileBytes, FileContent, FileOffset, FileStamp};
-use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -17,47 +17,9 @@ use std::sync::Arc;
 /// Where there may be room for a guest's memory, unlike in `/tmp`.
 const FALLBACK: &str = "/var/tmp";
 const PIECE: usize = 1 << 20;
-/// What may come of a migration file beside the guest's RAM: a tenth of the RAM, for pages that
-/// come twice, or so much for the devices' state.
-const BESIDE_RAM: u64 = 16 << 20;
 /// Of a content that does not say how long it is, so much of the free space is used: one of these
 /// parts.
 const FREE_PARTS: u64 = 2;
-
-/// What says how much of a content is taken in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum SizeLimit {
-    /// The content's own header, which tells how much RAM the guest has: in bytes.
-    Header {
-        /// The guest's RAM.
-        ram: u64,
-    },
-    /// The caller.
-    Given,
-    /// What is free where it is put: half of that.
-    Free,
-}
-
-impl fmt::Display for SizeLimit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Header { ram } => write!(
-                f,
-                "its header tells of {ram} bytes of RAM, and beside them a tenth of that or \
-                 {BESIDE_RAM} bytes are allowed"
-            ),
-            Self::Given => f.write_str("no more were allowed"),
-            Self::Free => f.write_str("that is half of what is free where it is put"),
-        }
-    }
-}
-
-/// How many bytes a content may have whose guest has `ram` bytes of RAM: 1.1 times that, and of a
-/// small guest some more.
-fn allowed_beside(ram: u64) -> Option<u64> {
-    ram.checked_add((ram / 10).max(BESIDE_RAM))
-}
 
 /// How the migration file in a libvirt image is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -107,15 +107,7 @@ impl Unchanged {
 /// Refuses a file that was cut off, made longer or written to since it had this stamp.
 pub(crate) fn check_stamp(file: &File, path: &Path, before: FileStamp) -> Result<(), DumpError> {
     let now = FileStamp::of(file).map_err(DumpError::io("reading", path))?;
-    if now == before {
-        return Ok(());
-    }
-    let path = path.to_owned();
-    if now.len() == before.len() {
-        return Err(DumpError::Modified { path });
-    }
-    let (before, now) = (before.len(), now.len());
-    Err(DumpError::Changed { path, before, now })
+    DumpError::check_same(path, before, now)
 }
 
 /// What an open file is called, for messages.

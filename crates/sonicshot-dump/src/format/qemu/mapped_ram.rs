@@ -68,8 +68,7 @@ impl Format for MappedRamDump {
     }
 
     fn file(&self) -> &File {
-        let packed = self.wrapping.packed_in();
-        packed.map_or(self.mapped.file(), |(file, _)| file)
+        self.wrapping.file_or(self.mapped.file())
     }
 
     fn unpacked(&self) -> Option<&Spool> {

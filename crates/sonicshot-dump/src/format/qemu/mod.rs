@@ -41,6 +41,11 @@ impl Wrapping {
         self.unpacked.as_ref()
     }
 
+    /// The file that it is in: the image's, or `own` if it is in none of its own.
+    pub(crate) fn file_or<'a>(&'a self, own: &'a File) -> &'a File {
+        self.packed_in().map_or(own, |(file, _)| file)
+    }
+
     /// The compressed image, if it is one.
     pub(crate) fn packed_in(&self) -> Option<(&File, Image)> {
         self.unpacked.as_ref()?.image()

@@ -1,6 +1,6 @@
 //! The stretches of memory whose faults are served, and which of their pages are in place.
 
-use super::LazyRegion;
+use super::options::LazyRegion;
 use crate::Gpa;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::wire::info::CheckpointInfo;

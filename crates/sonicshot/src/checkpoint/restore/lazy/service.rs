@@ -1,6 +1,6 @@
 //! The threads that serve page faults.
 
-use super::LazyOptions;
+use super::options::LazyOptions;
 use super::region::{Region, clear, is_set, set};
 use super::uffd::{Event, Placed, Uffd};
 use crate::checkpoint::CheckpointError;

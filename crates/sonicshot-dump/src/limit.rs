@@ -1,0 +1,42 @@
+//! How much is taken in of what comes through a pipe or is compressed.
+
+use std::fmt;
+
+/// What may come of a migration file beside the guest's RAM: a tenth of the RAM, for pages that
+/// come twice, or so much for the devices' state.
+const BESIDE_RAM: u64 = 16 << 20;
+
+/// What says how much of a content is taken in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SizeLimit {
+    /// The content's own header, which tells how much RAM the guest has: in bytes.
+    Header {
+        /// The guest's RAM.
+        ram: u64,
+    },
+    /// The caller.
+    Given,
+    /// What is free where it is put: half of that.
+    Free,
+}
+
+impl fmt::Display for SizeLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Header { ram } => write!(
+                f,
+                "its header tells of {ram} bytes of RAM, and beside them a tenth of that or \
+                 {BESIDE_RAM} bytes are allowed"
+            ),
+            Self::Given => f.write_str("no more were allowed"),
+            Self::Free => f.write_str("that is half of what is free where it is put"),
+        }
+    }
+}
+
+/// How many bytes a content may have whose guest has `ram` bytes of RAM: 1.1 times that, and of a
+/// small guest some more.
+pub(crate) fn allowed_beside(ram: u64) -> Option<u64> {
+    ram.checked_add((ram / 10).max(BESIDE_RAM))
+}

@@ -1,0 +1,11 @@
+//! What is written where nothing tells.
+
+use sonicshot::{Architecture, PageSize};
+
+/// What a core says of the guest's processor where neither the file nor a kernel in it tells. It
+/// is what memory that does not say where it lies is taken for, too: an x86-64 machine's.
+pub(crate) const ASSUMED_MACHINE: Architecture = Architecture::X86_64;
+
+/// In which units memory is written of whose guest nothing is known: in the smallest pages, which
+/// every larger one is a whole number of.
+pub(crate) const UNTOLD_PAGE: PageSize = PageSize::SIZE_4K;
