@@ -730,23 +730,24 @@ mod tests {
 
     #[test]
     fn what_is_no_file_and_folders_without_end_are_refused() {
-        let link = |root: &Path| symlink("/etc", root.join("vcpu/link")).unwrap();
-        let deep = |root: &Path| fs::create_dir_all(root.join("a/a/a/a/a/a/a/a/a")).unwrap();
-        let many = |root: &Path| {
-            for number in 0..4100 {
-                fs::write(root.join("vcpu").join(number.to_string()), b"").unwrap();
-            }
-        };
-        let cases: [(&dyn Fn(&Path), &str); 3] = [
+        type Case = (fn(&Path), &'static str);
+        let cases: [Case; 3] = [
             (
-                &link,
+                |root| symlink("/etc", root.join("vcpu/link")).unwrap(),
                 "vcpu/link: it is neither a regular file nor a folder",
             ),
             (
-                &deep,
+                |root| fs::create_dir_all(root.join("a/a/a/a/a/a/a/a/a")).unwrap(),
                 "a/a/a/a/a/a/a/a holds more than 8 folders in each other",
             ),
-            (&many, "holds more than 4096 files and folders"),
+            (
+                |root| {
+                    for number in 0..4100 {
+                        fs::write(root.join("vcpu").join(number.to_string()), b"").unwrap();
+                    }
+                },
+                "holds more than 4096 files and folders",
+            ),
         ];
         for (make, said) in cases {
             let (folder, _) = whole_folder();
