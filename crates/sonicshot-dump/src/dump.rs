@@ -278,7 +278,7 @@ impl Dump {
     /// # Errors
     /// [`DumpError::Changed`], [`DumpError::Modified`] or [`DumpError::Io`].
     pub fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.format.check_unchanged()
+        self.format.stored().check_unchanged()
     }
 
     /// What is wrong with a file that has changed, or cannot be read, says less than that.
@@ -327,27 +327,27 @@ impl Dump {
 
 impl GuestMemory for Dump {
     fn layout(&self) -> &RamLayout {
-        self.format.memory().layout()
+        self.format.stored().layout()
     }
 
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        self.format.memory().read(at, buf)
+        self.format.stored().read(at, buf)
     }
 
     fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
-        self.format.memory().map(at, len)
+        self.format.stored().map(at, len)
     }
 
     fn next_data(&self, at: Gpa) -> Option<GpaRange> {
-        self.format.memory().next_data(at)
+        self.format.stored().next_data(at)
     }
 
     fn release(&self, range: GpaRange) {
-        self.format.memory().release(range);
+        self.format.stored().release(range);
     }
 
     fn prefers_read(&self) -> bool {
-        self.format.memory().prefers_read()
+        self.format.stored().prefers_read()
     }
 
     fn p2m(&self) -> Option<&P2m> {

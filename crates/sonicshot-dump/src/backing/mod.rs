@@ -7,3 +7,16 @@ pub(crate) mod plain;
 pub(crate) mod scattered;
 pub(crate) mod spool;
 pub(crate) mod sys;
+
+use crate::DumpError;
+use sonicshot::GuestMemory;
+use std::fs::File;
+
+/// Guest memory that comes out of a file.
+pub(crate) trait Stored: GuestMemory {
+    /// The file.
+    fn file(&self) -> &File;
+
+    /// Refuses files that are no longer what was opened.
+    fn check_unchanged(&self) -> Result<(), DumpError>;
+}

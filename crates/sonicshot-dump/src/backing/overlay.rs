@@ -14,10 +14,12 @@
 //! diff was not written to since.
 
 use crate::DumpError;
+use crate::backing::Stored;
 use crate::backing::plain::PlainDump;
 use sonicshot::{
     FileId, FileOffset, FileRange, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout,
 };
+use std::fs::File;
 
 /// How much of the base is looked at in one step for being zero: a hole is no use to the guest
 /// in smaller parts.
@@ -178,6 +180,16 @@ impl Overlay {
     pub(crate) fn check_unchanged(&self) -> Result<(), DumpError> {
         self.diff.check_unchanged()?;
         self.base.check_unchanged()
+    }
+}
+
+impl Stored for Overlay {
+    fn file(&self) -> &File {
+        self.diff().file()
+    }
+
+    fn check_unchanged(&self) -> Result<(), DumpError> {
+        self.check_unchanged()
     }
 }
 

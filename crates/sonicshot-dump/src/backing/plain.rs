@@ -5,6 +5,7 @@
 //! not mapped, for somebody else may cut it off: see [`FileContent`].
 
 use crate::DumpError;
+use crate::backing::Stored;
 use crate::backing::scattered::{PagePlaces, Scattered};
 use crate::output::check_stamp;
 use rustix::fs::{SeekFrom, seek};
@@ -289,6 +290,16 @@ impl PlainDump {
                 Some(found)
             })
             .as_deref()
+    }
+}
+
+impl Stored for PlainDump {
+    fn file(&self) -> &File {
+        self.file()
+    }
+
+    fn check_unchanged(&self) -> Result<(), DumpError> {
+        self.check_unchanged()
     }
 }
 

@@ -5,6 +5,7 @@
 //! nothing is recorded there may be RAM that is zero, or no RAM.
 
 use crate::DumpError;
+use crate::backing::Stored;
 use crate::backing::paged::BlockCache;
 use crate::backing::plain::check_content;
 #[cfg(test)]
@@ -49,16 +50,8 @@ impl Format for AvmlDump {
         "AVML"
     }
 
-    fn memory(&self) -> &dyn GuestMemory {
+    fn stored(&self) -> &dyn Stored {
         &self.0
-    }
-
-    fn file(&self) -> &File {
-        self.0.content.file()
-    }
-
-    fn check_unchanged(&self) -> Result<(), DumpError> {
-        check_content(&self.0.content, &self.0.path)
     }
 }
 
@@ -142,6 +135,16 @@ impl AvmlFile {
             .read_exact(&mut out)
             .map_err(|_| bad("a chunk that cannot be decompressed"))?;
         Ok(out)
+    }
+}
+
+impl Stored for AvmlFile {
+    fn file(&self) -> &File {
+        self.content.file()
+    }
+
+    fn check_unchanged(&self) -> Result<(), DumpError> {
+        check_content(&self.content, &self.path)
     }
 }
 

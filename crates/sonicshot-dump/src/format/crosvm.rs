@@ -11,6 +11,7 @@
 //! `--compress-memory` (LZ4) or encryption (`enc_metadata`) makes of it is not read.
 
 use crate::DumpError;
+use crate::backing::Stored;
 use crate::backing::plain::{Extent, PlainDump};
 use crate::format::ability::{ByCopy, Copying, InPlace, Punching};
 use crate::format::kind::{Format, Kind, Source, boxed};
@@ -20,7 +21,7 @@ use crate::snapshot::{Named, SnapshotFiles, Vmm};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, forward_to_deserialize_any};
-use sonicshot::{FileOffset, Gpa, GpaRange, GuestMemory, PrunePlan};
+use sonicshot::{FileOffset, Gpa, GpaRange, PrunePlan};
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
@@ -326,16 +327,8 @@ impl Format for CrosvmDump {
         "crosvm snapshot memory"
     }
 
-    fn memory(&self) -> &dyn GuestMemory {
+    fn stored(&self) -> &dyn Stored {
         &self.0
-    }
-
-    fn file(&self) -> &File {
-        self.0.file()
-    }
-
-    fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.0.check_unchanged()
     }
 
     fn by_copy(&self) -> Option<&dyn ByCopy> {

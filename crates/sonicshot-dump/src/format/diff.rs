@@ -1,5 +1,6 @@
 //! A raw diff over its base: Firecracker's. See [`crate::backing::overlay`].
 
+use crate::backing::Stored;
 use crate::backing::overlay::Overlay;
 use crate::backing::plain::PlainDump;
 use crate::format::ability::{ByCopy, Copying, InPlace, Punching};
@@ -10,7 +11,7 @@ use crate::prune::holes::sum_of;
 use crate::prune::runs::file_runs;
 use crate::prune::stats::PruneStats;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{FileRange, GuestMemory, PrunePlan};
+use sonicshot::{FileRange, PrunePlan};
 use std::fs::File;
 use std::path::Path;
 
@@ -54,20 +55,12 @@ impl Format for Diff {
         "raw RAM, a diff over its base"
     }
 
-    fn memory(&self) -> &dyn GuestMemory {
+    fn stored(&self) -> &dyn Stored {
         &self.overlay
-    }
-
-    fn file(&self) -> &File {
-        self.overlay.diff().file()
     }
 
     fn base(&self) -> Option<&File> {
         Some(self.overlay.base().file())
-    }
-
-    fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.overlay.check_unchanged()
     }
 
     fn layout(&self) -> Option<&LayoutSpec> {

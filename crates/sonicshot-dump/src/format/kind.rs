@@ -1,6 +1,7 @@
 //! What a format is: how it is told from others and opened, and what every one of them tells.
 
 use crate::DumpError;
+use crate::backing::Stored;
 use crate::backing::plain::{self, PlainDump, open_content};
 use crate::backing::scattered::Scattered;
 use crate::backing::spool::Spool;
@@ -10,8 +11,7 @@ use crate::layout::LayoutSpec;
 use crate::output::check_stamp;
 use crate::snapshot::{Named, SnapshotFiles};
 use sonicshot::{
-    Architecture, Failure, FileBytes, FileContent, FileStamp, Fill, GuestMemory, P2m, PfnRange,
-    Processors,
+    Architecture, Failure, FileBytes, FileContent, FileStamp, Fill, P2m, PfnRange, Processors,
 };
 use std::fmt;
 use std::fs::File;
@@ -206,11 +206,13 @@ pub(crate) trait Format: fmt::Debug + Send + Sync {
     /// What people call it.
     fn name(&self) -> &'static str;
 
-    /// The guest's memory.
-    fn memory(&self) -> &dyn GuestMemory;
+    /// The guest's memory, as the file has it.
+    fn stored(&self) -> &dyn Stored;
 
     /// The file; of one that is compressed as a whole, that one.
-    fn file(&self) -> &File;
+    fn file(&self) -> &File {
+        self.stored().file()
+    }
 
     /// The file that some of the memory comes from, if that is another.
     fn base(&self) -> Option<&File> {
@@ -221,9 +223,6 @@ pub(crate) trait Format: fmt::Debug + Send + Sync {
     fn unpacked(&self) -> Option<&Spool> {
         None
     }
-
-    /// Refuses files that are no longer what was opened.
-    fn check_unchanged(&self) -> Result<(), DumpError>;
 
     /// What a page that is dropped reads as after a restore.
     fn dropped_reads_as(&self) -> Fill {
@@ -277,7 +276,7 @@ pub(crate) trait Format: fmt::Debug + Send + Sync {
 
     /// What translates the machine's frame numbers in a PV guest's page tables.
     fn p2m(&self) -> Option<&P2m> {
-        self.memory().p2m()
+        self.stored().p2m()
     }
 
     /// What to do with a file that cannot be pruned.

@@ -2,10 +2,10 @@
 //! range (LiME, `lime.h`: `lime_mem_range_header` version 1).
 
 use crate::DumpError;
+use crate::backing::Stored;
 use crate::backing::plain::{Extent, PlainDump};
 use crate::format::kind::{Format, Kind, Source, boxed};
-use sonicshot::{Cursor, CutShort, FileBytes, FileOffset, Gpa, GpaRange, GuestMemory};
-use std::fs::File;
+use sonicshot::{Cursor, CutShort, FileBytes, FileOffset, Gpa, GpaRange};
 use std::path::Path;
 
 pub(crate) const KIND: Kind = Kind::by_magic(&[b"EMiL"], |source| open(source).map(boxed));
@@ -65,16 +65,8 @@ impl Format for LimeDump {
         "LiME"
     }
 
-    fn memory(&self) -> &dyn GuestMemory {
+    fn stored(&self) -> &dyn Stored {
         &self.0
-    }
-
-    fn file(&self) -> &File {
-        self.0.file()
-    }
-
-    fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.0.check_unchanged()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Raw guest RAM: the bytes of a memory backend file, a Firecracker memory file, a Cloud
 //! Hypervisor `memory-ranges` file.
 
+use crate::backing::Stored;
 use crate::backing::plain::{Extent, PlainDump};
 use crate::format::ability::{ByCopy, Copying, InPlace, Punching};
 use crate::format::kind::{Format, Source};
@@ -9,8 +10,7 @@ use crate::prune::holes::sum_of;
 use crate::prune::runs::file_runs;
 use crate::prune::stats::PruneStats;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{FileOffset, FileRange, GuestMemory, PrunePlan};
-use std::fs::File;
+use sonicshot::{FileOffset, FileRange, PrunePlan};
 use std::path::Path;
 
 /// A raw file, mapped.
@@ -40,16 +40,8 @@ impl Format for Raw {
         "raw RAM"
     }
 
-    fn memory(&self) -> &dyn GuestMemory {
+    fn stored(&self) -> &dyn Stored {
         &self.mapped
-    }
-
-    fn file(&self) -> &File {
-        self.mapped.file()
-    }
-
-    fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.mapped.check_unchanged()
     }
 
     fn layout(&self) -> Option<&LayoutSpec> {

@@ -5,12 +5,12 @@ mod copy;
 pub(crate) mod wire;
 
 use crate::DumpError;
+use crate::backing::Stored;
 use crate::backing::plain::PlainDump;
 use crate::format::ability::{ByCopy, Copying};
 use crate::format::core_notes;
 use crate::format::kind::{Format, Kind, Source, boxed};
-use sonicshot::{Architecture, GuestMemory, PageSize, Processors};
-use std::fs::File;
+use sonicshot::{Architecture, PageSize, Processors};
 use wire::ElfCore;
 
 pub(crate) const KIND: Kind = Kind {
@@ -51,16 +51,8 @@ impl Format for ElfDump {
         "ELF core"
     }
 
-    fn memory(&self) -> &dyn GuestMemory {
+    fn stored(&self) -> &dyn Stored {
         &self.mapped
-    }
-
-    fn file(&self) -> &File {
-        self.mapped.file()
-    }
-
-    fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.mapped.check_unchanged()
     }
 
     fn machine(&self) -> Option<Architecture> {

@@ -4,12 +4,12 @@ pub(crate) mod read;
 pub(crate) mod write;
 
 use crate::DumpError;
+use crate::backing::Stored;
 use crate::format::ability::{ByCopy, Copying};
 use crate::format::core_notes;
 use crate::format::kind::{Format, Kind, Source, boxed};
 use read::KdumpFile;
-use sonicshot::{Architecture, GuestMemory, Processors};
-use std::fs::File;
+use sonicshot::{Architecture, Processors};
 use write::{KdumpCompression, KdumpOptions, write_kdump_without};
 
 pub(crate) const KIND: Kind = Kind::by_magic(&[read::SIGNATURE, b"makedumpfile"], |source| {
@@ -32,16 +32,8 @@ impl Format for KdumpDump {
         "kdump-compressed"
     }
 
-    fn memory(&self) -> &dyn GuestMemory {
+    fn stored(&self) -> &dyn Stored {
         &self.memory
-    }
-
-    fn file(&self) -> &File {
-        self.memory.file()
-    }
-
-    fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.memory.check_unchanged()
     }
 
     fn machine(&self) -> Option<Architecture> {

@@ -11,6 +11,7 @@
 //! the file proper. It is read in place, by an index of the pieces.
 
 use crate::DumpError;
+use crate::backing::Stored;
 use crate::backing::paged::BlockCache;
 use crate::backing::plain::{check_content, open_content};
 use sonicshot::{
@@ -329,6 +330,16 @@ impl KdumpFile {
             Some(got) => Err(bad("a page that decompresses to another size", got as u64)),
             None => Err(bad("a page that cannot be decompressed", flags.into())),
         }
+    }
+}
+
+impl Stored for KdumpFile {
+    fn file(&self) -> &File {
+        self.file()
+    }
+
+    fn check_unchanged(&self) -> Result<(), DumpError> {
+        self.check_unchanged()
     }
 }
 

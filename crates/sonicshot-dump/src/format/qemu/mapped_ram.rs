@@ -5,6 +5,7 @@
 //! of its pages. A page is dropped by clearing its bit: QEMU then leaves its own memory as it
 //! is, which is zero where the memory is fresh. Then what the page took can be punched out.
 
+use crate::backing::Stored;
 use crate::backing::plain::{Extent, PlainDump};
 use crate::backing::spool::Spool;
 use crate::format::ability::{ByCopy, Copying, InPlace, Migration, Punching};
@@ -20,9 +21,7 @@ use crate::prune::copy::Copier;
 use crate::prune::runs::file_runs;
 use crate::prune::stats::PruneStats;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{
-    FileBytes, FileOffset, FileRange, GpaRange, GuestMemory, Processors, Progress, PrunePlan,
-};
+use sonicshot::{FileBytes, FileOffset, FileRange, GpaRange, Processors, Progress, PrunePlan};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -63,7 +62,7 @@ impl Format for MappedRamDump {
         }
     }
 
-    fn memory(&self) -> &dyn GuestMemory {
+    fn stored(&self) -> &dyn Stored {
         &self.mapped
     }
 
@@ -73,10 +72,6 @@ impl Format for MappedRamDump {
 
     fn unpacked(&self) -> Option<&Spool> {
         self.wrapping.unpacked()
-    }
-
-    fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.mapped.check_unchanged()
     }
 
     fn machine_type(&self) -> Option<&str> {

@@ -6,6 +6,7 @@
 //! that it is zero. Streams with compressed pages, deltas (XBZRLE) or more than one channel are
 //! refused.
 
+use crate::backing::Stored;
 use crate::backing::plain::PlainDump;
 use crate::backing::scattered::{PagePlaces, Scattered};
 use crate::backing::spool::Image;
@@ -21,7 +22,7 @@ use crate::format::qemu::{Wrapping, device_state};
 use crate::processors;
 use crate::prune::stream;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{FileBytes, FileOffset, FileRange, GuestMemory, Processors, PrunePlan};
+use sonicshot::{FileBytes, FileOffset, FileRange, Processors, PrunePlan};
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
@@ -61,7 +62,7 @@ impl Format for StreamDump {
         image.as_ref().map_or("QEMU migration stream", Image::name)
     }
 
-    fn memory(&self) -> &dyn GuestMemory {
+    fn stored(&self) -> &dyn Stored {
         &self.mapped
     }
 
@@ -71,10 +72,6 @@ impl Format for StreamDump {
 
     fn unpacked(&self) -> Option<&Spool> {
         self.wrapping.unpacked()
-    }
-
-    fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.mapped.check_unchanged()
     }
 
     fn machine_type(&self) -> Option<&str> {

@@ -1,13 +1,13 @@
 //! Cores of `xl dump-core`, which are only read.
 
 use crate::DumpError;
+use crate::backing::Stored;
 use crate::backing::plain::{Extent, PlainDump};
 use crate::format::elf_core;
 use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::xen::{PAGE, failed, processors};
-use sonicshot::{Architecture, GuestMemory, P2m, Processors};
+use sonicshot::{Architecture, P2m, Processors};
 use sonicshot_xen::{CoreDump, DomainKind};
-use std::fs::File;
 
 /// An ELF file as others, told by what is in it.
 pub(crate) const KIND: Kind = Kind {
@@ -52,16 +52,8 @@ impl Format for XenCore {
         }
     }
 
-    fn memory(&self) -> &dyn GuestMemory {
+    fn stored(&self) -> &dyn Stored {
         &self.mapped
-    }
-
-    fn file(&self) -> &File {
-        self.mapped.file()
-    }
-
-    fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.mapped.check_unchanged()
     }
 
     fn machine(&self) -> Option<Architecture> {

@@ -4,15 +4,15 @@
 //! content.
 
 use crate::DumpError;
+use crate::backing::Stored;
 use crate::backing::plain::{Extent, PlainDump};
 use crate::format::ability::{AsStream, ByCopy, Copying, EachPart, Part, Skeletal};
 use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::xen::{PAGE, failed, processors};
 use crate::prune::stats::PruneStats;
 use crate::prune::stream;
-use sonicshot::{Fill, GpaRange, GuestMemory, PfnRange, Processors, PrunePlan};
+use sonicshot::{Fill, GpaRange, PfnRange, Processors, PrunePlan};
 use sonicshot_xen::{DomainKind, Layer, XlImage};
-use std::fs::File;
 
 pub(crate) const KIND: Kind = Kind::by_magic(
     &[
@@ -48,16 +48,8 @@ impl Format for XlDump {
         }
     }
 
-    fn memory(&self) -> &dyn GuestMemory {
+    fn stored(&self) -> &dyn Stored {
         &self.mapped
-    }
-
-    fn file(&self) -> &File {
-        self.mapped.file()
-    }
-
-    fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.mapped.check_unchanged()
     }
 
     /// Xen gives the guest pages of which nobody knows what is in them.
