@@ -194,12 +194,13 @@ fn kdump(path: &Path, len: u64) {
     sparse(path, descriptors + 2 * PAGE, &parts);
 }
 
-/// A crosvm snapshot's memory of holes, and the longest metadata that are read for it: `item`s of
-/// the regions, by their number.
-fn crosvm(path: &Path, len: u64, head: &[u8], item: impl Fn(u64) -> Vec<u8>, tail: &[u8]) {
-    sparse(path, len, &[]);
+/// A crosvm snapshot's memory of holes, and metadata for it: as many `item`s of the regions as go
+/// into `room` bytes, by their number.
+fn crosvm(path: &Path, room: u64, head: &[u8], item: impl Fn(u64) -> Vec<u8>, tail: &[u8]) {
+    // So much that the longest metadata are read.
+    sparse(path, 8 * GIB, &[]);
     let mut metadata = head.to_vec();
-    let room = usize::try_from(64 * MIB).unwrap() - tail.len();
+    let room = usize::try_from(room).unwrap() - tail.len();
     for number in 0.. {
         let item = item(number);
         if metadata.len() + item.len() > room {
@@ -216,36 +217,36 @@ fn crosvm(path: &Path, len: u64, head: &[u8], item: impl Fn(u64) -> Vec<u8>, tai
 }
 
 /// Metadata of more regions than any guest has.
-fn crosvm_regions(path: &Path, len: u64) {
-    crosvm(path, len, b"{\"regions\":[", |_| b"[0,0],".to_vec(), b"]}");
+fn crosvm_regions(path: &Path, room: u64) {
+    crosvm(path, room, b"{\"regions\":[", |_| b"[0,0],".to_vec(), b"]}");
 }
 
 /// Metadata that are right: every second page.
-fn crosvm_stretches(path: &Path, len: u64) {
-    let size = 4 * len;
+fn crosvm_stretches(path: &Path, room: u64) {
+    let size = 32 * GIB;
     let head = format!(r#"{{"regions":[{{"guest_base":0,"size":{size},"data_ranges":["#);
     let stretch = |number: u64| {
         let start = 2 * number * PAGE;
         format!(r#"{{"start":{start},"end":{}}},"#, start + PAGE).into_bytes()
     };
-    crosvm(path, len, head.as_bytes(), stretch, b"]}]}");
+    crosvm(path, room, head.as_bytes(), stretch, b"]}]}");
     let metadata = fs::read_to_string(path.with_file_name("mem_metadata")).unwrap();
     let stretches = metadata.matches("start").count() as u64;
     sparse(path, stretches * PAGE, &[]);
 }
 
 /// CBOR that would take many times its length if it were read into a tree.
-fn crosvm_tree(path: &Path, len: u64) {
+fn crosvm_tree(path: &Path, room: u64) {
     let mut head = b"\xa2\x65other\x9a".to_vec();
-    let items = 63 * MIB;
+    let items = room - MIB;
     head.extend(u32::try_from(items).unwrap().to_be_bytes());
     head.extend(vec![0; usize::try_from(items).unwrap()]);
-    crosvm(path, len, &head, |_| vec![0; 64 << 20], b"\x67regions\x80");
+    crosvm(path, room, &head, |_| vec![0; 64 << 20], b"\x67regions\x80");
 }
 
 type Make = fn(&Path, u64);
 
-/// A file: its name, what makes it, of how many bytes of RAM.
+/// A file: its name, what makes it, of how many bytes of RAM; of crosvm's memory, of metadata.
 const FILES: &[(&str, Make, u64)] = &[
     ("sonic", checkpoint, 1 << 50),
     (
@@ -258,9 +259,10 @@ const FILES: &[(&str, Make, u64)] = &[
     ("stream", stream, 8 * TIB),
     ("lime", lime, TIB),
     ("kdump", kdump, 32 * GIB),
-    ("mem", crosvm_regions, 8 * GIB),
-    ("mem", crosvm_stretches, 8 * GIB),
-    ("mem", crosvm_tree, 8 * GIB),
+    // The longest that are read; and of such as are right some, for the work on them takes its time.
+    ("mem", crosvm_regions, 64 * MIB),
+    ("mem", crosvm_tree, 64 * MIB),
+    ("mem", crosvm_stretches, 4 * MIB),
 ];
 
 /// What is done to each.
