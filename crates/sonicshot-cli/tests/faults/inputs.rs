@@ -421,18 +421,18 @@ pub fn content(folder: &Path) -> Content {
 pub fn small_jobs() -> Vec<Job> {
     let inputs = Inputs::small();
     let all = [
-        of_formats(inputs),
-        of_checkpoints(inputs),
-        of_several_files(inputs),
-        by_names_only(inputs),
+        of_formats(&inputs),
+        of_checkpoints(&inputs),
+        of_several_files(&inputs),
+        by_names_only(&inputs),
     ];
     all.into_iter().flatten().collect()
 }
 
 /// Each format made another one.
-fn of_formats(inputs: &'static Inputs) -> Vec<Job> {
+fn of_formats(inputs: &Arc<Inputs>) -> Vec<Job> {
     let mut jobs = Vec::new();
-    let mut job = |name: &str, line: &str| jobs.push(Job::new(&inputs, name, line));
+    let mut job = |name: &str, line: &str| jobs.push(Job::new(inputs, name, line));
     for from in [
         "raw",
         "elf",
@@ -472,7 +472,7 @@ fn of_formats(inputs: &'static Inputs) -> Vec<Job> {
 }
 
 /// Checkpoints made dumps again, and looked at.
-fn of_checkpoints(inputs: &'static Inputs) -> Vec<Job> {
+fn of_checkpoints(inputs: &Arc<Inputs>) -> Vec<Job> {
     let mut jobs = Vec::new();
     let mut job = |name: &str, line: &str| jobs.push(Job::new(inputs, name, line));
     for from in ["sonic", "sonic-lz4", "sonic-none"] {
@@ -489,7 +489,7 @@ fn of_checkpoints(inputs: &'static Inputs) -> Vec<Job> {
 }
 
 /// Commands with more than one input or output.
-fn of_several_files(inputs: &'static Inputs) -> Vec<Job> {
+fn of_several_files(inputs: &Arc<Inputs>) -> Vec<Job> {
     let mut jobs = Vec::new();
     let mut job = |name: &str, line: &str| jobs.push(Job::new(inputs, name, line));
     for (name, line) in [
@@ -534,7 +534,7 @@ fn of_several_files(inputs: &'static Inputs) -> Vec<Job> {
 }
 
 /// Commands of which no more than the names of the files is told.
-fn by_names_only(inputs: &'static Inputs) -> Vec<Job> {
+fn by_names_only(inputs: &Arc<Inputs>) -> Vec<Job> {
     let mut jobs = Vec::new();
     for (name, line) in [
         (
@@ -551,7 +551,7 @@ fn by_names_only(inputs: &'static Inputs) -> Vec<Job> {
             "convert {libvirt-zstd} -o {work}/out --to raw --layout 0x0-0x80000",
         ),
     ] {
-        let mut job = Job::new(&inputs, name, line);
+        let mut job = Job::new(inputs, name, line);
         job.names_only = true;
         if name.ends_with("replace") {
             job.prepared = Some(("blob", "out"));
