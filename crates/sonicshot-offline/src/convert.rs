@@ -376,7 +376,11 @@ impl Source<'_> {
         let file = NewFile::create(out.path, out.overwrite, &self.files())?;
         let (map, plan) = keep_everything(self.memory, self.page_size);
         let mut info = CheckpointInfo::new(self.memory.layout().clone(), self.page_size);
-        info.architecture = self.machine;
+        // What the kernel in it tells is left out: of a guest that was looked into `save` makes one.
+        info.architecture = match self.of {
+            Of::Dump(dump) => dump.machine(),
+            Of::Checkpoint(checkpoint) => checkpoint.machine(),
+        };
         let contents = Contents {
             info: &info,
             blobs: match self.of {

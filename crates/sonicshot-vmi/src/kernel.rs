@@ -413,16 +413,19 @@ pub(crate) mod testing {
         }
     }
 
-    pub(crate) fn kernel<'m>(memory: &'m MappedRegions<'_>, facts: Facts) -> Kernel<'m> {
-        use sonicshot::GuestMemory;
-        let root = Gpa::new(memory.layout().bytes() - 0x3000);
-        let tables = Tables {
+    /// The page tables that a [`Ram`] of `len` bytes has.
+    pub(crate) fn tables(len: u64) -> Tables {
+        Tables {
             architecture: Architecture::X86_64,
             page_table: KernelVa::new(0),
-            root,
+            root: Gpa::new(len - 0x3000),
             levels: 4,
-        };
-        let space = tables.space(memory).unwrap();
+        }
+    }
+
+    pub(crate) fn kernel<'m>(memory: &'m MappedRegions<'_>, facts: Facts) -> Kernel<'m> {
+        use sonicshot::GuestMemory;
+        let space = tables(memory.layout().bytes()).space(memory).unwrap();
         let build = Build {
             architecture: Architecture::X86_64,
             page_size: PageSize::SIZE_4K,

@@ -426,10 +426,9 @@ impl core::fmt::Debug for MemMap<'_> {
 mod tests {
     use super::MemMap;
     use crate::KernelVa;
-    use crate::arch::x86_64::Walk;
+    use crate::VmiError;
     use crate::deadline::Deadline;
-    use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel};
-    use crate::{AddressSpace, VmiError};
+    use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel, tables};
     use sonicshot::{
         Gpa, GpaRange, GuestMemory, MappedRegions, MemoryError, PageSize, Pfn, RamLayout,
     };
@@ -480,8 +479,7 @@ mod tests {
         let found = |claimed: u64, deadline: Duration| {
             let layout = RamLayout::new(vec![GpaRange::new(Gpa::ZERO, Gpa::new(claimed))]);
             let memory = Claims(ram.memory(), layout.unwrap());
-            let walk = Walk::new(Gpa::new(8 * MIB as u64 - 0x3000), 4);
-            let space = AddressSpace::new(&memory, Box::new(walk));
+            let space = tables(8 * MIB as u64).space(&memory).unwrap();
             let vmemmap = KernelVa::new(0xffff_ea00_0000_0000);
             let deadline = Deadline::within(deadline);
             MemMap::by_vmemmap(&space, PageSize::SIZE_4K, 64, vmemmap, &deadline).map(|_| ())
