@@ -69,7 +69,7 @@ impl GuestOptions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum OnInconsistency {
-    /// It is refused with [`VmiError::Inconsistent`].
+    /// It is refused with [`VmiError::Inconsistent`](crate::VmiError::Inconsistent).
     #[default]
     Refuse,
     /// Every block in question is kept, the rest is believed. Only for dumps that will never
