@@ -27,6 +27,7 @@ pub use classify::Classification;
 pub use options::{GuestOptions, OnInconsistency};
 use sonicshot::{GpaRange, GuestMemory, PageSize};
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// A Linux guest whose kernel was found in its memory.
@@ -56,6 +57,8 @@ pub struct LinuxGuest<'m> {
     shaped: Option<Shaped>,
     /// How many threads look at struct pages.
     threads: Option<NonZeroUsize>,
+    /// Symbol files that tell nothing of a kernel that was found by shape.
+    unused_files: Vec<PathBuf>,
 }
 
 impl<'m> LinuxGuest<'m> {
@@ -83,8 +86,12 @@ impl<'m> LinuxGuest<'m> {
             let is_note = found.is_note;
             let (tables, info) = (found.tables, found.vmcoreinfo.clone());
             let mut guest = Self::gather(found, options, &files, owners())?;
-            // Where symbols tell which VMCOREINFO is the kernel's own, that is seen below.
-            if guest.knowledge == Knowledge::Vmcoreinfo && !discover::is_own(memory, &tables, &info)
+            // Where symbols tell which VMCOREINFO is the kernel's own, that is seen below. A kernel
+            // that crashed points to the copy beside the crash kernel, which no dump has.
+            let of_crash = is_note && told.are_crashed();
+            if guest.knowledge == Knowledge::Vmcoreinfo
+                && !of_crash
+                && !discover::is_own(memory, &tables, &info)
             {
                 return Err(VmiError::Stale {
                     what: "types are missing, and nothing in the kernel's image points to this \
@@ -110,7 +117,7 @@ impl<'m> LinuxGuest<'m> {
             })
         };
         if options.at_most == Some(Knowledge::Shape) {
-            return Self::by_shape(memory, owners(), options.threads);
+            return Self::by_shape(memory, owners(), options);
         }
         let standing = discover::find(
             memory,
@@ -123,8 +130,8 @@ impl<'m> LinuxGuest<'m> {
         match standing? {
             discover::Search::Standing(standing) => Self::decide(standing),
             discover::Search::NoText(no_text) => {
-                let guest = Self::by_shape(memory, owners(), options.threads)
-                    .map_err(|why| no_text.and(why))?;
+                let guest =
+                    Self::by_shape(memory, owners(), options).map_err(|why| no_text.and(why))?;
                 if told.are_known() {
                     return Ok(guest);
                 }
@@ -143,7 +150,7 @@ impl<'m> LinuxGuest<'m> {
     fn by_shape(
         memory: &'m dyn GuestMemory,
         owners: Owners,
-        threads: Option<NonZeroUsize>,
+        options: &GuestOptions,
     ) -> Result<Self, VmiError> {
         let (shaped, kernel, image) = shape::find(memory, &owners)?;
         Ok(Self {
@@ -155,7 +162,8 @@ impl<'m> LinuxGuest<'m> {
             knowledge: Knowledge::Shape,
             image,
             shaped: Some(shaped),
-            threads,
+            threads: options.threads,
+            unused_files: options.symbol_files.clone(),
         })
     }
 

@@ -99,7 +99,12 @@
 //! The most that is there is taken. Without types zones are found by their own lists, which leave
 //! the struct pages at a head inside the zone, and the per-CPU lists by the zones' pointers and
 //! the array of the processors' displacements; then the same four records decide, within the same
-//! bounds. VMCOREINFO must be one that a variable of the kernel's image points to.
+//! bounds. VMCOREINFO must be one that a variable of the kernel's image points to; of a crash dump
+//! its note. A zone must have a node that lies in the image or that the image points to, and the pages
+//! of each must have another zone in their flags: what an earlier boot has left has neither. Where
+//! types do not tell which number counts the pages of a zone or of a per-CPU list, one that is chosen
+//! because it agrees is no record: that of a zone must be the only one in its place in all zones, that
+//! of the lists must fit two of them.
 //!
 //! Without VMCOREINFO (where no page that begins so is of a kernel of this memory) the struct pages
 //! of free blocks are searched in all of RAM by their shape, and page tables under which they lead to

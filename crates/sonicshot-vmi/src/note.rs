@@ -3,6 +3,7 @@
 use crate::{ForeignProcessor, Inconsistency, Trace, VmiError};
 use core::fmt;
 use sonicshot::{GpaRange, PfnRange};
+use std::path::PathBuf;
 
 /// Something of the guest that a user should know: a feature that bears on free pages, pages that
 /// are kept and why, what stands behind the choice of the kernel. Its text is for people.
@@ -48,6 +49,12 @@ pub enum Note {
         why: &'static str,
         /// What was found instead.
         instead: Box<Note>,
+    },
+    /// Symbol files were given of a kernel without VMCOREINFO: nothing tells that they are of its
+    /// build, nor where it was put.
+    SymbolFilesNotUsed {
+        /// The files.
+        files: Vec<PathBuf>,
     },
     /// The kernel was dead when its memory was written down.
     CrashDump,
@@ -159,6 +166,16 @@ impl fmt::Display for Note {
                 f,
                 "what the file tells of the processors is not believed: {why}; {instead}"
             ),
+            Self::SymbolFilesNotUsed { files } => {
+                let files: Vec<String> = files.iter().map(|f| f.display().to_string()).collect();
+                write!(
+                    f,
+                    "{} {} not used: the kernel has no VMCOREINFO, which would tell that they are of \
+                     its build and where it lies",
+                    files.join(", "),
+                    if files.len() == 1 { "is" } else { "are" },
+                )
+            }
             Self::CrashDump => {
                 f.write_str("a crash dump: this kernel was dead when its memory was written down")
             }

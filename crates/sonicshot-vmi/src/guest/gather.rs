@@ -60,6 +60,7 @@ impl<'m> LinuxGuest<'m> {
             image,
             shaped: None,
             threads: options.threads,
+            unused_files: Vec::new(),
         };
         guest.read_banner()?;
         guest.check_files(options.symbol_files.len())?;

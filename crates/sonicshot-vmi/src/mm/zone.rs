@@ -12,6 +12,7 @@ use crate::KernelVa;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::shape::Knowledge;
+pub(crate) use counters::counter_bound;
 use counters::{Deltas, StatDiffs, read_counter, read_nr_free};
 pub(crate) use lists::{FreeLists, Listed, ListedBlock};
 use nodes::{nodes, read_deferred};

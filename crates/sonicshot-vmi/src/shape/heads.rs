@@ -1,7 +1,10 @@
 //! List heads of free pages, as they look from outside the struct pages.
 
+use crate::deadline::Deadline;
 use crate::error::VmiError;
+use crate::kernel::Kernel;
 use crate::mm::mem_map::MemMap;
+use crate::mm::page::PageLayout;
 use crate::{AddressSpace, KernelVa, VirtualMemory};
 
 /// Tells whether something looks like the head of a list of struct pages.
@@ -10,6 +13,37 @@ pub(crate) struct Heads<'a, 'm> {
     pub map: &'a MemMap<'m>,
     /// The offset of `lru` in `struct page`.
     pub lru: u64,
+}
+
+/// What zones and per-CPU lists are looked for by.
+pub(crate) struct Look<'a, 'm> {
+    pub heads: Heads<'a, 'm>,
+    pub layout: &'a PageLayout,
+    /// The kernel's image.
+    pub image: (KernelVa, KernelVa),
+    pub deadline: &'a Deadline,
+}
+
+impl<'a, 'm> Look<'a, 'm> {
+    pub(crate) fn new(
+        kernel: &'a Kernel<'m>,
+        map: &'a MemMap<'m>,
+        layout: &'a PageLayout,
+        image: (KernelVa, KernelVa),
+        deadline: &'a Deadline,
+    ) -> Self {
+        let heads = Heads {
+            space: &kernel.space,
+            map,
+            lru: layout.lru,
+        };
+        Self {
+            heads,
+            layout,
+            image,
+            deadline,
+        }
+    }
 }
 
 /// A list head by its two pointers.

@@ -1,6 +1,7 @@
 //! A kernel of which nothing is told: found by the shape of its records of free pages.
 
-use super::heads::Heads;
+use super::heads::{Heads, Look};
+use super::nodes::{self, ZONE_HEAD};
 use super::records::{self, STRIDE};
 use super::roots::{self, Root};
 use super::zones::{self, Exits};
@@ -12,7 +13,7 @@ use crate::error::VmiError;
 use crate::kernel::{Build, Kernel};
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
-use crate::mm::zone::{AreaLayout, Zone, Zones};
+use crate::mm::zone::{self, AreaLayout, Zone, Zones};
 use crate::owner::processors::Owners;
 use crate::{AddressSpace, KernelVa, symbols};
 use sonicshot::{Gpa, GuestMemory};
@@ -20,8 +21,6 @@ use std::collections::HashSet;
 
 /// `MIGRATE_TYPES`.
 const MIGRATE_TYPES: core::ops::RangeInclusive<u64> = 4..=8;
-/// How much of a zone stands before its free areas, at most.
-const ZONE_HEAD: u64 = 576;
 /// How much of it is looked at behind them.
 const ZONE_TAIL: u64 = 2048;
 /// Kernels that stand, of which one is too many already.
@@ -289,11 +288,8 @@ fn zones_by_shape(
     orders: u64,
     deadline: &Deadline,
 ) -> Result<Zones, VmiError> {
-    let heads = Heads {
-        space: &kernel.space,
-        map,
-        lru: layout.lru,
-    };
+    let look = Look::new(kernel, map, layout, image, deadline);
+    let heads = &look.heads;
     let exits = Exits::find(map, layout)?;
     let mut stands = None;
     for migrate_types in MIGRATE_TYPES {
@@ -305,7 +301,7 @@ fn zones_by_shape(
             migrate_types,
             nr_free: lists,
         };
-        let arrays = exits.arrays(&heads, &area, deadline)?;
+        let arrays = exits.arrays(heads, &area, deadline)?;
         if arrays.is_empty() {
             continue;
         }
@@ -317,14 +313,14 @@ fn zones_by_shape(
     }
     let (area, arrays) =
         stands.ok_or_else(|| unsupported("no list of free pages leads to a zone"))?;
-    let frames = frames_of(map)?;
-    let mut left = frames;
+    let owned = nodes::owned(&look, &arrays, &area)?;
+    let mut left = frames_of(map)?;
     let mut listed = Vec::new();
-    for array in arrays {
-        let sums = zones::sums(&heads, array, &area, &mut left)?;
+    for array in &owned.arrays {
+        let (array, sums) = (*array, zones::sums(heads, *array, &area, &mut left)?);
         listed.push(Listed { array, sums });
     }
-    let spanned_pages = spanned_pages(&heads, &listed, map)?;
+    let spanned_pages = spanned_pages(heads, &listed, map)?;
     let mut found: Vec<Zone> = Vec::new();
     for zone in &listed {
         let words = zones::ZoneWords {
@@ -334,8 +330,8 @@ fn zones_by_shape(
         };
         found.push(zones::read(&kernel.space, zone.array, &area, words)?);
     }
-    let per_cpu = percpu::find(&heads, &mut found, ZONE_HEAD, image, 0, frames, deadline)?;
-    count(&heads, &area, &listed, &mut found)?;
+    let per_cpu = percpu::find(&look, &mut found, &owned, 0)?;
+    count(heads, &area, &listed, &mut found, &per_cpu)?;
     let mut zones = Zones::by_shape(
         area,
         found,
@@ -386,37 +382,78 @@ fn spanned_pages(
     }
 }
 
-/// Adds `vm_stat[NR_FREE_PAGES]` to each zone's counter, which holds the per-CPU deltas: it stands in
-/// one place in all zones, and says as nearly as any word there how many pages the lists hold.
+/// Adds `vm_stat[NR_FREE_PAGES]` to each zone's counter, which holds the per-CPU deltas.
+///
+/// A word that is chosen because it says what the lists hold says nothing of them. So the place must
+/// be told by more: it is the same in all zones, and with several processors begins a line of the
+/// cache (`CACHELINE_PADDING(_pad3_)`); behind it are counters, too, of which some are not zero; and
+/// only one such place is within the bound for all zones.
 fn count(
     heads: &Heads<'_, '_>,
     area: &AreaLayout,
     listed: &[Listed],
     zones: &mut [Zone],
+    per_cpu: &percpu::PerCpu,
 ) -> Result<(), VmiError> {
-    let first = area.orders.saturating_mul(area.size);
+    /// Of the counters behind the first so many are in every kernel.
+    const BEHIND: u64 = 5;
+    const LINE: u64 = 64;
+    let bound = zone::counter_bound(
+        area.orders.saturating_sub(1),
+        (per_cpu.offsets.len() as u64).max(1),
+        !per_cpu.with_deltas,
+    );
+    let bound = bound.ok_or_else(|| unsupported("zones without counters"))?;
+    let has_lines = per_cpu.offsets.len() > 1;
     let word = |zone: &Listed, offset: u64| heads.word(zone.array.raw(), offset);
-    let mut best: Option<(u64, u64)> = None;
-    for offset in (first..first.saturating_add(ZONE_TAIL)).step_by(8) {
-        let mut off = Some(0_u64);
-        for (zone, deltas) in listed.iter().zip(zones.iter()) {
-            let counted =
-                word(zone, offset).and_then(|word| word.cast_signed().checked_add(deltas.counter));
-            let pages = i64::try_from(zone.sums.pages).ok();
-            let apart = counted.zip(pages).map(|(a, b)| a.abs_diff(b));
-            off = off
-                .zip(apart)
-                .and_then(|(sum, apart)| sum.checked_add(apart));
+    let fits = |zone: &Listed, found: &Zone, offset: u64| {
+        let at = zone.array.raw().checked_add(offset);
+        let counted = word(zone, offset)?
+            .cast_signed()
+            .checked_add(found.counter)?;
+        let is_near = counted.abs_diff(i64::try_from(zone.sums.pages).ok()?) <= bound;
+        let is_line = !has_lines || at?.is_multiple_of(LINE);
+        (is_near && is_line).then_some(())
+    };
+    // Whether all that is behind it may be counters, and one says anything.
+    let behind = |offset: u64| {
+        let mut some = false;
+        for (zone, found) in listed.iter().zip(zones.iter()) {
+            for number in 1..=BEHIND {
+                let Some(value) = word(zone, offset.saturating_add(number.saturating_mul(8)))
+                else {
+                    return false;
+                };
+                let most = i64::try_from(found.span.len().saturating_add(bound));
+                let least = i64::try_from(bound).map(i64::wrapping_neg);
+                let (Ok(most), Ok(least)) = (most, least) else {
+                    return false;
+                };
+                if !(least..=most).contains(&value.cast_signed()) {
+                    return false;
+                }
+                some |= value != 0;
+            }
         }
-        if let Some(off) = off
-            && best.is_none_or(|(least, _)| off < least)
-        {
-            best = Some((off, offset));
-        }
-    }
-    let (_, offset) = best.ok_or_else(|| unsupported("zones without counters"))?;
+        some
+    };
+    let first = area.orders.saturating_mul(area.size);
+    let places = (first..first.saturating_add(ZONE_TAIL)).step_by(8);
+    let all = |offset: &u64| {
+        let mut zones = listed.iter().zip(zones.iter());
+        zones.all(|(zone, found)| fits(zone, found, *offset).is_some()) && behind(*offset)
+    };
+    let places: Vec<u64> = places.filter(all).collect();
+    let [offset] = places.as_slice() else {
+        return Err(VmiError::Unsupported {
+            what: format!(
+                "zones with {} places that may count their free pages, of which one does",
+                places.len()
+            ),
+        });
+    };
     for (zone, found) in listed.iter().zip(zones) {
-        let counted = word(zone, offset).map(u64::cast_signed);
+        let counted = word(zone, *offset).map(u64::cast_signed);
         let counter = counted.and_then(|counted| counted.checked_add(found.counter));
         found.counter = counter.ok_or_else(|| unsupported("zones without counters"))?;
     }

@@ -9,9 +9,11 @@
 mod cover;
 mod heads;
 mod kernel;
+mod nodes;
 mod percpu;
 mod records;
 mod roots;
+mod words;
 mod zones;
 
 use crate::KernelVa;
@@ -23,7 +25,7 @@ use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
 use core::fmt;
 pub(crate) use cover::check as check_cover;
-use heads::Heads;
+use heads::Look;
 use zones::{Exits, ZoneWords};
 
 /// What is known of a guest's kernel: the most there is, as it was found.
@@ -88,33 +90,21 @@ pub(crate) fn told_zones(
     let deadline = Deadline::new();
     let area = zones::told_area(kernel)?;
     let words = ZoneWords::told(kernel)?;
-    let heads = Heads {
-        space: &kernel.space,
-        map,
-        lru: layout.lru,
-    };
-    let arrays = Exits::find(map, layout)?.arrays(&heads, &area, &deadline)?;
-    let mut found = Vec::new();
-    for array in arrays {
-        found.push(zones::read(&kernel.space, array, &area, words)?);
-    }
-    if found.is_empty() {
+    let look = Look::new(kernel, map, layout, image, &deadline);
+    let arrays = Exits::find(map, layout)?.arrays(&look.heads, &area, &deadline)?;
+    if arrays.is_empty() {
         return Err(VmiError::Unsupported {
             what: "no list of free pages leads to a zone: types are missing, and nothing else \
                    tells where zones are"
                 .into(),
         });
     }
-    let frames = frames_of(map)?;
-    let per_cpu = percpu::find(
-        &heads,
-        &mut found,
-        area.free_area,
-        image,
-        words.index,
-        frames,
-        &deadline,
-    )?;
+    let owned = nodes::owned(&look, &arrays, &area)?;
+    let mut found = Vec::new();
+    for array in &owned.arrays {
+        found.push(zones::read(&kernel.space, *array, &area, words)?);
+    }
+    let per_cpu = percpu::find(&look, &mut found, &owned, words.index)?;
     Ok(Zones::by_shape(
         area,
         found,

@@ -1,7 +1,6 @@
 //! Each processor's lists of free pages, by their shape.
 //!
-//! A zone has, behind the pointer to its node (`zone_pgdat`, which leads to just before the zone
-//! itself), the `__percpu` pointers `per_cpu_pageset` and, since 5.14, `per_cpu_zonestats`
+//! A zone has, behind the pointer to its node (`zone_pgdat`), the `__percpu` pointers `per_cpu_pageset` and, since 5.14, `per_cpu_zonestats`
 //! (`include/linux/mmzone.h`). What is added to them for each processor stands in an array of the
 //! kernel's image, `__per_cpu_offset`: whole pages. Added up they lead, for every zone and every
 //! processor, to a `struct per_cpu_pages`: some numbers, then a row of list heads, three migrate
@@ -9,14 +8,17 @@
 //! A word of the image that does so for every zone is a processor's.
 //!
 //! Which of the numbers is `count` is told by the lists: it is the one, in the same place for all
-//! zones and processors, that says how many pages they hold.
+//! zones and processors, that says how many pages they hold; of two lists at least, for each would
+//! vouch for itself.
 
-use super::heads::{Head, Heads};
-use crate::deadline::Deadline;
+use super::frames_of;
+use super::heads::{Head, Heads, Look};
+use super::nodes::Owned;
+use super::words::each_word;
 use crate::error::VmiError;
 use crate::kernel::element;
 use crate::mm::zone::{PcpLayout, Zone};
-use crate::{AddressSpace, KernelVa, VirtualMemory};
+use crate::{KernelVa, VirtualMemory};
 use std::collections::HashSet;
 
 /// `NR_CPUS` is 8192 at most.
@@ -31,11 +33,6 @@ const LISTS: u64 = 12;
 const MAX_LISTS_AT: u64 = 128;
 /// From the row of lists back to `count`: 16 bytes in 5.10 and 5.15, 20 from 6.0, 28 from 6.7.
 const COUNT_BEFORE: core::ops::RangeInclusive<u64> = 16..=28;
-/// The pointers stand before the lists of free blocks, behind watermarks and reserves.
-const ZONE_HEAD: u64 = 576;
-/// A node begins with its zones: eight of 2 KiB at most.
-const MAX_NODE_ZONES: u64 = 64 << 10;
-
 /// The per-CPU lists of all zones.
 #[derive(Debug)]
 pub(crate) struct PerCpu {
@@ -54,47 +51,42 @@ struct Row {
     lists: u64,
 }
 
-/// Finds the per-CPU lists of `zones`, fills in their `pageset`, node and counter's deltas. `image`
-/// is the kernel's. `free_area` is from a zone's `at` to its lists; `nr_free_pages` the index of
-/// that counter.
+/// Finds the per-CPU lists of `zones`, fills in their `pageset`, node and counter's deltas. `owned`
+/// tells of the zones' nodes; `nr_free_pages` is the index of that counter.
 pub(crate) fn find(
-    heads: &Heads<'_, '_>,
+    look: &Look<'_, '_>,
     zones: &mut [Zone],
-    free_area: u64,
-    image: (KernelVa, KernelVa),
+    owned: &Owned,
     nr_free_pages: u64,
-    frames: u64,
-    deadline: &Deadline,
 ) -> Result<PerCpu, VmiError> {
+    let heads = &look.heads;
     let nothing = |why: &str| PerCpu {
         offsets: Vec::new(),
         lists: Err(why.into()),
         with_deltas: false,
     };
-    let Some(offset) = node_pointer(heads.space, zones, free_area) else {
-        return Ok(nothing("no zone points to its node"));
-    };
     let mut nodes: Vec<KernelVa> = Vec::new();
     let mut stats = Vec::new();
-    for zone in zones.iter_mut() {
-        let word = |back: u64| element("zone", zone.at, 0, 0, offset.saturating_add(back));
-        let read = |at| heads.space.read_u64(at).map_err(VmiError::read("zone"));
-        let node = KernelVa::new(read(word(0)?)?);
-        let pageset = KernelVa::new(read(word(8)?)?);
-        stats.push(KernelVa::new(read(word(16)?)?));
-        let number = nodes.iter().position(|at| *at == node);
+    for ((zone, array), node) in zones.iter_mut().zip(&owned.arrays).zip(&owned.nodes) {
+        let word = |behind: u64| {
+            let at = array.raw().checked_sub(owned.pointer).map(KernelVa::new);
+            let at = element("zone", at.unwrap_or(*array), 0, 0, behind)?;
+            heads.space.read_u64(at).map_err(VmiError::read("zone"))
+        };
+        zone.pageset = KernelVa::new(word(8)?);
+        stats.push(KernelVa::new(word(16)?));
+        let number = nodes.iter().position(|at| at == node);
         zone.node = number.unwrap_or(nodes.len()) as u64;
         if number.is_none() {
-            nodes.push(node);
+            nodes.push(*node);
         }
-        zone.pageset = pageset;
     }
-    let Some((offsets, row)) = processors(heads, zones, image, deadline)? else {
+    let Some((offsets, row)) = processors(look, zones)? else {
         return Ok(nothing(
             "no processor's lists are found where the zones point",
         ));
     };
-    let lists = count_of(heads, zones, &offsets, row, frames, deadline)?;
+    let lists = count_of(look, zones, &offsets, row)?;
     let one_processor = offsets == [0];
     let with_deltas = one_processor || row.lists >= LISTS;
     if with_deltas && !one_processor {
@@ -120,29 +112,9 @@ pub(crate) fn find(
     })
 }
 
-/// From `zone.at` to the pointer to the zone's node, in the same place in every zone: it leads to
-/// a little before the zone.
-fn node_pointer(space: &AddressSpace<'_>, zones: &[Zone], free_area: u64) -> Option<u64> {
-    let first = free_area.saturating_sub(ZONE_HEAD);
-    let is_node = |zone: &Zone, offset: u64| {
-        let word = zone.at.checked_add(offset);
-        let word = word.and_then(|at| space.read_u64(at).ok());
-        let lists = zone.at.checked_add(free_area);
-        let back = word.and_then(|word| lists?.offset_from(KernelVa::new(word)));
-        back.is_some_and(|back| back >= free_area.saturating_sub(offset) && back < MAX_NODE_ZONES)
-    };
-    (first..free_area)
-        .step_by(8)
-        .find(|offset| !zones.is_empty() && zones.iter().all(|zone| is_node(zone, *offset)))
-}
-
 /// What is added for each processor, lowest place in the image first, and how its lists look.
-fn processors(
-    heads: &Heads<'_, '_>,
-    zones: &[Zone],
-    image: (KernelVa, KernelVa),
-    deadline: &Deadline,
-) -> Result<Option<(Vec<u64>, Row)>, VmiError> {
+fn processors(look: &Look<'_, '_>, zones: &[Zone]) -> Result<Option<(Vec<u64>, Row)>, VmiError> {
+    let heads = &look.heads;
     let row_of = |offset: u64| {
         let mut rows = zones
             .iter()
@@ -158,7 +130,7 @@ fn processors(
     let mut tried = HashSet::new();
     let mut found: Vec<u64> = Vec::new();
     let mut shape: Option<Row> = None;
-    each_word(heads, image, &mut |word| {
+    each_word(look, &mut |word| {
         // Whole pages; the difference of two kernel addresses.
         if word & inside != 0 || word >> 56 != 0xff || !tried.insert(word) {
             return Ok(());
@@ -171,7 +143,8 @@ fn processors(
                 most: MAX_WORDS,
             });
         }
-        deadline.check("words of the kernel's image", number, MAX_WORDS)?;
+        look.deadline
+            .check("words of the kernel's image", number, MAX_WORDS)?;
         if let Some(row) = row_of(word)
             && *shape.get_or_insert(row) == row
             && found.len() < MAX_CPUS
@@ -206,13 +179,12 @@ fn row(heads: &Heads<'_, '_>, at: KernelVa) -> Option<Row> {
 
 /// Which number before the lists says how many pages they hold.
 fn count_of(
-    heads: &Heads<'_, '_>,
+    look: &Look<'_, '_>,
     zones: &[Zone],
     offsets: &[u64],
     row: Row,
-    frames: u64,
-    deadline: &Deadline,
 ) -> Result<Result<PcpLayout, String>, VmiError> {
+    let heads = &look.heads;
     let layout = |count: u64| PcpLayout {
         pcp: 0,
         count,
@@ -222,12 +194,13 @@ fn count_of(
         huge_order: PcpLayout::huge_order(heads.map.page_size),
     };
     let mut sums = Vec::new();
-    let mut left = frames;
+    let mut left = frames_of(heads.map)?;
     for zone in zones {
         for offset in offsets {
             let at = zone.pageset.wrapping_add(*offset);
             let all = (zones.len() as u64).saturating_mul(offsets.len() as u64);
-            deadline.check("processors' lists", sums.len() as u64, all)?;
+            look.deadline
+                .check("processors' lists", sums.len() as u64, all)?;
             sums.push((at, pages_in(heads, at, &layout(0), &mut left)));
         }
     }
@@ -237,24 +210,33 @@ fn count_of(
     let places = (0..row.lists_at)
         .step_by(4)
         .filter(|count| COUNT_BEFORE.contains(&row.lists_at.saturating_sub(*count)));
-    let mut best: Option<(usize, u64)> = None;
+    let mut agree: Vec<(usize, u64)> = Vec::new();
     for place in places {
-        let mut fit = 0_usize;
+        let (mut fit, mut with_pages) = (0_usize, 0_usize);
         for (at, pages) in &sums {
             let count = heads
                 .space
                 .read_u32(element("per_cpu_pages", *at, 0, 0, place)?);
             let count = count.map_err(VmiError::read("per_cpu_pages.count"))?;
-            let pages = pages.filter(|pages| *pages > 0);
-            fit = fit.saturating_add(usize::from(pages == Some(count.into())));
+            let fits = *pages == Some(count.into());
+            fit = fit.saturating_add(usize::from(fits));
+            with_pages = with_pages.saturating_add(usize::from(fits && count > 0));
         }
-        if fit > 0 && best.is_none_or(|(most, _)| fit > most) {
-            best = Some((fit, place));
+        if with_pages > 0 {
+            agree.push((fit, place));
         }
     }
-    Ok(match best {
-        Some((_, count)) => Ok(layout(count)),
-        None => Err("no number before them says how many pages they hold".into()),
+    agree.sort_unstable_by(|a, b| b.cmp(a));
+    Ok(match agree.as_slice() {
+        [] => Err("no number before them says how many pages they hold".into()),
+        // Chosen by one it says nothing of that one.
+        [(fit, _), ..] if *fit < 2 => {
+            Err("of the numbers before them one fits one list, and none fits two".into())
+        }
+        [(first, _), (second, _), ..] if first == second => {
+            Err("two numbers before them say as well how many pages they hold".into())
+        }
+        [(_, count), ..] => Ok(layout(*count)),
     })
 }
 
@@ -282,35 +264,4 @@ fn pages_in(
         }
     }
     Some(sum)
-}
-
-/// Calls `visit` with each aligned word of what is mapped in `range`.
-fn each_word(
-    heads: &Heads<'_, '_>,
-    range: (KernelVa, KernelVa),
-    visit: &mut dyn FnMut(u64) -> Result<(), VmiError>,
-) -> Result<(), VmiError> {
-    const PIECE: u64 = 64 << 10;
-    let step = heads.map.page_size.bytes();
-    let space = heads.space;
-    let (mut at, end) = range;
-    let mut buffer = vec![0; usize::try_from(PIECE).unwrap_or(0)];
-    while let Some(left) = end.offset_from(at).filter(|left| *left > 0) {
-        let there = space.translate(at).ok();
-        let len = there.map_or(step, |there| there.len.min(PIECE)).min(left);
-        let part = usize::try_from(len).ok().and_then(|n| buffer.get_mut(..n));
-        if let (Some(there), Some(part)) = (there, part)
-            && space.memory().read(there.at, part).is_ok()
-        {
-            let (words, _) = part.as_chunks::<8>();
-            for word in words {
-                visit(u64::from_le_bytes(*word))?;
-            }
-        }
-        match at.checked_add(len) {
-            Some(next) if len > 0 => at = next,
-            _ => break,
-        }
-    }
-    Ok(())
 }

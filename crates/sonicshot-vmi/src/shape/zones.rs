@@ -300,7 +300,57 @@ pub(crate) struct Sums {
     pub end: u64,
 }
 
-/// Walks all lists of the zone whose free areas are at `array`; `left` bounds all walks together.
+/// A block in a list.
+pub(crate) struct Block {
+    /// Its first page's `struct page`.
+    pub page: KernelVa,
+    /// The frame of that.
+    pub frame: u64,
+    /// How many pages it has.
+    pub pages: u64,
+}
+
+fn corrupt(at: KernelVa, value: u64) -> VmiError {
+    VmiError::Corrupt {
+        what: "a list of free blocks",
+        at,
+        value,
+    }
+}
+
+/// Walks the lists of the zone whose free areas are at `array`, `most` blocks of each.
+///
+/// # Errors
+/// [`VmiError::Corrupt`] if a list leads to what is no page, and what `visit` gives.
+pub(crate) fn walk(
+    heads: &Heads<'_, '_>,
+    array: KernelVa,
+    area: &AreaLayout,
+    most: u64,
+    visit: &mut dyn FnMut(Block) -> Result<(), VmiError>,
+) -> Result<(), VmiError> {
+    let per_order = usize::try_from(area.migrate_types).unwrap_or(usize::MAX);
+    for (number, head) in list_heads(array, area).enumerate() {
+        let order = number.checked_div(per_order).unwrap_or(0);
+        let pages = u32::try_from(order).ok().and_then(|o| 1_u64.checked_shl(o));
+        let pages = pages.ok_or_else(|| corrupt(head, order as u64))?;
+        let next = heads.space.read_u64(head);
+        let mut node = KernelVa::new(next.map_err(VmiError::read("a free list's head"))?);
+        let mut seen = 0_u64;
+        while node != head && seen < most {
+            let page = heads.page_of(node)?;
+            let frame = heads.map.frame_of(page);
+            let frame = frame.ok_or_else(|| corrupt(head, node.raw()))?.raw();
+            visit(Block { page, frame, pages })?;
+            seen = seen.saturating_add(1);
+            node = KernelVa::new(heads.map.u64_at(node)?);
+        }
+    }
+    Ok(())
+}
+
+/// What all lists of the zone hold whose free areas are at `array`; `left` bounds all walks
+/// together.
 ///
 /// # Errors
 /// [`VmiError::Corrupt`] if a list is not closed.
@@ -310,40 +360,24 @@ pub(crate) fn sums(
     area: &AreaLayout,
     left: &mut u64,
 ) -> Result<Sums, VmiError> {
-    let corrupt = |at: KernelVa, value: u64| VmiError::Corrupt {
-        what: "a list of free blocks",
-        at,
-        value,
-    };
     let mut sums = Sums {
         pages: 0,
         first: u64::MAX,
         end: 0,
     };
-    let per_order = usize::try_from(area.migrate_types).unwrap_or(usize::MAX);
-    for (number, head) in list_heads(array, area).enumerate() {
-        let order = number.checked_div(per_order).unwrap_or(0);
-        let pages = u32::try_from(order).ok().and_then(|o| 1_u64.checked_shl(o));
-        let pages = pages.ok_or_else(|| corrupt(head, order as u64))?;
-        let next = |at: KernelVa| heads.space.read_u64(at).map(KernelVa::new);
-        let mut node = next(head).map_err(VmiError::read("a free list's head"))?;
-        while node != head {
-            let frame = heads.map.frame_of(heads.page_of(node)?);
-            let frame = frame.ok_or_else(|| corrupt(head, node.raw()))?.raw();
-            *left = left
-                .checked_sub(1)
-                .ok_or_else(|| corrupt(head, node.raw()))?;
-            let end = frame.checked_add(pages);
-            let sum = sums.pages.checked_add(pages);
-            let (Some(end), Some(sum)) = (end, sum) else {
-                return Err(corrupt(head, frame));
-            };
-            sums.pages = sum;
-            sums.first = sums.first.min(frame);
-            sums.end = sums.end.max(end);
-            node = KernelVa::new(heads.map.u64_at(node)?);
-        }
-    }
+    walk(heads, array, area, u64::MAX, &mut |block| {
+        let Block { frame, pages, .. } = block;
+        let one_less = left.checked_sub(1);
+        *left = one_less.ok_or_else(|| corrupt(array, frame))?;
+        let (Some(end), Some(sum)) = (frame.checked_add(pages), sums.pages.checked_add(pages))
+        else {
+            return Err(corrupt(array, frame));
+        };
+        sums.pages = sum;
+        sums.first = sums.first.min(frame);
+        sums.end = sums.end.max(end);
+        Ok(())
+    })?;
     Ok(sums)
 }
 

@@ -1,7 +1,10 @@
 //! What is found of a guest of which little is known, against what all knowledge finds.
-use sonicshot::{Gpa, GuestBytes, MappedRegions, PageClass, PageMap};
+use sonicshot::{
+    Gpa, GuestBytes, GuestMemory, MappedRegions, MemoryError, PageClass, PageMap, Processors,
+    RamLayout,
+};
 use sonicshot_vmi::{
-    Classification, Cr3, GuestOptions, Knowledge, LinuxGuest, OnInconsistency, VmiError,
+    Classification, Cr3, GuestOptions, Knowledge, LinuxGuest, Note, OnInconsistency, VmiError,
 };
 use std::fs::{self, File};
 use std::io::Read;
@@ -322,6 +325,191 @@ fn a_list_with_the_kernels_own_code_is_refused() {
     }
 }
 
+/// The guest's zones, and memory of which the classification reads nothing.
+struct Node {
+    /// From an address of the direct map to the place in the file.
+    direct_map: u64,
+    /// `struct pglist_data`, which begins with the zones: where it is in the file.
+    at: usize,
+    zone_size: usize,
+    free_area: usize,
+    area_size: usize,
+    spanned_pages: usize,
+    vm_stat: usize,
+    /// `node_data[0]`, in the kernel's image.
+    named: usize,
+}
+
+impl Node {
+    fn new(ram: &[u8]) -> Self {
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+        let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+        let info = guest.vmcoreinfo().unwrap();
+        let number = |key: &str| line(info, key).parse::<usize>().unwrap();
+        let data = u64::from_str_radix(line(info, "SYMBOL(node_data)="), 16).unwrap();
+        let base: i64 = line(info, "NUMBER(phys_base)=").parse().unwrap();
+        let named = (data - 0xffff_ffff_8000_0000).wrapping_add_signed(base);
+        let named = usize::try_from(named).unwrap();
+        let direct_map = guest.direct_map().unwrap().unwrap().raw();
+        Self {
+            direct_map,
+            at: usize::try_from(u64_at(ram, named) - direct_map).unwrap(),
+            zone_size: number("SIZE(zone)="),
+            free_area: number("OFFSET(zone.free_area)="),
+            area_size: number("SIZE(free_area)="),
+            spanned_pages: number("OFFSET(zone.spanned_pages)="),
+            vm_stat: number("OFFSET(zone.vm_stat)="),
+            named,
+        }
+    }
+
+    fn va(&self, at: usize) -> u64 {
+        self.direct_map + at as u64
+    }
+
+    /// Makes a zone at `at`, as an earlier boot may have left one: whole, with its own node, and one
+    /// list of one block, `free`, whose struct page says so.
+    fn make(&self, ram: &mut [u8], pages: &StructPages, at: usize, free: usize) {
+        const ORDERS: usize = 11;
+        let [dma, large] = [self.at, self.at + self.zone_size];
+        ram.copy_within(dma..dma + self.zone_size, at);
+        let span = self.spanned_pages - 16;
+        ram.copy_within(large + span..large + span + 32, at + span);
+        let node = (0..self.free_area)
+            .step_by(8)
+            .find(|offset| u64_at(ram, dma + offset) == self.va(self.at));
+        put(ram, at + node.unwrap(), self.va(at & !0xfff));
+        for order in 0..ORDERS {
+            let area = at + self.free_area + order * self.area_size;
+            for head in (area..area + self.area_size - 8).step_by(16) {
+                put(ram, head, self.va(head));
+                put(ram, head + 8, self.va(head));
+            }
+            put(ram, area + self.area_size - 8, u64::from(order == 0));
+        }
+        put(ram, at + self.vm_stat, 1);
+        let head = at + self.free_area;
+        put(ram, head, pages.node(free));
+        put(ram, head + 8, pages.node(free));
+        pages.make_free(ram, free, 0, self.va(head), self.va(head));
+    }
+}
+
+#[test]
+fn a_zone_of_an_earlier_boot_is_none() {
+    const ZONE_BIT: u64 = 1 << 63;
+    let ram = testdata();
+    let pages = StructPages::new(&ram);
+    let node = Node::new(&ram);
+    let all = classify(&ram, Knowledge::Types, None).unwrap();
+    let mut used = classes(&all.map)
+        .into_iter()
+        .enumerate()
+        .filter(|(pfn, class)| *class == PageClass::Anonymous && *pfn > 4096)
+        .map(|(pfn, _)| pfn);
+    let (free, home) = (used.next().unwrap(), used.next().unwrap());
+    let stale = |ram: &mut [u8]| node.make(ram, &pages, (home << 12) + 0x400, free);
+    // Behind `node_data` is room for more nodes.
+    let named = |ram: &mut [u8]| put(ram, node.named + 8, node.va(home << 12));
+    let other_zone = |ram: &mut [u8]| {
+        let flags = u64_at(ram, pages.of(free));
+        put(ram, pages.of(free), flags ^ ZONE_BIT);
+    };
+    type Change<'a> = &'a dyn Fn(&mut [u8]);
+    let table: [(&str, &[Change<'_>], bool); 5] = [
+        ("as it may be", &[&stale], false),
+        ("with pages of no other zone", &[&stale, &other_zone], false),
+        ("named by the kernel", &[&stale, &named], false),
+        // Nothing is wrong with that one.
+        (
+            "named, and of its own",
+            &[&stale, &named, &other_zone],
+            true,
+        ),
+        ("no node is named", &[&|ram| put(ram, node.named, 0)], false),
+    ];
+    for knowledge in [Knowledge::Vmcoreinfo, Knowledge::Shape] {
+        for (what, changes, is_free_then) in &table {
+            let mut ram = ram.clone();
+            for change in *changes {
+                change(&mut ram);
+            }
+            let found = classify(&ram, knowledge, Some(testdata_root()));
+            let frees = found.as_ref().is_ok_and(|found| {
+                let [.., fewer] = compare(&all.map, &found.map, &is_free);
+                fewer > 0
+            });
+            assert_eq!(
+                frees,
+                *is_free_then,
+                "{knowledge}, {what}: {:?}",
+                found.err()
+            );
+        }
+        let mut ram = ram.clone();
+        put(&mut ram, node.named, 0);
+        let error = classify(&ram, knowledge, Some(testdata_root())).unwrap_err();
+        assert!(
+            error.contains("nothing in the kernel's image points"),
+            "{error}"
+        );
+    }
+}
+
+/// Memory of a kernel that crashed.
+struct Crashed<'a>(MappedRegions<'a>);
+
+impl GuestMemory for Crashed<'_> {
+    fn layout(&self) -> &RamLayout {
+        self.0.layout()
+    }
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        self.0.read(at, buf)
+    }
+    fn processors(&self) -> Processors {
+        Processors::Crashed
+    }
+}
+
+/// Then `vmcoreinfo_data` points to a copy that the crash kernel's memory has.
+#[test]
+fn a_crash_dump_without_types_has_its_vmcoreinfo_in_the_note() {
+    let mut ram = testdata();
+    let (text, own, direct_map) = {
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+        let own = guest.symbol_sources()[0].clone();
+        let own = own.strip_prefix("VMCOREINFO at 0x").unwrap();
+        (
+            guest.vmcoreinfo().unwrap().to_owned(),
+            u64::from_str_radix(own, 16).unwrap(),
+            guest.direct_map().unwrap().unwrap().raw(),
+        )
+    };
+    let pointer = (direct_map + own).to_le_bytes();
+    let elsewhere = (direct_map + (1 << 40)).to_le_bytes();
+    let places: Vec<usize> = memchr::memmem::find_iter(&ram, &pointer).collect();
+    assert!(!places.is_empty());
+    for at in places {
+        ram[at..at + 8].copy_from_slice(&elsewhere);
+    }
+    let text = format!("{text}CRASHTIME=1\n");
+    let options = GuestOptions::new()
+        .at_most(Knowledge::Vmcoreinfo)
+        .vmcoreinfo(text);
+    let memory = || MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+    let crashed = Crashed(memory());
+    let guest = LinuxGuest::open(&crashed, &options).unwrap();
+    assert_eq!(guest.knowledge(), Knowledge::Vmcoreinfo);
+    let pages = guest.classify(OnInconsistency::Refuse).unwrap();
+    assert!(pages.map.counts().get(PageClass::FreeBuddy) > 10_000);
+    assert!(pages.notes.contains(&Note::CrashDump));
+    // Of memory that is none, the note's word is not enough.
+    let memory = memory();
+    let error = LinuxGuest::open(&memory, &options).err().unwrap();
+    assert!(matches!(error, VmiError::Stale { .. }), "{error}");
+}
+
 /// Writes `over` over all of `what` in the guest's memory; how often it stood there.
 fn erase(ram: &mut [u8], what: &[u8], over: u8) -> usize {
     let places: Vec<usize> = memchr::memmem::find_iter(ram, what).collect();
@@ -374,6 +562,15 @@ fn a_kernel_without_vmcoreinfo_must_be_run_by_the_processors() {
     let told = GuestOptions::new().cr3(cr3);
     let guest = LinuxGuest::open(&memory, &told).unwrap();
     assert_eq!(guest.knowledge(), Knowledge::Shape);
+    // A file of symbols is not taken for its kernel's, and that is said.
+    let map = tempfile::NamedTempFile::new().unwrap();
+    let line = |number: u64| format!("{:x} T s{number}\n", 0xffff_ffff_8100_0000 + number * 16);
+    fs::write(map.path(), (0..20_000).map(line).collect::<String>()).unwrap();
+    let guest = LinuxGuest::open(&memory, &told.symbols(map.path())).unwrap();
+    assert_eq!(guest.knowledge(), Knowledge::Shape);
+    let pages = guest.classify(OnInconsistency::Refuse).unwrap();
+    let files = vec![map.path().to_owned()];
+    assert!(pages.notes.contains(&Note::SymbolFilesNotUsed { files }));
 }
 
 #[test]

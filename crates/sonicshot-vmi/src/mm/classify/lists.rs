@@ -5,7 +5,7 @@ use super::{Disagreements, ZoneReport};
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::mm::mem_map::MemMap;
-use crate::mm::zone::{FreeLists, Listed, ListedBlock, Zone, Zones};
+use crate::mm::zone::{FreeLists, Listed, ListedBlock, Zone, Zones, counter_bound};
 use crate::note::Note;
 use sonicshot::{PageMap, PfnRange};
 
@@ -229,16 +229,7 @@ fn check_counters(
     if off > zones.cpus() {
         wrong.fatal = true;
     }
-    // NR_FREE_PAGES changes once for an operation under the zone's lock, which moves at most one
-    // block of the largest order (or one batch for a per-CPU list, which is smaller). Beside
-    // that, a processor that folds its delta into the zone (`refresh_cpu_vm_stats`) has it in a
-    // register: at most 127, the range of the delta's type.
-    // Where the deltas cannot be read, each processor's may be as large again.
-    let deltas = if zones.without_deltas { 254 } else { 127 };
-    let largest = u32::try_from(zones.max_order()).ok();
-    let bound = largest
-        .and_then(|order| 1_u64.checked_shl(order))
-        .and_then(|block| zones.cpus().checked_mul(deltas)?.checked_add(block))
+    let bound = counter_bound(zones.max_order(), zones.cpus(), zones.without_deltas)
         .ok_or_else(|| corrupt(zones.max_order()))?;
     let listed = report
         .listed

@@ -29,7 +29,7 @@ impl FlagBits {
     /// `enum pageflags` (`include/linux/page-flags.h`) has `uptodate`, `dirty`, `lru` in this
     /// order since 4.18, and behind `swapbacked` at least `unevictable` and, with an MMU,
     /// `mlocked`: all bits up to there are flags. The ones behind (hwpoison is told, if it is
-    /// there) are never alone on a page in use.
+    /// there) are never alone on a page in use. `reserved` is right before `private`.
     pub(super) fn of_free_pages(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
         const MOST: i64 = 40;
         let told = |name: &str| -> Result<Option<u64>, VmiError> {
@@ -46,6 +46,7 @@ impl FlagBits {
         };
         let lru = need("PG_lru")?;
         let swapbacked = need("PG_swapbacked")?;
+        let private = need("PG_private")?;
         let hwpoison = told("PG_hwpoison")?.unwrap_or(0);
         let up_to_mlocked = (swapbacked << 3).wrapping_sub(1);
         Ok(Self {
@@ -55,9 +56,9 @@ impl FlagBits {
             writeback: 0,
             uptodate: lru >> 2,
             locked: 1,
-            private: need("PG_private")?,
+            private,
             swapbacked,
-            reserved: 0,
+            reserved: private >> 1,
             head: told_mask(kernel)?,
             slab: told("PG_slab")?.unwrap_or(0),
             private_2: 0,
@@ -78,7 +79,8 @@ impl FlagBits {
             private: 0,
             private_2: 0,
             swapbacked: 0,
-            reserved: 0,
+            // To 6.9 the lower, too.
+            reserved: 0x3000,
             head: 0,
             slab: 0,
             hwpoison: 0,

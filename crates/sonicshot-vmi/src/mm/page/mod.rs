@@ -117,6 +117,11 @@ impl PageLayout {
         })
     }
 
+    /// Where the flags are.
+    pub(crate) fn flags_at(&self) -> u64 {
+        self.flags as u64
+    }
+
     fn flags(&self, page: &GuestBytes<'_>) -> Option<u64> {
         page.u64_at(self.flags)
     }
@@ -148,6 +153,16 @@ impl PageLayout {
             return false;
         };
         refcount == 0 && flags & self.bits.all & !self.bits.uptodate == 0
+    }
+
+    /// Whether the kernel has kept the page for itself since its start, as it has its image: what it
+    /// gave back is not so any more, whoever has it.
+    pub(crate) fn is_kept_since_boot(&self, page: &GuestBytes<'_>) -> bool {
+        let Some((refcount, flags)) = page.u32_at(self.refcount).zip(self.flags(page)) else {
+            return false;
+        };
+        let flags = flags & self.bits.all;
+        refcount == 1 && flags != 0 && flags & !self.bits.reserved == 0
     }
 
     /// Whether a page on a per-CPU free list looks as the kernel left it when it was freed: no

@@ -96,3 +96,16 @@ pub(super) fn read_counter(
     }
     Ok(counter)
 }
+
+/// How far `NR_FREE_PAGES` and what the lists hold may be apart in a stopped guest.
+///
+/// The counter changes once for an operation under the zone's lock, which moves at most one
+/// block of the largest order (or one batch for a per-CPU list, which is smaller). Beside that, a
+/// processor that folds its delta into the zone (`refresh_cpu_vm_stats`) has it in a register: at most
+/// 127, the range of the delta's type. Where the deltas cannot be read, each processor's may be
+/// as large again.
+pub(crate) fn counter_bound(max_order: u64, cpus: u64, without_deltas: bool) -> Option<u64> {
+    let deltas: u64 = if without_deltas { 254 } else { 127 };
+    let largest = 1_u64.checked_shl(u32::try_from(max_order).ok()?)?;
+    cpus.checked_mul(deltas)?.checked_add(largest)
+}
