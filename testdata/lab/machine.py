@@ -192,7 +192,8 @@ def memory(spec: GuestSpec, ram: Path | None, incoming: bool) -> list[str]:
             options += ["-numa", f"node,nodeid={node},memdev=ram-node{node},cpus={node}-{last}"]
     else:
         # With ACPI an initrd would be put over its tables, and there is none to be told of disks.
-        machine = f"{spec.machine},acpi=off" if spec.machine == "microvm" else spec.machine
+        # The clock chip, which under KVM is left out, tells a reset from none.
+        machine = f"{spec.machine},acpi=off,rtc=on" if spec.machine == "microvm" else spec.machine
         options = ["-machine", f"{machine},memory-backend=ram0", "-m", size]
         options += ["-object", f"memory-backend-file,id=ram0,size={spec.mem}M,"
                     f"mem-path={ram},share=on"] if ram else backend("ram0", spec.mem)

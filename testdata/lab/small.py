@@ -182,6 +182,7 @@ def do_small(args: Namespace) -> None:
             if args.stops:
                 seen = Pruner(tool, None)
                 stress(spec, spec.name, args.stops, seen.at_stop)
+                seen.check()
                 print(f"ok   {spec.name}, busy: pruned {seen.pruned} times ({seen.pages} pages), "
                       f"refused {seen.refused} times, {seen.blocks} blocks kept as in question, "
                       "torture OK", flush=True)

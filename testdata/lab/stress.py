@@ -79,6 +79,12 @@ class Pruner:
         self.pages += pruned["dropped_bytes"] // PAGE
         self.left += pruned["left_bytes"] // PAGE
 
+    def check(self) -> None:
+        """Of a guest that is refused at each stop nothing is proved."""
+        if not self.pruned or not self.pages:
+            raise CheckFailed(f"pruned {self.pruned} times ({self.pages} pages), and refused at "
+                              f"{self.refused} stops")
+
     def ask_drgn(self, number: int, vmlinux: Path, qmp: Monitor, folder: Path) -> None:
         """Of each frame that sonicshot calls free, whether drgn does."""
         qmp.call("dump-guest-memory", paging=False, protocol=f"file:{folder / 'dump.elf'}")
@@ -115,6 +121,7 @@ def do_stress(args: Namespace) -> None:
     spec = guest_of(args, kernel, args.mem, args.cpu)
     seen = Pruner(tool, kernel.debug_image if args.oracle == "drgn" else None)
     stress(spec, spec.name, args.stops, seen.at_stop)
+    seen.check()
     print(f"{kernel.release}, {args.smp} processors: pruned under the running guest "
           f"{seen.pruned} times ({seen.pages} pages, {seen.left} of them in stretches "
           f"too short for a hole), refused {seen.refused} times, "
