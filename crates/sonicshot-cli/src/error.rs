@@ -381,6 +381,15 @@ fn hint_of_guest(error: &VmiError, path: &Path) -> Option<&'static str> {
             "take the memory in a format that has the processors' registers, or give the CR3 of a \
              processor of the guest: --cr3 N"
         }
+        VmiError::Covered { .. } => {
+            "what was found of the kernel without its types is not its own: give its vmlinux with \
+             --symbols, or a format that has the processors' registers. prune --drop zero needs no \
+             kernel"
+        }
+        VmiError::Unsupported { .. } | VmiError::TooMany { .. } | VmiError::OutOfTime { .. } => {
+            "prune --drop zero leaves out pages of zeroes alone, and needs no kernel. If the kernel \
+             has no types, its vmlinux (--symbols) tells more"
+        }
         VmiError::LaterOwner(_) => {
             "the guest was reset, or has started another kernel, and is not up again: \
              take the memory when it is. If a register CR3 of the running guest is known, \
