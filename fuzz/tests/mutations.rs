@@ -6,6 +6,7 @@ use sonicshot_fuzz::mutate::anatomy::Kind;
 use sonicshot_fuzz::mutate::capture::Capture;
 use sonicshot_fuzz::mutate::command::{print, small_capture};
 use sonicshot_fuzz::mutate::{Report, Settings, Subject, run};
+use sonicshot_vmi::Knowledge;
 use std::sync::OnceLock;
 
 fn subject() -> &'static Subject<'static> {
@@ -58,6 +59,29 @@ fn a_lie_in_one_record_drops_nothing_in_use() {
     assert!(of(Kind::Zone).refused > 0);
     assert!(of(Kind::MemSection).refused > 0);
     assert!(of(Kind::Vmcoreinfo).not_opened > 0);
+}
+
+/// The same lies to what finds the kernel's records without types, by VMCOREINFO and by shape.
+/// More by `SONICSHOT_MUTATE_ROUNDS`.
+#[test]
+fn a_lie_to_a_guest_without_types_drops_nothing_in_use() {
+    let rounds = std::env::var("SONICSHOT_MUTATE_ROUNDS").ok();
+    let rounds = rounds.and_then(|rounds| rounds.parse().ok()).unwrap_or(60);
+    for knowledge in [Knowledge::Vmcoreinfo, Knowledge::Shape] {
+        let subject = Subject::new(subject().capture).unwrap();
+        let subject = subject.knowing(knowledge).unwrap();
+        let settings = Settings {
+            rounds,
+            ..Settings::default()
+        };
+        let report = run(&subject, &settings);
+        print(&subject, &report);
+        none_is_lost(&report);
+        let total = report.total();
+        let classified = total.kept_more + total.unmoved;
+        assert!(classified > total.tried / 3, "{knowledge}: {classified}");
+        assert!(total.refused + total.not_opened > 0, "{knowledge}");
+    }
 }
 
 /// The bit that says that a section is online, and every other of the word.

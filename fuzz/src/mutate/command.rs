@@ -3,13 +3,15 @@
 use super::anatomy::Kind;
 use super::capture::Capture;
 use super::{Report, Settings, Subject, run};
+use sonicshot_vmi::Knowledge;
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 const USAGE: &str = "mutate [--capture DIR] [--rounds N] [--seconds N] [--threads N] [--seed N] \
-    [--kind 'struct page,zone,...'] [--all] [--named TEXT] [--lies N] [--at-least N]";
+    [--kind 'struct page,zone,...'] [--all] [--named TEXT] [--lies N] [--at-least N] \
+    [--knowledge types|vmcoreinfo|shape]";
 
 /// Runs the command with the process's arguments.
 pub fn main() -> ExitCode {
@@ -30,6 +32,7 @@ fn command(args: impl Iterator<Item = String>) -> Result<bool, Box<dyn Error + S
     };
     let mut folder = small_capture();
     let mut at_least = 0;
+    let mut knowledge = Knowledge::Types;
     let mut args = args;
     while let Some(option) = args.next() {
         if option == "--all" {
@@ -47,6 +50,11 @@ fn command(args: impl Iterator<Item = String>) -> Result<bool, Box<dyn Error + S
             "--threads" => settings.threads = value.parse()?,
             "--seed" => settings.seed = value.parse()?,
             "--lies" => settings.lies = value.parse()?,
+            "--knowledge" => {
+                let all = [Knowledge::Types, Knowledge::Vmcoreinfo, Knowledge::Shape];
+                let found = all.into_iter().find(|level| level.name() == value);
+                knowledge = found.ok_or(USAGE)?;
+            }
             "--at-least" => at_least = value.parse()?,
             "--named" => settings.named = value,
             "--kind" => {
@@ -59,7 +67,10 @@ fn command(args: impl Iterator<Item = String>) -> Result<bool, Box<dyn Error + S
         }
     }
     let capture = Capture::load(&folder)?;
-    let subject = Subject::new(&capture)?;
+    let mut subject = Subject::new(&capture)?;
+    if knowledge != Knowledge::Types {
+        subject = subject.knowing(knowledge)?;
+    }
     let report = run(&subject, &settings);
     print(&subject, &report);
     let total = report.total();
@@ -79,7 +90,12 @@ pub fn small_capture() -> PathBuf {
 
 /// Prints what was tried and what came of it.
 pub fn print(subject: &Subject<'_>, report: &Report) {
-    println!("{}: {:?}", subject.capture.name, subject.truth.counts());
+    println!(
+        "{}, by {}: {:?}",
+        subject.capture.name,
+        subject.knowledge,
+        subject.truth.counts()
+    );
     println!("kind            tried  no kernel  refused  kept more  unmoved  wrong");
     let line = |name: &str, counts: &super::Counts| {
         println!(

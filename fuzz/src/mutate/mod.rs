@@ -15,7 +15,9 @@ use capture::{Capture, Change, KPF_BUDDY, KPF_IN_USE, KPF_OFFLINE, Overlay};
 use plan::{Mutation, Plan, Rng};
 use sonicshot::{PageClass, PageMap, PageSize, Pfn};
 use sonicshot_vmi::symbols::Vmcoreinfo;
-use sonicshot_vmi::{Classification, Cr3, GuestOptions, LinuxGuest, OnInconsistency, VmiError};
+use sonicshot_vmi::{
+    Classification, Cr3, GuestOptions, Knowledge, LinuxGuest, OnInconsistency, VmiError,
+};
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -33,6 +35,8 @@ pub struct Subject<'c> {
     pub options: GuestOptions,
     /// Blocks on which the unchanged guest's own sources disagree.
     pub explained: u64,
+    /// What the changed guest is taken to tell of itself, at most; truth is what all of it tells.
+    pub knowledge: Knowledge,
 }
 
 /// A frame that would have been lost.
@@ -105,7 +109,34 @@ impl<'c> Subject<'c> {
             truth: pages.map,
             options,
             explained: pages.disagreement.map_or(0, |found| found.blocks),
+            knowledge: Knowledge::Types,
         })
+    }
+
+    /// The same guest, of which no more than this is taken: what types tell of it stays the truth.
+    pub fn knowing(mut self, knowledge: Knowledge) -> Result<Self, Box<dyn Error + Send + Sync>> {
+        self.knowledge = knowledge;
+        self.options = self.options.at_most(knowledge);
+        let overlay = Overlay::new(self.capture);
+        let guest = LinuxGuest::open(&overlay, &self.options)?;
+        if guest.knowledge() != knowledge {
+            return Err(format!("the guest is known by {}", guest.knowledge()).into());
+        }
+        match self.judge(&guest.classify(OnInconsistency::Refuse)?) {
+            Outcome::Classified { kept_more, .. } if kept_more < 1000 => Ok(self),
+            outcome => Err(format!("the unchanged guest: {outcome:?}").into()),
+        }
+    }
+
+    /// Whether the guest must be opened again for these changes. Where the kernel is searched by
+    /// shape opening reads all there is, but of it takes no more than which page tables are the
+    /// kernel's: it is opened again for some of the changes elsewhere.
+    fn must_open(&self, changes: &[Change]) -> bool {
+        const ONE_IN: u64 = 8;
+        let is_read = |change: &Change| self.anatomy.is_read_by_open(change.at, change.bytes.len());
+        let is_one = |change: &Change| (change.at.raw() >> 3).is_multiple_of(ONE_IN);
+        changes.iter().any(is_read)
+            || self.knowledge != Knowledge::Types && changes.iter().any(is_one)
     }
 
     /// Holds what a changed memory gives against the truth.
@@ -170,7 +201,7 @@ impl<'c> Subject<'c> {
     pub fn try_raw(&self, overlay: &Overlay<'_>, changes: &[Change]) -> Outcome {
         overlay.set(changes);
         let done = catch_unwind(AssertUnwindSafe(|| {
-            self.afresh(overlay, &GuestOptions::new())
+            self.afresh(overlay, &GuestOptions::new().at_most(self.knowledge))
         }));
         done.unwrap_or(Outcome::Panicked)
     }
@@ -183,9 +214,7 @@ impl<'c> Subject<'c> {
         guest: &LinuxGuest<'_>,
         changes: &[Change],
     ) -> Outcome {
-        let reopen = changes
-            .iter()
-            .any(|change| self.anatomy.is_read_by_open(change.at, change.bytes.len()));
+        let reopen = self.must_open(changes);
         overlay.set(changes);
         let done = catch_unwind(AssertUnwindSafe(|| {
             if reopen {
