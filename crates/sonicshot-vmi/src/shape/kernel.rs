@@ -385,7 +385,7 @@ fn spanned_pages(
 /// Adds `vm_stat[NR_FREE_PAGES]` to each zone's counter, which holds the per-CPU deltas.
 ///
 /// A word that is chosen because it says what the lists hold says nothing of them. So the place must
-/// be told by more: it is the same in all zones, and with several processors begins a line of the
+/// be told by more: it is the same in all zones, and in a kernel for several processors begins a line of the
 /// cache (`CACHELINE_PADDING(_pad3_)`); behind it are counters, too, of which some are not zero; and
 /// only one such place is within the bound for all zones.
 fn count(
@@ -404,7 +404,7 @@ fn count(
         !per_cpu.with_deltas,
     );
     let bound = bound.ok_or_else(|| unsupported("zones without counters"))?;
-    let has_lines = per_cpu.offsets.len() > 1;
+    let has_lines = !per_cpu.offsets.is_empty() && per_cpu.offsets != [0];
     let word = |zone: &Listed, offset: u64| heads.word(zone.array.raw(), offset);
     let fits = |zone: &Listed, found: &Zone, offset: u64| {
         let at = zone.array.raw().checked_add(offset);

@@ -456,6 +456,54 @@ fn a_zone_of_an_earlier_boot_is_none() {
     }
 }
 
+#[test]
+fn a_counter_that_is_chosen_because_it_agrees_is_none() {
+    const LINE: usize = 64;
+    let ram = testdata();
+    let node = Node::new(&ram);
+    let counters = [node.at, node.at + node.zone_size].map(|zone| zone + node.vm_stat);
+    type Change<'a> = &'a dyn Fn(&mut [u8], usize);
+    let table: [(Change<'_>, Option<&str>); 4] = [
+        (&|_, _| {}, None),
+        // The counter says something else, and another word what the lists hold.
+        (
+            &|ram, at| {
+                let counted = u64_at(ram, at);
+                put(ram, at, counted + 100_000);
+                put(ram, at - LINE + 8, counted);
+            },
+            Some("0 places"),
+        ),
+        // The same at the begin of a line, with numbers behind it that are no counters.
+        (
+            &|ram, at| {
+                let counted = u64_at(ram, at);
+                put(ram, at, counted + 100_000);
+                put(ram, at - LINE, counted);
+                put(ram, at - LINE + 8, u64::MAX / 2);
+            },
+            Some("0 places"),
+        ),
+        // Two lines that say the same.
+        (
+            &|ram, at| ram.copy_within(at..at + LINE, at - LINE),
+            Some("2 places"),
+        ),
+    ];
+    for (change, refused) in table {
+        let mut ram = ram.clone();
+        for at in counters {
+            change(&mut ram, at);
+        }
+        let found = classify(&ram, Knowledge::Shape, None);
+        match (refused, found) {
+            (None, Ok(_)) => {}
+            (Some(text), Err(error)) => assert!(error.contains(text), "{error}"),
+            (refused, found) => panic!("{refused:?}: {:?}", found.err()),
+        }
+    }
+}
+
 /// Memory of a kernel that crashed.
 struct Crashed<'a>(MappedRegions<'a>);
 
