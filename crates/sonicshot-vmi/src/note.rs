@@ -124,6 +124,17 @@ impl fmt::Display for TracesSought {
     }
 }
 
+/// Says that symbol files are not used, and why.
+fn not_used(files: &[PathBuf], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let names: Vec<String> = files.iter().map(|f| f.display().to_string()).collect();
+    write!(
+        f,
+        "not used: {}, for the kernel has no VMCOREINFO, which would tell that they are of its build \
+         and where it lies",
+        names.join(", ")
+    )
+}
+
 impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -166,16 +177,7 @@ impl fmt::Display for Note {
                 f,
                 "what the file tells of the processors is not believed: {why}; {instead}"
             ),
-            Self::SymbolFilesNotUsed { files } => {
-                let files: Vec<String> = files.iter().map(|f| f.display().to_string()).collect();
-                write!(
-                    f,
-                    "{} {} not used: the kernel has no VMCOREINFO, which would tell that they are of \
-                     its build and where it lies",
-                    files.join(", "),
-                    if files.len() == 1 { "is" } else { "are" },
-                )
-            }
+            Self::SymbolFilesNotUsed { files } => not_used(files, f),
             Self::CrashDump => {
                 f.write_str("a crash dump: this kernel was dead when its memory was written down")
             }
