@@ -1,6 +1,7 @@
 //! The kernel's symbols and types from all sources together.
 
 use crate::VirtualMemory;
+use crate::arch;
 use crate::error::VmiError;
 use crate::needs;
 use crate::symbols::{Member, SymbolBase, SymbolSource, Vmcoreinfo};
@@ -88,9 +89,14 @@ impl<'m> Kernel<'m> {
         name: &str,
     ) -> Result<Option<KernelVa>, VmiError> {
         debug_assert!(needs::has_symbol(name), "{name}: no row of needs.rs");
-        Ok(source.symbol(name)?.map(|at| match source.base() {
-            SymbolBase::Linked => at.wrapping_add(self.build.kaslr),
-            SymbolBase::Running => at,
+        let Some(at) = source.symbol(name)? else {
+            return Ok(None);
+        };
+        // Where a per-CPU variable has its place in each area for a symbol, KASLR does not move it.
+        let is_moved = source.base() == SymbolBase::Linked && arch::of(self)?.is_pointer(at.raw());
+        Ok(Some(match is_moved {
+            true => at.wrapping_add(self.build.kaslr),
+            false => at,
         }))
     }
 
@@ -307,6 +313,8 @@ pub(crate) mod testing {
         pub sizes: HashMap<&'static str, u64>,
         pub members: HashMap<(&'static str, &'static str), Member>,
         pub constants: HashMap<&'static str, i64>,
+        /// Whether the symbols are a file's.
+        pub linked: bool,
     }
 
     impl Facts {
@@ -325,7 +333,10 @@ pub(crate) mod testing {
             "a test"
         }
         fn base(&self) -> SymbolBase {
-            SymbolBase::Running
+            match self.linked {
+                true => SymbolBase::Linked,
+                false => SymbolBase::Running,
+            }
         }
         fn symbol(&self, name: &str) -> Result<Option<KernelVa>, SymbolError> {
             Ok(self.symbols.get(name).copied().map(KernelVa::new))
@@ -435,5 +446,28 @@ pub(crate) mod testing {
         let mut kernel = Kernel::new(space, build);
         kernel.add(Box::new(facts));
         kernel
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::{Facts, Ram, kernel};
+    use crate::KernelVa;
+
+    #[test]
+    fn kaslr_moves_the_image_and_no_place_in_a_per_cpu_area() {
+        let ram = Ram::new(8 << 20);
+        let memory = ram.memory();
+        let mut facts = Facts {
+            linked: true,
+            ..Facts::default()
+        };
+        facts.symbols.insert("init_task", 0xffff_ffff_8200_0000);
+        facts.symbols.insert("this_cpu_off", 0x1_9168);
+        let mut kernel = kernel(&memory, facts);
+        kernel.build.kaslr = 0x16e0_0000;
+        let at = |name| kernel.symbol(name).unwrap().map(KernelVa::raw);
+        assert_eq!(at("init_task"), Some(0xffff_ffff_98e0_0000));
+        assert_eq!(at("this_cpu_off"), Some(0x1_9168));
     }
 }
