@@ -1,5 +1,7 @@
 //! The kernel's own address space: virtual to guest-physical.
 
+use crate::deadline::Deadline;
+use crate::error::VmiError;
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use sonicshot::{Gpa, GuestMemory, MemoryError};
 
@@ -29,7 +31,8 @@ pub(crate) trait Paging: Send + Sync + core::fmt::Debug {
         &self,
         memory: &dyn GuestMemory,
         most: usize,
-    ) -> Result<Vec<KernelVa>, MemoryError>;
+        deadline: &Deadline,
+    ) -> Result<Vec<KernelVa>, VmiError>;
 }
 
 /// Where a virtual address lies.

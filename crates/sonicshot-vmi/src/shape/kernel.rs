@@ -110,7 +110,13 @@ impl<'m> Search<'m> {
     fn root(&mut self, at: Gpa, levels: u32, records: &records::Records) -> Result<(), VmiError> {
         let what = "page tables that may be a kernel's";
         let walk = self.arch.walk(at, levels);
-        for root in roots::stand(self.memory, walk.as_ref(), at, self.told, records)? {
+        for root in roots::stand(
+            self.memory,
+            walk.as_ref(),
+            (at, self.told),
+            records,
+            &self.deadline,
+        )? {
             self.deadline.check(what, self.tried, self.all)?;
             // Every process has its own top table; all lead to the same struct pages.
             let is_same = |found: &Candidate<'_>| {
@@ -199,7 +205,8 @@ impl<'m> Search<'m> {
                 "nothing looks like a free page's record: it is encrypted, or no Linux",
             )),
             (None, None) => Err(nothing(&format!(
-                "no page table leads to what looks like the records of free pages ({records} of                  them, {} page tables)",
+                "no page table leads to what looks like the records of free pages ({records} of \
+                 them, {} page tables)",
                 self.all
             ))),
         }

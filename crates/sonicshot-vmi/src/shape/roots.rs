@@ -11,6 +11,7 @@
 
 use super::records::{LRU, Records};
 use crate::KernelVa;
+use crate::deadline::Deadline;
 use crate::error::VmiError;
 use crate::paging::Paging;
 use sonicshot::{Gpa, GuestMemory};
@@ -45,13 +46,13 @@ pub(crate) struct Root {
 /// runs on (`told`) anywhere, of others only where records lead to each other.
 ///
 /// # Errors
-/// [`VmiError::TooMany`] if the tables map more stretches than a kernel's.
+/// [`VmiError::TooMany`] if the tables map more stretches than a kernel's, [`VmiError::OutOfTime`].
 pub(crate) fn stand(
     memory: &dyn GuestMemory,
     walk: &dyn Paging,
-    at: Gpa,
-    told: bool,
+    (at, told): (Gpa, bool),
     records: &Records,
+    deadline: &Deadline,
 ) -> Result<Vec<Root>, VmiError> {
     let place = |va: u64| {
         let there = walk.translate(memory, KernelVa::new(va)).ok().flatten()?;
@@ -61,7 +62,7 @@ pub(crate) fn stand(
     if nodes.is_empty() && !told {
         return Ok(Vec::new());
     }
-    let stretches = walk.stretches(memory, MAX_STRETCHES)?;
+    let stretches = walk.stretches(memory, MAX_STRETCHES, deadline)?;
     if stretches.len() > MAX_STRETCHES {
         return Err(VmiError::TooMany {
             what: "stretches of mappings in the kernel half of a page table",

@@ -1,6 +1,8 @@
 //! x86-64 page tables, four and five levels (Intel SDM vol. 3, 4.5).
 
 use crate::KernelVa;
+use crate::deadline::Deadline;
+use crate::error::VmiError;
 use crate::paging::{Paging, Translation};
 use sonicshot::{Gpa, GuestMemory, MemoryError, Mfn, P2m, PageSize, Pfn, PfnRange};
 use std::collections::HashSet;
@@ -113,26 +115,39 @@ impl Paging for Walk {
         &self,
         memory: &dyn GuestMemory,
         most: usize,
-    ) -> Result<Vec<KernelVa>, MemoryError> {
-        let mut found = Vec::new();
+        deadline: &Deadline,
+    ) -> Result<Vec<KernelVa>, VmiError> {
+        let mut search = Stretches {
+            walk: self,
+            memory,
+            most,
+            deadline,
+            tables: 0,
+            found: Vec::new(),
+        };
         // All bits above those that the tables take are the same.
         let bits = self.levels.saturating_mul(9).saturating_add(12);
         let from = u64::MAX.checked_shl(bits).unwrap_or(0);
-        self.add_stretches(memory, (self.root, self.levels), from, most, &mut found)?;
-        Ok(found)
+        search.add((self.root, self.levels), from)?;
+        Ok(search.found)
     }
 }
 
-impl Walk {
+/// The search for stretches of mappings. How many tables there are the guest says, and one may
+/// stand in for many.
+struct Stretches<'a> {
+    walk: &'a Walk,
+    memory: &'a dyn GuestMemory,
+    most: usize,
+    deadline: &'a Deadline,
+    /// So many tables were gone through.
+    tables: u64,
+    found: Vec<KernelVa>,
+}
+
+impl Stretches<'_> {
     /// Adds the stretches that the table at `table` has, whose entries begin at `from`.
-    fn add_stretches(
-        &self,
-        memory: &dyn GuestMemory,
-        (table, level): (Gpa, u32),
-        from: u64,
-        most: usize,
-        found: &mut Vec<KernelVa>,
-    ) -> Result<(), MemoryError> {
+    fn add(&mut self, (table, level): (Gpa, u32), from: u64) -> Result<(), VmiError> {
         /// So many bytes are mapped by an entry of a table of this level.
         const LEVEL: u32 = 3;
         let Some(each) = level
@@ -142,16 +157,19 @@ impl Walk {
         else {
             return Ok(());
         };
+        self.tables = self.tables.saturating_add(1);
+        let all = self.memory.layout().bytes() >> 12;
+        self.deadline.check("page tables", self.tables, all)?;
         let mut entries = [0; 4096];
-        match memory.read(table, &mut entries) {
+        match self.memory.read(table, &mut entries) {
             // The firmware's or a device's: nothing of the kernel's is found there.
             Err(MemoryError::NotRam { .. } | MemoryError::Absent { .. }) => return Ok(()),
             read => read?,
         }
         let (entries, _) = entries.as_chunks::<8>();
-        let first = if level == self.levels { 256 } else { 0 };
+        let first = if level == self.walk.levels { 256 } else { 0 };
         for (index, entry) in (0_u64..).zip(entries).skip(first) {
-            if found.len() > most {
+            if self.found.len() > self.most {
                 break;
             }
             let entry = u64::from_le_bytes(*entry);
@@ -160,18 +178,17 @@ impl Walk {
             }
             let at = from.wrapping_add(index.wrapping_mul(each));
             if level > LEVEL {
-                if let Some(next) = guest_address(memory, entry & ADDRESS) {
-                    let below = (next, level.saturating_sub(1));
-                    self.add_stretches(memory, below, at, most, found)?;
+                if let Some(next) = guest_address(self.memory, entry & ADDRESS) {
+                    self.add((next, level.saturating_sub(1)), at)?;
                 }
                 continue;
             }
             let is_mapped = |at: u64| {
-                let there = self.translate(memory, KernelVa::new(at));
+                let there = self.walk.translate(self.memory, KernelVa::new(at));
                 matches!(there, Ok(Some(_)))
             };
             if is_mapped(at) && !is_mapped(at.wrapping_sub(1)) {
-                found.push(KernelVa::new(at));
+                self.found.push(KernelVa::new(at));
             }
         }
         Ok(())
@@ -212,6 +229,7 @@ fn guest_address(memory: &dyn GuestMemory, named: u64) -> Option<Gpa> {
 mod tests {
     use super::Walk;
     use crate::KernelVa;
+    use crate::deadline::Deadline;
     use crate::paging::{Paging, Translation};
     use sonicshot::{
         Gpa, GuestBytes, GuestMemory, MappedRegions, MemoryError, Mfn, P2m, Pfn, RamLayout,
@@ -313,12 +331,15 @@ mod tests {
         let memory =
             MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&tables))]).unwrap();
         let walk = Walk::new(Gpa::new(0x1000), 4);
-        let found = walk.stretches(&memory, 10).unwrap();
+        let found = walk.stretches(&memory, 10, &Deadline::new()).unwrap();
         let gib =
             |top: u64, number: u64| KernelVa::new(0xffff_0000_0000_0000 | top << 39 | number << 30);
         let all = [gib(0x111, 7), gib(0x111, 11), gib(0x1ff, 7), gib(0x1ff, 11)];
         assert_eq!(found, all);
-        assert_eq!(walk.stretches(&memory, 1).unwrap(), all[..2]);
+        assert_eq!(
+            walk.stretches(&memory, 1, &Deadline::new()).unwrap(),
+            all[..2]
+        );
     }
 
     #[test]
