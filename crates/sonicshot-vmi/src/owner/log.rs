@@ -30,14 +30,59 @@ struct Ring<'k, 'm> {
     data: KernelVa,
     count_bits: u32,
     size_bits: u32,
+    places: Places,
 }
 
-/// All lines that the log still has, the oldest first.
+/// Where the words of a line are.
+struct Places {
+    desc_size: u64,
+    state: u64,
+    begin: u64,
+    next: u64,
+    info_size: u64,
+    text_len: u64,
+    device: u64,
+    seq: u64,
+    time: u64,
+}
+
+impl Places {
+    fn of(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
+        const DESC: &str = "prb_desc";
+        const INFO: &str = "printk_info";
+        let block = offset(kernel, DESC, "text_blk_lpos")?;
+        let in_block = |name| {
+            let inside = offset(kernel, "prb_data_blk_lpos", name)?;
+            block.checked_add(inside).ok_or_else(|| VmiError::Missing {
+                what: format!("prb_data_blk_lpos.{name}"),
+                sources: "VMCOREINFO".into(),
+            })
+        };
+        Ok(Self {
+            desc_size: size(kernel, DESC)?,
+            state: offset(kernel, DESC, "state_var")?,
+            begin: in_block("begin")?,
+            next: in_block("next")?,
+            info_size: size(kernel, INFO)?,
+            text_len: offset(kernel, INFO, "text_len")?,
+            // `dev_printk_info.subsystem` is its first member.
+            device: offset(kernel, INFO, "dev_info")?,
+            seq: offset(kernel, INFO, "seq")?,
+            time: offset(kernel, INFO, "ts_nsec")?,
+        })
+    }
+}
+
+/// Calls `each` with every line that the log still has, the oldest first, until it returns `false`.
+/// They are not held: the guest says how many there are.
 ///
 /// # Errors
 /// [`VmiError::Missing`] if VMCOREINFO does not tell of it, [`VmiError::Corrupt`] if it is none,
 /// and what reading gives.
-pub(crate) fn lines(kernel: &Kernel<'_>) -> Result<Vec<Line>, VmiError> {
+pub(crate) fn lines(
+    kernel: &Kernel<'_>,
+    each: &mut dyn FnMut(Line) -> bool,
+) -> Result<(), VmiError> {
     const RING: &str = "printk_ringbuffer";
     let variable = told(kernel, "symbol prb", |info| info.symbol("prb"))?;
     let ring = kernel.read_ptr("prb", variable)?;
@@ -63,17 +108,17 @@ pub(crate) fn lines(kernel: &Kernel<'_>) -> Result<Vec<Line>, VmiError> {
         data: kernel.read_ptr("prb_data_ring.data", of_data("data")?)?,
         count_bits,
         size_bits,
+        places: Places::of(kernel)?,
     };
-    let mut found = Vec::new();
     let mut id = tail;
     for _ in 0..lines {
-        found.extend(ring.line(id)?);
-        if id == head {
+        let goes_on = ring.line(id)?.is_none_or(&mut *each);
+        if id == head || !goes_on {
             break;
         }
         id = id.wrapping_add(1) & ID;
     }
-    Ok(found)
+    Ok(())
 }
 
 /// Of `prb_desc.state_var` what is the identifier; above is the state.
@@ -84,29 +129,17 @@ const WHOLE: core::ops::RangeInclusive<u64> = 1..=2;
 impl Ring<'_, '_> {
     /// The line that the descriptor with this identifier is of, if it is whole.
     fn line(&self, id: u64) -> Result<Option<Line>, VmiError> {
-        let kernel = self.kernel;
+        let (kernel, places) = (self.kernel, &self.places);
         let mask = |bits: u32| (1_u64 << bits.min(63)).wrapping_sub(1);
         let index = id & mask(self.count_bits);
-        let desc = |name: &str| {
-            let size = size(kernel, "prb_desc")?;
-            let offset = offset(kernel, "prb_desc", name)?;
-            element("prb_desc", self.descs, index, size, offset)
+        let desc = |what, offset| {
+            let at = element(what, self.descs, index, places.desc_size, offset)?;
+            kernel.read_u64(what, at)
         };
-        let info = |name: &str| {
-            let size = size(kernel, "printk_info")?;
-            let offset = offset(kernel, "printk_info", name)?;
-            element("printk_info", self.infos, index, size, offset)
-        };
-        let state = kernel.read_u64("prb_desc.state_var", desc("state_var")?)?;
-        let place = desc("text_blk_lpos")?;
-        let position = |name: &str| {
-            let offset = offset(kernel, "prb_data_blk_lpos", name)?;
-            kernel.read_u64(
-                "prb_desc.text_blk_lpos",
-                element("prb_desc", place, 0, 0, offset)?,
-            )
-        };
-        let (begin, next) = (position("begin")?, position("next")?);
+        let info = |what, offset| element(what, self.infos, index, places.info_size, offset);
+        let state = desc("prb_desc.state_var", places.state)?;
+        let begin = desc("prb_desc.text_blk_lpos.begin", places.begin)?;
+        let next = desc("prb_desc.text_blk_lpos.next", places.next)?;
         // A line without text has an odd place.
         if state & ID != id || !WHOLE.contains(&(state >> 62)) || begin & 1 != 0 {
             return Ok(None);
@@ -118,20 +151,22 @@ impl Ring<'_, '_> {
         } else {
             begin & mask(self.size_bits)
         };
-        let len = kernel.read_u32("printk_info.text_len", info("text_len")?)?;
+        let what = "printk_info.text_len";
+        let len = kernel.read_u32(what, info(what, places.text_len)?)?;
         let len = u64::from(len & 0xffff).min(MAX_TEXT);
         // Before the text stands the descriptor's identifier.
         let at = element("the log's text", self.data, 0, 0, at.saturating_add(8))?;
         let mut text = vec![0; usize::try_from(len).unwrap_or(0)];
         let read = kernel.space.read(at, &mut text);
         read.map_err(VmiError::read("the log's text"))?;
-        // `dev_printk_info.subsystem` is its first member.
         let mut device = [0];
-        let read = kernel.space.read(info("dev_info")?, &mut device);
-        read.map_err(VmiError::read("printk_info.dev_info"))?;
+        let what = "printk_info.dev_info";
+        let read = kernel.space.read(info(what, places.device)?, &mut device);
+        read.map_err(VmiError::read(what))?;
+        let (seq, time) = ("printk_info.seq", "printk_info.ts_nsec");
         Ok(Some(Line {
-            seq: kernel.read_u64("printk_info.seq", info("seq")?)?,
-            time: kernel.read_u64("printk_info.ts_nsec", info("ts_nsec")?)?,
+            seq: kernel.read_u64(seq, info(seq, places.seq)?)?,
+            time: kernel.read_u64(time, info(time, places.time)?)?,
             of_device: device != [0],
             text: String::from_utf8_lossy(&text).into_owned(),
         }))

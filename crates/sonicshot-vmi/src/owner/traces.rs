@@ -181,14 +181,14 @@ fn log_end(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         "kexec_core: Starting new kernel",
         "kexec: Starting new kernel",
     ];
-    let lines = log::lines(kernel)?;
-    let is_last = |line: &&log::Line| LAST.iter().any(|last| line.text.starts_with(last));
-    let found = lines.iter().filter(is_last);
-    let traces: Vec<Trace> = found
-        .map(|line| Trace::Log {
-            line: line.text.clone(),
-        })
-        .collect();
+    let mut traces = Vec::new();
+    log::lines(kernel, &mut |line| {
+        if LAST.iter().any(|last| line.text.starts_with(last)) {
+            traces.push(Trace::Log { line: line.text });
+        }
+        // One is enough: a process may have written many.
+        traces.is_empty()
+    })?;
     Ok(traces.into())
 }
 

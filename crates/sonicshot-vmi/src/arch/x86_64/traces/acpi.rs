@@ -9,6 +9,9 @@ use crate::kernel::{Kernel, element};
 use crate::owner::log::{self, Line};
 use sonicshot::{Gpa, MemoryError};
 
+/// No machine has more.
+const MAX_TABLES: usize = 256;
+
 /// The test for a trace in them.
 pub(super) fn firmware(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     let root = kernel.read_u64("boot_params", boot_params(kernel, "acpi_rsdp_addr")?)?;
@@ -31,8 +34,14 @@ pub(super) fn firmware(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
 /// (`acpi_tb_print_table_header`, `drivers/acpi/acpica/tbprint.c`).
 pub(super) fn firmware_by_log(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     const ROOT: u32 = u32::from_le_bytes(*b"RSDP");
-    let lines = log::lines(kernel)?;
-    let tables: Vec<Listed> = lines.iter().filter_map(Listed::of_line).collect();
+    let mut tables = Vec::new();
+    log::lines(kernel, &mut |line| {
+        tables.extend(Listed::of_line(&line));
+        tables.len() <= MAX_TABLES
+    })?;
+    if tables.len() > MAX_TABLES {
+        return not_made("the kernel's log names more ACPI tables than there are");
+    }
     let Some(root) = tables.iter().find(|table| table.name == ROOT) else {
         return not_made("the kernel's log does not tell where the ACPI tables are");
     };
@@ -114,7 +123,6 @@ struct Listed {
 
 /// The tables in memory that the kernel has listed (`acpi_gbl_root_table_list`).
 fn listed(kernel: &Kernel<'_>) -> Result<Vec<Listed>, VmiError> {
-    const MAX_TABLES: u32 = 256;
     /// `ACPI_TABLE_ORIGIN_MASK` and `ACPI_TABLE_ORIGIN_INTERNAL_PHYSICAL`.
     const ORIGIN: u32 = 3;
     const PHYSICAL: u32 = 1;
@@ -126,7 +134,7 @@ fn listed(kernel: &Kernel<'_>) -> Result<Vec<Listed>, VmiError> {
     let tables = kernel.read_ptr("acpi_table_list.tables", list_at("tables")?)?;
     let count_at = list_at("current_table_count")?;
     let count = kernel.read_u32("acpi_table_list.current_table_count", count_at)?;
-    if count > MAX_TABLES {
+    if u64::from(count) > MAX_TABLES as u64 {
         return Err(VmiError::Corrupt {
             what: "acpi_table_list.current_table_count",
             at: count_at,

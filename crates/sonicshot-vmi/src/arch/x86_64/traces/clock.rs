@@ -193,35 +193,37 @@ fn fits(kernel_second: u64, bios: [u64; 2], day: u64, most: u64) -> bool {
 
 /// The second at which the kernel started, by the line of its log with which it sets its clock from
 /// the chip (`drivers/rtc/class.c`): that is the chip which the BIOS's clock is set from.
-fn start_by_log(lines: &[Line]) -> Option<u64> {
+fn start_by_line(line: &Line) -> Option<u64> {
     const NANOSECONDS: u64 = 1_000_000_000;
-    let set = |line: &Line| {
-        let (chip, rest) = line.text.split_once(": setting system clock to ")?;
-        let (_, second) = rest.rsplit_once('(')?;
-        let second = second.strip_suffix(')')?.parse::<u64>().ok()?;
-        let is_chips = line.of_device && chip.starts_with("rtc_cmos ");
-        second
-            .checked_sub(line.time.checked_div(NANOSECONDS)?)
-            .filter(|_| is_chips)
-    };
-    lines.iter().find_map(set)
+    let (chip, rest) = line.text.split_once(": setting system clock to ")?;
+    let (_, second) = rest.rsplit_once('(')?;
+    let second = second.strip_suffix(')')?.parse::<u64>().ok()?;
+    let is_chips = line.of_device && chip.starts_with("rtc_cmos ");
+    let before = line.time.checked_div(NANOSECONDS)?;
+    second.checked_sub(before).filter(|_| is_chips)
 }
 
 /// As [`bios_clock`], of a kernel of which no types tell.
 pub(super) fn bios_clock_by_log(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
-    let lines = log::lines(kernel)?;
-    if lines.iter().any(|line| line.text.starts_with("efi: EFI v")) {
+    let (mut first, mut start, mut by_efi) = (None, None, false);
+    log::lines(kernel, &mut |line| {
+        first.get_or_insert(line.seq);
+        start = start.or_else(|| start_by_line(&line));
+        by_efi |= line.text.starts_with("efi: EFI v");
+        true
+    })?;
+    if by_efi {
         return not_made("the kernel was started by EFI");
     }
     let bios = match bios_seconds(kernel)? {
         Ok(bios) => bios,
         // An EFI firmware has no such data area, and the first lines tell of it.
-        Err(NO_BIOS) if lines.first().is_none_or(|line| line.seq != 0) => {
+        Err(NO_BIOS) if first != Some(0) => {
             return not_made("the kernel's log has lost its begin");
         }
         Err(why) => return not_made(why),
     };
-    let Some(second) = start_by_log(&lines) else {
+    let Some(second) = start else {
         return not_made("the kernel's log does not tell when it set its clock from the chip");
     };
     let kernel_second = second % SECONDS_PER_DAY;
