@@ -19,8 +19,8 @@ use crate::format::raw;
 use crate::prune::stats::PruneStats;
 use crate::snapshot::{Named, SnapshotFiles, Vmm};
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{self, DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde::{Deserialize, Deserializer, forward_to_deserialize_any};
+use serde::de::{self, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use sonicshot::{FileOffset, Gpa, GpaRange, PrunePlan};
 use std::fmt;
 use std::fs::File;
@@ -38,8 +38,6 @@ const MAX_METADATA: u64 = 64 << 20;
 /// No guest's memory is in more stretches; a region counts for as many as it takes in memory.
 const MAX_STRETCHES: usize = 1 << 21;
 const REGION_COUNTS: usize = 3;
-/// As deep as the metadata nest, and a bit.
-const MAX_DEPTH: u32 = 8;
 /// A short file must not claim a lot of memory: not more than this for each byte, and 64 MiB.
 const MAX_SPARSENESS: u64 = 256;
 const SMALL: u64 = 64 << 20;
@@ -244,7 +242,7 @@ fn parse(bytes: &[u8]) -> Result<Metadata, Box<dyn std::error::Error + Send + Sy
     if bytes.first() == Some(&b'{') {
         return Ok(serde_json::from_slice(bytes)?);
     }
-    Ok(Metadata::deserialize(&mut Cbor::new(bytes))?)
+    Ok(ciborium::from_reader(bytes)?)
 }
 
 /// Where each stretch of the regions is in a `mem` of `len` bytes.
@@ -356,152 +354,13 @@ impl InPlace for CrosvmDump {
     }
 }
 
-/// As much of CBOR (RFC 8949) as the metadata need: numbers, texts, lists and tables of stated
-/// length.
-struct Cbor<'a> {
-    rest: &'a [u8],
-    /// So many lists and tables may still be in each other.
-    depth: u32,
-}
-
-const NOT_CBOR: &str = "it is neither JSON nor CBOR";
-const LIST: u8 = 4;
-const TABLE: u8 = 5;
-const TEXT: u8 = 3;
-
-impl<'a> Cbor<'a> {
-    fn new(bytes: &'a [u8]) -> Self {
-        Self {
-            rest: bytes,
-            depth: MAX_DEPTH,
-        }
-    }
-
-    fn bytes(&mut self, len: usize) -> Option<&'a [u8]> {
-        let (now, later) = self.rest.split_at_checked(len)?;
-        self.rest = later;
-        Some(now)
-    }
-
-    /// An item's kind, and its number or length.
-    fn head(&mut self) -> Option<(u8, u64)> {
-        let first = *self.bytes(1)?.first()?;
-        let number = match first & 0x1f {
-            small @ 0..=23 => small.into(),
-            size @ 24..=27 => {
-                let len = 1_usize << (size & 3);
-                let bytes = self.bytes(len)?.iter();
-                bytes.fold(0_u64, |number, byte| number << 8 | u64::from(*byte))
-            }
-            _ => return None,
-        };
-        Some((first >> 5, number))
-    }
-
-    fn text(&mut self, len: u64) -> Option<&'a str> {
-        std::str::from_utf8(self.bytes(usize::try_from(len).ok()?)?).ok()
-    }
-}
-
-fn not_cbor() -> de::value::Error {
-    de::Error::custom(NOT_CBOR)
-}
-
-impl<'de> Deserializer<'de> for &mut Cbor<'de> {
-    type Error = de::value::Error;
-
-    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
-        let (kind, number) = self.head().ok_or_else(not_cbor)?;
-        match (kind, number) {
-            (0, number) => visitor.visit_u64(number),
-            (TEXT, len) => visitor.visit_borrowed_str(self.text(len).ok_or_else(not_cbor)?),
-            (LIST | TABLE, left) => {
-                let depth = self.depth;
-                self.depth = depth.checked_sub(1).ok_or_else(not_cbor)?;
-                let mut items = Items { cbor: self, left };
-                let value = match kind {
-                    LIST => visitor.visit_seq(&mut items)?,
-                    _ => visitor.visit_map(&mut items)?,
-                };
-                if items.left != 0 {
-                    return Err(not_cbor());
-                }
-                items.cbor.depth = depth;
-                Ok(value)
-            }
-            (7, 20) => visitor.visit_bool(false),
-            (7, 21) => visitor.visit_bool(true),
-            (7, 22) => visitor.visit_unit(),
-            _ => Err(not_cbor()),
-        }
-    }
-
-    forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option
-        unit unit_struct newtype_struct seq tuple tuple_struct map struct enum identifier
-        ignored_any
-    }
-}
-
-/// What is in a list or table: each item takes a byte at least, so that it ends with the bytes.
-struct Items<'a, 'de> {
-    cbor: &'a mut Cbor<'de>,
-    left: u64,
-}
-
-impl Items<'_, '_> {
-    /// Goes on to the next item, if there is one.
-    fn next(&mut self) -> Option<()> {
-        self.left = self.left.checked_sub(1)?;
-        Some(())
-    }
-}
-
-impl<'de> SeqAccess<'de> for &mut Items<'_, 'de> {
-    type Error = de::value::Error;
-
-    fn next_element_seed<T: DeserializeSeed<'de>>(
-        &mut self,
-        seed: T,
-    ) -> Result<Option<T::Value>, Self::Error> {
-        let next = self.next().map(|()| seed.deserialize(&mut *self.cbor));
-        next.transpose()
-    }
-}
-
-impl<'de> MapAccess<'de> for &mut Items<'_, 'de> {
-    type Error = de::value::Error;
-
-    fn next_key_seed<K: DeserializeSeed<'de>>(
-        &mut self,
-        seed: K,
-    ) -> Result<Option<K::Value>, Self::Error> {
-        if self.next().is_none() {
-            return Ok(None);
-        }
-        // A field would be found by its number too.
-        if self.cbor.rest.first().map(|first| first >> 5) != Some(TEXT) {
-            return Err(not_cbor());
-        }
-        seed.deserialize(&mut *self.cbor).map(Some)
-    }
-
-    fn next_value_seed<V: DeserializeSeed<'de>>(
-        &mut self,
-        seed: V,
-    ) -> Result<V::Value, Self::Error> {
-        seed.deserialize(&mut *self.cbor)
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{Cbor, KIND, METADATA, parse};
+    use super::{KIND, METADATA, parse};
     use crate::{
         CheckedPlan, Dump, DumpError, NewFolder, Overwrite, PruneStats, SnapshotFiles, Vmm,
     };
     use proptest::prelude::*;
-    use serde::Deserialize;
     use serde_json::{Value, json};
     use sonicshot::{
         DropClasses, Fill, Gpa, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange, PrunePlan,
@@ -526,51 +385,10 @@ mod tests {
         ]})
     }
 
-    fn head(kind: u8, number: u64, out: &mut Vec<u8>) {
-        let kind = kind << 5;
-        match number {
-            0..=23 => out.push(kind | u8::try_from(number).unwrap()),
-            24..=0xff => out.extend([kind | 24, u8::try_from(number).unwrap()]),
-            0x100..=0xffff => {
-                out.push(kind | 25);
-                out.extend(u16::try_from(number).unwrap().to_be_bytes());
-            }
-            0x1_0000..=0xffff_ffff => {
-                out.push(kind | 26);
-                out.extend(u32::try_from(number).unwrap().to_be_bytes());
-            }
-            _ => {
-                out.push(kind | 27);
-                out.extend(number.to_be_bytes());
-            }
-        }
-    }
-
-    fn cbor(value: &Value, out: &mut Vec<u8>) {
-        match value {
-            Value::Number(number) => head(0, number.as_u64().unwrap(), out),
-            Value::String(text) => {
-                head(3, text.len() as u64, out);
-                out.extend(text.as_bytes());
-            }
-            Value::Array(items) => {
-                head(4, items.len() as u64, out);
-                items.iter().for_each(|item| cbor(item, out));
-            }
-            Value::Object(table) => {
-                head(5, table.len() as u64, out);
-                for (key, value) in table {
-                    cbor(&Value::from(key.as_str()), out);
-                    cbor(value, out);
-                }
-            }
-            Value::Bool(flag) => head(7, 20 + u64::from(*flag), out),
-            other => panic!("{other}"),
-        }
-    }
-
-    fn item(bytes: &[u8]) -> Option<Value> {
-        Value::deserialize(&mut Cbor::new(bytes)).ok()
+    fn cbor(value: &Value) -> Vec<u8> {
+        let mut out = Vec::new();
+        ciborium::into_writer(value, &mut out).unwrap();
+        out
     }
 
     fn folder(metadata: &[u8]) -> (TempDir, PathBuf) {
@@ -597,9 +415,7 @@ mod tests {
 
     #[test]
     fn memory_is_where_the_metadata_say() {
-        let mut packed = Vec::new();
-        cbor(&metadata(), &mut packed);
-        for metadata in [metadata().to_string().into_bytes(), packed] {
+        for metadata in [metadata().to_string().into_bytes(), cbor(&metadata())] {
             let (folder, path) = folder(&metadata);
             for named in [folder.path(), &path] {
                 let files = SnapshotFiles::find(named, None, None).unwrap();
@@ -808,6 +624,21 @@ mod tests {
     }
 
     #[test]
+    fn metadata_that_are_cut_short_are_none() {
+        for whole in [metadata().to_string().into_bytes(), cbor(&metadata())] {
+            assert!(parse(&whole).is_ok());
+            for len in 0..whole.len() {
+                assert!(parse(&whole[..len]).is_err(), "{len}");
+            }
+        }
+        // Lists in each other without end, which nobody asked for.
+        for (first, list) in [(&b"\xa1\x61x"[..], 0x81), (b"{\"x\":", b'[')] {
+            let deep = [first, &vec![list; 1 << 20]].concat();
+            assert!(parse(&deep).is_err());
+        }
+    }
+
+    #[test]
     fn packed_or_encrypted_memory_is_not_read() {
         let (_folder, path) = folder(metadata().to_string().as_bytes());
         fs::write(path.with_file_name("enc_metadata"), "").unwrap();
@@ -833,29 +664,6 @@ mod tests {
     }
 
     proptest! {
-        #[test]
-        fn cbor_is_read_as_it_is_written(
-            regions in proptest::collection::vec(
-                (any::<u64>(), 0_u64..70_000, proptest::collection::vec((0_u64..300, any::<u32>()), 0..4)),
-                0..5,
-            ),
-        ) {
-            let regions: Vec<Value> = regions.iter().map(|(base, size, ranges)| {
-                let ranges: Vec<Value> = ranges
-                    .iter()
-                    .map(|(start, end)| json!({"start": start, "end": end}))
-                    .collect();
-                json!({"guest_base": base, "size": size, "data_ranges": ranges})
-            }).collect();
-            let value = json!({ "regions": regions });
-            let mut packed = Vec::new();
-            cbor(&value, &mut packed);
-            prop_assert_eq!(item(&packed), Some(value));
-            for len in 0..packed.len() {
-                prop_assert!(item(&packed[..len]).is_none());
-            }
-        }
-
         #[test]
         fn hostile_metadata_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = parse(&bytes);
