@@ -223,6 +223,7 @@ fn code_of(error: &OfflineError) -> u8 {
         | OfflineError::NoImage { .. }
         | OfflineError::NoTemplate
         | OfflineError::NotOfCheckpoint
+        | OfflineError::SameOutput { .. }
         | OfflineError::Checkpoint {
             source:
                 CheckpointError::TooLarge { .. }

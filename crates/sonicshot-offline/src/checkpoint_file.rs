@@ -7,10 +7,11 @@ use crate::place;
 use crate::snapshot::Snapshot;
 use crate::untold::ASSUMED_MACHINE;
 use sonicshot::checkpoint::{CheckpointReader, PageContent};
-use sonicshot::{Architecture, FileStamp, Pfn, Progress};
+use sonicshot::{Architecture, FileId, FileStamp, Pfn, Progress};
 use sonicshot_dump::{
     CoreNotes, Dump, DumpError, DumpFile, LayoutSpec, NewFile, Overwrite, XlSkeleton,
 };
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::num::NonZeroUsize;
@@ -129,8 +130,8 @@ impl CheckpointFile {
     ///
     /// # Errors
     /// [`OfflineError::Checkpoint`] if it is damaged or lacks a blob, [`OfflineError::NoImage`] if
-    /// it is to be a Xen image and was none, [`OfflineError::Dump`] if an output exists or writing
-    /// fails.
+    /// it is to be a Xen image and was none, [`OfflineError::SameOutput`] if a file is named twice,
+    /// [`OfflineError::Dump`] if an output exists or writing fails.
     pub fn restore(
         &self,
         out: impl AsRef<Path>,
@@ -138,6 +139,7 @@ impl CheckpointFile {
         progress: Progress<'_>,
     ) -> Result<u64, OfflineError> {
         let restore = |progress| {
+            check_apart(out.as_ref(), &options.blobs)?;
             let mut files = Vec::new();
             for (name, path) in &options.blobs {
                 let file = self.blob_to(name, path, options.overwrite)?;
@@ -251,6 +253,24 @@ impl CheckpointFile {
         let compared = compared.map_err(|error| blamed_on(&dump, error));
         self.blamed(compared)
     }
+}
+
+/// Refuses outputs of which one would be in another's place.
+fn check_apart(out: &Path, blobs: &[(String, PathBuf)]) -> Result<(), OfflineError> {
+    let mut places = HashSet::new();
+    let blobs = blobs.iter().map(|(_, path)| path.as_path());
+    for path in blobs.chain([out]) {
+        let folder = path.parent().filter(|folder| *folder != Path::new(""));
+        // A folder that is not there is told of when something is to be written in it.
+        let Ok(folder) = FileId::of_path(folder.unwrap_or(Path::new("."))) else {
+            continue;
+        };
+        if !places.insert((folder, path.file_name())) {
+            let path = path.to_owned();
+            return Err(OfflineError::SameOutput { path });
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a file that was changed since it was opened.

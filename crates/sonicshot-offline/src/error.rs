@@ -113,6 +113,12 @@ pub enum OfflineError {
     /// A checkpoint was to become a migration file.
     #[error("a checkpoint holds no migration file to convert: restore it instead")]
     NotOfCheckpoint,
+    /// Two outputs were to go into one file.
+    #[error("{} is named for two outputs", path.display())]
+    SameOutput {
+        /// The file.
+        path: PathBuf,
+    },
 }
 
 impl OfflineError {

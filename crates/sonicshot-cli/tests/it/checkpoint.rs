@@ -164,6 +164,22 @@ fn blobs_are_carried_along() {
         !path("b2").exists(),
         "nothing is left of a restore that failed"
     );
+    // By another way to the same name.
+    let blob = format!("device={}", text(&path("./b3")));
+    let out = path("b3");
+    let twice = [
+        "restore",
+        text(&file),
+        "-o",
+        text(&out),
+        "--blob",
+        &blob,
+        "--force",
+    ];
+    let run = sonicshot(&twice);
+    assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+    assert!(stderr(&run).contains("is named for two outputs"));
+    assert!(!out.exists());
 }
 
 #[test]
