@@ -1,7 +1,9 @@
 //! What can go wrong with a dump file.
 
 use crate::{LayoutSpec, SizeLimit};
-use sonicshot::{Architecture, FileStamp, Gpa, LayoutError, MemoryError, PageClass, Pfn};
+use sonicshot::{
+    Architecture, FileOffset, FileStamp, Gpa, LayoutError, MemoryError, PageClass, Pfn,
+};
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -28,8 +30,8 @@ pub enum DumpError {
         path: PathBuf,
         /// What is wrong.
         what: &'static str,
-        /// Where, in bytes from the start of the file.
-        offset: u64,
+        /// Where.
+        offset: FileOffset,
         /// The value found there.
         value: u64,
     },
@@ -460,12 +462,34 @@ impl DumpError {
         }
     }
 
-    pub(crate) fn malformed(path: &Path, what: &'static str, offset: u64, value: u64) -> Self {
+    pub(crate) fn malformed(
+        path: &Path,
+        what: &'static str,
+        offset: impl PlaceInFile,
+        value: u64,
+    ) -> Self {
         Self::Malformed {
             path: path.to_owned(),
             what,
-            offset,
+            offset: offset.place(),
             value,
         }
+    }
+}
+
+/// Where something is wrong, as a reader of a format counts.
+pub(crate) trait PlaceInFile {
+    fn place(self) -> FileOffset;
+}
+
+impl PlaceInFile for FileOffset {
+    fn place(self) -> FileOffset {
+        self
+    }
+}
+
+impl PlaceInFile for u64 {
+    fn place(self) -> FileOffset {
+        FileOffset::new(self)
     }
 }

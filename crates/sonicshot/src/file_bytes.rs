@@ -1,7 +1,7 @@
 //! The bytes of a file that somebody else may cut off or write to while they are read.
 
 use crate::cursor::sealed;
-use crate::{Bytes, FileStamp, GuestBytes};
+use crate::{Bytes, FileOffset, FileStamp, GuestBytes};
 use core::fmt;
 use std::fs::File;
 use std::io;
@@ -91,17 +91,17 @@ impl FileContent {
     #[must_use]
     pub fn bytes(&self) -> FileBytes<'_> {
         FileBytes {
-            from: Origin::File(self, 0),
+            from: Origin::File(self, FileOffset::ZERO),
             len: usize::try_from(self.len()).unwrap_or(usize::MAX),
         }
     }
 
-    /// Fills `out` with the bytes from `offset`.
+    /// Fills `out` with the bytes from `at`.
     ///
     /// # Errors
     /// What the operating system said; `UnexpectedEof` if there are not so many any more.
-    pub fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(out, offset).inspect_err(|error| {
+    pub fn read_at(&self, out: &mut [u8], at: FileOffset) -> io::Result<()> {
+        self.file.read_exact_at(out, at.raw()).inspect_err(|error| {
             let error = match error.raw_os_error() {
                 Some(number) => io::Error::from_raw_os_error(number),
                 None => io::Error::new(error.kind(), error.to_string()),
@@ -149,7 +149,7 @@ pub struct FileBytes<'a> {
 enum Origin<'a> {
     Memory(GuestBytes<'a>),
     /// Where they begin in it.
-    File(&'a FileContent, u64),
+    File(&'a FileContent, FileOffset),
 }
 
 macro_rules! read_int {

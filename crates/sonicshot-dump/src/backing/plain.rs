@@ -321,7 +321,7 @@ impl GuestMemory for PlainDump {
                 None => now.fill(0),
                 Some(offset) => self
                     .content
-                    .read_at(now, offset.raw())
+                    .read_at(now, offset)
                     .map_err(|source| MemoryError::Io { range, source })?,
             }
             rest = later;

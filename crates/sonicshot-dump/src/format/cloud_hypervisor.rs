@@ -40,7 +40,7 @@ use crate::processors::{SREGS_LEN, Sregs, nested, rip_and_flags, told};
 use crate::snapshot::{FilesNote, Named, SnapshotFiles, Vmm};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use sonicshot::{Bytes, Cursor, CutShort, Gpa, GpaRange, Processor, Processors};
+use sonicshot::{Bytes, Cursor, CutShort, FileOffset, Gpa, GpaRange, Processor, Processors};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File};
@@ -254,7 +254,7 @@ fn layout(path: &Path, len: u64) -> Result<LayoutSpec, DumpError> {
     let malformed = |what, index: usize, value| DumpError::Malformed {
         path: path.to_owned(),
         what,
-        offset: index as u64,
+        offset: FileOffset::new(index as u64),
         value,
     };
     if ranges.len() > MAX_RANGES {

@@ -15,8 +15,8 @@ use crate::backing::Stored;
 use crate::backing::paged::BlockCache;
 use crate::backing::plain::{check_content, open_content};
 use sonicshot::{
-    Architecture, Bytes, Cursor, CutShort, FileContent, Gpa, GpaRange, GuestMemory, MemoryError,
-    PageSize, RamLayout,
+    Architecture, Bytes, Cursor, CutShort, FileContent, FileOffset, FileRange, Gpa, GpaRange,
+    GuestMemory, MemoryError, PageSize, RamLayout,
 };
 use std::collections::BinaryHeap;
 use std::fmt;
@@ -27,11 +27,19 @@ use std::sync::{Mutex, PoisonError};
 pub(crate) const SIGNATURE: &[u8; 8] = b"KDUMP   ";
 const FLAT_SIGNATURE: &[u8; 16] = b"makedumpfile\0\0\0\0";
 /// A flattened file's own header.
-const FLAT_HEADER_LEN: u64 = 4096;
+const FLAT_HEADER_LEN: FileOffset = FileOffset::new(4096);
+/// Where it says what kind of file it is.
+const FLAT_KIND: FileOffset = FileOffset::new(16);
 
 /// What the header holds up to its last field that is read here. The layout is that of C
 /// structures on a 64-bit machine.
 const HEADER_LEN: usize = 464;
+const VERSION: FileOffset = FileOffset::new(8);
+const STATUS: FileOffset = FileOffset::new(424);
+const BLOCK_SIZE: FileOffset = FileOffset::new(428);
+const SUB_BLOCKS: FileOffset = FileOffset::new(432);
+const BITMAP_BLOCKS: FileOffset = FileOffset::new(436);
+const MAX_MAPNR: FileOffset = FileOffset::new(440);
 /// The sub-header of version 6; earlier ones are shorter, and fill their block with zeroes.
 pub(crate) const SUB_HEADER_LEN: usize = 104;
 pub(crate) const DESCRIPTOR_LEN: u64 = 24;
@@ -68,11 +76,11 @@ pub struct KdumpFile {
     layout: RamLayout,
     facts: Facts,
     /// Where the bitmap of the frames in the file begins.
-    dumped_at: u64,
+    dumped_at: FileOffset,
     /// How many frames are in the file below each multiple of [`RANK_FRAMES`].
     ranks: Vec<u64>,
     /// Where the descriptors begin.
-    descriptors_at: u64,
+    descriptors_at: FileOffset,
     cache: BlockCache<Descriptor>,
     /// Decompressors that nobody uses at the moment.
     decoders: Mutex<Vec<Decoder>>,
@@ -94,7 +102,7 @@ struct Facts {
 /// Where a page is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Descriptor {
-    offset: u64,
+    offset: FileOffset,
     len: u32,
     flags: u32,
 }
@@ -103,7 +111,7 @@ impl Descriptor {
     fn read(bytes: &[u8]) -> Result<Self, CutShort> {
         let mut fields = Cursor::new(bytes);
         Ok(Self {
-            offset: fields.le()?,
+            offset: FileOffset::new(fields.le()?),
             len: fields.le()?,
             flags: fields.le()?,
         })
@@ -154,7 +162,7 @@ impl KdumpFile {
         let descriptors_end = dumped
             .checked_mul(DESCRIPTOR_LEN)
             .and_then(|len| places.descriptors_at.checked_add(len));
-        if !incomplete && descriptors_end.is_none_or(|end| end > content.len()) {
+        if !incomplete && descriptors_end.is_none_or(|end| end > content.end()) {
             return Err(bad(
                 "page descriptors beyond the end: truncated",
                 places.descriptors_at,
@@ -181,7 +189,7 @@ impl KdumpFile {
             notes,
         };
         let block = usize::try_from(page_size.bytes())
-            .map_err(|_| bad("a block size", 428, page_size.bytes()))?;
+            .map_err(|_| bad("a block size", BLOCK_SIZE, page_size.bytes()))?;
         Ok(Self {
             path: path.to_owned(),
             content,
@@ -254,7 +262,10 @@ impl KdumpFile {
             return Ok(None);
         }
         let (index, bit) = (pfn / RANK_FRAMES, pfn % RANK_FRAMES);
-        let bits_at = self.dumped_at.saturating_add(index.saturating_mul(64));
+        let bits_at = index
+            .checked_mul(RANK_BYTES as u64)
+            .and_then(|bytes| self.dumped_at.checked_add(bytes))
+            .ok_or_else(|| bad("a bitmap beyond the end", self.dumped_at, pfn))?;
         let mut bits = [0; RANK_BYTES];
         let rank = usize::try_from(index).ok().and_then(|i| self.ranks.get(i));
         let Some(rank) = rank.filter(|_| self.content.read(bits_at, &mut bits)) else {
@@ -274,8 +285,15 @@ impl KdumpFile {
             number = number.saturating_add(word.count_ones().into());
         }
         let at = number
-            .saturating_mul(DESCRIPTOR_LEN)
-            .saturating_add(self.descriptors_at);
+            .checked_mul(DESCRIPTOR_LEN)
+            .and_then(|bytes| self.descriptors_at.checked_add(bytes));
+        let at = at.ok_or_else(|| {
+            bad(
+                "a page descriptor beyond the end",
+                self.descriptors_at,
+                number,
+            )
+        })?;
         let mut raw = [0; 16];
         let there = self.content.read(at, &mut raw);
         let descriptor =
@@ -284,9 +302,9 @@ impl KdumpFile {
             // Written until the disk was full.
             let end = descriptor.offset.checked_add(descriptor.len.into());
             if !there
-                || descriptor.offset == 0
+                || descriptor.offset == FileOffset::ZERO
                 || descriptor.len == 0
-                || end.is_none_or(|end| end > self.content.len())
+                || end.is_none_or(|end| end > self.content.end())
             {
                 return Ok(None);
             }
@@ -412,42 +430,53 @@ struct Header {
 impl Header {
     fn read(path: &Path, content: &Content) -> Result<Self, DumpError> {
         let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
-        let cut = || bad("a header beyond the end: truncated", 0, content.len());
+        let begin = FileOffset::ZERO;
+        let cut = || {
+            bad(
+                "a header beyond the end: truncated",
+                begin,
+                content.end().raw(),
+            )
+        };
         let mut header = [0; HEADER_LEN];
-        if !content.read(0, &mut header) {
+        if !content.read(begin, &mut header) {
             return Err(cut());
         }
         let header = header.as_slice();
-        let field = |at| header.le_at::<u32>(at).ok_or_else(cut);
+        let field = |at: FileOffset| header.le_at::<u32>(at.raw()).ok_or_else(cut);
         if header.get(..8) != Some(SIGNATURE) {
             let found = header.le_at(0).ok_or_else(cut)?;
-            return Err(bad("no kdump header", 0, found));
+            return Err(bad("no kdump header", begin, found));
         }
-        let version = field(8)?;
+        let version = field(VERSION)?;
         if !(1..=6).contains(&version) {
             return Err(match version.swap_bytes() {
                 1..=6 => DumpError::Unsupported {
                     path: path.to_owned(),
                     kind: "a big-endian kdump-compressed dump",
                 },
-                _ => bad("an unknown version of kdump header", 8, version.into()),
+                _ => bad(
+                    "an unknown version of kdump header",
+                    VERSION,
+                    version.into(),
+                ),
             });
         }
-        let block = field(428)?;
+        let block = field(BLOCK_SIZE)?;
         let page_size = PageSize::new(block.into()).ok_or_else(|| {
             bad(
                 "a block size that is no page size (of a 64-bit machine)",
-                428,
+                BLOCK_SIZE,
                 block.into(),
             )
         })?;
         Ok(Self {
             version,
-            status: field(424)?,
+            status: field(STATUS)?,
             page_size,
-            sub_blocks: field(432)?,
-            bitmap_blocks: field(436)?,
-            max_frames: field(440)?,
+            sub_blocks: field(SUB_BLOCKS)?,
+            bitmap_blocks: field(BITMAP_BLOCKS)?,
+            max_frames: field(MAX_MAPNR)?,
             machine: header.get(272..337).ok_or_else(cut)?.to_vec(),
         })
     }
@@ -463,8 +492,8 @@ struct Part {
     /// What is said if it is beyond the end or too long.
     what: &'static str,
     /// Where that is said.
-    named_at: u64,
-    offset: u64,
+    named_at: FileOffset,
+    offset: FileOffset,
     len: u64,
 }
 
@@ -477,14 +506,14 @@ impl Part {
         limit: u64,
     ) -> Result<Option<Vec<u8>>, DumpError> {
         let bad = |value| DumpError::malformed(path, self.what, self.named_at, value);
-        if self.offset == 0 || self.len == 0 {
+        if self.offset == FileOffset::ZERO || self.len == 0 {
             return Ok(None);
         }
         if self.len > limit {
             return Err(bad(self.len));
         }
         let copy = content.copy(self.offset, self.len);
-        copy.map(Some).ok_or_else(|| bad(self.offset))
+        copy.map(Some).ok_or_else(|| bad(self.offset.raw()))
     }
 }
 
@@ -499,14 +528,25 @@ struct SubHeader {
 impl SubHeader {
     fn read(path: &Path, content: &Content, header: &Header) -> Result<Self, DumpError> {
         let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
-        let block = header.page_size.bytes();
-        let cut = || bad("a header beyond the end: truncated", block, content.len());
+        // The header is one block.
+        let begin = FileOffset::new(header.page_size.bytes());
+        let cut = || {
+            bad(
+                "a header beyond the end: truncated",
+                begin,
+                content.end().raw(),
+            )
+        };
         let sub_blocks = header.sub_blocks;
-        if sub_blocks == 0 || header.in_blocks(sub_blocks) > content.len() {
-            return Err(bad("an impossible sub-header", 432, sub_blocks.into()));
+        if sub_blocks == 0 || header.in_blocks(sub_blocks) > content.end().raw() {
+            return Err(bad(
+                "an impossible sub-header",
+                SUB_BLOCKS,
+                sub_blocks.into(),
+            ));
         }
         let mut sub = [0; SUB_HEADER_LEN];
-        if !content.read(block, &mut sub) {
+        if !content.read(begin, &mut sub) {
             return Err(cut());
         }
         let sub = sub.as_slice();
@@ -520,18 +560,18 @@ impl SubHeader {
                 kind: "one part of a split kdump-compressed dump",
             });
         }
-        let part = |at: u64, since, what| {
+        let part = |at: u64, len_at: u64, since, what| {
             Ok::<_, DumpError>(Part {
                 what,
-                named_at: block.saturating_add(at),
-                offset: field(at, since)?,
-                len: field(at.saturating_add(8), since)?,
+                named_at: begin.checked_add(at).ok_or_else(cut)?,
+                offset: FileOffset::new(field(at, since)?),
+                len: field(len_at, since)?,
             })
         };
         Ok(Self {
             max_frames: field(96, 6)?,
-            vmcoreinfo: part(32, 3, "VMCOREINFO beyond the end or too long")?,
-            notes: part(48, 4, "notes beyond the end or too long")?,
+            vmcoreinfo: part(32, 40, 3, "VMCOREINFO beyond the end or too long")?,
+            notes: part(48, 56, 4, "notes beyond the end or too long")?,
         })
     }
 }
@@ -541,10 +581,10 @@ impl SubHeader {
 struct Places {
     frames: u64,
     /// The bitmap of the frames that exist.
-    present_at: u64,
+    present_at: FileOffset,
     /// That of the frames in the file.
-    dumped_at: u64,
-    descriptors_at: u64,
+    dumped_at: FileOffset,
+    descriptors_at: FileOffset,
 }
 
 impl Places {
@@ -560,33 +600,38 @@ impl Places {
             0 => header.max_frames.into(),
             max_frames => max_frames,
         };
-        let present_at = block.saturating_add(header.in_blocks(header.sub_blocks));
         let bitmap_blocks = header.bitmap_blocks;
         let bitmaps_len = header.in_blocks(bitmap_blocks);
-        let descriptors_at = present_at.saturating_add(bitmaps_len);
+        let beyond = || {
+            bad(
+                "bitmaps beyond the end: truncated",
+                BITMAP_BLOCKS,
+                bitmap_blocks.into(),
+            )
+        };
+        let present_at = FileOffset::new(block)
+            .checked_add(header.in_blocks(header.sub_blocks))
+            .ok_or_else(beyond)?;
+        let descriptors_at = present_at.checked_add(bitmaps_len).ok_or_else(beyond)?;
         // Compared to the file itself too, for a flattened one may claim any length.
         if bitmap_blocks == 0
-            || descriptors_at > content.len()
+            || descriptors_at > content.end()
             || bitmaps_len > content.stored_len()
         {
-            return Err(bad(
-                "bitmaps beyond the end: truncated",
-                436,
-                bitmap_blocks.into(),
-            ));
+            return Err(beyond());
         }
         // Where there is only room for one bitmap it is both (crash: dump_is_partial).
         let needed = max_frames.div_ceil(8).div_ceil(block);
         let half = u64::from(bitmap_blocks) >> 1;
         let (dumped_at, bitmap_len) = if needed <= half {
             let half = half.saturating_mul(block);
-            (present_at.saturating_add(half), half)
+            (present_at.checked_add(half).ok_or_else(beyond)?, half)
         } else {
             (present_at, bitmaps_len)
         };
         let frames = max_frames.min(bitmap_len.saturating_mul(8));
         if needed > bitmap_blocks.into() || frames > MAX_FRAMES {
-            return Err(bad("an impossible number of frames", 440, max_frames));
+            return Err(bad("an impossible number of frames", MAX_MAPNR, max_frames));
         }
         Ok(Self {
             frames,
@@ -640,7 +685,7 @@ impl Decoder {
 /// The bytes of the file proper, which in a flattened file are in pieces.
 struct Content {
     file: FileContent,
-    /// Sorted by `at`, disjoint.
+    /// Sorted by `to`, disjoint.
     pieces: Option<Vec<Piece>>,
 }
 
@@ -648,34 +693,26 @@ struct Content {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Piece {
     /// Where in the file proper.
-    at: u64,
-    len: u64,
-    /// Where in the flattened file.
-    from: u64,
-}
-
-impl Piece {
-    /// Both ends of a piece were checked when it was read.
-    fn end(&self) -> u64 {
-        self.at.saturating_add(self.len)
-    }
+    to: FileRange,
+    /// Where in the flattened file it begins.
+    from: FileOffset,
 }
 
 impl Content {
     fn new(path: &Path, file: FileContent) -> Result<Self, DumpError> {
         let mut content = Self { file, pieces: None };
         let mut signature = [0; 16];
-        if content.read(0, &mut signature) && signature == *FLAT_SIGNATURE {
+        if content.read(FileOffset::ZERO, &mut signature) && signature == *FLAT_SIGNATURE {
             content.pieces = Some(content.find_pieces(path)?);
         }
         Ok(content)
     }
 
-    /// The length of the file proper.
-    fn len(&self) -> u64 {
+    /// The end of the file proper.
+    fn end(&self) -> FileOffset {
         match &self.pieces {
-            Some(pieces) => pieces.last().map_or(0, Piece::end),
-            None => self.stored_len(),
+            Some(pieces) => pieces.last().map_or(FileOffset::ZERO, |last| last.to.end()),
+            None => FileOffset::new(self.stored_len()),
         }
     }
 
@@ -684,56 +721,49 @@ impl Content {
         self.file.len()
     }
 
-    fn read_stored(&self, at: u64, out: &mut [u8]) -> bool {
+    fn read_stored(&self, at: FileOffset, out: &mut [u8]) -> bool {
         let end = at.checked_add(out.len() as u64);
-        end.is_some_and(|end| end <= self.file.len()) && self.file.read_at(out, at).is_ok()
+        end.is_some_and(|end| end.raw() <= self.stored_len()) && self.file.read_at(out, at).is_ok()
     }
 
     /// Fills `out` with the bytes from `at` on; what is in no piece is zero. `false` if they are
     /// not all inside.
-    fn read(&self, at: u64, out: &mut [u8]) -> bool {
+    fn read(&self, at: FileOffset, out: &mut [u8]) -> bool {
         let Some(pieces) = &self.pieces else {
             return self.read_stored(at, out);
         };
-        let end = at.checked_add(out.len() as u64);
-        if end.is_none_or(|end| end > self.len()) {
-            return false;
-        }
+        self.read_pieces(pieces, at, out).is_some()
+    }
+
+    fn read_pieces(&self, pieces: &[Piece], at: FileOffset, out: &mut [u8]) -> Option<()> {
+        let end = at.checked_add(out.len() as u64)?;
+        (end <= self.end()).then_some(())?;
         let mut at = at;
         let mut rest = out;
-        let mut next = pieces.partition_point(|piece| piece.end() <= at);
+        let mut next = pieces.partition_point(|piece| piece.to.end() <= at);
         while !rest.is_empty() {
-            let Some(piece) = pieces.get(next) else {
-                return false;
-            };
-            let gap = piece.at.saturating_sub(at);
-            let inside = at.saturating_sub(piece.at);
-            let len = match gap {
-                0 => piece.len.saturating_sub(inside),
-                gap => gap,
-            };
-            let len = len.min(rest.len() as u64);
-            let split = usize::try_from(len).unwrap_or(0);
-            let Some((now, later)) = rest.split_at_mut_checked(split) else {
-                return false;
-            };
-            if gap > 0 {
-                now.fill(0);
+            let piece = pieces.get(next)?;
+            // Behind the beginning of the piece, or in the gap before it.
+            let inside = at.offset_from(piece.to.start());
+            let until = inside.map_or(piece.to.start(), |_| piece.to.end());
+            let part = FileRange::new(at, until.min(end));
+            let (now, later) = rest.split_at_mut_checked(usize::try_from(part.len()).ok()?)?;
+            if let Some(inside) = inside {
+                let from = piece.from.checked_add(inside)?;
+                self.read_stored(from, now).then_some(())?;
+                next = next.checked_add(1)?;
             } else {
-                if !self.read_stored(piece.from.saturating_add(inside), now) {
-                    return false;
-                }
-                next = next.saturating_add(1);
+                now.fill(0);
             }
-            at = at.saturating_add(len);
+            at = part.end();
             rest = later;
         }
-        true
+        Some(())
     }
 
     /// A copy of `len` bytes; the caller bounds `len`.
-    fn copy(&self, at: u64, len: u64) -> Option<Vec<u8>> {
-        if at.checked_add(len)? > self.len() {
+    fn copy(&self, at: FileOffset, len: u64) -> Option<Vec<u8>> {
+        if at.checked_add(len)? > self.end() {
             return None;
         }
         let mut copy = vec![0; usize::try_from(len).ok()?];
@@ -750,10 +780,10 @@ impl Content {
             let raw = raw.as_slice();
             raw.be_at::<u64>(0).zip(raw.be_at::<u64>(8))
         };
-        let kind = pair(16);
+        let kind = pair(FLAT_KIND);
         if kind != Some((1, 1)) {
             let (kind, _) = kind.unwrap_or_default();
-            return Err(bad("an unknown flattened format", 16, kind));
+            return Err(bad("an unknown flattened format", FLAT_KIND, kind));
         }
         let limit = SMALL_PIECES.saturating_add(file_len.checked_div(PIECE_LEN).unwrap_or(0));
         let mut pieces = Vec::new();
@@ -769,22 +799,23 @@ impl Content {
             if (to, len) == (u64::MAX, u64::MAX) {
                 break;
             }
-            let from = at.saturating_add(16);
-            let next = from.checked_add(len);
-            let next = next
-                .filter(|next| *next <= file_len)
+            let from = at.checked_add(16);
+            let piece = from.and_then(|from| FileRange::with_len(from, len));
+            let piece = piece
+                .filter(|piece| piece.end().raw() <= file_len)
                 .ok_or_else(|| bad("a piece beyond the end: truncated", at, len))?;
             // These are signed numbers.
-            if to.checked_add(len).is_none_or(|end| end > i64::MAX as u64) {
-                return Err(bad("a piece at an impossible offset", at, to));
-            }
-            if len > 0 {
-                pieces.push(Piece { at: to, len, from });
+            let to = FileRange::with_len(FileOffset::new(to), len)
+                .filter(|to| i64::try_from(to.end().raw()).is_ok())
+                .ok_or_else(|| bad("a piece at an impossible offset", at, to))?;
+            if !to.is_empty() {
+                let from = piece.start();
+                pieces.push(Piece { to, from });
             }
             if pieces.len() as u64 > limit {
                 return Err(bad("too many small pieces", at, pieces.len() as u64));
             }
-            at = next;
+            at = piece.end();
         }
         Ok(without_overlaps(pieces))
     }
@@ -793,42 +824,42 @@ impl Content {
 /// Sorts `pieces`; where some overlap, the last one counts, as if each were written in turn.
 fn without_overlaps(mut pieces: Vec<Piece>) -> Vec<Piece> {
     // Where a piece lies in the flattened file tells which was first.
-    pieces.sort_unstable_by_key(|piece| (piece.at, piece.from));
-    if pieces.is_sorted_by(|a, b| a.end() <= b.at) {
+    pieces.sort_unstable_by_key(|piece| (piece.to.start(), piece.from));
+    if pieces.is_sorted_by(|a, b| a.to.end() <= b.to.start()) {
         return pieces;
     }
-    let mut edges: Vec<u64> = pieces
+    let mut edges: Vec<FileOffset> = pieces
         .iter()
-        .flat_map(|piece| [piece.at, piece.end()])
+        .flat_map(|piece| [piece.to.start(), piece.to.end()])
         .collect();
     edges.sort_unstable();
     edges.dedup();
     // Between two edges nothing begins or ends: all of it is of the last piece that covers it.
-    let mut open: BinaryHeap<(u64, u64, u64)> = BinaryHeap::new();
+    let mut open: BinaryHeap<(FileOffset, FileRange)> = BinaryHeap::new();
     let mut coming = pieces.iter().peekable();
     let mut out: Vec<Piece> = Vec::new();
     for [start, end] in edges.array_windows() {
-        while let Some(piece) = coming.next_if(|piece| piece.at <= *start) {
-            open.push((piece.from, piece.at, piece.end()));
+        while let Some(piece) = coming.next_if(|piece| piece.to.start() <= *start) {
+            open.push((piece.from, piece.to));
         }
-        while open.peek().is_some_and(|(_, _, until)| until <= start) {
+        while open.peek().is_some_and(|(_, to)| to.end() <= *start) {
             open.pop();
         }
-        let Some((from, at, _)) = open.peek() else {
+        let Some(from) = open.peek().and_then(|(from, to)| {
+            // The piece lies in the file, and so does this part of it.
+            from.checked_add(start.offset_from(to.start())?)
+        }) else {
             continue;
         };
-        let part = Piece {
-            at: *start,
-            len: end.saturating_sub(*start),
-            from: from.saturating_add(start.saturating_sub(*at)),
-        };
+        let to = FileRange::new(*start, *end);
         match out.last_mut() {
             Some(last)
-                if last.end() == part.at && last.from.saturating_add(last.len) == part.from =>
+                if last.to.end() == *start
+                    && last.from.checked_add(last.to.len()) == Some(from) =>
             {
-                last.len = last.len.saturating_add(part.len);
+                last.to = FileRange::new(last.to.start(), *end);
             }
-            _ => out.push(part),
+            _ => out.push(Piece { to, from }),
         }
     }
     out
@@ -838,7 +869,7 @@ fn without_overlaps(mut pieces: Vec<Piece>) -> Vec<Piece> {
 fn layout_of(
     path: &Path,
     content: &Content,
-    bitmap: u64,
+    bitmap: FileOffset,
     frames: u64,
     page_size: PageSize,
 ) -> Result<RamLayout, DumpError> {
@@ -885,7 +916,7 @@ fn layout_of(
 }
 
 /// The rank index of the bitmap, and how many bits are set in all.
-fn ranks_of(content: &Content, bitmap: u64, frames: u64) -> Option<(Vec<u64>, u64)> {
+fn ranks_of(content: &Content, bitmap: FileOffset, frames: u64) -> Option<(Vec<u64>, u64)> {
     let mut ranks = Vec::new();
     let mut sum = 0_u64;
     for_words(content, bitmap, frames, |base, word| {
@@ -908,7 +939,7 @@ fn ranks_of(content: &Content, bitmap: u64, frames: u64) -> Option<(Vec<u64>, u6
 /// it returns `None`.
 fn for_words(
     content: &Content,
-    bitmap: u64,
+    bitmap: FileOffset,
     frames: u64,
     mut each: impl FnMut(u64, u64) -> Option<()>,
 ) -> Option<()> {

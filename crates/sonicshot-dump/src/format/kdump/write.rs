@@ -10,8 +10,8 @@ use crate::format::kdump::read::{
 };
 use sonicshot::work::{self, map_in_order};
 use sonicshot::{
-    Architecture, Disposition, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageMap, PageSize,
-    Progress, PrunePlan,
+    Architecture, Disposition, FileOffset, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageMap,
+    PageSize, Progress, PrunePlan,
 };
 use std::fs::File;
 use std::io;
@@ -126,7 +126,7 @@ pub fn write_kdump_without(
             Ok::<(), KdumpWriteError>(())
         },
     )?;
-    stats.file_len = pages.data_at;
+    stats.file_len = pages.data_at.raw();
     let len = sizes.bitmap_len;
     frames.present.write_at(file, sizes.present_at, len)?;
     frames.dumped.write_at(file, sizes.dumped_at, len)?;
@@ -195,9 +195,9 @@ impl Frames {
 struct Pages<'a> {
     file: &'a File,
     block: u32,
-    zero_at: u64,
-    data_at: u64,
-    descriptor_at: u64,
+    zero_at: FileOffset,
+    data_at: FileOffset,
+    descriptor_at: FileOffset,
 }
 
 impl<'a> Pages<'a> {
@@ -205,13 +205,13 @@ impl<'a> Pages<'a> {
         let block = u64::from(sizes.block);
         let table = (kept_bytes >> sizes.shift).checked_mul(DESCRIPTOR_LEN);
         let end = table.and_then(|table| sizes.descriptors_at.checked_add(table));
-        let zero_at = end.and_then(|end| end.checked_next_multiple_of(block));
+        let zero_at = end.and_then(|end| end.checked_align_up(block));
         let places = zero_at.and_then(|at| Some((at, at.checked_add(block)?)));
         let (zero_at, data_at) = places.ok_or(KdumpWriteError::TooLarge {
             what: "memory (bytes)",
             value: kept_bytes,
         })?;
-        file.write_all_at(&vec![0; in_memory(block)?], zero_at)?;
+        file.write_all_at(&vec![0; in_memory(block)?], zero_at.raw())?;
         Ok(Self {
             file,
             block: sizes.block,
@@ -228,9 +228,9 @@ impl<'a> Pages<'a> {
         dumped: &mut Bitmap,
         stats: &mut KdumpWriteStats,
     ) -> Result<(), KdumpWriteError> {
-        let too_long = |value| KdumpWriteError::TooLarge {
+        let too_long = |end: FileOffset| KdumpWriteError::TooLarge {
             what: "a length (bytes)",
-            value,
+            value: end.raw(),
         };
         let mut descriptors = Vec::with_capacity(packed.pages.len().saturating_mul(24));
         let mut at = self.data_at;
@@ -252,13 +252,14 @@ impl<'a> Pages<'a> {
                 }
             };
             stats.pages = stats.pages.saturating_add(1);
-            descriptors.extend(offset.to_le_bytes());
+            descriptors.extend(offset.raw().to_le_bytes());
             descriptors.extend(len.to_le_bytes());
             descriptors.extend(flags.to_le_bytes());
             descriptors.extend(0_u64.to_le_bytes());
         }
-        self.file.write_all_at(&packed.data, self.data_at)?;
-        self.file.write_all_at(&descriptors, self.descriptor_at)?;
+        self.file.write_all_at(&packed.data, self.data_at.raw())?;
+        self.file
+            .write_all_at(&descriptors, self.descriptor_at.raw())?;
         self.data_at = at;
         let next = self.descriptor_at.checked_add(descriptors.len() as u64);
         self.descriptor_at = next.ok_or(too_long(self.descriptor_at))?;
@@ -286,9 +287,9 @@ struct Sizes {
     frames: u64,
     /// Of one bitmap, in bytes.
     bitmap_len: u64,
-    present_at: u64,
-    dumped_at: u64,
-    descriptors_at: u64,
+    present_at: FileOffset,
+    dumped_at: FileOffset,
+    descriptors_at: FileOffset,
 }
 
 impl Sizes {
@@ -322,7 +323,7 @@ impl Sizes {
         let bitmap_blocks = frames.div_ceil(8).div_ceil(block);
         let places = || {
             let bitmap_len = bitmap_blocks.checked_mul(block)?;
-            let present_at = block.checked_mul(sub_blocks.checked_add(1)?)?;
+            let present_at = FileOffset::new(block.checked_mul(sub_blocks.checked_add(1)?)?);
             let dumped_at = present_at.checked_add(bitmap_len)?;
             let descriptors_at = dumped_at.checked_add(bitmap_len)?;
             Some((bitmap_len, present_at, dumped_at, descriptors_at))
@@ -410,16 +411,16 @@ fn sub_header(
 ) -> Result<Vec<u8>, KdumpWriteError> {
     let notes = options.notes.unwrap_or_default();
     let vmcoreinfo = options.vmcoreinfo.unwrap_or_default();
-    let notes_at = u64::from(sizes.block).checked_add(SUB_HEADER_LEN as u64);
+    let notes_at = FileOffset::new(sizes.block.into()).checked_add(SUB_HEADER_LEN as u64);
     let places = notes_at.and_then(|at| Some((at, at.checked_add(notes.len() as u64)?)));
     let (notes_at, info_at) = places.ok_or(KdumpWriteError::TooLarge {
         what: "notes (bytes)",
         value: notes.len() as u64,
     })?;
     // An empty part has no place.
-    let part = |at: u64, bytes: &[u8]| match bytes.len() as u64 {
+    let part = |at: FileOffset, bytes: &[u8]| match bytes.len() as u64 {
         0 => [0, 0],
-        len => [at, len],
+        len => [at.raw(), len],
     };
     let [info_at, info_len] = part(info_at, vmcoreinfo);
     let [notes_at, notes_len] = part(notes_at, notes);
@@ -534,19 +535,24 @@ impl Bitmap {
     }
 
     /// Writes the bitmap, of `len` bytes, to an empty stretch of a file, which is zero.
-    fn write_at(&self, file: &File, at: u64, len: u64) -> Result<(), KdumpWriteError> {
-        let mut offset = 0_u64;
+    fn write_at(&self, file: &File, at: FileOffset, len: u64) -> Result<(), KdumpWriteError> {
+        let mut at = at;
+        let mut left = len;
         for piece in &self.pieces {
-            let end = offset.saturating_add(PIECE as u64).min(len);
-            let size = in_memory(end.saturating_sub(offset))?;
+            let here = left.min(PIECE as u64);
+            let size = in_memory(here)?;
             let same = [piece.fill; PIECE];
             let bytes = piece.bytes.as_deref().unwrap_or(&same);
             // What is zero stays a hole.
             if piece.bytes.is_some() || piece.fill != 0 {
                 let bytes = bytes.get(..size).unwrap_or_default();
-                file.write_all_at(bytes, at.saturating_add(offset))?;
+                file.write_all_at(bytes, at.raw())?;
             }
-            offset = end;
+            at = at.checked_add(here).ok_or(KdumpWriteError::TooLarge {
+                what: "bitmaps (bytes)",
+                value: len,
+            })?;
+            left = left.saturating_sub(here);
         }
         Ok(())
     }
