@@ -98,6 +98,7 @@ def capture(spec: GuestSpec, name: str) -> Path:
         else:
             qmp.call("stop")
             put_by_disks(folder)
+            (folder / "registers").write_text(qmp.human("info registers -a"))
         memory = memory_of(qmp)
         if "elf" in spec.forms:
             qmp.call("dump-guest-memory", paging=False, protocol=f"file:{folder / 'dump.elf'}")

@@ -3,6 +3,7 @@
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from errors import CommandFailed
@@ -113,16 +114,21 @@ exec chroot "$root" "$@"
         return dict(zip(words[::2], words[1::2]))
 
 
+def install_packages(wanted: Mapping[str, str]) -> None:
+    """Installs the packages of programs, or of files by their full names, that are missing."""
+    missing = [package for name, package in wanted.items()
+               if not (Path(name).exists() if name.startswith("/") else shutil.which(name))]
+    if missing:
+        run("apt-get", "update")
+        run("apt-get", "install", "-y", "--no-install-recommends", *missing)
+
+
 def install_tools() -> None:
     """Installs what the lab runs on the host, where it is missing."""
     wanted = {"gcc": "gcc", "mkfs.ext4": "e2fsprogs", "cpio": "cpio", "zstd": "zstd",
               "readelf": "binutils"}
-    missing = [package for tool, package in wanted.items() if not shutil.which(tool)]
-    if not Path("/usr/lib/x86_64-linux-gnu/libc.a").exists():
-        missing.append("libc6-dev")
-    if missing:
-        run("apt-get", "update")
-        run("apt-get", "install", "-y", "--no-install-recommends", *missing)
+    wanted["/usr/lib/x86_64-linux-gnu/libc.a"] = "libc6-dev"
+    install_packages(wanted)
     if not shutil.which("qemu-system-x86_64") or qemu_version() < (9, 0):
         # The mapped-ram format needs QEMU 9; Debian 12 has 7.2 and the newer one in backports.
         apt = Apt("bookworm-backports")

@@ -6,28 +6,31 @@ import re
 import shutil
 import time
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import NamedTuple, Self
 
+import captures
 import kernels
 import proof
+import sandbox
 from command import command
 from debian import install_tools
 from errors import CheckFailed
 from frames import read_tsv
 from host import LAB, Json, Word, attempt
+from levels import KNOWLEDGE, processor
 from machine import Machine, prepare, read_records
 from proof import Agreement
 from spec import GuestSpec
-from tool import find_tool, report_of, tool_argument
+from tool import find_tool, limited, report_of, tool_argument
 
 
 def spec_of(series: str, mem: int, cpu: str, smp: int, append: str) -> GuestSpec:
     # On a busy host an emulated timer may be too late for the kernel's test of it.
-    return GuestSpec(kernels.fetch(series), mem=mem, cpu=cpu, smp=smp,
-                     append=f"no_timer_check {append}".strip())
+    return sandbox.guest(series, mem=mem, cpu=cpu, smp=smp,
+                         append=f"no_timer_check {append}".strip())
 
 
 class Look(NamedTuple):
@@ -74,6 +77,8 @@ class Guest:
         self.ram = self.folder / "live.raw"
         self.machine = Machine(spec, self.ram, self.folder)
         self.qmp = self.machine.qmp
+        # What is told of it beside its memory.
+        self.given: list[Word] = []
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +99,7 @@ class Guest:
     def inspect(self, tool: Path, *more: Word) -> Look:
         started = time.monotonic()
         done = attempt(tool, "inspect", self.ram, "--json", "--pfns", self.folder / "pfns.tsv",
-                       "--force", *more)
+                       "--force", *self.given, *more)
         took = time.monotonic() - started
         if done.returncode:
             error = json.loads(done.stderr.splitlines()[-1])
@@ -113,7 +118,7 @@ class Guest:
     def prune_and_torture(self, tool: Path) -> int:
         """Prunes the RAM under the stopped guest, which then must pass its torture. The MiB that
         were dropped."""
-        done = attempt(tool, "prune", self.ram, "--in-place", "--live-ok", "--json")
+        done = attempt(tool, "prune", self.ram, "--in-place", "--live-ok", "--json", *self.given)
         if done.returncode:
             raise CheckFailed(f"prune: {done.stderr.strip()[-600:]}")
         self.go_on()
@@ -160,6 +165,66 @@ def do_decoys(args: Namespace) -> None:
               f"use by kpageflags, {dropped} MiB pruned, torture OK", flush=True)
         if cost >= 1:
             raise CheckFailed("too slow")
+
+
+def nested_arguments(parser: ArgumentParser) -> None:
+    guest_arguments(parser)
+    parser.add_argument("--inner", type=int, default=160, help="MiB of the nested guest")
+    parser.add_argument("--pool", action="store_true", help="its memory in hugetlb")
+    parser.add_argument("--append", default="", help="kernel command line of both")
+    parser.add_argument("--stops", type=int, default=3)
+
+
+@command("nested", "a nested guest's memory and a copy of its dump: neither is the guest's kernel",
+         nested_arguments)
+def do_nested(args: Namespace) -> None:
+    """A guest has all memory of another, with the same kernel, in huge pages and in the page cache:
+    whatever is known of the kernel, what is free in that is not free."""
+    install_tools()
+    tool = find_tool(args.sonicshot)
+    failed = 0
+    for name in args.kernels.split(","):
+        inner = spec_of(name, args.inner, args.cpu, 1, args.append)
+        folder = captures.capture(inner.with_forms("raw"), f"inner-{inner.name}")
+        outer = spec_of(name, args.mem, args.cpu, 1, f"{args.append} lab.pool={int(args.pool)}")
+        outer = replace(outer, nested=str(folder / "ram.raw"))
+        with Guest(outer, f"nested-{name}") as guest:
+            guest.ready()
+            for number in range(args.stops):
+                if number:
+                    guest.go_on()
+                    time.sleep(1)
+                guest.stop()
+                failed += look_at_nested(guest, tool, f"{name}, stop {number}")
+            guest.given = processor(guest.qmp.human("info registers -a"))
+            dropped = guest.prune_and_torture(limited(tool, KNOWLEDGE[-1]))
+        shutil.rmtree(folder)
+        print(f"{'FAIL' if failed else 'ok  '} {name}: {args.stops} stops, {dropped} MiB pruned by "
+              "shape at last, torture OK", flush=True)
+    if failed:
+        raise CheckFailed(f"{failed} times refused, or frames in use dropped")
+
+
+def look_at_nested(guest: Guest, tool: Path, name: str) -> int:
+    """Reads the stopped guest by each knowledge that there may be; how often that went wrong."""
+    wrong, told, said = 0, processor(guest.qmp.human("info registers -a")), []
+    for level in KNOWLEDGE:
+        for given in ([], told):
+            found = guest.inspect(limited(tool, level), *given)
+            by = f"by {level}{' and CR3' if given else ''}"
+            if not found.report:
+                said.append(f"{by} refused: {found.error[:300]}")
+                # Without types and processors only what does not stand may be said.
+                wrong += bool(given)
+                continue
+            agreement = guest.against_kernel()
+            wrong += agreement.unexplained > 0
+            said.append(f"by {found.report['knowledge']}{' and CR3' if given else ''} "
+                        f"{agreement.found}/{agreement.kpf_buddy}, {agreement.unexplained} in use "
+                        f"dropped, {found.report['inconsistent_blocks']} blocks in question, "
+                        f"{found.seconds:.1f} s")
+    print(f"     {name}: " + "; ".join(said), flush=True)
+    return wrong
 
 
 def reboot_arguments(parser: ArgumentParser) -> None:

@@ -530,6 +530,44 @@ static size_t vmcoreinfo(char *page)
 	return len;
 }
 
+/* All of another guest's memory, from a disk: once as its VMM would have it, in huge pages, and
+ * once as a copy of its dump is, in the page cache. */
+static void hold_nested(unsigned long number, unsigned long pool)
+{
+	const size_t huge = 2 * MIB;
+	char path[] = "/dev/vda";
+	path[7] += number;
+	int disk = open(path, O_RDONLY);
+	off_t length = disk < 0 ? -1 : lseek(disk, 0, SEEK_END);
+	if (length <= 0)
+		die(path);
+	size_t size = (length + huge - 1) / huge * huge;
+	uint8_t *at;
+	if (pool) {
+		char text[32];
+		snprintf(text, sizeof text, "%zu", size / huge);
+		put("/proc/sys/vm/nr_hugepages", text);
+		at = mmap(NULL, size, PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+	} else
+		at = mmap(NULL, size + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+			  -1, 0);
+	if (at == MAP_FAILED)
+		die("a nested guest's memory");
+	if (!pool) {
+		at = (uint8_t *)(((uintptr_t)at + huge - 1) & ~(huge - 1));
+		madvise(at, size, MADV_HUGEPAGE);
+	}
+	for (off_t have = 0; have < length;) {
+		size_t left = length - have;
+		ssize_t got = pread(disk, at + have, left < MIB ? left : MIB, have);
+		if (got <= 0)
+			die("reading a nested guest's memory");
+		have += got;
+	}
+	mlock(at, size);
+}
+
 /* Pages of memory that pass for VMCOREINFO: its first line alone, exact copies, copies in which
  * one digit is another, copies that are cut off. */
 static void decoys(size_t pages)
@@ -753,6 +791,8 @@ int main(void)
 
 	if (option("lab.decoys", 0))
 		decoys(option("lab.decoys", 0));
+	if (option("lab.nested", 0))
+		hold_nested(option("lab.nested", 0), option("lab.pool", 0));
 	/* Processes that never leave user space by themselves. */
 	for (unsigned long i = 0; i < option("lab.spin", 0); i++)
 		if (fork() == 0)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import bench
+import built
 import captures
 import decoys
 import kernels
@@ -41,8 +42,10 @@ COMMANDS = (
     peers.do_compare,
     vmms.do_vmms,
     small.do_small,
+    built.do_build,
     captures.do_restore,
     decoys.do_decoys,
+    decoys.do_nested,
     decoys.do_reboot,
     decoys.do_processors,
     libvirt.do_libvirt,

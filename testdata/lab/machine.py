@@ -239,6 +239,10 @@ class Machine:
         if (folder / "next.img").exists():
             command += ["-drive", f"if=none,id=d2,format=raw,file={folder / 'next.img'}",
                         "-device", "virtio-blk-pci,drive=d2"]
+        if spec.nested:
+            device = "virtio-blk-device" if spec.machine == "microvm" else "virtio-blk-pci"
+            command += ["-drive", f"if=none,id=d3,format=raw,readonly=on,file={spec.nested}",
+                        "-device", f"{device},drive=d3"]
         if spec.firmware:
             command += firmware.options_of(spec.firmware, folder)
         command += spec.more

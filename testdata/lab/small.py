@@ -1,165 +1,129 @@
-"""Kernels that tell little of themselves: those of sandboxes, without types, some without symbols.
+"""Guests of which little is known: kernels of sandboxes, and Debian's with their types hidden.
 
-libkrunfw's packages of PyPI and Debian hold a kernel's image in a shared library. As an ELF file with
-the kernel's own PVH entry it boots in QEMU's microvm, from a root disk with the guest's program."""
+Each is captured, read by all that is known of it and by less, held against its own kernel, pruned by
+less, and run on."""
 
-import ctypes
-import json
-import re
 import shutil
-import struct
-import sys
-import zipfile
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-import kernels
 import proof
+import sandbox
 from captures import HOME, Meta, capture, restore
 from command import command
-from debian import Apt, install_tools
+from debian import install_tools
 from errors import AlreadyTold, CheckFailed, LabError
 from frames import DROPPED, same_but_dropped
-from host import LAB, Word, allocated, run
-from kernels import Kernel
+from host import Word, allocated, run
+from levels import KNOWLEDGE, LEAST_IDLE, LevelPruner, Seen, below, look, processor, share
 from spec import GuestSpec
-from stress import Pruner, stress
-from tool import find_tool, tool_argument
+from stress import stress
+from tool import Refusal, find_tool, tool_argument
 
 
-class Wheel(NamedTuple):
-    """A package of PyPI, and the file in it that is the library or contains it."""
+class Proof:
+    """All checks on one capture."""
 
-    package: str
-    version: str
-    library: str
+    def __init__(self, tool: Path, folder: Path) -> None:
+        self.tool, self.folder = tool, folder
+        self.meta = Meta.read(folder)
+        self.processor = processor((folder / "registers").read_text())
+        self.said: list[str] = []
 
+    def given(self, form: str, level: str) -> list[Word]:
+        """What raw RAM does not tell: of a large guest where it lies, and where nothing else is
+        known what its processors run on."""
+        if form != "ram.raw":
+            return []
+        place: list[Word] = ["--layout", "firecracker"] if self.meta.spec.mem > 3072 else []
+        return place + (self.processor if level == KNOWLEDGE[-1] else [])
 
-WHEELS = {
-    "microsandbox": Wheel("microsandbox", "0.7.11", "microsandbox/_bundled/lib/libkrunfw.so.5*"),
-    "boxlite": Wheel("boxlite", "0.10.8", "boxlite/boxlite.*.so"),
-    "smolmachines": Wheel("smolmachines", "1.32.2", "smol/libkrunfw.so.5"),
-}
-# Of Debian's sid.
-DEBIAN = "libkrunfw5"
-ALL = [*WHEELS, "libkrunfw"]
-XEN_ELFNOTE_PHYS32_ENTRY = 18
+    def look(self, form: str, level: str) -> Seen:
+        seen = look(self.tool, self.folder / form, level, self.folder / "pfns.tsv",
+                    *self.given(form, level))
+        if isinstance(seen, Refusal):
+            raise CheckFailed(f"{form} by {level}: {seen}")
+        return seen
 
+    def known(self) -> str:
+        """How much is known, of the file that tells of the processors."""
+        seen = self.look("mapped.ram", KNOWLEDGE[0])
+        if seen.report["kernel_release"] != self.meta.release:
+            raise CheckFailed(f"kernel {seen.report['kernel_release']}")
+        return seen.knowledge
 
-def fetch(name: str) -> Kernel:
-    """Takes a kernel out of its package; returns its record."""
-    home = kernels.home_of(f"small-{name}")
-    record = home / "meta.json"
-    if record.exists():
-        return Kernel.from_json(json.loads(record.read_text()))
-    work = home / "unpack"
-    root = work / "root"
-    if name in WHEELS:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        package, version, pattern = WHEELS[name]
-        run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
-            "-d", work, f"{package}=={version}")
-        with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
-            wheel.extractall(root)
-        versions = {package: version}
-    else:
-        apt = Apt("sid")
-        apt.update()
-        versions = kernels.unpack(apt, [DEBIAN], work, root)
-        pattern = "**/libkrunfw.so*"
-    library = max((p for p in root.glob(pattern) if p.is_file()), key=kernels.size_of)
-    bundle = bundle_of(library, work)
-    found = re.search(rb"Linux version (\S+)", bundle.image)
-    if not found:
-        raise LabError(f"{library.name} holds no kernel")
-    (home / "vmlinux").write_bytes(pvh_elf(bundle))
-    kernel = Kernel(f"small-{name}", found[1].decode(),
-                    str((home / "vmlinux").relative_to(LAB)), (), versions)
-    shutil.rmtree(work)
-    record.write_text(json.dumps(kernel.to_json(), indent=1))
-    return kernel
+    def levels(self, known: str) -> dict[tuple[str, str], Seen]:
+        """Each form read by each level, against all that is known and the guest's own kernel."""
+        found = {}
+        for form in ("ram.raw", "mapped.ram"):
+            most = self.look(form, known)
+            for level in below(known):
+                seen = self.look(form, level)
+                part = share(most, seen)
+                if seen.knowledge != level or part < LEAST_IDLE[level]:
+                    raise CheckFailed(f"{form} by {seen.knowledge}: {part:.3f} % of {known}'s")
+                found[form, level] = seen
+                if form == "ram.raw":
+                    # The other was taken a moment later.
+                    self.against_kernel(seen, part)
+        return found
 
+    def against_kernel(self, seen: Seen, part: float) -> None:
+        agreement = proof.against_kernel(self.folder, seen.runs, None)
+        if agreement.unexplained or agreement.share < 99:
+            raise CheckFailed(f"by {seen.knowledge}: {agreement}")
+        self.said.append(f"by {seen.knowledge} {agreement.found}/{agreement.kpf_buddy} buddy frames "
+                         f"({part:.3f} % of the most), {agreement.pcp} per-CPU")
 
-class Bundle(NamedTuple):
-    """A kernel's image, and the address that it wants to be at."""
+    def raw_alone(self) -> None:
+        """What is said of raw RAM by shape where nothing tells of the processors."""
+        alone = look(self.tool, self.folder / "ram.raw", KNOWLEDGE[-1], self.folder / "pfns.tsv",
+                     *self.given("ram.raw", ""))
+        told = f"refused: {alone}" if isinstance(alone, Refusal) else "read"
+        self.said.append(f"raw alone by shape {told}")
 
-    load: int
-    image: bytes
-
-
-def bundle_of(library: Path, work: Path) -> Bundle:
-    """What a libkrunfw holds; it may be inside another library."""
-    data = library.read_bytes()
-    name = data.find(b"KERNEL_BUNDLE")
-    # The last ELF header in front of the name is the library's own.
-    start = data.rfind(b"\x7fELF\x02\x01\x01", 0, name)
-    if name < 0 or start < 0:
-        raise LabError(f"{library.name} is no libkrunfw")
-    sections, = struct.unpack_from("<Q", data, start + 0x28)
-    each, count = struct.unpack_from("<HH", data, start + 0x3A)
-    inner = work / "inner.so"
-    inner.write_bytes(data[start:start + sections + each * count])
-    loaded = ctypes.CDLL(str(inner))
-    load, entry, size = (ctypes.c_size_t() for _ in range(3))
-    loaded.krunfw_get_kernel.restype = ctypes.c_void_p
-    at = loaded.krunfw_get_kernel(ctypes.byref(load), ctypes.byref(entry), ctypes.byref(size))
-    return Bundle(load.value, ctypes.string_at(at, size.value))
-
-
-def pvh_elf(bundle: Bundle) -> bytes:
-    """An ELF file with one segment, and the PVH entry that the kernel's own note names."""
-    found = re.search(rb"\x04\0\0\0(\x04|\x08)\0\0\0\x12\0\0\0Xen\0", bundle.image)
-    if not found:
-        raise LabError("the kernel has no PVH entry")
-    entry = int.from_bytes(bundle.image[found.end():found.end() + found[1][0]], "little")
-    note = struct.pack("<III4sI", 4, 4, XEN_ELFNOTE_PHYS32_ENTRY, b"Xen\0", entry)
-    header, entries, first = 64, 2 * 56, 4096
-    elf = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, entry, header, 0, 0,
-                      64, 56, 2, 0, 0, 0)
-    size = len(bundle.image)
-    elf += struct.pack("<IIQQQQQQ", 1, 7, first, bundle.load, bundle.load, size, size, 4096)
-    elf += struct.pack("<IIQQQQQQ", 4, 4, header + entries, 0, 0, len(note), len(note), 4)
-    return (elf + note).ljust(first, b"\0") + bundle.image
-
-
-def prove(tool: Path, folder: Path, knowledge: str, torture: bool) -> str:
-    """Holds what sonicshot says of a capture against the guest's own kernel, prunes its RAM and
-    its mapped-ram file in place, and runs the guest on from each."""
-    meta = Meta.read(folder)
-    options: list[Word] = ["--layout", "firecracker"] if meta.spec.mem > 3072 else []
-    report, runs = proof.inspect(tool, folder / "ram.raw", [], folder / "pfns.tsv", *options)
-    if report["kernel_release"] != meta.release or report["knowledge"] != knowledge:
-        raise CheckFailed(f"kernel {report['kernel_release']} by {report['knowledge']}")
-    agreement = proof.against_kernel(folder, runs, None)
-    if agreement.unexplained or agreement.share < 99.9:
-        raise CheckFailed(f"{agreement}")
-    pruned = folder / "pruned"
-    sizes = []
-    for form in ("ram.raw", "mapped.ram"):
-        run("cp", "--sparse=auto", folder / form, pruned)
+    def prune(self, form: str, level: str, seen: Seen, torture: bool) -> None:
+        pruned = self.folder / "pruned"
+        run("cp", "--sparse=auto", self.folder / form, pruned)
         before = allocated(pruned)
-        run(tool, "prune", pruned, "--in-place", "--live-ok", "--min-hole", "0", *options)
-        sizes.append(f"{before >> 20} -> {allocated(pruned) >> 20} MiB")
-        if form == "ram.raw":
-            same_but_dropped(folder / form, pruned, runs, meta.layout, DROPPED)
+        run(self.tool, "prune", pruned, "--in-place", "--live-ok", "--min-hole", "0",
+            "--at-most", level, *self.given(form, level))
+        self.said.append(f"{form} by {level} {before >> 20} -> {allocated(pruned) >> 20} MiB")
+        raw = form == "ram.raw"
+        if raw:
+            same_but_dropped(self.folder / form, pruned, seen.runs, self.meta.layout, DROPPED)
         if torture:
-            raw = form == "ram.raw"
-            restore(folder, pruned if raw else None, migration=None if raw else pruned)
+            restore(self.folder, pruned if raw else None, migration=None if raw else pruned)
+            self.said.append("torture OK")
         pruned.unlink()
-    return (f"{agreement.found}/{agreement.kpf_buddy} buddy frames ({agreement.share:.3f} %), "
-            f"{agreement.pcp} per-CPU; raw {sizes[0]}, mapped-ram {sizes[1]}"
-            + (", torture OK" if torture else ""))
+
+
+def prove(tool: Path, folder: Path, known: str, torture: bool) -> str:
+    """All checks; the raw RAM is pruned by the most that is tried, the mapped-ram file by the
+    least, and the guest run on from each. A line of what was seen."""
+    proof = Proof(tool, folder)
+    found = proof.known()
+    if known and found != known:
+        raise CheckFailed(f"known by {found}, not by {known}")
+    seen = proof.levels(found)
+    proof.raw_alone()
+    levels = below(found)
+    for form, level in (("ram.raw", levels[0]), ("mapped.ram", levels[-1])):
+        proof.prune(form, level, seen[form, level], torture)
+    return "; ".join(proof.said)
 
 
 def small_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--kernels", default=",".join(ALL))
+    parser.add_argument("--kernels", default=",".join(sandbox.ALL),
+                        help="sandboxes' (firecracker and kata once they are built), or Debian's "
+                             "(6.1), of which types are hidden")
     parser.add_argument("--mem", type=int, default=512, help="MiB")
     parser.add_argument("--smp", type=int, default=1)
     parser.add_argument("--cpu", default="qemu64")
+    parser.add_argument("--machine", help="microvm, and pc for Debian's")
     parser.add_argument("--append", default="", help="kernel command line")
-    parser.add_argument("--knowledge", default="vmcoreinfo", help="what must be known of them")
+    parser.add_argument("--knowledge", default="", help="what must be known of them")
     parser.add_argument("--no-torture", action="store_true")
     parser.add_argument("--stops", type=int, default=0,
                         help="of a busy guest, whose RAM is pruned under it at each")
@@ -167,25 +131,22 @@ def small_arguments(parser: ArgumentParser) -> None:
     tool_argument(parser)
 
 
-@command("small", "kernels without types: capture, check, prune, restore, torture", small_arguments)
+@command("small", "kernels of which little is known: capture, check, prune, restore, torture",
+         small_arguments)
 def do_small(args: Namespace) -> None:
     install_tools()
     tool = find_tool(args.sonicshot)
     failed = 0
     for name in args.kernels.split(","):
-        spec = GuestSpec(fetch(name), mem=args.mem, cpu=args.cpu, smp=args.smp,
-                         machine="microvm", forms=("raw", "mapped"), append=args.append)
+        more = {"machine": args.machine} if args.machine else {}
+        spec = sandbox.guest(name, mem=args.mem, cpu=args.cpu, smp=args.smp,
+                             forms=("raw", "mapped"), append=args.append, **more)
+        spec = replace(spec, append=f"no_timer_check {spec.append}".strip())
         try:
-            folder = capture(spec, spec.name)
-            said = prove(tool, folder, args.knowledge, not args.no_torture)
+            said = prove(tool, capture(spec, spec.name), args.knowledge, not args.no_torture)
             print(f"ok   {spec.name}, Linux {spec.kernel.release}: {said}", flush=True)
             if args.stops:
-                seen = Pruner(tool, None)
-                stress(spec, spec.name, args.stops, seen.at_stop)
-                seen.check()
-                print(f"ok   {spec.name}, busy: pruned {seen.pruned} times ({seen.pages} pages), "
-                      f"refused {seen.refused} times, {seen.blocks} blocks kept as in question, "
-                      "torture OK", flush=True)
+                busy(tool, spec, args.stops)
         except LabError as error:
             failed += 1
             print(f"FAIL {spec.name}: {error}", flush=True)
@@ -193,3 +154,9 @@ def do_small(args: Namespace) -> None:
             shutil.rmtree(HOME / spec.name, ignore_errors=True)
     if failed:
         raise AlreadyTold
+
+
+def busy(tool: Path, spec: GuestSpec, stops: int) -> None:
+    seen = LevelPruner(tool)
+    stress(spec, spec.name, stops, seen.at_stop)
+    print(f"ok   {spec.name}, busy: {seen.check()}; torture OK", flush=True)

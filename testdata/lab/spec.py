@@ -80,6 +80,9 @@ class GuestSpec:
     pmem: str = ""
     # The command line of the kernel that the guest loads as its next one.
     next: str = ""
+    # A file with another guest's memory, which this one holds as its own, in huge pages and in the
+    # page cache.
+    nested: str = ""
     # Of the migration to a stream.
     capabilities: tuple[str, ...] = ()
     # An EFI firmware of `firmware.KNOWN`; SeaBIOS if none is named.
@@ -164,6 +167,9 @@ class GuestSpec:
         if self.pmem:
             # RAM that is called persistent memory, and used as such.
             words.append(f"memmap={self.pmem} lab.pmem=1")
+        if self.nested:
+            # The number of its disk.
+            words.append(f"lab.nested={3 if self.machine == 'microvm' else 2}")
         if self.offline:
             # Plugged in, used, and taken offline again.
             words.append(f"lab.offline={self.offline} memhp_default_state=offline")

@@ -6,11 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import CheckFailed
-from host import ROOT, Json, Word, attempt, run
+from host import LAB, ROOT, Json, Word, attempt, run
 
 
 def tool_argument(parser: ArgumentParser) -> None:
     parser.add_argument("--sonicshot", help="the binary; built if not given")
+
+
+def knowledge_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("--at-most", choices=["types", "vmcoreinfo", "shape"],
+                        help="take no more than this of the guest's kernel")
+
+
+def limited(tool: Path, most: str | None) -> Path:
+    """The binary that takes no more than this of a guest's kernel."""
+    if not most:
+        return tool
+    script = LAB / f"sonicshot-{most}"
+    script.write_text(f'#!/bin/sh\nexec "{tool}" "$@" --at-most {most}\n')
+    script.chmod(0o755)
+    return script
 
 
 def find_tool(given: str | None) -> Path:

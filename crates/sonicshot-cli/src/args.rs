@@ -5,7 +5,7 @@ use sonicshot::PageClass;
 use sonicshot::checkpoint::Compression;
 use sonicshot_offline::packed::ImageCompression;
 use sonicshot_offline::{AnalyzeOptions, LayoutSpec, OpenOptions, RestoreTo};
-use sonicshot_vmi::{Cr3, OnInconsistency};
+use sonicshot_vmi::{Cr3, Knowledge, OnInconsistency};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -80,6 +80,10 @@ pub(crate) struct InputArgs {
     /// processors. Decimal, or hexadecimal with 0x
     #[arg(long, value_name = "N")]
     pub cr3: Option<Cr3>,
+    /// Take no more than this of the guest: the lab holds what less knowledge finds against what
+    /// more does
+    #[arg(long, value_name = "KNOWLEDGE", hide = true, value_parser = knowledge)]
+    pub at_most: Option<Knowledge>,
     /// Go on although the guest's records of free pages contradict each other: every page in
     /// question is kept, the others are believed
     #[arg(long)]
@@ -94,6 +98,7 @@ impl InputArgs {
         options.layout.clone_from(&self.layout);
         options.base.clone_from(&self.base);
         options.cr3 = self.cr3;
+        options.at_most = self.at_most;
         options.max_size = self.max_size;
         options
     }
@@ -182,6 +187,13 @@ impl PruneArgs {
             .as_deref()
             .is_some_and(|out| out == Path::new("-"))
     }
+}
+
+/// By its name in reports.
+fn knowledge(name: &str) -> Result<Knowledge, String> {
+    let all = [Knowledge::Types, Knowledge::Vmcoreinfo, Knowledge::Shape];
+    let found = all.into_iter().find(|level| level.name() == name);
+    found.ok_or_else(|| "not types, vmcoreinfo or shape".into())
 }
 
 /// A number of bytes, with K, M or G in units of 1024.

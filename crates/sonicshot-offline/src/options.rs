@@ -1,7 +1,7 @@
 //! What may be known of a snapshot beforehand, and what is wanted of it.
 
 use sonicshot_dump::LayoutSpec;
-use sonicshot_vmi::{Cr3, OnInconsistency};
+use sonicshot_vmi::{Cr3, Knowledge, OnInconsistency};
 use std::path::{Path, PathBuf};
 
 /// What is known of a snapshot beforehand; by default nothing, and everything is found out.
@@ -16,6 +16,9 @@ pub struct OpenOptions {
     pub base: Option<PathBuf>,
     /// The `CR3` of a processor that ran the guest's kernel.
     pub cr3: Option<Cr3>,
+    /// No more than this is taken of the guest and of all files; for tests.
+    #[doc(hidden)]
+    pub at_most: Option<Knowledge>,
     /// How many bytes are taken in from a pipe at most.
     pub max_size: Option<u64>,
 }
@@ -63,6 +66,15 @@ impl OpenOptions {
     #[must_use]
     pub fn cr3(mut self, cr3: Cr3) -> Self {
         self.cr3 = Some(cr3);
+        self
+    }
+
+    /// Takes no more than this of the guest and of all files: tests hold what less knowledge finds
+    /// against what more does.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn at_most(mut self, knowledge: Knowledge) -> Self {
+        self.at_most = Some(knowledge);
         self
     }
 }

@@ -33,6 +33,9 @@ pub(super) fn open_guest<'d>(
     if let Some(cr3) = known.cr3 {
         options = options.cr3(cr3);
     }
+    if let Some(most) = known.at_most {
+        options = options.at_most(most);
+    }
     if let Some(text) = dump.vmcoreinfo() {
         options = options.vmcoreinfo(text);
     }
