@@ -4,7 +4,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use sonicshot::PageClass;
 use sonicshot::checkpoint::Compression;
 use sonicshot_offline::packed::ImageCompression;
-use sonicshot_offline::{AnalyzeOptions, LayoutSpec, OpenOptions, RestoreTo};
+use sonicshot_offline::{AnalyzeOptions, DumpFormat, LayoutSpec, OpenOptions, RestoreTo};
 use sonicshot_vmi::{Cr3, Knowledge, OnInconsistency};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -67,6 +67,10 @@ pub(crate) struct InputArgs {
     /// BLOCK=START-END,...;BLOCK=... Without it, found out by the guest's own memory map
     #[arg(long, value_name = "LAYOUT")]
     pub layout: Option<LayoutSpec>,
+    /// What the file is, whatever it begins with: raw, elf, qemu, kdump and so on. Without it, its
+    /// beginning tells
+    #[arg(long, value_name = "NAME")]
+    pub format: Option<DumpFormat>,
     /// The memory that the dump is a diff to: a Firecracker diff snapshot is read over it
     #[arg(long, value_name = "FILE")]
     pub base: Option<PathBuf>,
@@ -96,6 +100,7 @@ impl InputArgs {
         let mut options = OpenOptions::new();
         options.symbols.clone_from(&self.symbols);
         options.layout.clone_from(&self.layout);
+        options.format = self.format;
         options.base.clone_from(&self.base);
         options.cr3 = self.cr3;
         options.at_most = self.at_most;
@@ -352,6 +357,9 @@ pub(crate) struct VerifyArgs {
     /// Where a raw dump's bytes lie; without it, as the checkpoint says
     #[arg(long, value_name = "LAYOUT", requires = "against")]
     pub layout: Option<LayoutSpec>,
+    /// What the dump is, whatever it begins with: raw, elf, qemu, kdump and so on
+    #[arg(long, value_name = "NAME", requires = "against")]
+    pub format: Option<DumpFormat>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

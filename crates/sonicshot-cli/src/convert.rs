@@ -57,7 +57,8 @@ fn convert(args: &ConvertArgs, target: &Target) -> Result<Converted, CliError> {
     let bar = progress_bar("converting", args.json);
     let progress = &mut shown_on(&bar);
     let (out, force) = (&args.output, overwrite(args.force));
-    let converted = if CheckpointFile::is_at(&args.file)? {
+    let may_be_checkpoint = args.input.format.is_none();
+    let converted = if may_be_checkpoint && CheckpointFile::is_at(&args.file)? {
         CheckpointFile::open(&args.file)?.convert(target, out, force, progress)?
     } else {
         let snapshot = Input::find(&args.file, &args.input)?.snapshot;

@@ -4,7 +4,7 @@ use crate::report::complain;
 use serde_json::{Value, json};
 use sonicshot::MemoryError;
 use sonicshot::checkpoint::CheckpointError;
-use sonicshot_dump::{DumpError, KdumpWriteError, SizeLimit};
+use sonicshot_dump::{DumpError, DumpOptions, KdumpWriteError, SizeLimit};
 use sonicshot_offline::OfflineError;
 use sonicshot_vmi::{Foreign, VmiError};
 use sonicshot_xen_live::LiveError;
@@ -283,6 +283,8 @@ fn code_of_guest(error: &VmiError) -> u8 {
 }
 
 const OR_FORCE: &str = "give another name, or --force to write over it";
+const OR_RAW: &str =
+    "if it is a guest's memory and nothing else, whatever it begins with: --format raw";
 const SAY_LAYOUT: &str = "say where RAM lies with --layout";
 
 fn hint_of(error: &OfflineError) -> Option<&'static str> {
@@ -345,6 +347,15 @@ fn hint_of_dump(error: &DumpError) -> Option<&'static str> {
         }
         DumpError::Ambiguous { .. } => {
             "give the memory file itself; a base that lies in the folder with --base"
+        }
+        DumpError::Malformed { path, .. }
+        | DumpError::NotADump { path, .. }
+        | DumpError::Unsupported { path, .. }
+        | DumpError::Xen { path, .. }
+        | DumpError::OtherFormat { path, .. }
+            if DumpOptions::begins_as_other(path).unwrap_or(false) =>
+        {
+            OR_RAW
         }
         DumpError::NoLayout { .. } | DumpError::Json { .. } => SAY_LAYOUT,
         _ => return None,

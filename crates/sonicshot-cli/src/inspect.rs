@@ -50,7 +50,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
 /// Shows one input; returns how many bytes a prune saves, and of how many.
 fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
     let memory = input.snapshot.memory_file();
-    if CheckpointFile::is_at(memory)? {
+    if args.input.format.is_none() && CheckpointFile::is_at(memory)? {
         checkpoint::inspect(memory, args)?;
         return Ok((0, 0));
     }

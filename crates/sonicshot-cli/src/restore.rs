@@ -5,7 +5,7 @@ use crate::error::CliError;
 use crate::output::{named_files, overwrite, shown_on};
 use crate::report::{count, progress_bar, say, size};
 use serde_json::json;
-use sonicshot_offline::{CheckpointFile, LayoutSpec, RestoreOptions};
+use sonicshot_offline::{CheckpointFile, LayoutSpec, OpenOptions, RestoreOptions};
 use std::path::Path;
 use std::time::Instant;
 
@@ -55,8 +55,10 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
     checkpoint.verify(&mut progress)?;
     let mut compared = None;
     if let Some(path) = &args.against {
-        let layout = args.layout.as_ref();
-        compared = Some(checkpoint.verify_against(path, layout, &mut progress)?);
+        let mut known = OpenOptions::new();
+        known.layout.clone_from(&args.layout);
+        known.format = args.format;
+        compared = Some(checkpoint.verify_against(path, &known, &mut progress)?);
     }
     bar.finish_and_clear();
     let seconds = started.elapsed().as_secs_f64();

@@ -1,12 +1,11 @@
 //! A dump of any format.
 
 use crate::backing::spool::Spool;
-use crate::format;
 use crate::format::ability::{AsStream, ByCopy, InPlace, Migration};
-use crate::format::kind::{Format, Source, boxed};
+use crate::format::kind::Format;
 use crate::format::qemu::{migration, start};
 use crate::output::{Output, Overwrite, Target};
-use crate::{DumpError, LayoutSpec, RamBlock};
+use crate::{DumpError, DumpOptions, LayoutSpec, RamBlock};
 use sonicshot::{
     Architecture, Disposition, Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, PageMap,
     PageSize, PfnRange, Processors, Progress, PrunePlan, RamLayout,
@@ -35,14 +34,13 @@ pub struct Dump {
 
 impl Dump {
     /// Opens the dump at `path`, its kind told by its content. What has no known beginning is
-    /// raw RAM, laid out by `layout`, by default [`LayoutSpec::Pc`].
+    /// raw RAM, laid out by `layout`, by default [`LayoutSpec::Pc`]. [`DumpOptions`] say what it
+    /// is instead.
     ///
     /// # Errors
     /// [`DumpError`] if the file cannot be read, is no dump, or contradicts itself.
     pub fn open(path: impl AsRef<Path>, layout: Option<&LayoutSpec>) -> Result<Self, DumpError> {
-        let path = path.as_ref();
-        let format = format::open(Source::open(path, layout)?)?;
-        Ok(Self::new(path, format, None))
+        DumpOptions::of_layout(layout).open(path)
     }
 
     /// Opens a dump that came through a pipe or that was compressed. Messages call it by the
@@ -51,8 +49,7 @@ impl Dump {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_spooled(spool: &Spool, layout: Option<&LayoutSpec>) -> Result<Self, DumpError> {
-        let format = format::open(Source::spooled(spool, layout)?)?;
-        Ok(Self::new(spool.name(), format, Some(spool.clone())))
+        DumpOptions::of_layout(layout).open_spooled(spool)
     }
 
     /// Opens a Firecracker diff snapshot's memory file at `path` over `base`, the memory it was
@@ -69,12 +66,10 @@ impl Dump {
         base: impl AsRef<Path>,
         layout: Option<&LayoutSpec>,
     ) -> Result<Self, DumpError> {
-        let path = path.as_ref();
-        let diff = format::diff::open(path, base.as_ref(), layout)?;
-        Ok(Self::new(path, boxed(diff), None))
+        DumpOptions::of_layout(layout).open_over(path, base)
     }
 
-    fn new(path: &Path, format: Box<dyn Format>, spool: Option<Spool>) -> Self {
+    pub(crate) fn new(path: &Path, format: Box<dyn Format>, spool: Option<Spool>) -> Self {
         Self {
             path: path.to_owned(),
             format,

@@ -1,6 +1,6 @@
 //! What can go wrong with a dump file.
 
-use crate::{LayoutSpec, SizeLimit};
+use crate::{DumpFormat, LayoutSpec, SizeLimit};
 use sonicshot::{
     Architecture, FileOffset, FileStamp, Gpa, LayoutError, MemoryError, PageClass, Pfn,
 };
@@ -51,6 +51,14 @@ pub enum DumpError {
         path: PathBuf,
         /// What it is.
         kind: &'static str,
+    },
+    /// The file does not begin as one of the format that it is said to have.
+    #[error("{} does not begin as a file of the format {format}", path.display())]
+    OtherFormat {
+        /// The file.
+        path: PathBuf,
+        /// The format.
+        format: DumpFormat,
     },
     /// The file is no dump.
     #[error("{} is no memory dump: {why}", path.display())]

@@ -1,7 +1,7 @@
 //! Finds out what a path names.
 
 use crate::snapshot::{Named, SnapshotFiles, check_is_file};
-use crate::{DumpError, LayoutSpec, format};
+use crate::{DumpError, DumpOptions, LayoutSpec, format};
 use std::fs;
 use std::path::Path;
 
@@ -21,7 +21,21 @@ impl SnapshotFiles {
         base: Option<&Path>,
         layout: Option<&LayoutSpec>,
     ) -> Result<Self, DumpError> {
+        Self::find_as(path, base, &DumpOptions::of_layout(layout))
+    }
+
+    /// The same of what is `known` of the memory file: of one that is said to be
+    /// [raw](crate::DumpFormat::RAW) it does not count how it begins.
+    ///
+    /// # Errors
+    /// As [`find`](Self::find).
+    pub fn find_as(
+        path: impl AsRef<Path>,
+        base: Option<&Path>,
+        known: &DumpOptions,
+    ) -> Result<Self, DumpError> {
         let path = path.as_ref();
+        let layout = known.layout.as_ref();
         let metadata = fs::metadata(path).map_err(DumpError::io("opening", path))?;
         // To open a pipe that nobody writes would take for ever.
         if !metadata.is_dir() && !metadata.is_file() {
@@ -30,7 +44,10 @@ impl SnapshotFiles {
                 why: "it is not a regular file; what comes through a pipe is given as `-`",
             });
         }
-        let is_known = format::begins_as_known;
+        let is_known = match known.is_raw() {
+            true => |_: &[u8], _| false,
+            false => format::begins_as_known,
+        };
         let named = Named::new(path, metadata.is_dir(), base, layout, is_known);
         match format::snapshot(&named)? {
             Some(files) => Ok(files),

@@ -1,7 +1,7 @@
 //! The files that VMMs and dump tools write of a guest's memory: read as guest memory, most of
 //! them without copying, and pruned.
 //!
-//! [`Dump::open`] tells a file's format by its content. A `Dump` is a [`GuestMemory`], which
+//! [`Dump::open`] tells a file's format by its content, [`DumpOptions::format`] says it instead. A `Dump` is a [`GuestMemory`], which
 //! `sonicshot-vmi` looks into. A [`CheckedPlan`] made of what it finds, after every guard has been
 //! through it, is what a file is pruned by: [`CheckedPlan::prune_to`],
 //! [`CheckedPlan::prune_in_place`] or [`CheckedPlan::prune_to_writer`].
@@ -64,6 +64,7 @@ mod guard;
 mod in_use;
 mod layout;
 mod limit;
+mod options;
 mod output;
 mod processors;
 mod prune;
@@ -80,12 +81,14 @@ pub use format::kdump::read::KdumpFile;
 pub use format::kdump::write::write_kdump_without;
 #[doc(hidden)]
 pub use format::kdump::write::{KdumpCompression, KdumpOptions, KdumpWriteStats, write_kdump};
+pub use format::name::{DumpFormat, DumpFormatError};
 pub use format::qemu::start::{BlockKind, RamBlock};
 pub use format::xen::join::XlSkeleton;
 pub use guard::{CheckedPlan, Doubts, check_whole, keep_in_doubt};
 pub use in_use::check_not_in_use;
 pub use layout::{BlockPlace, LayoutSpec, LayoutSpecError, is_boot_ram};
 pub use limit::SizeLimit;
+pub use options::DumpOptions;
 pub use output::Overwrite;
 pub use output::dump_file::{CoreNotes, DumpFile, NewFile, ReadyFile};
 pub use output::folder::NewFolder;

@@ -235,16 +235,17 @@ impl CheckpointFile {
     pub fn verify_against(
         &self,
         path: impl AsRef<Path>,
-        layout: Option<&LayoutSpec>,
+        known: &OpenOptions,
         progress: Progress<'_>,
     ) -> Result<u64, OfflineError> {
         let path = path.as_ref();
         // A raw dump has no layout of its own: the checkpoint tells.
         let own = LayoutSpec::Ranges(self.reader.info().layout.regions().to_vec());
-        let dump = match Dump::open(path, Some(layout.unwrap_or(&own))) {
+        let layout = known.layout.as_ref().unwrap_or(&own);
+        let dump = match known.of_file(Some(layout)).open(path) {
             // Several blocks of memory: the guest has to be asked again which is where.
-            Err(DumpError::LayoutLength { .. }) if layout.is_none() => {
-                place::open(&Snapshot::open(path, &OpenOptions::new())?)?
+            Err(DumpError::LayoutLength { .. }) if known.layout.is_none() => {
+                place::open(&Snapshot::open(path, known)?)?
             }
             dump => dump?,
         };

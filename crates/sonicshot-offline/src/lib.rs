@@ -55,5 +55,5 @@ pub use options::{AnalyzeOptions, OpenOptions};
 pub use plan::{Plan, check_droppable};
 pub use save::{CheckpointOptions, Saved, Whole};
 pub use snapshot::Snapshot;
-pub use sonicshot_dump::{LayoutSpec, Overwrite, PruneOptions, PruneStats};
+pub use sonicshot_dump::{DumpFormat, LayoutSpec, Overwrite, PruneOptions, PruneStats};
 pub use text::ByteSize;

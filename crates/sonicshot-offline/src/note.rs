@@ -16,6 +16,8 @@ pub enum Note {
     Files(FilesNote),
     /// No kernel tells of its pages: only what they hold counts.
     NoKernel,
+    /// The file begins as one of another format, which it is not: it is a guest's memory.
+    TakenAsRaw,
     /// A process has the file open for writing while it is read.
     InUse {
         /// The file.
@@ -74,6 +76,10 @@ impl fmt::Display for Note {
             Self::NoKernel => {
                 f.write_str("no kernel tells of its pages: those of zeroes go, all others are kept")
             }
+            Self::TakenAsRaw => f.write_str(
+                "the file begins as one of another format, but it is none: it is taken for raw \
+                 memory, whose guest shows that it is",
+            ),
             Self::InUse { path, writer } => {
                 let (path, writer) = (path.clone(), writer.clone());
                 write!(

@@ -1,6 +1,6 @@
 //! What may be known of a snapshot beforehand, and what is wanted of it.
 
-use sonicshot_dump::LayoutSpec;
+use sonicshot_dump::{DumpFormat, DumpOptions, LayoutSpec};
 use sonicshot_vmi::{Cr3, Knowledge, OnInconsistency};
 use std::path::{Path, PathBuf};
 
@@ -12,6 +12,8 @@ pub struct OpenOptions {
     pub symbols: Vec<PathBuf>,
     /// Where the bytes of the file lie in the guest.
     pub layout: Option<LayoutSpec>,
+    /// What the file is read as, whatever it begins with.
+    pub format: Option<DumpFormat>,
     /// The memory that the file is a diff to.
     pub base: Option<PathBuf>,
     /// The `CR3` of a processor that ran the guest's kernel.
@@ -46,6 +48,14 @@ impl OpenOptions {
         self
     }
 
+    /// Says what the file is. [`DumpFormat::RAW`] may begin as it likes; any other must begin as
+    /// one of its own.
+    #[must_use]
+    pub fn format(mut self, format: DumpFormat) -> Self {
+        self.format = Some(format);
+        self
+    }
+
     /// Gives the memory that the file is a diff to: a Firecracker diff snapshot is read over it.
     #[must_use]
     pub fn base(mut self, path: impl AsRef<Path>) -> Self {
@@ -76,6 +86,14 @@ impl OpenOptions {
     pub fn at_most(mut self, knowledge: Knowledge) -> Self {
         self.at_most = Some(knowledge);
         self
+    }
+
+    /// What of it a memory file is opened by; where RAM lies is `layout`.
+    pub(crate) fn of_file(&self, layout: Option<&LayoutSpec>) -> DumpOptions {
+        let mut known = DumpOptions::new();
+        known.layout = layout.cloned();
+        known.format = self.format;
+        known
     }
 }
 

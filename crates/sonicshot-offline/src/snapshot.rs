@@ -4,7 +4,10 @@ use crate::error::OfflineError;
 use crate::note::Note;
 use crate::options::OpenOptions;
 use sonicshot::{FileStamp, Processors};
-use sonicshot_dump::{Dump, DumpError, LayoutSpec, SnapshotFiles, Spool, Vmm, check_not_in_use};
+use sonicshot_dump::{
+    Dump, DumpError, DumpFormat, DumpOptions, LayoutSpec, SnapshotFiles, Spool, Vmm,
+    check_not_in_use,
+};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -20,6 +23,8 @@ pub struct Snapshot {
     options: OpenOptions,
     /// The content of what came through a pipe or was compressed, once it is there.
     spool: OnceLock<Spool>,
+    /// What came through a pipe, as it came.
+    piped: Option<Spool>,
     /// What the files were when it was opened.
     stamps: Vec<(PathBuf, FileStamp)>,
 }
@@ -32,7 +37,11 @@ impl Snapshot {
     /// [`OfflineError::Dump`] if there is no such file, or no snapshot in the folder.
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self, OfflineError> {
         let path = path.as_ref();
-        let files = SnapshotFiles::find(path, options.base.as_deref(), options.layout.as_ref())?;
+        let files = SnapshotFiles::find_as(
+            path,
+            options.base.as_deref(),
+            &options.of_file(options.layout.as_ref()),
+        )?;
         let names = [Some(files.memory()), options.base.as_deref()];
         let stamp = |path: &Path| Some((path.to_owned(), FileStamp::of_path(path).ok()?));
         let stamps = names.into_iter().flatten().filter_map(stamp).collect();
@@ -41,6 +50,7 @@ impl Snapshot {
             files,
             options: options.clone(),
             spool: OnceLock::new(),
+            piped: None,
             stamps,
         })
     }
@@ -56,12 +66,14 @@ impl Snapshot {
         options: &OpenOptions,
     ) -> Result<Self, OfflineError> {
         let name = name.as_ref();
-        let spool = Spool::from_reader_up_to(name, reader, options.max_size)?;
+        let known = options.of_file(options.layout.as_ref());
+        let spool = known.spool(name, reader, options.max_size)?;
         Ok(Self {
             path: name.to_owned(),
             files: SnapshotFiles::file(name, options.layout.as_ref()),
             options: options.clone(),
-            spool: OnceLock::from(spool),
+            spool: OnceLock::from(spool.clone()),
+            piped: Some(spool),
             stamps: Vec::new(),
         })
     }
@@ -114,6 +126,40 @@ impl Snapshot {
         Ok(())
     }
 
+    /// The same with its memory file taken for raw memory.
+    pub(crate) fn as_raw(&self) -> Self {
+        Self {
+            path: self.path.clone(),
+            files: self.files.clone(),
+            options: self.options.clone().format(DumpFormat::RAW),
+            // What was decompressed is not what is in the file.
+            spool: match &self.piped {
+                Some(spool) => OnceLock::from(spool.clone()),
+                None => OnceLock::new(),
+            },
+            piped: self.piped.clone(),
+            stamps: self.stamps.clone(),
+        }
+    }
+
+    /// The length of its memory file in bytes, if that can be told.
+    pub(crate) fn memory_len(&self) -> Option<u64> {
+        match &self.piped {
+            Some(spool) => spool.content_len().ok(),
+            None => Some(std::fs::metadata(self.memory_file()).ok()?.len()),
+        }
+    }
+
+    /// Whether its memory file begins as one of a format that says itself what it is.
+    pub(crate) fn begins_as_other(&self) -> bool {
+        let file = self.memory_file();
+        let begins = match &self.piped {
+            Some(spool) => DumpOptions::spooled_begins_as_other(spool),
+            None => DumpOptions::begins_as_other(file),
+        };
+        begins.unwrap_or(false)
+    }
+
     /// What is wrong with a file that has changed says less than that it has.
     pub(crate) fn blame(&self, error: OfflineError) -> OfflineError {
         self.check_unchanged().err().unwrap_or(error)
@@ -139,13 +185,14 @@ impl Snapshot {
     }
 
     fn memory(&self, layout: Option<&LayoutSpec>) -> Result<Dump, DumpError> {
+        let known = self.options.of_file(layout);
         if let Some(base) = &self.options.base {
-            return Dump::open_over(self.memory_file(), base, layout);
+            return known.open_over(self.memory_file(), base);
         }
         if let Some(spool) = self.spool.get() {
-            return Dump::open_spooled(spool, layout);
+            return known.open_spooled(spool);
         }
-        let dump = Dump::open(self.memory_file(), layout)?;
+        let dump = known.open(self.memory_file())?;
         if let Some(spool) = dump.spool() {
             // Another thread may have been first: one is as good as the other.
             let _ = self.spool.set(spool.clone());

@@ -4,7 +4,7 @@ use crate::analyze::Analyzed;
 use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
 use sonicshot::{Gpa, GuestMemory, PageClass};
-use sonicshot_dump::Dump;
+use sonicshot_dump::{Dump, DumpFormat};
 use sonicshot_vmi::Analysis;
 
 /// How files begin that hold no memory: disk images and archives.
@@ -37,7 +37,8 @@ impl Snapshot {
     /// [`OfflineError::Dump`] if the file is damaged or none that is read.
     pub fn zero_pages(&self) -> Result<Option<Analyzed>, OfflineError> {
         let dump = self.dump(self.files().layout())?;
-        if self.options().base.is_some() || !is_whole(&dump) {
+        let is_raw = self.options().format == Some(DumpFormat::RAW);
+        if self.options().base.is_some() || !is_whole(&dump) || !is_raw && is_foreign(&dump) {
             return Ok(None);
         }
         let analysis = Analysis::of_zero_pages(&dump)?;
@@ -46,16 +47,21 @@ impl Snapshot {
     }
 }
 
-/// Whether the file holds all of the memory; of other formats than raw RAM that is told by them.
-fn is_whole(dump: &Dump) -> bool {
+/// Whether what is taken for raw RAM begins as a file of another kind.
+fn is_foreign(dump: &Dump) -> bool {
     if dump.layout_spec().is_none() {
-        return true;
+        return false;
     }
     let mut start = [0; 8];
     let first = dump.layout().regions().first();
     let begins = first.is_some_and(|first| dump.read(first.start(), &mut start).is_ok());
-    if !begins || FOREIGN.iter().any(|magic| start.starts_with(magic)) {
-        return false;
+    !begins || FOREIGN.iter().any(|magic| start.starts_with(magic))
+}
+
+/// Whether the file holds all of the memory; of other formats than raw RAM that is told by them.
+fn is_whole(dump: &Dump) -> bool {
+    if dump.layout_spec().is_none() {
+        return true;
     }
     dump.layout().regions().iter().all(|region| {
         let mut at: Gpa = region.start();

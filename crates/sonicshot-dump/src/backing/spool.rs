@@ -21,6 +21,17 @@ const PIECE: usize = 1 << 20;
 /// parts.
 const FREE_PARTS: u64 = 2;
 
+/// What limits how much is taken in.
+#[derive(Debug, Clone, Copy)]
+enum Limit {
+    /// So many bytes.
+    Given(u64),
+    /// What the content's header tells of, or if it has none, what is free.
+    Header,
+    /// What is free.
+    Free,
+}
+
 /// How the migration file in a libvirt image is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Compression {
@@ -83,7 +94,22 @@ impl Spool {
         reader: impl Read,
         max_size: Option<u64>,
     ) -> Result<Self, DumpError> {
-        Self::new(name.as_ref(), Path::new(FALLBACK), reader, None, max_size)
+        Self::take_in(name.as_ref(), reader, max_size, false)
+    }
+
+    /// The same; of what is raw memory the beginning is no header.
+    pub(crate) fn take_in(
+        name: &Path,
+        reader: impl Read,
+        max_size: Option<u64>,
+        is_raw: bool,
+    ) -> Result<Self, DumpError> {
+        let limit = match max_size {
+            Some(max) => Limit::Given(max),
+            None if is_raw => Limit::Free,
+            None => Limit::Header,
+        };
+        Self::new(name, Path::new(FALLBACK), reader, None, limit)
     }
 
     /// Decompresses the content of the image in `file`.
@@ -105,13 +131,13 @@ impl Spool {
             Some(Compression::Gzip) => {
                 // One stream or several, as gzip itself reads them.
                 let reader = flate2::bufread::MultiGzDecoder::new(packed);
-                Self::new(path, beside, reader, original, None)
+                Self::new(path, beside, reader, original, Limit::Header)
             }
             Some(Compression::Zstd) => {
                 let reader = zstd::stream::read::Decoder::with_buffer(packed).map_err(reading())?;
-                Self::new(path, beside, reader, original, None)
+                Self::new(path, beside, reader, original, Limit::Header)
             }
-            None => Self::new(path, beside, packed, original, None),
+            None => Self::new(path, beside, packed, original, Limit::Header),
         };
         // Before what may come of it: bytes that do not decompress.
         check_stamp(file, path, before)?;
@@ -123,7 +149,7 @@ impl Spool {
         folder: &Path,
         mut reader: impl Read,
         image: Option<(File, Image)>,
-        max_size: Option<u64>,
+        limit: Limit,
     ) -> Result<Self, DumpError> {
         let mut folder =
             std::env::var_os("TMPDIR").map_or_else(|| folder.to_owned(), PathBuf::from);
@@ -140,7 +166,10 @@ impl Spool {
         })?;
         let mut buffer = vec![0; PIECE];
         let mut at = 0_u64;
-        let mut limit = max_size.map(|max| (max, SizeLimit::Given));
+        let mut known = match limit {
+            Limit::Given(max) => Some((max, SizeLimit::Given)),
+            Limit::Header | Limit::Free => None,
+        };
         loop {
             let len = fill(&mut reader, &mut buffer).map_err(|source| {
                 let path = name.to_owned();
@@ -163,12 +192,12 @@ impl Spool {
                 .checked_add(len as u64)
                 .ok_or(io::ErrorKind::FileTooLarge);
             let next = next.map_err(|kind| writing()(kind.into()))?;
-            let (max, by) = match limit {
-                Some(limit) => limit,
-                None => limit_of(name, piece, &file)
+            let (max, by) = match known {
+                Some(known) => known,
+                None => limit_of(name, piece, &file, limit)
                     .map_err(DumpError::io("asking for the free space of", &folder))?,
             };
-            limit = Some((max, by));
+            known = Some((max, by));
             if next > max {
                 return Err(DumpError::TooLong {
                     path: name.to_owned(),
@@ -195,6 +224,17 @@ impl Spool {
         &self.0.name
     }
 
+    /// How long the content is, in bytes.
+    ///
+    /// # Errors
+    /// [`DumpError::Io`] if the system does not tell.
+    pub fn content_len(&self) -> Result<u64, DumpError> {
+        let metadata = self.0.file.metadata();
+        Ok(metadata
+            .map_err(DumpError::io("reading", &self.0.name))?
+            .len())
+    }
+
     /// The content.
     pub(crate) fn content(&self) -> Result<FileContent, DumpError> {
         let file = self.0.file.try_clone();
@@ -211,8 +251,11 @@ impl Spool {
 }
 
 /// How long a content may be that begins with `start` and is put into `file`.
-fn limit_of(name: &Path, start: &[u8], file: &File) -> io::Result<(u64, SizeLimit)> {
-    let ram = ram_of_migration(name, FileBytes::from_slice(start));
+fn limit_of(name: &Path, start: &[u8], file: &File, limit: Limit) -> io::Result<(u64, SizeLimit)> {
+    let ram = match limit {
+        Limit::Free => None,
+        _ => ram_of_migration(name, FileBytes::from_slice(start)),
+    };
     if let Some((max, ram)) = ram.and_then(|ram| Some((allowed_beside(ram)?, ram))) {
         return Ok((max, SizeLimit::Header { ram }));
     }

@@ -20,7 +20,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-pub(crate) const KIND: Kind = Kind::by_magic(&[b"AVML"], |source| open(source).map(boxed));
+pub(crate) const KIND: Kind = Kind::by_magic("avml", &[b"AVML"], |source| open(source).map(boxed));
 
 const AVML_MAGIC: u32 = 0x4c4d_5641;
 const LIME_MAGIC: u32 = 0x4c69_4d45;

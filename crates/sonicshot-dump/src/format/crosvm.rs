@@ -50,6 +50,7 @@ impl Vmm {
 }
 
 pub(crate) const KIND: Kind = Kind {
+    name: Some("crosvm"),
     is_one: |source| is_memory(source.path),
     open: |source| open(source).map(boxed),
     ..Kind::by_name(snapshot)

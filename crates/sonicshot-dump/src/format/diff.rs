@@ -10,7 +10,7 @@ use crate::prune::copy::Copier;
 use crate::prune::holes::sum_of;
 use crate::prune::runs::file_runs;
 use crate::prune::stats::PruneStats;
-use crate::{DumpError, LayoutSpec};
+use crate::{DumpError, DumpOptions, LayoutSpec};
 use sonicshot::{FileRange, PrunePlan};
 use std::fs::File;
 use std::path::Path;
@@ -23,18 +23,14 @@ pub(crate) struct Diff {
 }
 
 /// Opens the diff at `path` over `base`.
-pub(crate) fn open(
-    path: &Path,
-    base: &Path,
-    layout: Option<&LayoutSpec>,
-) -> Result<Diff, DumpError> {
+pub(crate) fn open(path: &Path, base: &Path, known: &DumpOptions) -> Result<Diff, DumpError> {
     let refuse = |why| DumpError::Base {
         path: path.to_owned(),
         base: base.to_owned(),
         why,
     };
     let raw = |path: &Path| {
-        let source = Source::open(path, layout)?;
+        let source = Source::open(path, known)?;
         match kind_of(&source)? {
             None => raw::open(source),
             Some(kind) => {

@@ -1,6 +1,5 @@
 //! What a format is: how it is told from others and opened, and what every one of them tells.
 
-use crate::DumpError;
 use crate::backing::Stored;
 use crate::backing::plain::{self, PlainDump, open_content};
 use crate::backing::scattered::Scattered;
@@ -10,6 +9,7 @@ use crate::format::qemu::start::RamBlock;
 use crate::layout::LayoutSpec;
 use crate::output::check_stamp;
 use crate::snapshot::{Named, SnapshotFiles};
+use crate::{DumpError, DumpOptions};
 use sonicshot::{
     Architecture, Failure, FileBytes, FileContent, FileStamp, Fill, P2m, PfnRange, Processors,
 };
@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 
 /// How a format is told from others, and opened.
 pub(crate) struct Kind {
+    /// What it is called where a file is to be read as one; `None` if no file is.
+    pub name: Option<&'static str>,
     /// How its files begin: each of them with one of these.
     pub magics: &'static [&'static [u8]],
     /// Whether a file is one, where its beginning does not tell by itself.
@@ -35,12 +37,14 @@ pub(crate) struct Kind {
 }
 
 impl Kind {
-    /// A format of one file that is told by how it begins.
+    /// The format `name` of one file that is told by how it begins.
     pub(crate) const fn by_magic(
+        name: &'static str,
         magics: &'static [&'static [u8]],
         open: fn(Source<'_>) -> Result<Box<dyn Format>, DumpError>,
     ) -> Self {
         Self {
+            name: Some(name),
             magics,
             is_one: |_| true,
             open,
@@ -54,6 +58,7 @@ impl Kind {
         snapshot: fn(&Named<'_>) -> Result<Option<SnapshotFiles>, DumpError>,
     ) -> Self {
         Self {
+            name: None,
             magics: &[],
             is_one: |_| false,
             // No file is one.
@@ -69,8 +74,21 @@ impl Kind {
     }
 
     pub(crate) fn takes(&self, source: &Source<'_>) -> bool {
+        (self.magics.is_empty() || self.begins(source)) && (self.is_one)(source)
+    }
+
+    /// Whether a file that is said to be one may be: what else tells its beginning from others'
+    /// does not count.
+    pub(crate) fn may_be(&self, source: &Source<'_>) -> bool {
+        match self.magics {
+            [] => (self.is_one)(source),
+            _ => self.begins(source),
+        }
+    }
+
+    fn begins(&self, source: &Source<'_>) -> bool {
         let begins = |magic: &&[u8]| source.begins_with(magic);
-        (self.magics.is_empty() || self.magics.iter().any(begins)) && (self.is_one)(source)
+        self.magics.iter().any(begins)
     }
 }
 
@@ -79,15 +97,15 @@ pub(crate) struct Source<'a> {
     /// What messages call it.
     pub path: &'a Path,
     pub content: FileContent,
-    /// Where RAM lies, if the caller says.
-    pub layout: Option<&'a LayoutSpec>,
+    /// What is known of it beforehand.
+    pub known: &'a DumpOptions,
     /// Where the content is, if it came through a pipe or was compressed.
     pub spool: Option<Spool>,
 }
 
 impl<'a> Source<'a> {
     /// The file at `path`.
-    pub(crate) fn open(path: &'a Path, layout: Option<&'a LayoutSpec>) -> Result<Self, DumpError> {
+    pub(crate) fn open(path: &'a Path, known: &'a DumpOptions) -> Result<Self, DumpError> {
         let not_a_dump = |why| DumpError::NotADump {
             path: path.to_owned(),
             why,
@@ -103,16 +121,13 @@ impl<'a> Source<'a> {
         Ok(Self {
             path,
             content,
-            layout,
+            known,
             spool: None,
         })
     }
 
     /// What is in `spool`.
-    pub(crate) fn spooled(
-        spool: &'a Spool,
-        layout: Option<&'a LayoutSpec>,
-    ) -> Result<Self, DumpError> {
+    pub(crate) fn spooled(spool: &'a Spool, known: &'a DumpOptions) -> Result<Self, DumpError> {
         let content = spool.content()?;
         if content.is_empty() {
             return Err(DumpError::NotADump {
@@ -123,9 +138,14 @@ impl<'a> Source<'a> {
         Ok(Self {
             path: spool.name(),
             content,
-            layout,
+            known,
             spool: Some(spool.clone()),
         })
+    }
+
+    /// Where RAM lies, if the caller says.
+    pub(crate) fn layout(&self) -> Option<&'a LayoutSpec> {
+        self.known.layout.as_ref()
     }
 
     /// To tell what is wrong with the file when it cannot be opened.

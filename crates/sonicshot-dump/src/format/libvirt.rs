@@ -13,7 +13,7 @@ use crate::format::qemu;
 use sonicshot::{Cursor, CutShort, FileBytes};
 use std::path::Path;
 
-pub(crate) const KIND: Kind = Kind::by_magic(&[MAGIC], open);
+pub(crate) const KIND: Kind = Kind::by_magic("libvirt", &[MAGIC], open);
 
 /// An image that is complete.
 pub(crate) const MAGIC: &[u8; 16] = b"LibvirtQemudSave";
@@ -28,7 +28,7 @@ fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {
         return qemu::open_in(source, image);
     }
     let spool = Spool::decompress(source.path, source.content.file(), image)?;
-    qemu::open(Source::spooled(&spool, source.layout)?)
+    qemu::open(Source::spooled(&spool, source.known)?)
 }
 
 /// Reads the header.

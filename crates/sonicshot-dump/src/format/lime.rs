@@ -8,7 +8,7 @@ use crate::format::kind::{Format, Kind, Source, boxed};
 use sonicshot::{Cursor, CutShort, FileBytes, FileOffset, Gpa, GpaRange};
 use std::path::Path;
 
-pub(crate) const KIND: Kind = Kind::by_magic(&[b"EMiL"], |source| open(source).map(boxed));
+pub(crate) const KIND: Kind = Kind::by_magic("lime", &[b"EMiL"], |source| open(source).map(boxed));
 
 /// `EMiL` in the file.
 const MAGIC: u32 = 0x4c69_4d45;

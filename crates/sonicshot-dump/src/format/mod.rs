@@ -17,11 +17,13 @@ pub(crate) mod kdump;
 pub(crate) mod kind;
 pub(crate) mod libvirt;
 pub(crate) mod lime;
+pub(crate) mod name;
 pub(crate) mod qemu;
 pub(crate) mod raw;
 pub(crate) mod xen;
 
 use crate::DumpError;
+use crate::DumpFormat;
 use crate::snapshot::{Named, SnapshotFiles};
 use kind::{Format, Kind, Source, boxed};
 use std::path::Path;
@@ -66,6 +68,11 @@ pub(crate) fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {
 
 /// The format of a file; `None` if it is raw RAM.
 pub(crate) fn kind_of(source: &Source<'_>) -> Result<Option<&'static Kind>, DumpError> {
+    match source.known.format {
+        Some(DumpFormat::RAW) => return Ok(None),
+        Some(format) if !is_unpacked(source) => return kind_named(source, format).map(Some),
+        _ => {}
+    }
     if let Some((_, kind)) = NOT_YET.iter().find(|(magic, _)| source.begins_with(magic)) {
         return Err(DumpError::Unsupported {
             path: source.path.to_owned(),
@@ -73,6 +80,29 @@ pub(crate) fn kind_of(source: &Source<'_>) -> Result<Option<&'static Kind>, Dump
         });
     }
     Ok(KINDS.iter().copied().find(|kind| kind.takes(source)))
+}
+
+/// Whether the content is what was compressed in the file: that has another format than the file.
+fn is_unpacked(source: &Source<'_>) -> bool {
+    let spool = source.spool.as_ref();
+    spool.is_some_and(|spool| spool.image().is_some())
+}
+
+/// The format that the caller says a file has.
+fn kind_named(source: &Source<'_>, format: DumpFormat) -> Result<&'static Kind, DumpError> {
+    let mut kinds = KINDS.iter().copied();
+    let kind = kinds.find(|kind| kind.name.map(DumpFormat::named) == Some(format));
+    let kind = kind.filter(|kind| kind.may_be(source));
+    kind.ok_or_else(|| DumpError::OtherFormat {
+        path: source.path.to_owned(),
+        format,
+    })
+}
+
+/// What the beginning of a file says that it is; `None` if it is raw RAM.
+pub(crate) fn begins_as(source: &Source<'_>) -> bool {
+    let not_yet = NOT_YET.iter().any(|(magic, _)| source.begins_with(magic));
+    not_yet || KINDS.iter().any(|kind| kind.takes(source))
 }
 
 /// Whether a file of `len` bytes that begins with `start` is of a known format, other than RAM.

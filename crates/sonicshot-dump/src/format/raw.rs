@@ -29,7 +29,7 @@ pub(crate) fn open(source: Source<'_>) -> Result<Raw, DumpError> {
             why: "it begins as no known format, and its length is no multiple of 4 KiB",
         });
     }
-    let layout = source.layout.cloned().unwrap_or(LayoutSpec::Pc);
+    let layout = source.layout().cloned().unwrap_or(LayoutSpec::Pc);
     let extents = extents(source.path, len, &layout)?;
     let mapped = source.mapped(extents)?;
     Ok(Raw { mapped, layout })

@@ -1,6 +1,7 @@
 //! Finds out where in the guest the bytes of a dump lie, where the dump itself does not say:
 //! raw files, and QEMU's files with several blocks of memory. The guest's own memory maps decide.
 
+mod as_raw;
 mod candidates;
 mod given;
 mod placed;
@@ -13,11 +14,21 @@ use crate::snapshot::Snapshot;
 pub(crate) use placed::{Look, Placed};
 use sonicshot_dump::Dump;
 
-/// Opens the dump in the layout that its guest confirms and lets `look` see the guest.
+/// Opens the dump in the layout that its guest confirms and lets `look` see the guest. A file that
+/// begins as one of another format may be RAM all the same, whose first page may hold anything.
 pub(crate) fn with_guest<T>(
     snapshot: &Snapshot,
     look: Look<'_, T>,
 ) -> Result<Placed<T>, OfflineError> {
+    let why = match in_format(snapshot, look) {
+        Err(error) if as_raw::is_worth_a_try(snapshot, &error) => error,
+        result => return result,
+    };
+    as_raw::with_guest(snapshot, why, &|raw| in_format(raw, look))
+}
+
+/// The same in the format that the file seems to have.
+fn in_format<T>(snapshot: &Snapshot, look: Look<'_, T>) -> Result<Placed<T>, OfflineError> {
     match snapshot.files().layout() {
         Some(layout) => given::with_guest(snapshot, layout, look),
         None => search::with_guest(snapshot, look),
@@ -26,6 +37,15 @@ pub(crate) fn with_guest<T>(
 
 /// Opens the dump alone, in the layout that its guest confirms if the dump does not say.
 pub(crate) fn open(snapshot: &Snapshot) -> Result<Dump, OfflineError> {
+    let why = match open_in_format(snapshot) {
+        Err(error) if as_raw::is_worth_a_try(snapshot, &error) => error,
+        result => return result,
+    };
+    let open = |raw: &Snapshot| in_format(raw, &|_| Ok(()));
+    Ok(as_raw::with_guest(snapshot, why, &open)?.dump)
+}
+
+fn open_in_format(snapshot: &Snapshot) -> Result<Dump, OfflineError> {
     let layout = snapshot.files().layout();
     if layout.is_some() || search::is_certain(snapshot)? {
         return Ok(snapshot.dump(layout)?);

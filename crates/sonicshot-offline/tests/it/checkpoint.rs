@@ -8,7 +8,7 @@ use sonicshot::{
 };
 use sonicshot_dump::{DumpError, KdumpWriteError};
 use sonicshot_offline::{
-    AnalyzeOptions, CheckpointFile, CheckpointOptions, Note, OfflineError, Overwrite,
+    AnalyzeOptions, CheckpointFile, CheckpointOptions, Note, OfflineError, OpenOptions, Overwrite,
     RestoreOptions, RestoreTo, Target,
 };
 use std::fs::{self, File};
@@ -46,7 +46,12 @@ fn a_plan_is_saved_to_a_file_and_into_a_pipe() {
     assert!(CheckpointFile::is_at(&out).unwrap() && !CheckpointFile::is_at(&path).unwrap());
     let checkpoint = CheckpointFile::open(&out).unwrap();
     checkpoint.verify(&mut quiet).unwrap();
-    assert!(checkpoint.verify_against(&path, None, &mut quiet).unwrap() > 0);
+    assert!(
+        checkpoint
+            .verify_against(&path, &OpenOptions::new(), &mut quiet)
+            .unwrap()
+            > 0
+    );
 
     let mut restore = RestoreOptions::new(RestoreTo::Raw);
     let copy = temporary.path().join("state again");

@@ -6,6 +6,7 @@
     reason = "tests say so by panicking"
 )]
 
+mod as_raw;
 mod checkpoint;
 mod common;
 mod prune;

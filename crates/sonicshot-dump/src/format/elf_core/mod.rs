@@ -18,7 +18,7 @@ pub(crate) const KIND: Kind = Kind {
         let start = source.start::<18>().unwrap_or_default();
         !may_be_ram(&start, source.len())
     },
-    ..Kind::by_magic(&[b"\x7fELF"], |source| open(source).map(boxed))
+    ..Kind::by_magic("elf", &[b"\x7fELF"], |source| open(source).map(boxed))
 };
 
 /// Whether an ELF file may be a guest's RAM: QEMU's microvm, Firecracker and Cloud Hypervisor leave

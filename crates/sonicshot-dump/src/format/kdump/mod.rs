@@ -12,9 +12,10 @@ use read::KdumpFile;
 use sonicshot::{Architecture, Processors};
 use write::{KdumpCompression, KdumpOptions, write_kdump_without};
 
-pub(crate) const KIND: Kind = Kind::by_magic(&[read::SIGNATURE, b"makedumpfile"], |source| {
-    open(source).map(boxed)
-});
+pub(crate) const KIND: Kind =
+    Kind::by_magic("kdump", &[read::SIGNATURE, b"makedumpfile"], |source| {
+        open(source).map(boxed)
+    });
 
 /// A kdump-compressed file and its memory.
 #[derive(Debug)]

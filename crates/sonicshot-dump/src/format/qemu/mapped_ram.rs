@@ -43,7 +43,7 @@ pub(crate) struct MappedRamDump {
 
 pub(crate) fn open(source: Source<'_>, wrapping: Wrapping) -> Result<MappedRamDump, DumpError> {
     let (path, data) = (source.path, source.data());
-    let ram = MappedRam::parse(path, data, wrapping.begin(), source.layout)?;
+    let ram = MappedRam::parse(path, data, wrapping.begin(), source.layout())?;
     let extents = ram.extents(path, data, source.on_disk()?)?;
     let mut mapped = source.mapped(extents)?;
     mapped.trust_extents();

@@ -14,7 +14,7 @@ use crate::format::kind::{Format, Kind, Source, boxed};
 use start::{Cursor, MAGIC, MAPPED_RAM};
 use std::fs::File;
 
-pub(crate) const KIND: Kind = Kind::by_magic(&[MAGIC], open);
+pub(crate) const KIND: Kind = Kind::by_magic("qemu", &[MAGIC], open);
 
 /// What a migration file is wrapped in.
 #[derive(Debug, Default)]

@@ -46,7 +46,7 @@ pub(crate) struct StreamDump {
 
 pub(crate) fn open(source: Source<'_>, wrapping: Wrapping) -> Result<StreamDump, DumpError> {
     let (path, data) = (source.path, source.data());
-    let mut stream = Stream::parse(path, data, wrapping.begin(), source.layout)?;
+    let mut stream = Stream::parse(path, data, wrapping.begin(), source.layout())?;
     let pages = stream.pages(path, data)?;
     let mapped = source.scattered(pages)?;
     Ok(StreamDump {

@@ -12,7 +12,7 @@ use sonicshot_xen::{CoreDump, DomainKind};
 /// An ELF file as others, told by what is in it.
 pub(crate) const KIND: Kind = Kind {
     is_one: |source| CoreDump::is_core(source.data()),
-    ..Kind::by_magic(&[b"\x7fELF"], |source| open(source).map(boxed))
+    ..Kind::by_magic("xen-core", &[b"\x7fELF"], |source| open(source).map(boxed))
 };
 
 /// A core, mapped.

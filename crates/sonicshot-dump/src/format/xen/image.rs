@@ -15,6 +15,7 @@ use sonicshot::{Fill, GpaRange, PfnRange, Processors, PrunePlan};
 use sonicshot_xen::{DomainKind, Layer, XlImage};
 
 pub(crate) const KIND: Kind = Kind::by_magic(
+    "xen",
     &[
         b"Xen saved domain",
         b"LibxlFmt",

@@ -1,0 +1,126 @@
+//! What is known of a file before it is opened.
+
+use crate::backing::spool::Spool;
+use crate::format::{self, kind::Source, kind::boxed};
+use crate::{Dump, DumpError, DumpFormat, LayoutSpec};
+use std::io::Read;
+use std::path::Path;
+
+/// What is known of a dump file beforehand; by default nothing, and its content tells.
+///
+/// ```no_run
+/// use sonicshot_dump::{DumpFormat, DumpOptions};
+/// // RAM, though its first page may look like something else.
+/// let dump = DumpOptions::new().format(DumpFormat::RAW).open("guest.ram")?;
+/// # Ok::<(), sonicshot_dump::DumpError>(())
+/// ```
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct DumpOptions {
+    /// Where RAM lies; of a raw file by default [`LayoutSpec::Pc`].
+    pub layout: Option<LayoutSpec>,
+    /// What the file is read as.
+    pub format: Option<DumpFormat>,
+}
+
+impl DumpOptions {
+    /// Nothing known.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Says where RAM lies.
+    #[must_use]
+    pub fn layout(mut self, layout: LayoutSpec) -> Self {
+        self.layout = Some(layout);
+        self
+    }
+
+    /// Says what the file is, which must begin as one of it; [`DumpFormat::RAW`] may begin as
+    /// it likes.
+    #[must_use]
+    pub fn format(mut self, format: DumpFormat) -> Self {
+        self.format = Some(format);
+        self
+    }
+
+    /// Opens the dump at `path`.
+    ///
+    /// # Errors
+    /// [`DumpError`] if the file cannot be read, is no dump, or contradicts itself;
+    /// [`DumpError::OtherFormat`] if it is not what it is said to be.
+    pub fn open(&self, path: impl AsRef<Path>) -> Result<Dump, DumpError> {
+        let path = path.as_ref();
+        let format = format::open(Source::open(path, self)?)?;
+        Ok(Dump::new(path, format, None))
+    }
+
+    /// Opens a dump that came through a pipe or that was compressed. Messages call it by the
+    /// spool's name.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_spooled(&self, spool: &Spool) -> Result<Dump, DumpError> {
+        let format = format::open(Source::spooled(spool, self)?)?;
+        Ok(Dump::new(spool.name(), format, Some(spool.clone())))
+    }
+
+    /// Opens a diff over its base, as [`Dump::open_over`] does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_over(
+        &self,
+        path: impl AsRef<Path>,
+        base: impl AsRef<Path>,
+    ) -> Result<Dump, DumpError> {
+        let path = path.as_ref();
+        let diff = format::diff::open(path, base.as_ref(), self)?;
+        Ok(Dump::new(path, boxed(diff), None))
+    }
+
+    /// Takes in what `reader` gives, as [`Spool::from_reader_up_to`] does; of raw memory nothing
+    /// but what the caller allows and what is free limits how much.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn spool(
+        &self,
+        name: impl AsRef<Path>,
+        reader: impl Read,
+        max_size: Option<u64>,
+    ) -> Result<Spool, DumpError> {
+        Spool::take_in(name.as_ref(), reader, max_size, self.is_raw())
+    }
+
+    /// Whether the file begins as one of a format that says itself what it is. What is raw memory
+    /// all the same can only be told by what is in it.
+    ///
+    /// # Errors
+    /// [`DumpError`] if it cannot be read.
+    pub fn begins_as_other(path: impl AsRef<Path>) -> Result<bool, DumpError> {
+        let known = Self::new();
+        Ok(format::begins_as(&Source::open(path.as_ref(), &known)?))
+    }
+
+    /// The same of what came through a pipe.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn spooled_begins_as_other(spool: &Spool) -> Result<bool, DumpError> {
+        let known = Self::new();
+        Ok(format::begins_as(&Source::spooled(spool, &known)?))
+    }
+
+    pub(crate) fn of_layout(layout: Option<&LayoutSpec>) -> Self {
+        Self {
+            layout: layout.cloned(),
+            format: None,
+        }
+    }
+
+    pub(crate) fn is_raw(&self) -> bool {
+        self.format == Some(DumpFormat::RAW)
+    }
+}
