@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import captures
 import firmware
 import kernels
+import sandbox
 from captures import Meta
 from command import command
 from debian import install_tools
@@ -30,7 +31,7 @@ from frames import FREE, Run, frames_of, ram_frames, read_tsv
 from host import LAB, Json, attempt, run
 from machine import Machine, Monitor, prepare
 from spec import PAGE, GuestSpec, Layout
-from tool import find_tool, report_of, tool_argument
+from tool import find_tool, knowledge_argument, limited, report_of, tool_argument
 
 # MiB of patterns that a kernel's successor fills, a good deal less than it.
 ANON_AFTER = 4
@@ -74,7 +75,7 @@ def spec_of(series: str, smp: int, kaslr: bool, kind: str, mem: int | None = Non
     """`more`: the fields of the spec that are to be others."""
     # Under load an emulated timer looks broken to a kernel that tests it.
     append = "no_timer_check" + ("" if kaslr else " nokaslr")
-    spec = GuestSpec(kernels.fetch(series), mem=mem or 256, smp=smp, forms=("raw",))
+    spec = sandbox.guest(series, mem=mem or 256, smp=smp, forms=("raw",))
     if kind == "kexec":
         append += " lab.kexec=1"
         spec = replace(spec, mem=mem or 512, next="console=ttyS0 quiet panic=-1 no_timer_check "
@@ -90,6 +91,9 @@ def spec_of(series: str, smp: int, kaslr: bool, kind: str, mem: int | None = Non
 
 def machine_of(name: str, machine: str, no_sleep: bool) -> Json:
     """The fields of a spec for another firmware than SeaBIOS, or another machine than `pc`."""
+    if machine == "microvm":
+        # Of raw memory nothing is told where a kernel has no VMCOREINFO.
+        return {"machine": machine, "forms": ("raw", "elf")}
     more: Json = {"machine": machine, "more": firmware.sleep(machine, not no_sleep)}
     if name != "seabios":
         # What is free is told by a dump that has the processors' registers: of raw memory some
@@ -213,8 +217,9 @@ def stage(cpus: Sequence[Json]) -> str:
 class Round:
     """One guest that is taken from its READY through the end of its kernel."""
 
-    def __init__(self, tool: Path, folder: Path, kind: str, work: Path) -> None:
-        self.tool, self.kind, self.work = tool, kind, work
+    def __init__(self, tool: Path, most: str | None, folder: Path, kind: str, work: Path) -> None:
+        """What is free at first is told by all that is known, later by no more than `most`."""
+        self.tool, self.kind, self.work = limited(tool, most), kind, work
         pfns, self.frames = sign(tool, folder)
         self.pfns = set(pfns)
         meta = Meta.read(folder)
@@ -266,8 +271,10 @@ class Round:
         got: Json = {"rc": 0, "notes": report.get("notes"), "dropped": len(dropped), "took": took}
         # The old kernel stands still since it was ready, or nearly: what was in use then is, by
         # its records. Another kernel uses other frames. What is in its free frames is nobody's;
-        # that it is, is shown by taking them away and letting it run on.
-        got["differ"] = len(self.used ^ used(runs))
+        # that it is, is shown by taking them away and letting it run on. Where little is known,
+        # what is in use is not told, and what is free tells whose records these are.
+        told = used(runs)
+        got["differ"] = len(self.used ^ told if told else self.pfns ^ dropped)
         got["owner"] = "new" if got["differ"] >= OTHERS else "old"
         lost = dropped & nonzero if got["owner"] == "old" else set()
         got.update(lost=len(lost), which=ranges(lost))
@@ -422,8 +429,9 @@ class Keep(NamedTuple):
 
 def resets(tool: Path, todo: Sequence[Case], stops: int, seconds: float, seed: int, mapped: bool,
            keep: Keep | None, log: Path, each: int = 8, more: Mapping[str, Any] | None = None,
-           tag: str = "") -> Counter[str]:
-    """Takes `stops` stops in all, dealt round. `more`: as of `spec_of`; `tag` names it."""
+           tag: str = "", most: str | None = None) -> Counter[str]:
+    """Takes `stops` stops in all, dealt round. `more`: as of `spec_of`; `tag` names it. No more than
+    `most` is known of the guests."""
     random = Random(seed)
     sums = Counter({"stops": 0})
     number = 0
@@ -433,7 +441,7 @@ def resets(tool: Path, todo: Sequence[Case], stops: int, seconds: float, seed: i
             number += 1
             folder = base_of(series, smp, kaslr, kind, mem, more, tag)
             instants = sorted(random.uniform(0, seconds) for _ in range(each))
-            round_ = Round(tool, folder, kind, FAST / f"sonicshot-reset-{os.getpid()}")
+            round_ = Round(tool, most, folder, kind, FAST / f"sonicshot-reset-{os.getpid()}")
             try:
                 round_.trigger()
                 before = 0.0
@@ -484,10 +492,11 @@ def reset_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--keep", help="a folder for the RAM of stops that lost something")
     parser.add_argument("--keep-all", action="store_true")
     parser.add_argument("--firmware", choices=["seabios", *firmware.KNOWN], default="seabios")
-    parser.add_argument("--machine", choices=["pc", "q35"], default="pc")
+    parser.add_argument("--machine", choices=["pc", "q35", "microvm"], default="pc")
     parser.add_argument("--no-sleep", action="store_true", help="a machine that cannot sleep")
     parser.add_argument("--name", default="reset")
     tool_argument(parser)
+    knowledge_argument(parser)
 
 
 @command("reset", "stop guests after reset, kexec and crash", reset_arguments)
@@ -503,12 +512,12 @@ def do_reset(args: Namespace) -> None:
     tool = find_tool(args.sonicshot)
     more = machine_of(args.firmware, args.machine, args.no_sleep)
     if args.running:
-        sums = running(tool, todo, args.stops, args.seed, args.mapped, log, args.each, more)
+        sums = running(limited(tool, args.at_most), todo, args.stops, args.seed, args.mapped, log, args.each, more)
         wrong = sums["refused"] > 0
     else:
         keep = Keep(Path(args.keep), args.keep_all) if args.keep else None
         sums = resets(tool, todo, args.stops, args.seconds, args.seed, args.mapped, keep, log,
-                      args.each, more, "-no-sleep" if args.no_sleep else "")
+                      args.each, more, "-no-sleep" if args.no_sleep else "", args.at_most)
         wrong = any("lost" in key and value for key, value in sums.items())
     print(", ".join(f"{key}: {value}" for key, value in sums.items()))
     if wrong:

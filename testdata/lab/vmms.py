@@ -4,6 +4,7 @@ both do, so the guest runs on from them in QEMU."""
 
 import json
 import os
+import re
 import shutil
 import struct
 import time
@@ -13,22 +14,42 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import captures
-import kernels
+import sandbox
 from captures import Meta
 from command import command
 from debian import install_tools
 from errors import CheckFailed
 from frames import DROPPED, FREE, Run, frames_of, offset_of, ram_frames, same_but_dropped
-from host import LAB, allocated, attempt, run
+from host import LAB, Word, allocated, attempt, run
+from levels import processor
 from machine import DISKS, Machine, prepare
 from proof import inspect
 from spec import PAGE, GuestSpec, Layout
-from tool import find_tool, report_of, tool_argument
+from tool import Refusal, call, find_tool, report_of, tool_argument
 
 # Every hole, so that the file is what a copy is.
 IN_PLACE = ("--in-place", "--min-hole", "0", "--json")
 # The number that a Firecracker state file begins with, since 1.15 behind a byte.
 FIRECRACKER_STATE = b"\0" + struct.pack("<Q", 0x0710_1984_8664_0000) + b"\x0610.0.0" + bytes(999)
+
+
+def firecracker_state(registers: str) -> bytes:
+    """A state file with the processors of QEMU's `info registers -a`: what Firecracker has of KVM's
+    `struct kvm_sregs` and of each local APIC, as those are in C."""
+    state = FIRECRACKER_STATE
+    for number, part in enumerate(re.split(r"CPU#\d+", registers)[1:]):
+        value = {name: int(text, 16)
+                 for name, text in re.findall(r"\b(CR[0-4]|EFER|CPL)=([0-9a-f]+)", part)}
+        segment = struct.pack("<QIH10B", 0, 0xFFFFFFFF, 0x33 if value["CPL"] else 0x10,
+                              11, 1, value["CPL"], 0, 1, 1, 1, 0, 0, 0)
+        unusable = struct.pack("<QIH10B", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0)
+        state += segment + 7 * unusable + bytes(2 * 16)
+        state += struct.pack("<7Q", value["CR0"], value["CR2"], value["CR3"], value["CR4"], 0,
+                             value["EFER"], 0xFEE00800 | (not number) << 8) + bytes(32)
+        apic = bytearray(1024)
+        struct.pack_into("<I12xI", apic, 0x20, number << 24, 0x50014)
+        state += apic
+    return state
 
 
 def capture(spec: GuestSpec, name: str) -> Path:
@@ -48,9 +69,11 @@ def capture(spec: GuestSpec, name: str) -> Path:
         qmp = guest.qmp
         qmp.call("stop")
         run("cp", "--sparse=auto", ram, folder / "base.raw")
+        (folder / "base.registers").write_text(qmp.human("info registers -a"))
         qmp.call("cont")
         time.sleep(5)
         qmp.call("stop")
+        (folder / "registers").write_text(qmp.human("info registers -a"))
         qmp.capabilities("events", "x-ignore-shared")
         qmp.call("migrate", uri=f"file:{folder / 'device.state'}")
         qmp.migrated()
@@ -101,14 +124,14 @@ def merge(base: Path, diff: Path) -> None:
                 at += step
 
 
-def firecracker(folder: Path, memory: Path, _: Layout) -> Path:
+def firecracker(folder: Path, memory: Path, _: Layout, registers: str) -> Path:
     folder.mkdir()
-    (folder / "vm.state").write_bytes(FIRECRACKER_STATE)
+    (folder / "vm.state").write_bytes(firecracker_state(registers))
     run("cp", "--sparse=auto", memory, folder / "vm.mem")
     return folder
 
 
-def cloud_hypervisor(folder: Path, memory: Path, layout: Layout) -> Path:
+def cloud_hypervisor(folder: Path, memory: Path, layout: Layout, _: str) -> Path:
     folder.mkdir()
     size = sum(part.len for part in layout)
     ranges = [{"gpa": part.gpa, "length": part.len} for part in layout]
@@ -133,7 +156,7 @@ def on_disk(path: Path) -> str:
 
 
 # Each VMM's snapshot of some memory, and the name of the memory in it.
-SNAPSHOTS: list[tuple[Callable[[Path, Path, Layout], Path], str]] = [
+SNAPSHOTS: list[tuple[Callable[[Path, Path, Layout, str], Path], str]] = [
     (firecracker, "vm.mem"), (cloud_hypervisor, "memory-ranges")]
 
 
@@ -166,20 +189,30 @@ class Proof:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         self.ram, self.base = folder / "ram.raw", folder / "base.raw"
+        self.registers = (folder / "registers").read_text()
+        # What a state file tells, and raw RAM does not, where a kernel tells nothing of itself.
+        self.given: dict[Path, list[Word]] = {}
+        if isinstance(call(tool, "inspect", self.ram), Refusal):
+            before = (folder / "base.registers").read_text()
+            self.given = {self.ram: processor(self.registers), self.base: processor(before)}
         # What a plain prune of the second stop gives; every other way must give the same bytes.
         self.runs = self.frames(self.ram)
         self.pruned = self.work / "pruned.raw"
-        run(tool, "prune", self.ram, "-o", self.pruned)
+        run(tool, "prune", self.ram, "-o", self.pruned, *self.given.get(self.ram, []))
         same_but_dropped(self.ram, self.pruned, self.runs, self.layout, DROPPED)
         self.said: list[str] = []
 
     def frames(self, snapshot: Path, *options: str | Path) -> list[Run]:
-        return inspect(self.tool, snapshot, [], self.work / "pfns.tsv", *options)[1]
+        given = self.given.get(snapshot, [])
+        return inspect(self.tool, snapshot, [], self.work / "pfns.tsv", *options, *given)[1]
 
     def whole_snapshots(self) -> None:
         copy = self.work / "copy"
         for make, name in SNAPSHOTS:
-            snapshot = make(self.work / "snapshot", self.ram, self.layout)
+            if self.given and make is cloud_hypervisor:
+                # Its file as it is made here has no processors.
+                continue
+            snapshot = make(self.work / "snapshot", self.ram, self.layout, self.registers)
             before = on_disk(snapshot / name)
             run(self.tool, "prune", snapshot, "-o", copy, "--json")
             run(self.tool, "prune", snapshot, *IN_PLACE)
@@ -196,7 +229,7 @@ class Proof:
         is, without it nothing is said. Its memory, and the pages in it."""
         diff, copy = self.work / "diff", self.work / "copy"
         diff.mkdir()
-        (diff / "vm.state").write_bytes(FIRECRACKER_STATE)
+        (diff / "vm.state").write_bytes(firecracker_state(self.registers))
         changed = write_diff(self.base, self.ram, diff / "vm.mem")
         alone = attempt(self.tool, "inspect", diff, "--json")
         if alone.returncode != 4 or "--base" not in alone.stderr:
@@ -215,14 +248,15 @@ class Proof:
         merged = self.work / "merged.raw"
         run("cp", "--sparse=auto", self.base, merged)
         if pruned_base:
-            run(self.tool, "prune", merged, *IN_PLACE)
+            run(self.tool, "prune", merged, *IN_PLACE, *self.given.get(self.base, []))
         file = self.work / "diff.mem"
         # Not by `cp`, which makes holes of zeroes even with --sparse=auto.
         with open(file, "wb") as empty:
             empty.truncate(self.ram.stat().st_size)
         merge(file, diff)
         size = on_disk(file)
-        report = report_of(run(self.tool, "prune", file, "--base", merged, *IN_PLACE))
+        report = report_of(run(self.tool, "prune", file, "--base", merged, *IN_PLACE,
+                               *self.given.get(self.ram, [])))
         self.said.append(f"diff of {changed} pages, {kind} base: {size} -> {on_disk(file)}, "
                          f"{report['kept_for_base_bytes'] >> 10} KiB kept for the base")
         merge(merged, file)
@@ -273,6 +307,7 @@ def kept_only(ram: Path, merged: Path, runs: Sequence[Run], layout: Layout,
 def vmms_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--kernel", default="6.1")
     parser.add_argument("--mem", default="512,4096", help="MiB, several")
+    parser.add_argument("--rm", action="store_true", help="delete each capture afterwards")
     tool_argument(parser)
 
 
@@ -281,7 +316,9 @@ def do_vmms(args: Namespace) -> None:
     """Firecracker's and Cloud Hypervisor's files, made of real guests' RAM."""
     install_tools()
     tool = find_tool(args.sonicshot)
-    kernel = kernels.fetch(args.kernel)
     for mem in map(int, args.mem.split(",")):
-        folder = capture(GuestSpec(kernel, mem=mem, stress=2), f"vmms-{args.kernel}-{mem}")
-        print(f"ok   {mem} MiB: {prove(tool, folder)}", flush=True)
+        spec = sandbox.guest(args.kernel, mem=mem, stress=2)
+        folder = capture(spec, f"vmms-{args.kernel}-{mem}")
+        print(f"ok   {spec.kernel.release}, {mem} MiB: {prove(tool, folder)}", flush=True)
+        if args.rm:
+            shutil.rmtree(folder)

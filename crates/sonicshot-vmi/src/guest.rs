@@ -130,18 +130,12 @@ impl<'m> LinuxGuest<'m> {
         match standing? {
             discover::Search::Standing(standing) => Self::decide(standing),
             discover::Search::NoText(no_text) => {
-                let guest =
+                let mut guest =
                     Self::by_shape(memory, owners(), options).map_err(|why| no_text.and(why))?;
-                if told.are_known() {
-                    return Ok(guest);
+                if !told.are_known() {
+                    guest.look_at_memory_alone()?;
                 }
-                // A firmware or the next kernel may have written over the VMCOREINFO of one that
-                // is gone, and of its records nothing else; what would tell needs its symbols.
-                Err(VmiError::OwnerUntold {
-                    kernel: guest.kernel.build.release,
-                    why: "there is no VMCOREINFO, so no trace of a later owner can be looked for"
-                        .into(),
-                })
+                Ok(guest)
             }
         }
     }
@@ -165,6 +159,19 @@ impl<'m> LinuxGuest<'m> {
             threads: options.threads,
             unused_files: options.symbol_files.clone(),
         })
+    }
+
+    /// Looks for a later owner where nothing tells of the processors and there is no VMCOREINFO. A
+    /// firmware or the next kernel may have written over that of a kernel which is gone, and of its
+    /// other records nothing: so the kernel must be one that writes none, and can start no other.
+    fn look_at_memory_alone(&mut self) -> Result<(), VmiError> {
+        let mut owner = owner::look(&self.kernel, false)?;
+        if symbols::writes_vmcoreinfo(&self.kernel.space, self.image) {
+            let why = "its VMCOREINFO is gone, so the kernel may be gone, too";
+            owner.untold.get_or_insert_with(|| why.into());
+        }
+        self.traces = Some(owner);
+        Ok(())
     }
 
     /// Of several kernels that stand, the one that alone can be classified.

@@ -1,5 +1,8 @@
 //! The kernel's log (`kernel/printk/printk_ringbuffer.h`, since 5.10), which VMCOREINFO tells all of:
-//! what a kernel without types says of its start and its end.
+//! what a kernel without types says of its start and its end. Where there is no VMCOREINFO the log is
+//! found by its shape, which is the same in all of them.
+
+mod shape;
 
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
@@ -30,6 +33,9 @@ struct Ring<'k, 'm> {
     data: KernelVa,
     count_bits: u32,
     size_bits: u32,
+    /// The identifiers of the newest line and of the oldest.
+    head: u64,
+    tail: u64,
     places: Places,
 }
 
@@ -83,42 +89,11 @@ pub(crate) fn lines(
     kernel: &Kernel<'_>,
     each: &mut dyn FnMut(Line) -> bool,
 ) -> Result<(), VmiError> {
-    const RING: &str = "printk_ringbuffer";
-    let variable = told(kernel, "symbol prb", |info| info.symbol("prb"))?;
-    let ring = kernel.read_ptr("prb", variable)?;
-    let part = |name: &str| element(RING, ring, 0, 0, offset(kernel, RING, name)?);
-    let (descs, data) = (part("desc_ring")?, part("text_data_ring")?);
-    let of_descs = |name| element(RING, descs, 0, 0, offset(kernel, "prb_desc_ring", name)?);
-    let of_data = |name| element(RING, data, 0, 0, offset(kernel, "prb_data_ring", name)?);
-    let count_bits = kernel.read_u32("prb_desc_ring.count_bits", of_descs("count_bits")?)?;
-    let size_bits = kernel.read_u32("prb_data_ring.size_bits", of_data("size_bits")?)?;
-    let too_many = VmiError::Corrupt {
-        what: "prb_desc_ring.count_bits",
-        at: descs,
-        value: count_bits.into(),
+    let ring = match kernel.vmcoreinfo {
+        Some(_) => Ring::told(kernel)?,
+        None => shape::ring(kernel)?,
     };
-    let lines = 1_u64.checked_shl(count_bits).filter(|n| *n <= MAX_LINES);
-    let lines = lines.filter(|_| size_bits < 32).ok_or(too_many)?;
-    let head = kernel.read_u64("prb_desc_ring.head_id", of_descs("head_id")?)?;
-    let tail = kernel.read_u64("prb_desc_ring.tail_id", of_descs("tail_id")?)?;
-    let ring = Ring {
-        kernel,
-        descs: kernel.read_ptr("prb_desc_ring.descs", of_descs("descs")?)?,
-        infos: kernel.read_ptr("prb_desc_ring.infos", of_descs("infos")?)?,
-        data: kernel.read_ptr("prb_data_ring.data", of_data("data")?)?,
-        count_bits,
-        size_bits,
-        places: Places::of(kernel)?,
-    };
-    let mut id = tail;
-    for _ in 0..lines {
-        let goes_on = ring.line(id)?.is_none_or(&mut *each);
-        if id == head || !goes_on {
-            break;
-        }
-        id = id.wrapping_add(1) & ID;
-    }
-    Ok(())
+    ring.lines(each)
 }
 
 /// Of `prb_desc.state_var` what is the identifier; above is the state.
@@ -126,7 +101,59 @@ const ID: u64 = u64::MAX >> 2;
 /// `desc_committed` and `desc_finalized`: the line is whole.
 const WHOLE: core::ops::RangeInclusive<u64> = 1..=2;
 
-impl Ring<'_, '_> {
+impl<'k, 'm> Ring<'k, 'm> {
+    /// By VMCOREINFO.
+    fn told(kernel: &'k Kernel<'m>) -> Result<Self, VmiError> {
+        const RING: &str = "printk_ringbuffer";
+        let variable = told(kernel, "symbol prb", |info| info.symbol("prb"))?;
+        let ring = kernel.read_ptr("prb", variable)?;
+        let part = |name: &str| element(RING, ring, 0, 0, offset(kernel, RING, name)?);
+        let (descs, data) = (part("desc_ring")?, part("text_data_ring")?);
+        let of_descs = |name| element(RING, descs, 0, 0, offset(kernel, "prb_desc_ring", name)?);
+        let of_data = |name| element(RING, data, 0, 0, offset(kernel, "prb_data_ring", name)?);
+        let count_bits = kernel.read_u32("prb_desc_ring.count_bits", of_descs("count_bits")?)?;
+        let size_bits = kernel.read_u32("prb_data_ring.size_bits", of_data("size_bits")?)?;
+        let too_many = VmiError::Corrupt {
+            what: "prb_desc_ring.count_bits",
+            at: descs,
+            value: count_bits.into(),
+        };
+        if !(1_u64.checked_shl(count_bits)).is_some_and(|n| n <= MAX_LINES) || size_bits >= 32 {
+            return Err(too_many);
+        }
+        let head = kernel.read_u64("prb_desc_ring.head_id", of_descs("head_id")?)?;
+        let tail = kernel.read_u64("prb_desc_ring.tail_id", of_descs("tail_id")?)?;
+        Ok(Self {
+            kernel,
+            descs: kernel.read_ptr("prb_desc_ring.descs", of_descs("descs")?)?,
+            infos: kernel.read_ptr("prb_desc_ring.infos", of_descs("infos")?)?,
+            data: kernel.read_ptr("prb_data_ring.data", of_data("data")?)?,
+            count_bits,
+            size_bits,
+            head,
+            tail,
+            places: Places::of(kernel)?,
+        })
+    }
+
+    /// Every line, oldest first, until `each` returns `false`.
+    fn lines(&self, each: &mut dyn FnMut(Line) -> bool) -> Result<(), VmiError> {
+        self.lines_by_id(&mut |_, line| each(line))
+    }
+
+    /// The same, with each line's identifier.
+    fn lines_by_id(&self, each: &mut dyn FnMut(u64, Line) -> bool) -> Result<(), VmiError> {
+        let mut id = self.tail;
+        for _ in 0..1_u64.checked_shl(self.count_bits).unwrap_or(0) {
+            let goes_on = self.line(id)?.is_none_or(|line| each(id, line));
+            if id == self.head || !goes_on {
+                break;
+            }
+            id = id.wrapping_add(1) & ID;
+        }
+        Ok(())
+    }
+
     /// The line that the descriptor with this identifier is of, if it is whole.
     fn line(&self, id: u64) -> Result<Option<Line>, VmiError> {
         let (kernel, places) = (self.kernel, &self.places);
@@ -155,7 +182,11 @@ impl Ring<'_, '_> {
         let len = kernel.read_u32(what, info(what, places.text_len)?)?;
         let len = u64::from(len & 0xffff).min(MAX_TEXT);
         // Before the text stands the descriptor's identifier.
-        let at = element("the log's text", self.data, 0, 0, at.saturating_add(8))?;
+        let block = element("the log's text", self.data, 0, 0, at)?;
+        if kernel.read_u64("the log's text", block)? != id {
+            return Ok(None);
+        }
+        let at = element("the log's text", block, 0, 0, 8)?;
         let mut text = vec![0; usize::try_from(len).unwrap_or(0)];
         let read = kernel.space.read(at, &mut text);
         read.map_err(VmiError::read("the log's text"))?;

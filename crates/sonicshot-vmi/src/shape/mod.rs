@@ -17,7 +17,9 @@ mod words;
 mod zones;
 
 use crate::KernelVa;
+use crate::arch;
 use crate::deadline::Deadline;
+use crate::discover::image_range;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::mm::mem_map::MemMap;
@@ -64,6 +66,19 @@ impl fmt::Display for Knowledge {
 }
 
 pub(crate) use kernel::{Shaped, find};
+
+/// The kernel's image, of a kernel of which nothing is told; `None` if nothing is mapped where one
+/// may be.
+///
+/// # Errors
+/// [`VmiError::Unsupported`] for an architecture whose kernels are not found so.
+pub(crate) fn image_of(kernel: &Kernel<'_>) -> Result<Option<(KernelVa, KernelVa)>, VmiError> {
+    let arch = arch::of(kernel)?;
+    let start = arch
+        .shape()
+        .and_then(|shape| cover::first_mapped(&kernel.space, arch, shape));
+    Ok(start.map(|start| image_range(arch, &kernel.space, start)))
+}
 
 /// How many struct pages there are: no list is longer.
 fn frames_of(map: &MemMap<'_>) -> Result<u64, VmiError> {

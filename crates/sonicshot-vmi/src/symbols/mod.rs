@@ -176,6 +176,17 @@ pub fn open_symbol_file(path: &Path) -> Result<Box<dyn SymbolSource>, SymbolErro
     }
 }
 
+/// Whether the kernel whose image is in `range` makes a VMCOREINFO: it has what each line of that is
+/// made with (`VMCOREINFO_SYMBOL`, `include/linux/vmcore_info.h`, the same since 2.6.24).
+pub(crate) fn writes_vmcoreinfo(memory: &dyn VirtualMemory, range: (KernelVa, KernelVa)) -> bool {
+    let mut found = false;
+    scan(memory, range, b"SYMBOL(%s)=%lx\n", &mut |_| {
+        found = true;
+        false
+    });
+    found
+}
+
 /// Calls `visit` with every address in `range` at which `needle` stands, lowest first, until it
 /// returns `false`. Addresses that are not mapped are passed over.
 pub(crate) fn scan(

@@ -37,17 +37,19 @@ fn classify(ram: &[u8], knowledge: Knowledge, cr3: Option<Cr3>) -> Result<Classi
     if let Some(cr3) = cr3 {
         options = options.cr3(cr3);
     }
-    let told = |error: VmiError| {
-        let mut text = error.to_string();
-        let mut next = std::error::Error::source(&error);
-        while let Some(cause) = next {
-            text.push_str(&format!(": {cause}"));
-            next = cause.source();
-        }
-        text
-    };
     let guest = LinuxGuest::open(&memory, &options).map_err(told)?;
     guest.classify(OnInconsistency::Refuse).map_err(told)
+}
+
+/// An error with its causes.
+fn told(error: VmiError) -> String {
+    let mut text = error.to_string();
+    let mut next = std::error::Error::source(&error);
+    while let Some(cause) = next {
+        text.push_str(&format!(": {cause}"));
+        next = cause.source();
+    }
+    text
 }
 
 fn classes(map: &PageMap) -> Vec<PageClass> {
@@ -346,10 +348,7 @@ impl Node {
         let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
         let info = guest.vmcoreinfo().unwrap();
         let number = |key: &str| line(info, key).parse::<usize>().unwrap();
-        let data = u64::from_str_radix(line(info, "SYMBOL(node_data)="), 16).unwrap();
-        let base: i64 = line(info, "NUMBER(phys_base)=").parse().unwrap();
-        let named = (data - 0xffff_ffff_8000_0000).wrapping_add_signed(base);
-        let named = usize::try_from(named).unwrap();
+        let named = usize::try_from(in_image(info, "SYMBOL(node_data)=")).unwrap();
         let direct_map = guest.direct_map().unwrap().unwrap().raw();
         Self {
             direct_map,
@@ -504,6 +503,39 @@ fn a_counter_that_is_chosen_because_it_agrees_is_none() {
     }
 }
 
+/// By shape, of raw memory: as a kernel without VMCOREINFO is read.
+fn classify_raw(ram: &[u8], options: &GuestOptions) -> Result<Classification, VmiError> {
+    let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+    LinuxGuest::open(&memory, options)?.classify(OnInconsistency::Refuse)
+}
+
+#[test]
+fn raw_memory_is_read_by_shape_if_its_log_is_found() {
+    let mut ram = testdata();
+    let shape = GuestOptions::new().at_most(Knowledge::Shape);
+    let told = classify(&ram, Knowledge::Shape, None).unwrap();
+    let raw = classify_raw(&ram, &shape).unwrap();
+    assert!(raw.map.runs().eq(told.map.runs()));
+    // Nothing points to the log any more.
+    let variable = {
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+        in_image(guest.vmcoreinfo().unwrap(), "SYMBOL(prb)=")
+    };
+    put(&mut ram, usize::try_from(variable).unwrap(), 0);
+    let error = classify_raw(&ram, &shape).unwrap_err();
+    assert!(matches!(error, VmiError::OwnerUntold { .. }), "{error}");
+}
+
+#[test]
+fn a_kernel_that_makes_no_vmcoreinfo_is_read_of_its_memory_alone() {
+    let mut ram = testdata();
+    assert!(erase(&mut ram, b"OSRELEASE=", b'#') > 0);
+    assert!(classify_raw(&ram, &GuestOptions::new()).is_err());
+    assert!(erase(&mut ram, b"SYMBOL(%s)=%lx\n", b'#') > 0);
+    assert!(classify_raw(&ram, &GuestOptions::new()).is_ok());
+}
+
 /// Memory of a kernel that crashed.
 struct Crashed<'a>(MappedRegions<'a>);
 
@@ -590,10 +622,14 @@ fn root(ram: &[u8]) -> Cr3 {
     let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
     let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
     let info = guest.vmcoreinfo().unwrap();
-    let root = u64::from_str_radix(line(info, "SYMBOL(swapper_pg_dir)="), 16).unwrap();
+    Cr3::new(in_image(info, "SYMBOL(swapper_pg_dir)="))
+}
+
+/// Where in memory a symbol of the kernel's image is.
+fn in_image(info: &str, symbol: &str) -> u64 {
+    let at = u64::from_str_radix(line(info, symbol), 16).unwrap();
     let base: i64 = line(info, "NUMBER(phys_base)=").parse().unwrap();
-    let root = root.wrapping_sub(0xffff_ffff_8000_0000);
-    Cr3::new(root.wrapping_add_signed(base))
+    at.wrapping_sub(0xffff_ffff_8000_0000).wrapping_add_signed(base)
 }
 
 #[test]
@@ -603,10 +639,9 @@ fn a_kernel_without_vmcoreinfo_must_be_run_by_the_processors() {
     assert!(erase(&mut ram, b"OSRELEASE=", b'#') > 0);
     let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
     // As after a reset by a firmware that took just this page.
-    let error = LinuxGuest::open(&memory, &GuestOptions::new())
-        .err()
-        .unwrap();
-    assert!(matches!(error, VmiError::OwnerUntold { .. }), "{error}");
+    let error = classify_raw(&ram, &GuestOptions::new()).unwrap_err();
+    let gone = matches!(&error, VmiError::OwnerUntold { why, .. } if why.contains("is gone"));
+    assert!(gone, "{error}");
     let told = GuestOptions::new().cr3(cr3);
     let guest = LinuxGuest::open(&memory, &told).unwrap();
     assert_eq!(guest.knowledge(), Knowledge::Shape);
@@ -705,13 +740,18 @@ fn records_made_elsewhere_do_not_hide_the_kernels_own() {
 #[test]
 fn without_types_a_guest_that_bears_no_trace_is_taken() {
     let mut ram = testdata();
-    let few = classify(&ram, Knowledge::Vmcoreinfo, None).unwrap();
-    let notes: Vec<String> = few.notes.iter().map(ToString::to_string).collect();
-    let made = "tested: the kernel's log, the BIOS's clock, firmware tables)";
-    assert!(notes.iter().any(|note| note.contains(made)), "{notes:?}");
+    let levels = [Knowledge::Vmcoreinfo, Knowledge::Shape];
+    for options in levels.map(|level| GuestOptions::new().at_most(level)) {
+        let few = classify_raw(&ram, &options).unwrap();
+        let notes: Vec<String> = few.notes.iter().map(ToString::to_string).collect();
+        let made = "tested: the kernel's log, the BIOS's clock, firmware tables)";
+        assert!(notes.iter().any(|note| note.contains(made)), "{notes:?}");
+    }
     // A machine without a BIOS has none to start again.
     ram[0x413..0x415].fill(0);
-    assert!(classify(&ram, Knowledge::Vmcoreinfo, None).is_ok());
+    for options in levels.map(|level| GuestOptions::new().at_most(level)) {
+        assert!(classify_raw(&ram, &options).is_ok());
+    }
 }
 
 /// Writes `with` wherever `what` is.
@@ -794,11 +834,14 @@ fn without_types_the_log_tells_of_a_later_owner() {
     for (what, change, text) in table {
         let mut ram = ram.clone();
         change(&mut ram);
-        let error = classify(&ram, Knowledge::Vmcoreinfo, None).unwrap_err();
-        assert!(error.starts_with(text), "{what}: {error}");
-        // What the processors say needs no trace.
-        let told = classify(&ram, Knowledge::Vmcoreinfo, Some(testdata_root()));
-        assert!(told.is_ok(), "{what}: {:?}", told.err());
+        for knowledge in [Knowledge::Vmcoreinfo, Knowledge::Shape] {
+            let options = GuestOptions::new().at_most(knowledge);
+            let error = told(classify_raw(&ram, &options).unwrap_err());
+            assert!(error.starts_with(text), "{knowledge}, {what}: {error}");
+            // What the processors say needs no trace.
+            let told = classify(&ram, knowledge, Some(testdata_root()));
+            assert!(told.is_ok(), "{knowledge}, {what}: {:?}", told.err());
+        }
     }
 }
 

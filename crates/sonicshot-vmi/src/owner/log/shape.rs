@@ -1,0 +1,159 @@
+//! The log of a kernel without VMCOREINFO, found by its shape.
+//!
+//! `struct printk_ringbuffer` is in the kernel's image, and `prb` there points to the one in use
+//! (`kernel/printk/printk.c`). It has the same members in every kernel since 5.10: two rings whose
+//! sizes are powers of two, that of the text `PRB_AVGBITS` larger, and positions that are no further
+//! apart than the rings are long. What its lines say of themselves shows whether it is one: each has
+//! its descriptor's identifier before its text, and their numbers have no gap.
+
+use super::{ID, MAX_LINES, Places, Ring};
+use crate::arch;
+use crate::error::VmiError;
+use crate::kernel::Kernel;
+use crate::{KernelVa, VirtualMemory, shape};
+
+/// `PRB_AVGBITS`: there is a descriptor for so much text.
+const TEXT_BITS: u32 = 5;
+/// Less than 4 KiB of text has no kernel (`CONFIG_LOG_BUF_SHIFT`).
+const MIN_BITS: u64 = 12 - TEXT_BITS as u64;
+/// The ring of the text, behind that of the descriptors: since 5.18, with one more position, and
+/// before.
+const TEXT_AT: [usize; 2] = [48, 40];
+/// As much of it is read.
+const LEN: usize = 80;
+/// Things that look so, of which one too many is too many already.
+const MAX_FOUND: usize = 16;
+
+/// `struct prb_desc`, `struct printk_info` since 5.10.
+const PLACES: Places = Places {
+    desc_size: 24,
+    state: 0,
+    begin: 8,
+    next: 16,
+    info_size: 88,
+    text_len: 16,
+    device: 24,
+    seq: 0,
+    time: 8,
+};
+
+/// The ring in use.
+///
+/// # Errors
+/// [`VmiError::Missing`] if nothing in the image is one, or several things are.
+pub(super) fn ring<'k, 'm>(kernel: &'k Kernel<'m>) -> Result<Ring<'k, 'm>, VmiError> {
+    let missing = |what: &str| VmiError::Missing {
+        what: what.into(),
+        sources: "the kernel's image".into(),
+    };
+    let image = shape::image_of(kernel)?.ok_or_else(|| missing("an image of the kernel"))?;
+    let mut found: Vec<(KernelVa, Ring<'k, 'm>)> = Vec::new();
+    each_word(kernel, image, &mut |at, word, next| {
+        let may_be = (MIN_BITS..64).contains(&word) && next.is_none_or(|next| next >> 63 == 1);
+        if may_be
+            && found.len() < MAX_FOUND
+            && let Some(ring) = ring_at(kernel, at)
+        {
+            found.push((at, ring));
+        }
+    })?;
+    let mut used = vec![false; found.len()];
+    each_word(kernel, image, &mut |_, word, _| {
+        for ((at, _), used) in found.iter().zip(&mut used) {
+            *used |= at.raw() == word;
+        }
+    })?;
+    let mut used = used.into_iter();
+    found.retain(|_| used.next() == Some(true));
+    match (found.pop(), found.pop()) {
+        (Some((_, ring)), None) => Ok(ring),
+        (None, _) => Err(missing("a log")),
+        (Some(_), Some(_)) => Err(missing("one log alone")),
+    }
+}
+
+/// Calls `visit` with each aligned word of the image, and the word behind it on the same page.
+fn each_word(
+    kernel: &Kernel<'_>,
+    image: (KernelVa, KernelVa),
+    visit: &mut dyn FnMut(KernelVa, u64, Option<u64>),
+) -> Result<(), VmiError> {
+    let mut page = kernel.page_buffer()?;
+    let size = kernel.build.page_size.bytes();
+    let (mut at, end) = image;
+    while at < end {
+        if kernel.space.read(at, &mut page).is_ok() {
+            let (words, _) = page.as_chunks::<8>();
+            let words = words.iter().map(|word| u64::from_le_bytes(*word));
+            let next = words.clone().skip(1).map(Some).chain([None]);
+            for (offset, (word, next)) in (0..size).step_by(8).zip(words.zip(next)) {
+                if let Some(at) = at.checked_add(offset) {
+                    visit(at, word, next);
+                }
+            }
+        }
+        match at.checked_add(size) {
+            Some(next) => at = next,
+            None => break,
+        }
+    }
+    Ok(())
+}
+
+/// The ring at `at`, if there is one.
+fn ring_at<'k, 'm>(kernel: &'k Kernel<'m>, at: KernelVa) -> Option<Ring<'k, 'm>> {
+    let mut bytes = [0; LEN];
+    kernel.space.read(at, &mut bytes).ok()?;
+    let word = |at: usize| {
+        let bytes = bytes.get(at..)?.first_chunk::<8>()?;
+        Some(u64::from_le_bytes(*bytes))
+    };
+    let arch = arch::of(kernel).ok()?;
+    let pointer = |at: usize| {
+        let to = word(at).filter(|to| arch.is_pointer(*to) && to.is_multiple_of(8))?;
+        kernel.space.translate(KernelVa::new(to)).ok()?;
+        Some(KernelVa::new(to))
+    };
+    // Padding is zero here.
+    let count_bits = u32::try_from(word(0)?).ok()?;
+    let count = 1_u64.checked_shl(count_bits).filter(|n| *n <= MAX_LINES)?;
+    let (descs, infos) = (pointer(8)?, pointer(16)?);
+    let (head, tail) = (word(24)?, word(32)?);
+    if head > ID || tail > ID || head.wrapping_sub(tail) & ID >= count {
+        return None;
+    }
+    let size_bits = count_bits.checked_add(TEXT_BITS)?;
+    let text = |start: usize| {
+        let data = pointer(start.checked_add(8)?)?;
+        let newest = word(start.checked_add(16)?)?;
+        let oldest = word(start.checked_add(24)?)?;
+        let fits = word(start) == Some(size_bits.into())
+            && newest.wrapping_sub(oldest) <= 1_u64.checked_shl(size_bits)?;
+        fits.then_some(data)
+    };
+    let ring = Ring {
+        kernel,
+        descs,
+        infos,
+        data: TEXT_AT.into_iter().find_map(text)?,
+        count_bits,
+        size_bits,
+        head,
+        tail,
+        places: PLACES,
+    };
+    are_lines(&ring).then_some(ring)
+}
+
+/// Whether there are lines, numbered as their descriptors are.
+fn are_lines(ring: &Ring<'_, '_>) -> bool {
+    let mut first = None;
+    let mut in_order = true;
+    let read = ring.lines_by_id(&mut |id, line| {
+        let behind = id.wrapping_sub(ring.tail) & ID;
+        let start = line.seq.wrapping_sub(behind);
+        in_order = *first.get_or_insert(start) == start;
+        in_order
+    });
+    read.is_ok() && in_order && first.is_some()
+}
