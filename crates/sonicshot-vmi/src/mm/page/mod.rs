@@ -156,13 +156,17 @@ impl PageLayout {
     }
 
     /// Whether the kernel has kept the page for itself since its start, as it has its image: what it
-    /// gave back is not so any more, whoever has it.
+    /// gave back is not so any more, whoever has it. Where memory can be removed, those that hold a
+    /// node or sections are counted and marked (`get_page_bootmem`, `mm/bootmem_info.c`).
     pub(crate) fn is_kept_since_boot(&self, page: &GuestBytes<'_>) -> bool {
         let Some((refcount, flags)) = page.u32_at(self.refcount).zip(self.flags(page)) else {
             return false;
         };
         let flags = flags & self.bits.all;
-        refcount == 1 && flags != 0 && flags & !self.bits.reserved == 0
+        let lowest = flags & flags.wrapping_neg();
+        // `private` is the bit above `reserved`.
+        let is_marked = flags == lowest | lowest << 1 && lowest & self.bits.reserved != 0;
+        refcount == 1 && flags != 0 && flags & !self.bits.reserved == 0 || refcount > 1 && is_marked
     }
 
     /// Whether a page on a per-CPU free list looks as the kernel left it when it was freed: no
