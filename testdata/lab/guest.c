@@ -496,14 +496,20 @@ static void stress(uint64_t id)
 	}
 }
 
-static unsigned long option(const char *name, unsigned long otherwise)
+/* Where `text` begins on the kernel's command line. */
+static char *on_cmdline(const char *text)
 {
 	static char line[4096];
 	int fd = open("/proc/cmdline", O_RDONLY);
 	ssize_t got = read(fd, line, sizeof line - 1);
 	close(fd);
 	line[got > 0 ? got : 0] = 0;
-	char *at = strstr(line, name);
+	return strstr(line, text);
+}
+
+static unsigned long option(const char *name, unsigned long otherwise)
+{
+	char *at = on_cmdline(name);
 	if (!at || at[strlen(name)] != '=')
 		return otherwise;
 	return strtoul(at + strlen(name) + 1, NULL, 10);
@@ -691,7 +697,8 @@ int main(void)
 	mount("proc", "/proc", "proc", 0, NULL);
 	mount("sysfs", "/sys", "sysfs", 0, NULL);
 	mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
-	int console = open("/dev/ttyS0", O_RDWR);
+	/* A kernel that has no /dev at first has given none. */
+	int console = open(on_cmdline("console=hvc0") ? "/dev/hvc0" : "/dev/ttyS0", O_RDWR);
 	if (console >= 0) {
 		dup2(console, 0);
 		dup2(console, 1);

@@ -118,7 +118,8 @@ impl<'k, 'm> Ring<'k, 'm> {
             at: descs,
             value: count_bits.into(),
         };
-        if !(1_u64.checked_shl(count_bits)).is_some_and(|n| n <= MAX_LINES) || size_bits >= 32 {
+        let lines = 1_u64.checked_shl(count_bits);
+        if lines.is_none_or(|lines| lines > MAX_LINES) || size_bits >= 32 {
             return Err(too_many);
         }
         let head = kernel.read_u64("prb_desc_ring.head_id", of_descs("head_id")?)?;
