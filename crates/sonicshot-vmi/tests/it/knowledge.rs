@@ -37,14 +37,16 @@ fn classify(ram: &[u8], knowledge: Knowledge, cr3: Option<Cr3>) -> Result<Classi
     if let Some(cr3) = cr3 {
         options = options.cr3(cr3);
     }
-    let guest = LinuxGuest::open(&memory, &options).map_err(told)?;
-    guest.classify(OnInconsistency::Refuse).map_err(told)
+    let guest = LinuxGuest::open(&memory, &options).map_err(|error| told(&error))?;
+    guest
+        .classify(OnInconsistency::Refuse)
+        .map_err(|error| told(&error))
 }
 
 /// An error with its causes.
-fn told(error: VmiError) -> String {
+fn told(error: &VmiError) -> String {
     let mut text = error.to_string();
-    let mut next = std::error::Error::source(&error);
+    let mut next = std::error::Error::source(error);
     while let Some(cause) = next {
         text.push_str(&format!(": {cause}"));
         next = cause.source();
@@ -858,7 +860,7 @@ fn without_types_the_log_tells_of_a_later_owner() {
         change(&mut ram);
         for knowledge in [Knowledge::Vmcoreinfo, Knowledge::Shape] {
             let options = GuestOptions::new().at_most(knowledge);
-            let error = told(classify_raw(&ram, &options).unwrap_err());
+            let error = told(&classify_raw(&ram, &options).unwrap_err());
             assert!(error.starts_with(text), "{knowledge}, {what}: {error}");
         }
         // What the processors say needs no trace.
