@@ -6,15 +6,22 @@
 //! nobody but this process has.
 
 use super::SymbolError;
+use rustix::fs::fstatvfs;
 use sonicshot::FileStamp;
+use sonicshot::file::SparseWriter;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Longer files are not copied into memory: a vmlinux with DWARF has a gigabyte.
 const IN_MEMORY: u64 = 8 << 20;
 /// No symbol file is longer.
 const MAX_LEN: u64 = 16 << 30;
+/// Of what is free where the copy is put, one of so many parts may be used.
+const FREE_PARTS: u64 = 2;
+/// What is copied at once.
+const PIECE: u64 = 1 << 20;
 /// Where there may be room for the copy, unlike in `/tmp`.
 const FALLBACK: &str = "/var/tmp";
 
@@ -56,9 +63,11 @@ impl OwnFile {
             reader.read_to_end(&mut bytes)?;
             Inner::Owned(bytes)
         } else {
-            let mut own = nameless()?;
-            io::copy(&mut reader, &mut own)?;
-            own.flush()?;
+            let own = nameless()?;
+            let free = fstatvfs(&own)?;
+            // More than 64 bits tell of is no limit.
+            let free = free.f_bavail.checked_mul(free.f_frsize);
+            put(&mut reader, &own, free.unwrap_or(u64::MAX) / FREE_PARTS)?;
             Inner::Mapped(map(&own)?)
         };
         if FileStamp::of(&file)? != before {
@@ -79,6 +88,24 @@ impl OwnFile {
         match &self.0 {
             Inner::Mapped(map) => map,
             Inner::Owned(bytes) => bytes,
+        }
+    }
+}
+
+/// Puts all of `reader` into `own`, with holes where it is zero; of the disk that takes at most
+/// about `room` bytes.
+fn put(reader: &mut impl Read, own: &File, room: u64) -> io::Result<()> {
+    let mut out = SparseWriter::new(own);
+    loop {
+        let copied = io::copy(&mut reader.by_ref().take(PIECE), &mut out)?;
+        if own.metadata()?.blocks().saturating_mul(512) > room {
+            return Err(io::Error::new(
+                io::ErrorKind::StorageFull,
+                "a copy of it would take more than half of what is free in TMPDIR (or /var/tmp)",
+            ));
+        }
+        if copied < PIECE {
+            return out.finish().map(|_| ());
         }
     }
 }
@@ -108,9 +135,10 @@ impl AsRef<[u8]> for OwnFile {
 
 #[cfg(test)]
 mod tests {
-    use super::{MAX_LEN, OwnFile};
+    use super::{MAX_LEN, OwnFile, put};
     use std::fs::{self, File};
-    use std::io;
+    use std::io::{self, Read};
+    use std::os::unix::fs::MetadataExt;
 
     #[test]
     fn what_becomes_of_the_file_does_not_matter() {
@@ -125,6 +153,24 @@ mod tests {
             fs::write(&path, b"something else").unwrap();
             assert!(own.bytes() == bytes);
         }
+    }
+
+    /// What is zero takes no room, whether it is a hole in the file or not; what is more than there
+    /// is room for is not taken in to its end.
+    #[test]
+    fn a_copy_takes_no_more_of_the_disk_than_there_is_room() {
+        let taken = |file: &File| file.metadata().unwrap().blocks() * 512;
+        let own = tempfile::tempfile().unwrap();
+        let mut sparse = io::repeat(0).take(256 << 20);
+        put(&mut sparse, &own, 1 << 20).unwrap();
+        assert_eq!(own.metadata().unwrap().len(), 256 << 20);
+        assert!(taken(&own) <= 1 << 20);
+
+        let own = tempfile::tempfile().unwrap();
+        let mut data = io::repeat(7).take(64 << 20);
+        let error = put(&mut data, &own, 4 << 20).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert!(taken(&own) <= 6 << 20, "{}", taken(&own));
     }
 
     #[test]
