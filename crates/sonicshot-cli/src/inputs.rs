@@ -3,11 +3,13 @@
 use crate::args::InputArgs;
 use crate::error::CliError;
 use crate::report::{complain, count, say};
-use sonicshot::FileId;
-use sonicshot_offline::Snapshot;
+use sonicshot::{FileId, FileStamp};
+use sonicshot_dump::DumpError;
+use sonicshot_offline::{OpenOptions, Snapshot};
 use std::collections::HashSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 /// One input, as it was given.
@@ -24,7 +26,7 @@ impl Input {
     pub(crate) fn find(path: &Path, how: &InputArgs) -> Result<Self, CliError> {
         let options = how.open();
         let snapshot = if path == Path::new(PIPE) {
-            Snapshot::from_reader("standard input", io::stdin().lock(), &options)?
+            take_in(&options)?
         } else {
             Snapshot::open(path, &options)?
         };
@@ -56,6 +58,25 @@ impl Input {
         // `.` and `..` have another name of their own.
         name(&self.path).or_else(|| name(&fs::canonicalize(&self.path).ok()?))
     }
+}
+
+/// Takes in standard input. If that is a file, it must stay as it is until all of it is read.
+fn take_in(options: &OpenOptions) -> Result<Snapshot, CliError> {
+    let name = Path::new("standard input");
+    let reading = |source| CliError::Io {
+        action: "reading",
+        path: name.to_owned(),
+        source,
+    };
+    let stdin = io::stdin().lock();
+    let file = File::from(stdin.as_fd().try_clone_to_owned().map_err(reading)?);
+    let before = file.metadata().map_err(reading)?;
+    let snapshot = Snapshot::from_reader(name, stdin, options);
+    if before.is_file() {
+        let now = FileStamp::of(&file).map_err(reading)?;
+        DumpError::check_same(name, FileStamp::from(&before), now)?;
+    }
+    Ok(snapshot?)
 }
 
 /// Several inputs, each looked at once; those that could not be found out about too.
