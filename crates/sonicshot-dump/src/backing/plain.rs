@@ -54,6 +54,8 @@ pub(crate) struct PlainDump {
     stamp: Mutex<FileStamp>,
     /// The stretches of the file that are not holes, sorted.
     data: OnceLock<Option<Vec<FileRange>>>,
+    /// The stretches of the guest's RAM that are in none, sorted.
+    guest_data: OnceLock<Vec<GpaRange>>,
 }
 
 /// Opens `path`.
@@ -120,6 +122,7 @@ impl PlainDump {
             extents: Vec::new(),
             scattered: None,
             data: OnceLock::new(),
+            guest_data: OnceLock::new(),
         })
     }
 
@@ -190,11 +193,9 @@ impl PlainDump {
         }
     }
 
-    /// Takes what was written to the file so far as our own doing.
-    pub(crate) fn note_change(&self) -> Result<(), DumpError> {
-        let now = FileStamp::of(self.file()).map_err(DumpError::io("reading", &self.path))?;
+    /// Takes what was written to the file so far as our own doing: it has this stamp now.
+    pub(crate) fn note_change(&self, now: FileStamp) {
         *self.stamp.lock().unwrap_or_else(PoisonError::into_inner) = now;
-        Ok(())
     }
 
     /// Where the stretches of the guest's RAM are; none if the pages are
@@ -254,6 +255,35 @@ impl PlainDump {
         }
     }
 
+    /// The stretches of the guest's RAM that may be something else than zero, sorted: found once,
+    /// for there may be millions of extents, and the holes be asked for at each of them.
+    fn guest_data(&self) -> &[GpaRange] {
+        self.guest_data.get_or_init(|| {
+            let data = match self.extents_are_data {
+                true => None,
+                false => self.data_stretches(),
+            };
+            // Extents may be of the same bytes: then each cannot have all of their stretches.
+            let most = data
+                .map_or(0, <[_]>::len)
+                .saturating_add(self.extents.len());
+            let mut found: Vec<GpaRange> = Vec::new();
+            for extent in self.extents.iter().filter(|extent| extent.offset.is_some()) {
+                let parts = data.filter(|_| found.len() < most);
+                let parts = parts.and_then(|data| data_of(extent, data));
+                for part in parts.unwrap_or_else(|| vec![extent.guest]) {
+                    match found.last_mut() {
+                        Some(last) if last.end() == part.start() => {
+                            *last = GpaRange::new(last.start(), part.end());
+                        }
+                        _ => found.push(part),
+                    }
+                }
+            }
+            found
+        })
+    }
+
     /// Some file systems do not tell of holes; others fail.
     fn cannot_tell<T>(&self, error: Errno) -> Option<T> {
         if ![Errno::INVAL, Errno::OPNOTSUPP, Errno::NOSYS].contains(&error) {
@@ -291,6 +321,27 @@ impl PlainDump {
             })
             .as_deref()
     }
+}
+
+/// What of `extent` lies in the stretches `data` of its file; `None` if that cannot be told.
+fn data_of(extent: &Extent, data: &[FileRange]) -> Option<Vec<GpaRange>> {
+    let file = extent.file()?;
+    let to_guest = |at: FileOffset| {
+        let inside = at.offset_from(file.start())?;
+        extent.guest.start().checked_add(inside)
+    };
+    let first = data.partition_point(|data| data.end() <= file.start());
+    let inside = data.get(first..)?.iter();
+    let inside = inside.take_while(|data| data.start() < file.end());
+    inside
+        .map(|data| {
+            let part = data.intersection(&file);
+            Some(GpaRange::new(
+                to_guest(part.start())?,
+                to_guest(part.end())?,
+            ))
+        })
+        .collect()
 }
 
 impl Stored for PlainDump {
@@ -345,41 +396,11 @@ impl GuestMemory for PlainDump {
         if let Some(scattered) = &self.scattered {
             return scattered.next_data(at, region.end());
         }
-        let first = self
-            .extents
-            .partition_point(|extent| extent.guest.end() <= at);
-        for extent in self.extents.get(first..)? {
-            if extent.guest.start() >= region.end() {
-                break;
-            }
-            let Some(offset) = extent.offset else {
-                continue;
-            };
-            let from = extent.guest.start().max(at);
-            let data = if self.extents_are_data {
-                None
-            } else {
-                self.data_stretches()
-            };
-            let Some(data) = data else {
-                return Some(GpaRange::new(from, extent.guest.end()));
-            };
-            let start = offset.checked_add(from.offset_from(extent.guest.start())?)?;
-            let here = FileRange::new(start, offset.checked_add(extent.guest.len())?);
-            let index = data.partition_point(|data| data.end() <= start);
-            let data = data.get(index).map(|data| data.intersection(&here));
-            if let Some(data) = data.filter(|data| !data.is_empty()) {
-                let to_guest = |at: FileOffset| {
-                    let inside = at.offset_from(offset)?;
-                    extent.guest.start().checked_add(inside)
-                };
-                return Some(GpaRange::new(
-                    to_guest(data.start())?,
-                    to_guest(data.end())?,
-                ));
-            }
-        }
-        None
+        let data = self.guest_data();
+        let next = data.partition_point(|data| data.end() <= at);
+        let next = data.get(next)?;
+        let here = GpaRange::new(next.start().max(at), next.end().min(region.end()));
+        (!here.is_empty()).then_some(here)
     }
 
     fn prefers_read(&self) -> bool {

@@ -14,10 +14,13 @@ pub(crate) fn try_read_lease(file: &File) -> io::Result<()> {
     let fcntl = |command, value: libc::c_int| {
         // SAFETY: the descriptor is open while `file` is borrowed, and these commands take an
         // integer and touch no memory of ours.
-        match unsafe { libc::fcntl(file.as_raw_fd(), command, value) } {
-            -1 => Err(io::Error::last_os_error()),
-            _ => Ok(()),
+        while unsafe { libc::fcntl(file.as_raw_fd(), command, value) } == -1 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
         }
+        Ok(())
     };
     // Who opens the file for writing right now makes the kernel tell us: by a signal that is
     // ignored by default, for the usual one ends the process.

@@ -12,13 +12,13 @@ use crate::in_use as live;
 use crate::prune::holes::{
     PruneOptions, block_size, join, smallest_hole, stretches_without, sum_of, whole_blocks,
 };
-use crate::prune::stats::{PruneStats, disk_usage};
+use crate::prune::stats::PruneStats;
 use rustix::fs::{FallocateFlags, SeekFrom, StatFs, fallocate, fstatfs, seek};
 use rustix::io::Errno;
-use sonicshot::{FileId, FileOffset, FileRange, Progress};
+use sonicshot::{FileId, FileOffset, FileRange, FileStamp, Progress};
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 impl CheckedPlan<'_> {
@@ -72,8 +72,22 @@ impl CheckedPlan<'_> {
         }
         write_marks(&file, dump.path(), &punching.marks)?;
         stats.punched = punch_all(&file, dump.path(), &holes, progress)?;
-        dump.note_change()?;
-        stats.disk_after = disk_usage(&file, dump.path())?;
+        let now = file.metadata().map_err(|source| DumpError::Unsettled {
+            path: dump.path().to_owned(),
+            what: "how much of the disk it takes now cannot be told".into(),
+            source,
+        })?;
+        stats.disk_after = now.blocks().saturating_mul(512);
+        // Who cut it meanwhile is to know what it is that was pruned.
+        let before = dump.file_len();
+        dump.note_change(FileStamp::from(&now));
+        if now.len() != before {
+            return Err(DumpError::Changed {
+                path: dump.path().to_owned(),
+                before,
+                now: now.len(),
+            });
+        }
         Ok(stats)
     }
 }
