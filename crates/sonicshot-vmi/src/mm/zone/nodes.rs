@@ -7,7 +7,7 @@ use crate::kernel::{Kernel, element};
 use sonicshot::{Pfn, PfnRange};
 
 /// `CONFIG_NODES_SHIFT` is 10 at most.
-const MAX_NODES: u64 = 1 << 10;
+pub(super) const MAX_NODES: u64 = 1 << 10;
 
 /// The nodes and their `struct pglist_data`.
 pub(super) fn nodes(kernel: &Kernel<'_>) -> Result<Vec<(u64, KernelVa)>, VmiError> {
@@ -20,8 +20,14 @@ pub(super) fn nodes(kernel: &Kernel<'_>) -> Result<Vec<(u64, KernelVa)>, VmiErro
         .vmcoreinfo
         .as_ref()
         .and_then(|info| info.length("node_data"))
-        .map_or_else(|| online_nodes(kernel), Ok)?
-        .min(MAX_NODES);
+        .map_or_else(|| online_nodes(kernel), Ok)?;
+    if len > MAX_NODES {
+        return Err(VmiError::Corrupt {
+            what: "the number of nodes",
+            at: array,
+            value: len,
+        });
+    }
     let mut nodes = Vec::new();
     for node in 0..len {
         let at = kernel.read_ptr("node_data", element("node_data", array, node, 8, 0)?)?;
