@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
+use tempfile::TempDir;
 use twox_hash::{XxHash3_64, XxHash3_128};
 
 const MIB: u64 = 1 << 20;
@@ -422,6 +423,140 @@ fn what_is_unpacked_takes_no_more_disk_than_the_guest_has_ram() {
         );
         assert!(run.stderr.contains("more than"), "{line}: {}", run.stderr);
         assert!(!folder.path().join("out").exists());
+    }
+}
+
+/// A file system in memory of so many mebibytes, mounted for as long as it lives.
+struct Small(TempDir);
+
+impl Small {
+    /// Only root may mount.
+    fn mount(mebibytes: u64) -> Option<Self> {
+        let folder = TempDir::new().unwrap();
+        let size = format!("size={mebibytes}M");
+        let mount = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &size, "tmpfs"])
+            .arg(folder.path())
+            .output();
+        let mounted = mount.is_ok_and(|run| run.status.success());
+        sonicshot_testkit::has("tmpfs, or root to mount it", mounted).then(|| Self(folder))
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0.path()).status();
+    }
+}
+
+/// What does not say how long it is takes half of the room that there is, and gives it back; also
+/// if it is zeroes, which take none.
+#[test]
+fn a_pipe_takes_half_of_the_disk_that_is_free() {
+    let Some(small) = Small::mount(64) else {
+        return;
+    };
+    let (code, said) = endless(&["inspect", "-"], small.path());
+    assert_eq!(code, Some(1), "{said}");
+    let half = "bytes come of standard input: that is half of what is free";
+    assert!(said.contains(half), "{said}");
+    let spec = Spec {
+        args: ["inspect", "-"].map(OsString::from).into(),
+        stdin: Some("/dev/zero".into()),
+        patience: Some(PATIENCE),
+        ..spec(small.path(), "", "", "")
+    };
+    let run = spec.run();
+    assert_eq!((run.code, run.signal), (Some(1), None), "{}", run.stderr);
+    assert!(run.stderr.contains(half), "{}", run.stderr);
+    // More may be allowed than there is.
+    let (code, said) = endless(&["inspect", "-", "--max-size", "1G"], small.path());
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("No space left"), "{said}");
+    assert_eq!(fs::read_dir(small.path()).unwrap().count(), 0);
+}
+
+/// A disk that is full is no fault of the file: exit 1, the words of the system, no output.
+#[test]
+fn a_full_disk_is_told_as_one() {
+    let Some(small) = Small::mount(1) else { return };
+    let inputs = scratch();
+    let mut draw = super::kills::Draw::new(5);
+    let noise: Vec<u8> = (0..4 * MIB / 8)
+        .flat_map(|_| draw.below(u64::MAX).to_le_bytes())
+        .collect();
+    fs::write(inputs.path().join("raw"), &noise).unwrap();
+    let run = |line: &str, folder: &Path| {
+        let mut spec = spec(folder, line, "", "");
+        spec.memory = None;
+        for arg in &mut spec.args {
+            if let Some(name) = arg.to_str().and_then(|arg| arg.strip_prefix("in/")) {
+                *arg = inputs.path().join(name).into();
+            }
+        }
+        spec.run()
+    };
+    for (line, name) in [
+        (
+            "save in/raw --keep-all --compress none -o in/sonic",
+            "sonic",
+        ),
+        ("convert in/raw --to elf -o in/elf", "elf"),
+    ] {
+        let run = run(line, inputs.path());
+        assert_eq!(run.code, Some(0), "{line}: {}", run.stderr);
+        assert!(inputs.path().join(name).exists());
+    }
+    for line in [
+        "restore in/sonic -o out",
+        "restore in/sonic --to elf -o out",
+        "convert in/sonic --to raw -o out",
+        "convert in/raw --to elf -o out",
+        "convert in/elf --to kdump -o out",
+        "convert in/raw --to sonic -o out",
+        "save in/raw --keep-all -o out",
+        "prune in/elf --drop zero -o out",
+    ] {
+        let run = run(line, small.path());
+        assert_eq!(
+            (run.code, run.signal),
+            (Some(1), None),
+            "{line}: {}",
+            run.stderr
+        );
+        assert!(
+            run.stderr.contains("No space left"),
+            "{line}: {}",
+            run.stderr
+        );
+        assert_eq!(fs::read_dir(small.path()).unwrap().count(), 0, "{line}");
+    }
+}
+
+/// A symbol file of holes takes no memory and no disk, one that is longer than any is not read.
+#[test]
+fn a_symbol_file_of_holes_is_refused_at_no_cost() {
+    let Some(small) = Small::mount(8) else { return };
+    let inputs = scratch();
+    sparse(
+        &inputs.path().join("raw"),
+        64 * MIB,
+        &[(0x10_0000, b"some")],
+    );
+    for len in [GIB, TIB] {
+        let head = b"\x7fELF\x02\x01\x01";
+        let symbols = inputs.path().join("vmlinux");
+        sparse(&symbols, len, &[(0, head)]);
+        let mut spec = spec(inputs.path(), "inspect raw --symbols vmlinux", "", "");
+        spec.env = vec![("TMPDIR", small.path().into())];
+        let run = spec.run();
+        assert_eq!((run.code, run.signal), (Some(4), None), "{}", run.stderr);
+        assert!(run.stderr.contains("vmlinux"), "{}", run.stderr);
+        assert!(run.peak < MEMORY, "{}", run.peak);
     }
 }
 

@@ -2,15 +2,18 @@
 //! file held; no signal, and no mixture.
 
 use super::inject::{rounds, wanted};
-use super::inputs::{Content, Job, content, few_guest_jobs, guest_jobs, scratch, small_jobs};
+use super::inputs::{
+    Content, Job, content, few_guest_jobs, guest_jobs, looking_jobs, scratch, small_jobs,
+};
 use super::kills::Draw;
 use super::tracer::{Act, At, Run};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// What happens to the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -21,20 +24,25 @@ enum Change {
     Rewritten,
 }
 
-const CHANGES: [Change; 4] = [
-    Change::CutToHalf,
-    Change::CutToNothing,
-    Change::CutAndGrown,
-    Change::Rewritten,
+/// Each, and its part of the tries: a file is cut as often as it is rewritten.
+const CHANGES: [(Change, u64); 4] = [
+    (Change::CutToHalf, 3),
+    (Change::CutToNothing, 3),
+    (Change::CutAndGrown, 3),
+    (Change::Rewritten, 1),
 ];
 
 impl Change {
-    fn make(self, path: &Path) {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(path)
-            .unwrap();
+    /// Gives whether it came to that: who asks whether somebody writes the file holds it off for
+    /// that moment.
+    fn make(self, path: &Path) -> bool {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        let opened = options.custom_flags(libc::O_NONBLOCK).open(path);
+        let file = match opened {
+            Err(error) if error.raw_os_error() == Some(libc::EWOULDBLOCK) => return false,
+            opened => opened.unwrap(),
+        };
         let len = file.metadata().unwrap().len();
         match self {
             Self::CutToHalf => file.set_len(len / 2).unwrap(),
@@ -45,6 +53,7 @@ impl Change {
             }
             Self::Rewritten => rewrite(&file, len),
         }
+        true
     }
 }
 
@@ -60,11 +69,165 @@ fn rewrite(file: &File, len: u64) {
     }
 }
 
-/// What standard output says but for the time it took.
-fn said(run: &Run) -> String {
-    let text = String::from_utf8_lossy(&run.stdout);
+/// What standard output says but for the time it took, and where the files were.
+fn said(run: &Run, folders: [&Path; 2]) -> String {
+    let mut text = String::from_utf8_lossy(&run.stdout).into_owned();
+    for folder in folders {
+        text = text.replace(folder.to_str().unwrap(), "");
+    }
     let lines = text.lines().filter(|line| !line.contains(" s"));
     lines.collect::<Vec<_>>().join("\n")
+}
+
+/// What became of a run: what it left, said, and how it ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct End {
+    code: Option<i32>,
+    content: Content,
+    said: String,
+}
+
+/// A file of a job, and the change to it.
+#[derive(Debug)]
+struct Case<'a> {
+    job: &'a Job,
+    change: Change,
+    /// Whether it is what is pruned in place.
+    in_place: bool,
+    path: &'a Path,
+    /// What is in the folder of the work before anything runs, and after it without a change.
+    before: Content,
+    plain: End,
+    /// What comes of the file if it is changed before it is opened: that is another file.
+    of_changed: End,
+    calls: u64,
+    took: Duration,
+}
+
+impl<'a> Case<'a> {
+    fn new(job: &'a Job, change: Change, (in_place, path): (bool, &'a Path)) -> Self {
+        let (copies, work) = (scratch(), scratch());
+        let spec = job.spec_of_copy(copies.path(), work.path());
+        let before = content(work.path());
+        let traced = spec.traced(None);
+        assert_eq!(traced.code, Some(0), "{}: {}", job.name, traced.stderr);
+        let mut case = Self {
+            job,
+            change,
+            in_place,
+            path,
+            before,
+            plain: End {
+                code: traced.code,
+                content: content(work.path()),
+                said: said(&traced, [copies.path(), work.path()]),
+            },
+            of_changed: End {
+                code: None,
+                content: Content::new(),
+                said: String::new(),
+            },
+            calls: traced.total,
+            took: Duration::ZERO,
+        };
+        let (_, end) = case.run(|run, make| {
+            assert!(make());
+            run(None)
+        });
+        case.of_changed = end;
+        // As long as it takes without a tracer.
+        let (run, _) = case.run(|run, _| run(None));
+        case.took = run.took;
+        case
+    }
+
+    /// Runs the job in new folders. `how` gets what runs it, at a call something else, and what
+    /// makes the change.
+    fn run(
+        &self,
+        how: impl FnOnce(&dyn Fn(Option<(At, Act<'_>)>) -> Run, &(dyn Fn() -> bool + Sync)) -> Run,
+    ) -> (Run, End) {
+        let (copies, work) = (scratch(), scratch());
+        let spec = self.job.spec_of_copy(copies.path(), work.path());
+        let folder = if self.in_place { &work } else { &copies };
+        let file: PathBuf = folder.path().join(self.path);
+        let run = how(
+            &|act| match act {
+                Some(act) => spec.traced(Some(act)),
+                None => spec.run(),
+            },
+            &|| self.change.make(&file),
+        );
+        let end = End {
+            code: run.code,
+            content: content(work.path()),
+            said: said(&run, [copies.path(), work.path()]),
+        };
+        (run, end)
+    }
+
+    /// Changes the file at a call of the run, or at any time of it, both drawn from all; `None` if
+    /// it did not come to that.
+    fn change(&self, draw: &mut Draw, at_call: bool) -> Option<(Run, End)> {
+        let made = Cell::new(false);
+        let out = if at_call {
+            let number = draw.below(self.calls);
+            let at = At { kind: None, number };
+            self.run(|run, make| run(Some((at, Act::Do(&|| made.set(make()))))))
+        } else {
+            let micros = u64::try_from(self.took.as_micros()).unwrap();
+            let wait = Duration::from_micros(draw.below(micros));
+            self.run(|run, make| {
+                std::thread::scope(|scope| {
+                    let changing = scope.spawn(move || {
+                        std::thread::sleep(wait);
+                        make()
+                    });
+                    let run = run(None);
+                    made.set(changing.join().unwrap());
+                    run
+                })
+            })
+        };
+        made.get().then_some(out)
+    }
+
+    /// What is wrong with a file that was pruned in place and changed meanwhile: each page is as it
+    /// was, as it is to be, or as the other made it.
+    fn mixture(&self, now: &Content) -> Option<String> {
+        const PAGE: usize = 4096;
+        let path = self.path;
+        let (before, after) = (&self.before[path], &self.plain.content[path]);
+        let changed = |bytes: &[u8]| {
+            let folder = scratch();
+            let path = folder.path().join("file");
+            fs::write(&path, bytes).unwrap();
+            assert!(self.change.make(&path));
+            fs::read(&path).unwrap()
+        };
+        let changed = [changed(before), changed(after)];
+        let all = [before, after, &changed[0], &changed[1]].map(Vec::as_slice);
+        let now = &now[path];
+        if !all.iter().any(|one| one.len() == now.len()) {
+            return Some(format!("{} bytes", now.len()));
+        }
+        let pages = now.chunks(PAGE).enumerate();
+        let is_right = |(number, page): (usize, &[u8])| {
+            all.iter()
+                .any(|one| one.get(number * PAGE..number * PAGE + page.len()) == Some(page))
+        };
+        let wrong = pages.clone().find(|page| !is_right(*page))?;
+        Some(format!("page {} is nobody's", wrong.0))
+    }
+
+    /// Whether the other files of the work's folder are as they were.
+    fn others_stay(&self, now: &Content) -> bool {
+        let mut now = now.clone();
+        let mut before = self.before.clone();
+        now.remove(self.path);
+        before.remove(self.path);
+        now == before
+    }
 }
 
 #[derive(Debug, Default)]
@@ -79,144 +242,125 @@ struct Tally {
 }
 
 impl Tally {
-    /// Counts a run that left `now`; it would have left and said `want` without the change.
-    fn judge(&mut self, run: &Run, now: &Content, (want, expected): (&Content, &str)) {
+    fn add(&mut self, other: &Self) {
+        self.tries += other.tries;
+        self.signals += other.signals;
+        self.wrong += other.wrong;
+        self.told += other.told;
+        self.other += other.other;
+        self.unmoved += other.unmoved;
+    }
+
+    fn judge(&mut self, case: &Case<'_>, run: &Run, end: &End) {
+        self.tries += 1;
         let mut note = |what: String| *self.examples.entry(what).or_default() += 1;
-        match (run.code, run.signal) {
-            (_, Some(signal)) => {
-                note(format!("signal {signal}"));
-                self.signals += 1;
-            }
-            (Some(0), _) if now == want && said(run) == expected => self.unmoved += 1,
-            (Some(0), _) => {
-                note(format!("exit 0 with another output: {}", run.stderr.trim()));
-                self.wrong += 1;
-            }
-            (Some(101), _) => {
-                note(format!("panics: {}", run.stderr.trim()));
-                self.wrong += 1;
-            }
-            _ if !now.is_empty() && now != want => {
-                note("leaves what is half".into());
-                self.wrong += 1;
-            }
-            _ if ["was written to", "bytes when it was opened"]
-                .iter()
-                .any(|words| run.stderr.contains(words)) =>
-            {
-                self.told += 1;
-            }
-            (code, _) => {
-                note(format!(
-                    "exit {code:?}: {}",
-                    run.stderr.trim().replace('\n', " / ")
-                ));
-                self.other += 1;
-            }
+        if let Some(signal) = run.signal {
+            note(format!("signal {signal}"));
+            self.signals += 1;
+            return;
         }
+        // Before the first look at it, or after the last.
+        let as_if = *end == case.of_changed || *end == case.plain;
+        let done = end.code == Some(0);
+        let wrong = if as_if {
+            None
+        } else if run.code == Some(101) {
+            Some(format!("panics: {}", run.stderr.trim()))
+        } else if case.in_place {
+            let others = case.others_stay(&end.content);
+            let other = || "another file is not as it was".to_owned();
+            case.mixture(&end.content).or((!others).then(other))
+        } else if done {
+            Some(format!("exit 0 with another output: {}", end.said))
+        } else if end.content != case.before && end.content != case.plain.content {
+            Some("leaves what is half".into())
+        } else {
+            None
+        };
+        if let Some(what) = wrong {
+            note(what);
+            self.wrong += 1;
+        } else if as_if || done {
+            self.unmoved += 1;
+        } else if ["was written to", "bytes when it was opened"]
+            .iter()
+            .any(|words| run.stderr.contains(words))
+        {
+            self.told += 1;
+        } else {
+            note(format!(
+                "exit {:?}: {}",
+                run.code,
+                run.stderr.trim().replace('\n', " / ")
+            ));
+            self.other += 1;
+        }
+    }
+
+    fn text(&self) -> String {
+        format!(
+            "{} tries: signals {}, wrong {}, told {}, another error {}, as if nothing {}",
+            self.tries, self.signals, self.wrong, self.told, self.other, self.unmoved
+        )
     }
 }
 
-/// The commands that read one file.
-fn jobs(all: bool) -> Vec<Job> {
-    let of_guests = if all { guest_jobs() } else { few_guest_jobs() };
-    let all = small_jobs().into_iter().chain(of_guests);
-    all.filter(|job| job.changed().is_some() && wanted(job))
-        .collect()
-}
-
-/// `tries` of each change to each job, or of one of `share` of them: at a call of the run, drawn
-/// from all.
-fn tally(jobs: &[Job], tries: u64, share: u64) -> BTreeMap<(Change, String), Tally> {
-    let mut out: BTreeMap<(Change, String), Tally> = BTreeMap::new();
+/// `tries` of each change to each file of each job, or of one of `share` of them.
+fn tally(jobs: &[Job], tries: u64, share: u64) -> BTreeMap<String, Tally> {
+    let mut out: BTreeMap<String, Tally> = BTreeMap::new();
     let mut draw = Draw::new(11);
-    for job in jobs {
-        let changes = CHANGES.into_iter().filter(|_| draw.below(share) == 0);
-        let changes: Vec<_> = changes.collect();
-        if changes.is_empty() {
-            continue;
-        }
-        let name = job.changed().unwrap();
-        let (want, calls, expected) = {
-            let work = scratch();
-            let spec = job.spec_of_copy(work.path());
-            let run = spec.traced(None);
-            assert_eq!(run.code, Some(0), "{}: {}", job.name, run.stderr);
-            let mut content = content(work.path());
-            content.retain(|path, _| !path.starts_with(name));
-            (content, run.total, said(&run))
-        };
-        for change in changes {
-            // What was changed before it was opened is another file.
-            let of_changed = {
-                let work = scratch();
-                let spec = job.spec_of_copy(work.path());
-                change.make(&job.changed_file(work.path()));
-                let run = spec.run();
-                let mut content = content(work.path());
-                content.retain(|path, _| !path.starts_with(name));
-                (run.code, content, said(&run))
-            };
-            for _ in 0..tries {
-                let work = scratch();
-                let spec = job.spec_of_copy(work.path());
-                let file = job.changed_file(work.path());
-                let made = Cell::new(false);
-                let make = || {
-                    change.make(&file);
-                    made.set(true);
-                };
-                let at = At {
-                    kind: None,
-                    number: draw.below(calls),
-                };
-                let run = spec.traced(Some((at, Act::Do(&make))));
-                if !made.get() {
+    for job in jobs.iter().filter(|job| wanted(job)) {
+        for (in_place, path) in job.changed_files() {
+            for (change, part) in CHANGES {
+                if draw.below(share) != 0 {
                     continue;
                 }
-                let tally = out.entry((change, job.name.clone())).or_default();
-                tally.tries += 1;
-                let mut now = content(work.path());
-                now.retain(|path, _| !path.starts_with(name));
-                if run.signal.is_none() && of_changed == (run.code, now.clone(), said(&run)) {
-                    tally.unmoved += 1;
-                    continue;
+                let case = Case::new(job, change, (in_place, &path));
+                let name = format!("{change:?} of {}: {}", path.display(), job.name);
+                let tally = out.entry(name).or_default();
+                for number in 0..tries.div_ceil(part) {
+                    if let Some((run, end)) = case.change(&mut draw, number % 2 == 0) {
+                        tally.judge(&case, &run, &end);
+                    }
                 }
-                tally.judge(&run, &now, (&want, &expected));
             }
         }
     }
     out
 }
 
-#[test]
-fn files_that_change_while_they_are_read() {
-    let found = match rounds() {
-        Some(tries) => tally(&jobs(true), tries, 1),
-        None => tally(&jobs(false), 2, 10),
-    };
+fn check(jobs: &[Job], tries: u64, share: u64) {
+    let found = tally(jobs, tries, share);
     let mut text = String::new();
     let mut sum = Tally::default();
-    for ((change, job), tally) in &found {
-        sum.tries += tally.tries;
-        sum.signals += tally.signals;
-        sum.wrong += tally.wrong;
-        sum.told += tally.told;
-        sum.other += tally.other;
-        sum.unmoved += tally.unmoved;
-        writeln!(
-            text,
-            "{change:?} {job}: {} tries: signals {}, wrong {}, told {}, another error {}, as if nothing {}",
-            tally.tries, tally.signals, tally.wrong, tally.told, tally.other, tally.unmoved
-        )
-        .unwrap();
+    for (name, tally) in &found {
+        sum.add(tally);
+        writeln!(text, "{name}: {}", tally.text()).unwrap();
         for (what, count) in &tally.examples {
             writeln!(text, "    {count} x {what}").unwrap();
         }
     }
-    println!(
-        "{text}{} tries: signals {}, wrong {}, told {}, another error {}, as if nothing {}",
-        sum.tries, sum.signals, sum.wrong, sum.told, sum.other, sum.unmoved
-    );
+    println!("{text}{}", sum.text());
+    assert!(sum.tries > 0 || std::env::var_os("SONICSHOT_FAULT_ONLY").is_some());
     assert_eq!((sum.signals, sum.wrong), (0, 0));
+}
+
+#[test]
+fn files_that_change_while_they_are_read() {
+    match rounds() {
+        Some(tries) => check(&small_jobs(), tries, 1),
+        None => check(&small_jobs(), 2, 20),
+    }
+}
+
+#[test]
+fn guests_that_change_while_they_are_looked_into() {
+    match rounds() {
+        Some(tries) => {
+            let mut jobs = guest_jobs();
+            jobs.extend(looking_jobs());
+            check(&jobs, tries, 1);
+        }
+        None => check(&few_guest_jobs(), 2, 8),
+    }
 }

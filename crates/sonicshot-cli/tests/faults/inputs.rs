@@ -2,7 +2,7 @@
 
 use super::common::{ram, testdata};
 use super::tracer::Spec;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Write;
@@ -239,7 +239,7 @@ impl Inputs {
         inputs
     }
 
-    /// Snapshot folders of Cloud Hypervisor and Firecracker.
+    /// Snapshot folders of Cloud Hypervisor, Firecracker and crosvm.
     fn folders(&self, ram: &[u8]) {
         let folder = self.path("ch");
         fs::create_dir(&folder).unwrap();
@@ -262,6 +262,14 @@ impl Inputs {
         state.extend([3; 1000]);
         fs::write(folder.join("vm.state"), state).unwrap();
         write_sparse(&folder.join("vm.mem"), None, ram);
+        let folder = self.path("crosvm");
+        fs::create_dir_all(folder.join("vcpu")).unwrap();
+        fs::write(folder.join("vcpu/0"), b"registers").unwrap();
+        let regions = serde_json::json!({"regions": [
+            {"guest_base": 0, "size": ram.len(), "data_ranges": [{"start": 0, "end": ram.len()}]},
+        ]});
+        fs::write(folder.join("mem_metadata"), regions.to_string()).unwrap();
+        write_sparse(&folder.join("mem"), None, ram);
     }
 
     fn must(&self, args: Vec<OsString>) {
@@ -307,6 +315,11 @@ impl Job {
 
     /// The command line in an empty folder, where it is made ready.
     pub fn spec(&self, work: &Path) -> Spec {
+        self.spec_of(self.inputs.folder.path(), work)
+    }
+
+    /// The same, on inputs that are in a folder of their own.
+    fn spec_of(&self, inputs: &Path, work: &Path) -> Spec {
         if let Some((from, to)) = self.prepared {
             copy(&self.inputs.path(from), &work.join(to));
         }
@@ -317,7 +330,7 @@ impl Job {
                 let (name, after) = after.split_once('}').unwrap();
                 let path = match name {
                     "work" => work.to_owned(),
-                    name => self.inputs.path(name),
+                    name => inputs.join(name),
                 };
                 out.push_str(before);
                 out.push_str(path.to_str().unwrap());
@@ -328,7 +341,7 @@ impl Job {
         };
         Spec {
             args: self.line.split(' ').map(word).collect(),
-            stdin: self.stdin.map(|name| self.inputs.path(name)),
+            stdin: self.stdin.map(|name| inputs.join(name)),
             folder: work.into(),
             env: vec![("TMPDIR", work.as_os_str().to_owned())],
             names_only: self.names_only,
@@ -338,41 +351,55 @@ impl Job {
 
     /// Whether what it writes is a folder, which has a name from the start.
     pub fn writes_folder(&self) -> bool {
-        ["{ch} -o", "{fc} -o"]
+        ["{ch} -o", "{fc} -o", "{crosvm} -o"]
             .iter()
             .any(|part| self.line.contains(part))
     }
 
-    /// The input that may be changed under it: the first. Not that of a prune in place, which has
-    /// tests of its own.
-    pub fn changed(&self) -> Option<&str> {
-        let (_, rest) = self.line.split_once(" {")?;
-        let (name, _) = rest.split_once('}')?;
-        (name != "work" && self.prepared.is_none()).then_some(name)
+    /// The inputs that it names.
+    fn named(&self) -> impl Iterator<Item = &str> {
+        let parts = self.line.split('{').skip(1);
+        let names = parts.filter_map(|part| Some(part.split_once('}')?.0));
+        names.filter(|name| *name != "work").chain(self.stdin)
     }
 
-    /// The same command line, on a copy of that input in the folder.
-    pub fn spec_of_copy(&self, work: &Path) -> Spec {
-        let name = self.changed().unwrap();
-        copy(&self.inputs.path(name), &work.join(name));
-        let mut spec = self.spec(work);
-        let original = self.inputs.path(name);
-        for arg in &mut spec.args {
-            if *arg == original {
-                *arg = work.join(name).into();
-            }
-        }
-        spec
+    /// What is pruned in place.
+    pub fn in_place(&self) -> Option<&str> {
+        let (from, to) = self.prepared?;
+        (to == "in").then_some(from)
     }
 
-    /// The file of it that is changed: of a folder, its memory.
-    pub fn changed_file(&self, work: &Path) -> PathBuf {
-        let path = work.join(self.changed().unwrap());
-        match self.changed() {
-            Some("ch") => path.join("memory-ranges"),
-            Some("fc") => path.join("vm.mem"),
-            _ => path,
+    /// The same command line, on a copy of all of its inputs.
+    pub fn spec_of_copy(&self, copies: &Path, work: &Path) -> Spec {
+        for name in self.named().collect::<BTreeSet<_>>() {
+            copy(&self.inputs.path(name), &copies.join(name));
         }
+        self.spec_of(copies, work)
+    }
+
+    /// The files that may be changed under it: whether they are in the folder of the work, and
+    /// where there.
+    pub fn changed_files(&self) -> Vec<(bool, PathBuf)> {
+        let files = |input: &str, name: &str| -> Vec<PathBuf> {
+            let parts: &[&str] = match input {
+                "ch" => &["memory-ranges", "state.json", "config.json"],
+                "fc" => &["vm.mem", "vm.state"],
+                "crosvm" => &["mem", "mem_metadata", "vcpu/0"],
+                _ => &[""],
+            };
+            let path = |part: &&str| match *part {
+                "" => name.into(),
+                part => Path::new(name).join(part),
+            };
+            parts.iter().map(path).collect()
+        };
+        let named: BTreeSet<_> = self.named().collect();
+        let of_copy = named.into_iter().flat_map(|name| files(name, name));
+        let in_place = self.in_place().map(|from| files(from, "in"));
+        of_copy
+            .map(|path| (false, path))
+            .chain(in_place.into_iter().flatten().map(|path| (true, path)))
+            .collect()
     }
 
     /// The inputs that must not be changed.
@@ -444,6 +471,8 @@ fn of_formats(inputs: &Arc<Inputs>) -> Vec<Job> {
         "xen",
         "lime",
         "avml",
+        "ch",
+        "crosvm",
         "sonic",
     ] {
         // No kernel tells where QEMU's blocks of memory lie.
@@ -524,6 +553,17 @@ fn of_several_files(inputs: &Arc<Inputs>) -> Vec<Job> {
     ] {
         job(name, line);
     }
+    for from in ["raw", "stream", "libvirt-zstd", "elf"] {
+        let layout = if from == "elf" {
+            ""
+        } else {
+            " --layout 0x0-0x80000"
+        };
+        let line = format!("convert - -o {{work}}/out --to raw{layout}");
+        let mut job = Job::new(inputs, &format!("convert {from} from a pipe"), &line);
+        job.stdin = Some(from);
+        jobs.push(job);
+    }
     for job in jobs
         .iter_mut()
         .filter(|job| job.name.starts_with("replace"))
@@ -561,6 +601,43 @@ fn by_names_only(inputs: &Arc<Inputs>) -> Vec<Job> {
     jobs
 }
 
+/// Commands that only look at every format with a guest in it.
+pub fn looking_jobs() -> Vec<Job> {
+    let inputs = Inputs::guest();
+    let mut jobs = Vec::new();
+    for from in [
+        "raw",
+        "elf",
+        "kdump",
+        "mapped",
+        "stream",
+        "libvirt",
+        "libvirt-zstd",
+        "xen",
+        "lime",
+        "ch",
+        "fc",
+        "crosvm",
+        "diff",
+    ] {
+        let base = if from == "diff" { " --base {base}" } else { "" };
+        let mut job = |name: &str, line: String| {
+            jobs.push(Job::new(&inputs, &format!("{name} {from}"), &line));
+        };
+        job("inspect", format!("inspect {{{from}}}{base}"));
+        if from != "lime" {
+            job("dry run", format!("prune {{{from}}}{base} --dry-run"));
+        }
+        if from == "fc" {
+            job(
+                "convert",
+                format!("convert {{{from}}} -o {{work}}/out --to elf"),
+            );
+        }
+    }
+    jobs
+}
+
 /// Of those that look into the guest the ones that the gate takes: by copy, in place, through a
 /// pipe, a folder.
 const IN_THE_GATE: [&str; 4] = [
@@ -593,6 +670,7 @@ pub fn guest_jobs() -> Vec<Job> {
         "xen",
         "ch",
         "fc",
+        "crosvm",
     ] {
         let line = format!("prune {{{from}}} -o {{work}}/out");
         jobs.push(Job::new(&inputs, &format!("prune {from}"), &line));
@@ -602,7 +680,13 @@ pub fn guest_jobs() -> Vec<Job> {
         "prune diff",
         "prune {diff} --base {base} -o {work}/out",
     ));
-    for (from, name) in [("raw", "raw"), ("mapped", "mapped"), ("ch", "ch")] {
+    for (from, name) in [
+        ("raw", "raw"),
+        ("mapped", "mapped"),
+        ("ch", "ch"),
+        ("fc", "fc"),
+        ("crosvm", "crosvm"),
+    ] {
         let mut job = Job::new(
             &inputs,
             &format!("prune {name} in place"),

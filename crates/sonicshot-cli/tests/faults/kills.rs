@@ -41,36 +41,58 @@ const STEPS: &[Kind] = &[
     Kind::Rename,
 ];
 
-/// Kills every job at `draws` of its calls, and before the first and the last call of each step;
-/// of those, one of `share`.
+/// A call of a job that is the one that never comes.
+type Point = (usize, At);
+
+/// Of every job the first and the last call of each step, and `draws` of all of its calls.
+fn points(jobs: &[Job], draws: u64, draw: &mut Draw) -> BTreeMap<Option<Kind>, Vec<Point>> {
+    let mut points: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+    for (job, run) in jobs.iter().map(|job| Baseline::of(job).run).enumerate() {
+        let steps = STEPS
+            .iter()
+            .filter_map(|step| Some((*step, run.calls.get(step)?)));
+        for (step, count) in steps {
+            let of_step = points.entry(Some(step)).or_default();
+            of_step.extend([(job, 0), (job, count - 1)]);
+        }
+        let drawn = (0..draws).map(|_| (job, draw.below(run.total)));
+        points.entry(None).or_default().extend(drawn);
+    }
+    let of_kind = |(kind, points): (Option<Kind>, BTreeSet<_>)| {
+        let at = |(job, number)| (job, At { kind, number });
+        (kind, points.into_iter().map(at).collect())
+    };
+    points.into_iter().map(of_kind).collect()
+}
+
+/// Kills the jobs at all of these points, or at so many of each step that are drawn.
 /// Gives what went wrong, and how often each kind of call was the one that never came.
-fn kill(jobs: &[Job], draws: u64, share: u64) -> (Vec<String>, BTreeMap<Kind, u64>) {
+fn kill(jobs: &[Job], draws: u64, each: Option<u64>) -> (Vec<String>, BTreeMap<Kind, u64>) {
+    let mut draw = Draw::new(7);
+    let mut chosen: BTreeMap<usize, Vec<At>> = BTreeMap::new();
+    for (_, mut points) in points(jobs, draws, &mut draw) {
+        for _ in 0..each.unwrap_or(u64::MAX) {
+            if points.is_empty() {
+                break;
+            }
+            let number = draw.below(points.len() as u64);
+            let (job, at) = points.swap_remove(usize::try_from(number).unwrap());
+            chosen.entry(job).or_default().push(at);
+        }
+    }
     let mut wrong = Vec::new();
     let mut hits: BTreeMap<Kind, u64> = BTreeMap::new();
-    let mut draw = Draw::new(7);
-    for job in jobs.iter().filter(|job| wanted(job)) {
+    for (number, chosen) in chosen {
+        let job = &jobs[number];
         let baseline = Baseline::of(job);
-        let calls = &baseline.run.calls;
-        let mut points: BTreeSet<(Option<Kind>, u64)> = BTreeSet::new();
-        for step in STEPS {
-            if let Some(count) = calls.get(step) {
-                points.extend([(Some(*step), 0), (Some(*step), count - 1)]);
-            }
-        }
-        for _ in 0..draws {
-            points.insert((None, draw.below(baseline.run.total)));
-        }
-        for (kind, number) in points {
-            if draw.below(share) != 0 {
-                continue;
-            }
-            let (run, now) = run(job, Some((At { kind, number }, Act::Kill)));
+        for at in chosen {
+            let (run, now) = run(job, Some((at, Act::Kill)));
             let Some(hit) = run.hit else { continue };
             *hits.entry(hit).or_default() += 1;
             let mut note = |what: String| {
                 wrong.push(format!(
-                    "{}, killed before {hit} {number}: {what}",
-                    job.name
+                    "{}, killed before {hit} {}: {what}",
+                    job.name, at.number
                 ));
             };
             if run.signal != Some(libc::SIGKILL) {
@@ -92,13 +114,14 @@ fn kill(jobs: &[Job], draws: u64, share: u64) -> (Vec<String>, BTreeMap<Kind, u6
     (wrong, hits)
 }
 
-fn check(jobs: &[Job], draws: u64, share: u64, steps: &[Kind]) {
-    let (wrong, hits) = kill(jobs, draws, share);
+fn check(jobs: Vec<Job>, draws: u64, each: Option<u64>, steps: &[Kind]) {
+    let jobs: Vec<Job> = jobs.into_iter().filter(wanted).collect();
+    let (wrong, hits) = kill(&jobs, draws, each);
     for (kind, count) in &hits {
         println!("killed {count:5} times before {kind}");
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    if share == 1 && std::env::var_os("SONICSHOT_FAULT_ONLY").is_none() {
+    if std::env::var_os("SONICSHOT_FAULT_ONLY").is_none() {
         for step in steps {
             assert!(hits.contains_key(step), "never killed before {step}");
         }
@@ -111,7 +134,10 @@ fn kills_without_a_kernel() {
     let steps = [
         Nameless, Create, Write, WriteAt, Truncate, Sync, Owner, Mode, Link, Rename,
     ];
-    check(&small_jobs(), rounds().unwrap_or(1), 1, &steps);
+    match rounds() {
+        Some(draws) => check(small_jobs(), draws, None, &steps),
+        None => check(small_jobs(), 1, Some(8), &steps),
+    }
 }
 
 #[test]
@@ -121,7 +147,7 @@ fn kills_with_a_kernel() {
         Nameless, WriteAt, Punch, CopyRange, Clone, Sync, Folder, Link, Rename,
     ];
     match rounds() {
-        Some(draws) => check(&guest_jobs(), draws, 1, &steps),
-        None => check(&few_guest_jobs(), 1, 8, &steps),
-    };
+        Some(draws) => check(guest_jobs(), draws, None, &steps),
+        None => check(few_guest_jobs(), 1, Some(1), &steps),
+    }
 }

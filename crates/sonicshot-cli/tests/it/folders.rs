@@ -538,9 +538,20 @@ fn copies_of_several_go_into_a_folder_that_exists() {
         "{}",
         stderr(&run)
     );
+    // One that exists does not stop the others, whichever comes first.
+    for inputs in [[&raw, &folder], [&folder, &raw]] {
+        fs::write(out.join("guest.raw"), "precious").unwrap();
+        let run = prune(&inputs.map(PathBuf::as_path), &[]);
+        assert_eq!(run.status.code(), Some(1), "{}", stderr(&run));
+        assert_eq!(fs::read(out.join("guest.raw")).unwrap(), b"precious");
+        assert!(fs::read(out.join("vm/vm.mem")).unwrap() == want);
+        fs::remove_dir_all(&out).unwrap();
+        fs::create_dir(&out).unwrap();
+    }
     fs::write(out.join("vm"), "precious").unwrap();
     let run = prune(&[&raw, &folder], &[]);
     assert_eq!(run.status.code(), Some(1), "{}", stderr(&run));
+    assert!(fs::read(out.join("guest.raw")).unwrap() == want);
     let run = prune(&[&raw, &folder], &["--force"]);
     assert_eq!(
         run.status.code(),
