@@ -260,10 +260,10 @@ const FILES: &[(&str, Make, u64)] = &[
     ("stream", stream, 8 * TIB),
     ("lime", lime, TIB),
     ("kdump", kdump, 32 * GIB),
-    // The longest that are read; and of such as are right some, for the work on them takes its time.
+    // The longest that are read.
     ("mem", crosvm_regions, 64 * MIB),
     ("mem", crosvm_tree, 64 * MIB),
-    ("mem", crosvm_stretches, 4 * MIB),
+    ("mem", crosvm_stretches, 64 * MIB),
 ];
 
 /// What is done to each.

@@ -361,6 +361,6 @@ fn guests_that_change_while_they_are_looked_into() {
             jobs.extend(looking_jobs());
             check(&jobs, tries, 1);
         }
-        None => check(&few_guest_jobs(), 2, 8),
+        None => check(&few_guest_jobs(), 2, 16),
     }
 }

@@ -611,6 +611,15 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_structure_has_a_length_that_there_is() {
+        for (len, is_read) in [(MAX_STRUCTURE, true), (MAX_STRUCTURE + 1, false)] {
+            let text = json!(vec![7_u8; len]).to_string();
+            let read = serde_json::from_str::<Structure>(&text);
+            assert_eq!(read.is_ok(), is_read, "{len}");
+        }
+    }
+
     /// A processor's structures, as C has them and `kvm-bindings` writes them.
     fn cpu(boot: bool, mp_state: u8, cr3: u64) -> Value {
         let mut sregs = vec![0_u8; 312];

@@ -123,3 +123,27 @@ fn agree(status: &[u8], state: &[u8]) -> bool {
         _ => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_PROCESSORS, processors};
+    use sonicshot::{Gpa, GuestBytes, MappedRegions, Processors};
+
+    #[test]
+    fn notes_of_more_processors_than_there_are_tell_nothing() {
+        let page = [0; 4096];
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&page))]).unwrap();
+        // An empty note of a processor's registers.
+        let mut note = [5_u32, 0, 1].map(u32::to_le_bytes).concat();
+        note.extend(b"CORE\0\0\0\0");
+        for (count, want) in [
+            (MAX_PROCESSORS, Processors::Unknown),
+            (
+                MAX_PROCESSORS + 2,
+                Processors::NotTold("its notes are of too many processors"),
+            ),
+        ] {
+            assert_eq!(processors(Some(&note.repeat(count)), None, &memory), want);
+        }
+    }
+}

@@ -224,7 +224,7 @@ fn memory_of(path: &Path, entries: &[Entry]) -> Result<Option<(PathBuf, PathBuf)
 
 #[cfg(test)]
 mod tests {
-    use super::{is_state, processors_in};
+    use super::{MAX_PROCESSORS, MAX_STATE, is_state, processors_in, sregs_in};
     use sonicshot::{ControlRegisters, Processor};
 
     /// Four processors' structures between others, as `bitcode` 0.6 and `bincode` 2 pack them with
@@ -299,6 +299,26 @@ mod tests {
             let boot = state[at + 273];
             assert_eq!(with(at + 273, boot ^ 1), None);
         }
+    }
+
+    #[test]
+    fn no_more_is_read_than_a_state_may_have() {
+        let state = zstd::decode_all(PACKED[0]).unwrap();
+        let most = usize::try_from(MAX_STATE).unwrap();
+        let mut long = state.clone();
+        long.resize(most - 1, 0);
+        assert_eq!(processors_in(&long), Some(four()));
+        long.push(0);
+        assert_eq!(processors_in(&long), None);
+        // More processors than are looked for: those that were found need not be all.
+        let at = sregs_at(&state);
+        let never = state[at[3]..at[3] + 312].to_vec();
+        assert_eq!(
+            sregs_in(&never.repeat(MAX_PROCESSORS + 8)).count(),
+            MAX_PROCESSORS + 8
+        );
+        let more = [state.clone(), never.repeat(MAX_PROCESSORS)].concat();
+        assert_eq!(processors_in(&more), None);
     }
 
     #[test]

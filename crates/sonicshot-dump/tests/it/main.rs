@@ -10,6 +10,7 @@
     reason = "tests may stop anywhere"
 )]
 
+mod bounds;
 mod clone;
 mod common;
 mod elf;

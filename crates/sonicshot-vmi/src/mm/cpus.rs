@@ -41,3 +41,33 @@ pub(crate) fn in_mask(
     let word = kernel.read_u64(what, element(what, mask, cpu >> 6, 8, 0)?)?;
     Ok(word & (1 << (cpu & 63)) != 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_CPUS, possible_cpus};
+    use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel};
+
+    #[test]
+    fn processors_are_no_more_than_a_kernel_has() {
+        for (ids, is_read) in [
+            (0, false),
+            (1, true),
+            (MAX_CPUS, true),
+            (MAX_CPUS + 1, false),
+        ] {
+            let mut ram = Ram::new(8 << 20);
+            ram.put(0x1000, ids);
+            let mut facts = Facts::default();
+            for (name, at) in [
+                ("nr_cpu_ids", 0x1000),
+                ("__cpu_possible_mask", 0x2000),
+                ("__per_cpu_offset", 0x1_0000),
+            ] {
+                facts.symbols.insert(name, DIRECT_MAP + at);
+            }
+            let memory = ram.memory();
+            let found = possible_cpus(&kernel(&memory, facts));
+            assert_eq!(found.is_ok(), is_read, "{ids}: {found:?}");
+        }
+    }
+}

@@ -306,3 +306,79 @@ fn read_zone(
         pageset,
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::nodes::{MAX_NODES, nodes};
+    use super::pcp::MAX_PCP_LISTS;
+    use super::{MAX_MIGRATE_TYPES, MAX_ORDERS, PcpLayout, ZoneLayout};
+    use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel};
+    use crate::symbols::Member;
+
+    /// The allocator's structures, with lists of these lengths: `zone.free_area`,
+    /// `free_area.free_list`, `per_cpu_pages.lists`.
+    fn facts(orders: u64, types: u64, lists: u64) -> Facts {
+        let mut facts = Facts::default();
+        for (ty, name) in [
+            ("zone", "zone_start_pfn"),
+            ("zone", "spanned_pages"),
+            ("zone", "name"),
+            ("zone", "vm_stat"),
+            ("free_area", "nr_free"),
+            ("per_cpu_pages", "count"),
+        ] {
+            facts.member(ty, name, 8);
+        }
+        for (ty, name, len) in [
+            ("zone", "free_area", orders),
+            ("free_area", "free_list", types),
+            ("per_cpu_pages", "lists", lists),
+        ] {
+            let member = Member {
+                offset: 0,
+                size: None,
+                len: Some(len),
+            };
+            facts.members.insert((ty, name), member);
+        }
+        facts.sizes.extend([("zone", 1664), ("free_area", 104)]);
+        let constants = [("NR_FREE_PAGES", 0), ("MIGRATE_PCPTYPES", 1)];
+        facts.constants.extend(constants);
+        facts
+    }
+
+    #[test]
+    fn lists_are_no_more_than_a_kernel_has() {
+        let ram = Ram::new(8 << 20);
+        let memory = ram.memory();
+        let (orders, types, lists) = (MAX_ORDERS, MAX_MIGRATE_TYPES, MAX_PCP_LISTS);
+        for (facts, zone_is_read, pcp_is_read) in [
+            (facts(orders, types, lists), true, true),
+            (facts(orders + 1, types, lists), false, true),
+            (facts(orders, types + 1, lists), false, true),
+            (facts(orders, types, lists + 1), true, false),
+            (facts(0, types, lists), false, true),
+        ] {
+            let kernel = kernel(&memory, facts);
+            assert_eq!(ZoneLayout::new(&kernel).is_ok(), zone_is_read);
+            assert_eq!(PcpLayout::new(&kernel).is_ok(), pcp_is_read);
+        }
+    }
+
+    #[test]
+    fn nodes_are_no_more_than_a_kernel_has() {
+        for (count, is_read) in [(MAX_NODES, true), (MAX_NODES + 1, false)] {
+            let mut ram = Ram::new(8 << 20);
+            ram.put(0x1000, count);
+            for node in 0..count {
+                ram.put(0x2000 + 8 * node, DIRECT_MAP);
+            }
+            let mut facts = Facts::default();
+            facts.symbols.insert("nr_node_ids", DIRECT_MAP + 0x1000);
+            facts.symbols.insert("node_data", DIRECT_MAP + 0x2000);
+            let memory = ram.memory();
+            let found = nodes(&kernel(&memory, facts));
+            assert_eq!(found.is_ok(), is_read, "{count}: {found:?}");
+        }
+    }
+}

@@ -445,7 +445,7 @@ pub fn find_btf(
 
 #[cfg(test)]
 mod tests {
-    use super::{Btf, SymbolSource};
+    use super::{Btf, MAX_STEPS, SymbolSource};
     use proptest::prelude::*;
 
     /// Writes BTF from the specification alone.
@@ -546,6 +546,23 @@ mod tests {
         assert_eq!(btf.constant("PG_a").unwrap(), Some(7));
         assert_eq!(btf.constant("MINUS").unwrap(), Some(-1));
         assert_eq!(btf.constant("BIG").unwrap(), Some(0x2_0000_0001));
+    }
+
+    #[test]
+    fn a_look_up_ends_after_so_many_members() {
+        // One anonymous structure as so many members of another: all of it is looked at each time.
+        let most = MAX_STEPS;
+        for (inner, outer, is_found) in [(99, most / 100 - 1, true), (99, most / 100, false)] {
+            let mut b = Builder::default();
+            b.ty("unsigned long", 1, 0, 0, 8, &[64]); // 1
+            let (some, last) = (b.name("some"), b.name("last"));
+            b.ty("", 4, inner, 0, 8, &[some, 1, 0].repeat(inner as usize)); // 2
+            let members = [[0, 2, 0].repeat(outer as usize), vec![last, 1, 64]].concat();
+            b.ty("wide", 4, outer + 1, 0, 16, &members); // 3
+            let btf = Btf::new("test", b.finish()).unwrap();
+            let found = btf.member("wide", "last").unwrap();
+            assert_eq!(found.is_some(), is_found, "{outer}");
+        }
     }
 
     #[test]

@@ -594,3 +594,26 @@ fn names_fill(
             .is_some_and(|padding| padding < 8)
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_NAME, split_name};
+
+    #[test]
+    fn a_name_is_no_longer_than_the_kernels() {
+        for (len, is_one) in [
+            (0, false),
+            (1, true),
+            (MAX_NAME, true),
+            (MAX_NAME + 1, false),
+        ] {
+            let mut names = match u8::try_from(len) {
+                Ok(short @ ..0x80) => vec![short],
+                _ => vec![len.to_le_bytes()[0] | 0x80, (len >> 7).to_le_bytes()[0]],
+            };
+            names.resize(names.len() + 2 * MAX_NAME, 7);
+            let name = split_name(&names).map(|(name, _)| name.len());
+            assert_eq!(name, is_one.then_some(len));
+        }
+    }
+}

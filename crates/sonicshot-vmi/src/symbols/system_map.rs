@@ -116,7 +116,7 @@ impl SymbolSource for SystemMap {
 #[cfg(test)]
 mod tests {
     use super::super::own::OwnFile;
-    use super::{SymbolSource, SystemMap};
+    use super::{MAX_LINES, SymbolSource, SystemMap};
     use crate::KernelVa;
     use proptest::prelude::*;
 
@@ -138,6 +138,14 @@ mod tests {
         );
         assert_eq!(map.symbol("x").unwrap(), Some(KernelVa::new(0)));
         assert_eq!(map.symbol("a").unwrap(), None);
+    }
+
+    #[test]
+    fn no_more_lines_are_taken_than_a_kernel_has_symbols() {
+        for (count, is_read) in [(MAX_LINES, true), (MAX_LINES + 1, false)] {
+            let read = open(&b"1 T a\n".repeat(count));
+            assert_eq!(read.is_ok(), is_read, "{count}");
+        }
     }
 
     #[test]

@@ -254,9 +254,21 @@ impl SymbolSource for Vmcoreinfo {
 
 #[cfg(test)]
 mod tests {
-    use super::Vmcoreinfo;
+    use super::{MAX_LEN, Vmcoreinfo};
     use crate::KernelVa;
     use proptest::prelude::*;
+
+    #[test]
+    fn no_more_text_is_taken_than_there_is() {
+        for (len, is_read) in [(MAX_LEN, true), (MAX_LEN + 1, false)] {
+            let mut text = b"OSRELEASE=6.1\nPAGESIZE=4096\nSYMBOL(init_uts_ns)=ffffffff82a1b2c0\n\
+                CRASHTIME=0\n"
+                .to_vec();
+            text.resize(len, b'\n');
+            let read = Vmcoreinfo::parse(&text);
+            assert_eq!(read.is_ok(), is_read, "{len}: {read:?}");
+        }
+    }
 
     #[test]
     fn reads_every_kind_of_line() {

@@ -474,23 +474,48 @@ fn misuse_is_an_error() {
         writer.blob("a", &[][..]),
         Err(CheckpointError::BlobExists { .. })
     ));
-    assert!(matches!(
-        writer.blob("", &[][..]),
-        Err(CheckpointError::TooLarge { .. })
-    ));
+    for (name, is_taken) in [(0, false), (255, true), (256, false)] {
+        let taken = writer.blob(&"n".repeat(name), &[][..]);
+        assert_eq!(taken.is_ok(), is_taken, "{name}: {taken:?}");
+    }
     let other = self::guest(&[(4, 0, 0), (4, 1, 0)], false);
     assert!(matches!(
         writer.memory(&other, &map, &plan, &mut |_, _| {}),
         Err(CheckpointError::Layout { .. })
     ));
     let info = CheckpointInfo::new(guest.layout.clone(), PageSize::SIZE_4K);
-    assert!(CheckpointWriter::new(Vec::new(), info, options(0, 5000, 1, true)).is_err());
+    for (chunk, is_taken) in [(5000, false), (16 << 20, true), (32 << 20, false)] {
+        let writer = CheckpointWriter::new(Vec::new(), info.clone(), options(0, chunk, 1, true));
+        assert_eq!(writer.is_ok(), is_taken, "{chunk}");
+    }
     let (file, _) = save(&guest, SaveOptions::default(), Fill::Zero);
     let checkpoint = CheckpointReader::new(file).unwrap();
     assert!(matches!(
         checkpoint.read_blob("none"),
         Err(CheckpointError::NoBlob { .. })
     ));
+}
+
+/// A file of holes must not ask for memory: an index that is long is one of which there is data.
+#[test]
+fn an_index_of_holes_is_not_read() {
+    use std::os::unix::fs::FileExt;
+    use twox_hash::XxHash3_64;
+    const SMALL: u64 = 16 << 20;
+    let (bytes, _) = save(&mixed(), SaveOptions::default(), Fill::Zero);
+    let header = &bytes[..4096];
+    for (index_len, is_read) in [(SMALL, true), (SMALL + 8, false)] {
+        let mut footer = [4096, index_len, 0, 4096 + index_len + 64, 0, 0]
+            .map(u64::to_le_bytes)
+            .concat();
+        footer.extend(XxHash3_64::oneshot(&footer).to_le_bytes());
+        footer.extend(b"SONICEND");
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(header, 0).unwrap();
+        file.write_all_at(&footer, 4096 + index_len).unwrap();
+        let error = CheckpointReader::new(file).unwrap_err().to_string();
+        assert_eq!(!error.contains("holds no data"), is_read, "{error}");
+    }
 }
 
 #[test]

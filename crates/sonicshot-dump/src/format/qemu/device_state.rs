@@ -593,6 +593,32 @@ mod tests {
         assert!(same > 1000 && refused > 8000, "{same} {refused}");
     }
 
+    /// What is behind so many of what may be a description, and is none, is not looked at; nor is
+    /// a state that is longer than any.
+    #[test]
+    fn what_is_tried_and_read_is_bounded() {
+        let false_one = b"\0\x06\0\0\0\x02{}".as_slice();
+        for (count, is_read) in [(MAX_TRIES - 1, true), (MAX_TRIES, false)] {
+            let state = [false_one.repeat(count), SMALL.to_vec()].concat();
+            // The sections before the description are not where it has them, which is said.
+            let found = descriptions(&state).take(MAX_TRIES);
+            let whole = found.filter(|(_, text)| text.len() > 2).count();
+            assert_eq!(whole == 1, is_read, "{count}");
+            assert!(read(&state).is_err());
+        }
+        let too_long = "its devices' state is too long";
+        for (len, refused) in [(MAX_STATE, false), (MAX_STATE + 1, true)] {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(len).unwrap();
+            let content = sonicshot::FileContent::new(file).unwrap();
+            let page = [0; 4096];
+            let page = sonicshot::GuestBytes::from_slice(&page);
+            let ram = MappedRegions::new(vec![(Gpa::ZERO, page)]).unwrap();
+            let found = processors(Path::new("test"), content.bytes(), 0, &ram).unwrap_err();
+            assert_eq!(found == too_long, refused, "{len}: {found}");
+        }
+    }
+
     #[test]
     fn a_flipped_bit_in_what_a_register_goes_with_is_refused() {
         let [first, second] = cpus()[..] else {

@@ -5,7 +5,7 @@ use crate::kernel::Kernel;
 use sonicshot::PageSize;
 
 /// `NR_PCP_LISTS` is 3 to 14.
-const MAX_PCP_LISTS: u64 = 64;
+pub(super) const MAX_PCP_LISTS: u64 = 64;
 
 /// Where the lists in a processor's `struct per_cpu_pages` are, and what is in each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -376,7 +376,7 @@ pub(crate) fn same(
 
 #[cfg(test)]
 mod tests {
-    use super::{Page, Stored, look_at};
+    use super::{ENTRIES, Page, Stored, look_at};
     use crate::Pfn;
 
     #[test]
@@ -388,6 +388,13 @@ mod tests {
         let mut page = [0; 4096];
         page[4095] = 1;
         assert!(matches!(look_at(&page), Page::Bytes(_)));
+    }
+
+    #[test]
+    fn what_is_kept_for_later_is_bounded() {
+        for (pages, entries) in [(0, 64), (1000, 2048), (u64::MAX, ENTRIES)] {
+            assert_eq!(Stored::new(pages).entries.len() as u64, entries);
+        }
     }
 
     #[test]

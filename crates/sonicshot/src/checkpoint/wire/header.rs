@@ -329,3 +329,88 @@ impl<'a> Fields<'a> {
         Ok(true)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        ALIGN, CheckpointInfo, Codec, Header, MAX_ATTRIBUTE, MAX_CHUNK, MAX_HEADER, MAX_REGIONS,
+        START_LEN, checksum, len64, size,
+    };
+    use crate::{Gpa, GpaRange, PageSize, RamLayout};
+
+    /// A header of so many regions, and a kernel's name of so many bytes.
+    fn header(regions: u64, name: u64) -> Header {
+        let range = |number: u64| GpaRange::with_len(Gpa::new(number << 20), 4096).unwrap();
+        let layout = RamLayout::new((0..regions).map(range).collect()).unwrap();
+        let mut info = CheckpointInfo::new(layout, PageSize::SIZE_4K);
+        info.kernel_release = Some("a".repeat(size(name)));
+        Header {
+            info,
+            codec: Codec::None,
+            chunk_size: 4096,
+            compatible: 0,
+        }
+    }
+
+    /// Whether it is read with other bytes at a place.
+    fn is_read_with(header: &Header, at: usize, bytes: &[u8]) -> bool {
+        let mut out = header.encode().unwrap();
+        out[at..at + bytes.len()].copy_from_slice(bytes);
+        let end = out.len() - 8;
+        let sum = checksum(&out[..end]);
+        out[end..].copy_from_slice(&sum.to_le_bytes());
+        Header::decode(&out).is_ok()
+    }
+
+    #[test]
+    fn what_a_header_claims_is_bounded() {
+        for (regions, name, is_written) in [
+            (MAX_REGIONS, MAX_ATTRIBUTE, true),
+            (MAX_REGIONS + 1, 1, false),
+            (1, MAX_ATTRIBUTE + 1, false),
+        ] {
+            let header = header(regions, name);
+            let written = header.encode();
+            assert_eq!(written.is_ok(), is_written, "{regions}, {name}");
+            if let Ok(bytes) = written {
+                assert_eq!(Header::decode(&bytes).unwrap(), header);
+            }
+        }
+        // What no writer of ours writes: the fields, and where they stand (`FORMAT.md`).
+        let whole = header(2, MAX_ATTRIBUTE);
+        let attribute = 48 + 2 * 16;
+        for (at, value, is_read) in [
+            (40, MAX_CHUNK, true),
+            (40, MAX_CHUNK + 4096, false),
+            (attribute + 4, MAX_ATTRIBUTE, true),
+            (attribute + 4, MAX_ATTRIBUTE + 8, false),
+        ] {
+            let field = u32::try_from(value).unwrap().to_le_bytes();
+            assert_eq!(is_read_with(&whole, at, &field), is_read, "{at}, {value}");
+        }
+        let many = header(MAX_REGIONS + 1, 1);
+        let mut bytes = header(MAX_REGIONS, 1).encode().unwrap();
+        bytes.truncate(48);
+        for region in many.info.layout.regions() {
+            bytes.extend(region.start().raw().to_le_bytes());
+            bytes.extend(region.end().raw().to_le_bytes());
+        }
+        bytes.extend([0; 8]);
+        for (count, is_read) in [(MAX_REGIONS, true), (MAX_REGIONS + 1, false)] {
+            bytes[44..48].copy_from_slice(&u32::try_from(count).unwrap().to_le_bytes());
+            let mut bytes = bytes.clone();
+            let at = 48 + 16 * size(count);
+            bytes.truncate(at);
+            bytes.extend([0; 8]);
+            bytes.extend(checksum(&bytes).to_le_bytes());
+            assert_eq!(Header::decode(&bytes).is_ok(), is_read, "{count}");
+        }
+        for (len, is_read) in [(MAX_HEADER, true), (MAX_HEADER + ALIGN, false)] {
+            let mut start = whole.encode().unwrap();
+            start.truncate(size(START_LEN));
+            start[12..].copy_from_slice(&u32::try_from(len).unwrap().to_le_bytes());
+            let found = Header::length(&start, len64(usize::MAX));
+            assert_eq!(found.is_ok(), is_read, "{len}");
+        }
+    }
+}
