@@ -87,58 +87,58 @@ struct End {
     said: String,
 }
 
-/// A file of a job, and the change to it.
+/// A job to which nothing happens.
 #[derive(Debug)]
-struct Case<'a> {
-    job: &'a Job,
-    change: Change,
-    /// Whether it is what is pruned in place.
-    in_place: bool,
-    path: &'a Path,
-    /// What is in the folder of the work before anything runs, and after it without a change.
+struct Plain {
+    /// What is in the folder of the work before anything runs.
     before: Content,
-    plain: End,
-    /// What comes of the file if it is changed before it is opened: that is another file.
-    of_changed: End,
+    end: End,
     calls: u64,
+    /// How long it takes without a tracer.
     took: Duration,
 }
 
-impl<'a> Case<'a> {
-    fn new(job: &'a Job, change: Change, (in_place, path): (bool, &'a Path)) -> Self {
+impl Plain {
+    fn of(job: &Job) -> Self {
         let (copies, work) = (scratch(), scratch());
         let spec = job.spec_of_copy(copies.path(), work.path());
         let before = content(work.path());
         let traced = spec.traced(None);
         assert_eq!(traced.code, Some(0), "{}: {}", job.name, traced.stderr);
-        let mut case = Self {
-            job,
-            change,
-            in_place,
-            path,
-            before,
-            plain: End {
-                code: traced.code,
-                content: content(work.path()),
-                said: said(&traced, [copies.path(), work.path()]),
-            },
-            of_changed: End {
-                code: None,
-                content: Content::new(),
-                said: String::new(),
-            },
-            calls: traced.total,
-            took: Duration::ZERO,
+        let end = End {
+            code: traced.code,
+            content: content(work.path()),
+            said: said(&traced, [copies.path(), work.path()]),
         };
-        let (_, end) = case.run(|run, make| {
+        let (copies, work) = (scratch(), scratch());
+        Self {
+            before,
+            end,
+            calls: traced.total,
+            took: job.spec_of_copy(copies.path(), work.path()).run().took,
+        }
+    }
+}
+
+/// A file of a job, and the change to it.
+#[derive(Debug)]
+struct Case<'a> {
+    job: &'a Job,
+    plain: &'a Plain,
+    change: Change,
+    /// Whether it is what is pruned in place.
+    in_place: bool,
+    path: &'a Path,
+}
+
+impl Case<'_> {
+    /// What comes of the file if it is changed before it is opened: that is another file.
+    fn of_changed(&self) -> End {
+        let (_, end) = self.run(|run, make| {
             assert!(make());
             run(None)
         });
-        case.of_changed = end;
-        // As long as it takes without a tracer.
-        let (run, _) = case.run(|run, _| run(None));
-        case.took = run.took;
-        case
+        end
     }
 
     /// Runs the job in new folders. `how` gets what runs it, at a call something else, and what
@@ -171,11 +171,11 @@ impl<'a> Case<'a> {
     fn change(&self, draw: &mut Draw, at_call: bool) -> Option<(Run, End)> {
         let made = Cell::new(false);
         let out = if at_call {
-            let number = draw.below(self.calls);
+            let number = draw.below(self.plain.calls);
             let at = At { kind: None, number };
             self.run(|run, make| run(Some((at, Act::Do(&|| made.set(make()))))))
         } else {
-            let micros = u64::try_from(self.took.as_micros()).unwrap();
+            let micros = u64::try_from(self.plain.took.as_micros()).unwrap();
             let wait = Duration::from_micros(draw.below(micros));
             self.run(|run, make| {
                 std::thread::scope(|scope| {
@@ -197,7 +197,7 @@ impl<'a> Case<'a> {
     fn mixture(&self, now: &Content) -> Option<String> {
         const PAGE: usize = 4096;
         let path = self.path;
-        let (before, after) = (&self.before[path], &self.plain.content[path]);
+        let (before, after) = (&self.plain.before[path], &self.plain.end.content[path]);
         let changed = |bytes: &[u8]| {
             let folder = scratch();
             let path = folder.path().join("file");
@@ -223,7 +223,7 @@ impl<'a> Case<'a> {
     /// Whether the other files of the work's folder are as they were.
     fn others_stay(&self, now: &Content) -> bool {
         let mut now = now.clone();
-        let mut before = self.before.clone();
+        let mut before = self.plain.before.clone();
         now.remove(self.path);
         before.remove(self.path);
         now == before
@@ -251,7 +251,8 @@ impl Tally {
         self.unmoved += other.unmoved;
     }
 
-    fn judge(&mut self, case: &Case<'_>, run: &Run, end: &End) {
+    fn judge(&mut self, case: &Case<'_>, of_changed: &End, run: &Run, end: &End) {
+        let plain = &case.plain.end;
         self.tries += 1;
         let mut note = |what: String| *self.examples.entry(what).or_default() += 1;
         if let Some(signal) = run.signal {
@@ -260,7 +261,7 @@ impl Tally {
             return;
         }
         // Before the first look at it, or after the last.
-        let as_if = *end == case.of_changed || *end == case.plain;
+        let as_if = end == of_changed || end == plain;
         let done = end.code == Some(0);
         let wrong = if as_if {
             None
@@ -272,7 +273,7 @@ impl Tally {
             case.mixture(&end.content).or((!others).then(other))
         } else if done {
             Some(format!("exit 0 with another output: {}", end.said))
-        } else if end.content != case.before && end.content != case.plain.content {
+        } else if end.content != case.plain.before && end.content != plain.content {
             Some("leaves what is half".into())
         } else {
             None
@@ -310,18 +311,29 @@ fn tally(jobs: &[Job], tries: u64, share: u64) -> BTreeMap<String, Tally> {
     let mut out: BTreeMap<String, Tally> = BTreeMap::new();
     let mut draw = Draw::new(11);
     for job in jobs.iter().filter(|job| wanted(job)) {
-        for (in_place, path) in job.changed_files() {
-            for (change, part) in CHANGES {
-                if draw.below(share) != 0 {
-                    continue;
-                }
-                let case = Case::new(job, change, (in_place, &path));
-                let name = format!("{change:?} of {}: {}", path.display(), job.name);
-                let tally = out.entry(name).or_default();
-                for number in 0..tries.div_ceil(part) {
-                    if let Some((run, end)) = case.change(&mut draw, number % 2 == 0) {
-                        tally.judge(&case, &run, &end);
-                    }
+        let files = job.changed_files();
+        let cases = files
+            .iter()
+            .flat_map(|file| CHANGES.map(|change| (file, change)));
+        let cases: Vec<_> = cases.filter(|_| draw.below(share) == 0).collect();
+        if cases.is_empty() {
+            continue;
+        }
+        let plain = Plain::of(job);
+        for ((in_place, path), (change, part)) in cases {
+            let case = Case {
+                job,
+                plain: &plain,
+                change,
+                in_place: *in_place,
+                path,
+            };
+            let of_changed = case.of_changed();
+            let name = format!("{change:?} of {}: {}", path.display(), job.name);
+            let tally = out.entry(name).or_default();
+            for number in 0..tries.div_ceil(part) {
+                if let Some((run, end)) = case.change(&mut draw, number % 2 == 0) {
+                    tally.judge(&case, &of_changed, &run, &end);
                 }
             }
         }

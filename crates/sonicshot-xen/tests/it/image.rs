@@ -681,6 +681,24 @@ fn pv_cpu(id: u32, control: [u64; 3], len: usize) -> Item {
 }
 
 #[test]
+fn processors_are_no_more_than_a_domain_has() {
+    const MOST: u16 = 1 << 14;
+    for (count, is_read) in [(MOST, true), (MOST + 1, false)] {
+        let cpu = hvm_cpu([0x8005_0033, 0x1000, 0x37_0ef0, 0xd01], 1032);
+        let mut body = Vec::new();
+        for id in 0..count {
+            body.extend([2, id].map(u16::to_le_bytes).concat());
+            body.extend(1032_u32.to_le_bytes());
+            body.extend(&cpu);
+        }
+        body.extend([0; 8]);
+        let data = image(2, &[Item::Other(9, body)]);
+        let vcpus = parse(&data).unwrap().vcpus(FileBytes::from_slice(&data));
+        assert_eq!(vcpus.is_ok(), is_read, "{count}");
+    }
+}
+
+#[test]
 fn processors_are_told() {
     let vcpus = |kind: u8, items: &[Item]| {
         let data = image(kind, items);
