@@ -109,9 +109,10 @@
 //! Without VMCOREINFO (where no page that begins so is of a kernel of this memory) the struct pages
 //! of free blocks are searched in all of RAM by their shape, and page tables under which they lead to
 //! each other: those that the processors run on, each stretch of which may be the array of struct
-//! pages. Where nothing is told of processors the guest is refused with
-//! [`VmiError::OwnerUntold`]: every trace of a later owner is looked for by symbols, and the
-//! VMCOREINFO may be just what that owner has written over. A block counts only in a list of a
+//! pages. Where nothing is told of processors, any page that may be a top-level table is tried. If
+//! the kernel's code shows that it makes a VMCOREINFO, that is gone, and what wrote over it may be a
+//! later owner: the guest is refused with [`VmiError::OwnerUntold`]. One that makes none cannot start
+//! another by kexec either; its log is found by its shape. A block counts only in a list of a
 //! zone that stands; others may be an earlier boot's, and are kept and counted. If more than one
 //! kernel stands the guest is refused with [`VmiError::Undecided`]. On both levels a
 //! classification in which the kernel's page tables, code, zones or struct pages count as free is
@@ -120,7 +121,7 @@
 //! Symbols or types that cannot be read are not none: a kernel whose VMCOREINFO, release or
 //! symbols say that it has them is refused with [`VmiError::Symbols`]. Where there are none, and
 //! nothing is told of processors, the kernel's log (`printk_ringbuffer`, which VMCOREINFO tells all
-//! of) is asked for a later owner: whether it says that the kernel goes; when the kernel set its
+//! of, and whose shape is the same in all kernels) is asked for a later owner: whether it says that the kernel goes; when the kernel set its
 //! clock from the chip that the BIOS's is set from; where the firmware's tables were. Without a BIOS
 //! there is none to start again. Where it does not tell (its lines are lost, an EFI firmware started
 //! the kernel, there is no such chip) the guest is refused with [`VmiError::OwnerUntold`].
