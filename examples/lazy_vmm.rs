@@ -6,18 +6,21 @@
 //! ```
 
 use sonicshot::checkpoint::{
-    CheckpointInfo, CheckpointReader, CheckpointWriter, Compression, HostAddress, LazyOptions,
-    LazyRegion, LazyRestore, Prefetch, SaveOptions, Uffd, WorkingSet,
+    CheckpointInfo, CheckpointReader, CheckpointWriter, Compression, SaveOptions,
 };
 use sonicshot::{
     DropClasses, Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange,
     PrunePlan, VmMemory,
 };
+use sonicshot_serve::{
+    CheckpointSource, HostAddress, Metrics, PageSet, Prefetch, Recorder, Uffd, Vm, VmOptions,
+    VmRegion,
+};
 use std::error::Error;
 use std::fs::File;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
@@ -46,25 +49,29 @@ fn main() -> Outcome<()> {
     let file = tempfile::NamedTempFile::new()?;
     save(file.reopen()?)?;
 
-    let checkpoint = Arc::new(CheckpointReader::open(file.path())?);
+    let checkpoint = CheckpointReader::open(file.path())?;
     if checkpoint.read_blob("device-state")? != DEVICE_STATE {
         return Err("the device state is not what was saved".into());
     }
+    // Up to 16 MiB of decompressed pages, for all guests that are restored from it.
+    let metrics = Arc::new(Metrics::default());
+    let source = Arc::new(CheckpointSource::new(checkpoint, 16 << 20, metrics));
     println!("on demand, and all that is left in the background:");
-    restore(&checkpoint, LazyOptions::default())?;
+    let mut options = VmOptions::default();
+    options.prefetch = Prefetch::Everything;
+    restore(&source, options)?;
 
     println!("on demand alone:");
-    let mut options = LazyOptions::default();
-    options.prefetch = Prefetch::Nothing;
-    let touched = restore(&checkpoint, options)?;
+    let touched = restore(&source, VmOptions::default())?;
 
     println!(
-        "in the background, first the {} pages touched before:",
-        touched.frames()
+        "in the background, first the {} KiB touched before:",
+        touched.bytes() >> 10
     );
-    let mut options = LazyOptions::default();
-    options.working_set = touched;
-    restore(&checkpoint, options)?;
+    let mut options = VmOptions::default();
+    options.prefetch = Prefetch::Everything;
+    options.set = Arc::new(touched);
+    restore(&source, options)?;
     Ok(())
 }
 
@@ -105,7 +112,7 @@ fn save(file: File) -> Outcome<()> {
 }
 
 /// Restores the guest, lets it run, and returns which pages it touched first.
-fn restore(checkpoint: &Arc<CheckpointReader<File>>, options: LazyOptions) -> Outcome<WorkingSet> {
+fn restore(source: &Arc<CheckpointSource<File>>, mut options: VmOptions) -> Outcome<PageSet> {
     let start = Instant::now();
     // Before `restore` below, so that it is there for longer.
     let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&REGIONS)?;
@@ -114,28 +121,32 @@ fn restore(checkpoint: &Arc<CheckpointReader<File>>, options: LazyOptions) -> Ou
     for region in memory.iter() {
         regions.push(register(&uffd, &memory, region)?);
     }
-    let restore = LazyRestore::start(Arc::clone(checkpoint), uffd, regions.clone(), options)?;
+    let recorder = Arc::new(Recorder::new(Duration::from_secs(60), u64::MAX));
+    let metrics = Arc::new(Metrics::default());
+    options.recorder = Some(Arc::clone(&recorder));
+    options.metrics = Arc::clone(&metrics);
+    let source = Arc::clone(source);
+    let restore = Vm::start(source, uffd, &regions, options)?;
     println!("  ready after {:.1?}", start.elapsed());
 
     // The first that the guest does, all over its memory: kept, zero and free pages.
     run(&memory, &frames(|pfn, _| pfn.raw() % 16 == 0))?;
-    let touched = restore.touched();
+    let touched = recorder.set();
     println!(
         "  first work done after {:.1?}, {} faults, {}",
         start.elapsed(),
-        restore.stats().faults,
+        metrics.faults(),
         resident(&regions)?
     );
 
     let kept = frames(|_, used| used == Use::Kept);
     run(&memory, &kept)?;
-    let stats = restore.finish()?;
+    restore.finish()?;
     println!(
-        "  all in place after {:.1?}, {} faults, {} MiB on demand, {} MiB in the background, {}",
+        "  all in place after {:.1?}, {} faults, {} MiB in the background, {}",
         start.elapsed(),
-        stats.faults,
-        stats.faulted_bytes >> 20,
-        stats.prefetched_bytes >> 20,
+        metrics.faults(),
+        metrics.prefetched_bytes() >> 20,
         resident(&regions)?
     );
 
@@ -150,16 +161,16 @@ fn register(
     uffd: &Uffd,
     memory: &GuestMemoryMmap,
     region: &impl GuestMemoryRegion,
-) -> Outcome<LazyRegion> {
+) -> Outcome<VmRegion> {
     let host = memory.get_host_address(region.start_addr())?;
     let start = NonNull::new(host).ok_or("guest memory at address zero")?;
     // SAFETY: `memory` has just mapped these bytes, nobody has touched them, and the threads
     // that will do can wait.
     unsafe { uffd.register(start, usize::try_from(region.len())?)? };
-    Ok(LazyRegion {
+    Ok(VmRegion {
         guest: GpaRange::with_len(Gpa::new(region.start_addr().0), region.len())
             .ok_or("a region at the end of the address space")?,
-        host: HostAddress::new(host.addr()),
+        host: HostAddress::new(host.addr() as u64),
         page: PAGE as u64,
     })
 }
@@ -253,7 +264,7 @@ fn shuffle(pages: &mut [Pfn]) {
 }
 
 /// How much of the guest's memory takes memory of the host's.
-fn resident(regions: &[LazyRegion]) -> Outcome<String> {
+fn resident(regions: &[VmRegion]) -> Outcome<String> {
     let smaps = std::fs::read_to_string("/proc/self/smaps")?;
     let (mut inside, mut kib) = (false, 0_u64);
     for line in smaps.lines() {
@@ -262,8 +273,8 @@ fn resident(regions: &[LazyRegion]) -> Outcome<String> {
             Some("Rss:") if inside => kib += words.next().ok_or("no number")?.parse::<u64>()?,
             Some(range) if !range.ends_with(':') => {
                 let (start, end) = range.split_once('-').ok_or("no range")?;
-                let start = usize::from_str_radix(start, 16)?;
-                let end = usize::from_str_radix(end, 16)?;
+                let start = u64::from_str_radix(start, 16)?;
+                let end = u64::from_str_radix(end, 16)?;
                 inside = regions
                     .iter()
                     .any(|region| (start..end).contains(&region.host.raw()));

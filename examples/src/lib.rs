@@ -1,3 +1,1 @@
-//! What the examples share.
-
-pub mod firecracker;
+//! Nothing but the examples beside it.

@@ -6,12 +6,13 @@ pub mod mutate;
 
 use sonicshot::checkpoint::{Before, CheckpointReader, RestoreRegions};
 use sonicshot::{
-    DropClasses, FileBytes, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageClass, PageMap,
-    PageSize, Pfn, PfnRange, PrunePlan,
+    DropClasses, FileBytes, Fill, Gpa, GpaRange, GuestBytes, GuestMemory, MappedRegions, PageClass,
+    PageMap, PageSize, Pfn, PfnRange, PrunePlan, RamLayout,
 };
 use sonicshot_dump::{
     CheckedPlan, Dump, DumpError, LayoutSpec, Overwrite, SnapshotFiles, XlSkeleton,
 };
+use sonicshot_serve::Handshake;
 use sonicshot_vmi::symbols::{Btf, SymbolSource, Vmcoreinfo, open_symbol_file};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
 use sonicshot_xen::{Joined, Skeleton, XlImage};
@@ -45,6 +46,7 @@ pub const TARGETS: &[Target] = &[
     ("layout", layout),
     ("guest", guest),
     ("checkpoint", checkpoint),
+    ("serve_message", serve_message),
     ("mutate", mutate),
 ];
 
@@ -94,6 +96,27 @@ fn file(data: &[u8]) -> Input {
     Input {
         _folder: folder,
         path,
+    }
+}
+
+/// What a VMM sends to a page server: the first byte is the number of descriptors.
+pub fn serve_message(data: &[u8]) {
+    let Some((descriptors, message)) = data.split_first() else {
+        return;
+    };
+    let range = |start: u64, len: u64| GpaRange::with_len(Gpa::new(start), len);
+    let regions = [range(0, 3 << 30), range(4 << 30, 1 << 30)];
+    let layout = RamLayout::new(regions.into_iter().flatten().collect());
+    let handshake = Handshake::parse(message, usize::from(descriptors & 7));
+    let (Ok(layout), Ok(handshake)) = (layout, handshake) else {
+        return;
+    };
+    let Ok(regions) = handshake.regions(&layout) else {
+        return;
+    };
+    for region in regions {
+        assert!(layout.contains(region.guest.start(), region.guest.len()));
+        assert!(region.host.raw().checked_add(region.guest.len()).is_some());
     }
 }
 

@@ -25,6 +25,9 @@ use sonicshot::{
     PfnRange, PrunePlan, RamLayout,
 };
 use sonicshot_dump::{Dump, LayoutSpec};
+use sonicshot_serve::{
+    CheckpointSource, HostAddress, Metrics, Prefetch, Uffd, Vm, VmOptions, VmRegion,
+};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -37,6 +40,8 @@ use uffd::{Fresh, PlainHandler};
 
 const ROUNDS: usize = 7;
 const PAGE: usize = 4096;
+/// Too small for a chunk to be found there again.
+const CACHE: u64 = 1 << 20;
 
 /// Medians of the milliseconds that each of two works measures, taken by turns so that both see
 /// the same machine.
@@ -273,22 +278,26 @@ fn restore(dump: &Dump, path: &Path) {
 fn ready(path: &Path, what: &str) {
     let took = median(|| {
         let start = Instant::now();
-        let reader = Arc::new(CheckpointReader::open(path).unwrap());
+        let reader = CheckpointReader::open(path).unwrap();
+        let layout = reader.info().layout.clone();
+        let source = Arc::new(CheckpointSource::new(reader, CACHE, Arc::default()));
         let uffd = Uffd::new().unwrap();
         let mut memory = Vec::new();
         let mut regions = Vec::new();
-        for region in reader.info().layout.regions() {
+        for region in layout.regions() {
             let fresh = Fresh::new(usize::try_from(region.len()).unwrap());
             // SAFETY: fresh memory that nobody touches.
             unsafe { uffd.register(fresh.start(), fresh.len()).unwrap() };
-            regions.push(LazyRegion {
+            regions.push(VmRegion {
                 guest: *region,
-                host: HostAddress::new(fresh.start().as_ptr() as usize),
+                host: HostAddress::new(fresh.start().as_ptr() as u64),
                 page: 4096,
             });
             memory.push(fresh);
         }
-        let restore = LazyRestore::start(reader, uffd, regions, LazyOptions::default()).unwrap();
+        let mut options = VmOptions::default();
+        options.prefetch = Prefetch::Everything;
+        let restore = Vm::start(source, uffd, &regions, options).unwrap();
         let took = start.elapsed().as_secs_f64() * 1e3;
         restore.finish().unwrap();
         took
@@ -299,7 +308,10 @@ fn ready(path: &Path, what: &str) {
 /// A page's first touch against a plain handler that copies from memory, and one that only maps
 /// the zero page: the shortest fault that there is.
 fn fault(path: &Path, what: &str) {
-    let reader = Arc::new(CheckpointReader::open(path).unwrap());
+    let reader = CheckpointReader::open(path).unwrap();
+    let metrics = Arc::new(Metrics::default());
+    let source = Arc::new(CheckpointSource::new(reader, CACHE, metrics));
+    let reader = source.reader();
     // Pages of data, far from each other, in random order.
     let mut pages: Vec<Gpa> = reader
         .runs()
@@ -335,14 +347,15 @@ fn fault(path: &Path, what: &str) {
         let uffd = Uffd::new().unwrap();
         // SAFETY: fresh memory, touched by this thread alone.
         unsafe { uffd.register(memory.start(), len).unwrap() };
-        let at = LazyRegion {
+        let at = VmRegion {
             guest: region,
-            host: HostAddress::new(memory.start().as_ptr() as usize),
+            host: HostAddress::new(memory.start().as_ptr() as u64),
             page: 4096,
         };
-        let mut options = LazyOptions::default();
+        let mut options = VmOptions::default();
         options.prefetch = Prefetch::Nothing;
-        let restore = LazyRestore::start(Arc::clone(&reader), uffd, vec![at], options).unwrap();
+        let source = Arc::clone(&source);
+        let restore = Vm::start(source, uffd, &[at], options).unwrap();
         let took = touch(&memory);
         restore.finish().unwrap();
         took

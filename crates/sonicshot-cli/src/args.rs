@@ -51,6 +51,13 @@ pub(crate) enum Command {
     /// Save and restore Xen domains, from dom0
     #[command(subcommand)]
     Xen(XenCommand),
+    /// Serve the memory of virtual machines that run already, from a checkpoint or a pruned
+    /// snapshot, as they touch it
+    #[command(after_help = EXIT_CODES)]
+    Serve(ServeArgs),
+    /// Ends the virtual machines of a server that died
+    #[command(hide = true)]
+    ServeWatcher,
     /// Inspect and prune the small real dump in testdata, and show what happened
     Demo(DemoArgs),
 }
@@ -257,6 +264,92 @@ pub(crate) struct SaveArgs {
     /// Write over an existing X.sonic
     #[arg(long)]
     pub force: bool,
+}
+
+/// What a page server brings in before it is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PrefetchKind {
+    /// The working set (--set)
+    Set,
+    /// The working set, then all that was kept. Clones then share nothing
+    All,
+    /// Nothing
+    None,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// A checkpoint, a whole or pruned raw file, a mapped-ram file, or the folder of a VMM's
+    /// snapshot
+    #[arg(value_name = "SNAPSHOT")]
+    pub file: PathBuf,
+    /// The socket that VMMs connect to: Firecracker (`backend_path` of the memory backend `Uffd`),
+    /// and every other that sends its userfaultfd as docs/serve.md says. Whoever can connect gets
+    /// all of the guest's memory
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// The user, and group, that the socket belongs to, by number: a jailed VMM's
+    #[arg(long, value_name = "UID[:GID]", value_parser = owner)]
+    pub owner: Option<(u32, Option<u32>)>,
+    /// A user that may connect beside the socket's owner and root; may be repeated
+    #[arg(long, value_name = "UID")]
+    pub allow_uid: Vec<u32>,
+    /// The most memory for decompressed pages, for all virtual machines together: bytes, or with
+    /// K, M, G
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "256M")]
+    pub cache: u64,
+    /// What is brought in before it is asked for
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "set")]
+    pub prefetch: PrefetchKind,
+    /// The working set: what --record has written
+    #[arg(long, value_name = "FILE")]
+    pub set: Option<PathBuf>,
+    /// Note which pages virtual machines ask for, and write them to FILE as each ends: a working
+    /// set for the next time. Nothing is brought in beforehand then
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["set", "around"])]
+    pub record: Option<PathBuf>,
+    /// How long after the first page is asked for it is noted what is
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 30,
+        requires = "record"
+    )]
+    pub record_for: u64,
+    /// The most that a working set may have; of a larger one the longest ranges stay
+    #[arg(long, value_name = "SIZE", value_parser = size, requires = "record")]
+    pub record_max: Option<u64>,
+    /// How much around a page comes in with it: fewer faults, and more memory for each clone
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "0")]
+    pub around: u64,
+    /// How many virtual machines are served at once; more wait
+    #[arg(long, value_name = "N", default_value = "1024")]
+    pub max_vms: NonZeroUsize,
+    /// End when so many have come and ended
+    #[arg(long, value_name = "N")]
+    pub vms: Option<NonZeroUsize>,
+    /// Counters for Prometheus: a port of the loopback (127.0.0.1:9100), or a socket's name with a
+    /// slash
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<String>,
+    /// Where a raw file's bytes lie; found out by the guest's own memory map without it
+    #[arg(long, value_name = "LAYOUT")]
+    pub layout: Option<LayoutSpec>,
+    /// The memory that the snapshot is a diff to
+    #[arg(long, value_name = "FILE")]
+    pub base: Option<PathBuf>,
+    /// Say more
+    #[arg(short, long)]
+    pub verbose: bool,
+}
+
+/// A user, and a group behind a colon, by number.
+fn owner(text: &str) -> Result<(u32, Option<u32>), String> {
+    let number = |text: &str| text.parse::<u32>().map_err(|error| error.to_string());
+    Ok(match text.split_once(':') {
+        Some((uid, gid)) => (number(uid)?, Some(number(gid)?)),
+        None => (number(text)?, None),
+    })
 }
 
 /// What a checkpoint can be made into.

@@ -6,6 +6,7 @@ use sonicshot::MemoryError;
 use sonicshot::checkpoint::CheckpointError;
 use sonicshot_dump::{DumpError, DumpOptions, KdumpWriteError, SizeLimit};
 use sonicshot_offline::OfflineError;
+use sonicshot_serve::ServeError;
 use sonicshot_vmi::{Foreign, VmiError};
 use sonicshot_xen_live::LiveError;
 use std::error::Error;
@@ -22,6 +23,8 @@ pub(crate) enum CliError {
     Usage { what: String },
     #[error("the live domain")]
     Live(#[source] LiveError),
+    #[error(transparent)]
+    Serve(ServeError),
     /// What says itself what it is about.
     #[error(transparent)]
     AboutDomain(LiveError),
@@ -73,6 +76,15 @@ impl From<LiveError> for CliError {
     }
 }
 
+impl From<ServeError> for CliError {
+    fn from(error: ServeError) -> Self {
+        match error {
+            ServeError::Snapshot(error) => error.into(),
+            error => Self::Serve(error),
+        }
+    }
+}
+
 impl From<MemoryError> for CliError {
     fn from(error: MemoryError) -> Self {
         Self::Offline(error.into())
@@ -106,8 +118,10 @@ impl CliError {
             Self::Offline(error) => code_of(error),
             Self::AboutDomain(LiveError::Guest { source, .. }) => code_of_guest(source),
             Self::Usage { .. } | Self::OverDump { .. } => 2,
+            Self::Serve(ServeError::Set { .. } | ServeError::SetOfAnother { .. }) => 3,
             Self::Io { .. }
             | Self::Live(_)
+            | Self::Serve(_)
             | Self::AboutDomain(_)
             | Self::Exists { .. }
             | Self::NoDemo { .. }

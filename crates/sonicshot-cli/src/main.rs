@@ -11,6 +11,7 @@ mod prune;
 mod report;
 mod restore;
 mod save;
+mod serve;
 mod xen;
 
 use args::{Cli, Command, XenCommand};
@@ -29,6 +30,8 @@ fn main() -> ExitCode {
         Command::Convert(args) => (convert::run(args), args.json),
         Command::Xen(XenCommand::Save(args)) => (xen::save(args), args.json),
         Command::Xen(XenCommand::Restore(args)) => (xen::restore(args), args.json),
+        Command::Serve(args) => (serve::run(args), false),
+        Command::ServeWatcher => (serve::watch(), false),
         Command::Demo(args) => (demo::run(args), false),
     };
     let result = result.and_then(|()| match report::output_error() {

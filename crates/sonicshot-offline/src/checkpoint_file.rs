@@ -122,6 +122,12 @@ impl CheckpointFile {
         &self.reader
     }
 
+    /// What reads it, from now on by itself.
+    #[must_use]
+    pub fn into_reader(self) -> CheckpointReader<File> {
+        self.reader
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

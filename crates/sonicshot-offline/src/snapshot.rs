@@ -3,6 +3,7 @@
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::options::OpenOptions;
+use crate::place;
 use sonicshot::{FileStamp, Processors};
 use sonicshot_dump::{
     Dump, DumpError, DumpFormat, DumpOptions, LayoutSpec, SnapshotFiles, Spool, Vmm,
@@ -206,6 +207,16 @@ impl Snapshot {
             Err(DumpError::InUse { path, writer }) => Some(Note::InUse { path, writer }),
             _ => None,
         }
+    }
+
+    /// The guest's memory, where it lies in the guest: where the files do not say, by the guest's
+    /// own memory map.
+    ///
+    /// # Errors
+    /// What [`analyze`](Self::analyze) gives for a layout that is not found, and
+    /// [`OfflineError::Dump`] if the files cannot be read.
+    pub fn guest_memory(&self) -> Result<Dump, OfflineError> {
+        place::open(self).map_err(|error| self.blame(error))
     }
 
     /// What the files beside the memory say, and whether somebody is writing it.

@@ -3,15 +3,14 @@
 //! `FORMAT.md` beside this crate's `Cargo.toml` specifies every byte. A [`CheckpointWriter`]
 //! takes any [`GuestMemory`](crate::GuestMemory), a [`PageMap`](crate::PageMap) and a
 //! [`PrunePlan`](crate::PrunePlan); a [`CheckpointReader`] is guest memory again, restores
-//! into a [`RestoreTarget`], maps an uncompressed checkpoint (feature `mmap`), or serves page
-//! faults from it (feature `userfaultfd`).
+//! into a [`RestoreTarget`], or maps an uncompressed checkpoint (feature `mmap`). On demand, page by
+//! page as it is touched, `sonicshot-serve` restores it.
 //!
 //! | feature | what for | dependency |
 //! |---|---|---|
 //! | `lz4` | LZ4 page data | `lz4_flex` (Rust) |
 //! | `zstd` | Zstandard page data | `zstd` (C) |
 //! | `mmap` | restore by mapping the file | `rustix` |
-//! | `userfaultfd` | restore on demand | `rustix` |
 //!
 //! A checkpoint may come from anywhere: every length, offset and reference in it is checked when
 //! it is opened, nothing is allocated that its length does not justify, and page data is checked
@@ -24,12 +23,9 @@ mod save;
 mod wire;
 
 pub use error::CheckpointError;
+pub use read::chunk::{Chunk, ChunkDecoder};
 pub use read::reader::CheckpointReader;
 pub use read::source::{RangeSource, SeekSource};
-#[cfg(feature = "userfaultfd")]
-pub use restore::lazy::uffd::{HostAddress, Uffd};
-#[cfg(feature = "userfaultfd")]
-pub use restore::lazy::{LazyOptions, LazyRegion, LazyRestore, LazyStats, Prefetch, WorkingSet};
 #[cfg(feature = "mmap")]
 pub use restore::private_map::{MapOptions, PrivateMemory};
 pub use restore::whole::{Before, FillWith, RestoreRegions, RestoreTarget};

@@ -8,9 +8,6 @@
 )]
 
 mod checkpoint;
-#[cfg(feature = "userfaultfd")]
-#[expect(unsafe_code, reason = "guest memory is a mapping here")]
-mod lazy;
 #[expect(unsafe_code, reason = "an allocator that counts")]
 mod memory;
 mod page_sizes;

@@ -268,7 +268,8 @@ impl<S: RangeSource> CheckpointReader<S> {
     }
 
     /// What reads page data; one a thread.
-    pub(crate) fn decoder(&self) -> ChunkDecoder {
+    #[must_use]
+    pub fn decoder(&self) -> ChunkDecoder {
         ChunkDecoder::new(self.header.codec)
     }
 

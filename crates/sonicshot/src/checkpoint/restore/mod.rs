@@ -1,8 +1,5 @@
-//! Putting a checkpoint's pages where a guest expects them: all at once, by mapping the file, or on
-//! demand.
+//! Putting a checkpoint's pages where a guest expects them: all at once, or by mapping the file.
 
-#[cfg(feature = "userfaultfd")]
-pub(crate) mod lazy;
 #[cfg(feature = "mmap")]
 #[expect(unsafe_code, reason = "the edge to mmap")]
 pub(crate) mod private_map;

@@ -293,7 +293,7 @@ impl<S: RangeSource> CheckpointReader<S> {
             let whole: Option<Vec<GpaRange>> =
                 stores.iter().map(|run| whole(self.info(), run)).collect();
             if let Some(ranges) = whole {
-                return self.read_chunk(target, chunk, &ranges);
+                return self.read_plain_into(target, chunk, &ranges);
             }
         }
         let info = self.info();
@@ -313,7 +313,7 @@ impl<S: RangeSource> CheckpointReader<S> {
     }
 
     /// Reads what is stored as it is to where it belongs: `ranges`, one behind the other.
-    fn read_chunk(
+    fn read_plain_into(
         &self,
         target: &dyn RestoreTarget,
         chunk: &ChunkInfo,

@@ -1,0 +1,681 @@
+//! The thread of one virtual machine.
+
+use super::control::Control;
+use super::plan::{Part, Plan, Turn};
+use super::region::{Region, VmRegion};
+use super::{Prefetch, VmOptions};
+use crate::error::ServeError;
+use crate::source::{Content, PageSource, Piece};
+use crate::uffd::{Event, Kind, Placed, Uffd, Wake};
+use core::time::Duration;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use rustix::process::{Signal, pidfd_send_signal};
+use sonicshot::{Gpa, GpaRange};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Faults that are held at once. A thread waits for one page at a time: more come only of threads
+/// that were ended meanwhile.
+const FAULTS_HELD: usize = 1 << 16;
+/// Reads of events before anything else is done.
+const READS_AT_ONCE: usize = 16;
+/// Pages that a prefetch looks at before it looks for faults again.
+const LOOKS_AT_ONCE: usize = 1024;
+/// How long a remove is waited for, at first and at most: it ends when the thread that removes
+/// has run.
+const FIRST_WAIT: Duration = Duration::from_micros(20);
+const LAST_WAIT: Duration = Duration::from_millis(1);
+/// How often a descriptor that somebody makes sleep is looked at.
+const PACE: Duration = Duration::from_micros(200);
+
+/// How it ended.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// It was asked to.
+    Stopped,
+    /// The process whose memory it was has ended.
+    Ended,
+    /// A page could not be brought in, and the process was ended.
+    #[cfg_attr(
+        not(feature = "server"),
+        expect(dead_code, reason = "a server logs it")
+    )]
+    Failed(Arc<ServeError>),
+}
+
+/// What came of an attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Done,
+    /// Something is in place now: look again.
+    Again,
+    /// Pages are being given back: first read what the kernel tells, and let them be.
+    Removing,
+    Ended,
+}
+
+enum Next {
+    Again,
+    Wait(Option<Duration>),
+    Ended,
+}
+
+struct Fault {
+    region: usize,
+    page: u64,
+    since: Instant,
+}
+
+pub(crate) struct Machine {
+    source: Arc<dyn PageSource>,
+    uffd: Arc<Uffd>,
+    regions: Vec<Region>,
+    options: VmOptions,
+    control: Arc<Control>,
+    /// The process whose memory it is, if it is not this one.
+    peer: Option<Arc<OwnedFd>>,
+    pending: VecDeque<Fault>,
+    events: Vec<Event>,
+    plan: Plan,
+    /// Whether there may be something to read.
+    readable: bool,
+    /// How long the next wait for a remove is.
+    patience: Duration,
+    buffer: Vec<u8>,
+    page: Vec<u8>,
+}
+
+impl Machine {
+    pub fn new(
+        source: Arc<dyn PageSource>,
+        uffd: Arc<Uffd>,
+        regions: &[VmRegion],
+        options: VmOptions,
+        control: Arc<Control>,
+        peer: Option<Arc<OwnedFd>>,
+    ) -> Result<Self, ServeError> {
+        // A thread must not sleep in a read while it is told to stop.
+        rustix::io::ioctl_fionbio(&uffd, true).map_err(ServeError::system("FIONBIO"))?;
+        let regions = Region::all(regions, source.layout(), &uffd)?;
+        let plan = match options.prefetch {
+            Prefetch::Nothing => Plan::new(Arc::default()),
+            Prefetch::Set | Prefetch::Everything => Plan::new(Arc::clone(&options.set)),
+        };
+        if options.prefetch != Prefetch::Nothing {
+            options.metrics.planned(options.set.bytes());
+        }
+        if options.prefetch == Prefetch::Everything {
+            control.want_everything();
+        }
+        Ok(Self {
+            source,
+            uffd,
+            regions,
+            options,
+            control,
+            peer,
+            pending: VecDeque::new(),
+            events: Vec::new(),
+            plan,
+            readable: true,
+            patience: FIRST_WAIT,
+            buffer: Vec::new(),
+            page: Vec::new(),
+        })
+    }
+
+    /// Serves until it is told to stop, or the process has ended.
+    pub fn run(&mut self) -> End {
+        let end = loop {
+            if self.control.is_stopping() {
+                break End::Stopped;
+            }
+            if self.control.wants_everything() {
+                let rest = self.source.by_need();
+                let lengths = rest.iter().map(GpaRange::len);
+                self.options
+                    .metrics
+                    .planned(lengths.fold(0, u64::saturating_add));
+                self.plan.extend(rest);
+            }
+            match self.turn() {
+                Ok(Next::Again) => {}
+                Ok(Next::Wait(limit)) => {
+                    if self.wait(limit) {
+                        break End::Ended;
+                    }
+                }
+                Ok(Next::Ended) => break End::Ended,
+                Err(error) => {
+                    if let Some(error) = self.fail(error) {
+                        break End::Failed(error);
+                    }
+                }
+            }
+        };
+        self.control.tell(|outcome| outcome.ended = true);
+        end
+    }
+
+    fn turn(&mut self) -> Result<Next, ServeError> {
+        // While it is busy, nobody tells it of what has come.
+        if self.readable || !self.plan.is_finished() || !self.pending.is_empty() {
+            self.read()?;
+        }
+        while let Some(Fault { region, page, .. }) = self.pending.front() {
+            match self.fault(*region, *page)? {
+                Step::Again => {}
+                Step::Done => {
+                    if let Some(fault) = self.pending.pop_front() {
+                        self.options.metrics.fault(fault.since.elapsed());
+                    }
+                    self.plan.saw_fault();
+                    self.patience = FIRST_WAIT;
+                }
+                Step::Removing => return Ok(self.let_them_be()),
+                Step::Ended => return Ok(Next::Ended),
+            }
+        }
+        match self.plan.turn() {
+            Turn::Now => self.prefetch(),
+            Turn::In(limit) => Ok(Next::Wait(Some(limit))),
+            Turn::Never if self.plan.is_everything() && !self.control.outcome().complete => {
+                self.let_go()
+            }
+            Turn::Never => Ok(Next::Wait(None)),
+        }
+    }
+
+    /// Reads what the kernel tells. All that was given back is noted before anything is done for
+    /// a fault.
+    fn read(&mut self) -> Result<(), ServeError> {
+        self.readable = false;
+        for _ in 0..READS_AT_ONCE {
+            if self.pending.len() >= FAULTS_HELD {
+                self.readable = true;
+                return Ok(());
+            }
+            self.events.clear();
+            let count = self.uffd.events(&mut self.events)?;
+            let now = Instant::now();
+            for event in &self.events {
+                match *event {
+                    Event::Remove(start, end) => {
+                        for region in &mut self.regions {
+                            self.options.metrics.removed(region.give_back(start, end)?);
+                        }
+                    }
+                    Event::Fault(host) => {
+                        let mut regions = (0..).zip(&self.regions);
+                        // What is registered and was not told of is nobody's to serve here.
+                        if let Some((number, region)) = regions.find(|(_, r)| r.has(host)) {
+                            self.pending.push_back(Fault {
+                                region: number,
+                                page: region.page_of(host),
+                                since: now,
+                            });
+                        }
+                    }
+                }
+            }
+            // Fewer than there was room for: that was all.
+            if count < Uffd::BATCH {
+                return Ok(());
+            }
+        }
+        self.readable = true;
+        Ok(())
+    }
+
+    /// The next wait for whoever gives pages back.
+    fn let_them_be(&mut self) -> Next {
+        let limit = self.patience;
+        self.patience = limit.saturating_mul(2).min(LAST_WAIT);
+        self.options.metrics.waited();
+        self.readable = true;
+        Next::Wait(Some(limit))
+    }
+
+    /// Waits until there is something to do. Says whether the process has ended.
+    fn wait(&mut self, limit: Option<Duration>) -> bool {
+        let Some(events) = self.poll(true, limit) else {
+            return true;
+        };
+        if events.intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL) {
+            // Somebody has cleared O_NONBLOCK, which the peer shares: the kernel says ERR and
+            // nothing more. That is its own harm, and not its end.
+            let _ = rustix::io::ioctl_fionbio(&self.uffd, true);
+            self.readable = true;
+            return self.poll(false, Some(PACE)).is_none();
+        }
+        self.readable |= events.contains(PollFlags::IN);
+        false
+    }
+
+    /// What has come of the `userfaultfd`, if that is asked for; `None` if the process has ended.
+    fn poll(&self, faults: bool, limit: Option<Duration>) -> Option<PollFlags> {
+        let mut fds = Vec::with_capacity(3);
+        fds.push(PollFd::new(&self.control.wake, PollFlags::IN));
+        fds.extend(
+            self.peer
+                .as_ref()
+                .map(|peer| PollFd::new(peer, PollFlags::IN)),
+        );
+        let uffd = fds.len();
+        if faults {
+            fds.push(PollFd::new(&*self.uffd, PollFlags::IN));
+        }
+        let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+        if poll(&mut fds, limit.as_ref()).is_err() {
+            return Some(PollFlags::empty());
+        }
+        let of = |number: usize| fds.get(number).map_or(PollFlags::empty(), PollFd::revents);
+        if of(0).contains(PollFlags::IN) {
+            self.control.seen();
+        }
+        if self.peer.is_some() && !of(1).is_empty() {
+            return None;
+        }
+        Some(of(uffd))
+    }
+
+    /// Serves a fault, or a part of what comes with it.
+    fn fault(&mut self, number: usize, page: u64) -> Result<Step, ServeError> {
+        let Some(region) = self.regions.get(number) else {
+            return Ok(Step::Done);
+        };
+        let at = region.gpa(page).ok_or_else(|| outside(region))?;
+        if let Some(recorder) = &self.options.recorder
+            && let Some(range) = GpaRange::with_len(at, region.page)
+        {
+            recorder.note(range);
+        }
+        let placed = if region.is_touched(page) {
+            self.put_zeroes(number, page, Wake::Yes)?
+        } else {
+            self.bring(number, page, at)?
+        };
+        let Some(region) = self.regions.get(number) else {
+            return Ok(Step::Done);
+        };
+        Ok(match placed {
+            // Of several pages this may not have been among those that are there now.
+            Placed::Done | Placed::Part(_) if region.is_touched(page) => Step::Done,
+            // Somebody was faster, or the range is none any more and all is in place: who waits
+            // may have been woken before it slept.
+            Placed::There | Placed::Gone if region.is_touched(page) => {
+                self.uffd.wake(page, region.page);
+                Step::Done
+            }
+            Placed::Done | Placed::Part(_) | Placed::There | Placed::Gone => Step::Again,
+            Placed::Removing => Step::Removing,
+            Placed::Ended => Step::Ended,
+        })
+    }
+
+    /// Brings in a page that the source has, and what comes with it.
+    fn bring(&mut self, number: usize, page: u64, at: Gpa) -> Result<Placed, ServeError> {
+        let source = Arc::clone(&self.source);
+        let run = source.run_at(at).map_err(failed(at))?;
+        let Some(region) = self.regions.get(number) else {
+            return Ok(Placed::Gone);
+        };
+        let one = GpaRange::with_len(at, region.page).ok_or_else(|| outside(region))?;
+        if one.intersection(&run.range) != one {
+            return self.assemble(number, page, one, Wake::Yes);
+        }
+        match run.content {
+            Content::Fill(0) => self.put_zeroes(number, page, Wake::Yes),
+            Content::Fill(_) => self.assemble(number, page, one, Wake::Yes),
+            Content::Bytes => {
+                let (start, range) = around(region, one, run.range, self.options.around);
+                let mut buffer = core::mem::take(&mut self.buffer);
+                let piece = source.read(range, &mut buffer).map_err(failed(at));
+                let placed =
+                    piece.and_then(|piece| self.put(number, start, page, &piece, Wake::Yes));
+                self.buffer = buffer;
+                let (placed, bytes) = placed?;
+                self.options.metrics.faulted(bytes);
+                Ok(placed)
+            }
+        }
+    }
+
+    /// Puts the bytes in place from `start` on, of which the page at `page` is one. If they are of
+    /// more than one mapping, that page alone. Says how many bytes are there now.
+    fn put(
+        &mut self,
+        number: usize,
+        start: u64,
+        page: u64,
+        piece: &Piece<'_>,
+        wake: Wake,
+    ) -> Result<(Placed, u64), ServeError> {
+        let Some(region) = self.regions.get_mut(number) else {
+            return Ok((Placed::Gone, 0));
+        };
+        let bytes = piece.bytes();
+        let mut placed = self.uffd.copy(start, bytes, wake)?;
+        let (mut from, mut len) = (start, bytes.len() as u64);
+        if placed == Placed::Gone && len > region.page {
+            let inside = usize::try_from(page.saturating_sub(start)).ok();
+            let size = usize::try_from(region.page).ok();
+            let one = inside
+                .zip(size)
+                .and_then(|(inside, size)| bytes.get(inside..inside.checked_add(size)?));
+            if let Some(one) = one {
+                placed = self.uffd.copy(page, one, wake)?;
+                (from, len) = (page, region.page);
+            }
+        }
+        Ok((placed, mark(region, placed, from, len)))
+    }
+
+    /// Puts one page of zeroes in place.
+    fn put_zeroes(&mut self, number: usize, page: u64, wake: Wake) -> Result<Placed, ServeError> {
+        let Some(region) = self.regions.get_mut(number) else {
+            return Ok(Placed::Gone);
+        };
+        let placed = match region.kind {
+            Kind::Small => self.uffd.zero(page, region.page, wake)?,
+            Kind::Huge => {
+                self.page.clear();
+                self.page.resize(size(region)?, 0);
+                self.uffd.copy(page, &self.page, wake)?
+            }
+        };
+        mark(region, placed, page, region.page);
+        Ok(placed)
+    }
+
+    /// Puts a page in place that is of several runs, or of a word.
+    fn assemble(
+        &mut self,
+        number: usize,
+        page: u64,
+        one: GpaRange,
+        wake: Wake,
+    ) -> Result<Placed, ServeError> {
+        let Some(region) = self.regions.get_mut(number) else {
+            return Ok(Placed::Gone);
+        };
+        self.page.clear();
+        self.page.resize(size(region)?, 0);
+        let mut rest = self.page.as_mut_slice();
+        let mut at = one.start();
+        while !rest.is_empty() {
+            let run = self.source.run_at(at).map_err(failed(at))?;
+            let part = run.range.intersection(&GpaRange::new(at, one.end()));
+            let len = usize::try_from(part.len()).unwrap_or(usize::MAX);
+            if part.is_empty() || part.start() != at || len > rest.len() {
+                return Err(ServeError::NotInSnapshot { at });
+            }
+            let (now, later) = rest.split_at_mut(len);
+            match run.content {
+                // It is zero.
+                Content::Fill(0) => {}
+                Content::Fill(word) => fill(now, word),
+                Content::Bytes => {
+                    let piece = self.source.read(part, &mut self.buffer);
+                    let piece = piece.map_err(failed(at))?;
+                    if piece.bytes().len() != now.len() {
+                        return Err(ServeError::NotInSnapshot { at });
+                    }
+                    now.copy_from_slice(piece.bytes());
+                }
+            }
+            rest = later;
+            at = part.end();
+        }
+        let placed = self.uffd.copy(page, &self.page, wake)?;
+        let bytes = mark(region, placed, page, region.page);
+        match wake {
+            Wake::Yes => self.options.metrics.faulted(bytes),
+            Wake::No => self.options.metrics.prefetched(bytes),
+        }
+        Ok(placed)
+    }
+
+    /// Brings in some of what comes next by the plan.
+    fn prefetch(&mut self) -> Result<Next, ServeError> {
+        for _ in 0..LOOKS_AT_ONCE {
+            let Some((range, part)) = self.plan.next() else {
+                return Ok(Next::Again);
+            };
+            let Some((number, host)) = self.place_of(range) else {
+                continue;
+            };
+            let step = match self.fetch(number, host, range, part) {
+                Ok(step) => step,
+                Err(error) => {
+                    // The guest may never ask for it.
+                    tracing::error!("prefetch ends: {}", error.with_causes());
+                    self.plan.give_up();
+                    self.control.tell(|outcome| {
+                        outcome.error.get_or_insert(Arc::new(error));
+                    });
+                    return Ok(Next::Again);
+                }
+            };
+            match step {
+                Step::Again => {}
+                Step::Done => return Ok(Next::Again),
+                Step::Removing => return Ok(self.let_them_be()),
+                Step::Ended => return Ok(Next::Ended),
+            }
+        }
+        Ok(Next::Again)
+    }
+
+    /// The region that has the first page of `range`, and where that is; the plan goes on behind
+    /// what is in none.
+    fn place_of(&mut self, range: GpaRange) -> Option<(usize, u64)> {
+        let inside = |region: &&Region| !region.guest.intersection(&range).is_empty();
+        let first = self.regions.iter().filter(inside).map(|r| r.guest.start());
+        let Some(first) = first.min() else {
+            self.plan.go_on_at(range.end());
+            return None;
+        };
+        if first > range.start() {
+            self.plan.go_on_at(first);
+            return None;
+        }
+        let mut regions = (0..).zip(&self.regions);
+        let has = |region: &Region| region.guest.contains(range.start());
+        let (number, region) = regions.find(|(_, region)| has(region))?;
+        Some((number, region.page_of(region.host(range.start())?)))
+    }
+
+    /// Brings in the page at `host`, which has the start of `range`, and what comes with it.
+    fn fetch(
+        &mut self,
+        number: usize,
+        host: u64,
+        range: GpaRange,
+        part: Part,
+    ) -> Result<Step, ServeError> {
+        let source = Arc::clone(&self.source);
+        let Some(region) = self.regions.get(number) else {
+            return Ok(Step::Ended);
+        };
+        let at = region.gpa(host).ok_or_else(|| outside(region))?;
+        let one = GpaRange::with_len(at, region.page).ok_or_else(|| outside(region))?;
+        if region.is_touched(host) {
+            self.plan.go_on_at(one.end());
+            return Ok(Step::Again);
+        }
+        let run = source.run_at(at).map_err(failed(at))?;
+        let whole = one.intersection(&run.range) == one;
+        let placed = match run.content {
+            Content::Fill(0) if whole && part == Part::Rest => {
+                let end = run.range.intersection(&region.guest).end();
+                // A page that is zero in part is another matter.
+                let end = Gpa::new(end.raw() & !region.page.saturating_sub(1));
+                self.plan.go_on_at(end.max(one.end()));
+                return Ok(Step::Again);
+            }
+            Content::Fill(0) if whole => self.put_zeroes(number, host, Wake::No)?,
+            Content::Bytes if whole => {
+                let wanted = run.range.intersection(&range.intersection(&region.guest));
+                let wanted = GpaRange::new(at, wanted.end().max(one.end()));
+                let range = upwards(region, host, wanted);
+                let mut buffer = core::mem::take(&mut self.buffer);
+                let piece = source.read(range, &mut buffer).map_err(failed(at));
+                let placed = piece.and_then(|piece| self.put(number, host, host, &piece, Wake::No));
+                self.buffer = buffer;
+                let (placed, bytes) = placed?;
+                self.options.metrics.prefetched(bytes);
+                placed
+            }
+            _ => self.assemble(number, host, one, Wake::No)?,
+        };
+        Ok(match placed {
+            Placed::Removing => Step::Removing,
+            Placed::Ended => Step::Ended,
+            // What is there now is marked, and passed over next time.
+            Placed::Done | Placed::Part(_) | Placed::There | Placed::Gone => Step::Done,
+        })
+    }
+
+    /// All that is not zero is in place: the kernel can serve the rest alone.
+    fn let_go(&mut self) -> Result<Next, ServeError> {
+        for region in &self.regions {
+            let len = region.guest.len();
+            match self.uffd.unregister(region.start, len) {
+                Ok(()) => {}
+                Err(Errno::AGAIN) => return Ok(self.let_them_be()),
+                Err(Errno::NOMEM | Errno::SRCH) => return Ok(Next::Ended),
+                // It only goes on asking for what is zero.
+                Err(errno) => tracing::debug!("UNREGISTER of {len:#x} bytes: {errno}"),
+            }
+        }
+        self.patience = FIRST_WAIT;
+        self.control.tell(|outcome| outcome.complete = true);
+        Ok(Next::Again)
+    }
+
+    /// What becomes of an error: the process is ended, before it can see anything else than its
+    /// own bytes. If that is this one, who waits for the page is, and the others go on.
+    fn fail(&mut self, error: ServeError) -> Option<Arc<ServeError>> {
+        let error = Arc::new(error);
+        let told = Arc::clone(&error);
+        self.control.tell(|outcome| {
+            outcome.error.get_or_insert(told);
+        });
+        if let Some(peer) = &self.peer {
+            if let Err(errno) = pidfd_send_signal(peer, Signal::KILL)
+                && errno != Errno::SRCH
+            {
+                // Its pages stay missing: it waits for ever.
+                tracing::error!("the virtual machine cannot be ended: {errno}");
+            }
+            while self.poll(false, None).is_some() && !self.control.is_stopping() {}
+            return Some(error);
+        }
+        // What was given back is not known any more: no page may follow.
+        if matches!(*error, ServeError::PageKind { .. }) {
+            return Some(error);
+        }
+        let Some(fault) = self.pending.pop_front() else {
+            return Some(error);
+        };
+        let page = self.regions.get(fault.region).map(|region| region.page);
+        self.uffd.poison(fault.page, page.unwrap_or(0));
+        None
+    }
+}
+
+/// A page that a region cannot have.
+fn outside(region: &Region) -> ServeError {
+    ServeError::NotInSnapshot {
+        at: region.guest.end(),
+    }
+}
+
+fn failed(at: Gpa) -> impl FnOnce(ServeError) -> ServeError {
+    move |error| match error {
+        ServeError::Page { .. } => error,
+        other => ServeError::Page {
+            at,
+            source: Box::new(other),
+        },
+    }
+}
+
+fn size(region: &Region) -> Result<usize, ServeError> {
+    usize::try_from(region.page).map_err(|_| outside(region))
+}
+
+/// Marks what is there now, which begins at `start` and was to be `len` bytes. Says how many of
+/// them were put there.
+fn mark(region: &mut Region, placed: Placed, start: u64, len: u64) -> u64 {
+    match placed {
+        Placed::Done => region.touch(start, start.saturating_add(len)),
+        Placed::Part(done) => region.touch(start, start.saturating_add(done.min(len))),
+        // The first page was there; a page that is no longer of a mapping is not asked for again.
+        Placed::There => {
+            region.touch(start, start.saturating_add(region.page));
+            0
+        }
+        Placed::Gone if len <= region.page => {
+            region.touch(start, start.saturating_add(region.page));
+            0
+        }
+        Placed::Gone | Placed::Removing | Placed::Ended => 0,
+    }
+}
+
+fn fill(out: &mut [u8], word: u64) {
+    let bytes = word.to_le_bytes();
+    for part in out.chunks_mut(8) {
+        for (out, byte) in part.iter_mut().zip(bytes) {
+            *out = byte;
+        }
+    }
+}
+
+/// The untouched pages around `one` that come in with it: of `run`, and of an aligned window.
+/// Where they begin in the host, and in the guest.
+fn around(region: &Region, one: GpaRange, run: GpaRange, window: u64) -> (u64, GpaRange) {
+    let alone = || (region.start, one);
+    let Some(host) = region.host(one.start()) else {
+        return alone();
+    };
+    if window <= region.page {
+        return (host, one);
+    }
+    let low = one.start().raw().checked_div(window);
+    let low = low.and_then(|number| number.checked_mul(window));
+    let wide = low.and_then(|low| GpaRange::with_len(Gpa::new(low), window));
+    let wide = wide.unwrap_or(one);
+    let wide = wide.intersection(&run).intersection(&region.guest);
+    let (mut start, mut host_start) = (one.start(), host);
+    while let Some(below) = start.raw().checked_sub(region.page)
+        && let Some(host_below) = host_start.checked_sub(region.page)
+        && below >= wide.start().raw()
+        && !region.is_touched(host_below)
+    {
+        (start, host_start) = (Gpa::new(below), host_below);
+    }
+    let up = upwards(
+        region,
+        host,
+        GpaRange::new(one.start(), wide.end().max(one.end())),
+    );
+    (host_start, GpaRange::new(start, up.end()))
+}
+
+/// The untouched pages from `host` on, as far as `wanted` has them whole; the first in any case.
+fn upwards(region: &Region, host: u64, wanted: GpaRange) -> GpaRange {
+    let (mut end, mut next) = (wanted.start(), host);
+    while let Some(above) = end.checked_add(region.page) {
+        if end != wanted.start() && (above > wanted.end() || region.is_touched(next)) {
+            break;
+        }
+        (end, next) = (above, next.saturating_add(region.page));
+    }
+    GpaRange::new(wanted.start(), end)
+}

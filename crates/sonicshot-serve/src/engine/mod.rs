@@ -1,0 +1,141 @@
+//! A virtual machine whose page faults are served: a thread of its own, and nothing shared with
+//! others but the source.
+//!
+//! That thread alone reads what the kernel tells and puts pages in place, one after the other, so
+//! that what was given back is known before anything that is done later. Of each page there is
+//! one bit: whether the source may still be asked for it. It is set when the page is put in place
+//! and when it is given back; a page whose bit is set and that is missing reads as zero. So no
+//! page comes from the source twice, and none after it was given back.
+
+mod control;
+mod machine;
+mod plan;
+mod region;
+
+pub(crate) use self::control::Control;
+#[cfg(feature = "server")]
+pub(crate) use self::machine::End;
+pub(crate) use self::machine::Machine;
+pub use self::region::VmRegion;
+#[cfg(feature = "server")]
+pub(crate) use self::region::{MAX_PAGE, MIN_PAGE, check_disjoint};
+use crate::error::ServeError;
+use crate::metrics::Metrics;
+use crate::set::{PageSet, Recorder};
+use crate::source::PageSource;
+use crate::uffd::Uffd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// What is brought in before it is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Prefetch {
+    /// Nothing.
+    Nothing,
+    /// The working set, if there is one.
+    #[default]
+    Set,
+    /// The working set, then all that is left. When all of it is in place the kernel need not
+    /// ask any more.
+    Everything,
+}
+
+/// How a virtual machine is served.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct VmOptions {
+    /// What is brought in before it is asked for.
+    pub prefetch: Prefetch,
+    /// The working set.
+    pub set: Arc<PageSet>,
+    /// How much around a page that is asked for comes in with it, in bytes. 0: nothing.
+    pub around: u64,
+    /// Who notes which pages are asked for.
+    pub recorder: Option<Arc<Recorder>>,
+    /// Who counts.
+    pub metrics: Arc<Metrics>,
+}
+
+/// A virtual machine of this process, whose memory comes in while it runs.
+///
+/// If a page cannot be read, whoever waits for it is ended by a signal (Linux 6.6 and later) or
+/// waits for ever: a guest never gets to see bytes that are not its own. [`error`](Self::error)
+/// tells. Dropping this before all pages are in place keeps the `userfaultfd` open for the same
+/// reason; [`finish`](Self::finish) brings in the rest first.
+#[derive(Debug)]
+pub struct Vm {
+    control: Arc<Control>,
+    uffd: Arc<Uffd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vm {
+    /// Begins to serve the page faults of `regions`, which are registered with `uffd`. Returns at
+    /// once; the guest may run.
+    ///
+    /// # Errors
+    /// [`ServeError`] if a region cannot be served from `source`, or nothing can be started.
+    pub fn start(
+        source: Arc<dyn PageSource>,
+        uffd: Uffd,
+        regions: &[VmRegion],
+        options: VmOptions,
+    ) -> Result<Self, ServeError> {
+        let control = Arc::new(Control::new()?);
+        let uffd = Arc::new(uffd);
+        let mut machine = Machine::new(
+            source,
+            Arc::clone(&uffd),
+            regions,
+            options,
+            Arc::clone(&control),
+            None,
+        )?;
+        let thread = std::thread::Builder::new().name("sonicshot-fault".into());
+        let thread = thread.spawn(move || drop(machine.run()));
+        let thread = thread.map_err(|source| ServeError::System {
+            operation: "starting a thread",
+            source,
+        })?;
+        Ok(Self {
+            control,
+            uffd,
+            thread: Some(thread),
+        })
+    }
+
+    /// Why a page could not be brought in, if that happened.
+    #[must_use]
+    pub fn error(&self) -> Option<Arc<ServeError>> {
+        self.control.outcome().error.clone()
+    }
+
+    /// Whether all pages are in place.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.control.outcome().complete
+    }
+
+    /// Waits until all pages are in place, bringing in what is left.
+    ///
+    /// # Errors
+    /// Why a page could not be brought in.
+    pub fn finish(self) -> Result<(), Arc<ServeError>> {
+        self.control.want_everything();
+        self.control.wait()
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.control.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        if !self.is_complete() {
+            // Closing it would let the guest read zeroes where its own bytes belong.
+            core::mem::forget(Arc::clone(&self.uffd));
+        }
+    }
+}

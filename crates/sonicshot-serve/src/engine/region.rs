@@ -1,0 +1,260 @@
+//! Stretches of a virtual machine's memory, and which of their pages are no longer the source's.
+
+use crate::error::ServeError;
+use crate::uffd::{HostAddress, Kind, Uffd};
+use sonicshot::{Gpa, GpaRange, RamLayout};
+
+/// A stretch of guest memory in the address space whose faults are served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmRegion {
+    /// The guest memory that is there.
+    pub guest: GpaRange,
+    /// Where it begins.
+    pub host: HostAddress,
+    /// The size of the pages behind it, in bytes: that of huge pages, or any if they are not huge.
+    pub page: u64,
+}
+
+/// The smallest and the largest page that is served.
+pub(crate) const MIN_PAGE: u64 = 4096;
+pub(crate) const MAX_PAGE: u64 = 32 << 20;
+
+#[derive(Debug)]
+pub(crate) struct Region {
+    pub guest: GpaRange,
+    pub start: u64,
+    pub end: u64,
+    pub page: u64,
+    pub kind: Kind,
+    shift: u32,
+    /// A bit for each page that the source must not be asked for any more: it was put in place,
+    /// or it was given back. If it is missing, it is zero.
+    touched: Vec<u64>,
+}
+
+impl Region {
+    /// A stretch that `uffd` serves, after a look at whether it can be.
+    pub fn new(at: VmRegion, layout: &RamLayout, uffd: &Uffd) -> Result<Self, ServeError> {
+        let (start, len) = (at.host.raw(), at.guest.len());
+        let said = at.page;
+        if !said.is_power_of_two() || !(MIN_PAGE..=MAX_PAGE).contains(&said) {
+            return Err(ServeError::PageSize {
+                at: at.host,
+                found: said,
+                min: MIN_PAGE,
+                max: MAX_PAGE,
+            });
+        }
+        if !layout.contains(at.guest.start(), len) || len == 0 {
+            return Err(ServeError::NotInLayout {
+                what: "address",
+                at: at.guest.start().raw(),
+                len,
+            });
+        }
+        let unaligned = |page| ServeError::Unaligned {
+            at: at.host,
+            len,
+            page,
+        };
+        let end = start.checked_add(len).ok_or_else(|| unaligned(said))?;
+        let whole = |page: u64| {
+            start.is_multiple_of(page)
+                && len.is_multiple_of(page)
+                && at.guest.start().raw().is_multiple_of(MIN_PAGE)
+        };
+        if !whole(said) {
+            return Err(unaligned(said));
+        }
+        let kind = uffd.prove(start, len)?;
+        let system = rustix::param::page_size() as u64;
+        // Of memory whose pages are not huge, each can be given back by itself, whatever was said.
+        let page = match kind {
+            Kind::Small => system,
+            Kind::Huge if said > system => said,
+            Kind::Huge => {
+                return Err(ServeError::PageKind { at: at.host, said });
+            }
+        };
+        if !whole(page) {
+            return Err(unaligned(page));
+        }
+        let shift = page.trailing_zeros();
+        let words = (len >> shift).div_ceil(64);
+        let words = usize::try_from(words).map_err(|_| unaligned(page))?;
+        Ok(Self {
+            guest: at.guest,
+            start,
+            end,
+            page,
+            kind,
+            shift,
+            touched: vec![0; words],
+        })
+    }
+
+    /// All of them, in the order of their host addresses; refused if two have memory in common.
+    pub fn all(
+        regions: &[VmRegion],
+        layout: &RamLayout,
+        uffd: &Uffd,
+    ) -> Result<Vec<Self>, ServeError> {
+        check_disjoint(regions)?;
+        let all = regions.iter().map(|at| Self::new(*at, layout, uffd));
+        let mut all = all.collect::<Result<Vec<_>, _>>()?;
+        all.sort_by_key(|region| region.start);
+        Ok(all)
+    }
+
+    pub fn has(&self, host: u64) -> bool {
+        self.start <= host && host < self.end
+    }
+
+    /// Where the page with this address begins; the address is in the region.
+    pub fn page_of(&self, host: u64) -> u64 {
+        host & !self.page.saturating_sub(1)
+    }
+
+    /// Where a host address is in the guest.
+    pub fn gpa(&self, host: u64) -> Option<Gpa> {
+        self.guest
+            .start()
+            .checked_add(host.checked_sub(self.start)?)
+    }
+
+    /// Where guest memory of this region is in the host, its end included.
+    pub fn host(&self, at: Gpa) -> Option<u64> {
+        self.start
+            .checked_add(at.offset_from(self.guest.start())?)
+            .filter(|host| *host <= self.end)
+    }
+
+    fn number(&self, host: u64) -> u64 {
+        host.saturating_sub(self.start) >> self.shift
+    }
+
+    pub fn is_touched(&self, host: u64) -> bool {
+        let number = self.number(host);
+        let word = usize::try_from(number >> 6).ok();
+        let word = word.and_then(|word| self.touched.get(word));
+        // What is not known is not asked for.
+        word.is_none_or(|word| word & (1 << (number & 63)) != 0)
+    }
+
+    /// Marks what was given back. Returns how many bytes of it are here.
+    ///
+    /// The kernel gives back whole pages: if these are no such, the size that was said was wrong,
+    /// and what was given back cannot be told from what was not.
+    pub fn give_back(&mut self, start: u64, end: u64) -> Result<u64, ServeError> {
+        let (first, last) = (start.max(self.start), end.min(self.end));
+        if first >= last {
+            return Ok(0);
+        }
+        // The region is whole pages, from its start on.
+        if !first.is_multiple_of(self.page) || !last.is_multiple_of(self.page) {
+            return Err(ServeError::PageKind {
+                at: HostAddress::new(self.start),
+                said: self.page,
+            });
+        }
+        Ok(self.touch(first, last))
+    }
+
+    /// Marks the pages that are whole in the stretch. Returns how many bytes of it are here.
+    pub fn touch(&mut self, start: u64, end: u64) -> u64 {
+        let start = start.max(self.start);
+        let end = end.min(self.end);
+        if start >= end {
+            return 0;
+        }
+        let first = self.number(start.saturating_add(self.page.saturating_sub(1)));
+        let last = self.number(end);
+        let mut number = first;
+        while number < last {
+            let bit = number & 63;
+            let count = last.saturating_sub(number).min(64_u64.saturating_sub(bit));
+            let mask = u64::MAX >> 64_u64.saturating_sub(count) << bit;
+            let word = usize::try_from(number >> 6).ok();
+            if let Some(word) = word.and_then(|word| self.touched.get_mut(word)) {
+                *word |= mask;
+            }
+            number = number.saturating_add(count);
+        }
+        last.saturating_sub(first) << self.shift
+    }
+}
+
+/// Refuses regions of which two have an address in common. A page of the guest that is in two
+/// places could be given back in one and brought in again in the other.
+pub(crate) fn check_disjoint(regions: &[VmRegion]) -> Result<(), ServeError> {
+    let host = |region: &VmRegion| (region.host.raw(), region.guest.len());
+    let guest = |region: &VmRegion| (region.guest.start().raw(), region.guest.len());
+    for (in_guest, mut ranges) in [
+        (false, regions.iter().map(host).collect::<Vec<_>>()),
+        (true, regions.iter().map(guest).collect()),
+    ] {
+        ranges.sort_unstable();
+        for pair in ranges.windows(2) {
+            if let [(start, len), (next, _)] = pair
+                && next.checked_sub(*start).is_some_and(|gap| gap < *len)
+            {
+                return Err(ServeError::Overlap {
+                    in_guest,
+                    at: *next,
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(pages: u64, page: u64) -> Region {
+        let len = pages * page;
+        Region {
+            guest: GpaRange::with_len(Gpa::new(1 << 30), len).unwrap(),
+            start: 64 << 20,
+            end: (64 << 20) + len,
+            page,
+            kind: Kind::Small,
+            shift: page.trailing_zeros(),
+            touched: vec![0; usize::try_from(pages.div_ceil(64)).unwrap()],
+        }
+    }
+
+    #[test]
+    fn whole_pages_are_marked_and_no_others() {
+        for page in [4096, 2 << 20] {
+            for (from, to) in [(0, 1), (3, 64), (63, 65), (64, 128), (1, 200), (0, 200)] {
+                for (before, after) in [(0, 0), (1, 1), (page - 1, page - 1)] {
+                    let mut region = region(200, page);
+                    let base = region.start;
+                    // Parts of a page on both sides are not whole.
+                    let start = (base + from * page).saturating_sub(before);
+                    let end = base + to * page + after;
+                    let bytes = region.touch(start, end);
+                    assert_eq!(bytes, (to - from) * page);
+                    for number in 0..200 {
+                        let touched = region.is_touched(base + number * page);
+                        assert_eq!(touched, (from..to).contains(&number), "{number}");
+                    }
+                }
+            }
+        }
+        let mut pages = region(8, 2 << 20);
+        let base = pages.start;
+        assert_eq!(pages.give_back(0, base + (4 << 20)).unwrap(), 4 << 20);
+        assert_eq!(pages.give_back(0, base).unwrap(), 0);
+        let error = pages.give_back(base + 4096, base + (2 << 20)).unwrap_err();
+        assert!(matches!(error, ServeError::PageKind { .. }), "{error:?}");
+        assert!(pages.give_back(base, base + (3 << 20)).is_err());
+        let mut region = region(4, 4096);
+        assert_eq!(region.touch(0, region.start), 0);
+        assert_eq!(region.touch(0, u64::MAX), 4 * 4096);
+        // What is not there is not asked for.
+        assert!(region.is_touched(region.start + (64 << 12)));
+    }
+}

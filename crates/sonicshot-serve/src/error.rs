@@ -1,0 +1,287 @@
+//! What can go wrong with a virtual machine that is served.
+
+use crate::uffd::HostAddress;
+use rustix::io::Errno;
+use sonicshot::checkpoint::CheckpointError;
+use sonicshot::{Gpa, MemoryError};
+#[cfg(feature = "server")]
+use sonicshot_offline::OfflineError;
+use std::error::Error;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Why a virtual machine could not be served, or its server not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// A checkpoint cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A snapshot cannot be read.
+    #[cfg(feature = "server")]
+    #[error(transparent)]
+    Snapshot(#[from] OfflineError),
+    /// A guest's memory cannot be read.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The source has no memory where the guest has.
+    #[error("the snapshot has no memory at {at}")]
+    NotInSnapshot {
+        /// The address in the guest.
+        at: Gpa,
+    },
+    /// A page cannot be brought in.
+    #[error("the page at {at} cannot be brought in")]
+    Page {
+        /// Where it is in the guest.
+        at: Gpa,
+        /// Why.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// The kernel refused to serve faults.
+    #[error("{operation} of {len:#x} bytes at {at}")]
+    Uffd {
+        /// What was to be done.
+        operation: &'static str,
+        /// Where, in the process whose memory it is.
+        at: HostAddress,
+        /// How much.
+        len: u64,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The operating system refused something that is of no file.
+    #[error("{operation}")]
+    System {
+        /// What was to be done.
+        operation: &'static str,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The operating system refused something with a file or socket.
+    #[error("{action} {}", path.display())]
+    Io {
+        /// What was to be done.
+        action: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The descriptor that came is no `userfaultfd`.
+    #[error("the descriptor that came is no userfaultfd but {found}")]
+    NoUffd {
+        /// What it is.
+        found: String,
+    },
+    /// The `userfaultfd` has not the features that are needed, or others.
+    #[error(
+        "the userfaultfd has features {found:#x}: it needs EVENT_REMOVE (0x8), and neither \
+         EVENT_FORK (0x2) nor EVENT_REMAP (0x4)"
+    )]
+    Features {
+        /// Its features, as the kernel shows them.
+        found: u64,
+    },
+    /// The kernel does not tell of a `userfaultfd` which features it has.
+    #[error("the kernel does not show the features of the userfaultfd that came")]
+    FeaturesUntold,
+    /// Memory whose pages are not what was said.
+    #[error("the memory at {at} was said to have pages of {said:#x} bytes, and has others")]
+    PageKind {
+        /// Where it begins in the VMM.
+        at: HostAddress,
+        /// The size that was said.
+        said: u64,
+    },
+    /// The connection ended before the message did.
+    #[error("the connection was closed after {len} bytes of the message")]
+    Closed {
+        /// How much had come.
+        len: usize,
+    },
+    /// The message did not come whole in time.
+    #[error("{len} bytes of the message came in {limit:?}, and not the rest")]
+    Slow {
+        /// How much had come.
+        len: usize,
+        /// How long the whole message may take.
+        limit: Duration,
+    },
+    /// The message does not end.
+    #[error("the message has more than {max} bytes")]
+    TooLong {
+        /// How many it may have.
+        max: usize,
+    },
+    /// The message is of no form that is known.
+    #[cfg(feature = "server")]
+    #[error("the message cannot be read")]
+    Json(#[from] serde_json::Error),
+    /// The message is of a form that is known, and not served.
+    #[error("the message is {form}, which is not served: {why}")]
+    Form {
+        /// Whose form it is.
+        form: &'static str,
+        /// Why it is not served.
+        why: &'static str,
+    },
+    /// The descriptors that came are not those of the message.
+    #[error("{found} file descriptors came with the message, not {expected}")]
+    Descriptors {
+        /// How many came, at least.
+        found: usize,
+        /// How many there should be.
+        expected: usize,
+    },
+    /// There is no memory to serve, or there are too many stretches of it.
+    #[error("the message has {found} regions, not 1 to {max}")]
+    Regions {
+        /// How many there are.
+        found: usize,
+        /// How many there may be.
+        max: usize,
+    },
+    /// Pages of this size cannot be served.
+    #[error(
+        "the region at {at} has pages of {found} bytes: not a power of two from {min} to {max}"
+    )]
+    PageSize {
+        /// Where the region begins in the VMM.
+        at: HostAddress,
+        /// What the message says.
+        found: u64,
+        /// The smallest size.
+        min: u64,
+        /// The largest size.
+        max: u64,
+    },
+    /// The message says two different page sizes of one region.
+    #[error("the region at {at} has pages of {page_size} bytes by one field, {older} by the other")]
+    PageSizes {
+        /// Where the region begins in the VMM.
+        at: HostAddress,
+        /// By `page_size`.
+        page_size: u64,
+        /// By `page_size_kib`, which is in bytes.
+        older: u64,
+    },
+    /// A region is not whole pages, or ends behind the last address.
+    #[error("the region of {len:#x} bytes at {at} is not whole pages of {page:#x} bytes")]
+    Unaligned {
+        /// Where it begins in the VMM.
+        at: HostAddress,
+        /// Its length in bytes.
+        len: u64,
+        /// Its pages' size in bytes.
+        page: u64,
+    },
+    /// Two regions have memory in common.
+    #[error("two regions overlap {} at {at:#x}", if *.in_guest { "in the guest" } else { "in the VMM" })]
+    Overlap {
+        /// Whether it is the guest's memory that is there twice.
+        in_guest: bool,
+        /// The first address that both have.
+        at: u64,
+    },
+    /// A region is not memory of the snapshot.
+    #[error("the region of {len:#x} bytes at {what} {at:#x} is not in the snapshot's memory")]
+    NotInLayout {
+        /// `offset` or `address`.
+        what: &'static str,
+        /// Where it begins.
+        at: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// Who has connected may not.
+    #[error("user {uid} (process {pid}) may not have the guest's memory")]
+    Peer {
+        /// The user.
+        uid: u32,
+        /// The process.
+        pid: i32,
+    },
+    /// The process that has connected is gone, or cannot be held on to.
+    #[error("the process that has connected cannot be held on to")]
+    PeerGone(#[source] io::Error),
+    /// As many virtual machines as may be are served.
+    #[error("{max} virtual machines are served already")]
+    Full {
+        /// How many there may be.
+        max: usize,
+    },
+    /// There is something where the socket should be.
+    #[error("{} exists, and {why}", path.display())]
+    SocketExists {
+        /// The socket's name.
+        path: PathBuf,
+        /// What it is.
+        why: &'static str,
+    },
+    /// The process that would end the virtual machines is gone.
+    #[error(
+        "the watcher process is gone: nothing would end the virtual machine if this server died"
+    )]
+    NoWatcher(#[source] io::Error),
+    /// A file is no working set.
+    #[error("{} is no working set: line {line}: {what}", path.display())]
+    Set {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// A working set is of another guest.
+    #[error("{} was recorded of a guest with other memory: it has {at}", path.display())]
+    SetOfAnother {
+        /// The file.
+        path: PathBuf,
+        /// An address that the snapshot has not.
+        at: Gpa,
+    },
+}
+
+impl ServeError {
+    pub(crate) fn proc(source: io::Error) -> Self {
+        Self::System {
+            operation: "looking into /proc",
+            source,
+        }
+    }
+
+    pub(crate) fn system(operation: &'static str) -> impl FnOnce(Errno) -> Self {
+        move |errno| Self::System {
+            operation,
+            source: errno.into(),
+        }
+    }
+
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    /// The error and its causes in one line.
+    #[must_use]
+    pub fn with_causes(&self) -> String {
+        let mut line = self.to_string();
+        let mut next = self.source();
+        while let Some(cause) = next {
+            line.push_str(": ");
+            line.push_str(&cause.to_string());
+            next = cause.source();
+        }
+        line
+    }
+}

@@ -1,0 +1,145 @@
+//! Counters for whoever asks: Prometheus, `curl`.
+
+use crate::error::ServeError;
+use crate::metrics::Metrics;
+use core::time::Duration;
+use rustix::fs::{Mode, chmod};
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+
+/// The longest request that is read.
+const MAX_REQUEST: usize = 4096;
+/// How long one may take.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Answers requests for the counters, in a thread, for as long as the process lives: at a port of
+/// the loopback (`127.0.0.1:9100`, `[::1]:9100`) or a socket, which `address` names with a slash.
+/// Counters tell nothing of the guest's memory but how much of it was touched.
+///
+/// # Errors
+/// [`ServeError::Io`] if the address cannot be had, or is for others than this host.
+pub fn expose(address: &str, metrics: Arc<Metrics>) -> Result<(), ServeError> {
+    let path = Path::new(address);
+    let failed = || ServeError::io("listening for requests for metrics at", path);
+    if address.contains('/') {
+        // One that an earlier server has left.
+        if UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
+            let _ = std::fs::remove_file(path);
+        }
+        let listener = UnixListener::bind(path).map_err(failed())?;
+        chmod(path, Mode::RUSR | Mode::WUSR).map_err(|errno| failed()(errno.into()))?;
+        return start(move || listener.accept().map(|(stream, _)| stream), metrics);
+    }
+    let parsed: Option<SocketAddr> = address.parse().ok();
+    let Some(parsed) = parsed.filter(|address| address.ip().is_loopback()) else {
+        let what = "neither a socket's name with a slash nor a port of the loopback";
+        let error = io::Error::new(io::ErrorKind::InvalidInput, what);
+        return Err(failed()(error));
+    };
+    let listener = TcpListener::bind(parsed).map_err(failed())?;
+    start(move || listener.accept().map(|(stream, _)| stream), metrics)
+}
+
+/// A connection that does not wait for ever.
+trait Hasty: Read + Write + Send + 'static {
+    fn hurry(&self) -> io::Result<()>;
+}
+
+impl Hasty for UnixStream {
+    fn hurry(&self) -> io::Result<()> {
+        self.set_read_timeout(Some(PATIENCE))?;
+        self.set_write_timeout(Some(PATIENCE))
+    }
+}
+
+impl Hasty for TcpStream {
+    fn hurry(&self) -> io::Result<()> {
+        self.set_read_timeout(Some(PATIENCE))?;
+        self.set_write_timeout(Some(PATIENCE))
+    }
+}
+
+fn start<S: Hasty>(
+    accept: impl Fn() -> io::Result<S> + Send + 'static,
+    metrics: Arc<Metrics>,
+) -> Result<(), ServeError> {
+    let thread = std::thread::Builder::new().name("sonicshot-metrics".into());
+    let spawned = thread.spawn(move || {
+        loop {
+            // One that fails has gone; one after the other is enough.
+            match accept() {
+                Ok(stream) => drop(answer(stream, &metrics)),
+                Err(_) => std::thread::sleep(PATIENCE),
+            }
+        }
+    });
+    spawned.map(drop).map_err(|source| ServeError::System {
+        operation: "starting a thread",
+        source,
+    })
+}
+
+fn answer<S: Hasty>(mut stream: S, metrics: &Metrics) -> io::Result<()> {
+    stream.hurry()?;
+    let mut request = Vec::new();
+    let mut part = [0; 512];
+    while !request.windows(4).any(|end| end == b"\r\n\r\n") && request.len() < MAX_REQUEST {
+        match stream.read(&mut part)? {
+            0 => break,
+            got => request.extend_from_slice(part.get(..got).unwrap_or_default()),
+        }
+    }
+    let (status, text) = if request.starts_with(b"GET ") {
+        ("200 OK", metrics.to_text())
+    } else {
+        ("405 Method Not Allowed", String::new())
+    };
+    let len = text.len();
+    write!(
+        stream,
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4\r\n\
+         Content-Length: {len}\r\nConnection: close\r\n\r\n{text}"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_are_had_by_a_get_on_this_host_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics");
+        let metrics = Arc::new(Metrics::default());
+        metrics.cache(true);
+        // What an earlier server has left.
+        drop(UnixListener::bind(&path).unwrap());
+        expose(path.to_str().unwrap(), Arc::clone(&metrics)).unwrap();
+        for _ in 0..2 {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+            assert!(
+                answer.contains("\nsonicshot_serve_cache_hits_total 1\n"),
+                "{answer}"
+            );
+        }
+        // A request that does not end is answered all the same.
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.write_all(b"GET ").unwrap();
+        stream.write_all(&[b'a'; MAX_REQUEST]).unwrap();
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200");
+        // Somebody serves there.
+        assert!(expose(path.to_str().unwrap(), Arc::clone(&metrics)).is_err());
+        for address in ["0.0.0.0:0", "192.0.2.1:80", "localhost", ""] {
+            assert!(expose(address, Arc::clone(&metrics)).is_err(), "{address}");
+        }
+    }
+}

@@ -1,0 +1,386 @@
+//! A checkpoint, of which many read: what was decompressed is kept for the next.
+
+use super::{Content, PageSource, Piece, Run, length};
+use crate::error::ServeError;
+use crate::metrics::Metrics;
+use core::sync::atomic::{AtomicU64, Ordering};
+use quick_cache::sync::{Cache, DefaultLifecycle};
+use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
+use sonicshot::checkpoint::{CheckpointReader, Chunk, ChunkDecoder, PageContent, RangeSource};
+use sonicshot::{Gpa, GpaRange, PageClass, RamLayout};
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Cost of a cached chunk beside its bytes: key, place, counters.
+const ENTRY: u64 = 128;
+
+#[derive(Clone)]
+struct ByLength;
+
+impl Weighter<u64, Arc<[u8]>> for ByLength {
+    fn weight(&self, _: &u64, chunk: &Arc<[u8]>) -> u64 {
+        (chunk.len() as u64).saturating_add(ENTRY)
+    }
+}
+
+/// A checkpoint's pages, with a bounded cache of decompressed chunks that all readers share.
+///
+/// What is stored as it is needs no cache but the kernel's: a chunk is checked once, when it is
+/// first read, and from then on no more is read of it than what is asked for.
+pub struct CheckpointSource<S> {
+    reader: CheckpointReader<S>,
+    cache: Cache<u64, Arc<[u8]>, ByLength>,
+    /// Contexts of the codec, one for each thread that decompresses at the moment.
+    decoders: Mutex<Vec<ChunkDecoder>>,
+    /// A bit for each chunk that is stored as it is: its checksum was found right.
+    checked: Vec<AtomicU64>,
+    metrics: Arc<Metrics>,
+}
+
+impl<S: RangeSource> CheckpointSource<S> {
+    /// Serves `reader`'s pages, with at most `cache` bytes of decompressed chunks in memory.
+    #[must_use]
+    pub fn new(reader: CheckpointReader<S>, cache: u64, metrics: Arc<Metrics>) -> Self {
+        let chunk = u64::from(reader.chunk_size()).max(1);
+        let items = cache.checked_div(chunk).unwrap_or(0).max(1);
+        // A shard admits nothing that is larger than itself.
+        let shards = items.checked_div(8).unwrap_or(0).clamp(1, 16);
+        let options = OptionsBuilder::new()
+            .estimated_items_capacity(usize::try_from(items).unwrap_or(usize::MAX).min(1 << 20))
+            .weight_capacity(cache)
+            .shards(usize::try_from(shards).unwrap_or(1))
+            .build();
+        let cache = match options {
+            Ok(options) => Cache::with_options(
+                options,
+                ByLength,
+                DefaultHashBuilder::default(),
+                DefaultLifecycle::default(),
+            ),
+            Err(_) => Cache::with_weighter(1, cache, ByLength),
+        };
+        let mut checked = Vec::new();
+        let words = reader.chunk_count().div_ceil(64);
+        checked.resize_with(usize::try_from(words).unwrap_or(0), AtomicU64::default);
+        Self {
+            reader,
+            cache,
+            decoders: Mutex::new(Vec::new()),
+            checked,
+            metrics,
+        }
+    }
+
+    /// The checkpoint.
+    #[must_use]
+    pub fn reader(&self) -> &CheckpointReader<S> {
+        &self.reader
+    }
+
+    /// The chunk that has the stored page at `at`, and which of the guest's memory is in it
+    /// beside that page; `None` if none is stored.
+    fn stored(&self, at: Gpa) -> Result<Option<Stored>, ServeError> {
+        let page = self.reader.info().page_size;
+        let missing = || ServeError::NotInSnapshot { at };
+        let run = self.reader.run_of(at.pfn(page)).ok_or_else(missing)?;
+        let PageContent::Data { slot } = run.content else {
+            return Ok(None);
+        };
+        let wanted = at.pfn(page).offset_from(run.frames.start());
+        let wanted = wanted.and_then(|skipped| slot.checked_add(skipped));
+        let chunk = self.reader.chunk_of(wanted.ok_or_else(missing)?)?;
+        let stored = || {
+            let first = chunk.first_slot.max(slot);
+            let end = slot.checked_add(run.frames.len())?;
+            let end = end.min(chunk.first_slot.checked_add(chunk.pages)?);
+            let frame = |wanted: u64| {
+                let frame = run.frames.start().checked_add(wanted.checked_sub(slot)?)?;
+                frame.gpa(page)
+            };
+            let inside = first.checked_sub(chunk.first_slot)?;
+            Some(Stored {
+                chunk,
+                range: GpaRange::new(frame(first)?, frame(end)?),
+                inside: inside.checked_mul(page.bytes())?,
+            })
+        };
+        Ok(Some(stored().ok_or_else(missing)?))
+    }
+
+    /// A chunk that is not stored as it is, decompressed.
+    fn block(&self, number: u64) -> Result<Arc<[u8]>, ServeError> {
+        let mut hit = true;
+        let block = self.cache.get_or_insert_with(&number, || {
+            hit = false;
+            self.with_decoder(|decoder| {
+                Ok::<_, ServeError>(Arc::from(self.reader.read_chunk(decoder, number)?))
+            })
+        })?;
+        self.metrics.cache(hit);
+        Ok(block)
+    }
+
+    fn with_decoder<T>(&self, with: impl FnOnce(&mut ChunkDecoder) -> T) -> T {
+        let lock = || self.decoders.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = lock().pop();
+        let mut decoder = kept.unwrap_or_else(|| self.reader.decoder());
+        let result = with(&mut decoder);
+        lock().push(decoder);
+        result
+    }
+
+    /// Checks a chunk that is stored as it is, if nobody has.
+    fn check(&self, number: u64) -> Result<(), ServeError> {
+        let word = usize::try_from(number >> 6).ok();
+        let word = word.and_then(|word| self.checked.get(word));
+        let bit = 1 << (number & 63);
+        if word.is_some_and(|word| word.load(Ordering::Acquire) & bit != 0) {
+            return Ok(());
+        }
+        self.with_decoder(|decoder| self.reader.read_chunk(decoder, number).map(drop))?;
+        if let Some(word) = word {
+            word.fetch_or(bit, Ordering::AcqRel);
+        }
+        Ok(())
+    }
+}
+
+/// Guest memory that is in one chunk.
+struct Stored {
+    chunk: Chunk,
+    range: GpaRange,
+    /// Where it begins in the chunk's data, in bytes.
+    inside: u64,
+}
+
+impl<S: RangeSource> PageSource for CheckpointSource<S> {
+    fn layout(&self) -> &RamLayout {
+        &self.reader.info().layout
+    }
+
+    fn run_at(&self, at: Gpa) -> Result<Run, ServeError> {
+        let missing = || ServeError::NotInSnapshot { at };
+        if let Some(stored) = self.stored(at)? {
+            return Ok(Run {
+                range: stored.range,
+                content: Content::Bytes,
+            });
+        }
+        let page = self.reader.info().page_size;
+        let run = self.reader.run_of(at.pfn(page)).ok_or_else(missing)?;
+        let word = match run.content {
+            PageContent::Fill { word } | PageContent::Free { word } => word,
+            _ => 0,
+        };
+        Ok(Run {
+            range: run.frames.gpa_range(page).ok_or_else(missing)?,
+            content: Content::Fill(word),
+        })
+    }
+
+    fn read<'b>(&self, range: GpaRange, buffer: &'b mut Vec<u8>) -> Result<Piece<'b>, ServeError> {
+        let at = range.start();
+        let missing = || ServeError::NotInSnapshot { at };
+        let stored = self.stored(at)?.ok_or_else(missing)?;
+        let len = length(range)?;
+        let inside = at.offset_from(stored.range.start());
+        let inside = inside.and_then(|skipped| stored.inside.checked_add(skipped));
+        let inside = inside.filter(|_| range.end() <= stored.range.end());
+        let inside = inside.ok_or_else(missing)?;
+        if stored.chunk.plain {
+            self.check(stored.chunk.number)?;
+            buffer.resize(len, 0);
+            self.reader
+                .read_plain(stored.chunk.number, inside, buffer)?;
+            return Ok(Piece::Own(buffer));
+        }
+        let block = self.block(stored.chunk.number)?;
+        let start = usize::try_from(inside).map_err(|_| missing())?;
+        let end = start.checked_add(len).filter(|end| *end <= block.len());
+        Ok(Piece::Shared {
+            part: start..end.ok_or_else(missing)?,
+            block,
+        })
+    }
+
+    fn by_need(&self) -> Vec<GpaRange> {
+        let mut out: Vec<(u8, GpaRange)> = Vec::new();
+        for run in self.reader.runs() {
+            let zero = matches!(
+                run.content,
+                PageContent::Absent
+                    | PageContent::Zero
+                    | PageContent::Fill { word: 0 }
+                    | PageContent::Free { word: 0 }
+            );
+            if zero {
+                continue;
+            }
+            let Some(range) = run.frames.gpa_range(self.reader.info().page_size) else {
+                continue;
+            };
+            out.push((need(run.class), range));
+        }
+        out.sort_by_key(|(need, range)| (*need, range.start()));
+        out.into_iter().map(|(_, range)| range).collect()
+    }
+}
+
+/// What a guest that runs on touches sooner has a lower number.
+const fn need(class: PageClass) -> u8 {
+    match class {
+        PageClass::Kernel => 0,
+        PageClass::PageTable => 1,
+        PageClass::Slab => 2,
+        PageClass::Anonymous => 3,
+        _ => 4,
+    }
+}
+
+impl<S> fmt::Debug for CheckpointSource<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CheckpointSource")
+            .field("reader", &self.reader)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, Compression, SaveOptions};
+    use sonicshot::{DropClasses, Fill, GuestBytes, GuestMemory, MappedRegions, PageMap, PageSize};
+    use sonicshot::{Pfn, PfnRange, PrunePlan};
+
+    const PAGE: usize = 4096;
+    const PAGES: usize = 100;
+
+    /// A page that no other is like; every third stretch is zero.
+    fn saved(page: usize) -> [u8; PAGE] {
+        let mut out = [0; PAGE];
+        if page / 7 % 3 != 1 {
+            for (at, byte) in out.iter_mut().enumerate() {
+                *byte = u8::try_from(page + at / 700 + 1).unwrap();
+            }
+        }
+        out
+    }
+
+    /// Free pages hold garbage, and are to read as 0xaa.
+    fn expected(page: usize) -> [u8; PAGE] {
+        if (40..45).contains(&page) {
+            [0xaa; PAGE]
+        } else {
+            saved(page)
+        }
+    }
+
+    fn source(compression: Compression, cache: u64) -> CheckpointSource<Vec<u8>> {
+        let ram: Vec<u8> = (0..PAGES).flat_map(saved).collect();
+        let guest = MappedRegions::new(vec![(Gpa::new(1 << 20), GuestBytes::from_slice(&ram))]);
+        let guest = guest.unwrap();
+        let mut map = PageMap::new(guest.layout(), PageSize::SIZE_4K);
+        map.set(
+            PfnRange::new(Pfn::new(256 + 40), Pfn::new(256 + 45)),
+            PageClass::FreeBuddy,
+        );
+        map.set(
+            PfnRange::new(Pfn::new(256 + 60), Pfn::new(256 + 70)),
+            PageClass::Kernel,
+        );
+        let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Byte(0xaa));
+        let info = CheckpointInfo::new(guest.layout().clone(), PageSize::SIZE_4K);
+        let mut options = SaveOptions::new(compression);
+        options.chunk_size = 16 << 10;
+        let mut writer = CheckpointWriter::new(Vec::new(), info, options).unwrap();
+        writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+        let reader = CheckpointReader::new(writer.finish().unwrap().0).unwrap();
+        CheckpointSource::new(reader, cache, Arc::default())
+    }
+
+    /// Every page by itself, and each run whole.
+    fn check(source: &CheckpointSource<Vec<u8>>) {
+        let mut buffer = Vec::new();
+        for page in 0..PAGES {
+            let at = Gpa::new((1 << 20) + (page * PAGE) as u64);
+            let run = source.run_at(at).unwrap();
+            assert!(run.range.contains(at));
+            let right = expected(page);
+            match run.content {
+                Content::Fill(word) => {
+                    let words = right.as_chunks::<8>().0;
+                    assert!(
+                        words.iter().all(|found| *found == word.to_le_bytes()),
+                        "{page}"
+                    );
+                }
+                Content::Bytes => {
+                    let one = GpaRange::with_len(at, PAGE as u64).unwrap();
+                    let piece = source.read(one, &mut buffer).unwrap();
+                    assert!(piece.bytes() == right, "page {page}");
+                    let piece = source.read(run.range, &mut buffer).unwrap();
+                    assert_eq!(piece.bytes().len() as u64, run.range.len());
+                    let inside = at.offset_from(run.range.start()).unwrap();
+                    let inside = usize::try_from(inside).unwrap();
+                    assert!(piece.bytes()[inside..inside + PAGE] == right, "page {page}");
+                    let wide = GpaRange::new(at, run.range.end().checked_add(1).unwrap());
+                    assert!(source.read(wide, &mut buffer).is_err());
+                }
+            }
+        }
+        for outside in [0, (1 << 20) + (PAGES * PAGE) as u64] {
+            assert!(source.run_at(Gpa::new(outside)).is_err());
+        }
+    }
+
+    #[test]
+    fn every_page_reads_as_it_was_saved() {
+        for compression in [Compression::None, Compression::Lz4, Compression::ZSTD] {
+            for cache in [0, 20 << 10, 1 << 30] {
+                check(&source(compression, cache));
+            }
+        }
+    }
+
+    #[test]
+    fn chunks_are_decompressed_once_while_there_is_room() {
+        let roomy = source(Compression::Lz4, 1 << 20);
+        check(&roomy);
+        let missed = roomy.metrics.cache_misses();
+        assert!(missed > 1);
+        check(&roomy);
+        assert_eq!(roomy.metrics.cache_misses(), missed);
+        let none = source(Compression::Lz4, 0);
+        check(&none);
+        let missed = none.metrics.cache_misses();
+        check(&none);
+        assert!(none.metrics.cache_misses() > missed && none.cache.weight() == 0);
+    }
+
+    #[test]
+    fn a_plain_chunk_that_is_damaged_is_told() {
+        let source = source(Compression::None, 0);
+        let stored = source.stored(Gpa::new(1 << 20)).unwrap().unwrap();
+        let mut bytes = source.reader.source().clone();
+        // The first chunk begins behind the header, which is 4096 bytes long.
+        bytes[4096 + 5] ^= 1;
+        let damaged = CheckpointReader::new(bytes).unwrap();
+        let damaged = CheckpointSource::new(damaged, 0, Arc::default());
+        let read = |source: &CheckpointSource<Vec<u8>>| {
+            source.read(stored.range, &mut Vec::new()).map(drop)
+        };
+        read(&source).unwrap();
+        let error = read(&damaged).unwrap_err();
+        assert!(error.to_string().contains("damaged"), "{error}");
+        // And again: it is not taken for checked.
+        assert!(read(&damaged).is_err());
+    }
+
+    #[test]
+    fn the_kernel_comes_first() {
+        let order = source(Compression::Lz4, 0).by_need();
+        let first = order.first().unwrap().start();
+        assert_eq!(first, Gpa::new((1 << 20) + 60 * PAGE as u64));
+        assert!(order.iter().all(|range| !range.is_empty()));
+    }
+}

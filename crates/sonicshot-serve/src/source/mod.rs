@@ -1,0 +1,86 @@
+//! Where a guest's memory comes from.
+
+mod checkpoint;
+mod memory;
+#[cfg(feature = "server")]
+mod open;
+
+pub use self::checkpoint::CheckpointSource;
+pub use self::memory::MemorySource;
+#[cfg(feature = "server")]
+pub use self::open::{OpenedSource, open_source};
+use crate::error::ServeError;
+use core::ops::Range;
+use sonicshot::{Gpa, GpaRange, RamLayout};
+use std::sync::Arc;
+
+/// What a stretch of guest memory reads as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Bytes that the source has.
+    Bytes,
+    /// This word, little-endian, over and over from the start of each page. 0 for pages that were
+    /// left out, as a rule.
+    Fill(u64),
+}
+
+/// A stretch of guest memory of one kind of content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Where it is. Of [`Content::Bytes`] no more than is had at once.
+    pub range: GpaRange,
+    /// What is there.
+    pub content: Content,
+}
+
+/// Bytes that a source has handed out.
+#[derive(Debug)]
+pub enum Piece<'b> {
+    /// A part of what many share.
+    Shared {
+        /// All of it.
+        block: Arc<[u8]>,
+        /// The part.
+        part: Range<usize>,
+    },
+    /// In the buffer that was given.
+    Own(&'b [u8]),
+}
+
+impl Piece<'_> {
+    /// The bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Shared { block, part } => block.get(part.clone()).unwrap_or_default(),
+            Self::Own(bytes) => bytes,
+        }
+    }
+}
+
+/// A guest's memory as it was saved. Many virtual machines are served from one, by a thread each.
+pub trait PageSource: Send + Sync {
+    /// The guest's RAM. The same on every call.
+    fn layout(&self) -> &RamLayout;
+
+    /// What is at `at`, and how far: a stretch that holds `at`, of whole pages but for the edges
+    /// of RAM. Its bytes, if it has such, can be [`read`](Self::read) at once or in part.
+    ///
+    /// # Errors
+    /// [`ServeError::NotInSnapshot`] if that is no RAM.
+    fn run_at(&self, at: Gpa) -> Result<Run, ServeError>;
+
+    /// The bytes of `range`, which is in a run of [`Content::Bytes`]; all of them.
+    ///
+    /// # Errors
+    /// Why they cannot be read.
+    fn read<'b>(&self, range: GpaRange, buffer: &'b mut Vec<u8>) -> Result<Piece<'b>, ServeError>;
+
+    /// All that is not zero, what a guest needs sooner first.
+    fn by_need(&self) -> Vec<GpaRange>;
+}
+
+/// As many bytes as `range` has.
+pub(crate) fn length(range: GpaRange) -> Result<usize, ServeError> {
+    usize::try_from(range.len()).map_err(|_| ServeError::NotInSnapshot { at: range.start() })
+}

@@ -1,0 +1,143 @@
+//! From a path to a source.
+
+use super::{CheckpointSource, MemorySource, PageSource};
+use crate::error::ServeError;
+use crate::metrics::Metrics;
+use crate::set::PageSet;
+use sonicshot::checkpoint::CheckpointReader;
+use sonicshot_offline::{CheckpointFile, OpenOptions, Snapshot};
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+/// The blob of a checkpoint that is its working set, as text.
+const SET: &str = "working-set";
+
+/// A source, and what came with it.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct OpenedSource {
+    /// The guest's memory.
+    pub source: Arc<dyn PageSource>,
+    /// The working set that the checkpoint carries (its blob `working-set`).
+    pub set: Option<PageSet>,
+}
+
+impl core::fmt::Debug for OpenedSource {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("OpenedSource")
+            .field("layout", self.source.layout())
+            .field("set", &self.set)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Opens what `path` names: a checkpoint, a whole or pruned raw file, a mapped-ram file, the
+/// folder of a VMM's snapshot, or whatever else `sonicshot` reads. Of a checkpoint at most `cache`
+/// bytes are kept decompressed.
+///
+/// # Errors
+/// [`ServeError::Snapshot`] if it cannot be read, or it is not known where in the guest it lies;
+/// [`ServeError::Set`] or [`ServeError::SetOfAnother`] if it carries what is no working set of it.
+pub fn open_source(
+    path: &Path,
+    options: &OpenOptions,
+    cache: u64,
+    metrics: Arc<Metrics>,
+) -> Result<OpenedSource, ServeError> {
+    if CheckpointFile::is_at(path)? {
+        let reader = CheckpointFile::open(path)?.into_reader();
+        let set = set_in(&reader, path)?;
+        let source = Arc::new(CheckpointSource::new(reader, cache, metrics));
+        return Ok(OpenedSource { source, set });
+    }
+    let memory = Snapshot::open(path, options)?.guest_memory()?;
+    let source = Arc::new(MemorySource::new(memory));
+    Ok(OpenedSource { source, set: None })
+}
+
+fn set_in(reader: &CheckpointReader<File>, path: &Path) -> Result<Option<PageSet>, ServeError> {
+    let Some((_, len)) = reader.blobs().find(|(name, _)| *name == SET) else {
+        return Ok(None);
+    };
+    let wrong = |what| ServeError::Set {
+        path: path.to_owned(),
+        line: 1,
+        what,
+    };
+    if len > PageSet::MAX_FILE {
+        return Err(wrong("the blob working-set is too long"));
+    }
+    let text = String::from_utf8(reader.read_blob(SET)?);
+    let text = text.map_err(|_| wrong("the blob working-set is no text"))?;
+    PageSet::from_text(&text, path, &reader.info().layout).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, SaveOptions};
+    use sonicshot::{DropClasses, Fill, Gpa, GpaRange, GuestBytes, GuestMemory};
+    use sonicshot::{MappedRegions, PageMap, PageSize, PrunePlan};
+
+    fn checkpoint(blob: Option<&[u8]>) -> tempfile::NamedTempFile {
+        let ram = vec![1; 16 * 4096];
+        let guest = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        let map = PageMap::new(guest.layout(), PageSize::SIZE_4K);
+        let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
+        let info = CheckpointInfo::new(guest.layout().clone(), PageSize::SIZE_4K);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let options = SaveOptions::default();
+        let mut writer = CheckpointWriter::new(file.reopen().unwrap(), info, options).unwrap();
+        if let Some(blob) = blob {
+            writer.blob(SET, blob).unwrap();
+        }
+        writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+        writer.finish().unwrap();
+        file
+    }
+
+    #[test]
+    fn a_checkpoint_may_carry_its_working_set() {
+        let open = |blob: Option<&[u8]>| {
+            let file = checkpoint(blob);
+            open_source(file.path(), &OpenOptions::new(), 0, Arc::default())
+        };
+        assert_eq!(open(None).unwrap().set, None);
+        let range = |first: u64, end: u64| GpaRange::new(Gpa::new(first), Gpa::new(end));
+        let set = PageSet::from_ranges(vec![range(4096, 8192), range(0x8000, 0x9000)]);
+        let opened = open(Some(set.to_text().as_bytes())).unwrap();
+        assert_eq!(opened.set, Some(set));
+        for (blob, another) in [
+            (&b"\xff"[..], false),
+            (b"", false),
+            (b"sonicshot working set 1\n0x10000-0x11000\n", true),
+        ] {
+            let error = open(Some(blob)).unwrap_err();
+            assert_eq!(
+                matches!(error, ServeError::SetOfAnother { .. }),
+                another,
+                "{error:?}"
+            );
+            assert_eq!(
+                matches!(error, ServeError::Set { .. }),
+                !another,
+                "{error:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_a_source() {
+        // Of a file of zeroes with a layout that is given.
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let mut options = OpenOptions::new();
+        options.layout = Some("flat".parse().unwrap());
+        let opened = open_source(file.path(), &options, 0, Arc::default());
+        match opened {
+            Ok(opened) => assert_eq!(opened.source.layout().bytes(), 1 << 20),
+            Err(error) => panic!("{}", error.with_causes()),
+        }
+    }
+}

@@ -1,0 +1,415 @@
+//! Memory of this process.
+#![expect(unsafe_code, reason = "guest memory is a mapping here")]
+
+use crate::guest::{PAGE, PAGES, REGIONS, expected, layout, open, save};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use sonicshot::checkpoint::Compression;
+use sonicshot::{Gpa, GpaRange, RamLayout};
+use sonicshot_serve::{
+    CheckpointSource, Content, HostAddress, Metrics, PageSet, PageSource, Piece, Prefetch, Run,
+    ServeError, Uffd, Vm, VmOptions, VmRegion,
+};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+const HUGE: usize = 2 << 20;
+
+/// Fresh memory, registered.
+struct Memory {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: no page is used by two threads at a time.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn new(len: usize, huge: bool) -> Self {
+        let mut flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        if huge {
+            flags |= MapFlags::HUGETLB;
+        }
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping, wherever the kernel likes.
+        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), len, access, flags) };
+        let start = NonNull::new(start.unwrap().cast()).unwrap();
+        Self { start, len }
+    }
+
+    fn register(&self) -> Uffd {
+        let uffd = Uffd::new().unwrap();
+        // SAFETY: nobody has touched it, and who will can wait.
+        unsafe { uffd.register(self.start, self.len) }.unwrap();
+        uffd
+    }
+
+    fn at(&self, page: usize) -> NonNull<u8> {
+        assert!(page * PAGE < self.len);
+        // SAFETY: inside the mapping.
+        unsafe { self.start.add(page * PAGE) }
+    }
+
+    fn read(&self, page: usize) -> [u8; PAGE] {
+        // SAFETY: mapped, and not written meanwhile.
+        unsafe { self.at(page).cast::<[u8; PAGE]>().read_volatile() }
+    }
+
+    fn write(&self, page: usize, byte: u8) {
+        // SAFETY: as above.
+        unsafe {
+            self.at(page)
+                .cast::<[u8; PAGE]>()
+                .write_volatile([byte; PAGE]);
+        };
+    }
+
+    fn remove(&self, page: usize, count: usize) {
+        let (at, len) = (self.at(page).as_ptr().cast(), count * PAGE);
+        // SAFETY: pages of the mapping, to which there are no references.
+        unsafe { madvise(at, len, Advice::LinuxDontNeed) }.unwrap();
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`, and nobody has a reference.
+        unsafe { munmap(self.start.as_ptr().cast(), self.len) }.unwrap();
+    }
+}
+
+/// The guest's two regions, one behind the other.
+fn regions(memory: &Memory, page: usize) -> Vec<VmRegion> {
+    let mut host = memory.start.as_ptr().addr() as u64;
+    let mut out = Vec::new();
+    for (start, pages) in REGIONS {
+        let len = (pages * PAGE) as u64;
+        out.push(VmRegion {
+            guest: GpaRange::with_len(Gpa::new(start), len).unwrap(),
+            host: HostAddress::new(host),
+            page: page as u64,
+        });
+        host += len;
+    }
+    out
+}
+
+fn options(prefetch: Prefetch, around: u64, metrics: &Arc<Metrics>) -> VmOptions {
+    let mut options = VmOptions::default();
+    options.prefetch = prefetch;
+    options.around = around;
+    options.metrics = Arc::clone(metrics);
+    options
+}
+
+fn source(compression: Compression, metrics: &Arc<Metrics>) -> Arc<dyn PageSource> {
+    let file = save(compression);
+    Arc::new(CheckpointSource::new(
+        open(&file),
+        1 << 20,
+        Arc::clone(metrics),
+    ))
+}
+
+fn check(memory: &Memory) {
+    std::thread::scope(|scope| {
+        for thread in 0..3 {
+            scope.spawn(move || {
+                for step in 0..PAGES {
+                    let page = (step * 1021 + thread * 1000) % PAGES;
+                    assert!(memory.read(page) == expected(page), "page {page}");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_guest_finds_its_memory() {
+    for compression in [Compression::None, Compression::Lz4, Compression::ZSTD] {
+        for (prefetch, around) in [
+            (Prefetch::Nothing, 0),
+            (Prefetch::Nothing, 64 << 10),
+            (Prefetch::Everything, 0),
+        ] {
+            let metrics = Arc::new(Metrics::default());
+            let memory = Memory::new(PAGES * PAGE, false);
+            let uffd = memory.register();
+            let source = source(compression, &metrics);
+            let options = options(prefetch, around, &metrics);
+            let vm = Vm::start(source, uffd, &regions(&memory, PAGE), options).unwrap();
+            check(&memory);
+            if prefetch == Prefetch::Nothing && around == 0 {
+                assert_eq!(metrics.prefetched_bytes(), 0);
+            }
+            if around > 0 {
+                assert!(
+                    metrics.faults() < PAGES as u64 * 2 / 3,
+                    "{}",
+                    metrics.faults()
+                );
+            }
+            vm.finish().unwrap();
+            if prefetch == Prefetch::Nothing && around == 0 {
+                assert!(metrics.faults() >= PAGES as u64);
+            }
+            check(&memory);
+        }
+    }
+}
+
+#[test]
+fn a_set_is_there_before_it_is_asked_for() {
+    let metrics = Arc::new(Metrics::default());
+    let memory = Memory::new(PAGES * PAGE, false);
+    let uffd = memory.register();
+    let mut options = options(Prefetch::Set, 0, &metrics);
+    // Stretches with kept, free and zero pages, over both regions.
+    let range = |first: usize, end: usize, base: u64| {
+        GpaRange::new(
+            Gpa::new(base + (first * PAGE) as u64),
+            Gpa::new(base + (end * PAGE) as u64),
+        )
+    };
+    let set = PageSet::from_ranges(vec![range(10, 200, 0), range(0, 94, 4 << 30)]);
+    options.set = Arc::new(set);
+    let source = source(Compression::Lz4, &metrics);
+    let vm = Vm::start(source, uffd, &regions(&memory, PAGE), options).unwrap();
+    let start = Instant::now();
+    let kept = (10..200).chain(1024..1118);
+    let kept = kept.filter(|page| expected(*page) != [0; PAGE]).count() as u64;
+    while metrics.prefetched_bytes() < kept * PAGE as u64 {
+        assert!(start.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Zeroes are put in place too, in order: the last page is kept.
+    assert!(expected(1117) != [0; PAGE]);
+    for page in (10..200).chain(1024..1118) {
+        assert!(memory.read(page) == expected(page), "page {page}");
+    }
+    assert_eq!(metrics.faults(), 0);
+    assert!(memory.read(5) == expected(5));
+    // It is counted behind the guest's back.
+    while metrics.faults() == 0 {
+        assert!(start.elapsed() < Duration::from_secs(20));
+        std::thread::yield_now();
+    }
+    assert_eq!(metrics.prefetched_bytes(), kept * PAGE as u64);
+    drop(vm);
+}
+
+/// Whether so much memory can be had in pages of 2 MiB.
+fn huge_pages(count: usize) -> bool {
+    let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    let free = free.ok().and_then(|free| free.trim().parse::<usize>().ok());
+    free.is_some_and(|free| free >= count)
+}
+
+#[test]
+fn huge_pages_are_put_together_and_given_back() {
+    let need = PAGES * PAGE / HUGE;
+    if !sonicshot_testkit::has("six free huge pages of 2 MiB", huge_pages(need)) {
+        return;
+    }
+    for prefetch in [Prefetch::Nothing, Prefetch::Everything] {
+        let metrics = Arc::new(Metrics::default());
+        let memory = Memory::new(PAGES * PAGE, true);
+        let uffd = memory.register();
+        let source = source(Compression::Lz4, &metrics);
+        // What was said of small pages is noticed.
+        let wrong = Uffd::new().unwrap();
+        let small = Vm::start(
+            Arc::clone(&source),
+            wrong,
+            &regions(&memory, PAGE),
+            VmOptions::default(),
+        );
+        assert!(small.is_err());
+        let options = options(prefetch, 0, &metrics);
+        let vm = Vm::start(source, uffd, &regions(&memory, HUGE), options).unwrap();
+        // One that the source has, and one that is gone before it is touched.
+        assert!(memory.read(700) == expected(700));
+        memory.remove(512, 512);
+        memory.remove(1024, 512);
+        for page in 0..PAGES {
+            let right = if (512..1536).contains(&page) {
+                [0; PAGE]
+            } else {
+                expected(page)
+            };
+            assert!(memory.read(page) == right, "page {page}");
+        }
+        vm.finish().unwrap();
+    }
+}
+
+/// Pages that say which they are, from a source that takes its time, at random.
+struct Numbered {
+    layout: RamLayout,
+    state: AtomicU64,
+}
+
+const ROUND_PAGES: usize = 512;
+
+fn numbered(page: usize) -> [u8; PAGE] {
+    [page as u8 | 1; PAGE]
+}
+
+impl Numbered {
+    fn random(&self) -> u64 {
+        let next = self
+            .state
+            .fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        let z = (next ^ (next >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z ^ (z >> 31)
+    }
+}
+
+impl PageSource for Numbered {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn run_at(&self, at: Gpa) -> Result<Run, ServeError> {
+        // Four pages at once.
+        let start = Gpa::new(at.raw() & !0x3fff);
+        let range = GpaRange::with_len(start, 0x4000).unwrap();
+        let content = Content::Bytes;
+        Ok(Run { range, content })
+    }
+
+    fn read<'b>(&self, range: GpaRange, buffer: &'b mut Vec<u8>) -> Result<Piece<'b>, ServeError> {
+        buffer.clear();
+        for page in range.start().raw() / 4096..range.end().raw() / 4096 {
+            buffer.extend(numbered(page as usize));
+        }
+        match self.random() % 8 {
+            0 => std::thread::yield_now(),
+            1 => std::thread::sleep(Duration::from_micros(30)),
+            _ => {}
+        }
+        Ok(Piece::Own(buffer))
+    }
+
+    fn by_need(&self) -> Vec<GpaRange> {
+        self.layout.regions().to_vec()
+    }
+}
+
+/// Prefetch races removes, writes and reads: 10,000 rounds, each of a random stretch of pages.
+#[test]
+fn what_was_given_back_never_comes_again() {
+    const MACHINES: u64 = 100;
+    const ROUNDS: usize = 50;
+    let layout = GpaRange::with_len(Gpa::ZERO, (ROUND_PAGES * PAGE) as u64).unwrap();
+    let removed = AtomicU64::new(0);
+    let mut raced = 0;
+    for machine in 0..MACHINES {
+        let memory = Memory::new(ROUND_PAGES * PAGE, false);
+        let uffd = memory.register();
+        let source = Arc::new(Numbered {
+            layout: RamLayout::new(vec![layout]).unwrap(),
+            state: AtomicU64::new(machine * 1_000_003),
+        });
+        let metrics = Arc::new(Metrics::default());
+        let around = if machine.is_multiple_of(2) {
+            64 << 10
+        } else {
+            0
+        };
+        let options = options(Prefetch::Everything, around, &metrics);
+        let region = VmRegion {
+            guest: layout,
+            host: HostAddress::new(memory.start.as_ptr().addr() as u64),
+            page: PAGE as u64,
+        };
+        let vm = Vm::start(Arc::clone(&source) as _, uffd, &[region], options).unwrap();
+        std::thread::scope(|scope| {
+            for half in 0..2 {
+                let (memory, source, removed) = (&memory, &source, &removed);
+                scope.spawn(move || half_of(memory, source, half, ROUNDS, removed));
+            }
+        });
+        vm.finish().unwrap();
+        raced += u64::from(metrics.removed_bytes() > 0);
+    }
+    // In others all was in place before the first was given back.
+    assert!(raced > MACHINES / 4, "{raced}");
+    assert!(removed.load(Ordering::Relaxed) > MACHINES * ROUNDS as u64 / 2);
+}
+
+/// Works on one half of the memory, and knows what must be in it.
+fn half_of(memory: &Memory, source: &Numbered, half: usize, rounds: usize, removed: &AtomicU64) {
+    let base = half * ROUND_PAGES / 2;
+    let mut model: Vec<Option<u8>> = vec![None; ROUND_PAGES / 2];
+    for round in 0..rounds {
+        let random = source.random();
+        let first = random as usize % (model.len() - 8);
+        let count = 1 + (random >> 32) as usize % 8;
+        if random >> 40 & 1 == 0 {
+            memory.remove(base + first, count);
+            model[first..first + count].fill(Some(0));
+            removed.fetch_add(1, Ordering::Relaxed);
+        } else if random >> 41 & 1 == 0 {
+            memory.write(base + first, round as u8);
+            model[first] = Some(round as u8);
+        }
+        for (page, model) in model.iter().enumerate().skip(first).take(count) {
+            let right = model.map_or(numbered(base + page), |byte| [byte; PAGE]);
+            let found = memory.read(base + page);
+            assert!(found == right, "page {page}: {} {model:?}", found[0]);
+        }
+    }
+    for (page, model) in model.iter().enumerate() {
+        let right = model.map_or(numbered(base + page), |byte| [byte; PAGE]);
+        assert!(memory.read(base + page) == right, "page {page} at the end");
+    }
+}
+
+#[test]
+fn regions_that_cannot_be_are_refused() {
+    let metrics = Arc::new(Metrics::default());
+    let source = source(Compression::None, &metrics);
+    let memory = Memory::new(PAGES * PAGE, false);
+    let good = regions(&memory, PAGE);
+    let start = |regions: &[VmRegion]| {
+        let vm = Vm::start(
+            Arc::clone(&source),
+            memory.register(),
+            regions,
+            VmOptions::default(),
+        );
+        vm.map(drop).unwrap_err()
+    };
+    let with = |change: fn(&mut VmRegion)| {
+        let mut regions = good.clone();
+        change(&mut regions[1]);
+        regions
+    };
+    let host = |region: &mut VmRegion, raw: u64| region.host = HostAddress::new(raw);
+    let outside = start(&with(|region| {
+        region.guest = GpaRange::with_len(Gpa::new(5 << 30), 4096).unwrap();
+    }));
+    assert!(matches!(outside, ServeError::NotInLayout { .. }));
+    let unmapped = start(&with(|region| region.host = HostAddress::new(1 << 20)));
+    assert!(matches!(
+        unmapped,
+        ServeError::Uffd {
+            operation: "UFFDIO_REGISTER",
+            ..
+        }
+    ));
+    let mut twice = good.clone();
+    host(&mut twice[1], good[0].host.raw());
+    assert!(matches!(
+        start(&twice),
+        ServeError::Overlap {
+            in_guest: false,
+            ..
+        }
+    ));
+    let odd = start(&with(|region| region.page = 3 << 12));
+    assert!(matches!(odd, ServeError::PageSize { .. }));
+    assert_eq!(layout().regions().len(), 2);
+}
