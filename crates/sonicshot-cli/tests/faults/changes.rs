@@ -9,7 +9,6 @@ use super::kills::Draw;
 use super::tracer::{Act, At, Run};
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -307,8 +306,8 @@ impl Tally {
 }
 
 /// `tries` of each change to each file of each job, or of one of `share` of them.
-fn tally(jobs: &[Job], tries: u64, share: u64) -> BTreeMap<String, Tally> {
-    let mut out: BTreeMap<String, Tally> = BTreeMap::new();
+fn tally(jobs: &[Job], tries: u64, share: u64) -> Tally {
+    let mut sum = Tally::default();
     let mut draw = Draw::new(11);
     for job in jobs.iter().filter(|job| wanted(job)) {
         let files = job.changed_files();
@@ -329,30 +328,31 @@ fn tally(jobs: &[Job], tries: u64, share: u64) -> BTreeMap<String, Tally> {
                 path,
             };
             let of_changed = case.of_changed();
-            let name = format!("{change:?} of {}: {}", path.display(), job.name);
-            let tally = out.entry(name).or_default();
+            let mut tally = Tally::default();
             for number in 0..tries.div_ceil(part) {
                 if let Some((run, end)) = case.change(&mut draw, number % 2 == 0) {
                     tally.judge(&case, &of_changed, &run, &end);
                 }
             }
+            // At once: all of it may take an hour.
+            println!(
+                "{change:?} of {}: {}: {}",
+                path.display(),
+                job.name,
+                tally.text()
+            );
+            for (what, count) in &tally.examples {
+                println!("    {count} x {what}");
+            }
+            sum.add(&tally);
         }
     }
-    out
+    sum
 }
 
 fn check(jobs: &[Job], tries: u64, share: u64) {
-    let found = tally(jobs, tries, share);
-    let mut text = String::new();
-    let mut sum = Tally::default();
-    for (name, tally) in &found {
-        sum.add(tally);
-        writeln!(text, "{name}: {}", tally.text()).unwrap();
-        for (what, count) in &tally.examples {
-            writeln!(text, "    {count} x {what}").unwrap();
-        }
-    }
-    println!("{text}{}", sum.text());
+    let sum = tally(jobs, tries, share);
+    println!("{}", sum.text());
     assert!(sum.tries > 0 || std::env::var_os("SONICSHOT_FAULT_ONLY").is_some());
     assert_eq!((sum.signals, sum.wrong), (0, 0));
 }
