@@ -35,6 +35,18 @@ pub enum DumpError {
         /// The value found there.
         value: u64,
     },
+    /// The file contradicts its own format in one of its items, whose place in it is not told.
+    #[error("{}: {what} {number} (value {value:#x})", path.display())]
+    MalformedItem {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong of which kind of item.
+        what: &'static str,
+        /// Which one, the first being 0.
+        number: u64,
+        /// The value found there.
+        value: u64,
+    },
     /// The compressed content is damaged or cut short.
     #[error("{} cannot be decompressed", path.display())]
     Compressed {
@@ -473,31 +485,14 @@ impl DumpError {
     pub(crate) fn malformed(
         path: &Path,
         what: &'static str,
-        offset: impl PlaceInFile,
+        offset: FileOffset,
         value: u64,
     ) -> Self {
         Self::Malformed {
             path: path.to_owned(),
             what,
-            offset: offset.place(),
+            offset,
             value,
         }
-    }
-}
-
-/// Where something is wrong, as a reader of a format counts.
-pub(crate) trait PlaceInFile {
-    fn place(self) -> FileOffset;
-}
-
-impl PlaceInFile for FileOffset {
-    fn place(self) -> FileOffset {
-        self
-    }
-}
-
-impl PlaceInFile for u64 {
-    fn place(self) -> FileOffset {
-        FileOffset::new(self)
     }
 }

@@ -192,6 +192,15 @@ macro_rules! half_open_range {
                 Self { start, end }
             }
 
+            /// The range from `start` up to, but without, `end`; `None` if `end` is below `start`.
+            #[must_use]
+            pub const fn between(start: $point, end: $point) -> Option<Self> {
+                if end.0 < start.0 {
+                    return None;
+                }
+                Some(Self { start, end })
+            }
+
             #[doc = concat!("The range of `len` ", $unit, " from `start`, unless it wraps.")]
             #[must_use]
             pub const fn with_len(start: $point, len: u64) -> Option<Self> {

@@ -54,6 +54,28 @@ impl FileOffset {
     }
 }
 
+impl FileRange {
+    /// The stretches of `len` bytes (not 0) that make up the range, the first at its beginning; the
+    /// last is what is left.
+    ///
+    /// ```
+    /// use sonicshot::{FileOffset, FileRange};
+    /// let range = FileRange::new(FileOffset::new(1), FileOffset::new(10));
+    /// let ends: Vec<u64> = range.pieces(4).map(|piece| piece.end().raw()).collect();
+    /// assert_eq!(ends, [5, 9, 10]);
+    /// ```
+    pub fn pieces(self, len: u64) -> impl Iterator<Item = Self> + use<> {
+        let mut rest = self;
+        std::iter::from_fn(move || {
+            let piece = rest.start().checked_add(len);
+            let end = piece.map_or(rest.end(), |end| end.min(rest.end()));
+            let piece = Self::new(rest.start(), end);
+            rest = Self::new(end, rest.end());
+            (!piece.is_empty()).then_some(piece)
+        })
+    }
+}
+
 impl fmt::LowerHex for FileOffset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::LowerHex::fmt(&self.0, f)

@@ -45,7 +45,7 @@ pub(crate) struct Image {
     /// `None`: the migration file is in the image as it is.
     pub compression: Option<Compression>,
     /// Where the migration file begins.
-    pub payload_at: u64,
+    pub payload_at: FileOffset,
 }
 
 impl Image {
@@ -119,7 +119,7 @@ impl Spool {
         let original = file.try_clone().map_err(reading())?;
         let mut packed = file.try_clone().map_err(reading())?;
         packed
-            .seek(SeekFrom::Start(image.payload_at))
+            .seek(SeekFrom::Start(image.payload_at.raw()))
             .map_err(reading())?;
         let packed = io::BufReader::with_capacity(PIECE, packed);
         let beside = match path.parent() {

@@ -13,7 +13,8 @@ use crate::backing::plain::open_content;
 use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::lime::{HEADER_LEN, Record};
 use sonicshot::{
-    Bytes, FileBytes, FileContent, Gpa, GpaRange, GuestMemory, MemoryError, RamLayout,
+    Bytes, FileBytes, FileContent, FileOffset, FileRange, Gpa, GpaRange, GuestMemory, MemoryError,
+    RamLayout,
 };
 use std::fmt;
 use std::fs::File;
@@ -62,7 +63,7 @@ pub(crate) struct AvmlFile {
     layout: RamLayout,
     /// Sorted by guest address, disjoint.
     chunks: Vec<Chunk>,
-    cache: BlockCache<u64>,
+    cache: BlockCache<FileOffset>,
 }
 
 /// A stretch of RAM that is compressed by itself.
@@ -70,8 +71,7 @@ pub(crate) struct AvmlFile {
 struct Chunk {
     guest: GpaRange,
     /// The chunk with its own header, or the bytes themselves.
-    from: u64,
-    stored_len: u64,
+    file: FileRange,
     compressed: bool,
 }
 
@@ -112,21 +112,21 @@ impl AvmlFile {
             .filter(|chunk| chunk.guest.contains(at))
     }
 
-    fn stored(&self, from: u64, len: u64) -> Option<FileBytes<'_>> {
-        self.content
-            .bytes()
-            .get(usize::try_from(from).ok()?, usize::try_from(len).ok()?)
+    fn stored(&self, range: FileRange) -> Option<FileBytes<'_>> {
+        self.content.bytes().part(range.start().raw(), range.len())
     }
 
     /// Decompresses a chunk, and checks its sum.
     fn decompress(&self, chunk: &Chunk) -> Result<Vec<u8>, DumpError> {
-        let bad = |what| DumpError::malformed(&self.path, what, chunk.from, chunk.stored_len);
+        let file = chunk.file;
+        let bad = |what| DumpError::malformed(&self.path, what, file.start(), file.len());
         let stored = self
-            .stored(chunk.from, chunk.stored_len)
+            .stored(file)
             .ok_or_else(|| bad("a chunk beyond the end: truncated"))?;
         // Both lengths were bounded when the chunk was found.
+        let size = usize::try_from(chunk.guest.len());
+        let mut out = vec![0; size.map_err(|_| bad("a chunk of an impossible length"))?];
         let mut copy = vec![0; stored.len()];
-        let mut out = vec![0; usize::try_from(chunk.guest.len()).unwrap_or(0)];
         let mut decoder = stored
             .copy_to(&mut copy)
             .then(|| snap::read::FrameDecoder::new(STREAM.chain(copy.as_slice())))
@@ -169,7 +169,7 @@ impl GuestMemory for AvmlFile {
             if chunk.compressed {
                 let inside = usize::try_from(inside).map_err(|_| not_ram())?;
                 self.cache
-                    .read(chunk.from, inside, now, || self.decompress(chunk))
+                    .read(chunk.file.start(), inside, now, || self.decompress(chunk))
                     .map_err(|source| MemoryError::Backend {
                         range,
                         source: Box::new(
@@ -180,8 +180,10 @@ impl GuestMemory for AvmlFile {
                     })?
                     .ok_or_else(not_ram)?;
             } else {
-                let from = chunk.from.checked_add(inside).ok_or_else(not_ram)?;
-                let bytes = self.stored(from, len).ok_or_else(not_ram)?;
+                let from = chunk.file.start().checked_add(inside);
+                let from = from.and_then(|from| FileRange::with_len(from, len));
+                let bytes = from.and_then(|from| self.stored(from));
+                let bytes = bytes.ok_or_else(not_ram)?;
                 if !bytes.copy_to(now) {
                     return Err(not_ram());
                 }
@@ -205,31 +207,31 @@ impl fmt::Debug for AvmlFile {
 /// Finds the chunks of all records, by their headers alone.
 fn chunks_of(path: &Path, data: FileBytes<'_>) -> Result<Vec<Chunk>, DumpError> {
     let file_len = data.len() as u64;
+    let file_end = FileOffset::new(file_len);
     let mut walk = Walk {
         path,
         data,
         limit: SMALL_CHUNKS.saturating_add(file_len.checked_div(CHUNK_LEN).unwrap_or(0)),
         chunks: Vec::new(),
     };
-    let mut at = 0;
-    while at < file_len {
+    let mut at = FileOffset::ZERO;
+    while at < file_end {
         let record = Record::read(path, data, at)?;
-        let body = at.saturating_add(HEADER_LEN);
+        let cut = || walk.bad("a record beyond the end: truncated", at, record.guest.len());
+        let body = at.checked_add(HEADER_LEN).ok_or_else(cut)?;
         at = match (record.magic, record.version) {
             (AVML_MAGIC, 2) => walk.stream(record.guest, body)?,
             // Uncompressed: what `avml` writes without --compress is LiME's own format.
             (LIME_MAGIC | AVML_MAGIC, 1) => {
-                let end = body.checked_add(record.guest.len());
-                let end = end.filter(|end| *end <= file_len).ok_or_else(|| {
-                    walk.bad("a record beyond the end: truncated", at, record.guest.len())
-                })?;
+                let file = FileRange::with_len(body, record.guest.len())
+                    .filter(|file| file.end() <= file_end)
+                    .ok_or_else(cut)?;
                 walk.push(Chunk {
                     guest: record.guest,
-                    from: body,
-                    stored_len: record.guest.len(),
+                    file,
                     compressed: false,
                 })?;
-                end
+                file.end()
             }
             (AVML_MAGIC | LIME_MAGIC, version) => {
                 return Err(walk.bad("an unknown version of AVML", at, version.into()));
@@ -248,45 +250,46 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn bad(&self, what: &'static str, offset: u64, value: u64) -> DumpError {
+    fn bad(&self, what: &'static str, offset: FileOffset, value: u64) -> DumpError {
         DumpError::malformed(self.path, what, offset, value)
     }
 
     fn push(&mut self, chunk: Chunk) -> Result<(), DumpError> {
         if self.chunks.len() as u64 >= self.limit {
-            return Err(self.bad("too many small chunks", chunk.from, self.limit));
+            return Err(self.bad("too many small chunks", chunk.file.start(), self.limit));
         }
         self.chunks.push(chunk);
         Ok(())
     }
 
     /// Walks the stream at `begin`, which holds `guest`. Returns where the next record begins.
-    fn stream(&mut self, guest: GpaRange, begin: u64) -> Result<u64, DumpError> {
+    fn stream(&mut self, guest: GpaRange, begin: FileOffset) -> Result<FileOffset, DumpError> {
+        let file_end = FileOffset::new(self.data.len() as u64);
         let mut left = guest;
         let mut at = begin;
         while !left.is_empty() {
-            let header = self.data.le_at::<u32>(at);
+            let header = self.data.le_at::<u32>(at.raw());
             let header = header
                 .ok_or_else(|| self.bad("a stream that is cut off: truncated", at, left.len()))?;
             // A byte for the kind, three for the length.
             let [kind, ..] = header.to_le_bytes();
             let len = u64::from(header >> 8);
-            let body = at.saturating_add(4);
-            let next = body.saturating_add(len);
-            if next > self.data.len() as u64 {
-                return Err(self.bad("a chunk beyond the end: truncated", at, len));
-            }
+            let body = at.checked_add(4);
+            let body = body.and_then(|body| FileRange::with_len(body, len));
+            let body = body
+                .filter(|body| body.end() <= file_end)
+                .ok_or_else(|| self.bad("a chunk beyond the end: truncated", at, len))?;
             if at == begin && kind != 0xff {
                 return Err(self.bad("no Snappy stream", at, kind.into()));
             }
             // Data comes after a sum of 4 bytes.
             let data = len.saturating_sub(4);
             let size = match kind {
-                0x00 => self.claimed(body.saturating_add(4)),
+                0x00 => body.start().checked_add(4).and_then(|at| self.claimed(at)),
                 0x01 => Some(data),
                 // The begin of the stream, padding, and what may be passed over.
                 0x80..=0xff => {
-                    at = next;
+                    at = body.end();
                     continue;
                 }
                 _ => None,
@@ -303,30 +306,28 @@ impl Walk<'_> {
             if size > 0 {
                 self.push(Chunk {
                     guest: GpaRange::new(left.start(), end),
-                    from: at,
-                    stored_len: next.saturating_sub(at),
+                    file: FileRange::new(at, body.end()),
                     compressed: true,
                 })?;
             }
             left = GpaRange::new(end, left.end());
-            at = next;
+            at = body.end();
         }
         // Then its length.
-        let length = self.data.le_at::<u64>(at);
-        let length = length
-            .ok_or_else(|| self.bad("a record without its length: truncated", at, guest.len()))?;
-        if length != at.saturating_sub(begin) {
+        let cut = || self.bad("a record without its length: truncated", at, guest.len());
+        let length = self.data.le_at::<u64>(at.raw()).ok_or_else(cut)?;
+        if at.offset_from(begin) != Some(length) {
             return Err(self.bad("a stream of another length than recorded", at, length));
         }
-        Ok(at.saturating_add(8))
+        at.checked_add(8).ok_or_else(cut)
     }
 
     /// How long a Snappy block says it is: a number in groups of 7 bits, the lowest first. More
     /// than three groups are more than any chunk has.
-    fn claimed(&self, at: u64) -> Option<u64> {
+    fn claimed(&self, at: FileOffset) -> Option<u64> {
         let mut size = 0;
         for (group, shift) in [(0, 0), (1, 7), (2, 14)] {
-            let byte: u8 = self.data.le_at(at.checked_add(group)?)?;
+            let byte: u8 = self.data.le_at(at.checked_add(group)?.raw())?;
             size |= u64::from(byte & 0x7f) << shift;
             if byte & 0x80 == 0 {
                 return Some(size);
@@ -422,7 +423,7 @@ mod tests {
         let mut file = Vec::new();
         compressed(&mut file, 0x1000, &pattern(3000, true));
         compressed(&mut file, 0x8000, &pattern(200, false));
-        let first = open(&file).unwrap().chunks[1].from - 42;
+        let first = open(&file).unwrap().chunks[1].file.start().raw() - 42;
         for len in 1..file.len() {
             assert_eq!(open(&file[..len]).is_ok(), len as u64 == first, "{len}");
         }

@@ -251,35 +251,29 @@ fn packed(bytes: &[u8]) -> Result<Vec<Range>, serde_json::Error> {
 fn layout(path: &Path, len: u64) -> Result<LayoutSpec, DumpError> {
     let state = read_json(path)?;
     let ranges = ranges_of(&state).map_err(json_error(path))?;
-    let malformed = |what, index: usize, value| DumpError::Malformed {
+    let malformed = |what, index: usize, value| DumpError::MalformedItem {
         path: path.to_owned(),
         what,
-        offset: FileOffset::new(index as u64),
+        number: index as u64,
         value,
     };
     if ranges.len() > MAX_RANGES {
-        return Err(malformed(
-            "the number of memory ranges",
-            0,
+        let what = "the number of memory ranges";
+        return Err(DumpError::malformed(
+            path,
+            what,
+            FileOffset::ZERO,
             ranges.len() as u64,
         ));
     }
     let mut layout = Vec::with_capacity(ranges.len());
     for (index, Range { gpa, length }) in ranges.iter().copied().enumerate() {
         if !gpa.is_multiple_of(PAGE) {
-            return Err(malformed(
-                "the address of a memory range (by number)",
-                index,
-                gpa,
-            ));
+            return Err(malformed("the address of memory range", index, gpa));
         }
         let range = GpaRange::with_len(Gpa::new(gpa), length);
         let Some(range) = range.filter(|_| length.is_multiple_of(PAGE) && length > 0) else {
-            return Err(malformed(
-                "the length of a memory range (by number)",
-                index,
-                length,
-            ));
+            return Err(malformed("the length of memory range", index, length));
         };
         layout.push(range);
     }
@@ -288,11 +282,7 @@ fn layout(path: &Path, len: u64) -> Result<LayoutSpec, DumpError> {
     for [(_, below), (index, above)] in sorted.array_windows() {
         if above.start() < below.end() {
             let at = above.start().raw();
-            return Err(malformed(
-                "a memory range (by number) in another",
-                *index,
-                at,
-            ));
+            return Err(malformed("inside another lies memory range", *index, at));
         }
     }
     let described = layout
@@ -474,7 +464,7 @@ fn read_json(path: &Path) -> Result<Vec<u8>, DumpError> {
         return Err(DumpError::malformed(
             path,
             "a state of this length",
-            0,
+            FileOffset::ZERO,
             MAX_STATE,
         ));
     }
@@ -493,7 +483,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use serde_json::{Value, json};
-    use sonicshot::ControlRegisters;
+    use sonicshot::x86_64::ControlRegisters;
     use std::fs;
 
     /// The state as a version of Cloud Hypervisor packs it.

@@ -12,7 +12,8 @@
 
 use crate::format::kdump::read::{Note, notes_in};
 use crate::processors::{self, Halted, Registers};
-use sonicshot::{Bytes, ControlRegisters, GuestMemory, Processor, Processors};
+use sonicshot::x86_64::ControlRegisters;
+use sonicshot::{Bytes, GuestMemory, Processor, Processors};
 
 /// The only version of `QEMUCPUState`; what is added to it comes behind.
 const VERSION: u32 = 1;

@@ -234,7 +234,7 @@ fn read_metadata(path: &Path, len: u64) -> Result<Vec<u8>, DumpError> {
     let read = limited.read_to_end(&mut bytes).map_err(reading())? as u64;
     if read > most {
         let what = "metadata of this length";
-        return Err(DumpError::malformed(path, what, 0, read));
+        return Err(DumpError::malformed(path, what, FileOffset::ZERO, read));
     }
     Ok(bytes)
 }
@@ -257,7 +257,12 @@ fn extents(
     let mut at = FileOffset::ZERO;
     let mut claimed = 0_u64;
     for (number, region) in (0_u64..).zip(metadata.regions) {
-        let bad = |what, value| DumpError::malformed(path, what, number, value);
+        let bad = |what, value| DumpError::MalformedItem {
+            path: path.to_owned(),
+            what,
+            number,
+            value,
+        };
         let Region {
             base,
             size,
@@ -269,11 +274,11 @@ fn extents(
         }];
         let guest = GpaRange::with_len(Gpa::new(base), size);
         let guest = guest.filter(|_| base.is_multiple_of(PAGE) && size.is_multiple_of(PAGE));
-        let guest = guest.ok_or_else(|| bad("the place of a region (by number)", base))?;
+        let guest = guest.ok_or_else(|| bad("the place of region", base))?;
         claimed = claimed.saturating_add(size);
         let mut end = 0_u64;
         for stretch in stretches.as_deref().unwrap_or(&whole) {
-            let wrong = || bad("a stretch of a region (by number)", stretch.start);
+            let wrong = || bad("a stretch of region", stretch.start);
             let in_order = end <= stretch.start && stretch.start < stretch.end;
             if !in_order
                 || stretch.end > size
@@ -290,13 +295,13 @@ fn extents(
             at = at.checked_add(data.len()).ok_or_else(wrong)?;
             end = stretch.end;
         }
-        let cut = || bad("the length of a region (by number)", size);
+        let cut = || bad("the length of region", size);
         extents.extend(zeroes(&guest, end, size).ok_or_else(cut)?);
     }
     let stored = len.saturating_add(metadata_len);
     if claimed > stored.saturating_mul(MAX_SPARSENESS).saturating_add(SMALL) {
         let what = "regions of more memory than the file can be of";
-        return Err(DumpError::malformed(path, what, 0, claimed));
+        return Err(DumpError::malformed(path, what, FileOffset::ZERO, claimed));
     }
     if at.raw() != len {
         return Err(DumpError::LayoutLength {

@@ -98,7 +98,7 @@ impl ByCopy for Diff {
                                 DumpError::malformed(
                                     source.path(),
                                     "a stretch beyond 64 bits",
-                                    offset.raw(),
+                                    offset,
                                     0,
                                 )
                             };

@@ -225,7 +225,8 @@ fn memory_of(path: &Path, entries: &[Entry]) -> Result<Option<(PathBuf, PathBuf)
 #[cfg(test)]
 mod tests {
     use super::{MAX_PROCESSORS, MAX_STATE, is_state, processors_in, sregs_in};
-    use sonicshot::{ControlRegisters, Processor};
+    use sonicshot::Processor;
+    use sonicshot::x86_64::ControlRegisters;
 
     /// Four processors' structures between others, as `bitcode` 0.6 and `bincode` 2 pack them with
     /// `kvm-bindings` 0.14: two that run, two that were never started.

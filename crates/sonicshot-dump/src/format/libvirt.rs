@@ -10,14 +10,17 @@ use crate::DumpError;
 use crate::backing::spool::{Compression, Image, Spool};
 use crate::format::kind::{Format, Kind, Source};
 use crate::format::qemu;
-use sonicshot::{Cursor, CutShort, FileBytes};
+use sonicshot::{Cursor, CutShort, FileBytes, FileOffset};
 use std::path::Path;
 
 pub(crate) const KIND: Kind = Kind::by_magic("libvirt", &[MAGIC], open);
 
 /// An image that is complete.
 pub(crate) const MAGIC: &[u8; 16] = b"LibvirtQemudSave";
-const HEADER_LEN: u64 = 92;
+const HEADER_LEN: FileOffset = FileOffset::new(92);
+const VERSION_AT: FileOffset = FileOffset::new(16);
+const DATA_LEN: FileOffset = FileOffset::new(20);
+const FORMAT: FileOffset = FileOffset::new(28);
 const VERSION: u32 = 2;
 /// The XML of a domain, with its snapshots and what else there is, is shorter.
 const MAX_DATA: u32 = 1 << 28;
@@ -35,7 +38,7 @@ fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {
 fn parse(path: &Path, data: FileBytes<'_>) -> Result<Image, DumpError> {
     let malformed =
         |what, offset, value: u32| Err(DumpError::malformed(path, what, offset, u64::from(value)));
-    let mut header = Cursor::at(data, MAGIC.len() as u64);
+    let mut header = Cursor::at(data, VERSION_AT.raw());
     let mut read = || {
         let (version, data_len) = (header.le::<u32>()?, header.le::<u32>()?);
         header.skip(4)?;
@@ -45,22 +48,24 @@ fn parse(path: &Path, data: FileBytes<'_>) -> Result<Image, DumpError> {
     };
     let Ok((version, data_len, format)) = read() else {
         let what = "the end of the file inside the header";
-        return malformed(what, MAGIC.len() as u64, 0);
+        return malformed(what, VERSION_AT, 0);
     };
     // A host of the other byte order.
     let swapped = version.swap_bytes() == VERSION;
     let in_order = |word: u32| if swapped { word.swap_bytes() } else { word };
     let (data_len, format) = (in_order(data_len), in_order(format));
     if version != VERSION && !swapped {
-        return malformed("the version of a libvirt save image", 16, version);
+        return malformed("the version of a libvirt save image", VERSION_AT, version);
     }
     if data_len > MAX_DATA {
-        return malformed("the length of the domain's description", 20, data_len);
+        return malformed("the length of the domain's description", DATA_LEN, data_len);
     }
-    let payload_at = HEADER_LEN.saturating_add(u64::from(data_len));
-    if payload_at >= data.len() as u64 {
-        return malformed("a domain's description beyond the end", 20, data_len);
-    }
+    let payload_at = HEADER_LEN.checked_add(data_len.into());
+    let payload_at = payload_at.filter(|at| at.raw() < data.len() as u64);
+    let Some(payload_at) = payload_at else {
+        let what = "a domain's description beyond the end";
+        return malformed(what, DATA_LEN, data_len);
+    };
     let unsupported = |kind| {
         let path = path.to_owned();
         Err(DumpError::Unsupported { path, kind })
@@ -73,7 +78,7 @@ fn parse(path: &Path, data: FileBytes<'_>) -> Result<Image, DumpError> {
         2 => return unsupported("a libvirt save image compressed with bzip2"),
         3 => return unsupported("a libvirt save image compressed with xz"),
         4 => return unsupported("a libvirt save image compressed with lzop"),
-        other => return malformed("the format of a libvirt save image", 28, other),
+        other => return malformed("the format of a libvirt save image", FORMAT, other),
     };
     Ok(Image {
         compression,

@@ -5,7 +5,7 @@ use crate::DumpError;
 use crate::backing::Stored;
 use crate::backing::plain::{Extent, PlainDump};
 use crate::format::kind::{Format, Kind, Source, boxed};
-use sonicshot::{Cursor, CutShort, FileBytes, FileOffset, Gpa, GpaRange};
+use sonicshot::{Cursor, CutShort, FileBytes, FileOffset, FileRange, Gpa, GpaRange};
 use std::path::Path;
 
 pub(crate) const KIND: Kind = Kind::by_magic("lime", &[b"EMiL"], |source| open(source).map(boxed));
@@ -26,7 +26,11 @@ pub(crate) struct Record {
 
 impl Record {
     /// Reads the header at `at`. `None` in the result's place is a header that is cut off.
-    pub(crate) fn read(path: &Path, data: FileBytes<'_>, at: u64) -> Result<Self, DumpError> {
+    pub(crate) fn read(
+        path: &Path,
+        data: FileBytes<'_>,
+        at: FileOffset,
+    ) -> Result<Self, DumpError> {
         let bad = |what, value| DumpError::malformed(path, what, at, value);
         let cut = |_: CutShort| {
             bad(
@@ -34,7 +38,7 @@ impl Record {
                 data.len() as u64,
             )
         };
-        let mut header = Cursor::at(data, at);
+        let mut header = Cursor::at(data, at.raw());
         let (magic, version) = (header.le().map_err(cut)?, header.le().map_err(cut)?);
         let start = header.le().map_err(cut)?;
         let last: u64 = header.le().map_err(cut)?;
@@ -73,10 +77,10 @@ impl Format for LimeDump {
 /// Where the records of the LiME file `data` lie, sorted. Ranges that overlap are found out by
 /// [`PlainDump::new`](crate::backing::plain::PlainDump::new).
 fn extents(path: &Path, data: FileBytes<'_>) -> Result<Vec<Extent>, DumpError> {
-    let file_len = data.len() as u64;
+    let file_end = FileOffset::new(data.len() as u64);
     let mut extents = Vec::new();
-    let mut at = 0_u64;
-    while at < file_len {
+    let mut at = FileOffset::ZERO;
+    while at < file_end {
         let bad = |what, value| DumpError::malformed(path, what, at, value);
         let record = Record::read(path, data, at)?;
         if record.magic != MAGIC {
@@ -85,19 +89,19 @@ fn extents(path: &Path, data: FileBytes<'_>) -> Result<Vec<Extent>, DumpError> {
         if record.version != 1 {
             return Err(bad("an unknown version of LiME", record.version.into()));
         }
-        let offset = at.saturating_add(HEADER_LEN);
-        let end = offset.checked_add(record.guest.len());
-        let end = end
-            .filter(|end| *end <= file_len)
+        let body = at.checked_add(HEADER_LEN);
+        let body = body
+            .and_then(|body| FileRange::with_len(body, record.guest.len()))
+            .filter(|body| body.end() <= file_end)
             .ok_or_else(|| bad("a record beyond the end: truncated", record.guest.len()))?;
         if extents.len() >= MAX_RECORDS {
             return Err(bad("too many records", MAX_RECORDS as u64));
         }
         extents.push(Extent {
             guest: record.guest,
-            offset: Some(FileOffset::new(offset)),
+            offset: Some(body.start()),
         });
-        at = end;
+        at = body.end();
     }
     extents.sort_unstable_by_key(|extent| extent.guest);
     Ok(extents)

@@ -101,7 +101,7 @@ pub(crate) fn copy_kept(dump: &PlainDump, work: Copying<'_>) -> Result<(), DumpE
 }
 
 fn beyond(dump: &PlainDump, at: FileOffset) -> DumpError {
-    DumpError::malformed(dump.path(), "a stretch beyond 64 bits", at.raw(), 0)
+    DumpError::malformed(dump.path(), "a stretch beyond 64 bits", at, 0)
 }
 
 /// What of such a file is to be punched.
@@ -127,7 +127,7 @@ fn extents(path: &Path, len: u64, spec: &LayoutSpec) -> Result<Vec<Extent>, Dump
         });
         offset = offset
             .checked_add(guest.len())
-            .ok_or_else(|| DumpError::malformed(path, "a layout beyond 64 bits", 0, len))?;
+            .ok_or_else(|| DumpError::malformed(path, "a layout beyond 64 bits", offset, len))?;
     }
     if offset.raw() != len {
         return Err(DumpError::LayoutLength {

@@ -78,7 +78,7 @@ impl<'a> Copier<'a> {
     }
 
     fn beyond(&self, from: FileRange) -> DumpError {
-        let (start, len) = (from.start().raw(), from.len());
+        let (start, len) = (from.start(), from.len());
         DumpError::malformed(self.dump.path(), "a stretch beyond the end", start, len)
     }
 

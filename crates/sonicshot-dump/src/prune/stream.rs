@@ -47,7 +47,7 @@ fn copy_stream(
     let writing = || DumpError::io("writing", output.path());
     let behind = |at: FileOffset, len: u64| {
         let what = "a stretch beyond 64 bits";
-        let beyond = || DumpError::malformed(dump.path(), what, at.raw(), len);
+        let beyond = || DumpError::malformed(dump.path(), what, at, len);
         at.checked_add(len).ok_or_else(beyond)
     };
     let mut at = FileOffset::ZERO;
@@ -128,7 +128,7 @@ pub(crate) fn append(
     from: FileRange,
     out: &mut Vec<u8>,
 ) -> Result<(), DumpError> {
-    let (start, len) = (from.start().raw(), from.len());
+    let (start, len) = (from.start(), from.len());
     let beyond = || DumpError::malformed(dump.path(), "a stretch beyond the end", start, len);
     let there = dump.bytes_in(from).ok_or_else(beyond)?;
     let old = out.len();
@@ -155,8 +155,9 @@ pub(crate) fn write(
     let mut compression = None;
     if let Some((file, image)) = stream.packed_in() {
         // At most what libvirt's header may say.
-        let len = usize::try_from(image.payload_at);
-        let len = len.map_err(|_| DumpError::malformed(path, "a header too long", 0, 0))?;
+        let len = usize::try_from(image.payload_at.raw());
+        let len =
+            len.map_err(|_| DumpError::malformed(path, "a header too long", image.payload_at, 0))?;
         let mut header = vec![0; len];
         file.read_exact_at(&mut header, 0)
             .map_err(DumpError::io("reading", path))?;

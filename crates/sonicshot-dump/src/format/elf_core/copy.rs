@@ -16,7 +16,7 @@ struct Piece {
     /// The number of the input's segment that it is a part of.
     source: usize,
     segment: Segment,
-    from: u64,
+    from: FileOffset,
 }
 
 /// Splits a segment at the dropped pages: each piece is data that is kept, followed by memory
@@ -120,7 +120,7 @@ pub(super) fn copy(dump: &PlainDump, core: &ElfCore, work: Copying<'_>) -> Resul
     }
     let (mut pieces, joined) = join_smallest_gaps(pieces, MAX_SEGMENTS);
     stats.joined = joined;
-    let len = lay_out(&mut pieces).ok_or_else(|| refuse("it has more segments than a core can"))?;
+    let end = lay_out(&mut pieces).ok_or_else(|| refuse("it has more segments than a core can"))?;
     // Segments may share data, as the kernel's text does in `/proc/vmcore`, which is then copied
     // for each of them. A crafted file must not fill the disk so.
     let data = pieces.iter().map(|piece| piece.segment.file_len);
@@ -132,7 +132,7 @@ pub(super) fn copy(dump: &PlainDump, core: &ElfCore, work: Copying<'_>) -> Resul
     let head = wire::headers(core.machine, &segments)
         .ok_or_else(|| refuse("it has more segments than a core can"))?;
     let writing = || DumpError::io("writing", output.path());
-    output.file().set_len(len).map_err(writing())?;
+    output.file().set_len(end.raw()).map_err(writing())?;
     output.file().write_all_at(&head, 0).map_err(writing())?;
     let mut copier = Copier::new(dump, output, kept_total, work.progress);
     for piece in &pieces {
@@ -152,14 +152,14 @@ fn dropped(core: &ElfCore, goes: &PrunePlan) -> (u64, u64) {
     })
 }
 
-/// Gives each piece its place in the file, and returns how long that is.
-fn lay_out(pieces: &mut [Piece]) -> Option<u64> {
+/// Gives each piece its place in the file, and returns where that ends.
+fn lay_out(pieces: &mut [Piece]) -> Option<FileOffset> {
     const ALIGN: u64 = 4096;
-    let mut at = wire::headers_len(pieces.len())?;
+    let mut at = wire::headers_end(pieces.len())?;
     for piece in pieces {
         // A page of a mapped file can then be a page of memory.
         if piece.segment.kind == PT_LOAD {
-            at = at.checked_next_multiple_of(ALIGN)?;
+            at = at.checked_align_up(ALIGN)?;
         }
         piece.segment.offset = at;
         at = at.checked_add(piece.segment.file_len)?;
@@ -175,21 +175,21 @@ fn copy_piece(
 ) -> Result<Option<()>, DumpError> {
     let Piece { segment, from, .. } = piece;
     let Some(filled) = segment.filled() else {
-        let data = FileRange::with_len(FileOffset::new(*from), segment.file_len);
+        let data = FileRange::with_len(*from, segment.file_len);
         let Some(data) = data else { return Ok(None) };
-        copier.copy(data, FileOffset::new(segment.offset))?;
+        copier.copy(data, segment.offset)?;
         return Ok(Some(()));
     };
     // Where pieces were joined, dropped pages lie inside: they are passed over.
     for kept in goes.kept_in(filled) {
         let inside = kept.start().offset_from(filled.start());
         let from = inside.and_then(|inside| from.checked_add(inside));
-        let from = from.and_then(|from| FileRange::with_len(FileOffset::new(from), kept.len()));
+        let from = from.and_then(|from| FileRange::with_len(from, kept.len()));
         let to = inside.and_then(|inside| segment.offset.checked_add(inside));
         let (Some(from), Some(to)) = (from, to) else {
             return Ok(None);
         };
-        copier.copy(from, FileOffset::new(to))?;
+        copier.copy(from, to)?;
     }
     Ok(Some(()))
 }

@@ -5,7 +5,7 @@
 
 use crate::DumpError;
 use crate::backing::plain::Extent;
-use sonicshot::{Architecture, Bytes, FileBytes, FileOffset, Gpa, GpaRange};
+use sonicshot::{Architecture, Bytes, FileBytes, FileOffset, FileRange, Gpa, GpaRange};
 use std::path::Path;
 
 pub(crate) const HEADER_LEN: usize = 64;
@@ -33,6 +33,15 @@ const MAX_VMCOREINFO: u32 = 1 << 16;
 /// Notes that are carried along: a few hundred bytes for each processor.
 const MAX_KEPT_NOTES: u32 = 16 << 20;
 
+/// Where the header says what is read of it.
+const CLASS: FileOffset = FileOffset::new(4);
+const TYPE: FileOffset = FileOffset::new(16);
+const MACHINE: FileOffset = FileOffset::new(18);
+const SEGMENTS: FileOffset = FileOffset::new(32);
+const SECTIONS: FileOffset = FileOffset::new(40);
+const SEGMENT_SIZE: FileOffset = FileOffset::new(54);
+const SEGMENT_COUNT: FileOffset = FileOffset::new(56);
+
 /// The processor of that `e_machine`.
 pub(crate) fn machine(path: &Path, number: u16) -> Result<Architecture, DumpError> {
     match number {
@@ -40,7 +49,7 @@ pub(crate) fn machine(path: &Path, number: u16) -> Result<Architecture, DumpErro
         EM_AARCH64 => Ok(Architecture::Aarch64),
         other => {
             let what = "a machine that is neither x86-64 nor arm64";
-            Err(DumpError::malformed(path, what, 18, other.into()))
+            Err(DumpError::malformed(path, what, MACHINE, other.into()))
         }
     }
 }
@@ -49,23 +58,23 @@ pub(crate) fn machine(path: &Path, number: u16) -> Result<Architecture, DumpErro
 const MAX_COUNTED: usize = PN_XNUM as usize - 1;
 const SECTION_LEN: usize = 64;
 
-/// How long the header of a core, its `count` program headers and what counts them are, in bytes;
-/// `None` if no core has so many.
-pub(crate) fn headers_len(count: usize) -> Option<u64> {
+/// Where the header of a core, its `count` program headers and what counts them end; `None` if no
+/// core has so many.
+pub(crate) fn headers_end(count: usize) -> Option<FileOffset> {
     if u32::try_from(count).is_ok_and(|count| count > MAX_SEGMENTS) {
         return None;
     }
     let section = if count > MAX_COUNTED { SECTION_LEN } else { 0 };
     let segments = SEGMENT_LEN.checked_mul(count)?;
     let len = segments.checked_add(HEADER_LEN)?.checked_add(section)?;
-    u64::try_from(len).ok()
+    u64::try_from(len).ok().map(FileOffset::new)
 }
 
 /// The header of a core with `segments`, whose headers follow; behind those, if they are more than
-/// 16 bits count, the section that does. As long as [`headers_len`] says; `None` if no core has
-/// so many.
+/// 16 bits count, the section that does. They end where [`headers_end`] says;
+/// `None` if no core has so many.
 pub(crate) fn headers(machine: Architecture, segments: &[Segment]) -> Option<Vec<u8>> {
-    headers_len(segments.len())?;
+    headers_end(segments.len())?;
     let count = u32::try_from(segments.len()).ok()?;
     let extended = segments.len() > MAX_COUNTED;
     let counted = if extended {
@@ -111,7 +120,7 @@ pub(crate) fn headers(machine: Architecture, segments: &[Segment]) -> Option<Vec
 pub(crate) struct Segment {
     pub kind: u32,
     pub flags: u32,
-    pub offset: u64,
+    pub offset: FileOffset,
     pub vaddr: u64,
     pub paddr: u64,
     pub file_len: u64,
@@ -133,17 +142,18 @@ pub(crate) struct ElfCore {
 
 /// A copy of the `len` bytes at `at`. All is read as [`FileBytes`], for somebody may be writing the
 /// file.
-fn copy_of(data: FileBytes<'_>, at: u64, len: u32) -> Option<Vec<u8>> {
-    data.part(at, len.into())?.copied()
+fn copy_of(data: FileBytes<'_>, at: FileOffset, len: u32) -> Option<Vec<u8>> {
+    data.part(at.raw(), len.into())?.copied()
 }
 
 impl Segment {
-    fn read(data: FileBytes<'_>, at: u64) -> Option<Self> {
-        let field = |offset: u64| data.le_at::<u64>(at.checked_add(offset)?);
+    fn read(data: FileBytes<'_>, at: FileOffset) -> Option<Self> {
+        let data = data.part(at.raw(), SEGMENT_LEN as u64)?;
+        let field = |offset: u64| data.le_at::<u64>(offset);
         Some(Self {
-            kind: data.le_at(at)?,
-            flags: data.le_at(at.checked_add(4)?)?,
-            offset: field(8)?,
+            kind: data.le_at(0)?,
+            flags: data.le_at(4)?,
+            offset: FileOffset::new(field(8)?),
             vaddr: field(16)?,
             paddr: field(24)?,
             file_len: field(32)?,
@@ -157,7 +167,7 @@ impl Segment {
         let kind = u64::from(self.kind) | u64::from(self.flags) << 32;
         let words = [
             kind,
-            self.offset,
+            self.offset.raw(),
             self.vaddr,
             self.paddr,
             self.file_len,
@@ -168,6 +178,11 @@ impl Segment {
             part.copy_from_slice(&word.to_le_bytes());
         }
         out
+    }
+
+    /// Where its data is in the file; `None` if that is beyond 64 bits.
+    pub(crate) fn data(&self) -> Option<FileRange> {
+        FileRange::with_len(self.offset, self.file_len)
     }
 
     /// How many bytes of guest RAM the segment stands for.
@@ -197,34 +212,38 @@ impl ElfCore {
     pub(crate) fn parse(path: &Path, data: FileBytes<'_>) -> Result<Self, DumpError> {
         let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
         let len = data.len() as u64;
-        let short = || bad("a file too short for an ELF header", 0, len);
-        if data.le_at::<u16>(4).ok_or_else(short)? != ELF_64_LITTLE {
+        let short = || bad("a file too short for an ELF header", FileOffset::ZERO, len);
+        if data.le_at::<u16>(CLASS.raw()).ok_or_else(short)? != ELF_64_LITTLE {
             return Err(DumpError::Unsupported {
                 path: path.to_owned(),
                 kind: "an ELF file that is not 64-bit little-endian",
             });
         }
-        let kind = data.le_at::<u16>(16).ok_or_else(short)?;
+        let kind = data.le_at::<u16>(TYPE.raw()).ok_or_else(short)?;
         if kind != ET_CORE {
             return Err(DumpError::NotADump {
                 path: path.to_owned(),
                 why: "it is an ELF file, but no core (for symbols, give it with --symbols)",
             });
         }
-        let machine = machine(path, data.le_at::<u16>(18).ok_or_else(short)?)?;
-        let table = data.le_at::<u64>(32).ok_or_else(short)?;
-        let size = data.le_at::<u16>(54).ok_or_else(short)?;
+        let machine = machine(path, data.le_at::<u16>(MACHINE.raw()).ok_or_else(short)?)?;
+        let table = FileOffset::new(data.le_at(SEGMENTS.raw()).ok_or_else(short)?);
+        let size = data.le_at::<u16>(SEGMENT_SIZE.raw()).ok_or_else(short)?;
         if usize::from(size) != SEGMENT_LEN {
-            return Err(bad("an unknown size of program headers", 54, size.into()));
+            return Err(bad(
+                "an unknown size of program headers",
+                SEGMENT_SIZE,
+                size.into(),
+            ));
         }
-        let count = data.le_at::<u16>(56).ok_or_else(short)?;
+        let count = data.le_at::<u16>(SEGMENT_COUNT.raw()).ok_or_else(short)?;
         let count = if count == PN_XNUM {
-            let sections = data.le_at::<u64>(40).ok_or_else(short)?;
+            let sections = data.le_at::<u64>(SECTIONS.raw()).ok_or_else(short)?;
             let at = sections.checked_add(44).filter(|_| sections != 0);
             at.and_then(|at| data.le_at::<u32>(at)).ok_or_else(|| {
                 bad(
                     "more segments than e_phnum holds, but no section 0",
-                    40,
+                    SECTIONS,
                     sections,
                 )
             })?
@@ -232,22 +251,25 @@ impl ElfCore {
             count.into()
         };
         if count == 0 {
-            return Err(bad("no program headers", 56, 0));
+            return Err(bad("no program headers", SEGMENT_COUNT, 0));
         }
         if count > MAX_SEGMENTS {
-            return Err(bad("an impossible number of segments", 56, count.into()));
+            return Err(bad(
+                "an impossible number of segments",
+                SEGMENT_COUNT,
+                count.into(),
+            ));
         }
         let mut segments = Vec::new();
         for number in 0..u64::from(count) {
             let at = number
                 .checked_mul(SEGMENT_LEN as u64)
                 .and_then(|offset| table.checked_add(offset));
-            let segment = at
-                .and_then(|at| Segment::read(data, at))
+            let (at, segment) = at
+                .and_then(|at| Some((at, Segment::read(data, at)?)))
                 .ok_or_else(|| bad("a program header beyond the end", table, number))?;
-            let at = at.unwrap_or(table);
-            let end = segment.offset.checked_add(segment.file_len);
-            if segment.file_len > 0 && end.is_none_or(|end| end > len) {
+            let inside = segment.data().is_some_and(|data| data.end().raw() <= len);
+            if segment.file_len > 0 && !inside {
                 return Err(bad(
                     "a segment beyond the end of the file: truncated",
                     at,
@@ -290,8 +312,11 @@ impl ElfCore {
         let mut loads = Vec::new();
         for (number, segment) in (0_u64..).zip(&self.segments) {
             if segment.guest_len() > 0 {
-                let guest = segment.guest().ok_or_else(|| {
-                    DumpError::malformed(path, "a segment beyond 64 bits", segment.paddr, number)
+                let guest = segment.guest().ok_or_else(|| DumpError::MalformedItem {
+                    path: path.to_owned(),
+                    what: "the address (beyond 64 bits) of segment",
+                    number,
+                    value: segment.paddr,
                 })?;
                 loads.push((guest, segment));
             }
@@ -306,7 +331,7 @@ impl ElfCore {
             return Err(DumpError::malformed(
                 path,
                 "too many overlapping segments",
-                56,
+                SEGMENT_COUNT,
                 count,
             ));
         }
@@ -331,7 +356,7 @@ impl ElfCore {
             return Err(DumpError::malformed(
                 path,
                 "segments that claim more memory than the file can be of",
-                56,
+                SEGMENT_COUNT,
                 claimed,
             ));
         }
@@ -358,7 +383,6 @@ fn add_extent(extents: &mut Vec<Extent>, guest: GpaRange, segment: &Segment) {
         let rest = GpaRange::new(gap.start().max(filled.end()), gap.end());
         let inside = data.start().offset_from(guest.start());
         let offset = inside.and_then(|inside| segment.offset.checked_add(inside));
-        let offset = offset.map(FileOffset::new);
         for (guest, offset) in [(data, offset), (rest, None)] {
             if !guest.is_empty() {
                 let index = extents.partition_point(|e| e.guest.start() < guest.start());
@@ -372,18 +396,19 @@ fn add_extent(extents: &mut Vec<Extent>, guest: GpaRange, segment: &Segment) {
 fn find_vmcoreinfo(data: FileBytes<'_>, segments: &[Segment]) -> Option<Vec<u8>> {
     let mut left = MAX_NOTES;
     for notes in segments.iter().filter(|segment| segment.kind == PT_NOTE) {
-        let end = notes.offset.checked_add(notes.file_len)?;
-        let mut at = notes.offset;
-        while at < end {
+        let all = notes.data()?;
+        let mut at = all.start();
+        while at < all.end() {
             left = left.checked_sub(1)?;
             let Some(note) = Note::read(data, at) else {
                 break;
             };
-            if note.text_end > end {
+            if note.text.end() > all.end() {
                 break;
             }
-            if note.is_vmcoreinfo && note.text_len <= MAX_VMCOREINFO {
-                return copy_of(data, note.text_at, note.text_len);
+            let len = u32::try_from(note.text.len()).ok()?;
+            if note.is_vmcoreinfo && len <= MAX_VMCOREINFO {
+                return copy_of(data, note.text.start(), len);
             }
             at = note.next;
         }
@@ -394,16 +419,14 @@ fn find_vmcoreinfo(data: FileBytes<'_>, segments: &[Segment]) -> Option<Vec<u8>>
 /// One note: a name and a text, each padded to 4 bytes.
 struct Note {
     is_vmcoreinfo: bool,
-    text_at: u64,
-    text_len: u32,
-    text_end: u64,
-    next: u64,
+    text: FileRange,
+    next: FileOffset,
 }
 
 impl Note {
-    fn read(data: FileBytes<'_>, at: u64) -> Option<Self> {
-        let name_len = data.le_at(at)?;
-        let text_len = data.le_at(at.checked_add(4)?)?;
+    fn read(data: FileBytes<'_>, at: FileOffset) -> Option<Self> {
+        let name_len = data.le_at(at.raw())?;
+        let text_len: u32 = data.le_at(at.checked_add(4)?.raw())?;
         let name_at = at.checked_add(12)?;
         let padded = |len: u32| u64::from(len).checked_next_multiple_of(4);
         let text_at = name_at.checked_add(padded(name_len)?)?;
@@ -412,9 +435,7 @@ impl Note {
             && copy_of(data, name_at, name_len).is_some_and(|name| name == *b"VMCOREINFO\0");
         Some(Self {
             is_vmcoreinfo,
-            text_at,
-            text_len,
-            text_end: text_at.checked_add(text_len.into())?,
+            text: FileRange::with_len(text_at, text_len.into())?,
             next: text_at.checked_add(padded(text_len)?)?,
         })
     }

@@ -16,31 +16,27 @@ pub(crate) struct Content<'a> {
     /// Where the pages of each block are.
     pub places: Vec<Places>,
     /// Where the file begins.
-    pub begin: u64,
+    pub begin: FileOffset,
     /// The sections behind the memory's first part.
     pub between: FileRange,
     /// Where what follows the memory begins.
-    pub end: u64,
+    pub end: FileOffset,
 }
 
 /// Passes over the rest of the section `ram` in a mapped-ram file, which has no pages: returns
-/// where the sections between its parts end, and where all of it ends.
+/// where the sections between its parts are, and where all of it ends.
 pub(crate) fn rest_of_ram(
     path: &Path,
     data: FileBytes<'_>,
     start: &Start,
-    after: u64,
-) -> Result<(u64, u64), DumpError> {
+    after: FileOffset,
+) -> Result<(FileRange, FileOffset), DumpError> {
     let mut cursor = Cursor::new(path, data, after);
-    let mut between = after;
-    let mut first = true;
+    let mut between = None;
     // Each turn passes over a section, so that this ends with the file.
     loop {
-        start::other_sections(&mut cursor, &mut Start::default())?;
-        if first {
-            between = cursor.at();
-            first = false;
-        }
+        start::pass_sections(&mut cursor)?;
+        let between = *between.get_or_insert(FileRange::new(after, cursor.at()));
         let kind = cursor.be::<u8>()?;
         if kind != SECTION_PART && kind != SECTION_END {
             return Err(cursor.malformed("a section among the memory's", kind.into()));
@@ -64,12 +60,8 @@ pub(crate) fn rest_of_ram(
 pub(crate) enum Places {
     /// Each for itself.
     Listed(PagePlaces),
-    /// One behind the other from here on, those with a bit.
-    InOrder {
-        bitmap: Vec<u8>,
-        at: u64,
-        pages: u64,
-    },
+    /// One behind the other, those with a bit.
+    InOrder { bitmap: Vec<u8>, pages: FileRange },
 }
 
 impl Places {
@@ -77,11 +69,10 @@ impl Places {
     pub(crate) fn iter(&self) -> Box<dyn Iterator<Item = Option<FileOffset>> + '_> {
         match self {
             Self::Listed(places) => Box::new(places.iter()),
-            Self::InOrder { bitmap, at, pages } => Box::new((0..*pages).map(move |page| {
-                // Room for all pages is in the file, as was checked when it was opened.
-                let there = at.saturating_add(page.saturating_mul(TARGET_PAGE));
-                is_set(bitmap, page).then_some(FileOffset::new(there))
-            })),
+            Self::InOrder { bitmap, pages } => {
+                let pages = (0_u64..).zip(pages.pieces(TARGET_PAGE));
+                Box::new(pages.map(|(page, place)| is_set(bitmap, page).then_some(place.start())))
+            }
         }
     }
 

@@ -21,7 +21,8 @@ use crate::format::qemu::start::{Cursor, SECTION_FOOTER, SECTION_FULL, SUBSECTIO
 use crate::processors::{Registers, host_in_memory, host_in_vmcb, host_in_vmcs12};
 use serde::Deserialize;
 use serde::de::{Deserializer, SeqAccess, Visitor};
-use sonicshot::{Bytes, ControlRegisters, FileBytes, GuestMemory, Processor};
+use sonicshot::x86_64::ControlRegisters;
+use sonicshot::{Bytes, FileBytes, FileOffset, GuestMemory, Processor};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
@@ -264,22 +265,19 @@ impl<'de> Visitor<'de> for SubsectionsVisitor {
 pub(crate) fn processors(
     path: &Path,
     data: FileBytes<'_>,
-    at: u64,
+    at: FileOffset,
     memory: &dyn GuestMemory,
 ) -> Result<Vec<Processor>, &'static str> {
-    let len = (data.len() as u64).saturating_sub(at);
+    let cut = "its devices' state is cut short";
+    let end = FileOffset::new(data.len() as u64);
+    let len = end.offset_from(at).ok_or(cut)?;
     if len > MAX_STATE {
         return Err("its devices' state is too long");
     }
-    let (start, len) = (usize::try_from(at), usize::try_from(len));
-    let (Ok(start), Ok(len)) = (start, len) else {
-        return Err("its devices' state is too long");
-    };
-    let mut state = vec![0; len];
-    let there = data.get(start, len);
-    if !there.is_some_and(|there| there.copy_to(&mut state)) {
-        return Err("its devices' state is cut short");
-    }
+    let state = data
+        .part(at.raw(), len)
+        .and_then(Bytes::copied)
+        .ok_or(cut)?;
     let mut tries = 0_usize;
     for (end, description) in descriptions(&state).take(MAX_TRIES) {
         tries = tries.saturating_add(1);
@@ -368,7 +366,7 @@ fn walk<'a>(
     end: u64,
     description: &'a Description,
 ) -> Result<Vec<Section<'a>>, DumpError> {
-    let mut cursor = Cursor::new(path, FileBytes::from_slice(state), 0);
+    let mut cursor = Cursor::new(path, FileBytes::from_slice(state), FileOffset::ZERO);
     let mut sections = Vec::new();
     let mut early = 0;
     for device in &description.devices {
@@ -378,19 +376,18 @@ fn walk<'a>(
             continue;
         }
         let number = header(&mut cursor, device)?;
-        let start = cursor.at();
-        cursor.skip(device.part.len())?;
-        let bytes = usize::try_from(start)
-            .ok()
-            .zip(usize::try_from(cursor.at()).ok())
-            .and_then(|(start, end)| state.get(start..end))
+        let start = cursor.at().raw();
+        let len = device.part.len();
+        cursor.skip(len)?;
+        let bytes = state
+            .part(start, len)
             .ok_or_else(|| cursor.malformed("the end of a section", start))?;
         if cursor.peek() == Some(SECTION_FOOTER) {
             cursor.footer(number)?;
         }
         sections.push(Section { device, bytes });
     }
-    if cursor.at() != end {
+    if cursor.at().raw() != end {
         return Err(cursor.malformed("the end of the devices' state", end));
     }
     Ok(sections)
@@ -548,7 +545,12 @@ mod tests {
         let ram = [0; 4096];
         let ram =
             MappedRegions::new(vec![(Gpa::ZERO, sonicshot::GuestBytes::from_slice(&ram))]).unwrap();
-        processors(Path::new("test"), FileBytes::from_slice(state), 0, &ram)
+        processors(
+            Path::new("test"),
+            FileBytes::from_slice(state),
+            FileOffset::ZERO,
+            &ram,
+        )
     }
 
     fn two() -> Vec<Processor> {

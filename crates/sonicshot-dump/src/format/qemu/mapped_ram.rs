@@ -21,7 +21,9 @@ use crate::prune::copy::Copier;
 use crate::prune::runs::file_runs;
 use crate::prune::stats::PruneStats;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{FileBytes, FileOffset, FileRange, GpaRange, Processors, Progress, PrunePlan};
+use sonicshot::{
+    Bytes, FileBytes, FileOffset, FileRange, GpaRange, Processors, Progress, PrunePlan,
+};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -156,7 +158,7 @@ pub(crate) struct MappedRam {
     pub stores: Vec<Store>,
     pub start: Start,
     /// Where what follows the memory's first part begins.
-    pub after: u64,
+    pub after: FileOffset,
 }
 
 /// Where a block is in the file.
@@ -165,16 +167,15 @@ pub(crate) struct Store {
     /// Where the block's parts are in the guest, end to end in the block; none if the block is
     /// kept as it is.
     ranges: Vec<GpaRange>,
-    pub len: u64,
-    bitmap_offset: u64,
-    pub pages_offset: u64,
+    bitmap: FileRange,
+    /// The room for all of its pages.
+    pages: FileRange,
 }
 
 struct Block {
     name: String,
-    len: u64,
-    bitmap_offset: u64,
-    pages_offset: u64,
+    bitmap: FileRange,
+    pages: FileRange,
 }
 
 impl MappedRam {
@@ -183,7 +184,7 @@ impl MappedRam {
     pub(crate) fn parse(
         path: &Path,
         data: FileBytes<'_>,
-        at: u64,
+        at: FileOffset,
         layout: Option<&LayoutSpec>,
     ) -> Result<Self, DumpError> {
         let mut cursor = Cursor::new(path, data, at);
@@ -202,9 +203,10 @@ impl MappedRam {
                 return Err(cursor.malformed("the number of memory blocks", total));
             }
             let block = block(&mut cursor, data.len() as u64)?;
-            total = total.saturating_add(block.len);
+            let sum = total.checked_add(block.pages.len());
+            total = sum.ok_or_else(|| cursor.malformed("the size of all memory", total))?;
             // The next block is behind the room for this one's pages.
-            cursor.seek(block.pages_offset.saturating_add(block.len));
+            cursor.seek(block.pages.end());
             blocks.push(block);
         }
         let end = cursor.be::<u64>()?;
@@ -214,13 +216,14 @@ impl MappedRam {
         cursor.footer(start.ram_section)?;
         let after = cursor.at();
         start::other_sections(&mut cursor, &mut start)?;
-        let names = blocks.iter().map(|block| (block.name.clone(), block.len));
+        let names = blocks
+            .iter()
+            .map(|block| (block.name.clone(), block.pages.len()));
         let placed = start::blocks(path, &start, layout, names.collect())?;
         let stores = placed.iter().zip(&blocks).map(|(placed, block)| Store {
             ranges: placed.ranges.clone(),
-            len: block.len,
-            bitmap_offset: block.bitmap_offset,
-            pages_offset: block.pages_offset,
+            bitmap: block.bitmap,
+            pages: block.pages,
         });
         Ok(Self {
             stores: stores.collect(),
@@ -244,12 +247,13 @@ impl MappedRam {
         // for a page each, which a file system may have compressed.
         let limit = (on_disk / MIN_STORED).saturating_add(SMALL);
         for store in self.placed() {
-            let missing = || DumpError::malformed(path, "a bitmap", store.bitmap_offset, 0);
+            let at = store.bitmap.start();
+            let missing = || DumpError::malformed(path, "a bitmap", at, 0);
             let mut marks = store.marks(data).ok_or_else(missing)?;
             let fits = store.extents(&mut marks, limit, &mut extents);
             if !fits.ok_or_else(missing)? {
                 let what = "more stretches of pages than the file has data for";
-                return Err(DumpError::malformed(path, what, store.bitmap_offset, limit));
+                return Err(DumpError::malformed(path, what, at, limit));
             }
         }
         extents.sort_by_key(|extent| extent.guest);
@@ -270,12 +274,13 @@ impl MappedRam {
     ) -> Result<Vec<(FileOffset, Vec<u8>)>, DumpError> {
         self.placed()
             .map(|store| {
+                let at = store.bitmap.start();
                 let mut bitmap = store.bitmap(path, data)?;
                 store.clear(&mut bitmap, plan).ok_or_else(|| {
                     let what = "a bitmap that does not fit its block";
-                    DumpError::malformed(path, what, store.bitmap_offset, store.len)
+                    DumpError::malformed(path, what, at, store.pages.len())
                 })?;
-                Ok((FileOffset::new(store.bitmap_offset), bitmap))
+                Ok((at, bitmap))
             })
             .collect()
     }
@@ -342,27 +347,20 @@ impl Marks<'_> {
 
 impl Store {
     fn marks<'a>(&self, data: FileBytes<'a>) -> Option<Marks<'a>> {
-        let len = self.len.div_ceil(TARGET_PAGE).div_ceil(8);
-        let (start, len) = (usize::try_from(self.bitmap_offset), usize::try_from(len));
         Some(Marks {
-            bitmap: data.get(start.ok()?, len.ok()?)?,
+            bitmap: data.part(self.bitmap.start().raw(), self.bitmap.len())?,
             piece: Vec::new(),
             at: 0,
         })
     }
 
     pub(crate) fn bitmap(&self, path: &Path, data: FileBytes<'_>) -> Result<Vec<u8>, DumpError> {
-        let len = self.len.div_ceil(TARGET_PAGE).div_ceil(8);
-        let len = usize::try_from(len).unwrap_or(usize::MAX);
-        let start = usize::try_from(self.bitmap_offset).unwrap_or(usize::MAX);
-        let missing = || DumpError::malformed(path, "a bitmap", self.bitmap_offset, 0);
+        let at = self.bitmap.start();
         // Inside the file, as `block` has checked: no more memory than the file has bytes.
-        let bytes = data.get(start, len).ok_or_else(missing)?;
-        let mut bitmap = vec![0; len];
-        if bytes.copy_to(&mut bitmap) {
-            return Ok(bitmap);
-        }
-        Err(missing())
+        let bytes = data.part(at.raw(), self.bitmap.len());
+        bytes
+            .and_then(Bytes::copied)
+            .ok_or_else(|| DumpError::malformed(path, "a bitmap", at, 0))
     }
 
     /// Adds the block's stretches; `false` if they are more than `limit` all together, `None` if
@@ -386,10 +384,10 @@ impl Store {
                     return Some(false);
                 }
                 for (guest, from) in start::place(&self.ranges, at, end.saturating_sub(at)) {
+                    let there = self.pages.start().checked_add(from)?;
                     extents.push(Extent {
                         guest,
-                        offset: first
-                            .then(|| FileOffset::new(self.pages_offset.saturating_add(from))),
+                        offset: first.then_some(there),
                     });
                 }
                 at = end;
@@ -399,19 +397,9 @@ impl Store {
     }
 
     fn holes(&self, bitmap: &[u8], holes: &mut Vec<FileRange>) {
-        for page in 0..self.len / TARGET_PAGE {
-            if is_set(bitmap, page) {
-                continue;
-            }
-            let offset = self
-                .pages_offset
-                .saturating_add(page.saturating_mul(TARGET_PAGE));
-            // Room for all pages is in the file, as was checked when it was opened.
-            let start = FileOffset::new(offset);
-            let end = FileOffset::new(offset.saturating_add(TARGET_PAGE));
-            match holes.last_mut() {
-                Some(last) if last.end() == start => *last = FileRange::new(last.start(), end),
-                _ => holes.push(FileRange::new(start, end)),
+        for (page, place) in (0_u64..).zip(self.pages.pieces(TARGET_PAGE)) {
+            if !is_set(bitmap, page) {
+                place.append_to(holes);
             }
         }
     }
@@ -449,29 +437,26 @@ fn block(cursor: &mut Cursor<'_>, file_len: u64) -> Result<Block, DumpError> {
     if page_size != TARGET_PAGE || len % TARGET_PAGE != 0 || len == 0 {
         return Err(cursor.malformed("the page size or length of a memory block", page_size));
     }
-    let bitmap_offset = cursor.be::<u64>()?;
-    let pages_offset = cursor.be::<u64>()?;
+    let bitmap_at = FileOffset::new(cursor.be()?);
+    let pages_at = FileOffset::new(cursor.be()?);
     let bitmap_len = len.div_ceil(TARGET_PAGE).div_ceil(8);
-    let bitmap_end = bitmap_offset.checked_add(bitmap_len);
-    if bitmap_offset < cursor.at() || bitmap_end.is_none_or(|end| end > pages_offset) {
-        return Err(cursor.malformed("the offset of a bitmap", bitmap_offset));
-    }
-    let end = pages_offset.checked_add(len);
-    if end.is_none_or(|end| end > file_len) {
-        return Err(cursor.malformed("the offset of a block's pages", pages_offset));
-    }
+    let bitmap = FileRange::with_len(bitmap_at, bitmap_len)
+        .filter(|bitmap| bitmap.start() >= cursor.at() && bitmap.end() <= pages_at)
+        .ok_or_else(|| cursor.malformed("the offset of a bitmap", bitmap_at.raw()))?;
+    let pages = FileRange::with_len(pages_at, len)
+        .filter(|pages| pages.end().raw() <= file_len)
+        .ok_or_else(|| cursor.malformed("the offset of a block's pages", pages_at.raw()))?;
     Ok(Block {
         name,
-        len,
-        bitmap_offset,
-        pages_offset,
+        bitmap,
+        pages,
     })
 }
 
 fn of_mapped<'a>(
     dump: &PlainDump,
     ram: &'a MappedRam,
-    begin: u64,
+    begin: FileOffset,
 ) -> Result<Content<'a>, DumpError> {
     let (path, data) = (dump.path(), dump.bytes());
     let (between, end) = rest_of_ram(path, data, &ram.start, ram.after)?;
@@ -479,18 +464,15 @@ fn of_mapped<'a>(
     for store in &ram.stores {
         // Room for all of its pages is in the file, as was checked when it was opened.
         let bitmap = store.bitmap(path, data)?;
-        places.push(Places::InOrder {
-            bitmap,
-            at: store.pages_offset,
-            pages: store.len / TARGET_PAGE,
-        });
+        let pages = store.pages;
+        places.push(Places::InOrder { bitmap, pages });
     }
     Ok(Content {
         start: &ram.start,
         blocks: &ram.blocks,
         places,
         begin,
-        between: FileRange::new(FileOffset::new(ram.after), FileOffset::new(between)),
+        between,
         end,
     })
 }
@@ -516,12 +498,11 @@ fn copy_mapped_ram(
         .chain([FileRange::new(end, end)])
     {
         if hole.start() < at {
-            let (at, hole) = (at.raw(), hole.start().raw());
             return Err(DumpError::malformed(
                 dump.path(),
                 "blocks of memory that overlap",
-                hole,
-                at,
+                hole.start(),
+                at.raw(),
             ));
         }
         copier.copy(FileRange::new(at, hole.start()), at)?;

@@ -55,7 +55,7 @@ struct Writer<'a> {
     copier: Copier<'a>,
     /// What was not written yet, and where it goes.
     pending: Vec<u8>,
-    at: u64,
+    at: FileOffset,
 }
 
 impl<'a> Writer<'a> {
@@ -65,7 +65,7 @@ impl<'a> Writer<'a> {
             output,
             copier: Copier::new(dump, output, dump.file_len(), progress),
             pending: Vec::new(),
-            at: 0,
+            at: FileOffset::ZERO,
         }
     }
 
@@ -79,7 +79,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Where the next byte goes.
-    fn position(&self) -> Result<u64, DumpError> {
+    fn position(&self) -> Result<FileOffset, DumpError> {
         let pending = self.pending.len() as u64;
         let position = self.at.checked_add(pending);
         position.ok_or_else(|| self.impossible("a stretch beyond 64 bits", pending))
@@ -89,7 +89,7 @@ impl<'a> Writer<'a> {
         let writing = DumpError::io("writing", self.output.path());
         let next = self.position()?;
         self.file()
-            .write_all_at(&self.pending, self.at)
+            .write_all_at(&self.pending, self.at.raw())
             .map_err(writing)?;
         self.at = next;
         self.pending.clear();
@@ -97,7 +97,7 @@ impl<'a> Writer<'a> {
     }
 
     /// The next byte goes to `at`; what lies between is a hole.
-    fn seek(&mut self, at: u64) -> Result<(), DumpError> {
+    fn seek(&mut self, at: FileOffset) -> Result<(), DumpError> {
         self.flush()?;
         self.at = at;
         Ok(())
@@ -122,30 +122,30 @@ impl<'a> Writer<'a> {
         self.bytes(name.as_bytes())
     }
 
-    /// A small stretch of the input.
-    fn between(&mut self, from: u64, to: u64) -> Result<(), DumpError> {
-        let len = to.checked_sub(from);
-        let len = len.ok_or_else(|| self.impossible("a stretch that ends before it begins", to))?;
-        self.small(from, len)
+    /// The stretch of the input from `from` to `to`.
+    fn stretch(&self, from: FileOffset, to: FileOffset) -> Result<FileRange, DumpError> {
+        let what = "a stretch that ends before it begins";
+        FileRange::between(from, to).ok_or_else(|| self.impossible(what, to.raw()))
     }
 
-    /// A page or other small stretch of the input, by its length.
-    fn small(&mut self, from: u64, len: u64) -> Result<(), DumpError> {
-        let range = FileRange::with_len(FileOffset::new(from), len);
-        let range = range.ok_or_else(|| self.impossible("a stretch beyond 64 bits", from))?;
+    /// The stretch of `len` bytes from `from` on.
+    fn stretch_of(&self, from: FileOffset, len: u64) -> Result<FileRange, DumpError> {
+        let what = "a stretch beyond 64 bits";
+        FileRange::with_len(from, len).ok_or_else(|| self.impossible(what, from.raw()))
+    }
+
+    /// A page or other small stretch of the input.
+    fn small(&mut self, range: FileRange) -> Result<(), DumpError> {
         append(self.dump, range, &mut self.pending)?;
         self.bytes(&[])
     }
 
     /// A stretch of the input of any length.
-    fn long(&mut self, from: u64, to: u64) -> Result<(), DumpError> {
-        let len = to.checked_sub(from);
-        let len = len.ok_or_else(|| self.impossible("a stretch that ends before it begins", to))?;
+    fn long(&mut self, range: FileRange) -> Result<(), DumpError> {
         self.flush()?;
-        let range = FileRange::new(FileOffset::new(from), FileOffset::new(to));
-        self.copier.copy(range, FileOffset::new(self.at))?;
-        let end = self.at.checked_add(len);
-        self.at = end.ok_or_else(|| self.impossible("a stretch beyond 64 bits", len))?;
+        self.copier.copy(range, self.at)?;
+        let end = self.at.checked_add(range.len());
+        self.at = end.ok_or_else(|| self.impossible("a stretch beyond 64 bits", range.len()))?;
         Ok(())
     }
 
@@ -156,16 +156,17 @@ impl<'a> Writer<'a> {
     }
 
     /// All of the input from `from` on, and the end of the file.
-    fn rest(&mut self, from: u64) -> Result<(), DumpError> {
-        self.long(from, self.dump.file_len())?;
+    fn rest(&mut self, from: FileOffset) -> Result<(), DumpError> {
+        let rest = self.stretch(from, self.dump.file_range().end())?;
+        self.long(rest)?;
         let writing = DumpError::io("writing", self.output.path());
-        self.file().set_len(self.at).map_err(writing)
+        self.file().set_len(self.at.raw()).map_err(writing)
     }
 
     /// What stands before the section `ram`, with or without the capability of mapped-ram.
-    fn head(&mut self, start: &Start, begin: u64, mapped: bool) -> Result<(), DumpError> {
+    fn head(&mut self, start: &Start, begin: FileOffset, mapped: bool) -> Result<(), DumpError> {
         let configuration = start.configuration_at.unwrap_or(start.ram_at);
-        self.between(begin, configuration)?;
+        self.small(self.stretch(begin, configuration)?)?;
         let mut capabilities: Vec<&str> = start.capabilities.iter().map(String::as_str).collect();
         capabilities.retain(|name| *name != MAPPED_RAM);
         if mapped {
@@ -185,12 +186,12 @@ impl<'a> Writer<'a> {
         }
         // Without a list of them it would be at the end.
         let (before, after) = match start.capabilities_at {
-            Some(list) => (list.start().raw(), list.end().raw()),
+            Some(list) => (list.start(), list.end()),
             None => (start.ram_at, start.ram_at),
         };
-        self.between(configuration, before)?;
-        self.between(after, start.ram_at)?;
-        self.small(start.ram_at, RAM_HEADER)?;
+        self.small(self.stretch(configuration, before)?)?;
+        self.small(self.stretch(after, start.ram_at)?)?;
+        self.small(self.stretch_of(start.ram_at, RAM_HEADER)?)?;
         self.word(start.total | FLAG_MEM_SIZE)
     }
 }
@@ -205,12 +206,12 @@ fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         let bitmap_at = out.position()?.checked_add(HEADER_LEN);
         let pages_at = bitmap_at
             .and_then(|at| at.checked_add(bitmap.len() as u64))
-            .and_then(|end| end.checked_next_multiple_of(PAGES_ALIGN));
+            .and_then(|end| end.checked_align_up(PAGES_ALIGN));
         let places_of_block = bitmap_at.zip(pages_at);
         let (bitmap_at, pages_at) = places_of_block
             .ok_or_else(|| out.impossible("the length of a memory block", block.len))?;
         out.bytes(&MAPPED_RAM_VERSION.to_be_bytes())?;
-        for field in [TARGET_PAGE, bitmap_at, pages_at] {
+        for field in [TARGET_PAGE, bitmap_at.raw(), pages_at.raw()] {
             out.word(field)?;
         }
         out.bytes(&bitmap)?;
@@ -220,7 +221,7 @@ fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
                 if out.position()? != at {
                     out.seek(at)?;
                 }
-                out.small(place.raw(), TARGET_PAGE)?;
+                out.small(out.stretch_of(place, TARGET_PAGE)?)?;
             }
             at = at
                 .checked_add(TARGET_PAGE)
@@ -229,7 +230,7 @@ fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         out.seek(at)?;
     }
     out.footer(start)?;
-    out.long(content.between.start().raw(), content.between.end().raw())?;
+    out.long(content.between)?;
     out.bytes(&[SECTION_END])?;
     out.bytes(&start.ram_section.to_be_bytes())?;
     out.footer(start)?;
@@ -244,7 +245,7 @@ fn write_stream(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         out.word(block.len)?;
     }
     out.footer(start)?;
-    out.long(content.between.start().raw(), content.between.end().raw())?;
+    out.long(content.between)?;
     out.bytes(&[SECTION_END])?;
     out.bytes(&start.ram_section.to_be_bytes())?;
     for (block, places) in content.blocks.iter().zip(&content.places) {
@@ -266,7 +267,7 @@ fn write_stream(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
             }
             match place {
                 None => out.bytes(&[0])?,
-                Some(place) => out.small(place.raw(), TARGET_PAGE)?,
+                Some(place) => out.small(out.stretch_of(place, TARGET_PAGE)?)?,
             }
         }
     }

@@ -11,6 +11,7 @@ use crate::DumpError;
 use crate::backing::spool::Image;
 use crate::backing::spool::Spool;
 use crate::format::kind::{Format, Kind, Source, boxed};
+use sonicshot::FileOffset;
 use start::{Cursor, MAGIC, MAPPED_RAM};
 use std::fs::File;
 
@@ -26,10 +27,10 @@ pub(crate) struct Wrapping {
 
 impl Wrapping {
     /// Where the migration file begins in the bytes.
-    pub(crate) fn begin(&self) -> u64 {
+    pub(crate) fn begin(&self) -> FileOffset {
         match self.image {
             Some(image) if image.compression.is_none() => image.payload_at,
-            _ => 0,
+            _ => FileOffset::ZERO,
         }
     }
 

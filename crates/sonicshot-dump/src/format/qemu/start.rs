@@ -57,23 +57,23 @@ pub(crate) struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    pub(crate) fn new(path: &'a Path, data: FileBytes<'a>, at: u64) -> Self {
-        let fields = sonicshot::Cursor::at(data, at);
+    pub(crate) fn new(path: &'a Path, data: FileBytes<'a>, at: FileOffset) -> Self {
+        let fields = sonicshot::Cursor::at(data, at.raw());
         Self { path, fields }
     }
 
     /// Where the next field begins.
-    pub(crate) fn at(&self) -> u64 {
-        self.fields.position()
+    pub(crate) fn at(&self) -> FileOffset {
+        FileOffset::new(self.fields.position())
     }
 
     /// Goes to `at`, which may be behind the end.
-    pub(crate) fn seek(&mut self, at: u64) {
-        self.fields.seek(at);
+    pub(crate) fn seek(&mut self, at: FileOffset) {
+        self.fields.seek(at.raw());
     }
 
     pub(crate) fn malformed(&self, what: &'static str, value: u64) -> DumpError {
-        DumpError::malformed(self.path, what, self.fields.position(), value)
+        DumpError::malformed(self.path, what, self.at(), value)
     }
 
     fn told<T>(&self, read: Result<T, CutShort>) -> Result<T, DumpError> {
@@ -139,17 +139,17 @@ impl<'a> Cursor<'a> {
 }
 
 /// What a migration file says before its memory.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Start {
     pub machine: Option<String>,
     pub capabilities: Vec<String>,
     /// Where the machine's name ends, if there is one: what else is said of the configuration
     /// follows.
-    pub configuration_at: Option<u64>,
+    pub configuration_at: Option<FileOffset>,
     /// Where the list of capabilities is.
     pub capabilities_at: Option<FileRange>,
     /// Where the section `ram` begins.
-    pub ram_at: u64,
+    pub ram_at: FileOffset,
     /// The number of the section `ram`.
     pub ram_section: u32,
     /// The length of all blocks, in bytes.
@@ -195,6 +195,20 @@ pub struct RamBlock {
 }
 
 impl Start {
+    /// Nothing yet of a file whose next section begins at `ram_at`.
+    pub(crate) const fn new(ram_at: FileOffset) -> Self {
+        Self {
+            machine: None,
+            capabilities: Vec::new(),
+            configuration_at: None,
+            capabilities_at: None,
+            ram_at,
+            ram_section: 0,
+            total: 0,
+            plugged: Vec::new(),
+        }
+    }
+
     pub(crate) fn has(&self, capability: &str) -> bool {
         self.capabilities.iter().any(|name| name == capability)
     }
@@ -214,7 +228,7 @@ pub(crate) fn layout_of(machine: &str) -> Option<LayoutSpec> {
 /// How much RAM the guest has whose migration file begins with `data`, which messages call `path`;
 /// `None` if it is no such beginning.
 pub(crate) fn ram_of_migration(path: &Path, data: FileBytes<'_>) -> Option<u64> {
-    let start = start(&mut Cursor::new(path, data, 0)).ok()?;
+    let start = start(&mut Cursor::new(path, data, FileOffset::ZERO)).ok()?;
     Some(start.total)
 }
 
@@ -227,7 +241,7 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
     if version != VERSION {
         return Err(cursor.malformed("a migration version", version.into()));
     }
-    let mut start = Start::default();
+    let mut start = Start::new(cursor.at());
     if cursor.peek() == Some(CONFIGURATION) {
         cursor.be::<u8>()?;
         let len = cursor.be::<u32>()?;
@@ -247,8 +261,7 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
                     for _ in 0..count {
                         start.capabilities.push(cursor.name()?);
                     }
-                    let (begin, end) = (FileOffset::new(begin), FileOffset::new(cursor.at()));
-                    start.capabilities_at = Some(FileRange::new(begin, end));
+                    start.capabilities_at = FileRange::between(begin, cursor.at());
                 }
                 "configuration/target-page-bits" => {
                     let bits = cursor.be::<u32>()?;
@@ -326,6 +339,12 @@ pub(crate) fn other_sections(cursor: &mut Cursor<'_>, start: &mut Start) -> Resu
     }
 }
 
+/// The same of sections that tell nothing new.
+pub(crate) fn pass_sections(cursor: &mut Cursor<'_>) -> Result<(), DumpError> {
+    let mut known = Start::new(cursor.at());
+    other_sections(cursor, &mut known)
+}
+
 /// Reads what a virtio-mem device says of its memory: where it is, and which of its pieces are
 /// plugged in, which the memory's own records tell as well.
 fn virtio_mem(cursor: &mut Cursor<'_>) -> Result<GpaRange, DumpError> {
@@ -385,7 +404,7 @@ pub(crate) fn blocks(
             // Of blocks of one length the first.
             .rev()
             .max_by_key(|block| block.len)
-            .ok_or_else(|| DumpError::malformed(path, "no block of guest RAM", 0, 0))?;
+            .ok_or_else(|| DumpError::malformed(path, "no block of guest RAM", start.ram_at, 0))?;
         main.ranges = ranges(path, start, layout, main.len)?;
     }
     Ok(blocks)

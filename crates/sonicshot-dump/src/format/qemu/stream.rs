@@ -87,7 +87,10 @@ impl Format for StreamDump {
     }
 
     fn processors(&self) -> Processors {
-        let (dump, at) = (&self.mapped, self.stream.records_end);
+        let dump = &self.mapped;
+        let Some(at) = self.stream.records_end else {
+            return Processors::NotTold("its records were not gone through");
+        };
         processors::told(device_state::processors(
             dump.path(),
             dump.bytes(),
@@ -146,10 +149,10 @@ pub(crate) struct Stream {
     /// All blocks, as [`crate::Dump::ram_blocks`] gives them.
     pub blocks: Vec<RamBlock>,
     /// Where the records of pages begin.
-    pub records_at: u64,
-    /// Where they and the section `ram` end, and the devices' state begins; 0 until the records
+    pub records_at: FileOffset,
+    /// Where they and the section `ram` end, and the devices' state begins; `None` until the records
     /// were gone through.
-    pub records_end: u64,
+    pub records_end: Option<FileOffset>,
 }
 
 /// Of which blocks the pages are looked for.
@@ -164,9 +167,9 @@ enum Of {
 /// One page's record.
 pub(crate) struct Record {
     /// Where it begins, where its page data would, and where it ends.
-    at: u64,
-    pub data: u64,
-    end: u64,
+    at: FileOffset,
+    pub data: FileOffset,
+    end: FileOffset,
     /// The page's place in its block.
     pub address: u64,
     flags: u64,
@@ -186,7 +189,7 @@ impl Stream {
     pub(crate) fn parse(
         path: &Path,
         data: FileBytes<'_>,
-        at: u64,
+        at: FileOffset,
         layout: Option<&LayoutSpec>,
     ) -> Result<Self, DumpError> {
         let mut cursor = Cursor::new(path, data, at);
@@ -250,7 +253,7 @@ impl Stream {
             blocks,
             start,
             records_at: cursor.at(),
-            records_end: 0,
+            records_end: None,
         })
     }
 
@@ -260,7 +263,7 @@ impl Stream {
         path: &Path,
         data: FileBytes<'_>,
         mut each: impl FnMut(&Record) -> Result<(), DumpError>,
-    ) -> Result<u64, DumpError> {
+    ) -> Result<FileOffset, DumpError> {
         let unsupported = |kind| DumpError::Unsupported {
             path: path.to_owned(),
             kind,
@@ -318,7 +321,7 @@ impl Stream {
             if last_part {
                 return Ok(cursor.at());
             }
-            start::other_sections(&mut cursor, &mut Start::default())?;
+            start::pass_sections(&mut cursor)?;
             let kind = cursor.be::<u8>()?;
             if kind != SECTION_PART && kind != SECTION_END {
                 return Err(cursor.malformed("a section among the memory's", kind.into()));
@@ -335,7 +338,7 @@ impl Stream {
         path: &Path,
         data: FileBytes<'_>,
         of: Of,
-    ) -> Result<(Vec<PagePlaces>, u64), DumpError> {
+    ) -> Result<(Vec<PagePlaces>, FileOffset), DumpError> {
         let mut places: Vec<Option<PagePlaces>> = Vec::new();
         for block in &self.blocks {
             let pages = block.len / TARGET_PAGE;
@@ -354,7 +357,7 @@ impl Stream {
                 (None, Of::Ram) => return Ok(()),
                 (None, Of::All) => return Err(bad()),
             };
-            let place = record.has_data().then_some(FileOffset::new(record.data));
+            let place = record.has_data().then_some(record.data);
             places
                 .set(record.address / TARGET_PAGE, place)
                 .ok_or_else(bad)
@@ -371,7 +374,7 @@ impl Stream {
         data: FileBytes<'_>,
     ) -> Result<Scattered, DumpError> {
         let (places, end) = self.places(path, data, Of::Ram)?;
-        self.records_end = end;
+        self.records_end = Some(end);
         let ranges = self.blocks.iter().map(|block| block.ranges.as_slice());
         Ok(Scattered::new(ranges.zip(places)))
     }
@@ -391,31 +394,33 @@ impl Stream {
             let is_there = self.is_looked_into(record);
             is_there
                 && places.and_then(|places| places.get(record.address / TARGET_PAGE))
-                    != Some(FileOffset::new(record.data))
+                    != Some(record.data)
         };
-        let mut copied = 0_u64;
+        let mut copied = FileOffset::ZERO;
         self.walk(path, data, |record| {
             if !record.has_data() || !comes_again(record) && !self.dropped(record, plan) {
                 return Ok(());
             }
             // The record's beginning stays but for its flags: name and place are the same.
-            let before = |from: u64, to: u64| {
-                let range = (from <= to).then(|| stretch(from, to));
-                let wrong = || DumpError::malformed(path, "a record before the last", from, to);
+            let before = |from: FileOffset, to: FileOffset| {
+                let what = "a record before the last";
+                let wrong = || DumpError::malformed(path, what, from, to.raw());
+                let range = FileRange::between(from, to);
                 range.map(Part::Copy).ok_or_else(wrong)
             };
             each(before(copied, record.at)?)?;
             let flags = record.flags & FLAG_CONTINUE | FLAG_ZERO;
             each(Part::Bytes(&(record.address | flags).to_be_bytes()))?;
-            let name = record.at.saturating_add(8);
+            let wrong = || DumpError::malformed(path, "a record beyond the end", record.at, 8);
+            let name = record.at.checked_add(8).ok_or_else(wrong)?;
             each(before(name, record.data)?)?;
             each(Part::Bytes(&[0]))?;
             copied = record.end;
             Ok(())
         })?;
-        let end = data.len() as u64;
-        let range = (copied <= end).then(|| stretch(copied, end));
-        let wrong = || DumpError::malformed(path, "a record beyond the end", copied, end);
+        let end = dump.file_range().end();
+        let range = FileRange::between(copied, end);
+        let wrong = || DumpError::malformed(path, "a record beyond the end", copied, end.raw());
         each(Part::Copy(range.ok_or_else(wrong)?))
     }
 
@@ -440,14 +445,10 @@ impl Stream {
     }
 }
 
-fn stretch(from: u64, to: u64) -> FileRange {
-    FileRange::new(FileOffset::new(from), FileOffset::new(to))
-}
-
 fn of_stream<'a>(
     dump: &PlainDump,
     stream: &'a Stream,
-    begin: u64,
+    begin: FileOffset,
 ) -> Result<Content<'a>, DumpError> {
     let (path, data) = (dump.path(), dump.bytes());
     let limit = (data.len() as u64 / ZERO_RECORD).saturating_add(1);
@@ -460,12 +461,12 @@ fn of_stream<'a>(
     }
     let (places, end) = stream.places(path, data, Of::All)?;
     let mut cursor = Cursor::new(path, data, stream.records_at);
-    let mut between = FileRange::new(FileOffset::ZERO, FileOffset::ZERO);
+    let mut between = FileRange::new(begin, begin);
     if matches!(cursor.be::<u64>(), Ok(FLAG_EOS)) {
         cursor.footer(stream.start.ram_section)?;
         let begin = cursor.at();
-        start::other_sections(&mut cursor, &mut Start::default())?;
-        between = stretch(begin, cursor.at());
+        start::pass_sections(&mut cursor)?;
+        between = FileRange::new(begin, cursor.at());
     }
     Ok(Content {
         start: &stream.start,

@@ -91,8 +91,8 @@ impl XlSkeleton {
         };
         self.skeleton.joined(data, failed, |part| match part {
             Joined::Skeleton(range) => {
-                let (from, len) = (range.start().raw(), range.len());
-                let bytes = self.bytes.as_slice().part(from, len);
+                let (from, len) = (range.start(), range.len());
+                let bytes = self.bytes.as_slice().part(from.raw(), len);
                 let beyond =
                     || DumpError::malformed(&self.path, "a part beyond the end", from, len);
                 writer
