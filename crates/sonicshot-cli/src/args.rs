@@ -5,7 +5,8 @@ use sonicshot::PageClass;
 use sonicshot::checkpoint::Compression;
 use sonicshot_offline::packed::ImageCompression;
 use sonicshot_offline::{AnalyzeOptions, DumpFormat, LayoutSpec, OpenOptions, RestoreTo};
-use sonicshot_vmi::{Cr3, Knowledge, OnInconsistency};
+use sonicshot_vmi::x86_64::Cr3;
+use sonicshot_vmi::{Knowledge, OnInconsistency};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 

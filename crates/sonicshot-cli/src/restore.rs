@@ -3,7 +3,7 @@
 use crate::args::{DumpKind, RestoreArgs, VerifyArgs};
 use crate::error::CliError;
 use crate::output::{named_files, overwrite, shown_on};
-use crate::report::{count, progress_bar, say, size};
+use crate::report::{complain, count, lines, progress_bar, say, size};
 use serde_json::json;
 use sonicshot_offline::{CheckpointFile, LayoutSpec, OpenOptions, RestoreOptions};
 use std::path::Path;
@@ -22,23 +22,27 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
     options.blobs = blobs.map(|(name, path)| (name.to_owned(), path)).collect();
     let checkpoint = CheckpointFile::open(&args.file)?;
     let bar = progress_bar("restoring", args.json);
-    let on_disk = checkpoint.restore(&args.output, &options, &mut shown_on(&bar))?;
+    let restored = checkpoint.restore(&args.output, &options, &mut shown_on(&bar))?;
     bar.finish_and_clear();
     let seconds = started.elapsed().as_secs_f64();
     let layout = &checkpoint.reader().info().layout;
     if args.json {
         let report = json!({
             "ram_bytes": layout.bytes(),
-            "disk_bytes": on_disk,
+            "disk_bytes": restored.disk_bytes,
             "seconds": seconds,
+            "notes": lines(&restored.notes),
         });
         say!("{report}");
         return Ok(());
     }
+    for note in &restored.notes {
+        complain!("note: {note}");
+    }
     say!(
         "restored {} of RAM, {} on disk, in {seconds:.2} s",
         size(layout.bytes()),
-        size(on_disk)
+        size(restored.disk_bytes)
     );
     if let ([_, ..], DumpKind::Raw) = (layout.regions(), args.to) {
         let ranges = LayoutSpec::Ranges(layout.regions().to_vec());

@@ -3,7 +3,8 @@
 //! Registers that are told wrong are worse than none, for by them a kernel is believed to own the
 //! memory. So what contradicts itself is [`Processors::NotTold`], and never a guess.
 
-use sonicshot::{Bytes, ControlRegisters, Gpa, GuestMemory, Processor, Processors};
+use sonicshot::x86_64::ControlRegisters;
+use sonicshot::{Bytes, Gpa, GuestMemory, Processor, Processors};
 
 /// Long mode is on; long mode is active (`EFER`).
 const EFER_LME: u64 = 1 << 8;

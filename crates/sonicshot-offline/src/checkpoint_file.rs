@@ -2,10 +2,11 @@
 
 use crate::blobs::{self, Beside};
 use crate::error::OfflineError;
+use crate::note::Note;
 use crate::options::OpenOptions;
 use crate::place;
 use crate::snapshot::Snapshot;
-use crate::untold::ASSUMED_MACHINE;
+use crate::untold::{assumed, named_machine};
 use sonicshot::checkpoint::{CheckpointReader, PageContent};
 use sonicshot::{Architecture, FileId, FileStamp, Pfn, Progress};
 use sonicshot_dump::{
@@ -64,6 +65,16 @@ impl RestoreOptions {
             blobs: Vec::new(),
         }
     }
+}
+
+/// What became of a checkpoint that was made a dump again.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Restored {
+    /// What the dump takes on disk, in bytes.
+    pub disk_bytes: u64,
+    /// What is worth knowing, for people.
+    pub notes: Vec<Note>,
 }
 
 impl CheckpointFile {
@@ -132,7 +143,7 @@ impl CheckpointFile {
         &self.path
     }
 
-    /// Makes a dump of it again. Returns what that takes on disk, in bytes.
+    /// Makes a dump of it again.
     ///
     /// # Errors
     /// [`OfflineError::Checkpoint`] if it is damaged or lacks a blob, [`OfflineError::NoImage`] if
@@ -143,7 +154,7 @@ impl CheckpointFile {
         out: impl AsRef<Path>,
         options: &RestoreOptions,
         progress: Progress<'_>,
-    ) -> Result<u64, OfflineError> {
+    ) -> Result<Restored, OfflineError> {
         let restore = |progress| {
             check_apart(out.as_ref(), &options.blobs)?;
             let mut files = Vec::new();
@@ -152,11 +163,15 @@ impl CheckpointFile {
                 files.push(file.ready()?);
             }
             // What is wrong with the checkpoint shows before the first file has its name.
-            let on_disk = self.memory_to(out.as_ref(), options, progress)?;
+            let disk_bytes = self.memory_to(out.as_ref(), options, progress)?;
             for file in files {
                 file.place()?;
             }
-            Ok(on_disk)
+            let named = assumed(self.machine()).filter(|_| options.to == RestoreTo::Elf);
+            Ok(Restored {
+                disk_bytes,
+                notes: named.into_iter().collect(),
+            })
         };
         self.blamed(restore(progress))
     }
@@ -193,8 +208,7 @@ impl CheckpointFile {
             RestoreTo::Raw => DumpFile::raw(out, layout, force, &source)?,
             RestoreTo::Elf => {
                 let beside = Beside::of_checkpoint(&self.reader, &self.path)?;
-                let mut notes = CoreNotes::default();
-                notes.machine = self.machine().or(Some(ASSUMED_MACHINE));
+                let mut notes = CoreNotes::new(named_machine(self.machine()));
                 notes.notes = beside.notes;
                 notes.vmcoreinfo = beside.vmcoreinfo;
                 DumpFile::elf_core(out, layout, &notes, force, &source)?

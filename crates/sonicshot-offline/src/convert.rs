@@ -7,7 +7,7 @@ use crate::note::Note;
 use crate::place;
 use crate::save::{Contents, keep_everything, without_p2m};
 use crate::snapshot::Snapshot;
-use crate::untold::{ASSUMED_MACHINE, UNTOLD_PAGE};
+use crate::untold::{UNTOLD_PAGE, assumed, named_machine};
 use sonicshot::checkpoint::{CheckpointInfo, Compression, SaveOptions};
 use sonicshot::{Architecture, GuestMemory, PageSize, Progress, RamLayout};
 use sonicshot_dump::{
@@ -243,9 +243,7 @@ impl Target {
     /// What to say of an output that must name a processor which nobody has told.
     fn assumes(&self, machine: Option<Architecture>) -> Option<Note> {
         let names_it = matches!(self, Self::Elf | Self::Kdump);
-        (names_it && machine.is_none()).then_some(Note::MachineAssumed {
-            machine: ASSUMED_MACHINE,
-        })
+        assumed(machine).filter(|_| names_it)
     }
 
     /// Whether it holds the state of the devices that `dump` has.
@@ -339,8 +337,7 @@ impl Source<'_> {
     }
 
     fn write_elf(&self, out: Output<'_>, progress: Progress<'_>) -> Result<u64, OfflineError> {
-        let mut notes = CoreNotes::default();
-        notes.machine = self.machine.or(Some(ASSUMED_MACHINE));
+        let mut notes = CoreNotes::new(named_machine(self.machine));
         notes.notes.clone_from(&self.beside.notes);
         notes.vmcoreinfo.clone_from(&self.beside.vmcoreinfo);
         let layout = self.memory.layout();
@@ -354,7 +351,7 @@ impl Source<'_> {
         let file = NewFile::create(out.path, out.overwrite, &self.files())?;
         let options = KdumpOptions {
             compression: KdumpCompression::Zlib,
-            machine: self.machine.or(Some(ASSUMED_MACHINE)),
+            machine: Some(named_machine(self.machine)),
             vmcoreinfo: self.beside.vmcoreinfo.as_deref(),
             notes: self.beside.notes.as_deref(),
             threads: None,

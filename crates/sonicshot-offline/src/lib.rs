@@ -47,7 +47,7 @@ mod untold;
 mod zero;
 
 pub use analyze::Analyzed;
-pub use checkpoint_file::{CheckpointFile, RestoreOptions, RestoreTo};
+pub use checkpoint_file::{CheckpointFile, RestoreOptions, RestoreTo, Restored};
 pub use convert::{Converted, Target, Template};
 pub use error::OfflineError;
 pub use note::Note;

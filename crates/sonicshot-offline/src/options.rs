@@ -1,7 +1,8 @@
 //! What may be known of a snapshot beforehand, and what is wanted of it.
 
 use sonicshot_dump::{DumpFormat, DumpOptions, LayoutSpec};
-use sonicshot_vmi::{Cr3, Knowledge, OnInconsistency};
+use sonicshot_vmi::x86_64::Cr3;
+use sonicshot_vmi::{Knowledge, OnInconsistency};
 use std::path::{Path, PathBuf};
 
 /// What is known of a snapshot beforehand; by default nothing, and everything is found out.

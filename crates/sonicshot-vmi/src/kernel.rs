@@ -1,7 +1,6 @@
 //! The kernel's symbols and types from all sources together.
 
 use crate::VirtualMemory;
-use crate::arch;
 use crate::error::VmiError;
 use crate::needs;
 use crate::symbols::{Member, SymbolBase, SymbolSource, Vmcoreinfo};
@@ -93,7 +92,7 @@ impl<'m> Kernel<'m> {
             return Ok(None);
         };
         // Where a per-CPU variable has its place in each area for a symbol, KASLR does not move it.
-        let is_moved = source.base() == SymbolBase::Linked && arch::of(self)?.is_pointer(at.raw());
+        let is_moved = source.base() == SymbolBase::Linked && self.space.is_pointer(at.raw());
         Ok(Some(match is_moved {
             true => at.wrapping_add(self.build.kaslr),
             false => at,

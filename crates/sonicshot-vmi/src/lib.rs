@@ -179,6 +179,7 @@ mod discover;
 mod error;
 mod guest;
 mod kernel;
+mod knowledge;
 mod mm;
 mod needs;
 mod note;
@@ -192,13 +193,18 @@ mod zero;
 
 pub use address::{KernelVa, VirtualMemory, VirtualReadError};
 pub use analysis::{Analysis, AnalysisOptions, GuestFacts, analyze};
-pub use arch::{Cr3, Foreign, ForeignProcessor, ParseCr3Error, Trace};
+pub use arch::{Foreign, ForeignProcessor, Trace};
 pub use error::VmiError;
 pub use guest::{Classification, GuestOptions, LinuxGuest, OnInconsistency};
+pub use knowledge::Knowledge;
 pub use mm::classify::{Inconsistency, ZoneReport};
 pub use note::{Note, TracesSought};
 pub use os::{GuestOs, open_guest};
 pub(crate) use paging::AddressSpace;
 pub use place::PlaceEvidence;
-pub use shape::Knowledge;
 pub use zero::{count_zero_pages, mark_zero_pages};
+
+/// What only x86-64 processors have.
+pub mod x86_64 {
+    pub use crate::arch::x86_64::{Cr3, ParseCr3Error};
+}

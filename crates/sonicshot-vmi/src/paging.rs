@@ -10,6 +10,9 @@ pub(crate) trait Paging: Send + Sync + core::fmt::Debug {
     /// How many levels of tables there are.
     fn levels(&self) -> u32;
 
+    /// Whether `value` may be an address of the kernel's half of the address space.
+    fn is_pointer(&self, value: u64) -> bool;
+
     /// Where `at` lies in guest-physical memory, and how many bytes from there on are mapped
     /// by the same entry; `None` if nothing maps it.
     fn translate(
@@ -74,6 +77,11 @@ impl<'m> AddressSpace<'m> {
     /// How many levels of page tables there are.
     pub(crate) fn levels(&self) -> u32 {
         self.paging.levels()
+    }
+
+    /// Whether `value` may be an address of the kernel's half.
+    pub(crate) fn is_pointer(&self, value: u64) -> bool {
+        self.paging.is_pointer(value)
     }
 
     /// Where `at` lies.

@@ -12,7 +12,8 @@
 use crate::core_dump::CoreDump;
 use crate::cursor::Cursor;
 use crate::{DomainKind, Record, XenError, XlImage};
-use sonicshot::{Bytes, ControlRegisters, FileBytes, Mfn, P2m, PageSize};
+use sonicshot::x86_64::ControlRegisters;
+use sonicshot::{Bytes, FileBytes, Mfn, P2m, PageSize};
 
 pub(crate) const PRSTATUS_SECTION: &str = ".xen_prstatus";
 const PV_VCPU_BASIC: u32 = 4;

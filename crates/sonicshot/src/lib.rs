@@ -72,6 +72,7 @@ mod processor;
 )]
 mod vm_memory;
 pub mod work;
+pub mod x86_64;
 
 #[cfg(feature = "vm-memory")]
 pub use crate::vm_memory::VmMemory;
@@ -88,5 +89,5 @@ pub use memory::{
 pub use p2m::{P2m, P2mBuilder, P2mError};
 pub use page_map::PageMap;
 pub use policy::{Disposition, DropClasses, DropRun, Fill, PrunePlan, PrunePolicy};
-pub use processor::{ControlRegisters, Processor, Processors};
+pub use processor::{Processor, Processors};
 pub use work::Progress;

@@ -36,9 +36,14 @@ struct Places {
 
 impl Places {
     /// From `start` on, each at the next multiple of `align`.
-    fn new(path: &Path, layout: &RamLayout, start: u64, align: u64) -> Result<Self, DumpError> {
+    fn new(
+        path: &Path,
+        layout: &RamLayout,
+        start: FileOffset,
+        align: u64,
+    ) -> Result<Self, DumpError> {
         let mut list = Vec::with_capacity(layout.regions().len());
-        let mut end = FileOffset::new(start);
+        let mut end = start;
         for region in layout.regions() {
             list.push((*region, end));
             end = end
@@ -56,15 +61,27 @@ fn too_large(path: &Path, what: &'static str, value: u64) -> DumpError {
 }
 
 /// What an ELF core says beside the memory.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct CoreNotes {
-    /// The guest's processor; x86-64 if it is not known.
-    pub machine: Option<Architecture>,
+    /// The guest's processor: every core names one.
+    pub machine: Architecture,
     /// The notes of the core that the memory came from, as they were.
     pub notes: Option<Vec<u8>>,
     /// The guest kernel's VMCOREINFO, for a core without `notes`.
     pub vmcoreinfo: Option<Vec<u8>>,
+}
+
+impl CoreNotes {
+    /// No more than the guest's processor.
+    #[must_use]
+    pub const fn new(machine: Architecture) -> Self {
+        Self {
+            machine,
+            notes: None,
+            vmcoreinfo: None,
+        }
+    }
 }
 
 impl DumpFile {
@@ -79,7 +96,7 @@ impl DumpFile {
         overwrite: Overwrite,
         inputs: &[&File],
     ) -> Result<Self, DumpError> {
-        let places = Places::new(path, layout, 0, 1)?;
+        let places = Places::new(path, layout, FileOffset::ZERO, 1)?;
         Self::create(path, layout, overwrite, inputs, places, &[])
     }
 
@@ -102,11 +119,11 @@ impl DumpFile {
         };
         let count = layout.regions().len();
         let many = || too_large(path, "a number of stretches of RAM of", count as u64);
-        let headers = count.checked_add(1).and_then(wire::headers_len);
+        let headers = count.checked_add(1).and_then(wire::headers_end);
         let headers = headers.ok_or_else(many)?;
         let start = headers
             .checked_add(text.len() as u64)
-            .and_then(|end| end.checked_next_multiple_of(ALIGN))
+            .and_then(|end| end.checked_align_up(ALIGN))
             .ok_or_else(|| too_large(path, "notes of (bytes)", text.len() as u64))?;
         let places = Places::new(path, layout, start, ALIGN)?;
         let mut segments = vec![Segment {
@@ -123,7 +140,7 @@ impl DumpFile {
             segments.push(Segment {
                 kind: PT_LOAD,
                 flags: 7,
-                offset: offset.raw(),
+                offset: *offset,
                 vaddr: region.start().raw(),
                 paddr: region.start().raw(),
                 file_len: region.len(),
@@ -131,8 +148,7 @@ impl DumpFile {
                 align: ALIGN,
             });
         }
-        let machine = notes.machine.unwrap_or(Architecture::X86_64);
-        let mut head = wire::headers(machine, &segments).ok_or_else(many)?;
+        let mut head = wire::headers(notes.machine, &segments).ok_or_else(many)?;
         head.extend(text);
         Self::create(path, layout, overwrite, inputs, places, &head)
     }
@@ -172,7 +188,7 @@ impl DumpFile {
         let range = GpaRange::with_len(at, bytes.len() as u64);
         let offset = range.and_then(|range| self.place(range));
         let path = self.output.path();
-        offset.ok_or_else(|| DumpError::malformed(path, "RAM without a place", at.raw(), 0))
+        offset.ok_or_else(|| too_large(path, "RAM without a place, at", at.raw()))
     }
 
     fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), DumpError> {

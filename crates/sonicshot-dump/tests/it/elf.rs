@@ -491,7 +491,7 @@ fn a_core_of_many_stretches_of_ram_has_them_all() {
     }
     let dump = Dump::open(write(&folder, &lime), None).unwrap();
     let made = folder.path().join("made");
-    let notes = CoreNotes::default();
+    let notes = CoreNotes::new(Architecture::X86_64);
     let files = dump.files();
     let core = DumpFile::elf_core(&made, dump.layout(), &notes, Overwrite::Refuse, &files).unwrap();
     core.copy(&dump, &mut |_, _| {}).unwrap();

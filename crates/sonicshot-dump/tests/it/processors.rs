@@ -1,7 +1,8 @@
 //! What dumps tell of the guest's processors: made by hand, and as QEMU wrote it.
 
 use crate::common::qemu::{Block, File, name};
-use sonicshot::{ControlRegisters, GuestMemory, Processor, Processors};
+use sonicshot::x86_64::ControlRegisters;
+use sonicshot::{GuestMemory, Processor, Processors};
 use sonicshot_dump::{
     Dump, KdumpCompression, KdumpOptions, LayoutSpec, SnapshotFiles, write_kdump_without,
 };

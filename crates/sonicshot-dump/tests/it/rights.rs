@@ -4,6 +4,7 @@ use crate::common::qemu::{Block, stream};
 use crate::common::*;
 use rustix::fs::{MemfdFlags, XattrFlags, fsetxattr, memfd_create};
 use rustix::process::geteuid;
+use sonicshot::Architecture;
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, CheckpointWriter, SaveOptions};
 use sonicshot::{GuestMemory, PageMap, PageSize};
 use sonicshot_dump::{
@@ -102,7 +103,7 @@ fn raw(input: &Path, out: &Path, o: Overwrite, during: &mut dyn FnMut()) -> Resu
 
 fn elf(input: &Path, out: &Path, o: Overwrite, during: &mut dyn FnMut()) -> Result<(), DumpError> {
     let dump = Dump::open(input, None)?;
-    let notes = CoreNotes::default();
+    let notes = CoreNotes::new(Architecture::X86_64);
     let file = DumpFile::elf_core(out, dump.layout(), &notes, o, &dump.files())?;
     file.copy(&dump, &mut |_, _| during())?;
     file.finish().map(drop)

@@ -159,7 +159,9 @@ fn an_output_names_the_processor_that_the_guest_has() {
         assert_eq!(of_core(), number);
         let mut options = RestoreOptions::new(RestoreTo::Elf);
         options.overwrite = replace;
-        checkpoint.restore(&out, &options, &mut quiet).unwrap();
+        let restored = checkpoint.restore(&out, &options, &mut quiet).unwrap();
+        let said = restored.notes.contains(&assumed);
+        assert_eq!(said, machine.is_none(), "{machine:?}");
         assert_eq!(of_core(), number);
 
         let again = checkpoint.convert(&Target::Checkpoint, &out, replace, &mut quiet);

@@ -2,13 +2,14 @@
 
 use super::{LinuxGuest, OnInconsistency};
 use crate::error::VmiError;
+use crate::knowledge::Knowledge;
 use crate::mm::classify::{Inconsistency, ZoneReport, scan};
 use crate::mm::mem_map::MemMap;
 use crate::mm::zone::Zones;
 use crate::note::{Note, TracesSought};
 use crate::owner;
 use crate::owner::processors::Verdict;
-use crate::shape::{self, Knowledge};
+use crate::shape;
 use sonicshot::{Fill, GpaRange, PageClass, PageMap};
 
 /// The class of every frame of a guest, and what stands behind it.

@@ -1,7 +1,7 @@
 //! How a guest is opened and classified.
 
-use crate::arch::Cr3;
-use crate::shape::Knowledge;
+use crate::arch::x86_64::Cr3;
+use crate::knowledge::Knowledge;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 

@@ -11,7 +11,7 @@ use super::cpus::possible_cpus;
 use crate::KernelVa;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
-use crate::shape::Knowledge;
+use crate::knowledge::Knowledge;
 pub(crate) use counters::counter_bound;
 use counters::{Deltas, StatDiffs, read_counter, read_nr_free};
 pub(crate) use lists::{FreeLists, Listed, ListedBlock};

@@ -8,7 +8,8 @@
 
 use super::alive;
 use crate::KernelVa;
-use crate::arch::{self, Cr3, Landmark, Tables, Told};
+use crate::arch::x86_64::Cr3;
+use crate::arch::{self, Landmark, Tables, Told};
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::mm::mem_map::MemMap;

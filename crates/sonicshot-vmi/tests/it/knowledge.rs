@@ -3,8 +3,9 @@ use sonicshot::{
     Gpa, GuestBytes, GuestMemory, MappedRegions, MemoryError, PageClass, PageMap, Processors,
     RamLayout,
 };
+use sonicshot_vmi::x86_64::Cr3;
 use sonicshot_vmi::{
-    Classification, Cr3, GuestOptions, Knowledge, LinuxGuest, Note, OnInconsistency, VmiError,
+    Classification, GuestOptions, Knowledge, LinuxGuest, Note, OnInconsistency, VmiError,
 };
 use std::fs::{self, File};
 use std::io::Read;

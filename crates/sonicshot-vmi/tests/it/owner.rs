@@ -1,13 +1,14 @@
 //! Which kernel owns a guest's memory: among pages that pass for its VMCOREINFO, beside another
 //! kernel that stands, and by the page tables that the processors run on.
 
+use sonicshot::x86_64::ControlRegisters;
 use sonicshot::{
-    ControlRegisters, Gpa, GuestBytes, GuestMemory, MappedRegions, MemoryError, PageClass,
-    Processor, Processors, RamLayout,
+    Gpa, GuestBytes, GuestMemory, MappedRegions, MemoryError, PageClass, Processor, Processors,
+    RamLayout,
 };
+use sonicshot_vmi::x86_64::Cr3;
 use sonicshot_vmi::{
-    Classification, Cr3, Foreign, ForeignProcessor, GuestOptions, LinuxGuest, OnInconsistency,
-    VmiError,
+    Classification, Foreign, ForeignProcessor, GuestOptions, LinuxGuest, OnInconsistency, VmiError,
 };
 use std::collections::HashSet;
 use std::fs::File;

@@ -1,7 +1,8 @@
 //! Cores made here, byte by byte, by another hand than the reader's.
 
 use proptest::prelude::*;
-use sonicshot::{ControlRegisters, FileBytes, Mfn, P2mError, Pfn};
+use sonicshot::x86_64::ControlRegisters;
+use sonicshot::{FileBytes, Mfn, P2mError, Pfn};
 use sonicshot_xen::{CoreDump, DomainKind, Within, XenError};
 use std::collections::BTreeMap;
 use std::error::Error;

@@ -1,9 +1,10 @@
 //! Images made here, byte by byte, by another hand than the reader's.
 
 use proptest::prelude::*;
+use sonicshot::x86_64::ControlRegisters;
 use sonicshot::{
-    ControlRegisters, DropClasses, FileBytes, FileOffset, FileRange, Fill, Gpa, GpaRange,
-    PageClass, PageMap, PageSize, Pfn, PfnRange, PrunePlan, RamLayout,
+    DropClasses, FileBytes, FileOffset, FileRange, Fill, Gpa, GpaRange, PageClass, PageMap,
+    PageSize, Pfn, PfnRange, PrunePlan, RamLayout,
 };
 use sonicshot_xen::{DomainKind, Joined, Layer, Part, Skeleton, Within, XenError, XlImage};
 use std::collections::BTreeMap;

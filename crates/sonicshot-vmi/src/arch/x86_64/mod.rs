@@ -1,6 +1,7 @@
 //! x86-64 (`arch/x86`): four- and five-level page tables, a PC's firmware, Xen's paravirtualised
 //! guests.
 
+mod cr3;
 mod e820;
 mod paging;
 mod registers;
@@ -17,6 +18,7 @@ use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::paging::Paging;
 use crate::symbols::VmcoreinfoLines;
+pub use cr3::{Cr3, ParseCr3Error};
 pub(crate) use paging::Walk;
 use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, PageSize, PfnRange};
 
@@ -46,7 +48,7 @@ impl Arch for X86_64 {
     }
 
     fn is_pointer(&self, value: u64) -> bool {
-        value >> 63 == 1
+        paging::is_pointer(value)
     }
 
     fn may_point_to_page(&self, value: u64) -> bool {

@@ -27,9 +27,18 @@ impl Walk {
     }
 }
 
+/// Whether `value` may be an address of the kernel's half of the address space.
+pub(super) fn is_pointer(value: u64) -> bool {
+    value >> 63 == 1
+}
+
 impl Paging for Walk {
     fn levels(&self) -> u32 {
         self.levels
+    }
+
+    fn is_pointer(&self, value: u64) -> bool {
+        is_pointer(value)
     }
 
     #[allow(

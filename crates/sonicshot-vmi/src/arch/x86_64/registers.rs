@@ -4,12 +4,14 @@
 //! isolation (PTI) user space has tables of its own, which are the twin of whole ones.
 
 use super::paging::Walk;
-use crate::arch::{Cr3, Foreign, ForeignProcessor, Landmark, Tables, Told};
+use crate::arch::x86_64::Cr3;
+use crate::arch::{Foreign, ForeignProcessor, Landmark, Tables, Told};
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::paging::Paging;
 use crate::{KernelVa, VirtualMemory};
-use sonicshot::{ControlRegisters, Gpa, GuestMemory, Processor};
+use sonicshot::x86_64::ControlRegisters;
+use sonicshot::{Gpa, GuestMemory, Processor};
 use std::collections::HashSet;
 
 /// Bits 51 to 12 of `CR3`: where the top-level table is. Below are the PCID or cache control,

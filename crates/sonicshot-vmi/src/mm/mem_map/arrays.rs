@@ -1,6 +1,6 @@
 //! A second record of where the struct pages are.
 
-use super::sparse::Found;
+use super::section::Found;
 use crate::KernelVa;
 use crate::arch::SectionSize;
 use crate::error::VmiError;

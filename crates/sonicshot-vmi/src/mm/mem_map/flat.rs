@@ -1,6 +1,6 @@
 //! `FLATMEM`: one array `mem_map` from frame 0 (`include/asm-generic/memory_model.h`).
 
-use super::Span;
+use super::section::Span;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use sonicshot::{Pfn, PfnRange};

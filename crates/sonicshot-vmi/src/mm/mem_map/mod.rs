@@ -5,6 +5,7 @@
 
 mod arrays;
 mod flat;
+mod section;
 mod sparse;
 
 use crate::deadline::Deadline;
@@ -12,34 +13,13 @@ use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::{AddressSpace, KernelVa};
 use core::sync::atomic::{AtomicU32, Ordering};
+pub(crate) use section::{Section, Span};
 use sonicshot::{
     Gpa, GpaRange, GuestBytes, GuestMemory, MAX_MAP, Mapped, MemoryError, PageSize, Pfn, PfnRange,
 };
 
 /// `struct page` is 64 bytes almost everywhere; debugging options may add a few words.
 const MAX_PAGE_STRUCT: u64 = 256;
-
-/// A run of frames whose `struct page`s follow each other in virtual memory.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Span {
-    pub frames: PfnRange,
-    /// The `struct page` of the first frame.
-    pub at: KernelVa,
-    /// Whether the kernel uses the memory (hotplug: the section is online).
-    pub online: bool,
-    /// Whether the kernel booted with it; then there may be holes in it.
-    pub early: bool,
-}
-
-/// A section of memory that has struct pages (`SPARSEMEM`).
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Section {
-    /// Its number, `section_nr`.
-    pub number: u64,
-    pub frames: PfnRange,
-    /// Whether its word says that the kernel uses the memory. One bit: no proof of anything alone.
-    pub online: bool,
-}
 
 /// A stretch of struct pages that is contiguous in guest-physical memory too.
 struct Chunk<'m> {

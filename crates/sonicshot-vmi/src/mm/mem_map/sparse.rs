@@ -1,6 +1,7 @@
 //! `SPARSEMEM`: the sections of memory and their struct pages (`struct mem_section`).
 
-use super::{Section, Span, arrays};
+use super::arrays;
+use super::section::{Found, Section, Span};
 use crate::KernelVa;
 use crate::arch::{self, SectionSize};
 use crate::error::VmiError;
@@ -14,16 +15,7 @@ const MAX_SECTIONS: u64 = 1 << 26;
 /// with 128 MiB each, 8 TiB.
 const MAX_SECTIONS_OUTSIDE: u64 = 1 << 16;
 
-/// A section that has struct pages.
-pub(super) struct Found {
-    pub section: Section,
-    /// Where its `struct mem_section` is.
-    pub at: KernelVa,
-    /// Where the array that its word names begins: that of frame 0.
-    pub array: KernelVa,
-}
-
-/// All of them.
+/// All sections, and the runs of frames that they make.
 pub(super) struct Sparse {
     pub spans: Vec<Span>,
     pub sections: Vec<Section>,

@@ -1,6 +1,5 @@
 //! Memory blocks: what the kernel's driver of memory says of it.
 
-use crate::arch;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::{KernelVa, VirtualMemory};
@@ -139,7 +138,7 @@ impl MemoryBlocks {
             above = Some(shift);
         }
         let is_leaf = above.map_or(index == 0, |shift| shift == 0);
-        let is_pointer = entry & 3 == 0 && arch::of(kernel)?.is_pointer(entry);
+        let is_pointer = entry & 3 == 0 && kernel.space.is_pointer(entry);
         Ok((is_leaf && is_pointer).then_some(KernelVa::new(entry)))
     }
 }

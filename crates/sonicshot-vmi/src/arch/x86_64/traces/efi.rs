@@ -323,9 +323,10 @@ pub(super) fn efi_tables(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
 #[cfg(test)]
 mod tests {
     use super::crc32;
+    use crate::arch::x86_64::Cr3;
     use crate::arch::x86_64::traces::tests::{of_a_bios, param};
     use crate::owner::traces::tests::{Patch, forged, owner, ram, there, variable, with};
-    use crate::{Cr3, GuestOptions, LinuxGuest, OnInconsistency, Trace, VmiError};
+    use crate::{GuestOptions, LinuxGuest, OnInconsistency, Trace, VmiError};
     use sonicshot::{Gpa, GpaRange, GuestBytes, MappedRegions, PageClass, PageSize, Pfn};
 
     /// Where the kernel has the firmware's memory, as Linux places it.
