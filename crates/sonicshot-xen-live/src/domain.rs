@@ -108,10 +108,16 @@ impl<'x> LiveDomain<'x> {
         let plan = plan.clone().any_filled_only();
         let frames = plan.runs().iter().map(|run| run.frames);
         let Some(p2m) = &self.p2m else {
-            return frames.map(|run| (run.start().raw(), run.len())).collect();
+            return frames
+                .map(|run| run.start().raw()..run.end().raw())
+                .collect();
         };
         let machine = frames.flat_map(|run| p2m.machine_runs(run));
-        machine.map(|(mfn, len)| (mfn.raw(), len)).collect()
+        // What ends beyond 64 bits is no frame, and stays.
+        let run = |first: u64, len| Some(first..first.checked_add(len)?);
+        machine
+            .filter_map(|(mfn, len)| run(mfn.raw(), len))
+            .collect()
     }
 
     fn frame_of(&self, pfn: u64) -> Option<u64> {

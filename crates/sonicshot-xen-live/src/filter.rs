@@ -8,6 +8,7 @@
 //! that nothing is to go, the save is a full one.
 
 use crate::{DomainId, LiveError};
+use core::ops::Range;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::ffi::OsString;
 use std::fs::File;
@@ -27,14 +28,14 @@ const ENDED: u32 = u32::MAX;
 
 /// Frames by the numbers that libxc has for them: runs that are sorted and do not touch.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct FrameRuns(Vec<(u64, u64)>);
+pub struct FrameRuns(Vec<Range<u64>>);
 
 impl FrameRuns {
     /// How many frames there are.
     #[must_use]
     pub fn len(&self) -> u64 {
         let sum =
-            |sum: u64, (start, end): &(u64, u64)| sum.saturating_add(end.saturating_sub(*start));
+            |sum: u64, run: &Range<u64>| sum.saturating_add(run.end.saturating_sub(run.start));
         self.0.iter().fold(0, sum)
     }
 
@@ -47,24 +48,23 @@ impl FrameRuns {
     /// As the library reads them: the first and the first after the last of each run.
     fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(self.0.len().saturating_mul(16));
-        for (start, end) in &self.0 {
-            bytes.extend(start.to_le_bytes());
-            bytes.extend(end.to_le_bytes());
+        for run in &self.0 {
+            bytes.extend(run.start.to_le_bytes());
+            bytes.extend(run.end.to_le_bytes());
         }
         bytes
     }
 }
 
-/// Of runs in any order, each its first frame and how many there are.
-impl FromIterator<(u64, u64)> for FrameRuns {
-    fn from_iter<T: IntoIterator<Item = (u64, u64)>>(runs: T) -> Self {
-        let run = |(start, len): (u64, u64)| (start, start.saturating_add(len));
-        let mut runs: Vec<(u64, u64)> = runs.into_iter().map(run).collect();
-        runs.sort_unstable();
+/// Of runs in any order.
+impl FromIterator<Range<u64>> for FrameRuns {
+    fn from_iter<T: IntoIterator<Item = Range<u64>>>(runs: T) -> Self {
+        let mut runs: Vec<Range<u64>> = runs.into_iter().collect();
+        runs.sort_unstable_by_key(|run| (run.start, run.end));
         runs.dedup_by(|next, run| {
-            let joins = next.0 <= run.1;
+            let joins = next.start <= run.end;
             if joins {
-                run.1 = run.1.max(next.1);
+                run.end = run.end.max(next.end);
             }
             joins
         });
@@ -197,10 +197,10 @@ mod tests {
         #[test]
         fn runs_are_sorted_and_do_not_touch(runs in proptest::collection::vec((0_u64..99, 1_u64..9), 0..20)) {
             let frames: BTreeSet<u64> = runs.iter().flat_map(|(start, len)| *start..start + len).collect();
-            let made: FrameRuns = runs.into_iter().collect();
-            let inside: Vec<u64> = made.0.iter().flat_map(|(start, end)| *start..*end).collect();
+            let made: FrameRuns = runs.into_iter().map(|(start, len)| start..start + len).collect();
+            let inside: Vec<u64> = made.0.iter().cloned().flatten().collect();
             prop_assert_eq!(&inside, &frames.into_iter().collect::<Vec<_>>());
-            prop_assert!(made.0.windows(2).all(|pair| pair[0].1 < pair[1].0));
+            prop_assert!(made.0.windows(2).all(|pair| pair[0].end < pair[1].start));
             prop_assert_eq!(made.len(), inside.len() as u64);
         }
     }

@@ -1,6 +1,7 @@
 //! System calls that no crate in use offers.
 #![expect(unsafe_code, reason = "the FFI edge")]
 
+use sonicshot::{FileOffset, FileRange};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -29,19 +30,18 @@ pub(crate) fn try_read_lease(file: &File) -> io::Result<()> {
     fcntl(libc::F_SETLEASE, libc::F_UNLCK)
 }
 
-/// Lets `to` share `len` bytes of `from`, all on whole blocks of the file system.
+/// Lets `to` share the bytes `range` of `from` from `at` on, all on whole blocks of the file system.
 pub(crate) fn clone_range(
     from: &File,
-    offset: u64,
-    len: u64,
+    range: FileRange,
     to: &File,
-    at: u64,
+    at: FileOffset,
 ) -> io::Result<()> {
     let range = libc::file_clone_range {
         src_fd: from.as_raw_fd().into(),
-        src_offset: offset,
-        src_length: len,
-        dest_offset: at,
+        src_offset: range.start().raw(),
+        src_length: range.len(),
+        dest_offset: at.raw(),
     };
     // SAFETY: both descriptors are open while the files are borrowed, and the kernel only reads
     // the one structure that it is given, which lives until the call returns.

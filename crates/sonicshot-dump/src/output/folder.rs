@@ -11,7 +11,7 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, retry_on_intr};
 use rustix::process::geteuid;
-use sonicshot::Progress;
+use sonicshot::{FileOffset, FileRange, Progress};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
@@ -443,33 +443,40 @@ fn copy_data(input: &File, output: &File, len: u64) -> io::Result<()> {
         if end <= start {
             return Ok(());
         }
-        copy_stretch(input, output, start, end)?;
+        let range = FileRange::new(FileOffset::new(start), FileOffset::new(end));
+        copy_stretch(input, output, range)?;
         at = end;
     }
     Ok(())
 }
 
-fn copy_stretch(input: &File, output: &File, mut at: u64, end: u64) -> io::Result<()> {
+fn copy_stretch(input: &File, output: &File, range: FileRange) -> io::Result<()> {
     let mut by_kernel = true;
     let mut buffer = Vec::new();
-    while at < end {
-        let now = usize::try_from(end.saturating_sub(at).min(COPY)).unwrap_or(0);
+    let mut rest = range;
+    while !rest.is_empty() {
+        let now = usize::try_from(rest.len().min(COPY)).map_err(io::Error::other)?;
+        let at = rest.start().raw();
         let (mut from, mut to) = (at, at);
-        if by_kernel {
+        let copied = if by_kernel {
             match copy_file_range(input, Some(&mut from), output, Some(&mut to), now) {
-                Ok(copied) if copied > 0 => {
-                    at = at.saturating_add(copied as u64);
-                    continue;
-                }
+                Ok(copied) if copied > 0 => copied,
                 Err(Errno::INTR) => continue,
                 // What is really wrong the plain copy finds out too.
-                Ok(_) | Err(_) => by_kernel = false,
+                Ok(_) | Err(_) => {
+                    by_kernel = false;
+                    continue;
+                }
             }
-        }
-        buffer.resize(now, 0);
-        input.read_exact_at(&mut buffer, at)?;
-        output.write_all_at(&buffer, at)?;
-        at = at.saturating_add(now as u64);
+        } else {
+            buffer.resize(now, 0);
+            input.read_exact_at(&mut buffer, at)?;
+            output.write_all_at(&buffer, at)?;
+            now
+        };
+        let next = rest.start().checked_add(copied as u64);
+        let next = next.ok_or(io::ErrorKind::FileTooLarge)?;
+        rest = FileRange::new(next, rest.end());
     }
     Ok(())
 }

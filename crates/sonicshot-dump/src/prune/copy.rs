@@ -92,8 +92,7 @@ impl<'a> Copier<'a> {
         let behind = behind.ok_or_else(|| self.beyond(from))?;
         self.copy_bytes(FileRange::new(from.start(), body.start()), to)?;
         let (input, output) = (self.dump.file(), self.output.file());
-        let start = body.start().raw();
-        match sys::clone_range(input, start, body.len(), output, there.raw()) {
+        match sys::clone_range(input, body, output, there) {
             Ok(()) => {
                 self.cloned = self.cloned.saturating_add(body.len());
                 self.done = self.done.saturating_add(body.len());
