@@ -73,7 +73,9 @@ fn copy(from: &mut impl Read, out: &mut impl Write) -> io::Result<()> {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(error),
         };
-        out.write_all(buffer.get(..len).unwrap_or_default())?;
+        // More than there is room for no reader gives.
+        let read = buffer.get(..len).ok_or(io::ErrorKind::InvalidData)?;
+        out.write_all(read)?;
     }
 }
 

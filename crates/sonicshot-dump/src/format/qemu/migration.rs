@@ -8,7 +8,7 @@ use crate::format::ability::Migration;
 use crate::format::qemu::content::Content;
 use crate::format::qemu::start::{
     BlockKind, CAPABILITIES, FLAG_CONTINUE, FLAG_EOS, FLAG_MEM_SIZE, FLAG_PAGE, FLAG_ZERO,
-    MAPPED_RAM, MAPPED_RAM_VERSION, SECTION_END, SUBSECTION, Start, TARGET_PAGE,
+    MAPPED_RAM, MAPPED_RAM_VERSION, SECTION_END, SUBSECTION, Start, TARGET_PAGE, TARGET_PAGE_LEN,
 };
 use crate::output::Output;
 use crate::prune::copy::{COPY, Copier};
@@ -250,7 +250,8 @@ fn write_stream(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
     out.bytes(&start.ram_section.to_be_bytes())?;
     for (block, places) in content.blocks.iter().zip(&content.places) {
         let mut again = 0;
-        for (address, place) in (0_u64..).step_by(4096).zip(places.iter()) {
+        let addresses = (0_u64..).step_by(TARGET_PAGE_LEN);
+        for (address, place) in addresses.zip(places.iter()) {
             // Like QEMU, nothing of what is not plugged in.
             if place.is_none() && block.kind == BlockKind::VirtioMem {
                 continue;

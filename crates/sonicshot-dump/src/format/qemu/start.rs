@@ -37,7 +37,8 @@ pub(crate) const MAPPED_RAM_VERSION: u32 = 1;
 /// The capability of a mapped-ram file.
 pub(crate) const MAPPED_RAM: &str = "mapped-ram";
 /// QEMU's pages, whatever the guest's are.
-pub(crate) const TARGET_PAGE: u64 = 4096;
+pub(crate) const TARGET_PAGE_LEN: usize = 4096;
+pub(crate) const TARGET_PAGE: u64 = TARGET_PAGE_LEN as u64;
 /// No machine has more memory blocks.
 pub(crate) const MAX_BLOCKS: usize = 4096;
 /// Names and small tables are shorter than this.

@@ -1,8 +1,6 @@
 //! The preloaded library, in a program that asks for types as libxc does: of a stand-in for
 //! libxenctrl, which calls every seventh frame a page table.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test")]
-
 use sonicshot_xen_live::{FrameRuns, SaveFilter};
 use std::path::Path;
 use std::process::{Command, Stdio};
