@@ -15,8 +15,10 @@ use capture::{Capture, Change, KPF_BUDDY, KPF_IN_USE, KPF_OFFLINE, Overlay};
 use plan::{Mutation, Plan, Rng};
 use sonicshot::{PageClass, PageMap, PageSize, Pfn};
 use sonicshot_vmi::symbols::Vmcoreinfo;
-use sonicshot_vmi::{Classification, GuestOptions, Knowledge, LinuxGuest, OnInconsistency, VmiError};
 use sonicshot_vmi::x86_64::Cr3;
+use sonicshot_vmi::{
+    Classification, GuestOptions, Knowledge, LinuxGuest, OnInconsistency, VmiError,
+};
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::panic::{AssertUnwindSafe, catch_unwind};
