@@ -616,7 +616,8 @@ mod tests {
             let page = [0; 4096];
             let page = sonicshot::GuestBytes::from_slice(&page);
             let ram = MappedRegions::new(vec![(Gpa::ZERO, page)]).unwrap();
-            let found = processors(Path::new("test"), content.bytes(), 0, &ram).unwrap_err();
+            let found =
+                processors(Path::new("test"), content.bytes(), FileOffset::ZERO, &ram).unwrap_err();
             assert_eq!(found == too_long, refused, "{len}: {found}");
         }
     }
