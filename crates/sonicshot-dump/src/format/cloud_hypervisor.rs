@@ -282,7 +282,7 @@ fn layout(path: &Path, len: u64) -> Result<LayoutSpec, DumpError> {
     for [(_, below), (index, above)] in sorted.array_windows() {
         if above.start() < below.end() {
             let at = above.start().raw();
-            return Err(malformed("inside another lies memory range", *index, at));
+            return Err(malformed("a memory range in another, number", *index, at));
         }
     }
     let described = layout
