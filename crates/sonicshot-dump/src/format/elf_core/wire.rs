@@ -162,6 +162,39 @@ impl Segment {
         })
     }
 
+    /// Reads program header `number` of the table at `table`, whose data must be in the file.
+    fn of_table(
+        path: &Path,
+        data: FileBytes<'_>,
+        table: FileOffset,
+        number: u64,
+    ) -> Result<Self, DumpError> {
+        let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
+        let len = data.len() as u64;
+        let at = number
+            .checked_mul(SEGMENT_LEN as u64)
+            .and_then(|offset| table.checked_add(offset));
+        let (at, segment) = at
+            .and_then(|at| Some((at, Self::read(data, at)?)))
+            .ok_or_else(|| bad("a program header beyond the end", table, number))?;
+        let inside = segment.data().is_some_and(|data| data.end().raw() <= len);
+        if segment.file_len > 0 && !inside {
+            return Err(bad(
+                "a segment beyond the end of the file: truncated",
+                at,
+                number,
+            ));
+        }
+        if segment.guest_len() > 0 && segment.file_len > segment.mem_len {
+            return Err(bad(
+                "a segment with more data than memory",
+                at,
+                segment.file_len,
+            ));
+        }
+        Ok(segment)
+    }
+
     pub(crate) fn to_bytes(self) -> [u8; SEGMENT_LEN] {
         let mut out = [0; SEGMENT_LEN];
         let kind = u64::from(self.kind) | u64::from(self.flags) << 32;
@@ -262,28 +295,7 @@ impl ElfCore {
         }
         let mut segments = Vec::new();
         for number in 0..u64::from(count) {
-            let at = number
-                .checked_mul(SEGMENT_LEN as u64)
-                .and_then(|offset| table.checked_add(offset));
-            let (at, segment) = at
-                .and_then(|at| Some((at, Segment::read(data, at)?)))
-                .ok_or_else(|| bad("a program header beyond the end", table, number))?;
-            let inside = segment.data().is_some_and(|data| data.end().raw() <= len);
-            if segment.file_len > 0 && !inside {
-                return Err(bad(
-                    "a segment beyond the end of the file: truncated",
-                    at,
-                    number,
-                ));
-            }
-            if segment.guest_len() > 0 && segment.file_len > segment.mem_len {
-                return Err(bad(
-                    "a segment with more data than memory",
-                    at,
-                    segment.file_len,
-                ));
-            }
-            segments.push(segment);
+            segments.push(Segment::of_table(path, data, table, number)?);
         }
         let vmcoreinfo = find_vmcoreinfo(data, &segments);
         Ok(Self {
