@@ -13,10 +13,11 @@ use sonicshot_dump::{
     CheckedPlan, Dump, DumpError, LayoutSpec, Overwrite, SnapshotFiles, XlSkeleton,
 };
 use sonicshot_serve::Handshake;
-use sonicshot_vmi::symbols::{Btf, SymbolSource, Vmcoreinfo, open_symbol_file};
+use sonicshot_vmi::symbols::{Btf, SymbolFile, SymbolSource, Vmcoreinfo, open_symbol_file};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
 use sonicshot_xen::{Joined, Skeleton, XlImage};
 use std::fs::{self, File};
+use std::hash::Hasher;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -29,6 +30,7 @@ pub const TARGETS: &[Target] = &[
     ("btf", btf),
     ("vmcoreinfo", vmcoreinfo),
     ("symbol_file", symbol_file),
+    ("small_symbols", small_symbols),
     ("elf_core", elf_core),
     ("raw", raw),
     ("mapped_ram", mapped_ram),
@@ -141,6 +143,26 @@ pub fn symbol_file(data: &[u8]) {
     if let Ok(source) = open_symbol_file(file(data).path()) {
         ask(source.as_ref());
     }
+}
+
+/// A small symbol file: as it is, and with a last line that is of what is before it.
+pub fn small_symbols(data: &[u8]) {
+    let read = |bytes: &[u8]| {
+        if let Ok(file) = SymbolFile::parse("fuzz", bytes) {
+            ask(&file);
+            let text = file.to_text();
+            let again = SymbolFile::parse("fuzz", text.as_bytes());
+            assert!(again.is_ok_and(|again| again == file));
+        }
+    };
+    read(data);
+    let end = data.windows(5).rposition(|window| window == b"\nend ");
+    let end = end.map_or(data.len(), |at| at + 1);
+    let mut sealed = data[..end].to_vec();
+    let mut hasher = XxHash3_64::new();
+    hasher.write(&sealed);
+    sealed.extend(format!("end {:016x}\n", hasher.finish()).bytes());
+    read(&sealed);
 }
 
 /// Opens a dump, reads from it, and prunes every other page of it.

@@ -49,6 +49,9 @@ pub(crate) enum Command {
     /// Write a dump in another format, without looking for what may be left out
     #[command(after_help = EXIT_CODES)]
     Convert(ConvertArgs),
+    /// Make small symbol files of kernels, for guests whose kernels tell little
+    #[command(subcommand)]
+    Symbols(SymbolsCommand),
     /// Save and restore Xen domains, from dom0
     #[command(subcommand)]
     Xen(XenCommand),
@@ -66,9 +69,10 @@ pub(crate) enum Command {
 /// How a dump is to be understood.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct InputArgs {
-    /// A System.map, vmlinux or BTF file of the guest's kernel; may be repeated. Without it
-    /// everything is found in the guest's own memory
-    #[arg(long, value_name = "FILE")]
+    /// A System.map, vmlinux or BTF file of the guest's kernel, or what `symbols make` makes of them;
+    /// or a folder of such, of which the one of the guest's build is taken; may be repeated. Without
+    /// it everything is found in the guest's own memory
+    #[arg(long, value_name = "FILE|DIR")]
     pub symbols: Vec<PathBuf>,
     /// Where a raw file's bytes lie: pc, q35, firecracker, firecracker-old, flat or
     /// START-END,... Of a QEMU file with several blocks of memory, where each lies:
@@ -460,6 +464,31 @@ pub(crate) struct VerifyArgs {
 }
 
 #[derive(Debug, Subcommand)]
+pub(crate) enum SymbolsCommand {
+    /// Take what is needed of a vmlinux: some kilobytes, by which its guests are told by their build
+    /// ID. --symbols takes the file, or a folder of such
+    #[command(after_help = EXIT_CODES)]
+    Make(SymbolsMakeArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SymbolsMakeArgs {
+    /// The vmlinux, with its symbol table and types (DWARF or BTF); or several files of one build
+    /// that have them together, such as a stripped vmlinux, its System.map and its BTF
+    #[arg(value_name = "VMLINUX", required = true)]
+    pub files: Vec<PathBuf>,
+    /// Where to write the symbol file
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write over an existing FILE
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Subcommand)]
 pub(crate) enum XenCommand {
     /// Save a domain without its free pages, as `xl save` does: suspended, written, destroyed. The
     /// image is one that an unchanged `xl restore` takes
@@ -494,9 +523,10 @@ pub(crate) struct XenSaveArgs {
     pub domain: String,
     /// Where to write the image
     pub file: PathBuf,
-    /// A System.map, vmlinux or BTF file of the guest's kernel; may be repeated. Without it
-    /// everything is found in the guest's own memory
-    #[arg(long, value_name = "FILE")]
+    /// A System.map, vmlinux or BTF file of the guest's kernel, or what `symbols make` makes of them;
+    /// or a folder of such, of which the one of the guest's build is taken; may be repeated. Without
+    /// it everything is found in the guest's own memory
+    #[arg(long, value_name = "FILE|DIR")]
     pub symbols: Vec<PathBuf>,
     /// Compress the image; `sonicshot xen restore` takes it as it is
     #[arg(long, value_enum, value_name = "HOW")]

@@ -7,6 +7,7 @@ use sonicshot::checkpoint::CheckpointError;
 use sonicshot_dump::{DumpError, DumpOptions, KdumpWriteError, SizeLimit};
 use sonicshot_offline::OfflineError;
 use sonicshot_serve::ServeError;
+use sonicshot_vmi::symbols::SymbolError;
 use sonicshot_vmi::{Foreign, VmiError};
 use sonicshot_xen_live::LiveError;
 use std::error::Error;
@@ -21,6 +22,9 @@ pub(crate) enum CliError {
     Offline(#[from] OfflineError),
     #[error("{what}")]
     Usage { what: String },
+    /// What says itself which file it is about.
+    #[error(transparent)]
+    Symbols(#[from] SymbolError),
     #[error("the live domain")]
     Live(#[source] LiveError),
     #[error(transparent)]
@@ -117,6 +121,12 @@ impl CliError {
             Self::Reported { code } => *code,
             Self::Offline(error) => code_of(error),
             Self::AboutDomain(LiveError::Guest { source, .. }) => code_of_guest(source),
+            Self::Symbols(
+                SymbolError::Lacks { .. }
+                | SymbolError::Differ { .. }
+                | SymbolError::Outdated { .. },
+            ) => 4,
+            Self::Symbols(_) => 3,
             Self::Usage { .. } | Self::OverDump { .. } => 2,
             Self::Serve(ServeError::Set { .. } | ServeError::SetOfAnother { .. }) => 3,
             Self::Io { .. }
@@ -245,7 +255,9 @@ fn code_of(error: &OfflineError) -> u8 {
                 | CheckpointError::BlobExists { .. },
             ..
         } => 2,
-        OfflineError::NotWhole { .. } => 4,
+        OfflineError::NotWhole { .. }
+        | OfflineError::MayBeDiff { .. }
+        | OfflineError::ZeroesKept { .. } => 4,
         // What is wrong with the file, or with the layout.
         _ => 3,
     }
@@ -299,6 +311,8 @@ fn code_of_guest(error: &VmiError) -> u8 {
 const OR_FORCE: &str = "give another name, or --force to write over it";
 const OR_RAW: &str =
     "if it is a guest's memory and nothing else, whatever it begins with: --format raw";
+const NO_KERNEL_NEEDED: &str =
+    "prune --drop zero leaves out pages of zeroes alone, and needs no kernel";
 const SAY_LAYOUT: &str = "say where RAM lies with --layout";
 
 fn hint_of(error: &OfflineError) -> Option<&'static str> {
@@ -308,6 +322,11 @@ fn hint_of(error: &OfflineError) -> Option<&'static str> {
         OfflineError::NoImage { .. } => {
             "`sonicshot convert --to xl --template IMAGE` takes the rest from an image of that guest"
         }
+        OfflineError::MayBeDiff { .. } => {
+            "give --base, the memory that it is a diff to. Of a full snapshot, a copy without holes \
+             (cp --sparse=never)"
+        }
+        OfflineError::NoMemory { .. } => OR_RAW,
         OfflineError::NotWhole { .. } => {
             "it may be a Firecracker diff snapshot: give --base, the memory that it is a diff to"
         }
@@ -322,7 +341,11 @@ fn hint_of(error: &OfflineError) -> Option<&'static str> {
         OfflineError::Misplaced { .. } => {
             "give the ranges in the order in which the file has them, or no --layout"
         }
-        OfflineError::NoLayout { .. } | OfflineError::ManyBlocks { .. } => SAY_LAYOUT,
+        OfflineError::NoLayout { .. } => {
+            "say where RAM lies with --layout. prune --drop zero leaves out pages of zeroes alone, and \
+             needs no kernel"
+        }
+        OfflineError::ManyBlocks { .. } => SAY_LAYOUT,
         _ => return None,
     })
 }
@@ -378,11 +401,23 @@ fn hint_of_dump(error: &DumpError) -> Option<&'static str> {
 
 fn hint_of_guest(error: &VmiError, path: &Path) -> Option<&'static str> {
     Some(match error {
-        VmiError::NoKernel { .. } if has_holes(path) => {
+        VmiError::NoKernel { .. } | VmiError::NoTables { .. } | VmiError::BannerAlone { .. }
+            if has_holes(path) =>
+        {
             "is this a Linux guest's memory? The file has holes: if it is a Firecracker \
              diff snapshot, give --base, the memory that it is a diff to. For a raw file \
              of over 2 GiB, try --layout"
         }
+        VmiError::NoTables { .. } => {
+            "is the layout right (--layout), and --cr3, if it was given, a processor's that runs \
+             the guest's kernel? prune --drop zero leaves out pages of zeroes alone, and needs no \
+             kernel"
+        }
+        VmiError::BannerAlone { .. } => {
+            "is it an x86-64 kernel, and the layout right (--layout)? prune --drop zero leaves out \
+             pages of zeroes alone, and needs no kernel"
+        }
+        VmiError::OtherMachine { .. } => NO_KERNEL_NEEDED,
         VmiError::NoKernel { .. } => {
             "is this a Linux guest's memory? For a raw file of over 2 GiB, try --layout. \
              prune --drop zero leaves out pages of zeroes alone, and needs no kernel"

@@ -12,9 +12,10 @@ mod report;
 mod restore;
 mod save;
 mod serve;
+mod symbols;
 mod xen;
 
-use args::{Cli, Command, XenCommand};
+use args::{Cli, Command, SymbolsCommand, XenCommand};
 use clap::Parser;
 use error::CliError;
 use std::process::ExitCode;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         Command::Restore(args) => (restore::run(args), args.json),
         Command::Verify(args) => (restore::verify(args), args.json),
         Command::Convert(args) => (convert::run(args), args.json),
+        Command::Symbols(SymbolsCommand::Make(args)) => (symbols::make(args), args.json),
         Command::Xen(XenCommand::Save(args)) => (xen::save(args), args.json),
         Command::Xen(XenCommand::Restore(args)) => (xen::restore(args), args.json),
         Command::Serve(args) => (serve::run(args), false),

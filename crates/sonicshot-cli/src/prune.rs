@@ -182,7 +182,7 @@ impl Job<'_> {
         let analyzed = match input.snapshot.analyze(&args.input.analyze()) {
             // Pages of zeroes need no kernel.
             Err(error) if error.is_of_the_kernel() && self.drops_zeroes_alone() => {
-                input.snapshot.zero_pages()?.ok_or(error)?
+                input.snapshot.zero_pages()?
             }
             analyzed => analyzed?,
         };

@@ -27,9 +27,10 @@ pub enum LayoutSpec {
     Pc,
     /// QEMU's `q35`: RAM to 2.75 GiB, or split at 2 GiB (`hw/i386/pc_q35.c`).
     Q35,
-    /// Firecracker and Cloud Hypervisor: split at 3 GiB; Firecracker again at 256 and 512 GiB.
+    /// Firecracker, Cloud Hypervisor and QEMU's `microvm`: split at 3 GiB; Firecracker again at 256
+    /// and 512 GiB.
     Firecracker,
-    /// Firecracker before its hole grew: split at 3,328 MiB.
+    /// Firecracker before its hole grew, and libkrun: split at 3,328 MiB.
     FirecrackerOld,
     /// One piece from 0.
     Flat,

@@ -95,6 +95,33 @@ pub enum OfflineError {
         /// The first page that is missing.
         at: Gpa,
     },
+    /// A raw file has holes, and no kernel tells that they are none of a diff's, which mean "as in the
+    /// base": a page made a hole would read as the base has it.
+    #[error(
+        "{} has a hole at {at}: it may be a diff, in which a page that is dropped reads as its base has \
+         it, and without a kernel nothing tells",
+        path.display()
+    )]
+    MayBeDiff {
+        /// The file with the guest's memory.
+        path: PathBuf,
+        /// The first page that is missing.
+        at: Gpa,
+    },
+    /// What is taken for raw memory begins as a file that holds something else.
+    #[error("{} begins as a disk image, an archive or the like, and no kernel shows that it is memory", path.display())]
+    NoMemory {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Pages of zeroes cannot be left out of this format.
+    #[error("{} is {format}: nobody promises that a page which is left out of it reads as zero", path.display())]
+    ZeroesKept {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        format: &'static str,
+    },
     /// A class was to be dropped that never is.
     #[error("pages of class {class} are never dropped: the guest's kernel needs them")]
     Undroppable {

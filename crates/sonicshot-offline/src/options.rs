@@ -33,8 +33,9 @@ impl OpenOptions {
         Self::default()
     }
 
-    /// Adds a System.map, vmlinux or BTF file of the guest's kernel. Without one everything is
-    /// found in the guest's own memory.
+    /// Adds a System.map, vmlinux, BTF or [small symbol file](sonicshot_vmi::symbols::SymbolFile) of
+    /// the guest's kernel, or a folder of such, of which the one of the guest's build is taken.
+    /// Without one everything is found in the guest's own memory.
     #[must_use]
     pub fn symbols(mut self, path: impl AsRef<Path>) -> Self {
         self.symbols.push(path.as_ref().to_owned());

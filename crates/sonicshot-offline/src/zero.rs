@@ -4,7 +4,7 @@ use crate::analyze::Analyzed;
 use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
 use sonicshot::{Gpa, GuestMemory, PageClass};
-use sonicshot_dump::{Dump, DumpFormat};
+use sonicshot_dump::{Dump, DumpError, DumpFormat, LayoutSpec};
 use sonicshot_vmi::Analysis;
 
 /// How files begin that hold no memory: disk images and archives.
@@ -23,27 +23,52 @@ impl OfflineError {
     /// Whether there is no kernel, or none that tells anything: what needs none can be done.
     #[must_use]
     pub fn is_of_the_kernel(&self) -> bool {
-        matches!(self, Self::Guest { .. } | Self::NoLayout { .. })
+        matches!(
+            self,
+            Self::Guest { .. } | Self::NoLayout { .. } | Self::ManyBlocks { .. }
+        )
     }
 }
 
 impl Snapshot {
-    /// Tells the pages that hold only zeroes, without looking for a kernel. `None` where a dropped
-    /// page may not read as zero: of a format of which nobody knows what it reads as, of a diff
-    /// (or a raw file with holes, which may be one: they mean "as in the base"), and of a file
-    /// that begins as no memory does.
+    /// Tells the pages that hold only zeroes, without looking for a kernel: in every format in which
+    /// a page that is dropped reads as zero, whatever lies beneath. A diff needs its base for that
+    /// ([`OpenOptions::base`](crate::OpenOptions::base)), for by itself what it does not hold is as in
+    /// the base; a raw file with holes may be one.
     ///
     /// # Errors
-    /// [`OfflineError::Dump`] if the file is damaged or none that is read.
-    pub fn zero_pages(&self) -> Result<Option<Analyzed>, OfflineError> {
-        let dump = self.dump(self.files().layout())?;
-        let is_raw = self.options().format == Some(DumpFormat::RAW);
-        if self.options().base.is_some() || !is_whole(&dump) || !is_raw && is_foreign(&dump) {
-            return Ok(None);
+    /// [`OfflineError::MayBeDiff`] if it may be a diff without its base, [`OfflineError::NoMemory`] if it
+    /// begins as no memory does, [`OfflineError::ZeroesKept`] if nobody knows what a dropped page
+    /// reads as, [`OfflineError::Dump`] if the file is damaged or none that is read.
+    pub fn zero_pages(&self) -> Result<Analyzed, OfflineError> {
+        let dump = match self.dump(self.files().layout()) {
+            // Where a zero lies does not matter.
+            Err(error @ DumpError::NoLayout { .. }) => {
+                let mut layouts = LayoutSpec::KNOWN.iter();
+                let dump = layouts.find_map(|layout| self.dump(Some(layout)).ok());
+                dump.ok_or(error)?
+            }
+            dump => dump?,
+        };
+        let path = || self.memory_file().to_owned();
+        if self.options().format != Some(DumpFormat::RAW) && is_foreign(&dump) {
+            return Err(OfflineError::NoMemory { path: path() });
         }
+        if self.options().base.is_none()
+            && let Some(at) = first_hole(&dump)
+        {
+            return Err(OfflineError::MayBeDiff { path: path(), at });
+        }
+        let format = dump.format();
         let analysis = Analysis::of_zero_pages(&dump)?;
         let found = Analyzed::without_kernel(dump, self.files().clone(), analysis);
-        Ok(found.can_go(PageClass::Zero).then_some(found))
+        match found.can_go(PageClass::Zero) {
+            true => Ok(found),
+            false => Err(OfflineError::ZeroesKept {
+                path: path(),
+                format,
+            }),
+        }
     }
 }
 
@@ -58,19 +83,17 @@ fn is_foreign(dump: &Dump) -> bool {
     !begins || FOREIGN.iter().any(|magic| start.starts_with(magic))
 }
 
-/// Whether the file holds all of the memory; of other formats than raw RAM that is told by them.
-fn is_whole(dump: &Dump) -> bool {
-    if dump.layout_spec().is_none() {
-        return true;
-    }
-    dump.layout().regions().iter().all(|region| {
+/// The first page that a raw file does not hold; of other formats that is told by them.
+fn first_hole(dump: &Dump) -> Option<Gpa> {
+    dump.layout_spec()?;
+    dump.layout().regions().iter().find_map(|region| {
         let mut at: Gpa = region.start();
         while at < region.end() {
             match dump.next_data(at) {
                 Some(data) if data.start() <= at && data.end() > at => at = data.end(),
-                _ => return false,
+                _ => return Some(at),
             }
         }
-        true
+        None
     })
 }

@@ -8,9 +8,33 @@ use sonicshot::{Gpa, MemoryError};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VmiError {
-    /// No Linux kernel was found in the guest's memory.
+    /// Nothing of a Linux kernel was found in the guest's memory.
     #[error("no Linux kernel found in guest memory: {tried}")]
     NoKernel {
+        /// What was looked for.
+        tried: String,
+    },
+    /// There are records of free pages, but no page tables that lead to them: of a kernel whose page
+    /// tables are elsewhere, or are not where the memory is taken to lie.
+    #[error(
+        "{records} records of free pages look like a Linux kernel's, and none of {tables} page \
+         tables leads to them ({tried})"
+    )]
+    NoTables {
+        /// How many records there are.
+        records: u64,
+        /// How many page tables were tried.
+        tables: u64,
+        /// What else was looked for.
+        tried: String,
+    },
+    /// There is the banner of a Linux kernel in memory, and nothing else of one that can be read.
+    #[error(
+        "there is a kernel's banner in memory, `{banner}`, but no kernel that can be read: {tried}"
+    )]
+    BannerAlone {
+        /// The banner.
+        banner: String,
         /// What was looked for.
         tried: String,
     },

@@ -1,5 +1,6 @@
 //! A Linux guest: its kernel found, its symbols gathered, its pages classified.
 
+mod by_symbols;
 mod classify;
 mod features;
 mod gather;
@@ -22,14 +23,14 @@ use crate::owner::alive;
 use crate::owner::processors::{Owners, Verdict};
 use crate::place::{self, PlaceEvidence};
 use crate::shape::{self, Shaped};
-use crate::symbols::{self, SymbolSource};
+use crate::symbols::{self, Given, SymbolFile, SymbolSource};
 use crate::{KernelVa, mark_zero_pages};
 pub use classify::Classification;
 pub use options::{GuestOptions, OnInconsistency};
 use sonicshot::{GpaRange, GuestMemory, PageSize};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::OnceLock;
 
 /// A Linux guest whose kernel was found in its memory.
 ///
@@ -56,9 +57,12 @@ pub struct LinuxGuest<'m> {
     image: (KernelVa, KernelVa),
     /// Where it was found by shape.
     shaped: Option<Shaped>,
+    /// What each struct page says, and the zones, where they were found by their lists: that takes a
+    /// look at every struct page.
+    searched: OnceLock<(PageLayout, Zones)>,
     /// How many threads look at struct pages.
     threads: Option<NonZeroUsize>,
-    /// Symbol files that tell nothing of a kernel that was found by shape.
+    /// Symbol files, and folders of them, that are of other builds, as far as can be told.
     unused_files: Vec<PathBuf>,
 }
 
@@ -72,21 +76,19 @@ impl<'m> LinuxGuest<'m> {
     /// stand.
     ///
     /// # Errors
-    /// [`VmiError::NoKernel`] if there is none, [`VmiError::Stale`] if there is only what is left
+    /// [`VmiError::NoKernel`], [`VmiError::NoTables`] or [`VmiError::BannerAlone`] if there is none
+    /// that can be read, [`VmiError::OtherMachine`] if it is another machine's, [`VmiError::Stale`] if there is only what is left
     /// of one, [`VmiError::Undecided`] if there are several and nothing tells which runs,
     /// [`VmiError::WrongKernel`] if a symbol file is of another build, [`VmiError::Symbols`] if
     /// one cannot be read.
     pub fn open(memory: &'m dyn GuestMemory, options: &GuestOptions) -> Result<Self, VmiError> {
         let owners = || Owners::new(memory, options.cr3);
-        let mut files: Vec<Arc<dyn SymbolSource>> = Vec::new();
-        for path in &options.symbol_files {
-            files.push(symbols::open_symbol_file(path)?.into());
-        }
+        let given = Given::open(&options.symbol_files)?;
         let told = owners();
         let mut attempt = |found: Found<'m>| {
             let is_note = found.is_note;
             let (tables, info) = (found.tables, found.vmcoreinfo.clone());
-            let mut guest = Self::gather(found, options, &files, owners())?;
+            let guest = Self::gather(found, options, &given, owners())?;
             // Where symbols tell which VMCOREINFO is the kernel's own, that is seen below. A kernel
             // that crashed points to the copy beside the crash kernel, which no dump has.
             let of_crash = is_note && told.are_crashed();
@@ -100,25 +102,10 @@ impl<'m> LinuxGuest<'m> {
                         .into(),
                 });
             }
-            alive::check(&guest.kernel, is_note)?;
-            let proven = if told.are_known() {
-                guest.is_run_by_all()
-            } else if told.are_crashed() {
-                is_note
-            } else {
-                let types = guest.knowledge == Knowledge::Types;
-                let owner = owner::look(&guest.kernel, types)?;
-                let settled = arch::of(&guest.kernel)?.is_settled(&owner);
-                guest.traces = Some(owner);
-                settled
-            };
-            Ok(Tried {
-                value: guest,
-                proven,
-            })
+            guest.tried(&told, is_note)
         };
         if options.at_most == Some(Knowledge::Shape) {
-            return Self::by_shape(memory, owners(), options);
+            return Self::by_shape(memory, owners(), options, &given);
         }
         let standing = discover::find(
             memory,
@@ -131,8 +118,11 @@ impl<'m> LinuxGuest<'m> {
         match standing? {
             discover::Search::Standing(standing) => Self::decide(standing),
             discover::Search::NoText(no_text) => {
-                let mut guest =
-                    Self::by_shape(memory, owners(), options).map_err(|why| no_text.and(why))?;
+                if let Some(guest) = Self::by_symbols(memory, &told, options, &given)? {
+                    return Ok(guest);
+                }
+                let mut guest = Self::by_shape(memory, owners(), options, &given)
+                    .map_err(|why| discover::say_more(memory, no_text.and(why)))?;
                 if !told.are_known() {
                     guest.look_at_memory_alone()?;
                 }
@@ -141,13 +131,66 @@ impl<'m> LinuxGuest<'m> {
         }
     }
 
+    /// Tries a kernel to the end: its records of itself must be whole.
+    fn tried(mut self, told: &Owners, is_note: bool) -> Result<Tried<Self>, VmiError> {
+        alive::check(&self.kernel, is_note)?;
+        let proven = if told.are_known() {
+            self.is_run_by_all()
+        } else if told.are_crashed() {
+            is_note
+        } else {
+            let types = self.knowledge == Knowledge::Types;
+            let owner = owner::look(&self.kernel, types)?;
+            let settled = arch::of(&self.kernel)?.is_settled(&owner);
+            self.traces = Some(owner);
+            settled
+        };
+        Ok(Tried {
+            value: self,
+            proven,
+        })
+    }
+
+    /// The kernel that alone stands of those without VMCOREINFO that symbol files tell of; `None`
+    /// if they tell of none.
+    fn by_symbols(
+        memory: &'m dyn GuestMemory,
+        told: &Owners,
+        options: &GuestOptions,
+        given: &Given,
+    ) -> Result<Option<Self>, VmiError> {
+        if options.at_most.is_some_and(|most| most > Knowledge::Types) {
+            return Ok(None);
+        }
+        let mut kernels = Self::of_files(memory, options, given)?;
+        // Those that a processor runs on first.
+        kernels.sort_by_key(|(_, tables)| !told.may_run_on(memory, tables));
+        let mut standing = Vec::new();
+        let mut why_not = None;
+        for (guest, _) in kernels {
+            match guest.tried(told, false) {
+                Ok(tried) if tried.proven => return Ok(Some(tried.value)),
+                Ok(tried) => standing.push(tried.value),
+                Err(error) => {
+                    why_not.get_or_insert(error);
+                }
+            }
+        }
+        match (standing.is_empty(), why_not) {
+            (false, _) => Self::decide(standing).map(Some),
+            (true, Some(error)) => Err(error),
+            (true, None) => Ok(None),
+        }
+    }
+
     /// The kernel that alone stands by the shape of its records.
     fn by_shape(
         memory: &'m dyn GuestMemory,
         owners: Owners,
         options: &GuestOptions,
+        given: &Given,
     ) -> Result<Self, VmiError> {
-        let (shaped, kernel, image) = shape::find(memory, &owners)?;
+        let (shaped, kernel, image, searched) = shape::find(memory, &owners)?;
         Ok(Self {
             kernel,
             origin: shaped.origin(),
@@ -157,8 +200,9 @@ impl<'m> LinuxGuest<'m> {
             knowledge: Knowledge::Shape,
             image,
             shaped: Some(shaped),
+            searched: OnceLock::from(searched),
             threads: options.threads,
-            unused_files: options.symbol_files.clone(),
+            unused_files: given.unused(&[]),
         })
     }
 
@@ -195,7 +239,8 @@ impl<'m> LinuxGuest<'m> {
 
     /// Which kernel it is, among several.
     fn name(&self) -> String {
-        let root = self.kernel.symbol("swapper_pg_dir").ok().flatten();
+        let symbol = |name| self.kernel.symbol(name).ok().flatten();
+        let root = symbol("swapper_pg_dir").or_else(|| symbol("init_top_pgt"));
         let root = root.and_then(|at| self.kernel.space.translate(at).ok());
         let at = root.map_or_else(String::new, |root| {
             format!(", its page tables at {}", root.at)
@@ -227,18 +272,30 @@ impl<'m> LinuxGuest<'m> {
 
     /// The struct pages, what each says, and the zones, by whatever is known of them.
     fn structures(&self) -> Result<(MemMap<'m>, PageLayout, Zones), VmiError> {
-        if let Some(shaped) = &self.shaped {
-            return shaped.structures(&self.kernel, self.image, &Deadline::new());
-        }
-        let map = MemMap::new(&self.kernel)?;
+        let map = self.mem_map()?;
         if self.knowledge == Knowledge::Types {
             let layout = PageLayout::new(&self.kernel, map.stride)?;
             let zones = Zones::new(&self.kernel)?;
             return Ok((map, layout, zones));
         }
-        let layout = PageLayout::of_free_pages(&self.kernel, map.stride)?;
-        let zones = shape::told_zones(&self.kernel, &map, &layout, self.image)?;
+        let (layout, zones) = match self.searched.get() {
+            Some(searched) => searched.clone(),
+            None => {
+                let searched = self.search(&map)?;
+                self.searched.get_or_init(|| searched).clone()
+            }
+        };
         Ok((map, layout, zones))
+    }
+
+    /// Looks for the zones by their lists.
+    fn search(&self, map: &MemMap<'m>) -> Result<(PageLayout, Zones), VmiError> {
+        if let Some(shaped) = &self.shaped {
+            return shaped.search(&self.kernel, map, self.image, &Deadline::new());
+        }
+        let layout = PageLayout::of_free_pages(&self.kernel, map.stride)?;
+        let zones = shape::told_zones(&self.kernel, map, &layout, self.image)?;
+        Ok((layout, zones))
     }
 
     /// The kernel's release, such as `6.1.0-37-cloud-amd64`.
@@ -265,7 +322,24 @@ impl<'m> LinuxGuest<'m> {
     /// The kernel's build ID, if it tells one (Linux 5.9 and later).
     #[must_use]
     pub fn build_id(&self) -> Option<&[u8]> {
-        self.kernel.vmcoreinfo.as_ref()?.build_id()
+        match &self.kernel.vmcoreinfo {
+            Some(info) => info.build_id(),
+            // By what it was found.
+            None => self.kernel.sources().iter().find_map(|s| s.build_id()),
+        }
+    }
+
+    /// What was read of the kernel and is needed of it, as a file of symbols has it.
+    ///
+    /// # Errors
+    /// [`SymbolError`](crate::symbols::SymbolError) if there are no types, or a source is damaged.
+    #[doc(hidden)]
+    pub fn symbol_file(&self) -> Result<SymbolFile, VmiError> {
+        let sources: Vec<&dyn SymbolSource> =
+            self.kernel.sources().iter().map(AsRef::as_ref).collect();
+        let kaslr = self.kernel.build.kaslr;
+        let file = SymbolFile::of_running("the guest".into(), &sources, kaslr)?;
+        Ok(file.of_build(self.build_id(), self.banner()))
     }
 
     /// The guest's page size.

@@ -96,6 +96,9 @@
 //! | `vmcoreinfo` | VMCOREINFO alone | free pages, offline ones in a driver's list; all others are unknown |
 //! | `shape` | nothing | free pages; all others are unknown |
 //!
+//! Where the guest tells no types, symbol files do: a vmlinux, or a [small file](symbols::SymbolFile)
+//! of one, whose build ID or banner is found in the kernel's image also where there is no VMCOREINFO.
+//!
 //! The most that is there is taken. Without types zones are found by their own lists, which leave
 //! the struct pages at a head inside the zone, and the per-CPU lists by the zones' pointers and
 //! the array of the processors' displacements; then the same four records decide, within the same

@@ -102,6 +102,8 @@ pub(crate) const SYMBOLS: &[Symbol] = &[
     symbol("_stext", All),
     symbol("init_uts_ns", All),
     symbol("linux_banner", All),
+    symbol("__start_notes", All),
+    symbol("__stop_notes", All),
     symbol("vmcoreinfo_data", Config("VMCORE_INFO")),
     symbol("swapper_pg_dir", Vmcoreinfo),
     symbol("__start_BTF", Config("DEBUG_INFO_BTF")),

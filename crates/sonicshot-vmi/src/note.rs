@@ -50,10 +50,10 @@ pub enum Note {
         /// What was found instead.
         instead: Box<Note>,
     },
-    /// Symbol files were given of a kernel without VMCOREINFO: nothing tells that they are of its
-    /// build, nor where it was put.
+    /// Symbol files were given, or folders of them, and nothing shows that they are of the kernel's
+    /// build.
     SymbolFilesNotUsed {
-        /// The files.
+        /// The files and folders.
         files: Vec<PathBuf>,
     },
     /// The kernel was dead when its memory was written down.
@@ -129,8 +129,8 @@ fn not_used(files: &[PathBuf], f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let names: Vec<String> = files.iter().map(|f| f.display().to_string()).collect();
     write!(
         f,
-        "not used: {}, for the kernel has no VMCOREINFO, which would tell that they are of its build \
-         and where it lies",
+        "not used: {}: nothing in the guest's memory shows that they are of its kernel's build. A \
+         vmlinux, or what `sonicshot symbols make` makes of it, tells its build itself",
         names.join(", ")
     )
 }

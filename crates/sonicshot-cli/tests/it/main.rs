@@ -15,5 +15,6 @@ mod layout;
 mod migration;
 mod real_guest;
 mod rights;
+mod symbols;
 mod xen;
 mod xen_live;

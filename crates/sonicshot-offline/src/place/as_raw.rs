@@ -21,7 +21,9 @@ pub(super) fn is_worth_a_try(snapshot: &Snapshot, error: &OfflineError) -> bool 
     let no_kernel = matches!(
         error,
         OfflineError::Guest {
-            source: VmiError::NoKernel { .. },
+            source: VmiError::NoKernel { .. }
+                | VmiError::NoTables { .. }
+                | VmiError::BannerAlone { .. },
             ..
         }
     );

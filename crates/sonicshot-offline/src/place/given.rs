@@ -8,7 +8,7 @@ use sonicshot_dump::{BlockKind, Doubts, Dump, LayoutSpec};
 use sonicshot_vmi::GuestOs;
 
 /// Memory is plugged in in blocks of this size or a multiple (`memory_block_size_bytes` on x86-64).
-const MEMORY_BLOCK: u64 = 128 << 20;
+pub(super) const MEMORY_BLOCK: u64 = 128 << 20;
 /// Of a layout in more ranges, no range is compared with every other.
 const MAX_RANGES: usize = 4096;
 

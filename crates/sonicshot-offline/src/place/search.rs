@@ -24,6 +24,7 @@ pub(super) fn with_guest<T>(
         match attempt(snapshot, &candidates, &candidate, true, look) {
             Ok(Outcome::Done(placed)) => return Ok(*placed),
             Ok(Outcome::Refuted(e820)) => candidates.learn(e820),
+            Ok(Outcome::Wrong) => {}
             Ok(Outcome::Unconfirmed) => {
                 unconfirmed.get_or_insert(candidate);
             }
@@ -31,7 +32,13 @@ pub(super) fn with_guest<T>(
                 return Err(error);
             }
             // What is wrong with a kernel says more than that there is none.
-            Err(error) if why_not.as_ref().is_none_or(is_no_kernel) => why_not = Some(error),
+            Err(error)
+                if why_not
+                    .as_ref()
+                    .is_none_or(|why| tells(&error) > tells(why)) =>
+            {
+                why_not = Some(error);
+            }
             Err(_) => {}
         }
     }
@@ -103,14 +110,20 @@ fn no_layout(snapshot: &Snapshot) -> OfflineError {
     }
 }
 
-fn is_no_kernel(error: &OfflineError) -> bool {
-    matches!(
-        error,
+/// How much an error tells: that there is no kernel, least of all.
+fn tells(error: &OfflineError) -> u8 {
+    match error {
         OfflineError::Guest {
             source: VmiError::NoKernel { .. },
             ..
-        }
-    )
+        } => 0,
+        // In another layout they may lead there.
+        OfflineError::Guest {
+            source: VmiError::NoTables { .. } | VmiError::BannerAlone { .. },
+            ..
+        } => 1,
+        _ => 2,
+    }
 }
 
 /// A wrong symbol file is wrong in every layout; the guest's own symbols are only where they are

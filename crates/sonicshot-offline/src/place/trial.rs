@@ -1,14 +1,16 @@
 //! The trying of one layout.
 
 use super::candidates::{Candidate, Candidates};
+use super::given::MEMORY_BLOCK;
 use super::placed::{Look, Placed, open_guest};
 use super::plugged::{Plugged, unplaced_devices};
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::snapshot::Snapshot;
-use sonicshot::{Gpa, GpaRange, GuestMemory};
+use sonicshot::{Gpa, GpaRange, GuestMemory, RamLayout};
 use sonicshot_dump::{BlockPlace, Doubts, Dump, LayoutSpec, is_boot_ram};
 use sonicshot_vmi::GuestOs;
+use std::collections::BTreeSet;
 
 /// What came of trying a layout.
 pub(super) enum Outcome<T> {
@@ -17,6 +19,8 @@ pub(super) enum Outcome<T> {
     Refuted(Vec<GpaRange>),
     /// The guest's map could not be read.
     Unconfirmed,
+    /// The guest has no map that can be read, and its kernel does not know some of the memory.
+    Wrong,
 }
 
 /// Opens the dump as `candidate` has it, and lets `look` see the guest if that agrees. Without
@@ -36,6 +40,7 @@ pub(super) fn attempt<T>(
             Agreement::Full => {}
             Agreement::None(e820) => return Ok(Outcome::Refuted(e820)),
             Agreement::Unknown => return Ok(Outcome::Unconfirmed),
+            Agreement::Never => return Ok(Outcome::Wrong),
         }
     }
     let mut notes: Vec<Note> = ends_elsewhere(candidate, &dump, &*guest)
@@ -95,6 +100,8 @@ enum Agreement {
     /// This is what the guest boots with instead.
     None(Vec<GpaRange>),
     Unknown,
+    /// There is memory in the layout of which the kernel knows nothing.
+    Never,
 }
 
 fn agreement(candidates: &Candidates, candidate: &Candidate, guest: &dyn GuestOs) -> Agreement {
@@ -106,8 +113,39 @@ fn agreement(candidates: &Candidates, candidate: &Candidate, guest: &dyn GuestOs
         Ok(Some(_)) => Agreement::Full,
         // A file with one block has the layout of its machine.
         _ if candidates.are_of_blocks() && !candidate.guessed => Agreement::Full,
-        _ => Agreement::Unknown,
+        _ if candidates.are_of_blocks() => Agreement::Unknown,
+        _ => by_sections(boot, guest),
     }
+}
+
+/// What the kernel's sections of memory say of a layout, where nothing tells the map that it booted
+/// with: without types there is no such map.
+fn by_sections(boot: &RamLayout, guest: &dyn GuestOs) -> Agreement {
+    let Ok(known) = guest.known_memory() else {
+        return Agreement::Unknown;
+    };
+    let ram = blocks_of(boot.regions());
+    let known = blocks_of(&known);
+    if !ram.is_subset(&known) {
+        return Agreement::Never;
+    }
+    match ram == known {
+        true => Agreement::Full,
+        // Memory that was plugged in may be in another file.
+        false => Agreement::Unknown,
+    }
+}
+
+/// The numbers of the blocks in which memory has struct pages.
+fn blocks_of(ranges: &[GpaRange]) -> BTreeSet<u64> {
+    let numbers = ranges
+        .iter()
+        .filter(|range| !range.is_empty())
+        .flat_map(|range| {
+            let last = range.end().raw().saturating_sub(1);
+            range.start().raw() / MEMORY_BLOCK..=last / MEMORY_BLOCK
+        });
+    numbers.collect()
 }
 
 /// Of a raw file of which nothing has to be found out: whether its guest booted with other RAM.

@@ -2,7 +2,10 @@
 
 use sonicshot::checkpoint::{Compression, SaveOptions};
 use sonicshot::{ClassSet, PageClass};
-use sonicshot_offline::{AnalyzeOptions, CheckpointOptions, OpenOptions, Overwrite, Snapshot};
+use sonicshot_offline::{
+    AnalyzeOptions, CheckpointOptions, DumpFormat, OfflineError, OpenOptions, Overwrite,
+    PruneOptions, Snapshot,
+};
 use std::fs;
 use std::path::PathBuf;
 use tempfile::TempDir;
@@ -33,7 +36,7 @@ fn pages_of_zeroes_need_no_kernel() {
     let snapshot = Snapshot::open(&path, &OpenOptions::new()).unwrap();
     let error = snapshot.analyze(&AnalyzeOptions::new()).unwrap_err();
     assert!(error.is_of_the_kernel(), "{error:?}");
-    let found = snapshot.zero_pages().unwrap().unwrap();
+    let found = snapshot.zero_pages().unwrap();
     assert_eq!(found.counts().get(PageClass::Zero), 21);
     assert_eq!(found.counts().get(PageClass::Unknown), 43);
     let plan = found.plan(ClassSet::DEFAULT_DROP).unwrap();
@@ -55,18 +58,63 @@ fn pages_of_zeroes_need_no_kernel() {
 #[test]
 fn what_may_be_a_diff_or_no_memory_keeps_its_zeroes() {
     let folder = TempDir::new().unwrap();
-    let zeroes = |path: &PathBuf| {
-        let snapshot = Snapshot::open(path, &OpenOptions::new()).unwrap();
-        snapshot
-            .zero_pages()
-            .unwrap()
-            .map(|found| found.counts().get(PageClass::Zero))
+    let zeroes = |path: &PathBuf, options: &OpenOptions| {
+        let snapshot = Snapshot::open(path, options).unwrap();
+        let found = snapshot.zero_pages()?;
+        Ok::<_, OfflineError>(found.counts().get(PageClass::Zero))
     };
-    assert_eq!(zeroes(&memory(&folder, b"x")), Some(21));
-    assert_eq!(zeroes(&memory(&folder, b"QFI\xfb")), None);
+    let nothing = OpenOptions::new();
+    assert_eq!(zeroes(&memory(&folder, b"x"), &nothing).unwrap(), 21);
+    let image = memory(&folder, b"QFI\xfb");
+    let refused = zeroes(&image, &nothing);
+    assert!(
+        matches!(refused, Err(OfflineError::NoMemory { .. })),
+        "{refused:?}"
+    );
+    let raw = OpenOptions::new().format(DumpFormat::RAW);
+    assert_eq!(zeroes(&image, &raw).unwrap(), 21);
     // A hole: in a diff snapshot that is what the base has.
     let path = memory(&folder, b"x");
     let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.set_len(96 * PAGE as u64).unwrap();
-    assert_eq!(zeroes(&path), None);
+    for options in [&nothing, &raw] {
+        let refused = zeroes(&path, options);
+        let at = match &refused {
+            Err(OfflineError::MayBeDiff { at, .. }) => at.raw(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(at, 64 * PAGE as u64);
+    }
+}
+
+/// The base is not zero where the diff has its zeroes, nor where the diff has nothing.
+#[test]
+fn a_diff_over_its_base_has_its_zeroes_where_the_merged_memory_has_them() {
+    let folder = TempDir::new().unwrap();
+    let diff = memory(&folder, b"x");
+    let file = fs::OpenOptions::new().write(true).open(&diff).unwrap();
+    file.set_len(96 * PAGE as u64).unwrap();
+    let base = folder.path().join("base");
+    fs::write(&base, vec![7; 96 * PAGE]).unwrap();
+    let options = OpenOptions::new().base(&base);
+    let snapshot = Snapshot::open(&diff, &options).unwrap();
+    let found = snapshot.zero_pages().unwrap();
+    assert_eq!(found.counts().get(PageClass::Zero), 21);
+    let plan = found.plan([PageClass::Zero].into_iter().collect()).unwrap();
+    let out = folder.path().join("out");
+    plan.prune_to(&out, Overwrite::Refuse, &mut |_, _| {})
+        .unwrap();
+    let mut merged = fs::read(&diff).unwrap();
+    merged[64 * PAGE..].fill(7);
+    assert!(fs::read(&out).unwrap() == merged);
+    // In place a hole would be the base's.
+    let stats = plan
+        .prune_in_place(&PruneOptions::new(), &mut |_, _| {})
+        .unwrap();
+    assert_eq!(stats.dropped_bytes, 0);
+    let again = Snapshot::open(&diff, &options)
+        .unwrap()
+        .zero_pages()
+        .unwrap();
+    assert_eq!(again.counts().get(PageClass::Zero), 21);
 }

@@ -40,19 +40,33 @@ impl NoText {
         match (self.other, why) {
             (
                 Some(other),
-                VmiError::NoKernel { .. } | VmiError::TooMany { .. } | VmiError::OutOfTime { .. },
+                VmiError::NoKernel { .. }
+                | VmiError::NoTables { .. }
+                | VmiError::TooMany { .. }
+                | VmiError::OutOfTime { .. },
             ) => other,
-            (_, VmiError::NoKernel { tried }) => {
-                let mut told = self.told;
-                if told.is_empty() {
-                    told.push("no page begins with VMCOREINFO".into());
-                }
-                VmiError::NoKernel {
-                    tried: format!("{}, and {tried}", told.join("; ")),
-                }
-            }
+            (_, VmiError::NoKernel { tried }) => VmiError::NoKernel {
+                tried: format!("{}, and {tried}", Self::text(self.told)),
+            },
+            (
+                _,
+                VmiError::NoTables {
+                    records, tables, ..
+                },
+            ) => VmiError::NoTables {
+                records,
+                tables,
+                tried: Self::text(self.told),
+            },
             (_, why) => why,
         }
+    }
+
+    fn text(mut told: Vec<String>) -> String {
+        if told.is_empty() {
+            told.push("no page begins with VMCOREINFO".into());
+        }
+        told.join("; ")
     }
 }
 
@@ -297,15 +311,18 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
             }),
             // What is wrong with the only kernels there are says more than that there is none.
             (true, false, Some(error)) => Err(error),
-            (true, out_of_time, _) => {
-                let mut told = self.told;
-                if out_of_time {
-                    told.push(untried());
-                }
-                Err(VmiError::NoKernel {
-                    tried: told.join("; "),
+            (true, true, _) => {
+                let tried = self.groups.iter().filter(|group| !group.tried.is_empty());
+                Err(VmiError::OutOfTime {
+                    what: "pages that may be a kernel's VMCOREINFO",
+                    done: tried.count() as u64,
+                    all: self.groups.len() as u64,
+                    seconds: TRIES.as_secs(),
                 })
             }
+            (true, false, _) => Err(VmiError::NoKernel {
+                tried: self.told.join("; "),
+            }),
         }
     }
 }

@@ -18,6 +18,7 @@
 
 mod candidates;
 mod image;
+mod other;
 mod ram;
 
 use crate::arch::{self, MIN_PAGE, Tables};
@@ -27,6 +28,7 @@ use crate::{AddressSpace, VirtualMemory};
 use candidates::{Attempt, Candidates};
 pub(crate) use candidates::{Search, Tried};
 pub(crate) use image::image_range;
+pub(crate) use other::say_more;
 use sonicshot::{Architecture, Gpa, GuestMemory};
 
 /// A kernel that was found, with its page tables confirmed.

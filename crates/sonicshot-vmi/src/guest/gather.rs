@@ -8,18 +8,19 @@ use crate::error::VmiError;
 use crate::kernel::{Build, Kernel};
 use crate::knowledge::Knowledge;
 use crate::owner::processors::Owners;
-use crate::symbols::{self, Kallsyms, SymbolSource};
+use crate::symbols::{self, Given, Kallsyms, SymbolSource};
 use sonicshot::PageSize;
-use std::sync::Arc;
+use std::sync::OnceLock;
 
 impl<'m> LinuxGuest<'m> {
     /// Gathers the symbols and types of a kernel.
     pub(super) fn gather(
         found: Found<'m>,
         options: &GuestOptions,
-        files: &[Arc<dyn SymbolSource>],
+        given: &Given,
         owners: Owners,
     ) -> Result<Self, VmiError> {
+        let files = given.of_build(found.vmcoreinfo.build_id())?;
         let hides_types = options.at_most.is_some_and(|most| most > Knowledge::Types);
         let arch = arch::by_name(found.architecture)?;
         let build = build_of(&found, arch)?;
@@ -34,7 +35,7 @@ impl<'m> LinuxGuest<'m> {
         let kallsyms = Kallsyms::find(&space, &vmcoreinfo, image);
         let has_no_kallsyms = vmcoreinfo.tells_of_no_kallsyms();
         let mut kernel = Kernel::new(space, build);
-        for file in files {
+        for file in &files {
             kernel.share(file);
         }
         kernel.add(Box::new(vmcoreinfo.clone()));
@@ -59,28 +60,32 @@ impl<'m> LinuxGuest<'m> {
             knowledge: Knowledge::Types,
             image,
             shaped: None,
+            searched: OnceLock::new(),
             threads: options.threads,
-            unused_files: Vec::new(),
+            unused_files: given.unused(&files),
         };
         guest.read_banner()?;
-        guest.check_files(options.symbol_files.len())?;
+        guest.check_files(files.len())?;
         // Also beside a file's types: where both tell, they must agree.
         if has_table
             && let Some(btf) = symbols::find_btf(&guest.kernel.space, guest.btf_bounds()?, image)?
         {
             guest.kernel.add(Box::new(btf));
         }
-        // VMCOREINFO tells neither.
-        let has_types = guest.kernel.member("zone", "zone_start_pfn")?.is_some()
-            || guest.kernel.constant("__NR_PAGEFLAGS")?.is_some();
-        if !has_types {
+        if !guest.has_types()? {
             guest.knowledge = Knowledge::Vmcoreinfo;
         }
         Ok(guest)
     }
 
+    /// Whether some source tells types; VMCOREINFO tells neither of these.
+    pub(super) fn has_types(&self) -> Result<bool, VmiError> {
+        Ok(self.kernel.member("zone", "zone_start_pfn")?.is_some()
+            || self.kernel.constant("__NR_PAGEFLAGS")?.is_some())
+    }
+
     /// `__start_BTF` and `__stop_BTF`, if the symbols are known.
-    fn btf_bounds(&self) -> Result<Option<(KernelVa, KernelVa)>, VmiError> {
+    pub(super) fn btf_bounds(&self) -> Result<Option<(KernelVa, KernelVa)>, VmiError> {
         Ok(self
             .kernel
             .symbol("__start_BTF")?

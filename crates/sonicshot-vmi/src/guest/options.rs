@@ -23,8 +23,10 @@ impl GuestOptions {
         Self::default()
     }
 
-    /// Adds a System.map, a vmlinux, or raw BTF of the guest's kernel. Earlier files take
-    /// precedence, and all files take precedence over what is found in memory.
+    /// Adds a System.map, a vmlinux, raw BTF or a [small symbol file](crate::symbols::SymbolFile) of
+    /// the guest's kernel; or a folder, of which those files are taken that say that they are of the
+    /// guest's build. Earlier files take precedence, and all files take precedence over what is
+    /// found in memory.
     #[must_use]
     pub fn symbols(mut self, path: impl AsRef<Path>) -> Self {
         self.symbol_files.push(path.as_ref().to_owned());

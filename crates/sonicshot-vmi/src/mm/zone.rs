@@ -27,7 +27,7 @@ pub(crate) const MAX_ORDERS: u64 = 24;
 const MAX_MIGRATE_TYPES: u64 = 16;
 
 /// Where the members of the allocator's structures are.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct ZoneLayout {
     zone_size: u64,
     free_area: u64,
@@ -87,7 +87,7 @@ pub(crate) struct Deferred {
 }
 
 /// All zones, and what is needed to walk their lists.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Zones {
     layout: ZoneLayout,
     pub zones: Vec<Zone>,

@@ -42,20 +42,32 @@ struct Candidate<'m> {
     shaped: Shaped,
     kernel: Kernel<'m>,
     image: (KernelVa, KernelVa),
+    searched: (PageLayout, Zones),
 }
+
+/// The kernel that was found, its image, and what was found of its zones.
+pub(crate) type Found<'m> = (
+    Shaped,
+    Kernel<'m>,
+    (KernelVa, KernelVa),
+    (PageLayout, Zones),
+);
 
 /// The kernel of which records of free blocks are in `memory`, with page tables that lead to them:
 /// those that a processor runs on, or if none is told, any. Also its image.
 ///
 /// # Errors
-/// [`VmiError::NoKernel`] if there is none, [`VmiError::Undecided`] if there are several,
+/// [`VmiError::NoKernel`] if there is none, [`VmiError::NoTables`] if no page tables lead to its
+/// records, [`VmiError::Undecided`] if there are several,
 /// [`VmiError::OutOfTime`] and [`VmiError::TooMany`] if there is too much that may be one.
 pub(crate) fn find<'m>(
     memory: &'m dyn GuestMemory,
     owners: &Owners,
-) -> Result<(Shaped, Kernel<'m>, (KernelVa, KernelVa)), VmiError> {
+) -> Result<Found<'m>, VmiError> {
     if memory.p2m().is_some() {
-        return Err(nothing("a paravirtualised guest of Xen"));
+        return Err(unsupported(
+            "a paravirtualised guest of Xen without VMCOREINFO: only with it is one read",
+        ));
     }
     let (arch, shape) = arch::shaped().ok_or_else(|| nothing("no architecture is known"))?;
     let told = owners.roots(memory);
@@ -74,6 +86,7 @@ pub(crate) fn find<'m>(
         told: !told.is_empty(),
         standing: Vec::new(),
         failed: HashSet::new(),
+        places: places.len() as u64,
         why: None,
         tried: 0,
         all: (places.len() as u64).saturating_mul(pass.records.len() as u64),
@@ -101,7 +114,9 @@ struct Search<'m> {
     failed: HashSet<(u32, KernelVa, Gpa, Option<Gpa>)>,
     /// Why the first that does not stand does not.
     why: Option<VmiError>,
-    /// So many page tables were tried, of so many.
+    /// How many page tables there are.
+    places: u64,
+    /// So many page tables were tried with the records of each kind, of so many.
     tried: u64,
     all: u64,
 }
@@ -174,19 +189,18 @@ impl<'m> Search<'m> {
             kaslr: 0,
         };
         let kernel = Kernel::new(space, build);
-        shaped.structures(&kernel, image, &self.deadline)?;
+        let map = shaped.mem_map(&kernel, &self.deadline)?;
+        let searched = shaped.search(&kernel, &map, image, &self.deadline)?;
         Ok(Candidate {
             shaped,
             kernel,
             image,
+            searched,
         })
     }
 
     /// The one that stands; `records` is how many records there are.
-    fn outcome(
-        mut self,
-        records: u64,
-    ) -> Result<(Shaped, Kernel<'m>, (KernelVa, KernelVa)), VmiError> {
+    fn outcome(mut self, records: u64) -> Result<Found<'m>, VmiError> {
         let name = |found: &Candidate<'_>| {
             format!(
                 "{} (by shape, its struct pages at {})",
@@ -200,16 +214,16 @@ impl<'m> Search<'m> {
             });
         }
         match (self.standing.pop(), self.why) {
-            (Some(found), _) => Ok((found.shaped, found.kernel, found.image)),
+            (Some(found), _) => Ok((found.shaped, found.kernel, found.image, found.searched)),
             (None, Some(why)) => Err(why),
             (None, None) if records == 0 => Err(nothing(
                 "nothing looks like a free page's record: it is encrypted, or no Linux",
             )),
-            (None, None) => Err(nothing(&format!(
-                "no page table leads to what looks like the records of free pages ({records} of \
-                 them, {} page tables)",
-                self.all
-            ))),
+            (None, None) => Err(VmiError::NoTables {
+                records,
+                tables: self.places,
+                tried: "by their shape".into(),
+            }),
         }
     }
 }
@@ -261,20 +275,20 @@ impl Shaped {
         )
     }
 
-    /// The struct pages, what each says, and the zones.
+    /// What each struct page says, and the zones, by a look at every struct page of `map`.
     ///
     /// # Errors
     /// [`VmiError::Unsupported`] if no zone stands.
-    pub(crate) fn structures<'m>(
+    pub(crate) fn search(
         &self,
-        kernel: &Kernel<'m>,
+        kernel: &Kernel<'_>,
+        map: &MemMap<'_>,
         image: (KernelVa, KernelVa),
         deadline: &Deadline,
-    ) -> Result<(MemMap<'m>, PageLayout, Zones), VmiError> {
-        let map = self.mem_map(kernel, deadline)?;
+    ) -> Result<(PageLayout, Zones), VmiError> {
         let layout = PageLayout::by_shape(kernel, self.buddy)?;
-        let zones = zones_by_shape(kernel, &map, &layout, image, self.orders, deadline)?;
-        Ok((map, layout, zones))
+        let zones = zones_by_shape(kernel, map, &layout, image, self.orders, deadline)?;
+        Ok((layout, zones))
     }
 }
 

@@ -8,6 +8,8 @@ use super::{Btf, Member, SymbolError, SymbolSource};
 use crate::KernelVa;
 use goblin::elf::header::header64;
 use goblin::elf::section_header::{SHF_COMPRESSED, SHT_NOBITS, SHT_NOTE, SHT_SYMTAB};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -178,22 +180,12 @@ impl Vmlinux {
 
     /// `NT_GNU_BUILD_ID` of any note section.
     fn read_build_id(&self) -> Option<Vec<u8>> {
-        for section in self.sections.iter().filter(|s| s.kind == SHT_NOTE) {
-            let Some(notes) = Self::place(section).and_then(|(at, len)| self.data().get(at, len))
-            else {
-                continue;
-            };
-            let notes = Bytes(notes);
-            let mut at = 0_usize;
-            // Each step is 12 bytes at least, so this ends.
-            while let Some(note) = Note::read(notes, at) {
-                if note.kind == 3 && note.name == b"GNU\0" {
-                    return Some(note.desc.to_vec());
-                }
-                at = note.next;
-            }
-        }
-        None
+        let notes = self.sections.iter().filter(|s| s.kind == SHT_NOTE);
+        let bytes = |section| {
+            let (at, len) = Self::place(section)?;
+            self.data().get(at, len)
+        };
+        notes.filter_map(bytes).find_map(build_id_of_notes)
     }
 
     fn symbol_table(&self) -> &SymbolTable {
@@ -344,6 +336,50 @@ impl Section {
             link: header.u32(40)?,
         })
     }
+}
+
+/// `NT_GNU_BUILD_ID` of these notes, if it is among them.
+pub(crate) fn build_id_of_notes(notes: &[u8]) -> Option<Vec<u8>> {
+    let notes = Bytes(notes);
+    let mut at = 0_usize;
+    // Each step is 12 bytes at least, so this ends.
+    while let Some(note) = Note::read(notes, at) {
+        if note.kind == 3 && note.name == b"GNU\0" && !note.desc.is_empty() {
+            return Some(note.desc.to_vec());
+        }
+        at = note.next;
+    }
+    None
+}
+
+/// The build ID of a vmlinux that begins with `start`, of which nothing is read but the table of
+/// its sections and its notes.
+pub(super) fn build_id_in(file: &File, start: &[u8]) -> Option<Vec<u8>> {
+    /// Those of a kernel are less than a page.
+    const MAX_NOTES: usize = 1 << 16;
+    let head: &[u8; header64::SIZEOF_EHDR] = start.first_chunk()?;
+    let header = header64::Header::from_bytes(head);
+    let count = usize::from(header.e_shnum);
+    let is_known =
+        head.get(4..6) == Some(&[2, 1]) && usize::from(header.e_shentsize) == SECTION_SIZE;
+    if !is_known || count == 0 {
+        return None;
+    }
+    let read = |at: u64, len: usize| {
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, at).ok()?;
+        Some(bytes)
+    };
+    let table = read(header.e_shoff, count.checked_mul(SECTION_SIZE)?)?;
+    let sections = (0..count)
+        .filter_map(|number| Section::read(Bytes(&table), number.checked_mul(SECTION_SIZE)?));
+    let notes = sections.filter(|section| section.kind == SHT_NOTE);
+    notes
+        .filter_map(|section| {
+            let (at, len) = Vmlinux::place(&section)?;
+            read(at as u64, Some(len).filter(|len| *len <= MAX_NOTES)?)
+        })
+        .find_map(|notes| build_id_of_notes(&notes))
 }
 
 /// One ELF note.

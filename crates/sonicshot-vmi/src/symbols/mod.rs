@@ -7,11 +7,14 @@
 //! | [`Btf`] | | yes | a file, or the kernel's image in guest memory |
 //! | [`Vmcoreinfo`] | some | some | guest memory, or a dump's note |
 //! | [`Kallsyms`] | yes | | guest memory |
+//! | [`SymbolFile`] | those that are needed | those that are needed | a file of some kilobytes, made of the others |
 
 mod btf;
 mod bytes;
 mod dwarf;
 mod elf;
+mod file;
+mod given;
 mod kallsyms;
 mod names;
 mod own;
@@ -20,14 +23,18 @@ mod vmcoreinfo;
 
 pub use btf::{Btf, find_btf};
 pub use elf::Vmlinux;
+pub(crate) use elf::build_id_of_notes;
+pub use file::SymbolFile;
+pub(crate) use given::Given;
 pub use kallsyms::Kallsyms;
 pub use system_map::SystemMap;
 pub use vmcoreinfo::Vmcoreinfo;
 pub(crate) use vmcoreinfo::VmcoreinfoLines;
 
-use crate::{KernelVa, VirtualMemory};
+use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use core::fmt;
 use own::OwnFile;
+use sonicshot::{Gpa, GpaRange, GuestMemory};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -132,10 +139,46 @@ pub enum SymbolError {
         source: io::Error,
     },
     /// The file is no kind that is known.
-    #[error("{} is neither a System.map, nor an ELF vmlinux, nor BTF", path.display())]
+    #[error("{} is neither a System.map, nor an ELF vmlinux, nor BTF, nor a SonicShot symbol file", path.display())]
     UnknownKind {
         /// The file.
         path: PathBuf,
+    },
+    /// A folder has more files than are looked at.
+    #[error("{} has more than {most} files: none of symbols does", path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// How many may be.
+        most: usize,
+    },
+    /// The sources do not tell what is needed of a kernel.
+    #[error("{origin} does not have {what}")]
+    Lacks {
+        /// The sources.
+        origin: String,
+        /// What is missing.
+        what: &'static str,
+    },
+    /// A symbol file was made by a version that asked less.
+    #[error(
+        "{origin} does not say whether the kernel has {what}: it was made by another version, and has to be made again"
+    )]
+    Outdated {
+        /// The file.
+        origin: String,
+        /// The first row that is missing.
+        what: String,
+    },
+    /// Two sources that were to be of one build are not.
+    #[error("{first} and {second} are not of the same build: they disagree on {what}")]
+    Differ {
+        /// One source.
+        first: String,
+        /// The other.
+        second: String,
+        /// On what.
+        what: String,
     },
     /// The source is damaged, as was found when it was first used.
     #[error("{origin}: {text}")]
@@ -164,11 +207,12 @@ pub enum SymbolError {
 /// # Errors
 /// [`SymbolError`] if it cannot be read, is of no known kind, or is damaged.
 pub fn open_symbol_file(path: &Path) -> Result<Box<dyn SymbolSource>, SymbolError> {
-    let file = OwnFile::open(path)?;
+    let own = OwnFile::open(path)?;
     let origin = path.display().to_string();
-    match file.bytes() {
-        [0x7f, b'E', b'L', b'F', ..] => Ok(Box::new(Vmlinux::new(origin, file)?)),
-        [0x9f, 0xeb, ..] => Ok(Box::new(Btf::new(origin, file)?)),
+    match own.bytes() {
+        [0x7f, b'E', b'L', b'F', ..] => Ok(Box::new(Vmlinux::new(origin, own)?)),
+        start if start.starts_with(file::MAGIC) => Ok(Box::new(SymbolFile::parse(origin, start)?)),
+        [0x9f, 0xeb, ..] => Ok(Box::new(Btf::new(origin, own)?)),
         [first, ..] if first.is_ascii_hexdigit() => Ok(Box::new(SystemMap::open(path)?)),
         _ => Err(SymbolError::UnknownKind {
             path: path.to_owned(),
@@ -248,5 +292,45 @@ pub(crate) fn scan(
             return;
         };
         at = next;
+    }
+}
+
+/// Guest-physical memory, at the addresses that it has.
+struct Physical<'m>(&'m dyn GuestMemory);
+
+impl VirtualMemory for Physical<'_> {
+    fn read(&self, at: KernelVa, buf: &mut [u8]) -> Result<(), VirtualReadError> {
+        let there = Gpa::new(at.raw());
+        self.0
+            .read(there, buf)
+            .map_err(|source| VirtualReadError::Memory { at, source })
+    }
+}
+
+/// Calls `visit` with each place in RAM at which `needle` stands, until it returns `false`.
+pub(crate) fn search(memory: &dyn GuestMemory, needle: &[u8], visit: &mut dyn FnMut(Gpa) -> bool) {
+    /// How much is searched before what is mapped is let go.
+    const WINDOW: u64 = 64 << 20;
+    let overlap = needle.len().saturating_sub(1) as u64;
+    let mut goes_on = true;
+    for region in memory.layout().regions() {
+        let mut at = region.start();
+        while let Some(data) = memory.next_data(at).filter(|d| d.start() < region.end()) {
+            let start = data.start().max(at);
+            let end = Gpa::new(start.raw().saturating_add(WINDOW)).min(data.end());
+            // One may go on behind the window.
+            let reach = Gpa::new(end.raw().saturating_add(overlap)).min(region.end());
+            let range = (KernelVa::new(start.raw()), KernelVa::new(reach.raw()));
+            scan(&Physical(memory), range, needle, &mut |hit| {
+                let hit = Gpa::new(hit.raw());
+                goes_on = hit >= end || visit(hit);
+                goes_on
+            });
+            memory.release(GpaRange::new(start, end));
+            if !goes_on || end <= at {
+                return;
+            }
+            at = end;
+        }
     }
 }

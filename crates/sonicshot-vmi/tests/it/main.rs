@@ -11,3 +11,4 @@ mod knowledge;
 mod owner;
 mod place;
 mod real_guest;
+mod symbol_files;

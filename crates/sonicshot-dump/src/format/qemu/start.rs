@@ -221,6 +221,9 @@ pub(crate) fn layout_of(machine: &str) -> Option<LayoutSpec> {
         Some(LayoutSpec::Q35)
     } else if machine.starts_with("pc-i440fx") {
         Some(LayoutSpec::Pc)
+    } else if machine == "microvm" {
+        // Split at 3 GiB, too (`hw/i386/microvm.c`).
+        Some(LayoutSpec::Firecracker)
     } else {
         None
     }

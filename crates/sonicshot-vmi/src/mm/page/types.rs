@@ -75,10 +75,13 @@ impl PageTypes {
     }
 
     fn by_cleared_bits(kernel: &Kernel<'_>) -> Result<Self, VmiError> {
-        let buddy = word(kernel, "BUDDY")?.map_or_else(
-            || kernel.need_constant("PAGE_BUDDY_MAPCOUNT_VALUE").map(|_| 0),
-            Ok,
-        )?;
+        let buddy = match word(kernel, "BUDDY")? {
+            Some(word) => word,
+            None if kernel.vmcoreinfo.is_none() => buddy_of_macro(kernel),
+            None => kernel
+                .need_constant("PAGE_BUDDY_MAPCOUNT_VALUE")
+                .map(|_| 0)?,
+        };
         let cleared_bit = !buddy;
         if !cleared_bit.is_power_of_two() {
             return Err(VmiError::Unsupported {
@@ -157,6 +160,16 @@ impl PageTypes {
 fn word(kernel: &Kernel<'_>, name: &str) -> Result<Option<u32>, VmiError> {
     let name = format!("PAGE_{name}_MAPCOUNT_VALUE");
     Ok(kernel.constant(&name)?.map(|value| value as u32))
+}
+
+/// The word that a free block has where only a macro tells it (`PG_buddy` in
+/// `include/linux/page-flags.h`, before 6.12), in a kernel without VMCOREINFO. If it is another,
+/// no block of the lists has the mark, and the guest is refused.
+fn buddy_of_macro(kernel: &Kernel<'_>) -> u32 {
+    match kernel.is_older_than(6, 11) {
+        true => !0x80,
+        false => !0x4000_0000,
+    }
 }
 
 /// The word of a type. Since 6.12 `enum pagetype` holds the top byte: 0xf0 and up, and 0xff is a

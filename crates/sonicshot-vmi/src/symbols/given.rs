@@ -1,0 +1,220 @@
+//! The symbol files that a caller gives: single ones, and folders of them.
+
+use super::elf::build_id_in;
+use super::file::build_id_of;
+use super::{SymbolError, SymbolSource, open_symbol_file};
+use std::cell::OnceCell;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A fleet has some tens of builds; a folder with more files than this is none of symbols.
+const MAX_FILES: usize = 1 << 12;
+/// As much of a file's beginning as it takes to tell what it is.
+const START: u64 = 4096;
+
+/// Single files, and folders.
+#[derive(Debug)]
+pub(crate) struct Given {
+    files: Vec<(PathBuf, Arc<dyn SymbolSource>)>,
+    folders: Vec<Folder>,
+}
+
+/// A folder with a file for each build.
+#[derive(Debug)]
+struct Folder {
+    path: PathBuf,
+    /// Those that say of which build they are, by their names.
+    entries: Vec<Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    path: PathBuf,
+    build_id: Vec<u8>,
+    /// Once it was opened: a vmlinux has a gigabyte.
+    opened: OnceCell<Arc<dyn SymbolSource>>,
+}
+
+/// Sources that are of one build, as far as they tell.
+pub(crate) type Set = Vec<Arc<dyn SymbolSource>>;
+
+impl Given {
+    /// Opens the files, and looks through the folders, at `paths`.
+    pub(crate) fn open(paths: &[PathBuf]) -> Result<Self, SymbolError> {
+        let mut given = Self {
+            files: Vec::new(),
+            folders: Vec::new(),
+        };
+        for path in paths {
+            if path.is_dir() {
+                given.folders.push(Folder::open(path)?);
+            } else {
+                let source = open_symbol_file(path)?;
+                given.files.push((path.clone(), source.into()));
+            }
+        }
+        Ok(given)
+    }
+
+    /// What there is for the kernel with this build ID: the single files, and those of the folders
+    /// that are of the build.
+    pub(crate) fn of_build(&self, id: Option<&[u8]>) -> Result<Set, SymbolError> {
+        let mut sources = self.files();
+        if let Some(id) = id {
+            for folder in &self.folders {
+                sources.extend(folder.of_build(id)?);
+            }
+        }
+        Ok(sources)
+    }
+
+    /// What may be of a kernel that does not tell its build: the single files together, and each of
+    /// the folders' that `is_there` takes for one of the memory's.
+    pub(crate) fn sets(&self, is_there: &dyn Fn(&[u8]) -> bool) -> Result<Vec<Set>, SymbolError> {
+        let mut sets = Vec::new();
+        if !self.files.is_empty() {
+            sets.push(self.files());
+        }
+        for folder in &self.folders {
+            for entry in folder
+                .entries
+                .iter()
+                .filter(|entry| is_there(&entry.build_id))
+            {
+                sets.push(vec![entry.open()?]);
+            }
+        }
+        Ok(sets)
+    }
+
+    /// Whether none was given.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.files.is_empty() && self.folders.is_empty()
+    }
+
+    /// Whether a folder was.
+    pub(crate) fn has_folders(&self) -> bool {
+        !self.folders.is_empty()
+    }
+
+    /// What was given and is none of `used`.
+    pub(crate) fn unused(&self, used: &[Arc<dyn SymbolSource>]) -> Vec<PathBuf> {
+        let is_used =
+            |source: &Arc<dyn SymbolSource>| used.iter().any(|other| Arc::ptr_eq(other, source));
+        let files = self.files.iter().filter(|(_, source)| !is_used(source));
+        let files = files.map(|(path, _)| path.clone());
+        let folders = self.folders.iter().filter(|folder| {
+            let mut opened = folder.entries.iter().filter_map(|entry| entry.opened.get());
+            !opened.any(is_used)
+        });
+        files
+            .chain(folders.map(|folder| folder.path.clone()))
+            .collect()
+    }
+
+    fn files(&self) -> Vec<Arc<dyn SymbolSource>> {
+        self.files
+            .iter()
+            .map(|(_, source)| Arc::clone(source))
+            .collect()
+    }
+}
+
+impl Folder {
+    fn open(path: &Path) -> Result<Self, SymbolError> {
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| SymbolError::Io { path, source }
+        };
+        let mut entries = Vec::new();
+        for (number, entry) in fs::read_dir(path).map_err(failed(path))?.enumerate() {
+            if number >= MAX_FILES {
+                return Err(SymbolError::Folder {
+                    path: path.to_owned(),
+                    most: MAX_FILES,
+                });
+            }
+            let file = entry.map_err(failed(path))?.path();
+            // A link may lead to one; what is no file may never answer.
+            if !file.is_file() {
+                continue;
+            }
+            // One that is not to be read, or whose build is not told, is none that can be picked.
+            if let Some(build_id) = build_id_at(&file) {
+                entries.push(Entry {
+                    path: file,
+                    build_id,
+                    opened: OnceCell::new(),
+                });
+            }
+        }
+        entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        Ok(Self {
+            path: path.to_owned(),
+            entries,
+        })
+    }
+
+    /// Those of a build: of several the smallest is read, which is no vmlinux.
+    fn of_build(&self, id: &[u8]) -> Result<Option<Arc<dyn SymbolSource>>, SymbolError> {
+        let entries = self.entries.iter().filter(|entry| entry.build_id == id);
+        let len = |entry: &&Entry| fs::metadata(&entry.path).map_or(u64::MAX, |file| file.len());
+        entries.min_by_key(len).map(Entry::open).transpose()
+    }
+}
+
+impl Entry {
+    fn open(&self) -> Result<Arc<dyn SymbolSource>, SymbolError> {
+        if let Some(opened) = self.opened.get() {
+            return Ok(Arc::clone(opened));
+        }
+        let source: Arc<dyn SymbolSource> = open_symbol_file(&self.path)?.into();
+        Ok(Arc::clone(self.opened.get_or_init(|| source)))
+    }
+}
+
+/// The build ID that the file at `path` names, without reading much of it.
+fn build_id_at(path: &Path) -> Option<Vec<u8>> {
+    let file = File::open(path).ok()?;
+    let mut start = Vec::new();
+    (&file).take(START).read_to_end(&mut start).ok()?;
+    match start.as_slice() {
+        [0x7f, b'E', b'L', b'F', ..] => build_id_in(&file, &start),
+        start => build_id_of(start),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Given;
+    use std::fs;
+
+    fn text(id: &str) -> String {
+        format!("SonicShot symbols 1\nbuild-id {id}\nend 0\n")
+    }
+
+    #[test]
+    fn a_folder_has_those_files_that_name_their_build() {
+        let folder = tempfile::tempdir().unwrap();
+        let put = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+        put("a", &text("0a0b"));
+        put("b", &text("0c"));
+        put("System.map", "ffffffff81000000 T _stext\n");
+        put("notes.txt", "SonicShot symbols 1\nbanner x\n");
+        fs::create_dir(folder.path().join("deeper")).unwrap();
+        let given = Given::open(&[folder.path().to_owned()]).unwrap();
+        let ids: Vec<_> = given.folders[0]
+            .entries
+            .iter()
+            .map(|e| e.build_id.clone())
+            .collect();
+        assert_eq!(ids, [vec![0x0a, 0x0b], vec![0x0c]]);
+        // None is opened that is not of the build: these are damaged.
+        assert!(given.of_build(Some(&[0x0d])).unwrap().is_empty());
+        assert!(given.of_build(None).unwrap().is_empty());
+        assert!(given.of_build(Some(&[0x0c])).is_err());
+        assert_eq!(given.unused(&[]), [folder.path()]);
+    }
+}

@@ -1,0 +1,200 @@
+//! A guest whose kernel tells nothing of itself, read by symbol files of its build.
+
+use crate::knowledge::{classes, erase, testdata, testdata_root};
+use sonicshot::{Gpa, GuestBytes, MappedRegions, PageClass};
+use sonicshot_vmi::symbols::{SymbolFile, SymbolSource};
+use sonicshot_vmi::{GuestOptions, Knowledge, LinuxGuest, Note, OnInconsistency, VmiError};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use tempfile::TempDir;
+
+/// The guest's symbols and types, and the class of each of its frames by them.
+fn known() -> &'static (String, Vec<PageClass>) {
+    static KNOWN: OnceLock<(String, Vec<PageClass>)> = OnceLock::new();
+    KNOWN.get_or_init(|| {
+        let ram = testdata();
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+        let pages = guest.classify(OnInconsistency::Refuse).unwrap();
+        let file = guest.symbol_file().unwrap();
+        file.check_build().unwrap();
+        (file.to_text(), classes(&pages.map))
+    })
+}
+
+/// The guest's memory, in which no page has its VMCOREINFO.
+fn mute() -> &'static [u8] {
+    static RAM: OnceLock<Vec<u8>> = OnceLock::new();
+    RAM.get_or_init(|| {
+        let mut ram = testdata();
+        assert!(erase(&mut ram, b"OSRELEASE=", b'#') > 0);
+        ram
+    })
+}
+
+/// What is known of the guest in `ram`, the class of each frame, and what there is to say.
+fn look(
+    ram: &[u8],
+    options: &GuestOptions,
+) -> Result<(Knowledge, Vec<PageClass>, Vec<Note>), VmiError> {
+    let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+    let guest = LinuxGuest::open(&memory, options)?;
+    let pages = guest.classify(OnInconsistency::Refuse)?;
+    Ok((guest.knowledge(), classes(&pages.map), pages.notes))
+}
+
+fn put(folder: &TempDir, name: &str, text: &str) -> PathBuf {
+    let path = folder.path().join(name);
+    fs::write(&path, text).unwrap();
+    path
+}
+
+/// The text of another build: as `text`, with other lines instead of some.
+fn other(text: &str, change: impl Fn(&str) -> Option<String>) -> String {
+    use std::hash::Hasher;
+    let lines = text.lines().filter(|line| !line.starts_with("end "));
+    let lines = lines.map(|line| change(line).unwrap_or_else(|| line.to_owned()));
+    let body: String = lines
+        .filter(|line| !line.is_empty())
+        .map(|line| line + "\n")
+        .collect();
+    let mut hasher = twox_hash::XxHash3_64::new();
+    hasher.write(body.as_bytes());
+    format!("{body}end {:016x}\n", hasher.finish())
+}
+
+fn without_id(line: &str) -> Option<String> {
+    line.starts_with("build-id ").then(String::new)
+}
+
+fn of_another_build(line: &str) -> Option<String> {
+    line.starts_with("build-id ")
+        .then(|| "build-id 0102030405060708".into())
+}
+
+#[test]
+fn a_small_file_tells_all_that_the_kernel_itself_would() {
+    let (text, all) = known();
+    assert!(text.len() < 12 << 10, "{} bytes", text.len());
+    let folder = TempDir::new().unwrap();
+    let file = put(&folder, "file", text);
+    let by_banner = put(&folder, "by-banner", &other(text, without_id));
+    let only = TempDir::new().unwrap();
+    put(&only, "a", &other(text, of_another_build));
+    put(&only, "b", text);
+    put(&only, "notes.txt", "not a symbol file\n");
+    for path in [file.as_path(), by_banner.as_path(), only.path()] {
+        // By the processors' word, and by the traces that there are none of.
+        for cr3 in [Some(testdata_root()), None] {
+            let mut options = GuestOptions::new().symbols(path);
+            if let Some(cr3) = cr3 {
+                options = options.cr3(cr3);
+            }
+            let (knowledge, found, notes) = look(mute(), &options).unwrap();
+            assert_eq!(knowledge, Knowledge::Types, "{}", path.display());
+            assert!(found == *all, "{}", path.display());
+            let unused = |note: &Note| matches!(note, Note::SymbolFilesNotUsed { .. });
+            assert!(!notes.iter().any(unused), "{notes:?}");
+        }
+    }
+}
+
+#[test]
+fn a_file_of_another_build_is_not_used() {
+    let (text, all) = known();
+    let folder = TempDir::new().unwrap();
+    let id = put(&folder, "id", &other(text, of_another_build));
+    let banner = put(
+        &folder,
+        "banner",
+        &other(text, |line| {
+            let banner = line.starts_with("banner ");
+            let banner = banner.then(|| format!("{line} by somebody else"));
+            banner.or_else(|| without_id(line))
+        }),
+    );
+    // Where the image would have to be with these, nothing is.
+    let moved = put(
+        &folder,
+        "moved",
+        &other(text, |line| {
+            let table = line.starts_with("symbol init_top_pgt ");
+            table.then(|| "symbol init_top_pgt ffffffff82345000".into())
+        }),
+    );
+    for path in [id.as_path(), banner.as_path(), moved.as_path()] {
+        let options = GuestOptions::new().symbols(path).cr3(testdata_root());
+        let (knowledge, _, notes) = look(mute(), &options).unwrap();
+        assert_eq!(knowledge, Knowledge::Shape, "{}", path.display());
+        let files = vec![path.to_owned()];
+        assert!(notes.contains(&Note::SymbolFilesNotUsed { files }));
+    }
+    // A kernel that tells its build refuses a file, and passes over a folder.
+    let whole = testdata();
+    let error = look(&whole, &GuestOptions::new().symbols(&id)).unwrap_err();
+    assert!(matches!(error, VmiError::WrongKernel { .. }), "{error}");
+    let files = vec![folder.path().to_owned()];
+    fs::remove_file(&moved).unwrap();
+    let (knowledge, found, notes) =
+        look(&whole, &GuestOptions::new().symbols(folder.path())).unwrap();
+    assert_eq!(knowledge, Knowledge::Types);
+    assert!(found == *all && notes.contains(&Note::SymbolFilesNotUsed { files }));
+    let with_own = put(&folder, "own", text);
+    let (_, found, notes) = look(&whole, &GuestOptions::new().symbols(folder.path())).unwrap();
+    assert!(found == *all, "{}", with_own.display());
+    assert!(
+        !notes
+            .iter()
+            .any(|note| matches!(note, Note::SymbolFilesNotUsed { .. }))
+    );
+}
+
+#[test]
+fn members_that_lie_elsewhere_are_refused() {
+    let (text, _) = known();
+    let folder = TempDir::new().unwrap();
+    for (row, with) in [
+        ("struct page ", "struct page 128"),
+        ("member free_area ", "member free_area 200 - 11"),
+        ("constant NR_FREE_PAGES ", "constant NR_FREE_PAGES 1"),
+    ] {
+        let wrong = other(text, |line| line.starts_with(row).then(|| with.into()));
+        assert_ne!(wrong, *text, "{row}");
+        let path = put(&folder, "wrong", &wrong);
+        let options = GuestOptions::new().symbols(&path).cr3(testdata_root());
+        let found = look(mute(), &options);
+        assert!(
+            found.is_err(),
+            "{row}: {:?}",
+            found.map(|(knowledge, ..)| knowledge)
+        );
+    }
+}
+
+/// What `testdata/kernels/extract.py` takes out of real kernels, by whose release each folder is
+/// named: `SONICSHOT_KERNELS`.
+#[test]
+#[ignore = "needs the lab's kernels"]
+fn real_kernels_make_small_files() {
+    let kernels = std::env::var_os("SONICSHOT_KERNELS").unwrap();
+    for kernel in fs::read_dir(kernels).unwrap() {
+        let kernel = kernel.unwrap().path();
+        let open = |name: &str| {
+            let path: &Path = &kernel.join(name);
+            sonicshot_vmi::symbols::open_symbol_file(path).unwrap()
+        };
+        let sources = [open("System.map"), open("btf")];
+        let sources: Vec<&dyn SymbolSource> = sources.iter().map(AsRef::as_ref).collect();
+        let file = SymbolFile::gather("made", &sources).unwrap();
+        let text = file.to_text();
+        println!(
+            "{}: {} facts, {} bytes",
+            kernel.display(),
+            file.len(),
+            text.len()
+        );
+        assert!(text.len() < 12 << 10);
+        assert!(SymbolFile::parse("made", text.as_bytes()).unwrap() == file);
+    }
+}
