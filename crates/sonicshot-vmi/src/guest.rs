@@ -169,8 +169,13 @@ impl<'m> LinuxGuest<'m> {
         let mut why_not = None;
         for (guest, _) in kernels {
             match guest.tried(told, false) {
-                Ok(tried) if tried.proven => return Ok(Some(tried.value)),
-                Ok(tried) => standing.push(tried.value),
+                Ok(mut tried) => {
+                    let is_told = told.are_known() || !tried.value.doubt_without_vmcoreinfo();
+                    if tried.proven && is_told {
+                        return Ok(Some(tried.value));
+                    }
+                    standing.push(tried.value);
+                }
                 Err(error) => {
                     why_not.get_or_insert(error);
                 }
@@ -210,13 +215,20 @@ impl<'m> LinuxGuest<'m> {
     /// firmware or the next kernel may have written over that of a kernel which is gone, and of its
     /// other records nothing: so the kernel must be one that writes none, and can start no other.
     fn look_at_memory_alone(&mut self) -> Result<(), VmiError> {
-        let mut owner = owner::look(&self.kernel, false)?;
-        if symbols::writes_vmcoreinfo(&self.kernel.space, self.image) {
+        self.traces = Some(owner::look(&self.kernel, false)?);
+        self.doubt_without_vmcoreinfo();
+        Ok(())
+    }
+
+    /// Of a kernel that makes a VMCOREINFO, and of which none was found, nothing tells that it is not
+    /// gone. Returns whether it is such.
+    fn doubt_without_vmcoreinfo(&mut self) -> bool {
+        let is_gone = symbols::writes_vmcoreinfo(&self.kernel.space, self.image);
+        if is_gone && let Some(owner) = &mut self.traces {
             let why = "its VMCOREINFO is gone, so the kernel may be gone, too";
             owner.untold.get_or_insert_with(|| why.into());
         }
-        self.traces = Some(owner);
-        Ok(())
+        is_gone
     }
 
     /// Of several kernels that stand, the one that alone can be classified.

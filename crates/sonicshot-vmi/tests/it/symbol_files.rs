@@ -33,6 +33,13 @@ fn mute() -> &'static [u8] {
     })
 }
 
+/// The same, of a kernel that makes none.
+fn mute_by_nature() -> Vec<u8> {
+    let mut ram = mute().to_vec();
+    assert!(erase(&mut ram, b"SYMBOL(%s)=%lx\n", b'#') > 0);
+    ram
+}
+
 /// What is known of the guest in `ram`, the class of each frame, and what there is to say.
 fn look(
     ram: &[u8],
@@ -84,19 +91,24 @@ fn a_small_file_tells_all_that_the_kernel_itself_would() {
     put(&only, "a", &other(text, of_another_build));
     put(&only, "b", text);
     put(&only, "notes.txt", "not a symbol file\n");
+    let made_without = mute_by_nature();
     for path in [file.as_path(), by_banner.as_path(), only.path()] {
         // By the processors' word, and by the traces that there are none of.
-        for cr3 in [Some(testdata_root()), None] {
+        for (ram, cr3) in [(mute(), Some(testdata_root())), (made_without.as_slice(), None)] {
             let mut options = GuestOptions::new().symbols(path);
             if let Some(cr3) = cr3 {
                 options = options.cr3(cr3);
             }
-            let (knowledge, found, notes) = look(mute(), &options).unwrap();
+            let (knowledge, found, notes) = look(ram, &options).unwrap();
             assert_eq!(knowledge, Knowledge::Types, "{}", path.display());
             assert!(found == *all, "{}", path.display());
             let unused = |note: &Note| matches!(note, Note::SymbolFilesNotUsed { .. });
             assert!(!notes.iter().any(unused), "{notes:?}");
         }
+        // What writes over a VMCOREINFO may own all of the memory.
+        let error = look(mute(), &GuestOptions::new().symbols(path)).unwrap_err();
+        let gone = matches!(&error, VmiError::OwnerUntold { why, .. } if why.contains("is gone"));
+        assert!(gone, "{error}");
     }
 }
 
