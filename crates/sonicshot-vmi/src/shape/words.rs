@@ -10,7 +10,7 @@ use sonicshot::{Gpa, GuestBytes};
 fn kept(look: &Look<'_, '_>, at: KernelVa, record: &mut [u8]) -> Option<Gpa> {
     let map = look.heads.map;
     let there = look.heads.space.translate(at).ok()?.at;
-    map.copy_page(map.page_va(there.pfn(map.page_size))?, record)
+    map.copy_pages(map.page_va(there.pfn(map.page_size))?, record)
         .ok()?;
     let page = GuestBytes::from_slice(record);
     look.layout.is_kept_since_boot(&page).then_some(there)
@@ -23,28 +23,92 @@ pub(super) fn is_inside(look: &Look<'_, '_>, at: KernelVa) -> Result<bool, VmiEr
     Ok((start..end).contains(&at) && kept(look, at, &mut record).is_some())
 }
 
+/// So much of the image is read at a time: a large page.
+const PIECE: u64 = 2 << 20;
+
 /// Calls `visit` with each aligned word of the kernel's image that still is the kernel's.
 pub(super) fn each_word(
     look: &Look<'_, '_>,
     visit: &mut dyn FnMut(u64) -> Result<(), VmiError>,
 ) -> Result<(), VmiError> {
-    let size = look.heads.map.page_size.bytes();
-    let mut record = vec![0; look.heads.map.stride_len()?];
-    let mut page = vec![0; usize::try_from(size).unwrap_or(0)];
+    let (space, map) = (look.heads.space, look.heads.map);
+    let size = map.page_size.bytes();
+    let mut buffers = Buffers::default();
     let (mut at, end) = look.image;
-    while at < end {
-        if let Some(there) = kept(look, at, &mut record)
-            && look.heads.space.memory().read(there, &mut page).is_ok()
+    while let Some(left) = end.offset_from(at).filter(|left| *left > 0) {
+        let there = space.translate(at).ok();
+        let stretch = there.map_or(size, |there| there.len.min(left).min(PIECE));
+        let count = stretch.checked_div(size).unwrap_or(0).max(1);
+        if let Some(there) = there
+            && !buffers.words(look, there.at, count, visit)?
         {
-            let (words, _) = page.as_chunks::<8>();
-            for word in words {
-                visit(u64::from_le_bytes(*word))?;
+            // Not all of it is there: a page at a time.
+            for number in 0..count {
+                let bytes = number.checked_mul(size);
+                if let Some(at) = bytes.and_then(|bytes| there.at.checked_add(bytes)) {
+                    buffers.words(look, at, 1, visit)?;
+                }
             }
         }
-        match at.checked_add(size) {
+        let step = count.checked_mul(size);
+        match step.and_then(|step| at.checked_add(step)) {
             Some(next) => at = next,
             None => break,
         }
     }
     Ok(())
+}
+
+/// Room for a piece of the image, and for its struct pages.
+#[derive(Default)]
+struct Buffers {
+    pages: Vec<u8>,
+    records: Vec<u8>,
+}
+
+impl Buffers {
+    /// Visits the words of `count` pages from `at` on, of those that still are the kernel's. Returns
+    /// whether the pages and their struct pages are there.
+    fn words(
+        &mut self,
+        look: &Look<'_, '_>,
+        at: Gpa,
+        count: u64,
+        visit: &mut dyn FnMut(u64) -> Result<(), VmiError>,
+    ) -> Result<bool, VmiError> {
+        let map = look.heads.map;
+        let stride = map.stride_len()?;
+        let size = usize::try_from(map.page_size.bytes()).unwrap_or(0);
+        let Some(count) = usize::try_from(count).ok().filter(|_| size > 0) else {
+            return Ok(false);
+        };
+        self.pages.resize(size.saturating_mul(count), 0);
+        self.records.resize(stride.saturating_mul(count), 0);
+        // Of one section, where they follow each other.
+        let first = at.pfn(map.page_size);
+        let last = first.checked_add((count as u64).saturating_sub(1));
+        let record = map.page_va(first).filter(|record| {
+            let end = last.and_then(|last| map.page_va(last)?.offset_from(*record));
+            let len = (count as u64).saturating_sub(1).checked_mul(map.stride);
+            end.is_some() && end == len
+        });
+        let is_there = record.is_some_and(|at| map.copy_pages(at, &mut self.records).is_ok())
+            && look.heads.space.memory().read(at, &mut self.pages).is_ok();
+        if !is_there {
+            return Ok(false);
+        }
+        let records = self.records.chunks_exact(stride);
+        for (record, page) in records.zip(self.pages.chunks_exact(size)) {
+            if look
+                .layout
+                .is_kept_since_boot(&GuestBytes::from_slice(record))
+            {
+                let (words, _) = page.as_chunks::<8>();
+                for word in words {
+                    visit(u64::from_le_bytes(*word))?;
+                }
+            }
+        }
+        Ok(true)
+    }
 }

@@ -94,7 +94,10 @@ fn a_small_file_tells_all_that_the_kernel_itself_would() {
     let made_without = mute_by_nature();
     for path in [file.as_path(), by_banner.as_path(), only.path()] {
         // By the processors' word, and by the traces that there are none of.
-        for (ram, cr3) in [(mute(), Some(testdata_root())), (made_without.as_slice(), None)] {
+        for (ram, cr3) in [
+            (mute(), Some(testdata_root())),
+            (made_without.as_slice(), None),
+        ] {
             let mut options = GuestOptions::new().symbols(path);
             if let Some(cr3) = cr3 {
                 options = options.cr3(cr3);

@@ -398,7 +398,7 @@ impl Scanner<'_, '_> {
         let Some(copy) = copy.get_mut(..self.mem_map.stride_len()?) else {
             return Ok(PageClass::Unknown);
         };
-        self.mem_map.copy_page(head, copy)?;
+        self.mem_map.copy_pages(head, copy)?;
         let class = self.layout.class(&GuestBytes::from_slice(copy), &|offset| {
             self.mem_map.u64_at(head.checked_add(offset)?).ok()
         });
@@ -411,7 +411,7 @@ impl Scanner<'_, '_> {
         let mut copy = [0_u8; 256];
         let copy = copy.get_mut(..usize::try_from(self.mem_map.stride).ok()?)?;
         let next = at.checked_add(self.mem_map.stride)?;
-        self.mem_map.copy_page(next, copy).ok()?;
+        self.mem_map.copy_pages(next, copy).ok()?;
         self.layout.head_of(&GuestBytes::from_slice(copy), next)
     }
 }
@@ -473,7 +473,7 @@ mod tests {
                 let at = mem_map.page_va(Pfn::new(*first)).unwrap();
                 for (number, page) in (0_u64..).zip(bytes.chunks_mut(64)) {
                     mem_map
-                        .copy_page(at.checked_add(number * 64).unwrap(), page)
+                        .copy_pages(at.checked_add(number * 64).unwrap(), page)
                         .unwrap();
                 }
                 let begin = usize::try_from(*first).unwrap();

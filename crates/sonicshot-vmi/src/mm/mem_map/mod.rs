@@ -295,12 +295,7 @@ impl<'m> MemMap<'m> {
             at,
             value: at.raw(),
         };
-        if self.reads.fetch_add(1, Ordering::Relaxed) >= READS_BETWEEN_RELEASES {
-            self.reads.store(0, Ordering::Relaxed);
-            for range in self.own_memory() {
-                self.memory.release(range);
-            }
-        }
+        self.count_read();
         let (chunk, offset) = self.chunk_of(at).ok_or_else(corrupt)?;
         if let Some(value) = chunk
             .mapped
@@ -313,22 +308,51 @@ impl<'m> MemMap<'m> {
         Ok(self.memory.read_u64(gpa)?)
     }
 
-    /// Copies the `struct page` at `at` into `buf`, which has its size.
-    pub(crate) fn copy_page(&self, at: KernelVa, buf: &mut [u8]) -> Result<(), VmiError> {
-        // A struct page of a size that is no power of two may straddle two chunks.
-        for (index, word) in (0_u64..).step_by(8).zip(buf.chunks_mut(8)) {
-            let value = at
-                .checked_add(index)
-                .ok_or(VmiError::Corrupt {
-                    what: "a struct page",
-                    at,
-                    value: index,
-                })
-                .and_then(|at| self.u64_at(at))?;
-            let bytes = value.to_le_bytes();
-            if let Some(bytes) = bytes.get(..word.len()) {
-                word.copy_from_slice(bytes);
+    /// Lets go what is mapped, every so many reads.
+    fn count_read(&self) {
+        if self.reads.fetch_add(1, Ordering::Relaxed) >= READS_BETWEEN_RELEASES {
+            self.reads.store(0, Ordering::Relaxed);
+            for range in self.own_memory() {
+                self.memory.release(range);
             }
+        }
+    }
+
+    /// Copies the `struct page` at `at`, and those behind it, into `buf`, which has the size of so
+    /// many.
+    pub(crate) fn copy_pages(&self, at: KernelVa, buf: &mut [u8]) -> Result<(), VmiError> {
+        self.count_read();
+        let mut done = 0_u64;
+        let mut rest = buf;
+        // They may straddle chunks.
+        while !rest.is_empty() {
+            let corrupt = || VmiError::Corrupt {
+                what: "a struct page",
+                at,
+                value: done,
+            };
+            let here = at.checked_add(done).ok_or_else(corrupt)?;
+            let (chunk, offset) = self.chunk_of(here).ok_or_else(corrupt)?;
+            let left = chunk.len.checked_sub(offset).ok_or_else(corrupt)?;
+            let len = left.min(rest.len() as u64);
+            let (part, more) = usize::try_from(len)
+                .ok()
+                .and_then(|len| rest.split_at_mut_checked(len))
+                .ok_or_else(corrupt)?;
+            let mapped = chunk.mapped.as_ref().and_then(|mapped| {
+                let bytes = mapped.bytes();
+                bytes.get(usize::try_from(offset).ok()?, part.len())
+            });
+            if !mapped.is_some_and(|there| there.copy_to(part)) {
+                let gpa = chunk.gpa.checked_add(offset).ok_or_else(corrupt)?;
+                self.memory.read(gpa, part)?;
+            }
+            rest = more;
+            done = done.checked_add(len).ok_or(VmiError::Corrupt {
+                what: "a struct page",
+                at,
+                value: len,
+            })?;
         }
         Ok(())
     }
@@ -361,7 +385,7 @@ impl<'m> MemMap<'m> {
                 // This one straddles two chunks.
                 pages = 1;
                 buffer.resize(self.stride_len()?, 0);
-                self.copy_page(at, &mut buffer)?;
+                self.copy_pages(at, &mut buffer)?;
                 visit(pfn, GuestBytes::from_slice(&buffer))?;
             } else if let Some(mapped) = &chunk.mapped {
                 pages = whole;

@@ -189,7 +189,7 @@ impl PageLayout {
         let Some(copy) = copy.get_mut(..mem_map.stride_len()?) else {
             return Ok(None);
         };
-        mem_map.copy_page(at, copy)?;
+        mem_map.copy_pages(at, copy)?;
         let page = GuestBytes::from_slice(copy);
         let (Some(flags), Some(ty), Some(refcount)) = (
             self.flags(&page),
