@@ -1,6 +1,6 @@
 //! What is found of a guest of which little is known, against what all knowledge finds.
 use sonicshot::{
-    Gpa, GuestBytes, GuestMemory, MappedRegions, MemoryError, PageClass, PageMap, Processors,
+    Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, MemoryError, PageClass, PageMap, Processors,
     RamLayout,
 };
 use sonicshot_vmi::x86_64::Cr3;
@@ -139,6 +139,37 @@ fn shape_alone_finds_no_other_free_pages_than_types() {
             (&all.name, all.span, all.listed, all.nr_free, all.counter),
             (&few.name, few.span, few.listed, few.nr_free, few.counter)
         );
+    }
+}
+
+/// Without types no flag tells of `page_poison` and `init_on_free`.
+#[test]
+fn the_content_of_free_pages_tells_what_they_must_read_as() {
+    const POISON: u8 = 0xaa;
+    let ram = testdata();
+    let all = classify(&ram, Knowledge::Types, None).unwrap();
+    let frames = classes(&all.map).into_iter().enumerate();
+    let free = frames.filter(|(_, class)| *class == PageClass::FreeBuddy);
+    let free: Vec<usize> = free.map(|(frame, _)| frame).collect();
+    // A few that were just freed, or are being given away, decide nothing.
+    for (byte, percent, fill) in [
+        (POISON, 99, Fill::Byte(POISON)),
+        (0, 99, Fill::Zero),
+        (POISON, 50, Fill::Any),
+    ] {
+        let mut ram = ram.clone();
+        for (number, frame) in free.iter().enumerate() {
+            let byte = if number * 7 % 100 < percent {
+                byte
+            } else {
+                0x5b
+            };
+            ram[frame << 12..][..1 << 12].fill(byte);
+        }
+        for knowledge in [Knowledge::Vmcoreinfo, Knowledge::Shape] {
+            let few = classify(&ram, knowledge, None).unwrap();
+            assert_eq!(few.free_fill, fill, "{byte:#x}, {percent} %, {knowledge}");
+        }
     }
 }
 
