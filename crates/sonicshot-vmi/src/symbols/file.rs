@@ -595,6 +595,7 @@ impl<'t> Reader<'t> {
 #[cfg(test)]
 mod tests {
     use super::{SymbolFile, sum};
+    use crate::KernelVa;
     use crate::kernel::testing::{Facts, page_facts};
     use crate::symbols::{SymbolError, SymbolSource};
     use proptest::prelude::*;
@@ -628,7 +629,7 @@ mod tests {
         assert_eq!(sealed(&text), text);
         assert!(text.len() < 12 << 10, "{}", text.len());
         let (at, size) = (read.symbol("init_task"), read.type_size("page"));
-        assert_eq!(at.unwrap().map(|at| at.raw()), Some(0xffff_ffff_8280_0000));
+        assert_eq!(at.unwrap().map(KernelVa::raw), Some(0xffff_ffff_8280_0000));
         assert_eq!(size.unwrap(), Some(64));
         let flags = read.member("page", "flags").unwrap().unwrap();
         assert_eq!((flags.offset, flags.size, flags.len), (0, Some(8), None));
