@@ -85,7 +85,7 @@ fn banner_in(text: &[u8], start: &[u8]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::say_more;
+    use super::{MAX_BANNER, say_more};
     use crate::error::VmiError;
     use sonicshot::{Gpa, GuestBytes, MappedRegions};
 
@@ -114,6 +114,13 @@ mod tests {
             "there is a kernel's banner in memory, `Linux version 6.1.0 (somebody@somewhere) (gcc) #1 \
              SMP 2026`, but no kernel that can be read: a test"
         );
+        // One that does not end is cut.
+        ram[0x2ff0 + 30..0x3800].fill(b'x');
+        ram[0x2ff0 + 40..0x2ff0 + 43].copy_from_slice(b" #1");
+        match said(&ram) {
+            VmiError::BannerAlone { banner, .. } => assert_eq!(banner.len(), MAX_BANNER),
+            other => panic!("{other}"),
+        }
         // The first page of an arm64 kernel.
         let mut header = vec![0; 64];
         header[..4].copy_from_slice(b"MZ@\xfa");

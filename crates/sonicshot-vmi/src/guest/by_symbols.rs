@@ -11,7 +11,7 @@ use crate::error::VmiError;
 use crate::kernel::{Build, Kernel};
 use crate::owner::processors::Owners;
 use crate::shape::Knowledge;
-use crate::symbols::{self, Given, SymbolBase, SymbolSource, search};
+use crate::symbols::{self, Given, MAX_BUILD_ID, MAX_NOTES, SymbolBase, SymbolSource, search};
 use crate::{AddressSpace, KernelVa};
 use sonicshot::{Gpa, GuestMemory};
 use std::collections::HashSet;
@@ -19,12 +19,8 @@ use std::sync::{Arc, OnceLock};
 
 /// So many build IDs are there at most: each program and library has one.
 const MAX_IDS: usize = 1 << 16;
-/// A build ID is 20 bytes; with another hash it may be 64.
-const MAX_ID: u64 = 64;
 /// So many places are tried as the kernel's.
 const MAX_PLACES: usize = 1 << 12;
-/// The notes of a kernel are less than a page.
-const MAX_NOTES: u64 = 1 << 16;
 /// What a note with a build ID has before it: its type, and whose it is.
 const GNU: &[u8] = b"\x03\0\0\0GNU\0";
 /// The lengths of name and content before that.
@@ -175,18 +171,21 @@ impl Anchor {
         arch: &dyn Arch,
         shape: &KernelShape,
     ) -> Vec<Image<'m>> {
-        let align = arch.image().align;
-        let mut places = Vec::new();
-        search(memory, &self.needle, &mut |at| {
-            // The image is moved by whole steps.
-            let behind = at.raw().wrapping_sub(self.at).checked_rem(align);
-            if behind.is_some_and(|behind| behind < self.within) {
-                places.push((at, behind.unwrap_or_default()));
-            }
-            places.len() < MAX_PLACES
-        });
+        let places = self.places(memory, arch.image().align);
         let image = |(at, behind): (Gpa, u64)| self.image(memory, (at, behind), (arch, shape));
         places.into_iter().filter_map(image).collect()
+    }
+
+    /// Where it may be in its place, and how far behind where the symbols have it. The image is moved
+    /// by whole steps of `align`.
+    fn places(&self, memory: &dyn GuestMemory, align: u64) -> Vec<(Gpa, u64)> {
+        let mut places = Vec::new();
+        search(memory, &self.needle, &mut |at| {
+            let behind = at.raw().wrapping_sub(self.at).checked_rem(align);
+            places.extend(behind.filter(|b| *b < self.within).map(|b| (at, b)));
+            places.len() < MAX_PLACES
+        });
+        places
     }
 
     /// The image that has it at `at`, so far behind where the symbols have it.
@@ -267,8 +266,61 @@ fn build_id_at(memory: &dyn GuestMemory, at: Gpa) -> Option<Vec<u8>> {
     let len = u64::from(u32::from_le_bytes(*head.last_chunk()?));
     let whole = NOTE_HEAD
         .checked_add(GNU.len() as u64)?
-        .checked_add(Some(len).filter(|len| *len <= MAX_ID)?)?;
+        .checked_add(Some(len).filter(|len| *len <= MAX_BUILD_ID as u64)?)?;
     let mut note = vec![0; usize::try_from(whole).ok()?];
     memory.read(start, &mut note).ok()?;
     symbols::build_id_of_notes(&note)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Anchor, GNU, MAX_IDS, MAX_PLACES, build_ids};
+    use crate::symbols::MAX_BUILD_ID;
+    use sonicshot::{Gpa, GuestBytes, MappedRegions};
+
+    fn memory(ram: &[u8]) -> MappedRegions<'_> {
+        MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap()
+    }
+
+    fn note(id: &[u8]) -> Vec<u8> {
+        let len = u32::try_from(id.len()).unwrap();
+        [&4_u32.to_le_bytes()[..], &len.to_le_bytes(), GNU, id].concat()
+    }
+
+    #[test]
+    fn so_many_build_ids_are_taken_and_none_that_is_longer() {
+        let mut ram = note(&[7; 20]);
+        ram.extend(note(&[8; MAX_BUILD_ID + 4]));
+        ram.extend(note(&[9; MAX_BUILD_ID]));
+        ram.resize(1 << 12, 0);
+        let found = build_ids(&memory(&ram));
+        assert_eq!(found.len(), 2);
+        assert!(found.contains(&vec![7; 20]) && found.contains(&vec![9; MAX_BUILD_ID]));
+        let ids = (0..u32::try_from(MAX_IDS).unwrap() + 100).map(u32::to_le_bytes);
+        let mut ram: Vec<u8> = ids.flat_map(|id| note(&id)).collect();
+        ram.resize(ram.len().next_multiple_of(1 << 12), 0);
+        assert_eq!(build_ids(&memory(&ram)).len(), MAX_IDS);
+    }
+
+    #[test]
+    fn so_many_places_are_tried() {
+        let anchor = |within| Anchor {
+            by: "a test",
+            needle: b"a needle".to_vec(),
+            at: 16,
+            within,
+            stext: 0,
+            table: 0,
+            banner: 0,
+        };
+        let ram = b"a needle".repeat(8 << 10);
+        assert_eq!(
+            anchor(1 << 12).places(&memory(&ram), 1 << 12).len(),
+            MAX_PLACES
+        );
+        // Of each page those behind the place.
+        let found = anchor(9).places(&memory(&ram), 1 << 12);
+        assert_eq!(found.len(), 32);
+        assert_eq!(found[..2], [(Gpa::new(16), 0), (Gpa::new(24), 8)]);
+    }
 }

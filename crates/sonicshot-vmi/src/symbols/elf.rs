@@ -17,6 +17,9 @@ use std::sync::{Arc, OnceLock};
 const SECTION_SIZE: usize = 64;
 const SYMBOL_SIZE: usize = 24;
 
+/// The notes of a kernel are less than a page.
+pub(crate) const MAX_NOTES: u64 = 1 << 16;
+
 /// One section of the file.
 #[derive(Clone, Copy, Debug)]
 struct Section {
@@ -355,8 +358,6 @@ pub(crate) fn build_id_of_notes(notes: &[u8]) -> Option<Vec<u8>> {
 /// The build ID of a vmlinux that begins with `start`, of which nothing is read but the table of
 /// its sections and its notes.
 pub(super) fn build_id_in(file: &File, start: &[u8]) -> Option<Vec<u8>> {
-    /// Those of a kernel are less than a page.
-    const MAX_NOTES: usize = 1 << 16;
     let head: &[u8; header64::SIZEOF_EHDR] = start.first_chunk()?;
     let header = header64::Header::from_bytes(head);
     let count = usize::from(header.e_shnum);
@@ -377,7 +378,7 @@ pub(super) fn build_id_in(file: &File, start: &[u8]) -> Option<Vec<u8>> {
     notes
         .filter_map(|section| {
             let (at, len) = Vmlinux::place(&section)?;
-            read(at as u64, Some(len).filter(|len| *len <= MAX_NOTES)?)
+            read(at as u64, Some(len).filter(|len| *len as u64 <= MAX_NOTES)?)
         })
         .find_map(|notes| build_id_of_notes(&notes))
 }

@@ -18,7 +18,7 @@ const VERSION: &str = "1";
 /// One has some 10 KiB.
 const MAX_LEN: usize = 1 << 20;
 const MAX_BANNER: usize = 512;
-const MAX_BUILD_ID: usize = 64;
+pub(crate) const MAX_BUILD_ID: usize = 64;
 
 /// The symbols and types of one kernel build that are needed, and no others.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -594,7 +594,7 @@ impl<'t> Reader<'t> {
 
 #[cfg(test)]
 mod tests {
-    use super::{SymbolFile, sum};
+    use super::{MAX_BANNER, MAX_BUILD_ID, MAX_LEN, SymbolFile, sum};
     use crate::KernelVa;
     use crate::kernel::testing::{Facts, page_facts};
     use crate::symbols::{SymbolError, SymbolSource};
@@ -716,6 +716,14 @@ mod tests {
         );
         refused(&changed("build-id ab01", "build-id abz1"), "a build ID");
         refused(&changed("constant __NR", "number __NR"), "unknown kind");
+        // More than any file has.
+        let long = |len: usize| "x".repeat(len);
+        refused(&long(MAX_LEN + 1), "more than any symbol file");
+        let banner = |len| changed("banner Linux", &format!("banner {} Linux", long(len)));
+        refused(&banner(MAX_BANNER), "a banner that is too long");
+        let id = |len: usize| changed("build-id ab01", &format!("build-id {}", "ab".repeat(len)));
+        refused(&id(MAX_BUILD_ID + 1), "a build ID that is none");
+        assert!(SymbolFile::parse("made", id(MAX_BUILD_ID).as_bytes()).is_ok());
         // What a later version asks beside is passed over.
         let more = changed("symbol efi", "symbol a_later_one 1\nsymbol efi");
         assert!(SymbolFile::parse("made", more.as_bytes()).is_ok());

@@ -188,11 +188,55 @@ fn build_id_at(path: &Path) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use super::Given;
+    use super::{Given, MAX_FILES};
+    use crate::symbols::{MAX_NOTES, SymbolError};
     use std::fs;
 
     fn text(id: &str) -> String {
         format!("SonicShot symbols 1\nbuild-id {id}\nend 0\n")
+    }
+
+    /// An ELF file with one section, of notes that begin with a build ID.
+    fn elf(notes: usize) -> Vec<u8> {
+        let mut out = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+        out.resize(58, 0);
+        out[40] = 64;
+        out.extend([64_u16, 1, 0].map(u16::to_le_bytes).concat());
+        let mut section = vec![0; 64];
+        section[4] = 7;
+        section[24] = 128;
+        section[32..40].copy_from_slice(&(notes as u64).to_le_bytes());
+        out.extend(section);
+        out.extend([4_u32, 4, 3].map(u32::to_le_bytes).concat());
+        out.extend(b"GNU\0\x01\x02\x03\x04");
+        out.resize(128 + notes, 0);
+        out
+    }
+
+    #[test]
+    fn of_a_vmlinux_no_more_notes_are_read_than_a_kernel_has() {
+        let folder = tempfile::tempdir().unwrap();
+        let most = usize::try_from(MAX_NOTES).unwrap();
+        for (name, notes) in [("a", most), ("b", most + 1)] {
+            fs::write(folder.path().join(name), elf(notes)).unwrap();
+        }
+        let given = Given::open(&[folder.path().to_owned()]).unwrap();
+        let entries = &given.folders[0].entries;
+        assert_eq!(entries.len(), 1);
+        assert_eq!(entries[0].build_id, [1, 2, 3, 4]);
+        assert!(entries[0].path.ends_with("a"));
+    }
+
+    #[test]
+    fn a_folder_of_more_files_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        for number in 0..=MAX_FILES {
+            fs::write(folder.path().join(number.to_string()), "").unwrap();
+        }
+        let error = Given::open(&[folder.path().to_owned()]).unwrap_err();
+        assert!(matches!(error, SymbolError::Folder { .. }), "{error}");
+        fs::remove_file(folder.path().join("0")).unwrap();
+        assert!(Given::open(&[folder.path().to_owned()]).is_ok());
     }
 
     #[test]

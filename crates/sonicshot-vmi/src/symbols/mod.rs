@@ -23,7 +23,8 @@ mod vmcoreinfo;
 
 pub use btf::{Btf, find_btf};
 pub use elf::Vmlinux;
-pub(crate) use elf::build_id_of_notes;
+pub(crate) use elf::{MAX_NOTES, build_id_of_notes};
+pub(crate) use file::MAX_BUILD_ID;
 pub use file::SymbolFile;
 pub(crate) use given::Given;
 pub use kallsyms::Kallsyms;
