@@ -5,6 +5,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
 /// The guest's types, which its kernel's image has in one piece.
 fn btf() -> &'static [u8] {
     let ram = ram();
