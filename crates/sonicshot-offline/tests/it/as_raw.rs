@@ -80,7 +80,9 @@ fn a_damaged_file_is_none_of_memory() {
         matches!(
             found,
             Err(OfflineError::Guest {
-                source: VmiError::NoKernel { .. },
+                source: VmiError::NoKernel { .. }
+                    | VmiError::NoTables { .. }
+                    | VmiError::BannerAlone { .. },
                 ..
             })
         ),

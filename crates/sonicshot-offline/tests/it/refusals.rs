@@ -50,7 +50,9 @@ fn a_diff_with_little_in_it_has_no_kernel() {
         matches!(
             found,
             Err(OfflineError::Guest {
-                source: VmiError::NoKernel { .. },
+                source: VmiError::NoKernel { .. }
+                    | VmiError::NoTables { .. }
+                    | VmiError::BannerAlone { .. },
                 ..
             })
         ),
