@@ -24,7 +24,6 @@ pub(super) fn with_guest<T>(
         match attempt(snapshot, &candidates, &candidate, true, look) {
             Ok(Outcome::Done(placed)) => return Ok(*placed),
             Ok(Outcome::Refuted(e820)) => candidates.learn(e820),
-            Ok(Outcome::Wrong) => {}
             Ok(Outcome::Unconfirmed) => {
                 unconfirmed.get_or_insert(candidate);
             }
@@ -39,7 +38,7 @@ pub(super) fn with_guest<T>(
             {
                 why_not = Some(error);
             }
-            Err(_) => {}
+            Ok(Outcome::Wrong) | Err(_) => {}
         }
     }
     match unconfirmed {
