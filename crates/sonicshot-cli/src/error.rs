@@ -126,9 +126,9 @@ impl CliError {
                 | SymbolError::Differ { .. }
                 | SymbolError::Outdated { .. },
             ) => 4,
-            Self::Symbols(_) => 3,
             Self::Usage { .. } | Self::OverDump { .. } => 2,
-            Self::Serve(ServeError::Set { .. } | ServeError::SetOfAnother { .. }) => 3,
+            Self::Symbols(_)
+            | Self::Serve(ServeError::Set { .. } | ServeError::SetOfAnother { .. }) => 3,
             Self::Io { .. }
             | Self::Live(_)
             | Self::Serve(_)
