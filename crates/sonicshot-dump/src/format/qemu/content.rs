@@ -2,9 +2,10 @@
 
 use crate::DumpError;
 use crate::backing::scattered::PagePlaces;
+use crate::format::qemu::device_state;
 use crate::format::qemu::start::{
-    self, Cursor, FLAG_EOS, FLAG_MULTIFD_FLUSH, RamBlock, SECTION_END, SECTION_PART, Start,
-    TARGET_PAGE,
+    self, Cursor, FLAG_EOS, FLAG_MULTIFD_FLUSH, RamBlock, SECTION_END, SECTION_FULL, SECTION_PART,
+    Start, TARGET_PAGE,
 };
 use sonicshot::{FileBytes, FileOffset, FileRange};
 use std::path::Path;
@@ -23,24 +24,46 @@ pub(crate) struct Content<'a> {
     pub end: FileOffset,
 }
 
-/// Passes over the rest of the section `ram` in a mapped-ram file, which has no pages: returns
-/// where the sections between its parts are, and where all of it ends.
+/// Where the rest of the section `ram` is in a mapped-ram file, which has no pages.
+pub(crate) struct RestOfRam {
+    /// Where the sections behind its first part end,
+    pub between: FileOffset,
+    /// and where all of it.
+    pub end: FileOffset,
+    /// Whether other sections have parts between its later ones.
+    pub mixed: bool,
+}
+
+/// Passes over the rest of the section `ram` in a mapped-ram file.
 pub(crate) fn rest_of_ram(
     path: &Path,
     data: FileBytes<'_>,
     start: &Start,
     after: FileOffset,
-) -> Result<(FileRange, FileOffset), DumpError> {
+) -> Result<RestOfRam, DumpError> {
     let mut cursor = Cursor::new(path, data, after);
-    let mut between = None;
+    let mut rest = RestOfRam {
+        between: after,
+        end: after,
+        mixed: false,
+    };
+    let mut known = start.others_alone();
+    let mut first = true;
     // Each turn passes over a section, so that this ends with the file.
     loop {
-        start::pass_sections(&mut cursor)?;
-        let between = *between.get_or_insert(FileRange::new(after, cursor.at()));
-        let kind = cursor.be::<u8>()?;
-        if kind != SECTION_PART && kind != SECTION_END {
-            return Err(cursor.malformed("a section among the memory's", kind.into()));
+        let before = known.others.passed;
+        start::other_sections(&mut cursor, &mut known)?;
+        if first {
+            rest.between = cursor.at();
+            first = false;
+        } else {
+            rest.mixed |= known.others.passed != before;
         }
+        if !next_part(&mut cursor, path, data, start.ram_section)? {
+            rest.end = cursor.at();
+            return Ok(rest);
+        }
+        let is_last = cursor.be::<u8>()? == SECTION_END;
         cursor.section(start.ram_section)?;
         loop {
             match cursor.be::<u64>()? {
@@ -50,9 +73,57 @@ pub(crate) fn rest_of_ram(
             }
         }
         cursor.footer(start.ram_section)?;
-        if kind == SECTION_END {
-            return Ok((between, cursor.at()));
+        if is_last {
+            rest.end = cursor.at();
+            return Ok(rest);
         }
+    }
+}
+
+/// Whether the next section is a part of the memory. `false` if the memory ends here without a
+/// last part: with the capability `background-snapshot` the devices' state follows, which was
+/// taken before the memory was written.
+///
+/// # Errors
+/// If it is neither: what other sections may follow, and more memory behind them, is not known.
+pub(crate) fn next_part(
+    cursor: &mut Cursor<'_>,
+    path: &Path,
+    data: FileBytes<'_>,
+    section: u32,
+) -> Result<bool, DumpError> {
+    let mut ahead = cursor.clone();
+    let kind = ahead.be::<u8>()?;
+    match kind {
+        SECTION_PART | SECTION_END => {
+            ahead.section(section)?;
+            Ok(true)
+        }
+        SECTION_FULL if device_state::is_described(path, data, cursor.at()) => Ok(false),
+        _ => Err(cursor.malformed("a section among the memory's", kind.into())),
+    }
+}
+
+/// Where the devices' state begins behind the memory's `end`: parts of other sections may come
+/// first.
+pub(crate) fn behind_others(
+    path: &Path,
+    data: FileBytes<'_>,
+    start: &Start,
+    end: FileOffset,
+) -> Result<FileOffset, DumpError> {
+    let mut cursor = Cursor::new(path, data, end);
+    start::other_sections(&mut cursor, &mut start.others_alone())?;
+    Ok(cursor.at())
+}
+
+/// A refusal to convert a file whose other sections have parts between the memory's: they would be
+/// lost.
+pub(crate) fn mixed(path: &Path) -> DumpError {
+    DumpError::CannotConvert {
+        path: path.to_owned(),
+        format: "a migration file with other sections between the memory's",
+        to: "one of the other kind",
     }
 }
 

@@ -268,16 +268,7 @@ pub(crate) fn processors(
     at: FileOffset,
     memory: &dyn GuestMemory,
 ) -> Result<Vec<Processor>, &'static str> {
-    let cut = "its devices' state is cut short";
-    let end = FileOffset::new(data.len() as u64);
-    let len = end.offset_from(at).ok_or(cut)?;
-    if len > MAX_STATE {
-        return Err("its devices' state is too long");
-    }
-    let state = data
-        .part(at.raw(), len)
-        .and_then(Bytes::copied)
-        .ok_or(cut)?;
+    let state = state(data, at)?;
     let mut tries = 0_usize;
     for (end, description) in descriptions(&state).take(MAX_TRIES) {
         tries = tries.saturating_add(1);
@@ -292,6 +283,30 @@ pub(crate) fn processors(
         "its devices' state has no description"
     } else {
         "its devices' state is not as its description has it"
+    })
+}
+
+/// The devices' state from `at` on, and all behind it.
+fn state(data: FileBytes<'_>, at: FileOffset) -> Result<Vec<u8>, &'static str> {
+    let cut = "its devices' state is cut short";
+    let end = FileOffset::new(data.len() as u64);
+    let len = end.offset_from(at).ok_or(cut)?;
+    if len > MAX_STATE {
+        return Err("its devices' state is too long");
+    }
+    let state = data.part(at.raw(), len).and_then(Bytes::copied);
+    state.ok_or(cut)
+}
+
+/// Whether the sections of devices begin at `at`, and follow each other to the end of the file as
+/// they are described there: nothing else is between.
+pub(crate) fn is_described(path: &Path, data: FileBytes<'_>, at: FileOffset) -> bool {
+    let Ok(state) = state(data, at) else {
+        return false;
+    };
+    descriptions(&state).take(MAX_TRIES).any(|(end, text)| {
+        let description = serde_json::from_slice::<Description>(text);
+        description.is_ok_and(|description| walk(path, &state, end, &description).is_ok())
     })
 }
 

@@ -10,7 +10,7 @@ use crate::backing::plain::{Extent, PlainDump};
 use crate::backing::spool::Spool;
 use crate::format::ability::{ByCopy, Copying, InPlace, Migration, Punching};
 use crate::format::kind::{Format, Source};
-use crate::format::qemu::content::{Content, Places, is_set, rest_of_ram};
+use crate::format::qemu::content::{Content, Places, behind_others, is_set, mixed, rest_of_ram};
 use crate::format::qemu::start::{
     self, Cursor, FLAG_EOS, MAPPED_RAM_VERSION, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE,
 };
@@ -90,10 +90,10 @@ impl Format for MappedRamDump {
 
     fn processors(&self) -> Processors {
         let (path, data) = (self.mapped.path(), self.mapped.bytes());
-        match rest_of_ram(path, data, &self.ram.start, self.ram.after) {
-            Ok((_, end)) => {
-                processors::told(device_state::processors(path, data, end, &self.mapped))
-            }
+        let start = &self.ram.start;
+        let rest = rest_of_ram(path, data, start, self.ram.after);
+        match rest.and_then(|rest| behind_others(path, data, start, rest.end)) {
+            Ok(at) => processors::told(device_state::processors(path, data, at, &self.mapped)),
             Err(_) => Processors::NotTold("its devices' state is cut short"),
         }
     }
@@ -459,7 +459,10 @@ fn of_mapped<'a>(
     begin: FileOffset,
 ) -> Result<Content<'a>, DumpError> {
     let (path, data) = (dump.path(), dump.bytes());
-    let (between, end) = rest_of_ram(path, data, &ram.start, ram.after)?;
+    let rest = rest_of_ram(path, data, &ram.start, ram.after)?;
+    if rest.mixed {
+        return Err(mixed(path));
+    }
     let mut places = Vec::new();
     for store in &ram.stores {
         // Room for all of its pages is in the file, as was checked when it was opened.
@@ -472,8 +475,8 @@ fn of_mapped<'a>(
         blocks: &ram.blocks,
         places,
         begin,
-        between,
-        end,
+        between: FileRange::new(ram.after, rest.between),
+        end: rest.end,
     })
 }
 

@@ -5,6 +5,7 @@
 //! machine's name, and the first part of the section `ram`, which lists all blocks of memory:
 //! the guest's RAM, and the ROMs and video memory that go with it.
 
+use crate::format::qemu::others::Others;
 use crate::{BlockPlace, DumpError, LayoutSpec};
 use sonicshot::{Bytes, CutShort, FileBytes, FileOffset, FileRange, Gpa, GpaRange, Number};
 use std::path::Path;
@@ -14,7 +15,7 @@ pub(crate) const CAPABILITIES: &str = "configuration/capabilities";
 /// How a migration file begins.
 pub(crate) const MAGIC: &[u8; 4] = b"QEVM";
 const VERSION: u32 = 3;
-const SECTION_START: u8 = 1;
+pub(crate) const SECTION_START: u8 = 1;
 pub(crate) const SECTION_PART: u8 = 2;
 pub(crate) const SECTION_END: u8 = 3;
 pub(crate) const SECTION_FULL: u8 = 4;
@@ -157,6 +158,8 @@ pub(crate) struct Start {
     pub total: u64,
     /// The memory of virtio-mem devices.
     plugged: Vec<Plugged>,
+    /// The sections that come in parts between those of the memory.
+    pub others: Others,
 }
 
 /// Where a virtio-mem device has its memory.
@@ -207,6 +210,15 @@ impl Start {
             ram_section: 0,
             total: 0,
             plugged: Vec::new(),
+            others: Others::new(),
+        }
+    }
+
+    /// What is known of other sections, and nothing else.
+    pub(crate) fn others_alone(&self) -> Self {
+        Self {
+            others: self.others.clone(),
+            ..Self::new(self.ram_at)
         }
     }
 
@@ -307,8 +319,8 @@ fn is_device(name: &str) -> bool {
         || name.contains(':')
 }
 
-/// Passes over what may stand before and between the parts of the memory: commands, and the state
-/// of virtio-mem devices, which is noted.
+/// Passes over what may stand before, between and behind the parts of the memory: commands, parts
+/// of other sections, and the state of virtio-mem devices, which is noted.
 pub(crate) fn other_sections(cursor: &mut Cursor<'_>, start: &mut Start) -> Result<(), DumpError> {
     loop {
         let mut ahead = cursor.clone();
@@ -337,16 +349,15 @@ pub(crate) fn other_sections(cursor: &mut Cursor<'_>, start: &mut Start) -> Resu
                 });
                 ahead.footer(number)?;
             }
+            Some(SECTION_START | SECTION_PART | SECTION_END) => {
+                if !start.others.pass(&mut ahead)? {
+                    return Ok(());
+                }
+            }
             _ => return Ok(()),
         }
         *cursor = ahead;
     }
-}
-
-/// The same of sections that tell nothing new.
-pub(crate) fn pass_sections(cursor: &mut Cursor<'_>) -> Result<(), DumpError> {
-    let mut known = Start::new(cursor.at());
-    other_sections(cursor, &mut known)
 }
 
 /// Reads what a virtio-mem device says of its memory: where it is, and which of its pieces are

@@ -13,10 +13,10 @@ use crate::backing::spool::Image;
 use crate::backing::spool::Spool;
 use crate::format::ability::{AsStream, ByCopy, Copying, EachPart, Migration, Part};
 use crate::format::kind::{Format, Source};
-use crate::format::qemu::content::{Content, Places};
+use crate::format::qemu::content::{Content, Places, behind_others, mixed, next_part};
 use crate::format::qemu::start::{
     self, BlockKind, Cursor, FLAG_CONTINUE, FLAG_EOS, FLAG_MULTIFD_FLUSH, FLAG_PAGE, FLAG_ZERO,
-    MAX_BLOCKS, RamBlock, SECTION_END, SECTION_PART, Start, TARGET_PAGE,
+    MAX_BLOCKS, RamBlock, SECTION_END, Start, TARGET_PAGE,
 };
 use crate::format::qemu::{Wrapping, device_state};
 use crate::processors;
@@ -91,12 +91,11 @@ impl Format for StreamDump {
         let Some(at) = self.stream.records_end else {
             return Processors::NotTold("its records were not gone through");
         };
-        processors::told(device_state::processors(
-            dump.path(),
-            dump.bytes(),
-            at,
-            dump,
-        ))
+        let (path, data) = (dump.path(), dump.bytes());
+        match behind_others(path, data, &self.stream.start, at) {
+            Ok(at) => processors::told(device_state::processors(path, data, at, dump)),
+            Err(_) => Processors::NotTold("its devices' state is cut short"),
+        }
     }
 
     fn by_copy(&self) -> Option<&dyn ByCopy> {
@@ -257,13 +256,14 @@ impl Stream {
         })
     }
 
-    /// Goes through all records of pages. Returns where the section `ram` ends.
+    /// Goes through all records of pages. Returns where the section `ram` ends, and whether other
+    /// sections have parts between its later ones.
     pub(crate) fn walk(
         &self,
         path: &Path,
         data: FileBytes<'_>,
         mut each: impl FnMut(&Record) -> Result<(), DumpError>,
-    ) -> Result<FileOffset, DumpError> {
+    ) -> Result<(FileOffset, bool), DumpError> {
         let unsupported = |kind| DumpError::Unsupported {
             path: path.to_owned(),
             kind,
@@ -277,6 +277,8 @@ impl Stream {
         }
         let mut block = None;
         let mut last_part = false;
+        let mut known = self.start.others_alone();
+        let (mut parts, mut mixed) = (0_u64, false);
         // Each turn reads at least a byte, so that this ends with the file.
         loop {
             // The records of one part of the section.
@@ -319,13 +321,16 @@ impl Stream {
             }
             cursor.footer(self.start.ram_section)?;
             if last_part {
-                return Ok(cursor.at());
+                return Ok((cursor.at(), mixed));
             }
-            start::pass_sections(&mut cursor)?;
+            let before = known.others.passed;
+            start::other_sections(&mut cursor, &mut known)?;
+            mixed |= parts > 0 && known.others.passed != before;
+            parts = parts.saturating_add(1);
+            if !next_part(&mut cursor, path, data, self.start.ram_section)? {
+                return Ok((cursor.at(), mixed));
+            }
             let kind = cursor.be::<u8>()?;
-            if kind != SECTION_PART && kind != SECTION_END {
-                return Err(cursor.malformed("a section among the memory's", kind.into()));
-            }
             cursor.section(self.start.ram_section)?;
             last_part = kind == SECTION_END;
         }
@@ -338,7 +343,7 @@ impl Stream {
         path: &Path,
         data: FileBytes<'_>,
         of: Of,
-    ) -> Result<(Vec<PagePlaces>, FileOffset), DumpError> {
+    ) -> Result<(Vec<PagePlaces>, (FileOffset, bool)), DumpError> {
         let mut places: Vec<Option<PagePlaces>> = Vec::new();
         for block in &self.blocks {
             let pages = block.len / TARGET_PAGE;
@@ -373,7 +378,7 @@ impl Stream {
         path: &Path,
         data: FileBytes<'_>,
     ) -> Result<Scattered, DumpError> {
-        let (places, end) = self.places(path, data, Of::Ram)?;
+        let (places, (end, _)) = self.places(path, data, Of::Ram)?;
         self.records_end = Some(end);
         let ranges = self.blocks.iter().map(|block| block.ranges.as_slice());
         Ok(Scattered::new(ranges.zip(places)))
@@ -459,13 +464,16 @@ fn of_stream<'a>(
         let what = "the size of all memory";
         return Err(DumpError::malformed(path, what, begin, total));
     }
-    let (places, end) = stream.places(path, data, Of::All)?;
+    let (places, (end, is_mixed)) = stream.places(path, data, Of::All)?;
+    if is_mixed {
+        return Err(mixed(path));
+    }
     let mut cursor = Cursor::new(path, data, stream.records_at);
     let mut between = FileRange::new(begin, begin);
     if matches!(cursor.be::<u64>(), Ok(FLAG_EOS)) {
         cursor.footer(stream.start.ram_section)?;
         let begin = cursor.at();
-        start::pass_sections(&mut cursor)?;
+        start::other_sections(&mut cursor, &mut stream.start.others_alone())?;
         between = FileRange::new(begin, cursor.at());
     }
     Ok(Content {
