@@ -2,35 +2,91 @@
 
 pub(crate) mod content;
 pub(crate) mod device_state;
+pub(crate) mod internal;
 pub(crate) mod mapped_ram;
 pub(crate) mod migration;
+pub(crate) mod others;
 pub(crate) mod start;
 pub(crate) mod stream;
 
-use crate::DumpError;
 use crate::backing::spool::Image;
 use crate::backing::spool::Spool;
 use crate::format::kind::{Format, Kind, Source, boxed};
+use crate::{DumpError, LayoutSpec};
+use internal::Internal;
 use sonicshot::FileOffset;
 use start::{Cursor, MAGIC, MAPPED_RAM};
 use std::fs::File;
 
 pub(crate) const KIND: Kind = Kind::by_magic("qemu", &[MAGIC], open);
 
+/// A migration file behind something else: `migrate file:NAME,offset=N` leaves the beginning of the
+/// file to whoever gave the name. The offsets in it count from the beginning of the file.
+pub(crate) const BEHIND: Kind = Kind {
+    is_one: |source| offset_of(source).is_some(),
+    open: |source| {
+        let at = offset_of(&source).unwrap_or(FileOffset::ZERO);
+        open_wrapped(source, Wrapping::at(at))
+    },
+    ..Kind::by_name(|_| Ok(None))
+};
+
+/// A migration file begins in the first bytes of a file, so many at most.
+const MAX_OFFSET: usize = 4 << 20;
+/// So many places that look like a beginning are looked at.
+const MAX_BEGINNINGS: usize = 16;
+/// How it begins, up to its configuration.
+const BEGINNING: &[u8] = b"QEVM\0\0\0\x03\x07";
+
+/// Where a migration file begins that is not at the beginning of its file. Memory may hold such
+/// bytes anywhere: what is in there must fit all of the file, or nothing may be before it.
+fn offset_of(source: &Source<'_>) -> Option<FileOffset> {
+    let data = source.data();
+    let start = data.get(0, data.len().min(MAX_OFFSET))?;
+    let mut bytes = vec![0; start.len()];
+    start.copy_to(&mut bytes).then_some(())?;
+    let found = memchr::memmem::find_iter(&bytes, BEGINNING).take(MAX_BEGINNINGS);
+    let fits = |at: &usize| {
+        let begin = FileOffset::new(*at as u64);
+        let mut cursor = Cursor::new(source.path, data, begin);
+        start::start(&mut cursor).is_ok_and(|start| {
+            if start.has(MAPPED_RAM) {
+                let layout = source.layout().or(Some(&LayoutSpec::Flat));
+                return mapped_ram::MappedRam::parse(source.path, data, begin, layout).is_ok();
+            }
+            let before = bytes.get(..*at).unwrap_or_default();
+            before.iter().all(|byte| *byte == 0)
+        })
+    };
+    let mut found = found.filter(|at| *at > 0);
+    found.find(fits).map(|at| FileOffset::new(at as u64))
+}
+
 /// What a migration file is wrapped in.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Wrapping {
+    /// Where the migration file begins, if it is in no image.
+    at: FileOffset,
     image: Option<Image>,
     /// The content, if the image is compressed.
     unpacked: Option<Spool>,
 }
 
 impl Wrapping {
+    /// In nothing, but behind what is before `at`.
+    const fn at(at: FileOffset) -> Self {
+        Self {
+            at,
+            image: None,
+            unpacked: None,
+        }
+    }
+
     /// Where the migration file begins in the bytes.
     pub(crate) fn begin(&self) -> FileOffset {
         match self.image {
             Some(image) if image.compression.is_none() => image.payload_at,
-            _ => FileOffset::ZERO,
+            _ => self.at,
         }
     }
 
@@ -55,17 +111,43 @@ impl Wrapping {
 
 /// Opens a migration file, or what was compressed as one.
 pub(crate) fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {
+    if let Some(spool) = source.spool.clone()
+        && let Some(image) = spool.state_of()
+    {
+        let image = image.try_clone();
+        let image = image.map_err(DumpError::io("reading", source.path))?;
+        let inner = open_wrapped(source, Wrapping::at(FileOffset::ZERO))?;
+        return Ok(boxed(Internal {
+            inner,
+            spool,
+            image,
+        }));
+    }
     let unpacked = source.spool.clone().filter(|spool| spool.image().is_some());
     let image = unpacked.as_ref().and_then(Spool::image);
     let image = image.map(|(_, image)| image);
-    open_wrapped(source, Wrapping { image, unpacked })
+    open_wrapped(
+        source,
+        Wrapping {
+            at: FileOffset::ZERO,
+            image,
+            unpacked,
+        },
+    )
 }
 
 /// Opens the migration file in `image`.
 pub(crate) fn open_in(source: Source<'_>, image: Image) -> Result<Box<dyn Format>, DumpError> {
     let image = Some(image);
     let unpacked = None;
-    open_wrapped(source, Wrapping { image, unpacked })
+    open_wrapped(
+        source,
+        Wrapping {
+            at: FileOffset::ZERO,
+            image,
+            unpacked,
+        },
+    )
 }
 
 fn open_wrapped(source: Source<'_>, wrapping: Wrapping) -> Result<Box<dyn Format>, DumpError> {

@@ -1,0 +1,427 @@
+//! QEMU's internal snapshots: what `savevm` (`snapshot-save`) puts into a disk image of the format
+//! qcow2 (`docs/interop/qcow2.rst`). Read only.
+//!
+//! A snapshot has a table of its own (L1) of tables (L2) of clusters, which may be compressed. Behind
+//! the last cluster of the disk, from the next place on that begins a table, is the state of the VM:
+//! a migration stream (`block/qcow2-snapshot.c`). It is put into a temporary file, and read there.
+//!
+//! Numbers are big-endian.
+
+use crate::DumpError;
+use crate::backing::spool::Spool;
+use crate::format::kind::{Format, Kind, Source};
+use crate::format::qemu;
+use sonicshot::{Bytes, Cursor, CutShort, FileBytes, FileOffset};
+use std::io::{self, Read};
+use std::path::Path;
+
+pub(crate) const KIND: Kind = Kind::by_magic("qcow2", &[MAGIC], |source| open(&source));
+
+const MAGIC: &[u8] = b"QFI\xfb";
+/// What QEMU itself takes (`block/qcow2.h`).
+const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
+const MAX_SNAPSHOTS: u32 = 65536;
+const MAX_L1: u32 = (32 << 20) / 8;
+const MAX_EXTRA: u32 = 1024;
+/// A snapshot's entry, without what has its own length.
+const ENTRY: u64 = 40;
+/// Features that a reader must know: what was not closed well does not matter here.
+const DIRTY: u64 = 1;
+const CORRUPT: u64 = 1 << 1;
+const COMPRESSION_TYPE: u64 = 1 << 3;
+const EXTENDED_L2: u64 = 1 << 4;
+/// Of an entry of a table.
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+const COMPRESSED: u64 = 1 << 62;
+const ZERO: u64 = 1;
+/// Compressed clusters are stored in sectors.
+const SECTOR: u64 = 512;
+
+fn open(source: &Source<'_>) -> Result<Box<dyn Format>, DumpError> {
+    let (path, data) = (source.path, source.data());
+    let image = Image::read(path, data)?;
+    let entry = image.only_snapshot(path, data)?;
+    let l1 = table(path, data, entry.l1_offset, entry.l1_len)?;
+    let state = State::new(&image, data, l1, &entry);
+    let wrong = || {
+        DumpError::malformed(
+            path,
+            "where the VM's state is",
+            FileOffset::new(24),
+            entry.disk_len,
+        )
+    };
+    let state = state.ok_or_else(wrong)?;
+    let spool = Spool::of_state(path, source.content.file(), state)?;
+    qemu::open(Source::spooled(&spool, source.known)?)
+}
+
+/// What the header says.
+#[derive(Debug, Clone, Copy)]
+struct Image {
+    cluster_bits: u32,
+    disk_len: u64,
+    snapshots: u32,
+    snapshots_at: u64,
+    extended: bool,
+    zstd: bool,
+}
+
+/// A snapshot that has a VM's state.
+#[derive(Debug, Clone)]
+struct Entry {
+    l1_offset: u64,
+    l1_len: u32,
+    name: String,
+    state_len: u64,
+    disk_len: u64,
+}
+
+fn malformed<'a>(path: &'a Path, what: &'static str) -> impl Fn(CutShort) -> DumpError + use<'a> {
+    move |cut| DumpError::malformed(path, what, FileOffset::new(cut.offset), cut.left)
+}
+
+impl Image {
+    fn read(path: &Path, data: FileBytes<'_>) -> Result<Self, DumpError> {
+        let unsupported = |kind| DumpError::Unsupported {
+            path: path.to_owned(),
+            kind,
+        };
+        let bad =
+            |what, offset, value| DumpError::malformed(path, what, FileOffset::new(offset), value);
+        let cut = malformed(path, "the end of the file inside its header");
+        let mut header = Cursor::at(data, 4);
+        let version = header.be::<u32>().map_err(&cut)?;
+        if !(2..=3).contains(&version) {
+            return Err(bad("a version of qcow2", 4, version.into()));
+        }
+        header.skip(12).map_err(&cut)?; // the backing file
+        let cluster_bits = header.be::<u32>().map_err(&cut)?;
+        if !CLUSTER_BITS.contains(&cluster_bits) {
+            return Err(bad("the size of a cluster", 20, cluster_bits.into()));
+        }
+        let disk_len = header.be::<u64>().map_err(&cut)?;
+        if header.be::<u32>().map_err(&cut)? != 0 {
+            return Err(unsupported("an encrypted qcow2 image"));
+        }
+        header.seek(60);
+        let snapshots = header.be::<u32>().map_err(&cut)?;
+        if snapshots > MAX_SNAPSHOTS {
+            return Err(bad("the number of snapshots", 60, snapshots.into()));
+        }
+        let snapshots_at = header.be::<u64>().map_err(&cut)?;
+        let mut image = Self {
+            cluster_bits,
+            disk_len,
+            snapshots,
+            snapshots_at,
+            extended: false,
+            zstd: false,
+        };
+        if version == 3 {
+            let features = header.be::<u64>().map_err(&cut)?;
+            if features & CORRUPT != 0 {
+                return Err(unsupported("a qcow2 image that is marked as corrupt"));
+            }
+            if features & !(DIRTY | CORRUPT | COMPRESSION_TYPE | EXTENDED_L2) != 0 {
+                return Err(unsupported("a qcow2 image whose data is in another file"));
+            }
+            image.extended = features & EXTENDED_L2 != 0;
+            if features & COMPRESSION_TYPE != 0 {
+                header.seek(104);
+                image.zstd = match header.be::<u8>().map_err(&cut)? {
+                    0 => false,
+                    1 => true,
+                    other => return Err(bad("how clusters are compressed", 104, other.into())),
+                };
+            }
+        }
+        Ok(image)
+    }
+
+    fn cluster(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// How many clusters a table tells of.
+    fn clusters_of_table(&self) -> u64 {
+        self.cluster() >> if self.extended { 4 } else { 3 }
+    }
+
+    /// The snapshot that has the state of a VM.
+    fn only_snapshot(&self, path: &Path, data: FileBytes<'_>) -> Result<Entry, DumpError> {
+        let mut cursor = Cursor::at(data, self.snapshots_at);
+        let mut found: Vec<Entry> = Vec::new();
+        for _ in 0..self.snapshots {
+            let entry = self.snapshot(path, &mut cursor)?;
+            if entry.state_len > 0 {
+                found.push(entry);
+            }
+        }
+        match found.as_slice() {
+            [only] => Ok(only.clone()),
+            [] => Err(DumpError::NotRead {
+                path: path.to_owned(),
+                kind: "a qcow2 disk image, without a snapshot of a VM's memory in it",
+                instead: "it is a guest's disk: its memory is in it only if `savevm` put it there, \
+                          which `qemu-img snapshot -l` shows",
+            }),
+            several => Err(DumpError::SeveralSnapshots {
+                path: path.to_owned(),
+                names: several.iter().map(|entry| entry.name.clone()).collect(),
+            }),
+        }
+    }
+
+    fn snapshot(
+        &self,
+        path: &Path,
+        cursor: &mut Cursor<FileBytes<'_>>,
+    ) -> Result<Entry, DumpError> {
+        let cut = malformed(path, "the end of the file inside its snapshots");
+        let begin = cursor.position();
+        let bad = |what, value| DumpError::malformed(path, what, FileOffset::new(begin), value);
+        let l1_offset = cursor.be::<u64>().map_err(&cut)?;
+        let l1_len = cursor.be::<u32>().map_err(&cut)?;
+        let (id_len, name_len) = (
+            cursor.be::<u16>().map_err(&cut)?,
+            cursor.be::<u16>().map_err(&cut)?,
+        );
+        cursor.skip(16).map_err(&cut)?; // times
+        let mut state_len = u64::from(cursor.be::<u32>().map_err(&cut)?);
+        let extra = cursor.be::<u32>().map_err(&cut)?;
+        if l1_len > MAX_L1 || extra > MAX_EXTRA {
+            return Err(bad("the tables of a snapshot", l1_len.into()));
+        }
+        let mut disk_len = self.disk_len;
+        if extra >= 8 {
+            state_len = cursor.be::<u64>().map_err(&cut)?;
+        }
+        if extra >= 16 {
+            disk_len = cursor.be::<u64>().map_err(&cut)?;
+        }
+        let rest = begin.checked_add(ENTRY.saturating_add(extra.into()));
+        let rest = rest.and_then(|rest| rest.checked_add(id_len.into()));
+        cursor.seek(rest.ok_or_else(|| bad("the length of a snapshot's entry", extra.into()))?);
+        let name = cursor.take(name_len.into()).map_err(&cut)?;
+        let name = name.copied().unwrap_or_default();
+        let end = cursor.position().checked_next_multiple_of(8);
+        cursor.seek(end.ok_or_else(|| bad("the length of a snapshot's entry", extra.into()))?);
+        Ok(Entry {
+            l1_offset,
+            l1_len,
+            name: String::from_utf8_lossy(&name).into_owned(),
+            state_len,
+            disk_len,
+        })
+    }
+}
+
+/// `len` numbers at `at`.
+fn table(path: &Path, data: FileBytes<'_>, at: u64, len: u32) -> Result<Vec<u64>, DumpError> {
+    let bad = || {
+        DumpError::malformed(
+            path,
+            "a table beyond the end",
+            FileOffset::new(at),
+            len.into(),
+        )
+    };
+    numbers(data, at, len.into()).ok_or_else(bad)
+}
+
+fn numbers(data: FileBytes<'_>, at: u64, len: u64) -> Option<Vec<u64>> {
+    let bytes = usize::try_from(len.checked_mul(8)?).ok()?;
+    let there = data.get(usize::try_from(at).ok()?, bytes)?;
+    // It is all there: no more memory than the file has bytes.
+    let mut table = vec![0; bytes];
+    there.copy_to(&mut table).then_some(())?;
+    let (numbers, _) = table.as_chunks::<8>();
+    Some(
+        numbers
+            .iter()
+            .map(|number| u64::from_be_bytes(*number))
+            .collect(),
+    )
+}
+
+/// Reads the state of the VM from front to back.
+struct State<'a> {
+    image: Image,
+    data: FileBytes<'a>,
+    l1: Vec<u64>,
+    /// The table that is in use, and its number.
+    l2: Option<(u64, Vec<u64>)>,
+    /// The number of the next cluster of the disk, and what is left of the state.
+    next: u64,
+    left: u64,
+    /// As many bytes as may still be taken from the file: none lies in it twice.
+    room: u64,
+    cluster: Vec<u8>,
+    at: usize,
+}
+
+fn damaged(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+impl<'a> State<'a> {
+    fn new(image: &Image, data: FileBytes<'a>, l1: Vec<u64>, entry: &Entry) -> Option<Self> {
+        let table = image.clusters_of_table().checked_mul(image.cluster())?;
+        // Behind the disk, where a table begins.
+        let tables = entry.disk_len.div_ceil(table);
+        Some(Self {
+            image: *image,
+            data,
+            l1,
+            l2: None,
+            next: tables.checked_mul(image.clusters_of_table())?,
+            left: entry.state_len,
+            room: data.len() as u64,
+            cluster: Vec::new(),
+            at: 0,
+        })
+    }
+
+    /// The entry of the next cluster, and of one with subclusters which of them are there.
+    fn entry(&mut self) -> io::Result<(u64, Option<u64>)> {
+        let per_table = self.image.clusters_of_table();
+        let place = |found: Option<u64>| found.ok_or_else(|| damaged("a table of nothing"));
+        let number = place(self.next.checked_div(per_table))?;
+        if self.l2.as_ref().is_none_or(|(known, _)| *known != number) {
+            let l1 = usize::try_from(number).ok().and_then(|at| self.l1.get(at));
+            let offset = l1.map(|entry| entry & OFFSET).filter(|offset| *offset != 0);
+            let offset = offset.ok_or_else(|| damaged("a table of the VM's state is not there"))?;
+            self.take(self.image.cluster())?;
+            let table = numbers(self.data, offset, self.image.cluster() / 8);
+            let table = table.ok_or_else(|| damaged("a table beyond the end of the file"))?;
+            self.l2 = Some((number, table));
+        }
+        let inside = usize::try_from(place(self.next.checked_rem(per_table))?);
+        let inside = inside.map_err(io::Error::other)?;
+        let table = self.l2.as_ref().map_or(&[][..], |(_, table)| table);
+        let entry = |at: usize| {
+            table
+                .get(at)
+                .copied()
+                .ok_or_else(|| damaged("a short table"))
+        };
+        if !self.image.extended {
+            return Ok((entry(inside)?, None));
+        }
+        let at = inside.saturating_mul(2);
+        Ok((entry(at)?, Some(entry(at.saturating_add(1))?)))
+    }
+
+    fn take(&mut self, len: u64) -> io::Result<()> {
+        let room = self.room.checked_sub(len);
+        self.room = room.ok_or_else(|| damaged("clusters that lie in the file twice"))?;
+        Ok(())
+    }
+
+    fn bytes(&mut self, at: u64, len: u64) -> io::Result<Vec<u8>> {
+        self.take(len)?;
+        let (at, len) = (usize::try_from(at), usize::try_from(len));
+        let (at, len) = (
+            at.map_err(io::Error::other)?,
+            len.map_err(io::Error::other)?,
+        );
+        let there = self.data.get(at, len);
+        let there = there.ok_or_else(|| damaged("a cluster beyond the end of the file"))?;
+        let mut bytes = vec![0; len];
+        if there.copy_to(&mut bytes) {
+            return Ok(bytes);
+        }
+        Err(damaged("a cluster that cannot be read"))
+    }
+
+    /// Takes the next cluster.
+    fn load(&mut self) -> io::Result<()> {
+        let (entry, parts) = self.entry()?;
+        let size = self.image.cluster();
+        let len = usize::try_from(size).map_err(io::Error::other)?;
+        let left = usize::try_from(self.left).map_err(io::Error::other)?;
+        let offset = entry & OFFSET;
+        self.cluster = if entry & COMPRESSED != 0 {
+            self.compressed(entry, len)?
+        } else if offset == 0 || parts.is_none() && entry & ZERO != 0 {
+            let all_zero = parts.map_or(entry & ZERO != 0, |parts| {
+                parts >> 32 == u64::from(u32::MAX)
+            });
+            if !all_zero {
+                return Err(damaged("a cluster of the VM's state is not there"));
+            }
+            self.take(8)?;
+            vec![0; len]
+        } else {
+            // What is behind the state in its last cluster need not be there.
+            let mut cluster = self.bytes(offset, size.min(self.left))?;
+            cluster.resize(len, 0);
+            if let Some(parts) = parts {
+                let size = (len / 32).max(1);
+                for (number, part) in cluster.chunks_mut(size).enumerate() {
+                    let bit = |of: u64| of >> number & 1 == 1;
+                    if bit(parts >> 32) {
+                        part.fill(0);
+                    } else if !bit(parts) && number.saturating_mul(size) < left {
+                        return Err(damaged(
+                            "a part of a cluster of the VM's state is not there",
+                        ));
+                    }
+                }
+            }
+            cluster
+        };
+        self.cluster.truncate(left);
+        self.left = self.left.saturating_sub(self.cluster.len() as u64);
+        self.next = self
+            .next
+            .checked_add(1)
+            .ok_or(io::ErrorKind::FileTooLarge)?;
+        self.at = 0;
+        Ok(())
+    }
+
+    /// A cluster that is compressed: its entry has the place in its lower bits, and above them how
+    /// many sectors more than one it touches.
+    fn compressed(&mut self, entry: u64, len: usize) -> io::Result<Vec<u8>> {
+        let bits = 62_u32.saturating_sub(self.image.cluster_bits.saturating_sub(8));
+        let place = entry & (1_u64 << bits).wrapping_sub(1);
+        let sectors = (entry & (COMPRESSED - 1)) >> bits;
+        let stored = sectors
+            .checked_add(1)
+            .and_then(|sectors| sectors.checked_mul(SECTOR))
+            .and_then(|len| len.checked_sub(place % SECTOR));
+        let stored = stored.ok_or_else(|| damaged("the length of a compressed cluster"))?;
+        // Of the last sector not all need be there.
+        let there = (self.data.len() as u64).saturating_sub(place);
+        let stored = self.bytes(place, stored.min(there))?;
+        let mut cluster = vec![0; len];
+        let whole = if self.image.zstd {
+            let mut reader = zstd::stream::read::Decoder::new(stored.as_slice())?;
+            reader.read_exact(&mut cluster).is_ok()
+        } else {
+            let mut reader = flate2::bufread::DeflateDecoder::new(stored.as_slice());
+            reader.read_exact(&mut cluster).is_ok()
+        };
+        if whole {
+            return Ok(cluster);
+        }
+        Err(damaged("a compressed cluster does not decompress"))
+    }
+}
+
+impl Read for State<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if self.at >= self.cluster.len() {
+            if self.left == 0 {
+                return Ok(0);
+            }
+            self.load()?;
+        }
+        let mut rest = self.cluster.get(self.at..).unwrap_or_default();
+        let read = rest.read(out)?;
+        self.at = self.at.saturating_add(read);
+        Ok(read)
+    }
+}
