@@ -37,6 +37,9 @@ pub const TARGETS: &[Target] = &[
     ("stream", stream),
     ("processors", processors),
     ("libvirt", libvirt),
+    ("qcow2", qcow2),
+    ("compressed", compressed),
+    ("vmware", vmware),
     ("kdump", kdump),
     ("lime", lime),
     ("avml", avml),
@@ -452,6 +455,27 @@ pub fn xen_core(data: &[u8]) {
 
 pub fn kdump(data: &[u8]) {
     dump(data, None);
+}
+
+pub fn qcow2(data: &[u8]) {
+    migration(data);
+}
+
+pub fn compressed(data: &[u8]) {
+    dump(data, None);
+}
+
+/// The state of a guest of VMware's, beside memory of eight pages.
+pub fn vmware(data: &[u8]) {
+    let folder = folder();
+    let memory = folder.path().join("guest.vmem");
+    fs::write(&memory, [7; 8 * 4096]).expect("writing the memory");
+    fs::write(memory.with_extension("vmss"), data).expect("writing the state");
+    if let Ok(files) = SnapshotFiles::find(&memory, None, None)
+        && let Ok(dump) = Dump::open(files.memory(), files.layout())
+    {
+        prune(&dump, files.layout());
+    }
 }
 
 pub fn lime(data: &[u8]) {

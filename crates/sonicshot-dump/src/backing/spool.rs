@@ -1,11 +1,14 @@
 //! A dump that comes through a pipe or out of a compressor: it is put into a temporary file first,
 //! since a guest's memory is not read from front to back.
 
-use crate::DumpError;
 use crate::backing::plain::content_of;
+use crate::backing::unpack::{Compression, LONGEST_MARK};
+use crate::format::kind::Source;
 use crate::format::qemu::start::{MAGIC as MIGRATION, ram_of_migration};
+use crate::format::refuse_foreign;
 use crate::limit::{SizeLimit, allowed_beside};
 use crate::output::{check_stamp, scratch};
+use crate::{DumpError, DumpOptions};
 use rustix::fs::fstatvfs;
 use sonicshot::file::write_sparse_at;
 use sonicshot::{FileBytes, FileContent, FileOffset, FileStamp};
@@ -32,13 +35,6 @@ enum Limit {
     Free,
 }
 
-/// How the migration file in a libvirt image is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Compression {
-    Gzip,
-    Zstd,
-}
-
 /// What the header of a libvirt image says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Image {
@@ -51,14 +47,19 @@ pub(crate) struct Image {
 impl Image {
     pub(crate) fn name(&self) -> &'static str {
         match self.compression {
-            None => "libvirt save image",
             Some(Compression::Gzip) => "libvirt save image (gzip)",
             Some(Compression::Zstd) => "libvirt save image (zstd)",
+            Some(Compression::Xz) => "libvirt save image (xz)",
+            Some(Compression::Bzip2) => "libvirt save image (bzip2)",
+            Some(Compression::Lzop) => "libvirt save image (lzop)",
+            // libvirt has no others.
+            None | Some(Compression::Lz4 | Compression::Zip) => "libvirt save image",
         }
     }
 }
 
-/// The content of a dump in a file without a name, which is gone with its last user.
+/// The content of a dump that came through a pipe or is compressed as a whole (gzip, zstd, xz, bzip2,
+/// lzop, lz4, one file in a zip archive), in a file without a name, which is gone with its last user.
 ///
 /// The file is made in the folder that the environment variable `TMPDIR` names; without it, beside
 /// the dump that it is the content of, or in `/var/tmp` for a pipe or where that cannot be. It is as long as the dump is
@@ -72,6 +73,10 @@ struct Inner {
     file: File,
     /// The image that the content was compressed in.
     image: Option<(File, Image)>,
+    /// Whether the content came out of a file that was compressed as a whole.
+    unpacked: bool,
+    /// The disk image that the content is the state of a VM of.
+    state_of: Option<File>,
 }
 
 impl Spool {
@@ -118,30 +123,83 @@ impl Spool {
         let before = FileStamp::of(file).map_err(reading())?;
         let original = file.try_clone().map_err(reading())?;
         let mut packed = file.try_clone().map_err(reading())?;
-        packed
-            .seek(SeekFrom::Start(image.payload_at.raw()))
-            .map_err(reading())?;
-        let packed = io::BufReader::with_capacity(PIECE, packed);
-        let beside = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
+        let beside = folder_of(path);
         let original = Some((original, image));
         let unpacked = match image.compression {
-            Some(Compression::Gzip) => {
-                // One stream or several, as gzip itself reads them.
-                let reader = flate2::bufread::MultiGzDecoder::new(packed);
+            Some(how) => {
+                let reader = how.reader(packed, image.payload_at.raw());
+                let reader = reader.map_err(|source| undone(path, source))?;
                 Self::new(path, beside, reader, original, Limit::Header)
             }
-            Some(Compression::Zstd) => {
-                let reader = zstd::stream::read::Decoder::with_buffer(packed).map_err(reading())?;
-                Self::new(path, beside, reader, original, Limit::Header)
+            None => {
+                packed
+                    .seek(SeekFrom::Start(image.payload_at.raw()))
+                    .map_err(reading())?;
+                let packed = io::BufReader::with_capacity(PIECE, packed);
+                Self::new(path, beside, packed, original, Limit::Header)
             }
-            None => Self::new(path, beside, packed, original, Limit::Header),
         };
         // Before what may come of it: bytes that do not decompress.
         check_stamp(file, path, before)?;
         unpacked
+    }
+
+    /// Decompresses `file`, which messages call `path`, if it is compressed as a whole; `None` if
+    /// not. What is in it may be of any format.
+    pub(crate) fn unpack(path: &Path, file: &File) -> Result<Option<Self>, DumpError> {
+        let reading = || DumpError::io("reading", path);
+        let before = FileStamp::of(file).map_err(reading())?;
+        let mut start = Vec::new();
+        let packed = file.try_clone().map_err(reading())?;
+        let mut from = &packed;
+        from.rewind().map_err(reading())?;
+        from.take(LONGEST_MARK as u64)
+            .read_to_end(&mut start)
+            .map_err(reading())?;
+        let Some(how) = Compression::of(&start) else {
+            return Ok(None);
+        };
+        let unpacked = how
+            .reader(packed, 0)
+            .map_err(|source| undone(path, source))
+            .and_then(|reader| {
+                let reader = Undone(reader);
+                Self::new(path, folder_of(path), reader, None, Limit::Header)
+            });
+        // Before what may come of it: bytes that do not decompress.
+        check_stamp(file, path, before)?;
+        let mut unpacked = unpacked?;
+        if let Some(inner) = Arc::get_mut(&mut unpacked.0) {
+            inner.unpacked = true;
+        }
+        Ok(Some(unpacked))
+    }
+
+    /// What is in it, if it is compressed as a whole; not of what was decompressed already.
+    pub(crate) fn unpacked(&self) -> Result<Option<Self>, DumpError> {
+        if self.0.unpacked || self.0.state_of.is_some() {
+            return Ok(None);
+        }
+        Self::unpack(self.name(), self.file())
+    }
+
+    /// Takes the `state` of a VM out of the disk image in `file` at `path`.
+    pub(crate) fn of_state(path: &Path, file: &File, state: impl Read) -> Result<Self, DumpError> {
+        let reading = || DumpError::io("reading", path);
+        let before = FileStamp::of(file).map_err(reading())?;
+        let image = file.try_clone().map_err(reading())?;
+        let spool = Self::new(path, folder_of(path), Undone(state), None, Limit::Header);
+        check_stamp(file, path, before)?;
+        let mut spool = spool?;
+        if let Some(inner) = Arc::get_mut(&mut spool.0) {
+            inner.state_of = Some(image);
+        }
+        Ok(spool)
+    }
+
+    /// The disk image that the content is the state of a VM of.
+    pub(crate) fn state_of(&self) -> Option<&File> {
+        self.0.state_of.as_ref()
     }
 
     fn new(
@@ -172,10 +230,8 @@ impl Spool {
         };
         loop {
             let len = fill(&mut reader, &mut buffer).map_err(|source| {
-                let path = name.to_owned();
-                // What the operating system says is not the decompressor's word.
-                if image.is_some() && source.raw_os_error().is_none() {
-                    return DumpError::Compressed { path, source };
+                if image.is_some() || Undone::is_one(&source) {
+                    return undone(name, source);
                 }
                 DumpError::io("reading", name)(source)
             })?;
@@ -217,10 +273,14 @@ impl Spool {
             name: name.to_owned(),
             file,
             image,
+            unpacked: false,
+            state_of: None,
         })))
     }
 
-    pub(crate) fn name(&self) -> &Path {
+    /// What messages call it.
+    #[must_use]
+    pub fn name(&self) -> &Path {
         &self.0.name
     }
 
@@ -235,6 +295,22 @@ impl Spool {
             .len())
     }
 
+    /// The temporary file with the content.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.0.file
+    }
+
+    /// Refuses what is of a format that is known but not read.
+    ///
+    /// # Errors
+    /// [`DumpError::NotRead`], with what it is and what to do with it.
+    pub fn check_not_foreign(&self) -> Result<(), DumpError> {
+        // What cannot be read is told of by who reads it.
+        let known = DumpOptions::new();
+        Source::spooled(self, &known).map_or(Ok(()), |source| refuse_foreign(&source))
+    }
+
     /// The content.
     pub(crate) fn content(&self) -> Result<FileContent, DumpError> {
         let file = self.0.file.try_clone();
@@ -247,6 +323,52 @@ impl Spool {
     /// The image that the content was compressed in.
     pub(crate) fn image(&self) -> Option<(&File, Image)> {
         self.0.image.as_ref().map(|(file, image)| (file, *image))
+    }
+}
+
+/// Where there may be room for what is in a file: beside it.
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+/// What went wrong with decompressing `path`.
+fn undone(path: &Path, source: io::Error) -> DumpError {
+    let path = path.to_owned();
+    // What the operating system says is not the decompressor's word.
+    if source.raw_os_error().is_none() {
+        return DumpError::Compressed { path, source };
+    }
+    DumpError::io("reading", &path)(source)
+}
+
+/// A decompressor, whose errors are told from those of other readers.
+struct Undone<R>(R);
+
+/// What the decompressor said.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct UndoneError(io::Error);
+
+impl Undone<()> {
+    fn is_one(error: &io::Error) -> bool {
+        error
+            .get_ref()
+            .is_some_and(<dyn std::error::Error + Send + Sync>::is::<UndoneError>)
+    }
+}
+
+impl<R: Read> Read for Undone<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        self.0.read(out).map_err(|error| {
+            // An interruption is no error of the content.
+            if error.raw_os_error().is_some() || error.kind() == io::ErrorKind::Interrupted {
+                return error;
+            }
+            io::Error::new(error.kind(), UndoneError(error))
+        })
     }
 }
 

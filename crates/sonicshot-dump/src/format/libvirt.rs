@@ -7,7 +7,8 @@
 //! of the image. libvirt's own part stays as it is.
 
 use crate::DumpError;
-use crate::backing::spool::{Compression, Image, Spool};
+use crate::backing::spool::{Image, Spool};
+use crate::backing::unpack::Compression;
 use crate::format::kind::{Format, Kind, Source};
 use crate::format::qemu;
 use sonicshot::{Cursor, CutShort, FileBytes, FileOffset};
@@ -66,18 +67,14 @@ fn parse(path: &Path, data: FileBytes<'_>) -> Result<Image, DumpError> {
         let what = "a domain's description beyond the end";
         return malformed(what, DATA_LEN, data_len);
     };
-    let unsupported = |kind| {
-        let path = path.to_owned();
-        Err(DumpError::Unsupported { path, kind })
-    };
     let compression = match format {
         // Raw and sparse: the migration file itself says which it is.
         0 | 6 => None,
         1 => Some(Compression::Gzip),
+        2 => Some(Compression::Bzip2),
+        3 => Some(Compression::Xz),
+        4 => Some(Compression::Lzop),
         5 => Some(Compression::Zstd),
-        2 => return unsupported("a libvirt save image compressed with bzip2"),
-        3 => return unsupported("a libvirt save image compressed with xz"),
-        4 => return unsupported("a libvirt save image compressed with lzop"),
         other => return malformed("the format of a libvirt save image", FORMAT, other),
     };
     Ok(Image {

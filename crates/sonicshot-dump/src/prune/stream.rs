@@ -2,8 +2,9 @@
 //! into a compressor, or into a pipe.
 
 use crate::DumpError;
+use crate::backing::lzop;
 use crate::backing::plain::PlainDump;
-use crate::backing::spool::Compression;
+use crate::backing::unpack::Compression;
 use crate::format::ability::{AsStream, Copying, Part};
 use crate::output::Output;
 use crate::prune::copy::{COPY, Copier};
@@ -17,6 +18,8 @@ use std::path::Path;
 const SMALL_PIECE: u64 = 64 << 10;
 /// What `zstd` itself uses.
 const ZSTD_LEVEL: i32 = 3;
+/// Of 0 to 9: memory is large, and higher ones take ten times as long.
+const XZ_PRESET: u32 = 1;
 
 /// Writes the pruned stream to a file: compressed again if it was.
 pub(crate) fn copy(stream: &dyn AsStream, work: Copying<'_>) -> Result<(), DumpError> {
@@ -164,23 +167,58 @@ pub(crate) fn write(
         counted.write_all(&header).map_err(&failed)?;
         compression = image.compression;
     }
+    let mut all = |packer: &mut dyn Write| write_stream(stream, goes, packer, &failed, progress);
     match compression {
-        Some(Compression::Gzip) => {
-            let level = flate2::Compression::default();
-            let mut packer = flate2::write::GzEncoder::new(&mut counted, level);
-            write_stream(stream, goes, &mut packer, &failed, progress)?;
-            packer.finish().map_err(&failed)?;
-        }
-        Some(Compression::Zstd) => {
-            let packer = zstd::stream::write::Encoder::new(&mut counted, ZSTD_LEVEL);
-            let mut packer = packer.map_err(&failed)?;
-            write_stream(stream, goes, &mut packer, &failed, progress)?;
-            packer.finish().map_err(&failed)?;
-        }
-        None => write_stream(stream, goes, &mut counted, &failed, progress)?,
+        None => all(&mut counted)?,
+        Some(how) => compressed(how, &mut counted, &failed, &mut all)?,
     }
     counted.flush().map_err(&failed)?;
     Ok(counted.1)
+}
+
+/// What writes all of a stream.
+type WriteAll<'a> = &'a mut dyn FnMut(&mut dyn Write) -> Result<(), DumpError>;
+
+/// Has `all` written to `out`, compressed.
+fn compressed(
+    how: Compression,
+    out: &mut dyn Write,
+    failed: &dyn Fn(io::Error) -> DumpError,
+    all: WriteAll<'_>,
+) -> Result<(), DumpError> {
+    match how {
+        Compression::Gzip => {
+            let level = flate2::Compression::default();
+            let mut packer = flate2::write::GzEncoder::new(out, level);
+            all(&mut packer)?;
+            packer.finish().map_err(failed)?;
+        }
+        Compression::Zstd => {
+            let packer = zstd::stream::write::Encoder::new(out, ZSTD_LEVEL);
+            let mut packer = packer.map_err(failed)?;
+            all(&mut packer)?;
+            packer.finish().map_err(failed)?;
+        }
+        Compression::Bzip2 => {
+            let mut packer = bzip2::write::BzEncoder::new(out, bzip2::Compression::best());
+            all(&mut packer)?;
+            packer.finish().map_err(failed)?;
+        }
+        Compression::Xz => {
+            let options = lzma_rust2::XzOptions::with_preset(XZ_PRESET);
+            let mut packer = lzma_rust2::XzWriter::new(out, options).map_err(failed)?;
+            all(&mut packer)?;
+            packer.finish().map_err(failed)?;
+        }
+        Compression::Lzop => {
+            let mut packer = lzop::Encoder::new(out).map_err(failed)?;
+            all(&mut packer)?;
+            packer.finish().map_err(failed)?;
+        }
+        // libvirt has no others.
+        Compression::Lz4 | Compression::Zip => all(out)?,
+    }
+    Ok(())
 }
 
 /// Counts what is written.

@@ -665,7 +665,7 @@ impl Decoder {
                 (end == flate2::Status::StreamEnd).then_some(())?;
                 usize::try_from(zlib.total_out()).ok()
             }
-            LZO => lzo::decompress_into(stored, page).ok(),
+            LZO => lzokay::decompress::decompress(stored, page).ok(),
             SNAPPY => self
                 .snappy
                 .get_or_insert_default()

@@ -1,0 +1,291 @@
+//! Files that are compressed as a whole: told by how they begin, and decompressed.
+
+use crate::backing::lzop;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
+
+/// As much as `zstd` itself takes for a window without being told to take more; a dictionary of
+/// `xz -9` is half of that. In KiB, and room for the rest.
+const XZ_MEMORY: u32 = (128 + 32) << 10;
+const BUFFER: usize = 1 << 20;
+
+/// How something is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Compression {
+    Gzip,
+    Zstd,
+    Xz,
+    Bzip2,
+    Lzop,
+    Lz4,
+    /// One file in an archive.
+    Zip,
+}
+
+/// How files begin that are compressed.
+const MARKS: &[(&[u8], Compression)] = &[
+    (&[0x1f, 0x8b, 8], Compression::Gzip),
+    (&[0x28, 0xb5, 0x2f, 0xfd], Compression::Zstd),
+    (b"\xfd7zXZ\0", Compression::Xz),
+    (b"BZh", Compression::Bzip2),
+    (&lzop::MAGIC, Compression::Lzop),
+    (&[0x04, 0x22, 0x4d, 0x18], Compression::Lz4),
+    (b"PK\x03\x04", Compression::Zip),
+];
+/// The longest of them.
+pub(crate) const LONGEST_MARK: usize = 9;
+
+impl Compression {
+    /// How a file is compressed that begins with `start`, if it is.
+    pub(crate) fn of(start: &[u8]) -> Option<Self> {
+        let (_, how) = MARKS.iter().find(|(mark, _)| start.starts_with(mark))?;
+        Some(*how)
+    }
+
+    /// What is in `file` from `at` on, decompressed.
+    pub(crate) fn reader(self, mut file: File, at: u64) -> io::Result<Box<dyn Read>> {
+        if self == Self::Zip {
+            return Ok(Box::new(of_archive(file)?));
+        }
+        file.seek(SeekFrom::Start(at))?;
+        let packed = BufReader::with_capacity(BUFFER, file);
+        Ok(match self {
+            // One stream or several, as the tools themselves read them.
+            Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(packed)),
+            Self::Zstd => Box::new(zstd::stream::read::Decoder::with_buffer(packed)?),
+            Self::Xz => Box::new(lzma_rust2::XzReader::new_mem_limit(packed, true, XZ_MEMORY)),
+            Self::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(packed)),
+            Self::Lzop => Box::new(lzop::Decoder::new(packed)?),
+            Self::Lz4 | Self::Zip => Box::new(Frames(lz4_flex::frame::FrameDecoder::new(packed))),
+        })
+    }
+}
+
+/// LZ4's frames, one behind the other.
+struct Frames<R: BufRead>(lz4_flex::frame::FrameDecoder<R>);
+
+impl<R: BufRead> Read for Frames<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        // A frame without content has its header and its end, so that this ends with the file.
+        loop {
+            let read = self.0.read(out)?;
+            if read > 0 || out.is_empty() || self.0.get_mut().fill_buf()?.is_empty() {
+                return Ok(read);
+            }
+        }
+    }
+}
+
+fn damaged(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+/// The only file of an archive.
+fn of_archive(file: File) -> io::Result<Entry> {
+    let mut archive = zip::ZipArchive::new(file)?;
+    let mut files = Vec::new();
+    for number in 0..archive.len() {
+        let entry = archive.by_index_raw(number)?;
+        if !entry.is_dir() {
+            files.push(number);
+        }
+        if files.len() > 1 {
+            return Err(damaged("the archive has more than one file: unpack it"));
+        }
+    }
+    let [number] = files.as_slice() else {
+        return Err(damaged("there is no file in the archive"));
+    };
+    let entry = archive.by_index_raw(*number)?;
+    if entry.encrypted() {
+        return Err(damaged("the file in the archive is encrypted"));
+    }
+    let (method, packed, len, sum) = (
+        entry.compression(),
+        entry.compressed_size(),
+        entry.size(),
+        entry.crc32(),
+    );
+    let at = entry.data_start();
+    drop(entry);
+    let mut file = archive.into_inner();
+    let at = at.ok_or_else(|| damaged("where the file is in the archive is not told"))?;
+    file.seek(SeekFrom::Start(at))?;
+    let packed = BufReader::with_capacity(BUFFER, file).take(packed);
+    let content: Box<dyn Read> = match method {
+        zip::CompressionMethod::Stored => Box::new(packed),
+        zip::CompressionMethod::Deflated => Box::new(flate2::bufread::DeflateDecoder::new(packed)),
+        _ => {
+            return Err(damaged(
+                "the archive is compressed in an unusual way: unpack it",
+            ));
+        }
+    };
+    Ok(Entry {
+        content,
+        left: len,
+        found: flate2::Crc::new(),
+        sum,
+    })
+}
+
+/// A file of an archive, of the length and with the checksum that it must have.
+struct Entry {
+    content: Box<dyn Read>,
+    left: u64,
+    found: flate2::Crc,
+    sum: u32,
+}
+
+impl Read for Entry {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let read = self.content.read(out)?;
+        let (now, _) = out.split_at(read.min(out.len()));
+        self.found.update(now);
+        let left = self.left.checked_sub(now.len() as u64);
+        self.left = left.ok_or_else(|| damaged("the file in the archive is longer than said"))?;
+        if now.is_empty() && !out.is_empty() && (self.left > 0 || self.found.sum() != self.sum) {
+            return Err(damaged("the file in the archive is cut short or damaged"));
+        }
+        Ok(now.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Compression, LONGEST_MARK, MARKS};
+    use std::fs::File;
+    use std::io::{Read, Write};
+
+    fn content() -> Vec<u8> {
+        (0..400_000_u32)
+            .flat_map(|n| (n / 9).wrapping_mul(31).to_le_bytes())
+            .collect()
+    }
+
+    fn packed(how: Compression, content: &[u8]) -> Vec<u8> {
+        let write = |out: &mut dyn Write| out.write_all(content).unwrap();
+        match how {
+            Compression::Gzip => {
+                let mut out =
+                    flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                write(&mut out);
+                out.finish().unwrap()
+            }
+            Compression::Zstd => {
+                let mut out = zstd::Encoder::new(Vec::new(), 1).unwrap();
+                out.include_checksum(true).unwrap();
+                write(&mut out);
+                out.finish().unwrap()
+            }
+            Compression::Xz => {
+                let options = lzma_rust2::XzOptions::with_preset(1);
+                let mut out = lzma_rust2::XzWriter::new(Vec::new(), options).unwrap();
+                write(&mut out);
+                out.finish().unwrap()
+            }
+            Compression::Bzip2 => {
+                let mut out = bzip2::write::BzEncoder::new(Vec::new(), bzip2::Compression::fast());
+                write(&mut out);
+                out.finish().unwrap()
+            }
+            Compression::Lzop => {
+                let mut out = crate::backing::lzop::Encoder::new(Vec::new()).unwrap();
+                write(&mut out);
+                out.finish().unwrap()
+            }
+            Compression::Lz4 => {
+                let info = lz4_flex::frame::FrameInfo::new().content_checksum(true);
+                let mut out = lz4_flex::frame::FrameEncoder::with_frame_info(info, Vec::new());
+                write(&mut out);
+                out.finish().unwrap()
+            }
+            Compression::Zip => archive(&[content]),
+        }
+    }
+
+    fn archive(files: &[&[u8]]) -> Vec<u8> {
+        let mut out = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+        out.add_directory("folder", zip::write::SimpleFileOptions::default())
+            .unwrap();
+        for (number, content) in files.iter().enumerate() {
+            let method = [
+                zip::CompressionMethod::Deflated,
+                zip::CompressionMethod::Stored,
+            ];
+            let options = zip::write::SimpleFileOptions::default();
+            let options = options.compression_method(method[number % 2]);
+            out.start_file(format!("folder/{number}"), options).unwrap();
+            out.write_all(content).unwrap();
+        }
+        out.finish().unwrap().into_inner()
+    }
+
+    fn file(bytes: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    fn unpacked(bytes: &[u8]) -> std::io::Result<Vec<u8>> {
+        let how = Compression::of(bytes).unwrap();
+        let mut content = Vec::new();
+        how.reader(file(bytes), 0)?.read_to_end(&mut content)?;
+        Ok(content)
+    }
+
+    #[test]
+    fn each_comes_back_as_it_was_and_is_missed_when_cut_or_damaged() {
+        let content = content();
+        for (mark, how) in MARKS {
+            assert!(mark.len() <= LONGEST_MARK);
+            let packed = packed(*how, &content);
+            assert!(packed.len() < content.len() / 2, "{how:?}");
+            assert_eq!(Compression::of(&packed), Some(*how));
+            assert!(unpacked(&packed).unwrap() == content, "{how:?}");
+            for len in [packed.len() - 1, packed.len() / 2, mark.len()] {
+                // Less than a header is nothing to LZ4, and an empty file is refused as such.
+                let nothing = *how == Compression::Lz4 && len == mark.len();
+                let cut = unpacked(&packed[..len]);
+                assert!(
+                    cut.is_err() || nothing && cut.unwrap().is_empty(),
+                    "{how:?} {len}"
+                );
+            }
+            let mut damaged = packed.clone();
+            for byte in &mut damaged[packed.len() / 2..][..4] {
+                *byte ^= 0x55;
+            }
+            assert!(unpacked(&damaged).is_err(), "{how:?}");
+            // One behind the other, as tools write who add to a file.
+            let twice = [&packed[..], &packed].concat();
+            match how {
+                Compression::Zip | Compression::Lzop => {}
+                _ => assert_eq!(
+                    unpacked(&twice).unwrap().len(),
+                    content.len() * 2,
+                    "{how:?}"
+                ),
+            }
+        }
+        assert_eq!(Compression::of(b"\x7fELF"), None);
+    }
+
+    #[test]
+    fn an_archive_has_one_file() {
+        assert!(unpacked(&archive(&[b"one", b"two"])).is_err());
+        assert!(unpacked(&archive(&[])).is_err());
+        assert_eq!(unpacked(&archive(&[b""])).unwrap(), b"");
+        assert_eq!(unpacked(&archive(&[b"stored"])).unwrap(), b"stored");
+    }
+
+    /// A dictionary that is said to be long takes no memory.
+    #[test]
+    fn what_asks_for_much_memory_is_refused() {
+        let mut options = lzma_rust2::XzOptions::with_preset(0);
+        options.lzma_options.dict_size = 512 << 20;
+        let mut out = lzma_rust2::XzWriter::new(Vec::new(), options).unwrap();
+        out.write_all(b"small").unwrap();
+        assert!(unpacked(&out.finish().unwrap()).is_err());
+    }
+}
