@@ -21,6 +21,9 @@ pub(super) struct Candidate {
     pub guess: Vec<BlockPlace>,
     /// Whether blocks were put in an order that nothing in the file tells.
     pub guessed: bool,
+    /// Whether there is no other way known: a guest whose map cannot be read, or fits no layout,
+    /// is taken to lie so.
+    pub sole: bool,
     pub origin: &'static str,
 }
 
@@ -54,6 +57,8 @@ pub(super) struct Candidates {
     todo: std::vec::IntoIter<Candidate>,
     /// Whether nothing has to be found out.
     pub certain: bool,
+    /// Whether every VMM that is known lays it out alike: the guest may know better.
+    pub sole: bool,
     /// What the guest boots with, once a kernel was found.
     e820: Option<Vec<GpaRange>>,
     /// The bytes of RAM in the file.
@@ -77,6 +82,7 @@ impl Candidates {
             specs,
             todo: Vec::new().into_iter(),
             certain: false,
+            sole: false,
             e820: None,
             len,
         };
@@ -95,10 +101,11 @@ impl Candidates {
                 boot: None,
                 guess: Vec::new(),
                 guessed: false,
+                sole: false,
                 origin: FROM_FILE,
             }]
         };
-        these.certain |= matches!(candidates.as_slice(), [only] if only.boot.is_none());
+        these.sole = matches!(candidates.as_slice(), [only] if only.sole);
         these.todo = candidates.into_iter();
         Ok(these)
     }
@@ -128,12 +135,13 @@ impl Candidates {
                     boot: Some(boot),
                     guess: Vec::new(),
                     guessed: false,
+                    sole: false,
                     origin: BY_GUEST,
                 });
             }
         }
         if let [only] = candidates.as_mut_slice() {
-            only.boot = None;
+            only.sole = true;
             only.origin = "the same in every VMM for this size";
         }
         candidates
@@ -247,6 +255,7 @@ impl Candidates {
             boot: Some(boot),
             guess: Vec::new(),
             guessed,
+            sole: false,
             origin: if guessed { BY_GUEST } else { origin },
         })
     }
@@ -256,27 +265,42 @@ impl Candidates {
         if self.e820.is_some() {
             return;
         }
+        self.add_by(&e820);
+        self.e820 = Some(e820);
+    }
+
+    /// Takes a layout made by a map that may be the guest's as one more candidate.
+    pub(super) fn add_by(&mut self, map: &[GpaRange]) {
         let mut more = Vec::new();
-        if !self.are_of_blocks() {
-            let layout = by_e820(&e820, self.len);
-            more.extend(layout.and_then(|ranges| {
-                Some(Candidate {
-                    boot: Some(RamLayout::new(ranges.clone()).ok()?),
-                    layout: Some(LayoutSpec::Ranges(ranges)),
-                    guess: Vec::new(),
-                    guessed: false,
-                    origin: BY_GUEST,
-                })
-            }));
-        } else {
+        if self.are_of_blocks() {
             for block in self.ram() {
-                let ranges = by_e820(&e820, block.len);
+                let ranges = by_e820(map, block.len);
                 more.extend(ranges.and_then(|r| self.candidate(&[block], &r, BY_GUEST)));
             }
+        } else {
+            more.extend(self.raw_by(map));
         }
         let todo = std::mem::take(&mut self.todo);
         self.todo = todo.chain(more).collect::<Vec<_>>().into_iter();
-        self.e820 = Some(e820);
+    }
+
+    /// The layout of a raw file by the guest's map.
+    fn raw_by(&self, map: &[GpaRange]) -> Option<Candidate> {
+        let ranges = by_e820(map, self.len)?;
+        Some(Candidate {
+            boot: Some(RamLayout::new(ranges.clone()).ok()?),
+            layout: Some(LayoutSpec::Ranges(ranges)),
+            guess: Vec::new(),
+            guessed: false,
+            sole: false,
+            origin: BY_GUEST,
+        })
+    }
+
+    /// Whether the guest's map fits another layout of a raw file than `boot`.
+    pub(super) fn fits_another(&self, boot: &RamLayout, map: &[GpaRange]) -> bool {
+        let other = self.raw_by(map).and_then(|other| other.boot);
+        other.is_some_and(|other| other != *boot && is_boot_ram(&other, map))
     }
 
     /// Whether the guest can show that the blocks it boots with are where `places` has them: its

@@ -4,7 +4,7 @@ use super::placed::{Look, Placed, open_guest};
 use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
 use sonicshot::{Gpa, GpaRange, GuestMemory};
-use sonicshot_dump::{BlockKind, Doubts, Dump, LayoutSpec};
+use sonicshot_dump::{BlockKind, Doubts, Dump, LayoutSpec, Vmm};
 use sonicshot_vmi::GuestOs;
 
 /// Memory is plugged in in blocks of this size or a multiple (`memory_block_size_bytes` on x86-64).
@@ -33,6 +33,7 @@ pub(super) fn with_guest<T>(
     let of_file = dump.layout_spec().is_none() && dump.ram_blocks().is_empty();
     Ok(Placed {
         origin: match (by_user, of_file) {
+            (false, _) if snapshot.vmm() == Some(Vmm::VMWARE) => "from the vmss or vmsn beside it",
             (false, _) => "from the snapshot's state.json",
             (true, true) => "from the file; --layout is for raw and QEMU's files",
             (true, false) => "given",

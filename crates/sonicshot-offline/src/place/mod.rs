@@ -3,6 +3,7 @@
 
 mod as_raw;
 mod candidates;
+mod firmware;
 mod given;
 mod placed;
 mod plugged;
@@ -50,5 +51,5 @@ fn open_in_format(snapshot: &Snapshot) -> Result<Dump, OfflineError> {
     if layout.is_some() || search::is_certain(snapshot)? {
         return Ok(snapshot.dump(layout)?);
     }
-    Ok(search::with_guest(snapshot, &|_| Ok(()))?.dump)
+    search::open(snapshot)
 }

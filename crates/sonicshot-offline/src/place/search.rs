@@ -1,6 +1,7 @@
 //! The layout that the guest confirms, of all that may be.
 
 use super::candidates::{Candidate, Candidates, MAX_ATTEMPTS};
+use super::firmware;
 use super::placed::{Look, Placed};
 use super::trial::{Outcome, attempt};
 use crate::error::OfflineError;
@@ -17,9 +18,17 @@ pub(super) fn with_guest<T>(
     let mut candidates = candidates(snapshot)?;
     let mut why_not = None;
     let mut unconfirmed = None;
+    let mut asked = candidates.certain;
     for _ in 0..MAX_ATTEMPTS {
-        let Some(candidate) = candidates.next() else {
-            break;
+        let candidate = match candidates.next() {
+            Some(candidate) => candidate,
+            // No kernel can be read, as where RAM is split in a place of its own.
+            None if !asked && unconfirmed.is_none() => {
+                asked = true;
+                add_by_firmware(snapshot, &mut candidates);
+                continue;
+            }
+            None => break,
         };
         match attempt(snapshot, &candidates, &candidate, true, look) {
             Ok(Outcome::Done(placed)) => return Ok(*placed),
@@ -44,6 +53,25 @@ pub(super) fn with_guest<T>(
     match unconfirmed {
         Some(candidate) => guess(snapshot, &candidates, &candidate, look),
         None => Err(why_not.unwrap_or_else(|| no_layout(snapshot))),
+    }
+}
+
+/// Adds what firmware may have said of the RAM.
+fn add_by_firmware(snapshot: &Snapshot, candidates: &mut Candidates) {
+    // What cannot be opened so was told of before.
+    if let Ok((dump, _)) = first_look(snapshot) {
+        for map in firmware::maps(&dump) {
+            candidates.add_by(&map);
+        }
+    }
+}
+
+/// Opens the dump alone, in the layout that its guest confirms, or in the only one that is known.
+pub(super) fn open(snapshot: &Snapshot) -> Result<Dump, OfflineError> {
+    match with_guest(snapshot, &|_| Ok(())) {
+        Ok(placed) => Ok(placed.dump),
+        Err(_) if candidates(snapshot)?.sole => Ok(snapshot.dump(None)?),
+        Err(error) => Err(error),
     }
 }
 

@@ -109,8 +109,13 @@ fn agreement(candidates: &Candidates, candidate: &Candidate, guest: &dyn GuestOs
         return Agreement::Full;
     };
     match guest.boot_ram() {
-        Ok(Some(e820)) if !is_boot_ram(boot, &e820) => Agreement::None(e820),
-        Ok(Some(_)) => Agreement::Full,
+        Ok(Some(e820)) if is_boot_ram(boot, &e820) => Agreement::Full,
+        // A part of a guest's memory, or with more in it than RAM: it is noted.
+        Ok(Some(e820)) if candidate.sole && !candidates.fits_another(boot, &e820) => {
+            Agreement::Full
+        }
+        Ok(Some(e820)) => Agreement::None(e820),
+        _ if candidate.sole => Agreement::Full,
         // A file with one block has the layout of its machine.
         _ if candidates.are_of_blocks() && !candidate.guessed => Agreement::Full,
         _ if candidates.are_of_blocks() => Agreement::Unknown,
@@ -148,9 +153,9 @@ fn blocks_of(ranges: &[GpaRange]) -> BTreeSet<u64> {
     numbers.collect()
 }
 
-/// Of a raw file of which nothing has to be found out: whether its guest booted with other RAM.
+/// Of a raw file for which only one layout is known: whether its guest booted with other RAM.
 fn ends_elsewhere(candidate: &Candidate, dump: &Dump, guest: &dyn GuestOs) -> Option<Note> {
-    if candidate.boot.is_some() || dump.layout_spec().is_none() {
+    if !candidate.sole {
         return None;
     }
     let e820 = guest.boot_ram().ok().flatten()?;
