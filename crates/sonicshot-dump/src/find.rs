@@ -3,6 +3,7 @@
 use crate::snapshot::{Named, SnapshotFiles, check_is_file};
 use crate::{DumpError, DumpOptions, LayoutSpec, format};
 use std::fs;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 impl SnapshotFiles {
@@ -38,10 +39,11 @@ impl SnapshotFiles {
         let layout = known.layout.as_ref();
         let metadata = fs::metadata(path).map_err(DumpError::io("opening", path))?;
         // To open a pipe that nobody writes would take for ever.
-        if !metadata.is_dir() && !metadata.is_file() {
+        let is_file = metadata.is_file() || metadata.file_type().is_block_device();
+        if !metadata.is_dir() && !is_file {
             return Err(DumpError::NotADump {
                 path: path.to_owned(),
-                why: "it is not a regular file; what comes through a pipe is given as `-`",
+                why: "it is neither a regular file nor a block device; what comes through a pipe is given as `-`",
             });
         }
         let is_known = match known.is_raw() {

@@ -4,6 +4,7 @@
 //! mapped so. Where it grants no leases at all (NFS, a file of another user), every process is
 //! looked into by `/proc`.
 
+use crate::backing::plain::is_block_device;
 use crate::backing::sys;
 use crate::error::{DumpError, WritingProcess};
 use sonicshot::FileId;
@@ -24,9 +25,15 @@ const BETWEEN_TRIES: Duration = Duration::from_millis(10);
 ///
 /// # Errors
 /// [`DumpError::InUse`] if one has, [`DumpError::MayBeInUse`] if that cannot be told,
-/// [`DumpError::Io`] if the file cannot be opened.
+/// [`DumpError::NotInPlace`] if it is a block device, [`DumpError::Io`] if the file cannot be opened.
 pub fn check_not_in_use(path: &Path) -> Result<(), DumpError> {
     let file = File::open(path).map_err(DumpError::io("opening", path))?;
+    if is_block_device(&file).map_err(DumpError::io("reading", path))? {
+        return Err(DumpError::NotInPlace {
+            path: path.to_owned(),
+            format: "on a block device",
+        });
+    }
     check(&file, path)
 }
 

@@ -4,8 +4,8 @@
 use crate::GuestBytes;
 use core::fmt;
 use std::fs::{File, Metadata};
-use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 
 crate::address::number! {
@@ -157,12 +157,20 @@ pub struct FileStamp {
 }
 
 impl FileStamp {
-    /// That of an open file.
+    /// That of an open file, or of a block device.
     ///
     /// # Errors
     /// What the operating system said.
     pub fn of(file: &File) -> io::Result<Self> {
-        file.metadata().map(|metadata| Self::from(&metadata))
+        let metadata = file.metadata()?;
+        let mut stamp = Self::from(&metadata);
+        if metadata.file_type().is_block_device() {
+            // Its length is nowhere else. Where this leaves the file does not count: whoever reads
+            // it says where from.
+            let mut device = file;
+            stamp.len = device.seek(SeekFrom::End(0))?;
+        }
+        Ok(stamp)
     }
 
     /// That of the file that has the name `path`; of a symbolic link, of the one that it leads to.

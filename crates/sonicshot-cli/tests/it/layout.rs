@@ -171,3 +171,63 @@ fn what_nothing_is_known_of_is_kept() {
     assert!(!notes.contains("is kept as it is"), "{notes}");
     assert!(lost(&pfns, 48, 16, 48) > 0, "free pages are dropped");
 }
+
+/// LiME's raw format, whose ranges end where firmware ends them, and a file that is cut inside a
+/// page.
+#[test]
+fn memory_that_ends_inside_a_page_is_pruned_by_its_exact_layout() {
+    let folder = TempDir::new().unwrap();
+    let mut ends_odd = ram().to_vec();
+    ends_odd.extend([0x5a; 0x234]);
+    let ranges = [(0x1000, 0x9_fc00), (0x10_0000, 0x7fd_a000)];
+    let of_lime: Vec<u8> = ranges
+        .iter()
+        .flat_map(|(start, end)| ram()[*start..*end].to_vec())
+        .collect();
+    let table = [
+        (&ends_odd, "flat"),
+        (&of_lime, "0x1000-0x9fc00,0x100000-0x7fda000"),
+    ];
+    let whole = raw_dump(folder.path(), |_| {});
+    let whole = report(&sonicshot(&["inspect", text(&whole), "--json"]));
+    for (bytes, layout) in table {
+        let path = folder.path().join("odd.raw");
+        fs::write(&path, bytes).unwrap();
+        // Nothing tells of it that it is memory.
+        let run = sonicshot(&["inspect", text(&path)]);
+        assert_eq!(run.status.code(), Some(3), "{}", stderr(&run));
+        assert!(
+            stderr(&run).contains("needs its layout"),
+            "{}",
+            stderr(&run)
+        );
+        let seen = inspect(&path, layout, &folder.path().join("pfns"));
+        let seen = report(&seen);
+        let free = |report: &Value| report["classes"]["free_buddy"].as_u64().unwrap();
+        assert!(free(&seen) > 0 && free(&seen) <= free(&whole), "{layout}");
+
+        let out = folder.path().join("pruned.raw");
+        let args = ["prune", text(&path), "--layout", layout];
+        let run = sonicshot(&[&args[..], &["-o", text(&out), "--force"]].concat());
+        assert!(run.status.success(), "{}", stderr(&run));
+        let pruned = fs::read(&out).unwrap();
+        let run = sonicshot(&[&args[..], &["--in-place", "--min-hole", "0"]].concat());
+        assert!(run.status.success(), "{}", stderr(&run));
+        // In place only whole blocks of the file go.
+        let in_place = fs::read(&path).unwrap();
+        assert!(pruned.len() == bytes.len() && in_place.len() == bytes.len());
+        assert!(pruned != *bytes && in_place != *bytes);
+        for ((was, pruned), in_place) in bytes.iter().zip(&pruned).zip(&in_place) {
+            assert!(was == pruned || *pruned == 0, "{layout}");
+            assert!(
+                was == in_place || (*in_place, *pruned) == (0, 0),
+                "{layout}"
+            );
+        }
+        assert_eq!(pruned[bytes.len() - 0x234..], bytes[bytes.len() - 0x234..]);
+        for path in [&out, &path] {
+            let again = inspect(path, layout, &folder.path().join("pfns"));
+            assert_eq!(report(&again)["classes"], seen["classes"], "{layout}");
+        }
+    }
+}

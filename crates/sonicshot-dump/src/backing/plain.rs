@@ -15,6 +15,8 @@ use sonicshot::{
     MemoryError, RamLayout,
 };
 use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
@@ -67,6 +69,11 @@ pub(crate) fn open_content(path: &Path) -> Result<FileContent, DumpError> {
 /// The content of `file`, which messages call `path`.
 pub(crate) fn content_of(path: &Path, file: File) -> Result<FileContent, DumpError> {
     FileContent::new(file).map_err(DumpError::io("reading", path))
+}
+
+/// Whether the file is a block device, such as a snapshot of LVM.
+pub(crate) fn is_block_device(file: &File) -> io::Result<bool> {
+    Ok(file.metadata()?.file_type().is_block_device())
 }
 
 /// Refuses a file that is no longer what was opened, or that could not be read.

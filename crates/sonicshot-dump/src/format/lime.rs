@@ -82,6 +82,10 @@ fn extents(path: &Path, data: FileBytes<'_>) -> Result<Vec<Extent>, DumpError> {
     let mut at = FileOffset::ZERO;
     while at < file_end {
         let bad = |what, value| DumpError::malformed(path, what, at, value);
+        // What a disk or a transport in whole blocks adds. No record begins so.
+        if !extents.is_empty() && is_zero_from(data, at.raw()) {
+            break;
+        }
         let record = Record::read(path, data, at)?;
         if record.magic != MAGIC {
             return Err(bad("no LiME record", record.magic.into()));
@@ -105,6 +109,15 @@ fn extents(path: &Path, data: FileBytes<'_>) -> Result<Vec<Extent>, DumpError> {
     }
     extents.sort_unstable_by_key(|extent| extent.guest);
     Ok(extents)
+}
+
+/// Whether there are only zeroes from `at` on.
+fn is_zero_from(data: FileBytes<'_>, at: u64) -> bool {
+    let rest = usize::try_from(at).ok().and_then(|at| {
+        let len = data.len().checked_sub(at)?;
+        data.get(at, len)
+    });
+    rest.is_some_and(|rest| rest.is_zero())
 }
 
 #[cfg(test)]
@@ -155,6 +168,20 @@ mod tests {
         assert_eq!(dump.read_u32(Gpa::new(0x10_1ffc)).unwrap(), 0x0202_0202);
         assert!(dump.read_u32(Gpa::new(0x2bfd)).is_err());
         assert!(dump.read_u32(Gpa::new(0xf_fffe)).is_err());
+    }
+
+    #[test]
+    fn zeroes_behind_the_last_record_are_no_record() {
+        for more in [1, 31, 32, 4096, 3 << 20] {
+            let mut file = sample();
+            file.resize(file.len() + more, 0);
+            let dump = open(&file).unwrap();
+            assert_eq!(dump.layout().bytes(), 0x3c00);
+            assert_eq!(dump.read_u32(Gpa::new(0x2bfc)).unwrap(), 0x0101_0101);
+            *file.last_mut().unwrap() = 1;
+            assert!(open(&file).is_err(), "{more}");
+        }
+        assert!(open(&[0; 4096]).is_err());
     }
 
     #[test]

@@ -23,10 +23,13 @@ pub(crate) struct Raw {
 /// Opens a file that nothing tells the format of.
 pub(crate) fn open(source: Source<'_>) -> Result<Raw, DumpError> {
     let len = source.len();
-    if !len.is_multiple_of(4096) {
+    // Whoever gives a layout knows of memory that ends inside a page. What is shorter than one is
+    // what is left of another file.
+    if !len.is_multiple_of(4096) && (source.layout().is_none() || len < 4096) {
         return Err(DumpError::NotADump {
             path: source.path.to_owned(),
-            why: "it begins as no known format, and its length is no multiple of 4 KiB",
+            why: "it begins as no known format, and its length is no multiple of 4 KiB: raw memory \
+                  that ends inside a page needs its layout given",
         });
     }
     let layout = source.layout().cloned().unwrap_or(LayoutSpec::Pc);

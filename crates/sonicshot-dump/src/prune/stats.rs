@@ -1,9 +1,9 @@
 //! How far a prune is, and what it did.
 
 use crate::DumpError;
-use sonicshot::PrunePlan;
+use sonicshot::{FileStamp, PrunePlan};
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 /// What a prune did.
@@ -57,5 +57,9 @@ impl PruneStats {
 /// What a file takes on disk, in bytes.
 pub(crate) fn disk_usage(file: &File, path: &Path) -> Result<u64, DumpError> {
     let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
+    if metadata.file_type().is_block_device() {
+        let stamp = FileStamp::of(file).map_err(DumpError::io("reading", path))?;
+        return Ok(stamp.len());
+    }
     Ok(metadata.blocks().saturating_mul(512))
 }
