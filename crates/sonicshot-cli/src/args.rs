@@ -133,8 +133,9 @@ impl InputArgs {
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
     /// Dumps: raw guest RAM, an ELF core, a QEMU migration file or stream, a libvirt save image, a
-    /// Xen save image, migration stream or core, kdump-compressed, LiME, AVML; a snapshot folder of
-    /// Cloud Hypervisor or crosvm, or one with a Firecracker state and memory file; a checkpoint;
+    /// Xen save image, migration stream or core, kdump-compressed, LiME, AVML, VMware's vmem with its
+    /// state beside it, a qcow2 image with an internal snapshot; any of them compressed, or on a block
+    /// device; a snapshot folder of Cloud Hypervisor or crosvm, or one with a Firecracker state and memory file; a checkpoint;
     /// `-` is standard input
     #[arg(value_name = "FILE|DIR", required = true)]
     pub files: Vec<PathBuf>,
@@ -143,7 +144,8 @@ pub(crate) struct InspectArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-    /// Write every run of frames with its class: first, last (inclusive), class
+    /// Write every run of frames with its class: first, last (inclusive), class. `-` is standard
+    /// output; the rest is then said on standard error
     #[arg(long, value_name = "OUT.tsv")]
     pub pfns: Option<PathBuf>,
     /// Write over an existing OUT.tsv
@@ -423,8 +425,12 @@ pub(crate) struct ConvertArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct RestoreArgs {
-    /// The checkpoint
+    /// The checkpoint; `-` is standard input
     pub file: PathBuf,
+    /// The most that is taken in from standard input: bytes, or with K, M, G. By default half of
+    /// what is free where it is put (TMPDIR)
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_size: Option<u64>,
     /// Where to write the dump
     #[arg(short, long, value_name = "OUT")]
     pub output: PathBuf,
@@ -447,8 +453,12 @@ pub(crate) struct RestoreArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct VerifyArgs {
-    /// The checkpoint
+    /// The checkpoint; `-` is standard input
     pub file: PathBuf,
+    /// The most that is taken in from standard input: bytes, or with K, M, G. By default half of
+    /// what is free where it is put (TMPDIR)
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_size: Option<u64>,
     /// The dump that it was made of
     #[arg(long, value_name = "FILE")]
     pub against: Option<PathBuf>,

@@ -7,7 +7,7 @@ use crate::output::{overwrite, shown_on};
 use crate::report::{complain, lines, progress_bar, say, size};
 use serde_json::json;
 use sonicshot_dump::DumpError;
-use sonicshot_offline::{CheckpointFile, Converted, LayoutSpec, Target, Template};
+use sonicshot_offline::{Converted, LayoutSpec, Target, Template};
 use std::path::Path;
 use std::time::Instant;
 
@@ -57,12 +57,10 @@ fn convert(args: &ConvertArgs, target: &Target) -> Result<Converted, CliError> {
     let bar = progress_bar("converting", args.json);
     let progress = &mut shown_on(&bar);
     let (out, force) = (&args.output, overwrite(args.force));
-    let may_be_checkpoint = args.input.format.is_none();
-    let converted = if may_be_checkpoint && CheckpointFile::is_at(&args.file)? {
-        CheckpointFile::open(&args.file)?.convert(target, out, force, progress)?
-    } else {
-        let snapshot = Input::find(&args.file, &args.input)?.snapshot;
-        snapshot.convert(target, out, force, progress)?
+    let snapshot = Input::find(&args.file, &args.input)?.snapshot;
+    let converted = match snapshot.checkpoint()? {
+        Some(checkpoint) => checkpoint.convert(target, out, force, progress)?,
+        None => snapshot.convert(target, out, force, progress)?,
     };
     bar.finish_and_clear();
     Ok(converted)

@@ -10,6 +10,7 @@ use sonicshot_serve::ServeError;
 use sonicshot_vmi::symbols::SymbolError;
 use sonicshot_vmi::{Foreign, VmiError};
 use sonicshot_xen_live::LiveError;
+use std::borrow::Cow;
 use std::error::Error;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
@@ -144,15 +145,20 @@ impl CliError {
     }
 
     /// What the user may do about it.
-    fn hint(&self) -> Option<&'static str> {
-        match self {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        if let Self::Offline(OfflineError::Dump(DumpError::NotRead { instead, .. })) = self {
+            let hint = format!("{instead}. If it is raw memory that only looks so: --format raw");
+            return Some(hint.into());
+        }
+        let hint = match self {
             Self::Offline(error) => hint_of(error),
             Self::Exists { .. } => Some(OR_FORCE),
             Self::Live(LiveError::Library { .. } | LiveError::Open { .. }) => {
                 Some("run it in dom0, as root, with Xen's libraries and tools installed")
             }
             _ => None,
-        }
+        };
+        hint.map(Cow::Borrowed)
     }
 
     fn causes(&self) -> Vec<String> {
@@ -378,6 +384,9 @@ fn hint_of_dump(error: &DumpError) -> Option<&'static str> {
         }
         DumpError::LayoutLength { .. } => {
             "the ranges of --layout must add up to the length of the file"
+        }
+        DumpError::SeveralSnapshots { .. } => {
+            "copy the image, and delete all but one of them from the copy: `qemu-img snapshot -d`"
         }
         DumpError::XenFrame { .. } => {
             "the memory and the image must be of the same guest, of the same moment"

@@ -5,7 +5,7 @@ use crate::error::CliError;
 use crate::report::{complain, count, say};
 use sonicshot::{FileId, FileStamp};
 use sonicshot_dump::DumpError;
-use sonicshot_offline::{OpenOptions, Snapshot};
+use sonicshot_offline::{CheckpointFile, OpenOptions, Snapshot};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
@@ -19,8 +19,17 @@ pub(crate) struct Input {
     pub snapshot: Snapshot,
 }
 
-/// Stands for standard input.
-const PIPE: &str = "-";
+/// Stands for standard input, and for standard output.
+pub(crate) const PIPE: &str = "-";
+
+/// Opens the checkpoint at `path`, or takes it from standard input, `max_size` bytes at most.
+pub(crate) fn checkpoint(path: &Path, max_size: Option<u64>) -> Result<CheckpointFile, CliError> {
+    Ok(if path == Path::new(PIPE) {
+        CheckpointFile::from_reader("standard input", io::stdin().lock(), max_size)?
+    } else {
+        CheckpointFile::open(path)?
+    })
+}
 
 impl Input {
     pub(crate) fn find(path: &Path, how: &InputArgs) -> Result<Self, CliError> {

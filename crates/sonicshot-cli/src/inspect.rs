@@ -5,14 +5,14 @@ mod guest;
 
 use crate::args::InspectArgs;
 use crate::error::CliError;
-use crate::inputs::{Input, Inputs};
+use crate::inputs::{Input, Inputs, PIPE};
 use crate::output::{io, overwrite};
-use crate::report::{percent, say, size};
+use crate::report::{percent, say, say_to_stderr, size};
 use guest::json_report;
 pub(crate) use guest::print_report;
 use sonicshot::{ClassSet, FileId};
 use sonicshot_dump::{NewFile, Vmm};
-use sonicshot_offline::{Analyzed, CheckpointFile};
+use sonicshot_offline::Analyzed;
 use sonicshot_vmi::count_zero_pages;
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -25,6 +25,9 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
         return Err(CliError::Usage {
             what: "--pfns writes of one input".into(),
         });
+    }
+    if args.pfns.as_deref() == Some(Path::new(PIPE)) {
+        say_to_stderr();
     }
     let saved = Cell::new((0_u64, 0_u64));
     inputs.each(
@@ -50,18 +53,21 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
 /// Shows one input; returns how many bytes a prune saves, and of how many.
 fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
     let memory = input.snapshot.memory_file();
-    if args.input.format.is_none() && CheckpointFile::is_at(memory)? {
-        checkpoint::inspect(memory, args)?;
+    let pfns = args.pfns.as_deref();
+    if let Some(checkpoint) = input.snapshot.checkpoint()? {
+        checkpoint::inspect(&input.path, &checkpoint, args)?;
         return Ok((0, 0));
     }
-    if let Some(path) = &args.pfns {
+    if let Some(path) = pfns.filter(|path| *path != Path::new(PIPE)) {
         check_replaceable(path, memory, args.force)?;
     }
     let analyzed = input.snapshot.analyze(&args.input.analyze())?;
     let zero_pages = count_zero_pages(analyzed.dump(), analyzed.pages())?;
     analyzed.dump().check_unchanged()?;
-    if let Some(path) = &args.pfns {
-        write_pfns(&analyzed, path, args.force)?;
+    if let Some(path) = pfns {
+        write_pfns(path, args.force, &analyzed.dump().files(), &|out| {
+            write_runs(&analyzed, out)
+        })?;
     }
     if args.json {
         print_json(input, &analyzed, zero_pages);
@@ -106,18 +112,35 @@ fn print_json(input: &Input, analyzed: &Analyzed, zero_pages: u64) {
     say!("{report}");
 }
 
-/// Writes a line for each run of frames of one class; the file appears whole or not at all.
-fn write_pfns(analyzed: &Analyzed, path: &Path, force: bool) -> Result<(), CliError> {
-    let file = NewFile::create(path, overwrite(force), &analyzed.dump().files())?;
-    write_runs(analyzed, BufWriter::new(file.file())).map_err(io("writing", path))?;
+/// Writes a line for each run of frames: to standard output, or to a file, which appears whole or
+/// not at all, for no more eyes than `sources`.
+fn write_pfns(
+    path: &Path,
+    force: bool,
+    sources: &[&File],
+    write: &dyn Fn(&mut dyn Write) -> io::Result<()>,
+) -> Result<(), CliError> {
+    if path == Path::new(PIPE) {
+        let mut out = BufWriter::new(io::stdout().lock());
+        return match write(&mut out).and_then(|()| out.flush()) {
+            // Its reader wants no more (`| head`).
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            written => written.map_err(io("writing", Path::new("standard output"))),
+        };
+    }
+    let file = NewFile::create(path, overwrite(force), sources)?;
+    let mut out = BufWriter::new(file.file());
+    let written = write(&mut out).and_then(|()| out.flush());
+    drop(out);
+    written.map_err(io("writing", path))?;
     file.finish()?;
     Ok(())
 }
 
-fn write_runs(analyzed: &Analyzed, mut out: BufWriter<&File>) -> io::Result<()> {
+fn write_runs(analyzed: &Analyzed, out: &mut dyn Write) -> io::Result<()> {
     for (frames, class) in analyzed.pages().runs() {
         let last = frames.end().raw().saturating_sub(1);
         writeln!(out, "{}\t{last}\t{class}", frames.start().raw())?;
     }
-    out.flush()
+    Ok(())
 }

@@ -2,10 +2,11 @@
 
 use crate::args::{DumpKind, RestoreArgs, VerifyArgs};
 use crate::error::CliError;
+use crate::inputs::checkpoint;
 use crate::output::{named_files, overwrite, shown_on};
 use crate::report::{complain, count, lines, progress_bar, say, size};
 use serde_json::json;
-use sonicshot_offline::{CheckpointFile, LayoutSpec, OpenOptions, RestoreOptions};
+use sonicshot_offline::{LayoutSpec, OpenOptions, RestoreOptions};
 use std::path::Path;
 use std::time::Instant;
 
@@ -20,7 +21,7 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
     options.threads = args.threads;
     let blobs = named_files(&args.blob)?.into_iter();
     options.blobs = blobs.map(|(name, path)| (name.to_owned(), path)).collect();
-    let checkpoint = CheckpointFile::open(&args.file)?;
+    let checkpoint = checkpoint(&args.file, args.max_size)?;
     let bar = progress_bar("restoring", args.json);
     let restored = checkpoint.restore(&args.output, &options, &mut shown_on(&bar))?;
     bar.finish_and_clear();
@@ -53,7 +54,7 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
 
 pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
     let started = Instant::now();
-    let checkpoint = CheckpointFile::open(&args.file)?;
+    let checkpoint = checkpoint(&args.file, args.max_size)?;
     let bar = progress_bar("checking", args.json);
     let mut progress = shown_on(&bar);
     checkpoint.verify(&mut progress)?;

@@ -1,5 +1,6 @@
 //! A dump of any format.
 
+use crate::backing::plain::is_block_device;
 use crate::backing::spool::Spool;
 use crate::format::ability::{AsStream, ByCopy, InPlace, Migration};
 use crate::format::kind::Format;
@@ -7,8 +8,8 @@ use crate::format::qemu::{migration, start};
 use crate::output::{Output, Overwrite, Target};
 use crate::{DumpError, DumpOptions, LayoutSpec, RamBlock};
 use sonicshot::{
-    Architecture, Disposition, Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, PageMap,
-    PageSize, PfnRange, Processors, Progress, PrunePlan, RamLayout,
+    Architecture, Disposition, FileStamp, Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError,
+    P2m, PageMap, PageSize, PfnRange, Processors, Progress, PrunePlan, RamLayout,
 };
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -35,7 +36,7 @@ pub struct Dump {
 impl Dump {
     /// Opens the dump at `path`, its kind told by its content. What has no known beginning is
     /// raw RAM, laid out by `layout`, by default [`LayoutSpec::Pc`]. [`DumpOptions`] say what it
-    /// is instead.
+    /// is instead. A file that is compressed as a whole is decompressed first: see [`Spool`].
     ///
     /// # Errors
     /// [`DumpError`] if the file cannot be read, is no dump, or contradicts itself.
@@ -189,7 +190,7 @@ impl Dump {
     /// The length of the file in bytes.
     #[must_use]
     pub fn file_len(&self) -> u64 {
-        self.file().metadata().map_or(0, |m| m.len())
+        FileStamp::of(self.file()).map_or(0, FileStamp::len)
     }
 
     /// What a Xen image holds beside the guest's memory: [`XlSkeleton::write`] makes an image of it
@@ -293,11 +294,16 @@ impl Dump {
 
     /// What came through a pipe has no file to be changed.
     pub(crate) fn in_place(&self) -> Result<&dyn InPlace, DumpError> {
-        let format = self.format.in_place().filter(|_| self.spool().is_none());
-        format.ok_or_else(|| DumpError::NotInPlace {
+        let not_in_place = |format| DumpError::NotInPlace {
             path: self.path.clone(),
-            format: self.format(),
-        })
+            format,
+        };
+        let format = self.format.in_place().filter(|_| self.spool().is_none());
+        let format = format.ok_or_else(|| not_in_place(self.format()))?;
+        if is_block_device(self.file()).map_err(DumpError::io("reading", &self.path))? {
+            return Err(not_in_place("on a block device"));
+        }
+        Ok(format)
     }
 
     pub(crate) fn as_stream(&self) -> Result<&dyn AsStream, DumpError> {

@@ -72,6 +72,24 @@ pub enum DumpError {
         /// The format.
         format: DumpFormat,
     },
+    /// The file is of another tool's format, which is known but not read.
+    #[error("{} is {kind}, which is not read here", path.display())]
+    NotRead {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+        /// What to do with it.
+        instead: &'static str,
+    },
+    /// A disk image has several snapshots of a VM's memory.
+    #[error("{} holds the memory of several snapshots: {}", path.display(), names.join(", "))]
+    SeveralSnapshots {
+        /// The image.
+        path: PathBuf,
+        /// What the snapshots are called.
+        names: Vec<String>,
+    },
     /// The file is no dump.
     #[error("{} is no memory dump: {why}", path.display())]
     NotADump {

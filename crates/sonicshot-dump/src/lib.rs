@@ -12,11 +12,16 @@
 //! | crosvm | `crosvm` | yes | yes | |
 //! | ELF core | `elf_core` | | yes | |
 //! | QEMU mapped-ram, libvirt `sparse` | `qemu::mapped_ram`, `libvirt` | yes | yes | |
-//! | QEMU migration stream, libvirt `raw`, `gzip`, `zstd` | `qemu::stream`, `libvirt` | | yes | yes |
+//! | QEMU migration stream, libvirt `raw` or compressed | `qemu::stream`, `libvirt` | | yes | yes |
+//! | QEMU internal snapshot | `qcow2` | | | |
+//! | VMware | `vmware` | | | |
 //! | kdump-compressed | `kdump` | | yes | |
 //! | Xen `xl save` image, libxl and libxc streams | `xen` | | yes | yes |
 //! | Xen `xl dump-core` core | `xen` | | | |
 //! | LiME, AVML | `lime`, `avml` | | | |
+//!
+//! Files that are compressed as a whole are read as what is in them ([`Spool`]); formats of other tools
+//! that are known and not read are refused ([`DumpError::NotRead`], `foreign`).
 //!
 //! # Processors
 //! Beside the memory most formats hold the state of the guest's processors, which
@@ -33,7 +38,7 @@
 //! | Xen save image, HVM or PVH | `HVM_CONTEXT` | halted, nested guest |
 //! | Xen save image, PV | `X86_PV_VCPU_BASIC` | |
 //! | Xen core | `.xen_prstatus` | `EFER`, halted |
-//! | raw, LiME, AVML, crosvm | | all: [`Processors::Unknown`] |
+//! | raw, LiME, AVML, crosvm, VMware | | all: [`Processors::Unknown`] |
 //!
 //! What is damaged or contradicts itself there is [`Processors::NotTold`]; that is no error, for the
 //! memory may be whole. A processor whose registers are exactly those of a reset or an INIT and
@@ -75,6 +80,7 @@ pub use dump::Dump;
 #[doc(hidden)]
 pub use error::KdumpWriteError;
 pub use error::{DumpError, WritingProcess};
+pub use format::check_not_foreign;
 #[doc(hidden)]
 pub use format::kdump::read::KdumpFile;
 #[cfg(feature = "__unchecked")]

@@ -52,8 +52,13 @@ impl DumpOptions {
     /// [`DumpError::OtherFormat`] if it is not what it is said to be.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Dump, DumpError> {
         let path = path.as_ref();
-        let format = format::open(Source::open(path, self)?)?;
-        Ok(Dump::new(path, format, None))
+        let source = Source::open(path, self)?;
+        if !self.is_raw()
+            && let Some(spool) = Spool::unpack(path, source.content.file())?
+        {
+            return self.open_spooled(&spool);
+        }
+        Ok(Dump::new(path, format::open(source)?, None))
     }
 
     /// Opens a dump that came through a pipe or that was compressed. Messages call it by the
@@ -62,6 +67,11 @@ impl DumpOptions {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_spooled(&self, spool: &Spool) -> Result<Dump, DumpError> {
+        if !self.is_raw()
+            && let Some(content) = spool.unpacked()?
+        {
+            return self.open_spooled(&content);
+        }
         let format = format::open(Source::spooled(spool, self)?)?;
         Ok(Dump::new(spool.name(), format, Some(spool.clone())))
     }

@@ -10,12 +10,14 @@ use crate::untold::{assumed, named_machine};
 use sonicshot::checkpoint::{CheckpointReader, PageContent};
 use sonicshot::{Architecture, FileId, FileStamp, Pfn, Progress};
 use sonicshot_dump::{
-    CoreNotes, Dump, DumpError, DumpFile, LayoutSpec, NewFile, Overwrite, XlSkeleton,
+    CoreNotes, Dump, DumpError, DumpFile, LayoutSpec, NewFile, Overwrite, Spool, XlSkeleton,
+    check_not_foreign,
 };
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::num::NonZeroUsize;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// A checkpoint in a file.
@@ -81,10 +83,44 @@ impl CheckpointFile {
     /// Opens a checkpoint; its directory is checked, its pages are not read.
     ///
     /// # Errors
-    /// [`OfflineError::Checkpoint`] if it is none or damaged.
+    /// [`OfflineError::Checkpoint`] if it is none or damaged, [`DumpError::NotRead`] if it is of
+    /// another tool's format.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, OfflineError> {
         let path = path.as_ref();
         let file = File::open(path).map_err(OfflineError::io("opening", path))?;
+        Self::of_file(path, file).map_err(|error| match check_not_foreign(path) {
+            Err(foreign) if error.is_no_checkpoint() => foreign.into(),
+            _ => error,
+        })
+    }
+
+    /// Takes a checkpoint that comes through a pipe, which messages call `name`, once and from front
+    /// to back. It is put into a nameless temporary file, as small as it is: what it holds is told
+    /// at its end. It has at most `max_size` bytes, or half of what is free where it is put.
+    ///
+    /// # Errors
+    /// [`OfflineError::Dump`] if it cannot be read to its end or is too long, and as
+    /// [`open`](Self::open).
+    pub fn from_reader(
+        name: impl AsRef<Path>,
+        reader: impl Read,
+        max_size: Option<u64>,
+    ) -> Result<Self, OfflineError> {
+        let spool = Spool::from_reader_up_to(name, reader, max_size)?;
+        Self::of_spool(&spool).map_err(|error| match spool.check_not_foreign() {
+            Err(foreign) if error.is_no_checkpoint() => foreign.into(),
+            _ => error,
+        })
+    }
+
+    /// The checkpoint that came through a pipe.
+    pub(crate) fn of_spool(spool: &Spool) -> Result<Self, OfflineError> {
+        let file = spool.file().try_clone();
+        let file = file.map_err(OfflineError::io("opening", spool.name()))?;
+        Self::of_file(spool.name(), file)
+    }
+
+    fn of_file(path: &Path, file: File) -> Result<Self, OfflineError> {
         let stamp = FileStamp::of(&file).map_err(OfflineError::io("reading", path))?;
         let watch = file.try_clone();
         let watch = watch.map_err(OfflineError::io("opening", path))?;
@@ -114,17 +150,12 @@ impl CheckpointFile {
     /// # Errors
     /// [`OfflineError::Io`] if there is a file that cannot be read.
     pub fn is_at(path: &Path) -> Result<bool, OfflineError> {
-        let mut start = [0; 8];
         // To open a pipe that nobody writes would take for ever.
         if !fs::metadata(path).is_ok_and(|metadata| metadata.is_file()) {
             return Ok(false);
         }
-        let mut file = File::open(path).map_err(OfflineError::io("opening", path))?;
-        match file.read_exact(&mut start) {
-            Ok(()) => Ok(CheckpointReader::<File>::is_checkpoint(&start)),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
-            Err(error) => Err(OfflineError::io("reading", path)(error)),
-        }
+        let file = File::open(path).map_err(OfflineError::io("opening", path))?;
+        begins(&file).map_err(OfflineError::io("reading", path))
     }
 
     /// What it holds.
@@ -273,6 +304,16 @@ impl CheckpointFile {
         let compared = compared.map_err(OfflineError::checkpoint(&self.path));
         let compared = compared.map_err(|error| blamed_on(&dump, error));
         self.blamed(compared)
+    }
+}
+
+/// Whether a file begins as a checkpoint.
+pub(crate) fn begins(file: &File) -> io::Result<bool> {
+    let mut start = [0; 8];
+    match file.read_exact_at(&mut start, 0) {
+        Ok(()) => Ok(CheckpointReader::<File>::is_checkpoint(&start)),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

@@ -166,6 +166,17 @@ impl OfflineError {
         }
     }
 
+    /// Whether it says that a file is no checkpoint.
+    pub(crate) fn is_no_checkpoint(&self) -> bool {
+        matches!(
+            self,
+            Self::Checkpoint {
+                source: CheckpointError::NotACheckpoint { .. },
+                ..
+            }
+        )
+    }
+
     /// An error of the guest whose memory is at `path`.
     pub(crate) fn guest(path: &Path) -> impl Fn(VmiError) -> Self {
         move |source| Self::Guest {

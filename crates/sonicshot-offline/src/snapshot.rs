@@ -1,5 +1,6 @@
 //! A snapshot as a path names it: its files, and the opening of its memory.
 
+use crate::checkpoint_file::{self, CheckpointFile};
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::options::OpenOptions;
@@ -73,7 +74,7 @@ impl Snapshot {
             path: name.to_owned(),
             files: SnapshotFiles::file(name, options.layout.as_ref()),
             options: options.clone(),
-            spool: OnceLock::from(spool.clone()),
+            spool: OnceLock::new(),
             piped: Some(spool),
             stamps: Vec::new(),
         })
@@ -95,6 +96,24 @@ impl Snapshot {
     #[must_use]
     pub fn vmm(&self) -> Option<Vmm> {
         self.files.vmm()
+    }
+
+    /// The checkpoint that it is, if it is one and no dump, nor said to be.
+    ///
+    /// # Errors
+    /// [`OfflineError::Checkpoint`] if it is damaged, [`OfflineError::Io`] if it cannot be read.
+    pub fn checkpoint(&self) -> Result<Option<CheckpointFile>, OfflineError> {
+        if self.options.format.is_some() {
+            return Ok(None);
+        }
+        let Some(spool) = &self.piped else {
+            let path = self.memory_file();
+            let is_one = CheckpointFile::is_at(path)?;
+            return is_one.then(|| CheckpointFile::open(path)).transpose();
+        };
+        let begins = checkpoint_file::begins(spool.file());
+        let is_one = begins.map_err(OfflineError::io("reading", spool.name()))?;
+        is_one.then(|| CheckpointFile::of_spool(spool)).transpose()
     }
 
     /// Refuses a snapshot whose VMM would not read a hole as zero. Every prune does so too; this is
@@ -134,10 +153,7 @@ impl Snapshot {
             files: self.files.clone(),
             options: self.options.clone().format(DumpFormat::RAW),
             // What was decompressed is not what is in the file.
-            spool: match &self.piped {
-                Some(spool) => OnceLock::from(spool.clone()),
-                None => OnceLock::new(),
-            },
+            spool: OnceLock::new(),
             piped: self.piped.clone(),
             stamps: self.stamps.clone(),
         }
@@ -193,7 +209,10 @@ impl Snapshot {
         if let Some(spool) = self.spool.get() {
             return known.open_spooled(spool);
         }
-        let dump = known.open(self.memory_file())?;
+        let dump = match &self.piped {
+            Some(spool) => known.open_spooled(spool)?,
+            None => known.open(self.memory_file())?,
+        };
         if let Some(spool) = dump.spool() {
             // Another thread may have been first: one is as good as the other.
             let _ = self.spool.set(spool.clone());

@@ -1,21 +1,23 @@
 //! What `inspect` says of a checkpoint; no kernel is looked for.
 
+use super::write_pfns;
 use crate::args::InspectArgs;
 use crate::error::CliError;
-use crate::output::{io, overwrite};
 use crate::report::{count, percent, say, size};
 use crate::save::stats_json;
 use serde_json::{Map, Value, json};
 use sonicshot::ClassCounts;
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, PageContent, SaveStats};
-use sonicshot_dump::NewFile;
 use sonicshot_offline::CheckpointFile;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
 
-pub(super) fn inspect(path: &Path, args: &InspectArgs) -> Result<(), CliError> {
-    let checkpoint = CheckpointFile::open(path)?;
+pub(super) fn inspect(
+    path: &Path,
+    checkpoint: &CheckpointFile,
+    args: &InspectArgs,
+) -> Result<(), CliError> {
     let reader = checkpoint.reader();
     // Not by a map of every frame: a small file may describe a huge guest.
     let mut counts = ClassCounts::default();
@@ -23,7 +25,9 @@ pub(super) fn inspect(path: &Path, args: &InspectArgs) -> Result<(), CliError> {
         counts.add(run.class, run.frames.len());
     }
     if let Some(path) = &args.pfns {
-        write_pfns(reader, path, args.force)?;
+        write_pfns(path, args.force, &[reader.source()], &|out| {
+            write_runs(reader, out)
+        })?;
     }
     if args.json {
         print_json(path, reader, &counts);
@@ -167,27 +171,19 @@ fn print_classes(counts: &ClassCounts, page_size: u64) {
 }
 
 /// A line for each run: first frame, last frame, class, content.
-fn write_pfns(reader: &CheckpointReader<File>, path: &Path, force: bool) -> Result<(), CliError> {
-    let out = NewFile::create(path, overwrite(force), &[reader.source()])?;
-    let mut lines = io::BufWriter::new(out.file());
-    let mut write = || -> io::Result<()> {
-        for run in reader.runs() {
-            let content = match run.content {
-                PageContent::Data { .. } => "data",
-                other => other.name(),
-            };
-            let last = run.frames.end().raw().saturating_sub(1);
-            writeln!(
-                lines,
-                "{}\t{last}\t{}\t{content}",
-                run.frames.start().raw(),
-                run.class
-            )?;
-        }
-        lines.flush()
-    };
-    write().map_err(io("writing", path))?;
-    drop(lines);
-    out.finish()?;
+fn write_runs(reader: &CheckpointReader<File>, out: &mut dyn Write) -> io::Result<()> {
+    for run in reader.runs() {
+        let content = match run.content {
+            PageContent::Data { .. } => "data",
+            other => other.name(),
+        };
+        let last = run.frames.end().raw().saturating_sub(1);
+        writeln!(
+            out,
+            "{}\t{last}\t{}\t{content}",
+            run.frames.start().raw(),
+            run.class
+        )?;
+    }
     Ok(())
 }

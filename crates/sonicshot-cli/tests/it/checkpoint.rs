@@ -282,3 +282,89 @@ fn damage_and_misuse_have_exit_codes_and_leave_nothing() {
     }
     assert_eq!(code(&["restore", text(&dump), "-o", text(&out)]), Some(3));
 }
+
+/// Runs the binary with a file's content coming through a pipe.
+fn piped(from: &Path, args: &[&str]) -> std::process::Output {
+    use std::process::{Command, Stdio};
+    let mut cat = Command::new("cat")
+        .arg(from)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pipe = cat.stdout.take().unwrap();
+    let run = Command::new(env!("CARGO_BIN_EXE_sonicshot"))
+        .args(args)
+        .stdin(pipe)
+        .output()
+        .unwrap();
+    cat.wait().unwrap();
+    run
+}
+
+#[test]
+fn a_checkpoint_comes_through_a_pipe() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let dump = raw_dump(folder.path(), |_| {});
+    let file = folder.path().join("guest.sonic");
+    json(&["save", text(&dump), "-o", text(&file), "--json"]);
+    let run = sonicshot(&["restore", text(&file), "-o", &at("by-file")]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let run = piped(&file, &["restore", "-", "-o", &at("by-pipe")]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    assert!(fs::read(at("by-file")).unwrap() == fs::read(at("by-pipe")).unwrap());
+    let run = piped(&file, &["verify", "-", "--against", text(&dump), "--json"]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let verified: Value = serde_json::from_slice(&run.stdout).unwrap();
+    assert!(verified["compared_pages"].as_u64().unwrap() > 0);
+    let run = piped(&file, &["inspect", "-", "--json"]);
+    let seen: Value = serde_json::from_slice(&run.stdout).unwrap();
+    assert_eq!(seen["digest"], verified["digest"]);
+    let run = piped(
+        &file,
+        &["convert", "-", "--to", "raw", "-o", &at("converted")],
+    );
+    assert!(run.status.success(), "{}", stderr(&run));
+    assert!(fs::read(at("converted")).unwrap() == fs::read(at("by-file")).unwrap());
+
+    // What is cut short or damaged on its way, or too long, leaves nothing.
+    let whole = fs::read(&file).unwrap();
+    let mut damaged = whole.clone();
+    damaged[whole.len() / 2] ^= 1;
+    for (bytes, more, code) in [
+        (&whole[..whole.len() - 1], &[][..], 3),
+        (&damaged, &[], 3),
+        (&whole, &["--max-size", "1M"], 1),
+        (b"PAGEDU64", &[], 3),
+        (&[], &[], 3),
+    ] {
+        let path = folder.path().join("sent");
+        fs::write(&path, bytes).unwrap();
+        let out = at("not");
+        let run = piped(&path, &[&["restore", "-", "-o", &out][..], more].concat());
+        assert_eq!(run.status.code(), Some(code), "{}", stderr(&run));
+        let run = piped(&path, &[&["verify", "-"][..], more].concat());
+        assert_eq!(run.status.code(), Some(code), "{}", stderr(&run));
+        assert!(!Path::new(&out).exists());
+    }
+}
+
+#[test]
+fn runs_of_frames_go_to_standard_output() {
+    let folder = tempfile::tempdir().unwrap();
+    let dump = raw_dump(folder.path(), |_| {});
+    let file = folder.path().join("guest.sonic");
+    json(&["save", text(&dump), "-o", text(&file), "--json"]);
+    let tsv = folder.path().join("frames.tsv");
+    for path in [&dump, &file] {
+        let run = sonicshot(&["inspect", text(path), "--pfns", text(&tsv), "--force"]);
+        assert!(run.status.success(), "{}", stderr(&run));
+        for more in [&[][..], &["--json"]] {
+            let piped = sonicshot(&[&["inspect", text(path), "--pfns", "-"][..], more].concat());
+            assert!(piped.status.success(), "{}", stderr(&piped));
+            assert!(piped.stdout == fs::read(&tsv).unwrap());
+            assert!(stderr(&piped).contains("free_buddy"));
+        }
+    }
+    assert!(!Path::new("-").exists());
+}

@@ -6,15 +6,19 @@
     reason = "tests say so by panicking"
 )]
 
+mod block_device;
 mod checkpoint;
 mod command;
 mod common;
+mod compressed;
 mod folders;
+mod foreign;
 mod in_place;
 mod layout;
 mod migration;
 mod real_guest;
 mod rights;
 mod symbols;
+mod vmware;
 mod xen;
 mod xen_live;

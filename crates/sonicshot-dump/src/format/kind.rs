@@ -15,7 +15,7 @@ use sonicshot::{
 };
 use std::fmt;
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// How a format is told from others, and opened.
@@ -111,13 +111,15 @@ impl<'a> Source<'a> {
             why,
         };
         let metadata = std::fs::metadata(path).map_err(DumpError::io("opening", path))?;
-        if !metadata.is_file() {
-            return Err(not_a_dump("it is not a regular file"));
-        }
-        if metadata.len() == 0 {
-            return Err(not_a_dump("it is empty"));
+        if !metadata.is_file() && !metadata.file_type().is_block_device() {
+            return Err(not_a_dump(
+                "it is neither a regular file nor a block device",
+            ));
         }
         let content = open_content(path)?;
+        if content.is_empty() {
+            return Err(not_a_dump("it is empty"));
+        }
         Ok(Self {
             path,
             content,
@@ -177,15 +179,23 @@ impl<'a> Source<'a> {
     }
 
     pub(crate) fn begins_with(&self, magic: &[u8]) -> bool {
-        let mut start = vec![0; magic.len()];
-        let there = self.data().get(0, magic.len());
-        there.is_some_and(|there| there.copy_to(&mut start)) && start == magic
+        self.has(0, magic)
+    }
+
+    /// Whether these bytes stand at `at`.
+    pub(crate) fn has(&self, at: usize, wanted: &[u8]) -> bool {
+        let mut found = vec![0; wanted.len()];
+        let there = self.data().get(at, wanted.len());
+        there.is_some_and(|there| there.copy_to(&mut found)) && found == wanted
     }
 
     /// What the file takes on disk, in bytes.
     pub(crate) fn on_disk(&self) -> Result<u64, DumpError> {
         let metadata = self.content.file().metadata();
         let metadata = metadata.map_err(DumpError::io("reading", self.path))?;
+        if metadata.file_type().is_block_device() {
+            return Ok(self.len());
+        }
         Ok(metadata.blocks().saturating_mul(512))
     }
 

@@ -13,18 +13,20 @@ pub(crate) mod crosvm;
 pub(crate) mod diff;
 pub(crate) mod elf_core;
 pub(crate) mod firecracker;
+pub(crate) mod foreign;
 pub(crate) mod kdump;
 pub(crate) mod kind;
 pub(crate) mod libvirt;
 pub(crate) mod lime;
 pub(crate) mod name;
+pub(crate) mod qcow2;
 pub(crate) mod qemu;
 pub(crate) mod raw;
+pub(crate) mod vmware;
 pub(crate) mod xen;
 
-use crate::DumpError;
-use crate::DumpFormat;
 use crate::snapshot::{Named, SnapshotFiles};
+use crate::{DumpError, DumpFormat, DumpOptions};
 use kind::{Format, Kind, Source, boxed};
 use std::path::Path;
 
@@ -34,26 +36,17 @@ const KINDS: &[&Kind] = &[
     &cloud_hypervisor::KIND,
     &crosvm::KIND,
     &firecracker::KIND,
+    &vmware::KIND,
     &xen::core::KIND,
     &elf_core::KIND,
     &qemu::KIND,
+    &qcow2::KIND,
     &kdump::KIND,
     &lime::KIND,
     &avml::KIND,
     &libvirt::KIND,
     &xen::image::KIND,
-];
-
-/// How files begin that are known, but not supported; and what they are.
-const NOT_YET: &[(&[u8], &str)] = &[
-    (
-        b"\x89SONIC\r\n",
-        "a checkpoint, to be restored or inspected",
-    ),
-    (b"LibvirtQemudPart", "an unfinished libvirt save image"),
-    (&[0x28, 0xb5, 0x2f, 0xfd], "compressed with zstd"),
-    (&[0x1f, 0x8b], "compressed with gzip"),
-    (&[0xfd, b'7', b'z', b'X', b'Z', 0], "compressed with xz"),
+    &qemu::BEHIND,
 ];
 
 /// Opens a file of any format, which its content tells.
@@ -73,19 +66,14 @@ pub(crate) fn kind_of(source: &Source<'_>) -> Result<Option<&'static Kind>, Dump
         Some(format) if !is_unpacked(source) => return kind_named(source, format).map(Some),
         _ => {}
     }
-    if let Some((_, kind)) = NOT_YET.iter().find(|(magic, _)| source.begins_with(magic)) {
-        return Err(DumpError::Unsupported {
-            path: source.path.to_owned(),
-            kind,
-        });
-    }
+    refuse_foreign(source)?;
     Ok(KINDS.iter().copied().find(|kind| kind.takes(source)))
 }
 
 /// Whether the content is what was compressed in the file: that has another format than the file.
 fn is_unpacked(source: &Source<'_>) -> bool {
     let spool = source.spool.as_ref();
-    spool.is_some_and(|spool| spool.image().is_some())
+    spool.is_some_and(|spool| spool.image().is_some() || spool.state_of().is_some())
 }
 
 /// The format that the caller says a file has.
@@ -101,8 +89,23 @@ fn kind_named(source: &Source<'_>, format: DumpFormat) -> Result<&'static Kind, 
 
 /// What the beginning of a file says that it is; `None` if it is raw RAM.
 pub(crate) fn begins_as(source: &Source<'_>) -> bool {
-    let not_yet = NOT_YET.iter().any(|(magic, _)| source.begins_with(magic));
-    not_yet || KINDS.iter().any(|kind| kind.takes(source))
+    foreign::foreign(source).is_some() || KINDS.iter().any(|kind| kind.takes(source))
+}
+
+/// Refuses a file of a format that is known but not read: for those who are about to say that it
+/// is none of theirs.
+///
+/// # Errors
+/// [`DumpError::NotRead`], with what it is and what to do with it.
+pub fn check_not_foreign(path: &Path) -> Result<(), DumpError> {
+    // What cannot be opened is told of by who opens it.
+    let known = DumpOptions::new();
+    Source::open(path, &known).map_or(Ok(()), |source| refuse_foreign(&source))
+}
+
+/// Refuses a file of a format that is known but not read.
+pub(crate) fn refuse_foreign(source: &Source<'_>) -> Result<(), DumpError> {
+    foreign::foreign(source).map_or(Ok(()), |foreign| Err(foreign.refusal(source)))
 }
 
 /// Whether a file of `len` bytes that begins with `start` is of a known format, other than RAM.
@@ -110,9 +113,8 @@ pub(crate) fn begins_as_known(start: &[u8], len: u64) -> bool {
     if elf_core::may_be_ram(start, len) {
         return false;
     }
-    let known = KINDS.iter().flat_map(|kind| kind.magics).copied();
-    let not_yet = NOT_YET.iter().map(|(magic, _)| *magic);
-    known.chain(not_yet).any(|magic| start.starts_with(magic))
+    let mut known = KINDS.iter().flat_map(|kind| kind.magics);
+    known.any(|magic| start.starts_with(magic)) || foreign::begins_as_foreign(start)
 }
 
 /// What a path names, by the first VMM whose snapshot it is.

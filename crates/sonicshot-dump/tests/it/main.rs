@@ -21,6 +21,8 @@ mod libvirt;
 mod mapped_ram;
 mod overlay;
 mod processors;
+mod qcow2;
 mod raw;
 mod rights;
+mod sections;
 mod xen;
