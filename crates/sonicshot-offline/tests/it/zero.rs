@@ -94,6 +94,7 @@ fn a_diff_over_its_base_has_its_zeroes_where_the_merged_memory_has_them() {
     let diff = memory(&folder, b"x");
     let file = fs::OpenOptions::new().write(true).open(&diff).unwrap();
     file.set_len(96 * PAGE as u64).unwrap();
+    drop(file);
     let base = folder.path().join("base");
     fs::write(&base, vec![7; 96 * PAGE]).unwrap();
     let options = OpenOptions::new().base(&base);
