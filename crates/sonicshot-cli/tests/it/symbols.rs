@@ -9,15 +9,24 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// The guest's types, which its kernel's image has in one piece.
+/// The kernel's own types, which its image has in one piece; modules have small ones.
 fn btf() -> &'static [u8] {
-    let ram = ram();
-    let at = ram
-        .windows(8)
-        .position(|start| start == b"\x9f\xeb\x01\0\x18\0\0\0");
-    let btf = &ram[at.unwrap()..];
-    let field = |at: usize| u32::from_le_bytes(btf[at..at + 4].try_into().unwrap()) as usize;
-    &btf[..24 + field(16) + field(20)]
+    const LEAST: usize = 1 << 20;
+    let whole = |at: usize| {
+        let field = |at: usize| {
+            let bytes = ram().get(at..at + 4)?.try_into().ok()?;
+            usize::try_from(u32::from_le_bytes(bytes)).ok()
+        };
+        let len = field(at + 16)?
+            .checked_add(field(at + 20)?)?
+            .checked_add(24)?;
+        ram()
+            .get(at..at.checked_add(len)?)
+            .filter(|btf| btf.len() > LEAST)
+    };
+    let starts = ram().windows(8).enumerate();
+    let mut starts = starts.filter(|(_, start)| *start == b"\x9f\xeb\x01\0\x18\0\0\0");
+    starts.find_map(|(at, _)| whole(at)).unwrap()
 }
 
 /// An ELF file with a build ID and nothing else.
