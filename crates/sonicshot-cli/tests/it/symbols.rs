@@ -9,7 +9,8 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// The kernel's own types, which its image has in one piece; modules have small ones.
+/// The kernel's own types, which its image has in one piece; modules have small ones, and what is
+/// left of the loader's copy has no end.
 fn btf() -> &'static [u8] {
     const LEAST: usize = 1 << 20;
     let whole = |at: usize| {
@@ -22,7 +23,7 @@ fn btf() -> &'static [u8] {
             .checked_add(24)?;
         ram()
             .get(at..at.checked_add(len)?)
-            .filter(|btf| btf.len() > LEAST)
+            .filter(|btf| btf.len() > LEAST && btf.ends_with(b"\0"))
     };
     let starts = ram().windows(8).enumerate();
     let mut starts = starts.filter(|(_, start)| *start == b"\x9f\xeb\x01\0\x18\0\0\0");
