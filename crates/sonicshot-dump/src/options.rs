@@ -53,7 +53,9 @@ impl DumpOptions {
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Dump, DumpError> {
         let path = path.as_ref();
         let source = Source::open(path, self)?;
+        // What a VMM keeps beside it may tell of a file that it is no compressed dump.
         if !self.is_raw()
+            && !format::is_taken(&source)
             && let Some(spool) = Spool::unpack(path, source.content.file())?
         {
             return self.open_spooled(&spool);

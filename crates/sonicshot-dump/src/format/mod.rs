@@ -87,9 +87,14 @@ fn kind_named(source: &Source<'_>, format: DumpFormat) -> Result<&'static Kind, 
     })
 }
 
+/// Whether a file is of a format, other than RAM.
+pub(crate) fn is_taken(source: &Source<'_>) -> bool {
+    KINDS.iter().any(|kind| kind.takes(source))
+}
+
 /// What the beginning of a file says that it is; `None` if it is raw RAM.
 pub(crate) fn begins_as(source: &Source<'_>) -> bool {
-    foreign::foreign(source).is_some() || KINDS.iter().any(|kind| kind.takes(source))
+    foreign::foreign(source).is_some() || is_taken(source)
 }
 
 /// Refuses a file of a format that is known but not read: for those who are about to say that it

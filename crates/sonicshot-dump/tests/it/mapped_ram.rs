@@ -269,7 +269,7 @@ fn files_that_lie_are_refused() {
     malformed(|file| file.edit = |header| header[3] = u64::MAX - 5);
     malformed(|file| file.edit = |header| header[3] = 1 << 40);
     malformed(|file| file.blocks.remove(0).1.clear());
-    let other = refused(|file| file.machine = "microvm");
+    let other = refused(|file| file.machine = "isapc");
     assert!(matches!(other, DumpError::NoLayout { .. }), "{other}");
     let shared = refused(|file| file.capabilities.push("x-ignore-shared"));
     assert!(matches!(shared, DumpError::Unsupported { .. }), "{shared}");

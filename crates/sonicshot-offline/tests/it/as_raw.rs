@@ -37,7 +37,7 @@ fn memory_that_begins_as_another_format_is_read_by_what_is_in_it() {
         b"QEVM\0\0\0\x03",
         b"KDUMP   ",
         b"LibvirtQemudSave",
-        b"\x1f\x8b",
+        b"\x1f\x8b\x08",
     ] {
         begin(&path, &ram()[..4096]);
         begin(&path, start);
