@@ -2,8 +2,9 @@
 
 use crate::DumpError;
 use crate::layout::LayoutSpec;
-use sonicshot::{FileId, Processors};
+use sonicshot::{FileId, FileStamp, Processors};
 use std::cell::OnceCell;
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File, FileType};
@@ -87,6 +88,8 @@ pub(crate) struct Named<'a> {
 pub(crate) struct Entry {
     pub path: PathBuf,
     pub len: u64,
+    /// Before anything of it was read.
+    stamp: FileStamp,
     /// Its first bytes.
     pub start: Vec<u8>,
     /// Whether it is of a format that says itself what it is.
@@ -146,8 +149,10 @@ impl<'a> Named<'a> {
         files.beside = names.map(ToOwned::to_owned).collect();
         files.folder = self.folder().map(Path::to_owned);
         files.vmm = Some(vmm);
-        if let Some((_, skipped)) = self.entries.get() {
+        if let Some((entries, skipped)) = self.entries.get() {
             files.skipped.clone_from(skipped);
+            let named = |entry: &Entry| Some((entry.path.file_name()?.to_owned(), entry.stamp));
+            files.stamps = entries.iter().filter_map(named).collect();
         }
         files
     }
@@ -169,6 +174,8 @@ pub struct SnapshotFiles {
     vmm: Option<Vmm>,
     /// The names of the VMM's files beside the memory.
     beside: Vec<OsString>,
+    /// What each file of the folder was when it was looked at.
+    pub(crate) stamps: BTreeMap<OsString, FileStamp>,
     /// Whether the VMM has folders in its folder, not only files.
     pub(crate) folders: bool,
     /// The base, where it lies in the folder.
@@ -187,6 +194,7 @@ impl SnapshotFiles {
             folder: None,
             vmm: None,
             beside: Vec::new(),
+            stamps: BTreeMap::new(),
             folders: false,
             skipped: None,
             processors: Processors::Unknown,
@@ -287,6 +295,7 @@ fn entries(
             .map_err(reading())?;
         entries.push(Entry {
             len: metadata.len(),
+            stamp: FileStamp::from(&metadata),
             is_known: is_known(&start, metadata.len()),
             start,
             path,

@@ -2,7 +2,7 @@
 
 use crate::guard::CheckedPlan;
 use crate::output::{
-    self, Output, PREFIX, Replaced, Rights, Target, folder_of, settle, sync_folder,
+    self, Output, PREFIX, Replaced, Rights, Target, check_stamp, folder_of, settle, sync_folder,
 };
 use crate::snapshot::check_is_file;
 use crate::{DumpError, Overwrite, PruneStats, SnapshotFiles};
@@ -11,7 +11,7 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, retry_on_intr};
 use rustix::process::geteuid;
-use sonicshot::{FileOffset, FileRange, Progress};
+use sonicshot::{FileOffset, FileRange, FileStamp, Progress};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
@@ -125,6 +125,7 @@ impl NewFolder {
             source: &source,
             folder: &folder,
             but: Some(memory),
+            stamps: &files.stamps,
         };
         copying.all(&mut tree, input, path)?;
         Ok(Self {
@@ -373,6 +374,8 @@ struct Copying<'a> {
     folder: &'a File,
     /// A file that is left out.
     but: Option<&'a OsStr>,
+    /// What files were when they were looked at: what was found in one must be what is copied.
+    stamps: &'a BTreeMap<OsString, FileStamp>,
 }
 
 impl Copying<'_> {
@@ -382,7 +385,10 @@ impl Copying<'_> {
             let (from, to) = (from.join(name), to.join(name));
             match entry {
                 Entry::File if self.but == Some(name.as_os_str()) => {}
-                Entry::File => copy(self.source, self.folder, name, &from, &to)?,
+                Entry::File => {
+                    let seen = self.stamps.get(name).copied();
+                    copy(self.source, self.folder, (name, seen), &from, &to)?;
+                }
                 Entry::Folder { inside, rights } => {
                     let source =
                         open_inside(self.source, name).map_err(DumpError::io("opening", &from))?;
@@ -397,6 +403,7 @@ impl Copying<'_> {
                         source: &source,
                         folder: &folder,
                         but: None,
+                        stamps: &BTreeMap::new(),
                     };
                     inner.all(inside, &from, &to)?;
                 }
@@ -406,11 +413,12 @@ impl Copying<'_> {
     }
 }
 
-/// Copies a file and its holes. `from` and `to` are for messages.
+/// Copies a file and its holes, if it is what was seen of it and stays so. `from` and `to` are for
+/// messages.
 fn copy(
     source: &File,
     folder: &File,
-    name: &OsStr,
+    (name, seen): (&OsStr, Option<FileStamp>),
     from: &Path,
     to: &Path,
 ) -> Result<(), DumpError> {
@@ -425,7 +433,10 @@ fn copy(
     let writing = || DumpError::io("writing", to);
     let file = output.file();
     file.set_len(metadata.size()).map_err(writing())?;
-    copy_data(&input, file, metadata.size()).map_err(writing())?;
+    let copied = copy_data(&input, file, metadata.size());
+    // One that is cut off meanwhile cannot be copied: that it was is what is wrong.
+    check_stamp(&input, from, seen.unwrap_or(FileStamp::from(&metadata)))?;
+    copied.map_err(writing())?;
     output.finish()?;
     Ok(())
 }

@@ -452,6 +452,33 @@ fn a_folder_appears_whole_or_not_at_all() {
     assert_eq!(names(temporary.path()), ["in", "late", "out"]);
 }
 
+/// What was found in a file must be what is copied: a state that changed tells of another layout.
+#[test]
+fn a_file_of_a_folder_that_changed_since_it_was_looked_at_is_not_copied() {
+    let temporary = TempDir::new().unwrap();
+    let input = firecracker(&temporary.path().join("in"));
+    let state = input.join("vm.state");
+    let whole = fs::read(&state).unwrap();
+    let found = SnapshotFiles::find(&input, None, None).unwrap();
+    let out = temporary.path().join("out");
+    let create = || NewFolder::create(&out, Overwrite::Refuse, &found);
+    let cut = |len: usize| fs::write(&state, &whole[..len]).unwrap();
+    cut(whole.len() / 2);
+    let error = create().unwrap_err();
+    assert!(
+        matches!(&error, DumpError::Changed { path, .. } if *path == state),
+        "{error}"
+    );
+    // Of the same length again, but it was written to.
+    cut(whole.len());
+    let error = create().unwrap_err();
+    assert!(
+        matches!(&error, DumpError::Modified { path } if *path == state),
+        "{error}"
+    );
+    assert_eq!(names(temporary.path()), ["in"]);
+}
+
 /// In place its target would be pruned, which may be another snapshot's memory too.
 #[test]
 fn a_folder_with_a_link_for_its_memory_is_refused_by_copy_and_in_place() {
