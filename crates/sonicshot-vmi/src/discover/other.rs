@@ -2,7 +2,7 @@
 
 use crate::error::VmiError;
 use crate::symbols::search;
-use sonicshot::{Gpa, GuestMemory};
+use sonicshot::{Gpa, GpaRange, GuestMemory};
 
 /// Where the header of an arm64 kernel's image may lie: the image is a multiple of this above the
 /// beginning of memory (`Documentation/arch/arm64/booting.rst`; with KASLR, of 64 KiB).
@@ -46,14 +46,27 @@ fn has_arm64_image(memory: &dyn GuestMemory) -> bool {
             && (4..7).all(|number| word(number) == Some(0))
             && header.get(56..60) == Some(b"ARM\x64")
     };
-    memory.layout().regions().iter().any(|region| {
-        let mut at =
-            Some(region.start().raw()).and_then(|at| at.checked_next_multiple_of(IMAGE_STEP));
-        while let Some(here) = at.filter(|at| *at < region.end().raw()) {
+    // A header is not zero, so it lies in data.
+    let in_data = |data: GpaRange| {
+        let mut at = data.start().raw().checked_next_multiple_of(IMAGE_STEP);
+        while let Some(here) = at.filter(|at| *at < data.end().raw()) {
             if is_one(Gpa::new(here)) {
                 return true;
             }
             at = here.checked_add(IMAGE_STEP);
+        }
+        false
+    };
+    memory.layout().regions().iter().any(|region| {
+        let mut at = region.start();
+        while let Some(data) = memory.next_data(at).filter(|d| d.start() < region.end()) {
+            if in_data(data) {
+                return true;
+            }
+            if data.end() <= at {
+                break;
+            }
+            at = data.end();
         }
         false
     })
