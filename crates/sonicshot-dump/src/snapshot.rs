@@ -104,14 +104,20 @@ impl<'a> Named<'a> {
         layout: Option<&'a LayoutSpec>,
         is_known: fn(&[u8], u64) -> bool,
     ) -> Self {
-        Self {
+        let named = Self {
             path,
             is_folder,
             base,
             layout,
             is_known,
             entries: OnceCell::new(),
+        };
+        if is_folder {
+            // Before anything is read of its files, so that one that changes later is told by its
+            // stamp. A folder that cannot be listed is refused by the first VMM that asks.
+            let _ = named.listed();
         }
+        named
     }
 
     /// As it was given.

@@ -271,7 +271,14 @@ impl Tally {
             let other = || "another file is not as it was".to_owned();
             case.mixture(&end.content).or((!others).then(other))
         } else if done {
-            Some(format!("exit 0 with another output: {}", end.said))
+            let other = |(path, bytes): (&PathBuf, &Vec<u8>)| {
+                (plain.content.get(path) != Some(bytes)).then(|| path.display().to_string())
+            };
+            let others: Vec<_> = end.content.iter().filter_map(other).collect();
+            Some(format!(
+                "exit 0 with another output: {others:?}; said {:?}, expected {:?}",
+                end.said, plain.said
+            ))
         } else if end.content != case.plain.before && end.content != plain.content {
             Some("leaves what is half".into())
         } else {
