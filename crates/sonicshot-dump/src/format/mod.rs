@@ -66,8 +66,11 @@ pub(crate) fn kind_of(source: &Source<'_>) -> Result<Option<&'static Kind>, Dump
         Some(format) if !is_unpacked(source) => return kind_named(source, format).map(Some),
         _ => {}
     }
-    refuse_foreign(source)?;
-    Ok(KINDS.iter().copied().find(|kind| kind.takes(source)))
+    // What a VMM keeps beside a file tells more than how the file begins.
+    match KINDS.iter().copied().find(|kind| kind.takes(source)) {
+        Some(kind) => Ok(Some(kind)),
+        None => refuse_foreign(source).map(|()| None),
+    }
 }
 
 /// Whether the content is what was compressed in the file: that has another format than the file.
