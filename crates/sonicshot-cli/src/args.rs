@@ -157,7 +157,7 @@ pub(crate) struct InspectArgs {
 #[command(group = ArgGroup::new("where").required(true).multiple(true).args(["output", "in_place", "dry_run"]))]
 pub(crate) struct PruneArgs {
     /// Dumps: raw guest RAM, an ELF core, a QEMU migration file or stream, a libvirt save image, a
-    /// Xen save image or migration stream, kdump-compressed; a snapshot folder of Cloud Hypervisor or
+    /// Xen save image or migration stream, kdump-compressed; any of them compressed as a whole; a snapshot folder of Cloud Hypervisor or
     /// crosvm, or one with a Firecracker state and memory file; `-` is standard input
     #[arg(value_name = "FILE|DIR", required = true)]
     pub files: Vec<PathBuf>,

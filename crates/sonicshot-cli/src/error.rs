@@ -332,7 +332,6 @@ fn hint_of(error: &OfflineError) -> Option<&'static str> {
             "give --base, the memory that it is a diff to. Of a full snapshot, a copy without holes \
              (cp --sparse=never)"
         }
-        OfflineError::NoMemory { .. } => OR_RAW,
         OfflineError::NotWhole { .. } => {
             "it may be a Firecracker diff snapshot: give --base, the memory that it is a diff to"
         }

@@ -108,12 +108,6 @@ pub enum OfflineError {
         /// The first page that is missing.
         at: Gpa,
     },
-    /// What is taken for raw memory begins as a file that holds something else.
-    #[error("{} begins as a disk image, an archive or the like, and no kernel shows that it is memory", path.display())]
-    NoMemory {
-        /// The file.
-        path: PathBuf,
-    },
     /// Pages of zeroes cannot be left out of this format.
     #[error("{} is {format}: nobody promises that a page which is left out of it reads as zero", path.display())]
     ZeroesKept {

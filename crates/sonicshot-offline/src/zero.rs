@@ -4,20 +4,8 @@ use crate::analyze::Analyzed;
 use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
 use sonicshot::{Gpa, GuestMemory, PageClass};
-use sonicshot_dump::{Dump, DumpError, DumpFormat, LayoutSpec};
+use sonicshot_dump::{Dump, DumpError, LayoutSpec};
 use sonicshot_vmi::Analysis;
-
-/// How files begin that hold no memory: disk images and archives.
-const FOREIGN: [&[u8]; 8] = [
-    b"QFI\xfb",
-    b"KDMV",
-    b"vhdxfile",
-    b"conectix",
-    b"PK\x03\x04",
-    b"<<< ",
-    b"hsqs",
-    b"%PDF",
-];
 
 impl OfflineError {
     /// Whether there is no kernel, or none that tells anything: what needs none can be done.
@@ -37,9 +25,9 @@ impl Snapshot {
     /// the base; a raw file with holes may be one.
     ///
     /// # Errors
-    /// [`OfflineError::MayBeDiff`] if it may be a diff without its base, [`OfflineError::NoMemory`] if it
-    /// begins as no memory does, [`OfflineError::ZeroesKept`] if nobody knows what a dropped page
-    /// reads as, [`OfflineError::Dump`] if the file is damaged or none that is read.
+    /// [`OfflineError::MayBeDiff`] if it may be a diff without its base,
+    /// [`OfflineError::ZeroesKept`] if nobody knows what a dropped page reads as,
+    /// [`OfflineError::Dump`] if the file is damaged or none that is read.
     pub fn zero_pages(&self) -> Result<Analyzed, OfflineError> {
         let dump = match self.dump(self.files().layout()) {
             // Where a zero lies does not matter.
@@ -51,9 +39,6 @@ impl Snapshot {
             dump => dump?,
         };
         let path = || self.memory_file().to_owned();
-        if self.options().format != Some(DumpFormat::RAW) && is_foreign(&dump) {
-            return Err(OfflineError::NoMemory { path: path() });
-        }
         if self.options().base.is_none()
             && let Some(at) = first_hole(&dump)
         {
@@ -70,17 +55,6 @@ impl Snapshot {
             }),
         }
     }
-}
-
-/// Whether what is taken for raw RAM begins as a file of another kind.
-fn is_foreign(dump: &Dump) -> bool {
-    if dump.layout_spec().is_none() {
-        return false;
-    }
-    let mut start = [0; 8];
-    let first = dump.layout().regions().first();
-    let begins = first.is_some_and(|first| dump.read(first.start(), &mut start).is_ok());
-    !begins || FOREIGN.iter().any(|magic| start.starts_with(magic))
 }
 
 /// The first page that a raw file does not hold; of other formats that is told by them.

@@ -1,8 +1,8 @@
 //! Firecracker's snapshots: a file with the VM's state, and one with guest RAM.
 //!
 //! The memory file is the bytes of guest RAM and nothing else, so where they lie is found as for
-//! any raw file. The state file tells that a folder holds such a pair, and is not read: what is
-//! in it changes with every version. It begins with a number, `0x0710_1984_8664_0000` (arm64:
+//! any raw file. The state file tells that a folder holds such a pair, and nothing of it is
+//! read but the processors (below): what else is in it changes with every version. It begins with a number, `0x0710_1984_8664_0000` (arm64:
 //! `..._AAAA_0000`), whose lowest 16 bits were a version once (up to 1.5); since it is written
 //! by `bitcode` (1.15) a byte stands before it (`src/vmm/src/snapshot/mod.rs`).
 //!

@@ -43,7 +43,7 @@ const MAGICS: [[u8; 4]; 4] = [
 const HEADER: u64 = 12;
 const NAME: usize = 64;
 const PAGE: u64 = 4096;
-/// The states that were seen have some dozens of groups, and some hundreds of tags in one.
+/// No state is known to have more: one has some dozens of groups, and some hundreds of tags in one.
 const MAX_GROUPS: u32 = 4096;
 const MAX_TAGS: usize = 1 << 20;
 const MAX_REGIONS: u64 = 4096;
@@ -118,7 +118,7 @@ fn layout_of(path: &Path, data: FileBytes<'_>, len: u64) -> Result<LayoutSpec, D
         return Ok(LayoutSpec::Flat);
     }
     if count > MAX_REGIONS {
-        return Err(bad("the number of the memory's regions", 0, count));
+        return Err(bad("too many regions of memory", 0, count));
     }
     let mut regions = Vec::new();
     for number in 0..count {
@@ -129,7 +129,7 @@ fn layout_of(path: &Path, data: FileBytes<'_>, len: u64) -> Result<LayoutSpec, D
         };
         let (guest, file, size) = (tag("regionPPN")?, tag("regionPageNum")?, tag("regionSize")?);
         let range = GpaRange::with_len(Gpa::new(guest), size).filter(|range| !range.is_empty());
-        let range = range.ok_or_else(|| bad("the length of a region of the memory", 0, size))?;
+        let range = range.ok_or_else(|| bad("an impossible length of a region", 0, size))?;
         regions.push((file, range));
     }
     regions.sort_unstable();
@@ -137,7 +137,7 @@ fn layout_of(path: &Path, data: FileBytes<'_>, len: u64) -> Result<LayoutSpec, D
     let mut at = 0_u64;
     for (file, range) in &regions {
         if *file != at {
-            return Err(bad("the place of a region in the memory's file", at, *file));
+            return Err(bad("a region that is not behind the one before it", at, *file));
         }
         at = at
             .checked_add(range.len())
@@ -206,13 +206,13 @@ fn memory_tags(
         let value = cursor.take(len).map_err(cut)?;
         let known = KNOWN.into_iter().find(|known| known.as_bytes() == name);
         if let Some(known) = known {
-            let value = number(value).ok_or_else(|| bad("the length of a tag", at, len))?;
+            let value = number(value).ok_or_else(|| bad("an impossible length of a tag", at, len))?;
             let number = indices.first().copied().unwrap_or(0);
             tags.insert((known, number.into()), value);
         }
     }
     Err(bad(
-        "the number of tags",
+        "too many tags",
         cursor.position(),
         MAX_TAGS as u64,
     ))
@@ -241,7 +241,7 @@ fn group_named(path: &Path, data: FileBytes<'_>, wanted: &[u8]) -> Result<u64, D
     let mut header = Cursor::at(data, 8);
     let groups = header.le::<u32>().map_err(cut)?;
     if groups > MAX_GROUPS {
-        return Err(bad("the number of groups", 8, groups.into()));
+        return Err(bad("too many groups", 8, groups.into()));
     }
     let mut cursor = Cursor::at(data, HEADER);
     for _ in 0..groups {

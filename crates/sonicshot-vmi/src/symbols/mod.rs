@@ -146,7 +146,7 @@ pub enum SymbolError {
         path: PathBuf,
     },
     /// A folder has more files than are looked at.
-    #[error("{} has more than {most} files: none of symbols does", path.display())]
+    #[error("{} has more than {most} files, and no folder of symbol files does", path.display())]
     Folder {
         /// The folder.
         path: PathBuf,
