@@ -98,7 +98,11 @@ impl Image {
         header.skip(12).map_err(&cut)?; // the backing file
         let cluster_bits = header.be::<u32>().map_err(&cut)?;
         if !CLUSTER_BITS.contains(&cluster_bits) {
-            return Err(bad("an impossible size of a cluster", 20, cluster_bits.into()));
+            return Err(bad(
+                "an impossible size of a cluster",
+                20,
+                cluster_bits.into(),
+            ));
         }
         let disk_len = header.be::<u64>().map_err(&cut)?;
         if header.be::<u32>().map_err(&cut)? != 0 {
@@ -107,7 +111,11 @@ impl Image {
         header.seek(60);
         let snapshots = header.be::<u32>().map_err(&cut)?;
         if snapshots > MAX_SNAPSHOTS {
-            return Err(bad("an impossible number of snapshots", 60, snapshots.into()));
+            return Err(bad(
+                "an impossible number of snapshots",
+                60,
+                snapshots.into(),
+            ));
         }
         let snapshots_at = header.be::<u64>().map_err(&cut)?;
         let mut image = Self {
@@ -132,7 +140,9 @@ impl Image {
                 image.zstd = match header.be::<u8>().map_err(&cut)? {
                     0 => false,
                     1 => true,
-                    other => return Err(bad("an unknown compression of clusters", 104, other.into())),
+                    other => {
+                        return Err(bad("an unknown compression of clusters", 104, other.into()));
+                    }
                 };
             }
         }
@@ -202,11 +212,15 @@ impl Image {
         }
         let rest = begin.checked_add(ENTRY.saturating_add(extra.into()));
         let rest = rest.and_then(|rest| rest.checked_add(id_len.into()));
-        cursor.seek(rest.ok_or_else(|| bad("an impossible length of a snapshot's entry", extra.into()))?);
+        cursor.seek(
+            rest.ok_or_else(|| bad("an impossible length of a snapshot's entry", extra.into()))?,
+        );
         let name = cursor.take(name_len.into()).map_err(&cut)?;
         let name = name.copied().unwrap_or_default();
         let end = cursor.position().checked_next_multiple_of(8);
-        cursor.seek(end.ok_or_else(|| bad("an impossible length of a snapshot's entry", extra.into()))?);
+        cursor.seek(
+            end.ok_or_else(|| bad("an impossible length of a snapshot's entry", extra.into()))?,
+        );
         Ok(Entry {
             l1_offset,
             l1_len,
@@ -392,7 +406,8 @@ impl<'a> State<'a> {
             .checked_add(1)
             .and_then(|sectors| sectors.checked_mul(SECTOR))
             .and_then(|len| len.checked_sub(place % SECTOR));
-        let stored = stored.ok_or_else(|| damaged("a compressed cluster beyond the end of the file"))?;
+        let stored =
+            stored.ok_or_else(|| damaged("a compressed cluster beyond the end of the file"))?;
         // Of the last sector not all need be there.
         let there = (self.data.len() as u64).saturating_sub(place);
         let stored = self.bytes(place, stored.min(there))?;

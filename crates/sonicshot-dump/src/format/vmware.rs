@@ -137,7 +137,11 @@ fn layout_of(path: &Path, data: FileBytes<'_>, len: u64) -> Result<LayoutSpec, D
     let mut at = 0_u64;
     for (file, range) in &regions {
         if *file != at {
-            return Err(bad("a region that is not behind the one before it", at, *file));
+            return Err(bad(
+                "a region that is not behind the one before it",
+                at,
+                *file,
+            ));
         }
         at = at
             .checked_add(range.len())
@@ -206,16 +210,13 @@ fn memory_tags(
         let value = cursor.take(len).map_err(cut)?;
         let known = KNOWN.into_iter().find(|known| known.as_bytes() == name);
         if let Some(known) = known {
-            let value = number(value).ok_or_else(|| bad("an impossible length of a tag", at, len))?;
+            let value =
+                number(value).ok_or_else(|| bad("an impossible length of a tag", at, len))?;
             let number = indices.first().copied().unwrap_or(0);
             tags.insert((known, number.into()), value);
         }
     }
-    Err(bad(
-        "too many tags",
-        cursor.position(),
-        MAX_TAGS as u64,
-    ))
+    Err(bad("too many tags", cursor.position(), MAX_TAGS as u64))
 }
 
 /// A little-endian number of four or eight bytes.
