@@ -7,7 +7,7 @@ mod gather;
 mod options;
 
 use crate::analysis::{Analysis, AnalysisOptions, GuestFacts, Parts};
-use crate::arch::{self, Owner};
+use crate::arch::{self, Owner, Trace};
 use crate::deadline::Deadline;
 use crate::discover::{self, Found, Tried};
 use crate::error::VmiError;
@@ -162,30 +162,68 @@ impl<'m> LinuxGuest<'m> {
         if options.at_most.is_some_and(|most| most > Knowledge::Types) {
             return Ok(None);
         }
-        let mut kernels = Self::of_files(memory, options, given)?;
+        let by_symbols::Files {
+            mut kernels,
+            broken: mut why_not,
+        } = Self::of_files(memory, options, given)?;
         // Those that a processor runs on first.
         kernels.sort_by_key(|(_, tables)| !told.may_run_on(memory, tables));
         let mut standing = Vec::new();
-        let mut why_not = None;
-        for (guest, _) in kernels {
+        for (guest, tables) in kernels {
             match guest.tried(told, false) {
-                Ok(mut tried) => {
-                    let is_told = told.are_known() || !tried.value.doubt_without_vmcoreinfo();
-                    if tried.proven && is_told {
-                        return Ok(Some(tried.value));
+                Ok(tried) if told.are_known() && tried.proven => return Ok(Some(tried.value)),
+                tried if told.are_known() => {
+                    // Of one on which no processor runs it does not matter what it says.
+                    if told.may_run_on(memory, &tables) {
+                        standing.push(tried?.value);
                     }
-                    standing.push(tried.value);
+                }
+                Ok(Tried {
+                    value: mut guest, ..
+                }) => {
+                    if guest.traces.is_none() {
+                        guest.traces = Some(owner::look(&guest.kernel, true)?);
+                    }
+                    guest.doubt_without_vmcoreinfo();
+                    standing.push(guest);
                 }
                 Err(error) => {
                     why_not.get_or_insert(error);
                 }
             }
         }
-        match (standing.is_empty(), why_not) {
-            (false, _) => Self::decide(standing).map(Some),
-            (true, Some(error)) => Err(error),
-            (true, None) => Ok(None),
+        if told.are_known() {
+            // If no processor runs on one of them, what is told by shape may be another's.
+            let standing = Some(standing).filter(|standing| !standing.is_empty());
+            return standing.map(Self::decide).transpose();
         }
+        Self::alone(standing, why_not)
+    }
+
+    /// Of kernels of one build, of which nothing tells the processors, the one beside which all others
+    /// say themselves that they are gone. One that cannot be followed may be one that starts.
+    fn alone(standing: Vec<Self>, why_not: Option<VmiError>) -> Result<Option<Self>, VmiError> {
+        let (gone, mut left): (Vec<_>, Vec<_>) =
+            standing.into_iter().partition(Self::says_it_is_gone);
+        let unread = why_not.iter();
+        let unread = unread.map(|error| format!("one that cannot be read ({error})"));
+        let mut names = left.iter().map(Self::name).chain(unread);
+        if let (Some(first), Some(second)) = (names.next(), names.next()) {
+            return Err(VmiError::Undecided { first, second });
+        }
+        drop(names);
+        match (left.pop(), why_not) {
+            (Some(one), _) => Ok(Some(one)),
+            (None, Some(error)) => Err(error),
+            // Its traces say what became of it.
+            (None, None) => Ok(gone.into_iter().next()),
+        }
+    }
+
+    /// Whether its own records say that it is gone: it restarts, has died, or has started another.
+    fn says_it_is_gone(&self) -> bool {
+        let traces = self.traces.as_ref().map(|owner| owner.traces.as_slice());
+        traces.unwrap_or_default().iter().any(Trace::is_of_an_end)
     }
 
     /// The kernel that alone stands by the shape of its records.
@@ -223,7 +261,7 @@ impl<'m> LinuxGuest<'m> {
     /// Of a kernel that makes a VMCOREINFO, and of which none was found, nothing tells that it is not
     /// gone. Returns whether it is such.
     fn doubt_without_vmcoreinfo(&mut self) -> bool {
-        let is_gone = symbols::writes_vmcoreinfo(&self.kernel.space, self.image);
+        let is_gone = symbols::may_write_vmcoreinfo(&self.kernel.space, self.image);
         if is_gone && let Some(owner) = &mut self.traces {
             let why = "its VMCOREINFO is gone, so the kernel may be gone, too";
             owner.untold.get_or_insert_with(|| why.into());
@@ -485,5 +523,47 @@ impl GuestOs for LinuxGuest<'_> {
 
     fn evidence_of_places(&self, ranges: &[GpaRange]) -> Result<Vec<PlaceEvidence>, VmiError> {
         LinuxGuest::evidence_of_places(self, ranges)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::LinuxGuest;
+    use crate::owner::processors::Owners;
+    use crate::owner::traces::tests::{forged, ram, variable, word};
+    use crate::{GuestOptions, VmiError};
+    use sonicshot::{Gpa, GuestBytes, MappedRegions};
+
+    #[test]
+    fn of_several_kernels_of_a_build_one_stands_only_if_all_others_say_that_they_are_gone() {
+        let restarts = forged(&[(variable("system_state"), word(5))]);
+        let boots = forged(&[(variable("system_state"), word(0))]);
+        let memory = |ram| MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]);
+        let [runs, restarts, boots] = [ram(), &restarts, &boots].map(|ram| memory(ram).unwrap());
+        let guest = |memory| {
+            let guest = LinuxGuest::open(memory, &GuestOptions::new()).unwrap();
+            guest
+                .tried(&Owners::new(memory, None), false)
+                .unwrap()
+                .value
+        };
+        let broken = || VmiError::NoKernel {
+            tried: "a test".into(),
+        };
+        let alone = LinuxGuest::alone(vec![guest(&restarts), guest(&runs), guest(&restarts)], None);
+        assert!(!alone.unwrap().unwrap().says_it_is_gone());
+        for (standing, why_not) in [
+            (vec![guest(&runs), guest(&boots)], None),
+            (vec![guest(&runs), guest(&runs)], None),
+            (vec![guest(&restarts), guest(&runs)], Some(broken())),
+        ] {
+            let error = LinuxGuest::alone(standing, why_not).unwrap_err();
+            assert!(matches!(error, VmiError::Undecided { .. }), "{error}");
+        }
+        // Alone, a kernel that is gone says so itself, later.
+        let gone = LinuxGuest::alone(vec![guest(&restarts)], None).unwrap();
+        assert!(gone.unwrap().says_it_is_gone());
+        assert!(LinuxGuest::alone(vec![guest(&restarts)], Some(broken())).is_err());
+        assert!(LinuxGuest::alone(vec![], None).unwrap().is_none());
     }
 }

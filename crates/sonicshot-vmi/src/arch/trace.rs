@@ -74,6 +74,19 @@ pub enum Trace {
     },
 }
 
+impl Trace {
+    /// Whether it is the kernel itself that says that it ended, in what no process of it can write.
+    pub(crate) fn is_of_an_end(&self) -> bool {
+        match self {
+            Self::Kexec { .. } | Self::Panic { .. } => true,
+            Self::State { name, .. } => name.is_some_and(|name| {
+                ["SYSTEM_HALT", "SYSTEM_POWER_OFF", "SYSTEM_RESTART"].contains(&name)
+            }),
+            _ => false,
+        }
+    }
+}
+
 impl fmt::Display for Trace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -11,6 +11,8 @@ const IMAGE_STEP: u64 = 64 << 10;
 const LEAST_IMAGE: u64 = 1 << 20;
 /// No banner is longer.
 const MAX_BANNER: usize = 256;
+/// So many that may be one are looked at.
+const MAX_BANNERS: u32 = 1 << 16;
 
 /// The error `why` no kernel is found, or one that says more of what is there.
 pub(crate) fn say_more(memory: &dyn GuestMemory, why: VmiError) -> VmiError {
@@ -76,14 +78,16 @@ fn has_arm64_image(memory: &dyn GuestMemory) -> bool {
 fn banner(memory: &dyn GuestMemory) -> Option<String> {
     const START: &[u8] = b"Linux version ";
     let mut found = None;
+    let mut looked = 0_u32;
     search(memory, START, &mut |at| {
+        looked = looked.saturating_add(1);
         let mut text = vec![0; MAX_BANNER];
         // At the end of memory there is less.
         while memory.read(at, &mut text).is_err() && text.len() > START.len() {
             text.truncate(text.len() / 2);
         }
         found = banner_in(&text, START);
-        found.is_none()
+        found.is_none() && looked < MAX_BANNERS
     });
     found
 }
@@ -98,7 +102,7 @@ fn banner_in(text: &[u8], start: &[u8]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{MAX_BANNER, say_more};
+    use super::{MAX_BANNER, MAX_BANNERS, say_more};
     use crate::error::VmiError;
     use sonicshot::{Gpa, GuestBytes, MappedRegions};
 
@@ -145,5 +149,19 @@ mod tests {
         assert!(error.to_string().starts_with("an arm64 guest"), "{error}");
         ram[0x20_0000 + 32] = 1;
         assert!(matches!(said(&ram), VmiError::BannerAlone { .. }));
+    }
+
+    #[test]
+    fn so_many_banners_are_looked_at() {
+        for (before, is_found) in [(MAX_BANNERS - 1, true), (MAX_BANNERS, false)] {
+            let mut ram = b"Linux version ".repeat(usize::try_from(before).unwrap());
+            ram.resize(ram.len().next_multiple_of(4096), 0);
+            let mut page =
+                b"Linux version 6.1.0 (somebody@somewhere) (gcc) #1 SMP 2026\n\0".to_vec();
+            page.resize(4096, 0);
+            ram.extend(page);
+            let is_said = matches!(said(&ram), VmiError::BannerAlone { .. });
+            assert_eq!(is_said, is_found, "{before}");
+        }
     }
 }

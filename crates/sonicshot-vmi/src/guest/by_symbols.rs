@@ -6,6 +6,7 @@
 
 use super::{GuestOptions, LinuxGuest};
 use crate::arch::{self, Arch, KernelShape, Tables};
+use crate::deadline::Deadline;
 use crate::discover;
 use crate::error::VmiError;
 use crate::kernel::{Build, Kernel};
@@ -19,12 +20,24 @@ use std::sync::{Arc, OnceLock};
 
 /// So many build IDs are there at most: each program and library has one.
 const MAX_IDS: usize = 1 << 16;
+/// So many places that may be a build ID's are looked at: memory may be full of them.
+const MAX_NOTES_SEEN: u32 = 1 << 20;
 /// So many places are tried as the kernel's.
 const MAX_PLACES: usize = 1 << 12;
+/// So many kernels are held against each other; what several reboots leave is less.
+const MAX_IMAGES: usize = 16;
 /// What a note with a build ID has before it: its type, and whose it is.
 const GNU: &[u8] = b"\x03\0\0\0GNU\0";
 /// The lengths of name and content before that.
 const NOTE_HEAD: u64 = 8;
+
+/// What symbol files tell of.
+#[derive(Default)]
+pub(super) struct Files<'m> {
+    pub kernels: Vec<(LinuxGuest<'m>, Tables)>,
+    /// The first kernel's that is there and cannot be read: why.
+    pub broken: Option<VmiError>,
+}
 
 impl<'m> LinuxGuest<'m> {
     /// The kernels of which there are symbol files that tell types.
@@ -32,26 +45,44 @@ impl<'m> LinuxGuest<'m> {
         memory: &'m dyn GuestMemory,
         options: &GuestOptions,
         given: &Given,
-    ) -> Result<Vec<(Self, Tables)>, VmiError> {
+    ) -> Result<Files<'m>, VmiError> {
         let Some((arch, shape)) = arch::shaped() else {
-            return Ok(Vec::new());
+            return Ok(Files::default());
         };
         if given.is_empty() || memory.p2m().is_some() {
-            return Ok(Vec::new());
+            return Ok(Files::default());
         }
         let ids = if given.has_folders() {
             build_ids(memory)
         } else {
             HashSet::new()
         };
-        let mut found = Vec::new();
+        let deadline = Deadline::new();
+        let (mut found, mut seen) = (Files::default(), Seen::default());
         for set in given.sets(&|id| ids.contains(id))? {
-            let Some(anchor) = Anchor::new(&set)? else {
+            check_one_build(&set)?;
+            let Some(anchor) = Anchor::new(&set, shape)? else {
                 continue;
             };
-            for image in anchor.images(memory, arch, shape) {
-                if let Some(guest) = Self::of_image(image, &set, (arch, shape), options, given)? {
-                    found.push(guest);
+            for place in anchor.places(memory, arch.image().align) {
+                deadline.check(
+                    "places of a kernel's build ID",
+                    seen.0.len() as u64,
+                    MAX_PLACES as u64,
+                )?;
+                let Some(image) = anchor.image(memory, place, (arch, shape)) else {
+                    continue;
+                };
+                // Its notes may hold the ID more than once.
+                if !seen.is_new(image.at, image.tables.root)? {
+                    continue;
+                }
+                match Self::of_image(image, &set, (arch, shape), options, given) {
+                    Ok(guest) => found.kernels.extend(guest),
+                    // One that is gone, and written over in part, says nothing of the others.
+                    Err(error) => {
+                        found.broken.get_or_insert(error);
+                    }
                 }
             }
         }
@@ -68,6 +99,7 @@ impl<'m> LinuxGuest<'m> {
     ) -> Result<Option<(Self, Tables)>, VmiError> {
         let range = discover::image_range(arch, &image.space, image.start);
         let banner = image.space.read_str(image.banner, 512).ok();
+        check_banner(set, banner.as_deref())?;
         let release = banner.as_deref().and_then(|banner| {
             let rest = banner.strip_prefix("Linux version ")?;
             rest.split(' ').next()
@@ -134,9 +166,10 @@ struct Image<'m> {
 
 impl Anchor {
     /// By the build ID, or where the files do not tell it, by the banner; `None` if they tell
-    /// neither, or not where it is.
-    fn new(set: &[Arc<dyn SymbolSource>]) -> Result<Option<Self>, VmiError> {
-        let linked = |name: &str| linked(set, name);
+    /// neither, or not where it is in an image.
+    fn new(set: &[Arc<dyn SymbolSource>], shape: &KernelShape) -> Result<Option<Self>, VmiError> {
+        let in_image = |at: &u64| (shape.image.raw()..shape.image_end.raw()).contains(at);
+        let linked = |name: &str| Ok::<_, VmiError>(linked(set, name)?.filter(in_image));
         let (Some(stext), Some(table), Some(banner)) = (
             linked("_stext")?,
             linked("init_top_pgt")?,
@@ -162,18 +195,6 @@ impl Anchor {
         }
         let text = set.iter().find_map(|source| source.banner());
         Ok(text.map(|text| anchor("the banner", text.trim().into(), banner, 1)))
-    }
-
-    /// The images in `memory` that have it in its place.
-    fn images<'m>(
-        &self,
-        memory: &'m dyn GuestMemory,
-        arch: &dyn Arch,
-        shape: &KernelShape,
-    ) -> Vec<Image<'m>> {
-        let places = self.places(memory, arch.image().align);
-        let image = |(at, behind): (Gpa, u64)| self.image(memory, (at, behind), (arch, shape));
-        places.into_iter().filter_map(image).collect()
     }
 
     /// Where it may be in its place, and how far behind where the symbols have it. The image is moved
@@ -236,6 +257,80 @@ impl Anchor {
     }
 }
 
+fn wrong(source: &dyn SymbolSource, file: String, guest: String) -> VmiError {
+    VmiError::WrongKernel {
+        origin: source.origin().to_owned(),
+        file,
+        guest,
+    }
+}
+
+/// The images that were looked at, and their top-level page tables.
+#[derive(Default)]
+struct Seen(HashSet<(Gpa, Gpa)>);
+
+impl Seen {
+    /// Whether this one was not; refuses more than there can be.
+    fn is_new(&mut self, image: Gpa, root: Gpa) -> Result<bool, VmiError> {
+        let is_new = self.0.insert((image, root));
+        if self.0.len() > MAX_IMAGES {
+            return Err(VmiError::TooMany {
+                what: "kernels of the symbol files' builds are in memory",
+                found: self.0.len() as u64,
+                most: MAX_IMAGES as u64,
+            });
+        }
+        Ok(is_new)
+    }
+}
+
+/// Refuses files of which one is of another build than another.
+fn check_one_build(set: &[Arc<dyn SymbolSource>]) -> Result<(), VmiError> {
+    let mut banner: Option<&str> = None;
+    let mut id: Option<&[u8]> = None;
+    for source in set {
+        match (source.banner().map(str::trim), banner) {
+            (Some(file), Some(other)) if file != other => {
+                return Err(wrong(source.as_ref(), file.into(), format!("`{other}`")));
+            }
+            (file, _) => banner = banner.or(file),
+        }
+        match (source.build_id(), id) {
+            (Some(file), Some(other)) if file != other => {
+                let named = |id: &[u8]| format!("build ID {}", symbols::hex(id));
+                return Err(wrong(source.as_ref(), named(file), named(other)));
+            }
+            (file, _) => id = id.or(file),
+        }
+    }
+    for name in ["_stext", "init_top_pgt", "init_uts_ns", "linux_banner"] {
+        let mut first: Option<KernelVa> = None;
+        let linked = |source: &&Arc<dyn SymbolSource>| source.base() == SymbolBase::Linked;
+        for source in set.iter().filter(linked) {
+            match (source.symbol(name)?, first) {
+                (Some(file), Some(other)) if file != other => {
+                    let named = |at: KernelVa| format!("a kernel with {name} at {at}");
+                    return Err(wrong(source.as_ref(), named(file), named(other)));
+                }
+                (file, _) => first = first.or(file),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses files of another build than the kernel whose banner is in memory.
+fn check_banner(set: &[Arc<dyn SymbolSource>], banner: Option<&str>) -> Result<(), VmiError> {
+    let banner = banner.map(str::trim).unwrap_or_default();
+    for source in set {
+        let file = source.banner().map(str::trim);
+        if let Some(file) = file.filter(|file| *file != banner) {
+            return Err(wrong(source.as_ref(), file.into(), format!("`{banner}`")));
+        }
+    }
+    Ok(())
+}
+
 /// Where `name` is as linked, by the first file that knows it.
 fn linked(sources: &[Arc<dyn SymbolSource>], name: &str) -> Result<Option<u64>, VmiError> {
     for source in sources {
@@ -251,9 +346,11 @@ fn linked(sources: &[Arc<dyn SymbolSource>], name: &str) -> Result<Option<u64>, 
 /// The build IDs of all that is in memory: of kernels, programs and libraries.
 fn build_ids(memory: &dyn GuestMemory) -> HashSet<Vec<u8>> {
     let mut ids = HashSet::new();
+    let mut seen = 0_u32;
     search(memory, GNU, &mut |at| {
         ids.extend(build_id_at(memory, at));
-        ids.len() < MAX_IDS
+        seen = seen.saturating_add(1);
+        ids.len() < MAX_IDS && seen < MAX_NOTES_SEEN
     });
     ids
 }
@@ -274,7 +371,8 @@ fn build_id_at(memory: &dyn GuestMemory, at: Gpa) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Anchor, GNU, MAX_IDS, MAX_PLACES, build_ids};
+    use super::{Anchor, GNU, MAX_IDS, MAX_IMAGES, MAX_NOTES_SEEN, MAX_PLACES, Seen, build_ids};
+    use crate::VmiError;
     use crate::symbols::MAX_BUILD_ID;
     use sonicshot::{Gpa, GuestBytes, MappedRegions};
 
@@ -300,6 +398,31 @@ mod tests {
         let mut ram: Vec<u8> = ids.flat_map(|id| note(&id)).collect();
         ram.resize(ram.len().next_multiple_of(1 << 12), 0);
         assert_eq!(build_ids(&memory(&ram)).len(), MAX_IDS);
+    }
+
+    #[test]
+    fn so_many_notes_are_looked_at() {
+        for (before, is_found) in [
+            (10, true),
+            (MAX_NOTES_SEEN - 1, true),
+            (MAX_NOTES_SEEN, false),
+        ] {
+            let mut ram = GNU.repeat(usize::try_from(before).unwrap());
+            ram.extend(note(&[7; 20]));
+            ram.resize(ram.len().next_multiple_of(1 << 12), 0);
+            assert_eq!(!build_ids(&memory(&ram)).is_empty(), is_found, "{before}");
+        }
+    }
+
+    #[test]
+    fn so_many_kernels_are_held_against_each_other() {
+        let mut seen = Seen::default();
+        for image in 0..MAX_IMAGES as u64 {
+            assert!(seen.is_new(Gpa::new(image), Gpa::ZERO).unwrap());
+            assert!(!seen.is_new(Gpa::new(image), Gpa::ZERO).unwrap());
+        }
+        let error = seen.is_new(Gpa::ZERO, Gpa::new(1)).unwrap_err();
+        assert!(matches!(error, VmiError::TooMany { .. }), "{error}");
     }
 
     #[test]

@@ -116,6 +116,11 @@ impl LinuxGuest<'_> {
                     ..owned
                 })
             }
+            // The note that says so is the kernel's VMCOREINFO: one that was found without it may be
+            // any.
+            Ok(Verdict::Crashed) if self.kernel.vmcoreinfo.is_none() => {
+                self.look_for_later_owner(on)
+            }
             Ok(Verdict::Crashed) => Ok(Owned::noted(Note::CrashDump)),
             Err(VmiError::NotOwner { kernel, processor })
                 if on == OnInconsistency::KeepInQuestion =>

@@ -114,11 +114,6 @@ impl<'m> LinuxGuest<'m> {
                 .unwrap_or_else(|| self.kernel.build.release.clone())
         };
         let info = self.kernel.vmcoreinfo.as_ref();
-        let hex = |id: &[u8]| {
-            id.iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect::<String>()
-        };
         for source in self.kernel.sources().iter().take(files) {
             let wrong = |file: String, guest: String| VmiError::WrongKernel {
                 origin: source.origin().to_owned(),
@@ -134,8 +129,8 @@ impl<'m> LinuxGuest<'m> {
                     .banner()
                     .map_or_else(String::new, |b| format!("{} ", b.trim()));
                 return Err(wrong(
-                    format!("{name}(build-id {})", hex(file)),
-                    format!("{} (build-id {})", guest_name(), hex(guest)),
+                    format!("{name}(build-id {})", symbols::hex(file)),
+                    format!("{} (build-id {})", guest_name(), symbols::hex(guest)),
                 ));
             }
             if let (Some(file), Some(guest)) = (source.banner(), &self.banner)

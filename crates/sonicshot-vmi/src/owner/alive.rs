@@ -8,7 +8,7 @@
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::mm::cpus::{in_mask, possible_cpus};
-use crate::symbols::{SymbolBase, Vmcoreinfo};
+use crate::symbols::Vmcoreinfo;
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use sonicshot::MemoryError;
 
@@ -85,23 +85,9 @@ fn lines(text: &str) -> impl Iterator<Item = &str> {
         .filter(|line| !line.is_empty() && !line.starts_with("CRASHTIME="))
 }
 
-/// The address of a per-CPU symbol before any displacement: a file's would need to be told apart
-/// from other addresses, which KASLR moves.
-fn per_cpu_symbol(kernel: &Kernel<'_>, name: &str) -> Result<Option<KernelVa>, VmiError> {
-    for source in kernel.sources() {
-        if source.base() == SymbolBase::Running
-            && !source.is_vmcoreinfo()
-            && let Some(at) = source.symbol(name)?
-        {
-            return Ok(Some(at));
-        }
-    }
-    Ok(None)
-}
-
 /// The first address of each processor's area that is known, with its displacement.
 pub(crate) fn per_cpu_areas(kernel: &Kernel<'_>) -> Result<Vec<KernelVa>, VmiError> {
-    let Some(symbol) = per_cpu_symbol(kernel, "this_cpu_off")? else {
+    let Some(symbol) = kernel.symbol_from_table("this_cpu_off")? else {
         return Ok(Vec::new());
     };
     Ok(cpus(kernel)?
@@ -141,14 +127,14 @@ fn own_area(kernel: &Kernel<'_>, cpu: Cpu) -> Result<(), VmiError> {
             cpu.number
         ))
     };
-    if let Some(symbol) = per_cpu_symbol(kernel, "this_cpu_off")? {
+    if let Some(symbol) = kernel.symbol_from_table("this_cpu_off")? {
         let value = kernel.read_u64("this_cpu_off", symbol.wrapping_add(cpu.offset))?;
         if value != cpu.offset {
             return Err(wrong("this_cpu_off", value));
         }
     }
     // From 6.2 to 6.14 a member of `pcpu_hot`.
-    let number = match per_cpu_symbol(kernel, "cpu_number")? {
+    let number = match kernel.symbol_from_table("cpu_number")? {
         Some(symbol) => Some(symbol),
         None => hot(kernel, "cpu_number")?,
     };
@@ -162,7 +148,7 @@ fn own_area(kernel: &Kernel<'_>, cpu: Cpu) -> Result<(), VmiError> {
 }
 
 fn hot(kernel: &Kernel<'_>, member: &str) -> Result<Option<KernelVa>, VmiError> {
-    let symbol = per_cpu_symbol(kernel, "pcpu_hot")?;
+    let symbol = kernel.symbol_from_table("pcpu_hot")?;
     let member = kernel.member("pcpu_hot", member)?;
     Ok(symbol
         .zip(member)
@@ -174,7 +160,7 @@ fn hot(kernel: &Kernel<'_>, member: &str) -> Result<Option<KernelVa>, VmiError> 
 fn own_task(kernel: &Kernel<'_>, cpu: Cpu) -> Result<(), VmiError> {
     let current = match hot(kernel, "current_task")? {
         Some(symbol) => Some(symbol),
-        None => per_cpu_symbol(kernel, "current_task")?,
+        None => kernel.symbol_from_table("current_task")?,
     };
     let Some(current) = current else {
         return Ok(());

@@ -4,6 +4,7 @@
 
 mod shape;
 
+use crate::deadline::Deadline;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::{KernelVa, VirtualMemory};
@@ -37,6 +38,8 @@ struct Ring<'k, 'm> {
     head: u64,
     tail: u64,
     places: Places,
+    /// The guest says how many lines there are.
+    deadline: Deadline,
 }
 
 /// Where the words of a line are.
@@ -134,6 +137,7 @@ impl<'k, 'm> Ring<'k, 'm> {
             head,
             tail,
             places: Places::of(kernel)?,
+            deadline: Deadline::new(),
         })
     }
 
@@ -144,8 +148,15 @@ impl<'k, 'm> Ring<'k, 'm> {
 
     /// The same, with each line's identifier.
     fn lines_by_id(&self, each: &mut dyn FnMut(u64, Line) -> bool) -> Result<(), VmiError> {
+        /// So many are looked at between two looks at the clock.
+        const STEP: u64 = 1 << 10;
         let mut id = self.tail;
-        for _ in 0..1_u64.checked_shl(self.count_bits).unwrap_or(0) {
+        let count = 1_u64.checked_shl(self.count_bits).unwrap_or(0);
+        for number in 0..count {
+            if number.is_multiple_of(STEP) {
+                self.deadline
+                    .check("lines of the kernel's log", number, count)?;
+            }
             let goes_on = self.line(id)?.is_none_or(|line| each(id, line));
             if id == self.head || !goes_on {
                 break;

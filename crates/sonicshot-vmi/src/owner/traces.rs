@@ -171,15 +171,19 @@ fn state(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     })
 }
 
-/// What a kernel says last (`kernel/reboot.c`, `kernel/kexec_core.c`): it has stopped all else by then.
+/// What a kernel says last (`kernel/reboot.c`, `kernel/kexec_core.c`, `kernel/panic.c`,
+/// `drivers/tty/sysrq.c`): it has stopped all else by then.
 fn log_end(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
-    const LAST: [&str; 6] = [
+    const LAST: [&str; 9] = [
         "reboot: Restarting system",
         "reboot: machine restart",
         "reboot: Power down",
         "reboot: System halted",
         "kexec_core: Starting new kernel",
         "kexec: Starting new kernel",
+        "Kernel panic - not syncing",
+        "---[ end Kernel panic",
+        "sysrq: Resetting",
     ];
     let mut traces = Vec::new();
     log::lines(kernel, &mut |line| {

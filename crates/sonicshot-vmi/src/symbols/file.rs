@@ -375,7 +375,7 @@ fn sorted<T>(map: &HashMap<String, T>) -> Vec<(&str, &T)> {
     all
 }
 
-fn hex(id: &[u8]) -> String {
+pub(crate) fn hex(id: &[u8]) -> String {
     id.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

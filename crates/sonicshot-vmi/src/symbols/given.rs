@@ -4,12 +4,13 @@ use super::elf::build_id_in;
 use super::file::build_id_of;
 use super::{SymbolError, SymbolSource, open_symbol_file};
 use std::cell::OnceCell;
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// A fleet has some tens of builds; a folder with more files than this is none of symbols.
+/// A fleet has some tens of builds; a folder with more files than this is no folder of symbols.
 const MAX_FILES: usize = 1 << 12;
 /// As much of a file's beginning as it takes to tell what it is.
 const START: u64 = 4096;
@@ -77,13 +78,22 @@ impl Given {
         if !self.files.is_empty() {
             sets.push(self.files());
         }
+        // A folder may have two files of a build, and a file of it may be given beside the folder: the
+        // same kernel is not to be found twice.
+        let mut ids: HashSet<&[u8]> = self
+            .files
+            .iter()
+            .filter_map(|(_, source)| source.build_id())
+            .collect();
         for folder in &self.folders {
-            for entry in folder
-                .entries
-                .iter()
-                .filter(|entry| is_there(&entry.build_id))
-            {
-                sets.push(vec![entry.open()?]);
+            for entry in &folder.entries {
+                let id = entry.build_id.as_slice();
+                if is_there(id)
+                    && ids.insert(id)
+                    && let Some(source) = folder.of_build(id)?
+                {
+                    sets.push(vec![source]);
+                }
             }
         }
         Ok(sets)

@@ -24,8 +24,8 @@ mod vmcoreinfo;
 pub use btf::{Btf, find_btf};
 pub use elf::Vmlinux;
 pub(crate) use elf::{MAX_NOTES, build_id_of_notes};
-pub(crate) use file::MAX_BUILD_ID;
 pub use file::SymbolFile;
+pub(crate) use file::{MAX_BUILD_ID, hex};
 pub(crate) use given::Given;
 pub use kallsyms::Kallsyms;
 pub use system_map::SystemMap;
@@ -222,8 +222,25 @@ pub fn open_symbol_file(path: &Path) -> Result<Box<dyn SymbolSource>, SymbolErro
 }
 
 /// Whether the kernel whose image is in `range` makes a VMCOREINFO: it has what each line of that is
-/// made with (`VMCOREINFO_SYMBOL`, `include/linux/vmcore_info.h`, the same since 2.6.24).
-pub(crate) fn writes_vmcoreinfo(memory: &dyn VirtualMemory, range: (KernelVa, KernelVa)) -> bool {
+/// made with (`VMCOREINFO_SYMBOL`, `include/linux/vmcore_info.h`, the same since 2.6.24). Also true if
+/// some of the image cannot be read: what is not seen may be there.
+pub(crate) fn may_write_vmcoreinfo(
+    memory: &dyn VirtualMemory,
+    range: (KernelVa, KernelVa),
+) -> bool {
+    /// No architecture has smaller pages.
+    const PAGE: u64 = 4096;
+    let (mut at, end) = range;
+    while at < end {
+        match memory.read(at, &mut [0]) {
+            Ok(()) | Err(VirtualReadError::NotMapped { .. }) => {}
+            Err(_) => return true,
+        }
+        let Some(next) = at.checked_add(PAGE) else {
+            break;
+        };
+        at = next;
+    }
     let mut found = false;
     scan(memory, range, b"SYMBOL(%s)=%lx\n", &mut |_| {
         found = true;

@@ -1,6 +1,6 @@
 //! A guest whose kernel tells nothing of itself, read by symbol files of its build.
 
-use crate::knowledge::{classes, erase, testdata, testdata_root};
+use crate::knowledge::{Crashed, classes, erase, testdata, testdata_root};
 use sonicshot::{Gpa, GuestBytes, MappedRegions, PageClass};
 use sonicshot_vmi::symbols::{SymbolFile, SymbolSource};
 use sonicshot_vmi::{GuestOptions, Knowledge, LinuxGuest, Note, OnInconsistency, VmiError};
@@ -163,6 +163,60 @@ fn a_file_of_another_build_is_not_used() {
             .iter()
             .any(|note| matches!(note, Note::SymbolFilesNotUsed { .. }))
     );
+}
+
+#[test]
+fn files_of_several_builds_are_refused() {
+    let (text, _) = known();
+    let folder = TempDir::new().unwrap();
+    let file = put(&folder, "file", text);
+    let moved = |line: &str| {
+        let name = line.strip_prefix("symbol init_uts_ns ");
+        name.map(|_| "symbol init_uts_ns ffffffff82345000".into())
+    };
+    let banner = |line: &str| {
+        let banner = line.starts_with("banner ");
+        banner.then(|| format!("{line} by somebody else"))
+    };
+    for (name, wrong) in [
+        ("id", other(text, of_another_build)),
+        ("symbols", other(text, moved)),
+        ("banner", other(text, banner)),
+    ] {
+        assert_ne!(wrong, *text);
+        let wrong = put(&folder, name, &wrong);
+        let options = GuestOptions::new().symbols(&file).symbols(&wrong);
+        let options = options.cr3(testdata_root());
+        let error = look(mute(), &options).unwrap_err();
+        let wrong = matches!(error, VmiError::WrongKernel { .. });
+        assert!(wrong, "{name}: {error}");
+    }
+}
+
+/// The note of a crash names its kernel. Of one that was found without it nothing says that it is
+/// that one.
+#[test]
+fn a_crash_dump_whose_note_is_gone_is_looked_at_as_others_are() {
+    let (text, all) = known();
+    let folder = TempDir::new().unwrap();
+    let options = GuestOptions::new().symbols(put(&folder, "file", text));
+    let made_without = mute_by_nature();
+    for (ram, is_told) in [(mute(), false), (made_without.as_slice(), true)] {
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+        let crashed = Crashed(memory);
+        let guest = LinuxGuest::open(&crashed, &options).unwrap();
+        match guest.classify(OnInconsistency::Refuse) {
+            Ok(pages) => {
+                assert!(is_told && !pages.notes.contains(&Note::CrashDump));
+                assert!(classes(&pages.map) == *all);
+            }
+            Err(error) => {
+                let gone =
+                    matches!(&error, VmiError::OwnerUntold { why, .. } if why.contains("is gone"));
+                assert!(gone && !is_told, "{error}");
+            }
+        }
+    }
 }
 
 #[test]

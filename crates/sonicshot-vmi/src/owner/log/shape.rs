@@ -8,6 +8,7 @@
 
 use super::{ID, MAX_LINES, Places, Ring};
 use crate::arch;
+use crate::deadline::Deadline;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::{KernelVa, VirtualMemory, shape};
@@ -21,7 +22,7 @@ const MIN_BITS: u64 = 12 - TEXT_BITS as u64;
 const TEXT_AT: [usize; 2] = [48, 40];
 /// As much of it is read.
 const LEN: usize = 80;
-/// Things that look so, of which one too many is too many already.
+/// So many things that look so may be in an image; of more it cannot be told which is the log.
 const MAX_FOUND: usize = 16;
 
 /// `struct prb_desc`, `struct printk_info` since 5.10.
@@ -47,18 +48,23 @@ pub(super) fn ring<'k, 'm>(kernel: &'k Kernel<'m>) -> Result<Ring<'k, 'm>, VmiEr
         sources: "the kernel's image".into(),
     };
     let image = shape::image_of(kernel)?.ok_or_else(|| missing("an image of the kernel"))?;
+    let deadline = Deadline::new();
     let mut found: Vec<(KernelVa, Ring<'k, 'm>)> = Vec::new();
-    each_word(kernel, image, &mut |at, word, next| {
+    each_word(kernel, image, &deadline, &mut |at, word, next| {
         let may_be = (MIN_BITS..64).contains(&word) && next.is_none_or(|next| next >> 63 == 1);
         if may_be
-            && found.len() < MAX_FOUND
-            && let Some(ring) = ring_at(kernel, at)
+            && found.len() <= MAX_FOUND
+            && let Some(ring) = ring_at(kernel, at, deadline)
         {
             found.push((at, ring));
         }
     })?;
+    // The one in use may be behind them.
+    if found.len() > MAX_FOUND {
+        return Err(missing("one log alone"));
+    }
     let mut used = vec![false; found.len()];
-    each_word(kernel, image, &mut |_, word, _| {
+    each_word(kernel, image, &deadline, &mut |_, word, _| {
         for ((at, _), used) in found.iter().zip(&mut used) {
             *used |= at.raw() == word;
         }
@@ -76,12 +82,16 @@ pub(super) fn ring<'k, 'm>(kernel: &'k Kernel<'m>) -> Result<Ring<'k, 'm>, VmiEr
 fn each_word(
     kernel: &Kernel<'_>,
     image: (KernelVa, KernelVa),
+    deadline: &Deadline,
     visit: &mut dyn FnMut(KernelVa, u64, Option<u64>),
 ) -> Result<(), VmiError> {
     let mut page = kernel.page_buffer()?;
     let size = kernel.build.page_size.bytes();
     let (mut at, end) = image;
+    let of = |from: KernelVa| end.raw().saturating_sub(from.raw());
     while at < end {
+        let done = of(image.0).saturating_sub(of(at));
+        deadline.check("bytes of the kernel's image", done, of(image.0))?;
         if kernel.space.read(at, &mut page).is_ok() {
             let (words, _) = page.as_chunks::<8>();
             let words = words.iter().map(|word| u64::from_le_bytes(*word));
@@ -101,7 +111,11 @@ fn each_word(
 }
 
 /// The ring at `at`, if there is one.
-fn ring_at<'k, 'm>(kernel: &'k Kernel<'m>, at: KernelVa) -> Option<Ring<'k, 'm>> {
+fn ring_at<'k, 'm>(
+    kernel: &'k Kernel<'m>,
+    at: KernelVa,
+    deadline: Deadline,
+) -> Option<Ring<'k, 'm>> {
     let mut bytes = [0; LEN];
     kernel.space.read(at, &mut bytes).ok()?;
     let word = |at: usize| {
@@ -141,6 +155,7 @@ fn ring_at<'k, 'm>(kernel: &'k Kernel<'m>, at: KernelVa) -> Option<Ring<'k, 'm>>
         head,
         tail,
         places: PLACES,
+        deadline,
     };
     are_lines(&ring).then_some(ring)
 }

@@ -172,10 +172,31 @@ const AHEAD: u64 = 3;
 /// large machine may take.
 const BEHIND: u64 = 120;
 
+/// Why there is no BIOS's clock, of a machine without a BIOS data area. A kernel that a VMM starts
+/// itself has no firmware, and nothing writes to the vectors of real mode. qboot, the firmware of
+/// QEMU's `microvm`, fills them and has no data area; it starts again at a reset. If it was given a
+/// kernel to be started at its entry for PVH, QEMU writes the image anew before that, so the one that
+/// is gone cannot be told. A kernel with a setup header (`bzImage`) is written anew only by its own
+/// decompressor, later: qboot's copy of the header stays below 1 MiB, where Linux keeps everything.
+fn without_data_area(kernel: &Kernel<'_>) -> Result<&'static str, VmiError> {
+    const VECTORS: usize = 0x400;
+    /// `SETUP_ADDR` of `hw/i386/x86-common.c`, and where `Documentation/arch/x86/boot.rst` has the
+    /// header's magic.
+    const SETUP_MAGIC: Gpa = Gpa::new(0x1_0000 + 0x202);
+    let vectors: [u8; VECTORS] = physical(kernel, Gpa::ZERO)?;
+    if vectors.iter().all(|byte| *byte == 0) {
+        return Ok(NO_BIOS);
+    }
+    Ok(match &physical(kernel, SETUP_MAGIC)? {
+        b"HdrS" => "the firmware keeps no clock, and the kernel was not written anew at its start",
+        _ => NO_BIOS,
+    })
+}
+
 /// When the BIOS may have last set or counted its clock, in seconds of the day; or why it has none.
 fn bios_seconds(kernel: &Kernel<'_>) -> Result<Result<[u64; 2], &'static str>, VmiError> {
     if u16::from_le_bytes(physical(kernel, BASE_MEMORY)?) == 0 {
-        return Ok(Err(NO_BIOS));
+        return Ok(Err(without_data_area(kernel)?));
     }
     let ticks = u32::from_le_bytes(physical(kernel, TICKS)?);
     Ok(seconds_of(ticks).ok_or("no BIOS clock"))

@@ -22,7 +22,7 @@ use sonicshot::Gpa;
 pub(crate) const CLOCK: &str = "the BIOS's clock";
 pub(crate) const EFI: &str = "EFI tables";
 /// A machine without a BIOS: direct boots of Firecracker and Cloud Hypervisor, whose memory no
-/// reset outlives.
+/// reset outlives; or one whose kernel no reset outlives.
 const NO_BIOS: &str = "no BIOS data area";
 
 pub(super) const TESTS: [(&str, Test); 4] = [

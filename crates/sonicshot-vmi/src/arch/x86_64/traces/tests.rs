@@ -187,7 +187,15 @@ fn the_bios_clock_is_not_always_told() {
                 (param("efi_info.efi_loader_signature"), b"EL64".to_vec()),
             ],
         ),
-        ("no BIOS data area", vec![hour(), (0x413, vec![0; 2])]),
+        ("not written anew", vec![hour(), (0x413, vec![0; 2])]),
+        (
+            "no BIOS data area",
+            vec![hour(), (0x413, vec![0; 2]), (0, vec![0; 0x400])],
+        ),
+        (
+            "no BIOS data area",
+            vec![hour(), (0x413, vec![0; 2]), (0x1_0202, vec![0; 4])],
+        ),
         ("no BIOS clock", vec![(0x46c, word(0x0018_00b0))]),
         ("touched", vec![hour(), (ctime, long(clock.boot + 9))]),
         ("local time", vec![hour(), clock.kvm.clone()]),
