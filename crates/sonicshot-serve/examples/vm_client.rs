@@ -5,8 +5,8 @@
 //! $ vm_client SOCKET FORM PAGE WHAT SEED
 //! ```
 //!
-//! FORM is `1.1`, `1.7`, `1.12` (Firecracker's versions), `stratovirt` or `own`; PAGE is `4096` or
-//! `2097152`; WHAT is what it does: `check` (touch all of its memory and compare), `removes` (give
+//! FORM is `1.1`, `1.7`, `1.12` (Firecracker's versions), `twice` (the same with two descriptors,
+//! which nobody serves), `stratovirt` or `own`; PAGE is `4096` or `2097152`; WHAT is what it does: `check` (touch all of its memory and compare), `removes` (give
 //! pages back meanwhile), `wait` (say `ready` and sleep), `block` (make its descriptor sleep, then
 //! `check`), `bad` (touch the page SEED, which may not be had), `touch` (let go of its descriptor
 //! and touch page after page, slowly).
@@ -93,7 +93,7 @@ unsafe impl Sync for Vm {}
 
 impl Vm {
     /// Empty memory, as a VMM has it that restores a snapshot.
-    fn new(huge: usize) -> Self {
+    fn new(huge: usize, features: u64) -> Self {
         const USERFAULTFD: c_long = if cfg!(target_arch = "aarch64") {
             282
         } else {
@@ -108,8 +108,14 @@ impl Vm {
             "mmap: {}",
             std::io::Error::last_os_error()
         );
-        // SAFETY: O_CLOEXEC and O_NONBLOCK.
-        let uffd = unsafe { syscall(USERFAULTFD, 0o2_004_000) } as c_int;
+        // O_CLOEXEC and O_NONBLOCK; who is not root gets one for the faults of his own code.
+        let flags = 0o2_004_000;
+        // SAFETY: a new descriptor.
+        let open = |flags: c_int| unsafe { syscall(USERFAULTFD, flags) } as c_int;
+        let mut uffd = open(flags);
+        if uffd < 0 {
+            uffd = open(flags | 1);
+        }
         assert!(
             uffd >= 0,
             "userfaultfd: {}",
@@ -120,8 +126,7 @@ impl Vm {
             huge,
             uffd,
         };
-        // EVENT_REMOVE.
-        let mut api = [0xaa_u64, 8, 0];
+        let mut api = [0xaa_u64, features, 0];
         vm.call(0xc018_aa3f, &mut api);
         for (region, (_, pages)) in REGIONS.iter().enumerate() {
             let mut register = [vm.region(region) as u64, (pages * PAGE) as u64, 1, 0];
@@ -183,7 +188,7 @@ impl Vm {
             let base = format!("\"base_host_virt_addr\":{host},\"size\":{len},\"offset\":{offset}");
             regions.push(match form {
                 "1.1" => format!("{{{base}}}"),
-                "1.7" => format!("{{{base},\"page_size_kib\":{page}}}"),
+                "1.7" | "twice" => format!("{{{base},\"page_size_kib\":{page}}}"),
                 "1.12" => format!("{{{base},\"page_size\":{page},\"page_size_kib\":{page}}}"),
                 "stratovirt" => format!("{{\"base-host-virt-addr\":{host},\"size\":{len},\"offset\":{offset},\"page-size\":{page}}}"),
                 "own" => format!("{{\"host\":{host},\"len\":{len},\"gpa\":{gpa},\"page\":{page}}}"),
@@ -199,23 +204,24 @@ impl Vm {
         }
     }
 
-    /// Sends the message and the descriptor in one piece.
-    fn send(&self, stream: &UnixStream, text: &str) {
+    /// Sends the message and the descriptor in one piece, or the descriptor twice.
+    fn send(&self, stream: &UnixStream, text: &str, twice: bool) {
         #[repr(C)]
         struct Control {
             len: usize,
             level: c_int,
             kind: c_int,
             fd: c_int,
-            pad: c_int,
+            /// The same again, or nothing.
+            second: c_int,
         }
         // SOL_SOCKET, SCM_RIGHTS.
         let control = Control {
-            len: 20,
+            len: if twice { 24 } else { 20 },
             level: 1,
             kind: 1,
             fd: self.uffd,
-            pad: 0,
+            second: self.uffd,
         };
         let part = Part {
             start: text.as_ptr().cast(),
@@ -303,9 +309,11 @@ fn main() {
         panic!("vm_client SOCKET FORM PAGE WHAT SEED");
     };
     let seed: u64 = seed.parse().unwrap();
-    let vm = Vm::new(page.parse().unwrap());
+    // Up to 1.11 Firecracker asks for EVENT_REMOVE only if it has a balloon.
+    let without = matches!(form.as_str(), "1.1" | "1.7") && what != "removes";
+    let vm = Vm::new(page.parse().unwrap(), if without { 0 } else { 8 });
     let mut stream = UnixStream::connect(socket).unwrap();
-    vm.send(&stream, &vm.message(form));
+    vm.send(&stream, &vm.message(form), form == "twice");
     if form == "own" {
         let mut answer = [0; 4096];
         let got = stream.read(&mut answer).unwrap();
@@ -313,7 +321,7 @@ fn main() {
         assert_eq!(answer, "{\"ok\":true}\n");
     }
     // Up to 1.11 nothing is heard of Firecracker after its message.
-    let stream = (!matches!(form.as_str(), "1.1" | "1.7")).then_some(stream);
+    let stream = (!matches!(form.as_str(), "1.1" | "1.7" | "twice")).then_some(stream);
     let all: Vec<usize> = (0..PAGES).collect();
     let started = std::time::Instant::now();
     match what.as_str() {

@@ -31,6 +31,12 @@ pub enum ServeError {
         /// The address in the guest.
         at: Gpa,
     },
+    /// A snapshot is not what it was when it was opened.
+    #[error("{} was written to while it was served", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// A page cannot be brought in.
     #[error("the page at {at} cannot be brought in")]
     Page {
@@ -81,12 +87,15 @@ pub enum ServeError {
     },
     /// The `userfaultfd` has not the features that are needed, or others.
     #[error(
-        "the userfaultfd has features {found:#x}: it needs EVENT_REMOVE (0x8), and neither \
-         EVENT_FORK (0x2) nor EVENT_REMAP (0x4)"
+        "the userfaultfd has features {found:#x}: it needs to be agreed on (UFFDIO_API, \
+         0x80000000){}, without EVENT_FORK (0x2) and EVENT_REMAP (0x4)",
+        if *.needs_remove { " with EVENT_REMOVE (0x8)" } else { "" }
     )]
     Features {
         /// Its features, as the kernel shows them.
         found: u64,
+        /// Whether it must tell of what is given back.
+        needs_remove: bool,
     },
     /// The kernel does not tell of a `userfaultfd` which features it has.
     #[error("the kernel does not show the features of the userfaultfd that came")]
@@ -210,12 +219,9 @@ pub enum ServeError {
     /// The process that has connected is gone, or cannot be held on to.
     #[error("the process that has connected cannot be held on to")]
     PeerGone(#[source] io::Error),
-    /// As many virtual machines as may be are served.
-    #[error("{max} virtual machines are served already")]
-    Full {
-        /// How many there may be.
-        max: usize,
-    },
+    /// The thread of a virtual machine has failed.
+    #[error("the thread that serves the virtual machine has failed: a bug")]
+    Thread,
     /// There is something where the socket should be.
     #[error("{} exists, and {why}", path.display())]
     SocketExists {

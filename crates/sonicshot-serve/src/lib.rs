@@ -56,6 +56,8 @@ mod engine;
 mod error;
 #[cfg(feature = "server")]
 mod exposition;
+#[cfg(feature = "server")]
+mod held;
 mod metrics;
 #[cfg(feature = "server")]
 mod peer;

@@ -1,14 +1,18 @@
 //! Who has connected, held on to.
 
 use crate::error::ServeError;
-use crate::sys;
+use crate::sys::{self, Credentials};
+use core::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+
+/// How often it is tried again what fails because something is used up that others give back.
+pub(crate) const AGAIN: Duration = Duration::from_millis(100);
 
 /// A process that can be waited for and ended, whatever becomes of its number.
 #[derive(Debug, Clone)]
@@ -18,37 +22,73 @@ pub(crate) struct Peer {
 
 impl Peer {
     /// The process that has connected.
-    pub fn of_socket(stream: &UnixStream, pid: i32) -> Result<Self, ServeError> {
-        let pidfd = match sys::peer_pidfd(stream) {
-            Ok(pidfd) => pidfd,
-            // Before Linux 6.5 its number has to do: it may be another's by now if it was ended.
-            // A page that is put in place shows that somebody has its memory still.
-            Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
-                let pid = Pid::from_raw(pid).ok_or_else(|| ServeError::PeerGone(gone()))?;
-                pidfd_open(pid, PidfdFlags::empty()).map_err(|e| ServeError::PeerGone(e.into()))?
+    pub fn of_socket(stream: &UnixStream, who: Credentials) -> Result<Self, ServeError> {
+        loop {
+            match sys::peer_pidfd(stream) {
+                Ok(pidfd) => return Ok(Self::new(pidfd)),
+                // Before Linux 6.5.
+                Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
+                    return Self::of_number(who);
+                }
+                // What it has sent must not be read before it can be ended.
+                Err(error) if is_passing(&error) => std::thread::sleep(AGAIN),
+                Err(error) => return Err(ServeError::PeerGone(error)),
             }
-            Err(error) => return Err(ServeError::PeerGone(error)),
-        };
-        Self::new(pidfd)
-    }
-
-    /// A process that somebody else has named by a descriptor.
-    pub fn of_descriptor(fd: OwnedFd) -> Result<Self, ServeError> {
-        let info = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
-        let info = std::fs::read_to_string(info).map_err(ServeError::proc)?;
-        if !info.lines().any(|line| line.starts_with("Pid:")) {
-            let what = "the second descriptor of the message is no pidfd";
-            return Err(ServeError::PeerGone(io::Error::other(what)));
         }
-        Self::new(fd)
     }
 
-    /// A server must be able to end what it serves.
-    fn new(pidfd: OwnedFd) -> Result<Self, ServeError> {
-        sys::may_signal(&pidfd).map_err(ServeError::PeerGone)?;
-        Ok(Self {
+    /// The process with that number, which may be another's by now if it was that of one who has
+    /// connected and ended.
+    fn of_number(who: Credentials) -> Result<Self, ServeError> {
+        let pid = Pid::from_raw(who.pid).ok_or_else(|| ServeError::PeerGone(gone()))?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty());
+        let peer = Self::new(pidfd.map_err(|errno| ServeError::PeerGone(errno.into()))?);
+        peer.check_owner(who.uid)?;
+        Ok(peer)
+    }
+
+    /// A process that somebody has named by a descriptor: one of his own, unless he is root. Whoever
+    /// may end others by what he sends here could not by himself.
+    pub fn of_descriptor(pidfd: Arc<OwnedFd>, who: Credentials) -> Result<Self, ServeError> {
+        let peer = Self { pidfd };
+        peer.check_owner(who.uid)?;
+        Ok(peer)
+    }
+
+    fn new(pidfd: OwnedFd) -> Self {
+        Self {
             pidfd: Arc::new(pidfd),
-        })
+        }
+    }
+
+    /// Refuses a process that is another user's.
+    fn check_owner(&self, uid: u32) -> Result<(), ServeError> {
+        let other = |what| ServeError::PeerGone(io::Error::other(what));
+        let number = pid_of(&self.pidfd)?.ok_or_else(|| other("there is no pidfd of it"))?;
+        let status = std::fs::read_to_string(format!("/proc/{number}/status"));
+        let status = status.map_err(ServeError::proc)?;
+        // It lives still: so what was read is of no later process with its number.
+        if self.wait(Some(&Timespec::default())) {
+            return Err(ServeError::PeerGone(gone()));
+        }
+        // Real, effective and saved; a descriptor may be of a single thread.
+        let line = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+        let is = |text: &str, number: &str| text.trim() == number;
+        if !line("Tgid:").is_some_and(|group| is(group, &number)) {
+            return Err(other("it is a thread, and no process"));
+        }
+        let uids = line("Uid:").ok_or_else(|| other("the kernel does not tell whose it is"))?;
+        let mut found = uids.split_whitespace().take(3).peekable();
+        let own = uid.to_string();
+        if uid != 0 && (found.peek().is_none() || !found.all(|found| is(found, &own))) {
+            return Err(other("it is another user's"));
+        }
+        Ok(())
+    }
+
+    /// Fails if it may not be ended: a server must be able to end what it serves.
+    pub fn check_may_end(&self) -> Result<(), ServeError> {
+        sys::may_signal(&self.pidfd).map_err(ServeError::PeerGone)
     }
 
     /// Ends it; says whether it has ended or will.
@@ -63,6 +103,8 @@ impl Peer {
             let mut fds = [PollFd::new(&*self.pidfd, PollFlags::IN)];
             match poll(&mut fds, limit) {
                 Err(Errno::INTR) => {}
+                // Who waits without a limit lets go of something behind it.
+                Err(_) if limit.is_none() => std::thread::sleep(AGAIN),
                 Ok(0) | Err(_) => return false,
                 Ok(_) => return true,
             }
@@ -70,6 +112,72 @@ impl Peer {
     }
 }
 
+/// Whether a process that is ended frees what lacks.
+pub(crate) fn is_passing(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS)
+    )
+}
+
+/// The number of the process that a pidfd is of; `None` if it is none.
+pub(crate) fn pid_of(fd: &impl AsFd) -> Result<Option<String>, ServeError> {
+    let info = format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd());
+    let info = std::fs::read_to_string(info).map_err(ServeError::proc)?;
+    let line = info.lines().find_map(|line| line.strip_prefix("Pid:"));
+    Ok(line.map(|number| number.trim().to_owned()))
+}
+
 fn gone() -> io::Error {
     io::Error::from_raw_os_error(libc::ESRCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command};
+
+    struct Ended(Child);
+
+    impl Drop for Ended {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn pidfd(number: u32) -> Arc<OwnedFd> {
+        let pid = Pid::from_raw(i32::try_from(number).unwrap()).unwrap();
+        Arc::new(pidfd_open(pid, PidfdFlags::empty()).unwrap())
+    }
+
+    #[test]
+    fn nobody_names_the_process_of_another() {
+        let mut child = Ended(Command::new("sleep").arg("1000").spawn().unwrap());
+        let number = child.0.id();
+        let named = pidfd(number);
+        let own = rustix::process::geteuid().as_raw();
+        let by = |uid: u32| {
+            let who = Credentials { uid, pid: 1 };
+            Peer::of_descriptor(Arc::clone(&named), who).map(drop)
+        };
+        by(own).unwrap();
+        by(0).unwrap();
+        for other in [own + 1, 65_534] {
+            let error = by(other).unwrap_err().with_causes();
+            assert!(error.contains("another user's"), "{error}");
+        }
+        let pid = i32::try_from(number).unwrap();
+        let of_number = |uid| Peer::of_number(Credentials { uid, pid }).map(drop);
+        of_number(own).unwrap();
+        assert!(of_number(own + 1).is_err());
+        let null = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let root = Credentials { uid: 0, pid: 1 };
+        let error = Peer::of_descriptor(null.into(), root).unwrap_err();
+        assert!(error.with_causes().contains("no pidfd"), "{error:?}");
+        // Nor one that is gone.
+        child.0.kill().unwrap();
+        child.0.wait().unwrap();
+        assert!(by(own).is_err());
+    }
 }

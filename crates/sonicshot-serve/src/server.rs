@@ -2,8 +2,10 @@
 
 use crate::engine::{Control, End, Machine, VmOptions};
 use crate::error::ServeError;
-use crate::peer::Peer;
-use crate::protocol::{Handshake, Received, receive};
+use crate::held::Held;
+use crate::metrics::Metrics;
+use crate::peer::{AGAIN, Peer, is_passing};
+use crate::protocol::{Handshake, Received, is_documented, receive};
 use crate::source::PageSource;
 use crate::sys;
 use crate::uffd::Uffd;
@@ -12,11 +14,14 @@ use core::time::Duration;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Gid, Mode, Uid, chmod, chown};
 use serde_json::json;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+/// How long the message of somebody who will not be served is waited for: it may be on its way.
+const STRANGER: Duration = Duration::from_secs(1);
 
 /// How a server is set up.
 #[derive(Debug, Clone)]
@@ -117,7 +122,7 @@ impl Server {
                 Ok((stream, _)) => stream,
                 Err(error) if is_passing(&error) => {
                     tracing::warn!("no connection can be taken: {error}");
-                    std::thread::sleep(Duration::from_millis(100));
+                    std::thread::sleep(AGAIN);
                     continue;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -154,14 +159,6 @@ pub fn allow_many_descriptors() {
     limit.current = limit.maximum;
     // It may do with fewer.
     let _ = setrlimit(Resource::Nofile, limit);
-}
-
-/// Whether a process that is ended frees what lacks.
-fn is_passing(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS)
-    )
 }
 
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
@@ -227,45 +224,37 @@ impl Shared {
         }
     }
 
-    fn count(&self, change: impl FnOnce(usize) -> usize) {
-        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        *live = change(*live);
-        drop(live);
-        self.less.notify_all();
-    }
-
     fn spawn(self: &Arc<Self>, stream: UnixStream, number: usize) {
-        self.count(|live| live.saturating_add(1));
-        let shared = Arc::clone(self);
-        let thread = std::thread::Builder::new().name(format!("sonicshot-vm-{number}"));
-        let spawned = thread.spawn(move || {
-            let span = tracing::info_span!("vm", number);
-            let _entered = span.enter();
-            shared.serve(&stream);
-            shared.count(|live| live.saturating_sub(1));
-        });
-        if let Err(error) = spawned {
-            // Its message was not read: it keeps its userfaultfd, or has not sent it.
-            tracing::error!("no thread for a virtual machine: {error}");
-            self.count(|live| live.saturating_sub(1));
+        let stream = Arc::new(stream);
+        loop {
+            let counted = Counted::new(self);
+            let (shared, stream) = (Arc::clone(self), Arc::clone(&stream));
+            let thread = std::thread::Builder::new().name(format!("sonicshot-vm-{number}"));
+            let spawned = thread.spawn(move || {
+                let _counted = counted;
+                let span = tracing::info_span!("vm", number);
+                let _entered = span.enter();
+                shared.serve(&stream);
+            });
+            match spawned {
+                Ok(_) => return,
+                // What it has sent stays unread until there is one.
+                Err(error) => tracing::warn!("no thread for a virtual machine yet: {error}"),
+            }
+            std::thread::sleep(AGAIN);
         }
     }
 
     /// Serves one virtual machine until it has ended.
-    fn serve(&self, stream: &UnixStream) {
-        let metrics = &self.options.vm.metrics;
-        let mut session = match self.meet(stream) {
-            Ok(session) => session,
-            Err(error) => {
-                metrics.refused();
-                tracing::warn!("refused: {}", error.with_causes());
-                return;
-            }
+    fn serve(&self, stream: &Arc<UnixStream>) {
+        let Some(mut session) = self.meet(stream) else {
+            return;
         };
-        metrics.began();
+        let metrics = &self.options.vm.metrics;
+        let running = Running::new(metrics);
         tracing::info!("began");
         let end = session.machine.run();
-        metrics.ended();
+        drop(running);
         match end {
             End::Failed(error) => {
                 metrics.failed();
@@ -274,7 +263,11 @@ impl Shared {
                     error.with_causes()
                 );
             }
-            End::Ended | End::Stopped => tracing::info!("ended"),
+            End::Ended => {
+                session.held.has_ended();
+                tracing::info!("ended");
+            }
+            End::Stopped => tracing::info!("stopped"),
         }
         if let (Some(recorder), Some(path)) = (&self.options.vm.recorder, &self.options.record) {
             match recorder.write(path) {
@@ -284,55 +277,75 @@ impl Shared {
         }
     }
 
-    /// All before the first page.
-    fn meet(&self, stream: &UnixStream) -> Result<Session, ServeError> {
-        let who = sys::credentials(stream).map_err(ServeError::PeerGone)?;
-        if !self.may(who.uid) {
-            return Err(ServeError::Peer {
-                uid: who.uid,
-                pid: who.pid,
-            });
-        }
-        let sender = Peer::of_socket(stream, who.pid)?;
-        let mut received = Received::default();
-        let outcome = receive(stream, self.options.patience, &mut received);
-        let count = received.descriptors.len();
-        let outcome = outcome.and_then(|()| Handshake::parse(&received.message, count));
-        let (answers, has_pidfd) = match &outcome {
-            Ok(handshake) => (handshake.answers, handshake.has_pidfd),
-            Err(_) => (false, false),
+    /// All before the first page. Who is refused after he has sent his memory is ended.
+    fn meet(&self, stream: &Arc<UnixStream>) -> Option<Session> {
+        let (held, answers, outcome) = match self.hear(stream) {
+            Ok(heard) => heard,
+            Err(error) => {
+                self.refuse(&error);
+                return None;
+            }
         };
-        let mut descriptors = received.descriptors.into_iter();
-        let first = descriptors.next();
-        let kept = first.as_ref().and_then(|fd| fd.try_clone().ok());
-        let second = descriptors.next();
-        let session = outcome.and_then(|handshake| {
-            let fd = first.ok_or(ServeError::Descriptors {
-                found: 0,
-                expected: 1,
-            })?;
-            let peer = match second {
-                Some(pidfd) => Peer::of_descriptor(pidfd)?,
-                None => sender.clone(),
-            };
-            self.begin(&handshake, fd, &peer)
-        });
+        let session =
+            outcome.and_then(|(handshake, vm)| self.begin(&handshake, held.descriptors(), &vm));
         match session {
-            Ok(session) => {
+            Ok((machine, watched)) => {
                 if answers {
                     answer(stream, &json!({"ok": true}));
                 }
-                Ok(session)
+                Some(Session {
+                    held,
+                    machine,
+                    _watched: watched,
+                })
             }
             Err(error) => {
+                self.refuse(&error);
                 if answers {
                     answer(stream, &json!({"error": error.with_causes()}));
                 }
-                let vm = (!has_pidfd).then_some(&sender);
-                let_go(stream, kept, vm);
-                Err(error)
+                drop(held);
+                None
             }
         }
+    }
+
+    fn refuse(&self, error: &ServeError) {
+        self.options.vm.metrics.refused();
+        tracing::warn!("refused: {}", error.with_causes());
+    }
+
+    /// Takes in what somebody sends, whoever he is: of his memory nobody would know else. Says what
+    /// is held, whether he waits for an answer, and whose memory it is, if it can be served.
+    fn hear(&self, stream: &Arc<UnixStream>) -> Result<Heard, ServeError> {
+        let who = sys::credentials(stream).map_err(ServeError::PeerGone)?;
+        let sender = Peer::of_socket(stream, who);
+        let welcome = self.may(who.uid);
+        let patience = self.options.patience;
+        let patience = if welcome {
+            patience
+        } else {
+            patience.min(STRANGER)
+        };
+        let mut received = Received::default();
+        let outcome = receive(stream, patience, &mut received);
+        let answers = is_documented(&received.message);
+        let (held, vm) = Held::new(stream, &mut received, who, sender, welcome);
+        let check = || {
+            if !welcome {
+                return Err(ServeError::Peer {
+                    uid: who.uid,
+                    pid: who.pid,
+                });
+            }
+            outcome?;
+            let handshake = Handshake::parse(&received.message, held.descriptors().len())?;
+            let vm = vm?;
+            vm.check_may_end()?;
+            Ok((handshake, vm))
+        };
+        let checked = check();
+        Ok((held, answers, checked))
     }
 
     fn may(&self, uid: u32) -> bool {
@@ -344,10 +357,14 @@ impl Shared {
     fn begin(
         &self,
         handshake: &Handshake,
-        fd: OwnedFd,
+        descriptors: &[Arc<OwnedFd>],
         peer: &Peer,
-    ) -> Result<Session, ServeError> {
-        let uffd = Arc::new(Uffd::of_peer(fd)?);
+    ) -> Result<(Machine, Option<Watched>), ServeError> {
+        let fd = descriptors.first().ok_or(ServeError::Descriptors {
+            found: 0,
+            expected: 1,
+        })?;
+        let uffd = Arc::new(Uffd::of_peer(Arc::clone(fd), handshake.needs_remove)?);
         let regions = handshake.regions(self.source.layout())?;
         let mut options = self.options.vm.clone();
         options.metrics = Arc::clone(&self.options.vm.metrics);
@@ -367,17 +384,54 @@ impl Shared {
             regions = regions.len(),
             "a message came"
         );
-        Ok(Session {
-            machine,
-            _watched: watched,
-        })
+        Ok((machine, watched))
     }
 }
 
-/// A virtual machine, from its message to its end.
+/// What is held, whether an answer is waited for, and what came, or why that cannot be served.
+type Heard = (Held, bool, Result<(Handshake, Peer), ServeError>);
+
+/// A connection that has a thread.
+struct Counted(Arc<Shared>);
+
+impl Counted {
+    fn new(shared: &Arc<Shared>) -> Self {
+        let mut live = shared.live.lock().unwrap_or_else(PoisonError::into_inner);
+        *live = live.saturating_add(1);
+        Self(Arc::clone(shared))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut live = self.0.live.lock().unwrap_or_else(PoisonError::into_inner);
+        *live = live.saturating_sub(1);
+        drop(live);
+        self.0.less.notify_all();
+    }
+}
+
+/// A virtual machine that is counted among those that run.
+struct Running<'m>(&'m Metrics);
+
+impl<'m> Running<'m> {
+    fn new(metrics: &'m Metrics) -> Self {
+        metrics.began();
+        Self(metrics)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.ended();
+    }
+}
+
+/// A virtual machine, from its message to its end. Dropped in this order: it has ended before the
+/// watcher forgets it.
 struct Session {
+    held: Held,
     machine: Machine,
-    /// Dropped when it has ended.
     _watched: Option<Watched>,
 }
 
@@ -385,26 +439,4 @@ fn answer(mut stream: &UnixStream, value: &serde_json::Value) {
     let _ = stream.set_write_timeout(Some(Duration::from_secs(1)));
     // Who does not read it will see what becomes of it.
     let _ = stream.write_all(format!("{value}\n").as_bytes());
-}
-
-/// Lets go of a virtual machine that cannot be served: it must not run on over memory that nobody
-/// fills. A sender who is not the virtual machine has been told, and has to end it himself: the
-/// descriptor is kept until he closes the connection.
-fn let_go(mut stream: &UnixStream, uffd: Option<OwnedFd>, vm: Option<&Peer>) {
-    let Some(uffd) = uffd else { return };
-    // What is no userfaultfd is nobody's memory.
-    let Ok(uffd) = Uffd::of_peer(uffd) else {
-        return;
-    };
-    match vm {
-        Some(vm) => {
-            vm.end();
-            vm.wait(None);
-        }
-        None => {
-            let _ = stream.set_read_timeout(None);
-            while matches!(stream.read(&mut [0; 64]), Ok(got) if got > 0) {}
-        }
-    }
-    drop(uffd);
 }

@@ -9,6 +9,7 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2, read};
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
 use std::io::IoSliceMut;
+use std::sync::Arc;
 
 /// An address in a process: this one's, or the VMM's whose faults are served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -163,7 +164,8 @@ pub(crate) enum Kind {
 /// a socket ([`of_peer`](Self::of_peer)).
 #[derive(Debug)]
 pub struct Uffd {
-    fd: OwnedFd,
+    /// Whoever must not let go of it has it too.
+    fd: Arc<OwnedFd>,
 }
 
 impl AsFd for Uffd {
@@ -204,7 +206,7 @@ impl Uffd {
             other => other,
         }
         .map_err(failed("userfaultfd", 0, 0))?;
-        let uffd = Self { fd };
+        let uffd = Self { fd: fd.into() };
         let mut api = Api {
             api: UFFD_API,
             features: FEATURE_EVENT_REMOVE,
@@ -216,12 +218,14 @@ impl Uffd {
     }
 
     /// One that another process has made and sent. It is proved to be one, with the features that
-    /// it takes to never show a page that was given back with its old bytes.
+    /// it takes to never show a page that was given back with its old bytes: `EVENT_REMOVE`, if
+    /// the process gives pages back at all (`needs_remove`).
     ///
     /// # Errors
     /// [`ServeError::NoUffd`] if it is something else, [`ServeError::Features`] if its features
     /// are not those.
-    pub fn of_peer(fd: OwnedFd) -> Result<Self, ServeError> {
+    pub fn of_peer(fd: impl Into<Arc<OwnedFd>>, needs_remove: bool) -> Result<Self, ServeError> {
+        let fd = fd.into();
         let number = fd.as_raw_fd();
         let link = std::fs::read_link(format!("/proc/self/fd/{number}"));
         let link = link.map_err(ServeError::proc)?;
@@ -232,10 +236,18 @@ impl Uffd {
         let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}"));
         let info = info.map_err(ServeError::proc)?;
         let features = features(&info).ok_or(ServeError::FeaturesUntold)?;
-        let needed = FEATURE_INITIALIZED | FEATURE_EVENT_REMOVE;
+        let removes = if needs_remove {
+            FEATURE_EVENT_REMOVE
+        } else {
+            0
+        };
+        let needed = FEATURE_INITIALIZED | removes;
         let refused = FEATURE_EVENT_FORK | FEATURE_EVENT_REMAP;
         if features & needed != needed || features & refused != 0 {
-            return Err(ServeError::Features { found: features });
+            return Err(ServeError::Features {
+                found: features,
+                needs_remove,
+            });
         }
         Ok(Self { fd })
     }
@@ -273,7 +285,7 @@ impl Uffd {
     fn call<const OPCODE: Opcode, T>(&self, argument: &mut T) -> Result<(), Errno> {
         // SAFETY: each opcode above is made of the size of the structure that it is called
         // with, which is `repr(C)` and laid out as `linux/userfaultfd.h` has it.
-        unsafe { ioctl(&self.fd, Updater::<OPCODE, T>::new(argument)) }
+        unsafe { ioctl(&*self.fd, Updater::<OPCODE, T>::new(argument)) }
     }
 
     /// Lets the kernel serve the stretch alone: what is not in place is zero.
@@ -344,9 +356,9 @@ impl Uffd {
     fn read_now(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
         let mut parts = [IoSliceMut::new(buffer)];
         // The place that stands for none.
-        match preadv2(&self.fd, &mut parts, u64::MAX, ReadWriteFlags::NOWAIT) {
+        match preadv2(&*self.fd, &mut parts, u64::MAX, ReadWriteFlags::NOWAIT) {
             // Before Linux 6.10.
-            Err(Errno::OPNOTSUPP) => read(&self.fd, buffer),
+            Err(Errno::OPNOTSUPP) => read(&*self.fd, buffer),
             other => other,
         }
     }
@@ -419,36 +431,40 @@ mod tests {
     #[test]
     fn what_another_made_is_proved() {
         let null = std::fs::File::open("/dev/null").unwrap();
-        let error = Uffd::of_peer(null.into()).unwrap_err();
+        let null = OwnedFd::from(null);
+        let error = Uffd::of_peer(null, false).unwrap_err();
         assert!(
             matches!(&error, ServeError::NoUffd { found } if found == "/dev/null"),
             "{error:?}"
         );
         let plain = Uffd::new().unwrap();
-        Uffd::of_peer(plain.fd).unwrap();
+        Uffd::of_peer(plain.fd, true).unwrap();
         for features in [0, FEATURE_EVENT_REMOVE | FEATURE_EVENT_FORK] {
             let flags = UserfaultfdFlags::CLOEXEC;
             // SAFETY: a new descriptor, registered for nothing.
             let fd = unsafe { userfaultfd(flags) }.unwrap();
-            let uffd = Uffd { fd };
+            let uffd = Uffd { fd: fd.into() };
             let mut api = Api {
                 api: UFFD_API,
                 features,
                 ..Api::default()
             };
             uffd.call::<API, _>(&mut api).unwrap();
-            let error = Uffd::of_peer(uffd.fd).unwrap_err();
+            let proved = |needs| Uffd::of_peer(Arc::clone(&uffd.fd), needs);
+            let error = proved(true).unwrap_err();
             assert!(
-                matches!(error, ServeError::Features { found } if found & 0xffff == features),
+                matches!(error, ServeError::Features { found, needs_remove: true } if found & 0xffff == features),
                 "{error:?}"
             );
+            // Who gives nothing back need not tell of it.
+            assert_eq!(proved(false).is_ok(), features == 0);
         }
         // Not agreed on: nothing works with it yet.
         // SAFETY: as above.
         let fd = unsafe { userfaultfd(UserfaultfdFlags::CLOEXEC) }.unwrap();
-        let error = Uffd::of_peer(fd).unwrap_err();
+        let error = Uffd::of_peer(fd, false).unwrap_err();
         assert!(
-            matches!(error, ServeError::Features { found: 0 }),
+            matches!(error, ServeError::Features { found: 0, .. }),
             "{error:?}"
         );
     }

@@ -129,7 +129,8 @@ impl Machine {
 
     /// Serves until it is told to stop, or the process has ended.
     pub fn run(&mut self) -> End {
-        let end = loop {
+        let _told = Told(Arc::clone(&self.control));
+        loop {
             if self.control.is_stopping() {
                 break End::Stopped;
             }
@@ -155,9 +156,7 @@ impl Machine {
                     }
                 }
             }
-        };
-        self.control.tell(|outcome| outcome.ended = true);
-        end
+        }
     }
 
     fn turn(&mut self) -> Result<Next, ServeError> {
@@ -585,6 +584,20 @@ impl Machine {
         let page = self.regions.get(fault.region).map(|region| region.page);
         self.uffd.poison(fault.page, page.unwrap_or(0));
         None
+    }
+}
+
+/// Tells of the thread's end, whatever ends it.
+struct Told(Arc<Control>);
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        self.0.tell(|outcome| {
+            outcome.ended = true;
+            if std::thread::panicking() {
+                outcome.error.get_or_insert(Arc::new(ServeError::Thread));
+            }
+        });
     }
 }
 

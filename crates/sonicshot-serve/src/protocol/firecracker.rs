@@ -55,12 +55,16 @@ pub(super) fn parse(message: &[u8], descriptors: usize) -> Result<Handshake, Ser
             why: "such memory is filled in another way, and that branch is not released",
         });
     }
+    // Up to 1.11, which had no `page_size`, Firecracker asks for these events only if it has a
+    // balloon. Nothing else there gives pages back.
+    let needs_remove = wrapped || regions.iter().any(|region| region.page_size.is_some());
     let mappings = regions.iter().map(Region::mapping);
     Ok(Handshake {
         form,
         mappings: mappings.collect::<Result<_, _>>()?,
         has_pidfd: false,
         answers: false,
+        needs_remove,
     })
 }
 

@@ -7,6 +7,7 @@ mod documented;
 mod firecracker;
 mod receive;
 
+pub(crate) use self::documented::{is_documented, names_another};
 pub(crate) use self::receive::{Received, receive};
 use crate::engine::{MAX_PAGE, MIN_PAGE, VmRegion, check_disjoint};
 use crate::error::ServeError;
@@ -51,6 +52,9 @@ pub struct Handshake {
     pub has_pidfd: bool,
     /// Whether the sender waits for an answer.
     pub answers: bool,
+    /// Whether the VMM may give pages back, of which its `userfaultfd` must tell then
+    /// (`EVENT_REMOVE`).
+    pub needs_remove: bool,
 }
 
 /// What an object may be, told by the fields that it has.
@@ -284,12 +288,16 @@ mod tests {
             assert_eq!(handshake.mappings, [expected], "{message}");
             assert_eq!(handshake.form, form);
             assert!(!handshake.answers && !handshake.has_pidfd);
+            // Before 1.12 a Firecracker without a balloon asked for no events.
+            let text = message.to_string();
+            let older = message.is_array() && !text.contains("\"page_size\"");
+            assert_eq!(handshake.needs_remove, !older, "{message}");
         }
         let own = json!({"sonicshot": 1, "regions": [{"host": 4096, "len": 8192, "gpa": MIB, "page": 4096}]});
         let handshake = parse(&own, 1).unwrap();
         let place = Place::Address(Gpa::new(MIB));
         assert_eq!(handshake.mappings, [mapping(4096, 8192, place, 4096)]);
-        assert!(handshake.answers && !handshake.has_pidfd);
+        assert!(handshake.answers && !handshake.has_pidfd && handshake.needs_remove);
         let mut with_pidfd = own.clone();
         with_pidfd["pidfd"] = true.into();
         assert!(parse(&with_pidfd, 2).unwrap().has_pidfd);
@@ -368,6 +376,7 @@ mod tests {
             mappings: mappings.to_vec(),
             has_pidfd: false,
             answers: false,
+            needs_remove: true,
         };
         let at = |offset| Place::Offset(offset);
         // One mapping over the hole.

@@ -23,6 +23,8 @@ const MAX_DESCRIPTORS: usize = 3;
 pub(crate) struct Received {
     pub message: Vec<u8>,
     pub descriptors: Vec<OwnedFd>,
+    /// Whether descriptors came that there was no room for, which the kernel has closed.
+    pub lost: bool,
 }
 
 /// Receives one JSON value. What came is in `received` even if it is not whole.
@@ -95,12 +97,12 @@ fn receive_part(stream: &UnixStream, received: &mut Received) -> Result<usize, S
     }
     let found = received.descriptors.len();
     // If some were lost it is not known how many there were.
-    if found > MAX_DESCRIPTORS || result.flags.contains(ReturnFlags::CTRUNC) {
+    received.lost |= result.flags.contains(ReturnFlags::CTRUNC);
+    let part = part.get(..got).unwrap_or_default();
+    received.message.extend_from_slice(part);
+    if found > MAX_DESCRIPTORS || received.lost {
         return Err(ServeError::Descriptors { found, expected: 1 });
     }
-    received
-        .message
-        .extend_from_slice(part.get(..got).unwrap_or_default());
     Ok(got)
 }
 
@@ -221,6 +223,8 @@ mod tests {
                 "{counts:?}: {error:?}"
             );
             assert!(got.descriptors.len() <= 8);
+            // There is room for four at once.
+            assert_eq!(got.lost, counts.iter().any(|count| *count > 4));
         }
     }
 }

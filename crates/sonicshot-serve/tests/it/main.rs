@@ -12,4 +12,5 @@
 
 mod guest;
 mod own;
+mod refused;
 mod server;

@@ -413,3 +413,30 @@ fn regions_that_cannot_be_are_refused() {
     assert!(matches!(odd, ServeError::PageSize { .. }));
     assert_eq!(layout().regions().len(), 2);
 }
+
+/// A source with an error of its own: nobody waits for ever for what its thread was to do.
+#[test]
+fn a_thread_that_fails_is_told() {
+    struct Broken(RamLayout);
+    impl PageSource for Broken {
+        fn layout(&self) -> &RamLayout {
+            &self.0
+        }
+        fn run_at(&self, _: Gpa) -> Result<Run, ServeError> {
+            panic!("a source that is broken, for a test")
+        }
+        fn read<'b>(&self, range: GpaRange, _: &'b mut Vec<u8>) -> Result<Piece<'b>, ServeError> {
+            let at = range.start();
+            Err(ServeError::NotInSnapshot { at })
+        }
+        fn by_need(&self) -> Vec<GpaRange> {
+            self.0.regions().to_vec()
+        }
+    }
+    let memory = Memory::new(PAGES * PAGE, false);
+    let uffd = memory.register();
+    let source = Arc::new(Broken(layout()));
+    let vm = Vm::start(source, uffd, &regions(&memory, PAGE), VmOptions::default());
+    let error = vm.unwrap().finish().unwrap_err();
+    assert!(matches!(*error, ServeError::Thread), "{error:?}");
+}

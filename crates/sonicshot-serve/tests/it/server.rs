@@ -15,14 +15,14 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// A server in a thread, which ends when so many have been served.
-struct Serving {
-    folder: TempDir,
+pub struct Serving {
+    pub folder: TempDir,
     thread: Option<JoinHandle<()>>,
-    metrics: Arc<Metrics>,
+    pub metrics: Arc<Metrics>,
 }
 
 impl Serving {
-    fn start(
+    pub fn start(
         count: usize,
         compression: Compression,
         change: impl FnOnce(&mut ServerOptions),
@@ -43,25 +43,25 @@ impl Serving {
         }
     }
 
-    fn socket(&self) -> PathBuf {
+    pub fn socket(&self) -> PathBuf {
         self.folder.path().join("pages")
     }
 
-    fn client(&self, form: &str, page: usize, what: &str, seed: u64) -> Child {
+    pub fn client(&self, form: &str, page: usize, what: &str, seed: u64) -> Child {
         client_command(&self.socket(), form, page, what, seed)
             .spawn()
             .expect("the example is built with the tests")
     }
 
     /// Waits for the end of all of them, and of the server.
-    fn end(mut self, children: Vec<Child>) -> Vec<String> {
+    pub fn end(mut self, children: Vec<Child>) -> Vec<String> {
         let said = children.into_iter().map(succeeded).collect();
         self.thread.take().unwrap().join().unwrap();
         assert!(!self.socket().exists());
         said
     }
 
-    fn metric(&self, name: &str) -> u64 {
+    pub fn metric(&self, name: &str) -> u64 {
         let text = self.metrics.to_text();
         let line = text.lines().find_map(|line| {
             line.strip_prefix("sonicshot_serve_")?
@@ -71,7 +71,7 @@ impl Serving {
         line.unwrap_or_else(|| panic!("no {name}")).parse().unwrap()
     }
 
-    fn wait_for(&self, name: &str, value: u64) {
+    pub fn wait_for(&self, name: &str, value: u64) {
         let start = Instant::now();
         while self.metric(name) < value {
             assert!(start.elapsed() < Duration::from_secs(20), "{name}");
@@ -80,7 +80,7 @@ impl Serving {
     }
 }
 
-fn client_command(socket: &Path, form: &str, page: usize, what: &str, seed: u64) -> Command {
+pub fn client_command(socket: &Path, form: &str, page: usize, what: &str, seed: u64) -> Command {
     let mut command = Command::new(example("vm_client"));
     command
         .arg(socket)
@@ -89,7 +89,7 @@ fn client_command(socket: &Path, form: &str, page: usize, what: &str, seed: u64)
     command
 }
 
-fn example(name: &str) -> PathBuf {
+pub fn example(name: &str) -> PathBuf {
     let tests = std::env::current_exe().unwrap();
     tests
         .ancestors()
@@ -99,7 +99,7 @@ fn example(name: &str) -> PathBuf {
         .join(name)
 }
 
-fn succeeded(child: Child) -> String {
+pub fn succeeded(child: Child) -> String {
     let output = child.wait_with_output().unwrap();
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{}: {told}", output.status);
@@ -107,7 +107,7 @@ fn succeeded(child: Child) -> String {
 }
 
 /// What a client says when it is where it is to be.
-fn ready(child: &mut Child) -> BufReader<std::process::ChildStdout> {
+pub fn ready(child: &mut Child) -> BufReader<std::process::ChildStdout> {
     let mut lines = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     lines.read_line(&mut line).unwrap();

@@ -1,0 +1,104 @@
+//! What a virtual machine has sent, for as long as it may run.
+//!
+//! A virtual machine whose `userfaultfd` nobody keeps reads zero where its bytes are not in place.
+//! So what has come is let go of in one way alone: the virtual machine is ended, and has ended.
+
+use crate::error::ServeError;
+use crate::peer::{Peer, pid_of};
+use crate::protocol::{Received, names_another};
+use crate::sys::Credentials;
+use rustix::fd::{AsRawFd, OwnedFd};
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+/// The descriptors that have come from one connection. Dropping this ends the virtual machine,
+/// unless it [has ended](Self::has_ended), and waits until it is gone.
+#[derive(Debug)]
+pub(crate) struct Held {
+    descriptors: Vec<Arc<OwnedFd>>,
+    /// Whether more came than could be taken in.
+    lost: bool,
+    /// Whom to end. If that is not known, he who has sent this has to, and is told.
+    vm: Option<Peer>,
+    stream: Arc<UnixStream>,
+    /// Whether the sender may be here: others are not waited for.
+    welcome: bool,
+    ended: bool,
+}
+
+impl Held {
+    /// Holds on to what has come of `who`, who is `sender`. Says besides whose memory it is: the
+    /// sender's, or of a process that he has named by a second descriptor.
+    pub fn new(
+        stream: &Arc<UnixStream>,
+        received: &mut Received,
+        who: Credentials,
+        sender: Result<Peer, ServeError>,
+        welcome: bool,
+    ) -> (Self, Result<Peer, ServeError>) {
+        let descriptors: Vec<_> = received.descriptors.drain(..).map(Arc::new).collect();
+        let is_pidfd = |fd: &&Arc<OwnedFd>| pid_of(fd).is_ok_and(|pid| pid.is_some());
+        let vm = match descriptors.iter().find(is_pidfd) {
+            Some(pidfd) => Peer::of_descriptor(Arc::clone(pidfd), who),
+            None if names_another(&received.message) => Err(ServeError::Descriptors {
+                found: descriptors.len(),
+                expected: 2,
+            }),
+            None => sender,
+        };
+        let held = Self {
+            descriptors,
+            lost: received.lost,
+            vm: vm.as_ref().ok().cloned(),
+            stream: Arc::clone(stream),
+            welcome,
+            ended: false,
+        };
+        (held, vm)
+    }
+
+    pub fn descriptors(&self) -> &[Arc<OwnedFd>] {
+        &self.descriptors
+    }
+
+    /// The virtual machine has ended: there is nothing to be held on to.
+    pub fn has_ended(&mut self) {
+        self.ended = true;
+    }
+
+    /// Whether memory may depend on what is held. What cannot be looked at may be anything.
+    fn has_memory(&self) -> bool {
+        let is_uffd = |fd: &Arc<OwnedFd>| {
+            let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+            link.map_or(true, |link| link.as_os_str() == "anon_inode:[userfaultfd]")
+        };
+        self.lost || self.descriptors.iter().any(is_uffd)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if self.ended || !self.has_memory() {
+            return;
+        }
+        match &self.vm {
+            Some(vm) => {
+                if !vm.end() {
+                    tracing::error!("a virtual machine cannot be ended, and must not run");
+                    if !self.welcome {
+                        return;
+                    }
+                }
+                // If it cannot be ended it at least waits for its pages.
+                vm.wait(None);
+            }
+            None if self.welcome => {
+                // Until he has closed the connection, or ended.
+                let _ = self.stream.set_read_timeout(None);
+                while matches!((&*self.stream).read(&mut [0; 64]), Ok(got) if got > 0) {}
+            }
+            None => {}
+        }
+    }
+}
