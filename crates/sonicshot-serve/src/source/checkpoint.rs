@@ -1,12 +1,14 @@
 //! A checkpoint, of which many read: what was decompressed is kept for the next.
 
-use super::{Content, PageSource, Piece, Run, length};
+use super::{Check, Content, PageSource, Piece, Run, checked, length};
 use crate::error::ServeError;
 use crate::metrics::Metrics;
 use core::sync::atomic::{AtomicU64, Ordering};
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
-use sonicshot::checkpoint::{CheckpointReader, Chunk, ChunkDecoder, PageContent, RangeSource};
+use sonicshot::checkpoint::{
+    CheckpointError, CheckpointReader, Chunk, ChunkDecoder, PageContent, RangeSource,
+};
 use sonicshot::{Gpa, GpaRange, PageClass, RamLayout};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -34,6 +36,7 @@ pub struct CheckpointSource<S> {
     decoders: Mutex<Vec<ChunkDecoder>>,
     /// A bit for each chunk that is stored as it is: its checksum was found right.
     checked: Vec<AtomicU64>,
+    check: Option<Check<S>>,
     metrics: Arc<Metrics>,
 }
 
@@ -67,8 +70,24 @@ impl<S: RangeSource> CheckpointSource<S> {
             cache,
             decoders: Mutex::new(Vec::new()),
             checked,
+            check: None,
             metrics,
         }
+    }
+
+    /// Has `check` asked behind each read: if it fails, what was read is not served.
+    #[must_use]
+    pub fn checked_by(
+        mut self,
+        check: impl Fn(&S) -> Result<(), ServeError> + Send + Sync + 'static,
+    ) -> Self {
+        self.check = Some(Box::new(check));
+        self
+    }
+
+    /// What was read, if the file is what it was.
+    fn unchanged<T>(&self, read: Result<T, CheckpointError>) -> Result<T, ServeError> {
+        checked(self.reader.source(), self.check.as_ref(), read)
     }
 
     /// The checkpoint.
@@ -113,7 +132,8 @@ impl<S: RangeSource> CheckpointSource<S> {
         let block = self.cache.get_or_insert_with(&number, || {
             hit = false;
             self.with_decoder(|decoder| {
-                Ok::<_, ServeError>(Arc::from(self.reader.read_chunk(decoder, number)?))
+                let chunk = self.unchanged(self.reader.read_chunk(decoder, number))?;
+                Ok::<_, ServeError>(Arc::from(chunk))
             })
         })?;
         self.metrics.cache(hit);
@@ -137,7 +157,8 @@ impl<S: RangeSource> CheckpointSource<S> {
         if word.is_some_and(|word| word.load(Ordering::Acquire) & bit != 0) {
             return Ok(());
         }
-        self.with_decoder(|decoder| self.reader.read_chunk(decoder, number).map(drop))?;
+        let read = |decoder: &mut _| self.reader.read_chunk(decoder, number).map(drop);
+        self.unchanged(self.with_decoder(read))?;
         if let Some(word) = word {
             word.fetch_or(bit, Ordering::AcqRel);
         }
@@ -190,8 +211,8 @@ impl<S: RangeSource> PageSource for CheckpointSource<S> {
         if stored.chunk.plain {
             self.check(stored.chunk.number)?;
             buffer.resize(len, 0);
-            self.reader
-                .read_plain(stored.chunk.number, inside, buffer)?;
+            let read = self.reader.read_plain(stored.chunk.number, inside, buffer);
+            self.unchanged(read)?;
             return Ok(Piece::Own(buffer));
         }
         let block = self.block(stored.chunk.number)?;

@@ -1,6 +1,6 @@
 //! Any guest memory: a raw file, a VMM's snapshot, whatever the other crates can read.
 
-use super::{Content, PageSource, Piece, Run, length};
+use super::{Check, Content, PageSource, Piece, Run, checked, length};
 use crate::error::ServeError;
 use sonicshot::{Gpa, GpaRange, GuestMemory, RamLayout};
 use std::fmt;
@@ -13,12 +13,26 @@ const PAGE: u64 = 4096;
 /// Guest memory of any kind. What it knows to be zero is never read.
 pub struct MemorySource<M> {
     memory: M,
+    check: Option<Check<M>>,
 }
 
 impl<M: GuestMemory> MemorySource<M> {
     /// Serves the pages of `memory`.
     pub const fn new(memory: M) -> Self {
-        Self { memory }
+        Self {
+            memory,
+            check: None,
+        }
+    }
+
+    /// Has `check` asked behind each read: if it fails, what was read is not served.
+    #[must_use]
+    pub fn checked_by(
+        mut self,
+        check: impl Fn(&M) -> Result<(), ServeError> + Send + Sync + 'static,
+    ) -> Self {
+        self.check = Some(Box::new(check));
+        self
     }
 }
 
@@ -61,7 +75,8 @@ impl<M: GuestMemory> PageSource for MemorySource<M> {
 
     fn read<'b>(&self, range: GpaRange, buffer: &'b mut Vec<u8>) -> Result<Piece<'b>, ServeError> {
         buffer.resize(length(range)?, 0);
-        self.memory.read(range.start(), buffer)?;
+        let read = self.memory.read(range.start(), buffer);
+        checked(&self.memory, self.check.as_ref(), read)?;
         Ok(Piece::Own(buffer))
     }
 

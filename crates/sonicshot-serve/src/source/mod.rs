@@ -80,6 +80,25 @@ pub trait PageSource: Send + Sync {
     fn by_need(&self) -> Vec<GpaRange>;
 }
 
+/// Fails if what a source reads from is not what it was any more.
+pub(crate) type Check<S> = Box<dyn Fn(&S) -> Result<(), ServeError> + Send + Sync>;
+
+/// What was read, if it was read of what was opened. What is wrong with a file that has changed
+/// says less than that it has.
+pub(crate) fn checked<S, T, E>(
+    source: &S,
+    check: Option<&Check<S>>,
+    read: Result<T, E>,
+) -> Result<T, ServeError>
+where
+    ServeError: From<E>,
+{
+    if let Some(check) = check {
+        check(source)?;
+    }
+    Ok(read?)
+}
+
 /// As many bytes as `range` has.
 pub(crate) fn length(range: GpaRange) -> Result<usize, ServeError> {
     usize::try_from(range.len()).map_err(|_| ServeError::NotInSnapshot { at: range.start() })

@@ -4,8 +4,9 @@ use super::{CheckpointSource, MemorySource, PageSource};
 use crate::error::ServeError;
 use crate::metrics::Metrics;
 use crate::set::PageSet;
+use sonicshot::FileStamp;
 use sonicshot::checkpoint::CheckpointReader;
-use sonicshot_offline::{CheckpointFile, OpenOptions, Snapshot};
+use sonicshot_offline::{CheckpointFile, OfflineError, OpenOptions, Snapshot};
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
@@ -47,13 +48,29 @@ pub fn open_source(
 ) -> Result<OpenedSource, ServeError> {
     if CheckpointFile::is_at(path)? {
         let reader = CheckpointFile::open(path)?.into_reader();
+        let before = FileStamp::of(reader.source()).map_err(ServeError::io("reading", path))?;
         let set = set_in(&reader, path)?;
-        let source = Arc::new(CheckpointSource::new(reader, cache, metrics));
+        let source = CheckpointSource::new(reader, cache, metrics);
+        let source = Arc::new(source.checked_by(unchanged(path, before)));
         return Ok(OpenedSource { source, set });
     }
     let memory = Snapshot::open(path, options)?.guest_memory()?;
-    let source = Arc::new(MemorySource::new(memory));
+    let source = MemorySource::new(memory);
+    let source =
+        Arc::new(source.checked_by(|dump| Ok(dump.check_unchanged().map_err(OfflineError::from)?)));
     Ok(OpenedSource { source, set: None })
+}
+
+/// Refuses a file that is not what it was `before`.
+fn unchanged(path: &Path, before: FileStamp) -> impl Fn(&File) -> Result<(), ServeError> + use<> {
+    let path = path.to_owned();
+    move |file| {
+        let now = FileStamp::of(file).map_err(ServeError::io("reading", &path))?;
+        if now == before {
+            return Ok(());
+        }
+        Err(ServeError::Changed { path: path.clone() })
+    }
 }
 
 fn set_in(reader: &CheckpointReader<File>, path: &Path) -> Result<Option<PageSet>, ServeError> {
@@ -76,18 +93,23 @@ fn set_in(reader: &CheckpointReader<File>, path: &Path) -> Result<Option<PageSet
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, SaveOptions};
+    use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, Compression, SaveOptions};
     use sonicshot::{DropClasses, Fill, Gpa, GpaRange, GuestBytes, GuestMemory};
     use sonicshot::{MappedRegions, PageMap, PageSize, PrunePlan};
+    use std::os::unix::fs::FileExt;
 
     fn checkpoint(blob: Option<&[u8]>) -> tempfile::NamedTempFile {
-        let ram = vec![1; 16 * 4096];
+        checkpoint_of(blob, Compression::ZSTD)
+    }
+
+    fn checkpoint_of(blob: Option<&[u8]>, compression: Compression) -> tempfile::NamedTempFile {
+        let ram: Vec<u8> = (0..16 * 4096_u32).map(|at| (at % 251) as u8).collect();
         let guest = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
         let map = PageMap::new(guest.layout(), PageSize::SIZE_4K);
         let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
         let info = CheckpointInfo::new(guest.layout().clone(), PageSize::SIZE_4K);
         let file = tempfile::NamedTempFile::new().unwrap();
-        let options = SaveOptions::default();
+        let options = SaveOptions::new(compression);
         let mut writer = CheckpointWriter::new(file.reopen().unwrap(), info, options).unwrap();
         if let Some(blob) = blob {
             writer.blob(SET, blob).unwrap();
@@ -124,6 +146,33 @@ mod tests {
                 !another,
                 "{error:?}"
             );
+        }
+    }
+
+    /// Whoever writes to a snapshot must not write into guests.
+    #[test]
+    fn what_is_written_to_while_it_is_served_is_not_served() {
+        let raw = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(raw.path(), vec![7; 1 << 20]).unwrap();
+        let plain = checkpoint_of(None, Compression::None);
+        let packed = checkpoint_of(None, Compression::Lz4);
+        let mut options = OpenOptions::new();
+        options.layout = Some("flat".parse().unwrap());
+        for file in [raw, plain, packed] {
+            let (path, mut buffer) = (file.path(), Vec::new());
+            let opened = open_source(path, &options, 0, Arc::default()).unwrap();
+            let one = GpaRange::with_len(Gpa::new(4096), 4096).unwrap();
+            let mut read = || opened.source.read(one, &mut buffer).map(drop);
+            read().unwrap();
+            read().unwrap();
+            // Of the same length, and in a part that is not read here.
+            let len = std::fs::metadata(path).unwrap().len();
+            let file = File::options().write(true).open(path).unwrap();
+            file.write_at(b"x", len - 1).unwrap();
+            let later = std::time::SystemTime::now() + std::time::Duration::from_secs(1);
+            file.set_modified(later).unwrap();
+            let error = read().unwrap_err().with_causes();
+            assert!(error.contains("was written to"), "{error}");
         }
     }
 
