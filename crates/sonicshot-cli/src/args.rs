@@ -332,7 +332,8 @@ pub(crate) struct ServeArgs {
     /// How many virtual machines are served at once; more wait
     #[arg(long, value_name = "N", default_value = "1024")]
     pub max_vms: NonZeroUsize,
-    /// End when so many have come and ended
+    /// Take no more when so many have begun, and end when all have ended; connections that were
+    /// refused do not count
     #[arg(long, value_name = "N")]
     pub vms: Option<NonZeroUsize>,
     /// Counters for Prometheus: a port of the loopback (127.0.0.1:9100), or a socket's name with a

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! FORM is `1.1`, `1.7`, `1.12` (Firecracker's versions), `twice` (the same with two descriptors,
-//! which nobody serves), `stratovirt` or `own`; PAGE is `4096` or `2097152`; WHAT is what it does: `check` (touch all of its memory and compare), `removes` (give
+//! which nobody serves), `stratovirt`, `own` or `again` (the same, by two connections); PAGE is `4096` or `2097152`; WHAT is what it does: `check` (touch all of its memory and compare), `removes` (give
 //! pages back meanwhile), `wait` (say `ready` and sleep), `block` (make its descriptor sleep, then
 //! `check`), `bad` (touch the page SEED, which may not be had), `touch` (let go of its descriptor
 //! and touch page after page, slowly).
@@ -191,7 +191,7 @@ impl Vm {
                 "1.7" | "twice" => format!("{{{base},\"page_size_kib\":{page}}}"),
                 "1.12" => format!("{{{base},\"page_size\":{page},\"page_size_kib\":{page}}}"),
                 "stratovirt" => format!("{{\"base-host-virt-addr\":{host},\"size\":{len},\"offset\":{offset},\"page-size\":{page}}}"),
-                "own" => format!("{{\"host\":{host},\"len\":{len},\"gpa\":{gpa},\"page\":{page}}}"),
+                "own" | "again" => format!("{{\"host\":{host},\"len\":{len},\"gpa\":{gpa},\"page\":{page}}}"),
                 other => panic!("no form {other}"),
             });
             offset += len;
@@ -199,7 +199,7 @@ impl Vm {
         let regions = regions.join(",");
         match form {
             "stratovirt" => format!("{{\"mappings\":[{regions}]}}"),
-            "own" => format!("{{\"sonicshot\":1,\"regions\":[{regions}]}}"),
+            "own" | "again" => format!("{{\"sonicshot\":1,\"regions\":[{regions}]}}"),
             _ => format!("[{regions}]"),
         }
     }
@@ -303,6 +303,13 @@ fn shuffled(pages: &[usize], seed: u64) -> Vec<usize> {
     pages
 }
 
+/// What the server answers.
+fn answer(stream: &mut UnixStream) -> String {
+    let mut answer = [0; 4096];
+    let got = stream.read(&mut answer).unwrap();
+    String::from_utf8_lossy(&answer[..got]).into_owned()
+}
+
 fn main() {
     let args: Vec<String> = std::env::args().collect();
     let [_, socket, form, page, what, seed] = args.as_slice() else {
@@ -314,11 +321,14 @@ fn main() {
     let vm = Vm::new(page.parse().unwrap(), if without { 0 } else { 8 });
     let mut stream = UnixStream::connect(socket).unwrap();
     vm.send(&stream, &vm.message(form), form == "twice");
-    if form == "own" {
-        let mut answer = [0; 4096];
-        let got = stream.read(&mut answer).unwrap();
-        let answer = String::from_utf8_lossy(&answer[..got]).into_owned();
-        assert_eq!(answer, "{\"ok\":true}\n");
+    if matches!(form.as_str(), "own" | "again") {
+        assert_eq!(answer(&mut stream), "{\"ok\":true}\n");
+    }
+    if form == "again" {
+        let mut second = UnixStream::connect(socket).unwrap();
+        vm.send(&second, &vm.message(form), false);
+        let answer = answer(&mut second);
+        assert!(answer.contains("served already"), "{answer}");
     }
     // Up to 1.11 nothing is heard of Firecracker after its message.
     let stream = (!matches!(form.as_str(), "1.1" | "1.7" | "twice")).then_some(stream);

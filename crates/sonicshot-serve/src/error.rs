@@ -219,6 +219,12 @@ pub enum ServeError {
     /// The process that has connected is gone, or cannot be held on to.
     #[error("the process that has connected cannot be held on to")]
     PeerGone(#[source] io::Error),
+    /// As many virtual machines as there were to be have been served.
+    #[error("this server was for so many virtual machines, and they have come")]
+    Late,
+    /// The same `userfaultfd` came by another connection.
+    #[error("the userfaultfd is served already, by another connection")]
+    Twice,
     /// The thread of a virtual machine has failed.
     #[error("the thread that serves the virtual machine has failed: a bug")]
     Thread,

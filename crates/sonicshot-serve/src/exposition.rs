@@ -2,11 +2,11 @@
 
 use crate::error::ServeError;
 use crate::metrics::Metrics;
+use crate::socket::Named;
 use core::time::Duration;
-use rustix::fs::{Mode, chmod};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -25,13 +25,9 @@ pub fn expose(address: &str, metrics: Arc<Metrics>) -> Result<(), ServeError> {
     let path = Path::new(address);
     let failed = || ServeError::io("listening for requests for metrics at", path);
     if address.contains('/') {
-        // One that an earlier server has left.
-        if UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
-            let _ = std::fs::remove_file(path);
-        }
-        let listener = UnixListener::bind(path).map_err(failed())?;
-        chmod(path, Mode::RUSR | Mode::WUSR).map_err(|errno| failed()(errno.into()))?;
-        return start(move || listener.accept().map(|(stream, _)| stream), metrics);
+        let socket = Named::bind(path, |_| Ok(()))?;
+        let accept = move || socket.listener.accept().map(|(stream, _)| stream);
+        return start(accept, metrics);
     }
     let parsed: Option<SocketAddr> = address.parse().ok();
     let Some(parsed) = parsed.filter(|address| address.ip().is_loopback()) else {
@@ -108,6 +104,7 @@ fn answer<S: Hasty>(mut stream: S, metrics: &Metrics) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixListener;
 
     #[test]
     fn counters_are_had_by_a_get_on_this_host_alone() {
@@ -115,6 +112,12 @@ mod tests {
         let path = folder.path().join("metrics");
         let metrics = Arc::new(Metrics::default());
         metrics.cache(true);
+        // What is no socket stays.
+        std::fs::write(&path, "x").unwrap();
+        let refused = expose(path.to_str().unwrap(), Arc::default()).unwrap_err();
+        assert!(refused.to_string().contains("is no socket"), "{refused}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"x");
+        std::fs::remove_file(&path).unwrap();
         // What an earlier server has left.
         drop(UnixListener::bind(&path).unwrap());
         expose(path.to_str().unwrap(), Arc::clone(&metrics)).unwrap();

@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 /// The descriptors that have come from one connection. Dropping this ends the virtual machine,
-/// unless it [has ended](Self::has_ended), and waits until it is gone.
+/// unless that was [released](Self::release), and waits until it is gone.
 #[derive(Debug)]
 pub(crate) struct Held {
     descriptors: Vec<Arc<OwnedFd>>,
@@ -24,7 +24,7 @@ pub(crate) struct Held {
     stream: Arc<UnixStream>,
     /// Whether the sender may be here: others are not waited for.
     welcome: bool,
-    ended: bool,
+    released: bool,
 }
 
 impl Held {
@@ -53,7 +53,7 @@ impl Held {
             vm: vm.as_ref().ok().cloned(),
             stream: Arc::clone(stream),
             welcome,
-            ended: false,
+            released: false,
         };
         (held, vm)
     }
@@ -62,9 +62,9 @@ impl Held {
         &self.descriptors
     }
 
-    /// The virtual machine has ended: there is nothing to be held on to.
-    pub fn has_ended(&mut self) {
-        self.ended = true;
+    /// There is nothing to be held on to: the virtual machine has ended, or is served all the same.
+    pub fn release(&mut self) {
+        self.released = true;
     }
 
     /// Whether memory may depend on what is held. What cannot be looked at may be anything.
@@ -79,7 +79,7 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if self.ended || !self.has_memory() {
+        if self.released || !self.has_memory() {
             return;
         }
         match &self.vm {

@@ -66,6 +66,8 @@ mod protocol;
 #[cfg(feature = "server")]
 mod server;
 mod set;
+#[cfg(feature = "server")]
+mod socket;
 mod source;
 #[cfg(feature = "server")]
 #[expect(unsafe_code, reason = "calls to the system without a safe wrapper")]

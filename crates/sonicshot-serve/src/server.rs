@@ -6,18 +6,22 @@ use crate::held::Held;
 use crate::metrics::Metrics;
 use crate::peer::{AGAIN, Peer, is_passing};
 use crate::protocol::{Handshake, Received, is_documented, receive};
+use crate::socket::Named;
 use crate::source::PageSource;
 use crate::sys;
 use crate::uffd::Uffd;
 use crate::watch::{Watched, Watcher};
+use core::sync::atomic::{AtomicUsize, Ordering};
 use core::time::Duration;
-use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{Gid, Mode, Uid, chmod, chown};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{Gid, Mode, Uid, chmod, chown, fstat};
+use rustix::io::Errno;
 use serde_json::json;
+use std::collections::HashSet;
 use std::io::{self, Write};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// How long the message of somebody who will not be served is waited for: it may be on its way.
@@ -38,7 +42,8 @@ pub struct ServerOptions {
     pub vm: VmOptions,
     /// Where what its recorder has noted is written to each time that one has ended.
     pub record: Option<PathBuf>,
-    /// How many are served at once. More wait until one has ended.
+    /// How many are served at once, or as many as there is room for in the process's table of
+    /// descriptors ([`allow_many_descriptors`]). More wait until one has ended.
     pub max_vms: usize,
     /// How long a message may take to come whole.
     pub patience: Duration,
@@ -63,7 +68,7 @@ impl ServerOptions {
 /// A page server: virtual machines connect to its socket, and are served from one source.
 #[derive(Debug)]
 pub struct Server {
-    listener: UnixListener,
+    socket: Named,
     shared: Arc<Shared>,
 }
 
@@ -71,10 +76,14 @@ struct Shared {
     source: Arc<dyn PageSource>,
     options: ServerOptions,
     watcher: Option<Arc<Watcher>>,
-    /// Which socket is ours: its device and number.
-    socket: (u64, u64),
+    /// How many virtual machines have begun, and what wakes who waits for that.
+    begun: AtomicUsize,
+    wake: OwnedFd,
+    /// Connections that have a thread.
     live: Mutex<usize>,
     less: Condvar,
+    /// Which `userfaultfd`s are served.
+    served: Mutex<HashSet<u64>>,
 }
 
 impl core::fmt::Debug for Shared {
@@ -96,63 +105,133 @@ impl Server {
         options: ServerOptions,
         watcher: Option<Watcher>,
     ) -> Result<Self, ServeError> {
-        let (listener, socket) = bind(&options)?;
+        let mut options = options;
+        options.max_vms = options.max_vms.min(room());
+        let socket = Named::bind(&options.socket, |new| {
+            if let Some((uid, gid)) = options.owner {
+                chown(new, Some(Uid::from_raw(uid)), gid.map(Gid::from_raw))?;
+            }
+            if !options.allow.is_empty() {
+                chmod(new, Mode::from_raw_mode(0o666))?;
+            }
+            Ok(())
+        })?;
+        // Who is ready may be gone again before he is taken in.
+        let nonblocking = socket.listener.set_nonblocking(true);
+        nonblocking.map_err(failed("FIONBIO"))?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         Ok(Self {
-            listener,
+            socket,
             shared: Arc::new(Shared {
                 source,
                 options,
                 watcher: watcher.map(Arc::new),
-                socket,
+                begun: AtomicUsize::new(0),
+                wake: wake.map_err(ServeError::system("eventfd"))?,
                 live: Mutex::new(0),
                 less: Condvar::new(),
+                served: Mutex::default(),
             }),
         })
     }
 
-    /// Serves whoever connects: for ever, or until so many have come and ended.
+    /// Serves whoever connects: for ever, or until so many virtual machines have begun and all
+    /// have ended. Those beyond them that have connected are ended then, as every one that cannot
+    /// be served.
     ///
     /// # Errors
     /// [`ServeError::System`] if the socket fails.
     pub fn run(&self, count: Option<usize>) -> Result<(), ServeError> {
+        let enough = || count.is_some_and(|count| self.shared.has_begun(count));
         let mut came = 0_usize;
-        while count.is_none_or(|count| came < count) {
+        while !enough() {
             self.shared.wait_for_fewer(self.shared.options.max_vms);
-            let stream = match self.listener.accept() {
-                Ok((stream, _)) => stream,
+            if enough() {
+                break;
+            }
+            if let Some(stream) = self.accept()? {
+                came = came.saturating_add(1);
+                self.shared.spawn(stream, came, true);
+            } else if !enough() {
+                self.wait()?;
+            }
+        }
+        // Nobody more finds it, and who has is told.
+        self.socket.unname();
+        self.turn_away(&mut came)?;
+        self.shared.wait_for_fewer(1);
+        // Who had looked the name up before.
+        self.turn_away(&mut came)?;
+        self.shared.wait_for_fewer(1);
+        Ok(())
+    }
+
+    /// Refuses those who have connected.
+    fn turn_away(&self, came: &mut usize) -> Result<(), ServeError> {
+        while let Some(stream) = self.accept()? {
+            self.shared.wait_for_fewer(self.shared.options.max_vms);
+            *came = came.saturating_add(1);
+            self.shared.spawn(stream, *came, false);
+        }
+        Ok(())
+    }
+
+    /// The next connection, if there is one.
+    fn accept(&self) -> Result<Option<UnixStream>, ServeError> {
+        loop {
+            match self.socket.listener.accept() {
+                Ok((stream, _)) => return Ok(Some(stream)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) if is_passing(&error) => {
                     tracing::warn!("no connection can be taken: {error}");
                     std::thread::sleep(AGAIN);
-                    continue;
                 }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-                Err(source) => {
-                    return Err(ServeError::System {
-                        operation: "accepting a connection",
-                        source,
-                    });
-                }
-            };
-            came = came.saturating_add(1);
-            self.shared.spawn(stream, came);
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => return Err(failed("accepting a connection")(error)),
+            }
         }
-        self.shared.wait_for_fewer(1);
+    }
+
+    /// Waits until there may be a connection, or a virtual machine has begun.
+    fn wait(&self) -> Result<(), ServeError> {
+        let shared = &self.shared;
+        let mut ready = [
+            PollFd::new(&self.socket.listener, PollFlags::IN),
+            PollFd::new(&shared.wake, PollFlags::IN),
+        ];
+        match poll(&mut ready, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(ServeError::system("poll")(errno)),
+        }
+        let _ = rustix::io::read(&shared.wake, &mut [0_u8; 8]);
         Ok(())
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        let path = &self.shared.options.socket;
-        // Another server may have taken the name.
-        if identity(path).is_ok_and(|found| found == self.shared.socket) {
-            let _ = std::fs::remove_file(path);
-        }
-    }
+fn failed(operation: &'static str) -> impl FnOnce(io::Error) -> ServeError {
+    move |source| ServeError::System { operation, source }
 }
 
-/// Lets this process have as many descriptors as it may: four for each virtual machine.
+/// Descriptors that a connection takes: itself, two that come with it, its process, what its thread
+/// is woken by, and one to look at another with. Of whoever sends more some may be lost: he is
+/// refused anyway.
+const DESCRIPTORS: u64 = 6;
+/// Those that the process has beside.
+const OTHERS: u64 = 64;
+
+/// How many connections there is room for in the table of descriptors: of one more, those that
+/// came with it could be lost.
+fn room() -> usize {
+    use rustix::process::{Resource, getrlimit};
+    let Some(limit) = getrlimit(Resource::Nofile).current else {
+        return usize::MAX;
+    };
+    let room = limit.saturating_sub(OTHERS).checked_div(DESCRIPTORS);
+    usize::try_from(room.unwrap_or(1).max(1)).unwrap_or(usize::MAX)
+}
+
+/// Lets this process have as many descriptors as it may.
 pub fn allow_many_descriptors() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
@@ -161,62 +240,11 @@ pub fn allow_many_descriptors() {
     let _ = setrlimit(Resource::Nofile, limit);
 }
 
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let found = std::fs::symlink_metadata(path)?;
-    Ok((found.dev(), found.ino()))
-}
-
-/// The socket appears under its name with its rights, and takes the place of one that nobody
-/// listens to.
-fn bind(options: &ServerOptions) -> Result<(UnixListener, (u64, u64)), ServeError> {
-    let path = &options.socket;
-    check_free(path)?;
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new("."));
-    let new = folder.join(format!(".s{}", std::process::id()));
-    let failed = |action| ServeError::io(action, path);
-    let _ = std::fs::remove_file(&new);
-    let listener = UnixListener::bind(&new).map_err(failed("making the socket"))?;
-    let placed = (|| {
-        chmod(&new, Mode::RUSR | Mode::WUSR)?;
-        if let Some((uid, gid)) = options.owner {
-            chown(&new, Some(Uid::from_raw(uid)), gid.map(Gid::from_raw))?;
-        }
-        if !options.allow.is_empty() {
-            chmod(&new, Mode::from_raw_mode(0o666))?;
-        }
-        std::fs::rename(&new, path)?;
-        identity(path)
-    })();
-    if placed.is_err() {
-        let _ = std::fs::remove_file(&new);
-    }
-    Ok((
-        listener,
-        placed.map_err(failed("giving its rights to the socket"))?,
-    ))
-}
-
-fn check_free(path: &Path) -> Result<(), ServeError> {
-    let exists = |why| ServeError::SocketExists {
-        path: path.to_owned(),
-        why,
-    };
-    match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(ServeError::io("looking at", path)(error)),
-        Ok(found) if !found.file_type().is_socket() => Err(exists("is no socket")),
-        Ok(_) => match UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
-            Err(error) => Err(ServeError::io("connecting to", path)(error)),
-            Ok(_) => Err(exists("somebody serves there")),
-        },
-    }
-}
-
 impl Shared {
+    fn has_begun(&self, count: usize) -> bool {
+        self.begun.load(Ordering::Acquire) >= count
+    }
+
     fn wait_for_fewer(&self, than: usize) {
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         while *live >= than.max(1) {
@@ -224,7 +252,7 @@ impl Shared {
         }
     }
 
-    fn spawn(self: &Arc<Self>, stream: UnixStream, number: usize) {
+    fn spawn(self: &Arc<Self>, stream: UnixStream, number: usize, in_time: bool) {
         let stream = Arc::new(stream);
         loop {
             let counted = Counted::new(self);
@@ -234,7 +262,7 @@ impl Shared {
                 let _counted = counted;
                 let span = tracing::info_span!("vm", number);
                 let _entered = span.enter();
-                shared.serve(&stream);
+                shared.serve(&stream, in_time);
             });
             match spawned {
                 Ok(_) => return,
@@ -246,8 +274,8 @@ impl Shared {
     }
 
     /// Serves one virtual machine until it has ended.
-    fn serve(&self, stream: &Arc<UnixStream>) {
-        let Some(mut session) = self.meet(stream) else {
+    fn serve(self: &Arc<Self>, stream: &Arc<UnixStream>, in_time: bool) {
+        let Some(mut session) = self.meet(stream, in_time) else {
             return;
         };
         let metrics = &self.options.vm.metrics;
@@ -264,7 +292,7 @@ impl Shared {
                 );
             }
             End::Ended => {
-                session.held.has_ended();
+                session.held.release();
                 tracing::info!("ended");
             }
             End::Stopped => tracing::info!("stopped"),
@@ -278,8 +306,8 @@ impl Shared {
     }
 
     /// All before the first page. Who is refused after he has sent his memory is ended.
-    fn meet(&self, stream: &Arc<UnixStream>) -> Option<Session> {
-        let (held, answers, outcome) = match self.hear(stream) {
+    fn meet(self: &Arc<Self>, stream: &Arc<UnixStream>, in_time: bool) -> Option<Session> {
+        let (mut held, answers, outcome) = match self.hear(stream, in_time) {
             Ok(heard) => heard,
             Err(error) => {
                 self.refuse(&error);
@@ -289,18 +317,24 @@ impl Shared {
         let session =
             outcome.and_then(|(handshake, vm)| self.begin(&handshake, held.descriptors(), &vm));
         match session {
-            Ok((machine, watched)) => {
+            Ok((machine, served, watched)) => {
+                self.begun.fetch_add(1, Ordering::AcqRel);
+                let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
                 if answers {
                     answer(stream, &json!({"ok": true}));
                 }
                 Some(Session {
                     held,
                     machine,
+                    _served: served,
                     _watched: watched,
                 })
             }
             Err(error) => {
                 self.refuse(&error);
+                if matches!(error, ServeError::Twice) {
+                    held.release();
+                }
                 if answers {
                     answer(stream, &json!({"error": error.with_causes()}));
                 }
@@ -317,12 +351,12 @@ impl Shared {
 
     /// Takes in what somebody sends, whoever he is: of his memory nobody would know else. Says what
     /// is held, whether he waits for an answer, and whose memory it is, if it can be served.
-    fn hear(&self, stream: &Arc<UnixStream>) -> Result<Heard, ServeError> {
+    fn hear(&self, stream: &Arc<UnixStream>, in_time: bool) -> Result<Heard, ServeError> {
         let who = sys::credentials(stream).map_err(ServeError::PeerGone)?;
         let sender = Peer::of_socket(stream, who);
         let welcome = self.may(who.uid);
         let patience = self.options.patience;
-        let patience = if welcome {
+        let patience = if welcome && in_time {
             patience
         } else {
             patience.min(STRANGER)
@@ -337,6 +371,9 @@ impl Shared {
                     uid: who.uid,
                     pid: who.pid,
                 });
+            }
+            if !in_time {
+                return Err(ServeError::Late);
             }
             outcome?;
             let handshake = Handshake::parse(&received.message, held.descriptors().len())?;
@@ -355,16 +392,18 @@ impl Shared {
     }
 
     fn begin(
-        &self,
+        self: &Arc<Self>,
         handshake: &Handshake,
         descriptors: &[Arc<OwnedFd>],
         peer: &Peer,
-    ) -> Result<(Machine, Option<Watched>), ServeError> {
+    ) -> Result<(Machine, Option<Served>, Option<Watched>), ServeError> {
         let fd = descriptors.first().ok_or(ServeError::Descriptors {
             found: 0,
             expected: 1,
         })?;
         let uffd = Arc::new(Uffd::of_peer(Arc::clone(fd), handshake.needs_remove)?);
+        let control = Arc::new(Control::new()?);
+        let served = Served::new(self, &uffd, &control)?;
         let regions = handshake.regions(self.source.layout())?;
         let mut options = self.options.vm.clone();
         options.metrics = Arc::clone(&self.options.vm.metrics);
@@ -376,7 +415,7 @@ impl Shared {
             uffd,
             &regions,
             options,
-            Arc::new(Control::new()?),
+            control,
             Some(Arc::clone(&peer.pidfd)),
         )?;
         tracing::debug!(
@@ -384,12 +423,51 @@ impl Shared {
             regions = regions.len(),
             "a message came"
         );
-        Ok((machine, watched))
+        Ok((machine, served, watched))
     }
 }
 
 /// What is held, whether an answer is waited for, and what came, or why that cannot be served.
 type Heard = (Held, bool, Result<(Handshake, Peer), ServeError>);
+
+/// A `userfaultfd` that is served, by its inode: what was given back is known to one thread alone.
+struct Served {
+    shared: Arc<Shared>,
+    inode: u64,
+}
+
+impl Served {
+    fn new(
+        shared: &Arc<Shared>,
+        uffd: &Uffd,
+        control: &Control,
+    ) -> Result<Option<Self>, ServeError> {
+        let inode = |fd: BorrowedFd<'_>| fstat(fd).map(|found| found.st_ino);
+        let inode = |fd| inode(fd).map_err(ServeError::system("fstat"));
+        let of_uffd = inode(uffd.as_fd())?;
+        // Before Linux 5.12 all of them have one, as an eventfd has it too.
+        if of_uffd == inode(control.wake.as_fd())? {
+            return Ok(None);
+        }
+        let mut served = shared.served.lock().unwrap_or_else(PoisonError::into_inner);
+        if !served.insert(of_uffd) {
+            return Err(ServeError::Twice);
+        }
+        Ok(Some(Self {
+            shared: Arc::clone(shared),
+            inode: of_uffd,
+        }))
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let served = self.shared.served.lock();
+        served
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.inode);
+    }
+}
 
 /// A connection that has a thread.
 struct Counted(Arc<Shared>);
@@ -432,6 +510,7 @@ impl Drop for Running<'_> {
 struct Session {
     held: Held,
     machine: Machine,
+    _served: Option<Served>,
     _watched: Option<Watched>,
 }
 

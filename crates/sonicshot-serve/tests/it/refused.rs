@@ -1,7 +1,7 @@
 //! Who cannot be served after he has sent his memory must not run on over pages of zeroes.
 
 use crate::guest::{layout, save};
-use crate::server::{Serving, client_command, example, succeeded};
+use crate::server::{Serving, client_command, example, ready, succeeded};
 use core::mem::MaybeUninit;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -49,18 +49,19 @@ impl Drop for Machine {
     }
 }
 
-/// Sends that from this process, and returns all that comes back. Unless `stay`, the connection's
-/// other half is closed then.
-fn tell(serving: &Serving, message: &str, descriptors: &[BorrowedFd<'_>], stay: bool) -> String {
-    let mut stream = UnixStream::connect(serving.socket()).unwrap();
+/// Sends that from this process.
+fn send(serving: &Serving, message: &str, descriptors: &[BorrowedFd<'_>]) -> UnixStream {
+    let stream = UnixStream::connect(serving.socket()).unwrap();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
     let parts = [IoSlice::new(message.as_bytes())];
     sendmsg(&stream, &parts, &mut control, SendFlags::empty()).unwrap();
-    if !stay {
-        stream.shutdown(Shutdown::Write).unwrap();
-    }
+    stream
+}
+
+/// All that comes back.
+fn rest(mut stream: &UnixStream) -> String {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer
@@ -76,7 +77,6 @@ fn a_machine_that_another_tells_of_is_ended() {
     let uffd = Uffd::new().unwrap();
     let null = File::open("/dev/null").unwrap();
     let (memory, none) = (uffd.as_fd(), null.as_fd());
-    let stay = true;
     // What is sent beside the process's own descriptor, and whether that comes first.
     let cases: [(&str, Vec<BorrowedFd<'_>>, bool); 6] = [
         (WHOLE, vec![memory], false),
@@ -87,18 +87,18 @@ fn a_machine_that_another_tells_of_is_ended() {
         (WHOLE, vec![none, memory], true),
         (WHOLE, vec![memory, none, none], false),
     ];
-    let serving = Serving::start(cases.len(), Compression::None, |_| {});
+    let serving = Serving::start(1, Compression::None, |_| {});
     for (message, mut descriptors, first) in cases {
         let mut machine = Machine::new();
         let at = if first { 0 } else { 1 };
         descriptors.insert(at, machine.pidfd.as_fd());
         let count = descriptors.len();
-        let answer = tell(&serving, message, &descriptors, stay);
+        let answer = rest(&send(&serving, message, &descriptors));
         assert!(answer.starts_with(r#"{"error":"#), "{message}: {answer}");
         drop(descriptors);
         assert!(machine.is_ended(), "{message} with {count}: {answer}");
     }
-    serving.end(Vec::new());
+    serving.serve_one();
 }
 
 /// Nobody is ended who has sent no memory, and none who is not known.
@@ -106,7 +106,7 @@ fn a_machine_that_another_tells_of_is_ended() {
 fn nobody_is_ended_for_nothing() {
     let uffd = Uffd::new().unwrap();
     let null = File::open("/dev/null").unwrap();
-    let serving = Serving::start(3, Compression::None, |_| {});
+    let serving = Serving::start(1, Compression::None, |_| {});
     let mut machine = Machine::new();
     for (descriptors, what) in [
         (vec![null.as_fd(), machine.pidfd.as_fd()], "no userfaultfd"),
@@ -115,11 +115,13 @@ fn nobody_is_ended_for_nothing() {
         (vec![uffd.as_fd()], "1 file descriptors came"),
         (vec![uffd.as_fd(), null.as_fd()], "2 file descriptors came"),
     ] {
-        let answer = tell(&serving, WHOLE, &descriptors, false);
+        let stream = send(&serving, WHOLE, &descriptors);
+        stream.shutdown(Shutdown::Write).unwrap();
+        let answer = rest(&stream);
         assert!(answer.contains(what), "{answer}");
     }
     assert!(!machine.is_ended());
-    serving.end(Vec::new());
+    serving.serve_one();
 }
 
 #[test]
@@ -128,7 +130,7 @@ fn a_sender_whose_message_is_wrong_is_ended() {
     let child = serving.client("twice", 4096, "check", 1);
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.signal(), Some(9), "{output:?}");
-    serving.end(Vec::new());
+    serving.serve_one();
 }
 
 #[test]
@@ -139,7 +141,7 @@ fn a_stranger_does_not_run_on_over_zeroes() {
     if !sonicshot_testkit::has("the rights of root", root) {
         return;
     }
-    let serving = Serving::start(2, Compression::None, |options| options.allow = vec![JAILED]);
+    let serving = Serving::start(1, Compression::None, |options| options.allow = vec![JAILED]);
     // A program that every user may run, whatever the build's folder is.
     let everybody = || PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(serving.folder.path(), everybody()).unwrap();
@@ -199,6 +201,7 @@ fn a_thread_that_fails_takes_its_machine_along() {
     ));
     let server = Server::bind(Arc::new(source), options, None).unwrap();
     std::thread::scope(|scope| {
+        // One of them has begun, and so has the other.
         scope.spawn(|| server.run(Some(2)).unwrap());
         let client = |page| client_command(&socket, "1.7", 4096, "bad", page).spawn();
         let output = client(BROKEN / 4096).unwrap().wait_with_output().unwrap();
@@ -209,4 +212,47 @@ fn a_thread_that_fails_takes_its_machine_along() {
     });
     let text = metrics.to_text();
     assert!(text.contains("\nsonicshot_serve_machines 0\n"), "{text}");
+}
+
+/// Whoever has connected when all have come that were to is told, and ended, before it can run.
+#[test]
+fn who_comes_too_late_is_ended() {
+    let serving = Serving::start(1, Compression::None, |options| options.max_vms = 1);
+    let mut first = serving.client("1.7", 4096, "wait", 1);
+    drop(ready(&mut first));
+    // No thread is free for them, and they wait.
+    let uffd = Uffd::new().unwrap();
+    let mut machine = Machine::new();
+    let late = send(&serving, WHOLE, &[uffd.as_fd(), machine.pidfd.as_fd()]);
+    let silent = UnixStream::connect(serving.socket()).unwrap();
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let answer = rest(&late);
+    assert!(answer.contains("was for so many"), "{answer}");
+    assert!(machine.is_ended());
+    assert_eq!(rest(&silent), "");
+    let metrics = Arc::clone(&serving.metrics);
+    serving.end(Vec::new());
+    let text = metrics.to_text();
+    assert!(
+        text.contains("\nsonicshot_serve_connections_refused_total 2\n"),
+        "{text}"
+    );
+}
+
+/// Two threads would not know of each other what was given back.
+#[test]
+fn memory_is_served_by_one_connection() {
+    let serving = Serving::start(3, Compression::Lz4, |_| {});
+    let children = ["check", "removes"].map(|what| serving.client("again", 4096, what, 3));
+    for child in children {
+        succeeded(child);
+    }
+    let metrics = Arc::clone(&serving.metrics);
+    serving.serve_one();
+    let text = metrics.to_text();
+    assert!(
+        text.contains("\nsonicshot_serve_connections_refused_total 2\n"),
+        "{text}"
+    );
 }
