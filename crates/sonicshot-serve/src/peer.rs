@@ -43,7 +43,7 @@ impl Peer {
         let pid = Pid::from_raw(who.pid).ok_or_else(|| ServeError::PeerGone(gone()))?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty());
         let peer = Self::new(pidfd.map_err(|errno| ServeError::PeerGone(errno.into()))?);
-        peer.check_owner(who.uid)?;
+        peer.check_owner(&who.pid.to_string(), who.uid)?;
         Ok(peer)
     }
 
@@ -51,7 +51,10 @@ impl Peer {
     /// may end others by what he sends here could not by himself.
     pub fn of_descriptor(pidfd: Arc<OwnedFd>, who: Credentials) -> Result<Self, ServeError> {
         let peer = Self { pidfd };
-        peer.check_owner(who.uid)?;
+        let number = pid_of(&peer.pidfd)?.ok_or_else(|| other("there is no pidfd of it"))?;
+        if who.uid != 0 {
+            peer.check_owner(&number, who.uid)?;
+        }
         Ok(peer)
     }
 
@@ -61,10 +64,8 @@ impl Peer {
         }
     }
 
-    /// Refuses a process that is another user's.
-    fn check_owner(&self, uid: u32) -> Result<(), ServeError> {
-        let other = |what| ServeError::PeerGone(io::Error::other(what));
-        let number = pid_of(&self.pidfd)?.ok_or_else(|| other("there is no pidfd of it"))?;
+    /// Refuses a process, with that number, that is another user's.
+    fn check_owner(&self, number: &str, uid: u32) -> Result<(), ServeError> {
         let status = std::fs::read_to_string(format!("/proc/{number}/status"));
         let status = status.map_err(ServeError::proc)?;
         // It lives still: so what was read is of no later process with its number.
@@ -74,13 +75,13 @@ impl Peer {
         // Real, effective and saved; a descriptor may be of a single thread.
         let line = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
         let is = |text: &str, number: &str| text.trim() == number;
-        if !line("Tgid:").is_some_and(|group| is(group, &number)) {
+        if !line("Tgid:").is_some_and(|group| is(group, number)) {
             return Err(other("it is a thread, and no process"));
         }
         let uids = line("Uid:").ok_or_else(|| other("the kernel does not tell whose it is"))?;
         let mut found = uids.split_whitespace().take(3).peekable();
         let own = uid.to_string();
-        if uid != 0 && (found.peek().is_none() || !found.all(|found| is(found, &own))) {
+        if found.peek().is_none() || !found.all(|found| is(found, &own)) {
             return Err(other("it is another user's"));
         }
         Ok(())
@@ -126,6 +127,10 @@ pub(crate) fn pid_of(fd: &impl AsFd) -> Result<Option<String>, ServeError> {
     let info = std::fs::read_to_string(info).map_err(ServeError::proc)?;
     let line = info.lines().find_map(|line| line.strip_prefix("Pid:"));
     Ok(line.map(|number| number.trim().to_owned()))
+}
+
+fn other(what: &'static str) -> ServeError {
+    ServeError::PeerGone(io::Error::other(what))
 }
 
 fn gone() -> io::Error {
