@@ -4,6 +4,9 @@ use crate::error::ServeError;
 use core::fmt::Write as _;
 use core::time::Duration;
 use sonicshot::{Gpa, GpaRange, RamLayout};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -126,7 +129,7 @@ impl PageSet {
     /// As [`from_text`](Self::from_text), and [`ServeError::Io`] if it cannot be read.
     pub fn read(path: &Path, layout: &RamLayout) -> Result<Self, ServeError> {
         use std::io::Read;
-        let file = std::fs::File::open(path).map_err(ServeError::io("opening", path))?;
+        let file = File::open(path).map_err(ServeError::io("opening", path))?;
         let mut text = String::new();
         // One byte more tells that there is more.
         file.take(Self::MAX_FILE.saturating_add(1))
@@ -150,8 +153,33 @@ pub struct Recorder {
     limit: Duration,
     max: u64,
     ranges: Mutex<Vec<GpaRange>>,
+    /// Who writes: one after the other.
+    writing: Mutex<()>,
 }
 
+/// A new file beside `path`, and its name.
+fn create(path: &Path) -> io::Result<(File, PathBuf)> {
+    let mut number = 0_u32;
+    loop {
+        let mut new = path.as_os_str().to_owned();
+        new.push(format!(".{}-{number}.new", std::process::id()));
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&new);
+        match file {
+            // What is there may be another's, or a link of somebody's.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < NAMES => {
+                number = number.saturating_add(1);
+            }
+            other => return Ok((other?, new.into())),
+        }
+    }
+}
+
+/// Names that are tried for a file that is not whole yet.
+const NAMES: u32 = 100;
 /// Stretches that are noted before they are put together.
 const NOTED: usize = 1 << 16;
 
@@ -164,6 +192,7 @@ impl Recorder {
             limit,
             max,
             ranges: Mutex::default(),
+            writing: Mutex::default(),
         }
     }
 
@@ -188,16 +217,16 @@ impl Recorder {
         PageSet::from_ranges(ranges.clone()).capped(self.max)
     }
 
-    /// Writes what was noted to `path`: the file appears whole or not at all.
+    /// Writes what was noted to `path`: the file appears whole or not at all, for this user's eyes
+    /// alone, and replaces a link rather than what that leads to.
     ///
     /// # Errors
     /// [`ServeError::Io`] if it cannot be written.
     pub fn write(&self, path: &Path) -> Result<PageSet, ServeError> {
+        let _one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let set = self.set();
-        let mut new = path.as_os_str().to_owned();
-        new.push(format!(".{}.new", std::process::id()));
-        let new = PathBuf::from(new);
-        let written = std::fs::write(&new, set.to_text());
+        let (mut file, new) = create(path).map_err(ServeError::io("writing", path))?;
+        let written = file.write_all(set.to_text().as_bytes());
         let written = written.and_then(|()| std::fs::rename(&new, path));
         if written.is_err() {
             let _ = std::fs::remove_file(&new);
@@ -210,6 +239,7 @@ impl Recorder {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     fn range(start: u64, end: u64) -> GpaRange {
         GpaRange::new(Gpa::new(start * 4096), Gpa::new(end * 4096))
@@ -298,6 +328,26 @@ mod tests {
         let read = PageSet::read(&path, &layout()).unwrap();
         assert_eq!(read.bytes(), 4096);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        // What others have put there is not written to.
+        let other = folder.path().join("other");
+        std::fs::write(&other, "x").unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let new = format!("set.{}-0.new", std::process::id());
+        for link in [path.clone(), folder.path().join(new)] {
+            std::os::unix::fs::symlink(&other, link).unwrap();
+        }
+        // Nor by two at once.
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..50).for_each(|_| drop(recorder.write(&path).unwrap())));
+            }
+        });
+        assert_eq!(std::fs::read(&other).unwrap(), b"x");
+        assert!(!std::fs::symlink_metadata(&path).unwrap().is_symlink());
+        assert_eq!(PageSet::read(&path, &layout()).unwrap(), read);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 3);
         let over = Recorder::new(Duration::ZERO, u64::MAX);
         over.note(range(1, 2));
         std::thread::sleep(Duration::from_millis(2));
