@@ -5,27 +5,34 @@
 //! the server is gone it ends them first, waits until they are gone, and only then lets go.
 
 use crate::error::ServeError;
-use crate::peer::Peer;
+use crate::peer::{AGAIN, Peer};
 use crate::sys;
 use core::mem::MaybeUninit;
-use core::sync::atomic::{AtomicU64, Ordering};
-use rustix::event::Timespec;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::time::Duration;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, send, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, send, sendmsg,
+    socketpair,
 };
 use std::collections::HashMap;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
-/// A number of a virtual machine, little-endian, behind one of these.
+/// A number of a virtual machine, little-endian, behind one of these. An `ADD` is answered: by the
+/// same, or that its descriptors did not come.
 const ADD: u8 = b'+';
 const FORGET: u8 = b'-';
+const LOST: u8 = b'!';
 const MESSAGE: usize = 9;
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 fn message(what: u8, number: u64) -> [u8; MESSAGE] {
     let mut out = [what; MESSAGE];
@@ -37,9 +44,41 @@ fn message(what: u8, number: u64) -> [u8; MESSAGE] {
 /// The server's end of its watcher.
 #[derive(Debug)]
 pub struct Watcher {
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
     next: AtomicU64,
+    /// One after the other: an answer is to what was said last.
+    adding: Mutex<()>,
     child: Mutex<Child>,
+    state: Arc<State>,
+}
+
+/// What becomes of the other process.
+#[derive(Debug, Default)]
+struct State {
+    /// It is to end.
+    ending: AtomicBool,
+    /// It is gone.
+    gone: AtomicBool,
+}
+
+/// Tells when the other process is gone: nothing would end the virtual machines from then on.
+fn listen(socket: &OwnedFd, state: &State) {
+    loop {
+        // What is said is somebody else's to read.
+        let mut fds = [PollFd::new(socket, PollFlags::empty())];
+        match poll(&mut fds, None) {
+            Ok(_) => break,
+            Err(Errno::INTR) => {}
+            Err(_) => std::thread::sleep(AGAIN),
+        }
+    }
+    state.gone.store(true, Ordering::Release);
+    if !state.ending.load(Ordering::Acquire) {
+        tracing::error!(
+            "the watcher process is gone: if this server died, nothing would end its virtual \
+             machines, and no others are served"
+        );
+    }
 }
 
 impl Watcher {
@@ -65,11 +104,27 @@ impl Watcher {
                 operation: "starting the watcher process",
                 source,
             })?;
-        Ok(Self {
-            socket: ours,
+        let (socket, state) = (Arc::new(ours), Arc::new(State::default()));
+        let watcher = Self {
+            socket: Arc::clone(&socket),
             next: AtomicU64::new(0),
+            adding: Mutex::default(),
             child: Mutex::new(child),
-        })
+            state: Arc::clone(&state),
+        };
+        let thread = std::thread::Builder::new().name("sonicshot-watch".into());
+        let spawned = thread.spawn(move || listen(&socket, &state));
+        spawned.map_err(|source| ServeError::System {
+            operation: "starting a thread",
+            source,
+        })?;
+        Ok(watcher)
+    }
+
+    /// Whether the other process is gone.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.state.gone.load(Ordering::Acquire)
     }
 
     /// Has a virtual machine watched until what is returned is dropped.
@@ -84,17 +139,49 @@ impl Watcher {
         let both = [uffd.as_fd(), peer.pidfd.as_fd()];
         control.push(SendAncillaryMessage::ScmRights(&both));
         let message = message(ADD, number);
+        let _one = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             let parts = [IoSlice::new(&message)];
             match sendmsg(&self.socket, &parts, &mut control, SendFlags::NOSIGNAL) {
-                Ok(_) => {
-                    return Ok(Watched {
-                        watcher: Arc::clone(self),
-                        number,
-                    });
-                }
+                Ok(_) => break,
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(ServeError::NoWatcher(errno.into())),
+            }
+        }
+        // If this fails it is to be forgotten, whatever has come of it.
+        let watched = Watched {
+            watcher: Arc::clone(self),
+            number,
+        };
+        self.hear(number).map_err(ServeError::NoWatcher)?;
+        Ok(watched)
+    }
+
+    /// Waits until a virtual machine is watched.
+    fn hear(&self, number: u64) -> io::Result<()> {
+        let start = Instant::now();
+        loop {
+            let left = PATIENCE.saturating_sub(start.elapsed());
+            let left = Timespec::try_from(left).map_err(io::Error::other)?;
+            let mut ready = [PollFd::new(&*self.socket, PollFlags::IN)];
+            match poll(&mut ready, Some(&left)) {
+                Err(Errno::INTR) => continue,
+                Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+                other => other.map(drop)?,
+            }
+            let mut answer = [0; MESSAGE];
+            let (got, _) = recv(&*self.socket, &mut answer, RecvFlags::empty())?;
+            if got == 0 {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            let [what, of @ ..] = answer;
+            // One that was given up may be answered still.
+            if u64::from_le_bytes(of) == number {
+                if what == ADD {
+                    return Ok(());
+                }
+                let what = "the virtual machine's descriptors did not come to it";
+                return Err(io::Error::other(what));
             }
         }
     }
@@ -102,6 +189,7 @@ impl Watcher {
 
 impl Drop for Watcher {
     fn drop(&mut self) {
+        self.state.ending.store(true, Ordering::Release);
         // It ends when it reads the end of this; who drops this has nothing to serve any more.
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
         let child = self.child.get_mut();
@@ -183,11 +271,73 @@ fn step(socket: &impl AsFd, held: &mut HashMap<u64, Held>) -> Result<bool, Errno
     let number = u64::from_le_bytes(number);
     if what == FORGET {
         held.remove(&number);
-    } else if let (Some(pidfd), Some(uffd)) = (descriptors.pop(), descriptors.pop()) {
+        return Ok(true);
+    }
+    let both = (descriptors.pop(), descriptors.pop());
+    let answer = if let (Some(pidfd), Some(uffd)) = both {
         let peer = Peer {
             pidfd: Arc::new(pidfd),
         };
         held.insert(number, Held { _uffd: uffd, peer });
-    }
+        ADD
+    } else {
+        LOST
+    };
+    // If nobody hears it, nothing is to be read any more.
+    let _ = send(socket, &message(answer, number), SendFlags::NOSIGNAL);
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_watcher_that_ends_is_noticed() {
+        let watcher = Arc::new(Watcher::start(Command::new("true")).unwrap());
+        let start = Instant::now();
+        while !watcher.is_gone() {
+            assert!(start.elapsed() < Duration::from_secs(20));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let null = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let peer = Peer {
+            pidfd: Arc::new(null.try_clone().unwrap()),
+        };
+        let error = watcher.add(&null, &peer).unwrap_err();
+        assert!(matches!(error, ServeError::NoWatcher(_)), "{error:?}");
+    }
+
+    #[test]
+    fn what_does_not_come_to_it_is_told() {
+        let (near, far) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let mut held = HashMap::new();
+        for (number, (count, expected)) in (7..).zip([(0, LOST), (1, LOST), (2, ADD)]) {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let descriptors = vec![null.as_fd(); count];
+            if count > 0 {
+                assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+            }
+            let told = message(ADD, number);
+            let parts = [IoSlice::new(&told)];
+            sendmsg(&near, &parts, &mut control, SendFlags::empty()).unwrap();
+            assert!(step(&far, &mut held).unwrap());
+            let mut answer = [0; MESSAGE];
+            recv(&near, &mut answer, RecvFlags::empty()).unwrap();
+            assert_eq!(answer, message(expected, number));
+        }
+        assert_eq!(held.keys().collect::<Vec<_>>(), [&9]);
+        send(&near, &message(FORGET, 9), SendFlags::empty()).unwrap();
+        assert!(step(&far, &mut held).unwrap() && held.is_empty());
+        drop(near);
+        assert!(!step(&far, &mut held).unwrap());
+    }
 }
