@@ -23,7 +23,7 @@ pub(super) enum Part {
 #[derive(Debug)]
 pub(super) struct Plan {
     set: Arc<PageSet>,
-    rest: Vec<GpaRange>,
+    rest: Arc<[GpaRange]>,
     part: Part,
     /// Which range, and how far in it.
     number: usize,
@@ -50,7 +50,7 @@ impl Plan {
         Self {
             set,
             everything: false,
-            rest: Vec::new(),
+            rest: Arc::default(),
             part: Part::Set,
             number: 0,
             at: None,
@@ -61,7 +61,7 @@ impl Plan {
     }
 
     /// All that is left, from now on.
-    pub fn extend(&mut self, rest: Vec<GpaRange>) {
+    pub fn extend(&mut self, rest: Arc<[GpaRange]>) {
         if self.everything {
             return;
         }
@@ -174,23 +174,23 @@ mod tests {
         let rest = ranges(&[(16, 24), (0, 4)]);
         let (s, r) = (Part::Set, Part::Rest);
         let mut plan = Plan::new(Arc::clone(&set));
-        plan.extend(rest.clone());
+        plan.extend(rest.clone().into());
         let all = [(8, s), (20, s), (16, r), (20, r), (0, r)];
         assert_eq!(walk(&mut plan, 4), all);
         assert!(plan.is_finished() && plan.turn() == Turn::Never);
         let mut plan = Plan::new(set);
         assert_eq!(walk(&mut plan, 4), [(8, s), (20, s)]);
         // More is asked for later.
-        plan.extend(rest);
+        plan.extend(rest.into());
         assert_eq!(walk(&mut plan, 100), [(16, r), (0, r)]);
-        plan.extend(ranges(&[(0, 100)]));
+        plan.extend(ranges(&[(0, 100)]).into());
         assert!(plan.is_finished());
     }
 
     #[test]
     fn the_rest_stands_back_while_faults_come() {
         let mut plan = Plan::new(Arc::default());
-        plan.extend(ranges(&[(0, 1 << 30)]));
+        plan.extend(ranges(&[(0, 1 << 30)]).into());
         assert_eq!(plan.turn(), Turn::Now);
         plan.saw_fault();
         // Nothing was done for long: it is not starved.

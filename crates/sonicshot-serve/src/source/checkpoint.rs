@@ -3,6 +3,7 @@
 use super::{Check, Content, PageSource, Piece, Run, checked, length};
 use crate::error::ServeError;
 use crate::metrics::Metrics;
+use core::num::NonZeroUsize;
 use core::sync::atomic::{AtomicU64, Ordering};
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
@@ -11,7 +12,7 @@ use sonicshot::checkpoint::{
 };
 use sonicshot::{Gpa, GpaRange, PageClass, RamLayout};
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Cost of a cached chunk beside its bytes: key, place, counters.
 const ENTRY: u64 = 128;
@@ -32,11 +33,13 @@ impl Weighter<u64, Arc<[u8]>> for ByLength {
 pub struct CheckpointSource<S> {
     reader: CheckpointReader<S>,
     cache: Cache<u64, Arc<[u8]>, ByLength>,
-    /// Contexts of the codec, one for each thread that decompresses at the moment.
+    /// Contexts of the codec that no thread uses at the moment, at most one for each core.
     decoders: Mutex<Vec<ChunkDecoder>>,
+    cores: usize,
     /// A bit for each chunk that is stored as it is: its checksum was found right.
     checked: Vec<AtomicU64>,
     check: Option<Check<S>>,
+    by_need: OnceLock<Arc<[GpaRange]>>,
     metrics: Arc<Metrics>,
 }
 
@@ -69,8 +72,10 @@ impl<S: RangeSource> CheckpointSource<S> {
             reader,
             cache,
             decoders: Mutex::new(Vec::new()),
+            cores: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
             checked,
             check: None,
+            by_need: OnceLock::new(),
             metrics,
         }
     }
@@ -145,7 +150,10 @@ impl<S: RangeSource> CheckpointSource<S> {
         let kept = lock().pop();
         let mut decoder = kept.unwrap_or_else(|| self.reader.decoder());
         let result = with(&mut decoder);
-        lock().push(decoder);
+        let mut kept = lock();
+        if kept.len() < self.cores {
+            kept.push(decoder);
+        }
         result
     }
 
@@ -224,7 +232,14 @@ impl<S: RangeSource> PageSource for CheckpointSource<S> {
         })
     }
 
-    fn by_need(&self) -> Vec<GpaRange> {
+    fn by_need(&self) -> Arc<[GpaRange]> {
+        Arc::clone(self.by_need.get_or_init(|| self.order().into()))
+    }
+}
+
+impl<S: RangeSource> CheckpointSource<S> {
+    /// All that is not zero, by the classes of its pages.
+    fn order(&self) -> Vec<GpaRange> {
         let mut out: Vec<(u8, GpaRange)> = Vec::new();
         for run in self.reader.runs() {
             let zero = matches!(
@@ -395,6 +410,21 @@ mod tests {
         assert!(error.to_string().contains("damaged"), "{error}");
         // And again: it is not taken for checked.
         assert!(read(&damaged).is_err());
+    }
+
+    #[test]
+    fn what_is_kept_is_bounded() {
+        let source = source(Compression::Lz4, 0);
+        let barrier = std::sync::Barrier::new(3 * source.cores);
+        std::thread::scope(|scope| {
+            for _ in 0..3 * source.cores {
+                scope.spawn(|| source.with_decoder(|_| drop(barrier.wait())));
+            }
+        });
+        let kept = source.decoders.lock().unwrap().len();
+        assert_eq!(kept, source.cores);
+        // One order is enough for all.
+        assert!(Arc::ptr_eq(&source.by_need(), &source.by_need()));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use super::{Check, Content, PageSource, Piece, Run, checked, length};
 use crate::error::ServeError;
 use sonicshot::{Gpa, GpaRange, GuestMemory, RamLayout};
 use std::fmt;
+use std::sync::{Arc, OnceLock};
 
 /// Bytes that are had at once.
 const WINDOW: u64 = 256 << 10;
@@ -14,6 +15,7 @@ const PAGE: u64 = 4096;
 pub struct MemorySource<M> {
     memory: M,
     check: Option<Check<M>>,
+    by_need: OnceLock<Arc<[GpaRange]>>,
 }
 
 impl<M: GuestMemory> MemorySource<M> {
@@ -22,6 +24,7 @@ impl<M: GuestMemory> MemorySource<M> {
         Self {
             memory,
             check: None,
+            by_need: OnceLock::new(),
         }
     }
 
@@ -80,7 +83,14 @@ impl<M: GuestMemory> PageSource for MemorySource<M> {
         Ok(Piece::Own(buffer))
     }
 
-    fn by_need(&self) -> Vec<GpaRange> {
+    fn by_need(&self) -> Arc<[GpaRange]> {
+        Arc::clone(self.by_need.get_or_init(|| self.data().into()))
+    }
+}
+
+impl<M: GuestMemory> MemorySource<M> {
+    /// All that may not be zero, by address.
+    fn data(&self) -> Vec<GpaRange> {
         let mut out: Vec<GpaRange> = Vec::new();
         for region in self.layout().regions() {
             let mut at = region.start();
@@ -163,10 +173,10 @@ mod tests {
             }
         }
         assert!(source.run_at(Gpa::new(BASE + 64 * PAGE)).is_err());
-        let all: Vec<_> = source.by_need();
+        let all = source.by_need();
         let pages = |start: u64, end: u64| {
             GpaRange::new(Gpa::new(BASE + start * PAGE), Gpa::new(BASE + end * PAGE))
         };
-        assert_eq!(all, [pages(0, 1), pages(2, 4), pages(50, 64)]);
+        assert_eq!(all[..], [pages(0, 1), pages(2, 4), pages(50, 64)]);
     }
 }

@@ -76,8 +76,8 @@ pub trait PageSource: Send + Sync {
     /// Why they cannot be read.
     fn read<'b>(&self, range: GpaRange, buffer: &'b mut Vec<u8>) -> Result<Piece<'b>, ServeError>;
 
-    /// All that is not zero, what a guest needs sooner first.
-    fn by_need(&self) -> Vec<GpaRange>;
+    /// All that is not zero, what a guest needs sooner first. All virtual machines share it.
+    fn by_need(&self) -> Arc<[GpaRange]>;
 }
 
 /// Fails if what a source reads from is not what it was any more.

@@ -46,7 +46,8 @@ pub fn open_source(
     cache: u64,
     metrics: Arc<Metrics>,
 ) -> Result<OpenedSource, ServeError> {
-    if CheckpointFile::is_at(path)? {
+    // What is said to be something else is that.
+    if options.format.is_none() && CheckpointFile::is_at(path)? {
         let reader = CheckpointFile::open(path)?.into_reader();
         let before = FileStamp::of(reader.source()).map_err(ServeError::io("reading", path))?;
         let set = set_in(&reader, path)?;
