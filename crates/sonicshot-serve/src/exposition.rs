@@ -9,10 +9,11 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// The longest request that is read.
 const MAX_REQUEST: usize = 4096;
-/// How long one may take.
+/// How long one may take, whole and with its answer.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Answers requests for the counters, in a thread, for as long as the process lives: at a port of
@@ -41,20 +42,20 @@ pub fn expose(address: &str, metrics: Arc<Metrics>) -> Result<(), ServeError> {
 
 /// A connection that does not wait for ever.
 trait Hasty: Read + Write + Send + 'static {
-    fn hurry(&self) -> io::Result<()>;
+    fn hurry(&self, left: Duration) -> io::Result<()>;
 }
 
 impl Hasty for UnixStream {
-    fn hurry(&self) -> io::Result<()> {
-        self.set_read_timeout(Some(PATIENCE))?;
-        self.set_write_timeout(Some(PATIENCE))
+    fn hurry(&self, left: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(left))?;
+        self.set_write_timeout(Some(left))
     }
 }
 
 impl Hasty for TcpStream {
-    fn hurry(&self) -> io::Result<()> {
-        self.set_read_timeout(Some(PATIENCE))?;
-        self.set_write_timeout(Some(PATIENCE))
+    fn hurry(&self, left: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(left))?;
+        self.set_write_timeout(Some(left))
     }
 }
 
@@ -79,10 +80,13 @@ fn start<S: Hasty>(
 }
 
 fn answer<S: Hasty>(mut stream: S, metrics: &Metrics) -> io::Result<()> {
-    stream.hurry()?;
+    let start = Instant::now();
+    // None left is an error too.
+    let hurry = |stream: &S| stream.hurry(PATIENCE.saturating_sub(start.elapsed()));
     let mut request = Vec::new();
     let mut part = [0; 512];
     while !request.windows(4).any(|end| end == b"\r\n\r\n") && request.len() < MAX_REQUEST {
+        hurry(&stream)?;
         match stream.read(&mut part)? {
             0 => break,
             got => request.extend_from_slice(part.get(..got).unwrap_or_default()),
@@ -94,11 +98,13 @@ fn answer<S: Hasty>(mut stream: S, metrics: &Metrics) -> io::Result<()> {
         ("405 Method Not Allowed", String::new())
     };
     let len = text.len();
-    write!(
-        stream,
+    hurry(&stream)?;
+    // At once: there is room for so much.
+    let answer = format!(
         "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4\r\n\
          Content-Length: {len}\r\nConnection: close\r\n\r\n{text}"
-    )
+    );
+    stream.write_all(answer.as_bytes())
 }
 
 #[cfg(test)]
@@ -138,6 +144,23 @@ mod tests {
         stream.write_all(&[b'a'; MAX_REQUEST]).unwrap();
         let mut answer = [0; 12];
         stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200");
+        // One that takes its time does not keep others from theirs.
+        let slow = UnixStream::connect(&path).unwrap();
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        let limit = Some(Duration::from_secs(20));
+        stream.set_read_timeout(limit).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while (&slow).write_all(b"x").is_ok() {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            });
+            let answered = stream.read_exact(&mut answer);
+            slow.shutdown(std::net::Shutdown::Both).unwrap();
+            answered.unwrap();
+        });
         assert_eq!(&answer, b"HTTP/1.1 200");
         // Somebody serves there.
         assert!(expose(path.to_str().unwrap(), Arc::clone(&metrics)).is_err());
