@@ -108,6 +108,15 @@ pub enum ServeError {
         /// The size that was said.
         said: u64,
     },
+    /// A fault that is not that of a missing page.
+    #[error(
+        "a thread waits at {at} for a page that is there: the memory is registered for more than \
+         missing pages"
+    )]
+    FaultKind {
+        /// Where, in the process whose memory it is.
+        at: HostAddress,
+    },
     /// The connection ended before the message did.
     #[error("the connection was closed after {len} bytes of the message")]
     Closed {
@@ -236,9 +245,10 @@ pub enum ServeError {
         /// What it is.
         why: &'static str,
     },
-    /// The process that would end the virtual machines is gone.
+    /// The process that would end the virtual machines is gone, or has not taken one in.
     #[error(
-        "the watcher process is gone: nothing would end the virtual machine if this server died"
+        "the watcher process has not taken it in: nothing would end the virtual machine if this \
+         server died"
     )]
     NoWatcher(#[source] io::Error),
     /// A file is no working set.

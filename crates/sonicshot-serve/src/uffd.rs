@@ -42,6 +42,8 @@ const FEATURE_EVENT_REMAP: u64 = 1 << 2;
 const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
 /// The kernel's own mark that the features are agreed on.
 const FEATURE_INITIALIZED: u64 = 1 << 31;
+/// `UFFD_PAGEFAULT_FLAG_WP` and `UFFD_PAGEFAULT_FLAG_MINOR`.
+const FAULT_OTHER: u64 = 6;
 const REGISTER_MODE_MISSING: u64 = 1;
 /// The bit of `UFFDIO_ZEROPAGE` in what a registration says can be done.
 const CAN_ZEROPAGE: u64 = 1 << 4;
@@ -113,6 +115,8 @@ pub(crate) enum Event {
     /// The pages from here to there were given back (`MADV_DONTNEED`, a balloon) or unmapped,
     /// and are zero from now on.
     Remove(u64, u64),
+    /// A thread waits at this address for something else than that the page is put in place.
+    Other(u64),
 }
 
 /// What came of putting pages in place.
@@ -282,6 +286,20 @@ impl Uffd {
         })
     }
 
+    /// Whether the kernel takes no part of a page for one, where the stretch begins: its pages are
+    /// as large as `page` at least. They are huge.
+    pub(crate) fn is_whole(&self, start: u64, page: u64) -> bool {
+        let mut register = Register {
+            range: Range {
+                start,
+                len: page >> 1,
+            },
+            mode: REGISTER_MODE_MISSING,
+            ioctls: 0,
+        };
+        self.call::<REGISTER, _>(&mut register) == Err(Errno::INVAL)
+    }
+
     fn call<const OPCODE: Opcode, T>(&self, argument: &mut T) -> Result<(), Errno> {
         // SAFETY: each opcode above is made of the size of the structure that it is called
         // with, which is `repr(C)` and laid out as `linux/userfaultfd.h` has it.
@@ -376,7 +394,9 @@ fn event(message: &[u8; MESSAGE]) -> Option<Event> {
     };
     let (first, second) = (u64::from_ne_bytes(first), u64::from_ne_bytes(second));
     match kind {
-        // Flags, then the address.
+        // Flags, then the address. To write to a page that is protected, or to have one mapped that
+        // is there, is asked of whoever has registered for it.
+        0x12 if first & FAULT_OTHER != 0 => Some(Event::Other(second)),
         0x12 => Some(Event::Fault(second)),
         // Given back, unmapped.
         0x15 | 0x16 => Some(Event::Remove(first, second)),
@@ -467,6 +487,26 @@ mod tests {
             matches!(error, ServeError::Features { found: 0, .. }),
             "{error:?}"
         );
+    }
+
+    #[test]
+    fn faults_of_another_kind_are_not_taken_for_missing_pages() {
+        for (kind, flags, expected) in [
+            (0x12, 0, Some(Event::Fault(0x7000))),
+            (0x12, 1, Some(Event::Fault(0x7000))),
+            (0x12, 2, Some(Event::Other(0x7000))),
+            (0x12, 3, Some(Event::Other(0x7000))),
+            (0x12, 4, Some(Event::Other(0x7000))),
+            (0x15, 6, Some(Event::Remove(6, 0x7000))),
+            (0x16, 0x1000, Some(Event::Remove(0x1000, 0x7000))),
+            (0x13, 0, None),
+        ] {
+            let mut message = [0; MESSAGE];
+            message[0] = kind;
+            message[8..16].copy_from_slice(&u64::to_ne_bytes(flags));
+            message[16..24].copy_from_slice(&u64::to_ne_bytes(0x7000));
+            assert_eq!(event(&message), expected, "{kind:#x} {flags}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::region::{Region, VmRegion};
 use super::{Prefetch, VmOptions};
 use crate::error::ServeError;
 use crate::source::{Content, PageSource, Piece};
-use crate::uffd::{Event, Kind, Placed, Uffd, Wake};
+use crate::uffd::{Event, HostAddress, Kind, Placed, Uffd, Wake};
 use core::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
@@ -18,8 +18,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Faults that are held at once. A thread waits for one page at a time: more come only of threads
-/// that were ended meanwhile.
-const FAULTS_HELD: usize = 1 << 16;
+/// that were ended meanwhile. Those beyond come again.
+const FAULTS_HELD: usize = if cfg!(test) { 8 } else { 1 << 16 };
 /// Reads of events before anything else is done.
 const READS_AT_ONCE: usize = 16;
 /// Pages that a prefetch looks at before it looks for faults again.
@@ -78,6 +78,8 @@ pub(crate) struct Machine {
     /// The process whose memory it is, if it is not this one.
     peer: Option<Arc<OwnedFd>>,
     pending: VecDeque<Fault>,
+    /// Whether faults came that were not held.
+    dropped: bool,
     events: Vec<Event>,
     plan: Plan,
     /// Whether there may be something to read.
@@ -118,6 +120,7 @@ impl Machine {
             control,
             peer,
             pending: VecDeque::new(),
+            dropped: false,
             events: Vec::new(),
             plan,
             readable: true,
@@ -178,6 +181,13 @@ impl Machine {
                 Step::Ended => return Ok(Next::Ended),
             }
         }
+        if core::mem::take(&mut self.dropped) {
+            for region in &self.regions {
+                self.uffd.wake(region.start, region.guest.len());
+            }
+            self.readable = true;
+            return Ok(Next::Again);
+        }
         match self.plan.turn() {
             Turn::Now => self.prefetch(),
             Turn::In(limit) => Ok(Next::Wait(Some(limit))),
@@ -189,14 +199,11 @@ impl Machine {
     }
 
     /// Reads what the kernel tells. All that was given back is noted before anything is done for
-    /// a fault.
+    /// a fault: so there is no bound to what is read, for what was given back is told last, and
+    /// until that is read no page can be put in place.
     fn read(&mut self) -> Result<(), ServeError> {
         self.readable = false;
         for _ in 0..READS_AT_ONCE {
-            if self.pending.len() >= FAULTS_HELD {
-                self.readable = true;
-                return Ok(());
-            }
             self.events.clear();
             let count = self.uffd.events(&mut self.events)?;
             let now = Instant::now();
@@ -207,6 +214,11 @@ impl Machine {
                             self.options.metrics.removed(region.give_back(start, end)?);
                         }
                     }
+                    Event::Other(at) => {
+                        let at = HostAddress::new(at);
+                        return Err(ServeError::FaultKind { at });
+                    }
+                    Event::Fault(_) if self.pending.len() >= FAULTS_HELD => self.dropped = true,
                     Event::Fault(host) => {
                         let mut regions = (0..).zip(&self.regions);
                         // What is registered and was not told of is nobody's to serve here.
@@ -330,7 +342,9 @@ impl Machine {
             Content::Fill(0) => self.put_zeroes(number, page, Wake::Yes),
             Content::Fill(_) => self.assemble(number, page, one, Wake::Yes),
             Content::Bytes => {
-                let (start, range) = around(region, one, run.range, self.options.around);
+                let window = self.options.around;
+                let around = around(region, one, run.range, window);
+                let (start, range) = around.ok_or_else(|| outside(region))?;
                 let mut buffer = core::mem::take(&mut self.buffer);
                 let piece = source.read(range, &mut buffer).map_err(failed(at));
                 let placed =
@@ -575,7 +589,10 @@ impl Machine {
             return Some(error);
         }
         // What was given back is not known any more: no page may follow.
-        if matches!(*error, ServeError::PageKind { .. }) {
+        if matches!(
+            *error,
+            ServeError::PageKind { .. } | ServeError::FaultKind { .. }
+        ) {
             return Some(error);
         }
         let Some(fault) = self.pending.pop_front() else {
@@ -651,14 +668,11 @@ fn fill(out: &mut [u8], word: u64) {
 }
 
 /// The untouched pages around `one` that come in with it: of `run`, and of an aligned window.
-/// Where they begin in the host, and in the guest.
-fn around(region: &Region, one: GpaRange, run: GpaRange, window: u64) -> (u64, GpaRange) {
-    let alone = || (region.start, one);
-    let Some(host) = region.host(one.start()) else {
-        return alone();
-    };
+/// Where they begin in the host, and in the guest; `None` if `one` is not in the region.
+fn around(region: &Region, one: GpaRange, run: GpaRange, window: u64) -> Option<(u64, GpaRange)> {
+    let host = region.host(one.start())?;
     if window <= region.page {
-        return (host, one);
+        return Some((host, one));
     }
     let low = one.start().raw().checked_div(window);
     let low = low.and_then(|number| number.checked_mul(window));
@@ -678,7 +692,7 @@ fn around(region: &Region, one: GpaRange, run: GpaRange, window: u64) -> (u64, G
         host,
         GpaRange::new(one.start(), wide.end().max(one.end())),
     );
-    (host_start, GpaRange::new(start, up.end()))
+    Some((host_start, GpaRange::new(start, up.end())))
 }
 
 /// The untouched pages from `host` on, as far as `wanted` has them whole; the first in any case.
@@ -691,4 +705,87 @@ fn upwards(region: &Region, host: u64, wanted: GpaRange) -> GpaRange {
         (end, next) = (above, next.saturating_add(region.page));
     }
     GpaRange::new(wanted.start(), end)
+}
+
+#[cfg(test)]
+#[expect(unsafe_code, reason = "guest memory is a mapping here")]
+mod tests {
+    use super::*;
+    use crate::engine::Vm;
+    use core::ptr::NonNull;
+    use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+    use sonicshot::RamLayout;
+    use std::sync::mpsc::channel;
+
+    const PAGE: usize = 4096;
+    const PAGES: usize = 128;
+
+    /// Every byte is 7.
+    struct Sevens(RamLayout);
+
+    impl PageSource for Sevens {
+        fn layout(&self) -> &RamLayout {
+            &self.0
+        }
+
+        fn run_at(&self, at: Gpa) -> Result<crate::Run, ServeError> {
+            let range = self.0.region_of(at).copied();
+            Ok(crate::Run {
+                range: range.ok_or(ServeError::NotInSnapshot { at })?,
+                content: Content::Fill(u64::from_le_bytes([7; 8])),
+            })
+        }
+
+        fn read<'b>(&self, range: GpaRange, _: &'b mut Vec<u8>) -> Result<Piece<'b>, ServeError> {
+            let at = range.start();
+            Err(ServeError::NotInSnapshot { at })
+        }
+
+        fn by_need(&self) -> Arc<[GpaRange]> {
+            self.0.regions().into()
+        }
+    }
+
+    /// Until what was given back is read nothing can be put in place, and faults are told first.
+    #[test]
+    fn more_faults_than_are_held_do_not_hide_what_was_given_back() {
+        let len = PAGES * PAGE;
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let none = core::ptr::null_mut();
+        // SAFETY: a new mapping; it stays for as long as the process does.
+        let start = unsafe { mmap_anonymous(none, len, access, MapFlags::PRIVATE) }.unwrap();
+        let uffd = Uffd::new().unwrap();
+        // SAFETY: nobody has touched it, and who will can wait.
+        unsafe { uffd.register(NonNull::new(start.cast()).unwrap(), len) }.unwrap();
+        let host = start.expose_provenance();
+        // They are not waited for: a test that fails must not wait for ever.
+        let (done, all) = channel();
+        for page in 0..PAGES - 1 {
+            let done = done.clone();
+            std::thread::spawn(move || {
+                let at = core::ptr::with_exposed_provenance::<u8>(host + page * PAGE);
+                // SAFETY: mapped, and written by nobody.
+                done.send(unsafe { at.read_volatile() }).unwrap();
+            });
+        }
+        std::thread::spawn(move || {
+            let at = core::ptr::with_exposed_provenance_mut(host + (PAGES - 1) * PAGE);
+            // SAFETY: pages of the mapping, to which there are no references.
+            unsafe { madvise(at, PAGE, Advice::LinuxDontNeed) }.unwrap();
+            done.send(7).unwrap();
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        let guest = GpaRange::with_len(Gpa::ZERO, len as u64).unwrap();
+        let source = Arc::new(Sevens(RamLayout::new(vec![guest]).unwrap()));
+        let region = VmRegion {
+            guest,
+            host: HostAddress::new(host as u64),
+            page: PAGE as u64,
+        };
+        let vm = Vm::start(source, uffd, &[region], VmOptions::default()).unwrap();
+        for _ in 0..PAGES {
+            assert_eq!(all.recv_timeout(Duration::from_secs(20)), Ok(7));
+        }
+        drop(vm);
+    }
 }

@@ -71,7 +71,7 @@ impl Region {
         // Of memory whose pages are not huge, each can be given back by itself, whatever was said.
         let page = match kind {
             Kind::Small => system,
-            Kind::Huge if said > system => said,
+            Kind::Huge if said > system && uffd.is_whole(start, said) => said,
             Kind::Huge => {
                 return Err(ServeError::PageKind { at: at.host, said });
             }

@@ -226,6 +226,22 @@ fn huge_pages_are_put_together_and_given_back() {
             VmOptions::default(),
         );
         assert!(small.is_err());
+        // And of larger ones.
+        let wide = Memory::new(4 * HUGE, true);
+        let start = wide.start.as_ptr().addr().next_multiple_of(2 * HUGE);
+        let region = VmRegion {
+            guest: GpaRange::with_len(Gpa::ZERO, 2 * HUGE as u64).unwrap(),
+            host: HostAddress::new(start as u64),
+            page: 2 * HUGE as u64,
+        };
+        let large = Vm::start(
+            Arc::clone(&source),
+            wide.register(),
+            &[region],
+            VmOptions::default(),
+        );
+        let error = large.map(drop).unwrap_err();
+        assert!(matches!(error, ServeError::PageKind { .. }), "{error:?}");
         let options = options(prefetch, 0, &metrics);
         let vm = Vm::start(source, uffd, &regions(&memory, HUGE), options).unwrap();
         // One that the source has, and one that is gone before it is touched.
@@ -292,8 +308,8 @@ impl PageSource for Numbered {
         Ok(Piece::Own(buffer))
     }
 
-    fn by_need(&self) -> Vec<GpaRange> {
-        self.layout.regions().to_vec()
+    fn by_need(&self) -> Arc<[GpaRange]> {
+        self.layout.regions().into()
     }
 }
 
@@ -429,8 +445,8 @@ fn a_thread_that_fails_is_told() {
             let at = range.start();
             Err(ServeError::NotInSnapshot { at })
         }
-        fn by_need(&self) -> Vec<GpaRange> {
-            self.0.regions().to_vec()
+        fn by_need(&self) -> Arc<[GpaRange]> {
+            self.0.regions().into()
         }
     }
     let memory = Memory::new(PAGES * PAGE, false);

@@ -181,7 +181,7 @@ impl PageSource for Broken {
         self.0.read(range, buffer)
     }
 
-    fn by_need(&self) -> Vec<GpaRange> {
+    fn by_need(&self) -> Arc<[GpaRange]> {
         self.0.by_need()
     }
 }
