@@ -343,6 +343,9 @@ pub(crate) struct ServeArgs {
     /// Where a raw file's bytes lie; found out by the guest's own memory map without it
     #[arg(long, value_name = "LAYOUT")]
     pub layout: Option<LayoutSpec>,
+    /// What the file is, whatever it begins with: raw, elf, qemu, kdump and so on
+    #[arg(long, value_name = "NAME")]
+    pub format: Option<DumpFormat>,
     /// The memory that the snapshot is a diff to
     #[arg(long, value_name = "FILE")]
     pub base: Option<PathBuf>,

@@ -19,6 +19,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), CliError> {
     let metrics = Arc::new(Metrics::default());
     let mut open = OpenOptions::new();
     open.layout.clone_from(&args.layout);
+    open.format = args.format;
     open.base.clone_from(&args.base);
     let opened = open_source(&args.file, &open, args.cache, Arc::clone(&metrics))?;
     let options = options(args, &opened, &metrics)?;

@@ -18,6 +18,7 @@ mod layout;
 mod migration;
 mod real_guest;
 mod rights;
+mod serve;
 mod symbols;
 mod vmware;
 mod xen;

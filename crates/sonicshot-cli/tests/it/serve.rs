@@ -1,0 +1,174 @@
+//! `serve`: its sources on a real guest's memory, and its command line.
+
+use crate::common::*;
+use sonicshot::{Gpa, GpaRange};
+use sonicshot_offline::OpenOptions;
+use sonicshot_serve::{Content, open_source};
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// All of the guest's memory as a virtual machine gets it, and how much of it was bytes.
+fn served(path: &Path) -> (Vec<u8>, u64) {
+    let opened = open_source(path, &OpenOptions::new(), 1 << 20, Arc::default()).unwrap();
+    let source = opened.source;
+    let (mut out, mut stored, mut buffer) = (Vec::new(), 0, Vec::new());
+    for region in source.layout().regions() {
+        let mut at = region.start();
+        while at < region.end() {
+            let run = source.run_at(at).unwrap();
+            assert!(run.range.contains(at));
+            let rest = GpaRange::new(at, run.range.end());
+            match run.content {
+                Content::Bytes => {
+                    let piece = source.read(rest, &mut buffer).unwrap();
+                    out.extend(piece.bytes());
+                    stored += rest.len();
+                }
+                Content::Fill(word) => {
+                    let words = usize::try_from(rest.len() / 8).unwrap();
+                    out.extend(word.to_le_bytes().repeat(words));
+                }
+            }
+            at = rest.end();
+        }
+        assert_eq!(at, region.end());
+    }
+    assert!(source.run_at(Gpa::new(1 << 40)).is_err());
+    (out, stored)
+}
+
+#[test]
+fn every_kind_of_snapshot_is_a_source() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let mapped = mapped_ram_dump(folder.path());
+    let pruned = folder.path().join("pruned");
+    let sonic = folder.path().join("guest.sonic");
+    for args in [
+        &["prune", text(&raw), "-o", text(&pruned)][..],
+        &["save", text(&raw), "-o", text(&sonic)],
+    ] {
+        let run = sonicshot(args);
+        assert!(run.status.success(), "{}", stderr(&run));
+    }
+    for whole in [&raw, &mapped] {
+        assert!(served(whole).0 == ram(), "{}", whole.display());
+    }
+    let (of_raw, stored) = served(&pruned);
+    let (of_checkpoint, _) = served(&sonic);
+    assert!(of_raw == of_checkpoint);
+    assert!(stored < ram().len() as u64 * 3 / 4, "{stored}");
+    let pages = of_raw.chunks(4096).zip(ram().chunks(4096));
+    let dropped = pages.filter(|(found, whole)| found != whole);
+    let mut count = 0;
+    for (found, _) in dropped {
+        assert!(found.iter().all(|byte| *byte == 0));
+        count += 1;
+    }
+    assert!(count > 1000, "{count}");
+}
+
+/// A server that has said that it serves, and what it says after that.
+fn serving(args: &[&str]) -> Child {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_sonicshot"))
+        .arg("serve")
+        .args(args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    stdout.read_line(&mut line).unwrap();
+    assert!(line.starts_with("serving "), "{line}");
+    child
+}
+
+#[test]
+fn a_server_is_for_its_user_and_counts() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let sonic = folder.path().join("guest.sonic");
+    let set = folder.path().join("set");
+    fs::write(&set, "sonicshot working set 1\n0x1000-0x3000\n").unwrap();
+    let blob = format!("working-set={}", text(&set));
+    let run = sonicshot(&["save", text(&raw), "-o", text(&sonic), "--blob", &blob]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let socket = folder.path().join("pages");
+    let metrics = folder.path().join("metrics");
+    let args = [
+        "--vms",
+        "1",
+        "--socket",
+        text(&socket),
+        "--metrics",
+        text(&metrics),
+    ];
+    let mut child = serving(&[&[text(&sonic)], &args[..]].concat());
+    for path in [&socket, &metrics] {
+        let mode = fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{}", path.display());
+    }
+    let mut counters = UnixStream::connect(&metrics).unwrap();
+    counters
+        .write_all(b"GET /metrics HTTP/1.0\r\n\r\n")
+        .unwrap();
+    let mut answer = String::new();
+    counters.read_to_string(&mut answer).unwrap();
+    assert!(
+        answer.contains("\nsonicshot_serve_machines 0\n"),
+        "{answer}"
+    );
+    let again = sonicshot(&["serve", text(&sonic), "--socket", text(&socket)]);
+    assert_eq!(again.status.code(), Some(1), "{}", stderr(&again));
+    assert!(
+        stderr(&again).contains("somebody serves there"),
+        "{}",
+        stderr(&again)
+    );
+    // The look at whether somebody serves there was refused, and is none of those that count.
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    assert!(line.contains("refused: "), "{line}");
+    assert!(child.try_wait().unwrap().is_none());
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn what_cannot_be_served_is_told_before_anything_is_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let socket = folder.path().join("pages");
+    let set = folder.path().join("set");
+    fs::write(&set, "sonicshot working set 1\n0x100000000-0x100001000\n").unwrap();
+    let none = folder.path().join("none");
+    for (args, code, words) in [
+        (vec![text(&raw), "--set", text(&set)], 3, "other memory"),
+        (vec![text(&raw), "--metrics", "0.0.0.0:9100"], 1, "loopback"),
+        (
+            vec![text(&raw), "--record", "x", "--prefetch", "all"],
+            2,
+            "--record",
+        ),
+        (vec![text(&raw), "--owner", "root"], 2, "--owner"),
+        (vec![text(&none)], 1, "none"),
+        (vec![text(&raw), "--format", "elf"], 3, "format elf"),
+    ] {
+        let run = sonicshot(&[&["serve", "--socket", text(&socket)], &args[..]].concat());
+        let said = stderr(&run);
+        assert_eq!(run.status.code(), Some(code), "{args:?}: {said}");
+        assert!(said.contains(words), "{args:?}: {said}");
+        assert!(!socket.exists());
+    }
+}
