@@ -55,6 +55,9 @@ impl Peer {
         if who.uid != 0 {
             peer.check_owner(&number, who.uid)?;
         }
+        if peer.wait(Some(&Timespec::default())) {
+            return Err(ServeError::PeerGone(gone()));
+        }
         Ok(peer)
     }
 
