@@ -4,11 +4,12 @@
 //! So what has come is let go of in one way alone: the virtual machine is ended, and has ended.
 
 use crate::error::ServeError;
-use crate::peer::{Peer, pid_of};
+use crate::peer::{AGAIN, Peer, pid_of};
 use crate::protocol::{Received, names_another};
 use crate::sys::Credentials;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsRawFd, OwnedFd};
-use std::io::Read;
+use rustix::io::Errno;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -93,11 +94,15 @@ impl Drop for Held {
                 // If it cannot be ended it at least waits for its pages.
                 vm.wait(None);
             }
-            None if self.welcome => {
-                // Until he has closed the connection, or ended.
-                let _ = self.stream.set_read_timeout(None);
-                while matches!((&*self.stream).read(&mut [0; 64]), Ok(got) if got > 0) {}
-            }
+            // Until he has closed the connection, or ended.
+            None if self.welcome => loop {
+                let mut fds = [PollFd::new(&*self.stream, PollFlags::empty())];
+                match poll(&mut fds, None) {
+                    Ok(_) => break,
+                    Err(Errno::INTR) => {}
+                    Err(_) => std::thread::sleep(AGAIN),
+                }
+            },
             None => {}
         }
     }

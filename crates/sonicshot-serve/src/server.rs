@@ -5,7 +5,7 @@ use crate::error::ServeError;
 use crate::held::Held;
 use crate::metrics::Metrics;
 use crate::peer::{AGAIN, Peer, is_passing};
-use crate::protocol::{Handshake, Received, is_documented, receive};
+use crate::protocol::{Handshake, Received, is_documented, receive, receive_rest};
 use crate::socket::Named;
 use crate::source::PageSource;
 use crate::sys;
@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// How long the message of somebody who will not be served is waited for: it may be on its way.
-const STRANGER: Duration = Duration::from_secs(1);
+const STRANGER: Duration = Duration::from_millis(100);
 
 /// How a server is set up.
 #[derive(Debug, Clone)]
@@ -363,6 +363,9 @@ impl Shared {
         };
         let mut received = Received::default();
         let outcome = receive(stream, patience, &mut received);
+        if outcome.is_err() {
+            receive_rest(stream, &mut received);
+        }
         let answers = is_documented(&received.message);
         let (held, vm) = Held::new(stream, &mut received, who, sender, welcome);
         let check = || {

@@ -8,7 +8,7 @@ mod firecracker;
 mod receive;
 
 pub(crate) use self::documented::{is_documented, names_another};
-pub(crate) use self::receive::{Received, receive};
+pub(crate) use self::receive::{Received, receive, receive_rest};
 use crate::engine::{MAX_PAGE, MIN_PAGE, VmRegion, check_disjoint};
 use crate::error::ServeError;
 use crate::uffd::HostAddress;

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use serde::de::IgnoredAny;
 use std::io::IoSliceMut;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
@@ -57,6 +58,26 @@ pub(crate) fn receive(
     }
 }
 
+/// Takes in what has come behind that of which [`receive`] says that it is no message, and lets
+/// nothing more come: whoever sends later is told by the system.
+pub(crate) fn receive_rest(stream: &UnixStream, received: &mut Received) {
+    if stream.shutdown(Shutdown::Read).is_err() {
+        return;
+    }
+    // What was sent before is read, and then its end.
+    loop {
+        match receive_part(stream, received) {
+            Ok(0) | Err(ServeError::System { .. }) => return,
+            // What is in excess is closed: what it was is not known then.
+            Ok(_) | Err(_) => {
+                received.lost |= received.descriptors.len() > MAX_DESCRIPTORS;
+                received.descriptors.truncate(MAX_DESCRIPTORS);
+                received.message.truncate(MAX_MESSAGE);
+            }
+        }
+    }
+}
+
 /// Waits until there is more to read, at most until `limit` has passed since `start`.
 fn wait(
     stream: &UnixStream,
@@ -94,6 +115,9 @@ fn receive_part(stream: &UnixStream, received: &mut Received) -> Result<usize, S
         if let RecvAncillaryMessage::ScmRights(rights) = message {
             received.descriptors.extend(rights);
         }
+    }
+    if got == 0 {
+        return Ok(0);
     }
     let found = received.descriptors.len();
     // If some were lost it is not known how many there were.
@@ -171,7 +195,7 @@ mod tests {
             let (near, far) = UnixStream::pair().unwrap();
             (&near).write_all(message).unwrap();
             if closed {
-                near.shutdown(std::net::Shutdown::Write).unwrap();
+                near.shutdown(Shutdown::Write).unwrap();
             }
             let error = received(&far).1.unwrap_err();
             assert!(check(&error), "{message:?}: {error:?}");
@@ -206,6 +230,32 @@ mod tests {
             );
             assert!(start.elapsed() >= SHORT);
         });
+    }
+
+    #[test]
+    fn nothing_comes_behind_what_was_refused() {
+        let file = null();
+        let (near, far) = UnixStream::pair().unwrap();
+        send(&near, b"[", &[]);
+        let (mut got, result) = received(&far);
+        assert!(matches!(result, Err(ServeError::Slow { len: 1, .. })));
+        // While nobody looks.
+        send(&near, b"{}]", &[file.as_fd()]);
+        for _ in 0..20 {
+            send(&near, &[b' '; 4096], &[]);
+        }
+        receive_rest(&far, &mut got);
+        assert_eq!((got.descriptors.len(), got.lost), (1, false));
+        assert!(got.message.starts_with(b"[{}] "));
+        assert!((&near).write_all(b"x").is_err());
+        let (near, far) = UnixStream::pair().unwrap();
+        for _ in 0..20 {
+            send(&near, b" ", &[file.as_fd()]);
+        }
+        let (mut got, result) = received(&far);
+        assert!(matches!(result, Err(ServeError::Descriptors { .. })));
+        receive_rest(&far, &mut got);
+        assert!(got.lost && got.descriptors.len() == 3);
     }
 
     #[test]
