@@ -1,6 +1,7 @@
 //! What the pages of a dump are got from: a file that has them as they are, a diff over its base,
 //! what came through a pipe, blocks decompressed on demand.
 
+mod archive;
 pub(crate) mod lzop;
 pub(crate) mod overlay;
 pub(crate) mod paged;
