@@ -75,6 +75,8 @@ mod processors;
 mod prune;
 mod snapshot;
 
+#[doc(hidden)]
+pub use backing::lz4::Lz4Frames;
 pub use backing::spool::Spool;
 pub use dump::Dump;
 #[doc(hidden)]

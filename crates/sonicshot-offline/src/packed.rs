@@ -1,5 +1,6 @@
 //! Images that are compressed on their way to a file and from it.
 
+use sonicshot_dump::Lz4Frames;
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 
@@ -60,7 +61,7 @@ pub fn decompress(how: ImageCompression, from: &File, out: &mut impl Write) -> i
     let from = BufReader::with_capacity(BUFFER, from);
     match how {
         ImageCompression::Zstd => copy(&mut zstd::Decoder::with_buffer(from)?, out),
-        ImageCompression::Lz4 => copy(&mut lz4_flex::frame::FrameDecoder::new(from), out),
+        ImageCompression::Lz4 => copy(&mut Lz4Frames::new(from), out),
     }
 }
 
@@ -110,9 +111,18 @@ mod tests {
             assert!(back == content, "{how:?}");
 
             let len = file.metadata().unwrap().len();
-            file.set_len(len - 1).unwrap();
-            file.rewind().unwrap();
-            assert!(decompress(how, &file, &mut Vec::new()).is_err(), "{how:?}");
+            let mut lens = vec![len - 1, len / 2];
+            if how == ImageCompression::Lz4 {
+                // Its end is a length of zero, and the checksum.
+                lens.extend([len - 8, len - 5]);
+            }
+            for len in lens {
+                file.set_len(len).unwrap();
+                file.rewind().unwrap();
+                let cut = decompress(how, &file, &mut Vec::new());
+                assert!(cut.is_err(), "{how:?} {len}");
+                file = packed(how, &content);
+            }
 
             let mut file = packed(how, &content);
             file.seek(std::io::SeekFrom::Start(len / 2)).unwrap();

@@ -2,6 +2,7 @@
 //! what came through a pipe, blocks decompressed on demand.
 
 mod archive;
+pub(crate) mod lz4;
 pub(crate) mod lzop;
 pub(crate) mod overlay;
 pub(crate) mod paged;

@@ -1,8 +1,10 @@
 //! Files that are compressed as a whole: told by how they begin, and decompressed.
 
+use crate::backing::lz4::Lz4Frames;
 use crate::backing::{archive, lzop};
+use lzma_rust2::XzReader;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufReader, Read};
 use std::os::unix::fs::FileExt;
 
 /// As much as `zstd` itself takes for a window without being told to take more; a dictionary of
@@ -45,45 +47,28 @@ impl Compression {
 
     /// What is in `file` from `at` on, decompressed.
     pub(crate) fn reader(self, file: File, at: u64) -> io::Result<Box<dyn Read>> {
-        if self == Self::Zip {
-            return Ok(Box::new(archive::only_file(file)?));
-        }
-        let packed = BufReader::with_capacity(BUFFER, At::new(file, at));
+        let from = |file| BufReader::with_capacity(BUFFER, At::new(file, at));
         Ok(match self {
             // One stream or several, as the tools themselves read them.
-            Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(packed)),
-            Self::Zstd => Box::new(zstd::stream::read::Decoder::with_buffer(packed)?),
-            Self::Xz => Box::new(lzma_rust2::XzReader::new_mem_limit(packed, true, XZ_MEMORY)),
-            Self::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(packed)),
-            Self::Lzop => Box::new(lzop::Decoder::new(packed)?),
-            Self::Lz4 | Self::Zip => Box::new(Frames(lz4_flex::frame::FrameDecoder::new(packed))),
+            Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(from(file))),
+            Self::Zstd => Box::new(zstd::stream::read::Decoder::with_buffer(from(file))?),
+            Self::Xz => Box::new(XzReader::new_mem_limit(from(file), true, XZ_MEMORY)),
+            Self::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(from(file))),
+            Self::Lzop => Box::new(lzop::Decoder::new(from(file))?),
+            Self::Lz4 => Box::new(Lz4Frames::new(from(file))),
+            Self::Zip => Box::new(archive::only_file(file)?),
         })
     }
 }
 
-/// LZ4's frames, one behind the other.
-struct Frames<R: BufRead>(lz4_flex::frame::FrameDecoder<R>);
-
-impl<R: BufRead> Read for Frames<R> {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        // A frame without content has its header and its end, so that this ends with the file.
-        loop {
-            let read = self.0.read(out)?;
-            if read > 0 || out.is_empty() || self.0.get_mut().fill_buf()?.is_empty() {
-                return Ok(read);
-            }
-        }
-    }
-}
-
 /// A file from a place on. Where another handle of it reads makes no difference to this one.
-pub(super) struct At {
+pub(crate) struct At {
     file: File,
     at: u64,
 }
 
 impl At {
-    pub(super) fn new(file: File, at: u64) -> Self {
+    pub(crate) fn new(file: File, at: u64) -> Self {
         Self { file, at }
     }
 }
@@ -185,13 +170,7 @@ mod tests {
             // An archive's last bytes tell nothing of the file in it.
             let end = packed.len() - 1 - usize::from(*how == Compression::Zip) * 256;
             for len in [end, packed.len() / 2, mark.len()] {
-                // Less than a header is nothing to LZ4, and an empty file is refused as such.
-                let nothing = *how == Compression::Lz4 && len == mark.len();
-                let cut = unpacked(&packed[..len]);
-                assert!(
-                    cut.is_err() || nothing && cut.unwrap().is_empty(),
-                    "{how:?} {len}"
-                );
+                assert!(unpacked(&packed[..len]).is_err(), "{how:?} {len}");
             }
             let mut damaged = packed.clone();
             for byte in &mut damaged[packed.len() / 2..][..4] {
