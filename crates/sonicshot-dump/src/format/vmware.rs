@@ -3,12 +3,13 @@
 //!
 //! The state is a list of groups, each a list of tags with values. Those of the group `memory` tell
 //! where the RAM is in the guest: a region's first page there, its first page in the file, and its
-//! length. A guest without regions has all of it from 0 on.
+//! length. Of a guest without regions the state tells nothing: its own memory map decides, as of raw
+//! memory.
 //!
 //! What VMware makes of a hole in the memory was not tried: it is only read.
 
 use crate::DumpError;
-use crate::backing::plain::open_content;
+use crate::backing::plain::{check_content, open_content};
 use crate::format::kind::Kind;
 use crate::layout::LayoutSpec;
 use crate::snapshot::{FilesNote, Named, SnapshotFiles, Vmm};
@@ -47,6 +48,8 @@ const PAGE: u64 = 4096;
 const MAX_GROUPS: u32 = 4096;
 const MAX_TAGS: usize = 1 << 20;
 const MAX_REGIONS: u64 = 4096;
+/// The tag with the number of regions; those of a region itself have its number.
+const COUNT: &str = "regionsCount";
 
 /// The memory with its state beside it, or the state with its memory.
 fn snapshot(named: &Named<'_>) -> Result<Option<SnapshotFiles>, DumpError> {
@@ -67,8 +70,9 @@ fn snapshot(named: &Named<'_>) -> Result<Option<SnapshotFiles>, DumpError> {
     let reading = DumpError::io("reading", &memory);
     let len = fs::metadata(&memory).map_err(reading)?.len();
     match (layout(&state, len), named.layout()) {
-        (Ok(layout), None) => files.layout = Some(layout),
-        (Ok(layout), Some(given)) => {
+        (Ok(None), _) => {}
+        (Ok(Some(layout)), None) => files.layout = Some(layout),
+        (Ok(Some(layout)), Some(given)) => {
             if given.ranges(len) != layout.ranges(len) {
                 let state = "the VMware state";
                 files.notes.push(FilesNote::OtherLayout { state, layout });
@@ -103,20 +107,26 @@ fn is_state(path: &Path) -> bool {
         })
 }
 
-/// Where the `len` bytes of RAM beside the state at `path` lie in the guest.
-fn layout(path: &Path, len: u64) -> Result<LayoutSpec, DumpError> {
+/// Where the `len` bytes of RAM beside the state at `path` lie in the guest, if the state tells.
+fn layout(path: &Path, len: u64) -> Result<Option<LayoutSpec>, DumpError> {
     let content = open_content(path)?;
-    layout_of(path, content.bytes(), len)
+    let layout = layout_of(path, content.bytes(), len);
+    // What cannot be read looks like what is not there.
+    check_content(&content, path)?;
+    layout
 }
 
-fn layout_of(path: &Path, data: FileBytes<'_>, len: u64) -> Result<LayoutSpec, DumpError> {
+fn layout_of(path: &Path, data: FileBytes<'_>, len: u64) -> Result<Option<LayoutSpec>, DumpError> {
     let bad =
         |what, offset, value| DumpError::malformed(path, what, FileOffset::new(offset), value);
     let tags = memory_tags(path, data)?;
-    let count = tags.get(&("regionsCount", 0)).copied().unwrap_or(0);
-    if count == 0 {
-        return Ok(LayoutSpec::Flat);
-    }
+    let count = tags.get(&(COUNT, 0)).copied();
+    let Some(count) = count.filter(|count| *count > 0) else {
+        return match tags.keys().find(|(name, _)| *name != COUNT) {
+            None => Ok(None),
+            Some((_, number)) => Err(bad("regions of the memory without their count", 0, *number)),
+        };
+    };
     if count > MAX_REGIONS {
         return Err(bad("too many regions of memory", 0, count));
     }
@@ -154,9 +164,8 @@ fn layout_of(path: &Path, data: FileBytes<'_>, len: u64) -> Result<LayoutSpec, D
                 )
             })?;
     }
-    Ok(LayoutSpec::Ranges(
-        regions.into_iter().map(|(_, range)| range).collect(),
-    ))
+    let ranges = regions.into_iter().map(|(_, range)| range).collect();
+    Ok(Some(LayoutSpec::Ranges(ranges)))
 }
 
 /// The tags of the group `memory` that tell of regions: by name and number.
@@ -165,7 +174,7 @@ fn memory_tags(
     data: FileBytes<'_>,
 ) -> Result<BTreeMap<(&'static str, u64), u64>, DumpError> {
     /// The tags that are kept.
-    const KNOWN: [&str; 4] = ["regionsCount", "regionPPN", "regionPageNum", "regionSize"];
+    const KNOWN: [&str; 4] = [COUNT, "regionPPN", "regionPageNum", "regionSize"];
     let bad =
         |what, offset, value| DumpError::malformed(path, what, FileOffset::new(offset), value);
     let cut = |cut: CutShort| bad("the end of the file inside its tags", cut.offset, cut.left);
@@ -184,7 +193,13 @@ fn memory_tags(
             return Ok(tags);
         }
         let name = cursor.take(name_len.into()).map_err(cut)?;
-        let name = name.copied().unwrap_or_default();
+        let name = name.copied().ok_or_else(|| {
+            bad(
+                "a tag that cannot be read",
+                cursor.position(),
+                name_len.into(),
+            )
+        })?;
         let mut indices = Vec::new();
         for _ in 0..flags >> 6 {
             indices.push(cursor.le::<u32>().map_err(cut)?);
@@ -212,7 +227,11 @@ fn memory_tags(
         if let Some(known) = known {
             let value =
                 number(value).ok_or_else(|| bad("an impossible length of a tag", at, len))?;
-            let number = indices.first().copied().unwrap_or(0);
+            let number = match indices.first() {
+                Some(number) => *number,
+                None if known == COUNT => 0,
+                None => return Err(bad("a region of the memory without its number", at, value)),
+            };
             tags.insert((known, number.into()), value);
         }
     }
@@ -264,7 +283,6 @@ fn group_named(path: &Path, data: FileBytes<'_>, wanted: &[u8]) -> Result<u64, D
 #[cfg(test)]
 mod tests {
     use super::layout_of;
-    use crate::LayoutSpec;
     use proptest::prelude::*;
     use std::path::Path;
 
@@ -319,7 +337,8 @@ mod tests {
     }
 
     fn read(bytes: &[u8], len: u64) -> Result<String, crate::DumpError> {
-        layout_of(Path::new("vmss"), bytes.into(), len).map(|layout| layout.to_string())
+        let layout = layout_of(Path::new("vmss"), bytes.into(), len)?;
+        Ok(layout.map_or("none".into(), |layout| layout.to_string()))
     }
 
     #[test]
@@ -330,8 +349,7 @@ mod tests {
             assert_eq!(said, "0x0-0xc0000000,0x100000000-0x140000000");
             let other_order = [split[1], split[0]];
             assert_eq!(read(&state(version, &other_order), 4 << 30).unwrap(), said);
-            let flat = read(&state(version, &[]), 1 << 30).unwrap();
-            assert_eq!(flat, LayoutSpec::Flat.to_string());
+            assert_eq!(read(&state(version, &[]), 1 << 30).unwrap(), "none");
         }
         for (regions, len) in [
             (&[(0, 1, 4)][..], 1 << 20),
@@ -342,6 +360,31 @@ mod tests {
         ] {
             assert!(read(&state(2, regions), len).is_err(), "{regions:?}");
         }
+        // Regions without their count, and one without its number.
+        let renamed = |from: &str, to: &str| {
+            let mut bytes = state(2, &split);
+            let at = bytes
+                .windows(from.len())
+                .position(|name| name == from.as_bytes());
+            bytes[at.unwrap()..][..to.len()].copy_from_slice(to.as_bytes());
+            bytes
+        };
+        assert!(read(&renamed("regionsCount", "regionsCounx"), 4 << 30).is_err());
+        let mut no_count = state(2, &split);
+        let at = no_count
+            .windows(12)
+            .position(|name| name == b"regionsCount");
+        no_count[at.unwrap() + 12..][..4].fill(0);
+        assert!(read(&no_count, 4 << 30).is_err());
+        let mut no_number = state(2, &[])[..].to_vec();
+        no_number.truncate(no_number.len() - 16);
+        tag(&mut no_number, "regionPPN", &[], &[0; 4]);
+        no_number.extend([0; 16]);
+        assert!(read(&no_number, 1 << 30).is_err());
+        let mut unnamed = state(2, &[]);
+        let at = unnamed.windows(12).position(|name| name == b"regionsCount");
+        unnamed[at.unwrap() + 11] = b'x';
+        assert_eq!(read(&unnamed, 8 << 30).unwrap(), "none");
         // More groups, regions and tags than there may be.
         let mut groups = state(2, &split);
         groups[9] = 0x20;
