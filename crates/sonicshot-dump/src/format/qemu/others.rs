@@ -6,6 +6,7 @@
 
 use crate::DumpError;
 use crate::format::qemu::start::{Cursor, SECTION_END, SECTION_PART, SECTION_START};
+use sonicshot::FileOffset;
 
 /// No machine has more of them.
 const MAX_OTHERS: usize = 1024;
@@ -57,10 +58,21 @@ impl Kind {
     }
 }
 
+/// A section that has begun.
+#[derive(Debug, Clone, Copy)]
+struct Begun {
+    number: u32,
+    kind: Kind,
+    /// Where, for a file is gone through more than once.
+    at: FileOffset,
+}
+
 /// The sections that have begun: each part tells only the number of its section.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Others {
-    begun: Vec<(u32, Kind)>,
+    begun: Vec<Begun>,
+    /// The number of the memory's section, once it has begun.
+    memory: Option<u32>,
     /// How many parts were passed over.
     pub passed: u64,
 }
@@ -70,8 +82,15 @@ impl Others {
     pub(crate) const fn new() -> Self {
         Self {
             begun: Vec::new(),
+            memory: None,
             passed: 0,
         }
+    }
+
+    /// The memory's section begins with this number; `false` if that is another's.
+    pub(crate) fn begin_memory(&mut self, number: u32) -> bool {
+        self.memory = Some(number);
+        self.begun(number).is_none()
     }
 
     /// Passes over the next part, if it is of one of them; `false` if it is not.
@@ -86,16 +105,11 @@ impl Others {
                 let Some(kind) = Kind::named(&name) else {
                     return Ok(false);
                 };
-                if self.kind_of(number).is_none() {
-                    if self.begun.len() >= MAX_OTHERS {
-                        return Err(ahead.malformed("the number of sections", 0));
-                    }
-                    self.begun.push((number, kind));
-                }
+                self.begin(number, kind, &ahead, cursor.at())?;
                 kind
             }
-            SECTION_PART | SECTION_END => match self.kind_of(number) {
-                Some(kind) => kind,
+            SECTION_PART | SECTION_END => match self.begun(number) {
+                Some(begun) => begun.kind,
                 None => return Ok(false),
             },
             _ => return Ok(false),
@@ -107,9 +121,32 @@ impl Others {
         Ok(true)
     }
 
-    fn kind_of(&self, number: u32) -> Option<Kind> {
+    /// Takes up the section that begins at `at`. QEMU gives each a number of its own.
+    fn begin(
+        &mut self,
+        number: u32,
+        kind: Kind,
+        cursor: &Cursor<'_>,
+        at: FileOffset,
+    ) -> Result<(), DumpError> {
+        let before = self.begun(number);
+        if before.is_some_and(|before| before.at == at && before.kind == kind) {
+            return Ok(());
+        }
+        if before.is_some() || self.memory == Some(number) {
+            let what = "a section with the number of another";
+            return Err(cursor.malformed(what, number.into()));
+        }
+        if self.begun.len() >= MAX_OTHERS {
+            return Err(cursor.malformed("the number of sections", 0));
+        }
+        self.begun.push(Begun { number, kind, at });
+        Ok(())
+    }
+
+    fn begun(&self, number: u32) -> Option<Begun> {
         let mut known = self.begun.iter();
-        known.find_map(|(known, kind)| (*known == number).then_some(*kind))
+        known.find(|known| known.number == number).copied()
     }
 }
 
@@ -255,6 +292,19 @@ mod tests {
             passed.filter(|passed| matches!(passed, Ok(true))).count(),
             1024
         );
+        // A number is one section's alone, and the memory's is not theirs.
+        let first = section(1, 7, Some("block"), &[0, 0, 0, 0, 0, 0, 0, 2]);
+        let twice = [&first[..], &first].concat();
+        let mut others = Others::default();
+        let mut cursor = Cursor::new(path, twice.as_slice().into(), FileOffset::ZERO);
+        assert!(others.pass(&mut cursor.clone()).unwrap());
+        assert!(others.pass(&mut cursor).unwrap());
+        assert!(others.pass(&mut cursor).is_err());
+        assert!(!others.begin_memory(7));
+        let mut others = Others::default();
+        assert!(others.begin_memory(7));
+        let mut cursor = Cursor::new(path, twice.as_slice().into(), FileOffset::ZERO);
+        assert!(others.pass(&mut cursor).is_err());
         // Those of the memory, of a device, and of what never began.
         for other in [
             section(1, 2, Some("ram"), &[]),

@@ -301,6 +301,10 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
         return Err(cursor.malformed("a first section that is not ram", section.into()));
     }
     let total = cursor.be::<u64>()?;
+    if !start.others.begin_memory(start.ram_section) {
+        let what = "a section with the number of another";
+        return Err(cursor.malformed(what, start.ram_section.into()));
+    }
     if total & (TARGET_PAGE.saturating_sub(1)) != FLAG_MEM_SIZE {
         return Err(cursor.malformed("the size of all memory", total));
     }
