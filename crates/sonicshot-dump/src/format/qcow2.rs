@@ -18,11 +18,14 @@ use std::path::Path;
 pub(crate) const KIND: Kind = Kind::by_magic("qcow2", &[MAGIC], |source| open(&source));
 
 const MAGIC: &[u8] = b"QFI\xfb";
-/// What QEMU itself takes (`block/qcow2.h`).
+/// What QEMU itself takes (`block/qcow2.h`), but for the names that are told of.
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_L1: u32 = (32 << 20) / 8;
 const MAX_EXTRA: u32 = 1024;
+const MAX_SNAPSHOTS_LEN: u64 = 64 << 20;
+const MAX_TOLD: usize = 16;
+const MAX_NAME: u64 = 1 << 10;
 /// A snapshot's entry, without what has its own length.
 const ENTRY: u64 = 40;
 /// Features that a reader must know: what was not closed well does not matter here.
@@ -164,8 +167,17 @@ impl Image {
         let mut found: Vec<Entry> = Vec::new();
         for _ in 0..self.snapshots {
             let entry = self.snapshot(path, &mut cursor)?;
+            let len = cursor.position().checked_sub(self.snapshots_at);
+            if len.is_none_or(|len| len > MAX_SNAPSHOTS_LEN) {
+                let at = FileOffset::new(self.snapshots_at);
+                let what = "snapshots whose table is too long";
+                return Err(DumpError::malformed(path, what, at, self.snapshots.into()));
+            }
             if entry.state_len > 0 {
                 found.push(entry);
+            }
+            if found.len() > MAX_TOLD {
+                break;
             }
         }
         match found.as_slice() {
@@ -176,10 +188,15 @@ impl Image {
                 instead: "it is a guest's disk: its memory is in it only if `savevm` put it there, \
                           which `qemu-img snapshot -l` shows",
             }),
-            several => Err(DumpError::SeveralSnapshots {
-                path: path.to_owned(),
-                names: several.iter().map(|entry| entry.name.clone()).collect(),
-            }),
+            several => {
+                let told = several.iter().take(MAX_TOLD);
+                let mut names: Vec<_> = told.map(|entry| entry.name.clone()).collect();
+                if several.len() > MAX_TOLD {
+                    names.push("and others".to_owned());
+                }
+                let path = path.to_owned();
+                Err(DumpError::SeveralSnapshots { path, names })
+            }
         }
     }
 
@@ -216,7 +233,9 @@ impl Image {
             rest.ok_or_else(|| bad("an impossible length of a snapshot's entry", extra.into()))?,
         );
         let name = cursor.take(name_len.into()).map_err(&cut)?;
-        let name = name.copied().unwrap_or_default();
+        let name = name.part(0, name.byte_len().min(MAX_NAME));
+        let name = name.and_then(Bytes::copied);
+        let name = name.ok_or_else(|| bad("a name that cannot be read", name_len.into()))?;
         let end = cursor.position().checked_next_multiple_of(8);
         cursor.seek(
             end.ok_or_else(|| bad("an impossible length of a snapshot's entry", extra.into()))?,

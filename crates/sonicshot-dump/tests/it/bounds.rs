@@ -57,6 +57,9 @@ const BOUNDS: &[Bound] = &[
     ("start.rs MAX_PLUGGED", 256, 257, qemu_plugged, Says("the number of virtio-mem devices")),
     ("start.rs MAX_BLOCKS", 4096, 4097, qemu_blocks, Says("the number of memory blocks")),
     ("mapped_ram.rs SMALL", 1 << 10, 1 << 20, mapped_stretches, Says("more stretches of pages")),
+    ("stream.rs SMALL", 1 << 24, (1 << 24) + (1 << 17), |at, small| stream_claims(at, small, 0), Says("the size of all memory")),
+    ("stream.rs MAX_RATIO", 32, 33, |at, each| stream_claims(at, (1 << 24) + (each << 20), 9 * MIB), Says("the size of all memory")),
+    ("qcow2.rs MAX_SNAPSHOTS_LEN", 1023, 1024, |at, count| qcow2_names(at, count, 0), Says("table is too long")),
     ("snapshot.rs MAX_FILES", 1024, 1025, folder_of, Says("no snapshot")),
 ];
 
@@ -404,6 +407,49 @@ fn mapped_stretches(folder: &Path, count: u64) -> PathBuf {
         (pages_at + len, end),
     ];
     sparse(folder, "mapped", pages_at + len + 64, &parts)
+}
+
+/// A migration stream of so many pages, which the file is long enough for, but has only so many bytes.
+fn stream_claims(folder: &Path, pages: u64, stored: u64) -> PathBuf {
+    let mut head = qemu::stream();
+    let name = head.windows(6).position(|part| part == b"pc.ram").unwrap();
+    head.truncate(name + 6);
+    let len = pages * PAGE;
+    put(&mut head, name - 1 - 8, &(len | 4).to_be_bytes());
+    head.extend(len.to_be_bytes());
+    let bytes = vec![0xff; stored as usize];
+    sparse(folder, "stream", pages * 16, &[(0, &head), (MIB, &bytes)])
+}
+
+/// A disk image with so many snapshots, each with a state of that length and a name as long as any.
+fn qcow2_names(folder: &Path, count: u64, state_len: u32) -> PathBuf {
+    const NAME: u64 = 65528;
+    let mut head = b"QFI\xfb\0\0\0\x02".to_vec();
+    head.resize(20, 0);
+    head.extend(16_u32.to_be_bytes());
+    head.resize(60, 0);
+    head.extend((count as u32).to_be_bytes());
+    head.extend((1_u64 << 16).to_be_bytes());
+    let mut entry = vec![0; 14];
+    entry.extend((NAME as u16).to_be_bytes());
+    entry.resize(32, 0);
+    entry.extend(state_len.to_be_bytes());
+    entry.resize(40, 0);
+    let mut parts = vec![(0, head.as_slice())];
+    parts.extend((0..count).map(|number| ((1 << 16) + number * (40 + NAME), &entry[..])));
+    sparse(folder, "qcow2", 128 * MIB, &parts)
+}
+
+/// Of many snapshots, and of long names, what is told fits on a screen or two.
+#[test]
+fn names_of_snapshots_are_told_in_part() {
+    let folder = tempfile::tempdir().unwrap();
+    for (count, most) in [(2, 3 << 10), (16, 17 << 10), (900, 18 << 10)] {
+        let (said, ..) = look(&qcow2_names(folder.path(), count, 1));
+        assert!(said.contains("of several snapshots"), "{said}");
+        assert!(said.len() < most, "{count}: {}", said.len());
+        assert_eq!(said.ends_with("and others"), count > 16);
+    }
 }
 
 /// A snapshot's folder with so many files in it.

@@ -34,6 +34,10 @@ const FLAG_COMPRESSED: u64 = 0x100;
 const FLAGS: u64 = TARGET_PAGE.wrapping_sub(1);
 /// A page that is noted to be zero takes this much of the file.
 const ZERO_RECORD: u64 = 9;
+/// A byte on disk is at most so many of the file's, however well the file system compresses.
+const MAX_RATIO: u64 = 32;
+/// So many pages any file may have: what is kept of them takes a MiB.
+const SMALL: u64 = 1 << 24;
 const WITH_DELTAS: &str = "a migration stream with deltas (xbzrle)";
 
 /// A migration stream, mapped.
@@ -46,7 +50,8 @@ pub(crate) struct StreamDump {
 
 pub(crate) fn open(source: Source<'_>, wrapping: Wrapping) -> Result<StreamDump, DumpError> {
     let (path, data) = (source.path, source.data());
-    let mut stream = Stream::parse(path, data, wrapping.begin(), source.layout())?;
+    let most = most_pages(source.len(), source.on_disk()?);
+    let mut stream = Stream::parse(path, data, wrapping.begin(), source.layout(), most)?;
     let pages = stream.pages(path, data)?;
     let mapped = source.scattered(pages)?;
     Ok(StreamDump {
@@ -152,6 +157,16 @@ pub(crate) struct Stream {
     /// Where they and the section `ram` end, and the devices' state begins; `None` until the records
     /// were gone through.
     pub records_end: Option<FileOffset>,
+    /// So many pages the file has room for.
+    most: u64,
+}
+
+/// How many pages a file may have: each has a record, and a file that is short, or one of holes,
+/// must not claim a lot of memory.
+fn most_pages(len: u64, on_disk: u64) -> u64 {
+    let records = (len / ZERO_RECORD).saturating_add(1);
+    let stored = (on_disk / ZERO_RECORD).saturating_mul(MAX_RATIO);
+    records.min(stored.saturating_add(SMALL))
 }
 
 /// Of which blocks the pages are looked for.
@@ -190,6 +205,7 @@ impl Stream {
         data: FileBytes<'_>,
         at: FileOffset,
         layout: Option<&LayoutSpec>,
+        most: u64,
     ) -> Result<Self, DumpError> {
         let mut cursor = Cursor::new(path, data, at);
         let mut start = start::start(&mut cursor)?;
@@ -230,22 +246,20 @@ impl Stream {
             ahead.footer(start.ram_section)?;
             start::other_sections(&mut ahead, &mut start)?;
         }
-        // Every page has a record: a short file must not claim a lot of memory. What is not
-        // plugged in of a virtio-mem device has none.
-        let records = (data.len() as u64 / ZERO_RECORD).saturating_add(1);
+        // What is not plugged in of a virtio-mem device has no records.
         let mut blocks = start::blocks(path, &start, layout, blocks)?;
         let pages = |blocks: &[RamBlock]| {
             let placed = blocks.iter().filter(|block| !block.ranges.is_empty());
             placed.fold(0_u64, |sum, block| sum.saturating_add(block.len)) / TARGET_PAGE
         };
-        if pages(&blocks) > records {
+        if pages(&blocks) > most {
             for block in &mut blocks {
                 if block.kind == BlockKind::VirtioMem {
                     block.ranges.clear();
                 }
             }
         }
-        if pages(&blocks) > records {
+        if pages(&blocks) > most {
             return Err(cursor.malformed("the size of all memory", total));
         }
         Ok(Self {
@@ -253,6 +267,7 @@ impl Stream {
             start,
             records_at: cursor.at(),
             records_end: None,
+            most,
         })
     }
 
@@ -456,11 +471,9 @@ fn of_stream<'a>(
     begin: FileOffset,
 ) -> Result<Content<'a>, DumpError> {
     let (path, data) = (dump.path(), dump.bytes());
-    let limit = (data.len() as u64 / ZERO_RECORD).saturating_add(1);
     let pages = stream.blocks.iter().map(|block| block.len / TARGET_PAGE);
     let total = pages.fold(0, u64::saturating_add);
-    // A short file must not claim a lot of memory.
-    if total > limit {
+    if total > stream.most {
         let what = "the size of all memory";
         return Err(DumpError::malformed(path, what, begin, total));
     }
