@@ -279,7 +279,7 @@ fn code_of_dump(error: &DumpError) -> u8 {
         | DumpError::Unsettled { .. }
         | DumpError::PrunedInPart { .. }
         | DumpError::TooLong {
-            by: SizeLimit::Given | SizeLimit::Free,
+            by: SizeLimit::Given | SizeLimit::Free | SizeLimit::Disk,
             ..
         }
         | DumpError::Exists { .. }
@@ -370,6 +370,10 @@ fn hint_of_dump(error: &DumpError) -> Option<&'static str> {
         DumpError::Io { action, .. } if action.contains("temporary file") => {
             "name a folder with room for the guest's memory in TMPDIR"
         }
+        DumpError::TooLong {
+            by: SizeLimit::Disk,
+            ..
+        } => "name a folder with room for the guest's memory in TMPDIR",
         DumpError::TooLong { .. } => {
             "--max-size SIZE allows more, of standard input: the memory of a guest that ran while it \
              was sent may have come several times"

@@ -142,13 +142,15 @@ impl Dump {
         self.format.file()
     }
 
-    /// All files that the memory comes from: [`file`](Self::file), and the base of a diff. What is
-    /// made of it is to be for no more eyes than each of them.
+    /// All files that the memory comes from: [`file`](Self::file), or the one that is compressed as
+    /// a whole, and the base of a diff. What is made of it is to be for no more eyes than each of
+    /// them.
     #[must_use]
     pub fn files(&self) -> Vec<&File> {
-        std::iter::once(self.file())
-            .chain(self.format.base())
-            .collect()
+        // The file that was decompressed is gone with its last user, and says nothing of rights.
+        let packed = self.spool().and_then(Spool::packed);
+        let file = packed.unwrap_or_else(|| self.file());
+        std::iter::once(file).chain(self.format.base()).collect()
     }
 
     /// The machine that QEMU ran, such as `pc-i440fx-10.0`, if the dump says.

@@ -19,6 +19,8 @@ pub enum SizeLimit {
     Given,
     /// What is free where it is put: half of that.
     Free,
+    /// The same, but a sixteenth of it: of what is not zero in a content whose header allows more.
+    Disk,
 }
 
 impl fmt::Display for SizeLimit {
@@ -31,6 +33,7 @@ impl fmt::Display for SizeLimit {
             ),
             Self::Given => f.write_str("no more were allowed"),
             Self::Free => f.write_str("that is half of what is free where it is put"),
+            Self::Disk => f.write_str("that is what is free where it is put, but a sixteenth"),
         }
     }
 }

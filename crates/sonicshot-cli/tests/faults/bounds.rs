@@ -381,14 +381,14 @@ fn a_sparse_file_of_16_tib_is_saved() {
     assert_eq!((run.code, run.signal), (Some(0), None), "{}", run.stderr);
 }
 
-/// A libvirt image of a guest of a mebibyte, whose content goes on for `len` bytes.
-fn bomb(path: &Path, len: u64) {
+/// A libvirt image of a guest that has `ram` bytes, whose content goes on for `len` bytes.
+fn bomb(path: &Path, ram: u64, len: u64) {
     let page: Vec<u8> = (0..4096_u32)
         .map(|at| (at * 7 + 1).to_le_bytes()[0])
         .collect();
     let pages = (0..len / PAGE).map(|_| page.clone());
     let mut packed = zstd::stream::write::Encoder::new(libvirt_file(path), 1).unwrap();
-    for part in stream_of(MIB, pages) {
+    for part in stream_of(ram, pages) {
         packed.write_all(&part).unwrap();
     }
     packed.finish().unwrap();
@@ -404,7 +404,7 @@ fn libvirt_file(path: &Path) -> File {
 fn what_is_unpacked_takes_no_more_disk_than_the_guest_has_ram() {
     let folder = scratch();
     let path = folder.path().join("bomb");
-    bomb(&path, GIB);
+    bomb(&path, MIB, GIB);
     assert!(fs::metadata(&path).unwrap().len() < 4 * MIB);
     for line in [
         "inspect {file}",
@@ -478,6 +478,21 @@ fn a_pipe_takes_half_of_the_disk_that_is_free() {
     assert_eq!(code, Some(1), "{said}");
     assert!(said.contains("No space left"), "{said}");
     assert_eq!(fs::read_dir(small.path()).unwrap().count(), 0);
+}
+
+/// Nor does a header take more than there is that claims so.
+#[test]
+fn a_header_takes_no_more_of_the_disk_than_is_free() {
+    let Some(small) = Small::mount(32) else {
+        return;
+    };
+    let path = small.path().join("claims");
+    bomb(&path, 256 * MIB, 64 * MIB);
+    let spec = spec(small.path(), "inspect {file}", "claims", "");
+    let run = spec.run();
+    assert_eq!((run.code, run.signal), (Some(1), None), "{}", run.stderr);
+    assert!(run.stderr.contains("but a sixteenth"), "{}", run.stderr);
+    assert_eq!(fs::read_dir(small.path()).unwrap().count(), 1);
 }
 
 /// A disk that is full is no fault of the file: exit 1, the words of the system, no output.

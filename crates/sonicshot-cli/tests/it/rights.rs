@@ -250,6 +250,49 @@ fn what_comes_through_a_pipe_is_for_its_owner_alone() {
     }
 }
 
+/// A file that is compressed as a whole is the input, not the temporary one with its content.
+#[test]
+fn a_compressed_input_is_one_as_any_other() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    // A disk image, and libvirt's own compression, inside it.
+    let mut image = b"LibvirtQemudSave\x02\0\0\0\0\0\0\0\x01\0\0\0\x05".to_vec();
+    image.resize(92, 0);
+    image.extend(zstd::encode_all(&stream()[..], 1).unwrap());
+    for (name, content) in [("raw", ram()), ("stream", &stream()), ("libvirt", &image)] {
+        let packed = at(name);
+        fs::write(&packed, zstd::encode_all(content, 1).unwrap()).unwrap();
+        let (uid, gid) = set(&packed, 0o640);
+        let link = at("link");
+        fs::hard_link(&packed, &link).unwrap();
+        let before = fs::read(&packed).unwrap();
+        for command in [
+            &["prune"][..],
+            &["convert", "--to", "elf"],
+            &["convert", "--to", "sonic"],
+            &["save"],
+        ] {
+            let (first, more) = command.split_first().unwrap();
+            let to = |out: &Path| {
+                let mut args = vec![*first, text(&packed), "-o", text(out), "--force"];
+                args.extend(more);
+                sonicshot(&args)
+            };
+            for out in [&packed, &link] {
+                let run = to(out);
+                assert_eq!(run.status.code(), Some(1), "{command:?}: {}", stderr(&run));
+                assert!(fs::read(out).unwrap() == before, "{name} {command:?}");
+            }
+            let out = at("out");
+            let run = to(&out);
+            assert!(run.status.success(), "{command:?}: {}", stderr(&run));
+            assert_eq!(rights(&out), (uid, gid, 0o640), "{name} {command:?}");
+            fs::remove_file(&out).unwrap();
+        }
+        fs::remove_file(&link).unwrap();
+    }
+}
+
 /// What somebody writes who may not give files away.
 #[test]
 fn nobody_gains_by_what_the_writer_may_not_do() {

@@ -2,7 +2,7 @@
 //! since a guest's memory is not read from front to back.
 
 use crate::backing::plain::content_of;
-use crate::backing::unpack::{Compression, LONGEST_MARK};
+use crate::backing::unpack::{At, Compression, LONGEST_MARK};
 use crate::format::kind::Source;
 use crate::format::qemu::start::{MAGIC as MIGRATION, ram_of_migration};
 use crate::format::refuse_foreign;
@@ -11,18 +11,23 @@ use crate::output::{check_stamp, scratch};
 use crate::{DumpError, DumpOptions};
 use rustix::fs::fstatvfs;
 use sonicshot::file::write_sparse_at;
-use sonicshot::{FileBytes, FileContent, FileOffset, FileStamp};
+use sonicshot::{FileBytes, FileContent, FileOffset, FileStamp, GuestBytes};
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Where there may be room for a guest's memory, unlike in `/tmp`.
 const FALLBACK: &str = "/var/tmp";
 const PIECE: usize = 1 << 20;
+/// What is zero of it is not written.
+const BLOCK: usize = 4096;
 /// Of a content that does not say how long it is, so much of the free space is used: one of these
 /// parts.
 const FREE_PARTS: u64 = 2;
+/// Of one whose header says how long it is, all but one of these parts: a header may claim any
+/// length.
+const LEFT_PARTS: u64 = 16;
 
 /// What limits how much is taken in.
 #[derive(Debug, Clone, Copy)]
@@ -73,8 +78,8 @@ struct Inner {
     file: File,
     /// The image that the content was compressed in.
     image: Option<(File, Image)>,
-    /// Whether the content came out of a file that was compressed as a whole.
-    unpacked: bool,
+    /// The file that was compressed as a whole, which the content came out of.
+    packed: Option<File>,
     /// The disk image that the content is the state of a VM of.
     state_of: Option<File>,
 }
@@ -122,7 +127,7 @@ impl Spool {
         let reading = || DumpError::io("reading", path);
         let before = FileStamp::of(file).map_err(reading())?;
         let original = file.try_clone().map_err(reading())?;
-        let mut packed = file.try_clone().map_err(reading())?;
+        let packed = file.try_clone().map_err(reading())?;
         let beside = folder_of(path);
         let original = Some((original, image));
         let unpacked = match image.compression {
@@ -132,10 +137,7 @@ impl Spool {
                 Self::new(path, beside, reader, original, Limit::Header)
             }
             None => {
-                packed
-                    .seek(SeekFrom::Start(image.payload_at.raw()))
-                    .map_err(reading())?;
-                let packed = io::BufReader::with_capacity(PIECE, packed);
+                let packed = At::new(packed, image.payload_at.raw());
                 Self::new(path, beside, packed, original, Limit::Header)
             }
         };
@@ -150,17 +152,16 @@ impl Spool {
         let reading = || DumpError::io("reading", path);
         let before = FileStamp::of(file).map_err(reading())?;
         let mut start = Vec::new();
-        let packed = file.try_clone().map_err(reading())?;
-        let mut from = &packed;
-        from.rewind().map_err(reading())?;
-        from.take(LONGEST_MARK as u64)
+        let packed = || file.try_clone().map_err(reading());
+        At::new(packed()?, 0)
+            .take(LONGEST_MARK as u64)
             .read_to_end(&mut start)
             .map_err(reading())?;
         let Some(how) = Compression::of(&start) else {
             return Ok(None);
         };
         let unpacked = how
-            .reader(packed, 0)
+            .reader(packed()?, 0)
             .map_err(|source| undone(path, source))
             .and_then(|reader| {
                 let reader = Undone(reader);
@@ -170,14 +171,14 @@ impl Spool {
         check_stamp(file, path, before)?;
         let mut unpacked = unpacked?;
         if let Some(inner) = Arc::get_mut(&mut unpacked.0) {
-            inner.unpacked = true;
+            inner.packed = Some(packed()?);
         }
         Ok(Some(unpacked))
     }
 
     /// What is in it, if it is compressed as a whole; not of what was decompressed already.
     pub(crate) fn unpacked(&self) -> Result<Option<Self>, DumpError> {
-        if self.0.unpacked || self.0.state_of.is_some() {
+        if self.0.packed.is_some() || self.0.state_of.is_some() {
             return Ok(None);
         }
         Self::unpack(self.name(), self.file())
@@ -195,6 +196,22 @@ impl Spool {
             inner.state_of = Some(image);
         }
         Ok(spool)
+    }
+
+    /// The file that was compressed as a whole, which the content came out of.
+    pub(crate) fn packed(&self) -> Option<&File> {
+        self.0.packed.as_ref()
+    }
+
+    /// The same, made of what is in `outer`: if that was compressed as a whole, so was this.
+    pub(crate) fn within(mut self, outer: Option<&Self>) -> Result<Self, DumpError> {
+        let packed = outer.and_then(Self::packed).map(File::try_clone);
+        let packed = packed.transpose();
+        let packed = packed.map_err(DumpError::io("reading", self.name()))?;
+        if let Some(inner) = Arc::get_mut(&mut self.0) {
+            inner.packed = packed;
+        }
+        Ok(self)
     }
 
     /// The disk image that the content is the state of a VM of.
@@ -224,10 +241,7 @@ impl Spool {
         })?;
         let mut buffer = vec![0; PIECE];
         let mut at = 0_u64;
-        let mut known = match limit {
-            Limit::Given(max) => Some((max, SizeLimit::Given)),
-            Limit::Header | Limit::Free => None,
-        };
+        let mut room = None;
         loop {
             let len = fill(&mut reader, &mut buffer).map_err(|source| {
                 if image.is_some() || Undone::is_one(&source) {
@@ -248,19 +262,16 @@ impl Spool {
                 .checked_add(len as u64)
                 .ok_or(io::ErrorKind::FileTooLarge);
             let next = next.map_err(|kind| writing()(kind.into()))?;
-            let (max, by) = match known {
-                Some(known) => known,
-                None => limit_of(name, piece, &file, limit)
-                    .map_err(DumpError::io("asking for the free space of", &folder))?,
+            let asking = || DumpError::io("asking for the free space of", &folder);
+            let mut left = match room {
+                Some(room) => room,
+                None => Room::of(name, piece, &file, limit).map_err(asking())?,
             };
-            known = Some((max, by));
-            if next > max {
-                return Err(DumpError::TooLong {
-                    path: name.to_owned(),
-                    limit: max,
-                    by,
-                });
-            }
+            left.take(piece).map_err(|(limit, by)| {
+                let path = name.to_owned();
+                DumpError::TooLong { path, limit, by }
+            })?;
+            room = Some(left);
             write_sparse_at(&file, piece, FileOffset::new(at)).map_err(writing())?;
             at = next;
             if len < PIECE {
@@ -273,7 +284,7 @@ impl Spool {
             name: name.to_owned(),
             file,
             image,
-            unpacked: false,
+            packed: None,
             state_of: None,
         })))
     }
@@ -372,19 +383,60 @@ impl<R: Read> Read for Undone<R> {
     }
 }
 
-/// How long a content may be that begins with `start` and is put into `file`.
-fn limit_of(name: &Path, start: &[u8], file: &File, limit: Limit) -> io::Result<(u64, SizeLimit)> {
-    let ram = match limit {
-        Limit::Free => None,
-        _ => ram_of_migration(name, FileBytes::from_slice(start)),
-    };
-    if let Some((max, ram)) = ram.and_then(|ram| Some((allowed_beside(ram)?, ram))) {
-        return Ok((max, SizeLimit::Header { ram }));
+/// How much is taken in yet.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    /// So many bytes at most, and who says so; what is left of them.
+    max: u64,
+    by: SizeLimit,
+    left: u64,
+    /// The same of the bytes that take room on the disk.
+    max_stored: u64,
+    left_stored: u64,
+}
+
+impl Room {
+    /// For a content that begins with `start` and is put into `file`.
+    fn of(name: &Path, start: &[u8], file: &File, limit: Limit) -> io::Result<Self> {
+        let ram = match limit {
+            Limit::Given(max) => return Ok(Self::new(max, SizeLimit::Given, u64::MAX)),
+            Limit::Free => None,
+            Limit::Header => ram_of_migration(name, FileBytes::from_slice(start)),
+        };
+        let system = fstatvfs(file)?;
+        // More than 64 bits tell of is no limit.
+        let free = system.f_bavail.checked_mul(system.f_frsize);
+        let free = free.unwrap_or(u64::MAX);
+        if let Some((max, ram)) = ram.and_then(|ram| Some((allowed_beside(ram)?, ram))) {
+            let kept = free.div_ceil(LEFT_PARTS);
+            let most = free.saturating_sub(kept);
+            return Ok(Self::new(max, SizeLimit::Header { ram }, most));
+        }
+        Ok(Self::new(free / FREE_PARTS, SizeLimit::Free, u64::MAX))
     }
-    let system = fstatvfs(file)?;
-    // More than 64 bits tell of is no limit.
-    let free = system.f_bavail.checked_mul(system.f_frsize);
-    Ok((free.unwrap_or(u64::MAX) / FREE_PARTS, SizeLimit::Free))
+
+    fn new(max: u64, by: SizeLimit, max_stored: u64) -> Self {
+        Self {
+            max,
+            by,
+            left: max,
+            max_stored,
+            left_stored: max_stored,
+        }
+    }
+
+    /// Takes in a piece.
+    fn take(&mut self, piece: &[u8]) -> Result<(), (u64, SizeLimit)> {
+        let left = self.left.checked_sub(piece.len() as u64);
+        self.left = left.ok_or((self.max, self.by))?;
+        for block in piece.chunks(BLOCK) {
+            if !GuestBytes::from_slice(block).is_zero() {
+                let left = self.left_stored.checked_sub(block.len() as u64);
+                self.left_stored = left.ok_or((self.max_stored, SizeLimit::Disk))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Reads until `buffer` is full or there is no more.
@@ -399,4 +451,28 @@ fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
         }
     }
     Ok(len)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{BLOCK, Room};
+    use crate::SizeLimit;
+
+    /// A header may claim more than there is room for: what is zero takes none.
+    #[test]
+    fn a_content_fills_no_disk_whatever_its_header_says() {
+        let by = SizeLimit::Header { ram: 1 << 40 };
+        let mut room = Room::new(9 * BLOCK as u64, by, 2 * BLOCK as u64);
+        let (zero, used) = (vec![0; 3 * BLOCK], vec![7; BLOCK]);
+        for piece in [&zero, &used, &zero, &used] {
+            assert_eq!(room.take(piece), Ok(()));
+        }
+        let mut full = room;
+        assert_eq!(
+            full.take(&used[..1]),
+            Err((2 * BLOCK as u64, SizeLimit::Disk))
+        );
+        assert_eq!(room.take(&zero[..BLOCK]), Ok(()));
+        assert_eq!(room.take(&[0]), Err((9 * BLOCK as u64, by)));
+    }
 }

@@ -32,6 +32,7 @@ fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {
         return qemu::open_in(source, image);
     }
     let spool = Spool::decompress(source.path, source.content.file(), image)?;
+    let spool = spool.within(source.spool.as_ref())?;
     qemu::open(Source::spooled(&spool, source.known)?)
 }
 

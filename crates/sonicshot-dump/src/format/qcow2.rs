@@ -56,6 +56,7 @@ fn open(source: &Source<'_>) -> Result<Box<dyn Format>, DumpError> {
     };
     let state = state.ok_or_else(wrong)?;
     let spool = Spool::of_state(path, source.content.file(), state)?;
+    let spool = spool.within(source.spool.as_ref())?;
     qemu::open(Source::spooled(&spool, source.known)?)
 }
 
