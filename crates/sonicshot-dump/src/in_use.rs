@@ -8,8 +8,9 @@ use crate::backing::plain::is_block_device;
 use crate::backing::sys;
 use crate::error::{DumpError, WritingProcess};
 use sonicshot::FileId;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
@@ -35,6 +36,23 @@ pub fn check_not_in_use(path: &Path) -> Result<(), DumpError> {
         });
     }
     check(&file, path)
+}
+
+/// The same of a file, or a block device, that is only to be read: what comes of one that is written
+/// meanwhile is torn.
+///
+/// Who writes a device by another that lies over or under it is not seen.
+///
+/// # Errors
+/// As [`check_not_in_use`], but for a block device.
+pub fn check_not_written(path: &Path) -> Result<(), DumpError> {
+    let file = File::open(path).map_err(DumpError::io("opening", path))?;
+    if !is_block_device(&file).map_err(DumpError::io("reading", path))? {
+        return check(&file, path);
+    }
+    // There are no leases on devices.
+    let source = io::ErrorKind::Unsupported.into();
+    judge(scan(Path::new("/proc"), &file), path, source)
 }
 
 /// The same of a file that is open for reading.
@@ -82,9 +100,33 @@ struct Scan {
     hidden: bool,
 }
 
+/// What is looked for: a file, or a block device, which may have several names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    File(FileId),
+    Device(u64),
+}
+
+impl Wanted {
+    fn of(metadata: &Metadata) -> Self {
+        if metadata.file_type().is_block_device() {
+            return Self::Device(metadata.rdev());
+        }
+        Self::File(FileId::from(metadata))
+    }
+
+    /// Whether this is what has the name `path`.
+    fn is_at(self, path: &Path) -> io::Result<bool> {
+        Ok(Self::of(&fs::metadata(path)?) == self)
+    }
+}
+
 /// Looks for a process that has `file` open for writing.
 fn scan(proc: &Path, file: &File) -> io::Result<Scan> {
-    let wanted = FileId::of(file)?;
+    scan_for(proc, Wanted::of(&file.metadata()?))
+}
+
+fn scan_for(proc: &Path, wanted: Wanted) -> io::Result<Scan> {
     let mut found = Scan::default();
     for entry in fs::read_dir(proc)? {
         let entry = entry?;
@@ -115,11 +157,11 @@ fn scan(proc: &Path, file: &File) -> io::Result<Scan> {
 }
 
 /// Whether a descriptor of the process is of the file, and for writing.
-fn has_open(process: &Path, wanted: FileId) -> io::Result<bool> {
+fn has_open(process: &Path, wanted: Wanted) -> io::Result<bool> {
     for entry in fs::read_dir(process.join("fd"))? {
         let entry = entry?;
         // It may be closed by now.
-        if !is_inode(&entry.path(), wanted) {
+        if !wanted.is_at(&entry.path()).unwrap_or(false) {
             continue;
         }
         let info = process.join("fdinfo").join(entry.file_name());
@@ -129,10 +171,6 @@ fn has_open(process: &Path, wanted: FileId) -> io::Result<bool> {
         }
     }
     Ok(false)
-}
-
-fn is_inode(path: &Path, wanted: FileId) -> bool {
-    FileId::of_path(path).is_ok_and(|id| id == wanted)
 }
 
 /// A line of `fdinfo`: the flags of `open`, octal.
@@ -145,19 +183,25 @@ fn opens_for_writing(line: &str) -> bool {
 }
 
 /// Whether the process has the file mapped so that what it writes goes into it.
-fn has_mapped(process: &Path, wanted: FileId) -> io::Result<bool> {
+fn has_mapped(process: &Path, wanted: Wanted) -> io::Result<bool> {
     let maps = fs::read_to_string(process.join("maps"))?;
     Ok(maps.lines().any(|line| {
         let Some((range, inode)) = writable_shared(line) else {
             return false;
         };
-        if inode != wanted.inode() {
+        let is_inode = match wanted {
+            Wanted::File(file) => file.inode() == inode,
+            Wanted::Device(_) => true,
+        };
+        if !is_inode {
             return false;
         }
         // `maps` names the file system's own device, which on btrfs and overlays is not the one
         // of `stat`. Only root may see more: to others the number alone is enough to be careful.
         let target = process.join("map_files").join(range);
-        FileId::of_path(&target).map_or(true, |id| id == wanted)
+        // The inode of a device says nothing.
+        let by_number = matches!(wanted, Wanted::File(_));
+        wanted.is_at(&target).unwrap_or(by_number)
     }))
 }
 
@@ -174,11 +218,12 @@ fn writable_shared(line: &str) -> Option<(&str, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{check, judge, opens_for_writing, scan, writable_shared};
+    use super::{Wanted, check, judge, opens_for_writing, scan, scan_for, writable_shared};
     use crate::DumpError;
     use memmap2::MmapMut;
     use std::fs::{self, File, OpenOptions};
     use std::io;
+    use std::os::unix::fs::symlink;
     use std::path::Path;
 
     #[test]
@@ -244,6 +289,38 @@ mod tests {
         drop(map);
         assert!(check(&file, &path).is_ok());
         assert_eq!(proc().writer, None);
+    }
+
+    /// A device is the same by whatever name it was opened.
+    #[test]
+    fn a_block_device_is_told_by_its_number() {
+        let folder = tempfile::tempdir().unwrap();
+        let [one, same, other] = ["one", "same", "other"].map(|name| folder.path().join(name));
+        for (node, minor) in [(&one, 240), (&same, 240), (&other, 241)] {
+            let kind = rustix::fs::FileType::BlockDevice;
+            let (mode, device) = (0o600.into(), rustix::fs::makedev(7, minor));
+            let made = rustix::fs::mknodat(rustix::fs::CWD, node, kind, mode, device);
+            if !sonicshot_testkit::has("root, who makes devices", made.is_ok()) {
+                return;
+            }
+        }
+        // What a process has open, as `/proc` tells it.
+        let process = folder.path().join("proc/77");
+        for folder in ["fd", "fdinfo"] {
+            fs::create_dir_all(process.join(folder)).unwrap();
+        }
+        fs::write(process.join("maps"), "").unwrap();
+        fs::write(process.join("comm"), "vmm\n").unwrap();
+        symlink(&same, process.join("fd/5")).unwrap();
+        let found = |node: &Path, flags: &str| {
+            fs::write(process.join("fdinfo/5"), flags).unwrap();
+            let wanted = Wanted::of(&fs::metadata(node).unwrap());
+            let scan = scan_for(&folder.path().join("proc"), wanted).unwrap();
+            scan.writer.map(|writer| writer.pid)
+        };
+        assert_eq!(found(&one, "flags:\t0100002\n"), Some(77));
+        assert_eq!(found(&one, "flags:\t0100000\n"), None);
+        assert_eq!(found(&other, "flags:\t0100002\n"), None);
     }
 
     #[test]

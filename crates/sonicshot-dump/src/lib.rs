@@ -93,7 +93,7 @@ pub use format::name::{DumpFormat, DumpFormatError};
 pub use format::qemu::start::{BlockKind, RamBlock};
 pub use format::xen::join::XlSkeleton;
 pub use guard::{CheckedPlan, Doubts, check_whole, keep_in_doubt};
-pub use in_use::check_not_in_use;
+pub use in_use::{check_not_in_use, check_not_written};
 pub use layout::{BlockPlace, LayoutSpec, LayoutSpecError, is_boot_ram};
 pub use limit::SizeLimit;
 pub use options::DumpOptions;

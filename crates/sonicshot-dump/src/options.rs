@@ -53,14 +53,39 @@ impl DumpOptions {
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Dump, DumpError> {
         let path = path.as_ref();
         let source = Source::open(path, self)?;
-        // What a VMM keeps beside it may tell of a file that it is no compressed dump.
-        if !self.is_raw()
-            && !format::is_taken(&source)
-            && let Some(spool) = Spool::unpack(path, source.content.file())?
-        {
+        if let Some(spool) = self.unpack_source(path, &source)? {
             return self.open_spooled(&spool);
         }
         Ok(Dump::new(path, format::open(source)?, None))
+    }
+
+    /// What is in the file at `path`, if it is opened as one that is compressed as a whole: for those
+    /// who open it more than once.
+    ///
+    /// # Errors
+    /// [`DumpError`] if it cannot be read or decompressed.
+    pub fn unpack(&self, path: impl AsRef<Path>) -> Result<Option<Spool>, DumpError> {
+        let path = path.as_ref();
+        self.unpack_source(path, &Source::open(path, self)?)
+    }
+
+    /// The same of what came through a pipe.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn unpack_spooled(&self, spool: &Spool) -> Result<Option<Spool>, DumpError> {
+        if self.is_raw() {
+            return Ok(None);
+        }
+        spool.unpacked()
+    }
+
+    fn unpack_source(&self, path: &Path, source: &Source<'_>) -> Result<Option<Spool>, DumpError> {
+        // What a VMM keeps beside it may tell of a file that it is no compressed dump.
+        if self.is_raw() || format::is_taken(source) {
+            return Ok(None);
+        }
+        Spool::unpack(path, source.content.file())
     }
 
     /// Opens a dump that came through a pipe or that was compressed. Messages call it by the
@@ -69,9 +94,7 @@ impl DumpOptions {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_spooled(&self, spool: &Spool) -> Result<Dump, DumpError> {
-        if !self.is_raw()
-            && let Some(content) = spool.unpacked()?
-        {
+        if let Some(content) = self.unpack_spooled(spool)? {
             return self.open_spooled(&content);
         }
         let format = format::open(Source::spooled(spool, self)?)?;

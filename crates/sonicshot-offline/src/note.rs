@@ -25,6 +25,11 @@ pub enum Note {
         /// The process, if it can be seen.
         writer: Option<WritingProcess>,
     },
+    /// Nothing tells whether a process has the file open for writing while it is read.
+    MayBeInUse {
+        /// The file.
+        path: PathBuf,
+    },
     /// The guest booted with other RAM than the file has.
     RamEndsElsewhere {
         /// Where the guest's RAM ends by its own map.
@@ -88,6 +93,12 @@ impl fmt::Display for Note {
                     DumpError::InUse { path, writer }
                 )
             }
+            Self::MayBeInUse { path } => write!(
+                f,
+                "it cannot be told whether {} is open for writing: what is read of it is torn if a \
+                 guest runs on it",
+                path.display()
+            ),
             Self::RamEndsElsewhere { guest, file } => write!(
                 f,
                 "the guest booted with RAM up to {guest:#x}, the file's layout ends at {file:#x}: is \

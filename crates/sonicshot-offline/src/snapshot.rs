@@ -8,11 +8,11 @@ use crate::place;
 use sonicshot::{FileStamp, Processors};
 use sonicshot_dump::{
     Dump, DumpError, DumpFormat, DumpOptions, LayoutSpec, SnapshotFiles, Spool, Vmm,
-    check_not_in_use,
+    check_not_in_use, check_not_written,
 };
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A guest's memory in a file, in a VMM's folder, in a diff over its base, or from a pipe.
 ///
@@ -24,7 +24,7 @@ pub struct Snapshot {
     files: SnapshotFiles,
     options: OpenOptions,
     /// The content of what came through a pipe or was compressed, once it is there.
-    spool: OnceLock<Spool>,
+    spool: Mutex<Option<Spool>>,
     /// What came through a pipe, as it came.
     piped: Option<Spool>,
     /// What the files were when it was opened.
@@ -51,7 +51,7 @@ impl Snapshot {
             path: path.to_owned(),
             files,
             options: options.clone(),
-            spool: OnceLock::new(),
+            spool: Mutex::default(),
             piped: None,
             stamps,
         })
@@ -74,7 +74,7 @@ impl Snapshot {
             path: name.to_owned(),
             files: SnapshotFiles::file(name, options.layout.as_ref()),
             options: options.clone(),
-            spool: OnceLock::new(),
+            spool: Mutex::default(),
             piped: Some(spool),
             stamps: Vec::new(),
         })
@@ -153,7 +153,7 @@ impl Snapshot {
             files: self.files.clone(),
             options: self.options.clone().format(DumpFormat::RAW),
             // What was decompressed is not what is in the file.
-            spool: OnceLock::new(),
+            spool: Mutex::default(),
             piped: self.piped.clone(),
             stamps: self.stamps.clone(),
         }
@@ -206,24 +206,40 @@ impl Snapshot {
         if let Some(base) = &self.options.base {
             return known.open_over(self.memory_file(), base);
         }
-        if let Some(spool) = self.spool.get() {
-            return known.open_spooled(spool);
-        }
-        let dump = match &self.piped {
+        let spool = self.spool_of(&known)?;
+        let dump = match spool.as_ref().or(self.piped.as_ref()) {
             Some(spool) => known.open_spooled(spool)?,
             None => known.open(self.memory_file())?,
         };
+        // What is in there may have been compressed too.
         if let Some(spool) = dump.spool() {
-            // Another thread may have been first: one is as good as the other.
-            let _ = self.spool.set(spool.clone());
+            *self.spool() = Some(spool.clone());
         }
         Ok(dump)
     }
 
+    /// What came through a pipe or was compressed: it is decompressed once, also if no layout is
+    /// known in which it can be opened.
+    fn spool_of(&self, known: &DumpOptions) -> Result<Option<Spool>, DumpError> {
+        let mut spool = self.spool();
+        if spool.is_none() {
+            *spool = match &self.piped {
+                Some(piped) => known.unpack_spooled(piped)?,
+                None => known.unpack(self.memory_file())?,
+            };
+        }
+        Ok(spool.clone())
+    }
+
+    fn spool(&self) -> MutexGuard<'_, Option<Spool>> {
+        self.spool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What to say of a file that somebody may be writing while it is read.
     pub(crate) fn in_use(&self) -> Option<Note> {
-        match check_not_in_use(self.memory_file()) {
+        match check_not_written(self.memory_file()) {
             Err(DumpError::InUse { path, writer }) => Some(Note::InUse { path, writer }),
+            Err(DumpError::MayBeInUse { path, .. }) => Some(Note::MayBeInUse { path }),
             _ => None,
         }
     }
@@ -242,5 +258,50 @@ impl Snapshot {
     pub(crate) fn notes(&self) -> Vec<Note> {
         let files = self.files.notes().iter().cloned().map(Note::Files);
         files.chain(self.in_use()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may stop anywhere")]
+
+    use super::Snapshot;
+    use crate::options::OpenOptions;
+    use sonicshot_dump::{DumpError, LayoutSpec};
+    use std::fs;
+
+    /// A migration stream of a page, of a machine that nobody knows.
+    fn stream() -> Vec<u8> {
+        let mut out = b"QEVM\0\0\0\x03\x07\0\0\0\x07strange\x01\0\0\0\x02\x03ram".to_vec();
+        out.extend([0, 0, 0, 0, 0, 0, 0, 4]);
+        out.extend((4096_u64 | 4).to_be_bytes());
+        out.extend(b"\x06pc.ram");
+        out.extend(4096_u64.to_be_bytes());
+        let end = b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02";
+        out.extend(end);
+        out.extend(b"\x03\0\0\0\x02");
+        out.extend(8_u64.to_be_bytes());
+        out.extend(b"\x06pc.ram");
+        out.extend([7; 4096]);
+        out.extend(end);
+        out.extend(b"\x04 the devices' state");
+        out
+    }
+
+    #[test]
+    fn a_compressed_file_is_decompressed_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("stream.zst");
+        fs::write(&path, zstd::encode_all(&stream()[..], 1).unwrap()).unwrap();
+        let snapshot = Snapshot::open(&path, &OpenOptions::new()).unwrap();
+        let no_layout = snapshot.dump(None);
+        assert!(
+            matches!(no_layout, Err(DumpError::NoLayout { .. })),
+            "{no_layout:?}"
+        );
+        // What is there now is not looked at again.
+        fs::write(&path, b"something else").unwrap();
+        let dump = snapshot.dump(Some(&LayoutSpec::Flat)).unwrap();
+        assert_eq!(dump.format(), "QEMU migration stream");
     }
 }

@@ -11,8 +11,13 @@ struct Loop(String);
 
 impl Loop {
     fn over(file: &Path) -> Option<Self> {
+        Self::with(file, &["--read-only"])
+    }
+
+    fn with(file: &Path, options: &[&str]) -> Option<Self> {
         let run = Command::new("losetup")
-            .args(["--find", "--show", "--read-only"])
+            .args(["--find", "--show"])
+            .args(options)
             .arg(file)
             .output()
             .ok()?;
@@ -60,6 +65,25 @@ fn memory_on_a_block_device_is_read_and_left_as_it_is() {
     let run = sonicshot(&["verify", &at("by-device.sonic"), "--against", &device.0]);
     assert!(run.status.success(), "{}", stderr(&run));
     assert!(fs::read(&raw).unwrap() == ram());
+}
+
+/// A device that somebody may write while it is read.
+#[test]
+fn a_device_that_is_open_for_writing_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let device = Loop::with(&raw, &[]);
+    if !sonicshot_testkit::has("loop devices", device.is_some()) {
+        return;
+    }
+    let device = device.unwrap();
+    let said = || stderr(&sonicshot(&["inspect", &device.0]));
+    let by_us = format!("(pid {})", std::process::id());
+    // Where not every process may be looked into, it is said that it cannot be told.
+    assert!(!said().contains(&by_us), "{}", said());
+    let writer = OpenOptions::new().write(true).open(&device.0).unwrap();
+    assert!(said().contains(&by_us), "{}", said());
+    drop(writer);
 }
 
 #[test]
