@@ -10,7 +10,7 @@ use crate::error::OfflineError;
 use crate::note::Note;
 use crate::snapshot::Snapshot;
 use sonicshot::PageSize;
-use sonicshot_dump::DumpError;
+use sonicshot_dump::{DumpError, Vmm};
 use sonicshot_vmi::VmiError;
 
 /// No guest has less memory.
@@ -31,6 +31,8 @@ pub(super) fn is_worth_a_try(snapshot: &Snapshot, error: &OfflineError) -> bool 
     (no_kernel || is_of_the_format(error))
         && options.format.is_none()
         && options.base.is_none()
+        // What lies beside it says what it is.
+        && snapshot.vmm() != Some(Vmm::CROSVM)
         && snapshot
             .memory_len()
             .is_some_and(|len| len >= LEAST && len.is_multiple_of(PageSize::SIZE_4K.bytes()))
@@ -43,6 +45,7 @@ fn is_of_the_format(error: &OfflineError) -> bool {
         error,
         OfflineError::Dump(
             DumpError::Malformed { .. }
+                | DumpError::MalformedItem { .. }
                 | DumpError::Compressed { .. }
                 | DumpError::Unsupported { .. }
                 | DumpError::NotADump { .. }

@@ -29,10 +29,19 @@ fn memory_that_begins_as_another_format_is_read_by_what_is_in_it() {
     let folder = TempDir::new().unwrap();
     let path = raw(folder.path());
     let core = [&b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x04\0\x3e\0"[..]].concat();
+    // A segment that ends beyond 64 bits.
+    let mut beyond = core.clone();
+    beyond.resize(32, 0);
+    beyond.extend([64, 0].map(u64::to_le_bytes).concat());
+    beyond.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    beyond.extend([1, 0, 0, 0, 7, 0, 0, 0]);
+    let segment = [4096, 0, u64::MAX - 0xfff, 0x2000, 0x2000, 4096];
+    beyond.extend(segment.map(u64::to_le_bytes).concat());
     let free = look(&path, &OpenOptions::new()).unwrap();
     let free = free.counts().get(PageClass::FreeBuddy);
     for start in [
         &core[..],
+        &beyond,
         b"EMiL",
         b"QEVM\0\0\0\x03",
         b"KDUMP   ",
