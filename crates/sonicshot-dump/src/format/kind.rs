@@ -22,6 +22,8 @@ use std::path::{Path, PathBuf};
 pub(crate) struct Kind {
     /// What it is called where a file is to be read as one; `None` if no file is.
     pub name: Option<&'static str>,
+    /// The name of the format that it is another form of, if it is none of its own.
+    pub form_of: Option<&'static str>,
     /// How its files begin: each of them with one of these.
     pub magics: &'static [&'static [u8]],
     /// Whether a file is one, where its beginning does not tell by itself.
@@ -45,6 +47,7 @@ impl Kind {
     ) -> Self {
         Self {
             name: Some(name),
+            form_of: None,
             magics,
             is_one: |_| true,
             open,
@@ -59,6 +62,7 @@ impl Kind {
     ) -> Self {
         Self {
             name: None,
+            form_of: None,
             magics: &[],
             is_one: |_| false,
             // No file is one.

@@ -81,9 +81,12 @@ fn is_unpacked(source: &Source<'_>) -> bool {
 
 /// The format that the caller says a file has.
 fn kind_named(source: &Source<'_>, format: DumpFormat) -> Result<&'static Kind, DumpError> {
-    let mut kinds = KINDS.iter().copied();
-    let kind = kinds.find(|kind| kind.name.map(DumpFormat::named) == Some(format));
-    let kind = kind.filter(|kind| kind.may_be(source));
+    let is_named = |kind: &&'static Kind| {
+        let names = [kind.name, kind.form_of].map(|name| name.map(DumpFormat::named));
+        names.contains(&Some(format))
+    };
+    let mut kinds = KINDS.iter().copied().filter(is_named);
+    let kind = kinds.find(|kind| kind.may_be(source));
     kind.ok_or_else(|| DumpError::OtherFormat {
         path: source.path.to_owned(),
         format,

@@ -3,7 +3,7 @@
 use crate::common::qemu::{Block, File, PAGE, first_bytes, name, stream};
 use crate::common::{Prunes, every_page, plan};
 use sonicshot::GuestMemory;
-use sonicshot_dump::{Dump, DumpError, Overwrite};
+use sonicshot_dump::{Dump, DumpError, DumpFormat, DumpOptions, Overwrite};
 use std::fs;
 use std::path::Path;
 
@@ -213,6 +213,11 @@ fn a_file_behind_something_else_is_found() {
     assert_eq!(dump.format(), "QEMU migration stream");
     assert_eq!(first_bytes(&dump), seen);
     assert!(pruned(folder.path(), &dump, &[(0, 2)]).starts_with(&[0; 1 << 20]));
+    let path = folder.path().join("file");
+    for known in DumpFormat::all().filter(|format| *format != DumpFormat::RAW) {
+        let known_as = DumpOptions::new().format(known).open(&path);
+        assert_eq!(known_as.is_ok(), known.name() == "qemu", "{known}");
+    }
     // Too far behind, and behind too much that looks the same.
     let looks = b"QEVM\0\0\0\x03\x07".repeat(17);
     for before in [vec![0; 5 << 20], looks] {

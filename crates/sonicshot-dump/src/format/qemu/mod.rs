@@ -18,11 +18,13 @@ use sonicshot::FileOffset;
 use start::{Cursor, MAGIC, MAPPED_RAM};
 use std::fs::File;
 
-pub(crate) const KIND: Kind = Kind::by_magic("qemu", &[MAGIC], open);
+pub(crate) const KIND: Kind = Kind::by_magic(NAME, &[MAGIC], open);
+const NAME: &str = "qemu";
 
 /// A migration file behind something else: `migrate file:NAME,offset=N` leaves the beginning of the
 /// file to whoever gave the name. The offsets in it count from the beginning of the file.
 pub(crate) const BEHIND: Kind = Kind {
+    form_of: Some(NAME),
     is_one: |source| offset_of(source).is_some(),
     open: |source| {
         let at = offset_of(&source).unwrap_or(FileOffset::ZERO);
