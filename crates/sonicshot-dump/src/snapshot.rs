@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 
 /// A folder with more files than this is no VMM's.
 const MAX_FILES: usize = 1024;
-/// As much of each file's beginning as it takes to tell its kind.
-const START: u64 = 18;
+/// As much of each file's beginning as it takes to tell its kind, foreign ones too.
+pub(crate) const START: u64 = 32;
 
 /// What is worth knowing of a VMM's files; as text, a line for people.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -27,14 +27,21 @@ pub(crate) enum Compression {
 
 /// How files begin that are compressed.
 const MARKS: &[(&[u8], Compression)] = &[
-    (&[0x1f, 0x8b, 8], Compression::Gzip),
-    (&[0x28, 0xb5, 0x2f, 0xfd], Compression::Zstd),
-    (b"\xfd7zXZ\0", Compression::Xz),
-    (b"BZh", Compression::Bzip2),
-    (&lzop::MAGIC, Compression::Lzop),
-    (&[0x04, 0x22, 0x4d, 0x18], Compression::Lz4),
-    (&archive::MAGIC, Compression::Zip),
+    (GZIP, Compression::Gzip),
+    (ZSTD, Compression::Zstd),
+    (XZ, Compression::Xz),
+    (BZIP2, Compression::Bzip2),
+    (LZOP, Compression::Lzop),
+    (LZ4, Compression::Lz4),
+    (ZIP, Compression::Zip),
 ];
+pub(crate) const GZIP: &[u8] = &[0x1f, 0x8b, 8];
+pub(crate) const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
+pub(crate) const XZ: &[u8] = b"\xfd7zXZ\0";
+pub(crate) const BZIP2: &[u8] = b"BZh";
+pub(crate) const LZOP: &[u8] = &lzop::MAGIC;
+pub(crate) const LZ4: &[u8] = &[0x04, 0x22, 0x4d, 0x18];
+pub(crate) const ZIP: &[u8] = &archive::MAGIC;
 /// The longest of them.
 pub(crate) const LONGEST_MARK: usize = 9;
 

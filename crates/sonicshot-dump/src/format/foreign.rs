@@ -7,7 +7,9 @@
 //! `hibernate.py`; Linux `kernel/power/swap.c`; disks QEMU's `block/`; the rest `file`'s `magic`.
 
 use crate::DumpError;
+use crate::backing::unpack;
 use crate::format::kind::Source;
+use crate::format::vmware;
 
 /// A format that is not read.
 pub(crate) struct Foreign {
@@ -66,10 +68,10 @@ const TABLE: &[Foreign] = &[
         "an unfinished libvirt save image",
         "it was never whole: save the guest again",
     ),
-    begins(b"\xd0\xbe\xd2\xbe", VMWARE, GIVE_VMEM),
-    begins(b"\xd1\xba\xd1\xba", VMWARE, GIVE_VMEM),
-    begins(b"\xd2\xbe\xd2\xbe", VMWARE, GIVE_VMEM),
-    begins(b"\xd3\xbe\xd3\xbe", VMWARE, GIVE_VMEM),
+    begins(&vmware::STATE_0, VMWARE, GIVE_VMEM),
+    begins(&vmware::STATE_1, VMWARE, GIVE_VMEM),
+    begins(&vmware::STATE_2, VMWARE, GIVE_VMEM),
+    begins(&vmware::STATE_3, VMWARE, GIVE_VMEM),
     begins(
         b"\x14\x20\x28\x01",
         "a Hyper-V saved state (vmrs)",
@@ -160,17 +162,17 @@ const TABLE: &[Foreign] = &[
     begins(b"hsqs", "a file system (squashfs)", DISK),
     marked(0x8001, b"CD001", "an image of a CD", DISK),
     begins(
-        b"\x28\xb5\x2f\xfd",
+        unpack::ZSTD,
         "compressed with zstd",
         "`zstd -d FILE` decompresses it",
     ),
     begins(
-        b"\xfd7zXZ\0",
+        unpack::XZ,
         "compressed with xz",
         "`xz -dk FILE` decompresses it",
     ),
     begins(
-        b"\x04\x22\x4d\x18",
+        unpack::LZ4,
         "compressed with lz4",
         "`lz4 -d FILE OUT` decompresses it",
     ),
@@ -180,7 +182,7 @@ const TABLE: &[Foreign] = &[
         "`lz4 -d FILE OUT` decompresses it",
     ),
     begins(
-        b"\x89LZO\0\r\n\x1a\n",
+        unpack::LZOP,
         "compressed with lzop",
         "`lzop -d FILE` decompresses it",
     ),
@@ -197,7 +199,7 @@ const TABLE: &[Foreign] = &[
     ),
     begins(b"7z\xbc\xaf\x27\x1c", "an archive (7z)", UNPACK),
     begins(b"Rar!\x1a\x07", "an archive (rar)", UNPACK),
-    begins(b"PK\x03\x04", "an archive (zip)", UNPACK),
+    begins(unpack::ZIP, "an archive (zip)", UNPACK),
     marked(257, b"ustar", "an archive (tar)", UNPACK),
     begins(b"070701", "an archive (cpio)", UNPACK),
     begins(b"hibr", WINDOWS_HIBERNATION, OTHER_SYSTEM),
@@ -206,12 +208,12 @@ const TABLE: &[Foreign] = &[
     begins(b"WAKE", WINDOWS_HIBERNATION, OTHER_SYSTEM),
     begins(b"RSTR", WINDOWS_HIBERNATION, OTHER_SYSTEM),
     begins(
-        b"BZh",
+        unpack::BZIP2,
         "compressed with bzip2",
         "`bzip2 -dk FILE` decompresses it",
     ),
     begins(
-        b"\x1f\x8b\x08",
+        unpack::GZIP,
         "compressed with gzip",
         "`gzip -dk FILE` decompresses it",
     ),
@@ -249,12 +251,15 @@ impl Foreign {
 #[cfg(test)]
 mod tests {
     use super::{TABLE, begins_as_foreign};
+    use crate::snapshot::START;
 
     /// What has the mark of one is never called another.
     #[test]
     fn no_mark_hides_another() {
         for (number, foreign) in TABLE.iter().enumerate() {
             assert!(!foreign.mark.is_empty() && !foreign.instead.is_empty());
+            // A file of a folder is told by as many bytes as are read of it.
+            assert!(foreign.at > 0 || foreign.mark.len() as u64 <= START);
             let mut start = vec![0; foreign.at];
             start.extend(foreign.mark);
             let first = TABLE.iter().position(|other| {

@@ -35,12 +35,12 @@ pub(crate) const KIND: Kind = Kind {
 const MEMORY: &str = "vmem";
 /// What the state is called, of a suspended guest and of a snapshot.
 const STATES: [&str; 2] = ["vmss", "vmsn"];
-const MAGICS: [[u8; 4]; 4] = [
-    *b"\xd0\xbe\xd2\xbe",
-    *b"\xd1\xba\xd1\xba",
-    *b"\xd2\xbe\xd2\xbe",
-    *b"\xd3\xbe\xd3\xbe",
-];
+const MAGICS: [[u8; 4]; 4] = [STATE_0, STATE_1, STATE_2, STATE_3];
+/// How a state begins, by its version.
+pub(crate) const STATE_0: [u8; 4] = *b"\xd0\xbe\xd2\xbe";
+pub(crate) const STATE_1: [u8; 4] = *b"\xd1\xba\xd1\xba";
+pub(crate) const STATE_2: [u8; 4] = *b"\xd2\xbe\xd2\xbe";
+pub(crate) const STATE_3: [u8; 4] = *b"\xd3\xbe\xd3\xbe";
 const HEADER: u64 = 12;
 const NAME: usize = 64;
 const PAGE: u64 = 4096;

@@ -49,7 +49,7 @@ fn copy_stream(
     let mut copier = Copier::new(dump, output, dump.file_len(), progress);
     let writing = || DumpError::io("writing", output.path());
     let behind = |at: FileOffset, len: u64| {
-        let what = "a stretch beyond 64 bits";
+        let what = "a range beyond 64 bits";
         let beyond = || DumpError::malformed(dump.path(), what, at, len);
         at.checked_add(len).ok_or_else(beyond)
     };
@@ -132,7 +132,7 @@ pub(crate) fn append(
     out: &mut Vec<u8>,
 ) -> Result<(), DumpError> {
     let (start, len) = (from.start(), from.len());
-    let beyond = || DumpError::malformed(dump.path(), "a stretch beyond the end", start, len);
+    let beyond = || DumpError::malformed(dump.path(), "a range beyond the end", start, len);
     let there = dump.bytes_in(from).ok_or_else(beyond)?;
     let old = out.len();
     out.resize(old.saturating_add(there.len()), 0);
@@ -215,8 +215,10 @@ fn compressed(
             all(&mut packer)?;
             packer.finish().map_err(failed)?;
         }
-        // libvirt has no others.
-        Compression::Lz4 | Compression::Zip => all(out)?,
+        // libvirt has no others: what is in its header would not be true of what follows.
+        Compression::Lz4 | Compression::Zip => {
+            return Err(failed(io::ErrorKind::Unsupported.into()));
+        }
     }
     Ok(())
 }
