@@ -228,7 +228,7 @@ impl PlainDump {
         let inside = at.offset_from(extent.guest.start());
         let offset = inside.and_then(|inside| base.checked_add(inside));
         let wrong =
-            || DumpError::malformed(&self.path, "memory outside its stretch", base, at.raw());
+            || DumpError::malformed(&self.path, "memory outside its extent", base, at.raw());
         offset.map(Some).ok_or_else(wrong)
     }
 

@@ -36,7 +36,7 @@ const SMALL_METADATA: u64 = 1 << 20;
 const METADATA_A_PAGE: u64 = 64;
 const MAX_METADATA: u64 = 64 << 20;
 /// No guest's memory is in more stretches; a region counts for as many as it takes in memory.
-const MAX_STRETCHES: usize = 1 << 21;
+const MAX_RANGES: usize = 1 << 21;
 const REGION_COUNTS: usize = 3;
 /// A short file must not claim a lot of memory: not more than this for each byte, and 64 MiB.
 const MAX_SPARSENESS: u64 = 256;
@@ -138,7 +138,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for List<T> {
 
 fn regions<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Region>, D::Error> {
     from.deserialize_seq(List {
-        most: MAX_STRETCHES,
+        most: MAX_RANGES,
         count: |region: &Region| {
             let stretches = region.stretches.as_ref().map_or(0, Vec::len);
             REGION_COUNTS.saturating_add(stretches)
@@ -148,7 +148,7 @@ fn regions<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Region>, D::Error> 
 
 fn stretches<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Stretch>, D::Error> {
     from.deserialize_seq(List {
-        most: MAX_STRETCHES,
+        most: MAX_RANGES,
         count: |_| 1,
     })
 }
@@ -165,7 +165,7 @@ impl<'de> Visitor<'de> for RegionVisitor {
     type Value = Region;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an address and a length, or those with the stretches of data")
+        f.write_str("an address and a length, or those with the ranges of data")
     }
 
     /// As the first versions have it.
@@ -278,7 +278,7 @@ fn extents(
         claimed = claimed.saturating_add(size);
         let mut end = 0_u64;
         for stretch in stretches.as_deref().unwrap_or(&whole) {
-            let wrong = || bad("a stretch of region", stretch.start);
+            let wrong = || bad("a range of region", stretch.start);
             let in_order = end <= stretch.start && stretch.start < stretch.end;
             if !in_order
                 || stretch.end > size

@@ -97,7 +97,7 @@ impl ByCopy for Diff {
                             let beyond = || {
                                 DumpError::malformed(
                                     source.path(),
-                                    "a stretch beyond 64 bits",
+                                    "a range beyond 64 bits",
                                     offset,
                                     0,
                                 )

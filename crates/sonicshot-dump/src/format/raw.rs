@@ -104,7 +104,7 @@ pub(crate) fn copy_kept(dump: &PlainDump, work: Copying<'_>) -> Result<(), DumpE
 }
 
 fn beyond(dump: &PlainDump, at: FileOffset) -> DumpError {
-    DumpError::malformed(dump.path(), "a stretch beyond 64 bits", at, 0)
+    DumpError::malformed(dump.path(), "a range beyond 64 bits", at, 0)
 }
 
 /// What of such a file is to be punched.

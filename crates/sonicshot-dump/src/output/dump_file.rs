@@ -118,7 +118,7 @@ impl DumpFile {
             (None, None) => Vec::new(),
         };
         let count = layout.regions().len();
-        let many = || too_large(path, "a number of stretches of RAM of", count as u64);
+        let many = || too_large(path, "a number of ranges of RAM of", count as u64);
         let headers = count.checked_add(1).and_then(wire::headers_end);
         let headers = headers.ok_or_else(many)?;
         let start = headers

@@ -79,7 +79,7 @@ impl<'a> Copier<'a> {
 
     fn beyond(&self, from: FileRange) -> DumpError {
         let (start, len) = (from.start(), from.len());
-        DumpError::malformed(self.dump.path(), "a stretch beyond the end", start, len)
+        DumpError::malformed(self.dump.path(), "a range beyond the end", start, len)
     }
 
     /// Shares the whole blocks of a stretch where the file system can, and copies the rest.

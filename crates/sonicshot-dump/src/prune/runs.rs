@@ -13,7 +13,7 @@ pub(crate) fn file_runs(dump: &PlainDump, plan: &PrunePlan) -> Result<Vec<FileRa
                 continue;
             };
             let run = FileRange::with_len(offset, dropped.len()).ok_or_else(|| {
-                let what = "a stretch beyond 64 bits";
+                let what = "a range beyond 64 bits";
                 DumpError::malformed(dump.path(), what, offset, dropped.len())
             })?;
             run.append_to(&mut runs);

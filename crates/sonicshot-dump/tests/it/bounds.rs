@@ -35,7 +35,7 @@ const BOUNDS: &[Bound] = &[
     ("crosvm.rs SMALL_METADATA", MIB + 64, MIB + 65, |at, len| crosvm_spaces(at, len, 1), Says("metadata of this length")),
     ("crosvm.rs METADATA_A_PAGE", 64, 65, |at, each| crosvm_spaces(at, MIB + each * 1024, 1024), Says("metadata of this length")),
     ("crosvm.rs MAX_METADATA", 64 * MIB, 64 * MIB + 1, |at, len| crosvm_spaces(at, len, 2 * MIB), Says("metadata of this length")),
-    ("crosvm.rs MAX_STRETCHES", 1 << 21, (1 << 21) + 3, crosvm_regions, Says("invalid length")),
+    ("crosvm.rs MAX_RANGES", 1 << 21, (1 << 21) + 3, crosvm_regions, Says("invalid length")),
     ("crosvm.rs MAX_SPARSENESS", 256, 257, |at, each| crosvm_claims(at, each * 2 * PAGE + 64 * MIB), Says("more memory than the file")),
     ("crosvm.rs SMALL", 64 * MIB, 65 * MIB, |at, small| crosvm_claims(at, 512 * PAGE + small), Says("more memory than the file")),
     ("wire.rs MAX_SEGMENTS", 1 << 20, (1 << 20) + 1, elf_counts, Says("impossible number of segments")),
@@ -46,7 +46,7 @@ const BOUNDS: &[Bound] = &[
     ("wire.rs MAX_VMCOREINFO", 1 << 16, (1 << 16) + 1, elf_vmcoreinfo, NoVmcoreinfo),
     ("wire.rs MAX_KEPT_NOTES", 16 * MIB, 16 * MIB + 4, elf_notes_of, NoNotes),
     ("read.rs MAX_FRAMES", 1 << 24, (1 << 32) + 1, kdump_frames, Says("impossible number of frames")),
-    ("read.rs MAX_REGIONS", 1 << 20, (1 << 20) + 1, kdump_regions, Says("too many stretches")),
+    ("read.rs MAX_REGIONS", 1 << 20, (1 << 20) + 1, kdump_regions, Says("too many ranges")),
     ("read.rs SMALL_PIECES", 1 << 10, (1 << 20) + (1 << 17), kdump_pieces, Says("too many small pieces")),
     ("read.rs MAX_VMCOREINFO", 1 << 16, (1 << 16) + 1, |at, len| kdump_part(at, 32, len), Says("VMCOREINFO")),
     ("read.rs MAX_NOTES", 16 * MIB, 16 * MIB + 1, |at, len| kdump_part(at, 48, len), Says("notes")),
@@ -56,7 +56,7 @@ const BOUNDS: &[Bound] = &[
     ("start.rs MAX_CAPABILITIES", 256, 257, qemu_capabilities, Says("the number of capabilities")),
     ("start.rs MAX_PLUGGED", 256, 257, qemu_plugged, Says("the number of virtio-mem devices")),
     ("start.rs MAX_BLOCKS", 4096, 4097, qemu_blocks, Says("the number of memory blocks")),
-    ("mapped_ram.rs SMALL", 1 << 10, 1 << 20, mapped_stretches, Says("more stretches of pages")),
+    ("mapped_ram.rs SMALL", 1 << 10, 1 << 20, mapped_ranges, Says("more ranges of pages")),
     ("stream.rs SMALL", 1 << 24, (1 << 24) + (1 << 17), |at, small| stream_claims(at, small, 0), Says("the size of all memory")),
     ("stream.rs MAX_RATIO", 32, 33, |at, each| stream_claims(at, (1 << 24) + (each << 20), 9 * MIB), Says("the size of all memory")),
     ("qcow2.rs MAX_SNAPSHOTS_LEN", 1023, 1024, |at, count| qcow2_names(at, count, 0), Says("table is too long")),
@@ -388,7 +388,7 @@ fn qemu_blocks(folder: &Path, count: u64) -> PathBuf {
 
 /// A mapped-ram file of so many pages that are marked, and as many between that are not, of which
 /// none takes any room.
-fn mapped_stretches(folder: &Path, count: u64) -> PathBuf {
+fn mapped_ranges(folder: &Path, count: u64) -> PathBuf {
     let mut head = qemu::File::new(vec![Block("pc.ram", vec![])]).bytes();
     let name = head.windows(6).rposition(|part| part == b"pc.ram").unwrap();
     head.truncate(name + 6);

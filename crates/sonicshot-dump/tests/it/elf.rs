@@ -474,7 +474,7 @@ fn too_many_gaps_become_holes_in_the_file() {
 /// 70,000 stretches of RAM are more segments than `e_phnum` counts: section 0 does, in a core that
 /// is made of another dump and in one that is pruned.
 #[test]
-fn a_core_of_many_stretches_of_ram_has_them_all() {
+fn a_core_of_many_ranges_of_ram_has_them_all() {
     const STRETCHES: u64 = 70_000;
     const LEN: usize = 64;
     let folder = TempDir::new().unwrap();

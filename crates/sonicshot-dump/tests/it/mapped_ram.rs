@@ -468,7 +468,7 @@ fn a_file_of_holes_does_not_claim_pages_without_end() {
         Dump::open(&path, None)
     };
     let error = write(0x55).unwrap_err();
-    assert!(error.to_string().contains("more stretches"), "{error}");
+    assert!(error.to_string().contains("more ranges"), "{error}");
     // All of it, or none: one stretch.
     assert_eq!(write(0xff).unwrap().layout().bytes(), pages * PAGE as u64);
     assert_eq!(write(0).unwrap().layout().bytes(), pages * PAGE as u64);

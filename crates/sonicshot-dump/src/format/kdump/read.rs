@@ -905,7 +905,7 @@ fn layout_of(
     });
     if few.is_none() {
         return Err(bad(
-            "bitmaps that are cut off or mark too many stretches of RAM",
+            "bitmaps that are cut off or mark too many ranges of RAM",
             frames,
         ));
     }

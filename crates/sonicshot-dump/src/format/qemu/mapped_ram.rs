@@ -252,7 +252,7 @@ impl MappedRam {
             let mut marks = store.marks(data).ok_or_else(missing)?;
             let fits = store.extents(&mut marks, limit, &mut extents);
             if !fits.ok_or_else(missing)? {
-                let what = "more stretches of pages than the file has data for";
+                let what = "more ranges of pages than the file has data for";
                 return Err(DumpError::malformed(path, what, at, limit));
             }
         }

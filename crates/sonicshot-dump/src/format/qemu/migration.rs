@@ -82,7 +82,7 @@ impl<'a> Writer<'a> {
     fn position(&self) -> Result<FileOffset, DumpError> {
         let pending = self.pending.len() as u64;
         let position = self.at.checked_add(pending);
-        position.ok_or_else(|| self.impossible("a stretch beyond 64 bits", pending))
+        position.ok_or_else(|| self.impossible("a range beyond 64 bits", pending))
     }
 
     fn flush(&mut self) -> Result<(), DumpError> {
@@ -124,13 +124,13 @@ impl<'a> Writer<'a> {
 
     /// The stretch of the input from `from` to `to`.
     fn stretch(&self, from: FileOffset, to: FileOffset) -> Result<FileRange, DumpError> {
-        let what = "a stretch that ends before it begins";
+        let what = "a range that ends before it begins";
         FileRange::between(from, to).ok_or_else(|| self.impossible(what, to.raw()))
     }
 
     /// The stretch of `len` bytes from `from` on.
     fn stretch_of(&self, from: FileOffset, len: u64) -> Result<FileRange, DumpError> {
-        let what = "a stretch beyond 64 bits";
+        let what = "a range beyond 64 bits";
         FileRange::with_len(from, len).ok_or_else(|| self.impossible(what, from.raw()))
     }
 
@@ -145,7 +145,7 @@ impl<'a> Writer<'a> {
         self.flush()?;
         self.copier.copy(range, self.at)?;
         let end = self.at.checked_add(range.len());
-        self.at = end.ok_or_else(|| self.impossible("a stretch beyond 64 bits", range.len()))?;
+        self.at = end.ok_or_else(|| self.impossible("a range beyond 64 bits", range.len()))?;
         Ok(())
     }
 
