@@ -163,7 +163,6 @@ impl Read for Entry {
 #[cfg(test)]
 mod tests {
     use super::{Entry, only_file};
-    use std::fs::File;
     use std::io::{self, Cursor, Read, Write};
     use std::os::unix::fs::FileExt;
     use zip::CompressionMethod::{Deflated, Stored};
@@ -255,7 +254,7 @@ mod tests {
     #[test]
     fn a_directory_that_claims_much_takes_no_memory() {
         const LEN: u64 = 1 << 40;
-        let file = File::from(tempfile::tempfile().unwrap());
+        let file = tempfile::tempfile().unwrap();
         let start = archive(&[("a", b"x")], SimpleFileOptions::default());
         file.write_all_at(&start[..30], 0).unwrap();
         file.set_len(LEN).unwrap();
