@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 const HUGE: usize = 2 << 20;
 
 /// Fresh memory, registered.
-struct Memory {
+pub struct Memory {
     start: NonNull<u8>,
     len: usize,
 }
@@ -26,7 +26,7 @@ struct Memory {
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    fn new(len: usize, huge: bool) -> Self {
+    pub fn new(len: usize, huge: bool) -> Self {
         let mut flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         if huge {
             flags |= MapFlags::HUGETLB;
@@ -38,7 +38,7 @@ impl Memory {
         Self { start, len }
     }
 
-    fn register(&self) -> Uffd {
+    pub fn register(&self) -> Uffd {
         let uffd = Uffd::new().unwrap();
         // SAFETY: nobody has touched it, and who will can wait.
         unsafe { uffd.register(self.start, self.len) }.unwrap();
@@ -51,7 +51,7 @@ impl Memory {
         unsafe { self.start.add(page * PAGE) }
     }
 
-    fn read(&self, page: usize) -> [u8; PAGE] {
+    pub fn read(&self, page: usize) -> [u8; PAGE] {
         // SAFETY: mapped, and not written meanwhile.
         unsafe { self.at(page).cast::<[u8; PAGE]>().read_volatile() }
     }
@@ -80,7 +80,7 @@ impl Drop for Memory {
 }
 
 /// The guest's two regions, one behind the other.
-fn regions(memory: &Memory, page: usize) -> Vec<VmRegion> {
+pub fn regions(memory: &Memory, page: usize) -> Vec<VmRegion> {
     let mut host = memory.start.as_ptr().addr() as u64;
     let mut out = Vec::new();
     for (start, pages) in REGIONS {

@@ -1,7 +1,8 @@
 //! Who cannot be served after he has sent his memory must not run on over pages of zeroes.
 
-use crate::guest::{layout, save};
-use crate::server::{Serving, client_command, example, ready, succeeded};
+use crate::guest::{PAGE, PAGES, expected, layout, save};
+use crate::own::{Memory, regions};
+use crate::server::{Serving, client_command, example, succeeded};
 use core::mem::MaybeUninit;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -12,12 +13,13 @@ use sonicshot_serve::{
     CheckpointSource, PageSource, Piece, Run, ServeError, Server, ServerOptions, Uffd,
 };
 use std::fs::File;
-use std::io::{BufRead, BufReader, IoSlice, Read};
+use std::io::{BufRead, BufReader, IoSlice, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command};
 use std::sync::Arc;
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// A process that stands for a virtual machine of which somebody else tells.
@@ -216,16 +218,35 @@ fn a_thread_that_fails_takes_its_machine_along() {
 /// Whoever has connected when all have come that were to is told, and ended, before it can run.
 #[test]
 fn who_comes_too_late_is_ended() {
-    let serving = Serving::start(1, Compression::None, |options| options.max_vms = 1);
-    let mut first = serving.client("1.7", 4096, "wait", 1);
-    drop(ready(&mut first));
-    // No thread is free for them, and they wait.
-    let uffd = Uffd::new().unwrap();
-    let mut machine = Machine::new();
-    let late = send(&serving, WHOLE, &[uffd.as_fd(), machine.pidfd.as_fd()]);
+    let serving = Serving::start(1, Compression::None, |options| {
+        options.max_vms = 1;
+        options.patience = Duration::from_secs(3600);
+    });
+    // It has the only thread, and the others wait, in this order.
+    let mut idle = UnixStream::connect(serving.socket()).unwrap();
+    let memory = Memory::new(PAGES * PAGE, false);
+    let (own, none) = (memory.register(), Uffd::new().unwrap());
+    let (mut first, mut machine) = (Machine::new(), Machine::new());
+    let regions: Vec<_> = regions(&memory, PAGE)
+        .iter()
+        .map(|region| {
+            let (host, guest, page) = (region.host.raw(), region.guest, region.page);
+            let (gpa, len) = (guest.start().raw(), guest.len());
+            format!(r#"{{"host":{host},"len":{len},"gpa":{gpa},"page":{page}}}"#)
+        })
+        .collect();
+    let regions = regions.join(",");
+    let message = format!(r#"{{"sonicshot":1,"pidfd":true,"regions":[{regions}]}}"#);
+    let served = send(&serving, &message, &[own.as_fd(), first.pidfd.as_fd()]);
+    let late = send(&serving, WHOLE, &[none.as_fd(), machine.pidfd.as_fd()]);
     let silent = UnixStream::connect(serving.socket()).unwrap();
-    first.kill().unwrap();
-    first.wait().unwrap();
+    idle.write_all(b"]").unwrap();
+    let mut answer = String::new();
+    BufReader::new(&served).read_line(&mut answer).unwrap();
+    assert_eq!(answer, "{\"ok\":true}\n");
+    assert!(memory.read(5) == expected(5));
+    first.child.kill().unwrap();
+    first.child.wait().unwrap();
     let answer = rest(&late);
     assert!(answer.contains("was for so many"), "{answer}");
     assert!(machine.is_ended());
@@ -234,7 +255,7 @@ fn who_comes_too_late_is_ended() {
     serving.end(Vec::new());
     let text = metrics.to_text();
     assert!(
-        text.contains("\nsonicshot_serve_connections_refused_total 2\n"),
+        text.contains("\nsonicshot_serve_connections_refused_total 3\n"),
         "{text}"
     );
 }
