@@ -32,8 +32,9 @@ def read_tsv(path: Path) -> list[Run]:
     """`--pfns`: sorted runs that cover every RAM frame once."""
     runs, before = [], -1
     for line in path.read_text().splitlines():
-        first, last, page_class = line.split("\t")
-        run = Run(int(first), int(last), page_class)
+        first, last, page_class, *zero = line.split("\t")
+        # Pages in use that hold only zeroes go for that, whatever their class.
+        run = Run(int(first), int(last), *(zero or [page_class]))
         if run.first <= before or run.last < run.first:
             raise CheckFailed(f"{path.name}: run {run.first}-{run.last} after {before}")
         runs.append(run)

@@ -19,6 +19,7 @@ import mutated
 import oldqemu
 import peers
 import proof
+import readers
 import reset
 import small
 import stress
@@ -40,6 +41,7 @@ COMMANDS = (
     testdata.do_testdata,
     proof.do_prove,
     peers.do_compare,
+    readers.do_readers,
     vmms.do_vmms,
     small.do_small,
     built.do_build,

@@ -408,12 +408,12 @@ fn save_sparse(gib: u64, path: &Path) {
     let runs = (200 << 20) / (8 * 4096);
     let step = total / runs;
     let all = PfnRange::new(Pfn::new(0), Pfn::new(u64::MAX));
-    map.with_slices(all, |first, classes| {
-        for (pfn, class) in (first.raw()..).zip(classes) {
-            *class = if pfn % step < 8 {
-                PageClass::Kernel
+    map.with_slices(all, |first, pages| {
+        for (pfn, page) in (first.raw()..).zip(pages) {
+            *page = if pfn % step < 8 {
+                PageClass::Kernel.into()
             } else {
-                PageClass::FreeBuddy
+                PageClass::FreeBuddy.into()
             };
         }
     });

@@ -1,10 +1,12 @@
 //! The command line.
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-use sonicshot::PageClass;
+use sonicshot::ClassSet;
 use sonicshot::checkpoint::Compression;
 use sonicshot_offline::packed::ImageCompression;
-use sonicshot_offline::{AnalyzeOptions, DumpFormat, LayoutSpec, OpenOptions, RestoreTo};
+use sonicshot_offline::{
+    AnalyzeOptions, DumpFormat, KdumpCompression, LayoutSpec, OpenOptions, RestoreTo,
+};
 use sonicshot_vmi::x86_64::Cr3;
 use sonicshot_vmi::{Knowledge, OnInconsistency};
 use std::num::NonZeroUsize;
@@ -144,8 +146,9 @@ pub(crate) struct InspectArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-    /// Write every run of frames with its class: first, last (inclusive), class. `-` is standard
-    /// output; the rest is then said on standard error
+    /// Write every run of frames with its class: first, last (inclusive), class, and `zero` where
+    /// pages in use hold only zeroes. `-` is standard output; the rest is then said on standard
+    /// error
     #[arg(long, value_name = "OUT.tsv")]
     pub pfns: Option<PathBuf>,
     /// Write over an existing OUT.tsv
@@ -180,14 +183,22 @@ pub(crate) struct PruneArgs {
     /// stopped from before this command starts until it is done
     #[arg(long, requires = "in_place")]
     pub live_ok: bool,
-    /// The classes to drop, by name
+    /// The classes to drop, by name; `zero` is pages in use that hold only zeroes, whatever their
+    /// class
     #[arg(
         long,
         value_name = "CLASS,...",
         value_delimiter = ',',
         default_value = "free_buddy,free_pcp,offline,zero"
     )]
-    pub drop: Vec<PageClass>,
+    pub drop: Vec<ClassSet>,
+    /// Drop classes that the guest uses too (those of processes, the page cache): it cannot run from
+    /// the result, which is to be looked at
+    #[arg(long)]
+    pub for_analysis: bool,
+    /// In place, drop them for good: the file is then no snapshot of a guest that can run
+    #[arg(long, requires = "for_analysis")]
+    pub yes: bool,
     /// Find out what would be dropped, and change nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -255,7 +266,10 @@ pub(crate) struct SaveArgs {
         value_delimiter = ',',
         default_value = "free_buddy,free_pcp,offline,zero"
     )]
-    pub drop: Vec<PageClass>,
+    pub drop: Vec<ClassSet>,
+    /// Leave out classes that the guest uses too: it cannot run from the checkpoint, which says so
+    #[arg(long)]
+    pub for_analysis: bool,
     /// Do not look for a kernel: keep every page that is not zero
     #[arg(long, conflicts_with_all = ["drop", "symbols"])]
     pub keep_all: bool,
@@ -391,7 +405,7 @@ pub(crate) enum ConvertTo {
     Raw,
     /// An ELF core
     Elf,
-    /// A kdump-compressed file (zlib)
+    /// A kdump-compressed file (its pages compressed as --compress says)
     Kdump,
     /// A checkpoint (zstd)
     Sonic,
@@ -401,6 +415,35 @@ pub(crate) enum ConvertTo {
     Stream,
     /// A Xen save image; of a checkpoint of one, or with --template
     Xl,
+}
+
+/// All that was given to a `--drop`.
+pub(crate) fn classes(drop: &[ClassSet]) -> ClassSet {
+    drop.iter().copied().fold(ClassSet::EMPTY, ClassSet::union)
+}
+
+/// How the pages of a kdump are compressed, each by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KdumpPacking {
+    /// Not at all
+    None,
+    /// zlib, which every reader knows: the default
+    Zlib,
+    /// Snappy
+    Snappy,
+    /// Zstandard
+    Zstd,
+}
+
+impl From<KdumpPacking> for KdumpCompression {
+    fn from(how: KdumpPacking) -> Self {
+        match how {
+            KdumpPacking::None => Self::None,
+            KdumpPacking::Zlib => Self::Zlib,
+            KdumpPacking::Snappy => Self::Snappy,
+            KdumpPacking::Zstd => Self::Zstd,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -415,6 +458,9 @@ pub(crate) struct ConvertArgs {
     /// What it is to be
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub to: ConvertTo,
+    /// How a kdump's pages are compressed
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub compress: Option<KdumpPacking>,
     /// A Xen save image of the same guest, of the same moment: what is in it beside the memory goes
     /// to the output, and the memory comes from the dump
     #[arg(long, value_name = "IMAGE")]

@@ -4,7 +4,7 @@ use crate::args::{ConvertArgs, ConvertTo};
 use crate::error::CliError;
 use crate::inputs::Input;
 use crate::output::{overwrite, shown_on};
-use crate::report::{complain, lines, progress_bar, say, size};
+use crate::report::{complain, lines, mib, progress_bar, say, size};
 use serde_json::json;
 use sonicshot_dump::DumpError;
 use sonicshot_offline::{Converted, LayoutSpec, Target, Template};
@@ -42,10 +42,14 @@ fn target(args: &ConvertArgs) -> Result<Target, CliError> {
         let what = "--template is for --to xl";
         return Err(CliError::Usage { what: what.into() });
     }
+    if args.compress.is_some() && args.to != ConvertTo::Kdump {
+        let what = "--compress is for --to kdump";
+        return Err(CliError::Usage { what: what.into() });
+    }
     Ok(match args.to {
         ConvertTo::Raw => Target::Raw,
         ConvertTo::Elf => Target::Elf,
-        ConvertTo::Kdump => Target::Kdump,
+        ConvertTo::Kdump => Target::Kdump(args.compress.map(Into::into).unwrap_or_default()),
         ConvertTo::Sonic => Target::Checkpoint,
         ConvertTo::MappedRam => Target::MappedRam,
         ConvertTo::Stream => Target::Stream,
@@ -72,6 +76,8 @@ fn print_json(args: &ConvertArgs, converted: &Converted, seconds: f64) {
         "format": converted.format,
         "ram_bytes": converted.layout.bytes(),
         "disk_bytes": converted.disk_bytes,
+        "missing_bytes": converted.missing_bytes,
+        "missing_mib": mib(converted.missing_bytes),
         "seconds": seconds,
         "notes": lines(&converted.notes),
     });

@@ -38,7 +38,11 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
     let snapshot = Snapshot::open(&dump, &OpenOptions::new())?;
     let analyzed = snapshot.analyze(&AnalyzeOptions::new())?;
     let zero_pages = count_zero_pages(analyzed.dump(), analyzed.pages())?;
-    print_report(&analyzed, zero_pages);
+    print_report(
+        &analyzed,
+        zero_pages,
+        analyzed.savings(ClassSet::DEFAULT_DROP)?,
+    );
 
     say!("\n$ compare with /proc/kpageflags, written by the guest itself before it stopped");
     let flags = read_flags(&folder.join("kpageflags.bin.zst"))?;

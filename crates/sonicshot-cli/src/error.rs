@@ -244,12 +244,14 @@ fn code_of(error: &OfflineError) -> u8 {
     match error {
         OfflineError::Dump(error) => code_of_dump(error),
         OfflineError::Guest { source, .. } => code_of_guest(source),
+        OfflineError::Incomplete { source, .. } => code_of(source),
         OfflineError::Io { .. }
         | OfflineError::Checkpoint {
             source: CheckpointError::Io { .. },
             ..
         } => 1,
         OfflineError::Undroppable { .. }
+        | OfflineError::UsedByGuest { .. }
         | OfflineError::NoImage { .. }
         | OfflineError::NoTemplate
         | OfflineError::NotOfCheckpoint
@@ -257,6 +259,7 @@ fn code_of(error: &OfflineError) -> u8 {
         | OfflineError::Checkpoint {
             source:
                 CheckpointError::TooLarge { .. }
+                | CheckpointError::ChunkSize { .. }
                 | CheckpointError::NoBlob { .. }
                 | CheckpointError::BlobExists { .. },
             ..
@@ -325,6 +328,12 @@ fn hint_of(error: &OfflineError) -> Option<&'static str> {
     Some(match error {
         OfflineError::Dump(error) => return hint_of_dump(error),
         OfflineError::Guest { source, path } => return hint_of_guest(source, path),
+        OfflineError::UsedByGuest { .. } => {
+            "--for-analysis drops it all the same: for a look at the rest, not for a guest that runs"
+        }
+        OfflineError::Incomplete { .. } => {
+            "`sonicshot convert` writes what is there; what is missing reads as zero"
+        }
         OfflineError::NoImage { .. } => {
             "`sonicshot convert --to xl --template IMAGE` takes the rest from an image of that guest"
         }

@@ -12,7 +12,7 @@ use guest::json_report;
 pub(crate) use guest::print_report;
 use sonicshot::{ClassSet, FileId};
 use sonicshot_dump::{NewFile, Vmm};
-use sonicshot_offline::Analyzed;
+use sonicshot_offline::{Analyzed, Savings};
 use sonicshot_vmi::count_zero_pages;
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -42,7 +42,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
             let (dropped, total) = saved.get();
             let share = percent(dropped, total);
             format!(
-                "a prune saves {} of {} ({share})",
+                "a prune drops {} of {} of RAM ({share})",
                 size(dropped),
                 size(total)
             )
@@ -63,6 +63,7 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
     }
     let analyzed = input.snapshot.analyze(&args.input.analyze())?;
     let zero_pages = count_zero_pages(analyzed.dump(), analyzed.pages())?;
+    let savings = analyzed.savings(ClassSet::DEFAULT_DROP)?;
     analyzed.dump().check_unchanged()?;
     if let Some(path) = pfns {
         write_pfns(path, args.force, &analyzed.dump().files(), &|out| {
@@ -70,12 +71,12 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
         })?;
     }
     if args.json {
-        print_json(input, &analyzed, zero_pages);
+        print_json(input, &analyzed, zero_pages, savings);
     } else {
         if let Some(vmm) = input.snapshot.vmm() {
             say!("snapshot  {}, memory in {}", vmm.name(), memory.display());
         }
-        print_report(&analyzed, zero_pages);
+        print_report(&analyzed, zero_pages, savings);
     }
     let page_size = analyzed.pages().page_size().bytes();
     let total = analyzed.counts().total().saturating_mul(page_size);
@@ -103,8 +104,8 @@ fn check_replaceable(path: &Path, memory: &Path, force: bool) -> Result<(), CliE
     Ok(())
 }
 
-fn print_json(input: &Input, analyzed: &Analyzed, zero_pages: u64) {
-    let mut report = json_report(analyzed, zero_pages);
+fn print_json(input: &Input, analyzed: &Analyzed, zero_pages: u64, savings: Savings) {
+    let mut report = json_report(analyzed, zero_pages, savings);
     if let Some(report) = report.as_object_mut() {
         report.insert("path".into(), input.path.display().to_string().into());
         report.insert("vmm".into(), input.snapshot.vmm().map(Vmm::name).into());
@@ -138,9 +139,15 @@ fn write_pfns(
 }
 
 fn write_runs(analyzed: &Analyzed, out: &mut dyn Write) -> io::Result<()> {
-    for (frames, class) in analyzed.pages().runs() {
+    for (frames, page) in analyzed.pages().states() {
         let last = frames.end().raw().saturating_sub(1);
-        writeln!(out, "{}\t{last}\t{class}", frames.start().raw())?;
+        let zero = if page.is_zero() { "\tzero" } else { "" };
+        writeln!(
+            out,
+            "{}\t{last}\t{}{zero}",
+            frames.start().raw(),
+            page.class()
+        )?;
     }
     Ok(())
 }

@@ -2,15 +2,15 @@
 
 mod report;
 
-use crate::args::PruneArgs;
+use crate::args::{PruneArgs, classes};
 use crate::error::CliError;
 use crate::inputs::{Input, Inputs};
 use crate::output::{overwrite, shown_on};
 use crate::report::{complain, percent, progress_bar, say_to_stderr, size};
 use report::Report;
-use sonicshot::{ClassSet, PageClass};
+use sonicshot::ClassSet;
 use sonicshot_dump::DumpError;
-use sonicshot_offline::{Plan, PruneOptions, PruneStats, check_droppable};
+use sonicshot_offline::{Plan, PruneOptions, PruneStats, check_droppable, check_unused};
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::io::{self, IsTerminal};
@@ -18,8 +18,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
-    let drop: ClassSet = args.drop.iter().copied().collect();
+    let drop = classes(&args.drop);
     check_droppable(drop)?;
+    check_meant(args, drop)?;
     if args.to_stdout() {
         if io::stdout().is_terminal() {
             let what = "a dump is not written to a terminal: give a file, or pipe it";
@@ -56,18 +57,31 @@ pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
 
 /// What is wrong with dropping `classes`.
 fn warnings(classes: ClassSet) -> Vec<String> {
-    let beyond: Vec<_> = classes
-        .iter()
-        .filter(|class| !ClassSet::DEFAULT_DROP.contains(*class))
-        .map(PageClass::name)
-        .collect();
-    match beyond.as_slice() {
-        [] => Vec::new(),
-        classes => vec![format!(
-            "{} hold data that the guest uses: it cannot run from the result",
-            classes.join(", ")
+    match classes.used_by_guest() {
+        used if used.is_empty() => Vec::new(),
+        used => vec![format!(
+            "{used} hold data that the guest uses: it cannot run from the result"
         )],
     }
+}
+
+/// Refuses to drop what the guest uses, unless that is meant.
+fn check_meant(args: &PruneArgs, drop: ClassSet) -> Result<(), CliError> {
+    let used = drop.used_by_guest();
+    if used.is_empty() {
+        return Ok(());
+    }
+    if !args.for_analysis {
+        check_unused(drop)?;
+    }
+    if args.in_place && !args.yes && !args.dry_run {
+        let what = format!(
+            "{used}: the guest uses that, and in place it would be gone for good: --yes says that \
+             it is meant"
+        );
+        return Err(CliError::Usage { what });
+    }
+    Ok(())
 }
 
 /// Where each input's copy goes.
@@ -157,10 +171,13 @@ impl Sum {
     fn text(self, dry_run: bool) -> String {
         let share = percent(self.dropped, self.total);
         let (dropped, total) = (size(self.dropped), size(self.total));
-        if dry_run {
-            return format!("would drop {dropped} of {total} ({share}); nothing was changed");
-        }
         let (before, after) = (size(self.disk_before), size(self.disk_after));
+        if dry_run {
+            return format!(
+                "would drop {dropped} of {total} ({share}), on disk: {before} -> {after}; nothing \
+                 was changed"
+            );
+        }
         format!("dropped {dropped} of {total} ({share}), on disk: {before} -> {after}")
     }
 }
@@ -186,7 +203,11 @@ impl Job<'_> {
             }
             analyzed => analyzed?,
         };
-        let plan = analyzed.plan(self.drop)?;
+        let plan = match args.for_analysis {
+            true => analyzed.plan_for_analysis(self.drop)?,
+            false => analyzed.plan(self.drop)?,
+        };
+        let savings = plan.savings()?;
         let stats = if args.dry_run {
             None
         } else {
@@ -196,6 +217,7 @@ impl Job<'_> {
             path: &input.path,
             analyzed: &analyzed,
             plan: &plan,
+            savings,
             stats: stats.as_ref(),
             seconds: started.elapsed().as_secs_f64(),
             warnings: self.warnings,
@@ -205,17 +227,16 @@ impl Job<'_> {
         } else {
             report.print_summary(args.in_place);
         }
-        let stats_of = stats.unwrap_or_default();
         Ok(Sum {
             dropped: stats.map_or(plan.dropped_bytes(), |stats| stats.dropped_bytes),
             total: report.total_bytes(),
-            disk_before: stats_of.disk_before,
-            disk_after: stats_of.disk_after,
+            disk_before: stats.map_or(savings.disk_before, |stats| stats.disk_before),
+            disk_after: stats.map_or(savings.disk_after(), |stats| stats.disk_after),
         })
     }
 
     fn drops_zeroes_alone(&self) -> bool {
-        self.drop.iter().eq([PageClass::Zero])
+        self.drop == ClassSet::EMPTY.with_zero()
     }
 
     /// Before the guest is looked at.

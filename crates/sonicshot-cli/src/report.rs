@@ -1,6 +1,7 @@
 //! Numbers for people, and progress.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::Value;
 use sonicshot_offline::{ByteSize, Note};
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
@@ -64,6 +65,29 @@ pub(crate) fn size(bytes: u64) -> String {
     ByteSize(bytes).to_string()
 }
 
+/// The same for a program: MiB, with one decimal.
+#[allow(clippy::cast_precision_loss, reason = "one decimal is shown")]
+pub(crate) fn mib(bytes: u64) -> f64 {
+    (bytes as f64 / f64::from(1 << 20) * 10.0).round() / 10.0
+}
+
+/// Pages by what they are, as people read them: `free_buddy 65,984, zero 12`.
+pub(crate) fn by_name(pages: &[(&str, u64)]) -> String {
+    let parts: Vec<_> = pages
+        .iter()
+        .map(|(name, pages)| format!("{name} {}", count(*pages)))
+        .collect();
+    parts.join(", ")
+}
+
+/// The same as JSON has them.
+pub(crate) fn by_name_json(pages: &[(&str, u64)]) -> Value {
+    let entries = pages
+        .iter()
+        .map(|(name, pages)| ((*name).into(), (*pages).into()));
+    Value::Object(entries.collect())
+}
+
 /// Notes as JSON has them: a text for each.
 pub(crate) fn lines(notes: &[Note]) -> Vec<String> {
     notes.iter().map(Note::to_string).collect()
@@ -107,7 +131,7 @@ pub(crate) fn progress_bar(what: &'static str, quiet: bool) -> ProgressBar {
 
 #[cfg(test)]
 mod tests {
-    use super::{count, percent, size};
+    use super::{by_name, count, mib, percent, size};
 
     #[test]
     fn numbers_read_well() {
@@ -116,6 +140,11 @@ mod tests {
         assert_eq!(size(449_500 << 10), "439.0 MiB");
         assert_eq!(count(1_048_576), "1,048,576");
         assert_eq!(count(12), "12");
+        assert_eq!(mib(286_700 << 10), 280.0);
+        assert_eq!(
+            by_name(&[("slab", 1234), ("zero", 1)]),
+            "slab 1,234, zero 1"
+        );
         assert_eq!(percent(1, 3), "33.3 %");
         assert_eq!(percent(0, 0), "0.0 %");
     }

@@ -4,9 +4,10 @@ use crate::args::{DumpKind, RestoreArgs, VerifyArgs};
 use crate::error::CliError;
 use crate::inputs::checkpoint;
 use crate::output::{named_files, overwrite, shown_on};
-use crate::report::{complain, count, lines, progress_bar, say, size};
+use crate::report::{complain, count, lines, mib, progress_bar, say, size};
+use crate::save::FOR_ANALYSIS;
 use serde_json::json;
-use sonicshot_offline::{LayoutSpec, OpenOptions, RestoreOptions};
+use sonicshot_offline::{CheckpointFile, LayoutSpec, OpenOptions, RestoreOptions};
 use std::path::Path;
 use std::time::Instant;
 
@@ -31,6 +32,9 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
         let report = json!({
             "ram_bytes": layout.bytes(),
             "disk_bytes": restored.disk_bytes,
+            "for_analysis": checkpoint.reader().info().for_analysis,
+            "missing_bytes": checkpoint.missing_bytes(),
+            "missing_mib": mib(checkpoint.missing_bytes()),
             "seconds": seconds,
             "notes": lines(&restored.notes),
         });
@@ -40,6 +44,7 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
     for note in &restored.notes {
         complain!("note: {note}");
     }
+    warn(&checkpoint);
     say!(
         "restored {} of RAM, {} on disk, in {seconds:.2} s",
         size(layout.bytes()),
@@ -50,6 +55,20 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
         say!("layout: {ranges}");
     }
     Ok(())
+}
+
+/// Says of a checkpoint what it lacks.
+fn warn(checkpoint: &CheckpointFile) {
+    if checkpoint.reader().info().for_analysis {
+        complain!("warning: {FOR_ANALYSIS}");
+    }
+    let missing = checkpoint.missing_bytes();
+    if missing > 0 {
+        complain!(
+            "note: {} of RAM were not in what it was made of: they are zeroes",
+            size(missing)
+        );
+    }
 }
 
 pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
@@ -73,11 +92,14 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
             "file_bytes": reader.file_len(),
             "digest": format!("{:032x}", reader.digest()),
             "compared_pages": compared,
+            "for_analysis": reader.info().for_analysis,
+            "missing_bytes": checkpoint.missing_bytes(),
             "seconds": seconds,
         });
         say!("{report}");
         return Ok(());
     }
+    warn(&checkpoint);
     say!(
         "{} is sound: {} checked, digest {:032x}, {seconds:.2} s",
         args.file.display(),

@@ -1,21 +1,30 @@
 //! `sonicshot save`.
 
-use crate::args::SaveArgs;
+use crate::args::{SaveArgs, classes};
 use crate::error::CliError;
 use crate::inputs::Input;
 use crate::output::{named_files, overwrite, shown_on};
-use crate::report::{complain, count, lines, percent, progress_bar, say, size};
+use crate::report::{
+    by_name, by_name_json, complain, count, lines, mib, percent, progress_bar, say, size,
+};
 use serde_json::{Map, Value, json};
-use sonicshot::ClassSet;
+use sonicshot::PageClass;
 use sonicshot::checkpoint::{SaveOptions, SaveStats};
-use sonicshot_offline::{CheckpointOptions, Plan, Saved, Whole, check_droppable};
+use sonicshot_offline::{CheckpointOptions, Plan, Saved, Whole, check_droppable, check_unused};
 use std::io::{self, IsTerminal};
 use std::time::Instant;
 
+/// What is said of a checkpoint that lacks what its guest uses.
+pub(crate) const FOR_ANALYSIS: &str = "the checkpoint is for analysis: pages that the guest uses are \
+                                       missing, and it cannot run from it";
+
 pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
     let started = Instant::now();
-    let drop: ClassSet = args.drop.iter().copied().collect();
+    let drop = classes(&args.drop);
     check_droppable(drop)?;
+    if !args.for_analysis {
+        check_unused(drop)?;
+    }
     let blobs = named_files(&args.blob)?;
     check_output(args)?;
     let mut options = CheckpointOptions::new(writing(args));
@@ -30,7 +39,11 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
         // What is zero is found as it is written.
         let analyze = args.input.analyze().zero_pages(false);
         let analyzed = snapshot.analyze(&analyze)?;
-        write(args, &Source::Planned(&analyzed.plan(drop)?), &options)?
+        let plan = match args.for_analysis {
+            true => analyzed.plan_for_analysis(drop)?,
+            false => analyzed.plan(drop)?,
+        };
+        write(args, &Source::Planned(&plan), &options)?
     };
     let seconds = started.elapsed().as_secs_f64();
     if args.json {
@@ -39,6 +52,9 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
     }
     for note in &saved.notes {
         complain!("note: {note}");
+    }
+    if saved.info.for_analysis {
+        complain!("warning: {FOR_ANALYSIS}");
     }
     tell(args, &summary(&saved, seconds));
     Ok(())
@@ -108,24 +124,35 @@ fn tell(args: &SaveArgs, what: &str) {
 }
 
 fn json_report(args: &SaveArgs, saved: &Saved, seconds: f64) -> String {
-    let mut report = stats_json(&saved.stats, saved.info.page_size.bytes());
+    let is_free = |name| FREE.iter().any(|class| class.name() == name);
+    let free = saved.left_out.iter().filter(|(name, _)| is_free(*name));
+    let free = free.fold(0, |sum: u64, (_, pages)| sum.saturating_add(*pages));
+    let mut report = stats_json(&saved.stats, free, saved.info.page_size.bytes());
     report.insert("kernel_release".into(), json!(saved.info.kernel_release));
     report.insert("compression".into(), json!(args.compress.to_string()));
     report.insert("disk_bytes".into(), json!(saved.disk_bytes));
+    report.insert("left_out".into(), by_name_json(&saved.left_out));
+    report.insert("for_analysis".into(), json!(saved.info.for_analysis));
+    report.insert("missing_bytes".into(), json!(saved.missing_bytes));
+    report.insert("missing_mib".into(), json!(mib(saved.missing_bytes)));
     report.insert("seconds".into(), json!(seconds));
     report.insert("notes".into(), json!(lines(&saved.notes)));
     Value::Object(report).to_string()
 }
 
-/// What a checkpoint holds.
-pub(crate) fn stats_json(stats: &SaveStats, page_size: u64) -> Map<String, Value> {
+/// The classes of free pages.
+pub(crate) const FREE: [PageClass; 2] = [PageClass::FreeBuddy, PageClass::FreePcp];
+
+/// What a checkpoint holds; of what was left out, `free` pages are free.
+pub(crate) fn stats_json(stats: &SaveStats, free: u64, page_size: u64) -> Map<String, Value> {
     let value = json!({
         "page_size": page_size,
         "data_pages": stats.data,
         "duplicate_pages": stats.duplicate,
         "zero_pages": stats.zero,
         "fill_pages": stats.fill,
-        "free_pages": stats.free,
+        "left_out_pages": stats.free,
+        "free_pages": free,
         "absent_pages": stats.absent,
         "stored_bytes": stats.stored_bytes,
         "file_bytes": stats.file_len,
@@ -143,12 +170,16 @@ fn summary(saved: &Saved, seconds: f64) -> String {
     let stats = &saved.stats;
     format!(
         "saved {} of RAM as {} ({}) in {seconds:.2} s\n\
-         stored {} pages; left out {} free, {} zero, {} filled with one word, {} twice there",
+         stored {} pages; left out {}, and what need not be stored: {} zero, {} filled with one \
+         word, {} twice there",
         size(total),
         size(stats.file_len),
         percent(stats.file_len, total),
         count(stats.data),
-        count(stats.free),
+        match by_name(&saved.left_out) {
+            none if none.is_empty() => "nothing".into(),
+            left_out => left_out,
+        },
         count(stats.zero),
         count(stats.fill),
         count(stats.duplicate),

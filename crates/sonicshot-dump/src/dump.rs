@@ -6,13 +6,54 @@ use crate::format::ability::{AsStream, ByCopy, InPlace, Migration};
 use crate::format::kind::Format;
 use crate::format::qemu::{migration, start};
 use crate::output::{Output, Overwrite, Target};
+use crate::prune::stats::disk_usage;
 use crate::{DumpError, DumpOptions, LayoutSpec, RamBlock};
 use sonicshot::{
-    Architecture, Disposition, FileStamp, Fill, Gpa, GpaRange, GuestMemory, Mapped, MemoryError,
-    P2m, PageMap, PageSize, PfnRange, Processors, Progress, PrunePlan, RamLayout,
+    Architecture, ClassSet, Disposition, FileStamp, Fill, Gpa, GpaRange, GuestMemory, Mapped,
+    MemoryError, P2m, PageMap, PageSize, PfnRange, Processors, Progress, PrunePlan, RamLayout,
 };
+use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+
+/// Why a dump lacks pages that it should have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Incomplete {
+    /// Its header says so: there was no room to write it to the end.
+    Said,
+    /// The file ends before its last page does.
+    CutOff {
+        /// Its length in bytes.
+        len: u64,
+        /// Where what it should have ends, as far as that is known.
+        need: u64,
+    },
+    /// It is one part of several.
+    Part {
+        /// The frames that it has, or had before some were left out.
+        frames: PfnRange,
+    },
+}
+
+impl fmt::Display for Incomplete {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Said => f.write_str("its header says that it was not written to the end"),
+            Self::CutOff { len, need } => write!(
+                f,
+                "the file is cut off: it ends at {len} bytes, and what it should have at {need}"
+            ),
+            Self::Part { frames } => write!(
+                f,
+                "it is one part of several, with frames {:#x} to {:#x} \
+                 (makedumpfile --reassemble joins them)",
+                frames.start().raw(),
+                frames.end().raw()
+            ),
+        }
+    }
+}
 
 /// A dump file: the guest's memory, and how the file holds it.
 ///
@@ -108,6 +149,46 @@ impl Dump {
         fill == Fill::Any || fill == self.format.dropped_reads_as()
     }
 
+    /// What of `classes` is left out of a file of this format. One in which pages of zeroes share
+    /// one that is stored has them all.
+    #[must_use]
+    pub fn leaves_out(&self, classes: ClassSet) -> ClassSet {
+        if self.format.shares_zeroes() {
+            classes.without_zero()
+        } else {
+            classes
+        }
+    }
+
+    /// How many bytes of the file the pages take that `plan` drops: none where they are left out
+    /// already. Of a file that holds pages as they are, those are its data.
+    ///
+    /// # Errors
+    /// [`DumpError`] if the file cannot be read.
+    pub fn stored_bytes(&self, plan: &PrunePlan) -> Result<u64, DumpError> {
+        let stored = self.format.stored();
+        let mut sum = 0_u64;
+        for region in self.layout().regions() {
+            for dropped in plan.dropped_in(*region) {
+                // Of no more than the file.
+                sum = sum.saturating_add(stored.stored_bytes(dropped)?);
+            }
+        }
+        Ok(sum)
+    }
+
+    /// What the files take on disk, in bytes.
+    ///
+    /// # Errors
+    /// [`DumpError::Io`] if that cannot be told.
+    pub fn disk_bytes(&self) -> Result<u64, DumpError> {
+        let mut sum = 0_u64;
+        for file in self.files() {
+            sum = sum.saturating_add(disk_usage(file, &self.path)?);
+        }
+        Ok(sum)
+    }
+
     /// The part of `plan` that this format can drop: what it [restores](Self::restores).
     #[must_use]
     pub fn restorable(&self, plan: &PrunePlan) -> PrunePlan {
@@ -122,6 +203,12 @@ impl Dump {
     #[must_use]
     pub fn layout_spec(&self) -> Option<&LayoutSpec> {
         self.format.layout()
+    }
+
+    /// Why the dump lacks pages that it should have; `None` if nothing says that it does.
+    #[must_use]
+    pub fn incomplete(&self) -> Option<Incomplete> {
+        self.format.incomplete()
     }
 
     /// The VMCOREINFO text that the dump carries beside the memory, if it does.
@@ -343,6 +430,10 @@ impl GuestMemory for Dump {
 
     fn next_data(&self, at: Gpa) -> Option<GpaRange> {
         self.format.stored().next_data(at)
+    }
+
+    fn next_absent(&self, at: Gpa) -> Result<Option<GpaRange>, MemoryError> {
+        self.format.stored().next_absent(at)
     }
 
     fn release(&self, range: GpaRange) {

@@ -2,7 +2,7 @@
 
 use crate::{DumpFormat, LayoutSpec, SizeLimit};
 use sonicshot::{
-    Architecture, FileOffset, FileStamp, Gpa, LayoutError, MemoryError, PageClass, Pfn,
+    Architecture, ClassSet, FileOffset, FileStamp, Gpa, LayoutError, MemoryError, PageClass, Pfn,
 };
 use std::fmt;
 use std::io;
@@ -387,6 +387,23 @@ pub enum DumpError {
     OtherGuest {
         /// The file.
         path: PathBuf,
+    },
+    /// A dump of a guest with a processor that is not read here.
+    #[error("{} is a dump of a {machine} machine: only x86_64 and aarch64 are read", path.display())]
+    OtherMachine {
+        /// The file.
+        path: PathBuf,
+        /// The processor's name, as the dump has it.
+        machine: String,
+    },
+    /// Classes that the guest uses were to be dropped.
+    #[error(
+        "{classes}: the guest uses that, and cannot run from what is left: it is dropped for \
+         analysis alone"
+    )]
+    UsedByGuest {
+        /// The classes.
+        classes: ClassSet,
     },
     /// Pages of this class are never dropped.
     #[error("pages of class {class} are never dropped: the guest's kernel needs them")]

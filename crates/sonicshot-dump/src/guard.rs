@@ -221,11 +221,30 @@ impl<'d> CheckedPlan<'d> {
     /// forbids it: see [`keep_in_doubt`].
     ///
     /// # Errors
-    /// [`DumpError::Undroppable`] of a class that is never dropped, [`DumpError::CannotPrune`] of a
+    /// [`DumpError::Undroppable`] of a class that is never dropped, [`DumpError::UsedByGuest`] of one
+    /// that the guest uses ([`for_analysis`](Self::for_analysis)), [`DumpError::CannotPrune`] of a
     /// snapshot whose VMM would not read a hole as zero, [`DumpError::NotWhole`] of a diff without
     /// its base, [`DumpError::OtherGuest`] if `guest` is not what is in `dump`,
     /// [`DumpError::LayoutNotShown`] of a raw file that may lie elsewhere.
     pub fn new(
+        dump: &'d Dump,
+        guest: &Analysis,
+        doubts: &Doubts,
+        classes: ClassSet,
+    ) -> Result<Self, DumpError> {
+        let used = classes.used_by_guest();
+        if !used.is_empty() && used.iter().all(PageClass::may_be_dropped) {
+            return Err(DumpError::UsedByGuest { classes: used });
+        }
+        Self::for_analysis(dump, guest, doubts, classes)
+    }
+
+    /// The same of classes that the guest uses too: it cannot run from the result, which is to be
+    /// looked at.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new), but [`DumpError::UsedByGuest`].
+    pub fn for_analysis(
         dump: &'d Dump,
         guest: &Analysis,
         doubts: &Doubts,
@@ -242,6 +261,7 @@ impl<'d> CheckedPlan<'d> {
         }
         let mut guest = guest.clone();
         keep_in_doubt(dump, &mut guest, doubts);
+        let classes = dump.leaves_out(classes);
         Ok(Self::of(dump, guest.plan(&DropClasses(classes))))
     }
 
@@ -348,7 +368,7 @@ mod tests {
             third in proptest::collection::vec(0_usize..4, 40),
         ) {
             const CLASSES: [PageClass; 4] =
-                [PageClass::FreeBuddy, PageClass::Offline, PageClass::Kernel, PageClass::Zero];
+                [PageClass::FreeBuddy, PageClass::Offline, PageClass::Kernel, PageClass::Slab];
             let len = first.len();
             let classes = [first, second, third].map(|of| {
                 of.iter().take(len).map(|class| CLASSES[*class]).collect::<Vec<_>>()
@@ -356,7 +376,7 @@ mod tests {
             let starts = [7_u64, 1000, 2000];
             let places: Vec<_> = starts.iter().zip(&classes).map(|(at, of)| (*at, of.as_slice())).collect();
             let (map, places) = map_of(&places);
-            let free = |class: &PageClass| !matches!(class, PageClass::Kernel | PageClass::Zero);
+            let free = |class: &PageClass| !matches!(class, PageClass::Kernel | PageClass::Slab);
             let mut want = Vec::new();
             for start in starts {
                 for number in 0..len {

@@ -78,7 +78,7 @@ mod snapshot;
 #[doc(hidden)]
 pub use backing::lz4::Lz4Frames;
 pub use backing::spool::Spool;
-pub use dump::Dump;
+pub use dump::{Dump, Incomplete};
 #[doc(hidden)]
 pub use error::KdumpWriteError;
 pub use error::{DumpError, WritingProcess};

@@ -4,8 +4,12 @@ use crate::error::OfflineError;
 use crate::note::Note;
 use crate::options::AnalyzeOptions;
 use crate::place::{self, Placed};
+use crate::save::{absent_bytes, keep_everything};
 use crate::snapshot::Snapshot;
-use sonicshot::{ClassCounts, ClassSet, DropClasses, Fill, PageClass, PageMap, PrunePlan};
+use crate::untold::UNTOLD_PAGE;
+use sonicshot::{
+    ClassCounts, ClassSet, DropClasses, Fill, PageClass, PageMap, PageState, PrunePlan,
+};
 use sonicshot_dump::{
     CheckedPlan, Doubts, Dump, DumpError, SnapshotFiles, check_whole, keep_in_doubt,
 };
@@ -36,7 +40,35 @@ impl Snapshot {
     /// found or wrong, [`OfflineError::Guest`] if there is no kernel, or one that does not own the
     /// memory or contradicts itself, [`OfflineError::NotWhole`] if it is a diff without its base.
     pub fn analyze(&self, options: &AnalyzeOptions) -> Result<Analyzed, OfflineError> {
-        self.look(options).map_err(|error| self.blame(error))
+        let looked = self.look(options);
+        looked.map_err(|error| self.blame(self.for_incomplete(error)))
+    }
+
+    /// That pages are missing says more than that the guest is not found without them.
+    fn for_incomplete(&self, error: OfflineError) -> OfflineError {
+        let of_guest = matches!(
+            error,
+            OfflineError::Guest { .. } | OfflineError::Memory(_) | OfflineError::NoLayout { .. }
+        );
+        let dump = self.dump(self.files().layout()).ok().filter(|_| of_guest);
+        let Some((dump, why)) = dump.and_then(|dump| dump.incomplete().map(|why| (dump, why)))
+        else {
+            return error;
+        };
+        let Ok((map, _)) = keep_everything(&dump, UNTOLD_PAGE) else {
+            return error;
+        };
+        let first = map.runs().find(|(_, class)| *class == PageClass::Absent);
+        match first.and_then(|(frames, _)| frames.start().gpa(UNTOLD_PAGE)) {
+            Some(from) => OfflineError::Incomplete {
+                path: self.memory_file().to_owned(),
+                why,
+                missing: absent_bytes(&map),
+                from,
+                source: Box::new(error),
+            },
+            None => error,
+        }
     }
 
     fn look(&self, options: &AnalyzeOptions) -> Result<Analyzed, OfflineError> {
@@ -62,6 +94,7 @@ impl Snapshot {
         notes.extend(unconfirmed.map(|range| Note::Unconfirmed { range: *range }));
         notes.extend(of_places);
         notes.extend(self.notes());
+        notes.extend(lacking(&dump, &analysis));
         if options.zero_pages {
             analysis.mark_zero_pages(&dump)?;
             notes.extend(kept_for_fill(&dump, analysis.free_fill()));
@@ -87,10 +120,43 @@ fn not_whole(error: DumpError) -> OfflineError {
     }
 }
 
+/// What is to be said of pages that the source does not have.
+fn lacking(dump: &Dump, analysis: &Analysis) -> Option<Note> {
+    let page_size = analysis.pages().page_size().bytes();
+    let pages = analysis.absent().total();
+    (pages > 0).then(|| Note::Absent {
+        bytes: pages.saturating_mul(page_size),
+        in_use: analysis.absent_in_use().saturating_mul(page_size),
+        why: dump.incomplete(),
+    })
+}
+
+/// What a prune makes of a file's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Savings {
+    /// What the file takes on disk, in bytes.
+    pub disk_before: u64,
+    /// What of that the pages take that go. Where it is 0 a prune has nothing to do.
+    pub stored_bytes: u64,
+}
+
+impl Savings {
+    /// What the file takes on disk after a prune: about, for file systems count in blocks.
+    #[must_use]
+    pub fn disk_after(&self) -> u64 {
+        // Pages may share bytes of the file, and the file system may share them too.
+        self.disk_before.saturating_sub(self.stored_bytes)
+    }
+}
+
 /// What a format keeps because nobody knows what a dropped page reads as.
 fn kept_for_fill(dump: &Dump, free_fill: Fill) -> Option<Note> {
-    let can_go = |class| dump.restores(Fill::of(class, free_fill));
-    match (can_go(PageClass::Zero), can_go(PageClass::FreeBuddy)) {
+    let free = PageState::new(PageClass::FreeBuddy);
+    match (
+        dump.restores(Fill::Zero),
+        dump.restores(Fill::of(free, free_fill)),
+    ) {
         (true, _) => None,
         (false, true) => Some(Note::ZeroPagesKept),
         (false, false) => Some(Note::FreePagesKept),
@@ -168,13 +234,37 @@ impl Analyzed {
     /// after a restore.
     #[must_use]
     pub fn can_go(&self, class: PageClass) -> bool {
-        self.dump.restores(Fill::of(class, self.free_fill()))
+        self.dump
+            .restores(Fill::of(PageState::new(class), self.free_fill()))
     }
 
     /// What a prune of `classes` would drop of this format.
     #[must_use]
     pub fn droppable(&self, classes: ClassSet) -> PrunePlan {
-        self.dump.restorable(&self.wanted(classes))
+        self.dump
+            .restorable(&self.wanted(self.dump.leaves_out(classes)))
+    }
+
+    /// What a prune of `classes` makes of the file's size, before it is done.
+    ///
+    /// # Errors
+    /// [`OfflineError::Dump`] if the file cannot be read.
+    pub fn savings(&self, classes: ClassSet) -> Result<Savings, OfflineError> {
+        self.savings_of(&self.droppable(classes))
+    }
+
+    pub(crate) fn savings_of(&self, dropped: &PrunePlan) -> Result<Savings, OfflineError> {
+        Ok(Savings {
+            disk_before: self.dump.disk_bytes()?,
+            stored_bytes: self.dump.stored_bytes(dropped)?,
+        })
+    }
+
+    /// How many pages the source does not have, although the guest uses them as far as its kernel
+    /// says: without them it cannot run.
+    #[must_use]
+    pub fn absent_in_use(&self) -> u64 {
+        self.analysis.absent_in_use()
     }
 
     pub(crate) fn wanted(&self, classes: ClassSet) -> PrunePlan {
@@ -182,10 +272,18 @@ impl Analyzed {
     }
 
     /// The same as a plan that a file is pruned by.
-    pub(crate) fn checked(&self, classes: ClassSet) -> Result<CheckedPlan<'_>, OfflineError> {
+    pub(crate) fn checked(
+        &self,
+        classes: ClassSet,
+        for_analysis: bool,
+    ) -> Result<CheckedPlan<'_>, OfflineError> {
         self.files.check_prunable()?;
-        let plan = CheckedPlan::new(&self.dump, &self.analysis, &self.doubts, classes);
-        plan.map_err(not_whole)
+        let checked = if for_analysis {
+            CheckedPlan::for_analysis
+        } else {
+            CheckedPlan::new
+        };
+        checked(&self.dump, &self.analysis, &self.doubts, classes).map_err(not_whole)
     }
 
     pub(crate) fn files(&self) -> &SnapshotFiles {

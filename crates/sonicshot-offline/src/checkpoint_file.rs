@@ -170,6 +170,13 @@ impl CheckpointFile {
         self.reader
     }
 
+    /// How much of RAM was not in what it was made of, in bytes: it reads as zero.
+    #[must_use]
+    pub fn missing_bytes(&self) -> u64 {
+        let pages = self.reader.stats().absent;
+        pages.saturating_mul(self.reader.info().page_size.bytes())
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

@@ -5,7 +5,7 @@ use crate::checkpoint_file::{CheckpointFile, blamed_on};
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::place;
-use crate::save::{Contents, keep_everything, without_p2m};
+use crate::save::{Contents, absent_bytes, filled, keep_everything, without_p2m};
 use crate::snapshot::Snapshot;
 use crate::untold::{UNTOLD_PAGE, assumed, named_machine};
 use sonicshot::checkpoint::{CheckpointInfo, Compression, SaveOptions};
@@ -25,8 +25,8 @@ pub enum Target {
     Raw,
     /// An ELF core.
     Elf,
-    /// A kdump-compressed file (zlib).
-    Kdump,
+    /// A kdump-compressed file, its pages compressed so.
+    Kdump(KdumpCompression),
     /// A checkpoint (zstd).
     Checkpoint,
     /// A QEMU mapped-ram file, of another file of QEMU's or libvirt's.
@@ -70,6 +70,9 @@ pub struct Converted {
     pub layout: RamLayout,
     /// What the new file takes on disk, in bytes.
     pub disk_bytes: u64,
+    /// How much of RAM the source did not have, in bytes. It reads as zero, or in a kdump is not
+    /// there either.
+    pub missing_bytes: u64,
     /// What is worth knowing, for people.
     pub notes: Vec<Note>,
 }
@@ -121,7 +124,16 @@ impl Snapshot {
         };
         let written = source.write(target, Output { path, overwrite }, progress);
         let disk_bytes = written.map_err(|error| blamed_on(dump, error))?;
+        let (map, _) = keep_everything(dump, opened.page_size)?;
+        let missing_bytes = absent_bytes(&map);
         let mut notes = Vec::new();
+        notes.extend(match (target, missing_bytes) {
+            (Target::Kdump(_), 1..) => Some(Note::AbsentKept {
+                bytes: missing_bytes,
+                why: dump.incomplete(),
+            }),
+            _ => filled(dump, &map),
+        });
         if dump.holds_device_state() && !target.keeps_device_state(dump) {
             notes.push(Note::WithoutDeviceState);
         }
@@ -132,6 +144,7 @@ impl Snapshot {
             format: dump.format(),
             layout: dump.layout().clone(),
             disk_bytes,
+            missing_bytes,
             notes,
         })
     }
@@ -152,7 +165,7 @@ impl Snapshot {
                     self.dump(Some(layout.unwrap_or(&of_template)))?,
                 ))
             }
-            Target::Raw | Target::Elf | Target::Kdump | Target::Checkpoint => {
+            Target::Raw | Target::Elf | Target::Kdump(_) | Target::Checkpoint => {
                 self.open_with_guest()
             }
         }
@@ -230,6 +243,7 @@ impl CheckpointFile {
             format: "checkpoint",
             layout: self.reader().layout().clone(),
             disk_bytes,
+            missing_bytes: self.missing_bytes(),
             notes: target
                 .assumes(self.machine())
                 .into_iter()
@@ -242,7 +256,7 @@ impl CheckpointFile {
 impl Target {
     /// What to say of an output that must name a processor which nobody has told.
     fn assumes(&self, machine: Option<Architecture>) -> Option<Note> {
-        let names_it = matches!(self, Self::Elf | Self::Kdump);
+        let names_it = matches!(self, Self::Elf | Self::Kdump(_));
         assumed(machine).filter(|_| names_it)
     }
 
@@ -252,7 +266,7 @@ impl Target {
             Self::MappedRam | Self::Stream | Self::Xl(_) => true,
             // A checkpoint holds all of a Xen image.
             Self::Checkpoint => dump.is_xl(),
-            Self::Raw | Self::Elf | Self::Kdump => false,
+            Self::Raw | Self::Elf | Self::Kdump(_) => false,
         }
     }
 }
@@ -306,7 +320,7 @@ impl Source<'_> {
         match target {
             Target::Raw => self.write_raw(out, progress),
             Target::Elf => self.write_elf(out, progress),
-            Target::Kdump => self.write_kdump(out, progress),
+            Target::Kdump(how) => self.write_kdump(*how, out, progress),
             Target::Checkpoint => self.write_checkpoint(out, progress),
             Target::Xl(template) => self.write_xl(template.as_ref(), out, progress),
             Target::MappedRam => {
@@ -347,10 +361,15 @@ impl Source<'_> {
         Ok(file.finish()?)
     }
 
-    fn write_kdump(&self, out: Output<'_>, progress: Progress<'_>) -> Result<u64, OfflineError> {
+    fn write_kdump(
+        &self,
+        compression: KdumpCompression,
+        out: Output<'_>,
+        progress: Progress<'_>,
+    ) -> Result<u64, OfflineError> {
         let file = NewFile::create(out.path, out.overwrite, &self.files())?;
         let options = KdumpOptions {
-            compression: KdumpCompression::Zlib,
+            compression,
             machine: Some(named_machine(self.machine)),
             vmcoreinfo: self.beside.vmcoreinfo.as_deref(),
             notes: self.beside.notes.as_deref(),
@@ -371,12 +390,16 @@ impl Source<'_> {
         progress: Progress<'_>,
     ) -> Result<u64, OfflineError> {
         let file = NewFile::create(out.path, out.overwrite, &self.files())?;
-        let (map, plan) = keep_everything(self.memory, self.page_size);
+        let (map, plan) = keep_everything(self.memory, self.page_size)?;
         let mut info = CheckpointInfo::new(self.memory.layout().clone(), self.page_size);
         // What the kernel in it tells is left out: of a guest that was looked into `save` makes one.
         info.architecture = match self.of {
             Of::Dump(dump) => dump.machine(),
             Of::Checkpoint(checkpoint) => checkpoint.machine(),
+        };
+        info.for_analysis = match self.of {
+            Of::Dump(_) => absent_bytes(&map) > 0,
+            Of::Checkpoint(checkpoint) => checkpoint.reader().info().for_analysis,
         };
         let contents = Contents {
             info: &info,

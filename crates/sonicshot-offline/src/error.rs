@@ -1,8 +1,9 @@
 //! What can go wrong between a file's name and what is made of it.
 
+use crate::text::ByteSize;
 use sonicshot::checkpoint::CheckpointError;
-use sonicshot::{Gpa, GpaRange, MemoryError, PageClass};
-use sonicshot_dump::DumpError;
+use sonicshot::{ClassSet, Gpa, GpaRange, MemoryError, PageClass};
+use sonicshot_dump::{DumpError, Incomplete};
 use sonicshot_vmi::VmiError;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -121,6 +122,31 @@ pub enum OfflineError {
     Undroppable {
         /// The class.
         class: PageClass,
+    },
+    /// Classes that the guest uses were to be dropped, and not for analysis.
+    #[error("{classes}: the guest uses that, and cannot run from what is left")]
+    UsedByGuest {
+        /// The classes.
+        classes: ClassSet,
+    },
+    /// The dump lacks pages that it should have, and its guest is not found in what is there.
+    #[error(
+        "{} is incomplete: {why}. {} of RAM are missing, from {from} on",
+        path.display(),
+        ByteSize(*missing)
+    )]
+    Incomplete {
+        /// The file with the guest's memory.
+        path: PathBuf,
+        /// Why they are missing.
+        why: Incomplete,
+        /// How much of RAM that is.
+        missing: u64,
+        /// The first address that is missing.
+        from: Gpa,
+        /// What is wrong with the guest.
+        #[source]
+        source: Box<Self>,
     },
     /// The checkpoint was made of something else than a Xen image.
     #[error("{} is no checkpoint of a Xen image: it holds the guest's memory alone", path.display())]

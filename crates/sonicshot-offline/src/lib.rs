@@ -46,14 +46,16 @@ mod text;
 mod untold;
 mod zero;
 
-pub use analyze::Analyzed;
+pub use analyze::{Analyzed, Savings};
 pub use checkpoint_file::{CheckpointFile, RestoreOptions, RestoreTo, Restored};
 pub use convert::{Converted, Target, Template};
 pub use error::OfflineError;
 pub use note::Note;
 pub use options::{AnalyzeOptions, OpenOptions};
-pub use plan::{Plan, check_droppable};
+pub use plan::{Plan, check_droppable, check_unused};
 pub use save::{CheckpointOptions, Saved, Whole};
 pub use snapshot::Snapshot;
-pub use sonicshot_dump::{DumpFormat, LayoutSpec, Overwrite, PruneOptions, PruneStats};
+pub use sonicshot_dump::{
+    DumpFormat, Incomplete, KdumpCompression, LayoutSpec, Overwrite, PruneOptions, PruneStats,
+};
 pub use text::ByteSize;

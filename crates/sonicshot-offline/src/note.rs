@@ -2,7 +2,7 @@
 
 use crate::text::ByteSize;
 use sonicshot::{Architecture, Gpa, GpaRange};
-use sonicshot_dump::{DumpError, FilesNote, WritingProcess};
+use sonicshot_dump::{DumpError, FilesNote, Incomplete, WritingProcess};
 use std::fmt;
 use std::path::PathBuf;
 
@@ -57,6 +57,29 @@ pub enum Note {
         /// Where the layout puts it.
         range: GpaRange,
     },
+    /// The source does not have some pages.
+    Absent {
+        /// How much of RAM they are.
+        bytes: u64,
+        /// How much of that the guest uses, as far as its kernel says.
+        in_use: u64,
+        /// Why, if that is known.
+        why: Option<Incomplete>,
+    },
+    /// Pages that the source does not have are zeroes in what is written.
+    AbsentFilled {
+        /// How much of RAM they are.
+        bytes: u64,
+        /// Why, if that is known.
+        why: Option<Incomplete>,
+    },
+    /// Pages that the source does not have are marked as not there in what is written, too.
+    AbsentKept {
+        /// How much of RAM they are.
+        bytes: u64,
+        /// Why, if that is known.
+        why: Option<Incomplete>,
+    },
     /// Zero pages in use are kept, for the format does not promise zeroes.
     ZeroPagesKept,
     /// So are free pages, for the guest relies on what they read as.
@@ -71,6 +94,30 @@ pub enum Note {
         /// The one that it names.
         machine: Architecture,
     },
+}
+
+impl Note {
+    /// How much of RAM the source does not have.
+    fn write_absent(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Absent { bytes, .. }
+        | Self::AbsentFilled { bytes, .. }
+        | Self::AbsentKept { bytes, .. }) = self
+        else {
+            return Ok(());
+        };
+        write!(f, "{} of RAM are not in the source", ByteSize(*bytes))?;
+        match self {
+            Self::AbsentFilled { .. } => f.write_str(": they are zeroes in the output"),
+            Self::AbsentKept { .. } => f.write_str(", nor in the output"),
+            Self::Absent { in_use: 0, .. } => f.write_str(", none of which the guest uses"),
+            Self::Absent { in_use, .. } => write!(
+                f,
+                ", {} of which the guest uses: it cannot run from this",
+                ByteSize(*in_use)
+            ),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl fmt::Display for Note {
@@ -122,6 +169,14 @@ impl fmt::Display for Note {
                  as --layout says",
                 ByteSize(range.len())
             ),
+            Self::Absent { why, .. }
+            | Self::AbsentFilled { why, .. }
+            | Self::AbsentKept { why, .. } => {
+                if let Some(why) = why {
+                    write!(f, "the dump is incomplete: {why}: ")?;
+                }
+                self.write_absent(f)
+            }
             Self::ZeroPagesKept => f.write_str(
                 "pages in use that are zero are kept: Xen does not promise zeroes after a restore",
             ),

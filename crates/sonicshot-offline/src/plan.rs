@@ -1,6 +1,6 @@
 //! What is to be dropped of an analysed snapshot, and the pruning.
 
-use crate::analyze::Analyzed;
+use crate::analyze::{Analyzed, Savings};
 use crate::error::OfflineError;
 use sonicshot::{ClassSet, PageSize, Progress, PrunePlan};
 use sonicshot_dump::{CheckedPlan, NewFolder, Overwrite, PruneOptions, PruneStats};
@@ -12,6 +12,8 @@ use std::path::Path;
 pub struct Plan<'a> {
     analyzed: &'a Analyzed,
     classes: ClassSet,
+    /// What the guest uses may be among them.
+    for_analysis: bool,
     /// By the classes alone.
     wanted: PrunePlan,
     /// What of that can go in this format.
@@ -22,12 +24,29 @@ impl Analyzed {
     /// Plans to drop all pages of `classes`.
     ///
     /// # Errors
-    /// [`OfflineError::Undroppable`] if one of them is never dropped.
+    /// [`OfflineError::Undroppable`] if one of them is never dropped,
+    /// [`OfflineError::UsedByGuest`] if the guest uses one of them.
     pub fn plan(&self, classes: ClassSet) -> Result<Plan<'_>, OfflineError> {
         check_droppable(classes)?;
+        check_unused(classes)?;
+        self.plan_of(classes, false)
+    }
+
+    /// The same of classes that the guest uses too: it cannot run from the result, which is to be
+    /// looked at. A checkpoint says so of itself.
+    ///
+    /// # Errors
+    /// [`OfflineError::Undroppable`] if one of them is never dropped.
+    pub fn plan_for_analysis(&self, classes: ClassSet) -> Result<Plan<'_>, OfflineError> {
+        check_droppable(classes)?;
+        self.plan_of(classes, true)
+    }
+
+    fn plan_of(&self, classes: ClassSet, for_analysis: bool) -> Result<Plan<'_>, OfflineError> {
         Ok(Plan {
             analyzed: self,
             classes,
+            for_analysis,
             wanted: self.wanted(classes),
             dropped: self.droppable(classes),
         })
@@ -47,7 +66,47 @@ pub fn check_droppable(classes: ClassSet) -> Result<(), OfflineError> {
     }
 }
 
+/// Refuses classes that the guest uses. Every [`plan`](Analyzed::plan) does so too.
+///
+/// # Errors
+/// [`OfflineError::UsedByGuest`] with all of them.
+pub fn check_unused(classes: ClassSet) -> Result<(), OfflineError> {
+    match classes.used_by_guest() {
+        used if used.is_empty() => Ok(()),
+        classes => Err(OfflineError::UsedByGuest { classes }),
+    }
+}
+
 impl<'a> Plan<'a> {
+    /// What is dropped, by what put it there: a class, or `zero`.
+    #[must_use]
+    pub fn dropped_by_name(&self) -> Vec<(&'static str, u64)> {
+        let counts = self.dropped.counts(self.analyzed.pages());
+        counts.by_name(self.classes).collect()
+    }
+
+    /// The same of a checkpoint, which can do without all pages of the classes.
+    pub(crate) fn wanted_by_name(&self) -> Vec<(&'static str, u64)> {
+        let counts = self.wanted.counts(self.analyzed.pages());
+        counts.by_name(self.classes).collect()
+    }
+
+    /// Whether the guest cannot run from the result: what it uses is dropped, or is not in the
+    /// source.
+    #[must_use]
+    pub fn is_for_analysis(&self) -> bool {
+        let dropped = self.wanted.used_by_guest(self.analyzed.pages());
+        dropped.is_some() || self.analyzed.absent_in_use() > 0
+    }
+
+    /// What a prune makes of the file's size, before it is done.
+    ///
+    /// # Errors
+    /// [`OfflineError::Dump`] if the file cannot be read.
+    pub fn savings(&self) -> Result<Savings, OfflineError> {
+        self.analyzed.savings_of(&self.dropped)
+    }
+
     /// The guest's page size.
     #[must_use]
     pub fn page_size(&self) -> PageSize {
@@ -123,7 +182,7 @@ impl<'a> Plan<'a> {
 
     /// The plan with every guard behind it, which refuse what cannot be pruned at all.
     pub(crate) fn checked(&self) -> Result<CheckedPlan<'a>, OfflineError> {
-        self.analyzed.checked(self.classes)
+        self.analyzed.checked(self.classes, self.for_analysis)
     }
 
     pub(crate) fn analyzed(&self) -> &Analyzed {

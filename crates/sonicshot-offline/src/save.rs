@@ -8,9 +8,11 @@ use crate::plan::Plan;
 use crate::snapshot::Snapshot;
 use crate::untold::UNTOLD_PAGE;
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, SaveOptions, SaveStats};
-use sonicshot::{Disposition, Fill, GuestMemory, PageMap, PageSize, Progress, PrunePlan};
+use sonicshot::{
+    Disposition, Fill, GuestMemory, PageClass, PageMap, PageSize, Progress, PrunePlan,
+};
 use sonicshot_dump::{Dump, NewFile, Overwrite};
-use sonicshot_vmi::Knowledge;
+use sonicshot_vmi::{Knowledge, mark_absent_pages};
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -71,6 +73,10 @@ pub struct Saved {
     pub stats: SaveStats,
     /// What it takes on disk, in bytes; `None` of one that went into a pipe.
     pub disk_bytes: Option<u64>,
+    /// The pages that were left out, by their class.
+    pub left_out: Vec<(&'static str, u64)>,
+    /// How much of RAM the source did not have, in bytes: it reads as zero.
+    pub missing_bytes: u64,
     /// What is worth knowing, for people.
     pub notes: Vec<Note>,
 }
@@ -93,12 +99,14 @@ impl Snapshot {
     pub fn keep_all(&self) -> Result<Whole, OfflineError> {
         let dump = self.dump(self.files().layout());
         let dump = dump.map_err(|error| self.blame(error.into()))?;
-        let (map, plan) = keep_everything(&dump, UNTOLD_PAGE);
+        let (map, plan) = keep_everything(&dump, UNTOLD_PAGE)?;
+        let mut notes: Vec<Note> = self.in_use().into_iter().collect();
+        notes.extend(filled(&dump, &map));
         Ok(Whole {
             dump,
             map,
             plan,
-            notes: self.in_use().into_iter().collect(),
+            notes,
         })
     }
 }
@@ -143,6 +151,8 @@ impl Whole {
     fn source(&self) -> Result<Source<'_>, OfflineError> {
         let mut info = CheckpointInfo::new(self.dump.layout().clone(), UNTOLD_PAGE);
         info.architecture = self.dump.machine();
+        // What they are is not known.
+        info.for_analysis = absent_bytes(&self.map) > 0;
         Ok(Source {
             dump: &self.dump,
             info,
@@ -150,6 +160,7 @@ impl Whole {
             plan: &self.plan,
             vmcoreinfo: self.dump.vmcoreinfo().map(<[u8]>::to_vec),
             notes: self.notes.clone(),
+            left_out: Vec::new(),
             xen_image: self.dump.xl_skeleton()?,
         })
     }
@@ -168,13 +179,17 @@ impl Plan<'_> {
         }
         info.build_id.clone_from(&facts.build_id);
         info.architecture = dump.machine().or(facts.architecture);
+        info.for_analysis = self.is_for_analysis();
+        let mut notes = analyzed.notes().to_vec();
+        notes.extend(filled(dump, analyzed.pages()));
         Ok(Source {
             dump,
             info,
             map: analyzed.pages(),
             plan: self.wanted(),
             vmcoreinfo: facts.vmcoreinfo.clone().map(String::into_bytes),
-            notes: analyzed.notes().to_vec(),
+            notes,
+            left_out: self.wanted_by_name(),
             xen_image: match dump.is_xl() {
                 true => self.checked()?.xl_skeleton()?,
                 false => None,
@@ -191,6 +206,7 @@ struct Source<'a> {
     plan: &'a PrunePlan,
     vmcoreinfo: Option<Vec<u8>>,
     notes: Vec<Note>,
+    left_out: Vec<(&'static str, u64)>,
     /// What a Xen image is beside its memory, without the pages that are dropped.
     xen_image: Option<Vec<u8>>,
 }
@@ -254,6 +270,8 @@ impl Source<'_> {
             info: self.info,
             stats,
             disk_bytes: None,
+            left_out: self.left_out,
+            missing_bytes: absent_bytes(self.map),
             notes: self.notes,
         })
     }
@@ -293,14 +311,31 @@ impl Contents<'_> {
     }
 }
 
-/// A plan that drops nothing, and the map that it is of.
+/// A plan that drops nothing, and the map that it is of, in which what the source does not have is
+/// absent.
 pub(crate) fn keep_everything(
     memory: &dyn GuestMemory,
     page_size: PageSize,
-) -> (PageMap, PrunePlan) {
-    let map = PageMap::new(memory.layout(), page_size);
+) -> Result<(PageMap, PrunePlan), OfflineError> {
+    let mut map = PageMap::new(memory.layout(), page_size);
+    mark_absent_pages(memory, &mut map)?;
     let plan = PrunePlan::new(&map, &|_| Disposition::Keep, Fill::Zero);
-    (map, plan)
+    Ok((map, plan))
+}
+
+/// How much of the memory the source does not have.
+pub(crate) fn absent_bytes(map: &PageMap) -> u64 {
+    let pages = map.counts().get(PageClass::Absent);
+    pages.saturating_mul(map.page_size().bytes())
+}
+
+/// What to say of an output in which that is filled.
+pub(crate) fn filled(dump: &Dump, map: &PageMap) -> Option<Note> {
+    let bytes = absent_bytes(map);
+    (bytes > 0).then(|| Note::AbsentFilled {
+        bytes,
+        why: dump.incomplete(),
+    })
 }
 
 /// What to say of an output that has a guest's pages, but not which frames of the machine they are.

@@ -3,7 +3,7 @@
 use crate::analyze::Analyzed;
 use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
-use sonicshot::{Gpa, GuestMemory, PageClass};
+use sonicshot::{Fill, Gpa, GuestMemory};
 use sonicshot_dump::{Dump, DumpError, LayoutSpec};
 use sonicshot_vmi::Analysis;
 
@@ -47,7 +47,7 @@ impl Snapshot {
         let format = dump.format();
         let analysis = Analysis::of_zero_pages(&dump)?;
         let found = Analyzed::without_kernel(dump, self.files().clone(), analysis);
-        match found.can_go(PageClass::Zero) {
+        match found.dump().restores(Fill::Zero) {
             true => Ok(found),
             false => Err(OfflineError::ZeroesKept {
                 path: path(),

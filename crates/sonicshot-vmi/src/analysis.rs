@@ -1,10 +1,10 @@
 //! What is known of a guest once it was looked at: one value, which only the looking makes.
 
 use crate::{GuestOptions, Inconsistency, Knowledge, Note, OnInconsistency, VmiError, ZoneReport};
-use crate::{mark_zero_pages, open_guest};
+use crate::{mark_absent_pages, mark_zero_pages, open_guest};
 use sonicshot::{
-    Architecture, ClassCounts, Fill, GpaRange, GuestMemory, MemoryError, PageClass, PageMap,
-    PageSize, PfnRange, PrunePlan, PrunePolicy,
+    Architecture, ClassCounts, ClassSet, Fill, GpaRange, GuestMemory, MemoryError, PageClass,
+    PageMap, PageSize, PfnRange, PrunePlan, PrunePolicy,
 };
 
 /// How a guest is looked at; by default nothing is known of it, a guest that contradicts itself is
@@ -48,8 +48,8 @@ impl AnalysisOptions {
         self
     }
 
-    /// Whether pages in use are looked at for zeroes. Without it no page has the class
-    /// [`Zero`](PageClass::Zero) until [`Analysis::mark_zero_pages`] is called.
+    /// Whether pages in use are looked at for zeroes. Without it nothing is known of them until
+    /// [`Analysis::mark_zero_pages`] is called.
     #[must_use]
     pub fn zero_pages(mut self, look: bool) -> Self {
         self.zero_pages = look;
@@ -104,6 +104,7 @@ pub struct Analysis {
     notes: Vec<Note>,
     present: Vec<GpaRange>,
     boot_ram: Option<Vec<GpaRange>>,
+    absent: ClassCounts,
 }
 
 /// All that an [`Analysis`] is made of.
@@ -112,6 +113,8 @@ pub(crate) struct Parts {
     pub pages: crate::Classification,
     pub present: Vec<GpaRange>,
     pub boot_ram: Option<Vec<GpaRange>>,
+    /// What the pages would be that the source does not have.
+    pub absent: ClassCounts,
 }
 
 impl Analysis {
@@ -132,12 +135,13 @@ impl Analysis {
             notes,
             present: parts.present,
             boot_ram: parts.boot_ram,
+            absent: parts.absent,
         }
     }
 
-    /// Of memory of which no kernel is known: each page that holds only zeroes is
-    /// [`Zero`](PageClass::Zero), all others are [`Unknown`](PageClass::Unknown). A page that is
-    /// dropped of it must read as zero whatever lies beneath.
+    /// Of memory of which no kernel is known: each page is [`Unknown`](PageClass::Unknown), and
+    /// those that hold only zeroes are found. A page that is dropped of it must read as zero
+    /// whatever lies beneath.
     ///
     /// # Errors
     /// [`MemoryError`] if a page cannot be read.
@@ -145,6 +149,7 @@ impl Analysis {
         // What is zero in units of the smallest page is so in any.
         let page_size = PageSize::SIZE_4K;
         let mut pages = PageMap::new(memory.layout(), page_size);
+        let absent = mark_absent_pages(memory, &mut pages)?;
         mark_zero_pages(memory, &mut pages)?;
         Ok(Self {
             facts: GuestFacts {
@@ -165,6 +170,7 @@ impl Analysis {
             notes: Vec::new(),
             present: Vec::new(),
             boot_ram: None,
+            absent,
         })
     }
 
@@ -184,6 +190,22 @@ impl Analysis {
     #[must_use]
     pub fn counts(&self) -> ClassCounts {
         self.pages.counts()
+    }
+
+    /// What the pages would be that are [`Absent`](PageClass::Absent), by the kernel's records.
+    #[must_use]
+    pub fn absent(&self) -> &ClassCounts {
+        &self.absent
+    }
+
+    /// How many pages are absent that the guest uses, as far as its kernel says: without them it
+    /// cannot run.
+    #[must_use]
+    pub fn absent_in_use(&self) -> u64 {
+        let unused = ClassSet::DEFAULT_DROP.with(PageClass::Hole);
+        self.absent
+            .total()
+            .saturating_sub(self.absent.total_of(unused))
     }
 
     /// What the guest expects of free pages; [`Fill::Any`] of most: they write to a page before
@@ -232,19 +254,19 @@ impl Analysis {
 
     /// Takes back what the guest's kernel says of `frames`: those that might be dropped for it are
     /// [`Unknown`](PageClass::Unknown) from now on. Frames that were found to hold only zeroes do
-    /// so whatever they are, and stay [`Zero`](PageClass::Zero).
+    /// so whatever they are.
     pub fn keep(&mut self, frames: PfnRange) {
-        self.pages.with_slices(frames, |_, classes| {
-            for class in classes.iter_mut() {
-                if class.may_be_dropped() && *class != PageClass::Zero {
-                    *class = PageClass::Unknown;
+        self.pages.with_slices(frames, |_, pages| {
+            for page in pages.iter_mut() {
+                if page.class().may_be_dropped() {
+                    *page = page.with_class(PageClass::Unknown);
                 }
             }
         });
     }
 
-    /// Gives the class [`Zero`](PageClass::Zero) to every page of `memory`, which is that of the
-    /// guest, that is in use or was [kept](Self::keep) and holds only zeroes.
+    /// Notes of every page of `memory`, which is that of the guest, that is in use or was
+    /// [kept](Self::keep) whether it holds only zeroes.
     ///
     /// # Errors
     /// [`MemoryError`] if a page cannot be read.
@@ -276,7 +298,8 @@ mod tests {
     use super::{Analysis, GuestFacts, Parts};
     use crate::Classification;
     use sonicshot::{
-        Architecture, Fill, Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn, PfnRange, RamLayout,
+        Architecture, ClassCounts, Fill, Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn,
+        PfnRange, RamLayout,
     };
 
     #[test]
@@ -308,14 +331,22 @@ mod tests {
             },
             present: Vec::new(),
             boot_ram: None,
+            absent: ClassCounts::default(),
+        });
+        let zero = PfnRange::new(Pfn::new(4), Pfn::new(11));
+        analysis.pages.with_slices(zero, |_, pages| {
+            for page in pages {
+                *page = page.with_zero();
+            }
         });
         let first_half = PfnRange::new(Pfn::new(0), Pfn::new(9));
         analysis.keep(first_half);
         for (pfn, class) in (0..).map(Pfn::new).zip(PageClass::ALL) {
-            let lowered =
-                first_half.contains(pfn) && class.may_be_dropped() && *class != PageClass::Zero;
+            let lowered = first_half.contains(pfn) && class.may_be_dropped();
             let expected = if lowered { PageClass::Unknown } else { *class };
             assert_eq!(analysis.pages().class(pfn), Some(expected), "{class}");
+            let is_zero = analysis.pages().state(pfn).unwrap().is_zero();
+            assert_eq!(is_zero, zero.contains(pfn), "{class}");
         }
     }
 }

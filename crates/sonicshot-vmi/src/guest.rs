@@ -24,7 +24,7 @@ use crate::owner::processors::{Owners, Verdict};
 use crate::place::{self, PlaceEvidence};
 use crate::shape::{self, Shaped};
 use crate::symbols::{self, Given, SymbolFile, SymbolSource};
-use crate::{KernelVa, mark_zero_pages};
+use crate::{KernelVa, mark_absent_pages, mark_zero_pages};
 pub use classify::Classification;
 pub use options::{GuestOptions, OnInconsistency};
 use sonicshot::{GpaRange, GuestMemory, PageSize};
@@ -489,8 +489,10 @@ impl GuestOs for LinuxGuest<'_> {
 
     fn analyze(&self, options: &AnalysisOptions) -> Result<Analysis, VmiError> {
         let mut pages = self.classify(options.inconsistency())?;
+        let memory = self.kernel.space.memory();
+        let absent = mark_absent_pages(memory, &mut pages.map)?;
         if options.looks_for_zero_pages() {
-            mark_zero_pages(self.kernel.space.memory(), &mut pages.map)?;
+            mark_zero_pages(memory, &mut pages.map)?;
         }
         Ok(Analysis::new(Parts {
             facts: self.facts(),
@@ -498,6 +500,7 @@ impl GuestOs for LinuxGuest<'_> {
             present: self.struct_page_memory()?,
             // A map that cannot be read confirms nothing.
             boot_ram: self.e820().ok().flatten(),
+            absent,
         }))
     }
 

@@ -174,6 +174,7 @@
 //! and pointer is checked, and crafted memory gives an error.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
+mod absent;
 mod address;
 mod analysis;
 mod arch;
@@ -194,6 +195,7 @@ mod shape;
 pub mod symbols;
 mod zero;
 
+pub use absent::mark_absent_pages;
 pub use address::{KernelVa, VirtualMemory, VirtualReadError};
 pub use analysis::{Analysis, AnalysisOptions, GuestFacts, analyze};
 pub use arch::{Foreign, ForeignProcessor, Trace};

@@ -2,8 +2,8 @@
 
 use sonicshot::work::{for_each, threads};
 use sonicshot::{
-    ClassSet, GpaRange, GuestBytes, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn,
-    PfnRange,
+    ClassSet, Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, PageClass, PageMap, PageSize,
+    Pfn, PfnRange,
 };
 use std::iter;
 use std::num::NonZeroUsize;
@@ -16,8 +16,8 @@ const PIECE: u32 = 13;
 /// More threads only wait for memory.
 const MAX_THREADS: NonZeroUsize = NonZeroUsize::new(16).unwrap();
 
-/// Gives the class [`PageClass::Zero`] to every page that is in use, of whatever class, and
-/// holds only zeroes. Free and offline pages keep their class, and are not read.
+/// Notes of every page that is in use, of whatever class, whether it holds only zeroes
+/// ([`PageState::is_zero`](sonicshot::PageState::is_zero)). Free and offline pages are not read.
 ///
 /// Uses all processors. Memory that the source knows to be zero ([`GuestMemory::next_data`])
 /// is not touched.
@@ -35,11 +35,14 @@ fn mark_on(
 ) -> Result<(), MemoryError> {
     let page_size = map.page_size();
     let read: ClassSet = PageClass::ALL.iter().copied().filter(is_read).collect();
-    map.edit(threads, read, |start, classes| {
-        let wanted: Vec<bool> = classes.iter().map(|class| read.contains(*class)).collect();
+    map.edit(threads, read, |start, pages| {
+        let wanted: Vec<bool> = pages
+            .iter()
+            .map(|page| read.contains(page.class()))
+            .collect();
         zero_frames(memory, page_size, start, &wanted, &mut |index| {
-            if let Some(class) = classes.get_mut(index) {
-                *class = PageClass::Zero;
+            if let Some(page) = pages.get_mut(index) {
+                *page = page.with_zero();
             }
         })
     })
@@ -56,7 +59,8 @@ pub fn count_zero_pages(memory: &dyn GuestMemory, map: &PageMap) -> Result<u64, 
         wanted.clear();
         for (run, class) in map.runs_in(piece) {
             let len = usize::try_from(run.len()).unwrap_or(usize::MAX);
-            wanted.extend(iter::repeat_n(class != PageClass::HwPoison, len));
+            let there = !matches!(class, PageClass::HwPoison | PageClass::Absent);
+            wanted.extend(iter::repeat_n(there, len));
         }
         zero_frames(memory, map.page_size(), piece.start(), wanted, &mut |_| {
             zero.fetch_add(1, Ordering::Relaxed);
@@ -67,7 +71,7 @@ pub fn count_zero_pages(memory: &dyn GuestMemory, map: &PageMap) -> Result<u64, 
     Ok(zero.into_inner())
 }
 
-/// Whether a page of this class may become [`PageClass::Zero`].
+/// Whether a page of this class is looked at.
 fn is_read(class: &PageClass) -> bool {
     !matches!(
         class,
@@ -76,6 +80,7 @@ fn is_read(class: &PageClass) -> bool {
             | PageClass::Offline
             | PageClass::HwPoison
             | PageClass::Unaccepted
+            | PageClass::Absent
     )
 }
 
@@ -92,7 +97,8 @@ fn zero_frames(
     let mut buffer = Vec::new();
     for (first, count) in stretches(wanted, by_reading, WINDOW >> page_size.shift()) {
         let stretch = wanted.get(first..first.saturating_add(count));
-        let frames = stretch.unwrap_or_default().iter().enumerate();
+        let stretch = stretch.unwrap_or_default();
+        let frames = stretch.iter().enumerate();
         let frames = frames.filter(|(_, wanted)| **wanted);
         let range = start.checked_add(first as u64).and_then(|pfn| {
             GpaRange::with_len(pfn.gpa(page_size)?, (count as u64) << page_size.shift())
@@ -120,7 +126,13 @@ fn zero_frames(
         } else {
             buffer.resize(buffer.len().max(len), 0);
             let buffer = buffer.get_mut(..len).unwrap_or_default();
-            memory.read(range.start(), buffer)?;
+            match memory.read(range.start(), buffer) {
+                // What is not wanted may not be there.
+                Err(MemoryError::Absent { .. }) => {
+                    read_each(memory, range.start(), page, stretch, buffer)?;
+                }
+                read => read?,
+            }
             GuestBytes::from_slice(buffer)
         };
         let hole = usize::try_from(data.offset_from(range.start()).unwrap_or(0)).unwrap_or(0);
@@ -135,6 +147,25 @@ fn zero_frames(
             drop(mapped);
             memory.release(range);
         }
+    }
+    Ok(())
+}
+
+/// Reads the wanted pages of a stretch one by one into their places in `buffer`.
+fn read_each(
+    memory: &dyn GuestMemory,
+    start: Gpa,
+    page: usize,
+    wanted: &[bool],
+    buffer: &mut [u8],
+) -> Result<(), MemoryError> {
+    let places = (0_u64..)
+        .step_by(page.max(1))
+        .zip(buffer.chunks_exact_mut(page.max(1)));
+    for ((offset, place), _) in places.zip(wanted).filter(|(_, wanted)| **wanted) {
+        // Inside of a stretch that has an end.
+        let at = start.checked_add(offset).unwrap_or(start);
+        memory.read(at, place)?;
     }
     Ok(())
 }
@@ -173,8 +204,8 @@ mod tests {
     use super::{count_zero_pages, mark_on, stretches};
     use proptest::prelude::*;
     use sonicshot::{
-        Gpa, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn, PfnRange,
-        RamLayout,
+        Gpa, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, PageState, Pfn,
+        PfnRange, RamLayout,
     };
     use std::num::NonZeroUsize;
 
@@ -228,14 +259,52 @@ mod tests {
         for pfn in 0..frames {
             let free = (9000..20_000).contains(&pfn);
             let expected = match (free, pfn % 3) {
-                (true, _) => PageClass::FreeBuddy,
-                (false, 0) => PageClass::Unknown,
-                (false, _) => PageClass::Zero,
+                (true, _) => PageClass::FreeBuddy.into(),
+                (false, 0) => PageClass::Unknown.into(),
+                (false, _) => PageState::new(PageClass::Unknown).with_zero(),
             };
-            assert_eq!(one.class(Pfn::new(pfn)), Some(expected));
+            assert_eq!(one.state(Pfn::new(pfn)), Some(expected));
         }
         let zero = count_zero_pages(&Guest(layout.clone(), frames), &one).unwrap();
         assert_eq!(zero, (0..frames).filter(|pfn| pfn % 3 != 0).count() as u64);
+    }
+
+    /// Pages that are not looked at may not be there.
+    #[test]
+    fn what_is_absent_between_pages_does_not_hide_them() {
+        struct Holes(RamLayout);
+        impl GuestMemory for Holes {
+            fn layout(&self) -> &RamLayout {
+                &self.0
+            }
+            fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+                let range = GpaRange::with_len(at, buf.len() as u64).unwrap();
+                for pfn in range.whole_frames(PageSize::SIZE_4K).iter() {
+                    if pfn.raw() % 4 == 3 {
+                        return Err(MemoryError::Absent { range });
+                    }
+                }
+                for (pfn, page) in (at.raw() / PAGE..).zip(buf.chunks_mut(4096)) {
+                    page.fill(u8::from(pfn.is_multiple_of(2)));
+                }
+                Ok(())
+            }
+        }
+        let layout = RamLayout::new(vec![GpaRange::new(Gpa::ZERO, Gpa::new(1000 * PAGE))]).unwrap();
+        let mut map = PageMap::new(&layout, PageSize::SIZE_4K);
+        for pfn in (3..1000).step_by(4) {
+            map.set(
+                PfnRange::with_len(Pfn::new(pfn), 1).unwrap(),
+                PageClass::Absent,
+            );
+        }
+        let guest = Holes(layout);
+        mark_on(NonZeroUsize::MIN, &guest, &mut map).unwrap();
+        for pfn in 0..1000 {
+            let zero = map.state(Pfn::new(pfn)).unwrap().is_zero();
+            assert_eq!(zero, pfn % 4 == 1, "{pfn}");
+        }
+        assert_eq!(count_zero_pages(&guest, &map).unwrap(), 250);
     }
 
     proptest! {

@@ -4,7 +4,7 @@ use core::fmt;
 use core::str::FromStr;
 
 macro_rules! classes {
-    ($($(#[$doc:meta])* $variant:ident = $name:literal, $droppable:literal;)*) => {
+    ($($(#[$doc:meta])* $variant:ident = $number:literal, $name:literal, $droppable:literal;)*) => {
         /// What the guest's kernel uses a page for.
         ///
         /// The name of each class is the one that the command line and JSON use.
@@ -12,7 +12,7 @@ macro_rules! classes {
         #[repr(u8)]
         #[non_exhaustive]
         pub enum PageClass {
-            $($(#[$doc])* $variant,)*
+            $($(#[$doc])* $variant = $number,)*
         }
 
         impl PageClass {
@@ -24,6 +24,16 @@ macro_rules! classes {
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Self::$variant => $name,)*
+                }
+            }
+
+            /// The class that [`PageClass`] numbers `raw`, if there is one. The numbers are those of
+            /// checkpoints, and stay.
+            #[must_use]
+            pub const fn from_u8(raw: u8) -> Option<Self> {
+                match raw {
+                    $($number => Some(Self::$variant),)*
+                    _ => None,
                 }
             }
 
@@ -43,48 +53,116 @@ macro_rules! classes {
 classes! {
     /// Nothing is known: the frame has a `struct page` that says nothing we understand, or
     /// one that is not initialised yet (deferred initialisation).
-    Unknown = "unknown", false;
+    Unknown = 0, "unknown", false;
     /// RAM that the kernel has no `struct page` for.
-    Hole = "hole", false;
+    Hole = 1, "hole", false;
     /// In the buddy allocator: flag, list and counters agree.
-    FreeBuddy = "free_buddy", true;
+    FreeBuddy = 2, "free_buddy", true;
     /// On a per-CPU free list.
-    FreePcp = "free_pcp", true;
+    FreePcp = 3, "free_pcp", true;
     /// Offline: in a balloon, or in a section that is not online; by more than its own word.
-    Offline = "offline", true;
-    /// In use, and every byte is zero.
-    Zero = "zero", true;
+    Offline = 4, "offline", true;
     /// Allocated by the kernel, with no more precise class.
-    Kernel = "kernel", false;
+    Kernel = 6, "kernel", false;
     /// In a slab.
-    Slab = "slab", false;
+    Slab = 7, "slab", false;
     /// A page table.
-    PageTable = "page_table", false;
+    PageTable = 8, "page_table", false;
     /// Anonymous memory of a process.
-    Anonymous = "anonymous", true;
+    Anonymous = 9, "anonymous", true;
     /// Page cache whose content is also on disk.
-    PageCacheClean = "page_cache_clean", true;
+    PageCacheClean = 10, "page_cache_clean", true;
     /// Page cache that is dirty, being written, locked, or not provably clean.
-    PageCacheDirty = "page_cache_dirty", true;
+    PageCacheDirty = 11, "page_cache_dirty", true;
     /// Shared memory and tmpfs.
-    Shmem = "shmem", true;
+    Shmem = 12, "shmem", true;
     /// A huge page in use.
-    Hugetlb = "hugetlb", true;
+    Hugetlb = 13, "hugetlb", true;
     /// A huge page that waits in the pool.
-    HugetlbFree = "hugetlb_free", true;
+    HugetlbFree = 14, "hugetlb_free", true;
     /// Reserved: firmware, the kernel's image, boot-time allocations, device memory.
-    Reserved = "reserved", false;
+    Reserved = 15, "reserved", false;
     /// Memory of a confidential guest that it has not accepted yet.
-    Unaccepted = "unaccepted", false;
+    Unaccepted = 16, "unaccepted", false;
     /// Poisoned by a hardware memory error: never read.
-    HwPoison = "hwpoison", false;
+    HwPoison = 17, "hwpoison", false;
+    /// Not in the source that was looked at, whatever the kernel says of it: there is nothing to
+    /// drop.
+    Absent = 18, "absent", false;
 }
 
-impl PageClass {
-    /// The class that [`PageClass`] numbers `raw`, if there is one.
+/// A number more than the highest.
+const NUMBERS: usize = PageClass::Absent as usize + 1;
+
+/// What is known of a frame: its class, and whether it was found to hold only zeroes. Two facts in
+/// one byte.
+///
+/// ```
+/// use sonicshot::{PageClass, PageState};
+/// let page = PageState::new(PageClass::Slab).with_zero();
+/// assert_eq!((page.class(), page.is_zero()), (PageClass::Slab, true));
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(transparent)]
+pub struct PageState(u8);
+
+impl PageState {
+    /// Beside the class's number.
+    const ZERO: u8 = 0x80;
+
+    /// A frame of `class` of which no more is known.
     #[must_use]
-    pub fn from_u8(raw: u8) -> Option<Self> {
-        Self::ALL.get(usize::from(raw)).copied()
+    pub const fn new(class: PageClass) -> Self {
+        Self(class as u8)
+    }
+
+    /// The same, found to hold only zeroes.
+    #[must_use]
+    pub const fn with_zero(self) -> Self {
+        Self(self.0 | Self::ZERO)
+    }
+
+    /// The same content with another class.
+    #[must_use]
+    pub const fn with_class(self, class: PageClass) -> Self {
+        Self(self.0 & Self::ZERO | class as u8)
+    }
+
+    /// What the kernel uses the frame for.
+    #[must_use]
+    pub const fn class(self) -> PageClass {
+        match PageClass::from_u8(self.0 & !Self::ZERO) {
+            Some(class) => class,
+            // Only numbers of classes get in here.
+            None => PageClass::Unknown,
+        }
+    }
+
+    /// Whether it was found to hold only zeroes. Free and offline pages are not looked at.
+    #[must_use]
+    pub const fn is_zero(self) -> bool {
+        self.0 & Self::ZERO != 0
+    }
+
+    /// Whether a policy may drop it at all: for its class, or because there is nothing in it.
+    #[must_use]
+    pub const fn may_be_dropped(self) -> bool {
+        self.is_zero() || self.class().may_be_dropped()
+    }
+}
+
+impl From<PageClass> for PageState {
+    fn from(class: PageClass) -> Self {
+        Self::new(class)
+    }
+}
+
+impl fmt::Debug for PageState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PageState")
+            .field("class", &self.class())
+            .field("zero", &self.is_zero())
+            .finish()
     }
 }
 
@@ -116,18 +194,26 @@ impl FromStr for PageClass {
     }
 }
 
-/// A set of page classes.
+/// A set of page classes, and whether pages in use that hold only zeroes are in it, whatever their
+/// class.
 ///
 /// ```
-/// use sonicshot::{ClassSet, PageClass};
-/// let set: ClassSet = [PageClass::FreeBuddy, PageClass::Zero].into_iter().collect();
-/// assert!(set.contains(PageClass::Zero));
-/// assert!(!set.contains(PageClass::Slab));
+/// use sonicshot::{ClassSet, PageClass, PageState};
+/// let set: ClassSet = "free_buddy,zero".parse()?;
+/// let slab = PageState::new(PageClass::Slab);
+/// assert!(!set.takes(slab) && set.takes(slab.with_zero()));
+/// assert_eq!(set, ClassSet::EMPTY.with(PageClass::FreeBuddy).with_zero());
+/// # Ok::<(), sonicshot::UnknownClass>(())
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct ClassSet(u32);
 
 impl ClassSet {
+    /// Beside a bit for each class.
+    const ZERO: u32 = 1 << 31;
+    /// What zero pages in use are called among the classes.
+    const ZERO_NAME: &'static str = "zero";
+
     /// No class.
     pub const EMPTY: Self = Self(0);
     /// What the kernel itself does not care about: the default of every prune.
@@ -135,7 +221,7 @@ impl ClassSet {
         .with(PageClass::FreeBuddy)
         .with(PageClass::FreePcp)
         .with(PageClass::Offline)
-        .with(PageClass::Zero);
+        .with_zero();
 
     /// This set and `class`.
     #[must_use]
@@ -143,10 +229,58 @@ impl ClassSet {
         Self(self.0 | 1 << class as u8)
     }
 
+    /// This set and pages in use that hold only zeroes.
+    #[must_use]
+    pub const fn with_zero(self) -> Self {
+        Self(self.0 | Self::ZERO)
+    }
+
+    /// This set and those zero pages alone that a class in it takes.
+    #[must_use]
+    pub const fn without_zero(self) -> Self {
+        Self(self.0 & !Self::ZERO)
+    }
+
+    /// This set and all that is in `other`.
+    #[must_use]
+    pub const fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
     /// Whether `class` is in the set.
     #[must_use]
     pub const fn contains(self, class: PageClass) -> bool {
         self.0 & (1 << class as u8) != 0
+    }
+
+    /// Whether zero pages are in the set, whatever their class.
+    #[must_use]
+    pub const fn contains_zero(self) -> bool {
+        self.0 & Self::ZERO != 0
+    }
+
+    /// Whether a page is in the set: by its class, or because it holds only zeroes.
+    #[must_use]
+    pub const fn takes(self, page: PageState) -> bool {
+        self.contains(page.class()) || self.contains_zero() && page.is_zero()
+    }
+
+    /// What of it the guest uses: without its pages it cannot run.
+    ///
+    /// ```
+    /// use sonicshot::{ClassSet, PageClass};
+    /// let set = ClassSet::DEFAULT_DROP.with(PageClass::Anonymous);
+    /// assert_eq!(set.used_by_guest(), ClassSet::EMPTY.with(PageClass::Anonymous));
+    /// ```
+    #[must_use]
+    pub const fn used_by_guest(self) -> Self {
+        Self(self.0 & !Self::DEFAULT_DROP.0)
+    }
+
+    /// Whether nothing is in it.
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
     }
 
     /// The classes of the set.
@@ -164,26 +298,64 @@ impl FromIterator<PageClass> for ClassSet {
     }
 }
 
-impl fmt::Debug for ClassSet {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.iter()).finish()
+impl FromStr for ClassSet {
+    type Err = UnknownClass;
+
+    /// Names with commas between them; `zero` is pages in use that hold only zeroes.
+    fn from_str(names: &str) -> Result<Self, UnknownClass> {
+        names.split(',').try_fold(Self::EMPTY, |set, name| {
+            if name == Self::ZERO_NAME {
+                return Ok(set.with_zero());
+            }
+            Ok(set.with(name.parse()?))
+        })
     }
 }
 
-/// How many pages of each class there are.
+impl fmt::Display for ClassSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let zero = self.contains_zero().then_some(Self::ZERO_NAME);
+        let names = self.iter().map(PageClass::name).chain(zero);
+        for (index, name) in names.enumerate() {
+            let comma = if index > 0 { ", " } else { "" };
+            write!(f, "{comma}{name}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for ClassSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{{{self}}}")
+    }
+}
+
+/// How many pages of each class there are, and how many of them were found to hold only zeroes.
 #[derive(Clone, PartialEq, Eq, Default)]
-pub struct ClassCounts([u64; PageClass::ALL.len()]);
+pub struct ClassCounts {
+    all: [u64; NUMBERS],
+    zero: [u64; NUMBERS],
+}
 
 impl ClassCounts {
     /// The pages of `class`.
     #[must_use]
     pub fn get(&self, class: PageClass) -> u64 {
-        self.0.get(class as usize).copied().unwrap_or(0)
+        self.all.get(class as usize).copied().unwrap_or(0)
     }
 
-    /// Counts `pages` more of `class`.
-    pub fn add(&mut self, class: PageClass, pages: u64) {
-        if let Some(count) = self.0.get_mut(class as usize) {
+    /// Those of them that were found to hold only zeroes.
+    #[must_use]
+    pub fn zero(&self, class: PageClass) -> u64 {
+        self.zero.get(class as usize).copied().unwrap_or(0)
+    }
+
+    /// Counts `pages` more of what `page` is.
+    pub fn add(&mut self, page: impl Into<PageState>, pages: u64) {
+        let page = page.into();
+        let class = page.class() as usize;
+        let zero = self.zero.get_mut(class).filter(|_| page.is_zero());
+        for count in self.all.get_mut(class).into_iter().chain(zero) {
             *count = count.saturating_add(pages);
         }
     }
@@ -191,14 +363,40 @@ impl ClassCounts {
     /// All pages.
     #[must_use]
     pub fn total(&self) -> u64 {
-        self.0.iter().fold(0, |sum, n| sum.saturating_add(*n))
+        sum(&self.all)
     }
 
-    /// The pages of every class in `set`.
+    /// All pages that were found to hold only zeroes.
+    #[must_use]
+    pub fn total_zero(&self) -> u64 {
+        sum(&self.zero)
+    }
+
+    /// The pages that are in `set` by what put them there: each class of it that has pages, then
+    /// `zero`, the zero pages of all other classes, if the set has them.
+    pub fn by_name(&self, set: ClassSet) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        let classes = set.iter().map(|class| (class.name(), self.get(class)));
+        let others = PageClass::ALL
+            .iter()
+            .filter(move |class| !set.contains(**class));
+        let zero = others.fold(0, |sum: u64, class| sum.saturating_add(self.zero(*class)));
+        let zero = set.contains_zero().then_some((ClassSet::ZERO_NAME, zero));
+        classes.chain(zero).filter(|(_, pages)| *pages > 0)
+    }
+
+    /// The pages that are in `set`.
     #[must_use]
     pub fn total_of(&self, set: ClassSet) -> u64 {
-        set.iter()
-            .fold(0, |sum, class| sum.saturating_add(self.get(class)))
+        let of = |class: &PageClass| {
+            if set.contains(*class) {
+                self.get(*class)
+            } else if set.contains_zero() {
+                self.zero(*class)
+            } else {
+                0
+            }
+        };
+        PageClass::ALL.iter().map(of).fold(0, u64::saturating_add)
     }
 
     /// Each class that has pages, with its count.
@@ -210,6 +408,12 @@ impl ClassCounts {
     }
 }
 
+fn sum(counts: &[u64]) -> u64 {
+    counts
+        .iter()
+        .fold(0, |sum, count| sum.saturating_add(*count))
+}
+
 impl fmt::Debug for ClassCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_map().entries(self.iter()).finish()
@@ -218,13 +422,21 @@ impl fmt::Debug for ClassCounts {
 
 #[cfg(test)]
 mod tests {
-    use super::{ClassSet, PageClass};
+    use super::{ClassCounts, ClassSet, PageClass, PageState};
 
     #[test]
     fn names_and_numbers_round_trip() {
         for class in PageClass::ALL {
             assert_eq!(class.name().parse(), Ok(*class));
             assert_eq!(PageClass::from_u8(*class as u8), Some(*class));
+            for page in [PageState::new(*class), PageState::new(*class).with_zero()] {
+                assert_eq!(page.class(), *class);
+                let slab = page.with_class(PageClass::Slab);
+                assert_eq!(
+                    (slab.class(), slab.is_zero()),
+                    (PageClass::Slab, page.is_zero())
+                );
+            }
         }
         assert!("free".parse::<PageClass>().is_err());
         assert_eq!(PageClass::from_u8(200), None);
@@ -233,6 +445,33 @@ mod tests {
     #[test]
     fn the_default_drops_only_what_may_be_dropped() {
         assert!(ClassSet::DEFAULT_DROP.iter().all(PageClass::may_be_dropped));
-        assert_eq!(ClassSet::DEFAULT_DROP.iter().count(), 4);
+        assert_eq!(ClassSet::DEFAULT_DROP.iter().count(), 3);
+        let default = "free_buddy,free_pcp,offline,zero".parse();
+        assert_eq!(default, Ok(ClassSet::DEFAULT_DROP));
+        assert!(ClassSet::DEFAULT_DROP.used_by_guest().is_empty());
+        assert!("free_buddy,".parse::<ClassSet>().is_err());
+        let other = "anonymous,zero".parse::<ClassSet>().unwrap();
+        assert_eq!(other.used_by_guest().to_string(), "anonymous");
+        assert_eq!(other.to_string(), "anonymous, zero");
+    }
+
+    #[test]
+    fn zeroes_are_counted_beside_their_class() {
+        let mut counts = ClassCounts::default();
+        counts.add(PageClass::Slab, 3);
+        counts.add(PageState::new(PageClass::Slab).with_zero(), 2);
+        counts.add(PageClass::FreeBuddy, 7);
+        assert_eq!(
+            (counts.get(PageClass::Slab), counts.zero(PageClass::Slab)),
+            (5, 2)
+        );
+        assert_eq!((counts.total(), counts.total_zero()), (12, 2));
+        assert_eq!(counts.total_of(ClassSet::DEFAULT_DROP), 9);
+        let named: Vec<_> = counts.by_name(ClassSet::DEFAULT_DROP).collect();
+        assert_eq!(named, [("free_buddy", 7), ("zero", 2)]);
+        assert_eq!(
+            counts.total_of(ClassSet::EMPTY.with(PageClass::Slab).with_zero()),
+            5
+        );
     }
 }

@@ -79,7 +79,7 @@ pub use crate::vm_memory::VmMemory;
 pub use address::{Gpa, GpaRange, Mfn, PageSize, Pfn, PfnRange};
 pub use architecture::Architecture;
 pub use bytes::GuestBytes;
-pub use class::{ClassCounts, ClassSet, PageClass, UnknownClass};
+pub use class::{ClassCounts, ClassSet, PageClass, PageState, UnknownClass};
 pub use cursor::{Bytes, Cursor, CutShort, Number};
 pub use file::{FileId, FileOffset, FileRange, FileStamp};
 pub use file_bytes::{Failure, FileBytes, FileContent};

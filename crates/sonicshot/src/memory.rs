@@ -284,6 +284,17 @@ pub trait GuestMemory: Send + Sync {
             .map(|region| GpaRange::new(at, region.end()))
     }
 
+    /// The first stretch at or above `at`, in the RAM range that holds `at`, that the source does
+    /// not have: reading it is [`MemoryError::Absent`]. `None` if the rest of the range is there,
+    /// as it is of most sources.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if the source cannot tell.
+    fn next_absent(&self, at: Gpa) -> Result<Option<GpaRange>, MemoryError> {
+        let _ = at;
+        Ok(None)
+    }
+
     /// A hint that the stretch will not be read again soon; the owner may let go of caches.
     fn release(&self, range: GpaRange) {
         let _ = range;
@@ -343,6 +354,9 @@ macro_rules! forward_guest_memory {
             }
             fn next_data(&self, at: Gpa) -> Option<GpaRange> {
                 (**self).next_data(at)
+            }
+            fn next_absent(&self, at: Gpa) -> Result<Option<GpaRange>, MemoryError> {
+                (**self).next_absent(at)
             }
             fn release(&self, range: GpaRange) {
                 (**self).release(range);

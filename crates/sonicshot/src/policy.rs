@@ -1,6 +1,6 @@
 //! Which pages to drop, and what they must read as afterwards.
 
-use crate::{ClassSet, GpaRange, PageClass, PageMap, PageSize, PfnRange};
+use crate::{ClassCounts, ClassSet, GpaRange, PageClass, PageMap, PageSize, PageState, PfnRange};
 
 /// What becomes of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -12,25 +12,26 @@ pub enum Disposition {
     Drop,
 }
 
-/// Decides by class which pages to drop.
+/// Decides by class and content which pages to drop.
 ///
-/// Any `Fn(PageClass) -> Disposition` is a policy. Whatever a policy says, the pages of a
-/// class that [may not be dropped](PageClass::may_be_dropped) are kept.
+/// Any `Fn(PageState) -> Disposition` is a policy. Whatever a policy says, pages that
+/// [may not be dropped](PageState::may_be_dropped) are kept.
 ///
 /// ```
-/// use sonicshot::{DropClasses, Disposition, PageClass, PrunePolicy};
+/// use sonicshot::{DropClasses, Disposition, PageClass, PageState, PrunePolicy};
 /// let policy = DropClasses::default();
-/// assert_eq!(policy.decide(PageClass::FreeBuddy), Disposition::Drop);
-/// assert_eq!(policy.decide(PageClass::Anonymous), Disposition::Keep);
+/// let of = |class| policy.decide(PageState::new(class));
+/// assert_eq!(of(PageClass::FreeBuddy), Disposition::Drop);
+/// assert_eq!(of(PageClass::Anonymous), Disposition::Keep);
 /// ```
 pub trait PrunePolicy {
-    /// What becomes of the pages of `class`.
-    fn decide(&self, class: PageClass) -> Disposition;
+    /// What becomes of pages like `page`.
+    fn decide(&self, page: PageState) -> Disposition;
 }
 
-impl<F: Fn(PageClass) -> Disposition> PrunePolicy for F {
-    fn decide(&self, class: PageClass) -> Disposition {
-        self(class)
+impl<F: Fn(PageState) -> Disposition> PrunePolicy for F {
+    fn decide(&self, page: PageState) -> Disposition {
+        self(page)
     }
 }
 
@@ -45,8 +46,8 @@ impl Default for DropClasses {
 }
 
 impl PrunePolicy for DropClasses {
-    fn decide(&self, class: PageClass) -> Disposition {
-        if self.0.contains(class) {
+    fn decide(&self, page: PageState) -> Disposition {
+        if self.0.takes(page) {
             Disposition::Drop
         } else {
             Disposition::Keep
@@ -72,13 +73,13 @@ pub enum Fill {
 }
 
 impl Fill {
-    /// What a dropped page of `class` must read as, in a guest that expects `free_fill` of its free
+    /// What `page` must read as once it is dropped, in a guest that expects `free_fill` of its free
     /// pages.
     #[must_use]
-    pub const fn of(class: PageClass, free_fill: Self) -> Self {
-        match class {
+    pub fn of(page: PageState, free_fill: Self) -> Self {
+        match page.class() {
             PageClass::FreeBuddy | PageClass::FreePcp => free_fill,
-            PageClass::Zero => Self::Zero,
+            _ if page.is_zero() => Self::Zero,
             // Nobody reads what is offline. Of the others the content is given up.
             _ => Self::Any,
         }
@@ -116,11 +117,11 @@ impl PrunePlan {
     /// Applies `policy` to `map`. `free_fill` is what the guest expects of free pages.
     pub fn new(map: &PageMap, policy: &dyn PrunePolicy, free_fill: Fill) -> Self {
         let mut runs: Vec<DropRun> = Vec::new();
-        for (frames, class) in map.runs() {
-            if !class.may_be_dropped() || policy.decide(class) != Disposition::Drop {
+        for (frames, page) in map.states() {
+            if !page.may_be_dropped() || policy.decide(page) != Disposition::Drop {
                 continue;
             }
-            let fill = Fill::of(class, free_fill);
+            let fill = Fill::of(page, free_fill);
             push(&mut runs, DropRun { frames, fill });
         }
         Self {
@@ -177,6 +178,29 @@ impl PrunePlan {
         self.dropped_pages().saturating_mul(self.page_size.bytes())
     }
 
+    /// The first frames that are dropped although the guest uses them, by what `map` says of them:
+    /// neither free nor offline, and not found to hold only zeroes. `None` if the guest can run
+    /// without all that is dropped.
+    #[must_use]
+    pub fn used_by_guest(&self, map: &PageMap) -> Option<(PfnRange, PageClass)> {
+        let dropped = self.runs.iter().flat_map(|run| map.states_in(run.frames));
+        let mut used = dropped.filter(|(_, page)| !ClassSet::DEFAULT_DROP.takes(*page));
+        used.next().map(|(frames, page)| (frames, page.class()))
+    }
+
+    /// How many pages are dropped of each class, by what `map` says of them; and how many of those
+    /// hold only zeroes.
+    #[must_use]
+    pub fn counts(&self, map: &PageMap) -> ClassCounts {
+        let mut counts = ClassCounts::default();
+        for run in &self.runs {
+            for (frames, page) in map.states_in(run.frames) {
+                counts.add(page, frames.len());
+            }
+        }
+        counts
+    }
+
     /// The dropped stretches inside `range`, lowest first, clipped to it.
     pub fn dropped_in(&self, range: GpaRange) -> impl Iterator<Item = GpaRange> + '_ {
         let page_size = self.page_size;
@@ -222,16 +246,17 @@ fn push(runs: &mut Vec<DropRun>, run: DropRun) {
 mod tests {
     use super::{DropClasses, Fill, PrunePlan};
     use crate::{
-        Disposition, Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn, PfnRange, RamLayout,
+        ClassSet, Disposition, Gpa, GpaRange, PageClass, PageMap, PageSize, PageState, Pfn,
+        PfnRange, RamLayout,
     };
     use proptest::prelude::*;
 
-    fn map(classes: &[PageClass]) -> PageMap {
-        let end = u64::try_from(classes.len()).unwrap() * 4096;
+    fn map(pages: &[impl Into<PageState> + Copy]) -> PageMap {
+        let end = u64::try_from(pages.len()).unwrap() * 4096;
         let layout = RamLayout::new(vec![GpaRange::new(Gpa::ZERO, Gpa::new(end))]).unwrap();
         let mut map = PageMap::new(&layout, PageSize::SIZE_4K);
-        for (pfn, class) in (0..).zip(classes) {
-            map.set(PfnRange::with_len(Pfn::new(pfn), 1).unwrap(), *class);
+        for (pfn, page) in (0..).zip(pages) {
+            map.set(PfnRange::with_len(Pfn::new(pfn), 1).unwrap(), *page);
         }
         map
     }
@@ -250,7 +275,8 @@ mod tests {
 
     #[test]
     fn poisoned_free_pages_are_not_dropped_as_zero() {
-        let map = map(&[PageClass::FreeBuddy, PageClass::Zero, PageClass::Kernel]);
+        let zero = PageState::new(PageClass::Slab).with_zero();
+        let map = map(&[PageClass::FreeBuddy.into(), zero, PageClass::Kernel.into()]);
         let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Byte(0xaa));
         assert_eq!(plan.runs().len(), 2);
         let plan = plan.zero_filled_only();
@@ -260,8 +286,16 @@ mod tests {
 
     #[test]
     fn a_format_drops_what_it_gives_back() {
-        use PageClass::{FreeBuddy, FreePcp, Kernel, Offline, Zero};
-        let map = map(&[FreeBuddy, Zero, FreePcp, Offline, Kernel, Zero]);
+        use PageClass::{FreeBuddy, FreePcp, Kernel, Offline, Slab, Unknown};
+        let new = PageState::new;
+        let map = map(&[
+            new(FreeBuddy),
+            new(Slab).with_zero(),
+            new(FreePcp),
+            new(Offline),
+            new(Kernel),
+            new(Unknown).with_zero(),
+        ]);
         // Of each fill: the pages that go where dropped is zero, and where it is anything.
         for (fill, zero, any) in [
             (Fill::Any, vec![0, 1, 2, 3, 5], vec![0, 2, 3]),
@@ -281,6 +315,28 @@ mod tests {
             (plan.runs().len(), plan.zero_filled_only().runs().len()),
             (4, 2)
         );
+    }
+
+    /// A page that holds only zeroes goes for that, or for its class; and what the guest uses is
+    /// told.
+    #[test]
+    fn what_the_guest_uses_is_told_of_a_plan() {
+        use PageClass::{Anonymous, FreeBuddy, Slab};
+        let zero = PageState::new(Anonymous).with_zero();
+        let map = map(&[FreeBuddy.into(), zero, Slab.into(), Anonymous.into(), zero]);
+        let dropped = |set: ClassSet| {
+            let plan = PrunePlan::new(&map, &DropClasses(set), Fill::Any);
+            let used = plan.used_by_guest(&map);
+            (
+                plan.dropped_pages(),
+                used.map(|(frames, class)| (frames.start().raw(), class)),
+            )
+        };
+        let anonymous = ClassSet::EMPTY.with(Anonymous);
+        assert_eq!(dropped(ClassSet::DEFAULT_DROP), (3, None));
+        assert_eq!(dropped(anonymous), (3, Some((3, Anonymous))));
+        assert_eq!(dropped(anonymous.with_zero()), (3, Some((3, Anonymous))));
+        assert_eq!(dropped(ClassSet::EMPTY.with(FreeBuddy)), (1, None));
     }
 
     proptest! {

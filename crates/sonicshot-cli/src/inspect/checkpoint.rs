@@ -4,7 +4,7 @@ use super::write_pfns;
 use crate::args::InspectArgs;
 use crate::error::CliError;
 use crate::report::{count, percent, say, size};
-use crate::save::stats_json;
+use crate::save::{FOR_ANALYSIS, FREE, stats_json};
 use serde_json::{Map, Value, json};
 use sonicshot::ClassCounts;
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, PageContent, SaveStats};
@@ -36,6 +36,9 @@ pub(super) fn inspect(
     let (info, stats) = (reader.info(), reader.stats());
     let page_size = info.page_size.bytes();
     print_file(reader, info);
+    if info.for_analysis {
+        say!("use       {FOR_ANALYSIS}");
+    }
     say!("");
     print_contents(&stats, page_size, counts.total());
     say!("");
@@ -63,7 +66,11 @@ fn architecture(info: &CheckpointInfo) -> String {
 
 fn print_json(path: &Path, reader: &CheckpointReader<File>, counts: &ClassCounts) {
     let info = reader.info();
-    let mut report = stats_json(&reader.stats(), info.page_size.bytes());
+    let free = reader
+        .runs()
+        .filter(|run| matches!(run.content, PageContent::Free { .. }) && FREE.contains(&run.class));
+    let free = free.fold(0, |sum: u64, run| sum.saturating_add(run.frames.len()));
+    let mut report = stats_json(&reader.stats(), free, info.page_size.bytes());
     let classes: Map<String, Value> = counts
         .iter()
         .map(|(class, pages)| (class.name().into(), pages.into()))
@@ -88,6 +95,7 @@ fn print_json(path: &Path, reader: &CheckpointReader<File>, counts: &ClassCounts
         "ram": regions,
         "total_pages": counts.total(),
         "classes": classes,
+        "for_analysis": info.for_analysis,
         "blobs": blobs,
     });
     if let Value::Object(more) = more {

@@ -1,9 +1,9 @@
 //! What there is to say of a guest: as JSON, and for people.
 
-use crate::report::{count, lines, percent, say, size};
+use crate::report::{count, lines, mib, percent, say, size};
 use serde_json::{Map, Value, json};
-use sonicshot::{ClassSet, GuestMemory, PageClass, Processor, Processors};
-use sonicshot_offline::Analyzed;
+use sonicshot::{ClassSet, Fill, GuestMemory, PageClass, Processor, Processors};
+use sonicshot_offline::{Analyzed, Savings};
 use sonicshot_vmi::{Knowledge, ZoneReport};
 
 fn zone_json(zone: &ZoneReport) -> Value {
@@ -73,14 +73,17 @@ fn processors_line(processors: &Processors) -> Option<String> {
     Some(parts.join(", "))
 }
 
-pub(super) fn json_report(analyzed: &Analyzed, zero_pages: u64) -> Value {
+pub(super) fn json_report(analyzed: &Analyzed, zero_pages: u64, savings: Savings) -> Value {
     let (dump, facts) = (analyzed.dump(), analyzed.facts());
     let counts = analyzed.counts();
-    let mut classes = Map::new();
+    let (mut classes, mut zero) = (Map::new(), Map::new());
     for class in PageClass::ALL {
         classes.insert(class.name().into(), counts.get(*class).into());
+        zero.insert(class.name().into(), counts.zero(*class).into());
     }
     let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
+    let absent = counts.get(PageClass::Absent);
+    let page_size = analyzed.pages().page_size().bytes();
     let regions = dump.layout().regions().iter();
     let regions: Vec<_> = regions
         .map(|r| json!([r.start().raw(), r.end().raw()]))
@@ -96,9 +99,17 @@ pub(super) fn json_report(analyzed: &Analyzed, zero_pages: u64) -> Value {
         "layout_origin": analyzed.layout_origin(),
         "ram": regions,
         "processors": processors_json(&dump.processors()),
-        "page_size": analyzed.pages().page_size().bytes(),
+        "page_size": page_size,
         "total_pages": counts.total(),
         "classes": classes,
+        "classes_zero": zero,
+        "zero_in_use_pages": counts.total_zero(),
+        "missing_bytes": absent.saturating_mul(page_size),
+        "missing_mib": mib(absent.saturating_mul(page_size)),
+        "missing_in_use_pages": analyzed.absent_in_use(),
+        "incomplete": dump.incomplete().map(|why| why.to_string()),
+        "disk_before": savings.disk_before,
+        "disk_after": savings.disk_after(),
         "droppable_pages": plan.dropped_pages(),
         "droppable_bytes": plan.dropped_bytes(),
         "zero_pages": zero_pages,
@@ -109,14 +120,14 @@ pub(super) fn json_report(analyzed: &Analyzed, zero_pages: u64) -> Value {
     })
 }
 
-pub(crate) fn print_report(analyzed: &Analyzed, zero_pages: u64) {
+pub(crate) fn print_report(analyzed: &Analyzed, zero_pages: u64, savings: Savings) {
     print_guest(analyzed);
     say!("");
     print_zones(analyzed.zones());
     say!("");
     print_classes(analyzed);
     say!("");
-    print_savings(analyzed, zero_pages);
+    print_savings(analyzed, zero_pages, savings);
     for note in analyzed.notes() {
         say!("note: {note}");
     }
@@ -172,43 +183,60 @@ fn print_classes(analyzed: &Analyzed) {
     let page_size = analyzed.pages().page_size().bytes();
     let total = analyzed.counts().total();
     let bytes = |pages: u64| size(pages.saturating_mul(page_size));
+    let dump = analyzed.dump();
+    // Where zero pages in use stay, they are not marked as what goes.
+    let zero = match dump.leaves_out(ClassSet::DEFAULT_DROP).contains_zero() {
+        true if dump.restores(Fill::Zero) => "of zeroes*",
+        _ => "of zeroes",
+    };
     say!(
-        "{:<18} {:>12} {:>12} {:>8}",
+        "{:<18} {:>12} {:>12} {:>8} {zero:>12}",
         "class",
         "pages",
         "size",
-        "share"
+        "share",
     );
     for (class, pages) in analyzed.counts().iter() {
         let goes = ClassSet::DEFAULT_DROP.contains(class) && analyzed.can_go(class);
         let mark = if goes { "*" } else { "" };
         say!(
-            "{:<18} {:>12} {:>12} {:>8}",
+            "{:<18} {:>12} {:>12} {:>8} {:>12}",
             format!("{class}{mark}"),
             count(pages),
             bytes(pages),
-            percent(pages, total)
+            percent(pages, total),
+            match analyzed.counts().zero(class) {
+                0 => String::new(),
+                zero => count(zero),
+            }
         );
     }
     say!(
-        "{:<18} {:>12} {:>12} {:>8}",
+        "{:<18} {:>12} {:>12} {:>8} {:>12}",
         "total",
         count(total),
         bytes(total),
-        ""
+        "",
+        count(analyzed.counts().total_zero())
     );
 }
 
 /// What a prune saves, and what is saved without looking for a guest.
-fn print_savings(analyzed: &Analyzed, zero_pages: u64) {
+fn print_savings(analyzed: &Analyzed, zero_pages: u64, savings: Savings) {
     let page_size = analyzed.pages().page_size().bytes();
     let total = analyzed.counts().total();
     let bytes = |pages: u64| size(pages.saturating_mul(page_size));
     let dropped = analyzed.droppable(ClassSet::DEFAULT_DROP).dropped_pages();
     say!(
-        "a prune saves                {:>12} {:>8}  (the classes marked *)",
+        "a prune drops                {:>12} {:>8}  of RAM (what is marked *)",
         bytes(dropped),
         percent(dropped, total)
+    );
+    let (before, after) = (savings.disk_before, savings.disk_after());
+    say!(
+        "on disk, before and after    {:>12} {:>8}",
+        format!("{} ->", size(before)),
+        size(after)
     );
     say!(
         "leaving out zero pages alone {:>12} {:>8}",

@@ -1,8 +1,9 @@
 //! What there is to say of a prune: as JSON, and for people.
 
-use crate::report::{complain, count, lines, percent, say, size};
+use crate::report::{by_name, by_name_json, complain, count, lines, mib, percent, say, size};
 use serde_json::json;
-use sonicshot_offline::{Analyzed, Plan, PruneStats};
+use sonicshot::PageClass;
+use sonicshot_offline::{Analyzed, Plan, PruneStats, Savings};
 use std::path::Path;
 
 /// What came of one input.
@@ -10,6 +11,8 @@ pub(super) struct Report<'a> {
     pub path: &'a Path,
     pub analyzed: &'a Analyzed,
     pub plan: &'a Plan<'a>,
+    /// What was to be expected of the file's size.
+    pub savings: Savings,
     /// What was written; `None` of a dry run.
     pub stats: Option<&'a PruneStats>,
     pub seconds: f64,
@@ -33,6 +36,13 @@ impl Report<'_> {
             "total_pages": analyzed.counts().total(),
             "droppable_pages": plan.dropped_pages(),
             "droppable_bytes": plan.dropped_bytes(),
+            "dropped": by_name_json(&plan.dropped_by_name()),
+            "for_analysis": plan.is_for_analysis(),
+            "missing_bytes": self.missing_bytes(),
+            "missing_mib": mib(self.missing_bytes()),
+            "stored_bytes": self.savings.stored_bytes,
+            "disk_before": self.savings.disk_before,
+            "disk_after": self.savings.disk_after(),
             "dry_run": self.stats.is_none(),
             "seconds": self.seconds,
             "notes": lines(analyzed.notes()),
@@ -62,14 +72,45 @@ impl Report<'_> {
         }
         match self.stats {
             Some(stats) => self.print_stats(stats, in_place),
-            None => say!(
-                "would drop {} pages ({}, {} of RAM) in {} runs; nothing was changed",
-                count(self.plan.dropped_pages()),
-                size(self.plan.dropped_bytes()),
-                percent(self.plan.dropped_pages(), self.analyzed.counts().total()),
-                count(self.plan.runs() as u64),
-            ),
+            None => self.print_expected(),
         }
+    }
+
+    /// What a prune would do.
+    fn print_expected(&self) {
+        let (before, after) = (self.savings.disk_before, self.savings.disk_after());
+        if self.savings.stored_bytes == 0 {
+            say!(
+                "nothing to do: what can be dropped is not in the file already ({} on disk)",
+                size(before)
+            );
+            return;
+        }
+        say!(
+            "would drop {} pages ({}, {} of RAM) in {} runs, on disk: {} -> about {}; nothing was \
+             changed",
+            count(self.plan.dropped_pages()),
+            size(self.plan.dropped_bytes()),
+            percent(self.plan.dropped_pages(), self.analyzed.counts().total()),
+            count(self.plan.runs() as u64),
+            size(before),
+            size(after),
+        );
+        self.print_classes();
+    }
+
+    /// What goes, by its class.
+    fn print_classes(&self) {
+        let dropped = self.plan.dropped_by_name();
+        if !dropped.is_empty() {
+            say!("pages     {}", by_name(&dropped));
+        }
+    }
+
+    /// How much of RAM the source does not have.
+    fn missing_bytes(&self) -> u64 {
+        let absent = self.analyzed.counts().get(PageClass::Absent);
+        absent.saturating_mul(self.plan.page_size().bytes())
     }
 
     fn print_stats(&self, stats: &PruneStats, in_place: bool) {
@@ -82,6 +123,7 @@ impl Report<'_> {
             count(stats.runs),
             self.seconds,
         );
+        self.print_classes();
         if stats.kept_for_fill > 0 {
             say!(
                 "kept {} that would not read as the guest expects after a restore",

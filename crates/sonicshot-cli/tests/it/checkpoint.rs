@@ -55,10 +55,24 @@ fn a_guest_comes_back_as_the_dump_that_a_prune_leaves() {
         assert_eq!(seen["digest"], saved["digest"]);
         let free = |name: &str| inspected["classes"][name].as_u64().unwrap();
         assert_eq!(
-            saved["free_pages"],
+            saved["left_out_pages"],
             free("free_buddy") + free("free_pcp") + free("offline")
         );
-        assert_eq!(saved["zero_pages"], free("zero"));
+        for said in [&saved, &seen] {
+            assert_eq!(
+                said["free_pages"],
+                free("free_buddy") + free("free_pcp"),
+                "what is offline is not free"
+            );
+        }
+        assert_eq!(saved["zero_pages"], inspected["zero_in_use_pages"]);
+        for class in ["free_buddy", "free_pcp"] {
+            assert_eq!(saved["left_out"][class], free(class));
+        }
+        assert_eq!(
+            (&saved["for_analysis"], &seen["for_analysis"]),
+            (&false.into(), &false.into())
+        );
         // Smaller than the pages that are kept, and than a pruned dump.
         assert!(fs::metadata(&file).unwrap().len() < fs::metadata(&pruned).unwrap().blocks() * 512);
 

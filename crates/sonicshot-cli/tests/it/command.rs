@@ -125,14 +125,19 @@ fn dropping_what_the_guest_uses_is_warned_of() {
     let folder = tempfile::tempdir().unwrap();
     let dump = raw_dump(folder.path(), |_| {});
     let drop = "free_buddy,page_cache_clean";
-    let run = sonicshot(&["prune", text(&dump), "--dry-run", "--drop", drop]);
+    let prune = |more: &[&str]| {
+        let args = ["prune", text(&dump), "--dry-run", "--drop", drop];
+        sonicshot(&[&args[..], more].concat())
+    };
+    assert_eq!(prune(&[]).status.code(), Some(2));
+    let run = prune(&["--for-analysis"]);
     assert!(run.status.success());
     assert!(
         stderr(&run).contains("warning: page_cache_clean"),
         "{}",
         stderr(&run)
     );
-    let run = sonicshot(&["prune", text(&dump), "--dry-run", "--drop", drop, "--json"]);
+    let run = prune(&["--for-analysis", "--json"]);
     let report: serde_json::Value = serde_json::from_slice(&run.stdout).unwrap();
     assert!(
         report["warnings"][0]

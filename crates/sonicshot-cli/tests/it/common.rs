@@ -145,14 +145,16 @@ pub fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// `(first, last, class)` of every line of a `--pfns` file.
+/// `(first, last, class)` of every line of a `--pfns` file; the class is `zero` where pages in use
+/// hold only zeroes.
 pub fn read_pfns(path: &Path) -> Vec<(u64, u64, String)> {
     let text = fs::read_to_string(path).unwrap();
     let parse = |line: &str| {
         let mut parts = line.split('\t');
         let mut number = || parts.next().unwrap().parse().unwrap();
         let (first, last) = (number(), number());
-        (first, last, parts.next().unwrap().to_owned())
+        let class = parts.next().unwrap();
+        (first, last, parts.next().unwrap_or(class).to_owned())
     };
     text.lines().map(parse).collect()
 }

@@ -11,6 +11,7 @@ mod checkpoint;
 mod command;
 mod common;
 mod compressed;
+mod dumps;
 mod folders;
 mod foreign;
 mod in_place;

@@ -48,7 +48,7 @@ fn facts(path: &Path) -> Vec<Value> {
     [
         "kernel_release",
         "classes",
-        "droppable_pages",
+        "classes_zero",
         "zero_pages",
         "zones",
     ]
@@ -94,10 +94,11 @@ fn every_form_of_a_guest_reads_the_same() {
             "--json",
             "--force",
         ]);
-        assert_eq!(
-            report["droppable_bytes"], dropped["droppable_bytes"],
-            "{name}"
-        );
+        // In a kdump pages of zeroes stay: they share one.
+        let zero = dropped["dropped"]["zero"].as_u64().unwrap() * 4096;
+        let stays = if name == "kdump" { zero } else { 0 };
+        let goes = report["droppable_bytes"].as_u64().unwrap() + stays;
+        assert_eq!(dropped["droppable_bytes"], goes, "{name}");
         convert(&pruned, &at("pruned.raw"), "raw");
         assert!(fs::read(at("pruned.raw")).unwrap() == want, "{name}");
         fs::remove_file(at("pruned.raw")).unwrap();

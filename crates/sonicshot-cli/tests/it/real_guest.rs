@@ -89,11 +89,15 @@ fn json_has_what_scripts_need() {
     let classes = report["classes"].as_object().unwrap();
     let total: u64 = classes.values().map(|n| n.as_u64().unwrap()).sum();
     assert_eq!(total, 32768);
-    let default = ["free_buddy", "free_pcp", "offline", "zero"];
-    let droppable: u64 = default
+    let default = ["free_buddy", "free_pcp", "offline"];
+    let zero = report["classes_zero"].as_object().unwrap();
+    let zero: u64 = zero.values().map(|n| n.as_u64().unwrap()).sum();
+    assert_eq!(report["zero_in_use_pages"], zero);
+    let droppable = default
         .iter()
         .map(|name| classes[*name].as_u64().unwrap())
-        .sum();
+        .sum::<u64>()
+        + zero;
     assert_eq!(report["droppable_pages"], droppable);
     assert!(report["zero_pages"].as_u64().unwrap() < droppable);
     // The zones' counters against the guest's own file.

@@ -121,7 +121,7 @@ fn free_pages_go_and_nothing_else_is_changed() {
     assert_eq!(seen["format"], "Xen save image (HVM or PVH)");
     assert_eq!(seen["free_fill"], "Any");
     assert_eq!(seen["file_bytes"], fs::metadata(&full).unwrap().len());
-    assert!(seen["classes"]["zero"].as_u64().unwrap() > 0);
+    assert!(seen["zero_in_use_pages"].as_u64().unwrap() > 0);
     let classes = classes(&full);
     let goes = |pfn: usize| ["free_buddy", "free_pcp", "offline"].contains(&classes[pfn].as_str());
     let free = (0..classes.len()).filter(|pfn| goes(*pfn)).count();
@@ -129,7 +129,7 @@ fn free_pages_go_and_nothing_else_is_changed() {
 
     let report = json(&["prune", text(&full), "-o", text(&pruned), "--json"]);
     assert_eq!(report["dropped_bytes"], free * PAGE);
-    let zero = seen["classes"]["zero"].as_u64().unwrap();
+    let zero = seen["zero_in_use_pages"].as_u64().unwrap();
     assert_eq!(report["kept_for_fill_bytes"], zero * PAGE as u64);
     let notes = report["notes"].to_string();
     assert!(notes.contains("zero are kept"), "{notes}");
@@ -177,8 +177,12 @@ fn a_guest_that_trusts_free_pages_to_be_zero_keeps_them() {
     assert_eq!(seen["droppable_pages"], seen["classes"]["offline"]);
     let report = json(&["prune", text(&full), "-o", text(&pruned), "--json"]);
     assert_eq!(report["droppable_pages"], seen["classes"]["offline"]);
-    let kept = ["free_buddy", "free_pcp", "zero"];
-    let kept = kept.map(|class| seen["classes"][class].as_u64().unwrap());
+    let kept = [
+        &seen["classes"]["free_buddy"],
+        &seen["classes"]["free_pcp"],
+        &seen["zero_in_use_pages"],
+    ];
+    let kept = kept.map(|pages| pages.as_u64().unwrap());
     assert_eq!(
         report["kept_for_fill_bytes"],
         kept.iter().sum::<u64>() * PAGE as u64

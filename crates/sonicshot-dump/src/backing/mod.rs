@@ -13,7 +13,7 @@ pub(crate) mod sys;
 pub(crate) mod unpack;
 
 use crate::DumpError;
-use sonicshot::GuestMemory;
+use sonicshot::{GpaRange, GuestMemory};
 use std::fs::File;
 
 /// Guest memory that comes out of a file.
@@ -23,4 +23,23 @@ pub(crate) trait Stored: GuestMemory {
 
     /// Refuses files that are no longer what was opened.
     fn check_unchanged(&self) -> Result<(), DumpError>;
+
+    /// How many bytes of the file the memory in `range` takes, which is in one range of RAM.
+    fn stored_bytes(&self, range: GpaRange) -> Result<u64, DumpError> {
+        let mut sum = 0_u64;
+        let mut at = range.start();
+        while at < range.end() {
+            let Some(data) = self.next_data(at) else {
+                break;
+            };
+            let data = data.intersection(&range);
+            if data.is_empty() {
+                break;
+            }
+            // No more than the range.
+            sum = sum.saturating_add(data.len());
+            at = data.end();
+        }
+        Ok(sum)
+    }
 }

@@ -1,5 +1,6 @@
 //! What a format is: how it is told from others and opened, and what every one of them tells.
 
+use crate::Incomplete;
 use crate::backing::Stored;
 use crate::backing::plain::{self, PlainDump, open_content};
 use crate::backing::scattered::Scattered;
@@ -261,6 +262,16 @@ pub(crate) trait Format: fmt::Debug + Send + Sync {
     /// What a page that is dropped reads as after a restore.
     fn dropped_reads_as(&self) -> Fill {
         Fill::Zero
+    }
+
+    /// Why it lacks pages that it should have.
+    fn incomplete(&self) -> Option<Incomplete> {
+        None
+    }
+
+    /// Whether a page of zeroes takes no room though it is there: all of them share one.
+    fn shares_zeroes(&self) -> bool {
+        false
     }
 
     /// Frames that must stay, whatever the guest says of them; sorted.

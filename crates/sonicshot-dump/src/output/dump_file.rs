@@ -369,7 +369,7 @@ impl ReadyFile {
 }
 
 /// An ELF note; `None` if its text is longer than 32 bits count.
-fn note(name: &[u8], kind: u32, text: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn note(name: &[u8], kind: u32, text: &[u8]) -> Option<Vec<u8>> {
     let mut out = Vec::new();
     for len in [name.len(), text.len()] {
         out.extend(u32::try_from(len).ok()?.to_le_bytes());

@@ -7,7 +7,8 @@ use sonicshot::{
     PageSize, Pfn, PfnRange, PrunePlan, RamLayout,
 };
 use sonicshot_dump::{
-    DumpError, KdumpCompression, KdumpFile, KdumpOptions, KdumpWriteError, write_kdump_without,
+    CheckedPlan, Dump, DumpError, Incomplete, KdumpCompression, KdumpFile, KdumpOptions,
+    KdumpWriteError, Overwrite, write_kdump_without,
 };
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -362,7 +363,6 @@ fn refuses_what_it_does_not_know() {
     malformed(change(4096 + 32, &u64::MAX.to_le_bytes()), 4096 + 32);
     let unsupported = |error| assert!(matches!(error, DumpError::Unsupported { .. }), "{error}");
     unsupported(change(8, &6_u32.to_be_bytes()));
-    unsupported(change(4096 + 12, &1_u32.to_le_bytes()));
     // No RAM at all.
     let error = change(8192, &[0; 4096]);
     assert!(matches!(error, DumpError::Layout { .. }), "{error}");
@@ -435,10 +435,17 @@ fn refuses_damaged_flattened_files() {
     let flat = flattened([(0, &bytes[..])]);
     let place = Place::with(&flat);
     let file = OpenOptions::new().write(true).open(&place.path).unwrap();
-    for len in (1..flat.len()).rev() {
+    // What is cut off is read as far as it goes, and said.
+    let mut opened = 0;
+    for len in (1..flat.len()).rev().step_by(211) {
         file.set_len(len as u64).unwrap();
-        assert!(place.open().is_err(), "{len}");
+        let Ok(dump) = place.open() else { continue };
+        opened += 1;
+        let why = dump.incomplete();
+        assert!(matches!(why, Some(Incomplete::CutOff { .. })), "{len}");
+        check_cut(&Build::new(), &dump);
     }
+    assert!(opened > 10, "{opened}");
     let changed = |at: usize, with: &[u8]| {
         let mut flat = flat.clone();
         flat[at..at + with.len()].copy_from_slice(with);
@@ -451,7 +458,6 @@ fn refuses_damaged_flattened_files() {
         (4096, u64::MAX),
         (4104, u64::MAX),
         (4104, 1 << 63),
-        (4104, bytes.len() as u64 + 33),
         (4096, (1 << 63) - 5),
         // A file proper of exabytes, of which the headers are a gap.
         (4096, 1 << 60),
@@ -494,11 +500,156 @@ fn every_truncation_is_an_error_somewhere() {
             let mut got = vec![0; 4096];
             match dump.read(Gpa::new(frame * 4096), &mut got) {
                 Ok(()) => assert_eq!(Some(Some(got)), build.want(frame)),
-                Err(MemoryError::Backend { .. }) => failed += 1,
+                Err(MemoryError::Absent { .. }) => failed += 1,
                 Err(other) => panic!("{other}"),
             }
         }
         assert!(failed > 0, "{len}");
+        let Some(Incomplete::CutOff { len: at, need }) = dump.incomplete() else {
+            panic!("{len}: {:?}", dump.incomplete());
+        };
+        assert!(*at == len as u64 && *need > *at, "{len}: {need}");
+        check_cut(&build, &dump);
+    }
+}
+
+/// What is there reads right, and the rest is told as absent by all who tell.
+fn check_cut(build: &Build, dump: &KdumpFile) {
+    for frame in build.present.iter().copied() {
+        let at = Gpa::new(frame * build.block as u64);
+        let mut got = vec![0; build.block];
+        let absent = dump.next_absent(at).unwrap();
+        let is_absent = absent.is_some_and(|absent| absent.start() == at);
+        match dump.read(at, &mut got) {
+            Ok(()) => assert!(build.want(frame) == Some(Some(got)) && !is_absent),
+            Err(MemoryError::Absent { .. }) => assert!(is_absent, "{frame}: {absent:?}"),
+            Err(other) => panic!("{other}"),
+        }
+    }
+}
+
+#[test]
+fn what_is_absent_is_told_in_stretches() {
+    let build = Build::new();
+    let dump = open(&build.bytes()).unwrap();
+    assert_eq!(dump.incomplete(), None);
+    check_cut(&build, &dump);
+    let mut told = Vec::new();
+    for region in dump.layout().regions() {
+        let mut at = region.start();
+        while let Some(absent) = dump.next_absent(at).unwrap() {
+            told.extend(absent.whole_frames(PageSize::SIZE_4K).iter().map(Pfn::raw));
+            at = absent.end();
+            if at >= region.end() {
+                break;
+            }
+        }
+    }
+    let missing = |frame: &u64| build.want(*frame) == Some(None);
+    let missing: Vec<u64> = build.present.iter().copied().filter(missing).collect();
+    assert_eq!(told, missing);
+}
+
+/// `makedumpfile --split`: every part has all bitmaps, and the descriptors of its own frames.
+#[test]
+fn one_part_of_several_has_its_own_pages() {
+    let build = Build::new();
+    let whole = build.bytes();
+    let descriptors = 4 * 4096;
+    let mut all: Vec<u64> = build.dumped.iter().map(|(frame, _)| *frame).collect();
+    all.extend(&build.zero);
+    all.sort_unstable();
+    for (start, end) in [(0, 600), (5, 700), (600, 1300)] {
+        let mut bytes = whole.clone();
+        bytes[4096 + 12..4096 + 16].copy_from_slice(&1_u32.to_le_bytes());
+        for (at, pfn) in [(80, start), (88, end)] {
+            bytes[4096 + at..4096 + at + 8].copy_from_slice(&u64::to_le_bytes(pfn));
+        }
+        // Those of the parts before are not in this one.
+        let before = all.iter().filter(|frame| **frame < start).count();
+        let end_of_all = descriptors + all.len() * 24;
+        bytes.copy_within(descriptors + before * 24..end_of_all, descriptors);
+        let dump = open(&bytes).unwrap();
+        let mine = |frame: &&u64| (start..end).contains(*frame);
+        assert_eq!(dump.dumped_frames(), all.iter().filter(mine).count() as u64);
+        let Some(Incomplete::Part { frames }) = dump.incomplete() else {
+            panic!("{:?}", dump.incomplete());
+        };
+        assert_eq!((frames.start().raw(), frames.end().raw()), (start, end));
+        for frame in &build.present {
+            let mut got = vec![0; 4096];
+            let here = mine(&frame) && build.want(*frame) != Some(None);
+            match dump.read(Gpa::new(*frame * 4096), &mut got) {
+                Ok(()) => assert!(here && build.want(*frame) == Some(Some(got)), "{frame}"),
+                Err(MemoryError::Absent { .. }) => assert!(!here, "{frame}"),
+                Err(other) => panic!("{other}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn the_dump_of_another_machine_is_named() {
+    for (machine, other) in [
+        ("x86_64", false),
+        ("aarch64", false),
+        ("Unknown", false),
+        ("(unknown)", false),
+        ("", false),
+        ("s390x", true),
+        ("ppc64le", true),
+        ("i686", true),
+        ("riscv64", true),
+    ] {
+        let mut bytes = Build { machine, ..small() }.bytes();
+        for swapped in [false, true] {
+            match open(&bytes) {
+                Err(DumpError::OtherMachine { machine: named, .. }) => {
+                    assert!(other && named == machine, "{named}");
+                }
+                Err(DumpError::Unsupported { .. }) => assert!(swapped && !other, "{machine}"),
+                opened => assert!(
+                    opened.is_ok() && !other && !swapped,
+                    "{machine}: {opened:?}"
+                ),
+            }
+            bytes[8..12].copy_from_slice(&6_u32.to_be_bytes());
+        }
+    }
+}
+
+/// Pages of zeroes are in the file once, whatever the source has of them; what is pruned again is
+/// smaller, and its pages are those of before.
+#[test]
+fn a_pruned_file_is_pruned_again_with_its_pages_as_they_are() {
+    for how in EVERY {
+        let mut build = small();
+        build.present = (0..600).collect();
+        build.max_frames = 600;
+        build.zero = (300..400).collect();
+        build.dumped = (0..250).chain(420..600).map(|frame| (frame, how)).collect();
+        let place = Place::with(&build.bytes());
+        let before = std::fs::metadata(&place.path).unwrap().len();
+        let mut path = place.path.clone();
+        let mut sizes = vec![before];
+        for free in [0..10, 0..10, 100..250] {
+            let dump = Dump::open(&path, None).unwrap();
+            let mut map = PageMap::new(dump.layout(), PageSize::SIZE_4K);
+            let range = PfnRange::new(Pfn::new(free.start), Pfn::new(free.end));
+            map.set(range, PageClass::FreeBuddy);
+            let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
+            path = place.path.with_extension(sizes.len().to_string());
+            let checked = CheckedPlan::unchecked(&dump, &plan);
+            checked
+                .prune_to(&path, Overwrite::Refuse, &mut |_, _| {})
+                .unwrap();
+            build.dumped.retain(|(frame, _)| !free.contains(frame));
+            build.check(&KdumpFile::open(&path).unwrap());
+            sizes.push(std::fs::metadata(&path).unwrap().len());
+        }
+        assert!(sizes[0] > sizes[1], "{how:?} {sizes:?}");
+        assert!(sizes[1] == sizes[2], "{how:?} {sizes:?}");
+        assert!(sizes[2] > sizes[3], "{how:?} {sizes:?}");
     }
 }
 
@@ -675,13 +826,24 @@ proptest! {
         prop_assert_eq!(u64::from(word(428)), size.bytes());
         prop_assert_eq!(word(460), if more { 2 } else { 0 });
         let sub = usize::try_from(size.bytes()).unwrap();
-        prop_assert_eq!(word(sub + 8) != 0, stats.dropped_pages > 0);
+        prop_assert_eq!(word(sub + 8) != 0, stats.dropped_pages + stats.absent_pages > 0);
         prop_assert_eq!(word(sub).cast_signed(), if more { -4096 } else { 0 });
 
         let dump = place.open().unwrap();
         prop_assert_eq!(dump.layout(), guest.layout());
         prop_assert_eq!(dump.vmcoreinfo(), options.vmcoreinfo);
-        prop_assert_eq!(dump.notes(), options.notes);
+        // With VMCOREINFO among them, where libkdumpfile looks for it.
+        let there = dump.notes().unwrap_or_default();
+        prop_assert!(there.starts_with(options.notes.unwrap_or_default()));
+        let rest = &there[options.notes.unwrap_or_default().len()..];
+        match options.vmcoreinfo {
+            Some(info) => {
+                prop_assert_eq!(&rest[12..23], b"VMCOREINFO\0");
+                prop_assert_eq!(&rest[24..24 + info.len()], info);
+                prop_assert!(rest.len() < 24 + info.len() + 4);
+            }
+            None => prop_assert!(rest.is_empty()),
+        }
         prop_assert_eq!(dump.machine(), options.machine);
         prop_assert_eq!(dump.dumped_frames(), stats.pages);
         for (frame, kind) in &guest.pages {

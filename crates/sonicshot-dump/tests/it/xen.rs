@@ -2,7 +2,7 @@
 
 use crate::common::xen::{image, image_with};
 use crate::common::*;
-use sonicshot::{Fill, GuestMemory, PageClass, Pfn};
+use sonicshot::{Fill, GuestMemory, PageClass, PageState, Pfn};
 use sonicshot_dump::{CheckedPlan, Dump, DumpError, Overwrite, XlSkeleton};
 use std::fs;
 
@@ -14,11 +14,15 @@ fn no_plan_takes_from_the_guest_what_it_relies_on() {
     let dump = Dump::open(&path, None).unwrap();
     // Of which class and fill the pages 0, 1 and 2 are said to be; whether they go.
     for (class, fill, goes) in [
-        (PageClass::FreeBuddy, Fill::Any, true),
-        (PageClass::FreeBuddy, Fill::Zero, false),
-        (PageClass::FreeBuddy, Fill::Byte(0xaa), false),
-        (PageClass::Zero, Fill::Any, false),
-        (PageClass::Offline, Fill::Zero, true),
+        (PageClass::FreeBuddy.into(), Fill::Any, true),
+        (PageClass::FreeBuddy.into(), Fill::Zero, false),
+        (PageClass::FreeBuddy.into(), Fill::Byte(0xaa), false),
+        (
+            PageState::new(PageClass::Slab).with_zero(),
+            Fill::Any,
+            false,
+        ),
+        (PageClass::Offline.into(), Fill::Zero, true),
     ] {
         let plan = plan_with(dump.layout(), &[(0, 3)], class, fill);
         let (out, mut piped) = (folder.path().join("out"), Vec::new());
@@ -31,10 +35,10 @@ fn no_plan_takes_from_the_guest_what_it_relies_on() {
         for stats in [stats, of_pipe] {
             let bytes = (stats.dropped_bytes, stats.kept_for_fill);
             let expected = if goes { (3 * PAGE, 0) } else { (0, 3 * PAGE) };
-            assert_eq!(bytes, expected, "{class} {fill:?}");
+            assert_eq!(bytes, expected, "{class:?} {fill:?}");
         }
         let gone = fs::metadata(&path).unwrap().len() - piped.len() as u64;
-        assert_eq!(gone, stats.dropped_bytes, "{class} {fill:?}");
+        assert_eq!(gone, stats.dropped_bytes, "{class:?} {fill:?}");
     }
 }
 

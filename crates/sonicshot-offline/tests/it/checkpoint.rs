@@ -8,8 +8,8 @@ use sonicshot::{
 };
 use sonicshot_dump::{DumpError, KdumpWriteError};
 use sonicshot_offline::{
-    AnalyzeOptions, CheckpointFile, CheckpointOptions, Note, OfflineError, OpenOptions, Overwrite,
-    RestoreOptions, RestoreTo, Target,
+    AnalyzeOptions, CheckpointFile, CheckpointOptions, KdumpCompression, Note, OfflineError,
+    OpenOptions, Overwrite, RestoreOptions, RestoreTo, Target,
 };
 use std::fs::{self, File};
 use std::path::Path;
@@ -96,7 +96,12 @@ fn all_of_it_comes_back_whatever_it_was_in_between() {
     checkpoint
         .convert(&Target::Elf, &elf, Overwrite::Refuse, &mut quiet)
         .unwrap();
-    for target in [Target::Kdump, Target::Checkpoint, Target::Elf, Target::Raw] {
+    for target in [
+        Target::Kdump(KdumpCompression::Zlib),
+        Target::Checkpoint,
+        Target::Elf,
+        Target::Raw,
+    ] {
         let out = temporary.path().join("out");
         let converted = open(&elf)
             .convert(&target, &out, Overwrite::Replace, &mut quiet)
@@ -169,7 +174,12 @@ fn an_output_names_the_processor_that_the_guest_has() {
         let again = CheckpointFile::open(&out).unwrap();
         assert_eq!(again.reader().info().architecture, machine);
 
-        let kdump = checkpoint.convert(&Target::Kdump, &out, replace, &mut quiet);
+        let kdump = checkpoint.convert(
+            &Target::Kdump(KdumpCompression::Zlib),
+            &out,
+            replace,
+            &mut quiet,
+        );
         if machine == Some(RISCV) {
             let refused = matches!(
                 kdump,

@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::process::{Signal, pidfd_send_signal};
+use sonicshot::checkpoint::CheckpointError;
 use sonicshot::{Gpa, GpaRange};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -99,6 +100,9 @@ impl Machine {
         control: Arc<Control>,
         peer: Option<Arc<OwnedFd>>,
     ) -> Result<Self, ServeError> {
+        if source.is_for_analysis() && !options.for_analysis {
+            return Err(CheckpointError::CannotRun.into());
+        }
         // A thread must not sleep in a read while it is told to stop.
         rustix::io::ioctl_fionbio(&uffd, true).map_err(ServeError::system("FIONBIO"))?;
         let regions = Region::all(regions, source.layout(), &uffd)?;

@@ -55,6 +55,8 @@ pub struct VmOptions {
     pub recorder: Option<Arc<Recorder>>,
     /// Who counts.
     pub metrics: Arc<Metrics>,
+    /// Serve a source too of which pages that the guest uses are missing: they read as zero.
+    pub for_analysis: bool,
 }
 
 /// A virtual machine of this process, whose memory comes in while it runs.
@@ -75,6 +77,8 @@ impl Vm {
     /// once; the guest may run.
     ///
     /// # Errors
+    /// [`CheckpointError::CannotRun`](sonicshot::checkpoint::CheckpointError::CannotRun) of a source
+    /// that is for analysis, unless [`VmOptions::for_analysis`] says that this is known;
     /// [`ServeError`] if a region cannot be served from `source`, or nothing can be started.
     pub fn start(
         source: Arc<dyn PageSource>,

@@ -183,6 +183,10 @@ struct Stored {
 }
 
 impl<S: RangeSource> PageSource for CheckpointSource<S> {
+    fn is_for_analysis(&self) -> bool {
+        self.reader.info().for_analysis
+    }
+
     fn layout(&self) -> &RamLayout {
         &self.reader.info().layout
     }

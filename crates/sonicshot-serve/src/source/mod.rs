@@ -78,6 +78,12 @@ pub trait PageSource: Send + Sync {
 
     /// All that is not zero, what a guest needs sooner first. All virtual machines share it.
     fn by_need(&self) -> Arc<[GpaRange]>;
+
+    /// Whether pages that the guest uses are missing, so that it cannot run from this: of a
+    /// checkpoint [for analysis](sonicshot::checkpoint::CheckpointInfo::for_analysis).
+    fn is_for_analysis(&self) -> bool {
+        false
+    }
 }
 
 /// Fails if what a source reads from is not what it was any more.

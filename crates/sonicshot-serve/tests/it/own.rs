@@ -3,7 +3,7 @@
 
 use crate::guest::{PAGE, PAGES, REGIONS, expected, layout, open, save};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
-use sonicshot::checkpoint::Compression;
+use sonicshot::checkpoint::{CheckpointError, Compression};
 use sonicshot::{Gpa, GpaRange, RamLayout};
 use sonicshot_serve::{
     CheckpointSource, Content, HostAddress, Metrics, PageSet, PageSource, Piece, Prefetch, Run,
@@ -455,4 +455,42 @@ fn a_thread_that_fails_is_told() {
     let vm = Vm::start(source, uffd, &regions(&memory, PAGE), VmOptions::default());
     let error = vm.unwrap().finish().unwrap_err();
     assert!(matches!(*error, ServeError::Thread), "{error:?}");
+}
+
+/// A guest cannot run without pages that it uses: what lacks them is served only to who says that he
+/// knows.
+#[test]
+fn a_checkpoint_for_analysis_is_not_run_unawares() {
+    struct Lacking(Arc<dyn PageSource>);
+    impl PageSource for Lacking {
+        fn layout(&self) -> &RamLayout {
+            self.0.layout()
+        }
+        fn run_at(&self, at: Gpa) -> Result<Run, ServeError> {
+            self.0.run_at(at)
+        }
+        fn read<'b>(&self, at: GpaRange, to: &'b mut Vec<u8>) -> Result<Piece<'b>, ServeError> {
+            self.0.read(at, to)
+        }
+        fn by_need(&self) -> Arc<[GpaRange]> {
+            self.0.by_need()
+        }
+        fn is_for_analysis(&self) -> bool {
+            true
+        }
+    }
+    let metrics = Arc::new(Metrics::default());
+    for known in [false, true] {
+        let memory = Memory::new(PAGES * PAGE, false);
+        let source = Arc::new(Lacking(source(Compression::None, &metrics)));
+        let mut options = options(Prefetch::Nothing, 0, &metrics);
+        options.for_analysis = known;
+        match Vm::start(source, memory.register(), &regions(&memory, PAGE), options) {
+            Ok(vm) => assert!(known && vm.finish().is_ok()),
+            Err(error) => {
+                let told = ServeError::Checkpoint(CheckpointError::CannotRun).to_string();
+                assert!(!known && error.to_string() == told, "{error}");
+            }
+        }
+    }
 }

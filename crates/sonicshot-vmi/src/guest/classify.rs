@@ -137,13 +137,13 @@ impl LinuxGuest<'_> {
         for range in ranges {
             map.with_slices(
                 range.whole_frames(self.kernel.build.page_size),
-                |_, classes| {
-                    for class in classes {
+                |_, pages| {
+                    for page in pages {
                         if matches!(
-                            class,
+                            page.class(),
                             PageClass::FreeBuddy | PageClass::FreePcp | PageClass::Offline
                         ) {
-                            *class = PageClass::Unknown;
+                            *page = PageClass::Unknown.into();
                             kept = kept.wrapping_add(1);
                         }
                     }

@@ -4,7 +4,7 @@ use super::LinuxGuest;
 use crate::VirtualMemory;
 use crate::error::VmiError;
 use crate::note::Note;
-use sonicshot::{Fill, PageClass, PageMap};
+use sonicshot::{Fill, MemoryError, PageClass, PageMap};
 
 impl LinuxGuest<'_> {
     /// Whether the flag behind `names` is set: a static key or a bool, by its first byte.
@@ -50,7 +50,11 @@ impl LinuxGuest<'_> {
             let Some(at) = frames.start().gpa(self.kernel.build.page_size) else {
                 continue;
             };
-            memory.read(at, &mut page)?;
+            match memory.read(at, &mut page) {
+                // What is not in the source tells nothing.
+                Err(MemoryError::Absent { .. }) => continue,
+                read => read?,
+            }
             looked = looked.saturating_add(1);
             if page.iter().all(|byte| *byte == PAGE_POISON) {
                 with_pattern = with_pattern.saturating_add(1);

@@ -1,6 +1,6 @@
 //! What can go wrong with a checkpoint.
 
-use crate::{Gpa, MemoryError, Pfn};
+use crate::{Gpa, MemoryError, PageClass, Pfn};
 use std::error::Error;
 use std::io;
 
@@ -114,6 +114,35 @@ pub enum CheckpointError {
         /// How much there may be.
         max: u64,
     },
+    /// Chunks of a size that cannot be.
+    #[error(
+        "a chunk of {found} bytes: give a multiple of the page size, {page}, that is at most {max}"
+    )]
+    ChunkSize {
+        /// The size asked for.
+        found: u64,
+        /// The size of a page.
+        page: u64,
+        /// The largest chunk.
+        max: u64,
+    },
+    /// A plan that drops what the guest uses, for a checkpoint that does not say so.
+    #[error(
+        "frame {pfn} is {class}, which the guest uses, and it is to be dropped: the guest could \
+         not run from the checkpoint, which does not say so (CheckpointInfo::for_analysis)"
+    )]
+    ForAnalysis {
+        /// What it is used for.
+        class: PageClass,
+        /// The first such frame.
+        pfn: Pfn,
+    },
+    /// A checkpoint without pages that the guest uses, from which a guest is to be run.
+    #[error(
+        "the checkpoint is for analysis: pages that the guest uses are missing, and it cannot run \
+         from it"
+    )]
+    CannotRun,
     /// Bytes that are to be copied are not as many as there is room for.
     #[error("{what} at {at} has {found} bytes, not {expected}")]
     Length {

@@ -11,7 +11,7 @@ const PAGE: usize = 4096;
 struct Guest {
     layout: RamLayout,
     regions: Vec<(Gpa, Vec<u8>)>,
-    classes: Vec<PageClass>,
+    classes: Vec<PageState>,
     /// Frames that the source has no bytes for.
     absent: Vec<Pfn>,
 }
@@ -100,7 +100,7 @@ fn guest(pages: &[(u8, u64, u8)], ragged: bool) -> Guest {
             PageClass::Kernel,
             PageClass::FreeBuddy,
             PageClass::Anonymous,
-            PageClass::Zero,
+            PageClass::Slab,
         ][usize::from(n % 4)]
     };
     Guest {
@@ -108,10 +108,9 @@ fn guest(pages: &[(u8, u64, u8)], ragged: bool) -> Guest {
         regions,
         classes: pages
             .iter()
-            .map(|(kind, _, c)| match class(c) {
-                // Zero is only said of zero pages.
-                PageClass::Zero if *kind != 0 => PageClass::Slab,
-                other => other,
+            .map(|(kind, _, c)| match PageState::new(class(c)) {
+                page if *kind == 0 && page.class() == PageClass::Slab => page.with_zero(),
+                page => page,
             })
             .collect(),
         absent: Vec::new(),
@@ -229,7 +228,12 @@ fn check(guest: &Guest, file: Vec<u8>, fill: u8) {
             assert!(bytes == found);
         }
     }
-    assert_eq!(checkpoint.page_map(), map_of(guest));
+    let (map, was) = (checkpoint.page_map(), map_of(guest));
+    assert!(map.runs().eq(was.runs()));
+    // That it is zero is said of more pages: those that were looked at as they were written.
+    for (frames, page) in was.states().filter(|(_, page)| page.is_zero()) {
+        assert!(frames.iter().all(|pfn| map.state(pfn) == Some(page)));
+    }
 }
 
 proptest! {
@@ -423,7 +427,9 @@ fn what_a_newer_writer_needs_is_refused_and_what_it_offers_is_ignored() {
 
 #[test]
 fn the_numbers_of_the_classes_are_part_of_the_format() {
-    let names: Vec<&str> = PageClass::ALL.iter().map(|class| class.name()).collect();
+    let name = |number| PageClass::from_u8(number).map(PageClass::name);
+    let names: Vec<Option<&str>> = (0..20).map(name).collect();
+    let names: Vec<&str> = names.iter().map(|name| name.unwrap_or("-")).collect();
     assert_eq!(
         names,
         [
@@ -432,7 +438,7 @@ fn the_numbers_of_the_classes_are_part_of_the_format() {
             "free_buddy",
             "free_pcp",
             "offline",
-            "zero",
+            "-", // "zero" of earlier versions: a class of its own then
             "kernel",
             "slab",
             "page_table",
@@ -445,6 +451,8 @@ fn the_numbers_of_the_classes_are_part_of_the_format() {
             "reserved",
             "unaccepted",
             "hwpoison",
+            "absent",
+            "-",
         ]
     );
 }
@@ -696,6 +704,77 @@ fn only_what_nobody_can_cut_off_is_mapped() {
             // SAFETY: the region is mapped and nobody writes it.
             let found = unsafe { std::slice::from_raw_parts(start.as_ptr(), expected.len()) };
             assert!(found == expected, "{name}");
+        }
+    }
+}
+
+/// A chunk is whole pages, and a size that is none is no other size than it says.
+#[test]
+fn a_chunk_of_another_size_is_an_error() {
+    let layout = RamLayout::new(vec![GpaRange::with_len(Gpa::ZERO, 1 << 20).unwrap()]).unwrap();
+    for (page, chunk, fits) in [
+        (PageSize::SIZE_4K, 4096, true),
+        (PageSize::SIZE_4K, 0, false),
+        (PageSize::SIZE_4K, 1, false),
+        (PageSize::SIZE_4K, 4095, false),
+        (PageSize::SIZE_4K, 6144, false),
+        (PageSize::SIZE_4K, 16 << 20, true),
+        (PageSize::SIZE_4K, (16 << 20) + 4096, false),
+        (PageSize::SIZE_64K, 4096, false),
+        (PageSize::SIZE_64K, 65536, true),
+    ] {
+        let info = CheckpointInfo::new(layout.clone(), page);
+        let mut options = SaveOptions::default();
+        options.chunk_size = chunk;
+        match CheckpointWriter::new(Vec::new(), info, options) {
+            Ok(_) => assert!(fits, "{chunk}"),
+            Err(CheckpointError::ChunkSize { found, .. }) => {
+                assert_eq!((found, fits), (chunk.into(), false));
+            }
+            Err(error) => panic!("{chunk}: {error}"),
+        }
+    }
+}
+
+/// A guest cannot run without pages that it uses: a checkpoint says so, and is mapped for one only
+/// by who says that he knows.
+#[test]
+fn a_checkpoint_for_analysis_is_not_run_unawares() {
+    let ram = vec![7_u8; 16 * PAGE];
+    let guest = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+    let mut map = PageMap::new(guest.layout(), PageSize::SIZE_4K);
+    map.set(
+        PfnRange::new(Pfn::new(4), Pfn::new(5)),
+        PageClass::Anonymous,
+    );
+    let classes = DropClasses(ClassSet::DEFAULT_DROP.with(PageClass::Anonymous));
+    let plan = PrunePlan::new(&map, &classes, Fill::Zero);
+    let mut info = CheckpointInfo::new(guest.layout().clone(), PageSize::SIZE_4K);
+    let begin = |info: &CheckpointInfo| {
+        CheckpointWriter::new(Vec::new(), info.clone(), SaveOptions::default()).unwrap()
+    };
+    let unsaid = begin(&info).memory(&guest, &map, &plan, &mut |_, _| {});
+    let Err(CheckpointError::ForAnalysis { class, pfn }) = unsaid else {
+        panic!("{unsaid:?}");
+    };
+    assert_eq!((class, pfn), (PageClass::Anonymous, Pfn::new(4)));
+    for known in [false, true] {
+        info.for_analysis = known;
+        let mut writer = begin(&info);
+        let plan = if known {
+            plan.clone()
+        } else {
+            PrunePlan::new(&map, &DropClasses::default(), Fill::Zero)
+        };
+        writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+        let checkpoint = CheckpointReader::new(writer.finish().unwrap().0).unwrap();
+        assert_eq!(checkpoint.info().for_analysis, known);
+        #[cfg(feature = "mmap")]
+        {
+            let mut options = MapOptions::default();
+            assert_eq!(checkpoint.map_private(options).is_err(), known);
+            options.for_analysis = true;
+            assert!(checkpoint.map_private(options).is_ok());
         }
     }
 }

@@ -15,11 +15,11 @@ struct Guest {
 }
 
 /// What a page of a class holds: free pages hold garbage.
-fn content(pfn: u64, class: PageClass, page: &mut [u8]) {
-    match class {
-        PageClass::Zero => page.fill(0),
+fn content(pfn: u64, state: PageState, page: &mut [u8]) {
+    match state.is_zero() {
+        true => page.fill(0),
         // Every fourth is the same as the one before.
-        _ => {
+        false => {
             for (word, at) in page.chunks_mut(8).zip(0_u64..) {
                 let value = ((pfn & !3) | 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (at / 3);
                 word.copy_from_slice(&value.to_le_bytes()[..word.len()]);
@@ -28,12 +28,12 @@ fn content(pfn: u64, class: PageClass, page: &mut [u8]) {
     }
 }
 
-fn class_of(pfn: u64) -> PageClass {
+fn state_of(pfn: u64) -> PageState {
     match pfn % 11 {
-        2..=4 => PageClass::FreeBuddy,
-        6 => PageClass::Zero,
-        8 => PageClass::Slab,
-        _ => PageClass::Anonymous,
+        2..=4 => PageClass::FreeBuddy.into(),
+        6 => PageState::new(PageClass::Slab).with_zero(),
+        8 => PageClass::Slab.into(),
+        _ => PageClass::Anonymous.into(),
     }
 }
 
@@ -52,7 +52,7 @@ impl Guest {
             while at < end {
                 let next = ((at / page + 1) * page).min(end);
                 let mut whole = vec![0; page as usize];
-                content(at / page, class_of(at / page), &mut whole);
+                content(at / page, state_of(at / page), &mut whole);
                 let from = (at % page) as usize;
                 bytes.extend(&whole[from..from + (next - at) as usize]);
                 at = next;
@@ -69,7 +69,7 @@ impl Guest {
         for frames in map.ram().to_vec() {
             for pfn in frames.iter() {
                 let one = PfnRange::with_len(pfn, 1).unwrap();
-                map.set(one, class_of(pfn.raw()));
+                map.set(one, state_of(pfn.raw()));
             }
         }
         let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Byte(POISON));
@@ -105,7 +105,7 @@ impl Guest {
             let whole = GpaRange::with_len(*at, bytes.len() as u64).unwrap();
             for dropped in self.plan.dropped_in(whole) {
                 let frames = dropped.whole_frames(self.page_size);
-                let zero = self.map.class(frames.start()) == Some(PageClass::Zero);
+                let zero = self.map.state(frames.start()).unwrap().is_zero();
                 let start = dropped.start().offset_from(*at).unwrap() as usize;
                 bytes[start..start + dropped.len() as usize].fill(if zero { 0 } else { POISON });
             }

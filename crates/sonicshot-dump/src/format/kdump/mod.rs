@@ -4,13 +4,14 @@ pub(crate) mod read;
 pub(crate) mod write;
 
 use crate::DumpError;
+use crate::Incomplete;
 use crate::backing::Stored;
 use crate::format::ability::{ByCopy, Copying};
 use crate::format::core_notes;
 use crate::format::kind::{Format, Kind, Source, boxed};
 use read::KdumpFile;
 use sonicshot::{Architecture, Processors};
-use write::{KdumpCompression, KdumpOptions, write_kdump_without};
+use write::{KdumpOptions, write_kdump_again};
 
 pub(crate) const KIND: Kind =
     Kind::by_magic("kdump", &[read::SIGNATURE, b"makedumpfile"], |source| {
@@ -53,6 +54,14 @@ impl Format for KdumpDump {
         core_notes::processors(self.memory.notes(), self.vmcoreinfo(), &self.memory)
     }
 
+    fn incomplete(&self) -> Option<Incomplete> {
+        self.memory.incomplete().cloned()
+    }
+
+    fn shares_zeroes(&self) -> bool {
+        true
+    }
+
     fn by_copy(&self) -> Option<&dyn ByCopy> {
         Some(self)
     }
@@ -62,14 +71,15 @@ impl ByCopy for KdumpDump {
     /// A kdump-compressed file again.
     fn copy(&self, work: Copying<'_>) -> Result<(), DumpError> {
         let options = KdumpOptions {
-            compression: KdumpCompression::Zlib,
+            // Of what is compressed already that stays as it is.
+            compression: self.memory.compression(),
             machine: self.machine(),
             vmcoreinfo: self.vmcoreinfo(),
             notes: self.memory.notes(),
             threads: None,
         };
         let file = work.output.file();
-        let written = write_kdump_without(&self.memory, work.goes, file, &options, work.progress);
+        let written = write_kdump_again(&self.memory, work.goes, file, &options, work.progress);
         written.map_err(|source| DumpError::Kdump {
             path: work.output.path().into(),
             source,

@@ -11,12 +11,14 @@
 //! the file proper. It is read in place, by an index of the pieces.
 
 use crate::DumpError;
+use crate::Incomplete;
 use crate::backing::Stored;
 use crate::backing::paged::BlockCache;
 use crate::backing::plain::{check_content, open_content};
+use crate::format::kdump::write::KdumpCompression;
 use sonicshot::{
     Architecture, Bytes, Cursor, CutShort, FileContent, FileOffset, FileRange, Gpa, GpaRange,
-    GuestMemory, MemoryError, PageSize, RamLayout,
+    GuestMemory, MemoryError, PageSize, Pfn, PfnRange, RamLayout,
 };
 use std::collections::BinaryHeap;
 use std::fmt;
@@ -50,6 +52,7 @@ const LZO: u32 = 2;
 pub(crate) const SNAPPY: u32 = 4;
 pub(crate) const ZSTD: u32 = 0x20;
 const INCOMPLETE: u32 = 8;
+const CODECS: u32 = ZLIB | LZO | SNAPPY | ZSTD;
 
 /// More frames than any guest has, 16 TiB of 4 KiB each: bounds what is kept about them.
 pub(crate) const MAX_FRAMES: u64 = 1 << 32;
@@ -66,6 +69,8 @@ const NT_PRSTATUS: u32 = 1;
 /// Frames that one number of the rank index stands for.
 const RANK_FRAMES: u64 = 512;
 const RANK_BYTES: usize = 64;
+/// A bit for each of them.
+type Presence = [u64; RANK_BYTES / 8];
 /// Memory for decompressed pages.
 const CACHE: usize = 8 << 20;
 
@@ -81,7 +86,12 @@ pub struct KdumpFile {
     ranks: Vec<u64>,
     /// Where the descriptors begin.
     descriptors_at: FileOffset,
+    /// Of one part of a dump in several: the frames that it has, and how many the parts before it.
+    part: Option<(PfnRange, u64)>,
+    incomplete: Option<Incomplete>,
     cache: BlockCache<Descriptor>,
+    /// The stretch of frames that was asked for last, by number, and which of them are there.
+    presence: Mutex<Option<(u64, Presence)>>,
     /// Decompressors that nobody uses at the moment.
     decoders: Mutex<Vec<Decoder>>,
 }
@@ -92,11 +102,24 @@ struct Facts {
     version: u32,
     page_size: PageSize,
     machine: Option<Architecture>,
-    incomplete: bool,
+    /// Pages may be missing that are marked as there.
+    may_lack: bool,
+    /// How pages are compressed, and which were left out, as the headers say.
+    codec: u32,
+    dump_level: u32,
     frames: u64,
     dumped: u64,
     vmcoreinfo: Option<Vec<u8>>,
     notes: Option<Vec<u8>>,
+}
+
+/// A page as it is stored.
+pub(crate) struct PackedPage {
+    pub bytes: Vec<u8>,
+    /// How it is compressed; 0: not at all.
+    pub flags: u32,
+    /// It is compressed, and holds only zeroes.
+    pub is_zero: bool,
 }
 
 /// Where a page is.
@@ -158,17 +181,6 @@ impl KdumpFile {
                 frames,
             )
         })?;
-        let incomplete = header.status & INCOMPLETE != 0;
-        let descriptors_end = dumped
-            .checked_mul(DESCRIPTOR_LEN)
-            .and_then(|len| places.descriptors_at.checked_add(len));
-        if !incomplete && descriptors_end.is_none_or(|end| end > content.end()) {
-            return Err(bad(
-                "page descriptors beyond the end: truncated",
-                places.descriptors_at,
-                dumped,
-            ));
-        }
         let notes = sub.notes.copy(path, &content, MAX_NOTES)?;
         let vmcoreinfo = sub.vmcoreinfo.copy(path, &content, MAX_VMCOREINFO)?;
         let vmcoreinfo = vmcoreinfo.or_else(|| {
@@ -182,7 +194,9 @@ impl KdumpFile {
             version: header.version,
             page_size,
             machine,
-            incomplete,
+            may_lack: header.status & INCOMPLETE != 0 || content.is_cut,
+            codec: header.status & CODECS,
+            dump_level: sub.dump_level,
             frames,
             dumped,
             vmcoreinfo,
@@ -190,16 +204,105 @@ impl KdumpFile {
         };
         let block = usize::try_from(page_size.bytes())
             .map_err(|_| bad("a block size", BLOCK_SIZE, page_size.bytes()))?;
-        Ok(Self {
+        let mut this = Self {
             path: path.to_owned(),
             content,
             layout,
             dumped_at: places.dumped_at,
             ranks,
             descriptors_at: places.descriptors_at,
+            part: None,
+            incomplete: None,
             cache: BlockCache::new(CACHE, block),
+            presence: Mutex::new(None),
             decoders: Mutex::new(Vec::new()),
             facts,
+        };
+        if let Some(part) = sub.part {
+            let before = this.rank(part.start().raw())?;
+            let behind = this.rank(part.end().raw())?;
+            this.part = Some((part, before));
+            this.facts.dumped = behind.saturating_sub(before);
+        }
+        this.incomplete = this.look_for_end(header.status & INCOMPLETE != 0)?;
+        Ok(this)
+    }
+
+    /// How many frames below `pfn` are marked as in the file.
+    fn rank(&self, pfn: u64) -> Result<u64, DumpError> {
+        let pfn = pfn.min(self.facts.frames);
+        let Some(last) = pfn.checked_sub(1) else {
+            return Ok(0);
+        };
+        let (rank, bits) = self.bits(last / RANK_FRAMES)?;
+        let below = bits
+            .iter()
+            .zip((0_u64..).step_by(64))
+            .fold(0, |sum, (word, base)| {
+                let left = (last % RANK_FRAMES).saturating_add(1).saturating_sub(base);
+                let word = match left {
+                    0..64 => word & !(u64::MAX << left),
+                    _ => *word,
+                };
+                u64::from(word.count_ones()).saturating_add(sum)
+            });
+        Ok(rank.saturating_add(below))
+    }
+
+    /// Where the last of the pages with these descriptors ends; `None` if that is nowhere.
+    fn end_of(&self, first: u64, behind: u64) -> Result<Option<FileOffset>, DumpError> {
+        let count = behind.saturating_sub(first);
+        let at = first.checked_mul(DESCRIPTOR_LEN);
+        let at = at.and_then(|at| self.descriptors_at.checked_add(at));
+        let len = count.checked_mul(DESCRIPTOR_LEN);
+        let all = at.zip(len).and_then(|(at, len)| self.content.copy(at, len));
+        let Some(all) = all else { return Ok(None) };
+        let mut end = FileOffset::ZERO;
+        for number in first..behind {
+            let Some(descriptor) = self.among(&all, first, number)? else {
+                continue;
+            };
+            let Some(page) = descriptor.offset.checked_add(descriptor.len.into()) else {
+                return Ok(None);
+            };
+            end = end.max(page);
+        }
+        Ok(Some(end))
+    }
+
+    /// Why pages are missing, if the headers say so or the file ends before its last pages do.
+    fn look_for_end(&self, said: bool) -> Result<Option<Incomplete>, DumpError> {
+        /// Of so many pages at the end it is looked where they are: zeroes are all in one place.
+        const LOOKED: u64 = 1 << 16;
+        let end = self.content.end();
+        let cut = |need: FileOffset| {
+            Some(Incomplete::CutOff {
+                len: self.content.stored_len(),
+                need: need.raw(),
+            })
+        };
+        let descriptors = self.facts.dumped.checked_mul(DESCRIPTOR_LEN);
+        let descriptors_end = descriptors.and_then(|len| self.descriptors_at.checked_add(len));
+        let beyond = || {
+            let what = "page descriptors beyond the end: truncated";
+            DumpError::malformed(&self.path, what, self.descriptors_at, self.facts.dumped)
+        };
+        let mut need = descriptors_end.ok_or_else(beyond)?;
+        if need <= end {
+            let mut behind = self.facts.dumped;
+            let least = behind.saturating_sub(LOOKED);
+            while behind > least && need <= end {
+                let first = behind.saturating_sub(RANK_FRAMES).max(least);
+                need = need.max(self.end_of(first, behind)?.ok_or_else(beyond)?);
+                behind = first;
+            }
+        }
+        Ok(if said {
+            Some(Incomplete::Said)
+        } else if need > end || self.content.is_cut {
+            cut(need)
+        } else {
+            self.part.map(|(frames, _)| Incomplete::Part { frames })
         })
     }
 
@@ -255,77 +358,239 @@ impl KdumpFile {
         self.facts.dumped
     }
 
+    /// Why it lacks pages that it should have.
+    #[must_use]
+    pub fn incomplete(&self) -> Option<&Incomplete> {
+        self.incomplete.as_ref()
+    }
+
+    /// How a page is compressed that is not yet: as the others are, if that can be written.
+    pub(crate) fn compression(&self) -> KdumpCompression {
+        match self.facts.codec {
+            codec if codec & ZSTD != 0 => KdumpCompression::Zstd,
+            codec if codec & SNAPPY != 0 => KdumpCompression::Snappy,
+            _ => KdumpCompression::Zlib,
+        }
+    }
+
+    /// How pages are compressed: a bit for each way.
+    pub(crate) fn codec(&self) -> u32 {
+        self.facts.codec
+    }
+
+    /// What was left out: a bit for each kind of pages (`man makedumpfile`, `-d`).
+    pub(crate) fn dump_level(&self) -> u32 {
+        self.facts.dump_level
+    }
+
+    /// The bits of the `index`th stretch of frames, and how many are set before it.
+    fn bits(&self, index: u64) -> Result<(u64, Presence), DumpError> {
+        let bad =
+            |offset| DumpError::malformed(&self.path, "a bitmap beyond the end", offset, index);
+        let at = index
+            .checked_mul(RANK_BYTES as u64)
+            .and_then(|bytes| self.dumped_at.checked_add(bytes))
+            .ok_or_else(|| bad(self.dumped_at))?;
+        let mut bytes = [0; RANK_BYTES];
+        let rank = usize::try_from(index).ok().and_then(|i| self.ranks.get(i));
+        let Some(rank) = rank.filter(|_| self.content.read(at, &mut bytes)) else {
+            return Err(bad(at));
+        };
+        let mut bits = [0; RANK_BYTES / 8];
+        for (bits, word) in bits.iter_mut().zip(words(&bytes)) {
+            *bits = word;
+        }
+        Ok((*rank, bits))
+    }
+
+    /// Whether it is the frame of this dump, or of another part of it.
+    fn is_here(&self, pfn: u64) -> bool {
+        let here = |(part, _): &(PfnRange, u64)| part.contains(Pfn::new(pfn));
+        pfn < self.facts.frames && self.part.as_ref().is_none_or(here)
+    }
+
+    /// The number of the descriptor of the first frame that `rank` frames are before.
+    fn number(&self, rank: u64) -> Option<u64> {
+        match self.part {
+            Some((_, before)) => rank.checked_sub(before),
+            None => Some(rank),
+        }
+    }
+
+    /// Which frames of the `index`th stretch are in the file.
+    fn presence(&self, index: u64) -> Result<Presence, DumpError> {
+        let cached = || self.presence.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, presence)) = *cached()
+            && at == index
+        {
+            return Ok(presence);
+        }
+        let mut presence = [0; RANK_BYTES / 8];
+        self.each_descriptor(index, &mut |bit, _| {
+            let word = usize::try_from(bit >> 6).ok();
+            if let Some(word) = word.and_then(|word| presence.get_mut(word)) {
+                *word |= 1 << (bit & 63);
+            }
+        })?;
+        *cached() = Some((index, presence));
+        Ok(presence)
+    }
+
+    /// Gives `each` every frame of the `index`th stretch that is in the file, by its number there,
+    /// and its descriptor.
+    fn each_descriptor(
+        &self,
+        index: u64,
+        each: &mut dyn FnMut(u64, Descriptor),
+    ) -> Result<(), DumpError> {
+        let (mut rank, bits) = self.bits(index)?;
+        let first = index.saturating_mul(RANK_FRAMES);
+        let all = self.descriptors(rank, &bits);
+        for bit in 0..RANK_FRAMES {
+            let word = usize::try_from(bit >> 6)
+                .ok()
+                .and_then(|word| bits.get(word));
+            if word.is_none_or(|word| word >> (bit & 63) & 1 == 0) {
+                continue;
+            }
+            let pfn = first.saturating_add(bit);
+            if self.is_here(pfn)
+                && let Some(number) = self.number(rank)
+                && let Some(descriptor) = match &all {
+                    Some((first, all)) => self.among(all, *first, number)?,
+                    None => self.numbered(number)?,
+                }
+                && self.is_inside(descriptor)
+            {
+                each(bit, descriptor);
+            }
+            rank = rank.saturating_add(1);
+        }
+        Ok(())
+    }
+
+    /// The bytes of all descriptors of a stretch of frames, `rank` of which are before it, and the
+    /// number of the first; `None` if they are not all there.
+    fn descriptors(&self, rank: u64, bits: &Presence) -> Option<(u64, Vec<u8>)> {
+        let count = bits.iter().fold(0, |sum: u64, word| {
+            sum.saturating_add(word.count_ones().into())
+        });
+        let number = self.number(rank)?;
+        let at = number.checked_mul(DESCRIPTOR_LEN)?;
+        let at = self.descriptors_at.checked_add(at)?;
+        let bytes = self.content.copy(at, count.checked_mul(DESCRIPTOR_LEN)?)?;
+        Some((number, bytes))
+    }
+
+    /// The `number`th descriptor, among those from the `first` on.
+    fn among(&self, all: &[u8], first: u64, number: u64) -> Result<Option<Descriptor>, DumpError> {
+        let from = number
+            .checked_sub(first)
+            .and_then(|skipped| skipped.checked_mul(DESCRIPTOR_LEN));
+        let raw = from.and_then(|from| all.part(from, DESCRIPTOR_LEN));
+        match raw {
+            Some(raw) => self.parsed(raw, number),
+            None => self.numbered(number),
+        }
+    }
+
+    /// Whether a page's bytes are in the file; they are not where it is cut off.
+    fn is_inside(&self, descriptor: Descriptor) -> bool {
+        let end = descriptor.offset.checked_add(descriptor.len.into());
+        end.is_some_and(|end| end <= self.content.end())
+    }
+
+    /// The `number`th descriptor; `None` if it is not in the file, or was not written.
+    fn numbered(&self, number: u64) -> Result<Option<Descriptor>, DumpError> {
+        let bad = |what, offset, value| DumpError::malformed(&self.path, what, offset, value);
+        let at = number
+            .checked_mul(DESCRIPTOR_LEN)
+            .and_then(|bytes| self.descriptors_at.checked_add(bytes));
+        let beyond = "a page descriptor beyond the end";
+        let at = at.ok_or_else(|| bad(beyond, self.descriptors_at, number))?;
+        let mut raw = [0; 16];
+        if !self.content.read(at, &mut raw) {
+            return Ok(None);
+        }
+        self.parsed(&raw, number)
+    }
+
+    /// The `number`th descriptor, as its bytes say.
+    fn parsed(&self, raw: &[u8], number: u64) -> Result<Option<Descriptor>, DumpError> {
+        let bad = |what, value| {
+            let at = self.descriptors_at;
+            let skipped = number.checked_mul(DESCRIPTOR_LEN);
+            let at = skipped
+                .and_then(|skipped| at.checked_add(skipped))
+                .unwrap_or(at);
+            DumpError::malformed(&self.path, what, at, value)
+        };
+        let descriptor =
+            Descriptor::read(raw).map_err(|_| bad("a page descriptor beyond the end", number))?;
+        let unwritten = descriptor.offset == FileOffset::ZERO || descriptor.len == 0;
+        if self.facts.may_lack && unwritten {
+            return Ok(None);
+        }
+        if descriptor.len == 0 || u64::from(descriptor.len) > self.facts.page_size.bytes() {
+            let len = descriptor.len.into();
+            return Err(bad("an impossible length of a page", len));
+        }
+        Ok(Some(descriptor))
+    }
+
+    /// The page at `at` as it is stored; `None` if it is not there.
+    pub(crate) fn packed(&self, at: Gpa) -> Result<Option<PackedPage>, DumpError> {
+        let Some(descriptor) = self.descriptor(at.pfn(self.facts.page_size).raw())? else {
+            return Ok(None);
+        };
+        // What is compressed to less may be zeroes alone.
+        let small = u64::from(descriptor.len) <= self.facts.page_size.bytes() >> 4;
+        Ok(Some(PackedPage {
+            bytes: self.bytes_of(descriptor)?,
+            flags: descriptor.flags,
+            is_zero: small && self.page(descriptor)?.iter().all(|byte| *byte == 0),
+        }))
+    }
+
+    fn bytes_of(&self, descriptor: Descriptor) -> Result<Vec<u8>, DumpError> {
+        let Descriptor { offset, len, .. } = descriptor;
+        let what = "a page beyond the end: truncated";
+        let bad = || DumpError::malformed(&self.path, what, offset, len.into());
+        self.content.copy(offset, len.into()).ok_or_else(bad)
+    }
+
     /// The descriptor of frame `pfn`; `None` if the frame is not in the file.
     fn descriptor(&self, pfn: u64) -> Result<Option<Descriptor>, DumpError> {
-        let bad = |what, offset, value| DumpError::malformed(&self.path, what, offset, value);
-        if pfn >= self.facts.frames {
+        if !self.is_here(pfn) {
             return Ok(None);
         }
         let (index, bit) = (pfn / RANK_FRAMES, pfn % RANK_FRAMES);
-        let bits_at = index
-            .checked_mul(RANK_BYTES as u64)
-            .and_then(|bytes| self.dumped_at.checked_add(bytes))
-            .ok_or_else(|| bad("a bitmap beyond the end", self.dumped_at, pfn))?;
-        let mut bits = [0; RANK_BYTES];
-        let rank = usize::try_from(index).ok().and_then(|i| self.ranks.get(i));
-        let Some(rank) = rank.filter(|_| self.content.read(bits_at, &mut bits)) else {
-            return Err(bad("a bitmap beyond the end", bits_at, pfn));
-        };
-        let mut number = *rank;
-        for (word, base) in words(&bits).zip((0_u64..).step_by(64)) {
+        let (mut rank, bits) = self.bits(index)?;
+        for (word, base) in bits.iter().zip((0_u64..).step_by(64)) {
             let below = bit.saturating_sub(base);
             if below < 64 {
                 if word >> below & 1 == 0 {
                     return Ok(None);
                 }
                 let lower = word & !(u64::MAX << below);
-                number = number.saturating_add(lower.count_ones().into());
+                rank = rank.saturating_add(lower.count_ones().into());
                 break;
             }
-            number = number.saturating_add(word.count_ones().into());
+            rank = rank.saturating_add(word.count_ones().into());
         }
-        let at = number
-            .checked_mul(DESCRIPTOR_LEN)
-            .and_then(|bytes| self.descriptors_at.checked_add(bytes));
-        let at = at.ok_or_else(|| {
-            bad(
-                "a page descriptor beyond the end",
-                self.descriptors_at,
-                number,
-            )
-        })?;
-        let mut raw = [0; 16];
-        let there = self.content.read(at, &mut raw);
-        let descriptor =
-            Descriptor::read(&raw).map_err(|_| bad("a page descriptor beyond the end", at, pfn))?;
-        if self.facts.incomplete {
-            // Written until the disk was full.
-            let end = descriptor.offset.checked_add(descriptor.len.into());
-            if !there
-                || descriptor.offset == FileOffset::ZERO
-                || descriptor.len == 0
-                || end.is_none_or(|end| end > self.content.end())
-            {
-                return Ok(None);
-            }
-        } else if !there {
-            return Err(bad("a page descriptor beyond the end", at, pfn));
-        }
-        if descriptor.len == 0 || u64::from(descriptor.len) > self.facts.page_size.bytes() {
-            let len = descriptor.len.into();
-            return Err(bad("an impossible length of a page", at, len));
-        }
-        Ok(Some(descriptor))
+        let Some(number) = self.number(rank) else {
+            return Ok(None);
+        };
+        Ok(self
+            .numbered(number)?
+            .filter(|descriptor| self.is_inside(*descriptor)))
     }
 
     /// The page that `descriptor` is of, decompressed.
     fn page(&self, descriptor: Descriptor) -> Result<Vec<u8>, DumpError> {
         let Descriptor { offset, len, flags } = descriptor;
         let bad = |what, value| DumpError::malformed(&self.path, what, offset, value);
-        let stored = self
-            .content
-            .copy(offset, len.into())
-            .ok_or_else(|| bad("a page beyond the end: truncated", len.into()))?;
+        let stored = self.bytes_of(descriptor)?;
         let size = usize::try_from(self.facts.page_size.bytes())
             .map_err(|_| bad("a page too large", len.into()))?;
         if flags == 0 {
@@ -358,6 +623,31 @@ impl Stored for KdumpFile {
 
     fn check_unchanged(&self) -> Result<(), DumpError> {
         self.check_unchanged()
+    }
+
+    /// Pages and their descriptors. All pages of zeroes have one place, which is counted once.
+    fn stored_bytes(&self, range: GpaRange) -> Result<u64, DumpError> {
+        let frames = range.whole_frames(self.facts.page_size);
+        let (mut sum, mut end) = (0_u64, FileOffset::ZERO);
+        let mut at = frames.start().raw();
+        while at < frames.end().raw() {
+            let index = at / RANK_FRAMES;
+            let first = index.saturating_mul(RANK_FRAMES);
+            self.each_descriptor(index, &mut |bit, descriptor| {
+                if !frames.contains(Pfn::new(first.saturating_add(bit))) {
+                    return;
+                }
+                sum = sum.saturating_add(DESCRIPTOR_LEN);
+                // Pages are written one behind the other: what lies before is shared.
+                if descriptor.offset >= end {
+                    sum = sum.saturating_add(descriptor.len.into());
+                    let behind = descriptor.offset.checked_add(descriptor.len.into());
+                    end = behind.unwrap_or(end);
+                }
+            })?;
+            at = first.saturating_add(RANK_FRAMES);
+        }
+        Ok(sum)
     }
 }
 
@@ -400,6 +690,45 @@ impl GuestMemory for KdumpFile {
             rest = later;
         }
         Ok(())
+    }
+
+    fn next_absent(&self, at: Gpa) -> Result<Option<GpaRange>, MemoryError> {
+        let Some(region) = self.layout.region_of(at) else {
+            return Ok(None);
+        };
+        let size = self.facts.page_size;
+        let backend = |source| MemoryError::Backend {
+            range: GpaRange::new(at, region.end()),
+            source: Box::new(self.check_unchanged().err().unwrap_or(source)),
+        };
+        let frames = region.whole_frames(size);
+        let find = |from, there| self.find(PfnRange::new(from, frames.end()), there);
+        let Some(first) = find(at.pfn(size), false).map_err(backend)? else {
+            return Ok(None);
+        };
+        let end = find(first, true).map_err(backend)?.unwrap_or(frames.end());
+        let gpa = PfnRange::new(first, end).gpa_range(size);
+        Ok(gpa.map(|absent| GpaRange::new(absent.start().max(at), absent.end())))
+    }
+}
+
+impl KdumpFile {
+    /// The first of `frames` that is in the file, or that is not.
+    fn find(&self, frames: PfnRange, there: bool) -> Result<Option<Pfn>, DumpError> {
+        let mut at = frames.start().raw();
+        while at < frames.end().raw() {
+            let presence = self.presence(at / RANK_FRAMES)?;
+            let bit = at % RANK_FRAMES;
+            let word = usize::try_from(bit >> 6).ok().and_then(|i| presence.get(i));
+            let word = word.copied().unwrap_or_default();
+            let wanted = if there { word } else { !word } >> (bit & 63);
+            if wanted != 0 {
+                let found = at.saturating_add(wanted.trailing_zeros().into());
+                return Ok(Some(Pfn::new(found)).filter(|found| frames.contains(*found)));
+            }
+            at = (at | 63).saturating_add(1);
+        }
+        Ok(None)
     }
 }
 
@@ -449,6 +778,13 @@ impl Header {
             return Err(bad("no kdump header", begin, found));
         }
         let version = field(VERSION)?;
+        let machine = header.get(272..337).ok_or_else(cut)?;
+        if let Some(machine) = other_machine(machine) {
+            return Err(DumpError::OtherMachine {
+                path: path.to_owned(),
+                machine,
+            });
+        }
         if !(1..=6).contains(&version) {
             return Err(match version.swap_bytes() {
                 1..=6 => DumpError::Unsupported {
@@ -477,7 +813,7 @@ impl Header {
             sub_blocks: field(SUB_BLOCKS)?,
             bitmap_blocks: field(BITMAP_BLOCKS)?,
             max_frames: field(MAX_MAPNR)?,
-            machine: header.get(272..337).ok_or_else(cut)?.to_vec(),
+            machine: machine.to_vec(),
         })
     }
 
@@ -519,6 +855,9 @@ impl Part {
 
 /// What is of use in `struct kdump_sub_header`.
 struct SubHeader {
+    dump_level: u32,
+    /// The frames that are in this part of several.
+    part: Option<PfnRange>,
     /// 0 of a version that has it in the header alone.
     max_frames: u64,
     vmcoreinfo: Part,
@@ -554,12 +893,21 @@ impl SubHeader {
             Ok(_) if header.version < since => Ok(0),
             read => read,
         };
-        if header.version >= 2 && sub.le_at::<u32>(12).ok_or_else(cut)? != 0 {
-            return Err(DumpError::Unsupported {
-                path: path.to_owned(),
-                kind: "one part of a split kdump-compressed dump",
-            });
-        }
+        let is_split = header.version >= 2 && sub.le_at::<u32>(12).ok_or_else(cut)? != 0;
+        let frames = |start, end, since| {
+            let frames =
+                PfnRange::new(Pfn::new(field(start, since)?), Pfn::new(field(end, since)?));
+            Ok::<_, DumpError>(frames)
+        };
+        let part_of = if is_split {
+            // The numbers of 32 bits are too short for large machines.
+            match frames(80, 88, 6)? {
+                none if none.is_empty() => Some(frames(16, 24, 2)?),
+                frames => Some(frames),
+            }
+        } else {
+            None
+        };
         let part = |at: u64, len_at: u64, since, what| {
             Ok::<_, DumpError>(Part {
                 what,
@@ -569,6 +917,8 @@ impl SubHeader {
             })
         };
         Ok(Self {
+            dump_level: sub.le_at(8).ok_or_else(cut)?,
+            part: part_of,
             max_frames: field(96, 6)?,
             vmcoreinfo: part(32, 40, 3, "VMCOREINFO beyond the end or too long")?,
             notes: part(48, 56, 4, "notes beyond the end or too long")?,
@@ -687,6 +1037,8 @@ struct Content {
     file: FileContent,
     /// Sorted by `to`, disjoint.
     pieces: Option<Vec<Piece>>,
+    /// It is flattened, and its end mark is missing.
+    is_cut: bool,
 }
 
 /// A piece of a flattened file.
@@ -700,10 +1052,16 @@ struct Piece {
 
 impl Content {
     fn new(path: &Path, file: FileContent) -> Result<Self, DumpError> {
-        let mut content = Self { file, pieces: None };
+        let mut content = Self {
+            file,
+            pieces: None,
+            is_cut: false,
+        };
         let mut signature = [0; 16];
         if content.read(FileOffset::ZERO, &mut signature) && signature == *FLAT_SIGNATURE {
-            content.pieces = Some(content.find_pieces(path)?);
+            let (pieces, is_cut) = content.find_pieces(path)?;
+            content.pieces = Some(pieces);
+            content.is_cut = is_cut;
         }
         Ok(content)
     }
@@ -770,8 +1128,9 @@ impl Content {
         self.read(at, &mut copy).then_some(copy)
     }
 
-    /// Walks the records of a flattened file: big-endian offset and length, then the bytes.
-    fn find_pieces(&self, path: &Path) -> Result<Vec<Piece>, DumpError> {
+    /// Walks the records of a flattened file: big-endian offset and length, then the bytes. Tells
+    /// too whether it ends before its end mark; what is there of the last record counts.
+    fn find_pieces(&self, path: &Path) -> Result<(Vec<Piece>, bool), DumpError> {
         let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
         let file_len = self.stored_len();
         let pair = |at| {
@@ -788,26 +1147,26 @@ impl Content {
         let limit = SMALL_PIECES.saturating_add(file_len.checked_div(PIECE_LEN).unwrap_or(0));
         let mut pieces = Vec::new();
         let mut at = FLAT_HEADER_LEN;
-        loop {
-            let (to, len) = pair(at).ok_or_else(|| {
-                bad(
-                    "a flattened file without its end mark: truncated",
-                    at,
-                    file_len,
-                )
-            })?;
+        let mut is_cut = false;
+        while !is_cut {
+            let Some((to, len)) = pair(at) else {
+                is_cut = true;
+                break;
+            };
             if (to, len) == (u64::MAX, u64::MAX) {
                 break;
             }
             let from = at.checked_add(16);
             let piece = from.and_then(|from| FileRange::with_len(from, len));
-            let piece = piece
-                .filter(|piece| piece.end().raw() <= file_len)
-                .ok_or_else(|| bad("a piece beyond the end: truncated", at, len))?;
+            let piece = piece.ok_or_else(|| bad("a piece of an impossible length", at, len))?;
             // These are signed numbers.
-            let to = FileRange::with_len(FileOffset::new(to), len)
+            FileRange::with_len(FileOffset::new(to), len)
                 .filter(|to| i64::try_from(to.end().raw()).is_ok())
                 .ok_or_else(|| bad("a piece at an impossible offset", at, to))?;
+            is_cut = piece.end().raw() > file_len;
+            let piece = FileRange::new(piece.start(), piece.end().min(FileOffset::new(file_len)));
+            let to = FileRange::with_len(FileOffset::new(to), piece.len());
+            let to = to.ok_or_else(|| bad("a piece of an impossible length", at, len))?;
             if !to.is_empty() {
                 let from = piece.start();
                 pieces.push(Piece { to, from });
@@ -817,7 +1176,7 @@ impl Content {
             }
             at = piece.end();
         }
-        Ok(without_overlaps(pieces))
+        Ok((without_overlaps(pieces), is_cut))
     }
 }
 
@@ -965,6 +1324,16 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     std::iter::from_fn(move || words.le().ok())
 }
 
+/// The name of a processor whose dumps are not read here, in `struct new_utsname`.
+fn other_machine(name: &[u8]) -> Option<String> {
+    let name = name.split(|byte| *byte == 0).next()?;
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
+    // QEMU says `Unknown`.
+    let is_name =
+        !name.is_empty() && name.iter().all(plain) && !name.eq_ignore_ascii_case(b"unknown");
+    (is_name && machine_named(name).is_none()).then(|| String::from_utf8_lossy(name).into_owned())
+}
+
 /// The processor by its name in `struct new_utsname`.
 fn machine_named(name: &[u8]) -> Option<Architecture> {
     match name.split(|byte| *byte == 0).next()? {
@@ -989,6 +1358,8 @@ pub(crate) struct Note<'a> {
     pub kind: u32,
     pub name: &'a [u8],
     pub text: &'a [u8],
+    /// Where the text begins among the notes.
+    pub text_at: u64,
 }
 
 impl Note<'_> {
@@ -1001,17 +1372,24 @@ impl Note<'_> {
 /// The ELF notes in `bytes`, up to the first that is cut off.
 pub(crate) fn notes_in(bytes: &[u8]) -> impl Iterator<Item = Note<'_>> {
     let mut notes = Cursor::new(bytes);
-    std::iter::from_fn(move || next_note(&mut notes).ok())
+    let len = bytes.len() as u64;
+    std::iter::from_fn(move || next_note(&mut notes, len).ok())
 }
 
-fn next_note<'a>(notes: &mut Cursor<&'a [u8]>) -> Result<Note<'a>, CutShort> {
+fn next_note<'a>(notes: &mut Cursor<&'a [u8]>, len: u64) -> Result<Note<'a>, CutShort> {
     let (name_len, text_len, kind): (u32, u32, u32) = (notes.le()?, notes.le()?, notes.le()?);
     let padding = |len: u32| u64::from(len).next_multiple_of(4).abs_diff(len.into());
     let name = notes.take(name_len.into())?;
     notes.skip(padding(name_len))?;
+    let text_at = len.abs_diff(notes.left());
     let text = notes.take(text_len.into())?;
     // The last one's may be missing.
     notes.skip(padding(text_len).min(notes.left()))?;
     let name = name.strip_suffix(&[0]).unwrap_or(name);
-    Ok(Note { kind, name, text })
+    Ok(Note {
+        kind,
+        name,
+        text,
+        text_at,
+    })
 }

@@ -5,8 +5,8 @@ pub mod qemu;
 pub mod xen;
 
 use sonicshot::{
-    DropClasses, Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange,
-    Progress, PrunePlan, RamLayout,
+    DropClasses, Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, PageSize, PageState, Pfn,
+    PfnRange, Progress, PrunePlan, RamLayout,
 };
 use sonicshot_dump::{CheckedPlan, Dump, DumpError, Overwrite, PruneOptions, PruneStats};
 use std::fs;
@@ -37,12 +37,12 @@ pub fn plan(layout: &RamLayout, runs: &[(u64, u64)]) -> PrunePlan {
 pub fn plan_with(
     layout: &RamLayout,
     runs: &[(u64, u64)],
-    class: PageClass,
+    page: impl Into<PageState> + Copy,
     fill: Fill,
 ) -> PrunePlan {
     let mut map = PageMap::new(layout, PageSize::SIZE_4K);
     for (first, count) in runs {
-        map.set(PfnRange::with_len(Pfn::new(*first), *count).unwrap(), class);
+        map.set(PfnRange::with_len(Pfn::new(*first), *count).unwrap(), page);
     }
     PrunePlan::new(&map, &DropClasses::default(), fill)
 }

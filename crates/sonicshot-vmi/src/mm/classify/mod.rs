@@ -241,12 +241,12 @@ fn keep_mem_map(mem_map: &MemMap<'_>, map: &mut PageMap, wrong: &mut Disagreemen
         let first = range.start().pfn(page_size);
         let end = range.end().raw().div_ceil(page_size.bytes());
         let frames = PfnRange::new(first, Pfn::new(end));
-        map.with_slices(frames, |start, classes| {
-            for (class, pfn) in classes.iter_mut().zip(start.raw()..) {
-                match class {
-                    PageClass::Offline => *class = PageClass::Kernel,
+        map.with_slices(frames, |start, pages| {
+            for (page, pfn) in pages.iter_mut().zip(start.raw()..) {
+                match page.class() {
+                    PageClass::Offline => *page = PageClass::Kernel.into(),
                     PageClass::FreeBuddy | PageClass::FreePcp => {
-                        *class = PageClass::Unknown;
+                        *page = PageClass::Unknown.into();
                         wrong.fatal = true;
                         wrong.block(|| {
                             format!("frame {pfn:#x} holds struct pages and counts as free")

@@ -9,7 +9,7 @@ use crate::checkpoint::wire::index::Index;
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun, SaveStats};
 use crate::checkpoint::wire::layout::{FOOTER_LEN, MAGIC, checksum, len64, size};
 use crate::checkpoint::wire::record::BlobEntry;
-use crate::{PageMap, Pfn, PfnRange};
+use crate::{PageMap, PageState, Pfn, PfnRange};
 use core::hash::Hasher;
 use std::fmt;
 use std::fs::File;
@@ -252,13 +252,21 @@ impl<S: RangeSource> CheckpointReader<S> {
         stats
     }
 
-    /// The class of every frame, as it was when the checkpoint was written.
+    /// The class of every frame, as it was when the checkpoint was written, and which hold only
+    /// zeroes.
     #[must_use]
     pub fn page_map(&self) -> PageMap {
         let info = &self.header.info;
         let mut map = PageMap::new(&info.layout, info.page_size);
         for run in self.runs() {
-            map.set(run.frames, run.class);
+            let page = PageState::new(run.class);
+            map.set(
+                run.frames,
+                match run.content {
+                    PageContent::Zero => page.with_zero(),
+                    _ => page,
+                },
+            );
         }
         map
     }

@@ -29,6 +29,9 @@ pub struct MapOptions {
     /// the caller can write. Without it, what is not sealed against both (a memfd with
     /// `F_SEAL_SHRINK` and `F_SEAL_WRITE` or `F_SEAL_FUTURE_WRITE`) is read.
     pub unsealed: bool,
+    /// A checkpoint that is [for analysis](crate::checkpoint::CheckpointInfo::for_analysis) is
+    /// mapped too: pages that the guest uses are missing from it, and read as zero.
+    pub for_analysis: bool,
 }
 
 impl Default for MapOptions {
@@ -37,6 +40,7 @@ impl Default for MapOptions {
             max_mappings: 16_384,
             min_mapping: 32 << 10,
             unsealed: false,
+            for_analysis: false,
         }
     }
 }
@@ -120,9 +124,14 @@ impl<S: RangeSource> CheckpointReader<S> {
     /// that others might change, is read.
     ///
     /// # Errors
-    /// [`CheckpointError`] if something cannot be mapped or read.
+    /// [`CheckpointError::CannotRun`] of a checkpoint that is for analysis, unless
+    /// [`MapOptions::for_analysis`] says that this is known; [`CheckpointError`] if something cannot
+    /// be mapped or read.
     pub fn map_private(&self, options: MapOptions) -> Result<PrivateMemory, CheckpointError> {
         let info = self.info();
+        if info.for_analysis && !options.for_analysis {
+            return Err(CheckpointError::CannotRun);
+        }
         let mut memory = PrivateMemory {
             regions: Vec::new(),
         };

@@ -4,7 +4,9 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::wire::frames::{covered_frames, read_frames};
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
 use crate::checkpoint::wire::layout::{MAX_RUN, checksum, size};
-use crate::{DropRun, Fill, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange, PrunePlan};
+use crate::{
+    DropRun, Fill, GuestMemory, PageClass, PageMap, PageSize, PageState, Pfn, PfnRange, PrunePlan,
+};
 use core::iter::Peekable;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,7 +32,7 @@ pub(crate) struct Batches<'a> {
     ranges: std::vec::IntoIter<PfnRange>,
     /// What is left of the current range.
     rest: PfnRange,
-    classes: Peekable<Box<dyn Iterator<Item = (PfnRange, PageClass)> + 'a>>,
+    states: Peekable<Box<dyn Iterator<Item = (PfnRange, PageState)> + 'a>>,
     drops: Peekable<core::slice::Iter<'a, DropRun>>,
 }
 
@@ -41,13 +43,13 @@ impl<'a> Batches<'a> {
         map: &'a PageMap,
         plan: &'a PrunePlan,
     ) -> Self {
-        let classes: Box<dyn Iterator<Item = _> + 'a> = Box::new(map.runs());
+        let states: Box<dyn Iterator<Item = _> + 'a> = Box::new(map.states());
         Self {
             memory,
             info,
             ranges: covered_frames(&info.layout, info.page_size).into_iter(),
             rest: PfnRange::new(Pfn::new(0), Pfn::new(0)),
-            classes: classes.peekable(),
+            states: states.peekable(),
             drops: plan.runs().iter().peekable(),
         }
     }
@@ -59,19 +61,20 @@ impl<'a> Batches<'a> {
         }
         let at = self.rest.start();
         let mut end = self.rest.end();
-        while self.classes.next_if(|(run, _)| run.end() <= at).is_some() {}
-        let class = match self.classes.peek() {
-            Some((run, class)) if run.contains(at) => {
+        while self.states.next_if(|(run, _)| run.end() <= at).is_some() {}
+        let state = match self.states.peek() {
+            Some((run, state)) if run.contains(at) => {
                 end = end.min(run.end());
-                *class
+                *state
             }
             // A frame that RAM fills only in part.
             Some((run, _)) => {
                 end = end.min(run.start());
-                PageClass::Hole
+                PageState::new(PageClass::Hole)
             }
-            None => PageClass::Hole,
+            None => PageState::new(PageClass::Hole),
         };
+        let class = state.class();
         while self.drops.next_if(|run| run.frames.end() <= at).is_some() {}
         let dropped = match self.drops.peek() {
             Some(run) if run.frames.contains(at) => {
@@ -89,7 +92,7 @@ impl<'a> Batches<'a> {
         let part = match dropped {
             Some(fill) => {
                 let content = match fill {
-                    Fill::Zero if class == PageClass::Zero => PageContent::Zero,
+                    Fill::Zero if state.is_zero() => PageContent::Zero,
                     Fill::Zero | Fill::Any => PageContent::Free { word: 0 },
                     Fill::Byte(byte) => PageContent::Free {
                         word: u64::from_ne_bytes([byte; 8]),

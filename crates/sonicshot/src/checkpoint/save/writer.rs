@@ -11,7 +11,7 @@ use crate::checkpoint::wire::frames::same_layout;
 use crate::checkpoint::wire::header::{Codec, Header};
 use crate::checkpoint::wire::info::{CheckpointInfo, SaveStats};
 use crate::checkpoint::wire::layout::{
-    ALIGN, FOOTER_LEN, MAX_BLOB_NAME, MAX_CHUNK, checksum, len64, narrow, size, too_large,
+    ALIGN, FOOTER_LEN, MAX_BLOB_NAME, MAX_CHUNK, checksum, len64, size, too_large,
 };
 use crate::checkpoint::wire::record::BlobEntry;
 use crate::{GuestMemory, PageMap, Progress, PrunePlan};
@@ -61,19 +61,18 @@ impl<W: Write> CheckpointWriter<W> {
     /// Begins a checkpoint of the guest that `info` describes.
     ///
     /// # Errors
-    /// [`CheckpointError`] if the options cannot be, or writing fails.
+    /// [`CheckpointError::ChunkSize`] of one that cannot be, [`CheckpointError::CodecMissing`], or
+    /// what writing gives.
     pub fn new(
         out: W,
         info: CheckpointInfo,
-        mut options: SaveOptions,
+        options: SaveOptions,
     ) -> Result<Self, CheckpointError> {
-        let page: u32 = narrow("a page of", info.page_size.bytes(), MAX_CHUNK)?;
-        options.chunk_size = options.chunk_size.max(page);
         let chunk = u64::from(options.chunk_size);
-        if chunk > MAX_CHUNK || chunk & info.page_size.offset_mask() != 0 {
-            return Err(CheckpointError::TooLarge {
-                what: "a chunk that is not whole pages, or so long",
-                value: chunk,
+        if chunk == 0 || chunk > MAX_CHUNK || chunk & info.page_size.offset_mask() != 0 {
+            return Err(CheckpointError::ChunkSize {
+                found: chunk,
+                page: info.page_size.bytes(),
                 max: MAX_CHUNK,
             });
         }
@@ -82,7 +81,6 @@ impl<W: Write> CheckpointWriter<W> {
         let header = Header {
             codec: Codec::of(options.compression),
             chunk_size: options.chunk_size,
-            compatible: 0,
             info,
         };
         let mut sink = Sink::new(out);
@@ -159,8 +157,10 @@ impl<W: Write> CheckpointWriter<W> {
     /// read as. The guest, and whatever else writes its memory, must be paused.
     ///
     /// # Errors
-    /// [`CheckpointError`] if `memory` or `map` are not of the guest that the checkpoint was
-    /// begun for, or reading or writing fails. The checkpoint cannot be finished then.
+    /// [`CheckpointError::ForAnalysis`] if `plan` drops what the guest uses and
+    /// [`CheckpointInfo::for_analysis`] does not say so; [`CheckpointError`] if `memory` or `map`
+    /// are not of the guest that the checkpoint was begun for, or reading or writing fails. The
+    /// checkpoint cannot be finished then.
     pub fn memory(
         &mut self,
         memory: &dyn GuestMemory,
@@ -178,6 +178,14 @@ impl<W: Write> CheckpointWriter<W> {
                     max: info.page_size.bytes(),
                 });
             }
+        }
+        if !info.for_analysis
+            && let Some((frames, class)) = plan.used_by_guest(map)
+        {
+            return Err(CheckpointError::ForAnalysis {
+                class,
+                pfn: frames.start(),
+            });
         }
         self.memory_times = self.memory_times.saturating_add(1);
         if self.memory_times != 1 {

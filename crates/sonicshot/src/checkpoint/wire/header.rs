@@ -28,8 +28,10 @@ pub(crate) struct Header {
     pub codec: Codec,
     /// Bytes of page data in every chunk but the last.
     pub chunk_size: u32,
-    pub compatible: u64,
 }
+
+/// A compatible feature: pages that the guest uses are left out.
+const FOR_ANALYSIS: u64 = 1;
 
 /// How chunks are compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,7 +84,12 @@ impl Header {
         out.extend(VERSION.to_le_bytes());
         out.extend([0; 4]); // the length, once it is known
         out.extend(0_u64.to_le_bytes()); // incompatible features: none yet
-        out.extend(self.compatible.to_le_bytes());
+        let compatible = if self.info.for_analysis {
+            FOR_ANALYSIS
+        } else {
+            0
+        };
+        out.extend(compatible.to_le_bytes());
         let page_size: u32 = narrow(
             "a page of",
             self.info.page_size.bytes(),
@@ -216,12 +223,12 @@ impl Header {
         }
         let mut info = CheckpointInfo::new(fields.regions()?, page_size);
         info.architecture = architecture;
+        info.for_analysis = compatible & FOR_ANALYSIS != 0;
         while fields.attribute(&mut info)? {}
         Ok(Self {
             info,
             codec,
             chunk_size,
-            compatible,
         })
     }
 }
@@ -348,7 +355,6 @@ mod tests {
             info,
             codec: Codec::None,
             chunk_size: 4096,
-            compatible: 0,
         }
     }
 

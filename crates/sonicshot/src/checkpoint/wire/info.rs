@@ -30,6 +30,9 @@ pub struct CheckpointInfo {
     pub build_id: Option<Vec<u8>>,
     /// The VMM that ran the guest.
     pub vmm: Option<String>,
+    /// Pages that the guest uses are missing: they were left out, or the source did not have them.
+    /// What is restored can be looked at, and not run.
+    pub for_analysis: bool,
 }
 
 impl CheckpointInfo {
@@ -43,6 +46,7 @@ impl CheckpointInfo {
             kernel_release: None,
             build_id: None,
             vmm: None,
+            for_analysis: false,
         }
     }
 }

@@ -1,0 +1,260 @@
+//! Dumps in every format that is written here, pruned and read again, and dumps that lack pages.
+
+use crate::common::*;
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const PAGE: u64 = 4096;
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// What a command says as JSON.
+fn json(args: &[&str]) -> Value {
+    let run = sonicshot(&[args, &["--json"]].concat());
+    assert!(run.status.success(), "{args:?}: {}", stderr(&run));
+    serde_json::from_slice(&run.stdout).unwrap()
+}
+
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap()
+}
+
+/// The guest in a kdump that was pruned of free pages, and that of which it was made.
+fn filtered(folder: &Path) -> (PathBuf, PathBuf) {
+    let raw = raw_dump(folder, |_| {});
+    let (whole, less) = (folder.join("whole.kdump"), folder.join("less.kdump"));
+    json(&["convert", text(&raw), "-o", text(&whole), "--to", "kdump"]);
+    json(&["prune", text(&whole), "-o", text(&less)]);
+    (whole, less)
+}
+
+#[test]
+fn what_is_pruned_is_read_and_pruned_again_in_every_format() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let raw = raw_dump(folder.path(), |_| {});
+    let stream = at("stream");
+    fs::write(&stream, crate::common::stream()).unwrap();
+    let mut dumps = vec![raw.clone(), mapped_ram_dump(folder.path()), stream];
+    let convert = |name: &str, how: &[&str]| {
+        let to = at(name);
+        json(&[&["convert", text(&raw), "-o", text(&to)], how].concat());
+        to
+    };
+    dumps.push(convert("elf", &["--to", "elf"]));
+    for codec in ["none", "zlib", "snappy", "zstd"] {
+        dumps.push(convert(codec, &["--to", "kdump", "--compress", codec]));
+    }
+    let truth = json(&["inspect", text(&raw)]);
+    let fills = ["free_buddy", "free_pcp", "offline"];
+    for dump in dumps {
+        let name = dump.file_name().unwrap().to_str().unwrap().to_owned();
+        let is_kdump = ["none", "zlib", "snappy", "zstd"].contains(&name.as_str());
+        let (once, twice) = (at("once"), at("twice"));
+        let expected = json(&["prune", text(&dump), "--dry-run"]);
+        assert!(number(&expected["stored_bytes"]) > 0, "{name}");
+        let pruned = json(&["prune", text(&dump), "-o", text(&once), "--force"]);
+        assert_eq!(pruned["dropped"], expected["dropped"], "{name}");
+        let len = |path: &Path| fs::metadata(path).unwrap().len();
+        assert!(len(&once) <= len(&dump), "{name}");
+        // It opens, and every page that is in use is what it was.
+        let seen = json(&["inspect", text(&once)]);
+        let (mut free, mut absent) = (0, 0);
+        for (class, pages) in truth["classes"].as_object().unwrap() {
+            let now = number(&seen["classes"][class]);
+            match class.as_str() {
+                "absent" => absent = now,
+                class if fills.contains(&class) => {
+                    free += number(pages);
+                    let kept = if is_kdump { 0 } else { number(pages) };
+                    assert_eq!(now, kept, "{name}: {class}");
+                }
+                class => assert_eq!(now, number(pages), "{name}: {class}"),
+            }
+        }
+        // Of the default classes only what is free is not in a kdump: zeroes are.
+        assert_eq!(absent, if is_kdump { free } else { 0 }, "{name}");
+        assert_eq!(seen["missing_in_use_pages"], 0, "{name}");
+        assert_eq!(
+            seen["zero_in_use_pages"], truth["zero_in_use_pages"],
+            "{name}"
+        );
+        // Once more there is nothing to do, and the file is the same size.
+        let again = json(&["prune", text(&once), "--dry-run"]);
+        assert_eq!(again["stored_bytes"], 0, "{name}");
+        json(&["prune", text(&once), "-o", text(&twice), "--force"]);
+        assert_eq!(len(&once), len(&twice), "{name}");
+        assert_eq!(
+            json(&["inspect", text(&twice)])["classes"],
+            seen["classes"],
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn what_a_dump_lacks_is_said_by_all_who_fill_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (whole, less) = filtered(folder.path());
+    let seen = json(&["inspect", text(&less)]);
+    let missing = number(&seen["classes"]["absent"]) * PAGE;
+    assert!(missing > 8 << 20, "{seen}");
+    let check = |said: &Value, words: &str| {
+        assert_eq!(said["missing_bytes"], missing);
+        let mib = said["missing_mib"].as_f64().unwrap();
+        assert!((mib * 1024.0 * 1024.0 - missing as f64).abs() < 60_000.0);
+        assert!(said["notes"].to_string().contains(words), "{said}");
+    };
+    check(&seen, "not in the source");
+    for to in ["raw", "elf", "sonic"] {
+        let out = at(to);
+        let said = json(&["convert", text(&less), "-o", text(&out), "--to", to]);
+        check(&said, "zeroes in the output");
+        let said = json(&[
+            "convert",
+            text(&whole),
+            "-o",
+            text(&out),
+            "--to",
+            to,
+            "--force",
+        ]);
+        assert_eq!(said["missing_bytes"], 0);
+    }
+    let out = at("again");
+    check(
+        &json(&["convert", text(&less), "-o", text(&out), "--to", "kdump"]),
+        "nor in the output",
+    );
+    let sonic = at("saved.sonic");
+    let saved = json(&["save", text(&less), "-o", text(&sonic)]);
+    check(&saved, "zeroes in the output");
+    // Nothing of it is used by the guest.
+    assert_eq!(saved["for_analysis"], false);
+    let restored = json(&["restore", text(&sonic), "-o", text(&at("back"))]);
+    assert_eq!(restored["missing_bytes"], missing);
+    // In use as the kernel says, and gone all the same.
+    let cache = at("cache.kdump");
+    let drop = ["--drop", "page_cache_clean", "--for-analysis"];
+    json(&[&["prune", text(&whole), "-o", text(&cache)], &drop[..]].concat());
+    let seen = json(&["inspect", text(&cache)]);
+    assert_eq!(seen["missing_in_use_pages"], seen["classes"]["absent"]);
+    assert!(seen["notes"].to_string().contains("cannot run"));
+    let saved = json(&["save", text(&cache), "-o", text(&sonic), "--force"]);
+    assert_eq!(saved["for_analysis"], true);
+}
+
+#[test]
+fn a_dump_that_is_cut_off_says_where_and_is_read_as_far_as_it_goes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, _) = filtered(folder.path());
+    let bytes = fs::read(&whole).unwrap();
+    let cut = folder.path().join("cut.kdump");
+    fs::write(&cut, &bytes[..bytes.len() / 2]).unwrap();
+    let run = sonicshot(&["inspect", text(&cut)]);
+    let said = stderr(&run);
+    assert!(!run.status.success() || said.contains("cut off"), "{said}");
+    let end = format!("it ends at {} bytes", bytes.len() / 2);
+    assert!(said.contains(&end) && said.contains("missing"), "{said}");
+    let raw = folder.path().join("raw");
+    let report = json(&["convert", text(&cut), "-o", text(&raw), "--to", "raw"]);
+    let missing = number(&report["missing_bytes"]);
+    assert!(missing > 1 << 20 && missing < 128 << 20, "{report}");
+    assert!(report["notes"].to_string().contains(&end), "{report}");
+    // What is there is what it was.
+    let (got, want) = (fs::read(&raw).unwrap(), ram());
+    let pages = got.chunks(4096).zip(want.chunks(4096));
+    let differ = pages.filter(|(got, want)| got != want).count() as u64;
+    assert!(differ > 0 && differ * PAGE <= missing, "{differ}");
+    // Flagged by who wrote it: its descriptors are there, some pages are not.
+    let mut flagged = bytes.clone();
+    flagged[424] |= 8;
+    fs::write(&cut, &flagged[..bytes.len() - 4096]).unwrap();
+    let seen = sonicshot(&["inspect", text(&cut), "--json"]);
+    let said = stdout(&seen) + &stderr(&seen);
+    assert!(said.contains("not written to the end"), "{said}");
+}
+
+#[test]
+fn what_the_guest_uses_is_dropped_only_when_that_is_meant() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let raw = raw_dump(folder.path(), |_| {});
+    let before = fs::read(&raw).unwrap();
+    let (out, sonic) = (at("out"), at("x.sonic"));
+    let code = |command: &str, more: &[&str]| {
+        let args = [&[command, text(&raw), "--drop", "anonymous"], more].concat();
+        sonicshot(&args).status.code()
+    };
+    for (command, more) in [
+        ("prune", &["--in-place"][..]),
+        ("prune", &["--in-place", "--for-analysis"]),
+        ("prune", &["--dry-run"]),
+        ("prune", &["-o", text(&out)]),
+        ("save", &["-o", text(&sonic)]),
+    ] {
+        assert_eq!(code(command, more), Some(2), "{command} {more:?}");
+    }
+    assert!(!sonic.exists() && !out.exists() && fs::read(&raw).unwrap() == before);
+    let drop = ["--drop", "anonymous", "--drop", "free_pcp,zero"];
+    let prune = ["prune", text(&raw), "-o", text(&out), "--for-analysis"];
+    let report = json(&[&prune[..], &drop].concat());
+    assert_eq!(report["for_analysis"], true);
+    assert!(number(&report["dropped"]["anonymous"]) > 1000);
+    assert!(number(&report["dropped"]["free_pcp"]) > 0);
+    assert_eq!(report["dropped"].get("free_buddy"), None);
+    let yes = code("prune", &["--in-place", "--for-analysis", "--yes"]);
+    assert_eq!(yes, Some(0));
+    assert!(fs::read(&raw).unwrap() != before);
+}
+
+#[test]
+fn a_checkpoint_that_no_guest_can_run_from_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let raw = raw_dump(folder.path(), |_| {});
+    let (out, sonic) = (at("out"), at("x.sonic"));
+    let save = ["save", text(&raw), "-o", text(&sonic)];
+    let drop = ["--drop", "anonymous", "--for-analysis"];
+    let saved = json(&[&save[..], &drop].concat());
+    assert_eq!(saved["for_analysis"], true);
+    for args in [
+        &["inspect", text(&sonic)][..],
+        &["verify", text(&sonic)],
+        &["restore", text(&sonic), "-o", text(&out), "--force"],
+    ] {
+        assert_eq!(json(args)["for_analysis"], true, "{args:?}");
+        let run = sonicshot(args);
+        let said = stdout(&run) + &stderr(&run);
+        assert!(run.status.success(), "{args:?}: {said}");
+        assert!(said.contains("cannot run"), "{args:?}: {said}");
+    }
+}
+
+/// A page of a slab is one whatever it holds: the classes are the kernel's, to the page.
+#[test]
+fn zeroes_do_not_change_the_class() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let seen = json(&["inspect", text(&raw)]);
+    let flags = kpageflags();
+    for (class, bit) in [
+        ("slab", KPF_SLAB),
+        ("page_table", KPF_PGTABLE),
+        ("anonymous", KPF_ANON),
+    ] {
+        let kernel = flags.iter().filter(|flags| *flags & bit != 0).count() as u64;
+        let ours = number(&seen["classes"][class]);
+        // Some were given back or taken between the record and the stop.
+        assert!(
+            ours.abs_diff(kernel) <= 16,
+            "{class}: {ours}, {kernel} by the kernel"
+        );
+    }
+    assert!(number(&seen["classes_zero"]["slab"]) + number(&seen["classes_zero"]["anonymous"]) > 0);
+    assert_eq!(seen["classes"].get("zero"), None);
+}
