@@ -77,7 +77,7 @@ fn a_device_that_is_open_for_writing_is_told() {
         return;
     }
     let device = device.unwrap();
-    let said = || stderr(&sonicshot(&["inspect", &device.0]));
+    let said = || stdout(&sonicshot(&["inspect", &device.0]));
     let by_us = format!("(pid {})", std::process::id());
     // Where not every process may be looked into, it is said that it cannot be told.
     assert!(!said().contains(&by_us), "{}", said());
