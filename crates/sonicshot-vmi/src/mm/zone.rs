@@ -311,7 +311,7 @@ fn read_zone(
 mod tests {
     use super::nodes::{MAX_NODES, nodes};
     use super::pcp::MAX_PCP_LISTS;
-    use super::{MAX_MIGRATE_TYPES, MAX_ORDERS, PcpLayout, ZoneLayout};
+    use super::{MAX_MIGRATE_TYPES, MAX_ORDERS, MAX_ZONES, PcpLayout, ZoneLayout, Zones};
     use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel};
     use crate::symbols::Member;
 
@@ -379,6 +379,32 @@ mod tests {
             let memory = ram.memory();
             let found = nodes(&kernel(&memory, facts));
             assert_eq!(found.is_ok(), is_read, "{count}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn zones_of_a_node_are_no_more_than_a_kernel_has() {
+        for (count, is_read) in [
+            (1, true),
+            (MAX_ZONES, true),
+            (MAX_ZONES + 1, false),
+            (0, false),
+        ] {
+            let mut ram = Ram::new(8 << 20);
+            ram.put(0x1000, 1);
+            ram.put(0x2000, DIRECT_MAP + 0x10_0000);
+            let mut facts = facts(MAX_ORDERS, 4, 4);
+            facts.symbols.insert("nr_node_ids", DIRECT_MAP + 0x1000);
+            facts.symbols.insert("node_data", DIRECT_MAP + 0x2000);
+            let member = Member {
+                offset: 0,
+                size: None,
+                len: Some(count),
+            };
+            facts.members.insert(("pglist_data", "node_zones"), member);
+            let memory = ram.memory();
+            let found = Zones::new(&kernel(&memory, facts));
+            assert_eq!(found.is_ok(), is_read, "{count}: {:?}", found.err());
         }
     }
 }

@@ -52,3 +52,34 @@ pub(crate) fn usable_ram(
     }
     Ok(Some(ram))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::usable_ram;
+    use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel};
+
+    #[test]
+    fn no_more_entries_are_read_than_a_kernel_has() {
+        const MOST: u64 = 128 + 3 * 1024;
+        for (count, is_read) in [(0, true), (MOST, true), (MOST + 1, false)] {
+            let mut ram = Ram::new(8 << 20);
+            ram.put(0x1000, DIRECT_MAP + 0x2000);
+            ram.put(0x2000, count);
+            let mut facts = Facts::default();
+            facts.symbols.insert("e820_table", DIRECT_MAP + 0x1000);
+            facts.sizes.insert("e820_entry", 20);
+            for (ty, name, offset) in [
+                ("e820_table", "nr_entries", 0),
+                ("e820_table", "entries", 4),
+                ("e820_entry", "addr", 0),
+                ("e820_entry", "size", 8),
+                ("e820_entry", "type", 16),
+            ] {
+                facts.member(ty, name, offset);
+            }
+            let memory = ram.memory();
+            let found = usable_ram(&kernel(&memory, facts), "e820_table");
+            assert_eq!(found.is_ok(), is_read, "{count}: {found:?}");
+        }
+    }
+}

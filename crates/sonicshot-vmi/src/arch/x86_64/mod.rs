@@ -168,3 +168,16 @@ impl Arch for X86_64 {
         traces::are_settled(owner)
     }
 }
+
+#[cfg(test)]
+mod bounds {
+    use super::{MAX_IMAGE, START_KERNEL_MAP, is_in_image};
+
+    #[test]
+    fn an_image_is_no_longer_than_what_is_mapped_of_it() {
+        for (at, is_inside) in [(0, true), (MAX_IMAGE - 1, true), (MAX_IMAGE, false)] {
+            assert_eq!(is_in_image(START_KERNEL_MAP + at), is_inside, "{at:#x}");
+        }
+        assert!(!is_in_image(START_KERNEL_MAP - 1));
+    }
+}

@@ -428,7 +428,7 @@ impl core::fmt::Debug for MemMap<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::MemMap;
+    use super::{MAX_PAGE_STRUCT, MemMap};
     use crate::KernelVa;
     use crate::VmiError;
     use crate::deadline::Deadline;
@@ -437,6 +437,27 @@ mod tests {
         Gpa, GpaRange, GuestMemory, MappedRegions, MemoryError, PageSize, Pfn, RamLayout,
     };
     use std::time::Duration;
+
+    #[test]
+    fn a_struct_page_is_no_longer_than_any() {
+        for (size, is_taken) in [
+            (24, false),
+            (32, true),
+            (MAX_PAGE_STRUCT, true),
+            (MAX_PAGE_STRUCT + 8, false),
+            (60, false),
+        ] {
+            let mut facts = Facts::default();
+            facts.sizes.insert("page", size);
+            let ram = Ram::new(8 << 20);
+            let memory = ram.memory();
+            let error = MemMap::new(&kernel(&memory, facts)).err().unwrap();
+            let refused = error
+                .to_string()
+                .contains(&format!("struct page of {size} bytes"));
+            assert_eq!(!refused, is_taken, "{error}");
+        }
+    }
 
     const MIB: usize = 1 << 20;
 

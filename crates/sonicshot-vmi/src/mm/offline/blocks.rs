@@ -142,3 +142,40 @@ impl MemoryBlocks {
         Ok((is_leaf && is_pointer).then_some(KernelVa::new(entry)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::MemoryBlocks;
+    use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel};
+    use crate::symbols::Member;
+
+    #[test]
+    fn a_block_has_no_more_sections_than_a_kernel_gives_it() {
+        for (sections, is_read) in [(0, false), (1, true), (64, true), (65, false)] {
+            let mut ram = Ram::new(8 << 20);
+            ram.put(0x1000, sections);
+            let mut facts = Facts::default();
+            facts.symbols.insert("memory_blocks", DIRECT_MAP + 0x2000);
+            facts
+                .symbols
+                .insert("sections_per_block", DIRECT_MAP + 0x1000);
+            for (ty, name) in [
+                ("xarray", "xa_head"),
+                ("xa_node", "shift"),
+                ("memory_block", "start_section_nr"),
+                ("memory_block", "state"),
+            ] {
+                facts.member(ty, name, 8);
+            }
+            let slots = Member {
+                offset: 40,
+                size: Some(512),
+                len: Some(64),
+            };
+            facts.members.insert(("xa_node", "slots"), slots);
+            let memory = ram.memory();
+            let found = MemoryBlocks::new(&kernel(&memory, facts)).unwrap();
+            assert_eq!(found.is_some(), is_read, "{sections}");
+        }
+    }
+}

@@ -175,3 +175,24 @@ fn told_mask(kernel: &Kernel<'_>) -> Result<u64, VmiError> {
         None => Ok(0),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::FlagBits;
+    use crate::kernel::testing::{Facts, Ram, kernel};
+
+    #[test]
+    fn a_flag_has_no_higher_number_than_there_are() {
+        for (number, is_taken) in [(2, true), (39, true), (40, false), (64, false), (1, false)] {
+            let mut facts = Facts::default();
+            let known = [("PG_lru", 5), ("PG_private", 13), ("PG_swapbacked", 19)];
+            facts.constants.extend(known);
+            facts.constants.insert("PG_hwpoison", number);
+            facts.constants.insert("PG_head_mask", 1 << 16);
+            let ram = Ram::new(8 << 20);
+            let memory = ram.memory();
+            let found = FlagBits::of_free_pages(&kernel(&memory, facts));
+            assert_eq!(found.is_ok(), is_taken, "{number}: {:?}", found.err());
+        }
+    }
+}

@@ -1,6 +1,6 @@
 //! Each trace forged in the memory of a real guest that bears none.
 
-use super::{all_tests, look};
+use super::{MAX_TRACES, all_tests, look};
 use crate::arch::{Owner, Trace};
 use crate::kernel::Kernel;
 use crate::{GuestOptions, KernelVa, LinuxGuest, OnInconsistency, VmiError};
@@ -153,7 +153,7 @@ fn one_torn_stack_is_explained_and_two_are_not() {
         let stack = kernel.need_member("task_struct", "stack").unwrap().offset;
         let mut at = kernel.need_symbol("init_task").unwrap();
         let mut found = Vec::new();
-        for _ in 0..6 {
+        for _ in 0..=MAX_TRACES {
             let next = at.checked_add(links).unwrap();
             let next = kernel.read_ptr("tasks", next).unwrap().raw() - links;
             at = KernelVa::new(next);
@@ -166,6 +166,8 @@ fn one_torn_stack_is_explained_and_two_are_not() {
     });
     assert_eq!(owner(&stacks[..1]).traces, []);
     assert_eq!(owner(&stacks[..2]).traces.len(), 2);
+    // No more are told of.
+    assert_eq!(owner(&stacks).traces.len(), MAX_TRACES);
     // Cut short, and a circle that never comes back.
     let next = with(ram(), |kernel| {
         let links = kernel.need_member("task_struct", "tasks").unwrap().offset;
