@@ -85,6 +85,7 @@ pub use file::{FileId, FileOffset, FileRange, FileStamp};
 pub use file_bytes::{Failure, FileBytes, FileContent};
 pub use memory::{
     GuestMemory, Hold, LayoutError, MAX_MAP, Mapped, MappedRegions, MemoryError, RamLayout,
+    next_present,
 };
 pub use p2m::{P2m, P2mBuilder, P2mError};
 pub use page_map::PageMap;

@@ -381,6 +381,37 @@ macro_rules! forward_guest_memory {
 }
 forward_guest_memory!(&M, Box<M>, std::sync::Arc<M>);
 
+/// The first range at or above `at`, in the RAM range that holds `at`, that the source has and that
+/// may hold something other than zeroes; `None` if there is no more.
+///
+/// What looks for something in all of memory need not ask for each page of a dump whether it is
+/// there.
+///
+/// # Errors
+/// [`MemoryError`] if the source cannot tell.
+pub fn next_present(memory: &dyn GuestMemory, at: Gpa) -> Result<Option<GpaRange>, MemoryError> {
+    let mut at = at;
+    while let Some(data) = memory.next_data(at) {
+        let start = data.start().max(at);
+        match memory.next_absent(start)? {
+            Some(absent) if absent.start() <= start => {
+                let is_last = memory
+                    .layout()
+                    .region_of(start)
+                    .is_none_or(|region| absent.end() >= region.end());
+                // What goes back would never end.
+                if is_last || absent.end() <= start {
+                    return Ok(None);
+                }
+                at = absent.end();
+            }
+            Some(absent) => return Ok(Some(GpaRange::new(start, data.end().min(absent.start())))),
+            None => return Ok(Some(GpaRange::new(start, data.end()))),
+        }
+    }
+    Ok(None)
+}
+
 /// A stretch of RAM.
 pub(crate) fn ram(start: Gpa, len: u64) -> Result<GpaRange, LayoutError> {
     GpaRange::with_len(start, len).ok_or(LayoutError::Wraps { start, len })
@@ -476,4 +507,74 @@ fn copy_across(regions: &MappedRegions<'_>, at: Gpa, buf: &mut [u8]) -> Result<(
             .ok_or(MemoryError::NotRam { range })?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{GuestMemory, MemoryError, RamLayout, next_present};
+    use crate::{Gpa, GpaRange};
+
+    /// Two ranges of RAM: of ten pages each, by their number, some known to be zero, some not there.
+    struct Parts(RamLayout);
+
+    fn page(number: u64) -> char {
+        let of_both = "--00a-b0--0cd-ef-0--";
+        of_both
+            .chars()
+            .nth(usize::try_from(number).unwrap())
+            .unwrap()
+    }
+
+    impl Parts {
+        fn next(&self, at: Gpa, wanted: impl Fn(char) -> bool) -> Option<GpaRange> {
+            let region = self.0.region_of(at)?;
+            let pages = at.raw() >> 12..region.end().raw() >> 12;
+            let first = pages.clone().find(|number| wanted(page(*number)))?;
+            let end = (first..pages.end).find(|number| !wanted(page(*number)));
+            let start = Gpa::new(first << 12).max(at);
+            Some(GpaRange::new(
+                start,
+                Gpa::new(end.unwrap_or(pages.end) << 12),
+            ))
+        }
+    }
+
+    impl GuestMemory for Parts {
+        fn layout(&self) -> &RamLayout {
+            &self.0
+        }
+        fn read(&self, _: Gpa, _: &mut [u8]) -> Result<(), MemoryError> {
+            Ok(())
+        }
+        fn next_data(&self, at: Gpa) -> Option<GpaRange> {
+            self.next(at, |page| page != '0')
+        }
+        fn next_absent(&self, at: Gpa) -> Result<Option<GpaRange>, MemoryError> {
+            Ok(self.next(at, |page| page == '-'))
+        }
+    }
+
+    #[test]
+    fn what_is_there_is_neither_zero_nor_absent() {
+        let range =
+            |start: u64, end: u64| GpaRange::new(Gpa::new(start << 12), Gpa::new(end << 12));
+        let memory = Parts(RamLayout::new(vec![range(0, 10), range(10, 20)]).unwrap());
+        let mut found = Vec::new();
+        for region in memory.layout().regions() {
+            let mut at = region.start();
+            while at < region.end()
+                && let Some(there) = next_present(&memory, at).unwrap()
+            {
+                found.push(there);
+                at = there.end();
+            }
+        }
+        assert_eq!(
+            found,
+            [range(4, 5), range(6, 7), range(11, 13), range(14, 16)]
+        );
+        let inside = Gpa::new(0xb010);
+        let there = next_present(&memory, inside).unwrap().unwrap();
+        assert_eq!((there.start(), there.end()), (inside, Gpa::new(0xd000)));
+    }
 }

@@ -1,7 +1,7 @@
 //! What memory in which no kernel can be read holds instead of one.
 
 use crate::error::VmiError;
-use crate::symbols::search;
+use crate::symbols::{search, there};
 use sonicshot::{Gpa, GpaRange, GuestMemory};
 
 /// Where the header of an arm64 kernel's image may lie: the image is a multiple of this above the
@@ -61,7 +61,7 @@ fn has_arm64_image(memory: &dyn GuestMemory) -> bool {
     };
     memory.layout().regions().iter().any(|region| {
         let mut at = region.start();
-        while let Some(data) = memory.next_data(at).filter(|d| d.start() < region.end()) {
+        while let Some(data) = there(memory, at).filter(|d| d.start() < region.end()) {
             if in_data(data) {
                 return true;
             }

@@ -8,6 +8,7 @@
 use crate::KernelVa;
 use crate::arch::Arch;
 use crate::error::VmiError;
+use crate::symbols::there;
 use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, PageSize};
 
 /// The size of `struct page`.
@@ -118,7 +119,7 @@ pub(crate) fn find(
     let mut buffer = Vec::new();
     for region in memory.layout().regions() {
         let mut at = region.start();
-        while let Some(data) = memory.next_data(at).filter(|d| d.start() < region.end()) {
+        while let Some(data) = there(memory, at).filter(|d| d.start() < region.end()) {
             // Whole pages, so that each record is whole.
             let start = Gpa::new(data.start().raw() & !page_size.offset_mask()).max(region.start());
             let end = Gpa::new((start.raw() | (WINDOW - 1)).saturating_add(1)).min(region.end());

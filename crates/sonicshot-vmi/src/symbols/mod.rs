@@ -35,7 +35,7 @@ pub(crate) use vmcoreinfo::VmcoreinfoLines;
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use core::fmt;
 use own::OwnFile;
-use sonicshot::{Gpa, GpaRange, GuestMemory};
+use sonicshot::{Gpa, GpaRange, GuestMemory, next_present};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -325,6 +325,11 @@ impl VirtualMemory for Physical<'_> {
     }
 }
 
+/// The first range from `at` on in which something may be found; of a source that cannot tell, all.
+pub(crate) fn there(memory: &dyn GuestMemory, at: Gpa) -> Option<GpaRange> {
+    next_present(memory, at).unwrap_or_else(|_| memory.next_data(at))
+}
+
 /// Calls `visit` with each place in RAM at which `needle` stands, until it returns `false`.
 pub(crate) fn search(memory: &dyn GuestMemory, needle: &[u8], visit: &mut dyn FnMut(Gpa) -> bool) {
     /// How much is searched before what is mapped is let go.
@@ -333,7 +338,7 @@ pub(crate) fn search(memory: &dyn GuestMemory, needle: &[u8], visit: &mut dyn Fn
     let mut goes_on = true;
     for region in memory.layout().regions() {
         let mut at = region.start();
-        while let Some(data) = memory.next_data(at).filter(|d| d.start() < region.end()) {
+        while let Some(data) = there(memory, at).filter(|d| d.start() < region.end()) {
             let start = data.start().max(at);
             let end = Gpa::new(start.raw().saturating_add(WINDOW)).min(data.end());
             // One may go on behind the window.
