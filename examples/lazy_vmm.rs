@@ -13,8 +13,7 @@ use sonicshot::{
     PrunePlan, VmMemory,
 };
 use sonicshot_serve::{
-    CheckpointSource, HostAddress, Metrics, PageSet, Prefetch, Recorder, Uffd, Vm, VmOptions,
-    VmRegion,
+    CheckpointSource, Metrics, PageSet, Prefetch, Recorder, Uffd, Vm, VmOptions, VmRegion,
 };
 use std::error::Error;
 use std::fs::File;
@@ -166,13 +165,10 @@ fn register(
     let start = NonNull::new(host).ok_or("guest memory at address zero")?;
     // SAFETY: `memory` has just mapped these bytes, nobody has touched them, and the threads
     // that will do can wait.
-    unsafe { uffd.register(start, usize::try_from(region.len())?)? };
-    Ok(VmRegion {
-        guest: GpaRange::with_len(Gpa::new(region.start_addr().0), region.len())
-            .ok_or("a region at the end of the address space")?,
-        host: HostAddress::new(host.addr() as u64),
-        page: PAGE as u64,
-    })
+    let registered = unsafe { uffd.register(start, usize::try_from(region.len())?)? };
+    let guest = GpaRange::with_len(Gpa::new(region.start_addr().0), region.len())
+        .ok_or("a region at the end of the address space")?;
+    Ok(VmRegion::new(&registered, 0, guest, PAGE as u64)?)
 }
 
 /// Stands in for a guest: touches the pages in random order, and checks what it finds.
@@ -277,7 +273,7 @@ fn resident(regions: &[VmRegion]) -> Outcome<String> {
                 let end = u64::from_str_radix(end, 16)?;
                 inside = regions
                     .iter()
-                    .any(|region| (start..end).contains(&region.host.raw()));
+                    .any(|region| (start..end).contains(&region.host().raw()));
             }
             _ => {}
         }

@@ -25,9 +25,7 @@ use sonicshot::{
     PfnRange, PrunePlan, RamLayout,
 };
 use sonicshot_dump::{Dump, LayoutSpec};
-use sonicshot_serve::{
-    CheckpointSource, HostAddress, Metrics, Prefetch, Uffd, Vm, VmOptions, VmRegion,
-};
+use sonicshot_serve::{CheckpointSource, Metrics, Prefetch, Uffd, Vm, VmOptions, VmRegion};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -287,12 +285,8 @@ fn ready(path: &Path, what: &str) {
         for region in layout.regions() {
             let fresh = Fresh::new(usize::try_from(region.len()).unwrap());
             // SAFETY: fresh memory that nobody touches.
-            unsafe { uffd.register(fresh.start(), fresh.len()).unwrap() };
-            regions.push(VmRegion {
-                guest: *region,
-                host: HostAddress::new(fresh.start().as_ptr() as u64),
-                page: 4096,
-            });
+            let registered = unsafe { uffd.register(fresh.start(), fresh.len()).unwrap() };
+            regions.push(VmRegion::new(&registered, 0, *region, 4096).unwrap());
             memory.push(fresh);
         }
         let mut options = VmOptions::default();
@@ -346,12 +340,8 @@ fn fault(path: &Path, what: &str) {
         let memory = Fresh::new(len);
         let uffd = Uffd::new().unwrap();
         // SAFETY: fresh memory, touched by this thread alone.
-        unsafe { uffd.register(memory.start(), len).unwrap() };
-        let at = VmRegion {
-            guest: region,
-            host: HostAddress::new(memory.start().as_ptr() as u64),
-            page: 4096,
-        };
+        let registered = unsafe { uffd.register(memory.start(), len).unwrap() };
+        let at = VmRegion::new(&registered, 0, region, 4096).unwrap();
         let mut options = VmOptions::default();
         options.prefetch = Prefetch::Nothing;
         let source = Arc::clone(&source);

@@ -23,9 +23,7 @@ use sonicshot::{
     DropClasses, Fill, Gpa, GpaRange, GuestBytes, GuestMemory, MappedRegions, PageMap, PageSize,
     PrunePlan,
 };
-use sonicshot_serve::{
-    CheckpointSource, HostAddress, PageSet, Prefetch, Uffd, Vm, VmOptions, VmRegion,
-};
+use sonicshot_serve::{CheckpointSource, PageSet, Prefetch, Uffd, Vm, VmOptions, VmRegion};
 use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
@@ -121,12 +119,9 @@ fn source(ram: &[u8], compression: Compression) -> Arc<CheckpointSource<File>> {
 fn start(source: &Arc<CheckpointSource<File>>, memory: &Fresh, options: VmOptions) -> Vm {
     let uffd = Uffd::new().unwrap();
     // SAFETY: fresh memory, which only this thread touches.
-    unsafe { uffd.register(memory.start(), memory.len()).unwrap() };
-    let region = VmRegion {
-        guest: GpaRange::with_len(Gpa::ZERO, memory.len() as u64).unwrap(),
-        host: HostAddress::new(memory.start().as_ptr() as u64),
-        page: 4096,
-    };
+    let registered = unsafe { uffd.register(memory.start(), memory.len()).unwrap() };
+    let guest = GpaRange::with_len(Gpa::ZERO, memory.len() as u64).unwrap();
+    let region = VmRegion::new(&registered, 0, guest, 4096).unwrap();
     Vm::start(Arc::clone(source) as _, uffd, &[region], options).unwrap()
 }
 

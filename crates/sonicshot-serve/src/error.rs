@@ -199,6 +199,31 @@ pub enum ServeError {
         /// Its pages' size in bytes.
         page: u64,
     },
+    /// A region is not all in the memory that was registered.
+    #[error(
+        "the region of {len:#x} bytes at offset {offset:#x} is not in the {registered:#x} bytes that \
+         were registered"
+    )]
+    NotRegistered {
+        /// Where it begins, behind the beginning of what was registered.
+        offset: u64,
+        /// Its length in bytes.
+        len: u64,
+        /// How many bytes were registered.
+        registered: u64,
+    },
+    /// Something was in the guest's memory before the guest's own bytes were: whoever reads it there
+    /// is not told apart from the guest.
+    #[error(
+        "there was a page at {at} already, where the guest's memory at {gpa:#x} belongs: memory that \
+         is restored to must be fresh, and untouched until it is registered"
+    )]
+    Occupied {
+        /// Where, in this process.
+        at: HostAddress,
+        /// Which page of the guest.
+        gpa: Gpa,
+    },
     /// Two regions have memory in common.
     #[error("two regions overlap {} at {at:#x}", if *.in_guest { "in the guest" } else { "in the VMM" })]
     Overlap {

@@ -90,6 +90,6 @@ pub use set::{PageSet, Recorder};
 pub use source::{CheckpointSource, Content, MemorySource, PageSource, Piece, Run};
 #[cfg(feature = "server")]
 pub use source::{OpenedSource, open_source};
-pub use uffd::{HostAddress, Uffd};
+pub use uffd::{HostAddress, Registered, Uffd};
 #[cfg(feature = "server")]
 pub use watch::{Watcher, watch};

@@ -18,6 +18,7 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Gid, Mode, Uid, chmod, chown, fstat};
 use rustix::io::Errno;
 use serde_json::json;
+use sonicshot::checkpoint::CheckpointError;
 use std::collections::HashSet;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
@@ -99,12 +100,17 @@ impl Server {
     /// and they do not hold on to their `userfaultfd`, and wait for ever if they do.
     ///
     /// # Errors
-    /// [`ServeError::SocketExists`] if there is something that is in use, or [`ServeError::Io`].
+    /// [`ServeError::SocketExists`] if there is something that is in use, or [`ServeError::Io`];
+    /// [`CheckpointError::CannotRun`] of a source that is for analysis, unless the options say that
+    /// this is known.
     pub fn bind(
         source: Arc<dyn PageSource>,
         options: ServerOptions,
         watcher: Option<Watcher>,
     ) -> Result<Self, ServeError> {
+        if source.is_for_analysis() && !options.vm.for_analysis {
+            return Err(CheckpointError::CannotRun.into());
+        }
         let mut options = options;
         options.max_vms = options.max_vms.min(room());
         let socket = Named::bind(&options.socket, |new| {

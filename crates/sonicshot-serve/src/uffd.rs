@@ -35,6 +35,34 @@ impl fmt::Display for HostAddress {
     }
 }
 
+/// Memory of this process whose page faults are served, by [`Uffd::register`].
+#[derive(Debug)]
+pub struct Registered {
+    start: u64,
+    len: u64,
+}
+
+impl Registered {
+    /// Where `len` bytes are that begin `offset` bytes behind its beginning, if it has them.
+    pub(crate) fn at(&self, offset: u64, len: u64) -> Option<HostAddress> {
+        let end = offset.checked_add(len)?;
+        let at = self.start.checked_add(offset)?;
+        (end <= self.len).then_some(HostAddress(at))
+    }
+
+    /// Its length in bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it has no bytes; the kernel registers none such.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
 const UFFDIO: u8 = 0xaa;
 const UFFD_API: u64 = 0xaa;
 const FEATURE_EVENT_FORK: u64 = 1 << 1;
@@ -257,16 +285,25 @@ impl Uffd {
     }
 
     /// Serves page faults in `len` bytes from `start`, which are fresh anonymous or shared
-    /// memory, aligned to pages.
+    /// memory, aligned to pages. What is returned is what a [`VmRegion`](crate::VmRegion) is made
+    /// of: memory that is not registered cannot be served.
     ///
     /// # Errors
     /// [`ServeError::Uffd`] if the kernel refuses.
     ///
     /// # Safety
-    /// The memory is mapped, and whoever touches it can wait until the page is there.
-    pub unsafe fn register(&self, start: NonNull<u8>, len: usize) -> Result<(), ServeError> {
+    /// The memory is mapped, and stays so for as long as a [`Vm`](crate::Vm) is given it; nobody
+    /// has touched it, or relies on what is in it; and whoever touches it can wait until the page is
+    /// there.
+    pub unsafe fn register(
+        &self,
+        start: NonNull<u8>,
+        len: usize,
+    ) -> Result<Registered, ServeError> {
         let start = start.as_ptr().addr() as u64;
-        self.prove(start, len as u64).map(drop)
+        let len = len as u64;
+        self.prove(start, len)?;
+        Ok(Registered { start, len })
     }
 
     /// That the stretch can be served, and of which kind it is. Who has sent the descriptor has

@@ -146,6 +146,11 @@ fn what_a_dump_lacks_is_said_by_all_who_fill_it() {
     assert!(seen["notes"].to_string().contains("cannot run"));
     let saved = json(&["save", text(&cache), "-o", text(&sonic), "--force"]);
     assert_eq!(saved["for_analysis"], true);
+    // No machine can run from it, so none is waited for.
+    let socket = at("socket");
+    let run = sonicshot(&["serve", text(&sonic), "--socket", text(&socket)]);
+    assert!(!run.status.success() && !socket.exists());
+    assert!(stderr(&run).contains("cannot run"), "{}", stderr(&run));
 }
 
 #[test]

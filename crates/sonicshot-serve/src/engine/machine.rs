@@ -313,6 +313,7 @@ impl Machine {
         } else {
             self.bring(number, page, at)?
         };
+        self.tell_occupied(number);
         let Some(region) = self.regions.get(number) else {
             return Ok(Step::Done);
         };
@@ -329,6 +330,23 @@ impl Machine {
             Placed::Removing => Step::Removing,
             Placed::Ended => Step::Ended,
         })
+    }
+
+    /// Of memory of this process, in which nobody but this thread may put a page in place: a page that
+    /// was there is not the guest's. Another VMM may have written there what it will.
+    fn tell_occupied(&mut self, number: usize) {
+        let Some(region) = self.regions.get_mut(number).filter(|_| self.peer.is_none()) else {
+            return;
+        };
+        if let Some(host) = region.occupied.take()
+            && let Some(gpa) = region.gpa(host)
+        {
+            let at = HostAddress::new(host);
+            self.control.tell(|outcome| {
+                let error = ServeError::Occupied { at, gpa };
+                outcome.error.get_or_insert(Arc::new(error));
+            });
+        }
     }
 
     /// Brings in a page that the source has, and what comes with it.
@@ -549,6 +567,7 @@ impl Machine {
             }
             _ => self.assemble(number, host, one, Wake::No)?,
         };
+        self.tell_occupied(number);
         Ok(match placed {
             Placed::Removing => Step::Removing,
             Placed::Ended => Step::Ended,
@@ -651,6 +670,9 @@ fn mark(region: &mut Region, placed: Placed, start: u64, len: u64) -> u64 {
         Placed::Part(done) => region.touch(start, start.saturating_add(done.min(len))),
         // The first page was there; a page that is no longer of a mapping is not asked for again.
         Placed::There => {
+            if !region.is_touched(start) {
+                region.occupied.get_or_insert(start);
+            }
             region.touch(start, start.saturating_add(region.page));
             0
         }
@@ -760,7 +782,8 @@ mod tests {
         let start = unsafe { mmap_anonymous(none, len, access, MapFlags::PRIVATE) }.unwrap();
         let uffd = Uffd::new().unwrap();
         // SAFETY: nobody has touched it, and who will can wait.
-        unsafe { uffd.register(NonNull::new(start.cast()).unwrap(), len) }.unwrap();
+        let registered =
+            unsafe { uffd.register(NonNull::new(start.cast()).unwrap(), len) }.unwrap();
         let host = start.expose_provenance();
         // They are not waited for: a test that fails must not wait for ever.
         let (done, all) = channel();
@@ -781,11 +804,7 @@ mod tests {
         std::thread::sleep(Duration::from_millis(200));
         let guest = GpaRange::with_len(Gpa::ZERO, len as u64).unwrap();
         let source = Arc::new(Sevens(RamLayout::new(vec![guest]).unwrap()));
-        let region = VmRegion {
-            guest,
-            host: HostAddress::new(host as u64),
-            page: PAGE as u64,
-        };
+        let region = VmRegion::new(&registered, 0, guest, PAGE as u64).unwrap();
         let vm = Vm::start(source, uffd, &[region], VmOptions::default()).unwrap();
         for _ in 0..PAGES {
             assert_eq!(all.recv_timeout(Duration::from_secs(20)), Ok(7));

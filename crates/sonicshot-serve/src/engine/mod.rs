@@ -118,7 +118,8 @@ impl Vm {
     /// Whether all pages are in place.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        self.control.outcome().complete
+        let outcome = self.control.outcome();
+        outcome.complete && outcome.error.is_none()
     }
 
     /// Waits until all pages are in place, bringing in what is left.

@@ -1,18 +1,55 @@
 //! Stretches of a virtual machine's memory, and which of their pages are no longer the source's.
 
 use crate::error::ServeError;
-use crate::uffd::{HostAddress, Kind, Uffd};
+use crate::uffd::{HostAddress, Kind, Registered, Uffd};
 use sonicshot::{Gpa, GpaRange, RamLayout};
 
-/// A stretch of guest memory in the address space whose faults are served.
+/// A range of guest memory in the address space whose faults are served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VmRegion {
+    pub(crate) guest: GpaRange,
+    pub(crate) host: HostAddress,
+    pub(crate) page: u64,
+}
+
+impl VmRegion {
+    /// The guest memory `guest`, which is in `memory` from `offset` bytes on. `page` is the size of
+    /// the pages behind it, in bytes: that of huge pages, or any if they are not huge.
+    ///
+    /// # Errors
+    /// [`ServeError::NotRegistered`] if it is not all in `memory`.
+    pub fn new(
+        memory: &Registered,
+        offset: u64,
+        guest: GpaRange,
+        page: u64,
+    ) -> Result<Self, ServeError> {
+        let host = memory.at(offset, guest.len());
+        let host = host.ok_or(ServeError::NotRegistered {
+            offset,
+            len: guest.len(),
+            registered: memory.len(),
+        })?;
+        Ok(Self { guest, host, page })
+    }
+
     /// The guest memory that is there.
-    pub guest: GpaRange,
+    #[must_use]
+    pub const fn guest(&self) -> GpaRange {
+        self.guest
+    }
+
     /// Where it begins.
-    pub host: HostAddress,
-    /// The size of the pages behind it, in bytes: that of huge pages, or any if they are not huge.
-    pub page: u64,
+    #[must_use]
+    pub const fn host(&self) -> HostAddress {
+        self.host
+    }
+
+    /// The size of the pages behind it, in bytes, as it was said.
+    #[must_use]
+    pub const fn page(&self) -> u64 {
+        self.page
+    }
 }
 
 /// The smallest and the largest page that is served.
@@ -30,6 +67,8 @@ pub(crate) struct Region {
     /// A bit for each page that the source must not be asked for any more: it was put in place,
     /// or it was given back. If it is missing, it is zero.
     touched: Vec<u64>,
+    /// The first page that was there before it was put in place.
+    pub occupied: Option<u64>,
 }
 
 impl Region {
@@ -90,6 +129,7 @@ impl Region {
             kind,
             shift,
             touched: vec![0; words],
+            occupied: None,
         })
     }
 
@@ -222,6 +262,7 @@ mod tests {
             kind: Kind::Small,
             shift: page.trailing_zeros(),
             touched: vec![0; usize::try_from(pages.div_ceil(64)).unwrap()],
+            occupied: None,
         }
     }
 

@@ -6,7 +6,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use sonicshot::checkpoint::{CheckpointError, Compression};
 use sonicshot::{Gpa, GpaRange, RamLayout};
 use sonicshot_serve::{
-    CheckpointSource, Content, HostAddress, Metrics, PageSet, PageSource, Piece, Prefetch, Run,
+    CheckpointSource, Content, Metrics, PageSet, PageSource, Piece, Prefetch, Registered, Run,
     ServeError, Uffd, Vm, VmOptions, VmRegion,
 };
 use std::ptr::NonNull;
@@ -38,11 +38,11 @@ impl Memory {
         Self { start, len }
     }
 
-    pub fn register(&self) -> Uffd {
+    pub fn register(&self) -> (Uffd, Registered) {
         let uffd = Uffd::new().unwrap();
         // SAFETY: nobody has touched it, and who will can wait.
-        unsafe { uffd.register(self.start, self.len) }.unwrap();
-        uffd
+        let registered = unsafe { uffd.register(self.start, self.len) }.unwrap();
+        (uffd, registered)
     }
 
     fn at(&self, page: usize) -> NonNull<u8> {
@@ -80,17 +80,14 @@ impl Drop for Memory {
 }
 
 /// The guest's two regions, one behind the other.
-pub fn regions(memory: &Memory, page: usize) -> Vec<VmRegion> {
-    let mut host = memory.start.as_ptr().addr() as u64;
+pub fn regions(memory: &Registered, page: usize) -> Vec<VmRegion> {
+    let mut offset = 0;
     let mut out = Vec::new();
     for (start, pages) in REGIONS {
         let len = (pages * PAGE) as u64;
-        out.push(VmRegion {
-            guest: GpaRange::with_len(Gpa::new(start), len).unwrap(),
-            host: HostAddress::new(host),
-            page: page as u64,
-        });
-        host += len;
+        let guest = GpaRange::with_len(Gpa::new(start), len).unwrap();
+        out.push(VmRegion::new(memory, offset, guest, page as u64).unwrap());
+        offset += len;
     }
     out
 }
@@ -135,10 +132,10 @@ fn a_guest_finds_its_memory() {
         ] {
             let metrics = Arc::new(Metrics::default());
             let memory = Memory::new(PAGES * PAGE, false);
-            let uffd = memory.register();
+            let (uffd, registered) = memory.register();
             let source = source(compression, &metrics);
             let options = options(prefetch, around, &metrics);
-            let vm = Vm::start(source, uffd, &regions(&memory, PAGE), options).unwrap();
+            let vm = Vm::start(source, uffd, &regions(&registered, PAGE), options).unwrap();
             check(&memory);
             if prefetch == Prefetch::Nothing && around == 0 {
                 assert_eq!(metrics.prefetched_bytes(), 0);
@@ -163,7 +160,7 @@ fn a_guest_finds_its_memory() {
 fn a_set_is_there_before_it_is_asked_for() {
     let metrics = Arc::new(Metrics::default());
     let memory = Memory::new(PAGES * PAGE, false);
-    let uffd = memory.register();
+    let (uffd, registered) = memory.register();
     let mut options = options(Prefetch::Set, 0, &metrics);
     // Stretches with kept, free and zero pages, over both regions.
     let range = |first: usize, end: usize, base: u64| {
@@ -175,7 +172,7 @@ fn a_set_is_there_before_it_is_asked_for() {
     let set = PageSet::from_ranges(vec![range(10, 200, 0), range(0, 94, 4 << 30)]);
     options.set = Arc::new(set);
     let source = source(Compression::Lz4, &metrics);
-    let vm = Vm::start(source, uffd, &regions(&memory, PAGE), options).unwrap();
+    let vm = Vm::start(source, uffd, &regions(&registered, PAGE), options).unwrap();
     let start = Instant::now();
     let kept = (10..200).chain(1024..1118);
     let kept = kept.filter(|page| expected(*page) != [0; PAGE]).count() as u64;
@@ -215,35 +212,29 @@ fn huge_pages_are_put_together_and_given_back() {
     for prefetch in [Prefetch::Nothing, Prefetch::Everything] {
         let metrics = Arc::new(Metrics::default());
         let memory = Memory::new(PAGES * PAGE, true);
-        let uffd = memory.register();
+        let (uffd, registered) = memory.register();
         let source = source(Compression::Lz4, &metrics);
         // What was said of small pages is noticed.
         let wrong = Uffd::new().unwrap();
         let small = Vm::start(
             Arc::clone(&source),
             wrong,
-            &regions(&memory, PAGE),
+            &regions(&registered, PAGE),
             VmOptions::default(),
         );
         assert!(small.is_err());
         // And of larger ones.
         let wide = Memory::new(4 * HUGE, true);
-        let start = wide.start.as_ptr().addr().next_multiple_of(2 * HUGE);
-        let region = VmRegion {
-            guest: GpaRange::with_len(Gpa::ZERO, 2 * HUGE as u64).unwrap(),
-            host: HostAddress::new(start as u64),
-            page: 2 * HUGE as u64,
-        };
-        let large = Vm::start(
-            Arc::clone(&source),
-            wide.register(),
-            &[region],
-            VmOptions::default(),
-        );
+        let start = wide.start.as_ptr().addr();
+        let offset = start.next_multiple_of(2 * HUGE) - start;
+        let guest = GpaRange::with_len(Gpa::ZERO, 2 * HUGE as u64).unwrap();
+        let (own, all) = wide.register();
+        let region = VmRegion::new(&all, offset as u64, guest, 2 * HUGE as u64).unwrap();
+        let large = Vm::start(Arc::clone(&source), own, &[region], VmOptions::default());
         let error = large.map(drop).unwrap_err();
         assert!(matches!(error, ServeError::PageKind { .. }), "{error:?}");
         let options = options(prefetch, 0, &metrics);
-        let vm = Vm::start(source, uffd, &regions(&memory, HUGE), options).unwrap();
+        let vm = Vm::start(source, uffd, &regions(&registered, HUGE), options).unwrap();
         // One that the source has, and one that is gone before it is touched.
         assert!(memory.read(700) == expected(700));
         memory.remove(512, 512);
@@ -323,7 +314,7 @@ fn what_was_given_back_never_comes_again() {
     let mut raced = 0;
     for machine in 0..MACHINES {
         let memory = Memory::new(ROUND_PAGES * PAGE, false);
-        let uffd = memory.register();
+        let (uffd, registered) = memory.register();
         let source = Arc::new(Numbered {
             layout: RamLayout::new(vec![layout]).unwrap(),
             state: AtomicU64::new(machine * 1_000_003),
@@ -335,11 +326,7 @@ fn what_was_given_back_never_comes_again() {
             0
         };
         let options = options(Prefetch::Everything, around, &metrics);
-        let region = VmRegion {
-            guest: layout,
-            host: HostAddress::new(memory.start.as_ptr().addr() as u64),
-            page: PAGE as u64,
-        };
+        let region = VmRegion::new(&registered, 0, layout, PAGE as u64).unwrap();
         let vm = Vm::start(Arc::clone(&source) as _, uffd, &[region], options).unwrap();
         std::thread::scope(|scope| {
             for half in 0..2 {
@@ -388,27 +375,22 @@ fn regions_that_cannot_be_are_refused() {
     let metrics = Arc::new(Metrics::default());
     let source = source(Compression::None, &metrics);
     let memory = Memory::new(PAGES * PAGE, false);
-    let good = regions(&memory, PAGE);
+    let (own, registered) = memory.register();
+    let good = regions(&registered, PAGE);
+    drop(own);
     let start = |regions: &[VmRegion]| {
-        let vm = Vm::start(
-            Arc::clone(&source),
-            memory.register(),
-            regions,
-            VmOptions::default(),
-        );
+        let (uffd, _) = memory.register();
+        let vm = Vm::start(Arc::clone(&source), uffd, regions, VmOptions::default());
         vm.map(drop).unwrap_err()
     };
-    let with = |change: fn(&mut VmRegion)| {
-        let mut regions = good.clone();
-        change(&mut regions[1]);
-        regions
-    };
-    let host = |region: &mut VmRegion, raw: u64| region.host = HostAddress::new(raw);
-    let outside = start(&with(|region| {
-        region.guest = GpaRange::with_len(Gpa::new(5 << 30), 4096).unwrap();
-    }));
+    let page = |at: u64| GpaRange::with_len(Gpa::new(at), PAGE as u64).unwrap();
+    let region = |offset, guest, page| VmRegion::new(&registered, offset, guest, page).unwrap();
+    let outside = start(&[region(0, page(5 << 30), PAGE as u64)]);
     assert!(matches!(outside, ServeError::NotInLayout { .. }));
-    let unmapped = start(&with(|region| region.host = HostAddress::new(1 << 20)));
+    // Nothing is there.
+    let nothing = NonNull::new(core::ptr::without_provenance_mut(1 << 20)).unwrap();
+    // SAFETY: no memory: nobody has it, and nobody touches it.
+    let unmapped = unsafe { Uffd::new().unwrap().register(nothing, PAGE) }.unwrap_err();
     assert!(matches!(
         unmapped,
         ServeError::Uffd {
@@ -416,16 +398,20 @@ fn regions_that_cannot_be_are_refused() {
             ..
         }
     ));
-    let mut twice = good.clone();
-    host(&mut twice[1], good[0].host.raw());
+    for offset in [registered.len(), registered.len() - 1, u64::MAX] {
+        let behind = VmRegion::new(&registered, offset, page(0), PAGE as u64).unwrap_err();
+        assert!(matches!(behind, ServeError::NotRegistered { .. }));
+    }
+    let second = good[1].guest();
+    let twice = start(&[good[0], region(0, second, PAGE as u64)]);
     assert!(matches!(
-        start(&twice),
+        twice,
         ServeError::Overlap {
             in_guest: false,
             ..
         }
     ));
-    let odd = start(&with(|region| region.page = 3 << 12));
+    let odd = start(&[good[0], region(good[0].guest().len(), second, 3 << 12)]);
     assert!(matches!(odd, ServeError::PageSize { .. }));
     assert_eq!(layout().regions().len(), 2);
 }
@@ -450,9 +436,14 @@ fn a_thread_that_fails_is_told() {
         }
     }
     let memory = Memory::new(PAGES * PAGE, false);
-    let uffd = memory.register();
+    let (uffd, registered) = memory.register();
     let source = Arc::new(Broken(layout()));
-    let vm = Vm::start(source, uffd, &regions(&memory, PAGE), VmOptions::default());
+    let vm = Vm::start(
+        source,
+        uffd,
+        &regions(&registered, PAGE),
+        VmOptions::default(),
+    );
     let error = vm.unwrap().finish().unwrap_err();
     assert!(matches!(*error, ServeError::Thread), "{error:?}");
 }
@@ -485,12 +476,34 @@ fn a_checkpoint_for_analysis_is_not_run_unawares() {
         let source = Arc::new(Lacking(source(Compression::None, &metrics)));
         let mut options = options(Prefetch::Nothing, 0, &metrics);
         options.for_analysis = known;
-        match Vm::start(source, memory.register(), &regions(&memory, PAGE), options) {
+        let (uffd, registered) = memory.register();
+        match Vm::start(source, uffd, &regions(&registered, PAGE), options) {
             Ok(vm) => assert!(known && vm.finish().is_ok()),
             Err(error) => {
                 let told = ServeError::Checkpoint(CheckpointError::CannotRun).to_string();
                 assert!(!known && error.to_string() == told, "{error}");
             }
         }
+    }
+}
+
+/// Who touches memory before it is registered gets zeroes where the guest's bytes belong: that is
+/// told, whichever way the page comes in.
+#[test]
+fn a_page_that_was_there_before_is_told() {
+    const TOUCHED: usize = 3;
+    let metrics = Arc::new(Metrics::default());
+    for prefetch in [Prefetch::Nothing, Prefetch::Everything] {
+        let memory = Memory::new(PAGES * PAGE, false);
+        assert_ne!(expected(TOUCHED), [0; PAGE]);
+        memory.write(TOUCHED, 0);
+        let (uffd, registered) = memory.register();
+        let source = source(Compression::None, &metrics);
+        let options = options(prefetch, 0, &metrics);
+        let vm = Vm::start(source, uffd, &regions(&registered, PAGE), options).unwrap();
+        let error = vm.finish().unwrap_err();
+        let told = matches!(*error, ServeError::Occupied { gpa, .. }
+            if gpa == Gpa::new((TOUCHED * PAGE) as u64));
+        assert!(told, "{error}");
     }
 }

@@ -225,12 +225,13 @@ fn who_comes_too_late_is_ended() {
     // It has the only thread, and the others wait, in this order.
     let mut idle = UnixStream::connect(serving.socket()).unwrap();
     let memory = Memory::new(PAGES * PAGE, false);
-    let (own, none) = (memory.register(), Uffd::new().unwrap());
+    let (own, registered) = memory.register();
+    let none = Uffd::new().unwrap();
     let (mut first, mut machine) = (Machine::new(), Machine::new());
-    let regions: Vec<_> = regions(&memory, PAGE)
+    let regions: Vec<_> = regions(&registered, PAGE)
         .iter()
         .map(|region| {
-            let (host, guest, page) = (region.host.raw(), region.guest, region.page);
+            let (host, guest, page) = (region.host().raw(), region.guest(), region.page());
             let (gpa, len) = (guest.start().raw(), guest.len());
             format!(r#"{{"host":{host},"len":{len},"gpa":{gpa},"page":{page}}}"#)
         })
