@@ -22,6 +22,8 @@ use std::path::{Path, PathBuf};
 pub enum Incomplete {
     /// Its header says so: there was no room to write it to the end.
     Said,
+    /// The place of its last page was never written: whoever wrote it was stopped.
+    Unwritten,
     /// The file ends before its last page does.
     CutOff {
         /// Its length in bytes.
@@ -40,6 +42,9 @@ impl fmt::Display for Incomplete {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Said => f.write_str("its header says that it was not written to the end"),
+            Self::Unwritten => f.write_str(
+                "where its last page is was never written: whoever wrote the file was stopped",
+            ),
             Self::CutOff { len, need } => write!(
                 f,
                 "the file is cut off: it ends at {len} bytes, and what it should have at {need}"

@@ -182,7 +182,7 @@ fn segments(bytes: &[u8]) -> Vec<Load> {
         .collect()
 }
 
-/// What a list of segments says of memory: the first to speak of a byte counts.
+/// What a list of segments says of memory: the first that has a byte counts, then that it is zero.
 fn memory(loads: &[Load], layout: &RamLayout) -> Vec<(Gpa, Vec<u8>)> {
     let mut regions: Vec<_> = layout
         .regions()
@@ -194,14 +194,11 @@ fn memory(loads: &[Load], layout: &RamLayout) -> Vec<(Gpa, Vec<u8>)> {
             continue;
         }
         for (start, bytes) in &mut regions {
-            for at in 0..load.memsz {
+            for (at, byte) in (0..load.memsz).zip(&load.data) {
                 let index = (load.paddr + at).checked_sub(start.raw());
-                if let Some(byte) = index.and_then(|i| bytes.get_mut(usize::try_from(i).unwrap())) {
-                    *byte = load
-                        .data
-                        .get(usize::try_from(at).unwrap())
-                        .copied()
-                        .unwrap_or(0);
+                let place = index.and_then(|i| bytes.get_mut(usize::try_from(i).unwrap()));
+                if let Some(place) = place {
+                    *place = *byte;
                 }
             }
         }
@@ -303,6 +300,32 @@ fn not_every_segment_is_ram_and_the_first_of_two_counts() {
     let kept = segments(&bytes);
     assert_eq!((kept[0].paddr, &kept[0].data), (u64::MAX, &loads[0].data));
     assert_eq!((kept[1].memsz, &kept[1].data), (0, &loads[1].data));
+}
+
+/// A segment's memory that is not in the file is zero only where no other segment has it.
+#[test]
+fn bytes_of_the_file_count_before_memory_that_is_not_in_it() {
+    let folder = TempDir::new().unwrap();
+    let mut long = load(0x1000, pattern(1, PAGE));
+    long.memsz = 8 * PAGE;
+    let loads = [
+        long,
+        load(0x3000, pattern(2, 2 * PAGE)),
+        load(0x8000, pattern(3, 2 * PAGE)),
+    ];
+    let path = write(&folder, &core(PLAIN, &loads));
+    let dump = Dump::open(&path, None).unwrap();
+    let page = usize::try_from(PAGE).unwrap();
+    let mut want = vec![0; 9 * page];
+    for load in &loads {
+        let at = usize::try_from(load.paddr).unwrap() - page;
+        want[at..at + load.data.len()].copy_from_slice(&load.data);
+    }
+    assert!(contents(&dump) == [(Gpa::new(0x1000), want.clone())]);
+    let runs = [(3, 1), (6, 1)];
+    let (after, _) = prune(&path, &runs);
+    want[2 * page..3 * page].fill(0);
+    assert!(contents(&after) == [(Gpa::new(0x1000), want)]);
 }
 
 #[test]

@@ -384,6 +384,46 @@ fn reads_what_a_full_disk_left_of_a_dump() {
     assert!(matches!(last, Err(MemoryError::Absent { .. })), "{last:?}");
 }
 
+/// Whoever is killed while it is written has no time to say so.
+#[test]
+fn reads_what_a_killed_writer_left_of_a_dump() {
+    let build = Build::new();
+    let mut bytes = build.bytes();
+    let mut frames: Vec<u64> = build.dumped.iter().map(|(frame, _)| *frame).collect();
+    frames.extend(&build.zero);
+    frames.sort_unstable();
+    // Behind two headers and two bitmaps of a block.
+    let descriptors = 4 * 4096;
+    let written = frames.len() - 3;
+    bytes[descriptors + written * 24..descriptors + frames.len() * 24].fill(0);
+    let dump = open(&bytes).unwrap();
+    assert_eq!(dump.incomplete(), Some(&Incomplete::Unwritten));
+    for (number, frame) in frames.iter().enumerate() {
+        let mut got = vec![0; 4096];
+        let read = dump.read(Gpa::new(frame * 4096), &mut got);
+        if number < written {
+            assert!(read.is_ok() && Some(Some(got)) == build.want(*frame));
+        } else {
+            assert!(matches!(read, Err(MemoryError::Absent { .. })), "{read:?}");
+        }
+    }
+    check_cut(&build, &dump);
+    // One that is wrong among those that are right is an error.
+    bytes[descriptors..descriptors + 24].fill(0);
+    bytes[descriptors + written * 24..descriptors + frames.len() * 24].copy_from_slice(
+        &build.bytes()[descriptors + written * 24..descriptors + frames.len() * 24],
+    );
+    let read = open(&bytes).and_then(|dump| {
+        let read = dump.read(Gpa::new(frames[0] * 4096), &mut [0; 4096]);
+        assert!(
+            !matches!(read, Ok(()) | Err(MemoryError::Absent { .. })),
+            "{read:?}"
+        );
+        Ok(dump)
+    });
+    drop(read);
+}
+
 #[test]
 fn a_flattened_file_reads_the_same_in_any_order() {
     let build = Build::new();

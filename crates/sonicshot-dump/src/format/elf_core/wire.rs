@@ -317,7 +317,8 @@ impl ElfCore {
             .flatten()
     }
 
-    /// The guest's RAM: sorted, disjoint; where segments overlap, the first in the file counts.
+    /// The guest's RAM: sorted, disjoint. Where segments overlap, bytes of the file count before
+    /// memory of which a segment says only that it is there, and the first in the file before others.
     ///
     /// `file_len` is the length of the file: what it can justify bounds what is believed.
     pub(crate) fn extents(&self, path: &Path, file_len: u64) -> Result<Vec<Extent>, DumpError> {
@@ -348,8 +349,13 @@ impl ElfCore {
             ));
         }
         let mut extents: Vec<Extent> = Vec::new();
-        for (guest, segment) in loads {
-            add_extent(&mut extents, guest, segment);
+        for (guest, segment) in &loads {
+            let filled = GpaRange::with_len(guest.start(), segment.file_len);
+            let filled = filled.map_or(*guest, |filled| filled.intersection(guest));
+            add_extent(&mut extents, filled, Some(segment.offset));
+        }
+        for (guest, _) in loads {
+            add_extent(&mut extents, guest, None);
         }
         if extents.is_empty() {
             return Err(DumpError::NotADump {
@@ -376,8 +382,9 @@ impl ElfCore {
     }
 }
 
-/// Adds what of `guest` is not covered yet.
-fn add_extent(extents: &mut Vec<Extent>, guest: GpaRange, segment: &Segment) {
+/// Adds what of `guest`, which is at `offset` in the file, is not covered yet; zeroes, if it is not
+/// there.
+fn add_extent(extents: &mut Vec<Extent>, guest: GpaRange, offset: Option<FileOffset>) {
     let mut gaps = Vec::new();
     let mut at = guest.start();
     let first = extents.partition_point(|extent| extent.guest.end() <= guest.start());
@@ -389,18 +396,14 @@ fn add_extent(extents: &mut Vec<Extent>, guest: GpaRange, segment: &Segment) {
         at = at.max(extent.guest.end());
     }
     gaps.push(GpaRange::new(at, guest.end()));
-    let filled = GpaRange::with_len(guest.start(), segment.file_len).unwrap_or(guest);
     for gap in gaps {
-        let data = gap.intersection(&filled);
-        let rest = GpaRange::new(gap.start().max(filled.end()), gap.end());
-        let inside = data.start().offset_from(guest.start());
-        let offset = inside.and_then(|inside| segment.offset.checked_add(inside));
-        for (guest, offset) in [(data, offset), (rest, None)] {
-            if !guest.is_empty() {
-                let index = extents.partition_point(|e| e.guest.start() < guest.start());
-                extents.insert(index, Extent { guest, offset });
-            }
+        if gap.is_empty() {
+            continue;
         }
+        let inside = gap.start().offset_from(guest.start());
+        let offset = offset.and_then(|offset| offset.checked_add(inside?));
+        let index = extents.partition_point(|e| e.guest.start() < gap.start());
+        extents.insert(index, Extent { guest: gap, offset });
     }
 }
 

@@ -224,8 +224,24 @@ impl KdumpFile {
             this.part = Some((part, before));
             this.facts.dumped = behind.saturating_sub(before);
         }
-        this.incomplete = this.look_for_end(header.status & INCOMPLETE != 0)?;
+        let said = header.status & INCOMPLETE != 0;
+        let unwritten = !said && this.is_last_unwritten();
+        this.facts.may_lack |= unwritten;
+        this.incomplete = this.look_for_end(said)?;
+        if unwritten {
+            this.incomplete = Some(Incomplete::Unwritten);
+        }
         Ok(this)
+    }
+
+    /// Whether nothing was written where the last page's descriptor is: they are written with their
+    /// pages, and whoever is stopped has no time left to say so.
+    fn is_last_unwritten(&self) -> bool {
+        let mut raw = [0; 24];
+        let last = self.facts.dumped.checked_sub(1);
+        let at = last.and_then(|last| last.checked_mul(DESCRIPTOR_LEN));
+        let at = at.and_then(|at| self.descriptors_at.checked_add(at));
+        at.is_some_and(|at| self.content.read(at, &mut raw)) && raw.iter().all(|byte| *byte == 0)
     }
 
     /// How many frames below `pfn` are marked as in the file.
