@@ -413,15 +413,10 @@ fn reads_what_a_killed_writer_left_of_a_dump() {
     bytes[descriptors + written * 24..descriptors + frames.len() * 24].copy_from_slice(
         &build.bytes()[descriptors + written * 24..descriptors + frames.len() * 24],
     );
-    let read = open(&bytes).and_then(|dump| {
+    if let Ok(dump) = open(&bytes) {
         let read = dump.read(Gpa::new(frames[0] * 4096), &mut [0; 4096]);
-        assert!(
-            !matches!(read, Ok(()) | Err(MemoryError::Absent { .. })),
-            "{read:?}"
-        );
-        Ok(dump)
-    });
-    drop(read);
+        assert!(matches!(read, Err(MemoryError::Backend { .. })), "{read:?}");
+    }
 }
 
 #[test]

@@ -160,7 +160,9 @@ impl Candidates {
         others
     }
 
-    fn of_blocks(&self) -> Vec<Candidate> {
+    /// The orders in which the guest may have the blocks that it boots with, likeliest first, and how
+    /// many of them are likely.
+    fn orders(&self) -> (Vec<Vec<&RamBlock>>, usize) {
         let mut by_length = self.ram();
         by_length.sort_by_key(|block| std::cmp::Reverse(block.len));
         let mut orders: Vec<Vec<&RamBlock>> = by_length.iter().map(|block| vec![*block]).collect();
@@ -174,6 +176,11 @@ impl Candidates {
         }
         let likely = orders.len();
         add_orders(&self.ram(), &mut Vec::new(), &mut orders);
+        (orders, likely)
+    }
+
+    fn of_blocks(&self) -> Vec<Candidate> {
+        let (orders, likely) = self.orders();
         let mut candidates = Vec::new();
         let mut with_dimms = Vec::new();
         for (number, order) in orders.into_iter().enumerate() {
@@ -273,9 +280,12 @@ impl Candidates {
     pub(super) fn add_by(&mut self, map: &[GpaRange]) {
         let mut more = Vec::new();
         if self.are_of_blocks() {
-            for block in self.ram() {
-                let ranges = by_e820(map, block.len);
-                more.extend(ranges.and_then(|r| self.candidate(&[block], &r, BY_GUEST)));
+            for order in self.orders().0 {
+                let total = order
+                    .iter()
+                    .try_fold(0, |sum: u64, b| sum.checked_add(b.len));
+                let ranges = total.and_then(|total| by_e820(map, total));
+                more.extend(ranges.and_then(|r| self.candidate(&order, &r, BY_GUEST)));
             }
         } else {
             more.extend(self.raw_by(map));
