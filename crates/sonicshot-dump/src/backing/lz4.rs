@@ -3,6 +3,7 @@
 //! The decoder takes a file that ends where a block's length would be for one that ends there. What
 //! makes out whether a frame has its end is whether the file ended while the decoder asked for more.
 
+use super::streams::is_at_end;
 use lz4_flex::frame::FrameDecoder;
 use std::io::{self, BufRead, Read};
 
@@ -35,7 +36,7 @@ impl<R: BufRead> Read for Lz4Frames<R> {
             if self.frames.get_ref().hit_end {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            self.has_ended = self.frames.get_mut().packed.fill_buf()?.is_empty();
+            self.has_ended = is_at_end(&mut self.frames.get_mut().packed)?;
         }
         Ok(0)
     }

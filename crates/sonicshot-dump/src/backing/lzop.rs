@@ -1,6 +1,7 @@
 //! The files of `lzop`: LZO in blocks, with checksums (`lzop.c`, `conf.h`). libvirt's images may
 //! be compressed so.
 
+use super::streams::is_at_end;
 use std::io::{self, BufRead, Read, Write};
 
 /// How a file begins.
@@ -148,8 +149,8 @@ impl<R: BufRead> Decoder<R> {
     fn next(&mut self) -> io::Result<bool> {
         let len = self.word()?;
         if len == 0 {
-            // Files may follow each other, as `lzop` itself reads them; no other content may.
-            if self.inner.fill_buf()?.is_empty() {
+            // `lzop` reads several files, each of which may be another: none of them is read here.
+            if is_at_end(&mut self.inner)? {
                 return Ok(false);
             }
             return Err(damaged("something follows the last block"));

@@ -9,6 +9,7 @@ pub(crate) mod paged;
 pub(crate) mod plain;
 pub(crate) mod scattered;
 pub(crate) mod spool;
+mod streams;
 pub(crate) mod sys;
 pub(crate) mod unpack;
 

@@ -1,7 +1,10 @@
 //! Files that are compressed as a whole: told by how they begin, and decompressed.
 
 use crate::backing::lz4::Lz4Frames;
+use crate::backing::streams::Streams;
 use crate::backing::{archive, lzop};
+use bzip2::bufread::BzDecoder;
+use flate2::bufread::GzDecoder;
 use lzma_rust2::XzReader;
 use std::fs::File;
 use std::io::{self, BufReader, Read};
@@ -42,14 +45,31 @@ pub(crate) const BZIP2: &[u8] = b"BZh";
 pub(crate) const LZOP: &[u8] = &lzop::MAGIC;
 pub(crate) const LZ4: &[u8] = &[0x04, 0x22, 0x4d, 0x18];
 pub(crate) const ZIP: &[u8] = &archive::MAGIC;
-/// The longest of them.
-pub(crate) const LONGEST_MARK: usize = 9;
+/// No file needs more to be told, with what `pzstd` puts before.
+pub(crate) const LONGEST_MARK: usize = 32;
 
 impl Compression {
     /// How a file is compressed that begins with `start`, if it is.
     pub(crate) fn of(start: &[u8]) -> Option<Self> {
-        let (_, how) = MARKS.iter().find(|(mark, _)| start.starts_with(mark))?;
-        Some(*how)
+        let known = MARKS.iter().find(|(mark, _)| start.starts_with(mark));
+        known
+            .map(|(_, how)| *how)
+            .or_else(|| Self::behind_skipped(start))
+    }
+
+    /// The same of a file that may begin with frames that hold no content, which `pzstd` writes.
+    fn behind_skipped(start: &[u8]) -> Option<Self> {
+        /// Of the 16 magics the least; the length of what is skipped follows.
+        const SKIPPED: u32 = 0x184d_2a50;
+        let (magic, rest) = start.split_first_chunk::<4>()?;
+        if u32::from_le_bytes(*magic) & !0xf != SKIPPED {
+            return None;
+        }
+        let (len, rest) = rest.split_first_chunk::<4>()?;
+        let len = usize::try_from(u32::from_le_bytes(*len)).ok()?;
+        // What is beyond the beginning is as likely another's.
+        let next = rest.get(len..).filter(|next| next.len() >= ZSTD.len())?;
+        Self::of(next).filter(|how| *how == Self::Zstd)
     }
 
     /// What is in `file` from `at` on, decompressed.
@@ -57,10 +77,10 @@ impl Compression {
         let from = |file| BufReader::with_capacity(BUFFER, At::new(file, at));
         Ok(match self {
             // One stream or several, as the tools themselves read them.
-            Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(from(file))),
-            Self::Zstd => Box::new(zstd::stream::read::Decoder::with_buffer(from(file))?),
+            Self::Gzip => Box::new(Streams::<_, GzDecoder<_>>::new(from(file))),
+            Self::Zstd => Box::new(Streams::<_, zstd::Decoder<'static, _>>::new(from(file))),
             Self::Xz => Box::new(XzReader::new_mem_limit(from(file), true, XZ_MEMORY)),
-            Self::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(from(file))),
+            Self::Bzip2 => Box::new(Streams::<_, BzDecoder<_>>::new(from(file))),
             Self::Lzop => Box::new(lzop::Decoder::new(from(file))?),
             Self::Lz4 => Box::new(Lz4Frames::new(from(file))),
             Self::Zip => Box::new(archive::only_file(file)?),
@@ -184,6 +204,16 @@ mod tests {
                 *byte ^= 0x55;
             }
             assert!(unpacked(&damaged).is_err(), "{how:?}");
+            // Filled up, as on a device; an archive is told by its end.
+            if *how != Compression::Zip {
+                let mut filled = packed.clone();
+                filled.resize(packed.len() + 5000, 0);
+                assert!(unpacked(&filled).unwrap() == content, "{how:?}");
+                if *how != Compression::Xz {
+                    filled.push(7);
+                    assert!(unpacked(&filled).is_err(), "{how:?}");
+                }
+            }
             // One behind the other, as tools write who add to a file.
             let twice = [&packed[..], &packed].concat();
             match how {
@@ -196,6 +226,20 @@ mod tests {
             }
         }
         assert_eq!(Compression::of(b"\x7fELF"), None);
+    }
+
+    /// `pzstd` says before each frame how long it is.
+    #[test]
+    fn frames_without_content_are_passed_over() {
+        let content = content();
+        let frame = packed(Compression::Zstd, &content);
+        let mut skipped = b"\x50\x2a\x4d\x18\x04\0\0\0".to_vec();
+        skipped.extend(u32::try_from(frame.len()).unwrap().to_le_bytes());
+        let all = [&skipped[..], &frame, &skipped, &frame].concat();
+        assert!(unpacked(&all).unwrap() == [&content[..], &content].concat());
+        assert_eq!(Compression::of(&skipped), None);
+        skipped[4] = 0xff;
+        assert_eq!(Compression::of(&[&skipped[..], &frame].concat()), None);
     }
 
     /// A dictionary that is said to be long takes no memory.

@@ -54,6 +54,8 @@ const EVIDENCE: &str = "an EnCase evidence file";
 const EXPORT: &str = "`ewfexport` of libewf writes the raw memory that is in it";
 const MACHO: &str = "a Mach-O file";
 const DISK: &str = "it is a guest's disk, not its memory: give the file with the memory";
+/// One compression is read, and no more.
+const TWICE: &str = "decompress the file, and give what comes of it";
 const UNPACK: &str = "unpack it, and give the memory that is in it";
 
 /// All of them. A mark of few bytes stands last: what has two of them is the first.
@@ -134,6 +136,33 @@ const TABLE: &[Foreign] = &[
         "`affcat` of afflib writes the raw memory that is in it",
     ),
     begins(b"HPAK", "an HBGary memory dump (hpak)", UNPACK),
+    marked(
+        4096,
+        b"sadump\0\0",
+        "an sadump (of a media backup)",
+        "`makedumpfile -x VMLINUX -d 0 FILE OUT` makes a kdump of it",
+    ),
+    begins(
+        b"\xa8\x19\x01\x73\x61\x8f\x23\xfe",
+        "an s390 standalone dump",
+        OF_CRASH,
+    ),
+    begins(
+        b"\xee\xeb\x0f\xf0",
+        "a core of an old Xen (xm)",
+        "dump the guest with `xl dump-core`",
+    ),
+    begins(b"minidump FreeBSD/", "a FreeBSD dump", OTHER_SYSTEM),
+    begins(b"\xed\xc8\xfe\xde", "a Solaris dump", OTHER_SYSTEM),
+    begins(b"\xde\xfe\xc8\xed", "a Solaris dump", OTHER_SYSTEM),
+    begins(b"\xf0\x0d\xf0\x0d", "an AIX dump", OTHER_SYSTEM),
+    begins(
+        b"\xbe\xba\xfe\xca\0\0\0\0",
+        "a VMware disk image (vmdk)",
+        DISK,
+    ),
+    begins(b"\xca\xfe\xba\xbe", MACHO, OTHER_SYSTEM),
+    begins(b"\xbe\xba\xfe\xca", MACHO, OTHER_SYSTEM),
     begins(b"\xcf\xfa\xed\xfe", MACHO, OTHER_SYSTEM),
     begins(b"\xfe\xed\xfa\xcf", MACHO, OTHER_SYSTEM),
     begins(b"\xce\xfa\xed\xfe", MACHO, OTHER_SYSTEM),
@@ -158,23 +187,26 @@ const TABLE: &[Foreign] = &[
     marked(512, b"EFI PART", "a disk image", DISK),
     marked(512, b"LABELONE", "a physical volume of LVM", DISK),
     marked(0x1_0040, b"_BHRfS_M", "a file system (btrfs)", DISK),
-    begins(b"XFSB\0\0", "a file system (xfs)", DISK),
+    begins(b"XFSB\0", "a file system (xfs)", DISK),
+    marked(1024, b"\xe2\xe1\xf5\xe0", "a file system (erofs)", DISK),
+    begins(b"Bochs Virtual HD Image", "a Bochs disk image", DISK),
+    begins(b"#!/bin/sh\n#V2.0 Format\n", "a disk image (cloop)", DISK),
     begins(b"hsqs", "a file system (squashfs)", DISK),
     marked(0x8001, b"CD001", "an image of a CD", DISK),
     begins(
         unpack::ZSTD,
-        "compressed with zstd",
-        "`zstd -d FILE` decompresses it",
+        "compressed with zstd inside of what is decompressed",
+        TWICE,
     ),
     begins(
         unpack::XZ,
-        "compressed with xz",
-        "`xz -dk FILE` decompresses it",
+        "compressed with xz inside of what is decompressed",
+        TWICE,
     ),
     begins(
         unpack::LZ4,
-        "compressed with lz4",
-        "`lz4 -d FILE OUT` decompresses it",
+        "compressed with lz4 inside of what is decompressed",
+        TWICE,
     ),
     begins(
         b"\x02\x21\x4c\x18",
@@ -183,8 +215,8 @@ const TABLE: &[Foreign] = &[
     ),
     begins(
         unpack::LZOP,
-        "compressed with lzop",
-        "`lzop -d FILE` decompresses it",
+        "compressed with lzop inside of what is decompressed",
+        TWICE,
     ),
     begins(
         b"LZIP\x01",
@@ -197,25 +229,45 @@ const TABLE: &[Foreign] = &[
         "compressed with snappy",
         "`snzip -dk FILE` decompresses it",
     ),
+    begins(
+        b"\x5d\0\0\x80\0\xff\xff\xff\xff\xff\xff\xff\xff",
+        "compressed with lzma",
+        "`xz -dk --format=lzma FILE` decompresses it",
+    ),
+    begins(b"MSCF\0\0\0\0", "an archive (cab)", UNPACK),
+    begins(b"MSWIM\0\0\0", "an archive (wim)", UNPACK),
+    begins(b"xar!", "an archive (xar)", UNPACK),
+    begins(b"!<arch>\n", "an archive (ar)", UNPACK),
+    begins(b"7kSt", "an archive (zpaq)", UNPACK),
+    begins(
+        b"\x89PNG\r\n\x1a\n",
+        "a picture (png)",
+        "give a guest's memory",
+    ),
     begins(b"7z\xbc\xaf\x27\x1c", "an archive (7z)", UNPACK),
     begins(b"Rar!\x1a\x07", "an archive (rar)", UNPACK),
-    begins(unpack::ZIP, "an archive (zip)", UNPACK),
+    begins(
+        unpack::ZIP,
+        "an archive (zip) inside of what is decompressed",
+        TWICE,
+    ),
     marked(257, b"ustar", "an archive (tar)", UNPACK),
     begins(b"070701", "an archive (cpio)", UNPACK),
     begins(b"hibr", WINDOWS_HIBERNATION, OTHER_SYSTEM),
     begins(b"HIBR", WINDOWS_HIBERNATION, OTHER_SYSTEM),
     begins(b"wake", WINDOWS_HIBERNATION, OTHER_SYSTEM),
     begins(b"WAKE", WINDOWS_HIBERNATION, OTHER_SYSTEM),
+    begins(b"rstr", WINDOWS_HIBERNATION, OTHER_SYSTEM),
     begins(b"RSTR", WINDOWS_HIBERNATION, OTHER_SYSTEM),
     begins(
         unpack::BZIP2,
-        "compressed with bzip2",
-        "`bzip2 -dk FILE` decompresses it",
+        "compressed with bzip2 inside of what is decompressed",
+        TWICE,
     ),
     begins(
         unpack::GZIP,
-        "compressed with gzip",
-        "`gzip -dk FILE` decompresses it",
+        "compressed with gzip inside of what is decompressed",
+        TWICE,
     ),
     begins(
         b"\x1f\x9d",

@@ -218,9 +218,15 @@ fn a_file_behind_something_else_is_found() {
         let known_as = DumpOptions::new().format(known).open(&path);
         assert_eq!(known_as.is_ok(), known.name() == "qemu", "{known}");
     }
+    // One that was cut off is not memory for that.
+    for before in [4096, 5 << 20] {
+        let mut cut = file.bytes_behind(&vec![0; before]);
+        cut.truncate(before + 8192);
+        assert!(open(folder.path(), &cut).is_err(), "{before}");
+    }
     // Too far behind, and behind too much that looks the same.
     let looks = b"QEVM\0\0\0\x03\x07".repeat(17);
-    for before in [vec![0; 5 << 20], looks] {
+    for before in [vec![0; 17 << 20], looks] {
         let opened = open(folder.path(), &file.bytes_behind(&before));
         assert!(opened.is_err() || opened.unwrap().format() == "raw RAM");
     }

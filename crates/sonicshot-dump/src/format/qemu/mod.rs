@@ -34,7 +34,7 @@ pub(crate) const BEHIND: Kind = Kind {
 };
 
 /// A migration file begins in the first bytes of a file, so many at most.
-const MAX_OFFSET: usize = 4 << 20;
+const MAX_OFFSET: usize = 16 << 20;
 /// So many places that look like a beginning are looked at.
 const MAX_BEGINNINGS: usize = 16;
 /// How it begins, up to its configuration.
@@ -52,12 +52,14 @@ fn offset_of(source: &Source<'_>) -> Option<FileOffset> {
         let begin = FileOffset::new(*at as u64);
         let mut cursor = Cursor::new(source.path, data, begin);
         start::start(&mut cursor).is_ok_and(|start| {
-            if start.has(MAPPED_RAM) {
-                let layout = source.layout().or(Some(&LayoutSpec::Flat));
-                return mapped_ram::MappedRam::parse(source.path, data, begin, layout).is_ok();
-            }
+            // One that is damaged, or cut off, is one all the same.
             let before = bytes.get(..*at).unwrap_or_default();
-            before.iter().all(|byte| *byte == 0)
+            if before.iter().all(|byte| *byte == 0) {
+                return true;
+            }
+            let layout = source.layout().or(Some(&LayoutSpec::Flat));
+            start.has(MAPPED_RAM)
+                && mapped_ram::MappedRam::parse(source.path, data, begin, layout).is_ok()
         })
     };
     let mut found = found.filter(|at| *at > 0);
