@@ -4,10 +4,10 @@ use crate::args::{ConvertArgs, ConvertTo};
 use crate::error::CliError;
 use crate::inputs::Input;
 use crate::output::{overwrite, shown_on};
-use crate::report::{complain, lines, mib, progress_bar, say, size};
+use crate::report::{layout_arg, lines, mib, progress_bar, say, size, tell_notes};
 use serde_json::json;
 use sonicshot_dump::DumpError;
-use sonicshot_offline::{Converted, LayoutSpec, Target, Template};
+use sonicshot_offline::{Converted, Target, Template};
 use std::path::Path;
 use std::time::Instant;
 
@@ -78,6 +78,8 @@ fn print_json(args: &ConvertArgs, converted: &Converted, seconds: f64) {
         "disk_bytes": converted.disk_bytes,
         "missing_bytes": converted.missing_bytes,
         "missing_mib": mib(converted.missing_bytes),
+        "for_analysis": converted.for_analysis,
+        "layout": (args.to == ConvertTo::Raw).then(|| layout_arg(&converted.layout)),
         "seconds": seconds,
         "notes": lines(&converted.notes),
     });
@@ -85,9 +87,7 @@ fn print_json(args: &ConvertArgs, converted: &Converted, seconds: f64) {
 }
 
 fn print_summary(args: &ConvertArgs, converted: &Converted, seconds: f64) {
-    for note in &converted.notes {
-        complain!("note: {note}");
-    }
+    tell_notes(&converted.notes);
     let ram = &converted.layout;
     say!(
         "converted {} of RAM from {}, {} on disk, in {seconds:.2} s",
@@ -96,6 +96,6 @@ fn print_summary(args: &ConvertArgs, converted: &Converted, seconds: f64) {
         size(converted.disk_bytes)
     );
     if args.to == ConvertTo::Raw && ram.regions().len() > 1 {
-        say!("layout: {}", LayoutSpec::Ranges(ram.regions().to_vec()));
+        say!("layout: {}", layout_arg(ram));
     }
 }

@@ -2,7 +2,8 @@
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
-use sonicshot_offline::{ByteSize, Note};
+use sonicshot::RamLayout;
+use sonicshot_offline::{ByteSize, LayoutSpec, Note};
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::sync::OnceLock;
@@ -91,6 +92,21 @@ pub(crate) fn by_name_json(pages: &[(&str, u64)]) -> Value {
 /// Notes as JSON has them: a text for each.
 pub(crate) fn lines(notes: &[Note]) -> Vec<String> {
     notes.iter().map(Note::to_string).collect()
+}
+
+/// Notes for people. That a guest should not run from what was made is a warning.
+pub(crate) fn tell_notes(notes: &[Note]) {
+    for note in notes {
+        match note {
+            Note::ForAnalysis => complain!("warning: {note}"),
+            _ => complain!("note: {note}"),
+        }
+    }
+}
+
+/// The ranges of a raw file as `--layout` takes them.
+pub(crate) fn layout_arg(layout: &RamLayout) -> String {
+    LayoutSpec::Ranges(layout.regions().to_vec()).to_string()
 }
 
 /// `part` of `whole` in percent.

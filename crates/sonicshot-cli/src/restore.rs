@@ -4,10 +4,9 @@ use crate::args::{DumpKind, RestoreArgs, VerifyArgs};
 use crate::error::CliError;
 use crate::inputs::checkpoint;
 use crate::output::{named_files, overwrite, shown_on};
-use crate::report::{complain, count, lines, mib, progress_bar, say, size};
-use crate::save::FOR_ANALYSIS;
+use crate::report::{count, layout_arg, lines, mib, progress_bar, say, size, tell_notes};
 use serde_json::json;
-use sonicshot_offline::{CheckpointFile, LayoutSpec, OpenOptions, RestoreOptions};
+use sonicshot_offline::{OpenOptions, RestoreOptions};
 use std::path::Path;
 use std::time::Instant;
 
@@ -32,6 +31,7 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
         let report = json!({
             "ram_bytes": layout.bytes(),
             "disk_bytes": restored.disk_bytes,
+            "layout": (args.to == DumpKind::Raw).then(|| layout_arg(layout)),
             "for_analysis": checkpoint.reader().info().for_analysis,
             "missing_bytes": checkpoint.missing_bytes(),
             "missing_mib": mib(checkpoint.missing_bytes()),
@@ -41,34 +41,16 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
         say!("{report}");
         return Ok(());
     }
-    for note in &restored.notes {
-        complain!("note: {note}");
-    }
-    warn(&checkpoint);
+    tell_notes(&restored.notes);
     say!(
         "restored {} of RAM, {} on disk, in {seconds:.2} s",
         size(layout.bytes()),
         size(restored.disk_bytes)
     );
     if let ([_, ..], DumpKind::Raw) = (layout.regions(), args.to) {
-        let ranges = LayoutSpec::Ranges(layout.regions().to_vec());
-        say!("layout: {ranges}");
+        say!("layout: {}", layout_arg(layout));
     }
     Ok(())
-}
-
-/// Says of a checkpoint what it lacks.
-fn warn(checkpoint: &CheckpointFile) {
-    if checkpoint.reader().info().for_analysis {
-        complain!("warning: {FOR_ANALYSIS}");
-    }
-    let missing = checkpoint.missing_bytes();
-    if missing > 0 {
-        complain!(
-            "note: {} of RAM were not in what it was made of: they are zeroes",
-            size(missing)
-        );
-    }
 }
 
 pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
@@ -94,12 +76,14 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
             "compared_pages": compared,
             "for_analysis": reader.info().for_analysis,
             "missing_bytes": checkpoint.missing_bytes(),
+            "missing_mib": mib(checkpoint.missing_bytes()),
             "seconds": seconds,
+            "notes": lines(&checkpoint.notes()),
         });
         say!("{report}");
         return Ok(());
     }
-    warn(&checkpoint);
+    tell_notes(&checkpoint.notes());
     say!(
         "{} is sound: {} checked, digest {:032x}, {seconds:.2} s",
         args.file.display(),

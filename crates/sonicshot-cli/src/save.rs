@@ -6,6 +6,7 @@ use crate::inputs::Input;
 use crate::output::{named_files, overwrite, shown_on};
 use crate::report::{
     by_name, by_name_json, complain, count, lines, mib, percent, progress_bar, say, size,
+    tell_notes,
 };
 use serde_json::{Map, Value, json};
 use sonicshot::PageClass;
@@ -13,10 +14,6 @@ use sonicshot::checkpoint::{SaveOptions, SaveStats};
 use sonicshot_offline::{CheckpointOptions, Plan, Saved, Whole, check_droppable, check_unused};
 use std::io::{self, IsTerminal};
 use std::time::Instant;
-
-/// What is said of a checkpoint that lacks what its guest uses.
-pub(crate) const FOR_ANALYSIS: &str = "the checkpoint is for analysis: pages that the guest uses are \
-                                       missing, and it cannot run from it";
 
 pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
     let started = Instant::now();
@@ -50,12 +47,7 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
         tell(args, &json_report(args, &saved, seconds));
         return Ok(());
     }
-    for note in &saved.notes {
-        complain!("note: {note}");
-    }
-    if saved.info.for_analysis {
-        complain!("warning: {FOR_ANALYSIS}");
-    }
+    tell_notes(&saved.notes);
     tell(args, &summary(&saved, seconds));
     Ok(())
 }

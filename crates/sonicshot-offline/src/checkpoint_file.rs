@@ -177,6 +177,29 @@ impl CheckpointFile {
         pages.saturating_mul(self.reader.info().page_size.bytes())
     }
 
+    /// What is worth knowing of what it lacks, for people.
+    #[must_use]
+    pub fn notes(&self) -> Vec<Note> {
+        self.lacks(Note::AbsentBefore {
+            bytes: self.missing_bytes(),
+        })
+    }
+
+    /// What it lacks, of which `absent` is said if some was not in what it was made of.
+    pub(crate) fn lacks(&self, absent: Note) -> Vec<Note> {
+        let for_analysis = self.reader.info().for_analysis.then_some(Note::ForAnalysis);
+        let absent = (self.missing_bytes() > 0).then_some(absent);
+        for_analysis.into_iter().chain(absent).collect()
+    }
+
+    /// The same of an output that leaves out what is absent.
+    pub(crate) fn lacks_still(&self) -> Vec<Note> {
+        self.lacks(Note::AbsentKept {
+            bytes: self.missing_bytes(),
+            why: None,
+        })
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -205,11 +228,12 @@ impl CheckpointFile {
             for file in files {
                 file.place()?;
             }
-            let named = assumed(self.machine()).filter(|_| options.to == RestoreTo::Elf);
-            Ok(Restored {
-                disk_bytes,
-                notes: named.into_iter().collect(),
-            })
+            let mut notes = match options.to {
+                RestoreTo::Raw | RestoreTo::Elf => self.notes(),
+                RestoreTo::Xl => self.lacks_still(),
+            };
+            notes.extend(assumed(self.machine()).filter(|_| options.to == RestoreTo::Elf));
+            Ok(Restored { disk_bytes, notes })
         };
         self.blamed(restore(progress))
     }

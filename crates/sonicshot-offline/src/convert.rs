@@ -3,6 +3,7 @@
 use crate::blobs::{self, Beside};
 use crate::checkpoint_file::{CheckpointFile, blamed_on};
 use crate::error::OfflineError;
+use crate::lacking::Lacking;
 use crate::note::Note;
 use crate::place;
 use crate::save::{Contents, absent_bytes, filled, keep_everything, without_p2m};
@@ -73,6 +74,9 @@ pub struct Converted {
     /// How much of RAM the source did not have, in bytes. It reads as zero, or in a kdump is not
     /// there either.
     pub missing_bytes: u64,
+    /// Whether pages that the guest uses are missing, or may be: the source was a checkpoint that
+    /// says so, or a dump that lacks pages of which nobody knows what they were.
+    pub for_analysis: bool,
     /// What is worth knowing, for people.
     pub notes: Vec<Note>,
 }
@@ -137,6 +141,10 @@ impl Snapshot {
         if dump.holds_device_state() && !target.keeps_device_state(dump) {
             notes.push(Note::WithoutDeviceState);
         }
+        let for_analysis = missing_bytes > 0;
+        if for_analysis && matches!(target, Target::Checkpoint) {
+            notes.push(Note::ForAnalysis);
+        }
         notes.extend(target.assumes(machine));
         notes.extend(opened.notes);
         notes.extend(without_p2m(dump));
@@ -145,6 +153,7 @@ impl Snapshot {
             layout: dump.layout().clone(),
             disk_bytes,
             missing_bytes,
+            for_analysis,
             notes,
         })
     }
@@ -227,9 +236,13 @@ impl CheckpointFile {
         progress: Progress<'_>,
     ) -> Result<Converted, OfflineError> {
         let path = out.as_ref();
+        let lacking = Lacking::new(self.reader());
         let write = |progress| {
             let source = Source {
-                memory: self.reader(),
+                memory: match target {
+                    Target::Kdump(_) | Target::Checkpoint => &lacking,
+                    _ => self.reader(),
+                },
                 of: Of::Checkpoint(self),
                 path: self.path(),
                 machine: self.machine(),
@@ -239,16 +252,19 @@ impl CheckpointFile {
             source.write(target, Output { path, overwrite }, progress)
         };
         let disk_bytes = self.blamed(write(progress))?;
+        let mut notes = match target {
+            Target::Kdump(_) | Target::Xl(_) => self.lacks_still(),
+            _ => self.notes(),
+        };
+        notes.extend(target.assumes(self.machine()));
+        notes.extend(without_p2m(self.reader()));
         Ok(Converted {
             format: "checkpoint",
             layout: self.reader().layout().clone(),
             disk_bytes,
             missing_bytes: self.missing_bytes(),
-            notes: target
-                .assumes(self.machine())
-                .into_iter()
-                .chain(without_p2m(self.reader()))
-                .collect(),
+            for_analysis: self.reader().info().for_analysis,
+            notes,
         })
     }
 }
@@ -398,6 +414,7 @@ impl Source<'_> {
             Of::Checkpoint(checkpoint) => checkpoint.machine(),
         };
         info.for_analysis = match self.of {
+            // Nobody looked what they were.
             Of::Dump(_) => absent_bytes(&map) > 0,
             Of::Checkpoint(checkpoint) => checkpoint.reader().info().for_analysis,
         };

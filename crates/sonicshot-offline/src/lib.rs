@@ -35,6 +35,7 @@ mod blobs;
 mod checkpoint_file;
 mod convert;
 mod error;
+mod lacking;
 mod note;
 mod options;
 pub mod packed;

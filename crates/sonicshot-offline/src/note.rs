@@ -80,6 +80,13 @@ pub enum Note {
         /// Why, if that is known.
         why: Option<Incomplete>,
     },
+    /// What a checkpoint was made of did not have some pages.
+    AbsentBefore {
+        /// How much of RAM they are.
+        bytes: u64,
+    },
+    /// The checkpoint lacks pages that the guest uses, or may use: nobody looked which they are.
+    ForAnalysis,
     /// Zero pages in use are kept, for the format does not promise zeroes.
     ZeroPagesKept,
     /// So are free pages, for the guest relies on what they read as.
@@ -118,6 +125,19 @@ impl Note {
             _ => Ok(()),
         }
     }
+}
+
+/// What is said of a checkpoint that lacks what its guest uses, or may use.
+const FOR_ANALYSIS: &str = "the checkpoint is for analysis: pages that the guest uses are missing, \
+                            or may be missing, and no guest should run from it";
+
+/// How much of RAM the source of a checkpoint did not have.
+fn write_absent_before(f: &mut fmt::Formatter<'_>, bytes: u64) -> fmt::Result {
+    let bytes = ByteSize(bytes);
+    write!(
+        f,
+        "{bytes} of RAM were not in what the checkpoint was made of: they read as zero"
+    )
 }
 
 impl fmt::Display for Note {
@@ -177,6 +197,8 @@ impl fmt::Display for Note {
                 }
                 self.write_absent(f)
             }
+            Self::AbsentBefore { bytes } => write_absent_before(f, *bytes),
+            Self::ForAnalysis => f.write_str(FOR_ANALYSIS),
             Self::ZeroPagesKept => f.write_str(
                 "pages in use that are zero are kept: Xen does not promise zeroes after a restore",
             ),

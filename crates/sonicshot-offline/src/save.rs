@@ -151,7 +151,7 @@ impl Whole {
     fn source(&self) -> Result<Source<'_>, OfflineError> {
         let mut info = CheckpointInfo::new(self.dump.layout().clone(), UNTOLD_PAGE);
         info.architecture = self.dump.machine();
-        // What they are is not known.
+        // Nobody looked what they were: the guest may use them.
         info.for_analysis = absent_bytes(&self.map) > 0;
         Ok(Source {
             dump: &self.dump,
@@ -266,6 +266,9 @@ impl Source<'_> {
         };
         let stats = contents.write(out, path, options.writing.clone(), progress)?;
         self.notes.extend(without_p2m(self.dump));
+        if self.info.for_analysis {
+            self.notes.push(Note::ForAnalysis);
+        }
         Ok(Saved {
             info: self.info,
             stats,

@@ -3,8 +3,8 @@
 use super::write_pfns;
 use crate::args::InspectArgs;
 use crate::error::CliError;
-use crate::report::{count, percent, say, size};
-use crate::save::{FOR_ANALYSIS, FREE, stats_json};
+use crate::report::{count, lines, mib, percent, say, size};
+use crate::save::{FREE, stats_json};
 use serde_json::{Map, Value, json};
 use sonicshot::ClassCounts;
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, PageContent, SaveStats};
@@ -30,14 +30,14 @@ pub(super) fn inspect(
         })?;
     }
     if args.json {
-        print_json(path, reader, &counts);
+        print_json(path, checkpoint, &counts);
         return Ok(());
     }
     let (info, stats) = (reader.info(), reader.stats());
     let page_size = info.page_size.bytes();
     print_file(reader, info);
-    if info.for_analysis {
-        say!("use       {FOR_ANALYSIS}");
+    for note in checkpoint.notes() {
+        say!("note: {note}");
     }
     say!("");
     print_contents(&stats, page_size, counts.total());
@@ -64,7 +64,8 @@ fn architecture(info: &CheckpointInfo) -> String {
     known.map_or_else(|| "unknown".into(), |known| known.to_string())
 }
 
-fn print_json(path: &Path, reader: &CheckpointReader<File>, counts: &ClassCounts) {
+fn print_json(path: &Path, checkpoint: &CheckpointFile, counts: &ClassCounts) {
+    let reader = checkpoint.reader();
     let info = reader.info();
     let free = reader
         .runs()
@@ -96,6 +97,9 @@ fn print_json(path: &Path, reader: &CheckpointReader<File>, counts: &ClassCounts
         "total_pages": counts.total(),
         "classes": classes,
         "for_analysis": info.for_analysis,
+        "missing_bytes": checkpoint.missing_bytes(),
+        "missing_mib": mib(checkpoint.missing_bytes()),
+        "notes": lines(&checkpoint.notes()),
         "blobs": blobs,
     });
     if let Value::Object(more) = more {

@@ -150,7 +150,7 @@ fn what_a_dump_lacks_is_said_by_all_who_fill_it() {
     let socket = at("socket");
     let run = sonicshot(&["serve", text(&sonic), "--socket", text(&socket)]);
     assert!(!run.status.success() && !socket.exists());
-    assert!(stderr(&run).contains("cannot run"), "{}", stderr(&run));
+    assert!(stderr(&run).contains("for analysis"), "{}", stderr(&run));
 }
 
 #[test]
@@ -236,8 +236,82 @@ fn a_checkpoint_that_no_guest_can_run_from_says_so() {
         let run = sonicshot(args);
         let said = stdout(&run) + &stderr(&run);
         assert!(run.status.success(), "{args:?}: {said}");
-        assert!(said.contains("cannot run"), "{args:?}: {said}");
+        assert!(said.contains("for analysis"), "{args:?}: {said}");
     }
+}
+
+/// What was missing does not become a guest's own zeroes on the way through a checkpoint.
+#[test]
+fn what_a_checkpoint_lacks_is_said_of_all_that_is_made_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (whole, less) = filtered(folder.path());
+    let (sonic, out) = (at("x.sonic"), at("out"));
+    let analysis = ["--drop", "page_cache_clean", "--for-analysis"];
+    for (dump, how, for_analysis) in [
+        (&less, &[][..], false),
+        (&whole, &analysis, true),
+        (&less, &["--keep-all"], true),
+    ] {
+        let save = ["save", text(dump), "-o", text(&sonic), "--force"];
+        let saved = json(&[&save[..], how].concat());
+        let check = |said: &Value, args: &[&str]| {
+            for key in ["for_analysis", "missing_bytes", "missing_mib"] {
+                assert_eq!(said[key], saved[key], "{how:?} {args:?}: {key}");
+            }
+            let notes = said["notes"].to_string();
+            let told = (notes.contains("for analysis"), notes.contains("of RAM "));
+            let missing = number(&saved["missing_bytes"]) > 0;
+            assert_eq!(told, (for_analysis, missing), "{args:?}: {notes}");
+        };
+        assert_eq!(saved["for_analysis"], for_analysis);
+        check(&saved, &save);
+        let both = |args: &[&str]| {
+            let said = json(args);
+            check(&said, args);
+            // People are told the same.
+            let run = sonicshot(args);
+            let text = stdout(&run) + &stderr(&run);
+            for note in said["notes"].as_array().unwrap() {
+                assert!(text.contains(note.as_str().unwrap()), "{args:?}: {text}");
+            }
+            said
+        };
+        both(&["inspect", text(&sonic)]);
+        both(&["verify", text(&sonic)]);
+        let to = |command: &'static str, format: &'static str| {
+            let args = [command, text(&sonic), "-o", text(&out), "--force", "--to"];
+            [&args[..], &[format]].concat()
+        };
+        let raw = both(&to("convert", "raw"));
+        assert_eq!(raw["layout"], "0x0-0x8000000");
+        let raw = both(&to("restore", "raw"));
+        assert_eq!(raw["layout"], "0x0-0x8000000");
+        for format in ["kdump", "sonic"] {
+            let args = to("convert", format);
+            let said = json(&args);
+            check(&said, &args);
+            assert!(said["layout"].is_null());
+            let seen = json(&["inspect", text(&out)]);
+            assert_eq!(seen["missing_bytes"], saved["missing_bytes"], "{format}");
+        }
+        check(&json(&["inspect", text(&out)]), &["inspect"]);
+    }
+    // Nobody has looked at what is missing.
+    let said = json(&[
+        "convert",
+        text(&less),
+        "-o",
+        text(&out),
+        "--to",
+        "sonic",
+        "--force",
+    ]);
+    assert_eq!(said["for_analysis"], true);
+    assert!(
+        said["notes"].to_string().contains("may be missing"),
+        "{said}"
+    );
 }
 
 /// A page of a slab is one whatever it holds: the classes are the kernel's, to the page.

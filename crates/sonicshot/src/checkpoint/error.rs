@@ -137,10 +137,10 @@ pub enum CheckpointError {
         /// The first such frame.
         pfn: Pfn,
     },
-    /// A checkpoint without pages that the guest uses, from which a guest is to be run.
+    /// A checkpoint without pages that the guest uses, or may use, from which a guest is to be run.
     #[error(
-        "the checkpoint is for analysis: pages that the guest uses are missing, and it cannot run \
-         from it"
+        "the checkpoint is for analysis: pages that the guest uses are missing, or may be missing, \
+         and no guest should run from it"
     )]
     CannotRun,
     /// Bytes that are to be copied are not as many as there is room for.
