@@ -34,10 +34,14 @@ class Apt:
             (self.folder / sub).mkdir(parents=True, exist_ok=True)
         source = self.folder / "sources.list"
         source.write_text(f"deb [signed-by={KEYRING}] {mirror()} {suite} main\n")
+        # What is installed here may be newer than what the suite has.
+        status = self.folder / "status"
+        status.touch()
         self.options: list[str] = []
         for key, value in {
             "Dir::Etc::SourceList": source, "Dir::Etc::SourceParts": "/dev/null",
-            "Dir::State::Lists": self.folder / "lists", "Dir::Cache": self.folder / "cache",
+            "Dir::State::Status": status, "Dir::State::Lists": self.folder / "lists",
+            "Dir::Cache": self.folder / "cache",
             "APT::Sandbox::User": "root", "Acquire::Retries": "3",
         }.items():
             self.options += ["-o", f"{key}={value}"]
