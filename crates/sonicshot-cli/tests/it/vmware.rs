@@ -71,6 +71,20 @@ fn memory_is_read_as_its_state_has_it_and_never_pruned() {
     let run = sonicshot(&["save", text(&memory), "-o", text(&out), "--force"]);
     assert!(run.status.success(), "{}", stderr(&run));
 
+    // A state that is damaged from its beginning on does not make plain memory of what is beside it.
+    for damaged in [&b""[..], b"not a state"] {
+        fs::write(&beside, damaged).unwrap();
+        for args in [
+            &["inspect", text(&memory)][..],
+            &["prune", text(&memory), "--in-place"],
+        ] {
+            let run = sonicshot(args);
+            assert_eq!(run.status.code(), Some(3), "{}", stderr(&run));
+            assert!(stderr(&run).contains("state"), "{}", stderr(&run));
+        }
+        assert!(fs::read(&memory).unwrap() == before);
+    }
+
     // A state that lies, and one without its memory.
     fs::write(&beside, state(&[(0, 0, 0x8001)])).unwrap();
     let run = sonicshot(&["inspect", text(&memory)]);

@@ -87,11 +87,16 @@ fn snapshot(named: &Named<'_>) -> Result<Option<SnapshotFiles>, DumpError> {
     Ok(Some(files))
 }
 
-/// The state beside the memory at `memory`.
+/// The state beside the memory at `memory`; one that is none by its beginning is damaged, not absent.
 fn state_of(memory: &Path) -> Option<PathBuf> {
     memory.extension().filter(|is| *is == MEMORY)?;
     let states = STATES.map(|state| memory.with_extension(state));
-    states.into_iter().find(|state| is_state(state))
+    let by_name = || states.iter().find(|state| state.is_file());
+    let state = states
+        .iter()
+        .find(|state| is_state(state))
+        .or_else(by_name)?;
+    Some(state.clone())
 }
 
 /// Whether the file at `path` is a state by its name and its beginning.
