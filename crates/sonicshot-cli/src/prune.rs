@@ -7,7 +7,7 @@ use crate::error::CliError;
 use crate::inputs::{Input, Inputs};
 use crate::output::{overwrite, shown_on};
 use crate::report::{complain, percent, progress_bar, say_to_stderr, size};
-use report::Report;
+use report::{Expected, Report};
 use sonicshot::ClassSet;
 use sonicshot_dump::DumpError;
 use sonicshot_offline::{Plan, PruneOptions, PruneStats, check_droppable, check_unused};
@@ -74,7 +74,7 @@ fn check_meant(args: &PruneArgs, drop: ClassSet) -> Result<(), CliError> {
     if !args.for_analysis {
         check_unused(drop)?;
     }
-    if args.in_place && !args.yes && !args.dry_run {
+    if args.in_place && !args.yes {
         let what = format!(
             "{used}: the guest uses that, and in place it would be gone for good: --yes says that \
              it is meant"
@@ -207,7 +207,7 @@ impl Job<'_> {
             true => analyzed.plan_for_analysis(self.drop)?,
             false => analyzed.plan(self.drop)?,
         };
-        let savings = plan.savings()?;
+        let expected = Expected::of(&plan, self.in_place().filter(|_| args.dry_run))?;
         let stats = if args.dry_run {
             None
         } else {
@@ -217,7 +217,8 @@ impl Job<'_> {
             path: &input.path,
             analyzed: &analyzed,
             plan: &plan,
-            savings,
+            expected,
+            in_place: args.in_place,
             stats: stats.as_ref(),
             seconds: started.elapsed().as_secs_f64(),
             warnings: self.warnings,
@@ -225,13 +226,17 @@ impl Job<'_> {
         if args.json {
             report.print_json();
         } else {
-            report.print_summary(args.in_place);
+            report.print_summary();
         }
+        if report.has_nothing_to_do() {
+            return Ok(Sum::default());
+        }
+        let (disk_before, disk_after) = report.disk();
         Ok(Sum {
-            dropped: stats.map_or(plan.dropped_bytes(), |stats| stats.dropped_bytes),
+            dropped: report.dropped().0,
             total: report.total_bytes(),
-            disk_before: stats.map_or(savings.disk_before, |stats| stats.disk_before),
-            disk_after: stats.map_or(savings.disk_after(), |stats| stats.disk_after),
+            disk_before,
+            disk_after,
         })
     }
 
@@ -257,19 +262,24 @@ impl Job<'_> {
         Ok(())
     }
 
+    /// How the file itself is pruned, if it is.
+    fn in_place(&self) -> Option<PruneOptions> {
+        let mut options = PruneOptions::new().live_ok(self.args.live_ok);
+        options.min_hole = self.args.min_hole;
+        self.args.in_place.then_some(options)
+    }
+
     fn write(&self, input: &Input, plan: &Plan<'_>) -> Result<PruneStats, CliError> {
         let args = self.args;
         let bar = progress_bar("pruning", args.json);
         let progress = &mut shown_on(&bar);
-        let stats = match self.out {
-            Some(_) if args.to_stdout() => plan.prune_to_writer(io::stdout().lock(), progress)?,
-            Some(out) => plan.prune_to(out, overwrite(args.force), progress)?,
-            None if args.in_place => {
-                let mut options = PruneOptions::new().live_ok(args.live_ok);
-                options.min_hole = args.min_hole;
-                plan.prune_in_place(&options, progress)?
+        let stats = match (self.out, self.in_place()) {
+            (Some(_), _) if args.to_stdout() => {
+                plan.prune_to_writer(io::stdout().lock(), progress)?
             }
-            None => {
+            (Some(out), _) => plan.prune_to(out, overwrite(args.force), progress)?,
+            (None, Some(options)) => plan.prune_in_place(&options, progress)?,
+            (None, None) => {
                 return Err(CliError::Usage {
                     what: format!("{} has no output", input.path.display()),
                 });

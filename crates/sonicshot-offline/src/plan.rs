@@ -168,6 +168,14 @@ impl<'a> Plan<'a> {
         Ok(self.checked()?.prune_in_place_with(options, progress)?)
     }
 
+    /// What [`prune_in_place`](Self::prune_in_place) would come to. Nothing is changed.
+    ///
+    /// # Errors
+    /// [`OfflineError::Dump`]: its format has no holes, or it cannot be read.
+    pub fn expect_in_place(&self, options: &PruneOptions) -> Result<PruneStats, OfflineError> {
+        Ok(self.checked()?.expect_in_place(options)?)
+    }
+
     /// Writes a migration stream without the pages into a pipe.
     ///
     /// # Errors

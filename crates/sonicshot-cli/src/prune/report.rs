@@ -1,18 +1,59 @@
 //! What there is to say of a prune: as JSON, and for people.
 
+use crate::error::CliError;
 use crate::report::{by_name, by_name_json, complain, count, lines, mib, percent, say, size};
 use serde_json::json;
 use sonicshot::PageClass;
-use sonicshot_offline::{Analyzed, Plan, PruneStats, Savings};
+use sonicshot_offline::{Analyzed, Plan, PruneOptions, PruneStats};
 use std::path::Path;
+
+/// What is to be expected of a prune, in bytes and runs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Expected {
+    dropped_pages: u64,
+    dropped_bytes: u64,
+    runs: u64,
+    /// What of the file the pages take that go.
+    stored_bytes: u64,
+    disk_before: u64,
+    disk_after: u64,
+    /// What can go is not in the file.
+    nothing_to_do: bool,
+}
+
+impl Expected {
+    /// Of a copy, or of the file itself as it says `in_place`.
+    pub(super) fn of(plan: &Plan<'_>, in_place: Option<PruneOptions>) -> Result<Self, CliError> {
+        let savings = plan.savings()?;
+        let mut this = Self {
+            dropped_pages: plan.dropped_pages(),
+            dropped_bytes: plan.dropped_bytes(),
+            runs: plan.runs() as u64,
+            stored_bytes: savings.stored_bytes,
+            disk_before: savings.disk_before,
+            disk_after: savings.disk_after(),
+            nothing_to_do: savings.stored_bytes == 0,
+        };
+        if let Some(options) = in_place {
+            let stats = plan.expect_in_place(&options)?;
+            this.stored_bytes = stats.freed_bytes;
+            this.disk_before = stats.disk_before;
+            this.disk_after = stats.disk_after;
+            this.nothing_to_do = !stats.changed;
+        }
+        Ok(this)
+    }
+}
 
 /// What came of one input.
 pub(super) struct Report<'a> {
     pub path: &'a Path,
     pub analyzed: &'a Analyzed,
     pub plan: &'a Plan<'a>,
-    /// What was to be expected of the file's size.
-    pub savings: Savings,
+    /// What was to be expected.
+    pub expected: Expected,
+    /// Whether it is the file itself.
+    pub in_place: bool,
     /// What was written; `None` of a dry run.
     pub stats: Option<&'a PruneStats>,
     pub seconds: f64,
@@ -26,77 +67,116 @@ impl Report<'_> {
         total.saturating_mul(self.plan.page_size().bytes())
     }
 
+    /// Whether what can go was not in the file. A copy is written all the same.
+    pub(super) fn has_nothing_to_do(&self) -> bool {
+        match self.stats {
+            Some(stats) => self.in_place && !stats.changed,
+            None => self.expected.nothing_to_do,
+        }
+    }
+
+    /// What went, or would go, in bytes, and in how many runs: of a file itself what is punched out
+    /// of it.
+    pub(super) fn dropped(&self) -> (u64, u64) {
+        match self.stats {
+            Some(stats) if self.in_place => (stats.freed_bytes, stats.punched),
+            Some(stats) => (stats.dropped_bytes, stats.runs),
+            None => (self.expected.dropped_bytes, self.expected.runs),
+        }
+    }
+
+    /// What the file takes on disk before and after.
+    pub(super) fn disk(&self) -> (u64, u64) {
+        match self.stats {
+            Some(stats) => (stats.disk_before, stats.disk_after),
+            None => (self.expected.disk_before, self.expected.disk_after),
+        }
+    }
+
+    /// The pages that go, by what put them there: none where there is nothing to do.
+    fn by_name(&self) -> Vec<(&'static str, u64)> {
+        if self.has_nothing_to_do() {
+            return Vec::new();
+        }
+        self.plan.dropped_by_name()
+    }
+
     pub(super) fn print_json(&self) {
-        let (analyzed, plan) = (self.analyzed, self.plan);
+        let (analyzed, plan, expected) = (self.analyzed, self.plan, &self.expected);
+        let (disk_before, disk_after) = self.disk();
+        let goes = |number: u64| if self.has_nothing_to_do() { 0 } else { number };
         let mut report = json!({
             "path": self.path.display().to_string(),
             "kernel_release": analyzed.facts().release,
             "format": analyzed.dump().format(),
             "page_size": plan.page_size().bytes(),
             "total_pages": analyzed.counts().total(),
-            "droppable_pages": plan.dropped_pages(),
-            "droppable_bytes": plan.dropped_bytes(),
-            "dropped": by_name_json(&plan.dropped_by_name()),
+            "droppable_pages": goes(expected.dropped_pages),
+            "droppable_bytes": goes(expected.dropped_bytes),
+            "dropped": by_name_json(&self.by_name()),
             "for_analysis": plan.is_for_analysis(),
             "missing_bytes": self.missing_bytes(),
             "missing_mib": mib(self.missing_bytes()),
-            "stored_bytes": self.savings.stored_bytes,
-            "disk_before": self.savings.disk_before,
-            "disk_after": self.savings.disk_after(),
+            "stored_bytes": expected.stored_bytes,
+            "disk_before": disk_before,
+            "disk_after": disk_after,
             "dry_run": self.stats.is_none(),
             "seconds": self.seconds,
             "notes": lines(analyzed.notes()),
             "warnings": self.warnings,
         });
         if let (Some(stats), Some(report)) = (self.stats, report.as_object_mut()) {
-            report.insert("dropped_bytes".into(), stats.dropped_bytes.into());
+            report.insert("dropped_bytes".into(), goes(stats.dropped_bytes).into());
             report.insert("kept_for_fill_bytes".into(), stats.kept_for_fill.into());
             report.insert("kept_for_base_bytes".into(), stats.kept_for_base.into());
-            report.insert("runs".into(), stats.runs.into());
+            report.insert("runs".into(), goes(stats.runs).into());
             report.insert("punched".into(), stats.punched.into());
+            report.insert("freed_bytes".into(), stats.freed_bytes.into());
             report.insert("joined".into(), stats.joined.into());
             report.insert("left_bytes".into(), stats.left_bytes.into());
             report.insert("left_runs".into(), stats.left_runs.into());
             report.insert("cloned_bytes".into(), stats.cloned_bytes.into());
             report.insert("extents_before".into(), stats.extents_before.into());
             report.insert("extents_after".into(), stats.extents_after.into());
-            report.insert("disk_before".into(), stats.disk_before.into());
-            report.insert("disk_after".into(), stats.disk_after.into());
         }
         say!("{report}");
     }
 
-    pub(super) fn print_summary(&self, in_place: bool) {
+    pub(super) fn print_summary(&self) {
         for note in self.analyzed.notes() {
             complain!("note: {note}");
         }
         match self.stats {
-            Some(stats) => self.print_stats(stats, in_place),
+            Some(stats) => self.print_stats(stats),
             None => self.print_expected(),
         }
     }
 
     /// What a prune would do.
     fn print_expected(&self) {
-        let (before, after) = (self.savings.disk_before, self.savings.disk_after());
-        if self.savings.stored_bytes == 0 {
-            say!(
-                "nothing to do: what can be dropped is not in the file already ({} on disk)",
-                size(before)
-            );
+        let expected = &self.expected;
+        if expected.nothing_to_do {
+            self.print_nothing_to_do();
             return;
         }
         say!(
             "would drop {} pages ({}, {} of RAM) in {} runs, on disk: {} -> about {}; nothing was \
              changed",
-            count(self.plan.dropped_pages()),
-            size(self.plan.dropped_bytes()),
-            percent(self.plan.dropped_pages(), self.analyzed.counts().total()),
-            count(self.plan.runs() as u64),
-            size(before),
-            size(after),
+            count(expected.dropped_pages),
+            size(expected.dropped_bytes),
+            percent(expected.dropped_pages, self.analyzed.counts().total()),
+            count(expected.runs),
+            size(expected.disk_before),
+            size(expected.disk_after),
         );
         self.print_classes();
+    }
+
+    fn print_nothing_to_do(&self) {
+        say!(
+            "nothing to do: what can be dropped is not in the file already ({} on disk)",
+            size(self.disk().0)
+        );
     }
 
     /// What goes, by its class.
@@ -113,14 +193,20 @@ impl Report<'_> {
         absent.saturating_mul(self.plan.page_size().bytes())
     }
 
-    fn print_stats(&self, stats: &PruneStats, in_place: bool) {
+    fn print_stats(&self, stats: &PruneStats) {
+        if self.has_nothing_to_do() {
+            self.print_nothing_to_do();
+            print_left(stats);
+            return;
+        }
         let total_bytes = self.total_bytes();
+        let (dropped, runs) = self.dropped();
         say!(
             "dropped {} of {} ({}) in {} runs, {:.2} s",
-            size(stats.dropped_bytes),
+            size(dropped),
             size(total_bytes),
-            percent(stats.dropped_bytes, total_bytes),
-            count(stats.runs),
+            percent(dropped, total_bytes),
+            count(runs),
             self.seconds,
         );
         self.print_classes();
@@ -142,18 +228,10 @@ impl Report<'_> {
                 count(stats.joined)
             );
         }
-        if in_place && stats.punched == 0 && stats.left_bytes == 0 {
-            say!("nothing to do: what can be dropped is not in the file already");
-        } else if in_place {
+        if self.in_place {
             say!("punched {}", holes(stats));
         }
-        if stats.left_bytes > 0 {
-            say!(
-                "left {} in the file: {} stretches are shorter than the smallest hole (--min-hole)",
-                size(stats.left_bytes),
-                count(stats.left_runs)
-            );
-        }
+        print_left(stats);
         if stats.cloned_bytes > 0 {
             say!("shared {} with the input", size(stats.cloned_bytes));
         }
@@ -161,6 +239,17 @@ impl Report<'_> {
             "on disk: {} -> {}",
             size(stats.disk_before),
             size(stats.disk_after)
+        );
+    }
+}
+
+/// What is in the file all the same.
+fn print_left(stats: &PruneStats) {
+    if stats.left_bytes > 0 {
+        say!(
+            "left {} in the file: {} stretches are shorter than the smallest hole (--min-hole)",
+            size(stats.left_bytes),
+            count(stats.left_runs)
         );
     }
 }

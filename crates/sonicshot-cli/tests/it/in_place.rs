@@ -272,3 +272,76 @@ fn the_smallest_hole_is_an_option() {
         assert_eq!(run.status.code(), Some(2), "{wrong}: {}", stderr(&run));
     }
 }
+
+/// A dry run refuses what the run would, and says what it would do.
+#[test]
+fn a_dry_run_in_place_says_what_the_run_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let (core, sent) = (folder.path().join("core"), folder.path().join("stream"));
+    let run = sonicshot(&["convert", text(&raw), "-o", text(&core), "--to", "elf"]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    fs::write(&sent, stream()).unwrap();
+    let used = ["--drop", "anonymous", "--for-analysis"];
+    for (dump, more) in [(&core, &[][..]), (&sent, &[]), (&raw, &used)] {
+        for dry in [&["--dry-run"][..], &[]] {
+            let args = ["prune", text(dump), "--in-place"];
+            let run = sonicshot(&[&args, more, dry].concat());
+            assert_eq!(
+                run.status.code(),
+                Some(2),
+                "{more:?} {dry:?}: {}",
+                stderr(&run)
+            );
+        }
+    }
+    let prune = |dump: &Path, more: &[&str]| {
+        let run = sonicshot(&[&["prune", text(dump), "--in-place"], more].concat());
+        assert!(run.status.success(), "{more:?}: {}", stderr(&run));
+        stdout(&run)
+    };
+    let json = |dump: &Path, more: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&prune(dump, &[more, &["--json"]].concat())).unwrap()
+    };
+    for dump in [raw, mapped_ram_dump(folder.path())] {
+        let expected = json(&dump, &["--dry-run"]);
+        let done = json(&dump, &[]);
+        for key in ["droppable_bytes", "disk_before", "dropped"] {
+            assert_eq!(expected[key], done[key], "{key}");
+        }
+        let number = |of: &serde_json::Value, key: &str| of[key].as_u64().unwrap();
+        let (about, now) = (number(&expected, "disk_after"), number(&done, "disk_after"));
+        assert!(about.abs_diff(now) < 1 << 20, "{about} {now}");
+        assert!(number(&done, "dropped_bytes") > 0 && number(&done, "left_bytes") > 0);
+        // Once more: what is left is too short for holes.
+        for more in [&["--dry-run"][..], &[]] {
+            let said = prune(&dump, more);
+            assert!(said.contains("nothing to do"), "{said}");
+            assert!(
+                !said.contains("drop ") && !said.contains("dropped 5"),
+                "{said}"
+            );
+            assert_eq!(json(&dump, more)["droppable_bytes"], 0);
+        }
+        // Of several it counts for nothing.
+        let fresh = folder.path().join("fresh");
+        fs::write(&fresh, ram()).unwrap();
+        let alone = json(&fresh, &["--dry-run"]);
+        let said = prune(&fresh, &[text(&dump), "--dry-run"]);
+        let sum = said.lines().last().unwrap();
+        let first = said
+            .lines()
+            .find(|line| line.starts_with("would drop"))
+            .unwrap();
+        let size = first.split('(').nth(1).unwrap().split(',').next().unwrap();
+        assert!(number(&alone, "droppable_bytes") > 0);
+        assert!(
+            sum.contains(&format!("would drop {size} of 128.0 MiB")),
+            "{said}"
+        );
+        // The rest of it goes with smaller holes, and only that is said to.
+        let rest = json(&dump, &["--min-hole", "0"]);
+        let (freed, left) = (number(&rest, "freed_bytes"), number(&done, "left_bytes"));
+        assert!(freed > 0 && freed <= left + (1 << 16), "{freed} {left}");
+    }
+}

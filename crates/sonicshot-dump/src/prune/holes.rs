@@ -74,6 +74,20 @@ pub(crate) fn sum_of<'a>(runs: impl IntoIterator<Item = &'a FileRange>) -> u64 {
     lengths.fold(0, u64::saturating_add)
 }
 
+/// How much of `data` (sorted) is in `holes` (sorted), in bytes.
+pub(crate) fn sum_in(data: &[FileRange], holes: &[FileRange]) -> u64 {
+    let mut sum = 0_u64;
+    for hole in holes {
+        let first = data.partition_point(|data| data.end() <= hole.start());
+        let inside = data.iter().skip(first);
+        for data in inside.take_while(|data| data.start() < hole.end()) {
+            let (start, end) = (data.start().max(hole.start()), data.end().min(hole.end()));
+            sum = sum.saturating_add(FileRange::new(start, end).len());
+        }
+    }
+    sum
+}
+
 /// The smallest hole for these runs.
 pub(crate) fn smallest_hole(runs: &[FileRange]) -> u64 {
     /// Of 100 bytes that can be freed, so many may be left.
@@ -140,7 +154,7 @@ pub(crate) fn stretches_without(data: &[FileRange], holes: &[FileRange]) -> u64 
 
 #[cfg(test)]
 mod tests {
-    use super::{PruneOptions, join, smallest_hole, stretches_without, whole_blocks};
+    use super::{PruneOptions, join, smallest_hole, stretches_without, sum_in, whole_blocks};
     use proptest::prelude::*;
     use sonicshot::{FileOffset, FileRange};
 
@@ -211,6 +225,10 @@ mod tests {
             };
             let holes = join(runs(holes));
             let before = stretches(&data);
+            let inside = (0..).zip(&data).filter(|(at, bit)| {
+                **bit && holes.iter().any(|hole| hole.contains(FileOffset::new(*at)))
+            });
+            prop_assert_eq!(sum_in(&before, &holes), inside.count() as u64);
             let mut after = data;
             for (at, bit) in (0..).zip(&mut after) {
                 *bit &= !holes.iter().any(|hole| hole.contains(FileOffset::new(at)));

@@ -7,10 +7,11 @@
 
 use crate::DumpError;
 use crate::backing::plain::PlainDump;
+use crate::format::ability::InPlace;
 use crate::guard::CheckedPlan;
 use crate::in_use as live;
 use crate::prune::holes::{
-    PruneOptions, block_size, join, smallest_hole, stretches_without, sum_of, whole_blocks,
+    PruneOptions, block_size, join, smallest_hole, stretches_without, sum_in, sum_of, whole_blocks,
 };
 use crate::prune::stats::PruneStats;
 use rustix::fs::{FallocateFlags, SeekFrom, StatFs, fallocate, fstatfs, seek};
@@ -47,22 +48,16 @@ impl CheckedPlan<'_> {
         options: &PruneOptions,
         progress: Progress<'_>,
     ) -> Result<PruneStats, DumpError> {
-        let format = self.dump().in_place()?;
+        check_unchanged(self.dump().in_place()?.source(), options)?;
+        let Prepared {
+            format,
+            mut stats,
+            marks,
+            holes,
+            block,
+        } = self.prepare(options)?;
         let dump = format.source();
-        check_unchanged(dump, options)?;
-        let mut stats = self.begin_with(&[dump.file()])?;
-        let punching = format.punching(self.goes(), &mut stats)?;
-        let system = fstatfs(dump.file())
-            .map_err(|error| DumpError::io("reading", dump.path())(error.into()))?;
-        let block = block_size(&system);
-        let data = Data::of(dump, &system);
-        let holes = worth_punching(punching.runs, options, &data, block, &mut stats);
-        if let Some(stretches) = data.stretches {
-            stats.extents_before = Some(stretches.len() as u64);
-            stats.extents_after = Some(stretches_without(stretches, &holes));
-        }
-        if punching.marks.is_empty() && holes.is_empty() {
-            stats.disk_after = stats.disk_before;
+        if !stats.changed {
             return Ok(stats);
         }
         format.check_others()?;
@@ -70,14 +65,15 @@ impl CheckedPlan<'_> {
         if !holes.is_empty() {
             probe(&file, dump.path(), dump.file_len(), block)?;
         }
-        write_marks(&file, dump.path(), &punching.marks)?;
-        stats.punched = punch_all(&file, dump.path(), &holes, progress)?;
+        write_marks(&file, dump.path(), &marks)?;
+        punch_all(&file, dump.path(), &holes, progress)?;
         let now = file.metadata().map_err(|source| DumpError::Unsettled {
             path: dump.path().to_owned(),
             what: "how much of the disk it takes now cannot be told".into(),
             source,
         })?;
         stats.disk_after = now.blocks().saturating_mul(512);
+        stats.freed_bytes = stats.disk_before.saturating_sub(stats.disk_after);
         // Who cut it meanwhile is to know what it is that was pruned.
         let before = dump.file_len();
         dump.note_change(FileStamp::from(&now));
@@ -90,6 +86,65 @@ impl CheckedPlan<'_> {
         }
         Ok(stats)
     }
+
+    /// What a prune in place would come to: nothing is changed, and who has the file open does not
+    /// matter. What the file takes on disk after it is told as if each byte were on it.
+    ///
+    /// # Errors
+    /// [`DumpError::NotInPlace`] for a format that holes do not fit, [`DumpError::Io`] if the file
+    /// cannot be read.
+    pub fn expect_in_place(&self, options: &PruneOptions) -> Result<PruneStats, DumpError> {
+        let Prepared {
+            format,
+            mut stats,
+            holes,
+            ..
+        } = self.prepare(options)?;
+        stats.freed_bytes = match format.source().data_stretches() {
+            Some(data) => sum_in(data, &holes),
+            None => sum_of(&holes),
+        };
+        stats.disk_after = stats.disk_before.saturating_sub(stats.freed_bytes);
+        Ok(stats)
+    }
+
+    /// Finds out what is to be done.
+    fn prepare(&self, options: &PruneOptions) -> Result<Prepared<'_>, DumpError> {
+        let format = self.dump().in_place()?;
+        let dump = format.source();
+        let mut stats = self.begin_with(&[dump.file()])?;
+        let punching = format.punching(self.goes(), &mut stats)?;
+        let system = fstatfs(dump.file())
+            .map_err(|error| DumpError::io("reading", dump.path())(error.into()))?;
+        let block = block_size(&system);
+        let data = Data::of(dump, &system);
+        let holes = worth_punching(punching.runs, options, &data, block, &mut stats);
+        if let Some(stretches) = data.stretches {
+            stats.extents_before = Some(stretches.len() as u64);
+            stats.extents_after = Some(stretches_without(stretches, &holes));
+        }
+        stats.punched = holes.len() as u64;
+        stats.changed = !punching.marks.is_empty() || !holes.is_empty();
+        stats.disk_after = stats.disk_before;
+        Ok(Prepared {
+            format,
+            stats,
+            marks: punching.marks,
+            holes,
+            block,
+        })
+    }
+}
+
+/// What is known before the file is changed.
+struct Prepared<'a> {
+    format: &'a dyn InPlace,
+    stats: PruneStats,
+    /// What is written before the first hole is punched.
+    marks: Vec<(FileOffset, Vec<u8>)>,
+    holes: Vec<FileRange>,
+    /// The file system's block.
+    block: u64,
 }
 
 /// Of the runs that go, the whole blocks that are worth a hole; what is left is counted.
@@ -142,13 +197,13 @@ fn write_marks(file: &File, path: &Path, marks: &[(FileOffset, Vec<u8>)]) -> Res
     file.sync_all().map_err(writing())
 }
 
-/// Punches the holes, and returns how many that were.
+/// Punches the holes.
 fn punch_all(
     file: &File,
     path: &Path,
     holes: &[FileRange],
     progress: Progress<'_>,
-) -> Result<u64, DumpError> {
+) -> Result<(), DumpError> {
     let total = sum_of(holes);
     let mut done = 0_u64;
     for hole in holes {
@@ -160,7 +215,7 @@ fn punch_all(
     if !holes.is_empty() {
         file.sync_all().map_err(in_part("writing", path))?;
     }
-    Ok(holes.len() as u64)
+    Ok(())
 }
 
 /// Refuses a file that is not as it was when it was opened, or that somebody writes.

@@ -22,6 +22,10 @@ pub struct PruneStats {
     pub runs: u64,
     /// Of those, the ones that really had to be punched; the others were holes already.
     pub punched: u64,
+    /// Bytes on disk that the file itself takes less than before.
+    pub freed_bytes: u64,
+    /// Whether the file itself was changed, which it is not where there is nothing to do.
+    pub changed: bool,
     /// Stretches of an ELF core that were dropped as a hole in the file, because it would have
     /// more segments than 16 bits count.
     pub joined: u64,
