@@ -120,8 +120,14 @@ pub fn serve_message(data: &[u8]) {
         return;
     };
     for region in regions {
-        assert!(layout.contains(region.guest.start(), region.guest.len()));
-        assert!(region.host.raw().checked_add(region.guest.len()).is_some());
+        assert!(layout.contains(region.guest().start(), region.guest().len()));
+        assert!(
+            region
+                .host()
+                .raw()
+                .checked_add(region.guest().len())
+                .is_some()
+        );
     }
 }
 
