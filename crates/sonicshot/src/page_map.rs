@@ -297,14 +297,19 @@ impl PageMap {
 
     /// The parts of `range` that are RAM.
     fn parts_in(&self, range: PfnRange) -> impl Iterator<Item = PfnRange> + '_ {
+        self.overlaps(range).map(|(_, part)| part)
+    }
+
+    /// The same, each with the region that it is in.
+    fn overlaps(&self, range: PfnRange) -> impl Iterator<Item = (PfnRange, PfnRange)> + '_ {
         let first = self
             .regions
             .partition_point(|region| region.end() <= range.start());
         self.regions
             .iter()
             .skip(first)
-            .map(move |region| region.intersection(&range))
-            .take_while(|part| !part.is_empty())
+            .map(move |region| (*region, region.intersection(&range)))
+            .take_while(|(_, part)| !part.is_empty())
     }
 
     /// The region that `pfn` is in.
@@ -316,15 +321,7 @@ impl PageMap {
 
     /// The parts of `range` that are RAM, each with the region that it is in.
     fn parts(&self, range: PfnRange) -> Vec<(PfnRange, PfnRange)> {
-        let first = self
-            .regions
-            .partition_point(|region| region.end() <= range.start());
-        self.regions
-            .iter()
-            .skip(first)
-            .map(|region| (*region, region.intersection(&range)))
-            .take_while(|(_, part)| !part.is_empty())
-            .collect()
+        self.overlaps(range).collect()
     }
 
     /// The classes of `piece`, if they are bytes.
