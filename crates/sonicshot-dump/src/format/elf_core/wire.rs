@@ -337,7 +337,8 @@ impl ElfCore {
         // Segments that overlap are rare, and each may cut every other into pieces.
         let mut order: Vec<_> = loads.iter().map(|(guest, _)| *guest).collect();
         order.sort_unstable();
-        if order.is_sorted_by(|a, b| a.end() <= b.start()) {
+        let are_disjoint = order.is_sorted_by(|a, b| a.end() <= b.start());
+        if are_disjoint {
             loads.sort_unstable_by_key(|(guest, _)| guest.start());
         } else if loads.len() > MAX_OVERLAPPING {
             let count = loads.len() as u64;
@@ -353,9 +354,15 @@ impl ElfCore {
             let filled = GpaRange::with_len(guest.start(), segment.file_len);
             let filled = filled.map_or(*guest, |filled| filled.intersection(guest));
             add_extent(&mut extents, filled, Some(segment.offset));
+            // There may be many: each is added at the end.
+            if are_disjoint {
+                add_extent(&mut extents, *guest, None);
+            }
         }
-        for (guest, _) in loads {
-            add_extent(&mut extents, guest, None);
+        if !are_disjoint {
+            for (guest, _) in loads {
+                add_extent(&mut extents, guest, None);
+            }
         }
         if extents.is_empty() {
             return Err(DumpError::NotADump {
