@@ -59,19 +59,8 @@ fn has_arm64_image(memory: &dyn GuestMemory) -> bool {
         }
         false
     };
-    memory.layout().regions().iter().any(|region| {
-        let mut at = region.start();
-        while let Some(data) = there(memory, at).filter(|d| d.start() < region.end()) {
-            if in_data(data) {
-                return true;
-            }
-            if data.end() <= at {
-                break;
-            }
-            at = data.end();
-        }
-        false
-    })
+    let mut regions = memory.layout().regions().iter();
+    regions.any(|region| there(memory, region).any(in_data))
 }
 
 /// The banner of a kernel, as `linux_banner` has it: with a release, and the number of the build.

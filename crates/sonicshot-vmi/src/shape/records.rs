@@ -119,30 +119,34 @@ pub(crate) fn find(
     let mut buffer = Vec::new();
     for region in memory.layout().regions() {
         let mut at = region.start();
-        while let Some(data) = there(memory, at).filter(|d| d.start() < region.end()) {
-            // Whole pages, so that each record is whole.
-            let start = Gpa::new(data.start().raw() & !page_size.offset_mask()).max(region.start());
-            let end = Gpa::new((start.raw() | (WINDOW - 1)).saturating_add(1)).min(region.end());
-            let window = GpaRange::new(start, end);
-            let len = usize::try_from(window.len()).unwrap_or(0);
-            let mapped = memory.map(start, len)?;
-            let bytes = if let Some(mapped) = &mapped {
-                Some(mapped.bytes())
-            } else {
-                buffer.resize(len, 0);
-                // A dump may lack pages: nothing is found there.
-                let read = memory.read(start, &mut buffer);
-                read.is_ok().then(|| GuestBytes::from_slice(&buffer))
-            };
-            if let Some(bytes) = bytes {
-                look(&bytes, start, &mut found);
-                if tables {
-                    look_for_tables(&bytes, start, memory, (arch, page_size), &mut tops)?;
+        for data in there(memory, region) {
+            at = at.max(data.start());
+            while at < data.end() {
+                // Whole pages, so that each record is whole.
+                let start = Gpa::new(at.raw() & !page_size.offset_mask()).max(region.start());
+                let end =
+                    Gpa::new((start.raw() | (WINDOW - 1)).saturating_add(1)).min(region.end());
+                let window = GpaRange::new(start, end);
+                let len = usize::try_from(window.len()).unwrap_or(0);
+                let mapped = memory.map(start, len)?;
+                let bytes = if let Some(mapped) = &mapped {
+                    Some(mapped.bytes())
+                } else {
+                    buffer.resize(len, 0);
+                    // A dump may lack pages: nothing is found there.
+                    let read = memory.read(start, &mut buffer);
+                    read.is_ok().then(|| GuestBytes::from_slice(&buffer))
+                };
+                if let Some(bytes) = bytes {
+                    look(&bytes, start, &mut found);
+                    if tables {
+                        look_for_tables(&bytes, start, memory, (arch, page_size), &mut tops)?;
+                    }
                 }
+                drop(mapped);
+                memory.release(window);
+                at = end;
             }
-            drop(mapped);
-            memory.release(window);
-            at = end;
         }
     }
     let mut records: Vec<Records> = found.into_iter().filter(|r| r.found > 0).collect();

@@ -325,9 +325,26 @@ impl VirtualMemory for Physical<'_> {
     }
 }
 
-/// The first range from `at` on in which something may be found; of a source that cannot tell, all.
-pub(crate) fn there(memory: &dyn GuestMemory, at: Gpa) -> Option<GpaRange> {
-    next_present(memory, at).unwrap_or_else(|_| memory.next_data(at))
+/// The ranges of `region` in which something may be found, lowest first; of a source that cannot
+/// tell, all. Each is asked for once: it may take a look at all of a dump's descriptors.
+pub(crate) fn there<'a>(
+    memory: &'a dyn GuestMemory,
+    region: &GpaRange,
+) -> impl Iterator<Item = GpaRange> + 'a {
+    let (mut at, end) = (region.start(), region.end());
+    std::iter::from_fn(move || {
+        if at >= end {
+            return None;
+        }
+        let data = next_present(memory, at).unwrap_or_else(|_| memory.next_data(at))?;
+        let (start, behind) = (data.start().max(at), data.end().min(end));
+        // What goes back would never end.
+        if start >= behind {
+            return None;
+        }
+        at = behind;
+        Some(GpaRange::new(start, behind))
+    })
 }
 
 /// Calls `visit` with each place in RAM at which `needle` stands, until it returns `false`.
@@ -337,23 +354,24 @@ pub(crate) fn search(memory: &dyn GuestMemory, needle: &[u8], visit: &mut dyn Fn
     let overlap = needle.len().saturating_sub(1) as u64;
     let mut goes_on = true;
     for region in memory.layout().regions() {
-        let mut at = region.start();
-        while let Some(data) = there(memory, at).filter(|d| d.start() < region.end()) {
-            let start = data.start().max(at);
-            let end = Gpa::new(start.raw().saturating_add(WINDOW)).min(data.end());
-            // One may go on behind the window.
-            let reach = Gpa::new(end.raw().saturating_add(overlap)).min(region.end());
-            let range = (KernelVa::new(start.raw()), KernelVa::new(reach.raw()));
-            scan(&Physical(memory), range, needle, &mut |hit| {
-                let hit = Gpa::new(hit.raw());
-                goes_on = hit >= end || visit(hit);
-                goes_on
-            });
-            memory.release(GpaRange::new(start, end));
-            if !goes_on || end <= at {
-                return;
+        for data in there(memory, region) {
+            let mut start = data.start();
+            while start < data.end() {
+                let end = Gpa::new(start.raw().saturating_add(WINDOW)).min(data.end());
+                // One may go on behind the window.
+                let reach = Gpa::new(end.raw().saturating_add(overlap)).min(region.end());
+                let range = (KernelVa::new(start.raw()), KernelVa::new(reach.raw()));
+                scan(&Physical(memory), range, needle, &mut |hit| {
+                    let hit = Gpa::new(hit.raw());
+                    goes_on = hit >= end || visit(hit);
+                    goes_on
+                });
+                memory.release(GpaRange::new(start, end));
+                if !goes_on {
+                    return;
+                }
+                start = end;
             }
-            at = end;
         }
     }
 }
