@@ -1,5 +1,7 @@
 //! kdump-compressed files: read, and written.
 
+mod content;
+pub(crate) mod header;
 pub(crate) mod read;
 pub(crate) mod write;
 
@@ -14,7 +16,7 @@ use sonicshot::{Architecture, Processors};
 use write::{KdumpOptions, write_kdump_again};
 
 pub(crate) const KIND: Kind =
-    Kind::by_magic("kdump", &[read::SIGNATURE, b"makedumpfile"], |source| {
+    Kind::by_magic("kdump", &[header::SIGNATURE, b"makedumpfile"], |source| {
         open(source).map(boxed)
     });
 

@@ -6,44 +6,26 @@
 //! sub-header with VMCOREINFO and notes behind it; two bitmaps, the frames that exist and the
 //! frames that are in the file; a descriptor for each of the latter, in order; the pages, each
 //! compressed by itself.
-//!
-//! A *flattened* file, as written to a pipe, is a list of pieces, each with the place it has in
-//! the file proper. It is read in place, by an index of the pieces.
 
 use crate::DumpError;
 use crate::Incomplete;
 use crate::backing::Stored;
 use crate::backing::paged::BlockCache;
 use crate::backing::plain::{check_content, open_content};
+use crate::format::kdump::content::Content;
+use crate::format::kdump::header::{
+    BLOCK_SIZE, Header, Places, SIGNATURE, SubHeader, machine_named,
+};
 use crate::format::kdump::write::KdumpCompression;
 use sonicshot::{
-    Architecture, Bytes, Cursor, CutShort, FileContent, FileOffset, FileRange, Gpa, GpaRange,
-    GuestMemory, MemoryError, PageSize, Pfn, PfnRange, RamLayout,
+    Architecture, Bytes, Cursor, CutShort, FileContent, FileOffset, Gpa, GpaRange, GuestMemory,
+    MemoryError, PageSize, Pfn, PfnRange, RamLayout,
 };
-use std::collections::BinaryHeap;
 use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-pub(crate) const SIGNATURE: &[u8; 8] = b"KDUMP   ";
-const FLAT_SIGNATURE: &[u8; 16] = b"makedumpfile\0\0\0\0";
-/// A flattened file's own header.
-const FLAT_HEADER_LEN: FileOffset = FileOffset::new(4096);
-/// Where it says what kind of file it is.
-const FLAT_KIND: FileOffset = FileOffset::new(16);
-
-/// What the header holds up to its last field that is read here. The layout is that of C
-/// structures on a 64-bit machine.
-const HEADER_LEN: usize = 464;
-const VERSION: FileOffset = FileOffset::new(8);
-const STATUS: FileOffset = FileOffset::new(424);
-const BLOCK_SIZE: FileOffset = FileOffset::new(428);
-const SUB_BLOCKS: FileOffset = FileOffset::new(432);
-const BITMAP_BLOCKS: FileOffset = FileOffset::new(436);
-const MAX_MAPNR: FileOffset = FileOffset::new(440);
-/// The sub-header of version 6; earlier ones are shorter, and fill their block with zeroes.
-pub(crate) const SUB_HEADER_LEN: usize = 104;
 pub(crate) const DESCRIPTOR_LEN: u64 = 24;
 
 /// How a page is compressed, in its descriptor; the last two bits are of the whole dump.
@@ -54,13 +36,8 @@ pub(crate) const ZSTD: u32 = 0x20;
 const INCOMPLETE: u32 = 8;
 const CODECS: u32 = ZLIB | LZO | SNAPPY | ZSTD;
 
-/// More frames than any guest has, 16 TiB of 4 KiB each: bounds what is kept about them.
-pub(crate) const MAX_FRAMES: u64 = 1 << 32;
 /// No guest has a million stretches of RAM.
 const MAX_REGIONS: usize = 1 << 20;
-/// A flattened file may have so many pieces, and one more for each [`PIECE_LEN`] bytes.
-const SMALL_PIECES: u64 = 1 << 20;
-const PIECE_LEN: u64 = 256;
 /// The kernel gives VMCOREINFO one page, of 64 KiB at most.
 const MAX_VMCOREINFO: u64 = 1 << 16;
 /// Notes of tens of thousands of processors.
@@ -335,7 +312,7 @@ impl KdumpFile {
     /// Whether the file is flattened.
     #[must_use]
     pub fn is_flattened(&self) -> bool {
-        self.content.pieces.is_some()
+        self.content.is_flattened()
     }
 
     /// The guest's page size.
@@ -760,254 +737,6 @@ impl fmt::Debug for KdumpFile {
     }
 }
 
-/// What is of use in `struct disk_dump_header`.
-struct Header {
-    version: u32,
-    status: u32,
-    page_size: PageSize,
-    sub_blocks: u32,
-    bitmap_blocks: u32,
-    max_frames: u32,
-    /// The processor's name.
-    machine: Vec<u8>,
-}
-
-impl Header {
-    fn read(path: &Path, content: &Content) -> Result<Self, DumpError> {
-        let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
-        let begin = FileOffset::ZERO;
-        let cut = || {
-            bad(
-                "a header beyond the end: truncated",
-                begin,
-                content.end().raw(),
-            )
-        };
-        let mut header = [0; HEADER_LEN];
-        if !content.read(begin, &mut header) {
-            return Err(cut());
-        }
-        let header = header.as_slice();
-        let field = |at: FileOffset| header.le_at::<u32>(at.raw()).ok_or_else(cut);
-        if header.get(..8) != Some(SIGNATURE) {
-            let found = header.le_at(0).ok_or_else(cut)?;
-            return Err(bad("no kdump header", begin, found));
-        }
-        let version = field(VERSION)?;
-        let machine = header.get(272..337).ok_or_else(cut)?;
-        if let Some(machine) = other_machine(machine) {
-            return Err(DumpError::OtherMachine {
-                path: path.to_owned(),
-                machine,
-            });
-        }
-        if !(1..=6).contains(&version) {
-            return Err(match version.swap_bytes() {
-                1..=6 => DumpError::Unsupported {
-                    path: path.to_owned(),
-                    kind: "a big-endian kdump-compressed dump",
-                },
-                _ => bad(
-                    "an unknown version of kdump header",
-                    VERSION,
-                    version.into(),
-                ),
-            });
-        }
-        let block = field(BLOCK_SIZE)?;
-        let page_size = PageSize::new(block.into()).ok_or_else(|| {
-            bad(
-                "a block size that is no page size (of a 64-bit machine)",
-                BLOCK_SIZE,
-                block.into(),
-            )
-        })?;
-        Ok(Self {
-            version,
-            status: field(STATUS)?,
-            page_size,
-            sub_blocks: field(SUB_BLOCKS)?,
-            bitmap_blocks: field(BITMAP_BLOCKS)?,
-            max_frames: field(MAX_MAPNR)?,
-            machine: machine.to_vec(),
-        })
-    }
-
-    /// How long so many blocks are. These are 32-bit numbers of blocks of 64 KiB at most.
-    fn in_blocks(&self, blocks: u32) -> u64 {
-        u64::from(blocks).saturating_mul(self.page_size.bytes())
-    }
-}
-
-/// A part of the file that the sub-header names.
-struct Part {
-    /// What is said if it is beyond the end or too long.
-    what: &'static str,
-    /// Where that is said.
-    named_at: FileOffset,
-    offset: FileOffset,
-    len: u64,
-}
-
-impl Part {
-    /// A copy of it, unless there is none.
-    fn copy(
-        &self,
-        path: &Path,
-        content: &Content,
-        limit: u64,
-    ) -> Result<Option<Vec<u8>>, DumpError> {
-        let bad = |value| DumpError::malformed(path, self.what, self.named_at, value);
-        if self.offset == FileOffset::ZERO || self.len == 0 {
-            return Ok(None);
-        }
-        if self.len > limit {
-            return Err(bad(self.len));
-        }
-        let copy = content.copy(self.offset, self.len);
-        copy.map(Some).ok_or_else(|| bad(self.offset.raw()))
-    }
-}
-
-/// What is of use in `struct kdump_sub_header`.
-struct SubHeader {
-    dump_level: u32,
-    /// The frames that are in this part of several.
-    part: Option<PfnRange>,
-    /// 0 of a version that has it in the header alone.
-    max_frames: u64,
-    vmcoreinfo: Part,
-    notes: Part,
-}
-
-impl SubHeader {
-    fn read(path: &Path, content: &Content, header: &Header) -> Result<Self, DumpError> {
-        let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
-        // The header is one block.
-        let begin = FileOffset::new(header.page_size.bytes());
-        let cut = || {
-            bad(
-                "a header beyond the end: truncated",
-                begin,
-                content.end().raw(),
-            )
-        };
-        let sub_blocks = header.sub_blocks;
-        if sub_blocks == 0 || header.in_blocks(sub_blocks) > content.end().raw() {
-            return Err(bad(
-                "an impossible sub-header",
-                SUB_BLOCKS,
-                sub_blocks.into(),
-            ));
-        }
-        let mut sub = [0; SUB_HEADER_LEN];
-        if !content.read(begin, &mut sub) {
-            return Err(cut());
-        }
-        let sub = sub.as_slice();
-        let field = |at, since| match sub.le_at::<u64>(at).ok_or_else(cut) {
-            Ok(_) if header.version < since => Ok(0),
-            read => read,
-        };
-        let is_split = header.version >= 2 && sub.le_at::<u32>(12).ok_or_else(cut)? != 0;
-        let frames = |start, end, since| {
-            let frames =
-                PfnRange::new(Pfn::new(field(start, since)?), Pfn::new(field(end, since)?));
-            Ok::<_, DumpError>(frames)
-        };
-        let part_of = if is_split {
-            // The numbers of 32 bits are too short for large machines.
-            match frames(80, 88, 6)? {
-                none if none.is_empty() => Some(frames(16, 24, 2)?),
-                frames => Some(frames),
-            }
-        } else {
-            None
-        };
-        let part = |at: u64, len_at: u64, since, what| {
-            Ok::<_, DumpError>(Part {
-                what,
-                named_at: begin.checked_add(at).ok_or_else(cut)?,
-                offset: FileOffset::new(field(at, since)?),
-                len: field(len_at, since)?,
-            })
-        };
-        Ok(Self {
-            dump_level: sub.le_at(8).ok_or_else(cut)?,
-            part: part_of,
-            max_frames: field(96, 6)?,
-            vmcoreinfo: part(32, 40, 3, "VMCOREINFO beyond the end or too long")?,
-            notes: part(48, 56, 4, "notes beyond the end or too long")?,
-        })
-    }
-}
-
-/// Where the parts of the file are that the pages are found by.
-#[derive(Clone, Copy)]
-struct Places {
-    frames: u64,
-    /// The bitmap of the frames that exist.
-    present_at: FileOffset,
-    /// That of the frames in the file.
-    dumped_at: FileOffset,
-    descriptors_at: FileOffset,
-}
-
-impl Places {
-    fn new(
-        path: &Path,
-        content: &Content,
-        header: &Header,
-        sub: &SubHeader,
-    ) -> Result<Self, DumpError> {
-        let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
-        let block = header.page_size.bytes();
-        let max_frames = match sub.max_frames {
-            0 => header.max_frames.into(),
-            max_frames => max_frames,
-        };
-        let bitmap_blocks = header.bitmap_blocks;
-        let bitmaps_len = header.in_blocks(bitmap_blocks);
-        let beyond = || {
-            bad(
-                "bitmaps beyond the end: truncated",
-                BITMAP_BLOCKS,
-                bitmap_blocks.into(),
-            )
-        };
-        let present_at = FileOffset::new(block)
-            .checked_add(header.in_blocks(header.sub_blocks))
-            .ok_or_else(beyond)?;
-        let descriptors_at = present_at.checked_add(bitmaps_len).ok_or_else(beyond)?;
-        // Compared to the file itself too, for a flattened one may claim any length.
-        if bitmap_blocks == 0
-            || descriptors_at > content.end()
-            || bitmaps_len > content.stored_len()
-        {
-            return Err(beyond());
-        }
-        // Where there is only room for one bitmap it is both (crash: dump_is_partial).
-        let needed = max_frames.div_ceil(8).div_ceil(block);
-        let half = u64::from(bitmap_blocks) >> 1;
-        let (dumped_at, bitmap_len) = if needed <= half {
-            let half = half.saturating_mul(block);
-            (present_at.checked_add(half).ok_or_else(beyond)?, half)
-        } else {
-            (present_at, bitmaps_len)
-        };
-        let frames = max_frames.min(bitmap_len.saturating_mul(8));
-        if needed > bitmap_blocks.into() || frames > MAX_FRAMES {
-            return Err(bad("an impossible number of frames", MAX_MAPNR, max_frames));
-        }
-        Ok(Self {
-            frames,
-            present_at,
-            dumped_at,
-            descriptors_at,
-        })
-    }
-}
-
 /// Decompressors, made when they are first needed.
 #[derive(Default)]
 struct Decoder {
@@ -1046,198 +775,6 @@ impl Decoder {
             _ => None,
         }
     }
-}
-
-/// The bytes of the file proper, which in a flattened file are in pieces.
-struct Content {
-    file: FileContent,
-    /// Sorted by `to`, disjoint.
-    pieces: Option<Vec<Piece>>,
-    /// It is flattened, and its end mark is missing.
-    is_cut: bool,
-}
-
-/// A piece of a flattened file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Piece {
-    /// Where in the file proper.
-    to: FileRange,
-    /// Where in the flattened file it begins.
-    from: FileOffset,
-}
-
-impl Content {
-    fn new(path: &Path, file: FileContent) -> Result<Self, DumpError> {
-        let mut content = Self {
-            file,
-            pieces: None,
-            is_cut: false,
-        };
-        let mut signature = [0; 16];
-        if content.read(FileOffset::ZERO, &mut signature) && signature == *FLAT_SIGNATURE {
-            let (pieces, is_cut) = content.find_pieces(path)?;
-            content.pieces = Some(pieces);
-            content.is_cut = is_cut;
-        }
-        Ok(content)
-    }
-
-    /// The end of the file proper.
-    fn end(&self) -> FileOffset {
-        match &self.pieces {
-            Some(pieces) => pieces.last().map_or(FileOffset::ZERO, |last| last.to.end()),
-            None => FileOffset::new(self.stored_len()),
-        }
-    }
-
-    /// The length of the file on disk.
-    fn stored_len(&self) -> u64 {
-        self.file.len()
-    }
-
-    fn read_stored(&self, at: FileOffset, out: &mut [u8]) -> bool {
-        let end = at.checked_add(out.len() as u64);
-        end.is_some_and(|end| end.raw() <= self.stored_len()) && self.file.read_at(out, at).is_ok()
-    }
-
-    /// Fills `out` with the bytes from `at` on; what is in no piece is zero. `false` if they are
-    /// not all inside.
-    fn read(&self, at: FileOffset, out: &mut [u8]) -> bool {
-        let Some(pieces) = &self.pieces else {
-            return self.read_stored(at, out);
-        };
-        self.read_pieces(pieces, at, out).is_some()
-    }
-
-    fn read_pieces(&self, pieces: &[Piece], at: FileOffset, out: &mut [u8]) -> Option<()> {
-        let end = at.checked_add(out.len() as u64)?;
-        (end <= self.end()).then_some(())?;
-        let mut at = at;
-        let mut rest = out;
-        let mut next = pieces.partition_point(|piece| piece.to.end() <= at);
-        while !rest.is_empty() {
-            let piece = pieces.get(next)?;
-            // Behind the beginning of the piece, or in the gap before it.
-            let inside = at.offset_from(piece.to.start());
-            let until = inside.map_or(piece.to.start(), |_| piece.to.end());
-            let part = FileRange::new(at, until.min(end));
-            let (now, later) = rest.split_at_mut_checked(usize::try_from(part.len()).ok()?)?;
-            if let Some(inside) = inside {
-                let from = piece.from.checked_add(inside)?;
-                self.read_stored(from, now).then_some(())?;
-                next = next.checked_add(1)?;
-            } else {
-                now.fill(0);
-            }
-            at = part.end();
-            rest = later;
-        }
-        Some(())
-    }
-
-    /// A copy of `len` bytes; the caller bounds `len`.
-    fn copy(&self, at: FileOffset, len: u64) -> Option<Vec<u8>> {
-        if at.checked_add(len)? > self.end() {
-            return None;
-        }
-        let mut copy = vec![0; usize::try_from(len).ok()?];
-        self.read(at, &mut copy).then_some(copy)
-    }
-
-    /// Walks the records of a flattened file: big-endian offset and length, then the bytes. Tells
-    /// too whether it ends before its end mark; what is there of the last record counts.
-    fn find_pieces(&self, path: &Path) -> Result<(Vec<Piece>, bool), DumpError> {
-        let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
-        let file_len = self.stored_len();
-        let pair = |at| {
-            let mut raw = [0; 16];
-            self.read_stored(at, &mut raw).then_some(())?;
-            let raw = raw.as_slice();
-            raw.be_at::<u64>(0).zip(raw.be_at::<u64>(8))
-        };
-        let kind = pair(FLAT_KIND);
-        if kind != Some((1, 1)) {
-            let (kind, _) = kind.unwrap_or_default();
-            return Err(bad("an unknown flattened format", FLAT_KIND, kind));
-        }
-        let limit = SMALL_PIECES.saturating_add(file_len.checked_div(PIECE_LEN).unwrap_or(0));
-        let mut pieces = Vec::new();
-        let mut at = FLAT_HEADER_LEN;
-        let mut is_cut = false;
-        while !is_cut {
-            let Some((to, len)) = pair(at) else {
-                is_cut = true;
-                break;
-            };
-            if (to, len) == (u64::MAX, u64::MAX) {
-                break;
-            }
-            let from = at.checked_add(16);
-            let piece = from.and_then(|from| FileRange::with_len(from, len));
-            let piece = piece.ok_or_else(|| bad("a piece of an impossible length", at, len))?;
-            // These are signed numbers.
-            FileRange::with_len(FileOffset::new(to), len)
-                .filter(|to| i64::try_from(to.end().raw()).is_ok())
-                .ok_or_else(|| bad("a piece at an impossible offset", at, to))?;
-            is_cut = piece.end().raw() > file_len;
-            let piece = FileRange::new(piece.start(), piece.end().min(FileOffset::new(file_len)));
-            let to = FileRange::with_len(FileOffset::new(to), piece.len());
-            let to = to.ok_or_else(|| bad("a piece of an impossible length", at, len))?;
-            if !to.is_empty() {
-                let from = piece.start();
-                pieces.push(Piece { to, from });
-            }
-            if pieces.len() as u64 > limit {
-                return Err(bad("too many small pieces", at, pieces.len() as u64));
-            }
-            at = piece.end();
-        }
-        Ok((without_overlaps(pieces), is_cut))
-    }
-}
-
-/// Sorts `pieces`; where some overlap, the last one counts, as if each were written in turn.
-fn without_overlaps(mut pieces: Vec<Piece>) -> Vec<Piece> {
-    // Where a piece lies in the flattened file tells which was first.
-    pieces.sort_unstable_by_key(|piece| (piece.to.start(), piece.from));
-    if pieces.is_sorted_by(|a, b| a.to.end() <= b.to.start()) {
-        return pieces;
-    }
-    let mut edges: Vec<FileOffset> = pieces
-        .iter()
-        .flat_map(|piece| [piece.to.start(), piece.to.end()])
-        .collect();
-    edges.sort_unstable();
-    edges.dedup();
-    // Between two edges nothing begins or ends: all of it is of the last piece that covers it.
-    let mut open: BinaryHeap<(FileOffset, FileRange)> = BinaryHeap::new();
-    let mut coming = pieces.iter().peekable();
-    let mut out: Vec<Piece> = Vec::new();
-    for [start, end] in edges.array_windows() {
-        while let Some(piece) = coming.next_if(|piece| piece.to.start() <= *start) {
-            open.push((piece.from, piece.to));
-        }
-        while open.peek().is_some_and(|(_, to)| to.end() <= *start) {
-            open.pop();
-        }
-        let Some(from) = open.peek().and_then(|(from, to)| {
-            // The piece lies in the file, and so does this part of it.
-            from.checked_add(start.offset_from(to.start())?)
-        }) else {
-            continue;
-        };
-        let to = FileRange::new(*start, *end);
-        match out.last_mut() {
-            Some(last)
-                if last.to.end() == *start
-                    && last.from.checked_add(last.to.len()) == Some(from) =>
-            {
-                last.to = FileRange::new(last.to.start(), *end);
-            }
-            _ => out.push(Piece { to, from }),
-        }
-    }
-    out
 }
 
 /// The stretches of frames whose bit is set in the bitmap at `bitmap`.
@@ -1338,25 +875,6 @@ fn for_words(
 fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     let mut words = Cursor::new(bytes);
     std::iter::from_fn(move || words.le().ok())
-}
-
-/// The name of a processor whose dumps are not read here, in `struct new_utsname`.
-fn other_machine(name: &[u8]) -> Option<String> {
-    let name = name.split(|byte| *byte == 0).next()?;
-    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
-    // QEMU says `Unknown`.
-    let is_name =
-        !name.is_empty() && name.iter().all(plain) && !name.eq_ignore_ascii_case(b"unknown");
-    (is_name && machine_named(name).is_none()).then(|| String::from_utf8_lossy(name).into_owned())
-}
-
-/// The processor by its name in `struct new_utsname`.
-fn machine_named(name: &[u8]) -> Option<Architecture> {
-    match name.split(|byte| *byte == 0).next()? {
-        b"x86_64" => Some(Architecture::X86_64),
-        b"aarch64" => Some(Architecture::Aarch64),
-        _ => None,
-    }
 }
 
 /// The processor by the size of its `struct elf_prstatus`.

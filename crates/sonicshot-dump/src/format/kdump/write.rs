@@ -6,10 +6,8 @@
 //! be dropped. Pages of zeroes are in the file, and share one page's data.
 
 use crate::error::KdumpWriteError;
-use crate::format::kdump::read::{
-    DESCRIPTOR_LEN, KdumpFile, MAX_FRAMES, Note, SIGNATURE, SNAPPY, SUB_HEADER_LEN, ZLIB, ZSTD,
-    notes_in,
-};
+use crate::format::kdump::header::{MAX_FRAMES, SIGNATURE, SUB_HEADER_LEN};
+use crate::format::kdump::read::{DESCRIPTOR_LEN, KdumpFile, Note, SNAPPY, ZLIB, ZSTD, notes_in};
 use crate::output::dump_file::note;
 use sonicshot::work::{self, map_in_order};
 use sonicshot::{
