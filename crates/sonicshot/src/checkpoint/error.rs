@@ -1,6 +1,6 @@
 //! What can go wrong with a checkpoint.
 
-use crate::{Gpa, MemoryError, PageClass, Pfn};
+use crate::{FileOffset, Gpa, MemoryError, PageClass, Pfn};
 use std::error::Error;
 use std::io;
 
@@ -19,8 +19,8 @@ pub enum CheckpointError {
     Truncated {
         /// The part of the format.
         what: &'static str,
-        /// Where it begins in the file, in bytes.
-        offset: u64,
+        /// Where it begins in the file.
+        offset: FileOffset,
         /// How many bytes it has.
         need: u64,
         /// The length of the file.
@@ -45,8 +45,8 @@ pub enum CheckpointError {
     Checksum {
         /// The part of the format.
         what: &'static str,
-        /// Where it begins in the file, in bytes.
-        offset: u64,
+        /// Where it begins in the file.
+        offset: FileOffset,
         /// What the file says.
         stored: u128,
         /// What its bytes give.
@@ -57,16 +57,16 @@ pub enum CheckpointError {
     Corrupt {
         /// The field.
         what: &'static str,
-        /// Where it, or the record that holds it, is in the file, in bytes.
-        offset: u64,
+        /// Where it, or the record that holds it, is in the file.
+        offset: FileOffset,
         /// Its value.
         value: u64,
     },
     /// A chunk does not decompress to what it should.
     #[error("page data at {offset:#x} does not decompress")]
     Decompress {
-        /// Where the chunk begins in the file, in bytes.
-        offset: u64,
+        /// Where the chunk begins in the file.
+        offset: FileOffset,
         /// What the codec said.
         #[source]
         source: Box<dyn Error + Send + Sync>,
@@ -89,8 +89,8 @@ pub enum CheckpointError {
     Io {
         /// `reading` or `writing`.
         action: &'static str,
-        /// Where in the file, in bytes.
-        offset: u64,
+        /// Where in the file.
+        offset: FileOffset,
         /// What the operating system said.
         #[source]
         source: io::Error,
@@ -206,7 +206,7 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
-    pub(crate) fn read(offset: u64) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn read(offset: FileOffset) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io {
             action: "reading",
             offset,
@@ -214,7 +214,7 @@ impl CheckpointError {
         }
     }
 
-    pub(crate) fn write(offset: u64) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn write(offset: FileOffset) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io {
             action: "writing",
             offset,

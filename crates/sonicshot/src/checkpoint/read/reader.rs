@@ -7,9 +7,9 @@ use crate::checkpoint::wire::footer::Footer;
 use crate::checkpoint::wire::header::{Header, START_LEN};
 use crate::checkpoint::wire::index::Index;
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun, SaveStats};
-use crate::checkpoint::wire::layout::{FOOTER_LEN, MAGIC, checksum, len64, size};
+use crate::checkpoint::wire::layout::{FOOTER_LEN, MAGIC, behind, checksum, len64, size};
 use crate::checkpoint::wire::record::BlobEntry;
-use crate::{PageMap, PageState, Pfn, PfnRange};
+use crate::{FileOffset, PageMap, PageState, Pfn, PfnRange};
 use core::hash::Hasher;
 use std::fmt;
 use std::fs::File;
@@ -48,7 +48,7 @@ impl CheckpointReader<File> {
     /// # Errors
     /// [`CheckpointError`] if it cannot be read, is none, or is damaged.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
-        Self::new(File::open(path).map_err(CheckpointError::read(0))?)
+        Self::new(File::open(path).map_err(CheckpointError::read(FileOffset::ZERO))?)
     }
 }
 
@@ -64,14 +64,20 @@ impl<S: RangeSource> CheckpointReader<S> {
     /// # Errors
     /// [`CheckpointError`] if it cannot be read, is none, or is damaged.
     pub fn new(source: S) -> Result<Self, CheckpointError> {
-        let file_len = source.len().map_err(CheckpointError::read(0))?;
+        let file_len = source
+            .len()
+            .map_err(CheckpointError::read(FileOffset::ZERO))?;
         let read = |offset, len, what| read_part(&source, file_len, offset, len, what);
-        let start = read(0, file_len.min(START_LEN), "the header")?;
+        let start = read(FileOffset::ZERO, file_len.min(START_LEN), "the header")?;
         let header_len = Header::length(&start, file_len)?;
-        let header = Header::decode(&read(0, header_len, "the header")?)?;
+        let header = Header::decode(&read(FileOffset::ZERO, header_len, "the header")?)?;
         // A file without room for a footer has none at its end.
         let footer_at = file_len.saturating_sub(FOOTER_LEN);
-        let footer = read(footer_at, file_len.min(FOOTER_LEN), "the footer")?;
+        let footer = read(
+            FileOffset::new(footer_at),
+            file_len.min(FOOTER_LEN),
+            "the footer",
+        )?;
         let footer = Footer::decode(&footer, file_len, header_len)?;
         check_held(&source, &footer)?;
         let bytes = read(footer.index_offset, footer.index_len, "the index")?;
@@ -195,7 +201,7 @@ impl<S: RangeSource> CheckpointReader<S> {
     /// Reads a stretch of the file, piece by piece.
     pub(super) fn stretch(
         &self,
-        offset: u64,
+        offset: FileOffset,
         len: u64,
         each: &mut dyn FnMut(&[u8]) -> Result<(), CheckpointError>,
     ) -> Result<(), CheckpointError> {
@@ -203,8 +209,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let mut done = 0_u64;
         while let Some(left) = len.checked_sub(done).filter(|left| *left > 0) {
             let (part, _) = buffer.split_at_mut(size(left).min(READ));
-            // Inside the file, as was checked when the index was read.
-            let at = offset.saturating_add(done);
+            let at = behind(offset, done)?;
             self.source
                 .read_at(part, at)
                 .map_err(CheckpointError::read(at))?;
@@ -312,7 +317,10 @@ fn check_held(source: &impl RangeSource, footer: &Footer) -> Result<(), Checkpoi
     let Some(file) = source.as_file().filter(|_| footer.index_len > SMALL_INDEX) else {
         return Ok(());
     };
-    let blocks = file.metadata().map_err(CheckpointError::read(0))?.blocks();
+    let blocks = file
+        .metadata()
+        .map_err(CheckpointError::read(FileOffset::ZERO))?
+        .blocks();
     // In units of 512 bytes, whatever the file system has (stat(2)).
     let held = blocks.checked_mul(512 * MAX_COMPRESSION);
     if held.is_some_and(|held| held < footer.index_len) {
@@ -328,12 +336,12 @@ fn check_held(source: &impl RangeSource, footer: &Footer) -> Result<(), Checkpoi
 fn read_part(
     source: &impl RangeSource,
     file_len: u64,
-    offset: u64,
+    offset: FileOffset,
     len: u64,
     what: &'static str,
 ) -> Result<Vec<u8>, CheckpointError> {
     let end = offset.checked_add(len);
-    if end.is_none_or(|end| end > file_len) {
+    if end.is_none_or(|end| end.raw() > file_len) {
         return Err(CheckpointError::Truncated {
             what,
             offset,

@@ -1,6 +1,6 @@
 //! Where a checkpoint's bytes come from.
 
-use crate::{Bytes, GuestBytes};
+use crate::{Bytes, FileOffset, GuestBytes};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::sync::{Mutex, PoisonError};
@@ -27,7 +27,7 @@ pub trait RangeSource: Send + Sync {
     ///
     /// # Errors
     /// What the operating system said; `UnexpectedEof` if there are not so many.
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+    fn read_at(&self, buf: &mut [u8], offset: FileOffset) -> io::Result<()>;
 
     /// The file that the bytes are in, if they are in one, from its beginning: it can be mapped
     /// instead of read.
@@ -41,8 +41,8 @@ impl RangeSource for File {
         Ok(self.metadata()?.len())
     }
 
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        std::os::unix::fs::FileExt::read_exact_at(self, buf, offset)
+    fn read_at(&self, buf: &mut [u8], offset: FileOffset) -> io::Result<()> {
+        std::os::unix::fs::FileExt::read_exact_at(self, buf, offset.raw())
     }
 
     fn as_file(&self) -> Option<&File> {
@@ -55,8 +55,8 @@ impl RangeSource for GuestBytes<'_> {
         Ok(self.byte_len())
     }
 
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.part(offset, buf.len() as u64)
+    fn read_at(&self, buf: &mut [u8], offset: FileOffset) -> io::Result<()> {
+        self.part(offset.raw(), buf.len() as u64)
             .filter(|bytes| bytes.copy_to(buf))
             .map(drop)
             .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
@@ -70,7 +70,7 @@ macro_rules! slice_source {
                 RangeSource::len(&GuestBytes::from_slice(self))
             }
 
-            fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+            fn read_at(&self, buf: &mut [u8], offset: FileOffset) -> io::Result<()> {
                 GuestBytes::from_slice(self).read_at(buf, offset)
             }
         }
@@ -86,7 +86,7 @@ macro_rules! forward {
                 (**self).len()
             }
 
-            fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+            fn read_at(&self, buf: &mut [u8], offset: FileOffset) -> io::Result<()> {
                 (**self).read_at(buf, offset)
             }
 
@@ -102,10 +102,11 @@ forward!(Box<S>, std::sync::Arc<S>);
 /// Any `Read + Seek` as a source. One thread at a time reads it.
 ///
 /// ```
+/// use sonicshot::FileOffset;
 /// use sonicshot::checkpoint::{RangeSource, SeekSource};
 /// let source = SeekSource::new(std::io::Cursor::new(vec![1, 2, 3]));
 /// let mut two = [0; 2];
-/// source.read_at(&mut two, 1)?;
+/// source.read_at(&mut two, FileOffset::new(1))?;
 /// assert_eq!(two, [2, 3]);
 /// # Ok::<(), std::io::Error>(())
 /// ```
@@ -125,9 +126,9 @@ impl<R: Read + Seek + Send> RangeSource for SeekSource<R> {
         inner.seek(SeekFrom::End(0))
     }
 
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+    fn read_at(&self, buf: &mut [u8], offset: FileOffset) -> io::Result<()> {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.seek(SeekFrom::Start(offset))?;
+        inner.seek(SeekFrom::Start(offset.raw()))?;
         inner.read_exact(buf)
     }
 }

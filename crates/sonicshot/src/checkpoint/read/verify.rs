@@ -9,7 +9,7 @@ use crate::checkpoint::wire::frames::{read_frames, same_layout};
 use crate::checkpoint::wire::info::{PageContent, PageRun};
 use crate::checkpoint::wire::layout::{FOOTER_LEN, len64, size};
 use crate::work::{for_each, threads};
-use crate::{GuestMemory, PfnRange, Progress};
+use crate::{FileOffset, GuestMemory, PfnRange, Progress};
 use core::sync::atomic::{AtomicU64, Ordering};
 use twox_hash::XxHash3_128;
 
@@ -38,7 +38,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let mut done = 0_u64;
         // Every byte is read once for the digest and once for its own checksum.
         let total = covered.saturating_mul(2);
-        self.stretch(0, covered, &mut |bytes| {
+        self.stretch(FileOffset::ZERO, covered, &mut |bytes| {
             digest.write(bytes);
             done = done.saturating_add(len64(bytes.len()));
             progress(done, total);
@@ -71,7 +71,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         }
         Err(CheckpointError::Checksum {
             what: "the whole file",
-            offset: 0,
+            offset: FileOffset::ZERO,
             stored: self.footer.digest,
             computed,
         })

@@ -7,7 +7,7 @@ use crate::checkpoint::read::source::RangeSource;
 use crate::checkpoint::wire::frames::{fill_words, ram_of, range_of};
 use crate::checkpoint::wire::info::{PageContent, PageRun};
 use crate::checkpoint::wire::layout::{len64, size};
-use crate::{Gpa, GpaRange, MemoryError, PfnRange};
+use crate::{FileOffset, Gpa, GpaRange, MemoryError, PfnRange};
 use core::ffi::c_void;
 use core::ptr::NonNull;
 use rustix::fs::{SealFlags, fcntl_get_seals};
@@ -200,7 +200,7 @@ impl<S: RangeSource> CheckpointReader<S> {
             return Ok(false);
         };
         let address = len64(at.as_ptr() as usize);
-        if [offset, address, range.len()]
+        if [offset.raw(), address, range.len()]
             .iter()
             .any(|value| !value.is_multiple_of(host_page))
         {
@@ -212,7 +212,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let place: *mut c_void = at.as_ptr().cast();
         // SAFETY: the stretch lies inside a mapping of `memory`, which is ours and not handed
         // out yet, so replacing it touches nobody else's memory.
-        unsafe { mmap(place, len, access, flags, file, offset) }.map_err(host(
+        unsafe { mmap(place, len, access, flags, file, offset.raw()) }.map_err(host(
             "mmap",
             place as usize,
             len,
@@ -222,7 +222,7 @@ impl<S: RangeSource> CheckpointReader<S> {
 
     /// Where the stored pages from `slot` begin in the file, if all `len` bytes of them follow each
     /// other there.
-    fn one_stretch(&self, slot: u64, len: u64) -> Result<Option<u64>, CheckpointError> {
+    fn one_stretch(&self, slot: u64, len: u64) -> Result<Option<FileOffset>, CheckpointError> {
         let page_size = self.info().page_size;
         let last_slot = (len >> page_size.shift())
             .checked_sub(1)

@@ -7,7 +7,7 @@ use crate::checkpoint::read::source::RangeSource;
 use crate::checkpoint::wire::frames::{copy_exact, fill_words, ram_of, range_of, slice_of};
 use crate::checkpoint::wire::index::{ChunkInfo, Index, clip};
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
-use crate::checkpoint::wire::layout::{checksum, len64, size};
+use crate::checkpoint::wire::layout::{behind, checksum, len64, size};
 use crate::memory::ram;
 use crate::work::for_each;
 use crate::{Gpa, GpaRange, LayoutError, MemoryError, PfnRange, Progress, RamLayout};
@@ -334,8 +334,7 @@ impl<S: RangeSource> CheckpointReader<S> {
                 }
                 Ok(())
             })?;
-            // A chunk's pages are inside of the file.
-            offset = offset.saturating_add(range.len());
+            offset = behind(offset, range.len())?;
         }
         check_chunk(chunk, computed.unwrap_or_else(|| sum.finish()))
     }

@@ -7,7 +7,7 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::wire::builder::IndexBuilder;
 use crate::checkpoint::wire::codec::Compressor;
 use crate::checkpoint::wire::info::{CheckpointInfo, Compression, PageContent, PageRun, SaveStats};
-use crate::checkpoint::wire::layout::{MAX_CHUNK, checksum, len64, narrow, size};
+use crate::checkpoint::wire::layout::{MAX_CHUNK, between, checksum, len64, narrow, size};
 use crate::checkpoint::wire::record::ChunkEntry;
 use crate::work::{Pending, Pool, threads, with_pool};
 use crate::{Gpa, GuestMemory, PageMap, Pfn, PfnRange, Progress, PrunePlan};
@@ -392,8 +392,7 @@ impl<W: Write> Saving<'_, '_, '_, W> {
                 false
             }
         };
-        // The file only grows.
-        let len = sink.offset().saturating_sub(offset);
+        let len = between(offset, sink.offset())?;
         let stats = &mut *self.output.stats;
         stats.stored_bytes = stats.stored_bytes.saturating_add(len);
         self.output.index.push_chunk(&ChunkEntry {

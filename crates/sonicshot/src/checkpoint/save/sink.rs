@@ -1,14 +1,15 @@
 //! Where a checkpoint's bytes go.
 
+use crate::FileOffset;
 use crate::checkpoint::CheckpointError;
-use crate::checkpoint::wire::layout::{len64, too_large};
+use crate::checkpoint::wire::layout::{behind, len64};
 use std::io::Write;
 use twox_hash::XxHash3_128;
 
 /// Where the bytes go, and what all of them give.
 pub(super) struct Sink<W> {
     out: W,
-    offset: u64,
+    offset: FileOffset,
     digest: XxHash3_128,
 }
 
@@ -16,13 +17,13 @@ impl<W> Sink<W> {
     pub(super) fn new(out: W) -> Self {
         Self {
             out,
-            offset: 0,
+            offset: FileOffset::ZERO,
             digest: XxHash3_128::new(),
         }
     }
 
-    /// How many bytes were written.
-    pub(super) fn offset(&self) -> u64 {
+    /// Where the next bytes go.
+    pub(super) fn offset(&self) -> FileOffset {
         self.offset
     }
 
@@ -36,8 +37,7 @@ impl<W> Sink<W> {
 
 impl<W: Write> Sink<W> {
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
-        let end = self.offset.checked_add(len64(bytes.len()));
-        let end = end.ok_or_else(|| too_large("bytes of file", self.offset, u64::MAX))?;
+        let end = behind(self.offset, len64(bytes.len()))?;
         self.out
             .write_all(bytes)
             .map_err(CheckpointError::write(self.offset))?;
@@ -51,6 +51,6 @@ impl<W: Write> Sink<W> {
         self.out
             .flush()
             .map_err(CheckpointError::write(self.offset))?;
-        Ok((self.out, self.offset))
+        Ok((self.out, self.offset.raw()))
     }
 }

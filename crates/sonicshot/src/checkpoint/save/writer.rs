@@ -11,7 +11,7 @@ use crate::checkpoint::wire::frames::same_layout;
 use crate::checkpoint::wire::header::{Codec, Header};
 use crate::checkpoint::wire::info::{CheckpointInfo, SaveStats};
 use crate::checkpoint::wire::layout::{
-    ALIGN, FOOTER_LEN, MAX_BLOB_NAME, MAX_CHUNK, checksum, len64, size, too_large,
+    ALIGN, FOOTER_LEN, MAX_BLOB_NAME, MAX_CHUNK, behind, between, checksum, len64, size, too_large,
 };
 use crate::checkpoint::wire::record::BlobEntry;
 use crate::{GuestMemory, PageMap, Progress, PrunePlan};
@@ -121,12 +121,12 @@ impl<W: Write> CheckpointWriter<W> {
                 Ok(0) => break,
                 Ok(got) => got,
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(CheckpointError::read(len)(error)),
+                Err(error) => return Err(CheckpointError::read(self.sink.offset())(error)),
             };
             let Some(bytes) = buffer.get(..got) else {
                 let error =
                     std::io::Error::other("a reader that gives more than there is room for");
-                return Err(CheckpointError::read(len)(error));
+                return Err(CheckpointError::read(self.sink.offset())(error));
             };
             sum.write(bytes);
             self.sink.write(bytes)?;
@@ -135,18 +135,18 @@ impl<W: Write> CheckpointWriter<W> {
         }
         if self.header.codec == Codec::None {
             // What follows may be page data, to be mapped.
-            let end = self.sink.offset().checked_next_multiple_of(ALIGN);
             let end =
-                end.ok_or_else(|| too_large("bytes of file", self.sink.offset(), u64::MAX))?;
-            let zeroes = vec![0; size(end.saturating_sub(self.sink.offset()))];
+                self.sink.offset().checked_align_up(ALIGN).ok_or_else(|| {
+                    too_large("bytes of file", self.sink.offset().raw(), u64::MAX)
+                })?;
+            let zeroes = vec![0; size(between(self.sink.offset(), end)?)];
             sum.write(&zeroes);
             self.sink.write(&zeroes)?;
         }
         self.index.push_blob(BlobEntry {
             name: name.into(),
             offset,
-            // The file only grows.
-            stored_len: self.sink.offset().saturating_sub(offset),
+            stored_len: between(offset, self.sink.offset())?,
             len,
             checksum: sum.finish(),
         });
@@ -225,11 +225,7 @@ impl<W: Write> CheckpointWriter<W> {
             index_offset,
             index_len: len64(index.len()),
             index_checksum: checksum(&index),
-            file_len: self
-                .sink
-                .offset()
-                .checked_add(FOOTER_LEN)
-                .ok_or_else(|| too_large("bytes of file", self.sink.offset(), u64::MAX))?,
+            file_len: behind(self.sink.offset(), FOOTER_LEN)?.raw(),
             digest: 0,
         };
         footer.digest = self.sink.digest_with(&footer.digested());

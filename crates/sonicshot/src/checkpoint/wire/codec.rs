@@ -10,6 +10,7 @@
 
 use super::header::Codec;
 use super::info::Compression;
+use crate::FileOffset;
 use crate::checkpoint::CheckpointError;
 
 /// Compresses chunks; one a thread.
@@ -109,7 +110,7 @@ impl Decompressor {
         &mut self,
         input: &[u8],
         out: &mut [u8],
-        offset: u64,
+        offset: FileOffset,
     ) -> Result<(), CheckpointError> {
         let bad = |source: Box<dyn std::error::Error + Send + Sync>| CheckpointError::Decompress {
             offset,

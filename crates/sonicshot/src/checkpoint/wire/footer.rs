@@ -1,8 +1,8 @@
 //! The footer: where the index is, and the digest of the whole file.
 
-use super::layout::{END_MAGIC, FOOTER_LEN, checksum, size};
-use crate::Bytes;
+use super::layout::{END_MAGIC, FOOTER_LEN, checksum, corrupt, size};
 use crate::checkpoint::CheckpointError;
+use crate::{Bytes, FileOffset};
 
 /// The digest covers so many bytes of the footer, and stands behind them.
 const DIGESTED: u64 = 32;
@@ -12,7 +12,7 @@ const SUMMED: u64 = 48;
 /// The last bytes of a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Footer {
-    pub index_offset: u64,
+    pub index_offset: FileOffset,
     pub index_len: u64,
     pub index_checksum: u64,
     pub file_len: u64,
@@ -24,7 +24,7 @@ impl Footer {
     pub(crate) fn digested(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(size(FOOTER_LEN));
         for word in [
-            self.index_offset,
+            self.index_offset.raw(),
             self.index_len,
             self.index_checksum,
             self.file_len,
@@ -50,7 +50,8 @@ impl Footer {
         file_len: u64,
         header_len: u64,
     ) -> Result<Self, CheckpointError> {
-        let offset = file_len.saturating_sub(FOOTER_LEN);
+        // A file without room for a footer has none at its end.
+        let offset = FileOffset::new(file_len.saturating_sub(FOOTER_LEN));
         if bytes.get(56..64) != Some(END_MAGIC.as_slice()) {
             // What is cut off has no end.
             return Err(CheckpointError::Truncated {
@@ -60,11 +61,7 @@ impl Footer {
                 len: file_len,
             });
         }
-        let corrupt = |what, at: u64, value| CheckpointError::Corrupt {
-            what,
-            offset: offset.saturating_add(at),
-            value,
-        };
+        let corrupt = |what, at, value| corrupt(offset, what, at, value);
         let short = || corrupt("the footer", 0, bytes.byte_len());
         let word = |at| bytes.le_at::<u64>(at).ok_or_else(short);
         let stored = word(SUMMED)?;
@@ -78,7 +75,7 @@ impl Footer {
             });
         }
         let footer = Self {
-            index_offset: word(0)?,
+            index_offset: FileOffset::new(word(0)?),
             index_len: word(8)?,
             index_checksum: word(16)?,
             file_len: word(24)?,
@@ -87,8 +84,8 @@ impl Footer {
         if footer.file_len != file_len {
             return Err(corrupt("the file's length", 24, footer.file_len));
         }
-        if footer.index_offset < header_len {
-            return Err(corrupt("the index's offset", 0, footer.index_offset));
+        if footer.index_offset.raw() < header_len {
+            return Err(corrupt("the index's offset", 0, footer.index_offset.raw()));
         }
         if footer.index_offset.checked_add(footer.index_len) != Some(offset) {
             return Err(corrupt("the index's length", 8, footer.index_len));

@@ -6,7 +6,9 @@ use super::layout::{
     narrow, pad, size, too_large,
 };
 use crate::checkpoint::CheckpointError;
-use crate::{Architecture, Bytes, Cursor, CutShort, Gpa, GpaRange, PageSize, RamLayout};
+use crate::{
+    Architecture, Bytes, Cursor, CutShort, FileOffset, Gpa, GpaRange, PageSize, RamLayout,
+};
 
 /// The length of the checksum at the end.
 const SUM_LEN: u64 = 8;
@@ -171,7 +173,7 @@ impl Header {
         }
         let short = |cut: CutShort| CheckpointError::Truncated {
             what: "the header",
-            offset: 0,
+            offset: FileOffset::ZERO,
             need: START_LEN,
             len: cut.offset.saturating_add(cut.left),
         };
@@ -190,7 +192,7 @@ impl Header {
         if len > file_len {
             return Err(CheckpointError::Truncated {
                 what: "the header",
-                offset: 0,
+                offset: FileOffset::ZERO,
                 need: len,
                 len: file_len,
             });
@@ -233,10 +235,11 @@ impl Header {
     }
 }
 
-const fn corrupt(what: &'static str, offset: u64, value: u64) -> CheckpointError {
+/// The header stands at the beginning of the file: `at` in it is `at` in the file.
+const fn corrupt(what: &'static str, at: u64, value: u64) -> CheckpointError {
     CheckpointError::Corrupt {
         what,
-        offset,
+        offset: FileOffset::new(at),
         value,
     }
 }
@@ -254,7 +257,7 @@ impl<'a> Fields<'a> {
         if stored != computed {
             return Err(CheckpointError::Checksum {
                 what: "the header",
-                offset: 0,
+                offset: FileOffset::ZERO,
                 stored: stored.into(),
                 computed: computed.into(),
             });

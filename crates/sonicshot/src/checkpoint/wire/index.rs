@@ -5,11 +5,11 @@ use super::header::{Codec, Header};
 use super::info::{PageContent, PageRun};
 use super::layout::{
     ALIGN, CHUNK_LEN, INDEX_HEAD, INDEX_MAGIC, RUN_LEN, SECTION_BLOBS, SECTION_CHUNKS,
-    SECTION_NEEDED, SECTION_RUNS, len64, size,
+    SECTION_NEEDED, SECTION_RUNS, corrupt, len64, size,
 };
 use super::record::{BlobEntry, ChunkEntry, decode_run};
 use crate::checkpoint::CheckpointError;
-use crate::{Bytes, Cursor, CutShort, PageSize, Pfn, PfnRange};
+use crate::{Bytes, Cursor, CutShort, FileOffset, PageSize, Pfn, PfnRange};
 use core::iter::Peekable;
 use core::ops::Range;
 
@@ -18,7 +18,7 @@ use core::ops::Range;
 pub(crate) struct Index {
     bytes: Vec<u8>,
     /// Where they stand in the file.
-    offset: u64,
+    offset: FileOffset,
     runs: Range<usize>,
     chunks: Range<usize>,
     pub blobs: Vec<BlobEntry>,
@@ -70,7 +70,7 @@ impl Index {
     /// `header_len` bytes, and checks that it covers the guest's RAM once, and the file once.
     pub(crate) fn decode(
         bytes: Vec<u8>,
-        offset: u64,
+        offset: FileOffset,
         header_len: u64,
         header: &Header,
     ) -> Result<Self, CheckpointError> {
@@ -100,7 +100,7 @@ impl Index {
 
     /// An error of what stands at `at` in the index.
     fn corrupt(&self, what: &'static str, at: usize, value: u64) -> CheckpointError {
-        corrupt(self.offset, what, at, value)
+        corrupt(self.offset, what, len64(at), value)
     }
 
     fn read_blobs(&self, range: Range<usize>) -> Result<Vec<BlobEntry>, CheckpointError> {
@@ -184,7 +184,7 @@ impl Index {
         if count != expected {
             return Err(self.corrupt("the number of chunks", self.chunks.start, count));
         }
-        let mut parts = Parts::new(header_len, self.offset, &self.blobs);
+        let mut parts = Parts::new(FileOffset::new(header_len), self.offset, &self.blobs);
         for number in 0..count {
             parts.take_blobs()?;
             let chunk = self.chunk(number)?;
@@ -330,14 +330,6 @@ impl Index {
     }
 }
 
-fn corrupt(offset: u64, what: &'static str, at: usize, value: u64) -> CheckpointError {
-    CheckpointError::Corrupt {
-        what,
-        offset: offset.saturating_add(len64(at)),
-        value,
-    }
-}
-
 /// Where the parts of an index are in its bytes.
 struct Sections {
     slots: u64,
@@ -347,8 +339,8 @@ struct Sections {
 }
 
 impl Sections {
-    fn decode(bytes: &[u8], offset: u64) -> Result<Self, CheckpointError> {
-        let corrupt = |what, at, value| corrupt(offset, what, at, value);
+    fn decode(bytes: &[u8], offset: FileOffset) -> Result<Self, CheckpointError> {
+        let corrupt = |what, at, value| corrupt(offset, what, len64(at), value);
         let short = |_: CutShort| corrupt("the index's length", 0, len64(bytes.len()));
         let mut fields = Cursor::new(bytes);
         if !fields.is_at(&INDEX_MAGIC) {
@@ -406,14 +398,14 @@ impl Sections {
 /// Goes through the chunks and blobs of a file as they must follow each other.
 struct Parts<'a> {
     /// Where the next one begins.
-    at: u64,
+    at: FileOffset,
     /// Where the index begins.
-    end: u64,
+    end: FileOffset,
     blobs: Peekable<std::vec::IntoIter<&'a BlobEntry>>,
 }
 
 impl<'a> Parts<'a> {
-    fn new(start: u64, end: u64, blobs: &'a [BlobEntry]) -> Self {
+    fn new(start: FileOffset, end: FileOffset, blobs: &'a [BlobEntry]) -> Self {
         let mut blobs: Vec<&BlobEntry> = blobs.iter().collect();
         // Empty ones first: they stand where the next thing begins.
         blobs.sort_by_key(|blob| (blob.offset, blob.stored_len));
@@ -446,9 +438,9 @@ impl<'a> Parts<'a> {
     /// The next chunk; else the field of its record that is wrong, and its value.
     fn take_chunk(&mut self, chunk: &ChunkInfo, codec: Codec) -> Result<(), (&'static str, u64)> {
         let entry = chunk.entry;
-        let aligned = codec != Codec::None || self.at.is_multiple_of(ALIGN);
+        let aligned = codec != Codec::None || self.at.raw().is_multiple_of(ALIGN);
         if entry.offset != self.at || !aligned {
-            return Err(("the offset of a chunk", entry.offset));
+            return Err(("the offset of a chunk", entry.offset.raw()));
         }
         let stored = u64::from(entry.stored_len);
         let fits = match (entry.plain, codec) {
@@ -469,14 +461,14 @@ impl<'a> Parts<'a> {
             return Err(CheckpointError::Corrupt {
                 what: "the offset of a blob",
                 offset: self.at,
-                value: blob.offset,
+                value: blob.offset.raw(),
             });
         }
         if self.at != self.end {
             return Err(CheckpointError::Corrupt {
                 what: "the end of the page data",
                 offset: self.end,
-                value: self.at,
+                value: self.at.raw(),
             });
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! What the records of a checkpoint have in common, as `FORMAT.md` gives it: constants, checksums,
 //! padding.
 
+use crate::FileOffset;
 use crate::checkpoint::CheckpointError;
 use twox_hash::XxHash3_64;
 
@@ -63,6 +64,35 @@ pub(crate) fn narrow<T: TryFrom<u64>>(
 
 pub(crate) const fn too_large(what: &'static str, value: u64, max: u64) -> CheckpointError {
     CheckpointError::TooLarge { what, value, max }
+}
+
+/// The place `bytes` behind `at`, which no file of this format reaches past 64 bits.
+pub(crate) fn behind(at: FileOffset, bytes: u64) -> Result<FileOffset, CheckpointError> {
+    at.checked_add(bytes)
+        .ok_or_else(|| too_large("bytes of file", at.raw(), u64::MAX))
+}
+
+/// A field at `at` of the part of the file that begins at `start` cannot be `value`.
+pub(crate) fn corrupt(
+    start: FileOffset,
+    what: &'static str,
+    at: u64,
+    value: u64,
+) -> CheckpointError {
+    match behind(start, at) {
+        Ok(offset) => CheckpointError::Corrupt {
+            what,
+            offset,
+            value,
+        },
+        Err(error) => error,
+    }
+}
+
+/// How far `end` is behind `start`, where both were told by what was written or checked.
+pub(crate) fn between(start: FileOffset, end: FileOffset) -> Result<u64, CheckpointError> {
+    end.offset_from(start)
+        .ok_or_else(|| too_large("bytes of file", start.raw(), end.raw()))
 }
 
 /// Fills up with zeroes to a multiple of `align`.

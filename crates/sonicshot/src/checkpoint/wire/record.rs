@@ -3,7 +3,7 @@
 use super::info::{PageContent, PageRun};
 use super::layout::{BLOB_HEAD, MAX_BLOB_NAME, MAX_RUN, len64, narrow, pad};
 use crate::checkpoint::CheckpointError;
-use crate::{Bytes, Cursor, CutShort, PageClass, Pfn, PfnRange};
+use crate::{Bytes, Cursor, CutShort, FileOffset, PageClass, Pfn, PfnRange};
 
 /// A chunk that is stored as it is.
 const CHUNK_PLAIN: u32 = 1;
@@ -11,7 +11,7 @@ const CHUNK_PLAIN: u32 = 1;
 /// Where a chunk of page data is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ChunkEntry {
-    pub offset: u64,
+    pub offset: FileOffset,
     pub stored_len: u32,
     /// Stored as it is.
     pub plain: bool,
@@ -20,7 +20,7 @@ pub(crate) struct ChunkEntry {
 
 impl ChunkEntry {
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
-        out.extend(self.offset.to_le_bytes());
+        out.extend(self.offset.raw().to_le_bytes());
         out.extend(self.stored_len.to_le_bytes());
         out.extend((if self.plain { CHUNK_PLAIN } else { 0 }).to_le_bytes());
         out.extend(self.checksum.to_le_bytes());
@@ -32,7 +32,7 @@ impl ChunkEntry {
             return None;
         }
         Some(Self {
-            offset: bytes.le_at(0)?,
+            offset: FileOffset::new(bytes.le_at(0)?),
             stored_len: bytes.le_at(8)?,
             plain: flags & CHUNK_PLAIN != 0,
             checksum: bytes.le_at(16)?,
@@ -102,7 +102,7 @@ pub(crate) fn decode_run(bytes: &[u8]) -> Result<PageRun, (&'static str, u64)> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct BlobEntry {
     pub name: String,
-    pub offset: u64,
+    pub offset: FileOffset,
     /// With the zeroes that align what follows.
     pub stored_len: u64,
     pub len: u64,
@@ -114,7 +114,7 @@ impl BlobEntry {
     pub(crate) fn encode(&self, out: &mut Vec<u8>) -> Result<(), CheckpointError> {
         let what = "bytes of a blob's name";
         let len: u16 = narrow(what, len64(self.name.len()), MAX_BLOB_NAME)?;
-        for word in [self.offset, self.stored_len, self.len, self.checksum] {
+        for word in [self.offset.raw(), self.stored_len, self.len, self.checksum] {
             out.extend(word.to_le_bytes());
         }
         out.extend(len.to_le_bytes());
@@ -136,7 +136,7 @@ impl BlobEntry {
         bytes.get(..padded)?;
         let blob = Self {
             name: name.to_owned(),
-            offset: bytes.le_at(0)?,
+            offset: FileOffset::new(bytes.le_at(0)?),
             stored_len: bytes.le_at(8)?,
             len: bytes.le_at(16)?,
             checksum: bytes.le_at(24)?,
