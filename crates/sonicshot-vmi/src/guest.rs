@@ -322,6 +322,7 @@ impl<'m> LinuxGuest<'m> {
 
     /// The struct pages, what each says, and the zones, by whatever is known of them.
     fn structures(&self) -> Result<(MemMap<'m>, PageLayout, Zones), VmiError> {
+        let _tables = self.kernel.space.remember_tables();
         let map = self.mem_map()?;
         if self.knowledge == Knowledge::Types {
             let layout = PageLayout::new(&self.kernel, map.stride)?;

@@ -6,7 +6,7 @@ use crate::needs;
 use crate::symbols::{Member, SymbolBase, SymbolSource, Vmcoreinfo};
 use crate::{AddressSpace, KernelVa};
 use sonicshot::{Architecture, PageSize};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// All sources of symbols of one running kernel, in order of precedence, and its memory.
 #[derive(Debug)]
@@ -16,6 +16,8 @@ pub(crate) struct Kernel<'m> {
     sources: Vec<Arc<dyn SymbolSource>>,
     /// What the kernel says of itself; also one of the sources.
     pub(crate) vmcoreinfo: Option<Vmcoreinfo>,
+    /// Where the ring of its log is in the image, once it was looked for by its shape.
+    pub(crate) log_ring: OnceLock<KernelVa>,
 }
 
 /// Which kernel it is, and how it was started.
@@ -37,6 +39,7 @@ impl<'m> Kernel<'m> {
             build,
             sources: Vec::new(),
             vmcoreinfo: None,
+            log_ring: OnceLock::new(),
         }
     }
 

@@ -1,5 +1,10 @@
 //! The kernel's own address space: virtual to guest-physical.
 
+mod tables;
+
+pub(crate) use self::tables::Remembered;
+
+use self::tables::Tables;
 use crate::deadline::Deadline;
 use crate::error::VmiError;
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
@@ -48,30 +53,35 @@ pub(crate) struct Translation {
 }
 
 /// The kernel half of a guest's address space.
-#[derive(Debug)]
 pub(crate) struct AddressSpace<'m> {
-    memory: MemoryRef<'m>,
+    tables: Tables<'m>,
     paging: Box<dyn Paging>,
 }
 
-struct MemoryRef<'m>(&'m dyn GuestMemory);
-
-impl core::fmt::Debug for MemoryRef<'_> {
+impl core::fmt::Debug for AddressSpace<'_> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        self.0.layout().fmt(f)
+        f.debug_struct("AddressSpace")
+            .field("layout", self.memory().layout())
+            .field("paging", &self.paging)
+            .finish()
     }
 }
 
 impl<'m> AddressSpace<'m> {
     pub(crate) fn new(memory: &'m dyn GuestMemory, paging: Box<dyn Paging>) -> Self {
         Self {
-            memory: MemoryRef(memory),
+            tables: Tables::new(memory),
             paging,
         }
     }
 
     pub(crate) fn memory(&self) -> &'m dyn GuestMemory {
-        self.memory.0
+        self.tables.memory()
+    }
+
+    /// Remembers page tables until what is returned goes: while one look at the guest goes on.
+    pub(crate) fn remember_tables(&self) -> Remembered<'_, 'm> {
+        self.tables.remember()
     }
 
     /// How many levels of page tables there are.
@@ -86,7 +96,7 @@ impl<'m> AddressSpace<'m> {
 
     /// Where `at` lies.
     pub(crate) fn translate(&self, at: KernelVa) -> Result<Translation, VirtualReadError> {
-        match self.paging.translate(self.memory.0, at) {
+        match self.paging.translate(&self.tables, at) {
             Ok(Some(translation)) => Ok(translation),
             Ok(None) => Err(VirtualReadError::NotMapped { at }),
             Err(source) => Err(VirtualReadError::Memory { at, source }),
@@ -98,7 +108,7 @@ impl<'m> AddressSpace<'m> {
         &self,
         visit: &mut dyn FnMut(Gpa) -> bool,
     ) -> Result<(), MemoryError> {
-        self.paging.visit_tables(self.memory.0, visit)
+        self.paging.visit_tables(self.memory(), visit)
     }
 
     /// The NUL-terminated string at `at`, at most `max` bytes, as far as it is mapped.
@@ -129,8 +139,7 @@ impl VirtualMemory for AddressSpace<'_> {
             // A mapping longer than the address space is longer than the buffer too.
             let len = usize::try_from(len).unwrap_or(usize::MAX).min(rest.len());
             let (now, later) = rest.split_at_mut(len);
-            self.memory
-                .0
+            self.memory()
                 .read(gpa, now)
                 .map_err(|source| VirtualReadError::Memory { at, source })?;
             rest = later;

@@ -58,6 +58,7 @@ impl LinuxGuest<'_> {
     /// [`VmiError::Inconsistent`] if the sources of truth disagree, [`VmiError::Missing`] if a
     /// symbol or member that decides about a page is known to no source, and what reading gives.
     pub fn classify(&self, on: OnInconsistency) -> Result<Classification, VmiError> {
+        let _tables = self.kernel.space.remember_tables();
         // Records of a kernel that is gone may be gone as well, which is no answer.
         if let Some(owner) = &self.traces
             && !owner.traces.is_empty()

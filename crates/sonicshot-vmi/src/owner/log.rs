@@ -7,7 +7,7 @@ mod shape;
 use crate::deadline::Deadline;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
-use crate::{KernelVa, VirtualMemory};
+use crate::{AddressSpace, KernelVa, VirtualMemory};
 
 /// A line of the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -150,6 +150,7 @@ impl<'k, 'm> Ring<'k, 'm> {
     fn lines_by_id(&self, each: &mut dyn FnMut(u64, Line) -> bool) -> Result<(), VmiError> {
         /// So many are looked at between two looks at the clock.
         const STEP: u64 = 1 << 10;
+        let mut windows = Windows::new(self.kernel);
         let mut id = self.tail;
         let count = 1_u64.checked_shl(self.count_bits).unwrap_or(0);
         for number in 0..count {
@@ -157,7 +158,8 @@ impl<'k, 'm> Ring<'k, 'm> {
                 self.deadline
                     .check("lines of the kernel's log", number, count)?;
             }
-            let goes_on = self.line(id)?.is_none_or(|line| each(id, line));
+            let line = self.line(&mut windows, id)?;
+            let goes_on = line.is_none_or(|line| each(id, line));
             if id == self.head || !goes_on {
                 break;
             }
@@ -167,13 +169,16 @@ impl<'k, 'm> Ring<'k, 'm> {
     }
 
     /// The line that the descriptor with this identifier is of, if it is whole.
-    fn line(&self, id: u64) -> Result<Option<Line>, VmiError> {
-        let (kernel, places) = (self.kernel, &self.places);
+    fn line(&self, from: &mut Windows<'_, '_>, id: u64) -> Result<Option<Line>, VmiError> {
+        let Windows { descs, infos, data } = from;
+        let places = &self.places;
         let mask = |bits: u32| (1_u64 << bits.min(63)).wrapping_sub(1);
         let index = id & mask(self.count_bits);
-        let desc = |what, offset| {
-            let at = element(what, self.descs, index, places.desc_size, offset)?;
-            kernel.read_u64(what, at)
+        let mut desc = |what, offset| {
+            descs.u64(
+                what,
+                element(what, self.descs, index, places.desc_size, offset)?,
+            )
         };
         let info = |what, offset| element(what, self.infos, index, places.info_size, offset);
         let state = desc("prb_desc.state_var", places.state)?;
@@ -191,28 +196,100 @@ impl<'k, 'm> Ring<'k, 'm> {
             begin & mask(self.size_bits)
         };
         let what = "printk_info.text_len";
-        let len = kernel.read_u32(what, info(what, places.text_len)?)?;
-        let len = u64::from(len & 0xffff).min(MAX_TEXT);
+        let len = infos.array(what, info(what, places.text_len)?)?;
+        let len = u64::from(u32::from_le_bytes(len) & 0xffff).min(MAX_TEXT);
         // Before the text stands the descriptor's identifier.
         let block = element("the log's text", self.data, 0, 0, at)?;
-        if kernel.read_u64("the log's text", block)? != id {
+        if data.u64("the log's text", block)? != id {
             return Ok(None);
         }
         let at = element("the log's text", block, 0, 0, 8)?;
-        let mut text = vec![0; usize::try_from(len).unwrap_or(0)];
-        let read = kernel.space.read(at, &mut text);
-        read.map_err(VmiError::read("the log's text"))?;
-        let mut device = [0];
+        let text = data.part("the log's text", at, usize::try_from(len).unwrap_or(0))?;
+        let text = String::from_utf8_lossy(text).into_owned();
         let what = "printk_info.dev_info";
-        let read = kernel.space.read(info(what, places.device)?, &mut device);
-        read.map_err(VmiError::read(what))?;
+        let device: [u8; 1] = infos.array(what, info(what, places.device)?)?;
         let (seq, time) = ("printk_info.seq", "printk_info.ts_nsec");
         Ok(Some(Line {
-            seq: kernel.read_u64(seq, info(seq, places.seq)?)?,
-            time: kernel.read_u64(time, info(time, places.time)?)?,
+            seq: infos.u64(seq, info(seq, places.seq)?)?,
+            time: infos.u64(time, info(time, places.time)?)?,
             of_device: device != [0],
-            text: String::from_utf8_lossy(&text).into_owned(),
+            text,
         }))
+    }
+}
+
+/// What was read last of each part of the log: lines follow each other.
+struct Windows<'k, 'm> {
+    descs: Window<'k, 'm>,
+    infos: Window<'k, 'm>,
+    data: Window<'k, 'm>,
+}
+
+impl<'k, 'm> Windows<'k, 'm> {
+    fn new(kernel: &'k Kernel<'m>) -> Self {
+        let window = || Window {
+            space: &kernel.space,
+            at: KernelVa::new(0),
+            bytes: Vec::new(),
+        };
+        Self {
+            descs: window(),
+            infos: window(),
+            data: window(),
+        }
+    }
+}
+
+/// A piece of kernel memory that is read at once, and given out in parts.
+struct Window<'k, 'm> {
+    space: &'k AddressSpace<'m>,
+    at: KernelVa,
+    bytes: Vec<u8>,
+}
+
+impl Window<'_, '_> {
+    /// So many bytes are read at once, where they are mapped.
+    const LEN: usize = 16 << 10;
+
+    /// The `len` bytes at `at`.
+    fn part(&mut self, what: &'static str, at: KernelVa, len: usize) -> Result<&[u8], VmiError> {
+        if self.place(at, len).is_none() {
+            self.at = at;
+            self.bytes.resize(len.max(Self::LEN), 0);
+            if self.space.read(at, &mut self.bytes).is_err() {
+                self.bytes.resize(len, 0);
+                let read = self.space.read(at, &mut self.bytes);
+                read.inspect_err(|_| self.bytes.clear())
+                    .map_err(VmiError::read(what))?;
+            }
+        }
+        let part = self.place(at, len);
+        part.and_then(|part| self.bytes.get(part))
+            .ok_or(VmiError::Corrupt {
+                what,
+                at,
+                value: len as u64,
+            })
+    }
+
+    /// Where the `len` bytes at `at` are in the window, if all are.
+    fn place(&self, at: KernelVa, len: usize) -> Option<core::ops::Range<usize>> {
+        let start = usize::try_from(at.offset_from(self.at)?).ok()?;
+        let end = start.checked_add(len)?;
+        (end <= self.bytes.len()).then_some(start..end)
+    }
+
+    fn array<const N: usize>(
+        &mut self,
+        what: &'static str,
+        at: KernelVa,
+    ) -> Result<[u8; N], VmiError> {
+        let bytes = self.part(what, at, N)?.first_chunk::<N>().copied();
+        bytes.ok_or(VmiError::Corrupt { what, at, value: 0 })
+    }
+
+    fn u64(&mut self, what: &'static str, at: KernelVa) -> Result<u64, VmiError> {
+        self.array(what, at).map(u64::from_le_bytes)
     }
 }
 

@@ -76,6 +76,7 @@ pub(crate) fn look(kernel: &Kernel<'_>, types: bool) -> Result<Owner, VmiError> 
 }
 
 fn make(kernel: &Kernel<'_>, types: bool) -> Result<Owner, VmiError> {
+    let _tables = kernel.space.remember_tables();
     let mut owner = Owner::default();
     for (name, test) in all_tests(kernel, types)? {
         match test(kernel) {

@@ -10,6 +10,7 @@
 //!   (`set_page_links`), so those of two zones differ there.
 
 use super::heads::{Heads, Look};
+use super::percpu::Displacements;
 use super::words::{each_word, is_inside};
 use super::zones;
 use crate::error::VmiError;
@@ -31,6 +32,8 @@ pub(super) struct Owned {
     pub nodes: Vec<KernelVa>,
     /// From an array back to the zone's pointer to its node.
     pub pointer: u64,
+    /// What the image has that may be a processor's displacement.
+    pub displacements: Displacements,
 }
 
 /// Of `arrays` those whose zone's node is the kernel's, by its image.
@@ -48,14 +51,14 @@ pub(super) fn owned(
         })?;
     let inside = nodes.iter().map(|node| is_inside(look, *node));
     let mut own = inside.collect::<Result<Vec<bool>, _>>()?;
-    if !own.iter().all(|own| *own) {
-        each_word(look, &mut |word| {
-            for (node, own) in nodes.iter().zip(own.iter_mut()) {
-                *own = *own || node.raw() == word;
-            }
-            Ok(())
-        })?;
-    }
+    let mut displacements = Displacements::default();
+    // The image is gone through once, for the nodes and for the processors.
+    each_word(look, &mut |word| {
+        for (node, own) in nodes.iter().zip(own.iter_mut()) {
+            *own = *own || node.raw() == word;
+        }
+        displacements.take(look, word)
+    })?;
     let own = arrays.iter().zip(nodes).zip(own).filter(|(_, own)| *own);
     let (arrays, nodes): (Vec<KernelVa>, Vec<KernelVa>) =
         own.map(|((array, node), _)| (*array, node)).unzip();
@@ -72,6 +75,7 @@ pub(super) fn owned(
         arrays,
         nodes,
         pointer,
+        displacements,
     })
 }
 

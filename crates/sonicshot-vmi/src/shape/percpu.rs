@@ -14,7 +14,6 @@
 use super::frames_of;
 use super::heads::{Head, Heads, Look};
 use super::nodes::Owned;
-use super::words::each_word;
 use crate::error::VmiError;
 use crate::kernel::element;
 use crate::mm::zone::{PcpLayout, Zone};
@@ -42,6 +41,34 @@ pub(crate) struct PerCpu {
     pub lists: Result<PcpLayout, String>,
     /// Whether the zones' counters were corrected by the per-CPU deltas, or there are none.
     pub with_deltas: bool,
+}
+
+/// The words of the kernel's image that may be a processor's displacement, each once, lowest place
+/// first.
+#[derive(Debug, Default)]
+pub(super) struct Displacements {
+    words: Vec<u64>,
+    seen: HashSet<u64>,
+}
+
+impl Displacements {
+    /// Takes `word` if it is whole pages: the difference of two kernel addresses.
+    pub(super) fn take(&mut self, look: &Look<'_, '_>, word: u64) -> Result<(), VmiError> {
+        let inside = look.heads.map.page_size.offset_mask();
+        if word & inside != 0 || word >> 56 != 0xff || !self.seen.insert(word) {
+            return Ok(());
+        }
+        self.words.push(word);
+        let number = self.words.len() as u64;
+        if number > MAX_WORDS {
+            return Err(VmiError::TooMany {
+                what: "words of the kernel's image that may be a processor's displacement",
+                found: number,
+                most: MAX_WORDS,
+            });
+        }
+        Ok(())
+    }
 }
 
 /// Numbers and row of lists, as found for one processor and zone.
@@ -81,7 +108,7 @@ pub(crate) fn find(
             nodes.push(*node);
         }
     }
-    let Some((offsets, row)) = processors(look, zones)? else {
+    let Some((offsets, row)) = processors(look, zones, &owned.displacements)? else {
         return Ok(nothing(
             "no processor's lists are found where the zones point",
         ));
@@ -113,7 +140,11 @@ pub(crate) fn find(
 }
 
 /// What is added for each processor, lowest place in the image first, and how its lists look.
-fn processors(look: &Look<'_, '_>, zones: &[Zone]) -> Result<Option<(Vec<u64>, Row)>, VmiError> {
+fn processors(
+    look: &Look<'_, '_>,
+    zones: &[Zone],
+    displacements: &Displacements,
+) -> Result<Option<(Vec<u64>, Row)>, VmiError> {
     let heads = &look.heads;
     let row_of = |offset: u64| {
         let mut rows = zones
@@ -126,33 +157,18 @@ fn processors(look: &Look<'_, '_>, zones: &[Zone]) -> Result<Option<(Vec<u64>, R
     if let Some(row) = row_of(0) {
         return Ok(Some((vec![0], row)));
     }
-    let inside = heads.map.page_size.offset_mask();
-    let mut tried = HashSet::new();
     let mut found: Vec<u64> = Vec::new();
     let mut shape: Option<Row> = None;
-    each_word(look, &mut |word| {
-        // Whole pages; the difference of two kernel addresses.
-        if word & inside != 0 || word >> 56 != 0xff || !tried.insert(word) {
-            return Ok(());
-        }
-        let number = tried.len() as u64;
-        if number > MAX_WORDS {
-            return Err(VmiError::TooMany {
-                what: "words of the kernel's image that may be a processor's displacement",
-                found: number,
-                most: MAX_WORDS,
-            });
-        }
+    for (number, word) in (0_u64..).zip(&displacements.words) {
         look.deadline
             .check("words of the kernel's image", number, MAX_WORDS)?;
-        if let Some(row) = row_of(word)
+        if let Some(row) = row_of(*word)
             && *shape.get_or_insert(row) == row
             && found.len() < MAX_CPUS
         {
-            found.push(word);
+            found.push(*word);
         }
-        Ok(())
-    })?;
+    }
     Ok(shape.map(|row| (found, row)))
 }
 

@@ -22,6 +22,8 @@ const MIN_BITS: u64 = 12 - TEXT_BITS as u64;
 const TEXT_AT: [usize; 2] = [48, 40];
 /// As much of it is read.
 const LEN: usize = 80;
+/// So much of the image is read at a time: a large page.
+const PIECE: u64 = 2 << 20;
 /// So many things that look so may be in an image; of more it cannot be told which is the log.
 const MAX_FOUND: usize = 16;
 
@@ -49,6 +51,11 @@ pub(super) fn ring<'k, 'm>(kernel: &'k Kernel<'m>) -> Result<Ring<'k, 'm>, VmiEr
     };
     let image = shape::image_of(kernel)?.ok_or_else(|| missing("an image of the kernel"))?;
     let deadline = Deadline::new();
+    // Found before, and still one.
+    let known = kernel.log_ring.get();
+    if let Some(ring) = known.and_then(|at| ring_at(kernel, *at, deadline)) {
+        return Ok(ring);
+    }
     let mut found: Vec<(KernelVa, Ring<'k, 'm>)> = Vec::new();
     each_word(kernel, image, &deadline, &mut |at, word, next| {
         let may_be = (MIN_BITS..64).contains(&word) && next.is_none_or(|next| next >> 63 == 1);
@@ -72,7 +79,11 @@ pub(super) fn ring<'k, 'm>(kernel: &'k Kernel<'m>) -> Result<Ring<'k, 'm>, VmiEr
     let mut used = used.into_iter();
     found.retain(|_| used.next() == Some(true));
     match (found.pop(), found.pop()) {
-        (Some((_, ring)), None) => Ok(ring),
+        (Some((at, ring)), None) => {
+            // Another thread found the same.
+            let _ = kernel.log_ring.set(at);
+            Ok(ring)
+        }
         (None, _) => Err(missing("a log")),
         (Some(_), Some(_)) => Err(missing("one log alone")),
     }
@@ -85,29 +96,62 @@ fn each_word(
     deadline: &Deadline,
     visit: &mut dyn FnMut(KernelVa, u64, Option<u64>),
 ) -> Result<(), VmiError> {
-    let mut page = kernel.page_buffer()?;
+    let page = kernel.page_buffer()?.len();
     let size = kernel.build.page_size.bytes();
+    let mut buffer = Vec::new();
     let (mut at, end) = image;
-    let of = |from: KernelVa| end.raw().saturating_sub(from.raw());
-    while at < end {
-        let done = of(image.0).saturating_sub(of(at));
-        deadline.check("bytes of the kernel's image", done, of(image.0))?;
-        if kernel.space.read(at, &mut page).is_ok() {
-            let (words, _) = page.as_chunks::<8>();
-            let words = words.iter().map(|word| u64::from_le_bytes(*word));
-            let next = words.clone().skip(1).map(Some).chain([None]);
-            for (offset, (word, next)) in (0..size).step_by(8).zip(words.zip(next)) {
-                if let Some(at) = at.checked_add(offset) {
-                    visit(at, word, next);
-                }
+    let all = end.offset_from(at).unwrap_or(0);
+    while let Some(left) = end.offset_from(at).filter(|left| *left > 0) {
+        let done = all.saturating_sub(left);
+        deadline.check("bytes of the kernel's image", done, all)?;
+        // What one entry of the page tables maps follows itself in memory.
+        let there = kernel.space.translate(at).ok();
+        let mapped = there.map_or(size, |there| there.len.min(left).min(PIECE));
+        let count = mapped.checked_div(size).unwrap_or(0).max(1);
+        let len = usize::try_from(count)
+            .ok()
+            .and_then(|n| n.checked_mul(page));
+        buffer.resize(len.unwrap_or(page), 0);
+        let is_there = there.is_some() && kernel.space.read(at, &mut buffer).is_ok();
+        let step = if is_there {
+            visit_words(at, &buffer, page, visit);
+            count.checked_mul(size)
+        } else {
+            // Not all of it is in the dump: a page at a time.
+            buffer.resize(page, 0);
+            if there.is_some() && kernel.space.read(at, &mut buffer).is_ok() {
+                visit_words(at, &buffer, page, visit);
             }
-        }
-        match at.checked_add(size) {
+            Some(size)
+        };
+        match step.and_then(|step| at.checked_add(step)) {
             Some(next) => at = next,
             None => break,
         }
     }
     Ok(())
+}
+
+/// Calls `visit` with each word of whole pages that begin at `at`.
+fn visit_words(
+    at: KernelVa,
+    pages: &[u8],
+    page: usize,
+    visit: &mut dyn FnMut(KernelVa, u64, Option<u64>),
+) {
+    let mut here = at;
+    for page in pages.chunks_exact(page) {
+        let (words, _) = page.as_chunks::<8>();
+        for (index, word) in words.iter().enumerate() {
+            let next = words.get(index.wrapping_add(1));
+            visit(
+                here,
+                u64::from_le_bytes(*word),
+                next.map(|next| u64::from_le_bytes(*next)),
+            );
+            here = here.wrapping_add(8);
+        }
+    }
 }
 
 /// The ring at `at`, if there is one.
