@@ -57,6 +57,12 @@ pub(crate) enum Command {
     /// Save and restore Xen domains, from dom0
     #[command(subcommand)]
     Xen(XenCommand),
+    /// Save and restore QEMU's guests, as they run
+    #[command(subcommand)]
+    Qemu(QemuCommand),
+    /// Lets a guest run on whose saver died
+    #[command(hide = true)]
+    QemuWatchdog,
     /// Serve the memory of virtual machines that run already, from a checkpoint or a pruned
     /// snapshot, as they touch it
     #[command(after_help = EXIT_CODES)]
@@ -625,4 +631,93 @@ pub(crate) struct DemoArgs {
     /// The folder of the demo's dump; by default looked for from here upwards
     #[arg(long, value_name = "DIR")]
     pub dump: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum QemuCommand {
+    /// Save a guest that runs, in a pause that follows what it uses: its memory without the free
+    /// pages, and the state of its devices, as a checkpoint. Its disks are not in it
+    #[command(after_help = EXIT_CODES)]
+    Save(QemuSaveArgs),
+    /// Start a QEMU that runs a saved guest on, and wait until it ends
+    #[command(after_help = EXIT_CODES)]
+    Restore(QemuRestoreArgs),
+}
+
+/// What becomes of a guest that was saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum AfterSaveKind {
+    /// It runs on as soon as its memory is copied
+    Resume,
+    /// It stays paused
+    Stop,
+    /// Its QEMU ends, once the checkpoint is on the disk
+    Quit,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct QemuSaveArgs {
+    /// The socket of QEMU's monitor (`-qmp unix:SOCKET,server=on,wait=off`), which nobody else uses
+    /// meanwhile
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: PathBuf,
+    /// Where to write the checkpoint
+    #[arg(short, long, value_name = "X.sonic")]
+    pub output: PathBuf,
+    /// What becomes of the guest; one that was found paused stays so
+    #[arg(long, value_name = "WHAT", default_value = "resume")]
+    pub then: AfterSaveKind,
+    /// How many seconds the guest may be paused: if that is not enough it runs on, and nothing is
+    /// saved
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
+    pub max_pause: std::time::Duration,
+    /// QEMU's process, if another one has opened the monitor's socket (as libvirt does)
+    #[arg(long, value_name = "N")]
+    pub pid: Option<i32>,
+    /// A System.map, vmlinux or BTF file of the guest's kernel, or what `symbols make` makes of them;
+    /// may be repeated. Without it everything is found in the guest's own memory
+    #[arg(long, value_name = "FILE|DIR")]
+    pub symbols: Vec<PathBuf>,
+    /// How page data is stored: zstd, zstd:LEVEL, lz4 or none
+    #[arg(long, value_name = "HOW", default_value = "zstd")]
+    pub compress: Compression,
+    /// How many threads work; by default as many as there are cores
+    #[arg(long, value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write over an existing X.sonic
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct QemuRestoreArgs {
+    /// The checkpoint
+    #[arg(value_name = "X.sonic")]
+    pub file: PathBuf,
+    /// Have all memory in place before the guest runs
+    #[arg(long)]
+    pub eager: bool,
+    /// Make the guest's RAM a private mapping of this raw file, which is made of the checkpoint if it
+    /// is not there. Several guests may have one; it must not change while one runs
+    #[arg(long, value_name = "RAM", conflicts_with = "eager")]
+    pub map: Option<PathBuf>,
+    /// Print JSON, as soon as the guest is there
+    #[arg(long)]
+    pub json: bool,
+    /// QEMU, and the command line that the guest was started with. What makes it wait for a guest is
+    /// added. With -S the guest stays paused
+    #[arg(last = true, required = true, value_name = "QEMU")]
+    pub qemu: Vec<std::ffi::OsString>,
+}
+
+/// A number of seconds, with or without a fraction; more than none.
+fn seconds(text: &str) -> Result<std::time::Duration, String> {
+    let number: Option<f64> = text.parse().ok();
+    number
+        .and_then(|number| std::time::Duration::try_from_secs_f64(number).ok())
+        .filter(|time| !time.is_zero() && time.as_secs() <= 86_400)
+        .ok_or_else(|| "not a number of seconds, such as 5 or 0.5".into())
 }

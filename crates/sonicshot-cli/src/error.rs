@@ -6,6 +6,7 @@ use sonicshot::MemoryError;
 use sonicshot::checkpoint::CheckpointError;
 use sonicshot_dump::{DumpError, DumpOptions, KdumpWriteError, SizeLimit};
 use sonicshot_offline::OfflineError;
+use sonicshot_qemu_live::QemuError;
 use sonicshot_serve::ServeError;
 use sonicshot_vmi::symbols::SymbolError;
 use sonicshot_vmi::{Foreign, VmiError};
@@ -30,6 +31,8 @@ pub(crate) enum CliError {
     Live(#[source] LiveError),
     #[error(transparent)]
     Serve(ServeError),
+    #[error(transparent)]
+    Qemu(QemuError),
     /// What says itself what it is about.
     #[error(transparent)]
     AboutDomain(LiveError),
@@ -81,6 +84,15 @@ impl From<LiveError> for CliError {
     }
 }
 
+impl From<QemuError> for CliError {
+    fn from(error: QemuError) -> Self {
+        match error {
+            QemuError::Output(error) => error.into(),
+            error => Self::Qemu(error),
+        }
+    }
+}
+
 impl From<ServeError> for CliError {
     fn from(error: ServeError) -> Self {
         match error {
@@ -121,7 +133,8 @@ impl CliError {
         match self {
             Self::Reported { code } => *code,
             Self::Offline(error) => code_of(error),
-            Self::AboutDomain(LiveError::Guest { source, .. }) => code_of_guest(source),
+            Self::AboutDomain(LiveError::Guest { source, .. })
+            | Self::Qemu(QemuError::Guest(source)) => code_of_guest(source),
             Self::Symbols(
                 SymbolError::Lacks { .. }
                 | SymbolError::Differ { .. }
@@ -129,10 +142,17 @@ impl CliError {
             ) => 4,
             Self::Usage { .. } | Self::OverDump { .. } => 2,
             Self::Symbols(_)
+            | Self::Qemu(
+                QemuError::NotThis { .. }
+                | QemuError::Unknown { .. }
+                | QemuError::NoGuest { .. }
+                | QemuError::Checkpoint { .. },
+            )
             | Self::Serve(ServeError::Set { .. } | ServeError::SetOfAnother { .. }) => 3,
             Self::Io { .. }
             | Self::Live(_)
             | Self::Serve(_)
+            | Self::Qemu(_)
             | Self::AboutDomain(_)
             | Self::Exists { .. }
             | Self::NoDemo { .. }
@@ -156,6 +176,7 @@ impl CliError {
             Self::Live(LiveError::Library { .. } | LiveError::Open { .. }) => {
                 Some("run it in dom0, as root, with Xen's libraries and tools installed")
             }
+            Self::Qemu(error) => hint_of_qemu(error),
             _ => None,
         };
         hint.map(Cow::Borrowed)
@@ -315,6 +336,25 @@ fn code_of_guest(error: &VmiError) -> u8 {
         | VmiError::Stale { .. } => 5,
         _ => 4,
     }
+}
+
+fn hint_of_qemu(error: &QemuError) -> Option<&'static str> {
+    Some(match error {
+        QemuError::Guest(source) => return hint_of_guest(source, Path::new("")),
+        QemuError::Silent {
+            command: "greeting",
+            ..
+        } => {
+            "a monitor serves one client at a time: give QEMU another one (-qmp unix:SOCKET,server=on,\
+             wait=off), or end whoever is connected"
+        }
+        QemuError::Process { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+            "run it as root or as QEMU's user, with the right to look into its process \
+             (CAP_SYS_PTRACE)"
+        }
+        QemuError::PausedTooLong { .. } => "--max-pause SECONDS allows more",
+        _ => return None,
+    })
 }
 
 const OR_FORCE: &str = "give another name, or --force to write over it";

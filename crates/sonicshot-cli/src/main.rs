@@ -8,6 +8,7 @@ mod inputs;
 mod inspect;
 mod output;
 mod prune;
+mod qemu;
 mod report;
 mod restore;
 mod save;
@@ -15,7 +16,7 @@ mod serve;
 mod symbols;
 mod xen;
 
-use args::{Cli, Command, SymbolsCommand, XenCommand};
+use args::{Cli, Command, QemuCommand, SymbolsCommand, XenCommand};
 use clap::Parser;
 use error::CliError;
 use std::process::ExitCode;
@@ -32,6 +33,9 @@ fn main() -> ExitCode {
         Command::Symbols(SymbolsCommand::Make(args)) => (symbols::make(args), args.json),
         Command::Xen(XenCommand::Save(args)) => (xen::save(args), args.json),
         Command::Xen(XenCommand::Restore(args)) => (xen::restore(args), args.json),
+        Command::Qemu(QemuCommand::Save(args)) => (qemu::save(args), args.json),
+        Command::Qemu(QemuCommand::Restore(args)) => (qemu::restore(args), args.json),
+        Command::QemuWatchdog => (qemu::watch(), false),
         Command::Serve(args) => (serve::run(args), false),
         Command::ServeWatcher => (serve::watch(), false),
         Command::Demo(args) => (demo::run(args), false),

@@ -1,0 +1,7 @@
+//! `sonicshot qemu save` and `sonicshot qemu restore`.
+
+mod restore;
+mod save;
+
+pub(crate) use restore::restore;
+pub(crate) use save::{save, watch};

@@ -1,0 +1,61 @@
+//! `sonicshot qemu restore`.
+
+use crate::args::QemuRestoreArgs;
+use crate::error::CliError;
+use crate::report::{complain, say};
+use serde_json::json;
+use sonicshot_qemu_live::{LiveRestoreOptions, LiveRestored, RestoreHow};
+
+pub(crate) fn restore(args: &QemuRestoreArgs) -> Result<(), CliError> {
+    let Some((program, words)) = args.qemu.split_first() else {
+        let what = "no QEMU to start: sonicshot qemu restore X.sonic -- qemu-system-x86_64 ...";
+        return Err(CliError::Usage { what: what.into() });
+    };
+    let mut options = LiveRestoreOptions::default();
+    options.how = match (&args.map, args.eager) {
+        (Some(file), _) => RestoreHow::Map(file.clone()),
+        (None, _) => RestoreHow::Eager,
+    };
+    let restored = sonicshot_qemu_live::restore(&args.file, program, words, &options)?;
+    tell(args, &restored);
+    let status = restored.wait()?;
+    if status.success() {
+        return Ok(());
+    }
+    // It has said itself what went wrong.
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Err(CliError::Reported {
+        code: code.unwrap_or(1),
+    })
+}
+
+/// On standard error: standard output may be the guest's console.
+fn tell(args: &QemuRestoreArgs, restored: &LiveRestored) {
+    let seconds = restored.took.as_secs_f64();
+    let made = restored.made.map(|time| time.as_secs_f64());
+    if args.json {
+        say!(
+            "{}",
+            json!({
+                "path": args.file.display().to_string(),
+                "qemu": restored.qemu.to_string(),
+                "pid": restored.pid(),
+                "how": restored.how,
+                "paused": restored.paused,
+                "seconds": seconds,
+                "raw_file_seconds": made,
+            })
+        );
+        return;
+    }
+    if let Some(time) = made {
+        complain!("made the raw file in {time:.2} s");
+    }
+    let state = if restored.paused { "is paused" } else { "runs" };
+    complain!(
+        "restored {} in QEMU {} ({}) in {seconds:.2} s: it {state}",
+        args.file.display(),
+        restored.qemu,
+        restored.how
+    );
+}

@@ -1,0 +1,133 @@
+//! `sonicshot qemu save`.
+
+use crate::args::{AfterSaveKind, QemuSaveArgs};
+use crate::error::CliError;
+use crate::output::{overwrite, shown_on};
+use crate::report::{complain, percent, progress_bar, say, size};
+use serde_json::{Value, json};
+use sonicshot::checkpoint::SaveOptions;
+use sonicshot_qemu_live::{AfterSave, LiveSaveOptions, LiveSaved};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+
+const DISKS: &str = "the guest's disks are not in it: copy them, or take snapshots of them, as they \
+                     were in the pause";
+
+pub(crate) fn save(args: &QemuSaveArgs) -> Result<(), CliError> {
+    let mut options = LiveSaveOptions::default();
+    options.after = match args.then {
+        AfterSaveKind::Resume => AfterSave::Resume,
+        AfterSaveKind::Stop => AfterSave::Stop,
+        AfterSaveKind::Quit => AfterSave::Quit,
+    };
+    options.writing = SaveOptions::new(args.compress);
+    options.writing.threads = args.threads;
+    options.overwrite = overwrite(args.force);
+    options.symbols.clone_from(&args.symbols);
+    options.max_pause = args.max_pause;
+    options.pid = args.pid;
+    options.watchdog = Some(watchdog()?);
+    let bar = progress_bar("saving", args.json);
+    let mut progress = shown_on(&bar);
+    let saved = sonicshot_qemu_live::save(&args.qmp, &args.output, options, &mut progress);
+    bar.finish_and_clear();
+    let saved = saved?;
+    if args.json {
+        say!("{}", report(args, &saved));
+    } else {
+        summary(args, &saved);
+    }
+    Ok(())
+}
+
+/// This program again, to let the guest run on if this process dies.
+fn watchdog() -> Result<Command, CliError> {
+    let program = std::env::current_exe().map_err(|source| CliError::Io {
+        action: "looking for",
+        path: "this program".into(),
+        source,
+    })?;
+    let mut command = Command::new(program);
+    command.arg("qemu-watchdog");
+    Ok(command)
+}
+
+/// The other process's work.
+pub(crate) fn watch() -> Result<(), CliError> {
+    // Standard output is the monitor's socket.
+    let monitor = std::io::stdout().as_fd().try_clone_to_owned();
+    let monitor = UnixStream::from(monitor.map_err(|source| CliError::Io {
+        action: "reading",
+        path: "standard output".into(),
+        source,
+    })?);
+    if sonicshot_qemu_live::watch(&std::io::stdin(), &monitor)? {
+        complain!("sonicshot qemu save died: its guest runs on");
+    }
+    Ok(())
+}
+
+fn report(args: &QemuSaveArgs, saved: &LiveSaved) -> Value {
+    let seconds = |time: std::time::Duration| time.as_secs_f64();
+    let times = &saved.times;
+    let notes: Vec<_> = saved.notes.iter().map(ToString::to_string).collect();
+    let ram = saved.ram.iter();
+    let ram = ram.map(|(name, bytes, kind)| json!({"block": name, "bytes": bytes, "kind": kind}));
+    json!({
+        "path": args.output.display().to_string(),
+        "qemu": saved.qemu.to_string(),
+        "pid": saved.pid,
+        "machine": saved.machine,
+        "ram": ram.collect::<Vec<_>>(),
+        "kernel_release": saved.release,
+        "ram_bytes": saved.ram_bytes,
+        "dropped_bytes": saved.dropped_bytes,
+        "file_bytes": saved.stats.file_len,
+        "found_paused": saved.found_paused,
+        "pause_seconds": saved.paused.map(seconds),
+        "pause_parts": {
+            "stop": seconds(times.stop),
+            "devices": seconds(times.devices),
+            "reread": seconds(times.reread),
+            "classify": seconds(times.classify),
+            "copy": seconds(times.copy),
+        },
+        "seconds": seconds(saved.took),
+        "first_look": saved.first_look.as_ref().map(ToString::to_string),
+        "notes": notes,
+        "disks": DISKS,
+    })
+}
+
+fn summary(args: &QemuSaveArgs, saved: &LiveSaved) {
+    for note in &saved.notes {
+        complain!("note: {note}");
+    }
+    if let Some(error) = &saved.first_look {
+        complain!(
+            "note: the first look, while the guest ran, failed ({error}): the pause was longer"
+        );
+    }
+    let kind = saved.ram.first().map_or("nothing", |(_, _, kind)| kind);
+    say!(
+        "Linux {} in QEMU {} ({kind}): left out {} of {} ({})",
+        saved.release,
+        saved.qemu,
+        size(saved.dropped_bytes),
+        size(saved.ram_bytes),
+        percent(saved.dropped_bytes, saved.ram_bytes)
+    );
+    let pause = match (saved.paused, saved.found_paused) {
+        (Some(time), _) => format!("paused for {:.0} ms", time.as_secs_f64() * 1000.0),
+        (None, true) => "it was paused and still is".into(),
+        (None, false) => "it does not run on".into(),
+    };
+    say!(
+        "saved to {}: {}, {pause}, {:.2} s in all",
+        args.output.display(),
+        size(saved.stats.file_len),
+        saved.took.as_secs_f64()
+    );
+    say!("{DISKS}");
+}

@@ -1,0 +1,190 @@
+//! What can go wrong with a running QEMU.
+
+use sonicshot::checkpoint::CheckpointError;
+use sonicshot::{LayoutError, MemoryError};
+use sonicshot_dump::DumpError;
+use sonicshot_serve::ServeError;
+use sonicshot_vmi::VmiError;
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+/// Why a running guest cannot be saved, or a saved one not be restored.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum QemuError {
+    /// The monitor cannot be reached.
+    #[error("connecting to QEMU's monitor at {}", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// QEMU is gone, or has closed its monitor.
+    #[error(
+        "QEMU has closed its monitor while `{command}` was under way: it has ended, or was killed"
+    )]
+    Gone {
+        /// The command.
+        command: &'static str,
+    },
+    /// Reading from or writing to the monitor failed.
+    #[error("QEMU's monitor, at `{command}`")]
+    Monitor {
+        /// The command.
+        command: &'static str,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// QEMU did not answer in time.
+    #[error("QEMU's monitor has not answered `{command}` within {waited:?}")]
+    Silent {
+        /// The command; of the greeting `greeting`.
+        command: &'static str,
+        /// How long it was waited.
+        waited: Duration,
+    },
+    /// What came is no QMP.
+    #[error("QEMU's monitor sends what is no QMP, at `{command}`: {what}")]
+    NoQmp {
+        /// The command.
+        command: &'static str,
+        /// What is wrong.
+        what: String,
+    },
+    /// QEMU says no.
+    #[error("QEMU refuses `{command}`: {reason}")]
+    Refused {
+        /// The command.
+        command: &'static str,
+        /// In QEMU's words.
+        reason: String,
+    },
+    /// What QEMU says of itself is not what is read here.
+    #[error("what QEMU says of {what}: {found}; expected was {expected}")]
+    Unknown {
+        /// What it was asked for.
+        what: &'static str,
+        /// What it says.
+        found: String,
+        /// What can be read.
+        expected: &'static str,
+    },
+    /// This guest is not one that is saved or restored.
+    #[error("{what}")]
+    NotThis {
+        /// Why.
+        what: String,
+    },
+    /// QEMU's process cannot be looked into.
+    #[error("{action} of QEMU's process {pid}")]
+    Process {
+        /// What was done.
+        action: &'static str,
+        /// The process.
+        pid: i32,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The system refused something else.
+    #[error("{action}")]
+    System {
+        /// What was done.
+        action: &'static str,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// A file.
+    #[error("{action} {}", path.display())]
+    Io {
+        /// What was done.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest's memory cannot be read.
+    #[error("the guest's memory")]
+    Memory(#[from] MemoryError),
+    /// Where its RAM lies cannot be.
+    #[error("where the guest's RAM lies")]
+    Layout(#[from] LayoutError),
+    /// The guest's kernel was not understood: it runs on, and nothing was saved.
+    #[error("the guest, as it was stopped")]
+    Guest(#[source] VmiError),
+    /// The pause took too long: the guest runs on, and nothing was saved.
+    #[error(
+        "the guest was paused for more than {allowed:?} ({doing}): it runs on, and nothing was saved"
+    )]
+    PausedTooLong {
+        /// How long it may be.
+        allowed: Duration,
+        /// What was under way.
+        doing: &'static str,
+    },
+    /// The process that would let the guest run on cannot be reached.
+    #[error("the watchdog process, which would let the guest run on if this one died, at {action}")]
+    Watchdog {
+        /// What was done.
+        action: &'static str,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The output.
+    #[error(transparent)]
+    Output(#[from] DumpError),
+    /// The checkpoint cannot be written or read.
+    #[error("the checkpoint {}", path.display())]
+    Checkpoint {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: CheckpointError,
+    },
+    /// The checkpoint's pages cannot be read.
+    #[error("reading the checkpoint's pages")]
+    Pages(#[source] ServeError),
+    /// The checkpoint is none of a running QEMU guest, or its record of one is damaged.
+    #[error("{} has no QEMU guest to be restored: {what}", path.display())]
+    NoGuest {
+        /// The file.
+        path: PathBuf,
+        /// What is missing or wrong.
+        what: String,
+    },
+    /// QEMU ended instead of running the guest.
+    #[error("QEMU has ended ({status}) before the guest was restored: {said}")]
+    Ended {
+        /// How.
+        status: ExitStatus,
+        /// The last that it said.
+        said: String,
+    },
+}
+
+impl QemuError {
+    pub(crate) fn system(action: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::System { action, source }
+    }
+
+    pub(crate) fn checkpoint(path: &std::path::Path) -> impl Fn(CheckpointError) -> Self + '_ {
+        move |source| Self::Checkpoint {
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    pub(crate) fn not_this(what: impl Into<String>) -> Self {
+        Self::NotThis { what: what.into() }
+    }
+}

@@ -1,0 +1,105 @@
+//! Guests that are not saved, in words.
+
+use crate::error::QemuError;
+use crate::qmp::{Qmp, shortened};
+use serde_json::{Value, json};
+
+/// Whether the guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Running {
+    Yes,
+    /// Somebody has paused it.
+    Paused,
+}
+
+/// How the guest is; one that starts, ends or failed is refused.
+pub(crate) fn running(qmp: &mut Qmp) -> Result<Running, QemuError> {
+    let answer = qmp.run("query-status", Value::Null)?;
+    match answer.get("status").and_then(Value::as_str) {
+        Some("running") => Ok(Running::Yes),
+        Some("paused") => Ok(Running::Paused),
+        Some(other) => Err(QemuError::not_this(format!(
+            "the guest is `{}`: only one that runs or is paused is saved",
+            shortened(other)
+        ))),
+        None => Err(QemuError::Unknown {
+            what: "query-status",
+            found: shortened(&answer.to_string()),
+            expected: "status",
+        }),
+    }
+}
+
+/// Refuses a guest whose state is not all in its memory and what QEMU writes of its devices.
+pub(crate) fn check(qmp: &mut Qmp) -> Result<(), QemuError> {
+    migration(qmp)?;
+    encryption(qmp)?;
+    plugged(qmp)?;
+    // What a device of a host's card has in it nobody here can save.
+    let devices = qmp.human("info qtree")?;
+    let passed = devices.lines().map(str::trim_start).find(|line| {
+        let kind = line.strip_prefix("dev: ");
+        kind.is_some_and(|kind| kind.starts_with("vfio-") || kind.starts_with("vfio,"))
+    });
+    match passed {
+        Some(device) => Err(QemuError::not_this(format!(
+            "the guest has a device of the host (`{}`), whose state is not in what QEMU writes here",
+            shortened(device)
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn migration(qmp: &mut Qmp) -> Result<(), QemuError> {
+    let answer = qmp.run("query-migrate", Value::Null)?;
+    if let Some(Value::Array(reasons)) = answer.get("blocked-reasons")
+        && !reasons.is_empty()
+    {
+        let reasons: Vec<_> = reasons.iter().filter_map(Value::as_str).collect();
+        return Err(QemuError::not_this(format!(
+            "QEMU says that this guest cannot be migrated, and so not be saved: {}",
+            shortened(&reasons.join("; "))
+        )));
+    }
+    match answer.get("status").and_then(Value::as_str) {
+        None | Some("none" | "completed" | "failed" | "cancelled") => Ok(()),
+        Some(other) => Err(QemuError::not_this(format!(
+            "a migration of the guest is under way (`{}`)",
+            shortened(other)
+        ))),
+    }
+}
+
+fn encryption(qmp: &mut Qmp) -> Result<(), QemuError> {
+    let property = json!({"path": "/machine", "property": "confidential-guest-support"});
+    match qmp.run("qom-get", property) {
+        // A QEMU or a machine that has no such thing.
+        Err(QemuError::Refused { .. }) => Ok(()),
+        Err(error) => Err(error),
+        Ok(Value::String(none)) if none.is_empty() => Ok(()),
+        Ok(found) => Err(QemuError::not_this(format!(
+            "the guest's memory is encrypted or not the host's to read (`{}`)",
+            shortened(&found.to_string())
+        ))),
+    }
+}
+
+fn plugged(qmp: &mut Qmp) -> Result<(), QemuError> {
+    let answer = qmp.run("query-memory-devices", Value::Null)?;
+    match answer {
+        Value::Array(devices) if devices.is_empty() => Ok(()),
+        Value::Array(devices) => {
+            let kinds = devices.iter().filter_map(|one| one.get("type")?.as_str());
+            let kinds: Vec<_> = kinds.collect();
+            Err(QemuError::not_this(format!(
+                "the guest has memory that is a device ({}): saving it while it runs is not proved",
+                shortened(&kinds.join(", "))
+            )))
+        }
+        other => Err(QemuError::Unknown {
+            what: "query-memory-devices",
+            found: shortened(&other.to_string()),
+            expected: "a list",
+        }),
+    }
+}

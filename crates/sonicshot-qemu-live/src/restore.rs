@@ -1,0 +1,434 @@
+//! A guest that was saved, run on in a QEMU that is started for it.
+
+use crate::error::QemuError;
+use crate::find::{self, Blocks, Piece};
+use crate::launch::{Launched, Words};
+use crate::map;
+use crate::pages::{self, Places};
+use crate::qmp::{QemuVersion, Qmp, shortened};
+use crate::record::{Kept, Small};
+use crate::stream::{PAGE, Stream};
+use crate::tables::RamBlock;
+use rustix::fd::AsFd;
+use serde_json::{Value, json};
+use sonicshot::checkpoint::CheckpointReader;
+use sonicshot::work::threads;
+use sonicshot_serve::{CheckpointSource, Metrics};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What is kept decompressed, in bytes.
+const CACHE: u64 = 64 << 20;
+/// What is sent at once, in bytes.
+const BUFFER: usize = 1 << 20;
+/// How often QEMU is asked how far it is.
+const EVERY: Duration = Duration::from_millis(4);
+
+/// How the guest's memory gets into QEMU.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum RestoreHow {
+    /// All of it before the guest runs.
+    #[default]
+    Eager,
+    /// It is a private mapping of this file of raw RAM, which is made of the checkpoint if it is
+    /// not there. Several guests may have one, and it must stay as it is while one runs.
+    Map(PathBuf),
+}
+
+/// How a guest is restored.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct LiveRestoreOptions {
+    /// How its memory gets into QEMU.
+    pub how: RestoreHow,
+}
+
+/// A guest that was restored. Its QEMU is this process's child.
+#[derive(Debug)]
+pub struct LiveRestored {
+    launched: Launched,
+    /// QEMU's version.
+    pub qemu: QemuVersion,
+    /// How its memory got there, in words: `eager`, `map`.
+    pub how: &'static str,
+    /// Whether it is paused: it was saved so, or `-S` says so.
+    pub paused: bool,
+    /// From the start of QEMU until the guest was there.
+    pub took: Duration,
+    /// The raw file's making, if it was made.
+    pub made: Option<Duration>,
+}
+
+impl LiveRestored {
+    /// QEMU's process.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.launched.pid()
+    }
+
+    /// Waits until QEMU ends.
+    ///
+    /// # Errors
+    /// [`QemuError::System`] if it cannot be waited for.
+    pub fn wait(self) -> Result<ExitStatus, QemuError> {
+        self.launched.wait()
+    }
+}
+
+/// Starts `program` with `words`, the command line that the guest at `path` was started with, and
+/// what is needed beside it, and runs that guest on in it. The names of its blocks of RAM, and what
+/// they are made of, may be others. Its disks must be as they were when it was saved.
+///
+/// # Errors
+/// [`QemuError`]: the checkpoint is none of a QEMU guest, the command line is of another guest, or
+/// QEMU ends or says no; it is ended then, and the checkpoint is as it was.
+pub fn restore(
+    path: &Path,
+    program: &OsStr,
+    words: &[OsString],
+    options: &LiveRestoreOptions,
+) -> Result<LiveRestored, QemuError> {
+    let failed = QemuError::checkpoint(path);
+    let reader = CheckpointReader::open(path).map_err(&failed)?;
+    if reader.info().for_analysis {
+        return Err(QemuError::NoGuest {
+            path: path.to_owned(),
+            what: "it is for analysis: pages that the guest uses were left out".into(),
+        });
+    }
+    Words(words).check()?;
+    let kept = Kept::read(&reader, path)?;
+    let source = CheckpointSource::new(reader, CACHE, Arc::new(Metrics::default()));
+    let guest = Guest { kept, source, path };
+    match &options.how {
+        RestoreHow::Eager => guest.eager(program, words),
+        RestoreHow::Map(file) => guest.mapped(program, words, file),
+    }
+}
+
+/// A guest that is to be run on.
+struct Guest<'a> {
+    kept: Kept,
+    source: CheckpointSource<File>,
+    path: &'a Path,
+}
+
+/// What is sent beside the guest's RAM, under the names that QEMU has now.
+struct Matched<'k> {
+    places: Places,
+    small: Vec<&'k Small>,
+    /// The guest's blocks of RAM, as QEMU has them.
+    ram: Vec<RamBlock>,
+}
+
+impl Guest<'_> {
+    fn more(&self) -> Vec<OsString> {
+        if self.kept.record.paused {
+            return vec!["-S".into()];
+        }
+        Vec::new()
+    }
+
+    fn eager(&self, program: &OsStr, words: &[OsString]) -> Result<LiveRestored, QemuError> {
+        let began = Instant::now();
+        // Else it reads as zero before anybody writes to it.
+        let zeroes = Words(words).have_used_file();
+        let (launched, qmp) = Launched::start(program, words, &self.more())?;
+        self.run(
+            launched,
+            qmp,
+            words,
+            began,
+            "eager",
+            |guest, matched, out| guest.write_all(matched, zeroes, out),
+        )
+    }
+
+    fn mapped(
+        &self,
+        program: &OsStr,
+        words: &[OsString],
+        file: &Path,
+    ) -> Result<LiveRestored, QemuError> {
+        let blocks = self.kept.record.blocks.iter();
+        let mut ram = blocks.filter_map(|block| Some((&block.block, block.pieces.as_ref()?)));
+        let (Some((block, pieces)), None) = (ram.next(), ram.next()) else {
+            return Err(QemuError::not_this(
+                "the guest's RAM is several blocks (NUMA nodes): a mapped file is for one; restore it \
+                 with --eager",
+            ));
+        };
+        let version = map::version(program)?;
+        let mut more = map::options(version, &Words(words), file, block.used)?;
+        more.extend(self.more());
+        let began = Instant::now();
+        let mut made = None;
+        let there = file.try_exists().map_err(|source| QemuError::Io {
+            action: "looking for",
+            path: file.to_owned(),
+            source,
+        })?;
+        if !there {
+            let mut places = Places::default();
+            places.add(&block.name, pieces)?;
+            map::make(&self.source, &places, block.used, file)?;
+            made = Some(began.elapsed());
+        }
+        self.check_file(file, block.used)?;
+        let began = Instant::now();
+        let (launched, qmp) = Launched::start(program, words, &more)?;
+        let restored = self.run(launched, qmp, words, began, "map", |guest, matched, out| {
+            guest.write_beside(matched, out)
+        })?;
+        Ok(LiveRestored { made, ..restored })
+    }
+
+    /// Whether the raw file can be this guest's: that it is, only its maker knows.
+    fn check_file(&self, file: &Path, bytes: u64) -> Result<(), QemuError> {
+        let found = std::fs::metadata(file).map_err(|source| QemuError::Io {
+            action: "looking for",
+            path: file.to_owned(),
+            source,
+        })?;
+        if found.is_file() && found.len() == bytes {
+            return Ok(());
+        }
+        Err(QemuError::not_this(format!(
+            "{} has {} bytes, and the guest's RAM {bytes}: it is none of {}",
+            file.display(),
+            found.len(),
+            self.path.display()
+        )))
+    }
+
+    /// Sends all but the guest's RAM.
+    fn write_beside(&self, matched: &Matched<'_>, out: &UnixStream) -> Result<(), QemuError> {
+        let sending = QemuError::system("sending the guest to QEMU");
+        let small = matched.small.iter().map(|small| &small.block);
+        let mut stream = self.begin(BufWriter::with_capacity(BUFFER, out), small)?;
+        self.write_small(matched, &mut stream).map_err(&sending)?;
+        self.write_end(stream).map_err(&sending)
+    }
+
+    /// Has QEMU take what `write` sends.
+    fn run(
+        &self,
+        mut launched: Launched,
+        mut qmp: Qmp,
+        words: &[OsString],
+        began: Instant,
+        how: &'static str,
+        write: impl FnOnce(&Self, &Matched<'_>, &UnixStream) -> Result<(), QemuError> + Send,
+    ) -> Result<LiveRestored, QemuError> {
+        let loaded = self.matched(&mut qmp).and_then(|matched| {
+            let (ours, theirs) = UnixStream::pair().map_err(QemuError::system("socketpair"))?;
+            qmp.get_fd("sonicshot", theirs.as_fd())?;
+            drop(theirs);
+            qmp.run("migrate-incoming", json!({"uri": "fd:sonicshot"}))?;
+            std::thread::scope(|scope| {
+                let writing = scope.spawn(|| {
+                    let written = write(self, &matched, &ours);
+                    drop(ours);
+                    written
+                });
+                let loaded = loaded(&mut qmp);
+                let written = writing.join();
+                let written = written.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                // Who says no closes the socket: what it says is why.
+                loaded?;
+                written
+            })
+        });
+        if let Err(error) = loaded {
+            return Err(launched.blame(error));
+        }
+        Ok(LiveRestored {
+            qemu: qmp.version(),
+            how,
+            paused: self.kept.record.paused || Words(words).has("S"),
+            took: began.elapsed(),
+            made: None,
+            launched,
+        })
+    }
+
+    /// Which of QEMU's blocks are the saved ones.
+    fn matched(&self, qmp: &mut Qmp) -> Result<Matched<'_>, QemuError> {
+        let record = &self.kept.record;
+        let machine = find::machine(qmp)?;
+        if machine != record.machine {
+            return Err(QemuError::not_this(format!(
+                "the guest was saved from the machine `{}`, and QEMU has `{machine}`: start it with \
+                 -machine {}",
+                record.machine, record.machine
+            )));
+        }
+        let now = Blocks::ask(qmp)?;
+        let mut theirs = Vec::new();
+        for block in &now.all {
+            if let Some(pieces) = now.pieces(block)? {
+                theirs.push((block, pieces));
+            }
+        }
+        let mut places = Places::default();
+        let mut ram = Vec::new();
+        for saved in &record.blocks {
+            let Some(pieces) = &saved.pieces else {
+                continue;
+            };
+            // Whatever they are called: the same part of the guest.
+            let at = theirs.iter().position(|(_, found)| found == pieces);
+            let Some(at) = at else {
+                return Err(unlike(&saved.block, pieces, &theirs));
+            };
+            let (block, _) = theirs.swap_remove(at);
+            places.add(&block.name, pieces)?;
+            ram.push(block.clone());
+        }
+        if let Some((block, _)) = theirs.first() {
+            return Err(QemuError::not_this(format!(
+                "QEMU has more RAM than the guest had: block `{}`",
+                block.name
+            )));
+        }
+        let small = self.small(&now.all, &ram)?;
+        Ok(Matched { places, small, ram })
+    }
+
+    /// The small blocks, all of which must be there: a QEMU that waits for a guest does not load
+    /// its firmware.
+    fn small(&self, now: &[RamBlock], ram: &[RamBlock]) -> Result<Vec<&Small>, QemuError> {
+        let mut left: Vec<_> = now.iter().filter(|block| !ram.contains(block)).collect();
+        let mut found = Vec::new();
+        for small in &self.kept.small {
+            let name = &small.block.name;
+            let at = left.iter().position(|block| block.name == *name);
+            let fits = at.map(|at| left.swap_remove(at));
+            match fits {
+                Some(block) if block.total >= small.block.used => found.push(small),
+                Some(block) => {
+                    return Err(QemuError::not_this(format!(
+                        "block `{name}` had {:#x} bytes, and QEMU has {:#x} for it: start it with the \
+                         command line that the guest was started with",
+                        small.block.used, block.total
+                    )));
+                }
+                None => {
+                    return Err(QemuError::not_this(format!(
+                        "the guest had a block `{name}` ({:#x} bytes), which QEMU has not: start it \
+                         with the devices that the guest was started with",
+                        small.block.used
+                    )));
+                }
+            }
+        }
+        match left.first() {
+            None => Ok(found),
+            Some(block) => Err(QemuError::not_this(format!(
+                "QEMU has a block `{}`, which the guest had not: start it with the devices that the \
+                 guest was started with",
+                block.name
+            ))),
+        }
+    }
+
+    /// Sends everything.
+    fn write_all(
+        &self,
+        matched: &Matched<'_>,
+        zeroes: bool,
+        out: &UnixStream,
+    ) -> Result<(), QemuError> {
+        let sending = QemuError::system("sending the guest to QEMU");
+        let small = matched.small.iter().map(|small| &small.block);
+        // Where it is put it is called otherwise.
+        let blocks = matched.ram.iter().chain(small);
+        let out = BufWriter::with_capacity(BUFFER, out);
+        let mut stream = self.begin(out, blocks)?;
+        self.write_small(matched, &mut stream).map_err(&sending)?;
+        pages::send_all(
+            &self.source,
+            &matched.places,
+            &mut stream,
+            zeroes,
+            threads(None),
+        )?;
+        self.write_end(stream).map_err(&sending)
+    }
+
+    fn begin<'b, W: Write>(
+        &self,
+        out: W,
+        blocks: impl Iterator<Item = &'b RamBlock> + Clone,
+    ) -> Result<Stream<W>, QemuError> {
+        let sending = QemuError::system("sending the guest to QEMU");
+        let mut stream = Stream::begin(out, &self.kept.record.machine).map_err(&sending)?;
+        stream.blocks(blocks).map_err(&sending)?;
+        stream.begin_pages().map_err(&sending)?;
+        Ok(stream)
+    }
+
+    fn write_small(
+        &self,
+        matched: &Matched<'_>,
+        stream: &mut Stream<impl Write>,
+    ) -> io::Result<()> {
+        for small in &matched.small {
+            let pages = small.runs.iter().flat_map(|(first, count)| {
+                (*first..first.saturating_add(*count)).map(|page| page.saturating_mul(4096))
+            });
+            for (offset, page) in pages.zip(small.bytes.chunks(PAGE)) {
+                stream.page(&small.block.name, offset, page)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_end(&self, mut stream: Stream<impl Write>) -> io::Result<()> {
+        stream.end_pages()?;
+        stream.devices(&self.kept.devices)?;
+        stream.end()?;
+        Ok(())
+    }
+}
+
+fn unlike(saved: &RamBlock, pieces: &[Piece], theirs: &[(&RamBlock, Vec<Piece>)]) -> QemuError {
+    let shown = |pieces: &[Piece]| {
+        let all = pieces.iter();
+        let all = all.map(|piece| format!("{:#x} bytes at {:#x}", piece.len, piece.gpa));
+        all.collect::<Vec<_>>().join(", ")
+    };
+    let theirs: Vec<_> = theirs.iter().map(|(_, pieces)| shown(pieces)).collect();
+    QemuError::not_this(format!(
+        "the guest's RAM `{}` ({}) is none of what QEMU has now ({}): start it with the memory and \
+         the nodes that the guest was started with",
+        saved.name,
+        shown(pieces),
+        theirs.join("; ")
+    ))
+}
+
+/// Waits until QEMU has taken all of it.
+fn loaded(qmp: &mut Qmp) -> Result<(), QemuError> {
+    loop {
+        let answer = qmp.run("query-migrate", Value::Null)?;
+        match answer.get("status").and_then(Value::as_str) {
+            Some("completed") => return Ok(()),
+            Some("failed") => {
+                let why = answer.get("error-desc").and_then(Value::as_str);
+                return Err(QemuError::Refused {
+                    command: "migrate-incoming",
+                    reason: shortened(why.unwrap_or("it does not say why")),
+                });
+            }
+            _ => std::thread::sleep(EVERY),
+        }
+    }
+}

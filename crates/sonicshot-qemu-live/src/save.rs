@@ -1,0 +1,603 @@
+//! A running guest, saved.
+
+use crate::error::QemuError;
+use crate::find::{self, Blocks, Found};
+use crate::memory::LiveMemory;
+use crate::process::Process;
+use crate::qmp::{PATIENCE, QemuVersion, Qmp, Until};
+use crate::record::{self, Block, Record};
+use crate::refuse::{self, Running};
+use crate::tables;
+use crate::watchdog::Watchdog;
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create, open};
+use serde_json::{Value, json};
+use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, SaveOptions, SaveStats};
+use sonicshot::work::threads;
+use sonicshot::{DropClasses, GpaRange, GuestMemory, PageSize, Progress, PrunePlan};
+use sonicshot_dump::{NewFile, Overwrite};
+use sonicshot_vmi::{Analysis, AnalysisOptions, GuestOptions, Note, VmiError, analyze};
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How often a guest that runs is looked at, until it is understood once.
+const LOOKS: u32 = 4;
+/// The blob that other readers of checkpoints look for.
+const VMCOREINFO: &str = "vmcoreinfo";
+
+/// What becomes of a guest that was saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum AfterSave {
+    /// It runs on as soon as its memory is copied, unless it was found paused.
+    #[default]
+    Resume,
+    /// It stays paused.
+    Stop,
+    /// Its QEMU ends, once the checkpoint is on the disk and has its name.
+    Quit,
+}
+
+/// How a running guest is saved.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct LiveSaveOptions {
+    /// What becomes of it.
+    pub after: AfterSave,
+    /// How the checkpoint is written.
+    pub writing: SaveOptions,
+    /// Whether a file that exists is replaced.
+    pub overwrite: Overwrite,
+    /// Files with symbols and types of the guest's kernel, which need not be given.
+    pub symbols: Vec<PathBuf>,
+    /// How long the guest is paused at most. If that is not enough it runs on, and nothing is saved.
+    /// Of a guest that does not run on, until its memory is copied.
+    pub max_pause: Duration,
+    /// QEMU's process, if it is not the one that opened the monitor's socket.
+    pub pid: Option<i32>,
+    /// A command that calls [`watch`](crate::watch) with its standard input and output, and does
+    /// nothing else: it lets the guest run on if this process dies while the guest is paused.
+    pub watchdog: Option<Command>,
+}
+
+impl Default for LiveSaveOptions {
+    fn default() -> Self {
+        Self {
+            after: AfterSave::default(),
+            writing: SaveOptions::default(),
+            overwrite: Overwrite::Refuse,
+            symbols: Vec::new(),
+            max_pause: Duration::from_secs(5),
+            pid: None,
+            watchdog: None,
+        }
+    }
+}
+
+/// How long the parts of a pause took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PauseTimes {
+    /// Until QEMU had stopped the guest.
+    pub stop: Duration,
+    /// Until QEMU had written the state of its devices, and told the processors' registers.
+    pub devices: Duration,
+    /// Until what the first look had read was read again.
+    pub reread: Duration,
+    /// Until each page had its class.
+    pub classify: Duration,
+    /// Until all that is kept was copied.
+    pub copy: Duration,
+}
+
+/// What a save came to.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct LiveSaved {
+    /// QEMU's version.
+    pub qemu: QemuVersion,
+    /// Its process.
+    pub pid: i32,
+    /// The guest's machine.
+    pub machine: String,
+    /// What each block of the guest's RAM is: its name, its length in bytes, and in words.
+    pub ram: Vec<(String, u64, &'static str)>,
+    /// The guest's kernel.
+    pub release: String,
+    /// What the checkpoint holds.
+    pub stats: SaveStats,
+    /// The guest's RAM, in bytes.
+    pub ram_bytes: u64,
+    /// What of it was left out, in bytes.
+    pub dropped_bytes: u64,
+    /// Whether the guest was paused already.
+    pub found_paused: bool,
+    /// From QEMU's event STOP to RESUME, if the guest was paused and runs on.
+    pub paused: Option<Duration>,
+    /// The parts of the pause.
+    pub times: PauseTimes,
+    /// From the first word to the monitor until the file had its name.
+    pub took: Duration,
+    /// Why the first look failed, while the guest ran; that is no harm.
+    pub first_look: Option<VmiError>,
+    /// What is worth knowing of its guest.
+    pub notes: Vec<Note>,
+}
+
+/// Saves the guest of the QEMU whose monitor is at `monitor` as a checkpoint at `path`, without the
+/// pages that it does not use. The file appears whole or not at all; whatever fails, the guest is
+/// as it was.
+///
+/// The checkpoint has none of the guest's disks: they must be copied, or a snapshot be made of
+/// them, as they are in the pause.
+///
+/// # Errors
+/// [`QemuError`]: QEMU cannot be reached or understood, the guest is not one that is saved or was
+/// not understood, it would have been paused for too long, or writing fails.
+pub fn save(
+    monitor: &Path,
+    path: &Path,
+    options: LiveSaveOptions,
+    progress: Progress<'_>,
+) -> Result<LiveSaved, QemuError> {
+    let began = Instant::now();
+    let out = NewFile::create_new(path, options.overwrite)?;
+    let mut session = Session::open(monitor, options)?;
+    let paused = session.pause()?;
+    let frozen = session.frozen(paused);
+    let written = frozen.and_then(|frozen| {
+        let stats = frozen.write(&session, out.file(), path, progress)?;
+        out.finish()?;
+        Ok((frozen, stats))
+    });
+    let (frozen, stats) = match written {
+        Ok(written) => written,
+        Err(error) => {
+            session.let_go();
+            return Err(error);
+        }
+    };
+    session.end(&frozen, stats, began)
+}
+
+/// A save under way.
+struct Session {
+    options: LiveSaveOptions,
+    qmp: Qmp,
+    process: Arc<Process>,
+    machine: String,
+    found: Vec<Found>,
+    memory: LiveMemory,
+    watchdog: Option<Watchdog>,
+    running: Running,
+    devices: DeviceFile,
+    threads: NonZeroUsize,
+    /// What the first look read, as pages of the memory's copy.
+    touched: Vec<Range<usize>>,
+    first_look: Option<VmiError>,
+    /// The small blocks' bytes, by the number of the block.
+    small: Vec<(usize, Vec<u8>)>,
+    /// The guest is paused by this.
+    paused: bool,
+    times: PauseTimes,
+}
+
+/// The guest as it was in the pause.
+struct Frozen {
+    analysis: Analysis,
+    plan: PrunePlan,
+    devices: Vec<u8>,
+    pause: Option<Duration>,
+}
+
+/// Where QEMU writes the state of its devices.
+struct DeviceFile {
+    file: File,
+    /// In QEMU's set of descriptors of this number.
+    set: u64,
+}
+
+impl DeviceFile {
+    fn new(qmp: &mut Qmp) -> Result<Self, QemuError> {
+        let failed = QemuError::system("making a file in memory");
+        let file = memfd_create("sonicshot-devices", MemfdFlags::CLOEXEC);
+        let file = File::from(file.map_err(|error| failed(error.into()))?);
+        // QEMU takes a descriptor only if it is opened as it would open the file.
+        let own = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
+        let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+        let writing: OwnedFd =
+            open(own, flags, Mode::empty()).map_err(|error| failed(error.into()))?;
+        let set = qmp.add_fd(&writing)?;
+        Ok(Self { file, set })
+    }
+
+    /// Has QEMU write it; what it wrote.
+    fn take(&self, qmp: &mut Qmp, until: &Until) -> Result<Vec<u8>, QemuError> {
+        const COMMAND: &str = "xen-save-devices-state";
+        let name = format!("/dev/fdset/{}", self.set);
+        let arguments = json!({"filename": name, "live": false});
+        qmp.run_until(COMMAND, arguments, &[], until)?;
+        let failed = QemuError::system("reading the state of QEMU's devices");
+        let len = self.file.metadata().map_err(&failed)?.len();
+        let unknown = |found: String| QemuError::Unknown {
+            what: COMMAND,
+            found,
+            expected: "QEVM, version 3, sections of devices, 00",
+        };
+        let sound = usize::try_from(len)
+            .ok()
+            .filter(|_| len <= record::MAX_DEVICES);
+        let mut bytes = vec![0; sound.ok_or_else(|| unknown(format!("{len} bytes")))?];
+        self.file.read_exact_at(&mut bytes, 0).map_err(&failed)?;
+        if !record::is_device_state(&bytes) {
+            return Err(unknown(format!("{len} bytes that are something else")));
+        }
+        Ok(bytes)
+    }
+}
+
+impl Session {
+    /// All that can be done while the guest runs.
+    fn open(monitor: &Path, mut options: LiveSaveOptions) -> Result<Self, QemuError> {
+        let mut qmp = Qmp::connect(monitor, PATIENCE)?;
+        let running = refuse::running(&mut qmp)?;
+        refuse::check(&mut qmp)?;
+        let pid = match options.pid {
+            Some(pid) => pid,
+            None => rustix::net::sockopt::socket_peercred(qmp.socket())
+                .map_err(|error| QemuError::system("asking who opened the monitor")(error.into()))?
+                .pid
+                .as_raw_nonzero()
+                .get(),
+        };
+        let process = Arc::new(Process::open(pid)?);
+        let machine = find::machine(&mut qmp)?;
+        let blocks = Blocks::ask(&mut qmp)?;
+        let found = find::find(&mut qmp, &blocks, &process)?;
+        let memory = LiveMemory::new(find::segments(&found)?)?;
+        let devices = DeviceFile::new(&mut qmp)?;
+        let watchdog = options.watchdog.take();
+        let watchdog = watchdog.map(|command| Watchdog::start(command, qmp.socket()));
+        let small = found
+            .iter()
+            .enumerate()
+            .filter(|(_, one)| one.pieces.is_none());
+        let small = small.map(|(number, one)| Ok((number, vec![0; size(one.block.used)?])));
+        let small = small.collect::<Result<Vec<_>, QemuError>>()?;
+        let mut new = Self {
+            threads: threads(options.writing.threads),
+            options,
+            machine,
+            small,
+            memory,
+            watchdog: watchdog.transpose()?,
+            running,
+            devices,
+            process,
+            found,
+            qmp,
+            touched: Vec::new(),
+            first_look: None,
+            paused: false,
+            times: PauseTimes::default(),
+        };
+        if running == Running::Yes {
+            new.look_first()?;
+        }
+        Ok(new)
+    }
+
+    fn analysis(&self) -> AnalysisOptions {
+        let mut guest = GuestOptions::new();
+        for path in &self.options.symbols {
+            guest = guest.symbols(path);
+        }
+        AnalysisOptions::new().guest(guest).zero_pages(false)
+    }
+
+    fn processors(&mut self) -> Result<Vec<sonicshot::Processor>, QemuError> {
+        tables::processors(&self.qmp.human("info registers -a")?)
+    }
+
+    /// Looks at the guest while it runs, so that in the pause it is known what will be read. What
+    /// comes of it is good for nothing else.
+    fn look_first(&mut self) -> Result<(), QemuError> {
+        for _ in 0..LOOKS {
+            let processors = self.processors()?;
+            self.memory.clear(processors);
+            let looked = analyze(&self.memory, &self.analysis());
+            self.touched = self.memory.touched();
+            match looked {
+                Ok(analysis) => {
+                    let plan = analysis.plan(&DropClasses::default());
+                    let kept = self.kept(&plan);
+                    self.memory.prepare(&kept);
+                    self.first_look = None;
+                    return Ok(());
+                }
+                // What changes under the eyes contradicts itself.
+                Err(error) => self.first_look = Some(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// What a plan keeps, as pages of the memory's copy.
+    fn kept(&self, plan: &PrunePlan) -> Vec<Range<usize>> {
+        let regions = self.memory.layout().regions().iter();
+        self.memory
+            .pages(regions.flat_map(|region: &GpaRange| plan.kept_in(*region)))
+    }
+
+    /// How long the guest may be paused.
+    fn allowed(&self) -> Duration {
+        match self.running {
+            Running::Yes => self.options.max_pause,
+            // It was before.
+            Running::Paused => Duration::from_secs(3600),
+        }
+    }
+
+    /// Pauses the guest, if it runs.
+    fn pause(&mut self) -> Result<Until, QemuError> {
+        let until = Until::new(self.allowed());
+        if self.running == Running::Paused {
+            return Ok(until);
+        }
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.arm(Some(self.options.max_pause))?;
+        }
+        self.paused = true;
+        let until = Until::new(self.allowed());
+        let began = Instant::now();
+        let stopped = self.qmp.run_until("stop", Value::Null, &[], &until);
+        self.times.stop = began.elapsed();
+        match stopped {
+            Ok(_) => Ok(until),
+            Err(error) => {
+                self.let_go();
+                Err(error)
+            }
+        }
+    }
+
+    /// Copies what is kept of a guest that is paused, and lets it run on if it shall.
+    fn frozen(&mut self, until: Until) -> Result<Frozen, QemuError> {
+        let devices = self.in_pause("writing the state of devices", &until, |session| {
+            session.devices.take(&mut session.qmp, &until)
+        })?;
+        let (analysis, plan) = self.copied(&until)?;
+        let in_time = match &self.watchdog {
+            Some(watchdog) if self.paused => watchdog.commit()?,
+            _ => until.left().is_some(),
+        };
+        if !in_time {
+            return Err(self.too_long("copying its memory"));
+        }
+        self.memory.close();
+        let pause = match self.options.after {
+            AfterSave::Resume if self.paused => {
+                self.resume()?;
+                self.qmp.catch_up();
+                let (stop, resume) = (self.qmp.last("STOP"), self.qmp.last("RESUME"));
+                resume
+                    .zip(stop)
+                    .and_then(|(resume, stop)| resume.checked_sub(stop))
+            }
+            _ => None,
+        };
+        Ok(Frozen {
+            analysis,
+            plan,
+            devices,
+            pause,
+        })
+    }
+
+    /// The guest's classes, once all that is kept by them is copied.
+    fn copied(&mut self, until: &Until) -> Result<(Analysis, PrunePlan), QemuError> {
+        let processors = self.in_pause("asking for registers", until, |session| {
+            session.same_blocks()?;
+            session.processors()
+        })?;
+        self.memory.clear(processors);
+        let go_on = || until.left().is_some();
+        let mut began = Instant::now();
+        let mut lap = || {
+            let took = began.elapsed();
+            began = Instant::now();
+            took
+        };
+        if !self.memory.load(&self.touched, self.threads, &go_on)? {
+            return Err(self.too_long("reading its kernel's records"));
+        }
+        let reread = lap();
+        let analysis = analyze(&self.memory, &self.analysis()).map_err(QemuError::Guest)?;
+        let plan = analysis.plan(&DropClasses::default());
+        let classify = lap();
+        let kept = self.kept(&plan);
+        if !self.memory.load(&kept, self.threads, &go_on)? {
+            return Err(self.too_long("copying its memory"));
+        }
+        for (number, bytes) in &mut self.small {
+            let Some(one) = self.found.get(*number) else {
+                continue;
+            };
+            let read = one.backing.read(0, bytes);
+            read.map_err(|source| QemuError::Process {
+                action: "reading a block of memory",
+                pid: self.process.pid(),
+                source,
+            })?;
+        }
+        (self.times.reread, self.times.classify, self.times.copy) = (reread, classify, lap());
+        Ok((analysis, plan))
+    }
+
+    /// Does what QEMU must do in time.
+    fn in_pause<T>(
+        &mut self,
+        doing: &'static str,
+        until: &Until,
+        work: impl FnOnce(&mut Self) -> Result<T, QemuError>,
+    ) -> Result<T, QemuError> {
+        let began = Instant::now();
+        let done = work(self);
+        self.times.devices = self.times.devices.saturating_add(began.elapsed());
+        match done {
+            Err(QemuError::Silent { .. }) if until.left().is_none() => Err(self.too_long(doing)),
+            done => done,
+        }
+    }
+
+    fn too_long(&self, doing: &'static str) -> QemuError {
+        QemuError::PausedTooLong {
+            allowed: self.allowed(),
+            doing,
+        }
+    }
+
+    /// Whether the guest's memory is made of what it was made of before.
+    fn same_blocks(&mut self) -> Result<(), QemuError> {
+        let now = tables::ram_blocks(&self.qmp.human("info ramblock")?)?;
+        if now.iter().eq(self.found.iter().map(|one| &one.block)) {
+            return Ok(());
+        }
+        Err(QemuError::not_this(
+            "the guest's blocks of memory have changed between the first look and the pause: try \
+             again",
+        ))
+    }
+
+    /// Lets the guest run on.
+    fn resume(&mut self) -> Result<(), QemuError> {
+        self.qmp.run("cont", Value::Null)?;
+        self.paused = false;
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.done();
+        }
+        Ok(())
+    }
+
+    /// Behind a failure: the guest is as it was. If the monitor does not answer, that is left to
+    /// the watchdog, which sees that this process has no more to say.
+    fn let_go(&mut self) {
+        if self.paused && self.resume().is_err() {
+            self.watchdog = None;
+        }
+    }
+
+    /// The file is there.
+    fn end(
+        mut self,
+        frozen: &Frozen,
+        stats: SaveStats,
+        began: Instant,
+    ) -> Result<LiveSaved, QemuError> {
+        let took = began.elapsed();
+        match self.options.after {
+            AfterSave::Resume | AfterSave::Stop => {}
+            AfterSave::Quit => match self.qmp.run("quit", Value::Null) {
+                Ok(_) | Err(QemuError::Gone { .. }) => {}
+                Err(error) => return Err(error),
+            },
+        }
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.done();
+        }
+        let ram = self.found.iter().filter(|one| one.pieces.is_some());
+        let ram = ram.map(|one| (one.block.name.clone(), one.block.used, one.backing.kind()));
+        Ok(LiveSaved {
+            qemu: self.qmp.version(),
+            pid: self.process.pid(),
+            ram: ram.collect(),
+            machine: self.machine,
+            release: frozen.analysis.facts().release.clone(),
+            ram_bytes: self.memory.layout().bytes(),
+            dropped_bytes: frozen.plan.dropped_bytes(),
+            stats,
+            found_paused: self.running == Running::Paused,
+            paused: frozen.pause,
+            times: self.times,
+            took,
+            first_look: self.first_look,
+            notes: frozen.analysis.notes().to_vec(),
+        })
+    }
+}
+
+impl Frozen {
+    /// Writes the checkpoint.
+    fn write(
+        &self,
+        session: &Session,
+        out: &File,
+        path: &Path,
+        progress: Progress<'_>,
+    ) -> Result<SaveStats, QemuError> {
+        let failed = QemuError::checkpoint(path);
+        let facts = self.analysis.facts();
+        let layout = session.memory.layout().clone();
+        let mut info = CheckpointInfo::new(layout, PageSize::SIZE_4K);
+        info.architecture = facts.architecture;
+        info.kernel_release = Some(facts.release.clone());
+        info.build_id.clone_from(&facts.build_id);
+        info.vmm = Some(format!("QEMU {}", session.qmp.version()));
+        let writing = session.options.writing.clone();
+        let mut writer = CheckpointWriter::new(out, info, writing).map_err(&failed)?;
+        if let Some(text) = &facts.vmcoreinfo {
+            writer.blob(VMCOREINFO, text.as_bytes()).map_err(&failed)?;
+        }
+        let mut blocks = Vec::new();
+        for (number, one) in session.found.iter().enumerate() {
+            let mut runs = Vec::new();
+            let small = session.small.iter().find(|(small, _)| *small == number);
+            if let Some((_, bytes)) = small {
+                let (pages, kept) = record::pack(bytes);
+                if !pages.is_empty() {
+                    let name = record::blob_of(number);
+                    writer.blob(&name, kept.as_slice()).map_err(&failed)?;
+                }
+                runs = pages;
+            }
+            blocks.push(Block {
+                block: one.block.clone(),
+                pieces: one.pieces.clone(),
+                runs,
+            });
+        }
+        let record = Record {
+            version: record::VERSION,
+            qemu: session.qmp.version().to_string(),
+            machine: session.machine.clone(),
+            paused: session.running == Running::Paused,
+            blocks,
+        };
+        let text = serde_json::to_vec(&record);
+        let text = text.map_err(|error| QemuError::System {
+            action: "writing the record of QEMU's blocks",
+            source: error.into(),
+        })?;
+        writer
+            .blob(record::RECORD, text.as_slice())
+            .map_err(&failed)?;
+        writer
+            .blob(record::DEVICES, self.devices.as_slice())
+            .map_err(&failed)?;
+        let map = self.analysis.pages();
+        let written = writer.memory(&session.memory, map, &self.plan, progress);
+        written.map_err(&failed)?;
+        let (_, stats) = writer.finish().map_err(&failed)?;
+        Ok(stats)
+    }
+}
+
+fn size(bytes: u64) -> Result<usize, QemuError> {
+    usize::try_from(bytes).map_err(|_| QemuError::not_this("a block is longer than this process"))
+}
