@@ -12,7 +12,7 @@ use sonicshot::{
 use sonicshot_dump::{
     CheckedPlan, Dump, DumpError, LayoutSpec, Overwrite, SnapshotFiles, XlSkeleton,
 };
-use sonicshot_serve::Handshake;
+use sonicshot_serve::{FaultRequest, Handshake, Migration};
 use sonicshot_vmi::symbols::{Btf, SymbolFile, SymbolSource, Vmcoreinfo, open_symbol_file};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency};
 use sonicshot_xen::{Joined, Skeleton, XlImage};
@@ -52,6 +52,7 @@ pub const TARGETS: &[Target] = &[
     ("guest", guest),
     ("checkpoint", checkpoint),
     ("serve_message", serve_message),
+    ("serve_cloud", serve_cloud),
     ("mutate", mutate),
 ];
 
@@ -129,6 +130,18 @@ pub fn serve_message(data: &[u8]) {
                 .is_some()
         );
     }
+}
+
+/// What Cloud Hypervisor asks a page server, in a stream, and the configuration that it was told.
+pub fn serve_cloud(data: &[u8]) {
+    let mut rest = data;
+    while let Ok(Some((request, len))) = FaultRequest::parse(rest) {
+        if let FaultRequest::Pages(range) = request {
+            assert!(!range.is_empty());
+        }
+        rest = &rest[len..];
+    }
+    let _ = Migration::new(data.to_vec(), b"{}".to_vec(), Path::new("fuzz"));
 }
 
 pub fn btf(data: &[u8]) {

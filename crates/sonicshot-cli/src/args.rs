@@ -313,21 +313,37 @@ pub(crate) struct ServeArgs {
     /// The socket that VMMs connect to: Firecracker (`backend_path` of the memory backend `Uffd`),
     /// and every other that sends its userfaultfd as docs/serve.md says. Whoever can connect gets
     /// all of the guest's memory
-    #[arg(long, value_name = "PATH")]
-    pub socket: PathBuf,
+    #[arg(
+        long,
+        value_name = "PATH",
+        required_unless_present = "cloud_hypervisor",
+        conflicts_with = "cloud_hypervisor"
+    )]
+    pub socket: Option<PathBuf>,
+    /// Where a Cloud Hypervisor (53 or later) listens that was told to `receive-migration` with
+    /// `memory_mode=postcopy`: it is restored, and served until it has all of its memory. May be
+    /// repeated. SNAPSHOT has its configuration and state too (docs/serve.md). Whoever listens there
+    /// gets all of the guest's memory
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["owner", "record", "around", "max_vms", "vms"])]
+    pub cloud_hypervisor: Vec<PathBuf>,
+    /// Leave the guests of --cloud-hypervisor paused
+    #[arg(long, requires = "cloud_hypervisor")]
+    pub paused: bool,
     /// The user, and group, that the socket belongs to, by number: a jailed VMM's
     #[arg(long, value_name = "UID[:GID]", value_parser = owner)]
     pub owner: Option<(u32, Option<u32>)>,
-    /// A user that may connect beside the socket's owner and root; may be repeated
+    /// A user that may connect (or listen, with --cloud-hypervisor) beside the socket's owner and
+    /// root; may be repeated
     #[arg(long, value_name = "UID")]
     pub allow_uid: Vec<u32>,
     /// The most memory for decompressed pages, for all virtual machines together: bytes, or with
     /// K, M, G
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "256M")]
     pub cache: u64,
-    /// What is brought in before it is asked for
-    #[arg(long, value_enum, value_name = "WHAT", default_value = "set")]
-    pub prefetch: PrefetchKind,
+    /// What is brought in before it is asked for. Without this it is `set`, and of
+    /// --cloud-hypervisor, which asks for all of it anyway, `all`
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub prefetch: Option<PrefetchKind>,
     /// The working set: what --record has written
     #[arg(long, value_name = "FILE")]
     pub set: Option<PathBuf>,

@@ -148,7 +148,14 @@ impl CliError {
                 | QemuError::NoGuest { .. }
                 | QemuError::Checkpoint { .. },
             )
-            | Self::Serve(ServeError::Set { .. } | ServeError::SetOfAnother { .. }) => 3,
+            | Self::Serve(
+                ServeError::Set { .. }
+                | ServeError::SetOfAnother { .. }
+                | ServeError::NoMigration { .. }
+                | ServeError::MigrationJson { .. }
+                | ServeError::MigrationSlot { .. }
+                | ServeError::NotInSlot { .. },
+            ) => 3,
             Self::Io { .. }
             | Self::Live(_)
             | Self::Serve(_)

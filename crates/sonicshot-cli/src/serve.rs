@@ -5,9 +5,11 @@ use crate::error::CliError;
 use crate::report::{complain, say, size};
 use sonicshot_offline::OpenOptions;
 use sonicshot_serve::{
-    Metrics, OpenedSource, PageSet, Prefetch, Recorder, Server, ServerOptions, Watcher,
-    allow_many_descriptors, expose, open_source,
+    CloudHypervisor, CloudOptions, Metrics, Migration, OpenedSource, PageSet, Prefetch, Recorder,
+    Restored, Server, ServerOptions, VmOptions, Watcher, allow_many_descriptors, expose,
+    open_source,
 };
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,34 +23,100 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), CliError> {
     open.layout.clone_from(&args.layout);
     open.format = args.format;
     open.base.clone_from(&args.base);
+    // What cannot be restored is told before the work.
+    let migration = match args.cloud_hypervisor.as_slice() {
+        [] => None,
+        _ => Some(Migration::open(&args.file)?),
+    };
     let opened = open_source(&args.file, &open, args.cache, Arc::clone(&metrics))?;
-    let options = options(args, &opened, &metrics)?;
+    let vm = vm_options(args, &opened, &metrics)?;
     if let Some(address) = &args.metrics {
         expose(address, metrics)?;
     }
-    let server = Server::bind(opened.source, options, Some(watcher()?))?;
-    // Who started this may have VMMs connect from now on.
-    say!(
-        "serving {} at {}",
-        args.file.display(),
-        args.socket.display()
-    );
-    Ok(server.run(args.vms.map(Into::into))?)
+    match (migration, &args.socket) {
+        (Some(migration), _) => restore(args, opened, migration, vm),
+        (None, Some(socket)) => listen(args, socket, opened, vm),
+        (None, None) => Err(CliError::Usage {
+            what: "--socket or --cloud-hypervisor is needed".into(),
+        }),
+    }
 }
 
-fn options(
+/// Serves whoever connects.
+fn listen(
     args: &ServeArgs,
-    opened: &OpenedSource,
-    metrics: &Arc<Metrics>,
-) -> Result<ServerOptions, CliError> {
-    let layout = opened.source.layout();
-    let mut options = ServerOptions::new(&args.socket);
+    socket: &Path,
+    opened: OpenedSource,
+    vm: VmOptions,
+) -> Result<(), CliError> {
+    let mut options = ServerOptions::new(socket);
     options.owner = args.owner;
     options.allow.clone_from(&args.allow_uid);
     options.max_vms = args.max_vms.into();
-    options.vm.metrics = Arc::clone(metrics);
-    options.vm.around = args.around;
-    options.vm.prefetch = match args.prefetch {
+    options.record.clone_from(&args.record);
+    options.vm = vm;
+    let server = Server::bind(opened.source, options, Some(watcher()?))?;
+    // Who started this may have VMMs connect from now on.
+    say!("serving {} at {}", args.file.display(), socket.display());
+    Ok(server.run(args.vms.map(Into::into))?)
+}
+
+/// Restores those that listen, all at once. One that cannot be does not keep the others.
+fn restore(
+    args: &ServeArgs,
+    opened: OpenedSource,
+    migration: Migration,
+    vm: VmOptions,
+) -> Result<(), CliError> {
+    let mut options = CloudOptions::default();
+    options.allow.clone_from(&args.allow_uid);
+    options.paused = args.paused;
+    options.vm = vm;
+    let watcher = Arc::new(watcher()?);
+    let cloud = CloudHypervisor::new(opened.source, migration, options, Some(watcher))?;
+    let one = |path: &PathBuf| match cloud.restore(path) {
+        Ok(Restored::Complete) => {
+            say!("{} has all of its memory", path.display());
+            true
+        }
+        Ok(_) => {
+            complain!("{} ended before it had all of its memory", path.display());
+            true
+        }
+        Err(error) => {
+            complain!("{}: {}", path.display(), error.with_causes());
+            false
+        }
+    };
+    std::thread::scope(|scope| {
+        let threads = args.cloud_hypervisor.iter();
+        let threads: Vec<_> = threads.map(|path| scope.spawn(|| one(path))).collect();
+        let ends: Vec<bool> = threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or(false))
+            .collect();
+        match ends.contains(&false) {
+            true => Err(CliError::Reported { code: 1 }),
+            false => Ok(()),
+        }
+    })
+}
+
+fn vm_options(
+    args: &ServeArgs,
+    opened: &OpenedSource,
+    metrics: &Arc<Metrics>,
+) -> Result<VmOptions, CliError> {
+    let layout = opened.source.layout();
+    let mut vm = VmOptions::default();
+    vm.metrics = Arc::clone(metrics);
+    vm.around = args.around;
+    let usual = match args.cloud_hypervisor.is_empty() {
+        true => PrefetchKind::Set,
+        false => PrefetchKind::All,
+    };
+    let prefetch = args.prefetch.unwrap_or(usual);
+    vm.prefetch = match prefetch {
         PrefetchKind::Set => Prefetch::Set,
         PrefetchKind::All => Prefetch::Everything,
         PrefetchKind::None => Prefetch::Nothing,
@@ -66,20 +134,19 @@ fn options(
                 size(layout.bytes())
             );
         }
-        options.vm.set = Arc::new(set);
+        vm.set = Arc::new(set);
     }
-    if let Some(path) = &args.record {
-        if args.prefetch == PrefetchKind::All {
+    if args.record.is_some() {
+        if prefetch == PrefetchKind::All {
             let what = "--record notes what is asked for, of which --prefetch all leaves nothing";
             return Err(CliError::Usage { what: what.into() });
         }
         let limit = Duration::from_secs(args.record_for);
         let max = args.record_max.unwrap_or(u64::MAX);
         let recorder = Recorder::new(limit, max);
-        options.vm.recorder = Some(Arc::new(recorder));
-        options.record = Some(path.clone());
+        vm.recorder = Some(Arc::new(recorder));
     }
-    Ok(options)
+    Ok(vm)
 }
 
 fn log(verbose: bool) {

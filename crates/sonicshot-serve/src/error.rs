@@ -3,7 +3,7 @@
 use crate::uffd::HostAddress;
 use rustix::io::Errno;
 use sonicshot::checkpoint::CheckpointError;
-use sonicshot::{Gpa, MemoryError};
+use sonicshot::{Gpa, LayoutError, MemoryError};
 #[cfg(feature = "server")]
 use sonicshot_offline::OfflineError;
 use std::error::Error;
@@ -25,6 +25,9 @@ pub enum ServeError {
     /// A guest's memory cannot be read.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// A guest's memory cannot lie so.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
     /// The source has no memory where the guest has.
     #[error("the snapshot has no memory at {at}")]
     NotInSnapshot {
@@ -276,6 +279,95 @@ pub enum ServeError {
          server died"
     )]
     NoWatcher(#[source] io::Error),
+    /// What a snapshot would have to hold for Cloud Hypervisor is not there, or cannot be served.
+    #[error("{} cannot be restored by Cloud Hypervisor's migration protocol: {why}", path.display())]
+    NoMigration {
+        /// The snapshot.
+        path: PathBuf,
+        /// What it lacks, or has too much.
+        why: &'static str,
+    },
+    /// Cloud Hypervisor's configuration or state is not what it writes.
+    #[cfg(feature = "server")]
+    #[error("Cloud Hypervisor's {what} cannot be read")]
+    MigrationJson {
+        /// Which of them.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A part of the guest's memory, as Cloud Hypervisor's configuration has it, cannot be.
+    #[error("by Cloud Hypervisor's configuration {what} {slot} is {value:#x}, which cannot be")]
+    MigrationSlot {
+        /// What is wrong.
+        what: &'static str,
+        /// The slot's number.
+        slot: u32,
+        /// What it is.
+        value: u64,
+    },
+    /// Cloud Hypervisor's configuration and the snapshot's memory are of different guests.
+    #[error(
+        "the snapshot's memory at {at} is in no slot of Cloud Hypervisor's configuration: they are          of different guests"
+    )]
+    NotInSlot {
+        /// Where.
+        at: Gpa,
+    },
+    /// Cloud Hypervisor said no.
+    #[error("Cloud Hypervisor refused the command {command}: its log says why")]
+    Rejected {
+        /// The command.
+        command: &'static str,
+    },
+    /// Cloud Hypervisor's answer is none of its protocol.
+    #[error("the answer to the command {command} has status {status} and {len} bytes, not 1 and 0")]
+    Answer {
+        /// The command.
+        command: &'static str,
+        /// What came.
+        status: u16,
+        /// How much is said to follow.
+        len: u64,
+    },
+    /// Cloud Hypervisor closed the connection, or said nothing.
+    #[error("no answer to the command {command} came")]
+    NoAnswer {
+        /// The command.
+        command: &'static str,
+        /// What came of the connection.
+        #[source]
+        source: io::Error,
+    },
+    /// What was asked for is not the guest's memory.
+    #[error(
+        "{len:#x} bytes at {at} were asked for, which are not whole pages of the memory served"
+    )]
+    Asked {
+        /// Where.
+        at: Gpa,
+        /// How much.
+        len: u64,
+    },
+    /// What came is no question for pages.
+    #[error(
+        "command {command} with {len} bytes came, where pages are asked for (command 9 with 16)"
+    )]
+    NoQuestion {
+        /// The command.
+        command: u16,
+        /// How much is said to follow.
+        len: u64,
+    },
+    /// Another process took the second connection.
+    #[error("process {first} took the first connection, and process {second} the second")]
+    OtherPeer {
+        /// Who took the first.
+        first: i32,
+        /// Who took the second.
+        second: i32,
+    },
     /// A file is no working set.
     #[error("{} is no working set: line {line}: {what}", path.display())]
     Set {

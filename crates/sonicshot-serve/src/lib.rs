@@ -38,6 +38,8 @@
 //!   was given back. The same thread prefetches, between faults. It knows nothing of any VMM.
 //! - **Protocol**: what a VMM says of its memory, a file for each form: Firecracker's (and
 //!   `StratoVirt`'s, e2b's …) and the documented one.
+//! - **Cloud Hypervisor** ([`CloudHypervisor`]): the other way round, it listens. Its memory is
+//!   shared with a process that asks for pages in words; the same machine places them.
 //! - **Watcher** ([`Watcher`], [`watch`]): a second process that ends the virtual machines if the
 //!   server dies.
 //!
@@ -52,6 +54,8 @@
 //! come: if nobody kept that, it would read zeroes.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
+#[cfg(feature = "server")]
+mod cloud_hypervisor;
 mod engine;
 mod error;
 #[cfg(feature = "server")]
@@ -77,6 +81,8 @@ mod uffd;
 #[cfg(feature = "server")]
 mod watch;
 
+#[cfg(feature = "server")]
+pub use cloud_hypervisor::{CloudHypervisor, CloudOptions, FaultRequest, Migration, Restored};
 pub use engine::{Prefetch, Vm, VmOptions, VmRegion};
 pub use error::ServeError;
 #[cfg(feature = "server")]

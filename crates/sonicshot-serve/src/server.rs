@@ -301,7 +301,7 @@ impl Shared {
                 session.held.release();
                 tracing::info!("ended");
             }
-            End::Stopped => tracing::info!("stopped"),
+            End::Stopped | End::Complete => tracing::info!("stopped"),
         }
         if let (Some(recorder), Some(path)) = (&self.options.vm.recorder, &self.options.record) {
             match recorder.write(path) {
@@ -499,10 +499,10 @@ impl Drop for Counted {
 }
 
 /// A virtual machine that is counted among those that run.
-struct Running<'m>(&'m Metrics);
+pub(crate) struct Running<'m>(&'m Metrics);
 
 impl<'m> Running<'m> {
-    fn new(metrics: &'m Metrics) -> Self {
+    pub fn new(metrics: &'m Metrics) -> Self {
         metrics.began();
         Self(metrics)
     }

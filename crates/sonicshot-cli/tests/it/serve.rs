@@ -164,6 +164,11 @@ fn what_cannot_be_served_is_told_before_anything_is_made() {
         (vec![text(&raw), "--owner", "root"], 2, "--owner"),
         (vec![text(&none)], 1, "none"),
         (vec![text(&raw), "--format", "elf"], 3, "format elf"),
+        (
+            vec![text(&raw), "--cloud-hypervisor", "x"],
+            2,
+            "cannot be used with",
+        ),
     ] {
         let run = sonicshot(&[&["serve", "--socket", text(&socket)], &args[..]].concat());
         let said = stderr(&run);
@@ -171,4 +176,57 @@ fn what_cannot_be_served_is_told_before_anything_is_made() {
         assert!(said.contains(words), "{args:?}: {said}");
         assert!(!socket.exists());
     }
+}
+
+/// A snapshot that Cloud Hypervisor's protocol cannot be spoken with says what it lacks, whoever
+/// listens.
+#[test]
+fn what_cloud_hypervisor_needs_is_told_before_anybody_is_spoken_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let sonic = folder.path().join("guest.sonic");
+    let run = sonicshot(&["save", text(&raw), "-o", text(&sonic)]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let plain = folder.path().join("plain");
+    fs::create_dir(&plain).unwrap();
+    for name in ["config.json", "state.json", "memory-ranges"] {
+        fs::write(plain.join(name), "{}").unwrap();
+    }
+    let listener = folder.path().join("cloud");
+    let socket = std::os::unix::net::UnixListener::bind(&listener).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    for (path, words) in [
+        (&raw, "memory alone"),
+        (&sonic, "lacks the blob cloud-hypervisor-config"),
+        (&plain, "`vm.snapshot` wrote"),
+    ] {
+        let run = sonicshot(&["serve", text(path), "--cloud-hypervisor", text(&listener)]);
+        let said = stderr(&run);
+        assert_eq!(run.status.code(), Some(3), "{said}");
+        assert!(said.contains(words), "{said}");
+        assert!(socket.accept().is_err());
+    }
+    // One of another guest.
+    let config = folder.path().join("config");
+    let state = folder.path().join("state");
+    let slot = "{\"slot\":0,\"gpa\":0,\"size\":4096,\"zone_id\":\"mem0\",\"file_offset\":0}";
+    let of_another = format!(
+        "{{\"vm_config\":{{\"memory\":{{}}}},\"common_cpuid\":[],\
+         \"memory_manager_data\":{{\"guest_ram_mappings\":[{slot}]}}}}"
+    );
+    fs::write(&config, of_another).unwrap();
+    fs::write(&state, "{}").unwrap();
+    let blobs = [
+        format!("cloud-hypervisor-config={}", text(&config)),
+        format!("cloud-hypervisor-state={}", text(&state)),
+    ];
+    let other = folder.path().join("other.sonic");
+    let save = ["save", text(&raw), "-o", text(&other), "--blob"];
+    let run = sonicshot(&[&save[..], &[&blobs[0], "--blob", &blobs[1]]].concat());
+    assert!(run.status.success(), "{}", stderr(&run));
+    let run = sonicshot(&["serve", text(&other), "--cloud-hypervisor", text(&listener)]);
+    let said = stderr(&run);
+    assert_eq!(run.status.code(), Some(3), "{said}");
+    assert!(said.contains("different guests"), "{said}");
+    assert!(socket.accept().is_err());
 }

@@ -1,5 +1,6 @@
 //! The thread of one virtual machine.
 
+use super::asks::{Asked, Asks};
 use super::control::Control;
 use super::plan::{Part, Plan, Turn};
 use super::region::{Region, VmRegion};
@@ -39,6 +40,12 @@ pub(crate) enum End {
     Stopped,
     /// The process whose memory it was has ended.
     Ended,
+    /// Who asks for pages has all of them, and asks no more.
+    #[cfg_attr(
+        not(feature = "server"),
+        expect(dead_code, reason = "only a server has such peers")
+    )]
+    Complete,
     /// A page could not be brought in, and the process was ended.
     #[cfg_attr(
         not(feature = "server"),
@@ -62,6 +69,7 @@ enum Next {
     Again,
     Wait(Option<Duration>),
     Ended,
+    Complete,
 }
 
 struct Fault {
@@ -78,6 +86,10 @@ pub(crate) struct Machine {
     control: Arc<Control>,
     /// The process whose memory it is, if it is not this one.
     peer: Option<Arc<OwnedFd>>,
+    /// Who asks for pages in words. The memory is then mapped here too, where nobody touches it.
+    asks: Option<Box<dyn Asks>>,
+    /// What is left of what was asked, and since when.
+    asked: Option<(GpaRange, Instant)>,
     pending: VecDeque<Fault>,
     /// Whether faults came that were not held.
     dropped: bool,
@@ -123,6 +135,8 @@ impl Machine {
             options,
             control,
             peer,
+            asks: None,
+            asked: None,
             pending: VecDeque::new(),
             dropped: false,
             events: Vec::new(),
@@ -132,6 +146,13 @@ impl Machine {
             buffer: Vec::new(),
             page: Vec::new(),
         })
+    }
+
+    /// Has pages placed for who asks for them, and not for faults.
+    #[cfg(feature = "server")]
+    pub fn asked_by(mut self, asks: Box<dyn Asks>) -> Self {
+        self.asks = Some(asks);
+        self
     }
 
     /// Serves until it is told to stop, or the process has ended.
@@ -157,6 +178,7 @@ impl Machine {
                     }
                 }
                 Ok(Next::Ended) => break End::Ended,
+                Ok(Next::Complete) => break End::Complete,
                 Err(error) => {
                     if let Some(error) = self.fail(error) {
                         break End::Failed(error);
@@ -192,14 +214,105 @@ impl Machine {
             self.readable = true;
             return Ok(Next::Again);
         }
+        if let Some(next) = self.serve_asked()? {
+            return Ok(next);
+        }
         match self.plan.turn() {
             Turn::Now => self.prefetch(),
             Turn::In(limit) => Ok(Next::Wait(Some(limit))),
-            Turn::Never if self.plan.is_everything() && !self.control.outcome().complete => {
+            // Who asks will ask for what is zero too.
+            Turn::Never
+                if self.plan.is_everything()
+                    && self.asks.is_none()
+                    && !self.control.outcome().complete =>
+            {
                 self.let_go()
             }
             Turn::Never => Ok(Next::Wait(None)),
         }
+    }
+
+    /// Places the pages that are asked for. It does not make a prefetch stand back: most are asked
+    /// for because nobody waits for any.
+    fn serve_asked(&mut self) -> Result<Option<Next>, ServeError> {
+        let Some(asks) = &mut self.asks else {
+            return Ok(None);
+        };
+        if self.asked.is_none() {
+            match asks.next()? {
+                Asked::Nothing => return Ok(None),
+                Asked::Closed => return self.closed().map(Some),
+                Asked::Pages(range) => self.asked = Some((range, Instant::now())),
+            }
+        }
+        while let Some((range, since)) = self.asked {
+            if range.is_empty() {
+                self.options.metrics.fault(since.elapsed());
+                self.asked = None;
+                if let Some(asks) = &mut self.asks {
+                    asks.answer()?;
+                }
+                break;
+            }
+            let (number, page) = self.asked_page(range)?;
+            match self.fault(number, page)? {
+                Step::Again => {}
+                Step::Done => {
+                    let len = self.regions.get(number).map(|region| region.page);
+                    let next = len.and_then(|len| range.start().checked_add(len));
+                    let next = next.unwrap_or(range.end()).min(range.end());
+                    self.asked = Some((GpaRange::new(next, range.end()), since));
+                }
+                Step::Removing => return Ok(Some(self.let_them_be())),
+                Step::Ended => return Ok(Some(Next::Ended)),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Where the first page of what is asked for is; refused if it is not all whole pages of one
+    /// region.
+    fn asked_page(&self, range: GpaRange) -> Result<(usize, u64), ServeError> {
+        let inside = |region: &Region| region.guest.intersection(&range) == range;
+        let mut regions = (0..).zip(&self.regions);
+        let found = regions.find(|(_, region)| inside(region));
+        let page = found.and_then(|(number, region)| {
+            let whole = |at: Gpa| {
+                let inside = at.offset_from(region.guest.start())?;
+                inside.is_multiple_of(region.page).then_some(())
+            };
+            whole(range.start())?;
+            whole(range.end())?;
+            Some((number, region.host(range.start())?))
+        });
+        page.ok_or(ServeError::Asked {
+            at: range.start(),
+            len: range.len(),
+        })
+    }
+
+    /// Nothing more is asked for. If not all pages were, whoever runs on lacks some, and nobody
+    /// holds on to them.
+    fn closed(&mut self) -> Result<Next, ServeError> {
+        if self.regions.iter().all(Region::is_all_touched) {
+            return Ok(Next::Complete);
+        }
+        // It is ending, or is ended: a process lets go of its files before it has.
+        self.end_peer();
+        tracing::warn!("it asks no more, and had not asked for all of its memory: it must not run");
+        Ok(Next::Ended)
+    }
+
+    /// Ends the process whose memory it is, and waits until it has ended.
+    fn end_peer(&self) {
+        let Some(peer) = &self.peer else { return };
+        if let Err(errno) = pidfd_send_signal(peer, Signal::KILL)
+            && errno != Errno::SRCH
+        {
+            // Its pages stay missing: it waits for ever.
+            tracing::error!("the virtual machine cannot be ended: {errno}");
+        }
+        while self.poll(false, None).is_some() && !self.control.is_stopping() {}
     }
 
     /// Reads what the kernel tells. All that was given back is noted before anything is done for
@@ -272,7 +385,7 @@ impl Machine {
 
     /// What has come of the `userfaultfd`, if that is asked for; `None` if the process has ended.
     fn poll(&self, faults: bool, limit: Option<Duration>) -> Option<PollFlags> {
-        let mut fds = Vec::with_capacity(3);
+        let mut fds = Vec::with_capacity(4);
         fds.push(PollFd::new(&self.control.wake, PollFlags::IN));
         fds.extend(
             self.peer
@@ -282,6 +395,8 @@ impl Machine {
         let uffd = fds.len();
         if faults {
             fds.push(PollFd::new(&*self.uffd, PollFlags::IN));
+            let asks = self.asks.as_ref().map(|asks| asks.fd());
+            fds.extend(asks.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         }
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
         if poll(&mut fds, limit.as_ref()).is_err() {
@@ -313,7 +428,7 @@ impl Machine {
         } else {
             self.bring(number, page, at)?
         };
-        self.tell_occupied(number);
+        self.tell_occupied(number)?;
         let Some(region) = self.regions.get(number) else {
             return Ok(Step::Done);
         };
@@ -333,20 +448,27 @@ impl Machine {
     }
 
     /// Of memory of this process, in which nobody but this thread may put a page in place: a page that
-    /// was there is not the guest's. Another VMM may have written there what it will.
-    fn tell_occupied(&mut self, number: usize) {
-        let Some(region) = self.regions.get_mut(number).filter(|_| self.peer.is_none()) else {
-            return;
+    /// was there is not the guest's. Another VMM may have written there what it will, but not where
+    /// it has to ask for each page first.
+    fn tell_occupied(&mut self, number: usize) -> Result<(), ServeError> {
+        let own = self.peer.is_none();
+        let told = own || self.asks.is_some();
+        let Some(region) = self.regions.get_mut(number).filter(|_| told) else {
+            return Ok(());
         };
         if let Some(host) = region.occupied.take()
             && let Some(gpa) = region.gpa(host)
         {
             let at = HostAddress::new(host);
+            let error = ServeError::Occupied { at, gpa };
+            if !own {
+                return Err(error);
+            }
             self.control.tell(|outcome| {
-                let error = ServeError::Occupied { at, gpa };
                 outcome.error.get_or_insert(Arc::new(error));
             });
         }
+        Ok(())
     }
 
     /// Brings in a page that the source has, and what comes with it.
@@ -485,6 +607,7 @@ impl Machine {
             };
             let step = match self.fetch(number, host, range, part) {
                 Ok(step) => step,
+                Err(error @ ServeError::Occupied { .. }) => return Err(error),
                 Err(error) => {
                     // The guest may never ask for it.
                     tracing::error!("prefetch ends: {}", error.with_causes());
@@ -567,7 +690,7 @@ impl Machine {
             }
             _ => self.assemble(number, host, one, Wake::No)?,
         };
-        self.tell_occupied(number);
+        self.tell_occupied(number)?;
         Ok(match placed {
             Placed::Removing => Step::Removing,
             Placed::Ended => Step::Ended,
@@ -601,14 +724,8 @@ impl Machine {
         self.control.tell(|outcome| {
             outcome.error.get_or_insert(told);
         });
-        if let Some(peer) = &self.peer {
-            if let Err(errno) = pidfd_send_signal(peer, Signal::KILL)
-                && errno != Errno::SRCH
-            {
-                // Its pages stay missing: it waits for ever.
-                tracing::error!("the virtual machine cannot be ended: {errno}");
-            }
-            while self.poll(false, None).is_some() && !self.control.is_stopping() {}
+        if self.peer.is_some() {
+            self.end_peer();
             return Some(error);
         }
         // What was given back is not known any more: no page may follow.

@@ -7,11 +7,14 @@
 //! and when it is given back; a page whose bit is set and that is missing reads as zero. So no
 //! page comes from the source twice, and none after it was given back.
 
+mod asks;
 mod control;
 mod machine;
 mod plan;
 mod region;
 
+#[cfg(feature = "server")]
+pub(crate) use self::asks::{Asked, Asks};
 pub(crate) use self::control::Control;
 #[cfg(feature = "server")]
 pub(crate) use self::machine::End;

@@ -181,6 +181,12 @@ impl Region {
         word.is_none_or(|word| word & (1 << (number & 63)) != 0)
     }
 
+    /// Whether the source will not be asked for any page any more.
+    pub fn is_all_touched(&self) -> bool {
+        let set = self.touched.iter().map(|word| u64::from(word.count_ones()));
+        set.fold(0, u64::saturating_add) == self.guest.len() >> self.shift
+    }
+
     /// Marks what was given back. Returns how many bytes of it are here.
     ///
     /// The kernel gives back whole pages: if these are no such, the size that was said was wrong,

@@ -4,6 +4,8 @@ mod checkpoint;
 mod memory;
 #[cfg(feature = "server")]
 mod open;
+#[cfg(feature = "server")]
+mod slots;
 
 pub use self::checkpoint::CheckpointSource;
 pub use self::memory::MemorySource;

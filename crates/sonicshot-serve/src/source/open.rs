@@ -1,6 +1,8 @@
 //! From a path to a source.
 
+use super::slots::Slots;
 use super::{CheckpointSource, MemorySource, PageSource};
+use crate::cloud_hypervisor::CONFIG_FILE;
 use crate::error::ServeError;
 use crate::metrics::Metrics;
 use crate::set::PageSet;
@@ -34,7 +36,7 @@ impl core::fmt::Debug for OpenedSource {
 }
 
 /// Opens what `path` names: a checkpoint, a whole or pruned raw file, a mapped-ram file, the
-/// folder of a VMM's snapshot, or whatever else `sonicshot` reads. Of a checkpoint at most `cache`
+/// folder of a VMM's snapshot (also one with a file for each slot of Cloud Hypervisor's), or whatever else `sonicshot` reads. Of a checkpoint at most `cache`
 /// bytes are kept decompressed.
 ///
 /// # Errors
@@ -54,6 +56,10 @@ pub fn open_source(
         let source = CheckpointSource::new(reader, cache, metrics);
         let source = Arc::new(source.checked_by(unchanged(path, before)));
         return Ok(OpenedSource { source, set });
+    }
+    if path.join(CONFIG_FILE).is_file() {
+        let source = Arc::new(Slots::open(path, options)?);
+        return Ok(OpenedSource { source, set: None });
     }
     let memory = Snapshot::open(path, options)?.guest_memory()?;
     let source = MemorySource::new(memory);

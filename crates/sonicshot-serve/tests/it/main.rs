@@ -10,6 +10,7 @@
     reason = "tests may stop anywhere"
 )]
 
+mod cloud;
 mod guest;
 mod own;
 mod refused;
