@@ -367,6 +367,7 @@ fn hint_of_qemu(error: &QemuError) -> Option<&'static str> {
 const OR_FORCE: &str = "give another name, or --force to write over it";
 const OR_RAW: &str =
     "if it is a guest's memory and nothing else, whatever it begins with: --format raw";
+const TAKE_ANOTHER: &str = "the file is damaged or was cut short: take another copy of it";
 const NO_KERNEL_NEEDED: &str =
     "prune --drop zero leaves out pages of zeroes alone, and needs no kernel";
 const SAY_LAYOUT: &str = "say where RAM lies with --layout";
@@ -435,8 +436,10 @@ fn hint_of_dump(error: &DumpError) -> Option<&'static str> {
              was sent may have come several times"
         }
         DumpError::NotAStream { .. } => "give a file: -o OUT",
-        DumpError::Compressed { .. } => {
-            "the file is damaged or was cut short: take another copy of it"
+        DumpError::Compressed { .. } => TAKE_ANOTHER,
+        DumpError::Malformed { what, .. } if what.ends_with("truncated") => TAKE_ANOTHER,
+        DumpError::SegmentsDisagree { .. } => {
+            "dump the guest again while it is stopped: its memory changed while this was written"
         }
         DumpError::NoBlock { .. } => {
             "name the blocks as the file does: --layout BLOCK=START-END,...;BLOCK=..."

@@ -66,10 +66,13 @@ pub(crate) fn size(bytes: u64) -> String {
     ByteSize(bytes).to_string()
 }
 
-/// The same for a program: MiB, with one decimal.
-#[allow(clippy::cast_precision_loss, reason = "one decimal is shown")]
+/// The same for a program, in MiB: exact, of pages and of as much memory as there is.
+#[allow(
+    clippy::cast_precision_loss,
+    reason = "a number of pages has less than 52 bits"
+)]
 pub(crate) fn mib(bytes: u64) -> f64 {
-    (bytes as f64 / f64::from(1 << 20) * 10.0).round() / 10.0
+    bytes as f64 / f64::from(1 << 20)
 }
 
 /// Pages by what they are, as people read them: `free_buddy 65,984, zero 12`.

@@ -216,6 +216,12 @@ impl Dump {
         self.format.incomplete()
     }
 
+    /// Whether what the dump does not have may have been zeroes: whoever wrote it left out both.
+    #[must_use]
+    pub fn absent_may_be_zero(&self) -> bool {
+        self.format.absent_may_be_zero()
+    }
+
     /// The VMCOREINFO text that the dump carries beside the memory, if it does.
     #[must_use]
     pub fn vmcoreinfo(&self) -> Option<&[u8]> {

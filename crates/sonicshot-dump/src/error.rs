@@ -2,7 +2,8 @@
 
 use crate::{DumpFormat, LayoutSpec, SizeLimit};
 use sonicshot::{
-    Architecture, ClassSet, FileOffset, FileStamp, Gpa, LayoutError, MemoryError, PageClass, Pfn,
+    Architecture, ClassSet, FileOffset, FileStamp, Gpa, GpaRange, LayoutError, MemoryError,
+    PageClass, Pfn,
 };
 use std::fmt;
 use std::io;
@@ -46,6 +47,25 @@ pub enum DumpError {
         number: u64,
         /// The value found there.
         value: u64,
+    },
+    /// Two segments of an ELF core hold different bytes for the same memory.
+    #[error(
+        "{}: segments {first} and {second} both hold guest memory {both} ({} bytes), and differ at \
+         {at}: which of them is the guest's nothing says",
+        path.display(),
+        both.len()
+    )]
+    SegmentsDisagree {
+        /// The file.
+        path: PathBuf,
+        /// The number of the one, the first being 0,
+        first: usize,
+        /// and of the other.
+        second: usize,
+        /// Where they differ first.
+        at: Gpa,
+        /// What both of them hold.
+        both: GpaRange,
     },
     /// The compressed content is damaged or cut short.
     #[error("{} cannot be decompressed", path.display())]

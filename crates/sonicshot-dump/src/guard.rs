@@ -7,7 +7,8 @@ use crate::format::check_holes;
 use crate::layout::is_boot_ram;
 use crate::{Dump, DumpError};
 use sonicshot::{
-    ClassSet, DropClasses, Gpa, GpaRange, GuestMemory, PageClass, PageMap, Pfn, PfnRange, PrunePlan,
+    ClassSet, Disposition, DropClasses, Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, Pfn,
+    PfnRange, PrunePlan, PrunePolicy,
 };
 use sonicshot_vmi::{Analysis, Knowledge};
 
@@ -214,6 +215,8 @@ pub struct CheckedPlan<'d> {
     wanted: PrunePlan,
     /// What of that the format can drop.
     goes: PrunePlan,
+    /// What of that the guest uses.
+    given_up: PrunePlan,
 }
 
 impl<'d> CheckedPlan<'d> {
@@ -262,7 +265,16 @@ impl<'d> CheckedPlan<'d> {
         let mut guest = guest.clone();
         keep_in_doubt(dump, &mut guest, doubts);
         let classes = dump.leaves_out(classes);
-        Ok(Self::of(dump, guest.plan(&DropClasses(classes))))
+        let given_up = |page| match ClassSet::DEFAULT_DROP.takes(page) {
+            true => Disposition::Keep,
+            false => DropClasses(classes).decide(page),
+        };
+        let given_up = dump.restorable(&guest.plan(&given_up));
+        let plan = guest.plan(&DropClasses(classes));
+        Ok(Self {
+            given_up,
+            ..Self::of(dump, plan)
+        })
     }
 
     /// A plan that nothing was checked of: for tests of formats, whose files hold no guest.
@@ -275,7 +287,14 @@ impl<'d> CheckedPlan<'d> {
 
     pub(crate) fn of(dump: &'d Dump, wanted: PrunePlan) -> Self {
         let goes = dump.restorable(&wanted);
-        Self { dump, wanted, goes }
+        let map = PageMap::new(dump.layout(), wanted.page_size());
+        let given_up = PrunePlan::new(&map, &|_| Disposition::Keep, Fill::Zero);
+        Self {
+            dump,
+            wanted,
+            goes,
+            given_up,
+        }
     }
 
     /// What is pruned.
@@ -289,6 +308,11 @@ impl<'d> CheckedPlan<'d> {
     #[must_use]
     pub fn wanted(&self) -> &PrunePlan {
         &self.wanted
+    }
+
+    /// What goes although the guest uses it: what is written cannot run.
+    pub(crate) fn given_up(&self) -> &PrunePlan {
+        &self.given_up
     }
 
     /// What goes: of that, what the format can [restore](Dump::restores).

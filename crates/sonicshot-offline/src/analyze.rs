@@ -127,6 +127,7 @@ fn lacking(dump: &Dump, analysis: &Analysis) -> Option<Note> {
     (pages > 0).then(|| Note::Absent {
         bytes: pages.saturating_mul(page_size),
         in_use: analysis.absent_in_use().saturating_mul(page_size),
+        may_be_zero: dump.absent_may_be_zero(),
         why: dump.incomplete(),
     })
 }

@@ -63,6 +63,8 @@ pub enum Note {
         bytes: u64,
         /// How much of that the guest uses, as far as its kernel says.
         in_use: u64,
+        /// Whether they may have been zeroes, which whoever wrote it left out too.
+        may_be_zero: bool,
         /// Why, if that is known.
         why: Option<Incomplete>,
     },
@@ -117,11 +119,22 @@ impl Note {
             Self::AbsentFilled { .. } => f.write_str(": they are zeroes in the output"),
             Self::AbsentKept { .. } => f.write_str(", nor in the output"),
             Self::Absent { in_use: 0, .. } => f.write_str(", none of which the guest uses"),
-            Self::Absent { in_use, .. } => write!(
-                f,
-                ", {} of which the guest uses: it cannot run from this",
-                ByteSize(*in_use)
-            ),
+            Self::Absent {
+                in_use,
+                may_be_zero,
+                ..
+            } => {
+                let unless = if *may_be_zero {
+                    ", unless all of them were zeroes"
+                } else {
+                    ""
+                };
+                let in_use = ByteSize(*in_use);
+                write!(
+                    f,
+                    ", {in_use} of which the guest uses: it cannot run from this{unless}"
+                )
+            }
             _ => Ok(()),
         }
     }

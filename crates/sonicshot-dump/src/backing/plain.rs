@@ -24,6 +24,20 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 /// reading.
 const MAX_FILE_EXTENTS: usize = 1 << 20;
 
+/// A pruned dump holds at least its guest's struct pages, a 64th of its memory; every frame of
+/// memory costs the reader a few bytes, so that a short file must not claim a lot of it.
+const MAX_SPARSENESS: u64 = 256;
+/// Memory that any file may claim: 64 MiB.
+const SMALL: u64 = 64 << 20;
+
+/// Whether a file of `file_len` bytes may be of that much memory.
+pub(crate) fn may_claim(claimed: u64, file_len: u64) -> bool {
+    claimed
+        <= file_len
+            .saturating_mul(MAX_SPARSENESS)
+            .saturating_add(SMALL)
+}
+
 /// A stretch of guest RAM and where its bytes are in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Extent {
@@ -47,6 +61,8 @@ pub(crate) struct PlainDump {
     layout: RamLayout,
     /// Sorted by guest address, disjoint.
     extents: Vec<Extent>,
+    /// What of the guest's RAM the file should have, and does not: sorted, none of which touch.
+    absent: Vec<GpaRange>,
     /// Instead of them where each page lies for itself.
     scattered: Option<Scattered>,
     /// Whether the format itself says which pages hold data, so that the file system need not be
@@ -127,10 +143,28 @@ impl PlainDump {
             content,
             layout,
             extents: Vec::new(),
+            absent: Vec::new(),
             scattered: None,
             data: OnceLock::new(),
             guest_data: OnceLock::new(),
         })
+    }
+
+    /// The same of which the file does not have `absent`, ranges of RAM in any order.
+    pub(crate) fn lacking(mut self, absent: Vec<GpaRange>) -> Self {
+        self.absent = joined(absent);
+        self
+    }
+
+    /// What of the guest's RAM the file does not have: sorted, none of which touch.
+    pub(crate) fn absent(&self) -> &[GpaRange] {
+        &self.absent
+    }
+
+    /// The first range that the file does not have and that ends above `at`.
+    fn absent_from(&self, at: Gpa) -> Option<GpaRange> {
+        let before = self.absent.partition_point(|range| range.end() <= at);
+        self.absent.get(before).copied()
     }
 
     /// Every page that is in the file is taken for data.
@@ -267,21 +301,15 @@ impl PlainDump {
             // Extents may be of the same bytes: then each cannot have all of their stretches.
             let most = data
                 .map_or(0, <[_]>::len)
-                .saturating_add(self.extents.len());
-            let mut found: Vec<GpaRange> = Vec::new();
+                .saturating_add(self.extents.len())
+                .saturating_add(self.absent.len());
+            let mut found: Vec<GpaRange> = self.absent.clone();
             for extent in self.extents.iter().filter(|extent| extent.offset.is_some()) {
                 let parts = data.filter(|_| found.len() < most);
                 let parts = parts.and_then(|data| data_of(extent, data));
-                for part in parts.unwrap_or_else(|| vec![extent.guest]) {
-                    match found.last_mut() {
-                        Some(last) if last.end() == part.start() => {
-                            *last = GpaRange::new(last.start(), part.end());
-                        }
-                        _ => found.push(part),
-                    }
-                }
+                found.extend(parts.unwrap_or_else(|| vec![extent.guest]));
             }
-            found
+            joined(found)
         })
     }
 
@@ -324,6 +352,22 @@ impl PlainDump {
     }
 }
 
+/// The same ranges, sorted, those that touch as one.
+pub(crate) fn joined(mut ranges: Vec<GpaRange>) -> Vec<GpaRange> {
+    ranges.retain(|range| !range.is_empty());
+    ranges.sort_unstable();
+    let mut joined: Vec<GpaRange> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if last.end() >= range.start() => {
+                *last = GpaRange::new(last.start(), last.end().max(range.end()));
+            }
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
 /// What of `extent` lies in the stretches `data` of its file; `None` if that cannot be told.
 fn data_of(extent: &Extent, data: &[FileRange]) -> Option<Vec<GpaRange>> {
     let file = extent.file()?;
@@ -363,6 +407,11 @@ impl GuestMemory for PlainDump {
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         let range = GpaRange::with_len(at, buf.len() as u64).unwrap_or(GpaRange::new(at, at));
         let not_ram = || MemoryError::NotRam { range };
+        if let Some(absent) = self.absent_from(at)
+            && absent.start() < range.end()
+        {
+            return Err(MemoryError::Absent { range });
+        }
         let mut at = at;
         let mut rest = buf;
         while !rest.is_empty() {
@@ -402,6 +451,13 @@ impl GuestMemory for PlainDump {
         let next = data.get(next)?;
         let here = GpaRange::new(next.start().max(at), next.end().min(region.end()));
         (!here.is_empty()).then_some(here)
+    }
+
+    fn next_absent(&self, at: Gpa) -> Result<Option<GpaRange>, MemoryError> {
+        let region = self.layout.region_of(at);
+        let rest = region.map(|region| GpaRange::new(at, region.end()));
+        let absent = rest.and_then(|rest| Some(self.absent_from(at)?.intersection(&rest)));
+        Ok(absent.filter(|absent| !absent.is_empty()))
     }
 
     fn prefers_read(&self) -> bool {

@@ -14,6 +14,8 @@ use std::fs::File;
 pub(crate) struct Copying<'a> {
     /// What goes: nothing that the format cannot drop.
     pub goes: &'a PrunePlan,
+    /// What of that the guest uses: its content is given up.
+    pub given_up: &'a PrunePlan,
     pub output: &'a Output,
     pub stats: &'a mut PruneStats,
     pub progress: Progress<'a>,

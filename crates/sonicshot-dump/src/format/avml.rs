@@ -5,13 +5,14 @@
 //! nothing is recorded there may be RAM that is zero, or no RAM.
 
 use crate::DumpError;
+use crate::Incomplete;
 use crate::backing::Stored;
 use crate::backing::paged::BlockCache;
-use crate::backing::plain::check_content;
 #[cfg(test)]
 use crate::backing::plain::open_content;
+use crate::backing::plain::{check_content, may_claim};
 use crate::format::kind::{Format, Kind, Source, boxed};
-use crate::format::lime::{HEADER_LEN, Record};
+use crate::format::lime::{HEADER_LEN, Record, cut_header, is_zero_from};
 use sonicshot::{
     Bytes, FileBytes, FileContent, FileOffset, FileRange, Gpa, GpaRange, GuestMemory, MemoryError,
     RamLayout,
@@ -54,6 +55,11 @@ impl Format for AvmlDump {
     fn stored(&self) -> &dyn Stored {
         &self.0
     }
+
+    fn incomplete(&self) -> Option<Incomplete> {
+        let (len, need) = (self.0.content.len(), self.0.cut?.need.raw());
+        Some(Incomplete::CutOff { len, need })
+    }
 }
 
 /// The memory in an AVML dump.
@@ -63,7 +69,18 @@ pub(crate) struct AvmlFile {
     layout: RamLayout,
     /// Sorted by guest address, disjoint.
     chunks: Vec<Chunk>,
+    /// Where the file is cut off, if it is.
+    cut: Option<Cut>,
     cache: BlockCache<FileOffset>,
+}
+
+/// Where a file is cut off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Cut {
+    /// Where it should end at least.
+    need: FileOffset,
+    /// What its last record should have, and does not.
+    lost: GpaRange,
 }
 
 /// A stretch of RAM that is compressed by itself.
@@ -84,21 +101,21 @@ impl AvmlFile {
 
     /// Makes the index of the file.
     pub(crate) fn parse(path: &Path, content: FileContent) -> Result<Self, DumpError> {
-        let mut chunks = chunks_of(path, content.bytes())?;
+        let (mut chunks, cut) = chunks_of(path, content.bytes())?;
         chunks.sort_unstable_by_key(|chunk| chunk.guest);
-        let layout =
-            RamLayout::new(chunks.iter().map(|chunk| chunk.guest).collect()).map_err(|source| {
-                DumpError::Layout {
-                    path: path.to_owned(),
-                    source,
-                }
-            })?;
+        let lost = cut.map(|cut| cut.lost).filter(|lost| !lost.is_empty());
+        let ranges = chunks.iter().map(|chunk| chunk.guest).chain(lost).collect();
+        let layout = RamLayout::new(ranges).map_err(|source| DumpError::Layout {
+            path: path.to_owned(),
+            source,
+        })?;
         let block = usize::try_from(MAX_CHUNK).unwrap_or(CACHE);
         Ok(Self {
             path: path.to_owned(),
             content,
             layout,
             chunks,
+            cut,
             cache: BlockCache::new(CACHE, block),
         })
     }
@@ -156,6 +173,10 @@ impl GuestMemory for AvmlFile {
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         let range = GpaRange::with_len(at, buf.len() as u64).unwrap_or(GpaRange::new(at, at));
         let not_ram = || MemoryError::NotRam { range };
+        let lost = self.cut.map(|cut| cut.lost.intersection(&range));
+        if lost.is_some_and(|lost| !lost.is_empty()) {
+            return Err(MemoryError::Absent { range });
+        }
         let mut at = at;
         let mut rest = buf;
         while !rest.is_empty() {
@@ -193,6 +214,14 @@ impl GuestMemory for AvmlFile {
         }
         Ok(())
     }
+
+    fn next_absent(&self, at: Gpa) -> Result<Option<GpaRange>, MemoryError> {
+        let region = self.layout.region_of(at);
+        let rest = region.map(|region| GpaRange::new(at, region.end()));
+        let lost = rest.zip(self.cut);
+        let lost = lost.map(|(rest, cut)| cut.lost.intersection(&rest));
+        Ok(lost.filter(|lost| !lost.is_empty()))
+    }
 }
 
 impl fmt::Debug for AvmlFile {
@@ -204,8 +233,8 @@ impl fmt::Debug for AvmlFile {
     }
 }
 
-/// Finds the chunks of all records, by their headers alone.
-fn chunks_of(path: &Path, data: FileBytes<'_>) -> Result<Vec<Chunk>, DumpError> {
+/// Finds the chunks of all records, by their headers alone, and where the file is cut off.
+fn chunks_of(path: &Path, data: FileBytes<'_>) -> Result<(Vec<Chunk>, Option<Cut>), DumpError> {
     let file_len = data.len() as u64;
     let file_end = FileOffset::new(file_len);
     let mut walk = Walk {
@@ -213,25 +242,29 @@ fn chunks_of(path: &Path, data: FileBytes<'_>) -> Result<Vec<Chunk>, DumpError> 
         data,
         limit: SMALL_CHUNKS.saturating_add(file_len.checked_div(CHUNK_LEN).unwrap_or(0)),
         chunks: Vec::new(),
+        cut: None,
     };
     let mut at = FileOffset::ZERO;
-    while at < file_end {
+    while at < file_end && walk.cut.is_none() {
+        if !walk.chunks.is_empty() {
+            if let Some(need) = cut_header(data, at, &[AVML_MAGIC, LIME_MAGIC]) {
+                let lost = GpaRange::new(Gpa::ZERO, Gpa::ZERO);
+                walk.cut = Some(Cut { need, lost });
+                break;
+            }
+            if is_zero_from(data, at.raw()) {
+                break;
+            }
+        }
         let record = Record::read(path, data, at)?;
-        let cut = || walk.bad("a record beyond the end: truncated", at, record.guest.len());
-        let body = at.checked_add(HEADER_LEN).ok_or_else(cut)?;
+        let beyond = || walk.bad("a record beyond 64 bits", at, record.guest.len());
+        let body = at.checked_add(HEADER_LEN).ok_or_else(beyond)?;
         at = match (record.magic, record.version) {
             (AVML_MAGIC, 2) => walk.stream(record.guest, body)?,
             // Uncompressed: what `avml` writes without --compress is LiME's own format.
             (LIME_MAGIC | AVML_MAGIC, 1) => {
-                let file = FileRange::with_len(body, record.guest.len())
-                    .filter(|file| file.end() <= file_end)
-                    .ok_or_else(cut)?;
-                walk.push(Chunk {
-                    guest: record.guest,
-                    file,
-                    compressed: false,
-                })?;
-                file.end()
+                let file = FileRange::with_len(body, record.guest.len()).ok_or_else(beyond)?;
+                walk.plain(record.guest, file)?
             }
             (AVML_MAGIC | LIME_MAGIC, version) => {
                 return Err(walk.bad("an unknown version of AVML", at, version.into()));
@@ -239,7 +272,8 @@ fn chunks_of(path: &Path, data: FileBytes<'_>) -> Result<Vec<Chunk>, DumpError> 
             (magic, _) => return Err(walk.bad("no AVML record", at, magic.into())),
         };
     }
-    Ok(walk.chunks)
+    walk.check_cut()?;
+    Ok((walk.chunks, walk.cut))
 }
 
 struct Walk<'a> {
@@ -247,6 +281,7 @@ struct Walk<'a> {
     data: FileBytes<'a>,
     limit: u64,
     chunks: Vec<Chunk>,
+    cut: Option<Cut>,
 }
 
 impl Walk<'_> {
@@ -262,25 +297,66 @@ impl Walk<'_> {
         Ok(())
     }
 
+    /// Adds what is there of a record that is not compressed. Returns where the next begins.
+    fn plain(&mut self, guest: GpaRange, file: FileRange) -> Result<FileOffset, DumpError> {
+        let file_end = FileOffset::new(self.data.len() as u64);
+        let there = FileRange::new(file.start(), file.end().min(file_end));
+        let end = guest.start().checked_add(there.len());
+        let beyond = || self.bad("a record beyond 64 bits", file.start(), file.len());
+        let end = end.ok_or_else(beyond)?;
+        if !there.is_empty() {
+            self.push(Chunk {
+                guest: GpaRange::new(guest.start(), end),
+                file: there,
+                compressed: false,
+            })?;
+        }
+        if there.end() < file.end() {
+            self.cut(file.end(), GpaRange::new(end, guest.end()));
+        }
+        Ok(file.end())
+    }
+
+    /// The file ends before `need`, and its record before `lost`. Returns where the next begins.
+    fn cut(&mut self, need: FileOffset, lost: GpaRange) -> FileOffset {
+        self.cut = Some(Cut { need, lost });
+        need
+    }
+
+    /// Refuses a file that is cut off before anything is there, and a short one that claims more
+    /// than it can be of.
+    fn check_cut(&self) -> Result<(), DumpError> {
+        let Some(Cut { need, lost }) = self.cut else {
+            return Ok(());
+        };
+        let all = self.chunks.iter().map(|chunk| chunk.guest.len());
+        let claimed = all.fold(lost.len(), u64::saturating_add);
+        if self.chunks.is_empty() || !may_claim(claimed, self.data.len() as u64) {
+            return Err(self.bad("a record beyond the end: truncated", need, lost.len()));
+        }
+        Ok(())
+    }
+
     /// Walks the stream at `begin`, which holds `guest`. Returns where the next record begins.
     fn stream(&mut self, guest: GpaRange, begin: FileOffset) -> Result<FileOffset, DumpError> {
         let file_end = FileOffset::new(self.data.len() as u64);
         let mut left = guest;
         let mut at = begin;
         while !left.is_empty() {
-            let header = self.data.le_at::<u32>(at.raw());
-            let header = header
-                .ok_or_else(|| self.bad("a stream that is cut off: truncated", at, left.len()))?;
+            let beyond = || self.bad("a stream beyond 64 bits", at, left.len());
+            let head_end = at.checked_add(4).ok_or_else(beyond)?;
+            let Some(header) = self.data.le_at::<u32>(at.raw()) else {
+                return Ok(self.cut(head_end, left));
+            };
             // A byte for the kind, three for the length.
             let [kind, ..] = header.to_le_bytes();
             let len = u64::from(header >> 8);
-            let body = at.checked_add(4);
-            let body = body.and_then(|body| FileRange::with_len(body, len));
-            let body = body
-                .filter(|body| body.end() <= file_end)
-                .ok_or_else(|| self.bad("a chunk beyond the end: truncated", at, len))?;
+            let body = FileRange::with_len(head_end, len).ok_or_else(beyond)?;
             if at == begin && kind != 0xff {
                 return Err(self.bad("no Snappy stream", at, kind.into()));
+            }
+            if body.end() > file_end {
+                return Ok(self.cut(body.end(), left));
             }
             // Data comes after a sum of 4 bytes.
             let data = len.saturating_sub(4);
@@ -314,12 +390,15 @@ impl Walk<'_> {
             at = body.end();
         }
         // Then its length.
-        let cut = || self.bad("a record without its length: truncated", at, guest.len());
-        let length = self.data.le_at::<u64>(at.raw()).ok_or_else(cut)?;
+        let beyond = || self.bad("a stream beyond 64 bits", at, guest.len());
+        let end = at.checked_add(8).ok_or_else(beyond)?;
+        let Some(length) = self.data.le_at::<u64>(at.raw()) else {
+            return Ok(self.cut(end, left));
+        };
         if at.offset_from(begin) != Some(length) {
             return Err(self.bad("a stream of another length than recorded", at, length));
         }
-        at.checked_add(8).ok_or_else(cut)
+        Ok(end)
     }
 
     /// How long a Snappy block says it is: a number in groups of 7 bits, the lowest first. More
@@ -342,7 +421,7 @@ mod tests {
     use super::AvmlFile;
     use crate::DumpError;
     use proptest::prelude::*;
-    use sonicshot::{Gpa, GuestMemory};
+    use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError};
     use std::io::Write;
 
     fn header(file: &mut Vec<u8>, magic: &[u8; 4], version: u32, start: u64, len: usize) {
@@ -419,14 +498,49 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_is_cut_off() {
+    fn what_is_cut_off_is_read_as_far_as_it_goes() {
         let mut file = Vec::new();
-        compressed(&mut file, 0x1000, &pattern(3000, true));
-        compressed(&mut file, 0x8000, &pattern(200, false));
-        let first = open(&file).unwrap().chunks[1].file.start().raw() - 42;
-        for len in 1..file.len() {
-            assert_eq!(open(&file[..len]).is_ok(), len as u64 == first, "{len}");
+        let (text, noise) = (pattern(3000, true), pattern(100_000, false));
+        compressed(&mut file, 0x1000, &text);
+        compressed(&mut file, 0x8000, &noise);
+        let whole = open(&file).unwrap();
+        let chunks: Vec<_> = whole
+            .chunks
+            .iter()
+            .map(|chunk| (chunk.file, chunk.guest))
+            .collect();
+        assert_eq!(chunks.len(), 3);
+        let first_end = chunks[1].0.start().raw() - 42;
+        for len in (1..file.len()).filter(|len| *len < 5000 || len % 7 == 0) {
+            let dump = open(&file[..len]);
+            let there = chunks
+                .iter()
+                .filter(|(file, _)| file.end().raw() <= len as u64);
+            let there = there.clone().count();
+            assert_eq!(dump.is_ok(), there > 0, "{len}");
+            let Ok(dump) = dump else { continue };
+            assert_eq!(dump.chunks.len(), there);
+            assert_eq!(dump.cut.is_none(), len as u64 == first_end, "{len}");
+            check(&dump, 0x1000, &text);
+            let Some(cut) = dump.cut else { continue };
+            assert!(cut.need.raw() > len as u64 && cut.need.raw() <= file.len() as u64);
+            let lost = match (there, dump.layout().region_of(Gpa::new(0x8000))) {
+                (1, Some(region)) => *region,
+                (2, Some(region)) => GpaRange::new(chunks[1].1.end(), region.end()),
+                _ => continue,
+            };
+            assert_eq!(cut.lost, lost, "{len}");
+            assert_eq!(dump.next_absent(Gpa::new(0x8000)).unwrap(), Some(lost));
+            assert_eq!(dump.next_absent(Gpa::new(0x1000)).unwrap(), None);
+            assert!(matches!(
+                dump.read_u32(lost.start()),
+                Err(MemoryError::Absent { .. })
+            ));
         }
+        // Zeroes that a disk in whole blocks adds are no record.
+        file.resize(file.len().next_multiple_of(4096), 0);
+        let dump = open(&file).unwrap();
+        assert_eq!((dump.chunks.len(), dump.cut), (3, None));
     }
 
     proptest! {

@@ -54,7 +54,7 @@ pub(crate) fn processors(
             }
             b"CORE" if note.is_registers() => status.push(note.text),
             b"QEMU" => states.push(note),
-            b"VMCOREINFO" => {}
+            b"VMCOREINFO" | b"SONICSHOT" => {}
             _ => others = true,
         }
     }

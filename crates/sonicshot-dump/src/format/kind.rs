@@ -269,6 +269,11 @@ pub(crate) trait Format: fmt::Debug + Send + Sync {
         None
     }
 
+    /// Whether the pages that it lacks may have been zeroes.
+    fn absent_may_be_zero(&self) -> bool {
+        false
+    }
+
     /// Whether a page of zeroes takes no room though it is there: all of them share one.
     fn shares_zeroes(&self) -> bool {
         false

@@ -2,10 +2,11 @@
 //! range (LiME, `lime.h`: `lime_mem_range_header` version 1).
 
 use crate::DumpError;
+use crate::Incomplete;
 use crate::backing::Stored;
-use crate::backing::plain::{Extent, PlainDump};
+use crate::backing::plain::{Extent, PlainDump, may_claim};
 use crate::format::kind::{Format, Kind, Source, boxed};
-use sonicshot::{Cursor, CutShort, FileBytes, FileOffset, FileRange, Gpa, GpaRange};
+use sonicshot::{Bytes, Cursor, CutShort, FileBytes, FileOffset, FileRange, Gpa, GpaRange};
 use std::path::Path;
 
 pub(crate) const KIND: Kind = Kind::by_magic("lime", &[b"EMiL"], |source| open(source).map(boxed));
@@ -57,11 +58,16 @@ impl Record {
 
 /// A LiME file, mapped.
 #[derive(Debug)]
-struct LimeDump(PlainDump);
+struct LimeDump {
+    mapped: PlainDump,
+    incomplete: Option<Incomplete>,
+}
 
 fn open(source: Source<'_>) -> Result<LimeDump, DumpError> {
-    let extents = extents(source.path, source.data())?;
-    source.mapped(extents).map(LimeDump)
+    let records = Records::read(source.path, source.data())?;
+    let incomplete = records.incomplete(source.len());
+    let mapped = source.mapped(records.extents)?.lacking(records.absent);
+    Ok(LimeDump { mapped, incomplete })
 }
 
 impl Format for LimeDump {
@@ -70,49 +76,113 @@ impl Format for LimeDump {
     }
 
     fn stored(&self) -> &dyn Stored {
-        &self.0
+        &self.mapped
+    }
+
+    fn incomplete(&self) -> Option<Incomplete> {
+        self.incomplete.clone()
     }
 }
 
-/// Where the records of the LiME file `data` lie, sorted. Ranges that overlap are found out by
+/// Where the records of a LiME file lie. Ranges that overlap are found out by
 /// [`PlainDump::new`](crate::backing::plain::PlainDump::new).
-fn extents(path: &Path, data: FileBytes<'_>) -> Result<Vec<Extent>, DumpError> {
-    let file_end = FileOffset::new(data.len() as u64);
-    let mut extents = Vec::new();
-    let mut at = FileOffset::ZERO;
-    while at < file_end {
-        let bad = |what, value| DumpError::malformed(path, what, at, value);
-        // What a disk or a transport in whole blocks adds. No record begins so.
-        if !extents.is_empty() && is_zero_from(data, at.raw()) {
-            break;
+#[derive(Debug, Default)]
+struct Records {
+    extents: Vec<Extent>,
+    /// What of the last record is beyond the end of the file.
+    absent: Vec<GpaRange>,
+    /// Where the file should end at least, if it is cut off.
+    need: Option<FileOffset>,
+}
+
+impl Records {
+    fn read(path: &Path, data: FileBytes<'_>) -> Result<Self, DumpError> {
+        let file_end = FileOffset::new(data.len() as u64);
+        let mut this = Self::default();
+        let mut at = FileOffset::ZERO;
+        while at < file_end && !this.is_end(data, at) {
+            let bad = |what, value| DumpError::malformed(path, what, at, value);
+            let record = Record::read(path, data, at)?;
+            if record.magic != MAGIC {
+                return Err(bad("no LiME record", record.magic.into()));
+            }
+            if record.version != 1 {
+                return Err(bad("an unknown version of LiME", record.version.into()));
+            }
+            let len = record.guest.len();
+            let body = at.checked_add(HEADER_LEN);
+            let body = body.and_then(|body| FileRange::with_len(body, len));
+            let body = body.ok_or_else(|| bad("a record beyond 64 bits", len))?;
+            if this.extents.len() >= MAX_RECORDS {
+                return Err(bad("too many records", MAX_RECORDS as u64));
+            }
+            this.add(record.guest, body, file_end)
+                .ok_or_else(|| bad("a record beyond the end: truncated", len))?;
+            at = body.end();
         }
-        let record = Record::read(path, data, at)?;
-        if record.magic != MAGIC {
-            return Err(bad("no LiME record", record.magic.into()));
-        }
-        if record.version != 1 {
-            return Err(bad("an unknown version of LiME", record.version.into()));
-        }
-        let body = at.checked_add(HEADER_LEN);
-        let body = body
-            .and_then(|body| FileRange::with_len(body, record.guest.len()))
-            .filter(|body| body.end() <= file_end)
-            .ok_or_else(|| bad("a record beyond the end: truncated", record.guest.len()))?;
-        if extents.len() >= MAX_RECORDS {
-            return Err(bad("too many records", MAX_RECORDS as u64));
-        }
-        extents.push(Extent {
-            guest: record.guest,
-            offset: Some(body.start()),
-        });
-        at = body.end();
+        this.extents.sort_unstable_by_key(|extent| extent.guest);
+        Ok(this)
     }
-    extents.sort_unstable_by_key(|extent| extent.guest);
-    Ok(extents)
+
+    /// Whether nothing begins at `at`: zeroes are what a disk or a transport in whole blocks adds,
+    /// the beginning of a header is what is left of one that is cut off.
+    fn is_end(&mut self, data: FileBytes<'_>, at: FileOffset) -> bool {
+        if self.extents.is_empty() {
+            return false;
+        }
+        self.need = cut_header(data, at, &[MAGIC]);
+        self.need.is_some() || is_zero_from(data, at.raw())
+    }
+
+    /// Adds a record, of whose body something must be there.
+    fn add(&mut self, guest: GpaRange, body: FileRange, file_end: FileOffset) -> Option<()> {
+        let there = file_end.offset_from(body.start())?.min(guest.len());
+        let end = guest.start().checked_add(there)?;
+        let is_cut = end < guest.end();
+        if is_cut {
+            let all = self.extents.iter().map(|extent| extent.guest.len());
+            let claimed = all.fold(guest.len(), u64::saturating_add);
+            may_claim(claimed, file_end.raw()).then_some(())?;
+            self.absent.push(GpaRange::new(end, guest.end()));
+            self.need = Some(body.end());
+        }
+        let parts = [
+            (GpaRange::new(guest.start(), end), Some(body.start())),
+            (GpaRange::new(end, guest.end()), None),
+        ];
+        let parts = parts.into_iter().filter(|(guest, _)| !guest.is_empty());
+        self.extents
+            .extend(parts.map(|(guest, offset)| Extent { guest, offset }));
+        let has_any = self.extents.iter().any(|extent| extent.offset.is_some());
+        (!is_cut || has_any).then_some(())
+    }
+
+    /// Why pages are missing, of a file of `len` bytes.
+    fn incomplete(&self, len: u64) -> Option<Incomplete> {
+        let need = self.need?.raw();
+        Some(Incomplete::CutOff { len, need })
+    }
+}
+
+/// Where the header at `at` should end that is cut off, if there is the beginning of one with any of
+/// these magics and no more.
+pub(crate) fn cut_header(
+    data: FileBytes<'_>,
+    at: FileOffset,
+    magics: &[u32],
+) -> Option<FileOffset> {
+    let left = (data.len() as u64).checked_sub(at.raw())?;
+    if left >= HEADER_LEN {
+        return None;
+    }
+    let start = data.part(at.raw(), left.min(4))?.copied()?;
+    let mut magics = magics.iter().map(|magic| magic.to_le_bytes());
+    let begins = magics.any(|magic| magic.starts_with(&start));
+    begins.then(|| at.checked_add(HEADER_LEN)).flatten()
 }
 
 /// Whether there are only zeroes from `at` on.
-fn is_zero_from(data: FileBytes<'_>, at: u64) -> bool {
+pub(crate) fn is_zero_from(data: FileBytes<'_>, at: u64) -> bool {
     let rest = usize::try_from(at).ok().and_then(|at| {
         let len = data.len().checked_sub(at)?;
         data.get(at, len)
@@ -122,11 +192,12 @@ fn is_zero_from(data: FileBytes<'_>, at: u64) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::extents;
+    use super::Records;
     use crate::DumpError;
+    use crate::Incomplete;
     use crate::backing::plain::{PlainDump, open_content};
     use proptest::prelude::*;
-    use sonicshot::{Gpa, GuestMemory};
+    use sonicshot::{Gpa, GpaRange, GuestMemory, MemoryError};
     use std::path::Path;
 
     fn record(file: &mut Vec<u8>, start: u64, data: &[u8]) {
@@ -142,8 +213,8 @@ mod tests {
         let path = folder.path().join("dump.lime");
         std::fs::write(&path, bytes).unwrap();
         let content = open_content(&path)?;
-        let extents = extents(&path, content.bytes())?;
-        PlainDump::new(&path, content, extents)
+        let records = Records::read(&path, content.bytes())?;
+        Ok(PlainDump::new(&path, content, records.extents)?.lacking(records.absent))
     }
 
     /// Records in any order, one of which does not end at a page.
@@ -185,12 +256,54 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_is_cut_off_or_wrong() {
+    fn what_is_cut_off_is_read_as_far_as_it_goes() {
         let file = sample();
+        let (first, second) = (0x2020, 0x2040);
         for len in 1..file.len() {
+            let records = Records::read(Path::new(""), file[..len].into());
+            assert_eq!(records.is_ok(), len > 0x20, "{len:#x}");
+            let Ok(records) = records else { continue };
             // What ends with a whole record cannot be told from a smaller guest's dump.
-            assert_eq!(open(&file[..len]).is_ok(), len == 0x2020, "{len:#x}");
+            assert_eq!(records.need.is_none(), len == first, "{len:#x}");
+            let need = match len {
+                ..0x2020 => first,
+                0x2020..0x2040 => second,
+                _ => file.len(),
+            };
+            if let Some(Incomplete::CutOff { len: at, need: to }) = records.incomplete(len as u64) {
+                assert_eq!((at, to), (len as u64, need as u64));
+            }
+            if len % 97 != 0 {
+                continue;
+            }
+            let dump = open(&file[..len]).unwrap();
+            let lost = |at: u64| dump.next_absent(Gpa::new(at)).unwrap();
+            let (start, end, behind) = match len {
+                ..0x2020 => (0x10_0000, 0x10_2000, len - 0x20),
+                _ => (0x1000, 0x2c00, len.saturating_sub(second)),
+            };
+            let lost = lost(start);
+            let want = (len != first).then(|| Gpa::new(start + behind as u64));
+            match want.filter(|_| !(first..=second).contains(&len)) {
+                Some(want) => {
+                    assert_eq!(lost, Some(GpaRange::new(want, Gpa::new(end))), "{len:#x}");
+                    let last = Gpa::new(want.raw() - 4);
+                    dump.read_u32(last).unwrap();
+                    let beyond = dump.read_u32(Gpa::new(want.raw() - 3));
+                    assert!(matches!(beyond, Err(MemoryError::Absent { .. })));
+                }
+                None => assert_eq!(dump.next_absent(Gpa::new(0x10_0000)).unwrap(), None),
+            }
         }
+        // A short file does not claim whatever it likes.
+        let mut file = sample();
+        file[16..24].copy_from_slice(&(1_u64 << 40).to_le_bytes());
+        assert!(matches!(open(&file), Err(DumpError::Malformed { .. })));
+    }
+
+    #[test]
+    fn refuses_what_is_wrong() {
+        let file = sample();
         let cases: [(usize, u8); 5] = [(0, 0), (4, 2), (15, 0xff), (16, 0), (23, 0xff)];
         for (at, byte) in cases {
             let mut file = file.clone();
@@ -204,7 +317,8 @@ mod tests {
         let mut twice = file.clone();
         record(&mut twice, 0x10_1000, &[3; 0x10]);
         assert!(matches!(open(&twice), Err(DumpError::Layout { .. })));
-        assert!(extents(Path::new(""), (&[][..]).into()).unwrap().is_empty());
+        let nothing = Records::read(Path::new(""), (&[][..]).into()).unwrap();
+        assert!(nothing.extents.is_empty());
     }
 
     proptest! {

@@ -83,6 +83,7 @@ pub(crate) fn copy_kept(dump: &PlainDump, work: Copying<'_>) -> Result<(), DumpE
         output,
         stats,
         progress,
+        ..
     } = work;
     let total = dump.file_len();
     let sized = output.file().set_len(total);

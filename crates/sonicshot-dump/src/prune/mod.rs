@@ -64,6 +64,7 @@ impl CheckedPlan<'_> {
         let output = Output::create(out, &files)?;
         let copied = format.copy(Copying {
             goes: self.goes(),
+            given_up: self.given_up(),
             output: &output,
             stats: &mut stats,
             progress,

@@ -28,6 +28,7 @@ pub(crate) fn copy(stream: &dyn AsStream, work: Copying<'_>) -> Result<(), DumpE
         output,
         stats,
         progress,
+        ..
     } = work;
     stream.count(goes, stats);
     if stream.packed_in().is_none() {

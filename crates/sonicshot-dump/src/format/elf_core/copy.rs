@@ -1,9 +1,11 @@
 //! An ELF core again, without the dropped pages.
 
 use crate::DumpError;
-use crate::backing::plain::PlainDump;
+use crate::backing::plain::{PlainDump, joined};
 use crate::format::ability::Copying;
-use crate::format::elf_core::wire::{self, ElfCore, PT_LOAD, Segment};
+use crate::format::elf_core::mark::{self, Sums};
+use crate::format::elf_core::memory::{common, without};
+use crate::format::elf_core::wire::{self, ElfCore, PT_LOAD, PT_NOTE, Segment};
 use crate::prune::copy::Copier;
 use sonicshot::{FileOffset, FileRange, Gpa, GpaRange, PrunePlan};
 use std::os::unix::fs::FileExt;
@@ -12,11 +14,35 @@ use std::os::unix::fs::FileExt;
 const MAX_SEGMENTS: usize = 0xfffe;
 
 /// One segment of the output, and where its data is in the input.
+#[derive(Clone)]
 struct Piece {
     /// The number of the input's segment that it is a part of.
     source: usize,
     segment: Segment,
     from: FileOffset,
+    /// Its data is not in the input.
+    is_new: bool,
+}
+
+impl Piece {
+    /// Notes of a core that had none.
+    fn of_notes() -> Self {
+        Self {
+            source: usize::MAX,
+            segment: Segment {
+                kind: PT_NOTE,
+                flags: 0,
+                offset: FileOffset::ZERO,
+                vaddr: 0,
+                paddr: 0,
+                file_len: 0,
+                mem_len: 0,
+                align: 4,
+            },
+            from: FileOffset::ZERO,
+            is_new: true,
+        }
+    }
 }
 
 /// Splits a segment at the dropped pages: each piece is data that is kept, followed by memory
@@ -33,6 +59,7 @@ fn split(
             source,
             segment: *segment,
             from: segment.offset,
+            is_new: false,
         });
         return Some(());
     };
@@ -57,6 +84,7 @@ fn split(
                 ..*segment
             },
             from: segment.offset.checked_add(inside)?,
+            is_new: false,
         });
     }
     Some(())
@@ -125,19 +153,21 @@ pub(super) fn copy(dump: &PlainDump, core: &ElfCore, work: Copying<'_>) -> Resul
             return Err(refuse("its segments share the same data many times over"));
         }
     }
-    let (mut pieces, joined) = join_smallest_gaps(pieces, MAX_SEGMENTS);
-    stats.joined = joined;
-    let mut end = lay_out(&mut pieces, ALIGN).ok_or_else(too_many)?;
-    if end.raw() > dump.file_len() {
-        end = lay_out(&mut pieces, 1).ok_or_else(too_many)?;
-    }
-    let segments: Vec<Segment> = pieces.iter().map(|piece| piece.segment).collect();
+    let absent = absent_of(dump, work.given_up);
+    let made;
+    (made, stats.joined) = Made::smallest(dump, core, pieces, &absent).ok_or_else(too_many)?;
+    let segments: Vec<Segment> = made.pieces.iter().map(|piece| piece.segment).collect();
     let head = wire::headers(core.machine, &segments).ok_or_else(too_many)?;
     let writing = || DumpError::io("writing", output.path());
-    output.file().set_len(end.raw()).map_err(writing())?;
+    output.file().set_len(made.end.raw()).map_err(writing())?;
     output.file().write_all_at(&head, 0).map_err(writing())?;
+    let notes = made.notes.iter();
+    for (notes, piece) in notes.zip(made.pieces.iter().filter(|piece| piece.is_new)) {
+        let at = piece.segment.offset.raw();
+        output.file().write_all_at(notes, at).map_err(writing())?;
+    }
     let mut parts = Vec::new();
-    for piece in &pieces {
+    for piece in made.pieces.iter().filter(|piece| !piece.is_new) {
         kept_parts(piece, goes, &mut parts).ok_or_else(contradict)?;
         if parts.len() > MAX_PIECES {
             parts = without_overlaps(parts);
@@ -154,6 +184,120 @@ pub(super) fn copy(dump: &PlainDump, core: &ElfCore, work: Copying<'_>) -> Resul
     }
     stats.cloned_bytes = copier.cloned();
     Ok(())
+}
+
+/// What the output does not have, whatever else it leaves out: what the input did not have, and what
+/// is given up.
+fn absent_of(dump: &PlainDump, given_up: &PrunePlan) -> Vec<GpaRange> {
+    let size = given_up.page_size();
+    let runs = given_up.runs().iter();
+    let given_up = runs.filter_map(|run| run.frames.gpa_range(size));
+    joined(dump.absent().iter().copied().chain(given_up).collect())
+}
+
+/// The segments of the output, each with its place.
+struct Made {
+    pieces: Vec<Piece>,
+    /// The notes, if they are not those of the input.
+    notes: Option<Vec<u8>>,
+    end: FileOffset,
+}
+
+impl Made {
+    /// No larger than the input: where what is left out is less than what says so, it is not.
+    /// Also returns how many gaps were joined.
+    fn smallest(
+        dump: &PlainDump,
+        core: &ElfCore,
+        pieces: Vec<Piece>,
+        absent: &[GpaRange],
+    ) -> Option<(Self, u64)> {
+        let fits = |made: &Self| made.end.raw() <= dump.file_len();
+        // One may have to be added.
+        let has_notes = core.segments.iter().any(|s| s.kind == PT_NOTE);
+        let most = MAX_SEGMENTS.saturating_sub(usize::from(!has_notes));
+        let (pieces, count) = join_smallest_gaps(pieces, most);
+        let made = Self::new(dump, core, pieces.clone(), absent, ALIGN)?;
+        if fits(&made) {
+            return Some((made, count));
+        }
+        let made = Self::new(dump, core, pieces.clone(), absent, 1)?;
+        if fits(&made) {
+            return Some((made, count));
+        }
+        let (pieces, more) = join_smallest_gaps(pieces, core.segments.len());
+        let made = Self::new(dump, core, pieces, absent, 1)?;
+        Some((made, count.saturating_add(more)))
+    }
+
+    fn new(
+        dump: &PlainDump,
+        core: &ElfCore,
+        mut pieces: Vec<Piece>,
+        absent: &[GpaRange],
+        align: u64,
+    ) -> Option<Self> {
+        let notes = match is_told_by_segments(&pieces, absent) {
+            true => None,
+            false => marked_notes(dump, core, &pieces, absent),
+        };
+        if let Some(notes) = &notes {
+            let segment = notes_piece(&mut pieces)?;
+            segment.file_len = notes.len() as u64;
+            // Some write that notes take no memory, others as much as in the file.
+            if segment.mem_len > 0 {
+                segment.mem_len = segment.file_len;
+            }
+        }
+        let end = lay_out(&mut pieces, align)?;
+        Some(Self { pieces, notes, end })
+    }
+}
+
+/// The notes of the input, and what says which memory the output does not have. `None` if they are
+/// too long for that: then all that has no bytes counts as not there.
+fn marked_notes(
+    dump: &PlainDump,
+    core: &ElfCore,
+    pieces: &[Piece],
+    absent: &[GpaRange],
+) -> Option<Vec<u8>> {
+    let notes = match core.segments.iter().any(|s| s.kind == PT_NOTE) {
+        true => core.notes(dump.bytes())?,
+        false => Vec::new(),
+    };
+    let mut loads = pieces.iter().filter(|piece| piece.segment.kind == PT_LOAD);
+    let sums = loads.try_fold(Sums::default(), |sums, piece| {
+        sums.with(piece.segment.file_len, piece.segment.mem_len)
+    })?;
+    let notes = mark::with_absent(&notes, sums, absent)?;
+    wire::may_be_notes(notes.len()).then_some(notes)
+}
+
+/// The segment of the notes that are written anew: the first of the input, or one more.
+fn notes_piece(pieces: &mut Vec<Piece>) -> Option<&mut Segment> {
+    let is_notes = |piece: &Piece| piece.segment.kind == PT_NOTE;
+    let at = match pieces.iter().position(is_notes) {
+        Some(at) => at,
+        None => {
+            pieces.insert(0, Piece::of_notes());
+            0
+        }
+    };
+    let piece = pieces.get_mut(at)?;
+    piece.is_new = true;
+    Some(&mut piece.segment)
+}
+
+/// Whether the memory without bytes is just what is `absent`, so that nothing else has to say so.
+fn is_told_by_segments(pieces: &[Piece], absent: &[GpaRange]) -> bool {
+    let ranges = |of: fn(&Segment) -> Option<GpaRange>| {
+        let ranges = pieces.iter().filter_map(|piece| of(&piece.segment));
+        joined(ranges.collect())
+    };
+    let (all, filled) = (ranges(Segment::guest), ranges(Segment::filled));
+    let empty = without(&all, &filled);
+    empty == common(absent, &all)
 }
 
 /// What goes of the memory that segments have data for, whichever of them: bytes, and stretches.
@@ -186,14 +330,18 @@ struct Moved {
 /// Gives each piece its place in the file, and returns where that ends. What pieces share of the
 /// input they share of the output.
 fn lay_out(pieces: &mut [Piece], align: u64) -> Option<FileOffset> {
+    let mut at = wire::headers_end(pieces.len())?;
+    for new in pieces.iter_mut().filter(|piece| piece.is_new) {
+        new.segment.offset = at;
+        at = at.checked_add(new.segment.file_len)?;
+    }
     let mut sources: Vec<(FileRange, bool)> = Vec::with_capacity(pieces.len());
-    for piece in pieces.iter() {
+    for piece in pieces.iter().filter(|piece| !piece.is_new) {
         let from = FileRange::with_len(piece.from, piece.segment.file_len)?;
         sources.push((from, piece.segment.kind == PT_LOAD));
     }
     sources.retain(|(from, _)| !from.is_empty());
     sources.sort_unstable_by_key(|(from, _)| (from.start(), from.end()));
-    let mut at = wire::headers_end(pieces.len())?;
     let mut moved: Vec<Moved> = Vec::new();
     for (from, is_memory) in sources {
         match moved.last_mut() {
@@ -211,7 +359,7 @@ fn lay_out(pieces: &mut [Piece], align: u64) -> Option<FileOffset> {
             }
         }
     }
-    for piece in pieces {
+    for piece in pieces.iter_mut().filter(|piece| !piece.is_new) {
         let from = piece.from;
         let behind = moved.partition_point(|moved| moved.from.start() <= from);
         let place = behind.checked_sub(1).and_then(|index| moved.get(index));

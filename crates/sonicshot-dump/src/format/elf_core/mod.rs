@@ -2,14 +2,18 @@
 //! for each stretch of RAM.
 
 mod copy;
+mod mark;
+mod memory;
 pub(crate) mod wire;
 
 use crate::DumpError;
+use crate::Incomplete;
 use crate::backing::Stored;
 use crate::backing::plain::PlainDump;
 use crate::format::ability::{ByCopy, Copying};
 use crate::format::core_notes;
 use crate::format::kind::{Format, Kind, Source, boxed};
+use memory::CoreMemory;
 use sonicshot::{Architecture, PageSize, Processors};
 use wire::ElfCore;
 
@@ -37,13 +41,26 @@ pub(crate) fn may_be_ram(start: &[u8], len: u64) -> bool {
 pub(crate) struct ElfDump {
     mapped: PlainDump,
     core: ElfCore,
+    incomplete: Option<Incomplete>,
+    /// Memory without bytes, of which nothing says whether it was zero.
+    leaves_out: bool,
 }
 
 fn open(source: Source<'_>) -> Result<ElfDump, DumpError> {
-    let core = ElfCore::parse(source.path, source.data())?;
-    let extents = core.extents(source.path, source.len())?;
-    let mapped = source.mapped(extents)?;
-    Ok(ElfDump { mapped, core })
+    let mut core = ElfCore::parse(source.path, source.data())?;
+    let memory = CoreMemory::new(source.path, source.data(), &mut core)?;
+    let incomplete = core.cut_before.map(|need| Incomplete::CutOff {
+        len: source.len(),
+        need: need.raw(),
+    });
+    let leaves_out = memory.leaves_out;
+    let mapped = source.mapped(memory.extents)?.lacking(memory.absent);
+    Ok(ElfDump {
+        mapped,
+        core,
+        incomplete,
+        leaves_out,
+    })
 }
 
 impl Format for ElfDump {
@@ -69,6 +86,14 @@ impl Format for ElfDump {
 
     fn processors(&self) -> Processors {
         core_notes::processors(self.notes().as_deref(), self.vmcoreinfo(), &self.mapped)
+    }
+
+    fn incomplete(&self) -> Option<Incomplete> {
+        self.incomplete.clone()
+    }
+
+    fn absent_may_be_zero(&self) -> bool {
+        self.leaves_out
     }
 
     fn by_copy(&self) -> Option<&dyn ByCopy> {

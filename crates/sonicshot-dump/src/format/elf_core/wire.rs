@@ -4,7 +4,7 @@
 //! section headers before the program headers.
 
 use crate::DumpError;
-use crate::backing::plain::Extent;
+use crate::format::elf_core::mark::Sums;
 use sonicshot::{Architecture, Bytes, FileBytes, FileOffset, FileRange, Gpa, GpaRange};
 use std::path::Path;
 
@@ -19,13 +19,6 @@ pub(crate) const PT_LOAD: u32 = 1;
 pub(crate) const PT_NOTE: u32 = 4;
 /// No dump has a million stretches of RAM.
 const MAX_SEGMENTS: u32 = 1 << 20;
-/// `/proc/kcore` has a handful of segments that overlap.
-const MAX_OVERLAPPING: usize = 1 << 12;
-/// A pruned core holds at least its guest's struct pages, a 64th of its memory; every frame of
-/// memory costs the reader a few bytes, so that a short file must not claim a lot of it.
-const MAX_SPARSENESS: u64 = 256;
-/// Memory that any file may claim: 64 MiB.
-const SMALL: u64 = 64 << 20;
 /// There are a few notes for each processor. What comes after so many is not looked at.
 const MAX_NOTES: u32 = 1 << 16;
 /// The kernel gives VMCOREINFO one page, of 64 KiB at most.
@@ -40,7 +33,7 @@ const MACHINE: FileOffset = FileOffset::new(18);
 const SEGMENTS: FileOffset = FileOffset::new(32);
 const SECTIONS: FileOffset = FileOffset::new(40);
 const SEGMENT_SIZE: FileOffset = FileOffset::new(54);
-const SEGMENT_COUNT: FileOffset = FileOffset::new(56);
+pub(super) const SEGMENT_COUNT: FileOffset = FileOffset::new(56);
 
 /// The processor of that `e_machine`.
 pub(crate) fn machine(path: &Path, number: u16) -> Result<Architecture, DumpError> {
@@ -138,6 +131,13 @@ pub(crate) struct ElfCore {
     pub segments: Vec<Segment>,
     /// The VMCOREINFO text.
     pub vmcoreinfo: Option<Vec<u8>>,
+    /// What the segments of memory come to by their headers.
+    pub(super) sums: Option<Sums>,
+    /// Where the data of the last segment ends, if that is beyond the end of the file. What there
+    /// is of each is in `segments`.
+    pub(super) cut_before: Option<FileOffset>,
+    /// The memory whose bytes would be beyond the end of the file.
+    pub(super) lost: Vec<GpaRange>,
 }
 
 /// A copy of the `len` bytes at `at`. All is read as [`FileBytes`], for somebody may be writing the
@@ -170,20 +170,14 @@ impl Segment {
         number: u64,
     ) -> Result<Self, DumpError> {
         let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
-        let len = data.len() as u64;
         let at = number
             .checked_mul(SEGMENT_LEN as u64)
             .and_then(|offset| table.checked_add(offset));
         let (at, segment) = at
             .and_then(|at| Some((at, Self::read(data, at)?)))
             .ok_or_else(|| bad("a program header beyond the end", table, number))?;
-        let inside = segment.data().is_some_and(|data| data.end().raw() <= len);
-        if segment.file_len > 0 && !inside {
-            return Err(bad(
-                "a segment beyond the end of the file: truncated",
-                at,
-                number,
-            ));
+        if segment.file_len > 0 && segment.data().is_none() {
+            return Err(bad("a segment beyond 64 bits", at, number));
         }
         if segment.guest_len() > 0 && segment.file_len > segment.mem_len {
             return Err(bad(
@@ -219,7 +213,7 @@ impl Segment {
     }
 
     /// How many bytes of guest RAM the segment stands for.
-    fn guest_len(&self) -> u64 {
+    pub(super) fn guest_len(&self) -> u64 {
         // `/proc/kcore` marks memory that is not RAM with an address of all ones.
         if self.kind == PT_LOAD && self.paddr != u64::MAX {
             self.mem_len
@@ -294,14 +288,33 @@ impl ElfCore {
             ));
         }
         let mut segments = Vec::new();
+        let mut sums = Some(Sums::default());
+        let mut lost = Vec::new();
+        let (file_end, mut last_end) = (FileOffset::new(len), FileOffset::ZERO);
         for number in 0..u64::from(count) {
-            segments.push(Segment::of_table(path, data, table, number)?);
+            let mut segment = Segment::of_table(path, data, table, number)?;
+            if segment.kind == PT_LOAD {
+                sums = sums.and_then(|sums| sums.with(segment.file_len, segment.mem_len));
+            }
+            if let Some(stored) = segment.data().filter(|data| !data.is_empty()) {
+                last_end = last_end.max(stored.end());
+                let there = stored.intersection(&FileRange::new(FileOffset::ZERO, file_end));
+                let all = segment.filled();
+                segment.file_len = there.len();
+                let rest = all.zip(segment.filled());
+                let rest = rest.map(|(all, there)| GpaRange::new(there.end(), all.end()));
+                lost.extend(rest.filter(|rest| !rest.is_empty()));
+            }
+            segments.push(segment);
         }
         let vmcoreinfo = find_vmcoreinfo(data, &segments);
         Ok(Self {
             machine,
             segments,
             vmcoreinfo,
+            sums,
+            lost,
+            cut_before: (last_end > file_end).then_some(last_end),
         })
     }
 
@@ -316,102 +329,11 @@ impl ElfCore {
             .then(|| copy_of(data, notes.offset, len))
             .flatten()
     }
-
-    /// The guest's RAM: sorted, disjoint. Where segments overlap, bytes of the file count before
-    /// memory of which a segment says only that it is there, and the first in the file before others.
-    ///
-    /// `file_len` is the length of the file: what it can justify bounds what is believed.
-    pub(crate) fn extents(&self, path: &Path, file_len: u64) -> Result<Vec<Extent>, DumpError> {
-        let mut loads = Vec::new();
-        for (number, segment) in (0_u64..).zip(&self.segments) {
-            if segment.guest_len() > 0 {
-                let guest = segment.guest().ok_or_else(|| DumpError::MalformedItem {
-                    path: path.to_owned(),
-                    what: "the address (beyond 64 bits) of segment",
-                    number,
-                    value: segment.paddr,
-                })?;
-                loads.push((guest, segment));
-            }
-        }
-        // Segments that overlap are rare, and each may cut every other into pieces.
-        let mut order: Vec<_> = loads.iter().map(|(guest, _)| *guest).collect();
-        order.sort_unstable();
-        let are_disjoint = order.is_sorted_by(|a, b| a.end() <= b.start());
-        if are_disjoint {
-            loads.sort_unstable_by_key(|(guest, _)| guest.start());
-        } else if loads.len() > MAX_OVERLAPPING {
-            let count = loads.len() as u64;
-            return Err(DumpError::malformed(
-                path,
-                "too many overlapping segments",
-                SEGMENT_COUNT,
-                count,
-            ));
-        }
-        let mut extents: Vec<Extent> = Vec::new();
-        for (guest, segment) in &loads {
-            let filled = GpaRange::with_len(guest.start(), segment.file_len);
-            let filled = filled.map_or(*guest, |filled| filled.intersection(guest));
-            add_extent(&mut extents, filled, Some(segment.offset));
-            // There may be many: each is added at the end.
-            if are_disjoint {
-                add_extent(&mut extents, *guest, None);
-            }
-        }
-        if !are_disjoint {
-            for (guest, _) in loads {
-                add_extent(&mut extents, guest, None);
-            }
-        }
-        if extents.is_empty() {
-            return Err(DumpError::NotADump {
-                path: path.to_owned(),
-                why: "an ELF core without any RAM",
-            });
-        }
-        let claimed = extents
-            .iter()
-            .fold(0_u64, |sum, extent| sum.saturating_add(extent.guest.len()));
-        if claimed
-            > file_len
-                .saturating_mul(MAX_SPARSENESS)
-                .saturating_add(SMALL)
-        {
-            return Err(DumpError::malformed(
-                path,
-                "segments that claim more memory than the file can be of",
-                SEGMENT_COUNT,
-                claimed,
-            ));
-        }
-        Ok(extents)
-    }
 }
 
-/// Adds what of `guest`, which is at `offset` in the file, is not covered yet; zeroes, if it is not
-/// there.
-fn add_extent(extents: &mut Vec<Extent>, guest: GpaRange, offset: Option<FileOffset>) {
-    let mut gaps = Vec::new();
-    let mut at = guest.start();
-    let first = extents.partition_point(|extent| extent.guest.end() <= guest.start());
-    for extent in extents.iter().skip(first) {
-        if extent.guest.start() >= guest.end() {
-            break;
-        }
-        gaps.push(GpaRange::new(at, extent.guest.start()));
-        at = at.max(extent.guest.end());
-    }
-    gaps.push(GpaRange::new(at, guest.end()));
-    for gap in gaps {
-        if gap.is_empty() {
-            continue;
-        }
-        let inside = gap.start().offset_from(guest.start());
-        let offset = offset.and_then(|offset| offset.checked_add(inside?));
-        let index = extents.partition_point(|e| e.guest.start() < gap.start());
-        extents.insert(index, Extent { guest: gap, offset });
-    }
+/// Whether notes of so many bytes are carried along.
+pub(super) fn may_be_notes(len: usize) -> bool {
+    u32::try_from(len).is_ok_and(|len| len <= MAX_KEPT_NOTES)
 }
 
 /// The text of the note `VMCOREINFO` in any `PT_NOTE`.
