@@ -159,7 +159,7 @@ mod tests {
         assert_eq!(size(449_500 << 10), "439.0 MiB");
         assert_eq!(count(1_048_576), "1,048,576");
         assert_eq!(count(12), "12");
-        assert_eq!(mib(286_700 << 10), 280.0);
+        assert_eq!(mib(4096), 0.003_906_25);
         assert_eq!(
             by_name(&[("slab", 1234), ("zero", 1)]),
             "slab 1,234, zero 1"
