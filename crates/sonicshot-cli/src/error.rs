@@ -436,7 +436,19 @@ fn hint_of_dump(error: &DumpError) -> Option<&'static str> {
              was sent may have come several times"
         }
         DumpError::NotAStream { .. } => "give a file: -o OUT",
+        DumpError::Compressed { source, .. } if source.kind() == io::ErrorKind::Unsupported => {
+            "unpack it with its own tool, and give the memory that is in it"
+        }
         DumpError::Compressed { .. } => TAKE_ANOTHER,
+        DumpError::OddLength {
+            is_said: true,
+            path,
+            ..
+        } if DumpOptions::begins_as_other(path).unwrap_or(false) => {
+            "without --format it is read as what it begins as. Memory that ends inside a page needs \
+             its --layout"
+        }
+        DumpError::OddLength { .. } => "raw memory that ends inside a page needs its --layout",
         DumpError::Malformed { what, .. } if what.ends_with("truncated") => TAKE_ANOTHER,
         DumpError::SegmentsDisagree { .. } => {
             "dump the guest again while it is stopped: its memory changed while this was written"

@@ -93,7 +93,7 @@ pub enum DumpError {
         format: DumpFormat,
     },
     /// The file is of another tool's format, which is known but not read.
-    #[error("{} is {kind}, which is not read here", path.display())]
+    #[error("{} is {kind}: it is not read here", path.display())]
     NotRead {
         /// The file.
         path: PathBuf,
@@ -117,6 +117,20 @@ pub enum DumpError {
         path: PathBuf,
         /// What speaks against it.
         why: &'static str,
+    },
+    /// The file is raw memory, if anything, and ends inside a page.
+    #[error(
+        "{} is no memory dump: {}its length of {len} bytes is no multiple of 4 KiB",
+        path.display(),
+        if *is_said { "" } else { "it begins as no known format, and " }
+    )]
+    OddLength {
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: u64,
+        /// Whether the caller says that it is raw memory.
+        is_said: bool,
     },
     /// The guest's RAM layout cannot be.
     #[error("the RAM layout of {} cannot be", path.display())]

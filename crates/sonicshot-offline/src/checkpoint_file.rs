@@ -14,10 +14,10 @@ use sonicshot_dump::{
     check_not_foreign,
 };
 use std::collections::HashSet;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
 use std::num::NonZeroUsize;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 /// A checkpoint in a file.
@@ -151,7 +151,9 @@ impl CheckpointFile {
     /// [`OfflineError::Io`] if there is a file that cannot be read.
     pub fn is_at(path: &Path) -> Result<bool, OfflineError> {
         // To open a pipe that nobody writes would take for ever.
-        if !fs::metadata(path).is_ok_and(|metadata| metadata.is_file()) {
+        let may_be =
+            |metadata: Metadata| metadata.is_file() || metadata.file_type().is_block_device();
+        if !fs::metadata(path).is_ok_and(may_be) {
             return Ok(false);
         }
         let file = File::open(path).map_err(OfflineError::io("opening", path))?;

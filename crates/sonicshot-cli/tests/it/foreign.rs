@@ -30,7 +30,157 @@ const MADE: &[(usize, &[u8], &str)] = &[
     (64, &0xbeda_107f_u32.to_le_bytes(), "vdi"),
     (512, b"EFI PART\0\0\x01\0", "disk"),
     (0, b"7z\xbc\xaf\x27\x1c\0\x04", "7z"),
+    (0, b"\xeb\x52\x90NTFS    ", "ntfs"),
+    (82, b"FAT32   ", "fat"),
+    (0, b"PK\x07\x08PK\x03\x04", "first part of an archive (zip)"),
+    (
+        LEN - 22,
+        b"PK\x05\x06\x02\0\x02\0\x01\0\x01\0\x50\0\0\0\0\0\0\0\0\0",
+        "last part of an archive (zip)",
+    ),
+    (0, b"PK\x05\x06\0\0\0\0\0\0\0\0", "empty archive"),
 ];
+
+/// A partition from sector 8 on, and the mark of such a table behind it.
+fn partitioned(bytes: &mut [u8]) {
+    bytes[446..462].copy_from_slice(b"\x80\0\x02\0\x83\0\0\0\x08\0\0\0\x40\0\0\0");
+    bytes[510..512].copy_from_slice(b"\x55\xaa");
+}
+
+/// What every superblock of ext4 has: 128 blocks of 1 KiB.
+fn ext4(bytes: &mut [u8]) {
+    for (at, value) in [
+        (0, 16_u32),
+        (4, 128),
+        (20, 1),
+        (24, 0),
+        (32, 8192),
+        (40, 16),
+        (76, 1),
+    ] {
+        bytes[1024 + at..1028 + at].copy_from_slice(&value.to_le_bytes());
+    }
+    for (at, value) in [(56, 0xef53_u16), (58, 1), (60, 1)] {
+        bytes[1024 + at..1026 + at].copy_from_slice(&value.to_le_bytes());
+    }
+}
+
+/// What makes a file a disk, what that is called, and changes of a byte after each of which nothing
+/// tells that it is one: it may be memory.
+type Disk = (fn(&mut [u8]), &'static str, &'static [(usize, u8)]);
+
+/// Disks whose mark of two bytes may stand in any memory: one is told by all that must be so.
+#[test]
+fn disks_are_told_by_more_than_a_mark_of_two_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("other");
+    let out = folder.path().join("out");
+    let convert = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        let (from, to) = (path.to_str().unwrap(), out.to_str().unwrap());
+        sonicshot(&["convert", from, "--to", "elf", "-o", to, "--force"])
+    };
+    let cases: [Disk; 2] = [
+        (
+            partitioned,
+            "mbr",
+            &[
+                (446, 1),
+                (454, 0),
+                (458, 0),
+                (457, 9),
+                (470, 1),
+                (478, 7),
+                (510, 0),
+            ],
+        ),
+        (
+            ext4,
+            "ext4",
+            &[
+                (1024, 0),
+                (1044, 0),
+                (1048, 7),
+                (1057, 0),
+                (1057, 0xff),
+                (1080, 0),
+                (1084, 9),
+                (1100, 2),
+                (1031, 1),
+            ],
+        ),
+    ];
+    for (make, name, changes) in cases {
+        let mut bytes = vec![0; LEN];
+        make(&mut bytes);
+        is_refused(&convert(&bytes), name, name);
+        for (at, to) in changes {
+            let mut other = bytes.clone();
+            assert_ne!(other[*at], *to, "{name} {at}");
+            other[*at] = *to;
+            let run = convert(&other);
+            assert!(run.status.success(), "{name} {at}: {}", stderr(&run));
+        }
+    }
+}
+
+/// What is sound, but is to be unpacked by its own tool, is not called damaged.
+#[test]
+fn what_is_to_be_unpacked_is_said_to_be() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("packed");
+    let name = path.to_str().unwrap();
+    let entry = |name: &[u8]| {
+        let mut out = b"PK\x03\x04\x14\0\0\0\0\0\0\0\0\0".to_vec();
+        out.extend([0; 4]);
+        out.extend([
+            6,
+            0,
+            0,
+            0,
+            6,
+            0,
+            0,
+            0,
+            u8::try_from(name.len()).unwrap(),
+            0,
+            0,
+            0,
+        ]);
+        out.extend(name);
+        out.extend(b"memory");
+        out
+    };
+    let mut encrypted = entry(b"a");
+    encrypted[6] = 1;
+    let directory = b"PK\x01\x02".to_vec();
+    let two = [entry(b"a"), entry(b"b"), directory.clone()].concat();
+    for (packed, word) in [
+        (two, "more than one file"),
+        ([encrypted, directory].concat(), "encrypted"),
+    ] {
+        fs::write(&path, packed).unwrap();
+        let run = sonicshot(&["inspect", name]);
+        let said = stderr(&run);
+        assert_eq!(run.status.code(), Some(3), "{said}");
+        assert!(
+            said.contains(word) && said.contains("hint: unpack it"),
+            "{said}"
+        );
+        assert!(!said.contains("damaged"), "{said}");
+    }
+    // Said to be what it is not: it is not told to be called so again.
+    fs::write(&path, [&b"\x1f\x8b\x08"[..], &[7; 5000]].concat()).unwrap();
+    let said = stderr(&sonicshot(&["inspect", name, "--format", "raw"]));
+    assert!(
+        said.contains("5003 bytes") && !said.contains("--format raw"),
+        "{said}"
+    );
+    assert!(
+        said.contains("without --format") && said.contains("--layout"),
+        "{said}"
+    );
+}
 
 /// Longer than any mark's place, and as long as raw memory may be.
 const LEN: usize = 128 << 10;

@@ -2,7 +2,7 @@
 //! behind the other, where the directory at the archive's end can claim any number of entries that
 //! are not there.
 
-use super::unpack::{At, BUFFER, damaged};
+use super::unpack::{At, BUFFER, damaged, unread};
 use sonicshot::{Cursor, CutShort, FileBytes, FileContent};
 use std::fs::File;
 use std::io::{self, BufReader, Read};
@@ -32,9 +32,7 @@ pub(super) fn only_file(file: File) -> io::Result<Entry> {
         0 => Box::new(packed),
         8 => Box::new(flate2::bufread::DeflateDecoder::new(packed)),
         _ => {
-            return Err(damaged(
-                "the archive is compressed in an unusual way: unpack it",
-            ));
+            return Err(unread("the archive is compressed in an unusual way"));
         }
     };
     Ok(Entry {
@@ -65,10 +63,10 @@ fn header_of_file(mut at: Cursor<FileBytes<'_>>) -> io::Result<Header> {
         }
         let header = Header::read(&mut at)?;
         if !header.is_folder && found.replace(header).is_some() {
-            return Err(damaged("the archive has more than one file: unpack it"));
+            return Err(unread("the archive has more than one file"));
         }
     }
-    Err(damaged("the archive has too many folders: unpack it"))
+    Err(unread("the archive has too many folders"))
 }
 
 impl Header {
@@ -78,11 +76,11 @@ impl Header {
         let [_version, flags, method, _time, _date] =
             [number()?, number()?, number()?, number()?, number()?];
         if flags & ENCRYPTED != 0 {
-            return Err(damaged("the file in the archive is encrypted"));
+            return Err(unread("the file in the archive is encrypted"));
         }
         if flags & STREAMED != 0 {
-            return Err(damaged(
-                "the archive does not say beforehand how long its file is: unpack it",
+            return Err(unread(
+                "the archive does not say beforehand how long its file is",
             ));
         }
         let sum = at.le().map_err(cut)?;

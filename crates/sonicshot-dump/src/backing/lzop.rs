@@ -2,6 +2,7 @@
 //! be compressed so.
 
 use super::streams::is_at_end;
+use super::unpack::unread;
 use std::io::{self, BufRead, Read, Write};
 
 /// How a file begins.
@@ -100,7 +101,7 @@ impl<R: BufRead> Decoder<R> {
         }
         let flags = header.word()?;
         if flags & (FILTER | MULTIPART) != 0 {
-            return Err(damaged("a filter, or a file of several, of lzop"));
+            return Err(unread("it is of several files, or was filtered (lzop)"));
         }
         header.take::<8>()?; // mode, time
         if long {
@@ -153,7 +154,11 @@ impl<R: BufRead> Decoder<R> {
             if is_at_end(&mut self.inner)? {
                 return Ok(false);
             }
-            return Err(damaged("something follows the last block"));
+            let next = self.inner.fill_buf()?;
+            return Err(match MAGIC.starts_with(next) || next.starts_with(&MAGIC) {
+                true => unread("several files of lzop, one behind the other"),
+                false => damaged("something follows the last block"),
+            });
         }
         let stored_len = self.word()?;
         if len > MAX_BLOCK || stored_len == 0 || stored_len > len {

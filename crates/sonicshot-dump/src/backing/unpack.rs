@@ -113,6 +113,11 @@ pub(super) fn damaged(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
+/// It is sound, but more than is read here: to be unpacked by its own tool.
+pub(super) fn unread(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, what)
+}
+
 #[cfg(test)]
 mod tests {
     use super::{Compression, LONGEST_MARK, MARKS};

@@ -6,6 +6,8 @@
 //! `sadump` and LKCD crash's `sadump.h` and `lkcd_common.h`; Windows Volatility's `crash.py` and
 //! `hibernate.py`; Linux `kernel/power/swap.c`; disks QEMU's `block/`; the rest `file`'s `magic`.
 
+mod disk;
+
 use crate::DumpError;
 use crate::backing::unpack;
 use crate::format::kind::Source;
@@ -20,6 +22,8 @@ pub(crate) struct Foreign {
     pub kind: &'static str,
     /// What to do with such a file.
     pub instead: &'static str,
+    /// What else must be so, where the mark is not enough.
+    is_one: fn(&Source<'_>) -> bool,
 }
 
 const fn begins(mark: &'static [u8], kind: &'static str, instead: &'static str) -> Foreign {
@@ -37,6 +41,21 @@ const fn marked(
         mark,
         kind,
         instead,
+        is_one: |_| true,
+    }
+}
+
+/// The same of a mark that may stand in any memory, if `is_one` finds the rest as it must be.
+const fn if_so(
+    at: usize,
+    mark: &'static [u8],
+    kind: &'static str,
+    instead: &'static str,
+    is_one: fn(&Source<'_>) -> bool,
+) -> Foreign {
+    Foreign {
+        is_one,
+        ..marked(at, mark, kind, instead)
     }
 }
 
@@ -57,6 +76,9 @@ const DISK: &str = "it is a guest's disk, not its memory: give the file with the
 /// One compression is read, and no more.
 const TWICE: &str = "decompress the file, and give what comes of it";
 const UNPACK: &str = "unpack it, and give the memory that is in it";
+const JOIN_PARTS: &str = "`zip -s 0 ARCHIVE.zip --out WHOLE.zip` joins the parts";
+/// A part of an archive that begins as anything: its last bytes tell.
+static LAST_PART: Foreign = begins(b"", "the last part of an archive (zip)", JOIN_PARTS);
 
 /// All of them. A mark of few bytes stands last: what has two of them is the first.
 const TABLE: &[Foreign] = &[
@@ -185,6 +207,40 @@ const TABLE: &[Foreign] = &[
     begins(b"%PDF", "a PDF document", "give a guest's memory"),
     begins(b"LUKS\xba\xbe", "an encrypted disk (LUKS)", DISK),
     marked(512, b"EFI PART", "a disk image", DISK),
+    begins(b"\xeb\x52\x90NTFS    ", "a file system (ntfs)", DISK),
+    begins(b"\xeb\x76\x90EXFAT   ", "a file system (exfat)", DISK),
+    marked(82, b"FAT32   ", "a file system (fat)", DISK),
+    marked(54, b"FAT16   ", "a file system (fat)", DISK),
+    marked(54, b"FAT12   ", "a file system (fat)", DISK),
+    marked(0x1_0034, b"ReIsEr2Fs", "a file system (reiserfs)", DISK),
+    marked(0x1_0034, b"ReIsEr3Fs", "a file system (reiserfs)", DISK),
+    marked(
+        4096,
+        b"\xfc\x4e\x2b\xa9\x01\0\0\0",
+        "a part of a RAID (md)",
+        DISK,
+    ),
+    if_so(
+        1024,
+        b"\x10\x20\xf5\xf2",
+        "a file system (f2fs)",
+        DISK,
+        disk::is_f2fs,
+    ),
+    if_so(
+        1080,
+        b"\x53\xef",
+        "a file system (ext2, ext3, ext4)",
+        DISK,
+        disk::is_ext,
+    ),
+    if_so(
+        510,
+        b"\x55\xaa",
+        "a disk image (mbr)",
+        DISK,
+        disk::is_partitioned,
+    ),
     marked(512, b"LABELONE", "a physical volume of LVM", DISK),
     marked(0x1_0040, b"_BHRfS_M", "a file system (btrfs)", DISK),
     begins(b"XFSB\0", "a file system (xfs)", DISK),
@@ -251,6 +307,16 @@ const TABLE: &[Foreign] = &[
         "an archive (zip) inside of what is decompressed",
         TWICE,
     ),
+    begins(
+        b"PK\x07\x08PK\x03\x04",
+        "the first part of an archive (zip)",
+        JOIN_PARTS,
+    ),
+    begins(
+        b"PK\x05\x06\0\0\0\0\0\0",
+        "an empty archive (zip)",
+        "give a guest's memory",
+    ),
     marked(257, b"ustar", "an archive (tar)", UNPACK),
     begins(b"070701", "an archive (cpio)", UNPACK),
     begins(b"hibr", WINDOWS_HIBERNATION, OTHER_SYSTEM),
@@ -278,9 +344,10 @@ const TABLE: &[Foreign] = &[
 
 /// The foreign format that a file is of, if it is of one.
 pub(crate) fn foreign(source: &Source<'_>) -> Option<&'static Foreign> {
-    TABLE
-        .iter()
-        .find(|foreign| source.has(foreign.at, foreign.mark))
+    let is_one =
+        |foreign: &&Foreign| source.has(foreign.at, foreign.mark) && (foreign.is_one)(source);
+    let marked = TABLE.iter().find(is_one);
+    marked.or_else(|| disk::ends_an_archive(source).then_some(&LAST_PART))
 }
 
 /// Whether a file that begins with `start` is of one.

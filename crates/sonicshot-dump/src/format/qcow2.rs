@@ -185,7 +185,7 @@ impl Image {
             [only] => Ok(only.clone()),
             [] => Err(DumpError::NotRead {
                 path: path.to_owned(),
-                kind: "a qcow2 disk image, without a snapshot of a VM's memory in it",
+                kind: "a qcow2 disk image without a snapshot of a VM's memory",
                 instead: "it is a guest's disk: its memory is in it only if `savevm` put it there, \
                           which `qemu-img snapshot -l` shows",
             }),

@@ -26,10 +26,10 @@ pub(crate) fn open(source: Source<'_>) -> Result<Raw, DumpError> {
     // Whoever gives a layout knows of memory that ends inside a page. What is shorter than one is
     // what is left of another file.
     if !len.is_multiple_of(4096) && (source.layout().is_none() || len < 4096) {
-        return Err(DumpError::NotADump {
+        return Err(DumpError::OddLength {
             path: source.path.to_owned(),
-            why: "it begins as no known format, and its length is no multiple of 4 KiB: raw memory \
-                  that ends inside a page needs its layout given",
+            len,
+            is_said: source.known.format.is_some(),
         });
     }
     let layout = source.layout().cloned().unwrap_or(LayoutSpec::Pc);

@@ -363,7 +363,7 @@ fn a_file_cut_short_anywhere_is_refused() {
             let error = CheckpointReader::new(&file[..len]).map(|_| ()).unwrap_err();
             assert!(!error.to_string().is_empty());
         }
-        let longer = [file.as_slice(), &[0]].concat();
+        let longer = [file.as_slice(), &[1]].concat();
         CheckpointReader::new(longer).map(|_| ()).unwrap_err();
     }
 }
@@ -524,6 +524,32 @@ fn an_index_of_holes_is_not_read() {
         let error = CheckpointReader::new(file).unwrap_err().to_string();
         assert_eq!(!error.contains("holds no data"), is_read, "{error}");
     }
+}
+
+/// A device, or a transport in whole blocks, fills a file up.
+#[test]
+fn zeroes_behind_a_checkpoint_are_no_part_of_it() {
+    let (bytes, _) = save(&mixed(), SaveOptions::default(), Fill::Zero);
+    for more in [1, 8, 63, 4096, (1 << 20) - 8, (3 << 20) + 5] {
+        let mut filled = bytes.clone();
+        filled.resize(bytes.len() + more, 0);
+        let reader = CheckpointReader::new(filled.as_slice()).unwrap();
+        assert_eq!(reader.file_len(), bytes.len() as u64, "{more}");
+        reader.verify(&mut |_, _| {}).unwrap();
+        // Anything else is not passed over, and what is cut off has no end.
+        *filled.last_mut().unwrap() = 1;
+        assert!(CheckpointReader::new(filled.as_slice()).is_err(), "{more}");
+        filled[bytes.len() - 1..].fill(0);
+        assert!(CheckpointReader::new(filled.as_slice()).is_err(), "{more}");
+    }
+    // Zeroes for ever, none of which are held.
+    let file = tempfile::tempfile().unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0).unwrap();
+    file.set_len(bytes.len() as u64 + (1 << 30)).unwrap();
+    assert_eq!(
+        CheckpointReader::new(file).unwrap().file_len(),
+        bytes.len() as u64
+    );
 }
 
 #[test]

@@ -67,9 +67,11 @@ impl<S: RangeSource> CheckpointReader<S> {
         let file_len = source
             .len()
             .map_err(CheckpointError::read(FileOffset::ZERO))?;
-        let read = |offset, len, what| read_part(&source, file_len, offset, len, what);
-        let start = read(FileOffset::ZERO, file_len.min(START_LEN), "the header")?;
+        let start_len = file_len.min(START_LEN);
+        let start = read_part(&source, file_len, FileOffset::ZERO, start_len, "the header")?;
         let header_len = Header::length(&start, file_len)?;
+        let file_len = without_fill(&source, file_len)?;
+        let read = |offset, len, what| read_part(&source, file_len, offset, len, what);
         let header = Header::decode(&read(FileOffset::ZERO, header_len, "the header")?)?;
         // A file without room for a footer has none at its end.
         let footer_at = file_len.saturating_sub(FOOTER_LEN);
@@ -306,7 +308,30 @@ impl<S> fmt::Debug for CheckpointReader<S> {
     }
 }
 
-/// A part of the file, which must be that long.
+/// Where a file of `len` bytes ends without the zeroes behind it: a device, or a transport in whole
+/// blocks, adds them, and no checkpoint ends with one. `len` where there is nothing else for very
+/// long.
+fn without_fill(source: &impl RangeSource, len: u64) -> Result<u64, CheckpointError> {
+    /// What is behind so many zeroes is not looked for.
+    const MAX_FILL: u64 = 64 << 30;
+    let mut buffer = Vec::new();
+    let mut end = len;
+    while end > 0 && len.abs_diff(end) < MAX_FILL {
+        // At first no more than what says that there is nothing to be done.
+        let most = if end == len { 8 } else { READ };
+        buffer.resize(most.min(size(end)), 0);
+        let start = FileOffset::new(end.saturating_sub(len64(buffer.len())));
+        let read = source.read_at(&mut buffer, start);
+        read.map_err(CheckpointError::read(start))?;
+        let zeroes = buffer.iter().rev().take_while(|byte| **byte == 0).count();
+        end = end.saturating_sub(len64(zeroes));
+        if zeroes < buffer.len() {
+            return Ok(end);
+        }
+    }
+    Ok(len)
+}
+
 /// Refuses an index that is longer than the file can hold data for: who opens a file with a long
 /// hole must not need memory for it.
 fn check_held(source: &impl RangeSource, footer: &Footer) -> Result<(), CheckpointError> {
@@ -333,6 +358,7 @@ fn check_held(source: &impl RangeSource, footer: &Footer) -> Result<(), Checkpoi
     Ok(())
 }
 
+/// A part of the file, which must be that long.
 fn read_part(
     source: &impl RangeSource,
     file_len: u64,

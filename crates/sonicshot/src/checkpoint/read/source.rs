@@ -1,6 +1,6 @@
 //! Where a checkpoint's bytes come from.
 
-use crate::{Bytes, FileOffset, GuestBytes};
+use crate::{Bytes, FileOffset, FileStamp, GuestBytes};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::sync::{Mutex, PoisonError};
@@ -38,7 +38,8 @@ pub trait RangeSource: Send + Sync {
 
 impl RangeSource for File {
     fn len(&self) -> io::Result<u64> {
-        Ok(self.metadata()?.len())
+        // Of a block device the metadata do not say it.
+        Ok(FileStamp::of(self)?.len())
     }
 
     fn read_at(&self, buf: &mut [u8], offset: FileOffset) -> io::Result<()> {
