@@ -14,6 +14,7 @@ import decoys
 import kernels
 import killed
 import libvirt
+import live
 import matrix
 import mutated
 import oldqemu
@@ -51,6 +52,7 @@ COMMANDS = (
     decoys.do_reboot,
     decoys.do_processors,
     libvirt.do_libvirt,
+    live.do_live,
     mutated.do_mutate,
     oldqemu.do_oldqemu,
     xen_proof.do_xen,

@@ -172,11 +172,23 @@ class Monitor:
         raise GuestFailed("migration did not end")
 
 
-def backend(name: str, mib: int) -> list[str]:
-    return ["-object", f"memory-backend-ram,id={name},size={mib}M"]
+# What RAM may be made of, as the object's kind and what else it is told; `plain` is what QEMU takes
+# if it is told nothing.
+BACKINGS = {
+    "": "memory-backend-ram",
+    "memfd": "memory-backend-memfd,share=on",
+    "file": "memory-backend-file,share=on,mem-path={folder}/ram-{name}",
+    "private-file": "memory-backend-file,share=off,mem-path={folder}/ram-{name}",
+    "huge": "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M",
+}
 
 
-def memory(spec: GuestSpec, ram: Path | None, incoming: bool) -> list[str]:
+def backend(name: str, mib: int, kind: str = "", folder: Path = LAB) -> list[str]:
+    words = BACKINGS[kind].format(folder=folder, name=name)
+    return ["-object", f"{words},id={name},size={mib}M"]
+
+
+def memory(spec: GuestSpec, ram: Path | None, incoming: bool, folder: Path = LAB) -> list[str]:
     """The guest's memory for QEMU's command line: one file (`ram`) or anonymous memory, or a
     block for each NUMA node; and what is plugged in, which on a restore is there from the start."""
     if ram and spec.several_blocks:
@@ -188,15 +200,18 @@ def memory(spec: GuestSpec, ram: Path | None, incoming: bool) -> list[str]:
         options = ["-machine", spec.machine, "-m", size]
         for node, mib in enumerate(spec.numa):
             last = spec.smp - 1 if node == len(spec.numa) - 1 else node
-            options += backend(f"ram-node{node}", mib)
+            options += backend(f"ram-node{node}", mib, spec.backing, folder)
             options += ["-numa", f"node,nodeid={node},memdev=ram-node{node},cpus={node}-{last}"]
+    elif spec.backing == "plain":
+        options = ["-machine", spec.machine, "-m", size]
     else:
         # With ACPI an initrd would be put over its tables, and there is none to be told of disks.
         # The clock chip, which under KVM is left out, tells a reset from none.
         machine = f"{spec.machine},acpi=off,rtc=on" if spec.machine == "microvm" else spec.machine
         options = ["-machine", f"{machine},memory-backend=ram0", "-m", size]
         options += ["-object", f"memory-backend-file,id=ram0,size={spec.mem}M,"
-                    f"mem-path={ram},share=on"] if ram else backend("ram0", spec.mem)
+                    f"mem-path={ram},share=on"] if ram else \
+            backend("ram0", spec.mem, spec.backing, folder)
     for number, mib in enumerate(spec.dimm if incoming else ()):
         options += backend(f"mem-dimm{number}", mib)
         options += ["-device", f"pc-dimm,id=dimm{number},memdev=mem-dimm{number}"]
@@ -224,7 +239,7 @@ class Machine:
         command = [
             *(spec.qemu or ("qemu-system-x86_64",)), "-accel", "tcg", "-nodefaults",
             "-no-user-config", "-display", "none", "-cpu", spec.cpu, "-smp", str(spec.smp),
-            *memory(spec, ram, incoming),
+            *memory(spec, ram, incoming, folder),
             "-kernel", spec.kernel.image, "-append", spec.cmdline,
             "-drive", f"if=none,id=d0,format=raw,file={folder / 'files.img'}",
             "-drive", f"if=none,id=d1,format=raw,file={folder / 'records.img'}",

@@ -90,6 +90,8 @@ class GuestSpec:
     # The command that runs another QEMU than the host's, and more of its options.
     qemu: tuple[str, ...] = ()
     more: tuple[str, ...] = ()
+    # What its RAM is made of, one of `machine.BACKINGS`; of anonymous memory if nothing is said.
+    backing: str = ""
     # Busy while QEMU saves it, in one form alone; not stopped.
     live: bool = False
     # Processes that take and give back memory without rest.

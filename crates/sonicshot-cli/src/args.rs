@@ -63,6 +63,9 @@ pub(crate) enum Command {
     /// Lets a guest run on whose saver died
     #[command(hide = true)]
     QemuWatchdog,
+    /// Ends a guest whose restorer died before it had all pages
+    #[command(hide = true)]
+    QemuGuard,
     /// Serve the memory of virtual machines that run already, from a checkpoint or a pruned
     /// snapshot, as they touch it
     #[command(after_help = EXIT_CODES)]

@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         Command::Qemu(QemuCommand::Save(args)) => (qemu::save(args), args.json),
         Command::Qemu(QemuCommand::Restore(args)) => (qemu::restore(args), args.json),
         Command::QemuWatchdog => (qemu::watch(), false),
+        Command::QemuGuard => (qemu::guard(), false),
         Command::Serve(args) => (serve::run(args), false),
         Command::ServeWatcher => (serve::watch(), false),
         Command::Demo(args) => (demo::run(args), false),

@@ -3,5 +3,5 @@
 mod restore;
 mod save;
 
-pub(crate) use restore::restore;
+pub(crate) use restore::{guard, restore};
 pub(crate) use save::{save, watch};

@@ -6,6 +6,7 @@
 //!   run on; what it has copied becomes a checkpoint afterwards.
 //! - [`restore`] starts a QEMU and has it take such a guest, by a migration stream that is made of the
 //!   checkpoint.
+//! - [`guard`] is the work of another, which ends a restored guest whose server of pages died.
 //! - [`watch`] is the work of a second process, which lets a guest run on whose saver died.
 //!
 //! # Trust
@@ -17,10 +18,12 @@
 
 mod error;
 mod find;
+mod guard;
 mod launch;
 mod map;
 mod memory;
 mod pages;
+mod postcopy;
 mod process;
 mod qmp;
 mod record;
@@ -36,6 +39,7 @@ mod tables;
 mod watchdog;
 
 pub use error::QemuError;
+pub use guard::guard;
 pub use qmp::QemuVersion;
 pub use restore::{LiveRestoreOptions, LiveRestored, RestoreHow, restore};
 pub use save::{AfterSave, LiveSaveOptions, LiveSaved, PauseTimes, save};

@@ -23,14 +23,15 @@ const READ_ONLY: QemuVersion = QemuVersion {
     micro: 0,
 };
 
-/// The version that `program` says it is.
-pub(crate) fn version(program: &OsStr) -> Result<QemuVersion, QemuError> {
+/// The version that `program` says it is, started with `words`: it may be a script that starts one.
+pub(crate) fn version(program: &OsStr, words: &[OsString]) -> Result<QemuVersion, QemuError> {
     let failed = |source| QemuError::Io {
         action: "starting",
         path: program.into(),
         source,
     };
     let output = Command::new(program)
+        .args(words)
         .arg("--version")
         .output()
         .map_err(failed)?;

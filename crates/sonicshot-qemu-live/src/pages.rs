@@ -59,6 +59,18 @@ impl Places {
         let name = self.names.get(place.block)?;
         Some((part, name, place.offset.checked_add(inside)?))
     }
+
+    /// Where a part of a block is in the guest.
+    pub(crate) fn gpa_of(&self, block: &str, offset: u64, len: u64) -> Option<GpaRange> {
+        let number = self.names.iter().position(|name| name == block)?;
+        let mut places = self.all.iter().filter(|place| place.block == number);
+        places.find_map(|place| {
+            let inside = offset.checked_sub(place.offset)?;
+            let at = place.range.start().checked_add(inside)?;
+            let range = GpaRange::with_len(at, len)?;
+            (place.range.intersection(&range) == range).then_some(range)
+        })
+    }
 }
 
 /// A stretch of the guest, and what is there: bytes, or a word over and over.

@@ -2,9 +2,11 @@
 
 use crate::error::QemuError;
 use crate::find::{self, Blocks, Piece};
+use crate::guard::{self, Guard};
 use crate::launch::{Launched, Words};
 use crate::map;
 use crate::pages::{self, Places};
+use crate::postcopy::Server;
 use crate::qmp::{QemuVersion, Qmp, shortened};
 use crate::record::{Kept, Small};
 use crate::stream::{PAGE, Stream};
@@ -19,7 +21,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -34,8 +36,11 @@ const EVERY: Duration = Duration::from_millis(4);
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum RestoreHow {
-    /// All of it before the guest runs.
+    /// As it is touched, and all of it in the end, where QEMU can do that with this memory and the
+    /// system lets it; else as [`Eager`](Self::Eager), with why.
     #[default]
+    Postcopy,
+    /// All of it before the guest runs.
     Eager,
     /// It is a private mapping of this file of raw RAM, which is made of the checkpoint if it is
     /// not there. Several guests may have one, and it must stay as it is while one runs.
@@ -43,11 +48,14 @@ pub enum RestoreHow {
 }
 
 /// How a guest is restored.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct LiveRestoreOptions {
     /// How its memory gets into QEMU.
     pub how: RestoreHow,
+    /// A command that calls [`guard`](crate::guard()) with its standard input and output, and does
+    /// nothing else: it ends QEMU if this process dies while the guest's pages come from it.
+    pub guard: Option<Command>,
 }
 
 /// A guest that was restored. Its QEMU is this process's child.
@@ -56,11 +64,15 @@ pub struct LiveRestored {
     launched: Launched,
     /// QEMU's version.
     pub qemu: QemuVersion,
-    /// How its memory got there, in words: `eager`, `map`.
+    /// How its memory got there, in words: `postcopy`, `eager`, `map`.
     pub how: &'static str,
+    /// Why it was not by postcopy, if that was wanted.
+    pub why: Option<String>,
     /// Whether it is paused: it was saved so, or `-S` says so.
     pub paused: bool,
-    /// From the start of QEMU until the guest was there.
+    /// From the start of QEMU until the guest ran, or could.
+    pub ready: Duration,
+    /// From the start of QEMU until all its memory was there.
     pub took: Duration,
     /// The raw file's making, if it was made.
     pub made: Option<Duration>,
@@ -93,7 +105,7 @@ pub fn restore(
     path: &Path,
     program: &OsStr,
     words: &[OsString],
-    options: &LiveRestoreOptions,
+    options: LiveRestoreOptions,
 ) -> Result<LiveRestored, QemuError> {
     let failed = QemuError::checkpoint(path);
     let reader = CheckpointReader::open(path).map_err(&failed)?;
@@ -108,6 +120,7 @@ pub fn restore(
     let source = CheckpointSource::new(reader, CACHE, Arc::new(Metrics::default()));
     let guest = Guest { kept, source, path };
     match &options.how {
+        RestoreHow::Postcopy => guest.by_postcopy(program, words, options.guard),
         RestoreHow::Eager => guest.eager(program, words),
         RestoreHow::Map(file) => guest.mapped(program, words, file),
     }
@@ -126,6 +139,10 @@ struct Matched<'k> {
     small: Vec<&'k Small>,
     /// The guest's blocks of RAM, as QEMU has them.
     ram: Vec<RamBlock>,
+    /// The small blocks, as long as they were, and of the pages that QEMU has for them.
+    small_now: Vec<RamBlock>,
+    /// The sizes of all pages of QEMU's, added.
+    page_sizes: u64,
 }
 
 impl Guest<'_> {
@@ -151,6 +168,87 @@ impl Guest<'_> {
         )
     }
 
+    /// Also into memory of which QEMU cannot say that a page is missing: eagerly.
+    fn by_postcopy(
+        &self,
+        program: &OsStr,
+        words: &[OsString],
+        guard: Option<Command>,
+    ) -> Result<LiveRestored, QemuError> {
+        let began = Instant::now();
+        let zeroes = Words(words).have_used_file();
+        let (mut launched, mut qmp) = Launched::start(program, words, &self.more())?;
+        let capabilities = ["postcopy-ram", "return-path"];
+        let capabilities = capabilities.map(|name| json!({"capability": name, "state": true}));
+        let arguments = json!({"capabilities": capabilities});
+        let why = match qmp.run("migrate-set-capabilities", arguments) {
+            // What is in a file already would be there before it is asked for.
+            Ok(_) if zeroes => Some("the memory is a file that has something in it".into()),
+            Ok(_) => None,
+            Err(QemuError::Refused { reason, .. }) => Some(reason),
+            Err(error) => return Err(launched.blame(error)),
+        };
+        if why.is_some() {
+            // What was refused is not set, but one of them may be.
+            let none = ["postcopy-ram", "return-path"];
+            let none = none.map(|name| json!({"capability": name, "state": false}));
+            let set = qmp.run("migrate-set-capabilities", json!({"capabilities": none}));
+            if let Err(error) = set {
+                return Err(launched.blame(error));
+            }
+            let restored = self.run(
+                launched,
+                qmp,
+                words,
+                began,
+                "eager",
+                |guest, matched, out| guest.write_all(matched, zeroes, out),
+            )?;
+            return Ok(LiveRestored { why, ..restored });
+        }
+        let watched = guard::descriptor(launched.pid()).and_then(|qemu| {
+            let guard = guard.map(|command| Guard::start(command, &qemu));
+            Ok((qemu, guard.transpose()?))
+        });
+        let (qemu, guard) = match watched {
+            Ok(watched) => watched,
+            Err(error) => return Err(launched.blame(error)),
+        };
+        let restored = self.run(
+            launched,
+            qmp,
+            words,
+            began,
+            "postcopy",
+            |guest, matched, out| {
+                let served = guest.serve(matched, out);
+                if served.is_err() {
+                    // It may wait for a page, and hear nothing else.
+                    guard::kill(qemu.as_fd());
+                }
+                served
+            },
+        );
+        if let Some(guard) = guard {
+            guard.done();
+        }
+        restored
+    }
+
+    fn serve(&self, matched: &Matched<'_>, out: &UnixStream) -> Result<(), QemuError> {
+        let small = matched.small_now.iter();
+        let server = Server {
+            source: &self.source,
+            places: &matched.places,
+            blocks: matched.ram.iter().chain(small).collect(),
+            small: &matched.small,
+            devices: &self.kept.devices,
+            machine: &self.kept.record.machine,
+            page_sizes: matched.page_sizes,
+        };
+        server.serve(out)
+    }
+
     fn mapped(
         &self,
         program: &OsStr,
@@ -165,7 +263,7 @@ impl Guest<'_> {
                  with --eager",
             ));
         };
-        let version = map::version(program)?;
+        let version = map::version(program, words)?;
         let mut more = map::options(version, &Words(words), file, block.used)?;
         more.extend(self.more());
         let began = Instant::now();
@@ -227,6 +325,7 @@ impl Guest<'_> {
         how: &'static str,
         write: impl FnOnce(&Self, &Matched<'_>, &UnixStream) -> Result<(), QemuError> + Send,
     ) -> Result<LiveRestored, QemuError> {
+        let mut ready = Duration::ZERO;
         let loaded = self.matched(&mut qmp).and_then(|matched| {
             let (ours, theirs) = UnixStream::pair().map_err(QemuError::system("socketpair"))?;
             qmp.get_fd("sonicshot", theirs.as_fd())?;
@@ -238,7 +337,7 @@ impl Guest<'_> {
                     drop(ours);
                     written
                 });
-                let loaded = loaded(&mut qmp);
+                let loaded = loaded(&mut qmp, || ready = began.elapsed());
                 let written = writing.join();
                 let written = written.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
                 // Who says no closes the socket: what it says is why.
@@ -252,6 +351,8 @@ impl Guest<'_> {
         Ok(LiveRestored {
             qemu: qmp.version(),
             how,
+            why: None,
+            ready,
             paused: self.kept.record.paused || Words(words).has("S"),
             took: began.elapsed(),
             made: None,
@@ -299,7 +400,18 @@ impl Guest<'_> {
             )));
         }
         let small = self.small(&now.all, &ram)?;
-        Ok(Matched { places, small, ram })
+        let page_size = |name: &str| now.all.iter().find(|block| block.name == name);
+        let small_now = small.iter().map(|small| RamBlock {
+            page_size: page_size(&small.block.name).map_or(4096, |block| block.page_size),
+            ..small.block.clone()
+        });
+        Ok(Matched {
+            places,
+            small_now: small_now.collect(),
+            small,
+            ram,
+            page_sizes: now.all.iter().fold(0, |sum, block| sum | block.page_size),
+        })
     }
 
     /// The small blocks, all of which must be there: a QEMU that waits for a guest does not load
@@ -415,12 +527,26 @@ fn unlike(saved: &RamBlock, pieces: &[Piece], theirs: &[(&RamBlock, Vec<Piece>)]
     ))
 }
 
-/// Waits until QEMU has taken all of it.
-fn loaded(qmp: &mut Qmp) -> Result<(), QemuError> {
+/// Waits until QEMU has taken all of it; `ready` is told when the guest can run.
+fn loaded(qmp: &mut Qmp, ready: impl FnOnce()) -> Result<(), QemuError> {
+    let mut ready = Some(ready);
     loop {
         let answer = qmp.run("query-migrate", Value::Null)?;
         match answer.get("status").and_then(Value::as_str) {
-            Some("completed") => return Ok(()),
+            Some("completed") => {
+                if let Some(ready) = ready.take() {
+                    ready();
+                }
+                return Ok(());
+            }
+            Some("postcopy-active") if ready.is_some() => {
+                let status = qmp.run("query-status", Value::Null)?;
+                if status.get("status").and_then(Value::as_str) != Some("inmigrate")
+                    && let Some(ready) = ready.take()
+                {
+                    ready();
+                }
+            }
             Some("failed") => {
                 let why = answer.get("error-desc").and_then(Value::as_str);
                 return Err(QemuError::Refused {

@@ -11,10 +11,12 @@ use std::io::{self, Write};
 const RAM_SECTION: u32 = 0x7fff_0000;
 const RAM_VERSION: u32 = 4;
 const SECTION_START: u8 = 1;
+const SECTION_PART: u8 = 2;
 const SECTION_END: u8 = 3;
 const VM_END: u8 = 0;
 const VM_DESCRIPTION: u8 = 6;
 const CONFIGURATION: u8 = 7;
+const COMMAND: u8 = 8;
 const SECTION_FOOTER: u8 = 0x7e;
 
 const FLAG_ZERO: u64 = 0x02;
@@ -49,10 +51,52 @@ impl<W: Write> Stream<W> {
         Ok(Self { out, last: None })
     }
 
+    /// Parts of a stream, without its beginning.
+    pub(crate) fn bare(out: W) -> Self {
+        Self { out, last: None }
+    }
+
+    pub(crate) fn into_inner(self) -> W {
+        self.out
+    }
+
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+
+    pub(crate) fn bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.out.write_all(bytes)
+    }
+
+    /// A command to who reads the stream.
+    pub(crate) fn command(&mut self, command: u16, body: &[u8]) -> io::Result<()> {
+        let len = u16::try_from(body.len()).map_err(|_| invalid("a command that is too long"))?;
+        self.out.write_all(&[COMMAND])?;
+        self.out.write_all(&command.to_be_bytes())?;
+        self.out.write_all(&len.to_be_bytes())?;
+        self.out.write_all(body)
+    }
+
     /// The head of RAM: its blocks, and how long each is.
     pub(crate) fn blocks<'b>(
         &mut self,
         blocks: impl Iterator<Item = &'b RamBlock> + Clone,
+    ) -> io::Result<()> {
+        self.all_blocks(blocks, false)
+    }
+
+    /// The same for a QEMU that was told of postcopy: of huge pages with their size.
+    pub(crate) fn blocks_for_postcopy<'b>(
+        &mut self,
+        blocks: impl Iterator<Item = &'b RamBlock> + Clone,
+    ) -> io::Result<()> {
+        self.all_blocks(blocks, true)
+    }
+
+    fn all_blocks<'b>(
+        &mut self,
+        blocks: impl Iterator<Item = &'b RamBlock> + Clone,
+        with_page_sizes: bool,
     ) -> io::Result<()> {
         self.out.write_all(&[SECTION_START])?;
         self.out.write_all(&RAM_SECTION.to_be_bytes())?;
@@ -68,14 +112,26 @@ impl<W: Write> Stream<W> {
         for block in blocks {
             self.name(&block.name)?;
             self.number(block.used)?;
+            if with_page_sizes && block.page_size != PAGE_BYTES {
+                self.number(block.page_size)?;
+            }
         }
         self.number(FLAG_EOS)?;
         self.footer()
     }
 
-    /// From here on come pages.
+    /// From here on come pages, the last ones.
     pub(crate) fn begin_pages(&mut self) -> io::Result<()> {
-        self.out.write_all(&[SECTION_END])?;
+        self.begin_section(SECTION_END)
+    }
+
+    /// From here on come pages, before the last ones.
+    pub(crate) fn begin_part(&mut self) -> io::Result<()> {
+        self.begin_section(SECTION_PART)
+    }
+
+    fn begin_section(&mut self, kind: u8) -> io::Result<()> {
+        self.out.write_all(&[kind])?;
         self.out.write_all(&RAM_SECTION.to_be_bytes())?;
         self.last = None;
         Ok(())
@@ -119,6 +175,12 @@ impl<W: Write> Stream<W> {
     pub(crate) fn devices(&mut self, state: &[u8]) -> io::Result<()> {
         let inside = device_sections(state).ok_or_else(|| invalid("no state of devices"))?;
         self.out.write_all(inside)
+    }
+
+    /// The end of pages that came as they were asked for.
+    pub(crate) fn end_of_postcopy(&mut self) -> io::Result<()> {
+        self.out.write_all(&[VM_END])?;
+        self.out.flush()
     }
 
     /// The end: QEMU may let the guest run.

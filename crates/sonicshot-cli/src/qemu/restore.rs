@@ -2,6 +2,7 @@
 
 use crate::args::QemuRestoreArgs;
 use crate::error::CliError;
+use crate::qemu::save::this_program;
 use crate::report::{complain, say};
 use serde_json::json;
 use sonicshot_qemu_live::{LiveRestoreOptions, LiveRestored, RestoreHow};
@@ -14,9 +15,11 @@ pub(crate) fn restore(args: &QemuRestoreArgs) -> Result<(), CliError> {
     let mut options = LiveRestoreOptions::default();
     options.how = match (&args.map, args.eager) {
         (Some(file), _) => RestoreHow::Map(file.clone()),
-        (None, _) => RestoreHow::Eager,
+        (None, true) => RestoreHow::Eager,
+        (None, false) => RestoreHow::Postcopy,
     };
-    let restored = sonicshot_qemu_live::restore(&args.file, program, words, &options)?;
+    options.guard = Some(this_program("qemu-guard")?);
+    let restored = sonicshot_qemu_live::restore(&args.file, program, words, options)?;
     tell(args, &restored);
     let status = restored.wait()?;
     if status.success() {
@@ -27,6 +30,15 @@ pub(crate) fn restore(args: &QemuRestoreArgs) -> Result<(), CliError> {
     Err(CliError::Reported {
         code: code.unwrap_or(1),
     })
+}
+
+/// The work of a second process.
+pub(crate) fn guard() -> Result<(), CliError> {
+    // Standard output is a descriptor of QEMU's process.
+    if sonicshot_qemu_live::guard(&std::io::stdin(), &std::io::stdout())? {
+        complain!("sonicshot qemu restore died before its guest had all pages: QEMU was ended");
+    }
+    Ok(())
 }
 
 /// On standard error: standard output may be the guest's console.
@@ -41,7 +53,9 @@ fn tell(args: &QemuRestoreArgs, restored: &LiveRestored) {
                 "qemu": restored.qemu.to_string(),
                 "pid": restored.pid(),
                 "how": restored.how,
+                "why": restored.why,
                 "paused": restored.paused,
+                "ready_seconds": restored.ready.as_secs_f64(),
                 "seconds": seconds,
                 "raw_file_seconds": made,
             })
@@ -52,10 +66,14 @@ fn tell(args: &QemuRestoreArgs, restored: &LiveRestored) {
         complain!("made the raw file in {time:.2} s");
     }
     let state = if restored.paused { "is paused" } else { "runs" };
+    if let Some(why) = &restored.why {
+        complain!("note: not by postcopy, all memory was put in place first: {why}");
+    }
     complain!(
-        "restored {} in QEMU {} ({}) in {seconds:.2} s: it {state}",
+        "restored {} in QEMU {} ({}) in {:.2} s, all of it in {seconds:.2} s: it {state}",
         args.file.display(),
         restored.qemu,
-        restored.how
+        restored.how,
+        restored.ready.as_secs_f64()
     );
 }

@@ -27,7 +27,7 @@ pub(crate) fn save(args: &QemuSaveArgs) -> Result<(), CliError> {
     options.symbols.clone_from(&args.symbols);
     options.max_pause = args.max_pause;
     options.pid = args.pid;
-    options.watchdog = Some(watchdog()?);
+    options.watchdog = Some(this_program("qemu-watchdog")?);
     let bar = progress_bar("saving", args.json);
     let mut progress = shown_on(&bar);
     let saved = sonicshot_qemu_live::save(&args.qmp, &args.output, options, &mut progress);
@@ -41,15 +41,15 @@ pub(crate) fn save(args: &QemuSaveArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-/// This program again, to let the guest run on if this process dies.
-fn watchdog() -> Result<Command, CliError> {
+/// This program again, for the work of a second process.
+pub(super) fn this_program(work: &str) -> Result<Command, CliError> {
     let program = std::env::current_exe().map_err(|source| CliError::Io {
         action: "looking for",
         path: "this program".into(),
         source,
     })?;
     let mut command = Command::new(program);
-    command.arg("qemu-watchdog");
+    command.arg(work);
     Ok(command)
 }
 
