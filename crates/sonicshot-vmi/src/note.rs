@@ -135,6 +135,25 @@ fn not_used(files: &[PathBuf], f: &mut fmt::Formatter<'_>) -> fmt::Result {
     )
 }
 
+/// Says how many pages that are marked as offline are kept, and why; of `more` rings the reason is
+/// not told.
+fn offline_kept(
+    (pages, more): (u64, u64),
+    reasons: &[String],
+    f: &mut fmt::Formatter<'_>,
+) -> fmt::Result {
+    write!(
+        f,
+        "{pages} pages that are marked as offline are kept unless they are zero, for no driver is \
+         known to have them ({}",
+        reasons.join("; ")
+    )?;
+    if more > 0 {
+        write!(f, "; and {more} more")?;
+    }
+    f.write_str(")")
+}
+
 impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -155,18 +174,7 @@ impl fmt::Display for Note {
                 pages,
                 reasons,
                 more,
-            } => {
-                write!(
-                    f,
-                    "{pages} pages that are marked as offline are kept unless they are zero, for no \
-                     driver is known to have them ({}",
-                    reasons.join("; ")
-                )?;
-                if *more > 0 {
-                    write!(f, "; and {more} more")?;
-                }
-                f.write_str(")")
-            }
+            } => offline_kept((*pages, *more), reasons, f),
             Self::UnlistedKept { blocks } => write!(
                 f,
                 "{blocks} blocks say that they are free and are on no list of any zone: they are \
