@@ -178,6 +178,8 @@ pub(crate) const STRUCTURES: &[Structure] = &[
             member("pcp_list", Since(5, 19)),
             member("mapping", All),
             member("private", All),
+            member("index", Before(6, 16)),
+            member("__folio_index", Since(6, 16)), // acc53a0b4c15
             member("_mapcount", All),
             member("page_type", All),
             member("_refcount", All),
@@ -194,6 +196,13 @@ pub(crate) const STRUCTURES: &[Structure] = &[
             member("_flags_1", Since(5, 18)),
             member("_folio_dtor", Between((6, 0), (6, 6))),
         ],
+    ),
+    structure("address_space", All, "mm/filemap.c", &[member("host", All)]),
+    structure(
+        "buffer_head",
+        Config("BUFFER_HEAD"),
+        "fs/buffer.c",
+        &[member("b_state", All), member("b_this_page", All)],
     ),
     structure(
         "mem_section",
@@ -352,6 +361,7 @@ pub(crate) const STRUCTURES: &[Structure] = &[
         "fs/anon_inodes.c",
         &[
             member("i_sb", All),
+            member("i_size", All),
             // Since 6.11 (3aa63a569c64), since 6.6 or 6.7 (13bc24457850, 12cd44023651), and before.
             member("i_atime_sec", Since(6, 11)),
             member("i_mtime_sec", Since(6, 11)),
@@ -459,6 +469,10 @@ pub(crate) const CONSTANTS: &[Constant] = &[
     constant("PG_hwpoison", Config("MEMORY_FAILURE")),
     constant("PG_hugetlb", Between((6, 6), (6, 10))),
     constant("PG_head_mask", Vmcoreinfo),
+    // The state of a buffer.
+    constant("BH_Uptodate", Config("BUFFER_HEAD")),
+    constant("BH_Req", Config("BUFFER_HEAD")),
+    constant("BH_Mapped", Config("BUFFER_HEAD")),
     // Page types: since 6.12 (4ffca5a96678) the top byte, and macros before.
     constant("PGTY_buddy", Since(6, 12)),
     constant("PGTY_offline", Since(6, 12)),

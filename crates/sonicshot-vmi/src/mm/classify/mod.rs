@@ -165,6 +165,7 @@ pub(crate) fn scan(
     let spans: Vec<PfnRange> = reports.iter().map(|zone| zone.span).collect();
     let sources = Sources {
         mem_map,
+        space: &kernel.space,
         layout,
         max_order: zones.max_order(),
         zones: &spans,

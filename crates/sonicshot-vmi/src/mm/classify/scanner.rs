@@ -2,11 +2,12 @@
 
 use super::Disagreements;
 use super::marks::{LISTED, ORDER, PCP, TORN, describe_mark};
-use crate::KernelVa;
 use crate::error::VmiError;
 use crate::mm::mem_map::{MemMap, Span};
 use crate::mm::offline::OfflineSections;
+use crate::mm::page::file::Files;
 use crate::mm::page::{FreeMark, PageLayout};
+use crate::{AddressSpace, KernelVa};
 use sonicshot::{GuestBytes, PageClass, Pfn, PfnRange};
 use std::collections::BTreeMap;
 
@@ -23,6 +24,8 @@ struct OpenBlock {
 #[derive(Clone, Copy)]
 pub(super) struct Sources<'a, 'm> {
     pub(super) mem_map: &'a MemMap<'m>,
+    /// The kernel's half, for what struct pages point to.
+    pub(super) space: &'a AddressSpace<'m>,
     pub(super) layout: &'a PageLayout,
     pub(super) max_order: u64,
     /// What the zones span.
@@ -73,6 +76,7 @@ impl Seen {
 /// The look at the struct pages of one piece, a part of a stretch of RAM.
 struct Scanner<'a, 'm> {
     mem_map: &'a MemMap<'m>,
+    space: &'a AddressSpace<'m>,
     layout: &'a PageLayout,
     max_order: u64,
     zones: &'a [PfnRange],
@@ -82,6 +86,7 @@ struct Scanner<'a, 'm> {
     open: Option<OpenBlock>,
     /// The head that was last looked up for a tail page, and its class.
     last_head: Option<(KernelVa, PageClass)>,
+    files: Files,
 }
 
 /// The place of `pfn` in what is kept of each frame of `region`.
@@ -106,6 +111,7 @@ impl Sources<'_, '_> {
     ) -> Result<(Vec<PageClass>, Seen), VmiError> {
         let mut scanner = Scanner {
             mem_map: self.mem_map,
+            space: self.space,
             layout: self.layout,
             max_order: self.max_order,
             zones: self.zones,
@@ -114,6 +120,7 @@ impl Sources<'_, '_> {
             seen: Seen::of_zones(self.zones.len()),
             open: None,
             last_head: None,
+            files: Files::default(),
         };
         let mut classes = vec![PageClass::Hole; marks.len()];
         scanner.region(frames, &mut classes, marks)?;
@@ -378,13 +385,15 @@ impl Scanner<'_, '_> {
         };
         if head == at {
             let stride = self.mem_map.stride;
-            return Ok(self.layout.class(page, &|offset| {
+            let class = self.layout.class(page, &|offset| {
                 if offset.saturating_add(8) <= stride {
                     page.u64_at(usize::try_from(offset).ok()?)
                 } else {
                     self.mem_map.u64_at(at.checked_add(offset)?).ok()
                 }
-            }));
+            });
+            let (space, files) = (self.space, &mut self.files);
+            return Ok(self.layout.class_in_file(page, class, space, files));
         }
         if let Some((last, class)) = self.last_head
             && last == head
@@ -399,9 +408,12 @@ impl Scanner<'_, '_> {
             return Ok(PageClass::Unknown);
         };
         self.mem_map.copy_pages(head, copy)?;
-        let class = self.layout.class(&GuestBytes::from_slice(copy), &|offset| {
+        let copy = GuestBytes::from_slice(copy);
+        let class = self.layout.class(&copy, &|offset| {
             self.mem_map.u64_at(head.checked_add(offset)?).ok()
         });
+        let (space, files) = (self.space, &mut self.files);
+        let class = self.layout.class_in_file(&copy, class, space, files);
         // A head that is itself unused says nothing of its tails.
         self.last_head = Some((head, class));
         Ok(class)
@@ -423,6 +435,7 @@ mod tests {
     use crate::mm::mem_map::MemMap;
     use crate::mm::offline::OfflineSections;
     use crate::mm::page::PageLayout;
+    use crate::mm::page::file::Files;
     use sonicshot::{GuestBytes, PageClass, Pfn, PfnRange};
 
     const ARRAY: u64 = 0x10_0000;
@@ -456,6 +469,7 @@ mod tests {
             let offline = OfflineSections::default();
             let mut scanner = Scanner {
                 mem_map: &mem_map,
+                space: &kernel.space,
                 layout: &layout,
                 max_order: 10,
                 zones: &[],
@@ -464,6 +478,7 @@ mod tests {
                 seen: Seen::default(),
                 open: None,
                 last_head: None,
+                files: Files::default(),
             };
             let mut classes = vec![PageClass::Hole; FRAMES];
             let mut marks = vec![0; FRAMES];

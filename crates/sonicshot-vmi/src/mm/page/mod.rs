@@ -1,14 +1,16 @@
 //! What one `struct page` says (`include/linux/mm_types.h`, `include/linux/page-flags.h`).
 
+pub(crate) mod file;
 mod flags;
 mod hugetlb;
 mod types;
 
 use super::mem_map::MemMap;
-use crate::KernelVa;
 use crate::arch::{self, Arch};
 use crate::error::VmiError;
 use crate::kernel::Kernel;
+use crate::{AddressSpace, KernelVa};
+use file::{FileLayout, Files, InFile};
 use flags::FlagBits;
 use hugetlb::HugetlbMark;
 use sonicshot::{GuestBytes, PageClass};
@@ -30,6 +32,8 @@ pub(crate) struct PageLayout {
     hugetlb: HugetlbMark,
     /// Whether only free pages, offline ones and broken ones can be told: all others are unknown.
     only_free: bool,
+    /// What a page's file is; `None` if nothing tells.
+    files: Option<FileLayout>,
     arch: &'static dyn Arch,
 }
 
@@ -62,6 +66,7 @@ impl PageLayout {
             mapcount: at(&["_mapcount", "page_type"], 4)?,
             mapping: at(&["mapping"], 8)?,
             private: at(&["private"], 8)?,
+            files: FileLayout::new(kernel, stride)?,
             // 7.1 (d50569612c29) renamed it, for it may hold a mask.
             compound: at(&["compound_head", "compound_info"], 8)?,
             lru,
@@ -84,6 +89,7 @@ impl PageLayout {
             mapcount: at(&["_mapcount", "page_type"], 4)?,
             mapping: at(&["mapping"], 8)?,
             private: at(&["private"], 8)?,
+            files: None,
             // It has always shared the place of `lru.next`.
             compound: match kernel.first_member("page", &["compound_head", "compound_info"])? {
                 Some(_) => at(&["compound_head", "compound_info"], 8)?,
@@ -107,6 +113,7 @@ impl PageLayout {
             mapcount: 48,
             mapping: 24,
             private: 40,
+            files: None,
             compound: 8,
             lru: 8,
             bits: FlagBits::by_shape(),
@@ -305,14 +312,7 @@ impl PageLayout {
             0 if self.arch.is_pointer(mapping) => {
                 if has(self.bits.swapbacked) {
                     PageClass::Shmem
-                } else if has(self.bits.lru)
-                    && has(self.bits.uptodate)
-                    && !has(self.bits.dirty
-                        | self.bits.writeback
-                        | self.bits.locked
-                        | self.bits.private
-                        | self.bits.private_2)
-                {
+                } else if self.is_as_written(flags) && !has(self.bits.private) {
                     PageClass::PageCacheClean
                 } else {
                     PageClass::PageCacheDirty
@@ -320,6 +320,51 @@ impl PageLayout {
             }
             _ => PageClass::Kernel,
         })
+    }
+
+    /// The class of a page of a file, `page` the head of its folio, by what is known of the file;
+    /// `class` is what it has by itself.
+    pub(crate) fn class_in_file(
+        &self,
+        page: &GuestBytes<'_>,
+        class: PageClass,
+        space: &AddressSpace<'_>,
+        files: &mut Files,
+    ) -> PageClass {
+        let is_settled = class == PageClass::PageCacheClean
+            || class == PageClass::PageCacheDirty
+                && self
+                    .flags(page)
+                    .is_some_and(|flags| self.is_as_written(flags));
+        let Some(layout) = self.files.as_ref().filter(|_| is_settled) else {
+            return class;
+        };
+        let is_private = self
+            .flags(page)
+            .is_none_or(|flags| flags & self.bits.private != 0);
+        let in_file = || {
+            Some(InFile {
+                mapping: KernelVa::new(page.u64_at(self.mapping)?),
+                index: page.u64_at(layout.index)?,
+                private: match is_private {
+                    true => Some(KernelVa::new(page.u64_at(self.private)?)),
+                    false => None,
+                },
+            })
+        };
+        match in_file().is_some_and(|page| layout.is_clean(space, files, page)) {
+            true => PageClass::PageCacheClean,
+            false => PageClass::PageCacheDirty,
+        }
+    }
+
+    /// Whether a page of a file is as its file system left it, but for what `PG_private` stands for.
+    fn is_as_written(&self, flags: u64) -> bool {
+        let has = |mask: u64| flags & mask != 0;
+        let bits = &self.bits;
+        has(bits.lru)
+            && has(bits.uptodate)
+            && !has(bits.dirty | bits.writeback | bits.locked | bits.private_2)
     }
 
     fn is_hugetlb(&self, flags: u64, ty: u32, read: &dyn Fn(u64) -> Option<u64>) -> bool {
