@@ -2,7 +2,7 @@
  * frame, beats, and on request tortures the memory it was restored with.
  *
  * Runs as PID 1 of an initramfs. Modules stand in /modules in the order of /modules/order.
- * Disks: the first holds files (ext4, read into the page cache), the second takes the records.
+ * Disks: the first holds files (ext4, xfs or btrfs, read into the page cache), the second takes the records.
  * Licence: MIT OR Apache-2.0. */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -722,7 +722,9 @@ int main(void)
 	for (int i = 0; i < 100 && access("/dev/vdb", F_OK); i++)
 		usleep(50000);
 	mount("tmpfs", "/shm", "tmpfs", 0, "size=50%");
-	if (mount("/dev/vda", "/files", "ext4", 0, NULL))
+	if (mount("/dev/vda", "/files", "ext4", 0, NULL) &&
+	    mount("/dev/vda", "/files", "xfs", 0, NULL) &&
+	    mount("/dev/vda", "/files", "btrfs", 0, NULL))
 		die("mounting /dev/vda");
 
 	struct kept k = { 0 };

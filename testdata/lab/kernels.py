@@ -24,6 +24,9 @@ MODULES = (
     "virtio_blk", "virtio_balloon", "qemu_fw_cfg", "virtio_mem", "ext4", "nd_e820", "nd_pmem",
 )
 
+# File systems whose modules a guest has only if its files are on one.
+FILE_SYSTEMS = ("xfs", "btrfs")
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -42,6 +45,8 @@ class Kernel:
     # With debug symbols alone.
     vmlinux: str | None = None
     system_map: str | None = None
+    # What is loaded behind its modules for a file system.
+    beyond: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def home(self) -> Path:
@@ -91,7 +96,7 @@ def fetch(series: str, symbols: bool = False) -> Kernel:
     record = home / "meta.json"
     if record.exists():
         kernel = Kernel.from_json(json.loads(record.read_text()))
-        if kernel.wanted == MODULES and (kernel.vmlinux or not symbols):
+        if kernel.wanted == (*MODULES, *FILE_SYSTEMS) and (kernel.vmlinux or not symbols):
             return kernel
     number, _, flavour = series.partition("-")
     package = f"linux-image-{flavour or 'cloud-amd64'}"
@@ -138,6 +143,10 @@ def collect(series: str, release: str, versions: Mapping[str, str], root: Path, 
     shutil.rmtree(modules, ignore_errors=True)
     modules.mkdir()
     order = collect_modules(root, release, modules, MODULES)
+    beyond = {}
+    for file_system in FILE_SYSTEMS:
+        whole = collect_modules(root, release, modules, (*MODULES, file_system))
+        beyond[file_system] = [name for name in whole if name not in order]
     vmlinux = system_map = None
     if symbols:
         named = files(root, "vmlinux-*") or files(root, "vmlinux")
@@ -145,8 +154,8 @@ def collect(series: str, release: str, versions: Mapping[str, str], root: Path, 
         # As distributed, with the release in its name: the file itself carries no version.
         system_map = keep(max(files(root, "System.map*"), key=size_of),
                           home / f"System.map-{release}")
-    return Kernel(series, release, vmlinuz, tuple(order), versions, MODULES, config, vmlinux,
-                  system_map)
+    return Kernel(series, release, vmlinuz, tuple(order), versions, (*MODULES, *FILE_SYSTEMS),
+                  config, vmlinux, system_map, beyond)
 
 
 def files(root: Path, pattern: str) -> list[Path]:

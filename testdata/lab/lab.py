@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import bench
 import built
+import cache
 import captures
 import decoys
 import kernels
@@ -43,6 +44,7 @@ COMMANDS = (
     proof.do_prove,
     peers.do_compare,
     readers.do_readers,
+    cache.do_cache,
     vmms.do_vmms,
     small.do_small,
     built.do_build,

@@ -23,10 +23,11 @@ GUEST_SOURCE = Path(__file__).with_name("guest.c")
 DISKS = ("files.img", "records.img")
 
 
-def build_initramfs(kernel: Kernel) -> Path:
+def build_initramfs(kernel: Kernel, file_system: str = "ext4") -> Path:
     """The guest's program and its modules, as a cpio archive."""
     home = kernel.home
-    modules = hashlib.sha256(" ".join(kernel.modules).encode()).hexdigest()[:8]
+    names = (*kernel.modules, *kernel.beyond.get(file_system, ()))
+    modules = hashlib.sha256(" ".join(names).encode()).hexdigest()[:8]
     archive = home / f"initramfs-{guest_program()}-{modules}"
     if archive.exists():
         return archive
@@ -35,9 +36,9 @@ def build_initramfs(kernel: Kernel) -> Path:
         (tree / name).mkdir(parents=True)
     run("gcc", "-O2", "-static", "-Wall", "-Wextra", "-o", tree / "init", GUEST_SOURCE)
     run("strip", tree / "init")
-    for name in kernel.modules:
+    for name in names:
         shutil.copy(home / "modules" / f"{name}.ko", tree / "modules")
-    (tree / "modules" / "order").write_text("".join(f"{n}.ko\n" for n in kernel.modules))
+    (tree / "modules" / "order").write_text("".join(f"{n}.ko\n" for n in names))
     part = tree.with_suffix(".cpio")
     pack(tree, part)
     shutil.rmtree(tree)
@@ -77,9 +78,11 @@ def guest_program() -> str:
     return hashlib.sha256(GUEST_SOURCE.read_bytes()).hexdigest()[:16]
 
 
-def build_files(mib: int) -> Path:
-    """An ext4 image with files to fill the page cache with."""
+def build_files(mib: int, file_system: str = "ext4") -> Path:
+    """An image with files to fill the page cache with."""
     image = LAB / f"files-{mib}.img"
+    if file_system != "ext4":
+        image = LAB / f"files-{mib}.{file_system}"
     if image.exists():
         return image
     tree = LAB / "files.d"
@@ -102,10 +105,31 @@ def build_files(mib: int) -> Path:
                 break
     image.parent.mkdir(parents=True, exist_ok=True)
     part = image.with_suffix(".part")
-    run("mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-d", tree, part, f"{mib * 3 // 2 + 24}M")
+    if file_system == "ext4":
+        # Blocks of a page, as a larger disk has them.
+        run("mkfs.ext4", "-q", "-F", "-b", "4096", "-O", "^has_journal", "-d", tree, part,
+            f"{mib * 2 + 24}M")
+    else:
+        fill(file_system, tree, part, mib * 2 + 512)
     part.rename(image)
     shutil.rmtree(tree)
     return image
+
+
+def fill(file_system: str, tree: Path, image: Path, mib: int) -> None:
+    """Makes a file system that only a mount can put files into."""
+    with open(image, "wb") as file:
+        file.truncate(mib << 20)
+    run(f"mkfs.{file_system}", "-q", image)
+    # btrfs would have small files in its tree, where no block is one of them.
+    options = {"btrfs": "loop,max_inline=0"}.get(file_system, "loop")
+    folder = Path(tempfile.mkdtemp(dir=LAB))
+    run("mount", "-t", file_system, "-o", options, image, folder)
+    try:
+        run("cp", "-r", tree / "src", folder)
+    finally:
+        run("umount", folder)
+        folder.rmdir()
 
 
 class Monitor:
@@ -246,7 +270,7 @@ class Machine:
             "-chardev", f"socket,id=c0,path={console},server=on,wait=off",
             "-qmp", f"unix:{monitor},server=on,wait=off",
             *(microvm_devices() if spec.machine == "microvm" else [
-                "-initrd", build_initramfs(spec.kernel), "-device", "vmcoreinfo",
+                "-initrd", build_initramfs(spec.kernel, spec.file_system), "-device", "vmcoreinfo",
                 "-device", "virtio-blk-pci,drive=d0", "-device", "virtio-blk-pci,drive=d1",
                 "-serial", "chardev:c0",
             ]),
@@ -406,7 +430,7 @@ def read_records(disk: Path, folder: Path) -> None:
 
 def prepare(spec: GuestSpec, folder: Path) -> None:
     """Makes the disks of a guest."""
-    shutil.copy(build_files(spec.files_mib), folder / "files.img")
+    shutil.copy(build_files(spec.files_mib, spec.file_system), folder / "files.img")
     with open(folder / "records.img", "wb") as records:
         records.truncate(spec.records_bytes)
     if spec.next:
@@ -416,7 +440,7 @@ def prepare(spec: GuestSpec, folder: Path) -> None:
 def write_next(spec: GuestSpec, image: Path) -> None:
     """A disk with the kernel that the guest loads as its next one, and that one's command line."""
     kernel = spec.kernel.image.read_bytes()
-    initrd = build_initramfs(spec.kernel).read_bytes()
+    initrd = build_initramfs(spec.kernel, spec.file_system).read_bytes()
     header = f"{len(kernel)} {len(initrd)} {spec.next}\n".encode()
     with open(image, "wb") as disk:
         disk.write(header.ljust(4096, b"\0"))

@@ -71,6 +71,8 @@ class GuestSpec:
     numa: tuple[int, ...] = ()
     # Of each DIMM that is plugged in after boot.
     dimm: tuple[int, ...] = ()
+    # What its files are on.
+    file_system: str = "ext4"
     # Of each DIMM that is there at boot; under libvirt alone.
     cold_dimm: tuple[int, ...] = ()
     virtio_mem: VirtioMem | None = None

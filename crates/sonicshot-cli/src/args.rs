@@ -193,7 +193,8 @@ pub(crate) struct PruneArgs {
     #[arg(long, requires = "in_place")]
     pub live_ok: bool,
     /// The classes to drop, by name; `zero` is pages in use that hold only zeroes, whatever their
-    /// class
+    /// class. What the guest uses (`page_cache_clean`, `anonymous`, ...) is dropped only with
+    /// --for-analysis: no guest can run from such a dump, it is for looking at
     #[arg(
         long,
         value_name = "CLASS,...",
