@@ -395,6 +395,86 @@ def kill_qemu(tool: Path, kernel: Kernel, rounds: int, random: Random) -> str:
             f"says so, {said.get(0, 0)} had all they needed; no half file, no process left")
 
 
+def qemus_of(folder: Path) -> list[int]:
+    """Processes of QEMU with a disk in this folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if "qemu-system" in os.readlink(process / "exe") and \
+                    str(folder).encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def kill_restores(tool: Path, kernel: Kernel, rounds: int, random: Random) -> str:
+    """Kills restores by postcopy: a guest that lacks pages is ended, one that has all runs on."""
+    spec = GuestSpec(kernel, backing="plain", append=f"lab.beat={BEAT}")
+    live = Live.boot(spec, HOME / f"kill-{os.getpid()}")
+    ended = went_on = 0
+    try:
+        live.save(tool, "--then", "stop")
+        live.machine.quit()
+        folder = live.folder / "restored"
+        qemu = (str(tool), "qemu", "restore", str(live.folder / "x.sonic"), "--",
+                "qemu-system-x86_64")
+        for number in range(rounds):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            copy_disks(live.folder, folder)
+            machine = None
+            began = time.monotonic()
+            wait = 0.4 * (number + random.random()) / rounds
+
+            def kill() -> None:
+                # Once QEMU is there: before, nothing is at stake.
+                while not qemus_of(folder) and time.monotonic() - began < 10:
+                    time.sleep(0.002)
+                time.sleep(wait)
+                for process in ours_left(tool):
+                    if b"restore" in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0"):
+                        os.kill(process, signal.SIGKILL)
+
+            killer = threading.Thread(target=kill)
+            killer.start()
+            try:
+                machine = Machine(replace(spec, qemu=qemu), None, folder)
+                killer.join()
+                machine.wait("BEAT [0-9]", 5)
+            except (LabError, OSError):
+                killer.join()
+            deadline = time.monotonic() + 5
+            try:
+                if machine and qemus_of(folder):
+                    # What runs on has all its pages, and shows it.
+                    machine.ask("look", 60)
+                    went_on += 1
+                    continue
+                # Killed before its console was there: it is ended at once, or runs on.
+                time.sleep(1)
+                if qemus_of(folder):
+                    went_on += 1
+                else:
+                    ended += 1
+            except LabError as error:
+                while qemus_of(folder) and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                if qemus_of(folder):
+                    raise CheckFailed(f"round {number}: QEMU neither runs nor ends: {error}") \
+                        from error
+                ended += 1
+            finally:
+                for process in qemus_of(folder):
+                    os.kill(process, signal.SIGKILL)
+                wait_for_none(tool)
+        return (f"{rounds} restores by postcopy killed: {ended} guests ended, {went_on} ran on with "
+                "all they had, none hung")
+    finally:
+        live.end()
+        shutil.rmtree(live.folder, ignore_errors=True)
+
+
 def too_long(tool: Path, kernel: Kernel) -> str:
     """A pause that is cut short is no save, and the guest goes on."""
     spec = GuestSpec(kernel, backing="plain", stress=2, append=f"lab.beat={BEAT}")
@@ -468,7 +548,7 @@ def live_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--qemu", default="", choices=["", *SUITES],
                         help="an older or newer one, unpacked into a folder")
     parser.add_argument("--kill", type=int, default=0,
-                        help="kill so many saves, and QEMU half as often; no rows")
+                        help="kill so many saves, and a quarter as many QEMUs; no rows")
     parser.add_argument("--figures", action="store_true",
                         help="pauses and starts beside QEMU's own, as tables; --rows names guests")
     parser.add_argument("--rounds", type=int, default=3, help="of the figures")
@@ -487,7 +567,8 @@ def do_live(args: Namespace) -> None:
     if args.kill:
         kernel = kernels.fetch(args.kernels.split(",")[0])
         print(kill_ours(tool, kernel, args.kill, random), flush=True)
-        print(kill_qemu(tool, kernel, max(args.kill // 2, 1), random), flush=True)
+        print(kill_qemu(tool, kernel, max(args.kill // 4, 1), random), flush=True)
+        print(kill_restores(tool, kernel, max(args.kill // 4, 1), random), flush=True)
         print(too_long(tool, kernel), flush=True)
         print(paused_stays(tool, kernel), flush=True)
         return
@@ -502,7 +583,7 @@ def do_live(args: Namespace) -> None:
     if args.quick:
         kernel = kernels.fetch("6.1")
         rows = proofs(tool, ["6.1"], ["-m alone"], ways, "", args.seed)
-        print(kill_ours(tool, kernel, 10, random), flush=True)
+        print(kill_ours(tool, kernel, 6, random), flush=True)
     else:
         names = [name for name in ROWS
                  if not args.rows or any(part.strip() in name for part in args.rows.split(";"))]

@@ -18,6 +18,7 @@
 
 mod error;
 mod find;
+mod fuzz;
 mod guard;
 mod launch;
 mod map;
@@ -39,6 +40,8 @@ mod tables;
 mod watchdog;
 
 pub use error::QemuError;
+#[doc(hidden)]
+pub use fuzz::fuzz;
 pub use guard::guard;
 pub use qmp::QemuVersion;
 pub use restore::{LiveRestoreOptions, LiveRestored, RestoreHow, restore};

@@ -435,6 +435,12 @@ fn number<const N: usize>(from: &mut impl Read) -> io::Result<[u8; N]> {
     Ok(bytes)
 }
 
+/// Reads all messages that are in `data`.
+pub(crate) fn fuzz(mut data: &[u8]) {
+    let mut last = None;
+    while !data.is_empty() && message(&mut data, &mut last).is_ok() {}
+}
+
 /// Which of QEMU's pages were sent: none is sent twice.
 struct Sent {
     blocks: HashMap<String, SentBlock>,

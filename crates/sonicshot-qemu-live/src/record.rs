@@ -177,7 +177,7 @@ impl Block {
 }
 
 impl Record {
-    fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         if !(1..256).contains(&self.machine.len()) {
             return Err("the name of its machine".into());
         }

@@ -380,6 +380,7 @@ impl Session {
         if !in_time {
             return Err(self.too_long("copying its memory"));
         }
+        self.still_paused()?;
         self.memory.close();
         let pause = match self.options.after {
             AfterSave::Resume if self.paused => {
@@ -472,6 +473,24 @@ impl Session {
         Err(QemuError::not_this(
             "the guest's blocks of memory have changed between the first look and the pause: try \
              again",
+        ))
+    }
+
+    /// Whether nobody else, at another monitor, has let the guest run on, or reset it, since it was
+    /// stopped: then what was copied is of several moments.
+    fn still_paused(&mut self) -> Result<(), QemuError> {
+        let now = refuse::running(&mut self.qmp)?;
+        let moved = ["RESUME", "RESET"];
+        let moved = moved.into_iter().find(|name| match self.qmp.last("STOP") {
+            Some(stop) => self.qmp.last(name).is_some_and(|at| at >= stop),
+            None => self.qmp.last(name).is_some(),
+        });
+        if now == Running::Paused && moved.is_none() {
+            return Ok(());
+        }
+        Err(QemuError::not_this(
+            "somebody else has let the guest run on, or reset it, while it was copied: nothing was \
+             saved",
         ))
     }
 

@@ -86,6 +86,8 @@ pub(crate) fn registers(cr3: u64) -> String {
 pub(crate) enum Answer {
     Return(Value),
     Error(&'static str),
+    /// What it always is, but the guest is reset before.
+    Reset,
     /// None, ever.
     Nothing,
     /// It closes its end.
@@ -209,6 +211,10 @@ impl Monitor {
             .iter()
             .find(|(changed, time, _)| *changed == name && usize::try_from(*time) == Ok(times));
         let answer = match change {
+            Some((_, _, Answer::Reset)) => {
+                self.event("RESET", 7);
+                Answer::Return(self.usual(name))
+            }
             Some((_, _, answer)) => answer.clone(),
             None => Answer::Return(self.usual(name)),
         };
@@ -218,7 +224,7 @@ impl Monitor {
             Answer::Error(desc) => {
                 json!({"error": {"class": "GenericError", "desc": desc}, "id": id})
             }
-            Answer::Nothing => return true,
+            Answer::Nothing | Answer::Reset => return true,
             Answer::Close => return false,
         };
         writeln!(self.socket, "{line}").is_ok()

@@ -78,11 +78,11 @@ fn a_guest_is_as_it_was_to_be_afterwards() {
         (AfterSave::Quit, false, &["stop", "quit"]),
         (AfterSave::Resume, true, &[]),
     ] {
-        let status = Answer::Return(json!({"status": "paused"}));
+        let always = |time| ("query-status", time, said(json!({"status": "paused"})));
         let fake = Fake::start(if paused {
-            vec![("query-status", 1, status)]
+            (1..5).map(always).collect()
         } else {
-            vec![]
+            Vec::new()
         });
         let mut options = options();
         options.after = after;
@@ -162,6 +162,11 @@ fn in_the_pause() -> Vec<Refusal> {
             "info registers",
         ),
         (("info registers -a", 2, said(foreign)), "as it was stopped"),
+        (
+            ("query-status", 2, said(json!({"status": "running"}))),
+            "somebody else",
+        ),
+        ((DEVICES, 1, Answer::Reset), "somebody else"),
     ]
 }
 
