@@ -23,6 +23,7 @@ import peers
 import proof
 import readers
 import reset
+import serve
 import small
 import stress
 import testdata
@@ -47,6 +48,7 @@ COMMANDS = (
     cache.do_cache,
     vmms.do_vmms,
     small.do_small,
+    serve.do_serve,
     built.do_build,
     captures.do_restore,
     decoys.do_decoys,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,10 +251,11 @@ def memory(spec: GuestSpec, ram: Path | None, incoming: bool, folder: Path = LAB
 
 
 class Machine:
-    """One QEMU process; `ram` names the file that is its memory, or None."""
+    """One QEMU process; `ram` names the file that is its memory, or None; `env` is added to its
+    environment."""
 
-    def __init__(self, spec: GuestSpec, ram: Path | None, folder: Path, incoming: bool = False
-                 ) -> None:
+    def __init__(self, spec: GuestSpec, ram: Path | None, folder: Path, incoming: bool = False,
+                 env: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.lines: list[str] = []
         self.arrived = threading.Condition()
@@ -292,7 +294,7 @@ class Machine:
         self.started = time.monotonic()
         with open(folder / "qemu.log", "w") as log:
             self.process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL,
-                                            stderr=log)
+                                            stderr=log, env={**os.environ, **(env or {})})
         self.qmp = Monitor(monitor, self.process)
         self.console = socket.socket(socket.AF_UNIX)
         self.console.connect(str(console))
