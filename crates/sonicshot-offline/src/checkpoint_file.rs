@@ -7,7 +7,7 @@ use crate::options::OpenOptions;
 use crate::place;
 use crate::snapshot::Snapshot;
 use crate::untold::{assumed, named_machine};
-use sonicshot::checkpoint::{CheckpointReader, PageContent};
+use sonicshot::checkpoint::{CheckpointReader, PageContent, SaveStats};
 use sonicshot::{Architecture, FileId, FileStamp, Pfn, Progress};
 use sonicshot_dump::{
     CoreNotes, Dump, DumpError, DumpFile, LayoutSpec, NewFile, Overwrite, Spool, XlSkeleton,
@@ -204,6 +204,40 @@ impl CheckpointFile {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Writes the checkpoint once more, with these files as blobs besides: the name and file of each.
+    /// All else stays as it is stored, each part checked. A name that is taken is refused, or its
+    /// blob left out if `replace` says so. The file appears whole or not at all. Returns what is in
+    /// it, and the bytes that it takes on disk.
+    ///
+    /// # Errors
+    /// [`OfflineError::Checkpoint`] if a name is taken or the checkpoint damaged; why a file cannot be
+    /// read or written.
+    pub fn attach(
+        &self,
+        out: impl AsRef<Path>,
+        overwrite: Overwrite,
+        blobs: &[(String, PathBuf)],
+        replace: bool,
+    ) -> Result<(SaveStats, u64), OfflineError> {
+        let open = |(_, path): &(String, PathBuf)| {
+            File::open(path).map_err(OfflineError::io("opening", path))
+        };
+        let mut files = blobs.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let mut inputs = vec![self.reader.source()];
+        inputs.extend(&files);
+        let out = NewFile::create(out.as_ref(), overwrite, &inputs)?;
+        let names = blobs.iter().map(|(name, _)| name.as_str());
+        let contents = files.iter_mut().map(|file| file as &mut dyn Read);
+        let written = io::BufWriter::with_capacity(1 << 20, out.file());
+        let attached = self
+            .reader
+            .attach(names.zip(contents).collect(), replace, written);
+        let attached = attached.map_err(OfflineError::checkpoint(&self.path));
+        let (_, stats) = self.blamed(attached)?;
+        self.check_unchanged()?;
+        Ok((stats, out.finish()?))
     }
 
     /// Makes a dump of it again.

@@ -4,7 +4,7 @@ use super::chunk::ChunkDecoder;
 use super::source::RangeSource;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::wire::footer::Footer;
-use crate::checkpoint::wire::header::{Header, START_LEN};
+use crate::checkpoint::wire::header::{Codec, Header, START_LEN};
 use crate::checkpoint::wire::index::Index;
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun, SaveStats};
 use crate::checkpoint::wire::layout::{FOOTER_LEN, MAGIC, behind, checksum, len64, size};
@@ -178,7 +178,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         })
     }
 
-    pub(super) fn check_blob(
+    pub(in crate::checkpoint) fn check_blob(
         &self,
         blob: &BlobEntry,
         each: &mut dyn FnMut(&[u8]) -> Result<(), CheckpointError>,
@@ -201,7 +201,7 @@ impl<S: RangeSource> CheckpointReader<S> {
     }
 
     /// Reads a stretch of the file, piece by piece.
-    pub(super) fn stretch(
+    pub(in crate::checkpoint) fn stretch(
         &self,
         offset: FileOffset,
         len: u64,
@@ -280,6 +280,15 @@ impl<S: RangeSource> CheckpointReader<S> {
 
     pub(crate) fn index(&self) -> &Index {
         &self.index
+    }
+
+    /// Where the index begins.
+    pub(crate) fn index_offset(&self) -> FileOffset {
+        self.footer.index_offset
+    }
+
+    pub(crate) fn header_codec(&self) -> Codec {
+        self.header.codec
     }
 
     /// What reads page data; one a thread.

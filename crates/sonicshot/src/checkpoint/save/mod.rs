@@ -1,5 +1,6 @@
 //! Writing a checkpoint.
 
+mod attach;
 pub(crate) mod options;
 mod pages;
 mod scan;

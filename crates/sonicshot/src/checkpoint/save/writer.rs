@@ -101,56 +101,13 @@ impl<W: Write> CheckpointWriter<W> {
     /// [`CheckpointError::BlobExists`], [`CheckpointError::TooLarge`], or what reading and
     /// writing give.
     pub fn blob(&mut self, name: &str, mut content: impl Read) -> Result<(), CheckpointError> {
-        let name_len = len64(name.len());
-        if name_len == 0 || name_len > MAX_BLOB_NAME {
-            return Err(CheckpointError::TooLarge {
-                what: "bytes of a blob's name",
-                value: name_len,
-                max: MAX_BLOB_NAME,
-            });
-        }
-        if self.index.has_blob(name) {
-            return Err(CheckpointError::BlobExists { name: name.into() });
-        }
-        let offset = self.sink.offset();
-        let mut sum = XxHash3_64::new();
-        let mut buffer = vec![0; 64 << 10];
-        let mut len = 0_u64;
-        loop {
-            let got = match content.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(got) => got,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(CheckpointError::read(self.sink.offset())(error)),
-            };
-            let Some(bytes) = buffer.get(..got) else {
-                let error =
-                    std::io::Error::other("a reader that gives more than there is room for");
-                return Err(CheckpointError::read(self.sink.offset())(error));
-            };
-            sum.write(bytes);
-            self.sink.write(bytes)?;
-            // No more than the file's.
-            len = len.saturating_add(len64(got));
-        }
-        if self.header.codec == Codec::None {
-            // What follows may be page data, to be mapped.
-            let end =
-                self.sink.offset().checked_align_up(ALIGN).ok_or_else(|| {
-                    too_large("bytes of file", self.sink.offset().raw(), u64::MAX)
-                })?;
-            let zeroes = vec![0; size(between(self.sink.offset(), end)?)];
-            sum.write(&zeroes);
-            self.sink.write(&zeroes)?;
-        }
-        self.index.push_blob(BlobEntry {
-            name: name.into(),
-            offset,
-            stored_len: between(offset, self.sink.offset())?,
-            len,
-            checksum: sum.finish(),
-        });
-        Ok(())
+        add_blob(
+            &mut self.sink,
+            &mut self.index,
+            self.header.codec,
+            name,
+            &mut content,
+        )
     }
 
     /// Adds the guest's memory: the pages that `plan` keeps, and of the others what they must
@@ -218,23 +175,91 @@ impl<W: Write> CheckpointWriter<W> {
             });
         }
         self.stats.runs = self.index.run_count();
-        let index = self.index.encode()?;
-        let index_offset = self.sink.offset();
-        self.sink.write(&index)?;
-        let mut footer = Footer {
-            index_offset,
-            index_len: len64(index.len()),
-            index_checksum: checksum(&index),
-            file_len: behind(self.sink.offset(), FOOTER_LEN)?.raw(),
-            digest: 0,
-        };
-        footer.digest = self.sink.digest_with(&footer.digested());
-        self.sink.write(&footer.encode())?;
-        let (out, file_len) = self.sink.finish()?;
+        let (out, file_len, digest) = end(self.sink, self.index)?;
         self.stats.file_len = file_len;
-        self.stats.digest = footer.digest;
+        self.stats.digest = digest;
         Ok((out, self.stats))
     }
+}
+
+/// Adds a blob behind what was written.
+pub(super) fn add_blob<W: Write>(
+    sink: &mut Sink<W>,
+    index: &mut IndexBuilder,
+    codec: Codec,
+    name: &str,
+    content: &mut dyn Read,
+) -> Result<(), CheckpointError> {
+    let name_len = len64(name.len());
+    if name_len == 0 || name_len > MAX_BLOB_NAME {
+        return Err(CheckpointError::TooLarge {
+            what: "bytes of a blob's name",
+            value: name_len,
+            max: MAX_BLOB_NAME,
+        });
+    }
+    if index.has_blob(name) {
+        return Err(CheckpointError::BlobExists { name: name.into() });
+    }
+    let offset = sink.offset();
+    let mut sum = XxHash3_64::new();
+    let mut buffer = vec![0; 64 << 10];
+    let mut len = 0_u64;
+    loop {
+        let got = match content.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(got) => got,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(CheckpointError::read(sink.offset())(error)),
+        };
+        let Some(bytes) = buffer.get(..got) else {
+            let error = std::io::Error::other("a reader that gives more than there is room for");
+            return Err(CheckpointError::read(sink.offset())(error));
+        };
+        sum.write(bytes);
+        sink.write(bytes)?;
+        // No more than the file's.
+        len = len.saturating_add(len64(got));
+    }
+    if codec == Codec::None {
+        // What follows may be page data, to be mapped.
+        let end = sink
+            .offset()
+            .checked_align_up(ALIGN)
+            .ok_or_else(|| too_large("bytes of file", sink.offset().raw(), u64::MAX))?;
+        let zeroes = vec![0; size(between(sink.offset(), end)?)];
+        sum.write(&zeroes);
+        sink.write(&zeroes)?;
+    }
+    index.push_blob(BlobEntry {
+        name: name.into(),
+        offset,
+        stored_len: between(offset, sink.offset())?,
+        len,
+        checksum: sum.finish(),
+    });
+    Ok(())
+}
+
+/// Writes index and footer. Returns what was written to, flushed, the file's length, and its digest.
+pub(super) fn end<W: Write>(
+    mut sink: Sink<W>,
+    index: IndexBuilder,
+) -> Result<(W, u64, u128), CheckpointError> {
+    let index = index.encode()?;
+    let index_offset = sink.offset();
+    sink.write(&index)?;
+    let mut footer = Footer {
+        index_offset,
+        index_len: len64(index.len()),
+        index_checksum: checksum(&index),
+        file_len: behind(sink.offset(), FOOTER_LEN)?.raw(),
+        digest: 0,
+    };
+    footer.digest = sink.digest_with(&footer.digested());
+    sink.write(&footer.encode())?;
+    let (out, file_len) = sink.finish()?;
+    Ok((out, file_len, footer.digest))
 }
 
 impl<W> fmt::Debug for CheckpointWriter<W> {

@@ -1,5 +1,6 @@
 //! Puts an index together while a checkpoint is written.
 
+use super::index::Index;
 use super::info::{PageContent, PageRun};
 use super::layout::{
     INDEX_HEAD, INDEX_MAGIC, MAX_RUN, RUN_LEN, SECTION_BLOBS, SECTION_CHUNKS, SECTION_LEN,
@@ -31,6 +32,16 @@ impl IndexBuilder {
             chunks: Vec::new(),
             blobs: Vec::new(),
             slots: 0,
+        }
+    }
+
+    /// One with the runs of another, to which the same chunks are added again.
+    pub(crate) fn again(index: &Index) -> Self {
+        Self {
+            runs: index.run_bytes().to_vec(),
+            slots: index.slots,
+            // Nothing is joined any more.
+            ..Self::new(0)
         }
     }
 

@@ -210,6 +210,11 @@ impl Index {
             .saturating_add(self.chunks.start)
     }
 
+    /// The runs as they stand in the file.
+    pub(crate) fn run_bytes(&self) -> &[u8] {
+        self.bytes.get(self.runs.clone()).unwrap_or_default()
+    }
+
     pub(crate) fn run_count(&self) -> usize {
         self.runs.len() / RUN_LEN
     }

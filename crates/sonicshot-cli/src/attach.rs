@@ -1,0 +1,45 @@
+//! `sonicshot attach`.
+
+use crate::args::AttachArgs;
+use crate::error::CliError;
+use crate::output::{named_files, overwrite};
+use crate::report::{say, size};
+use serde_json::json;
+use sonicshot_offline::CheckpointFile;
+use sonicshot_serve::PageSet;
+
+/// The blob that is a working set: what is none would be refused only when it is served.
+const SET: &str = "working-set";
+
+pub(crate) fn run(args: &AttachArgs) -> Result<(), CliError> {
+    let files = named_files(&args.blob)?;
+    let files = files
+        .into_iter()
+        .map(|(name, path)| (name.to_owned(), path));
+    let files: Vec<_> = files.collect();
+    let checkpoint = CheckpointFile::open(&args.checkpoint)?;
+    let layout = &checkpoint.reader().info().layout;
+    for (_, path) in files.iter().filter(|(name, _)| name == SET) {
+        PageSet::read(path, layout)?;
+    }
+    let (stats, disk) =
+        checkpoint.attach(&args.output, overwrite(args.force), &files, args.replace)?;
+    let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+    if args.json {
+        let report = json!({
+            "blobs": names,
+            "file_bytes": stats.file_len,
+            "disk_bytes": disk,
+            "digest": format!("{:032x}", stats.digest),
+        });
+        say!("{report}");
+    } else {
+        say!(
+            "attached {}: {} in {}",
+            names.join(", "),
+            size(stats.file_len),
+            args.output.display()
+        );
+    }
+    Ok(())
+}
