@@ -25,6 +25,8 @@ use sonicshot::{
 };
 use sonicshot_serve::{CheckpointSource, PageSet, Prefetch, Uffd, Vm, VmOptions, VmRegion};
 use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 use uffd::{Fresh, PlainHandler};
@@ -132,7 +134,166 @@ fn options(prefetch: Prefetch, set: &Arc<PageSet>) -> VmOptions {
     options
 }
 
+/// Guests that are restored at once, each until it has its first pages.
+const CLONES: usize = 25;
+/// 512 MiB, of which 222 are kept.
+const CLONE_PAGES: usize = 1 << 17;
+const KEPT: usize = 222 * 256;
+const FIRST: usize = 1000;
+
+/// KiB of this process that no file has.
+fn anonymous() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Anonymous:"));
+    let number = line.unwrap().trim().split(' ').next().unwrap();
+    number.parse().unwrap()
+}
+
+/// A guest's first pages: all are read, a third is written.
+fn work(memories: &[Fresh], pages: &[usize]) {
+    for memory in memories {
+        for (number, page) in pages.iter().enumerate() {
+            memory.touch(page * PAGE);
+            if number.is_multiple_of(3) {
+                memory.write(page * PAGE);
+            }
+        }
+    }
+}
+
+/// What so many clones take: CPU, wall time, and memory of their own, in KiB each.
+fn clones(begin: impl FnOnce() -> Vec<Fresh>, pages: &[usize]) -> [f64; 3] {
+    let before = anonymous();
+    let mut memories = Vec::new();
+    let [cpu, wall] = cost(|| {
+        memories = begin();
+        work(&memories, pages);
+    });
+    let own = anonymous().saturating_sub(before) as f64 / CLONES as f64;
+    [cpu, wall, own]
+}
+
+fn children() -> f64 {
+    // SAFETY: plain data that the call fills.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: it lives for longer than the call.
+    unsafe { libc::getrusage(libc::RUSAGE_CHILDREN, &raw mut usage) };
+    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
+    seconds(usage.ru_utime) + seconds(usage.ru_stime)
+}
+
+/// A guest's memory, and the pages that it touches first. Kept pages are runs of 64, and the first
+/// ones runs of ten in them.
+fn template() -> (Vec<u8>, Vec<usize>) {
+    let mut ram = vec![0; CLONE_PAGES * PAGE];
+    let mut runs = Vec::new();
+    for (page, bytes) in ram.chunks_exact_mut(PAGE).enumerate() {
+        if !is_kept(page) {
+            continue;
+        }
+        if page.is_multiple_of(64) {
+            runs.push(page);
+        }
+        for (at, out) in bytes.chunks_exact_mut(8).enumerate() {
+            let even = at.is_multiple_of(2);
+            let value = if even { page } else { (page << 9) | at };
+            out.copy_from_slice(&word(value as u64).to_le_bytes());
+        }
+    }
+    let step = runs.len() / (FIRST / 10);
+    let first = runs.iter().step_by(step).take(FIRST / 10);
+    let pages = first.flat_map(|page| *page..page + 10).collect();
+    (ram, pages)
+}
+
+fn is_kept(page: usize) -> bool {
+    word((page as u64 / 64) ^ 99) as usize % CLONE_PAGES < KEPT
+}
+
+/// What a clone's costs are called, and what they are.
+type Row = (String, [f64; 3]);
+
+/// Private mappings of the raw file, and of copies of it.
+fn mapped_and_copied(ram: &[u8], pages: &[usize]) -> [Row; 2] {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = folder.path().join("raw");
+    let file = File::create(&raw).unwrap();
+    for (page, bytes) in ram.chunks_exact(PAGE).enumerate() {
+        if is_kept(page) {
+            file.write_all_at(bytes, (page * PAGE) as u64).unwrap();
+        }
+    }
+    file.set_len(ram.len() as u64).unwrap();
+    let open = |path: &Path| File::open(path).unwrap();
+    let file = open(&raw);
+    let map = || (0..CLONES).map(|_| Fresh::of(&file, ram.len())).collect();
+    let best = (0..3).map(|_| clones(map, pages)).reduce(least).unwrap();
+    let copy = |number: usize| {
+        let to = folder.path().join(format!("copy-{number}"));
+        let mut cp = std::process::Command::new("cp");
+        cp.args(["--sparse=always", "--reflink=never"]);
+        assert!(cp.arg(&raw).arg(&to).status().unwrap().success());
+        Fresh::of(&open(&to), ram.len())
+    };
+    let before = children();
+    let mut copied = clones(|| (0..CLONES).map(copy).collect(), pages);
+    copied[0] += children() - before;
+    [
+        ("a private mapping of the raw file".into(), best),
+        ("cp --sparse, then a private mapping".into(), copied),
+    ]
+}
+
+fn least(a: [f64; 3], b: [f64; 3]) -> [f64; 3] {
+    [a[0].min(b[0]), a[1].min(b[1]), b[2]]
+}
+
+/// Guests of one template, lazily restored, beside private mappings of its raw file and of copies.
+fn of_one_template() {
+    let (ram, pages) = template();
+    let range = |page: &usize| GpaRange::with_len(Gpa::new((page * PAGE) as u64), PAGE as u64);
+    let set = PageSet::from_ranges(pages.iter().filter_map(range).collect());
+    let set = Arc::new(set);
+    let mut rows: Vec<Row> = mapped_and_copied(&ram, &pages).into();
+    for compression in [Compression::None, Compression::ZSTD] {
+        let source = source(&ram, compression);
+        let lazily = |prefetch| {
+            let mut vms = Vec::new();
+            let begin = || {
+                let memories: Vec<_> = (0..CLONES).map(|_| Fresh::new(ram.len())).collect();
+                let begun = memories.iter();
+                vms = begun
+                    .map(|memory| start(&source, memory, options(prefetch, &set)))
+                    .collect();
+                memories
+            };
+            clones(begin, &pages)
+        };
+        for (what, prefetch) in [
+            ("the set first", Prefetch::Set),
+            ("nothing first", Prefetch::Nothing),
+        ] {
+            let best = (0..3).map(|_| lazily(prefetch)).reduce(least).unwrap();
+            rows.push((format!("{}, {what}", compression.name()), best));
+        }
+    }
+    let plain = rows[0].1;
+    for (what, [cpu, wall, own]) in rows {
+        println!(
+            "{CLONES} clones, {what}: CPU {:.0} ms ({:.2}), wall {:.0} ms ({:.2}), {own:.0} KiB each \
+             of their own",
+            cpu * 1e3,
+            cpu / plain[0],
+            wall * 1e3,
+            wall / plain[1],
+        );
+    }
+}
+
 fn main() {
+    of_one_template();
     let ram = ram();
     let pages: Vec<usize> = (0..TOUCHED)
         .map(|n| word(n as u64) as usize % PAGES)

@@ -48,6 +48,9 @@ pub(crate) enum Command {
     /// Check every byte of a checkpoint, and every kept page against the dump it came from
     #[command(after_help = EXIT_CODES)]
     Verify(VerifyArgs),
+    /// Put files into a checkpoint that there is, such as a working set; a new file is written
+    #[command(after_help = EXIT_CODES)]
+    Attach(AttachArgs),
     /// Write a dump in another format, without looking for what may be left out
     #[command(after_help = EXIT_CODES)]
     Convert(ConvertArgs),
@@ -297,6 +300,28 @@ pub(crate) struct SaveArgs {
     pub force: bool,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// The checkpoint
+    #[arg(value_name = "X.sonic")]
+    pub checkpoint: PathBuf,
+    /// Where to write the new one
+    #[arg(short, long, value_name = "OUT.sonic")]
+    pub output: PathBuf,
+    /// What to put in: `working-set=FILE` is what `serve --record` has written; may be repeated
+    #[arg(long, value_name = "NAME=FILE", required = true)]
+    pub blob: Vec<String>,
+    /// Leave out what the checkpoint has by such a name
+    #[arg(long)]
+    pub replace: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write over an existing OUT.sonic
+    #[arg(long)]
+    pub force: bool,
+}
+
 /// What a page server brings in before it is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum PrefetchKind {
@@ -376,6 +401,19 @@ pub(crate) struct ServeArgs {
     /// refused do not count
     #[arg(long, value_name = "N")]
     pub vms: Option<NonZeroUsize>,
+    /// Let the next server that is started with the same PATH go on with the virtual machines if this
+    /// one dies, and take those of the one before; if that lives still it is ended. A socket, for
+    /// this user alone
+    #[arg(long, value_name = "PATH", conflicts_with = "cloud_hypervisor")]
+    pub keep_fds: Option<PathBuf>,
+    /// How long the next server is waited for before the virtual machines are ended
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 10,
+        requires = "keep_fds"
+    )]
+    pub keep_for: u64,
     /// Counters for Prometheus: a port of the loopback (127.0.0.1:9100), or a socket's name with a
     /// slash
     #[arg(long, value_name = "ADDRESS")]

@@ -1,6 +1,7 @@
 //! `sonicshot`: looks into a guest's memory dump, and prunes it.
 
 mod args;
+mod attach;
 mod convert;
 mod demo;
 mod error;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         Command::Save(args) => (save::run(args), args.json),
         Command::Restore(args) => (restore::run(args), args.json),
         Command::Verify(args) => (restore::verify(args), args.json),
+        Command::Attach(args) => (attach::run(args), args.json),
         Command::Convert(args) => (convert::run(args), args.json),
         Command::Symbols(SymbolsCommand::Make(args)) => (symbols::make(args), args.json),
         Command::Xen(XenCommand::Save(args)) => (xen::save(args), args.json),

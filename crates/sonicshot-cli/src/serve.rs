@@ -5,9 +5,9 @@ use crate::error::CliError;
 use crate::report::{complain, say, size};
 use sonicshot_offline::OpenOptions;
 use sonicshot_serve::{
-    CloudHypervisor, CloudOptions, Metrics, Migration, OpenedSource, PageSet, Prefetch, Recorder,
-    Restored, Server, ServerOptions, VmOptions, Watcher, allow_many_descriptors, expose,
-    open_source,
+    CloudHypervisor, CloudOptions, KeepOptions, Metrics, Migration, OpenedSource, PageSet,
+    Prefetch, Recorder, Restored, Server, ServerOptions, VmOptions, Watcher,
+    allow_many_descriptors, expose, open_source,
 };
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -54,6 +54,11 @@ fn listen(
     options.allow.clone_from(&args.allow_uid);
     options.max_vms = args.max_vms.into();
     options.record.clone_from(&args.record);
+    options.keep = args.keep_fds.as_ref().map(|path| {
+        let mut keep = KeepOptions::new(path);
+        keep.limit = Duration::from_secs(args.keep_for);
+        keep
+    });
     options.vm = vm;
     let server = Server::bind(opened.source, options, Some(watcher()?))?;
     // Who started this may have VMMs connect from now on.

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! FORM is `wake` (53.0: pages that are missing are asked for, and who waits is woken) or `continue`
-//! (later: pages that are there but not mapped are asked for as well, and mapped). WHAT is what it
-//! does:
+//! (later: pages that are there but not mapped are asked for as well, and mapped), with `-huge` behind it
+//! in pages of 2 MiB. WHAT is what it does:
 //!
 //! | | |
 //! |---|---|
@@ -122,6 +122,8 @@ struct Vm {
     uffd: c_int,
     /// Whether pages that are there are asked for too.
     minor: bool,
+    /// Small pages in one that is asked for: 1, or 512 of huge ones.
+    unit: usize,
 }
 
 // SAFETY: no page is used by two threads at a time.
@@ -130,7 +132,7 @@ unsafe impl Sync for Vm {}
 unsafe impl Send for Vm {}
 
 impl Vm {
-    fn new(files: &[(u32, c_int)], minor: bool) -> Self {
+    fn new(files: &[(u32, c_int)], minor: bool, unit: usize) -> Self {
         let mut slots = Vec::new();
         for (number, gpa, pages, offset) in SLOTS {
             let file = files.iter().find(|(found, _)| *found == number);
@@ -159,6 +161,7 @@ impl Vm {
             slots,
             uffd: -1,
             minor,
+            unit,
         }
     }
 
@@ -171,8 +174,13 @@ impl Vm {
         };
         // SAFETY: a new descriptor; O_CLOEXEC, O_NONBLOCK.
         self.uffd = system(unsafe { syscall(USERFAULTFD, 0o2_004_000) }) as c_int;
-        // MISSING_SHMEM, MINOR_SHMEM.
-        let features = if self.minor { 1 << 5 | 1 << 10 } else { 1 << 5 };
+        // MISSING_SHMEM, MINOR_SHMEM, and the same of HUGETLBFS.
+        let features = match (self.minor, self.unit) {
+            (false, 1) => 1 << 5,
+            (true, 1) => 1 << 5 | 1 << 10,
+            (false, _) => 1 << 4,
+            (true, _) => 1 << 4 | 1 << 9,
+        };
         let mut api = [0xaa_u64, features, 0];
         assert_eq!(self.call(0xc018_aa3f, &mut api), 0);
         for slot in &self.slots {
@@ -242,14 +250,14 @@ impl Vm {
 
     /// The page is in the file: has who waits for it go on.
     fn resolve(&self, page: usize) {
-        let at = self.host(page) as u64;
-        let mut wake = [at, PAGE as u64];
+        let (at, len) = (self.host(page) as u64, (self.unit * PAGE) as u64);
+        let mut wake = [at, len];
         if !self.minor {
             assert_eq!(self.call(0x8010_aa02, &mut wake), 0);
             return;
         }
         loop {
-            let mut mapped = [at, PAGE as u64, 0, 0];
+            let mut mapped = [at, len, 0, 0];
             match self.call(0xc020_aa07, &mut mapped) {
                 0 => return,
                 // EEXIST: somebody was faster. EAGAIN.
@@ -277,10 +285,11 @@ impl Vm {
                 events += 1;
                 // One that is woken without its page would fault again without end.
                 assert!(events < 8 * PAGES, "too many faults");
-                self.page_of(message[2])
+                // Its slot begins with a whole one.
+                self.page_of(message[2]) / self.unit * self.unit
             } else {
                 while ahead < PAGES && served[ahead] {
-                    ahead += 1;
+                    ahead += self.unit;
                 }
                 if ahead == PAGES {
                     // From now on the kernel fills what is punched out.
@@ -314,7 +323,7 @@ impl Vm {
     }
 
     fn ask(&self, faults: &mut UnixStream, page: usize, what: &str) {
-        let question = question(self.gpa(page), PAGE as u64);
+        let question = question(self.gpa(page), (self.unit * PAGE) as u64);
         match what {
             "dribble" if page.is_multiple_of(2) => {
                 for byte in &question {
@@ -556,7 +565,8 @@ fn main() {
     };
     let config = String::from_utf8(config).unwrap();
     assert!(config.contains("\"guest_ram_mappings\":["), "{config}");
-    let mut vm = Vm::new(&files, form == "continue");
+    let unit = if form.ends_with("-huge") { 512 } else { 1 };
+    let mut vm = Vm::new(&files, form.starts_with("continue"), unit);
     // From here on others may connect.
     answer(&mut stream, what, 2);
     let (mut faults, _) = listener.accept().unwrap();

@@ -8,7 +8,7 @@
 //! ```
 
 use sonicshot::checkpoint::CheckpointReader;
-use sonicshot_serve::{CheckpointSource, Server, ServerOptions, Watcher, watch};
+use sonicshot_serve::{CheckpointSource, KeepOptions, Server, ServerOptions, Watcher, watch};
 use std::error::Error;
 use std::process::Command;
 use std::sync::Arc;
@@ -21,12 +21,14 @@ fn main() -> Result<(), Box<dyn Error>> {
             watch(&std::io::stdin())?;
             return Ok(());
         }
-        [socket, checkpoint] => (socket, checkpoint),
-        _ => return Err("usage: page_server SOCKET CHECKPOINT.sonic".into()),
+        [socket, checkpoint, ..] => (socket, checkpoint),
+        _ => return Err("usage: page_server SOCKET CHECKPOINT.sonic [KEEP]".into()),
     };
     let mut watcher = Command::new(std::env::current_exe()?);
     watcher.arg("watch");
-    let options = ServerOptions::new(socket);
+    let mut options = ServerOptions::new(socket);
+    // Should this program die, the next one that is started so goes on with its virtual machines.
+    options.keep = args.get(2).map(KeepOptions::new);
     let metrics = Arc::clone(&options.vm.metrics);
     let checkpoint = CheckpointReader::open(checkpoint)?;
     // At most 256 MiB of decompressed pages, for all virtual machines together.

@@ -7,7 +7,7 @@
 //!
 //! FORM is `1.1`, `1.7`, `1.12` (Firecracker's versions), `twice` (the same with two descriptors,
 //! which nobody serves), `stratovirt`, `own` or `again` (the same, by two connections); PAGE is `4096` or `2097152`; WHAT is what it does: `check` (touch all of its memory and compare), `removes` (give
-//! pages back meanwhile), `wait` (say `ready` and sleep), `block` (make its descriptor sleep, then
+//! pages back meanwhile), `wear` (the same for some seconds), `wait` (say `ready` and sleep), `block` (make its descriptor sleep, then
 //! `check`), `bad` (touch the page SEED, which may not be had), `touch` (let go of its descriptor
 //! and touch page after page, slowly).
 //!
@@ -28,6 +28,7 @@ use std::ffi::{c_int, c_long, c_ulong, c_void};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 unsafe extern "C" {
     fn mmap(
@@ -62,6 +63,9 @@ struct Message {
     control_len: usize,
     flags: c_int,
 }
+
+/// The longest that a read of a page took, in microseconds.
+static LONGEST: AtomicU64 = AtomicU64::new(0);
 
 const PAGE: usize = 4096;
 /// Where RAM begins, and how many pages there are: both are whole pages of 2 MiB.
@@ -161,8 +165,12 @@ impl Vm {
     }
 
     fn read(&self, page: usize) -> [u8; PAGE] {
+        let start = std::time::Instant::now();
         // SAFETY: mapped, and not written meanwhile.
-        unsafe { self.page(page).cast::<[u8; PAGE]>().read_volatile() }
+        let bytes = unsafe { self.page(page).cast::<[u8; PAGE]>().read_volatile() };
+        let took = start.elapsed().as_micros() as u64;
+        LONGEST.fetch_max(took, Ordering::Relaxed);
+        bytes
     }
 
     fn write(&self, page: usize, byte: u8) {
@@ -259,12 +267,12 @@ impl Vm {
     }
 
     /// Gives pages back and writes to them while others are read.
-    fn removes(&self, seed: u64) {
+    fn removes(&self, seed: u64, rounds: u32) {
         let wide = self.huge / PAGE;
         let mut random = seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1;
         // What each page has been written with, or `None` if it is as it was saved.
         let mut model: Vec<Option<u8>> = vec![None; PAGES];
-        for round in 0..3000_u32 {
+        for round in 0..rounds {
             random ^= random << 13;
             random ^= random >> 7;
             random ^= random << 17;
@@ -317,7 +325,8 @@ fn main() {
     };
     let seed: u64 = seed.parse().unwrap();
     // Up to 1.11 Firecracker asks for EVENT_REMOVE only if it has a balloon.
-    let without = matches!(form.as_str(), "1.1" | "1.7") && what != "removes";
+    let without =
+        matches!(form.as_str(), "1.1" | "1.7") && !matches!(what.as_str(), "removes" | "wear");
     let vm = Vm::new(page.parse().unwrap(), if without { 0 } else { 8 });
     let mut stream = UnixStream::connect(socket).unwrap();
     vm.send(&stream, &vm.message(form), form == "twice");
@@ -336,7 +345,12 @@ fn main() {
     let started = std::time::Instant::now();
     match what.as_str() {
         "check" => vm.check(&all, seed),
-        "removes" => vm.removes(seed),
+        "removes" => vm.removes(seed, 3000),
+        "wear" => {
+            println!("ready");
+            std::io::stdout().flush().unwrap();
+            vm.removes(seed, 200_000);
+        }
         "wait" => {
             vm.check(&all[..64], seed);
             println!("ready");
@@ -370,5 +384,9 @@ fn main() {
         other => panic!("cannot {other}"),
     }
     drop(stream);
-    println!("done in {} us", started.elapsed().as_micros());
+    let longest = LONGEST.load(Ordering::Relaxed);
+    println!(
+        "done in {} us, longest read {longest} us",
+        started.elapsed().as_micros()
+    );
 }

@@ -368,6 +368,36 @@ pub enum ServeError {
         /// Who took the second.
         second: i32,
     },
+    /// What another server has kept of a virtual machine cannot be gone on with.
+    #[error("what the server before has kept of a virtual machine cannot be used: {why}")]
+    Kept {
+        /// Why.
+        why: &'static str,
+    },
+    /// The server before served something else.
+    #[error(
+        "the server before served another snapshot ({found}): its virtual machines would read what \
+         is not their own"
+    )]
+    OtherSource {
+        /// What tells that from others.
+        found: String,
+    },
+    /// Nothing tells the snapshot from another one.
+    #[error(
+        "nothing would tell a successor that it serves the same snapshot: only a checkpoint or a \
+         single file can be served with --keep-fds"
+    )]
+    NoIdentity,
+    /// Whoever has the descriptors did not give them.
+    #[error("{} has not given the descriptors of its virtual machines", path.display())]
+    NotGiven {
+        /// Where it listens.
+        path: PathBuf,
+        /// What came of the connection.
+        #[source]
+        source: io::Error,
+    },
     /// A file is no working set.
     #[error("{} is no working set: line {line}: {what}", path.display())]
     Set {

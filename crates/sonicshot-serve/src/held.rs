@@ -22,7 +22,7 @@ pub(crate) struct Held {
     lost: bool,
     /// Whom to end. If that is not known, he who has sent this has to, and is told.
     vm: Option<Peer>,
-    stream: Arc<UnixStream>,
+    stream: Option<Arc<UnixStream>>,
     /// Whether the sender may be here: others are not waited for.
     welcome: bool,
     released: bool,
@@ -52,11 +52,28 @@ impl Held {
             descriptors,
             lost: received.lost,
             vm: vm.as_ref().ok().cloned(),
-            stream: Arc::clone(stream),
+            stream: Some(Arc::clone(stream)),
             welcome,
             released: false,
         };
         (held, vm)
+    }
+
+    /// What another server has held. It is not held on to before [`hold`](Self::hold).
+    pub fn given(uffd: Arc<OwnedFd>, vm: Peer) -> Self {
+        Self {
+            descriptors: vec![uffd],
+            lost: false,
+            vm: Some(vm),
+            stream: None,
+            welcome: true,
+            released: true,
+        }
+    }
+
+    /// From now on nobody else has it.
+    pub fn hold(&mut self) {
+        self.released = false;
     }
 
     pub fn descriptors(&self) -> &[Arc<OwnedFd>] {
@@ -95,14 +112,16 @@ impl Drop for Held {
                 vm.wait(None);
             }
             // Until he has closed the connection, or ended.
-            None if self.welcome => loop {
-                let mut fds = [PollFd::new(&*self.stream, PollFlags::empty())];
-                match poll(&mut fds, None) {
-                    Ok(_) => break,
-                    Err(Errno::INTR) => {}
-                    Err(_) => std::thread::sleep(AGAIN),
+            None if self.welcome => {
+                while let Some(stream) = &self.stream {
+                    let mut fds = [PollFd::new(&**stream, PollFlags::empty())];
+                    match poll(&mut fds, None) {
+                        Ok(_) => break,
+                        Err(Errno::INTR) => {}
+                        Err(_) => std::thread::sleep(AGAIN),
+                    }
                 }
-            },
+            }
             None => {}
         }
     }

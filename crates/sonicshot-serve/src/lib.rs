@@ -41,7 +41,7 @@
 //! - **Cloud Hypervisor** ([`CloudHypervisor`]): the other way round, it listens. Its memory is
 //!   shared with a process that asks for pages in words; the same machine places them.
 //! - **Watcher** ([`Watcher`], [`watch`]): a second process that ends the virtual machines if the
-//!   server dies.
+//!   server dies, or gives them to the next one ([`KeepOptions`]).
 //!
 //! A VMM that embeds its own page server uses [`Vm`] alone, for which the crate without its default
 //! features is enough.
@@ -91,7 +91,7 @@ pub use metrics::Metrics;
 #[cfg(feature = "server")]
 pub use protocol::{Handshake, Mapping, Place};
 #[cfg(feature = "server")]
-pub use server::{Server, ServerOptions, allow_many_descriptors};
+pub use server::{KeepOptions, Server, ServerOptions, allow_many_descriptors};
 pub use set::{PageSet, Recorder};
 pub use source::{CheckpointSource, Content, MemorySource, PageSource, Piece, Run};
 #[cfg(feature = "server")]

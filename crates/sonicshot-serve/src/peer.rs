@@ -61,7 +61,8 @@ impl Peer {
         Ok(peer)
     }
 
-    fn new(pidfd: OwnedFd) -> Self {
+    /// The process that a descriptor is of.
+    pub fn new(pidfd: OwnedFd) -> Self {
         Self {
             pidfd: Arc::new(pidfd),
         }

@@ -1,6 +1,6 @@
 //! The socket that virtual machines come to, and a thread for each.
 
-use crate::engine::{Control, End, Machine, VmOptions};
+use crate::engine::{Control, End, Kept, Machine, VmOptions};
 use crate::error::ServeError;
 use crate::held::Held;
 use crate::metrics::Metrics;
@@ -10,16 +10,18 @@ use crate::socket::Named;
 use crate::source::PageSource;
 use crate::sys;
 use crate::uffd::Uffd;
-use crate::watch::{Watched, Watcher};
+use crate::watch::{self, Given, Watched, Watcher};
+use core::hash::{Hash, Hasher};
 use core::sync::atomic::{AtomicUsize, Ordering};
 use core::time::Duration;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Gid, Mode, Uid, chmod, chown, fstat};
 use rustix::io::Errno;
 use serde_json::json;
 use sonicshot::checkpoint::CheckpointError;
 use std::collections::HashSet;
+use std::hash::DefaultHasher;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -48,6 +50,32 @@ pub struct ServerOptions {
     pub max_vms: usize,
     /// How long a message may take to come whole.
     pub patience: Duration,
+    /// Whether another server can go on with the virtual machines, and this one with another's.
+    pub keep: Option<KeepOptions>,
+}
+
+/// How the virtual machines of a server that is gone come to another one. It takes a [`Watcher`], and
+/// a source with an [identity](PageSource::identity).
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct KeepOptions {
+    /// The name of a socket, for this user alone, where the watcher waits for another server. A
+    /// server that finds one there takes its virtual machines; if their server lives still, that is
+    /// ended first.
+    pub socket: PathBuf,
+    /// How long the watcher waits before it ends the virtual machines.
+    pub limit: Duration,
+}
+
+impl KeepOptions {
+    /// A socket of that name, where another server is waited for ten seconds.
+    #[must_use]
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Self {
+            socket: socket.into(),
+            limit: Duration::from_secs(10),
+        }
+    }
 }
 
 impl ServerOptions {
@@ -62,6 +90,7 @@ impl ServerOptions {
             record: None,
             max_vms: 1024,
             patience: Duration::from_secs(10),
+            keep: None,
         }
     }
 }
@@ -71,12 +100,16 @@ impl ServerOptions {
 pub struct Server {
     socket: Named,
     shared: Arc<Shared>,
+    /// Its name goes with the server; who listens is the watcher.
+    _door: Option<Named>,
 }
 
 struct Shared {
     source: Arc<dyn PageSource>,
     options: ServerOptions,
     watcher: Option<Arc<Watcher>>,
+    /// What tells the source from others, if another server may go on.
+    identity: Option<String>,
     /// How many virtual machines have begun, and what wakes who waits for that.
     begun: AtomicUsize,
     wake: OwnedFd,
@@ -102,7 +135,8 @@ impl Server {
     /// # Errors
     /// [`ServeError::SocketExists`] if there is something that is in use, or [`ServeError::Io`];
     /// [`CheckpointError::CannotRun`] of a source that is for analysis, unless the options say that
-    /// this is known.
+    /// this is known; of [`ServerOptions::keep`] [`ServeError::NoIdentity`], or why the virtual
+    /// machines of another server cannot be gone on with: they stay with its watcher.
     pub fn bind(
         source: Arc<dyn PageSource>,
         options: ServerOptions,
@@ -113,6 +147,14 @@ impl Server {
         }
         let mut options = options;
         options.max_vms = options.max_vms.min(room());
+        let identity = match &options.keep {
+            Some(_) => Some(identity(&*source).ok_or(ServeError::NoIdentity)?),
+            None => None,
+        };
+        let given = match &options.keep {
+            Some(keep) => Given::ask(&keep.socket, options.max_vms)?,
+            None => None,
+        };
         let socket = Named::bind(&options.socket, |new| {
             if let Some((uid, gid)) = options.owner {
                 chown(new, Some(Uid::from_raw(uid)), gid.map(Gid::from_raw))?;
@@ -126,18 +168,24 @@ impl Server {
         let nonblocking = socket.listener.set_nonblocking(true);
         nonblocking.map_err(failed("FIONBIO"))?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let shared = Arc::new(Shared {
+            source,
+            options,
+            watcher: watcher.map(Arc::new),
+            identity,
+            begun: AtomicUsize::new(0),
+            wake: wake.map_err(ServeError::system("eventfd"))?,
+            live: Mutex::new(0),
+            less: Condvar::new(),
+            served: Mutex::default(),
+        });
+        if let Some(given) = given {
+            shared.go_on(given)?;
+        }
         Ok(Self {
             socket,
-            shared: Arc::new(Shared {
-                source,
-                options,
-                watcher: watcher.map(Arc::new),
-                begun: AtomicUsize::new(0),
-                wake: wake.map_err(ServeError::system("eventfd"))?,
-                live: Mutex::new(0),
-                less: Condvar::new(),
-                served: Mutex::default(),
-            }),
+            _door: shared.wait_for_another()?,
+            shared,
         })
     }
 
@@ -157,7 +205,7 @@ impl Server {
             }
             if let Some(stream) = self.accept()? {
                 came = came.saturating_add(1);
-                self.shared.spawn(stream, came, true);
+                self.shared.take_in(stream, came, true);
             } else if !enough() {
                 self.wait()?;
             }
@@ -177,7 +225,7 @@ impl Server {
         while let Some(stream) = self.accept()? {
             self.shared.wait_for_fewer(self.shared.options.max_vms);
             *came = came.saturating_add(1);
-            self.shared.spawn(stream, *came, false);
+            self.shared.take_in(stream, *came, false);
         }
         Ok(())
     }
@@ -220,9 +268,9 @@ fn failed(operation: &'static str) -> impl FnOnce(io::Error) -> ServeError {
 }
 
 /// Descriptors that a connection takes: itself, two that come with it, its process, what its thread
-/// is woken by, and one to look at another with. Of whoever sends more some may be lost: he is
+/// is woken by, what is kept, and one to look at another with. Of whoever sends more some may be lost: he is
 /// refused anyway.
-const DESCRIPTORS: u64 = 6;
+const DESCRIPTORS: u64 = 7;
 /// Those that the process has beside.
 const OTHERS: u64 = 64;
 
@@ -246,7 +294,105 @@ pub fn allow_many_descriptors() {
     let _ = setrlimit(Resource::Nofile, limit);
 }
 
+/// What tells a source from others, and where its memory lies.
+fn identity(source: &dyn PageSource) -> Option<String> {
+    let mut layout = DefaultHasher::new();
+    for region in source.layout().regions() {
+        (region.start().raw(), region.len()).hash(&mut layout);
+    }
+    Some(format!("{} {:016x}", source.identity()?, layout.finish()))
+}
+
 impl Shared {
+    /// Goes on with what another server has left: with all of it, or with nothing.
+    fn go_on(self: &Arc<Self>, mut given: Given) -> Result<(), ServeError> {
+        let mut sessions = Vec::new();
+        let count = given.machines.len();
+        for held in core::mem::take(&mut given.machines) {
+            let peer = held.peer.clone();
+            match self.resume(held) {
+                Ok(session) => sessions.push(session),
+                // There is nothing to go on with.
+                Err(_) if peer.wait(Some(&Timespec::default())) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        for session in &mut sessions {
+            session.held.hold();
+        }
+        given.taken(count);
+        for session in sessions {
+            self.begun.fetch_add(1, Ordering::AcqRel);
+            let number = self.begun.load(Ordering::Acquire);
+            let session = Mutex::new(Some(session));
+            let session = Arc::new(session);
+            self.spawn(number, move |shared| {
+                let taken = session
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .take();
+                if let Some(session) = taken {
+                    tracing::info!("goes on");
+                    shared.run(session);
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// One virtual machine of another server.
+    fn resume(self: &Arc<Self>, held: watch::Held) -> Result<Session, ServeError> {
+        let none = || ServeError::Kept {
+            why: "nothing is kept",
+        };
+        let identity = self.identity.as_deref().ok_or_else(none)?;
+        let file = Arc::new(held.kept.ok_or_else(none)?);
+        let fd = Arc::new(held.uffd);
+        // It was let in before: what it needs, and from whom it may come, was asked then.
+        let uffd = Arc::new(Uffd::of_peer(Arc::clone(&fd), false)?);
+        held.peer.check_may_end()?;
+        let control = Arc::new(Control::new()?);
+        let served = Served::new(self, &uffd, &control)?;
+        let (kept, regions) = Kept::open(Arc::clone(&file), identity)?;
+        let mut machine = Machine::new(
+            Arc::clone(&self.source),
+            Arc::clone(&uffd),
+            &regions,
+            self.options.vm.clone(),
+            control,
+            Some(Arc::clone(&held.peer.pidfd)),
+        )?;
+        machine.go_on(kept, &regions)?;
+        let watched = self.watch(&uffd, &held.peer, Some(&file))?;
+        Ok(Session {
+            held: Held::given(fd, held.peer),
+            machine,
+            _served: served,
+            _watched: watched,
+        })
+    }
+
+    fn watch(
+        &self,
+        uffd: &Uffd,
+        peer: &Peer,
+        kept: Option<&OwnedFd>,
+    ) -> Result<Option<Watched>, ServeError> {
+        let watcher = self.watcher.as_ref();
+        let watched = watcher.map(|watcher| watcher.add(&uffd.as_fd(), peer, kept));
+        watched.transpose()
+    }
+
+    /// Has the watcher wait for another server, should this one be gone.
+    fn wait_for_another(&self) -> Result<Option<Named>, ServeError> {
+        let (Some(keep), Some(watcher)) = (&self.options.keep, &self.watcher) else {
+            return Ok(None);
+        };
+        let door = Named::bind(&keep.socket, |_| Ok(()))?;
+        watcher.keep(&door.listener, keep.limit)?;
+        Ok(Some(door))
+    }
+
     fn has_begun(&self, count: usize) -> bool {
         self.begun.load(Ordering::Acquire) >= count
     }
@@ -258,17 +404,18 @@ impl Shared {
         }
     }
 
-    fn spawn(self: &Arc<Self>, stream: UnixStream, number: usize, in_time: bool) {
-        let stream = Arc::new(stream);
+    /// Has `work` done by a thread of its own.
+    fn spawn(self: &Arc<Self>, number: usize, work: impl Fn(&Arc<Self>) + Send + Sync + 'static) {
+        let work = Arc::new(work);
         loop {
             let counted = Counted::new(self);
-            let (shared, stream) = (Arc::clone(self), Arc::clone(&stream));
+            let (shared, work) = (Arc::clone(self), Arc::clone(&work));
             let thread = std::thread::Builder::new().name(format!("sonicshot-vm-{number}"));
             let spawned = thread.spawn(move || {
                 let _counted = counted;
                 let span = tracing::info_span!("vm", number);
                 let _entered = span.enter();
-                shared.serve(&stream, in_time);
+                work(&shared);
             });
             match spawned {
                 Ok(_) => return,
@@ -279,14 +426,21 @@ impl Shared {
         }
     }
 
+    /// Serves who has connected, by a thread of his own.
+    fn take_in(self: &Arc<Self>, stream: UnixStream, number: usize, in_time: bool) {
+        let stream = Arc::new(stream);
+        self.spawn(number, move |shared| {
+            if let Some(session) = shared.meet(&stream, in_time) {
+                tracing::info!("began");
+                shared.run(session);
+            }
+        });
+    }
+
     /// Serves one virtual machine until it has ended.
-    fn serve(self: &Arc<Self>, stream: &Arc<UnixStream>, in_time: bool) {
-        let Some(mut session) = self.meet(stream, in_time) else {
-            return;
-        };
+    fn run(&self, mut session: Session) {
         let metrics = &self.options.vm.metrics;
         let running = Running::new(metrics);
-        tracing::info!("began");
         let end = session.machine.run();
         drop(running);
         match end {
@@ -416,17 +570,17 @@ impl Shared {
         let regions = handshake.regions(self.source.layout())?;
         let mut options = self.options.vm.clone();
         options.metrics = Arc::clone(&self.options.vm.metrics);
-        let watcher = self.watcher.as_ref();
-        let watched = watcher.map(|watcher| watcher.add(&uffd.as_fd(), peer));
-        let watched = watched.transpose()?;
-        let machine = Machine::new(
+        let mut machine = Machine::new(
             Arc::clone(&self.source),
-            uffd,
+            Arc::clone(&uffd),
             &regions,
             options,
             control,
             Some(Arc::clone(&peer.pidfd)),
         )?;
+        let kept = self.identity.as_deref();
+        let kept = kept.map(|identity| machine.keep(identity)).transpose()?;
+        let watched = self.watch(&uffd, peer, kept.as_deref())?;
         tracing::debug!(
             form = handshake.form,
             regions = regions.len(),

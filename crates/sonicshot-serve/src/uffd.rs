@@ -218,6 +218,8 @@ fn failed(operation: &'static str, at: u64, len: u64) -> impl FnOnce(Errno) -> S
 impl Uffd {
     /// Messages that are read at once.
     pub(crate) const BATCH: usize = 64;
+    /// The bytes that they are.
+    pub(crate) const BATCH_BYTES: usize = MESSAGE * Self::BATCH;
 
     /// A new one for this process. Without privileges (`CAP_SYS_PTRACE` or
     /// `vm.unprivileged_userfaultfd=1`) only faults of user code are served, not those that the
@@ -389,23 +391,28 @@ impl Uffd {
         let _ = self.call::<POISON, _>(&mut poison);
     }
 
-    /// Reads what has happened, as much as comes at once, without sleeping where the kernel can
+    /// Reads what has happened into `messages`, as much as comes at once, without sleeping where the kernel can
     /// (else, if somebody has cleared `O_NONBLOCK`, it may sleep until something happens).
     /// Returns how many messages came.
-    pub(crate) fn events(&self, events: &mut Vec<Event>) -> Result<usize, ServeError> {
-        let mut messages = [0_u8; MESSAGE * Self::BATCH];
-        let got = match self.read_now(&mut messages) {
+    pub(crate) fn events(
+        &self,
+        messages: &mut [u8],
+        events: &mut Vec<Event>,
+    ) -> Result<usize, ServeError> {
+        let got = match self.read_now(messages) {
             Ok(got) => got,
             Err(Errno::AGAIN | Errno::INTR) => return Ok(0),
             Err(errno) => return Err(failed("reading page faults", 0, 0)(errno)),
         };
         let (read, _) = messages.split_at(got.min(messages.len()));
-        let mut count = 0_usize;
-        for message in read.as_chunks::<MESSAGE>().0 {
-            events.extend(event(message));
-            count = count.saturating_add(1);
-        }
-        Ok(count)
+        Ok(Self::parse(read, events))
+    }
+
+    /// What messages say, which were read once; says how many they are.
+    pub(crate) fn parse(read: &[u8], events: &mut Vec<Event>) -> usize {
+        let messages = read.as_chunks::<MESSAGE>().0;
+        events.extend(messages.iter().filter_map(event));
+        messages.len()
     }
 
     fn read_now(&self, buffer: &mut [u8]) -> Result<usize, Errno> {

@@ -3,6 +3,11 @@
 //! A virtual machine whose `userfaultfd` nobody keeps reads zero at once where its bytes are not
 //! in place. So a second process has a duplicate of each, and of the descriptor of the process. If
 //! the server is gone it ends them first, waits until they are gone, and only then lets go.
+//!
+//! Or it gives them to another server, if it was told to wait for one: that connects to a socket
+//! which the watcher got from its own server, and goes on with what that has kept (`engine/kept.rs`).
+//! A server that lives still is ended first: at no moment two serve the same memory. Whoever waits
+//! for a page waits meanwhile.
 
 use crate::error::ServeError;
 use crate::peer::{AGAIN, Peer};
@@ -11,7 +16,7 @@ use core::mem::MaybeUninit;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use core::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -19,8 +24,10 @@ use rustix::net::{
     socketpair,
 };
 use std::collections::HashMap;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -30,6 +37,13 @@ use std::time::Instant;
 const ADD: u8 = b'+';
 const FORGET: u8 = b'-';
 const LOST: u8 = b'!';
+/// A socket to wait at for another server, and how many milliseconds.
+const KEEP: u8 = b'k';
+/// To another server: these were all, so many. From it: it has them.
+const ALL: u8 = b'.';
+const TAKEN: u8 = b't';
+/// Descriptors of a virtual machine: its `userfaultfd`, its process, and what is kept.
+const DESCRIPTORS: usize = 3;
 const MESSAGE: usize = 9;
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -132,22 +146,13 @@ impl Watcher {
         self: &Arc<Self>,
         uffd: &impl AsFd,
         peer: &Peer,
+        kept: Option<&OwnedFd>,
     ) -> Result<Watched, ServeError> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        let both = [uffd.as_fd(), peer.pidfd.as_fd()];
-        control.push(SendAncillaryMessage::ScmRights(&both));
-        let message = message(ADD, number);
+        let mut descriptors = vec![uffd.as_fd(), peer.pidfd.as_fd()];
+        descriptors.extend(kept.map(AsFd::as_fd));
         let _one = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            let parts = [IoSlice::new(&message)];
-            match sendmsg(&self.socket, &parts, &mut control, SendFlags::NOSIGNAL) {
-                Ok(_) => break,
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(ServeError::NoWatcher(errno.into())),
-            }
-        }
+        say(&self.socket, ADD, number, &descriptors).map_err(ServeError::NoWatcher)?;
         // If this fails it is to be forgotten, whatever has come of it.
         let watched = Watched {
             watcher: Arc::clone(self),
@@ -155,6 +160,15 @@ impl Watcher {
         };
         self.hear(number).map_err(ServeError::NoWatcher)?;
         Ok(watched)
+    }
+
+    /// Has it wait for another server, so long, at `socket` if this one is gone.
+    pub(crate) fn keep(&self, socket: &impl AsFd, limit: Duration) -> Result<(), ServeError> {
+        let limit = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let _one = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        let said = say(&self.socket, KEEP, limit, &[socket.as_fd()]);
+        said.and_then(|()| self.hear(limit))
+            .map_err(ServeError::NoWatcher)
     }
 
     /// Waits until a virtual machine is watched.
@@ -177,7 +191,7 @@ impl Watcher {
             let [what, of @ ..] = answer;
             // One that was given up may be answered still.
             if u64::from_le_bytes(of) == number {
-                if what == ADD {
+                if what == ADD || what == KEEP {
                     return Ok(());
                 }
                 let what = "the virtual machine's descriptors did not come to it";
@@ -213,30 +227,76 @@ impl Drop for Watched {
 }
 
 /// What a watcher holds of one virtual machine.
-struct Held {
-    _uffd: OwnedFd,
-    peer: Peer,
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub uffd: OwnedFd,
+    pub peer: Peer,
+    /// What another server needs beside.
+    pub kept: Option<OwnedFd>,
+}
+
+impl Held {
+    fn is_over(&self) -> bool {
+        self.peer.wait(Some(&Timespec::default()))
+    }
+}
+
+/// Where another server may come to, and how long it is waited for.
+struct Door {
+    socket: UnixListener,
+    limit: Duration,
+}
+
+/// All that a watcher has.
+#[derive(Default)]
+struct Work {
+    held: HashMap<u64, Held>,
+    door: Option<Door>,
 }
 
 /// Does a watcher's work: holds on to what comes through `socket`, and when its other end is gone
-/// ends the virtual machines. Returns how many it had to end.
+/// gives it to another server, if there is to be one, or ends the virtual machines. Returns how many
+/// it had to end.
 ///
 /// # Errors
 /// [`ServeError::System`] if the socket cannot be read. What is held is then ended as well.
 pub fn watch(socket: &impl AsFd) -> Result<usize, ServeError> {
     sys::ignore_ends();
-    let mut held = HashMap::new();
+    // That of who has made both ends.
+    let server = sys::peer_pidfd(socket).ok().map(Peer::new);
+    let mut work = Work::default();
+    let mut successor = None;
     let end = loop {
-        match step(socket, &mut held) {
+        // What the server has said before it is ended is heard all the same.
+        if successor.is_none()
+            && let Some(door) = &work.door
+        {
+            match door.wait_beside(socket) {
+                Beside::Message => {}
+                Beside::Nobody => continue,
+                Beside::Successor(stream) => {
+                    if server.as_ref().is_some_and(Peer::end) {
+                        successor = Some(stream);
+                    }
+                    continue;
+                }
+            }
+        }
+        match step(socket, &mut work) {
             Ok(true) => {}
             Ok(false) => break Ok(()),
             Err(errno) => break Err(ServeError::system("the watcher's socket")(errno)),
         }
     };
-    let still: Vec<&Held> = held
-        .values()
-        .filter(|held| !held.peer.wait(Some(&Timespec::default())))
-        .collect();
+    // Its end of the socket may be closed before its threads are gone.
+    if let Some(server) = server.filter(|_| !work.held.is_empty()) {
+        server.end();
+        server.wait(None);
+    }
+    if end.is_ok() && work.give(successor) {
+        return Ok(0);
+    }
+    let still: Vec<&Held> = work.held.values().filter(|held| !held.is_over()).collect();
     // All at once, then wait: until a process is gone its threads may run.
     for held in &still {
         held.peer.end();
@@ -247,19 +307,202 @@ pub fn watch(socket: &impl AsFd) -> Result<usize, ServeError> {
     end.map(|()| still.len())
 }
 
-/// Takes in one message; says whether there was one.
-fn step(socket: &impl AsFd, held: &mut HashMap<u64, Held>) -> Result<bool, Errno> {
+impl Work {
+    /// Gives all to another server; says whether it has them.
+    fn give(&mut self, mut successor: Option<UnixStream>) -> bool {
+        self.held.retain(|_, held| !held.is_over());
+        let Some(door) = &self.door else { return false };
+        let start = Instant::now();
+        while !self.held.is_empty() {
+            if let Some(stream) = successor.take() {
+                match offer(&stream, &self.held) {
+                    Ok(true) => return true,
+                    Ok(false) => {}
+                    Err(error) => eprintln!("sonicshot: a successor has not taken over: {error}"),
+                }
+            }
+            let left = door.limit.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                return false;
+            }
+            let limit = Timespec::try_from(left.min(AGAIN)).ok();
+            let mut ready = [PollFd::new(&door.socket, PollFlags::IN)];
+            let _ = poll(&mut ready, limit.as_ref());
+            successor = door.open();
+        }
+        false
+    }
+}
+
+/// What came first.
+enum Beside {
+    Message,
+    Successor(UnixStream),
+    Nobody,
+}
+
+impl Door {
+    /// Waits until there is something to be read, or somebody comes.
+    fn wait_beside(&self, socket: &impl AsFd) -> Beside {
+        let mut ready = [
+            PollFd::new(socket, PollFlags::IN),
+            PollFd::new(&self.socket, PollFlags::IN),
+        ];
+        if poll(&mut ready, None).is_err() {
+            return Beside::Nobody;
+        }
+        match ready.each_ref().map(|fd| !fd.revents().is_empty()) {
+            [true, _] => Beside::Message,
+            [false, true] => self.open().map_or(Beside::Nobody, Beside::Successor),
+            [false, false] => Beside::Nobody,
+        }
+    }
+
+    /// Who stands there, if he is of this user, or root.
+    fn open(&self) -> Option<UnixStream> {
+        let (stream, _) = self.socket.accept().ok()?;
+        let who = sys::credentials(&stream).ok()?;
+        let own = rustix::process::geteuid().as_raw();
+        (who.uid == own || who.uid == 0).then_some(stream)
+    }
+}
+
+/// Offers what is held; says whether it was taken.
+fn offer(stream: &UnixStream, held: &HashMap<u64, Held>) -> io::Result<bool> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut count = 0_u64;
+    for (number, held) in held {
+        let Some(kept) = &held.kept else {
+            return Err(io::Error::other("of a virtual machine nothing is kept"));
+        };
+        let descriptors = [held.uffd.as_fd(), held.peer.pidfd.as_fd(), kept.as_fd()];
+        say(stream, ADD, *number, &descriptors)?;
+        count = count.saturating_add(1);
+    }
+    say(stream, ALL, count, &[])?;
+    let mut answer = [0; MESSAGE];
+    let mut stream = stream;
+    stream.read_exact(&mut answer)?;
+    Ok(answer == message(TAKEN, count))
+}
+
+/// Another server's side: what the watcher of the one before gives.
+#[derive(Debug)]
+pub(crate) struct Given {
+    stream: UnixStream,
+    pub machines: Vec<Held>,
+}
+
+impl Given {
+    /// Asks whoever listens at `path` for at most `max` virtual machines; `None` if nobody does.
+    pub fn ask(path: &Path, max: usize) -> Result<Option<Self>, ServeError> {
+        let stream = match UnixStream::connect(path) {
+            Ok(stream) => stream,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                ) =>
+            {
+                return Ok(None);
+            }
+            Err(error) => return Err(ServeError::io("connecting to", path)(error)),
+        };
+        let failed = |source| ServeError::NotGiven {
+            path: path.to_owned(),
+            source,
+        };
+        let who = sys::credentials(&stream).map_err(failed)?;
+        let own = rustix::process::geteuid().as_raw();
+        if who.uid != own && who.uid != 0 {
+            return Err(ServeError::Peer {
+                uid: who.uid,
+                pid: who.pid,
+            });
+        }
+        // It ends its server before.
+        let limit = Some(PATIENCE.saturating_mul(2));
+        stream.set_read_timeout(limit).map_err(failed)?;
+        let machines = Self::receive(&stream, max).map_err(failed)?;
+        Ok(Some(Self { stream, machines }))
+    }
+
+    fn receive(stream: &UnixStream, max: usize) -> io::Result<Vec<Held>> {
+        let mut machines = Vec::new();
+        loop {
+            let Some((what, number, mut descriptors)) = hear(stream)? else {
+                // Nothing is held: it has ended, or is ended.
+                return match machines.is_empty() {
+                    true => Ok(machines),
+                    false => Err(io::ErrorKind::UnexpectedEof.into()),
+                };
+            };
+            if what == ALL && number == machines.len() as u64 {
+                return Ok(machines);
+            }
+            let (kept, pidfd, uffd) = (descriptors.pop(), descriptors.pop(), descriptors.pop());
+            let (Some(uffd), Some(pidfd), Some(_)) = (uffd, pidfd, &kept) else {
+                return Err(io::Error::other("a message without its descriptors"));
+            };
+            if what != ADD || machines.len() >= max {
+                return Err(io::Error::other(
+                    "more virtual machines than there is room for",
+                ));
+            }
+            let peer = Peer::new(pidfd);
+            machines.push(Held { uffd, peer, kept });
+        }
+    }
+
+    /// Says that they are served from now on, and waits until whoever gave them has let go.
+    pub fn taken(self, count: usize) {
+        let mut stream = &self.stream;
+        if stream.write_all(&message(TAKEN, count as u64)).is_ok() {
+            let _ = stream.read(&mut [0]);
+        }
+    }
+}
+
+fn say(
+    socket: &impl AsFd,
+    what: u8,
+    number: u64,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(io::Error::other("too many descriptors"));
+    }
+    let message = message(what, number);
+    loop {
+        let parts = [IoSlice::new(&message)];
+        match sendmsg(socket, &parts, &mut control, SendFlags::NOSIGNAL) {
+            Ok(MESSAGE) => return Ok(()),
+            Ok(_) => return Err(io::ErrorKind::WriteZero.into()),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// The next message with its descriptors; `None` if there is none any more.
+fn hear(socket: &impl AsFd) -> io::Result<Option<(u8, u64, Vec<OwnedFd>)>> {
     let mut bytes = [0; MESSAGE];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [IoSliceMut::new(&mut bytes)];
-    let got = match recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
-        Err(Errno::INTR) => return Ok(true),
-        Err(Errno::CONNRESET) => return Ok(false),
-        other => other?.bytes,
+    let got = loop {
+        match recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            Err(Errno::CONNRESET) => return Ok(None),
+            other => break other?.bytes,
+        }
     };
     if got == 0 {
-        return Ok(false);
+        return Ok(None);
     }
     let mut descriptors = Vec::new();
     for message in control.drain() {
@@ -267,21 +510,46 @@ fn step(socket: &impl AsFd, held: &mut HashMap<u64, Held>) -> Result<bool, Errno
             descriptors.extend(rights);
         }
     }
-    let [what, number @ ..] = bytes;
-    let number = u64::from_le_bytes(number);
-    if what == FORGET {
-        held.remove(&number);
-        return Ok(true);
+    // Both kinds of sockets give each message by itself: no other byte came with its descriptors.
+    if got != MESSAGE {
+        return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    let both = (descriptors.pop(), descriptors.pop());
-    let answer = if let (Some(pidfd), Some(uffd)) = both {
-        let peer = Peer {
-            pidfd: Arc::new(pidfd),
-        };
-        held.insert(number, Held { _uffd: uffd, peer });
-        ADD
-    } else {
-        LOST
+    let [what, number @ ..] = bytes;
+    Ok(Some((what, u64::from_le_bytes(number), descriptors)))
+}
+
+/// Takes in one message; says whether there was one.
+fn step(socket: &impl AsFd, work: &mut Work) -> Result<bool, Errno> {
+    let heard = hear(socket).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    let Some((what, number, descriptors)) = heard else {
+        return Ok(false);
+    };
+    let mut descriptors = descriptors.into_iter();
+    let first = descriptors.next();
+    let answer = match (what, first, descriptors.next()) {
+        (FORGET, ..) => {
+            work.held.remove(&number);
+            return Ok(true);
+        }
+        (KEEP, Some(socket), None) => {
+            let socket = UnixListener::from(socket);
+            // Who stood there may be gone before he is let in.
+            match socket.set_nonblocking(true) {
+                Ok(()) => {
+                    let limit = Duration::from_millis(number);
+                    work.door = Some(Door { socket, limit });
+                    KEEP
+                }
+                Err(_) => LOST,
+            }
+        }
+        (ADD, Some(uffd), Some(pidfd)) => {
+            let peer = Peer::new(pidfd);
+            let kept = descriptors.next();
+            work.held.insert(number, Held { uffd, peer, kept });
+            ADD
+        }
+        _ => LOST,
     };
     // If nobody hears it, nothing is to be read any more.
     let _ = send(socket, &message(answer, number), SendFlags::NOSIGNAL);
@@ -304,7 +572,7 @@ mod tests {
         let peer = Peer {
             pidfd: Arc::new(null.try_clone().unwrap()),
         };
-        let error = watcher.add(&null, &peer).unwrap_err();
+        let error = watcher.add(&null, &peer, None).unwrap_err();
         assert!(matches!(error, ServeError::NoWatcher(_)), "{error:?}");
     }
 
@@ -318,8 +586,8 @@ mod tests {
         )
         .unwrap();
         let null = std::fs::File::open("/dev/null").unwrap();
-        let mut held = HashMap::new();
-        for (number, (count, expected)) in (7..).zip([(0, LOST), (1, LOST), (2, ADD)]) {
+        let mut work = Work::default();
+        for (number, (count, expected)) in (7..).zip([(0, LOST), (1, LOST), (2, ADD), (3, ADD)]) {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             let descriptors = vec![null.as_fd(); count];
@@ -329,15 +597,21 @@ mod tests {
             let told = message(ADD, number);
             let parts = [IoSlice::new(&told)];
             sendmsg(&near, &parts, &mut control, SendFlags::empty()).unwrap();
-            assert!(step(&far, &mut held).unwrap());
+            assert!(step(&far, &mut work).unwrap());
             let mut answer = [0; MESSAGE];
             recv(&near, &mut answer, RecvFlags::empty()).unwrap();
             assert_eq!(answer, message(expected, number));
         }
-        assert_eq!(held.keys().collect::<Vec<_>>(), [&9]);
-        send(&near, &message(FORGET, 9), SendFlags::empty()).unwrap();
-        assert!(step(&far, &mut held).unwrap() && held.is_empty());
+        let kept =
+            |work: &Work, number: u64| work.held.get(&number).map(|held| held.kept.is_some());
+        assert_eq!(kept(&work, 8), None);
+        assert_eq!((kept(&work, 9), kept(&work, 10)), (Some(false), Some(true)));
+        for number in [9, 10] {
+            send(&near, &message(FORGET, number), SendFlags::empty()).unwrap();
+            assert!(step(&far, &mut work).unwrap());
+        }
+        assert!(work.held.is_empty());
         drop(near);
-        assert!(!step(&far, &mut held).unwrap());
+        assert!(!step(&far, &mut work).unwrap());
     }
 }

@@ -26,6 +26,25 @@ impl Fresh {
         Self { start, len }
     }
 
+    /// A private mapping of a file.
+    #[allow(dead_code, reason = "not every bench has such")]
+    pub fn of(file: &std::fs::File, len: usize) -> Self {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping touches nobody's memory.
+        let start = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, access, flags, file, 0) };
+        let start = NonNull::new(start.unwrap().cast()).unwrap();
+        Self { start, len }
+    }
+
+    /// Writes a word.
+    #[allow(dead_code, reason = "not every bench does")]
+    pub fn write(&self, at: usize) {
+        assert!(at + 8 <= self.len);
+        // SAFETY: inside the mapping, whole words apart.
+        unsafe { self.start.as_ptr().add(at).cast::<u64>().write_volatile(7) };
+    }
+
     pub fn start(&self) -> NonNull<u8> {
         self.start
     }

@@ -230,3 +230,51 @@ fn what_cloud_hypervisor_needs_is_told_before_anybody_is_spoken_to() {
     assert!(said.contains("different guests"), "{said}");
     assert!(socket.accept().is_err());
 }
+
+/// What was recorded comes into the checkpoint that it is of: a new file, and the old one stays.
+#[test]
+fn a_working_set_is_put_into_a_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let [sonic, set, out] = ["guest.sonic", "set", "with.sonic"].map(|n| folder.path().join(n));
+    let run = sonicshot(&["save", text(&raw), "-o", text(&sonic)]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let before = fs::read(&sonic).unwrap();
+    let ranges = "sonicshot working set 1\n0x1000-0x3000\n0x100000-0x180000\n";
+    fs::write(&set, ranges).unwrap();
+    let blob = format!("working-set={}", text(&set));
+    let attach = |from: &Path, to: &Path, more: &[&str]| {
+        let args = ["attach", text(from), "-o", text(to), "--blob", &blob];
+        sonicshot(&[&args[..], more].concat())
+    };
+    let run = attach(&sonic, &out, &["--json"]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    assert!(fs::read(&sonic).unwrap() == before);
+    let opened = open_source(&out, &OpenOptions::new(), 0, Arc::default()).unwrap();
+    assert_eq!(opened.set.unwrap().to_text(), ranges);
+    assert!(served(&out).0 == served(&sonic).0);
+    let run = sonicshot(&["verify", text(&out)]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    // Nothing is written over untold: neither a file, nor a set, nor what it is made of.
+    let other = folder.path().join("other");
+    let long = "sonicshot working set 1\n0x100000000-0x100001000\n";
+    let first = fs::read(&out).unwrap();
+    for (from, to, more, words) in [
+        (&sonic, &out, &[][..], "exists"),
+        (&out, &other, &[], "already"),
+        (&out, &out, &["--replace", "--force"], "the input itself"),
+    ] {
+        let run = attach(from, to, more);
+        assert!(!run.status.success(), "{words}");
+        assert!(stderr(&run).contains(words), "{words}: {}", stderr(&run));
+    }
+    assert!(fs::read(&out).unwrap() == first && !other.exists());
+    let run = attach(&out, &other, &["--replace"]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    assert!(fs::read(&other).unwrap() == first);
+    // What is no set of this guest.
+    fs::write(&set, long).unwrap();
+    let run = attach(&sonic, &out, &["--force"]);
+    assert_eq!(run.status.code(), Some(3), "{}", stderr(&run));
+    assert!(fs::read(&out).unwrap() == first);
+}

@@ -165,7 +165,7 @@ impl CloudHypervisor {
         let nonblocking = faults.set_nonblocking(true);
         nonblocking.map_err(no_answer("the role of the connection for page faults"))?;
         let watched = self.watcher.as_ref();
-        let watched = watched.map(|watcher| watcher.add(&faults, &peer));
+        let watched = watched.map(|watcher| watcher.add(&faults, &peer, None));
         let watched = watched.transpose()?;
         let control = Arc::new(Control::new()?);
         let machine = Machine::new(

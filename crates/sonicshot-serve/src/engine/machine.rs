@@ -2,6 +2,7 @@
 
 use super::asks::{Asked, Asks};
 use super::control::Control;
+use super::kept::Kept;
 use super::plan::{Part, Plan, Turn};
 use super::region::{Region, VmRegion};
 use super::{Prefetch, VmOptions};
@@ -101,6 +102,9 @@ pub(crate) struct Machine {
     patience: Duration,
     buffer: Vec<u8>,
     page: Vec<u8>,
+    /// What another server can go on with.
+    kept: Option<Kept>,
+    messages: Vec<u8>,
 }
 
 impl Machine {
@@ -145,7 +149,48 @@ impl Machine {
             patience: FIRST_WAIT,
             buffer: Vec::new(),
             page: Vec::new(),
+            kept: None,
+            messages: vec![0; Uffd::BATCH_BYTES],
         })
+    }
+
+    /// Keeps what another server needs to go on, in the file that is returned.
+    #[cfg(feature = "server")]
+    pub fn keep(&mut self, identity: &str) -> Result<Arc<OwnedFd>, ServeError> {
+        let kept = Kept::new(&mut self.regions, identity)?;
+        let file = Arc::clone(&kept.file);
+        self.kept = Some(kept);
+        Ok(file)
+    }
+
+    /// Goes on with what another server has kept, which is gone. What it had read and not done is
+    /// done: pages that were given back are marked, and who waits for a page asks again.
+    #[cfg(feature = "server")]
+    pub fn go_on(&mut self, mut kept: Kept, regions: &[VmRegion]) -> Result<(), ServeError> {
+        let same = |(region, at): (&Region, &VmRegion)| {
+            region.guest == at.guest && region.start == at.host.raw() && region.page == at.page
+        };
+        let all = self.regions.len() == regions.len();
+        if !all || !self.regions.iter().zip(regions).all(same) {
+            return Err(ServeError::Kept {
+                why: "its regions are not those of the memory",
+            });
+        }
+        kept.put_into(&mut self.regions);
+        let mut events = Vec::new();
+        Uffd::parse(kept.messages(), &mut events);
+        for event in events {
+            if let Event::Remove(start, end) = event {
+                for region in &mut self.regions {
+                    region.give_back(start, end)?;
+                }
+            }
+        }
+        for region in &self.regions {
+            self.uffd.wake(region.start, region.guest.len());
+        }
+        self.kept = Some(kept);
+        Ok(())
     }
 
     /// Has pages placed for who asks for them, and not for faults.
@@ -322,7 +367,11 @@ impl Machine {
         self.readable = false;
         for _ in 0..READS_AT_ONCE {
             self.events.clear();
-            let count = self.uffd.events(&mut self.events)?;
+            let messages = match &mut self.kept {
+                Some(kept) => kept.messages(),
+                None => self.messages.as_mut_slice(),
+            };
+            let count = self.uffd.events(messages, &mut self.events)?;
             let now = Instant::now();
             for event in &self.events {
                 match *event {

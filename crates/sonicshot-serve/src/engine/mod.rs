@@ -9,6 +9,12 @@
 
 mod asks;
 mod control;
+#[expect(unsafe_code, reason = "memory that outlives the process")]
+#[cfg_attr(
+    not(feature = "server"),
+    expect(dead_code, reason = "only a server has a successor")
+)]
+mod kept;
 mod machine;
 mod plan;
 mod region;
@@ -16,6 +22,8 @@ mod region;
 #[cfg(feature = "server")]
 pub(crate) use self::asks::{Asked, Asks};
 pub(crate) use self::control::Control;
+#[cfg(feature = "server")]
+pub(crate) use self::kept::Kept;
 #[cfg(feature = "server")]
 pub(crate) use self::machine::End;
 pub(crate) use self::machine::Machine;

@@ -1,8 +1,11 @@
 //! Stretches of a virtual machine's memory, and which of their pages are no longer the source's.
 
+use super::kept::Map;
 use crate::error::ServeError;
 use crate::uffd::{HostAddress, Kind, Registered, Uffd};
+use core::sync::atomic::{AtomicU64, Ordering};
 use sonicshot::{Gpa, GpaRange, RamLayout};
+use std::sync::Arc;
 
 /// A range of guest memory in the address space whose faults are served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +59,27 @@ impl VmRegion {
 pub(crate) const MIN_PAGE: u64 = 4096;
 pub(crate) const MAX_PAGE: u64 = 32 << 20;
 
+/// A bit for each page, in words of 64. One thread uses it.
+#[derive(Debug)]
+enum Bits {
+    Own(Vec<AtomicU64>),
+    /// So many words from one on, in what another server may go on with.
+    Kept(Arc<Map>, usize, usize),
+}
+
+impl Bits {
+    fn words(&self) -> &[AtomicU64] {
+        match self {
+            Self::Own(words) => words,
+            Self::Kept(map, from, len) => {
+                let end = from.checked_add(*len);
+                let words = end.and_then(|end| map.words().get(*from..end));
+                words.unwrap_or_default()
+            }
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Region {
     pub guest: GpaRange,
@@ -66,7 +90,7 @@ pub(crate) struct Region {
     shift: u32,
     /// A bit for each page that the source must not be asked for any more: it was put in place,
     /// or it was given back. If it is missing, it is zero.
-    touched: Vec<u64>,
+    touched: Bits,
     /// The first page that was there before it was put in place.
     pub occupied: Option<u64>,
 }
@@ -121,6 +145,8 @@ impl Region {
         let shift = page.trailing_zeros();
         let words = (len >> shift).div_ceil(64);
         let words = usize::try_from(words).map_err(|_| unaligned(page))?;
+        let mut touched = Vec::new();
+        touched.resize_with(words, AtomicU64::default);
         Ok(Self {
             guest: at.guest,
             start,
@@ -128,7 +154,7 @@ impl Region {
             page,
             kind,
             shift,
-            touched: vec![0; words],
+            touched: Bits::Own(touched),
             occupied: None,
         })
     }
@@ -176,14 +202,25 @@ impl Region {
     pub fn is_touched(&self, host: u64) -> bool {
         let number = self.number(host);
         let word = usize::try_from(number >> 6).ok();
-        let word = word.and_then(|word| self.touched.get(word));
+        let word = word.and_then(|word| self.touched.words().get(word));
         // What is not known is not asked for.
-        word.is_none_or(|word| word & (1 << (number & 63)) != 0)
+        word.is_none_or(|word| word.load(Ordering::Relaxed) & (1 << (number & 63)) != 0)
+    }
+
+    /// How many words its bits are.
+    pub fn words(&self) -> usize {
+        self.touched.words().len()
+    }
+
+    /// Has the bits in `map`, where those of this region begin at the word `at`, as they are there.
+    pub fn keep(&mut self, map: Arc<Map>, at: usize) {
+        self.touched = Bits::Kept(map, at, self.words());
     }
 
     /// Whether the source will not be asked for any page any more.
     pub fn is_all_touched(&self) -> bool {
-        let set = self.touched.iter().map(|word| u64::from(word.count_ones()));
+        let words = self.touched.words().iter();
+        let set = words.map(|word| u64::from(word.load(Ordering::Relaxed).count_ones()));
         set.fold(0, u64::saturating_add) == self.guest.len() >> self.shift
     }
 
@@ -221,8 +258,9 @@ impl Region {
             let count = last.saturating_sub(number).min(64_u64.saturating_sub(bit));
             let mask = u64::MAX >> 64_u64.saturating_sub(count) << bit;
             let word = usize::try_from(number >> 6).ok();
-            if let Some(word) = word.and_then(|word| self.touched.get_mut(word)) {
-                *word |= mask;
+            if let Some(word) = word.and_then(|word| self.touched.words().get(word)) {
+                // Nobody else writes to it.
+                word.store(word.load(Ordering::Relaxed) | mask, Ordering::Relaxed);
             }
             number = number.saturating_add(count);
         }
@@ -267,7 +305,7 @@ mod tests {
             page,
             kind: Kind::Small,
             shift: page.trailing_zeros(),
-            touched: vec![0; usize::try_from(pages.div_ceil(64)).unwrap()],
+            touched: Bits::Own((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect()),
             occupied: None,
         }
     }

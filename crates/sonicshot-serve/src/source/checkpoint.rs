@@ -187,6 +187,10 @@ impl<S: RangeSource> PageSource for CheckpointSource<S> {
         self.reader.info().for_analysis
     }
 
+    fn identity(&self) -> Option<String> {
+        Some(format!("checkpoint {:032x}", self.reader.digest()))
+    }
+
     fn layout(&self) -> &RamLayout {
         &self.reader.info().layout
     }

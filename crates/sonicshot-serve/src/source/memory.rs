@@ -15,6 +15,7 @@ const PAGE: u64 = 4096;
 pub struct MemorySource<M> {
     memory: M,
     check: Option<Check<M>>,
+    identity: Option<String>,
     by_need: OnceLock<Arc<[GpaRange]>>,
 }
 
@@ -24,8 +25,16 @@ impl<M: GuestMemory> MemorySource<M> {
         Self {
             memory,
             check: None,
+            identity: None,
             by_need: OnceLock::new(),
         }
+    }
+
+    /// Says what tells this memory from another.
+    #[must_use]
+    pub fn identified_by(mut self, identity: Option<String>) -> Self {
+        self.identity = identity;
+        self
     }
 
     /// Has `check` asked behind each read: if it fails, what was read is not served.
@@ -50,6 +59,10 @@ fn ceil(at: Gpa) -> Option<Gpa> {
 impl<M: GuestMemory> PageSource for MemorySource<M> {
     fn layout(&self) -> &RamLayout {
         self.memory.layout()
+    }
+
+    fn identity(&self) -> Option<String> {
+        self.identity.clone()
     }
 
     fn run_at(&self, at: Gpa) -> Result<Run, ServeError> {

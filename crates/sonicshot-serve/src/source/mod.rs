@@ -81,6 +81,12 @@ pub trait PageSource: Send + Sync {
     /// All that is not zero, what a guest needs sooner first. All virtual machines share it.
     fn by_need(&self) -> Arc<[GpaRange]>;
 
+    /// What tells this source's bytes from another's, at most 512 bytes, so that another server can
+    /// go on with its virtual machines; `None` if nothing does.
+    fn identity(&self) -> Option<String> {
+        None
+    }
+
     /// Whether pages that the guest uses are missing, so that it cannot run from this: of a
     /// checkpoint [for analysis](sonicshot::checkpoint::CheckpointInfo::for_analysis).
     fn is_for_analysis(&self) -> bool {

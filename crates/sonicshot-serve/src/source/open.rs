@@ -61,11 +61,25 @@ pub fn open_source(
         let source = Arc::new(Slots::open(path, options)?);
         return Ok(OpenedSource { source, set: None });
     }
+    let before = identity_of(path, options);
     let memory = Snapshot::open(path, options)?.guest_memory()?;
-    let source = MemorySource::new(memory);
+    // Another file may have got the name meanwhile.
+    let identity = before.filter(|before| identity_of(path, options).as_ref() == Some(before));
+    let source = MemorySource::new(memory).identified_by(identity);
     let source =
         Arc::new(source.checked_by(|dump| Ok(dump.check_unchanged().map_err(OfflineError::from)?)));
     Ok(OpenedSource { source, set: None })
+}
+
+/// What tells a file's memory from another's: which file it is, how long, written when, and what is
+/// known of it beside. Of a folder, or of a diff, too little.
+fn identity_of(path: &Path, options: &OpenOptions) -> Option<String> {
+    if options.base.is_some() || !path.is_file() {
+        return None;
+    }
+    let stamp = FileStamp::of(&File::open(path).ok()?).ok()?;
+    let layout = options.layout.as_ref().map(ToString::to_string);
+    Some(format!("{stamp:?} {layout:?}")).filter(|identity| identity.len() <= 512)
 }
 
 /// Refuses a file that is not what it was `before`.

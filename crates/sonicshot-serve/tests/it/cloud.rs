@@ -34,7 +34,11 @@ pub fn config() -> Value {
 }
 
 fn migration() -> Migration {
-    let config = config().to_string().into_bytes();
+    migration_of(&config())
+}
+
+fn migration_of(config: &Value) -> Migration {
+    let config = config.to_string().into_bytes();
     Migration::new(config, STATE.into(), Path::new("test")).unwrap()
 }
 
@@ -165,6 +169,30 @@ fn a_folder_with_a_file_for_each_slot_is_restored() {
     assert!(!server.status.success());
     let told = String::from_utf8_lossy(&server.stderr).into_owned();
     assert!(told.contains("memory-3"), "{told}");
+}
+
+#[test]
+fn huge_pages_are_filled_as_such() {
+    let free = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+    let free = std::fs::read_to_string(free).ok();
+    let free = free.and_then(|free| free.trim().parse::<usize>().ok());
+    let enough = free.is_some_and(|free| free >= 2 * PAGES * PAGE / (2 << 20));
+    if !sonicshot_testkit::has("huge pages of 2 MiB", enough) {
+        return;
+    }
+    let mut config = config();
+    config["vm_config"]["memory"]["hugepages"] = true.into();
+    let file = save(Compression::Lz4);
+    for form in ["wake-huge", "continue-huge"] {
+        for prefetch in [Prefetch::Nothing, Prefetch::Everything] {
+            let mut options = CloudOptions::default();
+            options.vm.prefetch = prefetch;
+            let source = Arc::new(CheckpointSource::new(open(&file), 1 << 20, Arc::default()));
+            let cloud = CloudHypervisor::new(source, migration_of(&config), options, None).unwrap();
+            let said = restored(form, "check", &cloud);
+            assert_eq!(said, "done after 6 questions\n");
+        }
+    }
 }
 
 #[test]

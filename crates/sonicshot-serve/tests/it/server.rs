@@ -136,7 +136,8 @@ fn every_form_is_served_at_once() {
     assert!(metrics.faults() > (forms.len() * PAGES) as u64);
 }
 
-/// Five of 25 are hostile, are killed, or make their descriptor sleep; nobody else notices.
+/// Five of 25 are hostile, are killed, or make their descriptor sleep; nobody else notices: every byte
+/// is right, and no read takes a second.
 #[test]
 fn twenty_five_do_not_notice_each_other() {
     let huge = Path::new("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
@@ -168,7 +169,15 @@ fn twenty_five_do_not_notice_each_other() {
     let mut closed = Vec::new();
     half.read_to_end(&mut closed).unwrap();
     let metrics = Arc::clone(&serving.metrics);
-    serving.end(children);
+    for said in serving.end(children) {
+        let longest = said
+            .split("longest read ")
+            .nth(1)
+            .and_then(|rest| rest.split(' ').next());
+        let longest: u64 = longest.unwrap().parse().unwrap();
+        // A second, on two processors for all of them.
+        assert!(longest < 1_000_000, "{said}");
+    }
     let text = metrics.to_text();
     assert!(
         text.contains("\nsonicshot_serve_connections_refused_total 3\n"),
@@ -355,4 +364,96 @@ fn a_server_that_is_killed_takes_its_machines_along() {
             assert_eq!(output.status.signal(), Some(9), "{output:?}");
         }
     }
+}
+
+/// A server with a watcher that keeps what it has for the next one.
+fn keeping(socket: &Path, checkpoint: &Path, keep: &Path) -> Child {
+    let mut server = Command::new(example("page_server"))
+        .args([socket, checkpoint, keep])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(ready(&mut server));
+    server
+}
+
+/// Each is killed while faults wait and pages are given back, or while it lives still, by the next
+/// one. Every byte is compared.
+#[test]
+fn another_server_goes_on_where_one_was_killed() {
+    let file = save(Compression::Lz4);
+    let folder = TempDir::new().unwrap();
+    let (socket, keep) = (folder.path().join("pages"), folder.path().join("keep"));
+    let mut server = keeping(&socket, file.path(), &keep);
+    let mode = std::fs::metadata(&keep).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let start = |form, what, seed| {
+        let command = client_command(&socket, form, 4096, what, seed).spawn();
+        let mut child = command.unwrap();
+        // It says more later, to somebody.
+        let lines = ready(&mut child);
+        (child, lines)
+    };
+    let mut machines = Vec::new();
+    for round in 0..8 {
+        machines.push(start("1.7", "touch", round));
+        machines.push(start("1.12", "wear", round + 100));
+        machines.push(start("own", "wear", round + 200));
+        std::thread::sleep(Duration::from_millis(7 * round));
+        if round % 2 == 0 {
+            server.kill().unwrap();
+            server.wait().unwrap();
+            std::thread::sleep(Duration::from_millis(3 * round));
+        }
+        let next = keeping(&socket, file.path(), &keep);
+        let gone = server
+            .wait_with_output()
+            .unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(gone.status.signal(), Some(9), "{gone:?}");
+        server = next;
+    }
+    for (child, mut lines) in machines {
+        let mut said = String::new();
+        lines.read_to_string(&mut said).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{}: {told}", output.status);
+        assert!(said.starts_with("done in "), "{said}");
+    }
+    server.kill().unwrap();
+    server.wait().unwrap();
+}
+
+/// Who serves another snapshot takes nothing, and who nobody takes is ended.
+#[test]
+fn what_no_other_server_takes_is_ended() {
+    let (file, other) = (save(Compression::Lz4), save(Compression::None));
+    let folder = TempDir::new().unwrap();
+    let (socket, keep) = (folder.path().join("pages"), folder.path().join("keep"));
+    let mut server = keeping(&socket, file.path(), &keep);
+    let mut machine = client_command(&socket, "1.7", 4096, "wait", 1)
+        .spawn()
+        .unwrap();
+    drop(ready(&mut machine));
+    server.kill().unwrap();
+    server.wait().unwrap();
+    let start = Instant::now();
+    let output = Command::new(example("page_server"))
+        .args([&socket, other.path(), &keep])
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        !output.status.success() && told.contains("OtherSource"),
+        "{told}"
+    );
+    assert!(machine.try_wait().unwrap().is_none());
+    let output = machine.wait_with_output().unwrap();
+    assert_eq!(output.status.signal(), Some(9), "{output:?}");
+    let took = start.elapsed();
+    assert!(
+        (Duration::from_secs(5)..Duration::from_secs(60)).contains(&took),
+        "{took:?}"
+    );
 }
