@@ -53,8 +53,15 @@ pub const TARGETS: &[Target] = &[
     ("checkpoint", checkpoint),
     ("serve_message", serve_message),
     ("serve_cloud", serve_cloud),
+    ("qemu_monitor", qemu_monitor),
     ("mutate", mutate),
 ];
+
+/// What QEMU's monitor says, what a checkpoint has of it, and what a restored QEMU asks for: of the
+/// first byte which.
+pub fn qemu_monitor(data: &[u8]) {
+    sonicshot_qemu_live::fuzz(data);
+}
 
 fn ask(source: &dyn SymbolSource) {
     let _ = (source.symbol("_stext"), source.type_size("page"));
