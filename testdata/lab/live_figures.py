@@ -45,6 +45,8 @@ def own(live: Live, capabilities: Sequence[str], file: Path) -> tuple[float, flo
     qmp = live.machine.qmp
     qmp.no_capabilities("mapped-ram", "multifd")
     qmp.capabilities("events", *capabilities)
+    # It saves 128 MiB a second if nothing is said.
+    qmp.call("migrate-set-parameters", max_bandwidth=1 << 36)
     if "multifd" in capabilities:
         qmp.call("migrate-set-parameters", multifd_channels=2)
     file.unlink(missing_ok=True)
