@@ -69,6 +69,7 @@ mod guard;
 mod in_use;
 mod layout;
 mod limit;
+mod open;
 mod options;
 mod output;
 mod processors;
@@ -84,11 +85,12 @@ pub use error::KdumpWriteError;
 pub use error::{DumpError, WritingProcess};
 pub use format::check_not_foreign;
 #[doc(hidden)]
+pub use format::kdump::header::KdumpCompression;
+#[doc(hidden)]
 pub use format::kdump::read::KdumpFile;
 #[cfg(feature = "__unchecked")]
 pub use format::kdump::write::write_kdump_without;
-#[doc(hidden)]
-pub use format::kdump::write::{KdumpCompression, KdumpOptions, KdumpWriteStats, write_kdump};
+pub use format::kdump::write::{KdumpOptions, KdumpWriteStats, write_kdump};
 pub use format::name::{DumpFormat, DumpFormatError};
 pub use format::qemu::start::{BlockKind, RamBlock};
 pub use format::xen::join::XlSkeleton;

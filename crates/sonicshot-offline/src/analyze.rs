@@ -4,9 +4,9 @@ use crate::error::OfflineError;
 use crate::note::Note;
 use crate::options::AnalyzeOptions;
 use crate::place::{self, Placed};
-use crate::save::{absent_bytes, keep_everything};
 use crate::snapshot::Snapshot;
 use crate::untold::UNTOLD_PAGE;
+use crate::whole::{absent_bytes, keep_everything};
 use sonicshot::{
     ClassCounts, ClassSet, DropClasses, Fill, PageClass, PageMap, PageState, PrunePlan,
 };

@@ -374,6 +374,26 @@ impl CheckpointFile {
     }
 }
 
+impl Snapshot {
+    /// The checkpoint that it is, if it is one and no dump, nor said to be.
+    ///
+    /// # Errors
+    /// [`OfflineError::Checkpoint`] if it is damaged, [`OfflineError::Io`] if it cannot be read.
+    pub fn checkpoint(&self) -> Result<Option<CheckpointFile>, OfflineError> {
+        if self.options().format.is_some() {
+            return Ok(None);
+        }
+        let Some(spool) = self.piped() else {
+            let path = self.memory_file();
+            let is_one = CheckpointFile::is_at(path)?;
+            return is_one.then(|| CheckpointFile::open(path)).transpose();
+        };
+        let begins = begins(spool.file());
+        let is_one = begins.map_err(OfflineError::io("reading", spool.name()))?;
+        is_one.then(|| CheckpointFile::of_spool(spool)).transpose()
+    }
+}
+
 /// Whether a file begins as a checkpoint.
 pub(crate) fn begins(file: &File) -> io::Result<bool> {
     let mut start = [0; 8];

@@ -6,9 +6,10 @@ use crate::error::OfflineError;
 use crate::lacking::Lacking;
 use crate::note::Note;
 use crate::place;
-use crate::save::{Contents, absent_bytes, filled, keep_everything, without_p2m};
+use crate::save::Contents;
 use crate::snapshot::Snapshot;
 use crate::untold::{UNTOLD_PAGE, assumed, named_machine};
+use crate::whole::{absent_bytes, filled, keep_everything, without_p2m};
 use sonicshot::checkpoint::{CheckpointInfo, Compression, SaveOptions};
 use sonicshot::{Architecture, GuestMemory, PageSize, Progress, RamLayout};
 use sonicshot_dump::{

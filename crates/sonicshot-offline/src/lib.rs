@@ -45,6 +45,7 @@ mod save;
 mod snapshot;
 mod text;
 mod untold;
+mod whole;
 mod zero;
 
 pub use analyze::{Analyzed, Savings};

@@ -7,12 +7,11 @@ use crate::note::Note;
 use crate::plan::Plan;
 use crate::snapshot::Snapshot;
 use crate::untold::UNTOLD_PAGE;
+use crate::whole::{absent_bytes, filled, keep_everything, without_p2m};
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, SaveOptions, SaveStats};
-use sonicshot::{
-    Disposition, Fill, GuestMemory, PageClass, PageMap, PageSize, Progress, PrunePlan,
-};
+use sonicshot::{GuestMemory, PageMap, Progress, PrunePlan};
 use sonicshot_dump::{Dump, NewFile, Overwrite};
-use sonicshot_vmi::{Knowledge, mark_absent_pages};
+use sonicshot_vmi::Knowledge;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -312,36 +311,4 @@ impl Contents<'_> {
         let (_, stats) = writer.finish().map_err(&failed)?;
         Ok(stats)
     }
-}
-
-/// A plan that drops nothing, and the map that it is of, in which what the source does not have is
-/// absent.
-pub(crate) fn keep_everything(
-    memory: &dyn GuestMemory,
-    page_size: PageSize,
-) -> Result<(PageMap, PrunePlan), OfflineError> {
-    let mut map = PageMap::new(memory.layout(), page_size);
-    mark_absent_pages(memory, &mut map)?;
-    let plan = PrunePlan::new(&map, &|_| Disposition::Keep, Fill::Zero);
-    Ok((map, plan))
-}
-
-/// How much of the memory the source does not have.
-pub(crate) fn absent_bytes(map: &PageMap) -> u64 {
-    let pages = map.counts().get(PageClass::Absent);
-    pages.saturating_mul(map.page_size().bytes())
-}
-
-/// What to say of an output in which that is filled.
-pub(crate) fn filled(dump: &Dump, map: &PageMap) -> Option<Note> {
-    let bytes = absent_bytes(map);
-    (bytes > 0).then(|| Note::AbsentFilled {
-        bytes,
-        why: dump.incomplete(),
-    })
-}
-
-/// What to say of an output that has a guest's pages, but not which frames of the machine they are.
-pub(crate) fn without_p2m(memory: &dyn GuestMemory) -> Option<Note> {
-    memory.p2m().map(|_| Note::WithoutP2m)
 }

@@ -1,10 +1,8 @@
 //! A snapshot as a path names it: its files, and the opening of its memory.
 
-use crate::checkpoint_file::{self, CheckpointFile};
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::options::OpenOptions;
-use crate::place;
 use sonicshot::{FileStamp, Processors};
 use sonicshot_dump::{
     Dump, DumpError, DumpFormat, DumpOptions, LayoutSpec, SnapshotFiles, Spool, Vmm,
@@ -98,24 +96,6 @@ impl Snapshot {
         self.files.vmm()
     }
 
-    /// The checkpoint that it is, if it is one and no dump, nor said to be.
-    ///
-    /// # Errors
-    /// [`OfflineError::Checkpoint`] if it is damaged, [`OfflineError::Io`] if it cannot be read.
-    pub fn checkpoint(&self) -> Result<Option<CheckpointFile>, OfflineError> {
-        if self.options.format.is_some() {
-            return Ok(None);
-        }
-        let Some(spool) = &self.piped else {
-            let path = self.memory_file();
-            let is_one = CheckpointFile::is_at(path)?;
-            return is_one.then(|| CheckpointFile::open(path)).transpose();
-        };
-        let begins = checkpoint_file::begins(spool.file());
-        let is_one = begins.map_err(OfflineError::io("reading", spool.name()))?;
-        is_one.then(|| CheckpointFile::of_spool(spool)).transpose()
-    }
-
     /// Refuses a snapshot whose VMM would not read a hole as zero. Every prune does so too; this is
     /// for those who want to know before they look at the guest.
     ///
@@ -183,6 +163,11 @@ impl Snapshot {
     }
 
     /// What is known beforehand.
+    /// What came through a pipe, if it did.
+    pub(crate) fn piped(&self) -> Option<&Spool> {
+        self.piped.as_ref()
+    }
+
     pub(crate) fn options(&self) -> &OpenOptions {
         &self.options
     }
@@ -242,16 +227,6 @@ impl Snapshot {
             Err(DumpError::MayBeInUse { path, .. }) => Some(Note::MayBeInUse { path }),
             _ => None,
         }
-    }
-
-    /// The guest's memory, where it lies in the guest: where the files do not say, by the guest's
-    /// own memory map.
-    ///
-    /// # Errors
-    /// What [`analyze`](Self::analyze) gives for a layout that is not found, and
-    /// [`OfflineError::Dump`] if the files cannot be read.
-    pub fn guest_memory(&self) -> Result<Dump, OfflineError> {
-        place::open(self).map_err(|error| self.blame(error))
     }
 
     /// What the files beside the memory say, and whether somebody is writing it.

@@ -2,7 +2,7 @@
 //! behind the other, where the directory at the archive's end can claim any number of entries that
 //! are not there.
 
-use super::unpack::{At, BUFFER, damaged, unread};
+use super::packed::{At, BUFFER, damaged, unread};
 use sonicshot::{Cursor, CutShort, FileBytes, FileContent};
 use std::fs::File;
 use std::io::{self, BufReader, Read};

@@ -3,7 +3,7 @@
 //! The decoder takes a file that ends where a block's length would be for one that ends there. What
 //! makes out whether a frame has its end is whether the file ended while the decoder asked for more.
 
-use super::streams::is_at_end;
+use super::packed::is_at_end;
 use lz4_flex::frame::FrameDecoder;
 use std::io::{self, BufRead, Read};
 

@@ -1,8 +1,7 @@
 //! The files of `lzop`: LZO in blocks, with checksums (`lzop.c`, `conf.h`). libvirt's images may
 //! be compressed so.
 
-use super::streams::is_at_end;
-use super::unpack::unread;
+use super::packed::{is_at_end, unread};
 use std::io::{self, BufRead, Read, Write};
 
 /// How a file begins.

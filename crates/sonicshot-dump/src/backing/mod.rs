@@ -5,6 +5,7 @@ mod archive;
 pub(crate) mod lz4;
 pub(crate) mod lzop;
 pub(crate) mod overlay;
+pub(crate) mod packed;
 pub(crate) mod paged;
 pub(crate) mod plain;
 pub(crate) mod scattered;

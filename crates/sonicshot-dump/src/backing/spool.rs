@@ -1,14 +1,13 @@
 //! A dump that comes through a pipe or out of a compressor: it is put into a temporary file first,
 //! since a guest's memory is not read from front to back.
 
+use crate::DumpError;
+use crate::backing::packed::At;
 use crate::backing::plain::content_of;
-use crate::backing::unpack::{At, Compression, LONGEST_MARK};
-use crate::format::kind::Source;
+use crate::backing::unpack::{Compression, LONGEST_MARK};
 use crate::format::qemu::start::{MAGIC as MIGRATION, ram_of_migration};
-use crate::format::refuse_foreign;
 use crate::limit::{SizeLimit, allowed_beside};
 use crate::output::{check_stamp, scratch};
-use crate::{DumpError, DumpOptions};
 use rustix::fs::fstatvfs;
 use sonicshot::file::write_sparse_at;
 use sonicshot::{FileBytes, FileContent, FileOffset, FileStamp, GuestBytes};
@@ -310,16 +309,6 @@ impl Spool {
     #[must_use]
     pub fn file(&self) -> &File {
         &self.0.file
-    }
-
-    /// Refuses what is of a format that is known but not read.
-    ///
-    /// # Errors
-    /// [`DumpError::NotRead`], with what it is and what to do with it.
-    pub fn check_not_foreign(&self) -> Result<(), DumpError> {
-        // What cannot be read is told of by who reads it.
-        let known = DumpOptions::new();
-        Source::spooled(self, &known).map_or(Ok(()), |source| refuse_foreign(&source))
     }
 
     /// The content.

@@ -1,6 +1,7 @@
 //! Files that are compressed as a whole: told by how they begin, and decompressed.
 
 use crate::backing::lz4::Lz4Frames;
+use crate::backing::packed::{At, BUFFER};
 use crate::backing::streams::Streams;
 use crate::backing::{archive, lzop};
 use bzip2::bufread::BzDecoder;
@@ -8,12 +9,10 @@ use flate2::bufread::GzDecoder;
 use lzma_rust2::XzReader;
 use std::fs::File;
 use std::io::{self, BufReader, Read};
-use std::os::unix::fs::FileExt;
 
 /// As much as `zstd` itself takes for a window without being told to take more; a dictionary of
 /// `xz -9` is half of that. In KiB, and room for the rest.
 const XZ_MEMORY: u32 = (128 + 32) << 10;
-pub(super) const BUFFER: usize = 1 << 20;
 
 /// How something is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,36 +85,6 @@ impl Compression {
             Self::Zip => Box::new(archive::only_file(file)?),
         })
     }
-}
-
-/// A file from a place on. Where another handle of it reads makes no difference to this one.
-pub(crate) struct At {
-    file: File,
-    at: u64,
-}
-
-impl At {
-    pub(crate) fn new(file: File, at: u64) -> Self {
-        Self { file, at }
-    }
-}
-
-impl Read for At {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let read = self.file.read_at(out, self.at)?;
-        let next = self.at.checked_add(read as u64);
-        self.at = next.ok_or(io::ErrorKind::FileTooLarge)?;
-        Ok(read)
-    }
-}
-
-pub(super) fn damaged(what: &'static str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what)
-}
-
-/// It is sound, but more than is read here: to be unpacked by its own tool.
-pub(super) fn unread(what: &'static str) -> io::Error {
-    io::Error::new(io::ErrorKind::Unsupported, what)
 }
 
 #[cfg(test)]

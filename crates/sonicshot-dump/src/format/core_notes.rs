@@ -10,7 +10,7 @@
 //! kernel ended with the time of its crash as it died (`crash_save_vmcoreinfo`). A running
 //! kernel's has no such line, and `/proc/kcore` has other `CORE` notes besides.
 
-use crate::format::kdump::read::{Note, notes_in};
+use crate::format::notes::{Note, notes_in};
 use crate::processors::{self, Halted, Registers};
 use sonicshot::x86_64::ControlRegisters;
 use sonicshot::{Bytes, GuestMemory, Processor, Processors};

@@ -19,6 +19,7 @@ pub(crate) mod kind;
 pub(crate) mod libvirt;
 pub(crate) mod lime;
 pub(crate) mod name;
+pub(crate) mod notes;
 pub(crate) mod qcow2;
 pub(crate) mod qemu;
 pub(crate) mod raw;

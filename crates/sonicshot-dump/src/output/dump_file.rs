@@ -2,6 +2,7 @@
 
 use crate::DumpError;
 use crate::format::elf_core::wire::{self, PT_LOAD, PT_NOTE, Segment};
+use crate::format::notes::note;
 use crate::output::{Output, Overwrite, Ready, Target};
 use sonicshot::checkpoint::{CheckpointError, FillWith, RestoreTarget};
 use sonicshot::file::write_sparse_at;
@@ -366,18 +367,4 @@ impl ReadyFile {
     pub fn place(self) -> Result<u64, DumpError> {
         self.0.place()
     }
-}
-
-/// An ELF note; `None` if its text is longer than 32 bits count.
-pub(crate) fn note(name: &[u8], kind: u32, text: &[u8]) -> Option<Vec<u8>> {
-    let mut out = Vec::new();
-    for len in [name.len(), text.len()] {
-        out.extend(u32::try_from(len).ok()?.to_le_bytes());
-    }
-    out.extend(kind.to_le_bytes());
-    for part in [name, text] {
-        out.extend(part);
-        out.resize(out.len().checked_next_multiple_of(4)?, 0);
-    }
-    Some(out)
 }

@@ -15,6 +15,18 @@ use crate::snapshot::Snapshot;
 pub(crate) use placed::{Look, Placed};
 use sonicshot_dump::Dump;
 
+impl Snapshot {
+    /// The guest's memory, where it lies in the guest: where the files do not say, by the guest's
+    /// own memory map.
+    ///
+    /// # Errors
+    /// What [`analyze`](Self::analyze) gives for a layout that is not found, and
+    /// [`OfflineError::Dump`] if the files cannot be read.
+    pub fn guest_memory(&self) -> Result<Dump, OfflineError> {
+        open(self).map_err(|error| self.blame(error))
+    }
+}
+
 /// Opens the dump in the layout that its guest confirms and lets `look` see the guest. A file that
 /// begins as one of another format may be RAM all the same, whose first page may hold anything.
 pub(crate) fn with_guest<T>(

@@ -7,6 +7,7 @@
 //! for. What is found so is held against the same records as what types tell of.
 
 mod cover;
+mod displacements;
 mod heads;
 mod kernel;
 mod nodes;

@@ -9,8 +9,8 @@
 //! - The pages of each zone have its number and its node's in the highest bits of their flags
 //!   (`set_page_links`), so those of two zones differ there.
 
+use super::displacements::Displacements;
 use super::heads::{Heads, Look};
-use super::percpu::Displacements;
 use super::words::{each_word, is_inside};
 use super::zones;
 use crate::error::VmiError;

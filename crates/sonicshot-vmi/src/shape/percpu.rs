@@ -11,6 +11,7 @@
 //! zones and processors, that says how many pages they hold; of two lists at least, for each would
 //! vouch for itself.
 
+use super::displacements::{Displacements, MAX_WORDS};
 use super::frames_of;
 use super::heads::{Head, Heads, Look};
 use super::nodes::Owned;
@@ -18,12 +19,9 @@ use crate::error::VmiError;
 use crate::kernel::element;
 use crate::mm::zone::{PcpLayout, Zone};
 use crate::{KernelVa, VirtualMemory};
-use std::collections::HashSet;
 
 /// `NR_CPUS` is 8192 at most.
 const MAX_CPUS: usize = 8192;
-/// So many different words of an image are tried; one that is whole has some thousands.
-const MAX_WORDS: u64 = 1 << 18;
 /// `MIGRATE_PCPTYPES`, the same since 3.18.
 const TYPES: u64 = 3;
 /// Lists of order 0 to `PAGE_ALLOC_COSTLY_ORDER`, since 5.14.
@@ -41,34 +39,6 @@ pub(crate) struct PerCpu {
     pub lists: Result<PcpLayout, String>,
     /// Whether the zones' counters were corrected by the per-CPU deltas, or there are none.
     pub with_deltas: bool,
-}
-
-/// The words of the kernel's image that may be a processor's displacement, each once, lowest place
-/// first.
-#[derive(Debug, Default)]
-pub(super) struct Displacements {
-    words: Vec<u64>,
-    seen: HashSet<u64>,
-}
-
-impl Displacements {
-    /// Takes `word` if it is whole pages: the difference of two kernel addresses.
-    pub(super) fn take(&mut self, look: &Look<'_, '_>, word: u64) -> Result<(), VmiError> {
-        let inside = look.heads.map.page_size.offset_mask();
-        if word & inside != 0 || word >> 56 != 0xff || !self.seen.insert(word) {
-            return Ok(());
-        }
-        self.words.push(word);
-        let number = self.words.len() as u64;
-        if number > MAX_WORDS {
-            return Err(VmiError::TooMany {
-                what: "words of the kernel's image that may be a processor's displacement",
-                found: number,
-                most: MAX_WORDS,
-            });
-        }
-        Ok(())
-    }
 }
 
 /// Numbers and row of lists, as found for one processor and zone.
@@ -159,7 +129,7 @@ fn processors(
     }
     let mut found: Vec<u64> = Vec::new();
     let mut shape: Option<Row> = None;
-    for (number, word) in (0_u64..).zip(&displacements.words) {
+    for (number, word) in (0_u64..).zip(displacements.words()) {
         look.deadline
             .check("words of the kernel's image", number, MAX_WORDS)?;
         if let Some(row) = row_of(*word)

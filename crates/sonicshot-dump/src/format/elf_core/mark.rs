@@ -16,8 +16,7 @@
 //! more out, may copy the note; then the numbers are no longer the core's, and the note does not
 //! count.
 
-use crate::format::kdump::read::notes_in;
-use crate::output::dump_file::note;
+use crate::format::notes::{note, notes_in};
 use sonicshot::{Cursor, CutShort, Gpa, GpaRange};
 
 /// No other note has it: readers take some types for what they know, whatever the name.
@@ -112,7 +111,7 @@ fn without_ours(notes: &[u8]) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::{Sums, absent_in, with_absent};
-    use crate::output::dump_file::note;
+    use crate::format::notes::note;
     use proptest::prelude::*;
     use sonicshot::{Gpa, GpaRange};
 

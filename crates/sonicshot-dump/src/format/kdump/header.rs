@@ -5,6 +5,21 @@ use crate::DumpError;
 use sonicshot::{Architecture, Bytes, FileOffset, PageSize, Pfn, PfnRange};
 use std::path::Path;
 
+/// How the pages of a kdump-compressed file are compressed, each by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum KdumpCompression {
+    /// Not at all.
+    None,
+    /// zlib, which every reader knows.
+    #[default]
+    Zlib,
+    /// Snappy.
+    Snappy,
+    /// Zstandard.
+    Zstd,
+}
+
 pub(crate) const SIGNATURE: &[u8; 8] = b"KDUMP   ";
 /// What the header holds up to its last field that is read here. The layout is that of C
 /// structures on a 64-bit machine.

@@ -14,9 +14,9 @@ use crate::backing::paged::BlockCache;
 use crate::backing::plain::{check_content, open_content};
 use crate::format::kdump::content::Content;
 use crate::format::kdump::header::{
-    BLOCK_SIZE, Header, Places, SIGNATURE, SubHeader, machine_named,
+    BLOCK_SIZE, Header, KdumpCompression, Places, SIGNATURE, SubHeader, machine_named,
 };
-use crate::format::kdump::write::KdumpCompression;
+use crate::format::notes::{Note, notes_in};
 use sonicshot::{
     Architecture, Bytes, Cursor, CutShort, FileContent, FileOffset, Gpa, GpaRange, GuestMemory,
     MemoryError, PageSize, Pfn, PfnRange, RamLayout,
@@ -42,7 +42,6 @@ const MAX_REGIONS: usize = 1 << 20;
 const MAX_VMCOREINFO: u64 = 1 << 16;
 /// Notes of tens of thousands of processors.
 const MAX_NOTES: u64 = 16 << 20;
-const NT_PRSTATUS: u32 = 1;
 /// Frames that one number of the rank index stands for.
 const RANK_FRAMES: u64 = 512;
 const RANK_BYTES: usize = 64;
@@ -885,45 +884,4 @@ fn machine_of_notes(notes: &[u8]) -> Option<Architecture> {
         392 => Some(Architecture::Aarch64),
         _ => None,
     }
-}
-
-/// One ELF note.
-pub(crate) struct Note<'a> {
-    pub kind: u32,
-    pub name: &'a [u8],
-    pub text: &'a [u8],
-    /// Where the text begins among the notes.
-    pub text_at: u64,
-}
-
-impl Note<'_> {
-    /// Whether the note holds a processor's registers: `NT_PRSTATUS`.
-    pub(crate) fn is_registers(&self) -> bool {
-        self.kind == NT_PRSTATUS && self.name == b"CORE"
-    }
-}
-
-/// The ELF notes in `bytes`, up to the first that is cut off.
-pub(crate) fn notes_in(bytes: &[u8]) -> impl Iterator<Item = Note<'_>> {
-    let mut notes = Cursor::new(bytes);
-    let len = bytes.len() as u64;
-    std::iter::from_fn(move || next_note(&mut notes, len).ok())
-}
-
-fn next_note<'a>(notes: &mut Cursor<&'a [u8]>, len: u64) -> Result<Note<'a>, CutShort> {
-    let (name_len, text_len, kind): (u32, u32, u32) = (notes.le()?, notes.le()?, notes.le()?);
-    let padding = |len: u32| u64::from(len).next_multiple_of(4).abs_diff(len.into());
-    let name = notes.take(name_len.into())?;
-    notes.skip(padding(name_len))?;
-    let text_at = len.abs_diff(notes.left());
-    let text = notes.take(text_len.into())?;
-    // The last one's may be missing.
-    notes.skip(padding(text_len).min(notes.left()))?;
-    let name = name.strip_suffix(&[0]).unwrap_or(name);
-    Ok(Note {
-        kind,
-        name,
-        text,
-        text_at,
-    })
 }

@@ -6,9 +6,9 @@
 //! be dropped. Pages of zeroes are in the file, and share one page's data.
 
 use crate::error::KdumpWriteError;
-use crate::format::kdump::header::{MAX_FRAMES, SIGNATURE, SUB_HEADER_LEN};
-use crate::format::kdump::read::{DESCRIPTOR_LEN, KdumpFile, Note, SNAPPY, ZLIB, ZSTD, notes_in};
-use crate::output::dump_file::note;
+use crate::format::kdump::header::{KdumpCompression, MAX_FRAMES, SIGNATURE, SUB_HEADER_LEN};
+use crate::format::kdump::read::{DESCRIPTOR_LEN, KdumpFile, SNAPPY, ZLIB, ZSTD};
+use crate::format::notes::{Note, note, notes_in};
 use sonicshot::work::{self, map_in_order};
 use sonicshot::{
     Architecture, Disposition, FileOffset, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageMap,
@@ -26,21 +26,6 @@ const DUMP_LEVEL_FREE: u32 = 16;
 /// What is not known of the guest's `struct new_utsname`. libkdumpfile believes none of the
 /// names, nor that of the processor, if one of them is empty.
 const UNKNOWN: &[u8] = b"(unknown)";
-
-/// How the pages of a kdump-compressed file are compressed, each by itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum KdumpCompression {
-    /// Not at all.
-    None,
-    /// zlib, which every reader knows.
-    #[default]
-    Zlib,
-    /// Snappy.
-    Snappy,
-    /// Zstandard.
-    Zstd,
-}
 
 /// What a kdump-compressed file holds beside the memory, and how it is made.
 #[derive(Debug, Clone, Copy, Default)]

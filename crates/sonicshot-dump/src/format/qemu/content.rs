@@ -4,9 +4,9 @@ use crate::DumpError;
 use crate::backing::scattered::PagePlaces;
 use crate::format::qemu::device_state;
 use crate::format::qemu::start::{
-    self, Cursor, FLAG_EOS, FLAG_MULTIFD_FLUSH, RamBlock, SECTION_END, SECTION_FULL, SECTION_PART,
-    Start, TARGET_PAGE,
+    self, FLAG_EOS, FLAG_MULTIFD_FLUSH, RamBlock, Start, TARGET_PAGE,
 };
+use crate::format::qemu::wire::{Cursor, SECTION_END, SECTION_FULL, SECTION_PART};
 use sonicshot::{FileBytes, FileOffset, FileRange};
 use std::path::Path;
 

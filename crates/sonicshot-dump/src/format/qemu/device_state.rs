@@ -17,7 +17,7 @@
 //! AMD's extension alone, in guest memory, in the host's save area (`vm_hsave`).
 
 use crate::DumpError;
-use crate::format::qemu::start::{Cursor, SECTION_FOOTER, SECTION_FULL, SUBSECTION};
+use crate::format::qemu::wire::{Cursor, SECTION_FOOTER, SECTION_FULL, SUBSECTION};
 use crate::processors::{Registers, host_in_memory, host_in_vmcb, host_in_vmcs12};
 use serde::Deserialize;
 use serde::de::{Deserializer, SeqAccess, Visitor};

@@ -12,8 +12,9 @@ use crate::format::ability::{ByCopy, Copying, InPlace, Migration, Punching};
 use crate::format::kind::{Format, Source};
 use crate::format::qemu::content::{Content, Places, behind_others, is_set, mixed, rest_of_ram};
 use crate::format::qemu::start::{
-    self, Cursor, FLAG_EOS, MAPPED_RAM_VERSION, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE,
+    self, FLAG_EOS, MAPPED_RAM_VERSION, MAX_BLOCKS, RamBlock, Start, TARGET_PAGE,
 };
+use crate::format::qemu::wire::Cursor;
 use crate::format::qemu::{Wrapping, device_state};
 use crate::output::Output;
 use crate::processors;

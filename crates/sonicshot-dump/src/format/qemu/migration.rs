@@ -8,8 +8,9 @@ use crate::format::ability::Migration;
 use crate::format::qemu::content::Content;
 use crate::format::qemu::start::{
     BlockKind, CAPABILITIES, FLAG_CONTINUE, FLAG_EOS, FLAG_MEM_SIZE, FLAG_PAGE, FLAG_ZERO,
-    MAPPED_RAM, MAPPED_RAM_VERSION, SECTION_END, SUBSECTION, Start, TARGET_PAGE, TARGET_PAGE_LEN,
+    MAPPED_RAM, MAPPED_RAM_VERSION, Start, TARGET_PAGE, TARGET_PAGE_LEN,
 };
+use crate::format::qemu::wire::{SECTION_END, SUBSECTION};
 use crate::output::Output;
 use crate::prune::copy::{COPY, Copier};
 use crate::prune::stream::append;

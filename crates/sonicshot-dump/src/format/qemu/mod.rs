@@ -8,6 +8,7 @@ pub(crate) mod migration;
 pub(crate) mod others;
 pub(crate) mod start;
 pub(crate) mod stream;
+pub(crate) mod wire;
 
 use crate::backing::spool::Image;
 use crate::backing::spool::Spool;
@@ -15,8 +16,9 @@ use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::{DumpError, LayoutSpec};
 use internal::Internal;
 use sonicshot::FileOffset;
-use start::{Cursor, MAGIC, MAPPED_RAM};
+use start::{MAGIC, MAPPED_RAM};
 use std::fs::File;
+use wire::Cursor;
 
 pub(crate) const KIND: Kind = Kind::by_magic(NAME, &[MAGIC], open);
 const NAME: &str = "qemu";

@@ -5,7 +5,7 @@
 //! None of them tells its length, so that each is gone through by its own format.
 
 use crate::DumpError;
-use crate::format::qemu::start::{Cursor, SECTION_END, SECTION_PART, SECTION_START};
+use crate::format::qemu::wire::{Cursor, SECTION_END, SECTION_PART, SECTION_START};
 use sonicshot::FileOffset;
 
 /// No machine has more of them.
@@ -213,7 +213,7 @@ fn pass_host_device(cursor: &mut Cursor<'_>) -> Result<(), DumpError> {
 #[cfg(test)]
 mod tests {
     use super::Others;
-    use crate::format::qemu::start::Cursor;
+    use crate::format::qemu::wire::Cursor;
     use sonicshot::FileOffset;
     use std::path::Path;
 

@@ -6,8 +6,11 @@
 //! the guest's RAM, and the ROMs and video memory that go with it.
 
 use crate::format::qemu::others::Others;
+use crate::format::qemu::wire::{
+    Cursor, SECTION_COMMAND, SECTION_END, SECTION_FULL, SECTION_PART, SECTION_START, SUBSECTION,
+};
 use crate::{BlockPlace, DumpError, LayoutSpec};
-use sonicshot::{Bytes, CutShort, FileBytes, FileOffset, FileRange, Gpa, GpaRange, Number};
+use sonicshot::{FileBytes, FileOffset, FileRange, Gpa, GpaRange};
 use std::path::Path;
 
 /// The subsection with the capabilities that both sides must have.
@@ -15,13 +18,6 @@ pub(crate) const CAPABILITIES: &str = "configuration/capabilities";
 /// How a migration file begins.
 pub(crate) const MAGIC: &[u8; 4] = b"QEVM";
 const VERSION: u32 = 3;
-pub(crate) const SECTION_START: u8 = 1;
-pub(crate) const SECTION_PART: u8 = 2;
-pub(crate) const SECTION_END: u8 = 3;
-pub(crate) const SECTION_FULL: u8 = 4;
-const SECTION_COMMAND: u8 = 8;
-pub(crate) const SECTION_FOOTER: u8 = 0x7e;
-pub(crate) const SUBSECTION: u8 = 5;
 const CONFIGURATION: u8 = 7;
 const RAM_VERSION: u32 = 4;
 /// The flag that comes with the total of all blocks.
@@ -42,103 +38,12 @@ pub(crate) const TARGET_PAGE_LEN: usize = 4096;
 pub(crate) const TARGET_PAGE: u64 = TARGET_PAGE_LEN as u64;
 /// No machine has more memory blocks.
 pub(crate) const MAX_BLOCKS: usize = 4096;
-/// Names and small tables are shorter than this.
-const MAX_NAME: u32 = 4096;
 const MAX_CAPABILITIES: u32 = 256;
 /// No machine has more virtio-mem devices.
 const MAX_PLUGGED: usize = 256;
 /// The state of a virtio-mem device that goes before the memory
 /// (`hw/virtio/virtio-mem.c`, QEMU 8 and later); the device's own name stands before it.
 const VIRTIO_MEM: &str = "/virtio-mem-device-early";
-
-/// The cursor of all formats over a migration file: its errors name the file.
-#[derive(Clone)]
-pub(crate) struct Cursor<'a> {
-    path: &'a Path,
-    fields: sonicshot::Cursor<FileBytes<'a>>,
-}
-
-impl<'a> Cursor<'a> {
-    pub(crate) fn new(path: &'a Path, data: FileBytes<'a>, at: FileOffset) -> Self {
-        let fields = sonicshot::Cursor::at(data, at.raw());
-        Self { path, fields }
-    }
-
-    /// Where the next field begins.
-    pub(crate) fn at(&self) -> FileOffset {
-        FileOffset::new(self.fields.position())
-    }
-
-    /// Goes to `at`, which may be behind the end.
-    pub(crate) fn seek(&mut self, at: FileOffset) {
-        self.fields.seek(at.raw());
-    }
-
-    pub(crate) fn malformed(&self, what: &'static str, value: u64) -> DumpError {
-        DumpError::malformed(self.path, what, self.at(), value)
-    }
-
-    fn told<T>(&self, read: Result<T, CutShort>) -> Result<T, DumpError> {
-        read.map_err(|_| self.malformed("the end of the file inside a field", 0))
-    }
-
-    pub(crate) fn bytes<const N: usize>(&mut self) -> Result<[u8; N], DumpError> {
-        let read = self.fields.array();
-        self.told(read)
-    }
-
-    /// The next number: they are big-endian.
-    pub(crate) fn be<T: Number>(&mut self) -> Result<T, DumpError> {
-        let read = self.fields.be();
-        self.told(read)
-    }
-
-    fn text(&mut self, len: u32) -> Result<String, DumpError> {
-        if len > MAX_NAME {
-            return Err(self.malformed("the length of a name", len.into()));
-        }
-        let mut ahead = self.fields;
-        let name = ahead.take(len.into()).map(Bytes::copied);
-        let cut = || self.malformed("the end of the file inside a field", 0);
-        let name = name.ok().flatten().ok_or_else(cut)?;
-        self.fields = ahead;
-        String::from_utf8(name).map_err(|_| self.malformed("a name that is no text", len.into()))
-    }
-
-    /// A name behind its length in one byte.
-    pub(crate) fn name(&mut self) -> Result<String, DumpError> {
-        let len: u8 = self.be()?;
-        self.text(len.into())
-    }
-
-    /// Passes over bytes that are there.
-    pub(crate) fn skip(&mut self, len: u64) -> Result<(), DumpError> {
-        let skipped = self.fields.skip(len);
-        skipped.map_err(|_| self.malformed("the end of the file inside a page", len))
-    }
-
-    /// The number of a section, which must be this.
-    pub(crate) fn section(&mut self, wanted: u32) -> Result<(), DumpError> {
-        let found: u32 = self.be()?;
-        if found == wanted {
-            return Ok(());
-        }
-        Err(self.malformed("the number of a section", found.into()))
-    }
-
-    /// The end of a section, if it is marked.
-    pub(crate) fn footer(&mut self, section: u32) -> Result<(), DumpError> {
-        if self.peek() == Some(SECTION_FOOTER) {
-            self.be::<u8>()?;
-            self.section(section)?;
-        }
-        Ok(())
-    }
-
-    pub(crate) fn peek(&self) -> Option<u8> {
-        self.fields.peek()
-    }
-}
 
 /// What a migration file says before its memory.
 #[derive(Debug, Clone)]

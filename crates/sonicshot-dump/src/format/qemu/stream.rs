@@ -15,9 +15,10 @@ use crate::format::ability::{AsStream, ByCopy, Copying, EachPart, Migration, Par
 use crate::format::kind::{Format, Source};
 use crate::format::qemu::content::{Content, Places, behind_others, mixed, next_part};
 use crate::format::qemu::start::{
-    self, BlockKind, Cursor, FLAG_CONTINUE, FLAG_EOS, FLAG_MULTIFD_FLUSH, FLAG_PAGE, FLAG_ZERO,
-    MAX_BLOCKS, RamBlock, SECTION_END, Start, TARGET_PAGE,
+    self, BlockKind, FLAG_CONTINUE, FLAG_EOS, FLAG_MULTIFD_FLUSH, FLAG_PAGE, FLAG_ZERO, MAX_BLOCKS,
+    RamBlock, Start, TARGET_PAGE,
 };
+use crate::format::qemu::wire::{Cursor, SECTION_END};
 use crate::format::qemu::{Wrapping, device_state};
 use crate::processors;
 use crate::prune::stream;

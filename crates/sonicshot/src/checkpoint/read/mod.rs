@@ -1,6 +1,7 @@
 //! Reading a checkpoint.
 
 pub(crate) mod chunk;
+mod chunks;
 mod memory;
 pub(crate) mod reader;
 pub(crate) mod source;

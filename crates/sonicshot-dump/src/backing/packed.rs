@@ -1,0 +1,85 @@
+//! What all that unpacks has in common: where the packed bytes come from, and how they end.
+
+use std::fs::File;
+use std::io::{self, BufRead, Read};
+use std::os::unix::fs::FileExt;
+
+pub(super) const BUFFER: usize = 1 << 20;
+/// What is behind so many zeroes is no part of the file.
+const MAX_FILL: u64 = 1 << 20;
+
+/// A file from a place on. Where another handle of it reads makes no difference to this one.
+pub(crate) struct At {
+    file: File,
+    at: u64,
+}
+
+impl At {
+    pub(crate) fn new(file: File, at: u64) -> Self {
+        Self { file, at }
+    }
+}
+
+impl Read for At {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read_at(out, self.at)?;
+        let next = self.at.checked_add(read as u64);
+        self.at = next.ok_or(io::ErrorKind::FileTooLarge)?;
+        Ok(read)
+    }
+}
+
+pub(super) fn damaged(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+/// It is sound, but more than is read here: to be unpacked by its own tool.
+pub(super) fn unread(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, what)
+}
+
+/// Whether nothing follows but zeroes.
+///
+/// # Errors
+/// [`io::ErrorKind::InvalidData`] if something stands behind zeroes.
+pub(super) fn is_at_end(packed: &mut impl BufRead) -> io::Result<bool> {
+    let mut zeroes = 0_u64;
+    while zeroes < MAX_FILL {
+        let next = packed.fill_buf()?;
+        if next.is_empty() {
+            return Ok(true);
+        }
+        let count = next.iter().take_while(|byte| **byte == 0).count();
+        if count < next.len() {
+            return match zeroes.saturating_add(count as u64) {
+                0 => Ok(false),
+                _ => Err(damaged("something stands behind zeroes")),
+            };
+        }
+        packed.consume(count);
+        zeroes = zeroes.saturating_add(count as u64);
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_FILL, is_at_end};
+
+    #[test]
+    fn behind_so_many_zeroes_nothing_is_looked_at() {
+        let fill = usize::try_from(MAX_FILL).unwrap();
+        for (zeroes, more, end) in [
+            (0, &b""[..], Some(true)),
+            (fill + 5, b"", Some(true)),
+            (0, b"more", Some(false)),
+            (1, b"more", None),
+            (fill - 1, b"more", None),
+            (fill, b"more", Some(true)),
+        ] {
+            let packed = [vec![0; zeroes], more.to_vec()].concat();
+            let mut packed = std::io::BufReader::with_capacity(4096, packed.as_slice());
+            assert_eq!(is_at_end(&mut packed).ok(), end, "{zeroes}");
+        }
+    }
+}

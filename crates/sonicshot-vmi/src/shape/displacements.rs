@@ -1,0 +1,41 @@
+//! Words of the kernel's image that may be what is added for a processor to a `__percpu` pointer.
+
+use super::heads::Look;
+use crate::error::VmiError;
+use std::collections::HashSet;
+
+/// So many different words of an image are tried; one that is whole has some thousands.
+pub(super) const MAX_WORDS: u64 = 1 << 18;
+
+/// The words of the kernel's image that may be a processor's displacement, each once, lowest place
+/// first.
+#[derive(Debug, Default)]
+pub(super) struct Displacements {
+    words: Vec<u64>,
+    seen: HashSet<u64>,
+}
+
+impl Displacements {
+    /// All of them.
+    pub(super) fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// Takes `word` if it is whole pages: the difference of two kernel addresses.
+    pub(super) fn take(&mut self, look: &Look<'_, '_>, word: u64) -> Result<(), VmiError> {
+        let inside = look.heads.map.page_size.offset_mask();
+        if word & inside != 0 || word >> 56 != 0xff || !self.seen.insert(word) {
+            return Ok(());
+        }
+        self.words.push(word);
+        let number = self.words.len() as u64;
+        if number > MAX_WORDS {
+            return Err(VmiError::TooMany {
+                what: "words of the kernel's image that may be a processor's displacement",
+                found: number,
+                most: MAX_WORDS,
+            });
+        }
+        Ok(())
+    }
+}
