@@ -47,17 +47,44 @@ fn small_ram() -> Vec<u8> {
     (0..128).flat_map(page).collect()
 }
 
+/// The real guest with one of eight of the pages that no kernel needs, the others zero: a run that
+/// copies less takes less time, and goes the same way.
+fn thinned_ram() -> Vec<u8> {
+    let folder = scratch();
+    let at = |name: &str| folder.path().join(name);
+    let mut thinned = ram().to_vec();
+    write_sparse(&at("raw"), None, &thinned);
+    let line = ["inspect", "raw", "--pfns", "classes"];
+    let spec = Spec {
+        args: line.iter().map(OsString::from).collect(),
+        folder: folder.path().into(),
+        ..Spec::default()
+    };
+    let run = spec.run();
+    assert_eq!(run.code, Some(0), "{}", run.stderr);
+    for (first, last, class) in super::common::read_pfns(&at("classes")) {
+        let is_content = ["free", "anonymous", "page_cache", "shmem"]
+            .iter()
+            .any(|begin| class.starts_with(begin));
+        for frame in (first..=last).filter(|frame| is_content && frame % 8 != 0) {
+            let start = usize::try_from(frame).unwrap() * PAGE;
+            thinned[start..start + PAGE].fill(0);
+        }
+    }
+    thinned
+}
+
 pub fn name(out: &mut Vec<u8>, name: &str) {
     out.push(u8::try_from(name.len()).unwrap());
     out.extend(name.as_bytes());
 }
 
-fn is_zero(page: &[u8]) -> bool {
+pub fn is_zero(page: &[u8]) -> bool {
     page.iter().all(|byte| *byte == 0)
 }
 
 /// QEMU's migration stream.
-fn stream(ram: &[u8]) -> Vec<u8> {
+pub fn stream(ram: &[u8]) -> Vec<u8> {
     let mut out = b"QEVM\0\0\0\x03\x07\0\0\0\x0epc-i440fx-10.0\x01\0\0\0\x02\x03ram".to_vec();
     out.extend([0, 0, 0, 0, 0, 0, 0, 4]);
     out.extend((ram.len() as u64 | 4).to_be_bytes());
@@ -178,7 +205,7 @@ impl Inputs {
     /// Of the real guest.
     pub fn guest() -> Arc<Self> {
         static GUEST: Mutex<Weak<Inputs>> = Mutex::new(Weak::new());
-        Self::shared(&GUEST, || Self::make(ram(), false))
+        Self::shared(&GUEST, || Self::make(&thinned_ram(), false))
     }
 
     /// Those of a test that still uses them: the last one takes them away.
@@ -236,6 +263,11 @@ impl Inputs {
             fs::copy(avml, at("avml")).unwrap();
         }
         inputs.folders(ram);
+        let kdump = fs::read(at("kdump")).unwrap();
+        super::made::all(inputs.folder.path(), ram, &kdump);
+        if small {
+            super::made::symbols(inputs.folder.path());
+        }
         inputs
     }
 
@@ -356,6 +388,11 @@ impl Job {
             .any(|part| self.line.contains(part))
     }
 
+    /// Whether it writes more than one output, each by itself.
+    pub fn has_several(&self) -> bool {
+        self.line.split(' ').any(|word| word == "{work}")
+    }
+
     /// The inputs that it names.
     fn named(&self) -> impl Iterator<Item = &str> {
         let parts = self.line.split('{').skip(1);
@@ -385,6 +422,7 @@ impl Job {
                 "ch" => &["memory-ranges", "state.json", "config.json"],
                 "fc" => &["vm.mem", "vm.state"],
                 "crosvm" => &["mem", "mem_metadata", "vcpu/0"],
+                "vmware" => &["vm.vmem", "vm.vmss"],
                 _ => &[""],
             };
             let path = |part: &&str| match *part {
@@ -449,6 +487,9 @@ pub fn small_jobs() -> Vec<Job> {
     let inputs = Inputs::small();
     let all = [
         of_formats(&inputs),
+        to_kdump(&inputs),
+        of_made(&inputs),
+        zeroes_alone(&inputs),
         of_checkpoints(&inputs),
         of_several_files(&inputs),
         by_names_only(&inputs),
@@ -500,6 +541,94 @@ fn of_formats(inputs: &Arc<Inputs>) -> Vec<Job> {
     jobs
 }
 
+/// Of each packing a kdump.
+fn to_kdump(inputs: &Arc<Inputs>) -> Vec<Job> {
+    let job = |how: &&str| {
+        let line = format!("convert {{elf}} -o {{work}}/out --to kdump --compress {how}");
+        Job::new(inputs, &format!("convert elf to kdump by {how}"), &line)
+    };
+    ["none", "zlib", "snappy", "zstd"].iter().map(job).collect()
+}
+
+/// What others write, and files that are compressed as a whole.
+fn of_made(inputs: &Arc<Inputs>) -> Vec<Job> {
+    let mut jobs = Vec::new();
+    let mut job = |name: &str, line: &str| jobs.push(Job::new(inputs, name, line));
+    for from in [
+        "raw-gzip",
+        "kdump-zstd",
+        "raw-zip",
+        "libvirt-gzip",
+        "libvirt-bzip2",
+        "libvirt-xz",
+        "libvirt-lzop",
+        "libvirt-sparse",
+        "flat",
+        "qcow2",
+        "core",
+        "vmware",
+    ] {
+        let blocks = from.starts_with("libvirt") || from == "qcow2";
+        let layout = if blocks { " --layout 0x0-0x80000" } else { "" };
+        let file = if from == "vmware" { "/vm.vmem" } else { "" };
+        for to in ["raw", "elf"] {
+            let line = format!("convert {{{from}}}{file} -o {{work}}/out --to {to}{layout}");
+            job(&format!("convert {from} to {to}"), &line);
+        }
+        let line = format!("save {{{from}}}{file} -o {{work}}/out --keep-all{layout}");
+        job(&format!("save {from}"), &line);
+    }
+    for to in ["stream", "mapped-ram"] {
+        let line = format!("convert {{qcow2}} -o {{work}}/out --to {to}");
+        job(&format!("convert qcow2 to {to}"), &line);
+    }
+    let line = "convert {vmware}/vm.vmss -o {work}/out --to raw";
+    job("convert vmware by its state", line);
+    let line = "symbols make {vmlinux} {map} {btf} -o {work}/out";
+    job("symbols make", line);
+    job("replace by symbols make", &format!("{line} --force"));
+    for job in &mut jobs {
+        if job.name.starts_with("replace") {
+            job.prepared = Some(("blob", "out"));
+        }
+    }
+    jobs
+}
+
+/// A prune that needs no kernel.
+fn zeroes_alone(inputs: &Arc<Inputs>) -> Vec<Job> {
+    let mut jobs = Vec::new();
+    for from in [
+        "elf",
+        "kdump",
+        "kdump-zstd",
+        "flat",
+        "mapped",
+        "stream",
+        "libvirt",
+        "libvirt-zstd",
+        "libvirt-gzip",
+        "libvirt-bzip2",
+        "libvirt-xz",
+        "libvirt-lzop",
+        "libvirt-sparse",
+    ] {
+        let blocks = ["mapped", "stream"].contains(&from) || from.starts_with("libvirt");
+        let layout = if blocks { " --layout 0x0-0x80000" } else { "" };
+        let line = format!("prune {{{from}}} -o {{work}}/out --drop zero{layout}");
+        jobs.push(Job::new(inputs, &format!("zeroes of {from}"), &line));
+    }
+    let line = "prune {elf} {kdump} {flat} -o {work} --drop zero";
+    jobs.push(Job::new(inputs, "zeroes of several", line));
+    for from in ["stream", "libvirt", "libvirt-zstd"] {
+        let line = "prune - -o - --drop zero --layout 0x0-0x80000";
+        let mut job = Job::new(inputs, &format!("zeroes of {from}, pipe to pipe"), line);
+        job.stdin = Some(from);
+        jobs.push(job);
+    }
+    jobs
+}
+
 /// Checkpoints made dumps again, and looked at.
 fn of_checkpoints(inputs: &Arc<Inputs>) -> Vec<Job> {
     let mut jobs = Vec::new();
@@ -513,6 +642,20 @@ fn of_checkpoints(inputs: &Arc<Inputs>) -> Vec<Job> {
         job(&format!("verify {from}"), &line);
         let line = format!("inspect {{{from}}} --pfns {{work}}/out");
         job(&format!("inspect {from}"), &line);
+    }
+    for (name, line) in [
+        ("restore from a pipe", "restore - -o {work}/out"),
+        (
+            "restore from a pipe to elf",
+            "restore - -o {work}/out --to elf",
+        ),
+        ("verify from a pipe", "verify -"),
+        ("inspect from a pipe", "inspect - --pfns {work}/out"),
+        ("convert from a pipe", "convert - -o {work}/out --to kdump"),
+    ] {
+        let mut job = Job::new(inputs, name, line);
+        job.stdin = Some("sonic");
+        jobs.push(job);
     }
     jobs
 }
@@ -619,14 +762,26 @@ pub fn looking_jobs() -> Vec<Job> {
         "fc",
         "crosvm",
         "diff",
+        "raw-gzip",
+        "raw-zip",
+        "kdump-zstd",
+        "flat",
+        "core",
+        "qcow2",
+        "libvirt-sparse",
+        "vmware",
     ] {
         let base = if from == "diff" { " --base {base}" } else { "" };
         let mut job = |name: &str, line: String| {
             jobs.push(Job::new(&inputs, &format!("{name} {from}"), &line));
         };
-        job("inspect", format!("inspect {{{from}}}{base}"));
-        if from != "lime" {
+        let file = if from == "vmware" { "/vm.vmem" } else { "" };
+        job("inspect", format!("inspect {{{from}}}{file}{base}"));
+        if !["lime", "core", "qcow2", "vmware"].contains(&from) {
             job("dry run", format!("prune {{{from}}}{base} --dry-run"));
+        }
+        if from == "vmware" || from == "qcow2" {
+            job("save", format!("save {{{from}}}{file} -o {{work}}/out"));
         }
         if from == "fc" {
             job(
@@ -671,6 +826,9 @@ pub fn guest_jobs() -> Vec<Job> {
         "ch",
         "fc",
         "crosvm",
+        "raw-gzip",
+        "libvirt-lzop",
+        "libvirt-sparse",
     ] {
         let line = format!("prune {{{from}}} -o {{work}}/out");
         jobs.push(Job::new(&inputs, &format!("prune {from}"), &line));
@@ -683,6 +841,7 @@ pub fn guest_jobs() -> Vec<Job> {
     for (from, name) in [
         ("raw", "raw"),
         ("mapped", "mapped"),
+        ("libvirt-sparse", "libvirt-sparse"),
         ("ch", "ch"),
         ("fc", "fc"),
         ("crosvm", "crosvm"),
@@ -728,5 +887,7 @@ pub fn guest_jobs() -> Vec<Job> {
         "save the guest",
         "save {raw} -o {work}/out",
     ));
+    let line = "prune {raw} {elf} -o {work}";
+    jobs.push(Job::new(&inputs, "prune several", line));
     jobs
 }

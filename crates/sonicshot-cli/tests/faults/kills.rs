@@ -1,6 +1,6 @@
 //! Killed at any system call of a run: the input or a whole output remains.
 
-use super::inject::{Baseline, rounds, run, wanted};
+use super::inject::{Baseline, all_wanted, rounds, run, wanted};
 use super::inputs::{Job, few_guest_jobs, guest_jobs, small_jobs};
 use super::tracer::{Act, At, Kind};
 use std::collections::{BTreeMap, BTreeSet};
@@ -48,20 +48,18 @@ type Point = (usize, At);
 fn points(jobs: &[Job], draws: u64, draw: &mut Draw) -> BTreeMap<Option<Kind>, Vec<Point>> {
     let mut points: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
     for (job, run) in jobs.iter().map(|job| Baseline::of(job).run).enumerate() {
+        let (counts, total) = (run.counts(), run.calls.len() as u64);
         let steps = STEPS
             .iter()
-            .filter_map(|step| Some((*step, run.calls.get(step)?)));
+            .filter_map(|step| Some((*step, counts.get(step)?)));
         for (step, count) in steps {
             let of_step = points.entry(Some(step)).or_default();
-            of_step.extend([(job, 0), (job, count - 1)]);
+            of_step.extend([0, count - 1].map(|number| (job, run.at(Some(step), number, false))));
         }
-        let drawn = (0..draws).map(|_| (job, draw.below(run.total)));
+        let drawn = (0..draws).map(|_| (job, run.at(None, draw.below(total), false)));
         points.entry(None).or_default().extend(drawn);
     }
-    let of_kind = |(kind, points): (Option<Kind>, BTreeSet<_>)| {
-        let at = |(job, number)| (job, At { kind, number });
-        (kind, points.into_iter().map(at).collect())
-    };
+    let of_kind = |(kind, points): (_, BTreeSet<_>)| (kind, points.into_iter().collect());
     points.into_iter().map(of_kind).collect()
 }
 
@@ -85,14 +83,15 @@ fn kill(jobs: &[Job], draws: u64, each: Option<u64>) -> (Vec<String>, BTreeMap<K
     for (number, chosen) in chosen {
         let job = &jobs[number];
         let baseline = Baseline::of(job);
+        let (before, tries) = (wrong.len(), chosen.len());
         for at in chosen {
             let (run, now) = run(job, Some((at, Act::Kill)));
             let Some(hit) = run.hit else { continue };
             *hits.entry(hit).or_default() += 1;
             let mut note = |what: String| {
                 wrong.push(format!(
-                    "{}, killed before {hit} {}: {what}",
-                    job.name, at.number
+                    "{}, killed at {at:?}, before {hit}: {what}",
+                    job.name
                 ));
             };
             if run.signal != Some(libc::SIGKILL) {
@@ -110,18 +109,20 @@ fn kill(jobs: &[Job], draws: u64, each: Option<u64>) -> (Vec<String>, BTreeMap<K
                 }
             }
         }
+        let found = wrong.len() - before;
+        println!("kills: {}: {tries} tries, wrong {found}", job.name);
     }
     (wrong, hits)
 }
 
 fn check(jobs: Vec<Job>, draws: u64, each: Option<u64>, steps: &[Kind]) {
-    let jobs: Vec<Job> = jobs.into_iter().filter(wanted).collect();
+    let jobs = wanted(jobs);
     let (wrong, hits) = kill(&jobs, draws, each);
     for (kind, count) in &hits {
         println!("killed {count:5} times before {kind}");
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    if std::env::var_os("SONICSHOT_FAULT_ONLY").is_none() {
+    if all_wanted() {
         for step in steps {
             assert!(hits.contains_key(step), "never killed before {step}");
         }

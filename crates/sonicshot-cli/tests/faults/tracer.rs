@@ -3,9 +3,11 @@
 //!
 //! Not a preloaded library: rustix makes its system calls without the C library. Calls are counted
 //! from the `poll` on that Rust's runtime begins with, so that the loader's are not among them.
+//! A filter (`seccomp(2)`) stops the process at the calls alone that may be the one: a stop takes
+//! many times as long as a read, and a prune makes 200,000 of those.
 #![allow(unsafe_code, reason = "ptrace(2) by way of the C library")]
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsString, c_void};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -113,6 +115,74 @@ impl Kind {
         }
     }
 
+    /// The calls that may be of it.
+    fn numbers(self) -> &'static [i64] {
+        match self {
+            Self::Open | Self::Nameless | Self::Create => &[libc::SYS_open, libc::SYS_openat],
+            Self::Read => &[libc::SYS_read, libc::SYS_readv],
+            Self::ReadAt => &[libc::SYS_pread64, libc::SYS_preadv],
+            Self::Write | Self::Say | Self::Complain => &[libc::SYS_write, libc::SYS_writev],
+            Self::WriteAt => &[libc::SYS_pwrite64, libc::SYS_pwritev],
+            Self::Seek => &[libc::SYS_lseek],
+            Self::Stat => &[
+                libc::SYS_stat,
+                libc::SYS_fstat,
+                libc::SYS_lstat,
+                libc::SYS_newfstatat,
+                libc::SYS_statx,
+                libc::SYS_fstatfs,
+            ],
+            Self::Map => &[libc::SYS_mmap],
+            Self::List => &[libc::SYS_getdents64],
+            Self::Truncate => &[libc::SYS_ftruncate, libc::SYS_truncate],
+            Self::Punch => &[libc::SYS_fallocate],
+            Self::CopyRange => &[libc::SYS_copy_file_range],
+            Self::Clone => &[libc::SYS_ioctl],
+            Self::Sync => &[libc::SYS_fsync, libc::SYS_fdatasync],
+            Self::Owner => &[libc::SYS_fchown, libc::SYS_fchownat],
+            Self::Mode => &[libc::SYS_fchmod, libc::SYS_fchmodat],
+            Self::Folder => &[libc::SYS_mkdir, libc::SYS_mkdirat, libc::SYS_rmdir],
+            Self::Link => &[libc::SYS_link, libc::SYS_linkat],
+            Self::Rename => &[libc::SYS_rename, libc::SYS_renameat, libc::SYS_renameat2],
+            Self::Unlink => &[libc::SYS_unlink, libc::SYS_unlinkat],
+            Self::Lease => &[libc::SYS_fcntl],
+            Self::Other => &[],
+        }
+    }
+
+    const ALL: [Self; 25] = [
+        Self::Open,
+        Self::Nameless,
+        Self::Create,
+        Self::Read,
+        Self::ReadAt,
+        Self::Write,
+        Self::WriteAt,
+        Self::Say,
+        Self::Complain,
+        Self::Seek,
+        Self::Stat,
+        Self::Map,
+        Self::List,
+        Self::Truncate,
+        Self::Punch,
+        Self::CopyRange,
+        Self::Clone,
+        Self::Sync,
+        Self::Owner,
+        Self::Mode,
+        Self::Folder,
+        Self::Link,
+        Self::Rename,
+        Self::Unlink,
+        Self::Lease,
+    ];
+
+    /// Where in the file, of a call that says so.
+    fn place(self, args: [u64; 6]) -> Option<u64> {
+        matches!(self, Self::ReadAt | Self::WriteAt).then_some(args[3])
+    }
+
     /// Which argument says how many bytes; `None` where a call is not short.
     fn length(number: i64) -> Option<usize> {
         match number {
@@ -137,11 +207,57 @@ pub enum Act<'a> {
     Do(&'a dyn Fn()),
 }
 
-/// Which call: of this kind, or of any, the one of this number, from 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Which call: of those of this kind, at this place if there is one, the one of this number, from 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct At {
-    pub kind: Option<Kind>,
-    pub number: u64,
+    pub kind: Kind,
+    place: Option<u64>,
+    number: u64,
+}
+
+impl At {
+    fn is_at(self, kind: Kind, args: [u64; 6]) -> bool {
+        let elsewhere = || self.place.is_some() && self.place != kind.place(args);
+        self.kind == kind && !elsewhere()
+    }
+
+    /// The same, told by its number alone: so that what comes behind it is counted too.
+    fn of_all(mut self, before: u64) -> Self {
+        self.place = None;
+        self.number = before;
+        self
+    }
+}
+
+/// What the kernel stops the process at (`Documentation/userspace-api/seccomp_filter.rst`).
+fn filter(numbers: &[i64], place: Option<u64>) -> Vec<libc::sock_filter> {
+    const LOAD: u16 = 0x20;
+    const JUMP_IF: u16 = 0x15;
+    const RETURN: u16 = 0x06;
+    const RUNTIME_BEGINS: i64 = libc::SYS_poll;
+    /// In `struct seccomp_data`: the halves of the fourth argument.
+    const PLACE: [u32; 2] = [40, 44];
+    let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let mut out = vec![step(LOAD, 0, 0, 0)];
+    let trace = step(RETURN, 0, 0, libc::SECCOMP_RET_TRACE);
+    let number = |number: i64| u32::try_from(number).unwrap();
+    out.extend([step(JUMP_IF, 0, 1, number(RUNTIME_BEGINS)), trace]);
+    for wanted in numbers {
+        match place {
+            None => out.extend([step(JUMP_IF, 0, 1, number(*wanted)), trace]),
+            Some(place) => out.extend([
+                step(JUMP_IF, 0, 6, number(*wanted)),
+                step(LOAD, 0, 0, PLACE[0]),
+                step(JUMP_IF, 0, 3, u32::try_from(place & 0xffff_ffff).unwrap()),
+                step(LOAD, 0, 0, PLACE[1]),
+                step(JUMP_IF, 0, 1, u32::try_from(place >> 32).unwrap()),
+                trace,
+                step(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
+            ]),
+        }
+    }
+    out.push(step(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW));
+    out
 }
 
 /// A command line and its surroundings.
@@ -168,10 +284,8 @@ pub struct Run {
     pub signal: Option<i32>,
     pub stdout: Vec<u8>,
     pub stderr: String,
-    /// How often each kind of call was made.
-    pub calls: BTreeMap<Kind, u64>,
-    /// All of them.
-    pub total: u64,
+    /// The calls that were made, and where in the file, if nothing was done to any.
+    pub calls: Vec<(Kind, Option<u64>)>,
     /// The kind of the call that was acted on, if it came to that.
     pub hit: Option<Kind>,
     /// The most that was resident, in bytes.
@@ -187,7 +301,7 @@ pub fn binary() -> OsString {
 }
 
 impl Spec {
-    fn command(&self, traced: bool) -> (Command, File, File) {
+    fn command(&self, stops: Option<Vec<libc::sock_filter>>) -> (Command, File, File) {
         let (stdout, stderr) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
         let mut command = Command::new(binary());
         let stdin = self.stdin.as_ref().map(|path| File::open(path).unwrap());
@@ -214,10 +328,19 @@ impl Spec {
                 // SAFETY: the structure is valid for the call.
                 check(unsafe { libc::setrlimit(what, &raw const limit) }.into())?;
             }
-            if traced {
+            if let Some(stops) = &stops {
                 let nothing = null_mut::<c_void>();
                 // SAFETY: PTRACE_TRACEME takes no pointers.
                 check(unsafe { libc::ptrace(libc::PTRACE_TRACEME, 0, nothing, nothing) })?;
+                let program = libc::sock_fprog {
+                    len: u16::try_from(stops.len()).unwrap(),
+                    filter: stops.as_ptr().cast_mut(),
+                };
+                // SAFETY: numbers alone.
+                check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())?;
+                let (set, mode) = (libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER);
+                // SAFETY: the program and its steps are valid for the call, and only read.
+                check(unsafe { libc::prctl(set, mode, &raw const program) }.into())?;
             }
             Ok(())
         };
@@ -228,7 +351,7 @@ impl Spec {
 
     /// Runs it without a tracer.
     pub fn run(&self) -> Run {
-        let (mut command, stdout, stderr) = self.command(false);
+        let (mut command, stdout, stderr) = self.command(None);
         let start = Instant::now();
         let pid = i32::try_from(command.spawn().unwrap().id()).unwrap();
         let mut timed_out = false;
@@ -267,28 +390,66 @@ impl Spec {
 
     /// Runs it, and does `act` to the call `at`.
     pub fn traced(&self, act: Option<(At, Act<'_>)>) -> Run {
-        let (mut command, stdout, stderr) = self.command(true);
+        let mut kinds = match &act {
+            Some((at, _)) => vec![at.kind],
+            None => Kind::ALL.to_vec(),
+        };
+        if self.names_only {
+            kinds.push(Kind::Nameless);
+        }
+        let numbers = kinds.iter().flat_map(|kind| kind.numbers().to_vec());
+        let numbers: BTreeSet<_> = numbers.collect();
+        let place = act.as_ref().and_then(|(at, _)| at.place);
+        // A file without a name is made wherever that is.
+        let place = place.filter(|_| !self.names_only);
+        let numbers: Vec<_> = numbers.into_iter().collect();
+        let (mut command, stdout, stderr) = self.command(Some(filter(&numbers, place)));
         let pid = i32::try_from(command.spawn().unwrap().id()).unwrap();
         let mut tracer = Tracer {
             pid,
             act,
             names_only: self.names_only,
             begun: false,
-            pending: HashMap::new(),
-            calls: BTreeMap::new(),
-            total: 0,
+            count: 0,
+            calls: Vec::new(),
             hit: None,
         };
         let status = tracer.follow();
         let mut run = Run::of(status, stdout, stderr);
         run.calls = tracer.calls;
-        run.total = tracer.total;
         run.hit = tracer.hit;
         run
     }
 }
 
 impl Run {
+    /// How often each kind of call was made.
+    pub fn counts(&self) -> BTreeMap<Kind, u64> {
+        let mut counts = BTreeMap::new();
+        for (kind, _) in &self.calls {
+            *counts.entry(*kind).or_default() += 1;
+        }
+        counts
+    }
+
+    /// The call of this number, of its kind or of all; and those behind it too.
+    pub fn at(&self, kind: Option<Kind>, number: u64, lasting: bool) -> At {
+        let calls = self.calls.iter().enumerate();
+        let mut calls = calls.filter(|(_, (of, _))| kind.is_none_or(|kind| *of == kind));
+        let (index, (kind, place)) = calls.nth(usize::try_from(number).unwrap()).unwrap();
+        let before = self.calls[..index].iter();
+        let same = before.clone().filter(|call| **call == (*kind, *place));
+        let at = At {
+            kind: *kind,
+            place: *place,
+            number: same.count() as u64,
+        };
+        if lasting {
+            return at.of_all(before.filter(|call| call.0 == *kind).count() as u64);
+        }
+        at
+    }
+
     fn of(status: i32, stdout: File, stderr: File) -> Self {
         let read = |mut file: File| {
             let mut bytes = Vec::new();
@@ -301,8 +462,7 @@ impl Run {
             signal: libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status)),
             stdout: read(stdout),
             stderr: String::from_utf8_lossy(&read(stderr)).into_owned(),
-            calls: BTreeMap::new(),
-            total: 0,
+            calls: Vec::new(),
             hit: None,
             peak: 0,
             took: Duration::ZERO,
@@ -323,10 +483,9 @@ struct Tracer<'a> {
     act: Option<(At, Act<'a>)>,
     names_only: bool,
     begun: bool,
-    /// What a thread's call is to give, once the kernel has done nothing for it.
-    pending: HashMap<i32, i32>,
-    calls: BTreeMap<Kind, u64>,
-    total: u64,
+    /// How many of those came that may be the one.
+    count: u64,
+    calls: Vec<(Kind, Option<u64>)>,
     hit: Option<Kind>,
 }
 
@@ -343,8 +502,8 @@ struct SyscallInfo {
 }
 
 const PTRACE_GET_SYSCALL_INFO: u32 = 0x420e;
-const ENTRY: u8 = 1;
-const EXIT: u8 = 2;
+/// Of its `op`: stopped by a filter.
+const SECCOMP: u8 = 3;
 
 impl Tracer<'_> {
     /// Until the process ends; gives how.
@@ -352,7 +511,7 @@ impl Tracer<'_> {
         let (tid, status) = Self::wait(self.pid).unwrap();
         assert!(libc::WIFSTOPPED(status), "{status:#x}");
         let options =
-            libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACECLONE;
+            libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESECCOMP | libc::PTRACE_O_TRACECLONE;
         // SAFETY: the options are a number.
         check(unsafe { libc::ptrace(libc::PTRACE_SETOPTIONS, tid, 0, options) }).unwrap();
         self.go_on(tid, 0);
@@ -366,8 +525,9 @@ impl Tracer<'_> {
                 continue;
             }
             let signal = libc::WSTOPSIG(status);
+            let at_call = libc::SIGTRAP | libc::PTRACE_EVENT_SECCOMP << 8;
             let deliver = match signal {
-                _ if signal == libc::SIGTRAP | 0x80 => {
+                _ if status >> 8 == at_call => {
                     self.at_call(tid);
                     0
                 }
@@ -389,7 +549,7 @@ impl Tracer<'_> {
 
     fn go_on(&self, tid: i32, signal: i32) {
         // SAFETY: the signal is a number. A thread that was killed meanwhile is no failure.
-        let _ = unsafe { libc::ptrace(libc::PTRACE_SYSCALL, tid, 0, signal) };
+        let _ = unsafe { libc::ptrace(libc::PTRACE_CONT, tid, 0, signal) };
     }
 
     fn at_call(&mut self, tid: i32) {
@@ -403,21 +563,17 @@ impl Tracer<'_> {
         }
         // SAFETY: all zeroes is a valid value, and the kernel has filled it in.
         let info = unsafe { info.assume_init() };
-        match info.op {
-            ENTRY => self.enter(tid, i64::try_from(info.number).unwrap_or(-1), info.args),
-            EXIT => {
-                if let Some(errno) = self.pending.remove(&tid) {
-                    change(tid, |regs| regs.rax = i64::from(-errno).cast_unsigned());
-                }
-            }
-            _ => {}
+        if info.op == SECCOMP {
+            self.enter(tid, i64::try_from(info.number).unwrap_or(-1), info.args);
         }
     }
 
-    fn fail(&mut self, tid: i32, errno: i32) {
-        self.pending.insert(tid, errno);
-        // No call has this number.
-        change(tid, |regs| regs.orig_rax = u64::MAX);
+    fn fail(tid: i32, errno: i32) {
+        change(tid, |regs| {
+            // No call has this number: the kernel does nothing, and gives what is there.
+            regs.orig_rax = u64::MAX;
+            regs.rax = i64::from(-errno).cast_unsigned();
+        });
     }
 
     fn enter(&mut self, tid: i32, number: i64, args: [u64; 6]) {
@@ -426,28 +582,29 @@ impl Tracer<'_> {
             return;
         }
         let kind = Kind::of(number, args);
-        let of_kind = self.calls.entry(kind).or_default();
-        let (before, all) = (*of_kind, self.total);
-        *of_kind += 1;
-        self.total += 1;
         if self.names_only && kind == Kind::Nameless {
-            self.fail(tid, libc::EOPNOTSUPP);
+            Self::fail(tid, libc::EOPNOTSUPP);
             return;
         }
-        let Some((at, act)) = &self.act else { return };
-        let (index, counted) = match at.kind {
-            Some(wanted) => (before, wanted == kind),
-            None => (all, true),
+        let Some((at, act)) = &self.act else {
+            if kind != Kind::Other {
+                self.calls.push((kind, kind.place(args)));
+            }
+            return;
         };
+        if !at.is_at(kind, args) {
+            return;
+        }
+        let index = self.count;
+        self.count += 1;
         let lasting = matches!(act, Act::FailFromHere(_)) && index > at.number;
-        if !counted || (index != at.number && !lasting) {
+        if index != at.number && !lasting {
             return;
         }
         self.hit = Some(kind);
         match act {
             Act::Fail(errno) | Act::FailFromHere(errno) => {
-                let errno = *errno;
-                self.fail(tid, errno);
+                Self::fail(tid, *errno);
             }
             Act::Short => match Kind::length(number) {
                 Some(2) if args[2] > 1 => change(tid, |regs| regs.rdx = shorter(args[2])),
