@@ -13,6 +13,7 @@ use sonicshot::file::write_sparse_at;
 use sonicshot::{FileBytes, FileContent, FileOffset, FileStamp, GuestBytes};
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -62,6 +63,31 @@ impl Image {
     }
 }
 
+/// The image that a content was compressed in.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Packed<'a> {
+    pub file: &'a File,
+    pub image: Image,
+    before: FileStamp,
+}
+
+impl Packed<'_> {
+    /// What is before the content, as it was when that was decompressed. Messages call the image
+    /// `path`.
+    pub(crate) fn header(&self, path: &Path) -> Result<Vec<u8>, DumpError> {
+        let at = self.image.payload_at;
+        // At most what libvirt's header may say.
+        let len = usize::try_from(at.raw());
+        let len = len.map_err(|_| DumpError::malformed(path, "a header too long", at, 0))?;
+        let mut header = vec![0; len];
+        let read = self.file.read_exact_at(&mut header, 0);
+        // Before what may come of it: a file that ends early.
+        check_stamp(self.file, path, self.before)?;
+        read.map_err(DumpError::io("reading", path))?;
+        Ok(header)
+    }
+}
+
 /// The content of a dump that came through a pipe or is compressed as a whole (gzip, zstd, xz, bzip2,
 /// lzop, lz4, one file in a zip archive), in a file without a name, which is gone with its last user.
 ///
@@ -75,8 +101,8 @@ pub struct Spool(Arc<Inner>);
 struct Inner {
     name: PathBuf,
     file: File,
-    /// The image that the content was compressed in.
-    image: Option<(File, Image)>,
+    /// The image that the content was compressed in, and what it was then.
+    image: Option<(File, Image, FileStamp)>,
     /// The file that was compressed as a whole, which the content came out of.
     packed: Option<File>,
     /// The disk image that the content is the state of a VM of.
@@ -128,7 +154,7 @@ impl Spool {
         let original = file.try_clone().map_err(reading())?;
         let packed = file.try_clone().map_err(reading())?;
         let beside = folder_of(path);
-        let original = Some((original, image));
+        let original = Some((original, image, before));
         let unpacked = match image.compression {
             Some(how) => {
                 let reader = how.reader(packed, image.payload_at.raw());
@@ -222,7 +248,7 @@ impl Spool {
         name: &Path,
         folder: &Path,
         mut reader: impl Read,
-        image: Option<(File, Image)>,
+        image: Option<(File, Image, FileStamp)>,
         limit: Limit,
     ) -> Result<Self, DumpError> {
         let mut folder =
@@ -322,7 +348,17 @@ impl Spool {
 
     /// The image that the content was compressed in.
     pub(crate) fn image(&self) -> Option<(&File, Image)> {
-        self.0.image.as_ref().map(|(file, image)| (file, *image))
+        self.0.image.as_ref().map(|(file, image, _)| (file, *image))
+    }
+
+    /// The same, with all that is to be known of it.
+    pub(crate) fn original(&self) -> Option<Packed<'_>> {
+        let (file, image, before) = self.0.image.as_ref()?;
+        Some(Packed {
+            file,
+            image: *image,
+            before: *before,
+        })
     }
 }
 

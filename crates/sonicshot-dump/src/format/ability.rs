@@ -2,13 +2,12 @@
 
 use crate::DumpError;
 use crate::backing::plain::PlainDump;
-use crate::backing::spool::Image;
+use crate::backing::spool::Packed;
 use crate::format::qemu::content::Content;
 use crate::output::Output;
 use crate::prune::stats::PruneStats;
 use sonicshot::Progress;
 use sonicshot::{FileOffset, FileRange, PrunePlan};
-use std::fs::File;
 
 /// A file of the same format that is to be written without some pages.
 pub(crate) struct Copying<'a> {
@@ -67,7 +66,7 @@ pub(crate) trait AsStream {
     fn source(&self) -> &PlainDump;
 
     /// The image that the stream is compressed in, if it is.
-    fn packed_in(&self) -> Option<(&File, Image)> {
+    fn packed_in(&self) -> Option<Packed<'_>> {
         None
     }
 

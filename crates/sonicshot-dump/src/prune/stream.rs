@@ -15,7 +15,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// Stretches shorter than this are gathered before they are written.
-const SMALL_PIECE: u64 = 64 << 10;
+const GATHERED_BELOW: u64 = 64 << 10;
 /// What `zstd` itself uses.
 const ZSTD_LEVEL: i32 = 3;
 /// Of 0 to 9: memory is large, and higher ones take ten times as long.
@@ -73,7 +73,7 @@ fn copy_stream(
             }
             Part::Copy(from) => from,
         };
-        if from.len() < SMALL_PIECE {
+        if from.len() < GATHERED_BELOW {
             append(dump, from, &mut small)?;
             if small.len() >= COPY {
                 flush(&mut small, &mut at)?;
@@ -157,16 +157,9 @@ pub(crate) fn write(
     };
     let mut counted = Counted(out, 0);
     let mut compression = None;
-    if let Some((file, image)) = stream.packed_in() {
-        // At most what libvirt's header may say.
-        let len = usize::try_from(image.payload_at.raw());
-        let len =
-            len.map_err(|_| DumpError::malformed(path, "a header too long", image.payload_at, 0))?;
-        let mut header = vec![0; len];
-        file.read_exact_at(&mut header, 0)
-            .map_err(DumpError::io("reading", path))?;
-        counted.write_all(&header).map_err(&failed)?;
-        compression = image.compression;
+    if let Some(packed) = stream.packed_in() {
+        counted.write_all(&packed.header(path)?).map_err(&failed)?;
+        compression = packed.image.compression;
     }
     let mut all = |packer: &mut dyn Write| write_stream(stream, goes, packer, &failed, progress);
     match compression {
@@ -224,17 +217,79 @@ fn compressed(
     Ok(())
 }
 
-/// Counts what is written.
+/// Counts what is written. A call that was interrupted is begun again: not all packers do that for
+/// what they write last.
 struct Counted<W>(W, u64);
 
 impl<W: Write> Write for Counted<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.0.write(bytes)?;
-        self.1 = self.1.saturating_add(written as u64);
-        Ok(written)
+        loop {
+            match self.0.write(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+                Ok(written) => {
+                    self.1 = self.1.saturating_add(written as u64);
+                    return Ok(written);
+                }
+            }
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Compression, Counted, compressed};
+    use crate::DumpError;
+    use std::io::{self, Read, Write};
+
+    /// Every second call is interrupted.
+    struct Interrupted(Vec<u8>, bool);
+
+    impl Write for Interrupted {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.1 = !self.1;
+            if self.1 {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            self.0.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn an_interrupted_call_is_begun_again_whatever_packs() {
+        let failed = |source| DumpError::Io {
+            action: "writing",
+            path: "out".into(),
+            source,
+        };
+        let content: Vec<u8> = (0..200_000_u32)
+            .flat_map(|n| n.wrapping_mul(n).to_le_bytes())
+            .collect();
+        for how in [
+            Compression::Gzip,
+            Compression::Bzip2,
+            Compression::Xz,
+            Compression::Lzop,
+            Compression::Zstd,
+        ] {
+            let mut out = Counted(Interrupted(Vec::new(), false), 0);
+            let mut all = |packer: &mut dyn Write| packer.write_all(&content).map_err(failed);
+            compressed(how, &mut out, &failed, &mut all).unwrap();
+            assert_eq!(out.1, out.0.0.len() as u64, "{how:?}");
+            let mut unpacked = Vec::new();
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&out.0.0).unwrap();
+            let mut reader = how.reader(file, 0).unwrap();
+            reader.read_to_end(&mut unpacked).unwrap();
+            assert!(unpacked == content, "{how:?}");
+        }
     }
 }

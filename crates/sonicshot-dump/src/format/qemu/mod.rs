@@ -10,8 +10,7 @@ pub(crate) mod start;
 pub(crate) mod stream;
 pub(crate) mod wire;
 
-use crate::backing::spool::Image;
-use crate::backing::spool::Spool;
+use crate::backing::spool::{Image, Packed, Spool};
 use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::{DumpError, LayoutSpec};
 use internal::Internal;
@@ -106,12 +105,12 @@ impl Wrapping {
 
     /// The file that it is in: the image's, or `own` if it is in none of its own.
     pub(crate) fn file_or<'a>(&'a self, own: &'a File) -> &'a File {
-        self.packed_in().map_or(own, |(file, _)| file)
+        self.packed_in().map_or(own, |packed| packed.file)
     }
 
     /// The compressed image, if it is one.
-    pub(crate) fn packed_in(&self) -> Option<(&File, Image)> {
-        self.unpacked.as_ref()?.image()
+    pub(crate) fn packed_in(&self) -> Option<Packed<'_>> {
+        self.unpacked.as_ref()?.original()
     }
 }
 

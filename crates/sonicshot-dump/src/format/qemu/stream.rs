@@ -9,8 +9,8 @@
 use crate::backing::Stored;
 use crate::backing::plain::PlainDump;
 use crate::backing::scattered::{PagePlaces, Scattered};
-use crate::backing::spool::Image;
 use crate::backing::spool::Spool;
+use crate::backing::spool::{Image, Packed};
 use crate::format::ability::{AsStream, ByCopy, Copying, EachPart, Migration, Part};
 use crate::format::kind::{Format, Source};
 use crate::format::qemu::content::{Content, Places, behind_others, mixed, next_part};
@@ -128,7 +128,7 @@ impl AsStream for StreamDump {
         &self.mapped
     }
 
-    fn packed_in(&self) -> Option<(&File, Image)> {
+    fn packed_in(&self) -> Option<Packed<'_>> {
         self.wrapping.packed_in()
     }
 
