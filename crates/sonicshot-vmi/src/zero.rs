@@ -25,7 +25,12 @@ const MAX_THREADS: NonZeroUsize = NonZeroUsize::new(16).unwrap();
 /// # Errors
 /// [`MemoryError`] if a page cannot be read: of the lowest one.
 pub fn mark_zero_pages(memory: &dyn GuestMemory, map: &mut PageMap) -> Result<(), MemoryError> {
-    mark_on(threads(None).min(MAX_THREADS), memory, map)
+    mark_on(of_these(threads(None)), memory, map)
+}
+
+/// How many threads work where there are so many processors.
+fn of_these(processors: NonZeroUsize) -> NonZeroUsize {
+    processors.min(MAX_THREADS)
 }
 
 fn mark_on(
@@ -66,7 +71,7 @@ pub fn count_zero_pages(memory: &dyn GuestMemory, map: &PageMap) -> Result<u64, 
             zero.fetch_add(1, Ordering::Relaxed);
         })
     };
-    let threads = threads(None).min(MAX_THREADS);
+    let threads = of_these(threads(None));
     for_each(threads, map.pieces(PIECE), &mut |_| {}, Vec::new, count)?;
     Ok(zero.into_inner())
 }
@@ -201,7 +206,7 @@ fn stretches(
 
 #[cfg(test)]
 mod tests {
-    use super::{count_zero_pages, mark_on, stretches};
+    use super::{count_zero_pages, mark_on, of_these, stretches};
     use proptest::prelude::*;
     use sonicshot::{
         Gpa, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, PageState, Pfn,
@@ -323,6 +328,14 @@ mod tests {
                 last = first + count;
             }
             prop_assert!(wanted.iter().zip(&seen).all(|(wanted, seen)| !wanted || *seen));
+        }
+    }
+
+    #[test]
+    fn no_more_threads_than_a_bound_look_for_zeroes() {
+        let number = |number| NonZeroUsize::new(number).unwrap();
+        for (all, used) in [(1, 1), (16, 16), (17, 16), (4096, 16)] {
+            assert_eq!(of_these(number(all)), number(used));
         }
     }
 }

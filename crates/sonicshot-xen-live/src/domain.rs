@@ -143,24 +143,34 @@ impl<'x> LiveDomain<'x> {
             return Ok((first, Arc::clone(window)));
         }
         let window = Arc::new(self.map_frames(first, WINDOW)?);
-        if windows.len() >= MAX_WINDOWS {
-            windows.clear();
-        }
-        windows.insert(first, Arc::clone(&window));
+        keep(&mut windows, first, Arc::clone(&window));
         Ok((first, window))
     }
 }
 
+/// Keeps a window, or only this one if there is no room for more.
+fn keep<T>(windows: &mut HashMap<u64, T>, first: u64, window: T) {
+    if windows.len() >= MAX_WINDOWS {
+        windows.clear();
+    }
+    windows.insert(first, window);
+}
+
+/// A domain's last frame, if it can have so many.
+fn believed(id: DomainId, last: u64) -> Result<u64, LiveError> {
+    if last < MAX_FRAME {
+        return Ok(last);
+    }
+    Err(LiveError::Malformed {
+        domain: id,
+        what: "its last frame",
+        value: last,
+    })
+}
+
 /// The frames of a domain that has its own numbers for them: those that Xen calls ordinary.
 fn own_frames(xen: &Xen, id: DomainId, info: &DomainInfo) -> Result<Vec<PfnRange>, LiveError> {
-    let last = xen.last_frame(id)?.raw();
-    if last >= MAX_FRAME {
-        return Err(LiveError::Malformed {
-            domain: id,
-            what: "its last frame",
-            value: last,
-        });
-    }
+    let last = believed(id, xen.last_frame(id)?.raw())?;
     let mut runs: Vec<PfnRange> = Vec::new();
     let mut found = 0_u64;
     let mut first = 0_u64;
@@ -241,5 +251,29 @@ impl GuestMemory for LiveDomain<'_> {
 
     fn p2m(&self) -> Option<&P2m> {
         self.p2m.as_ref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_FRAME, MAX_WINDOWS, believed, keep};
+    use crate::DomainId;
+    use std::collections::HashMap;
+
+    #[test]
+    fn what_is_believed_and_kept_of_a_domain_is_bounded() {
+        let id = DomainId::new(5);
+        assert_eq!(believed(id, MAX_FRAME - 1).unwrap(), MAX_FRAME - 1);
+        for last in [MAX_FRAME, u64::MAX] {
+            let refused = believed(id, last).unwrap_err().to_string();
+            assert!(refused.contains("its last frame"), "{refused}");
+        }
+        let mut windows = HashMap::new();
+        for first in 0..MAX_WINDOWS as u64 {
+            keep(&mut windows, first, ());
+        }
+        assert_eq!(windows.len(), MAX_WINDOWS);
+        keep(&mut windows, u64::MAX, ());
+        assert_eq!(windows.len(), 1);
     }
 }

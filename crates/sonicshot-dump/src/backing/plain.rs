@@ -325,28 +325,17 @@ impl PlainDump {
     pub(crate) fn data_stretches(&self) -> Option<&[FileRange]> {
         self.data
             .get_or_init(|| {
-                let len = self.file_len();
-                let mut found = Vec::new();
-                let mut at = 0;
-                while at < len {
-                    let start = match seek(self.file(), SeekFrom::Data(at)) {
-                        Ok(start) => start,
-                        // No more data.
-                        Err(Errno::NXIO) => break,
-                        Err(error) => return self.cannot_tell(error),
-                    };
-                    let end = match seek(self.file(), SeekFrom::Hole(start)) {
-                        Ok(end) => end,
-                        Err(error) => return self.cannot_tell(error),
-                    };
-                    if end <= start || found.len() >= MAX_FILE_EXTENTS {
-                        return None;
-                    }
-                    let range = (FileOffset::new(start), FileOffset::new(end.min(len)));
-                    found.push(FileRange::new(range.0, range.1));
-                    at = end;
+                let file = self.file();
+                let mut next = |at| match seek(file, SeekFrom::Data(at)) {
+                    Ok(start) => Ok(Some((start, seek(file, SeekFrom::Hole(start))?))),
+                    // No more data.
+                    Err(Errno::NXIO) => Ok(None),
+                    Err(error) => Err(error),
+                };
+                match data_stretches(self.file_len(), &mut next) {
+                    Ok(found) => found,
+                    Err(error) => self.cannot_tell(error),
                 }
-                Some(found)
             })
             .as_deref()
     }
@@ -366,6 +355,26 @@ pub(crate) fn joined(mut ranges: Vec<GpaRange>) -> Vec<GpaRange> {
         }
     }
     joined
+}
+
+/// The stretches of a file of `len` bytes that hold data; `next` gives the first one from a place
+/// on. `None` if they are too many, or do not go on.
+fn data_stretches(
+    len: u64,
+    next: &mut dyn FnMut(u64) -> Result<Option<(u64, u64)>, Errno>,
+) -> Result<Option<Vec<FileRange>>, Errno> {
+    let mut found = Vec::new();
+    let mut at = 0;
+    while at < len {
+        let Some((start, end)) = next(at)? else { break };
+        if end <= start || found.len() >= MAX_FILE_EXTENTS {
+            return Ok(None);
+        }
+        let range = (FileOffset::new(start), FileOffset::new(end.min(len)));
+        found.push(FileRange::new(range.0, range.1));
+        at = end;
+    }
+    Ok(Some(found))
 }
 
 /// What of `extent` lies in the stretches `data` of its file; `None` if that cannot be told.
@@ -462,5 +471,34 @@ impl GuestMemory for PlainDump {
 
     fn prefers_read(&self) -> bool {
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_FILE_EXTENTS, data_stretches};
+    use rustix::io::Errno;
+
+    /// As every second page of a file would be.
+    fn found(count: usize) -> Option<usize> {
+        let len = count as u64 * 0x2000;
+        let mut next = |at: u64| {
+            let start = at.next_multiple_of(0x2000);
+            Ok((start < len).then_some((start, start + 0x1000)))
+        };
+        data_stretches(len, &mut next)
+            .unwrap()
+            .map(|found| found.len())
+    }
+
+    #[test]
+    fn a_file_in_too_many_pieces_is_not_asked_for_its_holes() {
+        assert_eq!(found(3), Some(3));
+        assert_eq!(found(MAX_FILE_EXTENTS), Some(MAX_FILE_EXTENTS));
+        assert_eq!(found(MAX_FILE_EXTENTS + 1), None);
+        // One that has no length would never end.
+        assert_eq!(data_stretches(9, &mut |at| Ok(Some((at, at)))), Ok(None));
+        let failed = data_stretches(9, &mut |_| Err(Errno::IO));
+        assert_eq!(failed, Err(Errno::IO));
     }
 }

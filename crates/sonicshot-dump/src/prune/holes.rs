@@ -127,7 +127,10 @@ pub(crate) fn whole_blocks(run: FileRange, block: u64) -> FileRange {
 
 /// What the file system gives back at once. Not `st_blksize`, which is what it likes to read.
 pub(crate) fn block_size(system: &StatFs) -> u64 {
-    let block = u64::try_from(system.f_bsize).unwrap_or(BLOCK);
+    believed_block(u64::try_from(system.f_bsize).unwrap_or(BLOCK))
+}
+
+fn believed_block(block: u64) -> u64 {
     if block.is_power_of_two() && block <= MAX_BLOCK {
         block
     } else {
@@ -154,7 +157,10 @@ pub(crate) fn stretches_without(data: &[FileRange], holes: &[FileRange]) -> u64 
 
 #[cfg(test)]
 mod tests {
-    use super::{PruneOptions, join, smallest_hole, stretches_without, sum_in, whole_blocks};
+    use super::{
+        BLOCK, MAX_BLOCK, PruneOptions, believed_block, join, smallest_hole, stretches_without,
+        sum_in, whole_blocks,
+    };
     use proptest::prelude::*;
     use sonicshot::{FileOffset, FileRange};
 
@@ -176,6 +182,21 @@ mod tests {
             (vec![(0, 9), (4, 2), (20, 1)], vec![(0, 9), (20, 1)]),
         ] {
             assert_eq!(join(runs(list)), runs(want));
+        }
+    }
+
+    #[test]
+    fn a_file_system_is_believed_a_block_that_there_may_be() {
+        for (said, believed) in [
+            (512, 512),
+            (2 << 20, 2 << 20),
+            (MAX_BLOCK, MAX_BLOCK),
+            (MAX_BLOCK << 1, BLOCK),
+            (1 << 63, BLOCK),
+            (6000, BLOCK),
+            (0, BLOCK),
+        ] {
+            assert_eq!(believed_block(said), believed, "{said}");
         }
     }
 

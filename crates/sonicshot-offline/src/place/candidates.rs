@@ -4,7 +4,7 @@ use sonicshot::{Gpa, GpaRange, RamLayout};
 use sonicshot_dump::{BlockKind, BlockPlace, LayoutSpec, RamBlock, is_boot_ram};
 
 /// So many ways to lay out a dump are tried.
-pub(super) const MAX_ATTEMPTS: usize = 64;
+const MAX_ATTEMPTS: usize = 64;
 /// Of more blocks the ways to lay them out are not searched: QEMU has at most 256 slots for memory.
 const MAX_SEARCHED: usize = 256;
 const FROM_FILE: &str = "from the file";
@@ -61,6 +61,8 @@ pub(super) struct Candidates {
     pub sole: bool,
     /// What the guest boots with, once a kernel was found.
     e820: Option<Vec<GpaRange>>,
+    /// So many were taken.
+    tried: usize,
     /// The bytes of RAM in the file.
     len: u64,
 }
@@ -84,6 +86,7 @@ impl Candidates {
             certain: false,
             sole: false,
             e820: None,
+            tried: 0,
             len,
         };
         let count = these.ram().len();
@@ -115,12 +118,18 @@ impl Candidates {
         !self.blocks.is_empty()
     }
 
+    /// The next one to be tried; `None` too once enough were.
     pub(super) fn next(&mut self) -> Option<Candidate> {
+        if self.tried >= MAX_ATTEMPTS {
+            return None;
+        }
         let e820 = &self.e820;
-        self.todo.find(|candidate| match (&candidate.boot, e820) {
+        let found = self.todo.find(|candidate| match (&candidate.boot, e820) {
             (Some(boot), Some(e820)) => is_boot_ram(boot, e820),
             _ => true,
-        })
+        })?;
+        self.tried = self.tried.saturating_add(1);
+        Some(found)
     }
 
     fn of_raw(&self) -> Vec<Candidate> {
@@ -389,8 +398,9 @@ mod tests {
         reason = "tests may stop anywhere"
     )]
 
-    use super::{by_e820, take};
+    use super::{Candidates, MAX_ATTEMPTS, MAX_SEARCHED, by_e820, take};
     use sonicshot::{Gpa, GpaRange};
+    use sonicshot_dump::{Dump, LayoutSpec, RamBlock};
 
     const MIB: u64 = 1 << 20;
     const GIB: u64 = 1 << 30;
@@ -419,5 +429,43 @@ mod tests {
         let second = take(&mut ranges, 0x3000).unwrap();
         assert_eq!(second, [range(0x11000, 0x14000)]);
         assert_eq!(take(&mut ranges, 1), None);
+    }
+
+    /// So many blocks of memory, as a migration stream of QEMU's has them.
+    fn blocks(count: usize) -> Vec<RamBlock> {
+        const LEN: u64 = 4096;
+        let mut bytes = b"QEVM\0\0\0\x03\x07\0\0\0\x0epc-i440fx-10.0\x01\0\0\0\x02\x03ram".to_vec();
+        bytes.extend([0, 0, 0, 0, 0, 0, 0, 4]);
+        bytes.extend(((count as u64 * LEN) | 4).to_be_bytes());
+        for number in 0..count {
+            let name = format!("node{number}");
+            bytes.push(u8::try_from(name.len()).unwrap());
+            bytes.extend(name.as_bytes());
+            bytes.extend(LEN.to_be_bytes());
+        }
+        let end = b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02";
+        bytes.extend([&end[..], b"\x03\0\0\0\x02", end, b"\x04the devices' state"].concat());
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        let dump = Dump::open(file.path(), None).unwrap();
+        assert_eq!(dump.ram_blocks().len(), count);
+        dump.ram_blocks().to_vec()
+    }
+
+    #[test]
+    fn what_is_searched_and_tried_is_bounded() {
+        let specs = LayoutSpec::KNOWN.to_vec();
+        let of = |count| Candidates::new(blocks(count), specs.clone(), 0, false);
+        assert!(of(MAX_SEARCHED).is_ok());
+        assert_eq!(of(MAX_SEARCHED + 1).err(), Some(MAX_SEARCHED + 1));
+        // Of four blocks all orders of some of them are there, of five there are more.
+        assert_eq!(of(4).unwrap().orders().0.len(), 64);
+        assert_eq!(of(5).unwrap().orders().0.len(), MAX_ATTEMPTS);
+        let mut many = of(5).unwrap();
+        assert!(many.todo.len() > MAX_ATTEMPTS);
+        assert_eq!(std::iter::from_fn(|| many.next()).count(), MAX_ATTEMPTS);
+        let mut few = of(1).unwrap();
+        let all = few.todo.len();
+        assert_eq!(std::iter::from_fn(|| few.next()).count(), all);
     }
 }

@@ -197,10 +197,11 @@ mod tests {
         reason = "tests may stop anywhere"
     )]
 
-    use super::order_by_lists;
+    use super::{MAX_LOOK, lists_by_place, order_by_lists};
     use sonicshot::{Gpa, GpaRange};
     use sonicshot_dump::{Dump, LayoutSpec};
     use sonicshot_vmi::KernelVa;
+    use std::os::unix::fs::FileExt;
 
     const GIB: u64 = 1 << 30;
 
@@ -244,5 +245,27 @@ mod tests {
         assert_eq!(order(&[(200, 0), (200, 0)]), None);
         assert_eq!(order(&[(100, 2), (0, 0), (100, 1)]), Some(vec![2, 0, 1]));
         assert_eq!(order(&[(100, 2), (0, 0), (0, 0)]), None);
+    }
+
+    /// A list is seen behind data that begins before the bound, and not behind data at it.
+    #[test]
+    fn a_block_is_looked_through_up_to_a_bound() {
+        const MIB: u64 = 1 << 20;
+        const LEN: u64 = MAX_LOOK + 16 * MIB;
+        let direct_map = 0xffff_9a80_0000_0000_u64;
+        let place = range(4 * GIB, 4 * GIB + LEN);
+        let list_at = MAX_LOOK + 8 * MIB;
+        let list = (direct_map + place.start().raw() + list_at).to_le_bytes();
+        for (data_at, votes) in [(MAX_LOOK - 4096, 1), (MAX_LOOK, 0)] {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            file.as_file().set_len(LEN).unwrap();
+            file.as_file().write_all_at(b"data", data_at).unwrap();
+            let lists = [list, list].concat();
+            file.as_file().write_all_at(&lists, list_at).unwrap();
+            let layout = LayoutSpec::Ranges(vec![place]);
+            let dump = Dump::open(file.path(), Some(&layout)).unwrap();
+            let found = lists_by_place(&dump, place, &[place], KernelVa::new(direct_map));
+            assert_eq!(found.unwrap(), [votes], "{data_at:#x}");
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The layout that the guest confirms, of all that may be.
 
-use super::candidates::{Candidate, Candidates, MAX_ATTEMPTS};
+use super::candidates::{Candidate, Candidates};
 use super::firmware;
 use super::placed::{Look, Placed};
 use super::trial::{Outcome, attempt};
@@ -19,7 +19,7 @@ pub(super) fn with_guest<T>(
     let mut why_not = None;
     let mut unconfirmed = None;
     let mut asked = candidates.certain;
-    for _ in 0..MAX_ATTEMPTS {
+    loop {
         let candidate = match candidates.next() {
             Some(candidate) => candidate,
             // No kernel can be read, as where RAM is split in a place of its own.

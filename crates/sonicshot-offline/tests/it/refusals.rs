@@ -1,7 +1,7 @@
 //! A library's user is refused what the command's user is.
 
 use crate::common::{PAGE, analyze, diff, open, quiet, ram, raw};
-use sonicshot::{ClassSet, PageClass};
+use sonicshot::{ClassSet, Gpa, GpaRange, PageClass};
 use sonicshot_dump::DumpError;
 use sonicshot_offline::{
     AnalyzeOptions, LayoutSpec, OfflineError, OpenOptions, Overwrite, PruneOptions, Snapshot,
@@ -93,6 +93,26 @@ fn a_layout_that_the_memory_contradicts_is_refused() {
         matches!(found, Err(OfflineError::Misplaced { .. })),
         "{found:?}"
     );
+}
+
+#[test]
+fn a_layout_in_more_ranges_than_a_bound_is_not_checked() {
+    const MOST: usize = 4096;
+    let temporary = TempDir::new().unwrap();
+    let path = raw(temporary.path());
+    // A page each, and the rest.
+    let at = |page: usize| Gpa::new((page * PAGE) as u64);
+    for count in [MOST, MOST + 1] {
+        let mut ranges: Vec<_> = (0..count - 1)
+            .map(|page| GpaRange::new(at(page), at(page + 1)))
+            .collect();
+        ranges.push(GpaRange::new(at(count - 1), at(ram().len() / PAGE)));
+        let options = OpenOptions::new().layout(LayoutSpec::Ranges(ranges));
+        let found = Snapshot::open(&path, &options).unwrap();
+        let found = found.analyze(&AnalyzeOptions::new());
+        let refused = matches!(found, Err(OfflineError::ManyRanges { count, .. }) if count > MOST);
+        assert_eq!(refused, count > MOST, "{count}: {found:?}");
+    }
 }
 
 #[test]

@@ -15,6 +15,13 @@ const TRIES: Duration = Duration::from_secs(10);
 /// So many of the candidates that failed are told of.
 const MAX_TOLD: usize = 4;
 
+/// Keeps one more of what is told, if there is room.
+fn tell(told: &mut Vec<String>, why: &dyn Display) {
+    if told.len() < MAX_TOLD {
+        told.push(why.to_string());
+    }
+}
+
 /// What a search for kernels comes to.
 #[derive(Debug)]
 pub(crate) enum Search<T> {
@@ -146,9 +153,7 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
 
     /// Keeps what is wrong with a candidate, of a few.
     fn tell(&mut self, why: &dyn Display) {
-        if self.told.len() < MAX_TOLD {
-            self.told.push(why.to_string());
-        }
+        tell(&mut self.told, why);
     }
 
     /// The number of the group with these page tables.
@@ -333,4 +338,19 @@ fn timed<R>(left: &mut Duration, work: impl FnOnce() -> R) -> R {
     let done = work();
     *left = left.saturating_sub(started.elapsed());
     done
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_TOLD, tell};
+
+    #[test]
+    fn of_candidates_without_end_a_few_are_told_of() {
+        let mut told = Vec::new();
+        for number in 0..9_usize {
+            tell(&mut told, &number);
+            assert_eq!(told.len(), (number + 1).min(MAX_TOLD));
+        }
+        assert_eq!(told, ["0", "1", "2", "3"]);
+    }
 }

@@ -74,3 +74,34 @@ pub(crate) fn image_range(
     }
     (start, end)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::image_range;
+    use crate::KernelVa;
+    use crate::arch::x86_64::X86_64;
+    use crate::kernel::testing::{Ram, tables};
+
+    /// Behind a gap of at most four large pages an image goes on.
+    #[test]
+    fn an_image_ends_before_a_gap_that_is_larger_than_any() {
+        const LEN: usize = 8 << 20;
+        const LARGE: u64 = 2 << 20;
+        let text = KernelVa::new(0xffff_ffff_8000_0000);
+        for (gap, whole) in [(0, true), (4, true), (5, false)] {
+            let mut ram = Ram::new(LEN);
+            ram.put(LEN as u64 - 0x3000 + 511 * 8, 0x4000 | 0x63);
+            ram.put(0x4000 + 510 * 8, 0x5000 | 0x63);
+            ram.put(0x5000, 0xe3);
+            ram.put(0x5000 + (1 + gap) * 8, LARGE | 0xe3);
+            let memory = ram.memory();
+            let space = tables(LEN as u64).space(&memory).unwrap();
+            let (start, end) = image_range(&X86_64, &space, text);
+            let large_pages = if whole { 2 + gap } else { 1 };
+            assert_eq!(
+                (start, end),
+                (text, text.checked_add(large_pages * LARGE).unwrap())
+            );
+        }
+    }
+}

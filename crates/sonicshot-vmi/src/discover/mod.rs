@@ -179,3 +179,30 @@ fn confirm(memory: &dyn GuestMemory, text: &[u8]) -> Result<Tables, VmiError> {
     }
     Ok(tables)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::read_text;
+    use sonicshot::{Gpa, GuestBytes, MappedRegions};
+
+    #[test]
+    fn a_page_of_text_is_no_longer_than_any_page() {
+        let mut ram = vec![b'x'; 1 << 18];
+        for (page_size, len) in [
+            (4096, 4096),
+            (16384, 16384),
+            (65536, 65536),
+            (131_072, 4096),
+        ] {
+            let text = format!("OSRELEASE=6.1\nPAGESIZE={page_size}\n");
+            ram[..text.len()].copy_from_slice(text.as_bytes());
+            let regions = vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))];
+            let memory = MappedRegions::new(regions).unwrap();
+            assert_eq!(
+                read_text(&memory, Gpa::ZERO).unwrap().len(),
+                len,
+                "{page_size}"
+            );
+        }
+    }
+}

@@ -4,7 +4,7 @@ use super::LinuxGuest;
 use crate::VirtualMemory;
 use crate::error::VmiError;
 use crate::note::Note;
-use sonicshot::{Fill, MemoryError, PageClass, PageMap};
+use sonicshot::{Fill, MemoryError, PageClass, PageMap, Pfn};
 
 impl LinuxGuest<'_> {
     /// Whether the flag behind `names` is set: a static key or a bool, by its first byte.
@@ -27,8 +27,6 @@ impl LinuxGuest<'_> {
     /// `init_on_free` hands out pages as zero without looking.
     pub(super) fn free_fill(&self, map: &PageMap, notes: &mut Vec<Note>) -> Result<Fill, VmiError> {
         const PAGE_POISON: u8 = 0xaa;
-        /// Of so many runs of free pages the first is looked at.
-        const MAX_LOOKED: usize = 4096;
         // `_page_poisoning_enabled` since 5.11, `want_page_poisoning` before.
         let poisoned = self.flag(&["_page_poisoning_enabled", "want_page_poisoning"])?;
         let zeroed = self.flag(&["init_on_free"])?;
@@ -43,11 +41,8 @@ impl LinuxGuest<'_> {
         let memory = self.kernel.space.memory();
         let (mut looked, mut with_pattern, mut zero) = (0_u32, 0_u32, 0_u32);
         let mut page = self.kernel.page_buffer()?;
-        let free = map
-            .runs()
-            .filter(|(_, class)| *class == PageClass::FreeBuddy);
-        for (frames, _) in free.take(MAX_LOOKED) {
-            let Some(at) = frames.start().gpa(self.kernel.build.page_size) else {
+        for frame in looked_at(map) {
+            let Some(at) = frame.gpa(self.kernel.build.page_size) else {
                 continue;
             };
             match memory.read(at, &mut page) {
@@ -87,5 +82,41 @@ impl LinuxGuest<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// Of so many runs of free pages the first is looked at.
+const MAX_LOOKED: usize = 4096;
+
+/// The free pages that are looked at.
+fn looked_at(map: &PageMap) -> impl Iterator<Item = Pfn> {
+    map.runs()
+        .filter(|(_, class)| *class == PageClass::FreeBuddy)
+        .take(MAX_LOOKED)
+        .map(|(frames, _)| frames.start())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_LOOKED, looked_at};
+    use sonicshot::{Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn, PfnRange, RamLayout};
+
+    #[test]
+    fn of_free_blocks_without_end_so_many_are_looked_into() {
+        for (blocks, looked) in [
+            (3, 3),
+            (MAX_LOOKED, MAX_LOOKED),
+            (MAX_LOOKED + 9, MAX_LOOKED),
+        ] {
+            let frames = 2 * blocks as u64;
+            let range = GpaRange::with_len(Gpa::ZERO, frames << 12).unwrap();
+            let layout = RamLayout::new(vec![range]).unwrap();
+            let mut map = PageMap::new(&layout, PageSize::SIZE_4K);
+            for pfn in (0..frames).step_by(2) {
+                let frame = PfnRange::with_len(Pfn::new(pfn), 1).unwrap();
+                map.set(frame, PageClass::FreeBuddy);
+            }
+            assert_eq!(looked_at(&map).count(), looked, "{blocks}");
+        }
     }
 }

@@ -26,6 +26,16 @@ const MAX_LINES: u64 = 1 << 20;
 /// As much of a line is read.
 const MAX_TEXT: u64 = 512;
 
+/// Whether a log may have so many descriptors, and so much room for text.
+fn may_be(lines: Option<u64>, size_bits: u32) -> bool {
+    lines.is_some_and(|lines| lines <= MAX_LINES) && size_bits < 32
+}
+
+/// How much is read of a text of this length, which has 16 bits.
+fn read_of_text(len: u32) -> u64 {
+    u64::from(len & 0xffff).min(MAX_TEXT)
+}
+
 /// The ring's parts, by VMCOREINFO.
 struct Ring<'k, 'm> {
     kernel: &'k Kernel<'m>,
@@ -122,7 +132,7 @@ impl<'k, 'm> Ring<'k, 'm> {
             value: count_bits.into(),
         };
         let lines = 1_u64.checked_shl(count_bits);
-        if lines.is_none_or(|lines| lines > MAX_LINES) || size_bits >= 32 {
+        if !may_be(lines, size_bits) {
             return Err(too_many);
         }
         let head = kernel.read_u64("prb_desc_ring.head_id", of_descs("head_id")?)?;
@@ -197,7 +207,7 @@ impl<'k, 'm> Ring<'k, 'm> {
         };
         let what = "printk_info.text_len";
         let len = infos.array(what, info(what, places.text_len)?)?;
-        let len = u64::from(u32::from_le_bytes(len) & 0xffff).min(MAX_TEXT);
+        let len = read_of_text(u32::from_le_bytes(len));
         // Before the text stands the descriptor's identifier.
         let block = element("the log's text", self.data, 0, 0, at)?;
         if data.u64("the log's text", block)? != id {
@@ -313,4 +323,24 @@ fn offset(kernel: &Kernel<'_>, ty: &str, name: &str) -> Result<u64, VmiError> {
 
 fn size(kernel: &Kernel<'_>, ty: &str) -> Result<u64, VmiError> {
     told(kernel, ty, |info| info.size(ty))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_LINES, MAX_TEXT, may_be, read_of_text};
+
+    #[test]
+    fn a_log_is_no_longer_than_any_nor_is_a_line() {
+        for (lines, size_bits, is_one) in [
+            (Some(MAX_LINES), 31, true),
+            (Some(MAX_LINES + 1), 31, false),
+            (Some(16), 32, false),
+            (None, 16, false),
+        ] {
+            assert_eq!(may_be(lines, size_bits), is_one, "{lines:?} {size_bits}");
+        }
+        for (len, read) in [(0, 0), (512, MAX_TEXT), (513, MAX_TEXT), (0x1_0007, 7)] {
+            assert_eq!(read_of_text(len), read, "{len:#x}");
+        }
+    }
 }

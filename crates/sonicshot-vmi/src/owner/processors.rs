@@ -169,9 +169,7 @@ fn landmarks(
     if let Some(at) = kernel.symbol_from_table("mem_section")? {
         add("the variable mem_section", at)?;
     }
-    let spans = map.spans();
-    let step = spans.len().div_ceil(MAX_SPANS).max(1);
-    let spans = || spans.iter().step_by(step).chain(spans.last());
+    let spans = || sample(map.spans());
     for at in section_records(kernel, spans().map(|span| span.frames.start()))? {
         add("the records of sections", at)?;
     }
@@ -241,4 +239,26 @@ fn section_records(
         }
     }
     Ok(found)
+}
+
+/// Some of them, evenly spread, and the last.
+fn sample<T>(all: &[T]) -> impl Iterator<Item = &T> {
+    let step = all.len().div_ceil(MAX_SPANS).max(1);
+    all.iter().step_by(step).chain(all.last())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_SPANS, sample};
+
+    #[test]
+    fn of_struct_pages_without_end_so_many_are_compared() {
+        for len in [0, 1, 5, MAX_SPANS, MAX_SPANS + 1, 100 * MAX_SPANS + 7] {
+            let all: Vec<usize> = (0..len).collect();
+            let some: Vec<usize> = sample(&all).copied().collect();
+            assert!(some.len() <= MAX_SPANS + 1, "{len}: {}", some.len());
+            assert_eq!(some.first(), all.first());
+            assert_eq!(some.last(), all.last());
+        }
+    }
 }

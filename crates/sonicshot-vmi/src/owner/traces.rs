@@ -255,9 +255,16 @@ fn per_cpu(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     Ok(traces.into())
 }
 
+/// `PID_MAX_LIMIT` (`include/linux/threads.h`).
+const MAX_TASKS: usize = 4 << 20;
+
+/// Whether a list of tasks may go on at `at`: it was not there, and they are no more than
+/// `most`.
+fn is_next(seen: &mut HashSet<KernelVa>, at: KernelVa, most: usize) -> bool {
+    seen.len() < most && seen.insert(at)
+}
+
 fn tasks(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
-    /// `PID_MAX_LIMIT` (`include/linux/threads.h`).
-    const MAX_TASKS: usize = 4 << 20;
     /// `STACK_END_MAGIC` (`include/uapi/linux/magic.h`), at the lowest word of a stack.
     const STACK_END: u64 = 0x57ac_6e9d;
     let first = kernel.need_symbol("init_task")?;
@@ -269,7 +276,7 @@ fn tasks(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     let (mut torn, mut lost) = (Vec::new(), Vec::new());
     let mut seen = HashSet::new();
     loop {
-        if seen.len() >= MAX_TASKS || !seen.insert(at) {
+        if !is_next(&mut seen, at, MAX_TASKS) {
             return Err(VmiError::Corrupt {
                 what: "a list of tasks that does not close",
                 at: head,

@@ -24,7 +24,14 @@ impl Displacements {
     /// Takes `word` if it is whole pages: the difference of two kernel addresses.
     pub(super) fn take(&mut self, look: &Look<'_, '_>, word: u64) -> Result<(), VmiError> {
         let inside = look.heads.map.page_size.offset_mask();
-        if word & inside != 0 || word >> 56 != 0xff || !self.seen.insert(word) {
+        if word & inside != 0 || word >> 56 != 0xff {
+            return Ok(());
+        }
+        self.add(word)
+    }
+
+    fn add(&mut self, word: u64) -> Result<(), VmiError> {
+        if !self.seen.insert(word) {
             return Ok(());
         }
         self.words.push(word);
@@ -37,5 +44,21 @@ impl Displacements {
             });
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Displacements, MAX_WORDS};
+
+    #[test]
+    fn words_of_an_image_are_no_more_than_a_bound() {
+        let mut words = Displacements::default();
+        for word in 0..MAX_WORDS {
+            words.add(word).unwrap();
+        }
+        // One that was there is no other.
+        words.add(0).unwrap();
+        assert!(words.add(MAX_WORDS).is_err());
     }
 }

@@ -100,6 +100,11 @@ pub(crate) fn find<'m>(
     search.outcome(found.fold(0, u64::saturating_add))
 }
 
+/// Whether one more kernel is looked for where so many stand.
+const fn is_room(standing: usize) -> bool {
+    standing < MAX_KERNELS
+}
+
 /// The search for kernels by page tables.
 struct Search<'m> {
     memory: &'m dyn GuestMemory,
@@ -143,7 +148,7 @@ impl<'m> Search<'m> {
             let image_at = image.and_then(|image| space.translate(image).ok());
             let image_at = image_at.map(|there| there.at);
             let tried = (records.buddy, root.vmemmap, root.there, image_at);
-            if self.standing.len() >= MAX_KERNELS
+            if !is_room(self.standing.len())
                 || self.standing.iter().any(is_same)
                 || self.failed.contains(&tried)
             {
@@ -480,4 +485,15 @@ fn count(
         found.counter = counter.ok_or_else(|| unsupported("zones without counters"))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_KERNELS, is_room};
+
+    #[test]
+    fn of_kernels_without_end_a_few_are_tried_to_the_end() {
+        assert!((0..MAX_KERNELS).all(is_room));
+        assert!(!is_room(MAX_KERNELS));
+    }
 }

@@ -90,7 +90,7 @@ fn nodes(
         let at = array.raw().checked_sub(back).map(KernelVa::new)?;
         let node = KernelVa::new(heads.space.read_u64(at).ok()?);
         let before = array.offset_from(node)?;
-        (before > back && before < MAX_NODE_ZONES).then_some(node)
+        is_in_node(before, back).then_some(node)
     };
     let all = |back: u64| {
         let nodes: Option<Vec<KernelVa>> = arrays.iter().map(|array| node(array, back)).collect();
@@ -100,6 +100,12 @@ fn nodes(
         .rev()
         .step_by(8)
         .find_map(all)
+}
+
+/// Whether a zone's array may be so far behind the beginning of its node, and so far behind the
+/// zone's pointer to that.
+fn is_in_node(before: u64, back: u64) -> bool {
+    before > back && before < MAX_NODE_ZONES
 }
 
 /// Holds the flags of the zones' pages against each other.
@@ -138,4 +144,21 @@ fn differ(look: &Look<'_, '_>, arrays: &[KernelVa], area: &AreaLayout) -> Result
         });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_NODE_ZONES, is_in_node};
+
+    #[test]
+    fn a_zone_is_no_farther_in_its_node_than_a_bound() {
+        for (before, is_in) in [
+            (64, false),
+            (65, true),
+            (MAX_NODE_ZONES - 1, true),
+            (MAX_NODE_ZONES, false),
+        ] {
+            assert_eq!(is_in_node(before, 64), is_in, "{before}");
+        }
+    }
 }

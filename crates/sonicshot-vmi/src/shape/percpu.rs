@@ -134,12 +134,23 @@ fn processors(
             .check("words of the kernel's image", number, MAX_WORDS)?;
         if let Some(row) = row_of(*word)
             && *shape.get_or_insert(row) == row
-            && found.len() < MAX_CPUS
         {
-            found.push(*word);
+            take(&mut found, *word);
         }
     }
     Ok(shape.map(|row| (found, row)))
+}
+
+/// Takes a processor's word, if there may be so many.
+fn take(found: &mut Vec<u64>, word: u64) {
+    if found.len() < MAX_CPUS {
+        found.push(word);
+    }
+}
+
+/// Where the first of the lists is.
+fn first_list(is_head: &dyn Fn(u64) -> bool) -> Option<u64> {
+    (8..=MAX_LISTS_AT).step_by(8).find(|at| is_head(*at))
 }
 
 /// The `struct per_cpu_pages` at `at`, if it looks like one.
@@ -151,9 +162,7 @@ fn row(heads: &Heads<'_, '_>, at: KernelVa) -> Option<Row> {
         let bytes = bytes.get(start..)?.first_chunk::<16>()?;
         heads.of(at.checked_add(offset)?, bytes)
     };
-    let lists_at = (8..=MAX_LISTS_AT)
-        .step_by(8)
-        .find(|at| is_head(*at).is_some())?;
+    let lists_at = first_list(&|at| is_head(at).is_some())?;
     let lists = (lists_at..512)
         .step_by(16)
         .take_while(|at| is_head(*at).is_some())
@@ -250,4 +259,21 @@ fn pages_in(
         }
     }
     Some(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_CPUS, MAX_LISTS_AT, first_list, take};
+
+    #[test]
+    fn what_is_tried_for_processors_is_bounded() {
+        let mut found = Vec::new();
+        for word in 0..MAX_CPUS as u64 + 9 {
+            take(&mut found, word);
+        }
+        assert_eq!(found.len(), MAX_CPUS);
+        for (at, is_found) in [(8, true), (MAX_LISTS_AT, true), (MAX_LISTS_AT + 8, false)] {
+            assert_eq!(first_list(&|there| there == at).is_some(), is_found, "{at}");
+        }
+    }
 }

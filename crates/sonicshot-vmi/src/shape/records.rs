@@ -65,6 +65,11 @@ pub(crate) struct Pass {
 }
 
 impl Records {
+    #[cfg(test)]
+    pub(crate) fn none() -> Self {
+        Self::new(BUDDY[0])
+    }
+
     fn new(buddy: u32) -> Self {
         Self {
             buddy,
@@ -222,9 +227,12 @@ fn look_for_tables(
 
 #[cfg(test)]
 mod tests {
-    use super::{MAX_KEPT, Record, Records};
+    use super::{MAX_KEPT, MAX_ORDER, MAX_TOPS, Record, Records, look_for_tables, record};
     use crate::KernelVa;
-    use sonicshot::Gpa;
+    use crate::arch::Arch;
+    use crate::arch::x86_64::X86_64;
+    use crate::kernel::testing::Ram;
+    use sonicshot::{Gpa, GuestBytes, PageSize};
 
     #[test]
     fn records_without_end_take_no_more_memory_and_are_from_everywhere() {
@@ -244,6 +252,35 @@ mod tests {
             for (number, record) in (0_u64..).zip(&records.kept) {
                 assert_eq!(record.at, Gpa::new(number * records.every * 64), "{found}");
             }
+        }
+    }
+
+    #[test]
+    fn a_record_is_of_no_larger_block_than_there_is() {
+        for (order, is_one) in [(0, true), (MAX_ORDER, true), (MAX_ORDER + 1, false)] {
+            let mut page = [0; 64];
+            for (at, word) in [(8, u64::MAX << 3), (16, u64::MAX << 3), (40, order)] {
+                page[at..at + 8].copy_from_slice(&word.to_le_bytes());
+            }
+            let found = record(&GuestBytes::from_slice(&page), 0, Gpa::ZERO);
+            assert_eq!(found.is_some(), is_one, "{order}");
+        }
+    }
+
+    #[test]
+    fn of_more_top_level_tables_than_a_bound_none_is_tried() {
+        const TABLE: u64 = 0x10_0000;
+        let mut ram = Ram::new(8 << 20);
+        ram.put(TABLE + 511 * 8, (TABLE + 0x1000) | 0x63);
+        let memory = ram.memory();
+        let start = Gpa::new(TABLE);
+        let bytes = GuestBytes::from_slice(&ram.0[0x10_0000..0x10_1000]);
+        let arch = (&X86_64 as &dyn Arch, PageSize::SIZE_4K);
+        for (before, is_refused) in [(0, false), (MAX_TOPS - 1, false), (MAX_TOPS, true)] {
+            let mut tops = vec![Gpa::ZERO; before];
+            let found = look_for_tables(&bytes, start, &memory, arch, &mut tops);
+            assert_eq!(tops.len(), before + 1);
+            assert_eq!(found.is_err(), is_refused, "{before}");
         }
     }
 }

@@ -124,3 +124,45 @@ fn nodes(
     }
     found
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_STRETCHES, stand};
+    use crate::VmiError;
+    use crate::arch::Arch;
+    use crate::arch::x86_64::X86_64;
+    use crate::deadline::Deadline;
+    use crate::kernel::testing::Ram;
+    use crate::shape::records::Records;
+    use sonicshot::Gpa;
+
+    #[test]
+    fn more_stretches_of_mappings_than_a_bound_are_no_kernels() {
+        const ROOT: u64 = 0x10_0000;
+        let mut ram = Ram::new(8 << 20);
+        // Every second GiB of a table is mapped.
+        for entry in (0..512).step_by(2) {
+            ram.put(ROOT + 0x1000 + entry * 8, 0xe3);
+        }
+        for (number, is_refused) in [
+            (MAX_STRETCHES / 256, false),
+            (MAX_STRETCHES / 256 + 1, true),
+        ] {
+            for entry in 0..number as u64 {
+                ram.put(ROOT + (256 + entry) * 8, (ROOT + 0x1000) | 0x63);
+            }
+            let memory = ram.memory();
+            let walk = X86_64.walk(Gpa::new(ROOT), 4);
+            let records = Records::none();
+            let root = (Gpa::new(ROOT), true);
+            let found = stand(&memory, walk.as_ref(), root, &records, &Deadline::new());
+            let refused = matches!(found, Err(VmiError::TooMany { .. }));
+            assert_eq!(
+                refused,
+                is_refused,
+                "{number}: {:?}",
+                found.map(|found| found.len())
+            );
+        }
+    }
+}

@@ -120,17 +120,24 @@ impl Exits {
             }
             taken.extend(own);
             found.push(array);
-            if found.len() > MAX_ZONES {
-                return Err(VmiError::TooMany {
-                    what: "zones",
-                    found: found.len() as u64,
-                    most: MAX_ZONES as u64,
-                });
-            }
+            few_zones(found.len())?;
         }
         found.sort_unstable();
         Ok(found)
     }
+}
+
+/// # Errors
+/// [`VmiError::TooMany`] if so many are more than a guest has.
+fn few_zones(found: usize) -> Result<(), VmiError> {
+    if found <= MAX_ZONES {
+        return Ok(());
+    }
+    Err(VmiError::TooMany {
+        what: "zones",
+        found: found as u64,
+        most: MAX_ZONES as u64,
+    })
 }
 
 /// Where the array may begin that has `head` as one of its heads of `order`.
@@ -395,11 +402,12 @@ fn name(space: &AddressSpace<'_>, at: KernelVa, spanned_pages: u64, free_area: u
 
 #[cfg(test)]
 mod tests {
-    use super::{Exits, MAX_HEADS};
+    use super::{Exits, MAX_HEADS, MAX_MIGRATE_TYPES, MAX_ZONES, few_zones, told_area};
     use crate::VmiError;
     use crate::kernel::testing::{DIRECT_MAP, Ram, kernel, page_facts};
     use crate::mm::mem_map::MemMap;
     use crate::mm::page::PageLayout;
+    use crate::symbols::Member;
 
     #[test]
     fn heads_without_end_are_refused_with_their_number() {
@@ -431,5 +439,40 @@ mod tests {
         assert_eq!(heads(frames, 16).unwrap(), MAX_HEADS);
         let error = heads(frames + 1, 16).unwrap_err();
         assert!(matches!(error, VmiError::TooMany { .. }), "{error}");
+    }
+
+    #[test]
+    fn there_are_no_more_lists_of_an_order_than_a_bound() {
+        let ram = Ram::new(8 << 20);
+        let memory = ram.memory();
+        for (lists, is_read) in [
+            (0, false),
+            (4, true),
+            (MAX_MIGRATE_TYPES, true),
+            (MAX_MIGRATE_TYPES + 1, false),
+        ] {
+            let mut facts = page_facts();
+            let member = |len| Member {
+                offset: 0,
+                size: None,
+                len: Some(len),
+            };
+            facts
+                .members
+                .insert(("free_area", "free_list"), member(lists));
+            facts.members.insert(("zone", "free_area"), member(11));
+            facts.sizes.insert("free_area", lists * 16 + 8);
+            let area = told_area(&kernel(&memory, facts));
+            assert_eq!(area.is_ok(), is_read, "{lists}");
+        }
+    }
+
+    #[test]
+    fn there_are_no_more_zones_than_a_bound() {
+        assert!(few_zones(MAX_ZONES).is_ok());
+        assert!(matches!(
+            few_zones(MAX_ZONES + 1),
+            Err(VmiError::TooMany { .. })
+        ));
     }
 }

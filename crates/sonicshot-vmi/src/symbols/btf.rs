@@ -445,7 +445,9 @@ pub fn find_btf(
 
 #[cfg(test)]
 mod tests {
-    use super::{Btf, MAX_STEPS, SymbolSource};
+    use super::{Btf, MAX_LEN, MAX_STEPS, SymbolSource, find_btf};
+    use crate::KernelVa;
+    use crate::kernel::testing::{Facts, Ram, kernel};
     use proptest::prelude::*;
 
     /// Writes BTF from the specification alone.
@@ -594,6 +596,23 @@ mod tests {
                 }
                 let _ = btf.constant("PG_a");
             }
+        }
+    }
+
+    #[test]
+    fn no_more_types_are_read_than_a_bound() {
+        let ram = Ram::new(8 << 20);
+        let memory = ram.memory();
+        let space = kernel(&memory, Facts::default()).space;
+        let start = KernelVa::new(0xffff_ffff_9000_0000);
+        for (len, said) in [
+            (MAX_LEN, "a .BTF that is not mapped"),
+            (MAX_LEN + 1, "an end of .BTF"),
+        ] {
+            let stop = start.checked_add(len).unwrap();
+            let found = find_btf(&space, Some((start, stop)), (start, start));
+            let error = found.unwrap_err().to_string();
+            assert!(error.contains(said), "{error}");
         }
     }
 }

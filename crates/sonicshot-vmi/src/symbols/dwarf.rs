@@ -69,6 +69,16 @@ impl Dwarf {
         file: &OwnFile,
         section: FindSection<'_>,
     ) -> Result<Option<Self>, SymbolError> {
+        Self::up_to((MAX_UNITS, MAX_ENTRIES), origin, file, section)
+    }
+
+    /// Of at most so many units, and so many entries of each.
+    fn up_to(
+        (units_at_most, entries_at_most): (usize, usize),
+        origin: String,
+        file: &OwnFile,
+        section: FindSection<'_>,
+    ) -> Result<Option<Self>, SymbolError> {
         if section(".debug_info").is_none() {
             return Ok(None);
         }
@@ -94,7 +104,7 @@ impl Dwarf {
         // The source files whose units are read.
         let sources = needs::units();
         let mut left = sources.len();
-        for _ in 0..MAX_UNITS {
+        for _ in 0..units_at_most {
             let Some(header) = units.next().map_err(damaged)? else {
                 break;
             };
@@ -111,7 +121,9 @@ impl Dwarf {
                 continue;
             }
             let mut found = Walk::default();
-            found.unit(&dwarf, &unit).map_err(damaged)?;
+            found
+                .unit(&dwarf, &unit, entries_at_most)
+                .map_err(damaged)?;
             this.shapes.extend(found.shapes);
             for (name, at) in found.structs {
                 this.structs.entry(name).or_insert(at);
@@ -239,6 +251,7 @@ impl Walk {
         &mut self,
         dwarf: &gimli::Dwarf<Slice<'a>>,
         unit: &Unit<Slice<'a>>,
+        most: usize,
     ) -> Result<(), gimli::Error> {
         let mut entries = unit.entries();
         // The type whose children are being read, and how deep they are.
@@ -246,7 +259,7 @@ impl Walk {
         let mut count = 0_usize;
         while let Some(entry) = entries.next_dfs()? {
             count = count.saturating_add(1);
-            if count > MAX_ENTRIES {
+            if count > most {
                 break;
             }
             let depth = entry.depth();
@@ -395,4 +408,101 @@ fn constant<R: Reader<Offset = usize>>(entry: &DebuggingInformationEntry<R>) -> 
     value
         .sdata_value()
         .or_else(|| value.udata_value().map(u64::cast_signed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Dwarf, MAX_DEPTH, MAX_UNITS, Shape};
+    use crate::needs;
+    use crate::symbols::own::OwnFile;
+    use std::collections::HashMap;
+
+    /// A unit without a name, one with a name and children; a variable, a structure.
+    const ABBREVIATIONS: &[u8] = b"\x01\x11\0\0\0\x02\x11\x01\x03\x08\0\0\x03\x34\0\0\0\
+        \x04\x13\0\x03\x08\x0b\x0b\0\0\0";
+
+    fn unit(entries: &[u8]) -> Vec<u8> {
+        let mut out = u32::try_from(7 + entries.len())
+            .unwrap()
+            .to_le_bytes()
+            .to_vec();
+        out.extend([4, 0, 0, 0, 0, 0, 8]);
+        out.extend(entries);
+        out
+    }
+
+    /// Whether a structure is found in a unit behind so many others, behind so many entries.
+    fn is_found(most: Option<(usize, usize)>, units: usize, entries: usize) -> bool {
+        let mut named = [b"\x02", needs::units()[0].as_bytes(), b"\0"].concat();
+        named.extend(vec![3; entries]);
+        named.extend(b"\x04page\0\x40\0");
+        let info = [unit(b"\x01").repeat(units), unit(&named)].concat();
+        let file = OwnFile::from_bytes(&[ABBREVIATIONS, &info].concat());
+        let section = |name: &str| match name {
+            ".debug_abbrev" => Some((0, ABBREVIATIONS.len())),
+            ".debug_info" => Some((ABBREVIATIONS.len(), info.len())),
+            _ => None,
+        };
+        let found = match most {
+            Some(most) => Dwarf::up_to(most, "a test".into(), &file, &section),
+            None => Dwarf::new("a test".into(), &file, &section),
+        };
+        found.unwrap().is_some()
+    }
+
+    #[test]
+    fn no_more_units_and_entries_are_read_than_a_bound() {
+        assert!(is_found(None, MAX_UNITS - 1, 0));
+        assert!(!is_found(None, MAX_UNITS, 0));
+        // The unit and the structure are entries, too.
+        assert!(is_found(Some((1, 100)), 0, 98));
+        assert!(!is_found(Some((1, 100)), 0, 99));
+    }
+
+    #[test]
+    fn types_in_each_other_end() {
+        let depth = MAX_DEPTH as usize;
+        let dwarf = |shapes: HashMap<usize, Shape>| Dwarf {
+            origin: "a test".into(),
+            shapes,
+            structs: HashMap::new(),
+            enumerators: HashMap::new(),
+        };
+        for (aliases, is_found) in [(depth - 1, true), (depth, false)] {
+            let mut shapes: HashMap<_, _> = (0..aliases)
+                .map(|at| (at, Shape::Alias(Some(at + 1))))
+                .collect();
+            shapes.insert(aliases, Shape::Sized(8));
+            assert_eq!(
+                dwarf(shapes).size_of(Some(0), 0).is_some(),
+                is_found,
+                "{aliases}"
+            );
+        }
+        for (arrays, is_found) in [(depth, true), (depth + 1, false)] {
+            let array = |at| Shape::Array {
+                element: Some(at + 1),
+                len: Some(1),
+            };
+            let mut shapes: HashMap<_, _> = (0..arrays).map(|at| (at, array(at))).collect();
+            shapes.insert(arrays, Shape::Sized(8));
+            assert_eq!(
+                dwarf(shapes).size_of(Some(0), 0).is_some(),
+                is_found,
+                "{arrays}"
+            );
+        }
+        // A structure in itself.
+        let inner = super::Field {
+            name: String::new(),
+            offset: 0,
+            ty: Some(0),
+        };
+        let structure = super::Structure {
+            size: 8,
+            members: vec![inner],
+        };
+        let itself = dwarf(HashMap::from([(0, Shape::Structure(structure.clone()))]));
+        assert!(itself.find_member(&structure, "not there", 0).is_none());
+    }
 }

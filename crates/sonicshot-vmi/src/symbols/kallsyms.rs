@@ -597,7 +597,14 @@ fn names_fill(
 
 #[cfg(test)]
 mod tests {
-    use super::{MAX_NAME, split_name};
+    use super::{
+        Kallsyms, MAX_NAME, MAX_NAMES_LEN, MAX_SYMBOLS, MAX_TOKEN_TABLE, Tables, Tokens,
+        read_names, split_name,
+    };
+    use crate::KernelVa;
+    use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel};
+    use crate::symbols::SymbolError;
+    use crate::symbols::vmcoreinfo::Vmcoreinfo;
 
     #[test]
     fn a_name_is_no_longer_than_the_kernels() {
@@ -614,6 +621,79 @@ mod tests {
             names.resize(names.len() + 2 * MAX_NAME, 7);
             let name = split_name(&names).map(|(name, _)| name.len());
             assert_eq!(name, is_one.then_some(len));
+        }
+    }
+
+    fn tables(count: u32) -> Tables {
+        let at = |offset| KernelVa::new(DIRECT_MAP + offset);
+        Tables {
+            names: at(0x10_0000),
+            count,
+            tokens: at(0x1000),
+            token_index: at(0x8000),
+            offsets: at(0xa000),
+            relative_base: None,
+            absolute: false,
+        }
+    }
+
+    fn said(found: Result<impl Sized, SymbolError>) -> String {
+        found
+            .err()
+            .map(|error| error.to_string())
+            .unwrap_or_default()
+    }
+
+    #[test]
+    fn there_are_no_more_symbols_than_a_bound() {
+        let ram = Ram::new(8 << 20);
+        let memory = ram.memory();
+        let space = kernel(&memory, Facts::default()).space;
+        let info = Vmcoreinfo::parse(b"OSRELEASE=6.1\n").unwrap();
+        for (count, is_refused) in [(0, true), (MAX_SYMBOLS, false), (MAX_SYMBOLS + 1, true)] {
+            let said = said(Kallsyms::decode(&space, &tables(count), &info));
+            assert_eq!(
+                said.contains("a number of symbols"),
+                is_refused,
+                "{count}: {said}"
+            );
+        }
+    }
+
+    #[test]
+    fn all_tokens_are_no_longer_than_a_bound() {
+        for (len, is_one) in [(MAX_TOKEN_TABLE, true), (MAX_TOKEN_TABLE + 1, false)] {
+            let mut ram = Ram::new(8 << 20);
+            let mut start = 0;
+            for token in 0..256 {
+                // The last one has what is left.
+                let end = if token == 255 { len } else { (token + 1) * 32 };
+                ram.0[0x1000 + start..0x1000 + end - 1].fill(b'x');
+                let index = u16::try_from(start).unwrap().to_le_bytes();
+                ram.0[0x8000 + token * 2..][..2].copy_from_slice(&index);
+                start = end;
+            }
+            let memory = ram.memory();
+            let space = kernel(&memory, Facts::default()).space;
+            assert_eq!(Tokens::read(&space, &tables(1)).is_ok(), is_one, "{len}");
+        }
+    }
+
+    #[test]
+    fn all_names_are_no_longer_than_a_bound() {
+        for (len, is_refused) in [(100, false), (120, true)] {
+            // So many as would be longer, or not: a byte tells the length.
+            let count = u32::try_from(MAX_NAMES_LEN / 110).unwrap();
+            let mut ram =
+                Ram::new((MAX_NAMES_LEN + (MAX_NAMES_LEN >> 2)).next_multiple_of(1 << 21));
+            let start = 0x10_0000;
+            for number in 0..count as usize {
+                ram.0[start + number * (len + 1)] = u8::try_from(len).unwrap();
+            }
+            let memory = ram.memory();
+            let space = kernel(&memory, Facts::default()).space;
+            let found = read_names(&space, tables(1).names, count);
+            assert_eq!(found.is_err(), is_refused, "{len}");
         }
     }
 }

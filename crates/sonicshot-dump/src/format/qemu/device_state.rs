@@ -637,6 +637,23 @@ mod tests {
         }
     }
 
+    /// Sections that are described and come elsewhere are passed over, but not without end.
+    #[test]
+    fn no_more_sections_than_a_bound_are_described_and_come_elsewhere() {
+        let (end, text) = descriptions(SMALL).next().unwrap();
+        let whole: serde_json::Value = serde_json::from_slice(text).unwrap();
+        for (count, is_read) in [(0, true), (MAX_EARLY, true), (MAX_EARLY + 1, false)] {
+            let mut described = whole.clone();
+            let devices = described["devices"].as_array_mut().unwrap();
+            let mut elsewhere = devices[0].clone();
+            elsewhere["name"] = "elsewhere".into();
+            devices.splice(0..0, std::iter::repeat_n(elsewhere, count));
+            let described: Description = serde_json::from_value(described).unwrap();
+            let sections = walk(Path::new("test"), SMALL, end, &described);
+            assert_eq!(sections.is_ok(), is_read, "{count}");
+        }
+    }
+
     #[test]
     fn a_flipped_bit_in_what_a_register_goes_with_is_refused() {
         let [first, second] = cpus()[..] else {

@@ -29,6 +29,16 @@ struct Chunk<'m> {
     mapped: Option<Mapped<'m>>,
 }
 
+impl Chunk<'_> {
+    /// Whether `len` more bytes at `at`, which lie at `gpa`, can be mapped with these.
+    fn goes_on(&self, at: KernelVa, gpa: Gpa, len: u64) -> bool {
+        let whole = self.len.checked_add(len);
+        self.at.checked_add(self.len) == Some(at)
+            && self.gpa.checked_add(self.len) == Some(gpa)
+            && whole.is_some_and(|whole| whole <= MAX_MAP as u64)
+    }
+}
+
 /// The kernel's `struct page`s.
 pub(crate) struct MemMap<'m> {
     memory: &'m dyn GuestMemory,
@@ -183,11 +193,7 @@ impl<'m> MemMap<'m> {
                     .map_err(VmiError::read("the struct page array"))?;
                 let len = there.len.min(left);
                 match chunks.last_mut() {
-                    Some(last)
-                        if last.at.checked_add(last.len) == Some(at)
-                            && last.gpa.checked_add(last.len) == Some(there.at)
-                            && last.len.saturating_add(len) <= MAX_MAP as u64 =>
-                    {
+                    Some(last) if last.goes_on(at, there.at, len) => {
                         last.len = last.len.saturating_add(len);
                     }
                     _ => chunks.push(Chunk {
@@ -428,7 +434,7 @@ impl core::fmt::Debug for MemMap<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::{MAX_PAGE_STRUCT, MemMap};
+    use super::{Chunk, MAX_MAP, MAX_PAGE_STRUCT, MemMap};
     use crate::KernelVa;
     use crate::VmiError;
     use crate::deadline::Deadline;
@@ -644,6 +650,31 @@ mod tests {
             let memory = ram.memory();
             let kernel = kernel(&memory, facts.clone());
             assert!(MemMap::new(&kernel).is_err(), "{bad:#x}");
+        }
+    }
+
+    #[test]
+    fn a_stretch_of_struct_pages_is_no_longer_than_may_be_mapped() {
+        let (va, gpa) = (KernelVa::new(DIRECT_MAP), Gpa::new(0x1000));
+        let most = MAX_MAP as u64;
+        for (len, more, at, there, is_one) in [
+            (most - 64, 64, most - 64, most - 64, true),
+            (most - 64, 65, most - 64, most - 64, false),
+            (64, 64, 128, 64, false),
+            (64, 64, 64, 128, false),
+        ] {
+            let chunk = Chunk {
+                at: va,
+                len,
+                gpa,
+                mapped: None,
+            };
+            let goes_on = chunk.goes_on(
+                va.checked_add(at).unwrap(),
+                gpa.checked_add(there).unwrap(),
+                more,
+            );
+            assert_eq!(goes_on, is_one, "{len} and {more}");
         }
     }
 }

@@ -288,7 +288,7 @@ impl<'a, 'm> Walk<'a, 'm> {
         let ram_end = self.ram().last().map_or(0, |frames| frames.end().raw());
         let per_section = self.layout.frames(0).map_or(1, |frames| frames.len());
         let ram_end = ram_end.div_ceil(per_section);
-        let most = self.layout.nr_sections.min(MAX_SECTIONS);
+        let most = most_sections(self.layout.nr_sections);
         if ram_end > most {
             let SectionSize {
                 section_bits,
@@ -369,14 +369,7 @@ impl<'a, 'm> Walk<'a, 'm> {
         }
         self.outside = self.outside.saturating_add(1);
         self.early_outside = self.early_outside.saturating_add(u64::from(early));
-        if self.outside > MAX_SECTIONS_OUTSIDE {
-            return Err(VmiError::Unsupported {
-                what: format!(
-                    "a kernel with more than {MAX_SECTIONS_OUTSIDE} sections of RAM that the dump does not have"
-                ),
-            });
-        }
-        Ok(())
+        few_outside(self.outside)
     }
 
     /// Adds the valid 2 MiB subsections of a hot-added section (`subsection_map`, since 5.3).
@@ -487,5 +480,45 @@ fn corrupt_section(at: KernelVa, coded: u64) -> VmiError {
         what: "section_mem_map",
         at,
         value: coded,
+    }
+}
+
+/// How many sections a kernel has that says it has so many.
+const fn most_sections(told: u64) -> u64 {
+    if told < MAX_SECTIONS {
+        told
+    } else {
+        MAX_SECTIONS
+    }
+}
+
+/// # Errors
+/// [`VmiError::Unsupported`] if so many sections are not in the dump.
+fn few_outside(outside: u64) -> Result<(), VmiError> {
+    if outside <= MAX_SECTIONS_OUTSIDE {
+        return Ok(());
+    }
+    Err(VmiError::Unsupported {
+        what: format!(
+            "a kernel with more than {MAX_SECTIONS_OUTSIDE} sections of RAM that the dump does not have"
+        ),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_SECTIONS, MAX_SECTIONS_OUTSIDE, few_outside, most_sections};
+
+    #[test]
+    fn sections_are_no_more_than_a_bound() {
+        for (told, most) in [
+            (16, 16),
+            (MAX_SECTIONS, MAX_SECTIONS),
+            (u64::MAX, MAX_SECTIONS),
+        ] {
+            assert_eq!(most_sections(told), most);
+        }
+        assert!(few_outside(MAX_SECTIONS_OUTSIDE).is_ok());
+        assert!(few_outside(MAX_SECTIONS_OUTSIDE + 1).is_err());
     }
 }

@@ -264,3 +264,74 @@ fn is_counted(kernel: &Kernel<'_>, head: KernelVa, len: u64) -> bool {
     let (words, _) = bytes.as_chunks::<4>();
     len > 0 && words.iter().any(|word| u32::from_le_bytes(*word) == len)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::OfflinePages;
+    use crate::kernel::testing::{DIRECT_MAP, Ram, kernel, page_facts};
+    use crate::mm::mem_map::MemMap;
+    use crate::mm::page::PageLayout;
+    use crate::note::Note;
+    use sonicshot::{GuestMemory, PageClass, PageMap, PageSize, Pfn};
+
+    const ARRAY: u64 = 0x10_0000;
+
+    /// So many balloons of a page each, `whole` of them with a count: how many pages are offline,
+    /// and the note.
+    fn settled(rings: u64, whole: u64) -> (u64, Option<Note>) {
+        let mut facts = page_facts();
+        facts.symbols.insert("mem_map", DIRECT_MAP + 0x1000);
+        facts.symbols.insert("max_mapnr", DIRECT_MAP + 0x1008);
+        facts.member("page", "compound_head", 8);
+        facts.constants.insert("PAGE_BUDDY_MAPCOUNT_VALUE", -129);
+        facts.constants.insert("PAGE_OFFLINE_MAPCOUNT_VALUE", -257);
+        let mut ram = Ram::new(8 << 20);
+        ram.put(0x1000, DIRECT_MAP + ARRAY);
+        ram.put(0x1008, rings);
+        for pfn in 0..rings {
+            let node = ARRAY + pfn * 64 + 8;
+            let head = 0x40_0000 + pfn * 0x1000 + 0x800;
+            ram.put(node, DIRECT_MAP + head);
+            ram.put(node + 8, DIRECT_MAP + head);
+            ram.put(head, DIRECT_MAP + node);
+            ram.put(head + 8, DIRECT_MAP + node);
+            ram.put(head + 16, u64::from(pfn < whole));
+            // Its owner; no mapcount but the type; one reference.
+            ram.put(node + 32, DIRECT_MAP + head);
+            ram.put(node + 40, 0xffff_feff | 1 << 32);
+        }
+        let memory = ram.memory();
+        let kernel = kernel(&memory, facts);
+        let mem_map = MemMap::new(&kernel).unwrap();
+        let layout = PageLayout::new(&kernel, 64).unwrap();
+        let mut map = PageMap::new(memory.layout(), PageSize::SIZE_4K);
+        let mut notes = Vec::new();
+        let offline = OfflinePages::new((0..rings).map(Pfn::new).collect());
+        let settled = offline.settle(&kernel, &mem_map, &layout, &mut map, &mut notes);
+        settled.unwrap();
+        (map.counts().get(PageClass::Offline), notes.pop())
+    }
+
+    #[test]
+    fn of_rings_without_end_so_many_are_believed_and_a_few_told_of() {
+        for (rings, believed) in [(3, 3), (256, 256), (257, 256), (300, 256)] {
+            let (offline, note) = settled(rings, rings);
+            assert_eq!(offline, believed, "{rings}");
+            assert_eq!(note.is_some(), rings > believed);
+        }
+        for (broken, told) in [(1, 1), (3, 3), (9, 3)] {
+            let Some(Note::OfflinePagesKept {
+                pages,
+                reasons,
+                more,
+            }) = settled(broken, 0).1
+            else {
+                panic!("no note");
+            };
+            assert_eq!(
+                (pages, reasons.len() as u64, more),
+                (broken, told, broken - told)
+            );
+        }
+    }
+}

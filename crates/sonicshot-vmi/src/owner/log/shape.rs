@@ -60,14 +60,14 @@ pub(super) fn ring<'k, 'm>(kernel: &'k Kernel<'m>) -> Result<Ring<'k, 'm>, VmiEr
     each_word(kernel, image, &deadline, &mut |at, word, next| {
         let may_be = (MIN_BITS..64).contains(&word) && next.is_none_or(|next| next >> 63 == 1);
         if may_be
-            && found.len() <= MAX_FOUND
+            && is_few(found.len())
             && let Some(ring) = ring_at(kernel, at, deadline)
         {
             found.push((at, ring));
         }
     })?;
     // The one in use may be behind them.
-    if found.len() > MAX_FOUND {
+    if !is_few(found.len()) {
         return Err(missing("one log alone"));
     }
     let mut used = vec![false; found.len()];
@@ -215,4 +215,20 @@ fn are_lines(ring: &Ring<'_, '_>) -> bool {
         in_order
     });
     read.is_ok() && in_order && first.is_some()
+}
+
+/// Whether of so many things that look so it may be told which is the log.
+const fn is_few(found: usize) -> bool {
+    found <= MAX_FOUND
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_FOUND, is_few};
+
+    #[test]
+    fn of_logs_without_end_none_is_the_one() {
+        assert!((0..=MAX_FOUND).all(is_few));
+        assert!(!is_few(MAX_FOUND + 1));
+    }
 }

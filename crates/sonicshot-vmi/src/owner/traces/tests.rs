@@ -1,10 +1,11 @@
 //! Each trace forged in the memory of a real guest that bears none.
 
-use super::{MAX_TRACES, all_tests, look};
+use super::{MAX_TASKS, MAX_TRACES, all_tests, is_next, look};
 use crate::arch::{Owner, Trace};
 use crate::kernel::Kernel;
 use crate::{GuestOptions, KernelVa, LinuxGuest, OnInconsistency, VmiError};
 use sonicshot::{Gpa, GuestBytes, MappedRegions};
+use std::collections::HashSet;
 use std::io::Read;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -197,4 +198,16 @@ fn a_trace_refuses_the_guest_and_is_named() {
     assert!(named(error.to_string()), "{error}");
     let kept = guest.classify(OnInconsistency::KeepInQuestion).unwrap();
     assert!(kept.notes.iter().any(|note| named(note.to_string())));
+}
+
+#[test]
+fn a_list_of_tasks_is_no_longer_than_a_bound_and_comes_nowhere_twice() {
+    const FEW: usize = 8;
+    let mut seen = HashSet::new();
+    let mut next = |at: usize| is_next(&mut seen, KernelVa::new(at as u64), FEW);
+    assert!(next(0) && !next(0));
+    assert!((1..FEW).all(&mut next));
+    assert!(!next(FEW), "more than the bound");
+    // What Linux itself allows.
+    assert_eq!(MAX_TASKS, 1 << 22);
 }

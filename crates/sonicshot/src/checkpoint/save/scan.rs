@@ -379,8 +379,9 @@ pub(crate) fn same(
 
 #[cfg(test)]
 mod tests {
-    use super::{ENTRIES, Page, Stored, look_at};
+    use super::{Buffers, ENTRIES, KEPT_BUFFERS, Page, Stored, look_at};
     use crate::Pfn;
+    use std::sync::Arc;
 
     #[test]
     fn pages_are_told_apart() {
@@ -397,6 +398,20 @@ mod tests {
     fn what_is_kept_for_later_is_bounded() {
         for (pages, entries) in [(0, 64), (1000, 2048), (u64::MAX, ENTRIES)] {
             assert_eq!(Stored::new(pages).entries.len() as u64, entries);
+        }
+    }
+
+    #[test]
+    fn no_more_buffers_are_kept_than_a_bound() {
+        for (used, kept) in [
+            (3, 3),
+            (KEPT_BUFFERS, KEPT_BUFFERS),
+            (KEPT_BUFFERS + 9, KEPT_BUFFERS),
+        ] {
+            let buffers = Arc::new(Buffers::default());
+            let all: Vec<_> = (0..used).map(|_| buffers.take(8)).collect();
+            drop(all);
+            assert_eq!(buffers.0.lock().unwrap().len(), kept, "{used}");
         }
     }
 

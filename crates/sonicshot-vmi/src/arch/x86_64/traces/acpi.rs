@@ -197,3 +197,61 @@ impl Listed {
         Ok(Some(wrong(&what, self.at, found)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_TABLES, check_root_table, listed};
+    use crate::VmiError;
+    use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel};
+    use sonicshot::Gpa;
+
+    #[test]
+    fn no_more_tables_are_listed_than_there_are() {
+        let mut facts = Facts::default();
+        let list = DIRECT_MAP + 0x1000;
+        facts.symbols.insert("acpi_gbl_root_table_list", list);
+        facts.member("acpi_table_list", "tables", 0);
+        facts.member("acpi_table_list", "current_table_count", 8);
+        facts.sizes.insert("acpi_table_desc", 32);
+        for (name, offset) in [
+            ("address", 0),
+            ("signature", 8),
+            ("length", 12),
+            ("flags", 16),
+        ] {
+            facts.member("acpi_table_desc", name, offset);
+        }
+        let most = MAX_TABLES as u64;
+        for (count, is_refused) in [(0, false), (most, false), (most + 1, true)] {
+            let mut ram = Ram::new(8 << 20);
+            ram.put(0x1000, DIRECT_MAP + 0x2000);
+            ram.put(0x1008, count);
+            let memory = ram.memory();
+            let found = listed(&kernel(&memory, facts.clone()));
+            let refused = matches!(found, Err(VmiError::Corrupt { .. }));
+            assert_eq!(refused, is_refused, "{count}");
+        }
+    }
+
+    #[test]
+    fn a_root_table_is_no_longer_than_any() {
+        for (len, is_one) in [
+            (35, false),
+            (36, true),
+            (1 << 16, true),
+            ((1 << 16) + 1, false),
+        ] {
+            let mut ram = Ram::new(8 << 20);
+            let header = [&b"XSDT"[..], &u32::to_le_bytes(len)].concat();
+            ram.0[0x1000..0x1008].copy_from_slice(&header);
+            let sum = header
+                .iter()
+                .fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
+            ram.0[0x1008] = sum.wrapping_neg();
+            let memory = ram.memory();
+            let kernel = kernel(&memory, Facts::default());
+            let trace = check_root_table(&kernel, Gpa::new(0x1000)).unwrap();
+            assert_eq!(trace.is_none(), is_one, "{len}");
+        }
+    }
+}

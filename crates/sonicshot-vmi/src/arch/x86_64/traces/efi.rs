@@ -322,9 +322,11 @@ pub(super) fn efi_tables(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
 /// A kernel that EFI started, forged in the memory of a real guest that a BIOS started.
 #[cfg(test)]
 mod tests {
-    use super::crc32;
+    use super::{crc32, regions, table};
+    use crate::KernelVa;
     use crate::arch::x86_64::Cr3;
     use crate::arch::x86_64::traces::tests::{of_a_bios, param};
+    use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel};
     use crate::owner::traces::tests::{Patch, forged, owner, ram, there, variable, with};
     use crate::{GuestOptions, LinuxGuest, OnInconsistency, Trace, VmiError};
     use sonicshot::{Gpa, GpaRange, GuestBytes, MappedRegions, PageClass, PageSize, Pfn};
@@ -677,5 +679,56 @@ mod tests {
     fn the_checksum_is_that_of_ieee() {
         assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
         assert_eq!(crc32(b""), 0);
+    }
+
+    #[test]
+    fn a_map_has_no_more_regions_and_no_longer_ones_than_any() {
+        const MAP: u64 = 0x10_0000;
+        for (count, size, what) in [
+            (1 << 16, 40, None),
+            ((1 << 16) + 1, 40, Some("efi.memmap.nr_map")),
+            (2, 4096, None),
+            (2, 4097, Some("efi.memmap.desc_size")),
+            (2, 39, Some("efi.memmap.desc_size")),
+        ] {
+            let mut ram = Ram::new(8 << 20);
+            ram.put(0x1000, DIRECT_MAP + MAP);
+            ram.put(0x1008, count);
+            ram.put(0x1010, size);
+            let memory = ram.memory();
+            let kernel = kernel(&memory, Facts::default());
+            let place = |member: &'static str| {
+                let places = ["memmap.map", "memmap.nr_map", "memmap.desc_size"];
+                let number = places.iter().position(|place| *place == member).unwrap();
+                Ok(KernelVa::new(DIRECT_MAP + 0x1000 + number as u64 * 8))
+            };
+            let found = regions(&kernel, &place);
+            let refused = match &found {
+                Err(VmiError::Corrupt { what, .. }) => Some(*what),
+                _ => None,
+            };
+            assert_eq!(refused, what, "{count} of {size}");
+            assert_eq!(found.is_ok(), what.is_none());
+        }
+    }
+
+    #[test]
+    fn a_table_is_no_longer_than_any() {
+        for (len, is_read) in [(24, true), (4096, true), (4097, false)] {
+            let mut ram = Ram::new(8 << 20);
+            let page = &mut ram.0[0x1000..0x3000];
+            Efi::table(page, 0, b"IBI SYST", &[], len);
+            let memory = ram.memory();
+            let found = table(
+                &kernel(&memory, Facts::default()),
+                Gpa::new(0x1000),
+                *b"IBI SYST",
+            );
+            let found = found.unwrap();
+            assert_eq!(found.is_ok(), is_read, "{len}");
+            if let Err(what) = found {
+                assert!(what.contains("its length is 4097"), "{what}");
+            }
+        }
     }
 }
