@@ -4,7 +4,7 @@ use crate::report::complain;
 use serde_json::{Value, json};
 use sonicshot::MemoryError;
 use sonicshot::checkpoint::CheckpointError;
-use sonicshot_dump::{DumpError, DumpOptions, KdumpWriteError, SizeLimit};
+use sonicshot_dump::{DumpError, DumpOptions, KdumpWriteError, SizeLimit, check_not_foreign};
 use sonicshot_offline::OfflineError;
 use sonicshot_qemu_live::QemuError;
 use sonicshot_serve::ServeError;
@@ -177,6 +177,9 @@ impl CliError {
             let hint = format!("{instead}. If it is raw memory that only looks so: --format raw");
             return Some(hint.into());
         }
+        if let Some(hint) = self.hint_of_other() {
+            return Some(hint.into());
+        }
         let hint = match self {
             Self::Offline(error) => hint_of(error),
             Self::Exists { .. } => Some(OR_FORCE),
@@ -187,6 +190,31 @@ impl CliError {
             _ => None,
         };
         hint.map(Cow::Borrowed)
+    }
+
+    /// Of a file that is said to be raw memory, has no kernel so, and begins as something else.
+    fn hint_of_other(&self) -> Option<String> {
+        let Self::Offline(
+            OfflineError::Guest {
+                path,
+                source:
+                    VmiError::NoKernel { .. } | VmiError::NoTables { .. } | VmiError::BannerAlone { .. },
+            }
+            | OfflineError::Dump(DumpError::OddLength {
+                path,
+                is_said: true,
+                ..
+            }),
+        ) = self
+        else {
+            return None;
+        };
+        match check_not_foreign(path) {
+            Err(DumpError::NotRead { kind, instead, .. }) => {
+                Some(format!("it begins as {kind}: {instead}"))
+            }
+            _ => None,
+        }
     }
 
     fn causes(&self) -> Vec<String> {
@@ -400,14 +428,16 @@ fn hint_of(error: &OfflineError) -> Option<&'static str> {
             source: CheckpointError::Checksum { .. } | CheckpointError::Truncated { .. },
             ..
         } => "the file was damaged after it was written: take another copy of it",
-        OfflineError::Misplaced { .. } => {
+        OfflineError::Misplaced { guessed: false, .. } => {
             "give the ranges in the order in which the file has them, or no --layout"
         }
         OfflineError::NoLayout { .. } => {
             "say where RAM lies with --layout. prune --drop zero leaves out pages of zeroes alone, and \
              needs no kernel"
         }
-        OfflineError::ManyBlocks { .. } => SAY_LAYOUT,
+        OfflineError::ManyBlocks { .. } | OfflineError::Misplaced { guessed: true, .. } => {
+            SAY_LAYOUT
+        }
         _ => return None,
     })
 }
@@ -448,7 +478,9 @@ fn hint_of_dump(error: &DumpError) -> Option<&'static str> {
             "without --format it is read as what it begins as. Memory that ends inside a page needs \
              its --layout"
         }
-        DumpError::OddLength { .. } => "raw memory that ends inside a page needs its --layout",
+        DumpError::OddLength { .. } => {
+            "raw memory that ends inside a page needs its layout: --layout START-END,..."
+        }
         DumpError::Malformed { what, .. } if what.ends_with("truncated") => TAKE_ANOTHER,
         DumpError::SegmentsDisagree { .. } => {
             "dump the guest again while it is stopped: its memory changed while this was written"

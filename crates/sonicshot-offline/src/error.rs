@@ -63,9 +63,10 @@ pub enum OfflineError {
     },
     /// The memory shows that the layout that was given is wrong.
     #[error(
-        "{} cannot lie as --layout says: of the empty lists in the memory at {range}, which point to \
+        "{} cannot lie as {}: of the empty lists in the memory at {range}, which point to \
          themselves, {lists} belong at {place} and {here} there",
-        path.display()
+        path.display(),
+        if *guessed { "was guessed, without the guest's e820 map" } else { "--layout says" }
     )]
     Misplaced {
         /// The file with the guest's memory.
@@ -78,6 +79,8 @@ pub enum OfflineError {
         lists: u64,
         /// and how many the other.
         here: u64,
+        /// Whether the layout was guessed, and not given.
+        guessed: bool,
     },
     /// The layout that was given is in more ranges than are checked.
     #[error("{} in {count} ranges: their places cannot be checked", path.display())]

@@ -199,7 +199,7 @@ impl fmt::Display for Note {
             Self::Unconfirmed { range } => write!(
                 f,
                 "memory at {range} ({}) is kept as it is: nothing in it shows that it lies there, \
-                 as --layout says",
+                 as the layout says",
                 ByteSize(range.len())
             ),
             Self::Absent { why, .. }

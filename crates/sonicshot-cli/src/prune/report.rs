@@ -160,11 +160,12 @@ impl Report<'_> {
             return;
         }
         say!(
-            "would drop {} pages ({}, {} of RAM) in {} runs, on disk: {} -> about {}; nothing was \
-             changed",
+            "would drop {} pages ({}, {} of RAM), which take {} of the file, in {} runs, on disk: {} \
+             -> about {}; nothing was changed",
             count(expected.dropped_pages),
             size(expected.dropped_bytes),
             percent(expected.dropped_pages, self.analyzed.counts().total()),
+            size(expected.stored_bytes),
             count(expected.runs),
             size(expected.disk_before),
             size(expected.disk_after),

@@ -85,6 +85,23 @@ fn memory_is_read_as_its_state_has_it_and_never_pruned() {
         assert!(fs::read(&memory).unwrap() == before);
     }
 
+    // Memory inside of the state is not read, whatever it is said to be.
+    let inside = folder.path().join("esx.vmss");
+    let mut bytes = state(&[]);
+    bytes.extend(vec![0; 1 << 20]);
+    for len in [bytes.len(), bytes.len().next_multiple_of(4096)] {
+        bytes.resize(len, 0);
+        fs::write(&inside, &bytes).unwrap();
+        for how in [&[][..], &["--format", "raw"]] {
+            let run = sonicshot(&[&["inspect", text(&inside)], how].concat());
+            let said = stderr(&run);
+            assert!(!run.status.success(), "{said}");
+            let told = said.contains("VMware") && said.contains("vmss2core");
+            assert!(told, "{len} {how:?}: {said}");
+            assert_eq!(said.contains("--format raw"), how.is_empty(), "{said}");
+        }
+    }
+
     // A state that lies, and one without its memory.
     fs::write(&beside, state(&[(0, 0, 0x8001)])).unwrap();
     let run = sonicshot(&["inspect", text(&memory)]);

@@ -60,8 +60,8 @@ const fn if_so(
 }
 
 const VMWARE: &str = "a VMware guest's state (vmss, vmsn)";
-const GIVE_VMEM: &str =
-    "it is read with the .vmem of the same name beside it, which is the guest's memory";
+const GIVE_VMEM: &str = "it is read with the .vmem of the same name beside it, which is the guest's memory. Where that is \
+     inside of the state, as ESX has it, VMware's `vmss2core -N FILE` writes a core, which is read";
 const LKCD: &str = "an LKCD dump";
 const OF_CRASH: &str = "only crash reads it: take the guest's memory in another format";
 const WINDOWS_DUMP: &str = "a Windows crash dump";

@@ -26,6 +26,7 @@ pub(crate) mod raw;
 pub(crate) mod vmware;
 pub(crate) mod xen;
 
+use crate::backing::unpack::{Compression, LONGEST_MARK};
 use crate::snapshot::{Named, SnapshotFiles};
 use crate::{DumpError, DumpFormat, DumpOptions};
 use kind::{Format, Kind, Source, boxed};
@@ -112,7 +113,14 @@ pub(crate) fn begins_as(source: &Source<'_>) -> bool {
 pub fn check_not_foreign(path: &Path) -> Result<(), DumpError> {
     // What cannot be opened is told of by who opens it.
     let known = DumpOptions::new();
-    Source::open(path, &known).map_or(Ok(()), |source| refuse_foreign(&source))
+    Source::open(path, &known).map_or(Ok(()), |source| {
+        // What is compressed is only refused inside of what is.
+        let start: Option<[u8; LONGEST_MARK]> = source.start();
+        match start.and_then(|start| Compression::of(&start)) {
+            Some(_) => Ok(()),
+            None => refuse_foreign(&source),
+        }
+    })
 }
 
 /// Refuses a file of a format that is known but not read.

@@ -24,7 +24,7 @@ pub(super) fn with_guest<T>(
     let by_user = snapshot.options().layout.is_some();
     // The VMM's own word is believed.
     let unconfirmed = if by_user {
-        check(snapshot, &dump, &*guest)?
+        check(snapshot, &dump, &*guest, false)?
     } else {
         Vec::new()
     };
@@ -45,15 +45,16 @@ pub(super) fn with_guest<T>(
     })
 }
 
-/// Looks in each range of the layout for what shows that it lies there. Returns the ranges in
-/// which nothing shows that.
+/// Looks in each range of the layout, which was given or `guessed`, for what shows that it lies
+/// there. Returns the ranges in which nothing shows that.
 ///
 /// # Errors
 /// [`OfflineError::Misplaced`] if something in one of them shows that it lies elsewhere.
-fn check(
+pub(super) fn check(
     snapshot: &Snapshot,
     dump: &Dump,
     guest: &dyn GuestOs,
+    guessed: bool,
 ) -> Result<Vec<GpaRange>, OfflineError> {
     let failed = OfflineError::guest(snapshot.memory_file());
     let given: Vec<GpaRange> = match dump.layout_spec() {
@@ -86,6 +87,7 @@ fn check(
                 place,
                 lists,
                 here: evidence.here,
+                guessed,
             });
         }
     }

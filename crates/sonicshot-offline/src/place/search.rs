@@ -2,7 +2,8 @@
 
 use super::candidates::{Candidate, Candidates};
 use super::firmware;
-use super::placed::{Look, Placed};
+use super::given;
+use super::placed::{Look, Placed, open_guest};
 use super::trial::{Outcome, attempt};
 use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
@@ -114,7 +115,9 @@ fn first_look(snapshot: &Snapshot) -> Result<(Dump, Vec<LayoutSpec>), OfflineErr
     }
 }
 
-/// Takes the first layout in which there is a kernel, though its map could not be read.
+/// Takes the first layout in which there is a kernel, though its map could not be read. What else
+/// shows where memory lies is held against it, as against a layout that was given: what nothing
+/// shows in place is kept.
 fn guess<T>(
     snapshot: &Snapshot,
     candidates: &Candidates,
@@ -122,10 +125,16 @@ fn guess<T>(
     look: Look<'_, T>,
 ) -> Result<Placed<T>, OfflineError> {
     match attempt(snapshot, candidates, candidate, false, look)? {
-        Outcome::Done(placed) => Ok(Placed {
-            origin: "guessed: the guest's e820 map could not be read",
-            ..*placed
-        }),
+        Outcome::Done(placed) => {
+            let guest = open_guest(snapshot, &placed.dump)?;
+            let unconfirmed = given::check(snapshot, &placed.dump, &*guest, true)?;
+            drop(guest);
+            Ok(Placed {
+                origin: "guessed: the guest's e820 map could not be read",
+                doubts: placed.doubts.unconfirmed(unconfirmed),
+                ..*placed
+            })
+        }
         // A kernel was found: what is wrong in other layouts says nothing.
         _ => Err(no_layout(snapshot)),
     }

@@ -356,9 +356,11 @@ impl KdumpFile {
         self.incomplete.as_ref()
     }
 
-    /// How a page is compressed that is not yet: as the others are, if that can be written.
+    /// How a page is compressed that is not yet: as the others are, if that can be written. Of a
+    /// dump that is not compressed, none is.
     pub(crate) fn compression(&self) -> KdumpCompression {
         match self.facts.codec {
+            0 => KdumpCompression::None,
             codec if codec & ZSTD != 0 => KdumpCompression::Zstd,
             codec if codec & SNAPPY != 0 => KdumpCompression::Snappy,
             _ => KdumpCompression::Zlib,
