@@ -231,13 +231,26 @@ impl Case<'_> {
         now == before || now == after || self.job.has_several() && now.iter().all(is_either)
     }
 
-    /// Whether the other files of the work's folder are as they were.
+    /// Whether each page of the other files of the work's folder is as it was, or as it is to be:
+    /// what tells of the memory may be changed once it was read.
     fn others_stay(&self, now: &Content) -> bool {
-        let mut now = now.clone();
-        let mut before = self.plain.before.clone();
-        now.remove(self.path);
-        before.remove(self.path);
-        now == before
+        const PAGE: usize = 4096;
+        let (before, after) = (&self.plain.before, &self.plain.end.content);
+        let stays = |(path, bytes): (&PathBuf, &Vec<u8>)| {
+            let (Some(old), Some(new)) = (before.get(path), after.get(path)) else {
+                return false;
+            };
+            let pages = bytes
+                .chunks(PAGE)
+                .zip(old.chunks(PAGE).zip(new.chunks(PAGE)));
+            bytes.len() == old.len()
+                && bytes.len() == new.len()
+                && pages
+                    .into_iter()
+                    .all(|(now, (old, new))| now == old || now == new)
+        };
+        let others = now.iter().filter(|(path, _)| *path != self.path);
+        now.len() == before.len() && others.into_iter().all(stays)
     }
 }
 
