@@ -36,7 +36,7 @@ HOME = LAB / "live"
 BEAT = 10
 # A guest that was killed under must beat again within so many seconds.
 BACK = 2.0
-SUITES = {"7.2": "bookworm", "11.1": "sid"}
+SUITES = {"7.2": "bookworm"}
 WAYS = {"eager": ["--eager"], "map": ["--map"], "postcopy": []}
 
 ROWS: dict[str, Callable[[Kernel], GuestSpec]] = {
@@ -205,7 +205,11 @@ def restore(tool: Path, live: Live, way: str) -> float:
             if "restored " in said:
                 break
             time.sleep(0.1)
-        if f"({way})" not in said:
+        # QEMU takes pages one by one only into memory that can say which it lacks.
+        refused = way == "postcopy" and spec.backing in ("file", "private-file")
+        if refused and "not by postcopy" not in said:
+            raise CheckFailed(f"it is not said that QEMU refuses postcopy: {said[-400:]}")
+        if f"({'eager' if refused else way})" not in said:
             raise CheckFailed(f"it was not restored by {way}: {said[-400:]}")
         machine.ask("torture")
         return beat
@@ -327,13 +331,20 @@ def kill_ours(tool: Path, kernel: Kernel, rounds: int, random: Random) -> str:
             whole = time.monotonic() - began
             (live.folder / "x.sonic").unlink()
         beats = Beats(live.machine)
-        complete, longest = 0, 0.0
+        complete, longest, resumed = 0, 0.0, 0.0
         for number in range(rounds):
             process = start_save(tool, live)
             # One in each of as many equal parts of its time, in the end a little beyond it.
             time.sleep(whole * 1.05 * (number + random.random()) / rounds)
             process.send_signal(signal.SIGKILL)
             killed = time.monotonic()
+            # Whether it was the guest that waited, or all of the host that was busy.
+            while live.machine.qmp.call("query-status")["status"] != "running":
+                if time.monotonic() - killed > 10:
+                    break
+                time.sleep(0.005)
+            running = time.monotonic() - killed
+            resumed = max(resumed, running)
             process.wait()
             while beats.heard_since(killed) < 3:
                 if time.monotonic() - killed > 10 or beats.failed:
@@ -344,13 +355,15 @@ def kill_ours(tool: Path, kernel: Kernel, rounds: int, random: Random) -> str:
             back = [at for at in beats.times if at > killed][2] - killed
             longest = max(longest, back)
             if back > BACK:
-                raise CheckFailed(f"round {number}: the heartbeat came back after {back:.1f} s")
+                raise CheckFailed(f"round {number}: the heartbeat came back after {back:.1f} s; QEMU "
+                                  f"had the guest run after {running:.3f} s")
             wait_for_none(tool)
             complete += check_file(tool, live)
         beats.end()
         live.machine.ask("torture")
-        return (f"{rounds} saves of {whole:.2f} s killed ({complete} were complete): heartbeat back "
-                f"after {longest:.2f} s at most, no half file, no process left, torture OK")
+        return (f"{rounds} saves of {whole:.2f} s killed ({complete} were complete): QEMU had the "
+                f"guest run after {resumed:.2f} s at most, its heartbeat was back after "
+                f"{longest:.2f} s, no half file, no process left, torture OK")
     finally:
         live.end()
         shutil.rmtree(live.folder, ignore_errors=True)
@@ -546,7 +559,7 @@ def live_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--rows", default="", help="parts of their names, `;` between them")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--qemu", default="", choices=["", *SUITES],
-                        help="an older or newer one, unpacked into a folder")
+                        help="an older one, unpacked into a folder")
     parser.add_argument("--kill", type=int, default=0,
                         help="kill so many saves, and a quarter as many QEMUs; no rows")
     parser.add_argument("--figures", action="store_true",
