@@ -178,6 +178,7 @@ fn watcher() -> Result<Watcher, CliError> {
 
 /// The other process's work.
 pub(crate) fn watch() -> Result<(), CliError> {
+    log(false);
     let ended = sonicshot_serve::watch(&std::io::stdin())?;
     if ended > 0 {
         complain!("sonicshot serve died: {ended} virtual machines were ended");

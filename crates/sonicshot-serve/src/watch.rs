@@ -318,7 +318,7 @@ impl Work {
                 match offer(&stream, &self.held) {
                     Ok(true) => return true,
                     Ok(false) => {}
-                    Err(error) => eprintln!("sonicshot: a successor has not taken over: {error}"),
+                    Err(error) => tracing::warn!("another server has not taken over: {error}"),
                 }
             }
             let left = door.limit.saturating_sub(start.elapsed());

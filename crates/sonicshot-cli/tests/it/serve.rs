@@ -278,3 +278,51 @@ fn a_working_set_is_put_into_a_checkpoint() {
     assert_eq!(run.status.code(), Some(3), "{}", stderr(&run));
     assert!(fs::read(&out).unwrap() == first);
 }
+
+/// The same command again: the next server takes the place of one that lives.
+#[test]
+fn the_next_server_takes_the_place_of_the_one_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let [socket, keep] = ["pages", "keep"].map(|name| folder.path().join(name));
+    let args = [
+        text(&raw),
+        "--socket",
+        text(&socket),
+        "--keep-fds",
+        text(&keep),
+    ];
+    let mut first = serving(&args);
+    let mode = fs::metadata(&keep).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let mut second = serving(&args);
+    let ended = first.wait().unwrap();
+    assert_eq!(
+        std::os::unix::process::ExitStatusExt::signal(&ended),
+        Some(9)
+    );
+    assert!(second.try_wait().unwrap().is_none());
+    assert!(UnixStream::connect(&socket).is_ok());
+    second.kill().unwrap();
+    second.wait().unwrap();
+    // One that was killed leaves its names, which are nobody's.
+    let mut third = serving(&args);
+    third.kill().unwrap();
+    third.wait().unwrap();
+    // A folder is told from another by nothing.
+    let plain = folder.path().join("plain");
+    fs::create_dir(&plain).unwrap();
+    let slot = format!(
+        "{{\"slot\":0,\"gpa\":0,\"size\":{},\"zone_id\":\"mem0\",\"file_offset\":0}}",
+        ram().len()
+    );
+    let config = format!(
+        "{{\"vm_config\":{{\"memory\":{{}}}},\"memory_manager_data\":{{\"guest_ram_mappings\":[{slot}]}}}}"
+    );
+    fs::write(plain.join("migration_config.json"), config).unwrap();
+    fs::copy(&raw, plain.join("memory-0")).unwrap();
+    assert!(served(&plain).0 == ram());
+    let run = sonicshot(&[&["serve", text(&plain)], &args[1..]].concat());
+    assert_eq!(run.status.code(), Some(1));
+    assert!(stderr(&run).contains("--keep-fds"), "{}", stderr(&run));
+}
