@@ -356,7 +356,7 @@ fn fault(path: &Path, what: &str) {
     ] {
         let (ours, plain) = by_turns(ours, || {
             let memory = Fresh::new(len);
-            let handler = PlainHandler::start(&memory, zero);
+            let handler = PlainHandler::start(&memory, zero, Arc::from([7; 4096]));
             let took = touch(&memory);
             handler.stop();
             took

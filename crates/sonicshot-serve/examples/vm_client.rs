@@ -281,6 +281,10 @@ impl Vm {
                 let first = page / wide * wide;
                 self.remove(first);
                 model[first..first + wide].fill(Some(0));
+                // Some stay away, until they are touched by chance.
+                if random & 0x100 != 0 {
+                    continue;
+                }
             } else if random % 4 == 1 {
                 self.write(page, round as u8);
                 model[page] = Some(round as u8);

@@ -41,7 +41,7 @@ impl Metrics {
         add(if hit { &self.hits } else { &self.misses }, 1);
     }
 
-    /// Chunks that had to be decompressed.
+    /// Reads that found nothing in the cache: chunks were decompressed, or pages read from the file.
     #[must_use]
     pub fn cache_misses(&self) -> u64 {
         get(&self.misses)

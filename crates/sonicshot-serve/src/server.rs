@@ -30,6 +30,12 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 /// How long the message of somebody who will not be served is waited for: it may be on its way.
 const STRANGER: Duration = Duration::from_millis(100);
 
+/// How long a process may take to end whose memory is gone.
+const DYING: Timespec = Timespec {
+    tv_sec: 2,
+    tv_nsec: 0,
+};
+
 /// How a server is set up.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -312,8 +318,8 @@ impl Shared {
             let peer = held.peer.clone();
             match self.resume(held) {
                 Ok(session) => sessions.push(session),
-                // There is nothing to go on with.
-                Err(_) if peer.wait(Some(&Timespec::default())) => {}
+                // There is nothing to go on with: its memory is gone a little before it is.
+                Err(_) if peer.wait(Some(&DYING)) => {}
                 Err(error) => return Err(error),
             }
         }

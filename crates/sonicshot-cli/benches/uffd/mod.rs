@@ -87,8 +87,9 @@ pub struct PlainHandler {
 }
 
 impl PlainHandler {
-    /// Serves each fault in `memory` with the same page, or with zeroes.
-    pub fn start(memory: &Fresh, zero: bool) -> Self {
+    /// Serves each fault in `memory` with its page of `ram`, or with the first one if that has no
+    /// more; or with zeroes.
+    pub fn start(memory: &Fresh, zero: bool, ram: Arc<[u8]>) -> Self {
         // SAFETY: a new descriptor.
         let uffd = unsafe { userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) };
         let uffd = uffd.unwrap();
@@ -103,7 +104,7 @@ impl PlainHandler {
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
-            let page = vec![7_u8; 4096];
+            let base = start;
             let mut message = [0; 32];
             loop {
                 let mut fds = [
@@ -124,6 +125,8 @@ impl PlainHandler {
                         let mut zero = Zero([at, PAGE, 0, 0]);
                         ioctl(&uffd, Updater::<ZERO, Zero>::new(&mut zero)).unwrap();
                     } else {
+                        let from = usize::try_from(at - base).unwrap();
+                        let page = ram.get(from..from + 4096).unwrap_or(&ram[..4096]);
                         let mut copy = Copy([at, page.as_ptr() as u64, PAGE, 0, 0]);
                         ioctl(&uffd, Updater::<COPY, Copy>::new(&mut copy)).unwrap();
                     }

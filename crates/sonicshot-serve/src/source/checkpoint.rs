@@ -28,8 +28,8 @@ impl Weighter<u64, Arc<[u8]>> for ByLength {
 
 /// A checkpoint's pages, with a bounded cache of decompressed chunks that all readers share.
 ///
-/// What is stored as it is needs no cache but the kernel's: a chunk is checked once, when it is
-/// first read, and from then on no more is read of it than what is asked for.
+/// A chunk that is stored as it is, is checked once, when it is first read, and kept as the others.
+/// When it is kept no more, nothing is read of it but what is asked for: the kernel has it too.
 pub struct CheckpointSource<S> {
     reader: CheckpointReader<S>,
     cache: Cache<u64, Arc<[u8]>, ByLength>,
@@ -157,7 +157,8 @@ impl<S: RangeSource> CheckpointSource<S> {
         result
     }
 
-    /// Checks a chunk that is stored as it is, if nobody has.
+    /// Checks a chunk that is stored as it is, if nobody has: all of it is read for that, and kept
+    /// with the others for who asks next.
     fn check(&self, number: u64) -> Result<(), ServeError> {
         let word = usize::try_from(number >> 6).ok();
         let word = word.and_then(|word| self.checked.get(word));
@@ -165,8 +166,11 @@ impl<S: RangeSource> CheckpointSource<S> {
         if word.is_some_and(|word| word.load(Ordering::Acquire) & bit != 0) {
             return Ok(());
         }
-        let read = |decoder: &mut _| self.reader.read_chunk(decoder, number).map(drop);
-        self.unchanged(self.with_decoder(read))?;
+        let chunk = self.with_decoder(|decoder| {
+            let chunk = self.unchanged(self.reader.read_chunk(decoder, number))?;
+            Ok::<Arc<[u8]>, ServeError>(Arc::from(chunk))
+        })?;
+        self.cache.insert(number, chunk);
         if let Some(word) = word {
             word.fetch_or(bit, Ordering::AcqRel);
         }
@@ -224,14 +228,21 @@ impl<S: RangeSource> PageSource for CheckpointSource<S> {
         let inside = inside.and_then(|skipped| stored.inside.checked_add(skipped));
         let inside = inside.filter(|_| range.end() <= stored.range.end());
         let inside = inside.ok_or_else(missing)?;
-        if stored.chunk.plain {
-            self.check(stored.chunk.number)?;
-            buffer.resize(len, 0);
-            let read = self.reader.read_plain(stored.chunk.number, inside, buffer);
-            self.unchanged(read)?;
-            return Ok(Piece::Own(buffer));
-        }
-        let block = self.block(stored.chunk.number)?;
+        let number = stored.chunk.number;
+        let block = if stored.chunk.plain {
+            self.check(number)?;
+            let kept = self.cache.get(&number);
+            self.metrics.cache(kept.is_some());
+            let Some(kept) = kept else {
+                buffer.resize(len, 0);
+                let read = self.reader.read_plain(number, inside, buffer);
+                self.unchanged(read)?;
+                return Ok(Piece::Own(buffer));
+            };
+            kept
+        } else {
+            self.block(number)?
+        };
         let start = usize::try_from(inside).map_err(|_| missing())?;
         let end = start.checked_add(len).filter(|end| *end <= block.len());
         Ok(Piece::Shared {
