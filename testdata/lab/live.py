@@ -457,11 +457,17 @@ def kill_restores(tool: Path, kernel: Kernel, rounds: int, random: Random) -> st
                 machine.wait("BEAT [0-9]", 5)
             except (LabError, OSError):
                 killer.join()
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 20
             try:
                 if machine and qemus_of(folder):
                     # What runs on has all its pages, and shows it.
-                    machine.ask("look", 60)
+                    machine.send("look")
+                    while "LOOK-" not in machine.said():
+                        if time.monotonic() > deadline:
+                            raise GuestFailed("it does not look at what it has")
+                        time.sleep(0.05)
+                    if "LOOK-OK" not in machine.said():
+                        raise CheckFailed(f"round {number}: {machine.said()[-300:]}")
                     went_on += 1
                     continue
                 # Killed before its console was there: it is ended at once, or runs on.
@@ -470,7 +476,7 @@ def kill_restores(tool: Path, kernel: Kernel, rounds: int, random: Random) -> st
                     went_on += 1
                 else:
                     ended += 1
-            except LabError as error:
+            except GuestFailed as error:
                 while qemus_of(folder) and time.monotonic() < deadline:
                     time.sleep(0.05)
                 if qemus_of(folder):
@@ -577,6 +583,17 @@ def do_live(args: Namespace) -> None:
     tool = find_tool(args.sonicshot)
     HOME.mkdir(parents=True, exist_ok=True)
     random = Random(args.seed)
+    # What is killed, and looked for, is of this run alone.
+    binary = HOME / f"sonicshot-{os.getpid()}"
+    shutil.copy(tool, binary)
+    try:
+        run(args, binary, random)
+    finally:
+        binary.unlink()
+
+
+def run(args: Namespace, tool: Path, random: Random) -> None:
+    """With a binary of its own."""
     if args.kill:
         kernel = kernels.fetch(args.kernels.split(",")[0])
         print(kill_ours(tool, kernel, args.kill, random), flush=True)
