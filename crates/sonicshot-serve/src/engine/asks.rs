@@ -6,6 +6,10 @@ use sonicshot::GpaRange;
 
 /// What has been asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    not(feature = "server"),
+    expect(dead_code, reason = "only a server has such peers")
+)]
 pub(crate) enum Asked {
     /// For these pages, which are waited for.
     Pages(GpaRange),

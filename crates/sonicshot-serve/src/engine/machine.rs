@@ -42,10 +42,6 @@ pub(crate) enum End {
     /// The process whose memory it was has ended.
     Ended,
     /// Who asks for pages has all of them, and asks no more.
-    #[cfg_attr(
-        not(feature = "server"),
-        expect(dead_code, reason = "only a server has such peers")
-    )]
     Complete,
     /// A page could not be brought in, and the process was ended.
     #[cfg_attr(
@@ -219,7 +215,12 @@ impl Machine {
                 Ok(Next::Again) => {}
                 Ok(Next::Wait(limit)) => {
                     if self.wait(limit) {
-                        break End::Ended;
+                        // Who has all may end before it is heard that he asks no more.
+                        let all = self.regions.iter().all(Region::is_all_touched);
+                        break match self.asks.is_some() && all {
+                            true => End::Complete,
+                            false => End::Ended,
+                        };
                     }
                 }
                 Ok(Next::Ended) => break End::Ended,
