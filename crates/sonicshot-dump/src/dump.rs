@@ -210,6 +210,12 @@ impl Dump {
         self.format.layout()
     }
 
+    /// Whether it is a diff that was opened over its base.
+    #[must_use]
+    pub fn has_base(&self) -> bool {
+        self.format.base().is_some()
+    }
+
     /// Why the dump lacks pages that it should have; `None` if nothing says that it does.
     #[must_use]
     pub fn incomplete(&self) -> Option<Incomplete> {

@@ -94,7 +94,7 @@ pub use format::kdump::write::{KdumpOptions, KdumpWriteStats, write_kdump};
 pub use format::name::{DumpFormat, DumpFormatError};
 pub use format::qemu::start::{BlockKind, RamBlock};
 pub use format::xen::join::XlSkeleton;
-pub use guard::{CheckedPlan, Doubts, check_whole, keep_in_doubt};
+pub use guard::{CheckedPlan, Doubts, check_whole, keep_in_doubt, may_be_diff, of_a_diff};
 pub use in_use::{check_not_in_use, check_not_written};
 pub use layout::{BlockPlace, LayoutSpec, LayoutSpecError, is_boot_ram};
 pub use limit::SizeLimit;

@@ -11,7 +11,8 @@ use sonicshot::{
     ClassCounts, ClassSet, DropClasses, Fill, PageClass, PageMap, PageState, PrunePlan,
 };
 use sonicshot_dump::{
-    CheckedPlan, Doubts, Dump, DumpError, SnapshotFiles, check_whole, keep_in_doubt,
+    CheckedPlan, Doubts, Dump, DumpError, SnapshotFiles, check_whole, keep_in_doubt, may_be_diff,
+    of_a_diff,
 };
 use sonicshot_vmi::{
     Analysis, AnalysisOptions, GuestFacts, Inconsistency, OnInconsistency, ZoneReport,
@@ -28,6 +29,8 @@ pub struct Analyzed {
     analysis: Analysis,
     counts: ClassCounts,
     notes: Vec<Note>,
+    /// Whether zeroes are no reason to drop a page.
+    may_be_diff: bool,
 }
 
 impl Snapshot {
@@ -99,6 +102,8 @@ impl Snapshot {
             analysis.mark_zero_pages(&dump)?;
             notes.extend(kept_for_fill(&dump, analysis.free_fill()));
         }
+        let may_be_diff = may_be_diff(&dump, &analysis);
+        notes.extend(may_be_diff.then_some(Note::MayBeDiff));
         dump.check_unchanged()?;
         Ok(Analyzed {
             counts: analysis.counts(),
@@ -108,6 +113,7 @@ impl Snapshot {
             doubts,
             analysis,
             notes,
+            may_be_diff,
         })
     }
 }
@@ -174,6 +180,7 @@ impl Analyzed {
             doubts: Doubts::none(),
             analysis,
             notes: vec![Note::NoKernel],
+            may_be_diff: false,
         }
     }
 
@@ -242,8 +249,11 @@ impl Analyzed {
     /// What a prune of `classes` would drop of this format.
     #[must_use]
     pub fn droppable(&self, classes: ClassSet) -> PrunePlan {
-        self.dump
-            .restorable(&self.wanted(self.dump.leaves_out(classes)))
+        let mut classes = self.dump.leaves_out(classes);
+        if self.may_be_diff {
+            classes = of_a_diff(classes, self.analysis.free_fill());
+        }
+        self.dump.restorable(&self.wanted(classes))
     }
 
     /// What a prune of `classes` makes of the file's size, before it is done.

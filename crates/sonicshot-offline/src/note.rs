@@ -89,6 +89,8 @@ pub enum Note {
     },
     /// The checkpoint lacks pages that the guest uses, or may use: nobody looked which they are.
     ForAnalysis,
+    /// Zero pages in use are kept, for the file may be a diff without its base.
+    MayBeDiff,
     /// Zero pages in use are kept, for the format does not promise zeroes.
     ZeroPagesKept,
     /// So are free pages, for the guest relies on what they read as.
@@ -139,6 +141,11 @@ impl Note {
         }
     }
 }
+
+/// Of a raw file that may be a diff.
+const MAY_BE_DIFF: &str = "pages in use that are zero are kept: others that the guest has written \
+     to are holes in the file, so it may be a diff to another memory file (--base), where a hole is \
+     what that one has";
 
 /// What is said of a checkpoint that lacks what its guest uses, or may use.
 const FOR_ANALYSIS: &str = "the checkpoint is for analysis: pages that the guest uses are missing, \
@@ -212,6 +219,7 @@ impl fmt::Display for Note {
             }
             Self::AbsentBefore { bytes } => write_absent_before(f, *bytes),
             Self::ForAnalysis => f.write_str(FOR_ANALYSIS),
+            Self::MayBeDiff => f.write_str(MAY_BE_DIFF),
             Self::ZeroPagesKept => f.write_str(
                 "pages in use that are zero are kept: Xen does not promise zeroes after a restore",
             ),

@@ -88,6 +88,7 @@ pub(crate) fn find<'m>(
         failed: HashSet::new(),
         places: places.len() as u64,
         why: None,
+        broken: Vec::new(),
         tried: 0,
         all: (places.len() as u64).saturating_mul(pass.records.len() as u64),
     };
@@ -119,6 +120,8 @@ struct Search<'m> {
     failed: HashSet<(u32, KernelVa, Gpa, Option<Gpa>)>,
     /// Why the first that does not stand does not.
     why: Option<VmiError>,
+    /// Where the struct pages would be of what has records and does not stand, and why not.
+    broken: Vec<(Gpa, String)>,
     /// How many page tables there are.
     places: u64,
     /// So many page tables were tried with the records of each kind, of so many.
@@ -167,6 +170,10 @@ impl<'m> Search<'m> {
                     self.failed.insert(tried);
                     // The likeliest comes first.
                     if root.has_records {
+                        let is_new = self.broken.iter().all(|(there, _)| *there != root.there);
+                        if is_new && is_room(self.broken.len()) && image.is_some() {
+                            self.broken.push((root.there, error.to_string()));
+                        }
                         self.why.get_or_insert(error);
                     }
                 }
@@ -216,6 +223,20 @@ impl<'m> Search<'m> {
             return Err(VmiError::Undecided {
                 first: name(first),
                 second: name(second),
+            });
+        }
+        // A kernel whose records contradict each other is one all the same, and may own the memory:
+        // a process can make another that does not.
+        if let [first] = self.standing.as_slice()
+            && !self.told
+            && let Some((there, why)) = self
+                .broken
+                .iter()
+                .find(|(there, _)| *there != first.shaped.root.there)
+        {
+            return Err(VmiError::Undecided {
+                first: name(first),
+                second: format!("one that cannot be read (its struct pages at {there}: {why})"),
             });
         }
         match (self.standing.pop(), self.why) {
