@@ -26,6 +26,7 @@ pub(crate) mod raw;
 pub(crate) mod vmware;
 pub(crate) mod xen;
 
+use crate::backing::plain::check_content;
 use crate::backing::unpack::{Compression, LONGEST_MARK};
 use crate::snapshot::{Named, SnapshotFiles};
 use crate::{DumpError, DumpFormat, DumpOptions};
@@ -71,7 +72,12 @@ pub(crate) fn kind_of(source: &Source<'_>) -> Result<Option<&'static Kind>, Dump
     // What a VMM keeps beside a file tells more than how the file begins.
     match KINDS.iter().copied().find(|kind| kind.takes(source)) {
         Some(kind) => Ok(Some(kind)),
-        None => refuse_foreign(source).map(|()| None),
+        // That it is of no format counts only if what would tell could be read.
+        None => {
+            let foreign = refuse_foreign(source);
+            check_content(&source.content, source.path)?;
+            foreign.map(|()| None)
+        }
     }
 }
 
