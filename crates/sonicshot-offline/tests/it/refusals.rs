@@ -1,13 +1,14 @@
 //! A library's user is refused what the command's user is.
 
 use crate::common::{PAGE, analyze, diff, open, quiet, ram, raw};
-use sonicshot::{ClassSet, Gpa, GpaRange, PageClass};
+use sonicshot::{ClassSet, Gpa, GpaRange, GuestMemory, PageClass};
 use sonicshot_dump::DumpError;
 use sonicshot_offline::{
-    AnalyzeOptions, LayoutSpec, OfflineError, OpenOptions, Overwrite, PruneOptions, Snapshot,
+    AnalyzeOptions, LayoutSpec, Note, OfflineError, OpenOptions, Overwrite, PruneOptions, Snapshot,
     Target,
 };
 use sonicshot_vmi::{OnInconsistency, VmiError};
+use std::collections::HashSet;
 use std::fs;
 use tempfile::TempDir;
 
@@ -197,4 +198,56 @@ fn what_cannot_become_another_format_is_refused() {
         "{stream:?}"
     );
     assert!(!out.exists());
+}
+
+/// Firecracker's, without dirty tracking, has all pages that were touched: the kernel's records too.
+#[test]
+fn zeroes_of_what_may_be_a_diff_are_kept() {
+    let temporary = TempDir::new().unwrap();
+    let whole = analyze(&raw(temporary.path())).unwrap();
+    let pages: Vec<_> = whole
+        .pages()
+        .states()
+        .flat_map(|(frames, page)| frames.iter().map(move |pfn| (pfn.raw(), page)))
+        .collect();
+    let of_processes = |page: PageClass| {
+        matches!(
+            page,
+            PageClass::Anonymous | PageClass::PageCacheClean | PageClass::PageCacheDirty
+        )
+    };
+    let untouched: HashSet<usize> = pages
+        .iter()
+        .filter(|(pfn, page)| of_processes(page.class()) && pfn % 2 == 1)
+        .map(|(pfn, _)| usize::try_from(*pfn).unwrap())
+        .collect();
+    assert!(untouched.len() > 500);
+    let path = diff(temporary.path(), |page, _| untouched.contains(&page));
+    let guest = analyze(&path).unwrap();
+    assert!(guest.notes().contains(&Note::MayBeDiff));
+    let plan = guest.plan(ClassSet::DEFAULT_DROP).unwrap();
+    assert!(
+        plan.dropped_by_name()
+            .iter()
+            .all(|(name, n)| *name != "zero" || *n == 0)
+    );
+    let mut options = PruneOptions::new();
+    options.min_hole = Some(0);
+    plan.prune_in_place(&options, &mut quiet).unwrap();
+    // Over a base that has something else everywhere, the guest has what it had.
+    let left = analyze(&path).unwrap();
+    for (pfn, page) in &pages {
+        let was_there = !untouched.contains(&usize::try_from(*pfn).unwrap());
+        if page.is_zero() && was_there {
+            let at = Gpa::new(pfn * PAGE as u64);
+            let data = left.dump().next_data(at).map(|data| data.start());
+            assert_eq!(data, Some(at), "{pfn}: {page:?}");
+        }
+    }
+    // A file of whose zeroes all are holes is what a prune or a copy makes.
+    let sparse = diff(temporary.path(), |_, page| {
+        page.iter().all(|byte| *byte == 0)
+    });
+    let guest = analyze(&sparse).unwrap();
+    assert!(!guest.notes().contains(&Note::MayBeDiff));
 }
