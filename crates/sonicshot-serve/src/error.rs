@@ -1,6 +1,6 @@
 //! What can go wrong with a virtual machine that is served.
 
-use crate::uffd::HostAddress;
+use crate::address::HostAddress;
 use rustix::io::Errno;
 use sonicshot::checkpoint::CheckpointError;
 use sonicshot::{Gpa, LayoutError, MemoryError};

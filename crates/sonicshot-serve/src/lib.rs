@@ -54,6 +54,7 @@
 //! come: if nobody kept that, it would read zeroes.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
+mod address;
 #[cfg(feature = "server")]
 mod cloud_hypervisor;
 mod engine;
@@ -81,6 +82,7 @@ mod uffd;
 #[cfg(feature = "server")]
 mod watch;
 
+pub use address::HostAddress;
 #[cfg(feature = "server")]
 pub use cloud_hypervisor::{CloudHypervisor, CloudOptions, FaultRequest, Migration, Restored};
 pub use engine::{Prefetch, Vm, VmOptions, VmRegion};
@@ -96,6 +98,6 @@ pub use set::{PageSet, Recorder};
 pub use source::{CheckpointSource, Content, MemorySource, PageSource, Piece, Run};
 #[cfg(feature = "server")]
 pub use source::{OpenedSource, open_source};
-pub use uffd::{HostAddress, Registered, Uffd};
+pub use uffd::{Registered, Uffd};
 #[cfg(feature = "server")]
 pub use watch::{Watcher, watch};

@@ -1,7 +1,7 @@
 //! The kernel's `userfaultfd` (`linux/userfaultfd.h`): page faults served by a process.
 
+use crate::address::HostAddress;
 use crate::error::ServeError;
-use core::fmt;
 use core::mem::size_of;
 use core::ptr::NonNull;
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -10,30 +10,6 @@ use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
 use std::io::IoSliceMut;
 use std::sync::Arc;
-
-/// An address in a process: this one's, or the VMM's whose faults are served.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct HostAddress(u64);
-
-impl HostAddress {
-    /// The address `raw`.
-    #[must_use]
-    pub const fn new(raw: u64) -> Self {
-        Self(raw)
-    }
-
-    /// The address as a number.
-    #[must_use]
-    pub const fn raw(self) -> u64 {
-        self.0
-    }
-}
-
-impl fmt::Display for HostAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.0)
-    }
-}
 
 /// Memory of this process whose page faults are served, by [`Uffd::register`].
 #[derive(Debug)]
@@ -47,7 +23,7 @@ impl Registered {
     pub(crate) fn at(&self, offset: u64, len: u64) -> Option<HostAddress> {
         let end = offset.checked_add(len)?;
         let at = self.start.checked_add(offset)?;
-        (end <= self.len).then_some(HostAddress(at))
+        (end <= self.len).then_some(HostAddress::new(at))
     }
 
     /// Its length in bytes.
@@ -209,7 +185,7 @@ impl AsFd for Uffd {
 fn failed(operation: &'static str, at: u64, len: u64) -> impl FnOnce(Errno) -> ServeError {
     move |errno| ServeError::Uffd {
         operation,
-        at: HostAddress(at),
+        at: HostAddress::new(at),
         len,
         source: errno.into(),
     }

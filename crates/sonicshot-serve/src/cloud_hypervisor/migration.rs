@@ -7,7 +7,6 @@
 //! slots of memory, `memory-0` and so on. A snapshot of `vm.snapshot` (`file://`) has no
 //! `common_cpuid`, which cannot be made up.
 
-use super::pages::DEFAULT_HUGE;
 use crate::error::ServeError;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -32,6 +31,8 @@ const MAX_JSON: u64 = 64 << 20;
 /// may have is served.
 const MAX_SLOTS: usize = 4096;
 const PAGE: u64 = 4096;
+/// Huge pages whose size is not said (x86-64's, and arm64's with 4 KiB pages).
+const DEFAULT_HUGE: u64 = 2 << 20;
 
 /// A stretch of guest memory that Cloud Hypervisor maps from a file of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -16,8 +16,6 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use sonicshot::{GpaRange, RamLayout};
 
-/// Huge pages whose size is not said (x86-64's, and arm64's with 4 KiB pages).
-pub(super) const DEFAULT_HUGE: u64 = 2 << 20;
 /// Of small ones any size may be said.
 const PAGE: u64 = 4096;
 /// Where `memfd_create` takes the logarithm of a page size.

@@ -15,8 +15,9 @@
 //! | then, at a multiple of 4096 | the bits, region by region, a `u64` for each 64 pages |
 
 use super::region::{Region, VmRegion};
+use crate::address::HostAddress;
 use crate::error::ServeError;
-use crate::uffd::{HostAddress, Uffd};
+use crate::uffd::Uffd;
 use core::ffi::c_void;
 use core::ptr::NonNull;
 use core::slice;

@@ -1,8 +1,9 @@
 //! Stretches of a virtual machine's memory, and which of their pages are no longer the source's.
 
 use super::kept::Map;
+use crate::address::HostAddress;
 use crate::error::ServeError;
-use crate::uffd::{HostAddress, Kind, Registered, Uffd};
+use crate::uffd::{Kind, Registered, Uffd};
 use core::sync::atomic::{AtomicU64, Ordering};
 use sonicshot::{Gpa, GpaRange, RamLayout};
 use std::sync::Arc;

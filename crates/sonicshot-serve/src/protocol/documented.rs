@@ -1,8 +1,8 @@
 //! The form for every VMM: `docs/serve.md`.
 
 use super::{Handshake, Mapping, Place};
+use crate::address::HostAddress;
 use crate::error::ServeError;
-use crate::uffd::HostAddress;
 use serde::Deserialize;
 use sonicshot::Gpa;
 

@@ -5,8 +5,8 @@
 //! and stays open from 1.12 on. Nothing else is ever said.
 
 use super::{Handshake, Mapping, Place};
+use crate::address::HostAddress;
 use crate::error::ServeError;
-use crate::uffd::HostAddress;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 

@@ -9,9 +9,9 @@ mod receive;
 
 pub(crate) use self::documented::{is_documented, names_another};
 pub(crate) use self::receive::{Received, receive, receive_rest};
+use crate::address::HostAddress;
 use crate::engine::{MAX_PAGE, MIN_PAGE, VmRegion, check_disjoint};
 use crate::error::ServeError;
-use crate::uffd::HostAddress;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use sonicshot::{Gpa, GpaRange, RamLayout};
