@@ -249,11 +249,18 @@ impl Analyzed {
     /// What a prune of `classes` would drop of this format.
     #[must_use]
     pub fn droppable(&self, classes: ClassSet) -> PrunePlan {
-        let mut classes = self.dump.leaves_out(classes);
-        if self.may_be_diff {
-            classes = of_a_diff(classes, self.analysis.free_fill());
+        self.dump.restorable(&self.wanted(self.leaves_out(classes)))
+    }
+
+    /// What of `classes` is left out of the file: no zeroes where the format stores them, or where
+    /// the file may be a diff.
+    #[must_use]
+    pub fn leaves_out(&self, classes: ClassSet) -> ClassSet {
+        let classes = self.dump.leaves_out(classes);
+        match self.may_be_diff {
+            true => of_a_diff(classes, self.analysis.free_fill()),
+            false => classes,
         }
-        self.dump.restorable(&self.wanted(classes))
     }
 
     /// What a prune of `classes` makes of the file's size, before it is done.

@@ -185,7 +185,7 @@ fn print_classes(analyzed: &Analyzed) {
     let bytes = |pages: u64| size(pages.saturating_mul(page_size));
     let dump = analyzed.dump();
     // Where zero pages in use stay, they are not marked as what goes.
-    let zero = match dump.leaves_out(ClassSet::DEFAULT_DROP).contains_zero() {
+    let zero = match analyzed.leaves_out(ClassSet::DEFAULT_DROP).contains_zero() {
         true if dump.restores(Fill::Zero) => "of zeroes*",
         _ => "of zeroes",
     };

@@ -175,25 +175,33 @@ fn state(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
 /// What a kernel says last (`kernel/reboot.c`, `kernel/kexec_core.c`, `kernel/panic.c`,
 /// `drivers/tty/sysrq.c`): it has stopped all else by then.
 fn log_end(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
-    const LAST: [&str; 9] = [
+    const LAST: [&str; 7] = [
         "reboot: Restarting system",
         "reboot: machine restart",
         "reboot: Power down",
         "reboot: System halted",
         "kexec_core: Starting new kernel",
         "kexec: Starting new kernel",
-        "Kernel panic - not syncing",
-        "---[ end Kernel panic",
         "sysrq: Resetting",
     ];
+    /// Behind it comes a restart, a crash kernel, or [`STAYS`].
+    const PANIC: &str = "Kernel panic - not syncing";
+    /// The kernel neither restarts nor starts another (`panic=0`): it stays where it is.
+    const STAYS: &str = "---[ end Kernel panic";
     let mut traces = Vec::new();
+    let mut panic = None;
     log::lines(kernel, &mut |line| {
         if LAST.iter().any(|last| line.text.starts_with(last)) {
             traces.push(Trace::Log { line: line.text });
+        } else if line.text.starts_with(PANIC) {
+            panic = Some(Trace::Log { line: line.text });
+        } else if line.text.starts_with(STAYS) {
+            panic = None;
         }
         // One is enough: a process may have written many.
         traces.is_empty()
     })?;
+    traces.extend(panic);
     Ok(traces.into())
 }
 
