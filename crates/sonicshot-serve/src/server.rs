@@ -29,6 +29,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// How long the message of somebody who will not be served is waited for: it may be on its way.
 const STRANGER: Duration = Duration::from_millis(100);
+/// So often a name is tried that a watcher may be about to give up.
+const TRIES: u32 = 30;
 
 /// How long a process may take to end whose memory is gone.
 const DYING: Timespec = Timespec {
@@ -394,7 +396,17 @@ impl Shared {
         let (Some(keep), Some(watcher)) = (&self.options.keep, &self.watcher) else {
             return Ok(None);
         };
-        let door = Named::bind(&keep.socket, |_| Ok(()))?;
+        // The watcher of a server that was killed has the name until it has ended, too.
+        let mut left = TRIES;
+        let door = loop {
+            match Named::bind(&keep.socket, |_| Ok(())) {
+                Err(ServeError::SocketExists { .. }) if left > 0 => {
+                    left = left.saturating_sub(1);
+                    std::thread::sleep(AGAIN);
+                }
+                bound => break bound?,
+            }
+        };
         watcher.keep(&door.listener, keep.limit)?;
         Ok(Some(door))
     }

@@ -89,7 +89,10 @@ fn serving(args: &[&str]) -> Child {
     let mut line = String::new();
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
     stdout.read_line(&mut line).unwrap();
-    assert!(line.starts_with("serving "), "{line}");
+    if !line.starts_with("serving ") {
+        let said = child.wait_with_output().unwrap();
+        panic!("{line}{}", String::from_utf8_lossy(&said.stderr));
+    }
     child
 }
 
