@@ -14,18 +14,17 @@
 //! | 4096 | of each region four `u64`: guest-physical address, length, host address, page size |
 //! | then, at a multiple of 4096 | the bits, region by region, a `u64` for each 64 pages |
 
+use super::kept_map::Map;
 use super::region::{Region, VmRegion};
 use crate::address::HostAddress;
 use crate::error::ServeError;
 use crate::uffd::Uffd;
 use core::ffi::c_void;
-use core::ptr::NonNull;
 use core::slice;
-use core::sync::atomic::AtomicU64;
 use rustix::fd::OwnedFd;
 use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
 use rustix::io::{Errno, pread, pwrite};
-use rustix::mm::{MapFlags, ProtFlags, mlock, mmap, munmap};
+use rustix::mm::mlock;
 use sonicshot::{Cursor, Gpa, GpaRange};
 use std::sync::Arc;
 
@@ -37,53 +36,6 @@ const MESSAGES: usize = 2048;
 const REGIONS: usize = 4096;
 const RECORD: usize = 32;
 const MAX_KEPT_REGIONS: usize = 4096;
-
-/// The file, mapped.
-#[derive(Debug)]
-pub(crate) struct Map {
-    start: NonNull<u8>,
-    len: usize,
-    /// Where the bits begin.
-    bits: usize,
-}
-
-// SAFETY: it is memory of the whole process; its bits are atomic, and the rest is one owner's.
-unsafe impl Send for Map {}
-// SAFETY: as above.
-unsafe impl Sync for Map {}
-
-impl Map {
-    fn new(file: &OwnedFd, len: usize, bits: usize) -> Result<Self, ServeError> {
-        let access = ProtFlags::READ | ProtFlags::WRITE;
-        let none = core::ptr::null_mut();
-        // SAFETY: a new mapping touches nobody's memory.
-        let start = unsafe { mmap(none, len, access, MapFlags::SHARED, file, 0) };
-        let start: *mut c_void = start.map_err(ServeError::system("mapping what is kept"))?;
-        let start = NonNull::new(start.cast()).ok_or_else(|| wrong("it is mapped nowhere"))?;
-        Ok(Self { start, len, bits })
-    }
-
-    pub fn words(&self) -> &[AtomicU64] {
-        let Some(len) = self.len.checked_sub(self.bits) else {
-            return &[];
-        };
-        // SAFETY: inside the mapping, which begins at a page and stays for as long as `self`;
-        // `bits` is a multiple of 4096. Nobody but this process has it mapped, and here it is used
-        // in this way alone.
-        unsafe {
-            let first = self.start.as_ptr().add(self.bits);
-            slice::from_raw_parts(first.cast(), len >> 3)
-        }
-    }
-}
-
-impl Drop for Map {
-    fn drop(&mut self) {
-        let start: *mut c_void = self.start.as_ptr().cast();
-        // SAFETY: the mapping of `new`, to which there are no references.
-        let _ = unsafe { munmap(start, self.len) };
-    }
-}
 
 /// One virtual machine's, of which there is one owner.
 #[derive(Debug)]
@@ -262,6 +214,8 @@ fn read_at(file: &OwnedFd, mut out: &mut [u8], mut at: u64) -> Result<(), ServeE
 #[cfg(test)]
 mod tests {
     use super::*;
+    use core::ptr::NonNull;
+    use rustix::mm::{MapFlags, ProtFlags};
     use sonicshot::RamLayout;
 
     fn regions(uffd: &Uffd) -> (Vec<Region>, Vec<VmRegion>, RamLayout) {

@@ -15,6 +15,8 @@ mod control;
     expect(dead_code, reason = "only a server has a successor")
 )]
 mod kept;
+#[expect(unsafe_code, reason = "memory that outlives the process")]
+mod kept_map;
 mod machine;
 mod plan;
 mod region;

@@ -1,6 +1,6 @@
 //! Stretches of a virtual machine's memory, and which of their pages are no longer the source's.
 
-use super::kept::Map;
+use super::kept_map::Map;
 use crate::address::HostAddress;
 use crate::error::ServeError;
 use crate::uffd::{Kind, Registered, Uffd};
