@@ -996,7 +996,6 @@ fn without_types_the_last_words_of_a_kernel_tell_that_it_is_gone() {
         "reboot: Restarting system",
         "kexec_core: Starting new kernel",
         "Kernel panic - not syncing: a test",
-        "---[ end Kernel panic",
         "sysrq: Resetting",
     ] {
         let mut ram = testdata();
@@ -1006,6 +1005,29 @@ fn without_types_the_last_words_of_a_kernel_tell_that_it_is_gone() {
             let error = classify_raw(&ram, &GuestOptions::new().at_most(level)).unwrap_err();
             let said = format!("does not own this memory any more: the kernel's log says `{words}");
             assert!(error.to_string().contains(&said), "{error}");
+        }
+    }
+}
+
+/// With `panic=0` a kernel neither restarts nor starts another, and says so last.
+#[test]
+fn without_types_a_kernel_that_panicked_and_stays_is_the_owner() {
+    let places: [&[u8]; 2] = [
+        b"BIOS-e820: [mem 0x0000000000000000-0",
+        b"BIOS-e820: [mem 0x000000000009fc00-0",
+    ];
+    let (panic, stays) = (
+        "Kernel panic - not syncing: a test",
+        "---[ end Kernel panic",
+    );
+    for (lines, is_owner) in [([panic, stays], true), ([stays, panic], false)] {
+        let mut ram = testdata();
+        for (place, line) in places.iter().zip(lines) {
+            replace(&mut ram, place, format!("{line:<36}").as_bytes());
+        }
+        for level in [Knowledge::Vmcoreinfo, Knowledge::Shape] {
+            let found = classify_raw(&ram, &GuestOptions::new().at_most(level));
+            assert_eq!(found.is_ok(), is_owner, "{lines:?}: {:?}", found.err());
         }
     }
 }
