@@ -120,7 +120,7 @@ impl Sources<'_, '_> {
             seen: Seen::of_zones(self.zones.len()),
             open: None,
             last_head: None,
-            files: Files::default(),
+            files: Files::of_frames(frames.len()),
         };
         let mut classes = vec![PageClass::Hole; marks.len()];
         scanner.region(frames, &mut classes, marks)?;
@@ -478,7 +478,7 @@ mod tests {
                 seen: Seen::default(),
                 open: None,
                 last_head: None,
-                files: Files::default(),
+                files: Files::of_frames(FRAMES as u64),
             };
             let mut classes = vec![PageClass::Hole; FRAMES];
             let mut marks = vec![0; FRAMES];

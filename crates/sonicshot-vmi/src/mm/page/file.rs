@@ -27,6 +27,8 @@ const BTRFS: u64 = 0x9123_683e;
 const BLOCK_DEVICES: u64 = 0x6264_6576;
 /// A folio is 2 MiB at most, and a block at least 512 bytes.
 const MAX_BUFFERS: usize = 4096;
+/// So many blocks of 512 bytes are in 4 KiB; in 64 KiB there are more, and of no file system's.
+const MAX_BUFFERS_A_FRAME: u64 = 8;
 /// So many files are remembered by one thread.
 const KEPT_FILES: usize = 1 << 12;
 
@@ -135,9 +137,9 @@ impl FileLayout {
         is_in_file
             && match (page.private, file.magic) {
                 (None, _) | (Some(_), XFS | BTRFS) => true,
-                (Some(first), EXT4 | BLOCK_DEVICES) => self
-                    .buffers
-                    .is_some_and(|buffers| buffers.are_clean(space, first)),
+                (Some(first), EXT4 | BLOCK_DEVICES) => self.buffers.is_some_and(|buffers| {
+                    buffers.are_clean(space, first, &mut files.buffers_left)
+                }),
                 (Some(_), _) => false,
             }
     }
@@ -166,10 +168,15 @@ impl BufferLayout {
         Ok(Some(Self { state, next, clean }))
     }
 
-    /// Whether all buffers in the ring of `first` are as on the disk.
-    fn are_clean(self, space: &AddressSpace<'_>, first: KernelVa) -> bool {
+    /// Whether all buffers in the ring of `first` are as on the disk. No more than `left` are looked
+    /// at: rings of many pages that lead into each other would be without end.
+    fn are_clean(self, space: &AddressSpace<'_>, first: KernelVa, left: &mut u64) -> bool {
         let mut at = first;
         for _ in 0..MAX_BUFFERS {
+            let Some(less) = left.checked_sub(1) else {
+                return false;
+            };
+            *left = less;
             let word = |offset| {
                 let place = element("buffer_head", at, 0, 0, offset).ok()?;
                 space.read_u64(place).ok()
@@ -188,21 +195,40 @@ impl BufferLayout {
 }
 
 /// The files that pages were of lately.
-#[derive(Debug, Default)]
-pub(crate) struct Files(HashMap<KernelVa, Option<File>>);
+#[derive(Debug)]
+pub(crate) struct Files {
+    known: HashMap<KernelVa, Option<File>>,
+    /// So many buffers are still looked at.
+    buffers_left: u64,
+}
 
 impl Files {
-    fn get(&mut self, mapping: KernelVa, find: impl FnOnce() -> Option<File>) -> Option<File> {
-        if self.0.len() >= KEPT_FILES && !self.0.contains_key(&mapping) {
-            self.0.clear();
+    /// None yet, of so many frames.
+    pub(crate) fn of_frames(frames: u64) -> Self {
+        let of_frames = frames.checked_mul(MAX_BUFFERS_A_FRAME);
+        Self {
+            known: HashMap::new(),
+            // The folio that a piece begins in has its head in another.
+            buffers_left: of_frames
+                .and_then(|buffers| buffers.checked_add(MAX_BUFFERS as u64))
+                .unwrap_or(u64::MAX),
         }
-        *self.0.entry(mapping).or_insert_with(find)
+    }
+
+    fn get(&mut self, mapping: KernelVa, find: impl FnOnce() -> Option<File>) -> Option<File> {
+        if self.known.len() >= KEPT_FILES && !self.known.contains_key(&mapping) {
+            self.known.clear();
+        }
+        *self.known.entry(mapping).or_insert_with(find)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{BLOCK_DEVICES, BTRFS, EXT4, FileLayout, Files, InFile, MAX_BUFFERS, XFS};
+    use super::{
+        BLOCK_DEVICES, BTRFS, EXT4, FileLayout, Files, InFile, MAX_BUFFERS, MAX_BUFFERS_A_FRAME,
+        XFS,
+    };
     use crate::KernelVa;
     use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel};
 
@@ -241,6 +267,10 @@ mod tests {
     }
 
     fn is_clean(ram: &Ram, facts: Facts, index: u64, private: bool) -> bool {
+        look(ram, facts, index, private, &mut Files::of_frames(1))
+    }
+
+    fn look(ram: &Ram, facts: Facts, index: u64, private: bool, files: &mut Files) -> bool {
         let memory = ram.memory();
         let kernel = kernel(&memory, facts);
         let layout = FileLayout::new(&kernel, 64).unwrap().unwrap();
@@ -249,7 +279,7 @@ mod tests {
             index,
             private: private.then_some(KernelVa::new(DIRECT_MAP + BUFFERS)),
         };
-        layout.is_clean(&kernel.space, &mut Files::default(), page)
+        layout.is_clean(&kernel.space, files, page)
     }
 
     #[test]
@@ -292,6 +322,14 @@ mod tests {
             ram.put(BUFFERS + 64 + 8, next);
             assert!(!is_clean(&ram, facts(), 1, true), "{next:#x}");
         }
+    }
+
+    #[test]
+    fn no_more_buffers_are_looked_at_than_frames_have() {
+        let ram = ram(EXT4, MAX_BUFFERS as u64);
+        let mut files = Files::of_frames(MAX_BUFFERS as u64 / MAX_BUFFERS_A_FRAME);
+        let mut look = || look(&ram, facts(), 1, true, &mut files);
+        assert_eq!((look(), look(), look(), look()), (true, true, false, false));
     }
 
     #[test]
