@@ -7,8 +7,8 @@ use crate::options::OpenOptions;
 use crate::place;
 use crate::snapshot::Snapshot;
 use crate::untold::{assumed, named_machine};
-use sonicshot::checkpoint::{CheckpointReader, PageContent, SaveStats};
-use sonicshot::{Architecture, FileId, FileStamp, Pfn, Progress};
+use sonicshot::checkpoint::{CheckpointError, CheckpointReader, PageContent, SaveStats};
+use sonicshot::{Architecture, FileId, FileStamp, MemoryError, Pfn, Progress};
 use sonicshot_dump::{
     CoreNotes, Dump, DumpError, DumpFile, LayoutSpec, NewFile, Overwrite, Spool, XlSkeleton,
     check_not_foreign,
@@ -313,8 +313,23 @@ impl CheckpointFile {
             }
         };
         let restored = self.reader.restore(&output, options.threads, progress);
-        restored.map_err(OfflineError::checkpoint(&self.path))?;
+        restored.map_err(|error| self.of_output(error))?;
         Ok(output.finish()?)
+    }
+
+    /// Takes the failure of the file that is written for what it is, not for the checkpoint's.
+    fn of_output(&self, error: CheckpointError) -> OfflineError {
+        match error {
+            CheckpointError::Memory(MemoryError::Backend { range, source }) => {
+                match source.downcast::<DumpError>() {
+                    Ok(error) => OfflineError::Dump(*error),
+                    Err(source) => OfflineError::checkpoint(&self.path)(CheckpointError::Memory(
+                        MemoryError::Backend { range, source },
+                    )),
+                }
+            }
+            error => OfflineError::checkpoint(&self.path)(error),
+        }
     }
 
     /// The guest's processor, if it is said.
