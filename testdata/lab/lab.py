@@ -12,6 +12,7 @@ import built
 import cache
 import captures
 import decoys
+import demo
 import kernels
 import killed
 import libvirt
@@ -42,6 +43,7 @@ COMMANDS = (
     stress.do_stress,
     reset.do_reset,
     testdata.do_testdata,
+    demo.do_demo,
     proof.do_prove,
     peers.do_compare,
     readers.do_readers,

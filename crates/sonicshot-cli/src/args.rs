@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::progress::{ProgressMode, Talk};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use sonicshot::ClassSet;
 use sonicshot::checkpoint::Compression;
@@ -27,8 +28,42 @@ Exit codes:
 #[derive(Debug, Parser)]
 #[command(name = "sonicshot", version, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
+    #[command(flatten)]
+    pub talk: TalkArgs,
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// What is told while a command works.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Telling of the work")]
+pub(crate) struct TalkArgs {
+    /// How far the work is, on standard error
+    #[arg(
+        long,
+        value_name = "WHEN",
+        value_enum,
+        default_value = "auto",
+        global = true,
+        hide_possible_values = true
+    )]
+    pub progress: ProgressMode,
+    /// Tell neither progress nor notes
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Tell each phase with its time; of a page server, each machine
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+}
+
+impl TalkArgs {
+    pub(crate) fn talk(&self) -> Talk {
+        Talk {
+            mode: self.progress,
+            quiet: self.quiet,
+            verbose: self.verbose,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -76,8 +111,11 @@ pub(crate) enum Command {
     /// Ends the virtual machines of a server that died
     #[command(hide = true)]
     ServeWatcher,
-    /// Inspect and prune the small real dump in testdata, and show what happened
+    /// Inspect and prune a small real guest that is in this program, and show what happened
     Demo(DemoArgs),
+    /// Write what a shell completes the command line by, or manual pages
+    #[command(subcommand)]
+    Generate(GenerateCommand),
 }
 
 /// How a dump is to be understood.
@@ -163,7 +201,11 @@ pub(crate) struct InspectArgs {
     /// error
     #[arg(long, value_name = "OUT.tsv")]
     pub pfns: Option<PathBuf>,
-    /// Write over an existing OUT.tsv
+    /// Draw RAM by class, before a prune and after it: on the terminal, or as a picture to FILE.svg
+    /// (give the dump before it)
+    #[arg(long, value_name = "FILE.svg", num_args = 0..=1, default_missing_value = "-")]
+    pub map: Option<PathBuf>,
+    /// Write over an existing OUT.tsv or FILE.svg
     #[arg(long)]
     pub force: bool,
 }
@@ -189,11 +231,11 @@ pub(crate) struct PruneArgs {
     /// In place, leave what is shorter than this in the file: a hole costs time and an extent
     /// however short it is. Bytes, or with K, M, G; 0 punches every page. By default 32K, or
     /// less in a guest whose free memory is in pieces, so that 97 % of it goes
-    #[arg(long, value_name = "SIZE", value_parser = size, requires = "in_place")]
+    #[arg(long, value_name = "SIZE", value_parser = size, requires = "in_place", conflicts_with = "output")]
     pub min_hole: Option<u64>,
     /// In place, prune a file that another process has open for writing: a VMM whose guest is
     /// stopped from before this command starts until it is done
-    #[arg(long, requires = "in_place")]
+    #[arg(long, requires = "in_place", conflicts_with = "output")]
     pub live_ok: bool,
     /// The classes to drop, by name; `zero` is pages in use that hold only zeroes, whatever their
     /// class. What the guest uses (`page_cache_clean`, `anonymous`, ...) is dropped only with
@@ -239,6 +281,11 @@ fn knowledge(name: &str) -> Result<Knowledge, String> {
     found.ok_or_else(|| "not types, vmcoreinfo or shape".into())
 }
 
+/// A number that is not 0.
+fn at_least_one(text: &str) -> Result<NonZeroUsize, String> {
+    text.parse().map_err(|_| "not a number from 1 on".into())
+}
+
 /// A number of bytes, with K, M or G in units of 1024.
 fn size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.char_indices().last() {
@@ -270,7 +317,7 @@ pub(crate) struct SaveArgs {
     #[arg(long, value_name = "KIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(4..=16384))]
     pub chunk: u32,
     /// How many threads work; by default as many as there are cores
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub threads: Option<NonZeroUsize>,
     /// The classes to leave out, by name
     #[arg(
@@ -399,7 +446,7 @@ pub(crate) struct ServeArgs {
     pub max_vms: NonZeroUsize,
     /// Take no more when so many have begun, and end when all have ended; connections that were
     /// refused do not count
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub vms: Option<NonZeroUsize>,
     /// Let the next server that is started with the same PATH go on with the virtual machines if this
     /// one dies, and take those of the one before; if that lives still it is ended. A socket, for
@@ -427,9 +474,6 @@ pub(crate) struct ServeArgs {
     /// The memory that the snapshot is a diff to
     #[arg(long, value_name = "FILE")]
     pub base: Option<PathBuf>,
-    /// Say more
-    #[arg(short, long)]
-    pub verbose: bool,
 }
 
 /// A user, and a group behind a colon, by number.
@@ -552,7 +596,7 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_enum, default_value = "raw")]
     pub to: DumpKind,
     /// How many threads work; by default as many as there are cores
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub threads: Option<NonZeroUsize>,
     /// Write a blob of the checkpoint to a file too; may be repeated
     #[arg(long, value_name = "NAME=FILE")]
@@ -686,9 +730,31 @@ pub(crate) struct XenRestoreArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
-    /// The folder of the demo's dump; by default looked for from here upwards
+    /// The folder of another guest, with ram.raw.zst and kpageflags.bin.zst
     #[arg(long, value_name = "DIR")]
     pub dump: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum GenerateCommand {
+    /// What a shell completes the command line by, to standard output
+    Completions(CompletionsArgs),
+    /// The manual page, to standard output, or a page for each command
+    Man(ManArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompletionsArgs {
+    /// The shell
+    #[arg(value_name = "SHELL")]
+    pub shell: clap_complete::Shell,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ManArgs {
+    /// The folder for a page of each command
+    #[arg(short, long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -740,7 +806,7 @@ pub(crate) struct QemuSaveArgs {
     #[arg(long, value_name = "HOW", default_value = "zstd")]
     pub compress: Compression,
     /// How many threads work; by default as many as there are cores
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub threads: Option<NonZeroUsize>,
     /// Print JSON
     #[arg(long)]

@@ -3,8 +3,9 @@
 use crate::args::{ConvertArgs, ConvertTo};
 use crate::error::CliError;
 use crate::inputs::Input;
-use crate::output::{overwrite, shown_on};
-use crate::report::{layout_arg, lines, mib, progress_bar, say, size, tell_notes};
+use crate::output::overwrite;
+use crate::progress::Phase;
+use crate::report::{layout_arg, lines, mib, say, size, tell_notes};
 use serde_json::json;
 use sonicshot_dump::DumpError;
 use sonicshot_offline::{Converted, Target, Template};
@@ -58,15 +59,15 @@ fn target(args: &ConvertArgs) -> Result<Target, CliError> {
 }
 
 fn convert(args: &ConvertArgs, target: &Target) -> Result<Converted, CliError> {
-    let bar = progress_bar("converting", args.json);
-    let progress = &mut shown_on(&bar);
     let (out, force) = (&args.output, overwrite(args.force));
-    let snapshot = Input::find(&args.file, &args.input)?.snapshot;
+    let snapshot = Input::find(&args.file, &args.input, args.json)?.snapshot;
+    let phase = Phase::begin("converting", args.json);
+    let progress = &mut phase.shown();
     let converted = match snapshot.checkpoint()? {
         Some(checkpoint) => checkpoint.convert(target, out, force, progress)?,
         None => snapshot.convert(target, out, force, progress)?,
     };
-    bar.finish_and_clear();
+    drop(phase);
     Ok(converted)
 }
 

@@ -3,16 +3,16 @@
 use crate::args::DemoArgs;
 use crate::error::CliError;
 use crate::inspect::print_report;
+use crate::output::io;
 use crate::report::{count, say, size};
 use sonicshot::{ClassSet, PageClass, PageMap, Pfn};
 use sonicshot_offline::{AnalyzeOptions, OpenOptions, PruneOptions, Snapshot};
 use sonicshot_vmi::count_zero_pages;
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-const NAME: &str = "guest-6.1-128m";
 /// Bits of `/proc/kpageflags` (include/uapi/linux/kernel-page-flags.h) that say "in use".
 const LRU: u64 = 1 << 5;
 const SLAB: u64 = 1 << 7;
@@ -22,9 +22,9 @@ const ANON: u64 = 1 << 12;
 const RESERVED: u64 = 1 << 32;
 
 pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
-    let folder = match &args.dump {
-        Some(folder) => folder.clone(),
-        None => find()?,
+    let guest = match &args.dump {
+        Some(folder) => Guest::of_folder(folder)?,
+        None => Guest::within()?,
     };
     let scratch = tempfile::tempdir().map_err(|source| CliError::Io {
         action: "creating a folder in",
@@ -32,8 +32,9 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
         source,
     })?;
     let dump = scratch.path().join("guest.raw");
-    say!("$ unpack {}", folder.join("ram.raw.zst").display());
-    unpack(&folder.join("ram.raw.zst"), &dump)?;
+    say!("$ unpack {}", guest.name);
+    let on_disk = unpack(&mut guest.ram.as_slice(), &dump).map_err(guest.failed())?;
+    say!("{} on disk", size(on_disk));
     say!("\n$ sonicshot inspect guest.raw");
     let snapshot = Snapshot::open(&dump, &OpenOptions::new())?;
     let analyzed = snapshot.analyze(&AnalyzeOptions::new())?;
@@ -45,14 +46,14 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
     );
 
     say!("\n$ compare with /proc/kpageflags, written by the guest itself before it stopped");
-    let flags = read_flags(&folder.join("kpageflags.bin.zst"))?;
+    let flags = read_flags(&mut guest.kpageflags.as_slice()).map_err(guest.failed())?;
     check(analyzed.pages(), &flags)?;
 
     say!("\n$ sonicshot prune guest.raw --in-place");
     let plan = analyzed.plan(ClassSet::DEFAULT_DROP)?;
     let stats = plan.prune_in_place(&PruneOptions::new(), &mut |_, _| {})?;
     say!(
-        "dropped {} in {} runs; on disk: {} -> {}",
+        "dropped {} in {} holes; on disk: {} -> {}",
         size(stats.dropped_bytes),
         count(stats.runs),
         size(stats.disk_before),
@@ -73,70 +74,60 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Looks for the dump from the current folder upwards.
-fn find() -> Result<PathBuf, CliError> {
-    let here = std::env::current_dir().unwrap_or_default();
-    here.ancestors()
-        .map(|folder| folder.join("testdata").join(NAME))
-        .find(|folder| folder.join("ram.raw.zst").exists())
-        .ok_or(CliError::NoDemo { name: NAME })
+/// A guest's memory and its kernel's own word of every frame, both packed by zstd.
+struct Guest {
+    name: String,
+    ram: Vec<u8>,
+    kpageflags: Vec<u8>,
 }
 
-/// Unpacks a file with holes where it is zero.
-fn unpack(from: &Path, to: &Path) -> Result<(), CliError> {
-    let io = |path: &Path| {
-        let path = path.to_owned();
-        move |source| CliError::Io {
-            action: "unpacking",
-            path,
-            source,
-        }
-    };
-    let work = || -> io::Result<u64> {
-        let mut reader = zstd::stream::read::Decoder::new(File::open(from)?)?;
-        reader.window_log_max(31)?;
-        let mut out = File::create(to)?;
-        let mut piece = vec![0; 1 << 16];
-        let mut len = 0_u64;
-        loop {
-            let mut got = 0;
-            while got < piece.len() {
-                match reader.read(piece.get_mut(got..).unwrap_or_default())? {
-                    0 => break,
-                    more => got += more,
-                }
-            }
-            let data = piece.get(..got).unwrap_or_default();
-            if data.is_empty() {
-                out.set_len(len)?;
-                return Ok(out.metadata()?.blocks() * 512);
-            }
-            if data.iter().any(|byte| *byte != 0) {
-                out.seek(SeekFrom::Start(len))?;
-                out.write_all(data)?;
-            }
-            len += data.len() as u64;
-        }
-    };
-    let on_disk = work().map_err(io(from))?;
-    say!("{} on disk", size(on_disk));
-    Ok(())
+impl Guest {
+    /// The one in this program: its pages in use that nothing here looks at hold a text instead of
+    /// what they held, which makes it small. `lab.py demo` makes it.
+    fn within() -> Result<Self, CliError> {
+        Ok(Self {
+            name: "the guest in this program: 128 MiB, Debian's Linux 6.1".into(),
+            ram: include_bytes!("../demo/ram.raw.zst").into(),
+            kpageflags: include_bytes!("../demo/kpageflags.bin.zst").into(),
+        })
+    }
+
+    /// A guest of the repository's testdata.
+    fn of_folder(folder: &Path) -> Result<Self, CliError> {
+        let read = |name: &str| {
+            let path = folder.join(name);
+            fs::read(&path).map_err(io("reading", &path))
+        };
+        Ok(Self {
+            name: folder.join("ram.raw.zst").display().to_string(),
+            ram: read("ram.raw.zst")?,
+            kpageflags: read("kpageflags.bin.zst")?,
+        })
+    }
+
+    fn failed(&self) -> impl Fn(io::Error) -> CliError {
+        io("unpacking", Path::new(&self.name))
+    }
 }
 
-fn read_flags(path: &Path) -> Result<Vec<u64>, CliError> {
-    let work = || -> io::Result<Vec<u64>> {
-        let mut bytes = Vec::new();
-        let mut reader = zstd::stream::read::Decoder::new(File::open(path)?)?;
-        reader.window_log_max(31)?;
-        reader.read_to_end(&mut bytes)?;
-        let (words, _) = bytes.as_chunks::<8>();
-        Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
-    };
-    work().map_err(|source| CliError::Io {
-        action: "unpacking",
-        path: path.to_owned(),
-        source,
-    })
+/// Unpacks a file, dense as most VMMs write it. Gives what it takes on disk, in bytes.
+fn unpack(from: &mut dyn Read, to: &Path) -> io::Result<u64> {
+    let mut reader = zstd::stream::read::Decoder::new(from)?;
+    reader.window_log_max(31)?;
+    let mut out = File::create(to)?;
+    io::copy(&mut reader, &mut out)?;
+    // What it takes is known once it is there.
+    out.sync_all()?;
+    Ok(out.metadata()?.blocks().saturating_mul(512))
+}
+
+fn read_flags(from: &mut dyn Read) -> io::Result<Vec<u64>> {
+    let mut bytes = Vec::new();
+    let mut reader = zstd::stream::read::Decoder::new(from)?;
+    reader.window_log_max(31)?;
+    reader.read_to_end(&mut bytes)?;
+    let (words, _) = bytes.as_chunks::<8>();
+    Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
 }
 
 /// Holds every frame against the kernel's own word.

@@ -47,8 +47,6 @@ pub(crate) enum CliError {
     Exists { path: PathBuf },
     #[error("{} is the dump itself", path.display())]
     OverDump { path: PathBuf },
-    #[error("no demo dump found: looked for testdata/{name} from here upwards")]
-    NoDemo { name: &'static str },
     #[error("the demo's check failed: {what}")]
     Demo { what: String },
     /// Inputs failed, and each was told of.
@@ -162,7 +160,6 @@ impl CliError {
             | Self::Qemu(_)
             | Self::AboutDomain(_)
             | Self::Exists { .. }
-            | Self::NoDemo { .. }
             | Self::Demo { .. } => 1,
         }
     }
@@ -284,6 +281,28 @@ impl CliError {
             complain!("  hint: {hint}");
         }
     }
+}
+
+/// Tells what is wrong with the command line, or what was asked for by `--help` and `--version`:
+/// with `--json` in it, what is wrong as a line of JSON.
+pub(crate) fn of_command_line(error: &clap::Error) -> ExitCode {
+    let json = std::env::args_os().any(|arg| arg == "--json");
+    if error.use_stderr() && json {
+        let text = error.render().to_string();
+        let first = text.lines().next().unwrap_or_default();
+        let what = first.strip_prefix("error: ").unwrap_or(first);
+        let hint = text
+            .lines()
+            .find_map(|line| line.trim_start().strip_prefix("tip: "));
+        complain!(
+            "{}",
+            json!({"error": what, "causes": [], "hint": hint, "exit_code": 2})
+        );
+    } else {
+        // Nothing is left to tell it to.
+        let _ = error.print();
+    }
+    ExitCode::from(u8::from(error.use_stderr()) * 2)
 }
 
 /// Whether a file takes less of the disk than it is long, and may be a diff: nothing that begins
@@ -428,6 +447,10 @@ fn hint_of(error: &OfflineError) -> Option<&'static str> {
             source: CheckpointError::Checksum { .. } | CheckpointError::Truncated { .. },
             ..
         } => "the file was damaged after it was written: take another copy of it",
+        OfflineError::Checkpoint {
+            source: CheckpointError::NotACheckpoint { .. },
+            ..
+        } => "a dump is no checkpoint: `inspect` tells what it is, `save` makes a checkpoint of it",
         OfflineError::Misplaced { guessed: false, .. } => {
             "give the ranges in the order in which the file has them, or no --layout"
         }

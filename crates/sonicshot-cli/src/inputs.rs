@@ -2,10 +2,13 @@
 
 use crate::args::InputArgs;
 use crate::error::CliError;
-use crate::report::{complain, count, say};
+use crate::progress::Phase;
+use crate::report::{count, note, say};
 use sonicshot::{FileId, FileStamp};
 use sonicshot_dump::DumpError;
-use sonicshot_offline::{CheckpointFile, OpenOptions, Snapshot};
+use sonicshot_offline::{
+    AnalyzeOptions, Analyzed, CheckpointFile, OfflineError, OpenOptions, Snapshot,
+};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
@@ -32,7 +35,8 @@ pub(crate) fn checkpoint(path: &Path, max_size: Option<u64>) -> Result<Checkpoin
 }
 
 impl Input {
-    pub(crate) fn find(path: &Path, how: &InputArgs) -> Result<Self, CliError> {
+    pub(crate) fn find(path: &Path, how: &InputArgs, json: bool) -> Result<Self, CliError> {
+        let _phase = Phase::begin("reading", json);
         let options = how.open();
         let snapshot = if path == Path::new(PIPE) {
             take_in(&options)?
@@ -43,6 +47,16 @@ impl Input {
             path: path.into(),
             snapshot,
         })
+    }
+
+    /// Looks for its kernel and its free pages.
+    pub(crate) fn analyze(
+        &self,
+        how: &AnalyzeOptions,
+        json: bool,
+    ) -> Result<Analyzed, OfflineError> {
+        let _phase = Phase::begin("looking for the kernel and its pages", json);
+        self.snapshot.analyze(how)
     }
 
     /// Whether it is standard input.
@@ -109,12 +123,12 @@ impl Inputs {
         let mut repeated = 0_usize;
         let mut found = Vec::new();
         for path in paths {
-            let input = Input::find(path, how);
+            let input = Input::find(path, how, json);
             let identity = input.as_ref().ok().and_then(Input::identity);
             if identity.is_some_and(|identity| !seen.insert(identity)) {
                 repeated = repeated.saturating_add(1);
                 if !json {
-                    complain!("note: {} was given already", path.display());
+                    note!("{} was given already", path.display());
                 }
                 continue;
             }

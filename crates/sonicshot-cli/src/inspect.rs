@@ -2,11 +2,13 @@
 
 mod checkpoint;
 mod guest;
+mod map;
 
 use crate::args::InspectArgs;
 use crate::error::CliError;
 use crate::inputs::{Input, Inputs, PIPE};
 use crate::output::{io, overwrite};
+use crate::progress::Phase;
 use crate::report::{percent, say, say_to_stderr, size};
 use guest::json_report;
 pub(crate) use guest::print_report;
@@ -26,6 +28,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
             what: "--pfns writes of one input".into(),
         });
     }
+    check_map(args, inputs.several())?;
     if args.pfns.as_deref() == Some(Path::new(PIPE)) {
         say_to_stderr();
     }
@@ -58,16 +61,27 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
         checkpoint::inspect(&input.path, &checkpoint, args)?;
         return Ok((0, 0));
     }
-    if let Some(path) = pfns.filter(|path| *path != Path::new(PIPE)) {
-        check_replaceable(path, memory, args.force)?;
+    let picture = args.map.as_deref();
+    for path in [pfns, picture].into_iter().flatten() {
+        if path != Path::new(PIPE) {
+            check_replaceable(path, memory, args.force)?;
+        }
     }
-    let analyzed = input.snapshot.analyze(&args.input.analyze())?;
+    let analyzed = input.analyze(&args.input.analyze(), args.json)?;
+    let phase = Phase::begin("looking for zero pages", args.json);
     let zero_pages = count_zero_pages(analyzed.dump(), analyzed.pages())?;
+    drop(phase);
     let savings = analyzed.savings(ClassSet::DEFAULT_DROP)?;
     analyzed.dump().check_unchanged()?;
     if let Some(path) = pfns {
-        write_pfns(path, args.force, &analyzed.dump().files(), &|out| {
+        write_to(path, args.force, &analyzed.dump().files(), &|out| {
             write_runs(&analyzed, out)
+        })?;
+    }
+    if let Some(path) = picture.filter(|path| *path != Path::new(PIPE)) {
+        let title = format!("{}, {}", input.path.display(), analyzed.facts().release);
+        write_to(path, args.force, &analyzed.dump().files(), &|out| {
+            map::write_svg(&analyzed, &title, out)
         })?;
     }
     if args.json {
@@ -77,6 +91,9 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
             say!("snapshot  {}, memory in {}", vmm.name(), memory.display());
         }
         print_report(&analyzed, zero_pages, savings);
+        if picture == Some(Path::new(PIPE)) {
+            map::print(&analyzed);
+        }
     }
     let page_size = analyzed.pages().page_size().bytes();
     let total = analyzed.counts().total().saturating_mul(page_size);
@@ -84,7 +101,28 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
     Ok((plan.dropped_bytes(), total))
 }
 
-/// Before the work: whether the file of `--pfns` may be written over.
+/// Before the work: whether `--map` can be done.
+fn check_map(args: &InspectArgs, several: bool) -> Result<(), CliError> {
+    let usage = |what: &str| Err(CliError::Usage { what: what.into() });
+    let Some(path) = args.map.as_deref() else {
+        return Ok(());
+    };
+    let is_picture = path.extension().is_some_and(|end| end == "svg");
+    if path == Path::new(PIPE) {
+        match args.json {
+            true => usage("--map draws for people: with --json, give it a FILE.svg"),
+            false => Ok(()),
+        }
+    } else if !is_picture {
+        usage("--map takes the name of an .svg file, or none to draw here: give the dump before it")
+    } else if several {
+        usage("--map writes a picture of one input")
+    } else {
+        Ok(())
+    }
+}
+
+/// Before the work: whether the file of `--pfns` or `--map` may be written over.
 fn check_replaceable(path: &Path, memory: &Path, force: bool) -> Result<(), CliError> {
     let Ok(there) = fs::metadata(path) else {
         return Ok(());
@@ -113,9 +151,9 @@ fn print_json(input: &Input, analyzed: &Analyzed, zero_pages: u64, savings: Savi
     say!("{report}");
 }
 
-/// Writes a line for each run of frames: to standard output, or to a file, which appears whole or
-/// not at all, for no more eyes than `sources`.
-fn write_pfns(
+/// Writes to standard output, or to a file, which appears whole or not at all, for no more eyes than
+/// `sources`.
+fn write_to(
     path: &Path,
     force: bool,
     sources: &[&File],

@@ -5,9 +5,11 @@ mod attach;
 mod convert;
 mod demo;
 mod error;
+mod generate;
 mod inputs;
 mod inspect;
 mod output;
+mod progress;
 mod prune;
 mod qemu;
 mod report;
@@ -17,13 +19,17 @@ mod serve;
 mod symbols;
 mod xen;
 
-use args::{Cli, Command, QemuCommand, SymbolsCommand, XenCommand};
+use args::{Cli, Command, GenerateCommand, QemuCommand, SymbolsCommand, XenCommand};
 use clap::Parser;
 use error::CliError;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return error::of_command_line(&error),
+    };
+    progress::set(cli.talk.talk());
     let (result, json) = match &cli.command {
         Command::Inspect(args) => (inspect::run(args), args.json),
         Command::Prune(args) => (prune::run(args), args.json),
@@ -42,6 +48,10 @@ fn main() -> ExitCode {
         Command::Serve(args) => (serve::run(args), false),
         Command::ServeWatcher => (serve::watch(), false),
         Command::Demo(args) => (demo::run(args), false),
+        Command::Generate(GenerateCommand::Completions(args)) => {
+            (generate::completions(args), false)
+        }
+        Command::Generate(GenerateCommand::Man(args)) => (generate::man(args), false),
     };
     let result = result.and_then(|()| match report::output_error() {
         Some(error) => Err(CliError::Io {

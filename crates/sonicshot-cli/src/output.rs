@@ -1,7 +1,6 @@
 //! What is the same of every output.
 
 use crate::error::CliError;
-use indicatif::ProgressBar;
 use sonicshot_dump::Overwrite;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -21,14 +20,6 @@ pub(crate) fn io(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Cli
         action,
         path: path.into(),
         source,
-    }
-}
-
-/// Shows on `bar` how far the work is.
-pub(crate) fn shown_on(bar: &ProgressBar) -> impl FnMut(u64, u64) + '_ {
-    |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
     }
 }
 

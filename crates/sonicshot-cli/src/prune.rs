@@ -5,8 +5,9 @@ mod report;
 use crate::args::{PruneArgs, classes};
 use crate::error::CliError;
 use crate::inputs::{Input, Inputs};
-use crate::output::{overwrite, shown_on};
-use crate::report::{complain, percent, progress_bar, say_to_stderr, size};
+use crate::output::overwrite;
+use crate::progress::Phase;
+use crate::report::{complain, percent, say_to_stderr, size};
 use report::{Expected, Report};
 use sonicshot::ClassSet;
 use sonicshot_dump::DumpError;
@@ -134,7 +135,7 @@ fn outputs(args: &PruneArgs, inputs: &Inputs) -> Result<HashMap<PathBuf, PathBuf
         }
         // One of several does not stop the others.
         if !inputs.several() {
-            check_free(args, &to)?;
+            check_free(args, input, &to)?;
         }
         outputs.insert(input.path.clone(), to);
     }
@@ -142,7 +143,10 @@ fn outputs(args: &PruneArgs, inputs: &Inputs) -> Result<HashMap<PathBuf, PathBuf
 }
 
 /// Refuses an output that exists, unless it may be replaced.
-fn check_free(args: &PruneArgs, out: &Path) -> Result<(), CliError> {
+fn check_free(args: &PruneArgs, input: &Input, out: &Path) -> Result<(), CliError> {
+    if !args.to_stdout() && input.is_file_at(out) {
+        return Err(DumpError::SameFile { path: out.into() }.into());
+    }
     if args.force || args.to_stdout() || !out.exists() {
         return Ok(());
     }
@@ -196,7 +200,7 @@ impl Job<'_> {
         let args = self.args;
         let started = Instant::now();
         self.check(input)?;
-        let analyzed = match input.snapshot.analyze(&args.input.analyze()) {
+        let analyzed = match input.analyze(&args.input.analyze(), args.json) {
             // Pages of zeroes need no kernel.
             Err(error) if error.is_of_the_kernel() && self.drops_zeroes_alone() => {
                 input.snapshot.zero_pages()?
@@ -248,7 +252,7 @@ impl Job<'_> {
     fn check(&self, input: &Input) -> Result<(), CliError> {
         let args = self.args;
         if let Some(out) = self.out {
-            check_free(args, out)?;
+            check_free(args, input, out)?;
         }
         input.snapshot.check_prunable()?;
         if args.in_place && input.is_pipe() {
@@ -271,8 +275,8 @@ impl Job<'_> {
 
     fn write(&self, input: &Input, plan: &Plan<'_>) -> Result<PruneStats, CliError> {
         let args = self.args;
-        let bar = progress_bar("pruning", args.json);
-        let progress = &mut shown_on(&bar);
+        let phase = Phase::begin("pruning", args.json);
+        let progress = &mut phase.shown();
         let stats = match (self.out, self.in_place()) {
             (Some(_), _) if args.to_stdout() => {
                 plan.prune_to_writer(io::stdout().lock(), progress)?
@@ -285,7 +289,7 @@ impl Job<'_> {
                 });
             }
         };
-        bar.finish_and_clear();
+        drop(phase);
         Ok(stats)
     }
 }

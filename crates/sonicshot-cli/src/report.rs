@@ -1,11 +1,10 @@
-//! Numbers for people, and progress.
+//! Numbers and lines for people.
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
 use sonicshot::RamLayout;
 use sonicshot_offline::{ByteSize, LayoutSpec, Note};
 use std::fmt;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -24,6 +23,16 @@ macro_rules! complain {
     ($($arg:tt)*) => { $crate::report::print_error_line(format_args!($($arg)*)) };
 }
 pub(crate) use complain;
+
+/// Tells a note on standard error, unless none are wanted (`--quiet`).
+macro_rules! note {
+    ($($arg:tt)*) => {
+        if !$crate::progress::talk().quiet {
+            $crate::report::complain!("note: {}", format_args!($($arg)*));
+        }
+    };
+}
+pub(crate) use note;
 
 pub(crate) fn print_error_line(line: fmt::Arguments<'_>) {
     let _ = writeln!(io::stderr().lock(), "{line}");
@@ -102,7 +111,7 @@ pub(crate) fn tell_notes(notes: &[Note]) {
     for note in notes {
         match note {
             Note::ForAnalysis => complain!("warning: {note}"),
-            _ => complain!("note: {note}"),
+            _ => note!("{note}"),
         }
     }
 }
@@ -134,18 +143,6 @@ pub(crate) fn count(number: u64) -> String {
         out.push(digit);
     }
     out
-}
-
-/// A progress bar on standard error, if that is a terminal.
-pub(crate) fn progress_bar(what: &'static str, quiet: bool) -> ProgressBar {
-    if quiet || !io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    let style = ProgressStyle::with_template("{msg} [{bar:40}] {bytes}/{total_bytes} {eta}");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar.set_message(what);
-    bar
 }
 
 #[cfg(test)]

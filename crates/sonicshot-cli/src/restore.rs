@@ -3,8 +3,9 @@
 use crate::args::{DumpKind, RestoreArgs, VerifyArgs};
 use crate::error::CliError;
 use crate::inputs::checkpoint;
-use crate::output::{named_files, overwrite, shown_on};
-use crate::report::{count, layout_arg, lines, mib, progress_bar, say, size, tell_notes};
+use crate::output::{named_files, overwrite};
+use crate::progress::Phase;
+use crate::report::{count, layout_arg, lines, mib, say, size, tell_notes};
 use serde_json::json;
 use sonicshot_offline::{OpenOptions, RestoreOptions};
 use std::path::Path;
@@ -22,9 +23,9 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
     let blobs = named_files(&args.blob)?.into_iter();
     options.blobs = blobs.map(|(name, path)| (name.to_owned(), path)).collect();
     let checkpoint = checkpoint(&args.file, args.max_size)?;
-    let bar = progress_bar("restoring", args.json);
-    let restored = checkpoint.restore(&args.output, &options, &mut shown_on(&bar))?;
-    bar.finish_and_clear();
+    let phase = Phase::begin("restoring", args.json);
+    let restored = checkpoint.restore(&args.output, &options, &mut phase.shown())?;
+    drop(phase);
     let seconds = started.elapsed().as_secs_f64();
     let layout = &checkpoint.reader().info().layout;
     if args.json {
@@ -56,8 +57,8 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
 pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
     let started = Instant::now();
     let checkpoint = checkpoint(&args.file, args.max_size)?;
-    let bar = progress_bar("checking", args.json);
-    let mut progress = shown_on(&bar);
+    let phase = Phase::begin("checking", args.json);
+    let mut progress = phase.shown();
     checkpoint.verify(&mut progress)?;
     let mut compared = None;
     if let Some(path) = &args.against {
@@ -66,7 +67,7 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
         known.format = args.format;
         compared = Some(checkpoint.verify_against(path, &known, &mut progress)?);
     }
-    bar.finish_and_clear();
+    drop(phase);
     let seconds = started.elapsed().as_secs_f64();
     let reader = checkpoint.reader();
     if args.json {

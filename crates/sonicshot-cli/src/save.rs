@@ -3,10 +3,10 @@
 use crate::args::{SaveArgs, classes};
 use crate::error::CliError;
 use crate::inputs::Input;
-use crate::output::{named_files, overwrite, shown_on};
+use crate::output::{named_files, overwrite};
+use crate::progress::Phase;
 use crate::report::{
-    by_name, by_name_json, complain, count, lines, mib, percent, progress_bar, say, size,
-    tell_notes,
+    by_name, by_name_json, complain, count, lines, mib, percent, say, size, tell_notes,
 };
 use serde_json::{Map, Value, json};
 use sonicshot::PageClass;
@@ -29,13 +29,13 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
     for (name, path) in blobs {
         options = options.blob(name, path)?;
     }
-    let snapshot = Input::find(&args.file, &args.input)?.snapshot;
+    let input = Input::find(&args.file, &args.input, args.json)?;
     let saved = if args.keep_all {
-        write(args, &Source::Whole(&snapshot.keep_all()?), &options)?
+        write(args, &Source::Whole(&input.snapshot.keep_all()?), &options)?
     } else {
         // What is zero is found as it is written.
         let analyze = args.input.analyze().zero_pages(false);
-        let analyzed = snapshot.analyze(&analyze)?;
+        let analyzed = input.analyze(&analyze, args.json)?;
         let plan = match args.for_analysis {
             true => analyzed.plan_for_analysis(drop)?,
             false => analyzed.plan(drop)?,
@@ -91,8 +91,8 @@ fn write(
     source: &Source<'_>,
     options: &CheckpointOptions,
 ) -> Result<Saved, CliError> {
-    let bar = progress_bar("saving", args.json);
-    let progress = &mut shown_on(&bar);
+    let phase = Phase::begin("saving", args.json);
+    let progress = &mut phase.shown();
     let (out, force) = (&args.output, overwrite(args.force));
     let saved = match (source, args.to_stdout()) {
         (Source::Whole(all), false) => all.save(out, force, options, progress),
@@ -102,7 +102,7 @@ fn write(
             plan.save_to_writer(io::stdout().lock(), options, progress)
         }
     }?;
-    bar.finish_and_clear();
+    drop(phase);
     Ok(saved)
 }
 

@@ -2,6 +2,7 @@
 
 use crate::args::{PrefetchKind, ServeArgs};
 use crate::error::CliError;
+use crate::progress::talk;
 use crate::report::{complain, say, size};
 use sonicshot_offline::OpenOptions;
 use sonicshot_serve::{
@@ -16,7 +17,7 @@ use std::time::Duration;
 use tracing_subscriber::filter::LevelFilter;
 
 pub(crate) fn run(args: &ServeArgs) -> Result<(), CliError> {
-    log(args.verbose);
+    log(talk().verbose);
     allow_many_descriptors();
     let metrics = Arc::new(Metrics::default());
     let mut open = OpenOptions::new();

@@ -13,7 +13,7 @@ use sonicshot::{GuestMemory, PageMap, Progress, PrunePlan};
 use sonicshot_dump::{Dump, NewFile, Overwrite};
 use sonicshot_vmi::Knowledge;
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
 
 /// How a checkpoint is written, and what goes into it beside the guest.
@@ -49,7 +49,7 @@ impl CheckpointOptions {
     /// is written is then for no more eyes than it.
     ///
     /// # Errors
-    /// [`OfflineError::Io`] if it cannot be opened.
+    /// [`OfflineError::Io`] if it cannot be opened, or is a folder.
     pub fn blob(
         mut self,
         name: impl Into<String>,
@@ -57,6 +57,11 @@ impl CheckpointOptions {
     ) -> Result<Self, OfflineError> {
         let path = path.as_ref();
         let file = File::open(path).map_err(OfflineError::io("opening", path))?;
+        let found = file.metadata().map_err(OfflineError::io("reading", path))?;
+        if found.is_dir() {
+            let source = io::Error::new(io::ErrorKind::IsADirectory, "it is a folder: give a file");
+            return Err(OfflineError::io("reading", path)(source));
+        }
         self.blobs.push((name.into(), file));
         Ok(self)
     }

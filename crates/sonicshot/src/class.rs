@@ -174,10 +174,16 @@ impl fmt::Display for PageClass {
 
 /// A name that is no page class.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{name}` is no page class")]
+#[error("unknown page class `{name}`; classes: {}, and `zero`", names())]
 pub struct UnknownClass {
     /// The name given.
     pub name: String,
+}
+
+/// All classes by name, for who gave none of them.
+fn names() -> String {
+    let names: Vec<_> = PageClass::ALL.iter().map(|class| class.name()).collect();
+    names.join(", ")
 }
 
 impl FromStr for PageClass {

@@ -1,6 +1,6 @@
 //! What `inspect` says of a checkpoint; no kernel is looked for.
 
-use super::write_pfns;
+use super::write_to;
 use crate::args::InspectArgs;
 use crate::error::CliError;
 use crate::report::{count, lines, mib, percent, say, size};
@@ -24,8 +24,12 @@ pub(super) fn inspect(
     for run in reader.runs() {
         counts.add(run.class, run.frames.len());
     }
+    if args.map.is_some() {
+        let what = "--map draws dumps: restore the checkpoint, and give what comes of it";
+        return Err(CliError::Usage { what: what.into() });
+    }
     if let Some(path) = &args.pfns {
-        write_pfns(path, args.force, &[reader.source()], &|out| {
+        write_to(path, args.force, &[reader.source()], &|out| {
             write_runs(reader, out)
         })?;
     }

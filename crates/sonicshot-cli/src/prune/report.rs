@@ -1,7 +1,7 @@
 //! What there is to say of a prune: as JSON, and for people.
 
 use crate::error::CliError;
-use crate::report::{by_name, by_name_json, complain, count, lines, mib, percent, say, size};
+use crate::report::{by_name, by_name_json, count, lines, mib, note, percent, say, size};
 use serde_json::json;
 use sonicshot::PageClass;
 use sonicshot_offline::{Analyzed, Plan, PruneOptions, PruneStats};
@@ -144,7 +144,7 @@ impl Report<'_> {
 
     pub(super) fn print_summary(&self) {
         for note in self.analyzed.notes() {
-            complain!("note: {note}");
+            note!("{note}");
         }
         match self.stats {
             Some(stats) => self.print_stats(stats),

@@ -3,7 +3,7 @@
 use crate::args::QemuRestoreArgs;
 use crate::error::CliError;
 use crate::qemu::save::this_program;
-use crate::report::{complain, say};
+use crate::report::{complain, note, say};
 use serde_json::json;
 use sonicshot_qemu_live::{LiveRestoreOptions, LiveRestored, RestoreHow};
 
@@ -67,7 +67,7 @@ fn tell(args: &QemuRestoreArgs, restored: &LiveRestored) {
     }
     let state = if restored.paused { "is paused" } else { "runs" };
     if let Some(why) = &restored.why {
-        complain!("note: not by postcopy, all memory was put in place first: {why}");
+        note!("not by postcopy, all memory was put in place first: {why}");
     }
     complain!(
         "restored {} in QEMU {} ({}) in {:.2} s, all of it in {seconds:.2} s: it {state}",

@@ -2,8 +2,9 @@
 
 use crate::args::{AfterSaveKind, QemuSaveArgs};
 use crate::error::CliError;
-use crate::output::{overwrite, shown_on};
-use crate::report::{complain, percent, progress_bar, say, size};
+use crate::output::overwrite;
+use crate::progress::Phase;
+use crate::report::{complain, note, percent, say, size};
 use serde_json::{Value, json};
 use sonicshot::checkpoint::SaveOptions;
 use sonicshot_qemu_live::{AfterSave, LiveSaveOptions, LiveSaved};
@@ -28,10 +29,10 @@ pub(crate) fn save(args: &QemuSaveArgs) -> Result<(), CliError> {
     options.max_pause = args.max_pause;
     options.pid = args.pid;
     options.watchdog = Some(this_program("qemu-watchdog")?);
-    let bar = progress_bar("saving", args.json);
-    let mut progress = shown_on(&bar);
+    let phase = Phase::begin("saving", args.json);
+    let mut progress = phase.shown();
     let saved = sonicshot_qemu_live::save(&args.qmp, &args.output, options, &mut progress);
-    bar.finish_and_clear();
+    drop(phase);
     let saved = saved?;
     if args.json {
         say!("{}", report(args, &saved));
@@ -102,12 +103,10 @@ fn report(args: &QemuSaveArgs, saved: &LiveSaved) -> Value {
 
 fn summary(args: &QemuSaveArgs, saved: &LiveSaved) {
     for note in &saved.notes {
-        complain!("note: {note}");
+        note!("{note}");
     }
     if let Some(error) = &saved.first_look {
-        complain!(
-            "note: the first look, while the guest ran, failed ({error}): the pause was longer"
-        );
+        note!("the first look, while the guest ran, failed ({error}): the pause was longer");
     }
     let kind = saved.ram.first().map_or("nothing", |(_, _, kind)| kind);
     say!(

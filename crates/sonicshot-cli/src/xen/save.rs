@@ -2,8 +2,9 @@
 
 use crate::args::XenSaveArgs;
 use crate::error::CliError;
-use crate::output::{overwrite, shown_on};
-use crate::report::{complain, percent, progress_bar, say, size};
+use crate::output::overwrite;
+use crate::progress::Phase;
+use crate::report::{complain, note, percent, say, size};
 use serde_json::json;
 use sonicshot::PageSize;
 use sonicshot_vmi::Note;
@@ -22,10 +23,10 @@ pub(crate) fn save(args: &XenSaveArgs) -> Result<(), CliError> {
     options.compression = args.compress.map(Into::into);
     options.overwrite = overwrite(args.force);
     options.symbols.clone_from(&args.symbols);
-    let bar = progress_bar("saving", args.json);
-    let mut progress = shown_on(&bar);
+    let phase = Phase::begin("saving", args.json);
+    let mut progress = phase.shown();
     let saved = sonicshot_xen_live::save(&args.domain, &args.file, &options, &mut progress);
-    bar.finish_and_clear();
+    drop(phase);
     let outcome = Outcome::of(saved?);
     if args.json {
         outcome.print_json(args);
@@ -94,7 +95,7 @@ impl Outcome {
         }
         if let Some((look, took)) = self.look.as_ref().zip(self.look_took) {
             for note in &look.notes {
-                complain!("note: {note}");
+                note!("{note}");
             }
             let dropped = look.frames.len();
             say!(

@@ -544,8 +544,8 @@ fn a_full_disk_is_told_as_one() {
             run.stderr
         );
         // The output that is written is named first, and no input is blamed.
-        let output = format!("error: writing {}", small.path().join("out").display());
-        assert!(run.stderr.contains(&output), "{line}: {}", run.stderr);
+        let names_it = run.stderr.contains("error: writing out\n");
+        assert!(names_it, "{line}: {}", run.stderr);
         assert_eq!(fs::read_dir(small.path()).unwrap().count(), 0, "{line}");
     }
 }

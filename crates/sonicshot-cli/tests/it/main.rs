@@ -12,6 +12,7 @@ mod command;
 mod common;
 mod compressed;
 mod dumps;
+mod face;
 mod folders;
 mod foreign;
 mod in_place;

@@ -9,7 +9,7 @@ use std::io;
 #[non_exhaustive]
 pub enum CheckpointError {
     /// The file does not begin as a checkpoint.
-    #[error("not a checkpoint: it begins with {found:02x?}")]
+    #[error("not a checkpoint: found {found:02x?} at 0x0, expected the magic of a `.sonic` file")]
     NotACheckpoint {
         /// Its first bytes.
         found: Vec<u8>,

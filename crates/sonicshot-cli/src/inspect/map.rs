@@ -1,0 +1,478 @@
+//! RAM drawn by class: in the terminal, and as a picture.
+//!
+//! Both draw the same grid. A cell stands for as many frames as make the grid small enough, and
+//! shows the class that most of them have.
+
+use crate::report::{count, percent, say, size};
+use sonicshot::{ClassSet, PageClass, PageMap, PfnRange, PrunePlan};
+use sonicshot_offline::Analyzed;
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write};
+
+/// Cells in a line of the terminal, which has 80 columns: an address of 13 and a space stand before.
+const LINE: u64 = 64;
+/// Lines that a terminal shows at once.
+const LINES: u64 = 32;
+/// Cells in a line of a picture.
+const PICTURE_LINE: u64 = 128;
+/// Lines of a picture: with every cell another class than the one before it, two grids of this
+/// size take less than 400 KB.
+const PICTURE_LINES: u64 = 128;
+/// The width and height of a picture's cell, in pixels.
+const CELL: u64 = 4;
+
+/// How a class is drawn: a letter, a number of the terminal's 256 colours, and a picture's colour.
+const fn look(class: PageClass) -> (char, u8, &'static str) {
+    match class {
+        PageClass::FreeBuddy => ('.', 250, "#e3e8ec"),
+        PageClass::FreePcp => (',', 247, "#cfd6dc"),
+        PageClass::Offline => ('o', 244, "#b4bec7"),
+        PageClass::Absent => ('-', 240, "#ffffff"),
+        PageClass::Anonymous => ('a', 33, "#2f7fd1"),
+        PageClass::Shmem => ('m', 39, "#6fb2ec"),
+        PageClass::Hugetlb => ('H', 27, "#1b4f8f"),
+        PageClass::HugetlbFree => ('h', 75, "#a3c4e8"),
+        PageClass::PageCacheClean => ('c', 71, "#58a65c"),
+        PageClass::PageCacheDirty => ('d', 28, "#25703a"),
+        PageClass::Kernel => ('k', 202, "#e0622d"),
+        PageClass::Slab => ('s', 214, "#f0a03c"),
+        PageClass::PageTable => ('t', 160, "#b3261e"),
+        PageClass::Reserved => ('r', 97, "#8a5fa8"),
+        PageClass::Unaccepted => ('u', 102, "#8b8f94"),
+        PageClass::HwPoison => ('!', 196, "#ff0000"),
+        PageClass::Hole => ('_', 236, "#4a4f54"),
+        // Of a class that this crate does not know nothing is known.
+        _ => ('?', 229, "#e8d44d"),
+    }
+}
+
+/// What a cell shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shown {
+    /// Frames of a class that stay.
+    Kept(PageClass),
+    /// Frames that a prune leaves out.
+    Dropped,
+}
+
+/// A piece of RAM without holes, in cells.
+#[derive(Debug)]
+struct Block {
+    /// The frames of the block.
+    frames: PfnRange,
+    cells: Vec<Shown>,
+}
+
+/// RAM in cells of the same number of frames.
+#[derive(Debug)]
+struct Grid {
+    frames_in_cell: u64,
+    blocks: Vec<Block>,
+}
+
+impl Grid {
+    /// Draws `pages` in at most about `cells` cells; what `plan` drops is shown as dropped.
+    fn new(pages: &PageMap, plan: Option<&PrunePlan>, cells: u64) -> Self {
+        let wanted = pages.total().div_ceil(cells.max(1)).max(1);
+        let frames_in_cell = wanted.checked_next_power_of_two().unwrap_or(wanted);
+        let mut blocks = Vec::new();
+        for region in pages.ram() {
+            blocks.push(Block {
+                frames: *region,
+                cells: cells_of(pages, plan, *region, frames_in_cell),
+            });
+        }
+        Self {
+            frames_in_cell,
+            blocks,
+        }
+    }
+}
+
+/// What most frames of each cell of `region` are.
+fn cells_of(
+    pages: &PageMap,
+    plan: Option<&PrunePlan>,
+    region: PfnRange,
+    frames_in_cell: u64,
+) -> Vec<Shown> {
+    let mut cells = Vec::new();
+    let mut at = region.start();
+    while at < region.end() {
+        let end = at.checked_add(frames_in_cell).unwrap_or(region.end());
+        let cell = PfnRange::new(at, end.min(region.end()));
+        cells.push(most(pages, plan, cell));
+        at = cell.end();
+    }
+    cells
+}
+
+/// What most frames of `cell` are.
+fn most(pages: &PageMap, plan: Option<&PrunePlan>, cell: PfnRange) -> Shown {
+    let mut counts: Vec<(PageClass, u64)> = Vec::new();
+    for (frames, class) in pages.runs_in(cell) {
+        match counts.iter_mut().find(|(known, _)| *known == class) {
+            Some((_, frames_of)) => *frames_of = frames_of.saturating_add(frames.len()),
+            None => counts.push((class, frames.len())),
+        }
+    }
+    let dropped: u64 = plan.map_or(0, |plan| dropped_frames(plan, cell, pages));
+    let class = counts.iter().max_by_key(|(_, frames)| *frames);
+    match class {
+        _ if dropped.saturating_mul(2) > cell.len() => Shown::Dropped,
+        Some((class, _)) => Shown::Kept(*class),
+        None => Shown::Kept(PageClass::Unknown),
+    }
+}
+
+/// How many frames of `cell` go.
+fn dropped_frames(plan: &PrunePlan, cell: PfnRange, pages: &PageMap) -> u64 {
+    let size = pages.page_size();
+    let Some(range) = cell.gpa_range(size) else {
+        return 0;
+    };
+    let bytes: u64 = plan.dropped_in(range).map(|gone| gone.len()).sum();
+    bytes / size.bytes()
+}
+
+/// Prints RAM by class, before a prune, and after it where that differs.
+pub(super) fn print(analyzed: &Analyzed) {
+    let pages = analyzed.pages();
+    let cells = LINE.saturating_mul(LINES);
+    let grid = Grid::new(pages, None, cells);
+    let coloured = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let bytes = |frames: u64| frames.saturating_mul(pages.page_size().bytes());
+    say!("");
+    say!(
+        "map       a character is {} ({} pages): what most of them are",
+        size(bytes(grid.frames_in_cell)),
+        count(grid.frames_in_cell)
+    );
+    let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
+    print_grid(&grid, pages, coloured);
+    say!("");
+    print_legend(analyzed, coloured);
+    say!("");
+    say!("after a prune, what goes left blank:");
+    print_grid(&Grid::new(pages, Some(&plan), cells), pages, coloured);
+    print_blocks(pages);
+}
+
+fn print_grid(grid: &Grid, pages: &PageMap, coloured: bool) {
+    for block in &grid.blocks {
+        let mut at = block.frames.start().gpa(pages.page_size());
+        let in_cell = grid
+            .frames_in_cell
+            .saturating_mul(pages.page_size().bytes());
+        let line = usize::try_from(LINE).unwrap_or(usize::MAX);
+        for cells in block.cells.chunks(line) {
+            let mut drawn = String::new();
+            let mut colour = None;
+            for cell in cells {
+                let (letter, number) = match cell {
+                    Shown::Dropped => (' ', None),
+                    Shown::Kept(class) => (look(*class).0, Some(look(*class).1)),
+                };
+                if coloured && number != colour {
+                    // Writing into memory does not fail.
+                    let _ = match number {
+                        Some(number) => write!(drawn, "\x1b[38;5;{number}m"),
+                        None => write!(drawn, "\x1b[0m"),
+                    };
+                    colour = number;
+                }
+                drawn.push(letter);
+            }
+            if colour.is_some() {
+                drawn.push_str("\x1b[0m");
+            }
+            let address = at.map_or_else(String::new, |at| format!("{:#x}", at.raw()));
+            say!("{address:>13} {drawn}");
+            let shown = (cells.len() as u64).checked_mul(in_cell);
+            at = at.and_then(|at| at.checked_add(shown?));
+        }
+    }
+}
+
+/// The letters of the classes that there are.
+fn print_legend(analyzed: &Analyzed, coloured: bool) {
+    let mut line = String::from("         ");
+    for (class, _) in analyzed.counts().iter() {
+        let (letter, number, _) = look(class);
+        let entry = format!(" {letter} {}", class.name());
+        if line.len().saturating_add(entry.len()) > 79 {
+            say!("{line}");
+            line = String::from("         ");
+        }
+        let _ = match coloured {
+            true => write!(line, " \x1b[38;5;{number}m{letter}\x1b[0m {}", class.name()),
+            false => write!(line, "{entry}"),
+        };
+    }
+    say!("{line}");
+}
+
+/// Free memory by the largest aligned blocks that it can be cut into, as a buddy allocator would.
+fn free_blocks(pages: &PageMap) -> Vec<u64> {
+    let mut orders = vec![0_u64; ORDERS];
+    for (frames, class) in pages.runs() {
+        if class != PageClass::FreeBuddy {
+            continue;
+        }
+        let (mut at, end) = (frames.start().raw(), frames.end().raw());
+        while at < end {
+            let left = end.saturating_sub(at);
+            let aligned = at.trailing_zeros();
+            let order = aligned.min(left.ilog2()).min(LAST_ORDER);
+            if let Some(blocks) = usize::try_from(order)
+                .ok()
+                .and_then(|at| orders.get_mut(at))
+            {
+                *blocks = blocks.saturating_add(1);
+            }
+            at = at.saturating_add(1 << order);
+        }
+    }
+    orders
+}
+
+/// `MAX_ORDER` of x86-64, where a block has 4 MiB at most.
+const LAST_ORDER: u32 = 10;
+const ORDERS: usize = 11;
+
+fn print_blocks(pages: &PageMap) {
+    let orders = free_blocks(pages);
+    let page = pages.page_size().bytes();
+    let total: u64 = orders
+        .iter()
+        .zip(0_u32..)
+        .map(|(blocks, order)| blocks.saturating_mul(1 << order))
+        .sum();
+    if total == 0 {
+        return;
+    }
+    say!("");
+    say!("free blocks by size, aligned:");
+    for (blocks, order) in orders.iter().zip(0_u32..) {
+        let frames = blocks.saturating_mul(1 << order);
+        say!(
+            "{:>9} {:>12} {:>12} {:>8}",
+            size(page.saturating_mul(1 << order)),
+            count(*blocks),
+            size(frames.saturating_mul(page)),
+            percent(frames, total)
+        );
+    }
+}
+
+/// Writes the picture: RAM by class before a prune, and what is left behind it.
+///
+/// # Errors
+/// What writing to `out` fails with.
+pub(super) fn write_svg(analyzed: &Analyzed, title: &str, out: &mut dyn Write) -> io::Result<()> {
+    let pages = analyzed.pages();
+    let cells = PICTURE_LINE.saturating_mul(PICTURE_LINES);
+    let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
+    let before = Grid::new(pages, None, cells);
+    let after = Grid::new(pages, Some(&plan), cells);
+    let lines = lines_of(&before);
+    let panel = PICTURE_LINE.saturating_mul(CELL);
+    let (top, gap) = (64, 24);
+    let legend = 24_u64.saturating_mul(analyzed.counts().iter().count() as u64);
+    let height = lines
+        .saturating_mul(CELL)
+        .max(legend)
+        .saturating_add(top + 16);
+    let width = panel.saturating_mul(2).saturating_add(gap * 3 + 220);
+    writeln!(
+        out,
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
+         viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" font-size=\"14\">"
+    )?;
+    writeln!(
+        out,
+        "<rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>"
+    )?;
+    writeln!(
+        out,
+        "<text x=\"{gap}\" y=\"24\" font-size=\"16\">{}</text>",
+        escaped(title)
+    )?;
+    let ram = size(pages.total().saturating_mul(pages.page_size().bytes()));
+    let gone = size(plan.dropped_bytes());
+    let second = panel.saturating_add(gap * 2);
+    let share = percent(plan.dropped_pages(), pages.total());
+    writeln!(
+        out,
+        "<text x=\"{gap}\" y=\"50\">{ram} of RAM by class</text>"
+    )?;
+    writeln!(
+        out,
+        "<text x=\"{second}\" y=\"50\">after a prune: {gone} ({share}) less</text>"
+    )?;
+    write_grid(&before, gap, top, out)?;
+    write_grid(&after, second, top, out)?;
+    write_legend(
+        analyzed,
+        second.saturating_add(panel).saturating_add(gap),
+        top,
+        out,
+    )?;
+    writeln!(out, "</svg>")
+}
+
+/// How many lines of a picture a grid takes.
+fn lines_of(grid: &Grid) -> u64 {
+    let lines = |block: &Block| (block.cells.len() as u64).div_ceil(PICTURE_LINE);
+    let gaps = (grid.blocks.len() as u64).saturating_sub(1);
+    grid.blocks
+        .iter()
+        .map(lines)
+        .sum::<u64>()
+        .saturating_add(gaps)
+}
+
+/// Writes a path for each class: its cells as lines as thick as a cell is high.
+fn write_grid(grid: &Grid, x: u64, y: u64, out: &mut dyn Write) -> io::Result<()> {
+    let mut paths: Vec<(PageClass, String)> = Vec::new();
+    let mut line = 0_u64;
+    let in_line = usize::try_from(PICTURE_LINE).unwrap_or(usize::MAX);
+    for block in &grid.blocks {
+        for cells in block.cells.chunks(in_line) {
+            let mut column = 0_u64;
+            for run in cells.chunk_by(|one, next| one == next) {
+                if let Some(Shown::Kept(class)) = run.first().copied() {
+                    let path = path_of(&mut paths, class);
+                    // Writing into memory does not fail.
+                    let _ = write!(path, "M{column} {line}h{}", run.len());
+                }
+                column = column.saturating_add(run.len() as u64);
+            }
+            line = line.saturating_add(1);
+        }
+        // A hole in the address space is a line without cells.
+        line = line.saturating_add(1);
+    }
+    writeln!(
+        out,
+        "<g transform=\"translate({x} {y}) scale({CELL})\" fill=\"none\">"
+    )?;
+    for (class, path) in paths {
+        let colour = look(class).2;
+        writeln!(out, "<path stroke=\"{colour}\" d=\"{path}\"/>")?;
+    }
+    writeln!(out, "</g>")
+}
+
+fn path_of(paths: &mut Vec<(PageClass, String)>, class: PageClass) -> &mut String {
+    let at = match paths.iter().position(|(known, _)| *known == class) {
+        Some(at) => at,
+        None => {
+            paths.push((class, String::new()));
+            paths.len().saturating_sub(1)
+        }
+    };
+    #[expect(clippy::indexing_slicing, reason = "found or just put there")]
+    &mut paths[at].1
+}
+
+fn write_legend(analyzed: &Analyzed, x: u64, y: u64, out: &mut dyn Write) -> io::Result<()> {
+    let page = analyzed.pages().page_size().bytes();
+    let mut at = y;
+    for (class, frames) in analyzed.counts().iter() {
+        let text = at.saturating_add(11);
+        writeln!(
+            out,
+            "<rect x=\"{x}\" y=\"{at}\" width=\"14\" height=\"14\" fill=\"{}\" stroke=\"#808080\"/>\
+             <text x=\"{}\" y=\"{text}\">{} {}</text>",
+            look(class).2,
+            x.saturating_add(22),
+            class.name(),
+            size(frames.saturating_mul(page))
+        )?;
+        at = at.saturating_add(24);
+    }
+    Ok(())
+}
+
+/// Text as XML takes it.
+fn escaped(text: &str) -> String {
+    let mut out = String::new();
+    for letter in text.chars() {
+        match letter {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '"' => out.push_str("&quot;"),
+            // XML has no others below a space.
+            '\0'..='\x1f' => out.push('\u{fffd}'),
+            other => out.push(other),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Grid, PICTURE_LINE, PICTURE_LINES, Shown, escaped, free_blocks, write_grid};
+    use sonicshot::{Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn, PfnRange, RamLayout};
+
+    fn map(frames: u64) -> PageMap {
+        let ram = GpaRange::new(Gpa::new(0), Gpa::new(frames * 4096));
+        PageMap::new(
+            &RamLayout::new(vec![ram]).unwrap(),
+            PageSize::new(4096).unwrap(),
+        )
+    }
+
+    fn frames(from: u64, to: u64) -> PfnRange {
+        PfnRange::new(Pfn::new(from), Pfn::new(to))
+    }
+
+    #[test]
+    fn a_cell_shows_what_most_of_it_is() {
+        let mut pages = map(64);
+        pages.set(frames(0, 9), PageClass::Slab);
+        pages.set(frames(9, 16), PageClass::Kernel);
+        pages.set(frames(16, 64), PageClass::FreeBuddy);
+        let grid = Grid::new(&pages, None, 4);
+        assert_eq!(grid.frames_in_cell, 16);
+        let free = Shown::Kept(PageClass::FreeBuddy);
+        let [block] = &grid.blocks[..] else {
+            panic!("{grid:?}")
+        };
+        assert_eq!(
+            block.cells,
+            [Shown::Kept(PageClass::Slab), free, free, free]
+        );
+    }
+
+    #[test]
+    fn free_memory_is_cut_into_aligned_blocks() {
+        let mut pages = map(4096);
+        pages.set(frames(1, 8), PageClass::FreeBuddy);
+        pages.set(frames(1024, 3072), PageClass::FreeBuddy);
+        assert_eq!(free_blocks(&pages), [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 2]);
+    }
+
+    /// Of 1 TiB in which no two neighbours are the same, a picture stays below 1 MB.
+    #[test]
+    fn a_picture_of_a_tebibyte_is_small() {
+        let mut pages = map(1 << 28);
+        let cell = (1 << 28) / (PICTURE_LINE * PICTURE_LINES);
+        for number in 0..PICTURE_LINE * PICTURE_LINES {
+            let class = PageClass::ALL[usize::try_from(number).unwrap() % 15 + 1];
+            pages.set(frames(number * cell, (number + 1) * cell), class);
+        }
+        let grid = Grid::new(&pages, None, PICTURE_LINE * PICTURE_LINES);
+        let mut out = Vec::new();
+        write_grid(&grid, 0, 0, &mut out).unwrap();
+        assert!(out.len() < 500_000, "{}", out.len());
+        assert!(out.len() > 100_000, "{}", out.len());
+    }
+
+    #[test]
+    fn names_do_not_break_a_picture() {
+        assert_eq!(escaped("a<b>&\"\x01"), "a&lt;b&gt;&amp;&quot;\u{fffd}");
+    }
+}

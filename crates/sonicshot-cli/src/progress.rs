@@ -1,0 +1,298 @@
+//! How far a long phase of the work is, on standard error: a bar on a terminal, else a line now and
+//! then, or JSON for a program that shows it itself.
+
+use crate::report::{complain, size};
+use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+use std::io::{self, IsTerminal};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// `--progress`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum ProgressMode {
+    /// A bar on a terminal, else a line every few seconds; nothing beside JSON
+    #[default]
+    Auto,
+    /// The same, from the first moment, and beside JSON too
+    Always,
+    /// Nothing
+    Never,
+    /// A line of JSON every second, and at the begin and end of a phase: `phase`, `done` and `total`
+    /// in bytes where they are known, `seconds`, `finished`
+    Json,
+}
+
+/// What is told while the command works.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Talk {
+    pub mode: ProgressMode,
+    /// Neither progress nor notes.
+    pub quiet: bool,
+    /// Each phase is told with its time.
+    pub verbose: bool,
+}
+
+static TALK: OnceLock<Talk> = OnceLock::new();
+
+/// How often a line is written where there is no terminal.
+const LINE: Duration = Duration::from_secs(5);
+/// How often a program is told.
+const JSON: Duration = Duration::from_secs(1);
+/// How often a bar that knows of no amount moves.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Set once, before the work.
+pub(crate) fn set(talk: Talk) {
+    // Nobody sets it twice.
+    let _ = TALK.set(talk);
+}
+
+/// What was set.
+pub(crate) fn talk() -> Talk {
+    TALK.get().copied().unwrap_or_default()
+}
+
+/// What a phase shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Show {
+    Bar,
+    Lines,
+    Json,
+    Nothing,
+}
+
+impl Show {
+    fn of(talk: Talk, json: bool, terminal: bool) -> Self {
+        match talk.mode {
+            ProgressMode::Json => Self::Json,
+            ProgressMode::Never => Self::Nothing,
+            ProgressMode::Auto if talk.quiet || json => Self::Nothing,
+            ProgressMode::Auto | ProgressMode::Always if terminal => Self::Bar,
+            ProgressMode::Auto | ProgressMode::Always => Self::Lines,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct State {
+    phase: &'static str,
+    started: Instant,
+    done: AtomicU64,
+    /// 0 until it is known.
+    total: AtomicU64,
+}
+
+impl State {
+    /// Bytes done, and of how many, if that is known.
+    fn amount(&self) -> Option<(u64, u64)> {
+        let total = self.total.load(Ordering::Relaxed);
+        let done = self.done.load(Ordering::Relaxed).min(total);
+        (total > 0).then_some((done, total))
+    }
+
+    fn line(&self) -> String {
+        let seconds = self.started.elapsed().as_secs();
+        match self.amount() {
+            Some((done, total)) => {
+                let left = left(done, total, self.started.elapsed());
+                let (percent, done, total) = (percent(done, total), size(done), size(total));
+                format!("{}: {percent} %, {done} of {total}{left}", self.phase)
+            }
+            None => format!("{}: {seconds} s", self.phase),
+        }
+    }
+
+    fn json(&self, finished: bool) -> String {
+        let amount = self.amount();
+        json!({
+            "phase": self.phase,
+            "done": amount.map(|(done, _)| done),
+            "total": amount.map(|(_, total)| total),
+            "seconds": self.started.elapsed().as_secs_f64(),
+            "finished": finished,
+        })
+        .to_string()
+    }
+}
+
+fn percent(done: u64, total: u64) -> u128 {
+    // Of 128 bits, of which the product fills 71.
+    (u128::from(done) * 100)
+        .checked_div(total.into())
+        .unwrap_or(0)
+}
+
+/// The time left, once there is something to tell it by.
+fn left(done: u64, total: u64, gone: Duration) -> String {
+    let left = u128::from(total.saturating_sub(done)) * gone.as_millis();
+    match left.checked_div(done.into()) {
+        Some(left) if gone > JSON => format!(", {} s left", left.div_ceil(1000)),
+        _ => String::new(),
+    }
+}
+
+/// A phase of the work, from where it is made to where it is dropped.
+#[derive(Debug)]
+pub(crate) struct Phase {
+    state: Arc<State>,
+    show: Show,
+    bar: ProgressBar,
+    /// Tells the thread that writes lines to stop, and that thread.
+    teller: Option<(Sender<()>, JoinHandle<()>)>,
+}
+
+impl Phase {
+    /// Begins a phase of a command that prints JSON or does not.
+    pub(crate) fn begin(phase: &'static str, json: bool) -> Self {
+        let state = Arc::new(State {
+            phase,
+            started: Instant::now(),
+            done: AtomicU64::new(0),
+            total: AtomicU64::new(0),
+        });
+        let show = Show::of(talk(), json, io::stderr().is_terminal());
+        let bar = match show {
+            Show::Bar => bar(phase),
+            _ => ProgressBar::hidden(),
+        };
+        Self {
+            teller: teller(show, &state),
+            state,
+            show,
+            bar,
+        }
+    }
+
+    /// What is called with the bytes that are done, and all of them.
+    pub(crate) fn shown(&self) -> impl FnMut(u64, u64) + use<> {
+        let (state, bar) = (Arc::clone(&self.state), self.bar.clone());
+        let on_bar = self.show == Show::Bar;
+        move |done, total| {
+            state.done.store(done, Ordering::Relaxed);
+            state.total.store(total, Ordering::Relaxed);
+            if on_bar {
+                if bar.length() != Some(total) {
+                    bar.set_length(total);
+                    bar.set_style(with_amount());
+                }
+                bar.set_position(done);
+            }
+        }
+    }
+}
+
+impl Drop for Phase {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+        if let Some((stop, thread)) = self.teller.take() {
+            drop(stop);
+            // A thread that panicked has nothing more to tell.
+            let _ = thread.join();
+        }
+        if talk().verbose && !talk().quiet && self.show != Show::Json {
+            let seconds = self.state.started.elapsed().as_secs_f64();
+            complain!("{}: {seconds:.2} s", self.state.phase);
+        }
+    }
+}
+
+/// The thread that writes lines, if any are to be written.
+fn teller(show: Show, state: &Arc<State>) -> Option<(Sender<()>, JoinHandle<()>)> {
+    let every = match show {
+        Show::Lines => LINE,
+        Show::Json => JSON,
+        Show::Bar | Show::Nothing => return None,
+    };
+    let (stop, stopped) = mpsc::channel::<()>();
+    let state = Arc::clone(state);
+    let at_once = show == Show::Json || talk().mode == ProgressMode::Always;
+    let work = move || {
+        let tell = |finished| match show {
+            Show::Json => complain!("{}", state.json(finished)),
+            _ => complain!("{}", state.line()),
+        };
+        if at_once {
+            tell(false);
+        }
+        while stopped.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
+            tell(false);
+        }
+        if at_once {
+            tell(true);
+        }
+    };
+    // Without a thread nothing is told; the work goes on.
+    let thread = thread::Builder::new().name("progress".into()).spawn(work);
+    Some((stop, thread.ok()?))
+}
+
+/// A bar that only moves, until it is told how much there is.
+fn bar(phase: &'static str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    let style = ProgressStyle::with_template("{msg} {spinner} {elapsed}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+    bar.set_message(phase);
+    bar.enable_steady_tick(TICK);
+    bar
+}
+
+/// The bar takes what the rest of a line leaves.
+fn with_amount() -> ProgressStyle {
+    let style = "{msg} [{wide_bar}] {bytes}/{total_bytes} {eta}";
+    ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ProgressMode, Show, State, Talk, left, percent};
+    use std::sync::atomic::AtomicU64;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn what_is_shown_follows_the_terminal_and_the_options() {
+        let talk = |mode, quiet| Talk {
+            mode,
+            quiet,
+            verbose: false,
+        };
+        for (mode, quiet, json, terminal, show) in [
+            (ProgressMode::Auto, false, false, true, Show::Bar),
+            (ProgressMode::Auto, false, false, false, Show::Lines),
+            (ProgressMode::Auto, true, false, true, Show::Nothing),
+            (ProgressMode::Auto, false, true, true, Show::Nothing),
+            (ProgressMode::Always, false, true, false, Show::Lines),
+            (ProgressMode::Never, false, false, true, Show::Nothing),
+            (ProgressMode::Json, true, true, false, Show::Json),
+        ] {
+            assert_eq!(
+                Show::of(talk(mode, quiet), json, terminal),
+                show,
+                "{mode:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_line_tells_bytes_total_and_time_left() {
+        let state = |done, total| State {
+            phase: "pruning",
+            started: Instant::now(),
+            done: AtomicU64::new(done),
+            total: AtomicU64::new(total),
+        };
+        assert_eq!(state(0, 0).line(), "pruning: 0 s");
+        assert_eq!(
+            state(1 << 20, 4 << 20).line(),
+            "pruning: 25 %, 1.0 MiB of 4.0 MiB"
+        );
+        assert!(state(1, 4).json(false).contains("\"done\":1,"));
+        assert_eq!(left(1, 4, Duration::from_secs(2)), ", 6 s left");
+        assert_eq!(left(0, 4, Duration::from_secs(2)), "");
+        assert_eq!(percent(u64::MAX, u64::MAX), 100);
+    }
+}

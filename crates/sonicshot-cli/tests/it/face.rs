@@ -1,0 +1,266 @@
+//! What people meet first: the demo, pictures, progress, what is generated, words of the command
+//! line.
+
+use crate::common::*;
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// From any folder, with nothing but the program, and checked against the guest's own kernel.
+#[test]
+fn the_demo_runs_anywhere() {
+    let nowhere = tempfile::tempdir().unwrap();
+    let run = Command::new(env!("CARGO_BIN_EXE_sonicshot"))
+        .arg("demo")
+        .current_dir(nowhere.path())
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{}", stderr(&run));
+    let said = stdout(&run);
+    for line in [
+        "kernel    6.1.0-50-cloud-amd64",
+        "free by both: 10,940 pages",
+        "dropped although the kernel says in use: 0",
+        "the pruned dump tells the same of every page: yes",
+    ] {
+        assert!(said.contains(line), "{line}: {said}");
+    }
+    // A file without holes is no diff.
+    assert!(!said.contains("may be a diff"), "{said}");
+    assert_eq!(fs::read_dir(nowhere.path()).unwrap().count(), 0);
+}
+
+/// What the demo's guest shows is what the whole guest in testdata shows: of every class as many.
+#[test]
+fn the_demo_s_guest_is_the_one_in_testdata() {
+    let classes = |said: &str| -> Vec<String> {
+        let from = said.find("class  ").unwrap();
+        let lines = said.get(from..).unwrap().lines();
+        lines
+            .take_while(|line| !line.is_empty())
+            .map(Into::into)
+            .collect()
+    };
+    let of_folder = sonicshot(&["demo", "--dump", text(&testdata())]);
+    let within = sonicshot(&["demo"]);
+    let (of_folder, within) = (stdout(&of_folder), stdout(&within));
+    assert!(classes(&of_folder).len() > 8, "{of_folder}");
+    assert_eq!(classes(&within), classes(&of_folder));
+}
+
+#[test]
+fn the_program_and_its_demo_are_small() {
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
+    let bytes: u64 = fs::read_dir(demo)
+        .unwrap()
+        .map(|file| file.unwrap().metadata().unwrap().len())
+        .sum();
+    assert!(bytes <= 3 << 20, "{bytes}");
+}
+
+#[test]
+fn a_map_is_drawn_and_a_picture_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let run = sonicshot(&["inspect", text(&raw), "--map"]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let said = stdout(&run);
+    assert!(
+        said.contains("a character is 64.0 KiB (16 pages)"),
+        "{said}"
+    );
+    let drawn: Vec<_> = said
+        .lines()
+        .filter(|line| line.trim_start().starts_with("0x") && line.len() > 60)
+        .collect();
+    // 32 lines before a prune and 32 after it.
+    assert_eq!(drawn.len(), 64, "{said}");
+    assert!(drawn.iter().all(|line| line.len() <= 80), "{said}");
+    let (before, after) = drawn.split_at(32);
+    let free = |lines: &[&str]| lines.concat().matches('.').count();
+    assert!(free(before) > 500, "{said}");
+    assert_eq!(free(after), 0, "{said}");
+    // The largest blocks of this guest are of 4 MiB.
+    assert!(said.contains("  4.0 MiB "), "{said}");
+
+    let svg = folder.path().join("map.svg");
+    let run = sonicshot(&["inspect", text(&raw), "--map", text(&svg), "--json"]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let picture = fs::read_to_string(&svg).unwrap();
+    assert!(picture.starts_with("<svg ") && picture.ends_with("</svg>\n"));
+    assert!(picture.contains("free_buddy") && picture.len() < 200_000);
+    // Not over another file unless it is told to, and never over the dump.
+    let run = sonicshot(&["inspect", text(&raw), "--map", text(&svg)]);
+    assert_eq!(run.status.code(), Some(1));
+    assert!(stderr(&run).contains("map.svg exists"), "{}", stderr(&run));
+    let run = sonicshot(&["inspect", text(&raw), "--map", text(&raw)]);
+    assert_eq!(run.status.code(), Some(2));
+    assert!(
+        stderr(&run).contains("name of an .svg file"),
+        "{}",
+        stderr(&run)
+    );
+}
+
+#[test]
+fn shells_and_man_learn_every_command() {
+    for shell in ["bash", "zsh", "fish"] {
+        let run = sonicshot(&["generate", "completions", shell]);
+        assert!(run.status.success(), "{}", stderr(&run));
+        let script = stdout(&run);
+        for command in ["inspect", "prune", "restore", "serve"] {
+            assert!(script.contains(command), "{shell}: {command}");
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let run = sonicshot(&["generate", "man"]);
+    assert!(stdout(&run).contains(".TH sonicshot 1"), "{}", stdout(&run));
+    let run = sonicshot(&["generate", "man", "-o", text(folder.path())]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let prune = fs::read_to_string(folder.path().join("sonicshot-prune.1")).unwrap();
+    assert!(prune.contains("in\\-place"), "{prune}");
+}
+
+#[test]
+fn progress_is_told_as_it_was_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let out = folder.path().join("out.raw");
+    let prune = |talk: &[&str]| {
+        let args = ["prune", text(&raw), "-o", text(&out), "--force"];
+        let run = sonicshot(&[&args[..], talk].concat());
+        assert!(run.status.success(), "{}", stderr(&run));
+        stderr(&run)
+    };
+    // Nothing of short phases without a terminal.
+    let quiet = prune(&[]);
+    assert!(!quiet.contains("pruning"), "{quiet}");
+    assert!(quiet.contains("note:"), "{quiet}");
+    assert_eq!(prune(&["-q"]), "");
+    assert!(prune(&["-v"]).contains("pruning: 0."));
+    assert!(prune(&["--progress", "always"]).contains("pruning: 100 %, "));
+    let told = prune(&["--progress", "json", "-q"]);
+    let told: Vec<Value> = told
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let phases: Vec<_> = told
+        .iter()
+        .filter(|line| line["finished"] == true)
+        .map(|line| line["phase"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        phases,
+        ["reading", "looking for the kernel and its pages", "pruning"]
+    );
+    let last = told.last().unwrap();
+    assert_eq!(last["done"], last["total"]);
+    assert!(last["total"].as_u64().unwrap() > 0);
+}
+
+/// With `--json`, what is wrong with the command line is JSON as well.
+#[test]
+fn a_wrong_command_line_is_told_as_json() {
+    for (args, what) in [
+        (&["inspect", "--json"][..], "required"),
+        (&["prune", "x", "--in-plaice", "--json"], "--in-plaice"),
+        (&["prune", "x", "--drop", "fre", "-o", "y", "--json"], "fre"),
+    ] {
+        let run = sonicshot(args);
+        assert_eq!(run.status.code(), Some(2), "{args:?}");
+        let error: Value = serde_json::from_slice(&run.stderr).unwrap();
+        assert!(error["error"].as_str().unwrap().contains(what), "{error}");
+        assert_eq!(error["exit_code"], 2);
+    }
+    let run = sonicshot(&["--help"]);
+    assert_eq!(run.status.code(), Some(0));
+}
+
+/// What a stranger gets wrong, what the command says, and how it exits.
+#[test]
+fn errors_tell_what_is_wrong_and_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    raw_dump(folder.path(), |_| {});
+    let (raw, out, sonic) = (at("guest.raw"), at("out"), at("x.sonic"));
+    fs::create_dir(at("folder")).unwrap();
+    fs::write(at("text"), "hello\n").unwrap();
+    fs::write(at("qcow2"), b"QFI\xfb\0\0\0\x03").unwrap();
+    let mut mapped = b"QEVM\0\0\0\x03\x07\0\0\0\x0epc-i440fx-10.0".to_vec();
+    fs::write(at("mapped"), &mapped).unwrap();
+    mapped.truncate(6);
+    fs::write(at("short"), &mapped).unwrap();
+    let run = sonicshot(&["save", &raw, "-o", &sonic, "-q"]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let whole = fs::read(&sonic).unwrap();
+    fs::write(at("cut.sonic"), &whole[..5000]).unwrap();
+    let mut flipped = whole;
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 1;
+    fs::write(at("flipped.sonic"), &flipped).unwrap();
+    let blob = format!("a={}", at("folder"));
+    let (cut, wrong) = (at("cut.sonic"), at("flipped.sonic"));
+    let (text_file, mapped, short, qcow2) = (at("text"), at("mapped"), at("short"), at("qcow2"));
+    let none = at("none");
+    let folder_out = format!("{}/out", at("none"));
+    #[rustfmt::skip]
+    let table: &[(&[&str], i32, &[&str])] = &[
+        (&["inspect", &none], 1, &["opening", "No such file"]),
+        (&["inspect", &text_file], 3, &["no known format", "--layout"]),
+        (&["inspect", &mapped], 3, &["mapped", "offset 0x1b"]),
+        (&["inspect", &short], 3, &["short"]),
+        (&["inspect", &qcow2], 3, &["qcow2"]),
+        (&["inspect", &at("folder")], 3, &["is no snapshot"]),
+        (&["inspect", &raw, "--layout", "foo"], 2, &["`foo` is no layout", "firecracker"]),
+        (&["inspect", &raw, "--layout", "0-64M"], 3, &["67108864", "134217728", "hint: "]),
+        (&["inspect", &raw, "--format", "foo"], 2, &["`foo` is no format", "kdump"]),
+        (&["inspect", &raw, "--symbols", &text_file], 4, &["neither a System.map"]),
+        (&["inspect", &raw, "--map", "--json"], 2, &["FILE.svg"]),
+        (&["inspect", &sonic, "--map"], 2, &["--map draws dumps"]),
+        (&["inspect", &cut], 3, &["footer at 0x1348", "hint: "]),
+        (&["prune", &raw], 2, &["--in-place", "--dry-run"]),
+        (&["prune", &raw, "-o", &raw], 1, &["is the input itself", "--in-place"]),
+        (&["prune", &raw, "-o", &text_file], 1, &["exists", "--force"]),
+        (&["prune", &raw, "-o", &folder_out], 1, &["none", "No such file"]),
+        (&["prune", &raw, "-o", &out, "--drop", "foo"], 2, &["unknown page class `foo`", "free_buddy"]),
+        (&["prune", &raw, "-o", &out, "--drop", "kernel"], 2, &["kernel"]),
+        (&["prune", &raw, "-o", &out, "--drop", "anonymous"], 2, &["the guest uses", "--for-analysis"]),
+        (&["prune", &raw, "--in-place", "-o", &out], 2, &["cannot be used with"]),
+        (&["prune", &raw, "-o", &out, "--min-hole", "4K"], 2, &["cannot be used with"]),
+        (&["prune", &sonic, "-o", &out], 3, &["is a checkpoint", "restore"]),
+        (&["prune", &raw, "-o", "-"], 2, &["into a pipe"]),
+        (&["save", &raw], 2, &["--output <X.sonic>"]),
+        (&["save", &raw, "-o", &out, "--threads", "0"], 2, &["not a number from 1 on"]),
+        (&["save", &raw, "-o", &out, "--chunk", "5"], 2, &["5120", "4096"]),
+        (&["save", &raw, "-o", &out, "--compress", "gzip"], 2, &["gzip", "zstd"]),
+        (&["save", &raw, "-o", &out, "--blob", &blob], 1, &["folder", "it is a folder: give a file"]),
+        (&["save", &raw, "-o", &out, "--blob", "a"], 2, &["NAME=FILE"]),
+        (&["restore", &raw, "-o", &out], 3, &["not a checkpoint", "`save` makes a checkpoint"]),
+        (&["restore", &cut, "-o", &out], 3, &["footer", "take another copy"]),
+        (&["restore", &wrong, "-o", &out], 3, &["flipped.sonic", "hint: "]),
+        (&["restore", &sonic, "-o", "-"], 2, &["-o OUT"]),
+        (&["verify", &raw], 3, &["not a checkpoint"]),
+        (&["verify", &wrong], 3, &["flipped.sonic"]),
+        (&["convert", &raw, "-o", &out, "--to", "stream"], 2, &["raw RAM", "migration stream"]),
+        (&["convert", &sonic, "-o", &out, "--to", "mapped-ram"], 2, &["restore it"]),
+        (&["attach", &sonic, "-o", &out, "--blob", &format!("working-set={text_file}")], 3, &["is no working set"]),
+        (&["serve", &text_file, "--socket", &out], 3, &["no known format"]),
+        (&["serve", &raw], 2, &["--socket"]),
+        (&["qemu", "save", "--qmp", &none, "-o", &out], 1, &["QEMU's monitor", "none"]),
+        (&["qemu", "restore", &raw, "--", "qemu"], 3, &["not a checkpoint"]),
+    ];
+    for (args, code, words) in table {
+        let run = sonicshot(args);
+        let said = stderr(&run);
+        assert_eq!(run.status.code(), Some(*code), "{args:?}: {said}");
+        for word in *words {
+            assert!(said.contains(word), "{args:?}: no {word:?} in {said}");
+        }
+        assert!(!Path::new(&out).exists(), "{args:?}");
+    }
+}
