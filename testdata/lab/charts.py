@@ -9,7 +9,7 @@ LEFT, TOP, RIGHT, BOTTOM = 52, 66, 14, 46
 # A series: x and y of each of its points.
 Points = Sequence[tuple[float, float]]
 # The series in their order: colours that stand out from white and from black.
-COLOURS = ["#8b949e", "#2f81f7"]
+COLOURS = ["#8b949e", "#2f81f7", "#d29922", "#a371f7"]
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #57606a; }
 .head { font-size: 13px; font-weight: 600; fill: #24292f; }

@@ -17,6 +17,7 @@ import kernels
 import killed
 import libvirt
 import live
+import live_figures
 import matrix
 import mutated
 import oldqemu
@@ -59,6 +60,7 @@ COMMANDS = (
     decoys.do_processors,
     libvirt.do_libvirt,
     live.do_live,
+    live_figures.do_figures,
     mutated.do_mutate,
     oldqemu.do_oldqemu,
     xen_proof.do_xen,
