@@ -95,7 +95,7 @@ pub use protocol::{Handshake, Mapping, Place};
 #[cfg(feature = "server")]
 pub use server::{KeepOptions, Server, ServerOptions, allow_many_descriptors};
 pub use set::{PageSet, Recorder};
-pub use source::{CheckpointSource, Content, MemorySource, PageSource, Piece, Run};
+pub use source::{CheckpointSource, Content, Look, MemorySource, PageSource, Piece, Run};
 #[cfg(feature = "server")]
 pub use source::{OpenedSource, open_source};
 pub use uffd::{Registered, Uffd};

@@ -10,7 +10,7 @@ use crate::socket::Named;
 use crate::source::PageSource;
 use crate::sys;
 use crate::uffd::Uffd;
-use crate::watch::{self, Given, Watched, Watcher};
+use crate::watch::{self, Given, Pages, Watched, Watcher};
 use core::hash::{Hash, Hasher};
 use core::sync::atomic::{AtomicUsize, Ordering};
 use core::time::Duration;
@@ -24,7 +24,7 @@ use std::collections::HashSet;
 use std::hash::DefaultHasher;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// How long the message of somebody who will not be served is waited for: it may be on its way.
@@ -159,19 +159,12 @@ impl Server {
             Some(_) => Some(identity(&*source).ok_or(ServeError::NoIdentity)?),
             None => None,
         };
-        let given = match &options.keep {
+        let mut given = match &options.keep {
             Some(keep) => Given::ask(&keep.socket, options.max_vms)?,
             None => None,
         };
-        let socket = Named::bind(&options.socket, |new| {
-            if let Some((uid, gid)) = options.owner {
-                chown(new, Some(Uid::from_raw(uid)), gid.map(Gid::from_raw))?;
-            }
-            if !options.allow.is_empty() {
-                chmod(new, Mode::from_raw_mode(0o666))?;
-            }
-            Ok(())
-        })?;
+        let pages = given.as_mut().and_then(|given| given.pages.take());
+        let (socket, taken) = named(&options, pages)?;
         // Who is ready may be gone again before he is taken in.
         let nonblocking = socket.listener.set_nonblocking(true);
         nonblocking.map_err(failed("FIONBIO"))?;
@@ -187,12 +180,22 @@ impl Server {
             less: Condvar::new(),
             served: Mutex::default(),
         });
-        if let Some(given) = given {
-            shared.go_on(given)?;
+        if let Some(given) = given
+            && let Err(error) = shared.go_on(given)
+        {
+            if taken {
+                // All stays with the watcher, and so does the name.
+                socket.leave();
+            }
+            return Err(error);
+        }
+        let door = shared.wait_for_another()?;
+        if let Some(watcher) = shared.watcher.as_ref().filter(|_| door.is_some()) {
+            watcher.hold(&socket.listener, socket.hash())?;
         }
         Ok(Self {
             socket,
-            _door: shared.wait_for_another()?,
+            _door: door,
             shared,
         })
     }
@@ -269,6 +272,25 @@ impl Server {
         let _ = rustix::io::read(&shared.wake, &mut [0_u8; 8]);
         Ok(())
     }
+}
+
+/// The socket, with its rights; and whether it is that of the server before, which has the name.
+fn named(options: &ServerOptions, before: Option<Pages>) -> Result<(Named, bool), ServeError> {
+    let change = |path: &Path| {
+        if let Some((uid, gid)) = options.owner {
+            chown(path, Some(Uid::from_raw(uid)), gid.map(Gid::from_raw))?;
+        }
+        if !options.allow.is_empty() {
+            chmod(path, Mode::from_raw_mode(0o666))?;
+        }
+        Ok(())
+    };
+    if let Some(Pages { socket, identity }) = before
+        && let Some(taken) = Named::take(socket, identity, &options.socket, change)?
+    {
+        return Ok((taken, true));
+    }
+    Ok((Named::bind(&options.socket, change)?, false))
 }
 
 fn failed(operation: &'static str) -> impl FnOnce(io::Error) -> ServeError {

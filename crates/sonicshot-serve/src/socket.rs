@@ -1,7 +1,9 @@
 //! Sockets that appear under their names with their rights, and take nobody's place who is there.
 
 use crate::error::ServeError;
+use core::hash::{Hash, Hasher};
 use rustix::fs::{Mode, chmod};
+use std::hash::DefaultHasher;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -48,6 +50,38 @@ impl Named {
         })
     }
 
+    /// Goes on with a socket that has its name still, if `hash` says that it is of that file; as
+    /// [`bind`](Self::bind) does with its rights.
+    pub fn take(
+        listener: UnixListener,
+        hash: u64,
+        path: &Path,
+        change: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> Result<Option<Self>, ServeError> {
+        let found = identity(path).ok().filter(|found| hashed(*found) == hash);
+        let Some(found) = found else {
+            return Ok(None);
+        };
+        let changed = chmod(path, Mode::RUSR | Mode::WUSR).map_err(Into::into);
+        let changed = changed.and_then(|()| change(path));
+        changed.map_err(ServeError::io("giving its rights to the socket", path))?;
+        Ok(Some(Self {
+            listener,
+            path: path.to_owned(),
+            identity: found,
+        }))
+    }
+
+    /// Lets go of it, and leaves the name to whoever has the socket too.
+    pub fn leave(mut self) {
+        self.path = PathBuf::new();
+    }
+
+    /// What tells its file from others.
+    pub fn hash(&self) -> u64 {
+        hashed(self.identity)
+    }
+
     /// Takes the name away, if it is still this one's: nobody can connect any more.
     pub fn unname(&self) {
         if identity(&self.path).is_ok_and(|found| found == self.identity) {
@@ -60,6 +94,12 @@ impl Drop for Named {
     fn drop(&mut self) {
         self.unname();
     }
+}
+
+fn hashed(identity: (u64, u64)) -> u64 {
+    let mut out = DefaultHasher::new();
+    identity.hash(&mut out);
+    out.finish()
 }
 
 fn identity(path: &Path) -> io::Result<(u64, u64)> {

@@ -6,11 +6,13 @@
 //!
 //! Or it gives them to another server, if it was told to wait for one: that connects to a socket
 //! which the watcher got from its own server, and goes on with what that has kept (`engine/kept.rs`).
+//! The socket that virtual machines come to is handed on with them: who comes meanwhile waits.
 //! A server that lives still is ended first: at no moment two serve the same memory. Whoever waits
 //! for a page waits meanwhile.
 
 use crate::error::ServeError;
 use crate::peer::{AGAIN, Peer};
+use crate::protocol::{Received, is_documented, receive_rest};
 use crate::sys;
 use core::mem::MaybeUninit;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -39,6 +41,8 @@ const FORGET: u8 = b'-';
 const LOST: u8 = b'!';
 /// A socket to wait at for another server, and how many milliseconds.
 const KEEP: u8 = b'k';
+/// The socket that virtual machines come to, and which file it is.
+const PAGES: u8 = b'p';
 /// To another server: these were all, so many. From it: it has them.
 const ALL: u8 = b'.';
 const TAKEN: u8 = b't';
@@ -171,6 +175,15 @@ impl Watcher {
             .map_err(ServeError::NoWatcher)
     }
 
+    /// Has it hold on to the socket that virtual machines come to, of the file `identity`: who comes
+    /// while there is no server waits for the next one.
+    pub(crate) fn hold(&self, socket: &impl AsFd, identity: u64) -> Result<(), ServeError> {
+        let _one = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        let said = say(&self.socket, PAGES, identity, &[socket.as_fd()]);
+        said.and_then(|()| self.hear(identity))
+            .map_err(ServeError::NoWatcher)
+    }
+
     /// Waits until a virtual machine is watched.
     fn hear(&self, number: u64) -> io::Result<()> {
         let start = Instant::now();
@@ -191,7 +204,7 @@ impl Watcher {
             let [what, of @ ..] = answer;
             // One that was given up may be answered still.
             if u64::from_le_bytes(of) == number {
-                if what == ADD || what == KEEP {
+                if matches!(what, ADD | KEEP | PAGES) {
                     return Ok(());
                 }
                 let what = "the virtual machine's descriptors did not come to it";
@@ -247,10 +260,45 @@ struct Door {
     limit: Duration,
 }
 
+/// The socket that virtual machines come to.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    pub socket: UnixListener,
+    /// Which file it is.
+    pub identity: u64,
+}
+
+impl Pages {
+    fn new(socket: OwnedFd, identity: u64) -> Self {
+        let socket = UnixListener::from(socket);
+        Self { socket, identity }
+    }
+
+    /// Refuses who has come while there was no server, as that would: a virtual machine that has
+    /// sent its memory and waits for no answer is ended. Who waits for one hears that there is none.
+    fn turn_away(self) {
+        let _ = self.socket.set_nonblocking(true);
+        while let Ok((stream, _)) = self.socket.accept() {
+            let peer = sys::credentials(&stream).map_err(ServeError::proc);
+            let Ok(peer) = peer.and_then(|who| Peer::of_socket(&stream, who)) else {
+                continue;
+            };
+            let mut received = Received::default();
+            receive_rest(&stream, &mut received);
+            if !received.descriptors.is_empty() && !is_documented(&received.message) {
+                peer.end();
+                peer.wait(None);
+            }
+        }
+    }
+}
+
 /// All that a watcher has.
 #[derive(Default)]
 struct Work {
     held: HashMap<u64, Held>,
+    // Let go of before whoever stands at the door hears of it: he takes the name then.
+    pages: Option<Pages>,
     door: Option<Door>,
 }
 
@@ -304,7 +352,11 @@ pub fn watch(socket: &impl AsFd) -> Result<usize, ServeError> {
     for held in &still {
         held.peer.wait(None);
     }
-    end.map(|()| still.len())
+    let ended = still.len();
+    if let Some(pages) = work.pages.take() {
+        pages.turn_away();
+    }
+    end.map(|()| ended)
 }
 
 impl Work {
@@ -313,9 +365,9 @@ impl Work {
         self.held.retain(|_, held| !held.is_over());
         let Some(door) = &self.door else { return false };
         let start = Instant::now();
-        while !self.held.is_empty() {
+        while !self.held.is_empty() || successor.is_some() {
             if let Some(stream) = successor.take() {
-                match offer(&stream, &self.held) {
+                match offer(&stream, &self.held, self.pages.as_ref()) {
                     Ok(true) => return true,
                     Ok(false) => {}
                     Err(error) => tracing::warn!("another server has not taken over: {error}"),
@@ -368,10 +420,17 @@ impl Door {
 }
 
 /// Offers what is held; says whether it was taken.
-fn offer(stream: &UnixStream, held: &HashMap<u64, Held>) -> io::Result<bool> {
+fn offer(
+    stream: &UnixStream,
+    held: &HashMap<u64, Held>,
+    pages: Option<&Pages>,
+) -> io::Result<bool> {
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
+    if let Some(pages) = pages {
+        say(stream, PAGES, pages.identity, &[pages.socket.as_fd()])?;
+    }
     let mut count = 0_u64;
     for (number, held) in held {
         let Some(kept) = &held.kept else {
@@ -393,6 +452,7 @@ fn offer(stream: &UnixStream, held: &HashMap<u64, Held>) -> io::Result<bool> {
 pub(crate) struct Given {
     stream: UnixStream,
     pub machines: Vec<Held>,
+    pub pages: Option<Pages>,
 }
 
 impl Given {
@@ -425,22 +485,31 @@ impl Given {
         // It ends its server before.
         let limit = Some(PATIENCE.saturating_mul(2));
         stream.set_read_timeout(limit).map_err(failed)?;
-        let machines = Self::receive(&stream, max).map_err(failed)?;
-        Ok(Some(Self { stream, machines }))
+        let (machines, pages) = Self::receive(&stream, max).map_err(failed)?;
+        Ok(Some(Self {
+            stream,
+            machines,
+            pages,
+        }))
     }
 
-    fn receive(stream: &UnixStream, max: usize) -> io::Result<Vec<Held>> {
+    fn receive(stream: &UnixStream, max: usize) -> io::Result<(Vec<Held>, Option<Pages>)> {
         let mut machines = Vec::new();
+        let mut pages = None;
         loop {
             let Some((what, number, mut descriptors)) = hear(stream)? else {
                 // Nothing is held: it has ended, or is ended.
                 return match machines.is_empty() {
-                    true => Ok(machines),
+                    true => Ok((machines, None)),
                     false => Err(io::ErrorKind::UnexpectedEof.into()),
                 };
             };
             if what == ALL && number == machines.len() as u64 {
-                return Ok(machines);
+                return Ok((machines, pages));
+            }
+            if what == PAGES && pages.is_none() {
+                pages = descriptors.pop().map(|socket| Pages::new(socket, number));
+                continue;
             }
             let (kept, pidfd, uffd) = (descriptors.pop(), descriptors.pop(), descriptors.pop());
             let (Some(uffd), Some(pidfd), Some(_)) = (uffd, pidfd, &kept) else {
@@ -542,6 +611,10 @@ fn step(socket: &impl AsFd, work: &mut Work) -> Result<bool, Errno> {
                 }
                 Err(_) => LOST,
             }
+        }
+        (PAGES, Some(socket), None) => {
+            work.pages = Some(Pages::new(socket, number));
+            PAGES
         }
         (ADD, Some(uffd), Some(pidfd)) => {
             let peer = Peer::new(pidfd);

@@ -8,11 +8,11 @@ use super::region::{Region, VmRegion};
 use super::{Prefetch, VmOptions};
 use crate::address::HostAddress;
 use crate::error::ServeError;
-use crate::source::{Content, PageSource, Piece};
+use crate::source::{Content, Look, PageSource, Piece};
 use crate::uffd::{Event, Kind, Placed, Uffd, Wake};
 use core::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::process::{Signal, pidfd_send_signal};
 use sonicshot::checkpoint::CheckpointError;
@@ -436,31 +436,36 @@ impl Machine {
 
     /// What has come of the `userfaultfd`, if that is asked for; `None` if the process has ended.
     fn poll(&self, faults: bool, limit: Option<Duration>) -> Option<PollFlags> {
-        let mut fds = Vec::with_capacity(4);
-        fds.push(PollFd::new(&self.control.wake, PollFlags::IN));
-        fds.extend(
-            self.peer
-                .as_ref()
-                .map(|peer| PollFd::new(peer, PollFlags::IN)),
-        );
-        let uffd = fds.len();
-        if faults {
-            fds.push(PollFd::new(&*self.uffd, PollFlags::IN));
-            let asks = self.asks.as_ref().map(|asks| asks.fd());
-            fds.extend(asks.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-        }
+        let none = self.control.wake.as_fd();
+        let of_peer = self.peer.as_ref().map(AsFd::as_fd);
+        let of_asks = self.asks.as_ref().filter(|_| faults);
+        let of_asks = of_asks.map(|asks| asks.fd());
+        // What is none is behind the others, and not polled.
+        let all = [
+            none,
+            if faults { self.uffd.as_fd() } else { none },
+            of_peer.unwrap_or(none),
+            of_asks.unwrap_or(none),
+        ];
+        let mut fds = all.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let count = match (of_peer, of_asks) {
+            (None, None) => 2,
+            (_, None) => 3,
+            (_, Some(_)) => 4,
+        };
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
-        if poll(&mut fds, limit.as_ref()).is_err() {
+        let polled = fds.get_mut(..count).unwrap_or_default();
+        if poll(polled, limit.as_ref()).is_err() {
             return Some(PollFlags::empty());
         }
-        let of = |number: usize| fds.get(number).map_or(PollFlags::empty(), PollFd::revents);
-        if of(0).contains(PollFlags::IN) {
+        let [wake, uffd, peer, _] = fds.map(|fd| fd.revents());
+        if wake.contains(PollFlags::IN) {
             self.control.seen();
         }
-        if self.peer.is_some() && !of(1).is_empty() {
+        if of_peer.is_some() && !peer.is_empty() {
             return None;
         }
-        Some(of(uffd))
+        Some(if faults { uffd } else { PollFlags::empty() })
     }
 
     /// Serves a fault, or a part of what comes with it.
@@ -522,14 +527,40 @@ impl Machine {
         Ok(())
     }
 
+    /// Brings in a page that the source has, and nothing else.
+    fn bring_one(&mut self, number: usize, page: u64, one: GpaRange) -> Result<Placed, ServeError> {
+        let source = Arc::clone(&self.source);
+        let mut buffer = core::mem::take(&mut self.buffer);
+        let looked = source.look(one, &mut buffer);
+        let run = match looked.map_err(failed(one.start()))? {
+            Look::Page(piece) => {
+                let (placed, bytes) = self.put(number, page, page, &piece, Wake::Yes)?;
+                self.options.metrics.faulted(bytes);
+                drop(piece);
+                self.buffer = buffer;
+                return Ok(placed);
+            }
+            Look::Run(run) => run,
+        };
+        self.buffer = buffer;
+        let whole = one.intersection(&run.range) == one;
+        match run.content {
+            Content::Fill(0) if whole => self.put_zeroes(number, page, Wake::Yes),
+            _ => self.assemble(number, page, one, Wake::Yes),
+        }
+    }
+
     /// Brings in a page that the source has, and what comes with it.
     fn bring(&mut self, number: usize, page: u64, at: Gpa) -> Result<Placed, ServeError> {
-        let source = Arc::clone(&self.source);
-        let run = source.run_at(at).map_err(failed(at))?;
         let Some(region) = self.regions.get(number) else {
             return Ok(Placed::Gone);
         };
         let one = GpaRange::with_len(at, region.page).ok_or_else(|| outside(region))?;
+        if self.options.around <= region.page {
+            return self.bring_one(number, page, one);
+        }
+        let source = Arc::clone(&self.source);
+        let run = source.run_at(at).map_err(failed(at))?;
         if one.intersection(&run.range) != one {
             return self.assemble(number, page, one, Wake::Yes);
         }
@@ -978,5 +1009,58 @@ mod tests {
             assert_eq!(all.recv_timeout(Duration::from_secs(20)), Ok(7));
         }
         drop(vm);
+    }
+
+    /// What a server had noted as given back, and what it had only read when it was killed.
+    #[cfg(feature = "server")]
+    #[test]
+    fn who_goes_on_brings_nothing_back() {
+        let len = 8 * PAGE;
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let none = core::ptr::null_mut();
+        // SAFETY: a new mapping; it stays for as long as the process does.
+        let start = unsafe { mmap_anonymous(none, len, access, MapFlags::PRIVATE) }.unwrap();
+        let uffd = Arc::new(Uffd::new().unwrap());
+        // SAFETY: nobody has touched it, and who will can wait.
+        let registered =
+            unsafe { uffd.register(NonNull::new(start.cast()).unwrap(), len) }.unwrap();
+        let host = start.expose_provenance();
+        let guest = GpaRange::with_len(Gpa::ZERO, len as u64).unwrap();
+        let region = VmRegion::new(&registered, 0, guest, PAGE as u64).unwrap();
+        let machine = |regions: &[VmRegion]| {
+            let source = Arc::new(Sevens(RamLayout::new(vec![guest]).unwrap()));
+            let control = Arc::new(Control::new().unwrap());
+            let uffd = Arc::clone(&uffd);
+            let options = VmOptions::default();
+            let new = Machine::new(source, uffd, regions, options, Arc::clone(&control), None);
+            (new.unwrap(), control)
+        };
+        let at = |page: usize| (host + page * PAGE) as u64;
+        let (mut first, _) = machine(&[region]);
+        let file = first.keep("a snapshot").unwrap();
+        first.regions[0].give_back(at(1), at(2)).unwrap();
+        let messages = first.kept.as_mut().unwrap().messages();
+        messages[0] = 0x15;
+        messages[8..16].copy_from_slice(&at(4).to_ne_bytes());
+        messages[16..24].copy_from_slice(&at(6).to_ne_bytes());
+        drop(first);
+        let (kept, regions) = Kept::open(file, "a snapshot").unwrap();
+        let (mut next, control) = machine(&regions);
+        next.go_on(kept, &regions).unwrap();
+        let serving = std::thread::spawn(move || drop(next.run()));
+        // They are not waited for: a test that fails must not wait for ever.
+        let (done, all) = channel();
+        std::thread::spawn(move || {
+            for page in 0..8 {
+                let at = core::ptr::with_exposed_provenance::<u8>(host + page * PAGE);
+                // SAFETY: mapped, and written by nobody.
+                done.send(unsafe { at.read_volatile() }).unwrap();
+            }
+        });
+        for expected in [7, 0, 7, 7, 0, 0, 7, 7] {
+            assert_eq!(all.recv_timeout(Duration::from_secs(20)), Ok(expected));
+        }
+        control.stop();
+        serving.join().unwrap();
     }
 }

@@ -1,6 +1,6 @@
 //! A checkpoint, of which many read: what was decompressed is kept for the next.
 
-use super::{Check, Content, PageSource, Piece, Run, checked, length};
+use super::{Check, Content, Look, PageSource, Piece, Run, checked, length};
 use crate::error::ServeError;
 use crate::metrics::Metrics;
 use core::num::NonZeroUsize;
@@ -101,14 +101,18 @@ impl<S: RangeSource> CheckpointSource<S> {
         &self.reader
     }
 
-    /// The chunk that has the stored page at `at`, and which of the guest's memory is in it
-    /// beside that page; `None` if none is stored.
-    fn stored(&self, at: Gpa) -> Result<Option<Stored>, ServeError> {
+    /// What is at `at`: the chunk that has the stored page, and which of the guest's memory is in it
+    /// beside that page; or a run of which none is stored.
+    fn find(&self, at: Gpa) -> Result<Found, ServeError> {
         let page = self.reader.info().page_size;
         let missing = || ServeError::NotInSnapshot { at };
         let run = self.reader.run_of(at.pfn(page)).ok_or_else(missing)?;
-        let PageContent::Data { slot } = run.content else {
-            return Ok(None);
+        let slot = match run.content {
+            PageContent::Data { slot } => slot,
+            PageContent::Fill { word } | PageContent::Free { word } => {
+                return filled(run.frames.gpa_range(page), word).ok_or_else(missing);
+            }
+            _ => return filled(run.frames.gpa_range(page), 0).ok_or_else(missing),
         };
         let wanted = at.pfn(page).offset_from(run.frames.start());
         let wanted = wanted.and_then(|skipped| slot.checked_add(skipped));
@@ -128,7 +132,44 @@ impl<S: RangeSource> CheckpointSource<S> {
                 inside: inside.checked_mul(page.bytes())?,
             })
         };
-        Ok(Some(stored().ok_or_else(missing)?))
+        stored().map(Found::Bytes).ok_or_else(missing)
+    }
+
+    /// The bytes of `range`, which is in what is stored.
+    fn read_of<'b>(
+        &self,
+        stored: &Stored,
+        range: GpaRange,
+        buffer: &'b mut Vec<u8>,
+    ) -> Result<Piece<'b>, ServeError> {
+        let at = range.start();
+        let missing = || ServeError::NotInSnapshot { at };
+        let len = length(range)?;
+        let inside = at.offset_from(stored.range.start());
+        let inside = inside.and_then(|skipped| stored.inside.checked_add(skipped));
+        let inside = inside.filter(|_| range.end() <= stored.range.end());
+        let inside = inside.ok_or_else(missing)?;
+        let number = stored.chunk.number;
+        let block = if stored.chunk.plain {
+            self.check(number)?;
+            let kept = self.cache.get(&number);
+            self.metrics.cache(kept.is_some());
+            let Some(kept) = kept else {
+                buffer.resize(len, 0);
+                let read = self.reader.read_plain(number, inside, buffer);
+                self.unchanged(read)?;
+                return Ok(Piece::Own(buffer));
+            };
+            kept
+        } else {
+            self.block(number)?
+        };
+        let start = usize::try_from(inside).map_err(|_| missing())?;
+        let end = start.checked_add(len).filter(|end| *end <= block.len());
+        Ok(Piece::Shared {
+            part: start..end.ok_or_else(missing)?,
+            block,
+        })
     }
 
     /// A chunk that is not stored as it is, decompressed.
@@ -186,6 +227,25 @@ struct Stored {
     inside: u64,
 }
 
+impl Stored {
+    const fn run(&self) -> Run {
+        Run {
+            range: self.range,
+            content: Content::Bytes,
+        }
+    }
+}
+
+enum Found {
+    Bytes(Stored),
+    Word(Run),
+}
+
+fn filled(range: Option<GpaRange>, word: u64) -> Option<Found> {
+    let content = Content::Fill(word);
+    range.map(|range| Found::Word(Run { range, content }))
+}
+
 impl<S: RangeSource> PageSource for CheckpointSource<S> {
     fn is_for_analysis(&self) -> bool {
         self.reader.info().for_analysis
@@ -200,55 +260,27 @@ impl<S: RangeSource> PageSource for CheckpointSource<S> {
     }
 
     fn run_at(&self, at: Gpa) -> Result<Run, ServeError> {
-        let missing = || ServeError::NotInSnapshot { at };
-        if let Some(stored) = self.stored(at)? {
-            return Ok(Run {
-                range: stored.range,
-                content: Content::Bytes,
-            });
-        }
-        let page = self.reader.info().page_size;
-        let run = self.reader.run_of(at.pfn(page)).ok_or_else(missing)?;
-        let word = match run.content {
-            PageContent::Fill { word } | PageContent::Free { word } => word,
-            _ => 0,
-        };
-        Ok(Run {
-            range: run.frames.gpa_range(page).ok_or_else(missing)?,
-            content: Content::Fill(word),
+        Ok(match self.find(at)? {
+            Found::Word(run) => run,
+            Found::Bytes(stored) => stored.run(),
         })
     }
 
     fn read<'b>(&self, range: GpaRange, buffer: &'b mut Vec<u8>) -> Result<Piece<'b>, ServeError> {
-        let at = range.start();
-        let missing = || ServeError::NotInSnapshot { at };
-        let stored = self.stored(at)?.ok_or_else(missing)?;
-        let len = length(range)?;
-        let inside = at.offset_from(stored.range.start());
-        let inside = inside.and_then(|skipped| stored.inside.checked_add(skipped));
-        let inside = inside.filter(|_| range.end() <= stored.range.end());
-        let inside = inside.ok_or_else(missing)?;
-        let number = stored.chunk.number;
-        let block = if stored.chunk.plain {
-            self.check(number)?;
-            let kept = self.cache.get(&number);
-            self.metrics.cache(kept.is_some());
-            let Some(kept) = kept else {
-                buffer.resize(len, 0);
-                let read = self.reader.read_plain(number, inside, buffer);
-                self.unchanged(read)?;
-                return Ok(Piece::Own(buffer));
-            };
-            kept
-        } else {
-            self.block(number)?
-        };
-        let start = usize::try_from(inside).map_err(|_| missing())?;
-        let end = start.checked_add(len).filter(|end| *end <= block.len());
-        Ok(Piece::Shared {
-            part: start..end.ok_or_else(missing)?,
-            block,
-        })
+        match self.find(range.start())? {
+            Found::Bytes(stored) => self.read_of(&stored, range, buffer),
+            Found::Word(_) => Err(ServeError::NotInSnapshot { at: range.start() }),
+        }
+    }
+
+    fn look<'b>(&self, page: GpaRange, buffer: &'b mut Vec<u8>) -> Result<Look<'b>, ServeError> {
+        match self.find(page.start())? {
+            Found::Word(run) => Ok(Look::Run(run)),
+            Found::Bytes(stored) if page.intersection(&stored.range) == page => {
+                self.read_of(&stored, page, buffer).map(Look::Page)
+            }
+            Found::Bytes(stored) => Ok(Look::Run(stored.run())),
+        }
     }
 
     fn by_need(&self) -> Arc<[GpaRange]> {
@@ -415,7 +447,9 @@ mod tests {
     #[test]
     fn a_plain_chunk_that_is_damaged_is_told() {
         let source = source(Compression::None, 0);
-        let stored = source.stored(Gpa::new(1 << 20)).unwrap().unwrap();
+        let Found::Bytes(stored) = source.find(Gpa::new(1 << 20)).unwrap() else {
+            panic!("it is stored");
+        };
         let mut bytes = source.reader.source().clone();
         // The first chunk begins behind the header, which is 4096 bytes long.
         bytes[4096 + 5] ^= 1;

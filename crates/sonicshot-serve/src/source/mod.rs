@@ -60,6 +60,15 @@ impl Piece<'_> {
     }
 }
 
+/// What a look at one page has found.
+#[derive(Debug)]
+pub enum Look<'b> {
+    /// Its bytes.
+    Page(Piece<'b>),
+    /// It is not all in one run of [`Content::Bytes`]: what is at its beginning.
+    Run(Run),
+}
+
 /// A guest's memory as it was saved. Many virtual machines are served from one, by a thread each.
 pub trait PageSource: Send + Sync {
     /// The guest's RAM. The same on every call.
@@ -77,6 +86,19 @@ pub trait PageSource: Send + Sync {
     /// # Errors
     /// Why they cannot be read.
     fn read<'b>(&self, range: GpaRange, buffer: &'b mut Vec<u8>) -> Result<Piece<'b>, ServeError>;
+
+    /// What the page `page` is. A source may do it sooner than by [`run_at`](Self::run_at) and
+    /// [`read`](Self::read).
+    ///
+    /// # Errors
+    /// As of those.
+    fn look<'b>(&self, page: GpaRange, buffer: &'b mut Vec<u8>) -> Result<Look<'b>, ServeError> {
+        let run = self.run_at(page.start())?;
+        if run.content == Content::Bytes && page.intersection(&run.range) == page {
+            return self.read(page, buffer).map(Look::Page);
+        }
+        Ok(Look::Run(run))
+    }
 
     /// All that is not zero, what a guest needs sooner first. All virtual machines share it.
     fn by_need(&self) -> Arc<[GpaRange]>;

@@ -388,25 +388,35 @@ fn another_server_goes_on_where_one_was_killed() {
     let mut server = keeping(&socket, file.path(), &keep);
     let mode = std::fs::metadata(&keep).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let start = |form, what, seed| {
-        let command = client_command(&socket, form, 4096, what, seed).spawn();
-        let mut child = command.unwrap();
+    let spawn = |form, what, seed| {
+        client_command(&socket, form, 4096, what, seed)
+            .spawn()
+            .unwrap()
+    };
+    let started = |mut child: Child| {
         // It says more later, to somebody.
         let lines = ready(&mut child);
         (child, lines)
     };
     let mut machines = Vec::new();
     for round in 0..8 {
-        machines.push(start("1.7", "touch", round));
-        machines.push(start("1.12", "wear", round + 100));
-        machines.push(start("own", "wear", round + 200));
+        machines.push(started(spawn("1.7", "touch", round)));
+        machines.push(started(spawn("1.12", "wear", round + 100)));
+        machines.push(started(spawn("own", "wear", round + 200)));
         std::thread::sleep(Duration::from_millis(7 * round));
+        let mut between = Vec::new();
         if round % 2 == 0 {
             server.kill().unwrap();
             server.wait().unwrap();
+            // Who comes now finds the socket, and waits for the next server.
+            between = vec![
+                spawn("1.12", "touch", round + 300),
+                spawn("own", "wear", round + 400),
+            ];
             std::thread::sleep(Duration::from_millis(3 * round));
         }
         let next = keeping(&socket, file.path(), &keep);
+        machines.extend(between.into_iter().map(started));
         let gone = server
             .wait_with_output()
             .unwrap_or_else(|error| panic!("{error}"));
@@ -439,6 +449,15 @@ fn what_no_other_server_takes_is_ended() {
     server.kill().unwrap();
     server.wait().unwrap();
     let start = Instant::now();
+    // Who comes meanwhile is turned away as if there were a server: one that waits for no answer is
+    // ended, and who waits hears that there is none.
+    let late = client_command(&socket, "1.7", 4096, "wait", 2)
+        .spawn()
+        .unwrap();
+    let asking = client_command(&socket, "own", 4096, "wait", 3)
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(300));
     let output = Command::new(example("page_server"))
         .args([&socket, other.path(), &keep])
         .output()
@@ -449,11 +468,19 @@ fn what_no_other_server_takes_is_ended() {
         "{told}"
     );
     assert!(machine.try_wait().unwrap().is_none());
+    assert!(socket.exists());
     let output = machine.wait_with_output().unwrap();
     assert_eq!(output.status.signal(), Some(9), "{output:?}");
     let took = start.elapsed();
     assert!(
         (Duration::from_secs(5)..Duration::from_secs(60)).contains(&took),
         "{took:?}"
+    );
+    let output = late.wait_with_output().unwrap();
+    assert_eq!(output.status.signal(), Some(9), "{output:?}");
+    let output = asking.wait_with_output().unwrap();
+    assert!(
+        output.status.code().is_some_and(|code| code != 0),
+        "{output:?}"
     );
 }
