@@ -3,6 +3,7 @@
 use crate::error::QemuError;
 use crate::process::{Backing, Mapping, Process};
 use crate::qmp::{Qmp, shortened};
+use crate::sealed::Sealed;
 use crate::tables::{self, Placed, RamBlock};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -354,6 +355,7 @@ fn backing(
         let inside = address.checked_sub(only.start);
         let offset = inside.and_then(|inside| only.offset.checked_add(inside));
         return Ok(Backing::File {
+            sealed: Sealed::new(&file).map(Arc::new),
             file: Arc::new(file),
             offset: offset.ok_or_else(|| wrong("its place in its file is none"))?,
         });

@@ -1,5 +1,5 @@
-//! A second process that ends a QEMU whose server of pages died: a guest that waits for pages that
-//! nobody has would wait for ever.
+//! A second process that ends a QEMU whose restore died: a guest that waits for pages that nobody has,
+//! and a QEMU that waits for its guest, would wait for ever.
 
 use crate::error::QemuError;
 use rustix::event::{PollFd, PollFlags, poll};

@@ -1,6 +1,7 @@
 //! A QEMU that is started to run a guest.
 
 use crate::error::QemuError;
+use crate::guard::{self, Guard};
 use crate::qmp::{Qmp, shortened};
 use rustix::fd::AsRawFd;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -113,14 +114,18 @@ pub(crate) struct Launched {
     child: Child,
     said: Arc<Mutex<Vec<u8>>>,
     listening: Option<JoinHandle<()>>,
+    /// Ends it if this process dies before it has its guest.
+    guard: Option<Guard>,
 }
 
 impl Launched {
-    /// Starts `program` with `words` and what makes it wait for a guest; itself and its monitor.
+    /// Starts `program` with `words` and what makes it wait for a guest; itself and its monitor. Without
+    /// `guard` it would wait for ever if this process died.
     pub(crate) fn start(
         program: &OsStr,
         words: &[OsString],
         more: &[OsString],
+        guard: Option<Command>,
     ) -> Result<(Self, Qmp), QemuError> {
         let system = |action| {
             move |error: rustix::io::Errno| QemuError::System {
@@ -153,7 +158,15 @@ impl Launched {
             child,
             said,
             listening,
+            guard: None,
         };
+        if let Some(command) = guard {
+            let qemu = guard::descriptor(new.pid());
+            match qemu.and_then(|qemu| Guard::start(command, &qemu)) {
+                Ok(guard) => new.guard = Some(guard),
+                Err(error) => return Err(new.blame(error)),
+            }
+        }
         let socket = UnixStream::from(ours);
         match Qmp::over(socket, START) {
             Ok(qmp) => Ok((new, qmp)),
@@ -166,8 +179,21 @@ impl Launched {
         i32::try_from(self.child.id()).unwrap_or_default()
     }
 
+    /// It has its guest, and needs nobody any more.
+    pub(crate) fn is_whole(&mut self) {
+        if let Some(guard) = self.guard.take() {
+            guard.done();
+        }
+    }
+
     /// Ends QEMU. If it had ended by itself, that is the error, with what it said.
     pub(crate) fn blame(&mut self, error: QemuError) -> QemuError {
+        let blamed = self.ended(error);
+        self.is_whole();
+        blamed
+    }
+
+    fn ended(&mut self, error: QemuError) -> QemuError {
         if matches!(error, QemuError::Gone { .. }) {
             // It closes its monitor before it ends.
             for _ in 0..50 {
@@ -302,7 +328,7 @@ mod tests {
     fn a_program_that_ends_is_told_with_what_it_said() {
         let start = |program: &str, words: &[&str]| {
             let words: Vec<OsString> = words.iter().map(Into::into).collect();
-            Launched::start(program.as_ref(), &words, &[]).unwrap_err()
+            Launched::start(program.as_ref(), &words, &[], None).unwrap_err()
         };
         let error = start("/bin/sh", &["-c", "echo no such machine >&2; exit 3", "sh"]);
         match error {

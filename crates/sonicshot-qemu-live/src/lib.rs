@@ -31,6 +31,8 @@ mod record;
 mod refuse;
 mod restore;
 mod save;
+#[expect(unsafe_code, reason = "a file that is mapped")]
+mod sealed;
 #[expect(unsafe_code, reason = "a mapping that several threads fill")]
 mod shadow;
 mod stream;

@@ -4,12 +4,15 @@ use crate::error::QemuError;
 use crate::launch::Words;
 use crate::pages::{self, Places};
 use crate::qmp::QemuVersion;
+use crate::refuse;
+use rustix::fs::{XattrFlags, fgetxattr, fsetxattr};
+use sonicshot::GpaRange;
 use sonicshot::work::{for_each, threads};
 use sonicshot_dump::{NewFile, Overwrite};
 use sonicshot_serve::{Content, PageSource, ServeError};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
 
@@ -17,7 +20,7 @@ use std::process::Command;
 const BACKEND: &str = "sonicshot-ram";
 
 /// From this version on QEMU can be kept from writing to the file.
-const READ_ONLY: QemuVersion = QemuVersion {
+pub(crate) const READ_ONLY: QemuVersion = QemuVersion {
     major: 8,
     minor: 2,
     micro: 0,
@@ -79,11 +82,7 @@ pub(crate) fn options(
         // What these give back is punched out of the file, under all who have it.
         let punching = ["balloon", "virtio-mem", "free-page-reporting"];
         if let Some(found) = punching.iter().find(|what| words.mention(what)) {
-            return Err(QemuError::not_this(format!(
-                "QEMU {version} opens a mapped file for writing, and a guest with `{found}` would punch \
-                 holes into it: give each guest a file of its own, leave the device out, restore with \
-                 --eager, or take QEMU 8.2 or later"
-            )));
+            return Err(refuse::would_punch(version, found));
         }
     }
     Ok(vec![
@@ -94,10 +93,106 @@ pub(crate) fn options(
     ])
 }
 
+/// What a file says of itself: which checkpoint it is made of, and when it was written last. What was
+/// written since has another time.
+const MARK: &str = "user.sonicshot.made-of";
+
+fn mark(digest: u128, file: &File) -> std::io::Result<String> {
+    let found = file.metadata()?;
+    let (seconds, nanos) = (found.mtime(), found.mtime_nsec());
+    Ok(format!("{digest:032x} {seconds}.{nanos:09}"))
+}
+
+/// Has the file say so, where it can.
+fn note(digest: u128, file: &File) {
+    if let Ok(text) = mark(digest, file) {
+        let _ = fsetxattr(file, MARK, text.as_bytes(), XattrFlags::empty());
+    }
+}
+
+/// Whether the file at `path` has the guest's RAM: by what it says of itself, or by its bytes. What was
+/// left out of the checkpoint may be anything there, as it may be in the guest.
+pub(crate) fn check(
+    source: &dyn PageSource,
+    digest: u128,
+    places: &Places,
+    path: &Path,
+) -> Result<(), QemuError> {
+    let reading = |source| QemuError::Io {
+        action: "reading",
+        path: path.to_owned(),
+        source,
+    };
+    let file = File::open(path).map_err(reading)?;
+    let expected = mark(digest, &file).map_err(reading)?;
+    let mut found = [0; 128];
+    if let Ok(len) = fgetxattr(&file, MARK, &mut found[..])
+        && found.get(..len) == Some(expected.as_bytes())
+    {
+        return Ok(());
+    }
+    for_each(
+        threads(None),
+        kept(source),
+        &mut |_| {},
+        Vec::new,
+        |buffer: &mut Vec<u8>, found| {
+            let found = found.map_err(QemuError::Pages)?;
+            let bytes = pages::bytes(source, &found).map_err(QemuError::Pages)?;
+            buffer.resize(bytes.len(), 0);
+            each_part(places, found.0, buffer, |offset, part| {
+                file.read_exact_at(part, offset).map_err(reading)
+            })?;
+            if *buffer == bytes {
+                return Ok(());
+            }
+            Err(QemuError::not_this(format!(
+                "{} is not made of this checkpoint, or was written to: it has other bytes between {:#x} \
+                 and {:#x}. Name a file that is not there, to have it made",
+                path.display(),
+                found.0.start(),
+                found.0.end()
+            )))
+        },
+    )?;
+    note(digest, &file);
+    Ok(())
+}
+
+/// All of the guest that the checkpoint has, and that is not zero.
+fn kept(source: &dyn PageSource) -> impl Iterator<Item = Result<pages::Found, ServeError>> + '_ {
+    let regions = source.layout().regions().to_vec();
+    let all = regions
+        .into_iter()
+        .flat_map(move |region| pages::runs(source, region));
+    all.filter(|found| !matches!(found, Ok((_, Content::Fill(0)))))
+}
+
+/// Does something with each part of `bytes`, which are those of `range`, that is in a row in the file.
+fn each_part(
+    places: &Places,
+    mut range: GpaRange,
+    bytes: &mut [u8],
+    mut part_at: impl FnMut(u64, &mut [u8]) -> Result<(), QemuError>,
+) -> Result<(), QemuError> {
+    let nowhere = || QemuError::not_this("the checkpoint has guest memory that is in no block");
+    let mut rest = bytes;
+    while !range.is_empty() {
+        let (part, _, offset) = places.of(&range).ok_or_else(nowhere)?;
+        let len = usize::try_from(part.len()).map_err(|_| nowhere())?;
+        let (now, later) = rest.split_at_mut_checked(len).ok_or_else(nowhere)?;
+        part_at(offset, now)?;
+        range = GpaRange::new(part.end(), range.end());
+        rest = later;
+    }
+    Ok(())
+}
+
 /// Makes the file at `path`: the guest's RAM as its block has it, `bytes` long. It appears whole or
 /// not at all.
 pub(crate) fn make(
     source: &dyn PageSource,
+    digest: u128,
     places: &Places,
     bytes: u64,
     path: &Path,
@@ -109,51 +204,38 @@ pub(crate) fn make(
         source,
     };
     out.file().set_len(bytes).map_err(writing)?;
-    let regions = source.layout().regions().to_vec();
-    let all = regions
-        .into_iter()
-        .flat_map(|region| pages::runs(source, region));
     for_each(
         threads(None),
-        all.filter(|found| !matches!(found, Ok((_, Content::Fill(0))))),
+        kept(source),
         &mut |_| {},
         || (),
-        |(), found| put(source, places, out.file(), found, &writing),
+        |(), found| {
+            let found = found.map_err(QemuError::Pages)?;
+            let mut bytes = pages::bytes(source, &found).map_err(QemuError::Pages)?;
+            each_part(places, found.0, &mut bytes, |offset, part| {
+                out.file().write_all_at(part, offset).map_err(writing)
+            })
+        },
     )?;
+    note(digest, out.file());
     out.finish()?;
-    Ok(())
-}
-
-fn put(
-    source: &dyn PageSource,
-    places: &Places,
-    file: &File,
-    found: Result<pages::Found, ServeError>,
-    writing: &impl Fn(std::io::Error) -> QemuError,
-) -> Result<(), QemuError> {
-    let found = found.map_err(QemuError::Pages)?;
-    let bytes = pages::bytes(source, &found).map_err(QemuError::Pages)?;
-    let nowhere = || std::io::Error::other("guest memory that is in no block");
-    let (mut range, mut rest) = (found.0, bytes.as_slice());
-    while !range.is_empty() {
-        let (part, _, offset) = places.of(&range).ok_or_else(|| writing(nowhere()))?;
-        let len = usize::try_from(part.len()).map_err(|_| writing(nowhere()))?;
-        let (now, later) = rest
-            .split_at_checked(len)
-            .ok_or_else(|| writing(nowhere()))?;
-        file.write_all_at(now, offset).map_err(writing)?;
-        range = sonicshot::GpaRange::new(part.end(), range.end());
-        rest = later;
-    }
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Words, options};
+    use super::{Words, check, make, options};
+    use crate::find::Piece;
+    use crate::pages::Places;
     use crate::qmp::QemuVersion;
+    use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, CheckpointWriter, SaveOptions};
+    use sonicshot::{DropClasses, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions};
+    use sonicshot::{PageMap, PageSize, PrunePlan};
+    use sonicshot_serve::CheckpointSource;
     use std::ffi::OsString;
+    use std::os::unix::fs::FileExt;
     use std::path::Path;
+    use std::sync::Arc;
 
     #[test]
     fn nobody_may_write_to_a_file_that_others_have() {
@@ -185,5 +267,59 @@ mod tests {
                 assert!(text.contains("size=7,mem-path=/a,,b,share=off"), "{text}");
             }
         }
+    }
+
+    #[test]
+    fn a_file_of_another_guest_is_refused() {
+        let mut ram = vec![0; 64 * 4096];
+        for page in (0..64).step_by(2) {
+            ram[page * 4096..(page + 1) * 4096].fill(u8::try_from(page + 1).unwrap());
+        }
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        let map = PageMap::new(memory.layout(), PageSize::SIZE_4K);
+        let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
+        let info = CheckpointInfo::new(memory.layout().clone(), PageSize::SIZE_4K);
+        let file = tempfile::tempfile().unwrap();
+        let out = file.try_clone().unwrap();
+        let mut writer = CheckpointWriter::new(out, info, SaveOptions::default()).unwrap();
+        writer.memory(&memory, &map, &plan, &mut |_, _| {}).unwrap();
+        writer.finish().unwrap();
+        let reader = CheckpointReader::new(file).unwrap();
+        let source = CheckpointSource::new(reader, 0, Arc::default());
+        let mut places = Places::default();
+        let piece = |offset: u64, gpa: u64, pages: u64| Piece {
+            offset: offset << 12,
+            gpa: gpa << 12,
+            len: pages << 12,
+        };
+        // Its second half comes first in the file.
+        places
+            .add("ram0", &[piece(0, 32, 32), piece(32, 0, 32)])
+            .unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("raw");
+        make(&source, 7, &places, 64 << 12, &path).unwrap();
+        let raw = std::fs::read(&path).unwrap();
+        assert_eq!(
+            (&raw[..32 << 12], &raw[32 << 12..]),
+            (&ram[32 << 12..], &ram[..32 << 12])
+        );
+        check(&source, 7, &places, &path).unwrap();
+        // By its bytes.
+        check(&source, 8, &places, &path).unwrap();
+        check(&source, 8, &places, &path).unwrap();
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        // What the guest does not use may be anything.
+        file.write_all_at(&[1], 1 << 12).unwrap();
+        check(&source, 8, &places, &path).unwrap();
+        // Before Linux 6.13 two writes of one tick have one time.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        file.write_all_at(&[1], 34 << 12).unwrap();
+        for digest in [7, 8] {
+            let error = check(&source, digest, &places, &path).unwrap_err();
+            assert!(error.to_string().contains("is not made of"), "{error}");
+        }
+        file.set_len(1).unwrap();
+        assert!(check(&source, 8, &places, &path).is_err());
     }
 }

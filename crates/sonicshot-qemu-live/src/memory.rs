@@ -97,11 +97,16 @@ impl LiveMemory {
         out
     }
 
-    /// Has room ready for these pages.
+    /// Has these pages ready to be read, and room for them.
     pub(crate) fn prepare(&self, pages: &[Range<usize>]) {
         for pages in pages {
             let bytes = pages.start.saturating_mul(PAGE)..pages.end.saturating_mul(PAGE);
             self.shadow.prepare(&bytes);
+            for one in &self.segments {
+                if let Some(of_block) = one.of_block(&bytes) {
+                    one.segment.backing.prepare(&of_block);
+                }
+            }
         }
     }
 
@@ -199,6 +204,17 @@ impl Shadowed {
         (self.at..self.at.saturating_add(self.len)).contains(&at)
     }
 
+    /// What of these bytes of the shadow is this segment's, as bytes of its block.
+    fn of_block(&self, bytes: &Range<usize>) -> Option<Range<u64>> {
+        let end = self.at.checked_add(self.len)?;
+        let (start, end) = (bytes.start.max(self.at), bytes.end.min(end));
+        let place = |at: usize| {
+            let inside = u64::try_from(at.checked_sub(self.at)?).ok()?;
+            self.segment.offset.checked_add(inside)
+        };
+        (start < end).then_some(place(start)?..place(end)?)
+    }
+
     /// Where the shadow has a part of this segment.
     fn place(&self, part: &GpaRange) -> Option<Range<usize>> {
         if part.is_empty() {
@@ -292,6 +308,8 @@ mod tests {
     use super::{LiveMemory, by_block};
     use crate::find::Segment;
     use crate::process::Backing;
+    use crate::sealed::Sealed;
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
     use sonicshot::{Gpa, GpaRange, GuestMemory, PageSize};
     use std::os::unix::fs::FileExt;
     use std::sync::Arc;
@@ -302,6 +320,7 @@ mod tests {
             range: GpaRange::new(Gpa::new(start << 12), Gpa::new(end << 12)),
             offset: u64::from(offset) << 12,
             backing: Backing::File {
+                sealed: Sealed::new(file).map(Arc::new),
                 file: Arc::new(file.try_clone().unwrap()),
                 offset: 0,
             },
@@ -316,12 +335,22 @@ mod tests {
 
     #[test]
     fn the_guest_reads_as_its_file() {
-        let file = tempfile::tempfile().unwrap();
+        reads_as(&tempfile::tempfile().unwrap());
+        let flags = MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC;
+        let file = std::fs::File::from(memfd_create("guest", flags).unwrap());
+        file.set_len(910 << 12).unwrap();
+        fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
+        assert!(Sealed::new(&file).is_some());
+        reads_as(&file);
+    }
+
+    fn reads_as(file: &std::fs::File) {
         for page in 0..910_u64 {
             file.write_all_at(&[u8::try_from(page % 251).unwrap(); 4096], page << 12)
                 .unwrap();
         }
-        let memory = &mut memory(&file);
+        let memory = &mut memory(file);
+        memory.prepare(&[0..300, 350..1500]);
         let layout = memory.layout().clone();
         assert_eq!(layout.regions().len(), 2);
         let expected = |page: u64| {

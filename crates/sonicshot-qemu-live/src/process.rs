@@ -1,6 +1,7 @@
 //! QEMU's process, as `/proc` shows it: where its memory is, and the files that it is.
 
 use crate::error::QemuError;
+use crate::sealed::Sealed;
 use crate::shadow::Hole;
 use crate::sys::{RemoteRead, read_process};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -9,6 +10,7 @@ use rustix::fs::{Mode, OFlags, open, openat};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
@@ -73,6 +75,8 @@ pub(crate) enum Backing {
         file: Arc<File>,
         /// Where the block begins in it.
         offset: u64,
+        /// The file as it is mapped, if it can be.
+        sealed: Option<Arc<Sealed>>,
     },
     /// From QEMU's memory.
     Process {
@@ -93,8 +97,18 @@ impl Backing {
         };
         let wrong = || io::Error::from(io::ErrorKind::InvalidInput);
         match self {
-            Self::File { file, offset } => holes.iter_mut().try_for_each(|hole| {
+            Self::File {
+                file,
+                offset,
+                sealed,
+            } => holes.iter_mut().try_for_each(|hole| {
                 let at = place(hole, *offset).ok_or_else(wrong)?;
+                let mapped = sealed
+                    .as_ref()
+                    .and_then(|all| all.get(at, hole.bytes.len()));
+                if mapped.is_some_and(|from| from.copy_to(hole.bytes)) {
+                    return Ok(());
+                }
                 file.read_exact_at(hole.bytes, at)
             }),
             Self::Process { process, address } => {
@@ -113,6 +127,22 @@ impl Backing {
     /// All of a small block.
     pub(crate) fn read(&self, from: u64, bytes: &mut [u8]) -> io::Result<()> {
         self.fill(from, 0, &mut [Hole { at: 0, bytes }])
+    }
+
+    /// Has ready what the block has in these bytes, as far as that is any use.
+    pub(crate) fn prepare(&self, bytes: &Range<u64>) {
+        let Self::File {
+            offset,
+            sealed: Some(sealed),
+            ..
+        } = self
+        else {
+            return;
+        };
+        let place = |at: u64| offset.checked_add(at);
+        if let (Some(start), Some(end)) = (place(bytes.start), place(bytes.end)) {
+            sealed.prepare(&(start..end));
+        }
     }
 
     /// In words.

@@ -1,7 +1,7 @@
 //! Guests that are not saved, in words.
 
 use crate::error::QemuError;
-use crate::qmp::{Qmp, shortened};
+use crate::qmp::{QemuVersion, Qmp, shortened};
 use serde_json::{Value, json};
 
 /// Whether the guest runs.
@@ -36,18 +36,45 @@ pub(crate) fn check(qmp: &mut Qmp) -> Result<(), QemuError> {
     encryption(qmp)?;
     plugged(qmp)?;
     // What a device of a host's card has in it nobody here can save.
-    let devices = qmp.human("info qtree")?;
-    let passed = devices.lines().map(str::trim_start).find(|line| {
-        let kind = line.strip_prefix("dev: ");
-        kind.is_some_and(|kind| kind.starts_with("vfio-") || kind.starts_with("vfio,"))
-    });
-    match passed {
+    match device(qmp, &["vfio-", "vfio,"])? {
         Some(device) => Err(QemuError::not_this(format!(
             "the guest has a device of the host (`{}`), whose state is not in what QEMU writes here",
-            shortened(device)
+            shortened(&device)
         ))),
         None => Ok(()),
     }
+}
+
+/// A device of which `info qtree` has the kind beginning so, and its name there.
+fn device(qmp: &mut Qmp, kinds: &[&str]) -> Result<Option<String>, QemuError> {
+    let tree = qmp.human("info qtree")?;
+    let mut all = tree
+        .lines()
+        .filter_map(|line| line.trim_start().strip_prefix("dev: "));
+    let found = all.find(|device| kinds.iter().any(|kind| device.starts_with(kind)));
+    Ok(found.map(str::to_owned))
+}
+
+/// Refuses a guest that could punch holes into a file that QEMU has open for writing, by whatever
+/// way its devices came there. It has not run yet.
+pub(crate) fn punching(qmp: &mut Qmp) -> Result<(), QemuError> {
+    match device(qmp, PUNCHING)? {
+        None => Ok(()),
+        Some(device) => Err(would_punch(qmp.version(), &device)),
+    }
+}
+
+/// Devices whose discards are punched out of the file that a guest's RAM is, under all who have it.
+const PUNCHING: &[&str] = &["virtio-balloon", "virtio-mem"];
+
+/// What is said of a device that would.
+pub(crate) fn would_punch(version: QemuVersion, device: &str) -> QemuError {
+    QemuError::not_this(format!(
+        "QEMU {version} opens a mapped file for writing, and a guest with `{}` would punch holes into \
+         it: give each guest a file of its own, leave the device out, restore with --eager, or take \
+         QEMU 8.2 or later",
+        shortened(device)
+    ))
 }
 
 fn migration(qmp: &mut Qmp) -> Result<(), QemuError> {
@@ -92,7 +119,9 @@ fn plugged(qmp: &mut Qmp) -> Result<(), QemuError> {
             let kinds = devices.iter().filter_map(|one| one.get("type")?.as_str());
             let kinds: Vec<_> = kinds.collect();
             Err(QemuError::not_this(format!(
-                "the guest has memory that is a device ({}): saving it while it runs is not proved",
+                "the guest has memory that is a device ({}), which is not saved while it runs: take it \
+                 out, or have QEMU itself save the guest (`migrate` to a file, mapped-ram or not), and \
+                 prune that file",
                 shortened(&kinds.join(", "))
             )))
         }

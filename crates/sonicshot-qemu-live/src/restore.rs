@@ -2,13 +2,14 @@
 
 use crate::error::QemuError;
 use crate::find::{self, Blocks, Piece};
-use crate::guard::{self, Guard};
+use crate::guard;
 use crate::launch::{Launched, Words};
 use crate::map;
 use crate::pages::{self, Places};
 use crate::postcopy::Server;
 use crate::qmp::{QemuVersion, Qmp, shortened};
 use crate::record::{Kept, Small};
+use crate::refuse;
 use crate::stream::{PAGE, Stream};
 use crate::tables::RamBlock;
 use rustix::fd::AsFd;
@@ -54,7 +55,7 @@ pub struct LiveRestoreOptions {
     /// How its memory gets into QEMU.
     pub how: RestoreHow,
     /// A command that calls [`guard`](crate::guard()) with its standard input and output, and does
-    /// nothing else: it ends QEMU if this process dies while the guest's pages come from it.
+    /// nothing else: it ends QEMU if this process dies before the guest has all that comes from it.
     pub guard: Option<Command>,
 }
 
@@ -121,8 +122,8 @@ pub fn restore(
     let guest = Guest { kept, source, path };
     match &options.how {
         RestoreHow::Postcopy => guest.by_postcopy(program, words, options.guard),
-        RestoreHow::Eager => guest.eager(program, words),
-        RestoreHow::Map(file) => guest.mapped(program, words, file),
+        RestoreHow::Eager => guest.eager(program, words, options.guard),
+        RestoreHow::Map(file) => guest.mapped(program, words, file, options.guard),
     }
 }
 
@@ -153,11 +154,16 @@ impl Guest<'_> {
         Vec::new()
     }
 
-    fn eager(&self, program: &OsStr, words: &[OsString]) -> Result<LiveRestored, QemuError> {
+    fn eager(
+        &self,
+        program: &OsStr,
+        words: &[OsString],
+        guard: Option<Command>,
+    ) -> Result<LiveRestored, QemuError> {
         let began = Instant::now();
         // Else it reads as zero before anybody writes to it.
         let zeroes = Words(words).have_used_file();
-        let (launched, qmp) = Launched::start(program, words, &self.more())?;
+        let (launched, qmp) = Launched::start(program, words, &self.more(), guard)?;
         self.run(
             launched,
             qmp,
@@ -177,7 +183,7 @@ impl Guest<'_> {
     ) -> Result<LiveRestored, QemuError> {
         let began = Instant::now();
         let zeroes = Words(words).have_used_file();
-        let (mut launched, mut qmp) = Launched::start(program, words, &self.more())?;
+        let (mut launched, mut qmp) = Launched::start(program, words, &self.more(), guard)?;
         let capabilities = ["postcopy-ram", "return-path"];
         let capabilities = capabilities.map(|name| json!({"capability": name, "state": true}));
         let arguments = json!({"capabilities": capabilities});
@@ -206,15 +212,11 @@ impl Guest<'_> {
             )?;
             return Ok(LiveRestored { why, ..restored });
         }
-        let watched = guard::descriptor(launched.pid()).and_then(|qemu| {
-            let guard = guard.map(|command| Guard::start(command, &qemu));
-            Ok((qemu, guard.transpose()?))
-        });
-        let (qemu, guard) = match watched {
-            Ok(watched) => watched,
+        let qemu = match guard::descriptor(launched.pid()) {
+            Ok(qemu) => qemu,
             Err(error) => return Err(launched.blame(error)),
         };
-        let restored = self.run(
+        self.run(
             launched,
             qmp,
             words,
@@ -228,11 +230,7 @@ impl Guest<'_> {
                 }
                 served
             },
-        );
-        if let Some(guard) = guard {
-            guard.done();
-        }
-        restored
+        )
     }
 
     fn serve(&self, matched: &Matched<'_>, out: &UnixStream) -> Result<(), QemuError> {
@@ -254,6 +252,7 @@ impl Guest<'_> {
         program: &OsStr,
         words: &[OsString],
         file: &Path,
+        guard: Option<Command>,
     ) -> Result<LiveRestored, QemuError> {
         let blocks = self.kept.record.blocks.iter();
         let mut ram = blocks.filter_map(|block| Some((&block.block, block.pieces.as_ref()?)));
@@ -273,22 +272,30 @@ impl Guest<'_> {
             path: file.to_owned(),
             source,
         })?;
-        if !there {
-            let mut places = Places::default();
-            places.add(&block.name, pieces)?;
-            map::make(&self.source, &places, block.used, file)?;
+        let mut places = Places::default();
+        places.add(&block.name, pieces)?;
+        let digest = self.source.reader().digest();
+        if there {
+            self.check_file(file, block.used)?;
+            map::check(&self.source, digest, &places, file)?;
+        } else {
+            map::make(&self.source, digest, &places, block.used, file)?;
             made = Some(began.elapsed());
         }
-        self.check_file(file, block.used)?;
         let began = Instant::now();
-        let (launched, qmp) = Launched::start(program, words, &more)?;
+        let (mut launched, mut qmp) = Launched::start(program, words, &more, guard)?;
+        if version < map::READ_ONLY
+            && let Err(error) = refuse::punching(&mut qmp)
+        {
+            return Err(launched.blame(error));
+        }
         let restored = self.run(launched, qmp, words, began, "map", |guest, matched, out| {
             guest.write_beside(matched, out)
         })?;
         Ok(LiveRestored { made, ..restored })
     }
 
-    /// Whether the raw file can be this guest's: that it is, only its maker knows.
+    /// Whether the raw file is as long as this guest's.
     fn check_file(&self, file: &Path, bytes: u64) -> Result<(), QemuError> {
         let found = std::fs::metadata(file).map_err(|source| QemuError::Io {
             action: "looking for",
@@ -348,6 +355,7 @@ impl Guest<'_> {
         if let Err(error) = loaded {
             return Err(launched.blame(error));
         }
+        launched.is_whole();
         Ok(LiveRestored {
             qemu: qmp.version(),
             how,

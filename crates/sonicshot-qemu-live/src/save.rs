@@ -317,6 +317,7 @@ impl Session {
                 Ok(analysis) => {
                     let plan = analysis.plan(&DropClasses::default());
                     let kept = self.kept(&plan);
+                    self.memory.prepare(&self.touched);
                     self.memory.prepare(&kept);
                     self.first_look = None;
                     return Ok(());
