@@ -9,18 +9,17 @@ use sonicshot::checkpoint::{
     CheckpointInfo, CheckpointReader, CheckpointWriter, Compression, SaveOptions,
 };
 use sonicshot::{
-    DropClasses, Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange,
-    PrunePlan, VmMemory,
+    DropClasses, Fill, GuestMemory, PageClass, PageMap, PageSize, Pfn, PfnRange, PrunePlan,
+    VmMemory,
 };
 use sonicshot_serve::{
     CheckpointSource, Metrics, PageSet, Prefetch, Recorder, Uffd, Vm, VmOptions, VmRegion,
 };
 use std::error::Error;
 use std::fs::File;
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
@@ -116,10 +115,7 @@ fn restore(source: &Arc<CheckpointSource<File>>, mut options: VmOptions) -> Outc
     // Before `restore` below, so that it is there for longer.
     let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&REGIONS)?;
     let uffd = Uffd::new()?;
-    let mut regions = Vec::new();
-    for region in memory.iter() {
-        regions.push(register(&uffd, &memory, region)?);
-    }
+    let regions = register(&uffd, &memory)?;
     let recorder = Arc::new(Recorder::new(Duration::from_secs(60), u64::MAX));
     let metrics = Arc::new(Metrics::default());
     options.recorder = Some(Arc::clone(&recorder));
@@ -156,19 +152,10 @@ fn restore(source: &Arc<CheckpointSource<File>>, mut options: VmOptions) -> Outc
 }
 
 #[expect(unsafe_code, reason = "who registers memory promises what it is")]
-fn register(
-    uffd: &Uffd,
-    memory: &GuestMemoryMmap,
-    region: &impl GuestMemoryRegion,
-) -> Outcome<VmRegion> {
-    let host = memory.get_host_address(region.start_addr())?;
-    let start = NonNull::new(host).ok_or("guest memory at address zero")?;
+fn register(uffd: &Uffd, memory: &GuestMemoryMmap) -> Outcome<Vec<VmRegion>> {
     // SAFETY: `memory` has just mapped these bytes, nobody has touched them, and the threads
     // that will do can wait.
-    let registered = unsafe { uffd.register(start, usize::try_from(region.len())?)? };
-    let guest = GpaRange::with_len(Gpa::new(region.start_addr().0), region.len())
-        .ok_or("a region at the end of the address space")?;
-    Ok(VmRegion::new(&registered, 0, guest, PAGE as u64)?)
+    Ok(unsafe { uffd.register_vm_memory(memory, PAGE as u64)? })
 }
 
 /// Stands in for a guest: touches the pages in random order, and checks what it finds.

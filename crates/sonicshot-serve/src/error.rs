@@ -215,6 +215,14 @@ pub enum ServeError {
         /// How many bytes were registered.
         registered: u64,
     },
+    /// A region of the VMM's memory has no place in this process.
+    #[error("the guest memory of {len} bytes at {at} is not mapped in this process")]
+    NoHost {
+        /// Where it begins in the guest.
+        at: Gpa,
+        /// Its length in bytes.
+        len: u64,
+    },
     /// Something was in the guest's memory before the guest's own bytes were: whoever reads it there
     /// is not told apart from the guest.
     #[error(

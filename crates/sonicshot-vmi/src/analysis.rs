@@ -4,7 +4,7 @@ use crate::{GuestOptions, Inconsistency, Knowledge, Note, OnInconsistency, VmiEr
 use crate::{mark_absent_pages, mark_zero_pages, open_guest};
 use sonicshot::{
     Architecture, ClassCounts, ClassSet, Fill, GpaRange, GuestMemory, MemoryError, PageClass,
-    PageMap, PageSize, PfnRange, PrunePlan, PrunePolicy,
+    PageMap, PageSize, PfnRange, PrunePlan, PrunePolicy, Stop, Stoppable,
 };
 
 /// How a guest is looked at; by default nothing is known of it, a guest that contradicts itself is
@@ -15,6 +15,7 @@ pub struct AnalysisOptions {
     guest: GuestOptions,
     on_inconsistency: OnInconsistency,
     zero_pages: bool,
+    stop: Option<Stop>,
 }
 
 impl Default for AnalysisOptions {
@@ -23,6 +24,7 @@ impl Default for AnalysisOptions {
             guest: GuestOptions::new(),
             on_inconsistency: OnInconsistency::Refuse,
             zero_pages: true,
+            stop: None,
         }
     }
 }
@@ -53,6 +55,13 @@ impl AnalysisOptions {
     #[must_use]
     pub fn zero_pages(mut self, look: bool) -> Self {
         self.zero_pages = look;
+        self
+    }
+
+    /// When [`analyze`] is to end before it is done: when somebody cancels it, or at a time.
+    #[must_use]
+    pub fn stop(mut self, stop: Stop) -> Self {
+        self.stop = Some(stop);
         self
     }
 
@@ -288,9 +297,17 @@ impl Analysis {
 /// ```
 ///
 /// # Errors
-/// What [`open_guest`] and [`GuestOs::analyze`](crate::GuestOs::analyze) give.
+/// What [`open_guest`] and [`GuestOs::analyze`](crate::GuestOs::analyze) give, and
+/// [`VmiError::Stopped`] if the work was [ended](AnalysisOptions::stop).
 pub fn analyze(memory: &dyn GuestMemory, options: &AnalysisOptions) -> Result<Analysis, VmiError> {
-    open_guest(memory, &options.guest)?.analyze(options)
+    let Some(stop) = &options.stop else {
+        return open_guest(memory, &options.guest)?.analyze(options);
+    };
+    let stoppable = Stoppable::new(memory, stop.clone());
+    let analysis = open_guest(&stoppable, &options.guest).and_then(|guest| guest.analyze(options));
+    // What could not be read for it may have been passed over: whatever came of it does not count.
+    stop.check().map_err(VmiError::Stopped)?;
+    analysis
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use crate::symbols::SymbolError;
 use crate::{ForeignProcessor, Inconsistency, KernelVa, Trace, VirtualReadError};
-use sonicshot::{Gpa, MemoryError};
+use sonicshot::{Gpa, MemoryError, Stopped};
 
 /// Why a guest's kernel could not be understood.
 #[derive(Debug, thiserror::Error)]
@@ -185,6 +185,9 @@ pub enum VmiError {
         /// So many may be.
         most: u64,
     },
+    /// The work was [ended](crate::AnalysisOptions::stop) before it was done.
+    #[error("the guest was not looked at to the end: {0}")]
+    Stopped(Stopped),
     /// The sources of truth about free pages disagree by more than a stopped processor explains.
     #[error("{0}")]
     Inconsistent(Box<Inconsistency>),

@@ -1,5 +1,6 @@
 //! A Linux guest: its kernel found, its symbols gathered, its pages classified.
 
+mod access;
 mod by_symbols;
 mod classify;
 mod features;
@@ -25,6 +26,7 @@ use crate::place::{self, PlaceEvidence};
 use crate::shape::{self, Shaped};
 use crate::symbols::{self, Given, SymbolFile, SymbolSource};
 use crate::{KernelVa, mark_absent_pages, mark_zero_pages};
+pub use access::{Task, Tasks};
 pub use classify::Classification;
 pub use options::{GuestOptions, OnInconsistency};
 use sonicshot::{GpaRange, GuestMemory, PageSize};

@@ -76,7 +76,7 @@ impl<'m> Kernel<'m> {
         &self.sources
     }
 
-    fn missing(&self, what: String) -> VmiError {
+    pub(crate) fn missing(&self, what: String) -> VmiError {
         let sources: Vec<_> = self.sources.iter().map(|s| s.origin()).collect();
         VmiError::Missing {
             what,
@@ -91,6 +91,15 @@ impl<'m> Kernel<'m> {
         name: &str,
     ) -> Result<Option<KernelVa>, VmiError> {
         debug_assert!(needs::has_symbol(name), "{name}: no row of needs.rs");
+        self.any_symbol_by(source, name)
+    }
+
+    /// The same of a name that somebody else asks for.
+    fn any_symbol_by(
+        &self,
+        source: &dyn SymbolSource,
+        name: &str,
+    ) -> Result<Option<KernelVa>, VmiError> {
         let Some(at) = source.symbol(name)? else {
             return Ok(None);
         };
@@ -107,6 +116,20 @@ impl<'m> Kernel<'m> {
         for source in &self.sources {
             if let Some(at) = self.symbol_by(source.as_ref(), name)? {
                 return Ok(Some(at));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The same of a name that somebody else asks for, by symbol tables first: VMCOREINFO gives the
+    /// value of some pointers under their name.
+    pub(crate) fn any_symbol(&self, name: &str) -> Result<Option<KernelVa>, VmiError> {
+        for told in [false, true] {
+            let sources = self.sources.iter().filter(|s| s.is_vmcoreinfo() == told);
+            for source in sources {
+                if let Some(at) = self.any_symbol_by(source.as_ref(), name)? {
+                    return Ok(Some(at));
+                }
             }
         }
         Ok(None)
@@ -132,6 +155,11 @@ impl<'m> Kernel<'m> {
     /// disagrees.
     pub(crate) fn type_size(&self, name: &str) -> Result<Option<u64>, VmiError> {
         debug_assert!(needs::has_structure(name), "{name}: no row of needs.rs");
+        self.any_type_size(name)
+    }
+
+    /// The same of a name that somebody else asks for.
+    pub(crate) fn any_type_size(&self, name: &str) -> Result<Option<u64>, VmiError> {
         let mut found: Option<(u64, &str)> = None;
         for source in &self.sources {
             match (source.type_size(name)?, found) {
@@ -168,6 +196,11 @@ impl<'m> Kernel<'m> {
             needs::has_member(name, path),
             "{name}.{path}: no row of needs.rs"
         );
+        self.any_member(name, path)
+    }
+
+    /// The same of a name that somebody else asks for.
+    pub(crate) fn any_member(&self, name: &str, path: &str) -> Result<Option<Member>, VmiError> {
         let mut found: Option<(Member, &str)> = None;
         for source in &self.sources {
             let Some(member) = source.member(name, path)? else {
@@ -213,6 +246,11 @@ impl<'m> Kernel<'m> {
     /// one of them is of another kernel, or damaged.
     pub(crate) fn constant(&self, name: &str) -> Result<Option<i64>, VmiError> {
         debug_assert!(needs::has_constant(name), "{name}: no row of needs.rs");
+        self.any_constant(name)
+    }
+
+    /// The same of a name that somebody else asks for.
+    pub(crate) fn any_constant(&self, name: &str) -> Result<Option<i64>, VmiError> {
         let mut found: Option<(i64, &str)> = None;
         for source in &self.sources {
             match (source.constant(name)?, found) {
@@ -242,7 +280,7 @@ impl<'m> Kernel<'m> {
         for source in &self.sources {
             // `init_task` is in every kernel, and is data: kallsyms without CONFIG_KALLSYMS_ALL
             // and VMCOREINFO do not have it.
-            if source.symbol("init_task")?.is_some() {
+            if source.tells_all() && source.symbol("init_task")?.is_some() {
                 return Ok(true);
             }
         }

@@ -65,6 +65,7 @@ mod p2m;
 mod page_map;
 mod policy;
 mod processor;
+mod stop;
 #[cfg(feature = "vm-memory")]
 #[expect(
     unsafe_code,
@@ -75,7 +76,7 @@ pub mod work;
 pub mod x86_64;
 
 #[cfg(feature = "vm-memory")]
-pub use crate::vm_memory::VmMemory;
+pub use crate::vm_memory::{SharedVmMemory, VmMemory};
 pub use address::{Gpa, GpaRange, Mfn, PageSize, Pfn, PfnRange};
 pub use architecture::Architecture;
 pub use bytes::GuestBytes;
@@ -91,4 +92,5 @@ pub use p2m::{P2m, P2mBuilder, P2mError};
 pub use page_map::PageMap;
 pub use policy::{Disposition, DropClasses, DropRun, Fill, PrunePlan, PrunePolicy};
 pub use processor::{Processor, Processors};
+pub use stop::{Stop, Stoppable, Stopped};
 pub use work::Progress;

@@ -1,6 +1,6 @@
 //! Guest-physical memory, whoever owns it.
 
-use crate::{Gpa, GpaRange, GuestBytes, P2m, PageSize, Pfn, PfnRange, Processors};
+use crate::{Gpa, GpaRange, GuestBytes, P2m, PageSize, Pfn, PfnRange, Processors, Stopped};
 use std::error::Error;
 use std::fmt;
 use std::io;
@@ -34,6 +34,15 @@ pub enum MemoryError {
         /// What the operating system said.
         #[source]
         source: io::Error,
+    },
+    /// The work that reads it is to end.
+    #[error("reading guest RAM at {range} was ended")]
+    Stopped {
+        /// The stretch that was asked for.
+        range: GpaRange,
+        /// By what.
+        #[source]
+        source: Stopped,
     },
     /// The owner of the memory failed in its own way.
     #[error("reading guest RAM at {range}")]
@@ -223,6 +232,12 @@ impl fmt::Debug for Mapped<'_> {
 /// [`map`](Self::map) without copying), one that can map on demand (Xen foreign mappings:
 /// the [`Mapped`] value unmaps when dropped), and one that must copy (compressed dumps,
 /// LibVMI: [`read`](Self::read) alone). Only `layout` and `read` have to be written.
+///
+/// `vm-memory` has a trait of the same name. Where both are in scope the compiler says that the name
+/// is ambiguous, or that `GuestMemoryMmap` does not implement `GuestMemory`: it means this one. Take
+/// one of them as another name (`use sonicshot::GuestMemory as SonicMemory`), or neither: to read a
+/// VMM's own memory no trait need be in scope but vm-memory's, for `VmMemory` (feature `vm-memory`)
+/// makes this one of it.
 ///
 /// A reader that wraps another must forward the defaulted methods too, or the fast path is
 /// lost.

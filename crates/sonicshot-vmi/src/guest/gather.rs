@@ -40,6 +40,13 @@ impl<'m> LinuxGuest<'m> {
         }
         kernel.add(Box::new(vmcoreinfo.clone()));
         kernel.vmcoreinfo = Some(vmcoreinfo);
+        let fallbacks = match kallsyms.is_err() && !hides_types {
+            true => options.fallbacks.as_slice(),
+            false => &[],
+        };
+        for source in fallbacks {
+            kernel.share(source);
+        }
         // Without symbols types tell of nothing where it is.
         let has_table = match kallsyms {
             Ok(kallsyms) if !hides_types => {
@@ -65,7 +72,7 @@ impl<'m> LinuxGuest<'m> {
             unused_files: given.unused(&files),
         };
         guest.read_banner()?;
-        guest.check_files(files.len())?;
+        guest.check_files(files.len(), fallbacks.len())?;
         // Also beside a file's types: where both tell, they must agree.
         if has_table
             && let Some(btf) = symbols::find_btf(&guest.kernel.space, guest.btf_bounds()?, image)?
@@ -106,15 +113,19 @@ impl<'m> LinuxGuest<'m> {
         Ok(())
     }
 
-    /// Refuses symbol files of another build: by build-id, by banner, and by addresses.
-    fn check_files(&self, files: usize) -> Result<(), VmiError> {
+    /// Refuses symbol files of another build: by build-id, by banner, and by addresses; and sources
+    /// that stand in for the kernel's own table, which come behind VMCOREINFO, likewise.
+    fn check_files(&self, files: usize, fallbacks: usize) -> Result<(), VmiError> {
         let guest_name = || {
             self.banner
                 .clone()
                 .unwrap_or_else(|| self.kernel.build.release.clone())
         };
         let info = self.kernel.vmcoreinfo.as_ref();
-        for source in self.kernel.sources().iter().take(files) {
+        let sources = || self.kernel.sources().iter();
+        let own = files.saturating_add(1);
+        let given = sources().take(files);
+        for source in given.chain(sources().skip(own).take(fallbacks)) {
             let wrong = |file: String, guest: String| VmiError::WrongKernel {
                 origin: source.origin().to_owned(),
                 file,
@@ -149,7 +160,7 @@ impl<'m> LinuxGuest<'m> {
                 let Some(file) = self.kernel.symbol_by(source.as_ref(), name)? else {
                     continue;
                 };
-                for other in self.kernel.sources().iter().skip(files) {
+                for other in sources().skip(files) {
                     if let Some(guest) = self.kernel.symbol_by(other.as_ref(), name)?
                         && guest != file
                     {

@@ -2,8 +2,10 @@
 
 use crate::arch::x86_64::Cr3;
 use crate::knowledge::Knowledge;
+use crate::symbols::SymbolSource;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// What may be known about a guest beforehand; by default nothing.
 #[derive(Debug, Clone, Default)]
@@ -14,6 +16,7 @@ pub struct GuestOptions {
     pub(super) cr3: Option<Cr3>,
     pub(super) at_most: Option<Knowledge>,
     pub(super) threads: Option<NonZeroUsize>,
+    pub(super) fallbacks: Vec<Arc<dyn SymbolSource>>,
 }
 
 impl GuestOptions {
@@ -30,6 +33,16 @@ impl GuestOptions {
     #[must_use]
     pub fn symbols(mut self, path: impl AsRef<Path>) -> Self {
         self.symbol_files.push(path.as_ref().to_owned());
+        self
+    }
+
+    /// Adds a source that is asked for symbols if the kernel has no table of them in memory, such as
+    /// another tool's. What it says must agree with the kernel's VMCOREINFO, else the guest is refused
+    /// with [`VmiError::WrongKernel`](crate::VmiError::WrongKernel); without VMCOREINFO it is not
+    /// asked.
+    #[must_use]
+    pub fn fallback(mut self, source: Arc<dyn SymbolSource>) -> Self {
+        self.fallbacks.push(source);
         self
     }
 

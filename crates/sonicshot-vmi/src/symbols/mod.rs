@@ -78,6 +78,12 @@ pub trait SymbolSource: Send + Sync + fmt::Debug {
         false
     }
 
+    /// Whether a symbol that a table with `init_task` does not have is none of the kernel's: not so if
+    /// the source may fail to tell one that there is.
+    fn tells_all(&self) -> bool {
+        true
+    }
+
     /// The address of symbol `name`.
     ///
     /// # Errors

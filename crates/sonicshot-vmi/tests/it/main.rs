@@ -7,6 +7,7 @@
     reason = "tests say so by panicking"
 )]
 
+mod embedded;
 mod knowledge;
 mod owner;
 mod place;

@@ -24,7 +24,7 @@ const CR0: u64 = 0x8005_0033;
 const CR4: u64 = 0x6f0;
 const EFER: u64 = 0xd01;
 
-fn original() -> &'static [u8] {
+pub fn original() -> &'static [u8] {
     static RAM: OnceLock<Vec<u8>> = OnceLock::new();
     RAM.get_or_init(|| {
         let path =

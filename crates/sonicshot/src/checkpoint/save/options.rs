@@ -1,5 +1,6 @@
 //! How a checkpoint is written.
 
+use crate::Stop;
 use crate::checkpoint::wire::info::Compression;
 use core::num::NonZeroUsize;
 
@@ -16,6 +17,8 @@ pub struct SaveOptions {
     pub threads: Option<NonZeroUsize>,
     /// Whether pages with the same content are stored once.
     pub deduplicate: bool,
+    /// When the work is to end before it is done: then it fails, and there is no checkpoint.
+    pub stop: Option<Stop>,
 }
 
 impl SaveOptions {
@@ -31,6 +34,7 @@ impl SaveOptions {
             chunk_size: Self::CHUNK_SIZE,
             threads: None,
             deduplicate: true,
+            stop: None,
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::checkpoint::wire::layout::{
     ALIGN, FOOTER_LEN, MAX_BLOB_NAME, MAX_CHUNK, behind, between, checksum, len64, size, too_large,
 };
 use crate::checkpoint::wire::record::BlobEntry;
-use crate::{GuestMemory, PageMap, Progress, PrunePlan};
+use crate::{GuestMemory, PageMap, Progress, PrunePlan, Stoppable};
 use core::hash::Hasher;
 use std::fmt;
 use std::io::{Read, Write};
@@ -154,6 +154,14 @@ impl<W: Write> CheckpointWriter<W> {
             sink: &mut self.sink,
             index: &mut self.index,
             stats: &mut self.stats,
+        };
+        let stoppable;
+        let memory = match &self.options.stop {
+            Some(stop) => {
+                stoppable = Stoppable::new(memory, stop.clone());
+                &stoppable
+            }
+            None => memory,
         };
         let source = Source {
             memory,
