@@ -379,6 +379,11 @@ mod tests {
         // Beyond it.
         assert!(memory.read(Gpa::new((900 << 12) - 1), &mut [0; 2]).is_err());
         assert!(memory.read(Gpa::new(u64::MAX), &mut [0; 2]).is_err());
+        sonicshot_testkit::check_memory(memory, &|at, buf| {
+            for (index, byte) in (0_u64..).zip(buf) {
+                *byte = expected((at.raw() + index) >> 12);
+            }
+        });
         // What was read stays as it was, until it is forgotten.
         file.write_all_at(&[255; 4096], 20 << 12).unwrap();
         assert_eq!(memory.read_u32(Gpa::new(10 << 12)).unwrap(), 0x1414_1414);

@@ -4,6 +4,12 @@
 //! tool. There they are skipped, and say so. With the environment variable `SONICSHOT_REQUIRE_ALL`
 //! set to `1` they fail instead, so that a gate on a machine that has all of it cannot pass with
 //! tests that did not run.
+//!
+//! [`check_memory`] holds a guest memory, whoever has it, against what the trait promises.
+
+mod memory;
+
+pub use memory::{check_handed_on, check_memory, check_same};
 
 /// The environment variable that lets tests fail that would be skipped.
 pub const REQUIRE_ALL: &str = "SONICSHOT_REQUIRE_ALL";

@@ -8,6 +8,7 @@
 )]
 
 mod checkpoint;
+mod conformance;
 #[expect(unsafe_code, reason = "an allocator that counts")]
 mod memory;
 mod page_sizes;

@@ -245,6 +245,18 @@ pub fn conforms(memory: &dyn GuestMemory) {
     assert!(memory.read(Gpa::new(u64::MAX), &mut [0; 2]).is_err());
     assert!(memory.map(Gpa::new(u64::MAX), 2).is_err());
     assert!(memory.next_data(Gpa::new(u64::MAX)).is_none());
+    reads_as_it_is(memory);
+}
+
+/// The suite that every guest memory passes.
+fn reads_as_it_is(memory: &dyn GuestMemory) {
+    let all = contents(memory);
+    sonicshot_testkit::check_memory(memory, &|at, buf| {
+        let inside = all.iter().rev().find(|(start, _)| *start <= at);
+        let (start, bytes) = inside.unwrap();
+        let from = usize::try_from(at.offset_from(*start).unwrap()).unwrap();
+        buf.copy_from_slice(&bytes[from..from + buf.len()]);
+    });
 }
 
 /// The names in a folder.
