@@ -4,6 +4,8 @@ use crate::progress::{ProgressMode, Talk};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use sonicshot::ClassSet;
 use sonicshot::checkpoint::Compression;
+#[cfg(feature = "libvmi")]
+use sonicshot_libvmi::Domain;
 use sonicshot_offline::packed::ImageCompression;
 use sonicshot_offline::{
     AnalyzeOptions, DumpFormat, KdumpCompression, LayoutSpec, OpenOptions, RestoreTo,
@@ -104,6 +106,10 @@ pub(crate) enum Command {
     /// Ends a guest whose restorer died before it had all pages
     #[command(hide = true)]
     QemuGuard,
+    /// Lets a guest run on that LibVMI paused for a process that died
+    #[cfg(feature = "libvmi")]
+    #[command(hide = true)]
+    LibvmiWatchdog(LibvmiWatchdogArgs),
     /// Serve the memory of virtual machines that run already, from a checkpoint or a pruned
     /// snapshot, as they touch it
     #[command(after_help = EXIT_CODES)]
@@ -174,12 +180,47 @@ impl InputArgs {
 
     /// How its guest is looked at.
     pub(crate) fn analyze(&self) -> AnalyzeOptions {
-        AnalyzeOptions::new().on_inconsistency(if self.allow_inconsistent {
+        AnalyzeOptions::new().on_inconsistency(self.on_inconsistency())
+    }
+
+    pub(crate) fn on_inconsistency(&self) -> OnInconsistency {
+        if self.allow_inconsistent {
             OnInconsistency::KeepInQuestion
         } else {
             OnInconsistency::Refuse
-        })
+        }
     }
+}
+
+/// A guest that runs, instead of a file.
+#[cfg(feature = "libvmi")]
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct LibvmiArgs {
+    /// Instead of a file, a guest that LibVMI reads: `xen:NAME`, `kvm:NAME` or `file:PATH`. It is paused for
+    /// as long as it is read. With --layout START-END,... where RAM lies is not tried page by page
+    #[arg(long, value_name = "GUEST", conflicts_with_all = ["format", "base", "max_size"])]
+    pub libvmi: Option<Domain>,
+    /// The LibVMI to load; by default what `SONICSHOT_LIBVMI` names, or the system's libvmi.so.0
+    #[arg(long, value_name = "FILE", requires = "libvmi")]
+    pub libvmi_library: Option<PathBuf>,
+    /// The socket at which the guest's QEMU offers introspection (KVMI)
+    #[arg(long, value_name = "PATH", requires = "libvmi")]
+    pub kvmi_socket: Option<PathBuf>,
+    /// A JSON profile of the guest's kernel for LibVMI, which tells symbols if the kernel's own memory
+    /// does not; by default what /etc/libvmi.conf has of the guest
+    #[arg(long, value_name = "FILE", requires = "libvmi")]
+    pub libvmi_profile: Option<PathBuf>,
+}
+
+/// What the second process is told.
+#[cfg(feature = "libvmi")]
+#[derive(Debug, Args)]
+pub(crate) struct LibvmiWatchdogArgs {
+    pub domain: Domain,
+    #[arg(long)]
+    pub libvmi_library: Option<PathBuf>,
+    #[arg(long)]
+    pub kvmi_socket: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -189,10 +230,18 @@ pub(crate) struct InspectArgs {
     /// state beside it, a qcow2 image with an internal snapshot; any of them compressed, or on a block
     /// device; a snapshot folder of Cloud Hypervisor or crosvm, or one with a Firecracker state and memory file; a checkpoint;
     /// `-` is standard input
-    #[arg(value_name = "FILE|DIR", required = true)]
+    #[arg(value_name = "FILE|DIR")]
+    #[cfg_attr(
+        feature = "libvmi",
+        arg(required_unless_present = "libvmi", conflicts_with = "libvmi")
+    )]
+    #[cfg_attr(not(feature = "libvmi"), arg(required = true))]
     pub files: Vec<PathBuf>,
     #[command(flatten)]
     pub input: InputArgs,
+    #[cfg(feature = "libvmi")]
+    #[command(flatten)]
+    pub libvmi: LibvmiArgs,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -216,10 +265,18 @@ pub(crate) struct PruneArgs {
     /// Dumps: raw guest RAM, an ELF core, a QEMU migration file or stream, a libvirt save image, a
     /// Xen save image or migration stream, kdump-compressed; any of them compressed as a whole; a snapshot folder of Cloud Hypervisor or
     /// crosvm, or one with a Firecracker state and memory file; `-` is standard input
-    #[arg(value_name = "FILE|DIR", required = true)]
+    #[arg(value_name = "FILE|DIR")]
+    #[cfg_attr(
+        feature = "libvmi",
+        arg(required_unless_present = "libvmi", conflicts_with = "libvmi")
+    )]
+    #[cfg_attr(not(feature = "libvmi"), arg(required = true))]
     pub files: Vec<PathBuf>,
     #[command(flatten)]
     pub input: InputArgs,
+    #[cfg(feature = "libvmi")]
+    #[command(flatten)]
+    pub libvmi: LibvmiArgs,
     /// Where to write the pruned dump, of a folder a folder; of several inputs, the folder that
     /// the copies go to; `-` is standard output, for a migration stream
     #[arg(short, long, value_name = "OUT")]
@@ -304,9 +361,17 @@ fn size(text: &str) -> Result<u64, String> {
 pub(crate) struct SaveArgs {
     /// The dump, or the folder of a VMM's snapshot
     #[arg(value_name = "FILE|DIR")]
-    pub file: PathBuf,
+    #[cfg_attr(
+        feature = "libvmi",
+        arg(required_unless_present = "libvmi", conflicts_with = "libvmi")
+    )]
+    #[cfg_attr(not(feature = "libvmi"), arg(required = true))]
+    pub file: Option<PathBuf>,
     #[command(flatten)]
     pub input: InputArgs,
+    #[cfg(feature = "libvmi")]
+    #[command(flatten)]
+    pub libvmi: LibvmiArgs,
     /// Where to write the checkpoint; `-` is standard output
     #[arg(short, long, value_name = "X.sonic")]
     pub output: PathBuf,

@@ -5,6 +5,8 @@ use serde_json::{Value, json};
 use sonicshot::MemoryError;
 use sonicshot::checkpoint::CheckpointError;
 use sonicshot_dump::{DumpError, DumpOptions, KdumpWriteError, SizeLimit, check_not_foreign};
+#[cfg(feature = "libvmi")]
+use sonicshot_libvmi::LibVmiError;
 use sonicshot_offline::OfflineError;
 use sonicshot_qemu_live::QemuError;
 use sonicshot_serve::ServeError;
@@ -33,6 +35,9 @@ pub(crate) enum CliError {
     Serve(ServeError),
     #[error(transparent)]
     Qemu(QemuError),
+    #[cfg(feature = "libvmi")]
+    #[error(transparent)]
+    LibVmi(#[from] LibVmiError),
     /// What says itself what it is about.
     #[error(transparent)]
     AboutDomain(LiveError),
@@ -119,6 +124,10 @@ impl CliError {
     fn is_of_the_system(&self) -> bool {
         let mut next: Option<&(dyn Error + 'static)> = Some(self);
         while let Some(error) = next {
+            #[cfg(feature = "libvmi")]
+            if error.is::<LibVmiError>() {
+                return true;
+            }
             if let Some(error) = error.downcast_ref::<io::Error>() {
                 return error.raw_os_error().is_some();
             }
@@ -154,6 +163,15 @@ impl CliError {
                 | ServeError::MigrationSlot { .. }
                 | ServeError::NotInSlot { .. },
             ) => 3,
+            #[cfg(feature = "libvmi")]
+            Self::LibVmi(
+                LibVmiError::Domain { .. }
+                | LibVmiError::Name { .. }
+                | LibVmiError::TooLarge { .. }
+                | LibVmiError::Layout { .. },
+            ) => 2,
+            #[cfg(feature = "libvmi")]
+            Self::LibVmi(_) => 1,
             Self::Io { .. }
             | Self::Live(_)
             | Self::Serve(_)

@@ -12,7 +12,11 @@ use crate::progress::Phase;
 use crate::report::{percent, say, say_to_stderr, size};
 use guest::json_report;
 pub(crate) use guest::print_report;
-use sonicshot::{ClassSet, FileId};
+#[cfg(feature = "libvmi")]
+pub(crate) use guest::{
+    classes_json, print_classes, print_zones, processors_json, processors_line, zone_json,
+};
+use sonicshot::{ClassSet, FileId, PageMap};
 use sonicshot_dump::{NewFile, Vmm};
 use sonicshot_offline::{Analyzed, Savings};
 use sonicshot_vmi::count_zero_pages;
@@ -22,6 +26,10 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
+    #[cfg(feature = "libvmi")]
+    if let Some(domain) = args.libvmi.domain() {
+        return crate::libvmi::inspect(args, domain);
+    }
     let inputs = Inputs::find(&args.files, &args.input, args.json);
     if inputs.several() && args.pfns.is_some() {
         return Err(CliError::Usage {
@@ -75,7 +83,7 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
     analyzed.dump().check_unchanged()?;
     if let Some(path) = pfns {
         write_to(path, args.force, &analyzed.dump().files(), &|out| {
-            write_runs(&analyzed, out)
+            write_runs(analyzed.pages(), out)
         })?;
     }
     if let Some(path) = picture.filter(|path| *path != Path::new(PIPE)) {
@@ -123,7 +131,7 @@ fn check_map(args: &InspectArgs, several: bool) -> Result<(), CliError> {
 }
 
 /// Before the work: whether the file of `--pfns` or `--map` may be written over.
-fn check_replaceable(path: &Path, memory: &Path, force: bool) -> Result<(), CliError> {
+pub(crate) fn check_replaceable(path: &Path, memory: &Path, force: bool) -> Result<(), CliError> {
     let Ok(there) = fs::metadata(path) else {
         return Ok(());
     };
@@ -153,7 +161,7 @@ fn print_json(input: &Input, analyzed: &Analyzed, zero_pages: u64, savings: Savi
 
 /// Writes to standard output, or to a file, which appears whole or not at all, for no more eyes than
 /// `sources`.
-fn write_to(
+pub(crate) fn write_to(
     path: &Path,
     force: bool,
     sources: &[&File],
@@ -176,8 +184,8 @@ fn write_to(
     Ok(())
 }
 
-fn write_runs(analyzed: &Analyzed, out: &mut dyn Write) -> io::Result<()> {
-    for (frames, page) in analyzed.pages().states() {
+pub(crate) fn write_runs(pages: &PageMap, out: &mut dyn Write) -> io::Result<()> {
+    for (frames, page) in pages.states() {
         let last = frames.end().raw().saturating_sub(1);
         let zero = if page.is_zero() { "\tzero" } else { "" };
         writeln!(

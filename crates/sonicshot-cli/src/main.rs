@@ -8,6 +8,8 @@ mod error;
 mod generate;
 mod inputs;
 mod inspect;
+#[cfg(feature = "libvmi")]
+mod libvmi;
 mod output;
 mod progress;
 mod prune;
@@ -44,6 +46,8 @@ fn main() -> ExitCode {
         Command::Qemu(QemuCommand::Save(args)) => (qemu::save(args), args.json),
         Command::Qemu(QemuCommand::Restore(args)) => (qemu::restore(args), args.json),
         Command::QemuWatchdog => (qemu::watch(), false),
+        #[cfg(feature = "libvmi")]
+        Command::LibvmiWatchdog(args) => (libvmi::watch(args), false),
         Command::QemuGuard => (qemu::guard(), false),
         Command::Serve(args) => (serve::run(args), false),
         Command::ServeWatcher => (serve::watch(), false),

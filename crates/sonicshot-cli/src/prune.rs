@@ -19,6 +19,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
+    #[cfg(feature = "libvmi")]
+    if let Some(domain) = args.libvmi.domain() {
+        return crate::libvmi::prune(args, domain);
+    }
     let drop = classes(&args.drop);
     check_droppable(drop)?;
     check_meant(args, drop)?;

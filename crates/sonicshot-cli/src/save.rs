@@ -16,6 +16,10 @@ use std::io::{self, IsTerminal};
 use std::time::Instant;
 
 pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
+    #[cfg(feature = "libvmi")]
+    if let Some(domain) = args.libvmi.domain() {
+        return crate::libvmi::save(args, domain);
+    }
     let started = Instant::now();
     let drop = classes(&args.drop);
     check_droppable(drop)?;
@@ -29,7 +33,11 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
     for (name, path) in blobs {
         options = options.blob(name, path)?;
     }
-    let input = Input::find(&args.file, &args.input, args.json)?;
+    // The command line has it, or a guest that was saved above.
+    let file = args.file.as_deref().ok_or_else(|| CliError::Usage {
+        what: "there is nothing to save".into(),
+    })?;
+    let input = Input::find(file, &args.input, args.json)?;
     let saved = if args.keep_all {
         write(args, &Source::Whole(&input.snapshot.keep_all()?), &options)?
     } else {
@@ -54,13 +62,13 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
 
 impl SaveArgs {
     /// Whether the checkpoint goes to standard output.
-    fn to_stdout(&self) -> bool {
+    pub(crate) fn to_stdout(&self) -> bool {
         self.output.as_os_str() == "-"
     }
 }
 
 /// Before the work, not after it.
-fn check_output(args: &SaveArgs) -> Result<(), CliError> {
+pub(crate) fn check_output(args: &SaveArgs) -> Result<(), CliError> {
     if args.to_stdout() {
         if io::stdout().is_terminal() {
             let what = "a checkpoint is not written to a terminal";
@@ -73,7 +81,7 @@ fn check_output(args: &SaveArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-fn writing(args: &SaveArgs) -> SaveOptions {
+pub(crate) fn writing(args: &SaveArgs) -> SaveOptions {
     let mut options = SaveOptions::new(args.compress);
     options.chunk_size = args.chunk.saturating_mul(1024);
     options.threads = args.threads;
@@ -107,7 +115,7 @@ fn write(
 }
 
 /// Says something, where the checkpoint is not.
-fn tell(args: &SaveArgs, what: &str) {
+pub(crate) fn tell(args: &SaveArgs, what: &str) {
     if args.to_stdout() {
         complain!("{what}");
     } else {
@@ -116,9 +124,7 @@ fn tell(args: &SaveArgs, what: &str) {
 }
 
 fn json_report(args: &SaveArgs, saved: &Saved, seconds: f64) -> String {
-    let is_free = |name| FREE.iter().any(|class| class.name() == name);
-    let free = saved.left_out.iter().filter(|(name, _)| is_free(*name));
-    let free = free.fold(0, |sum: u64, (_, pages)| sum.saturating_add(*pages));
+    let free = free_of(&saved.left_out);
     let mut report = stats_json(&saved.stats, free, saved.info.page_size.bytes());
     report.insert("kernel_release".into(), json!(saved.info.kernel_release));
     report.insert("compression".into(), json!(args.compress.to_string()));
@@ -134,6 +140,13 @@ fn json_report(args: &SaveArgs, saved: &Saved, seconds: f64) -> String {
 
 /// The classes of free pages.
 pub(crate) const FREE: [PageClass; 2] = [PageClass::FreeBuddy, PageClass::FreePcp];
+
+/// How many of the pages that were left out are free.
+pub(crate) fn free_of(left_out: &[(&'static str, u64)]) -> u64 {
+    let is_free = |name| FREE.iter().any(|class| class.name() == name);
+    let free = left_out.iter().filter(|(name, _)| is_free(*name));
+    free.fold(0, |sum: u64, (_, pages)| sum.saturating_add(*pages))
+}
 
 /// What a checkpoint holds; of what was left out, `free` pages are free.
 pub(crate) fn stats_json(stats: &SaveStats, free: u64, page_size: u64) -> Map<String, Value> {
@@ -159,7 +172,16 @@ pub(crate) fn stats_json(stats: &SaveStats, free: u64, page_size: u64) -> Map<St
 
 fn summary(saved: &Saved, seconds: f64) -> String {
     let total = saved.info.layout.bytes();
-    let stats = &saved.stats;
+    stats_text(&saved.stats, total, &saved.left_out, seconds)
+}
+
+/// What a checkpoint holds of so many bytes of RAM, for people.
+pub(crate) fn stats_text(
+    stats: &SaveStats,
+    total: u64,
+    left_out: &[(&'static str, u64)],
+    seconds: f64,
+) -> String {
     format!(
         "saved {} of RAM as {} ({}) in {seconds:.2} s\n\
          stored {} pages; left out {}, and what need not be stored: {} zero, {} filled with one \
@@ -168,7 +190,7 @@ fn summary(saved: &Saved, seconds: f64) -> String {
         size(stats.file_len),
         percent(stats.file_len, total),
         count(stats.data),
-        match by_name(&saved.left_out) {
+        match by_name(left_out) {
             none if none.is_empty() => "nothing".into(),
             left_out => left_out,
         },

@@ -2,11 +2,13 @@
 
 use crate::report::{count, lines, mib, percent, say, size};
 use serde_json::{Map, Value, json};
-use sonicshot::{ClassSet, Fill, GuestMemory, PageClass, Processor, Processors};
+use sonicshot::{
+    ClassCounts, ClassSet, Fill, GuestMemory, PageClass, PageSize, Processor, Processors,
+};
 use sonicshot_offline::{Analyzed, Savings};
 use sonicshot_vmi::{Knowledge, ZoneReport};
 
-fn zone_json(zone: &ZoneReport) -> Value {
+pub(crate) fn zone_json(zone: &ZoneReport) -> Value {
     json!({
         "node": zone.node,
         "name": zone.name,
@@ -34,7 +36,7 @@ fn state_of(processor: &Processor) -> &'static str {
 }
 
 /// A list with each processor's state and the root of its page tables, or why there is none.
-fn processors_json(processors: &Processors) -> Value {
+pub(crate) fn processors_json(processors: &Processors) -> Value {
     let one = |processor: &Processor| {
         let registers = match processor {
             Processor::Started(registers) => Some(registers),
@@ -52,7 +54,7 @@ fn processors_json(processors: &Processors) -> Value {
 }
 
 /// The same as a line, if there is something to say.
-fn processors_line(processors: &Processors) -> Option<String> {
+pub(crate) fn processors_line(processors: &Processors) -> Option<String> {
     let all = match processors {
         Processors::Known(all) => all,
         Processors::NotTold(why) => return Some(format!("not told: {why}")),
@@ -73,14 +75,20 @@ fn processors_line(processors: &Processors) -> Option<String> {
     Some(parts.join(", "))
 }
 
-pub(super) fn json_report(analyzed: &Analyzed, zero_pages: u64, savings: Savings) -> Value {
-    let (dump, facts) = (analyzed.dump(), analyzed.facts());
-    let counts = analyzed.counts();
+/// How many pages each class has, and how many of those hold only zeroes.
+pub(crate) fn classes_json(counts: &ClassCounts) -> (Map<String, Value>, Map<String, Value>) {
     let (mut classes, mut zero) = (Map::new(), Map::new());
     for class in PageClass::ALL {
         classes.insert(class.name().into(), counts.get(*class).into());
         zero.insert(class.name().into(), counts.zero(*class).into());
     }
+    (classes, zero)
+}
+
+pub(super) fn json_report(analyzed: &Analyzed, zero_pages: u64, savings: Savings) -> Value {
+    let (dump, facts) = (analyzed.dump(), analyzed.facts());
+    let counts = analyzed.counts();
+    let (classes, zero) = classes_json(counts);
     let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
     let absent = counts.get(PageClass::Absent);
     let page_size = analyzed.pages().page_size().bytes();
@@ -125,7 +133,12 @@ pub(crate) fn print_report(analyzed: &Analyzed, zero_pages: u64, savings: Saving
     say!("");
     print_zones(analyzed.zones());
     say!("");
-    print_classes(analyzed);
+    let goes = |class| ClassSet::DEFAULT_DROP.contains(class) && analyzed.can_go(class);
+    // Where zero pages in use stay, they are not marked as what goes.
+    let zero_goes = analyzed.leaves_out(ClassSet::DEFAULT_DROP).contains_zero()
+        && analyzed.dump().restores(Fill::Zero);
+    let page_size = analyzed.pages().page_size();
+    print_classes(analyzed.counts(), page_size, &goes, zero_goes);
     say!("");
     print_savings(analyzed, zero_pages, savings);
     for note in analyzed.notes() {
@@ -158,7 +171,7 @@ fn print_guest(analyzed: &Analyzed) {
     }
 }
 
-fn print_zones(zones: &[ZoneReport]) {
+pub(crate) fn print_zones(zones: &[ZoneReport]) {
     say!(
         "{:<10} {:>23} {:>12} {:>10} {:>10}",
         "zone",
@@ -179,16 +192,16 @@ fn print_zones(zones: &[ZoneReport]) {
     }
 }
 
-fn print_classes(analyzed: &Analyzed) {
-    let page_size = analyzed.pages().page_size().bytes();
-    let total = analyzed.counts().total();
-    let bytes = |pages: u64| size(pages.saturating_mul(page_size));
-    let dump = analyzed.dump();
-    // Where zero pages in use stay, they are not marked as what goes.
-    let zero = match analyzed.leaves_out(ClassSet::DEFAULT_DROP).contains_zero() {
-        true if dump.restores(Fill::Zero) => "of zeroes*",
-        _ => "of zeroes",
-    };
+/// The classes, those marked that go.
+pub(crate) fn print_classes(
+    counts: &ClassCounts,
+    page_size: PageSize,
+    goes: &dyn Fn(PageClass) -> bool,
+    zero_goes: bool,
+) {
+    let total = counts.total();
+    let bytes = |pages: u64| size(pages.saturating_mul(page_size.bytes()));
+    let zero = if zero_goes { "of zeroes*" } else { "of zeroes" };
     say!(
         "{:<18} {:>12} {:>12} {:>8} {zero:>12}",
         "class",
@@ -196,16 +209,15 @@ fn print_classes(analyzed: &Analyzed) {
         "size",
         "share",
     );
-    for (class, pages) in analyzed.counts().iter() {
-        let goes = ClassSet::DEFAULT_DROP.contains(class) && analyzed.can_go(class);
-        let mark = if goes { "*" } else { "" };
+    for (class, pages) in counts.iter() {
+        let mark = if goes(class) { "*" } else { "" };
         say!(
             "{:<18} {:>12} {:>12} {:>8} {:>12}",
             format!("{class}{mark}"),
             count(pages),
             bytes(pages),
             percent(pages, total),
-            match analyzed.counts().zero(class) {
+            match counts.zero(class) {
                 0 => String::new(),
                 zero => count(zero),
             }
@@ -217,7 +229,7 @@ fn print_classes(analyzed: &Analyzed) {
         count(total),
         bytes(total),
         "",
-        count(analyzed.counts().total_zero())
+        count(counts.total_zero())
     );
 }
 

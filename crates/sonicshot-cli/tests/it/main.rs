@@ -17,6 +17,8 @@ mod folders;
 mod foreign;
 mod in_place;
 mod layout;
+#[cfg(feature = "libvmi")]
+mod libvmi;
 mod migration;
 mod real_guest;
 mod rights;

@@ -1,0 +1,144 @@
+//! `sonicshot inspect --libvmi`.
+
+use super::{Look, format, library_json, notes};
+use crate::args::InspectArgs;
+use crate::error::CliError;
+use crate::inputs::PIPE;
+use crate::inspect::{
+    check_replaceable, classes_json, print_classes, print_zones, processors_json, processors_line,
+    write_runs, write_to, zone_json,
+};
+use crate::report::{count, mib, percent, say, say_to_stderr, size};
+use serde_json::{Value, json};
+use sonicshot::{ClassSet, DropClasses, GuestMemory, PageClass, PrunePlan};
+use sonicshot_libvmi::Domain;
+use sonicshot_vmi::{Knowledge, count_zero_pages};
+use std::path::Path;
+use std::time::Duration;
+
+pub(crate) fn inspect(args: &InspectArgs, domain: Domain) -> Result<(), CliError> {
+    if args.map.is_some() {
+        return Err(CliError::Usage {
+            what: "--map draws the pages of a file".into(),
+        });
+    }
+    let pfns = args.pfns.as_deref();
+    match pfns {
+        Some(path) if path == Path::new(PIPE) => say_to_stderr(),
+        Some(path) => check_replaceable(path, Path::new(""), args.force)?,
+        None => {}
+    }
+    let look = Look::at(&args.libvmi, domain, &args.input, true)?;
+    let zero_pages = count_zero_pages(&look.guest, look.analysis.pages())?;
+    let seen = Seen {
+        processors: look.guest.processors(),
+        ram: look.guest.layout().clone(),
+        plan: look.analysis.plan(&DropClasses::default()),
+        zero_pages,
+        paused: Look::resume(look.guest, look.since)?,
+        domain: look.domain,
+        library: library_json(&look.library),
+        version: look.library.version().to_string(),
+        analysis: look.analysis,
+    };
+    if let Some(path) = pfns {
+        let pages = seen.analysis.pages();
+        write_to(path, args.force, &[], &|out| write_runs(pages, out))?;
+    }
+    match args.json {
+        true => say!("{}", seen.json()),
+        false => seen.print(),
+    }
+    Ok(())
+}
+
+/// What was seen of a guest that runs on.
+struct Seen {
+    domain: Domain,
+    library: Value,
+    version: String,
+    analysis: sonicshot_vmi::Analysis,
+    processors: sonicshot::Processors,
+    ram: sonicshot::RamLayout,
+    plan: PrunePlan,
+    zero_pages: u64,
+    paused: Duration,
+}
+
+impl Seen {
+    fn json(&self) -> Value {
+        let (analysis, facts) = (&self.analysis, self.analysis.facts());
+        let counts = analysis.counts();
+        let (classes, zero) = classes_json(&counts);
+        let page_size = facts.page_size.bytes();
+        let absent = counts.get(PageClass::Absent).saturating_mul(page_size);
+        let regions = self.ram.regions().iter();
+        let regions: Vec<_> = regions
+            .map(|r| json!([r.start().raw(), r.end().raw()]))
+            .collect();
+        json!({
+            "path": self.domain.to_string(),
+            "format": format(&self.domain),
+            "libvmi": self.library,
+            "kernel_release": facts.release,
+            "kernel_banner": facts.banner,
+            "symbol_sources": facts.symbol_sources,
+            "knowledge": facts.knowledge.name(),
+            "ram": regions,
+            "processors": processors_json(&self.processors),
+            "page_size": page_size,
+            "total_pages": counts.total(),
+            "classes": classes,
+            "classes_zero": zero,
+            "zero_in_use_pages": counts.total_zero(),
+            "missing_bytes": absent,
+            "missing_mib": mib(absent),
+            "droppable_pages": self.plan.dropped_pages(),
+            "droppable_bytes": self.plan.dropped_bytes(),
+            "zero_pages": self.zero_pages,
+            "free_fill": format!("{:?}", analysis.free_fill()),
+            "zones": analysis.zones().iter().map(zone_json).collect::<Vec<_>>(),
+            "inconsistent_blocks": analysis.disagreement().map_or(0, |found| found.blocks),
+            "paused_seconds": self.paused.as_secs_f64(),
+            "notes": notes(analysis),
+        })
+    }
+
+    fn print(&self) {
+        let (analysis, facts) = (&self.analysis, self.analysis.facts());
+        let counts = analysis.counts();
+        say!("guest     {}, by LibVMI {}", self.domain, self.version);
+        say!("kernel    {}", facts.release);
+        if let Some(banner) = &facts.banner {
+            say!("          {banner}");
+        }
+        say!("symbols   {}", facts.symbol_sources.join(", "));
+        if facts.knowledge != Knowledge::Types {
+            let known = facts.knowledge;
+            say!("knowledge {known}: free pages and zeroes are told, all others are kept");
+        }
+        for region in self.ram.regions() {
+            say!("ram       {region} ({})", size(region.len()));
+        }
+        if let Some(line) = processors_line(&self.processors) {
+            say!("cpus      {line}");
+        }
+        say!("paused    {:.0} ms", self.paused.as_secs_f64() * 1000.0);
+        say!("");
+        print_zones(analysis.zones());
+        say!("");
+        let goes = |class| ClassSet::DEFAULT_DROP.contains(class);
+        print_classes(&counts, facts.page_size, &goes, true);
+        say!("");
+        let dropped = self.plan.dropped_pages();
+        say!(
+            "a checkpoint leaves out {} ({} pages, {} of RAM: what is marked *)",
+            size(self.plan.dropped_bytes()),
+            count(dropped),
+            percent(dropped, counts.total())
+        );
+        for note in analysis.notes() {
+            say!("note: {note}");
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! `sonicshot save --libvmi`.
+
+use super::{Look, check, dropped_by_name, notes};
+use crate::args::{SaveArgs, classes};
+use crate::error::CliError;
+use crate::output::{named_files, overwrite};
+use crate::progress::Phase;
+use crate::report::{by_name_json, note};
+use crate::save::{check_output, free_of, stats_json, stats_text, tell, writing};
+use serde_json::{Value, json};
+use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, SaveStats};
+use sonicshot::{DropClasses, GuestMemory, Progress, PrunePlan};
+use sonicshot_dump::NewFile;
+use sonicshot_libvmi::Domain;
+use sonicshot_offline::OfflineError;
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// The blob that other readers of checkpoints look for.
+const VMCOREINFO: &str = "vmcoreinfo";
+/// What there is to know of it.
+const ALONE: &str = "it holds the guest's memory alone: LibVMI tells no state of its devices, and its \
+                     disks go on";
+
+pub(crate) fn save(args: &SaveArgs, domain: Domain) -> Result<(), CliError> {
+    let started = Instant::now();
+    let drop = classes(&args.drop);
+    check(drop, args.for_analysis)?;
+    if args.keep_all {
+        return Err(CliError::Usage {
+            what: "--keep-all looks for no kernel, and --libvmi is for that".into(),
+        });
+    }
+    check_output(args)?;
+    let mut blobs = Vec::new();
+    for (name, path) in named_files(&args.blob)? {
+        let file = File::open(&path).map_err(crate::output::io("opening", &path))?;
+        blobs.push((name, file));
+    }
+    // What is zero is found as it is written.
+    let look = Look::at(&args.libvmi, domain, &args.input, false)?;
+    let plan = look.analysis.plan(&DropClasses(drop));
+    let source = Source {
+        args,
+        look: &look,
+        plan: &plan,
+        blobs: &blobs,
+    };
+    let phase = Phase::begin("saving", args.json);
+    let (stats, file) = source.write(&mut phase.shown())?;
+    std::mem::drop(phase);
+    // The file is worth keeping also if the guest does not run on.
+    let resumed = Look::resume(look.guest, look.since);
+    let disk_bytes = file.map(NewFile::finish).transpose();
+    let (paused, disk_bytes) = (resumed?, disk_bytes?);
+    let left_out = dropped_by_name(&plan, &look.analysis, drop);
+    let seconds = started.elapsed().as_secs_f64();
+    let facts = look.analysis.facts();
+    if args.json {
+        let mut report = stats_json(&stats, free_of(&left_out), facts.page_size.bytes());
+        for (key, value) in [
+            ("path", json!(look.domain.to_string())),
+            ("kernel_release", json!(facts.release)),
+            ("compression", json!(args.compress.to_string())),
+            ("disk_bytes", json!(disk_bytes)),
+            ("left_out", by_name_json(&left_out)),
+            ("for_analysis", json!(args.for_analysis)),
+            ("paused_seconds", json!(paused.as_secs_f64())),
+            ("seconds", json!(seconds)),
+            ("notes", json!(notes(&look.analysis))),
+            ("devices", json!(ALONE)),
+        ] {
+            report.insert(key.into(), value);
+        }
+        tell(args, &Value::Object(report).to_string());
+        return Ok(());
+    }
+    for note in look.analysis.notes() {
+        note!("{note}");
+    }
+    let total = plan.page_size().bytes();
+    let total = look.analysis.counts().total().saturating_mul(total);
+    tell(args, &stats_text(&stats, total, &left_out, seconds));
+    let ms = paused.as_secs_f64() * 1000.0;
+    tell(
+        args,
+        &format!("{} was paused for {ms:.0} ms; {ALONE}", look.domain),
+    );
+    Ok(())
+}
+
+/// What is saved.
+struct Source<'a> {
+    args: &'a SaveArgs,
+    look: &'a Look,
+    plan: &'a PrunePlan,
+    blobs: &'a [(&'a str, File)],
+}
+
+impl Source<'_> {
+    /// To a file that has no name yet, or to standard output.
+    fn write(&self, progress: Progress<'_>) -> Result<(SaveStats, Option<NewFile>), CliError> {
+        if self.args.to_stdout() {
+            let stats = self.write_to(io::stdout().lock(), Path::new("-"), progress)?;
+            return Ok((stats, None));
+        }
+        let path: &PathBuf = &self.args.output;
+        let file = NewFile::create_new(path, overwrite(self.args.force))?;
+        let stats = self.write_to(file.file(), path, progress)?;
+        Ok((stats, Some(file)))
+    }
+
+    fn write_to(
+        &self,
+        out: impl Write,
+        path: &Path,
+        progress: Progress<'_>,
+    ) -> Result<SaveStats, CliError> {
+        let failed = |source| OfflineError::Checkpoint {
+            path: path.to_owned(),
+            source,
+        };
+        let (analysis, facts) = (&self.look.analysis, self.look.analysis.facts());
+        let layout = self.look.guest.layout().clone();
+        let mut info = CheckpointInfo::new(layout, facts.page_size);
+        info.architecture = facts.architecture;
+        info.kernel_release = Some(facts.release.clone());
+        info.build_id.clone_from(&facts.build_id);
+        info.for_analysis =
+            self.args.for_analysis && self.plan.used_by_guest(analysis.pages()).is_some();
+        info.vmm.clone_from(&self.args.vmm);
+        let writing = writing(self.args);
+        let mut writer = CheckpointWriter::new(out, info, writing).map_err(failed)?;
+        if let Some(text) = &facts.vmcoreinfo {
+            writer.blob(VMCOREINFO, text.as_bytes()).map_err(failed)?;
+        }
+        for (name, file) in self.blobs {
+            writer.blob(name, file).map_err(failed)?;
+        }
+        let written = writer.memory(&self.look.guest, analysis.pages(), self.plan, progress);
+        written.map_err(failed)?;
+        let (_, stats) = writer.finish().map_err(failed)?;
+        Ok(stats)
+    }
+}
