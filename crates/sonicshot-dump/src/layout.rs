@@ -223,18 +223,24 @@ fn parse_ranges(text: &str) -> Option<Vec<GpaRange>> {
 fn check_disjoint(ranges: &[GpaRange]) -> Result<(), LayoutSpecError> {
     let mut sorted = ranges.to_vec();
     sorted.sort_unstable();
-    match sorted.array_windows().find(|[a, b]| a.end() > b.start()) {
-        Some(&[first, second]) => Err(LayoutSpecError::Overlap { first, second }),
+    match first_that_overlap(&sorted) {
+        Some((first, second)) => Err(LayoutSpecError::Overlap { first, second }),
         None => Ok(()),
     }
 }
 
 /// Refuses ranges that are not in the order in which QEMU's blocks hold theirs.
 fn check_order(ranges: &[GpaRange]) -> Result<(), LayoutSpecError> {
-    match ranges.array_windows().find(|[a, b]| a.end() > b.start()) {
-        Some(&[first, second]) => Err(LayoutSpecError::Order { first, second }),
+    match first_that_overlap(ranges) {
+        Some((first, second)) => Err(LayoutSpecError::Order { first, second }),
         None => Ok(()),
     }
+}
+
+/// The first range that ends behind the beginning of the one that follows it, and that one.
+fn first_that_overlap(ranges: &[GpaRange]) -> Option<(GpaRange, GpaRange)> {
+    let mut pairs = ranges.iter().copied().zip(ranges.iter().copied().skip(1));
+    pairs.find(|(first, second)| first.end() > second.start())
 }
 
 /// `START-END`, END exclusive.

@@ -164,7 +164,8 @@ fn count_lists(
             Err(error) => return Err(error.into()),
         }
         let (words, _) = piece.as_chunks::<8>();
-        for (offset, [next, previous]) in (inside..).step_by(8).zip(words.array_windows()) {
+        let pairs = words.iter().zip(words.iter().skip(1));
+        for (offset, (next, previous)) in (inside..).step_by(8).zip(pairs) {
             if next != previous {
                 continue;
             }

@@ -373,10 +373,10 @@ impl PageMap {
     fn replace(&mut self, region: PfnRange, part: PfnRange, segments: Vec<(Pfn, Segment)>) {
         self.cut(region, part.start());
         self.cut(region, part.end());
-        let old = self
-            .segments
-            .extract_if(part.start()..part.end(), |_, _| true);
-        old.for_each(drop);
+        // `extract_if` of a range is newer than the Rust that this is held to.
+        while let Some((&at, _)) = self.segments.range(part.start()..part.end()).next() {
+            self.segments.remove(&at);
+        }
         self.segments.extend(segments);
         // Neighbours that are now alike. Inside of the part they differ.
         self.join(region, part.start());

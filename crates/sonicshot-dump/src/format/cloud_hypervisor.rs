@@ -279,7 +279,7 @@ fn layout(path: &Path, len: u64) -> Result<LayoutSpec, DumpError> {
     }
     let mut sorted: Vec<(usize, GpaRange)> = layout.iter().copied().enumerate().collect();
     sorted.sort_unstable_by_key(|(_, range)| *range);
-    for [(_, below), (index, above)] in sorted.array_windows() {
+    for ((_, below), (index, above)) in sorted.iter().zip(sorted.iter().skip(1)) {
         if above.start() < below.end() {
             let at = above.start().raw();
             return Err(malformed("a memory range in another, number", *index, at));

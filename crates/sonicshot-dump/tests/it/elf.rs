@@ -206,9 +206,14 @@ fn memory(loads: &[Load], layout: &RamLayout) -> Vec<(Gpa, Vec<u8>)> {
     regions
 }
 
+/// Where what is pruned of a file goes.
+fn pruned_path(path: &Path) -> PathBuf {
+    format!("{}.pruned", path.display()).into()
+}
+
 fn prune(path: &Path, runs: &[(u64, u64)]) -> (Dump, Vec<u8>) {
     let dump = Dump::open(path, None).unwrap();
-    let out = path.with_added_extension("pruned");
+    let out = pruned_path(path);
     let plan = plan(dump.layout(), runs);
     dump.prune_to(&plan, &out, Overwrite::Replace, &mut |_, _| {})
         .unwrap();
@@ -294,7 +299,7 @@ fn what_segments_leave_out_is_absent() {
         let told = bytes.windows(10).any(|at| at == b"SONICSHOT\0");
         assert_eq!(told, is_marked, "{runs:?}");
         assert_eq!(after.absent_may_be_zero(), !is_marked);
-        let (again, twice) = prune(&path.with_added_extension("pruned"), runs);
+        let (again, twice) = prune(&pruned_path(&path), runs);
         assert!(twice == bytes && absent(&again) == lacks);
     }
     // Whoever leaves out more of what we pruned may copy our note: it does not count any more.
@@ -524,7 +529,7 @@ fn a_pruned_core_is_as_readelf_wants_it() {
     }
     let run = Command::new("readelf")
         .arg("-lnW")
-        .arg(path.with_added_extension("pruned"))
+        .arg(pruned_path(&path))
         .output();
     if sonicshot_testkit::has("readelf", run.is_ok()) {
         let run = run.unwrap();
@@ -537,7 +542,7 @@ fn a_pruned_core_is_as_readelf_wants_it() {
         assert!(text.contains("VMCOREINFO"), "{text}");
     }
     // Pruned again, nothing changes.
-    let (_, again) = prune(&path.with_added_extension("pruned"), &runs);
+    let (_, again) = prune(&pruned_path(&path), &runs);
     assert!(again == bytes);
     assert!(absent(&after).is_empty());
 }

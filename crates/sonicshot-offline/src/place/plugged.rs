@@ -156,7 +156,8 @@ fn lists_by_place(
         let piece = buffer.get_mut(..len).unwrap_or_default();
         dump.read(data.start(), piece)?;
         let (words, _) = piece.as_chunks::<8>();
-        for (offset, [next, previous]) in (inside..).step_by(8).zip(words.array_windows()) {
+        let pairs = words.iter().zip(words.iter().skip(1));
+        for (offset, (next, previous)) in (inside..).step_by(8).zip(pairs) {
             if next == previous {
                 let list = u64::from_le_bytes(*next);
                 let start = list.wrapping_sub(direct_map.raw()).wrapping_sub(offset);

@@ -294,7 +294,7 @@ impl Config {
         }
         let mut ranges: Vec<_> = slots.iter().map(|slot| (slot.guest, slot.number)).collect();
         ranges.sort_unstable();
-        for [(below, _), (above, slot)] in ranges.array_windows() {
+        for ((below, _), (above, slot)) in ranges.iter().zip(ranges.iter().skip(1)) {
             if above.start() < below.end() {
                 return Err(ServeError::MigrationSlot {
                     what: "the address, in another slot, of slot",

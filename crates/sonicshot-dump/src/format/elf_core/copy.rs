@@ -95,10 +95,8 @@ fn split(
 /// gaps that were.
 fn join_smallest_gaps(pieces: Vec<Piece>, limit: usize) -> (Vec<Piece>, u64) {
     let excess = pieces.len().saturating_sub(limit);
-    let mut gaps: Vec<u64> = pieces
-        .array_windows()
-        .filter_map(|[a, b]| gap(a, b))
-        .collect();
+    let neighbours = pieces.iter().zip(pieces.iter().skip(1));
+    let mut gaps: Vec<u64> = neighbours.filter_map(|(a, b)| gap(a, b)).collect();
     gaps.sort_unstable();
     let last = excess.min(gaps.len()).checked_sub(1);
     let Some(widest) = last.and_then(|last| gaps.get(last)).copied() else {

@@ -188,7 +188,7 @@ fn without_overlaps(mut pieces: Vec<Piece>) -> Vec<Piece> {
     let mut open: BinaryHeap<(FileOffset, FileRange)> = BinaryHeap::new();
     let mut coming = pieces.iter().peekable();
     let mut out: Vec<Piece> = Vec::new();
-    for [start, end] in edges.array_windows() {
+    for (start, end) in edges.iter().zip(edges.iter().skip(1)) {
         while let Some(piece) = coming.next_if(|piece| piece.to.start() <= *start) {
             open.push((piece.from, piece.to));
         }
