@@ -261,6 +261,38 @@ static void record(int disk, const char *name, const char *path)
 		die("record disk");
 }
 
+/* Its processes: number, parent, address space in KiB and name of each, in the order of /proc. */
+static void record_tasks(int disk)
+{
+	FILE *out = fopen("/tasks", "w");
+	DIR *all = opendir("/proc");
+	if (!out || !all)
+		die("/tasks");
+	struct dirent *entry;
+	while ((entry = readdir(all))) {
+		char path[300], line[512];
+		unsigned long parent = 0, kib = 0;
+		char name[64] = "";
+		if (strspn(entry->d_name, "0123456789") != strlen(entry->d_name))
+			continue;
+		snprintf(path, sizeof path, "/proc/%s/status", entry->d_name);
+		FILE *status = fopen(path, "r");
+		if (!status)
+			continue;
+		while (fgets(line, sizeof line, status)) {
+			sscanf(line, "Name:\t%63[^\n]", name);
+			sscanf(line, "PPid: %lu", &parent);
+			sscanf(line, "VmSize: %lu kB", &kib);
+		}
+		fclose(status);
+		fprintf(out, "%s %lu %lu %s\n", entry->d_name, parent, kib, name);
+	}
+	closedir(all);
+	if (fclose(out))
+		die("/tasks");
+	record(disk, "tasks", "/tasks");
+}
+
 /* Where the kernel's log was when the guest was ready: what it said at boot is its own affair. */
 static int kmsg = -1;
 
@@ -819,6 +851,7 @@ int main(void)
 	record(disk, "kpagecount", "/proc/kpagecount");
 	record(disk, "zoneinfo", "/proc/zoneinfo");
 	record(disk, "buddyinfo", "/proc/buddyinfo");
+	record_tasks(disk);
 	record(disk, "kpageflags", "/proc/kpageflags");
 	uint8_t *end;
 	if (posix_memalign((void **)&end, PAGE, PAGE))

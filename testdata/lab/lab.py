@@ -28,6 +28,7 @@ import reset
 import serve
 import small
 import stress
+import tasks
 import testdata
 import vmms
 import xen_figures
@@ -62,6 +63,7 @@ COMMANDS = (
     live.do_live,
     live_figures.do_figures,
     mutated.do_mutate,
+    tasks.do_tasks,
     oldqemu.do_oldqemu,
     xen_proof.do_xen,
     xen_figures.do_figures,
