@@ -22,7 +22,13 @@ from spec import GuestSpec, Layout, Part
 
 HOME = LAB / "captures"
 # What a capture has of each form, in the order in which they are taken.
-FORMS = {"raw": "device.state", "mapped": "mapped.ram", "stream": "stream.mig"}
+FORMS = {"raw": "device.state", "mapped": "mapped.ram", "stream": "stream.mig",
+         "background": "background.mig", "bitmaps": "bitmaps.mig", "behind": "behind.ram"}
+# The capabilities of all but the stream, which a guest may have more of.
+CAPABILITIES = {"raw": "x-ignore-shared", "mapped": "mapped-ram", "background": "background-snapshot",
+                "bitmaps": "dirty-bitmaps", "behind": "mapped-ram"}
+# Where a mapped-ram file begins that is behind something else.
+BEHIND = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -125,18 +131,22 @@ def plug(spec: GuestSpec, qmp: Monitor) -> None:
 
 def take_forms(spec: GuestSpec, qmp: Monitor, ram: Path | None, folder: Path) -> None:
     """Migrates the guest into each of its forms."""
-    capabilities = {"raw": ("x-ignore-shared",), "mapped": ("mapped-ram",),
-                    "stream": spec.capabilities}
-    for number, form in enumerate(form for form in FORMS if form in spec.forms):
-        if number:
+    before = ""
+    for form in (form for form in FORMS if form in spec.forms):
+        if before:
             # QEMU does not migrate a guest twice that did not run between.
             qmp.call("cont")
             time.sleep(0.2)
             qmp.call("stop")
-            qmp.no_capabilities("x-ignore-shared", "mapped-ram")
-        qmp.capabilities("events", *capabilities[form])
+            qmp.no_capabilities(*(CAPABILITIES[form] for form in (before,) if form in CAPABILITIES))
+        if form == "bitmaps":
+            qmp.call("block-dirty-bitmap-add", node="d0", name="lab")
+        capabilities = [CAPABILITIES[form]] if form in CAPABILITIES else spec.capabilities
+        qmp.capabilities("events", *capabilities)
         file = folder / FORMS[form]
-        qmp.call("migrate", uri=f"exec:cat > {file}" if form == "stream" else f"file:{file}")
+        qmp.call("migrate", uri={"stream": f"exec:cat > {file}",
+                                 "behind": f"file:{file},offset={BEHIND}"}.get(form, f"file:{file}"))
+        before = form
         if spec.live:
             time.sleep(12)
             qmp.call("migrate-set-parameters", downtime_limit=100_000)
@@ -151,8 +161,15 @@ def put_by_disks(folder: Path) -> None:
         run("cp", "--sparse=always", folder / disk, folder / f"{disk}.stop")
 
 
+def begins_at(migration: Path) -> int:
+    """Where in the file QEMU's begins."""
+    with open(migration, "rb") as file:
+        return 0 if file.read(4) == b"QEVM" else BEHIND
+
+
 def begins_with_capability(migration: Path, name: bytes) -> bool:
     with open(migration, "rb") as file:
+        file.seek(begins_at(migration))
         return name in file.read(4096)
 
 
@@ -186,12 +203,15 @@ def restore(capture_folder: Path, ram: Path | None, ask: str | None = "torture",
             qmp.capabilities("events", "x-ignore-shared")
         elif begins_with_capability(migration, b"mapped-ram"):
             qmp.capabilities("events", "mapped-ram")
+        elif migration.name == FORMS["bitmaps"]:
+            qmp.capabilities("events", "dirty-bitmaps")
         else:
             qmp.capabilities("events")
         started = time.monotonic()
         # Before 8.2 there is no `file:`.
         how = "exec:cat " if meta.spec.qemu else "file:"
-        qmp.call("migrate-incoming", uri=f"{how}{migration}")
+        at = begins_at(migration)
+        qmp.call("migrate-incoming", uri=f"{how}{migration}" + (f",offset={at}" if at else ""))
         qmp.migrated()
         loaded = time.monotonic()
         qmp.call("cont")

@@ -13,6 +13,7 @@ import cache
 import captures
 import decoys
 import demo
+import forms
 import kernels
 import killed
 import libvirt
@@ -51,6 +52,7 @@ COMMANDS = (
     readers.do_readers,
     cache.do_cache,
     vmms.do_vmms,
+    forms.do_forms,
     small.do_small,
     serve.do_serve,
     built.do_build,
