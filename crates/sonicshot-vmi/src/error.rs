@@ -1,7 +1,7 @@
 //! What can go wrong when a guest's kernel is read.
 
 use crate::symbols::SymbolError;
-use crate::{ForeignProcessor, Inconsistency, KernelVa, Trace, VirtualReadError};
+use crate::{ForeignProcessor, Inconsistency, KernelVa, Knowledge, Trace, VirtualReadError};
 use sonicshot::{Gpa, MemoryError, Stopped};
 
 /// Why a guest's kernel could not be understood.
@@ -188,12 +188,36 @@ pub enum VmiError {
     /// The work was [ended](crate::AnalysisOptions::stop) before it was done.
     #[error("the guest was not looked at to the end: {0}")]
     Stopped(Stopped),
+    /// The lists of free pages cannot be followed: what they lead to is none of their blocks.
+    #[error(
+        "{}the free lists contradict the other records of the guest",
+        if *without_types { "types are missing, and " } else { "" }
+    )]
+    BrokenLists {
+        /// Whether no types tell what the records look like, so that what was taken for them may be
+        /// something else.
+        without_types: bool,
+        /// Where it is.
+        #[source]
+        source: Box<Self>,
+    },
     /// The sources of truth about free pages disagree by more than a stopped processor explains.
     #[error("{0}")]
     Inconsistent(Box<Inconsistency>),
 }
 
 impl VmiError {
+    /// The same of an error of walking the free lists, by what is known of the kernel.
+    pub(crate) fn of_lists(self, knowledge: Knowledge) -> Self {
+        match self {
+            Self::Corrupt { .. } | Self::Read { .. } => Self::BrokenLists {
+                without_types: knowledge != Knowledge::Types,
+                source: Box::new(self),
+            },
+            other => other,
+        }
+    }
+
     pub(crate) fn read(what: &'static str) -> impl FnOnce(VirtualReadError) -> Self {
         move |source| Self::Read { what, source }
     }

@@ -18,6 +18,7 @@ use crate::mm::iomem;
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
+use crate::note::Note;
 use crate::os::GuestOs;
 use crate::owner;
 use crate::owner::alive;
@@ -31,7 +32,6 @@ pub use classify::Classification;
 pub use options::{GuestOptions, OnInconsistency};
 use sonicshot::{GpaRange, GuestMemory, PageSize};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
 use std::sync::OnceLock;
 
 /// A Linux guest whose kernel was found in its memory.
@@ -64,8 +64,8 @@ pub struct LinuxGuest<'m> {
     searched: OnceLock<(PageLayout, Zones)>,
     /// How many threads look at struct pages.
     threads: Option<NonZeroUsize>,
-    /// Symbol files, and folders of them, that are of other builds, as far as can be told.
-    unused_files: Vec<PathBuf>,
+    /// What there is to say of the symbol files that were given.
+    notes_of_files: Vec<Note>,
 }
 
 impl<'m> LinuxGuest<'m> {
@@ -247,7 +247,7 @@ impl<'m> LinuxGuest<'m> {
             shaped: Some(shaped),
             searched: OnceLock::from(searched),
             threads: options.threads,
-            unused_files: given.unused(&[]),
+            notes_of_files: given.notes(&[], None),
         })
     }
 

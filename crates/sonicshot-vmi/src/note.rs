@@ -56,6 +56,23 @@ pub enum Note {
         /// The files and folders.
         files: Vec<PathBuf>,
     },
+    /// A folder of symbol files was given that has none of the kernel's build.
+    SymbolFolderNotUsed {
+        /// The folder.
+        folder: PathBuf,
+        /// How many files in it tell of which build they are.
+        files: usize,
+        /// The build ID of the kernel, if it tells that.
+        build_id: Option<String>,
+    },
+    /// A file of a folder of symbols is of the kernel's build, and cannot be read: another was, if there
+    /// is one.
+    SymbolFileDamaged {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// The kernel was dead when its memory was written down.
     CrashDump,
     /// A processor runs on page tables of something else, and the guest was classified all the
@@ -135,6 +152,27 @@ fn not_used(files: &[PathBuf], f: &mut fmt::Formatter<'_>) -> fmt::Result {
     )
 }
 
+/// Names what was looked for in a folder.
+fn folder_not_used(
+    folder: &dyn fmt::Display,
+    files: usize,
+    build_id: Option<&str>,
+    f: &mut fmt::Formatter<'_>,
+) -> fmt::Result {
+    write!(f, "not used: {folder}: ")?;
+    match build_id {
+        Some(id) => write!(
+            f,
+            "of its {files} files that tell their build none is of the guest's, build ID {id}"
+        ),
+        None => write!(
+            f,
+            "the guest tells no build ID, and none of its {files} files that tell their build is \
+             found to be of it"
+        ),
+    }
+}
+
 /// Says how many pages that are marked as offline are kept, and why; of `more` rings the reason is
 /// not told.
 fn offline_kept(
@@ -186,6 +224,16 @@ impl fmt::Display for Note {
                 "what the file tells of the processors is not believed: {why}; {instead}"
             ),
             Self::SymbolFilesNotUsed { files } => not_used(files, f),
+            Self::SymbolFolderNotUsed {
+                folder,
+                files,
+                build_id,
+            } => folder_not_used(&folder.display(), *files, build_id.as_deref(), f),
+            Self::SymbolFileDamaged { file, why } => write!(
+                f,
+                "not used: {}: it is of the kernel's build, but damaged: {why}",
+                file.display()
+            ),
             Self::CrashDump => {
                 f.write_str("a crash dump: this kernel was dead when its memory was written down")
             }

@@ -125,7 +125,7 @@ impl<'m> LinuxGuest<'m> {
             shaped: None,
             searched: OnceLock::new(),
             threads: options.threads,
-            unused_files: given.unused(set),
+            notes_of_files: given.notes(set, None),
         };
         let bounds = guest.btf_bounds()?;
         if bounds.is_some()

@@ -80,10 +80,7 @@ impl LinuxGuest<'_> {
         }
         let mut notes = scan.notes;
         notes.extend(owner.note);
-        if !self.unused_files.is_empty() {
-            let files = self.unused_files.clone();
-            notes.push(Note::SymbolFilesNotUsed { files });
-        }
+        notes.extend(self.notes_of_files.iter().cloned());
         notes.extend(self.keep(&mut scan.map, &owner.in_question));
         if let Some(inconsistency) = &scan.disagreement {
             notes.push(Note::Disagreement(Box::new(inconsistency.clone())));

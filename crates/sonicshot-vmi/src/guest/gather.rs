@@ -21,6 +21,7 @@ impl<'m> LinuxGuest<'m> {
         owners: Owners,
     ) -> Result<Self, VmiError> {
         let files = given.of_build(found.vmcoreinfo.build_id())?;
+        let notes_of_files = given.notes(&files, found.vmcoreinfo.build_id());
         let hides_types = options.at_most.is_some_and(|most| most > Knowledge::Types);
         let arch = arch::by_name(found.architecture)?;
         let build = build_of(&found, arch)?;
@@ -69,7 +70,7 @@ impl<'m> LinuxGuest<'m> {
             shaped: None,
             searched: OnceLock::new(),
             threads: options.threads,
-            unused_files: given.unused(&files),
+            notes_of_files,
         };
         guest.read_banner()?;
         guest.check_files(files.len(), fallbacks.len())?;

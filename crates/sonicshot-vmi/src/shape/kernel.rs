@@ -5,7 +5,7 @@ use super::nodes::{self, ZONE_HEAD};
 use super::records::{self, STRIDE};
 use super::roots::{self, Root};
 use super::zones::{self, Exits};
-use super::{cover, frames_of, percpu};
+use super::{counter, cover, frames_of, percpu};
 use crate::arch::{self, Arch, KernelShape};
 use crate::deadline::Deadline;
 use crate::discover::image_range;
@@ -14,16 +14,15 @@ use crate::kernel::{Build, Kernel};
 use crate::knowledge::Knowledge;
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
-use crate::mm::zone::{self, AreaLayout, Zone, Zones};
+use crate::mm::zone::{AreaLayout, Zone, Zones};
 use crate::owner::processors::Owners;
 use crate::{AddressSpace, KernelVa, symbols};
 use sonicshot::{Gpa, GuestMemory};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 /// `MIGRATE_TYPES`.
 const MIGRATE_TYPES: core::ops::RangeInclusive<u64> = 4..=8;
-/// How much of it is looked at behind them.
-const ZONE_TAIL: u64 = 2048;
 /// Kernels that stand, of which one is too many already.
 const MAX_KERNELS: usize = 4;
 
@@ -74,7 +73,8 @@ pub(crate) fn find<'m>(
     let pass = records::find(memory, arch, shape.page_size, told.is_empty())?;
     let places = if told.is_empty() {
         let levels = |at: Gpa| shape.levels.iter().map(move |levels| (at, *levels));
-        pass.tops.iter().flat_map(|at| levels(*at)).collect()
+        let tops = distinct(memory, &pass.tops);
+        tops.iter().flat_map(|at| levels(*at)).collect()
     } else {
         told.clone()
     };
@@ -99,6 +99,33 @@ pub(crate) fn find<'m>(
     }
     let found = pass.records.iter().map(|records| records.found);
     search.outcome(found.fold(0, u64::saturating_add))
+}
+
+/// Of `tops` the first of each kernel half: every process has its own top table, and in all of them that
+/// half is the same, so that what one leads to all do.
+fn distinct(memory: &dyn GuestMemory, tops: &[Gpa]) -> Vec<Gpa> {
+    const HALF: usize = 2048;
+    let half = |at: Gpa| {
+        let mut bytes = [0; HALF];
+        let read = memory.read(at.checked_add(HALF as u64)?, &mut bytes);
+        read.is_ok().then_some(bytes)
+    };
+    // What looks the same is looked at: two halves may have one hash.
+    let mut seen: HashMap<u64, Vec<Gpa>> = HashMap::new();
+    let mut is_new = |at: &Gpa| {
+        let Some(own) = half(*at) else {
+            return true;
+        };
+        let mut hasher = DefaultHasher::new();
+        own.hash(&mut hasher);
+        let same = seen.entry(hasher.finish()).or_default();
+        let is_new = !same.iter().any(|other| half(*other) == Some(own));
+        if is_new {
+            same.push(*at);
+        }
+        is_new
+    };
+    tops.iter().copied().filter(|at| is_new(at)).collect()
 }
 
 /// Whether one more kernel is looked for where so many stand.
@@ -225,18 +252,12 @@ impl<'m> Search<'m> {
                 second: name(second),
             });
         }
-        // A kernel whose records contradict each other is one all the same, and may own the memory:
-        // a process can make another that does not.
         if let [first] = self.standing.as_slice()
-            && !self.told
-            && let Some((there, why)) = self
-                .broken
-                .iter()
-                .find(|(there, _)| *there != first.shaped.root.there)
+            && let Some(second) = rival(first.shaped.root.there, &self.broken, self.told)
         {
             return Err(VmiError::Undecided {
                 first: name(first),
-                second: format!("one that cannot be read (its struct pages at {there}: {why})"),
+                second,
             });
         }
         match (self.standing.pop(), self.why) {
@@ -252,6 +273,17 @@ impl<'m> Search<'m> {
             }),
         }
     }
+}
+
+/// What may own the memory instead of the kernel that stands, with its struct pages at `there`, if
+/// nothing has `told` on which page tables a processor runs: a kernel whose records contradict each
+/// other is one all the same, and a process can make another that does not.
+fn rival(there: Gpa, broken: &[(Gpa, String)], told: bool) -> Option<String> {
+    let mut others = broken.iter().filter(|(at, _)| !told && *at != there);
+    let (at, why) = others.next()?;
+    Some(format!(
+        "one that cannot be read (its struct pages at {at}: {why})"
+    ))
 }
 
 fn nothing(tried: &str) -> VmiError {
@@ -304,7 +336,8 @@ impl Shaped {
     /// What each struct page says, and the zones, by a look at every struct page of `map`.
     ///
     /// # Errors
-    /// [`VmiError::Unsupported`] if no zone stands.
+    /// [`VmiError::Unsupported`] if no zone stands, [`VmiError::BrokenLists`] if its lists cannot be
+    /// followed.
     pub(crate) fn search(
         &self,
         kernel: &Kernel<'_>,
@@ -313,7 +346,8 @@ impl Shaped {
         deadline: &Deadline,
     ) -> Result<(PageLayout, Zones), VmiError> {
         let layout = PageLayout::by_shape(kernel, self.buddy)?;
-        let zones = zones_by_shape(kernel, map, &layout, image, self.orders, deadline)?;
+        let zones = zones_by_shape(kernel, map, &layout, image, self.orders, deadline)
+            .map_err(|error| error.of_lists(Knowledge::Shape))?;
         Ok((layout, zones))
     }
 }
@@ -323,9 +357,10 @@ fn unsupported(what: &str) -> VmiError {
 }
 
 /// A zone that was found, and what its lists hold.
-struct Listed {
-    array: KernelVa,
-    sums: zones::Sums,
+pub(super) struct Listed {
+    /// Its array of free areas.
+    pub array: KernelVa,
+    pub sums: zones::Sums,
 }
 
 fn zones_by_shape(
@@ -379,7 +414,7 @@ fn zones_by_shape(
         found.push(zones::read(&kernel.space, zone.array, &area, words)?);
     }
     let per_cpu = percpu::find(&look, &mut found, &owned, 0)?;
-    count(heads, &area, &listed, &mut found, &per_cpu)?;
+    counter::add(&look, &area, &listed, &mut found, &per_cpu)?;
     let mut zones = Zones::by_shape(
         area,
         found,
@@ -430,91 +465,55 @@ fn spanned_pages(
     }
 }
 
-/// Adds `vm_stat[NR_FREE_PAGES]` to each zone's counter, which holds the per-CPU deltas.
-///
-/// A word that is chosen because it says what the lists hold says nothing of them. So the place must
-/// be told by more: it is the same in all zones, and in a kernel for several processors begins a line of the
-/// cache (`CACHELINE_PADDING(_pad3_)`); behind it are counters, too, of which some are not zero; and
-/// only one such place is within the bound for all zones.
-fn count(
-    heads: &Heads<'_, '_>,
-    area: &AreaLayout,
-    listed: &[Listed],
-    zones: &mut [Zone],
-    per_cpu: &percpu::PerCpu,
-) -> Result<(), VmiError> {
-    /// Of the counters behind the first so many are in every kernel.
-    const BEHIND: u64 = 5;
-    const LINE: u64 = 64;
-    let bound = zone::counter_bound(
-        area.orders.saturating_sub(1),
-        (per_cpu.offsets.len() as u64).max(1),
-        !per_cpu.with_deltas,
-    );
-    let bound = bound.ok_or_else(|| unsupported("zones without counters"))?;
-    let has_lines = !per_cpu.offsets.is_empty() && per_cpu.offsets != [0];
-    let word = |zone: &Listed, offset: u64| heads.word(zone.array.raw(), offset);
-    let fits = |zone: &Listed, found: &Zone, offset: u64| {
-        let at = zone.array.raw().checked_add(offset);
-        let counted = word(zone, offset)?
-            .cast_signed()
-            .checked_add(found.counter)?;
-        let is_near = counted.abs_diff(i64::try_from(zone.sums.pages).ok()?) <= bound;
-        let is_line = !has_lines || at?.is_multiple_of(LINE);
-        (is_near && is_line).then_some(())
-    };
-    // Whether all that is behind it may be counters, and one says anything.
-    let behind = |offset: u64| {
-        let mut some = false;
-        for (zone, found) in listed.iter().zip(zones.iter()) {
-            for number in 1..=BEHIND {
-                let Some(value) = word(zone, offset.saturating_add(number.saturating_mul(8)))
-                else {
-                    return false;
-                };
-                let most = i64::try_from(found.span.len().saturating_add(bound));
-                let least = i64::try_from(bound).map(i64::wrapping_neg);
-                let (Ok(most), Ok(least)) = (most, least) else {
-                    return false;
-                };
-                if !(least..=most).contains(&value.cast_signed()) {
-                    return false;
-                }
-                some |= value != 0;
-            }
-        }
-        some
-    };
-    let first = area.orders.saturating_mul(area.size);
-    let places = (first..first.saturating_add(ZONE_TAIL)).step_by(8);
-    let all = |offset: &u64| {
-        let mut zones = listed.iter().zip(zones.iter());
-        zones.all(|(zone, found)| fits(zone, found, *offset).is_some()) && behind(*offset)
-    };
-    let places: Vec<u64> = places.filter(all).collect();
-    let [offset] = places.as_slice() else {
-        return Err(VmiError::Unsupported {
-            what: format!(
-                "zones with {} places that may count their free pages, of which one does",
-                places.len()
-            ),
-        });
-    };
-    for (zone, found) in listed.iter().zip(zones) {
-        let counted = word(zone, *offset).map(u64::cast_signed);
-        let counter = counted.and_then(|counted| counted.checked_add(found.counter));
-        found.counter = counter.ok_or_else(|| unsupported("zones without counters"))?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{MAX_KERNELS, is_room};
+    use super::{MAX_KERNELS, distinct, is_room, rival};
+    use crate::kernel::testing::Ram;
+    use sonicshot::Gpa;
 
     #[test]
     fn of_kernels_without_end_a_few_are_tried_to_the_end() {
         assert!((0..MAX_KERNELS).all(is_room));
         assert!(!is_room(MAX_KERNELS));
+    }
+
+    #[test]
+    fn one_that_cannot_be_read_may_be_the_owner_unless_a_processor_tells() {
+        let [own, other, third] = [1, 2, 3].map(|number| Gpa::new(number << 20));
+        let broken = |at: Gpa| (at, "it is torn".to_owned());
+        for (broken, told, want) in [
+            (vec![], false, None),
+            // The same struct pages by other tables.
+            (vec![broken(own)], false, None),
+            (vec![broken(other)], false, Some(other)),
+            (
+                vec![broken(own), broken(third), broken(other)],
+                false,
+                Some(third),
+            ),
+            (vec![broken(other)], true, None),
+        ] {
+            let found = rival(own, &broken, told);
+            let text = want.map(|at| {
+                format!("one that cannot be read (its struct pages at {at}: it is torn)")
+            });
+            assert_eq!(found, text);
+        }
+    }
+
+    #[test]
+    fn of_page_tables_with_the_same_kernel_half_one_is_tried() {
+        let mut ram = Ram::new(8 << 20);
+        let tops = [0x10_0000, 0x10_1000, 0x10_2000, 0x10_3000];
+        for (top, user, kernel) in [(0, 0, 7), (1, 5, 7), (2, 0, 8), (3, 9, 7)] {
+            ram.put(tops[top] + 8, user);
+            ram.put(tops[top] + 300 * 8, kernel);
+        }
+        let memory = ram.memory();
+        // One that cannot be read is left to who tries it.
+        let all = [tops.as_slice(), &[1 << 40]].concat();
+        let all: Vec<Gpa> = all.into_iter().map(Gpa::new).collect();
+        let left: Vec<u64> = distinct(&memory, &all).into_iter().map(Gpa::raw).collect();
+        assert_eq!(left, [tops[0], tops[2], 1 << 40]);
     }
 }

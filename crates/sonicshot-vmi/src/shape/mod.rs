@@ -6,6 +6,7 @@
 //! a list of free pages leaves the struct pages at its head, and the head is in what is looked
 //! for. What is found so is held against the same records as what types tell of.
 
+mod counter;
 mod cover;
 mod displacements;
 mod heads;
@@ -23,6 +24,7 @@ use crate::deadline::Deadline;
 use crate::discover::image_range;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
+use crate::knowledge::Knowledge;
 use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
@@ -60,8 +62,18 @@ fn frames_of(map: &MemMap<'_>) -> Result<u64, VmiError> {
 ///
 /// # Errors
 /// [`VmiError::Unsupported`] if no zone is found, or VMCOREINFO is of an unknown kind;
-/// [`VmiError::Missing`] if it lacks what is needed.
+/// [`VmiError::Missing`] if it lacks what is needed, [`VmiError::BrokenLists`] if the lists cannot be
+/// followed.
 pub(crate) fn told_zones(
+    kernel: &Kernel<'_>,
+    map: &MemMap<'_>,
+    layout: &PageLayout,
+    image: (KernelVa, KernelVa),
+) -> Result<Zones, VmiError> {
+    zones_told(kernel, map, layout, image).map_err(|error| error.of_lists(Knowledge::Vmcoreinfo))
+}
+
+fn zones_told(
     kernel: &Kernel<'_>,
     map: &MemMap<'_>,
     layout: &PageLayout,

@@ -11,7 +11,7 @@
 
 use super::displacements::Displacements;
 use super::heads::{Heads, Look};
-use super::words::{each_word, is_inside};
+use super::words::{each_page, is_inside};
 use super::zones;
 use crate::error::VmiError;
 use crate::kernel::element;
@@ -53,11 +53,16 @@ pub(super) fn owned(
     let mut own = inside.collect::<Result<Vec<bool>, _>>()?;
     let mut displacements = Displacements::default();
     // The image is gone through once, for the nodes and for the processors.
-    each_word(look, &mut |word| {
-        for (node, own) in nodes.iter().zip(own.iter_mut()) {
-            *own = *own || node.raw() == word;
+    each_page(look, &mut |_, words| {
+        // A node's address is the kernel's, and the difference of two such is negative.
+        let words = words.iter().copied().map(u64::from_le_bytes);
+        for word in words.filter(|word| word >> 56 == 0xff) {
+            for (node, own) in nodes.iter().zip(own.iter_mut()) {
+                *own = *own || node.raw() == word;
+            }
+            displacements.take(look, word)?;
         }
-        displacements.take(look, word)
+        Ok(())
     })?;
     let own = arrays.iter().zip(nodes).zip(own).filter(|(_, own)| *own);
     let (arrays, nodes): (Vec<KernelVa>, Vec<KernelVa>) =

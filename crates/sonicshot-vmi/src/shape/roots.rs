@@ -15,6 +15,7 @@ use crate::deadline::Deadline;
 use crate::error::VmiError;
 use crate::paging::Paging;
 use sonicshot::{Gpa, GuestMemory};
+use std::collections::BTreeMap;
 
 /// So many records are asked, evenly spread.
 const ASKED: usize = 512;
@@ -24,8 +25,11 @@ const PHASES: usize = 8;
 const FIRST: usize = ASKED / PHASES;
 /// So many records must lead to others that lead back.
 const ENOUGH: u64 = 4;
-/// More stretches than this in the kernel half of the address space are no kernel's.
+/// More stretches than this in the kernel half of the address space are no kernel's; nor does one that
+/// is a kernel's array of struct pages go on for so many steps.
 const MAX_STRETCHES: usize = 1 << 10;
+/// A stretch begins at a multiple of this.
+const STEP: u64 = 1 << 30;
 
 /// Page tables under which the records stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,8 +63,9 @@ pub(crate) fn stand(
         Some(there.at)
     };
     let nodes = nodes(memory, &place, told, records);
-    if nodes.is_empty() && !told {
-        return Ok(Vec::new());
+    if !told {
+        let begins = begins_below(&nodes, &|at| place(at).is_some(), deadline)?;
+        return Ok(roots(walk, at, &place, begins, ENOUGH.min(records.found)));
     }
     let stretches = walk.stretches(memory, MAX_STRETCHES, deadline)?;
     if stretches.len() > MAX_STRETCHES {
@@ -78,7 +83,17 @@ pub(crate) fn stand(
             *votes = votes.saturating_add(1);
         }
     }
-    let enough = if told { 0 } else { ENOUGH.min(records.found) };
+    Ok(roots(walk, at, &place, begins, 0))
+}
+
+/// Those of `begins` for which enough records speak, most first.
+fn roots(
+    walk: &dyn Paging,
+    at: Gpa,
+    place: &dyn Fn(u64) -> Option<Gpa>,
+    mut begins: Vec<(u64, KernelVa)>,
+    enough: u64,
+) -> Vec<Root> {
     begins.retain(|(votes, _)| *votes >= enough);
     begins.sort_by_key(|(votes, begin)| (core::cmp::Reverse(*votes), *begin));
     let root = |(votes, vmemmap): (u64, KernelVa)| {
@@ -90,7 +105,46 @@ pub(crate) fn stand(
             has_records: votes > 0,
         })
     };
-    Ok(begins.into_iter().filter_map(root).collect())
+    begins.into_iter().filter_map(root).collect()
+}
+
+/// Where the range of mappings begins that each of `nodes` is in, with how many are in it. Of tables
+/// that no processor is known to run on there may be more ranges than can be gone through; those that
+/// no record is in say nothing.
+fn begins_below(
+    nodes: &[KernelVa],
+    is_mapped: &dyn Fn(u64) -> bool,
+    deadline: &Deadline,
+) -> Result<Vec<(u64, KernelVa)>, VmiError> {
+    let mut votes: BTreeMap<u64, u64> = BTreeMap::new();
+    for node in nodes {
+        let vote = votes.entry(node.raw() & !(STEP - 1)).or_default();
+        *vote = vote.saturating_add(1);
+    }
+    let mut begins: BTreeMap<u64, u64> = BTreeMap::new();
+    for (number, (from, count)) in (0_u64..).zip(&votes) {
+        deadline.check("ranges of mappings", number, votes.len() as u64)?;
+        let steps = (0..MAX_STRETCHES as u64).map_while(|step| {
+            let at = from.checked_sub(step.checked_mul(STEP)?)?;
+            is_upper(at).then_some(at)
+        });
+        let begin = steps
+            .into_iter()
+            .find(|at| is_mapped(*at) && !at.checked_sub(1).is_some_and(is_mapped));
+        if let Some(begin) = begin {
+            let sum = begins.entry(begin).or_default();
+            *sum = sum.saturating_add(*count);
+        }
+    }
+    let begins = begins.into_iter();
+    Ok(begins
+        .map(|(at, votes)| (votes, KernelVa::new(at)))
+        .collect())
+}
+
+/// Whether `at` is in the upper half of the address space.
+const fn is_upper(at: u64) -> bool {
+    at >> 63 == 1
 }
 
 /// The addresses of records whose neighbours name them, of some.
@@ -127,7 +181,8 @@ fn nodes(
 
 #[cfg(test)]
 mod tests {
-    use super::{MAX_STRETCHES, stand};
+    use super::{MAX_STRETCHES, STEP, begins_below, stand};
+    use crate::KernelVa;
     use crate::VmiError;
     use crate::arch::Arch;
     use crate::arch::x86_64::X86_64;
@@ -135,6 +190,26 @@ mod tests {
     use crate::kernel::testing::Ram;
     use crate::shape::records::Records;
     use sonicshot::Gpa;
+
+    #[test]
+    fn what_records_are_in_begins_no_farther_below_than_a_bound() {
+        const FIRST: u64 = 0xffff_ea00_0000_0000;
+        let most = MAX_STRETCHES as u64;
+        // From `FIRST` on all is mapped.
+        let is_mapped = |at: u64| at >= FIRST;
+        for (gib, is_found) in [(0, true), (1, true), (most - 1, true), (most, false)] {
+            let nodes = [8, 72, 1 << 20].map(|at| KernelVa::new(FIRST + gib * STEP + at));
+            let found = begins_below(&nodes, &is_mapped, &Deadline::new()).unwrap();
+            let want = is_found.then_some((3, KernelVa::new(FIRST)));
+            assert_eq!(found, Vec::from_iter(want), "{gib}");
+        }
+        // Two ranges.
+        let is_mapped = |at: u64| at >= FIRST && !(FIRST + STEP..FIRST + 2 * STEP).contains(&at);
+        let nodes = [0, 64, 2 * STEP, 3 * STEP].map(|at| KernelVa::new(FIRST + at));
+        let found = begins_below(&nodes, &is_mapped, &Deadline::new()).unwrap();
+        let want = [(2, FIRST), (2, FIRST + 2 * STEP)];
+        assert_eq!(found, want.map(|(votes, at)| (votes, KernelVa::new(at))));
+    }
 
     #[test]
     fn more_stretches_of_mappings_than_a_bound_are_no_kernels() {

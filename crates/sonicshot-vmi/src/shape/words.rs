@@ -26,11 +26,11 @@ pub(super) fn is_inside(look: &Look<'_, '_>, at: KernelVa) -> Result<bool, VmiEr
 /// So much of the image is read at a time: a large page.
 const PIECE: u64 = 2 << 20;
 
-/// Calls `visit` with each aligned word of the kernel's image that still is the kernel's.
-pub(super) fn each_word(
-    look: &Look<'_, '_>,
-    visit: &mut dyn FnMut(u64) -> Result<(), VmiError>,
-) -> Result<(), VmiError> {
+/// What is done with the words of each page, and where that is: there are millions of words.
+type Visit<'a> = dyn FnMut(KernelVa, &[[u8; 8]]) -> Result<(), VmiError> + 'a;
+
+/// Calls `visit` with the aligned words of each page of the kernel's image that still is the kernel's.
+pub(super) fn each_page(look: &Look<'_, '_>, visit: &mut Visit<'_>) -> Result<(), VmiError> {
     let (space, map) = (look.heads.space, look.heads.map);
     let size = map.page_size.bytes();
     let mut buffers = Buffers::default();
@@ -40,13 +40,17 @@ pub(super) fn each_word(
         let stretch = there.map_or(size, |there| there.len.min(left).min(PIECE));
         let count = stretch.checked_div(size).unwrap_or(0).max(1);
         if let Some(there) = there
-            && !buffers.words(look, there.at, count, visit)?
+            && !buffers.words(look, (at, there.at), count, visit)?
         {
             // Not all of it is there: a page at a time.
             for number in 0..count {
                 let bytes = number.checked_mul(size);
-                if let Some(at) = bytes.and_then(|bytes| there.at.checked_add(bytes)) {
-                    buffers.words(look, at, 1, visit)?;
+                let page = bytes.and_then(|bytes| {
+                    let page = at.checked_add(bytes)?;
+                    Some((page, there.at.checked_add(bytes)?))
+                });
+                if let Some(page) = page {
+                    buffers.words(look, page, 1, visit)?;
                 }
             }
         }
@@ -67,14 +71,14 @@ struct Buffers {
 }
 
 impl Buffers {
-    /// Visits the words of `count` pages from `at` on, of those that still are the kernel's. Returns
-    /// whether the pages and their struct pages are there.
+    /// Visits the words of `count` pages from `at` on, which lie at `there`, of those that still are
+    /// the kernel's. Returns whether the pages and their struct pages are there.
     fn words(
         &mut self,
         look: &Look<'_, '_>,
-        at: Gpa,
+        (at, there): (KernelVa, Gpa),
         count: u64,
-        visit: &mut dyn FnMut(u64) -> Result<(), VmiError>,
+        visit: &mut Visit<'_>,
     ) -> Result<bool, VmiError> {
         let map = look.heads.map;
         let stride = map.stride_len()?;
@@ -82,33 +86,42 @@ impl Buffers {
         let Some(count) = usize::try_from(count).ok().filter(|_| size > 0) else {
             return Ok(false);
         };
-        self.pages.resize(size.saturating_mul(count), 0);
-        self.records.resize(stride.saturating_mul(count), 0);
+        let pages = room(&mut self.pages, size.saturating_mul(count));
+        let records = room(&mut self.records, stride.saturating_mul(count));
         // Of one section, where they follow each other.
-        let first = at.pfn(map.page_size);
+        let first = there.pfn(map.page_size);
         let last = first.checked_add((count as u64).saturating_sub(1));
         let record = map.page_va(first).filter(|record| {
             let end = last.and_then(|last| map.page_va(last)?.offset_from(*record));
             let len = (count as u64).saturating_sub(1).checked_mul(map.stride);
             end.is_some() && end == len
         });
-        let is_there = record.is_some_and(|at| map.copy_pages(at, &mut self.records).is_ok())
-            && look.heads.space.memory().read(at, &mut self.pages).is_ok();
+        let is_there = record.is_some_and(|at| map.copy_pages(at, records).is_ok())
+            && look.heads.space.memory().read(there, pages).is_ok();
         if !is_there {
             return Ok(false);
         }
-        let records = self.records.chunks_exact(stride);
-        for (record, page) in records.zip(self.pages.chunks_exact(size)) {
+        let records = records.chunks_exact(stride);
+        let pages = (0..).step_by(size).zip(pages.chunks_exact(size));
+        for (record, (offset, page)) in records.zip(pages) {
             if look
                 .layout
                 .is_kept_since_boot(&GuestBytes::from_slice(record))
             {
                 let (words, _) = page.as_chunks::<8>();
-                for word in words {
-                    visit(u64::from_le_bytes(*word))?;
+                if let Some(at) = at.checked_add(offset) {
+                    visit(at, words)?;
                 }
             }
         }
         Ok(true)
     }
+}
+
+/// The first `len` bytes of a buffer, which grows and never shrinks.
+fn room(buffer: &mut Vec<u8>, len: usize) -> &mut [u8] {
+    if buffer.len() < len {
+        buffer.resize(len, 0);
+    }
+    buffer.get_mut(..len).unwrap_or_default()
 }

@@ -2,7 +2,8 @@
 
 use super::elf::build_id_in;
 use super::file::build_id_of;
-use super::{SymbolError, SymbolSource, open_symbol_file};
+use super::{SymbolError, SymbolSource, hex, open_symbol_file};
+use crate::note::Note;
 use std::cell::OnceCell;
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -36,6 +37,8 @@ struct Entry {
     build_id: Vec<u8>,
     /// Once it was opened: a vmlinux has a gigabyte.
     opened: OnceCell<Arc<dyn SymbolSource>>,
+    /// What is wrong with it, if it was to be opened and could not be.
+    damaged: OnceCell<String>,
 }
 
 /// Sources that are of one build, as far as they tell.
@@ -109,19 +112,35 @@ impl Given {
         !self.folders.is_empty()
     }
 
-    /// What was given and is none of `used`.
-    pub(crate) fn unused(&self, used: &[Arc<dyn SymbolSource>]) -> Vec<PathBuf> {
+    /// What there is to say of what was given, where the kernel of the build `id`, if it tells that, is
+    /// read by `used`.
+    pub(crate) fn notes(&self, used: &[Arc<dyn SymbolSource>], id: Option<&[u8]>) -> Vec<Note> {
         let is_used =
             |source: &Arc<dyn SymbolSource>| used.iter().any(|other| Arc::ptr_eq(other, source));
         let files = self.files.iter().filter(|(_, source)| !is_used(source));
-        let files = files.map(|(path, _)| path.clone());
-        let folders = self.folders.iter().filter(|folder| {
+        let files: Vec<PathBuf> = files.map(|(path, _)| path.clone()).collect();
+        let mut notes = Vec::new();
+        if !files.is_empty() {
+            notes.push(Note::SymbolFilesNotUsed { files });
+        }
+        for folder in &self.folders {
             let mut opened = folder.entries.iter().filter_map(|entry| entry.opened.get());
-            !opened.any(is_used)
-        });
-        files
-            .chain(folders.map(|folder| folder.path.clone()))
-            .collect()
+            if !opened.any(is_used) {
+                notes.push(Note::SymbolFolderNotUsed {
+                    folder: folder.path.clone(),
+                    files: folder.entries.len(),
+                    build_id: id.map(hex),
+                });
+            }
+            let damaged = |entry: &Entry| {
+                Some(Note::SymbolFileDamaged {
+                    file: entry.path.clone(),
+                    why: entry.damaged.get()?.clone(),
+                })
+            };
+            notes.extend(folder.entries.iter().filter_map(damaged));
+        }
+        notes
     }
 
     fn files(&self) -> Vec<Arc<dyn SymbolSource>> {
@@ -157,6 +176,7 @@ impl Folder {
                     path: file,
                     build_id,
                     opened: OnceCell::new(),
+                    damaged: OnceCell::new(),
                 });
             }
         }
@@ -167,11 +187,22 @@ impl Folder {
         })
     }
 
-    /// Those of a build: of several the smallest is read, which is no vmlinux.
+    /// Those of a build: of several the smallest is read that can be, which is no vmlinux.
     fn of_build(&self, id: &[u8]) -> Result<Option<Arc<dyn SymbolSource>>, SymbolError> {
         let entries = self.entries.iter().filter(|entry| entry.build_id == id);
-        let len = |entry: &&Entry| fs::metadata(&entry.path).map_or(u64::MAX, |file| file.len());
-        entries.min_by_key(len).map(Entry::open).transpose()
+        let mut entries: Vec<&Entry> = entries.collect();
+        entries.sort_by_key(|entry| fs::metadata(&entry.path).map_or(u64::MAX, |file| file.len()));
+        let mut why = None;
+        for entry in entries {
+            match entry.open() {
+                Ok(source) => return Ok(Some(source)),
+                Err(error) => {
+                    entry.damaged.get_or_init(|| error.to_string());
+                    why.get_or_insert(error);
+                }
+            }
+        }
+        why.map_or(Ok(None), Err)
     }
 }
 
@@ -199,6 +230,7 @@ fn build_id_at(path: &Path) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::{Given, MAX_FILES};
+    use crate::note::Note;
     use crate::symbols::{MAX_NOTES, SymbolError};
     use std::fs;
 
@@ -269,6 +301,18 @@ mod tests {
         assert!(given.of_build(Some(&[0x0d])).unwrap().is_empty());
         assert!(given.of_build(None).unwrap().is_empty());
         assert!(given.of_build(Some(&[0x0c])).is_err());
-        assert_eq!(given.unused(&[]), [folder.path()]);
+        let note = |id: Option<&[u8]>| given.notes(&[], id).remove(0);
+        for (id, build_id) in [(Some(&[0x0d][..]), Some("0d".into())), (None, None)] {
+            let folder = folder.path().to_owned();
+            let files = 2;
+            assert_eq!(
+                note(id),
+                Note::SymbolFolderNotUsed {
+                    folder,
+                    files,
+                    build_id
+                }
+            );
+        }
     }
 }

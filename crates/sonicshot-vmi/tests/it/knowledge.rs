@@ -297,6 +297,106 @@ fn a_copy_of_the_struct_pages_is_not_believed() {
 }
 
 #[test]
+fn a_block_that_does_not_name_the_one_before_it_is_kept() {
+    let ram = testdata();
+    let pages = StructPages::new(&ram);
+    let heads = || (4096..ram.len() / 4096).filter(|pfn| pages.is_free_head(&ram, *pfn));
+    let prev = |pfn: usize| pages.of(pfn) + LRU + 8;
+    let is_node = |word: u64| word >> 30 == pages.va >> 30;
+    let first = heads().find(|pfn| !is_node(u64_at(&ram, prev(*pfn))));
+    let (one, next, _) = pages.neighbours(&ram);
+    for knowledge in [Knowledge::Types, Knowledge::Vmcoreinfo, Knowledge::Shape] {
+        for word in [0, pages.node(77)] {
+            // The first of a list: nothing else names what is before it.
+            let mut ram = ram.clone();
+            put(&mut ram, prev(first.unwrap()), word);
+            let found = classify(&ram, knowledge, Some(testdata_root())).unwrap();
+            assert!(!is_free(classes(&found.map)[first.unwrap()]), "{knowledge}");
+            let disagree = |note: &Note| matches!(note, Note::Disagreement(_));
+            assert!(found.notes.iter().any(disagree), "{:?}", found.notes);
+        }
+        // Of one in the middle the one before it is in question, too: that is more than a guest with
+        // one processor may have.
+        let mut ram = ram.clone();
+        put(&mut ram, prev(next), 0);
+        let error = classify(&ram, knowledge, Some(testdata_root())).unwrap_err();
+        assert!(
+            error.contains("disagree on 2 blocks"),
+            "{knowledge}: {error}"
+        );
+        // As it is while `one` is taken out.
+        let before = u64_at(&ram, prev(one));
+        put(&mut ram, prev(next), before);
+        let found = classify(&ram, knowledge, Some(testdata_root())).unwrap();
+        let classes = classes(&found.map);
+        assert!(
+            !is_free(classes[one]) && is_free(classes[next]),
+            "{knowledge}"
+        );
+    }
+}
+
+#[test]
+fn a_list_that_leads_nowhere_contradicts_the_other_records() {
+    let ram = testdata();
+    let pages = StructPages::new(&ram);
+    let (one, ..) = pages.neighbours(&ram);
+    for (knowledge, start) in [
+        (Knowledge::Types, "the free lists contradict"),
+        (
+            Knowledge::Vmcoreinfo,
+            "types are missing, and the free lists contradict",
+        ),
+        (
+            Knowledge::Shape,
+            "types are missing, and the free lists contradict",
+        ),
+    ] {
+        for word in [0, 0xffff_ea12_3456_7808] {
+            let mut ram = ram.clone();
+            put(&mut ram, pages.of(one) + LRU, word);
+            let error = classify(&ram, knowledge, Some(testdata_root())).unwrap_err();
+            assert!(error.starts_with(start), "{knowledge}, {word:#x}: {error}");
+        }
+    }
+}
+
+/// A guest that has counted nothing but its free pages yet, or has all else in its processors' deltas:
+/// the kernel's own sums tell which word counts them.
+#[test]
+fn where_zones_count_free_pages_alone_the_sums_of_all_zones_tell() {
+    const COUNTERS: usize = 6;
+    let mut ram = testdata();
+    let node = Node::new(&ram);
+    let zones = [0, 1].map(|zone| node.at + zone * node.zone_size + node.vm_stat);
+    let sums: Vec<u8> = (0..COUNTERS)
+        .flat_map(|number| {
+            let words = zones.map(|zone| u64_at(&ram, zone + number * 8));
+            words[0].wrapping_add(words[1]).to_le_bytes()
+        })
+        .collect();
+    let mut places = ram.windows(sums.len()).step_by(8);
+    let global = places.position(|words| words == sums).unwrap() * 8;
+    let all = classify(&ram, Knowledge::Shape, None).unwrap();
+    for at in [zones[0], zones[1], global] {
+        ram[at + 8..at + COUNTERS * 8].fill(0);
+    }
+    let found = classify(&ram, Knowledge::Shape, None).unwrap();
+    assert_eq!(compare(&all.map, &found.map, &is_free)[1..], [0, 0]);
+    // The sums say something else, or nothing.
+    let counted = u64_at(&ram, global);
+    for word in [counted - 1, 0] {
+        put(&mut ram, global, word);
+        let error = classify(&ram, Knowledge::Shape, None).unwrap_err();
+        assert!(error.contains("may count their free pages"), "{error}");
+    }
+    put(&mut ram, global, counted);
+    put(&mut ram, global + 8, 1);
+    let error = classify(&ram, Knowledge::Shape, None).unwrap_err();
+    assert!(error.contains("may count their free pages"), "{error}");
+}
+
+#[test]
 fn a_record_on_no_list_is_kept() {
     let mut ram = testdata();
     let pages = StructPages::new(&ram);
@@ -518,7 +618,7 @@ fn a_counter_that_is_chosen_because_it_agrees_is_none() {
     let node = Node::new(&ram);
     let counters = [node.at, node.at + node.zone_size].map(|zone| zone + node.vm_stat);
     type Change<'a> = &'a dyn Fn(&mut [u8], usize);
-    let table: [(Change<'_>, Option<&str>); 4] = [
+    let table: [(Change<'_>, Option<&str>); 6] = [
         (&|_, _| {}, None),
         // The counter says something else, and another word what the lists hold.
         (
@@ -539,9 +639,25 @@ fn a_counter_that_is_chosen_because_it_agrees_is_none() {
             },
             Some("0 places"),
         ),
-        // Two lines that say the same.
+        // Two lines that say the same, as do the sums of all zones: either is right.
+        (&|ram, at| ram.copy_within(at..at + LINE, at - LINE), None),
+        // Of two that do not the sums are of one.
         (
-            &|ram, at| ram.copy_within(at..at + LINE, at - LINE),
+            &|ram, at| {
+                ram.copy_within(at..at + LINE, at - LINE);
+                let counted = u64_at(ram, at);
+                put(ram, at - LINE, counted + 1);
+            },
+            None,
+        ),
+        // They are of neither.
+        (
+            &|ram, at| {
+                ram.copy_within(at..at + LINE, at - LINE);
+                let counted = u64_at(ram, at);
+                put(ram, at, counted + 1);
+                put(ram, at - LINE, counted - 1);
+            },
             Some("2 places"),
         ),
     ];

@@ -246,7 +246,7 @@ fn broken_lists_end_with_an_error() {
         put(&mut ram, at + LRU, next);
         let error = classify(&ram, OnInconsistency::KeepInQuestion).unwrap_err();
         assert!(
-            matches!(error, VmiError::Corrupt { .. } | VmiError::Read { .. }),
+            matches!(error, VmiError::BrokenLists { .. }),
             "{next:#x}: {error}"
         );
     }

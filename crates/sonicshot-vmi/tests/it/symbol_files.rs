@@ -105,7 +105,12 @@ fn a_small_file_tells_all_that_the_kernel_itself_would() {
             let (knowledge, found, notes) = look(ram, &options).unwrap();
             assert_eq!(knowledge, Knowledge::Types, "{}", path.display());
             assert!(found == *all, "{}", path.display());
-            let unused = |note: &Note| matches!(note, Note::SymbolFilesNotUsed { .. });
+            let unused = |note: &Note| {
+                matches!(
+                    note,
+                    Note::SymbolFilesNotUsed { .. } | Note::SymbolFolderNotUsed { .. }
+                )
+            };
             assert!(!notes.iter().any(unused), "{notes:?}");
         }
         // What writes over a VMCOREINFO may own all of the memory.
@@ -149,20 +154,48 @@ fn a_file_of_another_build_is_not_used() {
     let whole = testdata();
     let error = look(&whole, &GuestOptions::new().symbols(&id)).unwrap_err();
     assert!(matches!(error, VmiError::WrongKernel { .. }), "{error}");
-    let files = vec![folder.path().to_owned()];
+    let files_of = folder.path().to_owned();
     fs::remove_file(&moved).unwrap();
     let (knowledge, found, notes) =
         look(&whole, &GuestOptions::new().symbols(folder.path())).unwrap();
     assert_eq!(knowledge, Knowledge::Types);
-    assert!(found == *all && notes.contains(&Note::SymbolFilesNotUsed { files }));
+    assert!(found == *all);
+    let unused = |note: &Note| match note {
+        Note::SymbolFolderNotUsed {
+            folder,
+            files,
+            build_id: Some(id),
+        } => (folder, *files, id.len()) == (&files_of, 1, 40),
+        _ => false,
+    };
+    assert!(notes.iter().any(unused), "{notes:?}");
     let with_own = put(&folder, "own", text);
     let (_, found, notes) = look(&whole, &GuestOptions::new().symbols(folder.path())).unwrap();
     assert!(found == *all, "{}", with_own.display());
     assert!(
         !notes
             .iter()
-            .any(|note| matches!(note, Note::SymbolFilesNotUsed { .. }))
+            .any(|note| matches!(note, Note::SymbolFolderNotUsed { .. }))
     );
+}
+
+#[test]
+fn of_two_files_of_the_build_the_one_that_is_whole_is_read() {
+    let (text, all) = known();
+    let folder = TempDir::new().unwrap();
+    let whole = put(&folder, "whole", text);
+    // The smaller one would come first.
+    let damaged = put(&folder, "damaged", &text[..text.len() / 2]);
+    let ram = testdata();
+    let options = GuestOptions::new().symbols(folder.path());
+    let (_, found, notes) = look(&ram, &options).unwrap();
+    assert!(found == *all);
+    let is_told =
+        |note: &Note| matches!(note, Note::SymbolFileDamaged { file, .. } if *file == damaged);
+    assert!(notes.iter().any(is_told), "{notes:?}");
+    fs::remove_file(whole).unwrap();
+    let error = look(&ram, &options).unwrap_err();
+    assert!(matches!(error, VmiError::Symbols(_)), "{error}");
 }
 
 #[test]

@@ -159,7 +159,8 @@ pub(crate) fn scan(
         marks,
         zones: mut reports,
         mut wrong,
-    } = lists::walk(kernel, mem_map, zones, layout.lru, &map, &mut notes)?;
+    } = lists::walk(kernel, mem_map, zones, layout.lru, &map, &mut notes)
+        .map_err(|error| error.of_lists(zones.knowledge))?;
     let mut offline =
         OfflineSections::find(kernel, mem_map, zones, &|frames| marks.any_in(frames))?;
     let spans: Vec<PfnRange> = reports.iter().map(|zone| zone.span).collect();

@@ -140,6 +140,10 @@ impl<'a, 'm> FreeLists<'a, 'm> {
     ) -> Result<(), VmiError> {
         let (map, kernel) = (self.map, self.kernel);
         let mut node = kernel.read_ptr("a free list's head", head)?;
+        // What a block's own pointer back may be: the one before it, or while that is being taken out
+        // of the list, the one before that.
+        let mut before = [head, head];
+        let mut own_back = None;
         while node != head {
             let page = KernelVa::new(node.raw().wrapping_sub(self.lru));
             let Some(pfn) = map.frame_of(page) else {
@@ -154,23 +158,32 @@ impl<'a, 'm> FreeLists<'a, 'm> {
                 at: head,
                 value: node.raw(),
             })?;
+            let back_at = |node: KernelVa, next: KernelVa| {
+                next.checked_add(8).ok_or(VmiError::Corrupt {
+                    what: "a free list",
+                    at: node,
+                    value: next.raw(),
+                })
+            };
+            let own = match own_back {
+                Some(back) => back,
+                None => map.u64_at(back_at(node, node)?)?,
+            };
             let next = KernelVa::new(map.u64_at(node)?);
-            let back_at = next.checked_add(8).ok_or(VmiError::Corrupt {
-                what: "a free list",
-                at: node,
-                value: next.raw(),
-            })?;
+            let back_at = back_at(node, next)?;
             let back = if next == head {
                 kernel.read_u64("a free list's head", back_at)?
             } else {
                 map.u64_at(back_at)?
             };
             let block = ListedBlock { head: pfn, ..block };
-            visit(if back == node.raw() {
+            let is_whole = back == node.raw() && before.contains(&KernelVa::new(own));
+            visit(if is_whole {
                 Listed::Block(block)
             } else {
                 Listed::Torn(block)
             })?;
+            (before, own_back) = ([node, before[0]], Some(back));
             node = next;
         }
         Ok(())
