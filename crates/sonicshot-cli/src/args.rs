@@ -137,8 +137,9 @@ pub(crate) struct InputArgs {
     /// BLOCK=START-END,...;BLOCK=... Without it, found out by the guest's own memory map
     #[arg(long, value_name = "LAYOUT")]
     pub layout: Option<LayoutSpec>,
-    /// What the file is, whatever it begins with: raw, elf, qemu, kdump and so on. Without it, its
-    /// beginning tells
+    /// What the file is, whatever it begins with: raw (also firecracker, cloud-hypervisor, vmware: their
+    /// memory files), crosvm, elf, qemu (also mapped-ram, stream), qcow2, libvirt, kdump, lime, avml,
+    /// xen (also xl), xen-core, or sonic, a checkpoint. Without it, its beginning tells
     #[arg(long, value_name = "NAME")]
     pub format: Option<DumpFormat>,
     /// The memory that the dump is a diff to: a Firecracker diff snapshot is read over it

@@ -4,7 +4,9 @@ use crate::report::complain;
 use serde_json::{Value, json};
 use sonicshot::MemoryError;
 use sonicshot::checkpoint::CheckpointError;
-use sonicshot_dump::{DumpError, DumpOptions, KdumpWriteError, SizeLimit, check_not_foreign};
+use sonicshot_dump::{
+    DumpError, DumpOptions, KdumpWriteError, SizeLimit, can_leave_out_zeroes, check_not_foreign,
+};
 #[cfg(feature = "libvmi")]
 use sonicshot_libvmi::LibVmiError;
 use sonicshot_offline::OfflineError;
@@ -196,7 +198,7 @@ impl CliError {
             return Some(hint.into());
         }
         let hint = match self {
-            Self::Offline(error) => hint_of(error),
+            Self::Offline(error) => return with_zeroes(hint_of(error), error),
             Self::Exists { .. } => Some(OR_FORCE),
             Self::Live(LiveError::Library { .. } | LiveError::Open { .. }) => {
                 Some("run it in dom0, as root, with Xen's libraries and tools installed")
@@ -337,7 +339,9 @@ fn code_of(error: &OfflineError) -> u8 {
     match error {
         OfflineError::Dump(error) => code_of_dump(error),
         OfflineError::Guest { source, .. } => code_of_guest(source),
-        OfflineError::Incomplete { source, .. } => code_of(source),
+        OfflineError::Incomplete { source, .. } | OfflineError::CutOff { source, .. } => {
+            code_of(source)
+        }
         OfflineError::Io { .. }
         | OfflineError::Checkpoint {
             source: CheckpointError::Io { .. },
@@ -400,6 +404,7 @@ fn code_of_dump(error: &DumpError) -> u8 {
 fn code_of_guest(error: &VmiError) -> u8 {
     match error {
         VmiError::Inconsistent(_)
+        | VmiError::BrokenLists { .. }
         | VmiError::Covered { .. }
         | VmiError::LaterOwner(_)
         | VmiError::OwnerUntold { .. }
@@ -435,6 +440,36 @@ const OR_RAW: &str =
 const TAKE_ANOTHER: &str = "the file is damaged or was cut short: take another copy of it";
 const NO_KERNEL_NEEDED: &str =
     "prune --drop zero leaves out pages of zeroes alone, and needs no kernel";
+
+/// The `hint`, and what can be done without a kernel, if it can be done with this file.
+fn with_zeroes(hint: Option<&'static str>, error: &OfflineError) -> Option<Cow<'static, str>> {
+    let path = match error {
+        OfflineError::Guest { source, path } if may_go_without(source) => path,
+        OfflineError::NoLayout { path, .. } | OfflineError::CutOff { path, .. } => path,
+        _ => return hint.map(Cow::Borrowed),
+    };
+    match hint {
+        hint if !can_leave_out_zeroes(path) => hint.map(Cow::Borrowed),
+        Some(hint) => Some(format!("{hint}. {NO_KERNEL_NEEDED}").into()),
+        None => Some(NO_KERNEL_NEEDED.into()),
+    }
+}
+
+/// Whether a guest is not read whose zeroes may go all the same.
+fn may_go_without(error: &VmiError) -> bool {
+    matches!(
+        error,
+        VmiError::NoKernel { .. }
+            | VmiError::NoTables { .. }
+            | VmiError::BannerAlone { .. }
+            | VmiError::OtherMachine { .. }
+            | VmiError::Covered { .. }
+            | VmiError::BrokenLists { .. }
+            | VmiError::Unsupported { .. }
+            | VmiError::TooMany { .. }
+            | VmiError::OutOfTime { .. }
+    )
+}
 const SAY_LAYOUT: &str = "say where RAM lies with --layout";
 
 fn hint_of(error: &OfflineError) -> Option<&'static str> {
@@ -447,12 +482,13 @@ fn hint_of(error: &OfflineError) -> Option<&'static str> {
         OfflineError::Incomplete { .. } => {
             "`sonicshot convert` writes what is there; what is missing reads as zero"
         }
+        OfflineError::CutOff { .. } => "take the whole file: what is missing may be in use",
         OfflineError::NoImage { .. } => {
             "`sonicshot convert --to xl --template IMAGE` takes the rest from an image of that guest"
         }
         OfflineError::MayBeDiff { .. } => {
-            "give --base, the memory that it is a diff to. Of a full snapshot, a copy without holes \
-             (cp --sparse=never)"
+            "give --base, the memory that it is a diff to. Of a full snapshot, whose holes are zeroes, \
+             prune a copy without holes (cp --sparse=never)"
         }
         OfflineError::NotWhole { .. } => {
             "it may be a Firecracker diff snapshot: give --base, the memory that it is a diff to"
@@ -472,13 +508,9 @@ fn hint_of(error: &OfflineError) -> Option<&'static str> {
         OfflineError::Misplaced { guessed: false, .. } => {
             "give the ranges in the order in which the file has them, or no --layout"
         }
-        OfflineError::NoLayout { .. } => {
-            "say where RAM lies with --layout. prune --drop zero leaves out pages of zeroes alone, and \
-             needs no kernel"
-        }
-        OfflineError::ManyBlocks { .. } | OfflineError::Misplaced { guessed: true, .. } => {
-            SAY_LAYOUT
-        }
+        OfflineError::NoLayout { .. }
+        | OfflineError::ManyBlocks { .. }
+        | OfflineError::Misplaced { guessed: true, .. } => SAY_LAYOUT,
         _ => return None,
     })
 }
@@ -566,17 +598,11 @@ fn hint_of_guest(error: &VmiError, path: &Path) -> Option<&'static str> {
         }
         VmiError::NoTables { .. } => {
             "is the layout right (--layout), and --cr3, if it was given, a processor's that runs \
-             the guest's kernel? prune --drop zero leaves out pages of zeroes alone, and needs no \
-             kernel"
+             the guest's kernel?"
         }
-        VmiError::BannerAlone { .. } => {
-            "is it an x86-64 kernel, and the layout right (--layout)? prune --drop zero leaves out \
-             pages of zeroes alone, and needs no kernel"
-        }
-        VmiError::OtherMachine { .. } => NO_KERNEL_NEEDED,
+        VmiError::BannerAlone { .. } => "is it an x86-64 kernel, and the layout right (--layout)?",
         VmiError::NoKernel { .. } => {
-            "is this a Linux guest's memory? For a raw file of over 2 GiB, try --layout. \
-             prune --drop zero leaves out pages of zeroes alone, and needs no kernel"
+            "is this a Linux guest's memory? For a raw file of over 2 GiB, try --layout"
         }
         VmiError::Missing { .. } => "give the kernel's vmlinux with --symbols",
         VmiError::WrongKernel { .. } => {
@@ -600,12 +626,15 @@ fn hint_of_guest(error: &VmiError, path: &Path) -> Option<&'static str> {
         }
         VmiError::Covered { .. } => {
             "what was found of the kernel without its types is not its own: give its vmlinux with \
-             --symbols, or a format that has the processors' registers. prune --drop zero needs no \
-             kernel"
+             --symbols, or a format that has the processors' registers"
+        }
+        VmiError::BrokenLists { .. } => {
+            "the guest may have been running while its memory was written down, or it is damaged: take \
+             another copy while it is stopped"
         }
         VmiError::Unsupported { .. } | VmiError::TooMany { .. } | VmiError::OutOfTime { .. } => {
-            "prune --drop zero leaves out pages of zeroes alone, and needs no kernel. If the kernel \
-             has no types, its vmlinux (--symbols) tells more"
+            "if the kernel has no types, its vmlinux or a symbol file of it (--symbols) tells more, and the \
+             VMM's state file beside the memory or --cr3 which page tables are its own"
         }
         VmiError::LaterOwner(_) => {
             "the guest was reset, or has started another kernel, and is not up again: \

@@ -4,8 +4,7 @@ use crate::args::InputArgs;
 use crate::error::CliError;
 use crate::progress::Phase;
 use crate::report::{count, note, say};
-use sonicshot::{FileId, FileStamp};
-use sonicshot_dump::DumpError;
+use sonicshot::FileId;
 use sonicshot_offline::{
     AnalyzeOptions, Analyzed, CheckpointFile, OfflineError, OpenOptions, Snapshot,
 };
@@ -86,20 +85,14 @@ impl Input {
 /// Takes in standard input. If that is a file, it must stay as it is until all of it is read.
 fn take_in(options: &OpenOptions) -> Result<Snapshot, CliError> {
     let name = Path::new("standard input");
-    let reading = |source| CliError::Io {
+    let stdin = io::stdin().lock();
+    let file = stdin.as_fd().try_clone_to_owned();
+    let file = file.map_err(|source| CliError::Io {
         action: "reading",
         path: name.to_owned(),
         source,
-    };
-    let stdin = io::stdin().lock();
-    let file = File::from(stdin.as_fd().try_clone_to_owned().map_err(reading)?);
-    let before = file.metadata().map_err(reading)?;
-    let snapshot = Snapshot::from_reader(name, stdin, options);
-    if before.is_file() {
-        let now = FileStamp::of(&file).map_err(reading)?;
-        DumpError::check_same(name, FileStamp::from(&before), now)?;
-    }
-    Ok(snapshot?)
+    })?;
+    Ok(Snapshot::from_file(name, &File::from(file), options)?)
 }
 
 /// Several inputs, each looked at once; those that could not be found out about too.

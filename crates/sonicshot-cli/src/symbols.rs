@@ -24,7 +24,13 @@ pub(crate) fn make(args: &SymbolsMakeArgs) -> Result<(), CliError> {
     let sources = args.files.iter().map(|path| open_symbol_file(path));
     let sources = sources.collect::<Result<Vec<_>, _>>()?;
     let sources: Vec<&dyn SymbolSource> = sources.iter().map(AsRef::as_ref).collect();
-    let file = SymbolFile::gather(out.display().to_string(), &sources)?;
+    // What is wrong is so of what it is made of.
+    let names: Vec<String> = args
+        .files
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect();
+    let file = SymbolFile::gather(names.join(", "), &sources)?;
     file.check_build()?;
     let text = file.to_text();
     write(args, &text)?;

@@ -5,6 +5,7 @@
 
 use crate::format::check_holes;
 use crate::layout::is_boot_ram;
+use crate::may_be_diff::{may_be_diff, of_a_diff};
 use crate::{Dump, DumpError};
 use sonicshot::{
     ClassSet, Disposition, DropClasses, Fill, Gpa, GpaRange, GuestMemory, PageClass, PageMap, Pfn,
@@ -103,64 +104,6 @@ pub fn check_whole(dump: &Dump, guest: &Analysis) -> Result<(), DumpError> {
         }
     }
     Ok(())
-}
-
-/// What no guest has without having written to it, if only zeroes.
-const WRITTEN: ClassSet = ClassSet::EMPTY
-    .with(PageClass::Anonymous)
-    .with(PageClass::Shmem)
-    .with(PageClass::PageCacheClean)
-    .with(PageClass::PageCacheDirty)
-    .with(PageClass::Slab)
-    .with(PageClass::PageTable);
-
-/// Whether a raw file may be a diff although it has a kernel: pages that the guest has written to are
-/// holes in it, and below the last of them others of zeroes are not.
-///
-/// Who makes a file sparse, or prunes it, makes holes of all zeroes, from its beginning on. In a
-/// diff, which may hold all of the kernel (Firecracker's without dirty tracking has every page that
-/// was touched, by mincore(2)), a hole is what the base has, and so would be those that a prune
-/// made. Where types do not tell what is written, any page that is not free counts.
-#[must_use]
-pub fn may_be_diff(dump: &Dump, guest: &Analysis) -> bool {
-    if dump.layout_spec().is_none() || dump.has_base() {
-        return false;
-    }
-    let written = match guest.facts().knowledge {
-        Knowledge::Nothing => return false,
-        Knowledge::Types => WRITTEN,
-        _ => WRITTEN.with(PageClass::Unknown),
-    };
-    let size = guest.pages().page_size();
-    let mut has_data = false;
-    for (frames, page) in guest.pages().states().filter(|(_, page)| page.is_zero()) {
-        let Some(range) = frames.gpa_range(size) else {
-            continue;
-        };
-        let mut at = range.start();
-        while at < range.end() {
-            let data = dump.next_data(at).filter(|data| data.start() < range.end());
-            let is_hole = data.is_none_or(|data| data.start() > at);
-            if is_hole && has_data && written.contains(page.class()) {
-                return true;
-            }
-            let Some(data) = data else { break };
-            has_data = true;
-            at = data.end();
-        }
-    }
-    false
-}
-
-/// What of `classes` may go of a file that [may be a diff](may_be_diff): nothing that the guest reads
-/// as zero.
-#[must_use]
-pub fn of_a_diff(classes: ClassSet, free_fill: Fill) -> ClassSet {
-    let free = |class: &PageClass| matches!(class, PageClass::FreeBuddy | PageClass::FreePcp);
-    let goes = classes
-        .iter()
-        .filter(|class| !free(class) || free_fill == Fill::Any);
-    goes.fold(ClassSet::EMPTY, ClassSet::with)
 }
 
 /// Below this a guest has one piece of RAM; above it lies what a hole for devices has pushed up.

@@ -8,7 +8,7 @@ use crate::snapshot::Snapshot;
 use crate::untold::UNTOLD_PAGE;
 use crate::whole::{absent_bytes, keep_everything};
 use sonicshot::{
-    ClassCounts, ClassSet, DropClasses, Fill, PageClass, PageMap, PageState, PrunePlan,
+    ClassCounts, ClassSet, DropClasses, Fill, GuestMemory, PageClass, PageMap, PageState, PrunePlan,
 };
 use sonicshot_dump::{
     CheckedPlan, Doubts, Dump, DumpError, SnapshotFiles, check_whole, keep_in_doubt, may_be_diff,
@@ -44,7 +44,28 @@ impl Snapshot {
     /// memory or contradicts itself, [`OfflineError::NotWhole`] if it is a diff without its base.
     pub fn analyze(&self, options: &AnalyzeOptions) -> Result<Analyzed, OfflineError> {
         let looked = self.look(options);
-        looked.map_err(|error| self.blame(self.for_incomplete(error)))
+        looked.map_err(|error| self.blame(self.for_cut_off(self.for_incomplete(error))))
+    }
+
+    /// That memory is missing behind the end of a raw file says more than what is not found in the rest.
+    fn for_cut_off(&self, error: OfflineError) -> OfflineError {
+        /// A guest is told of a little less than there is; of more it never is.
+        const MORE: u64 = 1 << 20;
+        if !matches!(error, OfflineError::Guest { .. }) {
+            return error;
+        }
+        let dump = self.dump(self.files().layout()).ok();
+        let dump = dump.filter(|dump| dump.layout_spec().is_some());
+        let told = dump.and_then(|dump| Some((place::told_ram(&dump)?, dump.layout().bytes())));
+        match told {
+            Some((told, len)) if told > len.saturating_add(MORE) => OfflineError::CutOff {
+                path: self.memory_file().to_owned(),
+                len,
+                told,
+                source: Box::new(error),
+            },
+            _ => error,
+        }
     }
 
     /// That pages are missing says more than that the guest is not found without them.
@@ -171,7 +192,13 @@ fn kept_for_fill(dump: &Dump, free_fill: Fill) -> Option<Note> {
 }
 
 impl Analyzed {
-    pub(crate) fn without_kernel(dump: Dump, files: SnapshotFiles, analysis: Analysis) -> Self {
+    pub(crate) fn without_kernel(
+        dump: Dump,
+        files: SnapshotFiles,
+        analysis: Analysis,
+        may_be_diff: bool,
+    ) -> Self {
+        let of_diff = may_be_diff.then_some(Note::HolesWithoutKernel);
         Self {
             counts: analysis.counts(),
             dump,
@@ -179,8 +206,8 @@ impl Analyzed {
             layout_origin: "no kernel confirms it, and zeroes need none",
             doubts: Doubts::none(),
             analysis,
-            notes: vec![Note::NoKernel],
-            may_be_diff: false,
+            notes: of_diff.or(Some(Note::NoKernel)).into_iter().collect(),
+            may_be_diff,
         }
     }
 

@@ -10,8 +10,8 @@ use crate::untold::{assumed, named_machine};
 use sonicshot::checkpoint::{CheckpointError, CheckpointReader, PageContent, SaveStats};
 use sonicshot::{Architecture, FileId, FileStamp, MemoryError, Pfn, Progress};
 use sonicshot_dump::{
-    CoreNotes, Dump, DumpError, DumpFile, LayoutSpec, NewFile, Overwrite, Spool, XlSkeleton,
-    check_not_foreign,
+    CoreNotes, Dump, DumpError, DumpFile, DumpFormat, LayoutSpec, NewFile, Overwrite, Spool,
+    XlSkeleton, check_not_foreign,
 };
 use std::collections::HashSet;
 use std::fs::{self, File, Metadata};
@@ -395,7 +395,8 @@ impl Snapshot {
     /// # Errors
     /// [`OfflineError::Checkpoint`] if it is damaged, [`OfflineError::Io`] if it cannot be read.
     pub fn checkpoint(&self) -> Result<Option<CheckpointFile>, OfflineError> {
-        if self.options().format.is_some() {
+        let said = self.options().format;
+        if said.is_some_and(|format| format != DumpFormat::CHECKPOINT) {
             return Ok(None);
         }
         let Some(spool) = self.piped() else {

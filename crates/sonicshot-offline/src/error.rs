@@ -151,6 +151,24 @@ pub enum OfflineError {
         #[source]
         source: Box<Self>,
     },
+    /// A raw file is shorter than its guest's RAM, and its guest is not found in what is there.
+    #[error(
+        "{} is cut off, or a part: it has {}, and its guest was told of {} of RAM",
+        path.display(),
+        ByteSize(*len),
+        ByteSize(*told)
+    )]
+    CutOff {
+        /// The file with the guest's memory.
+        path: PathBuf,
+        /// How much memory it has.
+        len: u64,
+        /// How much the guest's firmware or loader told of.
+        told: u64,
+        /// What is wrong with the guest.
+        #[source]
+        source: Box<Self>,
+    },
     /// The checkpoint was made of something else than a Xen image.
     #[error("{} is no checkpoint of a Xen image: it holds the guest's memory alone", path.display())]
     NoImage {

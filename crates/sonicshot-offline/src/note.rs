@@ -91,6 +91,9 @@ pub enum Note {
     ForAnalysis,
     /// Zero pages in use are kept, for the file may be a diff without its base.
     MayBeDiff,
+    /// No kernel tells of its pages, and the file has holes, so it may be a diff: its zero pages that are
+    /// none are kept. They are few, as a prune in place leaves them.
+    HolesWithoutKernel,
     /// Zero pages in use are kept, for the format does not promise zeroes.
     ZeroPagesKept,
     /// So are free pages, for the guest relies on what they read as.
@@ -146,6 +149,10 @@ impl Note {
 const MAY_BE_DIFF: &str = "pages in use that are zero are kept: others that the guest has written \
      to are holes in the file, so it may be a diff to another memory file (--base), where a hole is \
      what that one has";
+
+/// Of a raw file with holes, without a kernel.
+const HOLES_WITHOUT_KERNEL: &str = "no kernel tells of its pages, and those of zeroes are holes already, but for such as are too \
+     short for one. These stay: the file may be a diff, in which a hole is what its base has";
 
 /// What is said of a checkpoint that lacks what its guest uses, or may use.
 const FOR_ANALYSIS: &str = "the checkpoint is for analysis: pages that the guest uses are missing, \
@@ -220,6 +227,7 @@ impl fmt::Display for Note {
             Self::AbsentBefore { bytes } => write_absent_before(f, *bytes),
             Self::ForAnalysis => f.write_str(FOR_ANALYSIS),
             Self::MayBeDiff => f.write_str(MAY_BE_DIFF),
+            Self::HolesWithoutKernel => f.write_str(HOLES_WITHOUT_KERNEL),
             Self::ZeroPagesKept => f.write_str(
                 "pages in use that are zero are kept: Xen does not promise zeroes after a restore",
             ),

@@ -3,11 +3,12 @@
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::options::OpenOptions;
-use sonicshot::{FileStamp, Processors};
+use sonicshot::{FileId, FileOffset, FileStamp, Gpa, GuestMemory, Processors};
 use sonicshot_dump::{
     Dump, DumpError, DumpFormat, DumpOptions, LayoutSpec, SnapshotFiles, Spool, Vmm,
-    check_not_in_use, check_not_written,
+    check_not_in_use, check_not_written, hole_ahead,
 };
+use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -25,6 +26,8 @@ pub struct Snapshot {
     spool: Mutex<Option<Spool>>,
     /// What came through a pipe, as it came.
     piped: Option<Spool>,
+    /// The first hole of what came out of a file that was open.
+    hole: Option<FileOffset>,
     /// What the files were when it was opened.
     stamps: Vec<(PathBuf, FileStamp)>,
 }
@@ -51,6 +54,7 @@ impl Snapshot {
             options: options.clone(),
             spool: Mutex::default(),
             piped: None,
+            hole: None,
             stamps,
         })
     }
@@ -74,8 +78,49 @@ impl Snapshot {
             options: options.clone(),
             spool: Mutex::default(),
             piped: Some(spool),
+            hole: None,
             stamps: Vec::new(),
         })
+    }
+
+    /// The same of a `file` that is open, from where it is read up to its end: such as one that standard
+    /// input comes from. Unlike of a pipe its holes are seen.
+    ///
+    /// # Errors
+    /// As [`from_reader`](Self::from_reader), and if the file was changed meanwhile.
+    pub fn from_file(
+        name: impl AsRef<Path>,
+        file: &File,
+        options: &OpenOptions,
+    ) -> Result<Self, OfflineError> {
+        let name = name.as_ref();
+        let reading = || OfflineError::io("reading", name);
+        let metadata = file.metadata().map_err(reading())?;
+        let hole = hole_ahead(file).map_err(reading())?;
+        let snapshot = Self::from_reader(name, file, options);
+        if metadata.is_file() {
+            let now = FileStamp::of(file).map_err(reading())?;
+            DumpError::check_same(name, FileStamp::from(&metadata), now)?;
+        }
+        Ok(Self { hole, ..snapshot? })
+    }
+
+    /// Where raw memory that came out of a file has its first hole.
+    pub(crate) fn hole_in_pipe(&self, dump: &Dump) -> Option<Gpa> {
+        dump.layout_spec()?;
+        let mut left = self.hole?.raw();
+        // What was compressed has lost them.
+        let file = |spool: &Spool| FileId::of(spool.file()).ok();
+        if dump.spool().and_then(file) != self.piped.as_ref().and_then(file) {
+            return None;
+        }
+        for region in dump.layout().regions() {
+            match left.checked_sub(region.len()) {
+                Some(beyond) => left = beyond,
+                None => return region.start().checked_add(left),
+            }
+        }
+        None
     }
 
     /// What it was opened by.
@@ -135,6 +180,7 @@ impl Snapshot {
             // What was decompressed is not what is in the file.
             spool: Mutex::default(),
             piped: self.piped.clone(),
+            hole: self.hole,
             stamps: self.stamps.clone(),
         }
     }

@@ -3,8 +3,8 @@
 use crate::analyze::Analyzed;
 use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
-use sonicshot::{Fill, Gpa, GuestMemory};
-use sonicshot_dump::{Dump, DumpError, LayoutSpec};
+use sonicshot::Fill;
+use sonicshot_dump::{DumpError, LayoutSpec, first_hole, has_zeroes_to_punch};
 use sonicshot_vmi::Analysis;
 
 impl OfflineError {
@@ -13,7 +13,10 @@ impl OfflineError {
     pub fn is_of_the_kernel(&self) -> bool {
         matches!(
             self,
-            Self::Guest { .. } | Self::NoLayout { .. } | Self::ManyBlocks { .. }
+            Self::Guest { .. }
+                | Self::CutOff { .. }
+                | Self::NoLayout { .. }
+                | Self::ManyBlocks { .. }
         )
     }
 }
@@ -22,7 +25,9 @@ impl Snapshot {
     /// Tells the pages that hold only zeroes, without looking for a kernel: in every format in which
     /// a page that is dropped reads as zero, whatever lies beneath. A diff needs its base for that
     /// ([`OpenOptions::base`](crate::OpenOptions::base)), for by itself what it does not hold is as in
-    /// the base; a raw file with holes may be one.
+    /// the base; a raw file with holes may be one. Of that nothing goes, and if there are zeroes to be
+    /// made holes it is refused: where a prune in place has made them there are none. A diff that came
+    /// through a pipe or was compressed is not told from whole memory: it lost its holes on the way.
     ///
     /// # Errors
     /// [`OfflineError::MayBeDiff`] if it may be a diff without its base,
@@ -39,14 +44,17 @@ impl Snapshot {
             dump => dump?,
         };
         let path = || self.memory_file().to_owned();
-        if self.options().base.is_none()
-            && let Some(at) = first_hole(&dump)
-        {
-            return Err(OfflineError::MayBeDiff { path: path(), at });
-        }
+        let hole = self.hole_in_pipe(&dump).or_else(|| first_hole(&dump));
         let format = dump.format();
         let analysis = Analysis::of_zero_pages(&dump)?;
-        let found = Analyzed::without_kernel(dump, self.files().clone(), analysis);
+        if let Some(at) = hole {
+            // If nothing is left to be made a hole, nobody is harmed by saying so.
+            let is_done = matches!(has_zeroes_to_punch(&dump, &analysis), Ok(false));
+            if !is_done {
+                return Err(OfflineError::MayBeDiff { path: path(), at });
+            }
+        }
+        let found = Analyzed::without_kernel(dump, self.files().clone(), analysis, hole.is_some());
         match found.dump().restores(Fill::Zero) {
             true => Ok(found),
             false => Err(OfflineError::ZeroesKept {
@@ -55,19 +63,4 @@ impl Snapshot {
             }),
         }
     }
-}
-
-/// The first page that a raw file does not hold; of other formats that is told by them.
-fn first_hole(dump: &Dump) -> Option<Gpa> {
-    dump.layout_spec()?;
-    dump.layout().regions().iter().find_map(|region| {
-        let mut at: Gpa = region.start();
-        while at < region.end() {
-            match dump.next_data(at) {
-                Some(data) if data.start() <= at && data.end() > at => at = data.end(),
-                _ => return Some(at),
-            }
-        }
-        None
-    })
 }

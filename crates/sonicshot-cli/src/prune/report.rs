@@ -22,6 +22,11 @@ pub(super) struct Expected {
 }
 
 impl Expected {
+    /// Whether most of what can go takes no room in the file: it was pruned already, or never written.
+    fn is_mostly_done(&self) -> bool {
+        self.stored_bytes < self.dropped_bytes / 2
+    }
+
     /// Of a copy, or of the file itself as it says `in_place`.
     pub(super) fn of(plan: &Plan<'_>, in_place: Option<PruneOptions>) -> Result<Self, CliError> {
         let savings = plan.savings()?;
@@ -159,17 +164,22 @@ impl Report<'_> {
             self.print_nothing_to_do();
             return;
         }
-        say!(
-            "would drop {} pages ({}, {} of RAM), which take {} of the file, in {} runs, on disk: {} \
-             -> about {}; nothing was changed",
-            count(expected.dropped_pages),
-            size(expected.dropped_bytes),
-            percent(expected.dropped_pages, self.analyzed.counts().total()),
-            size(expected.stored_bytes),
-            count(expected.runs),
-            size(expected.disk_before),
-            size(expected.disk_after),
-        );
+        let (pages, bytes) = (count(expected.dropped_pages), size(expected.dropped_bytes));
+        let share = percent(expected.dropped_pages, self.analyzed.counts().total());
+        let (stored, runs) = (size(expected.stored_bytes), count(expected.runs));
+        let (before, after) = (size(expected.disk_before), size(expected.disk_after));
+        if expected.is_mostly_done() {
+            say!(
+                "would take {stored} out of the file, on disk: {before} -> about {after}; nothing was \
+                 changed. More of the {pages} pages that can be dropped ({bytes}, {share} of RAM) is not \
+                 in it"
+            );
+        } else {
+            say!(
+                "would drop {pages} pages ({bytes}, {share} of RAM), which take {stored} of the file, in \
+                 {runs} runs, on disk: {before} -> about {after}; nothing was changed"
+            );
+        }
         self.print_classes();
     }
 

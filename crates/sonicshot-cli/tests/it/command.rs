@@ -264,3 +264,72 @@ fn where_to_prune_to_must_be_said() {
     assert_eq!(run.status.code(), Some(2));
     assert!(stderr(&run).contains("--in-place"), "{}", stderr(&run));
 }
+
+/// What is offered is possible with the file, and what is said is so of it.
+#[test]
+fn words_without_a_kernel_are_true_of_the_file() {
+    const MIB: usize = 1 << 20;
+    const OFFER: &str = "--drop zero";
+    let folder = tempfile::tempdir().unwrap();
+    let put = |name: &str, bytes: &[u8]| {
+        let path = folder.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        path
+    };
+    let noise: Vec<u8> = (0..4 * MIB)
+        .map(|at| u8::try_from(at % 251).unwrap() | 1)
+        .collect();
+    let sparse = put("sparse", &noise);
+    let file = fs::OpenOptions::new().write(true).open(&sparse).unwrap();
+    file.set_len(8 * MIB as u64).unwrap();
+    let hole = put("hole", &[]);
+    let file = fs::OpenOptions::new().write(true).open(&hole).unwrap();
+    file.set_len(8 * MIB as u64).unwrap();
+    let mut lime = b"EMiL\x01\0\0\0".to_vec();
+    lime.extend(
+        [0, 4 * MIB as u64 - 1, 0]
+            .iter()
+            .flat_map(|word| word.to_le_bytes()),
+    );
+    lime.extend(&noise);
+    for (path, is_offered, words) in [
+        (put("noise", &noise), true, "encrypted"),
+        (
+            put("zeroes", &vec![0; 4 * MIB]),
+            true,
+            "the memory is zeroes",
+        ),
+        (hole, false, "the memory is zeroes"),
+        (sparse, false, "has holes"),
+        // No such file is written.
+        (put("lime", &lime), false, "encrypted"),
+    ] {
+        let run = sonicshot(&["inspect", text(&path)]);
+        let said = stderr(&run);
+        assert_eq!(run.status.code(), Some(4), "{said}");
+        assert!(said.contains(words), "{said}");
+        assert_eq!(said.contains(OFFER), is_offered, "{said}");
+        let run = sonicshot(&["prune", text(&path), "--drop", "zero", "--dry-run"]);
+        assert!(run.status.success() || !is_offered, "{}", stderr(&run));
+    }
+}
+
+#[test]
+fn formats_are_called_as_their_writers_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("memory");
+    fs::write(&path, vec![7; 1 << 20]).unwrap();
+    for (name, word) in [
+        ("firecracker", "no Linux kernel"),
+        ("cloud-hypervisor", "no Linux kernel"),
+        ("vmware", "no Linux kernel"),
+        ("mapped-ram", "as a file of the format qemu"),
+        ("stream", "as a file of the format qemu"),
+        ("xl", "as a file of the format xen"),
+        ("sonic", "as a file of the format sonic"),
+        ("docx", "sonic"),
+    ] {
+        let run = sonicshot(&["inspect", text(&path), "--format", name]);
+        assert!(stderr(&run).contains(word), "{name}: {}", stderr(&run));
+    }
+}

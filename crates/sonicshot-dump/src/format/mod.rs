@@ -89,6 +89,10 @@ fn is_unpacked(source: &Source<'_>) -> bool {
 
 /// The format that the caller says a file has.
 fn kind_named(source: &Source<'_>, format: DumpFormat) -> Result<&'static Kind, DumpError> {
+    if format == DumpFormat::CHECKPOINT {
+        // Who reads it is told of if it is one.
+        refuse_foreign(source)?;
+    }
     let is_named = |kind: &&'static Kind| {
         let names = [kind.name, kind.form_of].map(|name| name.map(DumpFormat::named));
         names.contains(&Some(format))

@@ -9,6 +9,7 @@ use std::str::FromStr;
 /// ```
 /// use sonicshot_dump::DumpFormat;
 /// assert_eq!("raw".parse(), Ok(DumpFormat::RAW));
+/// assert_eq!("mapped-ram".parse::<DumpFormat>().map(DumpFormat::name), Ok("qemu"));
 /// assert!("docx".parse::<DumpFormat>().is_err());
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -22,11 +23,24 @@ pub struct DumpFormatError {
     pub text: String,
 }
 
+/// What formats are called besides: by who writes them, and as they are called where they are written.
+/// The memory of some is guest RAM and nothing else.
+const ALSO: [(&str, &str); 6] = [
+    ("firecracker", "raw"),
+    ("cloud-hypervisor", "raw"),
+    ("vmware", "raw"),
+    ("mapped-ram", "qemu"),
+    ("stream", "qemu"),
+    ("xl", "xen"),
+];
+
 impl DumpFormat {
     /// Guest RAM and nothing else.
     pub const RAW: Self = Self("raw");
+    /// A checkpoint: no dump, but what can be made one again.
+    pub const CHECKPOINT: Self = Self("sonic");
 
-    /// All that there are.
+    /// All that there are, without the checkpoint.
     pub fn all() -> impl Iterator<Item = Self> {
         let named = KINDS.iter().filter_map(|kind| kind.name).map(Self);
         std::iter::once(Self::RAW).chain(named)
@@ -53,21 +67,31 @@ impl FromStr for DumpFormat {
     type Err = DumpFormatError;
 
     fn from_str(text: &str) -> Result<Self, DumpFormatError> {
-        let found = Self::all().find(|format| format.0 == text);
-        found.ok_or_else(|| DumpFormatError { text: text.into() })
+        let also = ALSO.iter().find(|(also, _)| *also == text);
+        let name = also.map_or(text, |(_, name)| name);
+        let mut all = Self::all().chain([Self::CHECKPOINT]);
+        all.find(|format| format.0 == name)
+            .ok_or_else(|| DumpFormatError { text: text.into() })
     }
 }
 
+/// All names, each with its others.
 fn list() -> String {
-    DumpFormat::all()
-        .map(DumpFormat::name)
-        .collect::<Vec<_>>()
-        .join(", ")
+    let with_others = |format: DumpFormat| {
+        let others = ALSO.iter().filter(|(_, name)| *name == format.0);
+        let others: Vec<&str> = others.map(|(also, _)| *also).collect();
+        match others.as_slice() {
+            [] => format.0.to_owned(),
+            others => format!("{} (also {})", format.0, others.join(", ")),
+        }
+    };
+    let all = DumpFormat::all().chain([DumpFormat::CHECKPOINT]);
+    all.map(with_others).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
 mod tests {
-    use super::DumpFormat;
+    use super::{ALSO, DumpFormat};
     use std::collections::HashSet;
 
     #[test]
@@ -79,9 +103,18 @@ mod tests {
         }
         let error = "docx".parse::<DumpFormat>().unwrap_err().to_string();
         assert!(
-            error.starts_with("`docx` is no format: want raw, "),
+            error.starts_with("`docx` is no format: want raw (also firecracker, "),
             "{error}"
         );
-        assert!(error.contains("kdump"), "{error}");
+        for (also, name) in ALSO {
+            assert!(!names.contains(&also), "{also}");
+            assert_eq!(also.parse().map(DumpFormat::name), Ok(name), "{also}");
+            assert!(error.contains(also), "{error}");
+        }
+        assert_eq!("sonic".parse(), Ok(DumpFormat::CHECKPOINT));
+        assert!(
+            error.contains("kdump") && error.contains("sonic"),
+            "{error}"
+        );
     }
 }

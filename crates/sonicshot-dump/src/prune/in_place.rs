@@ -5,7 +5,6 @@
 //! file, that nobody else writes it, and that its file system punches holes. From there on each
 //! step leaves a valid dump.
 
-use crate::DumpError;
 use crate::backing::plain::PlainDump;
 use crate::format::ability::InPlace;
 use crate::guard::CheckedPlan;
@@ -14,9 +13,11 @@ use crate::prune::holes::{
     PruneOptions, block_size, join, smallest_hole, stretches_without, sum_in, sum_of, whole_blocks,
 };
 use crate::prune::stats::PruneStats;
+use crate::{Dump, DumpError};
 use rustix::fs::{FallocateFlags, SeekFrom, StatFs, fallocate, fstatfs, seek};
 use rustix::io::Errno;
-use sonicshot::{FileId, FileOffset, FileRange, FileStamp, Progress};
+use sonicshot::{ClassSet, DropClasses, FileId, FileOffset, FileRange, FileStamp, Progress};
+use sonicshot_vmi::Analysis;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -134,6 +135,17 @@ impl CheckedPlan<'_> {
             block,
         })
     }
+}
+
+/// Whether a prune in place that makes holes of all pages of zeroes would find one to make: not so
+/// where another has made them.
+///
+/// # Errors
+/// [`DumpError::NotInPlace`] and the like if the file cannot be pruned so.
+pub fn has_zeroes_to_punch(dump: &Dump, guest: &Analysis) -> Result<bool, DumpError> {
+    let zeroes = guest.plan(&DropClasses(ClassSet::EMPTY.with_zero()));
+    let plan = CheckedPlan::of(dump, zeroes);
+    Ok(plan.expect_in_place(&PruneOptions::new())?.changed)
 }
 
 /// What is known before the file is changed.

@@ -81,6 +81,7 @@ fn is_of_a_kernel(error: &OfflineError) -> bool {
         error,
         OfflineError::Guest {
             source: VmiError::Inconsistent(_)
+                | VmiError::BrokenLists { .. }
                 | VmiError::LaterOwner(_)
                 | VmiError::NotOwner { .. }
                 | VmiError::OwnerUntold { .. }

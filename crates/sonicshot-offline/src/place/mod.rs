@@ -13,6 +13,7 @@ mod trial;
 use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
 pub(crate) use placed::{Look, Placed};
+use sonicshot::{GpaRange, GuestMemory};
 use sonicshot_dump::Dump;
 
 impl Snapshot {
@@ -46,6 +47,16 @@ fn in_format<T>(snapshot: &Snapshot, look: Look<'_, T>) -> Result<Placed<T>, Off
         Some(layout) => given::with_guest(snapshot, layout, look),
         None => search::with_guest(snapshot, look),
     }
+}
+
+/// How much RAM the guest was told that it has, by the largest map that its firmware or loader has left
+/// in `memory`.
+pub(crate) fn told_ram(memory: &dyn GuestMemory) -> Option<u64> {
+    let sums = firmware::maps(memory).into_iter().map(|map| {
+        let lengths = map.iter().map(GpaRange::len);
+        lengths.fold(0, u64::saturating_add)
+    });
+    sums.max()
 }
 
 /// Opens the dump alone, in the layout that its guest confirms if the dump does not say.

@@ -244,6 +244,30 @@ fn zeroes_of_what_may_be_a_diff_are_kept() {
             assert_eq!(data, Some(at), "{pfn}: {page:?}");
         }
     }
+    // If it has no zeroes of its own below the last such hole, free memory tells that no prune made that.
+    let mut numbers: Vec<usize> = untouched.iter().copied().collect();
+    numbers.sort_unstable();
+    let last = numbers[numbers.len() / 2];
+    let zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
+    let is_hole =
+        |page: usize, content: &[u8]| page <= last && (untouched.contains(&page) || zero(content));
+    let free: HashSet<usize> = pages
+        .iter()
+        .filter(|(_, page)| matches!(page.class(), PageClass::FreeBuddy | PageClass::FreePcp))
+        .map(|(pfn, _)| usize::try_from(*pfn).unwrap())
+        .collect();
+    let above = (last + 1..ram().len() / PAGE)
+        .filter(|page| !free.contains(page) && zero(&ram()[page * PAGE..(page + 1) * PAGE]));
+    assert!(above.count() > 0, "no zeroes above {last}");
+    let upper = diff(temporary.path(), is_hole);
+    let guest = analyze(&upper).unwrap();
+    assert!(guest.notes().contains(&Note::MayBeDiff));
+    // As a prune leaves it that was interrupted there.
+    let pruned = diff(temporary.path(), |page, content| {
+        is_hole(page, content) || page <= last && free.contains(&page)
+    });
+    let guest = analyze(&pruned).unwrap();
+    assert!(!guest.notes().contains(&Note::MayBeDiff));
     // A file of whose zeroes all are holes is what a prune or a copy makes.
     let sparse = diff(temporary.path(), |_, page| {
         page.iter().all(|byte| *byte == 0)

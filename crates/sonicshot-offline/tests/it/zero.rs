@@ -4,10 +4,11 @@ use sonicshot::checkpoint::{Compression, SaveOptions};
 use sonicshot::{ClassSet, PageClass};
 use sonicshot_dump::DumpError;
 use sonicshot_offline::{
-    AnalyzeOptions, CheckpointOptions, DumpFormat, OfflineError, OpenOptions, Overwrite,
+    AnalyzeOptions, CheckpointOptions, DumpFormat, Note, OfflineError, OpenOptions, Overwrite,
     PruneOptions, Snapshot,
 };
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use tempfile::TempDir;
 
@@ -85,6 +86,89 @@ fn what_may_be_a_diff_or_no_memory_keeps_its_zeroes() {
             other => panic!("{other:?}"),
         };
         assert_eq!(at, 64 * PAGE as u64);
+    }
+}
+
+/// What a prune in place has made is holes; the next one has nothing to do, and says so.
+#[test]
+fn zeroes_that_are_holes_already_are_no_work() {
+    let folder = TempDir::new().unwrap();
+    // One long stretch of zeroes, and some that are too short to be made holes.
+    let mut bytes = vec![7; 512 * PAGE];
+    bytes[64 * PAGE..320 * PAGE].fill(0);
+    for page in [400, 410, 420] {
+        bytes[page * PAGE..(page + 1) * PAGE].fill(0);
+    }
+    let path = folder.path().join("memory");
+    fs::write(&path, &bytes).unwrap();
+    let prune = || {
+        let snapshot = Snapshot::open(&path, &OpenOptions::new()).unwrap();
+        let found = snapshot.zero_pages()?;
+        let plan = found.plan(ClassSet::EMPTY.with_zero())?;
+        let stats = plan.prune_in_place(&PruneOptions::new(), &mut |_, _| {})?;
+        let out = folder.path().join("copy");
+        plan.prune_to(&out, Overwrite::Replace, &mut |_, _| {})?;
+        assert!(fs::read(&out).unwrap() == bytes);
+        Ok::<_, OfflineError>((stats.changed, stats.dropped_bytes, found.notes().to_vec()))
+    };
+    let (changed, dropped, notes) = prune().unwrap();
+    assert!(changed && notes == [Note::NoKernel], "{notes:?}");
+    assert_eq!(dropped, 259 * PAGE as u64);
+    for _ in 0..2 {
+        let (changed, dropped, notes) = prune().unwrap();
+        assert!(!changed && notes == [Note::HolesWithoutKernel], "{notes:?}");
+        assert_eq!(dropped, 0);
+        assert!(fs::read(&path).unwrap() == bytes);
+    }
+    // Beside such holes a long stretch of zeroes that is none may be a diff's own.
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&vec![0; 32 * PAGE], 100 * PAGE as u64)
+        .unwrap();
+    let refused = prune();
+    assert!(
+        matches!(refused, Err(OfflineError::MayBeDiff { .. })),
+        "{refused:?}"
+    );
+}
+
+/// Of what comes through a pipe, or is compressed, a temporary file has holes of its own. A file that
+/// standard input comes from has those that it has.
+#[test]
+fn holes_of_a_temporary_file_are_none_of_the_memorys() {
+    let folder = TempDir::new().unwrap();
+    let path = memory(&folder, b"x");
+    let bytes = fs::read(&path).unwrap();
+    let nothing = OpenOptions::new();
+    let zeroes = |snapshot: &Snapshot| {
+        let found = snapshot.zero_pages()?;
+        let out = folder.path().join("out");
+        let plan = found.plan(ClassSet::EMPTY.with_zero())?;
+        plan.prune_to(&out, Overwrite::Replace, &mut |_, _| {})?;
+        assert!(fs::read(&out).unwrap()[..bytes.len()] == bytes[..]);
+        Ok::<_, OfflineError>(plan.dropped_pages())
+    };
+    let piped = Snapshot::from_reader("a pipe", bytes.as_slice(), &nothing).unwrap();
+    assert_eq!(zeroes(&piped).unwrap(), 21);
+    let packed = zstd::encode_all(bytes.as_slice(), 1).unwrap();
+    let packed_at = folder.path().join("memory.zst");
+    fs::write(&packed_at, &packed).unwrap();
+    let snapshot = Snapshot::open(&packed_at, &nothing).unwrap();
+    assert_eq!(zeroes(&snapshot).unwrap(), 21);
+    let piped = Snapshot::from_reader("a pipe", packed.as_slice(), &nothing).unwrap();
+    assert_eq!(zeroes(&piped).unwrap(), 21);
+    let file = fs::File::open(&path).unwrap();
+    let whole = Snapshot::from_file("standard input", &file, &nothing).unwrap();
+    assert_eq!(zeroes(&whole).unwrap(), 21);
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
+    file.set_len(96 * PAGE as u64).unwrap();
+    let sparse = Snapshot::from_file("standard input", &file, &nothing).unwrap();
+    match zeroes(&sparse) {
+        Err(OfflineError::MayBeDiff { at, .. }) => assert_eq!(at.raw(), 64 * PAGE as u64),
+        other => panic!("{other:?}"),
     }
 }
 
