@@ -4,7 +4,9 @@
 
 pub mod mutate;
 
-use sonicshot::checkpoint::{Before, CheckpointReader, RestoreRegions};
+use sonicshot::checkpoint::{
+    Before, CheckpointReader, DiskOffset, DiskSource, GivenDisk, MovedOn, RestoreRegions,
+};
 use sonicshot::{
     DropClasses, FileBytes, Fill, Gpa, GpaRange, GuestBytes, GuestMemory, MappedRegions, PageClass,
     PageMap, PageSize, Pfn, PfnRange, PrunePlan, RamLayout,
@@ -582,6 +584,26 @@ fn reseal(data: &mut [u8]) -> Option<()> {
     seal(data, footer, footer + 48, footer + 48)
 }
 
+/// A disk of any length, each of whose sectors is full of its number.
+struct AnyDisk(u64);
+
+impl DiskSource for AnyDisk {
+    fn disk_len(&self) -> std::io::Result<u64> {
+        Ok(self.0)
+    }
+
+    fn read_disk(&self, buf: &mut [u8], at: DiskOffset) -> std::io::Result<()> {
+        let end = at.raw().checked_add(buf.len() as u64);
+        if end.is_none_or(|end| end > self.0) {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        for (byte, at) in buf.iter_mut().zip(at.raw()..) {
+            *byte = (at >> 9) as u8;
+        }
+        Ok(())
+    }
+}
+
 /// Opens a checkpoint and reads all kinds of things from it.
 pub fn checkpoint(data: &[u8]) {
     let mut sealed = data.to_vec();
@@ -590,7 +612,14 @@ pub fn checkpoint(data: &[u8]) {
         let Ok(reader) = CheckpointReader::new(data) else {
             continue;
         };
+        let disks = reader.info().disks.iter();
+        let disks = disks.map(|disk| GivenDisk::new(&disk.name, AnyDisk(disk.bytes)));
+        let disks: Vec<_> = disks.collect();
+        let Ok(reader) = reader.with_disks(disks, MovedOn::GoOn) else {
+            continue;
+        };
         let _ = (reader.stats(), reader.verify(&mut |_, _| {}));
+        let _ = reader.verify_disks(&mut |_, _| {});
         let names: Vec<String> = reader.blobs().map(|(name, _)| name.to_owned()).collect();
         for name in names {
             let _ = reader.read_blob(&name);

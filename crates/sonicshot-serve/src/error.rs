@@ -34,6 +34,25 @@ pub enum ServeError {
         /// The address in the guest.
         at: Gpa,
     },
+    /// Pages are on a disk that the guest, or somebody else, may write to while it runs.
+    #[error(
+        "the page at {at} is on a disk that was not declared immutable: pages are not read from such \
+         a disk while a guest runs, which may write over them before it touches them"
+    )]
+    DiskMayChange {
+        /// The address in the guest.
+        at: Gpa,
+    },
+    /// The same, before anybody is served.
+    #[error(
+        "{} has pages on disks, and they were not declared immutable: pages are not read from such a \
+         disk while a guest runs, which may write over them before it touches them",
+        path.display()
+    )]
+    DisksMayChange {
+        /// The checkpoint.
+        path: PathBuf,
+    },
     /// A snapshot is not what it was when it was opened.
     #[error("{} was written to while it was served", path.display())]
     Changed {

@@ -10,7 +10,7 @@ use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 use sonicshot::checkpoint::{
     CheckpointError, CheckpointReader, Chunk, ChunkDecoder, PageContent, RangeSource,
 };
-use sonicshot::{Gpa, GpaRange, PageClass, RamLayout};
+use sonicshot::{Gpa, GpaRange, PageClass, PfnRange, RamLayout};
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -41,6 +41,8 @@ pub struct CheckpointSource<S> {
     check: Option<Check<S>>,
     by_need: OnceLock<Arc<[GpaRange]>>,
     metrics: Arc<Metrics>,
+    /// Pages on disks may be read.
+    disks_hold: bool,
 }
 
 impl<S: RangeSource> CheckpointSource<S> {
@@ -69,6 +71,7 @@ impl<S: RangeSource> CheckpointSource<S> {
         let words = reader.chunk_count().div_ceil(64);
         checked.resize_with(usize::try_from(words).unwrap_or(0), AtomicU64::default);
         Self {
+            disks_hold: reader.disks_are_immutable(),
             reader,
             cache,
             decoders: Mutex::new(Vec::new()),
@@ -90,6 +93,39 @@ impl<S: RangeSource> CheckpointSource<S> {
         self
     }
 
+    /// All of it is read before a guest runs: pages on disks are read although nobody declared the
+    /// disks immutable.
+    #[must_use]
+    pub fn all_before_it_runs(mut self) -> Self {
+        self.disks_hold = true;
+        self
+    }
+
+    /// Fills `buffer` with `range`, which is in one run of pages on a disk.
+    fn read_disk(&self, range: GpaRange, buffer: &mut Vec<u8>) -> Result<(), ServeError> {
+        let at = range.start();
+        let missing = || ServeError::NotInSnapshot { at };
+        let page_size = self.reader.info().page_size;
+        let page = PfnRange::with_len(at.pfn(page_size), 1).ok_or_else(missing)?;
+        let page = self.reader.runs_in(page).next().map(|run| run.content);
+        let Some(PageContent::Disk { record, page }) = page else {
+            return Err(missing());
+        };
+        if !self.disks_hold {
+            return Err(ServeError::DiskMayChange { at });
+        }
+        self.reader.read_disk_run(record, buffer)?;
+        let inside = at.raw() & page_size.offset_mask();
+        let start = page.checked_mul(page_size.bytes());
+        let start = start.and_then(|start| start.checked_add(inside));
+        let start = start.and_then(|start| usize::try_from(start).ok());
+        let end = start.and_then(|start| start.checked_add(length(range).ok()?));
+        let end = end.filter(|end| *end <= buffer.len()).ok_or_else(missing)?;
+        buffer.truncate(end);
+        buffer.drain(..start.ok_or_else(missing)?);
+        Ok(())
+    }
+
     /// What was read, if the file is what it was.
     fn unchanged<T>(&self, read: Result<T, CheckpointError>) -> Result<T, ServeError> {
         checked(self.reader.source(), self.check.as_ref(), read)
@@ -107,12 +143,17 @@ impl<S: RangeSource> CheckpointSource<S> {
         let page = self.reader.info().page_size;
         let missing = || ServeError::NotInSnapshot { at };
         let run = self.reader.run_of(at.pfn(page)).ok_or_else(missing)?;
-        let slot = match run.content {
-            PageContent::Data { slot } => slot,
-            PageContent::Fill { word } | PageContent::Free { word } => {
+        let slot = match (run.content, run.content.word()) {
+            (PageContent::Data { slot }, _) => slot,
+            (_, Some(word)) => {
                 return filled(run.frames.gpa_range(page), word).ok_or_else(missing);
             }
-            _ => return filled(run.frames.gpa_range(page), 0).ok_or_else(missing),
+            // What is no word, and not stored, is on a disk.
+            (_, None) => {
+                let range = run.frames.gpa_range(page).ok_or_else(missing)?;
+                let content = Content::Bytes;
+                return Ok(Found::OnDisk(Run { range, content }));
+            }
         };
         let wanted = at.pfn(page).offset_from(run.frames.start());
         let wanted = wanted.and_then(|skipped| slot.checked_add(skipped));
@@ -238,6 +279,7 @@ impl Stored {
 
 enum Found {
     Bytes(Stored),
+    OnDisk(Run),
     Word(Run),
 }
 
@@ -261,7 +303,7 @@ impl<S: RangeSource> PageSource for CheckpointSource<S> {
 
     fn run_at(&self, at: Gpa) -> Result<Run, ServeError> {
         Ok(match self.find(at)? {
-            Found::Word(run) => run,
+            Found::Word(run) | Found::OnDisk(run) => run,
             Found::Bytes(stored) => stored.run(),
         })
     }
@@ -269,6 +311,10 @@ impl<S: RangeSource> PageSource for CheckpointSource<S> {
     fn read<'b>(&self, range: GpaRange, buffer: &'b mut Vec<u8>) -> Result<Piece<'b>, ServeError> {
         match self.find(range.start())? {
             Found::Bytes(stored) => self.read_of(&stored, range, buffer),
+            Found::OnDisk(_) => {
+                self.read_disk(range, buffer)?;
+                Ok(Piece::Own(buffer))
+            }
             Found::Word(_) => Err(ServeError::NotInSnapshot { at: range.start() }),
         }
     }
@@ -280,6 +326,11 @@ impl<S: RangeSource> PageSource for CheckpointSource<S> {
                 self.read_of(&stored, page, buffer).map(Look::Page)
             }
             Found::Bytes(stored) => Ok(Look::Run(stored.run())),
+            Found::OnDisk(run) if page.intersection(&run.range) == page => {
+                self.read_disk(page, buffer)?;
+                Ok(Look::Page(Piece::Own(buffer)))
+            }
+            Found::OnDisk(run) => Ok(Look::Run(run)),
         }
     }
 
@@ -336,8 +387,11 @@ impl<S> fmt::Debug for CheckpointSource<S> {
 mod tests {
     use super::*;
     use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, Compression, SaveOptions};
+    use sonicshot::checkpoint::{
+        DiskGuesses, DiskHash, DiskInfo, DiskOffset, DiskSource, GivenDisk, MovedOn, OnDisks,
+    };
     use sonicshot::{DropClasses, Fill, GuestBytes, GuestMemory, MappedRegions, PageMap, PageSize};
-    use sonicshot::{Pfn, PfnRange, PrunePlan};
+    use sonicshot::{Pfn, PrunePlan};
 
     const PAGE: usize = 4096;
     const PAGES: usize = 100;
@@ -427,6 +481,78 @@ mod tests {
                 check(&source(compression, cache));
             }
         }
+    }
+
+    /// Pages 3 to 6 are on a disk, downwards.
+    fn on_disk(
+        disk: Vec<u8>,
+        declare: impl Fn(GivenDisk) -> GivenDisk,
+    ) -> CheckpointSource<Vec<u8>> {
+        let ram: Vec<u8> = (0..PAGES).flat_map(saved).collect();
+        let guest = MappedRegions::new(vec![(Gpa::new(1 << 20), GuestBytes::from_slice(&ram))]);
+        let guest = guest.unwrap();
+        let map = PageMap::new(guest.layout(), PageSize::SIZE_4K);
+        let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
+        let mut info = CheckpointInfo::new(guest.layout().clone(), PageSize::SIZE_4K);
+        let image: Vec<u8> = (3..7).rev().flat_map(saved).collect();
+        info.disks = vec![DiskInfo::of("root", &image, DiskHash::Xxh3, &[]).unwrap()];
+        let frame = |page: u64| (Pfn::new(256 + page), 0, DiskOffset::new((6 - page) * 4096));
+        let guesses = DiskGuesses::of_frames((3..7).map(frame).collect(), PageSize::SIZE_4K);
+        let disks: [&dyn DiskSource; 1] = [&image];
+        let on_disks = OnDisks {
+            disks: &disks,
+            guesses: &guesses,
+        };
+        let mut writer = CheckpointWriter::new(Vec::new(), info, SaveOptions::default()).unwrap();
+        writer
+            .memory_on_disks(&guest, &map, &plan, &on_disks, &mut |_, _| {})
+            .unwrap();
+        let (file, stats) = writer.finish().unwrap();
+        assert_eq!(stats.on_disk, 4);
+        let given = vec![declare(GivenDisk::new("root", disk))];
+        let reader = CheckpointReader::new(file).unwrap();
+        let reader = reader.with_disks(given, MovedOn::Refuse).unwrap();
+        CheckpointSource::new(reader, 1 << 20, Arc::default())
+    }
+
+    #[test]
+    fn pages_on_disks_are_served_only_of_disks_that_do_not_change() {
+        let image: Vec<u8> = (3..7).rev().flat_map(saved).collect();
+        let mut buffer = Vec::new();
+        let mut read = |source: &CheckpointSource<Vec<u8>>, page: u64, pages: u64| {
+            let at = Gpa::new((256 + page) << 12);
+            let run = source.run_at(at).unwrap();
+            assert_eq!((run.content, run.range.len()), (Content::Bytes, 4 * 4096));
+            let range = GpaRange::with_len(at, pages << 12).unwrap();
+            source
+                .read(range, &mut buffer)
+                .map(|piece| piece.bytes().to_vec())
+        };
+        let immutable = on_disk(image.clone(), GivenDisk::immutable);
+        let eager = on_disk(image.clone(), |disk| disk).all_before_it_runs();
+        for source in [immutable, eager] {
+            for (page, pages) in [(3, 4), (3, 1), (5, 1), (5, 2), (6, 1)] {
+                let expected: Vec<u8> = (page..page + pages)
+                    .flat_map(|page| saved(usize::try_from(page).unwrap()))
+                    .collect();
+                assert!(
+                    read(&source, page, pages).unwrap() == expected,
+                    "{page}, {pages}"
+                );
+            }
+            // No further than the run.
+            assert!(read(&source, 6, 2).is_err());
+        }
+        let error = read(&on_disk(image.clone(), |disk| disk), 3, 1).unwrap_err();
+        assert!(
+            matches!(error, ServeError::DiskMayChange { .. }),
+            "{error:?}"
+        );
+        // Another page of the run.
+        let mut changed = image;
+        changed[PAGE + 9] ^= 1;
+        let error = read(&on_disk(changed, GivenDisk::immutable), 3, 1).unwrap_err();
+        assert!(error.to_string().contains("holds other bytes"), "{error}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What can go wrong with a checkpoint.
 
+use super::disk::source::DiskOffset;
 use crate::{FileOffset, Gpa, MemoryError, PageClass, Pfn};
 use std::error::Error;
 use std::io;
@@ -196,6 +197,68 @@ pub enum CheckpointError {
         at: usize,
         /// How many bytes.
         len: usize,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The checkpoint refers to a disk that was not given.
+    #[error("the checkpoint refers to pages on the disk `{name}`, and its image was not given")]
+    NoDisk {
+        /// The disk's name.
+        name: String,
+    },
+    /// A disk was given that the checkpoint does not refer to.
+    #[error("the checkpoint refers to no disk `{name}`; it knows {known:?}")]
+    UnknownDisk {
+        /// The name given.
+        name: String,
+        /// Those that there are.
+        known: Vec<String>,
+    },
+    /// A disk was named twice.
+    #[error("the disk `{name}` is named twice")]
+    DiskTwice {
+        /// The name.
+        name: String,
+    },
+    /// A disk is not as long as it was.
+    #[error("the disk `{name}` has {found} bytes, and had {expected} when the guest was saved")]
+    DiskLength {
+        /// The disk's name.
+        name: String,
+        /// How long it is.
+        found: u64,
+        /// How long it was.
+        expected: u64,
+    },
+    /// A file system on a disk was written to since the guest was saved.
+    #[error(
+        "{what} at {at:#x} of the disk `{name}` is not what it was when the guest was saved: \
+         somebody has written to the disk since, and the guest's memory contradicts it"
+    )]
+    DiskMovedOn {
+        /// The disk's name.
+        name: String,
+        /// What differs.
+        what: &'static str,
+        /// Where it is on the disk.
+        at: DiskOffset,
+    },
+    /// A disk does not hold any more what the checkpoint refers to.
+    #[error("the disk `{name}` holds other bytes at {at:#x} than the guest had in memory")]
+    DiskChanged {
+        /// The disk's name.
+        name: String,
+        /// Where on the disk.
+        at: DiskOffset,
+    },
+    /// A disk could not be read.
+    #[error("reading the disk `{name}` at {at:#x}")]
+    DiskIo {
+        /// The disk's name.
+        name: String,
+        /// Where on the disk.
+        at: DiskOffset,
         /// What the operating system said.
         #[source]
         source: io::Error,

@@ -408,8 +408,13 @@ fn what_a_newer_writer_needs_is_refused_and_what_it_offers_is_ignored() {
     with(24, 0).unwrap();
     with(31, 0x80).unwrap(); // an unknown compatible feature
     assert!(matches!(
+        with(16, 3),
+        Err(CheckpointError::Incompatible { flags: 2 })
+    ));
+    // Pages on disks, of which it has no record.
+    assert!(matches!(
         with(16, 1),
-        Err(CheckpointError::Incompatible { flags: 1 })
+        Err(CheckpointError::Corrupt { value: 1, .. })
     ));
     assert!(matches!(
         with(8, 2),

@@ -9,6 +9,7 @@
 
 mod checkpoint;
 mod conformance;
+mod disks;
 #[expect(unsafe_code, reason = "an allocator that counts")]
 mod memory;
 mod page_sizes;

@@ -35,6 +35,12 @@ impl<S: RangeSource> CheckpointReader<S> {
         };
         match self.content_of(pfn).ok_or_else(not_ram)? {
             PageContent::Data { slot } => copy_exact(self.pages(decoder, slot, 1)?, out, at)?,
+            PageContent::Disk { record, page } => {
+                let run = self.last_disk_run(record)?;
+                let start = size(page << self.header.info.page_size.shift());
+                let end = start.saturating_add(out.len());
+                copy_exact(run.get(start..end).unwrap_or_default(), out, at)?;
+            }
             PageContent::Absent | PageContent::Zero => out.fill(0),
             PageContent::Fill { word } | PageContent::Free { word } => fill_words(out, word),
         }
@@ -68,6 +74,13 @@ impl<S: RangeSource> CheckpointReader<S> {
                     let end = inside.saturating_add(out.len());
                     copy_exact(page.get(inside..end).unwrap_or_default(), out, at)
                 });
+            }
+            Some(PageContent::Disk { record, page }) => {
+                let run = self.last_disk_run(record)?;
+                let start = size(page << page_size.shift());
+                let start = start.saturating_add(inside);
+                let end = start.saturating_add(out.len());
+                return copy_exact(run.get(start..end).unwrap_or_default(), out, at);
             }
             Some(PageContent::Zero) => 0,
             Some(PageContent::Fill { word } | PageContent::Free { word }) => word,

@@ -2,6 +2,7 @@
 
 pub(crate) mod chunk;
 mod chunks;
+mod disks;
 mod memory;
 pub(crate) mod reader;
 pub(crate) mod source;

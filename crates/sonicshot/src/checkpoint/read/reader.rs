@@ -1,8 +1,10 @@
 //! Reads a checkpoint.
 
 use super::chunk::ChunkDecoder;
+use super::disks::LastRun;
 use super::source::RangeSource;
 use crate::checkpoint::CheckpointError;
+use crate::checkpoint::disk::given::Disks;
 use crate::checkpoint::wire::footer::Footer;
 use crate::checkpoint::wire::header::{Codec, Header, START_LEN};
 use crate::checkpoint::wire::index::Index;
@@ -40,6 +42,8 @@ pub struct CheckpointReader<S> {
     pub(super) footer: Footer,
     /// Chunks that stay decompressed, the least recently used first.
     pub(super) cache: Mutex<Vec<ChunkDecoder>>,
+    pub(super) disks: Disks,
+    pub(super) last_run: LastRun,
 }
 
 impl CheckpointReader<File> {
@@ -72,7 +76,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let header_len = Header::length(&start, file_len)?;
         let file_len = without_fill(&source, file_len)?;
         let read = |offset, len, what| read_part(&source, file_len, offset, len, what);
-        let header = Header::decode(&read(FileOffset::ZERO, header_len, "the header")?)?;
+        let mut header = Header::decode(&read(FileOffset::ZERO, header_len, "the header")?)?;
         // A file without room for a footer has none at its end.
         let footer_at = file_len.saturating_sub(FOOTER_LEN);
         let footer = read(
@@ -93,12 +97,15 @@ impl<S: RangeSource> CheckpointReader<S> {
             });
         }
         let index = Index::decode(bytes, footer.index_offset, header_len, &header)?;
+        header.info.disks.clone_from(&index.disks);
         Ok(Self {
             source,
             header,
             index,
             footer,
             cache: Mutex::new(Vec::new()),
+            disks: Disks::default(),
+            last_run: LastRun::default(),
         })
     }
 

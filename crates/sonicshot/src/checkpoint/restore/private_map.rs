@@ -125,13 +125,14 @@ impl<S: RangeSource> CheckpointReader<S> {
     ///
     /// # Errors
     /// [`CheckpointError::CannotRun`] of a checkpoint that is for analysis, unless
-    /// [`MapOptions::for_analysis`] says that this is known; [`CheckpointError`] if something cannot
-    /// be mapped or read.
+    /// [`MapOptions::for_analysis`] says that this is known; [`CheckpointError::NoDisk`] if pages are
+    /// on a disk that was not given; [`CheckpointError`] if something cannot be mapped or read.
     pub fn map_private(&self, options: MapOptions) -> Result<PrivateMemory, CheckpointError> {
         let info = self.info();
         if info.for_analysis && !options.for_analysis {
             return Err(CheckpointError::CannotRun);
         }
+        self.check_disks()?;
         let mut memory = PrivateMemory {
             regions: Vec::new(),
         };

@@ -4,7 +4,7 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::read::chunk::{ChunkDecoder, check_chunk};
 use crate::checkpoint::read::reader::CheckpointReader;
 use crate::checkpoint::read::source::RangeSource;
-use crate::checkpoint::wire::frames::{copy_exact, fill_words, ram_of, range_of, slice_of};
+use crate::checkpoint::wire::frames::{copy_exact, fill_words, ram_in, ram_of, range_of, slice_of};
 use crate::checkpoint::wire::index::{ChunkInfo, Index, clip};
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
 use crate::checkpoint::wire::layout::{behind, checksum, len64, size};
@@ -219,6 +219,8 @@ impl<S: RangeSource> CheckpointReader<S> {
                 return Err(CheckpointError::Layout { at: region.start() });
             }
         }
+        // Before a byte is filled.
+        self.check_disks()?;
         let threads = crate::work::threads(threads);
         let index = self.index();
         let chunks = index.chunk_count();
@@ -236,6 +238,7 @@ impl<S: RangeSource> CheckpointReader<S> {
                 self.restore_chunk(decoder, target, &chunk, &stores, &refers)
             },
         )?;
+        self.restore_disks(target, threads)?;
         let zeroed = target.reads_as_zero();
         let count = index.run_count();
         for_each(
@@ -256,6 +259,35 @@ impl<S: RangeSource> CheckpointReader<S> {
                 Ok(())
             },
         )
+    }
+
+    /// Puts the pages that are on disks in place, in the disks' order.
+    fn restore_disks(
+        &self,
+        target: &dyn RestoreTarget,
+        threads: NonZeroUsize,
+    ) -> Result<(), CheckpointError> {
+        let spans = self.disk_spans()?;
+        if spans.is_empty() {
+            return Ok(());
+        }
+        let frames: Vec<PfnRange> = self
+            .runs()
+            .filter(|run| matches!(run.content, PageContent::Disk { .. }))
+            .map(|run| run.frames)
+            .collect();
+        for_each(threads, &spans, &mut |_| {}, Vec::new, |buffer, span| {
+            self.read_span(span, buffer, &mut |record, bytes| {
+                // Runs on disks are numbered as they come in the index.
+                let frames = frames.get(size(record));
+                let range = range_of(self.info(), *frames.ok_or(CheckpointError::Worker)?)?;
+                for ram in ram_in(&self.info().layout, range) {
+                    let part = part_of(Some(bytes), range, ram)?;
+                    fill_all(target, ram, &mut |out| copy_exact(part, out, ram.start()))?;
+                }
+                Ok(())
+            })
+        })
     }
 
     fn restore_word(

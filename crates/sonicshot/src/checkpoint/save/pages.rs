@@ -4,6 +4,7 @@ use super::options::SaveOptions;
 use super::scan::{Batches, Buffer, Buffers, Page, Part, Scanned, Stored, same};
 use super::sink::Sink;
 use crate::checkpoint::CheckpointError;
+use crate::checkpoint::disk::guess::{DiskGuess, OnDisks};
 use crate::checkpoint::wire::builder::IndexBuilder;
 use crate::checkpoint::wire::codec::Compressor;
 use crate::checkpoint::wire::info::{CheckpointInfo, Compression, PageContent, PageRun, SaveStats};
@@ -27,6 +28,7 @@ pub(super) struct Source<'a> {
     pub info: &'a CheckpointInfo,
     pub map: &'a PageMap,
     pub plan: &'a PrunePlan,
+    pub disks: OnDisks<'a>,
 }
 
 /// What a checkpoint grows by.
@@ -47,6 +49,7 @@ pub(super) fn save_pages<W: Write>(
     let shared = Shared {
         memory: source.memory,
         info: source.info,
+        disks: source.disks,
         compression: options.compression,
         buffers: Arc::default(),
         outputs: Arc::default(),
@@ -76,7 +79,8 @@ pub(super) fn save_pages<W: Write>(
             scratch: Vec::new(),
             done: 0,
         };
-        let batches = Batches::new(source.memory, source.info, source.map, source.plan);
+        let guesses = source.disks.guesses;
+        let batches = Batches::new(source.memory, source.info, source.map, source.plan, guesses);
         saving.all(batches, progress)
     })
 }
@@ -85,6 +89,7 @@ pub(super) fn save_pages<W: Write>(
 struct Shared<'a> {
     memory: &'a dyn GuestMemory,
     info: &'a CheckpointInfo,
+    disks: OnDisks<'a>,
     compression: Compression,
     buffers: Arc<Buffers>,
     /// For compressed chunks.
@@ -221,8 +226,9 @@ impl<W: Write> Saving<'_, '_, '_, W> {
                 && let Some(batch) = batches.next()
             {
                 let shared = self.shared;
-                let scan =
-                    move |_: &mut Worker| batch.scan(shared.memory, shared.info, &shared.buffers);
+                let scan = move |_: &mut Worker| {
+                    batch.scan(shared.memory, shared.info, &shared.disks, &shared.buffers)
+                };
                 self.scans.push_back(self.pool.submit(scan));
             }
             let Some(scanned) = self.scans.pop_front() else {
@@ -249,7 +255,21 @@ impl<W: Write> Saving<'_, '_, '_, W> {
         for part in &scanned.parts {
             match *part {
                 Part::Known(run) => self.push(run, false)?,
-                Part::Read(frames, class) => {
+                Part::OnDisk(frames, class, run) => {
+                    // Its pages were read, and are not needed any more.
+                    for _ in frames.iter() {
+                        let _ = pages.next();
+                    }
+                    let record = self.output.index.push_disk_run(&run);
+                    let content = PageContent::Disk { record, page: 0 };
+                    let run = PageRun {
+                        frames,
+                        class,
+                        content,
+                    };
+                    self.push(run, false)?;
+                }
+                Part::Guess(DiskGuess { frames, .. }, class) | Part::Read(frames, class) => {
                     for (pfn, (page, number)) in frames.iter().zip(&mut pages) {
                         let frames = PfnRange::with_len(pfn, 1).unwrap_or(frames);
                         let (content, stores) = self.content(scanned, pfn, *page, number)?;

@@ -1,9 +1,11 @@
 //! The first pass over the memory to be saved: what is to be read, and what the pages hold.
 
 use crate::checkpoint::CheckpointError;
+use crate::checkpoint::disk::guess::{DiskGuess, DiskGuesses, OnDisks};
+use crate::checkpoint::wire::disk::{DiskRun, digest};
 use crate::checkpoint::wire::frames::{covered_frames, read_frames};
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
-use crate::checkpoint::wire::layout::{MAX_RUN, checksum, size};
+use crate::checkpoint::wire::layout::{DISK_ALIGN, MAX_DISK_RUN, MAX_RUN, checksum, narrow, size};
 use crate::{
     DropRun, Fill, GuestMemory, PageClass, PageMap, PageSize, PageState, Pfn, PfnRange, PrunePlan,
 };
@@ -23,6 +25,21 @@ pub(crate) enum Part {
     Known(PageRun),
     /// To be read.
     Read(PfnRange, PageClass),
+    /// To be read, and compared with a disk.
+    Guess(DiskGuess, PageClass),
+    /// Read, and found on a disk.
+    OnDisk(PfnRange, PageClass, DiskRun),
+}
+
+impl Part {
+    /// The frames that are to be read, or were.
+    fn read(&self) -> Option<PfnRange> {
+        match self {
+            Self::Known(_) => None,
+            Self::Read(frames, _) | Self::OnDisk(frames, ..) => Some(*frames),
+            Self::Guess(guess, _) => Some(guess.frames),
+        }
+    }
 }
 
 /// Goes through the guest's RAM, lowest first, in batches of parts.
@@ -34,6 +51,7 @@ pub(crate) struct Batches<'a> {
     rest: PfnRange,
     states: Peekable<Box<dyn Iterator<Item = (PfnRange, PageState)> + 'a>>,
     drops: Peekable<core::slice::Iter<'a, DropRun>>,
+    guesses: Peekable<core::slice::Iter<'a, DiskGuess>>,
 }
 
 impl<'a> Batches<'a> {
@@ -42,6 +60,7 @@ impl<'a> Batches<'a> {
         info: &'a CheckpointInfo,
         map: &'a PageMap,
         plan: &'a PrunePlan,
+        guesses: &'a DiskGuesses,
     ) -> Self {
         let states: Box<dyn Iterator<Item = _> + 'a> = Box::new(map.states());
         Self {
@@ -51,6 +70,7 @@ impl<'a> Batches<'a> {
             rest: PfnRange::new(Pfn::new(0), Pfn::new(0)),
             states: states.peekable(),
             drops: plan.runs().iter().peekable(),
+            guesses: guesses.runs().iter().peekable(),
         }
     }
 
@@ -106,9 +126,40 @@ impl<'a> Batches<'a> {
             }
             None => self.kept(PfnRange::new(at, end), class, limit),
         };
-        let (Part::Known(PageRun { frames, .. }) | Part::Read(frames, _)) = part;
-        self.rest = PfnRange::new(frames.end(), self.rest.end());
+        let part = match part {
+            Part::Read(frames, class) => self.guessed(frames, class),
+            part => part,
+        };
+        let end = match &part {
+            Part::Known(run) => run.frames.end(),
+            part => part.read()?.end(),
+        };
+        self.rest = PfnRange::new(end, self.rest.end());
         Some(part)
+    }
+
+    /// The first part of `frames`, which are to be read: of those that a guess is of, that part of it.
+    fn guessed(&mut self, frames: PfnRange, class: PageClass) -> Part {
+        let at = frames.start();
+        while self
+            .guesses
+            .next_if(|guess| guess.frames.end() <= at)
+            .is_some()
+        {}
+        match self.guesses.peek() {
+            Some(guess) if guess.frames.contains(at) => {
+                let frames = guess.frames.intersection(&frames);
+                match guess.part(frames, self.info.page_size) {
+                    Some(part) => Part::Guess(part, class),
+                    None => Part::Read(frames, class),
+                }
+            }
+            Some(guess) => {
+                let end = frames.end().min(guess.frames.start());
+                Part::Read(PfnRange::new(at, end), class)
+            }
+            None => Part::Read(frames, class),
+        }
     }
 
     /// The first part of `frames`, none of which are dropped.
@@ -156,7 +207,7 @@ impl Iterator for Batches<'_> {
         let mut parts = Vec::new();
         while room > 0 && parts.len() < PARTS {
             let Some(part) = self.part(room) else { break };
-            if let Part::Read(frames, _) = part {
+            if let Some(frames) = part.read() {
                 room = room.saturating_sub(frames.len());
             }
             parts.push(part);
@@ -246,27 +297,28 @@ impl Batch {
         self,
         memory: &dyn GuestMemory,
         info: &CheckpointInfo,
+        disks: &OnDisks<'_>,
         buffers: &Arc<Buffers>,
     ) -> Result<Scanned, CheckpointError> {
         let page_size = size(info.page_size.bytes());
         // A batch is small.
-        let count = self.0.iter().fold(0_u64, |sum, part| match part {
-            Part::Read(frames, _) => sum.saturating_add(frames.len()),
-            Part::Known(_) => sum,
-        });
-        let count = size(count);
+        let count = self.0.iter().filter_map(Part::read);
+        let count = size(count.fold(0_u64, |sum, frames| sum.saturating_add(frames.len())));
         let mut bytes = buffers.take(count.saturating_mul(page_size));
         let mut pages = Vec::with_capacity(count);
+        let mut parts = Vec::with_capacity(self.0.len());
         let mut rest = bytes.bytes.as_mut_slice();
-        for part in &self.0 {
-            let Part::Read(frames, _) = part else {
+        for part in self.0 {
+            let Some(frames) = part.read() else {
+                parts.push(part);
                 continue;
             };
             // Of one length with the frames, or they are not read.
             let len = size(frames.len()).saturating_mul(page_size);
             let (now, later) = rest.split_at_mut_checked(len).unwrap_or_default();
             rest = later;
-            let absent = read_frames(memory, info, *frames, now)?;
+            let absent = read_frames(memory, info, frames, now)?;
+            let first = pages.len();
             for (pfn, page) in frames.iter().zip(now.chunks_exact(page_size)) {
                 pages.push(if absent.contains(&pfn) {
                     Page::Absent
@@ -274,12 +326,131 @@ impl Batch {
                     look_at(page)
                 });
             }
+            match part {
+                Part::Guess(guess, class) => {
+                    let found = pages.get(first..).unwrap_or_default();
+                    let guessed = Guessed {
+                        guess,
+                        class,
+                        now,
+                        pages: found,
+                    };
+                    guessed.compare(info, disks, &mut parts)?;
+                }
+                part => parts.push(part),
+            }
         }
         Ok(Scanned {
-            parts: self.0,
+            parts,
             bytes: Arc::new(bytes),
             pages,
         })
+    }
+}
+
+/// Frames that were read, and what they may be on a disk.
+struct Guessed<'a> {
+    guess: DiskGuess,
+    class: PageClass,
+    /// Their bytes,
+    now: &'a [u8],
+    /// and what those are.
+    pages: &'a [Page],
+}
+
+impl Guessed<'_> {
+    /// Compares them with the disk, and adds what came of it to `parts`: only what is the same there
+    /// is on the disk. What is one word over and over takes no room anyway.
+    fn compare(
+        &self,
+        info: &CheckpointInfo,
+        disks: &OnDisks<'_>,
+        parts: &mut Vec<Part>,
+    ) -> Result<(), CheckpointError> {
+        let page = size(info.page_size.bytes());
+        let mut there = Vec::new();
+        let is_there = self.read(info, disks, &mut there)?;
+        let number = |at: usize| {
+            let last = self.pages.len().checked_sub(1)?;
+            if self.guess.descending {
+                last.checked_sub(at)
+            } else {
+                Some(at)
+            }
+        };
+        let is_same = |at: usize| {
+            let here = self.now.chunks_exact(page).nth(at);
+            let there = there.chunks_exact(page).nth(number(at)?);
+            let is_bytes = matches!(self.pages.get(at), Some(Page::Bytes(_)));
+            Some(is_there && is_bytes && here? == there?)
+        };
+        let same: Vec<bool> = (0..self.pages.len())
+            .map(|at| is_same(at).unwrap_or(false))
+            .collect();
+        let mut start = self.guess.frames.start();
+        for run in same.chunk_by(|a, b| a == b) {
+            let frames = PfnRange::with_len(start, run.len() as u64);
+            let Some(frames) = frames.filter(|_| !run.is_empty()) else {
+                break;
+            };
+            start = frames.end();
+            parts.push(if run.first() == Some(&true) {
+                self.on_disk(info, frames, &there)?
+            } else {
+                Part::Read(frames, self.class)
+            });
+        }
+        Ok(())
+    }
+
+    /// Reads what the disk has; `false` if the disk ends before.
+    fn read(
+        &self,
+        info: &CheckpointInfo,
+        disks: &OnDisks<'_>,
+        there: &mut Vec<u8>,
+    ) -> Result<bool, CheckpointError> {
+        let number = size(self.guess.disk.into());
+        let (Some(disk), Some(known)) = (disks.disks.get(number), info.disks.get(number)) else {
+            return Ok(false);
+        };
+        there.resize(self.now.len(), 0);
+        let is_aligned = self.guess.at.raw().is_multiple_of(DISK_ALIGN);
+        match disk.read_disk(there, self.guess.at) {
+            Ok(()) => Ok(is_aligned),
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(false),
+            Err(source) => Err(CheckpointError::DiskIo {
+                name: known.name.clone(),
+                at: self.guess.at,
+                source,
+            }),
+        }
+    }
+
+    /// The record of `frames`, which are what the disk has `there`.
+    fn on_disk(
+        &self,
+        info: &CheckpointInfo,
+        frames: PfnRange,
+        there: &[u8],
+    ) -> Result<Part, CheckpointError> {
+        let page_size = info.page_size;
+        let part = self.guess.part(frames, page_size);
+        let start = part.and_then(|part| part.at.offset_from(self.guess.at));
+        let len = size(frames.len() << page_size.shift());
+        let bytes = start.and_then(|start| there.get(size(start)..size(start).checked_add(len)?));
+        let known = info.disks.get(size(self.guess.disk.into()));
+        let Some(((part, bytes), known)) = part.zip(bytes).zip(known) else {
+            return Ok(Part::Read(frames, self.class));
+        };
+        let run = DiskRun {
+            disk: part.disk,
+            at: part.at,
+            pages: narrow("pages of a run on a disk", frames.len(), MAX_DISK_RUN)?,
+            descending: part.descending && frames.len() > 1,
+            digest: digest(known.hash, bytes)?,
+        };
+        Ok(Part::OnDisk(frames, self.class, run))
     }
 }
 

@@ -4,14 +4,17 @@ use super::options::SaveOptions;
 use super::pages::{Output, Source, save_pages};
 use super::sink::Sink;
 use crate::checkpoint::CheckpointError;
+use crate::checkpoint::disk::guess::OnDisks;
 use crate::checkpoint::wire::builder::IndexBuilder;
 use crate::checkpoint::wire::codec::Compressor;
+use crate::checkpoint::wire::disk::DiskInfo;
 use crate::checkpoint::wire::footer::Footer;
 use crate::checkpoint::wire::frames::same_layout;
 use crate::checkpoint::wire::header::{Codec, Header};
 use crate::checkpoint::wire::info::{CheckpointInfo, SaveStats};
 use crate::checkpoint::wire::layout::{
-    ALIGN, FOOTER_LEN, MAX_BLOB_NAME, MAX_CHUNK, behind, between, checksum, len64, size, too_large,
+    ALIGN, FOOTER_LEN, MAX_BLOB_NAME, MAX_CHUNK, MAX_DISK_LEN, MAX_DISK_NAME, MAX_DISKS, behind,
+    between, checksum, len64, size, too_large,
 };
 use crate::checkpoint::wire::record::BlobEntry;
 use crate::{GuestMemory, PageMap, Progress, PrunePlan, Stoppable};
@@ -81,13 +84,17 @@ impl<W: Write> CheckpointWriter<W> {
         let header = Header {
             codec: Codec::of(options.compression),
             chunk_size: options.chunk_size,
+            on_disks: !info.disks.is_empty(),
             info,
         };
+        let mut index = IndexBuilder::new(chunk >> header.info.page_size.shift());
+        check_disks(&header.info.disks)?;
+        index.set_disks(&header.info.disks)?;
         let mut sink = Sink::new(out);
         sink.write(&header.encode()?)?;
         Ok(Self {
             sink,
-            index: IndexBuilder::new(chunk >> header.info.page_size.shift()),
+            index,
             header,
             options,
             stats: SaveStats::default(),
@@ -123,6 +130,57 @@ impl<W: Write> CheckpointWriter<W> {
         memory: &dyn GuestMemory,
         map: &PageMap,
         plan: &PrunePlan,
+        progress: Progress<'_>,
+    ) -> Result<(), CheckpointError> {
+        self.memory_on_disks(memory, map, plan, &OnDisks::NONE, progress)
+    }
+
+    /// The same of a guest that has pages on its disks too ([`CheckpointInfo::disks`]): those of the
+    /// guessed ones that are the same there, byte for byte, are not stored.
+    ///
+    /// ```
+    /// use sonicshot::checkpoint::*;
+    /// use sonicshot::*;
+    ///
+    /// // A file of the guest's is in its memory, as it is on its disk.
+    /// let file: Vec<u8> = (0..8 * 4096_u32).map(|at| (at / 7) as u8).collect();
+    /// let disk = [vec![0; 1 << 20], file.clone()].concat();
+    /// let ram = [vec![7; 4096], file].concat();
+    /// let guest = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))])?;
+    /// let mut map = PageMap::new(guest.layout(), PageSize::SIZE_4K);
+    /// map.set(PfnRange::new(Pfn::new(1), Pfn::new(9)), PageClass::PageCacheClean);
+    /// let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
+    ///
+    /// let mut info = CheckpointInfo::new(guest.layout().clone(), PageSize::SIZE_4K);
+    /// info.disks.push(DiskInfo::of("root", &disk, DiskHash::Xxh3, &[])?);
+    /// let finder = DiskFinder::new(&guest, &map, &plan, DiskFinder::LIKELY, None)?;
+    /// let disks: [&dyn DiskSource; 1] = [&disk];
+    /// let guesses = finder.stream(&info.disks, &disks, None, &mut |_, _| {})?;
+    ///
+    /// let mut writer = CheckpointWriter::new(Vec::new(), info, SaveOptions::default())?;
+    /// let on_disks = OnDisks { disks: &disks, guesses: &guesses };
+    /// writer.memory_on_disks(&guest, &map, &plan, &on_disks, &mut |_, _| {})?;
+    /// let (file, stats) = writer.finish()?;
+    /// assert_eq!((stats.on_disk, stats.data), (8, 0));
+    ///
+    /// let checkpoint = CheckpointReader::new(file)?;
+    /// assert!(checkpoint.read_u64(Gpa::new(4096)).is_err());
+    /// let given = vec![GivenDisk::new("root", disk)];
+    /// let checkpoint = checkpoint.with_disks(given, MovedOn::Refuse)?;
+    /// let mut all = vec![0; ram.len()];
+    /// checkpoint.read(Gpa::ZERO, &mut all)?;
+    /// assert!(all == ram);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`memory`](Self::memory), and [`CheckpointError::DiskIo`] if a disk cannot be read.
+    pub fn memory_on_disks(
+        &mut self,
+        memory: &dyn GuestMemory,
+        map: &PageMap,
+        plan: &PrunePlan,
+        disks: &OnDisks<'_>,
         progress: Progress<'_>,
     ) -> Result<(), CheckpointError> {
         let info = self.header.info.clone();
@@ -168,6 +226,7 @@ impl<W: Write> CheckpointWriter<W> {
             info: &info,
             map,
             plan,
+            disks: *disks,
         };
         save_pages(output, &source, &self.options, progress)
     }
@@ -188,6 +247,36 @@ impl<W: Write> CheckpointWriter<W> {
         self.stats.digest = digest;
         Ok((out, self.stats))
     }
+}
+
+/// Refuses disks that the format has no room for, or no names.
+fn check_disks(disks: &[DiskInfo]) -> Result<(), CheckpointError> {
+    let count = len64(disks.len());
+    if count > MAX_DISKS {
+        return Err(too_large("disks", count, MAX_DISKS));
+    }
+    let mut names: Vec<&str> = disks.iter().map(|disk| disk.name.as_str()).collect();
+    names.sort_unstable();
+    if let Some([name, _]) = names.windows(2).find(|pair| pair.first() == pair.last()) {
+        let name = (*name).to_owned();
+        return Err(CheckpointError::DiskTwice { name });
+    }
+    for disk in disks {
+        let name = len64(disk.name.len());
+        for (what, value, max) in [
+            ("bytes of a disk's name", name, MAX_DISK_NAME),
+            ("bytes of a disk", disk.bytes, MAX_DISK_LEN),
+        ] {
+            if value == 0 || value > max {
+                return Err(too_large(what, value, max));
+            }
+        }
+        if !disk.hash.is_available() {
+            let codec = disk.hash.name();
+            return Err(CheckpointError::CodecMissing { codec });
+        }
+    }
+    Ok(())
 }
 
 /// Adds a blob behind what was written.

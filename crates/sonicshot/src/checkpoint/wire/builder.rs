@@ -1,10 +1,12 @@
 //! Puts an index together while a checkpoint is written.
 
+use super::disk::{DiskInfo, DiskRun};
 use super::index::Index;
 use super::info::{PageContent, PageRun};
 use super::layout::{
-    INDEX_HEAD, INDEX_MAGIC, MAX_RUN, RUN_LEN, SECTION_BLOBS, SECTION_CHUNKS, SECTION_LEN,
-    SECTION_NEEDED, SECTION_RUNS, len64, pad,
+    DISK_RUN_LEN, INDEX_HEAD, INDEX_MAGIC, MAX_RUN, RUN_LEN, SECTION_BLOBS, SECTION_CHUNKS,
+    SECTION_DISK_RUNS, SECTION_DISKS, SECTION_LEN, SECTION_NEEDED, SECTION_RUNS, len64, narrow,
+    pad,
 };
 use super::record::{BlobEntry, ChunkEntry, encode_run};
 use crate::PfnRange;
@@ -19,6 +21,8 @@ pub(crate) struct IndexBuilder {
     last: Option<(PageRun, bool)>,
     chunks: Vec<u8>,
     blobs: Vec<BlobEntry>,
+    disks: Vec<u8>,
+    disk_runs: Vec<u8>,
     /// Pages stored so far.
     pub slots: u64,
 }
@@ -31,8 +35,25 @@ impl IndexBuilder {
             last: None,
             chunks: Vec::new(),
             blobs: Vec::new(),
+            disks: Vec::new(),
+            disk_runs: Vec::new(),
             slots: 0,
         }
+    }
+
+    /// Adds the disks that pages are on.
+    pub(crate) fn set_disks(&mut self, disks: &[DiskInfo]) -> Result<(), CheckpointError> {
+        self.disks.clear();
+        disks
+            .iter()
+            .try_for_each(|disk| disk.encode(&mut self.disks))
+    }
+
+    /// Adds a run on a disk. Returns its number.
+    pub(crate) fn push_disk_run(&mut self, run: &DiskRun) -> u64 {
+        let number = len64(self.disk_runs.len() / DISK_RUN_LEN);
+        run.encode(&mut self.disk_runs);
+        number
     }
 
     /// One with the runs of another, to which the same chunks are added again.
@@ -40,6 +61,8 @@ impl IndexBuilder {
         Self {
             runs: index.run_bytes().to_vec(),
             slots: index.slots,
+            disks: index.disk_bytes().to_vec(),
+            disk_runs: index.disk_run_bytes().to_vec(),
             // Nothing is joined any more.
             ..Self::new(0)
         }
@@ -93,16 +116,19 @@ impl IndexBuilder {
         for blob in &self.blobs {
             blob.encode(&mut blobs)?;
         }
-        /// As the index has it.
-        const SECTIONS: u32 = 3;
-        let sections: [_; SECTIONS as usize] = [
+        let mut sections = vec![
             (SECTION_RUNS, &self.runs),
             (SECTION_CHUNKS, &self.chunks),
             (SECTION_BLOBS, &blobs),
         ];
+        if !self.disks.is_empty() {
+            sections.push((SECTION_DISKS, &self.disks));
+            sections.push((SECTION_DISK_RUNS, &self.disk_runs));
+        }
+        let count: u32 = narrow("sections", len64(sections.len()), u32::MAX.into())?;
         let mut out = Vec::with_capacity(self.runs.len().saturating_add(self.chunks.len()));
         out.extend(INDEX_MAGIC);
-        out.extend(SECTIONS.to_le_bytes());
+        out.extend(count.to_le_bytes());
         out.extend([0; 4]);
         out.extend(self.slots.to_le_bytes());
         out.extend([0; 8]);

@@ -30,8 +30,12 @@ pub(crate) struct Header {
     pub codec: Codec,
     /// Bytes of page data in every chunk but the last.
     pub chunk_size: u32,
+    /// Pages are on disks.
+    pub on_disks: bool,
 }
 
+/// An incompatible feature: pages are on the guest's disks.
+const ON_DISKS: u64 = 1;
 /// A compatible feature: pages that the guest uses are left out.
 const FOR_ANALYSIS: u64 = 1;
 
@@ -85,7 +89,8 @@ impl Header {
         out.extend(MAGIC);
         out.extend(VERSION.to_le_bytes());
         out.extend([0; 4]); // the length, once it is known
-        out.extend(0_u64.to_le_bytes()); // incompatible features: none yet
+        let incompatible = if self.on_disks { ON_DISKS } else { 0 };
+        out.extend(incompatible.to_le_bytes());
         let compatible = if self.info.for_analysis {
             FOR_ANALYSIS
         } else {
@@ -204,9 +209,9 @@ impl Header {
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, CheckpointError> {
         let mut fields = Fields::checked(bytes)?;
         let incompatible: u64 = fields.next()?;
-        if incompatible != 0 {
+        if incompatible & !ON_DISKS != 0 {
             return Err(CheckpointError::Incompatible {
-                flags: incompatible,
+                flags: incompatible & !ON_DISKS,
             });
         }
         let compatible: u64 = fields.next()?;
@@ -231,6 +236,7 @@ impl Header {
             info,
             codec,
             chunk_size,
+            on_disks: incompatible & ON_DISKS != 0,
         })
     }
 }
@@ -358,6 +364,7 @@ mod tests {
             info,
             codec: Codec::None,
             chunk_size: 4096,
+            on_disks: false,
         }
     }
 

@@ -1,11 +1,13 @@
 //! The index: which page is where. Kept as the bytes that it is in the file, and searched in place.
 
+use super::disk::{DiskInfo, DiskRun};
 use super::frames::covered_frames;
 use super::header::{Codec, Header};
 use super::info::{PageContent, PageRun};
 use super::layout::{
-    ALIGN, CHUNK_LEN, INDEX_HEAD, INDEX_MAGIC, RUN_LEN, SECTION_BLOBS, SECTION_CHUNKS,
-    SECTION_NEEDED, SECTION_RUNS, corrupt, len64, size,
+    ALIGN, CHUNK_LEN, DISK_RUN_LEN, INDEX_HEAD, INDEX_MAGIC, MAX_DISKS, RUN_LEN, SECTION_BLOBS,
+    SECTION_CHUNKS, SECTION_DISK_RUNS, SECTION_DISKS, SECTION_NEEDED, SECTION_RUNS, corrupt, len64,
+    size,
 };
 use super::record::{BlobEntry, ChunkEntry, decode_run};
 use crate::checkpoint::CheckpointError;
@@ -21,7 +23,11 @@ pub(crate) struct Index {
     offset: FileOffset,
     runs: Range<usize>,
     chunks: Range<usize>,
+    disk_records: Range<usize>,
+    disk_runs: Range<usize>,
     pub blobs: Vec<BlobEntry>,
+    /// The disks that pages are on.
+    pub disks: Vec<DiskInfo>,
     /// How many pages are stored.
     pub slots: u64,
     page_size: PageSize,
@@ -79,20 +85,34 @@ impl Index {
             runs,
             chunks,
             blobs,
+            disks,
         } = Sections::decode(&bytes, offset)?;
+        if disks.is_some() != header.on_disks {
+            return Err(corrupt(
+                offset,
+                "the sections of disks",
+                0,
+                u64::from(header.on_disks),
+            ));
+        }
+        let (disk_records, disk_runs) = disks.unwrap_or_default();
         let page_size = header.info.page_size;
         let mut index = Self {
             bytes,
             offset,
             runs,
             chunks,
+            disk_records,
+            disk_runs,
             blobs: Vec::new(),
+            disks: Vec::new(),
             slots,
             page_size,
             pages_per_chunk: u64::from(header.chunk_size) >> page_size.shift(),
             chunk_size: header.chunk_size,
         };
         index.blobs = index.read_blobs(blobs)?;
+        index.disks = index.read_disks()?;
         index.check_runs(header)?;
         index.check_places(header_len, header.codec)?;
         Ok(index)
@@ -125,7 +145,58 @@ impl Index {
         Ok(out)
     }
 
-    /// Every frame once, in order; every stored page once before it is referred to again.
+    fn read_disks(&self) -> Result<Vec<DiskInfo>, CheckpointError> {
+        let range = self.disk_records.clone();
+        let mut out: Vec<DiskInfo> = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let left = self.bytes.get(at..range.end).unwrap_or_default();
+            let (disk, len) =
+                DiskInfo::decode(left).map_err(|(what, value)| self.corrupt(what, at, value))?;
+            if out.iter().any(|other| other.name == disk.name) {
+                return Err(CheckpointError::DiskTwice { name: disk.name });
+            }
+            out.push(disk);
+            if len64(out.len()) > MAX_DISKS {
+                return Err(self.corrupt("the number of disks", range.start, len64(out.len())));
+            }
+            at = at.saturating_add(len);
+        }
+        Ok(out)
+    }
+
+    /// The run `record` on a disk.
+    pub(crate) fn disk_run(&self, record: u64) -> Result<DiskRun, CheckpointError> {
+        let place = size(record).checked_mul(DISK_RUN_LEN);
+        let at = place.and_then(|place| place.checked_add(self.disk_runs.start));
+        let end = at.and_then(|at| at.checked_add(DISK_RUN_LEN));
+        let Some((at, end)) = at.zip(end).filter(|(_, end)| *end <= self.disk_runs.end) else {
+            return Err(self.corrupt("the number of a run on a disk", self.runs.start, record));
+        };
+        let bytes = self.bytes.get(at..end).unwrap_or_default();
+        DiskRun::decode(bytes, &self.disks, self.page_size)
+            .map_err(|(what, value)| self.corrupt(what, at, value))
+    }
+
+    /// How many runs on disks there are.
+    pub(crate) fn disk_run_count(&self) -> u64 {
+        len64(self.disk_runs.len() / DISK_RUN_LEN)
+    }
+
+    /// The records of the disks as they stand in the file.
+    pub(crate) fn disk_bytes(&self) -> &[u8] {
+        self.bytes
+            .get(self.disk_records.clone())
+            .unwrap_or_default()
+    }
+
+    /// The runs on disks as they stand in the file.
+    pub(crate) fn disk_run_bytes(&self) -> &[u8] {
+        self.bytes.get(self.disk_runs.clone()).unwrap_or_default()
+    }
+
+    /// Every frame once, in order; every stored page once before it is referred to again; every run
+    /// on a disk once, in order.
     fn check_runs(&self, header: &Header) -> Result<(), CheckpointError> {
         let count = self.run_count();
         if len64(count) > u64::from(u32::MAX) {
@@ -133,7 +204,7 @@ impl Index {
         }
         let mut expected = covered_frames(&header.info.layout, self.page_size).into_iter();
         let mut rest = PfnRange::new(Pfn::new(0), Pfn::new(0));
-        let mut stored = 0_u64;
+        let (mut stored, mut on_disk) = (0_u64, 0_u64);
         for number in 0..count {
             let run = self.run(number)?;
             let corrupt = |what, value| self.corrupt(what, self.place_of_run(number), value);
@@ -152,9 +223,23 @@ impl Index {
                     .stored_after(stored, slot, run.frames.len())
                     .ok_or_else(|| corrupt("the stored page of a run", slot))?;
             }
+            if let PageContent::Disk { record, .. } = run.content {
+                if record != on_disk {
+                    return Err(corrupt("the number of a run on a disk", record));
+                }
+                let pages = self.disk_run(record)?.pages;
+                if u64::from(pages) != run.frames.len() {
+                    return Err(corrupt("the pages of a run on a disk", pages.into()));
+                }
+                on_disk = on_disk.saturating_add(1);
+            }
         }
         if !rest.is_empty() || expected.next().is_some() {
             return Err(self.corrupt("the number of runs", self.runs.end, len64(count)));
+        }
+        if on_disk != self.disk_run_count() {
+            let found = self.disk_run_count();
+            return Err(self.corrupt("the number of runs on disks", self.disk_runs.start, found));
         }
         if stored != self.slots {
             return Err(self.corrupt("the number of stored pages", self.runs.start, self.slots));
@@ -341,6 +426,8 @@ struct Sections {
     runs: Range<usize>,
     chunks: Range<usize>,
     blobs: Range<usize>,
+    /// The disks, and the runs on them.
+    disks: Option<(Range<usize>, Range<usize>)>,
 }
 
 impl Sections {
@@ -358,6 +445,7 @@ impl Sections {
         fields.skip(4).map_err(short)?;
         let slots = fields.le().map_err(short)?;
         let (mut runs, mut chunks, mut blobs) = (None, None, None);
+        let (mut disks, mut disk_runs) = (None, None);
         fields.seek(len64(INDEX_HEAD));
         for _ in 0..count {
             let at = size(fields.position());
@@ -373,6 +461,8 @@ impl Sections {
                 SECTION_RUNS => &mut runs,
                 SECTION_CHUNKS => &mut chunks,
                 SECTION_BLOBS => &mut blobs,
+                SECTION_DISKS => &mut disks,
+                SECTION_DISK_RUNS => &mut disk_runs,
                 _ if flags & SECTION_NEEDED == 0 => continue,
                 other => return Err(corrupt("the kind of a section", at, other.into())),
             };
@@ -385,7 +475,15 @@ impl Sections {
         let (Some(runs), Some(chunks), Some(blobs)) = (runs, chunks, blobs) else {
             return Err(corrupt("the number of sections", count_at, count.into()));
         };
-        for (range, record) in [(&runs, RUN_LEN), (&chunks, CHUNK_LEN)] {
+        if disks.is_some() != disk_runs.is_some() {
+            return Err(corrupt("the number of sections", count_at, count.into()));
+        }
+        let disks = disks.zip(disk_runs);
+        let disk_runs = disks.as_ref().map(|(_, runs)| (runs, DISK_RUN_LEN));
+        for (range, record) in [(&runs, RUN_LEN), (&chunks, CHUNK_LEN)]
+            .into_iter()
+            .chain(disk_runs)
+        {
             if !range.len().is_multiple_of(record) {
                 let len = len64(range.len());
                 return Err(corrupt("the length of a section", range.start, len));
@@ -396,6 +494,7 @@ impl Sections {
             runs,
             chunks,
             blobs,
+            disks,
         })
     }
 }
@@ -490,6 +589,10 @@ pub(crate) fn clip(run: &PageRun, frames: PfnRange) -> Option<PageRun> {
     let content = match run.content {
         PageContent::Data { slot } => PageContent::Data {
             slot: slot.checked_add(skipped)?,
+        },
+        PageContent::Disk { record, page } => PageContent::Disk {
+            record,
+            page: page.checked_add(skipped)?,
         },
         other => other,
     };

@@ -1,5 +1,6 @@
 //! What a checkpoint says of itself and of its guest.
 
+use super::disk::DiskInfo;
 use crate::{Architecture, PageClass, PageSize, PfnRange, RamLayout};
 use core::fmt;
 use core::str::FromStr;
@@ -33,6 +34,8 @@ pub struct CheckpointInfo {
     /// Pages that the guest uses are missing: they were left out, or the source did not have them.
     /// What is restored can be looked at, and not run.
     pub for_analysis: bool,
+    /// The disks that pages are on: their content is not in the checkpoint.
+    pub disks: Vec<DiskInfo>,
 }
 
 impl CheckpointInfo {
@@ -47,6 +50,7 @@ impl CheckpointInfo {
             build_id: None,
             vmm: None,
             for_analysis: false,
+            disks: Vec::new(),
         }
     }
 }
@@ -153,6 +157,13 @@ pub enum PageContent {
         /// The word; mostly zero.
         word: u64,
     },
+    /// Its bytes are on a disk of the guest's.
+    Disk {
+        /// The number of the [run](crate::checkpoint::DiskRun) that tells where.
+        record: u64,
+        /// Which page of that run the first one is, in the guest's order.
+        page: u64,
+    },
 }
 
 impl PageContent {
@@ -165,15 +176,16 @@ impl PageContent {
             Self::Zero => "zero",
             Self::Fill { .. } => "fill",
             Self::Free { .. } => "free",
+            Self::Disk { .. } => "disk",
         }
     }
 
-    /// The word that every word of the page is, unless it has stored bytes. Absent pages read
-    /// as zero.
+    /// The word that every word of the page is, unless it has bytes, stored or on a disk. Absent
+    /// pages read as zero.
     #[must_use]
     pub const fn word(self) -> Option<u64> {
         match self {
-            Self::Data { .. } => None,
+            Self::Data { .. } | Self::Disk { .. } => None,
             Self::Absent | Self::Zero => Some(0),
             Self::Fill { word } | Self::Free { word } => Some(word),
         }
@@ -207,6 +219,8 @@ pub struct SaveStats {
     pub free: u64,
     /// Pages that the source has no bytes for.
     pub absent: u64,
+    /// Pages that are on a disk.
+    pub on_disk: u64,
     /// Bytes of page data, as stored.
     pub stored_bytes: u64,
     /// The length of the checkpoint in bytes.
@@ -227,6 +241,7 @@ impl SaveStats {
             PageContent::Fill { .. } => &mut self.fill,
             PageContent::Free { .. } => &mut self.free,
             PageContent::Absent => &mut self.absent,
+            PageContent::Disk { .. } => &mut self.on_disk,
         };
         // No more than the frames of 64 bits of memory.
         *count = count.saturating_add(run.frames.len());

@@ -22,16 +22,35 @@ pub(crate) const MAX_BLOB_NAME: u64 = 255;
 /// A run has at most so many frames.
 pub(crate) const MAX_RUN: u64 = u32::MAX as u64;
 
+/// A checkpoint refers to at most so many disks.
+pub(crate) const MAX_DISKS: u64 = 256;
+pub(crate) const MAX_DISK_NAME: u64 = 255;
+/// A disk has at most so many bytes, so that no place on it can wrap.
+pub(crate) const MAX_DISK_LEN: u64 = 1 << 63;
+/// A disk has at most so many marks.
+pub(crate) const MAX_MARKS: u64 = 1024;
+/// A mark has at most so many bytes.
+pub(crate) const MAX_MARK: u32 = 64 << 10;
+/// What is read, and its hash taken, at once of a disk: at most so many bytes.
+pub(crate) const MAX_DISK_RUN: u64 = 64 << 10;
+/// Pages begin at a multiple of this on a disk.
+pub(crate) const DISK_ALIGN: u64 = 512;
+
 pub(crate) const FOOTER_LEN: u64 = 64;
 pub(crate) const INDEX_HEAD: usize = 32;
 pub(crate) const SECTION_LEN: usize = 24;
 pub(crate) const RUN_LEN: usize = 24;
 pub(crate) const CHUNK_LEN: usize = 24;
 pub(crate) const BLOB_HEAD: usize = 40;
+pub(crate) const DISK_HEAD: usize = 16;
+pub(crate) const DISK_MARK_LEN: usize = 48;
+pub(crate) const DISK_RUN_LEN: usize = 48;
 
 pub(crate) const SECTION_RUNS: u32 = 1;
 pub(crate) const SECTION_CHUNKS: u32 = 2;
 pub(crate) const SECTION_BLOBS: u32 = 3;
+pub(crate) const SECTION_DISKS: u32 = 4;
+pub(crate) const SECTION_DISK_RUNS: u32 = 5;
 /// A section that a reader must know.
 pub(crate) const SECTION_NEEDED: u32 = 1;
 

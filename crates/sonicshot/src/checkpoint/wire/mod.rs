@@ -3,6 +3,7 @@
 
 pub(crate) mod builder;
 pub(crate) mod codec;
+pub(crate) mod disk;
 pub(crate) mod footer;
 pub(crate) mod frames;
 pub(crate) mod header;

@@ -40,13 +40,13 @@ impl ChunkEntry {
     }
 }
 
-/// The numbers of the kinds of content. 5 (a page of a base checkpoint) and 6 (a stretch of a
-/// disk image) are kept free for what their names say.
+/// The numbers of the kinds of content. 5 is kept free for a page of a base checkpoint.
 const CONTENT_ABSENT: u8 = 0;
 const CONTENT_DATA: u8 = 1;
 const CONTENT_ZERO: u8 = 2;
 const CONTENT_FILL: u8 = 3;
 const CONTENT_FREE: u8 = 4;
+const CONTENT_DISK: u8 = 6;
 
 pub(crate) fn encode_run(run: &PageRun, out: &mut Vec<u8>) -> Result<(), CheckpointError> {
     let count: u32 = narrow("frames in a run", run.frames.len(), MAX_RUN)?;
@@ -58,6 +58,8 @@ pub(crate) fn encode_run(run: &PageRun, out: &mut Vec<u8>) -> Result<(), Checkpo
         PageContent::Zero => (CONTENT_ZERO, 0),
         PageContent::Fill { word } => (CONTENT_FILL, word),
         PageContent::Free { word } => (CONTENT_FREE, word),
+        // A run in the index is whole.
+        PageContent::Disk { record, .. } => (CONTENT_DISK, record),
     };
     out.extend([run.class as u8, content, 0, 0]);
     out.extend(value.to_le_bytes());
@@ -82,6 +84,7 @@ pub(crate) fn decode_run(bytes: &[u8]) -> Result<PageRun, (&'static str, u64)> {
         (CONTENT_ZERO, 0) => PageContent::Zero,
         (CONTENT_FILL, word) => PageContent::Fill { word },
         (CONTENT_FREE, word) => PageContent::Free { word },
+        (CONTENT_DISK, record) => PageContent::Disk { record, page: 0 },
         (CONTENT_ABSENT | CONTENT_ZERO, value) => {
             return Err(("the value of a run without data", value));
         }

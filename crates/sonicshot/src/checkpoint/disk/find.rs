@@ -1,0 +1,436 @@
+//! Finds the pages that are on disks: by their content, whatever the guest says of them.
+
+use super::guess::DiskGuesses;
+use super::source::{DiskOffset, DiskRange, DiskSource};
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::wire::disk::DiskInfo;
+use crate::checkpoint::wire::layout::{checksum, len64, size};
+use crate::work::{for_each, map_in_order, threads};
+use crate::{
+    ClassSet, Gpa, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn, PfnRange, Progress,
+    PrunePlan,
+};
+use core::num::NonZeroUsize;
+use core::sync::atomic::{AtomicU64, Ordering};
+use std::fmt;
+
+/// Frames are told by the hash of so many bytes at their beginning, and disks looked through in blocks
+/// of so many: file systems begin files at such.
+const BLOCK: usize = 4096;
+/// What is read of the guest's memory, or of a disk, at once, in bytes.
+const PIECE: u64 = 1 << 20;
+/// No more frames are looked for: 16 TiB of them.
+const MAX_FRAMES: usize = u32::MAX as usize;
+/// Where a frame was found, as one number: the disk above this bit, and the place in units of
+/// `1 << PLACE_SHIFT`.
+const DISK_SHIFT: u32 = 54;
+const PLACE_SHIFT: u32 = 12;
+/// Nowhere yet: no disk has this number.
+const NOWHERE: u64 = u64::MAX;
+
+/// A table of a guest's pages by their content, for disks to be looked through with.
+///
+/// It takes 28 bytes a page. An example is at
+/// [`CheckpointWriter::memory_on_disks`](crate::checkpoint::CheckpointWriter::memory_on_disks).
+pub struct DiskFinder {
+    page_size: PageSize,
+    /// Hash and frame, sorted.
+    entries: Vec<(u64, u64)>,
+    /// Where the entries begin whose hash has so many leading bits.
+    starts: Vec<u32>,
+    shift: u32,
+}
+
+impl DiskFinder {
+    /// The classes whose pages are likely on a disk: the page cache, and what nobody knows of. Of
+    /// the others less than one in a hundred is.
+    pub const LIKELY: ClassSet = ClassSet::EMPTY
+        .with(PageClass::PageCacheClean)
+        .with(PageClass::PageCacheDirty)
+        .with(PageClass::Unknown);
+
+    /// Looks at the pages of `classes` that `plan` keeps, on `threads` threads or all cores. Pages of
+    /// zeroes, or of one word over and over, are not looked for.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Memory`] if the memory cannot be read.
+    pub fn new(
+        memory: &dyn GuestMemory,
+        map: &PageMap,
+        plan: &PrunePlan,
+        classes: ClassSet,
+        threads: Option<NonZeroUsize>,
+    ) -> Result<Self, CheckpointError> {
+        let pieces = pieces(memory, map, plan, classes);
+        Self::of_pieces(memory, map.page_size(), pieces, threads, MAX_FRAMES)
+    }
+
+    /// Of the first `most` of the frames.
+    fn of_pieces(
+        memory: &dyn GuestMemory,
+        page_size: PageSize,
+        pieces: Vec<PfnRange>,
+        threads: Option<NonZeroUsize>,
+        most: usize,
+    ) -> Result<Self, CheckpointError> {
+        let mut entries = Vec::new();
+        map_in_order(
+            crate::work::threads(threads),
+            pieces,
+            Vec::new,
+            |buffer, piece| hashes(memory, page_size, piece, buffer),
+            |found| {
+                entries.extend(found?);
+                entries.truncate(most);
+                Ok::<_, CheckpointError>(())
+            },
+        )?;
+        entries.sort_unstable();
+        Ok(Self::of(entries, page_size))
+    }
+
+    fn of(entries: Vec<(u64, u64)>, page_size: PageSize) -> Self {
+        let bits = entries
+            .len()
+            .next_power_of_two()
+            .trailing_zeros()
+            .clamp(1, 31);
+        let shift = 64_u32.saturating_sub(bits);
+        let buckets = 1_u64 << bits;
+        let mut starts = Vec::with_capacity(size(buckets).saturating_add(1));
+        let mut at = 0_usize;
+        for bucket in 0..buckets {
+            while entries
+                .get(at)
+                .is_some_and(|(hash, _)| hash >> shift < bucket)
+            {
+                at = at.saturating_add(1);
+            }
+            starts.push(u32::try_from(at).unwrap_or(u32::MAX));
+        }
+        starts.push(u32::try_from(entries.len()).unwrap_or(u32::MAX));
+        Self {
+            page_size,
+            entries,
+            starts,
+            shift,
+        }
+    }
+
+    /// How many pages are looked for.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        len64(self.entries.len())
+    }
+
+    /// The first of the entries with this hash.
+    fn first(&self, hash: u64) -> Option<usize> {
+        let bucket = size(hash.checked_shr(self.shift)?);
+        let start = *self.starts.get(bucket)? as usize;
+        let end = *self.starts.get(bucket.checked_add(1)?)? as usize;
+        let bucket = self.entries.get(start..end)?;
+        let inside = bucket.partition_point(|(other, _)| *other < hash);
+        let at = start.checked_add(inside)?;
+        (bucket.get(inside)?.0 == hash).then_some(at)
+    }
+
+    /// Looks through all of `disks`, which `known` are, on `threads` threads or all cores. What it
+    /// finds are guesses, and the same on any number of threads.
+    ///
+    /// # Errors
+    /// [`CheckpointError::DiskIo`] if a disk cannot be read.
+    pub fn stream(
+        &self,
+        known: &[DiskInfo],
+        disks: &[&dyn DiskSource],
+        threads_wanted: Option<NonZeroUsize>,
+        progress: Progress<'_>,
+    ) -> Result<DiskGuesses, CheckpointError> {
+        let found: Vec<AtomicU64> = self
+            .entries
+            .iter()
+            .map(|_| AtomicU64::new(NOWHERE))
+            .collect();
+        let total = known
+            .iter()
+            .fold(0_u64, |sum, disk| sum.saturating_add(disk.bytes));
+        let mut before = 0_u64;
+        if self.entries.is_empty() {
+            progress(total, total);
+            return Ok(DiskGuesses::default());
+        }
+        for ((disk, info), number) in disks.iter().zip(known).zip(0_u32..) {
+            let failed = |at, source| CheckpointError::DiskIo {
+                name: info.name.clone(),
+                at,
+                source,
+            };
+            let pieces = data_pieces(*disk).map_err(|(at, error)| failed(at, error))?;
+            for_each(
+                threads(threads_wanted),
+                pieces,
+                &mut |done| {
+                    // Progress is for the eye, and ends at the total.
+                    let done = done.saturating_mul(PIECE).min(info.bytes);
+                    progress(before.saturating_add(done).min(total), total);
+                },
+                Vec::new,
+                |buffer: &mut Vec<u8>, piece: DiskRange| {
+                    buffer.resize(size(piece.len()), 0);
+                    let read = disk.read_disk(buffer, piece.start());
+                    read.map_err(|error| failed(piece.start(), error))?;
+                    self.look_at(buffer, number, piece.start(), &found);
+                    Ok::<_, CheckpointError>(())
+                },
+            )?;
+            before = before.saturating_add(info.bytes);
+        }
+        progress(total, total);
+        Ok(self.guesses(&found))
+    }
+
+    /// Notes which frames may begin as a block of a disk does.
+    fn look_at(&self, bytes: &[u8], disk: u32, at: DiskOffset, found: &[AtomicU64]) {
+        for (block, number) in bytes.chunks_exact(BLOCK).zip(0_u64..) {
+            let Some(place) = self
+                .first(checksum(block))
+                .and_then(|first| found.get(first))
+            else {
+                continue;
+            };
+            // A disk is shorter than 2^63 bytes, and there are few.
+            let block = (at.raw() >> PLACE_SHIFT).saturating_add(number);
+            let where_it_is = (u64::from(disk) << DISK_SHIFT) | block;
+            // The first of several, whoever finds it first.
+            place.fetch_min(where_it_is, Ordering::Relaxed);
+        }
+    }
+
+    fn guesses(&self, found: &[AtomicU64]) -> DiskGuesses {
+        let mut frames = Vec::new();
+        // Those of one content are told of by their first.
+        let mut places = found.iter();
+        for same in self.entries.chunk_by(|(a, _), (b, _)| a == b) {
+            let place = places
+                .next()
+                .map_or(NOWHERE, |first| first.load(Ordering::Relaxed));
+            let _ = places.by_ref().take(same.len().saturating_sub(1)).count();
+            if place == NOWHERE {
+                continue;
+            }
+            let disk = u32::try_from(place >> DISK_SHIFT).unwrap_or(u32::MAX);
+            let block = place & ((1 << DISK_SHIFT) - 1);
+            let at = DiskOffset::new(block << PLACE_SHIFT);
+            frames.extend(same.iter().map(|(_, pfn)| (Pfn::new(*pfn), disk, at)));
+        }
+        DiskGuesses::of_frames(frames, self.page_size)
+    }
+}
+
+impl fmt::Debug for DiskFinder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DiskFinder")
+            .field("pages", &self.entries.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The frames that are looked for, in pieces that are read at once.
+fn pieces(
+    memory: &dyn GuestMemory,
+    map: &PageMap,
+    plan: &PrunePlan,
+    classes: ClassSet,
+) -> Vec<PfnRange> {
+    let page_size = map.page_size();
+    let most = (PIECE >> page_size.shift()).max(1);
+    let mut drops = plan.runs().iter().peekable();
+    let mut out = Vec::new();
+    for (frames, class) in map.runs() {
+        let mut rest = frames;
+        while classes.contains(class) && !rest.is_empty() {
+            let at = rest.start();
+            while drops.next_if(|run| run.frames.end() <= at).is_some() {}
+            let dropped = drops.peek().map(|run| run.frames);
+            if let Some(dropped) = dropped.filter(|dropped| dropped.contains(at)) {
+                rest = PfnRange::new(dropped.end().min(rest.end()), rest.end());
+                continue;
+            }
+            let limit = at.checked_add(most).unwrap_or(rest.end());
+            let kept = dropped.map_or(rest.end(), |dropped| dropped.start());
+            let end = rest.end().min(limit).min(kept);
+            // What the source knows to be zero need not be read.
+            let data = at.gpa(page_size).and_then(|at| memory.next_data(at));
+            let zero = data.map(|data| data.start().pfn(page_size));
+            match zero {
+                Some(start) if start > at => rest = PfnRange::new(start.min(end), rest.end()),
+                _ => {
+                    out.push(PfnRange::new(at, end));
+                    rest = PfnRange::new(end, rest.end());
+                }
+            }
+        }
+    }
+    out
+}
+
+/// The hash and number of each of the frames that has bytes, and not one word over and over.
+fn hashes(
+    memory: &dyn GuestMemory,
+    page_size: PageSize,
+    frames: PfnRange,
+    buffer: &mut Vec<u8>,
+) -> Result<Vec<(u64, u64)>, CheckpointError> {
+    let page = size(page_size.bytes());
+    // At most `PIECE`, or one page.
+    buffer.resize(size(frames.len()).saturating_mul(page), 0);
+    let start = frames.start().gpa(page_size).unwrap_or(Gpa::ZERO);
+    let whole = memory.read(start, buffer);
+    let mut out = Vec::with_capacity(size(frames.len()));
+    for (pfn, bytes) in frames.iter().zip(buffer.chunks_exact_mut(page)) {
+        if whole.is_err() {
+            let at = pfn.gpa(page_size).unwrap_or(Gpa::ZERO);
+            match memory.read(at, bytes) {
+                Ok(()) => {}
+                Err(MemoryError::Absent { .. }) => continue,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let Some((first, _)) = bytes.split_first_chunk::<8>() else {
+            continue;
+        };
+        let block = bytes.get(..BLOCK).unwrap_or(bytes);
+        if !block.chunks_exact(8).all(|word| word == first) {
+            out.push((checksum(block), pfn.raw()));
+        }
+    }
+    Ok(out)
+}
+
+/// The parts of a disk that may hold anything but zeroes, in whole blocks, as they are read.
+fn data_pieces(disk: &dyn DiskSource) -> Result<Vec<DiskRange>, (DiskOffset, std::io::Error)> {
+    const LEN: u64 = BLOCK as u64;
+    let down = |at: u64| at & !LEN.saturating_sub(1);
+    let len = disk.disk_len().map_err(|error| (DiskOffset::ZERO, error))?;
+    let end = down(len);
+    let mut out = Vec::new();
+    let mut at = 0_u64;
+    while at < end {
+        let here = DiskOffset::new(at);
+        let data = disk.next_disk_data(here).map_err(|error| (here, error))?;
+        let Some(data) = data.filter(|data| data.end() > here) else {
+            break;
+        };
+        let stop = data.end().raw().div_ceil(LEN).saturating_mul(LEN).min(end);
+        let mut from = down(data.start().raw().max(at));
+        while from < stop {
+            let to = stop.min(from.saturating_add(PIECE));
+            out.push(DiskRange::new(DiskOffset::new(from), DiskOffset::new(to)));
+            from = to;
+        }
+        at = stop.max(at.saturating_add(LEN));
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DropClasses, Fill, GuestBytes, MappedRegions};
+
+    const PAGE: usize = 4096;
+
+    /// A page that no other is like.
+    fn page(number: u64) -> Vec<u8> {
+        let word = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (0..PAGE as u64 / 8)
+            .flat_map(|at| (word ^ at.wrapping_mul(at)).to_le_bytes())
+            .collect()
+    }
+
+    fn find(ram: &[u8], disks: &[Vec<u8>], threads: usize) -> Vec<(u64, u32, u64)> {
+        let guest = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+        let mut map = PageMap::new(guest.layout(), PageSize::SIZE_4K);
+        let set = |map: &mut PageMap, at, class| {
+            map.set(PfnRange::new(Pfn::new(at), Pfn::new(at + 1)), class);
+        };
+        // Neither free pages nor the kernel's are looked for.
+        set(&mut map, 1, PageClass::FreeBuddy);
+        set(&mut map, 2, PageClass::Kernel);
+        let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
+        let threads = NonZeroUsize::new(threads);
+        let finder = DiskFinder::new(&guest, &map, &plan, DiskFinder::LIKELY, threads).unwrap();
+        let infos: Vec<_> = disks
+            .iter()
+            .map(|disk| DiskInfo::of("disk", disk, crate::checkpoint::DiskHash::Xxh3, &[]).unwrap())
+            .collect();
+        let sources: Vec<_> = disks.iter().map(|disk| disk as &dyn DiskSource).collect();
+        let mut last = (0, 0);
+        let progress = &mut |done, total| last = (done, total);
+        let guesses = finder.stream(&infos, &sources, threads, progress).unwrap();
+        let total = disks.iter().map(|disk| disk.len() as u64).sum();
+        assert_eq!(last, (total, total));
+        let runs = guesses.runs().iter();
+        runs.flat_map(|run| {
+            let frames = run.frames.iter().zip(0_u64..);
+            frames.map(move |(pfn, number)| {
+                let number = if run.descending {
+                    run.frames.len() - 1 - number
+                } else {
+                    number
+                };
+                (pfn.raw(), run.disk, run.at.raw() / 4096 + number)
+            })
+        })
+        .collect()
+    }
+
+    #[test]
+    fn pages_are_found_where_they_are_on_disks() {
+        let ram = [
+            page(0),
+            page(1),
+            page(2),
+            page(3),
+            vec![0; PAGE],
+            page(5),
+            page(6),
+            page(5),
+        ];
+        let ram = ram.concat();
+        let first = [page(9), page(3), page(1), page(2), vec![0; PAGE], page(6)].concat();
+        // The end is no whole block.
+        let second = [page(5), page(5), page(6), page(0)[..1000].to_vec()].concat();
+        let expected = [(3, 0, 1), (5, 1, 0), (6, 0, 5), (7, 1, 0)];
+        for threads in [1, 2, 5] {
+            let found = find(&ram, &[first.clone(), second.clone()], threads);
+            assert_eq!(found, expected);
+        }
+        assert_eq!(find(&ram, &[], 1), []);
+        assert_eq!(find(&vec![0; 8 * PAGE], &[first], 1), []);
+    }
+
+    #[test]
+    fn a_large_table_finds_every_page() {
+        let ram: Vec<u8> = (0..3000).flat_map(page).collect();
+        let disk: Vec<u8> = (0..3000).rev().flat_map(page).collect();
+        let found = find(&ram, &[disk], 2);
+        assert_eq!(found.len(), 2998);
+        assert!(
+            found
+                .iter()
+                .all(|&(pfn, disk, block)| disk == 0 && block == 2999 - pfn)
+        );
+    }
+
+    #[test]
+    fn no_more_pages_are_looked_for_than_a_bound() {
+        let ram: Vec<u8> = (0..20).flat_map(page).collect();
+        let guest = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        for (most, pages) in [(3, 3), (20, 20), (MAX_FRAMES, 20)] {
+            let pieces = vec![PfnRange::new(Pfn::new(0), Pfn::new(20))];
+            let finder = DiskFinder::of_pieces(&guest, PageSize::SIZE_4K, pieces, None, most);
+            assert_eq!(finder.unwrap().pages(), pages);
+        }
+    }
+}
