@@ -1,14 +1,16 @@
 //! The command line.
 
+use crate::error::CliError;
+use crate::output::named_images;
 use crate::progress::{ProgressMode, Talk};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use sonicshot::ClassSet;
-use sonicshot::checkpoint::Compression;
+use sonicshot::checkpoint::{Compression, DiskHash, MovedOn};
 #[cfg(feature = "libvmi")]
 use sonicshot_libvmi::Domain;
 use sonicshot_offline::packed::ImageCompression;
 use sonicshot_offline::{
-    AnalyzeOptions, DumpFormat, KdumpCompression, LayoutSpec, OpenOptions, RestoreTo,
+    AnalyzeOptions, DumpFormat, KdumpCompression, LayoutSpec, OpenOptions, RestoreDisks, RestoreTo,
 };
 use sonicshot_vmi::x86_64::Cr3;
 use sonicshot_vmi::{Knowledge, OnInconsistency};
@@ -402,6 +404,16 @@ pub(crate) struct SaveArgs {
     /// Put a file into the checkpoint, such as the VMM's device state; may be repeated
     #[arg(long, value_name = "NAME=FILE")]
     pub blob: Vec<String>,
+    /// A disk of the guest's, and its image (raw, or a block device): pages that are the same on it,
+    /// such as the page cache, are not stored, and `restore --disk` takes them from there. May be
+    /// repeated. In this order: stop the guest; pin the disk, so that nobody writes to IMAGE any more
+    /// (QEMU's `blockdev-snapshot-sync`, `cp --reflink`); then save its memory
+    #[arg(long, value_name = "NAME=IMAGE")]
+    pub disk: Vec<String>,
+    /// The hash that is kept of pages on disks: xxh3, or sha256 where others than you can write to the
+    /// image
+    #[arg(long, value_name = "HASH", default_value = "xxh3", requires = "disk")]
+    pub hash: DiskHash,
     /// The name of the VMM that ran the guest, to be noted
     #[arg(long, value_name = "NAME")]
     pub vmm: Option<String>,
@@ -411,6 +423,54 @@ pub(crate) struct SaveArgs {
     /// Write over an existing X.sonic
     #[arg(long)]
     pub force: bool,
+}
+
+/// The images of the disks that a checkpoint refers to.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct DiskArgs {
+    /// A disk that the checkpoint has pages on, and its image, as it was when the guest was saved; may
+    /// be repeated. Run the guest on a new overlay over it, never on the image itself
+    #[arg(long, value_name = "NAME=IMAGE")]
+    pub disk: Vec<String>,
+    /// Go on although a disk was written to since the guest was saved: the guest's memory may
+    /// contradict it. The pages that the checkpoint has on it must still be there
+    #[arg(long, requires = "disk")]
+    pub disk_moved_on: bool,
+}
+
+impl DiskArgs {
+    /// The images.
+    pub(crate) fn disks(&self) -> Result<RestoreDisks, CliError> {
+        let mut disks = RestoreDisks::new();
+        for (name, path) in named_images(&self.disk)? {
+            disks = disks.image(name, path);
+        }
+        if self.disk_moved_on {
+            disks.moved_on = MovedOn::GoOn;
+        }
+        Ok(disks)
+    }
+}
+
+/// The same where pages are read as they are touched.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct LazyDiskArgs {
+    #[command(flatten)]
+    pub given: DiskArgs,
+    /// Nobody writes to the images of --disk, neither the guest nor the host, for as long as the guest
+    /// runs: pages may be read from them when they are touched. A nearly idle guest writes over some
+    /// within minutes, so run it on an overlay
+    #[arg(long, requires = "disk")]
+    pub disk_immutable: bool,
+}
+
+impl LazyDiskArgs {
+    /// The images.
+    pub(crate) fn disks(&self) -> Result<RestoreDisks, CliError> {
+        let mut disks = self.given.disks()?;
+        disks.immutable = self.disk_immutable;
+        Ok(disks)
+    }
 }
 
 #[derive(Debug, Args)]
@@ -540,6 +600,8 @@ pub(crate) struct ServeArgs {
     /// The memory that the snapshot is a diff to
     #[arg(long, value_name = "FILE")]
     pub base: Option<PathBuf>,
+    #[command(flatten)]
+    pub disks: LazyDiskArgs,
 }
 
 /// A user, and a group behind a colon, by number.
@@ -661,6 +723,8 @@ pub(crate) struct RestoreArgs {
     /// What the dump is to be
     #[arg(long, value_enum, default_value = "raw")]
     pub to: DumpKind,
+    #[command(flatten)]
+    pub disks: DiskArgs,
     /// How many threads work; by default as many as there are cores
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub threads: Option<NonZeroUsize>,
@@ -686,6 +750,8 @@ pub(crate) struct VerifyArgs {
     /// The dump that it was made of
     #[arg(long, value_name = "FILE")]
     pub against: Option<PathBuf>,
+    #[command(flatten)]
+    pub disks: DiskArgs,
     /// Where a raw dump's bytes lie; without it, as the checkpoint says
     #[arg(long, value_name = "LAYOUT", requires = "against")]
     pub layout: Option<LayoutSpec>,
@@ -894,6 +960,8 @@ pub(crate) struct QemuRestoreArgs {
     /// is not there. Several guests may have one; it must not change while one runs
     #[arg(long, value_name = "RAM", conflicts_with = "eager")]
     pub map: Option<PathBuf>,
+    #[command(flatten)]
+    pub disks: LazyDiskArgs,
     /// Print JSON, as soon as the guest is there
     #[arg(long)]
     pub json: bool,

@@ -204,6 +204,11 @@ impl CliError {
                 Some("run it in dom0, as root, with Xen's libraries and tools installed")
             }
             Self::Qemu(error) => hint_of_qemu(error),
+            Self::Serve(ServeError::DisksMayChange { .. }) => Some(
+                "if nobody writes to the images, neither the guest (run it on an overlay) nor the host: \
+                 --disk-immutable. `restore` puts all in place before",
+            ),
+            Self::Serve(ServeError::Checkpoint(error)) => hint_of_disks(error),
             _ => None,
         };
         hint.map(Cow::Borrowed)
@@ -342,9 +347,10 @@ fn code_of(error: &OfflineError) -> u8 {
         OfflineError::Incomplete { source, .. } | OfflineError::CutOff { source, .. } => {
             code_of(source)
         }
+        OfflineError::NotPinned { source } => code_of_dump(source),
         OfflineError::Io { .. }
         | OfflineError::Checkpoint {
-            source: CheckpointError::Io { .. },
+            source: CheckpointError::Io { .. } | CheckpointError::DiskIo { .. },
             ..
         } => 1,
         OfflineError::Undroppable { .. }
@@ -356,6 +362,9 @@ fn code_of(error: &OfflineError) -> u8 {
         | OfflineError::Checkpoint {
             source:
                 CheckpointError::TooLarge { .. }
+                | CheckpointError::NoDisk { .. }
+                | CheckpointError::UnknownDisk { .. }
+                | CheckpointError::DiskTwice { .. }
                 | CheckpointError::ChunkSize { .. }
                 | CheckpointError::NoBlob { .. }
                 | CheckpointError::BlobExists { .. },
@@ -505,12 +514,35 @@ fn hint_of(error: &OfflineError) -> Option<&'static str> {
             source: CheckpointError::NotACheckpoint { .. },
             ..
         } => "a dump is no checkpoint: `inspect` tells what it is, `save` makes a checkpoint of it",
+        OfflineError::NotPinned { .. } => {
+            "a guest goes on writing to it: stop it, pin the disk (QEMU's blockdev-snapshot-sync, or \
+             cp --reflink), and name the image that is not written to any more"
+        }
+        OfflineError::Checkpoint { source, .. } | OfflineError::Disks { source } => {
+            return hint_of_disks(source);
+        }
         OfflineError::Misplaced { guessed: false, .. } => {
             "give the ranges in the order in which the file has them, or no --layout"
         }
         OfflineError::NoLayout { .. }
         | OfflineError::ManyBlocks { .. }
         | OfflineError::Misplaced { guessed: true, .. } => SAY_LAYOUT,
+        _ => return None,
+    })
+}
+
+fn hint_of_disks(error: &CheckpointError) -> Option<&'static str> {
+    Some(match error {
+        CheckpointError::NoDisk { .. } => {
+            "where pages are on disks, `restore` makes a dump of all of it: --disk NAME=IMAGE"
+        }
+        CheckpointError::DiskMovedOn { .. } | CheckpointError::DiskLength { .. } => {
+            "give the image as it was when the guest was saved. --disk-moved-on goes on all the same: \
+             for a look at the memory, not for a guest that runs"
+        }
+        CheckpointError::DiskChanged { .. } => {
+            "give the image as it was when the guest was saved: its pages are nowhere else"
+        }
         _ => return None,
     })
 }

@@ -25,11 +25,20 @@ pub(crate) fn io(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Cli
 
 /// `NAME=FILE` of each `--blob`.
 pub(crate) fn named_files(args: &[String]) -> Result<Vec<(&str, PathBuf)>, CliError> {
+    named(args, "NAME=FILE")
+}
+
+/// `NAME=IMAGE` of each `--disk`.
+pub(crate) fn named_images(args: &[String]) -> Result<Vec<(&str, PathBuf)>, CliError> {
+    named(args, "NAME=IMAGE")
+}
+
+fn named<'a>(args: &'a [String], form: &str) -> Result<Vec<(&'a str, PathBuf)>, CliError> {
     args.iter()
         .map(|arg| match arg.split_once('=') {
             Some((name, file)) if !name.is_empty() && !file.is_empty() => Ok((name, file.into())),
             _ => Err(CliError::Usage {
-                what: format!("`{arg}` is no NAME=FILE"),
+                what: format!("`{arg}` is no {form}"),
             }),
         })
         .collect()

@@ -1,13 +1,13 @@
 //! `sonicshot restore` and `sonicshot verify`.
 
-use crate::args::{DumpKind, RestoreArgs, VerifyArgs};
+use crate::args::{DiskArgs, DumpKind, RestoreArgs, VerifyArgs};
 use crate::error::CliError;
 use crate::inputs::checkpoint;
 use crate::output::{named_files, overwrite};
 use crate::progress::Phase;
 use crate::report::{count, layout_arg, lines, mib, say, size, tell_notes};
 use serde_json::json;
-use sonicshot_offline::{OpenOptions, RestoreOptions};
+use sonicshot_offline::{CheckpointFile, OpenOptions, RestoreOptions};
 use std::path::Path;
 use std::time::Instant;
 
@@ -22,7 +22,7 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
     options.threads = args.threads;
     let blobs = named_files(&args.blob)?.into_iter();
     options.blobs = blobs.map(|(name, path)| (name.to_owned(), path)).collect();
-    let checkpoint = checkpoint(&args.file, args.max_size)?;
+    let checkpoint = with_disks(checkpoint(&args.file, args.max_size)?, &args.disks)?;
     let phase = Phase::begin("restoring", args.json);
     let restored = checkpoint.restore(&args.output, &options, &mut phase.shown())?;
     drop(phase);
@@ -54,12 +54,24 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
     Ok(())
 }
 
+/// The checkpoint with the disks that were given; without any, it is opened all the same.
+fn with_disks(checkpoint: CheckpointFile, args: &DiskArgs) -> Result<CheckpointFile, CliError> {
+    if args.disk.is_empty() {
+        return Ok(checkpoint);
+    }
+    Ok(checkpoint.with_disks(&args.disks()?)?)
+}
+
 pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
     let started = Instant::now();
-    let checkpoint = checkpoint(&args.file, args.max_size)?;
+    let checkpoint = with_disks(checkpoint(&args.file, args.max_size)?, &args.disks)?;
     let phase = Phase::begin("checking", args.json);
     let mut progress = phase.shown();
     checkpoint.verify(&mut progress)?;
+    let on_disks = match args.disks.disk.is_empty() {
+        true => None,
+        false => Some(checkpoint.verify_disks(&mut progress)?),
+    };
     let mut compared = None;
     if let Some(path) = &args.against {
         let mut known = OpenOptions::new();
@@ -75,6 +87,8 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
             "file_bytes": reader.file_len(),
             "digest": format!("{:032x}", reader.digest()),
             "compared_pages": compared,
+            "disk_pages": checkpoint.reader().stats().on_disk,
+            "checked_disk_pages": on_disks,
             "for_analysis": reader.info().for_analysis,
             "missing_bytes": checkpoint.missing_bytes(),
             "missing_mib": mib(checkpoint.missing_bytes()),
@@ -91,6 +105,11 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
         size(reader.file_len()),
         reader.digest()
     );
+    match (on_disks, reader.stats().on_disk) {
+        (None, 0) => {}
+        (None, pages) => say!("{} pages on disks were not checked: --disk", count(pages)),
+        (Some(pages), _) => say!("{} pages are on the disks", count(pages)),
+    }
     if let (Some(pages), Some(path)) = (compared, &args.against) {
         say!(
             "{} kept pages are those of {}",

@@ -3,14 +3,14 @@
 use crate::args::{SaveArgs, classes};
 use crate::error::CliError;
 use crate::inputs::Input;
-use crate::output::{named_files, overwrite};
+use crate::output::{named_files, named_images, overwrite};
 use crate::progress::Phase;
 use crate::report::{
     by_name, by_name_json, complain, count, lines, mib, percent, say, size, tell_notes,
 };
 use serde_json::{Map, Value, json};
 use sonicshot::PageClass;
-use sonicshot::checkpoint::{SaveOptions, SaveStats};
+use sonicshot::checkpoint::{DiskInfo, SaveOptions, SaveStats};
 use sonicshot_offline::{CheckpointOptions, Plan, Saved, Whole, check_droppable, check_unused};
 use std::io::{self, IsTerminal};
 use std::time::Instant;
@@ -18,6 +18,11 @@ use std::time::Instant;
 pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
     #[cfg(feature = "libvmi")]
     if let Some(domain) = args.libvmi.domain() {
+        if !args.disk.is_empty() {
+            let what = "--disk is for the memory of a guest that was stopped before its disk was pinned: \
+                        take that first, as a file";
+            return Err(CliError::Usage { what: what.into() });
+        }
         return crate::libvmi::save(args, domain);
     }
     let started = Instant::now();
@@ -32,6 +37,10 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
     options.vmm.clone_from(&args.vmm);
     for (name, path) in blobs {
         options = options.blob(name, path)?;
+    }
+    options.disk_hash = args.hash;
+    for (name, path) in named_images(&args.disk)? {
+        options = options.disk(name, path)?;
     }
     // The command line has it, or a guest that was saved above.
     let file = args.file.as_deref().ok_or_else(|| CliError::Usage {
@@ -131,11 +140,25 @@ fn json_report(args: &SaveArgs, saved: &Saved, seconds: f64) -> String {
     report.insert("disk_bytes".into(), json!(saved.disk_bytes));
     report.insert("left_out".into(), by_name_json(&saved.left_out));
     report.insert("for_analysis".into(), json!(saved.info.for_analysis));
+    report.insert("disks".into(), disks_json(&saved.info.disks));
     report.insert("missing_bytes".into(), json!(saved.missing_bytes));
     report.insert("missing_mib".into(), json!(mib(saved.missing_bytes)));
     report.insert("seconds".into(), json!(seconds));
     report.insert("notes".into(), json!(lines(&saved.notes)));
     Value::Object(report).to_string()
+}
+
+/// The disks that pages are on.
+pub(crate) fn disks_json(disks: &[DiskInfo]) -> Value {
+    let disks = disks.iter().map(|disk| {
+        json!({
+            "name": disk.name,
+            "bytes": disk.bytes,
+            "hash": disk.hash.name(),
+            "marks": disk.marks.iter().map(|mark| mark.kind.name()).collect::<Vec<_>>(),
+        })
+    });
+    disks.collect()
 }
 
 /// The classes of free pages.
@@ -159,6 +182,7 @@ pub(crate) fn stats_json(stats: &SaveStats, free: u64, page_size: u64) -> Map<St
         "left_out_pages": stats.free,
         "free_pages": free,
         "absent_pages": stats.absent,
+        "disk_pages": stats.on_disk,
         "stored_bytes": stats.stored_bytes,
         "file_bytes": stats.file_len,
         "runs": stats.runs,
@@ -182,10 +206,14 @@ pub(crate) fn stats_text(
     left_out: &[(&'static str, u64)],
     seconds: f64,
 ) -> String {
+    let on_disks = match stats.on_disk {
+        0 => String::new(),
+        pages => format!(", {} on disks", count(pages)),
+    };
     format!(
         "saved {} of RAM as {} ({}) in {seconds:.2} s\n\
          stored {} pages; left out {}, and what need not be stored: {} zero, {} filled with one \
-         word, {} twice there",
+         word, {} twice there{on_disks}",
         size(total),
         size(stats.file_len),
         percent(stats.file_len, total),

@@ -24,6 +24,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), CliError> {
     open.layout.clone_from(&args.layout);
     open.format = args.format;
     open.base.clone_from(&args.base);
+    open.disks = args.disks.disks()?;
     // What cannot be restored is told before the work.
     let migration = match args.cloud_hypervisor.as_slice() {
         [] => None,

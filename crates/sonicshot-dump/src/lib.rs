@@ -48,6 +48,9 @@
 //! ([`p2m`]). The state of a snapshot folder is not in the file that is opened:
 //! [`SnapshotFiles::processors`] tells it, and [`Dump::with_processors`] puts it to the memory.
 //!
+//! # Disks
+//! A [`DiskImage`] is the image of a guest's disk, of which a checkpoint refers to pages.
+//!
 //! Files are not trusted: every offset and length is checked against the file before it is used,
 //! and what is allocated is bounded by the length of the file. Output appears whole or not at all;
 //! a prune in place leaves a valid dump whenever it is interrupted.
@@ -61,6 +64,7 @@
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
 mod backing;
+mod disk;
 mod dump;
 mod error;
 mod find;
@@ -80,6 +84,7 @@ mod snapshot;
 #[doc(hidden)]
 pub use backing::lz4::Lz4Frames;
 pub use backing::spool::Spool;
+pub use disk::DiskImage;
 pub use dump::{Dump, Incomplete};
 #[doc(hidden)]
 pub use error::KdumpWriteError;

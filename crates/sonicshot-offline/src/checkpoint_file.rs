@@ -10,7 +10,7 @@ use crate::untold::{assumed, named_machine};
 use sonicshot::checkpoint::{CheckpointError, CheckpointReader, PageContent, SaveStats};
 use sonicshot::{Architecture, FileId, FileStamp, MemoryError, Pfn, Progress};
 use sonicshot_dump::{
-    CoreNotes, Dump, DumpError, DumpFile, DumpFormat, LayoutSpec, NewFile, Overwrite, Spool,
+    CoreNotes, DiskImage, Dump, DumpError, DumpFile, DumpFormat, LayoutSpec, NewFile, Overwrite, Spool,
     XlSkeleton, check_not_foreign,
 };
 use std::collections::HashSet;
@@ -19,6 +19,7 @@ use std::io::{self, Read};
 use std::num::NonZeroUsize;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// A checkpoint in a file.
 #[derive(Debug)]
@@ -27,6 +28,8 @@ pub struct CheckpointFile {
     reader: CheckpointReader<File>,
     /// What the file was before it was opened.
     stamp: FileStamp,
+    /// The disks' images that were given.
+    images: Vec<Arc<DiskImage>>,
 }
 
 /// What a checkpoint is made into.
@@ -132,12 +135,28 @@ impl CheckpointFile {
             reader,
             path: path.to_owned(),
             stamp,
+            images: Vec::new(),
         })
     }
 
-    /// Refuses a file that was changed since it was opened.
+    /// The same with another reader, to which `images` were given.
+    pub(crate) fn map_reader(
+        mut self,
+        images: Vec<Arc<DiskImage>>,
+        map: impl FnOnce(CheckpointReader<File>) -> Result<CheckpointReader<File>, CheckpointError>,
+    ) -> Result<Self, OfflineError> {
+        self.reader = map(self.reader).map_err(OfflineError::checkpoint(&self.path))?;
+        self.images = images;
+        Ok(self)
+    }
+
+    /// Refuses a file that was changed since it was opened, and images of disks that were.
     pub(crate) fn check_unchanged(&self) -> Result<(), OfflineError> {
-        check_stamp(self.reader.source(), &self.path, self.stamp)
+        check_stamp(self.reader.source(), &self.path, self.stamp)?;
+        Ok(self
+            .images
+            .iter()
+            .try_for_each(|image| image.check_unchanged())?)
     }
 
     /// What is wrong with a file that has changed says less than that it has.
@@ -240,6 +259,12 @@ impl CheckpointFile {
         Ok((stats, out.finish()?))
     }
 
+    /// Refuses to go on if pages are on a disk that was not given.
+    pub(crate) fn check_disks(&self) -> Result<(), OfflineError> {
+        let checked = self.reader.check_disks();
+        checked.map_err(OfflineError::checkpoint(&self.path))
+    }
+
     /// Makes a dump of it again.
     ///
     /// # Errors
@@ -253,6 +278,7 @@ impl CheckpointFile {
         progress: Progress<'_>,
     ) -> Result<Restored, OfflineError> {
         let restore = |progress| {
+            self.check_disks()?;
             check_apart(out.as_ref(), &options.blobs)?;
             let mut files = Vec::new();
             for (name, path) in &options.blobs {
@@ -294,7 +320,8 @@ impl CheckpointFile {
         progress: Progress<'_>,
     ) -> Result<u64, OfflineError> {
         let (layout, force) = (&self.reader.info().layout, options.overwrite);
-        let source = [self.reader.source()];
+        let mut source = vec![self.reader.source()];
+        source.extend(self.images.iter().flat_map(|image| image.files()));
         let output = match options.to {
             RestoreTo::Xl => {
                 let left_out = |pfn| self.left_out(pfn);
@@ -314,6 +341,7 @@ impl CheckpointFile {
         };
         let restored = self.reader.restore(&output, options.threads, progress);
         restored.map_err(|error| self.of_output(error))?;
+        self.check_unchanged()?;
         Ok(output.finish()?)
     }
 
@@ -372,6 +400,7 @@ impl CheckpointFile {
         progress: Progress<'_>,
     ) -> Result<u64, OfflineError> {
         let path = path.as_ref();
+        self.check_disks()?;
         // A raw dump has no layout of its own: the checkpoint tells.
         let own = LayoutSpec::Ranges(self.reader.info().layout.regions().to_vec());
         let layout = known.layout.as_ref().unwrap_or(&own);
@@ -399,14 +428,25 @@ impl Snapshot {
         if said.is_some_and(|format| format != DumpFormat::CHECKPOINT) {
             return Ok(None);
         }
-        let Some(spool) = self.piped() else {
-            let path = self.memory_file();
-            let is_one = CheckpointFile::is_at(path)?;
-            return is_one.then(|| CheckpointFile::open(path)).transpose();
+        let opened = match self.piped() {
+            None => {
+                let path = self.memory_file();
+                let is_one = CheckpointFile::is_at(path)?;
+                is_one.then(|| CheckpointFile::open(path)).transpose()?
+            }
+            Some(spool) => {
+                let begins = begins(spool.file());
+                let is_one = begins.map_err(OfflineError::io("reading", spool.name()))?;
+                is_one
+                    .then(|| CheckpointFile::of_spool(spool))
+                    .transpose()?
+            }
         };
-        let begins = begins(spool.file());
-        let is_one = begins.map_err(OfflineError::io("reading", spool.name()))?;
-        is_one.then(|| CheckpointFile::of_spool(spool)).transpose()
+        let disks = &self.options().disks;
+        match opened {
+            Some(opened) if !disks.images.is_empty() => opened.with_disks(disks).map(Some),
+            opened => Ok(opened),
+        }
     }
 }
 

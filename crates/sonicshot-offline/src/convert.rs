@@ -10,7 +10,7 @@ use crate::save::Contents;
 use crate::snapshot::Snapshot;
 use crate::untold::{UNTOLD_PAGE, assumed, named_machine};
 use crate::whole::{absent_bytes, filled, keep_everything, without_p2m};
-use sonicshot::checkpoint::{CheckpointInfo, Compression, SaveOptions};
+use sonicshot::checkpoint::{CheckpointInfo, Compression, OnDisks, SaveOptions};
 use sonicshot::{Architecture, GuestMemory, PageSize, Progress, RamLayout};
 use sonicshot_dump::{
     CoreNotes, Dump, DumpError, DumpFile, KdumpCompression, KdumpOptions, LayoutSpec, NewFile,
@@ -239,6 +239,7 @@ impl CheckpointFile {
         let path = out.as_ref();
         let lacking = Lacking::new(self.reader());
         let write = |progress| {
+            self.check_disks()?;
             let source = Source {
                 memory: match target {
                     Target::Kdump(_) | Target::Checkpoint => &lacking,
@@ -429,6 +430,7 @@ impl Source<'_> {
             memory: self.memory,
             map: &map,
             plan: &plan,
+            disks: OnDisks::NONE,
         };
         let options = SaveOptions::new(Compression::ZSTD);
         let of = self.of;

@@ -33,6 +33,20 @@ pub enum OfflineError {
         #[source]
         source: CheckpointError,
     },
+    /// A process has a disk's image open for writing.
+    #[error("the disk's image is not pinned")]
+    NotPinned {
+        /// Which, and who writes it.
+        #[source]
+        source: DumpError,
+    },
+    /// What is on the guest's disks cannot be found.
+    #[error("looking through the guest's disks")]
+    Disks {
+        /// What is wrong.
+        #[source]
+        source: CheckpointError,
+    },
     /// The guest's memory cannot be read.
     #[error("reading guest memory")]
     Memory(#[from] MemoryError),
@@ -205,6 +219,11 @@ impl OfflineError {
             path: path.to_owned(),
             source,
         }
+    }
+
+    /// An error of what is looked for on disks.
+    pub(crate) fn disks() -> impl Fn(CheckpointError) -> Self {
+        |source| Self::Disks { source }
     }
 
     /// Whether it says that a file is no checkpoint.

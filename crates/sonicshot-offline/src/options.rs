@@ -1,5 +1,6 @@
 //! What may be known of a snapshot beforehand, and what is wanted of it.
 
+use crate::disk_options::RestoreDisks;
 use sonicshot_dump::{DumpFormat, DumpOptions, LayoutSpec};
 use sonicshot_vmi::x86_64::Cr3;
 use sonicshot_vmi::{Knowledge, OnInconsistency};
@@ -24,6 +25,8 @@ pub struct OpenOptions {
     pub at_most: Option<Knowledge>,
     /// How many bytes are taken in from a pipe at most.
     pub max_size: Option<u64>,
+    /// The disks that a checkpoint has pages on.
+    pub disks: RestoreDisks,
 }
 
 impl OpenOptions {
@@ -70,6 +73,13 @@ impl OpenOptions {
     #[must_use]
     pub fn max_size(mut self, bytes: u64) -> Self {
         self.max_size = Some(bytes);
+        self
+    }
+
+    /// Gives the disks that a checkpoint has pages on.
+    #[must_use]
+    pub fn disks(mut self, disks: RestoreDisks) -> Self {
+        self.disks = disks;
         self
     }
 

@@ -2,15 +2,18 @@
 
 use crate::blobs::{Beside, Blob};
 use crate::checkpoint_file::blamed_on;
+use crate::disks::SaveDisks;
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::plan::Plan;
 use crate::snapshot::Snapshot;
 use crate::untold::UNTOLD_PAGE;
 use crate::whole::{absent_bytes, filled, keep_everything, without_p2m};
-use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, SaveOptions, SaveStats};
+use sonicshot::checkpoint::{
+    CheckpointInfo, CheckpointWriter, DiskHash, OnDisks, SaveOptions, SaveStats,
+};
 use sonicshot::{GuestMemory, PageMap, Progress, PrunePlan};
-use sonicshot_dump::{Dump, NewFile, Overwrite};
+use sonicshot_dump::{DiskImage, Dump, NewFile, Overwrite};
 use sonicshot_vmi::Knowledge;
 use std::fs::File;
 use std::io::{self, Write};
@@ -24,7 +27,10 @@ pub struct CheckpointOptions {
     pub writing: SaveOptions,
     /// The VMM that ran the guest.
     pub vmm: Option<String>,
+    /// The hash that is kept of pages on disks.
+    pub disk_hash: DiskHash,
     blobs: Vec<(String, File)>,
+    disks: Vec<(String, DiskImage)>,
 }
 
 impl CheckpointOptions {
@@ -34,8 +40,26 @@ impl CheckpointOptions {
         Self {
             writing,
             vmm: None,
+            disk_hash: DiskHash::default(),
             blobs: Vec::new(),
+            disks: Vec::new(),
         }
+    }
+
+    /// Refers to pages that are the same on the guest's disk, of which `path` is an image, instead of
+    /// storing them; the checkpoint calls the disk `name`. The guest was stopped, then the image
+    /// pinned (nobody writes to it any more), then the memory was read: in another order the image may
+    /// lack what the memory had.
+    ///
+    /// # Errors
+    /// [`OfflineError::Dump`] if it cannot be opened or is of a format that is not read.
+    pub fn disk(
+        mut self,
+        name: impl Into<String>,
+        path: impl AsRef<Path>,
+    ) -> Result<Self, OfflineError> {
+        self.disks.push((name.into(), DiskImage::open(path)?));
+        Ok(self)
     }
 
     /// Notes the VMM that ran the guest.
@@ -64,6 +88,20 @@ impl CheckpointOptions {
         }
         self.blobs.push((name.into(), file));
         Ok(self)
+    }
+}
+
+impl CheckpointOptions {
+    /// The disks, and what the checkpoint calls them.
+    pub(crate) fn disks(&self) -> impl Iterator<Item = (&str, &DiskImage)> {
+        self.disks.iter().map(|(name, disk)| (name.as_str(), disk))
+    }
+
+    /// Refuses disks that were written to while they were compared.
+    fn check_disks_unchanged(&self) -> Result<(), OfflineError> {
+        Ok(self
+            .disks()
+            .try_for_each(|(_, disk)| disk.check_unchanged())?)
     }
 }
 
@@ -226,6 +264,7 @@ impl Source<'_> {
         // What is put in beside the memory may be for fewer eyes.
         let mut inputs = self.dump.files();
         inputs.extend(options.blobs.iter().map(|(_, file)| file));
+        inputs.extend(options.disks.iter().flat_map(|(_, disk)| disk.files()));
         let out = NewFile::create(path, overwrite, &inputs)?;
         let dump = self.dump;
         let saved = self.write(out.file(), path, options, progress);
@@ -260,6 +299,8 @@ impl Source<'_> {
             vmcoreinfo: self.vmcoreinfo.take(),
             notes: self.dump.core_notes(),
         };
+        let disks = SaveDisks::find(self.dump, self.map, self.plan, options, progress)?;
+        self.info.disks.clone_from(&disks.infos);
         let contents = Contents {
             info: &self.info,
             blobs: beside.into_blobs(self.xen_image.take()),
@@ -267,8 +308,13 @@ impl Source<'_> {
             memory: self.dump,
             map: self.map,
             plan: self.plan,
+            disks: OnDisks {
+                disks: &disks.sources,
+                guesses: &disks.guesses,
+            },
         };
         let stats = contents.write(out, path, options.writing.clone(), progress)?;
+        options.check_disks_unchanged()?;
         self.notes.extend(without_p2m(self.dump));
         if self.info.for_analysis {
             self.notes.push(Note::ForAnalysis);
@@ -292,6 +338,7 @@ pub(crate) struct Contents<'a> {
     pub memory: &'a dyn GuestMemory,
     pub map: &'a PageMap,
     pub plan: &'a PrunePlan,
+    pub disks: OnDisks<'a>,
 }
 
 impl Contents<'_> {
@@ -311,7 +358,8 @@ impl Contents<'_> {
         for (name, file) in self.files {
             writer.blob(name, file).map_err(&failed)?;
         }
-        let written = writer.memory(self.memory, self.map, self.plan, progress);
+        let (map, plan) = (self.map, self.plan);
+        let written = writer.memory_on_disks(self.memory, map, plan, &self.disks, progress);
         written.map_err(&failed)?;
         let (_, stats) = writer.finish().map_err(&failed)?;
         Ok(stats)

@@ -14,7 +14,7 @@ use crate::stream::{PAGE, Stream};
 use crate::tables::RamBlock;
 use rustix::fd::AsFd;
 use serde_json::{Value, json};
-use sonicshot::checkpoint::CheckpointReader;
+use sonicshot::checkpoint::{CheckpointReader, GivenDisk, MovedOn};
 use sonicshot::work::threads;
 use sonicshot_serve::{CheckpointSource, Metrics};
 use std::ffi::{OsStr, OsString};
@@ -57,6 +57,11 @@ pub struct LiveRestoreOptions {
     /// A command that calls [`guard`](crate::guard()) with its standard input and output, and does
     /// nothing else: it ends QEMU if this process dies before the guest has all that comes from it.
     pub guard: Option<Command>,
+    /// The disks that the checkpoint has pages on. Unless all were declared immutable, all memory is put
+    /// in place before the guest runs.
+    pub disks: Vec<GivenDisk>,
+    /// What becomes of a disk that was written to since the guest was saved.
+    pub moved_on: MovedOn,
 }
 
 /// A guest that was restored. Its QEMU is this process's child.
@@ -118,9 +123,21 @@ pub fn restore(
     }
     Words(words).check()?;
     let kept = Kept::read(&reader, path)?;
-    let source = CheckpointSource::new(reader, CACHE, Arc::new(Metrics::default()));
+    let reader = reader
+        .with_disks(options.disks, options.moved_on)
+        .map_err(&failed)?;
+    let is_lazy = options.how == RestoreHow::Postcopy && reader.disks_are_immutable();
+    let mut source = CheckpointSource::new(reader, CACHE, Arc::new(Metrics::default()));
+    if !is_lazy {
+        source = source.all_before_it_runs();
+    }
     let guest = Guest { kept, source, path };
     match &options.how {
+        RestoreHow::Postcopy if !is_lazy => {
+            let restored = guest.eager(program, words)?;
+            let why = Some("a disk that it has pages on was not declared immutable".into());
+            Ok(LiveRestored { why, ..restored })
+        }
         RestoreHow::Postcopy => guest.by_postcopy(program, words, options.guard),
         RestoreHow::Eager => guest.eager(program, words, options.guard),
         RestoreHow::Map(file) => guest.mapped(program, words, file, options.guard),

@@ -4,7 +4,7 @@ use super::write_to;
 use crate::args::InspectArgs;
 use crate::error::CliError;
 use crate::report::{count, lines, mib, percent, say, size};
-use crate::save::{FREE, stats_json};
+use crate::save::{FREE, disks_json, stats_json};
 use serde_json::{Map, Value, json};
 use sonicshot::ClassCounts;
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, PageContent, SaveStats};
@@ -105,6 +105,9 @@ fn print_json(path: &Path, checkpoint: &CheckpointFile, counts: &ClassCounts) {
         "missing_mib": mib(checkpoint.missing_bytes()),
         "notes": lines(&checkpoint.notes()),
         "blobs": blobs,
+        "disks": disks_json(&info.disks),
+        "disk_runs": reader.disk_run_count(),
+        "on_disk_bytes": reader.stats().on_disk.saturating_mul(info.page_size.bytes()),
     });
     if let Value::Object(more) = more {
         report.extend(more);
@@ -138,6 +141,23 @@ fn print_file(reader: &CheckpointReader<File>, info: &CheckpointInfo) {
     for (name, len) in reader.blobs() {
         say!("blob      {name}, {}", size(len));
     }
+    for disk in &info.disks {
+        let marks: Vec<_> = disk.marks.iter().map(|mark| mark.kind.name()).collect();
+        let marks = if marks.is_empty() {
+            "no file system known"
+        } else {
+            &marks.join(", ")
+        };
+        say!(
+            "disk      {}, {} ({}; {marks})",
+            disk.name,
+            size(disk.bytes),
+            disk.hash
+        );
+    }
+    if reader.disk_run_count() > 0 {
+        say!("          {} runs on disks", count(reader.disk_run_count()));
+    }
 }
 
 /// How many pages there are of each content, of `total`.
@@ -156,6 +176,7 @@ fn print_contents(stats: &SaveStats, page_size: u64, total: u64) {
         ("one word", stats.fill),
         ("left out", stats.free),
         ("absent", stats.absent),
+        ("on a disk", stats.on_disk),
     ] {
         if pages > 0 {
             let size = size(pages.saturating_mul(page_size));

@@ -18,6 +18,9 @@ pub(crate) fn restore(args: &QemuRestoreArgs) -> Result<(), CliError> {
         (None, true) => RestoreHow::Eager,
         (None, false) => RestoreHow::Postcopy,
     };
+    let disks = args.disks.disks()?;
+    options.disks = disks.open()?;
+    options.moved_on = disks.moved_on;
     options.guard = Some(this_program("qemu-guard")?);
     let restored = sonicshot_qemu_live::restore(&args.file, program, words, options)?;
     tell(args, &restored);

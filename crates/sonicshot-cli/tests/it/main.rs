@@ -11,6 +11,7 @@ mod checkpoint;
 mod command;
 mod common;
 mod compressed;
+mod disks;
 mod dumps;
 mod face;
 mod folders;

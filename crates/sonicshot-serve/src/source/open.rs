@@ -50,7 +50,13 @@ pub fn open_source(
 ) -> Result<OpenedSource, ServeError> {
     // What is said to be something else is that.
     if options.format.is_none() && CheckpointFile::is_at(path)? {
-        let reader = CheckpointFile::open(path)?.into_reader();
+        let reader = CheckpointFile::open(path)?
+            .with_disks(&options.disks)?
+            .into_reader();
+        if !reader.disks_are_immutable() {
+            let path = path.to_owned();
+            return Err(ServeError::DisksMayChange { path });
+        }
         let before = FileStamp::of(reader.source()).map_err(ServeError::io("reading", path))?;
         let set = set_in(&reader, path)?;
         let source = CheckpointSource::new(reader, cache, metrics);
