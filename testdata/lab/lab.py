@@ -28,6 +28,7 @@ import readers
 import reset
 import serve
 import small
+import soft
 import stress
 import tasks
 import testdata
@@ -51,6 +52,7 @@ COMMANDS = (
     peers.do_compare,
     readers.do_readers,
     cache.do_cache,
+    soft.do_soft,
     vmms.do_vmms,
     forms.do_forms,
     small.do_small,
