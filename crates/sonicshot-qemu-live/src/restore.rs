@@ -134,7 +134,7 @@ pub fn restore(
     let guest = Guest { kept, source, path };
     match &options.how {
         RestoreHow::Postcopy if !is_lazy => {
-            let restored = guest.eager(program, words)?;
+            let restored = guest.eager(program, words, options.guard)?;
             let why = Some("a disk that it has pages on was not declared immutable".into());
             Ok(LiveRestored { why, ..restored })
         }

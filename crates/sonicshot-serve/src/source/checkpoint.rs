@@ -321,7 +321,6 @@ impl<S: RangeSource> PageSource for CheckpointSource<S> {
 
     fn look<'b>(&self, page: GpaRange, buffer: &'b mut Vec<u8>) -> Result<Look<'b>, ServeError> {
         match self.find(page.start())? {
-            Found::Word(run) => Ok(Look::Run(run)),
             Found::Bytes(stored) if page.intersection(&stored.range) == page => {
                 self.read_of(&stored, page, buffer).map(Look::Page)
             }
@@ -330,7 +329,7 @@ impl<S: RangeSource> PageSource for CheckpointSource<S> {
                 self.read_disk(page, buffer)?;
                 Ok(Look::Page(Piece::Own(buffer)))
             }
-            Found::OnDisk(run) => Ok(Look::Run(run)),
+            Found::OnDisk(run) | Found::Word(run) => Ok(Look::Run(run)),
         }
     }
 
