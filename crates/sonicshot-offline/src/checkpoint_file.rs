@@ -10,8 +10,8 @@ use crate::untold::{assumed, named_machine};
 use sonicshot::checkpoint::{CheckpointError, CheckpointReader, PageContent, SaveStats};
 use sonicshot::{Architecture, FileId, FileStamp, MemoryError, Pfn, Progress};
 use sonicshot_dump::{
-    CoreNotes, DiskImage, Dump, DumpError, DumpFile, DumpFormat, LayoutSpec, NewFile, Overwrite, Spool,
-    XlSkeleton, check_not_foreign,
+    CoreNotes, DiskImage, Dump, DumpError, DumpFile, DumpFormat, LayoutSpec, NewFile, Overwrite,
+    Spool, XlSkeleton, check_not_foreign,
 };
 use std::collections::HashSet;
 use std::fs::{self, File, Metadata};
