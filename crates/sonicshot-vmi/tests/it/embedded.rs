@@ -56,7 +56,7 @@ fn an_analysis_that_is_ended_is_an_error_wherever_it_was() {
         let memory = EndsAt::new(left);
         let options = AnalysisOptions::new().stop(memory.stop.clone());
         let found = analyze(&memory, &options);
-        (found, i64::MAX - memory.left.into_inner())
+        (found, i64::MAX.wrapping_sub(memory.left.into_inner()))
     };
     let (whole, reads) = look(i64::MAX);
     whole.unwrap();
