@@ -52,8 +52,10 @@ def is_worker(task: Task) -> bool:
 
 def lasting(tasks: list[Task]) -> list[Task]:
     """Those that are the same until the guest is stopped. The first process is the one that writes
-    the record: it goes on, and takes more memory."""
-    return sorted(task._replace(kib=1) if task.pid == 1 and task.kib else task
+    the record: it goes on, and takes more memory. Of a kernel thread /proc has more of its name than
+    the kernel has in its task (`TASK_COMM_LEN`)."""
+    return sorted(task._replace(kib=min(task.kib, 1) if task.pid == 1 else task.kib,
+                                name=task.name if task.kib else task.name[:15])
                   for task in tasks if not is_worker(task))
 
 
