@@ -40,12 +40,12 @@ fn run(name: &str, folder: &Path, args: &[&str]) -> Output {
 }
 
 #[test]
-fn the_readmes_example_prunes_a_dump() {
+fn the_example_of_the_docs_prunes_a_dump() {
     let source = include_str!("../prune_dump.rs");
     let code = source.split_once("\n\n").unwrap().1;
     assert!(code.lines().count() <= 15);
-    let readme = fs::read_to_string(repository().join("README.md")).unwrap();
-    assert!(readme.contains(&format!("```rust\n{code}```\n")));
+    let docs = fs::read_to_string(repository().join("docs/embedding.md")).unwrap();
+    assert!(docs.contains(&format!("```rust\n{code}```\n")));
     let folder = TempDir::new().unwrap();
     let ram = unpack(folder.path());
     let output = run("prune_dump", folder.path(), &[]);
