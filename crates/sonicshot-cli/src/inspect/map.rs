@@ -283,7 +283,7 @@ pub(super) fn write_svg(analyzed: &Analyzed, title: &str, out: &mut dyn Write) -
         .saturating_mul(CELL)
         .max(legend)
         .saturating_add(top + 16);
-    let width = panel.saturating_mul(2).saturating_add(gap * 3 + 220);
+    let width = panel.saturating_mul(2).saturating_add(gap * 3 + 240);
     writeln!(
         out,
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
@@ -355,7 +355,8 @@ fn write_grid(grid: &Grid, x: u64, y: u64, out: &mut dyn Write) -> io::Result<()
     }
     writeln!(
         out,
-        "<g transform=\"translate({x} {y}) scale({CELL})\" fill=\"none\">"
+        "<g transform=\"translate({x} {}) scale({CELL})\" fill=\"none\">",
+        y.saturating_add(CELL / 2)
     )?;
     for (class, path) in paths {
         let colour = look(class).2;
