@@ -12,7 +12,7 @@ use crate::args::{InputArgs, LibvmiArgs, LibvmiWatchdogArgs};
 use crate::error::CliError;
 use crate::report::complain;
 use serde_json::{Value, json};
-use sonicshot::{ClassSet, PrunePlan, RamLayout};
+use sonicshot::{ClassSet, GuestMemory, MemoryError, Processors, PrunePlan, RamLayout};
 use sonicshot_libvmi::{
     Domain, LibVmi, LibVmiError, LibVmiGuest, LibVmiSymbols, PausedGuest, watch as watch_guest,
 };
@@ -75,7 +75,7 @@ pub(crate) fn watch(args: &LibvmiWatchdogArgs) -> Result<(), CliError> {
     };
     let library = || load(args.libvmi_library.as_deref());
     if watch_guest(std::io::stdin(), library, &domain)? {
-        complain!("sonicshot died while {domain} was paused: it runs on");
+        complain!("{domain} was left paused, and runs on now");
     }
     Ok(())
 }
@@ -117,10 +117,18 @@ impl Look {
             .guest(known.fallback(Arc::new(symbols)))
             .on_inconsistency(input.on_inconsistency())
             .zero_pages(zero_pages);
+        if let (Processors::NotTold(why), None) = (paused.processors(), input.cr3) {
+            let what = format!(
+                "whether the kernel of {domain} owns its memory is not known, for {why}: give --cr3"
+            );
+            return Err(CliError::Usage { what });
+        }
         let analysis = analyze(&paused, &options);
-        let analysis = analysis.map_err(|source| OfflineError::Guest {
-            path: domain.to_string().into(),
-            source,
+        let analysis = analysis.map_err(|source| {
+            is_gone(&paused).unwrap_or_else(|| {
+                let path = domain.to_string().into();
+                OfflineError::Guest { path, source }.into()
+            })
         })?;
         Ok(Self {
             library,
@@ -135,6 +143,21 @@ impl Look {
     fn resume(guest: PausedGuest, since: Instant) -> Result<Duration, CliError> {
         guest.resume()?;
         Ok(since.elapsed())
+    }
+}
+
+/// What is wrong with reading a guest that could be read before: that explains all else.
+fn is_gone(guest: &PausedGuest) -> Option<CliError> {
+    let first = guest.layout().regions().first()?;
+    match guest.read(first.start(), &mut [0]) {
+        Ok(()) => None,
+        Err(MemoryError::Backend { range, source }) => {
+            Some(match source.downcast::<LibVmiError>() {
+                Ok(error) => (*error).into(),
+                Err(source) => MemoryError::Backend { range, source }.into(),
+            })
+        }
+        Err(error) => Some(error.into()),
     }
 }
 

@@ -165,7 +165,7 @@ impl Server<'_> {
         self.answer(said, &mut stream, &mut sent)?;
         stream.end_pages().map_err(&sending)?;
         stream.end_of_postcopy().map_err(&sending)?;
-        wait_for_end(said)
+        wait_for_end(said, &sent)
     }
 
     /// All that goes before the pages that are asked for.
@@ -338,7 +338,7 @@ impl Server<'_> {
 }
 
 /// Waits until QEMU says that all was well.
-fn wait_for_end(said: &Mutex<Said>) -> Result<(), QemuError> {
+fn wait_for_end(said: &Mutex<Said>, sent: &Sent) -> Result<(), QemuError> {
     const EVERY: Duration = Duration::from_millis(2);
     const PATIENCE: u32 = 30_000;
     let listening = QemuError::system("hearing what QEMU says at the end");
@@ -346,7 +346,13 @@ fn wait_for_end(said: &Mutex<Said>) -> Result<(), QemuError> {
         {
             let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
             match (said.end, said.failed.take()) {
-                (Some(true), _) => return Ok(()),
+                // What it asked for last it was sent all the same, if there is such a page.
+                (Some(true), _) if said.requests.iter().all(|asked| sent.knows(asked)) => {
+                    return Ok(());
+                }
+                (Some(true), _) => {
+                    return Err(listening(invalid("QEMU asks for a page that it has not")));
+                }
                 (Some(false), _) => {
                     return Err(listening(invalid(
                         "QEMU says that the migration has failed",
@@ -472,6 +478,11 @@ impl Sent {
 
     fn page_size(&self, block: &str) -> Option<u64> {
         self.blocks.get(block).map(|block| block.page_size)
+    }
+
+    /// Whether there are such pages.
+    fn knows(&self, asked: &Request) -> bool {
+        self.has_room(&asked.block, asked.offset, asked.len)
     }
 
     fn has_room(&self, block: &str, at: u64, len: u64) -> bool {

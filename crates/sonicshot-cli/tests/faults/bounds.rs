@@ -544,7 +544,9 @@ fn a_full_disk_is_told_as_one() {
             run.stderr
         );
         // The output that is written is named first, and no input is blamed.
-        let names_it = run.stderr.contains("error: writing out\n");
+        let names_it = ["error: writing out\n", "error: out\n  because: writing "]
+            .iter()
+            .any(|words| run.stderr.contains(words));
         assert!(names_it, "{line}: {}", run.stderr);
         assert_eq!(fs::read_dir(small.path()).unwrap().count(), 0, "{line}");
     }

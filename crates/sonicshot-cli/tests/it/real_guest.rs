@@ -224,7 +224,7 @@ fn every_failure_has_its_exit_code() {
         (
             &["prune", text(&dump), "--dry-run", "--drop", "nonsense"],
             2,
-            "no page class",
+            "unknown page class",
         ),
         (&["inspect", text(&odd)], 3, "no memory dump"),
         (&["inspect", text(&empty)], 3, "empty"),

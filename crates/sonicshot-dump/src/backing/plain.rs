@@ -416,6 +416,9 @@ impl GuestMemory for PlainDump {
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         let range = GpaRange::with_len(at, buf.len() as u64).unwrap_or(GpaRange::new(at, at));
         let not_ram = || MemoryError::NotRam { range };
+        if !buf.is_empty() && !self.layout.contains(at, range.len()) {
+            return Err(not_ram());
+        }
         if let Some(absent) = self.absent_from(at)
             && absent.start() < range.end()
         {

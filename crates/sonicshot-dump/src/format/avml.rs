@@ -173,6 +173,9 @@ impl GuestMemory for AvmlFile {
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         let range = GpaRange::with_len(at, buf.len() as u64).unwrap_or(GpaRange::new(at, at));
         let not_ram = || MemoryError::NotRam { range };
+        if !buf.is_empty() && !self.layout.contains(at, range.len()) {
+            return Err(not_ram());
+        }
         let lost = self.cut.map(|cut| cut.lost.intersection(&range));
         if lost.is_some_and(|lost| !lost.is_empty()) {
             return Err(MemoryError::Absent { range });
