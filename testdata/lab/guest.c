@@ -264,10 +264,10 @@ static void record(int disk, const char *name, const char *path)
 /* Its processes: number, parent, address space in KiB and name of each, in the order of /proc. */
 static void record_tasks(int disk)
 {
-	FILE *out = fopen("/tasks", "w");
+	FILE *out = fopen("/shm/tasks", "w");
 	DIR *all = opendir("/proc");
 	if (!out || !all)
-		die("/tasks");
+		die("/shm/tasks");
 	struct dirent *entry;
 	while ((entry = readdir(all))) {
 		char path[300], line[512];
@@ -289,8 +289,9 @@ static void record_tasks(int disk)
 	}
 	closedir(all);
 	if (fclose(out))
-		die("/tasks");
-	record(disk, "tasks", "/tasks");
+		die("/shm/tasks");
+	record(disk, "tasks", "/shm/tasks");
+	unlink("/shm/tasks");
 }
 
 /* Where the kernel's log was when the guest was ready: what it said at boot is its own affair. */
