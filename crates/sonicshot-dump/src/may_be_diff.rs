@@ -27,10 +27,10 @@ const WRITTEN: ClassSet = ClassSet::EMPTY
 /// Of one with a kernel, if pages that the guest has written to are holes in it, others of zeroes are
 /// not, and below the last of those holes lies what is none: zeroes, or free pages enough for a hole. Who
 /// makes a file sparse, or prunes it, makes holes of all zeroes, from its beginning on, and a prune that
-/// was interrupted has made them of free pages too. In a diff, which may hold all of the kernel (Firecracker's without dirty
-/// tracking has every page that was touched, by mincore(2)), a hole is what the base has, and so would
-/// be those that a prune made. Where types do not tell what is written, any page that is not free
-/// counts.
+/// was interrupted has made them of free pages too. In a diff, which may hold all of the kernel
+/// (Firecracker's without dirty tracking has every page that was touched, by mincore(2)), a hole is what
+/// the base has, and so would be those that a prune made. Where types do not tell what is written, any
+/// page that is not free counts.
 ///
 /// Of one without a kernel, if it [has a hole](first_hole).
 #[must_use]
