@@ -158,10 +158,8 @@ impl<S: RangeSource> CheckpointReader<S> {
         runs.sort_by_key(|(_, run)| (run.disk, run.at));
         let mut spans: Vec<Span> = Vec::new();
         for (record, run) in runs {
-            // It was decoded, so it has a range.
-            let Some(range) = run.range(page_size) else {
-                continue;
-            };
+            // It was decoded, so it has a range. Without one its pages would be left as they are.
+            let range = run.range(page_size).ok_or(CheckpointError::Worker)?;
             let joined = spans.last().and_then(|last| last.with(run.disk, range));
             match (joined, spans.last_mut()) {
                 (Some(range), Some(last)) => {

@@ -34,7 +34,7 @@ pub enum MarkKind {
     ExtSuperblock,
     /// The superblock of ext4's journal: how far its log is.
     ExtJournal,
-    /// The superblock of xfs, with the position in its log.
+    /// The superblock of xfs; not its log.
     XfsSuperblock,
     /// The superblock of btrfs, with its generation.
     BtrfsSuperblock,
