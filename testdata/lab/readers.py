@@ -1,6 +1,8 @@
 """Files that sonicshot wrote and pruned, opened by others: by Debian's crash and by drgn, which must
-find in them what they find in the file that nothing was dropped of."""
+find in them what they find in the file that nothing was dropped of; and by makedumpfile, whose dumps of
+them must hold the same memory."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -85,12 +87,17 @@ def call(tool: Path, *words: Word) -> Json:
     return report_of(done.stdout)
 
 
+def prune_twice(tool: Path, whole: Path) -> None:
+    """Makes `.pruned` of a file, and `.again` of that."""
+    pruned, again = whole.with_suffix(".pruned"), whole.with_suffix(".again")
+    call(tool, "prune", whole, "-o", pruned, "--force")
+    call(tool, "prune", pruned, "-o", again, "--force")
+
+
 def check(tool: Path, vmlinux: Path, whole: Path, one: tuple[str, Path, Reader]) -> None:
     """What is pruned of a file, once and twice, is to a reader what it was before."""
     name, program, read = one
     pruned, again = whole.with_suffix(".pruned"), whole.with_suffix(".again")
-    call(tool, "prune", whole, "-o", pruned, "--force")
-    call(tool, "prune", pruned, "-o", again, "--force")
     wanted = read(program, vmlinux, whole)
     for dump in (pruned, again):
         if read(program, vmlinux, dump) != wanted:
@@ -102,6 +109,40 @@ def check(tool: Path, vmlinux: Path, whole: Path, one: tuple[str, Path, Reader])
     print(f"ok   {whole.name}: {name} opens it, {' -> '.join(sizes)} MiB", flush=True)
 
 
+# What makedumpfile makes of a file: all that is in it, as a kdump, also without zeroes, and as a core.
+REWRITES = (("-d", "0", "-c"), ("-d", "1", "-c"), ("-d", "0", "-E"))
+
+
+def memory_of(tool: Path, dump: Path) -> bytes:
+    """The digest of a dump's memory; what the dump does not have is zero."""
+    raw = dump.with_suffix(".memory")
+    call(tool, "convert", dump, "-o", raw, "--to", "raw", "--force")
+    with open(raw, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    raw.unlink()
+    return digest
+
+
+def check_rewrites(tool: Path, program: Path, whole: Path) -> None:
+    """What makedumpfile makes of a pruned file has all of its memory."""
+    made = whole.with_suffix(".made")
+    for dump in (whole.with_suffix(".pruned"), whole.with_suffix(".again")):
+        wanted = memory_of(tool, dump)
+        for words in REWRITES:
+            made.unlink(missing_ok=True)
+            done = attempt(program, *words, dump, made)
+            if done.returncode:
+                said = (done.stdout + done.stderr)[-300:]
+                if "compression unsupported" in said:
+                    print(f"skip {dump.name}: this makedumpfile has no such compression")
+                    return
+                raise CheckFailed(f"makedumpfile {' '.join(words)} {dump.name} ends with "
+                                  f"{done.returncode}: {said}")
+            if memory_of(tool, made) != wanted:
+                raise CheckFailed(f"makedumpfile {' '.join(words)} reads {dump.name} otherwise")
+    print(f"ok   {whole.name}: makedumpfile reads it, pruned once and twice", flush=True)
+
+
 def readers_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--ram", type=Path, help="raw RAM; if not given, the tests' capture")
     parser.add_argument("--vmlinux", type=Path, help="its kernel, with debug symbols")
@@ -109,14 +150,17 @@ def readers_arguments(parser: ArgumentParser) -> None:
     tool_argument(parser)
 
 
-@command("readers", "open pruned kdumps and cores in crash and drgn", readers_arguments)
+@command("readers", "open pruned kdumps and cores in crash, drgn and makedumpfile", readers_arguments)
 def do_readers(args: Namespace) -> None:
     """Writes a guest in every form, prunes it twice, and reads all of them."""
     if not (args.vmlinux and args.vmlinux.exists()):
         print("skip: no vmlinux with debug symbols of the guest's kernel was given (--vmlinux)")
         return
     here = readers()
-    if not here:
+    makedumpfile = shutil.which("makedumpfile")
+    if not makedumpfile:
+        print("skip: no makedumpfile here (apt-get install makedumpfile)")
+    if not here and not makedumpfile:
         return
     tool = find_tool(args.sonicshot)
     with tempfile.TemporaryDirectory(dir=args.ram and args.ram.parent) as name:
@@ -129,7 +173,10 @@ def do_readers(args: Namespace) -> None:
         for form in args.forms.split(","):
             whole = work / form
             call(tool, "convert", ram, "-o", whole, *FORMS[form])
+            prune_twice(tool, whole)
             for one in here:
                 check(tool, args.vmlinux, whole, one)
+            if makedumpfile:
+                check_rewrites(tool, Path(makedumpfile), whole)
             for file in work.glob(f"{form}*"):
                 file.unlink()

@@ -388,8 +388,46 @@ fn not_every_segment_is_ram() {
     assert!(contents(&after) == pruned(&before, &plan(dump.layout(), &runs)));
     let kept: Vec<_> = segments(&bytes);
     let kept: Vec<_> = kept.iter().filter(|s| s.kind == PT_LOAD).collect();
-    assert_eq!((kept[0].paddr, &kept[0].data), (u64::MAX, &loads[0].data));
-    assert_eq!((kept[1].memsz, &kept[1].data), (0, &loads[1].data));
+    // Behind memory without bytes.
+    assert_eq!((kept[0].paddr, kept[0].data.len()), (0x2000, 0));
+    assert_eq!((kept[1].paddr, &kept[1].data), (u64::MAX, &loads[0].data));
+    assert_eq!((kept[2].memsz, &kept[2].data), (0, &loads[1].data));
+}
+
+/// makedumpfile (1.7) maps a core by the memory that its segments have, and takes what follows in the
+/// file for memory without bytes, unless the first segment has no byte, at no place of the file that
+/// seems to be memory.
+#[test]
+fn memory_without_bytes_comes_first_in_a_pruned_core() {
+    let folder = TempDir::new().unwrap();
+    let info = notes(&[note("CORE", &[1; 336])]);
+    for (runs, first) in [
+        (&[(40, 2), (50, 3)][..], Some((40, 2))),
+        (&[(0, 3), (50, 3)], Some((0, 3))),
+        (&[(0x60, 16)], Some((0x60, 16))),
+        (&[], None),
+    ] {
+        let loads = [
+            info.clone(),
+            load(0, pattern(1, 60 * PAGE)),
+            load(0x6_0000, pattern(2, 16 * PAGE)),
+        ];
+        let path = write(&folder, &core(PLAIN, &loads));
+        let (_, bytes) = prune(&path, runs);
+        let at = |number: usize, field: usize| word(&bytes, 64 + 56 * number + field, 8);
+        let kind = |number: usize| word(&bytes, 64 + 56 * number, 4) as u32;
+        let count = segments(&bytes).len();
+        let number = (0..count).find(|number| kind(*number) == PT_LOAD).unwrap();
+        let empty = at(number, 32) == 0;
+        assert_eq!(
+            empty.then(|| (at(number, 24) / PAGE, at(number, 40) / PAGE)),
+            first
+        );
+        // No segment seems to begin the file.
+        assert!((0..count).all(|number| at(number, 8) >= 64 + 56 * count as u64));
+        let (_, again) = prune(&pruned_path(&path), runs);
+        assert!(again == bytes, "{runs:?}");
+    }
 }
 
 /// Two segments with bytes for the same memory, each at a place of its own in the file, as the
@@ -630,7 +668,8 @@ fn too_many_gaps_become_holes_in_the_file() {
         .prune_to(&plan, &out, Overwrite::Refuse, &mut |_, _| {})
         .unwrap();
     // Each kept page begins a piece; what is dropped last needs no other behind it.
-    assert_eq!(stats.joined, GAPS - 65_533);
+    // One is at the front, without bytes, one has the notes.
+    assert_eq!(stats.joined, GAPS - 65_532);
     assert_eq!(stats.dropped_bytes, (GAPS + WIDE) * PAGE);
     assert!(stats.disk_after < 8 << 20, "{stats:?}");
     let after = Dump::open(&out, None).unwrap();

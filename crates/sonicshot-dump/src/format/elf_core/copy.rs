@@ -211,17 +211,19 @@ impl Made {
         absent: &[GpaRange],
     ) -> Option<(Self, u64)> {
         let fits = |made: &Self| made.end.raw() <= dump.file_len();
-        // One may have to be added.
+        // Two may have to be added: notes, and memory without bytes at the front.
         let has_notes = core.segments.iter().any(|s| s.kind == PT_NOTE);
-        let most = MAX_SEGMENTS.saturating_sub(usize::from(!has_notes));
+        let most = MAX_SEGMENTS
+            .saturating_sub(usize::from(!has_notes))
+            .saturating_sub(usize::from(!begins_without_bytes(&pieces)));
         let (pieces, count) = join_smallest_gaps(pieces, most);
-        let made = Self::new(dump, core, pieces.clone(), absent, ALIGN)?;
-        if fits(&made) {
-            return Some((made, count));
-        }
-        let made = Self::new(dump, core, pieces.clone(), absent, 1)?;
-        if fits(&made) {
-            return Some((made, count));
+        let mut front = pieces.clone();
+        put_front(&mut front)?;
+        for (pieces, align) in [(&front, ALIGN), (&front, 1), (&pieces, 1)] {
+            let made = Self::new(dump, core, pieces.clone(), absent, align)?;
+            if fits(&made) {
+                return Some((made, count));
+            }
         }
         let (pieces, more) = join_smallest_gaps(pieces, core.segments.len());
         let made = Self::new(dump, core, pieces, absent, 1)?;
@@ -250,6 +252,50 @@ impl Made {
         let end = lay_out(&mut pieces, align)?;
         Some(Self { pieces, notes, end })
     }
+}
+
+/// Whether the first memory has no bytes.
+fn begins_without_bytes(pieces: &[Piece]) -> bool {
+    let first = pieces.iter().find(|piece| piece.segment.kind == PT_LOAD);
+    first.is_some_and(|piece| piece.segment.file_len == 0)
+}
+
+/// Puts a piece without bytes before all other memory, if some memory has none.
+///
+/// makedumpfile (1.7) maps a core's bytes by the memory that segments have, not by the bytes: behind
+/// a segment's last byte it takes those of the next segment for memory, and unmaps what it still uses.
+/// It maps none, and reads all as it should, if it finds no byte of the first segment's first page.
+fn put_front(pieces: &mut Vec<Piece>) -> Option<()> {
+    let is_memory = |piece: &Piece| piece.segment.kind == PT_LOAD;
+    let is_short = |piece: &Piece| piece.segment.file_len < piece.segment.mem_len;
+    let Some(first) = pieces.iter().position(is_memory) else {
+        return Some(());
+    };
+    let is_ram = |piece: &Piece| piece.segment.guest().is_some();
+    let Some(short) = pieces
+        .iter()
+        .position(|piece| is_ram(piece) && is_short(piece))
+    else {
+        return Some(());
+    };
+    let whole = pieces.get_mut(short)?;
+    let len = whole.segment.file_len;
+    if len == 0 {
+        let empty = pieces.remove(short);
+        pieces.insert(first, empty);
+        return Some(());
+    }
+    let mut empty = whole.clone();
+    empty.segment = Segment {
+        vaddr: whole.segment.vaddr.wrapping_add(len),
+        paddr: whole.segment.paddr.checked_add(len)?,
+        file_len: 0,
+        mem_len: whole.segment.mem_len.checked_sub(len)?,
+        ..whole.segment
+    };
+    whole.segment.mem_len = len;
+    pieces.insert(first, empty);
+    Some(())
 }
 
 /// The notes of the input, and what says which memory the output does not have. `None` if they are
@@ -328,7 +374,8 @@ struct Moved {
 /// Gives each piece its place in the file, and returns where that ends. What pieces share of the
 /// input they share of the output.
 fn lay_out(pieces: &mut [Piece], align: u64) -> Option<FileOffset> {
-    let mut at = wire::headers_end(pieces.len())?;
+    let headers_end = wire::headers_end(pieces.len())?;
+    let mut at = headers_end;
     for new in pieces.iter_mut().filter(|piece| piece.is_new) {
         new.segment.offset = at;
         at = at.checked_add(new.segment.file_len)?;
@@ -361,13 +408,14 @@ fn lay_out(pieces: &mut [Piece], align: u64) -> Option<FileOffset> {
         let from = piece.from;
         let behind = moved.partition_point(|moved| moved.from.start() <= from);
         let place = behind.checked_sub(1).and_then(|index| moved.get(index));
-        // What has no data has no place.
+        // What has no data has no place: one behind the headers, for makedumpfile takes one at the
+        // beginning of the file for bytes.
         piece.segment.offset = match place.filter(|place| from < place.from.end()) {
             Some(place) => {
                 let inside = from.offset_from(place.from.start())?;
                 place.to.checked_add(inside)?
             }
-            None => FileOffset::ZERO,
+            None => headers_end,
         };
     }
     Some(at)
