@@ -11,10 +11,11 @@ use sonicshot_libvmi::Domain;
 use sonicshot_offline::packed::ImageCompression;
 use sonicshot_offline::{
     AnalyzeOptions, DumpFormat, KdumpCompression, LayoutSpec, OpenOptions, RestoreDisks, RestoreTo,
+    ShareOptions,
 };
 use sonicshot_vmi::x86_64::Cr3;
 use sonicshot_vmi::{Knowledge, OnInconsistency};
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 
 const EXIT_CODES: &str = "\
@@ -26,7 +27,8 @@ Exit codes:
   4  no kernel was found in it, or its symbols are missing or of another kernel
   5  the guest's own records of free pages contradict each other, or its kernel does not own
      the memory: nothing was pruned
-  6  another process has the file open for writing: it was not pruned in place";
+  6  another process has the file open for writing: it was not changed in place, or the disk's
+     image is not pinned";
 
 /// Leaves a guest's free memory out of its snapshots, from outside, with no agent.
 #[derive(Debug, Parser)]
@@ -78,6 +80,10 @@ pub(crate) enum Command {
     /// Take the free pages out of a dump; it stays a dump of the same format
     #[command(after_help = EXIT_CODES)]
     Prune(PruneArgs),
+    /// Let a memory file share the blocks of its guest's disk that hold the same, on xfs and btrfs: for
+    /// VMMs that read nothing but such files
+    #[command(after_help = EXIT_CODES)]
+    Share(ShareArgs),
     /// Save a dump as a checkpoint: only the pages that the guest needs, compressed and checked
     #[command(after_help = EXIT_CODES)]
     Save(SaveArgs),
@@ -358,6 +364,41 @@ fn size(text: &str) -> Result<u64, String> {
         .and_then(|digits| digits.parse::<u64>().ok())
         .and_then(|number| number.checked_mul(1 << shift))
         .ok_or_else(|| "not a size, such as 4096, 64K or 2M".into())
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ShareArgs {
+    /// Raw guest RAM, a mapped-ram file, or the folder of a VMM's snapshot. Without -o it is changed
+    /// itself: not a byte of it, but where they are, for the kernel compares them first
+    #[arg(value_name = "FILE|DIR")]
+    pub file: PathBuf,
+    /// The image of a disk of the guest's, raw, on the same file system; may be repeated. What is
+    /// shared stays as it is, whoever writes to the image later
+    #[arg(long, value_name = "IMAGE", required = true)]
+    pub disk: Vec<PathBuf>,
+    /// Write a copy instead, of a folder a folder: what it shares is not written at all. On btrfs a
+    /// file that was written whole gives back the room of an extent only when it shares all of it
+    #[arg(short, long, value_name = "OUT")]
+    pub output: Option<PathBuf>,
+    /// The shortest run of pages of 4 KiB that is shared: each is two more extents
+    #[arg(long, value_name = "PAGES", default_value_t = ShareOptions::MIN_RUN)]
+    pub min_run: NonZeroU64,
+    /// How many threads look for pages; by default as many as there are cores
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub threads: Option<NonZeroUsize>,
+    /// Where each block of memory of a QEMU file with several lies:
+    /// BLOCK=START-END,...;BLOCK=...
+    #[arg(long, value_name = "LAYOUT")]
+    pub layout: Option<LayoutSpec>,
+    /// What the file is, whatever it begins with: raw, mapped-ram and so on
+    #[arg(long, value_name = "NAME")]
+    pub format: Option<DumpFormat>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write over an existing OUT
+    #[arg(long, requires = "output")]
+    pub force: bool,
 }
 
 #[derive(Debug, Args)]

@@ -387,6 +387,8 @@ fn code_of_dump(error: &DumpError) -> u8 {
         | DumpError::NotFinished { .. }
         | DumpError::Unsettled { .. }
         | DumpError::PrunedInPart { .. }
+        | DumpError::NoSharing { .. }
+        | DumpError::SharedInPart { .. }
         | DumpError::TooLong {
             by: SizeLimit::Given | SizeLimit::Free | SizeLimit::Disk,
             ..
@@ -398,6 +400,7 @@ fn code_of_dump(error: &DumpError) -> u8 {
             ..
         } => 1,
         DumpError::NotInPlace { .. }
+        | DumpError::CannotShare { .. }
         | DumpError::NotAStream { .. }
         | DumpError::CannotConvert { .. }
         | DumpError::Kdump {
@@ -552,6 +555,13 @@ fn hint_of_dump(error: &DumpError) -> Option<&'static str> {
         DumpError::Exists { .. } => OR_FORCE,
         DumpError::SameFile { .. } => "use --in-place to prune the file itself",
         DumpError::NoHoles { .. } | DumpError::NotInPlace { .. } => "prune by copy instead: -o OUT",
+        DumpError::NoSharing { .. } | DumpError::SharedInPart { .. } => {
+            "put the memory and the image on one xfs or btrfs; or leave the pages out of a checkpoint: \
+             `save --disk` needs nothing of the file system"
+        }
+        DumpError::CannotShare { .. } => {
+            "`convert --to raw` or `--to mapped-ram` makes a file with its pages as they are"
+        }
         DumpError::InUse { .. } | DumpError::MayBeInUse { .. } => {
             "end what writes it, or prune by copy: -o OUT. --live-ok prunes it all the same: \
              only if its guest is stopped, and was before this command began"

@@ -18,6 +18,7 @@ mod report;
 mod restore;
 mod save;
 mod serve;
+mod share;
 mod symbols;
 mod xen;
 
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
     let (result, json) = match &cli.command {
         Command::Inspect(args) => (inspect::run(args), args.json),
         Command::Prune(args) => (prune::run(args), args.json),
+        Command::Share(args) => (share::run(args), args.json),
         Command::Save(args) => (save::run(args), args.json),
         Command::Restore(args) => (restore::run(args), args.json),
         Command::Verify(args) => (restore::verify(args), args.json),

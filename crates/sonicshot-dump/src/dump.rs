@@ -1,6 +1,6 @@
 //! A dump of any format.
 
-use crate::backing::plain::is_block_device;
+use crate::backing::plain::{PlainDump, is_block_device};
 use crate::backing::spool::Spool;
 use crate::format::ability::{AsStream, ByCopy, InPlace, Migration};
 use crate::format::kind::Format;
@@ -410,6 +410,20 @@ impl Dump {
             return Err(not_in_place("on a block device"));
         }
         Ok(format)
+    }
+
+    /// The file, if its pages lie in it as they are.
+    pub(crate) fn sharable(&self) -> Result<&PlainDump, DumpError> {
+        let cannot = |format| DumpError::CannotShare {
+            path: self.path.clone(),
+            format,
+        };
+        let format = self.format.in_place().filter(|_| self.spool().is_none());
+        let format = format.ok_or_else(|| cannot(self.format()))?;
+        if is_block_device(self.file()).map_err(DumpError::io("reading", &self.path))? {
+            return Err(cannot("on a block device"));
+        }
+        Ok(format.source())
     }
 
     pub(crate) fn as_stream(&self) -> Result<&dyn AsStream, DumpError> {

@@ -455,6 +455,40 @@ pub enum DumpError {
         /// How much of it there is.
         value: u64,
     },
+    /// The pages do not lie in the file so that it can share them with a disk's image.
+    #[error("{} is {format}, whose pages cannot be shared with a disk's image", path.display())]
+    CannotShare {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        format: &'static str,
+    },
+    /// Two files cannot share blocks.
+    #[error("{} cannot share blocks with {}", path.display(), image.display())]
+    NoSharing {
+        /// The file.
+        path: PathBuf,
+        /// The image of the disk.
+        image: PathBuf,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file was to share blocks with an image, and did not come to its end.
+    #[error(
+        "{} is byte for byte what it was, and shares a part of its blocks with {}",
+        path.display(),
+        image.display()
+    )]
+    SharedInPart {
+        /// The file.
+        path: PathBuf,
+        /// The image of the disk.
+        image: PathBuf,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
     /// The file system cannot punch holes.
     #[error("the file system of {} cannot punch holes", path.display())]
     NoHoles {

@@ -49,7 +49,9 @@
 //! [`SnapshotFiles::processors`] tells it, and [`Dump::with_processors`] puts it to the memory.
 //!
 //! # Disks
-//! A [`DiskImage`] is the image of a guest's disk, of which a checkpoint refers to pages.
+//! A [`DiskImage`] is the image of a guest's disk, of which a checkpoint refers to pages. A file that
+//! can be pruned in place can share the blocks of such an image, where the file system can:
+//! [`Dump::share_in_place`], [`Dump::share_to`].
 //!
 //! Files are not trusted: every offset and length is checked against the file before it is used,
 //! and what is allocated is bounded by the length of the file. Output appears whole or not at all;
@@ -79,6 +81,7 @@ mod options;
 mod output;
 mod processors;
 mod prune;
+mod share;
 mod snapshot;
 
 #[doc(hidden)]
@@ -112,4 +115,5 @@ pub use output::folder::NewFolder;
 pub use prune::holes::PruneOptions;
 pub use prune::in_place::has_zeroes_to_punch;
 pub use prune::stats::PruneStats;
+pub use share::{ShareOptions, ShareStats};
 pub use snapshot::{FilesNote, SnapshotFiles, Vmm};

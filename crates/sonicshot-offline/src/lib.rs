@@ -44,6 +44,7 @@ pub mod packed;
 mod place;
 mod plan;
 mod save;
+mod share;
 mod snapshot;
 mod text;
 mod untold;
@@ -62,5 +63,6 @@ pub use save::{CheckpointOptions, Saved, Whole};
 pub use snapshot::Snapshot;
 pub use sonicshot_dump::{
     DumpFormat, Incomplete, KdumpCompression, LayoutSpec, Overwrite, PruneOptions, PruneStats,
+    ShareOptions, ShareStats,
 };
 pub use text::ByteSize;

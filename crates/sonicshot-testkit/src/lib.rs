@@ -8,8 +8,10 @@
 //! [`check_memory`] holds a guest memory, whoever has it, against what the trait promises.
 
 mod memory;
+mod mounted;
 
 pub use memory::{check_handed_on, check_memory, check_same};
+pub use mounted::Mounted;
 
 /// The environment variable that lets tests fail that would be skipped.
 pub const REQUIRE_ALL: &str = "SONICSHOT_REQUIRE_ALL";

@@ -33,7 +33,7 @@ fn pruned(folder: &Path) -> Vec<u8> {
 }
 
 /// A Cloud Hypervisor folder whose file holds the upper half of RAM first.
-fn cloud_hypervisor(folder: &Path) -> PathBuf {
+pub fn cloud_hypervisor(folder: &Path) -> PathBuf {
     fs::create_dir(folder).unwrap();
     let ranges = json!({"memory_ranges": {"data": [
         {"gpa": HALF, "length": HALF},

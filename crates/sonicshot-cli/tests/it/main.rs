@@ -24,6 +24,7 @@ mod migration;
 mod real_guest;
 mod rights;
 mod serve;
+mod share;
 mod symbols;
 mod vmware;
 mod xen;

@@ -277,7 +277,7 @@ impl PlainDump {
 
     /// The part of `at..at+len` that one extent holds: where it is in the file, unless it is
     /// zeroes, and its length.
-    fn part(&self, at: Gpa, len: u64) -> Option<(Option<FileOffset>, u64)> {
+    pub(crate) fn part(&self, at: Gpa, len: u64) -> Option<(Option<FileOffset>, u64)> {
         if let Some(scattered) = &self.scattered {
             return scattered.part(at, len);
         }

@@ -1,6 +1,7 @@
 //! System calls that no crate in use offers.
 #![expect(unsafe_code, reason = "the FFI edge")]
 
+use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use sonicshot::{FileOffset, FileRange};
 use std::fs::File;
 use std::io;
@@ -49,4 +50,173 @@ pub(crate) fn clone_range(
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),
     }
+}
+
+/// What `FIDEDUPERANGE` takes (`struct file_dedupe_range` in include/uapi/linux/fs.h), with one
+/// destination.
+#[repr(C)]
+struct Dedupe {
+    head: DedupeHead,
+    to: DedupeTo,
+}
+
+#[repr(C)]
+struct DedupeHead {
+    from_offset: u64,
+    len: u64,
+    destinations: u16,
+    reserved: [u16; 3],
+}
+
+#[repr(C)]
+struct DedupeTo {
+    descriptor: i64,
+    offset: u64,
+    done: u64,
+    status: i32,
+    reserved: u32,
+}
+
+/// The number of the call counts the head alone.
+const FIDEDUPERANGE: Opcode = opcode::read_write::<DedupeHead>(0x94, 54);
+/// The bytes differ.
+const DIFFERS: i32 = 1;
+
+/// What came of a range that was to be shared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Deduped {
+    /// So many bytes of it are shared now.
+    Shared(u64),
+    /// They are not the same, and nothing was done.
+    Differs,
+}
+
+/// Lets `to` share the bytes `range` of `from` from `at` on, all on whole blocks, if they are what it
+/// holds there: the kernel compares them first, while nobody can write either.
+pub(crate) fn dedupe_range(
+    from: &File,
+    range: FileRange,
+    to: &File,
+    at: FileOffset,
+) -> io::Result<Deduped> {
+    let mut request = Dedupe {
+        head: DedupeHead {
+            from_offset: range.start().raw(),
+            len: range.len(),
+            destinations: 1,
+            reserved: [0; 3],
+        },
+        to: DedupeTo {
+            descriptor: to.as_raw_fd().into(),
+            offset: at.raw(),
+            done: 0,
+            status: 0,
+            reserved: 0,
+        },
+    };
+    // SAFETY: both descriptors are open while the files are borrowed; the kernel reads and writes the
+    // head and as many destinations as it says, which is one, and is there.
+    unsafe { ioctl(from, Updater::<FIDEDUPERANGE, Dedupe>::new(&mut request)) }?;
+    match request.to.status {
+        0 => Ok(Deduped::Shared(request.to.done)),
+        DIFFERS => Ok(Deduped::Differs),
+        status => Err(io::Error::from_raw_os_error(
+            status.checked_neg().unwrap_or(libc::EIO),
+        )),
+    }
+}
+
+/// How many extents are asked for at once.
+const EXTENTS: u32 = 128;
+
+/// What `FS_IOC_FIEMAP` takes (include/uapi/linux/fiemap.h).
+#[repr(C)]
+struct Fiemap {
+    head: FiemapHead,
+    extents: [FiemapExtent; EXTENTS as usize],
+}
+
+#[repr(C)]
+struct FiemapHead {
+    start: u64,
+    len: u64,
+    flags: u32,
+    mapped: u32,
+    room: u32,
+    reserved: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct FiemapExtent {
+    offset: u64,
+    physical: u64,
+    len: u64,
+    reserved: [u64; 2],
+    flags: u32,
+    reserved_too: [u32; 3],
+}
+
+const FIEMAP: Opcode = opcode::read_write::<FiemapHead>(b'f', 11);
+/// What was written is on disk first.
+const SYNC: u32 = 1;
+const LAST: u32 = 1;
+const SHARED: u32 = 0x2000;
+
+/// What the file system has of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct ExtentCount {
+    /// Extents of data.
+    pub extents: u64,
+    /// Bytes in extents that other files have too, or this one elsewhere.
+    pub shared: u64,
+}
+
+/// Counts the extents of a file of `len` bytes.
+pub(crate) fn count_extents(file: &File, len: u64) -> io::Result<ExtentCount> {
+    let none = FiemapExtent {
+        offset: 0,
+        physical: 0,
+        len: 0,
+        reserved: [0; 2],
+        flags: 0,
+        reserved_too: [0; 3],
+    };
+    let mut count = ExtentCount::default();
+    let mut at = 0_u64;
+    while let Some(left) = len.checked_sub(at).filter(|left| *left > 0) {
+        let mut request = Fiemap {
+            head: FiemapHead {
+                start: at,
+                len: left,
+                flags: SYNC,
+                mapped: 0,
+                room: EXTENTS,
+                reserved: 0,
+            },
+            extents: [none; EXTENTS as usize],
+        };
+        // SAFETY: the descriptor is open while the file is borrowed; the kernel writes the head and no
+        // more extents than there is room for.
+        unsafe { ioctl(file, Updater::<FIEMAP, Fiemap>::new(&mut request)) }?;
+        let mut next = at;
+        let mut is_last = request.head.mapped == 0;
+        for extent in request.extents.iter().take(request.head.mapped as usize) {
+            let end = extent.offset.checked_add(extent.len);
+            let end = end.ok_or(io::ErrorKind::InvalidData)?;
+            // The first may begin before what was asked for, the last end behind the file.
+            let bytes = end.min(len).saturating_sub(extent.offset.max(at));
+            count.extents = count.extents.saturating_add(1);
+            if extent.flags & SHARED != 0 {
+                count.shared = count.shared.saturating_add(bytes);
+            }
+            is_last |= extent.flags & LAST != 0;
+            next = end;
+        }
+        if is_last || next <= at {
+            break;
+        }
+        at = next;
+    }
+    Ok(count)
 }

@@ -71,6 +71,11 @@ impl DiskImage {
         vec![self.raw.file()]
     }
 
+    /// The image's own file.
+    pub(crate) fn file(&self) -> &File {
+        self.raw.file()
+    }
+
     /// Its path.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -5,7 +5,9 @@ use crate::output::{
     self, Output, PREFIX, Replaced, Rights, Target, check_stamp, folder_of, settle, sync_folder,
 };
 use crate::snapshot::check_is_file;
-use crate::{DumpError, Overwrite, PruneStats, SnapshotFiles};
+use crate::{
+    DiskImage, Dump, DumpError, Overwrite, PruneStats, ShareOptions, ShareStats, SnapshotFiles,
+};
 use rustix::fs::{
     Mode, OFlags, RenameFlags, SeekFrom, copy_file_range, mkdirat, openat, renameat_with, seek,
 };
@@ -156,6 +158,26 @@ impl NewFolder {
             folder: Some(&self.folder),
         };
         plan.prune_at(target, progress)
+    }
+
+    /// Writes the memory, which shares blocks with the images of the guest's disks: as
+    /// [`Dump::share_to`].
+    ///
+    /// # Errors
+    /// As [`Dump::share_to`].
+    pub fn share_memory(
+        &self,
+        dump: &Dump,
+        disks: &[DiskImage],
+        options: &ShareOptions,
+        progress: Progress<'_>,
+    ) -> Result<ShareStats, DumpError> {
+        let target = Target {
+            path: &self.path.join(&self.memory),
+            overwrite: Overwrite::Refuse,
+            folder: Some(&self.folder),
+        };
+        dump.share_at(target, disks, options, progress)
     }
 
     /// Makes the folder durable and gives it its name.

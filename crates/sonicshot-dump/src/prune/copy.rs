@@ -52,6 +52,12 @@ impl<'a> Copier<'a> {
         }
     }
 
+    /// Copies bytes alone: the output shares nothing with the input.
+    pub(crate) fn by_bytes(mut self) -> Self {
+        (self.block, self.by_kernel) = (None, false);
+        self
+    }
+
     /// Copies the bytes `from` to `to`.
     pub(crate) fn copy(&mut self, from: FileRange, to: FileOffset) -> Result<(), DumpError> {
         let dump = self.dump;
@@ -75,6 +81,17 @@ impl<'a> Copier<'a> {
         self.done = before.saturating_add(from.len());
         (self.progress)(self.done, self.total);
         Ok(())
+    }
+
+    /// Copies all bytes of `from` to where they are, also such as may be a hole.
+    pub(crate) fn copy_all(&mut self, from: FileRange) -> Result<(), DumpError> {
+        self.copy_bytes(from, from.start())
+    }
+
+    /// So many bytes are there already.
+    pub(crate) fn skip(&mut self, bytes: u64) {
+        self.done = self.done.saturating_add(bytes);
+        (self.progress)(self.done, self.total);
     }
 
     fn beyond(&self, from: FileRange) -> DumpError {

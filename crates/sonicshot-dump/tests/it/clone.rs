@@ -3,43 +3,10 @@
 use crate::common::*;
 use sonicshot::GuestMemory;
 use sonicshot_dump::{Dump, LayoutSpec, Overwrite, PruneStats};
-use std::fs::{self, File};
+use sonicshot_testkit::Mounted;
+use std::fs;
 use std::path::Path;
-use std::process::Command;
 use tempfile::TempDir;
-
-/// A file system in a file, mounted for as long as it lives.
-struct Mounted(TempDir);
-
-impl Mounted {
-    /// Only root may, and the file system's tools must be there.
-    fn new(mkfs: &[&str]) -> Option<Self> {
-        let folder = TempDir::new().unwrap();
-        let image = folder.path().join("image");
-        File::create(&image).unwrap().set_len(600 << 20).unwrap();
-        let at = folder.path().join("at");
-        fs::create_dir(&at).unwrap();
-        let made = Command::new(mkfs[0]).args(&mkfs[1..]).arg(&image).output();
-        let mounted = made.is_ok_and(|run| run.status.success())
-            && Command::new("mount")
-                .args(["-o", "loop"])
-                .args([&image, &at])
-                .output()
-                .is_ok_and(|run| run.status.success());
-        let what = format!("{} and loop mounts of what it makes", mkfs[0]);
-        sonicshot_testkit::has(&what, mounted).then(|| Self(folder))
-    }
-
-    fn path(&self) -> std::path::PathBuf {
-        self.0.path().join("at")
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.path()).status();
-    }
-}
 
 fn prune(dump: &Path, out: &Path, layout: &LayoutSpec) -> PruneStats {
     let dump = Dump::open(dump, Some(layout)).unwrap();

@@ -1,0 +1,86 @@
+//! `sonicshot share`.
+
+use crate::args::ShareArgs;
+use crate::error::CliError;
+use crate::output::overwrite;
+use crate::progress::Phase;
+use crate::report::{count, note, percent, say, size};
+use serde_json::json;
+use sonicshot_dump::{DumpError, ShareStats};
+use sonicshot_offline::{OpenOptions, ShareOptions, Snapshot};
+use std::path::Path;
+use std::time::Instant;
+
+pub(crate) fn run(args: &ShareArgs) -> Result<(), CliError> {
+    let started = Instant::now();
+    let stdin_or_out = [Some(args.file.as_path()), args.output.as_deref()];
+    if stdin_or_out.contains(&Some(Path::new("-"))) {
+        let what = "files share blocks: neither standard input nor output does";
+        return Err(CliError::Usage { what: what.into() });
+    }
+    let mut known = OpenOptions::new();
+    known.layout.clone_from(&args.layout);
+    known.format = args.format;
+    let snapshot = Snapshot::open(&args.file, &known)?;
+    let mut options = ShareOptions::default();
+    options.min_run = args.min_run;
+    options.threads = args.threads;
+    let phase = Phase::begin("sharing", args.json);
+    let progress = &mut phase.shown();
+    let stats = match &args.output {
+        Some(out) if !args.force && out.exists() => {
+            return Err(DumpError::Exists { path: out.clone() }.into());
+        }
+        Some(out) => snapshot.share_to(out, overwrite(args.force), &args.disk, &options, progress),
+        None => snapshot.share_in_place(&args.disk, &options, progress),
+    }?;
+    drop(phase);
+    tell(args, &stats, started.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn tell(args: &ShareArgs, stats: &ShareStats, seconds: f64) {
+    let gained = stats.shared_after.saturating_sub(stats.shared_before);
+    if args.json {
+        let report = json!({
+            "path": args.output.as_ref().unwrap_or(&args.file).display().to_string(),
+            "in_place": args.output.is_none(),
+            "pages": stats.pages,
+            "found_bytes": stats.found_bytes,
+            "runs": stats.runs,
+            "run_bytes": stats.run_bytes,
+            "short_bytes": stats.short_bytes,
+            "differing_bytes": stats.differing_bytes,
+            "shared_bytes_before": stats.shared_before,
+            "shared_bytes": stats.shared_after,
+            "gained_bytes": gained,
+            "extents_before": stats.extents_before,
+            "extents": stats.extents_after,
+            "seconds": seconds,
+        });
+        say!("{report}");
+        return;
+    }
+    if stats.differing_bytes > 0 {
+        note!(
+            "{} seemed to be on a disk and differ: left as they were",
+            size(stats.differing_bytes)
+        );
+    }
+    say!(
+        "of {} pages {} are on the disk; {} in {} runs are shared, {} in shorter ones are not",
+        count(stats.pages),
+        size(stats.found_bytes),
+        size(stats.run_bytes),
+        count(stats.runs),
+        size(stats.short_bytes),
+    );
+    say!(
+        "by the file system {} ({} of what was looked for) share blocks now, {} did before; {} extents, \
+         in {seconds:.2} s",
+        size(stats.shared_after),
+        percent(stats.shared_after, stats.pages.saturating_mul(4096)),
+        size(stats.shared_before),
+        count(stats.extents_after),
+    );
+}
