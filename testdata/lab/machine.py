@@ -240,6 +240,8 @@ def memory(spec: GuestSpec, ram: Path | None, incoming: bool, folder: Path = LAB
     for number, mib in enumerate(spec.dimm if incoming else ()):
         options += backend(f"mem-dimm{number}", mib)
         options += ["-device", f"pc-dimm,id=dimm{number},memdev=mem-dimm{number}"]
+    if spec.split:
+        options += ["-machine", f"max-ram-below-4g={spec.split}M"]
     if spec.virtio_mem:
         options += backend("vmem0", spec.virtio_mem.size)
         device = f"virtio-mem-pci,id=vm0,memdev=vmem0,requested-size={spec.virtio_mem.plugged}M"

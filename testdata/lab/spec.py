@@ -30,11 +30,14 @@ class Part(NamedTuple):
 Layout = Sequence[Part]
 
 
-def layout(machine: str, mem: int) -> tuple[Part, ...]:
-    """RAM of `mem` MiB as QEMU lays it out, in the order of the file."""
+def layout(machine: str, mem: int, split: int = 0) -> tuple[Part, ...]:
+    """RAM of `mem` MiB as QEMU lays it out, in the order of the file; `split` says where below 4 GiB it
+    ends, if not where the machine has it."""
     size = mem << 20
     low_max, low_split = {"pc": (0xE0000000, 0xC0000000), "q35": (0xB0000000, 0x80000000),
                           "microvm": (0xC0000000, 0xC0000000)}[machine]
+    if split:
+        low_max = low_split = split << 20
     low = size if size < low_max else low_split
     parts = [Part(0, low, 0)]
     if size > low:
@@ -43,7 +46,7 @@ def layout(machine: str, mem: int) -> tuple[Part, ...]:
 
 
 # What makes one guest different from the next in its name, as far as the command line has it.
-NAMED = ("append", "hugetlb", "balloon", "numa", "dimm", "virtio_mem", "offline", "pmem")
+NAMED = ("append", "split", "hugetlb", "balloon", "numa", "dimm", "virtio_mem", "offline", "pmem")
 # In records of captures of earlier labs, and of no use to a restore.
 GONE = {"layout"}
 
@@ -57,6 +60,8 @@ class GuestSpec:
     cpu: str = "qemu64"
     smp: int = 1
     machine: str = "pc"
+    # Where its RAM below 4 GiB ends, if not where the machine has it.
+    split: int = 0
     # What is left in free memory: `random`, or what is `compressible`.
     garbage: str = "random"
     # What a capture takes: `raw`, `elf`, `mapped` (mapped-ram), `stream`.
@@ -126,7 +131,7 @@ class GuestSpec:
     @property
     def layout(self) -> tuple[Part, ...]:
         """What is there at boot, as the file of raw RAM has it."""
-        return layout(self.machine, self.mem)
+        return layout(self.machine, self.mem, self.split)
 
     @property
     def files_mib(self) -> int:
@@ -145,7 +150,7 @@ class GuestSpec:
         # What is plugged in comes after the PCI hole, and kpageflags counts from 0.
         if self.cold_dimm:
             return 64 << 20
-        mib = self.mem + 4096 if self.plugged else 2 * self.mem
+        mib = self.mem + 4096 if self.plugged or self.split else 2 * self.mem
         return (8 << 20) + (mib << 20) // PAGE * 32
 
     @property

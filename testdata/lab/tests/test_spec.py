@@ -18,7 +18,7 @@ SPECS = [
     GuestSpec(KERNEL, pmem="128M!256M", file_system="xfs", next="quiet",
               capabilities=("xbzrle",), live=True),
     GuestSpec(KERNEL, qemu=("unshare", "qemu"), more=("-global", "PIIX4_PM.disable_s3=0")),
-    GuestSpec(KERNEL, machine="q35", firmware="ovmf", nested="ram.raw"),
+    GuestSpec(KERNEL, machine="q35", firmware="ovmf", nested="ram.raw", split=192),
     GuestSpec(KERNEL, stress=3, anon=16, seed=7, cold_dimm=(256,), backing="memfd"),
 ]
 
