@@ -3,6 +3,7 @@
 use crate::common::*;
 use serde_json::Value;
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Output;
 use tempfile::TempDir;
@@ -170,6 +171,138 @@ fn what_nothing_is_known_of_is_kept() {
     let notes = got["notes"].to_string();
     assert!(!notes.contains("is kept as it is"), "{notes}");
     assert!(lost(&pfns, 48, 16, 48) > 0, "free pages are dropped");
+}
+
+/// Part of the guest's memory: where a file has it, and which it is.
+type Part = (u64, std::ops::Range<usize>);
+
+/// A sparse file of `len` bytes with parts of the guest's memory.
+fn sparse(path: &Path, len: u64, parts: &[Part]) {
+    let file = fs::File::create(path).unwrap();
+    file.set_len(len).unwrap();
+    for (at, part) in parts {
+        for (page, offset) in ram()[part.clone()].chunks(4096).zip((*at..).step_by(4096)) {
+            if page.iter().any(|byte| *byte != 0) {
+                file.write_all_at(page, offset).unwrap();
+            }
+        }
+    }
+}
+
+/// No layout is given, and more than one VMM may have made the file: what the guest does not confirm
+/// is refused, and the file is as it was; where it can be read, nothing but free pages goes.
+#[test]
+fn a_layout_that_is_guessed_wrongly_loses_nothing() {
+    const GIB: u64 = 1 << 30;
+    const M64: u64 = 64 << 20;
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("guest.raw");
+    let whole = raw_dump(folder.path(), |_| {});
+    let run = sonicshot(&["prune", text(&whole), "--in-place", "--min-hole", "0"]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    // What may go, wherever a file has it.
+    let free = fs::read(&whole).unwrap();
+    let halves = |high: u64| vec![(0, 0..64 * MIB), (high, 64 * MIB..128 * MIB)];
+    let table: [(u64, Vec<Part>, bool); 8] = [
+        // As large as a guest that is split at 3, at 2 or at 3.25 GiB, or not at all: the guest has
+        // 128 MiB, and all is there, or its upper half is where such a guest has what lies above 4 GiB.
+        (7 * GIB / 2, vec![(0, 0..128 * MIB)], false),
+        (7 * GIB / 2 + M64, halves(7 * GIB / 2), false),
+        (3 * GIB + M64, halves(3 * GIB), false),
+        (13 * GIB / 4 + M64, halves(13 * GIB / 4), false),
+        (2 * GIB + M64, halves(2 * GIB), false),
+        // All of it behind a hole.
+        (4 * GIB, vec![(7 * GIB / 2, 0..128 * MIB)], false),
+        // One layout alone is known for the size, and it is wrong, or more than the guest has.
+        (4 * M64, halves(3 * M64), false),
+        (4 * M64, vec![(0, 0..128 * MIB)], true),
+    ];
+    for (len, parts, is_read) in table {
+        sparse(&path, len, &parts);
+        let file = fs::File::open(&path).unwrap();
+        let before = file.metadata().unwrap().modified().unwrap();
+        let run = sonicshot(&["prune", text(&path), "--in-place", "--min-hole", "0"]);
+        let said = stderr(&run);
+        assert_eq!(run.status.success(), is_read, "{len:#x} {parts:?}: {said}");
+        if !is_read {
+            assert!(matches!(run.status.code(), Some(3..=5)), "{len:#x}: {said}");
+            assert_eq!(file.metadata().unwrap().modified().unwrap(), before);
+        }
+        let mut gone = 0;
+        for (at, part) in &parts {
+            let mut got = vec![0; part.len()];
+            file.read_exact_at(&mut got, *at).unwrap();
+            for (number, got) in got.chunks(4096).enumerate() {
+                let page = part.start + number * 4096..part.start + (number + 1) * 4096;
+                let was = &ram()[page.clone()];
+                assert!(got == was || *got == free[page], "{len:#x}: {number}");
+                gone += usize::from(got != was);
+            }
+        }
+        assert_eq!(gone > 1000, is_read, "{len:#x}: {gone}");
+    }
+}
+
+/// The guest's own map is changed: RAM to 64 MiB, and as much from 4 GiB on. The kernel's records lie
+/// elsewhere.
+#[test]
+fn a_map_that_lies_loses_nothing() {
+    const GIB: u64 = 1 << 30;
+    const M64: u64 = 64 << 20;
+    let folder = TempDir::new().unwrap();
+    let whole = raw_dump(folder.path(), |_| {});
+    let run = sonicshot(&["prune", text(&whole), "--in-place", "--min-hole", "0"]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let free = fs::read(&whole).unwrap();
+    let map = |entries: &[(u64, u64, u32)]| -> Vec<u8> {
+        let entry = |(start, len, kind): &(u64, u64, u32)| {
+            [
+                &start.to_le_bytes()[..],
+                &len.to_le_bytes(),
+                &kind.to_le_bytes(),
+            ]
+            .concat()
+        };
+        entries.iter().flat_map(entry).collect()
+    };
+    let was = map(&[(0x10_0000, 0x7fd_a000 - 0x10_0000, 1)]);
+    let lie = map(&[(0x10_0000, M64 - 0x10_0000, 1), (4 * GIB, M64, 1)]);
+    let mut count = 0;
+    let lying = raw_dump(folder.path(), |bytes| {
+        let places: Vec<usize> = memchr_all(bytes, &was);
+        count = places.len();
+        for at in places {
+            bytes[at..at + lie.len()].copy_from_slice(&lie);
+        }
+    });
+    assert!(
+        count >= 2,
+        "the maps of the firmware and of the kernel: {count}"
+    );
+    let run = sonicshot(&["prune", text(&lying), "--in-place", "--min-hole", "0"]);
+    if run.status.success() {
+        let got = fs::read(&lying).unwrap();
+        let pages = got
+            .chunks(4096)
+            .zip(ram().chunks(4096))
+            .zip(free.chunks(4096));
+        for (number, ((got, was), free)) in pages.enumerate() {
+            let told = was.windows(lie.len()).any(|at| at == lie)
+                || got.windows(lie.len()).any(|at| at == lie);
+            assert!(got == was || got == free || told, "{number}");
+        }
+    } else {
+        assert!(matches!(run.status.code(), Some(3..=5)), "{}", stderr(&run));
+    }
+}
+
+/// Where `what` is in `bytes`.
+fn memchr_all(bytes: &[u8], what: &[u8]) -> Vec<usize> {
+    let begins = |at: &usize| bytes[*at..].starts_with(what);
+    (0..bytes.len() - what.len())
+        .step_by(2)
+        .filter(begins)
+        .collect()
 }
 
 /// LiME's raw format, whose ranges end where firmware ends them, and a file that is cut inside a

@@ -153,9 +153,10 @@ fn tells(error: &OfflineError) -> u8 {
             source: VmiError::NoKernel { .. },
             ..
         } => 0,
-        // In another layout they may lead there.
+        // In another layout they may lead there, and be whole.
         OfflineError::Guest {
-            source: VmiError::NoTables { .. } | VmiError::BannerAlone { .. },
+            source:
+                VmiError::NoTables { .. } | VmiError::BannerAlone { .. } | VmiError::Stale { .. },
             ..
         } => 1,
         _ => 2,
