@@ -3,8 +3,10 @@
 mod access;
 mod by_symbols;
 mod classify;
+mod explain;
 mod features;
 mod gather;
+mod lists;
 mod options;
 
 use crate::analysis::{Analysis, AnalysisOptions, GuestFacts, Parts};
@@ -29,8 +31,10 @@ use crate::symbols::{self, Given, SymbolFile, SymbolSource};
 use crate::{KernelVa, mark_absent_pages, mark_zero_pages};
 pub use access::{Task, Tasks};
 pub use classify::Classification;
+pub use explain::{ListedIn, PageFacts, PageOwner, PageRecord, Witness};
+pub use lists::{FreeBlocks, FreeList, PerCpuCount, ZoneFree};
 pub use options::{GuestOptions, OnInconsistency};
-use sonicshot::{GpaRange, GuestMemory, PageSize};
+use sonicshot::{GpaRange, GuestMemory, PageSize, Pfn};
 use std::num::NonZeroUsize;
 use std::sync::OnceLock;
 
@@ -529,6 +533,14 @@ impl GuestOs for LinuxGuest<'_> {
 
     fn evidence_of_places(&self, ranges: &[GpaRange]) -> Result<Vec<PlaceEvidence>, VmiError> {
         LinuxGuest::evidence_of_places(self, ranges)
+    }
+
+    fn page_facts(&self, pfn: Pfn) -> Result<PageFacts, VmiError> {
+        LinuxGuest::page_facts(self, pfn)
+    }
+
+    fn free_lists(&self, most: usize) -> Result<Vec<ZoneFree>, VmiError> {
+        LinuxGuest::free_lists(self, most)
     }
 }
 

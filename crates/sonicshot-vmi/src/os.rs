@@ -1,11 +1,11 @@
 //! A guest's operating system, whichever it is.
 
 use crate::{
-    Analysis, AnalysisOptions, GuestFacts, GuestOptions, KernelVa, LinuxGuest, PlaceEvidence,
-    VmiError,
+    Analysis, AnalysisOptions, GuestFacts, GuestOptions, KernelVa, LinuxGuest, PageFacts,
+    PlaceEvidence, VmiError, ZoneFree,
 };
 use core::fmt;
-use sonicshot::{GpaRange, GuestMemory};
+use sonicshot::{GpaRange, GuestMemory, Pfn};
 
 /// A guest's operating system, found in its memory.
 ///
@@ -64,6 +64,19 @@ pub trait GuestOs: fmt::Debug {
     /// # Errors
     /// [`VmiError`] if the kernel's page tables have memory elsewhere, or reading fails.
     fn evidence_of_places(&self, ranges: &[GpaRange]) -> Result<Vec<PlaceEvidence>, VmiError>;
+
+    /// What the kernel's records say of one frame, and which of them say that it is free.
+    ///
+    /// # Errors
+    /// [`VmiError`] if the records cannot be read.
+    fn page_facts(&self, pfn: Pfn) -> Result<PageFacts, VmiError>;
+
+    /// The lists of free blocks of every zone, with the first `most` blocks of each, and the counters
+    /// beside them.
+    ///
+    /// # Errors
+    /// [`VmiError`] if a list is none, or what leads to the lists is not known.
+    fn free_lists(&self, most: usize) -> Result<Vec<ZoneFree>, VmiError>;
 }
 
 /// Finds the operating system that owns `memory`.

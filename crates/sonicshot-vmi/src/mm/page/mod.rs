@@ -46,7 +46,54 @@ pub(crate) enum FreeMark {
     None,
 }
 
+/// The words of a `struct page`, as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PageWords {
+    pub flags: u64,
+    /// Which of the flags' bits are flags.
+    pub mask: u64,
+    pub refcount: u32,
+    /// `_mapcount`, or the type.
+    pub mapcount: u32,
+    pub mapping: u64,
+    pub private: u64,
+}
+
 impl PageLayout {
+    /// What a `struct page` has in its words; `None` if it is too short.
+    pub(crate) fn words(&self, page: &GuestBytes<'_>) -> Option<PageWords> {
+        Some(PageWords {
+            flags: self.flags(page)?,
+            mask: self.bits.all,
+            refcount: page.u32_at(self.refcount)?,
+            mapcount: page.u32_at(self.mapcount)?,
+            mapping: page.u64_at(self.mapping)?,
+            private: page.u64_at(self.private)?,
+        })
+    }
+
+    /// The type that a page has in the word of its mappings, if it has one that is known.
+    pub(crate) fn type_name(&self, mapcount: u32) -> Option<&'static str> {
+        let types = [
+            (Some(self.types.buddy), "buddy"),
+            (self.types.offline, "offline"),
+            (self.types.table, "table"),
+            (self.types.slab, "slab"),
+            (self.types.hugetlb, "hugetlb"),
+            (self.types.unaccepted, "unaccepted"),
+        ];
+        let has = |value: &Option<u32>| value.is_some_and(|value| self.types.is(mapcount, value));
+        types
+            .iter()
+            .find(|(value, _)| has(value))
+            .map(|(_, name)| *name)
+    }
+
+    /// Whether only free, offline and broken pages are told.
+    pub(crate) fn tells_only_free(&self) -> bool {
+        self.only_free
+    }
+
     pub(crate) fn new(kernel: &Kernel<'_>, stride: u64) -> Result<Self, VmiError> {
         let at = |names: &[&str], size: u64| place(kernel, stride, names, size);
         let lru = at(&["lru"], 16)? as u64;

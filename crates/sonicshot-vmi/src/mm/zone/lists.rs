@@ -12,6 +12,10 @@ use sonicshot::Pfn;
 pub(crate) struct ListedBlock {
     pub head: Pfn,
     pub order: u32,
+    /// The number of the list: of the migrate type, or of the processor's list.
+    pub list: u64,
+    /// The processor whose list it is, by its place among the possible ones.
+    pub cpu: Option<usize>,
     /// Whether the block may be moved out of `NR_FREE_PAGES` by page isolation.
     pub isolated: bool,
 }
@@ -54,6 +58,8 @@ impl Zones {
                 let block = ListedBlock {
                     head: Pfn::new(0),
                     order: narrow("zone.free_area", zone.at, order)?,
+                    list: migrate_type,
+                    cpu: None,
                     isolated: layout.migrate_isolate == Some(migrate_type),
                 };
                 lists.walk(head, block, visit)?;
@@ -76,7 +82,7 @@ impl Zones {
             None => PcpLayout::new(kernel)?,
         };
         let mut counts = Vec::new();
-        for offset in &self.cpu_offsets {
+        for (cpu, offset) in self.cpu_offsets.iter().enumerate() {
             let pcp = zone.pageset.wrapping_add(*offset).wrapping_add(layout.pcp);
             let count = kernel.read_u32(
                 "per_cpu_pages.count",
@@ -88,6 +94,8 @@ impl Zones {
                 let block = ListedBlock {
                     head: Pfn::new(0),
                     order: layout.order(index)?,
+                    list: index,
+                    cpu: Some(cpu),
                     isolated: false,
                 };
                 lists.walk(head, block, &mut |found| {
