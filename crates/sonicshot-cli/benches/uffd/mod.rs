@@ -81,6 +81,38 @@ const REGISTER: Opcode = opcode::read_write::<Register>(0xaa, 0);
 const COPY: Opcode = opcode::read_write::<Copy>(0xaa, 3);
 const ZERO: Opcode = opcode::read_write::<Zero>(0xaa, 4);
 
+fn registered(memory: &Fresh) -> OwnedFd {
+    // SAFETY: a new descriptor.
+    let uffd = unsafe { userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) };
+    let uffd = uffd.unwrap();
+    let (start, len) = (memory.start().as_ptr() as u64, memory.len() as u64);
+    // SAFETY: each structure is laid out as the kernel has it.
+    unsafe {
+        let mut api = Api([0xaa, 0, 0]);
+        ioctl(&uffd, Updater::<API, Api>::new(&mut api)).unwrap();
+        let mut register = Register([start, len, 1, 0]);
+        ioctl(&uffd, Updater::<REGISTER, Register>::new(&mut register)).unwrap();
+    }
+    uffd
+}
+
+/// Has the kernel copy ranges of pages of `ram` to where they are in `memory`, one call each: no handler
+/// that fills memory ahead can cost less.
+#[allow(dead_code, reason = "not every bench does")]
+pub fn copy_ranges(memory: &Fresh, ram: &[u8], ranges: &[std::ops::Range<usize>]) {
+    const WITHOUT_WAKING: u64 = 1;
+    let uffd = registered(memory);
+    let start = memory.start().as_ptr() as u64;
+    for range in ranges {
+        let to = start + range.start as u64 * PAGE;
+        let source = &ram[range.start << 12..range.end << 12];
+        let len = source.len() as u64;
+        let mut copy = Copy([to, source.as_ptr() as u64, len, WITHOUT_WAKING, 0]);
+        // SAFETY: laid out as the kernel has it; the source is as long as is said.
+        unsafe { ioctl(&uffd, Updater::<COPY, Copy>::new(&mut copy)).unwrap() };
+    }
+}
+
 pub struct PlainHandler {
     stop: Arc<OwnedFd>,
     thread: JoinHandle<()>,
@@ -90,17 +122,8 @@ impl PlainHandler {
     /// Serves each fault in `memory` with its page of `ram`, or with the first one if that has no
     /// more; or with zeroes.
     pub fn start(memory: &Fresh, zero: bool, ram: Arc<[u8]>) -> Self {
-        // SAFETY: a new descriptor.
-        let uffd = unsafe { userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) };
-        let uffd = uffd.unwrap();
-        let (start, len) = (memory.start().as_ptr() as u64, memory.len() as u64);
-        // SAFETY: each structure is laid out as the kernel has it.
-        unsafe {
-            let mut api = Api([0xaa, 0, 0]);
-            ioctl(&uffd, Updater::<API, Api>::new(&mut api)).unwrap();
-            let mut register = Register([start, len, 1, 0]);
-            ioctl(&uffd, Updater::<REGISTER, Register>::new(&mut register)).unwrap();
-        }
+        let uffd = registered(memory);
+        let start = memory.start().as_ptr() as u64;
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {

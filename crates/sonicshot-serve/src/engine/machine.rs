@@ -244,10 +244,11 @@ impl Machine {
             match self.fault(*region, *page)? {
                 Step::Again => {}
                 Step::Done => {
+                    let now = Instant::now();
                     if let Some(fault) = self.pending.pop_front() {
-                        self.options.metrics.fault(fault.since.elapsed());
+                        self.options.metrics.fault(now.duration_since(fault.since));
                     }
-                    self.plan.saw_fault();
+                    self.plan.saw_fault(now);
                     self.patience = FIRST_WAIT;
                 }
                 Step::Removing => return Ok(self.let_them_be()),

@@ -32,6 +32,8 @@ pub(super) struct Plan {
     everything: bool,
     finished: bool,
     fault: Option<Instant>,
+    /// Whether that was a moment ago: the clock need not be read again.
+    just_now: bool,
     step: Option<Instant>,
 }
 
@@ -56,6 +58,7 @@ impl Plan {
             at: None,
             finished: false,
             fault: None,
+            just_now: false,
             step: None,
         }
     }
@@ -87,10 +90,11 @@ impl Plan {
         self.everything
     }
 
-    /// A guest waits, or has just waited.
-    pub fn saw_fault(&mut self) {
+    /// A guest has waited until `now`.
+    pub fn saw_fault(&mut self, now: Instant) {
         if !self.finished {
-            self.fault = Some(Instant::now());
+            self.fault = Some(now);
+            self.just_now = true;
         }
     }
 
@@ -133,7 +137,10 @@ impl Plan {
         let Some(fault) = self.fault else {
             return Turn::Now;
         };
-        let now = Instant::now();
+        let now = match core::mem::take(&mut self.just_now) {
+            true => fault,
+            false => Instant::now(),
+        };
         let quiet = now.duration_since(fault);
         let waited = self.step.map_or(STARVED, |step| now.duration_since(step));
         if quiet >= QUIET || waited >= STARVED {
@@ -192,10 +199,10 @@ mod tests {
         let mut plan = Plan::new(Arc::default());
         plan.extend(ranges(&[(0, 1 << 30)]).into());
         assert_eq!(plan.turn(), Turn::Now);
-        plan.saw_fault();
+        plan.saw_fault(Instant::now());
         // Nothing was done for long: it is not starved.
         assert_eq!(plan.turn(), Turn::Now);
-        plan.saw_fault();
+        plan.saw_fault(Instant::now());
         assert!(matches!(plan.turn(), Turn::In(wait) if wait <= QUIET));
         std::thread::sleep(QUIET);
         assert_eq!(plan.turn(), Turn::Now);
