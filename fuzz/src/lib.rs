@@ -12,7 +12,7 @@ use sonicshot::{
     PageMap, PageSize, Pfn, PfnRange, PrunePlan, RamLayout,
 };
 use sonicshot_dump::{
-    CheckedPlan, Dump, DumpError, LayoutSpec, Overwrite, SnapshotFiles, XlSkeleton,
+    CheckedPlan, DiskImage, Dump, DumpError, LayoutSpec, Overwrite, SnapshotFiles, XlSkeleton,
 };
 use sonicshot_serve::{FaultRequest, Handshake, Migration};
 use sonicshot_vmi::symbols::{Btf, SymbolFile, SymbolSource, Vmcoreinfo, open_symbol_file};
@@ -487,6 +487,22 @@ pub fn kdump(data: &[u8]) {
 
 pub fn qcow2(data: &[u8]) {
     migration(data);
+    let folder = folder();
+    let path = folder.path().join("image");
+    fs::write(&path, data).expect("writing the image");
+    let Ok(disk) = DiskImage::open(&path) else {
+        return;
+    };
+    let mut part = [0; 5000];
+    let mut at = DiskOffset::ZERO;
+    for _ in 0..64 {
+        let Ok(Some(data)) = disk.next_disk_data(at) else {
+            break;
+        };
+        assert!(data.start() >= at && !data.is_empty());
+        let _ = disk.read_disk(&mut part, data.start());
+        at = data.end();
+    }
 }
 
 pub fn compressed(data: &[u8]) {

@@ -445,7 +445,7 @@ pub(crate) struct SaveArgs {
     /// Put a file into the checkpoint, such as the VMM's device state; may be repeated
     #[arg(long, value_name = "NAME=FILE")]
     pub blob: Vec<String>,
-    /// A disk of the guest's, and its image (raw, or a block device): pages that are the same on it,
+    /// A disk of the guest's, and its image (raw, qcow2 with all below it, or a block device): pages that are the same on it,
     /// such as the page cache, are not stored, and `restore --disk` takes them from there. May be
     /// repeated. In this order: stop the guest; pin the disk, so that nobody writes to IMAGE any more
     /// (QEMU's `blockdev-snapshot-sync`, `cp --reflink`); then save its memory

@@ -1,106 +1,101 @@
 //! Images of guests' disks, read as their guests read them.
 
+mod chain;
 mod marks;
+mod qcow2;
 mod raw;
 
 use crate::error::DumpError;
 use crate::in_use::check_not_written;
-use raw::RawDisk;
+use chain::{Chain, Layer};
 use sonicshot::FileStamp;
 use sonicshot::checkpoint::{DiskHash, DiskInfo, DiskOffset, DiskRange, DiskSource};
+use std::fmt;
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-/// The image of a disk: a raw one, or a block device.
+/// The image of a disk: a raw one, a block device, or a qcow2 image with those that it was written
+/// over.
 ///
-/// It is read and never mapped, and nothing of it is kept.
-#[derive(Debug)]
+/// It is read and never mapped, and nothing of what a guest reads is kept.
 pub struct DiskImage {
-    raw: RawDisk,
-    path: PathBuf,
-    /// What the file was when it was opened.
-    stamp: FileStamp,
+    chain: Chain,
+    /// The image's own file.
+    top: Layer,
 }
 
-/// What an image begins with that is not its guest's disk itself.
-const OTHERS: [(&[u8], &str); 6] = [
-    (b"QFI\xfb", "a qcow2 image"),
-    (b"QED\0", "a QED image"),
-    (b"KDMV", "a VMDK image"),
-    (b"vhdxfile", "a VHDX image"),
-    (b"conectix", "a VHD image"),
-    (b"<<< ", "a VDI image"),
-];
+impl fmt::Debug for DiskImage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DiskImage")
+            .field("top", &self.top)
+            .field("below", &self.chain.below)
+            .finish_non_exhaustive()
+    }
+}
 
 impl DiskImage {
-    /// Opens the image at `path`.
+    /// Opens the image at `path`, and those below it. What the image says of these is followed: see
+    /// [`files`](Self::files).
     ///
     /// # Errors
-    /// [`DumpError::Io`] if it cannot be read, [`DumpError::NotRead`] if it is of a format that is
-    /// not read.
+    /// [`DumpError::Io`] if one cannot be read, [`DumpError::NotRead`] if it is of a format that is not
+    /// read, [`DumpError::Unsupported`] if it is encrypted, has its data elsewhere, or lies over what is
+    /// no file, [`DumpError::Base`] if it lies over itself, [`DumpError::Malformed`] if it is damaged.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, DumpError> {
-        let path = path.as_ref();
-        let file = File::open(path).map_err(DumpError::io("opening", path))?;
-        let reading = || DumpError::io("reading", path);
-        let stamp = FileStamp::of(&file).map_err(reading())?;
-        let raw = RawDisk::new(file).map_err(reading())?;
-        let mut start = [0; 8];
-        if stamp.len() >= 8 {
-            raw.read_disk(&mut start, DiskOffset::ZERO)
-                .map_err(reading())?;
-        }
-        if let Some((_, kind)) = OTHERS.iter().find(|(magic, _)| start.starts_with(magic)) {
-            return Err(DumpError::NotRead {
-                path: path.to_owned(),
-                kind,
-                instead: "pages are found on disks as their guests see them: make a raw image of it \
-                          (`qemu-img convert -O raw`), or a block device (`qemu-nbd -r -c`)",
-            });
-        }
-        Ok(Self {
-            raw,
-            path: path.to_owned(),
-            stamp,
-        })
+        let (top, chain) = Chain::open(path.as_ref())?;
+        Ok(Self { chain, top })
     }
 
-    /// The files that it is in.
+    fn layers(&self) -> impl Iterator<Item = &Layer> {
+        std::iter::once(&self.top).chain(&self.chain.below)
+    }
+
+    /// The files that it is in: its own, and those below it.
     #[must_use]
     pub fn files(&self) -> Vec<&File> {
-        vec![self.raw.file()]
+        self.layers().map(|layer| &layer.file).collect()
     }
 
-    /// The image's own file.
-    pub(crate) fn file(&self) -> &File {
-        self.raw.file()
+    /// Their paths.
+    #[must_use]
+    pub fn paths(&self) -> Vec<&Path> {
+        self.layers().map(|layer| layer.path.as_path()).collect()
+    }
+
+    /// The image's own file, if that is its guest's disk byte for byte.
+    pub(crate) fn raw_file(&self) -> Option<&File> {
+        self.chain.is_raw.then_some(&self.top.file)
     }
 
     /// Its path.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.top.path
     }
 
-    /// Refuses an image that was written to since it was opened.
+    /// Refuses an image of which a file was written to since it was opened.
     ///
     /// # Errors
     /// [`DumpError::Changed`] or [`DumpError::Modified`], or why that cannot be told.
     pub fn check_unchanged(&self) -> Result<(), DumpError> {
-        let now = FileStamp::of(self.raw.file());
-        let now = now.map_err(DumpError::io("reading", &self.path))?;
-        DumpError::check_same(&self.path, self.stamp, now)
+        self.layers().try_for_each(|layer| {
+            let now = FileStamp::of(&layer.file);
+            let now = now.map_err(DumpError::io("reading", &layer.path))?;
+            DumpError::check_same(&layer.path, layer.stamp, now)
+        })
     }
 
-    /// Refuses an image that a process has open for writing: it is not pinned.
+    /// Refuses an image of which a process has a file open for writing: it is not pinned.
     ///
     /// # Errors
     /// [`DumpError::InUse`]. Where that cannot be told, it is none.
     pub fn check_pinned(&self) -> Result<(), DumpError> {
-        match check_not_written(&self.path) {
-            Err(DumpError::MayBeInUse { .. }) => Ok(()),
-            checked => checked,
-        }
+        self.layers()
+            .try_for_each(|layer| match check_not_written(&layer.path) {
+                Err(DumpError::MayBeInUse { .. }) => Ok(()),
+                checked => checked,
+            })
     }
 
     /// What a checkpoint says of it, as the disk `name`: its length, and the file systems on it.
@@ -108,7 +103,7 @@ impl DiskImage {
     /// # Errors
     /// [`DumpError::Io`] if it cannot be read; what is wrong with the name is told when it is written.
     pub fn info(&self, name: &str, hash: DiskHash) -> Result<DiskInfo, DumpError> {
-        let reading = || DumpError::io("reading", &self.path);
+        let reading = || DumpError::io("reading", self.path());
         let marks = marks::find(self).map_err(reading())?;
         let info = DiskInfo::of(name, self, hash, &marks);
         info.map_err(|error| reading()(io::Error::other(error)))
@@ -117,14 +112,14 @@ impl DiskImage {
 
 impl DiskSource for DiskImage {
     fn disk_len(&self) -> io::Result<u64> {
-        self.raw.disk_len()
+        self.chain.disk.disk_len()
     }
 
     fn read_disk(&self, buf: &mut [u8], at: DiskOffset) -> io::Result<()> {
-        self.raw.read_disk(buf, at)
+        self.chain.disk.read_disk(buf, at)
     }
 
     fn next_disk_data(&self, at: DiskOffset) -> io::Result<Option<DiskRange>> {
-        self.raw.next_disk_data(at)
+        self.chain.disk.next_disk_data(at)
     }
 }

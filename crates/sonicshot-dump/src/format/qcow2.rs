@@ -17,7 +17,7 @@ use std::path::Path;
 
 pub(crate) const KIND: Kind = Kind::by_magic("qcow2", &[MAGIC], |source| open(&source));
 
-const MAGIC: &[u8] = b"QFI\xfb";
+pub(crate) const MAGIC: &[u8] = b"QFI\xfb";
 /// What QEMU itself takes (`block/qcow2.h`), but for the names that are told of.
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 const MAX_SNAPSHOTS: u32 = 65536;
@@ -34,7 +34,7 @@ const CORRUPT: u64 = 1 << 1;
 const COMPRESSION_TYPE: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 /// Of an entry of a table.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub(crate) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
 /// Compressed clusters are stored in sectors.
@@ -62,13 +62,33 @@ fn open(source: &Source<'_>) -> Result<Box<dyn Format>, DumpError> {
 
 /// What the header says.
 #[derive(Debug, Clone, Copy)]
-struct Image {
+pub(crate) struct Image {
+    version: u32,
     cluster_bits: u32,
-    disk_len: u64,
+    /// The length of the disk.
+    pub disk_len: u64,
+    /// Where the name of the file is that this one is written over, and its length.
+    pub backing: (u64, u32),
+    /// The disk's own table of tables.
+    pub l1_at: u64,
+    pub l1_len: u32,
     snapshots: u32,
     snapshots_at: u64,
     extended: bool,
     zstd: bool,
+}
+
+/// Where bytes of a disk are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In the file, from there on.
+    Stored(u64),
+    /// In a cluster that is compressed, with this entry.
+    Compressed(u64),
+    /// Nowhere: they are zero.
+    Zero,
+    /// In the file that this one is written over; where there is none, they are zero.
+    Below,
 }
 
 /// A snapshot that has a VM's state.
@@ -86,7 +106,7 @@ fn malformed<'a>(path: &'a Path, what: &'static str) -> impl Fn(CutShort) -> Dum
 }
 
 impl Image {
-    fn read(path: &Path, data: FileBytes<'_>) -> Result<Self, DumpError> {
+    pub(crate) fn read(path: &Path, data: FileBytes<'_>) -> Result<Self, DumpError> {
         let unsupported = |kind| DumpError::Unsupported {
             path: path.to_owned(),
             kind,
@@ -99,7 +119,10 @@ impl Image {
         if !(2..=3).contains(&version) {
             return Err(bad("an unknown version of qcow2", 4, version.into()));
         }
-        header.skip(12).map_err(&cut)?; // the backing file
+        let backing = (
+            header.be::<u64>().map_err(&cut)?,
+            header.be::<u32>().map_err(&cut)?,
+        );
         let cluster_bits = header.be::<u32>().map_err(&cut)?;
         if !CLUSTER_BITS.contains(&cluster_bits) {
             return Err(bad(
@@ -112,6 +135,11 @@ impl Image {
         if header.be::<u32>().map_err(&cut)? != 0 {
             return Err(unsupported("an encrypted qcow2 image"));
         }
+        let l1_len = header.be::<u32>().map_err(&cut)?;
+        let l1_at = header.be::<u64>().map_err(&cut)?;
+        if l1_len > MAX_L1 {
+            return Err(bad("a table that is too long", 36, l1_len.into()));
+        }
         header.seek(60);
         let snapshots = header.be::<u32>().map_err(&cut)?;
         if snapshots > MAX_SNAPSHOTS {
@@ -123,8 +151,12 @@ impl Image {
         }
         let snapshots_at = header.be::<u64>().map_err(&cut)?;
         let mut image = Self {
+            version,
             cluster_bits,
             disk_len,
+            backing,
+            l1_at,
+            l1_len,
             snapshots,
             snapshots_at,
             extended: false,
@@ -153,12 +185,90 @@ impl Image {
         Ok(image)
     }
 
-    fn cluster(&self) -> u64 {
+    pub(crate) fn cluster(&self) -> u64 {
         1 << self.cluster_bits
     }
 
+    /// Where the extensions of the header begin.
+    pub(crate) fn extensions_at(&self, data: FileBytes<'_>) -> Option<u64> {
+        const OLD: u64 = 72;
+        const LENGTH: u64 = 100;
+        match self.version {
+            2 => Some(OLD),
+            _ => data.be_at::<u32>(LENGTH).map(u64::from),
+        }
+    }
+
+    /// Of an entry of a table of clusters, and of the one that follows it, what the disk has `inside`
+    /// bytes behind the beginning of the cluster, and how far that goes.
+    pub(crate) fn place(
+        &self,
+        entry: u64,
+        parts: Option<u64>,
+        inside: u64,
+    ) -> Option<(Place, u64)> {
+        let left = self.cluster().checked_sub(inside)?;
+        let offset = entry & OFFSET;
+        if entry & COMPRESSED != 0 {
+            return Some((Place::Compressed(entry), left));
+        }
+        let here = || offset.checked_add(inside).map(Place::Stored);
+        let Some(parts) = parts else {
+            return Some(match (entry & ZERO != 0, offset) {
+                (true, _) => (Place::Zero, left),
+                (false, 0) => (Place::Below, left),
+                _ => (here()?, left),
+            });
+        };
+        let size = (self.cluster() / 32).max(1);
+        let number = inside.checked_div(size)?;
+        let left = size.checked_sub(inside.checked_rem(size)?)?;
+        let bit = |of: u64| {
+            of.checked_shr(u32::try_from(number).ok()?)
+                .map(|of| of & 1 == 1)
+        };
+        Some(match (bit(parts >> 32)?, bit(parts)?) {
+            (true, _) => (Place::Zero, left),
+            (false, true) if offset != 0 => (here()?, left),
+            _ => (Place::Below, left),
+        })
+    }
+
+    /// Whether the entries of a table of clusters have another number each.
+    pub(crate) fn has_parts(&self) -> bool {
+        self.extended
+    }
+
+    /// Where a compressed cluster is: its entry has the place in its lower bits, and above them how many
+    /// sectors more than one it touches. Of the last sector not all need be there.
+    pub(crate) fn stored(&self, entry: u64, file_len: u64) -> Option<(u64, u64)> {
+        let bits = 62_u32.checked_sub(self.cluster_bits.checked_sub(8)?)?;
+        let place = entry & 1_u64.checked_shl(bits)?.checked_sub(1)?;
+        let sectors = (entry & (COMPRESSED - 1)) >> bits;
+        let stored = sectors.checked_add(1)?.checked_mul(SECTOR)?;
+        let stored = stored.checked_sub(place % SECTOR)?;
+        Some((place, stored.min(file_len.checked_sub(place)?)))
+    }
+
+    /// What a cluster decompresses to.
+    pub(crate) fn decompress(&self, stored: &[u8]) -> io::Result<Vec<u8>> {
+        let len = usize::try_from(self.cluster()).map_err(io::Error::other)?;
+        let mut cluster = vec![0; len];
+        let whole = if self.zstd {
+            let mut reader = zstd::stream::read::Decoder::new(stored)?;
+            reader.read_exact(&mut cluster).is_ok()
+        } else {
+            let mut reader = flate2::bufread::DeflateDecoder::new(stored);
+            reader.read_exact(&mut cluster).is_ok()
+        };
+        if whole {
+            return Ok(cluster);
+        }
+        Err(damaged("a compressed cluster does not decompress"))
+    }
+
     /// How many clusters a table tells of.
-    fn clusters_of_table(&self) -> u64 {
+    pub(crate) fn clusters_of_table(&self) -> u64 {
         self.cluster() >> if self.extended { 4 } else { 3 }
     }
 
@@ -252,7 +362,12 @@ impl Image {
 }
 
 /// `len` numbers at `at`.
-fn table(path: &Path, data: FileBytes<'_>, at: u64, len: u32) -> Result<Vec<u64>, DumpError> {
+pub(crate) fn table(
+    path: &Path,
+    data: FileBytes<'_>,
+    at: u64,
+    len: u32,
+) -> Result<Vec<u64>, DumpError> {
     let bad = || {
         DumpError::malformed(
             path,
@@ -377,7 +492,7 @@ impl<'a> State<'a> {
         let left = usize::try_from(self.left).map_err(io::Error::other)?;
         let offset = entry & OFFSET;
         self.cluster = if entry & COMPRESSED != 0 {
-            self.compressed(entry, len)?
+            self.compressed(entry)?
         } else if offset == 0 || parts.is_none() && entry & ZERO != 0 {
             let all_zero = parts.map_or(entry & ZERO != 0, |parts| {
                 parts >> 32 == u64::from(u32::MAX)
@@ -416,33 +531,12 @@ impl<'a> State<'a> {
         Ok(())
     }
 
-    /// A cluster that is compressed: its entry has the place in its lower bits, and above them how
-    /// many sectors more than one it touches.
-    fn compressed(&mut self, entry: u64, len: usize) -> io::Result<Vec<u8>> {
-        let bits = 62_u32.saturating_sub(self.image.cluster_bits.saturating_sub(8));
-        let place = entry & (1_u64 << bits).wrapping_sub(1);
-        let sectors = (entry & (COMPRESSED - 1)) >> bits;
-        let stored = sectors
-            .checked_add(1)
-            .and_then(|sectors| sectors.checked_mul(SECTOR))
-            .and_then(|len| len.checked_sub(place % SECTOR));
-        let stored =
+    fn compressed(&mut self, entry: u64) -> io::Result<Vec<u8>> {
+        let stored = self.image.stored(entry, self.data.len() as u64);
+        let (place, len) =
             stored.ok_or_else(|| damaged("a compressed cluster beyond the end of the file"))?;
-        // Of the last sector not all need be there.
-        let there = (self.data.len() as u64).saturating_sub(place);
-        let stored = self.bytes(place, stored.min(there))?;
-        let mut cluster = vec![0; len];
-        let whole = if self.image.zstd {
-            let mut reader = zstd::stream::read::Decoder::new(stored.as_slice())?;
-            reader.read_exact(&mut cluster).is_ok()
-        } else {
-            let mut reader = flate2::bufread::DeflateDecoder::new(stored.as_slice());
-            reader.read_exact(&mut cluster).is_ok()
-        };
-        if whole {
-            return Ok(cluster);
-        }
-        Err(damaged("a compressed cluster does not decompress"))
+        let stored = self.bytes(place, len)?;
+        self.image.decompress(&stored)
     }
 }
 

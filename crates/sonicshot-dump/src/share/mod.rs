@@ -132,7 +132,7 @@ impl Dump {
                 image: image.path().to_owned(),
                 source,
             };
-            match dedupe(image.file(), piece, &file).map_err(failed)? {
+            match dedupe(raw_of(image)?, piece, &file).map_err(failed)? {
                 true => stats.shared(piece),
                 false => stats.differs(piece),
             }
@@ -173,7 +173,9 @@ impl Dump {
         let dump = self.sharable()?;
         self.check_unchanged()?;
         let mut inputs = self.files();
-        inputs.extend(disks.iter().map(DiskImage::file));
+        for image in disks {
+            inputs.push(raw_of(image)?);
+        }
         let output = Output::create(out, &inputs)?;
         for image in disks {
             probe_clone(image, &output)?;
@@ -188,7 +190,7 @@ impl Dump {
         for piece in &found.pieces {
             let image = disk_of(disks, piece, dump)?;
             copier.copy(FileRange::new(at, piece.file.start()), at)?;
-            let cloned = sys::clone_range(image.file(), piece.disk, file, piece.file.start());
+            let cloned = sys::clone_range(raw_of(image)?, piece.disk, file, piece.file.start());
             cloned.map_err(no_sharing(output.path(), image))?;
             if same(dump, file, piece.file).map_err(writing())? {
                 stats.shared(piece);
@@ -262,7 +264,7 @@ fn open_to_share(dump: &PlainDump, disks: &[DiskImage]) -> Result<File, DumpErro
         });
     }
     for image in disks {
-        if identity(image.file())? == ours {
+        if identity(raw_of(image)?)? == ours {
             return Err(DumpError::SameFile { path: path.into() });
         }
         let block = find::block_of(dump.file(), path)?;
@@ -271,10 +273,20 @@ fn open_to_share(dump: &PlainDump, disks: &[DiskImage]) -> Result<File, DumpErro
             continue;
         }
         // Whatever they hold: what is the same may be shared, and what is not is left.
-        sys::dedupe_range(image.file(), first, &file, FileOffset::ZERO)
+        sys::dedupe_range(raw_of(image)?, first, &file, FileOffset::ZERO)
             .map_err(no_sharing(path, image))?;
     }
     Ok(file)
+}
+
+/// The file whose blocks are shared: pages are found on the guest's disk, which a qcow2 image is not.
+fn raw_of(image: &DiskImage) -> Result<&File, DumpError> {
+    image.raw_file().ok_or_else(|| DumpError::NotRead {
+        path: image.path().to_owned(),
+        kind: "a qcow2 image",
+        instead: "memory shares the blocks of raw images alone: make one (`qemu-img convert -O raw`), or \
+                  leave the pages out of a checkpoint (`save --disk`), which reads qcow2",
+    })
 }
 
 fn image_len(image: &DiskImage) -> Result<u64, DumpError> {
@@ -290,7 +302,7 @@ fn probe_clone(image: &DiskImage, output: &Output) -> Result<(), DumpError> {
         return Ok(());
     }
     let first = FileRange::new(FileOffset::ZERO, FileOffset::new(block));
-    sys::clone_range(image.file(), first, output.file(), FileOffset::ZERO)
+    sys::clone_range(raw_of(image)?, first, output.file(), FileOffset::ZERO)
         .map_err(no_sharing(output.path(), image))?;
     let emptied = output.file().set_len(0);
     emptied.map_err(DumpError::io("writing", output.path()))

@@ -13,6 +13,7 @@
 mod bounds;
 mod clone;
 mod common;
+mod disk_images;
 mod elf;
 mod guard;
 mod in_place;
