@@ -11,7 +11,9 @@ use crate::report::{
 use serde_json::{Map, Value, json};
 use sonicshot::PageClass;
 use sonicshot::checkpoint::{DiskInfo, SaveOptions, SaveStats};
-use sonicshot_offline::{CheckpointOptions, Plan, Saved, Whole, check_droppable, check_unused};
+use sonicshot_offline::{
+    CheckpointOptions, DiskSearch, Plan, Saved, Whole, check_droppable, check_unused,
+};
 use std::io::{self, IsTerminal};
 use std::time::Instant;
 
@@ -39,6 +41,7 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
         options = options.blob(name, path)?;
     }
     options.disk_hash = args.hash;
+    options.scan_disks = args.scan;
     for (name, path) in named_images(&args.disk)? {
         options = options.disk(name, path)?;
     }
@@ -52,6 +55,7 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
     } else {
         // What is zero is found as it is written.
         let analyze = args.input.analyze().zero_pages(false);
+        let analyze = analyze.file_places(!args.disk.is_empty());
         let analyzed = input.analyze(&analyze, args.json)?;
         let plan = match args.for_analysis {
             true => analyzed.plan_for_analysis(drop)?,
@@ -141,11 +145,44 @@ fn json_report(args: &SaveArgs, saved: &Saved, seconds: f64) -> String {
     report.insert("left_out".into(), by_name_json(&saved.left_out));
     report.insert("for_analysis".into(), json!(saved.info.for_analysis));
     report.insert("disks".into(), disks_json(&saved.info.disks));
+    report.insert(
+        "disk_search".into(),
+        search_json(saved.disk_search.as_ref()),
+    );
     report.insert("missing_bytes".into(), json!(saved.missing_bytes));
     report.insert("missing_mib".into(), json!(mib(saved.missing_bytes)));
     report.insert("seconds".into(), json!(seconds));
     report.insert("notes".into(), json!(lines(&saved.notes)));
     Value::Object(report).to_string()
+}
+
+/// How pages were looked for on the disks.
+fn search_json(search: Option<&DiskSearch>) -> Value {
+    search.map_or(Value::Null, |search| {
+        json!({
+            "page_cache_pages": search.page_cache,
+            "told_pages": search.told,
+            "looked_at_pages": search.looked_at,
+            "right_pages": search.right,
+            "explained_pages": search.explained(),
+            "streamed_bytes": search.streamed,
+        })
+    })
+}
+
+/// The same for people.
+fn search_text(search: &DiskSearch) -> String {
+    let (explained, all) = (search.explained(), search.page_cache);
+    let told = format!(
+        "of {} pages of page cache the guest's records explain {} ({})",
+        count(all),
+        count(explained),
+        percent(explained, all)
+    );
+    match search.streamed {
+        Some(bytes) => format!("\n{told}; {} of disks were looked through", size(bytes)),
+        None => format!("\n{told}; the disks were not looked through"),
+    }
 }
 
 /// The disks that pages are on.
@@ -196,7 +233,9 @@ pub(crate) fn stats_json(stats: &SaveStats, free: u64, page_size: u64) -> Map<St
 
 fn summary(saved: &Saved, seconds: f64) -> String {
     let total = saved.info.layout.bytes();
-    stats_text(&saved.stats, total, &saved.left_out, seconds)
+    let search = saved.disk_search.as_ref().map(search_text);
+    let stats = stats_text(&saved.stats, total, &saved.left_out, seconds);
+    stats + &search.unwrap_or_default()
 }
 
 /// What a checkpoint holds of so many bytes of RAM, for people.

@@ -15,7 +15,7 @@ use sonicshot_dump::{
     of_a_diff,
 };
 use sonicshot_vmi::{
-    Analysis, AnalysisOptions, GuestFacts, Inconsistency, OnInconsistency, ZoneReport,
+    Analysis, AnalysisOptions, FilePlace, GuestFacts, Inconsistency, OnInconsistency, ZoneReport,
 };
 
 /// What is known of a snapshot's guest: its kernel, the class of every page, and what there is to
@@ -31,6 +31,8 @@ pub struct Analyzed {
     notes: Vec<Note>,
     /// Whether zeroes are no reason to drop a page.
     may_be_diff: bool,
+    /// Where the pages of files may be on their file systems.
+    file_places: Vec<FilePlace>,
 }
 
 impl Snapshot {
@@ -106,8 +108,15 @@ impl Snapshot {
             origin,
             doubts,
             notes: of_places,
-            value: mut analysis,
-        } = place::with_guest(self, &|guest| guest.analyze(&look))?;
+            value: (mut analysis, file_places),
+        } = place::with_guest(self, &|guest| {
+            let analysis = guest.analyze(&look)?;
+            // Guesses: what cannot be read has none.
+            let places = options
+                .file_places
+                .then(|| guest.file_places(analysis.pages()).ok());
+            Ok((analysis, places.flatten().unwrap_or_default()))
+        })?;
         let doubts = doubts.partial(options.on_inconsistency != OnInconsistency::Refuse);
         if !doubts.may_be_partial() {
             check_whole(&dump, &analysis).map_err(not_whole)?;
@@ -135,6 +144,7 @@ impl Snapshot {
             analysis,
             notes,
             may_be_diff,
+            file_places,
         })
     }
 }
@@ -208,6 +218,7 @@ impl Analyzed {
             analysis,
             notes: of_diff.or(Some(Note::NoKernel)).into_iter().collect(),
             may_be_diff,
+            file_places: Vec::new(),
         }
     }
 
@@ -329,6 +340,10 @@ impl Analyzed {
             CheckedPlan::new
         };
         checked(&self.dump, &self.analysis, &self.doubts, classes).map_err(not_whole)
+    }
+
+    pub(crate) fn file_places(&self) -> &[FilePlace] {
+        &self.file_places
     }
 
     pub(crate) fn files(&self) -> &SnapshotFiles {

@@ -5,23 +5,71 @@ use crate::checkpoint_file::CheckpointFile;
 use crate::disk_options::{RestoreDisks, pinned};
 use crate::error::OfflineError;
 use crate::save::CheckpointOptions;
-use sonicshot::checkpoint::{DiskFinder, DiskGuesses, DiskInfo, DiskSource};
-use sonicshot::{PageMap, Progress, PrunePlan};
-use sonicshot_dump::Dump;
+use sonicshot::checkpoint::{DiskFinder, DiskGuesses, DiskInfo, DiskOffset, DiskSource};
+use sonicshot::{GuestMemory, PageClass, PageMap, PageSize, Pfn, Progress, PrunePlan};
+use sonicshot_dump::{DiskImage, Dump};
+use sonicshot_vmi::FilePlace;
+use std::collections::HashMap;
+
+/// Guesses that are looked at before they are relied on.
+const SAMPLE: usize = 2048;
+
+/// How a guest's pages were looked for on its disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct DiskSearch {
+    /// Pages of the page cache that are kept.
+    pub page_cache: u64,
+    /// Pages of which the guest's own records say where on a disk they are.
+    pub told: u64,
+    /// Of these, so many were looked at before.
+    pub looked_at: u64,
+    /// Of those, so many were there.
+    pub right: u64,
+    /// How many bytes the disks have that were looked through from end to end; `None` if the guest's
+    /// records were enough.
+    pub streamed: Option<u64>,
+}
+
+impl DiskSearch {
+    /// How many pages of the page cache the guest's records explain.
+    #[must_use]
+    pub fn explained(&self) -> u64 {
+        let share = u128::from(self.told)
+            .saturating_mul(self.right.into())
+            .checked_div(self.looked_at.into());
+        share
+            .and_then(|share| u64::try_from(share).ok())
+            .unwrap_or_default()
+    }
+
+    /// Whether they leave more than a tenth of them unexplained.
+    fn is_too_little(&self) -> bool {
+        self.explained().saturating_mul(10) < self.page_cache.saturating_mul(9)
+    }
+}
+
+/// What is looked for.
+pub(crate) struct Searched<'a> {
+    pub dump: &'a Dump,
+    pub map: &'a PageMap,
+    pub plan: &'a PrunePlan,
+    pub places: &'a [FilePlace],
+}
 
 /// The disks of a guest that is saved.
 pub(crate) struct SaveDisks<'a> {
     pub infos: Vec<DiskInfo>,
     pub sources: Vec<&'a dyn DiskSource>,
     pub guesses: DiskGuesses,
+    pub search: Option<DiskSearch>,
 }
 
 impl<'a> SaveDisks<'a> {
-    /// Looks for what `plan` keeps on the disks that the options name.
+    /// Looks for what is kept on the disks that the options name: first where the guest's own records
+    /// say that it is, then, if that explains too little, through all of them.
     pub(crate) fn find(
-        dump: &Dump,
-        map: &PageMap,
-        plan: &PrunePlan,
+        what: &Searched<'_>,
         options: &'a CheckpointOptions,
         progress: Progress<'_>,
     ) -> Result<Self, OfflineError> {
@@ -29,23 +77,123 @@ impl<'a> SaveDisks<'a> {
             infos: Vec::new(),
             sources: Vec::new(),
             guesses: DiskGuesses::default(),
+            search: None,
         };
+        let mut images = Vec::new();
         for (name, disk) in options.disks() {
             pinned(disk)?;
             found.infos.push(disk.info(name, options.disk_hash)?);
             found.sources.push(disk);
+            images.push(disk);
         }
         if found.infos.is_empty() {
             return Ok(found);
         }
-        let threads = options.writing.threads;
-        let failed = OfflineError::disks();
-        let finder = DiskFinder::new(dump, map, plan, DiskFinder::LIKELY, threads);
-        let finder = finder.map_err(&failed)?;
-        let guesses = finder.stream(&found.infos, &found.sources, threads, progress);
-        found.guesses = guesses.map_err(&failed)?;
+        let page_size = what.map.page_size();
+        let told = told(what, &images, &found.infos)?;
+        let (looked_at, right) = sample(what.dump, page_size, &told, &images);
+        let mut search = DiskSearch {
+            page_cache: kept_page_cache(what),
+            told: told.len() as u64,
+            looked_at,
+            right,
+            streamed: None,
+        };
+        found.guesses = if options.scan_disks || search.is_too_little() {
+            let bytes = found.infos.iter().map(|disk| disk.bytes);
+            search.streamed = Some(bytes.fold(0, u64::saturating_add));
+            found.stream(what, told, options, progress)?
+        } else {
+            DiskGuesses::of_frames(told, page_size)
+        };
+        found.search = Some(search);
         Ok(found)
     }
+
+    /// Looks through all of the disks. What is found so counts, and of the rest what the guest told:
+    /// that finds nothing which does not begin as blocks do.
+    fn stream(
+        &self,
+        what: &Searched<'_>,
+        told: Vec<Place>,
+        options: &CheckpointOptions,
+        progress: Progress<'_>,
+    ) -> Result<DiskGuesses, OfflineError> {
+        let threads = options.writing.threads;
+        let failed = OfflineError::disks();
+        let likely = DiskFinder::LIKELY;
+        let finder = DiskFinder::new(what.dump, what.map, what.plan, likely, threads);
+        let finder = finder.map_err(&failed)?;
+        let guesses = finder.stream(&self.infos, &self.sources, threads, progress);
+        let guesses = guesses.map_err(&failed)?;
+        if told.is_empty() {
+            return Ok(guesses);
+        }
+        let page_size = what.map.page_size();
+        let mut frames: Vec<Place> = guesses.each_frame(page_size).collect();
+        frames.extend(told);
+        Ok(DiskGuesses::of_frames(frames, page_size))
+    }
+}
+
+/// A frame, the number of a disk, and where it may be there.
+type Place = (Pfn, u32, DiskOffset);
+
+/// Where on the disks pages are, as the guest's records say.
+fn told(
+    what: &Searched<'_>,
+    images: &[&DiskImage],
+    infos: &[DiskInfo],
+) -> Result<Vec<Place>, OfflineError> {
+    let mut begins = HashMap::new();
+    if what.places.is_empty() {
+        return Ok(Vec::new());
+    }
+    for ((image, info), number) in images.iter().zip(infos).zip(0_u32..) {
+        for (name, start) in image.ext4_file_systems()? {
+            // Of copies of one file system the first counts.
+            begins.entry(name).or_insert((number, start, info.bytes));
+        }
+    }
+    let page = what.map.page_size().bytes();
+    let places = what.places.iter().filter_map(|place| {
+        let (number, start, len) = begins.get(&place.file_system.0)?;
+        let at = start.checked_add(place.at)?;
+        let fits = at.raw().is_multiple_of(512) && at.checked_add(page)?.raw() <= *len;
+        fits.then_some((place.frame, *number, at))
+    });
+    Ok(places.collect())
+}
+
+/// Of some of the guesses, how many were looked at, and how many are right. All are compared once more,
+/// when they are referred to.
+fn sample(dump: &Dump, page_size: PageSize, told: &[Place], images: &[&DiskImage]) -> (u64, u64) {
+    let Ok(page) = usize::try_from(page_size.bytes()) else {
+        return (0, 0);
+    };
+    let (mut memory, mut there) = (vec![0; page], vec![0; page]);
+    let every = told.len().div_ceil(SAMPLE).max(1);
+    let (mut looked_at, mut right) = (0_u64, 0_u64);
+    for (frame, disk, at) in told.iter().step_by(every) {
+        let image = usize::try_from(*disk)
+            .ok()
+            .and_then(|disk| images.get(disk));
+        let (Some(image), Some(gpa)) = (image, frame.gpa(page_size)) else {
+            continue;
+        };
+        looked_at = looked_at.saturating_add(1);
+        let read = dump.read(gpa, &mut memory).is_ok() && image.read_disk(&mut there, *at).is_ok();
+        right = right.saturating_add(u64::from(read && memory == there));
+    }
+    (looked_at, right)
+}
+
+/// How many pages of the page cache are kept.
+fn kept_page_cache(what: &Searched<'_>) -> u64 {
+    let counts = what.map.counts();
+    let cache = [PageClass::PageCacheClean, PageClass::PageCacheDirty];
+    let all = cache.map(|class| counts.get(class));
+    all.into_iter().fold(0, u64::saturating_add)
 }
 
 impl CheckpointFile {

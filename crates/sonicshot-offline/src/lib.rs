@@ -55,6 +55,7 @@ pub use analyze::{Analyzed, Savings};
 pub use checkpoint_file::{CheckpointFile, RestoreOptions, RestoreTo, Restored};
 pub use convert::{Converted, Target, Template};
 pub use disk_options::RestoreDisks;
+pub use disks::DiskSearch;
 pub use error::OfflineError;
 pub use note::Note;
 pub use options::{AnalyzeOptions, OpenOptions};

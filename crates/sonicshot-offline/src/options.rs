@@ -118,6 +118,9 @@ pub struct AnalyzeOptions {
     /// Whether pages in use are looked into, so that those that are zero can go too. A checkpoint
     /// finds them as it is written.
     pub zero_pages: bool,
+    /// Whether it is looked where on their disks the pages of files may be: for a checkpoint that refers
+    /// to disks.
+    pub file_places: bool,
 }
 
 impl Default for AnalyzeOptions {
@@ -125,6 +128,7 @@ impl Default for AnalyzeOptions {
         Self {
             on_inconsistency: OnInconsistency::Refuse,
             zero_pages: true,
+            file_places: false,
         }
     }
 }
@@ -147,6 +151,13 @@ impl AnalyzeOptions {
     #[must_use]
     pub fn zero_pages(mut self, look: bool) -> Self {
         self.zero_pages = look;
+        self
+    }
+
+    /// Says whether it is looked where on their disks the pages of files may be.
+    #[must_use]
+    pub const fn file_places(mut self, look: bool) -> Self {
+        self.file_places = look;
         self
     }
 }

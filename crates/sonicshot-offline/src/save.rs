@@ -2,7 +2,7 @@
 
 use crate::blobs::{Beside, Blob};
 use crate::checkpoint_file::blamed_on;
-use crate::disks::SaveDisks;
+use crate::disks::{DiskSearch, SaveDisks, Searched};
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::plan::Plan;
@@ -14,7 +14,7 @@ use sonicshot::checkpoint::{
 };
 use sonicshot::{GuestMemory, PageMap, Progress, PrunePlan};
 use sonicshot_dump::{DiskImage, Dump, NewFile, Overwrite};
-use sonicshot_vmi::Knowledge;
+use sonicshot_vmi::{FilePlace, Knowledge};
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
@@ -29,6 +29,9 @@ pub struct CheckpointOptions {
     pub vmm: Option<String>,
     /// The hash that is kept of pages on disks.
     pub disk_hash: DiskHash,
+    /// Whether the disks are looked through from end to end, however much of the page cache the guest's
+    /// records explain.
+    pub scan_disks: bool,
     blobs: Vec<(String, File)>,
     disks: Vec<(String, DiskImage)>,
 }
@@ -41,6 +44,7 @@ impl CheckpointOptions {
             writing,
             vmm: None,
             disk_hash: DiskHash::default(),
+            scan_disks: false,
             blobs: Vec::new(),
             disks: Vec::new(),
         }
@@ -119,6 +123,8 @@ pub struct Saved {
     pub left_out: Vec<(&'static str, u64)>,
     /// How much of RAM the source did not have, in bytes: it reads as zero.
     pub missing_bytes: u64,
+    /// How pages were looked for on the disks, if there are any.
+    pub disk_search: Option<DiskSearch>,
     /// What is worth knowing, for people.
     pub notes: Vec<Note>,
 }
@@ -203,6 +209,7 @@ impl Whole {
             vmcoreinfo: self.dump.vmcoreinfo().map(<[u8]>::to_vec),
             notes: self.notes.clone(),
             left_out: Vec::new(),
+            places: &[],
             xen_image: self.dump.xl_skeleton()?,
         })
     }
@@ -232,6 +239,7 @@ impl Plan<'_> {
             vmcoreinfo: facts.vmcoreinfo.clone().map(String::into_bytes),
             notes,
             left_out: self.wanted_by_name(),
+            places: analyzed.file_places(),
             xen_image: match dump.is_xl() {
                 true => self.checked()?.xl_skeleton()?,
                 false => None,
@@ -249,6 +257,8 @@ struct Source<'a> {
     vmcoreinfo: Option<Vec<u8>>,
     notes: Vec<Note>,
     left_out: Vec<(&'static str, u64)>,
+    /// Where pages of files may be on their file systems.
+    places: &'a [FilePlace],
     /// What a Xen image is beside its memory, without the pages that are dropped.
     xen_image: Option<Vec<u8>>,
 }
@@ -299,7 +309,13 @@ impl Source<'_> {
             vmcoreinfo: self.vmcoreinfo.take(),
             notes: self.dump.core_notes(),
         };
-        let disks = SaveDisks::find(self.dump, self.map, self.plan, options, progress)?;
+        let searched = Searched {
+            dump: self.dump,
+            map: self.map,
+            plan: self.plan,
+            places: self.places,
+        };
+        let disks = SaveDisks::find(&searched, options, progress)?;
         self.info.disks.clone_from(&disks.infos);
         let contents = Contents {
             info: &self.info,
@@ -325,6 +341,7 @@ impl Source<'_> {
             disk_bytes: None,
             left_out: self.left_out,
             missing_bytes: absent_bytes(self.map),
+            disk_search: disks.search,
             notes: self.notes,
         })
     }

@@ -8,6 +8,7 @@ mod features;
 mod gather;
 mod lists;
 mod options;
+mod places;
 
 use crate::analysis::{Analysis, AnalysisOptions, GuestFacts, Parts};
 use crate::arch::{self, Owner, Trace};
@@ -34,7 +35,8 @@ pub use classify::Classification;
 pub use explain::{ListedIn, PageFacts, PageOwner, PageRecord, Witness};
 pub use lists::{FreeBlocks, FreeList, PerCpuCount, ZoneFree};
 pub use options::{GuestOptions, OnInconsistency};
-use sonicshot::{GpaRange, GuestMemory, PageSize, Pfn};
+pub use places::{FilePlace, FileSystemId};
+use sonicshot::{GpaRange, GuestMemory, PageMap, PageSize, Pfn};
 use std::num::NonZeroUsize;
 use std::sync::OnceLock;
 
@@ -468,6 +470,20 @@ impl<'m> LinuxGuest<'m> {
             .collect())
     }
 
+    /// Where on their file systems the pages of files in `pages` may be, by the kernel's records: ext4's
+    /// extents, and buffers. These are guesses, for who compares the pages with a disk; of what nothing
+    /// tells there are none.
+    ///
+    /// # Errors
+    /// [`VmiError`] if the kernel's memory map cannot be read.
+    pub fn file_places(&self, pages: &PageMap) -> Result<Vec<FilePlace>, VmiError> {
+        if self.knowledge != Knowledge::Types {
+            return Ok(Vec::new());
+        }
+        let (map, layout, _) = self.structures()?;
+        places::file_places(&self.kernel, &map, &layout, pages)
+    }
+
     /// RAM by the kernel's own tree of resources (`System RAM` in `/proc/iomem`), memory that was
     /// plugged in included, each stretch as it was added; but not what belongs to a device, such
     /// as virtio-mem. `None` if the symbols or types do not tell where the tree is.
@@ -521,6 +537,10 @@ impl GuestOs for LinuxGuest<'_> {
 
     fn system_ram(&self) -> Result<Option<Vec<GpaRange>>, VmiError> {
         LinuxGuest::system_ram(self)
+    }
+
+    fn file_places(&self, pages: &PageMap) -> Result<Vec<FilePlace>, VmiError> {
+        LinuxGuest::file_places(self, pages)
     }
 
     fn known_memory(&self) -> Result<Vec<GpaRange>, VmiError> {

@@ -201,9 +201,11 @@ pub use address::{KernelVa, VirtualMemory, VirtualReadError};
 pub use analysis::{Analysis, AnalysisOptions, GuestFacts, analyze};
 pub use arch::{Foreign, ForeignProcessor, Trace};
 pub use error::VmiError;
-pub use guest::{Classification, GuestOptions, LinuxGuest, OnInconsistency, Task, Tasks};
-pub use guest::{FreeBlocks, FreeList, PerCpuCount, ZoneFree};
-pub use guest::{ListedIn, PageFacts, PageOwner, PageRecord, Witness};
+pub use guest::{
+    Classification, FilePlace, FileSystemId, FreeBlocks, FreeList, GuestOptions, LinuxGuest,
+    ListedIn, OnInconsistency, PageFacts, PageOwner, PageRecord, PerCpuCount, Task, Tasks, Witness,
+    ZoneFree,
+};
 pub use knowledge::Knowledge;
 pub use mm::classify::{Inconsistency, ZoneReport};
 pub use note::{Note, TracesSought};

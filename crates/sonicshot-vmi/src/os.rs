@@ -1,11 +1,11 @@
 //! A guest's operating system, whichever it is.
 
 use crate::{
-    Analysis, AnalysisOptions, GuestFacts, GuestOptions, KernelVa, LinuxGuest, PageFacts,
-    PlaceEvidence, VmiError, ZoneFree,
+    Analysis, AnalysisOptions, FilePlace, GuestFacts, GuestOptions, KernelVa, LinuxGuest,
+    PageFacts, PlaceEvidence, VmiError, ZoneFree,
 };
 use core::fmt;
-use sonicshot::{GpaRange, GuestMemory, Pfn};
+use sonicshot::{GpaRange, GuestMemory, PageMap, Pfn};
 
 /// A guest's operating system, found in its memory.
 ///
@@ -57,6 +57,13 @@ pub trait GuestOs: fmt::Debug {
     /// # Errors
     /// [`VmiError`] if it cannot be read.
     fn direct_map(&self) -> Result<Option<KernelVa>, VmiError>;
+
+    /// Where on their file systems the pages of files in `pages` may be: guesses, for who compares them
+    /// with a disk. None of what nothing tells.
+    ///
+    /// # Errors
+    /// [`VmiError`] if the kernel's records of its pages cannot be read.
+    fn file_places(&self, pages: &PageMap) -> Result<Vec<FilePlace>, VmiError>;
 
     /// What the content of each of `ranges` of memory says about whether it lies there: for a
     /// layout that somebody has given. The ranges must be disjoint.

@@ -13,6 +13,8 @@ use std::io;
 type Mark = (DiskOffset, u32, MarkKind);
 
 const SECTOR: u64 = 512;
+/// Where ext4's superblock is.
+const SUPERBLOCK: u64 = 1024;
 /// Partitions that are looked into.
 const MAX_PARTITIONS: u64 = 128;
 /// A GPT's entry has at least so many bytes, and no more than a sector.
@@ -29,6 +31,26 @@ pub(crate) fn find(disk: &dyn DiskSource) -> io::Result<Vec<Mark>> {
         file_system(disk, start, &mut marks)?;
     }
     Ok(marks)
+}
+
+/// A file system: the name that it was given when it was made, and where it begins.
+pub(crate) type FileSystem = ([u8; 16], DiskOffset);
+
+/// The file systems of which a guest's records say where what is: ext2 to ext4.
+pub(crate) fn file_systems(disk: &dyn DiskSource) -> io::Result<Vec<FileSystem>> {
+    /// Of ext4's superblock, where its name is.
+    const UUID: u64 = 0x68;
+    let mut found = Vec::new();
+    for (at, _, kind) in find(disk)? {
+        let start = at.raw().checked_sub(SUPERBLOCK);
+        let (Some(start), MarkKind::ExtSuperblock) = (start, kind) else {
+            continue;
+        };
+        let superblock = read(disk, at.raw(), 1024)?.unwrap_or_default();
+        let name = superblock.as_slice().array_at::<16>(UUID);
+        found.extend(name.map(|name| (name, DiskOffset::new(start))));
+    }
+    Ok(found)
 }
 
 /// `len` bytes at `at`; `None` beyond the end.
@@ -171,6 +193,9 @@ mod tests {
         let mut whole = vec![0; mib];
         assert_eq!(found(&whole), []);
         ext(&mut whole, 0);
+        put(&mut whole, 1024 + 0x68, b"sixteen letters.");
+        let named = file_systems(&whole).unwrap();
+        assert_eq!(named, [(*b"sixteen letters.", DiskOffset::ZERO)]);
         let superblock = (1024, MarkKind::ExtSuperblock);
         assert_eq!(
             found(&whole),

@@ -98,6 +98,15 @@ impl DiskImage {
             })
     }
 
+    /// The file systems of ext4 on it: the name that each was given when it was made (`s_uuid`), and where
+    /// it begins.
+    ///
+    /// # Errors
+    /// [`DumpError::Io`] if it cannot be read.
+    pub fn ext4_file_systems(&self) -> Result<Vec<([u8; 16], DiskOffset)>, DumpError> {
+        marks::file_systems(self).map_err(DumpError::io("reading", self.path()))
+    }
+
     /// What a checkpoint says of it, as the disk `name`: its length, and the file systems on it.
     ///
     /// # Errors

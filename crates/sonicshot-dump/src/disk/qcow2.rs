@@ -255,10 +255,10 @@ impl Qcow2Disk {
 
     /// The first byte from `at` on that may not be zero, in the first `len`; `None` if there is none.
     fn data_in(&self, at: u64, place: Place, len: u64) -> io::Result<Option<(u64, u64)>> {
+        let disk_len = self.image.disk_len;
         let end = at
             .checked_add(len)
-            .unwrap_or(u64::MAX)
-            .min(self.image.disk_len);
+            .map_or(disk_len, |end| end.min(disk_len));
         match (place, &self.below) {
             (Place::Stored(_) | Place::Compressed(_), _) => Ok(Some((at, end))),
             (Place::Zero, _) | (Place::Below, None) => Ok(None),

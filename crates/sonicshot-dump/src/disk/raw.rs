@@ -18,10 +18,6 @@ impl RawDisk {
         let len = file.disk_len()?;
         Ok(Self { file, len })
     }
-
-    pub(crate) fn file(&self) -> &File {
-        &self.file
-    }
 }
 
 impl DiskSource for RawDisk {

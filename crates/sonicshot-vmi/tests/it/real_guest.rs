@@ -510,3 +510,28 @@ fn the_guests_own_memory_map_is_read() {
     let direct_map = guest.direct_map().unwrap().unwrap().raw();
     assert!(direct_map >= 0xff11_0000_0000_0000 && direct_map.is_multiple_of(1 << 30));
 }
+
+#[test]
+fn the_places_of_pages_of_files_are_told() {
+    let ram = ram();
+    let memory = memory(&ram);
+    let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+    let pages = guest.classify(OnInconsistency::Refuse).unwrap().map;
+    let places = guest.file_places(&pages).unwrap();
+    let counts = pages.counts();
+    let cache = [PageClass::PageCacheClean, PageClass::PageCacheDirty];
+    let cache: u64 = cache.into_iter().map(|class| counts.get(class)).sum();
+    let told = places.len() as u64;
+    assert!(told <= cache && told * 2 > cache, "{told} of {cache}");
+    // Every page once, and of one file system no place twice.
+    let mut frames: Vec<_> = places.iter().map(|place| place.frame).collect();
+    frames.sort_unstable();
+    frames.dedup();
+    assert_eq!(frames.len(), places.len());
+    let mut at: Vec<_> = places.iter().map(|p| (p.file_system.0, p.at)).collect();
+    at.sort_unstable();
+    at.dedup();
+    // A block that a device and a file have both may be there twice.
+    assert!(at.len() * 100 > places.len() * 95, "{} of {told}", at.len());
+    assert!(places.iter().all(|place| place.at % 512 == 0));
+}

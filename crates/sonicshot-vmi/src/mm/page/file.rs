@@ -21,10 +21,10 @@ use sonicshot::PageSize;
 use std::collections::HashMap;
 
 /// `include/uapi/linux/magic.h`; ext2 and ext3 have the same.
-const EXT4: u64 = 0xef53;
+pub(crate) const EXT4: u64 = 0xef53;
 const XFS: u64 = 0x5846_5342;
 const BTRFS: u64 = 0x9123_683e;
-const BLOCK_DEVICES: u64 = 0x6264_6576;
+pub(crate) const BLOCK_DEVICES: u64 = 0x6264_6576;
 /// A folio is 2 MiB at most, and a block at least 512 bytes.
 const MAX_BUFFERS: usize = 4096;
 /// So many blocks of 512 bytes are in 4 KiB; in 64 KiB there are more, and of no file system's.

@@ -386,23 +386,25 @@ impl PageLayout {
         let Some(layout) = self.files.as_ref().filter(|_| is_settled) else {
             return class;
         };
-        let is_private = self
-            .flags(page)
-            .is_none_or(|flags| flags & self.bits.private != 0);
-        let in_file = || {
-            Some(InFile {
-                mapping: KernelVa::new(page.u64_at(self.mapping)?),
-                index: page.u64_at(layout.index)?,
-                private: match is_private {
-                    true => Some(KernelVa::new(page.u64_at(self.private)?)),
-                    false => None,
-                },
-            })
-        };
-        match in_file().is_some_and(|page| layout.is_clean(space, files, page)) {
+        let in_file = self.in_file(page);
+        match in_file.is_some_and(|page| layout.is_clean(space, files, page)) {
             true => PageClass::PageCacheClean,
             false => PageClass::PageCacheDirty,
         }
+    }
+
+    /// What the page, the head of its folio, says of its place in a file; `None` if nothing tells where
+    /// that stands, or it says that it is of none.
+    pub(crate) fn in_file(&self, page: &GuestBytes<'_>) -> Option<InFile> {
+        let layout = self.files.as_ref()?;
+        let mapping = page.u64_at(self.mapping)?;
+        let is_private = self.flags(page)? & self.bits.private != 0;
+        let private = page.u64_at(self.private)?;
+        Some(InFile {
+            mapping: KernelVa::new(mapping),
+            index: page.u64_at(layout.index)?,
+            private: is_private.then_some(KernelVa::new(private)),
+        })
     }
 
     /// Whether a page of a file is as its file system left it, but for what `PG_private` stands for.

@@ -79,6 +79,19 @@ impl DiskGuesses {
         &self.runs
     }
 
+    /// The frames one by one: each with the number of its disk, and where it may be there.
+    pub fn each_frame(
+        &self,
+        page_size: PageSize,
+    ) -> impl Iterator<Item = (Pfn, u32, DiskOffset)> + '_ {
+        self.runs.iter().flat_map(move |run| {
+            run.frames.iter().filter_map(move |pfn| {
+                let one = run.part(PfnRange::with_len(pfn, 1)?, page_size)?;
+                Some((pfn, one.disk, one.at))
+            })
+        })
+    }
+
     /// How many frames there are.
     #[must_use]
     pub fn frames(&self) -> u64 {
@@ -200,6 +213,11 @@ mod tests {
         ] {
             assert_eq!(guesses(frames), expected, "{frames:?}");
         }
+        let frames = [(5, 0, 9), (6, 0, 8), (9, 1, 4), (10, 1, 5)];
+        let places =
+            frames.map(|(pfn, disk, block)| (Pfn::new(pfn), disk, DiskOffset::new(block * 4096)));
+        let one_by_one = DiskGuesses::of_frames(places.to_vec(), PAGE);
+        assert!(one_by_one.each_frame(PAGE).eq(places));
         // None is longer than a record may be.
         let long: Vec<_> = (0..40).map(|n| (n, 0, n)).collect();
         let lengths: Vec<_> = guesses(&long).iter().map(|run| run.1).collect();
