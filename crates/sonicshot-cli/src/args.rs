@@ -985,6 +985,17 @@ pub(crate) struct QemuSaveArgs {
     /// How many threads work; by default as many as there are cores
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub threads: Option<NonZeroUsize>,
+    /// A disk of the guest's by QEMU's name of it (`query-block`), and a file that becomes its overlay;
+    /// may be repeated. In this order: the guest is stopped; QEMU writes to OVERLAY from then on
+    /// (`blockdev-snapshot-sync`), so that the image below stays as it is; then the memory is copied.
+    /// Pages that are the same on the image below are not stored: keep it, and give it to
+    /// `qemu restore --disk NAME=IMAGE`, with a new overlay over it for the guest
+    #[arg(long, value_name = "NAME=OVERLAY")]
+    pub disk: Vec<String>,
+    /// The hash that is kept of pages on disks: xxh3, or sha256 where others than you can write to the
+    /// images
+    #[arg(long, value_name = "HASH", default_value = "xxh3", requires = "disk")]
+    pub hash: DiskHash,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -33,6 +33,11 @@ pub(crate) fn named_images(args: &[String]) -> Result<Vec<(&str, PathBuf)>, CliE
     named(args, "NAME=IMAGE")
 }
 
+/// `NAME=OVERLAY` of each `--disk` of a guest that runs.
+pub(crate) fn named_overlays(args: &[String]) -> Result<Vec<(&str, PathBuf)>, CliError> {
+    named(args, "NAME=OVERLAY")
+}
+
 fn named<'a>(args: &'a [String], form: &str) -> Result<Vec<(&'a str, PathBuf)>, CliError> {
     args.iter()
         .map(|arg| match arg.split_once('=') {

@@ -139,6 +139,15 @@ pub enum QemuError {
         #[source]
         source: io::Error,
     },
+    /// A save failed after the guest's disks were given overlays.
+    #[error("{state}")]
+    Disks {
+        /// What became of the guest and its disks.
+        state: String,
+        /// What failed.
+        #[source]
+        source: Box<QemuError>,
+    },
     /// The output.
     #[error(transparent)]
     Output(#[from] DumpError),

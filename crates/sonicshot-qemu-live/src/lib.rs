@@ -16,6 +16,7 @@
 //! twice must agree.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
+mod disks;
 mod error;
 mod find;
 mod fuzz;
@@ -41,6 +42,7 @@ mod sys;
 mod tables;
 mod watchdog;
 
+pub use disks::PinnedDisk;
 pub use error::QemuError;
 #[doc(hidden)]
 pub use fuzz::fuzz;

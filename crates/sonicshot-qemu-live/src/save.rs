@@ -1,5 +1,6 @@
 //! A running guest, saved.
 
+use crate::disks::{Disks, OnPinned, PinnedDisk};
 use crate::error::QemuError;
 use crate::find::{self, Blocks, Found};
 use crate::memory::LiveMemory;
@@ -12,10 +13,12 @@ use crate::watchdog::Watchdog;
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create, open};
 use serde_json::{Value, json};
-use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, SaveOptions, SaveStats};
+use sonicshot::checkpoint::{
+    CheckpointInfo, CheckpointWriter, DiskHash, OnDisks, SaveOptions, SaveStats,
+};
 use sonicshot::work::threads;
 use sonicshot::{DropClasses, GpaRange, GuestMemory, PageSize, Progress, PrunePlan};
-use sonicshot_dump::{NewFile, Overwrite};
+use sonicshot_dump::{DiskImage, NewFile, Overwrite};
 use sonicshot_vmi::{Analysis, AnalysisOptions, GuestOptions, Note, VmiError, analyze};
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -64,6 +67,11 @@ pub struct LiveSaveOptions {
     /// A command that calls [`watch`](crate::watch) with its standard input and output, and does
     /// nothing else: it lets the guest run on if this process dies while the guest is paused.
     pub watchdog: Option<Command>,
+    /// Disks that are pinned in the pause, by what QEMU calls them, each with the file that becomes its
+    /// overlay, and must not be there: pages that are the same on the disk below are not stored.
+    pub disks: Vec<(String, PathBuf)>,
+    /// The hash that is kept of pages on disks.
+    pub disk_hash: DiskHash,
 }
 
 impl Default for LiveSaveOptions {
@@ -76,6 +84,8 @@ impl Default for LiveSaveOptions {
             max_pause: Duration::from_secs(5),
             pid: None,
             watchdog: None,
+            disks: Vec::new(),
+            disk_hash: DiskHash::default(),
         }
     }
 }
@@ -86,6 +96,8 @@ impl Default for LiveSaveOptions {
 pub struct PauseTimes {
     /// Until QEMU had stopped the guest.
     pub stop: Duration,
+    /// Until QEMU had made overlays over the disks.
+    pub pin: Duration,
     /// Until QEMU had written the state of its devices, and told the processors' registers.
     pub devices: Duration,
     /// Until what the first look had read was read again.
@@ -126,6 +138,8 @@ pub struct LiveSaved {
     pub took: Duration,
     /// Why the first look failed, while the guest ran; that is no harm.
     pub first_look: Option<VmiError>,
+    /// The disks that were pinned, and that QEMU writes to by overlays since.
+    pub disks: Vec<PinnedDisk>,
     /// What is worth knowing of its guest.
     pub notes: Vec<Note>,
 }
@@ -135,7 +149,9 @@ pub struct LiveSaved {
 /// as it was.
 ///
 /// The checkpoint has none of the guest's disks: they must be copied, or a snapshot be made of
-/// them, as they are in the pause.
+/// them, as they are in the pause. [`disks`](LiveSaveOptions::disks) does that: between the stop and the
+/// copy of the memory QEMU is given overlays, and what is below them is as the memory knows it. It stays
+/// so also if the save fails then, which the error says ([`QemuError::Disks`]).
 ///
 /// # Errors
 /// [`QemuError`]: QEMU cannot be reached or understood, the guest is not one that is saved or was
@@ -152,7 +168,7 @@ pub fn save(
     let paused = session.pause()?;
     let frozen = session.frozen(paused);
     let written = frozen.and_then(|frozen| {
-        let stats = frozen.write(&session, out.file(), path, progress)?;
+        let stats = frozen.write(&mut session, out.file(), path, progress)?;
         out.finish()?;
         Ok((frozen, stats))
     });
@@ -160,7 +176,7 @@ pub fn save(
         Ok(written) => written,
         Err(error) => {
             session.let_go();
-            return Err(error);
+            return Err(session.disks.told(error));
         }
     };
     session.end(&frozen, stats, began)
@@ -177,6 +193,7 @@ struct Session {
     watchdog: Option<Watchdog>,
     running: Running,
     devices: DeviceFile,
+    disks: Disks,
     threads: NonZeroUsize,
     /// What the first look read, as pages of the memory's copy.
     touched: Vec<Range<usize>>,
@@ -262,6 +279,7 @@ impl Session {
         let found = find::find(&mut qmp, &blocks, &process)?;
         let memory = LiveMemory::new(find::segments(&found)?)?;
         let devices = DeviceFile::new(&mut qmp)?;
+        let disks = Disks::find(&mut qmp, pid, &options.disks)?;
         let watchdog = options.watchdog.take();
         let watchdog = watchdog.map(|command| Watchdog::start(command, qmp.socket()));
         let small = found
@@ -279,6 +297,7 @@ impl Session {
             watchdog: watchdog.transpose()?,
             running,
             devices,
+            disks,
             process,
             found,
             qmp,
@@ -370,6 +389,10 @@ impl Session {
 
     /// Copies what is kept of a guest that is paused, and lets it run on if it shall.
     fn frozen(&mut self, until: Until) -> Result<Frozen, QemuError> {
+        // The disks first: what the memory knows of them is then below the overlays, whatever comes.
+        let began = Instant::now();
+        self.disks.pin(&mut self.qmp, &until)?;
+        self.times.pin = began.elapsed();
         let devices = self.in_pause("writing the state of devices", &until, |session| {
             session.devices.take(&mut session.qmp, &until)
         })?;
@@ -547,6 +570,7 @@ impl Session {
             times: self.times,
             took,
             first_look: self.first_look,
+            disks: self.disks.all().to_vec(),
             notes: frozen.analysis.notes().to_vec(),
         })
     }
@@ -556,11 +580,22 @@ impl Frozen {
     /// Writes the checkpoint.
     fn write(
         &self,
-        session: &Session,
+        session: &mut Session,
         out: &File,
         path: &Path,
         progress: Progress<'_>,
     ) -> Result<SaveStats, QemuError> {
+        let images = session.disks.open(&mut session.qmp)?;
+        let session = &*session;
+        let map = self.analysis.pages();
+        let on_disks = OnPinned::find(
+            session.disks.all(),
+            &images,
+            session.options.disk_hash,
+            (&session.memory, map, &self.plan),
+            session.options.writing.threads,
+            (path, progress),
+        )?;
         let failed = QemuError::checkpoint(path);
         let facts = self.analysis.facts();
         let layout = session.memory.layout().clone();
@@ -569,11 +604,33 @@ impl Frozen {
         info.kernel_release = Some(facts.release.clone());
         info.build_id.clone_from(&facts.build_id);
         info.vmm = Some(format!("QEMU {}", session.qmp.version()));
+        info.disks.clone_from(&on_disks.infos);
         let writing = session.options.writing.clone();
         let mut writer = CheckpointWriter::new(out, info, writing).map_err(&failed)?;
         if let Some(text) = &facts.vmcoreinfo {
             writer.blob(VMCOREINFO, text.as_bytes()).map_err(&failed)?;
         }
+        self.write_blobs(session, &mut writer, path)?;
+        let disks = OnDisks {
+            disks: &on_disks.sources,
+            guesses: &on_disks.guesses,
+        };
+        let memory = &session.memory;
+        let written = writer.memory_on_disks(memory, map, &self.plan, &disks, progress);
+        written.map_err(&failed)?;
+        let (_, stats) = writer.finish().map_err(&failed)?;
+        images.iter().try_for_each(DiskImage::check_unchanged)?;
+        Ok(stats)
+    }
+
+    /// What of the guest is not its RAM.
+    fn write_blobs(
+        &self,
+        session: &Session,
+        writer: &mut CheckpointWriter<&File>,
+        path: &Path,
+    ) -> Result<(), QemuError> {
+        let failed = QemuError::checkpoint(path);
         let mut blocks = Vec::new();
         for (number, one) in session.found.iter().enumerate() {
             let mut runs = Vec::new();
@@ -610,11 +667,7 @@ impl Frozen {
         writer
             .blob(record::DEVICES, self.devices.as_slice())
             .map_err(&failed)?;
-        let map = self.analysis.pages();
-        let written = writer.memory(&session.memory, map, &self.plan, progress);
-        written.map_err(&failed)?;
-        let (_, stats) = writer.finish().map_err(&failed)?;
-        Ok(stats)
+        Ok(())
     }
 }
 

@@ -2,12 +2,12 @@
 
 use crate::args::{AfterSaveKind, QemuSaveArgs};
 use crate::error::CliError;
-use crate::output::overwrite;
+use crate::output::{named_overlays, overwrite};
 use crate::progress::Phase;
-use crate::report::{complain, note, percent, say, size};
+use crate::report::{complain, count, note, percent, say, size};
 use serde_json::{Value, json};
 use sonicshot::checkpoint::SaveOptions;
-use sonicshot_qemu_live::{AfterSave, LiveSaveOptions, LiveSaved};
+use sonicshot_qemu_live::{AfterSave, LiveSaveOptions, LiveSaved, PinnedDisk};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
@@ -29,6 +29,11 @@ pub(crate) fn save(args: &QemuSaveArgs) -> Result<(), CliError> {
     options.max_pause = args.max_pause;
     options.pid = args.pid;
     options.watchdog = Some(this_program("qemu-watchdog")?);
+    let overlays = named_overlays(&args.disk)?.into_iter();
+    options.disks = overlays
+        .map(|(name, path)| (name.to_owned(), path))
+        .collect();
+    options.disk_hash = args.hash;
     let phase = Phase::begin("saving", args.json);
     let mut progress = phase.shown();
     let saved = sonicshot_qemu_live::save(&args.qmp, &args.output, options, &mut progress);
@@ -89,6 +94,7 @@ fn report(args: &QemuSaveArgs, saved: &LiveSaved) -> Value {
         "pause_seconds": saved.paused.map(seconds),
         "pause_parts": {
             "stop": seconds(times.stop),
+            "pin": seconds(times.pin),
             "devices": seconds(times.devices),
             "reread": seconds(times.reread),
             "classify": seconds(times.classify),
@@ -97,8 +103,33 @@ fn report(args: &QemuSaveArgs, saved: &LiveSaved) -> Value {
         "seconds": seconds(saved.took),
         "first_look": saved.first_look.as_ref().map(ToString::to_string),
         "notes": notes,
-        "disks": DISKS,
+        "disks": disks_text(&saved.disks),
+        "pinned_disks": saved.disks.iter().map(pinned_json).collect::<Vec<_>>(),
+        "disk_pages": saved.stats.on_disk,
     })
+}
+
+fn pinned_json(disk: &PinnedDisk) -> Value {
+    json!({
+        "name": disk.name,
+        "base": disk.base.display().to_string(),
+        "overlay": disk.overlay.display().to_string(),
+    })
+}
+
+/// Where the guest's disks are.
+fn disks_text(pinned: &[PinnedDisk]) -> String {
+    if pinned.is_empty() {
+        return DISKS.into();
+    }
+    let each = pinned.iter().map(|disk| {
+        format!(
+            "the guest writes to {} since, over {}: keep that, and let nobody write to it",
+            disk.overlay.display(),
+            disk.base.display()
+        )
+    });
+    each.collect::<Vec<_>>().join("\n")
 }
 
 fn summary(args: &QemuSaveArgs, saved: &LiveSaved) {
@@ -128,5 +159,11 @@ fn summary(args: &QemuSaveArgs, saved: &LiveSaved) {
         size(saved.stats.file_len),
         saved.took.as_secs_f64()
     );
-    say!("{DISKS}");
+    if saved.stats.on_disk > 0 {
+        say!(
+            "{} pages are on the disks, and not stored",
+            count(saved.stats.on_disk)
+        );
+    }
+    say!("{}", disks_text(&saved.disks));
 }

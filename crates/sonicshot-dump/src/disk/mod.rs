@@ -63,6 +63,12 @@ impl DiskImage {
         self.layers().map(|layer| layer.path.as_path()).collect()
     }
 
+    /// Whether it is a raw image or a block device, and not a qcow2 image.
+    #[must_use]
+    pub fn is_raw(&self) -> bool {
+        self.chain.is_raw
+    }
+
     /// The image's own file, if that is its guest's disk byte for byte.
     pub(crate) fn raw_file(&self) -> Option<&File> {
         self.chain.is_raw.then_some(&self.top.file)

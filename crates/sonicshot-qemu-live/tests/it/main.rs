@@ -9,5 +9,6 @@
     reason = "tests may stop anywhere"
 )]
 
+mod disks;
 mod fake;
 mod save;
