@@ -17,6 +17,7 @@ from random import Random
 
 import kernels
 import live_checks
+import live_disks
 import live_kill
 from command import command
 from debian import Root, install_tools
@@ -199,6 +200,8 @@ def live_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--promises", action="store_true",
                         help="the end of a pause, guests that are paused, memory that is a device; no "
                         "rows")
+    parser.add_argument("--disks", action="store_true",
+                        help="disks that are pinned in the pause, raw and qcow2; no rows")
     parser.add_argument("--quick", action="store_true", help="one guest, in two minutes")
     parser.add_argument("--seed", type=int, default=1)
     tool_argument(parser)
@@ -214,7 +217,7 @@ def do_live(args: Namespace) -> None:
     binary = HOME / f"sonicshot-{os.getpid()}"
     shutil.copy(tool, binary)
     try:
-        if args.kill or args.clones or args.promises:
+        if args.kill or args.clones or args.promises or args.disks:
             for line in checks(args, binary):
                 print(line, flush=True)
         else:
@@ -235,6 +238,10 @@ def checks(args: Namespace, tool: Path) -> Iterator[str]:
         yield live_checks.old_map(tool, kernel, qemu_of(args.qemu)[0])
     elif args.clones:
         yield live_checks.clones(tool, kernel, qemu_of(args.qemu)[0])
+    if args.disks:
+        for series in args.kernels.split(","):
+            for form in ("raw", "qcow2"):
+                yield live_disks.pinned(tool, kernels.fetch(series), form)
     if args.promises:
         yield live_checks.too_long(tool, kernel)
         yield live_checks.paused_stays(tool, kernel)

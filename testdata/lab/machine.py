@@ -252,6 +252,12 @@ def memory(spec: GuestSpec, ram: Path | None, incoming: bool, folder: Path = LAB
     return options
 
 
+def format_of(image: Path) -> str:
+    """The format of an image that the lab has made."""
+    with open(image, "rb") as file:
+        return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
+
+
 class Machine:
     """One QEMU process; `ram` names the file that is its memory, or None; `env` is added to its
     environment."""
@@ -269,7 +275,8 @@ class Machine:
             "-no-user-config", "-display", "none", "-cpu", spec.cpu, "-smp", str(spec.smp),
             *memory(spec, ram, incoming, folder),
             "-kernel", spec.kernel.image, "-append", spec.cmdline,
-            "-drive", f"if=none,id=d0,format=raw,file={folder / 'files.img'}",
+            "-drive", f"if=none,id=d0,format={format_of(folder / 'files.img')},"
+            f"file={folder / 'files.img'}",
             "-drive", f"if=none,id=d1,format=raw,file={folder / 'records.img'}",
             "-chardev", f"socket,id=c0,path={console},server=on,wait=off",
             "-qmp", f"unix:{monitor},server=on,wait=off",
@@ -434,7 +441,11 @@ def read_records(disk: Path, folder: Path) -> None:
 
 def prepare(spec: GuestSpec, folder: Path) -> None:
     """Makes the disks of a guest."""
-    shutil.copy(build_files(spec.files_mib, spec.file_system), folder / "files.img")
+    files = build_files(spec.files_mib, spec.file_system)
+    if spec.disk_format == "raw":
+        shutil.copy(files, folder / "files.img")
+    else:
+        run("qemu-img", "convert", "-O", spec.disk_format, files, folder / "files.img")
     with open(folder / "records.img", "wb") as records:
         records.truncate(spec.records_bytes)
     if spec.next:

@@ -97,6 +97,8 @@ class GuestSpec:
     # The command that runs another QEMU than the host's, and more of its options.
     qemu: tuple[str, ...] = ()
     more: tuple[str, ...] = ()
+    # Of its first disk.
+    disk_format: str = "raw"
     # What its RAM is made of, one of `machine.BACKINGS`; of anonymous memory if nothing is said.
     backing: str = ""
     # Busy while QEMU saves it, in one form alone; not stopped.

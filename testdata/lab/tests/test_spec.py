@@ -19,7 +19,8 @@ SPECS = [
               capabilities=("xbzrle",), live=True),
     GuestSpec(KERNEL, qemu=("unshare", "qemu"), more=("-global", "PIIX4_PM.disable_s3=0")),
     GuestSpec(KERNEL, machine="q35", firmware="ovmf", nested="ram.raw", split=192),
-    GuestSpec(KERNEL, stress=3, anon=16, seed=7, cold_dimm=(256,), backing="memfd"),
+    GuestSpec(KERNEL, stress=3, anon=16, seed=7, cold_dimm=(256,), backing="memfd",
+              disk_format="qcow2"),
 ]
 
 
