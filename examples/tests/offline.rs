@@ -98,3 +98,52 @@ fn a_diff_without_its_base_is_told_by_its_error() {
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(said.starts_with("guest.raw: Linux 6.1."), "{said}");
 }
+
+#[test]
+fn a_cache_that_was_declared_reads_as_zero_after_a_restore() {
+    use sonicshot::checkpoint::CheckpointReader;
+    use sonicshot::{Gpa, GuestBytes, GuestMemory, MappedRegions};
+    use sonicshot_vmi::{GuestOptions, LinuxGuest, VirtualMemory};
+    let folder = TempDir::new().unwrap();
+    let ram = unpack(folder.path());
+    let regions = vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))];
+    let memory = MappedRegions::new(regions).unwrap();
+    let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+    // What the guest's first program has mapped lies below there.
+    let init = guest
+        .tasks()
+        .unwrap()
+        .map(Result::unwrap)
+        .find(|task| task.pid == 1);
+    let top = guest
+        .member("mm_struct", "mmap_base")
+        .unwrap()
+        .unwrap()
+        .offset;
+    let top = init.unwrap().memory.unwrap().checked_add(top).unwrap();
+    let top = guest.read_u64(top).unwrap();
+    let range = format!("{:#x}-{top:#x}", top - (256 << 20));
+    // How many pages that held something are zero: free ones are too, whatever is declared.
+    let zeroed_by = |range: &str| {
+        let run = run("drop_cache", folder.path(), &["guest.raw", "1", range]);
+        assert!(run.status.success(), "{run:?}");
+        let said = String::from_utf8(run.stdout).unwrap();
+        let pages = said.split(' ').find_map(|word| word.parse::<u64>().ok());
+        let file = folder.path().join("guest.sonic");
+        let reader = CheckpointReader::open(&file).unwrap();
+        fs::remove_file(file).unwrap();
+        let mut page = vec![0; PAGE];
+        let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
+        let mut zeroed = 0;
+        for (at, before) in (0_u64..).step_by(PAGE).zip(ram.chunks(PAGE)) {
+            reader.read(Gpa::new(at), &mut page).unwrap();
+            zeroed += u64::from(is_zero(&page) && !is_zero(before));
+        }
+        (pages.unwrap(), zeroed)
+    };
+    let (nothing, free) = zeroed_by("0x0-0x0");
+    let (pages, zeroed) = zeroed_by(&range);
+    assert_eq!(nothing, 0);
+    let gone = zeroed - free;
+    assert!(gone > 500 && gone <= pages, "{gone} of {pages}");
+}

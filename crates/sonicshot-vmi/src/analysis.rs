@@ -4,7 +4,7 @@ use crate::{GuestOptions, Inconsistency, Knowledge, Note, OnInconsistency, VmiEr
 use crate::{mark_absent_pages, mark_zero_pages, open_guest};
 use sonicshot::{
     Architecture, ClassCounts, ClassSet, Fill, GpaRange, GuestMemory, MemoryError, PageClass,
-    PageMap, PageSize, PfnRange, PrunePlan, PrunePolicy, Stop, Stoppable,
+    PageMap, PageSize, PageState, PfnRange, PrunePlan, PrunePolicy, Stop, Stoppable,
 };
 
 /// How a guest is looked at; by default nothing is known of it, a guest that contradicts itself is
@@ -272,6 +272,21 @@ impl Analysis {
                 }
             }
         });
+    }
+
+    /// Gives up pages that a process's owner can do without, as
+    /// [`LinuxGuest::give_up`](crate::LinuxGuest::give_up) has found them in the same memory: they count
+    /// as pages of zeroes, and read so after a restore. Pages that are no anonymous memory by this
+    /// analysis are kept.
+    pub fn give_up(&mut self, pages: &crate::GivenUp) {
+        for frames in pages.frames() {
+            self.pages.with_slices(*frames, |_, pages| {
+                let anonymous = |page: &&mut PageState| page.class() == PageClass::Anonymous;
+                for page in pages.iter_mut().filter(anonymous) {
+                    *page = page.with_zero();
+                }
+            });
+        }
     }
 
     /// Notes of every page of `memory`, which is that of the guest, that is in use or was

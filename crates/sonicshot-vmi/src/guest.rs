@@ -3,6 +3,7 @@
 mod access;
 mod by_symbols;
 mod classify;
+mod declared;
 mod explain;
 mod features;
 mod gather;
@@ -32,6 +33,7 @@ use crate::symbols::{self, Given, SymbolFile, SymbolSource};
 use crate::{KernelVa, mark_absent_pages, mark_zero_pages};
 pub use access::{Task, Tasks};
 pub use classify::Classification;
+pub use declared::{GivenUp, KeptPages};
 pub use explain::{ListedIn, PageFacts, PageOwner, PageRecord, Witness};
 pub use lists::{FreeBlocks, FreeList, PerCpuCount, ZoneFree};
 pub use options::{GuestOptions, OnInconsistency};
@@ -482,6 +484,45 @@ impl<'m> LinuxGuest<'m> {
         }
         let (map, layout, _) = self.structures()?;
         places::file_places(&self.kernel, &map, &layout, pages)
+    }
+
+    /// Of `ranges` of a process's own addresses, which its owner declares that it can do without, the
+    /// pages that are this process's alone: after [`Analysis::give_up`](crate::Analysis::give_up) they
+    /// count as zero, and read so after a restore. `process` is its `struct mm_struct`
+    /// ([`Task::memory`]), `pages` what the classification has found. All else is kept: pages that are
+    /// swapped out, huge, shared, pinned, merged or of a file, and parts of pages.
+    ///
+    /// The process must bear that its memory is zero there from one instruction to the next, such as a
+    /// cache whose entries are checked, or that is told by its owner to forget them first. Nothing
+    /// here finds out by itself what may go.
+    ///
+    /// ```no_run
+    /// # fn f(guest: &sonicshot_vmi::LinuxGuest<'_>, analysis: &mut sonicshot_vmi::Analysis)
+    /// # -> Result<(), Box<dyn std::error::Error>> {
+    /// let all = guest.tasks()?.collect::<Result<Vec<_>, _>>()?;
+    /// let cache = all.iter().find(|task| task.name == "cache-server").ok_or("no cache")?;
+    /// let memory = cache.memory.ok_or("it has ended")?;
+    /// let arena = 0x7f00_0000_0000..0x7f00_4000_0000; // by the server's own word
+    /// let given_up = guest.give_up(memory, &[arena], analysis.pages())?;
+    /// analysis.give_up(&given_up);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`VmiError::Missing`] if no source knows where a process has its page tables,
+    /// [`VmiError::TooMany`] if more is declared than any guest has, and what reading gives.
+    pub fn give_up(
+        &self,
+        process: KernelVa,
+        ranges: &[core::ops::Range<u64>],
+        pages: &PageMap,
+    ) -> Result<GivenUp, VmiError> {
+        if self.knowledge != Knowledge::Types {
+            return Err(self.kernel.missing("the types of its kernel".into()));
+        }
+        let (map, layout, _) = self.structures()?;
+        declared::give_up(&self.kernel, &map, &layout, pages, process, ranges)
     }
 
     /// RAM by the kernel's own tree of resources (`System RAM` in `/proc/iomem`), memory that was

@@ -2,17 +2,18 @@
 //! no page may be dropped that its kernel uses.
 
 use sonicshot::{
-    Gpa, GpaRange, GuestBytes, GuestMemory, MappedRegions, MemoryError, PageClass, PageMap, Pfn,
-    RamLayout,
+    DropClasses, Fill, Gpa, GpaRange, GuestBytes, GuestMemory, MappedRegions, MemoryError,
+    PageClass, PageMap, Pfn, PfnRange, RamLayout,
 };
 use sonicshot_vmi::{
-    Classification, GuestOptions, LinuxGuest, OnInconsistency, VmiError, count_zero_pages,
-    mark_zero_pages,
+    AnalysisOptions, Classification, GivenUp, GuestOptions, GuestOs, LinuxGuest, OnInconsistency,
+    VirtualMemory, VmiError, count_zero_pages, mark_zero_pages,
 };
 use std::fs::File;
 use std::io::Read;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::slice::from_ref;
 use std::sync::OnceLock;
 
 const PAGE: usize = 4096;
@@ -534,4 +535,48 @@ fn the_places_of_pages_of_files_are_told() {
     // A block that a device and a file have both may be there twice.
     assert!(at.len() * 100 > places.len() * 95, "{} of {told}", at.len());
     assert!(places.iter().all(|place| place.at % 512 == 0));
+}
+
+/// The guest's first program has 8 MiB of its own memory.
+#[test]
+fn what_a_process_can_do_without_is_its_own_alone() {
+    let ram = ram();
+    let memory = memory(&ram);
+    let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+    let options = AnalysisOptions::new().zero_pages(false);
+    let mut analysis = guest.analyze(&options).unwrap();
+    let tasks: Vec<_> = guest.tasks().unwrap().map(Result::unwrap).collect();
+    let init = tasks.iter().find(|task| task.pid == 1).unwrap();
+    let process = init.memory.unwrap();
+    // What it has mapped lies below there.
+    let top = guest.member("mm_struct", "mmap_base").unwrap().unwrap();
+    let top = guest
+        .read_u64(process.checked_add(top.offset).unwrap())
+        .unwrap();
+    let below = top - (512 << 20)..top;
+    let found = [guest.give_up(process, &[below], analysis.pages()).unwrap()];
+    let pages: u64 = found.iter().map(GivenUp::pages).sum();
+    assert!(pages > 500, "{pages}");
+    let before = analysis.counts();
+    for part in &found {
+        for frame in part.frames().iter().flat_map(PfnRange::iter) {
+            assert_eq!(analysis.pages().class(frame), Some(PageClass::Anonymous));
+        }
+        analysis.give_up(part);
+    }
+    let after = analysis.counts();
+    assert_eq!(after.total_zero() - before.total_zero(), pages);
+    let plan = analysis.plan(&DropClasses::default());
+    let zero = plan.runs().iter().filter(|run| run.fill == Fill::Zero);
+    assert!(zero.map(|run| run.frames.len()).sum::<u64>() >= pages);
+    // The kernel's half is not a process's, and more than there is is not looked for.
+    let kernel = guest.give_up(
+        process,
+        from_ref(&(0xffff_8880_0000_0000..0xffff_8880_0100_0000)),
+        analysis.pages(),
+    );
+    let kernel = kernel.unwrap();
+    assert_eq!((kernel.pages(), kernel.kept().not_there), (0, 4096));
+    let all = guest.give_up(process, from_ref(&(0..1 << 47)), analysis.pages());
+    assert!(matches!(all, Err(VmiError::TooMany { .. })), "{all:?}");
 }

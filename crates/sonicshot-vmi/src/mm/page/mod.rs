@@ -407,6 +407,36 @@ impl PageLayout {
         })
     }
 
+    /// Whether this is a page of its own of anonymous memory, at page `index` of its process, that is
+    /// mapped once and that nobody else holds.
+    pub(crate) fn is_sole_anonymous(&self, page: &GuestBytes<'_>, index: u64) -> bool {
+        /// `PAGE_MAPPING_ANON`, without the bit that makes it KSM.
+        const ANON: u64 = 1;
+        let found = (|| {
+            let layout = self.files.as_ref()?;
+            Some((
+                self.flags(page)?,
+                page.u64_at(self.mapping)?,
+                page.u64_at(layout.index)?,
+                page.u32_at(self.mapcount)?,
+                page.u32_at(self.refcount)?,
+            ))
+        })();
+        let Some((flags, mapping, at, mapcount, refcount)) = found else {
+            return false;
+        };
+        let (bits, has) = (&self.bits, |mask: u64| flags & mask != 0);
+        mapping & 3 == ANON
+            && self.arch.is_pointer(mapping)
+            && at == index
+            // One less than there are mappings.
+            && (mapcount, refcount) == (0, 1)
+            && has(bits.swapbacked)
+            && has(bits.uptodate)
+            && !has(bits.locked | bits.writeback | bits.head | bits.hwpoison | bits.reserved)
+            && !has(bits.private | bits.private_2 | bits.slab)
+    }
+
     /// Whether a page of a file is as its file system left it, but for what `PG_private` stands for.
     fn is_as_written(&self, flags: u64) -> bool {
         let has = |mask: u64| flags & mask != 0;
