@@ -15,7 +15,7 @@ use sonicshot_dump::{
     of_a_diff,
 };
 use sonicshot_vmi::{
-    Analysis, AnalysisOptions, FilePlace, GuestFacts, Inconsistency, OnInconsistency, ZoneReport,
+    Analysis, AnalysisOptions, FilePlaces, GuestFacts, Inconsistency, OnInconsistency, ZoneReport,
 };
 
 /// What is known of a snapshot's guest: its kernel, the class of every page, and what there is to
@@ -32,7 +32,7 @@ pub struct Analyzed {
     /// Whether zeroes are no reason to drop a page.
     may_be_diff: bool,
     /// Where the pages of files may be on their file systems.
-    file_places: Vec<FilePlace>,
+    file_places: FilePlaces,
 }
 
 impl Snapshot {
@@ -218,7 +218,7 @@ impl Analyzed {
             analysis,
             notes: of_diff.or(Some(Note::NoKernel)).into_iter().collect(),
             may_be_diff,
-            file_places: Vec::new(),
+            file_places: FilePlaces::default(),
         }
     }
 
@@ -342,7 +342,7 @@ impl Analyzed {
         checked(&self.dump, &self.analysis, &self.doubts, classes).map_err(not_whole)
     }
 
-    pub(crate) fn file_places(&self) -> &[FilePlace] {
+    pub(crate) fn file_places(&self) -> &FilePlaces {
         &self.file_places
     }
 

@@ -8,7 +8,7 @@ use crate::save::CheckpointOptions;
 use sonicshot::checkpoint::{DiskFinder, DiskGuesses, DiskInfo, DiskOffset, DiskSource};
 use sonicshot::{GuestMemory, PageClass, PageMap, PageSize, Pfn, Progress, PrunePlan};
 use sonicshot_dump::{DiskImage, Dump};
-use sonicshot_vmi::FilePlace;
+use sonicshot_vmi::FilePlaces;
 use std::collections::HashMap;
 
 /// Guesses that are looked at before they are relied on.
@@ -54,7 +54,7 @@ pub(crate) struct Searched<'a> {
     pub dump: &'a Dump,
     pub map: &'a PageMap,
     pub plan: &'a PrunePlan,
-    pub places: &'a [FilePlace],
+    pub places: Option<&'a FilePlaces>,
 }
 
 /// The disks of a guest that is saved.
@@ -146,9 +146,9 @@ fn told(
     infos: &[DiskInfo],
 ) -> Result<Vec<Place>, OfflineError> {
     let mut begins = HashMap::new();
-    if what.places.is_empty() {
+    let Some(told) = what.places.filter(|told| !told.places.is_empty()) else {
         return Ok(Vec::new());
-    }
+    };
     for ((image, info), number) in images.iter().zip(infos).zip(0_u32..) {
         for (name, start) in image.ext4_file_systems()? {
             // Of copies of one file system the first counts.
@@ -156,8 +156,8 @@ fn told(
         }
     }
     let page = what.map.page_size().bytes();
-    let places = what.places.iter().filter_map(|place| {
-        let (number, start, len) = begins.get(&place.file_system.0)?;
+    let places = told.places.iter().filter_map(|place| {
+        let (number, start, len) = begins.get(&told.file_system(place)?.0)?;
         let at = start.checked_add(place.at)?;
         let fits = at.raw().is_multiple_of(512) && at.checked_add(page)?.raw() <= *len;
         fits.then_some((place.frame, *number, at))

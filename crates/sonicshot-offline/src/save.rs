@@ -14,7 +14,7 @@ use sonicshot::checkpoint::{
 };
 use sonicshot::{GuestMemory, PageMap, Progress, PrunePlan};
 use sonicshot_dump::{DiskImage, Dump, NewFile, Overwrite};
-use sonicshot_vmi::{FilePlace, Knowledge};
+use sonicshot_vmi::{FilePlaces, Knowledge};
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
@@ -209,7 +209,7 @@ impl Whole {
             vmcoreinfo: self.dump.vmcoreinfo().map(<[u8]>::to_vec),
             notes: self.notes.clone(),
             left_out: Vec::new(),
-            places: &[],
+            places: None,
             xen_image: self.dump.xl_skeleton()?,
         })
     }
@@ -239,7 +239,7 @@ impl Plan<'_> {
             vmcoreinfo: facts.vmcoreinfo.clone().map(String::into_bytes),
             notes,
             left_out: self.wanted_by_name(),
-            places: analyzed.file_places(),
+            places: Some(analyzed.file_places()),
             xen_image: match dump.is_xl() {
                 true => self.checked()?.xl_skeleton()?,
                 false => None,
@@ -258,7 +258,7 @@ struct Source<'a> {
     notes: Vec<Note>,
     left_out: Vec<(&'static str, u64)>,
     /// Where pages of files may be on their file systems.
-    places: &'a [FilePlace],
+    places: Option<&'a FilePlaces>,
     /// What a Xen image is beside its memory, without the pages that are dropped.
     xen_image: Option<Vec<u8>>,
 }

@@ -37,7 +37,7 @@ pub use declared::{GivenUp, KeptPages};
 pub use explain::{ListedIn, PageFacts, PageOwner, PageRecord, Witness};
 pub use lists::{FreeBlocks, FreeList, PerCpuCount, ZoneFree};
 pub use options::{GuestOptions, OnInconsistency};
-pub use places::{FilePlace, FileSystemId};
+pub use places::{FilePlace, FilePlaces, FileSystemId};
 use sonicshot::{GpaRange, GuestMemory, PageMap, PageSize, Pfn};
 use std::num::NonZeroUsize;
 use std::sync::OnceLock;
@@ -478,9 +478,9 @@ impl<'m> LinuxGuest<'m> {
     ///
     /// # Errors
     /// [`VmiError`] if the kernel's memory map cannot be read.
-    pub fn file_places(&self, pages: &PageMap) -> Result<Vec<FilePlace>, VmiError> {
+    pub fn file_places(&self, pages: &PageMap) -> Result<FilePlaces, VmiError> {
         if self.knowledge != Knowledge::Types {
-            return Ok(Vec::new());
+            return Ok(FilePlaces::default());
         }
         let (map, layout, _) = self.structures()?;
         places::file_places(&self.kernel, &map, &layout, pages)
@@ -580,7 +580,7 @@ impl GuestOs for LinuxGuest<'_> {
         LinuxGuest::system_ram(self)
     }
 
-    fn file_places(&self, pages: &PageMap) -> Result<Vec<FilePlace>, VmiError> {
+    fn file_places(&self, pages: &PageMap) -> Result<FilePlaces, VmiError> {
         LinuxGuest::file_places(self, pages)
     }
 

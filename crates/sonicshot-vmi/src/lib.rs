@@ -202,9 +202,9 @@ pub use analysis::{Analysis, AnalysisOptions, GuestFacts, analyze};
 pub use arch::{Foreign, ForeignProcessor, Trace};
 pub use error::VmiError;
 pub use guest::{
-    Classification, FilePlace, FileSystemId, FreeBlocks, FreeList, GivenUp, GuestOptions,
-    KeptPages, LinuxGuest, ListedIn, OnInconsistency, PageFacts, PageOwner, PageRecord,
-    PerCpuCount, Task, Tasks, Witness, ZoneFree,
+    Classification, FilePlace, FilePlaces, FileSystemId, FreeBlocks, FreeList, GivenUp,
+    GuestOptions, KeptPages, LinuxGuest, ListedIn, OnInconsistency, PageFacts, PageOwner,
+    PageRecord, PerCpuCount, Task, Tasks, Witness, ZoneFree,
 };
 pub use knowledge::Knowledge;
 pub use mm::classify::{Inconsistency, ZoneReport};

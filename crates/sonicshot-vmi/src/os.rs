@@ -1,7 +1,7 @@
 //! A guest's operating system, whichever it is.
 
 use crate::{
-    Analysis, AnalysisOptions, FilePlace, GuestFacts, GuestOptions, KernelVa, LinuxGuest,
+    Analysis, AnalysisOptions, FilePlaces, GuestFacts, GuestOptions, KernelVa, LinuxGuest,
     PageFacts, PlaceEvidence, VmiError, ZoneFree,
 };
 use core::fmt;
@@ -63,7 +63,7 @@ pub trait GuestOs: fmt::Debug {
     ///
     /// # Errors
     /// [`VmiError`] if the kernel's records of its pages cannot be read.
-    fn file_places(&self, pages: &PageMap) -> Result<Vec<FilePlace>, VmiError>;
+    fn file_places(&self, pages: &PageMap) -> Result<FilePlaces, VmiError>;
 
     /// What the content of each of `ranges` of memory says about whether it lies there: for a
     /// layout that somebody has given. The ranges must be disjoint.

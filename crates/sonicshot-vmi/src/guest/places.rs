@@ -56,10 +56,29 @@ impl fmt::Debug for FileSystemId {
 pub struct FilePlace {
     /// The page.
     pub frame: Pfn,
-    /// The file system.
-    pub file_system: FileSystemId,
+    /// The file system, by its number in [`FilePlaces::file_systems`].
+    pub file_system: u32,
     /// Where it would be, in bytes from the beginning of the file system.
     pub at: u64,
+}
+
+/// Where pages of files may be.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FilePlaces {
+    /// The file systems.
+    pub file_systems: Vec<FileSystemId>,
+    /// The pages.
+    pub places: Vec<FilePlace>,
+}
+
+impl FilePlaces {
+    /// Which file system a page may be on.
+    #[must_use]
+    pub fn file_system(&self, place: &FilePlace) -> Option<FileSystemId> {
+        let number = usize::try_from(place.file_system).ok()?;
+        self.file_systems.get(number).copied()
+    }
 }
 
 /// Where it stands what a page's place may be.
@@ -131,7 +150,8 @@ impl Offsets {
 #[derive(Debug, Clone, Copy)]
 struct Mounted {
     magic: u64,
-    id: FileSystemId,
+    /// By its number.
+    id: u32,
     /// A block has two to this power bytes.
     block_bits: u32,
     device: Option<KernelVa>,
@@ -143,7 +163,14 @@ struct InCache {
     mapping: KernelVa,
     index: u64,
     frame: Pfn,
-    buffer: Option<KernelVa>,
+    /// Its first buffer; of one without, 0.
+    buffer: KernelVa,
+}
+
+impl InCache {
+    fn buffer(&self) -> Option<KernelVa> {
+        (self.buffer.raw() != 0).then_some(self.buffer)
+    }
 }
 
 /// Blocks of a file that follow each other on the disk, in blocks.
@@ -160,10 +187,10 @@ pub(crate) fn file_places(
     map: &MemMap<'_>,
     layout: &PageLayout,
     pages: &PageMap,
-) -> Result<Vec<FilePlace>, VmiError> {
+) -> Result<FilePlaces, VmiError> {
     let _tables = kernel.space.remember_tables();
     let Some(offsets) = Offsets::new(kernel)? else {
-        return Ok(Vec::new());
+        return Ok(FilePlaces::default());
     };
     let mut cached = in_cache(map, layout, pages)?;
     cached.sort_unstable();
@@ -175,7 +202,7 @@ pub(crate) fn file_places(
         nodes_left: (cached.len() as u64)
             .saturating_mul(NODES_A_PAGE)
             .saturating_add(MIN_NODES),
-        found: Vec::new(),
+        found: FilePlaces::default(),
     };
     let mut files: Vec<(KernelVa, Mounted, &[InCache])> = Vec::new();
     for of_file in cached.chunk_by(|a, b| a.mapping == b.mapping) {
@@ -192,7 +219,7 @@ pub(crate) fn file_places(
         .map(|(inode, ..)| *inode)
         .collect();
     let ext4 = Ext4::by_inodes(&kernel.space, &ext4);
-    let by_device: HashMap<KernelVa, FileSystemId> = files
+    let by_device: HashMap<KernelVa, u32> = files
         .iter()
         .filter(|(_, mounted, _)| mounted.magic != BLOCK_DEVICES)
         .filter_map(|(_, mounted, _)| Some((mounted.device?, mounted.id)))
@@ -246,7 +273,10 @@ fn in_cache(
                 index,
                 frame,
                 // Those of the first page of a folio say where the others are, too.
-                buffer: page.private.filter(|_| inside == 0),
+                buffer: page
+                    .private
+                    .filter(|_| inside == 0)
+                    .unwrap_or(KernelVa::new(0)),
             });
         }
     }
@@ -259,7 +289,7 @@ struct Finder<'a, 'm> {
     page_shift: u32,
     mounted: HashMap<KernelVa, Option<Mounted>>,
     nodes_left: u64,
-    found: Vec<FilePlace>,
+    found: FilePlaces,
 }
 
 impl Finder<'_, '_> {
@@ -285,23 +315,25 @@ impl Finder<'_, '_> {
         mounted.map(|mounted| (inode, mounted))
     }
 
-    fn read_mounted(&self, superblock: KernelVa) -> Option<Mounted> {
+    fn read_mounted(&mut self, superblock: KernelVa) -> Option<Mounted> {
         let at = element("super_block.s_uuid", superblock, 0, 0, self.offsets.uuid).ok()?;
         let mut id = [0; 16];
         self.space.read(at, &mut id).ok()?;
         let at = element("super_block", superblock, 0, 0, self.offsets.block_bits).ok()?;
         let mut bits = [0; 1];
         self.space.read(at, &mut bits).ok()?;
-        Some(Mounted {
+        let mounted = Mounted {
             magic: self.word(superblock, self.offsets.magic)?,
-            id: FileSystemId(id),
+            id: u32::try_from(self.found.file_systems.len()).ok()?,
             block_bits: u32::from(bits[0]),
             device: self.pointer(superblock, self.offsets.device),
-        })
+        };
+        self.found.file_systems.push(FileSystemId(id));
+        Some(mounted)
     }
 
-    fn push(&mut self, frame: Pfn, file_system: FileSystemId, at: u64) {
-        self.found.push(FilePlace {
+    fn push(&mut self, frame: Pfn, file_system: u32, at: u64) {
+        self.found.places.push(FilePlace {
             frame,
             file_system,
             at,
@@ -317,9 +349,9 @@ impl Finder<'_, '_> {
         Some((device, block.checked_mul(size).filter(|_| is_size)?))
     }
 
-    fn of_device(&mut self, known: &HashMap<KernelVa, FileSystemId>, pages: &[InCache]) {
+    fn of_device(&mut self, known: &HashMap<KernelVa, u32>, pages: &[InCache]) {
         for page in pages {
-            let place = page.buffer.and_then(|buffer| self.buffer(buffer));
+            let place = page.buffer().and_then(|buffer| self.buffer(buffer));
             let place = place.and_then(|(device, at)| Some((*known.get(&device)?, at)));
             if let Some((file_system, at)) = place {
                 self.push(page.frame, file_system, at);
@@ -345,7 +377,7 @@ impl Finder<'_, '_> {
                     .checked_add(inside)
             };
             let place = by_extent().or_else(|| {
-                let (device, at) = self.buffer(page.buffer?)?;
+                let (device, at) = self.buffer(page.buffer()?)?;
                 (Some(device) == mounted.device).then_some(at)
             });
             if let Some(at) = place {

@@ -518,7 +518,9 @@ fn the_places_of_pages_of_files_are_told() {
     let memory = memory(&ram);
     let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
     let pages = guest.classify(OnInconsistency::Refuse).unwrap().map;
-    let places = guest.file_places(&pages).unwrap();
+    let told_places = guest.file_places(&pages).unwrap();
+    assert!(!told_places.file_systems.is_empty());
+    let places = told_places.places;
     let counts = pages.counts();
     let cache = [PageClass::PageCacheClean, PageClass::PageCacheDirty];
     let cache: u64 = cache.into_iter().map(|class| counts.get(class)).sum();
@@ -529,7 +531,7 @@ fn the_places_of_pages_of_files_are_told() {
     frames.sort_unstable();
     frames.dedup();
     assert_eq!(frames.len(), places.len());
-    let mut at: Vec<_> = places.iter().map(|p| (p.file_system.0, p.at)).collect();
+    let mut at: Vec<_> = places.iter().map(|p| (p.file_system, p.at)).collect();
     at.sort_unstable();
     at.dedup();
     // A block that a device and a file have both may be there twice.
