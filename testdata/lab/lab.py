@@ -21,6 +21,7 @@ import live
 import live_figures
 import matrix
 import mutated
+import nightly
 import oldqemu
 import peers
 import proof
@@ -71,6 +72,7 @@ COMMANDS = (
     oldqemu.do_oldqemu,
     xen_proof.do_xen,
     xen_figures.do_figures,
+    nightly.do_nightly,
 )
 
 
