@@ -3,6 +3,8 @@ guest runs on with an overlay, and is restored with the pinned image under anoth
 
 import os
 import shutil
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from spec import GuestSpec
 
 # What the guest is told, and what the checkpoint calls its first disk.
 DISK = "d0"
+# Saves that are killed.
+KILLS = 8
 WAYS = {"eager": ("--eager",), "postcopy": ("--disk-immutable",)}
 
 
@@ -65,6 +69,34 @@ def failures(tool: Path, live: Live) -> None:
         raise CheckFailed(f"QEMU writes to {now}")
 
 
+def killed(tool: Path, live: Live, count: int) -> int:
+    """Kills saves at instants spread over one: the guest runs on, with the disk that it had or with the
+    overlay. How often it is the overlay."""
+    output = live.folder / "x.sonic"
+    before = time.monotonic()
+    live.save(tool, "--disk", f"{DISK}={live.folder / 'whole.qcow2'}")
+    takes = time.monotonic() - before
+    output.unlink()
+    pinned = 0
+    for number in range(count):
+        had, overlay = image_of(live), live.folder / f"killed-{number}.qcow2"
+        save = subprocess.Popen([tool, "qemu", "save", "--qmp", live.socket, "-o", output,
+                                 "--disk", f"{DISK}={overlay}"],
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(takes * (number + 0.5) / count)
+        save.kill()
+        save.wait()
+        # The watchdog is another process.
+        time.sleep(2)
+        runs_on(live, f"kill {number}")
+        now = image_of(live)
+        if now not in (had, str(overlay)):
+            raise CheckFailed(f"kill {number}: QEMU writes to {now}")
+        pinned += now == str(overlay)
+        output.unlink(missing_ok=True)
+    return pinned
+
+
 def restored(tool: Path, live: Live, base: Path, form: str, way: str) -> int:
     """Runs the saved guest on, over the pinned image; how often it read its disk for its files."""
     folder = live.folder / way
@@ -92,7 +124,9 @@ def pinned(tool: Path, kernel: Kernel, form: str) -> str:
     live = Live.boot(spec, HOME / f"disks-{os.getpid()}")
     try:
         failures(tool, live)
+        overlays = killed(tool, live, KILLS)
         base = Path(image_of(live))
+        # The lowest is as it was made; overlays are qcow2.
         below = "qcow2" if base.suffix == ".qcow2" else form
         without = live.save(tool)
         if without["disk_pages"]:
@@ -120,7 +154,8 @@ def pinned(tool: Path, kernel: Kernel, form: str) -> str:
                 f"{report['pause_parts']['pin'] * 1000:.0f} ms; the guest ran on with the overlay, torture "
                 f"OK; restored by {' and '.join(WAYS)} over the pinned image, 0 reads of the disk for all "
                 "files, torture OK; the image as it was; failures left the guest running, and told of "
-                "the disk")
+                f"the disk; of {KILLS} saves that were killed {overlays} left it on the overlay, the "
+                "others as it was, and each the guest running")
     finally:
         live.end()
         shutil.rmtree(live.folder, ignore_errors=True)

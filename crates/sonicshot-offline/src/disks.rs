@@ -162,7 +162,9 @@ fn told(
         let fits = at.raw().is_multiple_of(512) && at.checked_add(page)?.raw() <= *len;
         fits.then_some((place.frame, *number, at))
     });
-    Ok(places.collect())
+    let mut found = Vec::with_capacity(told.places.len());
+    found.extend(places);
+    Ok(found)
 }
 
 /// Of some of the guesses, how many were looked at, and how many are right. All are compared once more,

@@ -202,7 +202,10 @@ pub(crate) fn file_places(
         nodes_left: (cached.len() as u64)
             .saturating_mul(NODES_A_PAGE)
             .saturating_add(MIN_NODES),
-        found: FilePlaces::default(),
+        found: FilePlaces {
+            file_systems: Vec::new(),
+            places: Vec::with_capacity(cached.len()),
+        },
     };
     let mut files: Vec<(KernelVa, Mounted, &[InCache])> = Vec::new();
     for of_file in cached.chunk_by(|a, b| a.mapping == b.mapping) {
@@ -243,7 +246,12 @@ fn in_cache(
     const CACHE: ClassSet = ClassSet::EMPTY
         .with(PageClass::PageCacheClean)
         .with(PageClass::PageCacheDirty);
-    let mut found = Vec::new();
+    let counts = pages.counts();
+    let most = CACHE
+        .iter()
+        .fold(0_u64, |sum, class| sum.saturating_add(counts.get(class)));
+    // No more than there are frames, of each of which the map has a byte.
+    let mut found = Vec::with_capacity(usize::try_from(most).unwrap_or_default());
     let mut copy = [0_u8; 256];
     let stride = map.stride_len()?;
     let Some(copy) = copy.get_mut(..stride) else {

@@ -73,7 +73,10 @@ impl DiskFinder {
         threads: Option<NonZeroUsize>,
         most: usize,
     ) -> Result<Self, CheckpointError> {
-        let mut entries = Vec::new();
+        let frames = pieces
+            .iter()
+            .fold(0, |sum: u64, piece| sum.saturating_add(piece.len()));
+        let mut entries = Vec::with_capacity(size(frames).min(most));
         map_in_order(
             crate::work::threads(threads),
             pieces,
