@@ -43,6 +43,7 @@ mod options;
 pub mod packed;
 mod place;
 mod plan;
+mod records;
 mod save;
 mod share;
 mod snapshot;

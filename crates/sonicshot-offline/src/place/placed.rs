@@ -21,7 +21,7 @@ pub(crate) struct Placed<T> {
 }
 
 /// Finds the guest in a dump, by what is known beforehand.
-pub(super) fn open_guest<'d>(
+pub(crate) fn open_guest<'d>(
     snapshot: &Snapshot,
     dump: &'d Dump,
 ) -> Result<Box<dyn GuestOs + 'd>, OfflineError> {
