@@ -4,8 +4,8 @@ use crate::error::CliError;
 use crate::output::named_images;
 use crate::progress::{ProgressMode, Talk};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-use sonicshot::ClassSet;
 use sonicshot::checkpoint::{Compression, DiskHash, MovedOn};
+use sonicshot::{ClassSet, Pfn};
 #[cfg(feature = "libvmi")]
 use sonicshot_libvmi::Domain;
 use sonicshot_offline::packed::ImageCompression;
@@ -263,9 +263,28 @@ pub(crate) struct InspectArgs {
     /// (give the dump before it)
     #[arg(long, value_name = "FILE.svg", num_args = 0..=1, default_missing_value = "-")]
     pub map: Option<PathBuf>,
+    /// Say why the frame PFN (0x123 or 291) is kept or dropped: its class, what the kernel's records
+    /// have of it, which of them agree, and what a prune does with it
+    #[arg(long, value_name = "PFN", value_parser = pfn)]
+    pub explain: Option<Pfn>,
+    /// Show the lists of free blocks of each zone, by order and migrate type, with the first N blocks of
+    /// each, held against the counters
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "4", require_equals = true)]
+    pub free_lists: Option<usize>,
     /// Write over an existing OUT.tsv or FILE.svg
     #[arg(long)]
     pub force: bool,
+}
+
+/// A frame's number, as it is written.
+fn pfn(text: &str) -> Result<Pfn, String> {
+    let number = match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    number
+        .map(Pfn::new)
+        .map_err(|_| "want a frame's number, such as 0x1234 or 4660".into())
 }
 
 #[derive(Debug, Args)]

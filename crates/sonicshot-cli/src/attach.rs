@@ -2,9 +2,9 @@
 
 use crate::args::AttachArgs;
 use crate::error::CliError;
+use crate::json::{AttachReport, OfAttach, Version, line, path};
 use crate::output::{named_files, overwrite};
 use crate::report::{say, size};
-use serde_json::json;
 use sonicshot_offline::CheckpointFile;
 use sonicshot_serve::PageSet;
 
@@ -26,13 +26,17 @@ pub(crate) fn run(args: &AttachArgs) -> Result<(), CliError> {
         checkpoint.attach(&args.output, overwrite(args.force), &files, args.replace)?;
     let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
     if args.json {
-        let report = json!({
-            "blobs": names,
-            "file_bytes": stats.file_len,
-            "disk_bytes": disk,
-            "digest": format!("{:032x}", stats.digest),
-        });
-        say!("{report}");
+        let report = AttachReport {
+            version: Version::default(),
+            kind: OfAttach::default(),
+            path: path(&args.checkpoint),
+            output: path(&args.output),
+            blobs: names.iter().map(ToString::to_string).collect(),
+            file_bytes: stats.file_len,
+            disk_bytes: disk,
+            digest: format!("{:032x}", stats.digest),
+        };
+        say!("{}", line(&report));
     } else {
         say!(
             "attached {}: {} in {}",

@@ -3,10 +3,10 @@
 use crate::args::{ConvertArgs, ConvertTo};
 use crate::error::CliError;
 use crate::inputs::Input;
+use crate::json::{ConvertReport, OfConvert, Version, line, path, word};
 use crate::output::overwrite;
 use crate::progress::Phase;
 use crate::report::{layout_arg, lines, mib, say, size, tell_notes};
-use serde_json::json;
 use sonicshot_dump::DumpError;
 use sonicshot_offline::{Converted, Target, Template};
 use std::path::Path;
@@ -72,19 +72,23 @@ fn convert(args: &ConvertArgs, target: &Target) -> Result<Converted, CliError> {
 }
 
 fn print_json(args: &ConvertArgs, converted: &Converted, seconds: f64) {
-    let report = json!({
-        "path": args.file.display().to_string(),
-        "format": converted.format,
-        "ram_bytes": converted.layout.bytes(),
-        "disk_bytes": converted.disk_bytes,
-        "missing_bytes": converted.missing_bytes,
-        "missing_mib": mib(converted.missing_bytes),
-        "for_analysis": converted.for_analysis,
-        "layout": (args.to == ConvertTo::Raw).then(|| layout_arg(&converted.layout)),
-        "seconds": seconds,
-        "notes": lines(&converted.notes),
-    });
-    say!("{report}");
+    let report = ConvertReport {
+        version: Version::default(),
+        kind: OfConvert::default(),
+        path: path(&args.file),
+        output: path(&args.output),
+        format: word(converted.format),
+        format_name: converted.format.to_string(),
+        ram_bytes: converted.layout.bytes(),
+        disk_bytes: converted.disk_bytes,
+        missing_bytes: converted.missing_bytes,
+        missing_mib: mib(converted.missing_bytes),
+        for_analysis: converted.for_analysis,
+        layout: (args.to == ConvertTo::Raw).then(|| layout_arg(&converted.layout)),
+        seconds,
+        notes: lines(&converted.notes),
+    };
+    say!("{}", line(&report));
 }
 
 fn print_summary(args: &ConvertArgs, converted: &Converted, seconds: f64) {

@@ -1,7 +1,7 @@
 //! What the command says when it fails, and how it exits.
 
+use crate::json::{ErrorReport, OfError, Version, line, path};
 use crate::report::complain;
-use serde_json::{Value, json};
 use sonicshot::MemoryError;
 use sonicshot::checkpoint::CheckpointError;
 use sonicshot_dump::{
@@ -260,13 +260,13 @@ impl CliError {
     }
 
     /// Prints the error, its causes and the hint to standard error, with `json` as one line of
-    /// JSON.
-    pub(crate) fn print(&self, json: bool) {
+    /// JSON, with the `input` that it is about.
+    pub(crate) fn print(&self, input: Option<&Path>, json: bool) {
         if matches!(self, Self::Reported { .. }) {
             return;
         }
         if json {
-            complain!("{}", self.to_json());
+            complain!("{}", line(&self.to_json(input)));
         } else {
             self.print_text();
         }
@@ -275,11 +275,7 @@ impl CliError {
     /// The same of one input; of `several` it must be told which.
     pub(crate) fn print_of(&self, input: &Path, json: bool, several: bool) {
         if json {
-            let mut value = self.to_json();
-            if let Some(value) = value.as_object_mut() {
-                value.insert("path".into(), input.display().to_string().into());
-            }
-            complain!("{value}");
+            complain!("{}", line(&self.to_json(Some(input))));
             return;
         }
         if several {
@@ -288,13 +284,16 @@ impl CliError {
         self.print_text();
     }
 
-    fn to_json(&self) -> Value {
-        json!({
-            "error": self.to_string(),
-            "causes": self.causes(),
-            "hint": self.hint(),
-            "exit_code": self.code(),
-        })
+    fn to_json(&self, input: Option<&Path>) -> ErrorReport {
+        ErrorReport {
+            version: Version::default(),
+            kind: OfError::default(),
+            path: input.map(path),
+            error: self.to_string(),
+            causes: self.causes(),
+            hint: self.hint().map(|hint| hint.to_string()),
+            exit_code: self.code(),
+        }
     }
 
     fn print_text(&self) {
@@ -319,10 +318,16 @@ pub(crate) fn of_command_line(error: &clap::Error) -> ExitCode {
         let hint = text
             .lines()
             .find_map(|line| line.trim_start().strip_prefix("tip: "));
-        complain!(
-            "{}",
-            json!({"error": what, "causes": [], "hint": hint, "exit_code": 2})
-        );
+        let report = ErrorReport {
+            version: Version::default(),
+            kind: OfError::default(),
+            path: None,
+            error: what.to_owned(),
+            causes: Vec::new(),
+            hint: hint.map(str::to_owned),
+            exit_code: 2,
+        };
+        complain!("{}", line(&report));
     } else {
         // Nothing is left to tell it to.
         let _ = error.print();

@@ -3,10 +3,12 @@
 mod checkpoint;
 mod guest;
 mod map;
+mod page;
 
 use crate::args::InspectArgs;
 use crate::error::CliError;
 use crate::inputs::{Input, Inputs, PIPE};
+use crate::json::line;
 use crate::output::{io, overwrite};
 use crate::progress::Phase;
 use crate::report::{percent, say, say_to_stderr, size};
@@ -17,8 +19,7 @@ pub(crate) use guest::{
     classes_json, print_classes, print_zones, processors_json, processors_line, zone_json,
 };
 use sonicshot::{ClassSet, FileId, PageMap};
-use sonicshot_dump::{NewFile, Vmm};
-use sonicshot_offline::{Analyzed, Savings};
+use sonicshot_dump::NewFile;
 use sonicshot_vmi::count_zero_pages;
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -92,8 +93,26 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
             map::write_svg(&analyzed, &title, out)
         })?;
     }
+    let facts = match args.explain {
+        Some(pfn) => Some(page::explain(input, &analyzed, pfn)?),
+        None => None,
+    };
+    let lists = match args.free_lists {
+        Some(most) => Some(input.snapshot.free_lists(&analyzed, most)?),
+        None => None,
+    };
     if args.json {
-        print_json(input, &analyzed, zero_pages, savings);
+        let mut report = json_report(input, &analyzed, zero_pages, savings);
+        report.page = facts.map(|facts| Box::new(facts.to_json()));
+        report.free_lists = lists.map(|zones| zones.iter().map(page::zone_json).collect());
+        say!("{}", line(&report));
+    } else if facts.is_some() || lists.is_some() {
+        if let Some(facts) = facts {
+            facts.print();
+        }
+        for zone in lists.iter().flatten() {
+            page::print_zone(zone);
+        }
     } else {
         if let Some(vmm) = input.snapshot.vmm() {
             say!("snapshot  {}, memory in {}", vmm.name(), memory.display());
@@ -148,15 +167,6 @@ pub(crate) fn check_replaceable(path: &Path, memory: &Path, force: bool) -> Resu
         return Err(io("replacing", path)(source));
     }
     Ok(())
-}
-
-fn print_json(input: &Input, analyzed: &Analyzed, zero_pages: u64, savings: Savings) {
-    let mut report = json_report(analyzed, zero_pages, savings);
-    if let Some(report) = report.as_object_mut() {
-        report.insert("path".into(), input.path.display().to_string().into());
-        report.insert("vmm".into(), input.snapshot.vmm().map(Vmm::name).into());
-    }
-    say!("{report}");
 }
 
 /// Writes to standard output, or to a file, which appears whole or not at all, for no more eyes than

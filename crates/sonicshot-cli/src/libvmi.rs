@@ -10,8 +10,8 @@ pub(crate) use save::save;
 
 use crate::args::{InputArgs, LibvmiArgs, LibvmiWatchdogArgs};
 use crate::error::CliError;
+use crate::json::LibVmiVersion;
 use crate::report::complain;
-use serde_json::{Value, json};
 use sonicshot::{ClassSet, GuestMemory, MemoryError, Processors, PrunePlan, RamLayout};
 use sonicshot_libvmi::{
     Domain, LibVmi, LibVmiError, LibVmiGuest, LibVmiSymbols, PausedGuest, watch as watch_guest,
@@ -167,14 +167,14 @@ fn format(domain: &Domain) -> String {
 }
 
 /// What there is to say of the library.
-fn library_json(library: &LibVmi) -> Value {
+fn library_json(library: &LibVmi) -> LibVmiVersion {
     let version = library.version();
-    json!({
-        "file": version.file.as_ref().map(|file| file.display().to_string()),
-        "version": version.number,
-        "events_version": version.events,
-        "maps_pages": version.maps_pages,
-    })
+    LibVmiVersion {
+        file: version.file.as_ref().map(|file| file.display().to_string()),
+        version: version.number.clone(),
+        events_version: version.events,
+        maps_pages: version.maps_pages,
+    }
 }
 
 /// Where RAM lies, if it is said.

@@ -8,6 +8,7 @@ mod error;
 mod generate;
 mod inputs;
 mod inspect;
+mod json;
 #[cfg(feature = "libvmi")]
 mod libvmi;
 mod output;
@@ -25,6 +26,7 @@ mod xen;
 use args::{Cli, Command, GenerateCommand, QemuCommand, SymbolsCommand, XenCommand};
 use clap::Parser;
 use error::CliError;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -70,8 +72,38 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            error.print(json);
+            error.print(cli.command.input(), json);
             error.exit_code()
         }
+    }
+}
+
+impl Command {
+    /// What the command works on, if that is one file.
+    fn input(&self) -> Option<&Path> {
+        match self {
+            Self::Inspect(args) => one(&args.files),
+            Self::Prune(args) => one(&args.files),
+            Self::Share(args) => Some(&args.file),
+            Self::Save(args) => args.file.as_deref(),
+            Self::Restore(args) => Some(&args.file),
+            Self::Verify(args) => Some(&args.file),
+            Self::Attach(args) => Some(&args.checkpoint),
+            Self::Convert(args) => Some(&args.file),
+            Self::Symbols(SymbolsCommand::Make(args)) => one(&args.files),
+            Self::Xen(XenCommand::Save(args)) => Some(&args.file),
+            Self::Xen(XenCommand::Restore(args)) => Some(&args.file),
+            Self::Qemu(QemuCommand::Save(args)) => Some(&args.output),
+            Self::Qemu(QemuCommand::Restore(args)) => Some(&args.file),
+            _ => None,
+        }
+    }
+}
+
+/// The one file, if it is no more.
+fn one(files: &[PathBuf]) -> Option<&Path> {
+    match files {
+        [one] => Some(one),
+        _ => None,
     }
 }

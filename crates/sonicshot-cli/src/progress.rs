@@ -1,10 +1,10 @@
 //! How far a long phase of the work is, on standard error: a bar on a terminal, else a line now and
 //! then, or JSON for a program that shows it itself.
 
+use crate::json::{OfProgress, ProgressReport, Version, line};
 use crate::report::{complain, size};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use serde_json::json;
 use std::io::{self, IsTerminal};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -109,14 +109,15 @@ impl State {
 
     fn json(&self, finished: bool) -> String {
         let amount = self.amount();
-        json!({
-            "phase": self.phase,
-            "done": amount.map(|(done, _)| done),
-            "total": amount.map(|(_, total)| total),
-            "seconds": self.started.elapsed().as_secs_f64(),
-            "finished": finished,
+        line(&ProgressReport {
+            version: Version::default(),
+            kind: OfProgress::default(),
+            phase: self.phase.to_string(),
+            done: amount.map(|(done, _)| done),
+            total: amount.map(|(_, total)| total),
+            seconds: self.started.elapsed().as_secs_f64(),
+            finished,
         })
-        .to_string()
     }
 }
 

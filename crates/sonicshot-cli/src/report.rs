@@ -1,6 +1,5 @@
 //! Numbers and lines for people.
 
-use serde_json::Value;
 use sonicshot::RamLayout;
 use sonicshot_offline::{ByteSize, LayoutSpec, Note};
 use std::fmt;
@@ -91,14 +90,6 @@ pub(crate) fn by_name(pages: &[(&str, u64)]) -> String {
         .map(|(name, pages)| format!("{name} {}", count(*pages)))
         .collect();
     parts.join(", ")
-}
-
-/// The same as JSON has them.
-pub(crate) fn by_name_json(pages: &[(&str, u64)]) -> Value {
-    let entries = pages
-        .iter()
-        .map(|(name, pages)| ((*name).into(), (*pages).into()));
-    Value::Object(entries.collect())
 }
 
 /// Notes as JSON has them: a text for each.

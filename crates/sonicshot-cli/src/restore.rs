@@ -3,10 +3,10 @@
 use crate::args::{DiskArgs, DumpKind, RestoreArgs, VerifyArgs};
 use crate::error::CliError;
 use crate::inputs::checkpoint;
+use crate::json::{OfRestore, OfVerify, RestoreReport, VerifyReport, Version, line, path};
 use crate::output::{named_files, overwrite};
 use crate::progress::Phase;
 use crate::report::{count, layout_arg, lines, mib, say, size, tell_notes};
-use serde_json::json;
 use sonicshot_offline::{CheckpointFile, OpenOptions, RestoreOptions};
 use std::path::Path;
 use std::time::Instant;
@@ -29,17 +29,21 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
     let seconds = started.elapsed().as_secs_f64();
     let layout = &checkpoint.reader().info().layout;
     if args.json {
-        let report = json!({
-            "ram_bytes": layout.bytes(),
-            "disk_bytes": restored.disk_bytes,
-            "layout": (args.to == DumpKind::Raw).then(|| layout_arg(layout)),
-            "for_analysis": checkpoint.reader().info().for_analysis,
-            "missing_bytes": checkpoint.missing_bytes(),
-            "missing_mib": mib(checkpoint.missing_bytes()),
-            "seconds": seconds,
-            "notes": lines(&restored.notes),
-        });
-        say!("{report}");
+        let report = RestoreReport {
+            version: Version::default(),
+            kind: OfRestore::default(),
+            path: path(&args.file),
+            output: path(&args.output),
+            ram_bytes: layout.bytes(),
+            disk_bytes: restored.disk_bytes,
+            layout: (args.to == DumpKind::Raw).then(|| layout_arg(layout)),
+            for_analysis: checkpoint.reader().info().for_analysis,
+            missing_bytes: checkpoint.missing_bytes(),
+            missing_mib: mib(checkpoint.missing_bytes()),
+            seconds,
+            notes: lines(&restored.notes),
+        };
+        say!("{}", line(&report));
         return Ok(());
     }
     tell_notes(&restored.notes);
@@ -83,19 +87,22 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
     let seconds = started.elapsed().as_secs_f64();
     let reader = checkpoint.reader();
     if args.json {
-        let report = json!({
-            "file_bytes": reader.file_len(),
-            "digest": format!("{:032x}", reader.digest()),
-            "compared_pages": compared,
-            "disk_pages": checkpoint.reader().stats().on_disk,
-            "checked_disk_pages": on_disks,
-            "for_analysis": reader.info().for_analysis,
-            "missing_bytes": checkpoint.missing_bytes(),
-            "missing_mib": mib(checkpoint.missing_bytes()),
-            "seconds": seconds,
-            "notes": lines(&checkpoint.notes()),
-        });
-        say!("{report}");
+        let report = VerifyReport {
+            version: Version::default(),
+            kind: OfVerify::default(),
+            path: path(&args.file),
+            file_bytes: reader.file_len(),
+            digest: format!("{:032x}", reader.digest()),
+            compared_pages: compared,
+            disk_pages: checkpoint.reader().stats().on_disk,
+            checked_disk_pages: on_disks,
+            for_analysis: reader.info().for_analysis,
+            missing_bytes: checkpoint.missing_bytes(),
+            missing_mib: mib(checkpoint.missing_bytes()),
+            seconds,
+            notes: lines(&checkpoint.notes()),
+        };
+        say!("{}", line(&report));
         return Ok(());
     }
     tell_notes(&checkpoint.notes());

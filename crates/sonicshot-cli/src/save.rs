@@ -3,18 +3,17 @@
 use crate::args::{SaveArgs, classes};
 use crate::error::CliError;
 use crate::inputs::Input;
+use crate::json::{self, Disk, DiskSearchJson, OfSave, SaveReport, Stored, Version, line, path};
 use crate::output::{named_files, named_images, overwrite};
 use crate::progress::Phase;
-use crate::report::{
-    by_name, by_name_json, complain, count, lines, mib, percent, say, size, tell_notes,
-};
-use serde_json::{Map, Value, json};
+use crate::report::{by_name, complain, count, lines, mib, percent, say, size, tell_notes};
 use sonicshot::PageClass;
 use sonicshot::checkpoint::{DiskInfo, SaveOptions, SaveStats};
 use sonicshot_offline::{
     CheckpointOptions, DiskSearch, Plan, Saved, Whole, check_droppable, check_unused,
 };
 use std::io::{self, IsTerminal};
+use std::path::Path;
 use std::time::Instant;
 
 pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
@@ -65,7 +64,7 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
     };
     let seconds = started.elapsed().as_secs_f64();
     if args.json {
-        tell(args, &json_report(args, &saved, seconds));
+        tell(args, &json_report(args, file, &saved, seconds));
         return Ok(());
     }
     tell_notes(&saved.notes);
@@ -136,38 +135,40 @@ pub(crate) fn tell(args: &SaveArgs, what: &str) {
     }
 }
 
-fn json_report(args: &SaveArgs, saved: &Saved, seconds: f64) -> String {
+fn json_report(args: &SaveArgs, input: &Path, saved: &Saved, seconds: f64) -> String {
     let free = free_of(&saved.left_out);
-    let mut report = stats_json(&saved.stats, free, saved.info.page_size.bytes());
-    report.insert("kernel_release".into(), json!(saved.info.kernel_release));
-    report.insert("compression".into(), json!(args.compress.to_string()));
-    report.insert("disk_bytes".into(), json!(saved.disk_bytes));
-    report.insert("left_out".into(), by_name_json(&saved.left_out));
-    report.insert("for_analysis".into(), json!(saved.info.for_analysis));
-    report.insert("disks".into(), disks_json(&saved.info.disks));
-    report.insert(
-        "disk_search".into(),
-        search_json(saved.disk_search.as_ref()),
-    );
-    report.insert("missing_bytes".into(), json!(saved.missing_bytes));
-    report.insert("missing_mib".into(), json!(mib(saved.missing_bytes)));
-    report.insert("seconds".into(), json!(seconds));
-    report.insert("notes".into(), json!(lines(&saved.notes)));
-    Value::Object(report).to_string()
+    line(&SaveReport {
+        version: Version::default(),
+        kind: OfSave::default(),
+        path: path(input),
+        output: path(&args.output),
+        kernel_release: saved.info.kernel_release.clone(),
+        compression: args.compress.to_string(),
+        disk_bytes: saved.disk_bytes,
+        left_out: json::by_name(&saved.left_out),
+        for_analysis: saved.info.for_analysis,
+        disks: disks_json(&saved.info.disks),
+        disk_search: saved.disk_search.as_ref().map(search_json),
+        missing_bytes: saved.missing_bytes,
+        missing_mib: mib(saved.missing_bytes),
+        paused_seconds: None,
+        seconds,
+        notes: lines(&saved.notes),
+        devices: None,
+        stored: stats_json(&saved.stats, free, saved.info.page_size.bytes()),
+    })
 }
 
 /// How pages were looked for on the disks.
-fn search_json(search: Option<&DiskSearch>) -> Value {
-    search.map_or(Value::Null, |search| {
-        json!({
-            "page_cache_pages": search.page_cache,
-            "told_pages": search.told,
-            "looked_at_pages": search.looked_at,
-            "right_pages": search.right,
-            "explained_pages": search.explained(),
-            "streamed_bytes": search.streamed,
-        })
-    })
+fn search_json(search: &DiskSearch) -> DiskSearchJson {
+    DiskSearchJson {
+        page_cache_pages: search.page_cache,
+        told_pages: search.told,
+        looked_at_pages: search.looked_at,
+        right_pages: search.right,
+        explained_pages: search.explained(),
+        streamed_bytes: search.streamed,
+    }
 }
 
 /// The same for people.
@@ -186,14 +187,16 @@ fn search_text(search: &DiskSearch) -> String {
 }
 
 /// The disks that pages are on.
-pub(crate) fn disks_json(disks: &[DiskInfo]) -> Value {
-    let disks = disks.iter().map(|disk| {
-        json!({
-            "name": disk.name,
-            "bytes": disk.bytes,
-            "hash": disk.hash.name(),
-            "marks": disk.marks.iter().map(|mark| mark.kind.name()).collect::<Vec<_>>(),
-        })
+pub(crate) fn disks_json(disks: &[DiskInfo]) -> Vec<Disk> {
+    let disks = disks.iter().map(|disk| Disk {
+        name: disk.name.clone(),
+        bytes: disk.bytes,
+        hash: disk.hash.name().to_string(),
+        marks: disk
+            .marks
+            .iter()
+            .map(|mark| mark.kind.name().to_string())
+            .collect(),
     });
     disks.collect()
 }
@@ -209,25 +212,21 @@ pub(crate) fn free_of(left_out: &[(&'static str, u64)]) -> u64 {
 }
 
 /// What a checkpoint holds; of what was left out, `free` pages are free.
-pub(crate) fn stats_json(stats: &SaveStats, free: u64, page_size: u64) -> Map<String, Value> {
-    let value = json!({
-        "page_size": page_size,
-        "data_pages": stats.data,
-        "duplicate_pages": stats.duplicate,
-        "zero_pages": stats.zero,
-        "fill_pages": stats.fill,
-        "left_out_pages": stats.free,
-        "free_pages": free,
-        "absent_pages": stats.absent,
-        "disk_pages": stats.on_disk,
-        "stored_bytes": stats.stored_bytes,
-        "file_bytes": stats.file_len,
-        "runs": stats.runs,
-        "digest": format!("{:032x}", stats.digest),
-    });
-    match value {
-        Value::Object(map) => map,
-        _ => Map::new(),
+pub(crate) fn stats_json(stats: &SaveStats, free: u64, page_size: u64) -> Stored {
+    Stored {
+        page_size,
+        data_pages: stats.data,
+        duplicate_pages: stats.duplicate,
+        zero_pages: stats.zero,
+        fill_pages: stats.fill,
+        left_out_pages: stats.free,
+        free_pages: free,
+        absent_pages: stats.absent,
+        disk_pages: stats.on_disk,
+        stored_bytes: stats.stored_bytes,
+        file_bytes: stats.file_len,
+        runs: stats.runs,
+        digest: format!("{:032x}", stats.digest),
     }
 }
 

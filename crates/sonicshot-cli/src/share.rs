@@ -2,10 +2,10 @@
 
 use crate::args::ShareArgs;
 use crate::error::CliError;
+use crate::json::{OfShare, ShareReport, Version, line, path};
 use crate::output::overwrite;
 use crate::progress::Phase;
 use crate::report::{count, note, percent, say, size};
-use serde_json::json;
 use sonicshot_dump::{DumpError, ShareStats};
 use sonicshot_offline::{OpenOptions, ShareOptions, Snapshot};
 use std::path::Path;
@@ -42,23 +42,25 @@ pub(crate) fn run(args: &ShareArgs) -> Result<(), CliError> {
 fn tell(args: &ShareArgs, stats: &ShareStats, seconds: f64) {
     let gained = stats.shared_after.saturating_sub(stats.shared_before);
     if args.json {
-        let report = json!({
-            "path": args.output.as_ref().unwrap_or(&args.file).display().to_string(),
-            "in_place": args.output.is_none(),
-            "pages": stats.pages,
-            "found_bytes": stats.found_bytes,
-            "runs": stats.runs,
-            "run_bytes": stats.run_bytes,
-            "short_bytes": stats.short_bytes,
-            "differing_bytes": stats.differing_bytes,
-            "shared_bytes_before": stats.shared_before,
-            "shared_bytes": stats.shared_after,
-            "gained_bytes": gained,
-            "extents_before": stats.extents_before,
-            "extents": stats.extents_after,
-            "seconds": seconds,
-        });
-        say!("{report}");
+        let report = ShareReport {
+            version: Version::default(),
+            kind: OfShare::default(),
+            path: path(args.output.as_ref().unwrap_or(&args.file)),
+            in_place: args.output.is_none(),
+            pages: stats.pages,
+            found_bytes: stats.found_bytes,
+            runs: stats.runs,
+            run_bytes: stats.run_bytes,
+            short_bytes: stats.short_bytes,
+            differing_bytes: stats.differing_bytes,
+            shared_bytes_before: stats.shared_before,
+            shared_bytes: stats.shared_after,
+            gained_bytes: gained,
+            extents_before: stats.extents_before,
+            extents: stats.extents_after,
+            seconds,
+        };
+        say!("{}", line(&report));
         return;
     }
     if stats.differing_bytes > 0 {

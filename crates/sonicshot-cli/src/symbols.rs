@@ -2,9 +2,9 @@
 
 use crate::args::SymbolsMakeArgs;
 use crate::error::CliError;
+use crate::json::{OfSymbols, SymbolsReport, Version, line, path};
 use crate::output::{io, overwrite};
 use crate::report::{count, say, size};
-use serde_json::json;
 use sonicshot_dump::NewFile;
 use sonicshot_vmi::symbols::{SymbolFile, SymbolSource, open_symbol_file};
 use std::fs::File;
@@ -35,14 +35,16 @@ pub(crate) fn make(args: &SymbolsMakeArgs) -> Result<(), CliError> {
     let text = file.to_text();
     write(args, &text)?;
     if args.json {
-        let report = json!({
-            "path": out.display().to_string(),
-            "build_id": file.build_id().map(hex),
-            "banner": file.banner(),
-            "facts": file.len(),
-            "bytes": text.len(),
-        });
-        say!("{report}");
+        let report = SymbolsReport {
+            version: Version::default(),
+            kind: OfSymbols::default(),
+            path: path(out),
+            build_id: file.build_id().map(hex),
+            banner: file.banner().map(str::to_owned),
+            facts: file.len() as u64,
+            bytes: text.len() as u64,
+        };
+        say!("{}", line(&report));
         return Ok(());
     }
     let build = file.build_id().map_or_else(|| "not told".into(), hex);

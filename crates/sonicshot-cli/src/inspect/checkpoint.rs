@@ -1,11 +1,12 @@
 //! What `inspect` says of a checkpoint; no kernel is looked for.
 
+use super::guest::classes_json;
 use super::write_to;
 use crate::args::InspectArgs;
 use crate::error::CliError;
+use crate::json::{self, CheckpointReport, NamedBlob, OfCheckpoint, Version, line, ram};
 use crate::report::{count, lines, mib, percent, say, size};
 use crate::save::{FREE, disks_json, stats_json};
-use serde_json::{Map, Value, json};
 use sonicshot::ClassCounts;
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, PageContent, SaveStats};
 use sonicshot_offline::CheckpointFile;
@@ -23,6 +24,11 @@ pub(super) fn inspect(
     let mut counts = ClassCounts::default();
     for run in reader.runs() {
         counts.add(run.class, run.frames.len());
+    }
+    if args.explain.is_some() || args.free_lists.is_some() {
+        let what = "a checkpoint has no lists and no struct pages of its own: restore it, and look at \
+                    what comes of it";
+        return Err(CliError::Usage { what: what.into() });
     }
     if args.map.is_some() {
         let what = "--map draws dumps: restore the checkpoint, and give what comes of it";
@@ -75,44 +81,37 @@ fn print_json(path: &Path, checkpoint: &CheckpointFile, counts: &ClassCounts) {
         .runs()
         .filter(|run| matches!(run.content, PageContent::Free { .. }) && FREE.contains(&run.class));
     let free = free.fold(0, |sum: u64, run| sum.saturating_add(run.frames.len()));
-    let mut report = stats_json(&reader.stats(), free, info.page_size.bytes());
-    let classes: Map<String, Value> = counts
-        .iter()
-        .map(|(class, pages)| (class.name().into(), pages.into()))
-        .collect();
-    let regions = info.layout.regions().iter();
-    let regions: Vec<_> = regions
-        .map(|r| json!([r.start().raw(), r.end().raw()]))
-        .collect();
-    let blobs = reader.blobs();
-    let blobs: Vec<_> = blobs
-        .map(|(name, len)| json!({"name": name, "bytes": len}))
-        .collect();
-    let more = json!({
-        "path": path.display().to_string(),
-        "format": "checkpoint",
-        "kernel_release": info.kernel_release,
-        "build_id": build_id(info),
-        "architecture": architecture(info),
-        "vmm": info.vmm,
-        "compression": reader.codec(),
-        "chunk_size": reader.chunk_size(),
-        "ram": regions,
-        "total_pages": counts.total(),
-        "classes": classes,
-        "for_analysis": info.for_analysis,
-        "missing_bytes": checkpoint.missing_bytes(),
-        "missing_mib": mib(checkpoint.missing_bytes()),
-        "notes": lines(&checkpoint.notes()),
-        "blobs": blobs,
-        "disks": disks_json(&info.disks),
-        "disk_runs": reader.disk_run_count(),
-        "on_disk_bytes": reader.stats().on_disk.saturating_mul(info.page_size.bytes()),
+    let blobs = reader.blobs().map(|(name, bytes)| NamedBlob {
+        name: name.to_owned(),
+        bytes,
     });
-    if let Value::Object(more) = more {
-        report.extend(more);
-    }
-    say!("{}", Value::Object(report));
+    let stats = reader.stats();
+    let report = CheckpointReport {
+        version: Version::default(),
+        kind: OfCheckpoint::default(),
+        path: json::path(path),
+        vmm: info.vmm.clone(),
+        format: "checkpoint".into(),
+        format_name: "checkpoint".into(),
+        kernel_release: info.kernel_release.clone(),
+        build_id: build_id(info),
+        architecture: architecture(info),
+        compression: reader.codec().to_owned(),
+        chunk_size: reader.chunk_size(),
+        ram: ram(&info.layout),
+        total_pages: counts.total(),
+        classes: classes_json(counts),
+        for_analysis: info.for_analysis,
+        missing_bytes: checkpoint.missing_bytes(),
+        missing_mib: mib(checkpoint.missing_bytes()),
+        notes: lines(&checkpoint.notes()),
+        blobs: blobs.collect(),
+        disks: disks_json(&info.disks),
+        disk_runs: reader.disk_run_count(),
+        on_disk_bytes: stats.on_disk.saturating_mul(info.page_size.bytes()),
+        stored: stats_json(&stats, free, info.page_size.bytes()),
+    };
+    say!("{}", line(&report));
 }
 
 /// The file, its guest, and what it holds beside the memory.

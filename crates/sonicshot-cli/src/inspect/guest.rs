@@ -1,55 +1,76 @@
 //! What there is to say of a guest: as JSON, and for people.
 
+use crate::inputs::Input;
+use crate::json::{
+    self, Classes, InspectReport, OfInspect, PagesByName, ProcessorJson, ProcessorState,
+    ProcessorsJson, Version, ZoneJson, free_fill, path, ram, word,
+};
 use crate::report::{count, lines, mib, percent, say, size};
-use serde_json::{Map, Value, json};
 use sonicshot::{
     ClassCounts, ClassSet, Fill, GuestMemory, PageClass, PageSize, Processor, Processors,
 };
 use sonicshot_offline::{Analyzed, Savings};
 use sonicshot_vmi::{Knowledge, ZoneReport};
 
-pub(crate) fn zone_json(zone: &ZoneReport) -> Value {
-    json!({
-        "node": zone.node,
-        "name": zone.name,
-        "first_pfn": zone.span.start().raw(),
-        "end_pfn": zone.span.end().raw(),
-        "free_listed": zone.listed,
-        "free_flagged": zone.flagged,
-        "nr_free": zone.nr_free,
-        "nr_free_pages": zone.counter,
-        "isolated": zone.isolated,
-        "pcp": zone.pcp,
-    })
-}
-
-/// One word for what a processor does.
-fn state_of(processor: &Processor) -> &'static str {
-    match processor {
-        Processor::NotStarted => "not started",
-        Processor::Parked => "parked",
-        Processor::InSmm => "in SMM",
-        Processor::InNestedGuest { .. } => "in a nested guest",
-        Processor::Started(_) => "started",
-        _ => "unknown",
+pub(crate) fn zone_json(zone: &ZoneReport) -> ZoneJson {
+    ZoneJson {
+        node: zone.node,
+        name: zone.name.clone(),
+        first_pfn: zone.span.start().raw(),
+        end_pfn: zone.span.end().raw(),
+        free_listed: zone.listed,
+        free_flagged: zone.flagged,
+        nr_free: zone.nr_free,
+        nr_free_pages: zone.counter,
+        isolated: zone.isolated,
+        pcp: zone.pcp,
     }
 }
 
-/// A list with each processor's state and the root of its page tables, or why there is none.
-pub(crate) fn processors_json(processors: &Processors) -> Value {
+/// What a processor does, for people.
+fn state_of(processor: &Processor) -> &'static str {
+    match state(processor) {
+        ProcessorState::NotStarted => "not started",
+        ProcessorState::Parked => "parked",
+        ProcessorState::InSmm => "in SMM",
+        ProcessorState::InNestedGuest => "in a nested guest",
+        ProcessorState::Started => "started",
+        ProcessorState::Unknown => "unknown",
+    }
+}
+
+fn state(processor: &Processor) -> ProcessorState {
+    match processor {
+        Processor::NotStarted => ProcessorState::NotStarted,
+        Processor::Parked => ProcessorState::Parked,
+        Processor::InSmm => ProcessorState::InSmm,
+        Processor::InNestedGuest { .. } => ProcessorState::InNestedGuest,
+        Processor::Started(_) => ProcessorState::Started,
+        _ => ProcessorState::Unknown,
+    }
+}
+
+/// Each processor's state and the root of its page tables, or why they are not told.
+pub(crate) fn processors_json(processors: &Processors) -> Option<ProcessorsJson> {
     let one = |processor: &Processor| {
         let registers = match processor {
             Processor::Started(registers) => Some(registers),
             Processor::InNestedGuest { host } => host.as_ref(),
             _ => None,
         };
-        json!({"state": state_of(processor), "cr3": registers.map(|registers| registers.cr3)})
+        ProcessorJson {
+            state: state(processor),
+            cr3: registers.map(|registers| registers.cr3),
+        }
+    };
+    let not_told = |why: &dyn ToString| ProcessorsJson::NotTold {
+        not_told: why.to_string(),
     };
     match processors {
-        Processors::Known(all) => all.iter().map(one).collect(),
-        Processors::NotTold(why) => json!({"not_told": why}),
-        Processors::Crashed => json!({"not_told": "it is of a crashed kernel"}),
-        _ => Value::Null,
+        Processors::Known(all) => Some(ProcessorsJson::Known(all.iter().map(one).collect())),
+        Processors::NotTold(why) => Some(not_told(why)),
+        Processors::Crashed => Some(not_told(&"it is of a crashed kernel")),
+        _ => None,
     }
 }
 
@@ -76,56 +97,72 @@ pub(crate) fn processors_line(processors: &Processors) -> Option<String> {
 }
 
 /// How many pages each class has, and how many of those hold only zeroes.
-pub(crate) fn classes_json(counts: &ClassCounts) -> (Map<String, Value>, Map<String, Value>) {
-    let (mut classes, mut zero) = (Map::new(), Map::new());
-    for class in PageClass::ALL {
-        classes.insert(class.name().into(), counts.get(*class).into());
-        zero.insert(class.name().into(), counts.zero(*class).into());
+pub(crate) fn classes_json(counts: &ClassCounts) -> Classes {
+    let of = |count: &dyn Fn(PageClass) -> u64| -> PagesByName {
+        let classes = PageClass::ALL.iter();
+        classes
+            .map(|class| (class.name().to_owned(), count(*class)))
+            .collect()
+    };
+    Classes {
+        classes: of(&|class| counts.get(class)),
+        classes_zero: of(&|class| counts.zero(class)),
     }
-    (classes, zero)
 }
 
-pub(super) fn json_report(analyzed: &Analyzed, zero_pages: u64, savings: Savings) -> Value {
+pub(super) fn json_report(
+    input: &Input,
+    analyzed: &Analyzed,
+    zero_pages: u64,
+    savings: Savings,
+) -> InspectReport {
     let (dump, facts) = (analyzed.dump(), analyzed.facts());
     let counts = analyzed.counts();
-    let (classes, zero) = classes_json(counts);
     let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
-    let absent = counts.get(PageClass::Absent);
     let page_size = analyzed.pages().page_size().bytes();
-    let regions = dump.layout().regions().iter();
-    let regions: Vec<_> = regions
-        .map(|r| json!([r.start().raw(), r.end().raw()]))
-        .collect();
-    json!({
-        "format": dump.format(),
-        "file_bytes": dump.file_len(),
-        "kernel_release": facts.release,
-        "kernel_banner": facts.banner,
-        "symbol_sources": facts.symbol_sources,
-        "knowledge": facts.knowledge.name(),
-        "layout": dump.layout_spec().map(ToString::to_string),
-        "layout_origin": analyzed.layout_origin(),
-        "ram": regions,
-        "processors": processors_json(&dump.processors()),
-        "page_size": page_size,
-        "total_pages": counts.total(),
-        "classes": classes,
-        "classes_zero": zero,
-        "zero_in_use_pages": counts.total_zero(),
-        "missing_bytes": absent.saturating_mul(page_size),
-        "missing_mib": mib(absent.saturating_mul(page_size)),
-        "missing_in_use_pages": analyzed.absent_in_use(),
-        "incomplete": dump.incomplete().map(|why| why.to_string()),
-        "disk_before": savings.disk_before,
-        "disk_after": savings.disk_after(),
-        "droppable_pages": plan.dropped_pages(),
-        "droppable_bytes": plan.dropped_bytes(),
-        "zero_pages": zero_pages,
-        "free_fill": format!("{:?}", analyzed.free_fill()),
-        "zones": analyzed.zones().iter().map(zone_json).collect::<Vec<_>>(),
-        "inconsistent_blocks": analyzed.disagreement().map_or(0, |found| found.blocks),
-        "notes": lines(analyzed.notes()),
-    })
+    let absent = counts.get(PageClass::Absent).saturating_mul(page_size);
+    let (free_fill, free_fill_byte) = free_fill(analyzed.free_fill());
+    InspectReport {
+        version: Version::default(),
+        kind: OfInspect::default(),
+        path: path(&input.path),
+        vmm: input.snapshot.vmm().map(|vmm| vmm.name().to_string()),
+        format: word(dump.format()),
+        format_name: dump.format().to_owned(),
+        file_bytes: Some(dump.file_len()),
+        libvmi: None,
+        kernel_release: facts.release.clone(),
+        kernel_banner: facts.banner.clone(),
+        symbol_sources: facts.symbol_sources.clone(),
+        knowledge: facts.knowledge.name().to_owned(),
+        layout: dump.layout_spec().map(ToString::to_string),
+        layout_origin: Some(analyzed.layout_origin().to_owned()),
+        ram: ram(dump.layout()),
+        processors: processors_json(&dump.processors()),
+        page_size,
+        total_pages: counts.total(),
+        classes: classes_json(counts),
+        zero_in_use_pages: counts.total_zero(),
+        missing_bytes: absent,
+        missing_mib: mib(absent),
+        missing_in_use_pages: Some(analyzed.absent_in_use()),
+        incomplete: dump.incomplete().map(|why| why.to_string()),
+        savings: json::Savings {
+            disk_before: Some(savings.disk_before),
+            disk_after: Some(savings.disk_after()),
+            droppable_pages: plan.dropped_pages(),
+            droppable_bytes: plan.dropped_bytes(),
+        },
+        zero_pages,
+        free_fill,
+        free_fill_byte,
+        zones: analyzed.zones().iter().map(zone_json).collect(),
+        inconsistent_blocks: analyzed.disagreement().map_or(0, |found| found.blocks),
+        paused_seconds: None,
+        notes: lines(analyzed.notes()),
+        page: None,
+        free_lists: None,
+    }
 }
 
 pub(crate) fn print_report(analyzed: &Analyzed, zero_pages: u64, savings: Savings) {

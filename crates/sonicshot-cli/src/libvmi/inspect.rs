@@ -8,8 +8,10 @@ use crate::inspect::{
     check_replaceable, classes_json, print_classes, print_zones, processors_json, processors_line,
     write_runs, write_to, zone_json,
 };
+use crate::json::{
+    InspectReport, LibVmiVersion, OfInspect, Savings, Version, free_fill, line, ram, word,
+};
 use crate::report::{count, mib, percent, say, say_to_stderr, size};
-use serde_json::{Value, json};
 use sonicshot::{ClassSet, DropClasses, GuestMemory, PageClass, PrunePlan};
 use sonicshot_libvmi::Domain;
 use sonicshot_vmi::{Knowledge, count_zero_pages};
@@ -17,6 +19,11 @@ use std::path::Path;
 use std::time::Duration;
 
 pub(crate) fn inspect(args: &InspectArgs, domain: Domain) -> Result<(), CliError> {
+    if args.explain.is_some() || args.free_lists.is_some() {
+        return Err(CliError::Usage {
+            what: "--explain and --free-lists look at a file".into(),
+        });
+    }
     if args.map.is_some() {
         return Err(CliError::Usage {
             what: "--map draws the pages of a file".into(),
@@ -46,7 +53,7 @@ pub(crate) fn inspect(args: &InspectArgs, domain: Domain) -> Result<(), CliError
         write_to(path, args.force, &[], &|out| write_runs(pages, out))?;
     }
     match args.json {
-        true => say!("{}", seen.json()),
+        true => say!("{}", line(&seen.json())),
         false => seen.print(),
     }
     Ok(())
@@ -55,7 +62,7 @@ pub(crate) fn inspect(args: &InspectArgs, domain: Domain) -> Result<(), CliError
 /// What was seen of a guest that runs on.
 struct Seen {
     domain: Domain,
-    library: Value,
+    library: LibVmiVersion,
     version: String,
     analysis: sonicshot_vmi::Analysis,
     processors: sonicshot::Processors,
@@ -66,42 +73,53 @@ struct Seen {
 }
 
 impl Seen {
-    fn json(&self) -> Value {
+    fn json(&self) -> InspectReport {
         let (analysis, facts) = (&self.analysis, self.analysis.facts());
         let counts = analysis.counts();
-        let (classes, zero) = classes_json(&counts);
         let page_size = facts.page_size.bytes();
         let absent = counts.get(PageClass::Absent).saturating_mul(page_size);
-        let regions = self.ram.regions().iter();
-        let regions: Vec<_> = regions
-            .map(|r| json!([r.start().raw(), r.end().raw()]))
-            .collect();
-        json!({
-            "path": self.domain.to_string(),
-            "format": format(&self.domain),
-            "libvmi": self.library,
-            "kernel_release": facts.release,
-            "kernel_banner": facts.banner,
-            "symbol_sources": facts.symbol_sources,
-            "knowledge": facts.knowledge.name(),
-            "ram": regions,
-            "processors": processors_json(&self.processors),
-            "page_size": page_size,
-            "total_pages": counts.total(),
-            "classes": classes,
-            "classes_zero": zero,
-            "zero_in_use_pages": counts.total_zero(),
-            "missing_bytes": absent,
-            "missing_mib": mib(absent),
-            "droppable_pages": self.plan.dropped_pages(),
-            "droppable_bytes": self.plan.dropped_bytes(),
-            "zero_pages": self.zero_pages,
-            "free_fill": format!("{:?}", analysis.free_fill()),
-            "zones": analysis.zones().iter().map(zone_json).collect::<Vec<_>>(),
-            "inconsistent_blocks": analysis.disagreement().map_or(0, |found| found.blocks),
-            "paused_seconds": self.paused.as_secs_f64(),
-            "notes": notes(analysis),
-        })
+        let (free_fill, free_fill_byte) = free_fill(analysis.free_fill());
+        InspectReport {
+            version: Version::default(),
+            kind: OfInspect::default(),
+            path: self.domain.to_string(),
+            vmm: None,
+            format: word(&format(&self.domain)),
+            format_name: format(&self.domain),
+            file_bytes: None,
+            libvmi: Some(self.library.clone()),
+            kernel_release: facts.release.clone(),
+            kernel_banner: facts.banner.clone(),
+            symbol_sources: facts.symbol_sources.clone(),
+            knowledge: facts.knowledge.name().to_owned(),
+            layout: None,
+            layout_origin: None,
+            ram: ram(&self.ram),
+            processors: processors_json(&self.processors),
+            page_size,
+            total_pages: counts.total(),
+            classes: classes_json(&counts),
+            zero_in_use_pages: counts.total_zero(),
+            missing_bytes: absent,
+            missing_mib: mib(absent),
+            missing_in_use_pages: None,
+            incomplete: None,
+            savings: Savings {
+                disk_before: None,
+                disk_after: None,
+                droppable_pages: self.plan.dropped_pages(),
+                droppable_bytes: self.plan.dropped_bytes(),
+            },
+            zero_pages: self.zero_pages,
+            free_fill,
+            free_fill_byte,
+            zones: analysis.zones().iter().map(zone_json).collect(),
+            inconsistent_blocks: analysis.disagreement().map_or(0, |found| found.blocks),
+            paused_seconds: Some(self.paused.as_secs_f64()),
+            notes: notes(analysis),
+            page: None,
+            free_lists: None,
+        }
     }
 
     fn print(&self) {

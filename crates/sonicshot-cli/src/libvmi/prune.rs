@@ -3,12 +3,14 @@
 use super::{Look, check, dropped_by_name, format, notes};
 use crate::args::{PruneArgs, classes};
 use crate::error::CliError;
-use crate::report::{by_name, by_name_json, count, note, percent, say, size};
-use serde_json::json;
-use sonicshot::DropClasses;
+use crate::json::{self, OfPrune, PruneReport, Version, line, word};
+use crate::report::{by_name, count, mib, note, percent, say, size};
+use sonicshot::{DropClasses, PageClass};
 use sonicshot_libvmi::Domain;
+use std::time::Instant;
 
 pub(crate) fn prune(args: &PruneArgs, domain: Domain) -> Result<(), CliError> {
+    let started = Instant::now();
     let drop = classes(&args.drop);
     if !args.dry_run || args.output.is_some() || args.in_place {
         return Err(CliError::Usage {
@@ -26,22 +28,34 @@ pub(crate) fn prune(args: &PruneArgs, domain: Domain) -> Result<(), CliError> {
     let dropped = dropped_by_name(&plan, &analysis, drop);
     let total = analysis.counts().total();
     if args.json {
-        say!(
-            "{}",
-            json!({
-                "path": domain.to_string(),
-                "kernel_release": analysis.facts().release,
-                "format": format(&domain),
-                "page_size": plan.page_size().bytes(),
-                "total_pages": total,
-                "droppable_pages": plan.dropped_pages(),
-                "droppable_bytes": plan.dropped_bytes(),
-                "dropped": by_name_json(&dropped),
-                "dry_run": true,
-                "paused_seconds": paused.as_secs_f64(),
-                "notes": notes(&analysis),
-            })
-        );
+        let absent = analysis.counts().get(PageClass::Absent);
+        let absent = absent.saturating_mul(plan.page_size().bytes());
+        let report = PruneReport {
+            version: Version::default(),
+            kind: OfPrune::default(),
+            path: domain.to_string(),
+            kernel_release: analysis.facts().release.clone(),
+            format: word(&format(&domain)),
+            format_name: format(&domain),
+            page_size: plan.page_size().bytes(),
+            total_pages: total,
+            droppable_pages: plan.dropped_pages(),
+            droppable_bytes: plan.dropped_bytes(),
+            dropped: json::by_name(&dropped),
+            for_analysis: args.for_analysis,
+            missing_bytes: absent,
+            missing_mib: mib(absent),
+            stored_bytes: None,
+            disk_before: None,
+            disk_after: None,
+            dry_run: true,
+            paused_seconds: Some(paused.as_secs_f64()),
+            seconds: started.elapsed().as_secs_f64(),
+            notes: notes(&analysis),
+            warnings: Vec::new(),
+            pruned: None,
+        };
+        say!("{}", line(&report));
         return Ok(());
     }
     for note in analysis.notes() {

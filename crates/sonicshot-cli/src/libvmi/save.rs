@@ -3,13 +3,13 @@
 use super::{Look, check, dropped_by_name, notes};
 use crate::args::{SaveArgs, classes};
 use crate::error::CliError;
+use crate::json::{self, OfSave, SaveReport, Version, line, path};
 use crate::output::{named_files, overwrite};
 use crate::progress::Phase;
-use crate::report::{by_name_json, note};
+use crate::report::{mib, note};
 use crate::save::{check_output, free_of, stats_json, stats_text, tell, writing};
-use serde_json::{Value, json};
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, SaveStats};
-use sonicshot::{DropClasses, GuestMemory, Progress, PrunePlan};
+use sonicshot::{DropClasses, GuestMemory, PageClass, Progress, PrunePlan};
 use sonicshot_dump::NewFile;
 use sonicshot_libvmi::Domain;
 use sonicshot_offline::OfflineError;
@@ -59,22 +59,29 @@ pub(crate) fn save(args: &SaveArgs, domain: Domain) -> Result<(), CliError> {
     let seconds = started.elapsed().as_secs_f64();
     let facts = look.analysis.facts();
     if args.json {
-        let mut report = stats_json(&stats, free_of(&left_out), facts.page_size.bytes());
-        for (key, value) in [
-            ("path", json!(look.domain.to_string())),
-            ("kernel_release", json!(facts.release)),
-            ("compression", json!(args.compress.to_string())),
-            ("disk_bytes", json!(disk_bytes)),
-            ("left_out", by_name_json(&left_out)),
-            ("for_analysis", json!(args.for_analysis)),
-            ("paused_seconds", json!(paused.as_secs_f64())),
-            ("seconds", json!(seconds)),
-            ("notes", json!(notes(&look.analysis))),
-            ("devices", json!(ALONE)),
-        ] {
-            report.insert(key.into(), value);
-        }
-        tell(args, &Value::Object(report).to_string());
+        let absent = look.analysis.counts().get(PageClass::Absent);
+        let absent = absent.saturating_mul(facts.page_size.bytes());
+        let report = SaveReport {
+            version: Version::default(),
+            kind: OfSave::default(),
+            path: look.domain.to_string(),
+            output: path(&args.output),
+            kernel_release: Some(facts.release.clone()),
+            compression: args.compress.to_string(),
+            disk_bytes,
+            left_out: json::by_name(&left_out),
+            for_analysis: args.for_analysis,
+            disks: Vec::new(),
+            disk_search: None,
+            missing_bytes: absent,
+            missing_mib: mib(absent),
+            paused_seconds: Some(paused.as_secs_f64()),
+            seconds,
+            notes: notes(&look.analysis),
+            devices: Some(ALONE.to_owned()),
+            stored: stats_json(&stats, free_of(&left_out), facts.page_size.bytes()),
+        };
+        tell(args, &line(&report));
         return Ok(());
     }
     for note in look.analysis.notes() {

@@ -1,8 +1,8 @@
 //! What there is to say of a prune: as JSON, and for people.
 
 use crate::error::CliError;
-use crate::report::{by_name, by_name_json, count, lines, mib, note, percent, say, size};
-use serde_json::json;
+use crate::json::{self, OfPrune, PruneReport, Pruned, Version, line, path, word};
+use crate::report::{by_name, count, lines, mib, note, percent, say, size};
 use sonicshot::PageClass;
 use sonicshot_offline::{Analyzed, Plan, PruneOptions, PruneStats};
 use std::path::Path;
@@ -110,41 +110,47 @@ impl Report<'_> {
         let (analyzed, plan, expected) = (self.analyzed, self.plan, &self.expected);
         let (disk_before, disk_after) = self.disk();
         let goes = |number: u64| if self.has_nothing_to_do() { 0 } else { number };
-        let mut report = json!({
-            "path": self.path.display().to_string(),
-            "kernel_release": analyzed.facts().release,
-            "format": analyzed.dump().format(),
-            "page_size": plan.page_size().bytes(),
-            "total_pages": analyzed.counts().total(),
-            "droppable_pages": goes(expected.dropped_pages),
-            "droppable_bytes": goes(expected.dropped_bytes),
-            "dropped": by_name_json(&self.by_name()),
-            "for_analysis": plan.is_for_analysis(),
-            "missing_bytes": self.missing_bytes(),
-            "missing_mib": mib(self.missing_bytes()),
-            "stored_bytes": expected.stored_bytes,
-            "disk_before": disk_before,
-            "disk_after": disk_after,
-            "dry_run": self.stats.is_none(),
-            "seconds": self.seconds,
-            "notes": lines(analyzed.notes()),
-            "warnings": self.warnings,
+        let pruned = self.stats.map(|stats| Pruned {
+            dropped_bytes: goes(stats.dropped_bytes),
+            kept_for_fill_bytes: stats.kept_for_fill,
+            kept_for_base_bytes: stats.kept_for_base,
+            runs: goes(stats.runs),
+            punched: stats.punched,
+            freed_bytes: stats.freed_bytes,
+            joined: stats.joined,
+            left_bytes: stats.left_bytes,
+            left_runs: stats.left_runs,
+            cloned_bytes: stats.cloned_bytes,
+            extents_before: stats.extents_before,
+            extents_after: stats.extents_after,
         });
-        if let (Some(stats), Some(report)) = (self.stats, report.as_object_mut()) {
-            report.insert("dropped_bytes".into(), goes(stats.dropped_bytes).into());
-            report.insert("kept_for_fill_bytes".into(), stats.kept_for_fill.into());
-            report.insert("kept_for_base_bytes".into(), stats.kept_for_base.into());
-            report.insert("runs".into(), goes(stats.runs).into());
-            report.insert("punched".into(), stats.punched.into());
-            report.insert("freed_bytes".into(), stats.freed_bytes.into());
-            report.insert("joined".into(), stats.joined.into());
-            report.insert("left_bytes".into(), stats.left_bytes.into());
-            report.insert("left_runs".into(), stats.left_runs.into());
-            report.insert("cloned_bytes".into(), stats.cloned_bytes.into());
-            report.insert("extents_before".into(), stats.extents_before.into());
-            report.insert("extents_after".into(), stats.extents_after.into());
-        }
-        say!("{report}");
+        let format = analyzed.dump().format();
+        let report = PruneReport {
+            version: Version::default(),
+            kind: OfPrune::default(),
+            path: path(self.path),
+            kernel_release: analyzed.facts().release.clone(),
+            format: word(format),
+            format_name: format.to_owned(),
+            page_size: plan.page_size().bytes(),
+            total_pages: analyzed.counts().total(),
+            droppable_pages: goes(expected.dropped_pages),
+            droppable_bytes: goes(expected.dropped_bytes),
+            dropped: json::by_name(&self.by_name()),
+            for_analysis: plan.is_for_analysis(),
+            missing_bytes: self.missing_bytes(),
+            missing_mib: mib(self.missing_bytes()),
+            stored_bytes: Some(expected.stored_bytes),
+            disk_before: Some(disk_before),
+            disk_after: Some(disk_after),
+            dry_run: self.stats.is_none(),
+            paused_seconds: None,
+            seconds: self.seconds,
+            notes: lines(analyzed.notes()),
+            warnings: self.warnings.to_vec(),
+            pruned,
+        };
+        say!("{}", line(&report));
     }
 
     pub(super) fn print_summary(&self) {

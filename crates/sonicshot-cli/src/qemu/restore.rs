@@ -2,9 +2,9 @@
 
 use crate::args::QemuRestoreArgs;
 use crate::error::CliError;
+use crate::json::{OfQemuRestore, QemuRestoreReport, Version, line, path};
 use crate::qemu::save::this_program;
 use crate::report::{complain, note, say};
-use serde_json::json;
 use sonicshot_qemu_live::{LiveRestoreOptions, LiveRestored, RestoreHow};
 
 pub(crate) fn restore(args: &QemuRestoreArgs) -> Result<(), CliError> {
@@ -49,20 +49,20 @@ fn tell(args: &QemuRestoreArgs, restored: &LiveRestored) {
     let seconds = restored.took.as_secs_f64();
     let made = restored.made.map(|time| time.as_secs_f64());
     if args.json {
-        say!(
-            "{}",
-            json!({
-                "path": args.file.display().to_string(),
-                "qemu": restored.qemu.to_string(),
-                "pid": restored.pid(),
-                "how": restored.how,
-                "why": restored.why,
-                "paused": restored.paused,
-                "ready_seconds": restored.ready.as_secs_f64(),
-                "seconds": seconds,
-                "raw_file_seconds": made,
-            })
-        );
+        let report = QemuRestoreReport {
+            version: Version::default(),
+            kind: OfQemuRestore::default(),
+            path: path(&args.file),
+            qemu: restored.qemu.to_string(),
+            pid: restored.pid(),
+            how: restored.how.to_owned(),
+            why: restored.why.clone(),
+            paused: restored.paused,
+            ready_seconds: restored.ready.as_secs_f64(),
+            seconds,
+            raw_file_seconds: made,
+        };
+        say!("{}", line(&report));
         return;
     }
     if let Some(time) = made {

@@ -2,10 +2,10 @@
 
 use crate::args::{AfterSaveKind, QemuSaveArgs};
 use crate::error::CliError;
+use crate::json::{Block, OfQemuSave, PauseParts, PinnedJson, QemuSaveReport, Version, line, path};
 use crate::output::{named_overlays, overwrite};
 use crate::progress::Phase;
 use crate::report::{complain, count, note, percent, say, size};
-use serde_json::{Value, json};
 use sonicshot::checkpoint::SaveOptions;
 use sonicshot_qemu_live::{AfterSave, LiveSaveOptions, LiveSaved, PinnedDisk};
 use std::os::fd::AsFd;
@@ -40,7 +40,7 @@ pub(crate) fn save(args: &QemuSaveArgs) -> Result<(), CliError> {
     drop(phase);
     let saved = saved?;
     if args.json {
-        say!("{}", report(args, &saved));
+        say!("{}", line(&report(args, &saved)));
     } else {
         summary(args, &saved);
     }
@@ -74,47 +74,51 @@ pub(crate) fn watch() -> Result<(), CliError> {
     Ok(())
 }
 
-fn report(args: &QemuSaveArgs, saved: &LiveSaved) -> Value {
+fn report(args: &QemuSaveArgs, saved: &LiveSaved) -> QemuSaveReport {
     let seconds = |time: std::time::Duration| time.as_secs_f64();
     let times = &saved.times;
-    let notes: Vec<_> = saved.notes.iter().map(ToString::to_string).collect();
-    let ram = saved.ram.iter();
-    let ram = ram.map(|(name, bytes, kind)| json!({"block": name, "bytes": bytes, "kind": kind}));
-    json!({
-        "path": args.output.display().to_string(),
-        "qemu": saved.qemu.to_string(),
-        "pid": saved.pid,
-        "machine": saved.machine,
-        "ram": ram.collect::<Vec<_>>(),
-        "kernel_release": saved.release,
-        "ram_bytes": saved.ram_bytes,
-        "dropped_bytes": saved.dropped_bytes,
-        "file_bytes": saved.stats.file_len,
-        "found_paused": saved.found_paused,
-        "pause_seconds": saved.paused.map(seconds),
-        "pause_parts": {
-            "stop": seconds(times.stop),
-            "pin": seconds(times.pin),
-            "devices": seconds(times.devices),
-            "reread": seconds(times.reread),
-            "classify": seconds(times.classify),
-            "copy": seconds(times.copy),
-        },
-        "seconds": seconds(saved.took),
-        "first_look": saved.first_look.as_ref().map(ToString::to_string),
-        "notes": notes,
-        "disks": disks_text(&saved.disks),
-        "pinned_disks": saved.disks.iter().map(pinned_json).collect::<Vec<_>>(),
-        "disk_pages": saved.stats.on_disk,
-    })
+    let ram = saved.ram.iter().map(|(name, bytes, kind)| Block {
+        block: name.to_string(),
+        bytes: *bytes,
+        kind: kind.to_string(),
+    });
+    QemuSaveReport {
+        version: Version::default(),
+        kind: OfQemuSave::default(),
+        path: path(&args.output),
+        qemu: saved.qemu.to_string(),
+        pid: saved.pid,
+        machine: saved.machine.clone(),
+        ram: ram.collect(),
+        kernel_release: saved.release.clone(),
+        ram_bytes: saved.ram_bytes,
+        dropped_bytes: saved.dropped_bytes,
+        file_bytes: saved.stats.file_len,
+        found_paused: saved.found_paused,
+        pause_seconds: saved.paused.map(seconds),
+        pause_parts: PauseParts::from([
+            ("stop", seconds(times.stop)),
+            ("pin", seconds(times.pin)),
+            ("devices", seconds(times.devices)),
+            ("reread", seconds(times.reread)),
+            ("classify", seconds(times.classify)),
+            ("copy", seconds(times.copy)),
+        ]),
+        seconds: seconds(saved.took),
+        first_look: saved.first_look.as_ref().map(ToString::to_string),
+        notes: saved.notes.iter().map(ToString::to_string).collect(),
+        disks: disks_text(&saved.disks),
+        pinned_disks: saved.disks.iter().map(pinned_json).collect(),
+        disk_pages: saved.stats.on_disk,
+    }
 }
 
-fn pinned_json(disk: &PinnedDisk) -> Value {
-    json!({
-        "name": disk.name,
-        "base": disk.base.display().to_string(),
-        "overlay": disk.overlay.display().to_string(),
-    })
+fn pinned_json(disk: &PinnedDisk) -> PinnedJson {
+    PinnedJson {
+        name: disk.name.clone(),
+        base: path(&disk.base),
+        overlay: path(&disk.overlay),
+    }
 }
 
 /// Where the guest's disks are.

@@ -2,8 +2,8 @@
 
 use crate::args::XenRestoreArgs;
 use crate::error::CliError;
+use crate::json::{OfXenRestore, Version, XenRestoreReport, line, path};
 use crate::report::say;
-use serde_json::json;
 use std::time::Instant;
 
 pub(crate) fn restore(args: &XenRestoreArgs) -> Result<(), CliError> {
@@ -11,10 +11,13 @@ pub(crate) fn restore(args: &XenRestoreArgs) -> Result<(), CliError> {
     sonicshot_xen_live::restore(&args.file, args.pause, &args.xl)?;
     let seconds = started.elapsed().as_secs_f64();
     if args.json {
-        say!(
-            "{}",
-            json!({"path": args.file.display().to_string(), "seconds": seconds})
-        );
+        let report = XenRestoreReport {
+            version: Version::default(),
+            kind: OfXenRestore::default(),
+            path: path(&args.file),
+            seconds,
+        };
+        say!("{}", line(&report));
     } else {
         say!("restored {} in {seconds:.2} s", args.file.display());
     }

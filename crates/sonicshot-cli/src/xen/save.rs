@@ -2,10 +2,10 @@
 
 use crate::args::XenSaveArgs;
 use crate::error::CliError;
+use crate::json::{OfXenSave, Version, XenSaveReport, line, path};
 use crate::output::overwrite;
 use crate::progress::Phase;
 use crate::report::{complain, note, percent, say, size};
-use serde_json::json;
 use sonicshot::PageSize;
 use sonicshot_vmi::Note;
 use sonicshot_xen_live::{AfterSave, Look, SaveOptions, Saved};
@@ -69,24 +69,24 @@ impl Outcome {
         let (saved, look) = (&self.saved, self.look.as_ref());
         let dropped = look.map_or(0, |look| look.frames.len());
         let notes = |look: &Look| look.notes.iter().map(Note::to_string).collect::<Vec<_>>();
-        say!(
-            "{}",
-            json!({
-                "domain": saved.domain.raw(),
-                "path": args.file.display().to_string(),
-                "pruned": look.is_some(),
-                "reason": self.reason,
-                "kernel_release": look.map(|look| &look.release),
-                "total_pages": look.map(|look| look.total_pages),
-                "dropped_pages": dropped,
-                "dropped_bytes": dropped.saturating_mul(PAGE.bytes()),
-                "file_bytes": saved.file_bytes,
-                "seconds": saved.took.as_secs_f64(),
-                "suspended_seconds": saved.suspended.map(|time| time.as_secs_f64()),
-                "look_seconds": self.look_took.map(|time| time.as_secs_f64()),
-                "notes": look.map(notes),
-            })
-        );
+        let report = XenSaveReport {
+            version: Version::default(),
+            kind: OfXenSave::default(),
+            path: path(&args.file),
+            domain: saved.domain.raw(),
+            pruned: look.is_some(),
+            reason: self.reason.clone(),
+            kernel_release: look.map(|look| look.release.clone()),
+            total_pages: look.map(|look| look.total_pages),
+            dropped_pages: dropped,
+            dropped_bytes: dropped.saturating_mul(PAGE.bytes()),
+            file_bytes: saved.file_bytes,
+            seconds: saved.took.as_secs_f64(),
+            suspended_seconds: saved.suspended.map(|time| time.as_secs_f64()),
+            look_seconds: self.look_took.map(|time| time.as_secs_f64()),
+            notes: look.map(notes),
+        };
+        say!("{}", line(&report));
     }
 
     fn print_summary(&self, args: &XenSaveArgs) {

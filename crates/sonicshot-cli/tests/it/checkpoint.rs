@@ -110,7 +110,7 @@ fn a_restored_core_is_a_dump_again() {
     ]);
     let before = json(&["inspect", text(&dump), "--json"]);
     let after = json(&["inspect", text(&core), "--json"]);
-    assert_eq!(after["format"], "ELF core");
+    assert_eq!(after["format_name"], "ELF core");
     assert_eq!(after["classes"], before["classes"]);
     assert_eq!(after["kernel_release"], before["kernel_release"]);
     assert!(after["symbol_sources"].to_string().contains("VMCOREINFO"));

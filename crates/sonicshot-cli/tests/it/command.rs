@@ -54,7 +54,7 @@ fn a_core_is_inspected_and_pruned_like_a_raw_dump() {
     };
     let inspect = |path: &Path| json(&["inspect", text(path), "--json"]);
     let (of_raw, of_elf) = (inspect(&raw), inspect(&elf));
-    assert_eq!(of_elf["format"], "ELF core");
+    assert_eq!(of_elf["format_name"], "ELF core");
     assert_eq!(of_elf["layout"], serde_json::Value::Null);
     for key in [
         "kernel_release",

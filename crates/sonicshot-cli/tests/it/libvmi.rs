@@ -95,7 +95,7 @@ fn a_guest_is_inspected_as_its_memory_in_a_file_is() {
     ] {
         assert_eq!(seen[key], plain[key], "{key}");
     }
-    assert_eq!(seen["format"], "LibVMI (Xen)");
+    assert_eq!(seen["format_name"], "LibVMI (Xen)");
     assert_eq!(seen["libvmi"]["events_version"], 9);
     assert!(seen["paused_seconds"].as_f64().unwrap() > 0.0);
     let calls = guest.log();

@@ -17,6 +17,7 @@ mod face;
 mod folders;
 mod foreign;
 mod in_place;
+mod json;
 mod layout;
 #[cfg(feature = "libvmi")]
 mod libvmi;

@@ -118,8 +118,8 @@ fn free_pages_go_and_nothing_else_is_changed() {
     let (full, pruned, piped) = (file("full"), file("pruned"), file("piped"));
     fs::write(&full, image(ram(), |_| false)).unwrap();
     let seen = json(&["inspect", text(&full), "--json"]);
-    assert_eq!(seen["format"], "Xen save image (HVM or PVH)");
-    assert_eq!(seen["free_fill"], "Any");
+    assert_eq!(seen["format_name"], "Xen save image (HVM or PVH)");
+    assert_eq!(seen["free_fill"], "any");
     assert_eq!(seen["file_bytes"], fs::metadata(&full).unwrap().len());
     assert!(seen["zero_in_use_pages"].as_u64().unwrap() > 0);
     let classes = classes(&full);
@@ -173,7 +173,7 @@ fn a_guest_that_trusts_free_pages_to_be_zero_keeps_them() {
     fs::write(&full, image(&ram, |_| false)).unwrap();
     fs::write(&raw, &ram).unwrap();
     let seen = json(&["inspect", text(&full), "--json"]);
-    assert_eq!(seen["free_fill"], "Zero");
+    assert_eq!(seen["free_fill"], "zero");
     assert_eq!(seen["droppable_pages"], seen["classes"]["offline"]);
     let report = json(&["prune", text(&full), "-o", text(&pruned), "--json"]);
     assert_eq!(report["droppable_pages"], seen["classes"]["offline"]);
@@ -238,7 +238,8 @@ fn a_guest_that_checks_free_pages_for_its_poison_finds_it() {
     }
     fs::write(&full, image_at_once(&ram, |_| false)).unwrap();
     let seen = with_map(&["inspect", text(&full)]);
-    assert_eq!(seen["free_fill"], format!("Byte({POISON})"));
+    assert_eq!(seen["free_fill"], "byte");
+    assert_eq!(seen["free_fill_byte"], POISON);
     assert!(classes(&full) == plain);
     let offline = |pfn: usize| plain[pfn] == "offline";
     let wanted = image_at_once(&ram, offline);
@@ -276,7 +277,7 @@ fn page_tables_of_a_paravirtualised_guest_are_in_every_image() {
     for earlier in [None, Some(NOTAB)] {
         fs::write(&full, image_of(PV, ram(), kind, earlier)).unwrap();
         let seen = json(&["inspect", text(&full), "--json"]);
-        assert_eq!(seen["format"], "Xen save image (PV)");
+        assert_eq!(seen["format_name"], "Xen save image (PV)");
         let args = ["prune", text(&full), "-o", text(&pruned), "--force"];
         assert!(sonicshot(&args).status.success());
         assert!(fs::read(&pruned).unwrap() == image_of(PV, ram(), less, earlier));
@@ -634,7 +635,7 @@ fn a_core_is_read_and_not_pruned() {
         (&pv, &paravirtual[..], "Xen core (PV)"),
     ] {
         let seen = json(&["inspect", text(dump), "--json"]);
-        assert_eq!(seen["format"], name);
+        assert_eq!(seen["format_name"], name);
         assert!(classes(dump) == wanted, "{name}");
 
         let explained = name.contains("(PV)");
@@ -747,7 +748,7 @@ fn the_streams_in_an_image_are_pruned_by_themselves() {
             "--json",
         ];
         let report = json(&args);
-        assert_eq!(report["format"], "Xen migration stream (HVM or PVH)");
+        assert_eq!(report["format_name"], "Xen migration stream (HVM or PVH)");
         assert!(fs::read(&pruned).unwrap() == wanted[at..], "{begins}");
         // By way of a checkpoint it is the same stream again.
         let sonic = file("sonic");

@@ -1,0 +1,109 @@
+//! What commands say of guests that run.
+
+use super::{OfQemuRestore, OfQemuSave, OfXenRestore, OfXenSave, Version};
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// `xen save`.
+#[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
+pub(crate) struct XenSaveReport {
+    pub version: Version,
+    pub kind: OfXenSave,
+    pub path: String,
+    pub domain: u32,
+    pub pruned: bool,
+    /// Why nothing was left out.
+    pub reason: Option<String>,
+    pub kernel_release: Option<String>,
+    pub total_pages: Option<u64>,
+    pub dropped_pages: u64,
+    pub dropped_bytes: u64,
+    pub file_bytes: u64,
+    pub seconds: f64,
+    pub suspended_seconds: Option<f64>,
+    pub look_seconds: Option<f64>,
+    pub notes: Option<Vec<String>>,
+}
+
+/// `xen restore`.
+#[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
+pub(crate) struct XenRestoreReport {
+    pub version: Version,
+    pub kind: OfXenRestore,
+    pub path: String,
+    pub seconds: f64,
+}
+
+/// A block of a guest's memory.
+#[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
+pub(crate) struct Block {
+    pub block: String,
+    pub bytes: u64,
+    pub kind: String,
+}
+
+/// A disk that was pinned in a pause: the guest writes to the overlay since.
+#[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
+pub(crate) struct PinnedJson {
+    pub name: String,
+    pub base: String,
+    pub overlay: String,
+}
+
+/// What a pause was spent on, in seconds.
+pub(crate) type PauseParts = BTreeMap<&'static str, f64>;
+
+/// `qemu save`.
+#[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
+pub(crate) struct QemuSaveReport {
+    pub version: Version,
+    pub kind: OfQemuSave,
+    pub path: String,
+    /// QEMU's version.
+    pub qemu: String,
+    pub pid: i32,
+    pub machine: String,
+    pub ram: Vec<Block>,
+    pub kernel_release: String,
+    pub ram_bytes: u64,
+    pub dropped_bytes: u64,
+    pub file_bytes: u64,
+    pub found_paused: bool,
+    pub pause_seconds: Option<f64>,
+    pub pause_parts: PauseParts,
+    pub seconds: f64,
+    /// Why the first look failed, while the guest ran.
+    pub first_look: Option<String>,
+    pub notes: Vec<String>,
+    /// What is to be known of the guest's disks.
+    pub disks: String,
+    /// Disks that were pinned in the pause.
+    pub pinned_disks: Vec<PinnedJson>,
+    /// Pages that are on the guest's disks.
+    pub disk_pages: u64,
+}
+
+/// `qemu restore`.
+#[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
+pub(crate) struct QemuRestoreReport {
+    pub version: Version,
+    pub kind: OfQemuRestore,
+    pub path: String,
+    /// QEMU's version.
+    pub qemu: String,
+    pub pid: i32,
+    /// How its memory came, as a word.
+    pub how: String,
+    /// Why it was not by postcopy.
+    pub why: Option<String>,
+    pub paused: bool,
+    pub ready_seconds: f64,
+    pub seconds: f64,
+    pub raw_file_seconds: Option<f64>,
+}

@@ -1,0 +1,230 @@
+//! What `--json` prints of real work is as docs/json.schema.json has it.
+
+use crate::common::*;
+use jsonschema::Validator;
+use serde_json::{Value, json};
+use std::fs;
+use std::path::Path;
+use std::process::Output;
+use tempfile::TempDir;
+
+fn schema() -> Validator {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/json.schema.json");
+    let schema = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
+    jsonschema::validator_for(&schema).unwrap()
+}
+
+/// The lines of a stream, each of which must be of the schema.
+fn lines(schema: &Validator, stream: &[u8]) -> Vec<Value> {
+    let text = String::from_utf8(stream.to_vec()).unwrap();
+    let line = |line: &str| {
+        let value: Value = serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"));
+        assert!(schema.is_valid(&value), "{line}");
+        assert_eq!(value["version"], 1);
+        value
+    };
+    text.lines().map(line).collect()
+}
+
+fn one(schema: &Validator, run: &Output) -> Value {
+    let stream = match run.status.success() {
+        true => &run.stdout,
+        false => &run.stderr,
+    };
+    let mut lines = lines(schema, stream);
+    assert_eq!(lines.len(), 1, "{}", stderr(run));
+    lines.remove(0)
+}
+
+#[test]
+fn what_every_command_prints_is_of_the_schema() {
+    let schema = schema();
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let raw = raw_dump(folder.path(), |_| {});
+    let raw = raw.to_str().unwrap();
+    fs::write(at("blob"), b"a blob").unwrap();
+    let blob = format!("other={}", at("blob"));
+    let sonic = at("a.sonic");
+    let (pruned, elf, other) = (at("pruned"), at("elf"), at("b.sonic"));
+    let (back, none, bad) = (at("back"), at("none"), at("blob"));
+    let explain = ["inspect", raw, "--explain", "0x1000", "--free-lists"];
+    let attach = ["attach", &sonic, "-o", &other, "--blob", &blob];
+    let table: [(&str, &str, &[&str]); 14] = [
+        ("inspect", raw, &["inspect", raw]),
+        ("inspect", raw, &explain),
+        ("prune", raw, &["prune", raw, "--dry-run"]),
+        ("prune", raw, &["prune", raw, "-o", &pruned]),
+        ("convert", raw, &["convert", raw, "--to", "elf", "-o", &elf]),
+        ("save", raw, &["save", raw, "-o", &sonic]),
+        ("checkpoint", &sonic, &["inspect", &sonic]),
+        ("verify", &sonic, &["verify", &sonic]),
+        ("verify", &sonic, &["verify", &sonic, "--against", raw]),
+        ("attach", &sonic, &attach),
+        (
+            "restore",
+            &sonic,
+            &["restore", &sonic, "-o", &back, "--to", "raw"],
+        ),
+        // Errors of a file, of what is none, and of where it goes.
+        ("error", &none, &["inspect", &none]),
+        ("error", &bad, &["verify", &bad]),
+        ("error", raw, &["restore", raw, "-o", "-", "--to", "raw"]),
+    ];
+    for (kind, path, args) in table {
+        let run = sonicshot(&[args, &["--json"]].concat());
+        let value = one(&schema, &run);
+        assert_eq!(value["kind"], kind, "{args:?}: {value}");
+        assert_eq!(value["path"], path, "{args:?}: {value}");
+        // The schema says something: of no value may a key be missing that is not of an option, and
+        // none is of another kind.
+        let mut bad = value.clone();
+        bad["kind"] = json!("another");
+        assert!(!schema.is_valid(&bad));
+        for key in ["version", "path"] {
+            let mut bad = value.clone();
+            bad.as_object_mut().unwrap().remove(key);
+            assert!(!schema.is_valid(&bad), "{kind} without {key}");
+        }
+    }
+    let run = sonicshot(&["inspect", "--no-such-option", "--json"]);
+    let value = one(&schema, &run);
+    assert_eq!(
+        (&value["kind"], &value["path"]),
+        (&json!("error"), &Value::Null)
+    );
+    // How far it is.
+    let run = sonicshot(&[
+        "save",
+        raw,
+        "-o",
+        &sonic,
+        "--force",
+        "--progress",
+        "json",
+        "-q",
+    ]);
+    let told = lines(&schema, &run.stderr);
+    assert!(
+        told.iter().any(|line| line["kind"] == "progress"),
+        "{}",
+        stderr(&run)
+    );
+}
+
+#[test]
+fn free_lists_are_what_the_guest_said_and_its_counters_agree() {
+    let folder = TempDir::new().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let args = ["inspect", raw.to_str().unwrap(), "--free-lists=2", "--json"];
+    let seen: Value = serde_json::from_slice(&sonicshot(&args).stdout).unwrap();
+    let zones = seen["free_lists"].as_array().unwrap();
+    // `/proc/buddyinfo`, a moment before the guest was stopped.
+    let told = fs::read_to_string(testdata().join("buddyinfo")).unwrap();
+    let mut blocks = 0_i64;
+    for zone in zones {
+        assert_eq!(zone["disagreements"], json!([]));
+        let name = zone["name"].as_str().unwrap();
+        let words = told
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let words = words
+            .into_iter()
+            .find(|words| words.get(3) == Some(&name))
+            .unwrap();
+        for (order, told) in words[4..].iter().enumerate() {
+            let told: i64 = told.parse().unwrap();
+            let listed = zone["listed"][order].as_i64().unwrap();
+            blocks += listed;
+            assert!(
+                (told - listed).abs() <= 8,
+                "{name} {order}: {told}, {listed}"
+            );
+        }
+        for list in zone["lists"].as_array().unwrap() {
+            let named = list["first_pfns"].as_array().unwrap().len() as u64;
+            assert_eq!(named, list["blocks"].as_u64().unwrap().min(2), "{list}");
+            assert!(list["migrate_type"].is_string() != list["cpu"].is_number());
+        }
+    }
+    assert_eq!(blocks, 26);
+    let pages: u64 = zones
+        .iter()
+        .map(|zone| zone["listed_pages"].as_u64().unwrap())
+        .sum();
+    assert_eq!(pages, seen["classes"]["free_buddy"].as_u64().unwrap());
+    // A counter that was changed is told of.
+    let text = sonicshot(&["inspect", raw.to_str().unwrap(), "--free-lists"]);
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert!(text.contains("movable") && text.contains("agree"), "{text}");
+}
+
+#[test]
+fn a_frame_is_explained_as_the_kernel_had_it() {
+    let folder = TempDir::new().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let raw = raw.to_str().unwrap();
+    let flags = kpageflags();
+    let first = |wanted: u64| {
+        let all = (0x1000..).zip(&flags[0x1000..]);
+        let found = all
+            .into_iter()
+            .find(|(_, flags)| **flags & wanted == wanted);
+        found.unwrap().0.to_string()
+    };
+    let of = |pfn: &str| -> Value {
+        let run = sonicshot(&["inspect", raw, "--explain", pfn, "--json"]);
+        let seen: Value = serde_json::from_slice(&run.stdout).unwrap();
+        seen["page"].clone()
+    };
+    let says = |page: &Value| -> Vec<(String, Value)> {
+        let all = page["records"].as_array().unwrap().iter();
+        all.map(|one| {
+            (
+                one["record"].as_str().unwrap().to_owned(),
+                one["says_free"].clone(),
+            )
+        })
+        .collect()
+    };
+    let free = of(&first(KPF_BUDDY));
+    assert_eq!(free["class"], "free_buddy");
+    assert_eq!(free["prune"]["drops"], true, "{free}");
+    let told = says(&free);
+    for record in ["mark", "list", "struct_page", "block", "zone"] {
+        assert!(
+            told.contains(&(record.into(), json!(true))),
+            "{record}: {free}"
+        );
+    }
+    assert_eq!(free["owner"], Value::Null);
+    // In use: none of the records says that it is free.
+    for (bits, class, owner) in [
+        (KPF_SLAB, "slab", "slab"),
+        (KPF_ANON, "anonymous", "anonymous"),
+        (KPF_PGTABLE, "page_table", "none"),
+    ] {
+        let page = of(&first(bits));
+        assert_eq!(
+            (&page["class"], &page["owner"]["kind"]),
+            (&json!(class), &json!(owner))
+        );
+        let told = says(&page);
+        for record in ["mark", "list", "struct_page"] {
+            let is_free = told.contains(&(record.into(), json!(true)));
+            // A slab's pages have no references.
+            assert!(!is_free, "{class}, {record}: {page}");
+        }
+        assert_eq!(page["prune"]["drops"], page["zero"], "{page}");
+    }
+    assert!(of(&first(KPF_SLAB))["owner"]["name"].is_string());
+    let run = sonicshot(&["inspect", raw, "--explain", &first(KPF_BUDDY)]);
+    let text = String::from_utf8(run.stdout).unwrap();
+    assert!(text.contains("drops it: free_buddy pages"), "{text}");
+    assert!(text.contains("marked as a free block of order"), "{text}");
+    // A frame that there is not, and what is no number.
+    for pfn in ["0x100000", "x"] {
+        let run = sonicshot(&["inspect", raw, "--explain", pfn]);
+        assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+    }
+}
