@@ -43,9 +43,10 @@ impl DiskSearch {
             .unwrap_or_default()
     }
 
-    /// Whether they leave more than a tenth of them unexplained.
+    /// Whether they leave more than a tenth of them unexplained, or nothing tells what is page cache.
     fn is_too_little(&self) -> bool {
-        self.explained().saturating_mul(10) < self.page_cache.saturating_mul(9)
+        let explained = u128::from(self.explained()).saturating_mul(10);
+        self.page_cache == 0 || explained < u128::from(self.page_cache).saturating_mul(9)
     }
 }
 
@@ -217,5 +218,34 @@ impl CheckpointFile {
     pub fn verify_disks(&self, progress: Progress<'_>) -> Result<u64, OfflineError> {
         let checked = self.reader().verify_disks(progress);
         self.blamed(checked.map_err(OfflineError::checkpoint(self.path())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::DiskSearch;
+
+    #[test]
+    fn disks_are_looked_through_where_records_explain_too_little() {
+        for (page_cache, told, looked_at, right, explained, too_little) in [
+            (1000, 900, 90, 90, 900, false),
+            (1000, 899, 90, 90, 899, true),
+            (1000, 1000, 100, 89, 890, true),
+            (1000, 1000, 100, 90, 900, false),
+            // No kernel was looked for, or its types are not known.
+            (0, 0, 0, 0, 0, true),
+            (1000, 0, 0, 0, 0, true),
+            (u64::MAX, u64::MAX, 3, 3, u64::MAX, false),
+        ] {
+            let search = DiskSearch {
+                page_cache,
+                told,
+                looked_at,
+                right,
+                streamed: None,
+            };
+            assert_eq!(search.explained(), explained);
+            assert_eq!(search.is_too_little(), too_little, "{search:?}");
+        }
     }
 }

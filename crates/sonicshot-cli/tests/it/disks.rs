@@ -126,6 +126,44 @@ fn a_guest_whose_page_cache_is_on_its_disk_comes_back() {
     }
 }
 
+/// Where no kernel is looked for nothing tells what is page cache: the disk is looked through.
+#[test]
+fn pages_are_found_on_the_disk_without_a_kernel() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let dump = raw_dump(folder, |_| {});
+    let (image, kept) = disk(folder, &dump);
+    let given = format!("root={}", text(&image));
+    let out = folder.join("x.sonic");
+    let save = [
+        "save",
+        text(&dump),
+        "-o",
+        text(&out),
+        "--disk",
+        &given,
+        "--json",
+    ];
+    let found = json(&[&save[..], &["--keep-all", "--layout", "flat"]].concat());
+    assert!(
+        found["disk_pages"].as_u64().unwrap() >= kept as u64,
+        "{found}"
+    );
+    assert_eq!(
+        found["disk_search"]["streamed_bytes"],
+        fs::metadata(&image).unwrap().len()
+    );
+    json(&[
+        "verify",
+        text(&out),
+        "--disk",
+        &given,
+        "--against",
+        text(&dump),
+        "--json",
+    ]);
+}
+
 /// A refusal by its code and its words, which leaves no output.
 fn refused(args: &[&str], code: i32, words: &str, output: &Path) {
     let run = sonicshot(args);
