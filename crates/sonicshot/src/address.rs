@@ -44,6 +44,25 @@ impl PageSize {
         self.0 as u32
     }
 
+    /// The size as a length in memory.
+    #[must_use]
+    pub const fn size(self) -> usize {
+        1 << self.0
+    }
+
+    /// How many bytes there are from `at` to the end of its page.
+    ///
+    /// ```
+    /// use sonicshot::PageSize;
+    /// assert_eq!(PageSize::SIZE_4K.left_in_page(0x1ff8), 8);
+    /// assert_eq!(PageSize::SIZE_4K.left_in_page(0x2000), 0x1000);
+    /// ```
+    #[must_use]
+    #[allow(clippy::arithmetic_side_effects, reason = "less than a page")]
+    pub const fn left_in_page(self, at: u64) -> u64 {
+        self.bytes() - (at & self.offset_mask())
+    }
+
     /// The mask of the bits inside a page.
     #[must_use]
     #[allow(clippy::arithmetic_side_effects, reason = "the shift is 12 to 16")]
@@ -185,7 +204,8 @@ macro_rules! half_open_range {
         }
 
         impl $name {
-            /// The range from `start` up to, but without, `end`; empty if `end` is not above `start`.
+            /// The range from `start` up to, but without, `end`; empty if `end` is not above
+            /// `start`.
             #[must_use]
             pub const fn new(start: $point, end: $point) -> Self {
                 let end = if end.0 < start.0 { start } else { end };
@@ -241,6 +261,14 @@ macro_rules! half_open_range {
                 self.start.0 <= point.0 && point.0 < self.end.0
             }
 
+            #[doc = concat!("How many ", $unit, " are in `ranges`, no two of which have one in common: so")]
+            /// that they are not more than there are numbers.
+            #[must_use]
+            pub fn total_of<'a>(ranges: impl IntoIterator<Item = &'a Self>) -> u64 {
+                let lengths = ranges.into_iter().map(Self::len);
+                lengths.fold(0, u64::saturating_add)
+            }
+
             /// Adds the range to `runs`, as one with the last if it begins where that ends.
             pub fn append_to(self, runs: &mut Vec<Self>) {
                 match runs.last_mut() {
@@ -249,7 +277,7 @@ macro_rules! half_open_range {
                 }
             }
 
-            /// What both ranges cover; empty if they do not meet.
+            /// The part that both ranges cover; empty if they do not meet.
             #[must_use]
             pub fn intersection(&self, other: &Self) -> Self {
                 let start = self.start.max(other.start);
@@ -284,6 +312,22 @@ half_open_range! {
 }
 
 impl GpaRange {
+    /// The range of a request for `len` bytes from `at`, as errors tell it: empty if it ends beyond
+    /// 64 bits, where there is no RAM.
+    ///
+    /// ```
+    /// use sonicshot::{Gpa, GpaRange};
+    /// assert_eq!(GpaRange::of_request(Gpa::new(0x1000), 8).len(), 8);
+    /// assert!(GpaRange::of_request(Gpa::new(u64::MAX), 8).is_empty());
+    /// ```
+    #[must_use]
+    pub const fn of_request(at: Gpa, len: usize) -> Self {
+        match Self::with_len(at, len as u64) {
+            Some(range) => range,
+            None => Self { start: at, end: at },
+        }
+    }
+
     /// The frames that lie wholly inside the range.
     ///
     /// ```

@@ -4,11 +4,11 @@ use core::fmt;
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 
-/// A borrowed stretch of guest memory: pointer and length, never a `&[u8]`.
+/// A borrowed range of guest memory: pointer and length, never a `&[u8]`.
 ///
 /// A VMM's guest RAM, or a shared file mapping, can change under the reader. A Rust
 /// reference to such bytes would be undefined behaviour, so this type hands out copies of
-/// small values (read as volatile), a copy of a whole stretch, or the bare pointer for
+/// small values (read as volatile), a copy of a whole range, or the bare pointer for
 /// `writev`. What is read is only as consistent as the owner makes it: pause the guest.
 ///
 /// ```
@@ -16,7 +16,7 @@ use core::ptr::NonNull;
 /// let page = [7_u8; 16];
 /// let bytes = GuestBytes::from_slice(&page);
 /// assert_eq!(bytes.u32_at(4), Some(0x0707_0707));
-/// assert_eq!(bytes.u64_at(12), None); // would leave the stretch
+/// assert_eq!(bytes.u64_at(12), None); // would leave the range
 /// ```
 #[derive(Clone, Copy)]
 pub struct GuestBytes<'a> {
@@ -42,7 +42,7 @@ macro_rules! read_int {
                 return None;
             }
             // SAFETY: `offset + size_of::<T>() <= len`, so every byte read is inside the
-            // stretch that the constructor promised readable for `'a`.
+            // range that the constructor promised readable for `'a`.
             let at = unsafe { self.start.as_ptr().add(offset) }.cast::<$ty>();
             let value = if at.is_aligned() {
                 // SAFETY: in bounds (above) and aligned (just tested); volatile because
@@ -108,7 +108,7 @@ impl<'a> GuestBytes<'a> {
         if offset.checked_add(len)? > self.len {
             return None;
         }
-        // SAFETY: `offset <= len`, so the pointer stays inside (or one past) the stretch.
+        // SAFETY: `offset <= len`, so the pointer stays inside (or one past) the range.
         let start = unsafe { self.start.add(offset) };
         Some(Self {
             start,
@@ -161,9 +161,10 @@ impl<'a> GuestBytes<'a> {
         {
             let mut difference = 0;
             for lane in 0..8_usize {
-                difference |= self
-                    .u64_at(offset | (lane << 3))
-                    .map_or(u64::MAX, |v| v ^ word);
+                let Some(found) = self.u64_at(offset | (lane << 3)) else {
+                    return false;
+                };
+                difference |= found ^ word;
             }
             if difference != 0 {
                 return false;

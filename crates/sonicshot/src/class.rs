@@ -1,11 +1,12 @@
-//! What the guest's kernel uses a page for.
+//! The use that the guest's kernel has for a page.
 
+use crate::Tally;
 use core::fmt;
 use core::str::FromStr;
 
 macro_rules! classes {
     ($($(#[$doc:meta])* $variant:ident = $number:literal, $name:literal, $droppable:literal;)*) => {
-        /// What the guest's kernel uses a page for.
+        /// The use that the guest's kernel has for a page.
         ///
         /// The name of each class is the one that the command line and JSON use.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -27,8 +28,8 @@ macro_rules! classes {
                 }
             }
 
-            /// The class that [`PageClass`] numbers `raw`, if there is one. The numbers are those of
-            /// checkpoints, and stay.
+            /// The class that [`PageClass`] numbers `raw`, if there is one. The numbers are those
+            /// of checkpoints, and stay.
             #[must_use]
             pub const fn from_u8(raw: u8) -> Option<Self> {
                 match raw {
@@ -94,7 +95,7 @@ classes! {
 /// A number more than the highest.
 const NUMBERS: usize = PageClass::Absent as usize + 1;
 
-/// What is known of a frame: its class, and whether it was found to hold only zeroes. Two facts in
+/// The state of a frame: its class, and whether it was found to hold only zeroes. Two facts in
 /// one byte.
 ///
 /// ```
@@ -128,7 +129,7 @@ impl PageState {
         Self(self.0 & Self::ZERO | class as u8)
     }
 
-    /// What the kernel uses the frame for.
+    /// The use that the kernel has for the frame.
     #[must_use]
     pub const fn class(self) -> PageClass {
         match PageClass::from_u8(self.0 & !Self::ZERO) {
@@ -222,7 +223,7 @@ impl ClassSet {
 
     /// No class.
     pub const EMPTY: Self = Self(0);
-    /// What the kernel itself does not care about: the default of every prune.
+    /// The classes that the kernel itself does not care about: the default of every prune.
     pub const DEFAULT_DROP: Self = Self::EMPTY
         .with(PageClass::FreeBuddy)
         .with(PageClass::FreePcp)
@@ -271,7 +272,7 @@ impl ClassSet {
         self.contains(page.class()) || self.contains_zero() && page.is_zero()
     }
 
-    /// What of it the guest uses: without its pages it cannot run.
+    /// The classes of it that the guest uses: without their pages it cannot run.
     ///
     /// ```
     /// use sonicshot::{ClassSet, PageClass};
@@ -339,21 +340,21 @@ impl fmt::Debug for ClassSet {
 /// How many pages of each class there are, and how many of them were found to hold only zeroes.
 #[derive(Clone, PartialEq, Eq, Default)]
 pub struct ClassCounts {
-    all: [u64; NUMBERS],
-    zero: [u64; NUMBERS],
+    all: [Tally; NUMBERS],
+    zero: [Tally; NUMBERS],
 }
 
 impl ClassCounts {
     /// The pages of `class`.
     #[must_use]
     pub fn get(&self, class: PageClass) -> u64 {
-        self.all.get(class as usize).copied().unwrap_or(0)
+        number_of(&self.all, class)
     }
 
     /// Those of them that were found to hold only zeroes.
     #[must_use]
     pub fn zero(&self, class: PageClass) -> u64 {
-        self.zero.get(class as usize).copied().unwrap_or(0)
+        number_of(&self.zero, class)
     }
 
     /// Counts `pages` more of what `page` is.
@@ -362,7 +363,7 @@ impl ClassCounts {
         let class = page.class() as usize;
         let zero = self.zero.get_mut(class).filter(|_| page.is_zero());
         for count in self.all.get_mut(class).into_iter().chain(zero) {
-            *count = count.saturating_add(pages);
+            count.add(pages);
         }
     }
 
@@ -385,8 +386,10 @@ impl ClassCounts {
         let others = PageClass::ALL
             .iter()
             .filter(move |class| !set.contains(**class));
-        let zero = others.fold(0, |sum: u64, class| sum.saturating_add(self.zero(*class)));
-        let zero = set.contains_zero().then_some((ClassSet::ZERO_NAME, zero));
+        let zero: Tally = others.map(|class| self.zero(*class)).sum();
+        let zero = set
+            .contains_zero()
+            .then_some((ClassSet::ZERO_NAME, zero.get()));
         classes.chain(zero).filter(|(_, pages)| *pages > 0)
     }
 
@@ -402,7 +405,7 @@ impl ClassCounts {
                 0
             }
         };
-        PageClass::ALL.iter().map(of).fold(0, u64::saturating_add)
+        PageClass::ALL.iter().map(of).sum::<Tally>().get()
     }
 
     /// Each class that has pages, with its count.
@@ -414,10 +417,13 @@ impl ClassCounts {
     }
 }
 
-fn sum(counts: &[u64]) -> u64 {
-    counts
-        .iter()
-        .fold(0, |sum, count| sum.saturating_add(*count))
+fn sum(counts: &[Tally]) -> u64 {
+    counts.iter().map(|count| count.get()).sum::<Tally>().get()
+}
+
+/// The pages of `class`, whose number is one of all.
+fn number_of(counts: &[Tally; NUMBERS], class: PageClass) -> u64 {
+    counts.get(class as usize).map_or(0, |count| count.get())
 }
 
 impl fmt::Debug for ClassCounts {

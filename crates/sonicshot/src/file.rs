@@ -55,7 +55,7 @@ impl FileOffset {
 }
 
 impl FileRange {
-    /// The stretches of `len` bytes (not 0) that make up the range, the first at its beginning; the
+    /// The ranges of `len` bytes (not 0) that make up the range, the first at its beginning; the
     /// last is what is left.
     ///
     /// ```
@@ -220,9 +220,9 @@ impl From<&Metadata> for FileId {
 /// a multiple.
 const BLOCK: usize = 4096;
 
-/// Writes those blocks (of 4 KiB, as they lie in the file) of `bytes` that are not all zero to their
-/// place from `at`. A file that reads as zero there reads as `bytes` then, with holes where that is
-/// zero; its length is only as far as it was written.
+/// Writes those blocks (of 4 KiB, as they lie in the file) of `bytes` that are not all zero to
+/// their place from `at`. A file that reads as zero there reads as `bytes` then, with holes where
+/// that is zero; its length is only as far as it was written.
 ///
 /// # Errors
 /// What the operating system said; also if the bytes would end beyond 64 bits.
@@ -232,10 +232,11 @@ pub fn write_sparse_at(file: &File, bytes: &[u8], at: FileOffset) -> io::Result<
     if at.checked_add(len).is_none() {
         return Err(io::ErrorKind::FileTooLarge.into());
     }
-    let block = BLOCK as u64;
-    let into = usize::try_from(at & block.saturating_sub(1)).map_err(io::Error::other)?;
-    let (head, body) = bytes
-        .split_at_checked(BLOCK.saturating_sub(into))
+    const IN_BLOCK: u64 = BLOCK as u64 - 1;
+    let into = usize::try_from(at & IN_BLOCK).map_err(io::Error::other)?;
+    let (head, body) = BLOCK
+        .checked_sub(into)
+        .and_then(|left| bytes.split_at_checked(left))
         .filter(|_| into != 0)
         .unwrap_or(if into == 0 {
             (&[], bytes)
@@ -246,11 +247,14 @@ pub fn write_sparse_at(file: &File, bytes: &[u8], at: FileOffset) -> io::Result<
     let mut run = 0_usize..0;
     let write = |run: core::ops::Range<usize>| match bytes.get(run.clone()) {
         Some([]) | None => Ok(()),
-        // The sum is below the end, which was looked at.
-        Some(used) => file.write_all_at(used, at.saturating_add(run.start as u64)),
+        Some(used) => {
+            let at = at.checked_add(run.start as u64);
+            file.write_all_at(used, at.ok_or(io::ErrorKind::FileTooLarge)?)
+        }
     };
     for part in blocks.chain(body.chunks(BLOCK)) {
-        let end = run.end.saturating_add(part.len());
+        let end = run.end.checked_add(part.len());
+        let end = end.ok_or(io::ErrorKind::FileTooLarge)?;
         if GuestBytes::from_slice(part).is_zero() {
             write(run)?;
             run = end..end;
@@ -280,6 +284,8 @@ pub struct SparseWriter<'a> {
     at: FileOffset,
     /// What comes at `at`.
     pending: Vec<u8>,
+    /// Where that ends.
+    end: FileOffset,
 }
 
 impl<'a> SparseWriter<'a> {
@@ -293,14 +299,14 @@ impl<'a> SparseWriter<'a> {
             file,
             at: FileOffset::ZERO,
             pending: Vec::new(),
+            end: FileOffset::ZERO,
         }
     }
 
     /// Where the next byte will be.
     #[must_use]
-    pub fn position(&self) -> FileOffset {
-        // What is pending was looked at when it came.
-        FileOffset::new(self.at.raw().saturating_add(self.pending.len() as u64))
+    pub const fn position(&self) -> FileOffset {
+        self.end
     }
 
     /// Writes what is left, and gives the file its length, which it returns.
@@ -315,7 +321,7 @@ impl<'a> SparseWriter<'a> {
 
     fn write_pending(&mut self) -> io::Result<()> {
         write_sparse_at(self.file, &self.pending, self.at)?;
-        self.at = self.position();
+        self.at = self.end;
         self.pending.clear();
         Ok(())
     }
@@ -323,10 +329,11 @@ impl<'a> SparseWriter<'a> {
 
 impl io::Write for SparseWriter<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let room = Self::PIECE.saturating_sub(self.pending.len());
+        let room = Self::PIECE.checked_sub(self.pending.len());
+        let room = room.ok_or(io::ErrorKind::FileTooLarge)?;
         let (now, _) = bytes.split_at(room.min(bytes.len()));
-        let end = self.position().checked_add(now.len() as u64);
-        end.ok_or(io::ErrorKind::FileTooLarge)?;
+        let end = self.end.checked_add(now.len() as u64);
+        self.end = end.ok_or(io::ErrorKind::FileTooLarge)?;
         self.pending.extend_from_slice(now);
         if self.pending.len() >= Self::PIECE {
             self.write_pending()?;

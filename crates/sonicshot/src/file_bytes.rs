@@ -1,7 +1,7 @@
 //! The bytes of a file that somebody else may cut off or write to while they are read.
 
 use crate::cursor::sealed;
-use crate::{Bytes, FileOffset, FileStamp, GuestBytes};
+use crate::{Bytes, FileOffset, FileStamp, GuestBytes, to_usize};
 use core::fmt;
 use std::fs::File;
 use std::io;
@@ -33,7 +33,7 @@ pub struct FileContent {
     failed: Failure,
 }
 
-/// What went wrong first with reading a file.
+/// The first error in reading a file.
 #[derive(Debug, Clone, Default)]
 pub struct Failure(Arc<OnceLock<io::Error>>);
 
@@ -69,7 +69,7 @@ impl FileContent {
         &self.file
     }
 
-    /// What the file was when it was opened.
+    /// The stamp of the file when it was opened.
     #[must_use]
     pub const fn stamp(&self) -> FileStamp {
         self.stamp
@@ -92,7 +92,7 @@ impl FileContent {
     pub fn bytes(&self) -> FileBytes<'_> {
         FileBytes {
             from: Origin::File(self, FileOffset::ZERO),
-            len: usize::try_from(self.len()).unwrap_or(usize::MAX),
+            len: to_usize(self.len()),
         }
     }
 
@@ -115,7 +115,7 @@ impl FileContent {
         let _ = self.failed.0.set(error);
     }
 
-    /// What went wrong first, where it could only be told as bytes that are not there.
+    /// The first error, where it could only be told as bytes that are not there.
     #[must_use]
     pub fn failure(&self) -> Option<io::Error> {
         self.failed.get()
@@ -128,7 +128,7 @@ impl FileContent {
     }
 }
 
-/// A stretch of a file's bytes, or of bytes in memory: read when they are asked for, and each time
+/// A range of a file's bytes, or of bytes in memory: read when they are asked for, and each time
 /// again.
 ///
 /// Bytes that cannot be read are as bytes that are not there; [`FileContent::failure`] tells.
@@ -137,7 +137,7 @@ impl FileContent {
 /// use sonicshot::FileBytes;
 /// let bytes = FileBytes::from_slice(&[7; 16]);
 /// assert_eq!(bytes.u32_at(4), Some(0x0707_0707));
-/// assert_eq!(bytes.u64_at(12), None); // would leave the stretch
+/// assert_eq!(bytes.u64_at(12), None); // would leave the range
 /// ```
 #[derive(Clone, Copy)]
 pub struct FileBytes<'a> {
@@ -235,7 +235,10 @@ impl<'a> FileBytes<'a> {
         let mut buffer = [0; PIECE];
         let mut at = 0;
         while at < self.len {
-            let len = self.len.saturating_sub(at).min(PIECE);
+            let Some(left) = self.len.checked_sub(at) else {
+                return false;
+            };
+            let len = left.min(buffer.len());
             let piece = buffer.get_mut(..len).zip(self.get(at, len));
             let zero = piece.is_some_and(|(out, bytes)| {
                 bytes.copy_to(out) && GuestBytes::from_slice(out).is_zero()
@@ -243,7 +246,10 @@ impl<'a> FileBytes<'a> {
             if !zero {
                 return false;
             }
-            at = at.saturating_add(len);
+            let Some(next) = at.checked_add(len) else {
+                return false;
+            };
+            at = next;
         }
         true
     }
@@ -268,7 +274,7 @@ impl sealed::Sealed for FileBytes<'_> {}
 
 impl Bytes for FileBytes<'_> {
     fn byte_len(self) -> u64 {
-        u64::try_from(self.len).unwrap_or(u64::MAX)
+        self.len as u64
     }
 
     fn part(self, offset: u64, len: u64) -> Option<Self> {

@@ -17,7 +17,7 @@
 //! A VMM serves its memory as [`GuestMemory`] (an mmaped region without copying by
 //! [`MappedRegions`]; `vm-memory` by [`VmMemory`](https://docs.rs/sonicshot), feature
 //! `vm-memory`), gets a [`PageMap`] from `sonicshot-vmi`, and asks a [`PrunePlan`] which
-//! stretches to write:
+//! ranges to write:
 //!
 //! ```
 //! use sonicshot::*;
@@ -40,8 +40,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Limits: guests are little-endian; addresses and sizes are 64-bit, and so must the host be. Nothing here looks into a
-//! guest: crafted memory can at worst make a reader return an error.
+//! Limits: guests are little-endian; addresses and sizes are 64-bit, and so must the host be.
+//! Nothing here looks into a guest: crafted memory can at worst make a reader return an error.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
 // A guest's memory, and a checkpoint, is longer than 32 bits can tell.
@@ -66,6 +66,8 @@ mod page_map;
 mod policy;
 mod processor;
 mod stop;
+mod tally;
+mod to_usize;
 #[cfg(feature = "vm-memory")]
 #[expect(
     unsafe_code,
@@ -93,4 +95,6 @@ pub use page_map::PageMap;
 pub use policy::{Disposition, DropClasses, DropRun, Fill, PrunePlan, PrunePolicy};
 pub use processor::{Processor, Processors};
 pub use stop::{Stop, Stoppable, Stopped};
+pub use tally::Tally;
+pub use to_usize::to_usize;
 pub use work::Progress;

@@ -5,7 +5,7 @@ use std::error::Error;
 use std::fmt;
 use std::io;
 
-/// Longest stretch that a caller may ask [`GuestMemory::map`] for: 16 MiB.
+/// Longest range that a caller may ask [`GuestMemory::map`] for: 16 MiB.
 ///
 /// Owners that must set up a mapping (Xen) need a bound on what is mapped at a time.
 pub const MAX_MAP: usize = 16 << 20;
@@ -14,22 +14,22 @@ pub const MAX_MAP: usize = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryError {
-    /// Part of the stretch is not RAM in the guest's layout.
+    /// Part of the range is not RAM in the guest's layout.
     #[error("no guest RAM at {range}")]
     NotRam {
-        /// The stretch that was asked for.
+        /// The range that was asked for.
         range: GpaRange,
     },
-    /// The stretch is RAM, but the dump holds no data for it.
+    /// The range is RAM, but the dump holds no data for it.
     #[error("the dump holds no data for guest RAM at {range}")]
     Absent {
-        /// The stretch that was asked for.
+        /// The range that was asked for.
         range: GpaRange,
     },
     /// The operating system refused to read.
     #[error("reading guest RAM at {range}")]
     Io {
-        /// The stretch that was asked for.
+        /// The range that was asked for.
         range: GpaRange,
         /// What the operating system said.
         #[source]
@@ -38,7 +38,7 @@ pub enum MemoryError {
     /// The work that reads it is to end.
     #[error("reading guest RAM at {range} was ended")]
     Stopped {
-        /// The stretch that was asked for.
+        /// The range that was asked for.
         range: GpaRange,
         /// By what.
         #[source]
@@ -47,7 +47,7 @@ pub enum MemoryError {
     /// The owner of the memory failed in its own way.
     #[error("reading guest RAM at {range}")]
     Backend {
-        /// The stretch that was asked for.
+        /// The range that was asked for.
         range: GpaRange,
         /// The owner's own error.
         #[source]
@@ -137,10 +137,7 @@ impl RamLayout {
     /// How much RAM there is, in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        // Disjoint ranges inside 64 bits cannot add up to more than 64 bits.
-        self.regions
-            .iter()
-            .fold(0, |sum, r| sum.saturating_add(r.len()))
+        GpaRange::total_of(&self.regions)
     }
 
     /// The first address above all RAM.
@@ -233,11 +230,11 @@ impl fmt::Debug for Mapped<'_> {
 /// the [`Mapped`] value unmaps when dropped), and one that must copy (compressed dumps,
 /// LibVMI: [`read`](Self::read) alone). Only `layout` and `read` have to be written.
 ///
-/// `vm-memory` has a trait of the same name. Where both are in scope the compiler says that the name
-/// is ambiguous, or that `GuestMemoryMmap` does not implement `GuestMemory`: it means this one. Take
-/// one of them as another name (`use sonicshot::GuestMemory as SonicMemory`), or neither: to read a
-/// VMM's own memory no trait need be in scope but vm-memory's, for `VmMemory` (feature `vm-memory`)
-/// makes this one of it.
+/// `vm-memory` has a trait of the same name. Where both are in scope the compiler says that the
+/// name is ambiguous, or that `GuestMemoryMmap` does not implement `GuestMemory`: it means this
+/// one. Take one of them as another name (`use sonicshot::GuestMemory as SonicMemory`), or neither:
+/// to read a VMM's own memory no trait need be in scope but vm-memory's, for `VmMemory` (feature
+/// `vm-memory`) makes this one of it.
 ///
 /// A reader that wraps another must forward the defaulted methods too, or the fast path is
 /// lost.
@@ -274,21 +271,21 @@ pub trait GuestMemory: Send + Sync {
     /// Fills `buf` with the bytes from `at`.
     ///
     /// # Errors
-    /// [`MemoryError`] if the stretch is not all in one RAM range, or cannot be read;
+    /// [`MemoryError`] if the range is not all in one RAM range, or cannot be read;
     /// `buf` is then unspecified.
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError>;
 
     /// The `len` bytes (at most [`MAX_MAP`]) from `at` without copying, or `None` if this
-    /// stretch has to be [`read`](Self::read) instead.
+    /// range has to be [`read`](Self::read) instead.
     ///
     /// # Errors
-    /// [`MemoryError`] if the stretch is not all in one RAM range, or mapping failed.
+    /// [`MemoryError`] if the range is not all in one RAM range, or mapping failed.
     fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
         let _ = (at, len);
         Ok(None)
     }
 
-    /// The first stretch at or above `at`, in the RAM range that holds `at`, that may hold
+    /// The first range at or above `at`, in the RAM range that holds `at`, that may hold
     /// something other than zeroes; `None` if the rest of the range is known to be zero.
     ///
     /// A source that knows cheaply (file holes, pages absent from a dump as zero) saves
@@ -299,7 +296,7 @@ pub trait GuestMemory: Send + Sync {
             .map(|region| GpaRange::new(at, region.end()))
     }
 
-    /// The first stretch at or above `at`, in the RAM range that holds `at`, that the source does
+    /// The first range at or above `at`, in the RAM range that holds `at`, that the source does
     /// not have: reading it is [`MemoryError::Absent`]. `None` if the rest of the range is there,
     /// as it is of most sources.
     ///
@@ -310,12 +307,12 @@ pub trait GuestMemory: Send + Sync {
         Ok(None)
     }
 
-    /// A hint that the stretch will not be read again soon; the owner may let go of caches.
+    /// A hint that the range will not be read again soon; the owner may let go of caches.
     fn release(&self, range: GpaRange) {
         let _ = range;
     }
 
-    /// Whether a long stretch that is looked at once is better [`read`](Self::read) than
+    /// Whether a long range that is looked at once is better [`read`](Self::read) than
     /// [`map`](Self::map)ped: of a file, whose every page is first put into page tables.
     fn prefers_read(&self) -> bool {
         false
@@ -427,17 +424,9 @@ pub fn next_present(memory: &dyn GuestMemory, at: Gpa) -> Result<Option<GpaRange
     Ok(None)
 }
 
-/// A stretch of RAM.
+/// A range of RAM.
 pub(crate) fn ram(start: Gpa, len: u64) -> Result<GpaRange, LayoutError> {
     GpaRange::with_len(start, len).ok_or(LayoutError::Wraps { start, len })
-}
-
-/// The range of a request, for error messages: empty if it would wrap.
-pub(crate) fn request(at: Gpa, len: usize) -> GpaRange {
-    u64::try_from(len)
-        .ok()
-        .and_then(|len| GpaRange::with_len(at, len))
-        .unwrap_or(GpaRange::new(at, at))
 }
 
 /// Guest RAM that already lies in this process's address space: a VMM's regions, or parts
@@ -462,7 +451,7 @@ pub struct MappedRegions<'a> {
 }
 
 impl<'a> MappedRegions<'a> {
-    /// Guest RAM made of `regions`, each a stretch of bytes and where the guest sees it.
+    /// Guest RAM made of `regions`, each a range of bytes and where the guest sees it.
     ///
     /// # Errors
     /// [`LayoutError`] if they overlap in the guest, or there are none.
@@ -494,11 +483,11 @@ impl GuestMemory for MappedRegions<'_> {
                 return Ok(());
             }
         } else if self.layout.contains(at, buf.len() as u64) {
-            // The stretch crosses regions that touch in the guest but not in this process.
+            // The range crosses regions that touch in the guest but not in this process.
             return copy_across(self, at, buf);
         }
         Err(MemoryError::NotRam {
-            range: request(at, buf.len()),
+            range: GpaRange::of_request(at, buf.len()),
         })
     }
 
@@ -507,14 +496,14 @@ impl GuestMemory for MappedRegions<'_> {
             Some(bytes) => Ok(Some(Mapped::borrowed(bytes))),
             None if self.layout.contains(at, len as u64) => Ok(None),
             None => Err(MemoryError::NotRam {
-                range: request(at, len),
+                range: GpaRange::of_request(at, len),
             }),
         }
     }
 }
 
 fn copy_across(regions: &MappedRegions<'_>, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-    let range = request(at, buf.len());
+    let range = GpaRange::of_request(at, buf.len());
     for (index, byte) in (0_u64..).zip(buf.iter_mut()) {
         let here = at.checked_add(index);
         *byte = here
@@ -529,7 +518,8 @@ mod tests {
     use super::{GuestMemory, MemoryError, RamLayout, next_present};
     use crate::{Gpa, GpaRange};
 
-    /// Two ranges of RAM: of ten pages each, by their number, some known to be zero, some not there.
+    /// Two ranges of RAM: of ten pages each, by their number, some known to be zero, some not
+    /// there.
     struct Parts(RamLayout);
 
     fn page(number: u64) -> char {

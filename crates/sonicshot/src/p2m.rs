@@ -1,6 +1,6 @@
 //! Guests whose page tables hold the machine's frame numbers, not their own.
 
-use crate::{Mfn, PageSize, Pfn, PfnRange};
+use crate::{Mfn, PageSize, Pfn, PfnRange, Tally};
 
 /// A table of a guest's frames that cannot be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -73,6 +73,12 @@ impl Run {
         to.checked_add(offset)
     }
 
+    /// The frames of the guest. A run that ends beyond all numbers is none.
+    fn frames(&self) -> PfnRange {
+        let start = Pfn::new(self.pfn);
+        PfnRange::with_len(start, self.len).unwrap_or(PfnRange::new(start, start))
+    }
+
     fn mfn_of(&self, pfn: u64) -> Option<u64> {
         self.across(self.pfn, self.mfn, pfn)
     }
@@ -86,6 +92,9 @@ impl Run {
         if self.pfn.checked_add(self.len) != Some(next.pfn) {
             return false;
         }
+        let Some(len) = self.len.checked_add(next.len) else {
+            return false;
+        };
         let rises = |run: &Self| run.len == 1 || !run.falls;
         let falls = |run: &Self| run.len == 1 || run.falls;
         if rises(self) && rises(next) && self.mfn.checked_add(self.len) == Some(next.mfn) {
@@ -95,7 +104,7 @@ impl Run {
         } else {
             return false;
         }
-        self.len = self.len.saturating_add(next.len);
+        self.len = len;
         true
     }
 }
@@ -132,9 +141,7 @@ impl P2m {
 
     /// The guest's frames, lowest first.
     pub fn frames(&self) -> impl Iterator<Item = PfnRange> + '_ {
-        self.by_pfn
-            .iter()
-            .filter_map(|run| PfnRange::with_len(Pfn::new(run.pfn), run.len))
+        self.by_pfn.iter().map(Run::frames)
     }
 
     /// The machine's frames that `frames` are, as far as the guest has them: the lowest of each
@@ -143,12 +150,12 @@ impl P2m {
         let (start, end) = (frames.start().raw(), frames.end().raw());
         let first = self
             .by_pfn
-            .partition_point(|run| run.pfn.saturating_add(run.len) <= start);
+            .partition_point(|run| run.frames().end().raw() <= start);
         let runs = self.by_pfn.iter().skip(first);
         runs.take_while(move |run| run.pfn < end)
             .filter_map(move |run| {
                 let from = run.pfn.max(start);
-                let to = run.pfn.saturating_add(run.len).min(end);
+                let to = run.frames().end().raw().min(end);
                 let (one, other) = (run.mfn_of(from)?, run.mfn_of(to.checked_sub(1)?)?);
                 Some((Mfn::new(one.min(other)), to.checked_sub(from)?))
             })
@@ -159,7 +166,7 @@ impl P2m {
 #[derive(Debug, Default)]
 pub struct P2mBuilder {
     runs: Vec<Run>,
-    frames: u64,
+    frames: Tally,
 }
 
 impl P2mBuilder {
@@ -171,7 +178,7 @@ impl P2mBuilder {
             len: 1,
             falls: false,
         };
-        self.frames = self.frames.saturating_add(1);
+        self.frames.add(1);
         let last = self.runs.last_mut();
         if !last.is_some_and(|last| last.join(&next)) {
             self.runs.push(next);
@@ -181,7 +188,7 @@ impl P2mBuilder {
     /// How many frames there are so far.
     #[must_use]
     pub fn frames(&self) -> u64 {
-        self.frames
+        self.frames.get()
     }
 
     /// The table.
@@ -222,9 +229,10 @@ fn find(runs: &[Run], at: u64, start: impl Fn(&Run) -> u64) -> Option<&Run> {
 
 /// Neighbours of which the first reaches into the second.
 fn overlap(runs: &[Run], start: impl Fn(&Run) -> u64) -> Option<(&Run, &Run)> {
-    runs.iter()
-        .zip(runs.iter().skip(1))
-        .find(|(run, next)| start(next).wrapping_sub(start(run)) < run.len)
+    runs.iter().zip(runs.iter().skip(1)).find(|(run, next)| {
+        let distance = start(next).checked_sub(start(run));
+        distance.is_some_and(|distance| distance < run.len)
+    })
 }
 
 #[cfg(test)]

@@ -13,8 +13,8 @@ use std::collections::{BTreeMap, btree_map};
 /// pages. Few enough to share out a small guest among the threads. A power of two.
 const CHUNK: u64 = 1 << 13;
 
-/// What a run costs at most, in bytes, with its share of the tree: three times what it costs mostly.
-/// It decides when a chunk's frames are bytes, and is what the map's bound is counted by.
+/// What a run costs at most, in bytes, with its share of the tree: three times what it costs
+/// mostly. It decides when a chunk's frames are bytes, and is what the map's bound is counted by.
 const RUN_COST: u64 = 128;
 
 /// The class of every frame of a guest's RAM, and whether it was found to hold only zeroes.
@@ -66,7 +66,8 @@ fn index(start: Pfn, pfn: Pfn) -> Option<usize> {
 
 /// The part of `region` that is in the same chunk as `pfn`, which is in the region.
 fn chunk_of(region: PfnRange, pfn: Pfn) -> PfnRange {
-    let first = Pfn::new(pfn.raw() & !(CHUNK.saturating_sub(1)));
+    const IN_CHUNK: u64 = CHUNK - 1;
+    let first = Pfn::new(pfn.raw() & !IN_CHUNK);
     // A chunk at the very end of all numbers ends with them.
     let end = first.checked_add(CHUNK).unwrap_or(region.end());
     PfnRange::new(first, end).intersection(&region)
@@ -74,7 +75,7 @@ fn chunk_of(region: PfnRange, pfn: Pfn) -> PfnRange {
 
 /// Whether `len` frames cost less as bytes than as `runs` runs.
 fn is_dense(len: u64, runs: usize) -> bool {
-    runs > 1 && (runs as u64).saturating_mul(RUN_COST) > len
+    runs > 1 && (runs as u64) > len / RUN_COST
 }
 
 impl PageMap {
@@ -111,9 +112,7 @@ impl PageMap {
     /// block of `2^order` frames.
     pub fn pieces(&self, order: u32) -> impl Iterator<Item = PfnRange> + Send + '_ {
         // Of a block that is not less than all frames there are one region's.
-        let mask = 1_u64
-            .checked_shl(order)
-            .map_or(u64::MAX, |len| len.saturating_sub(1));
+        let mask = !u64::MAX.unbounded_shl(order);
         let region = move |region: &PfnRange| {
             let region = *region;
             let mut at = region.start();
@@ -131,10 +130,7 @@ impl PageMap {
     /// How many frames the map covers.
     #[must_use]
     pub fn total(&self) -> u64 {
-        // Disjoint ranges of 64 bits do not add up to more.
-        self.regions
-            .iter()
-            .fold(0, |sum, frames| sum.saturating_add(frames.len()))
+        PfnRange::total_of(&self.regions)
     }
 
     /// The class of `pfn`, if it is RAM.
@@ -166,8 +162,10 @@ impl PageMap {
     /// not RAM are passed over.
     pub fn set_each(&mut self, first: Pfn, classes: &[PageClass]) {
         let mut states = Vec::new();
-        let end = Pfn::new(first.raw().saturating_add(classes.len() as u64));
-        for (region, part) in self.parts(PfnRange::new(first, end)) {
+        // Frames beyond all numbers are not RAM.
+        let all = PfnRange::with_len(first, classes.len() as u64)
+            .unwrap_or(PfnRange::new(first, Pfn::new(u64::MAX)));
+        for (region, part) in self.parts(all) {
             let mut at = part.start();
             while part.contains(at) {
                 let piece = PfnRange::new(at, chunk_of(region, at).end()).intersection(&part);
@@ -182,7 +180,7 @@ impl PageMap {
         }
     }
 
-    /// Lets `edit` change the classes of each RAM stretch of `range`, in pieces of 8,192 frames at
+    /// Lets `edit` change the classes of each RAM range of `range`, in pieces of 8,192 frames at
     /// most, lowest first; it is given the piece's first frame.
     pub fn with_slices(&mut self, range: PfnRange, mut edit: impl FnMut(Pfn, &mut [PageState])) {
         let mut scratch = Vec::new();
@@ -349,7 +347,10 @@ impl PageMap {
             }
             None
         };
-        let (low, high) = (part.start(), Pfn::new(part.end().raw().saturating_sub(1)));
+        let Some(high) = part.end().raw().checked_sub(1).map(Pfn::new) else {
+            return;
+        };
+        let low = part.start();
         let first = fill(self, low);
         let last = if chunk_of(region, low) == chunk_of(region, high) {
             None
@@ -414,8 +415,10 @@ impl PageMap {
         // before this one may cut it here.
         let first = usize::from(!self.segments.contains_key(&chunk.start()));
         let begun = self.segments.range(chunk.start()..chunk.end()).count();
-        let runs = begun.saturating_add(first);
-        if is_dense(chunk.len(), runs) {
+        if begun
+            .checked_add(first)
+            .is_some_and(|runs| is_dense(chunk.len(), runs))
+        {
             self.make_dense(region, chunk);
         }
     }
@@ -433,8 +436,7 @@ impl PageMap {
     fn expand(&self, piece: PfnRange, classes: &mut Vec<PageState>) {
         classes.clear();
         for (run, class) in self.states_in(piece) {
-            let len = index(run.start(), run.end()).unwrap_or_default();
-            classes.resize(classes.len().saturating_add(len), class);
+            classes.extend(run.iter().map(|_| class));
         }
     }
 
@@ -474,10 +476,9 @@ impl PageMap {
 /// Segments of one class each, for frames from `start` with these classes.
 fn uniform(start: Pfn, classes: &[PageState]) -> impl Iterator<Item = (Pfn, Segment)> + '_ {
     let mut at = start.raw();
-    classes.chunk_by(|a, b| a == b).filter_map(move |run| {
+    classes.chunk_by(|a, b| a == b).map_while(move |run| {
         let start = Pfn::new(at);
-        // The frames are in a region.
-        at = at.saturating_add(run.len() as u64);
+        at = at.checked_add(run.len() as u64)?;
         Some((start, Segment::Uniform(*run.first()?)))
     })
 }
@@ -529,7 +530,7 @@ impl<'a> Runs<'a> {
         let (end, class) = loop {
             if let Some(class) = self.dense.first() {
                 let len = self.dense.iter().take_while(|next| *next == class).count();
-                self.dense = self.dense.get(len..).unwrap_or_default();
+                (_, self.dense) = self.dense.split_at_checked(len)?;
                 break (at.checked_add(len as u64)?, *class);
             }
             match self.segments.next()? {

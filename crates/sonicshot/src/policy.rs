@@ -1,8 +1,10 @@
 //! Which pages to drop, and what they must read as afterwards.
 
-use crate::{ClassCounts, ClassSet, GpaRange, PageClass, PageMap, PageSize, PageState, PfnRange};
+use crate::{
+    ClassCounts, ClassSet, GpaRange, PageClass, PageMap, PageSize, PageState, PfnRange, Tally,
+};
 
-/// What becomes of a page.
+/// The fate of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Disposition {
@@ -55,7 +57,7 @@ impl PrunePolicy for DropClasses {
     }
 }
 
-/// What a page that was dropped must read as after a restore.
+/// The content that a dropped page must have after a restore.
 ///
 /// Of a page in use that was zero it is zero. Of a free page it depends on how the guest runs: most
 /// write to it before they read, `init_on_free=1` trusts it to be zero, and `page_poison=1` checks
@@ -73,8 +75,8 @@ pub enum Fill {
 }
 
 impl Fill {
-    /// What `page` must read as once it is dropped, in a guest that expects `free_fill` of its free
-    /// pages.
+    /// The content that `page` must have once it is dropped, in a guest that expects `free_fill` of
+    /// its free pages.
     #[must_use]
     pub fn of(page: PageState, free_fill: Self) -> Self {
         match page.class() {
@@ -86,12 +88,12 @@ impl Fill {
     }
 }
 
-/// One stretch of pages to drop.
+/// One range of pages to drop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DropRun {
     /// The frames.
     pub frames: PfnRange,
-    /// What they must read as after a restore.
+    /// The content that they must have after a restore.
     pub fill: Fill,
 }
 
@@ -167,15 +169,15 @@ impl PrunePlan {
     /// How many pages are dropped.
     #[must_use]
     pub fn dropped_pages(&self) -> u64 {
-        self.runs
-            .iter()
-            .fold(0, |sum, run| sum.saturating_add(run.frames.len()))
+        PfnRange::total_of(self.runs.iter().map(|run| &run.frames))
     }
 
     /// How many bytes are dropped.
     #[must_use]
     pub fn dropped_bytes(&self) -> u64 {
-        self.dropped_pages().saturating_mul(self.page_size.bytes())
+        Tally::new(self.dropped_pages())
+            .times(self.page_size.bytes())
+            .get()
     }
 
     /// The first frames that are dropped although the guest uses them, by what `map` says of them:
@@ -201,7 +203,7 @@ impl PrunePlan {
         counts
     }
 
-    /// The dropped stretches inside `range`, lowest first, clipped to it.
+    /// The dropped ranges inside `range`, lowest first, clipped to it.
     pub fn dropped_in(&self, range: GpaRange) -> impl Iterator<Item = GpaRange> + '_ {
         let page_size = self.page_size;
         let first = self.runs.partition_point(|run| {
@@ -217,7 +219,7 @@ impl PrunePlan {
             .take_while(|part| !part.is_empty())
     }
 
-    /// The stretches inside `range` that are kept, lowest first: what
+    /// The ranges inside `range` that are kept, lowest first: what
     /// [`dropped_in`](Self::dropped_in) leaves.
     pub fn kept_in(&self, range: GpaRange) -> impl Iterator<Item = GpaRange> + '_ {
         let tail = GpaRange::new(range.end(), range.end());

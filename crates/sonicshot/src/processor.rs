@@ -15,7 +15,8 @@ pub enum Processor {
     NotStarted,
     /// Halted with interrupts and paging off, where firmware leaves the processors that it started
     /// itself, for a kernel to take over: only an INIT, an NMI or an SMI gets it out. Never the
-    /// boot processor. It says as little of who owns the memory as [`NotStarted`](Self::NotStarted).
+    /// boot processor. It says as little of who owns the memory as
+    /// [`NotStarted`](Self::NotStarted).
     Parked,
     /// In system management mode: its registers are the firmware's.
     InSmm,
@@ -29,7 +30,7 @@ pub enum Processor {
     },
 }
 
-/// What is told of all processors of a guest.
+/// The state of all processors of a guest.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Processors {

@@ -1,6 +1,5 @@
 //! Work that is ended from outside: by whoever wants no more of it, or at a time.
 
-use crate::memory::request;
 use crate::{Gpa, GpaRange, GuestMemory, Mapped, MemoryError, P2m, Processors, RamLayout};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -118,12 +117,12 @@ impl<M: GuestMemory> GuestMemory for Stoppable<M> {
     }
 
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        self.check(request(at, buf.len()))?;
+        self.check(GpaRange::of_request(at, buf.len()))?;
         self.memory.read(at, buf)
     }
 
     fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
-        self.check(request(at, len))?;
+        self.check(GpaRange::of_request(at, len))?;
         self.memory.map(at, len)
     }
 

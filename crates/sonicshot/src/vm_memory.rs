@@ -1,7 +1,7 @@
 //! A VMM's own `vm-memory` guest memory, served to the pruner.
 
-use crate::memory::{ram, request};
-use crate::{Gpa, GuestBytes, GuestMemory, LayoutError, Mapped, MemoryError, RamLayout};
+use crate::memory::ram;
+use crate::{Gpa, GpaRange, GuestBytes, GuestMemory, LayoutError, Mapped, MemoryError, RamLayout};
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -54,7 +54,7 @@ impl<'a, M: GuestMemoryBackend> VmMemory<'a, M> {
 
 fn backend(at: Gpa, len: usize, source: vm_memory::GuestMemoryError) -> MemoryError {
     MemoryError::Backend {
-        range: request(at, len),
+        range: GpaRange::of_request(at, len),
         source: Box::new(source),
     }
 }
@@ -73,8 +73,8 @@ impl<M: GuestMemoryBackend + Sync> GuestMemory for VmMemory<'_, M> {
     }
 }
 
-/// The same memory, with a share in it: what can be kept beside whatever else a VMM has of a machine,
-/// and handed on as `Arc<dyn GuestMemory>`.
+/// The same memory, with a share in it: what can be kept beside whatever else a VMM has of a
+/// machine, and handed on as `Arc<dyn GuestMemory>`.
 ///
 /// ```
 /// use sonicshot::{Gpa, GuestMemory, SharedVmMemory};
@@ -88,8 +88,8 @@ impl<M: GuestMemoryBackend + Sync> GuestMemory for VmMemory<'_, M> {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// Of a `GuestMemoryAtomic` it is what `memory().into_inner()` gives: the regions that there are now.
-/// Memory that is plugged in later is not in it.
+/// Of a `GuestMemoryAtomic` it is what `memory().into_inner()` gives: the regions that there are
+/// now. Memory that is plugged in later is not in it.
 pub struct SharedVmMemory<M> {
     memory: Arc<M>,
     layout: RamLayout,
@@ -142,7 +142,7 @@ fn read(
     buf: &mut [u8],
 ) -> Result<(), MemoryError> {
     if !layout.contains(at, buf.len() as u64) {
-        let range = request(at, buf.len());
+        let range = GpaRange::of_request(at, buf.len());
         return Err(MemoryError::NotRam { range });
     }
     memory
@@ -156,15 +156,15 @@ fn map<'m>(
     at: Gpa,
     len: usize,
 ) -> Result<Option<Mapped<'m>>, MemoryError> {
-    let range = request(at, len);
+    let range = GpaRange::of_request(at, len);
     if !layout.contains(at, len as u64) {
         return Err(MemoryError::NotRam { range });
     }
     let address = GuestAddress(at.raw());
-    // A stretch across two regions that touch in the guest need not touch here.
+    // A range across two regions that touch in the guest need not touch here.
     let inside = memory.find_region(address).is_some_and(|region| {
-        at.checked_add(range.len())
-            .is_some_and(|end| end.raw().saturating_sub(1) <= region.last_addr().0)
+        let last = range.end().raw().checked_sub(1);
+        last.is_some_and(|last| last <= region.last_addr().0)
     });
     if !inside {
         return Ok(None);

@@ -30,11 +30,11 @@ pub const MAX_THREADS: usize = 256;
 /// use; at most [`MAX_THREADS`].
 #[must_use]
 pub fn threads(wanted: Option<NonZeroUsize>) -> NonZeroUsize {
-    let most = NonZeroUsize::new(MAX_THREADS).unwrap_or(NonZeroUsize::MIN);
+    const MOST: NonZeroUsize = NonZeroUsize::new(MAX_THREADS).unwrap();
     wanted
         .or_else(|| std::thread::available_parallelism().ok())
         .unwrap_or(NonZeroUsize::MIN)
-        .min(most)
+        .min(MOST)
 }
 
 /// Does `each` with every item, on `threads` threads of which the caller's is one. `done` is told
@@ -69,15 +69,13 @@ where
     // An item is only taken while none has failed. So each before one that fails is done too, and
     // the first that fails is the same with any number of threads.
     let failed = AtomicBool::new(false);
-    let items = Mutex::new((0_u64, items.into_iter()));
+    let items = Mutex::new((1_u64..).zip(items));
     let take = || {
         let mut items = lock(&items);
         if failed.load(Ordering::Relaxed) {
             return None;
         }
-        let item = items.1.next()?;
-        items.0 = items.0.saturating_add(1);
-        Some((items.0, item))
+        items.next()
     };
     let run = |done: &mut dyn FnMut(u64)| -> Result<(), (u64, E)> {
         let mut state = state();
@@ -140,7 +138,8 @@ pub fn map_in_order<T: Send, S, R: Send, E>(
         return items.try_for_each(|item| sink(each(&mut state, item)));
     }
     let each = &each;
-    let depth = threads.get().saturating_mul(2);
+    // No more than twice `MAX_THREADS`.
+    let depth = threads.get() << 1;
     with_pool(threads, &state, |pool| {
         let mut waiting = VecDeque::with_capacity(depth);
         for item in items {
@@ -268,13 +267,13 @@ impl<S> fmt::Debug for Pool<'_, S> {
     }
 }
 
-/// What a job will give.
+/// The future result of a job.
 #[derive(Debug)]
 #[must_use = "the result is lost otherwise"]
 pub struct Pending<R>(Receiver<Result<R, Box<dyn Any + Send>>>);
 
 impl<R> Pending<R> {
-    /// What the job gives; waits for it.
+    /// The job's result; waits for it.
     ///
     /// # Panics
     /// If the job did: a bug, which goes on here.
@@ -283,7 +282,7 @@ impl<R> Pending<R> {
         answer(self.0.recv())
     }
 
-    /// What the job gave, if it is done.
+    /// The job's result, if it is done.
     ///
     /// # Errors
     /// The result that is still to be waited for.

@@ -1,4 +1,4 @@
-//! What only x86-64 processors have.
+//! Registers that only x86-64 processors have.
 
 use core::fmt;
 

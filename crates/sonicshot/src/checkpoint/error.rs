@@ -108,7 +108,7 @@ pub enum CheckpointError {
     /// Something that a checkpoint cannot hold.
     #[error("a checkpoint cannot hold {what}: {value}, at most {max}")]
     TooLarge {
-        /// What it is.
+        /// Its kind.
         what: &'static str,
         /// How much there is.
         value: u64,

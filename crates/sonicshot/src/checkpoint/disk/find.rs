@@ -4,11 +4,11 @@ use super::guess::DiskGuesses;
 use super::source::{DiskOffset, DiskRange, DiskSource};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::wire::disk::DiskInfo;
-use crate::checkpoint::wire::layout::{checksum, len64, size};
+use crate::checkpoint::wire::layout::{checksum, len64, narrow, size, too_large};
 use crate::work::{for_each, map_in_order, threads};
 use crate::{
-    ClassSet, Gpa, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn, PfnRange, Progress,
-    PrunePlan,
+    ClassSet, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn, PfnRange, Progress,
+    PrunePlan, Tally,
 };
 use core::num::NonZeroUsize;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -36,9 +36,10 @@ pub struct DiskFinder {
     page_size: PageSize,
     /// Hash and frame, sorted.
     entries: Vec<(u64, u64)>,
-    /// Where the entries begin whose hash has so many leading bits.
+    /// Where the entries begin whose hash has these leading bits, `bits` of them; then where the
+    /// last ones end.
     starts: Vec<u32>,
-    shift: u32,
+    bits: u32,
 }
 
 impl DiskFinder {
@@ -89,35 +90,34 @@ impl DiskFinder {
             },
         )?;
         entries.sort_unstable();
-        Ok(Self::of(entries, page_size))
+        Self::of(entries, page_size)
     }
 
-    fn of(entries: Vec<(u64, u64)>, page_size: PageSize) -> Self {
-        let bits = entries
-            .len()
-            .next_power_of_two()
-            .trailing_zeros()
-            .clamp(1, 31);
-        let shift = 64_u32.saturating_sub(bits);
-        let buckets = 1_u64 << bits;
-        let mut starts = Vec::with_capacity(size(buckets).saturating_add(1));
-        let mut at = 0_usize;
-        for bucket in 0..buckets {
-            while entries
-                .get(at)
-                .is_some_and(|(hash, _)| hash >> shift < bucket)
-            {
-                at = at.saturating_add(1);
-            }
-            starts.push(u32::try_from(at).unwrap_or(u32::MAX));
-        }
-        starts.push(u32::try_from(entries.len()).unwrap_or(u32::MAX));
-        Self {
+    fn of(entries: Vec<(u64, u64)>, page_size: PageSize) -> Result<Self, CheckpointError> {
+        let count: u32 = narrow("pages to look for", len64(entries.len()), u32::MAX.into())?;
+        // No more than 2^32, as there are no more entries.
+        let bits = entries.len().next_power_of_two().trailing_zeros();
+        let mut finder = Self {
             page_size,
             entries,
-            starts,
-            shift,
+            starts: Vec::with_capacity(1 << bits),
+            bits,
+        };
+        for (at, (hash, _)) in (0_u32..).zip(&finder.entries) {
+            // It begins this bucket, and all before it that have none.
+            while finder.starts.len() <= finder.bucket(*hash) {
+                finder.starts.push(at);
+            }
         }
+        while finder.starts.len() <= 1 << bits {
+            finder.starts.push(count);
+        }
+        Ok(finder)
+    }
+
+    /// The leading bits of `hash`.
+    fn bucket(&self, hash: u64) -> usize {
+        size(hash.rotate_left(self.bits) & !(u64::MAX << self.bits))
     }
 
     /// How many pages are looked for.
@@ -128,7 +128,7 @@ impl DiskFinder {
 
     /// The first of the entries with this hash.
     fn first(&self, hash: u64) -> Option<usize> {
-        let bucket = size(hash.checked_shr(self.shift)?);
+        let bucket = self.bucket(hash);
         let start = *self.starts.get(bucket)? as usize;
         let end = *self.starts.get(bucket.checked_add(1)?)? as usize;
         let bucket = self.entries.get(start..end)?;
@@ -154,10 +154,8 @@ impl DiskFinder {
             .iter()
             .map(|_| AtomicU64::new(NOWHERE))
             .collect();
-        let total = known
-            .iter()
-            .fold(0_u64, |sum, disk| sum.saturating_add(disk.bytes));
-        let mut before = 0_u64;
+        let total = known.iter().map(|disk| disk.bytes).sum::<Tally>().get();
+        let mut before = Tally::ZERO;
         if self.entries.is_empty() {
             progress(total, total);
             return Ok(DiskGuesses::default());
@@ -174,8 +172,8 @@ impl DiskFinder {
                 pieces,
                 &mut |done| {
                     // Progress is for the eye, and ends at the total.
-                    let done = done.saturating_mul(PIECE).min(info.bytes);
-                    progress(before.saturating_add(done).min(total), total);
+                    let done = Tally::new(done).times(PIECE).up_to(info.bytes);
+                    progress(before.and(done).up_to(total), total);
                 },
                 Vec::new,
                 |buffer: &mut Vec<u8>, piece: DiskRange| {
@@ -186,7 +184,7 @@ impl DiskFinder {
                     Ok::<_, CheckpointError>(())
                 },
             )?;
-            before = before.saturating_add(info.bytes);
+            before.add(info.bytes);
         }
         progress(total, total);
         Ok(self.guesses(&found))
@@ -202,7 +200,9 @@ impl DiskFinder {
                 continue;
             };
             // A disk is shorter than 2^63 bytes, and there are few.
-            let block = (at.raw() >> PLACE_SHIFT).saturating_add(number);
+            let Some(block) = (at.raw() >> PLACE_SHIFT).checked_add(number) else {
+                break;
+            };
             let where_it_is = (u64::from(disk) << DISK_SHIFT) | block;
             // The first of several, whoever finds it first.
             place.fetch_min(where_it_is, Ordering::Relaxed);
@@ -217,11 +217,13 @@ impl DiskFinder {
             let place = places
                 .next()
                 .map_or(NOWHERE, |first| first.load(Ordering::Relaxed));
-            let _ = places.by_ref().take(same.len().saturating_sub(1)).count();
+            let _ = same.iter().skip(1).zip(places.by_ref()).count();
             if place == NOWHERE {
                 continue;
             }
-            let disk = u32::try_from(place >> DISK_SHIFT).unwrap_or(u32::MAX);
+            let Ok(disk) = u32::try_from(place >> DISK_SHIFT) else {
+                continue;
+            };
             let block = place & ((1 << DISK_SHIFT) - 1);
             let at = DiskOffset::new(block << PLACE_SHIFT);
             frames.extend(same.iter().map(|(_, pfn)| (Pfn::new(*pfn), disk, at)));
@@ -286,13 +288,16 @@ fn hashes(
 ) -> Result<Vec<(u64, u64)>, CheckpointError> {
     let page = size(page_size.bytes());
     // At most `PIECE`, or one page.
-    buffer.resize(size(frames.len()).saturating_mul(page), 0);
-    let start = frames.start().gpa(page_size).unwrap_or(Gpa::ZERO);
+    let range = frames.gpa_range(page_size);
+    let range = range.ok_or_else(|| too_large("a frame", frames.end().raw(), u64::MAX))?;
+    buffer.resize(size(range.len()), 0);
+    let start = range.start();
     let whole = memory.read(start, buffer);
     let mut out = Vec::with_capacity(size(frames.len()));
     for (pfn, bytes) in frames.iter().zip(buffer.chunks_exact_mut(page)) {
         if whole.is_err() {
-            let at = pfn.gpa(page_size).unwrap_or(Gpa::ZERO);
+            let at = pfn.gpa(page_size);
+            let at = at.ok_or_else(|| too_large("a frame", pfn.raw(), u64::MAX))?;
             match memory.read(at, bytes) {
                 Ok(()) => {}
                 Err(MemoryError::Absent { .. }) => continue,
@@ -313,7 +318,8 @@ fn hashes(
 /// The parts of a disk that may hold anything but zeroes, in whole blocks, as they are read.
 fn data_pieces(disk: &dyn DiskSource) -> Result<Vec<DiskRange>, (DiskOffset, std::io::Error)> {
     const LEN: u64 = BLOCK as u64;
-    let down = |at: u64| at & !LEN.saturating_sub(1);
+    const IN_BLOCK: u64 = LEN - 1;
+    let down = |at: u64| at & !IN_BLOCK;
     let len = disk.disk_len().map_err(|error| (DiskOffset::ZERO, error))?;
     let end = down(len);
     let mut out = Vec::new();
@@ -324,14 +330,17 @@ fn data_pieces(disk: &dyn DiskSource) -> Result<Vec<DiskRange>, (DiskOffset, std
         let Some(data) = data.filter(|data| data.end() > here) else {
             break;
         };
-        let stop = data.end().raw().div_ceil(LEN).saturating_mul(LEN).min(end);
+        // Beyond the last whole block nothing is looked at.
+        let stop = data.end().raw().checked_next_multiple_of(LEN);
+        let stop = stop.map_or(end, |stop| stop.min(end));
         let mut from = down(data.start().raw().max(at));
         while from < stop {
-            let to = stop.min(from.saturating_add(PIECE));
+            let to = from.checked_add(PIECE).map_or(stop, |to| to.min(stop));
             out.push(DiskRange::new(DiskOffset::new(from), DiskOffset::new(to)));
             from = to;
         }
-        at = stop.max(at.saturating_add(LEN));
+        // Data that ends in the block that it was asked for is no step back.
+        at = at.checked_add(LEN).map_or(end, |next| next.max(stop));
     }
     Ok(out)
 }
@@ -352,7 +361,8 @@ mod tests {
     }
 
     fn find(ram: &[u8], disks: &[Vec<u8>], threads: usize) -> Vec<(u64, u32, u64)> {
-        let guest = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
+        let guest =
+            MappedRegions::new(vec![(crate::Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
         let mut map = PageMap::new(guest.layout(), PageSize::SIZE_4K);
         let set = |map: &mut PageMap, at, class| {
             map.set(PfnRange::new(Pfn::new(at), Pfn::new(at + 1)), class);
@@ -429,7 +439,8 @@ mod tests {
     #[test]
     fn no_more_pages_are_looked_for_than_a_bound() {
         let ram: Vec<u8> = (0..20).flat_map(page).collect();
-        let guest = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        let guest =
+            MappedRegions::new(vec![(crate::Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
         for (most, pages) in [(3, 3), (20, 20), (MAX_FRAMES, 20)] {
             let pieces = vec![PfnRange::new(Pfn::new(0), Pfn::new(20))];
             let finder = DiskFinder::of_pieces(&guest, PageSize::SIZE_4K, pieces, None, most);

@@ -4,7 +4,7 @@ use super::source::{DiskOffset, DiskSource};
 use crate::PageSize;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::wire::disk::{DiskInfo, DiskMark, DiskRun, MarkKind, digest};
-use crate::checkpoint::wire::layout::size;
+use crate::checkpoint::wire::layout::{size, too_large};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -58,7 +58,7 @@ impl fmt::Debug for GivenDisk {
     }
 }
 
-/// What becomes of a disk that was written to since the guest was saved.
+/// The treatment of a disk that was written to since the guest was saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum MovedOn {
     /// It is refused.
@@ -109,8 +109,7 @@ impl Disks {
         given.ok_or_else(|| CheckpointError::NoDisk {
             name: known
                 .get(number)
-                .map(|info| info.name.clone())
-                .unwrap_or_default(),
+                .map_or_else(|| format!("number {disk}"), |info| info.name.clone()),
         })
     }
 
@@ -211,12 +210,13 @@ fn check_disk(
 }
 
 impl DiskInfo {
-    /// The disk `source`, as it is now: what tells later that it is still so stands at `marks` (where
-    /// each is, how many bytes it has, at most [`LONGEST_MARK`](Self::LONGEST_MARK), and what it is).
+    /// The disk `source`, as it is now: what tells later that it is still so stands at `marks`
+    /// (where each is, how many bytes it has, at most [`LONGEST_MARK`](Self::LONGEST_MARK), and
+    /// what it is).
     ///
     /// # Errors
-    /// [`CheckpointError::DiskIo`] if it cannot be read, [`CheckpointError::CodecMissing`] of a hash
-    /// that this build has not.
+    /// [`CheckpointError::DiskIo`] if it cannot be read, [`CheckpointError::CodecMissing`] of a
+    /// hash that this build has not.
     pub fn of(
         name: impl Into<String>,
         source: &dyn DiskSource,
@@ -228,13 +228,17 @@ impl DiskInfo {
             .disk_len()
             .map_err(disk_io(&name, DiskOffset::ZERO))?;
         let mark = |&(at, len, kind): &(DiskOffset, u32, MarkKind)| {
-            let mut bytes = vec![0; size(len.min(Self::LONGEST_MARK).into())];
+            if len > Self::LONGEST_MARK {
+                let most = Self::LONGEST_MARK.into();
+                return Err(too_large("bytes of a disk's mark", len.into(), most));
+            }
+            let mut bytes = vec![0; size(len.into())];
             let read = source.read_disk(&mut bytes, at);
             read.map_err(disk_io(&name, at))?;
             let digest = digest(hash, &bytes)?;
             Ok(DiskMark {
                 at,
-                len: len.min(Self::LONGEST_MARK),
+                len,
                 kind,
                 digest,
             })

@@ -44,8 +44,9 @@ pub struct DiskGuesses {
 }
 
 impl DiskGuesses {
-    /// Of frames one by one: the frame, the number of its disk, and where it may be there. Of a frame
-    /// that is there twice the first counts. What follows each other on both sides becomes one run.
+    /// Of frames one by one: the frame, the number of its disk, and where it may be there. Of a
+    /// frame that is there twice the first counts. What follows each other on both sides becomes
+    /// one run.
     #[must_use]
     pub fn of_frames(mut frames: Vec<(Pfn, u32, DiskOffset)>, page_size: PageSize) -> Self {
         frames.sort_by_key(|(pfn, ..)| *pfn);
@@ -95,10 +96,7 @@ impl DiskGuesses {
     /// How many frames there are.
     #[must_use]
     pub fn frames(&self) -> u64 {
-        // No more than the frames of 64 bits of memory.
-        self.runs
-            .iter()
-            .fold(0, |sum, run| sum.saturating_add(run.frames.len()))
+        PfnRange::total_of(self.runs.iter().map(|run| &run.frames))
     }
 }
 
@@ -134,7 +132,7 @@ fn join(last: &DiskGuess, one: &DiskGuess, page_size: PageSize, most: u64) -> Op
 pub struct OnDisks<'a> {
     /// The disks, in the order of [`CheckpointInfo::disks`](crate::checkpoint::CheckpointInfo).
     pub disks: &'a [&'a dyn DiskSource],
-    /// What may be on them.
+    /// The pages that may be on them.
     pub guesses: &'a DiskGuesses,
 }
 

@@ -8,7 +8,7 @@ use crate::checkpoint::disk::source::DiskRange;
 use crate::checkpoint::wire::disk::DiskRun;
 use crate::checkpoint::wire::layout::{len64, size};
 use crate::work::{for_each, threads};
-use crate::{PageSize, Progress};
+use crate::{PageSize, Progress, Tally};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// What is read of a disk at once: at most so many bytes,
@@ -145,8 +145,7 @@ impl<S: RangeSource> CheckpointReader<S> {
             |buffer, span| self.read_span(span, buffer, &mut |_, _| Ok(())),
         )?;
         let runs = spans.iter().flat_map(|span| &span.runs);
-        // No more than the frames of 64 bits of memory.
-        Ok(runs.fold(0, |sum: u64, (_, run)| sum.saturating_add(run.pages.into())))
+        Ok(runs.map(|(_, run)| run.pages.into()).sum::<Tally>().get())
     }
 
     /// All runs on disks, in the order of the disks, those together that are read together.
@@ -209,7 +208,11 @@ impl<S: RangeSource> CheckpointReader<S> {
 impl Span {
     /// The range with `next` too, if both are read at once.
     fn with(&self, disk: u32, next: DiskRange) -> Option<DiskRange> {
-        let gap = next.start().raw().saturating_sub(self.range.end().raw());
+        // A run that begins inside has no gap before it.
+        let gap = next
+            .start()
+            .offset_from(self.range.end())
+            .unwrap_or_default();
         let end = next.end().max(self.range.end());
         let joined = DiskRange::new(self.range.start(), end);
         (disk == self.disk && gap <= GAP && joined.len() <= SPAN).then_some(joined)

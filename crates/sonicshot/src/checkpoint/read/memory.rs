@@ -4,11 +4,10 @@ use super::chunk::ChunkDecoder;
 use super::reader::CheckpointReader;
 use super::source::RangeSource;
 use crate::checkpoint::CheckpointError;
-use crate::checkpoint::wire::frames::{copy_exact, fill_words, range_of};
+use crate::checkpoint::wire::frames::{copy_exact, copy_part, fill_words, range_of};
 use crate::checkpoint::wire::index::clip;
 use crate::checkpoint::wire::info::{PageContent, PageRun};
-use crate::checkpoint::wire::layout::{len64, size};
-use crate::memory::request;
+use crate::checkpoint::wire::layout::{len64, size, too_large};
 use crate::{Gpa, GpaRange, GuestMemory, MemoryError, Pfn, PfnRange, RamLayout};
 use std::sync::PoisonError;
 
@@ -31,15 +30,14 @@ impl<S: RangeSource> CheckpointReader<S> {
     ) -> Result<(), CheckpointError> {
         let at = range_of(&self.header.info, PfnRange::new(pfn, pfn))?.start();
         let not_ram = || MemoryError::NotRam {
-            range: request(at, out.len()),
+            range: GpaRange::of_request(at, out.len()),
         };
         match self.content_of(pfn).ok_or_else(not_ram)? {
             PageContent::Data { slot } => copy_exact(self.pages(decoder, slot, 1)?, out, at)?,
             PageContent::Disk { record, page } => {
                 let run = self.last_disk_run(record)?;
                 let start = size(page << self.header.info.page_size.shift());
-                let end = start.saturating_add(out.len());
-                copy_exact(run.get(start..end).unwrap_or_default(), out, at)?;
+                copy_part(&run, start, out, at)?;
             }
             PageContent::Absent | PageContent::Zero => out.fill(0),
             PageContent::Fill { word } | PageContent::Free { word } => fill_words(out, word),
@@ -54,10 +52,10 @@ impl<S: RangeSource> CheckpointReader<S> {
         let mut rest = buf;
         while !rest.is_empty() {
             let inside = size(at.raw() & page_size.offset_mask());
-            let left = size(page_size.bytes()).saturating_sub(inside);
+            let left = size(page_size.left_in_page(at.raw()));
             let (now, later) = rest.split_at_mut(left.min(rest.len()));
             self.read_in_page(at, inside, now)?;
-            let range = request(at, now.len());
+            let range = GpaRange::of_request(at, now.len());
             rest = later;
             at = range.end();
         }
@@ -70,22 +68,19 @@ impl<S: RangeSource> CheckpointReader<S> {
         let page_size = self.header.info.page_size;
         let word = match self.content_of(at.pfn(page_size)) {
             Some(PageContent::Data { slot }) => {
-                return self.cached(slot, |page| {
-                    let end = inside.saturating_add(out.len());
-                    copy_exact(page.get(inside..end).unwrap_or_default(), out, at)
-                });
+                return self.cached(slot, |page| copy_part(page, inside, out, at));
             }
             Some(PageContent::Disk { record, page }) => {
                 let run = self.last_disk_run(record)?;
                 let start = size(page << page_size.shift());
-                let start = start.saturating_add(inside);
-                let end = start.saturating_add(out.len());
-                return copy_exact(run.get(start..end).unwrap_or_default(), out, at);
+                let start = start.checked_add(inside);
+                let start = start.ok_or_else(|| too_large("a place in a run", page, u64::MAX))?;
+                return copy_part(&run, start, out, at);
             }
             Some(PageContent::Zero) => 0,
             Some(PageContent::Fill { word } | PageContent::Free { word }) => word,
             Some(PageContent::Absent) | None => {
-                let range = request(at, out.len());
+                let range = GpaRange::of_request(at, out.len());
                 return Err(MemoryError::Absent { range }.into());
             }
         };
@@ -124,7 +119,7 @@ impl<S: RangeSource> GuestMemory for CheckpointReader<S> {
 
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         let len = len64(buf.len());
-        let range = request(at, buf.len());
+        let range = GpaRange::of_request(at, buf.len());
         if !self.header.info.layout.contains(at, len) {
             return Err(MemoryError::NotRam { range });
         }

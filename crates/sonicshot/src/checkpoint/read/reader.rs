@@ -5,13 +5,15 @@ use super::disks::LastRun;
 use super::source::RangeSource;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::disk::given::Disks;
-use crate::checkpoint::wire::footer::Footer;
+use crate::checkpoint::wire::footer::{Footer, footer_at};
 use crate::checkpoint::wire::header::{Codec, Header, START_LEN};
 use crate::checkpoint::wire::index::Index;
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun, SaveStats};
-use crate::checkpoint::wire::layout::{FOOTER_LEN, MAGIC, behind, checksum, len64, size};
+use crate::checkpoint::wire::layout::{
+    FOOTER_LEN, MAGIC, behind, between, checksum, len64, plus, size, too_large,
+};
 use crate::checkpoint::wire::record::BlobEntry;
-use crate::{FileOffset, PageMap, PageState, Pfn, PfnRange};
+use crate::{FileOffset, PageMap, PageState, Pfn, PfnRange, Tally};
 use core::hash::Hasher;
 use std::fmt;
 use std::fs::File;
@@ -21,13 +23,14 @@ use std::path::Path;
 use std::sync::Mutex;
 use twox_hash::XxHash3_64;
 
-/// Longest stretch that is read at once for checksums.
+/// Longest range that is read at once for checksums.
 const READ: usize = 1 << 20;
 
 /// A checkpoint, opened: header and index are checked and in memory, page data is read when it
 /// is asked for, and checked then.
 ///
-/// It is [`GuestMemory`](crate::GuestMemory): dropped pages read as what the guest expects, absent ones are an error.
+/// It is [`GuestMemory`](crate::GuestMemory): dropped pages read as what the guest expects, absent
+/// ones are an error.
 ///
 /// ```no_run
 /// use sonicshot::checkpoint::CheckpointReader;
@@ -47,6 +50,18 @@ pub struct CheckpointReader<S> {
 }
 
 impl CheckpointReader<File> {
+    /// Whether a file that begins with these bytes, 8 or more, is a checkpoint.
+    ///
+    /// ```
+    /// use sonicshot::checkpoint::CheckpointReader;
+    /// assert!(CheckpointReader::is_checkpoint(b"\x89SONIC\r\n"));
+    /// assert!(!CheckpointReader::is_checkpoint(b"\x7fELF\x02\x01\x01\0"));
+    /// ```
+    #[must_use]
+    pub fn is_checkpoint(start: &[u8]) -> bool {
+        start.starts_with(&MAGIC)
+    }
+
     /// Opens the checkpoint at `path`.
     ///
     /// # Errors
@@ -57,12 +72,6 @@ impl CheckpointReader<File> {
 }
 
 impl<S: RangeSource> CheckpointReader<S> {
-    /// Whether a file that begins with these bytes, 8 or more, is a checkpoint.
-    #[must_use]
-    pub fn is_checkpoint(start: &[u8]) -> bool {
-        start.starts_with(&MAGIC)
-    }
-
     /// Opens the checkpoint that `source` holds.
     ///
     /// # Errors
@@ -77,13 +86,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let file_len = without_fill(&source, file_len)?;
         let read = |offset, len, what| read_part(&source, file_len, offset, len, what);
         let mut header = Header::decode(&read(FileOffset::ZERO, header_len, "the header")?)?;
-        // A file without room for a footer has none at its end.
-        let footer_at = file_len.saturating_sub(FOOTER_LEN);
-        let footer = read(
-            FileOffset::new(footer_at),
-            file_len.min(FOOTER_LEN),
-            "the footer",
-        )?;
+        let footer = read(footer_at(file_len)?, FOOTER_LEN, "the footer")?;
         let footer = Footer::decode(&footer, file_len, header_len)?;
         check_held(&source, &footer)?;
         let bytes = read(footer.index_offset, footer.index_len, "the index")?;
@@ -109,7 +112,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         })
     }
 
-    /// What the checkpoint says of its guest.
+    /// The checkpoint's facts about its guest.
     #[must_use]
     pub fn info(&self) -> &CheckpointInfo {
         &self.header.info
@@ -179,7 +182,9 @@ impl<S: RangeSource> CheckpointReader<S> {
         self.check_blob(blob, &mut |bytes| {
             // Behind the blob are the zeroes that align what follows.
             let (now, _) = bytes.split_at(size(left).min(bytes.len()));
-            left = left.saturating_sub(len64(now.len()));
+            left = left
+                .checked_sub(len64(now.len()))
+                .ok_or_else(|| too_large("bytes of a blob", blob.len, u64::MAX))?;
             out.write_all(now)
                 .map_err(CheckpointError::write(blob.offset))
         })
@@ -207,7 +212,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         })
     }
 
-    /// Reads a stretch of the file, piece by piece.
+    /// Reads a range of the file, piece by piece.
     pub(in crate::checkpoint) fn stretch(
         &self,
         offset: FileOffset,
@@ -223,7 +228,7 @@ impl<S: RangeSource> CheckpointReader<S> {
                 .read_at(part, at)
                 .map_err(CheckpointError::read(at))?;
             each(part)?;
-            done = done.saturating_add(len64(part.len()));
+            done = plus("bytes of file", done, len64(part.len()))?;
         }
         Ok(())
     }
@@ -244,7 +249,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         self.index.run_of(pfn)
     }
 
-    /// What is in the checkpoint.
+    /// The counts of the checkpoint's content.
     #[must_use]
     pub fn stats(&self) -> SaveStats {
         let mut stats = SaveStats {
@@ -255,14 +260,15 @@ impl<S: RangeSource> CheckpointReader<S> {
         for run in self.runs() {
             let stores = run.content == PageContent::Data { slot: stats.data };
             stats.count(&run, stores);
-            stats.runs = stats.runs.saturating_add(1);
         }
+        stats.runs = len64(self.index.run_count());
+        let mut stored = Tally::ZERO;
         for number in 0..self.index.chunk_count() {
             if let Ok(chunk) = self.index.chunk(number) {
-                let len = u64::from(chunk.entry.stored_len);
-                stats.stored_bytes = stats.stored_bytes.saturating_add(len);
+                stored.add(chunk.entry.stored_len.into());
             }
         }
+        stats.stored_bytes = stored.get();
         stats
     }
 
@@ -298,7 +304,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         self.header.codec
     }
 
-    /// What reads page data; one a thread.
+    /// A decoder of page data; one a thread.
     #[must_use]
     pub fn decoder(&self) -> ChunkDecoder {
         ChunkDecoder::new(self.header.codec)
@@ -335,15 +341,15 @@ fn without_fill(source: &impl RangeSource, len: u64) -> Result<u64, CheckpointEr
     while end > 0 && len.abs_diff(end) < MAX_FILL {
         // At first no more than what says that there is nothing to be done.
         let most = if end == len { 8 } else { READ };
-        buffer.resize(most.min(size(end)), 0);
-        let start = FileOffset::new(end.saturating_sub(len64(buffer.len())));
+        let start = FileOffset::new(end.saturating_sub(len64(most)));
+        buffer.resize(size(between(start, FileOffset::new(end))?), 0);
         let read = source.read_at(&mut buffer, start);
         read.map_err(CheckpointError::read(start))?;
-        let zeroes = buffer.iter().rev().take_while(|byte| **byte == 0).count();
-        end = end.saturating_sub(len64(zeroes));
-        if zeroes < buffer.len() {
-            return Ok(end);
+        let is_used = |byte: &u8| *byte != 0;
+        if let Some(last) = buffer.iter().rposition(is_used) {
+            return Ok(behind(behind(start, len64(last))?, 1)?.raw());
         }
+        end = start.raw();
     }
     Ok(len)
 }

@@ -4,12 +4,12 @@ use super::chunk::ChunkDecoder;
 use super::reader::CheckpointReader;
 use super::source::RangeSource;
 use crate::checkpoint::CheckpointError;
-use crate::checkpoint::wire::footer::Footer;
+use crate::checkpoint::wire::footer::{Footer, footer_at};
 use crate::checkpoint::wire::frames::{read_frames, same_layout};
 use crate::checkpoint::wire::info::{PageContent, PageRun};
-use crate::checkpoint::wire::layout::{FOOTER_LEN, len64, size};
+use crate::checkpoint::wire::layout::{behind, len64, size, too_large};
 use crate::work::{for_each, threads};
-use crate::{FileOffset, GuestMemory, PfnRange, Progress};
+use crate::{FileOffset, GuestMemory, PfnRange, Progress, Tally};
 use core::sync::atomic::{AtomicU64, Ordering};
 use twox_hash::XxHash3_128;
 
@@ -29,19 +29,15 @@ impl<S: RangeSource> CheckpointReader<S> {
         S: Sync,
     {
         let mut digest = XxHash3_128::new();
-        // The footer is at the end of the file, or it would not be open.
-        let covered = self
-            .footer
-            .file_len
-            .saturating_sub(FOOTER_LEN)
-            .saturating_add(Footer::digested_len());
-        let mut done = 0_u64;
+        let footer_at = footer_at(self.footer.file_len)?;
+        let covered = behind(footer_at, Footer::digested_len())?.raw();
+        let mut done = Tally::ZERO;
         // Every byte is read once for the digest and once for its own checksum.
-        let total = covered.saturating_mul(2);
+        let total = Tally::new(covered).times(2).get();
         self.stretch(FileOffset::ZERO, covered, &mut |bytes| {
             digest.write(bytes);
-            done = done.saturating_add(len64(bytes.len()));
-            progress(done, total);
+            done.add(len64(bytes.len()));
+            progress(done.get(), total);
             Ok(())
         })?;
         for blob in &self.index.blobs {
@@ -53,9 +49,10 @@ impl<S: RangeSource> CheckpointReader<S> {
             0..count,
             &mut |done| {
                 let chunk = u64::from(self.chunk_size());
-                let done = done.saturating_mul(chunk).min(covered);
-                let done = if done == count { covered } else { done };
-                progress(covered.saturating_add(done), total);
+                let all = done == count;
+                let done = Tally::new(done).times(chunk).up_to(covered);
+                let done = if all { covered } else { done };
+                progress(Tally::new(covered).and(done).get(), total);
             },
             || self.decoder(),
             |decoder, number| {
@@ -98,10 +95,10 @@ impl<S: RangeSource> CheckpointReader<S> {
         for_each(
             threads(None),
             (0..count).step_by(RUNS),
-            &mut |done| progress(done.saturating_mul(len64(RUNS)).min(total), total),
+            &mut |done| progress(Tally::new(done).times(len64(RUNS)).up_to(total), total),
             || (self.decoder(), [Vec::new(), Vec::new()]),
             |(decoder, buffers), first| {
-                for number in first..first.saturating_add(RUNS).min(count) {
+                for number in (first..count).take(RUNS) {
                     let run = self.index.run(number)?;
                     let left_out =
                         matches!(run.content, PageContent::Free { .. } | PageContent::Absent);
@@ -165,7 +162,9 @@ impl<S: RangeSource> CheckpointReader<S> {
         let page_size = self.header.info.page_size;
         let page = size(page_size.bytes());
         // At most `FRAMES` of them.
-        let len = size(frames.len().saturating_mul(page_size.bytes()));
+        let bytes = frames.len().checked_mul(page_size.bytes());
+        let most = too_large("a frame", frames.end().raw(), u64::MAX);
+        let len = size(bytes.ok_or(most)?);
         theirs.resize(len, 0);
         ours.resize(len, 0);
         read_frames(memory, &self.header.info, frames, theirs)?;

@@ -19,10 +19,10 @@ use std::fs::File;
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct MapOptions {
-    /// At most so many stretches of the file are mapped, the longest ones; shorter ones are
+    /// At most so many ranges of the file are mapped, the longest ones; shorter ones are
     /// read. The system allows some 65,000 mappings in a process, and each takes microseconds.
     pub max_mappings: usize,
-    /// A stretch shorter than this, in bytes, is read rather than mapped.
+    /// A range shorter than this, in bytes, is read rather than mapped.
     pub min_mapping: u64,
     /// The file is mapped although it is not sealed. Whoever can cut it off then ends this process
     /// by `SIGBUS`, and who can write it changes what the guest has: only for a file that none but
@@ -125,8 +125,8 @@ impl<S: RangeSource> CheckpointReader<S> {
     ///
     /// # Errors
     /// [`CheckpointError::CannotRun`] of a checkpoint that is for analysis, unless
-    /// [`MapOptions::for_analysis`] says that this is known; [`CheckpointError::NoDisk`] if pages are
-    /// on a disk that was not given; [`CheckpointError`] if something cannot be mapped or read.
+    /// [`MapOptions::for_analysis`] says that this is known; [`CheckpointError::NoDisk`] if pages
+    /// are on a disk that was not given; [`CheckpointError`] if something cannot be mapped or read.
     pub fn map_private(&self, options: MapOptions) -> Result<PrivateMemory, CheckpointError> {
         let info = self.info();
         if info.for_analysis && !options.for_analysis {
@@ -159,12 +159,14 @@ impl<S: RangeSource> CheckpointReader<S> {
         lengths.sort_unstable_by(|a, b| b.cmp(a));
         let shortest = lengths
             .get(options.max_mappings)
-            .map_or(options.min_mapping, |len| len.saturating_add(1));
+            .map_or(Some(options.min_mapping), |len| len.checked_add(1));
         let mut decoder = self.decoder();
         let may_map = options.unsealed || self.source().as_file().is_some_and(is_sealed);
         for run in self.runs() {
             let mapped = match run.content {
-                PageContent::Data { slot } if may_map && bytes_of(&run) >= shortest => {
+                PageContent::Data { slot }
+                    if may_map && shortest.is_some_and(|shortest| bytes_of(&run) >= shortest) =>
+                {
                     self.map_run(&memory, &run, slot, host_page)?
                 }
                 PageContent::Data { .. } => false,
@@ -211,7 +213,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let access = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
         let place: *mut c_void = at.as_ptr().cast();
-        // SAFETY: the stretch lies inside a mapping of `memory`, which is ours and not handed
+        // SAFETY: the range lies inside a mapping of `memory`, which is ours and not handed
         // out yet, so replacing it touches nobody else's memory.
         unsafe { mmap(place, len, access, flags, file, offset.raw()) }.map_err(host(
             "mmap",
@@ -260,7 +262,7 @@ impl<S: RangeSource> CheckpointReader<S> {
                 let skip = size(ram.start().raw() & info.page_size.offset_mask());
                 let len = size(ram.len());
                 let place = memory.address(ram.start());
-                let bytes = buffer.get(skip..skip.saturating_add(len));
+                let bytes = buffer.get(skip..).and_then(|rest| rest.get(..len));
                 let Some((bytes, at)) = bytes.zip(place) else {
                     return Err(MemoryError::NotRam { range: ram }.into());
                 };

@@ -7,10 +7,10 @@ use crate::checkpoint::read::source::RangeSource;
 use crate::checkpoint::wire::frames::{copy_exact, fill_words, ram_in, ram_of, range_of, slice_of};
 use crate::checkpoint::wire::index::{ChunkInfo, Index, clip};
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
-use crate::checkpoint::wire::layout::{behind, checksum, len64, size};
+use crate::checkpoint::wire::layout::{behind, checksum, len64, plus, size};
 use crate::memory::ram;
 use crate::work::for_each;
-use crate::{Gpa, GpaRange, LayoutError, MemoryError, PfnRange, Progress, RamLayout};
+use crate::{Gpa, GpaRange, LayoutError, MemoryError, PfnRange, Progress, RamLayout, Tally};
 use core::hash::Hasher;
 use core::marker::PhantomData;
 use core::num::NonZeroUsize;
@@ -21,7 +21,7 @@ use twox_hash::XxHash3_64;
 
 /// Where restored pages go: a VMM's memory, a file.
 ///
-/// Threads fill different stretches at once.
+/// Threads fill different ranges at once.
 pub trait RestoreTarget: Sync {
     /// Where there is room; at least the RAM of the checkpoint.
     fn layout(&self) -> &RamLayout;
@@ -30,17 +30,17 @@ pub trait RestoreTarget: Sync {
     fn reads_as_zero(&self) -> bool;
 
     /// Lets `fill` write the bytes of `range`, which lies in one region: all of them at once. If it
-    /// fails, the stretch may hold anything.
+    /// fails, the range may hold anything.
     ///
     /// # Errors
     /// What `fill` gives, or why the target cannot take it.
     fn fill(&self, range: GpaRange, fill: FillWith<'_>) -> Result<(), CheckpointError>;
 }
 
-/// Writes the bytes of a stretch of guest memory.
+/// Writes the bytes of a range of guest memory.
 pub type FillWith<'a> = &'a mut dyn FnMut(&mut [u8]) -> Result<(), CheckpointError>;
 
-/// What a target held before.
+/// The content of a target before a restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Before {
     /// Zeroes: fresh anonymous memory, a new memfd. Pages of zeroes are not touched, and take
@@ -63,7 +63,7 @@ pub struct RestoreRegions<'a> {
     layout: RamLayout,
     regions: Vec<(GpaRange, NonNull<u8>)>,
     before: Before,
-    /// The stretches that are being filled.
+    /// The ranges that are being filled.
     busy: Mutex<Vec<GpaRange>>,
     owner: PhantomData<&'a mut [u8]>,
 }
@@ -118,7 +118,7 @@ impl<'a> RestoreRegions<'a> {
         })
     }
 
-    /// A stretch of one region.
+    /// A range of one region.
     fn place(&self, range: GpaRange) -> Option<(NonNull<u8>, usize)> {
         let above = self
             .regions
@@ -168,7 +168,7 @@ impl RestoreTarget for RestoreRegions<'_> {
 }
 
 impl RestoreRegions<'_> {
-    /// As `fill`, for a stretch across regions, which touch in the guest but need not touch
+    /// As `fill`, for a range across regions, which touch in the guest but need not touch
     /// here: by way of a buffer.
     fn fill_parts(&self, range: GpaRange, fill: FillWith<'_>) -> Result<(), CheckpointError> {
         if !self.layout.contains(range.start(), range.len()) {
@@ -198,7 +198,7 @@ impl fmt::Debug for RestoreRegions<'_> {
 
 /// Runs that a thread looks at at once: most are short.
 const RUNS: usize = 1024;
-/// Longest stretch that is filled at once with one word.
+/// Longest range that is filled at once with one word.
 const FILL: u64 = 1 << 20;
 
 impl<S: RangeSource> CheckpointReader<S> {
@@ -225,12 +225,12 @@ impl<S: RangeSource> CheckpointReader<S> {
         let index = self.index();
         let chunks = index.chunk_count();
         let chunk_size = u64::from(self.chunk_size());
-        let total = chunks.saturating_mul(chunk_size);
+        let total = Tally::new(chunks).times(chunk_size).get();
         let runs = DataRuns::of(index);
         for_each(
             threads,
             0..chunks,
-            &mut |done| progress(done.saturating_mul(chunk_size), total),
+            &mut |done| progress(Tally::new(done).times(chunk_size).get(), total),
             || self.decoder(),
             |decoder, number| {
                 let chunk = index.chunk(number)?;
@@ -247,7 +247,7 @@ impl<S: RangeSource> CheckpointReader<S> {
             &mut |_| {},
             || (),
             |(), first| {
-                for number in first..first.saturating_add(RUNS).min(count) {
+                for number in (first..count).take(RUNS) {
                     let run = index.run(number)?;
                     match run.content.word() {
                         Some(word) if word != 0 || !zeroed => {
@@ -372,7 +372,7 @@ impl<S: RangeSource> CheckpointReader<S> {
     }
 }
 
-/// Fills a stretch of the target, which must give all of it at once.
+/// Fills a range of the target, which must give all of it at once.
 fn fill_all(
     target: &dyn RestoreTarget,
     range: GpaRange,
@@ -412,7 +412,7 @@ fn part_of(data: Option<&[u8]>, whole: GpaRange, part: GpaRange) -> Result<&[u8]
     let from = part.start().offset_from(whole.start());
     let to = part.end().offset_from(whole.start());
     data.and_then(|data| data.get(size(from?)..size(to?)))
-        .ok_or_else(|| wrong_length(part, data.map_or(0, <[u8]>::len)))
+        .ok_or_else(|| wrong_length(part, data.unwrap_or(&[]).len()))
 }
 
 fn wrong_length(range: GpaRange, found: usize) -> CheckpointError {
@@ -443,8 +443,7 @@ impl DataRuns {
         index: &Index,
         chunk: &ChunkInfo,
     ) -> Result<(Vec<PageRun>, Vec<PageRun>), CheckpointError> {
-        // Of a chunk that the index has.
-        let end = chunk.first_slot.saturating_add(chunk.pages);
+        let end = plus("stored pages", chunk.first_slot, chunk.pages)?;
         let of = |runs: &[u32]| {
             let first = runs.partition_point(|number| index.slot(*number) < end);
             // Backwards from the first run that begins behind the chunk.

@@ -8,11 +8,14 @@ use crate::checkpoint::disk::guess::{DiskGuess, OnDisks};
 use crate::checkpoint::wire::builder::IndexBuilder;
 use crate::checkpoint::wire::codec::Compressor;
 use crate::checkpoint::wire::info::{CheckpointInfo, Compression, PageContent, PageRun, SaveStats};
-use crate::checkpoint::wire::layout::{MAX_CHUNK, between, checksum, len64, narrow, size};
+use crate::checkpoint::wire::layout::{
+    MAX_CHUNK, between, checksum, len64, narrow, plus, size, too_large,
+};
 use crate::checkpoint::wire::record::ChunkEntry;
 use crate::work::{Pending, Pool, threads, with_pool};
-use crate::{Gpa, GuestMemory, PageMap, Pfn, PfnRange, Progress, PrunePlan};
+use crate::{Gpa, GuestMemory, PageMap, Pfn, PfnRange, Progress, PrunePlan, Tally};
 use core::hash::Hasher;
+use core::num::NonZeroUsize;
 use core::ops::Range;
 use std::collections::VecDeque;
 use std::io::Write;
@@ -20,7 +23,7 @@ use std::sync::Arc;
 use twox_hash::XxHash3_64;
 
 /// Page data that is packed in one job: handing over jobs takes time too.
-const GROUP: usize = 512 << 10;
+const GROUP: u64 = 512 << 10;
 
 /// What is saved.
 pub(super) struct Source<'a> {
@@ -55,10 +58,7 @@ pub(super) fn save_pages<W: Write>(
         outputs: Arc::default(),
     };
     // More than are kept if the plan drops what is no whole frame; it is only a size.
-    let kept = source
-        .map
-        .total()
-        .saturating_sub(source.plan.dropped_pages());
+    let kept = source.map.total().checked_sub(source.plan.dropped_pages());
     let threads = threads(options.threads);
     with_pool(threads, &Worker::default, |pool| {
         let saving = Saving {
@@ -68,7 +68,9 @@ pub(super) fn save_pages<W: Write>(
             page: size(page_size.bytes()),
             pages_per_chunk: u64::from(options.chunk_size) >> page_size.shift(),
             deduplicate: options.deduplicate,
-            depth: threads.get().saturating_add(1),
+            depth: threads
+                .checked_add(1)
+                .map_or(threads.get(), NonZeroUsize::get),
             scans: VecDeque::new(),
             packs: VecDeque::new(),
             chunk: Vec::new(),
@@ -77,7 +79,7 @@ pub(super) fn save_pages<W: Write>(
             full_bytes: 0,
             stored: Stored::new(kept),
             scratch: Vec::new(),
-            done: 0,
+            done: Tally::ZERO,
         };
         let guesses = source.disks.guesses;
         let batches = Batches::new(source.memory, source.info, source.map, source.plan, guesses);
@@ -209,11 +211,11 @@ struct Saving<'p, 'env, 'w, W> {
     chunk_pages: u64,
     /// Full chunks, to be packed together.
     full: Vec<Vec<Piece>>,
-    full_bytes: usize,
+    full_bytes: u64,
     stored: Stored,
     scratch: Vec<u8>,
     /// Pages looked at.
-    done: u64,
+    done: Tally,
 }
 
 impl<W: Write> Saving<'_, '_, '_, W> {
@@ -237,8 +239,8 @@ impl<W: Write> Saving<'_, '_, '_, W> {
             self.place(&scanned.wait()?)?;
             self.write_ready()?;
             // Progress is for the eye, and ends at the total.
-            let done = self.done.saturating_mul(info.page_size.bytes());
-            progress(done.min(total), total);
+            let done = self.done.times(info.page_size.bytes());
+            progress(done.up_to(total), total);
         }
         self.close_chunk()?;
         self.submit_chunks()?;
@@ -302,11 +304,16 @@ impl<W: Write> Saving<'_, '_, '_, W> {
         };
         let shared = self.shared;
         let page_size = shared.info.page_size;
-        let start = number.saturating_mul(self.page);
+        let at = pfn.gpa(page_size);
+        let start = number.checked_mul(self.page);
+        let end = start.and_then(|start| start.checked_add(self.page));
+        let (Some(at), Some(start), Some(end)) = (at, start, end) else {
+            return Err(too_large("a frame", pfn.raw(), u64::MAX));
+        };
         let piece = Piece {
-            at: pfn.gpa(page_size).unwrap_or(Gpa::ZERO),
+            at,
             bytes: Arc::clone(&scanned.bytes),
-            range: start..start.saturating_add(self.page),
+            range: start..end,
         };
         let bytes = piece.get()?;
         if self.deduplicate {
@@ -318,8 +325,7 @@ impl<W: Write> Saving<'_, '_, '_, W> {
             }
         }
         let slot = self.output.index.slots;
-        // One for each page of 64 bits of memory at most.
-        self.output.index.slots = slot.saturating_add(1);
+        self.output.index.slots = plus("stored pages", slot, 1)?;
         // A frame that RAM fills only in part cannot be compared by reading it whole.
         if self.deduplicate && shared.info.layout.has_frame(pfn, page_size) {
             self.stored.insert(hash, pfn, slot);
@@ -333,7 +339,7 @@ impl<W: Write> Saving<'_, '_, '_, W> {
             }
             _ => self.chunk.push(piece),
         }
-        self.chunk_pages = self.chunk_pages.saturating_add(1);
+        self.chunk_pages = plus("pages of a chunk", self.chunk_pages, 1)?;
         if self.chunk_pages >= self.pages_per_chunk {
             self.close_chunk()?;
         }
@@ -342,7 +348,7 @@ impl<W: Write> Saving<'_, '_, '_, W> {
 
     fn push(&mut self, run: PageRun, stores: bool) -> Result<(), CheckpointError> {
         self.output.stats.count(&run, stores);
-        self.done = self.done.saturating_add(run.frames.len());
+        self.done.add(run.frames.len());
         self.output.index.push(run, stores)
     }
 
@@ -353,7 +359,7 @@ impl<W: Write> Saving<'_, '_, '_, W> {
         self.chunk_pages = 0;
         let pieces = core::mem::take(&mut self.chunk);
         for piece in &pieces {
-            self.full_bytes = self.full_bytes.saturating_add(piece.range.len());
+            self.full_bytes = plus("bytes of chunks", self.full_bytes, len64(piece.range.len()))?;
         }
         self.full.push(pieces);
         if self.full_bytes >= GROUP {
@@ -371,7 +377,7 @@ impl<W: Write> Saving<'_, '_, '_, W> {
         let shared = self.shared;
         let pack = move |worker: &mut Worker| worker.pack_all(shared, chunks);
         self.packs.push_back(self.pool.submit(pack));
-        if self.packs.len() > self.depth.saturating_mul(2)
+        if self.packs.len() / 2 >= self.depth
             && let Some(oldest) = self.packs.pop_front()
         {
             self.write_all(&oldest.wait()?)?;
@@ -414,7 +420,7 @@ impl<W: Write> Saving<'_, '_, '_, W> {
         };
         let len = between(offset, sink.offset())?;
         let stats = &mut *self.output.stats;
-        stats.stored_bytes = stats.stored_bytes.saturating_add(len);
+        stats.stored_bytes = Tally::new(stats.stored_bytes).and(len).get();
         self.output.index.push_chunk(&ChunkEntry {
             offset,
             stored_len: narrow("bytes of a chunk", len, MAX_CHUNK)?,

@@ -5,7 +5,9 @@ use crate::checkpoint::disk::guess::{DiskGuess, DiskGuesses, OnDisks};
 use crate::checkpoint::wire::disk::{DiskRun, digest};
 use crate::checkpoint::wire::frames::{covered_frames, read_frames};
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
-use crate::checkpoint::wire::layout::{DISK_ALIGN, MAX_DISK_RUN, MAX_RUN, checksum, narrow, size};
+use crate::checkpoint::wire::layout::{
+    DISK_ALIGN, MAX_DISK_RUN, MAX_RUN, checksum, narrow, plus, size, too_large,
+};
 use crate::{
     DropRun, Fill, GuestMemory, PageClass, PageMap, PageSize, PageState, Pfn, PfnRange, PrunePlan,
 };
@@ -18,7 +20,7 @@ const BATCH: u64 = 512 << 10;
 /// A batch has at most so many parts, so that the index grows while the scan goes on.
 const PARTS: usize = 1024;
 
-/// A stretch of frames, in the order of the memory.
+/// A range of frames, in the order of the memory.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Part {
     /// Its content is known without reading it.
@@ -138,7 +140,8 @@ impl<'a> Batches<'a> {
         Some(part)
     }
 
-    /// The first part of `frames`, which are to be read: of those that a guess is of, that part of it.
+    /// The first part of `frames`, which are to be read: of those that a guess is of, that part of
+    /// it.
     fn guessed(&mut self, frames: PfnRange, class: PageClass) -> Part {
         let at = frames.start();
         while self
@@ -301,10 +304,14 @@ impl Batch {
         buffers: &Arc<Buffers>,
     ) -> Result<Scanned, CheckpointError> {
         let page_size = size(info.page_size.bytes());
-        // A batch is small.
-        let count = self.0.iter().filter_map(Part::read);
-        let count = size(count.fold(0_u64, |sum, frames| sum.saturating_add(frames.len())));
-        let mut bytes = buffers.take(count.saturating_mul(page_size));
+        let read = self.0.iter().filter_map(Part::read);
+        let count = read
+            .map(|frames| frames.len())
+            .try_fold(0, |sum, len| plus("frames of a batch", sum, len))?;
+        let len = count.checked_mul(info.page_size.bytes());
+        let len = len.ok_or_else(|| too_large("frames of a batch", count, u64::MAX))?;
+        let count = size(count);
+        let mut bytes = buffers.take(size(len));
         let mut pages = Vec::with_capacity(count);
         let mut parts = Vec::with_capacity(self.0.len());
         let mut rest = bytes.bytes.as_mut_slice();
@@ -313,9 +320,9 @@ impl Batch {
                 parts.push(part);
                 continue;
             };
-            // Of one length with the frames, or they are not read.
-            let len = size(frames.len()).saturating_mul(page_size);
-            let (now, later) = rest.split_at_mut_checked(len).unwrap_or_default();
+            let len = size(frames.len()).checked_mul(page_size);
+            let split = len.and_then(|len| rest.split_at_mut_checked(len));
+            let (now, later) = split.ok_or(CheckpointError::Worker)?;
             rest = later;
             let absent = read_frames(memory, info, frames, now)?;
             let first = pages.len();
@@ -328,7 +335,7 @@ impl Batch {
             }
             match part {
                 Part::Guess(guess, class) => {
-                    let found = pages.get(first..).unwrap_or_default();
+                    let found = pages.get(first..).ok_or(CheckpointError::Worker)?;
                     let guessed = Guessed {
                         guess,
                         class,
@@ -359,8 +366,8 @@ struct Guessed<'a> {
 }
 
 impl Guessed<'_> {
-    /// Compares them with the disk, and adds what came of it to `parts`: only what is the same there
-    /// is on the disk. What is one word over and over takes no room anyway.
+    /// Compares them with the disk, and adds what came of it to `parts`: only what is the same
+    /// there is on the disk. What is one word over and over takes no room anyway.
     fn compare(
         &self,
         info: &CheckpointInfo,
@@ -475,26 +482,27 @@ pub(crate) struct Stored {
 #[derive(Clone, Copy, Default)]
 struct Entry {
     hash: u64,
-    /// Frame and slot are one more than they are; 0 is empty.
-    pfn: u64,
+    /// The complement of the frame's number, which is zero for none: so an empty table is zeroes.
+    frame: u64,
     slot: u64,
 }
 
-/// Entries: 24 MiB, for 4 GiB of different pages.
-const ENTRIES: u64 = 1 << 20;
+/// Entries, as a power of two: at most 24 MiB, for 4 GiB of different pages.
+const ENTRIES: core::ops::RangeInclusive<u32> = 6..=20;
 /// Places where an entry may be.
 const WAYS: u64 = 4;
 
 impl Stored {
     /// For at most `pages` pages.
-    pub(crate) fn new(pages: u64) -> Self {
-        let len = pages
-            .saturating_mul(2)
-            .clamp(64, ENTRIES)
-            .next_power_of_two();
+    pub(crate) fn new(pages: Option<u64>) -> Self {
+        // Twice as many entries, as far as there may be: it is only a size.
+        let wanted = pages
+            .and_then(|pages| pages.checked_mul(2)?.checked_next_power_of_two())
+            .map_or(*ENTRIES.end(), u64::trailing_zeros);
+        let bits = wanted.clamp(*ENTRIES.start(), *ENTRIES.end());
         Self {
-            entries: vec![Entry::default(); size(len)],
-            mask: len.saturating_sub(1),
+            entries: vec![Entry::default(); 1 << bits],
+            mask: !(u64::MAX << bits),
         }
     }
 
@@ -502,13 +510,8 @@ impl Stored {
     pub(crate) fn candidates(&self, hash: u64) -> impl Iterator<Item = (Pfn, u64)> + '_ {
         (0..WAYS).filter_map(move |way| {
             let entry = self.entries.get(self.place(hash, way))?;
-            if entry.hash != hash {
-                return None;
-            }
-            Some((
-                Pfn::new(entry.pfn.checked_sub(1)?),
-                entry.slot.checked_sub(1)?,
-            ))
+            let is_it = entry.frame != 0 && entry.hash == hash;
+            is_it.then_some((Pfn::new(!entry.frame), entry.slot))
         })
     }
 
@@ -521,15 +524,15 @@ impl Stored {
         let way = (0..WAYS)
             .find(|way| {
                 let entry = self.entries.get(self.place(hash, *way));
-                entry.is_some_and(|entry| entry.pfn == 0)
+                entry.is_some_and(|entry| entry.frame == 0)
             })
             .unwrap_or((hash >> 62) % WAYS);
         let place = self.place(hash, way);
         if let Some(entry) = self.entries.get_mut(place) {
             *entry = Entry {
                 hash,
-                pfn: pfn.raw().saturating_add(1),
-                slot: slot.saturating_add(1),
+                frame: !pfn.raw(),
+                slot,
             };
         }
     }
@@ -550,7 +553,7 @@ pub(crate) fn same(
 
 #[cfg(test)]
 mod tests {
-    use super::{Buffers, ENTRIES, KEPT_BUFFERS, Page, Stored, look_at};
+    use super::{Buffers, KEPT_BUFFERS, Page, Stored, look_at};
     use crate::Pfn;
     use std::sync::Arc;
 
@@ -567,8 +570,8 @@ mod tests {
 
     #[test]
     fn what_is_kept_for_later_is_bounded() {
-        for (pages, entries) in [(0, 64), (1000, 2048), (u64::MAX, ENTRIES)] {
-            assert_eq!(Stored::new(pages).entries.len() as u64, entries);
+        for (pages, entries) in [(0, 64), (1000, 2048), (u64::MAX, 1 << 20)] {
+            assert_eq!(Stored::new(Some(pages)).entries.len() as u64, entries);
         }
     }
 
@@ -588,7 +591,7 @@ mod tests {
 
     #[test]
     fn stored_pages_are_found_again_and_make_room() {
-        let mut stored = Stored::new(1);
+        let mut stored = Stored::new(Some(1));
         for slot in 0..1000 {
             stored.insert(slot << 3, Pfn::new(slot + 5), slot);
             let found: Vec<_> = stored.candidates(slot << 3).collect();

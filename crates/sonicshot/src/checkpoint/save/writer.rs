@@ -14,7 +14,7 @@ use crate::checkpoint::wire::header::{Codec, Header};
 use crate::checkpoint::wire::info::{CheckpointInfo, SaveStats};
 use crate::checkpoint::wire::layout::{
     ALIGN, FOOTER_LEN, MAX_BLOB_NAME, MAX_CHUNK, MAX_DISK_LEN, MAX_DISK_NAME, MAX_DISKS, behind,
-    between, checksum, len64, size, too_large,
+    between, checksum, len64, plus, size, too_large,
 };
 use crate::checkpoint::wire::record::BlobEntry;
 use crate::{GuestMemory, PageMap, Progress, PrunePlan, Stoppable};
@@ -202,7 +202,11 @@ impl<W: Write> CheckpointWriter<W> {
                 pfn: frames.start(),
             });
         }
-        self.memory_times = self.memory_times.saturating_add(1);
+        let times = self.memory_times.checked_add(1);
+        let again = CheckpointError::MemoryTimes {
+            times: self.memory_times,
+        };
+        self.memory_times = times.ok_or(again)?;
         if self.memory_times != 1 {
             return Err(CheckpointError::MemoryTimes {
                 times: self.memory_times,
@@ -315,8 +319,7 @@ pub(super) fn add_blob<W: Write>(
         };
         sum.write(bytes);
         sink.write(bytes)?;
-        // No more than the file's.
-        len = len.saturating_add(len64(got));
+        len = plus("bytes of a blob", len, len64(got))?;
     }
     if codec == Codec::None {
         // What follows may be page data, to be mapped.

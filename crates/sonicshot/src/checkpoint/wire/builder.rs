@@ -6,11 +6,11 @@ use super::info::{PageContent, PageRun};
 use super::layout::{
     DISK_RUN_LEN, INDEX_HEAD, INDEX_MAGIC, MAX_RUN, RUN_LEN, SECTION_BLOBS, SECTION_CHUNKS,
     SECTION_DISK_RUNS, SECTION_DISKS, SECTION_LEN, SECTION_NEEDED, SECTION_RUNS, len64, narrow,
-    pad,
+    pad, plus,
 };
 use super::record::{BlobEntry, ChunkEntry, encode_run};
-use crate::PfnRange;
 use crate::checkpoint::CheckpointError;
+use crate::{PfnRange, Tally};
 
 /// Puts an index together while a checkpoint is written.
 #[derive(Debug)]
@@ -93,8 +93,9 @@ impl IndexBuilder {
 
     /// How many runs there are so far.
     pub(crate) fn run_count(&self) -> u64 {
-        let last = usize::from(self.last.is_some());
-        len64((self.runs.len() / RUN_LEN).saturating_add(last))
+        let last = u64::from(self.last.is_some());
+        // No more than there are bytes of memory for them.
+        Tally::new(len64(self.runs.len() / RUN_LEN)).and(last).get()
     }
 
     pub(crate) fn push_chunk(&mut self, chunk: &ChunkEntry) {
@@ -126,19 +127,22 @@ impl IndexBuilder {
             sections.push((SECTION_DISK_RUNS, &self.disk_runs));
         }
         let count: u32 = narrow("sections", len64(sections.len()), u32::MAX.into())?;
-        let mut out = Vec::with_capacity(self.runs.len().saturating_add(self.chunks.len()));
+        let mut out = Vec::with_capacity(self.runs.len());
         out.extend(INDEX_MAGIC);
         out.extend(count.to_le_bytes());
         out.extend([0; 4]);
         out.extend(self.slots.to_le_bytes());
         out.extend([0; 8]);
-        let mut at = INDEX_HEAD.saturating_add(sections.len().saturating_mul(SECTION_LEN));
+        let mut at = len64(INDEX_HEAD);
+        for _ in &sections {
+            at = plus("bytes of index", at, len64(SECTION_LEN))?;
+        }
         for (kind, bytes) in &sections {
             out.extend(kind.to_le_bytes());
             out.extend(SECTION_NEEDED.to_le_bytes());
-            out.extend(len64(at).to_le_bytes());
+            out.extend(at.to_le_bytes());
             out.extend(len64(bytes.len()).to_le_bytes());
-            at = at.saturating_add(bytes.len().next_multiple_of(8));
+            at = plus("bytes of index", at, len64(bytes.len().next_multiple_of(8)))?;
         }
         for (_, bytes) in sections {
             out.extend(bytes);

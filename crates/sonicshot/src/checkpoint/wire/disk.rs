@@ -22,11 +22,11 @@ pub struct DiskInfo {
     pub bytes: u64,
     /// The hash that is kept of what is referred to.
     pub hash: DiskHash,
-    /// What must be on it as it was, beside what is referred to.
+    /// Marks that must be on it as they were, beside what is referred to.
     pub marks: Vec<DiskMark>,
 }
 
-/// What a mark on a disk is.
+/// The kind of a mark on a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum MarkKind {
@@ -63,7 +63,7 @@ impl MarkKind {
         }
     }
 
-    /// What it is, for people.
+    /// Its name, for people.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -83,7 +83,7 @@ pub struct DiskMark {
     pub at: DiskOffset,
     /// How many bytes it has.
     pub len: u32,
-    /// What it is.
+    /// Its kind.
     pub kind: MarkKind,
     /// Their hash.
     pub digest: DiskDigest,
@@ -112,8 +112,8 @@ impl DiskRun {
         DiskRange::with_len(self.at, (self.pages as u64) << page_size.shift())
     }
 
-    /// Where the page `number` of the run, in the guest's order, is in its bytes in the disk's order:
-    /// the number there.
+    /// Where the page `number` of the run, in the guest's order, is in its bytes in the disk's
+    /// order: the number there.
     #[must_use]
     pub const fn on_disk(&self, number: u64) -> Option<u64> {
         let pages = self.pages as u64;
@@ -185,9 +185,9 @@ pub(crate) fn digest(hash: DiskHash, bytes: &[u8]) -> Result<DiskDigest, Checkpo
 /// Of a hash with 128 bits the rest is zero.
 fn check_digest(hash: DiskHash, digest: &DiskDigest) -> Result<(), (&'static str, u64)> {
     let (_, rest) = digest.0.split_at(16);
-    if hash == DiskHash::Xxh3 && rest.iter().any(|byte| *byte != 0) {
-        let found = rest.le_at(0).unwrap_or_default();
-        return Err(("the end of a hash of 128 bits", found));
+    let stray = rest.iter().find(|byte| **byte != 0);
+    if let (DiskHash::Xxh3, Some(found)) = (hash, stray) {
+        return Err(("the end of a hash of 128 bits", u64::from(*found)));
     }
     Ok(())
 }
@@ -224,8 +224,8 @@ impl DiskInfo {
         Ok(())
     }
 
-    /// A disk's record at the start of `bytes`, and how long it is; or the name and value of the field
-    /// that is wrong.
+    /// A disk's record at the start of `bytes`, and how long it is; or the name and value of the
+    /// field that is wrong.
     pub(crate) fn decode(bytes: &[u8]) -> Result<(Self, usize), (&'static str, u64)> {
         let short = || ("the record of a disk", len64(bytes.len()));
         let len: u64 = bytes.le_at(0).ok_or_else(short)?;

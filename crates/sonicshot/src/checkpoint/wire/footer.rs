@@ -19,6 +19,17 @@ pub(crate) struct Footer {
     pub digest: u128,
 }
 
+/// Where the footer of a file of `file_len` bytes begins.
+pub(crate) fn footer_at(file_len: u64) -> Result<FileOffset, CheckpointError> {
+    let at = file_len.checked_sub(FOOTER_LEN).map(FileOffset::new);
+    at.ok_or(CheckpointError::Truncated {
+        what: "the footer",
+        offset: FileOffset::ZERO,
+        need: FOOTER_LEN,
+        len: file_len,
+    })
+}
+
 impl Footer {
     /// The part that the digest covers.
     pub(crate) fn digested(&self) -> Vec<u8> {
@@ -50,8 +61,7 @@ impl Footer {
         file_len: u64,
         header_len: u64,
     ) -> Result<Self, CheckpointError> {
-        // A file without room for a footer has none at its end.
-        let offset = FileOffset::new(file_len.saturating_sub(FOOTER_LEN));
+        let offset = footer_at(file_len)?;
         if bytes.get(56..64) != Some(END_MAGIC.as_slice()) {
             // What is cut off has no end.
             return Err(CheckpointError::Truncated {

@@ -152,6 +152,17 @@ pub(crate) fn copy_exact(bytes: &[u8], out: &mut [u8], at: Gpa) -> Result<(), Ch
     Ok(())
 }
 
+/// The bytes of `from` that begin at `start` into `out`.
+pub(crate) fn copy_part(
+    from: &[u8],
+    start: usize,
+    out: &mut [u8],
+    at: Gpa,
+) -> Result<(), CheckpointError> {
+    let rest = from.get(start..).unwrap_or(&[]);
+    copy_exact(rest.get(..out.len()).unwrap_or(rest), out, at)
+}
+
 fn wrong_length(what: &'static str, range: GpaRange, found: usize) -> CheckpointError {
     CheckpointError::Length {
         what,

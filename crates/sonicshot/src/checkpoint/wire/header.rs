@@ -3,7 +3,7 @@
 use super::info::{CheckpointInfo, Compression};
 use super::layout::{
     ALIGN, MAGIC, MAX_ATTRIBUTE, MAX_CHUNK, MAX_HEADER, MAX_REGIONS, VERSION, checksum, len64,
-    narrow, pad, size, too_large,
+    narrow, pad, plus, size, too_large,
 };
 use crate::checkpoint::CheckpointError;
 use crate::{
@@ -121,7 +121,9 @@ impl Header {
             field.copy_from_slice(&length.to_le_bytes());
         }
         // Never below what is there: the sum was added before it was rounded up.
-        out.resize(size(len.saturating_sub(SUM_LEN)), 0);
+        let summed = len.checked_sub(SUM_LEN);
+        let short = || too_large("bytes of header", SUM_LEN, len);
+        out.resize(size(summed.ok_or_else(short)?), 0);
         let sum = checksum(&out);
         out.extend(sum.to_le_bytes());
         Ok(out)
@@ -176,11 +178,11 @@ impl Header {
                 found: magic.to_vec(),
             });
         }
-        let short = |cut: CutShort| CheckpointError::Truncated {
+        let short = |_: CutShort| CheckpointError::Truncated {
             what: "the header",
             offset: FileOffset::ZERO,
             need: START_LEN,
-            len: cut.offset.saturating_add(cut.left),
+            len: len64(start.len()),
         };
         let mut cursor = Cursor::at(start, len64(MAGIC.len()));
         let version: u32 = cursor.le().map_err(short)?;
@@ -280,8 +282,10 @@ impl<'a> Fields<'a> {
     }
 
     fn short(&self) -> CheckpointError {
-        let len = self.0.bytes().byte_len().saturating_add(SUM_LEN);
-        corrupt("the header's length", LENGTH_AT, len)
+        match plus("bytes of header", self.0.bytes().byte_len(), SUM_LEN) {
+            Ok(len) => corrupt("the header's length", LENGTH_AT, len),
+            Err(error) => error,
+        }
     }
 
     fn regions(&mut self) -> Result<RamLayout, CheckpointError> {

@@ -7,7 +7,7 @@ use super::info::{PageContent, PageRun};
 use super::layout::{
     ALIGN, CHUNK_LEN, DISK_RUN_LEN, INDEX_HEAD, INDEX_MAGIC, MAX_DISKS, RUN_LEN, SECTION_BLOBS,
     SECTION_CHUNKS, SECTION_DISK_RUNS, SECTION_DISKS, SECTION_NEEDED, SECTION_RUNS, corrupt, len64,
-    size,
+    plus, size,
 };
 use super::record::{BlobEntry, ChunkEntry, decode_run};
 use crate::checkpoint::CheckpointError;
@@ -95,7 +95,7 @@ impl Index {
                 u64::from(header.on_disks),
             ));
         }
-        let (disk_records, disk_runs) = disks.unwrap_or_default();
+        let (disk_records, disk_runs) = disks.unwrap_or((0..0, 0..0));
         let page_size = header.info.page_size;
         let mut index = Self {
             bytes,
@@ -129,11 +129,11 @@ impl Index {
         while at < range.end {
             let left = self.bytes.get(at..range.end);
             let Some((blob, len)) = left.and_then(BlobEntry::decode) else {
-                let value = len64(range.end.saturating_sub(at));
-                return Err(self.corrupt("the record of a blob", at, value));
+                let left = left.map_or(range.end, <[u8]>::len);
+                return Err(self.corrupt("the record of a blob", at, len64(left)));
             };
             out.push(blob);
-            at = at.saturating_add(len);
+            at = size(plus("bytes of index", len64(at), len64(len))?);
         }
         let mut names: Vec<&str> = out.iter().map(|blob| blob.name.as_str()).collect();
         names.sort_unstable();
@@ -150,7 +150,7 @@ impl Index {
         let mut out: Vec<DiskInfo> = Vec::new();
         let mut at = range.start;
         while at < range.end {
-            let left = self.bytes.get(at..range.end).unwrap_or_default();
+            let left = self.section(&(at..range.end));
             let (disk, len) =
                 DiskInfo::decode(left).map_err(|(what, value)| self.corrupt(what, at, value))?;
             if out.iter().any(|other| other.name == disk.name) {
@@ -160,7 +160,7 @@ impl Index {
             if len64(out.len()) > MAX_DISKS {
                 return Err(self.corrupt("the number of disks", range.start, len64(out.len())));
             }
-            at = at.saturating_add(len);
+            at = size(plus("bytes of index", len64(at), len64(len))?);
         }
         Ok(out)
     }
@@ -173,7 +173,7 @@ impl Index {
         let Some((at, end)) = at.zip(end).filter(|(_, end)| *end <= self.disk_runs.end) else {
             return Err(self.corrupt("the number of a run on a disk", self.runs.start, record));
         };
-        let bytes = self.bytes.get(at..end).unwrap_or_default();
+        let bytes = self.section(&(at..end));
         DiskRun::decode(bytes, &self.disks, self.page_size)
             .map_err(|(what, value)| self.corrupt(what, at, value))
     }
@@ -185,14 +185,12 @@ impl Index {
 
     /// The records of the disks as they stand in the file.
     pub(crate) fn disk_bytes(&self) -> &[u8] {
-        self.bytes
-            .get(self.disk_records.clone())
-            .unwrap_or_default()
+        self.section(&self.disk_records)
     }
 
     /// The runs on disks as they stand in the file.
     pub(crate) fn disk_run_bytes(&self) -> &[u8] {
-        self.bytes.get(self.disk_runs.clone()).unwrap_or_default()
+        self.section(&self.disk_runs)
     }
 
     /// Every frame once, in order; every stored page once before it is referred to again; every run
@@ -231,7 +229,7 @@ impl Index {
                 if u64::from(pages) != run.frames.len() {
                     return Err(corrupt("the pages of a run on a disk", pages.into()));
                 }
-                on_disk = on_disk.saturating_add(1);
+                on_disk = plus("runs on disks", on_disk, 1)?;
             }
         }
         if !rest.is_empty() || expected.next().is_some() {
@@ -281,23 +279,23 @@ impl Index {
         parts.finish()
     }
 
-    /// Where the record of a run stands in the index.
+    /// Where the record of a run stands in the index; its end if there is no such run.
     fn place_of_run(&self, number: usize) -> usize {
-        // Past everything if there is no such run, where nothing is found.
-        number
-            .saturating_mul(RUN_LEN)
-            .saturating_add(self.runs.start)
+        place_of(&self.runs, number, RUN_LEN).map_or(self.runs.end, |place| place.start)
     }
 
     fn place_of_chunk(&self, number: u64) -> usize {
-        size(number)
-            .saturating_mul(CHUNK_LEN)
-            .saturating_add(self.chunks.start)
+        place_of(&self.chunks, size(number), CHUNK_LEN).map_or(self.chunks.end, |place| place.start)
+    }
+
+    /// Bytes of the index, all of which are there: none if they are not.
+    fn section(&self, range: &Range<usize>) -> &[u8] {
+        self.bytes.get(range.clone()).unwrap_or(&[])
     }
 
     /// The runs as they stand in the file.
     pub(crate) fn run_bytes(&self) -> &[u8] {
-        self.bytes.get(self.runs.clone()).unwrap_or_default()
+        self.section(&self.runs)
     }
 
     pub(crate) fn run_count(&self) -> usize {
@@ -306,10 +304,11 @@ impl Index {
 
     /// The run `number`.
     pub(crate) fn run(&self, number: usize) -> Result<PageRun, CheckpointError> {
-        let at = self.place_of_run(number);
-        let end = at.saturating_add(RUN_LEN);
-        let bytes = self.bytes.get(at..end).filter(|_| end <= self.runs.end);
-        decode_run(bytes.unwrap_or_default()).map_err(|(what, value)| self.corrupt(what, at, value))
+        let Some(place) = place_of(&self.runs, number, RUN_LEN) else {
+            return Err(self.corrupt("the number of a run", self.runs.end, len64(number)));
+        };
+        decode_run(self.section(&place))
+            .map_err(|(what, value)| self.corrupt(what, place.start, value))
     }
 
     /// The number of the run that holds `pfn`, or of the next above it.
@@ -318,7 +317,7 @@ impl Index {
         while low < high {
             let middle = low.midpoint(high);
             if self.run(middle).is_ok_and(|run| run.frames.end() <= pfn) {
-                low = middle.saturating_add(1);
+                low = middle.checked_add(1).unwrap_or(high);
             } else {
                 high = middle;
             }
@@ -400,7 +399,8 @@ impl Index {
         for (number, run) in (0..).zip(self.runs()) {
             if let PageContent::Data { slot } = run.content {
                 if slot == stored {
-                    stored = stored.saturating_add(run.frames.len());
+                    // The same sum as when the index was read.
+                    stored = stored.checked_add(run.frames.len()).unwrap_or(self.slots);
                     stores.push(number);
                 } else {
                     refers.push(number);
@@ -418,6 +418,13 @@ impl Index {
             _ => u64::MAX,
         }
     }
+}
+
+/// The place of the record `number` of those in `section`, which have `len` bytes each.
+fn place_of(section: &Range<usize>, number: usize, len: usize) -> Option<Range<usize>> {
+    let start = number.checked_mul(len)?.checked_add(section.start)?;
+    let end = start.checked_add(len)?;
+    (end <= section.end).then_some(start..end)
 }
 
 /// Where the parts of an index are in its bytes.
@@ -452,11 +459,14 @@ impl Sections {
             let kind: u32 = fields.le().map_err(short)?;
             let flags: u32 = fields.le().map_err(short)?;
             let start: u64 = fields.le().map_err(short)?;
+            let len_at = size(fields.position());
             let len: u64 = fields.le().map_err(short)?;
-            if bytes.part(start, len).is_none() {
-                let at = at.saturating_add(16);
-                return Err(corrupt("the length of a section", at, len));
-            }
+            let Some(end) = start
+                .checked_add(len)
+                .filter(|end| *end <= bytes.byte_len())
+            else {
+                return Err(corrupt("the length of a section", len_at, len));
+            };
             let place = match kind {
                 SECTION_RUNS => &mut runs,
                 SECTION_CHUNKS => &mut chunks,
@@ -466,8 +476,7 @@ impl Sections {
                 _ if flags & SECTION_NEEDED == 0 => continue,
                 other => return Err(corrupt("the kind of a section", at, other.into())),
             };
-            // The part is there, so that its end is in `bytes`.
-            let range = size(start)..size(start.saturating_add(len));
+            let range = size(start)..size(end);
             if place.replace(range).is_some() {
                 return Err(corrupt("the kind of a second section", at, kind.into()));
             }

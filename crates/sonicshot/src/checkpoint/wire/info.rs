@@ -1,11 +1,11 @@
 //! What a checkpoint says of itself and of its guest.
 
 use super::disk::DiskInfo;
-use crate::{Architecture, PageClass, PageSize, PfnRange, RamLayout};
+use crate::{Architecture, PageClass, PageSize, PfnRange, RamLayout, Tally};
 use core::fmt;
 use core::str::FromStr;
 
-/// What a checkpoint says of its guest. Only the layout and the page size are needed.
+/// A checkpoint's facts about its guest. Only the layout and the page size are needed.
 ///
 /// ```
 /// use sonicshot::checkpoint::CheckpointInfo;
@@ -133,7 +133,7 @@ impl FromStr for Compression {
     }
 }
 
-/// What a run of pages reads as after a restore.
+/// The content of a run of pages after a restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum PageContent {
@@ -197,13 +197,13 @@ impl PageContent {
 pub struct PageRun {
     /// The frames; at most `u32::MAX` of them.
     pub frames: PfnRange,
-    /// What the guest used them for.
+    /// The use that the guest had for them.
     pub class: PageClass,
-    /// What they read as.
+    /// Their content.
     pub content: PageContent,
 }
 
-/// What a checkpoint holds, in pages and bytes.
+/// The content of a checkpoint, in pages and bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct SaveStats {
@@ -243,8 +243,7 @@ impl SaveStats {
             PageContent::Absent => &mut self.absent,
             PageContent::Disk { .. } => &mut self.on_disk,
         };
-        // No more than the frames of 64 bits of memory.
-        *count = count.saturating_add(run.frames.len());
+        *count = Tally::new(*count).and(run.frames.len()).get();
     }
 }
 

@@ -1,8 +1,8 @@
 //! What the records of a checkpoint have in common, as `FORMAT.md` gives it: constants, checksums,
 //! padding.
 
-use crate::FileOffset;
 use crate::checkpoint::CheckpointError;
+use crate::{FileOffset, to_usize};
 use twox_hash::XxHash3_64;
 
 /// The first bytes of every checkpoint. As in PNG, a transfer as text damages them.
@@ -63,13 +63,9 @@ pub(crate) const fn len64(len: usize) -> u64 {
     len as u64
 }
 
-/// A length of the format in memory: this crate is for hosts of 64 bits.
-#[allow(
-    clippy::cast_possible_truncation,
-    reason = "a `usize` has 64 bits, see the crate's root"
-)]
+/// A length of the format in memory.
 pub(crate) const fn size(len: u64) -> usize {
-    len as usize
+    to_usize(len)
 }
 
 /// `value` in the narrower field that the format has for it.
@@ -83,6 +79,12 @@ pub(crate) fn narrow<T: TryFrom<u64>>(
 
 pub(crate) const fn too_large(what: &'static str, value: u64, max: u64) -> CheckpointError {
     CheckpointError::TooLarge { what, value, max }
+}
+
+/// The sum of two numbers of `what`.
+pub(crate) fn plus(what: &'static str, value: u64, more: u64) -> Result<u64, CheckpointError> {
+    let sum = value.checked_add(more);
+    sum.ok_or_else(|| too_large(what, value, u64::MAX))
 }
 
 /// The place `bytes` behind `at`, which no file of this format reaches past 64 bits.
