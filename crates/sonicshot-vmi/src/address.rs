@@ -35,10 +35,26 @@ impl KernelVa {
         self.0.checked_sub(base.0)
     }
 
-    /// The address moved by a displacement that wraps, as KASLR offsets and per-CPU offsets do.
+    /// The address `bytes` further down, unless that wraps.
     #[must_use]
-    pub const fn wrapping_add(self, displacement: u64) -> Self {
+    pub const fn checked_sub(self, bytes: u64) -> Option<Self> {
+        match self.0.checked_sub(bytes) {
+            Some(raw) => Some(Self(raw)),
+            None => None,
+        }
+    }
+
+    /// The address moved by a displacement, which counts modulo 2^64, as the offsets of KASLR and of
+    /// processors' areas do.
+    #[must_use]
+    pub const fn moved_by(self, displacement: u64) -> Self {
         Self(self.0.wrapping_add(displacement))
+    }
+
+    /// The address that [`moved_by`](Self::moved_by) moves to this one.
+    #[must_use]
+    pub const fn moved_back_by(self, displacement: u64) -> Self {
+        Self(self.0.wrapping_sub(displacement))
     }
 }
 

@@ -4,7 +4,7 @@ use crate::{GuestOptions, Inconsistency, Knowledge, Note, OnInconsistency, VmiEr
 use crate::{mark_absent_pages, mark_zero_pages, open_guest};
 use sonicshot::{
     Architecture, ClassCounts, ClassSet, Fill, GpaRange, GuestMemory, MemoryError, PageClass,
-    PageMap, PageSize, PageState, PfnRange, PrunePlan, PrunePolicy, Stop, Stoppable,
+    PageMap, PageSize, PageState, PfnRange, PrunePlan, PrunePolicy, Stop, Stoppable, Tally,
 };
 
 /// How a guest is looked at; by default nothing is known of it, a guest that contradicts itself is
@@ -36,7 +36,7 @@ impl AnalysisOptions {
         Self::default()
     }
 
-    /// What is known of the guest beforehand.
+    /// Options for the guest.
     #[must_use]
     pub fn guest(mut self, guest: GuestOptions) -> Self {
         self.guest = guest;
@@ -90,9 +90,9 @@ pub struct GuestFacts {
     pub build_id: Option<Vec<u8>>,
     /// Where the kernel was found, then every source of symbols and types in use.
     pub symbol_sources: Vec<String>,
-    /// What is known of the kernel.
+    /// The knowledge of the kernel.
     pub knowledge: Knowledge,
-    /// What its processors are; `None` where no kernel was found, which alone tells.
+    /// The architecture of its processors; `None` where no kernel was found, which alone tells.
     pub architecture: Option<Architecture>,
     /// The guest's page size; 4 KiB, the smallest there is, where no kernel was found.
     pub page_size: PageSize,
@@ -122,7 +122,7 @@ pub(crate) struct Parts {
     pub pages: crate::Classification,
     pub present: Vec<GpaRange>,
     pub boot_ram: Option<Vec<GpaRange>>,
-    /// What the pages would be that the source does not have.
+    /// The classes that the pages would have that the source does not have.
     pub absent: ClassCounts,
 }
 
@@ -201,7 +201,7 @@ impl Analysis {
         self.pages.counts()
     }
 
-    /// What the pages would be that are [`Absent`](PageClass::Absent), by the kernel's records.
+    /// The classes of pages that are [`Absent`](PageClass::Absent), by the kernel's records.
     #[must_use]
     pub fn absent(&self) -> &ClassCounts {
         &self.absent
@@ -212,13 +212,15 @@ impl Analysis {
     #[must_use]
     pub fn absent_in_use(&self) -> u64 {
         let unused = ClassSet::DEFAULT_DROP.with(PageClass::Hole);
-        self.absent
-            .total()
-            .saturating_sub(self.absent.total_of(unused))
+        let in_use = self
+            .absent
+            .iter()
+            .filter(|(class, _)| !unused.contains(*class));
+        in_use.map(|(_, pages)| pages).sum::<Tally>().get()
     }
 
-    /// What the guest expects of free pages; [`Fill::Any`] of most: they write to a page before
-    /// they trust it.
+    /// The content that the guest expects of free pages; [`Fill::Any`] of most: they write to a
+    /// page before they trust it.
     #[must_use]
     pub fn free_fill(&self) -> Fill {
         self.free_fill
@@ -236,7 +238,7 @@ impl Analysis {
         self.disagreement.as_ref()
     }
 
-    /// What the user should know.
+    /// Notes for the user.
     #[must_use]
     pub fn notes(&self) -> &[Note] {
         &self.notes
@@ -256,7 +258,7 @@ impl Analysis {
         self.boot_ram.as_deref()
     }
 
-    /// What `policy` drops of this guest.
+    /// The plan of what `policy` drops of this guest.
     pub fn plan(&self, policy: &dyn PrunePolicy) -> PrunePlan {
         PrunePlan::new(&self.pages, policy, self.free_fill)
     }

@@ -14,8 +14,8 @@ pub enum VmiError {
         /// What was looked for.
         tried: String,
     },
-    /// There are records of free pages, but no page tables that lead to them: of a kernel whose page
-    /// tables are elsewhere, or are not where the memory is taken to lie.
+    /// There are records of free pages, but no page tables that lead to them: of a kernel whose
+    /// page tables are elsewhere, or are not where the memory is taken to lie.
     #[error(
         "{records} records of free pages look like a Linux kernel's, and none of {tables} page \
          tables leads to them ({tried})"
@@ -66,7 +66,7 @@ pub enum VmiError {
         what: String,
         /// One source.
         first: String,
-        /// What it says.
+        /// Its text.
         first_value: u64,
         /// The other source.
         second: String,
@@ -93,14 +93,6 @@ pub enum VmiError {
         /// Where it is.
         at: KernelVa,
         /// The value found.
-        value: u64,
-    },
-    /// A page table holds what the processor would not accept.
-    #[error("page-table entry at {at} holds {value:#x}")]
-    PageTable {
-        /// Where the entry is.
-        at: Gpa,
-        /// The entry.
         value: u64,
     },
     /// The guest is of a kind that cannot be read from outside, or not yet.
@@ -178,7 +170,7 @@ pub enum VmiError {
     /// The guest has more of something than any that is whole.
     #[error("{found} {what}, and at most {most} are looked at")]
     TooMany {
-        /// What there is too much of.
+        /// The things of which there are too many.
         what: &'static str,
         /// So many were found, before the search was ended.
         found: u64,
@@ -216,6 +208,16 @@ impl VmiError {
             },
             other => other,
         }
+    }
+
+    /// Counts `more` of `what`, which is no more than 64 bits hold.
+    pub(crate) fn count(what: &'static str, count: &mut u64, more: u64) -> Result<(), Self> {
+        *count = count.checked_add(more).ok_or(Self::TooMany {
+            what,
+            found: *count,
+            most: u64::MAX,
+        })?;
+        Ok(())
     }
 
     pub(crate) fn read(what: &'static str) -> impl FnOnce(VirtualReadError) -> Self {

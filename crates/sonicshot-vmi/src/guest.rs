@@ -67,8 +67,8 @@ pub struct LinuxGuest<'m> {
     image: (KernelVa, KernelVa),
     /// Where it was found by shape.
     shaped: Option<Shaped>,
-    /// What each struct page says, and the zones, where they were found by their lists: that takes a
-    /// look at every struct page.
+    /// What each struct page says, and the zones, where they were found by their lists: that takes
+    /// a look at every struct page.
     searched: OnceLock<(PageLayout, Zones)>,
     /// How many threads look at struct pages.
     threads: Option<NonZeroUsize>,
@@ -87,10 +87,10 @@ impl<'m> LinuxGuest<'m> {
     ///
     /// # Errors
     /// [`VmiError::NoKernel`], [`VmiError::NoTables`] or [`VmiError::BannerAlone`] if there is none
-    /// that can be read, [`VmiError::OtherMachine`] if it is another machine's, [`VmiError::Stale`] if there is only what is left
-    /// of one, [`VmiError::Undecided`] if there are several and nothing tells which runs,
-    /// [`VmiError::WrongKernel`] if a symbol file is of another build, [`VmiError::Symbols`] if
-    /// one cannot be read.
+    /// that can be read, [`VmiError::OtherMachine`] if it is another machine's, [`VmiError::Stale`]
+    /// if there is only what is left of one, [`VmiError::Undecided`] if there are several and
+    /// nothing tells which runs, [`VmiError::WrongKernel`] if a symbol file is of another build,
+    /// [`VmiError::Symbols`] if one cannot be read.
     pub fn open(memory: &'m dyn GuestMemory, options: &GuestOptions) -> Result<Self, VmiError> {
         let owners = || Owners::new(memory, options.cr3);
         let given = Given::open(&options.symbol_files)?;
@@ -210,8 +210,9 @@ impl<'m> LinuxGuest<'m> {
         Self::alone(standing, why_not)
     }
 
-    /// Of kernels of one build, of which nothing tells the processors, the one beside which all others
-    /// say themselves that they are gone. One that cannot be followed may be one that starts.
+    /// Of kernels of one build, of which nothing tells the processors, the one beside which all
+    /// others say themselves that they are gone. One that cannot be followed may be one that
+    /// starts.
     fn alone(standing: Vec<Self>, why_not: Option<VmiError>) -> Result<Option<Self>, VmiError> {
         let (gone, mut left): (Vec<_>, Vec<_>) =
             standing.into_iter().partition(Self::says_it_is_gone);
@@ -232,8 +233,8 @@ impl<'m> LinuxGuest<'m> {
 
     /// Whether its own records say that it is gone: it restarts, has died, or has started another.
     fn says_it_is_gone(&self) -> bool {
-        let traces = self.traces.as_ref().map(|owner| owner.traces.as_slice());
-        traces.unwrap_or_default().iter().any(Trace::is_of_an_end)
+        let traces = self.traces.as_ref();
+        traces.is_some_and(|owner| owner.traces.iter().any(Trace::is_of_an_end))
     }
 
     /// The kernel that alone stands by the shape of its records.
@@ -268,8 +269,8 @@ impl<'m> LinuxGuest<'m> {
         Ok(())
     }
 
-    /// Of a kernel that makes a VMCOREINFO, and of which none was found, nothing tells that it is not
-    /// gone. Returns whether it is such.
+    /// Of a kernel that makes a VMCOREINFO, and of which none was found, nothing tells that it is
+    /// not gone. Returns whether it is such.
     fn doubt_without_vmcoreinfo(&mut self) -> bool {
         let is_gone = symbols::may_write_vmcoreinfo(&self.kernel.space, self.image);
         if is_gone && let Some(owner) = &mut self.traces {
@@ -284,12 +285,11 @@ impl<'m> LinuxGuest<'m> {
         if standing.len() > 1 {
             let names: Vec<String> = standing.iter().map(Self::name).collect();
             standing.retain(|guest| guest.classify(OnInconsistency::Refuse).is_ok());
-            if standing.len() != 1 {
-                let mut names = names.into_iter();
-                return Err(VmiError::Undecided {
-                    first: names.next().unwrap_or_default(),
-                    second: names.next().unwrap_or_default(),
-                });
+            let mut names = names.into_iter();
+            if standing.len() != 1
+                && let (Some(first), Some(second)) = (names.next(), names.next())
+            {
+                return Err(VmiError::Undecided { first, second });
             }
         }
         standing.pop().ok_or_else(|| VmiError::NoKernel {
@@ -317,7 +317,7 @@ impl<'m> LinuxGuest<'m> {
         matches!(check(), Ok(Verdict::Owner))
     }
 
-    /// What is known of the kernel.
+    /// The knowledge of the kernel.
     #[must_use]
     pub fn knowledge(&self) -> Knowledge {
         self.knowledge
@@ -390,7 +390,8 @@ impl<'m> LinuxGuest<'m> {
         }
     }
 
-    /// What was read of the kernel and is needed of it, as a file of symbols has it.
+    /// The symbols and types that were read of the kernel and are needed of it, as a file of
+    /// symbols has them.
     ///
     /// # Errors
     /// [`SymbolError`](crate::symbols::SymbolError) if there are no types, or a source is damaged.
@@ -450,7 +451,7 @@ impl<'m> LinuxGuest<'m> {
         arch::of(&self.kernel)?.direct_map(&self.kernel)
     }
 
-    /// What the content of each of `ranges` of memory says about whether it lies there: for a
+    /// Evidence, by its content, of whether each of `ranges` of memory lies there: for a
     /// layout that somebody has given. The ranges must be disjoint.
     ///
     /// # Errors
@@ -526,7 +527,7 @@ impl<'m> LinuxGuest<'m> {
     }
 
     /// RAM by the kernel's own tree of resources (`System RAM` in `/proc/iomem`), memory that was
-    /// plugged in included, each stretch as it was added; but not what belongs to a device, such
+    /// plugged in included, each range as it was added; but not what belongs to a device, such
     /// as virtio-mem. `None` if the symbols or types do not tell where the tree is.
     ///
     /// # Errors

@@ -28,7 +28,7 @@ pub(crate) struct Build {
     pub page_size: PageSize,
     /// The release, such as `6.1.0-37-cloud-amd64`.
     pub release: String,
-    /// What KASLR added to the linked addresses.
+    /// The offset that KASLR added to the linked addresses.
     pub kaslr: u64,
 }
 
@@ -106,7 +106,7 @@ impl<'m> Kernel<'m> {
         // Where a per-CPU variable has its place in each area for a symbol, KASLR does not move it.
         let is_moved = source.base() == SymbolBase::Linked && self.space.is_pointer(at.raw());
         Ok(Some(match is_moved {
-            true => at.wrapping_add(self.build.kaslr),
+            true => at.moved_by(self.build.kaslr),
             false => at,
         }))
     }

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-/// What is known of a guest's kernel: the most there is, as it was found.
+/// The sources of knowledge of a guest's kernel: the most there is, as it was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Knowledge {

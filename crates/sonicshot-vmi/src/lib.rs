@@ -36,8 +36,8 @@
 //! others, [`LinuxGuest::classify`] refuses with [`VmiError::NotOwner`]. Where nothing is told of
 //! processors, traces decide ([`Trace`]): a kernel that bears none is the one, if a reset would
 //! have left one. Else all memory is searched, and if two kernels stand (and can be classified),
-//! the guest is refused with [`VmiError::Undecided`]. Kernels are tried for 10 seconds, all together; how
-//! many candidates there are does not matter: all but a few end within microseconds.
+//! the guest is refused with [`VmiError::Undecided`]. Kernels are tried for 10 seconds, all
+//! together; how many candidates there are does not matter: all but a few end within microseconds.
 //!
 //! Where nothing is told of processors, and one kernel stands, the memory itself is searched for
 //! traces of a later owner: a BIOS, a boot menu, a loader, the next kernel's decompressor, a crash
@@ -96,41 +96,43 @@
 //! | `vmcoreinfo` | VMCOREINFO alone | free pages, offline ones in a driver's list; all others are unknown |
 //! | `shape` | nothing | free pages; all others are unknown |
 //!
-//! Where the guest tells no types, symbol files do: a vmlinux, or a [small file](symbols::SymbolFile)
-//! of one, whose build ID or banner is found in the kernel's image also where there is no VMCOREINFO.
+//! Where the guest tells no types, symbol files do: a vmlinux, or a [small
+//! file](symbols::SymbolFile) of one, whose build ID or banner is found in the kernel's image also
+//! where there is no VMCOREINFO.
 //!
 //! The most that is there is taken. Without types zones are found by their own lists, which leave
 //! the struct pages at a head inside the zone, and the per-CPU lists by the zones' pointers and
 //! the array of the processors' displacements; then the same four records decide, within the same
 //! bounds. VMCOREINFO must be one that a variable of the kernel's image points to; of a crash dump
-//! its note. A zone must have a node that lies in the image or that the image points to, and the pages
-//! of each must have another zone in their flags: what an earlier boot has left has neither. Where
-//! types do not tell which number counts the pages of a zone or of a per-CPU list, one that is chosen
-//! because it agrees is no record: that of a zone must be the only one in its place in all zones, that
-//! of the lists must fit two of them.
+//! its note. A zone must have a node that lies in the image or that the image points to, and the
+//! pages of each must have another zone in their flags: what an earlier boot has left has neither.
+//! Where types do not tell which number counts the pages of a zone or of a per-CPU list, one that
+//! is chosen because it agrees is no record: that of a zone must be the only one in its place in
+//! all zones, that of the lists must fit two of them.
 //!
 //! Without VMCOREINFO (where no page that begins so is of a kernel of this memory) the struct pages
-//! of free blocks are searched in all of RAM by their shape, and page tables under which they lead to
-//! each other: those that the processors run on, each stretch of which may be the array of struct
+//! of free blocks are searched in all of RAM by their shape, and page tables under which they lead
+//! to each other: those that the processors run on, each range of which may be the array of struct
 //! pages. Where nothing is told of processors, any page that may be a top-level table is tried. If
-//! the kernel's code shows that it makes a VMCOREINFO, that is gone, and what wrote over it may be a
-//! later owner: the guest is refused with [`VmiError::OwnerUntold`]. One that makes none cannot start
-//! another by kexec either; its log is found by its shape. A block counts only in a list of a
+//! the kernel's code shows that it makes a VMCOREINFO, that is gone, and what wrote over it may be
+//! a later owner: the guest is refused with [`VmiError::OwnerUntold`]. One that makes none cannot
+//! start another by kexec either; its log is found by its shape. A block counts only in a list of a
 //! zone that stands; others may be an earlier boot's, and are kept and counted. If more than one
-//! kernel stands the guest is refused with [`VmiError::Undecided`]. On both levels a
-//! classification in which the kernel's page tables, code, zones or struct pages count as free is
-//! refused with [`VmiError::Covered`].
+//! kernel stands the guest is refused with [`VmiError::Undecided`]. On both levels a classification
+//! in which the kernel's page tables, code, zones or struct pages count as free is refused with
+//! [`VmiError::Covered`].
 //!
 //! Symbols or types that cannot be read are not none: a kernel whose VMCOREINFO, release or
 //! symbols say that it has them is refused with [`VmiError::Symbols`]. Where there are none, and
 //! nothing is told of processors, the kernel's log (`printk_ringbuffer`, which VMCOREINFO tells all
-//! of, and whose shape is the same in all kernels) is asked for a later owner: whether it says that the kernel goes; when the kernel set its
-//! clock from the chip that the BIOS's is set from; where the firmware's tables were. Without a BIOS
-//! there is none to start again. Where it does not tell (its lines are lost, an EFI firmware started
-//! the kernel, there is no such chip) the guest is refused with [`VmiError::OwnerUntold`].
+//! of, and whose shape is the same in all kernels) is asked for a later owner: whether it says that
+//! the kernel goes; when the kernel set its clock from the chip that the BIOS's is set from; where
+//! the firmware's tables were. Without a BIOS there is none to start again. Where it does not tell
+//! (its lines are lost, an EFI firmware started the kernel, there is no such chip) the guest is
+//! refused with [`VmiError::OwnerUntold`].
 //!
-//! A search by shape ends after 10 s with [`VmiError::OutOfTime`], and one of more than there can be
-//! with [`VmiError::TooMany`].
+//! A search by shape ends after 10 s with [`VmiError::OutOfTime`], and one of more than there can
+//! be with [`VmiError::TooMany`].
 //!
 //! # When memory is offline
 //!
@@ -170,8 +172,8 @@
 //! sources and have not met a real guest. Memory blocks are read as Linux 5.8 and later have them;
 //! before, offline sections are kept. Kernels without VMCOREINFO are read on x86-64 alone, with
 //! struct pages of 64 bytes in a vmemmap. A new architecture is one more folder in `arch`, another
-//! system one more [`GuestOs`]. The guest is untrusted: every walk is bounded by the guest's own number of frames, every length
-//! and pointer is checked, and crafted memory gives an error.
+//! system one more [`GuestOs`]. The guest is untrusted: every walk is bounded by the guest's own
+//! number of frames, every length and pointer is checked, and crafted memory gives an error.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
 mod absent;
@@ -207,7 +209,9 @@ pub use guest::{
     PageRecord, PerCpuCount, Task, Tasks, Witness, ZoneFree,
 };
 pub use knowledge::Knowledge;
-pub use mm::classify::{Inconsistency, ZoneReport};
+pub use mm::classify::{
+    BlockDisagreement, CounterDisagreement, Inconsistency, WhichList, ZoneReport,
+};
 pub use note::{Note, TracesSought};
 pub use os::{GuestOs, open_guest};
 pub use owned::OwnedGuest;
@@ -215,7 +219,7 @@ pub(crate) use paging::AddressSpace;
 pub use place::PlaceEvidence;
 pub use zero::{count_zero_pages, mark_zero_pages};
 
-/// What only x86-64 processors have.
+/// Registers that only x86-64 processors have.
 pub mod x86_64 {
     pub use crate::arch::x86_64::{Cr3, ParseCr3Error};
 }

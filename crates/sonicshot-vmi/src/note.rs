@@ -65,12 +65,12 @@ pub enum Note {
         /// The build ID of the kernel, if it tells that.
         build_id: Option<String>,
     },
-    /// A file of a folder of symbols is of the kernel's build, and cannot be read: another was, if there
-    /// is one.
+    /// A file of a folder of symbols is of the kernel's build, and cannot be read: another was, if
+    /// there is one.
     SymbolFileDamaged {
         /// The file.
         file: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         why: String,
     },
     /// The kernel was dead when its memory was written down.

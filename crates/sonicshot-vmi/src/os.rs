@@ -39,7 +39,7 @@ pub trait GuestOs: fmt::Debug {
     /// [`VmiError`] if the map cannot be read or is not one.
     fn boot_ram(&self) -> Result<Option<Vec<GpaRange>>, VmiError>;
 
-    /// RAM by the kernel's own records now, memory that was plugged in included, each stretch as
+    /// RAM by the kernel's own records now, memory that was plugged in included, each range as
     /// it was added; but not what belongs to a device. `None` if nothing tells.
     ///
     /// # Errors
@@ -78,8 +78,8 @@ pub trait GuestOs: fmt::Debug {
     /// [`VmiError`] if the records cannot be read.
     fn page_facts(&self, pfn: Pfn) -> Result<PageFacts, VmiError>;
 
-    /// The lists of free blocks of every zone, with the first `most` blocks of each, and the counters
-    /// beside them.
+    /// The lists of free blocks of every zone, with the first `most` blocks of each, and the
+    /// counters beside them.
     ///
     /// # Errors
     /// [`VmiError`] if a list is none, or what leads to the lists is not known.

@@ -8,7 +8,7 @@ use self::tables::Tables;
 use crate::deadline::Deadline;
 use crate::error::VmiError;
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
-use sonicshot::{Gpa, GuestMemory, MemoryError};
+use sonicshot::{Gpa, GuestMemory, MemoryError, to_usize};
 
 /// How an architecture walks its page tables.
 pub(crate) trait Paging: Send + Sync + core::fmt::Debug {
@@ -33,7 +33,7 @@ pub(crate) trait Paging: Send + Sync + core::fmt::Debug {
         visit: &mut dyn FnMut(Gpa) -> bool,
     ) -> Result<(), MemoryError>;
 
-    /// Where in the kernel half a stretch of mappings begins, if it is where the array of struct
+    /// Where in the kernel half a range of mappings begins, if it is where the array of struct
     /// pages may (on x86-64 a multiple of 1 GiB), lowest first; at most `most` and one.
     fn stretches(
         &self,
@@ -137,7 +137,7 @@ impl VirtualMemory for AddressSpace<'_> {
         while !rest.is_empty() {
             let Translation { at: gpa, len } = self.translate(at)?;
             // A mapping longer than the address space is longer than the buffer too.
-            let len = usize::try_from(len).unwrap_or(usize::MAX).min(rest.len());
+            let len = to_usize(len).min(rest.len());
             let (now, later) = rest.split_at_mut(len);
             self.memory()
                 .read(gpa, now)

@@ -1,4 +1,4 @@
-//! What is in a stretch of guest memory that tells where it lies: evidence for a layout that
+//! What is in a range of guest memory that tells where it lies: evidence for a layout that
 //! somebody has given.
 //!
 //! - An empty list of the kernel's (`struct list_head`) points to itself through the direct map,
@@ -15,7 +15,7 @@ use crate::arch;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::mm::mem_map::MemMap;
-use sonicshot::{GpaRange, GuestMemory};
+use sonicshot::{GpaRange, GuestMemory, to_usize};
 
 /// So many lists must point to one place for it to be believed. In memory in its right place a few
 /// lists of one element look as if they pointed elsewhere, at most two to any one place.
@@ -27,7 +27,7 @@ const ENOUGH: u64 = 512;
 /// How much is read at a time.
 const PIECE: usize = 1 << 20;
 
-/// What the content of a range of memory says about where it lies.
+/// Evidence of where a range of memory lies, by its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PlaceEvidence {
@@ -52,9 +52,13 @@ impl PlaceEvidence {
     /// Whether it clearly lies where it is taken to.
     #[must_use]
     pub fn is_confirmed(&self) -> bool {
-        let elsewhere = self.elsewhere.map_or(0, |(_, lists)| lists);
         let by_structs = self.struct_pages >= MIN_LISTS && self.belongs_to().is_none();
-        is_clear(self.here, elsewhere) || by_structs
+        is_clear(self.here, self.most_elsewhere()) || by_structs
+    }
+
+    /// How many lists point to one other range, at most.
+    fn most_elsewhere(&self) -> u64 {
+        self.elsewhere.map_or(0, |(_, lists)| lists)
     }
 }
 
@@ -153,7 +157,7 @@ fn count_lists(
         let (Some(left), Some(inside)) = (left, inside) else {
             break;
         };
-        let len = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
+        let len = to_usize(left).min(buffer.len());
         let Some(piece) = buffer.get_mut(..len) else {
             break;
         };
@@ -170,7 +174,10 @@ fn count_lists(
                 continue;
             }
             let list = u64::from_le_bytes(*next);
-            let start = list.wrapping_sub(direct_map.raw()).wrapping_sub(offset);
+            let there = list.checked_sub(direct_map.raw());
+            let Some(start) = there.and_then(|there| there.checked_sub(offset)) else {
+                continue;
+            };
             let found = starts.binary_search_by_key(&start, |(start, _)| *start);
             let number = found.ok().and_then(|found| starts.get(found));
             let Some((number, other)) =
@@ -182,7 +189,7 @@ fn count_lists(
             if offset < other.len()
                 && let Some(count) = votes.get_mut(number)
             {
-                *count = count.saturating_add(1);
+                VmiError::count("lists that point to themselves", count, 1)?;
             }
         }
         memory.release(GpaRange::with_len(from, len as u64).unwrap_or(data));
@@ -191,7 +198,7 @@ fn count_lists(
         };
         at = next;
         tally(evidence, ranges, &votes);
-        let elsewhere = evidence.elsewhere.map_or(0, |(_, lists)| lists);
+        let elsewhere = evidence.most_elsewhere();
         let clear = is_clear(evidence.here, elsewhere) || is_clear(elsewhere, evidence.here);
         if clear && evidence.here.max(elsewhere) >= ENOUGH || at >= range.end() {
             break;
@@ -204,10 +211,9 @@ fn count_lists(
 fn tally(evidence: &mut PlaceEvidence, ranges: &[GpaRange], votes: &[u64]) {
     evidence.elsewhere = None;
     for (range, lists) in ranges.iter().zip(votes) {
-        let most = evidence.elsewhere.map_or(0, |(_, lists)| lists);
         if *range == evidence.range {
             evidence.here = *lists;
-        } else if *lists > most {
+        } else if *lists > evidence.most_elsewhere() {
             evidence.elsewhere = Some((*range, *lists));
         }
     }
@@ -237,7 +243,7 @@ fn count_struct_pages(
             let mut index = 0_usize;
             // Mostly the one of the struct page before.
             let mut number = None;
-            let step = usize::try_from(stride).unwrap_or(usize::MAX);
+            let step = to_usize(stride);
             while let Some(page) = bytes.get(index, step) {
                 let list = at.checked_add(lru).map(KernelVa::raw);
                 if list.is_some() && page.u64_at(next) == list && page.u64_at(previous) == list {
@@ -245,7 +251,7 @@ fn count_struct_pages(
                     let same = number.filter(|number| found.get(*number).is_some_and(holds));
                     number = same.or_else(|| found.iter().position(holds));
                     if let Some(evidence) = number.and_then(|number| found.get_mut(number)) {
-                        evidence.struct_pages = evidence.struct_pages.saturating_add(1);
+                        VmiError::count("struct pages", &mut evidence.struct_pages, 1)?;
                     }
                 }
                 let moved = at.checked_add(stride).zip(gpa.checked_add(stride));

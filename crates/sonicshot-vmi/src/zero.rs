@@ -3,7 +3,7 @@
 use sonicshot::work::{for_each, threads};
 use sonicshot::{
     ClassSet, Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, PageClass, PageMap, PageSize,
-    Pfn, PfnRange,
+    Pfn, PfnRange, to_usize,
 };
 use std::iter;
 use std::num::NonZeroUsize;
@@ -63,9 +63,8 @@ pub fn count_zero_pages(memory: &dyn GuestMemory, map: &PageMap) -> Result<u64, 
     let count = |wanted: &mut Vec<bool>, piece: PfnRange| {
         wanted.clear();
         for (run, class) in map.runs_in(piece) {
-            let len = usize::try_from(run.len()).unwrap_or(usize::MAX);
             let there = !matches!(class, PageClass::HwPoison | PageClass::Absent);
-            wanted.extend(iter::repeat_n(there, len));
+            wanted.extend(iter::repeat_n(there, to_usize(run.len())));
         }
         zero_frames(memory, map.page_size(), piece.start(), wanted, &mut |_| {
             zero.fetch_add(1, Ordering::Relaxed);
@@ -97,14 +96,16 @@ fn zero_frames(
     wanted: &[bool],
     found: &mut dyn FnMut(usize),
 ) -> Result<(), MemoryError> {
-    let page = usize::try_from(page_size.bytes()).unwrap_or(usize::MAX);
+    let page = page_size.size();
     let by_reading = memory.prefers_read();
     let mut buffer = Vec::new();
     for (first, count) in stretches(wanted, by_reading, WINDOW >> page_size.shift()) {
-        let stretch = wanted.get(first..first.saturating_add(count));
-        let stretch = stretch.unwrap_or_default();
-        let frames = stretch.iter().enumerate();
-        let frames = frames.filter(|(_, wanted)| **wanted);
+        let Some(wanted) = wanted.get(first..).and_then(|rest| rest.get(..count)) else {
+            continue;
+        };
+        // The index of each, and where it is in the range.
+        let frames = (first..).zip((0_usize..).step_by(page)).zip(wanted);
+        let frames = frames.filter(|(_, wanted)| **wanted).map(|(at, _)| at);
         let range = start.checked_add(first as u64).and_then(|pfn| {
             GpaRange::with_len(pfn.gpa(page_size)?, (count as u64) << page_size.shift())
         });
@@ -116,11 +117,11 @@ fn zero_frames(
             .filter(|data| *data < range.end());
         let Some(data) = data else {
             for (index, _) in frames {
-                found(first.saturating_add(index));
+                found(index);
             }
             continue;
         };
-        let len = usize::try_from(range.len()).unwrap_or(0);
+        let len = to_usize(range.len());
         let mapped = if by_reading {
             None
         } else {
@@ -130,22 +131,22 @@ fn zero_frames(
             mapped.bytes()
         } else {
             buffer.resize(buffer.len().max(len), 0);
-            let buffer = buffer.get_mut(..len).unwrap_or_default();
+            let (buffer, _) = buffer.split_at_mut(len);
             match memory.read(range.start(), buffer) {
                 // What is not wanted may not be there.
                 Err(MemoryError::Absent { .. }) => {
-                    read_each(memory, range.start(), page, stretch, buffer)?;
+                    read_each(memory, range.start(), page_size, wanted, buffer)?;
                 }
                 read => read?,
             }
             GuestBytes::from_slice(buffer)
         };
-        let hole = usize::try_from(data.offset_from(range.start()).unwrap_or(0)).unwrap_or(0);
-        for (index, _) in frames {
-            let offset = index.saturating_mul(page);
-            let in_hole = offset.saturating_add(page) <= hole;
+        let hole = data.offset_from(range.start()).map(to_usize);
+        for (index, offset) in frames {
+            let end = offset.checked_add(page);
+            let in_hole = hole.zip(end).is_some_and(|(hole, end)| end <= hole);
             if in_hole || bytes.get(offset, page).is_some_and(|page| page.is_zero()) {
-                found(first.saturating_add(index));
+                found(index);
             }
         }
         if mapped.is_some() {
@@ -156,26 +157,26 @@ fn zero_frames(
     Ok(())
 }
 
-/// Reads the wanted pages of a stretch one by one into their places in `buffer`.
+/// Reads the wanted pages of a range one by one into their places in `buffer`.
 fn read_each(
     memory: &dyn GuestMemory,
     start: Gpa,
-    page: usize,
+    page_size: PageSize,
     wanted: &[bool],
     buffer: &mut [u8],
 ) -> Result<(), MemoryError> {
+    let page = page_size.size();
     let places = (0_u64..)
-        .step_by(page.max(1))
-        .zip(buffer.chunks_exact_mut(page.max(1)));
-    for ((offset, place), _) in places.zip(wanted).filter(|(_, wanted)| **wanted) {
-        // Inside of a stretch that has an end.
-        let at = start.checked_add(offset).unwrap_or(start);
+        .step_by(page)
+        .map_while(|offset| start.checked_add(offset))
+        .zip(buffer.chunks_exact_mut(page));
+    for ((at, place), _) in places.zip(wanted).filter(|(_, wanted)| **wanted) {
         memory.read(at, place)?;
     }
     Ok(())
 }
 
-/// The stretches to look at, first frame and number of frames, that hold all wanted ones: at
+/// The ranges to look at, first frame and number of frames, that hold all wanted ones: at
 /// most `most` frames each. What is read costs by its length, what is mapped by the call.
 fn stretches(
     wanted: &[bool],
@@ -184,23 +185,24 @@ fn stretches(
 ) -> impl Iterator<Item = (usize, usize)> + '_ {
     /// Copying so many frames takes as long as another call.
     const GAP: usize = 2;
-    let most = usize::try_from(most).unwrap_or(usize::MAX).max(1);
+    let most = to_usize(most.max(1));
     let gap = if by_reading { GAP } else { most };
     let mut at = 0_usize;
     iter::from_fn(move || {
         let rest = wanted.get(at..)?;
-        let first = at.saturating_add(rest.iter().position(|wanted| *wanted)?);
-        let (mut end, mut next) = (first, first);
-        while next.saturating_sub(end) <= gap && next.saturating_sub(first) < most {
-            match wanted.get(next) {
-                Some(true) => end = next.saturating_add(1),
-                Some(false) => {}
-                None => break,
+        let before = rest.iter().position(|wanted| *wanted)?;
+        let mut len = 0_usize;
+        for (number, wanted) in rest.iter().skip(before).take(most).enumerate() {
+            if number.checked_sub(len)? > gap {
+                break;
             }
-            next = next.saturating_add(1);
+            if *wanted {
+                len = number.checked_add(1)?;
+            }
         }
-        at = end;
-        Some((first, end.saturating_sub(first)))
+        let first = at.checked_add(before)?;
+        at = first.checked_add(len)?;
+        Some((first, len))
     })
 }
 

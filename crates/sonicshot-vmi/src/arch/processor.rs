@@ -50,7 +50,7 @@ pub struct ForeignProcessor {
     pub number: usize,
     /// Its `CR3`, if it is told.
     pub cr3: Option<Cr3>,
-    /// What tells that its page tables are others.
+    /// The sign that its page tables are others.
     pub why: Foreign,
 }
 

@@ -35,7 +35,7 @@ pub enum Trace {
     },
     /// The kernel's log ends with its going.
     Log {
-        /// What it says.
+        /// Its text.
         line: String,
     },
     /// The BIOS started after the kernel did. Both times in seconds since midnight.
@@ -51,7 +51,7 @@ pub enum Trace {
         what: String,
         /// Where the kernel found it.
         at: Gpa,
-        /// What is there.
+        /// The content.
         found: String,
     },
     /// A record of the kernel's own, written once, holds something else.
@@ -60,7 +60,7 @@ pub enum Trace {
         what: &'static str,
         /// Where it is.
         at: KernelVa,
-        /// What it holds.
+        /// Its content.
         value: u64,
         /// What the kernel put there.
         expected: u64,

@@ -216,7 +216,7 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
     pub(super) fn try_text(&mut self, number: usize, text: &[u8], at: Option<Gpa>) -> Option<T> {
         let group = self.groups.get_mut(number)?;
         let end = memchr::memchr(0, text).unwrap_or(text.len());
-        let text = text.get(..end).unwrap_or_default();
+        let (text, _) = text.split_at(end);
         if !group.tried.insert(self.hasher.hash_one(text)) {
             return None;
         }

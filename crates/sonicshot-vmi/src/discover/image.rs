@@ -2,7 +2,7 @@
 
 use crate::arch::{Arch, MIN_PAGE, Tables, by_name};
 use crate::{AddressSpace, KernelVa};
-use sonicshot::{Gpa, GuestMemory};
+use sonicshot::{Gpa, GuestMemory, to_usize};
 use std::collections::HashSet;
 
 /// The pages that the kernel with these page tables points to from the writable part of its
@@ -16,13 +16,12 @@ pub(super) fn pointed_to(memory: &dyn GuestMemory, tables: &Tables) -> HashSet<G
     let (mut at, end) = image_range(arch, &space, tables.page_table);
     let mut pointers = Vec::new();
     let mut buffer = vec![0; PIECE];
-    while at < end {
+    while let Some(left) = end.offset_from(at).filter(|left| *left > 0) {
         let there = space.translate(at).ok();
         let len = there.map_or(MIN_PAGE as u64, |there| there.len);
-        let len = len.min(PIECE as u64).min(end.offset_from(at).unwrap_or(0));
-        let part = usize::try_from(len).unwrap_or(0);
+        let len = len.min(buffer.len() as u64).min(left);
         if let Some(there) = there
-            && let Some(part) = buffer.get_mut(..part)
+            && let Some(part) = buffer.get_mut(..to_usize(len))
             && memory.read(there.at, part).is_ok()
         {
             let (words, _) = part.as_chunks::<8>();
@@ -57,11 +56,12 @@ pub(crate) fn image_range(
     /// The image has unmapped gaps between its sections, of up to one large page each.
     const LARGEST_GAP: u64 = 8 << 20;
     let image = arch.image();
-    let start = KernelVa::new(stext.raw() & !image.align.saturating_sub(1));
+    let inside = image.align.checked_sub(1);
+    let start = inside.map_or(stext, |inside| KernelVa::new(stext.raw() & !inside));
     let limit = start.checked_add(image.max_len).unwrap_or(start);
     let mut at = start;
     let mut end = start;
-    while at < limit && at.offset_from(end).unwrap_or(0) <= LARGEST_GAP {
+    while at < limit && at.offset_from(end).is_none_or(|gap| gap <= LARGEST_GAP) {
         let step = match space.translate(at) {
             Ok(there) => {
                 let next = at.checked_add(there.len).unwrap_or(limit);

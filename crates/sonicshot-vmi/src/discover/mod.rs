@@ -37,7 +37,7 @@ pub(crate) struct Found<'m> {
     pub architecture: Architecture,
     pub space: AddressSpace<'m>,
     pub vmcoreinfo: Vmcoreinfo,
-    /// What KASLR added to the linked addresses.
+    /// The offset that KASLR added to the linked addresses.
     pub kaslr: u64,
     /// Where VMCOREINFO came from.
     pub origin: String,
@@ -166,7 +166,7 @@ fn confirm(memory: &dyn GuestMemory, text: &[u8]) -> Result<Tables, VmiError> {
         });
     }
     // The release in `init_uts_ns` is the running kernel's own.
-    let release = text.value("OSRELEASE").unwrap_or_default();
+    let release = text.value("OSRELEASE").unwrap_or(&[]);
     let mut names = [0; 1024];
     space
         .read(arch::need_address(text, "init_uts_ns")?, &mut names)

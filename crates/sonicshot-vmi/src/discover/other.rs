@@ -2,7 +2,7 @@
 
 use crate::error::VmiError;
 use crate::symbols::{search, there};
-use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory};
+use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, to_usize};
 
 /// Where the header of an arm64 kernel's image may lie: the image is a multiple of this above the
 /// beginning of memory (`Documentation/arch/arm64/booting.rst`; with KASLR, of 64 KiB).
@@ -93,7 +93,7 @@ fn is_zero(memory: &dyn GuestMemory) -> bool {
         for data in there(memory, region) {
             let mut at = data.start();
             while let Some(left) = data.end().offset_from(at).filter(|left| *left > 0) {
-                let len = usize::try_from(left).map_or(WINDOW, |left| left.min(WINDOW));
+                let len = to_usize(left).min(buffer.len());
                 let (bytes, _) = buffer.split_at_mut(len);
                 if memory.read(at, bytes).is_err() || !GuestBytes::from_slice(bytes).is_zero() {
                     return false;
@@ -121,16 +121,15 @@ fn banner(memory: &dyn GuestMemory) -> Option<String> {
 /// Calls `visit` with each banner and where it is, until it says no.
 fn each_banner(memory: &dyn GuestMemory, visit: &mut dyn FnMut(Gpa, String) -> bool) {
     const START: &[u8] = b"Linux version ";
-    let mut looked = 0_u32;
+    let mut others = 1..MAX_BANNERS;
     search(memory, START, &mut |at| {
-        looked = looked.saturating_add(1);
         let mut text = vec![0; MAX_BANNER];
         // At the end of memory there is less.
         while memory.read(at, &mut text).is_err() && text.len() > START.len() {
             text.truncate(text.len() / 2);
         }
         let goes_on = banner_in(&text, START).is_none_or(|banner| visit(at, banner));
-        goes_on && looked < MAX_BANNERS
+        goes_on && others.next().is_some()
     });
 }
 

@@ -1,7 +1,7 @@
 //! The search of all RAM for pages that begin with a text.
 
 use crate::arch::{MIN_PAGE, MIN_PAGE_MASK};
-use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError};
+use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, PageSize};
 
 /// How much is mapped at a time while searching.
 const WINDOW: u64 = 2 << 20;
@@ -14,53 +14,61 @@ fn windows(memory: &dyn GuestMemory) -> impl Iterator<Item = GpaRange> + '_ {
     /// So many from the top, and from the bottom: 128 MiB.
     const FIRST: u64 = 64;
     let regions = memory.layout().regions();
-    let last = regions.len().saturating_sub(1);
     let paravirtualised = memory.p2m().is_some();
-    let parts = move |number: usize, region: &GpaRange| {
-        let first = region.start().raw() & !(WINDOW - 1);
-        let count = region.end().raw().saturating_sub(first).div_ceil(WINDOW);
-        let top = if number == last { count.min(FIRST) } else { 0 };
-        let above = count.saturating_sub(top);
-        let bottom = number == 0 && paravirtualised;
-        let below = if bottom { above.min(FIRST) } else { 0 };
-        (first, below, above, count)
+    // The numbers of the windows of a region: the bottom that is first, what is left, and the top.
+    let parts = move |region: &GpaRange| {
+        let first = region.start().raw() / WINDOW;
+        let behind = region.end().raw().div_ceil(WINDOW);
+        let is_last = regions.last() == Some(region);
+        let top = behind.checked_sub(FIRST).filter(|top| *top > first);
+        let above = if is_last {
+            top.unwrap_or(first)
+        } else {
+            behind
+        };
+        let is_bottom = regions.first() == Some(region) && paravirtualised;
+        let bottom = first.checked_add(FIRST).filter(|bottom| *bottom < above);
+        let below = if is_bottom {
+            bottom.unwrap_or(above)
+        } else {
+            first
+        };
+        [first..below, below..above, above..behind]
     };
-    let window = |region: &GpaRange, first: u64, index: u64| {
-        let start = first.saturating_add(index.saturating_mul(WINDOW));
-        let end = start.saturating_add(WINDOW);
-        GpaRange::new(Gpa::new(start), Gpa::new(end)).intersection(region)
+    let window = |region: &GpaRange, number: u64| {
+        let start = Gpa::new(number.checked_mul(WINDOW)?);
+        // The last of all numbers ends with them.
+        let whole = GpaRange::with_len(start, WINDOW);
+        Some(whole.map_or(GpaRange::new(start, region.end()), |whole| {
+            whole.intersection(region)
+        }))
     };
     let bottom = regions.first().into_iter().flat_map(move |region| {
-        let (first, below, ..) = parts(0, region);
-        (0..below).map(move |index| window(region, first, index))
+        let [bottom, ..] = parts(region);
+        bottom.filter_map(move |number| window(region, number))
     });
     let top = regions.last().into_iter().flat_map(move |region| {
-        let (first, _, above, count) = parts(last, region);
-        (above..count)
-            .rev()
-            .map(move |index| window(region, first, index))
+        let [.., top] = parts(region);
+        top.rev().filter_map(move |number| window(region, number))
     });
-    let numbered = || regions.iter().enumerate();
-    let length = move |(number, region)| {
-        let (_, below, above, _) = parts(number, region);
-        above.saturating_sub(below)
-    };
-    let most = numbered().map(length).max().unwrap_or(0);
-    let inwards = (0..most.div_ceil(2)).flat_map(move |step| {
-        numbered().flat_map(move |(number, region)| {
-            let (first, below, above, _) = parts(number, region);
-            let count = above.saturating_sub(below);
-            let low = (step < count.div_ceil(2)).then_some(step);
-            let high = count
-                .checked_sub(step.saturating_add(1))
-                .filter(|high| *high >= count.div_ceil(2));
-            [high, low]
-                .into_iter()
-                .flatten()
-                .map(move |index| window(region, first, below.saturating_add(index)))
+    // From both ends of each, in turn.
+    let mut inner: Vec<_> = regions
+        .iter()
+        .map(|region| {
+            let [_, inner, _] = parts(region);
+            (region, inner)
         })
+        .collect();
+    let inwards = core::iter::from_fn(move || {
+        let mut ends = Vec::new();
+        for (region, left) in &mut inner {
+            let both = [left.next_back(), left.next()];
+            let numbers = both.into_iter().flatten();
+            ends.extend(numbers.filter_map(|number| window(region, number)));
+        }
+        (!ends.is_empty()).then_some(ends)
     });
-    bottom.chain(top).chain(inwards)
+    bottom.chain(top).chain(inwards.flatten())
 }
 
 /// Calls `visit` with each page that begins with `magic`, until it returns `false`.
@@ -98,13 +106,13 @@ pub(super) fn search(
             GuestBytes::from_slice(&buffer)
         };
         // Page-aligned in the guest; a region may begin anywhere.
-        let skew = start.raw().wrapping_neg() & MIN_PAGE_MASK;
+        let skew = PageSize::SIZE_4K.left_in_page(start.raw()) & MIN_PAGE_MASK;
         let Ok(skew) = usize::try_from(skew) else {
             continue;
         };
         for offset in (skew..len).step_by(MIN_PAGE) {
             if bytes.u64_at(offset) == Some(first)
-                && bytes.u16_at(offset.saturating_add(8)) == Some(second)
+                && offset.checked_add(8).and_then(|at| bytes.u16_at(at)) == Some(second)
             {
                 let at = start.checked_add(offset as u64);
                 if !at.is_none_or(&mut *visit) {

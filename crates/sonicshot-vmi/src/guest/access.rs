@@ -6,7 +6,7 @@ use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::symbols::Member;
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
-use sonicshot::Gpa;
+use sonicshot::{Gpa, to_usize};
 
 /// More processes than any kernel has: its `PID_MAX_LIMIT` (`include/linux/threads.h`).
 const MAX_TASKS: u64 = 1 << 22;
@@ -137,7 +137,7 @@ struct Members {
     tgid: u64,
     parent: u64,
     comm: u64,
-    comm_len: u64,
+    comm_len: usize,
     mm: u64,
 }
 
@@ -153,7 +153,7 @@ impl<'g, 'm> Tasks<'g, 'm> {
             tgid: need("tgid")?.offset,
             parent: need("real_parent")?.offset,
             comm: comm.offset,
-            comm_len: comm.size.or(comm.len).map_or(1, |len| len.min(MAX_COMM)),
+            comm_len: to_usize(comm.size.or(comm.len).map_or(1, |len| len.min(MAX_COMM))),
             mm: need("mm")?.offset,
         };
         let init = kernel.any_symbol("init_task")?;
@@ -186,9 +186,8 @@ impl<'g, 'm> Tasks<'g, 'm> {
         let mm = self
             .kernel
             .read_u64("task_struct.mm", at(task, members.mm)?)?;
-        let len = usize::try_from(members.comm_len).unwrap_or(0);
         let name = at(task, members.comm)?;
-        let name = self.kernel.space.read_str(name, len);
+        let name = self.kernel.space.read_str(name, members.comm_len);
         let found = Task {
             at: task,
             pid: number("task_struct.tgid", task)?,
@@ -204,7 +203,7 @@ impl<'g, 'm> Tasks<'g, 'm> {
         let Some(link) = self.next.take().filter(|link| *link != self.head) else {
             return Ok(None);
         };
-        self.seen = self.seen.saturating_add(1);
+        VmiError::count("tasks in the guest's list", &mut self.seen, 1)?;
         if self.seen > MAX_TASKS {
             return Err(VmiError::TooMany {
                 what: "tasks in the guest's list",

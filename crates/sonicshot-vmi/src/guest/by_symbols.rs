@@ -202,7 +202,9 @@ impl Anchor {
     fn places(&self, memory: &dyn GuestMemory, align: u64) -> Vec<(Gpa, u64)> {
         let mut places = Vec::new();
         search(memory, &self.needle, &mut |at| {
-            let behind = at.raw().wrapping_sub(self.at).checked_rem(align);
+            let distance = i128::from(at.raw()).checked_sub(self.at.into());
+            let behind = distance.and_then(|far| far.checked_rem_euclid(align.into()));
+            let behind = behind.and_then(|behind| u64::try_from(behind).ok());
             places.extend(behind.filter(|b| *b < self.within).map(|b| (at, b)));
             places.len() < MAX_PLACES
         });
@@ -217,7 +219,9 @@ impl Anchor {
         (arch, shape): (&dyn Arch, &KernelShape),
     ) -> Option<Image<'m>> {
         let at = Gpa::new(at.raw().checked_sub(behind)?);
-        let root = Gpa::new(at.raw().wrapping_add(self.table.wrapping_sub(self.at)));
+        let distance = i128::from(self.table).checked_sub(self.at.into())?;
+        let root = i128::from(at.raw()).checked_add(distance)?;
+        let root = Gpa::new(u64::try_from(root).ok()?);
         let page = shape.page_size;
         let is_table = root.raw() & page.offset_mask() == 0;
         if !is_table || !memory.layout().contains(root, page.bytes()) {
@@ -228,14 +232,14 @@ impl Anchor {
         for levels in shape.levels {
             let space = AddressSpace::new(memory, arch.walk(root, *levels));
             let is_at = |link: u64, kaslr: u64, there: Gpa| {
-                let at = KernelVa::new(link).wrapping_add(kaslr);
+                let at = KernelVa::new(link).moved_by(kaslr);
                 space.translate(at).is_ok_and(|found| found.at == there)
             };
             let kaslr = (0..=steps)
                 .filter_map(|step| step.checked_mul(arch.image().align))
                 .find(|kaslr| is_at(self.at, *kaslr, at) && is_at(self.table, *kaslr, root));
             if let Some(kaslr) = kaslr {
-                let running = |link: u64| KernelVa::new(link).wrapping_add(kaslr);
+                let running = |link: u64| KernelVa::new(link).moved_by(kaslr);
                 return Some(Image {
                     memory,
                     by: self.by,
@@ -321,7 +325,7 @@ fn check_one_build(set: &[Arc<dyn SymbolSource>]) -> Result<(), VmiError> {
 
 /// Refuses files of another build than the kernel whose banner is in memory.
 fn check_banner(set: &[Arc<dyn SymbolSource>], banner: Option<&str>) -> Result<(), VmiError> {
-    let banner = banner.map(str::trim).unwrap_or_default();
+    let banner = banner.map_or("", str::trim);
     for source in set {
         let file = source.banner().map(str::trim);
         if let Some(file) = file.filter(|file| *file != banner) {
@@ -346,11 +350,10 @@ fn linked(sources: &[Arc<dyn SymbolSource>], name: &str) -> Result<Option<u64>, 
 /// The build IDs of all that is in memory: of kernels, programs and libraries.
 fn build_ids(memory: &dyn GuestMemory) -> HashSet<Vec<u8>> {
     let mut ids = HashSet::new();
-    let mut seen = 0_u32;
+    let mut others = 1..MAX_NOTES_SEEN;
     search(memory, GNU, &mut |at| {
         ids.extend(build_id_at(memory, at));
-        seen = seen.saturating_add(1);
-        ids.len() < MAX_IDS && seen < MAX_NOTES_SEEN
+        ids.len() < MAX_IDS && others.next().is_some()
     });
     ids
 }

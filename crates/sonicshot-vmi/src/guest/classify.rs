@@ -10,7 +10,7 @@ use crate::note::{Note, TracesSought};
 use crate::owner;
 use crate::owner::processors::Verdict;
 use crate::shape;
-use sonicshot::{Fill, GpaRange, PageClass, PageMap};
+use sonicshot::{Fill, GpaRange, PageClass, PageMap, Tally};
 
 /// The class of every frame of a guest, and what stands behind it.
 #[derive(Debug, Clone)]
@@ -18,14 +18,14 @@ use sonicshot::{Fill, GpaRange, PageClass, PageMap};
 pub struct Classification {
     /// The class of every RAM frame.
     pub map: PageMap,
-    /// What the guest expects of free pages; [`Fill::Any`] of most: they write to a page before
-    /// they trust it.
+    /// The content that the guest expects of free pages; [`Fill::Any`] of most: they write to a
+    /// page before they trust it.
     pub free_fill: Fill,
     /// Every zone's numbers.
     pub zones: Vec<ZoneReport>,
     /// Blocks on which the sources disagree (kept), if there are any.
     pub disagreement: Option<Inconsistency>,
-    /// What the user should know: features of the guest, pages kept and why.
+    /// Notes for the user: features of the guest, pages kept and why.
     pub notes: Vec<Note>,
 }
 
@@ -114,8 +114,8 @@ impl LinuxGuest<'_> {
                     ..owned
                 })
             }
-            // The note that says so is the kernel's VMCOREINFO: one that was found without it may be
-            // any.
+            // The note that says so is the kernel's VMCOREINFO: one that was found without it may
+            // be any.
             Ok(Verdict::Crashed) if self.kernel.vmcoreinfo.is_none() => {
                 self.look_for_later_owner(on)
             }
@@ -131,7 +131,7 @@ impl LinuxGuest<'_> {
 
     /// Keeps the free frames of memory that may have another owner, and says how many.
     fn keep(&self, map: &mut PageMap, ranges: &[GpaRange]) -> Option<Note> {
-        let mut kept = 0_u64;
+        let mut kept = Tally::ZERO;
         for range in ranges {
             map.with_slices(
                 range.whole_frames(self.kernel.build.page_size),
@@ -142,14 +142,14 @@ impl LinuxGuest<'_> {
                             PageClass::FreeBuddy | PageClass::FreePcp | PageClass::Offline
                         ) {
                             *page = PageClass::Unknown.into();
-                            kept = kept.wrapping_add(1);
+                            kept.add(1);
                         }
                     }
                 },
             );
         }
-        (kept > 0).then(|| Note::FirmwareMemoryKept {
-            pages: kept,
+        (kept > Tally::ZERO).then(|| Note::FirmwareMemoryKept {
+            pages: kept.get(),
             places: ranges.to_vec(),
         })
     }

@@ -1,4 +1,4 @@
-//! What a kernel's records say of one frame.
+//! A kernel's records of one frame.
 
 use super::LinuxGuest;
 use super::lists::{FreeList, MigrateTypes};
@@ -10,7 +10,8 @@ use crate::mm::zone::{FreeLists, Listed, Zones};
 use crate::{KernelVa, VirtualMemory};
 use sonicshot::{GuestBytes, Pfn, PfnRange};
 
-/// The flags of a page by name (`include/linux/page-flags.h`), without those that are another's bit.
+/// The flags of a page by name (`include/linux/page-flags.h`), without those that are another's
+/// bit.
 const FLAGS: [&str; 27] = [
     "locked",
     "error",
@@ -49,16 +50,16 @@ const MAX_NAME: usize = 64;
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PageOwner {
-    /// What kind of owner it is: `anonymous`, `ksm`, `file`, `slab`, `movable`, or `none`.
+    /// The kind of owner: `anonymous`, `ksm`, `file`, `slab`, `movable`, or `none`.
     pub kind: &'static str,
     /// The owner's structure in the kernel, if the page leads to one.
     pub at: Option<KernelVa>,
-    /// Its name: a slab cache's, or of a file the file system's and the inode's number; if it can be
-    /// read.
+    /// Its name: a slab cache's, or of a file the file system's and the inode's number; if it can
+    /// be read.
     pub name: Option<String>,
 }
 
-/// What a `struct page` has in its words.
+/// The fields of a `struct page`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PageRecord {
@@ -100,7 +101,7 @@ pub struct ListedIn {
     pub is_whole: bool,
 }
 
-/// What one record says of whether a frame is free.
+/// One record's statement on whether a frame is free.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Witness {
@@ -108,11 +109,11 @@ pub struct Witness {
     pub record: &'static str,
     /// Whether it says that the frame is free; `None` if it says nothing of that.
     pub says_free: Option<bool>,
-    /// What it has, for people.
+    /// The record's content, for people.
     pub what: String,
 }
 
-/// What a kernel's records say of one frame.
+/// A kernel's records of one frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PageFacts {
@@ -128,17 +129,18 @@ pub struct PageFacts {
     pub owner: Option<PageOwner>,
     /// Blocks on lists that have it; more than one contradict each other.
     pub listed: Vec<ListedIn>,
-    /// What each record says of whether it is free. It counts as free if all that say something
-    /// say so.
+    /// The statement of each record on whether it is free. It counts as free if all that say
+    /// something say so.
     pub witnesses: Vec<Witness>,
 }
 
 impl LinuxGuest<'_> {
-    /// What the kernel's records say of the frame `pfn`: its `struct page`, the free lists, the zones
+    /// The kernel's records of the frame `pfn`: its `struct page`, the free lists, the zones
     /// and their counters, and which of them say that it is free.
     ///
     /// # Errors
-    /// [`VmiError`] if a list is none, or symbols or members that lead to the records are not known.
+    /// [`VmiError`] if a list is none, or symbols or members that lead to the records are not
+    /// known.
     pub fn page_facts(&self, pfn: Pfn) -> Result<PageFacts, VmiError> {
         let _tables = self.kernel.space.remember_tables();
         let (mem_map, layout, zones) = self.structures()?;

@@ -39,7 +39,7 @@ impl LinuxGuest<'_> {
         // On, or unknown: with poisoning every free page holds the pattern, so one that does
         // not proves it off. The same of zeroes.
         let memory = self.kernel.space.memory();
-        let (mut looked, mut with_pattern, mut zero) = (0_u32, 0_u32, 0_u32);
+        let (mut looked, mut with_pattern, mut zero) = (0, 0, 0);
         let mut page = self.kernel.page_buffer()?;
         for frame in looked_at(map) {
             let Some(at) = frame.gpa(self.kernel.build.page_size) else {
@@ -50,15 +50,15 @@ impl LinuxGuest<'_> {
                 Err(MemoryError::Absent { .. }) => continue,
                 read => read?,
             }
-            looked = looked.saturating_add(1);
-            if page.iter().all(|byte| *byte == PAGE_POISON) {
-                with_pattern = with_pattern.saturating_add(1);
-            } else if page.iter().all(|byte| *byte == 0) {
-                zero = zero.saturating_add(1);
-            }
+            let is_all = |with: u8| u64::from(page.iter().all(|byte| *byte == with));
+            let what = "free pages";
+            VmiError::count(what, &mut looked, 1)?;
+            VmiError::count(what, &mut with_pattern, is_all(PAGE_POISON))?;
+            VmiError::count(what, &mut zero, is_all(0))?;
         }
         // Where no flag tells, a few pages that were just freed or being given away decide nothing.
-        let most = |count: u32| count > looked.saturating_sub(looked.div_ceil(20));
+        let few = looked.checked_sub(looked.div_ceil(20));
+        let most = |count: u64| few.is_some_and(|few| count > few);
         if poisoned == Some(false) || poisoned.is_none() && !most(with_pattern) {
             return Ok(unless_poisoned(zeroed.unwrap_or(most(zero))));
         }

@@ -124,9 +124,9 @@ impl<'m> LinuxGuest<'m> {
         };
         let info = self.kernel.vmcoreinfo.as_ref();
         let sources = || self.kernel.sources().iter();
-        let own = files.saturating_add(1);
         let given = sources().take(files);
-        for source in given.chain(sources().skip(own).take(fallbacks)) {
+        // Between them stands the kernel's own.
+        for source in given.chain(sources().skip(files).skip(1).take(fallbacks)) {
             let wrong = |file: String, guest: String| VmiError::WrongKernel {
                 origin: source.origin().to_owned(),
                 file,
@@ -192,7 +192,7 @@ fn build_of(found: &Found<'_>, arch: &dyn Arch) -> Result<Build, VmiError> {
     Ok(Build {
         architecture: found.architecture,
         page_size,
-        release: info.osrelease().unwrap_or_default().to_owned(),
+        release: info.osrelease().unwrap_or("").to_owned(),
         kaslr: found.kaslr,
     })
 }

@@ -101,7 +101,7 @@ pub struct ZoneFree {
     pub counter: i64,
     /// Listed pages in isolated blocks.
     pub isolated: u64,
-    /// What each processor has of the zone.
+    /// The counts of each processor's lists of the zone.
     pub per_cpu: Vec<PerCpuCount>,
 }
 
@@ -115,8 +115,8 @@ impl ZoneFree {
         })
     }
 
-    /// What of it the counters contradict, for people: nothing of a guest that was stopped outside
-    /// its allocator.
+    /// Contradictions between it and the counters, for people: none of a guest that was stopped
+    /// outside its allocator.
     #[must_use]
     pub fn disagreements(&self) -> Vec<String> {
         let mut found = Vec::new();

@@ -7,7 +7,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// What may be known about a guest beforehand; by default nothing.
+/// Options for looking for a guest; by default none.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct GuestOptions {
@@ -26,9 +26,9 @@ impl GuestOptions {
         Self::default()
     }
 
-    /// Adds a System.map, a vmlinux, raw BTF or a [small symbol file](crate::symbols::SymbolFile) of
-    /// the guest's kernel; or a folder, of which those files are taken that say that they are of the
-    /// guest's build. Earlier files take precedence, and all files take precedence over what is
+    /// Adds a System.map, a vmlinux, raw BTF or a [small symbol file](crate::symbols::SymbolFile)
+    /// of the guest's kernel; or a folder, of which those files are taken that say that they are of
+    /// the guest's build. Earlier files take precedence, and all files take precedence over what is
     /// found in memory.
     #[must_use]
     pub fn symbols(mut self, path: impl AsRef<Path>) -> Self {
@@ -36,10 +36,10 @@ impl GuestOptions {
         self
     }
 
-    /// Adds a source that is asked for symbols if the kernel has no table of them in memory, such as
-    /// another tool's. What it says must agree with the kernel's VMCOREINFO, else the guest is refused
-    /// with [`VmiError::WrongKernel`](crate::VmiError::WrongKernel); without VMCOREINFO it is not
-    /// asked.
+    /// Adds a source that is asked for symbols if the kernel has no table of them in memory, such
+    /// as another tool's. What it says must agree with the kernel's VMCOREINFO, else the guest is
+    /// refused with [`VmiError::WrongKernel`](crate::VmiError::WrongKernel); without VMCOREINFO it
+    /// is not asked.
     #[must_use]
     pub fn fallback(mut self, source: Arc<dyn SymbolSource>) -> Self {
         self.fallbacks.push(source);

@@ -8,7 +8,7 @@ use sonicshot::{Gpa, GpaRange};
 const MAX_RESOURCES: u32 = 1 << 16;
 const NAME: &str = "System RAM";
 
-/// Every stretch of RAM at the top of the tree, lowest first as the tree has them. Memory that
+/// Every range of RAM at the top of the tree, lowest first as the tree has them. Memory that
 /// belongs to a device (virtio-mem, dax) lies below that device.
 pub(crate) fn system_ram(kernel: &Kernel<'_>) -> Result<Option<Vec<GpaRange>>, VmiError> {
     let Some(root) = kernel.symbol("iomem_resource")? else {
@@ -36,7 +36,8 @@ pub(crate) fn system_ram(kernel: &Kernel<'_>) -> Result<Option<Vec<GpaRange>>, V
         })?;
         let text = kernel.read_ptr("resource.name", field(at, name)?)?;
         // A longer name must not look the same.
-        let text = kernel.space.read_str(text, NAME.len().saturating_add(1));
+        const LEN: usize = NAME.len() + 1;
+        let text = kernel.space.read_str(text, LEN);
         if text.is_ok_and(|text| text == NAME) {
             let first = kernel.read_u64("resource.start", field(at, start)?)?;
             // Inclusive.

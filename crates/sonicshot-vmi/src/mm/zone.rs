@@ -102,9 +102,9 @@ pub(crate) struct Zones {
     pcp: Option<PcpLayout>,
     /// Whether the counters are without the per-CPU deltas.
     pub without_deltas: bool,
-    /// What they were found by. Where it is the shape alone, a block that says it is free and is
-    /// on no list is kept and counted, and no more: before a kernel has set up its struct pages,
-    /// those of the boot before may show.
+    /// The knowledge that they were found by. Where it is the shape alone, a block that says it is
+    /// free and is on no list is kept and counted, and no more: before a kernel has set up its
+    /// struct pages, those of the boot before may show.
     pub knowledge: Knowledge,
 }
 
@@ -251,12 +251,17 @@ impl Zones {
 
     /// How many processors can have been inside the allocator when the guest stopped.
     pub(crate) fn cpus(&self) -> u64 {
-        (self.cpu_offsets.len() as u64).max(1)
+        processors(&self.cpu_offsets)
     }
 
     pub(crate) fn max_order(&self) -> u64 {
         self.layout.orders.saturating_sub(1)
     }
+}
+
+/// How many processors there are that have areas at these offsets: of one processor there are none.
+pub(crate) fn processors(offsets: &[u64]) -> u64 {
+    (offsets.len() as u64).max(1)
 }
 
 /// The zone at `at`, unless it spans nothing.

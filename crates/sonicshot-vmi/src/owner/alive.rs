@@ -92,7 +92,7 @@ pub(crate) fn per_cpu_areas(kernel: &Kernel<'_>) -> Result<Vec<KernelVa>, VmiErr
     };
     Ok(cpus(kernel)?
         .into_iter()
-        .map(|cpu| symbol.wrapping_add(cpu.offset))
+        .map(|cpu| symbol.moved_by(cpu.offset))
         .collect())
 }
 
@@ -128,7 +128,7 @@ fn own_area(kernel: &Kernel<'_>, cpu: Cpu) -> Result<(), VmiError> {
         ))
     };
     if let Some(symbol) = kernel.symbol_from_table("this_cpu_off")? {
-        let value = kernel.read_u64("this_cpu_off", symbol.wrapping_add(cpu.offset))?;
+        let value = kernel.read_u64("this_cpu_off", symbol.moved_by(cpu.offset))?;
         if value != cpu.offset {
             return Err(wrong("this_cpu_off", value));
         }
@@ -139,7 +139,7 @@ fn own_area(kernel: &Kernel<'_>, cpu: Cpu) -> Result<(), VmiError> {
         None => hot(kernel, "cpu_number")?,
     };
     if let Some(symbol) = number {
-        let value = kernel.read_u32("cpu_number", symbol.wrapping_add(cpu.offset))?;
+        let value = kernel.read_u32("cpu_number", symbol.moved_by(cpu.offset))?;
         if u64::from(value) != cpu.number {
             return Err(wrong("cpu_number", value.into()));
         }
@@ -152,7 +152,7 @@ fn hot(kernel: &Kernel<'_>, member: &str) -> Result<Option<KernelVa>, VmiError> 
     let member = kernel.member("pcpu_hot", member)?;
     Ok(symbol
         .zip(member)
-        .map(|(symbol, member)| symbol.wrapping_add(member.offset)))
+        .map(|(symbol, member)| symbol.moved_by(member.offset)))
 }
 
 /// The task that a processor runs is of that processor (`task_cpu`), and is running (`on_cpu`,
@@ -165,12 +165,12 @@ fn own_task(kernel: &Kernel<'_>, cpu: Cpu) -> Result<(), VmiError> {
     let Some(current) = current else {
         return Ok(());
     };
-    let task = kernel.read_ptr("current_task", current.wrapping_add(cpu.offset))?;
+    let task = kernel.read_ptr("current_task", current.moved_by(cpu.offset))?;
     let field = |name: &str| -> Result<Option<u64>, VmiError> {
         let Some(member) = kernel.member("task_struct", name)? else {
             return Ok(None);
         };
-        let at = task.wrapping_add(member.offset);
+        let at = task.moved_by(member.offset);
         let mut bytes = [0; 4];
         // An int, or shorter (`on_cpu`).
         let len = member.size.and_then(|size| usize::try_from(size).ok());

@@ -2,6 +2,7 @@
 //! what a kernel without types says of its start and its end. Where there is no VMCOREINFO the log is
 //! found by its shape, which is the same in all of them.
 
+use sonicshot::to_usize;
 mod shape;
 
 use crate::deadline::Deadline;
@@ -111,6 +112,17 @@ pub(crate) fn lines(
 
 /// Of `prb_desc.state_var` what is the identifier; above is the state.
 const ID: u64 = u64::MAX >> 2;
+
+/// The identifier behind `id`: they count modulo 2^62.
+const fn id_after(id: u64) -> u64 {
+    id.wrapping_add(1) & ID
+}
+
+/// How many identifiers there are from one up to another.
+const fn ids_between(from: u64, to: u64) -> u64 {
+    to.wrapping_sub(from) & ID
+}
+
 /// `desc_committed` and `desc_finalized`: the line is whole.
 const WHOLE: core::ops::RangeInclusive<u64> = 1..=2;
 
@@ -162,7 +174,7 @@ impl<'k, 'm> Ring<'k, 'm> {
         const STEP: u64 = 1 << 10;
         let mut windows = Windows::new(self.kernel);
         let mut id = self.tail;
-        let count = 1_u64.checked_shl(self.count_bits).unwrap_or(0);
+        let count = 1_u64.unbounded_shl(self.count_bits);
         for number in 0..count {
             if number.is_multiple_of(STEP) {
                 self.deadline
@@ -173,7 +185,7 @@ impl<'k, 'm> Ring<'k, 'm> {
             if id == self.head || !goes_on {
                 break;
             }
-            id = id.wrapping_add(1) & ID;
+            id = id_after(id);
         }
         Ok(())
     }
@@ -182,7 +194,7 @@ impl<'k, 'm> Ring<'k, 'm> {
     fn line(&self, from: &mut Windows<'_, '_>, id: u64) -> Result<Option<Line>, VmiError> {
         let Windows { descs, infos, data } = from;
         let places = &self.places;
-        let mask = |bits: u32| (1_u64 << bits.min(63)).wrapping_sub(1);
+        let mask = |bits: u32| !u64::MAX.unbounded_shl(bits);
         let index = id & mask(self.count_bits);
         let mut desc = |what, offset| {
             descs.u64(
@@ -214,7 +226,7 @@ impl<'k, 'm> Ring<'k, 'm> {
             return Ok(None);
         }
         let at = element("the log's text", block, 0, 0, 8)?;
-        let text = data.part("the log's text", at, usize::try_from(len).unwrap_or(0))?;
+        let text = data.part("the log's text", at, to_usize(len))?;
         let text = String::from_utf8_lossy(text).into_owned();
         let what = "printk_info.dev_info";
         let device: [u8; 1] = infos.array(what, info(what, places.device)?)?;

@@ -175,7 +175,8 @@ fn landmarks(
     }
     for span in spans() {
         let frames = span.frames.len();
-        for nth in [0, frames / 2, frames.saturating_sub(1)] {
+        let nths = [Some(0), Some(frames / 2), frames.checked_sub(1)];
+        for nth in nths.into_iter().flatten() {
             let page = span.frames.start().checked_add(nth);
             if let Some(at) = page.and_then(|page| map.page_va(page)) {
                 add("a struct page", at)?;
@@ -191,7 +192,11 @@ fn landmarks(
     // The direct map leaves out what is not to be touched.
     if let Some(base) = arch::of(kernel)?.direct_map(kernel)? {
         for region in kernel.space.memory().layout().regions() {
-            for offset in [region.start().raw(), region.end().raw().saturating_sub(1)] {
+            let ends = [
+                Some(region.start().raw()),
+                region.end().raw().checked_sub(1),
+            ];
+            for offset in ends.into_iter().flatten() {
                 if let Some(at) = base.checked_add(offset)
                     && let Ok(landmark) = Landmark::new(kernel, "the direct map", at)
                 {

@@ -249,7 +249,7 @@ fn per_cpu(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         });
     }
     for (_, offset) in all {
-        let at = variable.wrapping_add(offset);
+        let at = variable.moved_by(offset);
         let value = kernel.read_u64("this_cpu_off", at)?;
         if value != offset {
             traces.push(Trace::Record {
@@ -291,7 +291,11 @@ fn tasks(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
                 value: at.raw(),
             });
         }
-        let task = KernelVa::new(at.raw().wrapping_sub(links));
+        let task = at.checked_sub(links).ok_or(VmiError::Corrupt {
+            what: "a list of tasks",
+            at: head,
+            value: at.raw(),
+        })?;
         let pointer = element("task_struct", task, 0, 0, stack)?;
         let end = kernel.read_ptr("task_struct.stack", pointer)?;
         // A task that has ended may have given its stack back.

@@ -20,8 +20,8 @@ pub(super) struct Tables<'m> {
 
 #[derive(Default)]
 struct Kept {
-    /// So many looks go on.
-    looks: usize,
+    /// One for each look that goes on.
+    looks: Vec<()>,
     tables: Vec<Option<(Gpa, Box<[u8; TABLE]>)>>,
 }
 
@@ -31,8 +31,8 @@ pub(crate) struct Remembered<'a, 'm>(&'a Tables<'m>);
 impl Drop for Remembered<'_, '_> {
     fn drop(&mut self) {
         let mut kept = self.0.kept();
-        kept.looks = kept.looks.wrapping_sub(1);
-        if kept.looks == 0 {
+        kept.looks.pop();
+        if kept.looks.is_empty() {
             kept.tables = Vec::new();
         }
     }
@@ -43,7 +43,7 @@ impl<'m> Tables<'m> {
         Self {
             memory,
             kept: Mutex::new(Kept {
-                looks: 0,
+                looks: Vec::new(),
                 tables: Vec::new(),
             }),
         }
@@ -56,7 +56,7 @@ impl<'m> Tables<'m> {
     /// Remembers tables until what is returned goes.
     pub(super) fn remember(&self) -> Remembered<'_, 'm> {
         let mut kept = self.kept();
-        kept.looks = kept.looks.wrapping_add(1);
+        kept.looks.push(());
         Remembered(self)
     }
 
@@ -74,7 +74,7 @@ impl<'m> Tables<'m> {
         let table = Gpa::new(at.raw().checked_sub(offset as u64)?);
         let place = usize::try_from(table.raw() >> 12).ok()? % KEPT_TABLES;
         let mut kept = self.kept();
-        if kept.looks == 0 {
+        if kept.looks.is_empty() {
             return None;
         }
         if kept.tables.is_empty() {

@@ -77,11 +77,10 @@ pub(super) fn add(
     zones: &mut [Zone],
     per_cpu: &percpu::PerCpu,
 ) -> Result<(), VmiError> {
-    let bound = zone::counter_bound(
-        area.orders.saturating_sub(1),
-        (per_cpu.offsets.len() as u64).max(1),
-        !per_cpu.with_deltas,
-    );
+    let processors = zone::processors(&per_cpu.offsets);
+    let bound = area.orders.checked_sub(1);
+    let bound =
+        bound.and_then(|order| zone::counter_bound(order, processors, !per_cpu.with_deltas));
     let bound = bound.ok_or_else(no_counters)?;
     let has_lines = !per_cpu.offsets.is_empty() && per_cpu.offsets != [0];
     let place = |offset: u64| {
@@ -93,8 +92,10 @@ pub(super) fn add(
         });
         Place::new(offset, rows.collect::<Option<_>>()?)
     };
-    let first = area.orders.saturating_mul(area.size);
-    let places = (first..first.saturating_add(ZONE_TAIL)).step_by(8);
+    let first = area.orders.checked_mul(area.size);
+    let last = first.and_then(|first| first.checked_add(ZONE_TAIL));
+    let (first, last) = first.zip(last).ok_or_else(no_counters)?;
+    let places = (first..last).step_by(8);
     let places: Vec<Place> = places.filter_map(place).collect();
     let place = told(&places, |unsure| summed(look, listed, unsure, bound))?;
     for (zone, counted) in zones.iter_mut().zip(place.counts()) {
@@ -210,7 +211,9 @@ impl Window {
         self.next = at.checked_add(8);
         self.row.rotate_left(1);
         *self.row.last_mut()? = word.cast_signed();
-        self.len = self.len.saturating_add(1).min(self.row.len());
+        if self.len < self.row.len() {
+            self.len = self.len.checked_add(1)?;
+        }
         let before = (self.row.len() as u64).checked_sub(1)?.checked_mul(8)?;
         let start = KernelVa::new(at.raw().checked_sub(before)?);
         (self.len == self.row.len()).then_some((start, self.row))

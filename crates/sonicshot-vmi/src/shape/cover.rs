@@ -48,7 +48,7 @@ pub(crate) fn check(
             refuse("a zone of the kernel", there.at)?;
         }
         for offset in &zones.cpu_offsets {
-            if let Ok(there) = space.translate(zone.pageset.wrapping_add(*offset)) {
+            if let Ok(there) = space.translate(zone.pageset.moved_by(*offset)) {
                 refuse("a per-CPU list of the kernel", there.at)?;
             }
         }
@@ -58,9 +58,10 @@ pub(crate) fn check(
 
 /// The pages at the beginning of the image.
 fn pages(image: (KernelVa, KernelVa), page_size: PageSize) -> impl Iterator<Item = KernelVa> {
-    let len = image.1.offset_from(image.0).map_or(0, |len| len.min(CODE));
-    let count = len.div_ceil(page_size.bytes());
-    (0..count).filter_map(move |number| image.0.checked_add(number.checked_mul(page_size.bytes())?))
+    let len = image.1.offset_from(image.0).map(|len| len.min(CODE));
+    let count = len.map(|len| len.div_ceil(page_size.bytes()));
+    let numbers = count.into_iter().flat_map(|count| 0..count);
+    numbers.filter_map(move |number| image.0.checked_add(number.checked_mul(page_size.bytes())?))
 }
 
 /// Where the kernel's image begins: the first mapping where one may be.

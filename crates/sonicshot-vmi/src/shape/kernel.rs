@@ -17,7 +17,7 @@ use crate::mm::page::PageLayout;
 use crate::mm::zone::{AreaLayout, Zone, Zones};
 use crate::owner::processors::Owners;
 use crate::{AddressSpace, KernelVa, symbols};
-use sonicshot::{Gpa, GuestMemory};
+use sonicshot::{Gpa, GuestMemory, Tally};
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -90,7 +90,9 @@ pub(crate) fn find<'m>(
         why: None,
         broken: Vec::new(),
         tried: 0,
-        all: (places.len() as u64).saturating_mul(pass.records.len() as u64),
+        all: Tally::new(places.len() as u64)
+            .times(pass.records.len() as u64)
+            .get(),
     };
     for records in &pass.records {
         for (at, levels) in &places {
@@ -98,7 +100,7 @@ pub(crate) fn find<'m>(
         }
     }
     let found = pass.records.iter().map(|records| records.found);
-    search.outcome(found.fold(0, u64::saturating_add))
+    search.outcome(found.sum::<Tally>().get())
 }
 
 /// Of `tops` the first of each kernel half: every process has its own top table, and in all of them that
@@ -207,8 +209,7 @@ impl<'m> Search<'m> {
             }
         }
         self.deadline.check(what, self.tried, self.all)?;
-        self.tried = self.tried.saturating_add(1);
-        Ok(())
+        VmiError::count("page tables", &mut self.tried, 1)
     }
 
     fn candidate(
@@ -376,11 +377,11 @@ fn zones_by_shape(
     let exits = Exits::find(map, layout)?;
     let mut stands = None;
     for migrate_types in MIGRATE_TYPES {
-        let lists = migrate_types.saturating_mul(16);
+        let lists = migrate_types << 4;
         let area = AreaLayout {
             free_area: ZONE_HEAD,
             orders,
-            size: lists.saturating_add(8),
+            size: lists | 8,
             migrate_types,
             nr_free: lists,
         };
@@ -434,7 +435,10 @@ fn spanned_pages(
     listed: &[Listed],
     map: &MemMap<'_>,
 ) -> Result<u64, VmiError> {
-    let last = map.spans().last().map_or(0, |span| span.frames.end().raw());
+    // A section is always whole in struct pages, and no larger than this.
+    let last = map.spans().last();
+    let last = last.and_then(|span| span.frames.end().checked_add(1 << 15));
+    let last = last.ok_or_else(|| unsupported("no struct pages"))?.raw();
     let fits = |zone: &Listed, offset: u64| {
         let word = |number: u64| {
             let offset = number.checked_mul(8)?.checked_add(offset)?;
@@ -447,19 +451,20 @@ fn spanned_pages(
         };
         let sums = &zone.sums;
         start <= sums.first
-            && start.checked_add(spanned).is_some_and(|end| end >= sums.end)
-            // A section is always whole in struct pages, and no larger than this.
-            && start.saturating_add(spanned) <= last.saturating_add(1 << 15)
+            && start
+                .checked_add(spanned)
+                .is_some_and(|end| end >= sums.end && end <= last)
             && sums.pages <= managed
             && managed <= present
             && present <= spanned
     };
-    let last_word = ZONE_HEAD.saturating_sub(32);
-    let mut offsets = (0..=last_word)
+    const LAST_WORD: u64 = ZONE_HEAD - 32;
+    let offsets = (0..=LAST_WORD)
         .step_by(8)
         .filter(|offset| listed.iter().all(|zone| fits(zone, *offset)));
+    let mut offsets = offsets.filter_map(|offset| offset.checked_add(16));
     match (offsets.next(), offsets.next()) {
-        (Some(offset), None) => Ok(offset.saturating_add(16)),
+        (Some(offset), None) => Ok(offset),
         (None, _) => Err(unsupported("zones that do not say which frames they span")),
         _ => Err(unsupported("zones that say twice which frames they span")),
     }

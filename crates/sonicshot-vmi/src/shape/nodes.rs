@@ -1,10 +1,10 @@
 //! Whether zones that were found by their lists are this kernel's.
 //!
-//! An earlier boot's zones may still be there, with lists of struct pages that this boot has not set
-//! up. Such a zone is whole by itself; what it lacks is this kernel's word. Two are asked for:
+//! An earlier boot's zones may still be there, with lists of struct pages that this boot has not
+//! set up. Such a zone is whole by itself; what it lacks is this kernel's word. Two are asked for:
 //!
-//! - A zone points to its node (`zone_pgdat`, `include/linux/mmzone.h`), which begins with its zones;
-//!   and the node lies in the kernel's image (`contig_page_data`), or the image points to it
+//! - A zone points to its node (`zone_pgdat`, `include/linux/mmzone.h`), which begins with its
+//!   zones; and the node lies in the kernel's image (`contig_page_data`), or the image points to it
 //!   (`node_data`). What is not so is no zone.
 //! - The pages of each zone have its number and its node's in the highest bits of their flags
 //!   (`set_page_links`), so those of two zones differ there.
@@ -32,7 +32,7 @@ pub(super) struct Owned {
     pub nodes: Vec<KernelVa>,
     /// From an array back to the zone's pointer to its node.
     pub pointer: u64,
-    /// What the image has that may be a processor's displacement.
+    /// Words of the image that may be a processor's displacement.
     pub displacements: Displacements,
 }
 
@@ -133,8 +133,7 @@ fn differ(look: &Look<'_, '_>, arrays: &[KernelVa], area: &AreaLayout) -> Result
     }
     // Zone and node are above all that is of the page itself.
     let varying = flags.iter().fold(0, |bits, (all, any)| bits | (all ^ any));
-    let low = u64::BITS.saturating_sub(varying.leading_zeros());
-    let of_zone = u64::MAX.checked_shl(low).unwrap_or(0);
+    let of_zone = !u64::MAX.unbounded_shr(varying.leading_zeros());
     let mut keys: Vec<u64> = flags.iter().map(|(all, _)| all & of_zone).collect();
     keys.sort_unstable();
     let all = keys.len();

@@ -1,11 +1,12 @@
 //! Each processor's lists of free pages, by their shape.
 //!
-//! A zone has, behind the pointer to its node (`zone_pgdat`), the `__percpu` pointers `per_cpu_pageset` and, since 5.14, `per_cpu_zonestats`
-//! (`include/linux/mmzone.h`). What is added to them for each processor stands in an array of the
-//! kernel's image, `__per_cpu_offset`: whole pages. Added up they lead, for every zone and every
-//! processor, to a `struct per_cpu_pages`: some numbers, then a row of list heads, three migrate
-//! types an order up to order 3 and then one or two lists of huge pages (before 5.14, three lists).
-//! A word of the image that does so for every zone is a processor's.
+//! A zone has, behind the pointer to its node (`zone_pgdat`), the `__percpu` pointers
+//! `per_cpu_pageset` and, since 5.14, `per_cpu_zonestats` (`include/linux/mmzone.h`). What is added
+//! to them for each processor stands in an array of the kernel's image, `__per_cpu_offset`: whole
+//! pages. Added up they lead, for every zone and every processor, to a `struct per_cpu_pages`: some
+//! numbers, then a row of list heads, three migrate types an order up to order 3 and then one or
+//! two lists of huge pages (before 5.14, three lists). A word of the image that does so for every
+//! zone is a processor's.
 //!
 //! Which of the numbers is `count` is told by the lists: it is the one, in the same place for all
 //! zones and processors, that says how many pages they hold; of two lists at least, for each would
@@ -19,6 +20,7 @@ use crate::error::VmiError;
 use crate::kernel::element;
 use crate::mm::zone::{PcpLayout, Zone};
 use crate::{KernelVa, VirtualMemory};
+use sonicshot::Tally;
 
 /// `NR_CPUS` is 8192 at most.
 const MAX_CPUS: usize = 8192;
@@ -33,7 +35,7 @@ const COUNT_BEFORE: core::ops::RangeInclusive<u64> = 16..=28;
 /// The per-CPU lists of all zones.
 #[derive(Debug)]
 pub(crate) struct PerCpu {
-    /// What is added to a `__percpu` pointer, for each possible processor.
+    /// The displacement that is added to a `__percpu` pointer, for each possible processor.
     pub offsets: Vec<u64>,
     /// Where the lists are behind `per_cpu_pageset`; or why they are not told.
     pub lists: Result<PcpLayout, String>,
@@ -89,7 +91,7 @@ pub(crate) fn find(
     if with_deltas && !one_processor {
         for (zone, base) in zones.iter_mut().zip(stats) {
             for offset in &offsets {
-                let at = base.wrapping_add(*offset).wrapping_add(nr_free_pages);
+                let at = base.moved_by(*offset).moved_by(nr_free_pages);
                 let mut byte = [0];
                 let read = heads.space.read(at, &mut byte);
                 read.map_err(VmiError::read("vm_stat_diff"))?;
@@ -119,7 +121,7 @@ fn processors(
     let row_of = |offset: u64| {
         let mut rows = zones
             .iter()
-            .map(|zone| row(heads, zone.pageset.wrapping_add(offset)));
+            .map(|zone| row(heads, zone.pageset.moved_by(offset)));
         let first = rows.next()??;
         rows.all(|row| row == Some(first)).then_some(first)
     };
@@ -168,7 +170,8 @@ fn row(heads: &Heads<'_, '_>, at: KernelVa) -> Option<Row> {
         .take_while(|at| is_head(*at).is_some())
         .count() as u64;
     // Three lists; twelve; one or two of huge pages more.
-    let fits = lists == TYPES || (LISTS..=LISTS.saturating_add(2)).contains(&lists);
+    const WITH_HUGE: u64 = LISTS + 2;
+    let fits = lists == TYPES || (LISTS..=WITH_HUGE).contains(&lists);
     fits.then_some(Row { lists_at, lists })
 }
 
@@ -192,32 +195,33 @@ fn count_of(
     let mut left = frames_of(heads.map)?;
     for zone in zones {
         for offset in offsets {
-            let at = zone.pageset.wrapping_add(*offset);
-            let all = (zones.len() as u64).saturating_mul(offsets.len() as u64);
+            let at = zone.pageset.moved_by(*offset);
+            let all = Tally::new(zones.len() as u64).times(offsets.len() as u64);
             look.deadline
-                .check("processors' lists", sums.len() as u64, all)?;
+                .check("processors' lists", sums.len() as u64, all.get())?;
             sums.push((at, pages_in(heads, at, &layout(0), &mut left)));
         }
     }
     if !sums.iter().any(|(_, pages)| pages.is_some_and(|n| n > 0)) {
         return Ok(Err("they are all empty, or were being changed".into()));
     }
-    let places = (0..row.lists_at)
-        .step_by(4)
-        .filter(|count| COUNT_BEFORE.contains(&row.lists_at.saturating_sub(*count)));
-    let mut agree: Vec<(usize, u64)> = Vec::new();
+    let places = (0..row.lists_at).step_by(4).filter(|count| {
+        let before = row.lists_at.checked_sub(*count);
+        before.is_some_and(|before| COUNT_BEFORE.contains(&before))
+    });
+    let mut agree: Vec<(u64, u64)> = Vec::new();
     for place in places {
-        let (mut fit, mut with_pages) = (0_usize, 0_usize);
+        let (mut fit, mut with_pages) = (0, false);
         for (at, pages) in &sums {
             let count = heads
                 .space
                 .read_u32(element("per_cpu_pages", *at, 0, 0, place)?);
             let count = count.map_err(VmiError::read("per_cpu_pages.count"))?;
             let fits = *pages == Some(count.into());
-            fit = fit.saturating_add(usize::from(fits));
-            with_pages = with_pages.saturating_add(usize::from(fits && count > 0));
+            VmiError::count("processors' lists", &mut fit, u64::from(fits))?;
+            with_pages |= fits && count > 0;
         }
-        if with_pages > 0 {
+        if with_pages {
             agree.push((fit, place));
         }
     }

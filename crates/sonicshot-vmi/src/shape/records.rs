@@ -9,7 +9,7 @@ use crate::KernelVa;
 use crate::arch::Arch;
 use crate::error::VmiError;
 use crate::symbols::there;
-use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, PageSize};
+use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, PageSize, to_usize};
 
 /// The size of `struct page`.
 pub(crate) const STRIDE: u64 = 64;
@@ -87,7 +87,7 @@ impl Records {
                     keep = !keep;
                     keep
                 });
-                self.every = self.every.saturating_mul(2);
+                self.every = self.every.checked_mul(2).unwrap_or(self.every);
             }
             // The capacity is even, so this one is of those that stay.
             self.kept.push(record);
@@ -129,10 +129,10 @@ pub(crate) fn find(
             while at < data.end() {
                 // Whole pages, so that each record is whole.
                 let start = Gpa::new(at.raw() & !page_size.offset_mask()).max(region.start());
-                let end =
-                    Gpa::new((start.raw() | (WINDOW - 1)).saturating_add(1)).min(region.end());
+                let end = Gpa::new(start.raw() | (WINDOW - 1)).checked_add(1);
+                let end = end.map_or(region.end(), |end| end.min(region.end()));
                 let window = GpaRange::new(start, end);
-                let len = usize::try_from(window.len()).unwrap_or(0);
+                let len = to_usize(window.len());
                 let mapped = memory.map(start, len)?;
                 let bytes = if let Some(mapped) = &mapped {
                     Some(mapped.bytes())
@@ -163,7 +163,8 @@ pub(crate) fn find(
 fn look(bytes: &GuestBytes<'_>, start: Gpa, found: &mut [Records; 3]) {
     for offset in (0..bytes.len()).step_by(LEN) {
         // The type below, no reference above.
-        let Some(word) = bytes.u64_at(offset.saturating_add(48)) else {
+        let word = offset.checked_add(48).and_then(|at| bytes.u64_at(at));
+        let Some(word) = word else {
             break;
         };
         let Some(number) = BUDDY.iter().position(|buddy| word == u64::from(*buddy)) else {

@@ -2,11 +2,11 @@
 //!
 //! The pointers in a record are kernel addresses, and only page tables tell where they lead. With
 //! the kernel's own they lead to other records, which point back; a record's address is then told
-//! by its neighbour, and with it in which stretch of the kernel's mappings the array of struct pages
-//! (vmemmap) lies. It begins where the stretch does (`kaslr_regions`, `arch/x86/mm/kaslr.c`: at a
+//! by its neighbour, and with it in which range of the kernel's mappings the array of struct pages
+//! (vmemmap) lies. It begins where the range does (`kaslr_regions`, `arch/x86/mm/kaslr.c`: at a
 //! multiple of 1 GiB). Tables of a kernel that is gone, of another, or of a nested guest lead
 //! elsewhere, or to no zone. Whoever can write to the guest's memory can make records without end,
-//! which lead to each other in the direct map: of tables that a processor runs on every stretch may
+//! which lead to each other in the direct map: of tables that a processor runs on every range may
 //! be the array, those first for which most records speak, and zones decide.
 
 use super::records::{LRU, Records};
@@ -25,10 +25,10 @@ const PHASES: usize = 8;
 const FIRST: usize = ASKED / PHASES;
 /// So many records must lead to others that lead back.
 const ENOUGH: u64 = 4;
-/// More stretches than this in the kernel half of the address space are no kernel's; nor does one that
+/// More ranges than this in the kernel half of the address space are no kernel's; nor does one that
 /// is a kernel's array of struct pages go on for so many steps.
 const MAX_STRETCHES: usize = 1 << 10;
-/// A stretch begins at a multiple of this.
+/// A range begins at a multiple of this.
 const STEP: u64 = 1 << 30;
 
 /// Page tables under which the records stand.
@@ -50,7 +50,7 @@ pub(crate) struct Root {
 /// runs on (`told`) anywhere, of others only where records lead to each other.
 ///
 /// # Errors
-/// [`VmiError::TooMany`] if the tables map more stretches than a kernel's, [`VmiError::OutOfTime`].
+/// [`VmiError::TooMany`] if the tables map more ranges than a kernel's, [`VmiError::OutOfTime`].
 pub(crate) fn stand(
     memory: &dyn GuestMemory,
     walk: &dyn Paging,
@@ -70,7 +70,7 @@ pub(crate) fn stand(
     let stretches = walk.stretches(memory, MAX_STRETCHES, deadline)?;
     if stretches.len() > MAX_STRETCHES {
         return Err(VmiError::TooMany {
-            what: "stretches of mappings in the kernel half of a page table",
+            what: "ranges of mappings in the kernel half of a page table",
             found: stretches.len() as u64,
             most: MAX_STRETCHES as u64,
         });
@@ -80,7 +80,7 @@ pub(crate) fn stand(
         let above = begins.partition_point(|(_, begin)| *begin <= node);
         let begin = above.checked_sub(1).and_then(|at| begins.get_mut(at));
         if let Some((votes, _)) = begin {
-            *votes = votes.saturating_add(1);
+            VmiError::count("records of free pages", votes, 1)?;
         }
     }
     Ok(roots(walk, at, &place, begins, 0))
@@ -108,9 +108,9 @@ fn roots(
     begins.into_iter().filter_map(root).collect()
 }
 
-/// Where the range of mappings begins that each of `nodes` is in, with how many are in it. Of tables
-/// that no processor is known to run on there may be more ranges than can be gone through; those that
-/// no record is in say nothing.
+/// Where the range of mappings begins that each of `nodes` is in, with how many are in it. Of
+/// tables that no processor is known to run on there may be more ranges than can be gone through;
+/// those that no record is in say nothing.
 fn begins_below(
     nodes: &[KernelVa],
     is_mapped: &dyn Fn(u64) -> bool,
@@ -119,7 +119,7 @@ fn begins_below(
     let mut votes: BTreeMap<u64, u64> = BTreeMap::new();
     for node in nodes {
         let vote = votes.entry(node.raw() & !(STEP - 1)).or_default();
-        *vote = vote.saturating_add(1);
+        VmiError::count("records of free pages", vote, 1)?;
     }
     let mut begins: BTreeMap<u64, u64> = BTreeMap::new();
     for (number, (from, count)) in (0_u64..).zip(&votes) {
@@ -133,7 +133,7 @@ fn begins_below(
             .find(|at| is_mapped(*at) && !at.checked_sub(1).is_some_and(is_mapped));
         if let Some(begin) = begin {
             let sum = begins.entry(begin).or_default();
-            *sum = sum.saturating_add(*count);
+            VmiError::count("records of free pages", sum, *count)?;
         }
     }
     let begins = begins.into_iter();
@@ -158,22 +158,24 @@ fn nodes(
     let step = records.kept.len().div_ceil(ASKED).max(1);
     // The first are from everywhere, too.
     let phases = (0..PHASES).filter_map(|phase| records.kept.get(phase.checked_mul(step)?..));
-    let spread = phases.flat_map(|rest| rest.iter().step_by(step.saturating_mul(PHASES)));
+    let Some(stride) = step.checked_mul(PHASES) else {
+        return found;
+    };
+    let spread = phases.flat_map(|rest| rest.iter().step_by(stride));
     for (asked, record) in spread.enumerate() {
         if asked >= FIRST && found.is_empty() && !told {
             break;
         }
         for (neighbour, is_next) in [(record.next, true), (record.prev, false)] {
-            let page = neighbour.raw().wrapping_sub(LRU);
-            let Some(other) = place(page).and_then(|there| records.at(memory, there)) else {
+            let page = neighbour.raw().checked_sub(LRU);
+            let there = page.and_then(place);
+            let Some(other) = there.and_then(|there| records.at(memory, there)) else {
                 continue;
             };
             let back = if is_next { other.prev } else { other.next };
-            let own = back.raw().wrapping_sub(LRU);
+            let own = back.checked_sub(LRU);
             // If it names another, this one is a copy of that.
-            if place(own) == Some(record.at) {
-                found.push(KernelVa::new(own));
-            }
+            found.extend(own.filter(|own| place(own.raw()) == Some(record.at)));
         }
     }
     found

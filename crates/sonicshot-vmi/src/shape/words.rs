@@ -3,7 +3,7 @@
 use super::heads::Look;
 use crate::KernelVa;
 use crate::error::VmiError;
-use sonicshot::{Gpa, GuestBytes};
+use sonicshot::{Gpa, GuestBytes, PageSize, to_usize};
 
 /// Where the page of the kernel's image at `at` is, if it still is the kernel's: it has given back what
 /// it needs no more once it is up, and that may be anybody's.
@@ -37,8 +37,7 @@ pub(super) fn each_page(look: &Look<'_, '_>, visit: &mut Visit<'_>) -> Result<()
     let (mut at, end) = look.image;
     while let Some(left) = end.offset_from(at).filter(|left| *left > 0) {
         let there = space.translate(at).ok();
-        let stretch = there.map_or(size, |there| there.len.min(left).min(PIECE));
-        let count = stretch.checked_div(size).unwrap_or(0).max(1);
+        let count = pages_in_piece(there.map(|there| there.len.min(left)), map.page_size);
         if let Some(there) = there
             && !buffers.words(look, (at, there.at), count, visit)?
         {
@@ -63,6 +62,14 @@ pub(super) fn each_page(look: &Look<'_, '_>, visit: &mut Visit<'_>) -> Result<()
     Ok(())
 }
 
+/// How many pages are looked at together where so much follows itself in memory.
+fn pages_in_piece(len: Option<u64>, page_size: PageSize) -> u64 {
+    let len = len.filter(|len| *len < PIECE).or(len.map(|_| PIECE));
+    let pages = len.map(|len| len >> page_size.shift());
+    // Where nothing is, or less than a page, there is a page to pass over.
+    pages.filter(|pages| *pages > 0).unwrap_or(1)
+}
+
 /// Room for a piece of the image, and for its struct pages.
 #[derive(Default)]
 struct Buffers {
@@ -82,18 +89,20 @@ impl Buffers {
     ) -> Result<bool, VmiError> {
         let map = look.heads.map;
         let stride = map.stride_len()?;
-        let size = usize::try_from(map.page_size.bytes()).unwrap_or(0);
-        let Some(count) = usize::try_from(count).ok().filter(|_| size > 0) else {
+        let size = map.page_size.size();
+        let lens = size.checked_mul(to_usize(count));
+        let lens = lens.zip(stride.checked_mul(to_usize(count)));
+        let (Some((pages, records)), Some(others)) = (lens, count.checked_sub(1)) else {
             return Ok(false);
         };
-        let pages = room(&mut self.pages, size.saturating_mul(count));
-        let records = room(&mut self.records, stride.saturating_mul(count));
+        let pages = room(&mut self.pages, pages);
+        let records = room(&mut self.records, records);
         // Of one section, where they follow each other.
         let first = there.pfn(map.page_size);
-        let last = first.checked_add((count as u64).saturating_sub(1));
+        let last = first.checked_add(others);
         let record = map.page_va(first).filter(|record| {
             let end = last.and_then(|last| map.page_va(last)?.offset_from(*record));
-            let len = (count as u64).saturating_sub(1).checked_mul(map.stride);
+            let len = others.checked_mul(map.stride);
             end.is_some() && end == len
         });
         let is_there = record.is_some_and(|at| map.copy_pages(at, records).is_ok())
@@ -123,5 +132,6 @@ fn room(buffer: &mut Vec<u8>, len: usize) -> &mut [u8] {
     if buffer.len() < len {
         buffer.resize(len, 0);
     }
-    buffer.get_mut(..len).unwrap_or_default()
+    let (start, _) = buffer.split_at_mut(len);
+    start
 }

@@ -14,7 +14,7 @@ use crate::mm::mem_map::MemMap;
 use crate::mm::page::{FreeMark, PageLayout};
 use crate::mm::zone::{AreaLayout, MAX_ORDERS, Zone};
 use crate::{AddressSpace, KernelVa, VirtualMemory};
-use sonicshot::{GuestBytes, Pfn, PfnRange};
+use sonicshot::{GuestBytes, Pfn, PfnRange, to_usize};
 use std::collections::{HashMap, HashSet};
 
 /// 64 nodes of five zones of 14 orders of 8 migrate types have 35,840 lists.
@@ -35,7 +35,7 @@ impl Exits {
     /// Looks at every struct page.
     pub(crate) fn find(map: &MemMap<'_>, layout: &PageLayout) -> Result<Self, VmiError> {
         let mut exits = Self::default();
-        let stride = usize::try_from(map.stride).unwrap_or(usize::MAX);
+        let stride = to_usize(map.stride);
         let Some(lru) = usize::try_from(layout.lru).ok() else {
             return Ok(exits);
         };
@@ -55,7 +55,9 @@ impl Exits {
         stride: usize,
         lru: usize,
     ) -> Result<(), VmiError> {
-        let count = pages.len().checked_div(stride).unwrap_or(0);
+        let Some(count) = pages.len().checked_div(stride) else {
+            return Ok(());
+        };
         for at in (0..pages.len()).step_by(stride).take(count) {
             let Some(page) = pages.get(at, stride) else {
                 break;
@@ -63,7 +65,8 @@ impl Exits {
             let Some(FreeMark::Buddy { order }) = layout.free_mark(&page) else {
                 continue;
             };
-            for node in [lru, lru.saturating_add(8)] {
+            let nodes = [Some(lru), lru.checked_add(8)].into_iter().flatten();
+            for node in nodes {
                 let Some(node) = page.u64_at(node).map(KernelVa::new) else {
                     continue;
                 };
@@ -98,7 +101,7 @@ impl Exits {
         for (head, order) in &self.heads {
             for array in starts(*head, *order, area) {
                 let votes = votes.entry(array).or_default();
-                *votes = votes.saturating_add(1);
+                VmiError::count("heads of free lists", votes, 1)?;
             }
         }
         // The best first; a head that is in one array is in no other.
@@ -113,7 +116,7 @@ impl Exits {
             let has_vote =
                 |head: &&KernelVa| self.heads.contains_key(head) && !taken.contains(head);
             if !own.iter().any(|head| has_vote(&head))
-                || own.len() as u64 != area.orders.saturating_mul(area.migrate_types)
+                || Some(own.len() as u64) != area.orders.checked_mul(area.migrate_types)
                 || !own.iter().all(|head| heads.at(*head).is_some())
             {
                 continue;
@@ -336,11 +339,12 @@ pub(crate) fn walk(
     most: u64,
     visit: &mut dyn FnMut(Block) -> Result<(), VmiError>,
 ) -> Result<(), VmiError> {
-    let per_order = usize::try_from(area.migrate_types).unwrap_or(usize::MAX);
+    let per_order = to_usize(area.migrate_types);
     for (number, head) in list_heads(array, area).enumerate() {
-        let order = number.checked_div(per_order).unwrap_or(0);
-        let pages = u32::try_from(order).ok().and_then(|o| 1_u64.checked_shl(o));
-        let pages = pages.ok_or_else(|| corrupt(head, order as u64))?;
+        let order = number.checked_div(per_order);
+        let order = order.and_then(|order| u32::try_from(order).ok());
+        let pages = order.and_then(|order| 1_u64.checked_shl(order));
+        let pages = pages.ok_or_else(|| corrupt(head, number as u64))?;
         let next = heads.space.read_u64(head);
         let mut node = KernelVa::new(next.map_err(VmiError::read("a free list's head"))?);
         let mut seen = 0_u64;
@@ -349,7 +353,7 @@ pub(crate) fn walk(
             let frame = heads.map.frame_of(page);
             let frame = frame.ok_or_else(|| corrupt(head, node.raw()))?.raw();
             visit(Block { page, frame, pages })?;
-            seen = seen.saturating_add(1);
+            VmiError::count("free blocks", &mut seen, 1)?;
             node = KernelVa::new(heads.map.u64_at(node)?);
         }
     }

@@ -60,8 +60,9 @@ struct Named<T> {
 
 impl<T: Copy> Named<T> {
     fn new(entries: Vec<(u32, T)>, strings: Bytes<'_>) -> Self {
-        let count = u32::try_from(entries.len()).unwrap_or(u32::MAX);
-        let index = NameIndex::new(count, |number| Self::name(&entries, strings, number));
+        let index = NameIndex::new(entries.len(), |number| {
+            Self::name(&entries, strings, number)
+        });
         Self { entries, index }
     }
 
@@ -119,8 +120,8 @@ impl Btf {
         };
         let data = Bytes(blob.as_ref());
         let header = Header::read(data).ok_or_else(|| {
-            let value = data.u32(0).map_or(0, u64::from);
-            malformed("no BTF header", 0, value)
+            let found = data.u32(0).map_or(data.0.len() as u64, u64::from);
+            malformed("no BTF header", 0, found)
         })?;
         let (types_at, types_len) = header.types;
         let (strings_at, strings_len) = header.strings;
@@ -143,15 +144,17 @@ impl Btf {
         let mut enumerators = Vec::new();
         let mut at = 0_usize;
         while at < types_len {
-            let bad = |what, value: u32| malformed(what, types_at.saturating_add(at), value.into());
+            let bad = |what, value: u32| {
+                let at = types_at.checked_add(at).unwrap_or(types_at);
+                malformed(what, at, value.into())
+            };
             let ty = Type::read(types, at).ok_or_else(|| bad("a type that is cut off", 0))?;
             let tail_len = ty
                 .tail_len()
                 .ok_or_else(|| bad("a type of unknown kind", ty.kind))?;
-            let next = ty.tail.saturating_add(tail_len);
-            if next > types_len {
-                return Err(bad("a type that is cut off", ty.vlen));
-            }
+            let next = ty.tail.checked_add(tail_len);
+            let next = next.filter(|next| *next <= types_len);
+            let next = next.ok_or_else(|| bad("a type that is cut off", ty.vlen))?;
             let id = u32::try_from(offsets.len()).map_err(|_| bad("too many types", u32::MAX))?;
             offsets.push(u32::try_from(at).map_err(|_| bad("too many types", u32::MAX))?);
             match ty.kind {
@@ -182,12 +185,12 @@ impl Btf {
     }
 
     fn types(&self) -> Bytes<'_> {
-        Bytes(self.data().0.get(self.types_at..).unwrap_or_default())
+        Bytes(self.data().0.get(self.types_at..).unwrap_or(&[]))
     }
 
     fn strings(&self) -> Bytes<'_> {
         let strings = self.data().get(self.strings_at, self.strings_len);
-        Bytes(strings.unwrap_or_default())
+        Bytes(strings.unwrap_or(&[]))
     }
 
     fn ty(&self, id: u32) -> Option<Type> {
@@ -374,12 +377,15 @@ impl Type {
         let step = if is_64 { 12 } else { 8 };
         let entries = (self.tail..).step_by(step);
         for (_, at) in (0..self.vlen).zip(entries) {
-            let word = |offset| types.u32(at.saturating_add(offset));
+            let word = |offset| types.u32(at.checked_add(offset)?);
             let (Some(name), Some(low)) = (word(0), word(4)) else {
                 return;
             };
             let value = if is_64 {
-                (u64::from(word(8).unwrap_or(0)) << 32 | u64::from(low)).cast_signed()
+                let Some(high) = word(8) else {
+                    return;
+                };
+                (u64::from(high) << 32 | u64::from(low)).cast_signed()
             } else if self.kind_flag {
                 low.cast_signed().into()
             } else {

@@ -25,7 +25,8 @@ type Slice<'a> = EndianSlice<'a, LittleEndian>;
 /// A structure, union or array, as far as it is needed.
 #[derive(Debug, Clone, Default)]
 struct Structure {
-    size: u64,
+    /// `None` if nothing tells.
+    size: Option<u64>,
     members: Vec<Field>,
 }
 
@@ -86,7 +87,7 @@ impl Dwarf {
         let load = |id: gimli::SectionId| -> Result<&[u8], gimli::Error> {
             Ok(section(id.name())
                 .and_then(|(at, len)| data.get(at, len))
-                .unwrap_or_default())
+                .unwrap_or(&[]))
         };
         let mut this = Self {
             origin,
@@ -131,10 +132,10 @@ impl Dwarf {
             for (name, value) in found.enumerators {
                 this.enumerators.entry(name).or_insert(value);
             }
-            left = left.saturating_sub(1);
-            if left == 0 {
+            let Some(others @ 1..) = left.checked_sub(1) else {
                 break;
-            }
+            };
+            left = others;
         }
         Ok((!this.structs.is_empty()).then_some(this))
     }
@@ -157,7 +158,7 @@ impl Dwarf {
 
     fn size_of(&self, at: Option<usize>, depth: u32) -> Option<u64> {
         match self.resolve(at)? {
-            Shape::Structure(structure) => Some(structure.size),
+            Shape::Structure(structure) => structure.size,
             Shape::Sized(size) => Some(*size),
             Shape::Array { element, len } if depth < MAX_DEPTH => {
                 let element = self.size_of(*element, depth.checked_add(1)?)?;
@@ -226,7 +227,7 @@ impl SymbolSource for Dwarf {
     }
 
     fn type_size(&self, name: &str) -> Result<Option<u64>, SymbolError> {
-        Ok(self.structure(name).map(|structure| structure.size))
+        Ok(self.structure(name).and_then(|structure| structure.size))
     }
 
     fn member(&self, name: &str, path: &str) -> Result<Option<Member>, SymbolError> {
@@ -256,12 +257,12 @@ impl Walk {
         let mut entries = unit.entries();
         // The type whose children are being read, and how deep they are.
         let mut parents: Vec<(isize, usize)> = Vec::new();
-        let mut count = 0_usize;
+        let mut left = most;
         while let Some(entry) = entries.next_dfs()? {
-            count = count.saturating_add(1);
-            if count > most {
+            let Some(others) = left.checked_sub(1) else {
                 break;
-            }
+            };
+            left = others;
             let depth = entry.depth();
             while parents.last().is_some_and(|(at, _)| *at >= depth) {
                 parents.pop();
@@ -296,7 +297,7 @@ impl Walk {
                     self.structs.entry(name).or_insert(at);
                 }
                 let structure = Structure {
-                    size: unsigned(entry, gimli::DW_AT_byte_size).unwrap_or(0),
+                    size: unsigned(entry, gimli::DW_AT_byte_size),
                     members: Vec::new(),
                 };
                 self.shapes.insert(at, Shape::Structure(structure));
@@ -329,8 +330,9 @@ impl Walk {
                 }
             }
             gimli::DW_TAG_enumeration_type => {
-                let size = unsigned(entry, gimli::DW_AT_byte_size).unwrap_or(4);
-                self.shapes.insert(at, Shape::Sized(size));
+                if let Some(size) = unsigned(entry, gimli::DW_AT_byte_size) {
+                    self.shapes.insert(at, Shape::Sized(size));
+                }
                 return Children::Read;
             }
             gimli::DW_TAG_enumerator => {
@@ -347,7 +349,13 @@ impl Walk {
             | gimli::DW_TAG_atomic_type => {
                 self.shapes.insert(at, Shape::Alias(type_of(unit, entry)));
             }
-            gimli::DW_TAG_base_type | gimli::DW_TAG_pointer_type => {
+            gimli::DW_TAG_base_type => {
+                if let Some(size) = unsigned(entry, gimli::DW_AT_byte_size) {
+                    self.shapes.insert(at, Shape::Sized(size));
+                }
+            }
+            // Kernels that are read here have 64 bits.
+            gimli::DW_TAG_pointer_type => {
                 let size = unsigned(entry, gimli::DW_AT_byte_size).unwrap_or(8);
                 self.shapes.insert(at, Shape::Sized(size));
             }
@@ -499,7 +507,7 @@ mod tests {
             ty: Some(0),
         };
         let structure = super::Structure {
-            size: 8,
+            size: Some(8),
             members: vec![inner],
         };
         let itself = dwarf(HashMap::from([(0, Shape::Structure(structure.clone()))]));

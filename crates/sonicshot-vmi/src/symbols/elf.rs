@@ -8,6 +8,7 @@ use super::{Btf, Member, SymbolError, SymbolSource};
 use crate::KernelVa;
 use goblin::elf::header::header64;
 use goblin::elf::section_header::{SHF_COMPRESSED, SHT_NOBITS, SHT_NOTE, SHT_SYMTAB};
+use sonicshot::to_usize;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -116,7 +117,7 @@ impl Vmlinux {
             ));
         }
         let count = usize::from(header.e_shnum);
-        let table = usize::try_from(header.e_shoff).unwrap_or(usize::MAX);
+        let table = to_usize(header.e_shoff);
         // Of 16 bits.
         if count == 0 || usize::from(header.e_shentsize) != SECTION_SIZE {
             return Err(malformed("no sections", 0x3c, count as u64));
@@ -192,15 +193,18 @@ impl Vmlinux {
     }
 
     fn symbol_table(&self) -> &SymbolTable {
+        /// More symbols no kernel has.
+        const MAX_SYMBOLS: usize = 1 << 24;
+        /// A section that is not there.
+        const NOTHING: (usize, usize) = (0, 0);
         self.symbols.get_or_init(|| {
             let symtab = self.sections.iter().find(|s| s.kind == SHT_SYMTAB);
-            let symbols = symtab.and_then(Self::place).unwrap_or_default();
+            let symbols = symtab.and_then(Self::place).unwrap_or(NOTHING);
             let strings = symtab
                 .and_then(|s| self.sections.get(usize::try_from(s.link).ok()?))
                 .and_then(Self::place)
-                .unwrap_or_default();
-            let count = symbols.1.checked_div(SYMBOL_SIZE).unwrap_or(0);
-            let count = u32::try_from(count).unwrap_or(0).min(1 << 24);
+                .unwrap_or(NOTHING);
+            let count = (symbols.1 / SYMBOL_SIZE).min(MAX_SYMBOLS);
             let index = NameIndex::new(count, |number| self.symbol_name(symbols, strings, number));
             SymbolTable {
                 symbols,
@@ -419,6 +423,6 @@ impl AsRef<[u8]> for FilePart {
     fn as_ref(&self) -> &[u8] {
         Bytes(self.file.bytes())
             .get(self.at, self.len)
-            .unwrap_or_default()
+            .unwrap_or(&[])
     }
 }

@@ -268,13 +268,11 @@ impl SymbolFile {
     /// How many symbols, members and constants the kernel has of those that are asked.
     #[must_use]
     pub fn len(&self) -> usize {
-        let symbols = self.symbols.values().flatten().count();
+        let symbols = self.symbols.values().flatten().map(drop);
         let structures = self.structures.values().flatten();
         let members = structures.flat_map(|structure| structure.members.values().flatten());
-        let constants = self.constants.values().flatten().count();
-        symbols
-            .saturating_add(members.count())
-            .saturating_add(constants)
+        let constants = self.constants.values().flatten().map(drop);
+        symbols.chain(members.map(drop)).chain(constants).count()
     }
 
     /// Whether it has none.
@@ -361,7 +359,7 @@ fn linked(source: &dyn SymbolSource, name: &str, kaslr: u64) -> Result<Option<u6
         // A place in the per-CPU areas is not moved.
         SymbolBase::Running => at.map(|at| match at >> 63 {
             0 => at,
-            _ => at.wrapping_sub(kaslr),
+            _ => KernelVa::new(at).moved_back_by(kaslr).raw(),
         }),
     })
 }
@@ -445,47 +443,55 @@ impl<'t> Reader<'t> {
 
     /// The next line, without its end.
     fn line(&mut self) -> Result<&'t str, SymbolError> {
-        let rest = self.bytes.get(self.at..).unwrap_or_default();
+        let rest = self.bytes.get(self.at..).unwrap_or(&[]);
         let len = memchr::memchr(b'\n', rest).ok_or_else(|| {
             self.wrong("a file that ends without its last line", rest.len() as u64)
         })?;
-        let line = rest.get(..len).unwrap_or_default();
+        let (line, _) = rest.split_at(len);
         core::str::from_utf8(line)
-            .map_err(|error| self.wrong("a line that is no text", error.valid_up_to() as u64))
+            .map_err(|error| self.wrong("a line that is not UTF-8", error.valid_up_to() as u64))
     }
 
     fn read(mut self) -> Result<SymbolFile, SymbolError> {
         if self.bytes.len() > MAX_LEN {
             return Err(self.wrong("more than any symbol file has", self.bytes.len() as u64));
         }
-        let mut number = 0_u64;
+        let mut is_first = true;
         loop {
             let line = self.line()?;
-            if number == 0 {
+            if is_first {
                 let version = line.as_bytes().strip_prefix(MAGIC);
                 if version != Some(VERSION.as_bytes()) {
                     return Err(self.wrong("a version that is not known", line.len() as u64));
                 }
             } else if let Some(end) = line.strip_prefix("end ") {
-                return self.end(end);
+                return self.end(line, end);
             } else {
                 self.row(line)?;
             }
-            number = number.saturating_add(1);
-            self.at = self.at.saturating_add(line.len()).saturating_add(1);
+            is_first = false;
+            self.pass_over(line)?;
         }
     }
 
+    /// Goes on behind `line`, which is the next one, and its end.
+    fn pass_over(&mut self, line: &str) -> Result<(), SymbolError> {
+        let next = self.at.checked_add(line.len());
+        let next = next.and_then(|end| end.checked_add(1));
+        let long = self.wrong("a line that is too long", line.len() as u64);
+        self.at = next.ok_or(long)?;
+        Ok(())
+    }
+
     /// The last line: nothing is behind it, and its number is that of all before.
-    fn end(mut self, text: &str) -> Result<SymbolFile, SymbolError> {
-        let before = self.bytes.get(..self.at).unwrap_or_default();
+    fn end(mut self, line: &str, text: &str) -> Result<SymbolFile, SymbolError> {
+        let before = self.bytes.get(..self.at).unwrap_or(&[]);
         let told = u64::from_str_radix(text, 16).ok();
         let there = sum(before);
         if told != Some(there) {
             return Err(self.wrong("an end that is not of what is before it", there));
         }
-        let line = "end \n".len().saturating_add(text.len());
-        self.at = self.at.saturating_add(line);
+        self.pass_over(line)?;
         if self.at != self.bytes.len() {
             return Err(self.wrong("something behind the end", self.bytes.len() as u64));
         }

@@ -191,7 +191,10 @@ impl Folder {
     fn of_build(&self, id: &[u8]) -> Result<Option<Arc<dyn SymbolSource>>, SymbolError> {
         let entries = self.entries.iter().filter(|entry| entry.build_id == id);
         let mut entries: Vec<&Entry> = entries.collect();
-        entries.sort_by_key(|entry| fs::metadata(&entry.path).map_or(u64::MAX, |file| file.len()));
+        entries.sort_by_key(|entry| {
+            let len = fs::metadata(&entry.path).map(|file| file.len()).ok();
+            (len.is_none(), len)
+        });
         let mut why = None;
         for entry in entries {
             match entry.open() {

@@ -6,8 +6,8 @@
 use super::bytes::Bytes;
 use super::vmcoreinfo::Vmcoreinfo;
 use super::{SymbolBase, SymbolError, SymbolSource};
-use crate::arch::MIN_PAGE;
 use crate::{KernelVa, VirtualMemory, needs};
+use sonicshot::{PageSize, to_usize};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
@@ -182,7 +182,7 @@ impl Kallsyms {
     /// How many symbols there are.
     #[must_use]
     pub fn len(&self) -> usize {
-        usize::try_from(self.count).unwrap_or(usize::MAX)
+        self.count as usize
     }
 
     /// Whether there are none.
@@ -257,7 +257,7 @@ impl Tokens {
         self.parts
             .get(usize::from(token))
             .and_then(|(start, len)| Bytes(&self.table).get((*start).into(), (*len).into()))
-            .unwrap_or_default()
+            .unwrap_or(&[])
     }
 }
 
@@ -268,21 +268,21 @@ fn is_kernel_half(word: u64) -> bool {
 
 /// Fills `buf` step by step as far as it is mapped; the rest stays zero. Returns how far.
 fn read_what_is_mapped(memory: &dyn VirtualMemory, at: KernelVa, buf: &mut [u8]) -> usize {
-    const STEP: u64 = MIN_PAGE as u64;
     let mut done = 0_usize;
-    while done < buf.len() {
+    let mut rest = buf;
+    while !rest.is_empty() {
         let Some(here) = at.checked_add(done as u64) else {
             break;
         };
-        let to_step_end = STEP.saturating_sub(here.raw() & (STEP - 1));
-        let left = buf.len().saturating_sub(done);
-        // Where a step is longer than any length, the rest is shorter.
-        let len = usize::try_from(to_step_end).map_or(left, |len| len.min(left));
-        let end = done.saturating_add(len);
-        match buf.get_mut(done..end).map(|part| memory.read(here, part)) {
-            Some(Ok(())) => done = end,
-            _ => break,
+        // No architecture has smaller pages.
+        let left = to_usize(PageSize::SIZE_4K.left_in_page(here.raw()));
+        let (part, later) = rest.split_at_mut(left.min(rest.len()));
+        let read = memory.read(here, part);
+        match done.checked_add(part.len()).filter(|_| read.is_ok()) {
+            Some(next) => done = next,
+            None => break,
         }
+        rest = later;
     }
     done
 }
@@ -309,30 +309,28 @@ fn read_names(
 ) -> Result<Vec<u8>, SymbolError> {
     const PIECE: usize = 256 << 10;
     let mut names: Vec<u8> = Vec::new();
+    let mut piece = vec![0; PIECE];
     let (mut whole, mut done) = (0_usize, 0_u32);
     while done < count {
-        let old = names.len();
-        let here = at.checked_add(old as u64);
-        names.resize(old.saturating_add(PIECE), 0);
-        let got = match (here, names.get_mut(old..)) {
-            (Some(here), Some(piece)) => read_what_is_mapped(memory, here, piece),
-            _ => 0,
-        };
-        names.truncate(old.saturating_add(got));
+        let here = at.checked_add(names.len() as u64);
+        let got = here.map(|here| read_what_is_mapped(memory, here, &mut piece));
+        let read = got.and_then(|got| piece.get(..got)).unwrap_or(&[]);
+        names.extend_from_slice(read);
         while done < count {
-            let rest = names.get(whole..).unwrap_or_default();
-            let Some((_, after)) = split_name(rest) else {
+            let rest = names.get(whole..).unwrap_or(&[]);
+            let after = split_name(rest).map(|(_, after)| after.len());
+            let behind = after.and_then(|after| names.len().checked_sub(after));
+            let Some(next) = behind.zip(done.checked_add(1)) else {
                 break;
             };
-            whole = names.len().saturating_sub(after.len());
-            done = done.saturating_add(1);
+            (whole, done) = next;
         }
-        let stuck = names.len().saturating_sub(whole) > 2 * MAX_NAME;
-        if done < count && (got == 0 || stuck || names.len() > MAX_NAMES_LEN) {
-            let at = at.raw().saturating_add(whole as u64);
+        let left = names.len().checked_sub(whole);
+        let stuck = left.is_none_or(|left| left > 2 * MAX_NAME);
+        if done < count && (read.is_empty() || stuck || names.len() > MAX_NAMES_LEN) {
             return Err(malformed(
                 "a name that is cut off or too long",
-                at,
+                at.checked_add(whole as u64).unwrap_or(at).raw(),
                 done.into(),
             ));
         }
@@ -368,8 +366,9 @@ fn find_names<'w>(
             break;
         };
         rest = after;
-        let first = compressed.first().copied().unwrap_or(0);
-        if !may_begin.get(usize::from(first)).copied().unwrap_or(true) {
+        let first = compressed.first().map(|first| usize::from(*first));
+        let may_be = first.and_then(|first| may_begin.get(first));
+        if may_be == Some(&false) {
             continue;
         }
         name.clear();
@@ -379,7 +378,7 @@ fn find_names<'w>(
                 break;
             }
         }
-        let this = name.get(1..).unwrap_or_default();
+        let this = name.get(1..).unwrap_or(&[]);
         if let Some(wanted) = by_name.get(this) {
             found.entry(*wanted).or_insert(number);
         }
@@ -402,26 +401,27 @@ impl Scheme {
         }
         let raw = table.u32(at)?;
         let signed = i64::from(raw.cast_signed()).cast_unsigned();
-        Some(match self {
+        let from = |base: u64| KernelVa::new(base);
+        let address = match self {
             Self::AbsolutePercpu(base) if raw.cast_signed() < 0 => {
-                base.wrapping_sub(1).wrapping_sub(signed)
+                from(base).moved_back_by(1).moved_back_by(signed)
             }
-            Self::AbsolutePercpu(_) => u64::from(raw),
-            Self::Relative(base) => base.wrapping_add(raw.into()),
-            Self::PcRelative(first) => first.wrapping_add(at as u64).wrapping_add(signed),
+            Self::AbsolutePercpu(_) => from(raw.into()),
+            Self::Relative(base) => from(base).moved_by(raw.into()),
+            Self::PcRelative(first) => from(first).moved_by(at as u64).moved_by(signed),
             Self::Absolute => return None,
-        })
+        };
+        Some(address.raw())
     }
 }
 
 fn read_offsets(memory: &dyn VirtualMemory, tables: &Tables) -> Result<Vec<u8>, SymbolError> {
     let width = if tables.absolute { 8 } else { 4 };
-    let len = usize::try_from(tables.count)
-        .unwrap_or(0)
-        .saturating_mul(width);
+    let at = tables.offsets.raw();
+    let len = (tables.count as usize).checked_mul(width);
+    let len = len.ok_or_else(|| malformed("too many offsets", at, tables.count.into()))?;
     let mut offsets = vec![0; len];
     if read_what_is_mapped(memory, tables.offsets, &mut offsets) < len {
-        let at = tables.offsets.raw();
         return Err(malformed("offsets that are not mapped", at, len as u64));
     }
     Ok(offsets)
@@ -440,20 +440,17 @@ fn find_scheme(
         (false, None) => &[Scheme::PcRelative(tables.offsets.raw())],
     };
     for scheme in schemes {
-        let mut agreed = 0_u32;
-        let mut wrong = 0_u32;
+        let (mut agreed, mut wrong) = (false, false);
         for name in ["_stext", "swapper_pg_dir", "init_uts_ns", "node_data"] {
             if let Some(told) = info.symbol(name)
                 && let Some(number) = find(name)
             {
-                if scheme.address(offsets, number) == Some(told.raw()) {
-                    agreed = agreed.saturating_add(1);
-                } else {
-                    wrong = wrong.saturating_add(1);
-                }
+                let agrees = scheme.address(offsets, number) == Some(told.raw());
+                agreed |= agrees;
+                wrong |= !agrees;
             }
         }
-        if agreed > 0 && wrong == 0 {
+        if agreed && !wrong {
             return Ok(*scheme);
         }
     }

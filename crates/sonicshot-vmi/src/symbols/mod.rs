@@ -35,7 +35,7 @@ pub(crate) use vmcoreinfo::VmcoreinfoLines;
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use core::fmt;
 use own::OwnFile;
-use sonicshot::{Gpa, GpaRange, GuestMemory, next_present};
+use sonicshot::{Gpa, GpaRange, GuestMemory, next_present, to_usize};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -78,8 +78,8 @@ pub trait SymbolSource: Send + Sync + fmt::Debug {
         false
     }
 
-    /// Whether a symbol that a table with `init_task` does not have is none of the kernel's: not so if
-    /// the source may fail to tell one that there is.
+    /// Whether a symbol that a table with `init_task` does not have is none of the kernel's: not so
+    /// if the source may fail to tell one that there is.
     fn tells_all(&self) -> bool {
         true
     }
@@ -164,7 +164,7 @@ pub enum SymbolError {
     Lacks {
         /// The sources.
         origin: String,
-        /// What is missing.
+        /// The missing part.
         what: &'static str,
     },
     /// A symbol file was made by a version that asked less.
@@ -192,7 +192,7 @@ pub enum SymbolError {
     Damaged {
         /// Which source.
         origin: String,
-        /// What is wrong.
+        /// The fault.
         text: String,
     },
     /// The source contradicts its own format.
@@ -200,7 +200,7 @@ pub enum SymbolError {
     Malformed {
         /// Which source.
         origin: String,
-        /// What is wrong.
+        /// The fault.
         what: &'static str,
         /// Where, in bytes from the start of the source.
         offset: u64,
@@ -227,9 +227,9 @@ pub fn open_symbol_file(path: &Path) -> Result<Box<dyn SymbolSource>, SymbolErro
     }
 }
 
-/// Whether the kernel whose image is in `range` makes a VMCOREINFO: it has what each line of that is
-/// made with (`VMCOREINFO_SYMBOL`, `include/linux/vmcore_info.h`, the same since 2.6.24). Also true if
-/// some of the image cannot be read: what is not seen may be there.
+/// Whether the kernel whose image is in `range` makes a VMCOREINFO: it has what each line of that
+/// is made with (`VMCOREINFO_SYMBOL`, `include/linux/vmcore_info.h`, the same since 2.6.24). Also
+/// true if some of the image cannot be read: what is not seen may be there.
 pub(crate) fn may_write_vmcoreinfo(
     memory: &dyn VirtualMemory,
     range: (KernelVa, KernelVa),
@@ -266,53 +266,51 @@ pub(crate) fn scan(
     const PIECE: usize = 1 << 20;
     /// No architecture has smaller pages.
     const PAGE: usize = 4096;
-    let overlap = needle.len().saturating_sub(1);
-    let mut buffer = Vec::new();
+    let Some(overlap) = needle.len().checked_sub(1) else {
+        return;
+    };
+    let mut piece = vec![0; PIECE];
+    let mut bytes: Vec<u8> = Vec::new();
     let mut at = range.0;
-    // The end of the piece before stays in the buffer: a hit may cross.
-    while at < range.1 {
-        let left = usize::try_from(range.1.offset_from(at).unwrap_or(0)).unwrap_or(usize::MAX);
-        let kept = buffer.len();
-        let len = PIECE.min(left);
-        buffer.resize(kept.saturating_add(len), 0);
-        let mut got = buffer.get_mut(kept..).map_or(0, |part| {
-            if memory.read(at, part).is_ok() {
-                len
-            } else {
-                0
-            }
-        });
-        if got == 0 {
-            // Some of it is not mapped: a page at a time, up to the gap.
-            while got < len {
-                let end = kept.saturating_add(got.saturating_add(PAGE).min(len));
-                let part = buffer.get_mut(kept.saturating_add(got)..end);
-                let Some((here, part)) = at.checked_add(got as u64).zip(part) else {
-                    break;
-                };
-                if memory.read(here, part).is_err() {
+    while let Some(left) = range.1.offset_from(at).filter(|left| *left > 0) {
+        // The end of the piece before stays: a hit may cross.
+        let Some(base) = at.checked_sub(bytes.len() as u64) else {
+            return;
+        };
+        let len = to_usize(left).min(piece.len());
+        let (piece, _) = piece.split_at_mut(len);
+        let whole = memory.read(at, piece).is_ok();
+        let mut step = piece.len();
+        if whole {
+            bytes.extend_from_slice(piece);
+        } else {
+            // Some of it is not mapped: a page at a time, up to the gap, which is passed over.
+            for (offset, part) in (0..).step_by(PAGE).zip(piece.chunks_mut(PAGE)) {
+                let here = at.checked_add(offset as u64);
+                if here.is_none_or(|here| memory.read(here, part).is_err()) {
+                    step = offset;
                     break;
                 }
-                got = end.saturating_sub(kept);
+                bytes.extend_from_slice(part);
             }
         }
-        buffer.truncate(kept.saturating_add(got));
-        let base = KernelVa::new(at.raw().saturating_sub(kept as u64));
-        for hit in memchr::memmem::find_iter(&buffer, needle) {
+        for hit in memchr::memmem::find_iter(&bytes, needle) {
             if let Some(hit) = base.checked_add(hit as u64)
                 && !visit(hit)
             {
                 return;
             }
         }
-        let step = if got == len {
-            buffer.drain(..buffer.len().saturating_sub(overlap));
-            len
+        let mut next = at.checked_add(step as u64);
+        if step == piece.len() {
+            if let Some(done) = bytes.len().checked_sub(overlap) {
+                bytes.drain(..done);
+            }
         } else {
-            buffer.clear();
-            got.saturating_add(PAGE)
-        };
-        let Some(next) = at.checked_add(step as u64) else {
+            bytes.clear();
+            next = next.and_then(|gap| gap.checked_add(PAGE as u64));
+        }
+        let Some(next) = next else {
             return;
         };
         at = next;
@@ -357,15 +355,16 @@ pub(crate) fn there<'a>(
 pub(crate) fn search(memory: &dyn GuestMemory, needle: &[u8], visit: &mut dyn FnMut(Gpa) -> bool) {
     /// How much is searched before what is mapped is let go.
     const WINDOW: u64 = 64 << 20;
-    let overlap = needle.len().saturating_sub(1) as u64;
+    let overlap = needle.len() as u64;
     let mut goes_on = true;
     for region in memory.layout().regions() {
         for data in there(memory, region) {
             let mut start = data.start();
             while start < data.end() {
-                let end = Gpa::new(start.raw().saturating_add(WINDOW)).min(data.end());
+                let cut = |at: Option<Gpa>, last: Gpa| at.map_or(last, |at| at.min(last));
+                let end = cut(start.checked_add(WINDOW), data.end());
                 // One may go on behind the window.
-                let reach = Gpa::new(end.raw().saturating_add(overlap)).min(region.end());
+                let reach = cut(end.checked_add(overlap), region.end());
                 let range = (KernelVa::new(start.raw()), KernelVa::new(reach.raw()));
                 scan(&Physical(memory), range, needle, &mut |hit| {
                     let hit = Gpa::new(hit.raw());

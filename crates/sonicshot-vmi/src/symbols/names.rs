@@ -13,25 +13,24 @@ pub(crate) struct NameIndex {
 
 impl NameIndex {
     /// Indexes the names 0 to `count`. Of equal names the first is found.
-    pub(crate) fn new<'a>(count: u32, name: impl Fn(u32) -> Option<&'a [u8]>) -> Self {
-        let len = usize::try_from(count).unwrap_or(0).saturating_mul(2);
+    pub(crate) fn new<'a>(count: usize, name: impl Fn(u32) -> Option<&'a [u8]>) -> Self {
         let mut index = Self {
-            slots: vec![0; len.max(16).next_power_of_two()],
+            slots: vec![0; count.max(8).next_power_of_two() << 1],
             hasher: RandomState::new(),
         };
-        for number in 0..count {
+        for number in (0..u32::MAX).take(count) {
             let Some(this) = name(number) else { continue };
             for slot in index.probe(this) {
                 let Some(found) = index.slots.get_mut(slot) else {
                     break;
                 };
-                match found.checked_sub(1) {
-                    None => {
-                        *found = number.saturating_add(1);
+                match *found {
+                    0 => {
+                        *found = !number;
                         break;
                     }
-                    Some(other) if name(other) == Some(this) => break,
-                    Some(_) => {}
+                    other if name(!other) == Some(this) => break,
+                    _ => {}
                 }
             }
         }
@@ -45,9 +44,12 @@ impl NameIndex {
         name: impl Fn(u32) -> Option<&'a [u8]>,
     ) -> Option<u32> {
         for slot in self.probe(wanted) {
-            let number = self.slots.get(slot)?.checked_sub(1)?;
-            if name(number) == Some(wanted) {
-                return Some(number);
+            let number = *self.slots.get(slot)?;
+            if number == 0 {
+                return None;
+            }
+            if name(!number) == Some(wanted) {
+                return Some(!number);
             }
         }
         None
@@ -61,8 +63,8 @@ impl NameIndex {
     )]
     fn probe(&self, name: &[u8]) -> impl Iterator<Item = usize> + use<> {
         let mask = self.slots.len() - 1;
-        let first = self.hasher.hash_one(name) as usize;
-        (0..=mask).map(move |step| first.wrapping_add(step) & mask)
+        let first = self.hasher.hash_one(name) as usize & mask;
+        (first..=mask).chain(0..first)
     }
 }
 
@@ -76,7 +78,7 @@ mod tests {
         #[test]
         fn finds_what_a_map_finds(names in proptest::collection::vec("[a-c]{0,3}", 0..60), other in "[a-d]{0,3}") {
             let get = |i: u32| names.get(i as usize).map(|n: &String| n.as_bytes());
-            let index = NameIndex::new(u32::try_from(names.len()).unwrap(), get);
+            let index = NameIndex::new(names.len(), get);
             let mut model = HashMap::new();
             for (number, name) in (0_u32..).zip(&names) {
                 model.entry(name.as_str()).or_insert(number);

@@ -67,7 +67,7 @@ impl OwnFile {
             let free = fstatvfs(&own)?;
             // More than 64 bits tell of is no limit.
             let free = free.f_bavail.checked_mul(free.f_frsize);
-            put(&mut reader, &own, free.unwrap_or(u64::MAX) / FREE_PARTS)?;
+            put(&mut reader, &own, free.map(|free| free / FREE_PARTS))?;
             Inner::Mapped(map(&own)?)
         };
         if FileStamp::of(&file)? != before {
@@ -93,12 +93,13 @@ impl OwnFile {
 }
 
 /// Puts all of `reader` into `own`, with holes where it is zero; of the disk that takes at most
-/// about `room` bytes.
-fn put(reader: &mut impl Read, own: &File, room: u64) -> io::Result<()> {
+/// about `room` bytes, if that is known.
+fn put(reader: &mut impl Read, own: &File, room: Option<u64>) -> io::Result<()> {
     let mut out = SparseWriter::new(own);
     loop {
         let copied = io::copy(&mut reader.by_ref().take(PIECE), &mut out)?;
-        if own.metadata()?.blocks().saturating_mul(512) > room {
+        let blocks = own.metadata()?.blocks();
+        if room.is_some_and(|room| blocks > room / 512) {
             return Err(io::Error::new(
                 io::ErrorKind::StorageFull,
                 "a copy of it would take more than half of what is free in TMPDIR (or /var/tmp)",
@@ -162,13 +163,13 @@ mod tests {
         let taken = |file: &File| file.metadata().unwrap().blocks() * 512;
         let own = tempfile::tempfile().unwrap();
         let mut sparse = io::repeat(0).take(256 << 20);
-        put(&mut sparse, &own, 1 << 20).unwrap();
+        put(&mut sparse, &own, Some(1 << 20)).unwrap();
         assert_eq!(own.metadata().unwrap().len(), 256 << 20);
         assert!(taken(&own) <= 1 << 20);
 
         let own = tempfile::tempfile().unwrap();
         let mut data = io::repeat(7).take(64 << 20);
-        let error = put(&mut data, &own, 4 << 20).unwrap_err();
+        let error = put(&mut data, &own, Some(4 << 20)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
         assert!(taken(&own) <= 6 << 20, "{}", taken(&own));
     }

@@ -41,13 +41,14 @@ impl SystemMap {
         let mut lines = Vec::new();
         let mut at = 0_usize;
         while at < text.len() {
-            let rest = text.get(at..).unwrap_or_default();
+            let (_, rest) = text.split_at(at);
             let len = memchr::memchr(b'\n', rest).unwrap_or(rest.len());
             if lines.len() >= MAX_LINES {
                 return Err(malformed("too many lines", at, lines.len() as u64));
             }
-            if parse(rest.get(..len).unwrap_or_default()).is_none() {
-                let first = rest.first().copied().map_or(0, u64::from);
+            let (line, _) = rest.split_at(len);
+            if parse(line).is_none() {
+                let first = rest.first().map_or(len as u64, |byte| u64::from(*byte));
                 return Err(malformed(
                     "a line that is not `ADDRESS TYPE NAME` (Debian's kernel packages carry a \
                      placeholder; the real System.map is in the -dbg package)",
@@ -56,13 +57,14 @@ impl SystemMap {
                 ));
             }
             lines.push(u32::try_from(at).map_err(|_| malformed("too large a file", at, 0))?);
-            at = at.saturating_add(len).saturating_add(1);
+            // Of the last line there may be no end.
+            let next = at.checked_add(len).and_then(|end| end.checked_add(1));
+            at = next.unwrap_or(text.len());
         }
         if lines.len() < 2 {
             return Err(malformed("hardly any symbol", 0, lines.len() as u64));
         }
-        let count = u32::try_from(lines.len()).unwrap_or(0);
-        let index = NameIndex::new(count, |number| name(text, &lines, number));
+        let index = NameIndex::new(lines.len(), |number| name(text, &lines, number));
         Ok(Self {
             origin,
             file,

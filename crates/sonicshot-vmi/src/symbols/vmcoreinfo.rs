@@ -40,14 +40,14 @@ impl Vmcoreinfo {
             value: value as u64,
         };
         let end = memchr::memchr(0, text).unwrap_or(text.len());
-        let text = text.get(..end).unwrap_or_default();
+        let (text, _) = text.split_at(end);
         if text.len() > MAX_LEN {
             return Err(malformed("more text than VMCOREINFO has", 0, text.len()));
         }
         let text = core::str::from_utf8(text).map_err(|error| {
             let at = error.valid_up_to();
-            let byte = text.get(at).copied().unwrap_or(0);
-            malformed("a byte that is no text", at, usize::from(byte))
+            let byte = text.get(at).map_or(at, |byte| usize::from(*byte));
+            malformed("a byte that is not UTF-8", at, byte)
         })?;
         if !text.starts_with("OSRELEASE=") {
             return Err(malformed(
@@ -99,7 +99,7 @@ impl Vmcoreinfo {
         self.line("PAGESIZE")?.parse().ok()
     }
 
-    /// What KASLR added to the linked addresses, in bytes.
+    /// The offset that KASLR added to the linked addresses, in bytes.
     #[must_use]
     pub fn kernel_offset(&self) -> Option<u64> {
         u64::from_str_radix(self.line("KERNELOFFSET")?, 16).ok()
@@ -158,7 +158,8 @@ impl<'t> VmcoreinfoLines<'t> {
     /// The lines of `text` up to its first NUL.
     pub(crate) fn new(text: &'t [u8]) -> Self {
         let end = memchr::memchr(0, text).unwrap_or(text.len());
-        Self(text.get(..end).unwrap_or_default())
+        let (text, _) = text.split_at(end);
+        Self(text)
     }
 
     /// Each line's key and value.

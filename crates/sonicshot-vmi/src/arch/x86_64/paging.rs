@@ -111,9 +111,9 @@ impl Paging for Walk {
                     .filter(|next| memory.layout().contains(*next, 4096));
                 if let Some(next) = next
                     && seen.insert(next)
-                    && level > 1
+                    && let Some(below @ 1..) = level.checked_sub(1)
                 {
-                    left.push((next, level.saturating_sub(1)));
+                    left.push((next, below));
                 }
             }
         }
@@ -135,14 +135,18 @@ impl Paging for Walk {
             found: Vec::new(),
         };
         // All bits above those that the tables take are the same.
-        let bits = self.levels.saturating_mul(9).saturating_add(12);
-        let from = u64::MAX.checked_shl(bits).unwrap_or(0);
-        search.add((self.root, self.levels), from)?;
+        let bits = self
+            .levels
+            .checked_mul(9)
+            .and_then(|bits| bits.checked_add(12));
+        if let Some(from) = bits.and_then(|bits| u64::MAX.checked_shl(bits)) {
+            search.add((self.root, self.levels), from)?;
+        }
         Ok(search.found)
     }
 }
 
-/// The search for stretches of mappings. How many tables there are the guest says, and one may
+/// The search for ranges of mappings. How many tables there are the guest says, and one may
 /// stand in for many.
 struct Stretches<'a> {
     walk: &'a Walk,
@@ -155,18 +159,18 @@ struct Stretches<'a> {
 }
 
 impl Stretches<'_> {
-    /// Adds the stretches that the table at `table` has, whose entries begin at `from`.
+    /// Adds the ranges that the table at `table` has, whose entries begin at `from`.
     fn add(&mut self, (table, level): (Gpa, u32), from: u64) -> Result<(), VmiError> {
         /// So many bytes are mapped by an entry of a table of this level.
         const LEVEL: u32 = 3;
-        let Some(each) = level
-            .checked_sub(1)
-            .and_then(|below| below.checked_mul(9)?.checked_add(12))
-            .and_then(|shift| 1_u64.checked_shl(shift))
-        else {
+        let Some(below) = level.checked_sub(1) else {
             return Ok(());
         };
-        self.tables = self.tables.saturating_add(1);
+        let shift = below.checked_mul(9).and_then(|bits| bits.checked_add(12));
+        let Some(shift) = shift.filter(|shift| *shift < u64::BITS) else {
+            return Ok(());
+        };
+        VmiError::count("page tables", &mut self.tables, 1)?;
         let all = self.memory.layout().bytes() >> 12;
         self.deadline.check("page tables", self.tables, all)?;
         let mut entries = [0; 4096];
@@ -185,10 +189,10 @@ impl Stretches<'_> {
             if entry & PRESENT == 0 {
                 continue;
             }
-            let at = from.wrapping_add(index.wrapping_mul(each));
+            let at = from | index << shift;
             if level > LEVEL {
                 if let Some(next) = guest_address(self.memory, entry & ADDRESS) {
-                    self.add((next, level.saturating_sub(1)), at)?;
+                    self.add((next, below), at)?;
                 }
                 continue;
             }
@@ -196,7 +200,7 @@ impl Stretches<'_> {
                 let there = self.walk.translate(self.memory, KernelVa::new(at));
                 matches!(there, Ok(Some(_)))
             };
-            if is_mapped(at) && !is_mapped(at.wrapping_sub(1)) {
+            if is_mapped(at) && !at.checked_sub(1).is_some_and(is_mapped) {
                 self.found.push(KernelVa::new(at));
             }
         }

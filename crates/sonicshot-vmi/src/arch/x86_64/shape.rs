@@ -10,7 +10,7 @@ pub(super) const SHAPE: KernelShape = KernelShape {
     architecture: Architecture::X86_64,
     page_size: PageSize::SIZE_4K,
     image: KernelVa::new(START_KERNEL_MAP),
-    image_end: KernelVa::new(START_KERNEL_MAP.wrapping_add(MAX_IMAGE)),
+    image_end: KernelVa::new(START_KERNEL_MAP + MAX_IMAGE),
     levels: &[4, 5],
     // No config changes it.
     orders: 11,
@@ -26,7 +26,7 @@ pub(super) fn may_be_top_table(page: &GuestBytes<'_>, memory: &dyn GuestMemory) 
     let leads = |entry: u64| {
         entry & LARGE == 0 && memory.layout().contains(Gpa::new(entry & ADDRESS), table)
     };
-    let entry = |index: usize| page.u64_at(index.saturating_mul(8));
+    let entry = |index: usize| page.u64_at(index << 3);
     entry(511).is_some_and(|entry| entry & PRESENT != 0 && leads(entry))
         && (256..511).filter_map(entry).all(|entry| {
             entry & PRESENT == 0 && entry & PageSize::SIZE_4K.offset_mask() == 0 || leads(entry)

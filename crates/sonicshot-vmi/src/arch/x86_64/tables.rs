@@ -38,12 +38,12 @@ pub(super) fn by_vmcoreinfo(
     if outside || !is_in_image(page_table.raw()) || !is_in_image(uts.raw()) {
         return Err(unsupported("VMCOREINFO with symbols outside the kernel"));
     }
-    let root = Gpa::new(
-        page_table
-            .raw()
-            .wrapping_sub(START_KERNEL_MAP)
-            .wrapping_add(phys_base.cast_unsigned()),
-    );
+    let root = page_table
+        .raw()
+        .checked_sub(START_KERNEL_MAP)
+        .and_then(|inside| inside.checked_add_signed(phys_base))
+        .ok_or_else(|| unsupported("a top-level page table outside the kernel"))?;
+    let root = Gpa::new(root);
     let page = PageSize::SIZE_4K;
     if !memory.layout().contains(root, page.bytes()) || root.raw() & page.offset_mask() != 0 {
         return Err(unsupported(&format!(

@@ -1,13 +1,13 @@
 //! The walk of every free list, buddy and per-CPU, held against the counters.
 
 use super::marks::{LISTED, Marks, ORDER, PCP, TORN};
-use super::{Disagreements, ZoneReport};
+use super::{BlockDisagreement, CounterDisagreement, Disagreements, ZoneReport};
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::mm::mem_map::MemMap;
 use crate::mm::zone::{FreeLists, Listed, ListedBlock, Zone, Zones, counter_bound};
 use crate::note::Note;
-use sonicshot::{PageMap, PfnRange};
+use sonicshot::{PageMap, PfnRange, Tally};
 
 /// What the lists say.
 pub(super) struct Walked {
@@ -82,8 +82,7 @@ impl Walk<'_, '_> {
                 let pages = block.pages().ok_or_else(too_many)?;
                 report.listed = report.listed.checked_add(pages).ok_or_else(too_many)?;
                 if block.isolated {
-                    // No more than are listed.
-                    report.isolated = report.isolated.saturating_add(pages);
+                    report.isolated = report.isolated.checked_add(pages).ok_or_else(too_many)?;
                 }
                 let order = usize::try_from(block.order).ok();
                 let count = order.and_then(|order| blocks.get_mut(order));
@@ -128,18 +127,18 @@ impl Walk<'_, '_> {
             }
             if count != listed {
                 // Stopped between filling the list and counting it: all of this list is kept.
-                self.wrong.block(|| {
-                    format!(
-                        "per-CPU lists of processor {cpu} in zone {} hold {listed} pages, its counter says {count}",
-                        zone.name
-                    )
+                self.wrong.block(|| BlockDisagreement::PerCpuCount {
+                    zone: zone.name.clone(),
+                    cpu,
+                    listed,
+                    counted: count,
                 });
                 continue;
             }
             for block in blocks {
                 note_listed(block, PCP, zone, &mut self.marks, &mut self.wrong)?;
             }
-            report.pcp = report.pcp.saturating_add(listed);
+            VmiError::count("pages of per-CPU lists", &mut report.pcp, listed)?;
         }
         Ok(())
     }
@@ -172,11 +171,11 @@ fn note_listed(
     }
     let inside = in_zone && marks.covers(&frames);
     if !head.is_aligned(order) || !inside {
-        wrong.block(|| {
-            format!(
-                "block {frames} of order {order} is listed in zone {} of {}, not aligned or not inside its RAM",
-                zone.name, zone.span
-            )
+        wrong.block(|| BlockDisagreement::Misplaced {
+            frames,
+            order,
+            zone: zone.name.clone(),
+            span: zone.span,
         });
         return Ok(block);
     }
@@ -211,22 +210,25 @@ fn check_counters(
         at: zone.at,
         value,
     };
-    let mut off = 0_u64;
+    // More than 64 bits hold is not near.
+    let mut off = Some(0_u64);
+    let mut nr_free = Tally::new(report.nr_free);
     for (order, (listed, counted)) in (0_u32..).zip(blocks.iter().zip(&zone.nr_free)) {
-        report.nr_free = report
-            .nr_free
-            .saturating_add(counted.checked_shl(order).unwrap_or(u64::MAX));
+        nr_free = nr_free.and(Tally::new(*counted).times(1_u64.unbounded_shl(order)).get());
         if listed != counted {
-            off = off.saturating_add(listed.abs_diff(*counted));
-            wrong.counters.push(format!(
-                "zone {} lists {listed} free blocks of order {order}, nr_free says {counted}",
-                zone.name
-            ));
+            off = off.and_then(|off| off.checked_add(listed.abs_diff(*counted)));
+            wrong.counters.push(CounterDisagreement::Blocks {
+                zone: zone.name.clone(),
+                order,
+                listed: *listed,
+                counted: *counted,
+            });
         }
     }
     // `nr_free` changes beside the list, under the zone's lock: one block for the one holder,
     // and every processor may hold one zone's lock.
-    if off > zones.cpus() {
+    report.nr_free = nr_free.get();
+    if off.is_none_or(|off| off > zones.cpus()) {
         wrong.fatal = true;
     }
     let bound = counter_bound(zones.max_order(), zones.cpus(), zones.without_deltas)
@@ -238,10 +240,12 @@ fn check_counters(
         .ok_or_else(|| corrupt(report.listed))?;
     if listed.abs_diff(report.counter) > bound {
         wrong.fatal = true;
-        wrong.counters.push(format!(
-            "zone {} lists {listed} free pages, NR_FREE_PAGES says {} (at most {bound} apart in a stopped guest)",
-            zone.name, report.counter
-        ));
+        wrong.counters.push(CounterDisagreement::Pages {
+            zone: zone.name.clone(),
+            listed,
+            counted: report.counter,
+            bound,
+        });
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Which free list names which frame.
 
+use super::WhichList;
 use crate::error::VmiError;
 use sonicshot::{PageMap, Pfn, PfnRange};
 use std::collections::BTreeMap;
@@ -17,8 +18,9 @@ const LEN: usize = 1 << CHUNK;
 /// Of a frame: its place in the chunk.
 const MASK: u64 = (1 << CHUNK) - 1;
 
-/// A byte for every frame of a map: which list names the frame as the head of a block. Chunks of frames that no list names take no memory: of a guest
-/// with much memory most of it is one or the other.
+/// A byte for every frame of a map: which list names the frame as the head of a block. Chunks of
+/// frames that no list names take no memory: of a guest with much memory most of it is one or the
+/// other.
 pub(super) struct Marks {
     /// The frames that there are: sorted, disjoint.
     ram: Vec<PfnRange>,
@@ -33,7 +35,7 @@ impl Marks {
         }
     }
 
-    /// The stretch of RAM that `pfn` is in.
+    /// The range of RAM that `pfn` is in.
     fn region_of(&self, pfn: Pfn) -> Option<&PfnRange> {
         let above = self.ram.partition_point(|frames| frames.start() <= pfn);
         let region = self.ram.get(above.checked_sub(1)?)?;
@@ -48,7 +50,7 @@ impl Marks {
         chunk.get_mut(inside(pfn.raw())?)
     }
 
-    /// Whether all of `block` is in one stretch of RAM.
+    /// Whether all of `block` is in one range of RAM.
     pub(super) fn covers(&self, block: &PfnRange) -> bool {
         self.region_of(block.start())
             .is_some_and(|region| block.end() <= region.end())
@@ -88,8 +90,9 @@ impl Marks {
 
     /// The parts of `frames` that have marks, and these.
     fn parts(&self, frames: PfnRange) -> impl Iterator<Item = (PfnRange, &[u8])> {
-        let last = frames.end().raw().saturating_sub(1) >> CHUNK;
-        let numbers = (!frames.is_empty()).then_some(frames.start().raw() >> CHUNK..=last);
+        let last = frames.end().raw().checked_sub(1);
+        let last = last.filter(|_| !frames.is_empty());
+        let numbers = last.map(|last| frames.start().raw() >> CHUNK..=last >> CHUNK);
         let chunks = numbers.map(|numbers| self.chunks.range(numbers));
         chunks
             .into_iter()
@@ -111,13 +114,13 @@ fn inside(pfn: u64) -> Option<usize> {
 }
 
 /// What a mark says, for people.
-pub(super) fn describe_mark(mark: u8) -> String {
+pub(super) const fn list_of(mark: u8) -> WhichList {
     let order = mark & ORDER;
     match mark & (LISTED | PCP | TORN) {
-        0 => "on no free list".into(),
-        LISTED => format!("on a free list of order {order}"),
-        LISTED_PCP => format!("on a per-CPU free list of order {order}"),
-        _ => format!("on a free list of order {order} that was being changed"),
+        0 => WhichList::None,
+        LISTED => WhichList::Zone { order },
+        LISTED_PCP => WhichList::PerCpu { order },
+        _ => WhichList::Changing { order },
     }
 }
 

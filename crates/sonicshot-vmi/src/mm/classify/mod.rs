@@ -7,6 +7,7 @@
 //! stopped at any instruction has at most one block per processor on which these disagree.
 //! Such a block is kept; more of them, and nothing is believed.
 
+mod disagreement;
 mod lists;
 mod marks;
 mod scanner;
@@ -20,12 +21,13 @@ use crate::kernel::Kernel;
 use crate::knowledge::Knowledge;
 use crate::note::Note;
 use core::fmt;
+pub use disagreement::{BlockDisagreement, CounterDisagreement, WhichList};
 use scanner::{Seen, Sources};
 use sonicshot::work::{self, map_in_order};
 use sonicshot::{PageClass, PageMap, Pfn, PfnRange};
 use std::num::NonZeroUsize;
 
-/// What one zone's three sources of truth say about its free pages.
+/// The counts of one zone's free pages by its three sources of truth.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ZoneReport {
@@ -57,14 +59,14 @@ pub struct Inconsistency {
     /// Blocks on which flag, list and struct pages disagree; they are kept.
     pub blocks: u64,
     /// The first such blocks, and what is wrong with each.
-    pub examples: Vec<String>,
+    pub examples: Vec<BlockDisagreement>,
     /// Disagreements of counters: which, and the numbers.
-    pub counters: Vec<String>,
+    pub counters: Vec<CounterDisagreement>,
     /// How many blocks a stopped guest can explain: one for each processor.
     pub explained: u64,
     /// Every zone's numbers.
     pub zones: Vec<ZoneReport>,
-    /// What was known of the kernel: with types missing, what was taken for its records may be
+    /// The knowledge of the kernel: with types missing, what was taken for its records may be
     /// something else.
     pub knowledge: Knowledge,
 }
@@ -79,8 +81,11 @@ impl fmt::Display for Inconsistency {
             "the guest's sources of truth about free pages disagree on {} blocks (a stopped guest explains {})",
             self.blocks, self.explained
         )?;
-        for text in self.counters.iter().chain(&self.examples) {
-            write!(f, "; {text}")?;
+        for counter in &self.counters {
+            write!(f, "; {counter}")?;
+        }
+        for example in &self.examples {
+            write!(f, "; {example}")?;
         }
         Ok(())
     }
@@ -101,8 +106,8 @@ pub(crate) struct Scan {
 #[derive(Default)]
 pub(super) struct Disagreements {
     pub(super) blocks: u64,
-    pub(super) examples: Vec<String>,
-    pub(super) counters: Vec<String>,
+    pub(super) examples: Vec<BlockDisagreement>,
+    pub(super) counters: Vec<CounterDisagreement>,
     /// Counters off by more than is explained.
     pub(super) fatal: bool,
 }
@@ -111,10 +116,10 @@ impl Disagreements {
     /// So many are described.
     const EXAMPLES: usize = 8;
 
-    pub(super) fn block(&mut self, text: impl FnOnce() -> String) {
+    pub(super) fn block(&mut self, what: impl FnOnce() -> BlockDisagreement) {
         self.blocks = self.blocks.saturating_add(1);
         if self.examples.len() < Self::EXAMPLES {
-            self.examples.push(text());
+            self.examples.push(what());
         }
     }
 
@@ -123,8 +128,8 @@ impl Disagreements {
         self.blocks = self.blocks.saturating_add(more.blocks);
         self.fatal |= more.fatal;
         self.counters.extend(more.counters);
-        let room = Self::EXAMPLES.saturating_sub(self.examples.len());
-        self.examples.extend(more.examples.into_iter().take(room));
+        self.examples.extend(more.examples);
+        self.examples.truncate(Self::EXAMPLES);
     }
 
     /// What there is to say of them, if there are any.
@@ -219,8 +224,7 @@ fn look_at_struct_pages(
         |piece| {
             let (frames, (classes, seen)) = piece?;
             map.set_each(frames.start(), &classes);
-            all.add(seen);
-            Ok::<_, VmiError>(())
+            all.add(seen)
         },
     )?;
     Ok(all)
@@ -250,9 +254,7 @@ fn keep_mem_map(mem_map: &MemMap<'_>, map: &mut PageMap, wrong: &mut Disagreemen
                     PageClass::FreeBuddy | PageClass::FreePcp => {
                         *page = PageClass::Unknown.into();
                         wrong.fatal = true;
-                        wrong.block(|| {
-                            format!("frame {pfn:#x} holds struct pages and counts as free")
-                        });
+                        wrong.block(|| BlockDisagreement::HoldsStructPages { pfn: Pfn::new(pfn) });
                     }
                     _ => {}
                 }

@@ -1,7 +1,7 @@
 //! Every struct page, one after the other.
 
-use super::Disagreements;
-use super::marks::{LISTED, ORDER, PCP, TORN, describe_mark};
+use super::marks::{LISTED, ORDER, PCP, TORN, list_of};
+use super::{BlockDisagreement, Disagreements};
 use crate::error::VmiError;
 use crate::mm::mem_map::{MemMap, Span};
 use crate::mm::offline::OfflineSections;
@@ -60,20 +60,20 @@ impl Seen {
     }
 
     /// Adds what the next piece says.
-    pub(super) fn add(&mut self, piece: Self) {
+    pub(super) fn add(&mut self, piece: Self) -> Result<(), VmiError> {
         for (flagged, more) in self.flagged.iter_mut().zip(piece.flagged) {
-            *flagged = flagged.saturating_add(more);
+            VmiError::count("pages of free blocks", flagged, more)?;
         }
         self.wrong.add(piece.wrong);
         for (section, by) in piece.lru {
             self.lru.entry(section).or_insert(by);
         }
         self.offline_pages.extend(piece.offline_pages);
-        self.unlisted = self.unlisted.saturating_add(piece.unlisted);
+        VmiError::count("free blocks in no list", &mut self.unlisted, piece.unlisted)
     }
 }
 
-/// The look at the struct pages of one piece, a part of a stretch of RAM.
+/// The look at the struct pages of one piece, a part of a range of RAM.
 struct Scanner<'a, 'm> {
     mem_map: &'a MemMap<'m>,
     space: &'a AddressSpace<'m>,
@@ -98,7 +98,7 @@ fn index_in(region: PfnRange, pfn: Pfn) -> Result<usize, VmiError> {
 
 fn out_of_region(pfn: Pfn) -> VmiError {
     VmiError::Unsupported {
-        what: format!("a struct page of frame {pfn}, outside the stretch of RAM that is looked at"),
+        what: format!("a struct page of frame {pfn}, outside the range of RAM that is looked at"),
     }
 }
 
@@ -246,16 +246,10 @@ impl Scanner<'_, '_> {
             .get_mut(bounds)
             .ok_or_else(|| out_of_region(first))?;
         block.fill(PageClass::Unknown);
+        let frames = open.frames;
         self.seen.wrong.block(|| match open.spoiled {
-            Some(pfn) => format!(
-                "block {} is free by flag and list, but the struct page of frame {pfn} shows a user",
-                open.frames
-            ),
-            None => format!(
-                "block {} is free by flag and list, but leaves its RAM or has frames without a \
-                 struct page",
-                open.frames
-            ),
+            Some(pfn) => BlockDisagreement::InUse { frames, pfn },
+            None => BlockDisagreement::Incomplete { frames },
         });
         Ok(())
     }
@@ -265,22 +259,20 @@ impl Scanner<'_, '_> {
         let listed_order = u64::from(mark & ORDER);
         match self.layout.free_mark(page) {
             Some(FreeMark::Buddy { order }) => {
-                self.count_flagged(pfn, order);
+                self.count_flagged(pfn, order)?;
                 let agreed = mark & (LISTED | PCP | TORN) == LISTED
                     && order <= self.max_order
                     && order == listed_order
                     && self.layout.is_unused(page);
                 if mark == 0 && self.keeps_unlisted {
-                    self.seen.unlisted = self.seen.unlisted.saturating_add(1);
+                    VmiError::count("free blocks in no list", &mut self.seen.unlisted, 1)?;
                     return Ok(PageClass::Unknown);
                 }
                 if !agreed {
-                    self.seen.wrong.block(|| {
-                        format!(
-                            "frame {pfn} is marked as a free block of order {order}, {}",
-                            describe_mark(mark)
-                        )
-                    });
+                    let list = list_of(mark);
+                    self.seen
+                        .wrong
+                        .block(|| BlockDisagreement::OtherwiseListed { pfn, order, list });
                     return Ok(PageClass::Unknown);
                 }
                 self.begin(pfn, order, PageClass::FreeBuddy);
@@ -291,20 +283,14 @@ impl Scanner<'_, '_> {
                     self.begin(pfn, listed_order, PageClass::FreePcp);
                     return Ok(PageClass::FreePcp);
                 }
-                self.seen.wrong.block(|| {
-                    format!(
-                        "frame {pfn} is on a per-CPU free list, but its struct page shows a user"
-                    )
-                });
+                let wrong = &mut self.seen.wrong;
+                wrong.block(|| BlockDisagreement::PerCpuInUse { pfn });
                 return Ok(PageClass::Unknown);
             }
             Some(FreeMark::None) if mark & LISTED != 0 => {
-                self.seen.wrong.block(|| {
-                    format!(
-                        "frame {pfn} is {}, but has no mark of a free block",
-                        describe_mark(mark)
-                    )
-                });
+                let list = list_of(mark);
+                let wrong = &mut self.seen.wrong;
+                wrong.block(|| BlockDisagreement::Unmarked { pfn, list });
                 return Ok(PageClass::Unknown);
             }
             _ => {}
@@ -353,7 +339,7 @@ impl Scanner<'_, '_> {
         }
     }
 
-    fn count_flagged(&mut self, pfn: Pfn, order: u64) {
+    fn count_flagged(&mut self, pfn: Pfn, order: u64) -> Result<(), VmiError> {
         let zone = self.zones.iter().position(|span| span.contains(pfn));
         if let Some(flagged) = zone.and_then(|zone| self.seen.flagged.get_mut(zone)) {
             let pages = u32::try_from(order)
@@ -361,8 +347,9 @@ impl Scanner<'_, '_> {
                 .filter(|order| u64::from(*order) <= self.max_order)
                 .and_then(|order| 1_u64.checked_shl(order))
                 .unwrap_or(1);
-            *flagged = flagged.saturating_add(pages);
+            VmiError::count("pages of free blocks", flagged, pages)?;
         }
+        Ok(())
     }
 
     /// The class of a frame in use: that of the folio it belongs to.
@@ -386,7 +373,7 @@ impl Scanner<'_, '_> {
         if head == at {
             let stride = self.mem_map.stride;
             let class = self.layout.class(page, &|offset| {
-                if offset.saturating_add(8) <= stride {
+                if offset.checked_add(8).is_some_and(|end| end <= stride) {
                     page.u64_at(usize::try_from(offset).ok()?)
                 } else {
                     self.mem_map.u64_at(at.checked_add(offset)?).ok()

@@ -75,9 +75,12 @@ fn check_numbers(
     for Found { section, array, .. } in found.iter().filter(|found| found.section.online) {
         let last = section.frames.end().raw().checked_sub(1).map(Pfn::new);
         for pfn in [Some(section.frames.start()), last].into_iter().flatten() {
-            let at = array
-                .wrapping_add(pfn.raw().wrapping_mul(stride))
-                .wrapping_add(flags);
+            let inside = pfn.raw().checked_mul(stride).ok_or(VmiError::Corrupt {
+                what: "a frame of a section",
+                at: *array,
+                value: pfn.raw(),
+            })?;
+            let at = array.moved_by(inside).moved_by(flags);
             let number = shift.map(|shift| kernel.read_u64("page.flags", at).map(|f| f >> shift));
             if let Some(number) = number.transpose()?
                 && number != section.number

@@ -21,7 +21,7 @@ use sonicshot::{
 /// `struct page` is 64 bytes almost everywhere; debugging options may add a few words.
 const MAX_PAGE_STRUCT: u64 = 256;
 
-/// A stretch of struct pages that is contiguous in guest-physical memory too.
+/// A range of struct pages that is contiguous in guest-physical memory too.
 struct Chunk<'m> {
     at: KernelVa,
     len: u64,
@@ -117,7 +117,7 @@ impl<'m> MemMap<'m> {
         for region in memory.layout().frames(page_size) {
             let mut pfn = region.start();
             while let Some(left) = region.end().offset_from(pfn).filter(|left| *left > 0) {
-                steps = steps.wrapping_add(1);
+                VmiError::count("pages of struct pages", &mut steps, 1)?;
                 if steps.is_multiple_of(1 << 12) {
                     let last = memory.layout().end().pfn(page_size);
                     let what = "frames whose struct pages may be mapped";
@@ -131,11 +131,7 @@ impl<'m> MemMap<'m> {
                 let at = element("vmemmap", vmemmap, pfn.raw(), stride, 0)?;
                 let there = space.translate(at).ok();
                 // What is not mapped is missing in whole pages.
-                let page = page_size.bytes();
-                let len = there.map_or_else(
-                    || page.saturating_sub(at.raw() & page_size.offset_mask()),
-                    |there| there.len,
-                );
+                let len = there.map_or_else(|| page_size.left_in_page(at.raw()), |there| there.len);
                 let frames = len
                     .checked_div(stride)
                     .filter(|n| *n > 0)
@@ -194,7 +190,7 @@ impl<'m> MemMap<'m> {
                 let len = there.len.min(left);
                 match chunks.last_mut() {
                     Some(last) if last.goes_on(at, there.at, len) => {
-                        last.len = last.len.saturating_add(len);
+                        VmiError::count("bytes of struct pages", &mut last.len, len)?;
                     }
                     _ => chunks.push(Chunk {
                         at,
@@ -363,7 +359,7 @@ impl<'m> MemMap<'m> {
         Ok(())
     }
 
-    /// Calls `visit` for every stretch of struct pages in `span`, in order of frames, with the
+    /// Calls `visit` for every range of struct pages in `span`, in order of frames, with the
     /// first frame and the bytes of whole struct pages.
     pub(crate) fn visit_span(
         &self,

@@ -52,12 +52,12 @@ impl SectionBits {
                 .then(|| bit("SECTION_IS_EARLY_BIT", 3))
                 .transpose()?,
         };
-        let early = bits.early.unwrap_or(0);
-        if bits.has_mem_map == bits.online || early == bits.has_mem_map || early == bits.online {
+        let is_early = |bit: u64| bits.early == Some(bit);
+        if bits.has_mem_map == bits.online || is_early(bits.has_mem_map) || is_early(bits.online) {
             return Err(VmiError::Unsupported {
                 what: format!(
-                    "two bits of section_mem_map in one place: {:#x}, {:#x}, {early:#x}",
-                    bits.has_mem_map, bits.online
+                    "two bits of section_mem_map in one place: {:#x}, {:#x}, {:#x?}",
+                    bits.has_mem_map, bits.online, bits.early
                 ),
             });
         }
@@ -130,7 +130,12 @@ impl Array {
         nr: u64,
         struct_size: u64,
     ) -> Result<(Option<KernelVa>, u64), VmiError> {
-        let next = nr.saturating_add(1);
+        let too_many = VmiError::TooMany {
+            what: "sections of memory",
+            found: nr,
+            most: u64::MAX,
+        };
+        let next = nr.checked_add(1).ok_or(too_many)?;
         match *self {
             Self::Flat(at) => {
                 let at = element("mem_section", at, nr, struct_size, 0)?;
@@ -145,8 +150,10 @@ impl Array {
                 let at = element("mem_section", roots, root, 8, 0)?;
                 let root = kernel.read_ptr("mem_section", at)?;
                 if root.raw() == 0 {
-                    let left = per_root.saturating_sub(index).max(1);
-                    return Ok((None, nr.saturating_add(left)));
+                    // The first of the next root.
+                    let left = per_root.checked_sub(index);
+                    let behind = left.and_then(|left| nr.checked_add(left));
+                    return Ok((None, behind.unwrap_or(next)));
                 }
                 let at = element("a mem_section root", root, index, struct_size, 0)?;
                 Ok((Some(at), next))
@@ -285,9 +292,14 @@ impl<'a, 'm> Walk<'a, 'm> {
     /// The number behind that of the last section: of the dump's RAM, and beyond it as far as the
     /// kernel has found any.
     fn end(&self) -> Result<u64, VmiError> {
-        let ram_end = self.ram().last().map_or(0, |frames| frames.end().raw());
-        let per_section = self.layout.frames(0).map_or(1, |frames| frames.len());
-        let ram_end = ram_end.div_ceil(per_section);
+        let sections = || {
+            let ram_end = self.ram().last()?.end().raw();
+            let per_section = self.layout.frames(0)?.len();
+            (per_section > 0).then(|| ram_end.div_ceil(per_section))
+        };
+        let ram_end = sections().ok_or_else(|| VmiError::Unsupported {
+            what: format!("sections of 2^{} bytes", self.layout.size.section_bits),
+        })?;
         let most = most_sections(self.layout.nr_sections);
         if ram_end > most {
             let SectionSize {
@@ -306,7 +318,8 @@ impl<'a, 'm> Walk<'a, 'm> {
             None => 0,
         };
         // A number that is too high only costs time.
-        Ok(highest.saturating_add(1).min(most).max(ram_end))
+        let end = highest.checked_add(1).map_or(most, |end| end.min(most));
+        Ok(end.max(ram_end))
     }
 
     /// Reads the section whose `struct mem_section` is at `at`, if it has struct pages.
@@ -328,7 +341,7 @@ impl<'a, 'm> Walk<'a, 'm> {
             .start()
             .raw()
             .checked_mul(layout.stride)
-            .map(|bytes| array.wrapping_add(bytes))
+            .map(|bytes| array.moved_by(bytes))
             .ok_or_else(corrupt)?;
         self.count_outside(frames, early)?;
         self.found.push(Found {
@@ -367,8 +380,9 @@ impl<'a, 'm> Walk<'a, 'm> {
         {
             return Ok(());
         }
-        self.outside = self.outside.saturating_add(1);
-        self.early_outside = self.early_outside.saturating_add(u64::from(early));
+        let what = "sections outside of RAM";
+        VmiError::count(what, &mut self.outside, 1)?;
+        VmiError::count(what, &mut self.early_outside, u64::from(early))?;
         few_outside(self.outside)
     }
 
@@ -396,19 +410,17 @@ impl<'a, 'm> Walk<'a, 'm> {
             let bits = element("subsection_map", map, word, 8, 0)?;
             let bits = kernel.read_u64("subsection_map", bits)?;
             for bit in 0..64_u64 {
-                let index = word.saturating_mul(64).saturating_add(bit);
+                let index = word << 6 | bit;
                 if index >= count || bits & (1 << bit) == 0 {
                     continue;
                 }
-                let first = index.saturating_mul(per_bit);
-                let part = whole
-                    .frames
-                    .start()
-                    .checked_add(first)
+                let first = index.checked_mul(per_bit);
+                let part = first
+                    .and_then(|first| whole.frames.start().checked_add(first))
                     .and_then(|start| PfnRange::with_len(start, per_bit))
                     .map(|part| part.intersection(&whole.frames));
                 let at = first
-                    .checked_mul(self.layout.stride)
+                    .and_then(|first| first.checked_mul(self.layout.stride))
                     .and_then(|bytes| whole.at.checked_add(bytes));
                 if let (Some(frames), Some(at)) = (part, at) {
                     self.add(Span {

@@ -104,7 +104,7 @@ impl MemoryBlocks {
     fn load(&self, kernel: &Kernel<'_>, index: u64) -> Result<Option<KernelVa>, VmiError> {
         /// Entries below are no nodes (`xa_is_node`).
         const MIN_NODE: u64 = 4096;
-        let mask = (1_u64 << self.node_bits).wrapping_sub(1);
+        let mask = !(u64::MAX << self.node_bits);
         let mut entry = kernel.read_u64("xarray.xa_head", self.head)?;
         let mut above: Option<u32> = None;
         while entry & 3 == 2 && entry > MIN_NODE {

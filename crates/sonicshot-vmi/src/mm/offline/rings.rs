@@ -6,7 +6,7 @@ use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::note::Note;
 use crate::{KernelVa, VirtualMemory};
-use sonicshot::{PageClass, PageMap, Pfn, PfnRange};
+use sonicshot::{PageClass, PageMap, Pfn, PfnRange, Tally};
 
 /// What a ring of offline pages came to.
 enum Ring {
@@ -47,7 +47,7 @@ impl OfflinePages {
         notes: &mut Vec<Note>,
     ) -> Result<(), VmiError> {
         /// More drivers have no balloon: the others' pages are kept.
-        const MAX_RINGS: usize = 256;
+        const MAX_RINGS: u64 = 256;
         /// Of so many rings it is told why they are not believed.
         const MAX_REASONS: usize = 3;
         let records = Records {
@@ -55,16 +55,16 @@ impl OfflinePages {
             mem_map,
             layout,
         };
-        let (mut kept, mut rings) = (0_usize, 0_usize);
-        let (mut reasons, mut more): (Vec<String>, u64) = (Vec::new(), 0);
-        let mut at = 0_usize;
-        while let Some(first) = self.frames.get(at).copied() {
-            let seen = self.seen.get(at).copied().unwrap_or(true);
-            at = at.saturating_add(1);
-            if seen {
+        let (mut kept, mut rings) = (Tally::ZERO, 0_u64);
+        let (mut reasons, mut more): (Vec<String>, Tally) = (Vec::new(), Tally::ZERO);
+        for at in 0..self.frames.len() {
+            let Some(first) = self.frames.get(at).copied() else {
+                break;
+            };
+            if self.seen.get(at).copied().unwrap_or(true) {
                 continue;
             }
-            rings = rings.saturating_add(1);
+            VmiError::count("rings of pages", &mut rings, 1)?;
             let ring = if rings > MAX_RINGS {
                 Ring::Broken(
                     vec![first],
@@ -82,20 +82,20 @@ impl OfflinePages {
                     }
                 }
                 Ring::Broken(frames, reason) => {
-                    kept = kept.saturating_add(frames.len());
+                    kept.add(frames.len() as u64);
                     if reasons.len() < MAX_REASONS {
                         reasons.push(reason);
                     } else {
-                        more = more.saturating_add(1);
+                        more.add(1);
                     }
                 }
             }
         }
-        if kept > 0 {
+        if kept > Tally::ZERO {
             notes.push(Note::OfflinePagesKept {
-                pages: kept as u64,
+                pages: kept.get(),
                 reasons,
-                more,
+                more: more.get(),
             });
         }
         Ok(())
@@ -253,7 +253,9 @@ fn is_counted(kernel: &Kernel<'_>, head: KernelVa, len: u64) -> bool {
     let Ok(len) = u32::try_from(len) else {
         return false;
     };
-    let first = head.raw().wrapping_sub(AROUND) & !7;
+    let Some(first) = head.raw().checked_sub(AROUND).map(|first| first & !7) else {
+        return false;
+    };
     let mut bytes = [0; 512 + 16];
     // What is not mapped holds no count.
     for (at, word) in (first..).step_by(8).zip(bytes.chunks_mut(8)) {

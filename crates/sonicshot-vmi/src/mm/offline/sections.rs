@@ -8,7 +8,7 @@ use crate::kernel::{Kernel, element};
 use crate::mm::mem_map::{MemMap, Section, Span};
 use crate::mm::zone::Zones;
 use crate::note::Note;
-use sonicshot::{GpaRange, PageClass, PageMap, Pfn, PfnRange};
+use sonicshot::{GpaRange, PageClass, PageMap, Pfn, PfnRange, Tally};
 
 /// A section that may be offline: everything but what points into it has been asked.
 #[derive(Debug)]
@@ -28,13 +28,13 @@ pub(crate) struct OfflineSections {
     /// Where the struct pages of each begin, sorted, and its index.
     by_structs: Vec<(KernelVa, usize)>,
     /// Frames of sections that are not online and not proved to be offline.
-    kept: u64,
+    kept: Tally,
     reasons: Vec<String>,
 }
 
 impl OfflineSections {
     /// Asks the sections' words, their memory blocks and the counters. `is_listed` tells whether a
-    /// free list has anything in a stretch of frames.
+    /// free list has anything in a range of frames.
     pub(crate) fn find(
         kernel: &Kernel<'_>,
         mem_map: &MemMap<'_>,
@@ -90,7 +90,7 @@ impl OfflineSections {
     }
 
     fn keep(&mut self, frames: PfnRange, reason: String) {
-        self.kept = self.kept.saturating_add(frames.len());
+        self.kept.add(frames.len());
         if self.reasons.len() < 4 && !self.reasons.contains(&reason) {
             self.reasons.push(reason);
         }
@@ -180,9 +180,9 @@ impl OfflineSections {
                 }
             }
         }
-        if self.kept > 0 {
+        if self.kept > Tally::ZERO {
             notes.push(Note::SectionsKept {
-                frames: self.kept,
+                frames: self.kept.get(),
                 reasons: self.reasons,
             });
         }

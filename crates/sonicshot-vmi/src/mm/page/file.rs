@@ -17,7 +17,7 @@
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::{AddressSpace, KernelVa, VirtualMemory};
-use sonicshot::PageSize;
+use sonicshot::{PageSize, Tally};
 use std::collections::HashMap;
 
 /// `include/uapi/linux/magic.h`; ext2 and ext3 have the same.
@@ -59,7 +59,7 @@ pub(crate) struct InFile {
     pub mapping: KernelVa,
     /// In pages.
     pub index: u64,
-    /// What `page.private` is, if `PG_private` says that it is the file system's.
+    /// The pointer `page.private`, if `PG_private` says that it is the file system's.
     pub private: Option<KernelVa>,
 }
 
@@ -168,8 +168,8 @@ impl BufferLayout {
         Ok(Some(Self { state, next, clean }))
     }
 
-    /// Whether all buffers in the ring of `first` are as on the disk. No more than `left` are looked
-    /// at: rings of many pages that lead into each other would be without end.
+    /// Whether all buffers in the ring of `first` are as on the disk. No more than `left` are
+    /// looked at: rings of many pages that lead into each other would be without end.
     fn are_clean(self, space: &AddressSpace<'_>, first: KernelVa, left: &mut u64) -> bool {
         let mut at = first;
         for _ in 0..MAX_BUFFERS {
@@ -205,13 +205,11 @@ pub(crate) struct Files {
 impl Files {
     /// None yet, of so many frames.
     pub(crate) fn of_frames(frames: u64) -> Self {
-        let of_frames = frames.checked_mul(MAX_BUFFERS_A_FRAME);
+        // The folio that a piece begins in has its head in another. It is only a bound on work.
+        let of_frames = Tally::new(frames).times(MAX_BUFFERS_A_FRAME);
         Self {
             known: HashMap::new(),
-            // The folio that a piece begins in has its head in another.
-            buffers_left: of_frames
-                .and_then(|buffers| buffers.checked_add(MAX_BUFFERS as u64))
-                .unwrap_or(u64::MAX),
+            buffers_left: of_frames.and(MAX_BUFFERS as u64).get(),
         }
     }
 

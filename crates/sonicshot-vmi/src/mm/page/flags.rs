@@ -47,8 +47,14 @@ impl FlagBits {
         let lru = need("PG_lru")?;
         let swapbacked = need("PG_swapbacked")?;
         let private = need("PG_private")?;
-        let hwpoison = told("PG_hwpoison")?.unwrap_or(0);
-        let up_to_mlocked = (swapbacked << 3).wrapping_sub(1);
+        // A kernel without such a flag has no bit for it.
+        let told_or_none = |name| Ok::<_, VmiError>(told(name)?.unwrap_or(0));
+        let hwpoison = told_or_none("PG_hwpoison")?;
+        // All below the third above it.
+        let up_to_mlocked = (swapbacked << 3).checked_sub(1);
+        let up_to_mlocked = up_to_mlocked.ok_or_else(|| VmiError::Unsupported {
+            what: format!("PG_swapbacked of {swapbacked:#x}"),
+        })?;
         Ok(Self {
             all: up_to_mlocked | hwpoison,
             lru,
@@ -60,7 +66,7 @@ impl FlagBits {
             swapbacked,
             reserved: private >> 1,
             head: told_mask(kernel)?,
-            slab: told("PG_slab")?.unwrap_or(0),
+            slab: told_or_none("PG_slab")?,
             private_2: 0,
             hwpoison,
         })
@@ -115,12 +121,12 @@ impl FlagBits {
                 })
         };
         let mut need = |name| mask(name, kernel.need_constant(name)?);
+        let above = u32::try_from(count).map(|count| u64::MAX.unbounded_shl(count));
+        let all = !above.map_err(|_| VmiError::Unsupported {
+            what: format!("__NR_PAGEFLAGS of {count}"),
+        })?;
         let bits = Self {
-            all: u32::try_from(count)
-                .ok()
-                .and_then(|count| 1_u64.checked_shl(count))
-                .unwrap_or(0)
-                .wrapping_sub(1),
+            all,
             lru: need("PG_lru")?,
             dirty: need("PG_dirty")?,
             writeback: need("PG_writeback")?,

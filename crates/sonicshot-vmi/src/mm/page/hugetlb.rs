@@ -72,14 +72,15 @@ impl HugetlbMark {
                 value,
             } => {
                 let aligned = offset & !7;
-                let shift = u32::try_from(offset.saturating_sub(aligned).saturating_mul(8));
+                let shift = u32::try_from((offset & 7) << 3);
                 let mask = if size >= 8 {
                     u64::MAX
                 } else {
-                    (1_u64 << ((size & 7) << 3)).wrapping_sub(1)
+                    !(u64::MAX << ((size & 7) << 3))
                 };
                 read(aligned).zip(shift.ok()).is_some_and(|(word, shift)| {
-                    word.checked_shr(shift).unwrap_or(0) & mask == value
+                    word.checked_shr(shift)
+                        .is_some_and(|word| word & mask == value)
                 })
             }
         }

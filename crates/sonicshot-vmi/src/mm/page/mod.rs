@@ -217,9 +217,11 @@ impl PageLayout {
             return false;
         };
         let flags = flags & self.bits.all;
-        let lowest = flags & flags.wrapping_neg();
+        let lowest = 1_u64.checked_shl(flags.trailing_zeros());
         // `private` is the bit above `reserved`.
-        let is_marked = flags == lowest | lowest << 1 && lowest & self.bits.reserved != 0;
+        let is_marked = lowest.is_some_and(|lowest| {
+            flags == lowest | lowest << 1 && lowest & self.bits.reserved != 0
+        });
         refcount == 1 && flags != 0 && flags & !self.bits.reserved == 0 || refcount > 1 && is_marked
     }
 

@@ -79,9 +79,9 @@ pub(super) fn read_counter(
     let base = kernel.read_ptr("zone's per-CPU counters", pointer)?;
     for offset in deltas.cpu_offsets {
         let delta = base
-            .wrapping_add(*offset)
-            .wrapping_add(diffs.vm_stat_diff)
-            .wrapping_add(index);
+            .moved_by(*offset)
+            .moved_by(diffs.vm_stat_diff)
+            .moved_by(index);
         let mut byte = [0];
         kernel
             .space

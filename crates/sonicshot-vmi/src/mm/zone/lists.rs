@@ -5,7 +5,7 @@ use crate::KernelVa;
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::mm::mem_map::MemMap;
-use sonicshot::Pfn;
+use sonicshot::{Pfn, PfnRange};
 
 /// One free block that a list names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,7 +83,7 @@ impl Zones {
         };
         let mut counts = Vec::new();
         for (cpu, offset) in self.cpu_offsets.iter().enumerate() {
-            let pcp = zone.pageset.wrapping_add(*offset).wrapping_add(layout.pcp);
+            let pcp = zone.pageset.moved_by(*offset).moved_by(layout.pcp);
             let count = kernel.read_u32(
                 "per_cpu_pages.count",
                 element("per_cpu_pages", pcp, 0, 0, layout.count)?,
@@ -129,12 +129,12 @@ pub(crate) struct FreeLists<'a, 'm> {
 impl<'a, 'm> FreeLists<'a, 'm> {
     pub(crate) fn new(map: &'a MemMap<'m>, kernel: &'a Kernel<'m>, lru: u64) -> Self {
         // Also frames outside the dump's RAM may be listed.
-        let frames = map.spans().iter().map(|span| span.frames.len());
+        let frames = map.spans().iter().map(|span| &span.frames);
         Self {
             map,
             kernel,
             lru,
-            frames_left: frames.fold(0, u64::saturating_add),
+            frames_left: PfnRange::total_of(frames),
         }
     }
 
@@ -153,8 +153,8 @@ impl<'a, 'm> FreeLists<'a, 'm> {
         let mut before = [head, head];
         let mut own_back = None;
         while node != head {
-            let page = KernelVa::new(node.raw().wrapping_sub(self.lru));
-            let Some(pfn) = map.frame_of(page) else {
+            let page = node.checked_sub(self.lru);
+            let Some(pfn) = page.and_then(|page| map.frame_of(page)) else {
                 return Err(VmiError::Corrupt {
                     what: "a free list",
                     at: head,

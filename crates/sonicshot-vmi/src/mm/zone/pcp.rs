@@ -53,16 +53,18 @@ impl PcpLayout {
 
     /// `HPAGE_PMD_ORDER`: a page of page tables has a pointer of 8 bytes for each.
     pub(crate) fn huge_order(page_size: PageSize) -> u32 {
-        page_size.shift().saturating_sub(3)
+        (page_size.bytes() / 8).ilog2()
     }
 
     /// `pindex_to_order` (`mm/page_alloc.c`, since 5.14): the order is in no page.
     pub(crate) fn order(&self, index: u64) -> Result<u32, VmiError> {
+        const WITH_HUGE: u64 = COSTLY_ORDER + 2;
+        let order_above = self.types.checked_mul(WITH_HUGE);
         let order = index.checked_div(self.types);
         let order = order.and_then(|order| u32::try_from(order).ok());
         if let Some(order) = order.filter(|order| u64::from(*order) <= COSTLY_ORDER) {
             Ok(order)
-        } else if index < self.types.saturating_mul(COSTLY_ORDER.saturating_add(2)) {
+        } else if order_above.is_some_and(|end| index < end) {
             Ok(self.huge_order)
         } else {
             Err(VmiError::Unsupported {

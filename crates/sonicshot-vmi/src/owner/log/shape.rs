@@ -6,12 +6,13 @@
 //! apart than the rings are long. What its lines say of themselves shows whether it is one: each has
 //! its descriptor's identifier before its text, and their numbers have no gap.
 
-use super::{ID, MAX_LINES, Places, Ring};
+use super::{ID, MAX_LINES, Places, Ring, ids_between};
 use crate::arch;
 use crate::deadline::Deadline;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::{KernelVa, VirtualMemory, shape};
+use sonicshot::Tally;
 
 /// `PRB_AVGBITS`: there is a descriptor for so much text.
 const TEXT_BITS: u32 = 5;
@@ -100,14 +101,16 @@ fn each_word(
     let size = kernel.build.page_size.bytes();
     let mut buffer = Vec::new();
     let (mut at, end) = image;
-    let all = end.offset_from(at).unwrap_or(0);
+    let begin = at;
     while let Some(left) = end.offset_from(at).filter(|left| *left > 0) {
-        let done = all.saturating_sub(left);
-        deadline.check("bytes of the kernel's image", done, all)?;
+        if let Some(done) = at.offset_from(begin) {
+            let all = Tally::new(done).and(left).get();
+            deadline.check("bytes of the kernel's image", done, all)?;
+        }
         // What one entry of the page tables maps follows itself in memory.
         let there = kernel.space.translate(at).ok();
         let mapped = there.map_or(size, |there| there.len.min(left).min(PIECE));
-        let count = mapped.checked_div(size).unwrap_or(0).max(1);
+        let count = (mapped >> kernel.build.page_size.shift()).max(1);
         let len = usize::try_from(count)
             .ok()
             .and_then(|n| n.checked_mul(page));
@@ -142,14 +145,13 @@ fn visit_words(
     let mut here = at;
     for page in pages.chunks_exact(page) {
         let (words, _) = page.as_chunks::<8>();
-        for (index, word) in words.iter().enumerate() {
-            let next = words.get(index.wrapping_add(1));
-            visit(
-                here,
-                u64::from_le_bytes(*word),
-                next.map(|next| u64::from_le_bytes(*next)),
-            );
-            here = here.wrapping_add(8);
+        let mut words = words
+            .iter()
+            .map(|word| u64::from_le_bytes(*word))
+            .peekable();
+        while let Some(word) = words.next() {
+            visit(here, word, words.peek().copied());
+            here = here.moved_by(8);
         }
     }
 }
@@ -177,7 +179,7 @@ fn ring_at<'k, 'm>(
     let count = 1_u64.checked_shl(count_bits).filter(|n| *n <= MAX_LINES)?;
     let (descs, infos) = (pointer(8)?, pointer(16)?);
     let (head, tail) = (word(24)?, word(32)?);
-    if head > ID || tail > ID || head.wrapping_sub(tail) & ID >= count {
+    if head > ID || tail > ID || ids_between(tail, head) >= count {
         return None;
     }
     let size_bits = count_bits.checked_add(TEXT_BITS)?;
@@ -186,7 +188,7 @@ fn ring_at<'k, 'm>(
         let newest = word(start.checked_add(16)?)?;
         let oldest = word(start.checked_add(24)?)?;
         let fits = word(start) == Some(size_bits.into())
-            && newest.wrapping_sub(oldest) <= 1_u64.checked_shl(size_bits)?;
+            && KernelVa::new(newest).moved_back_by(oldest).raw() <= 1_u64.checked_shl(size_bits)?;
         fits.then_some(data)
     };
     let ring = Ring {
@@ -209,8 +211,9 @@ fn are_lines(ring: &Ring<'_, '_>) -> bool {
     let mut first = None;
     let mut in_order = true;
     let read = ring.lines_by_id(&mut |id, line| {
-        let behind = id.wrapping_sub(ring.tail) & ID;
-        let start = line.seq.wrapping_sub(behind);
+        // Below zero where the oldest descriptors have had no line yet.
+        let behind = i128::from(ids_between(ring.tail, id));
+        let start = i128::from(line.seq).checked_sub(behind);
         in_order = *first.get_or_insert(start) == start;
         in_order
     });

@@ -139,7 +139,7 @@ fn a_per_cpu_area_written_over_refuses_the_kernel() {
     let this_cpu_off = with(ram(), |kernel| {
         let (_, offset) = crate::mm::cpus::possible_cpus(kernel).unwrap()[0];
         let symbol = kernel.need_symbol("this_cpu_off").unwrap();
-        there(kernel, symbol.wrapping_add(offset))
+        there(kernel, symbol.moved_by(offset))
     });
     let ram = forged(&[(this_cpu_off, long(7))]);
     let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();

@@ -70,11 +70,11 @@ fn sum(bytes: &[u8]) -> u8 {
 }
 
 /// The little-endian word at `at` of what was read in one piece.
-fn word(bytes: &[u8], at: usize) -> u32 {
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
     bytes
-        .get(at..at.saturating_add(4))
-        .and_then(|word| word.try_into().ok())
-        .map_or(0, u32::from_le_bytes)
+        .get(at..)
+        .and_then(|word| word.first_chunk())
+        .map(|word| u32::from_le_bytes(*word))
 }
 
 /// Where the root pointer at `at` leads, if it is one.
@@ -85,12 +85,11 @@ fn root_table(kernel: &Kernel<'_>, at: Gpa) -> Result<Option<Gpa>, VmiError> {
         return Ok(None);
     }
     let extended = v1.get(15).is_some_and(|revision| *revision >= 2);
-    let xsdt = u64::from(word(rest, 4)) | u64::from(word(rest, 8)) << 32;
-    Ok(Some(Gpa::new(if extended && xsdt != 0 {
-        xsdt
-    } else {
-        u64::from(word(v1, 16))
-    })))
+    let halves = word(rest, 4).zip(word(rest, 8));
+    let xsdt = halves.map(|(low, high)| u64::from(low) | u64::from(high) << 32);
+    let rsdt = word(v1, 16).map(u64::from);
+    let root = xsdt.filter(|xsdt| extended && *xsdt != 0).or(rsdt);
+    Ok(root.map(Gpa::new))
 }
 
 /// What is wrong with the root table, if anything is.
@@ -101,7 +100,7 @@ fn check_root_table(kernel: &Kernel<'_>, table: Gpa) -> Result<Option<Trace>, Vm
     let length = word(&header, 4);
     let named = header.starts_with(b"RSDT") || header.starts_with(b"XSDT");
     if named
-        && (36..=MAX_ROOT).contains(&length)
+        && let Some(length) = length.filter(|length| (36..=MAX_ROOT).contains(length))
         && let Ok(length) = usize::try_from(length)
     {
         let mut bytes = vec![0; length];
@@ -188,7 +187,7 @@ impl Listed {
             }
             other => other?,
         };
-        if word(&header, 0) == self.name && word(&header, 4) == self.length {
+        if word(&header, 0) == Some(self.name) && word(&header, 4) == Some(self.length) {
             return Ok(None);
         }
         let name = self.name.to_le_bytes();

@@ -109,20 +109,9 @@ pub(crate) fn slept(kernel: &Kernel<'_>) -> Result<Option<u64>, VmiError> {
     };
     // `struct { seqcount_raw_spinlock_t seq; struct timekeeper timekeeper; }` without a name, and
     // since 6.13 `struct tk_data`, of which there are several since 6.17.
-    for (variable, base) in [
-        (
-            "tk_core",
-            kernel
-                .member("tk_data", "timekeeper")?
-                .map_or(8, |m| m.offset),
-        ),
-        (
-            "timekeeper_data",
-            kernel
-                .member("tk_data", "timekeeper")?
-                .map_or(8, |m| m.offset),
-        ),
-    ] {
+    let base = kernel.member("tk_data", "timekeeper")?;
+    let base = base.map_or(8, |member| member.offset);
+    for variable in ["tk_core", "timekeeper_data"] {
         if let Some(at) = kernel.symbol(variable)? {
             let at = element("timekeeper", at, 0, base, 0)?;
             let at = element("timekeeper", at, 1, base, offset.offset)?;
@@ -153,9 +142,10 @@ fn asleep(
     }
     // The chip tells whole seconds, both times.
     let until = slept.div_ceil(NANOSECONDS).checked_add(ahead);
-    let since = i128::from(bios)
-        .wrapping_sub(i128::from(began))
-        .rem_euclid(i128::from(day));
+    let since = i128::from(bios).checked_sub(i128::from(began));
+    let Some(since) = since.and_then(|since| since.checked_rem_euclid(i128::from(day))) else {
+        return Ok(None);
+    };
     Ok(Some(
         until.is_none_or(|until| since <= i128::from(until))
             || since >= i128::from(day.abs_diff(ahead)),
@@ -206,9 +196,11 @@ fn bios_seconds(kernel: &Kernel<'_>) -> Result<Result<[u64; 2], &'static str>, V
 /// a period of `day` seconds.
 fn fits(kernel_second: u64, bios: [u64; 2], day: u64, most: u64) -> bool {
     bios.iter().any(|bios| {
-        let behind = i128::from(kernel_second).wrapping_sub(i128::from(*bios));
-        let behind = behind.rem_euclid(i128::from(day));
-        behind <= i128::from(most) || behind >= i128::from(day.abs_diff(AHEAD))
+        let behind = i128::from(kernel_second).checked_sub(i128::from(*bios));
+        let behind = behind.and_then(|behind| behind.checked_rem_euclid(i128::from(day)));
+        behind.is_some_and(|behind| {
+            behind <= i128::from(most) || behind >= i128::from(day.abs_diff(AHEAD))
+        })
     })
 }
 

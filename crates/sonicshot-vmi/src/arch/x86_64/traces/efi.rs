@@ -14,7 +14,7 @@ use crate::arch::{Trace, Verdict};
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::{KernelVa, VirtualReadError};
-use sonicshot::{Gpa, GpaRange, MemoryError};
+use sonicshot::{Gpa, GpaRange, MemoryError, to_usize};
 
 /// Whether an EFI firmware, or its loader, started the kernel.
 pub(crate) fn is_started_by(kernel: &Kernel<'_>) -> Result<bool, VmiError> {
@@ -128,8 +128,8 @@ fn look(kernel: &Kernel<'_>) -> Result<Tables, VmiError> {
     };
     let points_to = number(&system, RUNTIME);
     if points_to != Some(runtime) {
-        let points_to = points_to.unwrap_or_default();
-        let found = format!("points to runtime services at {points_to:#x}, not {runtime:#x}");
+        let points_to = points_to.map_or_else(|| "no place".into(), |at| format!("{at:#x}"));
+        let found = format!("points to runtime services at {points_to}, not {runtime:#x}");
         return wrong(what, system_at, found);
     }
     let what = "the EFI runtime services table";
@@ -138,14 +138,17 @@ fn look(kernel: &Kernel<'_>) -> Result<Tables, VmiError> {
         Err(found) => return wrong(what, services_at, found),
     };
     for at in SERVICES {
-        let service = number(&services, at).unwrap_or_default();
-        if physical(service).is_none() {
+        let service = number(&services, at);
+        if service.and_then(physical).is_none() {
+            let service = service.map_or_else(|| "no place".into(), |at| format!("{at:#x}"));
             let found =
-                format!("has a service at {service:#x}, which is none of the kernel's addresses");
+                format!("has a service at {service}, which is none of the kernel's addresses");
             return wrong(what, services_at, found);
         }
     }
-    let vendor = number(&system, VENDOR).unwrap_or_default();
+    let Some(vendor) = number(&system, VENDOR) else {
+        return wrong("the EFI system table", system_at, "names no vendor".into());
+    };
     let vendor = physical(vendor).unwrap_or(Gpa::new(vendor));
     let vendor = utf16(kernel, vendor)?;
     if !vendor.contains("EDK II") {
@@ -246,7 +249,7 @@ fn table(
     at: Gpa,
     signature: [u8; 8],
 ) -> Result<Result<Vec<u8>, String>, VmiError> {
-    const MAX_LEN: u32 = 4096;
+    const MAX_LEN: usize = 4096;
     const LEN: usize = 12;
     const CHECKSUM: core::ops::Range<usize> = 16..20;
     let mut header = [0; 24];
@@ -255,12 +258,14 @@ fn table(
         let (found, _) = header.split_at(signature.len());
         return Ok(Err(format!("is not there ({})", found.escape_ascii())));
     }
-    let len = number(&header, LEN).map_or(0, |word| word & 0xffff_ffff);
-    let len = u32::try_from(len).unwrap_or(u32::MAX);
-    if !(u32::try_from(header.len()).unwrap_or(MAX_LEN)..=MAX_LEN).contains(&len) {
+    let len = number(&header, LEN).map(|word| to_usize(word & 0xffff_ffff));
+    let Some(len) = len else {
+        return Ok(Err("is not whole (it has no length)".into()));
+    };
+    if !(header.len()..=MAX_LEN).contains(&len) {
         return Ok(Err(format!("is not whole (its length is {len})")));
     }
-    let mut bytes = vec![0; usize::try_from(len).unwrap_or(header.len())];
+    let mut bytes = vec![0; len];
     kernel.space.memory().read(at, &mut bytes)?;
     let mut checksum = [0; 4];
     if let Some(there) = bytes.get_mut(CHECKSUM) {
