@@ -11,6 +11,7 @@ use crate::{DumpError, DumpOptions, LayoutSpec, RamBlock};
 use sonicshot::{
     Architecture, ClassSet, Disposition, FileStamp, Fill, Gpa, GpaRange, GuestMemory, Mapped,
     MemoryError, P2m, PageMap, PageSize, PfnRange, Processors, Progress, PrunePlan, RamLayout,
+    Tally,
 };
 use std::fmt;
 use std::fs::File;
@@ -154,8 +155,8 @@ impl Dump {
         fill == Fill::Any || fill == self.format.dropped_reads_as()
     }
 
-    /// What of `classes` is left out of a file of this format. One in which pages of zeroes share
-    /// one that is stored has them all.
+    /// The part of `classes` that is left out of a file of this format. One in which pages of
+    /// zeroes share one that is stored has them all.
     #[must_use]
     pub fn leaves_out(&self, classes: ClassSet) -> ClassSet {
         if self.format.shares_zeroes() {
@@ -172,26 +173,25 @@ impl Dump {
     /// [`DumpError`] if the file cannot be read.
     pub fn stored_bytes(&self, plan: &PrunePlan) -> Result<u64, DumpError> {
         let stored = self.format.stored();
-        let mut sum = 0_u64;
+        let mut sum = Tally::ZERO;
         for region in self.layout().regions() {
             for dropped in plan.dropped_in(*region) {
-                // Of no more than the file.
-                sum = sum.saturating_add(stored.stored_bytes(dropped)?);
+                sum.add(stored.stored_bytes(dropped)?);
             }
         }
-        Ok(sum)
+        Ok(sum.get())
     }
 
-    /// What the files take on disk, in bytes.
+    /// The space that the files take on disk, in bytes.
     ///
     /// # Errors
     /// [`DumpError::Io`] if that cannot be told.
     pub fn disk_bytes(&self) -> Result<u64, DumpError> {
-        let mut sum = 0_u64;
+        let mut sum = Tally::ZERO;
         for file in self.files() {
-            sum = sum.saturating_add(disk_usage(file, &self.path)?);
+            sum.add(disk_usage(file, &self.path)?);
         }
-        Ok(sum)
+        Ok(sum.get())
     }
 
     /// The part of `plan` that this format can drop: what it [restores](Self::restores).
@@ -299,8 +299,8 @@ impl Dump {
         FileStamp::of(self.file()).map_or(0, FileStamp::len)
     }
 
-    /// What a Xen image holds beside the guest's memory: [`XlSkeleton::write`] makes an image of it
-    /// again. `None` of other formats. [`CheckedPlan::xl_skeleton`] leaves pages out.
+    /// The parts of a Xen image beside the guest's memory: [`XlSkeleton::write`] makes an image of
+    /// it again. `None` of other formats. [`CheckedPlan::xl_skeleton`] leaves pages out.
     ///
     /// # Errors
     /// [`DumpError::Xen`] if the file is no longer what was opened.

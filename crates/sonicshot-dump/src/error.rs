@@ -29,7 +29,7 @@ pub enum DumpError {
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The fault.
         what: &'static str,
         /// Where.
         offset: FileOffset,
@@ -81,7 +81,7 @@ pub enum DumpError {
     Unsupported {
         /// The file.
         path: PathBuf,
-        /// What it is.
+        /// Its kind.
         kind: &'static str,
     },
     /// The file does not begin as one of the format that it is said to have.
@@ -97,7 +97,7 @@ pub enum DumpError {
     NotRead {
         /// The file.
         path: PathBuf,
-        /// What it is.
+        /// Its kind.
         kind: &'static str,
         /// What to do with it.
         instead: &'static str,
@@ -111,7 +111,7 @@ pub enum DumpError {
         names: Vec<String>,
     },
     /// The file is no dump.
-    #[error("{} is no memory dump: {why}", path.display())]
+    #[error("{} is not a memory dump: {why}", path.display())]
     NotADump {
         /// The file.
         path: PathBuf,
@@ -120,7 +120,7 @@ pub enum DumpError {
     },
     /// The file is raw memory, if anything, and ends inside a page.
     #[error(
-        "{} is no memory dump: {}its length of {len} bytes is no multiple of 4 KiB",
+        "{} is not a memory dump: {}its length of {len} bytes is not a multiple of 4 KiB",
         path.display(),
         if *is_said { "" } else { "it begins as no known format, and " }
     )]
@@ -133,7 +133,7 @@ pub enum DumpError {
         is_said: bool,
     },
     /// The guest's RAM layout cannot be.
-    #[error("the RAM layout of {} cannot be", path.display())]
+    #[error("invalid RAM layout in {}", path.display())]
     Layout {
         /// The file.
         path: PathBuf,
@@ -172,7 +172,7 @@ pub enum DumpError {
         known: String,
     },
     /// The folder is no VMM's snapshot.
-    #[error("{} is no snapshot: it holds neither a Cloud Hypervisor snapshot (state.json, config.json, memory-ranges) nor a Firecracker VM state with its memory file; folders in it are not looked into", path.display())]
+    #[error("{} is not a snapshot: it holds neither a Cloud Hypervisor snapshot (state.json, config.json, memory-ranges) nor a Firecracker VM state with its memory file; folders in it are not looked into", path.display())]
     NotASnapshot {
         /// The folder.
         path: PathBuf,
@@ -227,7 +227,7 @@ pub enum DumpError {
     /// A folder that would be replaced holds a file that is no part of the snapshot in it, and
     /// that would be lost.
     #[error(
-        "{} is no part of the snapshot in its folder, and would be lost with it",
+        "{} is not part of the snapshot in its folder, and would be lost with it",
         path.display()
     )]
     Foreign {
@@ -328,7 +328,7 @@ pub enum DumpError {
     NotInPlace {
         /// The file.
         path: PathBuf,
-        /// What it is.
+        /// Its kind.
         format: &'static str,
     },
     /// The format cannot be written from front to back.
@@ -336,7 +336,7 @@ pub enum DumpError {
     NotAStream {
         /// The file.
         path: PathBuf,
-        /// What it is.
+        /// Its kind.
         format: &'static str,
     },
     /// The format does not hold what another needs.
@@ -344,7 +344,7 @@ pub enum DumpError {
     CannotConvert {
         /// The file.
         path: PathBuf,
-        /// What it is.
+        /// Its kind.
         format: &'static str,
         /// What it was to become.
         to: &'static str,
@@ -389,7 +389,7 @@ pub enum DumpError {
         path: PathBuf,
         /// The frame.
         pfn: Pfn,
-        /// What is wrong with it.
+        /// The fault.
         why: &'static str,
     },
     /// A raw file lacks what every guest's memory has: it is a diff without its base.
@@ -460,7 +460,7 @@ pub enum DumpError {
     CannotShare {
         /// The file.
         path: PathBuf,
-        /// What it is.
+        /// Its kind.
         format: &'static str,
     },
     /// Two files cannot share blocks.
@@ -551,7 +551,12 @@ fn name(writer: Option<&WritingProcess>) -> String {
 
 /// The names of files in one folder, for a message.
 fn names(paths: &[PathBuf]) -> String {
-    let name = |path: &PathBuf| path.file_name().unwrap_or_default().display().to_string();
+    let name = |path: &PathBuf| {
+        path.file_name()
+            .unwrap_or(path.as_os_str())
+            .display()
+            .to_string()
+    };
     let names: Vec<String> = paths.iter().map(name).collect();
     names.join(", ")
 }

@@ -13,7 +13,7 @@ use sonicshot::{
 };
 use sonicshot_vmi::{Analysis, Knowledge};
 
-/// What is not certain of where a dump's memory lies in the guest.
+/// Doubts about where a dump's memory lies in the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Doubts {
     shared: Vec<Vec<GpaRange>>,
@@ -195,7 +195,7 @@ fn between(place: &PfnRange, start: Pfn, end: Pfn) -> Option<(u64, u64)> {
     (from < to).then_some((from, to))
 }
 
-/// What is dropped of a dump, after every guard has been through it.
+/// The plan for a dump, after every guard has been through it.
 ///
 /// There is no other way to one than [`new`](Self::new), and no way to prune a file without one.
 ///
@@ -225,10 +225,10 @@ impl<'d> CheckedPlan<'d> {
     /// forbids it: see [`keep_in_doubt`].
     ///
     /// # Errors
-    /// [`DumpError::Undroppable`] of a class that is never dropped, [`DumpError::UsedByGuest`] of one
-    /// that the guest uses ([`for_analysis`](Self::for_analysis)), [`DumpError::CannotPrune`] of a
-    /// snapshot whose VMM would not read a hole as zero, [`DumpError::NotWhole`] of a diff without
-    /// its base, [`DumpError::OtherGuest`] if `guest` is not what is in `dump`,
+    /// [`DumpError::Undroppable`] of a class that is never dropped, [`DumpError::UsedByGuest`] of
+    /// one that the guest uses ([`for_analysis`](Self::for_analysis)), [`DumpError::CannotPrune`]
+    /// of a snapshot whose VMM would not read a hole as zero, [`DumpError::NotWhole`] of a diff
+    /// without its base, [`DumpError::OtherGuest`] if `guest` is not what is in `dump`,
     /// [`DumpError::LayoutNotShown`] of a raw file that may lie elsewhere.
     pub fn new(
         dump: &'d Dump,
@@ -301,14 +301,14 @@ impl<'d> CheckedPlan<'d> {
         }
     }
 
-    /// What is pruned.
+    /// The dump that is pruned.
     #[must_use]
     pub fn dump(&self) -> &'d Dump {
         self.dump
     }
 
-    /// What would go by the guest alone. A checkpoint, which keeps for every page what it must read
-    /// as, can do without all of it.
+    /// The pages that would go by the guest alone. A checkpoint, which keeps for every page what it
+    /// must read as, can do without all of it.
     #[must_use]
     pub fn wanted(&self) -> &PrunePlan {
         &self.wanted
@@ -319,7 +319,7 @@ impl<'d> CheckedPlan<'d> {
         &self.given_up
     }
 
-    /// What goes: of that, what the format can [restore](Dump::restores).
+    /// The pages that go: of those, what the format can [restore](Dump::restores).
     #[must_use]
     pub fn goes(&self) -> &PrunePlan {
         &self.goes

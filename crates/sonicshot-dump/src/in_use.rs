@@ -165,8 +165,8 @@ fn has_open(process: &Path, wanted: Wanted) -> io::Result<bool> {
             continue;
         }
         let info = process.join("fdinfo").join(entry.file_name());
-        let info = fs::read_to_string(info).unwrap_or_default();
-        if info.lines().any(opens_for_writing) {
+        let info = fs::read_to_string(info);
+        if info.is_ok_and(|info| info.lines().any(opens_for_writing)) {
             return Ok(true);
         }
     }

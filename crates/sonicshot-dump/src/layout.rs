@@ -68,7 +68,7 @@ impl BlockPlace {
 pub enum LayoutSpecError {
     /// It names no layout, and is no list of ranges.
     #[error(
-        "`{text}` is no layout: want pc, q35, firecracker, firecracker-old, flat, START-END,... or BLOCK=START-END,...;BLOCK=..."
+        "`{text}` is not a layout: want pc, q35, firecracker, firecracker-old, flat, START-END,... or BLOCK=START-END,...;BLOCK=..."
     )]
     Unknown {
         /// The text given.
@@ -125,14 +125,16 @@ impl LayoutSpec {
             return vec![GpaRange::new(Gpa::ZERO, Gpa::new(len))];
         }
         let mut ranges = vec![GpaRange::new(Gpa::ZERO, Gpa::new(split))];
-        let mut rest = len.saturating_sub(split);
+        let Some(mut rest) = len.checked_sub(split) else {
+            return vec![GpaRange::new(Gpa::ZERO, Gpa::new(len))];
+        };
         let mut at = GIB_4;
         if *self == Self::Firecracker {
             // arch/x86_64/layout.rs: a second hole of 256 GiB from 256 GiB.
-            let room = (256_u64 << 30).saturating_sub(GIB_4);
-            if rest > room {
-                ranges.extend(GpaRange::with_len(Gpa::new(at), room));
-                rest = rest.saturating_sub(room);
+            const ROOM: u64 = (256 << 30) - GIB_4;
+            if let Some(above @ 1..) = rest.checked_sub(ROOM) {
+                ranges.extend(GpaRange::with_len(Gpa::new(at), ROOM));
+                rest = above;
                 at = 512 << 30;
             }
         }
@@ -358,7 +360,7 @@ mod tests {
                 "ram0=2G-3G,0-1G",
                 "the range 0x0..0x40000000 is given behind 0x80000000..0xc0000000",
             ),
-            ("0-2G,1G", "`0-2G,1G` is no layout"),
+            ("0-2G,1G", "`0-2G,1G` is not a layout"),
         ] {
             let error: LayoutSpecError = text.parse::<LayoutSpec>().unwrap_err();
             assert!(error.to_string().starts_with(said), "{text}: {error}");

@@ -1,12 +1,13 @@
 //! How much is taken in of what comes through a pipe or is compressed.
 
+use sonicshot::Tally;
 use std::fmt;
 
 /// What may come of a migration file beside the guest's RAM: a tenth of the RAM, for pages that
 /// come twice, or so much for the devices' state.
 const BESIDE_RAM: u64 = 16 << 20;
 
-/// What says how much of a content is taken in.
+/// The source of the limit on how much of a content is taken in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SizeLimit {
@@ -36,6 +37,12 @@ impl fmt::Display for SizeLimit {
             Self::Disk => f.write_str("that is what is free where it is put, but a sixteenth"),
         }
     }
+}
+
+/// How many things a file may have that has room for `room` of them: `small` more. Where that is
+/// beyond 64 bits, as many as those hold.
+pub(crate) fn allowed_for(room: u64, small: u64) -> u64 {
+    Tally::new(room).and(small).get()
 }
 
 /// How many bytes a content may have whose guest has `ram` bytes of RAM: 1.1 times that, and of a

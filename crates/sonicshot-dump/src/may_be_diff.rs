@@ -1,5 +1,5 @@
-//! Raw files that may be a diff without its base, in which a page that is made a hole would read as the
-//! base has it.
+//! Raw files that may be a diff without its base, in which a page that is made a hole would read as
+//! the base has it.
 
 use crate::backing::unpack::{Compression, LONGEST_MARK};
 use crate::format::check_holes;
@@ -24,13 +24,13 @@ const WRITTEN: ClassSet = ClassSet::EMPTY
 
 /// Whether a raw file may be a diff.
 ///
-/// Of one with a kernel, if pages that the guest has written to are holes in it, others of zeroes are
-/// not, and below the last of those holes lies what is none: zeroes, or free pages enough for a hole. Who
-/// makes a file sparse, or prunes it, makes holes of all zeroes, from its beginning on, and a prune that
-/// was interrupted has made them of free pages too. In a diff, which may hold all of the kernel
-/// (Firecracker's without dirty tracking has every page that was touched, by mincore(2)), a hole is what
-/// the base has, and so would be those that a prune made. Where types do not tell what is written, any
-/// page that is not free counts.
+/// Of one with a kernel, if pages that the guest has written to are holes in it, others of zeroes
+/// are not, and below the last of those holes lies what is none: zeroes, or free pages enough for a
+/// hole. Who makes a file sparse, or prunes it, makes holes of all zeroes, from its beginning on,
+/// and a prune that was interrupted has made them of free pages too. In a diff, which may hold all
+/// of the kernel (Firecracker's without dirty tracking has every page that was touched, by
+/// mincore(2)), a hole is what the base has, and so would be those that a prune made. Where types
+/// do not tell what is written, any page that is not free counts.
 ///
 /// Of one without a kernel, if it [has a hole](first_hole).
 #[must_use]
@@ -72,8 +72,8 @@ fn is_free(class: PageClass) -> bool {
     matches!(class, PageClass::FreeBuddy | PageClass::FreePcp)
 }
 
-/// What of `classes` may go of a file that [may be a diff](may_be_diff): nothing that the guest reads
-/// as zero.
+/// The part of `classes` that may go of a file that [may be a diff](may_be_diff): nothing that the
+/// guest reads as zero.
 #[must_use]
 pub fn of_a_diff(classes: ClassSet, free_fill: Fill) -> ClassSet {
     let goes = classes
@@ -84,9 +84,9 @@ pub fn of_a_diff(classes: ClassSet, free_fill: Fill) -> ClassSet {
 
 /// The first page that a raw file by itself does not hold; of other formats that is told by them.
 ///
-/// What came through a pipe or was compressed has come whole: a hole in the temporary file that has it
-/// is none of the source's, whose holes, if it had any, were read as zeroes. Of a diff that was packed
-/// so nothing tells any more which of its zeroes were its own.
+/// What came through a pipe or was compressed has come whole: a hole in the temporary file that has
+/// it is none of the source's, whose holes, if it had any, were read as zeroes. Of a diff that was
+/// packed so nothing tells any more which of its zeroes were its own.
 #[must_use]
 pub fn first_hole(dump: &Dump) -> Option<Gpa> {
     dump.layout_spec()?;
@@ -105,8 +105,8 @@ pub fn first_hole(dump: &Dump) -> Option<Gpa> {
     })
 }
 
-/// Whether pages of zeroes can be left out of the file at `path`, whatever its guest is: for those who
-/// are about to offer it. Of a file that is compressed nothing but its beginning is looked at.
+/// Whether pages of zeroes can be left out of the file at `path`, whatever its guest is: for those
+/// who are about to offer it. Of a file that is compressed nothing but its beginning is looked at.
 #[must_use]
 pub fn can_leave_out_zeroes(path: &Path) -> bool {
     let known = DumpOptions::new();
@@ -126,8 +126,8 @@ pub fn can_leave_out_zeroes(path: &Path) -> bool {
     })
 }
 
-/// The first hole in what is left to be read of `file`, counted from there; `None` if there is none, or
-/// it has no places that can be asked for.
+/// The first hole in what is left to be read of `file`, counted from there; `None` if there is
+/// none, or it has no places that can be asked for.
 ///
 /// # Errors
 /// What the operating system says.

@@ -22,8 +22,8 @@ impl DumpOptions {
         Ok(Dump::new(path, format::open(source)?, None))
     }
 
-    /// What is in the file at `path`, if it is opened as one that is compressed as a whole: for those
-    /// who open it more than once.
+    /// The content of the file at `path`, if it is opened as one that is compressed as a whole: for
+    /// those who open it more than once.
     ///
     /// # Errors
     /// [`DumpError`] if it cannot be read or decompressed.

@@ -2,7 +2,7 @@
 
 use crate::{DumpFormat, LayoutSpec};
 
-/// What is known of a dump file beforehand; by default nothing, and its content tells.
+/// Options for opening a dump file; by default none, and its content tells.
 ///
 /// ```no_run
 /// use sonicshot_dump::{DumpFormat, DumpOptions};
@@ -15,7 +15,7 @@ use crate::{DumpFormat, LayoutSpec};
 pub struct DumpOptions {
     /// Where RAM lies; of a raw file by default [`LayoutSpec::Pc`].
     pub layout: Option<LayoutSpec>,
-    /// What the file is read as.
+    /// The format that the file is read as.
     pub format: Option<DumpFormat>,
 }
 

@@ -16,7 +16,7 @@ const MAX_FILES: usize = 1024;
 /// As much of each file's beginning as it takes to tell its kind, foreign ones too.
 pub(crate) const START: u64 = 32;
 
-/// What is worth knowing of a VMM's files; as text, a line for people.
+/// A note on a VMM's files; as text, a line for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FilesNote {
@@ -24,14 +24,14 @@ pub enum FilesNote {
     OtherLayout {
         /// The file with the state.
         state: &'static str,
-        /// What it says.
+        /// Its text.
         layout: LayoutSpec,
     },
     /// The VMM's state was not understood, and the layout that was given is believed.
     NotUnderstood {
         /// The file with the state.
         state: &'static str,
-        /// What is wrong with it.
+        /// The fault.
         why: String,
     },
 }
@@ -239,14 +239,14 @@ impl SnapshotFiles {
         self.vmm
     }
 
-    /// What the VMM's state tells of the processors, to go with the memory:
+    /// The processors by the VMM's state, to go with the memory:
     /// [`Dump::with_processors`](crate::Dump::with_processors).
     #[must_use]
     pub fn processors(&self) -> &Processors {
         &self.processors
     }
 
-    /// What is worth knowing, for people.
+    /// Notes for people.
     #[must_use]
     pub fn notes(&self) -> &[FilesNote] {
         &self.notes
@@ -265,7 +265,7 @@ pub(crate) fn check_is_file(path: &Path, is: FileType) -> Result<(), DumpError> 
     }
     Err(DumpError::Folder {
         path: path.to_owned(),
-        why: "it is no regular file, and a snapshot's folder holds only such",
+        why: "it is not a regular file, and a snapshot's folder holds only such",
     })
 }
 

@@ -8,7 +8,8 @@ use crate::snapshot::Snapshot;
 use crate::untold::UNTOLD_PAGE;
 use crate::whole::{absent_bytes, keep_everything};
 use sonicshot::{
-    ClassCounts, ClassSet, DropClasses, Fill, GuestMemory, PageClass, PageMap, PageState, PrunePlan,
+    ClassCounts, ClassSet, DropClasses, Fill, GuestMemory, PageClass, PageMap, PageState,
+    PrunePlan, Tally,
 };
 use sonicshot_dump::{
     CheckedPlan, Doubts, Dump, DumpError, SnapshotFiles, check_whole, keep_in_doubt, may_be_diff,
@@ -18,7 +19,7 @@ use sonicshot_vmi::{
     Analysis, AnalysisOptions, FilePlaces, GuestFacts, Inconsistency, OnInconsistency, ZoneReport,
 };
 
-/// What is known of a snapshot's guest: its kernel, the class of every page, and what there is to
+/// A snapshot's guest as it was analyzed: its kernel, the class of every page, and what there is to
 /// say of them.
 #[derive(Debug)]
 pub struct Analyzed {
@@ -49,7 +50,8 @@ impl Snapshot {
         looked.map_err(|error| self.blame(self.for_cut_off(self.for_incomplete(error))))
     }
 
-    /// That memory is missing behind the end of a raw file says more than what is not found in the rest.
+    /// That memory is missing behind the end of a raw file says more than what is not found in the
+    /// rest.
     fn for_cut_off(&self, error: OfflineError) -> OfflineError {
         /// A guest is told of a little less than there is; of more it never is.
         const MORE: u64 = 1 << 20;
@@ -60,12 +62,14 @@ impl Snapshot {
         let dump = dump.filter(|dump| dump.layout_spec().is_some());
         let told = dump.and_then(|dump| Some((place::told_ram(&dump)?, dump.layout().bytes())));
         match told {
-            Some((told, len)) if told > len.saturating_add(MORE) => OfflineError::CutOff {
-                path: self.memory_file().to_owned(),
-                len,
-                told,
-                source: Box::new(error),
-            },
+            Some((told, len)) if told.checked_sub(len).is_some_and(|more| more > MORE) => {
+                OfflineError::CutOff {
+                    path: self.memory_file().to_owned(),
+                    len,
+                    told,
+                    source: Box::new(error),
+                }
+            }
             _ => error,
         }
     }
@@ -162,29 +166,31 @@ fn lacking(dump: &Dump, analysis: &Analysis) -> Option<Note> {
     let page_size = analysis.pages().page_size().bytes();
     let pages = analysis.absent().total();
     (pages > 0).then(|| Note::Absent {
-        bytes: pages.saturating_mul(page_size),
-        in_use: analysis.absent_in_use().saturating_mul(page_size),
+        bytes: Tally::new(pages).times(page_size).get(),
+        in_use: Tally::new(analysis.absent_in_use()).times(page_size).get(),
         may_be_zero: dump.absent_may_be_zero(),
         why: dump.incomplete(),
     })
 }
 
-/// What a prune makes of a file's size.
+/// The size of a file before and after a prune.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Savings {
-    /// What the file takes on disk, in bytes.
+    /// The space that the file takes on disk, in bytes.
     pub disk_before: u64,
-    /// What of that the pages take that go. Where it is 0 a prune has nothing to do.
+    /// The part of it that the dropped pages take. Where it is 0 a prune has nothing to do.
     pub stored_bytes: u64,
 }
 
 impl Savings {
-    /// What the file takes on disk after a prune: about, for file systems count in blocks.
+    /// The space on disk after a prune, about: file systems count in blocks.
     #[must_use]
     pub fn disk_after(&self) -> u64 {
         // Pages may share bytes of the file, and the file system may share them too.
-        self.disk_before.saturating_sub(self.stored_bytes)
+        Tally::new(self.disk_before)
+            .without(self.stored_bytes)
+            .get()
     }
 }
 
@@ -264,13 +270,13 @@ impl Analyzed {
         self.analysis.disagreement()
     }
 
-    /// What the guest expects of free pages.
+    /// The content that the guest expects of free pages.
     #[must_use]
     pub fn free_fill(&self) -> Fill {
         self.analysis.free_fill()
     }
 
-    /// What is worth knowing, for people.
+    /// Notes for people.
     #[must_use]
     pub fn notes(&self) -> &[Note] {
         &self.notes
@@ -284,14 +290,14 @@ impl Analyzed {
             .restores(Fill::of(PageState::new(class), self.free_fill()))
     }
 
-    /// What a prune of `classes` would drop of this format.
+    /// The plan of a prune of `classes`, as far as this format can drop them.
     #[must_use]
     pub fn droppable(&self, classes: ClassSet) -> PrunePlan {
         self.dump.restorable(&self.wanted(self.leaves_out(classes)))
     }
 
-    /// What of `classes` is left out of the file: no zeroes where the format stores them, or where
-    /// the file may be a diff.
+    /// The part of `classes` that is left out of the file: no zeroes where the format stores them,
+    /// or where the file may be a diff.
     #[must_use]
     pub fn leaves_out(&self, classes: ClassSet) -> ClassSet {
         let classes = self.dump.leaves_out(classes);
@@ -301,7 +307,7 @@ impl Analyzed {
         }
     }
 
-    /// What a prune of `classes` makes of the file's size, before it is done.
+    /// The savings of a prune of `classes`, before it is done.
     ///
     /// # Errors
     /// [`OfflineError::Dump`] if the file cannot be read.

@@ -8,7 +8,7 @@ use crate::place;
 use crate::snapshot::Snapshot;
 use crate::untold::{assumed, named_machine};
 use sonicshot::checkpoint::{CheckpointError, CheckpointReader, PageContent, SaveStats};
-use sonicshot::{Architecture, FileId, FileStamp, MemoryError, Pfn, Progress};
+use sonicshot::{Architecture, FileId, FileStamp, MemoryError, Pfn, Progress, Tally};
 use sonicshot_dump::{
     CoreNotes, DiskImage, Dump, DumpError, DumpFile, DumpFormat, LayoutSpec, NewFile, Overwrite,
     Spool, XlSkeleton, check_not_foreign,
@@ -32,7 +32,7 @@ pub struct CheckpointFile {
     images: Vec<Arc<DiskImage>>,
 }
 
-/// What a checkpoint is made into.
+/// The form of file that a checkpoint is made into.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum RestoreTo {
@@ -49,7 +49,7 @@ pub enum RestoreTo {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct RestoreOptions {
-    /// What it is made into.
+    /// The form of the output.
     pub to: RestoreTo,
     /// Whether files that exist are replaced.
     pub overwrite: Overwrite,
@@ -72,13 +72,13 @@ impl RestoreOptions {
     }
 }
 
-/// What became of a checkpoint that was made a dump again.
+/// The result of making a checkpoint a dump again.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Restored {
-    /// What the dump takes on disk, in bytes.
+    /// The space that the dump takes on disk, in bytes.
     pub disk_bytes: u64,
-    /// What is worth knowing, for people.
+    /// Notes for people.
     pub notes: Vec<Note>,
 }
 
@@ -97,9 +97,9 @@ impl CheckpointFile {
         })
     }
 
-    /// Takes a checkpoint that comes through a pipe, which messages call `name`, once and from front
-    /// to back. It is put into a nameless temporary file, as small as it is: what it holds is told
-    /// at its end. It has at most `max_size` bytes, or half of what is free where it is put.
+    /// Takes a checkpoint that comes through a pipe, which messages call `name`, once and from
+    /// front to back. It is put into a nameless temporary file, as small as it is: what it holds is
+    /// told at its end. It has at most `max_size` bytes, or half of what is free where it is put.
     ///
     /// # Errors
     /// [`OfflineError::Dump`] if it cannot be read to its end or is too long, and as
@@ -179,13 +179,13 @@ impl CheckpointFile {
         begins(&file).map_err(OfflineError::io("reading", path))
     }
 
-    /// What it holds.
+    /// Its content.
     #[must_use]
     pub fn reader(&self) -> &CheckpointReader<File> {
         &self.reader
     }
 
-    /// What reads it, from now on by itself.
+    /// The reader, from now on by itself.
     #[must_use]
     pub fn into_reader(self) -> CheckpointReader<File> {
         self.reader
@@ -195,10 +195,11 @@ impl CheckpointFile {
     #[must_use]
     pub fn missing_bytes(&self) -> u64 {
         let pages = self.reader.stats().absent;
-        pages.saturating_mul(self.reader.info().page_size.bytes())
+        let page_size = self.reader.info().page_size;
+        Tally::new(pages).times(page_size.bytes()).get()
     }
 
-    /// What is worth knowing of what it lacks, for people.
+    /// Notes for people on what it lacks.
     #[must_use]
     pub fn notes(&self) -> Vec<Note> {
         self.lacks(Note::AbsentBefore {
@@ -225,14 +226,14 @@ impl CheckpointFile {
         &self.path
     }
 
-    /// Writes the checkpoint once more, with these files as blobs besides: the name and file of each.
-    /// All else stays as it is stored, each part checked. A name that is taken is refused, or its
-    /// blob left out if `replace` says so. The file appears whole or not at all. Returns what is in
-    /// it, and the bytes that it takes on disk.
+    /// Writes the checkpoint once more, with these files as blobs besides: the name and file of
+    /// each. All else stays as it is stored, each part checked. A name that is taken is refused, or
+    /// its blob left out if `replace` says so. The file appears whole or not at all. Returns what
+    /// is in it, and the bytes that it takes on disk.
     ///
     /// # Errors
-    /// [`OfflineError::Checkpoint`] if a name is taken or the checkpoint damaged; why a file cannot be
-    /// read or written.
+    /// [`OfflineError::Checkpoint`] if a name is taken or the checkpoint damaged; why a file cannot
+    /// be read or written.
     pub fn attach(
         &self,
         out: impl AsRef<Path>,
@@ -454,7 +455,7 @@ impl Snapshot {
 pub(crate) fn begins(file: &File) -> io::Result<bool> {
     let mut start = [0; 8];
     match file.read_exact_at(&mut start, 0) {
-        Ok(()) => Ok(CheckpointReader::<File>::is_checkpoint(&start)),
+        Ok(()) => Ok(CheckpointReader::is_checkpoint(&start)),
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
         Err(error) => Err(error),
     }

@@ -19,7 +19,7 @@ use sonicshot_dump::{
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-/// What a dump or a checkpoint is converted to.
+/// The form that a dump or a checkpoint is converted to.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Target {
@@ -62,7 +62,7 @@ impl Template {
     }
 }
 
-/// What became of a conversion.
+/// The result of a conversion.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Converted {
@@ -70,7 +70,7 @@ pub struct Converted {
     pub format: &'static str,
     /// The guest's RAM. A raw file has it from front to back.
     pub layout: RamLayout,
-    /// What the new file takes on disk, in bytes.
+    /// The space that the new file takes on disk, in bytes.
     pub disk_bytes: u64,
     /// How much of RAM the source did not have, in bytes. It reads as zero, or in a kdump is not
     /// there either.
@@ -78,7 +78,7 @@ pub struct Converted {
     /// Whether pages that the guest uses are missing, or may be: the source was a checkpoint that
     /// says so, or a dump that lacks pages of which nobody knows what they were.
     pub for_analysis: bool,
-    /// What is worth knowing, for people.
+    /// Notes for people.
     pub notes: Vec<Note>,
 }
 
@@ -410,7 +410,8 @@ impl Source<'_> {
         let file = NewFile::create(out.path, out.overwrite, &self.files())?;
         let (map, plan) = keep_everything(self.memory, self.page_size)?;
         let mut info = CheckpointInfo::new(self.memory.layout().clone(), self.page_size);
-        // What the kernel in it tells is left out: of a guest that was looked into `save` makes one.
+        // What the kernel in it tells is left out: of a guest that was looked into `save` makes
+        // one.
         info.architecture = match self.of {
             Of::Dump(dump) => dump.machine(),
             Of::Checkpoint(checkpoint) => checkpoint.machine(),

@@ -22,10 +22,10 @@ pub(crate) fn pinned(image: &DiskImage) -> Result<(), OfflineError> {
 pub struct RestoreDisks {
     /// The name of each, and its image.
     pub images: Vec<(String, PathBuf)>,
-    /// Nobody writes to the images, neither a guest nor the host, for as long as a guest runs from the
-    /// checkpoint: pages may be read of them when they are touched.
+    /// Nobody writes to the images, neither a guest nor the host, for as long as a guest runs from
+    /// the checkpoint: pages may be read of them when they are touched.
     pub immutable: bool,
-    /// What becomes of one that was written to since the guest was saved.
+    /// The treatment of a disk that was written to since the guest was saved.
     pub moved_on: MovedOn,
 }
 
@@ -46,8 +46,8 @@ impl RestoreDisks {
     /// Opens the images, for a reader of checkpoints.
     ///
     /// # Errors
-    /// [`OfflineError::Dump`] if one cannot be opened, [`OfflineError::NotPinned`] if a process has it
-    /// open for writing.
+    /// [`OfflineError::Dump`] if one cannot be opened, [`OfflineError::NotPinned`] if a process has
+    /// it open for writing.
     pub fn open(&self) -> Result<Vec<GivenDisk>, OfflineError> {
         Ok(self.open_images()?.1)
     }

@@ -29,7 +29,7 @@ pub enum OfflineError {
     Checkpoint {
         /// The checkpoint.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         #[source]
         source: CheckpointError,
     },
@@ -43,7 +43,7 @@ pub enum OfflineError {
     /// What is on the guest's disks cannot be found.
     #[error("looking through the guest's disks")]
     Disks {
-        /// What is wrong.
+        /// The fault.
         #[source]
         source: CheckpointError,
     },
@@ -113,8 +113,8 @@ pub enum OfflineError {
         /// The first page that is missing.
         at: Gpa,
     },
-    /// A raw file has holes, and no kernel tells that they are none of a diff's, which mean "as in the
-    /// base": a page made a hole would read as the base has it.
+    /// A raw file has holes, and no kernel tells that they are none of a diff's, which mean "as in
+    /// the base": a page made a hole would read as the base has it.
     #[error(
         "{} has a hole at {at}: it may be a diff, in which a page that is dropped reads as its base has \
          it, and without a kernel nothing tells",
@@ -131,7 +131,7 @@ pub enum OfflineError {
     ZeroesKept {
         /// The file.
         path: PathBuf,
-        /// What it is.
+        /// Its kind.
         format: &'static str,
     },
     /// A class was to be dropped that never is.
@@ -184,7 +184,7 @@ pub enum OfflineError {
         source: Box<Self>,
     },
     /// The checkpoint was made of something else than a Xen image.
-    #[error("{} is no checkpoint of a Xen image: it holds the guest's memory alone", path.display())]
+    #[error("{} is not a checkpoint of a Xen image: it holds the guest's memory alone", path.display())]
     NoImage {
         /// The checkpoint.
         path: PathBuf,

@@ -6,7 +6,7 @@ use sonicshot_vmi::x86_64::Cr3;
 use sonicshot_vmi::{Knowledge, OnInconsistency};
 use std::path::{Path, PathBuf};
 
-/// What is known of a snapshot beforehand; by default nothing, and everything is found out.
+/// Options for opening a snapshot; by default none, and everything is found out.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct OpenOptions {
@@ -14,7 +14,7 @@ pub struct OpenOptions {
     pub symbols: Vec<PathBuf>,
     /// Where the bytes of the file lie in the guest.
     pub layout: Option<LayoutSpec>,
-    /// What the file is read as, whatever it begins with.
+    /// The format that the file is read as, whatever it begins with.
     pub format: Option<DumpFormat>,
     /// The memory that the file is a diff to.
     pub base: Option<PathBuf>,
@@ -36,8 +36,8 @@ impl OpenOptions {
         Self::default()
     }
 
-    /// Adds a System.map, vmlinux, BTF or [small symbol file](sonicshot_vmi::symbols::SymbolFile) of
-    /// the guest's kernel, or a folder of such, of which the one of the guest's build is taken.
+    /// Adds a System.map, vmlinux, BTF or [small symbol file](sonicshot_vmi::symbols::SymbolFile)
+    /// of the guest's kernel, or a folder of such, of which the one of the guest's build is taken.
     /// Without one everything is found in the guest's own memory.
     #[must_use]
     pub fn symbols(mut self, path: impl AsRef<Path>) -> Self {

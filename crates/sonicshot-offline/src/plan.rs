@@ -78,7 +78,7 @@ pub fn check_unused(classes: ClassSet) -> Result<(), OfflineError> {
 }
 
 impl<'a> Plan<'a> {
-    /// What is dropped, by what put it there: a class, or `zero`.
+    /// The pages that are dropped, by what put them there: a class, or `zero`.
     #[must_use]
     pub fn dropped_by_name(&self) -> Vec<(&'static str, u64)> {
         let counts = self.dropped.counts(self.analyzed.pages());
@@ -99,7 +99,7 @@ impl<'a> Plan<'a> {
         dropped.is_some() || self.analyzed.absent_in_use() > 0
     }
 
-    /// What a prune makes of the file's size, before it is done.
+    /// The savings of a prune, before it is done.
     ///
     /// # Errors
     /// [`OfflineError::Dump`] if the file cannot be read.

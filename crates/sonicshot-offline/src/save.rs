@@ -50,10 +50,10 @@ impl CheckpointOptions {
         }
     }
 
-    /// Refers to pages that are the same on the guest's disk, of which `path` is an image, instead of
-    /// storing them; the checkpoint calls the disk `name`. The guest was stopped, then the image
-    /// pinned (nobody writes to it any more), then the memory was read: in another order the image may
-    /// lack what the memory had.
+    /// Refers to pages that are the same on the guest's disk, of which `path` is an image, instead
+    /// of storing them; the checkpoint calls the disk `name`. The guest was stopped, then the image
+    /// pinned (nobody writes to it any more), then the memory was read: in another order the image
+    /// may lack what the memory had.
     ///
     /// # Errors
     /// [`OfflineError::Dump`] if it cannot be opened or is of a format that is not read.
@@ -109,15 +109,15 @@ impl CheckpointOptions {
     }
 }
 
-/// What became of a snapshot that was saved.
+/// The result of saving a snapshot.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Saved {
-    /// What the checkpoint says of its guest.
+    /// The checkpoint's facts about its guest.
     pub info: CheckpointInfo,
-    /// What it holds.
+    /// Its content.
     pub stats: SaveStats,
-    /// What it takes on disk, in bytes; `None` of one that went into a pipe.
+    /// The space that it takes on disk, in bytes; `None` of one that went into a pipe.
     pub disk_bytes: Option<u64>,
     /// The pages that were left out, by their class.
     pub left_out: Vec<(&'static str, u64)>,
@@ -162,11 +162,12 @@ impl Snapshot {
 /// The ways to write a checkpoint: the same of all that has a `source`.
 macro_rules! saves {
     () => {
-        /// Saves the snapshot as a checkpoint without the pages that go. It appears whole or not at all.
+        /// Saves the snapshot as a checkpoint without the pages that go. It appears whole or not at
+        /// all.
         ///
         /// # Errors
-        /// [`OfflineError::Checkpoint`], [`OfflineError::Dump`]: the output exists, a blob's name is
-        /// taken, or reading or writing fails.
+        /// [`OfflineError::Checkpoint`], [`OfflineError::Dump`]: the output exists, a blob's name
+        /// is taken, or reading or writing fails.
         pub fn save(
             &self,
             out: impl AsRef<Path>,

@@ -83,8 +83,8 @@ impl Snapshot {
         })
     }
 
-    /// The same of a `file` that is open, from where it is read up to its end: such as one that standard
-    /// input comes from. Unlike of a pipe its holes are seen.
+    /// The same of a `file` that is open, from where it is read up to its end: such as one that
+    /// standard input comes from. Unlike of a pipe its holes are seen.
     ///
     /// # Errors
     /// As [`from_reader`](Self::from_reader), and if the file was changed meanwhile.
@@ -123,7 +123,7 @@ impl Snapshot {
         None
     }
 
-    /// What it was opened by.
+    /// The path that it was opened by.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path

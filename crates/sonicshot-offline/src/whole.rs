@@ -2,7 +2,7 @@
 
 use crate::error::OfflineError;
 use crate::note::Note;
-use sonicshot::{Disposition, Fill, GuestMemory, PageClass, PageMap, PageSize, PrunePlan};
+use sonicshot::{Disposition, Fill, GuestMemory, PageClass, PageMap, PageSize, PrunePlan, Tally};
 use sonicshot_dump::Dump;
 use sonicshot_vmi::mark_absent_pages;
 
@@ -21,7 +21,7 @@ pub(crate) fn keep_everything(
 /// How much of the memory the source does not have.
 pub(crate) fn absent_bytes(map: &PageMap) -> u64 {
     let pages = map.counts().get(PageClass::Absent);
-    pages.saturating_mul(map.page_size().bytes())
+    Tally::new(pages).times(map.page_size().bytes()).get()
 }
 
 /// What to say of an output in which that is filled.

@@ -236,11 +236,9 @@ impl<'a> Sections<'a> {
     /// that ends where it does.
     fn open(&self, name: &'static str, kind: u32) -> Result<Cursor<'a>, XenError> {
         let mut named = self.headers.iter().filter(|s| self.is_called(s, name));
-        let (first, more) = (named.next(), named.count() as u64);
-        let section = first.filter(|_| more == 0).ok_or(XenError::NotOneSection {
-            name,
-            count: more.saturating_add(first.is_some().into()),
-        })?;
+        let count = named.clone().count() as u64;
+        let section = named.next().filter(|_| count == 1);
+        let section = section.ok_or(XenError::NotOneSection { name, count })?;
         let mut file = Cursor::at(self.data, Within::Section(name), section.offset);
         if section.kind != kind {
             return Err(file.malformed("the section's type", section.at, section.kind.into()));

@@ -1,7 +1,7 @@
 //! Reads a file from front to back, and knows where it is for messages.
 
 use crate::{Place, Within, XenError};
-use sonicshot::{CutShort, FileBytes, FileOffset, Number};
+use sonicshot::{CutShort, FileBytes, FileOffset, Number, Tally};
 
 /// The cursor of all formats over a file of Xen's: its errors say in which part they are.
 pub(crate) struct Cursor<'a> {
@@ -37,7 +37,8 @@ impl<'a> Cursor<'a> {
     /// Goes on to the next record; returns its number.
     pub(crate) fn next_record(&mut self) -> u64 {
         let number = match self.within {
-            Within::Record(last) => last.saturating_add(1),
+            // There are no more than bytes.
+            Within::Record(last) => Tally::new(last).and(1).get(),
             _ => 0,
         };
         self.within = Within::Record(number);

@@ -57,7 +57,7 @@ pub enum XenError {
     /// The file contradicts its own format.
     #[error("{what} {place} (value {value:#x})")]
     Malformed {
-        /// What is wrong.
+        /// The fault.
         what: &'static str,
         /// Where.
         place: Place,
@@ -67,7 +67,7 @@ pub enum XenError {
     /// The file is of a kind that is known but not supported.
     #[error("{what} {place}, which is not supported")]
     Unsupported {
-        /// What it is.
+        /// Its kind.
         what: &'static str,
         /// Where that is said.
         place: Place,

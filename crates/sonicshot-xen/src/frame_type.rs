@@ -1,6 +1,6 @@
 //! What Xen says of each page.
 
-/// What a page is to Xen.
+/// The type that a page has to Xen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FrameType {

@@ -179,7 +179,11 @@ impl XlImage {
             };
             match record.kind {
                 END if record.len != 0 => {
-                    return Err(cursor.malformed("an end with content", offset, record.len.into()));
+                    return Err(cursor.malformed(
+                        "an END record with a body",
+                        offset,
+                        record.len.into(),
+                    ));
                 }
                 // What follows are passes of which only the last whole one counts.
                 CHECKPOINT => return Err(cursor.unsupported(CHECKPOINTED, offset)),
@@ -211,7 +215,7 @@ impl XlImage {
         })
     }
 
-    /// What the file begins with.
+    /// The layer that the file begins with.
     #[must_use]
     pub fn outermost(&self) -> Layer {
         self.outermost

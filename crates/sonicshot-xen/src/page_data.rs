@@ -2,7 +2,7 @@
 
 use crate::cursor::Cursor;
 use crate::{FrameType, Record, XenError};
-use sonicshot::{Bytes, FileBytes, FileOffset};
+use sonicshot::{Bytes, FileBytes, FileOffset, Tally};
 
 pub(crate) const PAGE: u64 = 4096;
 /// The count, and a word that is reserved.
@@ -38,7 +38,7 @@ pub(crate) struct Entry {
 /// Where the data of so many pages begins in a record's body. A number of 32 bits is too small for
 /// this to end beyond 64.
 pub(crate) fn table_of(count: u32) -> u64 {
-    HEAD.saturating_add(u64::from(count).saturating_mul(ENTRY))
+    Tally::new(count.into()).times(ENTRY).and(HEAD).get()
 }
 
 impl<'a> PageData<'a> {
@@ -67,9 +67,7 @@ impl<'a> PageData<'a> {
             let bits = word >> TYPE_SHIFT;
             let kind = FrameType::from_bits(bits)
                 .ok_or_else(|| cursor.malformed("the type of a page", at, word))?;
-            if word >> NUMBER_BITS != bits << (TYPE_SHIFT.saturating_sub(NUMBER_BITS))
-                || number(word) >= MAX_FRAME
-            {
+            if word >> NUMBER_BITS != bits << UNUSED_BITS || number(word) >= MAX_FRAME {
                 return Err(cursor.malformed("the number of a page", at, word));
             }
             if kind.has_data() {
@@ -138,6 +136,9 @@ impl Entry {
     }
 }
 
+/// Between the number and the type.
+const UNUSED_BITS: u32 = TYPE_SHIFT - NUMBER_BITS;
+
 fn number(word: u64) -> u64 {
-    word & (1_u64 << NUMBER_BITS).wrapping_sub(1)
+    word & !(u64::MAX << NUMBER_BITS)
 }

@@ -11,14 +11,14 @@ const PAGE_LEN: u32 = 4096;
 /// A part of a pruned image.
 #[derive(Debug)]
 pub enum Part<'a> {
-    /// A stretch of the input.
+    /// A range of the input.
     Copy(FileRange),
     /// Other bytes.
     Bytes(&'a [u8]),
 }
 
-/// The frames that are dropped of an image: those of a plan that may be. Only `sonicshot-dump` makes
-/// one, behind the guards there; by default it is none.
+/// The frames that are dropped of an image: those of a plan that may be. Only `sonicshot-dump`
+/// makes one, behind the guards there; by default it is none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dropped {
     /// Sorted, disjoint, with gaps between.
@@ -35,9 +35,7 @@ impl Dropped {
     /// How many frames there are.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        self.runs
-            .iter()
-            .fold(0, |sum, run| sum.saturating_add(run.len()))
+        PfnRange::total_of(&self.runs)
     }
 
     pub(crate) fn contains(&self, pfn: u64) -> bool {
@@ -50,7 +48,7 @@ impl Dropped {
 
 impl XlImage {
     /// Hands out the image in `data`, from which this was parsed, without the frames in `dropped`:
-    /// stretches of the input, and other bytes between. Every copy of a dropped page goes.
+    /// ranges of the input, and other bytes between. Every copy of a dropped page goes.
     ///
     /// # Errors
     /// What `each` gives; or what `failed` makes of a [`XenError`], if `data` is not what was
@@ -128,7 +126,7 @@ pub(crate) fn rewritten(
     out: &mut Vec<u8>,
 ) -> Result<(), XenError> {
     let mut entries = Vec::new();
-    let mut count = 0_u32;
+    let mut count = Some(0_u32);
     let mut len = Some(record.len);
     for entry in pages.entries() {
         let now = after(entry);
@@ -136,10 +134,10 @@ pub(crate) fn rewritten(
             len = len.and_then(|len| len.checked_sub(PAGE_LEN));
         }
         entries.extend(now.word().to_le_bytes());
-        count = count.saturating_add(1);
+        count = count.and_then(|count| count.checked_add(1));
     }
-    let len = len.filter(|_| count == pages.count());
-    let len = len.ok_or_else(|| changed(record, count.into()))?;
+    let len = len.filter(|_| count == Some(pages.count()));
+    let len = len.ok_or_else(|| changed(record, pages.count().into()))?;
     out.extend(record.kind.to_le_bytes());
     out.extend(len.to_le_bytes());
     out.extend(pages.head().to_le_bytes());

@@ -9,12 +9,12 @@ use crate::image::{PAGE_DATA, Pages};
 use crate::page_data::Entry;
 use crate::prune::{between, rest, rewritten};
 use crate::{Dropped, FrameType, Place, Record, Within, XenError, XlImage};
-use sonicshot::{FileBytes, FileOffset, FileRange, Pfn, PfnRange};
+use sonicshot::{Bytes, FileBytes, FileOffset, FileRange, Pfn, PfnRange};
 
 /// A part of an image that is put together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Joined {
-    /// A stretch of the skeleton.
+    /// A range of the skeleton.
     Skeleton(FileRange),
     /// The content of some pages.
     Pages {
@@ -25,8 +25,8 @@ pub enum Joined {
     },
 }
 
-/// What an image holds beside the content of its pages: its headers, its records, and of each page
-/// what it is.
+/// The parts of an image beside the content of its pages: its headers, its records, and of each
+/// page what it is.
 ///
 /// ```
 /// use sonicshot::FileBytes;
@@ -77,14 +77,13 @@ fn append(data: FileBytes<'_>, from: FileRange, out: &mut Vec<u8>) -> Result<(),
     let mut cursor = Cursor::at(data, Within::Headers, from.start());
     let cut = cursor.place(from.start());
     let part = cursor.take(from.len())?;
-    let old = out.len();
-    out.resize(old.saturating_add(part.len()), 0);
-    let copied = out.get_mut(old..).is_some_and(|out| part.copy_to(out));
-    copied.then_some(()).ok_or(XenError::Truncated {
+    let bytes = part.copied().ok_or(XenError::Truncated {
         place: cut,
         wanted: part.len() as u64,
         left: 0,
-    })
+    })?;
+    out.extend(bytes);
+    Ok(())
 }
 
 impl Skeleton {
@@ -137,7 +136,7 @@ impl Skeleton {
         frames.map(|frame| (frame.pfn(), frame.data().is_some()))
     }
 
-    /// Hands out the image piece by piece: stretches of the skeleton in `data`, from which this was
+    /// Hands out the image piece by piece: ranges of the skeleton in `data`, from which this was
     /// parsed, and between them the pages whose content is to be put in.
     ///
     /// # Errors

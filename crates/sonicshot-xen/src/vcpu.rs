@@ -95,7 +95,12 @@ impl XlImage {
                     let mut cursor = open(data, record);
                     let id = cursor.le()?;
                     cursor.take(4)?;
-                    let context = context(&mut cursor, record.len.saturating_sub(8))?;
+                    let len = u64::from(record.len).checked_sub(8);
+                    let len = len.ok_or_else(|| {
+                        let at = cursor.offset();
+                        cursor.malformed("a processor's record", at, record.len.into())
+                    })?;
+                    let context = context(&mut cursor, len)?;
                     // libxc has made it the guest's number.
                     let root = context.control.cr3;
                     push(&mut online, paravirtualised(&context, id, root), &cursor)?;
@@ -134,12 +139,16 @@ impl CoreDump {
         if Some(cursor.left()) != self.vcpu_count().checked_mul(len) {
             return Err(cursor.malformed("a section of another length", start, cursor.left()));
         }
-        let mut id = 0_u32;
+        let mut ids = 0_u32..=u32::MAX;
         while cursor.left() > 0 {
             let at = cursor.offset();
-            let context = context(&mut cursor, u32::try_from(len).unwrap_or(0))?;
+            let Some(id) = ids.next() else {
+                return Err(cursor.malformed("the number of processors", start, cursor.left()));
+            };
+            let context = context(&mut cursor, len)?;
             if context.flags & ONLINE == 0 {
-                offline = offline.saturating_add(1);
+                let down = cursor.malformed("the number of processors", at, id.into());
+                offline = offline.checked_add(1).ok_or(down)?;
             } else if let Some(p2m) = self.p2m() {
                 let root = root_of(p2m, context.control.cr3).ok_or_else(|| {
                     cursor.malformed("a root of page tables", at, context.control.cr3)
@@ -148,7 +157,6 @@ impl CoreDump {
             } else {
                 push(&mut online, fully_virtualised(&context, id), &cursor)?;
             }
-            id = id.saturating_add(1);
         }
         if online.is_empty() {
             return Err(cursor.malformed("no processor that is online", start, offline as u64));
@@ -238,7 +246,7 @@ struct Context {
     cs_selector: u16,
 }
 
-fn context(cursor: &mut Cursor<'_>, len: u32) -> Result<Context, XenError> {
+fn context(cursor: &mut Cursor<'_>, len: u64) -> Result<Context, XenError> {
     let at = cursor.offset();
     let bytes = cursor.take(CONTEXT_LEN)?;
     let read = || {
@@ -257,8 +265,8 @@ fn context(cursor: &mut Cursor<'_>, len: u32) -> Result<Context, XenError> {
             cs_selector: bytes.le_at(CONTEXT_CS)?,
         })
     };
-    let context = read().filter(|_| u64::from(len) == CONTEXT_LEN);
-    context.ok_or_else(|| cursor.malformed("the length of a processor's context", at, len.into()))
+    let context = read().filter(|_| len == CONTEXT_LEN);
+    context.ok_or_else(|| cursor.malformed("the length of a processor's context", at, len))
 }
 
 fn paravirtualised(context: &Context, id: u32, root: u64) -> Vcpu {

@@ -1,13 +1,14 @@
 //! LZ4's frames, one behind the other, up to the end of the last.
 //!
 //! The decoder takes a file that ends where a block's length would be for one that ends there. What
-//! makes out whether a frame has its end is whether the file ended while the decoder asked for more.
+//! makes out whether a frame has its end is whether the file ended while the decoder asked for
+//! more.
 
 use super::packed::is_at_end;
 use lz4_flex::frame::FrameDecoder;
 use std::io::{self, BufRead, Read};
 
-/// What a file of LZ4's frames holds, decompressed. One that ends inside a frame is an error.
+/// The content of a file of LZ4's frames, decompressed. One that ends inside a frame is an error.
 #[derive(Debug)]
 pub struct Lz4Frames<R: BufRead> {
     frames: FrameDecoder<Watched<R>>,

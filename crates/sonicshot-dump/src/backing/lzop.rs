@@ -202,9 +202,12 @@ impl<R: BufRead> Read for Decoder<R> {
                 self.content.clear();
             }
         }
-        let mut left = self.content.get(self.at..).unwrap_or_default();
+        let mut left = self.content.get(self.at..).unwrap_or(&[]);
         let read = left.read(out)?;
-        self.at = self.at.saturating_add(read);
+        self.at = self
+            .at
+            .checked_add(read)
+            .ok_or(io::ErrorKind::FileTooLarge)?;
         Ok(read)
     }
 }
@@ -300,7 +303,8 @@ impl<W: Write> Encoder<W> {
 
 impl<W: Write> Write for Encoder<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let room = BLOCK.saturating_sub(self.pending.len());
+        let room = BLOCK.checked_sub(self.pending.len());
+        let room = room.ok_or(io::ErrorKind::FileTooLarge)?;
         let (now, _) = bytes.split_at(room.min(bytes.len()));
         self.pending.extend(now);
         if self.pending.len() >= BLOCK {

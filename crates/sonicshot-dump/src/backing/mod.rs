@@ -15,7 +15,7 @@ pub(crate) mod sys;
 pub(crate) mod unpack;
 
 use crate::DumpError;
-use sonicshot::{GpaRange, GuestMemory};
+use sonicshot::{GpaRange, GuestMemory, Tally};
 use std::fs::File;
 
 /// Guest memory that comes out of a file.
@@ -28,7 +28,7 @@ pub(crate) trait Stored: GuestMemory {
 
     /// How many bytes of the file the memory in `range` takes, which is in one range of RAM.
     fn stored_bytes(&self, range: GpaRange) -> Result<u64, DumpError> {
-        let mut sum = 0_u64;
+        let mut sum = Tally::ZERO;
         let mut at = range.start();
         while at < range.end() {
             let Some(data) = self.next_data(at) else {
@@ -38,10 +38,9 @@ pub(crate) trait Stored: GuestMemory {
             if data.is_empty() {
                 break;
             }
-            // No more than the range.
-            sum = sum.saturating_add(data.len());
+            sum.add(data.len());
             at = data.end();
         }
-        Ok(sum)
+        Ok(sum.get())
     }
 }

@@ -18,6 +18,7 @@ use crate::backing::Stored;
 use crate::backing::plain::PlainDump;
 use sonicshot::{
     FileId, FileOffset, FileRange, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout,
+    Tally, to_usize,
 };
 use std::fs::File;
 
@@ -34,7 +35,7 @@ pub(crate) struct Overlay {
     pieces: Vec<Piece>,
 }
 
-/// A stretch of guest RAM that one of the files holds.
+/// A range of guest RAM that one of the files holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Piece {
     pub guest: GpaRange,
@@ -77,7 +78,7 @@ fn pieces(diff: &PlainDump) -> Option<Vec<Piece>> {
     Some(pieces)
 }
 
-/// What of the stretches `data`, which are sorted, lies in `range`.
+/// What of the ranges `data`, which are sorted, lies in `range`.
 fn inside(data: &[FileRange], range: FileRange) -> impl Iterator<Item = FileRange> + '_ {
     let first = data.partition_point(|data| data.end() <= range.start());
     let parts = data.iter().skip(first);
@@ -128,12 +129,12 @@ impl Overlay {
         parts.take_while(|part| !part.guest.is_empty())
     }
 
-    /// Of the stretches `runs` of the diff, those that it has and that read as zero in the base;
+    /// Of the ranges `runs` of the diff, those that it has and that read as zero in the base;
     /// and how many bytes it has that do not.
     pub(crate) fn punchable(&self, runs: &[FileRange]) -> (Vec<FileRange>, u64) {
         let whole = [self.diff.file_range()];
         let data = self.diff.data_stretches().unwrap_or(&whole);
-        let (mut found, mut kept): (Vec<FileRange>, _) = (Vec::new(), 0_u64);
+        let (mut found, mut kept): (Vec<FileRange>, _) = (Vec::new(), Tally::ZERO);
         for run in runs {
             for data in inside(data, *run) {
                 let mut at = data.start();
@@ -143,7 +144,7 @@ impl Overlay {
                     let next = next.map_or(data.end(), |next| next.min(data.end()));
                     let part = FileRange::new(at, next);
                     if !self.base_is_zero(part) {
-                        kept = kept.saturating_add(part.len());
+                        kept.add(part.len());
                     } else {
                         match found.last_mut() {
                             Some(last) if last.end() == at => {
@@ -156,7 +157,7 @@ impl Overlay {
                 }
             }
         }
-        (found, kept)
+        (found, kept.get())
     }
 
     fn base_is_zero(&self, range: FileRange) -> bool {
@@ -199,13 +200,13 @@ impl GuestMemory for Overlay {
     }
 
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        let range = GpaRange::with_len(at, buf.len() as u64).unwrap_or(GpaRange::new(at, at));
+        let range = GpaRange::of_request(at, buf.len());
         if range.len() != buf.len() as u64 || !self.layout().contains(at, range.len()) {
             return Err(MemoryError::NotRam { range });
         }
         let mut rest = buf;
         for part in self.parts(range) {
-            let len = usize::try_from(part.guest.len()).unwrap_or(usize::MAX);
+            let len = to_usize(part.guest.len());
             // The parts tile the range, so this cannot fail.
             let Some((now, later)) = rest.split_at_mut_checked(len) else {
                 return Err(MemoryError::NotRam { range });
@@ -220,10 +221,10 @@ impl GuestMemory for Overlay {
     }
 
     fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
-        let range = GpaRange::with_len(at, len as u64).unwrap_or(GpaRange::new(at, at));
+        let range = GpaRange::of_request(at, len);
         match self.parts(range).next() {
             Some(part) if part.guest == range => self.source(part.in_diff).map(at, len),
-            // A stretch across pieces.
+            // A range across pieces.
             Some(_) if self.layout().contains(at, len as u64) => Ok(None),
             _ => Err(MemoryError::NotRam { range }),
         }

@@ -51,13 +51,14 @@ pub(super) fn is_at_end(packed: &mut impl BufRead) -> io::Result<bool> {
         }
         let count = next.iter().take_while(|byte| **byte == 0).count();
         if count < next.len() {
-            return match zeroes.saturating_add(count as u64) {
-                0 => Ok(false),
+            return match (zeroes, count) {
+                (0, 0) => Ok(false),
                 _ => Err(damaged("something stands behind zeroes")),
             };
         }
         packed.consume(count);
-        zeroes = zeroes.saturating_add(count as u64);
+        let more = zeroes.checked_add(count as u64);
+        zeroes = more.ok_or_else(|| damaged("zeroes without end"))?;
     }
     Ok(true)
 }

@@ -1,5 +1,6 @@
 //! What formats with compressed pages share: a bounded cache of decompressed blocks.
 
+use sonicshot::to_usize;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::hash::{BuildHasher, Hash, RandomState};
@@ -75,9 +76,9 @@ impl<K: Copy + Eq + Hash> BlockCache<K> {
     }
 
     fn shard(&self, key: &K) -> Option<&Mutex<Shard<K>>> {
+        const LAST_SHARD: u64 = SHARDS as u64 - 1;
         let hash = self.hasher.hash_one(key);
-        self.shards
-            .get(usize::try_from(hash & (SHARDS as u64).saturating_sub(1)).ok()?)
+        self.shards.get(to_usize(hash & LAST_SHARD))
     }
 
     fn insert(&self, key: K, bytes: Vec<u8>) {

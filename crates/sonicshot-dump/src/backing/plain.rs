@@ -1,6 +1,6 @@
 //! A dump file whose pages lie in it as they are, served as guest memory.
 //!
-//! Everything that knows where each stretch of guest RAM lies in the file is the same for all
+//! Everything that knows where each range of guest RAM lies in the file is the same for all
 //! uncompressed formats: a format parser only makes the list of [`Extent`]s. The file is read and
 //! not mapped, for somebody else may cut it off: see [`FileContent`].
 
@@ -30,15 +30,19 @@ const MAX_SPARSENESS: u64 = 256;
 /// Memory that any file may claim: 64 MiB.
 const SMALL: u64 = 64 << 20;
 
-/// Whether a file of `file_len` bytes may be of that much memory.
-pub(crate) fn may_claim(claimed: u64, file_len: u64) -> bool {
-    claimed
-        <= file_len
-            .saturating_mul(MAX_SPARSENESS)
-            .saturating_add(SMALL)
+/// The sum of lengths that a file claims; `None` if they are more than 64 bits hold.
+pub(crate) fn sum_of_lens(lengths: impl IntoIterator<Item = u64>) -> Option<u64> {
+    lengths.into_iter().try_fold(0, u64::checked_add)
 }
 
-/// A stretch of guest RAM and where its bytes are in the file.
+/// Whether a file of `file_len` bytes may be of that much memory.
+pub(crate) fn may_claim(claimed: u64, file_len: u64) -> bool {
+    let most = file_len.checked_mul(MAX_SPARSENESS);
+    let most = most.and_then(|most| most.checked_add(SMALL));
+    most.is_none_or(|most| claimed <= most)
+}
+
+/// A range of guest RAM and where its bytes are in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Extent {
     pub guest: GpaRange,
@@ -70,9 +74,9 @@ pub(crate) struct PlainDump {
     extents_are_data: bool,
     /// What the file was when it was last written to by us, or opened.
     stamp: Mutex<FileStamp>,
-    /// The stretches of the file that are not holes, sorted.
+    /// The ranges of the file that are not holes, sorted.
     data: OnceLock<Option<Vec<FileRange>>>,
-    /// The stretches of the guest's RAM that are in none, sorted.
+    /// The ranges of the guest's RAM that are in none, sorted.
     guest_data: OnceLock<Vec<GpaRange>>,
 }
 
@@ -199,7 +203,7 @@ impl PlainDump {
         FileRange::new(FileOffset::ZERO, FileOffset::new(self.file_len()))
     }
 
-    /// The bytes of a stretch of the file.
+    /// The bytes of a range of the file.
     pub(crate) fn bytes_in(&self, range: FileRange) -> Option<FileBytes<'_>> {
         let start = usize::try_from(range.start().raw()).ok()?;
         self.bytes().get(start, usize::try_from(range.len()).ok()?)
@@ -239,7 +243,7 @@ impl PlainDump {
         *self.stamp.lock().unwrap_or_else(PoisonError::into_inner) = now;
     }
 
-    /// Where the stretches of the guest's RAM are; none if the pages are
+    /// Where the ranges of the guest's RAM are; none if the pages are
     /// [scattered](Self::pages_of_block).
     pub(crate) fn extents(&self) -> &[Extent] {
         &self.extents
@@ -290,7 +294,7 @@ impl PlainDump {
         }
     }
 
-    /// The stretches of the guest's RAM that may be something else than zero, sorted: found once,
+    /// The ranges of the guest's RAM that may be something else than zero, sorted: found once,
     /// for there may be millions of extents, and the holes be asked for at each of them.
     fn guest_data(&self) -> &[GpaRange] {
         self.guest_data.get_or_init(|| {
@@ -298,11 +302,13 @@ impl PlainDump {
                 true => None,
                 false => self.data_stretches(),
             };
-            // Extents may be of the same bytes: then each cannot have all of their stretches.
-            let most = data
-                .map_or(0, <[_]>::len)
-                .saturating_add(self.extents.len())
-                .saturating_add(self.absent.len());
+            // Extents may be of the same bytes: then each cannot have all of their ranges.
+            let lens = [
+                data.map(<[_]>::len),
+                Some(self.extents.len()),
+                Some(self.absent.len()),
+            ];
+            let most: usize = lens.into_iter().flatten().sum();
             let mut found: Vec<GpaRange> = self.absent.clone();
             for extent in self.extents.iter().filter(|extent| extent.offset.is_some()) {
                 let parts = data.filter(|_| found.len() < most);
@@ -321,7 +327,7 @@ impl PlainDump {
         None
     }
 
-    /// The stretches of the file that hold data, by the file system; `None` if it cannot tell.
+    /// The ranges of the file that hold data, by the file system; `None` if it cannot tell.
     pub(crate) fn data_stretches(&self) -> Option<&[FileRange]> {
         self.data
             .get_or_init(|| {
@@ -357,7 +363,7 @@ pub(crate) fn joined(mut ranges: Vec<GpaRange>) -> Vec<GpaRange> {
     joined
 }
 
-/// The stretches of a file of `len` bytes that hold data; `next` gives the first one from a place
+/// The ranges of a file of `len` bytes that hold data; `next` gives the first one from a place
 /// on. `None` if they are too many, or do not go on.
 fn data_stretches(
     len: u64,
@@ -377,7 +383,7 @@ fn data_stretches(
     Ok(Some(found))
 }
 
-/// What of `extent` lies in the stretches `data` of its file; `None` if that cannot be told.
+/// What of `extent` lies in the ranges `data` of its file; `None` if that cannot be told.
 fn data_of(extent: &Extent, data: &[FileRange]) -> Option<Vec<GpaRange>> {
     let file = extent.file()?;
     let to_guest = |at: FileOffset| {
@@ -414,7 +420,7 @@ impl GuestMemory for PlainDump {
     }
 
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        let range = GpaRange::with_len(at, buf.len() as u64).unwrap_or(GpaRange::new(at, at));
+        let range = GpaRange::of_request(at, buf.len());
         let not_ram = || MemoryError::NotRam { range };
         if !buf.is_empty() && !self.layout.contains(at, range.len()) {
             return Err(not_ram());
@@ -446,7 +452,7 @@ impl GuestMemory for PlainDump {
     }
 
     fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
-        let range = GpaRange::with_len(at, len as u64).unwrap_or(GpaRange::new(at, at));
+        let range = GpaRange::of_request(at, len);
         if self.layout.contains(at, len as u64) {
             return Ok(None);
         }

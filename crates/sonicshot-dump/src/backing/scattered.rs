@@ -1,7 +1,7 @@
 //! Pages that lie in a file one by one, each behind a record of its own, in whatever order: where
 //! each is, in little memory.
 //!
-//! Most come in order, a page or a note that it is zero after the other. A stretch of 512 pages in
+//! Most come in order, a page or a note that it is zero after the other. A range of 512 pages in
 //! which that is so costs 80 bytes; any other one the bytes of an offset for each page, as many as
 //! the length of the file takes: 1.25 MiB for each GiB in a file of less than a TiB.
 
@@ -73,9 +73,13 @@ impl InOrder {
     fn before(&self, page: u64) -> u64 {
         let words = self.bits.iter().zip((0_u64..).step_by(64));
         let below = words.map(|(word, start)| {
-            let above = 64_u64.saturating_sub(page.saturating_sub(start));
-            let above = u32::try_from(above).unwrap_or(64);
-            u64::from(word.unbounded_shl(above).count_ones())
+            let before = page.checked_sub(start).map(u32::try_from);
+            let below = match before {
+                None => 0,
+                Some(Ok(before)) => word & !u64::MAX.unbounded_shl(before),
+                Some(Err(_)) => *word,
+            };
+            u64::from(below.count_ones())
         });
         below.sum()
     }
@@ -218,11 +222,11 @@ impl PagePlaces {
     }
 }
 
-/// A stretch of guest RAM that is a stretch of a block.
+/// A range of guest RAM that is a range of a block.
 #[derive(Debug, Clone, Copy)]
 struct Piece {
     guest: GpaRange,
-    /// The number of the block, and where in it the stretch begins, in bytes.
+    /// The number of the block, and where in it the range begins, in bytes.
     block: usize,
     start: u64,
 }
@@ -248,7 +252,10 @@ impl Scattered {
                     start,
                 });
                 // What is beyond 64 bits is beyond the block, too.
-                start = start.saturating_add(guest.len());
+                let Some(end) = start.checked_add(guest.len()) else {
+                    break;
+                };
+                start = end;
             }
             places.push(of_block);
         }
@@ -285,7 +292,7 @@ impl Scattered {
         }
     }
 
-    /// The first stretch of pages from `at` on that are not zero, before `end`.
+    /// The first range of pages from `at` on that are not zero, before `end`.
     pub(crate) fn next_data(&self, at: Gpa, end: Gpa) -> Option<GpaRange> {
         for piece in self.pieces.get(self.behind(at)..)? {
             let from = piece.guest.start().max(at);

@@ -88,12 +88,13 @@ impl Packed<'_> {
     }
 }
 
-/// The content of a dump that came through a pipe or is compressed as a whole (gzip, zstd, xz, bzip2,
-/// lzop, lz4, one file in a zip archive), in a file without a name, which is gone with its last user.
+/// The content of a dump that came through a pipe or is compressed as a whole (gzip, zstd, xz,
+/// bzip2, lzop, lz4, one file in a zip archive), in a file without a name, which is gone with its
+/// last user.
 ///
 /// The file is made in the folder that the environment variable `TMPDIR` names; without it, beside
-/// the dump that it is the content of, or in `/var/tmp` for a pipe or where that cannot be. It is as long as the dump is
-/// without compression, with holes where that is zero.
+/// the dump that it is the content of, or in `/var/tmp` for a pipe or where that cannot be. It is
+/// as long as the dump is without compression, with holes where that is zero.
 #[derive(Debug, Clone)]
 pub struct Spool(Arc<Inner>);
 
@@ -279,7 +280,7 @@ impl Spool {
             if at == 0 && image.is_some() && !piece.starts_with(MIGRATION) {
                 return Err(DumpError::NotADump {
                     path: name.to_owned(),
-                    why: "what is compressed in it is no migration file of QEMU's",
+                    why: "what is compressed in it is not a migration file of QEMU's",
                 });
             }
             let writing = || DumpError::io("writing a temporary file in", &folder);
@@ -314,7 +315,7 @@ impl Spool {
         })))
     }
 
-    /// What messages call it.
+    /// Its name in messages.
     #[must_use]
     pub fn name(&self) -> &Path {
         &self.0.name
@@ -421,23 +422,26 @@ struct Room {
 }
 
 impl Room {
+    /// As many bytes as any file can have.
+    const NO_LIMIT: u64 = u64::MAX;
+
     /// For a content that begins with `start` and is put into `file`.
     fn of(name: &Path, start: &[u8], file: &File, limit: Limit) -> io::Result<Self> {
         let ram = match limit {
-            Limit::Given(max) => return Ok(Self::new(max, SizeLimit::Given, u64::MAX)),
+            Limit::Given(max) => return Ok(Self::new(max, SizeLimit::Given, Self::NO_LIMIT)),
             Limit::Free => None,
             Limit::Header => ram_of_migration(name, FileBytes::from_slice(start)),
         };
         let system = fstatvfs(file)?;
         // More than 64 bits tell of is no limit.
         let free = system.f_bavail.checked_mul(system.f_frsize);
-        let free = free.unwrap_or(u64::MAX);
         if let Some((max, ram)) = ram.and_then(|ram| Some((allowed_beside(ram)?, ram))) {
-            let kept = free.div_ceil(LEFT_PARTS);
-            let most = free.saturating_sub(kept);
+            let most = free.and_then(|free| free.checked_sub(free.div_ceil(LEFT_PARTS)));
+            let most = most.unwrap_or(Self::NO_LIMIT);
             return Ok(Self::new(max, SizeLimit::Header { ram }, most));
         }
-        Ok(Self::new(free / FREE_PARTS, SizeLimit::Free, u64::MAX))
+        let max = free.map_or(Self::NO_LIMIT, |free| free / FREE_PARTS);
+        Ok(Self::new(max, SizeLimit::Free, Self::NO_LIMIT))
     }
 
     fn new(max: u64, by: SizeLimit, max_stored: u64) -> Self {
@@ -470,7 +474,7 @@ fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     while let Some(rest) = buffer.get_mut(len..).filter(|rest| !rest.is_empty()) {
         match reader.read(rest) {
             Ok(0) => break,
-            Ok(read) => len = len.saturating_add(read),
+            Ok(read) => len = len.checked_add(read).ok_or(io::ErrorKind::FileTooLarge)?,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }

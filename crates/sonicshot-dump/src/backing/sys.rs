@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "the FFI edge")]
 
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
-use sonicshot::{FileOffset, FileRange};
+use sonicshot::{FileOffset, FileRange, Tally};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -205,10 +205,10 @@ pub(crate) fn count_extents(file: &File, len: u64) -> io::Result<ExtentCount> {
             let end = extent.offset.checked_add(extent.len);
             let end = end.ok_or(io::ErrorKind::InvalidData)?;
             // The first may begin before what was asked for, the last end behind the file.
-            let bytes = end.min(len).saturating_sub(extent.offset.max(at));
-            count.extents = count.extents.saturating_add(1);
+            let bytes = Tally::new(end.min(len)).without(extent.offset.max(at));
+            count.extents = Tally::new(count.extents).and(1).get();
             if extent.flags & SHARED != 0 {
-                count.shared = count.shared.saturating_add(bytes);
+                count.shared = bytes.and(count.shared).get();
             }
             is_last |= extent.flags & LAST != 0;
             next = end;

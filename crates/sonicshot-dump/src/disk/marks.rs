@@ -80,7 +80,8 @@ fn partitions(disk: &dyn DiskSource) -> io::Result<Vec<u64>> {
     let starts = entries.filter_map(|at| {
         let kind: u8 = first.le_at(at.checked_add(4)?)?;
         let start: u32 = first.le_at(at.checked_add(8)?)?;
-        (kind != 0 && start != 0).then(|| u64::from(start).saturating_mul(SECTOR))
+        let start = u64::from(start).checked_mul(SECTOR);
+        start.filter(|start| kind != 0 && *start != 0)
     });
     Ok(starts.collect())
 }
@@ -96,7 +97,10 @@ fn gpt(disk: &dyn DiskSource, first: &[u8]) -> io::Result<Vec<u64>> {
         return Ok(Vec::new());
     };
     let count = u64::from(count).min(MAX_PARTITIONS);
-    let Some(table) = read(disk, at, count.saturating_mul(entry))? else {
+    let Some(len) = count.checked_mul(entry) else {
+        return Ok(Vec::new());
+    };
+    let Some(table) = read(disk, at, len)? else {
         return Ok(Vec::new());
     };
     let table = table.as_slice();

@@ -113,10 +113,11 @@ impl DiskImage {
         marks::file_systems(self).map_err(DumpError::io("reading", self.path()))
     }
 
-    /// What a checkpoint says of it, as the disk `name`: its length, and the file systems on it.
+    /// A checkpoint's facts about it, as the disk `name`: its length, and the file systems on it.
     ///
     /// # Errors
-    /// [`DumpError::Io`] if it cannot be read; what is wrong with the name is told when it is written.
+    /// [`DumpError::Io`] if it cannot be read; what is wrong with the name is told when it is
+    /// written.
     pub fn info(&self, name: &str, hash: DiskHash) -> Result<DiskInfo, DumpError> {
         let reading = || DumpError::io("reading", self.path());
         let marks = marks::find(self).map_err(reading())?;

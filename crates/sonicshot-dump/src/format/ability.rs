@@ -11,9 +11,9 @@ use sonicshot::{FileOffset, FileRange, PrunePlan};
 
 /// A file of the same format that is to be written without some pages.
 pub(crate) struct Copying<'a> {
-    /// What goes: nothing that the format cannot drop.
+    /// The pages that go: none that the format cannot drop.
     pub goes: &'a PrunePlan,
-    /// What of that the guest uses: its content is given up.
+    /// The pages of it that the guest uses: their content is given up.
     pub given_up: &'a PrunePlan,
     pub output: &'a Output,
     pub stats: &'a mut PruneStats,
@@ -31,7 +31,7 @@ pub(crate) trait ByCopy {
 pub(crate) struct Punching {
     /// Bytes that say of pages that they are not there, each with its offset: written first.
     pub marks: Vec<(FileOffset, Vec<u8>)>,
-    /// The stretches that then stand for nothing.
+    /// The ranges that then stand for nothing.
     pub runs: Vec<FileRange>,
 }
 
@@ -51,7 +51,7 @@ pub(crate) trait InPlace {
 
 /// A part of a pruned stream.
 pub(crate) enum Part<'a> {
-    /// A stretch of the input.
+    /// A range of the input.
     Copy(FileRange),
     /// Other bytes.
     Bytes(&'a [u8]),

@@ -10,9 +10,10 @@ use crate::backing::Stored;
 use crate::backing::paged::BlockCache;
 #[cfg(test)]
 use crate::backing::plain::open_content;
-use crate::backing::plain::{check_content, may_claim};
+use crate::backing::plain::{check_content, may_claim, sum_of_lens};
 use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::lime::{HEADER_LEN, Record, cut_header, is_zero_from};
+use crate::limit::allowed_for;
 use sonicshot::{
     Bytes, FileBytes, FileContent, FileOffset, FileRange, Gpa, GpaRange, GuestMemory, MemoryError,
     RamLayout,
@@ -83,7 +84,7 @@ struct Cut {
     lost: GpaRange,
 }
 
-/// A stretch of RAM that is compressed by itself.
+/// A range of RAM that is compressed by itself.
 #[derive(Debug, Clone, Copy)]
 struct Chunk {
     guest: GpaRange,
@@ -142,7 +143,7 @@ impl AvmlFile {
             .ok_or_else(|| bad("a chunk beyond the end: truncated"))?;
         // Both lengths were bounded when the chunk was found.
         let size = usize::try_from(chunk.guest.len());
-        let mut out = vec![0; size.map_err(|_| bad("a chunk of an impossible length"))?];
+        let mut out = vec![0; size.map_err(|_| bad("a chunk of an invalid length"))?];
         let mut copy = vec![0; stored.len()];
         let mut decoder = stored
             .copy_to(&mut copy)
@@ -171,7 +172,7 @@ impl GuestMemory for AvmlFile {
     }
 
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        let range = GpaRange::with_len(at, buf.len() as u64).unwrap_or(GpaRange::new(at, at));
+        let range = GpaRange::of_request(at, buf.len());
         let not_ram = || MemoryError::NotRam { range };
         if !buf.is_empty() && !self.layout.contains(at, range.len()) {
             return Err(not_ram());
@@ -185,7 +186,7 @@ impl GuestMemory for AvmlFile {
         while !rest.is_empty() {
             let chunk = self.chunk_of(at).ok_or_else(not_ram)?;
             let inside = at.offset_from(chunk.guest.start()).ok_or_else(not_ram)?;
-            let left = chunk.guest.len().saturating_sub(inside);
+            let left = chunk.guest.len().checked_sub(inside).ok_or_else(not_ram)?;
             let len = left.min(rest.len() as u64);
             let split = usize::try_from(len).map_err(|_| not_ram())?;
             let (now, later) = rest.split_at_mut_checked(split).ok_or_else(not_ram)?;
@@ -243,7 +244,7 @@ fn chunks_of(path: &Path, data: FileBytes<'_>) -> Result<(Vec<Chunk>, Option<Cut
     let mut walk = Walk {
         path,
         data,
-        limit: SMALL_CHUNKS.saturating_add(file_len.checked_div(CHUNK_LEN).unwrap_or(0)),
+        limit: allowed_for(file_len / CHUNK_LEN, SMALL_CHUNKS),
         chunks: Vec::new(),
         cut: None,
     };
@@ -333,8 +334,9 @@ impl Walk<'_> {
             return Ok(());
         };
         let all = self.chunks.iter().map(|chunk| chunk.guest.len());
-        let claimed = all.fold(lost.len(), u64::saturating_add);
-        if self.chunks.is_empty() || !may_claim(claimed, self.data.len() as u64) {
+        let claimed = sum_of_lens(all.chain([lost.len()]));
+        let file_len = self.data.len() as u64;
+        if self.chunks.is_empty() || claimed.is_none_or(|claimed| !may_claim(claimed, file_len)) {
             return Err(self.bad("a record beyond the end: truncated", need, lost.len()));
         }
         Ok(())
@@ -362,10 +364,10 @@ impl Walk<'_> {
                 return Ok(self.cut(body.end(), left));
             }
             // Data comes after a sum of 4 bytes.
-            let data = len.saturating_sub(4);
+            let data = len.checked_sub(4);
             let size = match kind {
                 0x00 => body.start().checked_add(4).and_then(|at| self.claimed(at)),
-                0x01 => Some(data),
+                0x01 => data,
                 // The begin of the stream, padding, and what may be passed over.
                 0x80..=0xff => {
                     at = body.end();
@@ -373,11 +375,12 @@ impl Walk<'_> {
                 }
                 _ => None,
             };
-            let size = size.filter(|size| {
-                len >= 4 && *size <= MAX_CHUNK && *size <= data.saturating_mul(MAX_RATIO)
-            });
-            let size =
-                size.ok_or_else(|| self.bad("an impossible Snappy chunk", at, kind.into()))?;
+            let most = data.and_then(|data| data.checked_mul(MAX_RATIO));
+            let most = most
+                .filter(|most| *most < MAX_CHUNK)
+                .or(data.map(|_| MAX_CHUNK));
+            let size = size.filter(|size| most.is_some_and(|most| *size <= most));
+            let size = size.ok_or_else(|| self.bad("an invalid Snappy chunk", at, kind.into()))?;
             let end = left.start().checked_add(size);
             let end = end
                 .filter(|end| *end <= left.end())

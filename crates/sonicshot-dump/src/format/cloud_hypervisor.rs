@@ -285,9 +285,7 @@ fn layout(path: &Path, len: u64) -> Result<LayoutSpec, DumpError> {
             return Err(malformed("a memory range in another, number", *index, at));
         }
     }
-    let described = layout
-        .iter()
-        .fold(0_u64, |sum, range| sum.saturating_add(range.len()));
+    let described = GpaRange::total_of(&layout);
     let layout = LayoutSpec::Ranges(layout);
     if described != len {
         return Err(DumpError::LayoutLength {
@@ -457,9 +455,8 @@ fn read_json(path: &Path) -> Result<Vec<u8>, DumpError> {
     let reading = || DumpError::io("reading", path);
     let file = File::open(path).map_err(reading())?;
     let mut bytes = Vec::new();
-    let read = file
-        .take(MAX_STATE.saturating_add(1))
-        .read_to_end(&mut bytes);
+    const TOO_MUCH: u64 = MAX_STATE + 1;
+    let read = file.take(TOO_MUCH).read_to_end(&mut bytes);
     if read.map_err(reading())? as u64 > MAX_STATE {
         return Err(DumpError::malformed(
             path,

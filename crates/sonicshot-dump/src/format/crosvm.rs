@@ -3,8 +3,8 @@
 //! `crosvm snapshot take` writes a folder of fragments, a file each, in folders by what they are of
 //! (`vcpu`, `bus0` and so on), which are copied as they are. Of the memory these are `mem`,
 //! the bytes of all regions that are not known to be zero, end to end; and `mem_metadata`, which
-//! says for each region where it lies in the guest, how long it is, and which stretches of it are
-//! in `mem` (`vm_memory/src/guest_memory.rs`, `snapshot`). Without stretches all of it is. The
+//! says for each region where it lies in the guest, how long it is, and which ranges of it are
+//! in `mem` (`vm_memory/src/guest_memory.rs`, `snapshot`). Without ranges all of it is. The
 //! metadata is JSON, and CBOR in later versions (`snapshot/src/lib.rs`, `write_fragment`).
 //!
 //! A restore reads `mem` from front to back into memory, so a hole in it reads as zero. What
@@ -30,18 +30,18 @@ use std::path::Path;
 const MEMORY: &str = "mem";
 const METADATA: &str = "mem_metadata";
 const ENCRYPTED: &str = "enc_metadata";
-/// Metadata that take more than this, and for each page in `mem` as much as a stretch of one page
+/// Metadata that take more than this, and for each page in `mem` as much as a range of one page
 /// does, are refused: what they are made into in memory takes many times their length.
 const SMALL_METADATA: u64 = 1 << 20;
 const METADATA_A_PAGE: u64 = 64;
 const MAX_METADATA: u64 = 64 << 20;
-/// No guest's memory is in more stretches; a region counts for as many as it takes in memory.
+/// No guest's memory is in more ranges; a region counts for as many as it takes in memory.
 const MAX_RANGES: usize = 1 << 21;
 const REGION_COUNTS: usize = 3;
 /// A short file must not claim a lot of memory: not more than this for each byte, and 64 MiB.
 const MAX_SPARSENESS: u64 = 256;
 const SMALL: u64 = 64 << 20;
-/// Regions and stretches are whole pages.
+/// Regions and ranges are whole pages.
 const PAGE: u64 = 4096;
 
 impl Vmm {
@@ -102,7 +102,7 @@ struct Parts {
     data_ranges: Vec<Stretch>,
 }
 
-/// A stretch of a region, in bytes from its beginning.
+/// A range of a region, in bytes from its beginning.
 #[derive(Deserialize, Clone, Copy)]
 struct Stretch {
     start: u64,
@@ -126,10 +126,9 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for List<T> {
         let mut items = Vec::new();
         let mut counted = 0_usize;
         while let Some(item) = seq.next_element()? {
-            counted = counted.saturating_add((self.count)(&item));
-            if counted > self.most {
-                return Err(de::Error::invalid_length(counted, &self));
-            }
+            let all = counted.checked_add((self.count)(&item));
+            let all = all.filter(|all| *all <= self.most);
+            counted = all.ok_or_else(|| de::Error::invalid_length(counted, &self))?;
             items.push(item);
         }
         Ok(items)
@@ -140,8 +139,8 @@ fn regions<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Region>, D::Error> 
     from.deserialize_seq(List {
         most: MAX_RANGES,
         count: |region: &Region| {
-            let stretches = region.stretches.as_ref().map_or(0, Vec::len);
-            REGION_COUNTS.saturating_add(stretches)
+            let stretches = region.stretches.as_ref().map(Vec::len);
+            [Some(REGION_COUNTS), stretches].into_iter().flatten().sum()
         },
     })
 }
@@ -227,10 +226,13 @@ fn open(source: Source<'_>) -> Result<CrosvmDump, DumpError> {
 fn read_metadata(path: &Path, len: u64) -> Result<Vec<u8>, DumpError> {
     let reading = || DumpError::io("reading", path);
     let file = File::open(path).map_err(reading())?;
-    let of_pages = (len / PAGE).saturating_mul(METADATA_A_PAGE);
-    let most = SMALL_METADATA.saturating_add(of_pages).min(MAX_METADATA);
+    let of_pages = (len / PAGE).checked_mul(METADATA_A_PAGE);
+    let most = of_pages.and_then(|bytes| bytes.checked_add(SMALL_METADATA));
+    let most = most
+        .filter(|most| *most < MAX_METADATA)
+        .unwrap_or(MAX_METADATA);
     let mut bytes = Vec::new();
-    let mut limited = file.take(most.saturating_add(1));
+    let mut limited = file.take(most.checked_add(1).unwrap_or(most));
     let read = limited.read_to_end(&mut bytes).map_err(reading())? as u64;
     if read > most {
         let what = "metadata of this length";
@@ -246,7 +248,7 @@ fn parse(bytes: &[u8]) -> Result<Metadata, Box<dyn std::error::Error + Send + Sy
     Ok(ciborium::from_reader(bytes)?)
 }
 
-/// Where each stretch of the regions is in a `mem` of `len` bytes.
+/// Where each range of the regions is in a `mem` of `len` bytes.
 fn extents(
     path: &Path,
     metadata: Metadata,
@@ -275,7 +277,8 @@ fn extents(
         let guest = GpaRange::with_len(Gpa::new(base), size);
         let guest = guest.filter(|_| base.is_multiple_of(PAGE) && size.is_multiple_of(PAGE));
         let guest = guest.ok_or_else(|| bad("the place of region", base))?;
-        claimed = claimed.saturating_add(size);
+        let all = claimed.checked_add(size);
+        claimed = all.ok_or_else(|| bad("the length of region", size))?;
         let mut end = 0_u64;
         for stretch in stretches.as_deref().unwrap_or(&whole) {
             let wrong = || bad("a range of region", stretch.start);
@@ -298,8 +301,9 @@ fn extents(
         let cut = || bad("the length of region", size);
         extents.extend(zeroes(&guest, end, size).ok_or_else(cut)?);
     }
-    let stored = len.saturating_add(metadata_len);
-    if claimed > stored.saturating_mul(MAX_SPARSENESS).saturating_add(SMALL) {
+    let most = len.checked_add(metadata_len);
+    let most = most.and_then(|stored| stored.checked_mul(MAX_SPARSENESS)?.checked_add(SMALL));
+    if most.is_some_and(|most| claimed > most) {
         let what = "regions of more memory than the file can be of";
         return Err(DumpError::malformed(path, what, FileOffset::ZERO, claimed));
     }
@@ -319,7 +323,7 @@ fn inside(guest: &GpaRange, from: u64, to: u64) -> Option<GpaRange> {
     Some(GpaRange::new(at(from)?, at(to)?))
 }
 
-/// A stretch of a region that is not in the file, unless it is empty.
+/// A range of a region that is not in the file, unless it is empty.
 fn zeroes(guest: &GpaRange, from: u64, to: u64) -> Option<Option<Extent>> {
     let guest = inside(guest, from, to)?;
     let offset = None;

@@ -11,7 +11,7 @@ use crate::prune::holes::sum_of;
 use crate::prune::runs::file_runs;
 use crate::prune::stats::PruneStats;
 use crate::{DumpError, DumpOptions, LayoutSpec};
-use sonicshot::{FileRange, PrunePlan};
+use sonicshot::{FileRange, PrunePlan, Tally};
 use std::fs::File;
 use std::path::Path;
 
@@ -79,12 +79,12 @@ impl ByCopy for Diff {
         let len = overlay.diff().file_len();
         let sized = output.file().set_len(len);
         sized.map_err(DumpError::io("writing", output.path()))?;
-        let total = len.saturating_sub(goes.dropped_bytes());
+        let total = Tally::new(len).without(goes.dropped_bytes()).get();
         let mut before = 0_u64;
         for in_diff in [false, true] {
             let mut done = before;
             let mut shown = |here: u64, _: u64| {
-                done = before.saturating_add(here);
+                done = Tally::new(before).and(here).get();
                 (work.progress)(done, total);
             };
             let source = overlay.source(in_diff);

@@ -2,9 +2,10 @@
 //!
 //! The memory file is the bytes of guest RAM and nothing else, so where they lie is found as for
 //! any raw file. The state file tells that a folder holds such a pair, and nothing of it is
-//! read but the processors (below): what else is in it changes with every version. It begins with a number, `0x0710_1984_8664_0000` (arm64:
-//! `..._AAAA_0000`), whose lowest 16 bits were a version once (up to 1.5); since it is written
-//! by `bitcode` (1.15) a byte stands before it (`src/vmm/src/snapshot/mod.rs`).
+//! read but the processors (below): what else is in it changes with every version. It begins with a
+//! number, `0x0710_1984_8664_0000` (arm64: `..._AAAA_0000`), whose lowest 16 bits were a version
+//! once (up to 1.5); since it is written by `bitcode` (1.15) a byte stands before it
+//! (`src/vmm/src/snapshot/mod.rs`).
 //!
 //! # What a hole reads as
 //!
@@ -19,7 +20,7 @@
 //!
 //! However a version packs its state (`versionize` up to 1.6, `bincode`, and now `bitcode`), it
 //! holds KVM's `struct kvm_sregs` and the 1024 bytes of each processor's local APIC as they are in
-//! C: as one stretch of bytes, or field by field in the same order and width. Both have a shape
+//! C: as one range of bytes, or field by field in the same order and width. Both have a shape
 //! that nothing else has, and are looked for at every byte. The APICs tell how many processors
 //! there are, and which; as many system registers must be found, one of them of the boot
 //! processor. Otherwise nothing is told: a guest's own bytes, such as those in its vector

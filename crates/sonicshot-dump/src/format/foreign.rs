@@ -18,9 +18,9 @@ pub(crate) struct Foreign {
     /// Where its mark stands.
     at: usize,
     mark: &'static [u8],
-    /// What it is, for people.
+    /// Its name, for people.
     pub kind: &'static str,
-    /// What to do with such a file.
+    /// The way to go with such a file.
     pub instead: &'static str,
     /// What else must be so, where the mark is not enough.
     is_one: fn(&Source<'_>) -> bool,

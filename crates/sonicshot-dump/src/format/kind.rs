@@ -9,6 +9,7 @@ use crate::format::ability::{AsStream, ByCopy, InPlace, Migration, Skeletal};
 use crate::format::qemu::start::RamBlock;
 use crate::layout::LayoutSpec;
 use crate::output::check_stamp;
+use crate::prune::stats::bytes_of_blocks;
 use crate::snapshot::{Named, SnapshotFiles};
 use crate::{DumpError, DumpOptions};
 use sonicshot::{
@@ -16,12 +17,12 @@ use sonicshot::{
 };
 use std::fmt;
 use std::fs::File;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 /// How a format is told from others, and opened.
 pub(crate) struct Kind {
-    /// What it is called where a file is to be read as one; `None` if no file is.
+    /// Its name where a file is to be read as one; `None` if no file is.
     pub name: Option<&'static str>,
     /// The name of the format that it is another form of, if it is none of its own.
     pub form_of: Option<&'static str>,
@@ -70,7 +71,7 @@ impl Kind {
             open: |source| {
                 Err(DumpError::NotADump {
                     path: source.path.to_owned(),
-                    why: "it is no format of its own",
+                    why: "it is not a format of its own",
                 })
             },
             snapshot,
@@ -99,10 +100,10 @@ impl Kind {
 
 /// A file that is to be opened.
 pub(crate) struct Source<'a> {
-    /// What messages call it.
+    /// Its name in messages.
     pub path: &'a Path,
     pub content: FileContent,
-    /// What is known of it beforehand.
+    /// The options that it is opened with.
     pub known: &'a DumpOptions,
     /// Where the content is, if it came through a pipe or was compressed.
     pub spool: Option<Spool>,
@@ -194,14 +195,14 @@ impl<'a> Source<'a> {
         there.is_some_and(|there| there.copy_to(&mut found)) && found == wanted
     }
 
-    /// What the file takes on disk, in bytes.
+    /// The space that the file takes on disk, in bytes.
     pub(crate) fn on_disk(&self) -> Result<u64, DumpError> {
         let metadata = self.content.file().metadata();
         let metadata = metadata.map_err(DumpError::io("reading", self.path))?;
         if metadata.file_type().is_block_device() {
             return Ok(self.len());
         }
-        Ok(metadata.blocks().saturating_mul(512))
+        Ok(bytes_of_blocks(&metadata))
     }
 
     /// The file as guest memory, which lies in it as `extents` say.

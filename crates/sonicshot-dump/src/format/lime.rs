@@ -4,7 +4,7 @@
 use crate::DumpError;
 use crate::Incomplete;
 use crate::backing::Stored;
-use crate::backing::plain::{Extent, PlainDump, may_claim};
+use crate::backing::plain::{Extent, PlainDump, may_claim, sum_of_lens};
 use crate::format::kind::{Format, Kind, Source, boxed};
 use sonicshot::{Bytes, Cursor, CutShort, FileBytes, FileOffset, FileRange, Gpa, GpaRange};
 use std::path::Path;
@@ -141,7 +141,7 @@ impl Records {
         let is_cut = end < guest.end();
         if is_cut {
             let all = self.extents.iter().map(|extent| extent.guest.len());
-            let claimed = all.fold(guest.len(), u64::saturating_add);
+            let claimed = sum_of_lens(all.chain([guest.len()]))?;
             may_claim(claimed, file_end.raw()).then_some(())?;
             self.absent.push(GpaRange::new(end, guest.end()));
             self.need = Some(body.end());

@@ -17,7 +17,7 @@ pub struct DumpFormat(&'static str);
 
 /// A text that names no format.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is no format: want {}", list())]
+#[error("`{text}` is not a format: want {}", list())]
 pub struct DumpFormatError {
     /// The text given.
     pub text: String,
@@ -103,7 +103,7 @@ mod tests {
         }
         let error = "docx".parse::<DumpFormat>().unwrap_err().to_string();
         assert!(
-            error.starts_with("`docx` is no format: want raw (also firecracker, "),
+            error.starts_with("`docx` is not a format: want raw (also firecracker, "),
             "{error}"
         );
         for (also, name) in ALSO {

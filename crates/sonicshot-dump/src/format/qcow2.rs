@@ -49,7 +49,7 @@ fn open(source: &Source<'_>) -> Result<Box<dyn Format>, DumpError> {
     let wrong = || {
         DumpError::malformed(
             path,
-            "a VM's state at an impossible place",
+            "a VM's state at an invalid place",
             FileOffset::new(24),
             entry.disk_len,
         )
@@ -125,11 +125,7 @@ impl Image {
         );
         let cluster_bits = header.be::<u32>().map_err(&cut)?;
         if !CLUSTER_BITS.contains(&cluster_bits) {
-            return Err(bad(
-                "an impossible size of a cluster",
-                20,
-                cluster_bits.into(),
-            ));
+            return Err(bad("an invalid size of a cluster", 20, cluster_bits.into()));
         }
         let disk_len = header.be::<u64>().map_err(&cut)?;
         if header.be::<u32>().map_err(&cut)? != 0 {
@@ -143,11 +139,7 @@ impl Image {
         header.seek(60);
         let snapshots = header.be::<u32>().map_err(&cut)?;
         if snapshots > MAX_SNAPSHOTS {
-            return Err(bad(
-                "an impossible number of snapshots",
-                60,
-                snapshots.into(),
-            ));
+            return Err(bad("an invalid number of snapshots", 60, snapshots.into()));
         }
         let snapshots_at = header.be::<u64>().map_err(&cut)?;
         let mut image = Self {
@@ -338,19 +330,19 @@ impl Image {
         if extra >= 16 {
             disk_len = cursor.be::<u64>().map_err(&cut)?;
         }
-        let rest = begin.checked_add(ENTRY.saturating_add(extra.into()));
+        let rest = begin.checked_add(ENTRY);
+        let rest = rest.and_then(|rest| rest.checked_add(extra.into()));
         let rest = rest.and_then(|rest| rest.checked_add(id_len.into()));
         cursor.seek(
-            rest.ok_or_else(|| bad("an impossible length of a snapshot's entry", extra.into()))?,
+            rest.ok_or_else(|| bad("an invalid length of a snapshot's entry", extra.into()))?,
         );
         let name = cursor.take(name_len.into()).map_err(&cut)?;
         let name = name.part(0, name.byte_len().min(MAX_NAME));
         let name = name.and_then(Bytes::copied);
         let name = name.ok_or_else(|| bad("a name that cannot be read", name_len.into()))?;
         let end = cursor.position().checked_next_multiple_of(8);
-        cursor.seek(
-            end.ok_or_else(|| bad("an impossible length of a snapshot's entry", extra.into()))?,
-        );
+        cursor
+            .seek(end.ok_or_else(|| bad("an invalid length of a snapshot's entry", extra.into()))?);
         Ok(Entry {
             l1_offset,
             l1_len,
@@ -458,8 +450,10 @@ impl<'a> State<'a> {
         if !self.image.extended {
             return Ok((entry(inside)?, None));
         }
-        let at = inside.saturating_mul(2);
-        Ok((entry(at)?, Some(entry(at.saturating_add(1))?)))
+        let at = inside
+            .checked_mul(2)
+            .ok_or_else(|| damaged("a short table"))?;
+        Ok((entry(at)?, Some(entry(at | 1)?)))
     }
 
     fn take(&mut self, len: u64) -> io::Result<()> {
@@ -512,7 +506,7 @@ impl<'a> State<'a> {
                     let bit = |of: u64| of >> number & 1 == 1;
                     if bit(parts >> 32) {
                         part.fill(0);
-                    } else if !bit(parts) && number.saturating_mul(size) < left {
+                    } else if !bit(parts) && number.checked_mul(size).is_some_and(|at| at < left) {
                         return Err(damaged(
                             "a part of a cluster of the VM's state is not there",
                         ));
@@ -522,7 +516,8 @@ impl<'a> State<'a> {
             cluster
         };
         self.cluster.truncate(left);
-        self.left = self.left.saturating_sub(self.cluster.len() as u64);
+        let behind = self.left.checked_sub(self.cluster.len() as u64);
+        self.left = behind.ok_or_else(|| damaged("a cluster behind the VM's state"))?;
         self.next = self
             .next
             .checked_add(1)
@@ -548,9 +543,12 @@ impl Read for State<'_> {
             }
             self.load()?;
         }
-        let mut rest = self.cluster.get(self.at..).unwrap_or_default();
+        let mut rest = self.cluster.get(self.at..).unwrap_or(&[]);
         let read = rest.read(out)?;
-        self.at = self.at.saturating_add(read);
+        self.at = self
+            .at
+            .checked_add(read)
+            .ok_or(io::ErrorKind::FileTooLarge)?;
         Ok(read)
     }
 }

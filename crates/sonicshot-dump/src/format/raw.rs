@@ -10,7 +10,7 @@ use crate::prune::holes::sum_of;
 use crate::prune::runs::file_runs;
 use crate::prune::stats::PruneStats;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{FileOffset, FileRange, PrunePlan};
+use sonicshot::{FileOffset, FileRange, PrunePlan, Tally};
 use std::path::Path;
 
 /// A raw file, mapped.
@@ -89,7 +89,7 @@ pub(crate) fn copy_kept(dump: &PlainDump, work: Copying<'_>) -> Result<(), DumpE
     let sized = output.file().set_len(total);
     sized.map_err(DumpError::io("writing", output.path()))?;
     let runs = file_runs(dump, goes)?;
-    let kept_total = total.saturating_sub(sum_of(&runs));
+    let kept_total = Tally::new(total).without(sum_of(&runs)).get();
     let mut copier = Copier::new(dump, output, kept_total, progress);
     for extent in dump.extents() {
         for kept in goes.kept_in(extent.guest) {

@@ -144,7 +144,7 @@ fn layout_of(path: &Path, data: FileBytes<'_>, len: u64) -> Result<Option<Layout
         };
         let (guest, file, size) = (tag("regionPPN")?, tag("regionPageNum")?, tag("regionSize")?);
         let range = GpaRange::with_len(Gpa::new(guest), size).filter(|range| !range.is_empty());
-        let range = range.ok_or_else(|| bad("an impossible length of a region", 0, size))?;
+        let range = range.ok_or_else(|| bad("an invalid length of a region", 0, size))?;
         regions.push((file, range));
     }
     regions.sort_unstable();
@@ -230,8 +230,7 @@ fn memory_tags(
         let value = cursor.take(len).map_err(cut)?;
         let known = KNOWN.into_iter().find(|known| known.as_bytes() == name);
         if let Some(known) = known {
-            let value =
-                number(value).ok_or_else(|| bad("an impossible length of a tag", at, len))?;
+            let value = number(value).ok_or_else(|| bad("an invalid length of a tag", at, len))?;
             let number = match indices.first() {
                 Some(number) => *number,
                 None if known == COUNT => 0,
@@ -274,7 +273,7 @@ fn group_named(path: &Path, data: FileBytes<'_>, wanted: &[u8]) -> Result<u64, D
         let name: [u8; NAME] = cursor.array().map_err(cut)?;
         let tags = cursor.le::<u64>().map_err(cut)?;
         cursor.skip(8).map_err(cut)?; // what is not known
-        let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+        let name = name.split(|byte| *byte == 0).next().unwrap_or(&name);
         if name == wanted {
             let inside = tags < data.len() as u64;
             return inside

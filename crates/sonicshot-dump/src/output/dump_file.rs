@@ -7,7 +7,7 @@ use crate::output::{Output, Overwrite, Ready, Target};
 use sonicshot::checkpoint::{CheckpointError, FillWith, RestoreTarget};
 use sonicshot::file::write_sparse_at;
 use sonicshot::{
-    Architecture, FileOffset, Gpa, GpaRange, GuestMemory, MemoryError, Progress, RamLayout,
+    Architecture, FileOffset, Gpa, GpaRange, GuestMemory, MemoryError, Progress, RamLayout, Tally,
 };
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -61,7 +61,7 @@ fn too_large(path: &Path, what: &'static str, value: u64) -> DumpError {
     DumpError::TooLarge { path, what, value }
 }
 
-/// What an ELF core says beside the memory.
+/// The notes of an ELF core, beside the memory.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct CoreNotes {
@@ -213,7 +213,7 @@ impl DumpFile {
     /// [`DumpError`] if it cannot be read or written.
     pub fn copy(&self, memory: &dyn GuestMemory, progress: Progress<'_>) -> Result<(), DumpError> {
         let total = self.layout.bytes();
-        let mut done = 0_u64;
+        let mut done = Tally::ZERO;
         let mut buffer = Vec::new();
         for region in self.layout.regions() {
             let mut at = region.start();
@@ -226,16 +226,17 @@ impl DumpFile {
                     let part = GpaRange::new(from, end);
                     self.copy_part(memory, part, &mut buffer)?;
                     from = end;
-                    let inside = from.offset_from(region.start()).unwrap_or(0);
-                    progress(done.saturating_add(inside), total);
+                    if let Some(inside) = from.offset_from(region.start()) {
+                        progress(done.and(inside).get(), total);
+                    }
                 }
                 at = data.end();
                 if at >= region.end() {
                     break;
                 }
             }
-            done = done.saturating_add(region.len());
-            progress(done, total);
+            done.add(region.len());
+            progress(done.get(), total);
         }
         Ok(())
     }
@@ -257,8 +258,9 @@ impl DumpFile {
             Err(MemoryError::Absent { .. }) if part.len() > ALIGN => {
                 let mut from = part.start();
                 while from < part.end() {
-                    let page = (from.raw() | ALIGN.saturating_sub(1)).saturating_add(1);
-                    let end = Gpa::new(page).min(part.end());
+                    const IN_PAGE: u64 = ALIGN - 1;
+                    let page = Gpa::new(from.raw() | IN_PAGE).checked_add(1);
+                    let end = page.map_or(part.end(), |page| page.min(part.end()));
                     self.copy_part(memory, GpaRange::new(from, end), buffer)?;
                     from = end;
                 }

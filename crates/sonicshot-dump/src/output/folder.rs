@@ -22,7 +22,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-/// Longest stretch that is copied at once.
+/// Longest range that is copied at once.
 const COPY: u64 = 1 << 20;
 
 /// No VMM's snapshot has more files and folders, nor folders further inside each other.
@@ -197,7 +197,8 @@ impl NewFolder {
         let settled = self.settle();
         settled.map_err(failed("setting the permissions of"))?;
         self.folder.sync_all().map_err(failed("writing"))?;
-        let temporary = self.temporary.path().file_name().unwrap_or_default();
+        let temporary = self.temporary.path();
+        let temporary = temporary.file_name().unwrap_or(temporary.as_os_str());
         let (parent, name) = (&self.parent, self.name.as_os_str());
         let rename = |flags| renameat_with(parent, temporary, parent, name, flags);
         if self.overwrite == Overwrite::Replace {
@@ -259,7 +260,7 @@ impl NewFolder {
 /// Opens a folder that was just made, and that nobody can have put there instead.
 fn open_ours(parent: &File, path: &Path) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let name = path.file_name().unwrap_or_default();
+    let name = path.file_name().unwrap_or(path.as_os_str());
     let folder = File::from(retry_on_intr(|| {
         openat(parent, name, flags, Mode::empty())
     })?);
@@ -279,7 +280,7 @@ fn open_file(folder: &File, name: &OsStr) -> io::Result<File> {
         openat(folder, name, flags, Mode::empty())
     })?);
     if !file.metadata()?.is_file() {
-        let why = "it is no regular file";
+        let why = "it is not a regular file";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     }
     Ok(file)

@@ -27,6 +27,7 @@ pub(crate) mod dump_file;
 pub(crate) mod folder;
 
 use crate::DumpError;
+use crate::prune::stats::bytes_of_blocks;
 use rustix::fs::{
     AtFlags, CWD, Gid, Mode, OFlags, RenameFlags, Stat, Uid, fchmod, fchown, fgetxattr,
     fremovexattr, linkat, openat, renameat, renameat_with, statat,
@@ -160,7 +161,7 @@ impl Output {
         };
         let folder = folder.map_err(DumpError::io("creating a file in", parent))?;
         let name = path.file_name().filter(|_| !ends_as_folder(path));
-        let name = name.ok_or_else(|| invalid("it is no regular file"))?;
+        let name = name.ok_or_else(|| invalid("it is not a regular file"))?;
 
         let there = statat(&folder, name, AtFlags::empty()).ok();
         let (mut rights, mut sources) = (Vec::new(), Vec::new());
@@ -182,7 +183,7 @@ impl Output {
         }
         // A folder, a pipe, or a device such as /dev/null, which root could replace.
         if there.is_some_and(|there| kind_of(&there) != libc::S_IFREG) {
-            return Err(invalid("it is no regular file"));
+            return Err(invalid("it is not a regular file"));
         }
         let file = match nameless(&folder) {
             Ok(file) => Unfinished::Nameless(file),
@@ -235,7 +236,7 @@ impl Output {
         settle(file, &self.inputs, replaced).map_err(failed("setting the permissions of"))?;
         file.sync_all().map_err(failed("writing"))?;
         let metadata = file.metadata().map_err(failed("reading"))?;
-        let disk_bytes = metadata.blocks().saturating_mul(512);
+        let disk_bytes = bytes_of_blocks(&metadata);
         let output = self;
         Ok(Ready { output, disk_bytes })
     }

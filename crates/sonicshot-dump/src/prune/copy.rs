@@ -1,4 +1,4 @@
-//! Copies stretches of one file to another.
+//! Copies ranges of one file to another.
 
 use crate::DumpError;
 use crate::backing::plain::PlainDump;
@@ -8,23 +8,23 @@ use crate::prune::holes::block_size;
 use rustix::fs::{copy_file_range, fstatfs};
 use rustix::io::Errno;
 use sonicshot::Progress;
-use sonicshot::{FileOffset, FileRange};
+use sonicshot::{FileOffset, FileRange, Tally, to_usize};
 use std::os::unix::fs::FileExt;
 
-/// Longest stretch that is copied at once. Larger ones leave the processor's cache.
+/// Longest range that is copied at once. Larger ones leave the processor's cache.
 pub(crate) const COPY: usize = 1 << 20;
 
-/// Copies stretches of the input to the output; holes stay holes.
+/// Copies ranges of the input to the output; holes stay holes.
 pub(crate) struct Copier<'a> {
     dump: &'a PlainDump,
     output: &'a Output,
     /// The blocks that the output can share with the input; `None` if it cannot.
     block: Option<u64>,
-    cloned: u64,
+    cloned: Tally,
     /// Whether the kernel copies between these two files by itself.
     by_kernel: bool,
     buffer: Vec<u8>,
-    done: u64,
+    done: Tally,
     total: u64,
     progress: Progress<'a>,
 }
@@ -43,10 +43,10 @@ impl<'a> Copier<'a> {
             block: fstatfs(output.file())
                 .ok()
                 .map(|system| block_size(&system)),
-            cloned: 0,
+            cloned: Tally::ZERO,
             by_kernel: true,
             buffer: Vec::new(),
-            done: 0,
+            done: Tally::ZERO,
             total,
             progress,
         }
@@ -78,8 +78,8 @@ impl<'a> Copier<'a> {
             self.copy_data(data, there.ok_or_else(|| self.beyond(from))?)?;
         }
         // What lies in holes is done as well.
-        self.done = before.saturating_add(from.len());
-        (self.progress)(self.done, self.total);
+        self.done = before.and(from.len());
+        (self.progress)(self.done.get(), self.total);
         Ok(())
     }
 
@@ -90,8 +90,8 @@ impl<'a> Copier<'a> {
 
     /// So many bytes are there already.
     pub(crate) fn skip(&mut self, bytes: u64) {
-        self.done = self.done.saturating_add(bytes);
-        (self.progress)(self.done, self.total);
+        self.done.add(bytes);
+        (self.progress)(self.done.get(), self.total);
     }
 
     fn beyond(&self, from: FileRange) -> DumpError {
@@ -99,7 +99,7 @@ impl<'a> Copier<'a> {
         DumpError::malformed(self.dump.path(), "a range beyond the end", start, len)
     }
 
-    /// Shares the whole blocks of a stretch where the file system can, and copies the rest.
+    /// Shares the whole blocks of a range where the file system can, and copies the rest.
     fn copy_data(&mut self, from: FileRange, to: FileOffset) -> Result<(), DumpError> {
         let body = self.block.and_then(|block| shared(from, to, block));
         let Some((body, there)) = body else {
@@ -111,9 +111,9 @@ impl<'a> Copier<'a> {
         let (input, output) = (self.dump.file(), self.output.file());
         match sys::clone_range(input, body, output, there) {
             Ok(()) => {
-                self.cloned = self.cloned.saturating_add(body.len());
-                self.done = self.done.saturating_add(body.len());
-                (self.progress)(self.done, self.total);
+                self.cloned.add(body.len());
+                self.done.add(body.len());
+                (self.progress)(self.done.get(), self.total);
             }
             // Two file systems, or one that cannot. What is really wrong, such as a full disk,
             // the plain copy finds out too.
@@ -128,7 +128,7 @@ impl<'a> Copier<'a> {
     fn copy_bytes(&mut self, from: FileRange, to: FileOffset) -> Result<(), DumpError> {
         let (mut rest, mut to) = (from, to);
         while !rest.is_empty() {
-            let now = usize::try_from(rest.len()).map_or(COPY, |left| left.min(COPY));
+            let now = to_usize(rest.len()).min(COPY);
             let copied = match self.copy_by_kernel(rest.start(), to, now)? {
                 Some(copied) => copied,
                 None => self.copy_through(rest.start(), to, now)?,
@@ -136,15 +136,15 @@ impl<'a> Copier<'a> {
             let next = rest.start().checked_add(copied).zip(to.checked_add(copied));
             let (start, there) = next.ok_or_else(|| self.beyond(from))?;
             (rest, to) = (FileRange::new(start, rest.end()), there);
-            self.done = self.done.saturating_add(copied);
-            (self.progress)(self.done, self.total);
+            self.done.add(copied);
+            (self.progress)(self.done.get(), self.total);
         }
         Ok(())
     }
 
     /// How many bytes the output shares with the input.
     pub(crate) fn cloned(&self) -> u64 {
-        self.cloned
+        self.cloned.get()
     }
 
     /// Lets the kernel copy up to `len` bytes; `None` if it does not between these files.
@@ -190,7 +190,7 @@ impl<'a> Copier<'a> {
     }
 }
 
-/// The whole blocks of a stretch, and where they go; `None` if blocks of the input are none of the
+/// The whole blocks of a range, and where they go; `None` if blocks of the input are none of the
 /// output.
 fn shared(from: FileRange, to: FileOffset, block: u64) -> Option<(FileRange, FileOffset)> {
     let inside = from.start().raw().checked_rem(block)?;

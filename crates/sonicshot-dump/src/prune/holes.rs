@@ -1,7 +1,7 @@
-//! Which stretches of a file are worth a hole.
+//! Which ranges of a file are worth a hole.
 
 use rustix::fs::StatFs;
-use sonicshot::{FileOffset, FileRange};
+use sonicshot::{FileOffset, FileRange, Tally};
 use std::iter;
 
 /// The block of a file system that does not say.
@@ -37,11 +37,11 @@ impl PruneOptions {
     /// | 4 MiB | 1,400-2,200 | 43-511 | 1,250-2,600 |
     ///
     /// On tmpfs the pages are what costs. Two guests, of 4 GiB and of 128 MiB, have 232 and 183
-    /// droppable stretches; 169 and 138 of them are shorter than 32 KiB, which are 0.03 % and
+    /// droppable ranges; 169 and 138 of them are shorter than 32 KiB, which are 0.03 % and
     /// 1.9 % of the bytes. With 64 KiB 3.1 % of the smaller guest would be left.
     pub const MIN_HOLE: u64 = 32 << 10;
 
-    /// What [`CheckedPlan::prune_in_place`](crate::CheckedPlan::prune_in_place) uses.
+    /// The options that [`CheckedPlan::prune_in_place`](crate::CheckedPlan::prune_in_place) uses.
     #[must_use]
     pub const fn new() -> Self {
         Self {
@@ -50,7 +50,7 @@ impl PruneOptions {
         }
     }
 
-    /// Leaves stretches shorter than `bytes` in the file; 0 leaves none.
+    /// Leaves ranges shorter than `bytes` in the file; 0 leaves none.
     #[must_use]
     pub const fn min_hole(mut self, bytes: u64) -> Self {
         self.min_hole = Some(bytes);
@@ -70,22 +70,21 @@ impl PruneOptions {
 
 /// How long runs are all together, in bytes.
 pub(crate) fn sum_of<'a>(runs: impl IntoIterator<Item = &'a FileRange>) -> u64 {
-    let lengths = runs.into_iter().map(FileRange::len);
-    lengths.fold(0, u64::saturating_add)
+    FileRange::total_of(runs)
 }
 
 /// How much of `data` (sorted) is in `holes` (sorted), in bytes.
 pub(crate) fn sum_in(data: &[FileRange], holes: &[FileRange]) -> u64 {
-    let mut sum = 0_u64;
+    let mut sum = Tally::ZERO;
     for hole in holes {
         let first = data.partition_point(|data| data.end() <= hole.start());
         let inside = data.iter().skip(first);
         for data in inside.take_while(|data| data.start() < hole.end()) {
             let (start, end) = (data.start().max(hole.start()), data.end().min(hole.end()));
-            sum = sum.saturating_add(FileRange::new(start, end).len());
+            sum.add(FileRange::new(start, end).len());
         }
     }
-    sum
+    sum.get()
 }
 
 /// The smallest hole for these runs.
@@ -93,9 +92,9 @@ pub(crate) fn smallest_hole(runs: &[FileRange]) -> u64 {
     /// Of 100 bytes that can be freed, so many may be left.
     const LEFT: u64 = 3;
     let sum = |below: u64| sum_of(runs.iter().filter(|run| run.len() < below));
-    let most = (sum(u64::MAX) / 100).saturating_mul(LEFT);
+    let most = (sum(u64::MAX) / 100).checked_mul(LEFT);
     let mut hole = PruneOptions::MIN_HOLE;
-    while hole > 1 && sum(hole) > most {
+    while hole > 1 && most.is_some_and(|most| sum(hole) > most) {
         hole >>= 1;
     }
     hole
@@ -121,8 +120,9 @@ pub(crate) fn join(mut runs: Vec<FileRange>) -> Vec<FileRange> {
 pub(crate) fn whole_blocks(run: FileRange, block: u64) -> FileRange {
     let start = run.start().checked_align_up(block).unwrap_or(run.end());
     let end = run.end().raw();
-    let end = end.saturating_sub(end.checked_rem(block).unwrap_or(0));
-    FileRange::new(start, FileOffset::new(end))
+    let behind = end.checked_rem(block);
+    let end = behind.map_or(Some(end), |behind| end.checked_sub(behind));
+    FileRange::new(start, end.map_or(start, FileOffset::new))
 }
 
 /// What the file system gives back at once. Not `st_blksize`, which is what it likes to read.
@@ -138,9 +138,9 @@ fn believed_block(block: u64) -> u64 {
     }
 }
 
-/// How many stretches of data are left of `data` (sorted) when `holes` are punched.
+/// How many ranges of data are left of `data` (sorted) when `holes` are punched.
 pub(crate) fn stretches_without(data: &[FileRange], holes: &[FileRange]) -> u64 {
-    let mut count = 0_u64;
+    let mut count = Tally::ZERO;
     for data in data {
         let first = holes.partition_point(|hole| hole.end() <= data.start());
         let inside = holes.iter().skip(first);
@@ -148,11 +148,11 @@ pub(crate) fn stretches_without(data: &[FileRange], holes: &[FileRange]) -> u64 
         let end = FileRange::new(data.end(), data.end());
         let mut from = data.start();
         for hole in inside.copied().chain(iter::once(end)) {
-            count = count.saturating_add(u64::from(hole.start() > from));
+            count.add(u64::from(hole.start() > from));
             from = hole.end();
         }
     }
-    count
+    count.get()
 }
 
 #[cfg(test)]

@@ -13,14 +13,15 @@ use crate::prune::holes::{
     PruneOptions, block_size, join, smallest_hole, stretches_without, sum_in, sum_of, whole_blocks,
 };
 use crate::prune::stats::PruneStats;
+use crate::prune::stats::bytes_of_blocks;
 use crate::{Dump, DumpError};
 use rustix::fs::{FallocateFlags, SeekFrom, StatFs, fallocate, fstatfs, seek};
 use rustix::io::Errno;
-use sonicshot::{ClassSet, DropClasses, FileId, FileOffset, FileRange, FileStamp, Progress};
+use sonicshot::{ClassSet, DropClasses, FileId, FileOffset, FileRange, FileStamp, Progress, Tally};
 use sonicshot_vmi::Analysis;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 impl CheckedPlan<'_> {
@@ -73,8 +74,10 @@ impl CheckedPlan<'_> {
             what: "how much of the disk it takes now cannot be told".into(),
             source,
         })?;
-        stats.disk_after = now.blocks().saturating_mul(512);
-        stats.freed_bytes = stats.disk_before.saturating_sub(stats.disk_after);
+        stats.disk_after = bytes_of_blocks(&now);
+        stats.freed_bytes = Tally::new(stats.disk_before)
+            .without(stats.disk_after)
+            .get();
         // Who cut it meanwhile is to know what it is that was pruned.
         let before = dump.file_len();
         dump.note_change(FileStamp::from(&now));
@@ -88,8 +91,8 @@ impl CheckedPlan<'_> {
         Ok(stats)
     }
 
-    /// What a prune in place would come to: nothing is changed, and who has the file open does not
-    /// matter. What the file takes on disk after it is told as if each byte were on it.
+    /// The result that a prune in place would have: nothing is changed, and who has the file open
+    /// does not matter. What the file takes on disk after it is told as if each byte were on it.
     ///
     /// # Errors
     /// [`DumpError::NotInPlace`] for a format that holes do not fit, [`DumpError::Io`] if the file
@@ -105,7 +108,9 @@ impl CheckedPlan<'_> {
             Some(data) => sum_in(data, &holes),
             None => sum_of(&holes),
         };
-        stats.disk_after = stats.disk_before.saturating_sub(stats.freed_bytes);
+        stats.disk_after = Tally::new(stats.disk_before)
+            .without(stats.freed_bytes)
+            .get();
         Ok(stats)
     }
 
@@ -173,17 +178,19 @@ fn worth_punching(
     let min_hole = options.min_hole.unwrap_or_else(|| smallest_hole(&runs));
     let runs = data.held(&runs, stats.disk_before);
     let mut holes = Vec::with_capacity(runs.len());
+    let (mut left_bytes, mut left_runs) = (Tally::ZERO, Tally::ZERO);
     for run in runs {
         let hole = whole_blocks(run, block);
         let worth = !hole.is_empty() && hole.len() >= min_hole;
-        let left = run.len().saturating_sub(if worth { hole.len() } else { 0 });
-        stats.left_bytes = stats.left_bytes.saturating_add(left);
+        let left = Tally::new(run.len()).without(if worth { hole.len() } else { 0 });
+        left_bytes.add(left.get());
         if worth {
             holes.push(hole);
         } else {
-            stats.left_runs = stats.left_runs.saturating_add(1);
+            left_runs.add(1);
         }
     }
+    (stats.left_bytes, stats.left_runs) = (left_bytes.get(), left_runs.get());
     holes
 }
 
@@ -217,12 +224,12 @@ fn punch_all(
     progress: Progress<'_>,
 ) -> Result<(), DumpError> {
     let total = sum_of(holes);
-    let mut done = 0_u64;
+    let mut done = Tally::ZERO;
     for hole in holes {
         let failed = in_part("punching a hole into", path);
         punch(file, *hole).map_err(|error| failed(error.into()))?;
-        done = done.saturating_add(hole.len());
-        progress(done, total);
+        done.add(hole.len());
+        progress(done.get(), total);
     }
     if !holes.is_empty() {
         file.sync_all().map_err(in_part("writing", path))?;
@@ -297,14 +304,14 @@ impl<'a> Data<'a> {
             .filter(|run| self.holds(*run))
             .collect();
         let in_data = match self.stretches {
-            Some(stretches) => sum_of(stretches),
-            None => self
-                .len
-                .saturating_sub(sum_of(runs).saturating_sub(sum_of(&held))),
+            Some(stretches) => Some(sum_of(stretches)),
+            None => sum_of(runs)
+                .checked_sub(sum_of(&held))
+                .and_then(|holes| self.len.checked_sub(holes)),
         };
         // The file system's own blocks count too: 1.5 % and 1 MiB are more than they take.
-        let expected = in_data.saturating_add(in_data >> 6).saturating_add(1 << 20);
-        if on_disk > expected {
+        let expected = in_data.and_then(|len| len.checked_add(len >> 6)?.checked_add(1 << 20));
+        if expected.is_some_and(|expected| on_disk > expected) {
             runs.to_vec()
         } else {
             held

@@ -11,7 +11,7 @@ use crate::DumpError;
 use crate::format::ability::Copying;
 use crate::guard::CheckedPlan;
 use crate::output::{Output, Overwrite, Target};
-use sonicshot::Progress;
+use sonicshot::{Progress, Tally};
 use stats::{PruneStats, disk_usage};
 use std::fs::File;
 use std::io::Write;
@@ -30,7 +30,7 @@ impl CheckedPlan<'_> {
         let mut stats = PruneStats::of(self.wanted(), self.goes());
         for file in files {
             let on_disk = disk_usage(file, self.dump().path())?;
-            stats.disk_before = stats.disk_before.saturating_add(on_disk);
+            stats.disk_before = Tally::new(stats.disk_before).and(on_disk).get();
         }
         Ok(stats)
     }
@@ -38,8 +38,8 @@ impl CheckedPlan<'_> {
     /// Writes a dump of the same format to `out` without the pages that go.
     ///
     /// A raw file keeps its length; dropped pages are holes and read as zero. An ELF core leaves
-    /// them out of its segments' data. What the format cannot [restore](crate::Dump::restores) as the guest
-    /// expects it is kept. The output appears whole or not at all.
+    /// them out of its segments' data. What the format cannot [restore](crate::Dump::restores) as
+    /// the guest expects it is kept. The output appears whole or not at all.
     ///
     /// # Errors
     /// [`DumpError::Exists`], [`DumpError::SameFile`], [`DumpError::CannotPrune`] for a format
@@ -97,9 +97,9 @@ impl CheckedPlan<'_> {
         Ok(stats)
     }
 
-    /// What a Xen image holds beside the guest's memory, without the pages that go and Xen lets be
-    /// dropped: [`XlSkeleton::write`](crate::XlSkeleton::write) makes an image of it again. `None`
-    /// of other formats.
+    /// The parts of a Xen image beside the guest's memory, without the pages that go and Xen lets
+    /// be dropped: [`XlSkeleton::write`](crate::XlSkeleton::write) makes an image of it again.
+    /// `None` of other formats.
     ///
     /// # Errors
     /// [`DumpError::Xen`] if the file is no longer what was opened.

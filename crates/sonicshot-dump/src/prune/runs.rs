@@ -1,10 +1,10 @@
-//! Which stretches of a file a plan drops.
+//! Which ranges of a file a plan drops.
 
 use crate::DumpError;
 use crate::backing::plain::PlainDump;
 use sonicshot::{FileRange, PrunePlan};
 
-/// The dropped stretches of a raw file; neighbours in the file are joined.
+/// The dropped ranges of a raw file; neighbours in the file are joined.
 pub(crate) fn file_runs(dump: &PlainDump, plan: &PrunePlan) -> Result<Vec<FileRange>, DumpError> {
     let mut runs: Vec<FileRange> = Vec::new();
     for extent in dump.extents() {

@@ -1,12 +1,12 @@
 //! How far a prune is, and what it did.
 
 use crate::DumpError;
-use sonicshot::{FileStamp, PrunePlan};
-use std::fs::File;
+use sonicshot::{FileStamp, PrunePlan, Tally};
+use std::fs::{File, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-/// What a prune did.
+/// The counts of a prune.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct PruneStats {
@@ -18,7 +18,7 @@ pub struct PruneStats {
     /// Bytes that the plan would drop, but a diff keeps: without them the guest would have what
     /// the base has there, which is not zero.
     pub kept_for_base: u64,
-    /// Stretches that were dropped, in the file.
+    /// Ranges that were dropped, in the file.
     pub runs: u64,
     /// Of those, the ones that really had to be punched; the others were holes already.
     pub punched: u64,
@@ -26,23 +26,23 @@ pub struct PruneStats {
     pub freed_bytes: u64,
     /// Whether the file itself was changed, which it is not where there is nothing to do.
     pub changed: bool,
-    /// Stretches of an ELF core that were dropped as a hole in the file, because it would have
+    /// Ranges of an ELF core that were dropped as a hole in the file, because it would have
     /// more segments than 16 bits count.
     pub joined: u64,
-    /// Bytes that were dropped and are in the file all the same: in stretches too short for a
+    /// Bytes that were dropped and are in the file all the same: in ranges too short for a
     /// hole, or in parts of blocks.
     pub left_bytes: u64,
-    /// Stretches that were too short for a hole.
+    /// Ranges that were too short for a hole.
     pub left_runs: u64,
     /// Bytes that the output shares with the input.
     pub cloned_bytes: u64,
-    /// Stretches of data in the input file, if that is cheap to count.
+    /// Ranges of data in the input file, if that is cheap to count.
     pub extents_before: Option<u64>,
-    /// Stretches of data in the output file, the same.
+    /// Ranges of data in the output file, the same.
     pub extents_after: Option<u64>,
-    /// What the input takes on disk, in bytes.
+    /// The space that the input takes on disk, in bytes.
     pub disk_before: u64,
-    /// What the output takes on disk, in bytes.
+    /// The space that the output takes on disk, in bytes.
     pub disk_after: u64,
 }
 
@@ -51,7 +51,9 @@ impl PruneStats {
     pub(crate) fn of(plan: &PrunePlan, goes: &PrunePlan) -> Self {
         Self {
             dropped_bytes: goes.dropped_bytes(),
-            kept_for_fill: plan.dropped_bytes().saturating_sub(goes.dropped_bytes()),
+            kept_for_fill: Tally::new(plan.dropped_bytes())
+                .without(goes.dropped_bytes())
+                .get(),
             runs: goes.runs().len() as u64,
             ..Self::default()
         }
@@ -65,5 +67,10 @@ pub(crate) fn disk_usage(file: &File, path: &Path) -> Result<u64, DumpError> {
         let stamp = FileStamp::of(file).map_err(DumpError::io("reading", path))?;
         return Ok(stamp.len());
     }
-    Ok(metadata.blocks().saturating_mul(512))
+    Ok(bytes_of_blocks(&metadata))
+}
+
+/// What the blocks of a file come to, in bytes: the kernel counts them in units of 512.
+pub(crate) fn bytes_of_blocks(metadata: &Metadata) -> u64 {
+    Tally::new(metadata.blocks()).times(512).get()
 }

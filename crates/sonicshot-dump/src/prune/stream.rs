@@ -14,7 +14,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// Stretches shorter than this are gathered before they are written.
+/// Ranges shorter than this are gathered before they are written.
 const GATHERED_BELOW: u64 = 64 << 10;
 /// What `zstd` itself uses.
 const ZSTD_LEVEL: i32 = 3;
@@ -126,7 +126,7 @@ fn write_stream(
     Ok(())
 }
 
-/// Adds a stretch of the dump's file to `out`.
+/// Adds a range of the dump's file to `out`.
 pub(crate) fn append(
     dump: &PlainDump,
     from: FileRange,
@@ -136,7 +136,7 @@ pub(crate) fn append(
     let beyond = || DumpError::malformed(dump.path(), "a range beyond the end", start, len);
     let there = dump.bytes_in(from).ok_or_else(beyond)?;
     let old = out.len();
-    out.resize(old.saturating_add(there.len()), 0);
+    out.resize(old.checked_add(there.len()).ok_or_else(beyond)?, 0);
     let copied = out.get_mut(old..).is_some_and(|out| there.copy_to(out));
     copied.then_some(()).ok_or_else(beyond)
 }
@@ -228,7 +228,8 @@ impl<W: Write> Write for Counted<W> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
                 Ok(written) => {
-                    self.1 = self.1.saturating_add(written as u64);
+                    let all = self.1.checked_add(written as u64);
+                    self.1 = all.ok_or(io::ErrorKind::FileTooLarge)?;
                     return Ok(written);
                 }
             }

@@ -10,7 +10,7 @@ use sonicshot::checkpoint::{
 };
 use sonicshot::{
     Disposition, FileOffset, FileRange, Fill, Gpa, GuestMemory, PageMap, PageSize, Progress,
-    PrunePlan,
+    PrunePlan, Tally,
 };
 use std::fs::File;
 use std::path::Path;
@@ -26,7 +26,7 @@ pub(super) struct Piece {
     pub disk: FileRange,
 }
 
-/// What was found.
+/// The pieces that were found.
 #[derive(Debug)]
 pub(super) struct Found {
     /// Sorted, apart, each on whole blocks of the file system and long enough.
@@ -49,16 +49,17 @@ impl Found {
             places(dump, guess, &mut pieces)?;
         }
         let found = sum(&pieces);
-        let shortest = options.min_run.get().saturating_mul(PAGE.bytes());
+        // Runs of more than 64 bits there are none.
+        let shortest = options.min_run.get().checked_mul(PAGE.bytes());
         let pieces: Vec<Piece> = join(pieces)
             .into_iter()
             .filter_map(|piece| whole_blocks(piece, block))
-            .filter(|piece| piece.file.len() >= shortest)
+            .filter(|piece| shortest.is_some_and(|shortest| piece.file.len() >= shortest))
             .collect();
         let stats = ShareStats {
             pages: guesses.looked_for,
             found_bytes: found,
-            short_bytes: found.saturating_sub(sum(&pieces)),
+            short_bytes: Tally::new(found).without(sum(&pieces)).get(),
             ..ShareStats::default()
         };
         Ok(Self { pieces, stats })
@@ -161,7 +162,7 @@ fn places(dump: &PlainDump, guess: &DiskGuess, pieces: &mut Vec<Piece>) -> Resul
 
 fn sum(pieces: &[Piece]) -> u64 {
     let lengths = pieces.iter().map(|piece| piece.file.len());
-    lengths.fold(0, u64::saturating_add)
+    lengths.sum::<Tally>().get()
 }
 
 /// Sorts pieces, and joins those that follow each other in both files. Of memory that has the same

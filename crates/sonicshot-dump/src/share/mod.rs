@@ -1,9 +1,9 @@
-//! Memory files that share blocks with the images of their guests' disks, so that what both have is on
-//! the host's disk once: for VMMs that know of no references.
+//! Memory files that share blocks with the images of their guests' disks, so that what both have is
+//! on the host's disk once: for VMMs that know of no references.
 //!
-//! In place the kernel compares before it shares (`FIDEDUPERANGE`), so no byte of the file can change,
-//! whatever interrupts it. By copy what is shared is never written (`FICLONERANGE`), and read again
-//! and compared with the memory before the copy gets its name.
+//! In place the kernel compares before it shares (`FIDEDUPERANGE`), so no byte of the file can
+//! change, whatever interrupts it. By copy what is shared is never written (`FICLONERANGE`), and
+//! read again and compared with the memory before the copy gets its name.
 
 mod find;
 
@@ -15,7 +15,7 @@ use crate::prune::copy::Copier;
 use crate::{DiskImage, Dump, DumpError, Overwrite};
 use find::{Found, Piece};
 use sonicshot::checkpoint::DiskSource;
-use sonicshot::{FileId, FileOffset, FileRange, Progress};
+use sonicshot::{FileId, FileOffset, FileRange, Progress, Tally};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::num::{NonZeroU64, NonZeroUsize};
@@ -38,8 +38,8 @@ pub struct ShareOptions {
 }
 
 impl ShareOptions {
-    /// 8 pages: each run is two more extents of the file, and of one guest's page cache those of 8 and
-    /// more had 84 % of the pages in 6 % of the runs.
+    /// 8 pages: each run is two more extents of the file, and of one guest's page cache those of 8
+    /// and more had 84 % of the pages in 6 % of the runs.
     pub const MIN_RUN: NonZeroU64 = NonZeroU64::new(8).unwrap();
 }
 
@@ -52,7 +52,7 @@ impl Default for ShareOptions {
     }
 }
 
-/// What came of it.
+/// The result of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct ShareStats {
@@ -87,12 +87,12 @@ impl ShareStats {
     }
 
     fn shared(&mut self, piece: &Piece) {
-        self.runs = self.runs.saturating_add(1);
-        self.run_bytes = self.run_bytes.saturating_add(piece.file.len());
+        self.runs = Tally::new(self.runs).and(1).get();
+        self.run_bytes = Tally::new(self.run_bytes).and(piece.file.len()).get();
     }
 
     fn differs(&mut self, piece: &Piece) {
-        self.differing_bytes = self.differing_bytes.saturating_add(piece.file.len());
+        self.differing_bytes = Tally::new(self.differing_bytes).and(piece.file.len()).get();
     }
 }
 
@@ -101,10 +101,10 @@ impl Dump {
     /// whatever interrupts it, it is a whole dump.
     ///
     /// # Errors
-    /// [`DumpError::CannotShare`] if its pages do not lie in it as they are, [`DumpError::NoSharing`] if
-    /// the file system cannot, or an image is on another, [`DumpError::InUse`] or
-    /// [`DumpError::MayBeInUse`] if somebody (perhaps) writes the file, [`DumpError::Changed`] or
-    /// [`DumpError::Modified`] if somebody has.
+    /// [`DumpError::CannotShare`] if its pages do not lie in it as they are,
+    /// [`DumpError::NoSharing`] if the file system cannot, or an image is on another,
+    /// [`DumpError::InUse`] or [`DumpError::MayBeInUse`] if somebody (perhaps) writes the file,
+    /// [`DumpError::Changed`] or [`DumpError::Modified`] if somebody has.
     pub fn share_in_place(
         &self,
         disks: &[DiskImage],
@@ -124,7 +124,7 @@ impl Dump {
         let file = open_to_share(dump, disks)?;
         let before = counted(&file, dump.file_len(), dump.path())?;
         let total = sum_of(&found.pieces);
-        let mut done = 0_u64;
+        let mut done = Tally::ZERO;
         for piece in &found.pieces {
             let image = disk_of(disks, piece, dump)?;
             let failed = |source| DumpError::SharedInPart {
@@ -136,8 +136,8 @@ impl Dump {
                 true => stats.shared(piece),
                 false => stats.differs(piece),
             }
-            done = done.saturating_add(piece.file.len());
-            progress(done, total);
+            done.add(piece.file.len());
+            progress(done.get(), total);
         }
         file.sync_all()
             .map_err(DumpError::io("writing", dump.path()))?;
@@ -147,11 +147,12 @@ impl Dump {
         Ok(stats)
     }
 
-    /// Writes a copy to `out` that shares the blocks of `disks` that hold the same; what else it has is
-    /// copied, and holes stay holes. It appears whole or not at all.
+    /// Writes a copy to `out` that shares the blocks of `disks` that hold the same; what else it
+    /// has is copied, and holes stay holes. It appears whole or not at all.
     ///
     /// # Errors
-    /// As [`share_in_place`](Self::share_in_place), [`DumpError::Exists`] or [`DumpError::SameFile`].
+    /// As [`share_in_place`](Self::share_in_place), [`DumpError::Exists`] or
+    /// [`DumpError::SameFile`].
     pub fn share_to(
         &self,
         out: &Path,
@@ -226,7 +227,7 @@ fn counted(file: &File, len: u64, path: &Path) -> Result<ExtentCount, DumpError>
 
 fn sum_of(pieces: &[Piece]) -> u64 {
     let lengths = pieces.iter().map(|piece| piece.file.len());
-    lengths.fold(0, u64::saturating_add)
+    lengths.sum::<Tally>().get()
 }
 
 /// The image that a piece is in.
@@ -242,8 +243,8 @@ fn disk_of<'a>(
     })
 }
 
-/// Opens the file for writing, if it is what was opened, nobody else writes it, and it can share blocks
-/// with each of the images.
+/// Opens the file for writing, if it is what was opened, nobody else writes it, and it can share
+/// blocks with each of the images.
 fn open_to_share(dump: &PlainDump, disks: &[DiskImage]) -> Result<File, DumpError> {
     let path = dump.path();
     dump.check_length()?;

@@ -17,8 +17,8 @@ enum Shows {
 }
 use Shows::{NoNotes, NoVmcoreinfo, Says};
 
-/// A bound: its name, how much is taken (less of what takes its time), how much is not, a file that claims so much, and what is
-/// said.
+/// A bound: its name, how much is taken (less of what takes its time), how much is not, a file that
+/// claims so much, and what is said.
 type Bound = (&'static str, u64, u64, fn(&Path, u64) -> PathBuf, Shows);
 
 const MIB: u64 = 1 << 20;
@@ -26,8 +26,8 @@ const PAGE: u64 = 4096;
 
 #[rustfmt::skip]
 const BOUNDS: &[Bound] = &[
-    ("avml.rs MAX_CHUNK", 1 << 16, (1 << 16) + 1, avml_chunk, Says("impossible Snappy chunk")),
-    ("avml.rs MAX_RATIO", 32, 33, avml_ratio, Says("impossible Snappy chunk")),
+    ("avml.rs MAX_CHUNK", 1 << 16, (1 << 16) + 1, avml_chunk, Says("invalid Snappy chunk")),
+    ("avml.rs MAX_RATIO", 32, 33, avml_ratio, Says("invalid Snappy chunk")),
     // And one more for each 256 bytes: a chunk takes 9.
     ("avml.rs SMALL_CHUNKS", 1 << 10, (1 << 20) + (1 << 17), avml_chunks, Says("too many small chunks")),
     ("cloud_hypervisor.rs MAX_RANGES", 1 << 16, (1 << 16) + 1, ch_ranges, Says("number of memory ranges")),
@@ -38,14 +38,14 @@ const BOUNDS: &[Bound] = &[
     ("crosvm.rs MAX_RANGES", 1 << 21, (1 << 21) + 3, crosvm_regions, Says("invalid length")),
     ("crosvm.rs MAX_SPARSENESS", 256, 257, |at, each| crosvm_claims(at, each * 2 * PAGE + 64 * MIB), Says("more memory than the file")),
     ("crosvm.rs SMALL", 64 * MIB, 65 * MIB, |at, small| crosvm_claims(at, 512 * PAGE + small), Says("more memory than the file")),
-    ("wire.rs MAX_SEGMENTS", 1 << 20, (1 << 20) + 1, elf_counts, Says("impossible number of segments")),
+    ("wire.rs MAX_SEGMENTS", 1 << 20, (1 << 20) + 1, elf_counts, Says("invalid number of segments")),
     ("wire.rs MAX_OVERLAPPING", 1 << 12, (1 << 12) + 1, elf_overlaps, Says("too many overlapping segments")),
     ("wire.rs MAX_SPARSENESS", 256, 257, |at, each| elf_claims(at, each * MIB + 64 * MIB), Says("claim more memory")),
     ("wire.rs SMALL", 64 * MIB, 65 * MIB, |at, small| elf_claims(at, 256 * MIB + small), Says("claim more memory")),
     ("wire.rs MAX_NOTES", 1 << 16, (1 << 16) + 1, elf_notes, NoVmcoreinfo),
     ("wire.rs MAX_VMCOREINFO", 1 << 16, (1 << 16) + 1, elf_vmcoreinfo, NoVmcoreinfo),
     ("wire.rs MAX_KEPT_NOTES", 16 * MIB, 16 * MIB + 4, elf_notes_of, NoNotes),
-    ("read.rs MAX_FRAMES", 1 << 24, (1 << 32) + 1, kdump_frames, Says("impossible number of frames")),
+    ("read.rs MAX_FRAMES", 1 << 24, (1 << 32) + 1, kdump_frames, Says("invalid number of frames")),
     ("read.rs MAX_REGIONS", 1 << 20, (1 << 20) + 1, kdump_regions, Says("too many ranges")),
     ("read.rs SMALL_PIECES", 1 << 10, (1 << 20) + (1 << 17), kdump_pieces, Says("too many small pieces")),
     ("read.rs MAX_VMCOREINFO", 1 << 16, (1 << 16) + 1, |at, len| kdump_part(at, 32, len), Says("VMCOREINFO")),
@@ -60,7 +60,7 @@ const BOUNDS: &[Bound] = &[
     ("stream.rs SMALL", 1 << 24, (1 << 24) + (1 << 17), |at, small| stream_claims(at, small, 0), Says("the size of all memory")),
     ("stream.rs MAX_RATIO", 32, 33, |at, each| stream_claims(at, (1 << 24) + (each << 20), 9 * MIB), Says("the size of all memory")),
     ("qcow2.rs MAX_SNAPSHOTS_LEN", 1023, 1024, |at, count| qcow2_names(at, count, 0), Says("table is too long")),
-    ("snapshot.rs MAX_FILES", 1024, 1025, folder_of, Says("no snapshot")),
+    ("snapshot.rs MAX_FILES", 1024, 1025, folder_of, Says("not a snapshot")),
 ];
 
 /// What is said of a file, and what was found in it.
@@ -194,7 +194,7 @@ fn crosvm_spaces(folder: &Path, len: u64, pages: u64) -> PathBuf {
     sparse(folder, "mem", pages * PAGE, &[])
 }
 
-/// Regions of no stretches, each of which counts for three.
+/// Regions of no ranges, each of which counts for three.
 fn crosvm_regions(folder: &Path, count: u64) -> PathBuf {
     let regions = vec!["[0,0]"; (count / 3) as usize].join(",");
     let metadata = format!("{{\"regions\":[{regions}]}}");
@@ -409,7 +409,8 @@ fn mapped_ranges(folder: &Path, count: u64) -> PathBuf {
     sparse(folder, "mapped", pages_at + len + 64, &parts)
 }
 
-/// A migration stream of so many pages, which the file is long enough for, but has only so many bytes.
+/// A migration stream of so many pages, which the file is long enough for, but has only so many
+/// bytes.
 fn stream_claims(folder: &Path, pages: u64, stored: u64) -> PathBuf {
     let mut head = qemu::stream();
     let name = head.windows(6).position(|part| part == b"pc.ram").unwrap();

@@ -394,9 +394,9 @@ fn not_every_segment_is_ram() {
     assert_eq!((kept[2].memsz, &kept[2].data), (0, &loads[1].data));
 }
 
-/// makedumpfile (1.7) maps a core by the memory that its segments have, and takes what follows in the
-/// file for memory without bytes, unless the first segment has no byte, at no place of the file that
-/// seems to be memory.
+/// makedumpfile (1.7) maps a core by the memory that its segments have, and takes what follows in
+/// the file for memory without bytes, unless the first segment has no byte, at no place of the file
+/// that seems to be memory.
 #[test]
 fn memory_without_bytes_comes_first_in_a_pruned_core() {
     let folder = TempDir::new().unwrap();
@@ -703,7 +703,7 @@ fn too_many_gaps_become_holes_in_the_file() {
 }
 
 /// A change at a place of the file, and what the error must say.
-/// 70,000 stretches of RAM are more segments than `e_phnum` counts: section 0 does, in a core that
+/// 70,000 ranges of RAM are more segments than `e_phnum` counts: section 0 does, in a core that
 /// is made of another dump and in one that is pruned.
 #[test]
 fn a_core_of_many_ranges_of_ram_has_them_all() {
@@ -858,9 +858,9 @@ fn shared_data_is_not_multiplied() {
     assert!(contents(&after) == contents(&dump));
 }
 
-/// QEMU's `dump-guest-memory` with `paging`: a segment for each mapping, many of which show the same
-/// RAM, wherever it lies in the file. All of it is written once, and a prune of anything, or of
-/// nothing, makes no file larger.
+/// QEMU's `dump-guest-memory` with `paging`: a segment for each mapping, many of which show the
+/// same RAM, wherever it lies in the file. All of it is written once, and a prune of anything, or
+/// of nothing, makes no file larger.
 #[test]
 fn mappings_of_the_same_memory_share_its_bytes() {
     const PAGES: u64 = 64;

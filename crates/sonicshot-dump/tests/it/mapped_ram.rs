@@ -1,4 +1,5 @@
-//! QEMU's mapped-ram files and migration streams: what is read, what a prune leaves, and files that lie.
+//! QEMU's mapped-ram files and migration streams: what is read, what a prune leaves, and files that
+//! lie.
 
 use crate::common::qemu::{Block, File, PAGE, first_bytes, stream, virtio_mem};
 use crate::common::{Prunes, Ramfs, every_page};
@@ -105,7 +106,10 @@ fn several_blocks_lie_where_the_layout_has_them() {
             "ram-node0=0-0x13000",
             "describes 77824 bytes of RAM, the file has 81920",
         ),
-        ("ram-node0=0-0x14000;ram-node1=0x10000-0x1c000", "cannot be"),
+        (
+            "ram-node0=0-0x14000;ram-node1=0x10000-0x1c000",
+            "invalid RAM layout",
+        ),
     ] {
         let layout: LayoutSpec = wrong.parse().unwrap();
         let error = Dump::open(&path, Some(&layout)).unwrap_err();
@@ -401,7 +405,7 @@ fn pages_across_blocks_are_punched_inside_runs() {
     assert!(saved >= 98 * PAGE as u64, "{stats:?}");
 }
 
-/// The marks of short stretches are cleared as well: that costs nothing.
+/// The marks of short ranges are cleared as well: that costs nothing.
 #[test]
 fn what_is_too_short_for_a_hole_is_no_page_any_more() {
     let folder = tempfile::tempdir().unwrap();
@@ -469,7 +473,7 @@ fn a_file_of_holes_does_not_claim_pages_without_end() {
     };
     let error = write(0x55).unwrap_err();
     assert!(error.to_string().contains("more ranges"), "{error}");
-    // All of it, or none: one stretch.
+    // All of it, or none: one range.
     assert_eq!(write(0xff).unwrap().layout().bytes(), pages * PAGE as u64);
     assert_eq!(write(0).unwrap().layout().bytes(), pages * PAGE as u64);
 }

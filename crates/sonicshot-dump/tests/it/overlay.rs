@@ -448,7 +448,7 @@ fn a_folder_appears_whole_or_not_at_all() {
     }
     symlink("disk", input.join("link")).unwrap();
     let error = NewFolder::create(&at("new"), Overwrite::Refuse, &find()).unwrap_err();
-    assert!(error.to_string().contains("no regular file"), "{error}");
+    assert!(error.to_string().contains("not a regular file"), "{error}");
     assert_eq!(names(temporary.path()), ["in", "late", "out"]);
 }
 

@@ -75,7 +75,7 @@ fn ram_that_begins_with_a_kernels_elf_header_is_raw() {
     }
 }
 
-/// A stretch of a file with holes around it.
+/// A range of a file with holes around it.
 #[test]
 fn holes_are_not_touched() {
     let folder = TempDir::new().unwrap();

@@ -128,7 +128,7 @@ impl Candidates {
             (Some(boot), Some(e820)) => is_boot_ram(boot, e820),
             _ => true,
         })?;
-        self.tried = self.tried.saturating_add(1);
+        self.tried = self.tried.checked_add(1)?;
         Some(found)
     }
 
@@ -193,7 +193,10 @@ impl Candidates {
         let mut candidates = Vec::new();
         let mut with_dimms = Vec::new();
         for (number, order) in orders.into_iter().enumerate() {
-            let total = order.iter().fold(0, |sum, b| b.len.saturating_add(sum));
+            let mut lens = order.iter().map(|block| block.len);
+            let Some(total) = lens.try_fold(0, u64::checked_add) else {
+                continue;
+            };
             let mut known: Vec<Vec<GpaRange>> = Vec::new();
             for spec in &self.specs {
                 let ranges = spec.ranges(total);
@@ -333,7 +336,9 @@ impl Candidates {
             let mut ranges = place.ranges.iter();
             ranges.any(|range| structs.iter().any(|s| !s.intersection(range).is_empty()))
         };
-        boot.iter().filter(found).count().saturating_add(1) >= boot.len()
+        // All but one at most.
+        let not_found = boot.iter().filter(|place| !found(place)).count();
+        not_found <= 1
     }
 }
 
@@ -345,7 +350,7 @@ fn take(ranges: &mut Vec<GpaRange>, len: u64) -> Option<Vec<GpaRange>> {
         let first = ranges.first_mut()?;
         let part = GpaRange::with_len(first.start(), first.len().min(left))?;
         *first = GpaRange::new(part.end(), first.end());
-        left = left.saturating_sub(part.len());
+        left = left.checked_sub(part.len())?;
         if first.is_empty() {
             ranges.remove(0);
         }

@@ -5,7 +5,7 @@
 //! (`arch/x86/include/uapi/asm/bootparam.h`), wherever it was loaded. What is found here, which
 //! may be of a kernel that is gone, is only worth a try: the kernel's own map decides.
 
-use sonicshot::{Gpa, GpaRange, GuestMemory};
+use sonicshot::{Gpa, GpaRange, GuestMemory, to_usize};
 
 /// `HdrS`, in the header of every kernel since 2.00 of the boot protocol.
 const MARK: &[u8] = b"HdrS";
@@ -38,13 +38,12 @@ pub(super) fn maps(memory: &dyn GuestMemory) -> Vec<Vec<GpaRange>> {
             .filter(|data| data.start() < region.end())
         {
             let start = data.start().max(at);
-            let left = region.end().offset_from(start).unwrap_or(0);
             // What begins in this piece may reach into the next.
-            let len = left.min(PIECE.saturating_add(LEN as u64));
-            let Ok(size) = usize::try_from(len) else {
+            const LONGEST: u64 = PIECE + LEN as u64;
+            let Some(left) = region.end().offset_from(start) else {
                 break;
             };
-            buffer.resize(size, 0);
+            buffer.resize(to_usize(left.min(LONGEST)), 0);
             if memory.read(start, &mut buffer).is_ok() {
                 for mark in finder.find_iter(&buffer) {
                     let map = map_at(&buffer, mark).filter(|map| !maps.contains(map));

@@ -52,9 +52,10 @@ fn in_format<T>(snapshot: &Snapshot, look: Look<'_, T>) -> Result<Placed<T>, Off
 /// How much RAM the guest was told that it has, by the largest map that its firmware or loader has left
 /// in `memory`.
 pub(crate) fn told_ram(memory: &dyn GuestMemory) -> Option<u64> {
-    let sums = firmware::maps(memory).into_iter().map(|map| {
-        let lengths = map.iter().map(GpaRange::len);
-        lengths.fold(0, u64::saturating_add)
+    // A map of more than 64 bits is none.
+    let sums = firmware::maps(memory).into_iter().filter_map(|map| {
+        let mut lengths = map.iter().map(GpaRange::len);
+        lengths.try_fold(0, u64::checked_add)
     });
     sums.max()
 }

@@ -2,7 +2,7 @@
 
 use crate::error::OfflineError;
 use crate::note::Note;
-use sonicshot::{GpaRange, GuestMemory, MemoryError};
+use sonicshot::{GpaRange, GuestMemory, MemoryError, Tally, to_usize};
 use sonicshot_dump::{BlockKind, BlockPlace, Dump, RamBlock};
 use sonicshot_vmi::KernelVa;
 use std::collections::HashMap;
@@ -20,7 +20,7 @@ pub(super) struct Plugged {
 }
 
 impl Plugged {
-    /// Gives each block the stretch of RAM that has its length. `taken` is where others are.
+    /// Gives each block the range of RAM that has its length. `taken` is where others are.
     pub(super) fn find(blocks: &[&RamBlock], ram: &[GpaRange], taken: &[GpaRange]) -> Self {
         let mut plugged = Self::default();
         let mut lengths: Vec<u64> = blocks.iter().map(|block| block.len).collect();
@@ -98,6 +98,8 @@ pub(super) fn unplaced_devices(dump: &Dump) -> impl Iterator<Item = Note> + '_ {
 const MIN_LISTS: u64 = 64;
 /// and so many times more than to any other.
 const CLEARLY: u64 = 8;
+/// With so many nothing more need be looked at.
+const ENOUGH: u64 = MIN_LISTS * CLEARLY;
 /// How much of a block is looked through: a kernel that has anything in it has lists there.
 const MAX_LOOK: u64 = 256 << 20;
 const PIECE: usize = 1 << 20;
@@ -131,7 +133,7 @@ fn clear_winner(votes: &[u64]) -> Option<usize> {
         .iter()
         .enumerate()
         .filter(|(number, _)| *number != best);
-    let clear = others.all(|(_, other)| other.saturating_mul(CLEARLY) <= *count);
+    let clear = others.all(|(_, other)| *other <= count / CLEARLY);
     (*count >= MIN_LISTS && clear).then_some(best)
 }
 
@@ -149,22 +151,29 @@ fn lists_by_place(
     let mut buffer = vec![0; PIECE];
     let mut at = range.start();
     while let Some(data) = dump.next_data(at).filter(|data| data.start() < range.end()) {
-        let inside = data.start().offset_from(range.start()).unwrap_or(0);
+        let inside = data.start().offset_from(range.start());
         let end = data.end().min(range.end());
-        let left = end.offset_from(data.start()).unwrap_or(0);
-        let len = usize::try_from(left).unwrap_or(PIECE).min(PIECE);
-        let piece = buffer.get_mut(..len).unwrap_or_default();
+        let left = end.offset_from(data.start());
+        let (Some(inside), Some(left)) = (inside, left) else {
+            break;
+        };
+        let len = to_usize(left).min(buffer.len());
+        let (piece, _) = buffer.split_at_mut(len);
         dump.read(data.start(), piece)?;
         let (words, _) = piece.as_chunks::<8>();
         let pairs = words.iter().zip(words.iter().skip(1));
         for (offset, (next, previous)) in (inside..).step_by(8).zip(pairs) {
             if next == previous {
                 let list = u64::from_le_bytes(*next);
-                let start = list.wrapping_sub(direct_map.raw()).wrapping_sub(offset);
+                let there = list.checked_sub(direct_map.raw());
+                let Some(start) = there.and_then(|there| there.checked_sub(offset)) else {
+                    continue;
+                };
                 let found = starts.binary_search_by_key(&start, |(start, _)| *start);
                 let number = found.ok().and_then(|found| starts.get(found));
                 if let Some(votes) = number.and_then(|(_, number)| votes.get_mut(*number)) {
-                    *votes = votes.saturating_add(1);
+                    // No more than there are words.
+                    *votes = Tally::new(*votes).and(1).get();
                 }
             }
         }
@@ -172,9 +181,7 @@ fn lists_by_place(
             break;
         };
         at = next;
-        let enough = votes
-            .iter()
-            .any(|votes| *votes >= MIN_LISTS.saturating_mul(CLEARLY));
+        let enough = votes.iter().any(|votes| *votes >= ENOUGH);
         if at >= range.end() || inside >= MAX_LOOK || enough && clear_winner(&votes).is_some() {
             break;
         }

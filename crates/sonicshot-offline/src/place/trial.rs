@@ -146,10 +146,8 @@ fn blocks_of(ranges: &[GpaRange]) -> BTreeSet<u64> {
     let numbers = ranges
         .iter()
         .filter(|range| !range.is_empty())
-        .flat_map(|range| {
-            let last = range.end().raw().saturating_sub(1);
-            range.start().raw() / MEMORY_BLOCK..=last / MEMORY_BLOCK
-        });
+        .filter_map(|range| Some((range.start().raw(), range.end().raw().checked_sub(1)?)))
+        .flat_map(|(first, last)| first / MEMORY_BLOCK..=last / MEMORY_BLOCK);
     numbers.collect()
 }
 

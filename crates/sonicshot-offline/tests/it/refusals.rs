@@ -85,7 +85,7 @@ fn what_the_kernel_needs_is_never_dropped() {
 fn a_layout_that_the_memory_contradicts_is_refused() {
     let temporary = TempDir::new().unwrap();
     let path = raw(temporary.path());
-    // Two stretches with kernel objects in them have changed places.
+    // Two ranges with kernel objects in them have changed places.
     let layout = "0-32M,48M-56M,40M-48M,32M-40M,56M-128M";
     let layout: LayoutSpec = layout.parse().unwrap();
     let found = Snapshot::open(&path, &OpenOptions::new().layout(layout)).unwrap();
@@ -200,7 +200,8 @@ fn what_cannot_become_another_format_is_refused() {
     assert!(!out.exists());
 }
 
-/// Firecracker's, without dirty tracking, has all pages that were touched: the kernel's records too.
+/// Firecracker's, without dirty tracking, has all pages that were touched: the kernel's records
+/// too.
 #[test]
 fn zeroes_of_what_may_be_a_diff_are_kept() {
     let temporary = TempDir::new().unwrap();
@@ -244,7 +245,8 @@ fn zeroes_of_what_may_be_a_diff_are_kept() {
             assert_eq!(data, Some(at), "{pfn}: {page:?}");
         }
     }
-    // If it has no zeroes of its own below the last such hole, free memory tells that no prune made that.
+    // If it has no zeroes of its own below the last such hole, free memory tells that no prune made
+    // that.
     let mut numbers: Vec<usize> = untouched.iter().copied().collect();
     numbers.sort_unstable();
     let last = numbers[numbers.len() / 2];

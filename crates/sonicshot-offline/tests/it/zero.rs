@@ -93,7 +93,7 @@ fn what_may_be_a_diff_or_no_memory_keeps_its_zeroes() {
 #[test]
 fn zeroes_that_are_holes_already_are_no_work() {
     let folder = TempDir::new().unwrap();
-    // One long stretch of zeroes, and some that are too short to be made holes.
+    // One long range of zeroes, and some that are too short to be made holes.
     let mut bytes = vec![7; 512 * PAGE];
     bytes[64 * PAGE..320 * PAGE].fill(0);
     for page in [400, 410, 420] {
@@ -120,7 +120,7 @@ fn zeroes_that_are_holes_already_are_no_work() {
         assert_eq!(dropped, 0);
         assert!(fs::read(&path).unwrap() == bytes);
     }
-    // Beside such holes a long stretch of zeroes that is none may be a diff's own.
+    // Beside such holes a long range of zeroes that is none may be a diff's own.
     let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.write_all_at(&vec![0; 32 * PAGE], 100 * PAGE as u64)
         .unwrap();
@@ -131,8 +131,8 @@ fn zeroes_that_are_holes_already_are_no_work() {
     );
 }
 
-/// Of what comes through a pipe, or is compressed, a temporary file has holes of its own. A file that
-/// standard input comes from has those that it has.
+/// Of what comes through a pipe, or is compressed, a temporary file has holes of its own. A file
+/// that standard input comes from has those that it has.
 #[test]
 fn holes_of_a_temporary_file_are_none_of_the_memorys() {
     let folder = TempDir::new().unwrap();

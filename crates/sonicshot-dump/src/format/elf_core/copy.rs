@@ -7,7 +7,7 @@ use crate::format::elf_core::mark::{self, Sums};
 use crate::format::elf_core::memory::{common, without};
 use crate::format::elf_core::wire::{self, ElfCore, PT_LOAD, PT_NOTE, Segment};
 use crate::prune::copy::Copier;
-use sonicshot::{FileOffset, FileRange, Gpa, GpaRange, PrunePlan};
+use sonicshot::{FileOffset, FileRange, Gpa, GpaRange, PrunePlan, Tally};
 use std::os::unix::fs::FileExt;
 
 /// A core has at most this many segments, so that every reader can count them in 16 bits.
@@ -93,17 +93,20 @@ fn split(
 /// Joins the pieces with the smallest gaps between them until at most `limit` are left. What was
 /// dropped in such a gap becomes a hole in the file, which reads as zero too. Returns how many
 /// gaps that were.
-fn join_smallest_gaps(pieces: Vec<Piece>, limit: usize) -> (Vec<Piece>, u64) {
-    let excess = pieces.len().saturating_sub(limit);
+fn join_smallest_gaps(pieces: Vec<Piece>, limit: usize) -> Option<(Vec<Piece>, u64)> {
+    let Some(excess) = pieces.len().checked_sub(limit) else {
+        return Some((pieces, 0));
+    };
     let neighbours = pieces.iter().zip(pieces.iter().skip(1));
     let mut gaps: Vec<u64> = neighbours.filter_map(|(a, b)| gap(a, b)).collect();
     gaps.sort_unstable();
     let last = excess.min(gaps.len()).checked_sub(1);
     let Some(widest) = last.and_then(|last| gaps.get(last)).copied() else {
-        return (pieces, 0);
+        return Some((pieces, 0));
     };
     // All narrower gaps go, and of those exactly as wide as many as it still takes.
-    let mut as_wide = excess.saturating_sub(gaps.partition_point(|gap| *gap < widest));
+    let narrower = gaps.partition_point(|gap| *gap < widest);
+    let mut as_wide = excess.checked_sub(narrower)?;
     let mut joined: Vec<Piece> = Vec::with_capacity(limit);
     let mut count = 0_u64;
     for piece in pieces {
@@ -113,22 +116,23 @@ fn join_smallest_gaps(pieces: Vec<Piece>, limit: usize) -> (Vec<Piece>, u64) {
         match joined.last_mut().filter(|_| goes) {
             Some(last) => {
                 if gap == Some(widest) {
-                    as_wide = as_wide.saturating_sub(1);
+                    as_wide = as_wide.checked_sub(1)?;
                 }
                 let (a, b) = (&mut last.segment, &piece.segment);
-                a.file_len = a.mem_len.saturating_add(b.file_len);
-                a.mem_len = a.mem_len.saturating_add(b.mem_len);
-                count = count.saturating_add(1);
+                a.file_len = a.mem_len.checked_add(b.file_len)?;
+                a.mem_len = a.mem_len.checked_add(b.mem_len)?;
+                count = count.checked_add(1)?;
             }
             None => joined.push(piece),
         }
     }
-    (joined, count)
+    Some((joined, count))
 }
 
 /// How much was dropped between two pieces, if they are of the same segment.
 fn gap(a: &Piece, b: &Piece) -> Option<u64> {
-    (a.source == b.source).then(|| a.segment.mem_len.saturating_sub(a.segment.file_len))
+    let left_out = a.segment.mem_len.checked_sub(a.segment.file_len);
+    left_out.filter(|_| a.source == b.source)
 }
 
 /// A piece never has more parts than this: a crafted file could have every page in every segment.
@@ -172,10 +176,7 @@ pub(super) fn copy(dump: &PlainDump, core: &ElfCore, work: Copying<'_>) -> Resul
         }
     }
     let parts = without_overlaps(parts);
-    // Of no more than the file.
-    let kept = parts
-        .iter()
-        .fold(0, |sum: u64, part| sum.saturating_add(part.from.len()));
+    let kept = FileRange::total_of(parts.iter().map(|part| &part.from));
     let mut copier = Copier::new(dump, output, kept, work.progress);
     for part in &parts {
         copier.copy(part.from, part.to)?;
@@ -184,8 +185,8 @@ pub(super) fn copy(dump: &PlainDump, core: &ElfCore, work: Copying<'_>) -> Resul
     Ok(())
 }
 
-/// What the output does not have, whatever else it leaves out: what the input did not have, and what
-/// is given up.
+/// What the output does not have, whatever else it leaves out: what the input did not have, and
+/// what is given up.
 fn absent_of(dump: &PlainDump, given_up: &PrunePlan) -> Vec<GpaRange> {
     let size = given_up.page_size();
     let runs = given_up.runs().iter();
@@ -214,9 +215,9 @@ impl Made {
         // Two may have to be added: notes, and memory without bytes at the front.
         let has_notes = core.segments.iter().any(|s| s.kind == PT_NOTE);
         let most = MAX_SEGMENTS
-            .saturating_sub(usize::from(!has_notes))
-            .saturating_sub(usize::from(!begins_without_bytes(&pieces)));
-        let (pieces, count) = join_smallest_gaps(pieces, most);
+            .checked_sub(usize::from(!has_notes))?
+            .checked_sub(usize::from(!begins_without_bytes(&pieces)))?;
+        let (pieces, count) = join_smallest_gaps(pieces, most)?;
         let mut front = pieces.clone();
         put_front(&mut front)?;
         for (pieces, align) in [(&front, ALIGN), (&front, 1), (&pieces, 1)] {
@@ -225,9 +226,9 @@ impl Made {
                 return Some((made, count));
             }
         }
-        let (pieces, more) = join_smallest_gaps(pieces, core.segments.len());
+        let (pieces, more) = join_smallest_gaps(pieces, core.segments.len())?;
         let made = Self::new(dump, core, pieces, absent, 1)?;
-        Some((made, count.saturating_add(more)))
+        Some((made, count.checked_add(more)?))
     }
 
     fn new(
@@ -262,9 +263,10 @@ fn begins_without_bytes(pieces: &[Piece]) -> bool {
 
 /// Puts a piece without bytes before all other memory, if some memory has none.
 ///
-/// makedumpfile (1.7) maps a core's bytes by the memory that segments have, not by the bytes: behind
-/// a segment's last byte it takes those of the next segment for memory, and unmaps what it still uses.
-/// It maps none, and reads all as it should, if it finds no byte of the first segment's first page.
+/// makedumpfile (1.7) maps a core's bytes by the memory that segments have, not by the bytes:
+/// behind a segment's last byte it takes those of the next segment for memory, and unmaps what it
+/// still uses. It maps none, and reads all as it should, if it finds no byte of the first segment's
+/// first page.
 fn put_front(pieces: &mut Vec<Piece>) -> Option<()> {
     let is_memory = |piece: &Piece| piece.segment.kind == PT_LOAD;
     let is_short = |piece: &Piece| piece.segment.file_len < piece.segment.mem_len;
@@ -287,7 +289,7 @@ fn put_front(pieces: &mut Vec<Piece>) -> Option<()> {
     }
     let mut empty = whole.clone();
     empty.segment = Segment {
-        vaddr: whole.segment.vaddr.wrapping_add(len),
+        vaddr: whole.segment.vaddr.checked_add(len)?,
         paddr: whole.segment.paddr.checked_add(len)?,
         file_len: 0,
         mem_len: whole.segment.mem_len.checked_sub(len)?,
@@ -344,27 +346,27 @@ fn is_told_by_segments(pieces: &[Piece], absent: &[GpaRange]) -> bool {
     empty == common(absent, &all)
 }
 
-/// What goes of the memory that segments have data for, whichever of them: bytes, and stretches.
+/// What goes of the memory that segments have data for, whichever of them: bytes, and ranges.
 fn dropped(core: &ElfCore, goes: &PrunePlan) -> (u64, u64) {
     let mut filled: Vec<GpaRange> = core.segments.iter().filter_map(Segment::filled).collect();
     filled.sort_unstable_by_key(|range| (range.start(), range.end()));
-    let (mut bytes, mut runs) = (0_u64, 0_u64);
+    let (mut bytes, mut runs) = (Tally::ZERO, Tally::ZERO);
     let mut done = Gpa::ZERO;
     for range in filled {
         let rest = GpaRange::new(range.start().max(done), range.end().max(done));
         for run in goes.dropped_in(rest) {
-            bytes = bytes.saturating_add(run.len());
-            runs = runs.saturating_add(1);
+            bytes.add(run.len());
+            runs.add(1);
         }
         done = rest.end();
     }
-    (bytes, runs)
+    (bytes.get(), runs.get())
 }
 
 /// A page of a mapped file can then be a page of memory.
 const ALIGN: u64 = 4096;
 
-/// A stretch of the input, and where it is in the output.
+/// A range of the input, and where it is in the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Moved {
     from: FileRange,
@@ -449,7 +451,7 @@ fn without_overlaps(mut parts: Vec<Moved>) -> Vec<Moved> {
     let mut out: Vec<Moved> = Vec::with_capacity(parts.len());
     for part in parts {
         match out.last_mut() {
-            // Both are in one stretch of the output, too.
+            // Both are in one range of the output, too.
             Some(last) if part.from.start() < last.from.end() => {
                 let end = last.from.end().max(part.from.end());
                 last.from = FileRange::new(last.from.start(), end);

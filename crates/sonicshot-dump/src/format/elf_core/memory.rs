@@ -1,7 +1,7 @@
 //! Where the guest's RAM is in an ELF core, and what of it is nowhere.
 
 use crate::DumpError;
-use crate::backing::plain::{Extent, joined, may_claim};
+use crate::backing::plain::{Extent, joined, may_claim, sum_of_lens};
 use crate::format::elf_core::mark;
 use crate::format::elf_core::wire::{ElfCore, SEGMENT_COUNT};
 use sonicshot::{Bytes, FileBytes, FileOffset, Gpa, GpaRange};
@@ -17,7 +17,7 @@ const COMPARED: u64 = 64 << 10;
 pub(super) struct CoreMemory {
     /// Sorted, disjoint.
     pub extents: Vec<Extent>,
-    /// What has no bytes in the file, and is not known to be zero.
+    /// Ranges that have no bytes in the file, and are not known to be zero.
     pub absent: Vec<GpaRange>,
     /// Whether segments claim memory without bytes, and nothing says what that was.
     pub leaves_out: bool,
@@ -69,7 +69,7 @@ impl CoreMemory {
                 (joined([common(&joined(said), &all), cut].concat()), false)
             }
             None => {
-                let leaves_out = sum_of(&empty) > sum_of(&cut);
+                let leaves_out = GpaRange::total_of(&empty) > GpaRange::total_of(&cut);
                 (empty, leaves_out)
             }
         };
@@ -201,8 +201,8 @@ impl Overlaps<'_> {
     ) -> Result<Option<Gpa>, DumpError> {
         let beyond = || self.bad("overlapping segments beyond the end", part.start().raw());
         let mut done = 0;
-        while done < part.len() {
-            let len = part.len().saturating_sub(done).min(COMPARED);
+        while let Some(left @ 1..) = part.len().checked_sub(done) {
+            let len = left.min(COMPARED);
             let piece = |from: FileOffset| {
                 let at = from.checked_add(done)?;
                 self.data.part(at.raw(), len)?.copied()
@@ -228,7 +228,7 @@ impl Overlaps<'_> {
         let first = before.find(|other| other.filled.contains(at));
         DumpError::SegmentsDisagree {
             path: self.path.to_owned(),
-            first: first.map_or(0, |first| first.number),
+            first: first.map_or(load.number, |first| first.number),
             second: load.number,
             at,
             both: part,
@@ -257,16 +257,17 @@ fn check_claims(
         return Err(DumpError::malformed(path, what, need, file_len));
     }
     let lengths = extents.iter().map(|extent| extent.guest.len());
-    let claimed = lengths.fold(0_u64, u64::saturating_add);
-    if !may_claim(claimed, file_len) {
+    let claimed = sum_of_lens(lengths);
+    if claimed.is_none_or(|claimed| !may_claim(claimed, file_len)) {
         let what = "segments that claim more memory than the file can be of";
+        let claimed = claimed.unwrap_or(file_len);
         return Err(DumpError::malformed(path, what, SEGMENT_COUNT, claimed));
     }
     Ok(())
 }
 
-/// Adds what of `guest`, which is at `offset` in the file, is not covered yet; nothing, if it is not
-/// there.
+/// Adds what of `guest`, which is at `offset` in the file, is not covered yet; nothing, if it is
+/// not there.
 fn add_extent(extents: &mut Vec<Extent>, guest: GpaRange, offset: Option<FileOffset>) {
     let mut gaps = Vec::new();
     let mut at = guest.start();
@@ -324,9 +325,4 @@ pub(super) fn without(a: &[GpaRange], b: &[GpaRange]) -> Vec<GpaRange> {
     }
     found.retain(|range| !range.is_empty());
     found
-}
-
-fn sum_of(ranges: &[GpaRange]) -> u64 {
-    let lengths = ranges.iter().map(GpaRange::len);
-    lengths.fold(0, u64::saturating_add)
 }

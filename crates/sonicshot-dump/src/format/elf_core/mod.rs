@@ -1,5 +1,5 @@
 //! ELF core dumps: QEMU's `dump-guest-memory`, `/proc/vmcore`, and others with one `PT_LOAD`
-//! for each stretch of RAM.
+//! for each range of RAM.
 
 mod copy;
 mod mark;
@@ -19,7 +19,7 @@ use wire::ElfCore;
 
 pub(crate) const KIND: Kind = Kind {
     is_one: |source| {
-        let start = source.start::<18>().unwrap_or_default();
+        let start = source.start::<18>().unwrap_or([0; 18]);
         !may_be_ram(&start, source.len())
     },
     ..Kind::by_magic("elf", &[b"\x7fELF"], |source| open(source).map(boxed))

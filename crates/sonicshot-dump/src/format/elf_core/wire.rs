@@ -17,7 +17,7 @@ const EM_X86_64: u16 = 62;
 const EM_AARCH64: u16 = 183;
 pub(crate) const PT_LOAD: u32 = 1;
 pub(crate) const PT_NOTE: u32 = 4;
-/// No dump has a million stretches of RAM.
+/// No dump has a million ranges of RAM.
 const MAX_SEGMENTS: u32 = 1 << 20;
 /// There are a few notes for each processor. What comes after so many is not looked at.
 const MAX_NOTES: u32 = 1 << 16;
@@ -282,7 +282,7 @@ impl ElfCore {
         }
         if count > MAX_SEGMENTS {
             return Err(bad(
-                "an impossible number of segments",
+                "an invalid number of segments",
                 SEGMENT_COUNT,
                 count.into(),
             ));

@@ -4,6 +4,7 @@
 //! the file proper. It is read in place, by an index of the pieces.
 
 use crate::DumpError;
+use crate::limit::allowed_for;
 use sonicshot::{Bytes, FileContent, FileOffset, FileRange};
 use std::collections::BinaryHeap;
 use std::path::Path;
@@ -132,10 +133,10 @@ impl Content {
         };
         let kind = pair(FLAT_KIND);
         if kind != Some((1, 1)) {
-            let (kind, _) = kind.unwrap_or_default();
+            let kind = kind.map_or(file_len, |(kind, _)| kind);
             return Err(bad("an unknown flattened format", FLAT_KIND, kind));
         }
-        let limit = SMALL_PIECES.saturating_add(file_len.checked_div(PIECE_LEN).unwrap_or(0));
+        let limit = allowed_for(file_len / PIECE_LEN, SMALL_PIECES);
         let mut pieces = Vec::new();
         let mut at = FLAT_HEADER_LEN;
         let mut is_cut = false;
@@ -149,15 +150,15 @@ impl Content {
             }
             let from = at.checked_add(16);
             let piece = from.and_then(|from| FileRange::with_len(from, len));
-            let piece = piece.ok_or_else(|| bad("a piece of an impossible length", at, len))?;
+            let piece = piece.ok_or_else(|| bad("a piece of an invalid length", at, len))?;
             // These are signed numbers.
             FileRange::with_len(FileOffset::new(to), len)
                 .filter(|to| i64::try_from(to.end().raw()).is_ok())
-                .ok_or_else(|| bad("a piece at an impossible offset", at, to))?;
+                .ok_or_else(|| bad("a piece at an invalid offset", at, to))?;
             is_cut = piece.end().raw() > file_len;
             let piece = FileRange::new(piece.start(), piece.end().min(FileOffset::new(file_len)));
             let to = FileRange::with_len(FileOffset::new(to), piece.len());
-            let to = to.ok_or_else(|| bad("a piece of an impossible length", at, len))?;
+            let to = to.ok_or_else(|| bad("a piece of an invalid length", at, len))?;
             if !to.is_empty() {
                 let from = piece.start();
                 pieces.push(Piece { to, from });

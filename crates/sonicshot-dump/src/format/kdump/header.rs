@@ -92,7 +92,7 @@ impl Header {
         let block = field(BLOCK_SIZE)?;
         let page_size = PageSize::new(block.into()).ok_or_else(|| {
             bad(
-                "a block size that is no page size (of a 64-bit machine)",
+                "a block size that is not a page size (of a 64-bit machine)",
                 BLOCK_SIZE,
                 block.into(),
             )
@@ -110,7 +110,7 @@ impl Header {
 
     /// How long so many blocks are. These are 32-bit numbers of blocks of 64 KiB at most.
     pub(super) fn in_blocks(&self, blocks: u32) -> u64 {
-        u64::from(blocks).saturating_mul(self.page_size.bytes())
+        u64::from(blocks) << self.page_size.shift()
     }
 }
 
@@ -169,11 +169,7 @@ impl SubHeader {
         };
         let sub_blocks = header.sub_blocks;
         if sub_blocks == 0 || header.in_blocks(sub_blocks) > content.end().raw() {
-            return Err(bad(
-                "an impossible sub-header",
-                SUB_BLOCKS,
-                sub_blocks.into(),
-            ));
+            return Err(bad("an invalid sub-header", SUB_BLOCKS, sub_blocks.into()));
         }
         let mut sub = [0; SUB_HEADER_LEN];
         if !content.read(begin, &mut sub) {
@@ -265,14 +261,15 @@ impl Places {
         let needed = max_frames.div_ceil(8).div_ceil(block);
         let half = u64::from(bitmap_blocks) >> 1;
         let (dumped_at, bitmap_len) = if needed <= half {
-            let half = half.saturating_mul(block);
+            let half = half.checked_mul(block).ok_or_else(beyond)?;
             (present_at.checked_add(half).ok_or_else(beyond)?, half)
         } else {
             (present_at, bitmaps_len)
         };
-        let frames = max_frames.min(bitmap_len.saturating_mul(8));
+        let bits = bitmap_len.checked_mul(8);
+        let frames = bits.map_or(max_frames, |bits| bits.min(max_frames));
         if needed > bitmap_blocks.into() || frames > MAX_FRAMES {
-            return Err(bad("an impossible number of frames", MAX_MAPNR, max_frames));
+            return Err(bad("an invalid number of frames", MAX_MAPNR, max_frames));
         }
         Ok(Self {
             frames,

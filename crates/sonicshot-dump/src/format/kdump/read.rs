@@ -19,7 +19,7 @@ use crate::format::kdump::header::{
 use crate::format::notes::{Note, notes_in};
 use sonicshot::{
     Architecture, Bytes, Cursor, CutShort, FileContent, FileOffset, Gpa, GpaRange, GuestMemory,
-    MemoryError, PageSize, Pfn, PfnRange, RamLayout,
+    MemoryError, PageSize, Pfn, PfnRange, RamLayout, Tally, to_usize,
 };
 use std::fmt;
 use std::fs::File;
@@ -36,7 +36,7 @@ pub(crate) const ZSTD: u32 = 0x20;
 const INCOMPLETE: u32 = 8;
 const CODECS: u32 = ZLIB | LZO | SNAPPY | ZSTD;
 
-/// No guest has a million stretches of RAM.
+/// No guest has a million ranges of RAM.
 const MAX_REGIONS: usize = 1 << 20;
 /// The kernel gives VMCOREINFO one page, of 64 KiB at most.
 const MAX_VMCOREINFO: u64 = 1 << 16;
@@ -66,7 +66,7 @@ pub struct KdumpFile {
     part: Option<(PfnRange, u64)>,
     incomplete: Option<Incomplete>,
     cache: BlockCache<Descriptor>,
-    /// The stretch of frames that was asked for last, by number, and which of them are there.
+    /// The range of frames that was asked for last, by number, and which of them are there.
     presence: Mutex<Option<(u64, Presence)>>,
     /// Decompressors that nobody uses at the moment.
     decoders: Mutex<Vec<Decoder>>,
@@ -198,7 +198,8 @@ impl KdumpFile {
             let before = this.rank(part.start().raw())?;
             let behind = this.rank(part.end().raw())?;
             this.part = Some((part, before));
-            this.facts.dumped = behind.saturating_sub(before);
+            let own = behind.checked_sub(before);
+            this.facts.dumped = own.ok_or_else(|| this.bad_part(part.start().raw()))?;
         }
         let said = header.status & INCOMPLETE != 0;
         let unwritten = !said && this.is_last_unwritten();
@@ -227,23 +228,20 @@ impl KdumpFile {
             return Ok(0);
         };
         let (rank, bits) = self.bits(last / RANK_FRAMES)?;
-        let below = bits
-            .iter()
-            .zip((0_u64..).step_by(64))
-            .fold(0, |sum, (word, base)| {
-                let left = (last % RANK_FRAMES).saturating_add(1).saturating_sub(base);
-                let word = match left {
-                    0..64 => word & !(u64::MAX << left),
-                    _ => *word,
-                };
-                u64::from(word.count_ones()).saturating_add(sum)
-            });
-        Ok(rank.saturating_add(below))
+        let inside = (last % RANK_FRAMES).checked_add(1);
+        let rank = inside.and_then(|inside| rank.checked_add(marked_below(&bits, inside)));
+        rank.ok_or_else(|| self.bad_part(pfn))
+    }
+
+    fn bad_part(&self, frame: u64) -> DumpError {
+        DumpError::malformed(&self.path, "the frames before frame", self.dumped_at, frame)
     }
 
     /// Where the last of the pages with these descriptors ends; `None` if that is nowhere.
     fn end_of(&self, first: u64, behind: u64) -> Result<Option<FileOffset>, DumpError> {
-        let count = behind.saturating_sub(first);
+        let Some(count) = behind.checked_sub(first) else {
+            return Ok(None);
+        };
         let at = first.checked_mul(DESCRIPTOR_LEN);
         let at = at.and_then(|at| self.descriptors_at.checked_add(at));
         let len = count.checked_mul(DESCRIPTOR_LEN);
@@ -284,7 +282,8 @@ impl KdumpFile {
             let mut behind = self.facts.dumped;
             let least = behind.saturating_sub(LOOKED);
             while behind > least && need <= end {
-                let first = behind.saturating_sub(RANK_FRAMES).max(least);
+                let first = behind.checked_sub(RANK_FRAMES);
+                let first = first.map_or(least, |first| first.max(least));
                 need = need.max(self.end_of(first, behind)?.ok_or_else(beyond)?);
                 behind = first;
             }
@@ -377,7 +376,7 @@ impl KdumpFile {
         self.facts.dump_level
     }
 
-    /// The bits of the `index`th stretch of frames, and how many are set before it.
+    /// The bits of the `index`th range of frames, and how many are set before it.
     fn bits(&self, index: u64) -> Result<(u64, Presence), DumpError> {
         let bad =
             |offset| DumpError::malformed(&self.path, "a bitmap beyond the end", offset, index);
@@ -411,7 +410,7 @@ impl KdumpFile {
         }
     }
 
-    /// Which frames of the `index`th stretch are in the file.
+    /// Which frames of the `index`th range are in the file.
     fn presence(&self, index: u64) -> Result<Presence, DumpError> {
         let cached = || self.presence.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((at, presence)) = *cached()
@@ -430,7 +429,7 @@ impl KdumpFile {
         Ok(presence)
     }
 
-    /// Gives `each` every frame of the `index`th stretch that is in the file, by its number there,
+    /// Gives `each` every frame of the `index`th range that is in the file, by its number there,
     /// and its descriptor.
     fn each_descriptor(
         &self,
@@ -438,16 +437,14 @@ impl KdumpFile {
         each: &mut dyn FnMut(u64, Descriptor),
     ) -> Result<(), DumpError> {
         let (mut rank, bits) = self.bits(index)?;
-        let first = index.saturating_mul(RANK_FRAMES);
+        let first = index.checked_mul(RANK_FRAMES);
+        let first = first.ok_or_else(|| self.bad_part(index))?;
         let all = self.descriptors(rank, &bits);
-        for bit in 0..RANK_FRAMES {
-            let word = usize::try_from(bit >> 6)
-                .ok()
-                .and_then(|word| bits.get(word));
+        for (bit, pfn) in (0..RANK_FRAMES).zip(first..) {
+            let word = bits.get(to_usize(bit >> 6));
             if word.is_none_or(|word| word >> (bit & 63) & 1 == 0) {
                 continue;
             }
-            let pfn = first.saturating_add(bit);
             if self.is_here(pfn)
                 && let Some(number) = self.number(rank)
                 && let Some(descriptor) = match &all {
@@ -458,17 +455,15 @@ impl KdumpFile {
             {
                 each(bit, descriptor);
             }
-            rank = rank.saturating_add(1);
+            rank = rank.checked_add(1).ok_or_else(|| self.bad_part(pfn))?;
         }
         Ok(())
     }
 
-    /// The bytes of all descriptors of a stretch of frames, `rank` of which are before it, and the
+    /// The bytes of all descriptors of a range of frames, `rank` of which are before it, and the
     /// number of the first; `None` if they are not all there.
     fn descriptors(&self, rank: u64, bits: &Presence) -> Option<(u64, Vec<u8>)> {
-        let count = bits.iter().fold(0, |sum: u64, word| {
-            sum.saturating_add(word.count_ones().into())
-        });
+        let count = marked_below(bits, RANK_FRAMES);
         let number = self.number(rank)?;
         let at = number.checked_mul(DESCRIPTOR_LEN)?;
         let at = self.descriptors_at.checked_add(at)?;
@@ -527,7 +522,7 @@ impl KdumpFile {
         }
         if descriptor.len == 0 || u64::from(descriptor.len) > self.facts.page_size.bytes() {
             let len = descriptor.len.into();
-            return Err(bad("an impossible length of a page", len));
+            return Err(bad("an invalid length of a page", len));
         }
         Ok(Some(descriptor))
     }
@@ -559,19 +554,13 @@ impl KdumpFile {
             return Ok(None);
         }
         let (index, bit) = (pfn / RANK_FRAMES, pfn % RANK_FRAMES);
-        let (mut rank, bits) = self.bits(index)?;
-        for (word, base) in bits.iter().zip((0_u64..).step_by(64)) {
-            let below = bit.saturating_sub(base);
-            if below < 64 {
-                if word >> below & 1 == 0 {
-                    return Ok(None);
-                }
-                let lower = word & !(u64::MAX << below);
-                rank = rank.saturating_add(lower.count_ones().into());
-                break;
-            }
-            rank = rank.saturating_add(word.count_ones().into());
+        let (rank, bits) = self.bits(index)?;
+        let word = bits.get(to_usize(bit >> 6));
+        if word.is_none_or(|word| word >> (bit & 63) & 1 == 0) {
+            return Ok(None);
         }
+        let rank = rank.checked_add(marked_below(&bits, bit));
+        let rank = rank.ok_or_else(|| self.bad_part(pfn))?;
         let Some(number) = self.number(rank) else {
             return Ok(None);
         };
@@ -622,26 +611,32 @@ impl Stored for KdumpFile {
     /// Pages and their descriptors. All pages of zeroes have one place, which is counted once.
     fn stored_bytes(&self, range: GpaRange) -> Result<u64, DumpError> {
         let frames = range.whole_frames(self.facts.page_size);
-        let (mut sum, mut end) = (0_u64, FileOffset::ZERO);
+        let (mut sum, mut end) = (Tally::ZERO, FileOffset::ZERO);
         let mut at = frames.start().raw();
         while at < frames.end().raw() {
             let index = at / RANK_FRAMES;
-            let first = index.saturating_mul(RANK_FRAMES);
+            let first = index.checked_mul(RANK_FRAMES).map(Pfn::new);
+            let first = first.ok_or_else(|| self.bad_part(at))?;
             self.each_descriptor(index, &mut |bit, descriptor| {
-                if !frames.contains(Pfn::new(first.saturating_add(bit))) {
+                if !first
+                    .checked_add(bit)
+                    .is_some_and(|pfn| frames.contains(pfn))
+                {
                     return;
                 }
-                sum = sum.saturating_add(DESCRIPTOR_LEN);
+                sum.add(DESCRIPTOR_LEN);
                 // Pages are written one behind the other: what lies before is shared.
                 if descriptor.offset >= end {
-                    sum = sum.saturating_add(descriptor.len.into());
+                    sum.add(descriptor.len.into());
                     let behind = descriptor.offset.checked_add(descriptor.len.into());
                     end = behind.unwrap_or(end);
                 }
             })?;
-            at = first.saturating_add(RANK_FRAMES);
+            // Beyond the last of all numbers there are no frames.
+            let next = first.checked_add(RANK_FRAMES).map(Pfn::raw);
+            at = next.unwrap_or(frames.end().raw());
         }
-        Ok(sum)
+        Ok(sum.get())
     }
 }
 
@@ -652,7 +647,7 @@ impl GuestMemory for KdumpFile {
 
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         let len = buf.len() as u64;
-        let range = GpaRange::with_len(at, len).unwrap_or(GpaRange::new(at, at));
+        let range = GpaRange::of_request(at, buf.len());
         let not_ram = || MemoryError::NotRam { range };
         if !self.layout.contains(at, len) && len > 0 {
             return Err(not_ram());
@@ -662,7 +657,7 @@ impl GuestMemory for KdumpFile {
         let mut rest = buf;
         while !rest.is_empty() {
             let inside = at.raw() & size.offset_mask();
-            let len = size.bytes().saturating_sub(inside).min(rest.len() as u64);
+            let len = size.left_in_page(at.raw()).min(rest.len() as u64);
             let (Ok(inside), Ok(split)) = (usize::try_from(inside), usize::try_from(len)) else {
                 return Err(not_ram());
             };
@@ -714,13 +709,16 @@ impl KdumpFile {
             let presence = self.presence(at / RANK_FRAMES)?;
             let bit = at % RANK_FRAMES;
             let word = usize::try_from(bit >> 6).ok().and_then(|i| presence.get(i));
-            let word = word.copied().unwrap_or_default();
+            let word = word.copied().ok_or_else(|| self.bad_part(at))?;
             let wanted = if there { word } else { !word } >> (bit & 63);
             if wanted != 0 {
-                let found = at.saturating_add(wanted.trailing_zeros().into());
-                return Ok(Some(Pfn::new(found)).filter(|found| frames.contains(*found)));
+                let found = Pfn::new(at).checked_add(wanted.trailing_zeros().into());
+                return Ok(found.filter(|found| frames.contains(*found)));
             }
-            at = (at | 63).saturating_add(1);
+            let Some(next) = (at | 63).checked_add(1) else {
+                break;
+            };
+            at = next;
         }
         Ok(None)
     }
@@ -778,7 +776,7 @@ impl Decoder {
     }
 }
 
-/// The stretches of frames whose bit is set in the bitmap at `bitmap`.
+/// The ranges of frames whose bit is set in the bitmap at `bitmap`.
 fn layout_of(
     path: &Path,
     content: &Content,
@@ -789,8 +787,10 @@ fn layout_of(
     let bad = |what, value| DumpError::malformed(path, what, bitmap, value);
     let mut regions: Vec<GpaRange> = Vec::new();
     let mut add = |start: u64, end: u64| {
-        let gpa = |frame: u64| Gpa::new(frame.saturating_mul(page_size.bytes()));
-        let (start, end) = (gpa(start.min(frames)), gpa(end.min(frames)));
+        let gpa = |frame: u64| Pfn::new(frame.min(frames)).gpa(page_size);
+        let Some((start, end)) = gpa(start).zip(gpa(end)) else {
+            return false;
+        };
         match regions.last_mut() {
             Some(last) if last.end() == start => *last = GpaRange::new(last.start(), end),
             _ if start < end => regions.push(GpaRange::new(start, end)),
@@ -803,14 +803,13 @@ fn layout_of(
         while at < 64 {
             // Shifted by less than 64, as the loop says.
             let zeroes = (word >> at).trailing_zeros();
-            let start = at.saturating_add(zeroes);
-            if start >= 64 {
+            let Some(start) = at.checked_add(zeroes).filter(|start| *start < 64) else {
                 break;
-            }
+            };
             let ones = (word >> start).trailing_ones();
-            at = start.saturating_add(ones);
-            let frame = |bit: u32| base.saturating_add(bit.into());
-            if !add(frame(start), frame(at)) {
+            at = start.checked_add(ones)?;
+            let frame = |bit: u32| base.checked_add(bit.into());
+            if !add(frame(start)?, frame(at)?) {
                 return None;
             }
         }
@@ -828,6 +827,17 @@ fn layout_of(
     })
 }
 
+/// How many frames below the `end`th of those in `bits` are marked.
+fn marked_below(bits: &Presence, end: u64) -> u64 {
+    let words = bits.iter().zip((0_u64..).step_by(64));
+    let below = words.map(|(word, base)| match end.checked_sub(base) {
+        None => 0,
+        Some(left @ 0..64) => word & !(u64::MAX << left),
+        Some(_) => *word,
+    });
+    below.map(|word| u64::from(word.count_ones())).sum()
+}
+
 /// The rank index of the bitmap, and how many bits are set in all.
 fn ranks_of(content: &Content, bitmap: FileOffset, frames: u64) -> Option<(Vec<u64>, u64)> {
     let mut ranks = Vec::new();
@@ -836,13 +846,12 @@ fn ranks_of(content: &Content, bitmap: FileOffset, frames: u64) -> Option<(Vec<u
         if base.is_multiple_of(RANK_FRAMES) {
             ranks.push(sum);
         }
-        let left = frames.saturating_sub(base);
-        let word = if left < 64 {
-            word & !(u64::MAX << left)
-        } else {
-            word
+        let word = match frames.checked_sub(base) {
+            None => 0,
+            Some(left @ 0..64) => word & !(u64::MAX << left),
+            Some(_) => word,
         };
-        sum = sum.saturating_add(word.count_ones().into());
+        sum = sum.checked_add(word.count_ones().into())?;
         Some(())
     })?;
     Some((ranks, sum))

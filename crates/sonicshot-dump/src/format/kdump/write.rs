@@ -1,5 +1,5 @@
-//! Writes kdump-compressed files (see [`crate::format::kdump`] for the format), which `crash`, drgn and
-//! other users of libkdumpfile read: for analysis, not for restoring a guest.
+//! Writes kdump-compressed files (see [`crate::format::kdump`] for the format), which `crash`, drgn
+//! and other users of libkdumpfile read: for analysis, not for restoring a guest.
 //!
 //! A page that the plan drops, and one that the source does not have, is marked as existing but
 //! not in the file, as `makedumpfile -d` does: readers refuse to read it. So only what is free may
@@ -12,7 +12,7 @@ use crate::format::notes::{Note, note, notes_in};
 use sonicshot::work::{self, map_in_order};
 use sonicshot::{
     Architecture, Disposition, FileOffset, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageMap,
-    PageSize, Pfn, PfnRange, Progress, PrunePlan,
+    PageSize, Pfn, PfnRange, Progress, PrunePlan, Tally,
 };
 use std::fs::File;
 use std::io;
@@ -27,7 +27,7 @@ const DUMP_LEVEL_FREE: u32 = 16;
 /// names, nor that of the processor, if one of them is empty.
 const UNKNOWN: &[u8] = b"(unknown)";
 
-/// What a kdump-compressed file holds beside the memory, and how it is made.
+/// Options for a kdump-compressed file: its parts beside the memory, and how it is made.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct KdumpOptions<'a> {
     /// How pages are compressed.
@@ -43,7 +43,7 @@ pub struct KdumpOptions<'a> {
     pub threads: Option<NonZeroUsize>,
 }
 
-/// What was written.
+/// The counts of what was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct KdumpWriteStats {
@@ -141,7 +141,7 @@ fn write_of(
         ..KdumpWriteStats::default()
     };
     let mut pages = Pages::begin(file, &sizes, frames.kept_bytes, options.compression)?;
-    let mut done = 0_u64;
+    let mut done = Tally::ZERO;
     let dumped = &mut frames.dumped;
     map_in_order(
         work::threads(options.threads.or(Some(NonZeroUsize::MIN))),
@@ -151,8 +151,8 @@ fn write_of(
         |packed| {
             let packed = packed?;
             pages.add(&packed, dumped, &mut stats)?;
-            done = done.saturating_add(packed.source.len());
-            progress(done, frames.kept_bytes);
+            done.add(packed.source.len());
+            progress(done.get(), frames.kept_bytes);
             Ok::<(), KdumpWriteError>(())
         },
     )?;
@@ -223,21 +223,22 @@ impl Frames {
             this.present.set(region)?;
             for dropped in plan.dropped_in(region) {
                 let pages = dropped.len() >> page.shift();
-                this.dropped_pages = this.dropped_pages.saturating_add(pages);
+                this.dropped_pages = Tally::new(this.dropped_pages).and(pages).get();
             }
             for kept in plan.kept_in(region) {
                 this.dumped.set(kept)?;
                 let absent = this.clear_absent(memory, kept, page)?;
-                this.absent_pages = this.absent_pages.saturating_add(absent >> page.shift());
-                // A page is in one stretch that is kept.
-                let there = kept.len().saturating_sub(absent);
-                this.kept_bytes = this.kept_bytes.saturating_add(there);
+                let pages = absent >> page.shift();
+                this.absent_pages = Tally::new(this.absent_pages).and(pages).get();
+                // A page is in one range that is kept.
+                let there = Tally::new(kept.len()).without(absent);
+                this.kept_bytes = there.and(this.kept_bytes).get();
             }
         }
         Ok(this)
     }
 
-    /// Takes out what the source does not have of a stretch that is kept; returns how much it is.
+    /// Takes out what the source does not have of a range that is kept; returns how much it is.
     fn clear_absent(
         &mut self,
         memory: &dyn GuestMemory,
@@ -255,7 +256,7 @@ impl Frames {
                 if let Some(gpa) = pfn.gpa(page)
                     && self.dumped.clear(gpa)?
                 {
-                    bytes = bytes.saturating_add(page.bytes());
+                    bytes = Tally::new(bytes).and(page.bytes()).get();
                 }
             }
             at = absent
@@ -272,8 +273,8 @@ fn pages_of(range: GpaRange, page: PageSize) -> PfnRange {
     PfnRange::new(range.start().pfn(page), Pfn::new(end))
 }
 
-/// Writes descriptors and pages. Behind the descriptors of all pages come the pages in order; that of
-/// zeroes, which many share, where the first of them is.
+/// Writes descriptors and pages. Behind the descriptors of all pages come the pages in order; that
+/// of zeroes, which many share, where the first of them is.
 struct Pages<'a> {
     file: &'a File,
     /// The page of zeroes, as it is stored, and where, once it is.
@@ -322,7 +323,7 @@ impl<'a> Pages<'a> {
             what: "a length (bytes)",
             value: end.raw(),
         };
-        let mut descriptors = Vec::with_capacity(packed.pages.len().saturating_mul(24));
+        let mut descriptors = Vec::with_capacity(packed.pages.len());
         let zero_len = small("a page (bytes)", self.zero.0.len() as u64)?;
         let mut at = self.data_at;
         let is_zero = |(_, stored): &(Gpa, Stored)| matches!(stored, Stored::Zero);
@@ -336,12 +337,12 @@ impl<'a> Pages<'a> {
             let (offset, len, flags) = match stored {
                 Stored::Absent => {
                     if dumped.clear(*gpa)? {
-                        stats.absent_pages = stats.absent_pages.saturating_add(1);
+                        stats.absent_pages = Tally::new(stats.absent_pages).and(1).get();
                     }
                     continue;
                 }
                 Stored::Zero => {
-                    stats.zero_pages = stats.zero_pages.saturating_add(1);
+                    stats.zero_pages = Tally::new(stats.zero_pages).and(1).get();
                     (self.zero_at.unwrap_or(data_at), zero_len, self.zero.1)
                 }
                 Stored::Data { len, flags } => {
@@ -350,7 +351,7 @@ impl<'a> Pages<'a> {
                     (offset, *len, *flags)
                 }
             };
-            stats.pages = stats.pages.saturating_add(1);
+            stats.pages = Tally::new(stats.pages).and(1).get();
             descriptors.extend(offset.raw().to_le_bytes());
             descriptors.extend(len.to_le_bytes());
             descriptors.extend(flags.to_le_bytes());
@@ -406,7 +407,7 @@ impl Sizes {
                 value: frames,
             });
         }
-        let notes = options.notes.unwrap_or_default();
+        let notes = options.notes.unwrap_or(&[]);
         let block = page.bytes();
         let sub_len = (notes.len() as u64).checked_add(SUB_HEADER_LEN as u64);
         let of_notes = |value| KdumpWriteError::TooLarge {
@@ -429,7 +430,12 @@ impl Sizes {
             block: small("a page size", block)?,
             shift: page.shift(),
             sub_blocks: small("notes", sub_blocks)?,
-            bitmap_blocks: small("bitmaps", bitmap_blocks.saturating_mul(2))?,
+            bitmap_blocks: small(
+                "bitmaps",
+                bitmap_blocks
+                    .checked_mul(2)
+                    .ok_or(of_notes(bitmap_blocks))?,
+            )?,
             frames,
             bitmap_len,
             present_at,
@@ -456,7 +462,7 @@ fn header(
     codec: u32,
     options: &KdumpOptions<'_>,
 ) -> Result<Vec<u8>, KdumpWriteError> {
-    let info = options.vmcoreinfo.unwrap_or_default();
+    let info = options.vmcoreinfo.unwrap_or(&[]);
     let release = info
         .split(|byte| *byte == b'\n')
         .find_map(|line| line.strip_prefix(b"OSRELEASE="))
@@ -468,7 +474,7 @@ fn header(
         KdumpCompression::Snappy => SNAPPY,
         KdumpCompression::Zstd => ZSTD,
     };
-    let processors = notes_in(options.notes.unwrap_or_default())
+    let processors = notes_in(options.notes.unwrap_or(&[]))
         .filter(Note::is_registers)
         .count();
     let mut out = SIGNATURE.to_vec();
@@ -499,10 +505,10 @@ fn header(
     Ok(out)
 }
 
-/// The notes, VMCOREINFO among them, and where in them its text begins: libkdumpfile looks for it in
-/// the notes alone, crash and makedumpfile where the sub-header says.
+/// The notes, VMCOREINFO among them, and where in them its text begins: libkdumpfile looks for it
+/// in the notes alone, crash and makedumpfile where the sub-header says.
 fn notes_of(options: &KdumpOptions<'_>) -> Result<(Vec<u8>, u64), KdumpWriteError> {
-    let given = options.notes.unwrap_or_default();
+    let given = options.notes.unwrap_or(&[]);
     let mut notes = given.to_vec();
     let Some(info) = options.vmcoreinfo.filter(|info| !info.is_empty()) else {
         return Ok((notes, 0));
@@ -532,8 +538,8 @@ fn sub_header(
     info_at: u64,
     options: &KdumpOptions<'_>,
 ) -> Result<Vec<u8>, KdumpWriteError> {
-    let notes = options.notes.unwrap_or_default();
-    let vmcoreinfo = options.vmcoreinfo.unwrap_or_default();
+    let notes = options.notes.unwrap_or(&[]);
+    let vmcoreinfo = options.vmcoreinfo.unwrap_or(&[]);
     let too_long = || KdumpWriteError::TooLarge {
         what: "notes (bytes)",
         value: notes.len() as u64,
@@ -578,7 +584,7 @@ fn phys_base(vmcoreinfo: &[u8]) -> u64 {
 }
 
 /// One bit for each frame, in pieces: one in which no frame is set, or every one, takes no memory,
-/// so that it is bounded by the stretches of frames and not by their number.
+/// so that it is bounded by the ranges of frames and not by their number.
 struct Bitmap {
     pieces: Vec<Piece>,
     shift: u32,
@@ -639,8 +645,7 @@ impl Bitmap {
     fn set(&mut self, range: GpaRange) -> Result<(), KdumpWriteError> {
         let mut frame = range.start().raw() >> self.shift;
         let end = range.end().raw() >> self.shift;
-        while frame < end {
-            let left = end.saturating_sub(frame);
+        while let Some(left @ 1..) = end.checked_sub(frame) {
             let whole = |count| frame.is_multiple_of(count) && left >= count;
             let step = if whole(PIECE_FRAMES) {
                 self.piece(frame)?.set_all();
@@ -652,12 +657,12 @@ impl Bitmap {
                 *self.byte(frame)? |= 1 << (frame & 7);
                 1
             };
-            frame = frame.saturating_add(step);
+            frame = frame.checked_add(step).unwrap_or(end);
         }
         Ok(())
     }
 
-    /// Writes the bitmap, of `len` bytes, to an empty stretch of a file, which is zero.
+    /// Writes the bitmap, of `len` bytes, to an empty range of a file, which is zero.
     fn write_at(&self, file: &File, at: FileOffset, len: u64) -> Result<(), KdumpWriteError> {
         let mut at = at;
         let mut left = len;
@@ -668,7 +673,7 @@ impl Bitmap {
             let bytes = piece.bytes.as_deref().unwrap_or(&same);
             // What is zero stays a hole.
             if piece.bytes.is_some() || piece.fill != 0 {
-                let bytes = bytes.get(..size).unwrap_or_default();
+                let bytes = bytes.get(..size).unwrap_or(bytes);
                 file.write_all_at(bytes, at.raw())?;
             }
             at = at.checked_add(here).ok_or(KdumpWriteError::TooLarge {

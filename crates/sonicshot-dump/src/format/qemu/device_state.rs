@@ -20,7 +20,7 @@ use crate::DumpError;
 use crate::format::qemu::wire::{Cursor, SECTION_FOOTER, SECTION_FULL, SUBSECTION};
 use crate::processors::{Registers, host_in_memory, host_in_vmcb, host_in_vmcs12};
 use serde::Deserialize;
-use serde::de::{Deserializer, SeqAccess, Visitor};
+use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use sonicshot::x86_64::ControlRegisters;
 use sonicshot::{Bytes, FileBytes, FileOffset, GuestMemory, Processor};
 use std::collections::BTreeMap;
@@ -173,10 +173,11 @@ struct Subsections {
 
 /// A subsection begins with a byte, its name behind a byte with the length, and its version.
 const SUBSECTION_HEADER: u64 = 6;
+const TOO_LONG: &str = "a section of more than 64 bits";
 
 impl Part {
-    fn len(&self) -> u64 {
-        self.fields.len.saturating_add(self.subsections.len)
+    fn len(&self) -> Option<u64> {
+        self.fields.len.checked_add(self.subsections.len)
     }
 
     fn is_of_use(&self) -> bool {
@@ -216,8 +217,8 @@ impl<'de> Visitor<'de> for FieldsVisitor {
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Fields, A::Error> {
         let mut fields = Fields::default();
         while let Some(field) = seq.next_element::<Field>()? {
-            // A length that does not fit is one that does not come out.
-            let len = field.size.saturating_mul(field.array_len);
+            let len = field.size.checked_mul(field.array_len);
+            let len = len.ok_or_else(|| de::Error::custom(TOO_LONG))?;
             if let Some(name) = FIELDS.iter().find(|name| **name == field.name) {
                 fields.kept.push(Kept {
                     name,
@@ -226,7 +227,8 @@ impl<'de> Visitor<'de> for FieldsVisitor {
                     inner: field.r#struct.filter(|part| part.is_of_use()),
                 });
             }
-            fields.len = fields.len.saturating_add(len);
+            let all = fields.len.checked_add(len);
+            fields.len = all.ok_or_else(|| de::Error::custom(TOO_LONG))?;
         }
         Ok(fields)
     }
@@ -251,8 +253,9 @@ impl<'de> Visitor<'de> for SubsectionsVisitor {
         let mut subsections = Subsections::default();
         while let Some(part) = seq.next_element::<Part>()? {
             let at = subsections.len;
-            let header = SUBSECTION_HEADER.saturating_add(part.vmsd_name.len() as u64);
-            subsections.len = at.saturating_add(header).saturating_add(part.len());
+            let header = SUBSECTION_HEADER.checked_add(part.vmsd_name.len() as u64);
+            let end = header.and_then(|len| at.checked_add(len)?.checked_add(part.len()?));
+            subsections.len = end.ok_or_else(|| de::Error::custom(TOO_LONG))?;
             if part.is_of_use() {
                 subsections.kept.push((at, part));
             }
@@ -269,9 +272,9 @@ pub(crate) fn processors(
     memory: &dyn GuestMemory,
 ) -> Result<Vec<Processor>, &'static str> {
     let state = state(data, at)?;
-    let mut tries = 0_usize;
+    let mut is_described = false;
     for (end, description) in descriptions(&state).take(MAX_TRIES) {
-        tries = tries.saturating_add(1);
+        is_described = true;
         let Ok(description) = serde_json::from_slice::<Description>(description) else {
             continue;
         };
@@ -279,10 +282,10 @@ pub(crate) fn processors(
             return of_sections(&sections, memory);
         }
     }
-    Err(if tries == 0 {
-        "its devices' state has no description"
-    } else {
+    Err(if is_described {
         "its devices' state is not as its description has it"
+    } else {
+        "its devices' state has no description"
     })
 }
 
@@ -383,16 +386,16 @@ fn walk<'a>(
 ) -> Result<Vec<Section<'a>>, DumpError> {
     let mut cursor = Cursor::new(path, FileBytes::from_slice(state), FileOffset::ZERO);
     let mut sections = Vec::new();
-    let mut early = 0;
+    let mut early = 0..MAX_EARLY;
     for device in &description.devices {
         let mut ahead = cursor.clone();
-        if header(&mut ahead, device).is_err() && sections.is_empty() && early < MAX_EARLY {
-            early = early.saturating_add(1);
+        if header(&mut ahead, device).is_err() && sections.is_empty() && early.next().is_some() {
             continue;
         }
         let number = header(&mut cursor, device)?;
         let start = cursor.at().raw();
         let len = device.part.len();
+        let len = len.ok_or_else(|| cursor.malformed("the length of a section", start))?;
         cursor.skip(len)?;
         let bytes = state
             .part(start, len)

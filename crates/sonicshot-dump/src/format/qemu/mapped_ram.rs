@@ -16,6 +16,7 @@ use crate::format::qemu::start::{
 };
 use crate::format::qemu::wire::Cursor;
 use crate::format::qemu::{Wrapping, device_state};
+use crate::limit::allowed_for;
 use crate::output::Output;
 use crate::processors;
 use crate::prune::copy::Copier;
@@ -31,7 +32,7 @@ use std::path::Path;
 
 /// A page takes at least this much of the disk, however well the file system compresses.
 const MIN_STORED: u64 = 512;
-/// So many stretches any file may have: they take 32 MiB.
+/// So many ranges any file may have: they take 32 MiB.
 const SMALL: u64 = 1 << 20;
 /// What keeps shared memory out of the file.
 const IGNORE_SHARED: &str = "x-ignore-shared";
@@ -235,7 +236,7 @@ impl MappedRam {
         })
     }
 
-    /// Where each stretch of the guest's RAM is in the file, which takes `on_disk` bytes; what has
+    /// Where each range of the guest's RAM is in the file, which takes `on_disk` bytes; what has
     /// no bit is not in it.
     pub(crate) fn extents(
         &self,
@@ -244,12 +245,12 @@ impl MappedRam {
         on_disk: u64,
     ) -> Result<Vec<Extent>, DumpError> {
         let mut extents: Vec<Extent> = Vec::new();
-        // A file of holes must not claim pages without end: a stretch of data, and one of none,
+        // A file of holes must not claim pages without end: a range of data, and one of none,
         // for a page each, which a file system may have compressed.
-        let limit = (on_disk / MIN_STORED).saturating_add(SMALL);
+        let limit = allowed_for(on_disk / MIN_STORED, SMALL);
         for store in self.placed() {
             let at = store.bitmap.start();
-            let missing = || DumpError::malformed(path, "a bitmap", at, 0);
+            let missing = || DumpError::malformed(path, "page bitmap out of bounds", at, 0);
             let mut marks = store.marks(data).ok_or_else(missing)?;
             let fits = store.extents(&mut marks, limit, &mut extents);
             if !fits.ok_or_else(missing)? {
@@ -286,7 +287,8 @@ impl MappedRam {
             .collect()
     }
 
-    /// The stretches of the file that stand for pages without a bit, in the file's order. `bitmaps` are those of [`Self::pruned_bitmaps`].
+    /// The ranges of the file that stand for pages without a bit, in the file's order. `bitmaps`
+    /// are those of [`Self::pruned_bitmaps`].
     pub(crate) fn holes(&self, bitmaps: &[(FileOffset, Vec<u8>)]) -> Vec<FileRange> {
         let mut holes = Vec::new();
         for (store, (_, bitmap)) in self.placed().zip(bitmaps) {
@@ -333,11 +335,12 @@ impl Marks<'_> {
         let all = if mark { 0xff } else { 0 };
         let mut page = page;
         while page < end {
-            let eight = page & 7 == 0 && end.saturating_sub(page) >= 8;
+            let left = end.checked_sub(page)?;
+            let eight = page & 7 == 0 && left >= 8;
             if eight && self.byte(page >> 3)? == all {
-                page = page.saturating_add(8);
+                page = page.checked_add(8)?;
             } else if self.is_set(page)? == mark {
-                page = page.saturating_add(1);
+                page = page.checked_add(1)?;
             } else {
                 break;
             }
@@ -361,10 +364,10 @@ impl Store {
         let bytes = data.part(at.raw(), self.bitmap.len());
         bytes
             .and_then(Bytes::copied)
-            .ok_or_else(|| DumpError::malformed(path, "a bitmap", at, 0))
+            .ok_or_else(|| DumpError::malformed(path, "page bitmap out of bounds", at, 0))
     }
 
-    /// Adds the block's stretches; `false` if they are more than `limit` all together, `None` if
+    /// Adds the block's ranges; `false` if they are more than `limit` all together, `None` if
     /// the bitmap is not all there.
     fn extents(
         &self,
@@ -375,16 +378,17 @@ impl Store {
         let mut base = 0_u64;
         for range in &self.ranges {
             let mut at = base;
-            base = base.saturating_add(range.len());
+            base = base.checked_add(range.len())?;
             while at < base {
                 let page = at / TARGET_PAGE;
                 let first = marks.is_set(page)?;
                 let end = marks.end_of(page, base.div_ceil(TARGET_PAGE), first)?;
-                let end = end.saturating_mul(TARGET_PAGE).min(base);
+                let end = end.checked_mul(TARGET_PAGE);
+                let end = end.map_or(base, |end| end.min(base));
                 if extents.len() as u64 > limit {
                     return Some(false);
                 }
-                for (guest, from) in start::place(&self.ranges, at, end.saturating_sub(at)) {
+                for (guest, from) in start::place(&self.ranges, at, end.checked_sub(at)?) {
                     let there = self.pages.start().checked_add(from)?;
                     extents.push(Extent {
                         guest,

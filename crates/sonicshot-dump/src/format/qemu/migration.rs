@@ -123,25 +123,25 @@ impl<'a> Writer<'a> {
         self.bytes(name.as_bytes())
     }
 
-    /// The stretch of the input from `from` to `to`.
+    /// The range of the input from `from` to `to`.
     fn stretch(&self, from: FileOffset, to: FileOffset) -> Result<FileRange, DumpError> {
         let what = "a range that ends before it begins";
         FileRange::between(from, to).ok_or_else(|| self.impossible(what, to.raw()))
     }
 
-    /// The stretch of `len` bytes from `from` on.
+    /// The range of `len` bytes from `from` on.
     fn stretch_of(&self, from: FileOffset, len: u64) -> Result<FileRange, DumpError> {
         let what = "a range beyond 64 bits";
         FileRange::with_len(from, len).ok_or_else(|| self.impossible(what, from.raw()))
     }
 
-    /// A page or other small stretch of the input.
+    /// A page or other small range of the input.
     fn small(&mut self, range: FileRange) -> Result<(), DumpError> {
         append(self.dump, range, &mut self.pending)?;
         self.bytes(&[])
     }
 
-    /// A stretch of the input of any length.
+    /// A range of the input of any length.
     fn long(&mut self, range: FileRange) -> Result<(), DumpError> {
         self.flush()?;
         self.copier.copy(range, self.at)?;

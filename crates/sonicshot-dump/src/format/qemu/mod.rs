@@ -54,7 +54,7 @@ fn offset_of(source: &Source<'_>) -> Option<FileOffset> {
         let mut cursor = Cursor::new(source.path, data, begin);
         start::start(&mut cursor).is_ok_and(|start| {
             // One that is damaged, or cut off, is one all the same.
-            let before = bytes.get(..*at).unwrap_or_default();
+            let (before, _) = bytes.split_at(*at);
             if before.iter().all(|byte| *byte == 0) {
                 return true;
             }

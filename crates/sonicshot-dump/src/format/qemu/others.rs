@@ -116,7 +116,9 @@ impl Others {
         };
         kind.pass(&mut ahead)?;
         ahead.footer(number)?;
-        self.passed = self.passed.saturating_add(1);
+        let passed = self.passed.checked_add(1);
+        self.passed =
+            passed.ok_or_else(|| cursor.malformed("sections without end", number.into()))?;
         *cursor = ahead;
         Ok(true)
     }

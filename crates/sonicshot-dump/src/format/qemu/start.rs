@@ -75,7 +75,7 @@ struct Plugged {
     range: GpaRange,
 }
 
-/// What a block of memory is.
+/// The kind of a block of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BlockKind {
@@ -96,7 +96,7 @@ pub struct RamBlock {
     pub name: String,
     /// Its length in bytes.
     pub len: u64,
-    /// What it is.
+    /// Its kind.
     pub kind: BlockKind,
     /// Where it lies in the guest, end to end in the block. Empty: that is not known, and the
     /// block is kept as it is.
@@ -156,7 +156,7 @@ pub(crate) fn ram_of_migration(path: &Path, data: FileBytes<'_>) -> Option<u64> 
 /// Reads the file's start up to the first memory block of the section `ram`.
 pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
     if &cursor.bytes::<4>()? != MAGIC {
-        return Err(cursor.malformed("no QEVM", 0));
+        return Err(cursor.malformed("missing QEVM magic", 0));
     }
     let version = cursor.be::<u32>()?;
     if version != VERSION {
@@ -210,10 +210,10 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
         let what = "a section with the number of another";
         return Err(cursor.malformed(what, start.ram_section.into()));
     }
-    if total & (TARGET_PAGE.saturating_sub(1)) != FLAG_MEM_SIZE {
+    if total & IN_PAGE != FLAG_MEM_SIZE {
         return Err(cursor.malformed("the size of all memory", total));
     }
-    start.total = total & !(TARGET_PAGE.saturating_sub(1));
+    start.total = total & !IN_PAGE;
     Ok(start)
 }
 
@@ -283,7 +283,9 @@ fn virtio_mem(cursor: &mut Cursor<'_>) -> Result<GpaRange, DumpError> {
         return Err(cursor.malformed("the memory of a virtio-mem device", len));
     };
     // A bit for each piece, in words.
-    cursor.skip(pieces.div_ceil(64).saturating_mul(8))?;
+    let words = pieces.div_ceil(64).checked_mul(8);
+    let words = words.ok_or_else(|| cursor.malformed("the memory of a virtio-mem device", len))?;
+    cursor.skip(words)?;
     Ok(range)
 }
 
@@ -359,10 +361,11 @@ fn place_named(path: &Path, place: &BlockPlace, blocks: &mut [RamBlock]) -> Resu
     Ok(())
 }
 
+/// The bits of a place in a page.
+const IN_PAGE: u64 = TARGET_PAGE - 1;
+
 fn sum(ranges: &[GpaRange]) -> u64 {
-    ranges
-        .iter()
-        .fold(0, |sum, range| sum.saturating_add(range.len()))
+    GpaRange::total_of(ranges)
 }
 
 /// Where the `len` bytes that the machine boots with are in the guest.
@@ -394,22 +397,23 @@ fn ranges(
     Ok(ranges)
 }
 
-/// The stretches of guest RAM that `start..start + len` of the RAM block is.
+/// The ranges of guest RAM that `start..start + len` of the RAM block is.
 pub(crate) fn place(
     ranges: &[GpaRange],
     start: u64,
     len: u64,
 ) -> impl Iterator<Item = (GpaRange, u64)> + '_ {
-    let end = start.saturating_add(len);
+    // What is beyond 64 bits is of no range.
+    let end = start.checked_add(len);
     let mut base = 0_u64;
     ranges.iter().filter_map(move |range| {
         let first = base;
-        base = base.saturating_add(range.len());
-        let (from, to) = (start.max(first), end.min(base));
+        base = base.checked_add(range.len())?;
+        let (from, to) = (start.max(first), end?.min(base));
         if from >= to {
             return None;
         }
-        let at = range.start().checked_add(from.saturating_sub(first))?;
-        Some((GpaRange::with_len(at, to.saturating_sub(from))?, from))
+        let at = range.start().checked_add(from.checked_sub(first)?)?;
+        Some((GpaRange::with_len(at, to.checked_sub(from)?)?, from))
     })
 }

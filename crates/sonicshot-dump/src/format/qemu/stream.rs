@@ -7,7 +7,7 @@
 //! refused.
 
 use crate::backing::Stored;
-use crate::backing::plain::PlainDump;
+use crate::backing::plain::{PlainDump, sum_of_lens};
 use crate::backing::scattered::{PagePlaces, Scattered};
 use crate::backing::spool::Spool;
 use crate::backing::spool::{Image, Packed};
@@ -20,6 +20,7 @@ use crate::format::qemu::start::{
 };
 use crate::format::qemu::wire::{Cursor, SECTION_END};
 use crate::format::qemu::{Wrapping, device_state};
+use crate::limit::allowed_for;
 use crate::processors;
 use crate::prune::stream;
 use crate::{DumpError, LayoutSpec};
@@ -32,7 +33,7 @@ use std::path::Path;
 const FLAG_XBZRLE: u64 = 0x40;
 /// A page compressed by QEMU itself (before QEMU 9.1).
 const FLAG_COMPRESSED: u64 = 0x100;
-const FLAGS: u64 = TARGET_PAGE.wrapping_sub(1);
+const FLAGS: u64 = TARGET_PAGE - 1;
 /// A page that is noted to be zero takes this much of the file.
 const ZERO_RECORD: u64 = 9;
 /// A byte on disk is at most so many of the file's, however well the file system compresses.
@@ -155,8 +156,8 @@ pub(crate) struct Stream {
     pub blocks: Vec<RamBlock>,
     /// Where the records of pages begin.
     pub records_at: FileOffset,
-    /// Where they and the section `ram` end, and the devices' state begins; `None` until the records
-    /// were gone through.
+    /// Where they and the section `ram` end, and the devices' state begins; `None` until the
+    /// records were gone through.
     pub records_end: Option<FileOffset>,
     /// So many pages the file has room for.
     most: u64,
@@ -165,9 +166,10 @@ pub(crate) struct Stream {
 /// How many pages a file may have: each has a record, and a file that is short, or one of holes,
 /// must not claim a lot of memory.
 fn most_pages(len: u64, on_disk: u64) -> u64 {
-    let records = (len / ZERO_RECORD).saturating_add(1);
-    let stored = (on_disk / ZERO_RECORD).saturating_mul(MAX_RATIO);
-    records.min(stored.saturating_add(SMALL))
+    let records = allowed_for(len / ZERO_RECORD, 1);
+    let stored = (on_disk / ZERO_RECORD).checked_mul(MAX_RATIO);
+    let stored = stored.and_then(|stored| stored.checked_add(SMALL));
+    stored.map_or(records, |stored| records.min(stored))
 }
 
 /// Of which blocks the pages are looked for.
@@ -235,7 +237,8 @@ impl Stream {
             if blocks.len() >= MAX_BLOCKS || len == 0 || len & FLAGS != 0 {
                 return Err(cursor.malformed("the length of a memory block", len));
             }
-            total = total.saturating_add(len);
+            let all = total.checked_add(len);
+            total = all.ok_or_else(|| cursor.malformed("the length of a memory block", len))?;
             blocks.push((name, len));
         }
         if total != start.total {
@@ -251,16 +254,16 @@ impl Stream {
         let mut blocks = start::blocks(path, &start, layout, blocks)?;
         let pages = |blocks: &[RamBlock]| {
             let placed = blocks.iter().filter(|block| !block.ranges.is_empty());
-            placed.fold(0_u64, |sum, block| sum.saturating_add(block.len)) / TARGET_PAGE
+            sum_of_lens(placed.map(|block| block.len)).map(|len| len / TARGET_PAGE)
         };
-        if pages(&blocks) > most {
+        if pages(&blocks).is_none_or(|pages| pages > most) {
             for block in &mut blocks {
                 if block.kind == BlockKind::VirtioMem {
                     block.ranges.clear();
                 }
             }
         }
-        if pages(&blocks) > most {
+        if pages(&blocks).is_none_or(|pages| pages > most) {
             return Err(cursor.malformed("the size of all memory", total));
         }
         Ok(Self {
@@ -294,7 +297,7 @@ impl Stream {
         let mut block = None;
         let mut last_part = false;
         let mut known = self.start.others_alone();
-        let (mut parts, mut mixed) = (0_u64, false);
+        let (mut is_first, mut mixed) = (true, false);
         // Each turn reads at least a byte, so that this ends with the file.
         loop {
             // The records of one part of the section.
@@ -341,8 +344,8 @@ impl Stream {
             }
             let before = known.others.passed;
             start::other_sections(&mut cursor, &mut known)?;
-            mixed |= parts > 0 && known.others.passed != before;
-            parts = parts.saturating_add(1);
+            mixed |= !is_first && known.others.passed != before;
+            is_first = false;
             if !next_part(&mut cursor, path, data, self.start.ram_section)? {
                 return Ok((cursor.at(), mixed));
             }
@@ -400,7 +403,7 @@ impl Stream {
         Ok(Scattered::new(ranges.zip(places)))
     }
 
-    /// Hands out the pruned stream piece by piece: stretches of the file to be copied, and bytes
+    /// Hands out the pruned stream piece by piece: ranges of the file to be copied, and bytes
     /// to be written instead of a dropped page, or of one that came again later.
     pub(crate) fn pruned(
         &self,
@@ -459,7 +462,10 @@ impl Stream {
         let mut left = TARGET_PAGE;
         for (guest, _) in start::place(&block.ranges, record.address, TARGET_PAGE) {
             for part in plan.dropped_in(guest) {
-                left = left.saturating_sub(part.len());
+                let Some(rest) = left.checked_sub(part.len()) else {
+                    return false;
+                };
+                left = rest;
             }
         }
         left == 0
@@ -473,10 +479,10 @@ fn of_stream<'a>(
 ) -> Result<Content<'a>, DumpError> {
     let (path, data) = (dump.path(), dump.bytes());
     let pages = stream.blocks.iter().map(|block| block.len / TARGET_PAGE);
-    let total = pages.fold(0, u64::saturating_add);
+    let bad = |total| DumpError::malformed(path, "the size of all memory", begin, total);
+    let total = sum_of_lens(pages).ok_or_else(|| bad(stream.most))?;
     if total > stream.most {
-        let what = "the size of all memory";
-        return Err(DumpError::malformed(path, what, begin, total));
+        return Err(bad(total));
     }
     let (places, (end, is_mixed)) = stream.places(path, data, Of::All)?;
     if is_mixed {

@@ -67,7 +67,7 @@ impl<'a> Cursor<'a> {
         let cut = || self.malformed("the end of the file inside a field", 0);
         let name = name.ok().flatten().ok_or_else(cut)?;
         self.fields = ahead;
-        String::from_utf8(name).map_err(|_| self.malformed("a name that is no text", len.into()))
+        String::from_utf8(name).map_err(|_| self.malformed("a name that is not UTF-8", len.into()))
     }
 
     /// A name behind its length in one byte.

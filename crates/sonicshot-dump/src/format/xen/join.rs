@@ -3,7 +3,9 @@
 use crate::output::{Output, Target};
 use crate::{DumpError, Overwrite};
 use sonicshot::file::SparseWriter;
-use sonicshot::{Bytes, FileBytes, GuestMemory, MemoryError, PageSize, Pfn, PfnRange, Progress};
+use sonicshot::{
+    Bytes, FileBytes, GuestMemory, MemoryError, PageSize, Pfn, PfnRange, Progress, Tally,
+};
 use sonicshot_xen::{Joined, Skeleton};
 use std::fs::File;
 use std::io::Write;
@@ -12,7 +14,8 @@ use std::path::{Path, PathBuf};
 const PAGE: PageSize = PageSize::SIZE_4K;
 const PAGE_LEN: usize = 4096;
 
-/// What a Xen image holds beside the guest's memory: headers, other records, and what each page is.
+/// The parts of a Xen image beside the guest's memory: headers, other records, and what each page
+/// is.
 #[derive(Debug)]
 pub struct XlSkeleton {
     path: PathBuf,
@@ -63,7 +66,8 @@ impl XlSkeleton {
 
     /// Writes the image with the content that `memory` has. Of a page table it must really have
     /// it: `left_out` says of a frame whether it was left out there. Zeroes are holes in the file,
-    /// which appears whole or not at all, for no more eyes than `inputs`. Returns what it takes on disk, in bytes.
+    /// which appears whole or not at all, for no more eyes than `inputs`. Returns what it takes on
+    /// disk, in bytes.
     ///
     /// # Errors
     /// [`DumpError::XenFrame`] if `memory` is not of this guest or lacks a page table; and what
@@ -82,8 +86,8 @@ impl XlSkeleton {
         let mut writer = SparseWriter::new(output.file());
         let writing = || DumpError::io("writing", output.path());
         let with_content = self.skeleton.frames().filter(|(_, has)| *has).count() as u64;
-        let total = with_content.saturating_mul(PAGE.bytes());
-        let mut done = 0_u64;
+        let total = Tally::new(with_content).times(PAGE.bytes()).get();
+        let mut done = Tally::ZERO;
         let data = FileBytes::from_slice(&self.bytes);
         let failed = |source| DumpError::Xen {
             path: self.path.clone(),
@@ -107,8 +111,8 @@ impl XlSkeleton {
                 self.write_pages(memory, frames, |page| {
                     writer.write_all(page).map_err(writing())
                 })?;
-                done = done.saturating_add(frames.len().saturating_mul(PAGE.bytes()));
-                progress(done.min(total), total);
+                done.add(Tally::new(frames.len()).times(PAGE.bytes()).get());
+                progress(done.up_to(total), total);
                 Ok(())
             }
         })?;
