@@ -1,8 +1,8 @@
 //! LibVMI's C interface, as far as a guest's memory is read, loaded at run time.
 //!
-//! [`Library::load`] opens `libvmi.so.0` and finds its functions; those of [`Functions`] that are an
-//! `Option` are not in every build. Nothing of LibVMI is needed to build this, and no `links` key
-//! claims it. `sonicshot-libvmi` is the safe side of it.
+//! [`Library::load`] opens `libvmi.so.0` and finds its functions; those of [`Functions`] that are
+//! an `Option` are not in every build. Nothing of LibVMI is needed to build this, and no `links`
+//! key claims it. `sonicshot-libvmi` is the safe side of it.
 //!
 //! ```no_run
 //! use libvmi_sys::Library;
@@ -20,8 +20,9 @@
 //! numbers here are those of `libvmi/libvmi.h` at 0.14.0 and 0.15.0, where they are the same.
 //!
 //! # What is not here
-//! `VMI_INIT_DATA_MEMMAP`: LibVMI 0.15 copies no more of a memory map than its count, and then reads
-//! behind the copy (`vmi_init` in `libvmi/core.c`). Events, writing, and all that takes a process.
+//! `VMI_INIT_DATA_MEMMAP`: LibVMI 0.15 copies no more of a memory map than its count, and then
+//! reads behind the copy (`vmi_init` in `libvmi/core.c`). Events, writing, and all that takes a
+//! process.
 #![expect(
     unsafe_code,
     reason = "the edge to a C library: it is loaded, and its functions have no other types"
@@ -94,7 +95,7 @@ pub const INIT_DATA_KVMI_SOCKET: u64 = 2;
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct InitDataEntry {
-    /// What `data` is, such as [`INIT_DATA_KVMI_SOCKET`].
+    /// The kind of `data`, such as [`INIT_DATA_KVMI_SOCKET`].
     pub kind: u64,
     /// It.
     pub data: *mut c_void,
@@ -183,8 +184,8 @@ pub struct Functions {
     pub vmi_pause_vm: unsafe extern "C" fn(vmi: InstancePtr) -> Status,
     /// Lets it run on.
     pub vmi_resume_vm: unsafe extern "C" fn(vmi: InstancePtr) -> Status,
-    /// Forgets which pages were read: what is read then is there now. Of 2019 and later, so that what
-    /// lacks it is [too old](LoadError::TooOld).
+    /// Forgets which pages were read: what is read then is there now. Of 2019 and later, so that
+    /// what lacks it is [too old](LoadError::TooOld).
     pub vmi_pagecache_flush: unsafe extern "C" fn(vmi: InstancePtr),
     /// Learns of the guest's system, as `config` says.
     pub vmi_init_os: Option<

@@ -6,7 +6,7 @@ use libloading::Library as Loaded;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-/// What the system's loader is asked for.
+/// The name that the system's loader is asked for.
 pub const NAME: &str = "libvmi.so.0";
 
 /// Where it is to be had, for who lacks it.
@@ -20,7 +20,7 @@ pub enum LoadError {
     /// There is none, or it cannot be loaded.
     #[error("LibVMI cannot be loaded from {}: {GET_IT}", file.display())]
     Missing {
-        /// What was asked for.
+        /// The request.
         file: PathBuf,
         /// What the loader says.
         #[source]

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 pub struct Version {
     /// The file that was loaded, links followed; `None` if the loader does not say.
     pub file: Option<PathBuf>,
-    /// What stands behind `.so.` in that file's name, such as `0.0.15` of LibVMI 0.15.
+    /// The version behind `.so.` in that file's name, such as `0.0.15` of LibVMI 0.15.
     pub number: Option<String>,
     /// `VMI_EVENTS_VERSION`: 7 in 0.14.0, 9 in January 2026.
     pub events: Option<u32>,

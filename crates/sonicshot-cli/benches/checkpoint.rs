@@ -204,7 +204,7 @@ fn median(mut work: impl FnMut() -> f64) -> f64 {
     by_turns(&mut work, || 0.0).0
 }
 
-/// The page data of an uncompressed checkpoint: one stretch of it.
+/// The page data of an uncompressed checkpoint: one range of it.
 fn kept_bytes(plain: &Path, stats: &SaveStats) -> Vec<u8> {
     let mut bytes = fs::read(plain).unwrap();
     let len = usize::try_from(stats.stored_bytes).unwrap();

@@ -259,7 +259,7 @@ fn mapped_ram(from: &Path, folder: &Path) {
                 whole / (analysis + alone)
             );
             println!(
-                "{:6} holes, of {} stretches             {:8.3} ms a hole; {share:.2} % of the droppable bytes freed",
+                "{:6} holes, of {} ranges             {:8.3} ms a hole; {share:.2} % of the droppable bytes freed",
                 stats.punched,
                 stats.runs,
                 alone / stats.punched as f64
@@ -272,7 +272,7 @@ fn mapped_ram(from: &Path, folder: &Path) {
     fs::remove_file(&file).unwrap();
 }
 
-/// Punches holes of every size into a stretch of data.
+/// Punches holes of every size into a range of data.
 fn hole_costs(file: &Path, (start, end): (u64, u64)) {
     let target = OpenOptions::new().write(true).open(file).unwrap();
     let mut at = start.next_multiple_of(4 << 20);
@@ -298,7 +298,7 @@ fn hole_costs(file: &Path, (start, end): (u64, u64)) {
     }
 }
 
-/// The stretches of data of a file: start and end.
+/// The ranges of data of a file: start and end.
 fn stretches(file: &File) -> Vec<(u64, u64)> {
     use rustix::fs::{SeekFrom, seek};
     let mut found = Vec::new();
@@ -328,7 +328,7 @@ fn without(from: &[(u64, u64)], other: &[(u64, u64)]) -> Vec<(u64, u64)> {
     left
 }
 
-/// Copies stretches of a file, inside the kernel or through this process.
+/// Copies ranges of a file, inside the kernel or through this process.
 fn copy(from: &Path, to: &Path, parts: &[(u64, u64)], by_kernel: bool) {
     use rustix::fs::copy_file_range;
     use std::os::unix::fs::FileExt;

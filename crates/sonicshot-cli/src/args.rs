@@ -80,8 +80,8 @@ pub(crate) enum Command {
     /// Take the free pages out of a dump; it stays a dump of the same format
     #[command(after_help = EXIT_CODES)]
     Prune(PruneArgs),
-    /// Let a memory file share the blocks of its guest's disk that hold the same, on xfs and btrfs: for
-    /// VMMs that read nothing but such files
+    /// Let a memory file share the blocks of its guest's disk that hold the same, on xfs and btrfs:
+    /// for VMMs that read nothing but such files
     #[command(after_help = EXIT_CODES)]
     Share(ShareArgs),
     /// Save a dump as a checkpoint: only the pages that the guest needs, compressed and checked
@@ -135,9 +135,9 @@ pub(crate) enum Command {
 /// How a dump is to be understood.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct InputArgs {
-    /// A System.map, vmlinux or BTF file of the guest's kernel, or what `symbols make` makes of them;
-    /// or a folder of such, of which the one of the guest's build is taken; may be repeated. Without
-    /// it everything is found in the guest's own memory
+    /// A System.map, vmlinux or BTF file of the guest's kernel, or what `symbols make` makes of
+    /// them; or a folder of such, of which the one of the guest's build is taken; may be repeated.
+    /// Without it everything is found in the guest's own memory
     #[arg(long, value_name = "FILE|DIR")]
     pub symbols: Vec<PathBuf>,
     /// Where a raw file's bytes lie: pc, q35, firecracker, firecracker-old, flat or
@@ -145,9 +145,9 @@ pub(crate) struct InputArgs {
     /// BLOCK=START-END,...;BLOCK=... Without it, found out by the guest's own memory map
     #[arg(long, value_name = "LAYOUT")]
     pub layout: Option<LayoutSpec>,
-    /// What the file is, whatever it begins with: raw (also firecracker, cloud-hypervisor, vmware: their
-    /// memory files), crosvm, elf, qemu (also mapped-ram, stream), qcow2, libvirt, kdump, lime, avml,
-    /// xen (also xl), xen-core, or sonic, a checkpoint. Without it, its beginning tells
+    /// The file's format, whatever it begins with: raw (also firecracker, cloud-hypervisor, vmware:
+    /// their memory files), crosvm, elf, qemu (also mapped-ram, stream), qcow2, libvirt, kdump,
+    /// lime, avml, xen (also xl), xen-core, or sonic, a checkpoint. Without it, its beginning tells
     #[arg(long, value_name = "NAME")]
     pub format: Option<DumpFormat>,
     /// The memory that the dump is a diff to: a Firecracker diff snapshot is read over it
@@ -205,8 +205,9 @@ impl InputArgs {
 #[cfg(feature = "libvmi")]
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct LibvmiArgs {
-    /// Instead of a file, a guest that LibVMI reads: `xen:NAME`, `kvm:NAME` or `file:PATH`. It is paused for
-    /// as long as it is read. With --layout START-END,... where RAM lies is not tried page by page
+    /// Instead of a file, a guest that LibVMI reads: `xen:NAME`, `kvm:NAME` or `file:PATH`. It is
+    /// paused for as long as it is read. With --layout START-END,... where RAM lies is not tried
+    /// page by page
     #[arg(long, value_name = "GUEST", conflicts_with_all = ["format", "base", "max_size"])]
     pub libvmi: Option<Domain>,
     /// The LibVMI to load; by default what `SONICSHOT_LIBVMI` names, or the system's libvmi.so.0
@@ -215,8 +216,8 @@ pub(crate) struct LibvmiArgs {
     /// The socket at which the guest's QEMU offers introspection (KVMI)
     #[arg(long, value_name = "PATH", requires = "libvmi")]
     pub kvmi_socket: Option<PathBuf>,
-    /// A JSON profile of the guest's kernel for LibVMI, which tells symbols if the kernel's own memory
-    /// does not; by default what /etc/libvmi.conf has of the guest
+    /// A JSON profile of the guest's kernel for LibVMI, which tells symbols if the kernel's own
+    /// memory does not; by default what /etc/libvmi.conf has of the guest
     #[arg(long, value_name = "FILE", requires = "libvmi")]
     pub libvmi_profile: Option<PathBuf>,
 }
@@ -235,10 +236,10 @@ pub(crate) struct LibvmiWatchdogArgs {
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
     /// Dumps: raw guest RAM, an ELF core, a QEMU migration file or stream, a libvirt save image, a
-    /// Xen save image, migration stream or core, kdump-compressed, LiME, AVML, VMware's vmem with its
-    /// state beside it, a qcow2 image with an internal snapshot; any of them compressed, or on a block
-    /// device; a snapshot folder of Cloud Hypervisor or crosvm, or one with a Firecracker state and memory file; a checkpoint;
-    /// `-` is standard input
+    /// Xen save image, migration stream or core, kdump-compressed, LiME, AVML, VMware's vmem with
+    /// its state beside it, a qcow2 image with an internal snapshot; any of them compressed, or on
+    /// a block device; a snapshot folder of Cloud Hypervisor or crosvm, or one with a Firecracker
+    /// state and memory file; a checkpoint; `-` is standard input
     #[arg(value_name = "FILE|DIR")]
     #[cfg_attr(
         feature = "libvmi",
@@ -291,8 +292,9 @@ fn pfn(text: &str) -> Result<Pfn, String> {
 #[command(group = ArgGroup::new("where").required(true).multiple(true).args(["output", "in_place", "dry_run"]))]
 pub(crate) struct PruneArgs {
     /// Dumps: raw guest RAM, an ELF core, a QEMU migration file or stream, a libvirt save image, a
-    /// Xen save image or migration stream, kdump-compressed; any of them compressed as a whole; a snapshot folder of Cloud Hypervisor or
-    /// crosvm, or one with a Firecracker state and memory file; `-` is standard input
+    /// Xen save image or migration stream, kdump-compressed; any of them compressed as a whole; a
+    /// snapshot folder of Cloud Hypervisor or crosvm, or one with a Firecracker state and memory
+    /// file; `-` is standard input
     #[arg(value_name = "FILE|DIR")]
     #[cfg_attr(
         feature = "libvmi",
@@ -309,8 +311,8 @@ pub(crate) struct PruneArgs {
     /// the copies go to; `-` is standard output, for a migration stream
     #[arg(short, long, value_name = "OUT")]
     pub output: Option<PathBuf>,
-    /// Punch the pages out of the file itself (raw and mapped-ram files): nothing is copied, and whatever
-    /// interrupts it leaves a valid dump
+    /// Punch the pages out of the file itself (raw and mapped-ram files): nothing is copied, and
+    /// whatever interrupts it leaves a valid dump
     #[arg(long, conflicts_with = "output")]
     pub in_place: bool,
     /// In place, leave what is shorter than this in the file: a hole costs time and an extent
@@ -332,8 +334,8 @@ pub(crate) struct PruneArgs {
         default_value = "free_buddy,free_pcp,offline,zero"
     )]
     pub drop: Vec<ClassSet>,
-    /// Drop classes that the guest uses too (those of processes, the page cache): it cannot run from
-    /// the result, which is to be looked at
+    /// Drop classes that the guest uses too (those of processes, the page cache): it cannot run
+    /// from the result, which is to be looked at
     #[arg(long)]
     pub for_analysis: bool,
     /// In place, drop them for good: the file is then no snapshot of a guest that can run
@@ -387,8 +389,8 @@ fn size(text: &str) -> Result<u64, String> {
 
 #[derive(Debug, Args)]
 pub(crate) struct ShareArgs {
-    /// Raw guest RAM, a mapped-ram file, or the folder of a VMM's snapshot. Without -o it is changed
-    /// itself: not a byte of it, but where they are, for the kernel compares them first
+    /// Raw guest RAM, a mapped-ram file, or the folder of a VMM's snapshot. Without -o it is
+    /// changed itself: not a byte of it, but where they are, for the kernel compares them first
     #[arg(value_name = "FILE|DIR")]
     pub file: PathBuf,
     /// The image of a disk of the guest's, raw, on the same file system; may be repeated. What is
@@ -409,7 +411,7 @@ pub(crate) struct ShareArgs {
     /// BLOCK=START-END,...;BLOCK=...
     #[arg(long, value_name = "LAYOUT")]
     pub layout: Option<LayoutSpec>,
-    /// What the file is, whatever it begins with: raw, mapped-ram and so on
+    /// The file's format, whatever it begins with: raw, mapped-ram and so on
     #[arg(long, value_name = "NAME")]
     pub format: Option<DumpFormat>,
     /// Print JSON
@@ -470,8 +472,8 @@ pub(crate) struct SaveArgs {
     /// (QEMU's `blockdev-snapshot-sync`, `cp --reflink`); then save its memory
     #[arg(long, value_name = "NAME=IMAGE")]
     pub disk: Vec<String>,
-    /// The hash that is kept of pages on disks: xxh3, or sha256 where others than you can write to the
-    /// image
+    /// The hash that is kept of pages on disks: xxh3, or sha256 where others than you can write to
+    /// the image
     #[arg(long, value_name = "HASH", default_value = "xxh3", requires = "disk")]
     pub hash: DiskHash,
     /// Look through all of the images, also where the guest's own records (ext4's extents) explain nine
@@ -492,8 +494,8 @@ pub(crate) struct SaveArgs {
 /// The images of the disks that a checkpoint refers to.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct DiskArgs {
-    /// A disk that the checkpoint has pages on, and its image, as it was when the guest was saved; may
-    /// be repeated. Run the guest on a new overlay over it, never on the image itself
+    /// A disk that the checkpoint has pages on, and its image, as it was when the guest was saved;
+    /// may be repeated. Run the guest on a new overlay over it, never on the image itself
     #[arg(long, value_name = "NAME=IMAGE")]
     pub disk: Vec<String>,
     /// Go on although a disk was written to since the guest was saved: the guest's memory may
@@ -521,9 +523,9 @@ impl DiskArgs {
 pub(crate) struct LazyDiskArgs {
     #[command(flatten)]
     pub given: DiskArgs,
-    /// Nobody writes to the images of --disk, neither the guest nor the host, for as long as the guest
-    /// runs: pages may be read from them when they are touched. A nearly idle guest writes over some
-    /// within minutes, so run it on an overlay
+    /// Nobody writes to the images of --disk, neither the guest nor the host, for as long as the
+    /// guest runs: pages may be read from them when they are touched. A nearly idle guest writes
+    /// over some within minutes, so run it on an overlay
     #[arg(long, requires = "disk")]
     pub disk_immutable: bool,
 }
@@ -545,7 +547,7 @@ pub(crate) struct AttachArgs {
     /// Where to write the new one
     #[arg(short, long, value_name = "OUT.sonic")]
     pub output: PathBuf,
-    /// What to put in: `working-set=FILE` is what `serve --record` has written; may be repeated
+    /// A blob to put in: `working-set=FILE` is what `serve --record` has written; may be repeated
     #[arg(long, value_name = "NAME=FILE", required = true)]
     pub blob: Vec<String>,
     /// Leave out what the checkpoint has by such a name
@@ -588,8 +590,8 @@ pub(crate) struct ServeArgs {
     pub socket: Option<PathBuf>,
     /// Where a Cloud Hypervisor (53 or later) listens that was told to `receive-migration` with
     /// `memory_mode=postcopy`: it is restored, and served until it has all of its memory. May be
-    /// repeated. SNAPSHOT has its configuration and state too (docs/serve.md). Whoever listens there
-    /// gets all of the guest's memory
+    /// repeated. SNAPSHOT has its configuration and state too (docs/serve.md). Whoever listens
+    /// there gets all of the guest's memory
     #[arg(long, value_name = "PATH", conflicts_with_all = ["owner", "record", "around", "max_vms", "vms"])]
     pub cloud_hypervisor: Vec<PathBuf>,
     /// Leave the guests of --cloud-hypervisor paused
@@ -606,7 +608,7 @@ pub(crate) struct ServeArgs {
     /// K, M, G
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "256M")]
     pub cache: u64,
-    /// What is brought in before it is asked for. Without this it is `set`, and of
+    /// The pages that are brought in before they are asked for. Without this it is `set`, and of
     /// --cloud-hypervisor, which asks for all of it anyway, `all`
     #[arg(long, value_enum, value_name = "WHAT")]
     pub prefetch: Option<PrefetchKind>,
@@ -638,9 +640,9 @@ pub(crate) struct ServeArgs {
     /// refused do not count
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub vms: Option<NonZeroUsize>,
-    /// Let the next server that is started with the same PATH go on with the virtual machines if this
-    /// one dies, and take those of the one before; if that lives still it is ended. A socket, for
-    /// this user alone
+    /// Let the next server that is started with the same PATH go on with the virtual machines if
+    /// this one dies, and take those of the one before; if that lives still it is ended. A socket,
+    /// for this user alone
     #[arg(long, value_name = "PATH", conflicts_with = "cloud_hypervisor")]
     pub keep_fds: Option<PathBuf>,
     /// How long the next server is waited for before the virtual machines are ended
@@ -658,7 +660,7 @@ pub(crate) struct ServeArgs {
     /// Where a raw file's bytes lie; found out by the guest's own memory map without it
     #[arg(long, value_name = "LAYOUT")]
     pub layout: Option<LayoutSpec>,
-    /// What the file is, whatever it begins with: raw, elf, qemu, kdump and so on
+    /// The file's format, whatever it begins with: raw, elf, qemu, kdump and so on
     #[arg(long, value_name = "NAME")]
     pub format: Option<DumpFormat>,
     /// The memory that the snapshot is a diff to
@@ -755,7 +757,7 @@ pub(crate) struct ConvertArgs {
     /// Where to write the new dump
     #[arg(short, long, value_name = "OUT")]
     pub output: PathBuf,
-    /// What it is to be
+    /// The form of the output
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub to: ConvertTo,
     /// How a kdump's pages are compressed
@@ -784,7 +786,7 @@ pub(crate) struct RestoreArgs {
     /// Where to write the dump
     #[arg(short, long, value_name = "OUT")]
     pub output: PathBuf,
-    /// What the dump is to be
+    /// The form of the dump
     #[arg(long, value_enum, default_value = "raw")]
     pub to: DumpKind,
     #[command(flatten)]
@@ -819,7 +821,7 @@ pub(crate) struct VerifyArgs {
     /// Where a raw dump's bytes lie; without it, as the checkpoint says
     #[arg(long, value_name = "LAYOUT", requires = "against")]
     pub layout: Option<LayoutSpec>,
-    /// What the dump is, whatever it begins with: raw, elf, qemu, kdump and so on
+    /// The dump's format, whatever it begins with: raw, elf, qemu, kdump and so on
     #[arg(long, value_name = "NAME", requires = "against")]
     pub format: Option<DumpFormat>,
     /// Print JSON
@@ -829,8 +831,8 @@ pub(crate) struct VerifyArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum SymbolsCommand {
-    /// Take what is needed of a vmlinux: some kilobytes, by which its guests are told by their build
-    /// ID. --symbols takes the file, or a folder of such
+    /// Take what is needed of a vmlinux: some kilobytes, by which its guests are told by their
+    /// build ID. --symbols takes the file, or a folder of such
     #[command(after_help = EXIT_CODES)]
     Make(SymbolsMakeArgs),
 }
@@ -887,9 +889,9 @@ pub(crate) struct XenSaveArgs {
     pub domain: String,
     /// Where to write the image
     pub file: PathBuf,
-    /// A System.map, vmlinux or BTF file of the guest's kernel, or what `symbols make` makes of them;
-    /// or a folder of such, of which the one of the guest's build is taken; may be repeated. Without
-    /// it everything is found in the guest's own memory
+    /// A System.map, vmlinux or BTF file of the guest's kernel, or what `symbols make` makes of
+    /// them; or a folder of such, of which the one of the guest's build is taken; may be repeated.
+    /// Without it everything is found in the guest's own memory
     #[arg(long, value_name = "FILE|DIR")]
     pub symbols: Vec<PathBuf>,
     /// Compress the image; `sonicshot xen restore` takes it as it is
@@ -964,7 +966,7 @@ pub(crate) enum QemuCommand {
     Restore(QemuRestoreArgs),
 }
 
-/// What becomes of a guest that was saved.
+/// The state of a guest after its save.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum AfterSaveKind {
     /// It runs on as soon as its memory is copied
@@ -984,7 +986,7 @@ pub(crate) struct QemuSaveArgs {
     /// Where to write the checkpoint
     #[arg(short, long, value_name = "X.sonic")]
     pub output: PathBuf,
-    /// What becomes of the guest; one that was found paused stays so
+    /// The guest's state afterwards; one that was found paused stays so
     #[arg(long, value_name = "WHAT", default_value = "resume")]
     pub then: AfterSaveKind,
     /// How many seconds the guest may be paused: if that is not enough it runs on, and nothing is
@@ -994,8 +996,8 @@ pub(crate) struct QemuSaveArgs {
     /// QEMU's process, if another one has opened the monitor's socket (as libvirt does)
     #[arg(long, value_name = "N")]
     pub pid: Option<i32>,
-    /// A System.map, vmlinux or BTF file of the guest's kernel, or what `symbols make` makes of them;
-    /// may be repeated. Without it everything is found in the guest's own memory
+    /// A System.map, vmlinux or BTF file of the guest's kernel, or what `symbols make` makes of
+    /// them; may be repeated. Without it everything is found in the guest's own memory
     #[arg(long, value_name = "FILE|DIR")]
     pub symbols: Vec<PathBuf>,
     /// How page data is stored: zstd, zstd:LEVEL, lz4 or none
@@ -1031,8 +1033,8 @@ pub(crate) struct QemuRestoreArgs {
     /// Have all memory in place before the guest runs
     #[arg(long)]
     pub eager: bool,
-    /// Make the guest's RAM a private mapping of this raw file, which is made of the checkpoint if it
-    /// is not there. Several guests may have one; it must not change while one runs
+    /// Make the guest's RAM a private mapping of this raw file, which is made of the checkpoint if
+    /// it is not there. Several guests may have one; it must not change while one runs
     #[arg(long, value_name = "RAM", conflicts_with = "eager")]
     pub map: Option<PathBuf>,
     #[command(flatten)]
@@ -1040,8 +1042,8 @@ pub(crate) struct QemuRestoreArgs {
     /// Print JSON, as soon as the guest is there
     #[arg(long)]
     pub json: bool,
-    /// QEMU, and the command line that the guest was started with. What makes it wait for a guest is
-    /// added. With -S the guest stays paused
+    /// QEMU, and the command line that the guest was started with. What makes it wait for a guest
+    /// is added. With -S the guest stays paused
     #[arg(last = true, required = true, value_name = "QEMU")]
     pub qemu: Vec<std::ffi::OsString>,
 }

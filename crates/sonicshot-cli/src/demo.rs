@@ -5,7 +5,7 @@ use crate::error::CliError;
 use crate::inspect::print_report;
 use crate::output::io;
 use crate::report::{count, say, size};
-use sonicshot::{ClassSet, PageClass, PageMap, Pfn};
+use sonicshot::{ClassSet, PageClass, PageMap, Pfn, Tally};
 use sonicshot_offline::{AnalyzeOptions, OpenOptions, PruneOptions, Snapshot};
 use sonicshot_vmi::count_zero_pages;
 use std::fs::{self, File};
@@ -118,7 +118,7 @@ fn unpack(from: &mut dyn Read, to: &Path) -> io::Result<u64> {
     io::copy(&mut reader, &mut out)?;
     // What it takes is known once it is there.
     out.sync_all()?;
-    Ok(out.metadata()?.blocks().saturating_mul(512))
+    Ok(Tally::new(out.metadata()?.blocks()).times(512).get())
 }
 
 fn read_flags(from: &mut dyn Read) -> io::Result<Vec<u64>> {

@@ -521,7 +521,9 @@ fn hint_of(error: &OfflineError) -> Option<&'static str> {
         OfflineError::Checkpoint {
             source: CheckpointError::NotACheckpoint { .. },
             ..
-        } => "a dump is no checkpoint: `inspect` tells what it is, `save` makes a checkpoint of it",
+        } => {
+            "a dump is not a checkpoint: `inspect` tells what it is, `save` makes a checkpoint of it"
+        }
         OfflineError::NotPinned { .. } => {
             "a guest goes on writing to it: stop it, pin the disk (QEMU's blockdev-snapshot-sync, or \
              cp --reflink), and name the image that is not written to any more"

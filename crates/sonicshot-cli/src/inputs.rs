@@ -119,7 +119,7 @@ impl Inputs {
             let input = Input::find(path, how, json);
             let identity = input.as_ref().ok().and_then(Input::identity);
             if identity.is_some_and(|identity| !seen.insert(identity)) {
-                repeated = repeated.saturating_add(1);
+                repeated += 1;
                 if !json {
                     note!("{} was given already", path.display());
                 }
@@ -139,7 +139,7 @@ impl Inputs {
 
     /// Whether there is more than one, and so a line for each and a sum at the end.
     pub(crate) fn several(&self) -> bool {
-        self.found.len().saturating_add(self.repeated) > 1
+        self.found.len() > 1 || self.repeated > 0
     }
 
     /// Does `work` on each. One that fails is reported, and the others go on; the first failure
@@ -162,10 +162,10 @@ impl Inputs {
                 say!("{}:", path.display());
             }
             match input.and_then(|input| work(&input)) {
-                Ok(()) => tally.done = tally.done.saturating_add(1),
+                Ok(()) => tally.done += 1,
                 Err(error) => {
                     error.print_of(&path, json, several);
-                    tally.failed = tally.failed.saturating_add(1);
+                    tally.failed += 1;
                     tally.code.get_or_insert(error.code());
                 }
             }

@@ -163,7 +163,7 @@ pub(crate) fn check_replaceable(path: &Path, memory: &Path, force: bool) -> Resu
         return Err(CliError::OverDump { path: path.into() });
     }
     if !there.is_file() {
-        let source = io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file");
+        let source = io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file");
         return Err(io("replacing", path)(source));
     }
     Ok(())

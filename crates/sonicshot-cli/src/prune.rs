@@ -9,7 +9,7 @@ use crate::output::overwrite;
 use crate::progress::Phase;
 use crate::report::{complain, percent, say_to_stderr, size};
 use report::{Expected, Report};
-use sonicshot::ClassSet;
+use sonicshot::{ClassSet, Tally};
 use sonicshot_dump::DumpError;
 use sonicshot_offline::{Plan, PruneOptions, PruneStats, check_droppable, check_unused};
 use std::cell::Cell;
@@ -168,11 +168,12 @@ struct Sum {
 
 impl Sum {
     fn add(self, other: Self) -> Self {
+        let sum = |one, other| Tally::new(one).and(other).get();
         Self {
-            dropped: self.dropped.saturating_add(other.dropped),
-            total: self.total.saturating_add(other.total),
-            disk_before: self.disk_before.saturating_add(other.disk_before),
-            disk_after: self.disk_after.saturating_add(other.disk_after),
+            dropped: sum(self.dropped, other.dropped),
+            total: sum(self.total, other.total),
+            disk_before: sum(self.disk_before, other.disk_before),
+            disk_after: sum(self.disk_after, other.disk_after),
         }
     }
 

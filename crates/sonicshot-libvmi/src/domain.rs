@@ -45,7 +45,7 @@ impl Domain {
         }
     }
 
-    /// What reads it, for people.
+    /// The driver that reads it, for people.
     #[must_use]
     pub const fn driver(&self) -> &'static str {
         match self {

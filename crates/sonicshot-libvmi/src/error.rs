@@ -15,7 +15,7 @@ pub enum LibVmiError {
     #[error(transparent)]
     Load(#[from] LoadError),
     /// That is no guest's name.
-    #[error("`{text}` is no guest of LibVMI's: say xen:NAME, kvm:NAME or file:PATH")]
+    #[error("`{text}` is not a guest of LibVMI's: say xen:NAME, kvm:NAME or file:PATH")]
     Domain {
         /// What was given.
         text: String,
@@ -25,7 +25,7 @@ pub enum LibVmiError {
     Name {
         /// The guest.
         domain: Domain,
-        /// What is wrong with it.
+        /// The fault.
         what: &'static str,
     },
     /// The file cannot be opened.
@@ -73,7 +73,7 @@ pub enum LibVmiError {
     Layout {
         /// The guest.
         domain: Domain,
-        /// What is wrong.
+        /// The fault.
         #[source]
         source: LayoutError,
     },

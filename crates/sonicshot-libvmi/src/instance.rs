@@ -14,11 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// What LibVMI maps, of every guest on x86-64.
 pub(crate) const PAGE: PageSize = PageSize::SIZE_4K;
-#[allow(
-    clippy::cast_possible_truncation,
-    reason = "a page has 16 bits at most"
-)]
-const PAGE_LEN: usize = PAGE.bytes() as usize;
+const PAGE_LEN: usize = PAGE.size();
 /// LibVMI cuts longer names of files off (`file_set_name` in `driver/file/file.c`), and would open
 /// another.
 const MAX_NAME: usize = 500;
@@ -256,7 +252,7 @@ impl Instance {
         let len = pages.checked_mul(PAGE_LEN)?;
         let mut next = first.as_ptr().addr();
         for place in &places {
-            // Xen's driver maps all side by side. Elsewhere they are no stretch of memory: left
+            // Xen's driver maps all side by side. Elsewhere they are no range of memory: left
             // mapped, for it is not known how.
             if place.addr() != next {
                 return None;
@@ -330,7 +326,8 @@ impl Pages {
         }
         // SAFETY: inside the mapping, as was just seen.
         let start = unsafe { self.start.add(skew) };
-        // SAFETY: these bytes are mapped until `self` is dropped, which `held` keeps as long as them.
+        // SAFETY: these bytes are mapped until `self` is dropped, which `held` keeps as long as
+        // them.
         unsafe {
             let bytes = GuestBytes::from_raw_parts(start, len);
             Some(Mapped::held(bytes, Box::new(self)))
@@ -340,8 +337,8 @@ impl Pages {
 
 impl Drop for Pages {
     fn drop(&mut self) {
-        // SAFETY: LibVMI mapped these pages side by side and has given them up; nothing borrowed from
-        // them is left. What the system says of it helps nobody.
+        // SAFETY: LibVMI mapped these pages side by side and has given them up; nothing borrowed
+        // from them is left. What the system says of it helps nobody.
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.len) };
     }
 }

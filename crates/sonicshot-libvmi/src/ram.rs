@@ -2,7 +2,7 @@
 
 use crate::instance::{Instance, PAGE};
 use crate::{Domain, LibVmiError};
-use sonicshot::{Gpa, GpaRange, RamLayout};
+use sonicshot::{Gpa, GpaRange, RamLayout, to_usize};
 
 /// As far as pages are tried: 1 TiB.
 const MAX_TRIED: u64 = 1 << 40;
@@ -71,7 +71,7 @@ impl<'i> Tried<'i> {
     fn all(&mut self, end: Gpa) {
         let mut at = Gpa::ZERO;
         while let Some(left) = end.offset_from(at).filter(|left| *left > 0) {
-            let pages = usize::try_from(left >> PAGE.shift()).map_or(PAGES, |left| left.min(PAGES));
+            let pages = to_usize(left >> PAGE.shift()).min(PAGES);
             self.some(at, pages);
             let Some(next) = after(at, pages).filter(|next| *next > at) else {
                 return;

@@ -49,11 +49,11 @@ pub enum QemuError {
         waited: Duration,
     },
     /// What came is no QMP.
-    #[error("QEMU's monitor sends what is no QMP, at `{command}`: {what}")]
+    #[error("QEMU's monitor sends what is not QMP, at `{command}`: {what}")]
     NoQmp {
         /// The command.
         command: &'static str,
-        /// What is wrong.
+        /// The fault.
         what: String,
     },
     /// QEMU says no.
@@ -69,7 +69,7 @@ pub enum QemuError {
     Unknown {
         /// What it was asked for.
         what: &'static str,
-        /// What it says.
+        /// Its text.
         found: String,
         /// What can be read.
         expected: &'static str,

@@ -14,7 +14,7 @@ use std::sync::Arc;
 /// The most that all blocks beside the guest's RAM may have: firmware, tables, video memory.
 pub(crate) const MAX_SMALL: u64 = 1 << 30;
 
-/// A stretch of the guest's RAM, in one block.
+/// A range of the guest's RAM, in one block.
 #[derive(Debug, Clone)]
 pub(crate) struct Segment {
     /// Where it is in the guest.

@@ -176,7 +176,7 @@ impl Launched {
 
     /// Its process.
     pub(crate) fn pid(&self) -> i32 {
-        i32::try_from(self.child.id()).unwrap_or_default()
+        self.child.id().cast_signed()
     }
 
     /// It has its guest, and needs nobody any more.
@@ -255,8 +255,9 @@ fn listen(mut from: impl Read, said: &Mutex<Vec<u8>>) {
         let _ = std::io::stderr().lock().write_all(new);
         let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
         said.extend_from_slice(new);
-        let over = said.len().saturating_sub(MAX_SAID);
-        said.drain(..over);
+        if let Some(over) = said.len().checked_sub(MAX_SAID) {
+            said.drain(..over);
+        }
     }
 }
 

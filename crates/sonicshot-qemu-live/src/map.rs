@@ -71,7 +71,7 @@ pub(crate) fn options(
         ));
     }
     let name = file.to_str().filter(|name| !name.contains(['\n', '\0']));
-    let name = name.ok_or_else(|| QemuError::not_this("the raw file's name is no text"))?;
+    let name = name.ok_or_else(|| QemuError::not_this("the raw file's name is not UTF-8"))?;
     // A comma ends an option.
     let name = name.replace(',', ",,");
     let mut backend =

@@ -83,7 +83,7 @@ impl LiveMemory {
         self.shadow.filled()
     }
 
-    /// These stretches of the guest, as pages of the shadow.
+    /// These ranges of the guest, as pages of the shadow.
     pub(crate) fn pages(&self, ranges: impl IntoIterator<Item = GpaRange>) -> Vec<Range<usize>> {
         let mut out = Vec::new();
         for range in ranges {
@@ -100,7 +100,15 @@ impl LiveMemory {
     /// Has these pages ready to be read, and room for them.
     pub(crate) fn prepare(&self, pages: &[Range<usize>]) {
         for pages in pages {
-            let bytes = pages.start.saturating_mul(PAGE)..pages.end.saturating_mul(PAGE);
+            let ends = pages
+                .start
+                .checked_mul(PAGE)
+                .zip(pages.end.checked_mul(PAGE));
+            // Beyond all memory there is nothing to prepare.
+            let Some((start, end)) = ends else {
+                continue;
+            };
+            let bytes = start..end;
             self.shadow.prepare(&bytes);
             for one in &self.segments {
                 if let Some(of_block) = one.of_block(&bytes) {
@@ -136,14 +144,14 @@ impl LiveMemory {
 
     /// Reads pages of one block of the shadow.
     fn fill(&self, block: usize, pages: &[Range<usize>]) -> Result<(), MemoryError> {
-        let at = block.saturating_mul(BLOCK);
-        let owner = self.segments.iter().find(|one| one.holds(at));
-        let Some(owner) = owner else {
+        let at = block.checked_mul(BLOCK);
+        let owner = at.and_then(|at| self.segments.iter().find(|one| one.holds(at)));
+        let Some((owner, end)) = owner.and_then(|owner| Some((owner, owner.end()?))) else {
             return Ok(());
         };
         let range = owner.segment.range;
         // Behind its end there is nothing to read.
-        let end = owner.at.saturating_add(owner.len).div_ceil(PAGE);
+        let end = end.div_ceil(PAGE);
         let clipped: Vec<_> = pages
             .iter()
             .map(|pages| pages.start..pages.end.min(end))
@@ -181,9 +189,10 @@ impl LiveMemory {
             exact
         } else {
             let first = one.at / PAGE;
-            let last = one.at.saturating_add(one.len).div_ceil(PAGE);
+            let last = one.end().map(|end| end.div_ceil(PAGE));
             let start = (exact.start & !(AROUND - 1)).max(first);
-            start..exact.end.next_multiple_of(AROUND).min(last)
+            let end = exact.end.next_multiple_of(AROUND);
+            start..last.map_or(exact.end, |last| end.min(last))
         };
         by_block(&[around]).try_for_each(|(block, pages)| self.fill(block, &pages))
     }
@@ -201,12 +210,18 @@ impl LiveMemory {
 
 impl Shadowed {
     fn holds(&self, at: usize) -> bool {
-        (self.at..self.at.saturating_add(self.len)).contains(&at)
+        let inside = at.checked_sub(self.at);
+        inside.is_some_and(|inside| inside < self.len)
+    }
+
+    /// Where it ends in the shadow.
+    fn end(&self) -> Option<usize> {
+        self.at.checked_add(self.len)
     }
 
     /// What of these bytes of the shadow is this segment's, as bytes of its block.
     fn of_block(&self, bytes: &Range<usize>) -> Option<Range<u64>> {
-        let end = self.at.checked_add(self.len)?;
+        let end = self.end()?;
         let (start, end) = (bytes.start.max(self.at), bytes.end.min(end));
         let place = |at: usize| {
             let inside = u64::try_from(at.checked_sub(self.at)?).ok()?;
@@ -236,10 +251,10 @@ fn by_block(
         .iter()
         .flat_map(|range| {
             let blocks = range.start / PAGES..range.end.div_ceil(PAGES);
-            blocks.map(move |block| {
-                let first = block.saturating_mul(PAGES);
-                let end = first.saturating_add(PAGES);
-                (block, range.start.max(first)..range.end.min(end))
+            blocks.map_while(move |block| {
+                let first = block.checked_mul(PAGES)?;
+                let end = first.checked_add(PAGES)?;
+                Some((block, range.start.max(first)..range.end.min(end)))
             })
         })
         .filter(|(_, range)| !range.is_empty())
@@ -263,7 +278,7 @@ impl GuestMemory for LiveMemory {
         let range = self.whole(at, buf.len())?;
         let lost = || backend(range, "what was read is gone");
         let (mut at, mut rest) = (at, buf);
-        // Of a stretch over several segments one after the other.
+        // Of a range over several segments one after the other.
         while !rest.is_empty() {
             let one = self
                 .segments

@@ -9,7 +9,7 @@ use sonicshot_serve::{Content, PageSource, ServeError};
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
 
-/// A stretch of the guest, and where a block has it.
+/// A range of the guest, and where a block has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Place {
     pub range: GpaRange,
@@ -45,7 +45,8 @@ impl Places {
         Ok(())
     }
 
-    /// The first part of `range` in one block: how long it is, the block, and where it begins there.
+    /// The first part of `range` in one block: how long it is, the block, and where it begins
+    /// there.
     pub(crate) fn of(&self, range: &GpaRange) -> Option<(GpaRange, &str, u64)> {
         let above = self
             .all
@@ -73,7 +74,7 @@ impl Places {
     }
 }
 
-/// A stretch of the guest, and what is there: bytes, or a word over and over.
+/// A range of the guest, and what is there: bytes, or a word over and over.
 pub(crate) type Found = (GpaRange, Content);
 
 /// What of `whole`, which is RAM, is of one kind each.
@@ -96,7 +97,7 @@ pub(crate) fn runs(
     })
 }
 
-/// The bytes of a stretch, whatever it is.
+/// The bytes of a range, whatever it is.
 pub(crate) fn bytes(source: &dyn PageSource, found: &Found) -> Result<Vec<u8>, ServeError> {
     let (range, content) = found;
     let len = usize::try_from(range.len());
@@ -168,7 +169,7 @@ fn nowhere(range: &GpaRange) -> io::Error {
     ))
 }
 
-/// Writes the pages of a stretch.
+/// Writes the pages of a range.
 pub(crate) fn send_bytes(
     places: &Places,
     stream: &mut Stream<impl Write>,

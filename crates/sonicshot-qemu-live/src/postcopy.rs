@@ -8,16 +8,16 @@
 //! ```
 //!
 //! QEMU must be told to discard something, or it takes what comes for the pages of an ordinary
-//! migration and waits for ever. It asks for pages before it has loaded its devices, and hangs until
-//! it gets them. What was never sent reads as zero once the end is there, so a page that was left
-//! out costs nothing, unless it is asked for.
+//! migration and waits for ever. It asks for pages before it has loaded its devices, and hangs
+//! until it gets them. What was never sent reads as zero once the end is there, so a page that was
+//! left out costs nothing, unless it is asked for.
 
 use crate::error::QemuError;
 use crate::pages::{self, Places};
-use crate::record::Small;
+use crate::record::{Small, offsets};
 use crate::stream::{PAGE, Stream, device_sections};
 use crate::tables::RamBlock;
-use sonicshot::GpaRange;
+use sonicshot::{GpaRange, to_usize};
 use sonicshot_serve::{Content, PageSource, ServeError};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, BufWriter, Read, Write};
@@ -29,7 +29,7 @@ use std::time::Duration;
 
 /// What is on its way at most, in bytes: what is asked for waits behind it.
 const SEND_BUFFER: usize = 128 << 10;
-/// Stretches that are read ahead.
+/// Ranges that are read ahead.
 const AHEAD: usize = 16;
 /// The most requests that wait for an answer.
 const MAX_REQUESTS: usize = 1 << 16;
@@ -139,10 +139,8 @@ impl Server<'_> {
         let mut sent = Sent::new(&self.blocks);
         // The small blocks' pages went with the head.
         for small in self.small {
-            for (first, count) in &small.runs {
-                for page in *first..first.saturating_add(*count) {
-                    sent.mark(&small.block.name, page.saturating_mul(4096));
-                }
+            for offset in offsets(&small.runs) {
+                sent.mark(&small.block.name, offset);
             }
         }
         loop {
@@ -178,10 +176,7 @@ impl Server<'_> {
         stream.blocks_for_postcopy(self.blocks.iter().copied())?;
         stream.begin_part()?;
         for small in self.small {
-            let pages = small.runs.iter().flat_map(|(first, count)| {
-                (*first..first.saturating_add(*count)).map(|page| page.saturating_mul(4096))
-            });
-            for (offset, page) in pages.zip(small.bytes.chunks(PAGE)) {
+            for (offset, page) in offsets(&small.runs).zip(small.bytes.chunks(PAGE)) {
                 stream.page(&small.block.name, offset, page)?;
             }
         }
@@ -210,7 +205,7 @@ impl Server<'_> {
         Ok(stream)
     }
 
-    /// Sends a stretch that was read ahead, host page by host page, as far as it was not sent.
+    /// Sends a range that was read ahead, host page by host page, as far as it was not sent.
     fn send_range(
         &self,
         range: GpaRange,
@@ -238,7 +233,7 @@ impl Server<'_> {
                 }
             } else {
                 let end = offset.checked_add(part.len()).ok_or_else(nowhere)?;
-                let mut at = offset & !whole.wrapping_sub(1);
+                let mut at = begin_of(offset, whole).ok_or_else(nowhere)?;
                 while at < end {
                     self.send_whole(name, at, whole, stream, sent)?;
                     // One of them is as much as many answers.
@@ -279,7 +274,8 @@ impl Server<'_> {
             let whole = whole.ok_or_else(|| listening(invalid("a page of no block")))?;
             let end = request.offset.checked_add(request.len);
             let end = end.ok_or_else(|| listening(invalid("a page beyond 64 bits")))?;
-            let mut at = request.offset & !whole.wrapping_sub(1);
+            let at = begin_of(request.offset, whole);
+            let mut at = at.ok_or_else(|| listening(invalid("a page of no bytes")))?;
             while at < end {
                 self.send_whole(&request.block, at, whole, stream, sent)?;
                 let next = at.checked_add(whole);
@@ -427,7 +423,7 @@ fn message(from: &mut impl Read, last: &mut Option<String>) -> io::Result<Heard>
                 .clone()
                 .ok_or_else(|| invalid("a page of a block without a name"))?;
             if len == 0 || len > MAX_REQUEST {
-                return Err(invalid("a request of an impossible length"));
+                return Err(invalid("a request of an invalid length"));
             }
             Ok(Heard::Request(Request { block, offset, len }))
         }
@@ -447,6 +443,11 @@ pub(crate) fn fuzz(mut data: &[u8]) {
     while !data.is_empty() && message(&mut data, &mut last).is_ok() {}
 }
 
+/// Where the page of `len` bytes begins that holds `at`.
+fn begin_of(at: u64, len: u64) -> Option<u64> {
+    at.checked_sub(at.checked_rem(len)?)
+}
+
 /// Which of QEMU's pages were sent: none is sent twice.
 struct Sent {
     blocks: HashMap<String, SentBlock>,
@@ -463,7 +464,7 @@ impl Sent {
     fn new(blocks: &[&RamBlock]) -> Self {
         let of = |block: &&RamBlock| {
             let pages = block.used.div_ceil(block.page_size);
-            let words = usize::try_from(pages.div_ceil(64)).unwrap_or(0);
+            let words = to_usize(pages.div_ceil(64));
             let sent = SentBlock {
                 page_size: block.page_size,
                 used: block.used,
@@ -496,7 +497,9 @@ impl Sent {
         let Some(block) = self.blocks.get_mut(block) else {
             return false;
         };
-        let page = at.checked_div(block.page_size).unwrap_or(0);
+        let Some(page) = at.checked_div(block.page_size) else {
+            return false;
+        };
         let word = usize::try_from(page / 64).ok();
         let Some(word) = word.and_then(|word| block.bits.get_mut(word)) else {
             return false;

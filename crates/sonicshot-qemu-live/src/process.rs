@@ -22,7 +22,7 @@ pub(crate) struct Process {
     folder: OwnedFd,
 }
 
-/// A stretch of a process's memory.
+/// A range of a process's memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mapping {
     pub start: u64,
@@ -57,7 +57,8 @@ impl Mapping {
     }
 
     pub(crate) fn len(&self) -> u64 {
-        self.end.saturating_sub(self.start)
+        // A mapping that ends before it begins is none.
+        self.end.abs_diff(self.start)
     }
 
     /// Shared with others by a file: what is written goes there.

@@ -365,7 +365,7 @@ impl Qmp {
             let mut buffer = [0; READ];
             let got = receive(&self.socket, &mut buffer, until)
                 .map_err(|source| broken(command, source, until))?;
-            let got = buffer.get(..got).unwrap_or_default();
+            let got = buffer.get(..got).unwrap_or(&buffer);
             self.lines.push(got).map_err(|len| QemuError::NoQmp {
                 command,
                 what: format!("a line of {len} bytes and more; expected were at most {MAX_LINE}"),
@@ -438,7 +438,7 @@ pub(crate) fn send_all(
         match sent {
             Ok(sent) => {
                 fds = None;
-                bytes = bytes.get(sent..).unwrap_or_default();
+                bytes = bytes.get(sent..).unwrap_or(&[]);
             }
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => {

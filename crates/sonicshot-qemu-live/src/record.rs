@@ -10,6 +10,7 @@ use crate::error::QemuError;
 use crate::find::{MAX_SMALL, Piece};
 use crate::tables::RamBlock;
 use serde::{Deserialize, Serialize};
+use sonicshot::Tally;
 use sonicshot::checkpoint::CheckpointReader;
 use std::fs::File;
 use std::path::Path;
@@ -65,7 +66,8 @@ pub(crate) fn pack(bytes: &[u8]) -> (Vec<(u64, u64)>, Vec<u8>) {
         kept.extend_from_slice(page);
         match runs.last_mut() {
             Some((first, count)) if first.checked_add(*count) == Some(number) => {
-                *count = count.saturating_add(1);
+                // There are no more than pages of `bytes`.
+                *count = Tally::new(*count).and(1).get();
             }
             _ => runs.push((number, 1)),
         }
@@ -73,10 +75,21 @@ pub(crate) fn pack(bytes: &[u8]) -> (Vec<(u64, u64)>, Vec<u8>) {
     (runs, kept)
 }
 
+/// Where each page of these runs begins in its block, in bytes.
+pub(crate) fn offsets(runs: &[(u64, u64)]) -> impl Iterator<Item = u64> + '_ {
+    let numbers = runs
+        .iter()
+        .flat_map(|(first, count)| (0..*count).map_while(|number| first.checked_add(number)));
+    numbers.map_while(|page| page.checked_mul(PAGE as u64))
+}
+
 /// Whether `bytes` can be what QEMU writes of devices.
 pub(crate) fn is_device_state(bytes: &[u8]) -> bool {
     bytes.starts_with(&DEVICES_START)
-        && bytes.len() > DEVICES_START.len().saturating_add(1)
+        && bytes
+            .len()
+            .checked_sub(DEVICES_START.len())
+            .is_some_and(|more| more > 1)
         && bytes.last() == Some(&DEVICES_END)
 }
 
@@ -128,7 +141,9 @@ impl Kept {
         record.check().map_err(&wrong)?;
         let devices = blob(DEVICES, MAX_DEVICES)?;
         if !is_device_state(&devices) {
-            return Err(wrong(format!("its blob {DEVICES} is no state of devices")));
+            return Err(wrong(format!(
+                "its blob {DEVICES} is not the state of devices"
+            )));
         }
         let mut small = Vec::new();
         let mut all = 0_u64;
@@ -136,7 +151,12 @@ impl Kept {
             if block.pieces.is_some() {
                 continue;
             }
-            let bytes = match block.page_count() {
+            let pages = block.page_count();
+            let pages = pages.ok_or_else(|| {
+                let name = &block.block.name;
+                wrong(format!("block `{name}` has more pages than 64 bits count"))
+            })?;
+            let bytes = match pages {
                 0 => Vec::new(),
                 _ => blob(&blob_of(number), MAX_SMALL)?,
             };
@@ -147,11 +167,10 @@ impl Kept {
                 .ok_or_else(|| {
                     wrong(format!("its small blocks have more than {MAX_SMALL} bytes"))
                 })?;
-            if block.page_count().checked_mul(4096) != Some(len) {
+            if pages.checked_mul(4096) != Some(len) {
                 return Err(wrong(format!(
-                    "block `{}` has {} pages by the record, and {len} bytes",
+                    "block `{}` has {pages} pages by the record, and {len} bytes",
                     block.block.name,
-                    block.page_count()
                 )));
             }
             small.push(Small {
@@ -169,10 +188,10 @@ impl Kept {
 }
 
 impl Block {
-    fn page_count(&self) -> u64 {
-        // What does not fit 64 bits is no length that a blob has.
-        let counts = self.runs.iter().map(|(_, count)| count);
-        counts.fold(0, |sum: u64, count| sum.saturating_add(*count))
+    /// `None` if there are more than 64 bits count: no blob has such a length.
+    fn page_count(&self) -> Option<u64> {
+        let mut counts = self.runs.iter().map(|(_, count)| *count);
+        counts.try_fold(0, u64::checked_add)
     }
 }
 

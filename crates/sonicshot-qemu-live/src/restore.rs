@@ -8,7 +8,7 @@ use crate::map;
 use crate::pages::{self, Places};
 use crate::postcopy::Server;
 use crate::qmp::{QemuVersion, Qmp, shortened};
-use crate::record::{Kept, Small};
+use crate::record::{Kept, Small, offsets};
 use crate::refuse;
 use crate::stream::{PAGE, Stream};
 use crate::tables::RamBlock;
@@ -57,10 +57,10 @@ pub struct LiveRestoreOptions {
     /// A command that calls [`guard`](crate::guard()) with its standard input and output, and does
     /// nothing else: it ends QEMU if this process dies before the guest has all that comes from it.
     pub guard: Option<Command>,
-    /// The disks that the checkpoint has pages on. Unless all were declared immutable, all memory is put
-    /// in place before the guest runs.
+    /// The disks that the checkpoint has pages on. Unless all were declared immutable, all memory
+    /// is put in place before the guest runs.
     pub disks: Vec<GivenDisk>,
-    /// What becomes of a disk that was written to since the guest was saved.
+    /// The treatment of a disk that was written to since the guest was saved.
     pub moved_on: MovedOn,
 }
 
@@ -518,10 +518,7 @@ impl Guest<'_> {
         stream: &mut Stream<impl Write>,
     ) -> io::Result<()> {
         for small in &matched.small {
-            let pages = small.runs.iter().flat_map(|(first, count)| {
-                (*first..first.saturating_add(*count)).map(|page| page.saturating_mul(4096))
-            });
-            for (offset, page) in pages.zip(small.bytes.chunks(PAGE)) {
+            for (offset, page) in offsets(&small.runs).zip(small.bytes.chunks(PAGE)) {
                 stream.page(&small.block.name, offset, page)?;
             }
         }

@@ -34,7 +34,7 @@ const LOOKS: u32 = 4;
 /// The blob that other readers of checkpoints look for.
 const VMCOREINFO: &str = "vmcoreinfo";
 
-/// What becomes of a guest that was saved.
+/// The state of a guest after its save.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum AfterSave {
@@ -51,7 +51,7 @@ pub enum AfterSave {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct LiveSaveOptions {
-    /// What becomes of it.
+    /// The state that it is left in.
     pub after: AfterSave,
     /// How the checkpoint is written.
     pub writing: SaveOptions,
@@ -59,8 +59,8 @@ pub struct LiveSaveOptions {
     pub overwrite: Overwrite,
     /// Files with symbols and types of the guest's kernel, which need not be given.
     pub symbols: Vec<PathBuf>,
-    /// How long the guest is paused at most. If that is not enough it runs on, and nothing is saved.
-    /// Of a guest that does not run on, until its memory is copied.
+    /// How long the guest is paused at most. If that is not enough it runs on, and nothing is
+    /// saved. Of a guest that does not run on, until its memory is copied.
     pub max_pause: Duration,
     /// QEMU's process, if it is not the one that opened the monitor's socket.
     pub pid: Option<i32>,
@@ -108,7 +108,7 @@ pub struct PauseTimes {
     pub copy: Duration,
 }
 
-/// What a save came to.
+/// The result of a save.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct LiveSaved {
@@ -118,15 +118,16 @@ pub struct LiveSaved {
     pub pid: i32,
     /// The guest's machine.
     pub machine: String,
-    /// What each block of the guest's RAM is: its name, its length in bytes, and in words.
+    /// The blocks of the guest's RAM: each with its name, its length in bytes, and its kind in
+    /// words.
     pub ram: Vec<(String, u64, &'static str)>,
     /// The guest's kernel.
     pub release: String,
-    /// What the checkpoint holds.
+    /// The counts of the checkpoint's content.
     pub stats: SaveStats,
     /// The guest's RAM, in bytes.
     pub ram_bytes: u64,
-    /// What of it was left out, in bytes.
+    /// The bytes of it that were left out.
     pub dropped_bytes: u64,
     /// Whether the guest was paused already.
     pub found_paused: bool,

@@ -83,12 +83,13 @@ impl Sealed {
             return;
         };
         let (first, last) = (from / PAGE, to / PAGE);
-        let len = last.saturating_sub(first).saturating_mul(PAGE);
-        if len == 0 {
+        let pages = last.checked_sub(first);
+        let len = pages.and_then(|pages| pages.checked_mul(PAGE));
+        let (Some(len @ 1..), Some(skip)) = (len, first.checked_mul(PAGE)) else {
             return;
-        }
+        };
         // SAFETY: inside the mapping.
-        let at = unsafe { self.start.add(first.saturating_mul(PAGE)) };
+        let at = unsafe { self.start.add(skip) };
         // SAFETY: the pages are this mapping's own, and to bring them in changes none of them.
         if unsafe { madvise(at.as_ptr().cast(), len, Advice::LinuxPopulateRead) }.is_err() {
             return;

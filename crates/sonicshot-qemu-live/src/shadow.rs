@@ -106,26 +106,29 @@ impl Shadow {
         };
         // What a thread that panicked had begun has no bits.
         let held = lock.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = block.saturating_mul(PAGES);
-        let all = first..first.saturating_add(PAGES);
+        let first = block.checked_mul(PAGES);
+        let Some(all) = first.and_then(|first| Some(first..first.checked_add(PAGES)?)) else {
+            return Ok(());
+        };
         let mut missing: Vec<Range<usize>> = Vec::new();
         for range in pages {
             for page in range.start.max(all.start)..range.end.min(all.end) {
                 if self.is_filled(page) {
                     continue;
                 }
-                match missing.last_mut() {
-                    Some(last) if last.end == page => last.end = page.saturating_add(1),
-                    // What comes twice is filled once.
-                    Some(last) if page < last.end => {}
-                    _ => missing.push(page..page.saturating_add(1)),
+                // What comes twice is filled once.
+                if missing.last().is_none_or(|last| page >= last.end) {
+                    append(&mut missing, page);
                 }
             }
         }
         if missing.is_empty() {
             return Ok(());
         }
-        let mut holes: Vec<_> = missing.iter().map(|pages| self.hole(pages)).collect();
+        let holes: Option<Vec<_>> = missing.iter().map(|pages| self.hole(pages)).collect();
+        let Some(mut holes) = holes else {
+            return Ok(());
+        };
         fill(&mut holes)?;
         for page in missing.into_iter().flatten() {
             if let Some(word) = self.filled.get(page / 64) {
@@ -137,16 +140,16 @@ impl Shadow {
     }
 
     /// Pages that are not filled and of whose block the lock is held.
-    fn hole(&self, pages: &Range<usize>) -> Hole<'_> {
+    fn hole(&self, pages: &Range<usize>) -> Option<Hole<'_>> {
         // Of a block that has a lock: inside the mapping.
-        let at = pages.start.saturating_mul(PAGE);
-        let len = pages.len().saturating_mul(PAGE);
+        let at = pages.start.checked_mul(PAGE)?;
+        let len = pages.len().checked_mul(PAGE)?;
         // SAFETY: inside the mapping, for the block has a lock.
         let start = unsafe { self.start.add(at) };
         // SAFETY: mapped and initialised (by zeroes at first); nobody else has a pointer to pages
         // that are not filled but who holds this block's lock, and the holes are disjoint.
         let bytes = unsafe { core::slice::from_raw_parts_mut(start.as_ptr(), len) };
-        Hole { at, bytes }
+        Some(Hole { at, bytes })
     }
 
     /// The pages that are filled, as ranges of their numbers.
@@ -156,10 +159,7 @@ impl Shadow {
             if !self.is_filled(page) {
                 continue;
             }
-            match out.last_mut() {
-                Some(last) if last.end == page => last.end = page.saturating_add(1),
-                _ => out.push(page..page.saturating_add(1)),
-            }
+            append(&mut out, page);
         }
         out
     }
@@ -182,6 +182,17 @@ impl Shadow {
         let at = unsafe { self.start.add(start) };
         // SAFETY: the pages are this mapping's own, and to bring them in changes none of them.
         let _ = unsafe { madvise(at.as_ptr().cast(), len, Advice::LinuxPopulateWrite) };
+    }
+}
+
+/// Adds `page`, which is behind all in `ranges`.
+fn append(ranges: &mut Vec<Range<usize>>, page: usize) {
+    let Some(end) = page.checked_add(1) else {
+        return;
+    };
+    match ranges.last_mut() {
+        Some(last) if last.end == page => last.end = end,
+        _ => ranges.push(page..end),
     }
 }
 

@@ -3,7 +3,7 @@
 use rustix::process::Pid;
 use std::io;
 
-/// A stretch of another process's memory, and where it is to go.
+/// A range of another process's memory, and where it is to go.
 pub(crate) struct RemoteRead<'a> {
     /// Its address in the other process.
     pub from: u64,
@@ -11,13 +11,13 @@ pub(crate) struct RemoteRead<'a> {
     pub to: &'a mut [u8],
 }
 
-/// The most stretches of one call (`IOV_MAX`).
+/// The most ranges of one call (`IOV_MAX`).
 const PER_CALL: usize = 1024;
 
 /// Reads memory of the process `pid`; all of it, or an error.
 ///
 /// # Errors
-/// What the system says; `UnexpectedEof` if a stretch is not all mapped.
+/// What the system says; `UnexpectedEof` if a range is not all mapped.
 pub(crate) fn read_process(pid: Pid, reads: &mut [RemoteRead<'_>]) -> io::Result<()> {
     for some in reads.chunks_mut(PER_CALL) {
         read_some(pid, some)?;

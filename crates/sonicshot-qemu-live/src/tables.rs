@@ -102,7 +102,7 @@ fn ram_block(line: &str) -> Option<RamBlock> {
     })
 }
 
-/// A stretch of the guest's memory that is RAM or ROM, by the flat view of it.
+/// A range of the guest's memory that is RAM or ROM, by the flat view of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Placed {
     /// The region: the last part of a block's name.

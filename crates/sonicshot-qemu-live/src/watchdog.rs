@@ -20,6 +20,7 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
 };
 use serde_json::{Value, json};
+use sonicshot::Tally;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -81,8 +82,11 @@ impl Watchdog {
 
     /// Says that the guest will be paused, for at most `most`.
     pub(crate) fn arm(&self, most: Option<Duration>) -> Result<(), QemuError> {
-        let millis = most.map_or(0, |most| {
-            u64::try_from(most.as_millis()).unwrap_or(0).max(1)
+        const FOR_EVER: u64 = 0;
+        // What is shorter than a millisecond is one.
+        let millis = most.map_or(FOR_EVER, |most| {
+            let millis = Tally::new(most.as_secs()).times(1000);
+            millis.and(most.subsec_millis().max(1).into()).get()
         });
         match self.ask(ARM, millis)? {
             ARM => Ok(()),
@@ -155,7 +159,7 @@ fn message(socket: BorrowedFd<'_>) -> io::Result<Option<(u8, u64)>> {
             Ok((_, MESSAGE)) => {
                 let (what, value) = bytes.split_at(1);
                 let value = <[u8; 8]>::try_from(value).map_err(io::Error::other)?;
-                let what = what.first().copied().unwrap_or_default();
+                let what = *what.first().ok_or(io::ErrorKind::InvalidData)?;
                 return Ok(Some((what, u64::from_le_bytes(value))));
             }
             Ok(_) => return Err(io::ErrorKind::InvalidData.into()),
@@ -305,7 +309,7 @@ fn ask(
             }
         }
         let got = receive(monitor, &mut buffer, &until).map_err(failed)?;
-        let pushed = lines.push(buffer.get(..got).unwrap_or_default());
+        let pushed = lines.push(buffer.get(..got).unwrap_or(&buffer));
         pushed.map_err(|len| QemuError::NoQmp {
             command,
             what: format!("a line of {len} bytes"),

@@ -6,10 +6,11 @@
 //! ```
 //!
 //! FORM is `1.1`, `1.7`, `1.12` (Firecracker's versions), `twice` (the same with two descriptors,
-//! which nobody serves), `stratovirt`, `own` or `again` (the same, by two connections); PAGE is `4096` or `2097152`; WHAT is what it does: `check` (touch all of its memory and compare), `removes` (give
-//! pages back meanwhile), `wear` (the same for some seconds), `wait` (say `ready` and sleep), `block` (make its descriptor sleep, then
-//! `check`), `bad` (touch the page SEED, which may not be had), `touch` (let go of its descriptor
-//! and touch page after page, slowly).
+//! which nobody serves), `stratovirt`, `own` or `again` (the same, by two connections); PAGE is
+//! `4096` or `2097152`; WHAT is what it does: `check` (touch all of its memory and compare),
+//! `removes` (give pages back meanwhile), `wear` (the same for some seconds), `wait` (say `ready`
+//! and sleep), `block` (make its descriptor sleep, then `check`), `bad` (touch the page SEED, which
+//! may not be had), `touch` (let go of its descriptor and touch page after page, slowly).
 //!
 //! The guest has two regions of RAM: `REGIONS`. What is in it is `expected`.
 #![expect(unsafe_code, reason = "guest memory is a mapping here")]
@@ -72,7 +73,7 @@ const PAGE: usize = 4096;
 const REGIONS: [(u64, usize); 2] = [(0, 1024), (4 << 30, 2048)];
 const PAGES: usize = REGIONS[0].1 + REGIONS[1].1;
 
-/// Most pages are kept; every fifth stretch is free, every seventh zero.
+/// Most pages are kept; every fifth range is free, every seventh zero.
 fn expected(page: usize) -> [u8; PAGE] {
     let mut bytes = [0; PAGE];
     let free = page / 11 % 5 == 3;

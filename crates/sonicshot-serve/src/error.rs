@@ -102,9 +102,9 @@ pub enum ServeError {
         source: io::Error,
     },
     /// The descriptor that came is no `userfaultfd`.
-    #[error("the descriptor that came is no userfaultfd but {found}")]
+    #[error("the descriptor that came is not a userfaultfd but {found}")]
     NoUffd {
-        /// What it is.
+        /// Its kind.
         found: String,
     },
     /// The `userfaultfd` has not the features that are needed, or others.
@@ -179,7 +179,7 @@ pub enum ServeError {
         /// How many there should be.
         expected: usize,
     },
-    /// There is no memory to serve, or there are too many stretches of it.
+    /// There is no memory to serve, or there are too many ranges of it.
     #[error("the message has {found} regions, not 1 to {max}")]
     Regions {
         /// How many there are.
@@ -242,8 +242,8 @@ pub enum ServeError {
         /// Its length in bytes.
         len: u64,
     },
-    /// Something was in the guest's memory before the guest's own bytes were: whoever reads it there
-    /// is not told apart from the guest.
+    /// Something was in the guest's memory before the guest's own bytes were: whoever reads it
+    /// there is not told apart from the guest.
     #[error(
         "there was a page at {at} already, where the guest's memory at {gpa:#x} belongs: memory that \
          is restored to must be fresh, and untouched until it is registered"
@@ -297,7 +297,7 @@ pub enum ServeError {
     SocketExists {
         /// The socket's name.
         path: PathBuf,
-        /// What it is.
+        /// Its kind.
         why: &'static str,
     },
     /// The process that would end the virtual machines is gone, or has not taken one in.
@@ -327,11 +327,11 @@ pub enum ServeError {
     /// A part of the guest's memory, as Cloud Hypervisor's configuration has it, cannot be.
     #[error("by Cloud Hypervisor's configuration {what} {slot} is {value:#x}, which cannot be")]
     MigrationSlot {
-        /// What is wrong.
+        /// The fault.
         what: &'static str,
         /// The slot's number.
         slot: u32,
-        /// What it is.
+        /// Its kind.
         value: u64,
     },
     /// Cloud Hypervisor's configuration and the snapshot's memory are of different guests.
@@ -425,14 +425,14 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
-    /// A file is no working set.
-    #[error("{} is no working set: line {line}: {what}", path.display())]
+    /// A file is not a working set.
+    #[error("{} is not a working set: line {line}: {what}", path.display())]
     Set {
         /// The file.
         path: PathBuf,
         /// The line, from 1.
         line: usize,
-        /// What is wrong with it.
+        /// The fault.
         what: &'static str,
     },
     /// A working set is of another guest.

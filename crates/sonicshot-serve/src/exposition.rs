@@ -89,7 +89,7 @@ fn answer<S: Hasty>(mut stream: S, metrics: &Metrics) -> io::Result<()> {
         hurry(&stream)?;
         match stream.read(&mut part)? {
             0 => break,
-            got => request.extend_from_slice(part.get(..got).unwrap_or_default()),
+            got => request.extend_from_slice(part.get(..got).unwrap_or(&part)),
         }
     }
     let (status, text) = if request.starts_with(b"GET ") {
@@ -121,7 +121,7 @@ mod tests {
         // What is no socket stays.
         std::fs::write(&path, "x").unwrap();
         let refused = expose(path.to_str().unwrap(), Arc::default()).unwrap_err();
-        assert!(refused.to_string().contains("is no socket"), "{refused}");
+        assert!(refused.to_string().contains("is not a socket"), "{refused}");
         assert_eq!(std::fs::read(&path).unwrap(), b"x");
         std::fs::remove_file(&path).unwrap();
         // What an earlier server has left.

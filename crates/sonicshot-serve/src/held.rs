@@ -59,7 +59,8 @@ impl Held {
         (held, vm)
     }
 
-    /// What another server has held. It is not held on to before [`hold`](Self::hold).
+    /// A virtual machine that another server has held. It is not held on to before
+    /// [`hold`](Self::hold).
     pub fn given(uffd: Arc<OwnedFd>, vm: Peer) -> Self {
         Self {
             descriptors: vec![uffd],

@@ -3,6 +3,7 @@
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicU64, Ordering};
 use core::time::Duration;
+use sonicshot::Tally;
 
 /// Upper bounds of the latency's buckets, in microseconds.
 const BUCKETS: [u64; 12] = [
@@ -49,7 +50,8 @@ impl Metrics {
 
     pub(crate) fn fault(&self, took: Duration) {
         add(&self.faults, 1);
-        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        let seconds = Tally::new(took.as_secs()).times(1_000_000);
+        let micros = seconds.and(took.subsec_micros().into()).get();
         add(&self.latency_sum, micros);
         let bucket = BUCKETS.iter().position(|bound| micros <= *bound);
         if let Some(bucket) = bucket.and_then(|bucket| self.latency.get(bucket)) {
@@ -209,12 +211,12 @@ impl Metrics {
             "# HELP {NAME} From a fault's being read to its page's being there."
         )?;
         writeln!(out, "# TYPE {NAME} histogram")?;
-        let mut sum = 0_u64;
+        let mut sum = Tally::ZERO;
         for (bound, count) in BUCKETS.iter().zip(&self.latency) {
-            sum = sum.saturating_add(get(count));
+            sum.add(get(count));
             writeln!(out, "{NAME}_bucket{{le=\"{}\"}} {sum}", Micros(*bound))?;
         }
-        let all = get(&self.faults).max(sum);
+        let all = get(&self.faults).max(sum.get());
         writeln!(out, "{NAME}_bucket{{le=\"+Inf\"}} {all}")?;
         writeln!(out, "{NAME}_sum {}", Micros(get(&self.latency_sum)))?;
         writeln!(out, "{NAME}_count {all}")

@@ -12,6 +12,7 @@ use crate::sys;
 use crate::uffd::Uffd;
 use crate::watch::{self, Given, Pages, Watched, Watcher};
 use core::hash::{Hash, Hasher};
+use core::ops::RangeFrom;
 use core::sync::atomic::{AtomicUsize, Ordering};
 use core::time::Duration;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -20,6 +21,7 @@ use rustix::fs::{Gid, Mode, Uid, chmod, chown, fstat};
 use rustix::io::Errno;
 use serde_json::json;
 use sonicshot::checkpoint::CheckpointError;
+use sonicshot::to_usize;
 use std::collections::HashSet;
 use std::hash::DefaultHasher;
 use std::io::{self, Write};
@@ -208,15 +210,14 @@ impl Server {
     /// [`ServeError::System`] if the socket fails.
     pub fn run(&self, count: Option<usize>) -> Result<(), ServeError> {
         let enough = || count.is_some_and(|count| self.shared.has_begun(count));
-        let mut came = 0_usize;
+        let mut came = 1..;
         while !enough() {
             self.shared.wait_for_fewer(self.shared.options.max_vms);
             if enough() {
                 break;
             }
             if let Some(stream) = self.accept()? {
-                came = came.saturating_add(1);
-                self.shared.take_in(stream, came, true);
+                self.take_next(stream, &mut came, true);
             } else if !enough() {
                 self.wait()?;
             }
@@ -232,13 +233,19 @@ impl Server {
     }
 
     /// Refuses those who have connected.
-    fn turn_away(&self, came: &mut usize) -> Result<(), ServeError> {
+    fn turn_away(&self, came: &mut RangeFrom<usize>) -> Result<(), ServeError> {
         while let Some(stream) = self.accept()? {
             self.shared.wait_for_fewer(self.shared.options.max_vms);
-            *came = came.saturating_add(1);
-            self.shared.take_in(stream, *came, false);
+            self.take_next(stream, came, false);
         }
         Ok(())
+    }
+
+    /// Takes in the connection with the next number.
+    fn take_next(&self, stream: UnixStream, came: &mut RangeFrom<usize>, in_time: bool) {
+        if let Some(number) = came.next() {
+            self.shared.take_in(stream, number, in_time);
+        }
     }
 
     /// The next connection, if there is one.
@@ -311,8 +318,9 @@ fn room() -> usize {
     let Some(limit) = getrlimit(Resource::Nofile).current else {
         return usize::MAX;
     };
-    let room = limit.saturating_sub(OTHERS).checked_div(DESCRIPTORS);
-    usize::try_from(room.unwrap_or(1).max(1)).unwrap_or(usize::MAX)
+    let room = limit.checked_sub(OTHERS).map(|room| room / DESCRIPTORS);
+    // One at least: it is told what there is no room for.
+    to_usize(room.filter(|room| *room > 0).unwrap_or(1))
 }
 
 /// Lets this process have as many descriptors as it may.
@@ -419,11 +427,10 @@ impl Shared {
             return Ok(None);
         };
         // The watcher of a server that was killed has the name until it has ended, too.
-        let mut left = TRIES;
+        let mut tries = 0..TRIES;
         let door = loop {
             match Named::bind(&keep.socket, |_| Ok(())) {
-                Err(ServeError::SocketExists { .. }) if left > 0 => {
-                    left = left.saturating_sub(1);
+                Err(ServeError::SocketExists { .. }) if tries.next().is_some() => {
                     std::thread::sleep(AGAIN);
                 }
                 bound => break bound?,

@@ -48,8 +48,7 @@ impl PageSet {
     /// How much memory is in it, in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        let lengths = self.0.iter().map(GpaRange::len);
-        lengths.fold(0, u64::saturating_add)
+        GpaRange::total_of(&self.0)
     }
 
     /// The set without its shortest ranges, so that at most `max` bytes are left.
@@ -103,9 +102,9 @@ impl PageSet {
             let ends = text.split_once('-');
             let number = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
             let ends = ends.and_then(|(start, end)| Some((number(start)?, number(end)?)));
-            let (start, end) = ends.ok_or_else(|| wrong(line, "it is no range"))?;
+            let (start, end) = ends.ok_or_else(|| wrong(line, "it is not a range"))?;
             if start >= end || start % 4096 != 0 || end % 4096 != 0 {
-                return Err(wrong(line, "it is no range of whole pages"));
+                return Err(wrong(line, "it is not a range of whole pages"));
             }
             let (start, end) = (Gpa::new(start), Gpa::new(end));
             if ranges.last().is_some_and(|last| last.end() >= start) {
@@ -132,7 +131,8 @@ impl PageSet {
         let file = File::open(path).map_err(ServeError::io("opening", path))?;
         let mut text = String::new();
         // One byte more tells that there is more.
-        file.take(Self::MAX_FILE.saturating_add(1))
+        const TOO_MUCH: u64 = PageSet::MAX_FILE + 1;
+        file.take(TOO_MUCH)
             .read_to_string(&mut text)
             .map_err(ServeError::io("reading", path))?;
         if text.len() as u64 > Self::MAX_FILE {
@@ -159,8 +159,10 @@ pub struct Recorder {
 
 /// A new file beside `path`, and its name.
 fn create(path: &Path) -> io::Result<(File, PathBuf)> {
-    let mut number = 0_u32;
+    let mut numbers = 0..=NAMES;
+    let taken = || io::Error::from(io::ErrorKind::AlreadyExists);
     loop {
+        let number = numbers.next().ok_or_else(taken)?;
         let mut new = path.as_os_str().to_owned();
         new.push(format!(".{}-{number}.new", std::process::id()));
         let file = OpenOptions::new()
@@ -170,9 +172,7 @@ fn create(path: &Path) -> io::Result<(File, PathBuf)> {
             .open(&new);
         match file {
             // What is there may be another's, or a link of somebody's.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < NAMES => {
-                number = number.saturating_add(1);
-            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < NAMES => {}
             other => return Ok((other?, new.into())),
         }
     }
@@ -180,7 +180,7 @@ fn create(path: &Path) -> io::Result<(File, PathBuf)> {
 
 /// Names that are tried for a file that is not whole yet.
 const NAMES: u32 = 100;
-/// Stretches that are noted before they are put together.
+/// Ranges that are noted before they are put together.
 const NOTED: usize = 1 << 16;
 
 impl Recorder {
@@ -210,7 +210,7 @@ impl Recorder {
         }
     }
 
-    /// What was noted.
+    /// The pages that were noted.
     #[must_use]
     pub fn set(&self) -> PageSet {
         let ranges = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);

@@ -77,7 +77,7 @@ impl Named {
         self.path = PathBuf::new();
     }
 
-    /// What tells its file from others.
+    /// A number that tells its file from others.
     pub fn hash(&self) -> u64 {
         hashed(self.identity)
     }
@@ -116,7 +116,7 @@ fn check_free(path: &Path) -> Result<(), ServeError> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(ServeError::io("looking at", path)(error)),
-        Ok(found) if !found.file_type().is_socket() => Err(exists("is no socket")),
+        Ok(found) if !found.file_type().is_socket() => Err(exists("is not a socket")),
         Ok(_) => match UnixStream::connect(path) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
             Err(error) => Err(ServeError::io("connecting to", path)(error)),

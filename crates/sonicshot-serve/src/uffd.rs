@@ -271,8 +271,8 @@ impl Uffd {
     ///
     /// # Safety
     /// The memory is mapped, and stays so for as long as a [`Vm`](crate::Vm) is given it; nobody
-    /// has touched it, or relies on what is in it; and whoever touches it can wait until the page is
-    /// there.
+    /// has touched it, or relies on what is in it; and whoever touches it can wait until the page
+    /// is there.
     pub unsafe fn register(
         &self,
         start: NonNull<u8>,
@@ -284,7 +284,7 @@ impl Uffd {
         Ok(Registered { start, len })
     }
 
-    /// That the stretch can be served, and of which kind it is. Who has sent the descriptor has
+    /// That the range can be served, and of which kind it is. Who has sent the descriptor has
     /// registered it; to do so again changes nothing.
     pub(crate) fn prove(&self, start: u64, len: u64) -> Result<Kind, ServeError> {
         let mut register = Register {
@@ -301,7 +301,7 @@ impl Uffd {
         })
     }
 
-    /// Whether the kernel takes no part of a page for one, where the stretch begins: its pages are
+    /// Whether the kernel takes no part of a page for one, where the range begins: its pages are
     /// as large as `page` at least. They are huge.
     pub(crate) fn is_whole(&self, start: u64, page: u64) -> bool {
         let mut register = Register {
@@ -321,12 +321,12 @@ impl Uffd {
         unsafe { ioctl(&*self.fd, Updater::<OPCODE, T>::new(argument)) }
     }
 
-    /// Lets the kernel serve the stretch alone: what is not in place is zero.
+    /// Lets the kernel serve the range alone: what is not in place is zero.
     pub(crate) fn unregister(&self, start: u64, len: u64) -> Result<(), Errno> {
         self.call::<UNREGISTER, _>(&mut Range { start, len })
     }
 
-    /// Wakes who waits for a page of the stretch.
+    /// Wakes who waits for a page of the range.
     pub(crate) fn wake(&self, start: u64, len: u64) {
         // It fails if nobody is left to be woken.
         let _ = self.call::<WAKE, _>(&mut Range { start, len });
@@ -367,9 +367,9 @@ impl Uffd {
         let _ = self.call::<POISON, _>(&mut poison);
     }
 
-    /// Reads what has happened into `messages`, as much as comes at once, without sleeping where the kernel can
-    /// (else, if somebody has cleared `O_NONBLOCK`, it may sleep until something happens).
-    /// Returns how many messages came.
+    /// Reads what has happened into `messages`, as much as comes at once, without sleeping where
+    /// the kernel can (else, if somebody has cleared `O_NONBLOCK`, it may sleep until something
+    /// happens). Returns how many messages came.
     pub(crate) fn events(
         &self,
         messages: &mut [u8],

@@ -5,10 +5,10 @@
 //! the server is gone it ends them first, waits until they are gone, and only then lets go.
 //!
 //! Or it gives them to another server, if it was told to wait for one: that connects to a socket
-//! which the watcher got from its own server, and goes on with what that has kept (`engine/kept.rs`).
-//! The socket that virtual machines come to is handed on with them: who comes meanwhile waits.
-//! A server that lives still is ended first: at no moment two serve the same memory. Whoever waits
-//! for a page waits meanwhile.
+//! which the watcher got from its own server, and goes on with what that has kept
+//! (`engine/kept.rs`). The socket that virtual machines come to is handed on with them: who comes
+//! meanwhile waits. A server that lives still is ended first: at no moment two serve the same
+//! memory. Whoever waits for a page waits meanwhile.
 
 use crate::error::ServeError;
 use crate::peer::{AGAIN, Peer};
@@ -25,6 +25,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, send, sendmsg,
     socketpair,
 };
+use sonicshot::Tally;
 use std::collections::HashMap;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -168,15 +169,16 @@ impl Watcher {
 
     /// Has it wait for another server, so long, at `socket` if this one is gone.
     pub(crate) fn keep(&self, socket: &impl AsFd, limit: Duration) -> Result<(), ServeError> {
-        let limit = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let millis = Tally::new(limit.as_secs()).times(1000);
+        let limit = millis.and(limit.subsec_millis().into()).get();
         let _one = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
         let said = say(&self.socket, KEEP, limit, &[socket.as_fd()]);
         said.and_then(|()| self.hear(limit))
             .map_err(ServeError::NoWatcher)
     }
 
-    /// Has it hold on to the socket that virtual machines come to, of the file `identity`: who comes
-    /// while there is no server waits for the next one.
+    /// Has it hold on to the socket that virtual machines come to, of the file `identity`: who
+    /// comes while there is no server waits for the next one.
     pub(crate) fn hold(&self, socket: &impl AsFd, identity: u64) -> Result<(), ServeError> {
         let _one = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
         let said = say(&self.socket, PAGES, identity, &[socket.as_fd()]);
@@ -244,7 +246,7 @@ impl Drop for Watched {
 pub(crate) struct Held {
     pub uffd: OwnedFd,
     pub peer: Peer,
-    /// What another server needs beside.
+    /// The descriptor that another server needs beside.
     pub kept: Option<OwnedFd>,
 }
 
@@ -275,7 +277,8 @@ impl Pages {
     }
 
     /// Refuses who has come while there was no server, as that would: a virtual machine that has
-    /// sent its memory and waits for no answer is ended. Who waits for one hears that there is none.
+    /// sent its memory and waits for no answer is ended. Who waits for one hears that there is
+    /// none.
     fn turn_away(self) {
         let _ = self.socket.set_nonblocking(true);
         while let Ok((stream, _)) = self.socket.accept() {
@@ -303,8 +306,8 @@ struct Work {
 }
 
 /// Does a watcher's work: holds on to what comes through `socket`, and when its other end is gone
-/// gives it to another server, if there is to be one, or ends the virtual machines. Returns how many
-/// it had to end.
+/// gives it to another server, if there is to be one, or ends the virtual machines. Returns how
+/// many it had to end.
 ///
 /// # Errors
 /// [`ServeError::System`] if the socket cannot be read. What is held is then ended as well.
@@ -431,14 +434,14 @@ fn offer(
     if let Some(pages) = pages {
         say(stream, PAGES, pages.identity, &[pages.socket.as_fd()])?;
     }
-    let mut count = 0_u64;
-    for (number, held) in held {
+    let mut count = 0;
+    for (before, (number, held)) in (0_u64..).zip(held) {
         let Some(kept) = &held.kept else {
             return Err(io::Error::other("of a virtual machine nothing is kept"));
         };
         let descriptors = [held.uffd.as_fd(), held.peer.pidfd.as_fd(), kept.as_fd()];
         say(stream, ADD, *number, &descriptors)?;
-        count = count.saturating_add(1);
+        count = before.checked_add(1).ok_or(io::ErrorKind::FileTooLarge)?;
     }
     say(stream, ALL, count, &[])?;
     let mut answer = [0; MESSAGE];
@@ -483,7 +486,8 @@ impl Given {
             });
         }
         // It ends its server before.
-        let limit = Some(PATIENCE.saturating_mul(2));
+        const ENDS: Duration = Duration::from_secs(2 * PATIENCE.as_secs());
+        let limit = Some(ENDS);
         stream.set_read_timeout(limit).map_err(failed)?;
         let (machines, pages) = Self::receive(&stream, max).map_err(failed)?;
         Ok(Some(Self {

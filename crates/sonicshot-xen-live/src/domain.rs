@@ -6,7 +6,7 @@ use crate::{DomainId, FrameRuns, LiveError};
 use core::fmt;
 use sonicshot::{
     Gpa, GpaRange, GuestMemory, MAX_MAP, Mapped, MemoryError, P2m, PageSize, Pfn, PfnRange,
-    PrunePlan, RamLayout,
+    PrunePlan, RamLayout, to_usize,
 };
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -129,8 +129,9 @@ impl<'x> LiveDomain<'x> {
 
     fn map_frames(&self, first: u64, count: u64) -> Result<Foreign<'x>, LiveError> {
         // Of a frame that the guest does not have nothing is mapped.
-        let numbers: Vec<u64> = (first..first.saturating_add(count))
-            .map(|pfn| self.frame_of(pfn).unwrap_or(NOWHERE))
+        let numbers: Vec<u64> = (0..count)
+            .map(|inside| self.frame_of(first.checked_add(inside)?))
+            .map(|frame| frame.unwrap_or(NOWHERE))
             .collect();
         self.xen.map(self.id, &numbers)
     }
@@ -180,7 +181,10 @@ fn own_frames(xen: &Xen, id: DomainId, info: &DomainInfo) -> Result<Vec<PfnRange
         types.extend((first..=last).take(BATCH));
         xen.types(id, &mut types)?;
         for (pfn, _) in (first..).zip(&types).filter(|(_, kind)| **kind == ORDINARY) {
-            found = found.saturating_add(1);
+            let Some(more) = found.checked_add(1) else {
+                break;
+            };
+            found = more;
             let Some(one) = PfnRange::with_len(Pfn::new(pfn), 1) else {
                 continue;
             };
@@ -191,7 +195,10 @@ fn own_frames(xen: &Xen, id: DomainId, info: &DomainInfo) -> Result<Vec<PfnRange
                 _ => runs.push(one),
             }
         }
-        first = first.saturating_add(BATCH as u64);
+        let Some(next) = first.checked_add(BATCH as u64) else {
+            break;
+        };
+        first = next;
     }
     Ok(runs)
 }
@@ -202,7 +209,7 @@ impl GuestMemory for LiveDomain<'_> {
     }
 
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        let range = GpaRange::with_len(at, buf.len() as u64).unwrap_or(GpaRange::new(at, at));
+        let range = GpaRange::of_request(at, buf.len());
         if !self.layout.contains(at, buf.len() as u64) {
             return Err(MemoryError::NotRam { range });
         }
@@ -210,39 +217,41 @@ impl GuestMemory for LiveDomain<'_> {
         let mut rest = buf;
         while !rest.is_empty() {
             let offset = at & PAGE.offset_mask();
-            let here = PAGE.bytes().saturating_sub(offset);
-            let len = usize::try_from(here).unwrap_or(usize::MAX).min(rest.len());
+            let len = to_usize(PAGE.left_in_page(at)).min(rest.len());
             let (now, later) = rest.split_at_mut(len);
             let pfn = at >> PAGE.shift();
             let (first, window) = self.window(pfn).map_err(|error| MemoryError::Backend {
                 range,
                 source: Box::new(error),
             })?;
-            let copied = usize::try_from(pfn.saturating_sub(first))
-                .ok()
-                .and_then(|index| window.frames(index, 1))
-                .zip(usize::try_from(offset).ok())
-                .and_then(|(page, offset)| page.get(offset, len))
+            let copied = pfn
+                .checked_sub(first)
+                .and_then(|index| window.frames(to_usize(index), 1))
+                .and_then(|page| page.get(to_usize(offset), len))
                 .is_some_and(|bytes| bytes.copy_to(now));
             if !copied {
                 return Err(MemoryError::Absent { range });
             }
-            at = at.saturating_add(len as u64);
+            // At the end of all numbers there is nothing left.
+            at = at.checked_add(len as u64).unwrap_or(at);
             rest = later;
         }
         Ok(())
     }
 
     fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
-        let range = GpaRange::with_len(at, len as u64).unwrap_or(GpaRange::new(at, at));
+        let range = GpaRange::of_request(at, len);
         if !self.layout.contains(at, len as u64) {
             return Err(MemoryError::NotRam { range });
         }
         let skew = at.raw() & PAGE.offset_mask();
-        let frames = skew.saturating_add(len as u64).div_ceil(PAGE.bytes());
         if len == 0 || len > MAX_MAP {
             return Ok(None);
         }
+        let Some(bytes) = skew.checked_add(len as u64) else {
+            return Ok(None);
+        };
+        let frames = bytes.div_ceil(PAGE.bytes());
         let Ok(foreign) = self.map_frames(at.pfn(PAGE).raw(), frames) else {
             return Ok(None);
         };

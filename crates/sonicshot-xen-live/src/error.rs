@@ -60,7 +60,7 @@ pub enum LiveError {
     Malformed {
         /// The domain.
         domain: DomainId,
-        /// What is wrong.
+        /// The fault.
         what: &'static str,
         /// The value found.
         value: u64,
@@ -79,7 +79,7 @@ pub enum LiveError {
     Layout {
         /// The domain.
         domain: DomainId,
-        /// What is wrong.
+        /// The fault.
         #[source]
         source: LayoutError,
     },
@@ -88,7 +88,7 @@ pub enum LiveError {
     Memory {
         /// The domain.
         domain: DomainId,
-        /// What is wrong.
+        /// The fault.
         #[source]
         source: MemoryError,
     },

@@ -15,11 +15,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// The oldest release that is looked for, and one that is not there yet.
 const MINORS: core::ops::Range<u32> = 14..40;
-#[allow(
-    clippy::cast_possible_truncation,
-    reason = "a page has 16 bits at most"
-)]
-const PAGE: usize = P2m::PAGE.bytes() as usize;
+const PAGE: usize = P2m::PAGE.size();
 const PROT_READ: c_int = 1;
 
 type Handle = *mut c_void;

@@ -10,6 +10,7 @@
 use crate::{DomainId, LiveError};
 use core::ops::Range;
 use rustix::fs::{MemfdFlags, memfd_create};
+use sonicshot::Tally;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
@@ -34,9 +35,11 @@ impl FrameRuns {
     /// How many frames there are.
     #[must_use]
     pub fn len(&self) -> u64 {
-        let sum =
-            |sum: u64, run: &Range<u64>| sum.saturating_add(run.end.saturating_sub(run.start));
-        self.0.iter().fold(0, sum)
+        let lens = self
+            .0
+            .iter()
+            .filter_map(|run| run.end.checked_sub(run.start));
+        lens.sum::<Tally>().get()
     }
 
     /// Whether there are none.
@@ -47,7 +50,7 @@ impl FrameRuns {
 
     /// As the library reads them: the first and the first after the last of each run.
     fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.0.len().saturating_mul(16));
+        let mut bytes = Vec::with_capacity(self.0.len() << 4);
         for run in &self.0 {
             bytes.extend(run.start.to_le_bytes());
             bytes.extend(run.end.to_le_bytes());
@@ -174,8 +177,8 @@ fn memory_file(name: &str) -> io::Result<File> {
     Ok(File::from(memfd_create(name, MemfdFlags::CLOEXEC)?))
 }
 
-/// What other processes of the same user can open an open file of this one by, for as long as it is
-/// open here.
+/// The path by which other processes of the same user can open an open file of this one, for as
+/// long as it is open here.
 #[must_use]
 pub fn path_of(file: &impl AsRawFd) -> String {
     format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())

@@ -4,16 +4,12 @@
 
 use crate::ffi::{DomainInfo, Xen};
 use crate::{DomainId, LiveError};
-use sonicshot::{Mfn, P2m, P2mBuilder, Pfn};
+use sonicshot::{Mfn, P2m, P2mBuilder, Pfn, to_usize};
 
 /// Where the architecture's part lies in the shared information of a guest of 64 bits.
 const ARCH: usize = 3088;
 const ENTRY: usize = 8;
-#[allow(
-    clippy::cast_possible_truncation,
-    reason = "a page has 16 bits at most"
-)]
-const PAGE: usize = P2m::PAGE.bytes() as usize;
+const PAGE: usize = P2m::PAGE.size();
 const ENTRIES: u64 = 512;
 /// Of an entry of a page table: where the next table or the page is.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -84,8 +80,9 @@ impl Shared {
         if generation & 1 != 0 {
             return Err(malformed("its list of frames is being changed", generation));
         }
-        let most = info.pages.saturating_mul(SPREAD).saturating_add(HOLE);
-        if count == 0 || count > most {
+        let most = info.pages.checked_mul(SPREAD);
+        let most = most.and_then(|most| most.checked_add(HOLE));
+        if count == 0 || most.is_some_and(|most| count > most) {
             return Err(malformed("the length of its list of frames", count));
         }
         if !start.is_multiple_of(1 << PAGE_SHIFT) {
@@ -119,12 +116,13 @@ pub(crate) fn read(
         let leaves = walk.leaves(first)?;
         let mut missing = leaves.is_empty().then_some(first);
         pages.pages(&leaves, &mut |page| {
-            let left = shared.count.saturating_sub(first).min(ENTRIES);
-            match page {
-                Some(page) => own_frames(page, first, left, &mut frames),
+            let left = shared.count.checked_sub(first);
+            match page.zip(left) {
+                Some((page, left)) => own_frames(page, first, left.min(ENTRIES), &mut frames),
                 None => missing = missing.or(Some(first)),
             }
-            first = first.saturating_add(ENTRIES);
+            // Behind the last entry there are no more leaves.
+            first = first.checked_add(ENTRIES).unwrap_or(shared.count);
         })?;
         if let Some(first) = missing {
             return Err(walk.malformed("a page of its list of frames", first));
@@ -144,7 +142,7 @@ pub(crate) fn read(
 /// Adds the frames of one page of the list, of which `count` entries count.
 fn own_frames(page: &Page, first: u64, count: u64, frames: &mut P2mBuilder) {
     let (entries, _) = page.as_chunks::<ENTRY>();
-    for (pfn, entry) in (first..first.saturating_add(count)).zip(entries) {
+    for (pfn, entry) in (first..).zip(entries).take(to_usize(count)) {
         let mfn = u64::from_le_bytes(*entry);
         if mfn & NOT_OWN == 0 {
             frames.push(Pfn::new(pfn), Mfn::new(mfn));
@@ -173,8 +171,8 @@ impl Walk<'_> {
     /// The machine's frames with the list's pages from that with entry `first` on, as far as one
     /// table of the lowest level has them.
     fn leaves(&mut self, first: u64) -> Result<Vec<u64>, LiveError> {
-        let offset = first.saturating_mul(ENTRY as u64);
-        let at = self.shared.start.checked_add(offset);
+        let offset = first.checked_mul(ENTRY as u64);
+        let at = offset.and_then(|offset| self.shared.start.checked_add(offset));
         let at = at.ok_or_else(|| self.malformed("the end of its list of frames", first))?;
         let hole = self.malformed("an address of its list of frames that is not mapped", at);
         let mut table = self.shared.root.raw();
@@ -185,11 +183,12 @@ impl Walk<'_> {
                 None => return Err(hole),
             };
         }
-        let pages = self.shared.count.saturating_sub(first).div_ceil(ENTRIES);
+        let left = self.shared.count.checked_sub(first);
+        let left = left.ok_or_else(|| self.malformed("the end of its list of frames", first))?;
         let begin = (at >> PAGE_SHIFT) & 0x1ff;
-        let end = begin.saturating_add(pages).min(ENTRIES);
         let lowest = self.table(3, table)?;
-        let leaves: Option<Vec<u64>> = (begin..end).map(|index| named(lowest, index)).collect();
+        let indices = (begin..ENTRIES).take(to_usize(left.div_ceil(ENTRIES)));
+        let leaves: Option<Vec<u64>> = indices.map(|index| named(lowest, index)).collect();
         leaves.ok_or(hole)
     }
 

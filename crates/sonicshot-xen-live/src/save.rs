@@ -2,7 +2,7 @@
 
 use crate::xl::Xl;
 use crate::{DomainId, FrameRuns, LiveDomain, LiveError, SaveFilter, Xen, path_of};
-use sonicshot::{DropClasses, GuestMemory, PageSize, Progress};
+use sonicshot::{DropClasses, GuestMemory, PageSize, Progress, Tally};
 use sonicshot_dump::{Dump, NewFile, Overwrite};
 use sonicshot_offline::packed::{self, ImageCompression};
 use sonicshot_vmi::{AnalysisOptions, GuestOptions, Note, analyze};
@@ -18,7 +18,7 @@ const PAGE: PageSize = PageSize::SIZE_4K;
 /// How often it is looked how far the image is.
 const EVERY: Duration = Duration::from_millis(100);
 
-/// What becomes of a domain that was saved.
+/// The state of a domain after its save.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum AfterSave {
@@ -35,7 +35,7 @@ pub enum AfterSave {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct SaveOptions {
-    /// What becomes of it.
+    /// The state that it is left in.
     pub after: AfterSave,
     /// How the image is compressed; [`restore`](crate::restore) takes it as it is.
     pub compression: Option<ImageCompression>,
@@ -56,7 +56,7 @@ impl Default for SaveOptions {
     }
 }
 
-/// What was found in a domain.
+/// The result of a look at a domain.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Look {
@@ -66,14 +66,14 @@ pub struct Look {
     pub total_pages: u64,
     /// The frames that were left out.
     pub frames: FrameRuns,
-    /// What is worth knowing of its guest.
+    /// Notes on its guest.
     pub notes: Vec<Note>,
 }
 
 impl Look {
     fn kept_bytes(&self) -> u64 {
-        let kept = self.total_pages.saturating_sub(self.frames.len());
-        kept.saturating_mul(PAGE.bytes())
+        let kept = Tally::new(self.total_pages).without(self.frames.len());
+        kept.times(PAGE.bytes()).get()
     }
 }
 
@@ -81,7 +81,7 @@ impl Look {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Looked {
-    /// What it found, or why there is none: then nothing was left out.
+    /// The look itself, or why there is none: then nothing was left out.
     pub result: Result<Look, LiveError>,
     /// When the domain was suspended.
     pub suspended: Instant,
@@ -89,7 +89,7 @@ pub struct Looked {
     pub took: Duration,
 }
 
-/// What a save came to.
+/// The result of a save.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Saved {

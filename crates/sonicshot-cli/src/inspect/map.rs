@@ -4,7 +4,7 @@
 //! shows the class that most of them have.
 
 use crate::report::{count, percent, say, size};
-use sonicshot::{ClassSet, PageClass, PageMap, PfnRange, PrunePlan};
+use sonicshot::{ClassSet, PageClass, PageMap, PfnRange, PrunePlan, Tally, to_usize};
 use sonicshot_offline::Analyzed;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
@@ -109,17 +109,17 @@ fn cells_of(
 
 /// What most frames of `cell` are.
 fn most(pages: &PageMap, plan: Option<&PrunePlan>, cell: PfnRange) -> Shown {
-    let mut counts: Vec<(PageClass, u64)> = Vec::new();
+    let mut counts: Vec<(PageClass, Tally)> = Vec::new();
     for (frames, class) in pages.runs_in(cell) {
         match counts.iter_mut().find(|(known, _)| *known == class) {
-            Some((_, frames_of)) => *frames_of = frames_of.saturating_add(frames.len()),
-            None => counts.push((class, frames.len())),
+            Some((_, frames_of)) => frames_of.add(frames.len()),
+            None => counts.push((class, Tally::new(frames.len()))),
         }
     }
-    let dropped: u64 = plan.map_or(0, |plan| dropped_frames(plan, cell, pages));
+    let dropped = plan.map(|plan| dropped_frames(plan, cell, pages));
     let class = counts.iter().max_by_key(|(_, frames)| *frames);
     match class {
-        _ if dropped.saturating_mul(2) > cell.len() => Shown::Dropped,
+        _ if dropped.is_some_and(|dropped| dropped > cell.len() / 2) => Shown::Dropped,
         Some((class, _)) => Shown::Kept(*class),
         None => Shown::Kept(PageClass::Unknown),
     }
@@ -135,13 +135,18 @@ fn dropped_frames(plan: &PrunePlan, cell: PfnRange, pages: &PageMap) -> u64 {
     bytes / size.bytes()
 }
 
+/// The bytes of so many pages.
+fn bytes_of(pages: u64, page_size: u64) -> u64 {
+    Tally::new(pages).times(page_size).get()
+}
+
 /// Prints RAM by class, before a prune, and after it where that differs.
 pub(super) fn print(analyzed: &Analyzed) {
     let pages = analyzed.pages();
-    let cells = LINE.saturating_mul(LINES);
+    let cells = LINE * LINES;
     let grid = Grid::new(pages, None, cells);
     let coloured = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let bytes = |frames: u64| frames.saturating_mul(pages.page_size().bytes());
+    let bytes = |frames: u64| bytes_of(frames, pages.page_size().bytes());
     say!("");
     say!(
         "map       a character is {} ({} pages): what most of them are",
@@ -161,10 +166,8 @@ pub(super) fn print(analyzed: &Analyzed) {
 fn print_grid(grid: &Grid, pages: &PageMap, coloured: bool) {
     for block in &grid.blocks {
         let mut at = block.frames.start().gpa(pages.page_size());
-        let in_cell = grid
-            .frames_in_cell
-            .saturating_mul(pages.page_size().bytes());
-        let line = usize::try_from(LINE).unwrap_or(usize::MAX);
+        let in_cell = bytes_of(grid.frames_in_cell, pages.page_size().bytes());
+        let line = to_usize(LINE);
         for cells in block.cells.chunks(line) {
             let mut drawn = String::new();
             let mut colour = None;
@@ -200,7 +203,7 @@ fn print_legend(analyzed: &Analyzed, coloured: bool) {
     for (class, _) in analyzed.counts().iter() {
         let (letter, number, _) = look(class);
         let entry = format!(" {letter} {}", class.name());
-        if line.len().saturating_add(entry.len()) > 79 {
+        if line.len() + entry.len() > 79 {
             say!("{line}");
             line = String::from("         ");
         }
@@ -220,17 +223,19 @@ fn free_blocks(pages: &PageMap) -> Vec<u64> {
             continue;
         }
         let (mut at, end) = (frames.start().raw(), frames.end().raw());
-        while at < end {
-            let left = end.saturating_sub(at);
+        while let Some(left @ 1..) = end.checked_sub(at) {
             let aligned = at.trailing_zeros();
             let order = aligned.min(left.ilog2()).min(LAST_ORDER);
             if let Some(blocks) = usize::try_from(order)
                 .ok()
                 .and_then(|at| orders.get_mut(at))
             {
-                *blocks = blocks.saturating_add(1);
+                *blocks += 1;
             }
-            at = at.saturating_add(1 << order);
+            let Some(next) = at.checked_add(1 << order) else {
+                break;
+            };
+            at = next;
         }
     }
     orders
@@ -246,7 +251,7 @@ fn print_blocks(pages: &PageMap) {
     let total: u64 = orders
         .iter()
         .zip(0_u32..)
-        .map(|(blocks, order)| blocks.saturating_mul(1 << order))
+        .map(|(blocks, order)| bytes_of(*blocks, 1 << order))
         .sum();
     if total == 0 {
         return;
@@ -254,12 +259,12 @@ fn print_blocks(pages: &PageMap) {
     say!("");
     say!("free blocks by size, aligned:");
     for (blocks, order) in orders.iter().zip(0_u32..) {
-        let frames = blocks.saturating_mul(1 << order);
+        let frames = bytes_of(*blocks, 1 << order);
         say!(
             "{:>9} {:>12} {:>12} {:>8}",
-            size(page.saturating_mul(1 << order)),
+            size(bytes_of(page, 1 << order)),
             count(*blocks),
-            size(frames.saturating_mul(page)),
+            size(bytes_of(frames, page)),
             percent(frames, total)
         );
     }
@@ -271,19 +276,16 @@ fn print_blocks(pages: &PageMap) {
 /// What writing to `out` fails with.
 pub(super) fn write_svg(analyzed: &Analyzed, title: &str, out: &mut dyn Write) -> io::Result<()> {
     let pages = analyzed.pages();
-    let cells = PICTURE_LINE.saturating_mul(PICTURE_LINES);
+    let cells = PICTURE_LINE * PICTURE_LINES;
     let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
     let before = Grid::new(pages, None, cells);
     let after = Grid::new(pages, Some(&plan), cells);
     let lines = lines_of(&before);
-    let panel = PICTURE_LINE.saturating_mul(CELL);
+    let panel = PICTURE_LINE * CELL;
     let (top, gap) = (64, 24);
-    let legend = 24_u64.saturating_mul(analyzed.counts().iter().count() as u64);
-    let height = lines
-        .saturating_mul(CELL)
-        .max(legend)
-        .saturating_add(top + 16);
-    let width = panel.saturating_mul(2).saturating_add(gap * 3 + 240);
+    let legend = 24 * analyzed.counts().iter().count() as u64;
+    let height = legend.max(lines * CELL) + top + 16;
+    let width = panel * 2 + gap * 3 + 240;
     writeln!(
         out,
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
@@ -298,9 +300,9 @@ pub(super) fn write_svg(analyzed: &Analyzed, title: &str, out: &mut dyn Write) -
         "<text x=\"{gap}\" y=\"24\" font-size=\"16\">{}</text>",
         escaped(title)
     )?;
-    let ram = size(pages.total().saturating_mul(pages.page_size().bytes()));
+    let ram = size(bytes_of(pages.total(), pages.page_size().bytes()));
     let gone = size(plan.dropped_bytes());
-    let second = panel.saturating_add(gap * 2);
+    let second = panel + gap * 2;
     let share = percent(plan.dropped_pages(), pages.total());
     writeln!(
         out,
@@ -312,31 +314,22 @@ pub(super) fn write_svg(analyzed: &Analyzed, title: &str, out: &mut dyn Write) -
     )?;
     write_grid(&before, gap, top, out)?;
     write_grid(&after, second, top, out)?;
-    write_legend(
-        analyzed,
-        second.saturating_add(panel).saturating_add(gap),
-        top,
-        out,
-    )?;
+    write_legend(analyzed, second + panel + gap, top, out)?;
     writeln!(out, "</svg>")
 }
 
 /// How many lines of a picture a grid takes.
 fn lines_of(grid: &Grid) -> u64 {
     let lines = |block: &Block| (block.cells.len() as u64).div_ceil(PICTURE_LINE);
-    let gaps = (grid.blocks.len() as u64).saturating_sub(1);
-    grid.blocks
-        .iter()
-        .map(lines)
-        .sum::<u64>()
-        .saturating_add(gaps)
+    let gaps = grid.blocks.iter().skip(1).count() as u64;
+    grid.blocks.iter().map(lines).sum::<u64>() + gaps
 }
 
 /// Writes a path for each class: its cells as lines as thick as a cell is high.
 fn write_grid(grid: &Grid, x: u64, y: u64, out: &mut dyn Write) -> io::Result<()> {
     let mut paths: Vec<(PageClass, String)> = Vec::new();
     let mut line = 0_u64;
-    let in_line = usize::try_from(PICTURE_LINE).unwrap_or(usize::MAX);
+    let in_line = to_usize(PICTURE_LINE);
     for block in &grid.blocks {
         for cells in block.cells.chunks(in_line) {
             let mut column = 0_u64;
@@ -346,17 +339,17 @@ fn write_grid(grid: &Grid, x: u64, y: u64, out: &mut dyn Write) -> io::Result<()
                     // Writing into memory does not fail.
                     let _ = write!(path, "M{column} {line}h{}", run.len());
                 }
-                column = column.saturating_add(run.len() as u64);
+                column += run.len() as u64;
             }
-            line = line.saturating_add(1);
+            line += 1;
         }
         // A hole in the address space is a line without cells.
-        line = line.saturating_add(1);
+        line += 1;
     }
     writeln!(
         out,
         "<g transform=\"translate({x} {}) scale({CELL})\" fill=\"none\">",
-        y.saturating_add(CELL / 2)
+        y + CELL / 2
     )?;
     for (class, path) in paths {
         let colour = look(class).2;
@@ -370,7 +363,7 @@ fn path_of(paths: &mut Vec<(PageClass, String)>, class: PageClass) -> &mut Strin
         Some(at) => at,
         None => {
             paths.push((class, String::new()));
-            paths.len().saturating_sub(1)
+            paths.len() - 1
         }
     };
     #[expect(clippy::indexing_slicing, reason = "found or just put there")]
@@ -381,17 +374,17 @@ fn write_legend(analyzed: &Analyzed, x: u64, y: u64, out: &mut dyn Write) -> io:
     let page = analyzed.pages().page_size().bytes();
     let mut at = y;
     for (class, frames) in analyzed.counts().iter() {
-        let text = at.saturating_add(11);
+        let text = at + 11;
         writeln!(
             out,
             "<rect x=\"{x}\" y=\"{at}\" width=\"14\" height=\"14\" fill=\"{}\" stroke=\"#808080\"/>\
              <text x=\"{}\" y=\"{text}\">{} {}</text>",
             look(class).2,
-            x.saturating_add(22),
+            x + 22,
             class.name(),
-            size(frames.saturating_mul(page))
+            size(bytes_of(frames, page))
         )?;
-        at = at.saturating_add(24);
+        at += 24;
     }
     Ok(())
 }

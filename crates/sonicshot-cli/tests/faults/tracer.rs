@@ -43,7 +43,7 @@ pub enum Kind {
     /// `fallocate`: punches a hole.
     Punch,
     CopyRange,
-    /// Lets a stretch be shared with another file.
+    /// Lets a range be shared with another file.
     Clone,
     Sync,
     Owner,
@@ -207,7 +207,8 @@ pub enum Act<'a> {
     Do(&'a dyn Fn()),
 }
 
-/// Which call: of those of this kind, at this place if there is one, the one of this number, from 0.
+/// Which call: of those of this kind, at this place if there is one, the one of this number, from
+/// 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct At {
     pub kind: Kind,

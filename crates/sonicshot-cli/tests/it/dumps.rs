@@ -193,8 +193,8 @@ fn a_dump_that_is_cut_off_says_where_and_is_read_as_far_as_it_goes() {
     assert!(said.contains("not written to the end"), "{said}");
 }
 
-/// The guest in an ELF core that `makedumpfile -E -d 31` would write: of 256 pages and more in a row
-/// that are free, zero or a process's there is memory, but no bytes.
+/// The guest in an ELF core that `makedumpfile -E -d 31` would write: of 256 pages and more in a
+/// row that are free, zero or a process's there is memory, but no bytes.
 fn filtered_core(folder: &Path) -> PathBuf {
     let flags = kpageflags();
     let is_left_out = |(number, page): (usize, &[u8])| {
@@ -204,7 +204,7 @@ fn filtered_core(folder: &Path) -> PathBuf {
     };
     let pages = ram().chunks(4096).enumerate();
     let left_out: Vec<bool> = pages.map(is_left_out).collect();
-    // Each stretch of pages with bytes, and those without that follow.
+    // Each range of pages with bytes, and those without that follow.
     let mut segments: Vec<(usize, usize, usize)> = vec![(0, 0, 0)];
     let mut at = 0;
     for run in left_out.chunk_by(|a, b| a == b) {

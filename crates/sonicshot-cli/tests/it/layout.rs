@@ -26,7 +26,7 @@ fn report(run: &Output) -> Value {
     serde_json::from_slice(&run.stdout).unwrap()
 }
 
-/// The layout in which the stretches at `a` and `b` of the file, each of `len` MiB, have changed
+/// The layout in which the ranges at `a` and `b` of the file, each of `len` MiB, have changed
 /// places.
 fn swapped(a: usize, b: usize, len: usize) -> String {
     let parts = [
@@ -97,7 +97,7 @@ fn ranges_of_the_same_length_that_changed_places_are_refused() {
     let folder = TempDir::new().unwrap();
     let (raw, pfns) = (raw_dump(folder.path(), |_| {}), folder.path().join("pfns"));
     let before = fs::metadata(&raw).unwrap().modified().unwrap();
-    // Halves; and stretches with kernel objects in one of them or both, of which the kernel found
+    // Halves; and ranges with kernel objects in one of them or both, of which the kernel found
     // needs none.
     for (a, b, len, by_lists) in [
         (0, 64, 64, false),
@@ -189,8 +189,9 @@ fn sparse(path: &Path, len: u64, parts: &[Part]) {
     }
 }
 
-/// No layout is given, and more than one VMM may have made the file: what the guest does not confirm
-/// is refused, and the file is as it was; where it can be read, nothing but free pages goes.
+/// No layout is given, and more than one VMM may have made the file: what the guest does not
+/// confirm is refused, and the file is as it was; where it can be read, nothing but free pages
+/// goes.
 #[test]
 fn a_layout_that_is_guessed_wrongly_loses_nothing() {
     const GIB: u64 = 1 << 30;
@@ -205,7 +206,8 @@ fn a_layout_that_is_guessed_wrongly_loses_nothing() {
     let halves = |high: u64| vec![(0, 0..64 * MIB), (high, 64 * MIB..128 * MIB)];
     let table: [(u64, Vec<Part>, bool); 8] = [
         // As large as a guest that is split at 3, at 2 or at 3.25 GiB, or not at all: the guest has
-        // 128 MiB, and all is there, or its upper half is where such a guest has what lies above 4 GiB.
+        // 128 MiB, and all is there, or its upper half is where such a guest has what lies above 4
+        // GiB.
         (7 * GIB / 2, vec![(0, 0..128 * MIB)], false),
         (7 * GIB / 2 + M64, halves(7 * GIB / 2), false),
         (3 * GIB + M64, halves(3 * GIB), false),
@@ -243,8 +245,8 @@ fn a_layout_that_is_guessed_wrongly_loses_nothing() {
     }
 }
 
-/// The guest's own map is changed: RAM to 64 MiB, and as much from 4 GiB on. The kernel's records lie
-/// elsewhere.
+/// The guest's own map is changed: RAM to 64 MiB, and as much from 4 GiB on. The kernel's records
+/// lie elsewhere.
 #[test]
 fn a_map_that_lies_loses_nothing() {
     const GIB: u64 = 1 << 30;

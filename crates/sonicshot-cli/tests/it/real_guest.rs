@@ -226,7 +226,7 @@ fn every_failure_has_its_exit_code() {
             2,
             "unknown page class",
         ),
-        (&["inspect", text(&odd)], 3, "no memory dump"),
+        (&["inspect", text(&odd)], 3, "not a memory dump"),
         (&["inspect", text(&empty)], 3, "empty"),
         (&["inspect", text(&elf)], 3, "ELF"),
         (&["inspect", text(&zero)], 4, "no Linux kernel"),

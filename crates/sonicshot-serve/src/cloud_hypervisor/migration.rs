@@ -34,7 +34,7 @@ const PAGE: u64 = 4096;
 /// Huge pages whose size is not said (x86-64's, and arm64's with 4 KiB pages).
 const DEFAULT_HUGE: u64 = 2 << 20;
 
-/// A stretch of guest memory that Cloud Hypervisor maps from a file of its own.
+/// A range of guest memory that Cloud Hypervisor maps from a file of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Slot {
     pub number: u32,
@@ -137,8 +137,9 @@ impl Migration {
         })
     }
 
-    /// What the snapshot at `path` has: a folder with `migration_config.json` and `state.json`, or a
-    /// checkpoint with the blobs `cloud-hypervisor-config` and `cloud-hypervisor-state`.
+    /// The migration that the snapshot at `path` has: a folder with `migration_config.json` and
+    /// `state.json`, or a checkpoint with the blobs `cloud-hypervisor-config` and
+    /// `cloud-hypervisor-state`.
     ///
     /// # Errors
     /// [`ServeError::NoMigration`] if it lacks them, and as [`new`](Self::new).
@@ -192,7 +193,7 @@ impl Migration {
             let parts = layout.regions().iter();
             let parts = parts.map(|region| region.intersection(&slot.guest));
             let parts: Vec<_> = parts.filter(|part| !part.is_empty()).collect();
-            let covered = parts.iter().map(GpaRange::len).fold(0, u64::saturating_add);
+            let covered = GpaRange::total_of(&parts);
             let expected = if slot.hotplug { 0 } else { slot.guest.len() };
             if covered != expected {
                 return Err(match slot.hotplug {
@@ -229,7 +230,8 @@ const TOO_LONG: &str = "its configuration or state has more than 64 MiB";
 fn read(path: &Path) -> Result<Vec<u8>, ServeError> {
     let file = File::open(path).map_err(ServeError::io("opening", path))?;
     let mut out = Vec::new();
-    file.take(MAX_JSON.saturating_add(1))
+    const TOO_MUCH: u64 = MAX_JSON + 1;
+    file.take(TOO_MUCH)
         .read_to_end(&mut out)
         .map_err(ServeError::io("reading", path))?;
     if out.len() as u64 > MAX_JSON {

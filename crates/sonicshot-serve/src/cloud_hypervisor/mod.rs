@@ -7,13 +7,13 @@
 //! asks for the next page, until it has all: what was left out of the snapshot becomes resident
 //! there as well, for the protocol has no word for zero.
 //!
-//! A page is in the shared file before its question is answered. What becomes of the answer differs:
-//! 53.0 wakes who waits, whose fault then finds the page; later versions map it (`CONTINUE`). Both
-//! need nothing more than that it is there.
+//! A page is in the shared file before its question is answered. What becomes of the answer
+//! differs: 53.0 wakes who waits, whose fault then finds the page; later versions map it
+//! (`CONTINUE`). Both need nothing more than that it is there.
 //!
 //! Its `userfaultfd` is its own. Should the server die, the second connection ends, by which it
-//! learns that no pages come: but it lets go of its `userfaultfd` before it ends, and its guest could
-//! read zeroes then. So the watcher holds on to that connection until it is ended.
+//! learns that no pages come: but it lets go of its `userfaultfd` before it ends, and its guest
+//! could read zeroes then. So the watcher holds on to that connection until it is ended.
 
 mod migration;
 #[expect(unsafe_code, reason = "memory that is mapped in two processes")]
@@ -70,7 +70,7 @@ impl Default for CloudOptions {
     }
 }
 
-/// What became of a virtual machine.
+/// The outcome for a virtual machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Restored {
     /// It has all of its memory, and needs no server any more.
@@ -347,7 +347,7 @@ impl Questions {
 
     /// The question that is whole, if one is.
     fn whole(&mut self) -> Result<Option<FaultRequest>, ServeError> {
-        let have = self.buffer.get(..self.have).unwrap_or_default();
+        let (have, _) = self.buffer.split_at(self.have);
         let Some((request, len)) = FaultRequest::parse(have)? else {
             return Ok(None);
         };
@@ -372,7 +372,7 @@ impl Asks for Questions {
                 }
                 None => {}
             }
-            let room = self.buffer.get_mut(self.have..).unwrap_or_default();
+            let (_, room) = self.buffer.split_at_mut(self.have);
             match self.stream.read(room) {
                 Ok(0) => return Ok(Asked::Closed),
                 Ok(got) => self.have = self.have.saturating_add(got),

@@ -1,5 +1,5 @@
-//! The messages of Cloud Hypervisor's migration protocol (`vm-migration/src/protocol.rs`), as far as
-//! a sender on the same host needs them. Numbers are little-endian.
+//! The messages of Cloud Hypervisor's migration protocol (`vm-migration/src/protocol.rs`), as far
+//! as a sender on the same host needs them. Numbers are little-endian.
 //!
 //! | | | |
 //! |---|---|---|
@@ -95,7 +95,7 @@ fn parts(header: &[u8; HEADER]) -> (u16, u64) {
     (u16::from_le_bytes([*a, *b]), u64::from_le_bytes(*len))
 }
 
-/// What Cloud Hypervisor says on the connection for page faults.
+/// A message of Cloud Hypervisor on the connection for page faults.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FaultRequest {
     /// It waits for these pages.

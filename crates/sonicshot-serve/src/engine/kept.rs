@@ -2,9 +2,9 @@
 //! for any more, and what the kernel has told last.
 //!
 //! It is in a file without a name, which the watcher has too. The bits of the regions are in it
-//! from the start. What the kernel tells is read right into it: a message that a server has read and
-//! not understood before it was killed is still there, and to be told once more that a page was given
-//! back does no harm.
+//! from the start. What the kernel tells is read right into it: a message that a server has read
+//! and not understood before it was killed is still there, and to be told once more that a page was
+//! given back does no harm.
 //!
 //! | offset | |
 //! |---:|---|
@@ -25,7 +25,7 @@ use rustix::fd::OwnedFd;
 use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
 use rustix::io::{Errno, pread, pwrite};
 use rustix::mm::mlock;
-use sonicshot::{Cursor, Gpa, GpaRange};
+use sonicshot::{Cursor, Gpa, GpaRange, to_usize};
 use std::sync::Arc;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SONICKPT");
@@ -80,7 +80,8 @@ impl Kept {
         Ok(kept)
     }
 
-    /// What another server has kept, and its regions; refused if that was of another snapshot.
+    /// The state that another server has kept, and its regions; refused if that was of another
+    /// snapshot.
     pub fn open(file: Arc<OwnedFd>, identity: &str) -> Result<(Self, Vec<VmRegion>), ServeError> {
         let mut head = [0; REGIONS];
         read_at(&file, &mut head, 0)?;
@@ -100,10 +101,11 @@ impl Kept {
         let end = len.and_then(|len| len.checked_add(IDENTITY));
         let found = end.and_then(|end| head.get(IDENTITY..end));
         if found != Some(identity.as_bytes()) {
-            let found = String::from_utf8_lossy(found.unwrap_or_default()).into_owned();
+            let found = String::from_utf8_lossy(found.unwrap_or(&[])).into_owned();
             return Err(ServeError::OtherSource { found });
         }
-        let mut records = vec![0; count.saturating_mul(RECORD)];
+        let records = count.checked_mul(RECORD);
+        let mut records = vec![0; records.ok_or_else(|| wrong("it has too many regions"))?];
         read_at(&file, &mut records, REGIONS as u64)?;
         let mut words = Cursor::new(&records[..]);
         let mut regions = Vec::with_capacity(count);
@@ -117,9 +119,10 @@ impl Kept {
             let (gpa, len, host, page) = (word()?, word()?, word()?, word()?);
             let guest = GpaRange::with_len(Gpa::new(gpa), len);
             let guest = guest.ok_or_else(|| wrong("a region ends behind the last address"))?;
-            let pages = len.checked_div(page).unwrap_or(0).div_ceil(64);
-            let words = usize::try_from(pages).map_err(|_| wrong("it has too many pages"))?;
-            bits = bits.saturating_add(words);
+            let pages = len.checked_div(page);
+            let pages = pages.ok_or_else(|| wrong("a region has pages of no bytes"))?;
+            let all = bits.checked_add(to_usize(pages.div_ceil(64)));
+            bits = all.ok_or_else(|| wrong("it has too many pages"))?;
             let host = HostAddress::new(host);
             regions.push(VmRegion { guest, host, page });
         }
@@ -142,11 +145,15 @@ impl Kept {
         for region in regions {
             let words = region.words();
             region.keep(Arc::clone(&self.map), at);
-            at = at.saturating_add(words);
+            // The sum was looked at when the file was.
+            let Some(next) = at.checked_add(words) else {
+                break;
+            };
+            at = next;
         }
     }
 
-    /// What the kernel tells is read into this.
+    /// The buffer that the kernel's messages are read into.
     pub fn messages(&mut self) -> &mut [u8] {
         // SAFETY: inside the mapping, in front of its bits; whoever has this has it alone, and the
         // other process that has the file does not map it.
@@ -186,8 +193,10 @@ fn write_at(file: &OwnedFd, mut bytes: &[u8], mut at: u64) -> Result<(), ServeEr
             Err(Errno::INTR) => {}
             Ok(0) => return Err(wrong("it cannot be written")),
             Ok(done) => {
-                bytes = bytes.get(done..).unwrap_or_default();
-                at = at.saturating_add(done as u64);
+                bytes = bytes.get(done..).unwrap_or(&[]);
+                at = at
+                    .checked_add(done as u64)
+                    .ok_or_else(|| wrong("it is too long"))?;
             }
             Err(errno) => return Err(ServeError::system("writing what is kept")(errno)),
         }
@@ -202,8 +211,10 @@ fn read_at(file: &OwnedFd, mut out: &mut [u8], mut at: u64) -> Result<(), ServeE
             Ok(0) => return Err(wrong("it is cut short")),
             Ok(done) => {
                 let rest = core::mem::take(&mut out);
-                out = rest.get_mut(done..).unwrap_or_default();
-                at = at.saturating_add(done as u64);
+                out = rest.get_mut(done..).unwrap_or(&mut []);
+                at = at
+                    .checked_add(done as u64)
+                    .ok_or_else(|| wrong("it is too long"))?;
             }
             Err(errno) => return Err(ServeError::system("reading what is kept")(errno)),
         }
@@ -275,8 +286,8 @@ mod tests {
         );
         let poke = |at: u64, value: u64| write_at(&file, &value.to_le_bytes(), at).unwrap();
         refused(&|| ftruncate(&*file, 4096).unwrap(), "cut short");
-        refused(&|| ftruncate(&*file, 1 << 20).unwrap(), "length");
-        refused(&|| poke(4104, 4096), "length");
+        refused(&|| ftruncate(&*file, 1 << 20).unwrap(), "pages of no bytes");
+        refused(&|| poke(4104, 4096), "pages of no bytes");
         refused(&|| poke(4096, u64::MAX - 1), "last address");
         refused(&|| poke(24, 5000), "another snapshot");
         refused(&|| poke(16, 4097), "too many regions");

@@ -16,7 +16,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::process::{Signal, pidfd_send_signal};
 use sonicshot::checkpoint::CheckpointError;
-use sonicshot::{Gpa, GpaRange};
+use sonicshot::{Gpa, GpaRange, Tally, to_usize};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
@@ -206,10 +206,8 @@ impl Machine {
             }
             if self.control.wants_everything() {
                 let rest = self.source.by_need();
-                let lengths = rest.iter().map(GpaRange::len);
-                self.options
-                    .metrics
-                    .planned(lengths.fold(0, u64::saturating_add));
+                let all: Tally = rest.iter().map(GpaRange::len).sum();
+                self.options.metrics.planned(all.get());
                 self.plan.extend(rest);
             }
             match self.turn() {
@@ -413,7 +411,8 @@ impl Machine {
     /// The next wait for whoever gives pages back.
     fn let_them_be(&mut self) -> Next {
         let limit = self.patience;
-        self.patience = limit.saturating_mul(2).min(LAST_WAIT);
+        let longer = limit.checked_mul(2);
+        self.patience = longer.map_or(LAST_WAIT, |longer| longer.min(LAST_WAIT));
         self.options.metrics.waited();
         self.readable = true;
         Next::Wait(Some(limit))
@@ -455,7 +454,7 @@ impl Machine {
             (_, Some(_)) => 4,
         };
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
-        let polled = fds.get_mut(..count).unwrap_or_default();
+        let (polled, _) = fds.split_at_mut(count);
         if poll(polled, limit.as_ref()).is_err() {
             return Some(PollFlags::empty());
         }
@@ -601,11 +600,9 @@ impl Machine {
         let mut placed = self.uffd.copy(start, bytes, wake)?;
         let (mut from, mut len) = (start, bytes.len() as u64);
         if placed == Placed::Gone && len > region.page {
-            let inside = usize::try_from(page.saturating_sub(start)).ok();
-            let size = usize::try_from(region.page).ok();
-            let one = inside
-                .zip(size)
-                .and_then(|(inside, size)| bytes.get(inside..inside.checked_add(size)?));
+            let inside = page.checked_sub(start).map(to_usize);
+            let one = inside.and_then(|inside| bytes.get(inside..));
+            let one = one.and_then(|rest| rest.get(..to_usize(region.page)));
             if let Some(one) = one {
                 placed = self.uffd.copy(page, one, wake)?;
                 (from, len) = (page, region.page);
@@ -649,7 +646,7 @@ impl Machine {
         while !rest.is_empty() {
             let run = self.source.run_at(at).map_err(failed(at))?;
             let part = run.range.intersection(&GpaRange::new(at, one.end()));
-            let len = usize::try_from(part.len()).unwrap_or(usize::MAX);
+            let len = to_usize(part.len());
             if part.is_empty() || part.start() != at || len > rest.len() {
                 return Err(ServeError::NotInSnapshot { at });
             }
@@ -754,7 +751,7 @@ impl Machine {
             Content::Fill(0) if whole && part == Part::Rest => {
                 let end = run.range.intersection(&region.guest).end();
                 // A page that is zero in part is another matter.
-                let end = Gpa::new(end.raw() & !region.page.saturating_sub(1));
+                let end = Gpa::new(region.page_of(end.raw()));
                 self.plan.go_on_at(end.max(one.end()));
                 return Ok(Step::Again);
             }
@@ -821,8 +818,9 @@ impl Machine {
         let Some(fault) = self.pending.pop_front() else {
             return Some(error);
         };
-        let page = self.regions.get(fault.region).map(|region| region.page);
-        self.uffd.poison(fault.page, page.unwrap_or(0));
+        if let Some(region) = self.regions.get(fault.region) {
+            self.uffd.poison(fault.page, region.page);
+        }
         None
     }
 }
@@ -866,18 +864,18 @@ fn size(region: &Region) -> Result<usize, ServeError> {
 /// them were put there.
 fn mark(region: &mut Region, placed: Placed, start: u64, len: u64) -> u64 {
     match placed {
-        Placed::Done => region.touch(start, start.saturating_add(len)),
-        Placed::Part(done) => region.touch(start, start.saturating_add(done.min(len))),
+        Placed::Done => region.touch_len(start, len),
+        Placed::Part(done) => region.touch_len(start, done.min(len)),
         // The first page was there; a page that is no longer of a mapping is not asked for again.
         Placed::There => {
             if !region.is_touched(start) {
                 region.occupied.get_or_insert(start);
             }
-            region.touch(start, start.saturating_add(region.page));
+            region.touch_len(start, region.page);
             0
         }
         Placed::Gone if len <= region.page => {
-            region.touch(start, start.saturating_add(region.page));
+            region.touch_len(start, region.page);
             0
         }
         Placed::Gone | Placed::Removing | Placed::Ended => 0,
@@ -928,7 +926,11 @@ fn upwards(region: &Region, host: u64, wanted: GpaRange) -> GpaRange {
         if end != wanted.start() && (above > wanted.end() || region.is_touched(next)) {
             break;
         }
-        (end, next) = (above, next.saturating_add(region.page));
+        end = above;
+        let Some(there) = next.checked_add(region.page) else {
+            break;
+        };
+        next = there;
     }
     GpaRange::new(wanted.start(), end)
 }

@@ -40,7 +40,7 @@ use crate::uffd::Uffd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-/// What is brought in before it is asked for.
+/// The pages that are brought in before they are asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Prefetch {
@@ -58,7 +58,7 @@ pub enum Prefetch {
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct VmOptions {
-    /// What is brought in before it is asked for.
+    /// The pages that are brought in before they are asked for.
     pub prefetch: Prefetch,
     /// The working set.
     pub set: Arc<PageSet>,
@@ -90,8 +90,8 @@ impl Vm {
     /// once; the guest may run.
     ///
     /// # Errors
-    /// [`CheckpointError::CannotRun`](sonicshot::checkpoint::CheckpointError::CannotRun) of a source
-    /// that is for analysis, unless [`VmOptions::for_analysis`] says that this is known;
+    /// [`CheckpointError::CannotRun`](sonicshot::checkpoint::CheckpointError::CannotRun) of a
+    /// source that is for analysis, unless [`VmOptions::for_analysis`] says that this is known;
     /// [`ServeError`] if a region cannot be served from `source`, or nothing can be started.
     pub fn start(
         source: Arc<dyn PageSource>,

@@ -11,7 +11,7 @@ const QUIET: Duration = Duration::from_micros(200);
 /// How long faults may keep it from going on at all.
 const STARVED: Duration = Duration::from_millis(2);
 
-/// What a stretch is brought in for.
+/// What a range is brought in for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
     /// The guest is known to need it, zeroes as well: nothing is gained by waiting.
@@ -98,7 +98,7 @@ impl Plan {
         }
     }
 
-    /// The stretch that is next, and what for.
+    /// The range that is next, and what for.
     pub fn next(&mut self) -> Option<(GpaRange, Part)> {
         while !self.finished {
             let ranges = match self.part {
@@ -110,7 +110,8 @@ impl Plan {
                 if start < range.end() {
                     return Some((GpaRange::new(start, range.end()), self.part));
                 }
-                self.number = self.number.saturating_add(1);
+                // There is one of this number.
+                self.number = self.number.checked_add(1).unwrap_or(ranges.len());
                 self.at = None;
             } else if self.part == Part::Set && self.everything {
                 (self.part, self.number, self.at) = (Part::Rest, 0, None);
@@ -121,7 +122,7 @@ impl Plan {
         None
     }
 
-    /// All before `at` of the stretch that was next is done.
+    /// All before `at` of the range that was next is done.
     pub fn go_on_at(&mut self, at: Gpa) {
         self.at = Some(at);
     }

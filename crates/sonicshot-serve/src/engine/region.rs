@@ -1,11 +1,11 @@
-//! Stretches of a virtual machine's memory, and which of their pages are no longer the source's.
+//! Ranges of a virtual machine's memory, and which of their pages are no longer the source's.
 
 use super::kept_map::Map;
 use crate::address::HostAddress;
 use crate::error::ServeError;
 use crate::uffd::{Kind, Registered, Uffd};
 use core::sync::atomic::{AtomicU64, Ordering};
-use sonicshot::{Gpa, GpaRange, RamLayout};
+use sonicshot::{Gpa, GpaRange, RamLayout, to_usize};
 use std::sync::Arc;
 
 /// A range of guest memory in the address space whose faults are served.
@@ -75,7 +75,7 @@ impl Bits {
             Self::Kept(map, from, len) => {
                 let end = from.checked_add(*len);
                 let words = end.and_then(|end| map.words().get(*from..end));
-                words.unwrap_or_default()
+                words.unwrap_or(&[])
             }
         }
     }
@@ -97,7 +97,7 @@ pub(crate) struct Region {
 }
 
 impl Region {
-    /// A stretch that `uffd` serves, after a look at whether it can be.
+    /// A range that `uffd` serves, after a look at whether it can be.
     pub fn new(at: VmRegion, layout: &RamLayout, uffd: &Uffd) -> Result<Self, ServeError> {
         let (start, len) = (at.host.raw(), at.guest.len());
         let said = at.page;
@@ -179,7 +179,7 @@ impl Region {
 
     /// Where the page with this address begins; the address is in the region.
     pub fn page_of(&self, host: u64) -> u64 {
-        host & !self.page.saturating_sub(1)
+        host >> self.shift << self.shift
     }
 
     /// Where a host address is in the guest.
@@ -196,15 +196,18 @@ impl Region {
             .filter(|host| *host <= self.end)
     }
 
-    fn number(&self, host: u64) -> u64 {
-        host.saturating_sub(self.start) >> self.shift
+    /// The number of the page with this address, which is in the region or its end.
+    fn number(&self, host: u64) -> Option<u64> {
+        Some(host.checked_sub(self.start)? >> self.shift)
     }
 
     pub fn is_touched(&self, host: u64) -> bool {
-        let number = self.number(host);
+        // What is not known is not asked for.
+        let Some(number) = self.number(host) else {
+            return true;
+        };
         let word = usize::try_from(number >> 6).ok();
         let word = word.and_then(|word| self.touched.words().get(word));
-        // What is not known is not asked for.
         word.is_none_or(|word| word.load(Ordering::Relaxed) & (1 << (number & 63)) != 0)
     }
 
@@ -222,7 +225,7 @@ impl Region {
     pub fn is_all_touched(&self) -> bool {
         let words = self.touched.words().iter();
         let set = words.map(|word| u64::from(word.load(Ordering::Relaxed).count_ones()));
-        set.fold(0, u64::saturating_add) == self.guest.len() >> self.shift
+        set.sum::<u64>() == self.guest.len() >> self.shift
     }
 
     /// Marks what was given back. Returns how many bytes of it are here.
@@ -244,28 +247,44 @@ impl Region {
         Ok(self.touch(first, last))
     }
 
-    /// Marks the pages that are whole in the stretch. Returns how many bytes of it are here.
+    /// Marks the pages that are whole in the range. Returns how many bytes of it are here.
     pub fn touch(&mut self, start: u64, end: u64) -> u64 {
         let start = start.max(self.start);
         let end = end.min(self.end);
         if start >= end {
             return 0;
         }
-        let first = self.number(start.saturating_add(self.page.saturating_sub(1)));
-        let last = self.number(end);
-        let mut number = first;
-        while number < last {
-            let bit = number & 63;
-            let count = last.saturating_sub(number).min(64_u64.saturating_sub(bit));
-            let mask = u64::MAX >> 64_u64.saturating_sub(count) << bit;
-            let word = usize::try_from(number >> 6).ok();
-            if let Some(word) = word.and_then(|word| self.touched.words().get(word)) {
+        let whole = start.checked_next_multiple_of(self.page);
+        let first = whole.and_then(|start| self.number(start));
+        let Some((first, last)) = first.zip(self.number(end)) else {
+            return 0;
+        };
+        let Some(count) = last.checked_sub(first) else {
+            return 0;
+        };
+        let words = self.touched.words();
+        // Of each word the bits from the first on, and up to the last.
+        for index in first >> 6..last.div_ceil(64) {
+            let bits = |number: u64, of: u64| match number >> 6 == of {
+                true => u64::MAX << (number & 63),
+                false if number >> 6 < of => u64::MAX,
+                false => 0,
+            };
+            let mask = bits(first, index) & !bits(last, index);
+            if let Some(word) = words.get(to_usize(index)) {
                 // Nobody else writes to it.
                 word.store(word.load(Ordering::Relaxed) | mask, Ordering::Relaxed);
             }
-            number = number.saturating_add(count);
         }
-        last.saturating_sub(first) << self.shift
+        count << self.shift
+    }
+
+    /// The same of `len` bytes.
+    pub fn touch_len(&mut self, start: u64, len: u64) -> u64 {
+        match start.checked_add(len) {
+            Some(end) => self.touch(start, end),
+            None => 0,
+        }
     }
 }
 

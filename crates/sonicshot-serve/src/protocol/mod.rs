@@ -28,7 +28,7 @@ pub enum Place {
     Address(Gpa),
 }
 
-/// A stretch of a VMM's memory, as it says.
+/// A range of a VMM's memory, as it says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mapping {
     /// Where it begins in the VMM.
@@ -96,11 +96,11 @@ impl Handshake {
         Ok(handshake)
     }
 
-    /// Where all of the memory is in a guest of this layout. A stretch that goes on from one range
+    /// Where all of the memory is in a guest of this layout. A range that goes on from one range
     /// of RAM to the next is one region for each.
     ///
     /// # Errors
-    /// [`ServeError`] if a stretch is not memory of that guest, or two have memory in common.
+    /// [`ServeError`] if a range is not memory of that guest, or two have memory in common.
     pub fn regions(&self, layout: &RamLayout) -> Result<Vec<VmRegion>, ServeError> {
         let mut out = Vec::new();
         for mapping in &self.mappings {

@@ -122,7 +122,7 @@ fn receive_part(stream: &UnixStream, received: &mut Received) -> Result<usize, S
     let found = received.descriptors.len();
     // If some were lost it is not known how many there were.
     received.lost |= result.flags.contains(ReturnFlags::CTRUNC);
-    let part = part.get(..got).unwrap_or_default();
+    let part = part.get(..got).unwrap_or(&part);
     received.message.extend_from_slice(part);
     if found > MAX_DESCRIPTORS || received.lost {
         return Err(ServeError::Descriptors { found, expected: 1 });

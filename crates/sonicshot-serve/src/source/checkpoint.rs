@@ -3,14 +3,14 @@
 use super::{Check, Content, Look, PageSource, Piece, Run, checked, length};
 use crate::error::ServeError;
 use crate::metrics::Metrics;
-use core::num::NonZeroUsize;
+use core::num::{NonZeroU64, NonZeroUsize};
 use core::sync::atomic::{AtomicU64, Ordering};
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 use sonicshot::checkpoint::{
     CheckpointError, CheckpointReader, Chunk, ChunkDecoder, PageContent, RangeSource,
 };
-use sonicshot::{Gpa, GpaRange, PageClass, PfnRange, RamLayout};
+use sonicshot::{Gpa, GpaRange, PageClass, PfnRange, RamLayout, Tally, to_usize};
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -22,7 +22,7 @@ struct ByLength;
 
 impl Weighter<u64, Arc<[u8]>> for ByLength {
     fn weight(&self, _: &u64, chunk: &Arc<[u8]>) -> u64 {
-        (chunk.len() as u64).saturating_add(ENTRY)
+        Tally::new(chunk.len() as u64).and(ENTRY).get()
     }
 }
 
@@ -49,14 +49,14 @@ impl<S: RangeSource> CheckpointSource<S> {
     /// Serves `reader`'s pages, with at most `cache` bytes of decompressed chunks in memory.
     #[must_use]
     pub fn new(reader: CheckpointReader<S>, cache: u64, metrics: Arc<Metrics>) -> Self {
-        let chunk = u64::from(reader.chunk_size()).max(1);
-        let items = cache.checked_div(chunk).unwrap_or(0).max(1);
+        let chunk = NonZeroU64::new(reader.chunk_size().into()).unwrap_or(NonZeroU64::MIN);
+        let items = to_usize(cache / chunk).clamp(1, 1 << 20);
         // A shard admits nothing that is larger than itself.
-        let shards = items.checked_div(8).unwrap_or(0).clamp(1, 16);
+        let shards = (items / 8).clamp(1, 16);
         let options = OptionsBuilder::new()
-            .estimated_items_capacity(usize::try_from(items).unwrap_or(usize::MAX).min(1 << 20))
+            .estimated_items_capacity(items)
             .weight_capacity(cache)
-            .shards(usize::try_from(shards).unwrap_or(1))
+            .shards(shards)
             .build();
         let cache = match options {
             Ok(options) => Cache::with_options(
@@ -69,7 +69,7 @@ impl<S: RangeSource> CheckpointSource<S> {
         };
         let mut checked = Vec::new();
         let words = reader.chunk_count().div_ceil(64);
-        checked.resize_with(usize::try_from(words).unwrap_or(0), AtomicU64::default);
+        checked.resize_with(to_usize(words), AtomicU64::default);
         Self {
             disks_hold: reader.disks_are_immutable(),
             reader,
@@ -137,8 +137,8 @@ impl<S: RangeSource> CheckpointSource<S> {
         &self.reader
     }
 
-    /// What is at `at`: the chunk that has the stored page, and which of the guest's memory is in it
-    /// beside that page; or a run of which none is stored.
+    /// What is at `at`: the chunk that has the stored page, and which of the guest's memory is in
+    /// it beside that page; or a run of which none is stored.
     fn find(&self, at: Gpa) -> Result<Found, ServeError> {
         let page = self.reader.info().page_size;
         let missing = || ServeError::NotInSnapshot { at };
@@ -395,7 +395,7 @@ mod tests {
     const PAGE: usize = 4096;
     const PAGES: usize = 100;
 
-    /// A page that no other is like; every third stretch is zero.
+    /// A page that no other is like; every third range is zero.
     fn saved(page: usize) -> [u8; PAGE] {
         let mut out = [0; PAGE];
         if page / 7 % 3 != 1 {

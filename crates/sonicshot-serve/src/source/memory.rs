@@ -138,7 +138,7 @@ mod tests {
     use super::*;
     use sonicshot::MemoryError;
 
-    /// RAM of 64 pages from 1 MiB, zero but for stretches that need not begin at a page.
+    /// RAM of 64 pages from 1 MiB, zero but for ranges that need not begin at a page.
     struct Sparse(RamLayout, Vec<GpaRange>);
 
     impl GuestMemory for Sparse {

@@ -16,7 +16,7 @@ use core::ops::Range;
 use sonicshot::{Gpa, GpaRange, RamLayout};
 use std::sync::Arc;
 
-/// What a stretch of guest memory reads as.
+/// The content of a range of guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
     /// Bytes that the source has.
@@ -26,12 +26,12 @@ pub enum Content {
     Fill(u64),
 }
 
-/// A stretch of guest memory of one kind of content.
+/// A range of guest memory of one kind of content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
     /// Where it is. Of [`Content::Bytes`] no more than is had at once.
     pub range: GpaRange,
-    /// What is there.
+    /// The content.
     pub content: Content,
 }
 
@@ -54,13 +54,13 @@ impl Piece<'_> {
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         match self {
-            Self::Shared { block, part } => block.get(part.clone()).unwrap_or_default(),
+            Self::Shared { block, part } => block.get(part.clone()).unwrap_or(&[]),
             Self::Own(bytes) => bytes,
         }
     }
 }
 
-/// What a look at one page has found.
+/// The result of a look at one page.
 #[derive(Debug)]
 pub enum Look<'b> {
     /// Its bytes.
@@ -74,7 +74,7 @@ pub trait PageSource: Send + Sync {
     /// The guest's RAM. The same on every call.
     fn layout(&self) -> &RamLayout;
 
-    /// What is at `at`, and how far: a stretch that holds `at`, of whole pages but for the edges
+    /// What is at `at`, and how far: a range that holds `at`, of whole pages but for the edges
     /// of RAM. Its bytes, if it has such, can be [`read`](Self::read) at once or in part.
     ///
     /// # Errors

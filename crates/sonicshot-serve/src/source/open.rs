@@ -41,7 +41,7 @@ impl core::fmt::Debug for OpenedSource {
 ///
 /// # Errors
 /// [`ServeError::Snapshot`] if it cannot be read, or it is not known where in the guest it lies;
-/// [`ServeError::Set`] or [`ServeError::SetOfAnother`] if it carries what is no working set of it.
+/// [`ServeError::Set`] or [`ServeError::SetOfAnother`] if it carries what is not a working set of it.
 pub fn open_source(
     path: &Path,
     options: &OpenOptions,
@@ -113,7 +113,7 @@ fn set_in(reader: &CheckpointReader<File>, path: &Path) -> Result<Option<PageSet
         return Err(wrong("the blob working-set is too long"));
     }
     let text = String::from_utf8(reader.read_blob(SET)?);
-    let text = text.map_err(|_| wrong("the blob working-set is no text"))?;
+    let text = text.map_err(|_| wrong("the blob working-set is not UTF-8"))?;
     PageSet::from_text(&text, path, &reader.info().layout).map(Some)
 }
 

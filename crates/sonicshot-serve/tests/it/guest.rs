@@ -15,7 +15,7 @@ pub const PAGE: usize = 4096;
 pub const REGIONS: [(u64, usize); 2] = [(0, 1024), (4 << 30, 2048)];
 pub const PAGES: usize = REGIONS[0].1 + REGIONS[1].1;
 
-/// What a page reads as: most are kept, every fifth stretch is free, every seventh zero.
+/// The content of a page: most are kept, every fifth range is free, every seventh zero.
 pub fn expected(page: usize) -> [u8; PAGE] {
     let mut bytes = [0; PAGE];
     if !is_free(page) && page / 13 % 7 != 2 {

@@ -162,7 +162,7 @@ fn a_set_is_there_before_it_is_asked_for() {
     let memory = Memory::new(PAGES * PAGE, false);
     let (uffd, registered) = memory.register();
     let mut options = options(Prefetch::Set, 0, &metrics);
-    // Stretches with kept, free and zero pages, over both regions.
+    // Ranges with kept, free and zero pages, over both regions.
     let range = |first: usize, end: usize, base: u64| {
         GpaRange::new(
             Gpa::new(base + (first * PAGE) as u64),
@@ -304,7 +304,7 @@ impl PageSource for Numbered {
     }
 }
 
-/// Prefetch races removes, writes and reads: 10,000 rounds, each of a random stretch of pages.
+/// Prefetch races removes, writes and reads: 10,000 rounds, each of a random range of pages.
 #[test]
 fn what_was_given_back_never_comes_again() {
     const MACHINES: u64 = 100;
@@ -448,8 +448,8 @@ fn a_thread_that_fails_is_told() {
     assert!(matches!(*error, ServeError::Thread), "{error:?}");
 }
 
-/// A guest cannot run without pages that it uses: what lacks them is served only to who says that he
-/// knows.
+/// A guest cannot run without pages that it uses: what lacks them is served only to who says that
+/// he knows.
 #[test]
 fn a_checkpoint_for_analysis_is_not_run_unawares() {
     struct Lacking(Arc<dyn PageSource>);

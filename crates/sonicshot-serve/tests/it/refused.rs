@@ -110,7 +110,10 @@ fn nobody_is_ended_for_nothing() {
     let serving = Serving::start(1, Compression::None, |_| {});
     let mut machine = Machine::new();
     for (descriptors, what) in [
-        (vec![null.as_fd(), machine.pidfd.as_fd()], "no userfaultfd"),
+        (
+            vec![null.as_fd(), machine.pidfd.as_fd()],
+            "not a userfaultfd",
+        ),
         // Of whom memory comes that is not his own, and not whose it is. It is held until the
         // connection is closed.
         (vec![uffd.as_fd()], "1 file descriptors came"),

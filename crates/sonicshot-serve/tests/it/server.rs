@@ -315,7 +315,7 @@ fn a_name_is_taken_from_nobody_who_serves() {
     let other = serving.folder.path().join("file");
     std::fs::write(&other, "x").unwrap();
     let error = bind(&other).unwrap_err();
-    assert!(error.to_string().contains("is no socket"), "{error}");
+    assert!(error.to_string().contains("is not a socket"), "{error}");
     assert_eq!(std::fs::read(&other).unwrap(), b"x");
     // One that a killed server has left.
     let stale = serving.folder.path().join("stale");
