@@ -47,7 +47,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Writes one kept stretch; the file's offset is the guest address, for this VMM has no hole.
+/// Writes one kept range; the file's offset is the guest address, for this VMM has no hole.
 fn write_kept(
     guest: &dyn GuestMemory,
     out: &File,

@@ -203,7 +203,7 @@ fn frames(wanted: impl Fn(Pfn, Use) -> bool) -> Vec<Pfn> {
     all.filter(|pfn| wanted(*pfn, used(*pfn))).collect()
 }
 
-/// A quarter each is kept and free, in stretches as an allocator leaves them.
+/// A quarter each is kept and free, in ranges as an allocator leaves them.
 fn used(pfn: Pfn) -> Use {
     match mix(pfn.raw() / 24) % 4 {
         0 => Use::Kept,

@@ -71,7 +71,7 @@ class Meta:
 
 def is_there(folder: Path) -> bool:
     """Whether a folder has a capture of this lab's guest program: one of an older program would be
-    tortured by that. Nothing else of its record is looked at."""
+    stress-tested by that. Nothing else of its record is looked at."""
     file = folder / "meta.json"
     return file.exists() and json.loads(file.read_text()).get("guest") == guest_program()
 

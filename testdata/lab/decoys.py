@@ -116,7 +116,7 @@ class Guest:
         return found
 
     def prune_and_torture(self, tool: Path) -> int:
-        """Prunes the RAM under the stopped guest, which then must pass its torture. The MiB that
+        """Prunes the RAM under the stopped guest, which then must pass its stress test. The MiB that
         were dropped."""
         done = attempt(tool, "prune", self.ram, "--in-place", "--live-ok", "--json", *self.given)
         if done.returncode:
@@ -162,7 +162,7 @@ def do_decoys(args: Namespace) -> None:
         cost = took[args.count] - took[0]
         print(f"ok   {series}: {args.count} decoys cost {cost:.3f} s of {took[args.count]:.3f} s; "
               f"{found.found}/{found.kpf_buddy} buddy frames, {found.changed} dropped in "
-              f"use by kpageflags, {dropped} MiB pruned, torture OK", flush=True)
+              f"use by kpageflags, {dropped} MiB pruned, stress test OK", flush=True)
         if cost >= 1:
             raise CheckFailed("too slow")
 
@@ -200,7 +200,7 @@ def do_nested(args: Namespace) -> None:
             dropped = guest.prune_and_torture(limited(tool, KNOWLEDGE[-1]))
         shutil.rmtree(folder)
         print(f"{'FAIL' if failed else 'ok  '} {name}: {args.stops} stops, {dropped} MiB pruned by "
-              "shape at last, torture OK", flush=True)
+              "shape at last, stress test OK", flush=True)
     if failed:
         raise CheckFailed(f"{failed} times refused, or frames in use dropped")
 
@@ -265,9 +265,9 @@ def do_reboot(args: Namespace) -> None:
                         shutil.copy(guest.ram, kept)
                     if number + 1 < args.rounds or not report:
                         guest.go_on()
-                tortured = "not tortured"
+                tortured = "not stress-tested"
                 if report:
-                    tortured = f"{guest.prune_and_torture(tool)} MiB pruned at last, torture OK"
+                    tortured = f"{guest.prune_and_torture(tool)} MiB pruned at last, stress test OK"
             failed += len(bad)
             print(f"{'FAIL' if bad else 'ok  '} {series} {append or 'KASLR'}: {args.rounds} reboots, "
                   f"{len(bad)} refused, {sum(told)} frames dropped in use by kpageflags, {tortured}",

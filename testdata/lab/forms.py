@@ -1,6 +1,6 @@
 """Migration files as QEMU writes them with more capabilities: of a background snapshot, with a disk's
 bitmap, mapped-ram behind something else; and every form of a guest whose RAM is split in a place of its
-own (`max-ram-below-4g`). Each is pruned, restored and tortured."""
+own (`max-ram-below-4g`). Each is pruned, restored and stress-tested."""
 
 import shutil
 from argparse import ArgumentParser, Namespace
@@ -33,7 +33,7 @@ def in_place(tool: Path, folder: Path, name: str, work: Path) -> str:
     after = allocated(placed)
     restore(folder, None, migration=placed)
     placed.unlink()
-    return f"in place {before >> 20} -> {after >> 20} MiB, torture OK"
+    return f"in place {before >> 20} -> {after >> 20} MiB, stress test OK"
 
 
 def split_raw(tool: Path, folder: Path, work: Path) -> str:
@@ -53,7 +53,7 @@ def split_raw(tool: Path, folder: Path, work: Path) -> str:
     after = allocated(ram)
     restore(folder, ram)
     ram.unlink()
-    return f"in place {before >> 20} -> {after >> 20} MiB, torture OK; wrong layouts refused"
+    return f"in place {before >> 20} -> {after >> 20} MiB, stress test OK; wrong layouts refused"
 
 
 def split(tool: Path, kernel: str, work: Path, keep: bool) -> int:
@@ -72,7 +72,7 @@ def split(tool: Path, kernel: str, work: Path, keep: bool) -> int:
                 done = matrix.prune_and_restore(tool, folder, FORMS[form], work)
                 if done.refused:
                     raise LabError(done.refused)
-                said = f"{done.before >> 20} -> {(done.after or 0) >> 20} MiB, torture OK"
+                said = f"{done.before >> 20} -> {(done.after or 0) >> 20} MiB, stress test OK"
             print(f"ok   split at {SPLIT} MiB, {form}, Linux {spec.kernel.release}: {said}",
                   flush=True)
         except LabError as error:
@@ -122,7 +122,7 @@ def do_forms(args: Namespace) -> None:
             done = matrix.prune_and_restore(tool, folder, name, work)
             if done.refused:
                 raise LabError(done.refused)
-            said = f"{done.before >> 20} -> {(done.after or 0) >> 20} MiB, torture OK"
+            said = f"{done.before >> 20} -> {(done.after or 0) >> 20} MiB, stress test OK"
             if form == "behind":
                 said += f"; {in_place(tool, folder, name, work)}"
             print(f"ok   {form}, Linux {spec.kernel.release}: {said}", flush=True)

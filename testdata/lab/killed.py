@@ -111,7 +111,7 @@ def kill(tool: Path, folder: Path, form: str, rounds: int, seed: int) -> str:
     shutil.rmtree(work)
     where = ", ".join(f"{count} {name}" for name, count in seen.items())
     return (f"{form}, {report['kernel_release']}: {rounds} prunes of {whole:.3f} s killed ({where}): "
-            f"each file restored and looked through, {tortured} of them tortured, "
+            f"each file restored and looked through, {tortured} of them stress-tested, "
             "each second prune ends where an undisturbed one does")
 
 

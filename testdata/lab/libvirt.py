@@ -256,7 +256,7 @@ def save(daemon: Daemon, name: str, image: Path, form: str) -> None:
 def restore(daemon: Daemon, name: str, folder: Path, image: Path, torture: bool
             ) -> tuple[float, int]:
     """Runs a saved guest on. Returns seconds from the order to the first beat, and QEMU's
-    resident memory then, in MiB; raises if the torture finds anything."""
+    resident memory then, in MiB; raises if the stress test finds anything."""
     put_disks(folder)
     started = time.monotonic()
     daemon.virsh("restore", image)
@@ -303,7 +303,7 @@ class Row:
 
 def prove(daemon: Daemon, name: str, spec: GuestSpec, forms: Sequence[str], tool: Path | None,
           torture: bool) -> list[Row]:
-    """One row for every form: saved, pruned (if there is a tool), restored, tortured."""
+    """One row for every form: saved, pruned (if there is a tool), restored, stress-tested."""
     rows = []
     folder = capture(daemon, spec, name, [form.partition("+")[0] for form in forms])
     for form in forms:
@@ -335,7 +335,7 @@ def prove_form(daemon: Daemon, folder: Path, row: Row, tool: Path | None, tortur
                 return
         beat, row.rss = restore(daemon, row.guest, folder, out if tool else image, torture)
         row.beat = f"{beat:.1f} s"
-        row.restored = "torture OK" if torture else "runs"
+        row.restored = "stress test OK" if torture else "runs"
         row.ok = True
     finally:
         out.unlink(missing_ok=True)
@@ -383,7 +383,7 @@ def libvirt_arguments(parser: ArgumentParser) -> None:
     tool_argument(parser)
 
 
-@command("libvirt", "virsh save, prune, virsh restore, torture", libvirt_arguments)
+@command("libvirt", "virsh save, prune, virsh restore, stress test", libvirt_arguments)
 def do_libvirt(args: Namespace) -> None:
     install_tools()
     versions = install()

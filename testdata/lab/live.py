@@ -3,7 +3,7 @@ qemu restore`.
 
 Each guest has writers that check themselves, and a heartbeat of 10 ms. It is saved once as it runs,
 and goes on; then it is saved and stays stopped, its disks are copied, its QEMU ends, and it is run
-on in each way and tortured."""
+on in each way and stress-tested."""
 
 import os
 import shutil
@@ -67,7 +67,7 @@ class Row:
 
     def line(self) -> str:
         ways = ", ".join(f"{way} {beat:.2f} s" for way, beat in self.beats.items())
-        said = f"**FAILED**: {self.failed}" if self.failed else f"{ways}; torture OK each time"
+        said = f"**FAILED**: {self.failed}" if self.failed else f"{ways}; stress test OK each time"
         return (f"| {self.qemu} | {self.series} | {self.guest} | {self.pause:.0f} | {self.gap:.0f} | "
                 f"{self.kept >> 20} | {self.size >> 20} | {said} |")
 
@@ -82,7 +82,7 @@ def ways_of(spec: GuestSpec, wanted: Sequence[str]) -> list[str]:
 
 
 def restore(tool: Path, live: Live, way: str) -> float:
-    """Runs the guest on, tortures it; seconds to its first beat."""
+    """Runs the guest on, stress-tests it; seconds to its first beat."""
     folder = live.folder / way
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

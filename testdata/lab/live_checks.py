@@ -91,10 +91,10 @@ def clones(tool: Path, kernel: Kernel, qemu: Sequence[str]) -> str:
         other.wait("BEAT [0-9]", 120)
         other.ask("torture")
         if state(raw) != before:
-            raise CheckFailed("the file has changed under the tortured guests")
+            raise CheckFailed("the file has changed under the stress-tested guests")
         return (f"two clones by --map, QEMU {live.version}: the balloon of one took "
                 f"{spec.mem - LEFT} MiB (free page reporting on), the file ({before[2] >> 20} MiB) and "
-                "all of the other's memory were as before, byte for byte; torture OK in both, the "
+                "all of the other's memory were as before, byte for byte; stress test OK in both, the "
                 "file as before")
     finally:
         for machine in running:
@@ -149,7 +149,7 @@ def old_map(tool: Path, kernel: Kernel, qemu: Sequence[str]) -> str:
             live.end()
             shutil.rmtree(live.folder, ignore_errors=True)
     return (f"--map on QEMU {live.version}: a balloon is refused, on the command line and in a file that "
-            "it names; without one torture OK, and the file is as before")
+            "it names; without one stress test OK, and the file is as before")
 
 
 def devices(tool: Path, kernel: Kernel) -> str:
@@ -205,7 +205,7 @@ def too_long(tool: Path, kernel: Kernel) -> str:
             raise CheckFailed("no pause was too long")
         beats.end()
         live.machine.ask("torture")
-        return f"--max-pause from 1 to 80 ms: {refused} of 7 saves given up, torture OK"
+        return f"--max-pause from 1 to 80 ms: {refused} of 7 saves given up, stress test OK"
     finally:
         live.end()
         shutil.rmtree(live.folder, ignore_errors=True)
@@ -238,7 +238,7 @@ def paused_stays(tool: Path, kernel: Kernel) -> str:
             live.end()
             shutil.rmtree(live.folder, ignore_errors=True)
     return ("found paused: left paused, restored paused in each way; with -S restored paused in each "
-            "way; torture OK after cont each time")
+            "way; stress test OK after cont each time")
 
 
 def check_paused(machine: Machine, what: str) -> None:

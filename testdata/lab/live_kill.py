@@ -92,7 +92,7 @@ def kill_ours(tool: Path, kernel: Kernel, rounds: int, random: Random) -> str:
         live.machine.ask("torture")
         return (f"{rounds} saves of {whole:.2f} s killed ({complete} were complete): QEMU had the "
                 f"guest run after {resumed:.2f} s at most, its heartbeat was back after "
-                f"{longest:.2f} s, no half file, no process left, torture OK")
+                f"{longest:.2f} s, no half file, no process left, stress test OK")
     finally:
         live.end()
         shutil.rmtree(live.folder, ignore_errors=True)

@@ -132,7 +132,7 @@ class Outcome:
         said = list(dict.fromkeys(said))
         if all(form.refused for form in self.forms.values()):
             return "; ".join(said)
-        return "; ".join(["pruned, restored, torture OK", *said])
+        return "; ".join(["pruned, restored, stress test OK", *said])
 
     def sizes(self, name: str) -> str:
         """Of a form on the disk, before and after."""
@@ -181,7 +181,7 @@ def mib(count: int | None) -> str:
 
 
 def prune_and_restore(tool: Path, folder: Path, name: str, work: Path, *options: Word) -> Form:
-    """One form of a snapshot: pruned, checked, restored, tortured."""
+    """One form of a snapshot: pruned, checked, restored, stress-tested."""
     original = folder / name
     form = Form(allocated(original))
     out = work / name

@@ -60,7 +60,7 @@ class Row:
 
 
 def one(tool: Path, spec: GuestSpec, layout: str, name: str, work: Path, keep: bool) -> Outcome:
-    """What becomes of a guest: boot, save, inspect, prune, restore, torture."""
+    """What becomes of a guest: boot, save, inspect, prune, restore, stress test."""
     folder = captures.capture(spec, name)
     options: list[Word] = ["--layout", layout] if layout else []
     outcome = Outcome()

@@ -1,5 +1,5 @@
 """Holds what sonicshot says of a captured guest against the guest's own kernel, against other
-readers, and against the guest itself: restored from a pruned memory, it must pass its torture."""
+readers, and against the guest itself: restored from a pruned memory, it must pass its stress test."""
 
 import array
 import json
@@ -364,7 +364,7 @@ def prove(tool: Path, folder: Path, variants: Sequence[str], torture: bool = Tru
     proof.check_frames(runs)
     pruned = proof.check_raw(runs)
     proof.check_elf(runs)
-    # Where the bytes are the same, one of both files is enough for the torture.
+    # Where the bytes are the same, one of both files is enough for the stress test.
     ram = proof.check_checkpoints(pruned)
     if torture:
         proof.torture(ram)
@@ -375,8 +375,8 @@ def prove(tool: Path, folder: Path, variants: Sequence[str], torture: bool = Tru
 def table(rows: Sequence[Row]) -> str:
     head = ["capture", "kernel", "symbols", "buddy by kpageflags", "found", "%", "per-CPU",
             "dropped in use", "changed before the stop", "drgn", "crash", "disk", "ELF",
-            "checkpoint (none / lz4 / zstd)", "torture",
-            "mapped-ram, torture too", "stream, torture too"]
+            "checkpoint (none / lz4 / zstd)", "stress test",
+            "mapped-ram, stress test too", "stream, stress test too"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         found = row.agreement
@@ -402,7 +402,7 @@ def prove_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--rm", action="store_true", help="delete each capture afterwards")
 
 
-@command("prove", "capture, check, prune, restore, torture", prove_arguments)
+@command("prove", "capture, check, prune, restore, stress test", prove_arguments)
 def do_prove(args: Namespace) -> None:
     """Captures what is missing, then proves every combination."""
     install_tools()
@@ -429,7 +429,7 @@ def do_prove(args: Namespace) -> None:
             found = row.agreement
             print(f"ok   {spec.name}: {found.found}/{found.kpf_buddy} buddy frames "
                   f"({found.share:.3f} %), {found.pcp} per-CPU, {found.unexplained} dropped "
-                  f"in use, {row.disk}, torture {row.torture}", flush=True)
+                  f"in use, {row.disk}, stress test {row.torture}", flush=True)
         except LabError as error:
             failed += 1
             print(f"FAIL {spec.name}: {error}", flush=True)

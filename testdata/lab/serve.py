@@ -88,7 +88,7 @@ class Served(NamedTuple):
 
 
 def served(tool: Path, capture: Path, snapshot: Path, backing: str, more: Sequence[str]) -> Served:
-    """Runs a captured guest on, in memory that is served, and tortures it."""
+    """Runs a captured guest on, in memory that is served, and stress-tests it."""
     meta = captures.Meta.read(capture)
     folder = LAB / "restore" / f"{meta.name}-{backing}-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -155,7 +155,7 @@ def do_serve(args: Namespace) -> None:
             row = (f"| {spec.kernel.release}, {spec.mem} MiB, {spec.smp} processors, {spec.machine} "
                    f"| {backing} | {allocated(snapshot) >> 20} MiB "
                    f"| {'nothing' if prefetch == 'set' else prefetch} | {done.beat:.2f} s "
-                   f"| {done.faults:,} | {done.demanded}, {done.ahead} | torture OK |")
+                   f"| {done.faults:,} | {done.demanded}, {done.ahead} | stress test OK |")
             print(row, flush=True)
             rows.append(row)
         snapshot.unlink()

@@ -95,7 +95,7 @@ class Proof:
             same_but_dropped(self.folder / form, pruned, seen.runs, self.meta.layout, DROPPED)
         if torture:
             restore(self.folder, pruned if raw else None, migration=None if raw else pruned)
-            self.said.append("torture OK")
+            self.said.append("stress test OK")
         pruned.unlink()
 
 
@@ -131,7 +131,7 @@ def small_arguments(parser: ArgumentParser) -> None:
     tool_argument(parser)
 
 
-@command("small", "kernels of which little is known: capture, check, prune, restore, torture",
+@command("small", "kernels of which little is known: capture, check, prune, restore, stress test",
          small_arguments)
 def do_small(args: Namespace) -> None:
     install_tools()
@@ -159,4 +159,4 @@ def do_small(args: Namespace) -> None:
 def busy(tool: Path, spec: GuestSpec, stops: int) -> None:
     seen = LevelPruner(tool)
     stress(spec, spec.name, stops, seen.at_stop)
-    print(f"ok   {spec.name}, busy: {seen.check()}; torture OK", flush=True)
+    print(f"ok   {spec.name}, busy: {seen.check()}; stress test OK", flush=True)

@@ -68,7 +68,7 @@ def reads_of(machine: Machine) -> int:
 
 def run_on(folder: Path, ram: Path, torture: bool) -> int:
     """Runs the captured guest on in `ram`: it looks at all that it has, the files from its page
-    cache. How often it read the disk for that; then it is tortured, and reads all files again."""
+    cache. How often it read the disk for that; then it is stress-tested, and reads all files again."""
     meta = Meta.read(folder)
     home = LAB / "restore" / f"soft-{meta.name}"
     shutil.rmtree(home, ignore_errors=True)

@@ -20,7 +20,7 @@ class VirtioMem(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A stretch of guest RAM, and where a file of raw RAM has it; bytes."""
+    """A range of guest RAM, and where a file of raw RAM has it; bytes."""
 
     gpa: int
     len: int

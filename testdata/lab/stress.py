@@ -123,7 +123,7 @@ def do_stress(args: Namespace) -> None:
     stress(spec, spec.name, args.stops, seen.at_stop)
     seen.check()
     print(f"{kernel.release}, {args.smp} processors: pruned under the running guest "
-          f"{seen.pruned} times ({seen.pages} pages, {seen.left} of them in stretches "
+          f"{seen.pruned} times ({seen.pages} pages, {seen.left} of them in ranges "
           f"too short for a hole), refused {seen.refused} times, "
           f"{seen.blocks} blocks kept as in question, {seen.agreed} stops agreed with drgn; "
-          "torture OK")
+          "stress test OK")

@@ -279,7 +279,7 @@ def prove(tool: Path, folder: Path) -> str:
     for memory in (proof.pruned, merged):
         captures.restore(folder, memory)
     shutil.rmtree(proof.work)
-    return "; ".join(proof.said) + "; torture OK twice"
+    return "; ".join(proof.said) + "; stress test OK twice"
 
 
 def kept_only(ram: Path, merged: Path, runs: Sequence[Run], layout: Layout,

@@ -23,7 +23,7 @@ SERIES = "6.1"
 # In use in every guest of the first figure, MiB.
 LITTLE = 200
 # Larger guests take minutes, emulated, to fill all of their free memory with garbage, and to be
-# tortured; they read again what they hold.
+# stress-tested; they read again what they hold.
 TORTURED_MIB = 1024
 TOOLS = {"xl": ("xl save lab", "xl restore"),
          "sonicshot": ("sonicshot xen save lab", "sonicshot xen restore")}

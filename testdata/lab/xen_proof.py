@@ -1,4 +1,4 @@
-"""Saves of a paravirtual guest under a real Xen, full and pruned, restored and tortured."""
+"""Saves of a paravirtual guest under a real Xen, full and pruned, restored and stress-tested."""
 
 import filecmp
 import shutil
@@ -78,7 +78,7 @@ def restored(dom0: Dom0, order: str, memory: int) -> float:
 
 
 def cycle(tool: Path, guest: XenGuest, keep: Path | None = None) -> Row:
-    """One guest: saved by xl, pruned offline, saved by sonicshot, each restored and tortured."""
+    """One guest: saved by xl, pruned offline, saved by sonicshot, each restored and stress-tested."""
     work = Path(tempfile.mkdtemp(prefix="xen-", dir=LAB))
     try:
         with Dom0(work, tool, guest) as dom0:
@@ -207,7 +207,7 @@ def give_back_later(tool: Path, guest: XenGuest) -> dict[str, list[str]]:
                 retyped(image, work / "changed.xl", change)
                 dom0.give(work / "changed.xl", "/images/changed")
                 done = dom0.order("set +e\ntimed restore xl restore /images/changed\n"
-                                  "echo CODE $?\nmemory\nask torture TORTURE-\nxl destroy lab")
+                                  "echo CODE $?\nmemory\nask stress test TORTURE-\nxl destroy lab")
                 found[way] = done.lines
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -230,7 +230,7 @@ def table(rows: Sequence[Row]) -> str:
         name = f"{row.guest.kernel.release}, {row.guest.memory} MiB" + (
             f", `{row.guest.append}`" if row.guest.append else "")
         text.append(f"| {name} | {off.guest_free:,} | {off.pruned_pages:,}, "
-                    f"{row.live[0].pages:,} | {mb} | {saves} | {restores} | torture OK, 8 times |")
+                    f"{row.live[0].pages:,} | {mb} | {saves} | {restores} | stress test OK, 8 times |")
     return "\n".join(text)
 
 
@@ -244,7 +244,7 @@ def xen_arguments(parser: ArgumentParser) -> None:
     tool_argument(parser)
 
 
-@command("xen", "a real Xen: save, prune, save live, restore, torture", xen_arguments)
+@command("xen", "a real Xen: save, prune, save live, restore, stress test", xen_arguments)
 def do_xen(args: Namespace) -> None:
     install_tools()
     tool = find_tool(args.sonicshot)

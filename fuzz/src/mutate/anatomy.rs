@@ -94,7 +94,7 @@ pub struct Anatomy {
     pub types: Vec<u32>,
     /// Of each section its first frame, and where the struct page of frame 0 would be.
     pub sections: Vec<(u64, u64)>,
-    /// Long stretches that opening reads, BTF left out.
+    /// Long ranges that opening reads, BTF left out.
     pub stretches: Vec<(u64, u64)>,
     /// What opening the guest reads: a change here and the guest must be opened again.
     pub read_by_open: Vec<(u64, u64)>,
@@ -486,7 +486,7 @@ impl<'m> Builder<'m> {
         }
     }
 
-    /// A stretch at a virtual address, as runs in guest-physical memory.
+    /// A range at a virtual address, as runs in guest-physical memory.
     fn runs(&self, va: u64, len: u64) -> Vec<(u64, u64)> {
         let mut runs = Vec::new();
         let mut done = 0;
@@ -868,7 +868,7 @@ impl Anatomy {
 /// Where each begins, and how long it is.
 type Stretches = Vec<(u64, u64)>;
 
-/// The longer stretches that opening the guest reads, without BTF; and all that it reads.
+/// The longer ranges that opening the guest reads, without BTF; and all that it reads.
 fn stretches(by_open: &Reads, btf_runs: &[(u64, u64)]) -> (Stretches, Stretches) {
     let is_btf = |at: u64| {
         let mut runs = btf_runs.iter();

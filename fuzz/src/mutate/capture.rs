@@ -121,7 +121,7 @@ pub struct Change {
     pub bytes: Vec<u8>,
 }
 
-/// What was read of guest memory: stretches and single words.
+/// What was read of guest memory: ranges and single words.
 #[derive(Debug, Default, Clone)]
 pub struct Reads {
     /// By start: the longest read from there.

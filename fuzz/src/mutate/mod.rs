@@ -44,7 +44,7 @@ pub struct Subject<'c> {
 #[derive(Debug, Clone, Copy)]
 pub struct Lost {
     pub pfn: Pfn,
-    /// What it is.
+    /// Its kind.
     pub truth: PageClass,
     /// What it was taken for.
     pub taken_for: PageClass,

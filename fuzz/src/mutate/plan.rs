@@ -202,7 +202,7 @@ impl<'s, 'c> Plan<'s, 'c> {
         })
     }
 
-    /// A byte of a long stretch that opening reads: names and offsets of symbols, mostly.
+    /// A byte of a long range that opening reads: names and offsets of symbols, mostly.
     fn stretch(&self, rng: &mut Rng) -> Option<Mutation> {
         let (start, len) = *rng.of(&self.subject.anatomy.stretches)?;
         let at = Gpa::new(start + rng.number() % len);

@@ -7,7 +7,7 @@ from errors import CheckFailed
 from frames import Run
 from spec import PAGE, Part
 
-# Two stretches of RAM with a hole between.
+# Two ranges of RAM with a hole between.
 LAYOUT = (Part(0, 4 * PAGE, 0), Part(16 * PAGE, 2 * PAGE, 4 * PAGE))
 
 

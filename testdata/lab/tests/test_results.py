@@ -38,7 +38,7 @@ class Rows(unittest.TestCase):
         self.assertEqual(row.place, (0, [6, 1]))
 
     def test_words(self) -> None:
-        self.assertEqual(OUTCOME.words, "pruned, restored, torture OK; it is odd; "
+        self.assertEqual(OUTCOME.words, "pruned, restored, stress test OK; it is odd; "
                                         "stream.mig refused: it is busy (exit code 5)")
         refused = Outcome({name: Form(1, refused="no") for name in matrix.FORMS})
         self.assertEqual(refused.words, "mapped.ram refused: no; stream.mig refused: no")
