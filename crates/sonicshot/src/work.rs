@@ -30,11 +30,11 @@ pub const MAX_THREADS: usize = 256;
 /// use; at most [`MAX_THREADS`].
 #[must_use]
 pub fn threads(wanted: Option<NonZeroUsize>) -> NonZeroUsize {
-    const MOST: NonZeroUsize = NonZeroUsize::new(MAX_THREADS).unwrap();
+    const ALL: NonZeroUsize = NonZeroUsize::new(MAX_THREADS).unwrap();
     wanted
         .or_else(|| std::thread::available_parallelism().ok())
         .unwrap_or(NonZeroUsize::MIN)
-        .min(MOST)
+        .min(ALL)
 }
 
 /// Does `each` with every item, on `threads` threads of which the caller's is one. `done` is told

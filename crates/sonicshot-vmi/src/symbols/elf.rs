@@ -194,7 +194,7 @@ impl Vmlinux {
 
     fn symbol_table(&self) -> &SymbolTable {
         /// More symbols no kernel has.
-        const MAX_SYMBOLS: usize = 1 << 24;
+        const KERNELS_SYMBOLS: usize = 1 << 24;
         /// A section that is not there.
         const NOTHING: (usize, usize) = (0, 0);
         self.symbols.get_or_init(|| {
@@ -204,7 +204,7 @@ impl Vmlinux {
                 .and_then(|s| self.sections.get(usize::try_from(s.link).ok()?))
                 .and_then(Self::place)
                 .unwrap_or(NOTHING);
-            let count = (symbols.1 / SYMBOL_SIZE).min(MAX_SYMBOLS);
+            let count = (symbols.1 / SYMBOL_SIZE).min(KERNELS_SYMBOLS);
             let index = NameIndex::new(count, |number| self.symbol_name(symbols, strings, number));
             SymbolTable {
                 symbols,

@@ -487,8 +487,8 @@ struct Entry {
     slot: u64,
 }
 
-/// Entries, as a power of two: at most 24 MiB, for 4 GiB of different pages.
-const ENTRIES: core::ops::RangeInclusive<u32> = 6..=20;
+/// Entries: 24 MiB, for 4 GiB of different pages.
+const ENTRIES: u64 = 1 << 20;
 /// Places where an entry may be.
 const WAYS: u64 = 4;
 
@@ -498,8 +498,8 @@ impl Stored {
         // Twice as many entries, as far as there may be: it is only a size.
         let wanted = pages
             .and_then(|pages| pages.checked_mul(2)?.checked_next_power_of_two())
-            .map_or(*ENTRIES.end(), u64::trailing_zeros);
-        let bits = wanted.clamp(*ENTRIES.start(), *ENTRIES.end());
+            .map_or(ENTRIES.trailing_zeros(), u64::trailing_zeros);
+        let bits = wanted.clamp(6, ENTRIES.trailing_zeros());
         Self {
             entries: vec![Entry::default(); 1 << bits],
             mask: !(u64::MAX << bits),
