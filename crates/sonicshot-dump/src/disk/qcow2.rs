@@ -86,7 +86,8 @@ impl Qcow2Head {
         let image = Image::read(path, content.bytes())?;
         let bad = |what, at, value| DumpError::malformed(path, what, FileOffset::new(at), value);
         if image.disk_len == 0 || image.disk_len > i64::MAX as u64 {
-            return Err(bad("an impossible length of a disk", 24, image.disk_len));
+            let what = "a virtual disk size that is not from 1 to 2^63 - 1";
+            return Err(bad(what, 24, image.disk_len));
         }
         let of_table = image.clusters_of_table().checked_mul(image.cluster());
         let needed = of_table.map(|bytes| image.disk_len.div_ceil(bytes));
@@ -111,11 +112,13 @@ fn below(path: &Path, image: &Image, content: &FileContent) -> Result<Option<Bel
         return Ok(None);
     }
     let bytes = content.bytes();
-    let name = (len > 0 && len <= MAX_NAME).then(|| bytes.part(at, len.into())?.copied());
-    let name = name.flatten().ok_or_else(|| {
-        let what = "an impossible name of the image below";
-        DumpError::malformed(path, what, FileOffset::new(8), len.into())
-    })?;
+    let bad = |what, at, value| DumpError::malformed(path, what, FileOffset::new(at), value);
+    if len == 0 || len > MAX_NAME {
+        let what = "a backing file name whose length is not from 1 to 1023";
+        return Err(bad(what, 16, len.into()));
+    }
+    let name = bytes.part(at, len.into()).and_then(Bytes::copied);
+    let name = name.ok_or_else(|| bad("a backing file name beyond the end of the file", 8, at))?;
     let unsupported = |kind| DumpError::Unsupported {
         path: path.to_owned(),
         kind,

@@ -319,9 +319,27 @@ fn what_an_image_says_of_the_one_below_is_bounded() {
     );
     let name = |len: usize| [b"./".repeat((len - 4) / 2), b"base".to_vec()].concat();
     assert!(open(&over(&name(1022), 0, b"raw")).is_ok());
-    for name in [name(1024), Vec::new()] {
-        let refused = open(&over(&name, 0, b"raw")).unwrap_err();
+    let refused = |bytes: &[u8], expected: &str| {
+        let refused = open(bytes).unwrap_err();
         assert!(matches!(refused, DumpError::Malformed { .. }), "{refused}");
+        assert!(refused.to_string().ends_with(expected), "{refused}");
+    };
+    let of_length = "a backing file name whose length is not from 1 to 1023 at offset 0x10";
+    for (name, found) in [(name(1024), "0x400"), (Vec::new(), "0x0")] {
+        let expected = format!("{of_length} (value {found})");
+        refused(&over(&name, 0, b"raw"), &expected);
+    }
+    let mut beyond = over(b"base", 0, b"raw");
+    beyond[8..16].copy_from_slice(&(1_u64 << 40).to_be_bytes());
+    refused(
+        &beyond,
+        "a backing file name beyond the end of the file at offset 0x8 (value 0x10000000000)",
+    );
+    for len in [0, 1 << 63] {
+        let mut disk = small();
+        disk[24..32].copy_from_slice(&u64::to_be_bytes(len));
+        let size = "a virtual disk size that is not from 1 to 2^63 - 1 at offset 0x18";
+        refused(&disk, &format!("{size} (value {len:#x})"));
     }
 }
 
