@@ -41,8 +41,6 @@ const FLAGS: [&str; 27] = [
     "young",
     "idle",
 ];
-/// A `struct page` is no longer.
-const MAX_STRIDE: usize = 256;
 /// `CACHE_NAME` and the like are shorter.
 const MAX_NAME: usize = 64;
 
@@ -249,7 +247,8 @@ impl Look<'_, '_> {
         let Some(at) = self.mem_map.page_va(pfn).filter(|_| is_online) else {
             return Ok(None);
         };
-        let mut bytes = vec![0; self.mem_map.stride_len()?.min(MAX_STRIDE)];
+        // No longer than the largest `struct page` that a map of them is made of.
+        let mut bytes = vec![0; self.mem_map.stride_len()?];
         self.mem_map.copy_pages(at, &mut bytes)?;
         Ok(Some((at, bytes)))
     }

@@ -203,6 +203,37 @@ fn a_user_inside_a_free_block_keeps_the_whole_block() {
 }
 
 #[test]
+fn an_owners_name_is_told_as_far_as_a_bound() {
+    let mut ram = ram();
+    // A slab's cache, and where its name's address lies in the file.
+    let (pfn, pointer, banner) = {
+        let memory = memory(&ram);
+        let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+        let pages = guest.classify(OnInconsistency::Refuse).unwrap();
+        let mut slabs = pages.map.runs().filter(|run| run.1 == PageClass::Slab);
+        let pfn = slabs.next().unwrap().0.start();
+        let owner = guest.page_facts(pfn).unwrap().owner.unwrap();
+        assert_eq!(owner.kind, "slab");
+        assert!((1..64).contains(&owner.name.unwrap().len()));
+        let member = guest.member("kmem_cache", "name").unwrap().unwrap();
+        let at = owner.at.unwrap().checked_add(member.offset).unwrap();
+        let banner = guest.symbol("linux_banner").unwrap().unwrap();
+        (pfn, guest.translate(at).unwrap(), banner)
+    };
+    put(
+        &mut ram,
+        usize::try_from(pointer.raw()).unwrap(),
+        banner.raw(),
+    );
+    let memory = memory(&ram);
+    let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
+    let whole = guest.banner().unwrap();
+    assert!(whole.len() > 64);
+    let owner = guest.page_facts(pfn).unwrap().owner.unwrap();
+    assert_eq!(owner.name.as_deref(), Some(&whole[..64]));
+}
+
+#[test]
 fn a_block_that_lies_about_its_order_is_kept() {
     let original = ram();
     let before = dropped(&classify(&original, OnInconsistency::Refuse).unwrap().map);
