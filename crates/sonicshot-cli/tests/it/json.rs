@@ -3,6 +3,8 @@
 use crate::common::*;
 use jsonschema::Validator;
 use serde_json::{Value, json};
+use sonicshot::{Gpa, GuestBytes, MappedRegions};
+use sonicshot_vmi::{GuestOptions, KernelVa, LinuxGuest, VirtualMemory};
 use std::fs;
 use std::path::Path;
 use std::process::Output;
@@ -153,10 +155,70 @@ fn free_lists_are_what_the_guest_said_and_its_counters_agree() {
         .map(|zone| zone["listed_pages"].as_u64().unwrap())
         .sum();
     assert_eq!(pages, seen["classes"]["free_buddy"].as_u64().unwrap());
-    // A counter that was changed is told of.
     let text = sonicshot(&["inspect", raw.to_str().unwrap(), "--free-lists"]);
     let text = String::from_utf8(text.stdout).unwrap();
     assert!(text.contains("movable") && text.contains("agree"), "{text}");
+    assert!(!text.contains("disagrees"), "{text}");
+}
+
+/// Where the guest has the counter `nr_free` of the blocks of `order` of the zone with this number, and
+/// the zone's `NR_FREE_PAGES`.
+fn counters_of_zone(number: u64, order: u64) -> [usize; 2] {
+    let ram = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram()))]).unwrap();
+    let guest = LinuxGuest::open(&ram, &GuestOptions::new()).unwrap();
+    let offset = |of: &str, member: &str| guest.member(of, member).unwrap().unwrap().offset;
+    let size = |of: &str| guest.type_size(of).unwrap().unwrap();
+    let node = guest.symbol("node_data").unwrap().unwrap();
+    let node = KernelVa::new(guest.read_u64(node).unwrap());
+    let zone = offset("pglist_data", "node_zones") + number * size("zone");
+    let area = offset("zone", "free_area") + order * size("free_area");
+    let free_pages = guest.constant("NR_FREE_PAGES").unwrap().unwrap();
+    let free_pages = offset("zone", "vm_stat") + 8 * u64::try_from(free_pages).unwrap();
+    [area + offset("free_area", "nr_free"), free_pages].map(|counter| {
+        let at = node.checked_add(zone + counter).unwrap();
+        usize::try_from(guest.translate(at).unwrap().raw()).unwrap()
+    })
+}
+
+#[test]
+fn a_counter_that_is_not_what_its_lists_have_is_shown_beside_them() {
+    let folder = TempDir::new().unwrap();
+    let [nr_free, free_pages] = counters_of_zone(1, 3);
+    let (mut blocks, mut pages) = (0, 0);
+    let raw = raw_dump(folder.path(), |ram| {
+        let mut more = |at: usize, by: u64| {
+            let bytes = &mut ram[at..at + 8];
+            let before = u64::from_le_bytes((&*bytes).try_into().unwrap());
+            bytes.copy_from_slice(&(before + by).to_le_bytes());
+            before
+        };
+        (blocks, pages) = (more(nr_free, 1), more(free_pages, 5));
+    });
+    let raw = raw.to_str().unwrap();
+    let run = sonicshot(&["inspect", raw, "--free-lists", "--json"]);
+    let seen = one(&schema(), &run);
+    let zones = seen["free_lists"].as_array().unwrap();
+    let (changed, others): (Vec<_>, Vec<_>) =
+        zones.iter().partition(|zone| zone["name"] == "DMA32");
+    let zone = changed[0];
+    let told = [
+        format!("order 3: {blocks} blocks listed, nr_free is {}", blocks + 1),
+        format!("{pages} pages listed, NR_FREE_PAGES is {}", pages + 5),
+    ];
+    assert_eq!(zone["disagreements"], json!(told));
+    assert_eq!(zone["listed"][3], blocks);
+    assert_eq!(zone["nr_free"][3], blocks + 1);
+    assert_eq!(zone["listed_pages"], pages);
+    assert_eq!(zone["nr_free_pages"], pages + 5);
+    assert!(!others.is_empty());
+    for zone in others {
+        assert_eq!(zone["disagreements"], json!([]));
+    }
+    let text = sonicshot(&["inspect", raw, "--free-lists"]);
+    let text = String::from_utf8(text.stdout).unwrap();
+    for line in told {
+        assert!(text.contains(&format!("  disagrees: {line}\n")), "{text}");
+    }
 }
 
 #[test]
