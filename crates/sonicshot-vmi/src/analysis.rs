@@ -58,11 +58,18 @@ impl AnalysisOptions {
         self
     }
 
-    /// When [`analyze`] is to end before it is done: when somebody cancels it, or at a time.
+    /// When the analysis is to end before it is done: when somebody cancels it, or at a time. That
+    /// goes for [`analyze`], [`GuestOs::analyze`](crate::GuestOs::analyze) and
+    /// [`OwnedGuest::analyze`](crate::OwnedGuest::analyze); all of them then give
+    /// [`VmiError::Stopped`].
     #[must_use]
     pub fn stop(mut self, stop: Stop) -> Self {
         self.stop = Some(stop);
         self
+    }
+
+    pub(crate) fn ends_by(&self) -> Option<&Stop> {
+        self.stop.as_ref()
     }
 
     pub(crate) fn inconsistency(&self) -> OnInconsistency {
@@ -321,7 +328,12 @@ pub fn analyze(memory: &dyn GuestMemory, options: &AnalysisOptions) -> Result<An
         return open_guest(memory, &options.guest)?.analyze(options);
     };
     let stoppable = Stoppable::new(memory, stop.clone());
-    let analysis = open_guest(&stoppable, &options.guest).and_then(|guest| guest.analyze(options));
+    // Its memory ends already.
+    let whole = AnalysisOptions {
+        stop: None,
+        ..options.clone()
+    };
+    let analysis = open_guest(&stoppable, &options.guest).and_then(|guest| guest.analyze(&whole));
     // What could not be read for it may have been passed over: whatever came of it does not count.
     stop.check().map_err(VmiError::Stopped)?;
     analysis

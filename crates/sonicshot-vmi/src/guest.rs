@@ -38,7 +38,7 @@ pub use explain::{ListedIn, PageFacts, PageOwner, PageRecord, Witness};
 pub use lists::{FreeBlocks, FreeList, PerCpuCount, ZoneFree};
 pub use options::{GuestOptions, OnInconsistency};
 pub use places::{FilePlace, FilePlaces, FileSystemId};
-use sonicshot::{GpaRange, GuestMemory, PageMap, PageSize, Pfn};
+use sonicshot::{GpaRange, GuestMemory, PageMap, PageSize, Pfn, Stoppable};
 use std::num::NonZeroUsize;
 use std::sync::OnceLock;
 
@@ -537,6 +537,42 @@ impl<'m> LinuxGuest<'m> {
     }
 }
 
+impl LinuxGuest<'_> {
+    /// The same guest, read from `memory`, which is the same as its own but for when it ends.
+    fn over<'n>(&self, memory: &'n dyn GuestMemory) -> LinuxGuest<'n> {
+        LinuxGuest {
+            kernel: self.kernel.over(memory),
+            origin: self.origin.clone(),
+            banner: self.banner.clone(),
+            owners: self.owners.clone(),
+            traces: self.traces.clone(),
+            knowledge: self.knowledge,
+            image: self.image,
+            shaped: self.shaped,
+            searched: self.searched.clone(),
+            threads: self.threads,
+            notes_of_files: self.notes_of_files.clone(),
+        }
+    }
+
+    fn analyze_to_the_end(&self, options: &AnalysisOptions) -> Result<Analysis, VmiError> {
+        let mut pages = self.classify(options.inconsistency())?;
+        let memory = self.kernel.space.memory();
+        let absent = mark_absent_pages(memory, &mut pages.map)?;
+        if options.looks_for_zero_pages() {
+            mark_zero_pages(memory, &mut pages.map)?;
+        }
+        Ok(Analysis::new(Parts {
+            facts: self.facts(),
+            pages,
+            present: self.struct_page_memory()?,
+            // A map that cannot be read confirms nothing.
+            boot_ram: self.e820().ok().flatten(),
+            absent,
+        }))
+    }
+}
+
 impl GuestOs for LinuxGuest<'_> {
     fn facts(&self) -> GuestFacts {
         GuestFacts {
@@ -553,20 +589,14 @@ impl GuestOs for LinuxGuest<'_> {
     }
 
     fn analyze(&self, options: &AnalysisOptions) -> Result<Analysis, VmiError> {
-        let mut pages = self.classify(options.inconsistency())?;
-        let memory = self.kernel.space.memory();
-        let absent = mark_absent_pages(memory, &mut pages.map)?;
-        if options.looks_for_zero_pages() {
-            mark_zero_pages(memory, &mut pages.map)?;
-        }
-        Ok(Analysis::new(Parts {
-            facts: self.facts(),
-            pages,
-            present: self.struct_page_memory()?,
-            // A map that cannot be read confirms nothing.
-            boot_ram: self.e820().ok().flatten(),
-            absent,
-        }))
+        let Some(stop) = options.ends_by() else {
+            return self.analyze_to_the_end(options);
+        };
+        let memory = Stoppable::new(self.kernel.space.memory(), stop.clone());
+        let analysis = self.over(&memory).analyze_to_the_end(options);
+        // What could not be read for it may have been passed over: whatever came of it does not count.
+        stop.check().map_err(VmiError::Stopped)?;
+        analysis
     }
 
     fn page_records(&self) -> Result<Vec<GpaRange>, VmiError> {

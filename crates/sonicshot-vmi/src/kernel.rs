@@ -5,7 +5,7 @@ use crate::error::VmiError;
 use crate::needs;
 use crate::symbols::{Member, SymbolBase, SymbolSource, Vmcoreinfo};
 use crate::{AddressSpace, KernelVa};
-use sonicshot::{Architecture, PageSize};
+use sonicshot::{Architecture, GuestMemory, PageSize};
 use std::sync::{Arc, OnceLock};
 
 /// All sources of symbols of one running kernel, in order of precedence, and its memory.
@@ -40,6 +40,17 @@ impl<'m> Kernel<'m> {
             sources: Vec::new(),
             vmcoreinfo: None,
             log_ring: OnceLock::new(),
+        }
+    }
+
+    /// The same kernel, read from `memory`, which is the same guest's.
+    pub(crate) fn over<'n>(&self, memory: &'n dyn GuestMemory) -> Kernel<'n> {
+        Kernel {
+            space: self.space.over(memory),
+            build: self.build.clone(),
+            sources: self.sources.clone(),
+            vmcoreinfo: self.vmcoreinfo.clone(),
+            log_ring: self.log_ring.clone(),
         }
     }
 

@@ -16,13 +16,15 @@ pub trait GuestOs: fmt::Debug {
     fn facts(&self) -> GuestFacts;
 
     /// Gives every RAM frame its class. Of `options` what is known of the guest beforehand is not
-    /// asked again: it was opened with that.
+    /// asked again: it was opened with that, and it must not have run since: who owns the memory was
+    /// asked then.
     ///
     /// # Errors
     /// [`VmiError::NotOwner`] if a processor runs on page tables of something else,
     /// [`VmiError::LaterOwner`] if the memory bears traces of a later owner,
     /// [`VmiError::Inconsistent`] if the sources of truth disagree, [`VmiError::Missing`] if a
-    /// symbol or member that decides about a page is known to no source, and what reading gives.
+    /// symbol or member that decides about a page is known to no source, [`VmiError::Stopped`] if the
+    /// work was [ended](AnalysisOptions::stop), and what reading gives.
     fn analyze(&self, options: &AnalysisOptions) -> Result<Analysis, VmiError>;
 
     /// Where the kernel's records of its pages lie in guest-physical memory: what an analysis

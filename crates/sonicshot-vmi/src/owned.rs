@@ -4,7 +4,7 @@
     reason = "the guest borrows from what is beside it, which no lifetime says"
 )]
 
-use crate::{AnalysisOptions, GuestOptions, LinuxGuest, VmiError};
+use crate::{AnalysisOptions, GuestOptions, LinuxGuest, VmiError, analyze};
 use core::fmt;
 use sonicshot::GuestMemory;
 use std::sync::Arc;
@@ -38,6 +38,7 @@ pub struct OwnedGuest {
     /// Borrows from `memory`; before it, so that it is dropped first.
     guest: LinuxGuest<'static>,
     memory: Arc<dyn GuestMemory>,
+    options: GuestOptions,
 }
 
 impl OwnedGuest {
@@ -55,20 +56,25 @@ impl OwnedGuest {
         Ok(Self {
             guest: LinuxGuest::open(borrowed, options)?,
             memory,
+            options: options.clone(),
         })
     }
 
-    /// Lends the guest.
+    /// Lends the guest, as it was when it was opened: its symbols, types and page tables are of the
+    /// kernel that ran then.
     pub fn with<T>(&self, look: impl for<'m> FnOnce(&LinuxGuest<'m>) -> T) -> T {
         look(&self.guest)
     }
 
-    /// Gives every frame of RAM its class, by what is in memory now.
+    /// Gives every frame of RAM its class, by what is in memory now: the kernel is found anew, and
+    /// whether it still owns the memory, for the guest may have run, and started another one, since it
+    /// was opened. Of `options` those for the guest are not asked: they are what it was opened with.
     ///
     /// # Errors
-    /// As [`GuestOs::analyze`](crate::GuestOs::analyze).
+    /// As [`analyze`].
     pub fn analyze(&self, options: &AnalysisOptions) -> Result<crate::Analysis, VmiError> {
-        self.with(|guest| crate::GuestOs::analyze(guest, options))
+        let options = options.clone().guest(self.options.clone());
+        analyze(&self.memory, &options)
     }
 
     /// Its memory.

@@ -9,6 +9,7 @@ use crate::deadline::Deadline;
 use crate::error::VmiError;
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use sonicshot::{Gpa, GuestMemory, MemoryError, to_usize};
+use std::sync::Arc;
 
 /// How an architecture walks its page tables.
 pub(crate) trait Paging: Send + Sync + core::fmt::Debug {
@@ -55,7 +56,7 @@ pub(crate) struct Translation {
 /// The kernel half of a guest's address space.
 pub(crate) struct AddressSpace<'m> {
     tables: Tables<'m>,
-    paging: Box<dyn Paging>,
+    paging: Arc<dyn Paging>,
 }
 
 impl core::fmt::Debug for AddressSpace<'_> {
@@ -71,7 +72,15 @@ impl<'m> AddressSpace<'m> {
     pub(crate) fn new(memory: &'m dyn GuestMemory, paging: Box<dyn Paging>) -> Self {
         Self {
             tables: Tables::new(memory),
-            paging,
+            paging: paging.into(),
+        }
+    }
+
+    /// The same address space, read from `memory`, which is the same guest's.
+    pub(crate) fn over<'n>(&self, memory: &'n dyn GuestMemory) -> AddressSpace<'n> {
+        AddressSpace {
+            tables: Tables::new(memory),
+            paging: Arc::clone(&self.paging),
         }
     }
 

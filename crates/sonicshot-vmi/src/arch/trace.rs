@@ -123,7 +123,7 @@ impl fmt::Display for Trace {
 }
 
 /// What all tests found.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(crate) struct Owner {
     pub traces: Vec<Trace>,
     /// Tests that found nothing.

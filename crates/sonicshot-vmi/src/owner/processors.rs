@@ -20,7 +20,7 @@ use sonicshot::{Gpa, GuestMemory, Pfn, Processor, Processors};
 const MAX_SPANS: usize = 256;
 
 /// What the file, the VMM or the user tells of who owns the memory.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Owners {
     Unknown,
     /// As little, for the file's word is not to be believed: why.

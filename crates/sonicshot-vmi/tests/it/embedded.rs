@@ -4,9 +4,9 @@ use crate::owner::original as ram;
 use sonicshot::{
     Gpa, GuestBytes, GuestMemory, Mapped, MappedRegions, MemoryError, RamLayout, Stop, Stopped,
 };
-use sonicshot_vmi::{AnalysisOptions, GuestOptions, OwnedGuest, VmiError, analyze};
-use std::sync::Arc;
+use sonicshot_vmi::{AnalysisOptions, GuestOptions, GuestOs, OwnedGuest, VmiError, analyze};
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, RwLock};
 use std::time::Instant;
 
 /// A memory by which its work is ended at one of its reads.
@@ -69,6 +69,79 @@ fn an_analysis_that_is_ended_is_an_error_wherever_it_was() {
     let options = AnalysisOptions::new().stop(Stop::at(Instant::now()));
     let found = analyze(&memory(), &options);
     assert!(matches!(found, Err(VmiError::Stopped(Stopped::OutOfTime))));
+}
+
+#[test]
+fn a_look_at_a_guest_that_was_opened_before_ends_as_well_and_the_guest_stays() {
+    let opened = || {
+        let memory = Arc::new(EndsAt::new(i64::MAX));
+        let shared: Arc<dyn GuestMemory> = memory.clone();
+        let guest = OwnedGuest::open(shared, &GuestOptions::new()).unwrap();
+        (memory, guest)
+    };
+    let (memory, guest) = opened();
+    memory.left.store(i64::MAX, Ordering::Relaxed);
+    let whole = guest.analyze(&AnalysisOptions::new().stop(Stop::new()));
+    let whole = whole.unwrap();
+    let reads = i64::MAX.wrapping_sub(memory.left.load(Ordering::Relaxed));
+    assert!(reads > 100, "{reads}");
+    for part in 0..8 {
+        let (memory, guest) = opened();
+        memory.left.store(reads * part / 8, Ordering::Relaxed);
+        let options = AnalysisOptions::new().stop(memory.stop.clone());
+        let found = guest.analyze(&options);
+        let ended = matches!(found, Err(VmiError::Stopped(Stopped::Cancelled)));
+        assert!(ended, "at {part}/8: {found:?}");
+        let after = memory.left.load(Ordering::Relaxed);
+        assert!(after > -64, "{after} reads after it was ended");
+    }
+    let options = AnalysisOptions::new().stop(Stop::at(Instant::now()));
+    let found = guest.analyze(&options);
+    assert!(matches!(found, Err(VmiError::Stopped(Stopped::OutOfTime))));
+    let found = guest.with(|guest| guest.analyze(&options));
+    assert!(matches!(found, Err(VmiError::Stopped(Stopped::OutOfTime))));
+    let soon = AnalysisOptions::new().stop(Stop::new());
+    let found = guest.with(|guest| guest.analyze(&soon)).unwrap();
+    assert_eq!(found.counts(), whole.counts());
+    let again = guest.analyze(&AnalysisOptions::new()).unwrap();
+    assert_eq!(again.counts(), whole.counts());
+}
+
+/// A memory that is written to while it is shared.
+struct Written {
+    layout: RamLayout,
+    bytes: RwLock<Vec<u8>>,
+}
+
+impl GuestMemory for Written {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let at = usize::try_from(at.raw()).unwrap();
+        let bytes = self.bytes.read().unwrap();
+        buf.copy_from_slice(&bytes[at..at + buf.len()]);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_kernel_that_has_given_the_machine_away_since_it_was_opened_is_refused() {
+    let written = Arc::new(Written {
+        layout: memory().layout().clone(),
+        bytes: RwLock::new(ram().to_vec()),
+    });
+    let shared: Arc<dyn GuestMemory> = written.clone();
+    let guest = OwnedGuest::open(shared, &GuestOptions::new()).unwrap();
+    guest.analyze(&AnalysisOptions::new()).unwrap();
+    let state = guest.with(|guest| {
+        let state = guest.symbol("system_state").unwrap().unwrap();
+        guest.translate(state).unwrap()
+    });
+    // `SYSTEM_RESTART`.
+    written.bytes.write().unwrap()[usize::try_from(state.raw()).unwrap()] = 6;
+    let found = guest.analyze(&AnalysisOptions::new());
+    assert!(matches!(found, Err(VmiError::LaterOwner(_))), "{found:?}");
 }
 
 #[test]
