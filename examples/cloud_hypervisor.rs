@@ -9,7 +9,7 @@
 //! The file stands in for a running guest: its bytes are put into the VMM's regions first.
 
 use sonicshot::{DropClasses, GpaRange, PageSize, SharedVmMemory, Stop};
-use sonicshot_vmi::{AnalysisOptions, OwnedGuest, analyze};
+use sonicshot_vmi::{AnalysisOptions, OwnedGuest};
 use std::error::Error;
 use std::fs::File;
 use std::sync::Arc;
@@ -82,7 +82,7 @@ impl Machine {
     fn diff(&self) -> Result<(u64, u64), Box<dyn Error>> {
         let stop = Stop::at(Instant::now() + Duration::from_secs(1));
         let options = AnalysisOptions::new().stop(stop);
-        let analysis = analyze(self.guest.memory(), &options)?;
+        let analysis = self.guest.analyze(&options)?;
         let plan = analysis.plan(&DropClasses::default());
         let written = written(&self.memory.memory());
         let mut kept = 0;
