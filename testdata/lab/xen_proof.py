@@ -77,13 +77,15 @@ def restored(dom0: Dom0, order: str, memory: int) -> float:
     return done.times["restore"]
 
 
-def cycle(tool: Path, guest: XenGuest, keep: Path | None = None) -> Row:
+def cycle(tool: Path, guest: XenGuest, keep: Path | None = None, kills: bool = True) -> Row:
     """One guest: saved by xl, pruned offline, saved by sonicshot, each restored and stress-tested."""
     work = Path(tempfile.mkdtemp(prefix="xen-", dir=LAB))
     try:
         with Dom0(work, tool, guest) as dom0:
             row = Row(guest, offline(dom0, tool, work, guest.memory),
                       live(dom0, tool, work, guest.memory))
+            if kills:
+                killed(dom0)
             refusals(dom0)
             return row
     finally:
@@ -141,6 +143,30 @@ def live(dom0: Dom0, tool: Path, work: Path, memory: int) -> list[Live]:
         saves.append(Live(done.times["save"], done.sizes["live"], report["dropped_pages"],
                           restore))
     return saves
+
+
+def killed(dom0: Dom0) -> None:
+    """Saves that are killed, from before the guest is suspended until its memory is written: no image
+    is left, and the guest runs on."""
+    for option in ("", "--compress lz4", "-p", "-c"):
+        for delay in (1, 2, 3):
+            done = dom0.order(
+                f"set +e\nsonicshot xen save lab /images/killed {option} > /dev/null 2>&1 & save=$!\n"
+                f"sleep {delay}\nkill -9 $save 2> /dev/null && echo HIT\n"
+                "while pidof xl > /dev/null; do sleep 0.2; done\nsleep 1\n"
+                "echo LEFT $(ls -A /images | grep -c -e killed -e sonicshot)\nxl list")
+            if "HIT" not in done.lines:
+                # It was faster. What it left is an image, of a guest that is gone, paused, or runs on.
+                if option == "":
+                    dom0.order("xl restore /images/killed")
+                elif option == "-p":
+                    dom0.order("xl unpause lab")
+                elif option != "-c":
+                    dom0.order("sonicshot xen restore /images/killed")
+                dom0.order("rm -f /images/killed")
+            else:
+                expect(done.word("LEFT") == "0", f"something is left: {done.lines}")
+            tortured(dom0)
 
 
 def refusals(dom0: Dom0) -> None:
@@ -239,6 +265,7 @@ def xen_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--memory", type=int, default=512, help="of the guest, in MiB")
     parser.add_argument("--append", default="", help="to the guest's command line")
     parser.add_argument("--keep", type=Path, help="a folder for the images")
+    parser.add_argument("--no-kills", action="store_true", help="kill no saves")
     parser.add_argument("--give-back", action="store_true",
                         help="try images with frames left unpopulated instead")
     tool_argument(parser)
@@ -255,7 +282,8 @@ def do_xen(args: Namespace) -> None:
         return
     rows = []
     for series in args.kernels.split(","):
-        row = cycle(tool, XenGuest(kernels.fetch(series), args.memory, args.append), args.keep)
+        row = cycle(tool, XenGuest(kernels.fetch(series), args.memory, args.append), args.keep,
+                    not args.no_kills)
         rows.append(row)
         print(f"ok   {table([row]).splitlines()[-1]}", flush=True)
     text = table(rows) + "\n"

@@ -26,6 +26,7 @@ mod filter;
 mod p2m_list;
 mod restore;
 mod save;
+mod watcher;
 mod xl;
 
 pub use domain::LiveDomain;

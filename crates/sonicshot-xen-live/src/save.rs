@@ -1,5 +1,6 @@
 //! What `xl save` does, without the domain's free pages.
 
+use crate::watcher::Watcher;
 use crate::xl::Xl;
 use crate::{DomainId, FrameRuns, LiveDomain, LiveError, SaveFilter, Xen, path_of};
 use sonicshot::{DropClasses, GuestMemory, PageSize, Progress, Tally};
@@ -7,7 +8,8 @@ use sonicshot_dump::{Dump, NewFile, Overwrite};
 use sonicshot_offline::packed::{self, ImageCompression};
 use sonicshot_vmi::{AnalysisOptions, GuestOptions, Note, analyze};
 use std::fs::File;
-use std::io;
+use std::io::{self, PipeReader};
+use std::os::unix::process::CommandExt;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -107,7 +109,8 @@ pub struct Saved {
 
 /// Has `xl` save the domain `name` (or of that number) to the file `path`, without the pages that
 /// its guest does not use. The image appears whole or not at all. A domain that is not left running
-/// is paused until the image is on the disk, and goes on if that fails.
+/// is paused until the image is on the disk, and goes on if that fails, or if this process is killed
+/// before: a shell that waits beside it unpauses the domain as soon as `xl` has ended.
 ///
 /// # Errors
 /// [`LiveError`]: Xen or `xl` refuse, there is a file of this name, or writing fails. A guest that
@@ -129,16 +132,18 @@ pub fn save(
         path,
         expected: AtomicU64::new(0),
     };
-    let (looked, packed) = watched(out.file(), &work.expected, progress, || work.write(&out))?;
+    let (looked, packed, watcher) =
+        watched(out.file(), &work.expected, progress, || work.write(&out))?;
     let file_bytes = out.file().metadata().map_or(0, |file| file.len());
     // The domain stays paused until the image is on the disk and has its name.
     let finished = packed
         .and_then(|()| work.check(&out))
         .and_then(|()| Ok(out.finish()?));
+    drop(watcher);
     let id = domain.to_string();
     let gone = options.after == AfterSave::Destroy;
     if let Err(error) = finished {
-        if gone {
+        if options.after != AfterSave::GoOn {
             // What it says is not what went wrong first.
             let _ = Xl::new(&["unpause", &id]).and_then(Xl::run);
         }
@@ -184,6 +189,9 @@ fn watched<T: Send>(
     done.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
+/// The look at the domain, whether packing failed, and what watches over the domain until all is done.
+type Written = (Option<Looked>, Result<(), LiveError>, Option<Watcher>);
+
 /// A save that is under way.
 struct Work<'a> {
     xen: &'a Xen,
@@ -197,17 +205,19 @@ struct Work<'a> {
 
 impl Work<'_> {
     /// Has `xl` write the image to `out`. Once it has, the domain is paused, also if packing
-    /// failed.
-    fn write(&self, out: &NewFile) -> Result<(Option<Looked>, Result<(), LiveError>), LiveError> {
+    /// failed, and watched over.
+    fn write(&self, out: &NewFile) -> Result<Written, LiveError> {
         let writing = |source| LiveError::Io {
             action: "writing",
             path: self.path.to_owned(),
             source,
         };
         let Some(how) = self.options.compression else {
-            return Ok((self.run(&path_of(out.file()))?, Ok(())));
+            let watcher = self.watcher(None)?;
+            return Ok((self.run(&path_of(out.file()))?, Ok(()), watcher));
         };
         let (mut from, to) = io::pipe().map_err(writing)?;
+        let watcher = self.watcher(Some(&from))?;
         thread::scope(|scope| {
             let packing = scope.spawn(move || {
                 let packed = packed::compress(how, &mut from, out.file());
@@ -223,18 +233,33 @@ impl Work<'_> {
             let packed = packing
                 .join()
                 .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()));
-            Ok((looked?, packed.map_err(writing)))
+            Ok((looked?, packed.map_err(writing), watcher))
         })
     }
 
-    fn run(&self, target: &str) -> Result<Option<Looked>, LiveError> {
-        let after = match self.options.after {
+    /// What has the domain go on if this process is killed. `xl save -c` does so by itself, as long as
+    /// somebody reads what it writes.
+    fn watcher(&self, pipe: Option<&PipeReader>) -> Result<Option<Watcher>, LiveError> {
+        match (self.options.after, pipe) {
+            (AfterSave::GoOn, None) => Ok(None),
+            _ => Watcher::start(self.domain, self.path, pipe, self.after()).map(Some),
+        }
+    }
+
+    /// What `xl` is to do with the domain.
+    fn after(&self) -> &'static str {
+        match self.options.after {
             AfterSave::GoOn => "-c",
             AfterSave::Destroy | AfterSave::Pause => "-p",
-        };
-        let mut xl = Xl::new(&["save", after, &self.domain.to_string(), target])?;
+        }
+    }
+
+    fn run(&self, target: &str) -> Result<Option<Looked>, LiveError> {
+        let mut xl = Xl::new(&["save", self.after(), &self.domain.to_string(), target])?;
         let filter = SaveFilter::new()?;
         filter.attach(&mut xl.command);
+        // Ended by the terminal, xl would leave the domain suspended.
+        xl.command.process_group(0);
         let mut child = xl.command.spawn().map_err(|source| xl.cannot_run(source))?;
         let mut looked = None;
         let status = filter.serve(&mut child, |domain| {
