@@ -12,7 +12,7 @@
 //! |---|---|---|
 //! | the kernel's state | `system_state` is not `SYSTEM_RUNNING` or `SYSTEM_SUSPEND` | `kernel_restart`, `kernel_kexec`, `kernel_halt` and `kernel_power_off` set it before they give the machine away (`kernel/reboot.c`, `kernel/kexec_core.c`) and never back; the initial value, `SYSTEM_BOOTING`, means that the next kernel's image has been written over this one, or that the kernel is not up yet |
 //! | kexec | `kexec_in_progress` | set right before the jump (`kernel/kexec_core.c`) |
-//! | panic | `panic_cpu` or `crashing_cpu` names a processor | `panic` and `crash_kexec` set it before they jump into the crash kernel or reset (`kernel/panic.c`, `arch/x86/kernel/crash.c`); a kernel that runs on has it at -1 |
+//! | panic | `panic_cpu` or `crashing_cpu` names a processor | `panic` and `crash_kexec` set it before they jump into the crash kernel or reset (`kernel/panic.c`, `arch/x86/kernel/crash.c`); a kernel that runs on has it at -1. One whose log says that it stays after a panic (`panic=0`) owns its memory for good |
 //! | the machine's own | what its firmware and the next kernel's start leave | in the architecture's room, `arch/NAME/traces` |
 //! | the kernel's log | it says that the kernel restarts, halts, powers off, or starts another | asked where no types tell of the state: all these are said right before (`kernel/reboot.c`, `kernel/kexec_core.c`) |
 //! | per-CPU areas | `this_cpu_off` of a possible processor is not its `__per_cpu_offset` | written once, at boot, for all possible processors, also such that were never plugged in (`arch/x86/kernel/setup_percpu.c`) |
@@ -168,13 +168,29 @@ fn state(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         .map(|(_, name)| *name);
     Ok(match name {
         Some("SYSTEM_RUNNING" | "SYSTEM_SUSPEND") => Verdict::Clean,
+        // It found no root file system, say, and never came further.
+        Some("SYSTEM_SCHEDULING" | "SYSTEM_FREEING_INITMEM") if stays(kernel) => Verdict::Clean,
         name => Verdict::Traces(vec![Trace::State { at, value, name }]),
     })
 }
 
+/// What a kernel said last.
+#[derive(Debug, PartialEq, Eq)]
+enum Said {
+    /// Nothing that ends it.
+    Nothing,
+    /// It gives the machine away.
+    Last(String),
+    /// It panicked: a restart or a crash kernel comes, unless it [stays](Said::Stays).
+    Panic(String),
+    /// It panicked, and neither restarts nor starts another (`panic=0`): `panic` says so where it comes
+    /// to the loop that it does not leave.
+    Stays,
+}
+
 /// What a kernel says last (`kernel/reboot.c`, `kernel/kexec_core.c`, `kernel/panic.c`,
 /// `drivers/tty/sysrq.c`): it has stopped all else by then.
-fn log_end(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
+fn said(kernel: &Kernel<'_>) -> Result<Said, VmiError> {
     const LAST: [&str; 7] = [
         "reboot: Restarting system",
         "reboot: machine restart",
@@ -184,25 +200,35 @@ fn log_end(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         "kexec: Starting new kernel",
         "sysrq: Resetting",
     ];
-    /// Behind it comes a restart, a crash kernel, or [`STAYS`].
     const PANIC: &str = "Kernel panic - not syncing";
-    /// The kernel neither restarts nor starts another (`panic=0`): it stays where it is.
     const STAYS: &str = "---[ end Kernel panic";
-    let mut traces = Vec::new();
-    let mut panic = None;
+    let mut said = Said::Nothing;
     log::lines(kernel, &mut |line| {
         if LAST.iter().any(|last| line.text.starts_with(last)) {
-            traces.push(Trace::Log { line: line.text });
+            said = Said::Last(line.text);
         } else if line.text.starts_with(PANIC) {
-            panic = Some(Trace::Log { line: line.text });
+            said = Said::Panic(line.text);
         } else if line.text.starts_with(STAYS) {
-            panic = None;
+            said = Said::Stays;
         }
         // One is enough: a process may have written many.
-        traces.is_empty()
+        !matches!(said, Said::Last(_))
     })?;
-    traces.extend(panic);
-    Ok(traces.into())
+    Ok(said)
+}
+
+fn log_end(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
+    Ok(match said(kernel)? {
+        Said::Last(line) | Said::Panic(line) => Verdict::Traces(vec![Trace::Log { line }]),
+        Said::Nothing | Said::Stays => Verdict::Clean,
+    })
+}
+
+/// Whether the kernel's own log says that it panicked and stays. Two records of different kinds so have
+/// to say it: the log, and a variable that could not tell it from a panic with an end. Without a log,
+/// nothing is said.
+fn stays(kernel: &Kernel<'_>) -> bool {
+    said(kernel).is_ok_and(|said| said == Said::Stays)
 }
 
 fn kexec(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
@@ -227,7 +253,9 @@ fn panic(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
         };
         looked = true;
         let cpu = kernel.read_u32(variable, at)?.cast_signed();
-        if cpu != -1 {
+        // Into a crash kernel it goes before it says that it stays.
+        let clean = variable == "panic_cpu" && cpu != -1 && stays(kernel);
+        if cpu != -1 && !clean {
             traces.push(Trace::Panic { variable, at, cpu });
         }
     }

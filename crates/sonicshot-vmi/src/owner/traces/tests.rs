@@ -211,3 +211,47 @@ fn a_list_of_tasks_is_no_longer_than_a_bound_and_comes_nowhere_twice() {
     // What Linux itself allows.
     assert_eq!(MAX_TASKS, 1 << 22);
 }
+
+/// With `panic=0` a kernel neither restarts nor starts another, and its log says so last.
+#[test]
+fn a_kernel_that_panicked_and_stays_is_the_owner_if_its_log_says_so() {
+    let (panic, stays) = (
+        "Kernel panic - not syncing: a test",
+        "---[ end Kernel panic",
+    );
+    let line = |number: usize, words: &str| -> Patch {
+        let there = [
+            "BIOS-e820: [mem 0x0000000000000000-0",
+            "BIOS-e820: [mem 0x000000000009fc00-0",
+        ][number];
+        let mut places = ram().windows(there.len()).enumerate();
+        let found = places.find(|(_, bytes)| *bytes == there.as_bytes());
+        (found.unwrap().0 as u64, format!("{words:<36}").into_bytes())
+    };
+    let set = |name, value| (variable(name), word(value));
+    let (scheduling, died) = (set("system_state", 1), set("panic_cpu", 0));
+    for (lines, patches, traces) in [
+        ([panic, stays], vec![died.clone()], 0),
+        ([panic, stays], vec![scheduling.clone(), died.clone()], 0),
+        ([stays, panic], vec![scheduling.clone(), died.clone()], 2),
+        ([stays, "sysrq: Resetting"], vec![died.clone()], 1),
+        // It has gone on to another kernel, or to its end.
+        ([panic, stays], vec![set("crashing_cpu", 0)], 1),
+        ([panic, stays], vec![set("system_state", 5), died], 1),
+        ([panic, stays], vec![set("system_state", 0)], 1),
+        (
+            [panic, stays],
+            vec![(variable("kexec_in_progress"), vec![1])],
+            1,
+        ),
+    ] {
+        let mut all = patches.clone();
+        all.extend((0..).zip(lines).map(|(number, words)| line(number, words)));
+        let owner = owner(&all);
+        assert_eq!(
+            owner.traces.len(),
+            traces,
+            "{lines:?}, {patches:x?}: {owner:?}"
+        );
+    }
+}
