@@ -7,10 +7,12 @@ mod inspect;
 mod live;
 mod work;
 
+#[cfg(feature = "libvmi")]
+pub(crate) use inspect::LibVmiVersion;
 pub(crate) use inspect::{
-    CheckpointReport, Classes, Disk, FreeBlocksJson, InspectReport, LibVmiVersion, NamedBlob,
-    OwnerJson, PageJson, PerCpuJson, ProcessorJson, ProcessorState, ProcessorsJson, Prunes,
-    RecordJson, Savings, StructPageJson, ZoneFreeJson, ZoneJson, ZoneName,
+    CheckpointReport, Classes, Disk, FreeBlocksJson, InspectReport, NamedBlob, OwnerJson, PageJson,
+    PerCpuJson, ProcessorJson, ProcessorState, ProcessorsJson, Prunes, RecordJson, Savings,
+    StructPageJson, ZoneFreeJson, ZoneJson, ZoneName,
 };
 pub(crate) use live::{
     Block, PauseParts, PinnedJson, QemuRestoreReport, QemuSaveReport, XenRestoreReport,
