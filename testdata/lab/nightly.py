@@ -119,7 +119,7 @@ def table(of: dict[str, Result]) -> str:
 def versions() -> str:
     """Of what the results depend on besides the commit."""
     rust = run("rustc", "--version").split()[1]
-    found = [f"rustc {rust}", f"Linux {platform.release()}"]
+    found = [f"rustc {rust}", f"Linux {platform.release().split('-')[0]}"]
     qemus = sorted(LAB.glob("**/usr/bin/qemu-system-x86_64"))
     if qemus:
         told = subprocess.run([qemus[0], "--version"], capture_output=True, text=True, check=False)
