@@ -235,7 +235,8 @@ fn addresses(
                 let private = mapping.rights.starts_with("rw") && mapping.rights.ends_with('p');
                 private
                     && mapping.start.is_multiple_of(2 << 20)
-                    && Some(mapping.len()) == block.total.checked_next_multiple_of(4096)
+                    && mapping.len().is_some()
+                    && mapping.len() == block.total.checked_next_multiple_of(4096)
                     && !taken.contains(&mapping.start)
             });
             if let (Some(only), None) = (fitting.next(), fitting.next()) {

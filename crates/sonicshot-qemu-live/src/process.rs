@@ -56,9 +56,9 @@ impl Mapping {
         })
     }
 
-    pub(crate) fn len(&self) -> u64 {
-        // A mapping that ends before it begins is none.
-        self.end.abs_diff(self.start)
+    /// Its length in bytes; `None` if it ends before it begins, which no line of the kernel's says.
+    pub(crate) fn len(&self) -> Option<u64> {
+        self.end.checked_sub(self.start)
     }
 
     /// Shared with others by a file: what is written goes there.
