@@ -6,7 +6,7 @@ use core::fmt;
 ///
 /// No page is kept or dropped by it, nothing is allocated and no place is found by it: what is, is
 /// checked and an error where it leaves 64 bits. So this is the one number that stays at its largest
-/// value instead.
+/// value instead. A bound on work may be one too: at its largest it bounds nothing that could be there.
 ///
 /// ```
 /// use sonicshot::Tally;
