@@ -11,10 +11,10 @@
 
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 use sonicshot::checkpoint::{
-    Before, CheckpointInfo, CheckpointReader, CheckpointWriter, Compression, RestoreRegions,
-    SaveOptions,
+    Before, CheckpointInfo, CheckpointReader, CheckpointWriter, Compression, RestoreOptions,
+    RestoreRegions, SaveOptions,
 };
-use sonicshot::{DropClasses, Gpa, GuestMemory, PageSize, RamLayout, VmMemory};
+use sonicshot::{DropClasses, Gpa, GuestMemory, PageSize, RamLayout, Stop, VmMemory};
 use sonicshot_serve::{
     CheckpointSource, Look, Metrics, PageSource, Piece, Prefetch, Run, ServeError, Uffd, Vm,
     VmOptions,
@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const PAGE: usize = 4096;
@@ -281,9 +282,10 @@ fn eager(folder: &Path) {
     apply_filter(&filter_of(&[EAGER])).unwrap();
     let reader = CheckpointReader::open(&path).unwrap();
     let target = RestoreRegions::new(vec![(Gpa::ZERO, &mut ram)], Before::Zeroes).unwrap();
-    reader
-        .restore(&target, NonZeroUsize::new(2), &mut |_, _| {})
-        .unwrap();
+    let options = RestoreOptions::new()
+        .threads(NonZeroUsize::new(2))
+        .stop(Stop::at(Instant::now() + Duration::from_secs(600)));
+    reader.restore(&target, &options, &mut |_, _| {}).unwrap();
     drop(target);
     let some = ram.iter().any(|byte| *byte != 0);
     std::process::exit(if some { 0 } else { 1 });

@@ -5,7 +5,8 @@
 pub mod mutate;
 
 use sonicshot::checkpoint::{
-    Before, CheckpointReader, DiskOffset, DiskSource, GivenDisk, MovedOn, RestoreRegions,
+    Before, CheckpointReader, DiskOffset, DiskSource, GivenDisk, MovedOn, RestoreOptions,
+    RestoreRegions,
 };
 use sonicshot::{
     DropClasses, FileBytes, Fill, Gpa, GpaRange, GuestBytes, GuestMemory, MappedRegions, PageClass,
@@ -669,7 +670,7 @@ pub fn checkpoint(data: &[u8]) {
             let slices = memory.iter_mut().map(Vec::as_mut_slice);
             if let Ok(target) = RestoreRegions::new(places.zip(slices).collect(), Before::Anything)
             {
-                let _ = reader.restore(&target, None, &mut |_, _| {});
+                let _ = reader.restore(&target, &RestoreOptions::new(), &mut |_, _| {});
             }
         }
     }

@@ -250,7 +250,7 @@ fn restore(dump: &Dump, path: &Path) {
                 // SAFETY: the mappings are fresh, and nobody else touches them.
                 let target = unsafe { RestoreRegions::from_raw_parts(places, Before::Zeroes) };
                 reader
-                    .restore(&target.unwrap(), None, &mut |_, _| {})
+                    .restore(&target.unwrap(), &RestoreOptions::new(), &mut |_, _| {})
                     .unwrap();
             })
         },

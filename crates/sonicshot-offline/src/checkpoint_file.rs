@@ -340,7 +340,8 @@ impl CheckpointFile {
                 DumpFile::elf_core(out, layout, &notes, force, &source)?
             }
         };
-        let restored = self.reader.restore(&output, options.threads, progress);
+        let how = sonicshot::checkpoint::RestoreOptions::new().threads(options.threads);
+        let restored = self.reader.restore(&output, &how, progress);
         restored.map_err(|error| self.of_output(error))?;
         self.check_unchanged()?;
         Ok(output.finish()?)

@@ -5,7 +5,9 @@ use crate::common::*;
 use rustix::fs::{MemfdFlags, XattrFlags, fsetxattr, memfd_create};
 use rustix::process::geteuid;
 use sonicshot::Architecture;
-use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, CheckpointWriter, SaveOptions};
+use sonicshot::checkpoint::{
+    CheckpointInfo, CheckpointReader, CheckpointWriter, RestoreOptions, SaveOptions,
+};
 use sonicshot::{GuestMemory, PageMap, PageSize};
 use sonicshot_dump::{
     CheckedPlan, CoreNotes, Dump, DumpError, DumpFile, KdumpCompression, KdumpOptions, NewFile,
@@ -158,7 +160,9 @@ fn restore(
     let reader = CheckpointReader::open(input).unwrap();
     let layout = &reader.info().layout;
     let file = DumpFile::raw(out, layout, o, &[reader.source()])?;
-    reader.restore(&file, None, &mut |_, _| during()).unwrap();
+    reader
+        .restore(&file, &RestoreOptions::new(), &mut |_, _| during())
+        .unwrap();
     file.finish().map(drop)
 }
 

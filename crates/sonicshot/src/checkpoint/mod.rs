@@ -39,7 +39,7 @@ pub use read::reader::CheckpointReader;
 pub use read::source::{RangeSource, SeekSource};
 #[cfg(feature = "mmap")]
 pub use restore::private_map::{MapOptions, PrivateMemory};
-pub use restore::whole::{Before, FillWith, RestoreRegions, RestoreTarget};
+pub use restore::whole::{Before, FillWith, RestoreOptions, RestoreRegions, RestoreTarget};
 pub use save::options::SaveOptions;
 pub use save::writer::CheckpointWriter;
 pub use wire::disk::{DiskInfo, DiskMark, DiskRun, MarkKind};

@@ -4,6 +4,7 @@
 use proptest::prelude::*;
 use sonicshot::checkpoint::*;
 use sonicshot::*;
+use std::num::NonZeroUsize;
 
 const PAGE: usize = 4096;
 
@@ -222,7 +223,9 @@ fn check(guest: &Guest, file: Vec<u8>, fill: u8) {
             .zip(memory.iter_mut().map(Vec::as_mut_slice))
             .collect();
         let target = RestoreRegions::new(regions, before).unwrap();
-        checkpoint.restore(&target, None, &mut |_, _| {}).unwrap();
+        checkpoint
+            .restore(&target, &RestoreOptions::new(), &mut |_, _| {})
+            .unwrap();
         drop(target);
         for ((_, bytes), found) in expected.iter().zip(&memory) {
             assert!(bytes == found);
@@ -629,7 +632,7 @@ fn a_target_of_another_length_is_an_error() {
                     zeroed,
                     more,
                 };
-                checkpoint.restore(&target, None, &mut |_, _| {})
+                checkpoint.restore(&target, &RestoreOptions::new(), &mut |_, _| {})
             };
             restore(Some(0)).unwrap();
             for more in [Some(-1), Some(1), Some(-4096), None] {
@@ -640,6 +643,97 @@ fn a_target_of_another_length_is_an_error() {
                     "{error}"
                 );
             }
+        }
+    }
+}
+
+/// A target that has the work stopped once it has taken some ranges.
+struct StopsAfter<'a> {
+    inner: RestoreRegions<'a>,
+    stop: Stop,
+    left: std::sync::atomic::AtomicUsize,
+    taken: std::sync::atomic::AtomicUsize,
+}
+
+impl RestoreTarget for StopsAfter<'_> {
+    fn layout(&self) -> &RamLayout {
+        self.inner.layout()
+    }
+
+    fn reads_as_zero(&self) -> bool {
+        self.inner.reads_as_zero()
+    }
+
+    fn fill(&self, range: GpaRange, fill: FillWith<'_>) -> Result<(), CheckpointError> {
+        use std::sync::atomic::Ordering::Relaxed;
+        self.taken.fetch_add(1, Relaxed);
+        if self.left.fetch_sub(1, Relaxed) == 1 {
+            self.stop.cancel();
+        }
+        self.inner.fill(range, fill)
+    }
+}
+
+#[test]
+fn a_restore_ends_when_it_is_stopped() {
+    // Many ranges of each kind: stored, stored again, and zeroes that have to be written.
+    let pages: Vec<_> = (0..200_u8)
+        .map(|n| (4 * (n & 1), u64::from(n), 0))
+        .collect();
+    let guest = guest(&pages, false);
+    for (codec, threads) in [(0, 1), (1, 1), (2, 3)] {
+        let (file, _) = save(&guest, options(codec, 8192, 1, true), Fill::Zero);
+        let checkpoint = CheckpointReader::new(file).unwrap();
+        let restored = |stop: &Stop, left: usize| {
+            let mut memory: Vec<_> = guest
+                .regions
+                .iter()
+                .map(|(at, bytes)| (*at, vec![0x55; bytes.len()]))
+                .collect();
+            let regions = memory
+                .iter_mut()
+                .map(|(at, bytes)| (*at, bytes.as_mut_slice()));
+            let target = StopsAfter {
+                inner: RestoreRegions::new(regions.collect(), Before::Anything).unwrap(),
+                stop: stop.clone(),
+                left: left.into(),
+                taken: 0.into(),
+            };
+            let how = RestoreOptions::new()
+                .threads(NonZeroUsize::new(threads))
+                .stop(stop.clone());
+            let result = checkpoint.restore(&target, &how, &mut |_, _| {});
+            (result, target.taken.into_inner())
+        };
+        // Never, before anything, and wherever it is.
+        let (result, all) = restored(&Stop::new(), usize::MAX);
+        result.unwrap();
+        let stop = Stop::at(std::time::Instant::now());
+        let (result, taken) = restored(&stop, usize::MAX);
+        assert!(matches!(
+            result,
+            Err(CheckpointError::Memory(MemoryError::Stopped {
+                source: Stopped::OutOfTime,
+                ..
+            }))
+        ));
+        assert_eq!(taken, 0);
+        assert!(all > 40, "{all}");
+        for left in 1..all {
+            let (result, taken) = restored(&Stop::new(), left);
+            let error = result.unwrap_err();
+            assert!(
+                matches!(
+                    error,
+                    CheckpointError::Memory(MemoryError::Stopped {
+                        source: Stopped::Cancelled,
+                        ..
+                    })
+                ),
+                "{error}"
+            );
+            // What other threads had begun may be taken too.
+            assert!((left..left + threads).contains(&taken), "{taken} of {left}");
         }
     }
 }

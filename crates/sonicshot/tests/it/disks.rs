@@ -120,7 +120,7 @@ impl Case {
     ) -> Result<Vec<u8>, CheckpointError> {
         let mut out = vec![0x55; self.ram.len()];
         let target = RestoreRegions::new(vec![(Gpa::ZERO, &mut out)], Before::Anything).unwrap();
-        reader.restore(&target, None, &mut |_, _| {})?;
+        reader.restore(&target, &RestoreOptions::new(), &mut |_, _| {})?;
         drop(target);
         Ok(out)
     }
@@ -330,7 +330,9 @@ fn without_its_disks_a_checkpoint_gives_what_it_has_and_no_more() {
     assert_eq!(reader.read_blob("after").unwrap(), b"state");
     let mut out = vec![0x55; case.ram.len()];
     let target = RestoreRegions::new(vec![(Gpa::ZERO, &mut out)], Before::Anything).unwrap();
-    let error = reader.restore(&target, None, &mut |_, _| {}).unwrap_err();
+    let error = reader
+        .restore(&target, &RestoreOptions::new(), &mut |_, _| {})
+        .unwrap_err();
     assert!(matches!(error, CheckpointError::NoDisk { .. }), "{error:?}");
     drop(target);
     assert!(out.iter().all(|byte| *byte == 0x55));

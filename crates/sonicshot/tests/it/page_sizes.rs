@@ -141,7 +141,9 @@ fn a_guest_of_any_page_size_comes_back() {
                     .collect();
                 let target = back.iter_mut().map(|(at, bytes)| (*at, &mut bytes[..]));
                 let target = RestoreRegions::new(target.collect(), before).unwrap();
-                checkpoint.restore(&target, None, &mut |_, _| {}).unwrap();
+                checkpoint
+                    .restore(&target, &RestoreOptions::new(), &mut |_, _| {})
+                    .unwrap();
                 drop(target);
                 assert!(back == guest.expected(), "{page_size:?} {codec} {before:?}");
             }

@@ -10,7 +10,7 @@ use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
 use crate::checkpoint::wire::layout::{behind, checksum, len64, plus, size};
 use crate::memory::ram;
 use crate::work::for_each;
-use crate::{Gpa, GpaRange, LayoutError, MemoryError, PfnRange, Progress, RamLayout, Tally};
+use crate::{Gpa, GpaRange, LayoutError, MemoryError, PfnRange, Progress, RamLayout, Stop, Tally};
 use core::hash::Hasher;
 use core::marker::PhantomData;
 use core::num::NonZeroUsize;
@@ -196,21 +196,96 @@ impl fmt::Debug for RestoreRegions<'_> {
     }
 }
 
+/// How a checkpoint's pages are put in place.
+///
+/// ```
+/// use sonicshot::Stop;
+/// use sonicshot::checkpoint::RestoreOptions;
+/// use std::time::{Duration, Instant};
+/// let at_most = Instant::now() + Duration::from_secs(10);
+/// let options = RestoreOptions::new().stop(Stop::at(at_most));
+/// # let _ = options;
+/// ```
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct RestoreOptions {
+    threads: Option<NonZeroUsize>,
+    stop: Option<Stop>,
+}
+
+impl RestoreOptions {
+    /// As many threads as there are cores, and no end before all is in place.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The threads that read, decompress and fill; by default as many as there are cores.
+    #[must_use]
+    pub fn threads(mut self, threads: Option<NonZeroUsize>) -> Self {
+        self.threads = threads;
+        self
+    }
+
+    /// The end of the work before it is done: when somebody cancels it, or at a time. It is asked
+    /// before each range that is filled; what comes of it is [`MemoryError::Stopped`], and a target
+    /// that may hold anything.
+    #[must_use]
+    pub fn stop(mut self, stop: Stop) -> Self {
+        self.stop = Some(stop);
+        self
+    }
+}
+
+/// A target that is filled until `stop` says that it is over.
+struct Stoppable<'a> {
+    target: &'a dyn RestoreTarget,
+    stop: &'a Stop,
+}
+
+impl RestoreTarget for Stoppable<'_> {
+    fn layout(&self) -> &RamLayout {
+        self.target.layout()
+    }
+
+    fn reads_as_zero(&self) -> bool {
+        self.target.reads_as_zero()
+    }
+
+    fn fill(&self, range: GpaRange, fill: FillWith<'_>) -> Result<(), CheckpointError> {
+        let checked = self.stop.check();
+        checked.map_err(|source| MemoryError::Stopped { range, source })?;
+        self.target.fill(range, fill)
+    }
+}
+
 /// Runs that a thread looks at at once: most are short.
 const RUNS: usize = 1024;
 /// Longest range that is filled at once with one word.
 const FILL: u64 = 1 << 20;
 
 impl<S: RangeSource> CheckpointReader<S> {
-    /// Puts all pages into `target`, on `threads` threads or all cores. Pages of zeroes are
-    /// not touched if the target reads as zero.
+    /// Puts all pages into `target`. Pages of zeroes are not touched if the target reads as zero.
     ///
     /// # Errors
     /// [`CheckpointError`]; the target may then hold anything.
     pub fn restore(
         &self,
         target: &dyn RestoreTarget,
-        threads: Option<NonZeroUsize>,
+        options: &RestoreOptions,
+        progress: Progress<'_>,
+    ) -> Result<(), CheckpointError> {
+        let threads = crate::work::threads(options.threads);
+        match &options.stop {
+            Some(stop) => self.fill(&Stoppable { target, stop }, threads, progress),
+            None => self.fill(target, threads, progress),
+        }
+    }
+
+    fn fill(
+        &self,
+        target: &dyn RestoreTarget,
+        threads: NonZeroUsize,
         progress: Progress<'_>,
     ) -> Result<(), CheckpointError> {
         let info = self.info();
@@ -221,7 +296,6 @@ impl<S: RangeSource> CheckpointReader<S> {
         }
         // Before a byte is filled.
         self.check_disks()?;
-        let threads = crate::work::threads(threads);
         let index = self.index();
         let chunks = index.chunk_count();
         let chunk_size = u64::from(self.chunk_size());
