@@ -18,8 +18,10 @@ pub(crate) use guest::print_report;
 pub(crate) use guest::{
     classes_json, print_classes, print_zones, processors_json, processors_line, zone_json,
 };
+use map::Drawing;
 use sonicshot::{ClassSet, FileId, PageMap};
 use sonicshot_dump::NewFile;
+use sonicshot_offline::Analyzed;
 use sonicshot_vmi::count_zero_pages;
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -89,8 +91,10 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
     }
     if let Some(path) = picture.filter(|path| *path != Path::new(PIPE)) {
         let title = format!("{}, {}", input.path.display(), analyzed.facts().release);
-        write_to(path, args.force, &analyzed.dump().files(), &|out| {
-            map::write_svg(&analyzed, &title, out)
+        drawn(&analyzed, &|drawing| {
+            write_to(path, args.force, &analyzed.dump().files(), &|out| {
+                map::write_svg(drawing, &title, out)
+            })
         })?;
     }
     let facts = match args.explain {
@@ -119,13 +123,31 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
         }
         print_report(&analyzed, zero_pages, savings);
         if picture == Some(Path::new(PIPE)) {
-            map::print(&analyzed);
+            drawn(&analyzed, &|drawing| {
+                map::print(drawing);
+                Ok(())
+            })?;
         }
     }
     let page_size = analyzed.pages().page_size().bytes();
     let total = analyzed.counts().total().saturating_mul(page_size);
     let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
     Ok((plan.dropped_bytes(), total))
+}
+
+/// Has a dump drawn as it is, and as a prune leaves it.
+fn drawn(
+    analyzed: &Analyzed,
+    draw: &dyn Fn(&Drawing<'_>) -> Result<(), CliError>,
+) -> Result<(), CliError> {
+    let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
+    draw(&Drawing {
+        pages: analyzed.pages(),
+        counts: analyzed.counts(),
+        gone: &|cell| map::dropped_frames(&plan, cell, analyzed.pages()),
+        gone_pages: plan.dropped_pages(),
+        left_by: "after a prune",
+    })
 }
 
 /// Before the work: whether `--map` can be done.

@@ -1,14 +1,16 @@
 //! What `inspect` says of a checkpoint; no kernel is looked for.
 
 use super::guest::classes_json;
-use super::write_to;
+use super::map::{self, Drawing};
+use super::{check_replaceable, write_to};
 use crate::args::InspectArgs;
 use crate::error::CliError;
+use crate::inputs::PIPE;
 use crate::json::{self, CheckpointReport, NamedBlob, OfCheckpoint, Version, line, ram};
 use crate::report::{count, lines, mib, percent, say, size};
 use crate::save::{FREE, disks_json, stats_json};
-use sonicshot::ClassCounts;
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, PageContent, SaveStats};
+use sonicshot::{ClassCounts, Tally};
 use sonicshot_offline::CheckpointFile;
 use std::fs::File;
 use std::io::{self, Write};
@@ -30,9 +32,20 @@ pub(super) fn inspect(
                     what comes of it";
         return Err(CliError::Usage { what: what.into() });
     }
-    if args.map.is_some() {
-        let what = "--map draws dumps: restore the checkpoint, and give what comes of it";
-        return Err(CliError::Usage { what: what.into() });
+    let picture = args.map.as_deref();
+    let to_file = picture.filter(|path| *path != Path::new(PIPE));
+    for file in [args.pfns.as_deref(), to_file].into_iter().flatten() {
+        if file != Path::new(PIPE) {
+            check_replaceable(file, path, args.force)?;
+        }
+    }
+    if let Some(file) = to_file {
+        let title = path.display().to_string();
+        drawn(reader, &counts, &|drawing| {
+            write_to(file, args.force, &[reader.source()], &|out| {
+                map::write_svg(drawing, &title, out)
+            })
+        })?;
     }
     if let Some(path) = &args.pfns {
         write_to(path, args.force, &[reader.source()], &|out| {
@@ -61,7 +74,34 @@ pub(super) fn inspect(
         size(stats.stored_bytes),
         percent(stats.stored_bytes, data)
     );
+    if picture == Some(Path::new(PIPE)) {
+        drawn(reader, &counts, &|drawing| {
+            map::print(drawing);
+            Ok(())
+        })?;
+    }
     Ok(())
+}
+
+/// Has a checkpoint drawn as its guest was, and without what has no content in it.
+fn drawn(
+    reader: &CheckpointReader<File>,
+    counts: &ClassCounts,
+    draw: &dyn Fn(&Drawing<'_>) -> Result<(), CliError>,
+) -> Result<(), CliError> {
+    let is_gone = |content| matches!(content, PageContent::Free { .. } | PageContent::Absent);
+    let gone = |frames| {
+        let runs = reader.runs_in(frames).filter(|run| is_gone(run.content));
+        runs.map(|run| run.frames.intersection(&frames).len()).sum()
+    };
+    let stats = reader.stats();
+    draw(&Drawing {
+        pages: &reader.page_map(),
+        counts,
+        gone: &gone,
+        gone_pages: Tally::new(stats.free).and(stats.absent).get(),
+        left_by: "in the checkpoint",
+    })
 }
 
 fn build_id(info: &CheckpointInfo) -> Option<String> {

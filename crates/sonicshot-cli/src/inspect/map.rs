@@ -4,8 +4,7 @@
 //! shows the class that most of them have.
 
 use crate::report::{count, percent, say, size};
-use sonicshot::{ClassSet, PageClass, PageMap, PfnRange, PrunePlan, Tally, to_usize};
-use sonicshot_offline::Analyzed;
+use sonicshot::{ClassCounts, PageClass, PageMap, PfnRange, PrunePlan, Tally, to_usize};
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 
@@ -63,6 +62,18 @@ struct Block {
     cells: Vec<Shown>,
 }
 
+/// RAM by class, and what of it is left out: by a prune, or of a checkpoint.
+pub(super) struct Drawing<'a> {
+    pub pages: &'a PageMap,
+    pub counts: &'a ClassCounts,
+    /// How many of these frames are left out.
+    pub gone: &'a dyn Fn(PfnRange) -> u64,
+    /// How many frames are left out of all.
+    pub gone_pages: u64,
+    /// What leaves them out: "after a prune", "in the checkpoint".
+    pub left_by: &'static str,
+}
+
 /// RAM in cells of the same number of frames.
 #[derive(Debug)]
 struct Grid {
@@ -71,15 +82,15 @@ struct Grid {
 }
 
 impl Grid {
-    /// Draws `pages` in at most about `cells` cells; what `plan` drops is shown as dropped.
-    fn new(pages: &PageMap, plan: Option<&PrunePlan>, cells: u64) -> Self {
+    /// Draws `pages` in at most about `cells` cells, and which of them are left out by `gone`.
+    fn new(pages: &PageMap, gone: &dyn Fn(PfnRange) -> u64, cells: u64) -> Self {
         let wanted = pages.total().div_ceil(cells.max(1)).max(1);
         let frames_in_cell = wanted.checked_next_power_of_two().unwrap_or(wanted);
         let mut blocks = Vec::new();
         for region in pages.ram() {
             blocks.push(Block {
                 frames: *region,
-                cells: cells_of(pages, plan, *region, frames_in_cell),
+                cells: cells_of(pages, gone, *region, frames_in_cell),
             });
         }
         Self {
@@ -92,7 +103,7 @@ impl Grid {
 /// What most frames of each cell of `region` are.
 fn cells_of(
     pages: &PageMap,
-    plan: Option<&PrunePlan>,
+    gone: &dyn Fn(PfnRange) -> u64,
     region: PfnRange,
     frames_in_cell: u64,
 ) -> Vec<Shown> {
@@ -101,14 +112,14 @@ fn cells_of(
     while at < region.end() {
         let end = at.checked_add(frames_in_cell).unwrap_or(region.end());
         let cell = PfnRange::new(at, end.min(region.end()));
-        cells.push(most(pages, plan, cell));
+        cells.push(most(pages, gone, cell));
         at = cell.end();
     }
     cells
 }
 
 /// What most frames of `cell` are.
-fn most(pages: &PageMap, plan: Option<&PrunePlan>, cell: PfnRange) -> Shown {
+fn most(pages: &PageMap, gone: &dyn Fn(PfnRange) -> u64, cell: PfnRange) -> Shown {
     let mut counts: Vec<(PageClass, Tally)> = Vec::new();
     for (frames, class) in pages.runs_in(cell) {
         match counts.iter_mut().find(|(known, _)| *known == class) {
@@ -116,17 +127,19 @@ fn most(pages: &PageMap, plan: Option<&PrunePlan>, cell: PfnRange) -> Shown {
             None => counts.push((class, Tally::new(frames.len()))),
         }
     }
-    let dropped = plan.map(|plan| dropped_frames(plan, cell, pages));
     let class = counts.iter().max_by_key(|(_, frames)| *frames);
     match class {
-        _ if dropped.is_some_and(|dropped| dropped > cell.len() / 2) => Shown::Dropped,
+        _ if gone(cell) > cell.len() / 2 => Shown::Dropped,
         Some((class, _)) => Shown::Kept(*class),
         None => Shown::Kept(PageClass::Unknown),
     }
 }
 
-/// How many frames of `cell` go.
-fn dropped_frames(plan: &PrunePlan, cell: PfnRange, pages: &PageMap) -> u64 {
+/// None of them.
+const NONE_GONE: &dyn Fn(PfnRange) -> u64 = &|_| 0;
+
+/// How many frames of `cell` go by a plan.
+pub(super) fn dropped_frames(plan: &PrunePlan, cell: PfnRange, pages: &PageMap) -> u64 {
     let size = pages.page_size();
     let Some(range) = cell.gpa_range(size) else {
         return 0;
@@ -141,10 +154,10 @@ fn bytes_of(pages: u64, page_size: u64) -> u64 {
 }
 
 /// Prints RAM by class, before a prune, and after it where that differs.
-pub(super) fn print(analyzed: &Analyzed) {
-    let pages = analyzed.pages();
+pub(super) fn print(drawing: &Drawing<'_>) {
+    let pages = drawing.pages;
     let cells = LINE * LINES;
-    let grid = Grid::new(pages, None, cells);
+    let grid = Grid::new(pages, NONE_GONE, cells);
     let coloured = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let bytes = |frames: u64| bytes_of(frames, pages.page_size().bytes());
     say!("");
@@ -153,14 +166,13 @@ pub(super) fn print(analyzed: &Analyzed) {
         size(bytes(grid.frames_in_cell)),
         count(grid.frames_in_cell)
     );
-    let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
     print_grid(&grid, pages, coloured);
     say!("");
-    print_legend(analyzed, coloured);
+    print_legend(drawing.counts, coloured);
     say!("");
-    say!("after a prune, what goes left blank:");
-    print_grid(&Grid::new(pages, Some(&plan), cells), pages, coloured);
-    print_blocks(pages);
+    say!("{}, what is left out blank:", drawing.left_by);
+    print_grid(&Grid::new(pages, drawing.gone, cells), pages, coloured);
+    print_blocks(pages, coloured);
 }
 
 fn print_grid(grid: &Grid, pages: &PageMap, coloured: bool) {
@@ -198,9 +210,9 @@ fn print_grid(grid: &Grid, pages: &PageMap, coloured: bool) {
 }
 
 /// The letters of the classes that there are.
-fn print_legend(analyzed: &Analyzed, coloured: bool) {
+fn print_legend(counts: &ClassCounts, coloured: bool) {
     let mut line = String::from("         ");
-    for (class, _) in analyzed.counts().iter() {
+    for (class, _) in counts.iter() {
         let (letter, number, _) = look(class);
         let entry = format!(" {letter} {}", class.name());
         if line.len() + entry.len() > 79 {
@@ -245,28 +257,64 @@ fn free_blocks(pages: &PageMap) -> Vec<u64> {
 const LAST_ORDER: u32 = 10;
 const ORDERS: usize = 11;
 
-fn print_blocks(pages: &PageMap) {
-    let orders = free_blocks(pages);
+/// Free blocks of an order.
+struct OfOrder {
+    /// The bytes of one.
+    block: u64,
+    blocks: u64,
+    /// The frames of all of them.
+    frames: u64,
+}
+
+/// Free memory by order, and how many frames that is; none if nothing is free.
+fn by_order(pages: &PageMap) -> Option<(Vec<OfOrder>, u64)> {
     let page = pages.page_size().bytes();
-    let total: u64 = orders
-        .iter()
-        .zip(0_u32..)
-        .map(|(blocks, order)| bytes_of(*blocks, 1 << order))
-        .sum();
-    if total == 0 {
+    let of = |(blocks, order): (u64, u32)| OfOrder {
+        block: bytes_of(page, 1 << order),
+        blocks,
+        frames: bytes_of(blocks, 1 << order),
+    };
+    let orders: Vec<_> = free_blocks(pages).into_iter().zip(0..).map(of).collect();
+    let total = orders.iter().map(|order| order.frames).sum();
+    (total > 0).then_some((orders, total))
+}
+
+/// How long a bar is for `part`, where all of `longest` takes `whole`: at least one for anything.
+fn bar(part: u64, longest: u64, whole: u64) -> u64 {
+    let length = u128::from(part) * u128::from(whole);
+    let length = length.div_ceil(u128::from(longest.max(1)));
+    u64::try_from(length).unwrap_or(whole)
+}
+
+/// The longest bar of the terminal: the columns that a line of 79 has left.
+const BAR: u64 = 33;
+
+fn print_blocks(pages: &PageMap, coloured: bool) {
+    let Some((orders, total)) = by_order(pages) else {
         return;
-    }
+    };
+    let page = pages.page_size().bytes();
+    let longest = orders.iter().map(|order| order.frames).max();
+    let (start, end) = match coloured {
+        true => (
+            format!("\x1b[38;5;{}m", look(PageClass::FreeBuddy).1),
+            "\x1b[0m",
+        ),
+        false => (String::new(), ""),
+    };
     say!("");
     say!("free blocks by size, aligned:");
-    for (blocks, order) in orders.iter().zip(0_u32..) {
-        let frames = bytes_of(*blocks, 1 << order);
-        say!(
-            "{:>9} {:>12} {:>12} {:>8}",
-            size(bytes_of(page, 1 << order)),
-            count(*blocks),
-            size(bytes_of(frames, page)),
-            percent(frames, total)
+    for order in &orders {
+        let length = bar(order.frames, longest.unwrap_or(total), BAR);
+        let line = format!(
+            "{:>9} {:>12} {:>12} {:>8} {start}{}{end}",
+            size(order.block),
+            count(order.blocks),
+            size(bytes_of(order.frames, page)),
+            percent(order.frames, total),
+            "#".repeat(to_usize(length)),
         );
+        say!("{}", line.trim_end());
     }
 }
 
@@ -274,17 +322,17 @@ fn print_blocks(pages: &PageMap) {
 ///
 /// # Errors
 /// What writing to `out` fails with.
-pub(super) fn write_svg(analyzed: &Analyzed, title: &str, out: &mut dyn Write) -> io::Result<()> {
-    let pages = analyzed.pages();
+pub(super) fn write_svg(drawing: &Drawing<'_>, title: &str, out: &mut dyn Write) -> io::Result<()> {
+    let pages = drawing.pages;
     let cells = PICTURE_LINE * PICTURE_LINES;
-    let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
-    let before = Grid::new(pages, None, cells);
-    let after = Grid::new(pages, Some(&plan), cells);
+    let before = Grid::new(pages, NONE_GONE, cells);
+    let after = Grid::new(pages, drawing.gone, cells);
     let lines = lines_of(&before);
     let panel = PICTURE_LINE * CELL;
     let (top, gap) = (64, 24);
-    let legend = 24 * analyzed.counts().iter().count() as u64;
-    let height = legend.max(lines * CELL) + top + 16;
+    let legend = LEGEND * drawing.counts.iter().count() as u64;
+    let blocks = by_order(pages).map_or(0, |(orders, _)| LEGEND * (orders.len() as u64 + 2));
+    let height = (legend + blocks).max(lines * CELL) + top + 16;
     let width = panel * 2 + gap * 3 + 240;
     writeln!(
         out,
@@ -301,22 +349,30 @@ pub(super) fn write_svg(analyzed: &Analyzed, title: &str, out: &mut dyn Write) -
         escaped(title)
     )?;
     let ram = size(bytes_of(pages.total(), pages.page_size().bytes()));
-    let gone = size(plan.dropped_bytes());
+    let gone = size(bytes_of(drawing.gone_pages, pages.page_size().bytes()));
     let second = panel + gap * 2;
-    let share = percent(plan.dropped_pages(), pages.total());
+    let share = percent(drawing.gone_pages, pages.total());
     writeln!(
         out,
         "<text x=\"{gap}\" y=\"50\">{ram} of RAM by class</text>"
     )?;
     writeln!(
         out,
-        "<text x=\"{second}\" y=\"50\">after a prune: {gone} ({share}) less</text>"
+        "<text x=\"{second}\" y=\"50\">{}: {gone} ({share}) less</text>",
+        drawing.left_by
     )?;
     write_grid(&before, gap, top, out)?;
     write_grid(&after, second, top, out)?;
-    write_legend(analyzed, second + panel + gap, top, out)?;
+    let beside = second + panel + gap;
+    write_legend(drawing, beside, top, out)?;
+    write_blocks(pages, beside, top + legend, out)?;
     writeln!(out, "</svg>")
 }
+
+/// The height of a line beside a picture's grids, in pixels.
+const LEGEND: u64 = 24;
+/// The widest bar of a picture: what its text beside leaves.
+const WIDEST: u64 = 80;
 
 /// How many lines of a picture a grid takes.
 fn lines_of(grid: &Grid) -> u64 {
@@ -370,10 +426,10 @@ fn path_of(paths: &mut Vec<(PageClass, String)>, class: PageClass) -> &mut Strin
     &mut paths[at].1
 }
 
-fn write_legend(analyzed: &Analyzed, x: u64, y: u64, out: &mut dyn Write) -> io::Result<()> {
-    let page = analyzed.pages().page_size().bytes();
+fn write_legend(drawing: &Drawing<'_>, x: u64, y: u64, out: &mut dyn Write) -> io::Result<()> {
+    let page = drawing.pages.page_size().bytes();
     let mut at = y;
-    for (class, frames) in analyzed.counts().iter() {
+    for (class, frames) in drawing.counts.iter() {
         let text = at + 11;
         writeln!(
             out,
@@ -384,7 +440,39 @@ fn write_legend(analyzed: &Analyzed, x: u64, y: u64, out: &mut dyn Write) -> io:
             class.name(),
             size(bytes_of(frames, page))
         )?;
-        at += 24;
+        at += LEGEND;
+    }
+    Ok(())
+}
+
+/// Writes free memory by order: a bar for each, as long as its share.
+fn write_blocks(pages: &PageMap, x: u64, y: u64, out: &mut dyn Write) -> io::Result<()> {
+    let Some((orders, total)) = by_order(pages) else {
+        return Ok(());
+    };
+    let page = pages.page_size().bytes();
+    let longest = orders.iter().map(|order| order.frames).max();
+    let text = y + LEGEND + 11;
+    writeln!(
+        out,
+        "<text x=\"{x}\" y=\"{text}\">free blocks by size</text>"
+    )?;
+    let mut at = y + LEGEND * 2;
+    for order in &orders {
+        let text = at + 11;
+        let width = bar(order.frames, longest.unwrap_or(total), WIDEST);
+        let (label, free) = (size(order.block), size(bytes_of(order.frames, page)));
+        writeln!(
+            out,
+            "<text x=\"{}\" y=\"{text}\" text-anchor=\"end\">{label}</text>\
+             <rect x=\"{}\" y=\"{at}\" width=\"{width}\" height=\"14\" fill=\"{}\" stroke=\"#808080\"/>\
+             <text x=\"{}\" y=\"{text}\">{free}</text>",
+            x + 64,
+            x + 72,
+            look(PageClass::FreeBuddy).2,
+            x + 78 + width
+        )?;
+        at += LEGEND;
     }
     Ok(())
 }
@@ -408,7 +496,10 @@ fn escaped(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Grid, PICTURE_LINE, PICTURE_LINES, Shown, escaped, free_blocks, write_grid};
+    use super::{
+        Grid, NONE_GONE, PICTURE_LINE, PICTURE_LINES, Shown, bar, escaped, free_blocks,
+        write_blocks, write_grid,
+    };
     use sonicshot::{Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn, PfnRange, RamLayout};
 
     fn map(frames: u64) -> PageMap {
@@ -429,7 +520,7 @@ mod tests {
         pages.set(frames(0, 9), PageClass::Slab);
         pages.set(frames(9, 16), PageClass::Kernel);
         pages.set(frames(16, 64), PageClass::FreeBuddy);
-        let grid = Grid::new(&pages, None, 4);
+        let grid = Grid::new(&pages, NONE_GONE, 4);
         assert_eq!(grid.frames_in_cell, 16);
         let free = Shown::Kept(PageClass::FreeBuddy);
         let [block] = &grid.blocks[..] else {
@@ -449,6 +540,42 @@ mod tests {
         assert_eq!(free_blocks(&pages), [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 2]);
     }
 
+    #[test]
+    fn bars_are_as_long_as_their_share() {
+        assert_eq!(bar(0, 8, 33), 0);
+        assert_eq!(bar(1, u64::MAX, 33), 1);
+        assert_eq!(bar(4, 8, 32), 16);
+        assert_eq!(bar(u64::MAX, u64::MAX, 33), 33);
+        let drawn = |pages: &PageMap| {
+            let mut out = Vec::new();
+            write_blocks(pages, 0, 0, &mut out).unwrap();
+            String::from_utf8(out).unwrap()
+        };
+        let mut pages = map(4096);
+        assert_eq!(drawn(&pages), "");
+        // Half of it in a block of four pages, half in two of two.
+        pages.set(frames(4, 8), PageClass::FreeBuddy);
+        pages.set(frames(10, 12), PageClass::FreeBuddy);
+        pages.set(frames(14, 16), PageClass::FreeBuddy);
+        let widths: Vec<_> = drawn(&pages)
+            .lines()
+            .skip(1)
+            .map(|line| {
+                line.split("width=\"")
+                    .nth(1)
+                    .unwrap()
+                    .split('"')
+                    .next()
+                    .unwrap()
+                    .to_owned()
+            })
+            .collect();
+        assert_eq!(
+            widths,
+            ["0", "80", "80", "0", "0", "0", "0", "0", "0", "0", "0"]
+        );
+    }
+
     /// Of 1 TiB in which no two neighbours are the same, a picture stays below 1 MB.
     #[test]
     fn a_picture_of_a_tebibyte_is_small() {
@@ -458,7 +585,7 @@ mod tests {
             let class = PageClass::ALL[usize::try_from(number).unwrap() % 15 + 1];
             pages.set(frames(number * cell, (number + 1) * cell), class);
         }
-        let grid = Grid::new(&pages, None, PICTURE_LINE * PICTURE_LINES);
+        let grid = Grid::new(&pages, NONE_GONE, PICTURE_LINE * PICTURE_LINES);
         let mut out = Vec::new();
         write_grid(&grid, 0, 0, &mut out).unwrap();
         assert!(out.len() < 500_000, "{}", out.len());
