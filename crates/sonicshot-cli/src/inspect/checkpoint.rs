@@ -83,13 +83,16 @@ pub(super) fn inspect(
     Ok(())
 }
 
-/// Has a checkpoint drawn as its guest was, and without what has no content in it.
+/// Has a checkpoint drawn as its guest was, and without what takes no room in it.
 fn drawn(
     reader: &CheckpointReader<File>,
     counts: &ClassCounts,
     draw: &dyn Fn(&Drawing<'_>) -> Result<(), CliError>,
 ) -> Result<(), CliError> {
-    let is_gone = |content| matches!(content, PageContent::Free { .. } | PageContent::Absent);
+    let is_gone = |content| {
+        use PageContent::{Absent, Free, Zero};
+        matches!(content, Free { .. } | Absent | Zero)
+    };
     let gone = |frames| {
         let runs = reader.runs_in(frames).filter(|run| is_gone(run.content));
         runs.map(|run| run.frames.intersection(&frames).len()).sum()
@@ -99,7 +102,10 @@ fn drawn(
         pages: &reader.page_map(),
         counts,
         gone: &gone,
-        gone_pages: Tally::new(stats.free).and(stats.absent).get(),
+        gone_pages: Tally::new(stats.free)
+            .and(stats.absent)
+            .and(stats.zero)
+            .get(),
         left_by: "in the checkpoint",
     })
 }
