@@ -60,6 +60,15 @@ impl<'a> Cursor<'a> {
         }
     }
 
+    /// That `wanted` bytes from `offset` on cannot be read.
+    pub(crate) fn cut_short(&self, offset: FileOffset, wanted: u64) -> XenError {
+        XenError::Truncated {
+            place: self.place(offset),
+            wanted,
+            left: 0,
+        }
+    }
+
     pub(crate) fn place(&self, offset: FileOffset) -> Place {
         Place {
             within: self.within,

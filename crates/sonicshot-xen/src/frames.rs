@@ -97,11 +97,7 @@ impl Frames {
         self.last = Some(last);
     }
 
-    pub(crate) fn add(
-        &mut self,
-        pages: &PageData<'_>,
-        cursor: &Cursor<'_>,
-    ) -> Result<(), XenError> {
+    pub(crate) fn add(&mut self, pages: &PageData, cursor: &Cursor<'_>) -> Result<(), XenError> {
         for entry in pages.entries() {
             if self.last.is_some_and(|last| entry.pfn > last) {
                 return Err(cursor.malformed(

@@ -245,11 +245,11 @@ impl XlImage {
         &self.frames
     }
 
-    pub(crate) fn page_data<'a>(
+    pub(crate) fn page_data(
         &self,
-        data: FileBytes<'a>,
+        data: FileBytes<'_>,
         record: &Record,
-    ) -> Result<PageData<'a>, XenError> {
+    ) -> Result<PageData, XenError> {
         let mut cursor = Cursor::at(data, record.place().within, record.body.start());
         let body = cursor.take(record.body.len())?;
         PageData::parse(&cursor, record, body)

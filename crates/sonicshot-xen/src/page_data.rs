@@ -7,16 +7,18 @@ use sonicshot::{Bytes, FileBytes, FileOffset};
 pub(crate) const PAGE: u64 = 4096;
 /// The count, and a word that is reserved.
 const HEAD: u64 = 8;
-const ENTRY: u64 = 8;
+const ENTRY_LEN: usize = 8;
+const ENTRY: u64 = ENTRY_LEN as u64;
 const TYPE_SHIFT: u32 = 60;
 /// Bits that must be zero lie between the number and the type.
 const NUMBER_BITS: u32 = 52;
 /// No x86 has more physical addresses.
 pub(crate) const MAX_FRAME: u64 = 1 << (52 - 12);
 
-/// A record of type `PAGE_DATA`: its length is what its entries say.
-pub(crate) struct PageData<'a> {
-    body: FileBytes<'a>,
+/// A record of type `PAGE_DATA`: its length is what its entries say. They are read once, at one go,
+/// for there is one of every page of the guest.
+pub(crate) struct PageData {
+    words: Vec<u64>,
     count: u32,
     /// The count and the reserved word, as they are.
     head: u64,
@@ -44,11 +46,11 @@ pub(crate) fn table_of(count: u32) -> u64 {
     u64::from(count) * ENTRY + HEAD
 }
 
-impl<'a> PageData<'a> {
+impl PageData {
     pub(crate) fn parse(
         cursor: &Cursor<'_>,
         record: &Record,
-        body: FileBytes<'a>,
+        body: FileBytes<'_>,
     ) -> Result<Self, XenError> {
         let len = u64::from(record.len);
         let wrong = |value| cursor.malformed("the number of pages", record.body.start(), value);
@@ -58,8 +60,12 @@ impl<'a> PageData<'a> {
         if count == 0 || table > len {
             return Err(wrong(count.into()));
         }
+        let entries = table.checked_sub(HEAD);
+        let entries = entries.and_then(|len| body.part(HEAD, len)?.copied());
+        let entries = entries.ok_or_else(|| cursor.cut_short(record.body.start(), table))?;
+        let (words, _) = entries.as_chunks::<ENTRY_LEN>();
         let this = Self {
-            body,
+            words: words.iter().map(|word| u64::from_le_bytes(*word)).collect(),
             count,
             head,
             at: record.body.start(),
@@ -89,10 +95,9 @@ impl<'a> PageData<'a> {
 
     /// The entries as they are, each with its place in the file.
     fn words(&self) -> impl Iterator<Item = (FileOffset, u64)> + '_ {
-        (0..u64::from(self.count)).filter_map(|index| {
-            let inside = index.checked_mul(ENTRY)?.checked_add(HEAD)?;
-            Some((self.at.checked_add(inside)?, self.body.le_at(inside)?))
-        })
+        (0..self.count)
+            .zip(&self.words)
+            .filter_map(|(index, word)| Some((self.at.checked_add(table_of(index))?, *word)))
     }
 
     pub(crate) fn entries(&self) -> impl Iterator<Item = Entry> + '_ {

@@ -121,7 +121,7 @@ pub(crate) fn rest(data: FileBytes<'_>, copied: FileOffset) -> Result<FileRange,
 /// [`XenError::Malformed`] if the entries are no longer those that were counted.
 pub(crate) fn rewritten(
     record: &Record,
-    pages: &PageData<'_>,
+    pages: &PageData,
     after: impl Fn(Entry) -> Entry,
     out: &mut Vec<u8>,
 ) -> Result<(), XenError> {

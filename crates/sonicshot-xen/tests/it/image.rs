@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 use sonicshot::x86_64::ControlRegisters;
 use sonicshot::{
-    DropClasses, FileBytes, FileOffset, FileRange, Fill, Gpa, GpaRange, PageClass, PageMap,
-    PageSize, Pfn, PfnRange, PrunePlan, RamLayout,
+    DropClasses, FileBytes, FileContent, FileOffset, FileRange, Fill, Gpa, GpaRange, PageClass,
+    PageMap, PageSize, Pfn, PfnRange, PrunePlan, RamLayout,
 };
 use sonicshot_xen::{DomainKind, Joined, Layer, Part, Skeleton, Within, XenError, XlImage};
 use std::collections::BTreeMap;
@@ -770,4 +770,27 @@ fn processors_are_told() {
     ] {
         assert!(vcpus(1, &wrong).is_err(), "{wrong:?}");
     }
+}
+
+/// How often this thread has read from a file.
+fn reads() -> u64 {
+    let said = std::fs::read_to_string("/proc/thread-self/io").unwrap();
+    let count = said.lines().find_map(|line| line.strip_prefix("syscr: "));
+    count.unwrap().parse().unwrap()
+}
+
+#[test]
+fn the_entries_of_a_record_are_read_at_one_go() {
+    const PAGES: u64 = 20_000;
+    let pages =
+        |first: u64| Item::Pages((first..first + 1000).map(|pfn| (XALLOC, pfn, 0)).collect());
+    let items: Vec<Item> = (0..PAGES / 1000).map(|at| pages(at * 1000)).collect();
+    let mut file = tempfile::tempfile().unwrap();
+    std::io::Write::write_all(&mut file, &image(2, &items)).unwrap();
+    let content = FileContent::new(file).unwrap();
+    let before = reads();
+    let image = XlImage::parse(content.bytes()).unwrap();
+    let read = reads() - before;
+    assert_eq!(image.frames().len() as u64, PAGES);
+    assert!(read < PAGES / 50, "{read} times read for {PAGES} pages");
 }
