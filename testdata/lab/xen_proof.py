@@ -64,7 +64,9 @@ def expect(holds: bool, what: str) -> None:
 
 def tortured(dom0: Dom0) -> None:
     said = dom0.order("ask torture TORTURE-").lines
-    expect("TORTURE-OK" in said, f"the guest does not run on: {said[-2:]}")
+    if "TORTURE-OK" not in said:
+        shown = "\n".join(dom0.order("tail -n 60 $log").lines)
+        raise CheckFailed(f"the guest does not run on: {said[-2:]}\n{shown}")
 
 
 def restored(dom0: Dom0, order: str, memory: int) -> float:

@@ -6,10 +6,14 @@
 //! program that started the save makes when it is first asked, with the domain suspended by then.
 //! Without that table, whatever the reason, nothing is changed, and the save is a full one.
 //!
+//! It also spares libxc what it does for nobody: `xl` is not told of every 4 MiB how far the save is,
+//! which wakes it each time, and types are asked for so few at a time that libxencall keeps the
+//! memory for the answer, in place of mapping it anew.
+//!
 //! No standard library: the helper has its own C library, and nothing here may panic.
 #![no_std]
 
-use core::ffi::{c_char, c_int, c_long, c_void};
+use core::ffi::{c_char, c_int, c_long, c_ulong, c_void};
 use core::mem::size_of;
 use core::ptr;
 use core::slice;
@@ -75,18 +79,15 @@ pub unsafe extern "C" fn xc_get_pfn_type_batch(
     count: u32,
     frames: *mut u64,
 ) -> c_int {
-    /// libxc asks for so many at a time.
-    const BATCH: usize = 1024;
+    /// With libxencall's 16 bytes before them, their numbers are no more than the one page that it
+    /// keeps for the next call (`tools/libs/call/buffer.c`, 4.14 to 4.20).
+    const BATCH: usize = 510;
     // SAFETY: finds the function that this one stands before.
     let Some(real) = (unsafe { real() }) else {
         return -1;
     };
     // SAFETY: asks once, and keeps what it gets for ever.
     let runs = unsafe { runs(domain) };
-    if runs.is_empty() {
-        // SAFETY: the caller's arguments, as they are.
-        return unsafe { real(xch, domain, count, frames) };
-    }
     // SAFETY: the caller gives `count` frames to be written.
     let frames = unsafe { slice::from_raw_parts_mut(frames, count as usize) };
     let mut numbers = [0; BATCH];
@@ -107,6 +108,11 @@ pub unsafe extern "C" fn xc_get_pfn_type_batch(
     }
     0
 }
+
+/// As libxc's own function of that name (`tools/libs/ctrl/xc_private.c`), which tells how many of how
+/// many frames are written: nobody reads it.
+#[unsafe(no_mangle)]
+pub extern "C" fn xc_report_progress_step(_: *mut c_void, _: c_ulong, _: c_ulong) {}
 
 fn is_in(runs: &[Run], number: u64) -> bool {
     let above = runs.partition_point(|run| run.start <= number);

@@ -13,10 +13,19 @@ pub unsafe extern "C" fn xc_get_pfn_type_batch(
     if domain == 9 {
         return -1;
     }
+    // More than a page with libxencall's own 16 bytes.
+    if count > 510 {
+        return -2;
+    }
     for frame in unsafe { std::slice::from_raw_parts_mut(frames, count as usize) } {
         *frame = if *frame % 7 == 0 { 1 << 28 } else { 0 };
     }
     0
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xc_report_progress_step(_: *mut u8, done: u64, _: u64) {
+    println!("progress {done}");
 }
 "#;
 
@@ -26,8 +35,10 @@ const PROGRAM: &str = r#"
 #[link(name = "standin")]
 unsafe extern "C" {
     fn xc_get_pfn_type_batch(xch: *mut u8, domain: u32, count: u32, frames: *mut u64) -> i32;
+    fn xc_report_progress_step(xch: *mut u8, done: u64, total: u64);
 }
 fn main() {
+    unsafe { xc_report_progress_step(std::ptr::null_mut(), 1, 2) };
     for domain in std::env::args().skip(1) {
         let mut frames: Vec<u64> = (5000..8000).collect();
         let number = domain.parse().unwrap();
