@@ -179,7 +179,7 @@ impl Phase {
             if on_bar {
                 if bar.length() != Some(total) {
                     bar.set_length(total);
-                    bar.set_style(with_amount());
+                    bar.set_style(with_amount(columns()));
                 }
                 bar.set_position(done);
             }
@@ -242,15 +242,32 @@ fn bar(phase: &'static str) -> ProgressBar {
     bar
 }
 
-/// The bar takes what the rest of a line leaves.
-fn with_amount() -> ProgressStyle {
-    let style = "{msg} [{wide_bar}] {bytes}/{total_bytes} {eta}";
-    ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar())
+/// Columns of the terminal, if it says so.
+fn columns() -> Option<u16> {
+    terminal_size::terminal_size_of(io::stderr()).map(|(width, _)| width.0)
+}
+
+/// Columns that a phase's name, an amount of 24 and a bar worth its name take.
+const WIDE: u16 = 78;
+
+/// The template of a bar: it takes what the rest of a line leaves. Where that is next to nothing, the
+/// name is cut off instead, and there is no bar.
+fn template(columns: Option<u16>) -> &'static str {
+    match columns {
+        Some(columns) if columns < WIDE => "{wide_msg} {percent:>3} % {eta:>4}",
+        _ => "{msg} [{wide_bar}] {bytes}/{total_bytes} {eta}",
+    }
+}
+
+fn with_amount(columns: Option<u16>) -> ProgressStyle {
+    let style = ProgressStyle::with_template(template(columns));
+    style.unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{ProgressMode, Show, State, Talk, left, percent};
+    use super::{ProgressMode, Show, State, Talk, left, percent, template, with_amount};
+    use indicatif::{InMemoryTerm, ProgressBar, ProgressDrawTarget};
     use std::sync::atomic::AtomicU64;
     use std::time::{Duration, Instant};
 
@@ -276,6 +293,25 @@ mod tests {
                 "{mode:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_bar_keeps_to_its_line() {
+        for columns in [40, 60, 80, 200] {
+            let term = InMemoryTerm::new(5, columns);
+            let target = ProgressDrawTarget::term_like(Box::new(term.clone()));
+            let bar = ProgressBar::with_draw_target(Some(512 << 30), target);
+            bar.set_style(with_amount(Some(columns)));
+            bar.set_message("looking for the kernel and its pages");
+            bar.set_position(300 << 30);
+            bar.force_draw();
+            let drawn = term.contents();
+            assert!(drawn.starts_with("looking for the kernel"), "{drawn}");
+            assert_eq!(drawn.lines().count(), 1, "{drawn}");
+            let ends = if columns < 78 { "59 %" } else { "512.00 GiB" };
+            assert!(drawn.contains(ends), "{columns}: {drawn}");
+        }
+        assert_eq!(template(None), template(Some(80)));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Numbers and lines for people.
 
+use anstyle::{AnsiColor, Style};
 use sonicshot::RamLayout;
 use sonicshot_offline::{ByteSize, LayoutSpec, Note};
 use std::fmt;
@@ -34,7 +35,27 @@ macro_rules! note {
 pub(crate) use note;
 
 pub(crate) fn print_error_line(line: fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr().lock(), "{line}");
+    // Without its colours where there is no terminal, or none are wanted (`NO_COLOR`).
+    let _ = writeln!(anstream::stderr().lock(), "{}", coloured(&line.to_string()));
+}
+
+/// Words that begin a line, and how clap colours such words.
+const COLOURED: [(&str, Style); 5] = [
+    ("error:", AnsiColor::Red.on_default().bold()),
+    ("failed:", AnsiColor::Red.on_default().bold()),
+    ("warning:", AnsiColor::Yellow.on_default().bold()),
+    ("note:", Style::new().bold()),
+    ("  hint:", AnsiColor::Green.on_default()),
+];
+
+/// The line with its first word coloured, if that says what the line is.
+fn coloured(line: &str) -> String {
+    for (word, style) in COLOURED {
+        if let Some(rest) = line.strip_prefix(word) {
+            return format!("{style}{word}{style:#}{rest}");
+        }
+    }
+    line.to_owned()
 }
 
 /// Standard output takes a dump: what is said goes to standard error.
@@ -138,7 +159,19 @@ pub(crate) fn count(number: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{by_name, count, mib, percent, size};
+    use super::{by_name, coloured, count, mib, percent, size};
+
+    #[test]
+    fn a_line_is_coloured_by_what_it_is() {
+        assert_eq!(
+            coloured("error: no such file"),
+            "\x1b[1m\x1b[31merror:\x1b[0m no such file"
+        );
+        assert_eq!(coloured("  hint: -o"), "\x1b[32m  hint:\x1b[0m -o");
+        for plain in ["", "{\"error\":1}", "an error: of a guest"] {
+            assert_eq!(coloured(plain), plain);
+        }
+    }
 
     #[test]
     fn numbers_read_well() {

@@ -4,9 +4,10 @@
 //! shows the class that most of them have.
 
 use crate::report::{count, percent, say, size};
+use anstream::{AutoStream, ColorChoice};
 use sonicshot::{ClassCounts, PageClass, PageMap, PfnRange, PrunePlan, Tally, to_usize};
 use std::fmt::Write as _;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 
 /// Cells in a line of the terminal, which has 80 columns: an address of 13 and a space stand before.
 const LINE: u64 = 64;
@@ -158,7 +159,7 @@ pub(super) fn print(drawing: &Drawing<'_>) {
     let pages = drawing.pages;
     let cells = LINE * LINES;
     let grid = Grid::new(pages, NONE_GONE, cells);
-    let coloured = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let coloured = AutoStream::choice(&io::stdout()) != ColorChoice::Never;
     let bytes = |frames: u64| bytes_of(frames, pages.page_size().bytes());
     say!("");
     say!(
