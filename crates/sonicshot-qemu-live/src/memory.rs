@@ -2,7 +2,7 @@
 
 use crate::error::QemuError;
 use crate::find::Segment;
-use crate::shadow::{BLOCK, PAGE, Shadow};
+use crate::shadow::{BLOCK, Hole, PAGE, Shadow};
 use sonicshot::work::for_each;
 use sonicshot::{
     Gpa, GpaRange, GuestMemory, Mapped, MemoryError, Processor, Processors, RamLayout,
@@ -97,24 +97,21 @@ impl LiveMemory {
         out
     }
 
-    /// Has these pages ready to be read, and room for them.
+    /// Has these pages, which are in their order, ready to be read, and room for them.
     pub(crate) fn prepare(&self, pages: &[Range<usize>]) {
-        for pages in pages {
+        let bytes = |pages: &Range<usize>| {
             let ends = pages
                 .start
                 .checked_mul(PAGE)
                 .zip(pages.end.checked_mul(PAGE));
-            // Beyond all memory there is nothing to prepare.
-            let Some((start, end)) = ends else {
-                continue;
-            };
-            let bytes = start..end;
-            self.shadow.prepare(&bytes);
-            for one in &self.segments {
-                if let Some(of_block) = one.of_block(&bytes) {
-                    one.segment.backing.prepare(&of_block);
-                }
-            }
+            ends.map(|(start, end)| start..end)
+        };
+        // Beyond all memory there is nothing to prepare.
+        let all: Vec<Range<usize>> = pages.iter().filter_map(bytes).collect();
+        all.iter().for_each(|bytes| self.shadow.prepare(bytes));
+        for one in &self.segments {
+            let of_block = all.iter().filter_map(|bytes| one.of_block(bytes));
+            one.segment.backing.prepare(of_block);
         }
     }
 
@@ -313,6 +310,28 @@ impl GuestMemory for LiveMemory {
         Ok(self.shadow.get(&bytes).map(Mapped::borrowed))
     }
 
+    fn read_once(&self, at: Gpa, buf: &mut [u8]) -> Result<bool, MemoryError> {
+        let range = self.whole(at, buf.len())?;
+        let Some((one, bytes)) = self.find(&range) else {
+            return Ok(false);
+        };
+        // What was read before is seen as it was.
+        if self.closed.load(Ordering::Acquire) || self.shadow.has(&bytes) {
+            return Ok(false);
+        }
+        let (segment, hole) = (&one.segment, bytes.start);
+        let read = segment.backing.fill(
+            segment.offset,
+            one.at,
+            &mut [Hole {
+                at: hole,
+                bytes: buf,
+            }],
+        );
+        read.map_err(|source| MemoryError::Io { range, source })?;
+        Ok(true)
+    }
+
     fn processors(&self) -> Processors {
         self.processors.clone()
     }
@@ -426,6 +445,33 @@ mod tests {
             matches!(error, sonicshot::MemoryError::Backend { .. }),
             "{error:?}"
         );
+    }
+
+    #[test]
+    fn what_is_read_once_is_not_kept() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&vec![7; 910 << 12], 0).unwrap();
+        let memory = &mut memory(&file);
+        let (at, mut buf) = (Gpa::new(5), vec![0; 2 << 20]);
+        assert!(memory.read_once(at, &mut buf).unwrap());
+        assert_eq!(buf, vec![7; 2 << 20]);
+        assert!(memory.touched().is_empty());
+        // Over a seam, beyond it, or once it was read as ever.
+        assert!(
+            !memory
+                .read_once(Gpa::new((700 << 12) - 1), &mut [0; 2])
+                .unwrap()
+        );
+        assert!(
+            memory
+                .read_once(Gpa::new((900 << 12) - 1), &mut [0; 2])
+                .is_err()
+        );
+        assert_eq!(memory.read_u32(at).unwrap(), 0x0707_0707);
+        assert!(!memory.read_once(at, &mut [0; 8]).unwrap());
+        assert!(memory.read_once(at, &mut [0; 70_000]).unwrap());
+        memory.close();
+        assert!(!memory.read_once(at, &mut [0; 70_000]).unwrap());
     }
 
     #[test]

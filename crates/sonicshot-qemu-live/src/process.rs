@@ -130,8 +130,9 @@ impl Backing {
         self.fill(from, 0, &mut [Hole { at: 0, bytes }])
     }
 
-    /// Has ready what the block has in these bytes, as far as that is any use.
-    pub(crate) fn prepare(&self, bytes: &Range<u64>) {
+    /// Has ready what the block has in these ranges of bytes, which are in their order, as far as
+    /// that is any use.
+    pub(crate) fn prepare(&self, ranges: impl Iterator<Item = Range<u64>>) {
         let Self::File {
             offset,
             sealed: Some(sealed),
@@ -141,9 +142,7 @@ impl Backing {
             return;
         };
         let place = |at: u64| offset.checked_add(at);
-        if let (Some(start), Some(end)) = (place(bytes.start), place(bytes.end)) {
-            sealed.prepare(&(start..end));
-        }
+        sealed.prepare(ranges.filter_map(|range| Some(place(range.start)?..place(range.end)?)));
     }
 
     /// In words.

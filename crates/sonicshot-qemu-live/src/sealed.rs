@@ -60,20 +60,27 @@ impl Sealed {
         })
     }
 
-    /// Has the pages of these bytes mapped that are there.
-    pub(crate) fn prepare(&self, bytes: &Range<u64>) {
+    /// Has the pages of these ranges of bytes, which are in their order, mapped that are there.
+    pub(crate) fn prepare(&self, ranges: impl Iterator<Item = Range<u64>>) {
         let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut at = bytes.start;
-        while at < bytes.end {
-            // Behind the last data there is an error.
-            let Ok(data) = seek(&*file, SeekFrom::Data(at)) else {
-                return;
-            };
-            let Ok(hole) = seek(&*file, SeekFrom::Hole(data)) else {
-                return;
-            };
-            self.populate(data, hole.min(bytes.end));
-            at = hole;
+        // To look for its end takes as long as it is long: once is enough.
+        let mut data = 0..0;
+        for range in ranges {
+            let mut at = range.start;
+            while at < range.end {
+                if !data.contains(&at) {
+                    // Behind the last data there is an error.
+                    let Ok(start) = seek(&*file, SeekFrom::Data(at)) else {
+                        return;
+                    };
+                    let Ok(end) = seek(&*file, SeekFrom::Hole(start)) else {
+                        return;
+                    };
+                    data = start..end;
+                }
+                self.populate(at.max(data.start), range.end.min(data.end));
+                at = data.end;
+            }
         }
     }
 
@@ -164,9 +171,8 @@ mod tests {
         }
         let sealed = Sealed::new(&file).unwrap();
         assert!(sealed.get(page(3), PAGE).is_none(), "not prepared");
-        for (from, to) in [(2, 9), (9, 64), (64, 70), (5, 5)] {
-            sealed.prepare(&(page(from)..page(to)));
-        }
+        let ranges = [(2, 4), (4, 4), (4, 9), (9, 64), (64, 70)];
+        sealed.prepare(ranges.into_iter().map(|(from, to)| page(from)..page(to)));
         for number in 0..66 {
             let there = [3, 4, 9].contains(&number);
             assert_eq!(sealed.get(page(number), PAGE).is_some(), there, "{number}");

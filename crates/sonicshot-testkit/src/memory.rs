@@ -63,6 +63,8 @@ pub fn check_same(memory: &dyn GuestMemory, other: &dyn GuestMemory) {
     for region in memory.layout().regions() {
         for at in places(region) {
             assert_eq!(memory.next_data(at), other.next_data(at), "{at}");
+            let once = [memory, other].map(|memory| memory.read_once(at, &mut [0]).unwrap());
+            assert_eq!(once[0], once[1], "{at}");
             let absent = [memory, other].map(|memory| memory.next_absent(at).unwrap());
             assert_eq!(absent[0], absent[1], "{at}");
             let maps = [memory, other].map(|memory| memory.map(at, 1).unwrap().is_some());

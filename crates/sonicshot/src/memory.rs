@@ -307,6 +307,18 @@ pub trait GuestMemory: Send + Sync {
         Ok(None)
     }
 
+    /// Fills `buf` with the bytes from `at` for one look at much memory, of an owner who keeps what is
+    /// [`read`](Self::read) and would keep all of it; `false`, and `buf` as it was, of one who does
+    /// not. What is found is read again.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if the range is not all in one RAM range, or cannot be read;
+    /// `buf` is then unspecified.
+    fn read_once(&self, at: Gpa, buf: &mut [u8]) -> Result<bool, MemoryError> {
+        let _ = (at, buf);
+        Ok(false)
+    }
+
     /// A hint that the range will not be read again soon; the owner may let go of caches.
     fn release(&self, range: GpaRange) {
         let _ = range;
@@ -369,6 +381,9 @@ macro_rules! forward_guest_memory {
             }
             fn next_absent(&self, at: Gpa) -> Result<Option<GpaRange>, MemoryError> {
                 (**self).next_absent(at)
+            }
+            fn read_once(&self, at: Gpa, buf: &mut [u8]) -> Result<bool, MemoryError> {
+                (**self).read_once(at, buf)
             }
             fn release(&self, range: GpaRange) {
                 (**self).release(range);

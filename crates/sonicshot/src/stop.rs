@@ -135,6 +135,11 @@ impl<M: GuestMemory> GuestMemory for Stoppable<M> {
         self.memory.next_absent(at)
     }
 
+    fn read_once(&self, at: Gpa, buf: &mut [u8]) -> Result<bool, MemoryError> {
+        self.check(GpaRange::of_request(at, buf.len()))?;
+        self.memory.read_once(at, buf)
+    }
+
     fn release(&self, range: GpaRange) {
         self.memory.release(range);
     }

@@ -94,12 +94,17 @@ pub(super) fn search(
         };
         // Of each page a few bytes are looked at: even of a file that is quicker read than mapped
         // they are quicker seen than copied with all the rest.
-        let mapped = memory.map(start, len)?;
+        buffer.resize(len, 0);
+        let is_read = memory.read_once(start, &mut buffer)?;
+        let mapped = if is_read {
+            None
+        } else {
+            memory.map(start, len)?
+        };
         let bytes = if let Some(mapped) = &mapped {
             mapped.bytes()
         } else {
-            buffer.resize(len, 0);
-            if memory.read(start, &mut buffer).is_err() {
+            if !is_read && memory.read(start, &mut buffer).is_err() {
                 // A dump may lack pages; VMCOREINFO is then in another one or nowhere.
                 continue;
             }
