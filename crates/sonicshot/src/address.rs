@@ -22,6 +22,7 @@ impl PageSize {
 
     /// The page size of `bytes` bytes, if a supported guest can have it.
     #[must_use]
+    #[inline]
     pub const fn new(bytes: u64) -> Option<Self> {
         match bytes {
             0x1000 => Some(Self::SIZE_4K),
@@ -33,6 +34,7 @@ impl PageSize {
 
     /// The size in bytes.
     #[must_use]
+    #[inline]
     #[allow(clippy::arithmetic_side_effects, reason = "the shift is 12 to 16")]
     pub const fn bytes(self) -> u64 {
         1 << self.0
@@ -40,12 +42,14 @@ impl PageSize {
 
     /// The binary logarithm of the size.
     #[must_use]
+    #[inline]
     pub const fn shift(self) -> u32 {
         self.0 as u32
     }
 
     /// The size as a length in memory.
     #[must_use]
+    #[inline]
     pub const fn size(self) -> usize {
         1 << self.0
     }
@@ -58,6 +62,7 @@ impl PageSize {
     /// assert_eq!(PageSize::SIZE_4K.left_in_page(0x2000), 0x1000);
     /// ```
     #[must_use]
+    #[inline]
     #[allow(clippy::arithmetic_side_effects, reason = "less than a page")]
     pub const fn left_in_page(self, at: u64) -> u64 {
         self.bytes() - (at & self.offset_mask())
@@ -65,6 +70,7 @@ impl PageSize {
 
     /// The mask of the bits inside a page.
     #[must_use]
+    #[inline]
     #[allow(clippy::arithmetic_side_effects, reason = "the shift is 12 to 16")]
     pub const fn offset_mask(self) -> u64 {
         (1 << self.0) - 1
@@ -87,12 +93,14 @@ macro_rules! number {
         impl $name {
             #[doc = concat!("The ", $unit, " `raw`.")]
             #[must_use]
+            #[inline]
             pub const fn new(raw: u64) -> Self {
                 Self(raw)
             }
 
             #[doc = concat!("The ", $unit, " as a number.")]
             #[must_use]
+            #[inline]
             pub const fn raw(self) -> u64 {
                 self.0
             }
@@ -136,6 +144,7 @@ impl Gpa {
 
     /// The address `bytes` further up, unless that wraps.
     #[must_use]
+    #[inline]
     pub const fn checked_add(self, bytes: u64) -> Option<Self> {
         match self.0.checked_add(bytes) {
             Some(raw) => Some(Self(raw)),
@@ -145,12 +154,14 @@ impl Gpa {
 
     /// How far `self` is above `base`, if it is.
     #[must_use]
+    #[inline]
     pub const fn offset_from(self, base: Self) -> Option<u64> {
         self.0.checked_sub(base.0)
     }
 
     /// The frame that holds this address.
     #[must_use]
+    #[inline]
     pub const fn pfn(self, page_size: PageSize) -> Pfn {
         Pfn(self.0 >> page_size.0)
     }
@@ -165,6 +176,7 @@ impl fmt::LowerHex for Gpa {
 impl Pfn {
     /// The frame `frames` further up, unless that wraps.
     #[must_use]
+    #[inline]
     pub const fn checked_add(self, frames: u64) -> Option<Self> {
         match self.0.checked_add(frames) {
             Some(raw) => Some(Self(raw)),
@@ -174,12 +186,14 @@ impl Pfn {
 
     /// How many frames `self` is above `base`, if it is.
     #[must_use]
+    #[inline]
     pub const fn offset_from(self, base: Self) -> Option<u64> {
         self.0.checked_sub(base.0)
     }
 
     /// Where the frame begins, unless that is beyond 64 bits.
     #[must_use]
+    #[inline]
     pub const fn gpa(self, page_size: PageSize) -> Option<Gpa> {
         match self.0.checked_mul(page_size.bytes()) {
             Some(raw) => Some(Gpa(raw)),
@@ -189,6 +203,7 @@ impl Pfn {
 
     /// Whether the frame number is a multiple of `2^order`.
     #[must_use]
+    #[inline]
     pub const fn is_aligned(self, order: u32) -> bool {
         order < u64::BITS && self.0.trailing_zeros() >= order
     }
@@ -207,6 +222,7 @@ macro_rules! half_open_range {
             /// The range from `start` up to, but without, `end`; empty if `end` is not above
             /// `start`.
             #[must_use]
+            #[inline]
             pub const fn new(start: $point, end: $point) -> Self {
                 let end = if end.0 < start.0 { start } else { end };
                 Self { start, end }
@@ -214,6 +230,7 @@ macro_rules! half_open_range {
 
             /// The range from `start` up to, but without, `end`; `None` if `end` is below `start`.
             #[must_use]
+            #[inline]
             pub const fn between(start: $point, end: $point) -> Option<Self> {
                 if end.0 < start.0 {
                     return None;
@@ -223,6 +240,7 @@ macro_rules! half_open_range {
 
             #[doc = concat!("The range of `len` ", $unit, " from `start`, unless it wraps.")]
             #[must_use]
+            #[inline]
             pub const fn with_len(start: $point, len: u64) -> Option<Self> {
                 match start.checked_add(len) {
                     Some(end) => Some(Self { start, end }),
@@ -232,18 +250,21 @@ macro_rules! half_open_range {
 
             /// Where the range begins.
             #[must_use]
+            #[inline]
             pub const fn start(&self) -> $point {
                 self.start
             }
 
             /// The first point that is no longer in the range.
             #[must_use]
+            #[inline]
             pub const fn end(&self) -> $point {
                 self.end
             }
 
             #[doc = concat!("The length in ", $unit, ".")]
             #[must_use]
+            #[inline]
             #[allow(clippy::arithmetic_side_effects, reason = "end is never below start")]
             pub const fn len(&self) -> u64 {
                 self.end.0 - self.start.0
@@ -251,12 +272,14 @@ macro_rules! half_open_range {
 
             /// Whether nothing is in the range.
             #[must_use]
+            #[inline]
             pub const fn is_empty(&self) -> bool {
                 self.start.0 == self.end.0
             }
 
             /// Whether `point` is in the range.
             #[must_use]
+            #[inline]
             pub const fn contains(&self, point: $point) -> bool {
                 self.start.0 <= point.0 && point.0 < self.end.0
             }
@@ -264,6 +287,7 @@ macro_rules! half_open_range {
             #[doc = concat!("How many ", $unit, " are in `ranges`, no two of which have one in common: so")]
             /// that they are not more than there are numbers.
             #[must_use]
+            #[inline]
             pub fn total_of<'a>(ranges: impl IntoIterator<Item = &'a Self>) -> u64 {
                 let lengths = ranges.into_iter().map(Self::len);
                 lengths.fold(0, u64::saturating_add)
@@ -279,6 +303,7 @@ macro_rules! half_open_range {
 
             /// The part that both ranges cover; empty if they do not meet.
             #[must_use]
+            #[inline]
             pub fn intersection(&self, other: &Self) -> Self {
                 let start = self.start.max(other.start);
                 Self::new(start, self.end.min(other.end))
@@ -321,6 +346,7 @@ impl GpaRange {
     /// assert!(GpaRange::of_request(Gpa::new(u64::MAX), 8).is_empty());
     /// ```
     #[must_use]
+    #[inline]
     pub const fn of_request(at: Gpa, len: usize) -> Self {
         match Self::with_len(at, len as u64) {
             Some(range) => range,
@@ -337,6 +363,7 @@ impl GpaRange {
     /// assert_eq!((frames.start(), frames.end()), (Pfn::new(2), Pfn::new(4)));
     /// ```
     #[must_use]
+    #[inline]
     pub fn whole_frames(&self, page_size: PageSize) -> PfnRange {
         let start = self.start.0.div_ceil(page_size.bytes());
         PfnRange::new(Pfn(start), self.end.pfn(page_size))
@@ -346,6 +373,7 @@ impl GpaRange {
 impl PfnRange {
     /// The addresses that the frames cover, unless they end beyond 64 bits.
     #[must_use]
+    #[inline]
     pub fn gpa_range(&self, page_size: PageSize) -> Option<GpaRange> {
         Some(GpaRange::new(
             self.start.gpa(page_size)?,

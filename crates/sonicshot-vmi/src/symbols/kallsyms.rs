@@ -38,7 +38,7 @@ enum Scheme {
 /// The symbols of the running kernel.
 ///
 /// The names stay compressed; each look-up of new names is one pass over them, which passes
-/// over nearly every name by its first token.
+/// over nearly every name by its length and its ends.
 pub struct Kallsyms {
     names: Vec<u8>,
     tokens: Tokens,
@@ -259,6 +259,24 @@ impl Tokens {
             .and_then(|(start, len)| Bytes(&self.table).get((*start).into(), (*len).into()))
             .unwrap_or(&[])
     }
+
+    /// How long a name is, and how it begins and ends: without its first letter, the symbol's type.
+    /// `None` where an end of it is a token without a letter.
+    fn shape(&self, compressed: &[u8]) -> Option<(usize, u8, u8)> {
+        let parts = compressed.iter().map(|token| {
+            let part = self.parts.get(usize::from(*token));
+            part.map(|(_, len)| usize::from(*len))
+        });
+        let with_type = parts.sum::<Option<usize>>()?;
+        let (begin, more) = compressed.split_first()?;
+        let first = match (self.get(*begin), more.first()) {
+            ([_, first, ..], _) => *first,
+            ([_], Some(second)) => *self.get(*second).first()?,
+            _ => return None,
+        };
+        let last = self.get(*compressed.last()?).last()?;
+        Some((with_type.checked_sub(1)?, first, *last))
+    }
 }
 
 /// Whether a word may be an address of the kernel's: in the upper half on every architecture.
@@ -346,18 +364,17 @@ fn find_names<'w>(
     count: u32,
     wanted: &[&'w str],
 ) -> HashMap<&'w str, u32> {
-    // Whether a name that begins with this token may be wanted. The first letter is the type.
-    let may_begin: Vec<bool> = (0..=u8::MAX)
-        .map(|token| match tokens.get(token) {
-            [_, begin @ ..] => wanted.iter().any(|name| {
-                let name = name.as_bytes();
-                name.starts_with(begin) || begin.starts_with(name)
-            }),
-            [] => true,
-        })
-        .collect();
     let by_name: HashMap<&[u8], &str> =
         wanted.iter().map(|name| (name.as_bytes(), *name)).collect();
+    // Of each length, how the wanted names begin and end: hardly another one does.
+    let mut shapes: Vec<Vec<(u8, u8)>> = vec![Vec::new(); MAX_NAME];
+    for name in by_name.keys() {
+        if let [first, .., last] | [first @ last] = name
+            && let Some(of_length) = shapes.get_mut(name.len())
+        {
+            of_length.push((*first, *last));
+        }
+    }
     let mut found = HashMap::new();
     let mut rest = names;
     let mut name = Vec::with_capacity(MAX_NAME);
@@ -366,9 +383,12 @@ fn find_names<'w>(
             break;
         };
         rest = after;
-        let first = compressed.first().map(|first| usize::from(*first));
-        let may_be = first.and_then(|first| may_begin.get(first));
-        if may_be == Some(&false) {
+        let shape = tokens.shape(compressed);
+        let is_like_one = shape.is_none_or(|(len, first, last)| {
+            let of_length = shapes.get(len);
+            of_length.is_some_and(|of_length| of_length.contains(&(first, last)))
+        });
+        if !is_like_one {
             continue;
         }
         name.clear();

@@ -20,6 +20,14 @@ struct OpenBlock {
     spoiled: Option<Pfn>,
 }
 
+/// What was looked at of a block behind its first frame.
+struct Tails {
+    /// How many frames.
+    frames: usize,
+    /// The block, if it ended there and is none.
+    spoiled: Option<OpenBlock>,
+}
+
 /// What is the same for all pieces of RAM, which are looked at by several threads.
 #[derive(Clone, Copy)]
 pub(super) struct Sources<'a, 'm> {
@@ -194,42 +202,75 @@ impl Scanner<'_, '_> {
             self.spoil(&open, classes, region)?;
         }
         let stride = self.mem_map.stride_len()?;
-        let starts = (0_usize..).step_by(stride);
-        for (number, at) in (0_usize..).zip(starts) {
-            let Some(page) = pages.get(at, stride) else {
-                break;
-            };
+        let mut number = 0_usize;
+        while let Some(page) = number
+            .checked_mul(stride)
+            .and_then(|at| pages.get(at, stride))
+        {
             let pfn = first.checked_add(number as u64);
             let pfn = pfn.ok_or_else(|| out_of_region(first))?;
             let index = begin
                 .checked_add(number)
                 .ok_or_else(|| out_of_region(pfn))?;
-            let mark = marks.get(index).ok_or_else(|| out_of_region(pfn))?;
-            if let Some(open) = &mut self.open {
-                let is_free_tail = *mark == 0
-                    && self.layout.is_unused(&page)
-                    && self.layout.free_mark(&page) == Some(FreeMark::None);
-                if !is_free_tail && open.spoiled.is_none() {
-                    open.spoiled = Some(pfn);
-                }
-                if let Some(class) = classes.get_mut(index) {
-                    *class = open.class;
-                }
-                open.next = pfn.checked_add(1).ok_or_else(|| out_of_region(pfn))?;
-                if open.next == open.frames.end()
-                    && let Some(open) = self.open.take()
-                    && open.spoiled.is_some()
-                {
+            if let Some(open) = self.open.take() {
+                let inside = self.tails(open, (pages, number), (&mut *classes, marks), index)?;
+                if let Some(open) = inside.spoiled {
                     self.spoil(&open, classes, region)?;
                 }
+                let next = number.checked_add(inside.frames);
+                number = next.ok_or_else(|| out_of_region(pfn))?;
                 continue;
             }
+            let mark = marks.get(index).ok_or_else(|| out_of_region(pfn))?;
             let class = self.head(pfn, &page, *mark)?;
             if let Some(slot) = classes.get_mut(index) {
                 *slot = class;
             }
+            number = number.checked_add(1).ok_or_else(|| out_of_region(pfn))?;
         }
         Ok(())
+    }
+
+    /// Looks at what of a block that began is in `pages` from the struct page `number` on, whose
+    /// frame's class is at `index`: at least one frame.
+    fn tails(
+        &mut self,
+        mut open: OpenBlock,
+        (pages, number): (GuestBytes<'_>, usize),
+        (classes, marks): (&mut [PageClass], &[u8]),
+        index: usize,
+    ) -> Result<Tails, VmiError> {
+        let next = open.next;
+        let wrong = || out_of_region(next);
+        let stride = self.mem_map.stride_len()?;
+        let there = pages.len().checked_div(stride);
+        let there = there.and_then(|there| there.checked_sub(number));
+        let left = open.frames.end().offset_from(next);
+        let left = left.and_then(|left| usize::try_from(left).ok());
+        let frames = there.zip(left).map(|(there, left)| there.min(left));
+        let frames = frames.filter(|frames| *frames > 0).ok_or_else(wrong)?;
+        let bounds = index..index.checked_add(frames).ok_or_else(wrong)?;
+        let marks = marks.get(bounds.clone()).ok_or_else(wrong)?;
+        if open.spoiled.is_none() {
+            let begin = number.checked_mul(stride).ok_or_else(wrong)?;
+            let starts = (begin..).step_by(stride);
+            let odd = marks.iter().zip(starts).position(|(mark, at)| {
+                let page = pages.get(at, stride);
+                *mark != 0 || !page.is_some_and(|page| self.layout.is_free_tail(&page))
+            });
+            if let Some(odd) = odd {
+                open.spoiled = Some(next.checked_add(odd as u64).ok_or_else(wrong)?);
+            }
+        }
+        classes.get_mut(bounds).ok_or_else(wrong)?.fill(open.class);
+        open.next = next.checked_add(frames as u64).ok_or_else(wrong)?;
+        let mut spoiled = None;
+        if open.next != open.frames.end() {
+            self.open = Some(open);
+        } else if open.spoiled.is_some() {
+            spoiled = Some(open);
+        }
+        Ok(Tails { frames, spoiled })
     }
 
     /// Takes back what was said of a block, and counts it as a disagreement.

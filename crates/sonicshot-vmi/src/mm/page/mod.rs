@@ -209,6 +209,12 @@ impl PageLayout {
         refcount == 0 && flags & self.bits.all & !self.bits.uptodate == 0
     }
 
+    /// Whether the page is as one is that a free block has behind its first.
+    #[inline]
+    pub(crate) fn is_free_tail(&self, page: &GuestBytes<'_>) -> bool {
+        self.is_unused(page) && self.free_mark(page) == Some(FreeMark::None)
+    }
+
     /// Whether the kernel has kept the page for itself since its start, as it has its image: what it
     /// gave back is not so any more, whoever has it. Where memory can be removed, those that hold a
     /// node or sections are counted and marked (`get_page_bootmem`, `mm/bootmem_info.c`).
