@@ -93,7 +93,7 @@ impl<'m> LinuxGuest<'m> {
     /// [`VmiError::Symbols`] if one cannot be read.
     pub fn open(memory: &'m dyn GuestMemory, options: &GuestOptions) -> Result<Self, VmiError> {
         let owners = || Owners::new(memory, options.cr3);
-        let given = Given::open(&options.symbol_files)?;
+        let given = options.given()?;
         let told = owners();
         let mut attempt = |found: Found<'m>| {
             let is_note = found.is_note;

@@ -1,8 +1,9 @@
 //! How a guest is opened and classified.
 
 use crate::arch::x86_64::Cr3;
+use crate::error::VmiError;
 use crate::knowledge::Knowledge;
-use crate::symbols::SymbolSource;
+use crate::symbols::{Given, SymbolSource};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,6 +13,8 @@ use std::sync::Arc;
 #[non_exhaustive]
 pub struct GuestOptions {
     pub(super) symbol_files: Vec<PathBuf>,
+    /// They, once they were read.
+    pub(super) read: Option<Arc<Given>>,
     pub(super) vmcoreinfo: Option<Vec<u8>>,
     pub(super) cr3: Option<Cr3>,
     pub(super) at_most: Option<Knowledge>,
@@ -33,7 +36,26 @@ impl GuestOptions {
     #[must_use]
     pub fn symbols(mut self, path: impl AsRef<Path>) -> Self {
         self.symbol_files.push(path.as_ref().to_owned());
+        self.read = None;
         self
+    }
+
+    /// Reads the files that were given, so that who looks at a guest that is paused, or looks
+    /// several times, need not.
+    ///
+    /// # Errors
+    /// [`VmiError::Symbols`] if one cannot be read.
+    pub fn read_symbols(mut self) -> Result<Self, VmiError> {
+        self.read = Some(self.given()?);
+        Ok(self)
+    }
+
+    /// The files that were given, read.
+    pub(super) fn given(&self) -> Result<Arc<Given>, VmiError> {
+        match &self.read {
+            Some(read) => Ok(Arc::clone(read)),
+            None => Ok(Arc::new(Given::open(&self.symbol_files)?)),
+        }
     }
 
     /// Adds a source that is asked for symbols if the kernel has no table of them in memory, such
@@ -90,4 +112,28 @@ pub enum OnInconsistency {
     /// Every block in question is kept, the rest is believed. Only for dumps that will never
     /// run again.
     KeepInQuestion,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::GuestOptions;
+
+    #[test]
+    fn symbol_files_are_read_once_if_that_is_asked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let map = folder.path().join("System.map");
+        std::fs::write(
+            &map,
+            "ffffffff81000000 T _stext\nffffffff81000040 T other\n",
+        )
+        .unwrap();
+        let told = GuestOptions::new().symbols(&map);
+        let read = told.clone().read_symbols().unwrap();
+        std::fs::remove_file(&map).unwrap();
+        assert!(read.given().is_ok());
+        assert!(told.given().is_err());
+        assert!(told.read_symbols().is_err());
+        // What comes later is read, too.
+        assert!(read.symbols(&map).given().is_err());
+    }
 }

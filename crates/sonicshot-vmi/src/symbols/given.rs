@@ -4,12 +4,11 @@ use super::elf::build_id_in;
 use super::file::build_id_of;
 use super::{SymbolError, SymbolSource, hex, open_symbol_file};
 use crate::note::Note;
-use std::cell::OnceCell;
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// A fleet has some tens of builds; a folder with more files than this is no folder of symbols.
 const MAX_FILES: usize = 1 << 12;
@@ -36,9 +35,9 @@ struct Entry {
     path: PathBuf,
     build_id: Vec<u8>,
     /// Once it was opened: a vmlinux has a gigabyte.
-    opened: OnceCell<Arc<dyn SymbolSource>>,
+    opened: OnceLock<Arc<dyn SymbolSource>>,
     /// What is wrong with it, if it was to be opened and could not be.
-    damaged: OnceCell<String>,
+    damaged: OnceLock<String>,
 }
 
 /// Sources that are of one build, as far as they tell.
@@ -175,8 +174,8 @@ impl Folder {
                 entries.push(Entry {
                     path: file,
                     build_id,
-                    opened: OnceCell::new(),
-                    damaged: OnceCell::new(),
+                    opened: OnceLock::new(),
+                    damaged: OnceLock::new(),
                 });
             }
         }
