@@ -114,6 +114,11 @@ impl Until {
         }
     }
 
+    /// When that is; `None` if the clock does not go as far.
+    pub(crate) fn end(&self) -> Option<Instant> {
+        self.began.checked_add(self.allowed)
+    }
+
     pub(crate) fn left(&self) -> Option<Duration> {
         let left = self.allowed.checked_sub(self.began.elapsed());
         left.filter(|left| !left.is_zero())

@@ -17,7 +17,7 @@ use sonicshot::checkpoint::{
     CheckpointInfo, CheckpointWriter, DiskHash, OnDisks, SaveOptions, SaveStats,
 };
 use sonicshot::work::threads;
-use sonicshot::{DropClasses, GpaRange, GuestMemory, PageSize, Progress, PrunePlan};
+use sonicshot::{DropClasses, GpaRange, GuestMemory, PageSize, Progress, PrunePlan, Stop};
 use sonicshot_dump::{DiskImage, NewFile, Overwrite};
 use sonicshot_vmi::{Analysis, AnalysisOptions, GuestOptions, Note, VmiError, analyze};
 use std::fs::File;
@@ -27,10 +27,13 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How often a guest that runs is looked at, until it is understood once.
 const LOOKS: u32 = 4;
+/// How long all of that may take: what changes under the eyes may have all memory searched.
+const LOOKING: Duration = Duration::from_secs(4);
 /// The blob that other readers of checkpoints look for.
 const VMCOREINFO: &str = "vmcoreinfo";
 
@@ -102,10 +105,12 @@ pub struct PauseTimes {
     pub devices: Duration,
     /// Until what the first look had read was read again.
     pub reread: Duration,
-    /// Until each page had its class.
+    /// Until each page had its class. What the first look had found to be kept is copied meanwhile.
     pub classify: Duration,
     /// Until all that is kept was copied.
     pub copy: Duration,
+    /// Until it was sure that the guest was paused all the time, and QEMU let it run on.
+    pub resume: Duration,
 }
 
 /// The result of a save.
@@ -131,6 +136,8 @@ pub struct LiveSaved {
     pub dropped_bytes: u64,
     /// Whether the guest was paused already.
     pub found_paused: bool,
+    /// From the first word to the monitor until the guest was to be paused.
+    pub before_pause: Duration,
     /// From QEMU's event STOP to RESUME, if the guest was paused and runs on.
     pub paused: Option<Duration>,
     /// The parts of the pause.
@@ -166,6 +173,7 @@ pub fn save(
     let began = Instant::now();
     let out = NewFile::create_new(path, options.overwrite)?;
     let mut session = Session::open(monitor, options)?;
+    let before_pause = began.elapsed();
     let paused = session.pause()?;
     let frozen = session.frozen(paused);
     let written = frozen.and_then(|frozen| {
@@ -180,7 +188,7 @@ pub fn save(
             return Err(session.disks.told(error));
         }
     };
-    session.end(&frozen, stats, began)
+    session.end(&frozen, stats, (began, before_pause))
 }
 
 /// A save under way.
@@ -196,8 +204,12 @@ struct Session {
     devices: DeviceFile,
     disks: Disks,
     threads: NonZeroUsize,
+    /// How the guest is looked at, with the symbol files that were given read already.
+    looking: AnalysisOptions,
     /// What the first look read, as pages of the memory's copy.
     touched: Vec<Range<usize>>,
+    /// What would have been kept by it.
+    expected: Vec<Range<usize>>,
     first_look: Option<VmiError>,
     /// The small blocks' bytes, by the number of the block.
     small: Vec<(usize, Vec<u8>)>,
@@ -283,6 +295,11 @@ impl Session {
         let disks = Disks::find(&mut qmp, pid, &options.disks)?;
         let watchdog = options.watchdog.take();
         let watchdog = watchdog.map(|command| Watchdog::start(command, qmp.socket()));
+        let mut guest = GuestOptions::new();
+        for path in &options.symbols {
+            guest = guest.symbols(path);
+        }
+        let guest = guest.read_symbols().map_err(QemuError::Guest)?;
         let small = found
             .iter()
             .enumerate()
@@ -291,6 +308,7 @@ impl Session {
         let small = small.collect::<Result<Vec<_>, QemuError>>()?;
         let mut new = Self {
             threads: threads(options.writing.threads),
+            looking: AnalysisOptions::new().guest(guest).zero_pages(false),
             options,
             machine,
             small,
@@ -303,6 +321,7 @@ impl Session {
             found,
             qmp,
             touched: Vec::new(),
+            expected: Vec::new(),
             first_look: None,
             paused: false,
             times: PauseTimes::default(),
@@ -313,12 +332,11 @@ impl Session {
         Ok(new)
     }
 
-    fn analysis(&self) -> AnalysisOptions {
-        let mut guest = GuestOptions::new();
-        for path in &self.options.symbols {
-            guest = guest.symbols(path);
+    fn looking_until(&self, until: &Until) -> AnalysisOptions {
+        match until.end() {
+            Some(end) => self.looking.clone().stop(Stop::at(end)),
+            None => self.looking.clone(),
         }
-        AnalysisOptions::new().guest(guest).zero_pages(false)
     }
 
     fn processors(&mut self) -> Result<Vec<sonicshot::Processor>, QemuError> {
@@ -328,10 +346,11 @@ impl Session {
     /// Looks at the guest while it runs, so that in the pause it is known what will be read. What
     /// comes of it is good for nothing else.
     fn look_first(&mut self) -> Result<(), QemuError> {
+        let until = Until::new(LOOKING);
         for _ in 0..LOOKS {
             let processors = self.processors()?;
             self.memory.clear(processors);
-            let looked = analyze(&self.memory, &self.analysis());
+            let looked = analyze(&self.memory, &self.looking_until(&until));
             self.touched = self.memory.touched();
             match looked {
                 Ok(analysis) => {
@@ -339,6 +358,7 @@ impl Session {
                     let kept = self.kept(&plan);
                     self.memory.prepare(&self.touched);
                     self.memory.prepare(&kept);
+                    self.expected = kept;
                     self.first_look = None;
                     return Ok(());
                 }
@@ -398,6 +418,7 @@ impl Session {
             session.devices.take(&mut session.qmp, &until)
         })?;
         let (analysis, plan) = self.copied(&until)?;
+        let began = Instant::now();
         let in_time = match &self.watchdog {
             Some(watchdog) if self.paused => watchdog.commit()?,
             _ => until.left().is_some(),
@@ -410,6 +431,7 @@ impl Session {
         let pause = match self.options.after {
             AfterSave::Resume if self.paused => {
                 self.resume()?;
+                self.times.resume = began.elapsed();
                 self.qmp.catch_up();
                 let (stop, resume) = (self.qmp.last("STOP"), self.qmp.last("RESUME"));
                 resume
@@ -444,7 +466,10 @@ impl Session {
             return Err(self.too_long("reading its kernel's records"));
         }
         let reread = lap();
-        let analysis = analyze(&self.memory, &self.analysis()).map_err(QemuError::Guest)?;
+        let analysis = self.analyzed(until).map_err(|error| match error {
+            VmiError::Stopped(_) => self.too_long("looking at its kernel"),
+            error => QemuError::Guest(error),
+        })?;
         let plan = analysis.plan(&DropClasses::default());
         let classify = lap();
         let kept = self.kept(&plan);
@@ -464,6 +489,21 @@ impl Session {
         }
         (self.times.reread, self.times.classify, self.times.copy) = (reread, classify, lap());
         Ok((analysis, plan))
+    }
+
+    /// The guest's classes. Meanwhile what is likely to be kept is copied, as far as that gets.
+    fn analyzed(&self, until: &Until) -> Result<Analysis, VmiError> {
+        let over = AtomicBool::new(false);
+        let go_on = || until.left().is_some() && !over.load(Ordering::Relaxed);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // What cannot be read is met again if it is kept.
+                let _ = self.memory.load(&self.expected, NonZeroUsize::MIN, &go_on);
+            });
+            let analysis = analyze(&self.memory, &self.looking_until(until));
+            over.store(true, Ordering::Relaxed);
+            analysis
+        })
     }
 
     /// Does what QEMU must do in time.
@@ -542,7 +582,7 @@ impl Session {
         mut self,
         frozen: &Frozen,
         stats: SaveStats,
-        began: Instant,
+        (began, before_pause): (Instant, Duration),
     ) -> Result<LiveSaved, QemuError> {
         let took = began.elapsed();
         match self.options.after {
@@ -567,6 +607,7 @@ impl Session {
             dropped_bytes: frozen.plan.dropped_bytes(),
             stats,
             found_paused: self.running == Running::Paused,
+            before_pause,
             paused: frozen.pause,
             times: self.times,
             took,

@@ -74,7 +74,11 @@ pub(crate) struct QemuSaveReport {
     pub dropped_bytes: u64,
     pub file_bytes: u64,
     pub found_paused: bool,
+    /// From the first word to QEMU until the guest was to be paused.
+    pub before_pause_seconds: f64,
     pub pause_seconds: Option<f64>,
+    /// What of the pause was spent on, one after the other: `stop`, `pin` (the disks), `devices`,
+    /// `reread` (what was looked at before), `classify`, `copy`, `resume`.
     pub pause_parts: PauseParts,
     pub seconds: f64,
     /// Why the first look failed, while the guest ran.

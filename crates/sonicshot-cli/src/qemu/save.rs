@@ -95,6 +95,7 @@ fn report(args: &QemuSaveArgs, saved: &LiveSaved) -> QemuSaveReport {
         dropped_bytes: saved.dropped_bytes,
         file_bytes: saved.stats.file_len,
         found_paused: saved.found_paused,
+        before_pause_seconds: seconds(saved.before_pause),
         pause_seconds: saved.paused.map(seconds),
         pause_parts: PauseParts::from([
             ("stop", seconds(times.stop)),
@@ -103,6 +104,7 @@ fn report(args: &QemuSaveArgs, saved: &LiveSaved) -> QemuSaveReport {
             ("reread", seconds(times.reread)),
             ("classify", seconds(times.classify)),
             ("copy", seconds(times.copy)),
+            ("resume", seconds(times.resume)),
         ]),
         seconds: seconds(saved.took),
         first_look: saved.first_look.as_ref().map(ToString::to_string),
