@@ -231,16 +231,8 @@ fn addresses(
             if address.is_some() {
                 continue;
             }
-            let mut fitting = mappings.iter().filter(|mapping| {
-                let private = mapping.rights.starts_with("rw") && mapping.rights.ends_with('p');
-                private
-                    && mapping.start.is_multiple_of(2 << 20)
-                    && mapping.len().is_some()
-                    && mapping.len() == block.total.checked_next_multiple_of(4096)
-                    && !taken.contains(&mapping.start)
-            });
-            if let (Some(only), None) = (fitting.next(), fitting.next()) {
-                *address = Some(only.start);
+            if let Some(only) = only_fitting(block, mappings, &taken) {
+                *address = Some(only);
                 new = true;
             }
         }
@@ -265,6 +257,33 @@ fn addresses(
         })
     })
     .collect()
+}
+
+/// The only mapping that may be this block by its length; of several the only one behind which there
+/// is a page that nobody may touch, as QEMU leaves one behind each block. A library's data may be as
+/// long by chance.
+fn only_fitting(block: &RamBlock, mappings: &[Mapping], taken: &HashSet<u64>) -> Option<u64> {
+    let fits = |mapping: &&Mapping| {
+        let private = mapping.rights.starts_with("rw") && mapping.rights.ends_with('p');
+        private
+            && mapping.start.is_multiple_of(2 << 20)
+            && mapping.len().is_some()
+            && mapping.len() == block.total.checked_next_multiple_of(4096)
+            && !taken.contains(&mapping.start)
+    };
+    let has_guard = |mapping: &&Mapping| {
+        let mut behind = mappings.iter().filter(|one| one.start == mapping.end);
+        mapping.inode == 0 && behind.any(|one| one.rights.starts_with("---"))
+    };
+    let fitting = || mappings.iter().filter(fits);
+    only(fitting()).or_else(|| only(fitting().filter(has_guard)))
+}
+
+fn only<'m>(mut some: impl Iterator<Item = &'m Mapping>) -> Option<u64> {
+    match (some.next(), some.next()) {
+        (Some(only), None) => Some(only.start),
+        _ => None,
+    }
 }
 
 /// Where a block is by its first byte in the guest that nothing lies over.
@@ -387,6 +406,34 @@ pub(crate) fn segments(found: &[Found]) -> Result<Vec<Segment>, QemuError> {
     Ok(out)
 }
 
+/// A file that the guest's RAM is, and of which no page can be waited for: QEMU 7.2 says so too late,
+/// when it has begun with a postcopy.
+pub(crate) fn on_a_disk(qmp: &mut Qmp) -> Result<Option<String>, QemuError> {
+    let Value::Array(backends) = qmp.run("query-memdev", Value::Null)? else {
+        return Ok(None);
+    };
+    for backend in backends {
+        let Some(id) = backend.get("id").and_then(Value::as_str) else {
+            continue;
+        };
+        let arguments = json!({"path": format!("/objects/{id}"), "property": "mem-path"});
+        let path = match qmp.run("qom-get", arguments) {
+            Ok(Value::String(path)) => path,
+            // It is no file.
+            Ok(_) | Err(QemuError::Refused { .. }) => continue,
+            Err(error) => return Err(error),
+        };
+        let in_memory = |found: &rustix::fs::StatFs| {
+            [libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC].contains(&found.f_type)
+        };
+        // Of one that is not seen from here QEMU itself has the last word.
+        if rustix::fs::statfs(&path).is_ok_and(|found| !in_memory(&found)) {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
+}
+
 /// The guest's machine, as migration streams have it.
 pub(crate) fn machine(qmp: &mut Qmp) -> Result<String, QemuError> {
     let answer = qmp.run("qom-get", json!({"path": "/machine", "property": "type"}))?;
@@ -403,8 +450,10 @@ pub(crate) fn machine(qmp: &mut Qmp) -> Result<String, QemuError> {
 
 #[cfg(test)]
 mod tests {
-    use super::{MAX_SMALL, Piece, check_small, whole};
+    use super::{MAX_SMALL, Piece, check_small, only_fitting, whole};
+    use crate::process::Mapping;
     use crate::tables::RamBlock;
+    use std::collections::HashSet;
 
     fn block(used: u64) -> RamBlock {
         RamBlock {
@@ -414,6 +463,42 @@ mod tests {
             total: used,
             address: None,
         }
+    }
+
+    #[test]
+    fn a_block_is_the_only_mapping_that_fits() {
+        let mapping = |start: u64, len: u64, rights: &str, inode| Mapping {
+            start: start << 20,
+            end: (start << 20) + len,
+            rights: rights.into(),
+            offset: 0,
+            inode,
+            path: String::new(),
+        };
+        let block = block(0x1000);
+        let ours = mapping(4, 0x1000, "rw-p", 0);
+        let guard = Mapping {
+            start: ours.end,
+            end: ours.end + 0x1000,
+            ..mapping(0, 0, "---p", 0)
+        };
+        let library = mapping(8, 0x1000, "rw-p", 77);
+        let others = [
+            mapping(6, 0x2000, "rw-p", 0),
+            mapping(11, 0x1000, "rw-p", 0),
+            mapping(12, 0x1000, "rw-s", 0),
+            mapping(14, 0x1000, "r--p", 0),
+        ];
+        let found = |some: &[&Mapping], taken: &[u64]| {
+            let all: Vec<Mapping> = some.iter().copied().chain(&others).cloned().collect();
+            only_fitting(&block, &all, &taken.iter().copied().collect::<HashSet<_>>())
+        };
+        assert_eq!(found(&[], &[]), None);
+        assert_eq!(found(&[&ours], &[]), Some(4 << 20));
+        assert_eq!(found(&[&ours], &[4 << 20]), None);
+        assert_eq!(found(&[&ours, &guard, &library], &[]), Some(4 << 20));
+        // Without the guard nothing tells them apart.
+        assert_eq!(found(&[&ours, &library], &[]), None);
     }
 
     fn pieces(all: &[(u64, u64, u64)]) -> Vec<Piece> {

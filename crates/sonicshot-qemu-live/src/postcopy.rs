@@ -17,10 +17,12 @@ use crate::pages::{self, Places};
 use crate::record::{Small, offsets};
 use crate::stream::{PAGE, Stream, device_sections};
 use crate::tables::RamBlock;
+use sonicshot::work::map_in_order;
 use sonicshot::{GpaRange, to_usize};
 use sonicshot_serve::{Content, PageSource, ServeError};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, BufWriter, Read, Write};
+use std::num::NonZeroUsize;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
@@ -59,6 +61,8 @@ pub(crate) struct Server<'a> {
     pub machine: &'a str,
     /// All page sizes of QEMU's blocks, added.
     pub page_sizes: u64,
+    /// How many decompress.
+    pub threads: NonZeroUsize,
 }
 
 /// What QEMU asks for.
@@ -105,27 +109,34 @@ impl Server<'_> {
         })
     }
 
-    /// Reads all pages that are not zero, in the order in which the guest may want them.
+    /// Reads all pages that are not zero, on several threads, and hands them on in their order.
     fn read_ahead(
         &self,
         to: &SyncSender<Result<(GpaRange, Vec<u8>), ServeError>>,
         over: &AtomicBool,
     ) {
-        for region in self.source.layout().regions() {
-            for found in pages::runs(self.source, *region) {
-                if matches!(found, Ok((_, Content::Fill(0)))) {
-                    continue;
-                }
-                let read = found.and_then(|found| {
-                    let bytes = pages::bytes(self.source, &found)?;
-                    Ok((found.0, bytes))
-                });
+        /// That nobody wants more.
+        struct Over;
+        let regions = self.source.layout().regions().iter();
+        let all = regions.flat_map(|region| pages::runs(self.source, *region));
+        // Nobody hears of it where it ends.
+        let _ = map_in_order(
+            self.threads,
+            all.filter(|found| !matches!(found, Ok((_, Content::Fill(0))))),
+            || (),
+            |(), found| {
+                let found = found?;
+                let bytes = pages::bytes(self.source, &found)?;
+                Ok((found.0, bytes))
+            },
+            |read| {
                 let failed = read.is_err();
-                if over.load(Ordering::Relaxed) || to.send(read).is_err() || failed {
-                    return;
+                match over.load(Ordering::Relaxed) || to.send(read).is_err() || failed {
+                    true => Err(Over),
+                    false => Ok(()),
                 }
-            }
-        }
+            },
+        );
     }
 
     fn send(
@@ -524,6 +535,7 @@ mod tests {
     };
     use sonicshot_serve::CheckpointSource;
     use std::io::{Read, Write};
+    use std::num::NonZeroUsize;
     use std::os::unix::net::UnixStream;
     use std::sync::{Arc, Mutex};
 
@@ -661,6 +673,7 @@ mod tests {
             devices: b"QEVM\0\0\0\x03\x04DEVICES\0",
             machine: "pc",
             page_sizes: 4096,
+            threads: NonZeroUsize::new(3).unwrap(),
         };
         let (ours, theirs) = UnixStream::pair().unwrap();
         let mut asking = theirs.try_clone().unwrap();

@@ -207,7 +207,12 @@ impl Guest<'_> {
         let why = match qmp.run("migrate-set-capabilities", arguments) {
             // What is in a file already would be there before it is asked for.
             Ok(_) if zeroes => Some("the memory is a file that has something in it".into()),
-            Ok(_) => None,
+            Ok(_) => match find::on_a_disk(&mut qmp) {
+                Ok(file) => file.map(|file| {
+                    format!("the memory is a file neither on tmpfs nor on hugetlbfs ({file})")
+                }),
+                Err(error) => return Err(launched.blame(error)),
+            },
             Err(QemuError::Refused { reason, .. }) => Some(reason),
             Err(error) => return Err(launched.blame(error)),
         };
@@ -260,6 +265,7 @@ impl Guest<'_> {
             devices: &self.kept.devices,
             machine: &self.kept.record.machine,
             page_sizes: matched.page_sizes,
+            threads: threads(None),
         };
         server.serve(out)
     }
@@ -568,6 +574,7 @@ fn loaded(qmp: &mut Qmp, ready: impl FnOnce()) -> Result<(), QemuError> {
                 {
                     ready();
                 }
+                std::thread::sleep(EVERY);
             }
             Some("failed") => {
                 let why = answer.get("error-desc").and_then(Value::as_str);
