@@ -40,6 +40,8 @@ OURS = "sonicshot"
 # Ours, by what `qemu restore` is told; the first is the one of the plots.
 RUN_ON: dict[str, tuple[str, ...]] = {
     "sonicshot": (), "sonicshot --eager": ("--eager",), "sonicshot --map": ("--map",)}
+# Of its pause, in their order.
+PARTS = ("stop", "pin", "devices", "reread", "classify", "copy", "resume")
 # The reboot's row in `results`.
 REBOOT = "flash"
 
@@ -289,12 +291,20 @@ def tables(point: Point) -> list[str]:
             f"| {way} | {middle(rounds, 'pause') * 1000:,.0f} ms "
             f"({least(rounds, 'pause') * 1000:,.0f}) | {middle(rounds, 'total'):.2f} s | "
             f"{middle(rounds, 'gap') * 1000:,.0f} ms | {middle(rounds, 'bytes') / 1e6:,.0f} MB |")
-    lines += ["", "| run on by | from the start of QEMU to the first heartbeat | resident |",
+    lines += ["", parts(point["save"][OURS]), "", "| run on by | from the start of QEMU to the first heartbeat | resident |",
               "|---|---:|---:|"]
     for way, rounds in point["restore"].items():
         lines.append(f"| {way} | {middle(rounds, 'beat'):.2f} s ({least(rounds, 'beat'):.2f}) | "
                      f"{middle(rounds, 'rss'):,.0f} MiB |")
     return [*lines, f"| the first `--map`, which makes the raw file | {point['raw']:.2f} s | |", ""]
+
+
+def parts(rounds: Rounds) -> str:
+    """What the pause of ours went into."""
+    # Points of an earlier lab lack some.
+    names = [name for name in PARTS if f"pause_{name}" in rounds[0]]
+    each = (f"{name} {middle(rounds, f'pause_{name}') * 1000:.1f}" for name in names)
+    return f"Of the pause of `sonicshot`, in ms: {', '.join(each)}."
 
 
 def changes(points: Sequence[Point]) -> list[str]:

@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -48,23 +50,106 @@ def start_save(tool: Path, live: Live) -> "subprocess.Popen[bytes]":
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
+# What a save does one after the other: all but the first and the last in the pause.
+PHASES = ("before", "devices", "classes", "copy", "after")
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long the phases of a save take, by the reports of some; seconds."""
+
+    # From the start of the process to the stop of the guest.
+    before: float
+    # Each of the pause, from its beginning (QEMU's event STOP) on.
+    pause: Mapping[str, tuple[float, float]]
+    # From its end on.
+    after: float
+
+    @classmethod
+    def of(cls, live: Live, tool: Path, saves: int) -> "Course":
+        found = []
+        for _ in range(saves):
+            began = time.monotonic()
+            report = live.save(tool)
+            whole = time.monotonic() - began
+            (live.folder / "x.sonic").unlink()
+            parts = report["pause_parts"]
+            lengths = {"devices": parts["pin"] + parts["devices"],
+                       "classes": parts["reread"] + parts["classify"],
+                       "copy": parts["copy"] + parts["resume"]}
+            # The process starts before the first word that its report counts from.
+            start = whole - report["seconds"]
+            found.append({"before": start + report["before_pause_seconds"],
+                          "after": report["seconds"] - report["before_pause_seconds"]
+                          - report["pause_seconds"], **lengths})
+        middle = {name: statistics.median(one[name] for one in found) for name in found[0]}
+        pause, at = {}, 0.0
+        for name in PHASES[1:-1]:
+            pause[name] = (at, at + middle[name])
+            at += middle[name]
+        return cls(middle["before"], pause, middle["after"])
+
+    @property
+    def paused(self) -> float:
+        return max(end for _, end in self.pause.values())
+
+    def wait(self, live: Live, phase: str, since: float, random: Random) -> None:
+        """Until a moment of a phase of a save that has just begun."""
+        drawn = random.random()
+        qmp = live.machine.qmp
+        if phase == "before":
+            time.sleep(self.before * drawn)
+        elif phase == "after":
+            # A little beyond the end, too.
+            time.sleep(max(qmp.heard("RESUME", since) - time.time(), 0) + self.after * 1.05 * drawn)
+        else:
+            begin, end = self.pause[phase]
+            at = qmp.heard("STOP", since) + begin + (end - begin) * drawn
+            # A pause is too short to sleep in it.
+            while time.time() < at:
+                pass
+
+    def phase_of(self, live: Live, since: float, killed: float) -> str:
+        """What a save was at when it, or its QEMU, was killed, by the events of QEMU."""
+        qmp = live.machine.qmp
+        stop, resume = qmp.last("STOP", since), qmp.last("RESUME", since)
+        if stop is None or killed < stop:
+            return "before"
+        if resume is not None and resume < killed:
+            return "after"
+        for name, (_, end) in self.pause.items():
+            if killed - stop < end:
+                return name
+        return PHASES[-2]
+
+    def __str__(self) -> str:
+        return f"{self.before:.2f} s before the pause, {self.paused * 1000:.0f} ms of it, " \
+               f"{self.after:.2f} s after"
+
+
+def wanted(rounds: int, hits: Mapping[str, int]) -> str:
+    """The phase of which most kills are missing."""
+    return max(PHASES, key=lambda phase: rounds // len(PHASES) - hits.get(phase, 0))
+
+
+def counted(hits: Mapping[str, int]) -> str:
+    return ", ".join(f"{phase} {hits.get(phase, 0)}" for phase in PHASES)
+
+
 def kill_ours(tool: Path, kernel: Kernel, rounds: int, random: Random) -> str:
-    """Kills saves at moments drawn over the whole of one: the guest goes on."""
+    """Kills saves at moments drawn in each phase of one: the guest goes on."""
     spec = GuestSpec(kernel, backing="plain", stress=2, append=f"lab.beat={BEAT}")
     live = Live.boot(spec, HOME / f"kill-{os.getpid()}")
     try:
-        whole = 0.0
-        for _ in range(2):
-            began = time.monotonic()
-            live.save(tool)
-            whole = time.monotonic() - began
-            (live.folder / "x.sonic").unlink()
+        course = Course.of(live, tool, 3)
         beats = Beats(live.machine)
         complete, longest, resumed = 0, 0.0, 0.0
+        hits: dict[str, int] = {}
         for number in range(rounds):
+            since = time.time()
             process = start_save(tool, live)
-            # One in each of as many equal parts of its time, in the end a little beyond it.
-            time.sleep(whole * 1.05 * (number + random.random()) / rounds)
+            course.wait(live, wanted(rounds, hits), since, random)
+            at = time.time()
             process.send_signal(signal.SIGKILL)
             killed = time.monotonic()
             # Whether it was the guest that waited, or all of the host that was busy.
@@ -75,23 +160,25 @@ def kill_ours(tool: Path, kernel: Kernel, rounds: int, random: Random) -> str:
             running = time.monotonic() - killed
             resumed = max(resumed, running)
             process.wait()
+            phase = course.phase_of(live, since, at)
+            hits[phase] = hits.get(phase, 0) + 1
             while beats.heard_since(killed) < 3:
                 if time.monotonic() - killed > 10 or beats.failed:
-                    raise CheckFailed(f"round {number}: no heartbeat after the kill; the guest is "
-                                      f"{live.machine.qmp.call('query-status')}")
+                    raise CheckFailed(f"round {number}, {phase}: no heartbeat after the kill; the "
+                                      f"guest is {live.machine.qmp.call('query-status')}")
                 time.sleep(0.005)
             # The first two may have been on their way.
             back = [at for at in beats.times if at > killed][2] - killed
             longest = max(longest, back)
             if back > BACK:
-                raise CheckFailed(f"round {number}: the heartbeat came back after {back:.1f} s; QEMU "
-                                  f"had the guest run after {running:.3f} s")
+                raise CheckFailed(f"round {number}, {phase}: the heartbeat came back after {back:.1f} "
+                                  f"s; QEMU had the guest run after {running:.3f} s")
             wait_for_none(tool)
             complete += check_file(tool, live)
         beats.end()
         live.machine.ask("torture")
-        return (f"{rounds} saves of {whole:.2f} s killed ({complete} were complete): QEMU had the "
-                f"guest run after {resumed:.2f} s at most, its heartbeat was back after "
+        return (f"{rounds} saves of {course} killed: {counted(hits)} ({complete} were complete): QEMU "
+                f"had the guest run after {resumed:.2f} s at most, its heartbeat was back after "
                 f"{longest:.2f} s, no half file, no process left, stress test OK")
     finally:
         live.end()
@@ -99,32 +186,36 @@ def kill_ours(tool: Path, kernel: Kernel, rounds: int, random: Random) -> str:
 
 
 def kill_qemu(tool: Path, kernel: Kernel, rounds: int, random: Random) -> str:
-    """Kills QEMU at moments drawn over a save: an error that says so, and nothing is left."""
+    """Kills QEMU at moments drawn in each phase of a save: an error that says so, and nothing is
+    left."""
     said: dict[int, int] = {}
-    whole = 0.6
+    hits: dict[str, int] = {}
+    course = None
     for number in range(rounds):
         spec = GuestSpec(kernel, backing="plain", mem=256, append=f"lab.beat={BEAT}")
         live = Live.boot(spec, HOME / f"kill-{os.getpid()}")
         try:
-            if number == 0:
-                began = time.monotonic()
-                live.save(tool)
-                whole = time.monotonic() - began
-                (live.folder / "x.sonic").unlink()
+            if course is None:
+                course = Course.of(live, tool, 3)
+            since = time.time()
             process = start_save(tool, live)
-            time.sleep(whole * 1.05 * (number + random.random()) / rounds)
+            course.wait(live, wanted(rounds, hits), since, random)
+            at = time.time()
             live.machine.process.kill()
+            live.machine.qmp.rest()
+            phase = course.phase_of(live, since, at)
+            hits[phase] = hits.get(phase, 0) + 1
             try:
                 _, stderr = process.communicate(timeout=30)
             except subprocess.TimeoutExpired as error:
                 process.kill()
-                raise CheckFailed(f"round {number}: the save does not end") from error
+                raise CheckFailed(f"round {number}, {phase}: the save does not end") from error
             whole_file = check_file(tool, live)
             if (process.returncode == 0) != whole_file:
-                raise CheckFailed(f"round {number}: exit code {process.returncode}, and the file is "
-                                  f"{'there' if whole_file else 'not there'}")
+                raise CheckFailed(f"round {number}, {phase}: exit code {process.returncode}, and the "
+                                  f"file is {'there' if whole_file else 'not there'}")
             if process.returncode not in (0, 1):
-                raise CheckFailed(f"round {number}: exit code {process.returncode}: "
+                raise CheckFailed(f"round {number}, {phase}: exit code {process.returncode}: "
                                   f"{stderr.decode()[-400:]}")
             if process.returncode == 1:
                 json.loads(stderr.decode().splitlines()[-1])
@@ -133,8 +224,9 @@ def kill_qemu(tool: Path, kernel: Kernel, rounds: int, random: Random) -> str:
         finally:
             live.end()
             shutil.rmtree(live.folder, ignore_errors=True)
-    return (f"QEMU killed at {rounds} moments of a save: {said.get(1, 0)} ended with an error that "
-            f"says so, {said.get(0, 0)} had all they needed; no half file, no process left")
+    return (f"QEMU killed at {rounds} moments of a save of {course}: {counted(hits)}; "
+            f"{said.get(1, 0)} ended with an error that says so, {said.get(0, 0)} had all they needed; "
+            "no half file, no process left")
 
 
 def qemus_of(folder: Path) -> list[int]:

@@ -138,6 +138,8 @@ class Monitor:
 
     def __init__(self, path: Path, process: subprocess.Popen[bytes]) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
+        # What it has said unasked, and when: the host's clock, in seconds.
+        self.events: list[tuple[str, float]] = []
         for _ in range(600):
             if process.poll() is not None:
                 raise GuestFailed(f"QEMU ended at once: {process.args!r}")
@@ -157,7 +159,33 @@ class Monitor:
         if not line:
             raise GuestFailed("QEMU closed its monitor")
         answer: Json = json.loads(line)
+        if "event" in answer:
+            at = answer["timestamp"]
+            self.events.append((answer["event"], at["seconds"] + at["microseconds"] / 1e6))
         return answer
+
+    def last(self, name: str, since: float) -> float | None:
+        """When it last said this, if that is not longer ago."""
+        return max((at for event, at in self.events if event == name and at >= since), default=None)
+
+    def heard(self, name: str, since: float) -> float:
+        """Waits until it says this, if it has not since; when it did."""
+        self.socket.settimeout(60)
+        try:
+            while (at := self.last(name, since)) is None:
+                self.read()
+        except TimeoutError as error:
+            raise GuestFailed(f"QEMU does not say {name}") from error
+        self.socket.settimeout(None)
+        return at
+
+    def rest(self) -> None:
+        """Hears what it had said when it was killed."""
+        try:
+            while True:
+                self.read()
+        except (GuestFailed, OSError, ValueError):
+            return
 
     def call(self, command: str, **arguments: object) -> Any:
         """What the command returns; `_` in the arguments' names stands for `-`."""
