@@ -46,7 +46,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     info.architecture = analysis.facts().architecture;
     let out = File::create_new("guest.sonic")?;
     let mut writer = CheckpointWriter::new(out, info, SaveOptions::new(Compression::Lz4))?;
-    writer.memory(&memory, analysis.pages(), &plan, &mut |_, _| {})?;
+    writer.memory(&memory, analysis.pages(), &plan)?;
     writer.finish()?;
     let kept = given_up.kept();
     println!(

@@ -95,7 +95,7 @@ fn save(file: File) -> Outcome<()> {
     let options = SaveOptions::new(Compression::Lz4);
     let mut writer = CheckpointWriter::new(file, info, options)?;
     writer.blob("device-state", DEVICE_STATE)?;
-    writer.memory(&guest, &map, &plan, &mut |_, _| {})?;
+    writer.memory(&guest, &map, &plan)?;
     let (_, stats) = writer.finish()?;
     println!(
         "saved {} MiB of RAM in {:.1?}: {} pages kept, {} zero, {} free; {} MiB in the file",

@@ -168,9 +168,7 @@ fn save(memory: &GuestMemoryMmap, analysis: &Analysis, file: File) {
     options.threads = NonZeroUsize::new(2);
     let mut writer = CheckpointWriter::new(file, info, options).unwrap();
     writer.blob("device-state", &b"registers"[..]).unwrap();
-    writer
-        .memory(&guest, analysis.pages(), &plan, &mut |_, _| {})
-        .unwrap();
+    writer.memory(&guest, analysis.pages(), &plan).unwrap();
     writer.finish().unwrap();
 }
 
@@ -283,9 +281,9 @@ fn eager(folder: &Path) {
     let reader = CheckpointReader::open(&path).unwrap();
     let target = RestoreRegions::new(vec![(Gpa::ZERO, &mut ram)], Before::Zeroes).unwrap();
     let options = RestoreOptions::new()
-        .threads(NonZeroUsize::new(2))
+        .threads(NonZeroUsize::new(2).unwrap())
         .stop(Stop::at(Instant::now() + Duration::from_secs(600)));
-    reader.restore(&target, &options, &mut |_, _| {}).unwrap();
+    reader.restore(&target, &options).unwrap();
     drop(target);
     let some = ram.iter().any(|byte| *byte != 0);
     std::process::exit(if some { 0 } else { 1 });

@@ -10,10 +10,11 @@ use sonicshot::checkpoint::{
 };
 use sonicshot::{
     DropClasses, FileBytes, Fill, Gpa, GpaRange, GuestBytes, GuestMemory, MappedRegions, PageClass,
-    PageMap, PageSize, Pfn, PfnRange, PrunePlan, RamLayout,
+    PageMap, PageSize, Pfn, PfnRange, PrunePlan, RamLayout, WorkOptions,
 };
 use sonicshot_dump::{
-    CheckedPlan, DiskImage, Dump, DumpError, LayoutSpec, Overwrite, SnapshotFiles, XlSkeleton,
+    CheckedPlan, DiskImage, Dump, DumpError, LayoutSpec, PruneOptions, SnapshotFiles, WriteOptions,
+    XlSkeleton,
 };
 use sonicshot_serve::{FaultRequest, Handshake, Migration};
 use sonicshot_vmi::symbols::{Btf, SymbolFile, SymbolSource, Vmcoreinfo, open_symbol_file};
@@ -234,10 +235,7 @@ fn prune(dump: &Dump, spec: Option<&LayoutSpec>) {
     let folder = folder();
     let out = folder.path().join("out");
     let unchecked = CheckedPlan::unchecked(dump, &plan);
-    if unchecked
-        .prune_to(&out, Overwrite::Refuse, &mut |_, _| {})
-        .is_ok()
-    {
+    if unchecked.prune_to(&out, &PruneOptions::new()).is_ok() {
         let pruned = Dump::open(&out, spec).expect("what we write, we read");
         for region in dump.layout().regions() {
             for kept in plan.kept_in(*region) {
@@ -252,7 +250,7 @@ fn prune(dump: &Dump, spec: Option<&LayoutSpec>) {
             }
         }
     }
-    let in_place = unchecked.prune_in_place(&mut |_, _| {});
+    let in_place = unchecked.prune_in_place(&PruneOptions::new());
     assert!(!matches!(in_place, Err(DumpError::InUse { .. })));
 }
 
@@ -303,7 +301,7 @@ pub fn crosvm(data: &[u8]) {
         return;
     };
     let plan = CheckedPlan::unchecked(&dump, &plan);
-    let _ = plan.prune_in_place(&mut |_, _| {});
+    let _ = plan.prune_in_place(&PruneOptions::new());
     let again = Dump::open(&memory, None).expect("what we write, we read");
     assert_eq!(again.layout(), dump.layout());
 }
@@ -379,10 +377,9 @@ fn migration(data: &[u8]) {
     };
     let folder = folder();
     let out = folder.path().join("out");
-    let quiet = &mut |_, _| {};
     let written = dump
-        .to_stream(&out, Overwrite::Refuse, quiet)
-        .or_else(|_| dump.to_mapped_ram(&out, Overwrite::Refuse, quiet));
+        .to_stream(&out, &WriteOptions::new())
+        .or_else(|_| dump.to_mapped_ram(&out, &WriteOptions::new()));
     if written.is_ok() {
         let again = Dump::open(&out, Some(&LayoutSpec::Flat)).expect("what we write, we read");
         assert_eq!(dump.layout(), again.layout());
@@ -446,14 +443,7 @@ fn xen_again(dump: &Dump, input: &File) {
     let out = folder.path().join("out");
     XlSkeleton::parse(Path::new("skeleton"), bytes)
         .expect("what we take apart, we read")
-        .write(
-            dump,
-            &|_| false,
-            &out,
-            Overwrite::Refuse,
-            &[input],
-            &mut |_, _| {},
-        )
+        .write(dump, &|_| false, &out, &[input], &WriteOptions::new())
         .expect("its own memory");
     let again = Dump::open(&out, None).expect("what we write, we read");
     assert_eq!(dump.layout(), again.layout());
@@ -635,8 +625,8 @@ pub fn checkpoint(data: &[u8]) {
         let Ok(reader) = reader.with_disks(disks, MovedOn::GoOn) else {
             continue;
         };
-        let _ = (reader.stats(), reader.verify(&mut |_, _| {}));
-        let _ = reader.verify_disks(&mut |_, _| {});
+        let _ = (reader.stats(), reader.verify(&WorkOptions::new()));
+        let _ = reader.verify_disks(&WorkOptions::new());
         let names: Vec<String> = reader.blobs().map(|(name, _)| name.to_owned()).collect();
         for name in names {
             let _ = reader.read_blob(&name);
@@ -670,7 +660,7 @@ pub fn checkpoint(data: &[u8]) {
             let slices = memory.iter_mut().map(Vec::as_mut_slice);
             if let Ok(target) = RestoreRegions::new(places.zip(slices).collect(), Before::Anything)
             {
-                let _ = reader.restore(&target, &RestoreOptions::new(), &mut |_, _| {});
+                let _ = reader.restore(&target, &RestoreOptions::new());
             }
         }
     }

@@ -134,7 +134,7 @@ fn write_checkpoint_seeds() {
         info.build_id = Some(vec![1, 2]);
         let mut writer = CheckpointWriter::new(Vec::new(), info, options).unwrap();
         writer.blob("state", &[1, 2, 3][..]).unwrap();
-        writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+        writer.memory(&guest, &map, &plan).unwrap();
         writer.blob("more", &[][..]).unwrap();
         let file = writer.finish().unwrap().0;
         fs::write(folder.join(compression.name()), file).unwrap();
@@ -176,6 +176,6 @@ fn write_kdump_seeds() {
             threads: None,
         };
         let file = fs::File::create(folder.join(name)).unwrap();
-        write_kdump_without(&guest, &plan, &file, &options, &mut |_, _| {}).unwrap();
+        write_kdump_without(&guest, &plan, &file, &options).unwrap();
     }
 }

@@ -19,10 +19,11 @@
 
 mod uffd;
 
+use sonicshot::checkpoint::RestoreOptions;
 use sonicshot::checkpoint::*;
 use sonicshot::{
     DropClasses, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn,
-    PfnRange, PrunePlan, RamLayout,
+    PfnRange, PrunePlan, RamLayout, WorkOptions,
 };
 use sonicshot_dump::{Dump, LayoutSpec};
 use sonicshot_serve::{CheckpointSource, Metrics, Prefetch, Uffd, Vm, VmOptions, VmRegion};
@@ -86,9 +87,7 @@ impl Guest {
     fn save(&self, compression: Compression, out: impl Write) -> SaveStats {
         let info = CheckpointInfo::new(self.dump.layout().clone(), PageSize::SIZE_4K);
         let mut writer = CheckpointWriter::new(out, info, SaveOptions::new(compression)).unwrap();
-        writer
-            .memory(&self.dump, &self.map, &self.plan, &mut |_, _| {})
-            .unwrap();
+        writer.memory(&self.dump, &self.map, &self.plan).unwrap();
         writer.finish().unwrap().1
     }
 }
@@ -250,7 +249,7 @@ fn restore(dump: &Dump, path: &Path) {
                 // SAFETY: the mappings are fresh, and nobody else touches them.
                 let target = unsafe { RestoreRegions::from_raw_parts(places, Before::Zeroes) };
                 reader
-                    .restore(&target.unwrap(), &RestoreOptions::new(), &mut |_, _| {})
+                    .restore(&target.unwrap(), &RestoreOptions::new())
                     .unwrap();
             })
         },
@@ -411,7 +410,7 @@ fn save_sparse(gib: u64, path: &Path) {
     let info = CheckpointInfo::new(guest.layout().clone(), PageSize::SIZE_4K);
     let out = File::create(path).unwrap();
     let mut writer = CheckpointWriter::new(out, info, SaveOptions::default()).unwrap();
-    writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+    writer.memory(&guest, &map, &plan).unwrap();
     writer.finish().unwrap();
 }
 

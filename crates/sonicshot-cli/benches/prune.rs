@@ -17,7 +17,7 @@
 )]
 
 use sonicshot::{DropClasses, GpaRange, GuestMemory, PageClass, PrunePlan};
-use sonicshot_dump::{CheckedPlan, Dump, LayoutSpec, Overwrite};
+use sonicshot_dump::{CheckedPlan, Dump, LayoutSpec, PruneOptions};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency, mark_zero_pages};
 use std::fs::{self, File, OpenOptions};
 use std::hint::black_box;
@@ -153,7 +153,7 @@ fn prune_in_place(dump: &Dump, ram: &Path, scratch: &Path) {
         let dump = Dump::open(&copy, Some(&LayoutSpec::Pc)).unwrap();
         let plan = analyze(&dump);
         CheckedPlan::unchecked(&dump, &plan)
-            .prune_in_place(&mut |_, _| {})
+            .prune_in_place(&PruneOptions::new())
             .unwrap();
         prunes.push(start.elapsed().as_secs_f64() * 1e3);
     }
@@ -199,7 +199,7 @@ fn mapped_ram(from: &Path, folder: &Path) {
     let plan = analyze(&dump);
     let to = |out: &Path| {
         CheckedPlan::unchecked(&dump, &plan)
-            .prune_to(out, Overwrite::Refuse, &mut |_, _| {})
+            .prune_to(out, &PruneOptions::new())
             .unwrap()
     };
     let (mut copies, mut limits) = (Vec::new(), Vec::new());
@@ -232,7 +232,7 @@ fn mapped_ram(from: &Path, folder: &Path) {
         let plan = analyze(&dump);
         analyses.push(start.elapsed().as_secs_f64() * 1e3);
         let stats = CheckedPlan::unchecked(&dump, &plan)
-            .prune_in_place(&mut |_, _| {})
+            .prune_in_place(&PruneOptions::new())
             .unwrap();
         prunes.push(start.elapsed().as_secs_f64() * 1e3);
         let freed = stats.disk_before - stats.disk_after;

@@ -111,7 +111,7 @@ fn checkpoint(ram: &[u8], compression: Compression) -> File {
     let info = CheckpointInfo::new(guest.layout().clone(), PageSize::SIZE_4K);
     let options = SaveOptions::new(compression);
     let mut writer = CheckpointWriter::new(file.try_clone().unwrap(), info, options).unwrap();
-    writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+    writer.memory(&guest, &map, &plan).unwrap();
     writer.finish().unwrap();
     file
 }

@@ -8,7 +8,7 @@ use crate::output::overwrite;
 use crate::progress::Phase;
 use crate::report::{layout_arg, lines, mib, say, size, tell_notes};
 use sonicshot_dump::DumpError;
-use sonicshot_offline::{Converted, Target, Template};
+use sonicshot_offline::{Converted, Target, Template, WriteOptions};
 use std::path::Path;
 use std::time::Instant;
 
@@ -59,13 +59,14 @@ fn target(args: &ConvertArgs) -> Result<Target, CliError> {
 }
 
 fn convert(args: &ConvertArgs, target: &Target) -> Result<Converted, CliError> {
-    let (out, force) = (&args.output, overwrite(args.force));
     let snapshot = Input::find(&args.file, &args.input, args.json)?.snapshot;
     let phase = Phase::begin("converting", args.json);
-    let progress = &mut phase.shown();
+    let options = WriteOptions::new()
+        .overwrite(overwrite(args.force))
+        .progress(phase.shown());
     let converted = match snapshot.checkpoint()? {
-        Some(checkpoint) => checkpoint.convert(target, out, force, progress)?,
-        None => snapshot.convert(target, out, force, progress)?,
+        Some(checkpoint) => checkpoint.convert(target, &args.output, &options)?,
+        None => snapshot.convert(target, &args.output, &options)?,
     };
     drop(phase);
     Ok(converted)

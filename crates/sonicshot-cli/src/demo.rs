@@ -51,7 +51,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
 
     say!("\n$ sonicshot prune guest.raw --in-place");
     let plan = analyzed.plan(ClassSet::DEFAULT_DROP)?;
-    let stats = plan.prune_in_place(&PruneOptions::new(), &mut |_, _| {})?;
+    let stats = plan.prune_in_place(&PruneOptions::new())?;
     say!(
         "dropped {} in {} holes; on disk: {} -> {}",
         size(stats.dropped_bytes),

@@ -5,6 +5,7 @@ use crate::json::{OfProgress, ProgressReport, Version, line};
 use crate::report::{complain, size};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use sonicshot::Progress;
 use std::io::{self, IsTerminal};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -169,11 +170,11 @@ impl Phase {
         }
     }
 
-    /// What is called with the bytes that are done, and all of them.
-    pub(crate) fn shown(&self) -> impl FnMut(u64, u64) + use<> {
+    /// Told of the bytes that are done, and of all of them.
+    pub(crate) fn shown(&self) -> Arc<dyn Progress> {
         let (state, bar) = (Arc::clone(&self.state), self.bar.clone());
         let on_bar = self.show == Show::Bar;
-        move |done, total| {
+        Arc::new(move |done, total| {
             state.done.store(done, Ordering::Relaxed);
             state.total.store(total, Ordering::Relaxed);
             if on_bar {
@@ -183,7 +184,7 @@ impl Phase {
                 }
                 bar.set_position(done);
             }
-        }
+        })
     }
 }
 

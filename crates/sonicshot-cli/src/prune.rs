@@ -216,7 +216,8 @@ impl Job<'_> {
             true => analyzed.plan_for_analysis(self.drop)?,
             false => analyzed.plan(self.drop)?,
         };
-        let expected = Expected::of(&plan, self.in_place().filter(|_| args.dry_run))?;
+        let options = (args.in_place && args.dry_run).then(|| self.options());
+        let expected = Expected::of(&plan, options)?;
         let stats = if args.dry_run {
             None
         } else {
@@ -271,24 +272,23 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// How the file itself is pruned, if it is.
-    fn in_place(&self) -> Option<PruneOptions> {
-        let mut options = PruneOptions::new().live_ok(self.args.live_ok);
+    fn options(&self) -> PruneOptions {
+        let mut options = PruneOptions::new()
+            .overwrite(overwrite(self.args.force))
+            .live_ok(self.args.live_ok);
         options.min_hole = self.args.min_hole;
-        self.args.in_place.then_some(options)
+        options
     }
 
     fn write(&self, input: &Input, plan: &Plan<'_>) -> Result<PruneStats, CliError> {
         let args = self.args;
         let phase = Phase::begin("pruning", args.json);
-        let progress = &mut phase.shown();
-        let stats = match (self.out, self.in_place()) {
-            (Some(_), _) if args.to_stdout() => {
-                plan.prune_to_writer(io::stdout().lock(), progress)?
-            }
-            (Some(out), _) => plan.prune_to(out, overwrite(args.force), progress)?,
-            (None, Some(options)) => plan.prune_in_place(&options, progress)?,
-            (None, None) => {
+        let options = self.options().progress(phase.shown());
+        let stats = match self.out {
+            Some(_) if args.to_stdout() => plan.prune_to_writer(io::stdout().lock(), &options)?,
+            Some(out) => plan.prune_to(out, &options)?,
+            None if args.in_place => plan.prune_in_place(&options)?,
+            None => {
                 return Err(CliError::Usage {
                     what: format!("{} has no output", input.path.display()),
                 });

@@ -7,6 +7,7 @@ use crate::json::{OfRestore, OfVerify, RestoreReport, VerifyReport, Version, lin
 use crate::output::{named_files, overwrite};
 use crate::progress::Phase;
 use crate::report::{count, layout_arg, lines, mib, say, size, tell_notes};
+use sonicshot::WorkOptions;
 use sonicshot_offline::{CheckpointFile, OpenOptions, RestoreOptions};
 use std::path::Path;
 use std::time::Instant;
@@ -24,7 +25,8 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
     options.blobs = blobs.map(|(name, path)| (name.to_owned(), path)).collect();
     let checkpoint = with_disks(checkpoint(&args.file, args.max_size)?, &args.disks)?;
     let phase = Phase::begin("restoring", args.json);
-    let restored = checkpoint.restore(&args.output, &options, &mut phase.shown())?;
+    options.progress = Some(phase.shown());
+    let restored = checkpoint.restore(&args.output, &options)?;
     drop(phase);
     let seconds = started.elapsed().as_secs_f64();
     let layout = &checkpoint.reader().info().layout;
@@ -70,18 +72,18 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
     let started = Instant::now();
     let checkpoint = with_disks(checkpoint(&args.file, args.max_size)?, &args.disks)?;
     let phase = Phase::begin("checking", args.json);
-    let mut progress = phase.shown();
-    checkpoint.verify(&mut progress)?;
+    let work = WorkOptions::new().progress(phase.shown());
+    checkpoint.verify(&work)?;
     let on_disks = match args.disks.disk.is_empty() {
         true => None,
-        false => Some(checkpoint.verify_disks(&mut progress)?),
+        false => Some(checkpoint.verify_disks(&work)?),
     };
     let mut compared = None;
     if let Some(path) = &args.against {
         let mut known = OpenOptions::new();
         known.layout.clone_from(&args.layout);
         known.format = args.format;
-        compared = Some(checkpoint.verify_against(path, &known, &mut progress)?);
+        compared = Some(checkpoint.verify_against(path, &known, &work)?);
     }
     drop(phase);
     let seconds = started.elapsed().as_secs_f64();

@@ -50,7 +50,7 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
     })?;
     let input = Input::find(file, &args.input, args.json)?;
     let saved = if args.keep_all {
-        write(args, &Source::Whole(&input.snapshot.keep_all()?), &options)?
+        write(args, &Source::Whole(&input.snapshot.keep_all()?), options)?
     } else {
         // What is zero is found as it is written.
         let analyze = args.input.analyze().zero_pages(false);
@@ -60,7 +60,7 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
             true => analyzed.plan_for_analysis(drop)?,
             false => analyzed.plan(drop)?,
         };
-        write(args, &Source::Planned(&plan), &options)?
+        write(args, &Source::Planned(&plan), options)?
     };
     let seconds = started.elapsed().as_secs_f64();
     if args.json {
@@ -109,18 +109,17 @@ enum Source<'a> {
 fn write(
     args: &SaveArgs,
     source: &Source<'_>,
-    options: &CheckpointOptions,
+    mut options: CheckpointOptions,
 ) -> Result<Saved, CliError> {
     let phase = Phase::begin("saving", args.json);
-    let progress = &mut phase.shown();
-    let (out, force) = (&args.output, overwrite(args.force));
+    options.overwrite = overwrite(args.force);
+    options.writing.progress = Some(phase.shown());
+    let (out, options) = (&args.output, &options);
     let saved = match (source, args.to_stdout()) {
-        (Source::Whole(all), false) => all.save(out, force, options, progress),
-        (Source::Whole(all), true) => all.save_to_writer(io::stdout().lock(), options, progress),
-        (Source::Planned(plan), false) => plan.save(out, force, options, progress),
-        (Source::Planned(plan), true) => {
-            plan.save_to_writer(io::stdout().lock(), options, progress)
-        }
+        (Source::Whole(all), false) => all.save(out, options),
+        (Source::Whole(all), true) => all.save_to_writer(io::stdout().lock(), options),
+        (Source::Planned(plan), false) => plan.save(out, options),
+        (Source::Planned(plan), true) => plan.save_to_writer(io::stdout().lock(), options),
     }?;
     drop(phase);
     Ok(saved)

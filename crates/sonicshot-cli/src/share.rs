@@ -22,17 +22,18 @@ pub(crate) fn run(args: &ShareArgs) -> Result<(), CliError> {
     known.layout.clone_from(&args.layout);
     known.format = args.format;
     let snapshot = Snapshot::open(&args.file, &known)?;
-    let mut options = ShareOptions::default();
-    options.min_run = args.min_run;
-    options.threads = args.threads;
     let phase = Phase::begin("sharing", args.json);
-    let progress = &mut phase.shown();
+    let mut options = ShareOptions::new()
+        .overwrite(overwrite(args.force))
+        .min_run(args.min_run)
+        .progress(phase.shown());
+    options.threads = args.threads;
     let stats = match &args.output {
         Some(out) if !args.force && out.exists() => {
             return Err(DumpError::Exists { path: out.clone() }.into());
         }
-        Some(out) => snapshot.share_to(out, overwrite(args.force), &args.disk, &options, progress),
-        None => snapshot.share_in_place(&args.disk, &options, progress),
+        Some(out) => snapshot.share_to(out, &args.disk, &options),
+        None => snapshot.share_in_place(&args.disk, &options),
     }?;
     drop(phase);
     tell(args, &stats, started.elapsed().as_secs_f64());

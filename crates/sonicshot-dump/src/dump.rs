@@ -5,7 +5,7 @@ use crate::backing::spool::Spool;
 use crate::format::ability::{AsStream, ByCopy, InPlace, Migration};
 use crate::format::kind::Format;
 use crate::format::qemu::{migration, start};
-use crate::output::{Output, Overwrite, Target};
+use crate::output::{Output, Target, WriteOptions};
 use crate::prune::stats::disk_usage;
 use crate::{DumpError, DumpOptions, LayoutSpec, RamBlock};
 use sonicshot::{
@@ -324,15 +324,10 @@ impl Dump {
     /// # Errors
     /// [`DumpError::CannotConvert`] if it is no migration file, and what reading and writing
     /// gives; there is then no new file.
-    pub fn to_mapped_ram(
-        &self,
-        out: &Path,
-        overwrite: Overwrite,
-        progress: Progress<'_>,
-    ) -> Result<u64, DumpError> {
+    pub fn to_mapped_ram(&self, out: &Path, options: &WriteOptions) -> Result<u64, DumpError> {
         let from = self.as_migration("a mapped-ram file")?;
-        let out = Target::new(out, overwrite);
-        self.to_migration(from, migration::Kind::MappedRam, out, progress)
+        let out = Target::new(out, options.overwrite);
+        self.to_migration(from, migration::Kind::MappedRam, out, &options.progress)
     }
 
     /// Writes the migration file again as a classic stream, which every QEMU since 5 loads. Of a
@@ -340,15 +335,10 @@ impl Dump {
     ///
     /// # Errors
     /// As [`to_mapped_ram`](Self::to_mapped_ram).
-    pub fn to_stream(
-        &self,
-        out: &Path,
-        overwrite: Overwrite,
-        progress: Progress<'_>,
-    ) -> Result<u64, DumpError> {
+    pub fn to_stream(&self, out: &Path, options: &WriteOptions) -> Result<u64, DumpError> {
         let from = self.as_migration("a migration stream")?;
-        let out = Target::new(out, overwrite);
-        self.to_migration(from, migration::Kind::Stream, out, progress)
+        let out = Target::new(out, options.overwrite);
+        self.to_migration(from, migration::Kind::Stream, out, &options.progress)
     }
 
     fn to_migration(
@@ -356,7 +346,7 @@ impl Dump {
         from: &dyn Migration,
         kind: migration::Kind,
         out: Target<'_>,
-        progress: Progress<'_>,
+        progress: &dyn Progress,
     ) -> Result<u64, DumpError> {
         self.check_unchanged()?;
         let output = Output::create(out, &self.files())?;

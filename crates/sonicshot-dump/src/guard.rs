@@ -206,7 +206,7 @@ fn between(place: &PfnRange, start: Pfn, end: Pfn) -> Option<(u64, u64)> {
 /// let dump = Dump::open("guest.elf", None)?;
 /// let guest = analyze(&dump, &AnalysisOptions::new())?;
 /// let plan = CheckedPlan::new(&dump, &guest, &Doubts::none(), ClassSet::DEFAULT_DROP)?;
-/// plan.prune_to("pruned.elf".as_ref(), Overwrite::Refuse, &mut |_, _| {})?;
+/// plan.prune_to("pruned.elf".as_ref(), &PruneOptions::new())?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]

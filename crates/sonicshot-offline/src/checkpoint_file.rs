@@ -8,10 +8,10 @@ use crate::place;
 use crate::snapshot::Snapshot;
 use crate::untold::{assumed, named_machine};
 use sonicshot::checkpoint::{CheckpointError, CheckpointReader, PageContent, SaveStats};
-use sonicshot::{Architecture, FileId, FileStamp, MemoryError, Pfn, Progress, Tally};
+use sonicshot::{Architecture, FileId, FileStamp, MemoryError, Pfn, Progress, Tally, WorkOptions};
 use sonicshot_dump::{
     CoreNotes, DiskImage, Dump, DumpError, DumpFile, DumpFormat, LayoutSpec, NewFile, Overwrite,
-    Spool, XlSkeleton, check_not_foreign,
+    Spool, WriteOptions, XlSkeleton, check_not_foreign,
 };
 use std::collections::HashSet;
 use std::fs::{self, File, Metadata};
@@ -57,6 +57,8 @@ pub struct RestoreOptions {
     pub threads: Option<NonZeroUsize>,
     /// The blobs to be written to files too: the name of each, and the file's.
     pub blobs: Vec<(String, PathBuf)>,
+    /// Whoever is told how far it is, in bytes.
+    pub progress: Option<Arc<dyn Progress>>,
 }
 
 impl RestoreOptions {
@@ -68,7 +70,49 @@ impl RestoreOptions {
             overwrite: Overwrite::Refuse,
             threads: None,
             blobs: Vec::new(),
+            progress: None,
         }
+    }
+
+    /// Says whether files that exist are replaced.
+    #[must_use]
+    pub fn overwrite(mut self, overwrite: Overwrite) -> Self {
+        self.overwrite = overwrite;
+        self
+    }
+
+    /// Says how many threads work.
+    #[must_use]
+    pub fn threads(mut self, threads: NonZeroUsize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+
+    /// Writes the blob `name` to the file at `path` too.
+    #[must_use]
+    pub fn blob(mut self, name: impl Into<String>, path: impl AsRef<Path>) -> Self {
+        self.blobs.push((name.into(), path.as_ref().to_owned()));
+        self
+    }
+
+    /// Says who is told how far it is.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+
+    fn writing(&self) -> WriteOptions {
+        let mut writing = WriteOptions::new().overwrite(self.overwrite);
+        writing.progress.clone_from(&self.progress);
+        writing
+    }
+
+    fn work(&self) -> sonicshot::checkpoint::RestoreOptions {
+        let mut work = sonicshot::checkpoint::RestoreOptions::new();
+        work.threads = self.threads;
+        work.progress.clone_from(&self.progress);
+        work
     }
 }
 
@@ -276,9 +320,8 @@ impl CheckpointFile {
         &self,
         out: impl AsRef<Path>,
         options: &RestoreOptions,
-        progress: Progress<'_>,
     ) -> Result<Restored, OfflineError> {
-        let restore = |progress| {
+        let restore = || {
             self.check_disks()?;
             check_apart(out.as_ref(), &options.blobs)?;
             let mut files = Vec::new();
@@ -287,7 +330,7 @@ impl CheckpointFile {
                 files.push(file.ready()?);
             }
             // What is wrong with the checkpoint shows before the first file has its name.
-            let disk_bytes = self.memory_to(out.as_ref(), options, progress)?;
+            let disk_bytes = self.memory_to(out.as_ref(), options)?;
             for file in files {
                 file.place()?;
             }
@@ -298,7 +341,7 @@ impl CheckpointFile {
             notes.extend(assumed(self.machine()).filter(|_| options.to == RestoreTo::Elf));
             Ok(Restored { disk_bytes, notes })
         };
-        self.blamed(restore(progress))
+        self.blamed(restore())
     }
 
     /// Writes a blob to a file that has no name yet.
@@ -314,34 +357,27 @@ impl CheckpointFile {
         Ok(file)
     }
 
-    fn memory_to(
-        &self,
-        out: &Path,
-        options: &RestoreOptions,
-        progress: Progress<'_>,
-    ) -> Result<u64, OfflineError> {
-        let (layout, force) = (&self.reader.info().layout, options.overwrite);
+    fn memory_to(&self, out: &Path, options: &RestoreOptions) -> Result<u64, OfflineError> {
+        let (layout, writing) = (&self.reader.info().layout, options.writing());
         let mut source = vec![self.reader.source()];
         source.extend(self.images.iter().flat_map(|image| image.files()));
         let output = match options.to {
             RestoreTo::Xl => {
                 let left_out = |pfn| self.left_out(pfn);
                 let skeleton = self.xl_skeleton()?;
-                let written =
-                    skeleton.write(&self.reader, &left_out, out, force, &source, progress);
+                let written = skeleton.write(&self.reader, &left_out, out, &source, &writing);
                 return Ok(written?);
             }
-            RestoreTo::Raw => DumpFile::raw(out, layout, force, &source)?,
+            RestoreTo::Raw => DumpFile::raw(out, layout, &source, &writing)?,
             RestoreTo::Elf => {
                 let beside = Beside::of_checkpoint(&self.reader, &self.path)?;
                 let mut notes = CoreNotes::new(named_machine(self.machine()));
                 notes.notes = beside.notes;
                 notes.vmcoreinfo = beside.vmcoreinfo;
-                DumpFile::elf_core(out, layout, &notes, force, &source)?
+                DumpFile::elf_core(out, layout, &notes, &source, &writing)?
             }
         };
-        let how = sonicshot::checkpoint::RestoreOptions::new().threads(options.threads);
-        let restored = self.reader.restore(&output, &how, progress);
+        let restored = self.reader.restore(&output, &options.work());
         restored.map_err(|error| self.of_output(error))?;
         self.check_unchanged()?;
         Ok(output.finish()?)
@@ -383,8 +419,8 @@ impl CheckpointFile {
     ///
     /// # Errors
     /// [`OfflineError::Checkpoint`] with the first that is wrong.
-    pub fn verify(&self, progress: Progress<'_>) -> Result<(), OfflineError> {
-        let checked = self.reader.verify(progress);
+    pub fn verify(&self, options: &WorkOptions) -> Result<(), OfflineError> {
+        let checked = self.reader.verify(options);
         self.blamed(checked.map_err(OfflineError::checkpoint(&self.path)))?;
         self.check_unchanged()
     }
@@ -399,7 +435,7 @@ impl CheckpointFile {
         &self,
         path: impl AsRef<Path>,
         known: &OpenOptions,
-        progress: Progress<'_>,
+        options: &WorkOptions,
     ) -> Result<u64, OfflineError> {
         let path = path.as_ref();
         self.check_disks()?;
@@ -413,7 +449,7 @@ impl CheckpointFile {
             }
             dump => dump?,
         };
-        let compared = self.reader.verify_against(&dump, progress);
+        let compared = self.reader.verify_against(&dump, options);
         let compared = compared.map_err(OfflineError::checkpoint(&self.path));
         let compared = compared.map_err(|error| blamed_on(&dump, error));
         self.blamed(compared)

@@ -11,10 +11,10 @@ use crate::snapshot::Snapshot;
 use crate::untold::{UNTOLD_PAGE, assumed, named_machine};
 use crate::whole::{absent_bytes, filled, keep_everything, without_p2m};
 use sonicshot::checkpoint::{CheckpointInfo, Compression, OnDisks, SaveOptions};
-use sonicshot::{Architecture, GuestMemory, PageSize, Progress, RamLayout};
+use sonicshot::{Architecture, GuestMemory, PageSize, RamLayout};
 use sonicshot_dump::{
     CoreNotes, Dump, DumpError, DumpFile, KdumpCompression, KdumpOptions, LayoutSpec, NewFile,
-    Overwrite, XlSkeleton, write_kdump,
+    WriteOptions, XlSkeleton, write_kdump,
 };
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -86,7 +86,7 @@ pub struct Converted {
 #[derive(Clone, Copy)]
 struct Output<'a> {
     path: &'a Path,
-    overwrite: Overwrite,
+    options: &'a WriteOptions,
 }
 
 impl Snapshot {
@@ -100,10 +100,9 @@ impl Snapshot {
         &self,
         target: &Target,
         out: impl AsRef<Path>,
-        overwrite: Overwrite,
-        progress: Progress<'_>,
+        options: &WriteOptions,
     ) -> Result<Converted, OfflineError> {
-        let converted = self.convert_as_it_is(target, out.as_ref(), overwrite, progress);
+        let converted = self.convert_as_it_is(target, out.as_ref(), options);
         converted.map_err(|error| self.blame(error))
     }
 
@@ -111,8 +110,7 @@ impl Snapshot {
         &self,
         target: &Target,
         path: &Path,
-        overwrite: Overwrite,
-        progress: Progress<'_>,
+        options: &WriteOptions,
     ) -> Result<Converted, OfflineError> {
         let opened = self.open_for(target)?;
         let dump = &opened.dump;
@@ -127,7 +125,7 @@ impl Snapshot {
             page_size: opened.page_size,
             beside,
         };
-        let written = source.write(target, Output { path, overwrite }, progress);
+        let written = source.write(target, Output { path, options });
         let disk_bytes = written.map_err(|error| blamed_on(dump, error))?;
         let (map, _) = keep_everything(dump, opened.page_size)?;
         let missing_bytes = absent_bytes(&map);
@@ -233,12 +231,11 @@ impl CheckpointFile {
         &self,
         target: &Target,
         out: impl AsRef<Path>,
-        overwrite: Overwrite,
-        progress: Progress<'_>,
+        options: &WriteOptions,
     ) -> Result<Converted, OfflineError> {
         let path = out.as_ref();
         let lacking = Lacking::new(self.reader());
-        let write = |progress| {
+        let write = || {
             self.check_disks()?;
             let source = Source {
                 memory: match target {
@@ -251,9 +248,9 @@ impl CheckpointFile {
                 page_size: self.reader().info().page_size,
                 beside: Beside::of_checkpoint(self.reader(), self.path())?,
             };
-            source.write(target, Output { path, overwrite }, progress)
+            source.write(target, Output { path, options })
         };
-        let disk_bytes = self.blamed(write(progress))?;
+        let disk_bytes = self.blamed(write())?;
         let mut notes = match target {
             Target::Kdump(_) | Target::Xl(_) => self.lacks_still(),
             _ => self.notes(),
@@ -329,26 +326,15 @@ impl Source<'_> {
     }
 
     /// Returns what the new file takes on disk, in bytes.
-    fn write(
-        self,
-        target: &Target,
-        out: Output<'_>,
-        progress: Progress<'_>,
-    ) -> Result<u64, OfflineError> {
+    fn write(self, target: &Target, out: Output<'_>) -> Result<u64, OfflineError> {
         match target {
-            Target::Raw => self.write_raw(out, progress),
-            Target::Elf => self.write_elf(out, progress),
-            Target::Kdump(how) => self.write_kdump(*how, out, progress),
-            Target::Checkpoint => self.write_checkpoint(out, progress),
-            Target::Xl(template) => self.write_xl(template.as_ref(), out, progress),
-            Target::MappedRam => {
-                Ok(self
-                    .migration()?
-                    .to_mapped_ram(out.path, out.overwrite, progress)?)
-            }
-            Target::Stream => Ok(self
-                .migration()?
-                .to_stream(out.path, out.overwrite, progress)?),
+            Target::Raw => self.write_raw(out),
+            Target::Elf => self.write_elf(out),
+            Target::Kdump(how) => self.write_kdump(*how, out),
+            Target::Checkpoint => self.write_checkpoint(out),
+            Target::Xl(template) => self.write_xl(template.as_ref(), out),
+            Target::MappedRam => Ok(self.migration()?.to_mapped_ram(out.path, out.options)?),
+            Target::Stream => Ok(self.migration()?.to_stream(out.path, out.options)?),
         }
     }
 
@@ -360,21 +346,21 @@ impl Source<'_> {
         }
     }
 
-    fn write_raw(&self, out: Output<'_>, progress: Progress<'_>) -> Result<u64, OfflineError> {
+    fn write_raw(&self, out: Output<'_>) -> Result<u64, OfflineError> {
         let layout = self.memory.layout();
-        let file = DumpFile::raw(out.path, layout, out.overwrite, &self.files())?;
-        file.copy(self.memory, progress)?;
+        let file = DumpFile::raw(out.path, layout, &self.files(), out.options)?;
+        file.copy(self.memory)?;
         self.check_unchanged()?;
         Ok(file.finish()?)
     }
 
-    fn write_elf(&self, out: Output<'_>, progress: Progress<'_>) -> Result<u64, OfflineError> {
+    fn write_elf(&self, out: Output<'_>) -> Result<u64, OfflineError> {
         let mut notes = CoreNotes::new(named_machine(self.machine));
         notes.notes.clone_from(&self.beside.notes);
         notes.vmcoreinfo.clone_from(&self.beside.vmcoreinfo);
         let layout = self.memory.layout();
-        let file = DumpFile::elf_core(out.path, layout, &notes, out.overwrite, &self.files())?;
-        file.copy(self.memory, progress)?;
+        let file = DumpFile::elf_core(out.path, layout, &notes, &self.files(), out.options)?;
+        file.copy(self.memory)?;
         self.check_unchanged()?;
         Ok(file.finish()?)
     }
@@ -383,17 +369,13 @@ impl Source<'_> {
         &self,
         compression: KdumpCompression,
         out: Output<'_>,
-        progress: Progress<'_>,
     ) -> Result<u64, OfflineError> {
-        let file = NewFile::create(out.path, out.overwrite, &self.files())?;
-        let options = KdumpOptions {
-            compression,
-            machine: Some(named_machine(self.machine)),
-            vmcoreinfo: self.beside.vmcoreinfo.as_deref(),
-            notes: self.beside.notes.as_deref(),
-            threads: None,
-        };
-        let written = write_kdump(self.memory, self.page_size, file.file(), &options, progress);
+        let file = NewFile::create(out.path, out.options.overwrite, &self.files())?;
+        let mut options = KdumpOptions::new(compression).machine(named_machine(self.machine));
+        options.vmcoreinfo = self.beside.vmcoreinfo.as_deref();
+        options.notes = self.beside.notes.as_deref();
+        options.progress.clone_from(&out.options.progress);
+        let written = write_kdump(self.memory, self.page_size, file.file(), &options);
         written.map_err(|source| DumpError::Kdump {
             path: out.path.to_owned(),
             source,
@@ -402,12 +384,8 @@ impl Source<'_> {
         Ok(file.finish()?)
     }
 
-    fn write_checkpoint(
-        self,
-        out: Output<'_>,
-        progress: Progress<'_>,
-    ) -> Result<u64, OfflineError> {
-        let file = NewFile::create(out.path, out.overwrite, &self.files())?;
+    fn write_checkpoint(self, out: Output<'_>) -> Result<u64, OfflineError> {
+        let file = NewFile::create(out.path, out.options.overwrite, &self.files())?;
         let (map, plan) = keep_everything(self.memory, self.page_size)?;
         let mut info = CheckpointInfo::new(self.memory.layout().clone(), self.page_size);
         // What the kernel in it tells is left out: of a guest that was looked into `save` makes
@@ -433,19 +411,15 @@ impl Source<'_> {
             plan: &plan,
             disks: OnDisks::NONE,
         };
-        let options = SaveOptions::new(Compression::ZSTD);
+        let mut options = SaveOptions::new(Compression::ZSTD);
+        options.progress.clone_from(&out.options.progress);
         let of = self.of;
-        contents.write(file.file(), out.path, options, progress)?;
+        contents.write(file.file(), out.path, options)?;
         of.check_unchanged()?;
         Ok(file.finish()?)
     }
 
-    fn write_xl(
-        &self,
-        template: Option<&Template>,
-        out: Output<'_>,
-        progress: Progress<'_>,
-    ) -> Result<u64, OfflineError> {
+    fn write_xl(&self, template: Option<&Template>, out: Output<'_>) -> Result<u64, OfflineError> {
         let skeleton = match (template, self.of) {
             (Some(template), _) => {
                 let skeleton = skeleton_of(&template.image, &template.path)?;
@@ -461,14 +435,7 @@ impl Source<'_> {
         };
         let mut files = self.files();
         files.extend(template.iter().flat_map(|template| template.image.files()));
-        let written = skeleton.write(
-            self.memory,
-            &left_out,
-            out.path,
-            out.overwrite,
-            &files,
-            progress,
-        );
+        let written = skeleton.write(self.memory, &left_out, out.path, &files, out.options);
         Ok(written?)
     }
 }

@@ -5,8 +5,10 @@ use crate::checkpoint_file::CheckpointFile;
 use crate::disk_options::{RestoreDisks, pinned};
 use crate::error::OfflineError;
 use crate::save::CheckpointOptions;
-use sonicshot::checkpoint::{DiskFinder, DiskGuesses, DiskInfo, DiskOffset, DiskSource};
-use sonicshot::{GuestMemory, PageClass, PageMap, PageSize, Pfn, Progress, PrunePlan};
+use sonicshot::checkpoint::{
+    DiskFinder, DiskGuesses, DiskInfo, DiskOffset, DiskSource, SaveOptions,
+};
+use sonicshot::{GuestMemory, PageClass, PageMap, PageSize, Pfn, PrunePlan, WorkOptions};
 use sonicshot_dump::{DiskImage, Dump};
 use sonicshot_vmi::FilePlaces;
 use std::collections::HashMap;
@@ -72,7 +74,6 @@ impl<'a> SaveDisks<'a> {
     pub(crate) fn find(
         what: &Searched<'_>,
         options: &'a CheckpointOptions,
-        progress: Progress<'_>,
     ) -> Result<Self, OfflineError> {
         let mut found = Self {
             infos: Vec::new(),
@@ -103,7 +104,7 @@ impl<'a> SaveDisks<'a> {
         found.guesses = if options.scan_disks || search.is_too_little() {
             let bytes = found.infos.iter().map(|disk| disk.bytes);
             search.streamed = Some(bytes.fold(0, u64::saturating_add));
-            found.stream(what, told, options, progress)?
+            found.stream(what, told, &options.writing)?
         } else {
             DiskGuesses::of_frames(told, page_size)
         };
@@ -117,15 +118,17 @@ impl<'a> SaveDisks<'a> {
         &self,
         what: &Searched<'_>,
         told: Vec<Place>,
-        options: &CheckpointOptions,
-        progress: Progress<'_>,
+        options: &SaveOptions,
     ) -> Result<DiskGuesses, OfflineError> {
-        let threads = options.writing.threads;
+        let threads = options.threads;
         let failed = OfflineError::disks();
         let likely = DiskFinder::LIKELY;
         let finder = DiskFinder::new(what.dump, what.map, what.plan, likely, threads);
         let finder = finder.map_err(&failed)?;
-        let guesses = finder.stream(&self.infos, &self.sources, threads, progress);
+        let mut work = WorkOptions::new();
+        work.threads = threads;
+        work.progress.clone_from(&options.progress);
+        let guesses = finder.stream(&self.infos, &self.sources, &work);
         let guesses = guesses.map_err(&failed)?;
         if told.is_empty() {
             return Ok(guesses);
@@ -215,8 +218,8 @@ impl CheckpointFile {
     ///
     /// # Errors
     /// [`OfflineError::Checkpoint`] with the first that is not.
-    pub fn verify_disks(&self, progress: Progress<'_>) -> Result<u64, OfflineError> {
-        let checked = self.reader().verify_disks(progress);
+    pub fn verify_disks(&self, options: &WorkOptions) -> Result<u64, OfflineError> {
+        let checked = self.reader().verify_disks(options);
         self.blamed(checked.map_err(OfflineError::checkpoint(self.path())))
     }
 }

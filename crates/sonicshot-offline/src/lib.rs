@@ -3,12 +3,12 @@
 //!
 //! ```no_run
 //! use sonicshot::ClassSet;
-//! use sonicshot_offline::{AnalyzeOptions, OpenOptions, Overwrite, Snapshot};
+//! use sonicshot_offline::{AnalyzeOptions, OpenOptions, PruneOptions, Snapshot};
 //!
 //! let snapshot = Snapshot::open("guest.raw", &OpenOptions::new())?;
 //! let guest = snapshot.analyze(&AnalyzeOptions::new())?;
 //! let plan = guest.plan(ClassSet::DEFAULT_DROP)?;
-//! let stats = plan.prune_to("pruned.raw", Overwrite::Refuse, &mut |_, _| {})?;
+//! let stats = plan.prune_to("pruned.raw", &PruneOptions::new())?;
 //! println!("Linux {}: {} bytes less", guest.facts().release, stats.dropped_bytes);
 //! # Ok::<(), sonicshot_offline::OfflineError>(())
 //! ```
@@ -65,6 +65,6 @@ pub use save::{CheckpointOptions, Saved, Whole};
 pub use snapshot::Snapshot;
 pub use sonicshot_dump::{
     DumpFormat, Incomplete, KdumpCompression, LayoutSpec, Overwrite, PruneOptions, PruneStats,
-    ShareOptions, ShareStats,
+    ShareOptions, ShareStats, WriteOptions,
 };
 pub use text::ByteSize;

@@ -2,8 +2,8 @@
 
 use crate::analyze::{Analyzed, Savings};
 use crate::error::OfflineError;
-use sonicshot::{ClassSet, PageSize, Progress, PrunePlan};
-use sonicshot_dump::{CheckedPlan, NewFolder, Overwrite, PruneOptions, PruneStats};
+use sonicshot::{ClassSet, PageSize, PrunePlan};
+use sonicshot_dump::{CheckedPlan, NewFolder, PruneOptions, PruneStats};
 use std::io::Write;
 use std::path::Path;
 
@@ -141,16 +141,15 @@ impl<'a> Plan<'a> {
     pub fn prune_to(
         &self,
         out: impl AsRef<Path>,
-        overwrite: Overwrite,
-        progress: Progress<'_>,
+        options: &PruneOptions,
     ) -> Result<PruneStats, OfflineError> {
         let files = self.analyzed.files();
         let plan = self.checked()?;
         if files.folder().is_none() {
-            return Ok(plan.prune_to(out.as_ref(), overwrite, progress)?);
+            return Ok(plan.prune_to(out.as_ref(), options)?);
         }
-        let folder = NewFolder::create(out.as_ref(), overwrite, files)?;
-        let stats = folder.write_memory(&plan, progress)?;
+        let folder = NewFolder::create(out.as_ref(), options.overwrite, files)?;
+        let stats = folder.write_memory(&plan, options)?;
         folder.finish()?;
         Ok(stats)
     }
@@ -160,12 +159,8 @@ impl<'a> Plan<'a> {
     /// # Errors
     /// [`OfflineError::Dump`]: a process has the file open for writing, it was changed since it was
     /// read, its format or file system has no holes, or the VMM would not read them as zero.
-    pub fn prune_in_place(
-        &self,
-        options: &PruneOptions,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, OfflineError> {
-        Ok(self.checked()?.prune_in_place_with(options, progress)?)
+    pub fn prune_in_place(&self, options: &PruneOptions) -> Result<PruneStats, OfflineError> {
+        Ok(self.checked()?.prune_in_place(options)?)
     }
 
     /// What [`prune_in_place`](Self::prune_in_place) would come to. Nothing is changed.
@@ -183,9 +178,9 @@ impl<'a> Plan<'a> {
     pub fn prune_to_writer(
         &self,
         out: impl Write,
-        progress: Progress<'_>,
+        options: &PruneOptions,
     ) -> Result<PruneStats, OfflineError> {
-        Ok(self.checked()?.prune_to_writer(out, progress)?)
+        Ok(self.checked()?.prune_to_writer(out, options)?)
     }
 
     /// The plan with every guard behind it, which refuse what cannot be pruned at all.

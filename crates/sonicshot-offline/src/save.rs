@@ -12,7 +12,7 @@ use crate::whole::{absent_bytes, filled, keep_everything, without_p2m};
 use sonicshot::checkpoint::{
     CheckpointInfo, CheckpointWriter, DiskHash, OnDisks, SaveOptions, SaveStats,
 };
-use sonicshot::{GuestMemory, PageMap, Progress, PrunePlan};
+use sonicshot::{GuestMemory, PageMap, PrunePlan};
 use sonicshot_dump::{DiskImage, Dump, NewFile, Overwrite};
 use sonicshot_vmi::{FilePlaces, Knowledge};
 use std::fs::File;
@@ -23,8 +23,10 @@ use std::path::Path;
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct CheckpointOptions {
-    /// How page data is stored.
+    /// How page data is stored, and who is told how far it is.
     pub writing: SaveOptions,
+    /// Whether a file that exists is replaced.
+    pub overwrite: Overwrite,
     /// The VMM that ran the guest.
     pub vmm: Option<String>,
     /// The hash that is kept of pages on disks.
@@ -42,6 +44,7 @@ impl CheckpointOptions {
     pub fn new(writing: SaveOptions) -> Self {
         Self {
             writing,
+            overwrite: Overwrite::Refuse,
             vmm: None,
             disk_hash: DiskHash::default(),
             scan_disks: false,
@@ -64,6 +67,27 @@ impl CheckpointOptions {
     ) -> Result<Self, OfflineError> {
         self.disks.push((name.into(), DiskImage::open(path)?));
         Ok(self)
+    }
+
+    /// Says whether a file that exists is replaced.
+    #[must_use]
+    pub fn overwrite(mut self, overwrite: Overwrite) -> Self {
+        self.overwrite = overwrite;
+        self
+    }
+
+    /// Says which hash is kept of pages on disks.
+    #[must_use]
+    pub fn disk_hash(mut self, hash: DiskHash) -> Self {
+        self.disk_hash = hash;
+        self
+    }
+
+    /// Says whether the disks are looked through from end to end.
+    #[must_use]
+    pub fn scan_disks(mut self, all: bool) -> Self {
+        self.scan_disks = all;
+        self
     }
 
     /// Notes the VMM that ran the guest.
@@ -171,12 +195,9 @@ macro_rules! saves {
         pub fn save(
             &self,
             out: impl AsRef<Path>,
-            overwrite: Overwrite,
             options: &CheckpointOptions,
-            progress: Progress<'_>,
         ) -> Result<Saved, OfflineError> {
-            self.source()?
-                .save(out.as_ref(), overwrite, options, progress)
+            self.source()?.save(out.as_ref(), options)
         }
 
         /// The same into a pipe. What is written is complete only if this returns without an error.
@@ -187,9 +208,8 @@ macro_rules! saves {
             &self,
             out: impl Write,
             options: &CheckpointOptions,
-            progress: Progress<'_>,
         ) -> Result<Saved, OfflineError> {
-            self.source()?.save_to_writer(out, options, progress)
+            self.source()?.save_to_writer(out, options)
         }
     };
 }
@@ -265,20 +285,14 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    fn save(
-        self,
-        path: &Path,
-        overwrite: Overwrite,
-        options: &CheckpointOptions,
-        progress: Progress<'_>,
-    ) -> Result<Saved, OfflineError> {
+    fn save(self, path: &Path, options: &CheckpointOptions) -> Result<Saved, OfflineError> {
         // What is put in beside the memory may be for fewer eyes.
         let mut inputs = self.dump.files();
         inputs.extend(options.blobs.iter().map(|(_, file)| file));
         inputs.extend(options.disks.iter().flat_map(|(_, disk)| disk.files()));
-        let out = NewFile::create(path, overwrite, &inputs)?;
+        let out = NewFile::create(path, options.overwrite, &inputs)?;
         let dump = self.dump;
-        let saved = self.write(out.file(), path, options, progress);
+        let saved = self.write(out.file(), path, options);
         let mut saved = saved.map_err(|error| blamed_on(dump, error))?;
         dump.check_unchanged()?;
         saved.disk_bytes = Some(out.finish()?);
@@ -289,10 +303,9 @@ impl Source<'_> {
         self,
         out: impl Write,
         options: &CheckpointOptions,
-        progress: Progress<'_>,
     ) -> Result<Saved, OfflineError> {
         let dump = self.dump;
-        let saved = self.write(out, Path::new("-"), options, progress);
+        let saved = self.write(out, Path::new("-"), options);
         let saved = saved.map_err(|error| blamed_on(dump, error))?;
         dump.check_unchanged()?;
         Ok(saved)
@@ -303,7 +316,6 @@ impl Source<'_> {
         out: impl Write,
         path: &Path,
         options: &CheckpointOptions,
-        progress: Progress<'_>,
     ) -> Result<Saved, OfflineError> {
         self.info.vmm.clone_from(&options.vmm);
         let beside = Beside {
@@ -316,7 +328,7 @@ impl Source<'_> {
             plan: self.plan,
             places: self.places,
         };
-        let disks = SaveDisks::find(&searched, options, progress)?;
+        let disks = SaveDisks::find(&searched, options)?;
         self.info.disks.clone_from(&disks.infos);
         let contents = Contents {
             info: &self.info,
@@ -330,7 +342,7 @@ impl Source<'_> {
                 guesses: &disks.guesses,
             },
         };
-        let stats = contents.write(out, path, options.writing.clone(), progress)?;
+        let stats = contents.write(out, path, options.writing.clone())?;
         options.check_disks_unchanged()?;
         self.notes.extend(without_p2m(self.dump));
         if self.info.for_analysis {
@@ -366,7 +378,6 @@ impl Contents<'_> {
         out: impl Write,
         path: &Path,
         options: SaveOptions,
-        progress: Progress<'_>,
     ) -> Result<SaveStats, OfflineError> {
         let failed = OfflineError::checkpoint(path);
         let mut writer = CheckpointWriter::new(out, self.info.clone(), options).map_err(&failed)?;
@@ -377,7 +388,7 @@ impl Contents<'_> {
             writer.blob(name, file).map_err(&failed)?;
         }
         let (map, plan) = (self.map, self.plan);
-        let written = writer.memory_on_disks(self.memory, map, plan, &self.disks, progress);
+        let written = writer.memory_on_disks(self.memory, map, plan, &self.disks);
         written.map_err(&failed)?;
         let (_, stats) = writer.finish().map_err(&failed)?;
         Ok(stats)

@@ -3,10 +3,7 @@
 use crate::disk_options::pinned;
 use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
-use sonicshot::Progress;
-use sonicshot_dump::{
-    DiskImage, Dump, DumpError, LayoutSpec, NewFolder, Overwrite, ShareOptions, ShareStats,
-};
+use sonicshot_dump::{DiskImage, Dump, DumpError, LayoutSpec, NewFolder, ShareOptions, ShareStats};
 use std::path::{Path, PathBuf};
 
 impl Snapshot {
@@ -21,11 +18,10 @@ impl Snapshot {
         &self,
         images: &[PathBuf],
         options: &ShareOptions,
-        progress: Progress<'_>,
     ) -> Result<ShareStats, OfflineError> {
         let images = opened(images)?;
         let dump = self.dump_to_share()?;
-        let shared = dump.share_in_place(&images, options, progress);
+        let shared = dump.share_in_place(&images, options);
         shared.map_err(|error| self.blame(error.into()))
     }
 
@@ -37,18 +33,16 @@ impl Snapshot {
     pub fn share_to(
         &self,
         out: impl AsRef<Path>,
-        overwrite: Overwrite,
         images: &[PathBuf],
         options: &ShareOptions,
-        progress: Progress<'_>,
     ) -> Result<ShareStats, OfflineError> {
         let images = opened(images)?;
         let dump = self.dump_to_share()?;
         if self.files().folder().is_none() {
-            return Ok(dump.share_to(out.as_ref(), overwrite, &images, options, progress)?);
+            return Ok(dump.share_to(out.as_ref(), &images, options)?);
         }
-        let folder = NewFolder::create(out.as_ref(), overwrite, self.files())?;
-        let stats = folder.share_memory(&dump, &images, options, progress)?;
+        let folder = NewFolder::create(out.as_ref(), options.overwrite, self.files())?;
+        let stats = folder.share_memory(&dump, &images, options)?;
         folder.finish()?;
         Ok(stats)
     }

@@ -4,11 +4,10 @@
 use crate::error::QemuError;
 use crate::qmp::{Qmp, Until, shortened};
 use serde_json::{Map, Value, json};
-use sonicshot::Progress;
-use sonicshot::checkpoint::{DiskFinder, DiskGuesses, DiskHash, DiskInfo, DiskSource};
+use sonicshot::WorkOptions;
+use sonicshot::checkpoint::{DiskFinder, DiskGuesses, DiskHash, DiskInfo, DiskSource, SaveOptions};
 use sonicshot::{GuestMemory, PageMap, PrunePlan};
 use sonicshot_dump::{DiskImage, DumpError};
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 const QUERY: &str = "query-block";
@@ -237,8 +236,8 @@ impl<'a> OnPinned<'a> {
         images: &'a [DiskImage],
         hash: DiskHash,
         (memory, map, plan): (&dyn GuestMemory, &PageMap, &PrunePlan),
-        threads: Option<NonZeroUsize>,
-        (path, progress): (&Path, Progress<'_>),
+        writing: &SaveOptions,
+        path: &Path,
     ) -> Result<Self, QemuError> {
         let mut found = Self {
             infos: Vec::new(),
@@ -253,9 +252,12 @@ impl<'a> OnPinned<'a> {
             return Ok(found);
         }
         let failed = QemuError::checkpoint(path);
-        let finder = DiskFinder::new(memory, map, plan, DiskFinder::LIKELY, threads);
+        let finder = DiskFinder::new(memory, map, plan, DiskFinder::LIKELY, writing.threads);
         let finder = finder.map_err(&failed)?;
-        let guesses = finder.stream(&found.infos, &found.sources, threads, progress);
+        let mut work = WorkOptions::new();
+        work.threads = writing.threads;
+        work.progress.clone_from(&writing.progress);
+        let guesses = finder.stream(&found.infos, &found.sources, &work);
         found.guesses = guesses.map_err(&failed)?;
         Ok(found)
     }

@@ -134,7 +134,6 @@ pub(crate) fn check(
     for_each(
         threads(None),
         kept(source),
-        &mut |_| {},
         Vec::new,
         |buffer: &mut Vec<u8>, found| {
             let found = found.map_err(QemuError::Pages)?;
@@ -207,7 +206,6 @@ pub(crate) fn make(
     for_each(
         threads(None),
         kept(source),
-        &mut |_| {},
         || (),
         |(), found| {
             let found = found.map_err(QemuError::Pages)?;
@@ -282,7 +280,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let out = file.try_clone().unwrap();
         let mut writer = CheckpointWriter::new(out, info, SaveOptions::default()).unwrap();
-        writer.memory(&memory, &map, &plan, &mut |_, _| {}).unwrap();
+        writer.memory(&memory, &map, &plan).unwrap();
         writer.finish().unwrap();
         let reader = CheckpointReader::new(file).unwrap();
         let source = CheckpointSource::new(reader, 0, Arc::default());

@@ -126,7 +126,6 @@ impl LiveMemory {
         for_each(
             threads,
             by_block(pages),
-            &mut |_| {},
             || (),
             |(), (block, pages)| {
                 if stopped.load(Ordering::Relaxed) || !go_on() {

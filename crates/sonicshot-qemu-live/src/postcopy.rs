@@ -647,7 +647,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let out = file.try_clone().unwrap();
         let mut writer = CheckpointWriter::new(out, info, SaveOptions::default()).unwrap();
-        writer.memory(&memory, &map, &plan, &mut |_, _| {}).unwrap();
+        writer.memory(&memory, &map, &plan).unwrap();
         writer.finish().unwrap();
         let reader = CheckpointReader::new(file).unwrap();
         let source = CheckpointSource::new(reader, 0, Arc::default());

@@ -319,7 +319,7 @@ mod tests {
         for (name, content) in blobs {
             writer.blob(name, *content).unwrap();
         }
-        writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+        writer.memory(&guest, &map, &plan).unwrap();
         writer.finish().unwrap();
         Kept::read(&CheckpointReader::open(file.path()).unwrap(), file.path())
     }

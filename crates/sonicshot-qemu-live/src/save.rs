@@ -17,7 +17,7 @@ use sonicshot::checkpoint::{
     CheckpointInfo, CheckpointWriter, DiskHash, OnDisks, SaveOptions, SaveStats,
 };
 use sonicshot::work::threads;
-use sonicshot::{DropClasses, GpaRange, GuestMemory, PageSize, Progress, PrunePlan, Stop};
+use sonicshot::{DropClasses, GpaRange, GuestMemory, PageSize, PrunePlan, Stop};
 use sonicshot_dump::{DiskImage, NewFile, Overwrite};
 use sonicshot_vmi::{Analysis, AnalysisOptions, GuestOptions, Note, VmiError, analyze};
 use std::fs::File;
@@ -56,7 +56,7 @@ pub enum AfterSave {
 pub struct LiveSaveOptions {
     /// The state that it is left in.
     pub after: AfterSave,
-    /// How the checkpoint is written.
+    /// How the checkpoint is written, and who is told how far it is.
     pub writing: SaveOptions,
     /// Whether a file that exists is replaced.
     pub overwrite: Overwrite,
@@ -164,12 +164,7 @@ pub struct LiveSaved {
 /// # Errors
 /// [`QemuError`]: QEMU cannot be reached or understood, the guest is not one that is saved or was
 /// not understood, it would have been paused for too long, or writing fails.
-pub fn save(
-    monitor: &Path,
-    path: &Path,
-    options: LiveSaveOptions,
-    progress: Progress<'_>,
-) -> Result<LiveSaved, QemuError> {
+pub fn save(monitor: &Path, path: &Path, options: LiveSaveOptions) -> Result<LiveSaved, QemuError> {
     let began = Instant::now();
     let out = NewFile::create_new(path, options.overwrite)?;
     let mut session = Session::open(monitor, options)?;
@@ -177,7 +172,7 @@ pub fn save(
     let paused = session.pause()?;
     let frozen = session.frozen(paused);
     let written = frozen.and_then(|frozen| {
-        let stats = frozen.write(&mut session, out.file(), path, progress)?;
+        let stats = frozen.write(&mut session, out.file(), path)?;
         out.finish()?;
         Ok((frozen, stats))
     });
@@ -625,7 +620,6 @@ impl Frozen {
         session: &mut Session,
         out: &File,
         path: &Path,
-        progress: Progress<'_>,
     ) -> Result<SaveStats, QemuError> {
         let images = session.disks.open(&mut session.qmp)?;
         let session = &*session;
@@ -635,8 +629,8 @@ impl Frozen {
             &images,
             session.options.disk_hash,
             (&session.memory, map, &self.plan),
-            session.options.writing.threads,
-            (path, progress),
+            &session.options.writing,
+            path,
         )?;
         let failed = QemuError::checkpoint(path);
         let facts = self.analysis.facts();
@@ -658,7 +652,7 @@ impl Frozen {
             guesses: &on_disks.guesses,
         };
         let memory = &session.memory;
-        let written = writer.memory_on_disks(memory, map, &self.plan, &disks, progress);
+        let written = writer.memory_on_disks(memory, map, &self.plan, &disks);
         written.map_err(&failed)?;
         let (_, stats) = writer.finish().map_err(&failed)?;
         images.iter().try_for_each(DiskImage::check_unchanged)?;

@@ -71,7 +71,7 @@ pub fn count_zero_pages(memory: &dyn GuestMemory, map: &PageMap) -> Result<u64, 
         })
     };
     let threads = of_these(threads(None));
-    for_each(threads, map.pieces(PIECE), &mut |_| {}, Vec::new, count)?;
+    for_each(threads, map.pieces(PIECE), Vec::new, count)?;
     Ok(zero.into_inner())
 }
 

@@ -12,6 +12,7 @@ use std::io::{self, PipeReader};
 use std::os::unix::process::CommandExt;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -45,6 +46,8 @@ pub struct SaveOptions {
     pub overwrite: Overwrite,
     /// Files with symbols and types of the guest's kernel, which need not be given.
     pub symbols: Vec<PathBuf>,
+    /// Whoever is told how far it is, in bytes of the image.
+    pub progress: Option<Arc<dyn Progress>>,
 }
 
 impl Default for SaveOptions {
@@ -54,7 +57,51 @@ impl Default for SaveOptions {
             compression: None,
             overwrite: Overwrite::Refuse,
             symbols: Vec::new(),
+            progress: None,
         }
+    }
+}
+
+impl SaveOptions {
+    /// The defaults.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Says in which state the domain is left.
+    #[must_use]
+    pub fn after(mut self, after: AfterSave) -> Self {
+        self.after = after;
+        self
+    }
+
+    /// Says how the image is compressed.
+    #[must_use]
+    pub fn compression(mut self, compression: ImageCompression) -> Self {
+        self.compression = Some(compression);
+        self
+    }
+
+    /// Says whether a file that exists is replaced.
+    #[must_use]
+    pub fn overwrite(mut self, overwrite: Overwrite) -> Self {
+        self.overwrite = overwrite;
+        self
+    }
+
+    /// Adds a file with symbols and types of the guest's kernel.
+    #[must_use]
+    pub fn symbols(mut self, path: impl AsRef<Path>) -> Self {
+        self.symbols.push(path.as_ref().to_owned());
+        self
+    }
+
+    /// Says who is told how far it is.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
+        self
     }
 }
 
@@ -115,12 +162,7 @@ pub struct Saved {
 /// # Errors
 /// [`LiveError`]: Xen or `xl` refuse, there is a file of this name, or writing fails. A guest that
 /// cannot be looked at is none: it is saved in full.
-pub fn save(
-    name: &str,
-    path: &Path,
-    options: &SaveOptions,
-    progress: Progress<'_>,
-) -> Result<Saved, LiveError> {
+pub fn save(name: &str, path: &Path, options: &SaveOptions) -> Result<Saved, LiveError> {
     let started = Instant::now();
     let xen = Xen::open()?;
     let domain = DomainId::find(name)?;
@@ -132,8 +174,10 @@ pub fn save(
         path,
         expected: AtomicU64::new(0),
     };
-    let (looked, packed, watcher) =
-        watched(out.file(), &work.expected, progress, || work.write(&out))?;
+    let written = watched(out.file(), &work.expected, &options.progress, || {
+        work.write(&out)
+    });
+    let (looked, packed, watcher) = written?;
     let file_bytes = out.file().metadata().map_or(0, |file| file.len());
     // The domain stays paused until the image is on the disk and has its name.
     let finished = packed
@@ -167,7 +211,7 @@ pub fn save(
 fn watched<T: Send>(
     file: &File,
     expected: &AtomicU64,
-    progress: Progress<'_>,
+    progress: &dyn Progress,
     work: impl FnOnce() -> T + Send,
 ) -> T {
     let watching = thread::current();
@@ -180,7 +224,7 @@ fn watched<T: Send>(
         while !working.is_finished() {
             match expected.load(Ordering::Relaxed) {
                 0 => {}
-                total => progress(file.metadata().map_or(0, |file| file.len()), total),
+                total => progress.tell(file.metadata().map_or(0, |file| file.len()), total),
             }
             thread::park_timeout(EVERY);
         }

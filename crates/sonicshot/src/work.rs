@@ -1,9 +1,9 @@
-//! Work that takes long: told of while it goes on, and done on several threads.
+//! Work that is done on several threads.
 //!
 //! | | |
 //! |---|---|
-//! | [`Progress`] | who is told how far it is |
 //! | [`for_each`] | many things, in no order: what each gives it puts where it belongs |
+//! | [`for_each_told`] | the same, told of while it goes on |
 //! | [`map_in_order`] | many things, whose results are wanted one after the other |
 //! | [`with_pool`] | jobs of several kinds, handed over as they come up |
 //!
@@ -19,10 +19,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvError, TryRecvError, sync_channel};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-/// Told how far the work is: how much is done, of how much. Of guest memory and of files both are
-/// bytes.
-pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
-
 /// The most threads that anything here uses.
 pub const MAX_THREADS: usize = 256;
 
@@ -37,8 +33,7 @@ pub fn threads(wanted: Option<NonZeroUsize>) -> NonZeroUsize {
         .min(ALL)
 }
 
-/// Does `each` with every item, on `threads` threads of which the caller's is one. `done` is told
-/// there how many items were begun, so that it can tell somebody else.
+/// Does `each` with every item, on `threads` threads of which the caller's is one.
 ///
 /// Each thread has a state of its own (a buffer, a decompressor), made by `state`.
 ///
@@ -46,7 +41,7 @@ pub fn threads(wanted: Option<NonZeroUsize>) -> NonZeroUsize {
 /// use sonicshot::work::{for_each, threads};
 /// use std::sync::atomic::{AtomicU64, Ordering};
 /// let sum = AtomicU64::new(0);
-/// for_each(threads(None), 0..100_u64, &mut |_| {}, || (), |(), n| {
+/// for_each(threads(None), 0..100_u64, || (), |(), n| {
 ///     sum.fetch_add(n, Ordering::Relaxed);
 ///     Ok::<_, std::io::Error>(())
 /// })?;
@@ -56,16 +51,26 @@ pub fn threads(wanted: Option<NonZeroUsize>) -> NonZeroUsize {
 ///
 /// # Errors
 /// The error of the first item, in their order, that has one; those behind it may be left out.
-pub fn for_each<T, S, E>(
+pub fn for_each<T, S, E: Send>(
     threads: NonZeroUsize,
     items: impl IntoIterator<Item = T, IntoIter: Send>,
-    done: &mut dyn FnMut(u64),
     state: impl Fn() -> S + Sync,
     each: impl Fn(&mut S, T) -> Result<(), E> + Sync,
-) -> Result<(), E>
-where
-    E: Send,
-{
+) -> Result<(), E> {
+    for_each_told(threads, items, |_| {}, state, each)
+}
+
+/// The same; `done` is told, on the caller's thread, how many items were begun.
+///
+/// # Errors
+/// As [`for_each`].
+pub fn for_each_told<T, S, E: Send>(
+    threads: NonZeroUsize,
+    items: impl IntoIterator<Item = T, IntoIter: Send>,
+    mut done: impl FnMut(u64),
+    state: impl Fn() -> S + Sync,
+    each: impl Fn(&mut S, T) -> Result<(), E> + Sync,
+) -> Result<(), E> {
     // An item is only taken while none has failed. So each before one that fails is done too, and
     // the first that fails is the same with any number of threads.
     let failed = AtomicBool::new(false);
@@ -92,7 +97,7 @@ where
         let others: Vec<_> = (1..threads.get())
             .map(|_| scope.spawn(|| run(&mut |_| {})))
             .collect();
-        let mut first = run(done).err();
+        let mut first = run(&mut done).err();
         for other in others {
             // A thread that panicked has a bug; its panic goes on here.
             let theirs = other.join().unwrap_or_else(|panic| resume_unwind(panic));
@@ -314,7 +319,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use super::{MAX_THREADS, for_each, map_in_order, threads, with_pool};
+    use super::{MAX_THREADS, for_each, for_each_told, map_in_order, threads, with_pool};
     use core::num::NonZeroUsize;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::Mutex;
@@ -337,10 +342,10 @@ mod tests {
         for count in [1, 2, 4, 16] {
             let seen = Mutex::new(Vec::new());
             let mut told = Vec::new();
-            for_each(
+            for_each_told(
                 n(count),
                 0..500,
-                &mut |n| told.push(n),
+                |n| told.push(n),
                 || (),
                 |(), n| {
                     seen.lock().unwrap().push(n);
@@ -356,7 +361,6 @@ mod tests {
                 let error = for_each(
                     n(count),
                     0..500_u32,
-                    &mut |_| {},
                     || (),
                     |(), n| {
                         // The first of them comes last.
@@ -442,7 +446,7 @@ mod tests {
                 assert!(n != 5, "a bug");
                 Ok::<_, ()>(())
             };
-            let _ = for_each(n(2), 0..9, &mut |_| {}, || (), bug);
+            let _ = for_each(n(2), 0..9, || (), bug);
         };
         let body: Run<'_> = &|| with_pool(n(2), &|| (), |_| panic!("a bug"));
         for run in [pool, map, each, body] {

@@ -16,6 +16,7 @@ use sonicshot_offline::OfflineError;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// The blob that other readers of checkpoints look for.
@@ -49,7 +50,7 @@ pub(crate) fn save(args: &SaveArgs, domain: Domain) -> Result<(), CliError> {
         blobs: &blobs,
     };
     let phase = Phase::begin("saving", args.json);
-    let (stats, file) = source.write(&mut phase.shown())?;
+    let (stats, file) = source.write(phase.shown())?;
     std::mem::drop(phase);
     // The file is worth keeping also if the guest does not run on.
     let resumed = Look::resume(look.guest, look.since);
@@ -108,7 +109,7 @@ struct Source<'a> {
 
 impl Source<'_> {
     /// To a file that has no name yet, or to standard output.
-    fn write(&self, progress: Progress<'_>) -> Result<(SaveStats, Option<NewFile>), CliError> {
+    fn write(&self, progress: Arc<dyn Progress>) -> Result<(SaveStats, Option<NewFile>), CliError> {
         if self.args.to_stdout() {
             let stats = self.write_to(io::stdout().lock(), Path::new("-"), progress)?;
             return Ok((stats, None));
@@ -123,7 +124,7 @@ impl Source<'_> {
         &self,
         out: impl Write,
         path: &Path,
-        progress: Progress<'_>,
+        progress: Arc<dyn Progress>,
     ) -> Result<SaveStats, CliError> {
         let failed = |source| OfflineError::Checkpoint {
             path: path.to_owned(),
@@ -138,7 +139,7 @@ impl Source<'_> {
         info.for_analysis =
             self.args.for_analysis && self.plan.used_by_guest(analysis.pages()).is_some();
         info.vmm.clone_from(&self.args.vmm);
-        let writing = writing(self.args);
+        let writing = writing(self.args).progress(progress);
         let mut writer = CheckpointWriter::new(out, info, writing).map_err(failed)?;
         if let Some(text) = &facts.vmcoreinfo {
             writer.blob(VMCOREINFO, text.as_bytes()).map_err(failed)?;
@@ -146,7 +147,7 @@ impl Source<'_> {
         for (name, file) in self.blobs {
             writer.blob(name, file).map_err(failed)?;
         }
-        let written = writer.memory(&self.look.guest, analysis.pages(), self.plan, progress);
+        let written = writer.memory(&self.look.guest, analysis.pages(), self.plan);
         written.map_err(failed)?;
         let (_, stats) = writer.finish().map_err(failed)?;
         Ok(stats)

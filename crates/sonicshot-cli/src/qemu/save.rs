@@ -35,8 +35,8 @@ pub(crate) fn save(args: &QemuSaveArgs) -> Result<(), CliError> {
         .collect();
     options.disk_hash = args.hash;
     let phase = Phase::begin("saving", args.json);
-    let mut progress = phase.shown();
-    let saved = sonicshot_qemu_live::save(&args.qmp, &args.output, options, &mut progress);
+    options.writing.progress = Some(phase.shown());
+    let saved = sonicshot_qemu_live::save(&args.qmp, &args.output, options);
     drop(phase);
     let saved = saved?;
     if args.json {

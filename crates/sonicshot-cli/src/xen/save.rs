@@ -24,8 +24,8 @@ pub(crate) fn save(args: &XenSaveArgs) -> Result<(), CliError> {
     options.overwrite = overwrite(args.force);
     options.symbols.clone_from(&args.symbols);
     let phase = Phase::begin("saving", args.json);
-    let mut progress = phase.shown();
-    let saved = sonicshot_xen_live::save(&args.domain, &args.file, &options, &mut progress);
+    options.progress = Some(phase.shown());
+    let saved = sonicshot_xen_live::save(&args.domain, &args.file, &options);
     drop(phase);
     let outcome = Outcome::of(saved?);
     if args.json {

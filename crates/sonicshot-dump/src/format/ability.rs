@@ -17,7 +17,7 @@ pub(crate) struct Copying<'a> {
     pub given_up: &'a PrunePlan,
     pub output: &'a Output,
     pub stats: &'a mut PruneStats,
-    pub progress: Progress<'a>,
+    pub progress: &'a dyn Progress,
 }
 
 /// Can be written again without the dropped pages.

@@ -368,7 +368,8 @@ impl InPlace for CrosvmDump {
 mod tests {
     use super::{KIND, METADATA, parse};
     use crate::{
-        CheckedPlan, Dump, DumpError, NewFolder, Overwrite, PruneStats, SnapshotFiles, Vmm,
+        CheckedPlan, Dump, DumpError, NewFolder, Overwrite, PruneOptions, PruneStats,
+        SnapshotFiles, Vmm,
     };
     use proptest::prelude::*;
     use serde_json::{Value, json};
@@ -458,11 +459,10 @@ mod tests {
         let plan = CheckedPlan::of(&dump, plan);
         let other = TempDir::new().unwrap();
         let out = other.path().join("mem");
-        let options = crate::PruneOptions::new().min_hole(0);
-        plan.prune_to(&out, Overwrite::Refuse, &mut |_, _| {})
-            .unwrap();
+        let options = PruneOptions::new().min_hole(0);
+        plan.prune_to(&out, &options).unwrap();
         fs::copy(path.with_file_name(METADATA), out.with_file_name(METADATA)).unwrap();
-        plan.prune_in_place_with(&options, &mut |_, _| {}).unwrap();
+        plan.prune_in_place(&options).unwrap();
         for path in [path, out] {
             assert_eq!(fs::metadata(&path).unwrap().len(), 0x4000);
             let want = [(0, 1), (1, 0), (2, 0), (3, 0), (0x100, 0), (0x101, 4)];
@@ -512,7 +512,7 @@ mod tests {
         );
         let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Any);
         let folder = NewFolder::create(out, overwrite, &files)?;
-        let stats = folder.write_memory(&CheckedPlan::of(&dump, plan), &mut |_, _| {})?;
+        let stats = folder.write_memory(&CheckedPlan::of(&dump, plan), &PruneOptions::new())?;
         folder.finish()?;
         Ok(stats)
     }

@@ -80,15 +80,11 @@ impl ByCopy for Diff {
         let sized = output.file().set_len(len);
         sized.map_err(DumpError::io("writing", output.path()))?;
         let total = Tally::new(len).without(goes.dropped_bytes()).get();
-        let mut before = 0_u64;
+        let mut before = Tally::ZERO;
         for in_diff in [false, true] {
-            let mut done = before;
-            let mut shown = |here: u64, _: u64| {
-                done = Tally::new(before).and(here).get();
-                (work.progress)(done, total);
-            };
+            let shown = move |here: u64, _: u64| work.progress.tell(before.and(here).get(), total);
             let source = overlay.source(in_diff);
-            let mut copier = Copier::new(source, output, total, &mut shown);
+            let mut copier = Copier::new(source, output, total, &shown);
             for extent in source.extents() {
                 for piece in overlay.parts(extent.guest).filter(|p| p.in_diff == in_diff) {
                     for kept in goes.kept_in(piece.guest) {
@@ -107,7 +103,7 @@ impl ByCopy for Diff {
                     }
                 }
             }
-            before = done;
+            before.add(copier.done());
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use crate::DumpError;
 use crate::format::elf_core::wire::{self, PT_LOAD, PT_NOTE, Segment};
 use crate::format::notes::note;
-use crate::output::{Output, Overwrite, Ready, Target};
+use crate::output::{Output, Overwrite, Ready, Target, WriteOptions};
 use sonicshot::checkpoint::{CheckpointError, FillWith, RestoreTarget};
 use sonicshot::file::write_sparse_at;
 use sonicshot::{
@@ -12,6 +12,7 @@ use sonicshot::{
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Guest memory is copied in pieces of this many bytes.
 const COPY: u64 = 1 << 20;
@@ -25,6 +26,7 @@ pub struct DumpFile {
     layout: RamLayout,
     /// Each region, and where its bytes begin in the file.
     places: Vec<(GpaRange, FileOffset)>,
+    progress: Option<Arc<dyn Progress>>,
 }
 
 /// Where the regions of a layout are in a file.
@@ -94,11 +96,11 @@ impl DumpFile {
     pub fn raw(
         path: &Path,
         layout: &RamLayout,
-        overwrite: Overwrite,
         inputs: &[&File],
+        options: &WriteOptions,
     ) -> Result<Self, DumpError> {
         let places = Places::new(path, layout, FileOffset::ZERO, 1)?;
-        Self::create(path, layout, overwrite, inputs, places, &[])
+        Self::create(path, layout, inputs, options, places, &[])
     }
 
     /// An ELF core: a segment for each region.
@@ -109,8 +111,8 @@ impl DumpFile {
         path: &Path,
         layout: &RamLayout,
         notes: &CoreNotes,
-        overwrite: Overwrite,
         inputs: &[&File],
+        options: &WriteOptions,
     ) -> Result<Self, DumpError> {
         let text = match (&notes.notes, &notes.vmcoreinfo) {
             (Some(notes), _) => notes.clone(),
@@ -151,18 +153,18 @@ impl DumpFile {
         }
         let mut head = wire::headers(notes.machine, &segments).ok_or_else(many)?;
         head.extend(text);
-        Self::create(path, layout, overwrite, inputs, places, &head)
+        Self::create(path, layout, inputs, options, places, &head)
     }
 
     fn create(
         path: &Path,
         layout: &RamLayout,
-        overwrite: Overwrite,
         inputs: &[&File],
+        options: &WriteOptions,
         places: Places,
         head: &[u8],
     ) -> Result<Self, DumpError> {
-        let output = Output::create(Target::new(path, overwrite), inputs)?;
+        let output = Output::create(Target::new(path, options.overwrite), inputs)?;
         let writing = || DumpError::io("writing", path);
         output.file().set_len(places.end.raw()).map_err(writing())?;
         output.file().write_all_at(head, 0).map_err(writing())?;
@@ -170,6 +172,7 @@ impl DumpFile {
             output,
             layout: layout.clone(),
             places: places.list,
+            progress: options.progress.clone(),
         })
     }
 
@@ -211,7 +214,7 @@ impl DumpFile {
     ///
     /// # Errors
     /// [`DumpError`] if it cannot be read or written.
-    pub fn copy(&self, memory: &dyn GuestMemory, progress: Progress<'_>) -> Result<(), DumpError> {
+    pub fn copy(&self, memory: &dyn GuestMemory) -> Result<(), DumpError> {
         let total = self.layout.bytes();
         let mut done = Tally::ZERO;
         let mut buffer = Vec::new();
@@ -227,7 +230,7 @@ impl DumpFile {
                     self.copy_part(memory, part, &mut buffer)?;
                     from = end;
                     if let Some(inside) = from.offset_from(region.start()) {
-                        progress(done.and(inside).get(), total);
+                        self.progress.tell(done.and(inside).get(), total);
                     }
                 }
                 at = data.end();
@@ -236,7 +239,7 @@ impl DumpFile {
                 }
             }
             done.add(region.len());
-            progress(done.get(), total);
+            self.progress.tell(done.get(), total);
         }
         Ok(())
     }

@@ -6,14 +6,15 @@ use crate::output::{
 };
 use crate::snapshot::check_is_file;
 use crate::{
-    DiskImage, Dump, DumpError, Overwrite, PruneStats, ShareOptions, ShareStats, SnapshotFiles,
+    DiskImage, Dump, DumpError, Overwrite, PruneOptions, PruneStats, ShareOptions, ShareStats,
+    SnapshotFiles,
 };
 use rustix::fs::{
     Mode, OFlags, RenameFlags, SeekFrom, copy_file_range, mkdirat, openat, renameat_with, seek,
 };
 use rustix::io::{Errno, retry_on_intr};
 use rustix::process::geteuid;
-use sonicshot::{FileOffset, FileRange, FileStamp, Progress};
+use sonicshot::{FileOffset, FileRange, FileStamp};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
@@ -143,21 +144,22 @@ impl NewFolder {
         })
     }
 
-    /// Writes the memory, without the pages that go.
+    /// Writes the memory, without the pages that go. Whether the folder replaces another was said
+    /// before.
     ///
     /// # Errors
     /// As [`CheckedPlan::prune_to`].
     pub fn write_memory(
         &self,
         plan: &CheckedPlan<'_>,
-        progress: Progress<'_>,
+        options: &PruneOptions,
     ) -> Result<PruneStats, DumpError> {
         let target = Target {
             path: &self.path.join(&self.memory),
             overwrite: Overwrite::Refuse,
             folder: Some(&self.folder),
         };
-        plan.prune_at(target, progress)
+        plan.prune_at(target, &options.progress)
     }
 
     /// Writes the memory, which shares blocks with the images of the guest's disks: as
@@ -170,14 +172,13 @@ impl NewFolder {
         dump: &Dump,
         disks: &[DiskImage],
         options: &ShareOptions,
-        progress: Progress<'_>,
     ) -> Result<ShareStats, DumpError> {
         let target = Target {
             path: &self.path.join(&self.memory),
             overwrite: Overwrite::Refuse,
             folder: Some(&self.folder),
         };
-        dump.share_at(target, disks, options, progress)
+        dump.share_at(target, disks, options)
     }
 
     /// Makes the folder durable and gives it its name.

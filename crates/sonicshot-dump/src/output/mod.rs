@@ -34,7 +34,7 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, retry_on_intr};
 use rustix::process::geteuid;
-use sonicshot::{FileId, FileStamp};
+use sonicshot::{FileId, FileStamp, Progress};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
@@ -42,6 +42,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tempfile::{Builder, NamedTempFile};
 
 /// Whether an existing output may be replaced.
@@ -52,6 +53,41 @@ pub enum Overwrite {
     Refuse,
     /// It is replaced, at the very end.
     Replace,
+}
+
+/// Options for a new file; by default one that exists is an error, and nobody is told how far it is.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct WriteOptions {
+    /// Whether a file that exists is replaced.
+    pub overwrite: Overwrite,
+    /// Whoever is told how far it is, in bytes.
+    pub progress: Option<Arc<dyn Progress>>,
+}
+
+impl WriteOptions {
+    /// The defaults.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            overwrite: Overwrite::Refuse,
+            progress: None,
+        }
+    }
+
+    /// Says whether a file that exists is replaced.
+    #[must_use]
+    pub fn overwrite(mut self, overwrite: Overwrite) -> Self {
+        self.overwrite = overwrite;
+        self
+    }
+
+    /// Says who is told how far it is.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
+        self
+    }
 }
 
 /// Where an output goes.

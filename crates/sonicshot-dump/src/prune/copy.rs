@@ -26,7 +26,7 @@ pub(crate) struct Copier<'a> {
     buffer: Vec<u8>,
     done: Tally,
     total: u64,
-    progress: Progress<'a>,
+    progress: &'a dyn Progress,
 }
 
 impl<'a> Copier<'a> {
@@ -34,7 +34,7 @@ impl<'a> Copier<'a> {
         dump: &'a PlainDump,
         output: &'a Output,
         total: u64,
-        progress: Progress<'a>,
+        progress: &'a dyn Progress,
     ) -> Copier<'a> {
         Copier {
             dump,
@@ -79,7 +79,7 @@ impl<'a> Copier<'a> {
         }
         // What lies in holes is done as well.
         self.done = before.and(from.len());
-        (self.progress)(self.done.get(), self.total);
+        self.progress.tell(self.done.get(), self.total);
         Ok(())
     }
 
@@ -91,7 +91,7 @@ impl<'a> Copier<'a> {
     /// So many bytes are there already.
     pub(crate) fn skip(&mut self, bytes: u64) {
         self.done.add(bytes);
-        (self.progress)(self.done.get(), self.total);
+        self.progress.tell(self.done.get(), self.total);
     }
 
     fn beyond(&self, from: FileRange) -> DumpError {
@@ -113,7 +113,7 @@ impl<'a> Copier<'a> {
             Ok(()) => {
                 self.cloned.add(body.len());
                 self.done.add(body.len());
-                (self.progress)(self.done.get(), self.total);
+                self.progress.tell(self.done.get(), self.total);
             }
             // Two file systems, or one that cannot. What is really wrong, such as a full disk,
             // the plain copy finds out too.
@@ -137,9 +137,14 @@ impl<'a> Copier<'a> {
             let (start, there) = next.ok_or_else(|| self.beyond(from))?;
             (rest, to) = (FileRange::new(start, rest.end()), there);
             self.done.add(copied);
-            (self.progress)(self.done.get(), self.total);
+            self.progress.tell(self.done.get(), self.total);
         }
         Ok(())
+    }
+
+    /// How many bytes are done.
+    pub(crate) fn done(&self) -> u64 {
+        self.done.get()
     }
 
     /// How many bytes the output shares with the input.

@@ -1,23 +1,30 @@
 //! Which ranges of a file are worth a hole.
 
+use crate::output::Overwrite;
 use rustix::fs::StatFs;
-use sonicshot::{FileOffset, FileRange, Tally};
+use sonicshot::{FileOffset, FileRange, Progress, Tally};
 use std::iter;
+use std::sync::Arc;
 
 /// The block of a file system that does not say.
 const BLOCK: u64 = 4096;
 /// The largest that is believed: a huge page of hugetlbfs.
 const MAX_BLOCK: u64 = 1 << 30;
 
-/// How a prune in place goes about it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// Options for a prune; by default an output that exists is an error, and nobody is told how far it
+/// is.
+#[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct PruneOptions {
-    /// The smallest hole, in bytes; by default [`MIN_HOLE`](Self::MIN_HOLE), or less in a guest
+    /// Whether an output that exists is replaced; in place there is none.
+    pub overwrite: Overwrite,
+    /// The smallest hole of a prune in place, in bytes; by default [`MIN_HOLE`](Self::MIN_HOLE), or less in a guest
     /// whose free memory is in pieces, so that 97 % of what can be freed is.
     pub min_hole: Option<u64>,
-    /// Whether a file that another process has open for writing is pruned all the same.
+    /// Whether a file that another process has open for writing is pruned in place all the same.
     pub live_ok: bool,
+    /// Whoever is told how far it is, in bytes of the files.
+    pub progress: Option<Arc<dyn Progress>>,
 }
 
 impl PruneOptions {
@@ -41,18 +48,27 @@ impl PruneOptions {
     /// 1.9 % of the bytes. With 64 KiB 3.1 % of the smaller guest would be left.
     pub const MIN_HOLE: u64 = 32 << 10;
 
-    /// The options that [`CheckedPlan::prune_in_place`](crate::CheckedPlan::prune_in_place) uses.
+    /// The defaults.
     #[must_use]
     pub const fn new() -> Self {
         Self {
+            overwrite: Overwrite::Refuse,
             min_hole: None,
             live_ok: false,
+            progress: None,
         }
+    }
+
+    /// Says whether an output that exists is replaced.
+    #[must_use]
+    pub fn overwrite(mut self, overwrite: Overwrite) -> Self {
+        self.overwrite = overwrite;
+        self
     }
 
     /// Leaves ranges shorter than `bytes` in the file; 0 leaves none.
     #[must_use]
-    pub const fn min_hole(mut self, bytes: u64) -> Self {
+    pub fn min_hole(mut self, bytes: u64) -> Self {
         self.min_hole = Some(bytes);
         self
     }
@@ -62,8 +78,15 @@ impl PruneOptions {
     /// Only for one that does not write now, and keeps nothing of the file elsewhere: a VMM
     /// whose guest is stopped, from before the dump is opened until the prune is done.
     #[must_use]
-    pub const fn live_ok(mut self, ok: bool) -> Self {
+    pub fn live_ok(mut self, ok: bool) -> Self {
         self.live_ok = ok;
+        self
+    }
+
+    /// Says who is told how far it is.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
         self
     }
 }

@@ -25,14 +25,6 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 impl CheckedPlan<'_> {
-    /// Punches the pages that go out of the file itself, as [`PruneOptions::new`] says.
-    ///
-    /// # Errors
-    /// As [`prune_in_place_with`](Self::prune_in_place_with).
-    pub fn prune_in_place(&self, progress: Progress<'_>) -> Result<PruneStats, DumpError> {
-        self.prune_in_place_with(&PruneOptions::new(), progress)
-    }
-
     /// Punches the pages that go out of the file itself.
     ///
     /// Nothing is copied, and each step only makes pages that go read as zero, so whatever
@@ -45,11 +37,7 @@ impl CheckedPlan<'_> {
     /// the file system cannot punch them, [`DumpError::InUse`] or [`DumpError::MayBeInUse`] if
     /// somebody (perhaps) writes the file, [`DumpError::Changed`] or [`DumpError::Modified`] if
     /// somebody has; the file is then as it was.
-    pub fn prune_in_place_with(
-        &self,
-        options: &PruneOptions,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
+    pub fn prune_in_place(&self, options: &PruneOptions) -> Result<PruneStats, DumpError> {
         check_unchanged(self.dump().in_place()?.source(), options)?;
         let Prepared {
             format,
@@ -68,7 +56,7 @@ impl CheckedPlan<'_> {
             probe(&file, dump.path(), dump.file_len(), block)?;
         }
         write_marks(&file, dump.path(), &marks)?;
-        punch_all(&file, dump.path(), &holes, progress)?;
+        punch_all(&file, dump.path(), &holes, &options.progress)?;
         let now = file.metadata().map_err(|source| DumpError::Unsettled {
             path: dump.path().to_owned(),
             what: "how much of the disk it takes now cannot be told".into(),
@@ -221,7 +209,7 @@ fn punch_all(
     file: &File,
     path: &Path,
     holes: &[FileRange],
-    progress: Progress<'_>,
+    progress: &dyn Progress,
 ) -> Result<(), DumpError> {
     let total = sum_of(holes);
     let mut done = Tally::ZERO;
@@ -229,7 +217,7 @@ fn punch_all(
         let failed = in_part("punching a hole into", path);
         punch(file, *hole).map_err(|error| failed(error.into()))?;
         done.add(hole.len());
-        progress(done.get(), total);
+        progress.tell(done.get(), total);
     }
     if !holes.is_empty() {
         file.sync_all().map_err(in_part("writing", path))?;

@@ -10,7 +10,8 @@ pub(crate) mod stream;
 use crate::DumpError;
 use crate::format::ability::Copying;
 use crate::guard::CheckedPlan;
-use crate::output::{Output, Overwrite, Target};
+use crate::output::{Output, Target};
+use holes::PruneOptions;
 use sonicshot::{Progress, Tally};
 use stats::{PruneStats, disk_usage};
 use std::fs::File;
@@ -44,19 +45,14 @@ impl CheckedPlan<'_> {
     /// # Errors
     /// [`DumpError::Exists`], [`DumpError::SameFile`], [`DumpError::CannotPrune`] for a format
     /// that is only read, or what writing gives; `out` is then as it was.
-    pub fn prune_to(
-        &self,
-        out: &Path,
-        overwrite: Overwrite,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        self.prune_at(Target::new(out, overwrite), progress)
+    pub fn prune_to(&self, out: &Path, options: &PruneOptions) -> Result<PruneStats, DumpError> {
+        self.prune_at(Target::new(out, options.overwrite), &options.progress)
     }
 
     pub(crate) fn prune_at(
         &self,
         out: Target<'_>,
-        progress: Progress<'_>,
+        progress: &dyn Progress,
     ) -> Result<PruneStats, DumpError> {
         let format = self.dump().by_copy()?;
         let files = self.dump().files();
@@ -85,13 +81,19 @@ impl CheckedPlan<'_> {
     pub fn prune_to_writer(
         &self,
         mut out: impl Write,
-        progress: Progress<'_>,
+        options: &PruneOptions,
     ) -> Result<PruneStats, DumpError> {
         let dump = self.dump();
         let format = dump.as_stream()?;
         let mut stats = self.begin(&[dump.file()])?;
         format.count(self.goes(), &mut stats);
-        let written = stream::write(format, self.goes(), dump.path(), &mut out, progress);
+        let written = stream::write(
+            format,
+            self.goes(),
+            dump.path(),
+            &mut out,
+            &options.progress,
+        );
         stats.disk_after = written.map_err(|error| dump.blame(error))?;
         dump.check_unchanged()?;
         Ok(stats)

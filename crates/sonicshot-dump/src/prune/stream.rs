@@ -44,7 +44,7 @@ fn copy_stream(
     stream: &dyn AsStream,
     goes: &PrunePlan,
     output: &Output,
-    progress: Progress<'_>,
+    progress: &dyn Progress,
 ) -> Result<(), DumpError> {
     let dump = stream.source();
     let mut copier = Copier::new(dump, output, dump.file_len(), progress);
@@ -95,7 +95,7 @@ fn write_stream(
     goes: &PrunePlan,
     out: &mut dyn Write,
     failed: &dyn Fn(io::Error) -> DumpError,
-    progress: Progress<'_>,
+    progress: &dyn Progress,
 ) -> Result<(), DumpError> {
     let dump = stream.source();
     let mut buffer: Vec<u8> = Vec::new();
@@ -116,13 +116,13 @@ fn write_stream(
             if buffer.len() >= COPY {
                 out.write_all(&buffer).map_err(failed)?;
                 buffer.clear();
-                progress(end.raw(), total);
+                progress.tell(end.raw(), total);
             }
         }
         Ok(())
     })?;
     out.write_all(&buffer).map_err(failed)?;
-    progress(total, total);
+    progress.tell(total, total);
     Ok(())
 }
 
@@ -148,7 +148,7 @@ pub(crate) fn write(
     goes: &PrunePlan,
     path: &Path,
     out: &mut dyn Write,
-    progress: Progress<'_>,
+    progress: &dyn Progress,
 ) -> Result<u64, DumpError> {
     let failed = move |source| DumpError::Io {
         action: "writing the pruned",

@@ -9,8 +9,8 @@ use sonicshot::checkpoint::{
     CheckpointError, DiskFinder, DiskGuess, DiskGuesses, DiskHash, DiskOffset, DiskSource,
 };
 use sonicshot::{
-    Disposition, FileOffset, FileRange, Fill, Gpa, GuestMemory, PageMap, PageSize, Progress,
-    PrunePlan, Tally,
+    Disposition, FileOffset, FileRange, Fill, Gpa, GuestMemory, PageMap, PageSize, PrunePlan,
+    Tally, WorkOptions,
 };
 use std::fs::File;
 use std::path::Path;
@@ -40,9 +40,8 @@ impl Found {
         dump: &PlainDump,
         disks: &[DiskImage],
         options: &ShareOptions,
-        progress: Progress<'_>,
     ) -> Result<Self, DumpError> {
-        let guesses = Guessed::of(dump, disks, options, progress)?;
+        let guesses = Guessed::of(dump, disks, options)?;
         let block = block_of(dump.file(), dump.path())?.max(PAGE.bytes());
         let mut pieces = Vec::new();
         for guess in guesses.found.runs() {
@@ -77,7 +76,6 @@ impl Guessed {
         dump: &PlainDump,
         disks: &[DiskImage],
         options: &ShareOptions,
-        progress: Progress<'_>,
     ) -> Result<Self, DumpError> {
         // Nothing is known of any page, nor need it be: the bytes decide.
         let map = PageMap::new(dump.layout(), PAGE);
@@ -91,7 +89,10 @@ impl Guessed {
         let failed = |error| told(error, dump, disks);
         let finder = DiskFinder::new(dump, &map, &all, DiskFinder::LIKELY, options.threads);
         let finder = finder.map_err(failed)?;
-        let found = finder.stream(&known, &sources, options.threads, progress);
+        let mut work = WorkOptions::new();
+        work.threads = options.threads;
+        work.progress.clone_from(&options.progress);
+        let found = finder.stream(&known, &sources, &work);
         Ok(Self {
             looked_for: finder.pages(),
             found: found.map_err(failed)?,

@@ -10,9 +10,9 @@ mod find;
 use crate::backing::plain::PlainDump;
 use crate::backing::sys::{self, Deduped, ExtentCount};
 use crate::in_use;
-use crate::output::{Output, Target};
+use crate::output::{Output, Overwrite, Target};
 use crate::prune::copy::Copier;
-use crate::{DiskImage, Dump, DumpError, Overwrite};
+use crate::{DiskImage, Dump, DumpError};
 use find::{Found, Piece};
 use sonicshot::checkpoint::DiskSource;
 use sonicshot::{FileId, FileOffset, FileRange, Progress, Tally};
@@ -21,6 +21,7 @@ use std::io;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 
 /// What the kernel shares at once: btrfs does no more.
 const AT_ONCE: u64 = 16 << 20;
@@ -28,27 +29,68 @@ const AT_ONCE: u64 = 16 << 20;
 const COMPARED: u64 = 1 << 20;
 
 /// How a memory file shares blocks with disks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ShareOptions {
+    /// Whether an output that exists is replaced; in place there is none.
+    pub overwrite: Overwrite,
     /// The shortest run of pages that is shared; by default [`MIN_RUN`](Self::MIN_RUN).
     pub min_run: NonZeroU64,
     /// How many threads look for pages; by default as many as there are cores.
     pub threads: Option<NonZeroUsize>,
+    /// Whoever is told how far it is, in bytes: first of the disks, then of what is shared or
+    /// copied.
+    pub progress: Option<Arc<dyn Progress>>,
 }
 
 impl ShareOptions {
     /// 8 pages: each run is two more extents of the file, and of one guest's page cache those of 8
     /// and more had 84 % of the pages in 6 % of the runs.
     pub const MIN_RUN: NonZeroU64 = NonZeroU64::new(8).unwrap();
+
+    /// The defaults.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            overwrite: Overwrite::Refuse,
+            min_run: Self::MIN_RUN,
+            threads: None,
+            progress: None,
+        }
+    }
+
+    /// Says whether an output that exists is replaced.
+    #[must_use]
+    pub fn overwrite(mut self, overwrite: Overwrite) -> Self {
+        self.overwrite = overwrite;
+        self
+    }
+
+    /// Says how many pages the shortest run has that is shared.
+    #[must_use]
+    pub fn min_run(mut self, pages: NonZeroU64) -> Self {
+        self.min_run = pages;
+        self
+    }
+
+    /// Says how many threads look for pages.
+    #[must_use]
+    pub fn threads(mut self, threads: NonZeroUsize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+
+    /// Says who is told how far it is.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
+        self
+    }
 }
 
 impl Default for ShareOptions {
     fn default() -> Self {
-        Self {
-            min_run: Self::MIN_RUN,
-            threads: None,
-        }
+        Self::new()
     }
 }
 
@@ -109,11 +151,10 @@ impl Dump {
         &self,
         disks: &[DiskImage],
         options: &ShareOptions,
-        progress: Progress<'_>,
     ) -> Result<ShareStats, DumpError> {
         let dump = self.sharable()?;
         drop(open_to_share(dump, disks)?);
-        let found = Found::new(dump, disks, options, progress)?;
+        let found = Found::new(dump, disks, options)?;
         let mut stats = found.stats;
         if found.pieces.is_empty() {
             let now = counted(dump.file(), dump.file_len(), dump.path())?;
@@ -137,7 +178,7 @@ impl Dump {
                 false => stats.differs(piece),
             }
             done.add(piece.file.len());
-            progress(done.get(), total);
+            options.progress.tell(done.get(), total);
         }
         file.sync_all()
             .map_err(DumpError::io("writing", dump.path()))?;
@@ -156,12 +197,10 @@ impl Dump {
     pub fn share_to(
         &self,
         out: &Path,
-        overwrite: Overwrite,
         disks: &[DiskImage],
         options: &ShareOptions,
-        progress: Progress<'_>,
     ) -> Result<ShareStats, DumpError> {
-        self.share_at(Target::new(out, overwrite), disks, options, progress)
+        self.share_at(Target::new(out, options.overwrite), disks, options)
     }
 
     pub(crate) fn share_at(
@@ -169,7 +208,6 @@ impl Dump {
         out: Target<'_>,
         disks: &[DiskImage],
         options: &ShareOptions,
-        progress: Progress<'_>,
     ) -> Result<ShareStats, DumpError> {
         let dump = self.sharable()?;
         self.check_unchanged()?;
@@ -181,12 +219,12 @@ impl Dump {
         for image in disks {
             probe_clone(image, &output)?;
         }
-        let found = Found::new(dump, disks, options, progress)?;
+        let found = Found::new(dump, disks, options)?;
         let mut stats = found.stats;
         let writing = || DumpError::io("writing", output.path());
         let file = output.file();
         file.set_len(dump.file_len()).map_err(writing())?;
-        let mut copier = Copier::new(dump, &output, dump.file_len(), progress).by_bytes();
+        let mut copier = Copier::new(dump, &output, dump.file_len(), &options.progress).by_bytes();
         let mut at = FileOffset::ZERO;
         for piece in &found.pieces {
             let image = disk_of(disks, piece, dump)?;

@@ -11,9 +11,7 @@ use tempfile::TempDir;
 fn prune(dump: &Path, out: &Path, layout: &LayoutSpec) -> PruneStats {
     let dump = Dump::open(dump, Some(layout)).unwrap();
     let plan = plan(dump.layout(), &[(3, 5), (40, 1), (1000, 3000)]);
-    let stats = dump
-        .prune_to(&plan, out, Overwrite::Refuse, &mut |_, _| {})
-        .unwrap();
+    let stats = dump.prune_to(&plan, out, Overwrite::Refuse).unwrap();
     let copy = Dump::open(out, Some(layout)).unwrap();
     assert!(contents(&copy) == pruned(&contents(&dump), &plan));
     stats

@@ -3,7 +3,7 @@
 use crate::common::*;
 use proptest::prelude::*;
 use sonicshot::{Architecture, Gpa, GpaRange, GuestMemory, MemoryError, RamLayout};
-use sonicshot_dump::{CoreNotes, Dump, DumpError, DumpFile, Incomplete, Overwrite};
+use sonicshot_dump::{CoreNotes, Dump, DumpError, DumpFile, Incomplete, Overwrite, WriteOptions};
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -215,8 +215,7 @@ fn prune(path: &Path, runs: &[(u64, u64)]) -> (Dump, Vec<u8>) {
     let dump = Dump::open(path, None).unwrap();
     let out = pruned_path(path);
     let plan = plan(dump.layout(), runs);
-    dump.prune_to(&plan, &out, Overwrite::Replace, &mut |_, _| {})
-        .unwrap();
+    dump.prune_to(&plan, &out, Overwrite::Replace).unwrap();
     (Dump::open(&out, None).unwrap(), fs::read(&out).unwrap())
 }
 
@@ -664,9 +663,7 @@ fn too_many_gaps_become_holes_in_the_file() {
     let dump = Dump::open(&path, None).unwrap();
     let plan = plan(dump.layout(), &runs);
     let out = folder.path().join("out");
-    let stats = dump
-        .prune_to(&plan, &out, Overwrite::Refuse, &mut |_, _| {})
-        .unwrap();
+    let stats = dump.prune_to(&plan, &out, Overwrite::Refuse).unwrap();
     // Each kept page begins a piece; what is dropped last needs no other behind it.
     // One is at the front, without bytes, one has the notes.
     assert_eq!(stats.joined, GAPS - 65_532);
@@ -725,14 +722,15 @@ fn a_core_of_many_ranges_of_ram_has_them_all() {
     let made = folder.path().join("made");
     let notes = CoreNotes::new(Architecture::X86_64);
     let files = dump.files();
-    let core = DumpFile::elf_core(&made, dump.layout(), &notes, Overwrite::Refuse, &files).unwrap();
-    core.copy(&dump, &mut |_, _| {}).unwrap();
+    let core =
+        DumpFile::elf_core(&made, dump.layout(), &notes, &files, &WriteOptions::new()).unwrap();
+    core.copy(&dump).unwrap();
     core.finish().unwrap();
     let made_dump = Dump::open(&made, None).unwrap();
     let pruned = folder.path().join("pruned");
     let nothing = plan(made_dump.layout(), &[]);
     made_dump
-        .prune_to(&nothing, &pruned, Overwrite::Refuse, &mut |_, _| {})
+        .prune_to(&nothing, &pruned, Overwrite::Refuse)
         .unwrap();
     for path in [made, pruned] {
         let mut head = [0; 64];
@@ -849,9 +847,7 @@ fn shared_data_is_not_multiplied() {
     conforms(&dump);
     let out = folder.path().join("out");
     let plan = plan(dump.layout(), &[(0, 1)]);
-    let quiet = &mut |_, _| {};
-    dump.prune_to(&plan, &out, Overwrite::Refuse, quiet)
-        .unwrap();
+    dump.prune_to(&plan, &out, Overwrite::Refuse).unwrap();
     // All of it is still shown by others: a header more would save nothing.
     assert!(fs::metadata(&out).unwrap().len() <= bytes.len() as u64);
     let after = Dump::open(&out, None).unwrap();
@@ -891,10 +887,7 @@ fn mappings_of_the_same_memory_share_its_bytes() {
         assert_eq!(dump.layout().bytes(), PAGES * PAGE);
         let plan = plan(dump.layout(), runs);
         let out = folder.path().join("out");
-        let quiet = &mut |_, _| {};
-        let stats = dump
-            .prune_to(&plan, &out, Overwrite::Replace, quiet)
-            .unwrap();
+        let stats = dump.prune_to(&plan, &out, Overwrite::Replace).unwrap();
         let (dropped, len) = (plan.dropped_bytes(), fs::metadata(&out).unwrap().len());
         assert_eq!(stats.dropped_bytes, dropped);
         // Headers, and what aligns the data.
@@ -975,7 +968,7 @@ proptest! {
             if dump.layout().bytes() < 1 << 24 {
                 let plan = plan(dump.layout(), &runs);
                 let out = folder.path().join("out");
-                if dump.prune_to(&plan, &out, Overwrite::Refuse, &mut |_, _| {}).is_ok() {
+                if dump.prune_to(&plan, &out, Overwrite::Refuse).is_ok() {
                     let after = Dump::open(&out, None).unwrap();
                     // What else needs a dropped page's bytes, or saves nothing, keeps it.
                     let (before, now) = (contents(&dump), contents(&after));

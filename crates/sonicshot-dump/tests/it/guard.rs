@@ -2,7 +2,7 @@
 
 use crate::common::*;
 use sonicshot::{ClassSet, GpaRange, GuestMemory, PageClass, PageSize};
-use sonicshot_dump::{CheckedPlan, Doubts, Dump, DumpError, LayoutSpec, Overwrite, check_whole};
+use sonicshot_dump::{CheckedPlan, Doubts, Dump, DumpError, LayoutSpec, PruneOptions, check_whole};
 use sonicshot_vmi::{Analysis, AnalysisOptions, analyze};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -61,9 +61,7 @@ fn a_plan_prunes_what_was_found() {
     let found = look(&dump);
     let plan = plan(&dump, &found, &Doubts::none()).unwrap();
     let out = guest.folder.path().join("out");
-    let stats = plan
-        .prune_to(&out, Overwrite::Refuse, &mut |_, _| {})
-        .unwrap();
+    let stats = plan.prune_to(&out, &PruneOptions::new()).unwrap();
     assert_eq!(stats.dropped_bytes, plan.goes().dropped_bytes());
     assert!(stats.dropped_bytes > 50 << 20, "{stats:?}");
     let again = look(&open(&out));

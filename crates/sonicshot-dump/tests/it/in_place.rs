@@ -13,7 +13,7 @@ fn prune(
     runs: &[(u64, u64)],
     options: &PruneOptions,
 ) -> Result<PruneStats, DumpError> {
-    dump.prune_in_place_with(&plan(dump.layout(), runs), options, &mut |_, _| {})
+    dump.prune_in_place_with(&plan(dump.layout(), runs), options)
 }
 
 #[test]
@@ -121,12 +121,7 @@ fn without_holes_nothing_is_changed() {
     // By copy it goes.
     let out = ramfs.path().join("out");
     let plan = plan(dump.layout(), &[(0, 32)]);
-    dump.prune_to(
-        &plan,
-        &out,
-        sonicshot_dump::Overwrite::Refuse,
-        &mut |_, _| {},
-    )
-    .unwrap();
+    dump.prune_to(&plan, &out, sonicshot_dump::Overwrite::Refuse)
+        .unwrap();
     assert!(fs::read(&out).unwrap()[..4096] == [0; 4096]);
 }

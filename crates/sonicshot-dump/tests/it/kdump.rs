@@ -8,12 +8,13 @@ use sonicshot::{
 };
 use sonicshot_dump::{
     CheckedPlan, Dump, DumpError, Incomplete, KdumpCompression, KdumpFile, KdumpOptions,
-    KdumpWriteError, Overwrite, write_kdump_without,
+    KdumpWriteError, PruneOptions, write_kdump_without,
 };
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum How {
@@ -675,9 +676,7 @@ fn a_pruned_file_is_pruned_again_with_its_pages_as_they_are() {
             let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
             path = place.path.with_extension(sizes.len().to_string());
             let checked = CheckedPlan::unchecked(&dump, &plan);
-            checked
-                .prune_to(&path, Overwrite::Refuse, &mut |_, _| {})
-                .unwrap();
+            checked.prune_to(&path, &PruneOptions::new()).unwrap();
             build.dumped.retain(|(frame, _)| !free.contains(frame));
             build.check(&KdumpFile::open(&path).unwrap());
             sizes.push(std::fs::metadata(&path).unwrap().len());
@@ -837,17 +836,20 @@ proptest! {
         let file = File::create(&place.path).unwrap();
         let mut notes = note(1, 392);
         notes.extend(note(1, 392));
-        let options = KdumpOptions {
-            compression,
-            machine: more.then_some(Architecture::X86_64),
-            vmcoreinfo: more.then_some(b"OSRELEASE=6.1\nNUMBER(phys_base)=-4096\n"),
-            notes: Some(&notes).filter(|_| more).map(Vec::as_slice),
-            threads: NonZeroUsize::new(threads),
-        };
-        let mut last = (0, 0);
-        let stats =
-            write_kdump_without(&guest, &guest.plan(), &file, &options, &mut |a, b| last = (a, b)).unwrap();
-        prop_assert_eq!(last.0, last.1);
+        let last = Arc::new(Mutex::new((0, 0)));
+        let telling = Arc::clone(&last);
+        let mut options = KdumpOptions::new(compression)
+            .progress(Arc::new(move |done, total| *telling.lock().unwrap() = (done, total)));
+        options.threads = NonZeroUsize::new(threads);
+        if more {
+            options = options
+                .machine(Architecture::X86_64)
+                .vmcoreinfo(b"OSRELEASE=6.1\nNUMBER(phys_base)=-4096\n")
+                .notes(&notes);
+        }
+        let stats = write_kdump_without(&guest, &guest.plan(), &file, &options).unwrap();
+        let (done, total) = *last.lock().unwrap();
+        prop_assert_eq!(done, total);
         let count = |kind| guest.pages.iter().filter(|(_, k)| *k == kind).count() as u64;
         prop_assert_eq!(stats.zero_pages, count(Kind::Zero));
         prop_assert_eq!(stats.dropped_pages, count(Kind::Free));
@@ -939,15 +941,7 @@ fn a_source_that_fails_is_an_error_of_the_writer() {
         .plan();
     let place = Place::new();
     let file = File::create(&place.path).unwrap();
-    let write = |guest: &Broken| {
-        write_kdump_without(
-            guest,
-            &plan,
-            &file,
-            &KdumpOptions::default(),
-            &mut |_, _| {},
-        )
-    };
+    let write = |guest: &Broken| write_kdump_without(guest, &plan, &file, &KdumpOptions::default());
     let error = write(&guest(8192)).unwrap_err();
     assert!(matches!(error, KdumpWriteError::Memory(_)), "{error}");
     // Nothing of it looks like a dump.

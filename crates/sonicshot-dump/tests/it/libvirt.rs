@@ -1,10 +1,10 @@
 //! libvirt's save images, and what comes through a pipe; any QEMU file, read and pruned.
 
 use crate::common::qemu::{Block, File, PAGE, first_bytes, name, stream};
-use crate::common::{Prunes, every_page, plan};
+use crate::common::{Prunes, every_page, plan, replacing};
 use proptest::prelude::*;
 use sonicshot::GuestMemory;
-use sonicshot_dump::{Dump, DumpError, LayoutSpec, Overwrite, Spool};
+use sonicshot_dump::{Dump, DumpError, LayoutSpec, Overwrite, Spool, WriteOptions};
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -97,8 +97,7 @@ fn open(path: &Path, bytes: &[u8]) -> Result<Dump, DumpError> {
 
 fn prune_to(dump: &Dump, runs: &[(u64, u64)], out: &Path) {
     let plan = plan(dump.layout(), runs);
-    dump.prune_to(&plan, out, Overwrite::Replace, &mut |_, _| {})
-        .unwrap();
+    dump.prune_to(&plan, out, Overwrite::Replace).unwrap();
 }
 
 #[test]
@@ -122,7 +121,7 @@ fn a_stream_in_an_image_is_pruned_and_libvirts_part_stays() {
         assert_eq!(dump.machine_type(), Some("pc-i440fx-10.0"));
         assert_eq!(first_bytes(&dump), [1, 0x77, 3, 0, 5, 6, 0, 8]);
         let error = dump
-            .prune_in_place(&plan(dump.layout(), &[(0, 1)]), &mut |_, _| {})
+            .prune_in_place(&plan(dump.layout(), &[(0, 1)]))
             .unwrap_err();
         assert!(matches!(error, DumpError::NotInPlace { .. }), "{error}");
         prune_to(&dump, &[(0, 2), (3, 2)], &out);
@@ -137,12 +136,7 @@ fn a_stream_in_an_image_is_pruned_and_libvirts_part_stays() {
         let pruned = Dump::open(&out, None).unwrap();
         assert_eq!(first_bytes(&pruned), [0, 0, 3, 0, 0, 6, 0, 8]);
         // The image itself is not its own output.
-        let same = dump.prune_to(
-            &plan(dump.layout(), &[]),
-            &path,
-            Overwrite::Replace,
-            &mut |_, _| {},
-        );
+        let same = dump.prune_to(&plan(dump.layout(), &[]), &path, Overwrite::Replace);
         assert!(matches!(same, Err(DumpError::SameFile { .. })));
     }
 }
@@ -166,7 +160,7 @@ fn a_sparse_image_is_pruned_in_place() {
     let runs = [(0, 6), (20, 10)];
     prune_to(&dump, &runs, &out);
     let stats = dump
-        .prune_in_place_with(&plan(dump.layout(), &runs), &every_page(), &mut |_, _| {})
+        .prune_in_place_with(&plan(dump.layout(), &runs), &every_page())
         .unwrap();
     assert_eq!(stats.dropped_bytes, 16 * PAGE as u64);
     let after = fs::read(&path).unwrap();
@@ -244,7 +238,7 @@ fn what_comes_through_a_pipe_goes_out_through_one() {
         let dump = Dump::open_spooled(&spool, None).unwrap();
         let mut piped = Vec::new();
         let stats = dump
-            .prune_to_writer(&plan(dump.layout(), &runs), &mut piped, &mut |_, _| {})
+            .prune_to_writer(&plan(dump.layout(), &runs), &mut piped)
             .unwrap();
         assert_eq!(stats.disk_after, piped.len() as u64);
         let file = open(&folder.path().join("in"), &bytes).unwrap();
@@ -259,7 +253,7 @@ fn what_comes_through_a_pipe_goes_out_through_one() {
     let dump = Dump::open_spooled(&spool, None).unwrap();
     assert_eq!(first_bytes(&dump), [1; 4]);
     let error = dump
-        .prune_to_writer(&plan(dump.layout(), &[]), Vec::new(), &mut |_, _| {})
+        .prune_to_writer(&plan(dump.layout(), &[]), Vec::new())
         .unwrap_err();
     assert!(matches!(error, DumpError::NotAStream { .. }));
     let empty = Spool::from_reader("a pipe", std::io::empty()).unwrap();
@@ -270,49 +264,45 @@ fn what_comes_through_a_pipe_goes_out_through_one() {
 fn only_what_is_in_a_migration_file_is_converted_to_one() {
     let folder = tempfile::tempdir().unwrap();
     let (path, out) = (folder.path().join("in"), folder.path().join("out"));
-    let quiet = &mut |_, _| {};
     // Out of a libvirt image comes what is in it, in either kind.
     let image_path = folder.path().join("image");
     let bare = open(&path, &stream()).unwrap();
-    bare.to_stream(&out, Overwrite::Refuse, quiet).unwrap();
+    bare.to_stream(&out, &WriteOptions::new()).unwrap();
     let normal = fs::read(&out).unwrap();
     for format in [0, 5] {
         let dump = open(&image_path, &image(format, &stream())).unwrap();
-        dump.to_stream(&out, Overwrite::Replace, quiet).unwrap();
+        dump.to_stream(&out, &replacing()).unwrap();
         assert!(fs::read(&out).unwrap() == normal);
     }
     let file = File::new(vec![Block("ram0", vec![Some(1), None, Some(3)])]);
     open(&path, &file.bytes())
         .unwrap()
-        .to_mapped_ram(&out, Overwrite::Replace, quiet)
+        .to_mapped_ram(&out, &replacing())
         .unwrap();
     let normal = fs::read(&out).unwrap();
     let sparse = open(&image_path, &file.bytes_behind(&header(6))).unwrap();
-    sparse
-        .to_mapped_ram(&out, Overwrite::Replace, quiet)
-        .unwrap();
+    sparse.to_mapped_ram(&out, &replacing()).unwrap();
     assert!(fs::read(&out).unwrap() == normal);
     assert_eq!(first_bytes(&Dump::open(&out, None).unwrap()), [1, 0, 3]);
     fs::remove_file(&out).unwrap();
     let raw = open(&path, &[7; 8192]).unwrap();
     for error in [
-        raw.to_stream(&out, Overwrite::Refuse, &mut |_, _| {}),
-        raw.to_mapped_ram(&out, Overwrite::Refuse, &mut |_, _| {}),
+        raw.to_stream(&out, &WriteOptions::new()),
+        raw.to_mapped_ram(&out, &WriteOptions::new()),
     ] {
         assert!(matches!(error, Err(DumpError::CannotConvert { .. })));
     }
     // A mapped-ram file without the end of its section: no output.
     let file = File::new(vec![Block("ram0", vec![Some(1); 4])]).bytes();
     let cut = open(&path, &file[..file.len() - 30]).unwrap();
-    let error = cut.to_stream(&out, Overwrite::Refuse, &mut |_, _| {});
+    let error = cut.to_stream(&out, &WriteOptions::new());
     assert!(matches!(error, Err(DumpError::Malformed { .. })));
     assert!(!out.exists());
     // A capability that others have stays, that of mapped-ram comes and goes.
     let mut file = File::new(vec![Block("ram0", vec![Some(1); 4])]);
     file.capabilities = vec!["events", "mapped-ram"];
     let dump = open(&path, &file.bytes()).unwrap();
-    dump.to_stream(&out, Overwrite::Refuse, &mut |_, _| {})
-        .unwrap();
+    dump.to_stream(&out, &WriteOptions::new()).unwrap();
     let written = fs::read(&out).unwrap();
     let has = |name: &[u8]| written.windows(name.len()).any(|part| part == name);
     assert!(has(b"\x06events") && !has(b"mapped-ram"));
@@ -401,7 +391,7 @@ proptest! {
                 }
             }
         }
-        dump.prune_to(&plan, &out, Overwrite::Refuse, &mut |_, _| {}).unwrap();
+        dump.prune_to(&plan, &out, Overwrite::Refuse).unwrap();
         let pruned = Dump::open(&out, Some(&layout)).unwrap();
         prop_assert_eq!(first_bytes(&pruned), expected.clone());
         // The ROM's pages are where they were, and every record still has one.
@@ -413,7 +403,7 @@ proptest! {
             let pages = (written.len() - header(0).len()) / PAGE;
             prop_assert!(pages >= roms);
         }
-        mapped.prune_in_place_with(&plan, &every_page(), &mut |_, _| {}).unwrap();
+        mapped.prune_in_place_with(&plan, &every_page()).unwrap();
         let mapped = Dump::open(&mapped_path, Some(&layout)).unwrap();
         prop_assert_eq!(first_bytes(&mapped), expected);
     }

@@ -81,10 +81,8 @@ fn several_blocks_lie_where_the_layout_has_them() {
     // Pages of both, and across the end of one.
     let plan = plan(&dump, &[(3, 9), (0x22, 0x30), (0x100, 0x102)]);
     let copy = folder.path().join("copy");
-    dump.prune_to(&plan, &copy, Overwrite::Refuse, &mut |_, _| {})
-        .unwrap();
-    dump.prune_in_place_with(&plan, &every_page(), &mut |_, _| {})
-        .unwrap();
+    dump.prune_to(&plan, &copy, Overwrite::Refuse).unwrap();
+    dump.prune_in_place_with(&plan, &every_page()).unwrap();
     let after = fs::read(&path).unwrap();
     assert!(after == fs::read(&copy).unwrap());
     for dropped in [3, 4, 5, 6, 7, 8, 22, 23, 24, 25] {
@@ -196,10 +194,8 @@ fn a_prune_clears_bits_and_punches_pages_and_nothing_else() {
     let dump = Dump::open(&path, None).unwrap();
     let plan = plan(&dump, &[(3, 9), (20, 21), (33, 40)]);
     let copy = folder.path().join("copy");
-    dump.prune_to(&plan, &copy, Overwrite::Refuse, &mut |_, _| {})
-        .unwrap();
-    dump.prune_in_place_with(&plan, &every_page(), &mut |_, _| {})
-        .unwrap();
+    dump.prune_to(&plan, &copy, Overwrite::Refuse).unwrap();
+    dump.prune_in_place_with(&plan, &every_page()).unwrap();
     let after = fs::read(&path).unwrap();
     assert!(after == fs::read(&copy).unwrap());
     assert_eq!(after.len(), before.len());
@@ -224,9 +220,7 @@ fn a_prune_clears_bits_and_punches_pages_and_nothing_else() {
     ]);
     assert!(after == same.bytes());
     // Again: nothing is left to do.
-    let stats = pruned
-        .prune_in_place_with(&plan, &every_page(), &mut |_, _| {})
-        .unwrap();
+    let stats = pruned.prune_in_place_with(&plan, &every_page()).unwrap();
     assert_eq!(stats.punched, 0);
     assert!(fs::read(&path).unwrap() == after);
 }
@@ -238,8 +232,7 @@ fn what_an_interrupted_prune_has_left_is_punched_later() {
     let dump = Dump::open(&path, None).unwrap();
     let plan = plan(&dump, &[(8, 60)]);
     let copy = folder.path().join("copy");
-    dump.prune_to(&plan, &copy, Overwrite::Refuse, &mut |_, _| {})
-        .unwrap();
+    dump.prune_to(&plan, &copy, Overwrite::Refuse).unwrap();
     // Bits cleared, pages still there: where a kill may come.
     let (mut bytes, pruned) = (fs::read(&path).unwrap(), fs::read(&copy).unwrap());
     let differ = (0..PAGE).find(|at| bytes[*at] != pruned[*at]).unwrap();
@@ -247,9 +240,7 @@ fn what_an_interrupted_prune_has_left_is_punched_later() {
     fs::write(&path, &bytes).unwrap();
     let dump = Dump::open(&path, None).unwrap();
     assert_eq!(first_bytes(&dump)[8..60], [0; 52]);
-    let stats = dump
-        .prune_in_place_with(&plan, &every_page(), &mut |_, _| {})
-        .unwrap();
+    let stats = dump.prune_in_place_with(&plan, &every_page()).unwrap();
     assert!(stats.punched > 0);
     assert!(fs::read(&path).unwrap() == pruned);
 }
@@ -312,8 +303,7 @@ fn a_pruned_stream_says_that_pages_are_zero_and_keeps_the_rest() {
     fs::write(&path, stream()).unwrap();
     let dump = Dump::open(&path, None).unwrap();
     let plan = plan(&dump, &[(0, 2), (3, 5)]);
-    dump.prune_to(&plan, &out, Overwrite::Refuse, &mut |_, _| {})
-        .unwrap();
+    dump.prune_to(&plan, &out, Overwrite::Refuse).unwrap();
     let pruned = Dump::open(&out, None).unwrap();
     assert_eq!(first_bytes(&pruned), [0, 0, 3, 0, 0, 6, 0, 8]);
     let (before, after) = (fs::read(&path).unwrap(), fs::read(&out).unwrap());
@@ -330,19 +320,16 @@ fn a_pruned_stream_says_that_pages_are_zero_and_keeps_the_rest() {
         &DropClasses::default(),
         Fill::Zero,
     );
-    dump.prune_to(&nothing, &out, Overwrite::Replace, &mut |_, _| {})
-        .unwrap();
+    dump.prune_to(&nothing, &out, Overwrite::Replace).unwrap();
     // Nothing is dropped but what is written over later: the first copy of page 1.
     let unpruned = fs::read(&out).unwrap();
     assert_eq!(unpruned.len(), before.len() - (PAGE - 1));
     let again = Dump::open(&out, None).unwrap();
     assert_eq!(first_bytes(&again), first_bytes(&dump));
-    again
-        .prune_to(&nothing, &path, Overwrite::Replace, &mut |_, _| {})
-        .unwrap();
+    again.prune_to(&nothing, &path, Overwrite::Replace).unwrap();
     assert!(fs::read(&path).unwrap() == unpruned);
     assert!(matches!(
-        dump.prune_in_place_with(&plan, &every_page(), &mut |_, _| {}),
+        dump.prune_in_place_with(&plan, &every_page()),
         Err(DumpError::NotInPlace { .. })
     ));
 }
@@ -392,9 +379,7 @@ fn pages_across_blocks_are_punched_inside_runs() {
     let dump = Dump::open(&path, None).unwrap();
     // The first is in no whole block.
     let plan = plan(&dump, &[(8, 9), (20, 120)]);
-    let stats = dump
-        .prune_in_place_with(&plan, &every_page(), &mut |_, _| {})
-        .unwrap();
+    let stats = dump.prune_in_place_with(&plan, &every_page()).unwrap();
     assert_eq!((stats.runs, stats.punched, stats.left_runs), (2, 1, 1));
     assert_eq!(stats.left_bytes, 2 * PAGE as u64);
     let pruned = Dump::open(&path, None).unwrap();
@@ -413,9 +398,7 @@ fn what_is_too_short_for_a_hole_is_no_page_any_more() {
     let dump = Dump::open(&path, None).unwrap();
     let plan = plan(&dump, &[(8, 11), (20, 120)]);
     let options = PruneOptions::new().min_hole(4 * PAGE as u64);
-    let stats = dump
-        .prune_in_place_with(&plan, &options, &mut |_, _| {})
-        .unwrap();
+    let stats = dump.prune_in_place_with(&plan, &options).unwrap();
     assert_eq!((stats.punched, stats.left_runs), (1, 1));
     assert_eq!(stats.left_bytes, 3 * PAGE as u64);
     let pruned = Dump::open(&path, None).unwrap();
@@ -425,9 +408,7 @@ fn what_is_too_short_for_a_hole_is_no_page_any_more() {
     assert_eq!(bytes[at(8)..at(11)], [9; 3 * PAGE], "left as it was");
     assert_eq!(bytes[at(20)..at(120)], [0; 100 * PAGE]);
     // What is left can go later.
-    let stats = pruned
-        .prune_in_place_with(&plan, &every_page(), &mut |_, _| {})
-        .unwrap();
+    let stats = pruned.prune_in_place_with(&plan, &every_page()).unwrap();
     assert_eq!((stats.punched, stats.left_bytes), (1, 0));
 }
 
@@ -438,7 +419,7 @@ fn without_holes_no_mark_is_cleared() {
     let file = File::new(vec![Block("ram0", vec![Some(9); 64])]);
     let path = file.write(ramfs.path());
     let dump = Dump::open(&path, None).unwrap();
-    let refused = dump.prune_in_place_with(&plan(&dump, &[(8, 60)]), &every_page(), &mut |_, _| {});
+    let refused = dump.prune_in_place_with(&plan(&dump, &[(8, 60)]), &every_page());
     assert!(matches!(refused, Err(DumpError::NoHoles { .. })));
     assert!(fs::read(&path).unwrap() == file.bytes());
 }

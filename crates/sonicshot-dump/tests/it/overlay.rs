@@ -4,7 +4,8 @@ use crate::common::*;
 use proptest::prelude::*;
 use sonicshot::{Fill, Gpa, GuestMemory, PageClass};
 use sonicshot_dump::{
-    CheckedPlan, Dump, DumpError, LayoutSpec, NewFolder, Overwrite, SnapshotFiles, Vmm,
+    CheckedPlan, Dump, DumpError, LayoutSpec, NewFolder, Overwrite, PruneOptions, SnapshotFiles,
+    Vmm,
 };
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
@@ -102,12 +103,12 @@ proptest! {
         let want: Vec<u8> = want.into_iter().flat_map(|(_, bytes)| bytes).collect();
 
         let out = folder.path().join("out");
-        let stats = dump.prune_to(&plan, &out, Overwrite::Refuse, &mut |_, _| {}).unwrap();
+        let stats = dump.prune_to(&plan, &out, Overwrite::Refuse).unwrap();
         prop_assert!(fs::read(&out).unwrap() == want);
         prop_assert_eq!(stats.dropped_bytes, plan.dropped_bytes());
         prop_assert!(merge(&base, &diff) == before, "a copy changes nothing");
 
-        let stats = dump.prune_in_place(&plan, &mut |_, _| {}).unwrap();
+        let stats = dump.prune_in_place(&plan).unwrap();
         let after = merge(&base, &diff);
         let mut kept = 0;
         for number in 0..pages.len() {
@@ -130,7 +131,7 @@ proptest! {
         prop_assert_eq!(stats.kept_for_base, kept);
         // The same file again, and nothing to do.
         let again = Dump::open_over(&diff, &base, Some(&layout)).unwrap();
-        prop_assert_eq!(again.prune_in_place(&plan, &mut |_, _| {}).unwrap().punched, 0);
+        prop_assert_eq!(again.prune_in_place(&plan).unwrap().punched, 0);
     }
 }
 
@@ -147,11 +148,10 @@ fn a_page_that_must_not_read_as_zero_stays() {
         PageClass::FreeBuddy,
         Fill::Byte(0xaa),
     );
-    let stats = dump.prune_in_place(&poison, &mut |_, _| {}).unwrap();
+    let stats = dump.prune_in_place(&poison).unwrap();
     assert_eq!((stats.punched, stats.kept_for_fill), (0, 2 * PAGE));
     let out = folder.path().join("out");
-    dump.prune_to(&poison, &out, Overwrite::Refuse, &mut |_, _| {})
-        .unwrap();
+    dump.prune_to(&poison, &out, Overwrite::Refuse).unwrap();
     assert_eq!(
         fs::read(&out).unwrap(),
         merged(&[None; 3], &[Some(1), Some(2), None])
@@ -179,9 +179,7 @@ fn what_does_not_belong_together_is_refused() {
     let dump = Dump::open_over(&diff, &base, None).unwrap();
     let none = plan(dump.layout(), &[]);
     for out in [&base, &diff] {
-        let error = dump
-            .prune_to(&none, out, Overwrite::Replace, &mut |_, _| {})
-            .unwrap_err();
+        let error = dump.prune_to(&none, out, Overwrite::Replace).unwrap_err();
         assert!(matches!(error, DumpError::SameFile { .. }), "{error}");
     }
     // A base that has changed is no base.
@@ -189,13 +187,13 @@ fn what_does_not_belong_together_is_refused() {
     // File systems keep time in ticks.
     std::thread::sleep(std::time::Duration::from_millis(30));
     writer.write_all_at(&[1], 0).unwrap();
-    let error = dump.prune_in_place(&none, &mut |_, _| {}).unwrap_err();
+    let error = dump.prune_in_place(&none).unwrap_err();
     assert!(matches!(error, DumpError::Modified { .. }), "{error}");
     writer.set_len(PAGE).unwrap();
     let out = folder.path().join("out");
     for error in [
-        dump.prune_to(&none, &out, Overwrite::Refuse, &mut |_, _| {}),
-        dump.prune_in_place(&none, &mut |_, _| {}),
+        dump.prune_to(&none, &out, Overwrite::Refuse),
+        dump.prune_in_place(&none),
     ] {
         assert!(matches!(error, Err(DumpError::Changed { .. })), "{error:?}");
     }
@@ -253,8 +251,7 @@ fn ranges_lie_in_the_file_in_the_order_of_the_state() {
         // By copy and in place, holes are where the ranges are in the file.
         let plan = plan(dump.layout(), &[(0, 1), ((1 << 20) + 1, 1)]);
         let out = folder.path().join("out");
-        dump.prune_to(&plan, &out, Overwrite::Replace, &mut |_, _| {})
-            .unwrap();
+        dump.prune_to(&plan, &out, Overwrite::Replace).unwrap();
         let mut want = bytes.clone();
         want[4096..3 * 4096].fill(0);
         assert!(fs::read(&out).unwrap() == want);
@@ -262,7 +259,7 @@ fn ranges_lie_in_the_file_in_the_order_of_the_state() {
     let files = SnapshotFiles::find(&path, None, None).unwrap();
     let dump = Dump::open(files.memory(), files.layout()).unwrap();
     let plan = plan(dump.layout(), &[(0, 1), ((1 << 20) + 1, 1)]);
-    dump.prune_in_place(&plan, &mut |_, _| {}).unwrap();
+    dump.prune_in_place(&plan).unwrap();
     assert_eq!(
         fs::read(files.memory()).unwrap(),
         fs::read(folder.path().join("out")).unwrap()
@@ -386,7 +383,10 @@ fn a_folder_appears_whole_or_not_at_all() {
         fs::write(&file, memory).unwrap();
         let dump = Dump::open(&file, None).unwrap();
         let nothing = plan(dump.layout(), &[]);
-        folder.write_memory(&CheckedPlan::unchecked(&dump, &nothing), &mut |_, _| {})?;
+        folder.write_memory(
+            &CheckedPlan::unchecked(&dump, &nothing),
+            &PruneOptions::new(),
+        )?;
         folder.finish()
     };
     make(Overwrite::Refuse, &vec![1; 1 << 20]).unwrap();

@@ -151,16 +151,12 @@ mod notes {
         let told = dump.processors();
         // A kdump-compressed dump with the same notes says the same.
         let kdump = folder.join("kdump");
-        let options = KdumpOptions {
-            compression: KdumpCompression::Zlib,
-            machine: dump.machine(),
-            vmcoreinfo: dump.vmcoreinfo(),
-            notes: Some(notes),
-            threads: None,
-        };
+        let mut options = KdumpOptions::new(KdumpCompression::Zlib).notes(notes);
+        options.machine = dump.machine();
+        options.vmcoreinfo = dump.vmcoreinfo();
         let out = fs::File::create(&kdump).unwrap();
         let plan = crate::common::plan(dump.layout(), &[]);
-        write_kdump_without(&dump, &plan, &out, &options, &mut |_, _| {}).unwrap();
+        write_kdump_without(&dump, &plan, &out, &options).unwrap();
         assert_eq!(Dump::open(&kdump, None).unwrap().processors(), told);
         told
     }

@@ -1,7 +1,7 @@
 //! QEMU's internal snapshots, in images made by hand.
 
 use crate::common::qemu::{first_bytes, stream};
-use crate::common::{Prunes, plan};
+use crate::common::{Prunes, plan, replacing};
 use proptest::prelude::*;
 use sonicshot::GuestMemory;
 use sonicshot_dump::{Dump, DumpError, Overwrite};
@@ -140,19 +140,18 @@ fn the_memory_in_a_snapshot_is_read_and_taken_out() {
         assert_eq!(again.format(), dump.format());
         let out = folder.path().join("out");
         let plan = plan(dump.layout(), &[(0, 2)]);
-        let refused = dump.prune_to(&plan, &out, Overwrite::Refuse, &mut |_, _| {});
+        let refused = dump.prune_to(&plan, &out, Overwrite::Refuse);
         assert!(
             matches!(refused, Err(DumpError::CannotPrune { .. })),
             "{refused:?}"
         );
-        let refused = dump.prune_in_place(&plan, &mut |_, _| {});
+        let refused = dump.prune_in_place(&plan);
         assert!(
             matches!(refused, Err(DumpError::NotInPlace { .. })),
             "{refused:?}"
         );
         assert!(fs::read(folder.path().join("disk.qcow2")).unwrap() == bytes);
-        dump.to_stream(&out, Overwrite::Replace, &mut |_, _| {})
-            .unwrap();
+        dump.to_stream(&out, &replacing()).unwrap();
         let taken = Dump::open(&out, None).unwrap();
         assert_eq!(first_bytes(&taken), first_bytes(&dump));
         fs::remove_file(&out).unwrap();

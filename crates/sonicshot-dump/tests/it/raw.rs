@@ -4,21 +4,18 @@ use crate::common::*;
 use proptest::prelude::*;
 use rustix::fs::{FallocateFlags, fallocate};
 use sonicshot::{Fill, Gpa, GuestMemory, PageClass};
-use sonicshot_dump::{Dump, DumpError, LayoutSpec, Overwrite};
+use sonicshot_dump::{Dump, DumpError, LayoutSpec, Overwrite, PruneOptions};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
 
 fn file(folder: &TempDir, name: &str, bytes: &[u8]) -> PathBuf {
     let path = folder.path().join(name);
     fs::write(&path, bytes).unwrap();
     path
-}
-
-fn no_progress() -> impl FnMut(u64, u64) {
-    |_, _| {}
 }
 
 #[test]
@@ -100,13 +97,16 @@ fn holes_are_not_touched() {
     // The copy has the same holes.
     let out = folder.path().join("out");
     let plan = plan(dump.layout(), &[(3, 2)]);
-    let mut last = (0, 0);
-    let stats = dump
-        .prune_to(&plan, &out, Overwrite::Refuse, &mut |done, total| {
-            last = (done, total);
-        })
-        .unwrap();
-    assert_eq!(last, (62 * PAGE, 62 * PAGE), "progress ends at the end");
+    let last = Arc::new(Mutex::new((0, 0)));
+    let telling = Arc::clone(&last);
+    let tell = move |done, total| *telling.lock().unwrap() = (done, total);
+    let options = PruneOptions::new().progress(Arc::new(tell));
+    let stats = dump.checked(&plan).prune_to(&out, &options).unwrap();
+    assert_eq!(
+        *last.lock().unwrap(),
+        (62 * PAGE, 62 * PAGE),
+        "progress ends at the end"
+    );
     assert!(stats.disk_after <= 2 * PAGE, "{stats:?}");
     assert!(fs::read(&out).unwrap() == fs::read(&path).unwrap());
 }
@@ -131,12 +131,12 @@ proptest! {
         let plan = plan(dump.layout(), &[dropped, dropped_high].concat());
         let want = pruned(&contents(&dump), &plan);
         let out = folder.path().join("out");
-        let copied = dump.prune_to(&plan, &out, Overwrite::Refuse, &mut no_progress()).unwrap();
+        let copied = dump.prune_to(&plan, &out, Overwrite::Refuse).unwrap();
         let copy = Dump::open(&out, Some(&spec)).unwrap();
         prop_assert!(contents(&copy) == want);
         conforms(&copy);
         prop_assert!(contents(&dump) != want || copied.dropped_bytes == 0 || bytes.contains(&0), "input changed");
-        let punched = dump.prune_in_place_with(&plan, &every_page(), &mut no_progress()).unwrap();
+        let punched = dump.prune_in_place_with(&plan, &every_page()).unwrap();
         prop_assert_eq!(punched.dropped_bytes, copied.dropped_bytes);
         prop_assert_eq!(punched.dropped_bytes, plan.dropped_bytes());
         prop_assert_eq!(fs::metadata(&path).unwrap().len(), 64 * PAGE);
@@ -145,7 +145,7 @@ proptest! {
         let again = Dump::open(&path, Some(&spec)).unwrap();
         prop_assert!(contents(&again) == want);
         conforms(&again);
-        let twice = again.prune_in_place_with(&plan, &every_page(), &mut no_progress()).unwrap();
+        let twice = again.prune_in_place_with(&plan, &every_page()).unwrap();
         prop_assert_eq!((twice.punched, twice.runs), (0, punched.runs));
         prop_assert_eq!(twice.disk_before, twice.disk_after);
     }
@@ -163,13 +163,9 @@ fn what_must_not_read_as_zero_is_kept() {
         Fill::Byte(0xaa),
     );
     let out = folder.path().join("out");
-    let stats = dump
-        .prune_to(&plan, &out, Overwrite::Refuse, &mut no_progress())
-        .unwrap();
+    let stats = dump.prune_to(&plan, &out, Overwrite::Refuse).unwrap();
     assert_eq!((stats.dropped_bytes, stats.kept_for_fill), (0, 4 * PAGE));
-    let stats = dump
-        .prune_in_place_with(&plan, &every_page(), &mut no_progress())
-        .unwrap();
+    let stats = dump.prune_in_place_with(&plan, &every_page()).unwrap();
     assert_eq!(
         (stats.dropped_bytes, stats.kept_for_fill, stats.runs),
         (0, 4 * PAGE, 0)
@@ -193,9 +189,7 @@ fn preallocated_space_is_given_back() {
     drop(ram);
     let dump = Dump::open(&path, None).unwrap();
     let plan = plan(dump.layout(), &[(1, 4095)]);
-    let stats = dump
-        .prune_in_place_with(&plan, &every_page(), &mut no_progress())
-        .unwrap();
+    let stats = dump.prune_in_place_with(&plan, &every_page()).unwrap();
     assert!(
         stats.disk_before >= 16 << 20 && stats.disk_after <= 64 << 10,
         "{stats:?}"
@@ -209,7 +203,7 @@ fn an_output_appears_whole_or_not_at_all() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
     let dump = Dump::open(&path, None).unwrap();
     let plan = plan(dump.layout(), &[(2, 4)]);
-    let go = |out: &Path, overwrite| dump.prune_to(&plan, out, overwrite, &mut no_progress());
+    let go = |out: &Path, overwrite| dump.prune_to(&plan, out, overwrite);
 
     let taken = file(&folder, "taken", b"precious");
     assert!(matches!(
@@ -285,9 +279,9 @@ fn a_failure_half_way_leaves_nothing() {
     let plan = plan(dump.layout(), &[(2, 4)]);
     let out = folder.path().join("out");
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        dump.prune_to(&plan, &out, Overwrite::Refuse, &mut |done, _| {
-            assert!(done < 2 << 20, "enough");
-        })
+        let tell = |done: u64, _: u64| assert!(done < 2 << 20, "enough");
+        let options = PruneOptions::new().progress(Arc::new(tell));
+        dump.checked(&plan).prune_to(&out, &options)
     }));
     assert!(result.is_err());
     assert_eq!(names(folder.path()), ["ram"]);
@@ -306,9 +300,9 @@ fn a_file_that_became_shorter_is_an_error() {
         .unwrap()
         .set_len(1 << 20)
         .unwrap();
-    let copied = dump.prune_to(&plan, &out, Overwrite::Refuse, &mut no_progress());
+    let copied = dump.prune_to(&plan, &out, Overwrite::Refuse);
     assert!(matches!(copied, Err(DumpError::Changed { .. })));
-    let punched = dump.prune_in_place_with(&plan, &every_page(), &mut no_progress());
+    let punched = dump.prune_in_place_with(&plan, &every_page());
     assert!(matches!(punched, Err(DumpError::Changed { .. })));
     assert_eq!(names(folder.path()), ["ram"]);
 }
@@ -321,10 +315,7 @@ fn another_file_under_the_same_name_is_not_punched() {
     let plan = plan(dump.layout(), &[(2, 4)]);
     let other = file(&folder, "other", &pattern(2, 16 * PAGE));
     fs::rename(&other, &path).unwrap();
-    assert!(
-        dump.prune_in_place_with(&plan, &every_page(), &mut no_progress())
-            .is_err()
-    );
+    assert!(dump.prune_in_place_with(&plan, &every_page()).is_err());
     assert!(fs::read(&path).unwrap() == pattern(2, 16 * PAGE));
 }
 

@@ -1,6 +1,7 @@
 //! Whose an output is, and who may do what with it.
 
 use crate::common::qemu::{Block, stream};
+use crate::common::replacing;
 use crate::common::*;
 use rustix::fs::{MemfdFlags, XattrFlags, fsetxattr, memfd_create};
 use rustix::process::geteuid;
@@ -10,13 +11,14 @@ use sonicshot::checkpoint::{
 };
 use sonicshot::{GuestMemory, PageMap, PageSize};
 use sonicshot_dump::{
-    CheckedPlan, CoreNotes, Dump, DumpError, DumpFile, KdumpCompression, KdumpOptions, NewFile,
-    NewFolder, Overwrite, SnapshotFiles, Spool, XlSkeleton, write_kdump_without,
+    CoreNotes, Dump, DumpError, DumpFile, KdumpCompression, KdumpOptions, NewFile, NewFolder,
+    Overwrite, PruneOptions, SnapshotFiles, Spool, WriteOptions, XlSkeleton, write_kdump_without,
 };
 use std::fs::{self, File, Permissions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, Once};
 use tempfile::TempDir;
 
 /// Somebody else, and their group.
@@ -81,124 +83,85 @@ fn unfinished(folder: &Path) -> Vec<u32> {
     modes
 }
 
-type Write = fn(&Path, &Path, Overwrite, &mut dyn FnMut()) -> Result<(), DumpError>;
+type Write = fn(&Path, &Path, &WriteOptions) -> Result<(), DumpError>;
 
-/// Writes what a dump becomes when it is pruned; `during` is called while that is not done.
-fn prune(
-    input: &Path,
-    out: &Path,
-    overwrite: Overwrite,
-    during: &mut dyn FnMut(),
-) -> Result<(), DumpError> {
+/// Writes what a dump becomes when it is pruned; its progress is told while that is not done.
+fn prune(input: &Path, out: &Path, options: &WriteOptions) -> Result<(), DumpError> {
     let dump = Dump::open(input, None)?;
     let plan = plan(dump.layout(), &[(1, 1)]);
-    dump.prune_to(&plan, out, overwrite, &mut |_, _| during())?;
+    let mut how = PruneOptions::new().overwrite(options.overwrite);
+    how.progress.clone_from(&options.progress);
+    dump.checked(&plan).prune_to(out, &how)?;
     Ok(())
 }
 
-fn raw(input: &Path, out: &Path, o: Overwrite, during: &mut dyn FnMut()) -> Result<(), DumpError> {
+fn raw(input: &Path, out: &Path, options: &WriteOptions) -> Result<(), DumpError> {
     let dump = Dump::open(input, None)?;
-    let file = DumpFile::raw(out, dump.layout(), o, &dump.files())?;
-    file.copy(&dump, &mut |_, _| during())?;
+    let file = DumpFile::raw(out, dump.layout(), &dump.files(), options)?;
+    file.copy(&dump)?;
     file.finish().map(drop)
 }
 
-fn elf(input: &Path, out: &Path, o: Overwrite, during: &mut dyn FnMut()) -> Result<(), DumpError> {
+fn elf(input: &Path, out: &Path, options: &WriteOptions) -> Result<(), DumpError> {
     let dump = Dump::open(input, None)?;
     let notes = CoreNotes::new(Architecture::X86_64);
-    let file = DumpFile::elf_core(out, dump.layout(), &notes, o, &dump.files())?;
-    file.copy(&dump, &mut |_, _| during())?;
+    let file = DumpFile::elf_core(out, dump.layout(), &notes, &dump.files(), options)?;
+    file.copy(&dump)?;
     file.finish().map(drop)
 }
 
-fn kdump(
-    input: &Path,
-    out: &Path,
-    o: Overwrite,
-    during: &mut dyn FnMut(),
-) -> Result<(), DumpError> {
+fn kdump(input: &Path, out: &Path, options: &WriteOptions) -> Result<(), DumpError> {
     let dump = Dump::open(input, None)?;
-    let file = NewFile::create(out, o, &dump.files())?;
+    let file = NewFile::create(out, options.overwrite, &dump.files())?;
     let nothing = plan(dump.layout(), &[]);
-    let options = KdumpOptions {
-        compression: KdumpCompression::Zlib,
-        machine: None,
-        vmcoreinfo: None,
-        notes: None,
-        threads: None,
-    };
-    let written = write_kdump_without(&dump, &nothing, file.file(), &options, &mut |_, _| during());
+    let mut how = KdumpOptions::new(KdumpCompression::Zlib);
+    how.progress.clone_from(&options.progress);
+    let written = write_kdump_without(&dump, &nothing, file.file(), &how);
     written.unwrap();
     file.finish().map(drop)
 }
 
-fn sonic(
-    input: &Path,
-    out: &Path,
-    o: Overwrite,
-    during: &mut dyn FnMut(),
-) -> Result<(), DumpError> {
+fn sonic(input: &Path, out: &Path, options: &WriteOptions) -> Result<(), DumpError> {
     let dump = Dump::open(input, None)?;
-    let file = NewFile::create(out, o, &dump.files())?;
+    let file = NewFile::create(out, options.overwrite, &dump.files())?;
     let info = CheckpointInfo::new(dump.layout().clone(), PageSize::SIZE_4K);
-    let options = SaveOptions::default();
-    let mut writer = CheckpointWriter::new(file.file(), info, options).unwrap();
+    let mut how = SaveOptions::default();
+    how.progress.clone_from(&options.progress);
+    let mut writer = CheckpointWriter::new(file.file(), info, how).unwrap();
     let map = PageMap::new(dump.layout(), PageSize::SIZE_4K);
     let nothing = plan(dump.layout(), &[]);
-    let mut progress = |_, _| during();
-    writer.memory(&dump, &map, &nothing, &mut progress).unwrap();
+    writer.memory(&dump, &map, &nothing).unwrap();
     writer.finish().unwrap();
     file.finish().map(drop)
 }
 
-fn restore(
-    input: &Path,
-    out: &Path,
-    o: Overwrite,
-    during: &mut dyn FnMut(),
-) -> Result<(), DumpError> {
+fn restore(input: &Path, out: &Path, options: &WriteOptions) -> Result<(), DumpError> {
     let reader = CheckpointReader::open(input).unwrap();
     let layout = &reader.info().layout;
-    let file = DumpFile::raw(out, layout, o, &[reader.source()])?;
-    reader
-        .restore(&file, &RestoreOptions::new(), &mut |_, _| during())
-        .unwrap();
+    let file = DumpFile::raw(out, layout, &[reader.source()], options)?;
+    let mut how = RestoreOptions::new();
+    how.progress.clone_from(&options.progress);
+    reader.restore(&file, &how).unwrap();
     file.finish().map(drop)
 }
 
-fn to_mapped_ram(
-    input: &Path,
-    out: &Path,
-    o: Overwrite,
-    during: &mut dyn FnMut(),
-) -> Result<(), DumpError> {
+fn to_mapped_ram(input: &Path, out: &Path, options: &WriteOptions) -> Result<(), DumpError> {
     let dump = Dump::open(input, None)?;
-    dump.to_mapped_ram(out, o, &mut |_, _| during()).map(drop)
+    dump.to_mapped_ram(out, options).map(drop)
 }
 
-fn to_stream(
-    input: &Path,
-    out: &Path,
-    o: Overwrite,
-    during: &mut dyn FnMut(),
-) -> Result<(), DumpError> {
+fn to_stream(input: &Path, out: &Path, options: &WriteOptions) -> Result<(), DumpError> {
     let dump = Dump::open(input, None)?;
-    dump.to_stream(out, o, &mut |_, _| during()).map(drop)
+    dump.to_stream(out, options).map(drop)
 }
 
-fn to_xl(
-    input: &Path,
-    out: &Path,
-    o: Overwrite,
-    during: &mut dyn FnMut(),
-) -> Result<(), DumpError> {
+fn to_xl(input: &Path, out: &Path, options: &WriteOptions) -> Result<(), DumpError> {
     let dump = Dump::open(input, None)?;
     let skeleton = dump.xl_skeleton()?.unwrap();
     let skeleton = XlSkeleton::parse(input, skeleton)?;
-    let mut progress = |_, _| during();
     let (none, inputs) = (|_| false, dump.files());
     skeleton
-        .write(&dump, &none, out, o, &inputs, &mut progress)
+        .write(&dump, &none, out, &inputs, options)
         .map(drop)
 }
 
@@ -226,7 +189,7 @@ fn writers(folder: &Path) -> Vec<(&'static str, PathBuf, Write)> {
     let libvirt = file("in.libvirt", &packer.finish().unwrap());
     let made = |name: &str, write: Write| {
         let path = folder.join(name);
-        write(&memory, &path, Overwrite::Refuse, &mut || {}).unwrap();
+        write(&memory, &path, &WriteOptions::new()).unwrap();
         path
     };
     vec![
@@ -266,12 +229,14 @@ fn whatever_writes_it_an_output_is_for_no_more_eyes_than_its_input() {
             // Whoever makes a file here makes it of this group.
             set(&folder, (geteuid().as_raw(), OTHER.1), 0o2777);
             let (fresh, old) = (folder.join("fresh"), folder.join("old"));
-            let mut seen = Vec::new();
-            write(&input, &fresh, Overwrite::Refuse, &mut || {
-                assert!(!fresh.exists());
-                seen.extend(unfinished(&folder));
-            })
-            .unwrap();
+            let seen = Arc::new(Mutex::new(Vec::new()));
+            let (there, within, seeing) = (fresh.clone(), folder.clone(), Arc::clone(&seen));
+            let options = WriteOptions::new().progress(Arc::new(move |_: u64, _: u64| {
+                assert!(!there.exists());
+                seeing.lock().unwrap().extend(unfinished(&within));
+            }));
+            write(&input, &fresh, &options).unwrap();
+            let seen = seen.lock().unwrap().clone();
             assert_eq!(rights(&fresh), of(THEY, left), "{name} {mode:o}");
             watched += usize::from(!seen.is_empty());
             assert!(seen.iter().all(|mode| *mode == 0o600), "{name}: {seen:?}");
@@ -280,7 +245,7 @@ fn whatever_writes_it_an_output_is_for_no_more_eyes_than_its_input() {
             for (was, now) in [(0o6777, left), (0o640, left & 0o640), (0o604, left & 0o604)] {
                 fs::write(&old, b"old").unwrap();
                 set(&old, THEY, was);
-                write(&input, &old, Overwrite::Replace, &mut || {}).unwrap();
+                write(&input, &old, &replacing()).unwrap();
                 assert_eq!(rights(&old), of(THEY, now), "{name} {mode:o} over {was:o}");
             }
             fs::remove_dir_all(&folder).unwrap();
@@ -316,7 +281,7 @@ fn who_has_what_is_replaced_keeps_it() {
         set(&at("in"), input, in_mode);
         fs::write(at("out"), b"old").unwrap();
         set(&at("out"), old, old_mode);
-        prune(&at("in"), &at("out"), Overwrite::Replace, &mut || {}).unwrap();
+        prune(&at("in"), &at("out"), &replacing()).unwrap();
         let want = (old.0, old.1, out_mode);
         assert_eq!(
             rights(&at("out")),
@@ -341,7 +306,7 @@ fn who_has_what_is_replaced_keeps_it() {
         let out = shared.join("out");
         fs::write(&out, b"old").unwrap();
         set(&out, old, 0o666);
-        prune(&at("in"), &out, Overwrite::Replace, &mut || {}).unwrap();
+        prune(&at("in"), &out, &replacing()).unwrap();
         let want = (owner.0, owner.1, 0o666);
         // A sticky folder that only its group may write counts as one for everyone.
         let want = if folder_mode == 0o1770 {
@@ -356,7 +321,7 @@ fn who_has_what_is_replaced_keeps_it() {
     fs::write(at("target"), b"precious").unwrap();
     set(&at("target"), OTHER, 0o666);
     symlink("target", at("link")).unwrap();
-    prune(&at("in"), &at("link"), Overwrite::Replace, &mut || {}).unwrap();
+    prune(&at("in"), &at("link"), &replacing()).unwrap();
     assert_eq!(rights(&at("link")), (THEY.0, THEY.1, 0o666));
     assert_eq!(fs::read(at("target")).unwrap(), b"precious");
 }
@@ -375,8 +340,7 @@ fn what_is_made_of_several_files_is_for_those_who_may_read_each() {
         assert_eq!(dump.files().len(), 2);
         let _ = fs::remove_file(at("out"));
         let plan = plan(dump.layout(), &[(3, 1)]);
-        dump.prune_to(&plan, &at("out"), Overwrite::Refuse, &mut |_, _| {})
-            .unwrap();
+        dump.prune_to(&plan, &at("out"), Overwrite::Refuse).unwrap();
         rights(&at("out"))
     };
     for (diff, base, want) in [
@@ -391,7 +355,7 @@ fn what_is_made_of_several_files_is_for_those_who_may_read_each() {
     // The base is an input as the diff is.
     let dump = Dump::open_over(at("diff"), at("base"), None).unwrap();
     let plan = plan(dump.layout(), &[]);
-    let over = dump.prune_to(&plan, &at("base"), Overwrite::Replace, &mut |_, _| {});
+    let over = dump.prune_to(&plan, &at("base"), Overwrite::Replace);
     assert!(matches!(over, Err(DumpError::SameFile { .. })), "{over:?}");
     if !is_root() {
         return;
@@ -429,7 +393,7 @@ fn without_an_input_file_an_output_is_for_its_owner_alone() {
     let spooled = dump.file().metadata().unwrap();
     assert_eq!((spooled.mode() & 0o7777, spooled.nlink()), (0o600, 0));
     let plan = plan(dump.layout(), &[(1, 1)]);
-    dump.prune_to(&plan, &at("piped"), Overwrite::Refuse, &mut |_, _| {})
+    dump.prune_to(&plan, &at("piped"), Overwrite::Refuse)
         .unwrap();
     assert_eq!(rights(&at("piped")), (us, group, 0o600));
 
@@ -456,7 +420,7 @@ fn without_an_input_file_an_output_is_for_its_owner_alone() {
         std::os::unix::fs::FileExt::write_all_at(file, &pattern(1, 8 * PAGE), 0).unwrap();
         let input = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
         let _ = fs::remove_file(at("out"));
-        prune(&input, &at("out"), Overwrite::Refuse, &mut || {}).unwrap();
+        prune(&input, &at("out"), &WriteOptions::new()).unwrap();
         assert_eq!(rights(&at("out")), (owner.0, owner.1, 0o600));
     }
 }
@@ -501,20 +465,14 @@ fn access_lists_open_nothing() {
         rustix::fs::getxattr(path, "system.posix_acl_access", &mut list[..])
     };
     assert!(list_of(&outputs.join("plain")).is_ok());
-    prune(
-        &at("in"),
-        &outputs.join("out"),
-        Overwrite::Refuse,
-        &mut || {},
-    )
-    .unwrap();
+    prune(&at("in"), &outputs.join("out"), &WriteOptions::new()).unwrap();
     assert_eq!(rights(&outputs.join("out")), of(THEY, 0o640));
     assert!(list_of(&outputs.join("out")).is_err());
 
     // The group's rights of a file with a list are the most that anyone on it has.
     assert!(lists(&at("in"), "system.posix_acl_access"));
     assert_eq!(rights(&at("in")).2, 0o770);
-    prune(&at("in"), &at("out"), Overwrite::Refuse, &mut || {}).unwrap();
+    prune(&at("in"), &at("out"), &WriteOptions::new()).unwrap();
     assert_eq!(rights(&at("out")), of(THEY, 0o600));
 }
 
@@ -527,15 +485,16 @@ fn a_folder_that_is_moved_away_meanwhile_gets_the_output_all_the_same() {
         for name in ["outputs", "elsewhere"] {
             fs::create_dir(at(name)).unwrap();
         }
-        let mut moved = false;
-        prune(&at("in"), &at("outputs/out"), overwrite, &mut || {
-            if !moved {
-                fs::rename(at("outputs"), at("moved")).unwrap();
-                symlink("elsewhere", at("outputs")).unwrap();
-                moved = true;
-            }
-        })
-        .unwrap();
+        let once = Once::new();
+        let (outputs, moved) = (at("outputs"), at("moved"));
+        let options = WriteOptions::new().overwrite(overwrite);
+        let options = options.progress(Arc::new(move |_: u64, _: u64| {
+            once.call_once(|| {
+                fs::rename(&outputs, &moved).unwrap();
+                symlink("elsewhere", &outputs).unwrap();
+            });
+        }));
+        prune(&at("in"), &at("outputs/out"), &options).unwrap();
         assert_eq!(names(&at("elsewhere")), [""; 0]);
         assert_eq!(names(&at("moved")), ["out"]);
         fs::remove_file(at("outputs")).unwrap();
@@ -569,7 +528,7 @@ fn a_folder_and_each_file_in_it_are_for_no_more_eyes_than_their_counterparts() {
         let dump = Dump::open(input.join("vm.mem"), None).unwrap();
         let plan = plan(dump.layout(), &[(1, 2)]);
         folder
-            .write_memory(&CheckedPlan::unchecked(&dump, &plan), &mut |_, _| {})
+            .write_memory(&dump.checked(&plan), &PruneOptions::new())
             .unwrap();
         during("written");
         folder.finish().unwrap();
@@ -625,8 +584,7 @@ fn a_prune_in_place_leaves_mode_and_owner_as_they_are() {
         set(&path, THEY, mode);
         let dump = Dump::open(&path, None).unwrap();
         let plan = plan(dump.layout(), &[(8, 16)]);
-        dump.prune_in_place_with(&plan, &every_page(), &mut |_, _| {})
-            .unwrap();
+        dump.prune_in_place_with(&plan, &every_page()).unwrap();
         assert_eq!(rights(&path), of(THEY, mode), "{mode:o}");
         drop(dump);
         fs::remove_file(&path).unwrap();

@@ -1,7 +1,7 @@
 //! QEMU's migration files with more in them than memory and devices, and behind something else.
 
 use crate::common::qemu::{Block, File, PAGE, first_bytes, name, stream};
-use crate::common::{Prunes, every_page, plan};
+use crate::common::{Prunes, every_page, plan, replacing};
 use sonicshot::GuestMemory;
 use sonicshot_dump::{Dump, DumpError, DumpFormat, DumpOptions, Overwrite};
 use std::fs;
@@ -67,13 +67,8 @@ fn open(folder: &Path, bytes: &[u8]) -> Result<Dump, DumpError> {
 
 fn pruned(folder: &Path, dump: &Dump, runs: &[(u64, u64)]) -> Vec<u8> {
     let out = folder.join("out");
-    dump.prune_to(
-        &plan(dump.layout(), runs),
-        &out,
-        Overwrite::Replace,
-        &mut |_, _| {},
-    )
-    .unwrap();
+    dump.prune_to(&plan(dump.layout(), runs), &out, Overwrite::Replace)
+        .unwrap();
     fs::read(out).unwrap()
 }
 
@@ -114,7 +109,7 @@ fn other_sections_between_the_memorys_parts_stay() {
         let again = Dump::open(folder.path().join("out"), None).unwrap();
         assert_eq!(first_bytes(&again), [0, 0, 3, 0, 0, 6, 0, 8]);
         let out = folder.path().join("mapped");
-        let converted = dump.to_mapped_ram(&out, Overwrite::Replace, &mut |_, _| {});
+        let converted = dump.to_mapped_ram(&out, &replacing());
         assert_eq!(converted.is_ok(), converts, "{converted:?}");
         assert!(converts || matches!(converted, Err(DumpError::CannotConvert { .. })));
     }
@@ -140,13 +135,10 @@ fn memory_may_end_where_the_devices_begin() {
     assert_eq!(first_bytes(&again), [0, 0, 3, 0, 5, 6, 0, 8]);
     // As the other kind, and back: with an end that all of QEMU's versions take.
     let (mapped, back) = (folder.path().join("mapped"), folder.path().join("back"));
-    dump.to_mapped_ram(&mapped, Overwrite::Replace, &mut |_, _| {})
-        .unwrap();
+    dump.to_mapped_ram(&mapped, &replacing()).unwrap();
     let mapped = Dump::open(&mapped, None).unwrap();
     assert_eq!(first_bytes(&mapped), seen);
-    mapped
-        .to_stream(&back, Overwrite::Replace, &mut |_, _| {})
-        .unwrap();
+    mapped.to_stream(&back, &replacing()).unwrap();
     assert_eq!(first_bytes(&Dump::open(&back, None).unwrap()), seen);
     // Without the description, or with memory behind the devices, nobody knows where memory ends.
     let undescribed = [&head[..], &records, &devices[..30]].concat();
@@ -170,8 +162,7 @@ fn a_mapped_ram_file_without_a_last_part_tells_where_it_ends() {
     let bytes = [&whole[..whole.len() - end.len()], &devices()].concat();
     let dump = open(folder.path(), &bytes).unwrap();
     let out = folder.path().join("stream");
-    dump.to_stream(&out, Overwrite::Replace, &mut |_, _| {})
-        .unwrap();
+    dump.to_stream(&out, &replacing()).unwrap();
     let stream = Dump::open(&out, None).unwrap();
     assert_eq!(first_bytes(&stream), first_bytes(&dump));
     assert!(fs::read(&out).unwrap().ends_with(&devices()));
@@ -197,12 +188,8 @@ fn a_file_behind_something_else_is_found() {
         assert_eq!(dump.format(), "QEMU mapped-ram");
         let out = pruned(folder.path(), &dump, &[(0, 6)]);
         assert_eq!(out[..before.len()], before);
-        dump.prune_in_place_with(
-            &plan(dump.layout(), &[(0, 6)]),
-            &every_page(),
-            &mut |_, _| {},
-        )
-        .unwrap();
+        dump.prune_in_place_with(&plan(dump.layout(), &[(0, 6)]), &every_page())
+            .unwrap();
         assert!(fs::read(folder.path().join("file")).unwrap() == out);
         let again = Dump::open(folder.path().join("out"), None).unwrap();
         assert_eq!(first_bytes(&again), expected);

@@ -3,7 +3,7 @@
 use crate::common::xen::{image, image_with};
 use crate::common::*;
 use sonicshot::{Fill, GuestMemory, PageClass, PageState, Pfn};
-use sonicshot_dump::{CheckedPlan, Dump, DumpError, Overwrite, XlSkeleton};
+use sonicshot_dump::{CheckedPlan, Dump, DumpError, Overwrite, WriteOptions, XlSkeleton};
 use std::fs;
 
 #[test]
@@ -26,11 +26,8 @@ fn no_plan_takes_from_the_guest_what_it_relies_on() {
     ] {
         let plan = plan_with(dump.layout(), &[(0, 3)], class, fill);
         let (out, mut piped) = (folder.path().join("out"), Vec::new());
-        let quiet = &mut |_, _| {};
-        let stats = dump
-            .prune_to(&plan, &out, Overwrite::Replace, quiet)
-            .unwrap();
-        let of_pipe = dump.prune_to_writer(&plan, &mut piped, quiet).unwrap();
+        let stats = dump.prune_to(&plan, &out, Overwrite::Replace).unwrap();
+        let of_pipe = dump.prune_to_writer(&plan, &mut piped).unwrap();
         assert!(fs::read(&out).unwrap() == piped);
         for stats in [stats, of_pipe] {
             let bytes = (stats.dropped_bytes, stats.kept_for_fill);
@@ -50,9 +47,7 @@ fn a_page_table_stays_whatever_the_guest_says_of_it() {
     let dump = Dump::open(&path, None).unwrap();
     let everything = plan_with(dump.layout(), &[(0, 4)], PageClass::FreeBuddy, Fill::Any);
     let out = folder.path().join("out");
-    let stats = dump
-        .prune_to(&everything, &out, Overwrite::Refuse, &mut |_, _| {})
-        .unwrap();
+    let stats = dump.prune_to(&everything, &out, Overwrite::Refuse).unwrap();
     assert_eq!(stats.dropped_bytes, 3 * PAGE);
     let pruned = Dump::open(&out, None).unwrap();
     for pfn in 0..4_u64 {
@@ -76,9 +71,8 @@ fn no_image_is_made_with_a_page_table_left_out() {
     let skeleton = XlSkeleton::parse(&path, skeleton).unwrap();
     let write = |left_out: &[u64]| {
         let left_out = |pfn: Pfn| left_out.contains(&pfn.raw());
-        let quiet = &mut |_, _| {};
         let inputs = dump.files();
-        skeleton.write(&dump, &left_out, &out, Overwrite::Refuse, &inputs, quiet)
+        skeleton.write(&dump, &left_out, &out, &inputs, &WriteOptions::new())
     };
     let error = write(&[0, 2, 3]).unwrap_err();
     assert!(

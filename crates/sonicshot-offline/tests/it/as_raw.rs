@@ -1,11 +1,11 @@
 //! Raw memory whose first page looks like another format, and files whose format is given.
 
-use crate::common::{open, quiet, ram, raw};
+use crate::common::{open, ram, raw};
 use sonicshot::PageClass;
 use sonicshot_dump::DumpError;
 use sonicshot_offline::{
-    AnalyzeOptions, Analyzed, DumpFormat, Note, OfflineError, OpenOptions, Overwrite, Snapshot,
-    Target,
+    AnalyzeOptions, Analyzed, DumpFormat, Note, OfflineError, OpenOptions, Snapshot, Target,
+    WriteOptions,
 };
 use sonicshot_vmi::VmiError;
 use std::fs::{self, File};
@@ -66,7 +66,7 @@ fn a_damaged_file_is_none_of_memory() {
     let folder = TempDir::new().unwrap();
     let core = folder.path().join("core");
     let from = open(&raw(folder.path()));
-    from.convert(&Target::Elf, &core, Overwrite::Refuse, &mut quiet)
+    from.convert(&Target::Elf, &core, &WriteOptions::new())
         .unwrap();
     let file = File::options().write(true).open(&core).unwrap();
     let whole = file.metadata().unwrap().len();

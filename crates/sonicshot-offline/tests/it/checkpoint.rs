@@ -1,15 +1,15 @@
 //! A snapshot saved, and made a dump again.
 
-use crate::common::{open, quiet, ram, raw};
+use crate::common::{open, ram, raw, replacing};
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, Compression, SaveOptions};
 use sonicshot::{
     Architecture, ClassSet, Disposition, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions,
-    PageMap, PageSize, PrunePlan,
+    PageMap, PageSize, PrunePlan, WorkOptions,
 };
 use sonicshot_dump::{DumpError, KdumpWriteError};
 use sonicshot_offline::{
     AnalyzeOptions, CheckpointFile, CheckpointOptions, KdumpCompression, Note, OfflineError,
-    OpenOptions, Overwrite, RestoreOptions, RestoreTo, Target,
+    OpenOptions, Overwrite, PruneOptions, RestoreOptions, RestoreTo, Target, WriteOptions,
 };
 use std::fs::{self, File};
 use std::path::Path;
@@ -31,24 +31,20 @@ fn a_plan_is_saved_to_a_file_and_into_a_pipe() {
         .unwrap();
     let plan = guest.plan(ClassSet::DEFAULT_DROP).unwrap();
     let out = temporary.path().join("x.sonic");
-    let saved = plan
-        .save(&out, Overwrite::Refuse, &with_state(), &mut quiet)
-        .unwrap();
+    let saved = plan.save(&out, &with_state()).unwrap();
     assert_eq!(saved.info.vmm.as_deref(), Some("a VMM"));
     assert!(saved.disk_bytes.unwrap() > 0);
     let mut piped = Vec::new();
-    let of_pipe = plan
-        .save_to_writer(&mut piped, &with_state(), &mut quiet)
-        .unwrap();
+    let of_pipe = plan.save_to_writer(&mut piped, &with_state()).unwrap();
     assert_eq!((of_pipe.stats, of_pipe.disk_bytes), (saved.stats, None));
     assert!(fs::read(&out).unwrap() == piped);
 
     assert!(CheckpointFile::is_at(&out).unwrap() && !CheckpointFile::is_at(&path).unwrap());
     let checkpoint = CheckpointFile::open(&out).unwrap();
-    checkpoint.verify(&mut quiet).unwrap();
+    checkpoint.verify(&WorkOptions::new()).unwrap();
     assert!(
         checkpoint
-            .verify_against(&path, &OpenOptions::new(), &mut quiet)
+            .verify_against(&path, &OpenOptions::new(), &WorkOptions::new())
             .unwrap()
             > 0
     );
@@ -57,16 +53,15 @@ fn a_plan_is_saved_to_a_file_and_into_a_pipe() {
     let copy = temporary.path().join("state again");
     restore.blobs = vec![("state".into(), copy.clone())];
     let back = temporary.path().join("back");
-    checkpoint.restore(&back, &restore, &mut quiet).unwrap();
+    checkpoint.restore(&back, &restore).unwrap();
     assert_eq!(fs::read(&copy).unwrap(), fs::read(&state).unwrap());
     let pruned = temporary.path().join("pruned");
-    plan.prune_to(&pruned, Overwrite::Refuse, &mut quiet)
-        .unwrap();
+    plan.prune_to(&pruned, &PruneOptions::new()).unwrap();
     // Free pages are gone from both; zero ones read as zero anyway.
     assert!(fs::read(&back).unwrap() == fs::read(&pruned).unwrap());
 
     let image = RestoreOptions::new(RestoreTo::Xl);
-    let image = checkpoint.restore(temporary.path().join("image"), &image, &mut quiet);
+    let image = checkpoint.restore(temporary.path().join("image"), &image);
     assert!(
         matches!(image, Err(OfflineError::NoImage { .. })),
         "{image:?}"
@@ -74,8 +69,7 @@ fn a_plan_is_saved_to_a_file_and_into_a_pipe() {
     let stream = checkpoint.convert(
         &Target::Stream,
         temporary.path().join("stream"),
-        Overwrite::Refuse,
-        &mut quiet,
+        &WriteOptions::new(),
     );
     assert!(
         matches!(stream, Err(OfflineError::NotOfCheckpoint)),
@@ -89,12 +83,11 @@ fn all_of_it_comes_back_whatever_it_was_in_between() {
     let path = raw(temporary.path());
     let all = open(&path).keep_all().unwrap();
     let sonic = temporary.path().join("all.sonic");
-    all.save(&sonic, Overwrite::Refuse, &options(), &mut quiet)
-        .unwrap();
+    all.save(&sonic, &options()).unwrap();
     let checkpoint = CheckpointFile::open(&sonic).unwrap();
     let elf = temporary.path().join("elf");
     checkpoint
-        .convert(&Target::Elf, &elf, Overwrite::Refuse, &mut quiet)
+        .convert(&Target::Elf, &elf, &WriteOptions::new())
         .unwrap();
     for target in [
         Target::Kdump(KdumpCompression::Zlib),
@@ -103,19 +96,16 @@ fn all_of_it_comes_back_whatever_it_was_in_between() {
         Target::Raw,
     ] {
         let out = temporary.path().join("out");
-        let converted = open(&elf)
-            .convert(&target, &out, Overwrite::Replace, &mut quiet)
-            .unwrap();
+        let converted = open(&elf).convert(&target, &out, &replacing()).unwrap();
         assert_eq!(converted.format, "ELF core");
         assert_eq!(converted.layout.bytes(), ram().len() as u64);
         let back = temporary.path().join("back");
-        let force = Overwrite::Replace;
         if CheckpointFile::is_at(&out).unwrap() {
             let out = CheckpointFile::open(&out).unwrap();
-            out.convert(&Target::Raw, &back, force, &mut quiet).unwrap();
+            out.convert(&Target::Raw, &back, &replacing()).unwrap();
         } else {
             open(&out)
-                .convert(&Target::Raw, &back, force, &mut quiet)
+                .convert(&Target::Raw, &back, &replacing())
                 .unwrap();
         }
         assert!(fs::read(&back).unwrap() == ram(), "{target:?}");
@@ -132,7 +122,7 @@ fn checkpoint_of(path: &Path, machine: Option<Architecture>) -> CheckpointFile {
     let plan = PrunePlan::new(&map, &|_| Disposition::Keep, Fill::Zero);
     let writing = SaveOptions::new(Compression::Lz4);
     let mut writer = CheckpointWriter::new(File::create(path).unwrap(), info, writing).unwrap();
-    writer.memory(&memory, &map, &plan, &mut quiet).unwrap();
+    writer.memory(&memory, &map, &plan).unwrap();
     writer.finish().unwrap();
     CheckpointFile::open(path).unwrap()
 }
@@ -155,7 +145,7 @@ fn an_output_names_the_processor_that_the_guest_has() {
             let core = fs::read(&out).unwrap();
             u16::from_le_bytes([core[18], core[19]])
         };
-        let elf = checkpoint.convert(&Target::Elf, &out, replace, &mut quiet);
+        let elf = checkpoint.convert(&Target::Elf, &out, &replacing());
         let assumed = Note::MachineAssumed {
             machine: Architecture::X86_64,
         };
@@ -164,22 +154,17 @@ fn an_output_names_the_processor_that_the_guest_has() {
         assert_eq!(of_core(), number);
         let mut options = RestoreOptions::new(RestoreTo::Elf);
         options.overwrite = replace;
-        let restored = checkpoint.restore(&out, &options, &mut quiet).unwrap();
+        let restored = checkpoint.restore(&out, &options).unwrap();
         let said = restored.notes.contains(&assumed);
         assert_eq!(said, machine.is_none(), "{machine:?}");
         assert_eq!(of_core(), number);
 
-        let again = checkpoint.convert(&Target::Checkpoint, &out, replace, &mut quiet);
+        let again = checkpoint.convert(&Target::Checkpoint, &out, &replacing());
         again.unwrap();
         let again = CheckpointFile::open(&out).unwrap();
         assert_eq!(again.reader().info().architecture, machine);
 
-        let kdump = checkpoint.convert(
-            &Target::Kdump(KdumpCompression::Zlib),
-            &out,
-            replace,
-            &mut quiet,
-        );
+        let kdump = checkpoint.convert(&Target::Kdump(KdumpCompression::Zlib), &out, &replacing());
         if machine == Some(RISCV) {
             let refused = matches!(
                 kdump,

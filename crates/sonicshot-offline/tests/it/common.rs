@@ -1,6 +1,8 @@
 //! The real guest in testdata, unpacked once for all tests.
 
-use sonicshot_offline::{AnalyzeOptions, Analyzed, OfflineError, OpenOptions, Snapshot};
+use sonicshot_offline::{
+    AnalyzeOptions, Analyzed, OfflineError, OpenOptions, Overwrite, Snapshot, WriteOptions,
+};
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::FileExt;
@@ -51,5 +53,7 @@ pub fn analyze(path: &Path) -> Result<Analyzed, OfflineError> {
     open(path).analyze(&AnalyzeOptions::new())
 }
 
-/// Told nothing.
-pub fn quiet(_done: u64, _total: u64) {}
+/// Of an output that exists, which is replaced.
+pub fn replacing() -> WriteOptions {
+    WriteOptions::new().overwrite(Overwrite::Replace)
+}

@@ -1,10 +1,10 @@
 //! A snapshot pruned every way.
 
-use crate::common::{PAGE, analyze, open, quiet, ram, raw};
+use crate::common::{PAGE, analyze, open, ram, raw};
 use sonicshot::{ClassSet, GuestMemory, PageClass, Pfn};
 use sonicshot_dump::DumpError;
 use sonicshot_offline::{
-    AnalyzeOptions, LayoutSpec, Note, OfflineError, OpenOptions, Overwrite, PruneOptions, Snapshot,
+    AnalyzeOptions, LayoutSpec, Note, OfflineError, OpenOptions, PruneOptions, Snapshot,
 };
 use std::fs;
 use tempfile::TempDir;
@@ -17,7 +17,7 @@ fn a_copy_and_the_file_itself_lose_the_same_pages_and_no_other() {
     assert!(guest.facts().release.starts_with("6.1."));
     let plan = guest.plan(ClassSet::DEFAULT_DROP).unwrap();
     let out = temporary.path().join("out");
-    let stats = plan.prune_to(&out, Overwrite::Refuse, &mut quiet).unwrap();
+    let stats = plan.prune_to(&out, &PruneOptions::new()).unwrap();
     assert_eq!(stats.dropped_bytes, plan.dropped_bytes());
     let copy = fs::read(&out).unwrap();
     let pages = (0..).zip(copy.chunks(PAGE).zip(ram().chunks(PAGE)));
@@ -39,7 +39,7 @@ fn a_copy_and_the_file_itself_lose_the_same_pages_and_no_other() {
     assert!(dropped > 10_000);
     let mut options = PruneOptions::new();
     options.min_hole = Some(0);
-    plan.prune_in_place(&options, &mut quiet).unwrap();
+    plan.prune_in_place(&options).unwrap();
     assert!(fs::read(&path).unwrap() == copy);
     // What is left tells the same of every page.
     let again = analyze(&out).unwrap();
@@ -56,7 +56,7 @@ fn what_comes_through_a_pipe_is_analysed_as_a_file_is() {
     assert_eq!(of_pipe.dump().layout(), of_file.dump().layout());
     // There is no file to punch.
     let plan = of_pipe.plan(ClassSet::DEFAULT_DROP).unwrap();
-    let in_place = plan.prune_in_place(&PruneOptions::new(), &mut quiet);
+    let in_place = plan.prune_in_place(&PruneOptions::new());
     assert!(
         matches!(
             in_place,

@@ -1,11 +1,11 @@
 //! A library's user is refused what the command's user is.
 
-use crate::common::{PAGE, analyze, diff, open, quiet, ram, raw};
+use crate::common::{PAGE, analyze, diff, open, ram, raw};
 use sonicshot::{ClassSet, Gpa, GpaRange, GuestMemory, PageClass};
 use sonicshot_dump::DumpError;
 use sonicshot_offline::{
-    AnalyzeOptions, LayoutSpec, Note, OfflineError, OpenOptions, Overwrite, PruneOptions, Snapshot,
-    Target,
+    AnalyzeOptions, LayoutSpec, Note, OfflineError, OpenOptions, PruneOptions, Snapshot, Target,
+    WriteOptions,
 };
 use sonicshot_vmi::{OnInconsistency, VmiError};
 use std::collections::HashSet;
@@ -123,7 +123,7 @@ fn a_file_that_is_written_is_not_pruned_in_place() {
     let guest = analyze(&path).unwrap();
     let plan = guest.plan(ClassSet::DEFAULT_DROP).unwrap();
     let _writer = fs::OpenOptions::new().write(true).open(&path).unwrap();
-    let pruned = plan.prune_in_place(&PruneOptions::new(), &mut quiet);
+    let pruned = plan.prune_in_place(&PruneOptions::new());
     assert!(
         matches!(
             pruned,
@@ -166,9 +166,9 @@ fn a_snapshot_whose_vmm_reads_no_zeroes_is_not_pruned_by_anybody() {
     let plan = guest.plan(ClassSet::DEFAULT_DROP).unwrap();
     let out = temporary.path().join("out");
     for pruned in [
-        plan.prune_to(&out, Overwrite::Refuse, &mut quiet),
-        plan.prune_in_place(&PruneOptions::new(), &mut quiet),
-        plan.prune_to_writer(Vec::new(), &mut quiet),
+        plan.prune_to(&out, &PruneOptions::new()),
+        plan.prune_in_place(&PruneOptions::new()),
+        plan.prune_to_writer(Vec::new(), &PruneOptions::new()),
     ] {
         assert!(
             matches!(
@@ -187,9 +187,9 @@ fn what_cannot_become_another_format_is_refused() {
     let temporary = TempDir::new().unwrap();
     let snapshot = open(&raw(temporary.path()));
     let out = temporary.path().join("out");
-    let image = snapshot.convert(&Target::Xl(None), &out, Overwrite::Refuse, &mut quiet);
+    let image = snapshot.convert(&Target::Xl(None), &out, &WriteOptions::new());
     assert!(matches!(image, Err(OfflineError::NoTemplate)), "{image:?}");
-    let stream = snapshot.convert(&Target::Stream, &out, Overwrite::Refuse, &mut quiet);
+    let stream = snapshot.convert(&Target::Stream, &out, &WriteOptions::new());
     assert!(
         matches!(
             stream,
@@ -234,7 +234,7 @@ fn zeroes_of_what_may_be_a_diff_are_kept() {
     );
     let mut options = PruneOptions::new();
     options.min_hole = Some(0);
-    plan.prune_in_place(&options, &mut quiet).unwrap();
+    plan.prune_in_place(&options).unwrap();
     // Over a base that has something else everywhere, the guest has what it had.
     let left = analyze(&path).unwrap();
     for (pfn, page) in &pages {

@@ -31,6 +31,10 @@ fn memory(folder: &TempDir, start: &[u8]) -> PathBuf {
     path
 }
 
+fn replacing() -> PruneOptions {
+    PruneOptions::new().overwrite(Overwrite::Replace)
+}
+
 #[test]
 fn pages_of_zeroes_need_no_kernel() {
     let folder = TempDir::new().unwrap();
@@ -43,14 +47,13 @@ fn pages_of_zeroes_need_no_kernel() {
     assert_eq!(found.counts().get(PageClass::Unknown), 64);
     let plan = found.plan(ClassSet::DEFAULT_DROP).unwrap();
     let out = folder.path().join("out");
-    let progress = &mut |_, _| {};
-    let stats = plan.prune_to(&out, Overwrite::Refuse, progress).unwrap();
+    let stats = plan.prune_to(&out, &PruneOptions::new()).unwrap();
     assert_eq!(stats.dropped_bytes, 21 * PAGE as u64);
     assert!(fs::read(&out).unwrap() == fs::read(&path).unwrap());
     // What nobody told is not made up.
     let writing = CheckpointOptions::new(SaveOptions::new(Compression::Lz4));
     let mut sonic = Vec::new();
-    let saved = plan.save_to_writer(&mut sonic, &writing, progress).unwrap();
+    let saved = plan.save_to_writer(&mut sonic, &writing).unwrap();
     assert_eq!(
         (saved.info.architecture, saved.info.kernel_release),
         (None, None)
@@ -105,9 +108,9 @@ fn zeroes_that_are_holes_already_are_no_work() {
         let snapshot = Snapshot::open(&path, &OpenOptions::new()).unwrap();
         let found = snapshot.zero_pages()?;
         let plan = found.plan(ClassSet::EMPTY.with_zero())?;
-        let stats = plan.prune_in_place(&PruneOptions::new(), &mut |_, _| {})?;
+        let stats = plan.prune_in_place(&PruneOptions::new())?;
         let out = folder.path().join("copy");
-        plan.prune_to(&out, Overwrite::Replace, &mut |_, _| {})?;
+        plan.prune_to(&out, &replacing())?;
         assert!(fs::read(&out).unwrap() == bytes);
         Ok::<_, OfflineError>((stats.changed, stats.dropped_bytes, found.notes().to_vec()))
     };
@@ -143,7 +146,7 @@ fn holes_of_a_temporary_file_are_none_of_the_memorys() {
         let found = snapshot.zero_pages()?;
         let out = folder.path().join("out");
         let plan = found.plan(ClassSet::EMPTY.with_zero())?;
-        plan.prune_to(&out, Overwrite::Replace, &mut |_, _| {})?;
+        plan.prune_to(&out, &replacing())?;
         assert!(fs::read(&out).unwrap()[..bytes.len()] == bytes[..]);
         Ok::<_, OfflineError>(plan.dropped_pages())
     };
@@ -188,15 +191,12 @@ fn a_diff_over_its_base_has_its_zeroes_where_the_merged_memory_has_them() {
     assert_eq!(found.counts().total_zero(), 21);
     let plan = found.plan(ClassSet::EMPTY.with_zero()).unwrap();
     let out = folder.path().join("out");
-    plan.prune_to(&out, Overwrite::Refuse, &mut |_, _| {})
-        .unwrap();
+    plan.prune_to(&out, &PruneOptions::new()).unwrap();
     let mut merged = fs::read(&diff).unwrap();
     merged[64 * PAGE..].fill(7);
     assert!(fs::read(&out).unwrap() == merged);
     // In place a hole would be the base's.
-    let stats = plan
-        .prune_in_place(&PruneOptions::new(), &mut |_, _| {})
-        .unwrap();
+    let stats = plan.prune_in_place(&PruneOptions::new()).unwrap();
     assert_eq!(stats.dropped_bytes, 0);
     let again = Snapshot::open(&diff, &options)
         .unwrap()

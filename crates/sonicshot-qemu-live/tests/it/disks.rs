@@ -2,6 +2,7 @@
 
 use crate::fake::{Answer, Change, Fake, ram};
 use serde_json::{Value, json};
+use sonicshot::WorkOptions;
 use sonicshot::checkpoint::{CheckpointReader, Compression, GivenDisk, MovedOn, SaveOptions};
 use sonicshot_dump::DiskImage;
 use sonicshot_qemu_live::{LiveSaveOptions, LiveSaved, QemuError, save};
@@ -55,12 +56,7 @@ impl Disk {
     }
 
     fn save(&self, fake: &Fake) -> Result<LiveSaved, QemuError> {
-        save(
-            &fake.socket(),
-            &fake.out(),
-            self.options("virtio0"),
-            &mut |_, _| {},
-        )
+        save(&fake.socket(), &fake.out(), self.options("virtio0"))
     }
 }
 
@@ -83,7 +79,7 @@ fn a_disk_is_pinned_between_the_stop_and_the_copy() {
     let image = DiskImage::open(&disk.base).unwrap();
     let given = vec![GivenDisk::new("virtio0", image)];
     let reader = reader.with_disks(given, MovedOn::Refuse).unwrap();
-    let checked = reader.verify_disks(&mut |_, _| {}).unwrap();
+    let checked = reader.verify_disks(&WorkOptions::new()).unwrap();
     assert_eq!(checked, saved.stats.on_disk);
     let heard = fake.heard();
     let order = [
@@ -128,12 +124,7 @@ fn a_disk_that_cannot_be_pinned_is_refused_before_the_pause() {
         ("virtio0", json!(1), "query-block"),
     ] {
         let fake = Fake::start(vec![("query-block", 1, Answer::Return(list))]);
-        let saved = save(
-            &fake.socket(),
-            &fake.out(),
-            disk.options(name),
-            &mut |_, _| {},
-        );
+        let saved = save(&fake.socket(), &fake.out(), disk.options(name));
         let error = saved.unwrap_err();
         assert!(error.to_string().contains(words), "{words}: {error}");
         assert!(!fake.out().exists());

@@ -14,7 +14,7 @@ fn options() -> LiveSaveOptions {
 }
 
 fn run(fake: &Fake, options: LiveSaveOptions) -> Result<LiveSaved, QemuError> {
-    save(&fake.socket(), &fake.out(), options, &mut |_, _| {})
+    save(&fake.socket(), &fake.out(), options)
 }
 
 fn position(heard: &[String], name: &str) -> Option<usize> {

@@ -433,7 +433,7 @@ mod tests {
         let mut options = SaveOptions::new(compression);
         options.chunk_size = 16 << 10;
         let mut writer = CheckpointWriter::new(Vec::new(), info, options).unwrap();
-        writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+        writer.memory(&guest, &map, &plan).unwrap();
         let reader = CheckpointReader::new(writer.finish().unwrap().0).unwrap();
         CheckpointSource::new(reader, cache, Arc::default())
     }
@@ -504,7 +504,7 @@ mod tests {
         };
         let mut writer = CheckpointWriter::new(Vec::new(), info, SaveOptions::default()).unwrap();
         writer
-            .memory_on_disks(&guest, &map, &plan, &on_disks, &mut |_, _| {})
+            .memory_on_disks(&guest, &map, &plan, &on_disks)
             .unwrap();
         let (file, stats) = writer.finish().unwrap();
         assert_eq!(stats.on_disk, 4);

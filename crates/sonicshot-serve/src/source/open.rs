@@ -141,7 +141,7 @@ mod tests {
         if let Some(blob) = blob {
             writer.blob(SET, blob).unwrap();
         }
-        writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+        writer.memory(&guest, &map, &plan).unwrap();
         writer.finish().unwrap();
         file
     }

@@ -65,7 +65,7 @@ pub fn save(compression: Compression) -> NamedTempFile {
     let info = CheckpointInfo::new(layout(), PageSize::SIZE_4K);
     let options = SaveOptions::new(compression);
     let mut writer = CheckpointWriter::new(file.reopen().unwrap(), info, options).unwrap();
-    writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+    writer.memory(&guest, &map, &plan).unwrap();
     writer.finish().unwrap();
     file
 }

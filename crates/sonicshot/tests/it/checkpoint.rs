@@ -148,7 +148,7 @@ fn save(guest: &Guest, options: SaveOptions, fill: Fill) -> (Vec<u8>, SaveStats)
     info.vmm = Some("test".into());
     let mut writer = CheckpointWriter::new(Vec::new(), info, options).unwrap();
     writer.blob("before", &b"state"[..]).unwrap();
-    writer.memory(guest, &map, &plan, &mut |_, _| {}).unwrap();
+    writer.memory(guest, &map, &plan).unwrap();
     writer.blob("after", &[9; 5000][..]).unwrap();
     writer.blob("empty", &[][..]).unwrap();
     writer.finish().unwrap()
@@ -185,8 +185,10 @@ fn options(codec: u8, chunk: u32, threads: usize, deduplicate: bool) -> SaveOpti
 
 fn check(guest: &Guest, file: Vec<u8>, fill: u8) {
     let checkpoint = CheckpointReader::new(file).unwrap();
-    checkpoint.verify(&mut |_, _| {}).unwrap();
-    checkpoint.verify_against(guest, &mut |_, _| {}).unwrap();
+    checkpoint.verify(&WorkOptions::new()).unwrap();
+    checkpoint
+        .verify_against(guest, &WorkOptions::new())
+        .unwrap();
     assert_eq!(checkpoint.read_blob("before").unwrap(), b"state");
     assert_eq!(checkpoint.read_blob("after").unwrap(), [9; 5000]);
     assert_eq!(checkpoint.read_blob("empty").unwrap(), []);
@@ -223,9 +225,7 @@ fn check(guest: &Guest, file: Vec<u8>, fill: u8) {
             .zip(memory.iter_mut().map(Vec::as_mut_slice))
             .collect();
         let target = RestoreRegions::new(regions, before).unwrap();
-        checkpoint
-            .restore(&target, &RestoreOptions::new(), &mut |_, _| {})
-            .unwrap();
+        checkpoint.restore(&target, &RestoreOptions::new()).unwrap();
         drop(target);
         for ((_, bytes), found) in expected.iter().zip(&memory) {
             assert!(bytes == found);
@@ -325,7 +325,9 @@ fn absent_pages_stay_absent() {
         Err(MemoryError::Absent { .. })
     ));
     assert!(checkpoint.read_u64(Gpa::new(8192)).is_err() || guest.regions[0].1.len() > 8192);
-    checkpoint.verify_against(&guest, &mut |_, _| {}).unwrap();
+    checkpoint
+        .verify_against(&guest, &WorkOptions::new())
+        .unwrap();
 }
 
 #[test]
@@ -338,7 +340,7 @@ fn a_page_that_differs_from_the_source_is_found() {
         let pfn = Pfn::new((guest.regions[region].0.raw() >> 12) + page);
         let byte = usize::try_from(page).unwrap() * PAGE + 77;
         guest.regions[region].1[byte] ^= 4;
-        let result = checkpoint.verify_against(&guest, &mut |_, _| {});
+        let result = checkpoint.verify_against(&guest, &WorkOptions::new());
         if map.class(pfn) == Some(PageClass::FreeBuddy) {
             result.unwrap();
         } else {
@@ -354,7 +356,7 @@ fn a_page_that_differs_from_the_source_is_found() {
 /// Opens and reads everything that can be read.
 fn read_all(file: &[u8]) -> Result<(), CheckpointError> {
     let checkpoint = CheckpointReader::new(file)?;
-    checkpoint.verify(&mut |_, _| {})
+    checkpoint.verify(&WorkOptions::new())
 }
 
 #[test]
@@ -479,9 +481,9 @@ fn misuse_is_an_error() {
         Err(CheckpointError::MemoryTimes { times: 0 })
     ));
     let mut writer = new();
-    writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+    writer.memory(&guest, &map, &plan).unwrap();
     assert!(matches!(
-        writer.memory(&guest, &map, &plan, &mut |_, _| {}),
+        writer.memory(&guest, &map, &plan),
         Err(CheckpointError::MemoryTimes { times: 2 })
     ));
     let mut writer = new();
@@ -496,7 +498,7 @@ fn misuse_is_an_error() {
     }
     let other = self::guest(&[(4, 0, 0), (4, 1, 0)], false);
     assert!(matches!(
-        writer.memory(&other, &map, &plan, &mut |_, _| {}),
+        writer.memory(&other, &map, &plan),
         Err(CheckpointError::Layout { .. })
     ));
     let info = CheckpointInfo::new(guest.layout.clone(), PageSize::SIZE_4K);
@@ -543,7 +545,7 @@ fn zeroes_behind_a_checkpoint_are_no_part_of_it() {
         filled.resize(bytes.len() + more, 0);
         let reader = CheckpointReader::new(filled.as_slice()).unwrap();
         assert_eq!(reader.file_len(), bytes.len() as u64, "{more}");
-        reader.verify(&mut |_, _| {}).unwrap();
+        reader.verify(&WorkOptions::new()).unwrap();
         // Anything else is not passed over, and what is cut off has no end.
         *filled.last_mut().unwrap() = 1;
         assert!(CheckpointReader::new(filled.as_slice()).is_err(), "{more}");
@@ -583,7 +585,7 @@ fn a_sink_that_fails_ends_the_save() {
         let info = CheckpointInfo::new(guest.layout.clone(), PageSize::SIZE_4K);
         let mut writer = CheckpointWriter::new(Full(room), info, SaveOptions::default()).unwrap();
         let result = writer
-            .memory(&guest, &map, &plan, &mut |_, _| {})
+            .memory(&guest, &map, &plan)
             .and_then(|()| writer.finish().map(drop));
         assert!(matches!(result, Err(CheckpointError::Io { .. })), "{room}");
     }
@@ -632,7 +634,7 @@ fn a_target_of_another_length_is_an_error() {
                     zeroed,
                     more,
                 };
-                checkpoint.restore(&target, &RestoreOptions::new(), &mut |_, _| {})
+                checkpoint.restore(&target, &RestoreOptions::new())
             };
             restore(Some(0)).unwrap();
             for more in [Some(-1), Some(1), Some(-4096), None] {
@@ -700,9 +702,9 @@ fn a_restore_ends_when_it_is_stopped() {
                 taken: 0.into(),
             };
             let how = RestoreOptions::new()
-                .threads(NonZeroUsize::new(threads))
+                .threads(NonZeroUsize::new(threads).unwrap())
                 .stop(stop.clone());
-            let result = checkpoint.restore(&target, &how, &mut |_, _| {});
+            let result = checkpoint.restore(&target, &how);
             (result, target.taken.into_inner())
         };
         // Never, before anything, and wherever it is.
@@ -744,8 +746,10 @@ fn a_seekable_reader_is_a_source() {
     let (file, _) = save(&guest, SaveOptions::default(), Fill::Zero);
     let source = SeekSource::new(std::io::Cursor::new(file));
     let checkpoint = CheckpointReader::new(source).unwrap();
-    checkpoint.verify(&mut |_, _| {}).unwrap();
-    checkpoint.verify_against(&guest, &mut |_, _| {}).unwrap();
+    checkpoint.verify(&WorkOptions::new()).unwrap();
+    checkpoint
+        .verify_against(&guest, &WorkOptions::new())
+        .unwrap();
 }
 
 #[cfg(feature = "mmap")]
@@ -773,7 +777,7 @@ fn a_mapped_checkpoint_reads_the_same_and_stays_private() {
                 unsafe { start.as_ptr().write(0x42) };
             }
         }
-        checkpoint.verify(&mut |_, _| {}).unwrap();
+        checkpoint.verify(&WorkOptions::new()).unwrap();
     }
 }
 
@@ -878,7 +882,7 @@ fn a_checkpoint_for_analysis_is_not_run_unawares() {
     let begin = |info: &CheckpointInfo| {
         CheckpointWriter::new(Vec::new(), info.clone(), SaveOptions::default()).unwrap()
     };
-    let unsaid = begin(&info).memory(&guest, &map, &plan, &mut |_, _| {});
+    let unsaid = begin(&info).memory(&guest, &map, &plan);
     let Err(CheckpointError::ForAnalysis { class, pfn }) = unsaid else {
         panic!("{unsaid:?}");
     };
@@ -891,7 +895,7 @@ fn a_checkpoint_for_analysis_is_not_run_unawares() {
         } else {
             PrunePlan::new(&map, &DropClasses::default(), Fill::Zero)
         };
-        writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+        writer.memory(&guest, &map, &plan).unwrap();
         let checkpoint = CheckpointReader::new(writer.finish().unwrap().0).unwrap();
         assert_eq!(checkpoint.info().for_analysis, known);
         #[cfg(feature = "mmap")]

@@ -82,7 +82,7 @@ fn save(memory: &dyn GuestMemory, options: SaveOptions) -> Result<Vec<u8>, Check
     let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Any);
     let info = CheckpointInfo::new(memory.layout().clone(), PageSize::SIZE_4K);
     let mut writer = CheckpointWriter::new(Vec::new(), info, options)?;
-    writer.memory(memory, &map, &plan, &mut |_, _| {})?;
+    writer.memory(memory, &map, &plan)?;
     Ok(writer.finish()?.0)
 }
 

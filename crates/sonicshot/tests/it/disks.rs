@@ -83,7 +83,7 @@ impl Case {
         let guesses = guesses.unwrap_or_else(|| {
             let finder = DiskFinder::new(&guest, &map, &plan, DiskFinder::LIKELY, None).unwrap();
             finder
-                .stream(&info.disks, &disks, None, &mut |_, _| {})
+                .stream(&info.disks, &disks, &WorkOptions::new())
                 .unwrap()
         });
         let on_disks = OnDisks {
@@ -91,7 +91,7 @@ impl Case {
             guesses: &guesses,
         };
         let mut writer = CheckpointWriter::new(Vec::new(), info, options)?;
-        writer.memory_on_disks(&guest, &map, &plan, &on_disks, &mut |_, _| {})?;
+        writer.memory_on_disks(&guest, &map, &plan, &on_disks)?;
         writer.blob("after", &b"state"[..])?;
         writer.finish()
     }
@@ -120,7 +120,7 @@ impl Case {
     ) -> Result<Vec<u8>, CheckpointError> {
         let mut out = vec![0x55; self.ram.len()];
         let target = RestoreRegions::new(vec![(Gpa::ZERO, &mut out)], Before::Anything).unwrap();
-        reader.restore(&target, &RestoreOptions::new(), &mut |_, _| {})?;
+        reader.restore(&target, &RestoreOptions::new())?;
         drop(target);
         Ok(out)
     }
@@ -128,9 +128,9 @@ impl Case {
     /// Every way to read it gives what it must.
     fn check(&self, file: &[u8]) {
         let reader = self.open(file).unwrap();
-        reader.verify(&mut |_, _| {}).unwrap();
+        reader.verify(&WorkOptions::new()).unwrap();
         assert_eq!(
-            reader.verify_disks(&mut |_, _| {}).unwrap(),
+            reader.verify_disks(&WorkOptions::new()).unwrap(),
             reader.stats().on_disk
         );
         let expected = self.expected();
@@ -157,7 +157,7 @@ impl Case {
         );
         let guest = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&self.ram))]);
         reader
-            .verify_against(&guest.unwrap(), &mut |_, _| {})
+            .verify_against(&guest.unwrap(), &WorkOptions::new())
             .unwrap();
         for run in reader.runs_in(PfnRange::new(Pfn::new(33), Pfn::new(37))) {
             let PageContent::Disk { record, page } = run.content else {
@@ -242,14 +242,14 @@ fn what_is_not_on_the_disk_any_more_is_refused_in_every_way() {
             other => panic!("{other:?}"),
         };
         is_told(changed.restored(&reader).unwrap_err());
-        is_told(reader.verify_disks(&mut |_, _| {}).unwrap_err());
+        is_told(reader.verify_disks(&WorkOptions::new()).unwrap_err());
         let mut all = vec![0; changed.ram.len()];
         assert!(matches!(
             reader.read(Gpa::ZERO, &mut all),
             Err(MemoryError::Backend { .. })
         ));
         // The file itself is sound.
-        reader.verify(&mut |_, _| {}).unwrap();
+        reader.verify(&WorkOptions::new()).unwrap();
         let forced = CheckpointReader::new(file.clone()).unwrap();
         let forced = forced.with_disks(changed.given(), MovedOn::GoOn).unwrap();
         is_told(changed.restored(&forced).unwrap_err());
@@ -326,18 +326,16 @@ fn without_its_disks_a_checkpoint_gives_what_it_has_and_no_more() {
     let case = Case::plain();
     let file = case.save();
     let reader = CheckpointReader::new(file.clone()).unwrap();
-    reader.verify(&mut |_, _| {}).unwrap();
+    reader.verify(&WorkOptions::new()).unwrap();
     assert_eq!(reader.read_blob("after").unwrap(), b"state");
     let mut out = vec![0x55; case.ram.len()];
     let target = RestoreRegions::new(vec![(Gpa::ZERO, &mut out)], Before::Anything).unwrap();
-    let error = reader
-        .restore(&target, &RestoreOptions::new(), &mut |_, _| {})
-        .unwrap_err();
+    let error = reader.restore(&target, &RestoreOptions::new()).unwrap_err();
     assert!(matches!(error, CheckpointError::NoDisk { .. }), "{error:?}");
     drop(target);
     assert!(out.iter().all(|byte| *byte == 0x55));
     assert!(matches!(
-        reader.verify_disks(&mut |_, _| {}),
+        reader.verify_disks(&WorkOptions::new()),
         Err(CheckpointError::NoDisk { .. })
     ));
     assert!(reader.read_u64(Gpa::new(40 * 4096)).is_err());
@@ -416,7 +414,7 @@ fn every_changed_byte_of_the_index_is_an_error_and_no_panic() {
             let _ = (
                 reader.stats(),
                 case.restored(&reader),
-                reader.verify_disks(&mut |_, _| {}),
+                reader.verify_disks(&WorkOptions::new()),
             );
         }
     }

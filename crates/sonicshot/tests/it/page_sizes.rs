@@ -92,9 +92,7 @@ impl Guest {
         let info = CheckpointInfo::new(memory.layout().clone(), self.page_size);
         let options = SaveOptions::new(compression);
         let mut writer = CheckpointWriter::new(Vec::new(), info, options).unwrap();
-        writer
-            .memory(&memory, &self.map, &self.plan, &mut |_, _| {})
-            .unwrap();
+        writer.memory(&memory, &self.map, &self.plan).unwrap();
         writer.finish().unwrap().0
     }
 
@@ -127,9 +125,9 @@ fn a_guest_of_any_page_size_comes_back() {
         assert!(guest.plan.dropped_pages() > 10);
         for codec in codecs() {
             let checkpoint = CheckpointReader::new(guest.save(codec)).unwrap();
-            checkpoint.verify(&mut |_, _| {}).unwrap();
+            checkpoint.verify(&WorkOptions::new()).unwrap();
             checkpoint
-                .verify_against(&guest.memory(), &mut |_, _| {})
+                .verify_against(&guest.memory(), &WorkOptions::new())
                 .unwrap();
             assert_eq!(checkpoint.page_map(), guest.map);
             for before in [Before::Zeroes, Before::Anything] {
@@ -141,9 +139,7 @@ fn a_guest_of_any_page_size_comes_back() {
                     .collect();
                 let target = back.iter_mut().map(|(at, bytes)| (*at, &mut bytes[..]));
                 let target = RestoreRegions::new(target.collect(), before).unwrap();
-                checkpoint
-                    .restore(&target, &RestoreOptions::new(), &mut |_, _| {})
-                    .unwrap();
+                checkpoint.restore(&target, &RestoreOptions::new()).unwrap();
                 drop(target);
                 assert!(back == guest.expected(), "{page_size:?} {codec} {before:?}");
             }

@@ -78,7 +78,7 @@ impl ByCopy for KdumpDump {
             machine: self.machine(),
             vmcoreinfo: self.vmcoreinfo(),
             notes: self.memory.notes(),
-            threads: None,
+            ..KdumpOptions::default()
         };
         let file = work.output.file();
         let written = write_kdump_again(&self.memory, work.goes, file, &options, work.progress);

@@ -18,6 +18,7 @@ use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 /// What one thread reads and compresses at a time, in bytes.
 const CHUNK: u64 = 1 << 20;
@@ -28,7 +29,8 @@ const DUMP_LEVEL_FREE: u32 = 16;
 const UNKNOWN: &[u8] = b"(unknown)";
 
 /// Options for a kdump-compressed file: its parts beside the memory, and how it is made.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct KdumpOptions<'a> {
     /// How pages are compressed.
     pub compression: KdumpCompression,
@@ -41,6 +43,54 @@ pub struct KdumpOptions<'a> {
     pub notes: Option<&'a [u8]>,
     /// How many threads compress; one if `None`.
     pub threads: Option<NonZeroUsize>,
+    /// Whoever is told how far it is, in bytes of the guest.
+    pub progress: Option<Arc<dyn Progress>>,
+}
+
+impl<'a> KdumpOptions<'a> {
+    /// Pages that are compressed so, and nothing beside them.
+    #[must_use]
+    pub fn new(compression: KdumpCompression) -> Self {
+        Self {
+            compression,
+            ..Self::default()
+        }
+    }
+
+    /// Says what the guest's processor is.
+    #[must_use]
+    pub fn machine(mut self, machine: Architecture) -> Self {
+        self.machine = Some(machine);
+        self
+    }
+
+    /// Gives the guest's VMCOREINFO text.
+    #[must_use]
+    pub fn vmcoreinfo(mut self, text: &'a [u8]) -> Self {
+        self.vmcoreinfo = Some(text);
+        self
+    }
+
+    /// Gives ELF notes.
+    #[must_use]
+    pub fn notes(mut self, notes: &'a [u8]) -> Self {
+        self.notes = Some(notes);
+        self
+    }
+
+    /// Says how many threads compress.
+    #[must_use]
+    pub fn threads(mut self, threads: NonZeroUsize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+
+    /// Says who is told how far it is.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
+        self
+    }
 }
 
 /// The counts of what was written.
@@ -69,11 +119,10 @@ pub fn write_kdump(
     page_size: PageSize,
     file: &File,
     options: &KdumpOptions<'_>,
-    progress: Progress<'_>,
 ) -> Result<KdumpWriteStats, KdumpWriteError> {
     let map = PageMap::new(memory.layout(), page_size);
     let nothing = PrunePlan::new(&map, &|_| Disposition::Keep, Fill::Zero);
-    write_kdump_without(memory, &nothing, file, options, progress)
+    write_kdump_without(memory, &nothing, file, options)
 }
 
 /// The same without what `plan` drops. The plan's page size is the file's block size.
@@ -85,9 +134,9 @@ pub fn write_kdump_without(
     plan: &PrunePlan,
     file: &File,
     options: &KdumpOptions<'_>,
-    progress: Progress<'_>,
 ) -> Result<KdumpWriteStats, KdumpWriteError> {
-    write_of(&Origin::Memory(memory), plan, file, options, progress)
+    let from = Origin::Memory(memory);
+    write_of(&from, plan, file, options, &options.progress)
 }
 
 /// The same of another file of this format, whose pages stay compressed as they are.
@@ -96,7 +145,7 @@ pub(crate) fn write_kdump_again(
     plan: &PrunePlan,
     file: &File,
     options: &KdumpOptions<'_>,
-    progress: Progress<'_>,
+    progress: &dyn Progress,
 ) -> Result<KdumpWriteStats, KdumpWriteError> {
     write_of(&Origin::Kdump(source), plan, file, options, progress)
 }
@@ -121,14 +170,14 @@ fn write_of(
     plan: &PrunePlan,
     file: &File,
     options: &KdumpOptions<'_>,
-    progress: Progress<'_>,
+    progress: &dyn Progress,
 ) -> Result<KdumpWriteStats, KdumpWriteError> {
     let memory = from.memory();
     let machine = machine_name(options.machine)?;
     let (notes, info_at) = notes_of(options)?;
     let options = &KdumpOptions {
         notes: Some(&notes),
-        ..*options
+        ..options.clone()
     };
     let sizes = Sizes::new(memory, plan.page_size(), options)?;
     let regions = memory.layout().frames(plan.page_size());
@@ -152,7 +201,7 @@ fn write_of(
             let packed = packed?;
             pages.add(&packed, dumped, &mut stats)?;
             done.add(packed.source.len());
-            progress(done.get(), frames.kept_bytes);
+            progress.tell(done.get(), frames.kept_bytes);
             Ok::<(), KdumpWriteError>(())
         },
     )?;

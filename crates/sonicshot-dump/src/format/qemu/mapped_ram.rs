@@ -492,7 +492,7 @@ fn copy_mapped_ram(
     ram: &MappedRam,
     bitmaps: &[(FileOffset, Vec<u8>)],
     output: &Output,
-    progress: Progress<'_>,
+    progress: &dyn Progress,
 ) -> Result<u64, DumpError> {
     let writing = || DumpError::io("writing", output.path());
     let total = dump.file_len();

@@ -39,7 +39,7 @@ pub(crate) fn write(
     from: &dyn Migration,
     kind: Kind,
     output: &Output,
-    progress: Progress<'_>,
+    progress: &dyn Progress,
 ) -> Result<(), DumpError> {
     let content = from.content()?;
     let mut writer = Writer::new(from.source(), output, progress);
@@ -60,7 +60,7 @@ struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    fn new(dump: &'a PlainDump, output: &'a Output, progress: Progress<'a>) -> Self {
+    fn new(dump: &'a PlainDump, output: &'a Output, progress: &'a dyn Progress) -> Self {
         Self {
             dump,
             output,

@@ -1,7 +1,7 @@
 //! A Xen image made of what another holds beside the guest's memory, and of memory from elsewhere.
 
-use crate::output::{Output, Target};
-use crate::{DumpError, Overwrite};
+use crate::DumpError;
+use crate::output::{Output, Target, WriteOptions};
 use sonicshot::file::SparseWriter;
 use sonicshot::{
     Bytes, FileBytes, GuestMemory, MemoryError, PageSize, Pfn, PfnRange, Progress, Tally,
@@ -77,12 +77,11 @@ impl XlSkeleton {
         memory: &dyn GuestMemory,
         left_out: &dyn Fn(Pfn) -> bool,
         out: &Path,
-        overwrite: Overwrite,
         inputs: &[&File],
-        progress: Progress<'_>,
+        options: &WriteOptions,
     ) -> Result<u64, DumpError> {
         self.check_frames(memory)?;
-        let output = Output::create(Target::new(out, overwrite), inputs)?;
+        let output = Output::create(Target::new(out, options.overwrite), inputs)?;
         let mut writer = SparseWriter::new(output.file());
         let writing = || DumpError::io("writing", output.path());
         let with_content = self.skeleton.frames().filter(|(_, has)| *has).count() as u64;
@@ -112,7 +111,7 @@ impl XlSkeleton {
                     writer.write_all(page).map_err(writing())
                 })?;
                 done.add(Tally::new(frames.len()).times(PAGE.bytes()).get());
-                progress(done.up_to(total), total);
+                options.progress.tell(done.up_to(total), total);
                 Ok(())
             }
         })?;

@@ -6,9 +6,11 @@ pub mod xen;
 
 use sonicshot::{
     DropClasses, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize,
-    PageState, Pfn, PfnRange, Progress, PrunePlan, RamLayout,
+    PageState, Pfn, PfnRange, PrunePlan, RamLayout,
 };
-use sonicshot_dump::{CheckedPlan, Dump, DumpError, Overwrite, PruneOptions, PruneStats};
+use sonicshot_dump::{
+    CheckedPlan, Dump, DumpError, Overwrite, PruneOptions, PruneStats, WriteOptions,
+};
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -49,70 +51,39 @@ pub fn plan_with(
 
 /// Prunes by plans of pages that the tests chose, which no guest was looked at for.
 pub trait Prunes {
+    fn checked<'a>(&'a self, plan: &'a PrunePlan) -> CheckedPlan<'a>;
+
     fn prune_to(
         &self,
         plan: &PrunePlan,
         out: &Path,
         overwrite: Overwrite,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError>;
+    ) -> Result<PruneStats, DumpError> {
+        let options = PruneOptions::new().overwrite(overwrite);
+        self.checked(plan).prune_to(out, &options)
+    }
 
-    fn prune_to_writer(
-        &self,
-        plan: &PrunePlan,
-        out: impl Write,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError>;
+    fn prune_to_writer(&self, plan: &PrunePlan, out: impl Write) -> Result<PruneStats, DumpError> {
+        self.checked(plan)
+            .prune_to_writer(out, &PruneOptions::new())
+    }
 
-    fn prune_in_place(
-        &self,
-        plan: &PrunePlan,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError>;
+    fn prune_in_place(&self, plan: &PrunePlan) -> Result<PruneStats, DumpError> {
+        self.prune_in_place_with(plan, &PruneOptions::new())
+    }
 
     fn prune_in_place_with(
         &self,
         plan: &PrunePlan,
         options: &PruneOptions,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError>;
+    ) -> Result<PruneStats, DumpError> {
+        self.checked(plan).prune_in_place(options)
+    }
 }
 
 impl Prunes for Dump {
-    fn prune_to(
-        &self,
-        plan: &PrunePlan,
-        out: &Path,
-        overwrite: Overwrite,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        CheckedPlan::unchecked(self, plan).prune_to(out, overwrite, progress)
-    }
-
-    fn prune_to_writer(
-        &self,
-        plan: &PrunePlan,
-        out: impl Write,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        CheckedPlan::unchecked(self, plan).prune_to_writer(out, progress)
-    }
-
-    fn prune_in_place(
-        &self,
-        plan: &PrunePlan,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        CheckedPlan::unchecked(self, plan).prune_in_place(progress)
-    }
-
-    fn prune_in_place_with(
-        &self,
-        plan: &PrunePlan,
-        options: &PruneOptions,
-        progress: Progress<'_>,
-    ) -> Result<PruneStats, DumpError> {
-        CheckedPlan::unchecked(self, plan).prune_in_place_with(options, progress)
+    fn checked<'a>(&'a self, plan: &'a PrunePlan) -> CheckedPlan<'a> {
+        CheckedPlan::unchecked(self, plan)
     }
 }
 
@@ -293,4 +264,9 @@ impl Drop for Ramfs {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg(self.0.path()).status();
     }
+}
+
+/// Of an output that exists, which is replaced.
+pub fn replacing() -> WriteOptions {
+    WriteOptions::new().overwrite(Overwrite::Replace)
 }

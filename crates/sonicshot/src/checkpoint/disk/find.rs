@@ -5,10 +5,10 @@ use super::source::{DiskOffset, DiskRange, DiskSource};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::wire::disk::DiskInfo;
 use crate::checkpoint::wire::layout::{checksum, len64, narrow, size, too_large};
-use crate::work::{for_each, map_in_order, threads};
+use crate::work::{for_each_told, map_in_order};
 use crate::{
     ClassSet, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn, PfnRange, Progress,
-    PrunePlan, Tally,
+    PrunePlan, Tally, WorkOptions,
 };
 use core::num::NonZeroUsize;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -137,8 +137,8 @@ impl DiskFinder {
         (bucket.get(inside)?.0 == hash).then_some(at)
     }
 
-    /// Looks through all of `disks`, which `known` are, on `threads` threads or all cores. What it
-    /// finds are guesses, and the same on any number of threads.
+    /// Looks through all of `disks`, which `known` are. What it finds are guesses, and the same on
+    /// any number of threads.
     ///
     /// # Errors
     /// [`CheckpointError::DiskIo`] if a disk cannot be read.
@@ -146,8 +146,7 @@ impl DiskFinder {
         &self,
         known: &[DiskInfo],
         disks: &[&dyn DiskSource],
-        threads_wanted: Option<NonZeroUsize>,
-        progress: Progress<'_>,
+        options: &WorkOptions,
     ) -> Result<DiskGuesses, CheckpointError> {
         let found: Vec<AtomicU64> = self
             .entries
@@ -155,9 +154,10 @@ impl DiskFinder {
             .map(|_| AtomicU64::new(NOWHERE))
             .collect();
         let total = known.iter().map(|disk| disk.bytes).sum::<Tally>().get();
+        let progress = &options.progress;
         let mut before = Tally::ZERO;
         if self.entries.is_empty() {
-            progress(total, total);
+            progress.tell(total, total);
             return Ok(DiskGuesses::default());
         }
         for ((disk, info), number) in disks.iter().zip(known).zip(0_u32..) {
@@ -167,13 +167,13 @@ impl DiskFinder {
                 source,
             };
             let pieces = data_pieces(*disk).map_err(|(at, error)| failed(at, error))?;
-            for_each(
-                threads(threads_wanted),
+            for_each_told(
+                options.thread_count(),
                 pieces,
-                &mut |done| {
+                |done| {
                     // Progress is for the eye, and ends at the total.
                     let done = Tally::new(done).times(PIECE).up_to(info.bytes);
-                    progress(before.and(done).up_to(total), total);
+                    progress.tell(before.and(done).up_to(total), total);
                 },
                 Vec::new,
                 |buffer: &mut Vec<u8>, piece: DiskRange| {
@@ -186,7 +186,7 @@ impl DiskFinder {
             )?;
             before.add(info.bytes);
         }
-        progress(total, total);
+        progress.tell(total, total);
         Ok(self.guesses(&found))
     }
 
@@ -349,6 +349,7 @@ fn data_pieces(disk: &dyn DiskSource) -> Result<Vec<DiskRange>, (DiskOffset, std
 mod tests {
     use super::*;
     use crate::{DropClasses, Fill, GuestBytes, MappedRegions};
+    use std::sync::{Arc, Mutex};
 
     const PAGE: usize = 4096;
 
@@ -378,11 +379,15 @@ mod tests {
             .map(|disk| DiskInfo::of("disk", disk, crate::checkpoint::DiskHash::Xxh3, &[]).unwrap())
             .collect();
         let sources: Vec<_> = disks.iter().map(|disk| disk as &dyn DiskSource).collect();
-        let mut last = (0, 0);
-        let progress = &mut |done, total| last = (done, total);
-        let guesses = finder.stream(&infos, &sources, threads, progress).unwrap();
+        let last = Arc::new(Mutex::new((0, 0)));
+        let mut options = WorkOptions::new();
+        options.threads = threads;
+        let telling = Arc::clone(&last);
+        let tell = move |done, total| *telling.lock().unwrap() = (done, total);
+        let options = options.progress(Arc::new(tell));
+        let guesses = finder.stream(&infos, &sources, &options).unwrap();
         let total = disks.iter().map(|disk| disk.len() as u64).sum();
-        assert_eq!(last, (total, total));
+        assert_eq!(*last.lock().unwrap(), (total, total));
         let runs = guesses.runs().iter();
         runs.flat_map(|run| {
             let frames = run.frames.iter().zip(0_u64..);

@@ -6,9 +6,10 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::disk::given::{Disks, GivenDisk, MovedOn, check_run};
 use crate::checkpoint::disk::source::DiskRange;
 use crate::checkpoint::wire::disk::DiskRun;
-use crate::checkpoint::wire::layout::{len64, size};
-use crate::work::{for_each, threads};
-use crate::{PageSize, Progress, Tally};
+use crate::checkpoint::wire::layout::size;
+use crate::work::for_each_told;
+use crate::{PageSize, Progress, Tally, WorkOptions};
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// What is read of a disk at once: at most so many bytes,
@@ -130,20 +131,30 @@ impl<S: RangeSource> CheckpointReader<S> {
     /// # Errors
     /// [`CheckpointError::NoDisk`], [`CheckpointError::DiskChanged`] of the first run that is not, or
     /// why a disk cannot be read.
-    pub fn verify_disks(&self, progress: Progress<'_>) -> Result<u64, CheckpointError>
+    pub fn verify_disks(&self, options: &WorkOptions) -> Result<u64, CheckpointError>
     where
         S: Sync,
     {
         self.check_disks()?;
         let spans = self.disk_spans()?;
-        let total = len64(spans.len());
-        for_each(
-            threads(None),
+        let total = spans
+            .iter()
+            .map(|span| span.range.len())
+            .sum::<Tally>()
+            .get();
+        let seen = AtomicU64::new(0);
+        for_each_told(
+            options.thread_count(),
             &spans,
-            &mut |done| progress(done, total),
+            |_| options.progress.tell(seen.load(Ordering::Relaxed), total),
             Vec::new,
-            |buffer, span| self.read_span(span, buffer, &mut |_, _| Ok(())),
+            |buffer, span| {
+                self.read_span(span, buffer, &mut |_, _| Ok(()))?;
+                seen.fetch_add(span.range.len(), Ordering::Relaxed);
+                Ok::<_, CheckpointError>(())
+            },
         )?;
+        options.progress.tell(total, total);
         let runs = spans.iter().flat_map(|span| &span.runs);
         Ok(runs.map(|(_, run)| run.pages.into()).sum::<Tally>().get())
     }

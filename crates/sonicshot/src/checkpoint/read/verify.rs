@@ -8,8 +8,8 @@ use crate::checkpoint::wire::footer::{Footer, footer_at};
 use crate::checkpoint::wire::frames::{read_frames, same_layout};
 use crate::checkpoint::wire::info::{PageContent, PageRun};
 use crate::checkpoint::wire::layout::{behind, len64, size, too_large};
-use crate::work::{for_each, threads};
-use crate::{FileOffset, GuestMemory, PfnRange, Progress, Tally};
+use crate::work::for_each_told;
+use crate::{FileOffset, GuestMemory, PfnRange, Progress, Tally, WorkOptions};
 use core::sync::atomic::{AtomicU64, Ordering};
 use twox_hash::XxHash3_128;
 
@@ -24,10 +24,11 @@ impl<S: RangeSource> CheckpointReader<S> {
     ///
     /// # Errors
     /// [`CheckpointError`] of the first damage in the file.
-    pub fn verify(&self, progress: Progress<'_>) -> Result<(), CheckpointError>
+    pub fn verify(&self, options: &WorkOptions) -> Result<(), CheckpointError>
     where
         S: Sync,
     {
+        let progress = &options.progress;
         let mut digest = XxHash3_128::new();
         let footer_at = footer_at(self.footer.file_len)?;
         let covered = behind(footer_at, Footer::digested_len())?.raw();
@@ -37,22 +38,22 @@ impl<S: RangeSource> CheckpointReader<S> {
         self.stretch(FileOffset::ZERO, covered, &mut |bytes| {
             digest.write(bytes);
             done.add(len64(bytes.len()));
-            progress(done.get(), total);
+            progress.tell(done.get(), total);
             Ok(())
         })?;
         for blob in &self.index.blobs {
             self.check_blob(blob, &mut |_| Ok(()))?;
         }
         let count = self.index.chunk_count();
-        for_each(
-            threads(None),
+        for_each_told(
+            options.thread_count(),
             0..count,
-            &mut |done| {
+            |done| {
                 let chunk = u64::from(self.chunk_size());
                 let all = done == count;
                 let done = Tally::new(done).times(chunk).up_to(covered);
                 let done = if all { covered } else { done };
-                progress(Tally::new(covered).and(done).get(), total);
+                progress.tell(Tally::new(covered).and(done).get(), total);
             },
             || self.decoder(),
             |decoder, number| {
@@ -60,7 +61,7 @@ impl<S: RangeSource> CheckpointReader<S> {
                 decoder.load(&self.source, &chunk).map(drop)
             },
         )?;
-        progress(total, total);
+        progress.tell(total, total);
         // Last, so that damage is told by its place where it has one.
         let computed = digest.finish_128();
         if computed == self.footer.digest {
@@ -83,7 +84,7 @@ impl<S: RangeSource> CheckpointReader<S> {
     pub fn verify_against(
         &self,
         memory: &dyn GuestMemory,
-        progress: Progress<'_>,
+        options: &WorkOptions,
     ) -> Result<u64, CheckpointError>
     where
         S: Sync,
@@ -91,15 +92,22 @@ impl<S: RangeSource> CheckpointReader<S> {
         same_layout(&self.header.info.layout, memory.layout())?;
         let compared = AtomicU64::new(0);
         let count = self.index.run_count();
-        let total = len64(count);
-        for_each(
-            threads(None),
+        let page = self.header.info.page_size.bytes();
+        let (seen, total) = (AtomicU64::new(0), self.header.info.layout.bytes());
+        // A page at an end of RAM may be part of it.
+        let tell = |pages| {
+            let done = Tally::new(pages).times(page).up_to(total);
+            options.progress.tell(done, total);
+        };
+        for_each_told(
+            options.thread_count(),
             (0..count).step_by(RUNS),
-            &mut |done| progress(Tally::new(done).times(len64(RUNS)).up_to(total), total),
+            |_| tell(seen.load(Ordering::Relaxed)),
             || (self.decoder(), [Vec::new(), Vec::new()]),
             |(decoder, buffers), first| {
                 for number in (first..count).take(RUNS) {
                     let run = self.index.run(number)?;
+                    seen.fetch_add(run.frames.len(), Ordering::Relaxed);
                     let left_out =
                         matches!(run.content, PageContent::Free { .. } | PageContent::Absent);
                     if !left_out {
@@ -110,6 +118,7 @@ impl<S: RangeSource> CheckpointReader<S> {
                 Ok::<_, CheckpointError>(())
             },
         )?;
+        options.progress.tell(total, total);
         Ok(compared.into_inner())
     }
 

@@ -45,6 +45,42 @@ impl Default for MapOptions {
     }
 }
 
+impl MapOptions {
+    /// The defaults.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Says how many ranges of the file are mapped at most.
+    #[must_use]
+    pub fn max_mappings(mut self, ranges: usize) -> Self {
+        self.max_mappings = ranges;
+        self
+    }
+
+    /// Says how long a range is at least, in bytes, to be mapped.
+    #[must_use]
+    pub fn min_mapping(mut self, bytes: u64) -> Self {
+        self.min_mapping = bytes;
+        self
+    }
+
+    /// Says whether a file that is not sealed is mapped: see [`unsealed`](Self::unsealed).
+    #[must_use]
+    pub fn unsealed(mut self, may_be: bool) -> Self {
+        self.unsealed = may_be;
+        self
+    }
+
+    /// Says whether a checkpoint that is for analysis is mapped.
+    #[must_use]
+    pub fn for_analysis(mut self, may_be: bool) -> Self {
+        self.for_analysis = may_be;
+        self
+    }
+}
+
 /// A guest's memory, mapped from an uncompressed checkpoint: private (what the guest writes stays
 /// in this process), and thin (free and zero pages take no memory until they are written).
 ///

@@ -9,13 +9,14 @@ use crate::checkpoint::wire::index::{ChunkInfo, Index, clip};
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
 use crate::checkpoint::wire::layout::{behind, checksum, len64, plus, size};
 use crate::memory::ram;
-use crate::work::for_each;
+use crate::work::{for_each, for_each_told};
 use crate::{Gpa, GpaRange, LayoutError, MemoryError, PfnRange, Progress, RamLayout, Stop, Tally};
 use core::hash::Hasher;
 use core::marker::PhantomData;
 use core::num::NonZeroUsize;
 use core::ptr::NonNull;
 use std::fmt;
+use std::sync::Arc;
 use std::sync::{Mutex, PoisonError};
 use twox_hash::XxHash3_64;
 
@@ -209,8 +210,14 @@ impl fmt::Debug for RestoreRegions<'_> {
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct RestoreOptions {
-    threads: Option<NonZeroUsize>,
-    stop: Option<Stop>,
+    /// The threads that read, decompress and fill; by default as many as there are cores.
+    pub threads: Option<NonZeroUsize>,
+    /// The end of the work before it is done: when somebody cancels it, or at a time. It is asked
+    /// before each range that is filled; what comes of it is [`MemoryError::Stopped`], and a target
+    /// that may hold anything.
+    pub stop: Option<Stop>,
+    /// Whoever is told how far it is, in bytes of page data.
+    pub progress: Option<Arc<dyn Progress>>,
 }
 
 impl RestoreOptions {
@@ -220,16 +227,21 @@ impl RestoreOptions {
         Self::default()
     }
 
-    /// The threads that read, decompress and fill; by default as many as there are cores.
+    /// Says how many threads work.
     #[must_use]
-    pub fn threads(mut self, threads: Option<NonZeroUsize>) -> Self {
-        self.threads = threads;
+    pub fn threads(mut self, threads: NonZeroUsize) -> Self {
+        self.threads = Some(threads);
         self
     }
 
-    /// The end of the work before it is done: when somebody cancels it, or at a time. It is asked
-    /// before each range that is filled; what comes of it is [`MemoryError::Stopped`], and a target
-    /// that may hold anything.
+    /// Says who is told how far it is.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+
+    /// Says when the work ends before it is done.
     #[must_use]
     pub fn stop(mut self, stop: Stop) -> Self {
         self.stop = Some(stop);
@@ -273,20 +285,17 @@ impl<S: RangeSource> CheckpointReader<S> {
         &self,
         target: &dyn RestoreTarget,
         options: &RestoreOptions,
-        progress: Progress<'_>,
     ) -> Result<(), CheckpointError> {
-        let threads = crate::work::threads(options.threads);
         match &options.stop {
-            Some(stop) => self.fill(&Stoppable { target, stop }, threads, progress),
-            None => self.fill(target, threads, progress),
+            Some(stop) => self.fill(&Stoppable { target, stop }, options),
+            None => self.fill(target, options),
         }
     }
 
     fn fill(
         &self,
         target: &dyn RestoreTarget,
-        threads: NonZeroUsize,
-        progress: Progress<'_>,
+        options: &RestoreOptions,
     ) -> Result<(), CheckpointError> {
         let info = self.info();
         for region in info.layout.regions() {
@@ -296,15 +305,17 @@ impl<S: RangeSource> CheckpointReader<S> {
         }
         // Before a byte is filled.
         self.check_disks()?;
+        let threads = crate::work::threads(options.threads);
         let index = self.index();
         let chunks = index.chunk_count();
         let chunk_size = u64::from(self.chunk_size());
         let total = Tally::new(chunks).times(chunk_size).get();
         let runs = DataRuns::of(index);
-        for_each(
+        let told = |done| Tally::new(done).times(chunk_size).get();
+        for_each_told(
             threads,
             0..chunks,
-            &mut |done| progress(Tally::new(done).times(chunk_size).get(), total),
+            |done| options.progress.tell(told(done), total),
             || self.decoder(),
             |decoder, number| {
                 let chunk = index.chunk(number)?;
@@ -318,7 +329,6 @@ impl<S: RangeSource> CheckpointReader<S> {
         for_each(
             threads,
             (0..count).step_by(RUNS),
-            &mut |_| {},
             || (),
             |(), first| {
                 for number in (first..count).take(RUNS) {
@@ -350,7 +360,7 @@ impl<S: RangeSource> CheckpointReader<S> {
             .filter(|run| matches!(run.content, PageContent::Disk { .. }))
             .map(|run| run.frames)
             .collect();
-        for_each(threads, &spans, &mut |_| {}, Vec::new, |buffer, span| {
+        for_each(threads, &spans, Vec::new, |buffer, span| {
             self.read_span(span, buffer, &mut |record, bytes| {
                 // Runs on disks are numbered as they come in the index.
                 let frames = frames.get(size(record));

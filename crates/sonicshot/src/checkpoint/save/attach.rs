@@ -34,7 +34,7 @@ impl<S: RangeSource> CheckpointReader<S> {
     /// # let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
     /// # let info = CheckpointInfo::new(guest.layout().clone(), PageSize::SIZE_4K);
     /// # let mut writer = CheckpointWriter::new(Vec::new(), info, SaveOptions::default())?;
-    /// # writer.memory(&guest, &map, &plan, &mut |_, _| {})?;
+    /// # writer.memory(&guest, &map, &plan)?;
     /// # let file = writer.finish()?.0;
     /// let checkpoint = CheckpointReader::new(file)?;
     /// let (file, _) = checkpoint.attach(vec![("note", &mut &b"mine"[..])], false, Vec::new())?;
@@ -165,7 +165,7 @@ mod tests {
             CheckpointWriter::new(Vec::new(), info, SaveOptions::new(compression)).unwrap();
         writer.blob("first", &b"in front"[..]).unwrap();
         writer.blob("empty", &b""[..]).unwrap();
-        writer.memory(&guest, &map, &plan, &mut |_, _| {}).unwrap();
+        writer.memory(&guest, &map, &plan).unwrap();
         writer.blob("last", &vec![7; 5000][..]).unwrap();
         writer.finish().unwrap().0
     }
@@ -202,7 +202,7 @@ mod tests {
             let new: &[(&str, &[u8])] = &[("set", &big), ("last", b"another")];
             let after = attached(&before, new, true).unwrap();
             let reader = CheckpointReader::new(after).unwrap();
-            reader.verify(&mut |_, _| {}).unwrap();
+            reader.verify(&WorkOptions::new()).unwrap();
             assert_eq!(reader.info(), old.info());
             assert!(reader.runs().eq(old.runs()));
             assert!(everything(&reader) == everything(&old));

@@ -1,8 +1,9 @@
 //! How a checkpoint is written.
 
-use crate::Stop;
 use crate::checkpoint::wire::info::Compression;
+use crate::{Progress, Stop};
 use core::num::NonZeroUsize;
+use std::sync::Arc;
 
 /// How a checkpoint is written.
 #[derive(Debug, Clone)]
@@ -19,6 +20,8 @@ pub struct SaveOptions {
     pub deduplicate: bool,
     /// When the work is to end before it is done: then it fails, and there is no checkpoint.
     pub stop: Option<Stop>,
+    /// Whoever is told how far it is, in bytes of the guest's RAM.
+    pub progress: Option<Arc<dyn Progress>>,
 }
 
 impl SaveOptions {
@@ -35,7 +38,43 @@ impl SaveOptions {
             threads: None,
             deduplicate: true,
             stop: None,
+            progress: None,
         }
+    }
+
+    /// Says how much page data is in a chunk, in bytes.
+    #[must_use]
+    pub fn chunk_size(mut self, bytes: u32) -> Self {
+        self.chunk_size = bytes;
+        self
+    }
+
+    /// Says how many threads read and compress.
+    #[must_use]
+    pub fn threads(mut self, threads: NonZeroUsize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+
+    /// Says whether pages with the same content are stored once.
+    #[must_use]
+    pub fn deduplicate(mut self, once: bool) -> Self {
+        self.deduplicate = once;
+        self
+    }
+
+    /// Says when the work is to end before it is done.
+    #[must_use]
+    pub fn stop(mut self, stop: Stop) -> Self {
+        self.stop = Some(stop);
+        self
+    }
+
+    /// Says who is told how far it is.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
+        self
     }
 }
 

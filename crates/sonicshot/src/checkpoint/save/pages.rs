@@ -46,7 +46,6 @@ pub(super) fn save_pages<W: Write>(
     output: Output<'_, W>,
     source: &Source<'_>,
     options: &SaveOptions,
-    progress: Progress<'_>,
 ) -> Result<(), CheckpointError> {
     let page_size = source.info.page_size;
     let shared = Shared {
@@ -83,7 +82,7 @@ pub(super) fn save_pages<W: Write>(
         };
         let guesses = source.disks.guesses;
         let batches = Batches::new(source.memory, source.info, source.map, source.plan, guesses);
-        saving.all(batches, progress)
+        saving.all(batches, &options.progress)
     })
 }
 
@@ -219,7 +218,7 @@ struct Saving<'p, 'env, 'w, W> {
 }
 
 impl<W: Write> Saving<'_, '_, '_, W> {
-    fn all(mut self, batches: Batches<'_>, progress: Progress<'_>) -> Result<(), CheckpointError> {
+    fn all(mut self, batches: Batches<'_>, progress: &dyn Progress) -> Result<(), CheckpointError> {
         let info = self.shared.info;
         let total = info.layout.bytes();
         let mut batches = batches.fuse();
@@ -240,14 +239,14 @@ impl<W: Write> Saving<'_, '_, '_, W> {
             self.write_ready()?;
             // Progress is for the eye, and ends at the total.
             let done = self.done.times(info.page_size.bytes());
-            progress(done.up_to(total), total);
+            progress.tell(done.up_to(total), total);
         }
         self.close_chunk()?;
         self.submit_chunks()?;
         while let Some(oldest) = self.packs.pop_front() {
             self.write_all(&oldest.wait()?)?;
         }
-        progress(total, total);
+        progress.tell(total, total);
         Ok(())
     }
 

@@ -17,7 +17,7 @@ use crate::checkpoint::wire::layout::{
     between, checksum, len64, plus, size, too_large,
 };
 use crate::checkpoint::wire::record::BlobEntry;
-use crate::{GuestMemory, PageMap, Progress, PrunePlan, Stoppable};
+use crate::{GuestMemory, PageMap, PrunePlan, Stoppable};
 use core::hash::Hasher;
 use std::fmt;
 use std::io::{Read, Write};
@@ -42,7 +42,7 @@ use twox_hash::XxHash3_64;
 /// let info = CheckpointInfo::new(guest.layout().clone(), PageSize::SIZE_4K);
 /// let mut writer = CheckpointWriter::new(Vec::new(), info, SaveOptions::default())?;
 /// writer.blob("device-state", &b"the VMM's own"[..])?;
-/// writer.memory(&guest, &map, &plan, &mut |_, _| {})?;
+/// writer.memory(&guest, &map, &plan)?;
 /// let (file, stats) = writer.finish()?;
 /// assert_eq!(stats.free, 12);
 ///
@@ -130,9 +130,8 @@ impl<W: Write> CheckpointWriter<W> {
         memory: &dyn GuestMemory,
         map: &PageMap,
         plan: &PrunePlan,
-        progress: Progress<'_>,
     ) -> Result<(), CheckpointError> {
-        self.memory_on_disks(memory, map, plan, &OnDisks::NONE, progress)
+        self.memory_on_disks(memory, map, plan, &OnDisks::NONE)
     }
 
     /// The same of a guest that has pages on its disks too ([`CheckpointInfo::disks`]): those of the
@@ -155,11 +154,11 @@ impl<W: Write> CheckpointWriter<W> {
     /// info.disks.push(DiskInfo::of("root", &disk, DiskHash::Xxh3, &[])?);
     /// let finder = DiskFinder::new(&guest, &map, &plan, DiskFinder::LIKELY, None)?;
     /// let disks: [&dyn DiskSource; 1] = [&disk];
-    /// let guesses = finder.stream(&info.disks, &disks, None, &mut |_, _| {})?;
+    /// let guesses = finder.stream(&info.disks, &disks, &WorkOptions::new())?;
     ///
     /// let mut writer = CheckpointWriter::new(Vec::new(), info, SaveOptions::default())?;
     /// let on_disks = OnDisks { disks: &disks, guesses: &guesses };
-    /// writer.memory_on_disks(&guest, &map, &plan, &on_disks, &mut |_, _| {})?;
+    /// writer.memory_on_disks(&guest, &map, &plan, &on_disks)?;
     /// let (file, stats) = writer.finish()?;
     /// assert_eq!((stats.on_disk, stats.data), (8, 0));
     ///
@@ -181,7 +180,6 @@ impl<W: Write> CheckpointWriter<W> {
         map: &PageMap,
         plan: &PrunePlan,
         disks: &OnDisks<'_>,
-        progress: Progress<'_>,
     ) -> Result<(), CheckpointError> {
         let info = self.header.info.clone();
         same_layout(&info.layout, memory.layout())?;
@@ -232,7 +230,7 @@ impl<W: Write> CheckpointWriter<W> {
             plan,
             disks: *disks,
         };
-        save_pages(output, &source, &self.options, progress)
+        save_pages(output, &source, &self.options)
     }
 
     /// Writes index and footer. Returns what was written to, flushed, and what is in it.
