@@ -36,6 +36,20 @@ impl RestoreDisks {
         Self::default()
     }
 
+    /// Says whether nobody writes to the images: see [`immutable`](Self::immutable).
+    #[must_use]
+    pub fn immutable(mut self, they_are: bool) -> Self {
+        self.immutable = they_are;
+        self
+    }
+
+    /// Says what becomes of a disk that was written to since.
+    #[must_use]
+    pub fn moved_on(mut self, treatment: MovedOn) -> Self {
+        self.moved_on = treatment;
+        self
+    }
+
     /// The disk `name` has its image at `path`.
     #[must_use]
     pub fn image(mut self, name: impl Into<String>, path: impl AsRef<Path>) -> Self {

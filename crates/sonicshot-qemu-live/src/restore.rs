@@ -64,6 +64,42 @@ pub struct LiveRestoreOptions {
     pub moved_on: MovedOn,
 }
 
+impl LiveRestoreOptions {
+    /// The defaults.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Says how its memory gets into QEMU.
+    #[must_use]
+    pub fn how(mut self, how: RestoreHow) -> Self {
+        self.how = how;
+        self
+    }
+
+    /// Gives the command that ends QEMU if this process dies too early.
+    #[must_use]
+    pub fn guard(mut self, command: Command) -> Self {
+        self.guard = Some(command);
+        self
+    }
+
+    /// Gives a disk that the checkpoint has pages on.
+    #[must_use]
+    pub fn disk(mut self, disk: GivenDisk) -> Self {
+        self.disks.push(disk);
+        self
+    }
+
+    /// Says what becomes of a disk that was written to since.
+    #[must_use]
+    pub fn moved_on(mut self, treatment: MovedOn) -> Self {
+        self.moved_on = treatment;
+        self
+    }
+}
+
 /// A guest that was restored. Its QEMU is this process's child.
 #[derive(Debug)]
 pub struct LiveRestored {

@@ -93,6 +93,78 @@ impl Default for LiveSaveOptions {
     }
 }
 
+impl LiveSaveOptions {
+    /// The defaults.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Says in which state the guest is left.
+    #[must_use]
+    pub fn after(mut self, after: AfterSave) -> Self {
+        self.after = after;
+        self
+    }
+
+    /// Says how the checkpoint is written, and who is told how far it is.
+    #[must_use]
+    pub fn writing(mut self, writing: SaveOptions) -> Self {
+        self.writing = writing;
+        self
+    }
+
+    /// Says whether a file that exists is replaced.
+    #[must_use]
+    pub fn overwrite(mut self, overwrite: Overwrite) -> Self {
+        self.overwrite = overwrite;
+        self
+    }
+
+    /// Adds a file with symbols and types of the guest's kernel.
+    #[must_use]
+    pub fn symbols(mut self, path: impl AsRef<Path>) -> Self {
+        self.symbols.push(path.as_ref().to_owned());
+        self
+    }
+
+    /// Says how long the guest is paused at most.
+    #[must_use]
+    pub fn max_pause(mut self, max_pause: Duration) -> Self {
+        self.max_pause = max_pause;
+        self
+    }
+
+    /// Says which process is QEMU.
+    #[must_use]
+    pub fn pid(mut self, pid: i32) -> Self {
+        self.pid = Some(pid);
+        self
+    }
+
+    /// Gives the command that lets the guest run on if this process dies.
+    #[must_use]
+    pub fn watchdog(mut self, command: Command) -> Self {
+        self.watchdog = Some(command);
+        self
+    }
+
+    /// Adds a disk that is pinned in the pause, by what QEMU calls it, with the file that becomes its
+    /// overlay.
+    #[must_use]
+    pub fn disk(mut self, name: impl Into<String>, overlay: impl AsRef<Path>) -> Self {
+        self.disks.push((name.into(), overlay.as_ref().to_owned()));
+        self
+    }
+
+    /// Says which hash is kept of pages on disks.
+    #[must_use]
+    pub fn disk_hash(mut self, hash: DiskHash) -> Self {
+        self.disk_hash = hash;
+        self
+    }
+}
+
 /// How long the parts of a pause took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]

@@ -86,6 +86,13 @@ impl KeepOptions {
             limit: Duration::from_secs(10),
         }
     }
+
+    /// Says how long the watcher waits.
+    #[must_use]
+    pub fn limit(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
+    }
 }
 
 impl ServerOptions {
@@ -102,6 +109,55 @@ impl ServerOptions {
             patience: Duration::from_secs(10),
             keep: None,
         }
+    }
+
+    /// Says to which user, and to which group, the socket belongs.
+    #[must_use]
+    pub fn owner(mut self, user: u32, group: Option<u32>) -> Self {
+        self.owner = Some((user, group));
+        self
+    }
+
+    /// Lets a user have the guest's memory too.
+    #[must_use]
+    pub fn allow(mut self, user: u32) -> Self {
+        self.allow.push(user);
+        self
+    }
+
+    /// Says how each virtual machine is served.
+    #[must_use]
+    pub fn vm(mut self, vm: VmOptions) -> Self {
+        self.vm = vm;
+        self
+    }
+
+    /// Says where what the recorder has noted is written to.
+    #[must_use]
+    pub fn record(mut self, path: impl Into<PathBuf>) -> Self {
+        self.record = Some(path.into());
+        self
+    }
+
+    /// Says how many are served at once.
+    #[must_use]
+    pub fn max_vms(mut self, most: usize) -> Self {
+        self.max_vms = most;
+        self
+    }
+
+    /// Says how long a message may take to come whole.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// Lets another server go on with the virtual machines.
+    #[must_use]
+    pub fn keep(mut self, keep: KeepOptions) -> Self {
+        self.keep = Some(keep);
+        self
     }
 }
 

@@ -70,6 +70,42 @@ impl Default for CloudOptions {
     }
 }
 
+impl CloudOptions {
+    /// The defaults.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Says how each virtual machine is served.
+    #[must_use]
+    pub fn vm(mut self, vm: VmOptions) -> Self {
+        self.vm = vm;
+        self
+    }
+
+    /// Lets a user have the guest's memory too.
+    #[must_use]
+    pub fn allow(mut self, user: u32) -> Self {
+        self.allow.push(user);
+        self
+    }
+
+    /// Says whether the guest is left paused.
+    #[must_use]
+    pub fn paused(mut self, paused: bool) -> Self {
+        self.paused = paused;
+        self
+    }
+
+    /// Says how long an answer may take.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+}
+
 /// The outcome for a virtual machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Restored {

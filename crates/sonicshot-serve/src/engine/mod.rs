@@ -72,6 +72,56 @@ pub struct VmOptions {
     pub for_analysis: bool,
 }
 
+impl VmOptions {
+    /// The defaults.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Says which pages are brought in before they are asked for.
+    #[must_use]
+    pub fn prefetch(mut self, pages: Prefetch) -> Self {
+        self.prefetch = pages;
+        self
+    }
+
+    /// Gives the working set.
+    #[must_use]
+    pub fn set(mut self, set: Arc<PageSet>) -> Self {
+        self.set = set;
+        self
+    }
+
+    /// Says how much around a page comes in with it, in bytes.
+    #[must_use]
+    pub fn around(mut self, bytes: u64) -> Self {
+        self.around = bytes;
+        self
+    }
+
+    /// Says who notes which pages are asked for.
+    #[must_use]
+    pub fn recorder(mut self, recorder: Arc<Recorder>) -> Self {
+        self.recorder = Some(recorder);
+        self
+    }
+
+    /// Says who counts.
+    #[must_use]
+    pub fn metrics(mut self, metrics: Arc<Metrics>) -> Self {
+        self.metrics = metrics;
+        self
+    }
+
+    /// Says whether a source is served that lacks pages that the guest uses.
+    #[must_use]
+    pub fn for_analysis(mut self, may_be: bool) -> Self {
+        self.for_analysis = may_be;
+        self
+    }
+}
+
 /// A virtual machine of this process, whose memory comes in while it runs.
 ///
 /// If a page cannot be read, whoever waits for it is ended by a signal (Linux 6.6 and later) or
