@@ -342,7 +342,7 @@ fn has_holes(path: &Path) -> bool {
     let begins = std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut start));
     begins.is_ok()
         && !matches!(&start, b"QEVM" | b"Libv")
-        && std::fs::metadata(path).is_ok_and(|file| file.blocks().saturating_mul(512) < file.len())
+        && std::fs::metadata(path).is_ok_and(|file| file.blocks() < file.len().div_ceil(512))
 }
 
 fn code_of(error: &OfflineError) -> u8 {

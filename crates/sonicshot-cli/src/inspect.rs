@@ -11,7 +11,7 @@ use crate::inputs::{Input, Inputs, PIPE};
 use crate::json::line;
 use crate::output::{io, overwrite};
 use crate::progress::Phase;
-use crate::report::{percent, say, say_to_stderr, size};
+use crate::report::{bytes_of, percent, say, say_to_stderr, size};
 use guest::json_report;
 pub(crate) use guest::print_report;
 #[cfg(feature = "libvmi")]
@@ -19,7 +19,7 @@ pub(crate) use guest::{
     classes_json, print_classes, print_zones, processors_json, processors_line, zone_json,
 };
 use map::Drawing;
-use sonicshot::{ClassSet, FileId, PageMap};
+use sonicshot::{ClassSet, FileId, PageMap, Tally};
 use sonicshot_dump::NewFile;
 use sonicshot_offline::Analyzed;
 use sonicshot_vmi::count_zero_pages;
@@ -43,17 +43,18 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), CliError> {
     if args.pfns.as_deref() == Some(Path::new(PIPE)) {
         say_to_stderr();
     }
-    let saved = Cell::new((0_u64, 0_u64));
+    let saved = Cell::new((Tally::ZERO, Tally::ZERO));
     inputs.each(
         args.json,
         |input| {
             let (dropped, total) = one(args, input)?;
             let (all, of) = saved.get();
-            saved.set((all.saturating_add(dropped), of.saturating_add(total)));
+            saved.set((all.and(dropped), of.and(total)));
             Ok(())
         },
         || {
             let (dropped, total) = saved.get();
+            let (dropped, total) = (dropped.get(), total.get());
             let share = percent(dropped, total);
             format!(
                 "a prune drops {} of {} of RAM ({share})",
@@ -130,7 +131,7 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
         }
     }
     let page_size = analyzed.pages().page_size().bytes();
-    let total = analyzed.counts().total().saturating_mul(page_size);
+    let total = bytes_of(analyzed.counts().total(), page_size);
     let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
     Ok((plan.dropped_bytes(), total))
 }
@@ -218,12 +219,13 @@ pub(crate) fn write_to(
 
 pub(crate) fn write_runs(pages: &PageMap, out: &mut dyn Write) -> io::Result<()> {
     for (frames, page) in pages.states() {
-        let last = frames.end().raw().saturating_sub(1);
+        let Some(last) = frames.last() else { continue };
         let zero = if page.is_zero() { "\tzero" } else { "" };
         writeln!(
             out,
-            "{}\t{last}\t{}{zero}",
+            "{}\t{}\t{}{zero}",
             frames.start().raw(),
+            last.raw(),
             page.class()
         )?;
     }

@@ -1,12 +1,17 @@
 //! Numbers and lines for people.
 
 use anstyle::{AnsiColor, Style};
-use sonicshot::RamLayout;
+use sonicshot::{RamLayout, Tally};
 use sonicshot_offline::{ByteSize, LayoutSpec, Note};
 use std::fmt;
 use std::io::{self, Write};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The bytes of so many pages, for people.
+pub(crate) fn bytes_of(pages: u64, page_size: u64) -> u64 {
+    Tally::new(pages).times(page_size).get()
+}
 
 /// What went wrong with standard output first.
 static OUTPUT_ERROR: OnceLock<io::Error> = OnceLock::new();

@@ -7,8 +7,8 @@ use crate::json::{self, Disk, DiskSearchJson, OfSave, SaveReport, Stored, Versio
 use crate::output::{named_files, named_images, overwrite};
 use crate::progress::Phase;
 use crate::report::{by_name, complain, count, lines, mib, percent, say, size, tell_notes};
-use sonicshot::PageClass;
 use sonicshot::checkpoint::{DiskInfo, SaveOptions, SaveStats};
+use sonicshot::{PageClass, Tally};
 use sonicshot_offline::{
     CheckpointOptions, DiskSearch, Plan, Saved, Whole, check_droppable, check_unused,
 };
@@ -95,7 +95,7 @@ pub(crate) fn check_output(args: &SaveArgs) -> Result<(), CliError> {
 
 pub(crate) fn writing(args: &SaveArgs) -> SaveOptions {
     let mut options = SaveOptions::new(args.compress);
-    options.chunk_size = args.chunk.saturating_mul(1024);
+    options.chunk_size = args.chunk << 10;
     options.threads = args.threads;
     options
 }
@@ -207,7 +207,7 @@ pub(crate) const FREE: [PageClass; 2] = [PageClass::FreeBuddy, PageClass::FreePc
 pub(crate) fn free_of(left_out: &[(&'static str, u64)]) -> u64 {
     let is_free = |name| FREE.iter().any(|class| class.name() == name);
     let free = left_out.iter().filter(|(name, _)| is_free(*name));
-    free.fold(0, |sum: u64, (_, pages)| sum.saturating_add(*pages))
+    free.map(|(_, pages)| *pages).sum::<Tally>().get()
 }
 
 /// What a checkpoint holds; of what was left out, `free` pages are free.
@@ -233,7 +233,7 @@ fn summary(saved: &Saved, seconds: f64) -> String {
     let total = saved.info.layout.bytes();
     let search = saved.disk_search.as_ref().map(search_text);
     let stats = stats_text(&saved.stats, total, &saved.left_out, seconds);
-    stats + &search.unwrap_or_default()
+    [Some(stats), search].into_iter().flatten().collect()
 }
 
 /// What a checkpoint holds of so many bytes of RAM, for people.

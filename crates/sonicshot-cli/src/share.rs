@@ -5,7 +5,8 @@ use crate::error::CliError;
 use crate::json::{OfShare, ShareReport, Version, line, path};
 use crate::output::overwrite;
 use crate::progress::Phase;
-use crate::report::{count, note, percent, say, size};
+use crate::report::{bytes_of, count, note, percent, say, size};
+use sonicshot::Tally;
 use sonicshot_dump::{DumpError, ShareStats};
 use sonicshot_offline::{OpenOptions, ShareOptions, Snapshot};
 use std::path::Path;
@@ -41,7 +42,9 @@ pub(crate) fn run(args: &ShareArgs) -> Result<(), CliError> {
 }
 
 fn tell(args: &ShareArgs, stats: &ShareStats, seconds: f64) {
-    let gained = stats.shared_after.saturating_sub(stats.shared_before);
+    let gained = Tally::new(stats.shared_after)
+        .without(stats.shared_before)
+        .get();
     if args.json {
         let report = ShareReport {
             version: Version::default(),
@@ -82,7 +85,7 @@ fn tell(args: &ShareArgs, stats: &ShareStats, seconds: f64) {
         "by the file system {} ({} of what was looked for) share blocks now, {} did before; {} extents, \
          in {seconds:.2} s",
         size(stats.shared_after),
-        percent(stats.shared_after, stats.pages.saturating_mul(4096)),
+        percent(stats.shared_after, bytes_of(stats.pages, 4096)),
         size(stats.shared_before),
         count(stats.extents_after),
     );

@@ -294,9 +294,13 @@ impl Dump {
     }
 
     /// The length of the file in bytes.
-    #[must_use]
-    pub fn file_len(&self) -> u64 {
-        FileStamp::of(self.file()).map_or(0, FileStamp::len)
+    ///
+    /// # Errors
+    /// [`DumpError::Io`] if the system does not tell it.
+    pub fn file_len(&self) -> Result<u64, DumpError> {
+        let stamp = FileStamp::of(self.file());
+        let stamp = stamp.map_err(DumpError::io("reading the length of", &self.path))?;
+        Ok(stamp.len())
     }
 
     /// The parts of a Xen image beside the guest's memory: [`XlSkeleton::write`] makes an image of

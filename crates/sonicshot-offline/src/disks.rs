@@ -8,7 +8,9 @@ use crate::save::CheckpointOptions;
 use sonicshot::checkpoint::{
     DiskFinder, DiskGuesses, DiskInfo, DiskOffset, DiskSource, SaveOptions,
 };
-use sonicshot::{GuestMemory, PageClass, PageMap, PageSize, Pfn, PrunePlan, WorkOptions};
+use sonicshot::{
+    GuestMemory, PageClass, PageMap, PageSize, Pfn, PrunePlan, Tally, WorkOptions, spread,
+};
 use sonicshot_dump::{DiskImage, Dump};
 use sonicshot_vmi::FilePlaces;
 use std::collections::HashMap;
@@ -38,8 +40,8 @@ impl DiskSearch {
     #[must_use]
     pub fn explained(&self) -> u64 {
         let share = u128::from(self.told)
-            .saturating_mul(self.right.into())
-            .checked_div(self.looked_at.into());
+            .checked_mul(self.right.into())
+            .and_then(|found| found.checked_div(self.looked_at.into()));
         share
             .and_then(|share| u64::try_from(share).ok())
             .unwrap_or_default()
@@ -47,8 +49,8 @@ impl DiskSearch {
 
     /// Whether they leave more than a tenth of them unexplained, or nothing tells what is page cache.
     fn is_too_little(&self) -> bool {
-        let explained = u128::from(self.explained()).saturating_mul(10);
-        self.page_cache == 0 || explained < u128::from(self.page_cache).saturating_mul(9)
+        let unexplained = self.page_cache.checked_sub(self.explained());
+        self.page_cache == 0 || unexplained.is_some_and(|pages| pages > self.page_cache / 10)
     }
 }
 
@@ -103,7 +105,7 @@ impl<'a> SaveDisks<'a> {
         };
         found.guesses = if options.scan_disks || search.is_too_little() {
             let bytes = found.infos.iter().map(|disk| disk.bytes);
-            search.streamed = Some(bytes.fold(0, u64::saturating_add));
+            search.streamed = Some(bytes.sum::<Tally>().get());
             found.stream(what, told, &options.writing)?
         } else {
             DiskGuesses::of_frames(told, page_size)
@@ -178,20 +180,19 @@ fn sample(dump: &Dump, page_size: PageSize, told: &[Place], images: &[&DiskImage
         return (0, 0);
     };
     let (mut memory, mut there) = (vec![0; page], vec![0; page]);
-    let every = told.len().div_ceil(SAMPLE).max(1);
-    let (mut looked_at, mut right) = (0_u64, 0_u64);
-    for (frame, disk, at) in told.iter().step_by(every) {
+    let (mut looked_at, mut right) = (Tally::ZERO, Tally::ZERO);
+    for (frame, disk, at) in spread(told, SAMPLE) {
         let image = usize::try_from(*disk)
             .ok()
             .and_then(|disk| images.get(disk));
         let (Some(image), Some(gpa)) = (image, frame.gpa(page_size)) else {
             continue;
         };
-        looked_at = looked_at.saturating_add(1);
+        looked_at.add(1);
         let read = dump.read(gpa, &mut memory).is_ok() && image.read_disk(&mut there, *at).is_ok();
-        right = right.saturating_add(u64::from(read && memory == there));
+        right.add(u64::from(read && memory == there));
     }
-    (looked_at, right)
+    (looked_at.get(), right.get())
 }
 
 /// How many pages of the page cache are kept.
@@ -199,7 +200,7 @@ fn kept_page_cache(what: &Searched<'_>) -> u64 {
     let counts = what.map.counts();
     let cache = [PageClass::PageCacheClean, PageClass::PageCacheDirty];
     let all = cache.map(|class| counts.get(class));
-    all.into_iter().fold(0, u64::saturating_add)
+    all.into_iter().sum::<Tally>().get()
 }
 
 impl CheckpointFile {

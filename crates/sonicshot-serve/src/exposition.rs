@@ -3,13 +3,13 @@
 use crate::error::ServeError;
 use crate::metrics::Metrics;
 use crate::socket::Named;
+use crate::until::Until;
 use core::time::Duration;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// The longest request that is read.
 const MAX_REQUEST: usize = 4096;
@@ -80,9 +80,9 @@ fn start<S: Hasty>(
 }
 
 fn answer<S: Hasty>(mut stream: S, metrics: &Metrics) -> io::Result<()> {
-    let start = Instant::now();
+    let until = Until::new(PATIENCE);
     // None left is an error too.
-    let hurry = |stream: &S| stream.hurry(PATIENCE.saturating_sub(start.elapsed()));
+    let hurry = |stream: &S| stream.hurry(until.left());
     let mut request = Vec::new();
     let mut part = [0; 512];
     while !request.windows(4).any(|end| end == b"\r\n\r\n") && request.len() < MAX_REQUEST {

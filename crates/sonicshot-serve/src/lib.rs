@@ -79,6 +79,8 @@ mod source;
 mod sys;
 #[expect(unsafe_code, reason = "the edge to userfaultfd")]
 mod uffd;
+#[cfg(feature = "server")]
+mod until;
 #[cfg(feature = "vm-memory")]
 mod vm_memory;
 #[cfg(feature = "server")]

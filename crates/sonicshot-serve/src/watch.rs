@@ -14,6 +14,7 @@ use crate::error::ServeError;
 use crate::peer::{AGAIN, Peer};
 use crate::protocol::{Received, is_documented, receive_rest};
 use crate::sys;
+use crate::until::Until;
 use core::mem::MaybeUninit;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use core::time::Duration;
@@ -33,7 +34,6 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 /// A number of a virtual machine, little-endian, behind one of these. An `ADD` is answered: by the
 /// same, or that its descriptors did not come.
@@ -188,10 +188,9 @@ impl Watcher {
 
     /// Waits until a virtual machine is watched.
     fn hear(&self, number: u64) -> io::Result<()> {
-        let start = Instant::now();
+        let until = Until::new(PATIENCE);
         loop {
-            let left = PATIENCE.saturating_sub(start.elapsed());
-            let left = Timespec::try_from(left).map_err(io::Error::other)?;
+            let left = Timespec::try_from(until.left()).map_err(io::Error::other)?;
             let mut ready = [PollFd::new(&*self.socket, PollFlags::IN)];
             match poll(&mut ready, Some(&left)) {
                 Err(Errno::INTR) => continue,
@@ -367,7 +366,7 @@ impl Work {
     fn give(&mut self, mut successor: Option<UnixStream>) -> bool {
         self.held.retain(|_, held| !held.is_over());
         let Some(door) = &self.door else { return false };
-        let start = Instant::now();
+        let until = Until::new(door.limit);
         while !self.held.is_empty() || successor.is_some() {
             if let Some(stream) = successor.take() {
                 match offer(&stream, &self.held, self.pages.as_ref()) {
@@ -376,7 +375,7 @@ impl Work {
                     Err(error) => tracing::warn!("another server has not taken over: {error}"),
                 }
             }
-            let left = door.limit.saturating_sub(start.elapsed());
+            let left = until.left();
             if left.is_zero() {
                 return false;
             }
@@ -636,6 +635,7 @@ fn step(socket: &impl AsFd, work: &mut Work) -> Result<bool, Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Instant;
 
     #[test]
     fn a_watcher_that_ends_is_noticed() {

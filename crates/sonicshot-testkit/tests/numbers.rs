@@ -18,8 +18,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-/// So many in 10,000 lines: what there are, and to be lowered as they go. Twenty is the aim.
-const MOST: usize = 33;
+/// So many in 10,000 lines at most; what there are is less, and to be lowered as they go.
+const MOST: usize = 20;
 
 /// Where it is allowed to lose something by `as`.
 const LOSING: [&str; 3] = [

@@ -293,6 +293,24 @@ macro_rules! half_open_range {
                 lengths.fold(0, u64::saturating_add)
             }
 
+            /// The last point in the range; `None` of an empty one.
+            #[must_use]
+            pub const fn last(&self) -> Option<$point> {
+                match self.end.0.checked_sub(1) {
+                    Some(last) if self.start.0 <= last => Some($point(last)),
+                    _ => None,
+                }
+            }
+
+            #[doc = concat!("The first `most` ", $unit, " of the range, or all of it if it has no more.")]
+            #[must_use]
+            pub const fn up_to(&self, most: u64) -> Self {
+                match self.start.checked_add(most) {
+                    Some(end) if end.0 < self.end.0 => Self { start: self.start, end },
+                    _ => *self,
+                }
+            }
+
             /// Adds the range to `runs`, as one with the last if it begins where that ends.
             pub fn append_to(self, runs: &mut Vec<Self>) {
                 match runs.last_mut() {
@@ -384,5 +402,33 @@ impl PfnRange {
     /// Every frame of the range, lowest first.
     pub fn iter(&self) -> impl Iterator<Item = Pfn> + use<> {
         (self.start.0..self.end.0).map(Pfn)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Pfn, PfnRange};
+
+    #[test]
+    fn a_range_knows_its_last_and_its_beginning() {
+        let range = |start, end| PfnRange::new(Pfn::new(start), Pfn::new(end));
+        for (of, last) in [
+            (range(3, 8), Some(7)),
+            (range(0, 1), Some(0)),
+            (range(5, u64::MAX), Some(u64::MAX - 1)),
+            (range(0, 0), None),
+            (range(7, 7), None),
+        ] {
+            assert_eq!(of.last(), last.map(Pfn::new), "{of}");
+        }
+        for (of, most, begins) in [
+            (range(3, 8), 0, range(3, 3)),
+            (range(3, 8), 2, range(3, 5)),
+            (range(3, 8), 5, range(3, 8)),
+            (range(3, 8), u64::MAX, range(3, 8)),
+            (range(7, 7), 2, range(7, 7)),
+        ] {
+            assert_eq!(of.up_to(most), begins, "{of}");
+        }
     }
 }

@@ -98,4 +98,4 @@ pub use processor::{Processor, Processors};
 pub use progress::{Progress, WorkOptions};
 pub use stop::{Stop, Stoppable, Stopped};
 pub use tally::Tally;
-pub use to_usize::to_usize;
+pub use to_usize::{spread, to_usize};

@@ -1,4 +1,6 @@
-//! Lengths of 64 bits in memory.
+//! Lengths of 64 bits in memory, and samples of what is there.
+
+use core::num::NonZeroUsize;
 
 /// A length or a place of 64 bits as one in memory: all of it, on the hosts that this crate is for.
 ///
@@ -12,4 +14,20 @@
 )]
 pub const fn to_usize(len: u64) -> usize {
     len as usize
+}
+
+/// At most `most` of `all`, evenly spread from the first on: all of them if they are no more, and one
+/// at least.
+///
+/// ```
+/// let numbers: Vec<usize> = (0..10).collect();
+/// assert!(sonicshot::spread(&numbers, 3).eq(&[0, 4, 8]));
+/// assert!(sonicshot::spread(&numbers, 0).eq(&[0]));
+/// assert_eq!(sonicshot::spread(&numbers[..2], 3).count(), 2);
+/// assert_eq!(sonicshot::spread::<usize>(&[], 3).count(), 0);
+/// ```
+pub fn spread<T>(all: &[T], most: usize) -> impl Iterator<Item = &T> {
+    let most = NonZeroUsize::new(most);
+    let step = most.map_or(all.len(), |most| all.len().div_ceil(most.get()));
+    all.iter().step_by(step.max(1))
 }

@@ -7,7 +7,7 @@ use crate::args::InspectArgs;
 use crate::error::CliError;
 use crate::inputs::PIPE;
 use crate::json::{self, CheckpointReport, NamedBlob, OfCheckpoint, Version, line, ram};
-use crate::report::{count, lines, mib, percent, say, size};
+use crate::report::{bytes_of, count, lines, mib, percent, say, size};
 use crate::save::{FREE, disks_json, stats_json};
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, PageContent, SaveStats};
 use sonicshot::{ClassCounts, Tally};
@@ -66,7 +66,7 @@ pub(super) fn inspect(
     print_contents(&stats, page_size, counts.total());
     say!("");
     print_classes(&counts, page_size);
-    let data = stats.data.saturating_mul(page_size);
+    let data = bytes_of(stats.data, page_size);
     say!("");
     say!(
         "{} of page data in {} ({})",
@@ -126,7 +126,7 @@ fn print_json(path: &Path, checkpoint: &CheckpointFile, counts: &ClassCounts) {
     let free = reader
         .runs()
         .filter(|run| matches!(run.content, PageContent::Free { .. }) && FREE.contains(&run.class));
-    let free = free.fold(0, |sum: u64, run| sum.saturating_add(run.frames.len()));
+    let free = free.map(|run| run.frames.len()).sum::<Tally>().get();
     let blobs = reader.blobs().map(|(name, bytes)| NamedBlob {
         name: name.to_owned(),
         bytes,
@@ -154,7 +154,7 @@ fn print_json(path: &Path, checkpoint: &CheckpointFile, counts: &ClassCounts) {
         blobs: blobs.collect(),
         disks: disks_json(&info.disks),
         disk_runs: reader.disk_run_count(),
-        on_disk_bytes: stats.on_disk.saturating_mul(info.page_size.bytes()),
+        on_disk_bytes: bytes_of(stats.on_disk, info.page_size.bytes()),
         stored: stats_json(&stats, free, info.page_size.bytes()),
     };
     say!("{}", line(&report));
@@ -224,7 +224,7 @@ fn print_contents(stats: &SaveStats, page_size: u64, total: u64) {
         ("on a disk", stats.on_disk),
     ] {
         if pages > 0 {
-            let size = size(pages.saturating_mul(page_size));
+            let size = size(bytes_of(pages, page_size));
             let share = percent(pages, total);
             say!("{name:<18} {:>12} {size:>12} {share:>8}", count(pages));
         }
@@ -233,7 +233,7 @@ fn print_contents(stats: &SaveStats, page_size: u64, total: u64) {
 
 fn print_classes(counts: &ClassCounts, page_size: u64) {
     let total = counts.total();
-    let bytes = |pages: u64| size(pages.saturating_mul(page_size));
+    let bytes = |pages: u64| size(bytes_of(pages, page_size));
     say!(
         "{:<18} {:>12} {:>12} {:>8}",
         "class",
@@ -259,11 +259,14 @@ fn write_runs(reader: &CheckpointReader<File>, out: &mut dyn Write) -> io::Resul
             PageContent::Data { .. } => "data",
             other => other.name(),
         };
-        let last = run.frames.end().raw().saturating_sub(1);
+        let Some(last) = run.frames.last() else {
+            continue;
+        };
         writeln!(
             out,
-            "{}\t{last}\t{}\t{content}",
+            "{}\t{}\t{}\t{content}",
             run.frames.start().raw(),
+            last.raw(),
             run.class
         )?;
     }

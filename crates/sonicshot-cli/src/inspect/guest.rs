@@ -5,9 +5,9 @@ use crate::json::{
     self, Classes, InspectReport, OfInspect, PagesByName, ProcessorJson, ProcessorState,
     ProcessorsJson, Version, ZoneJson, free_fill, path, ram, word,
 };
-use crate::report::{count, lines, mib, percent, say, size};
+use crate::report::{bytes_of, count, lines, mib, percent, say, size};
 use sonicshot::{
-    ClassCounts, ClassSet, Fill, GuestMemory, PageClass, PageSize, Processor, Processors,
+    ClassCounts, ClassSet, Fill, GuestMemory, PageClass, PageSize, Processor, Processors, Tally,
 };
 use sonicshot_offline::{Analyzed, Savings};
 use sonicshot_vmi::{Knowledge, ZoneReport};
@@ -82,11 +82,11 @@ pub(crate) fn processors_line(processors: &Processors) -> Option<String> {
         Processors::Crashed => return Some("those of a crashed kernel, without registers".into()),
         _ => return None,
     };
-    let mut counts: Vec<(&str, usize)> = Vec::new();
+    let mut counts: Vec<(&str, Tally)> = Vec::new();
     for state in all.iter().map(state_of) {
         match counts.iter_mut().find(|(name, _)| *name == state) {
-            Some((_, count)) => *count = count.saturating_add(1),
-            None => counts.push((state, 1)),
+            Some((_, count)) => count.add(1),
+            None => counts.push((state, Tally::new(1))),
         }
     }
     let parts: Vec<_> = counts
@@ -120,7 +120,7 @@ pub(super) fn json_report(
     let counts = analyzed.counts();
     let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
     let page_size = analyzed.pages().page_size().bytes();
-    let absent = counts.get(PageClass::Absent).saturating_mul(page_size);
+    let absent = bytes_of(counts.get(PageClass::Absent), page_size);
     let (free_fill, free_fill_byte) = free_fill(analyzed.free_fill());
     InspectReport {
         version: Version::default(),
@@ -129,7 +129,7 @@ pub(super) fn json_report(
         vmm: input.snapshot.vmm().map(|vmm| vmm.name().to_string()),
         format: word(dump.format()),
         format_name: dump.format().to_owned(),
-        file_bytes: Some(dump.file_len()),
+        file_bytes: dump.file_len().ok(),
         libvmi: None,
         kernel_release: facts.release.clone(),
         kernel_banner: facts.banner.clone(),
@@ -186,7 +186,9 @@ pub(crate) fn print_report(analyzed: &Analyzed, zero_pages: u64, savings: Saving
 /// The file, its kernel and its layout.
 fn print_guest(analyzed: &Analyzed) {
     let (dump, facts) = (analyzed.dump(), analyzed.facts());
-    say!("file      {}, {}", dump.format(), size(dump.file_len()));
+    let len = dump.file_len();
+    let len = len.map_or_else(|error| error.to_string(), |len| size(len).to_string());
+    say!("file      {}, {len}", dump.format());
     say!("kernel    {}", facts.release);
     if let Some(banner) = &facts.banner {
         say!("          {banner}");
@@ -237,7 +239,7 @@ pub(crate) fn print_classes(
     zero_goes: bool,
 ) {
     let total = counts.total();
-    let bytes = |pages: u64| size(pages.saturating_mul(page_size.bytes()));
+    let bytes = |pages: u64| size(bytes_of(pages, page_size.bytes()));
     let zero = if zero_goes { "of zeroes*" } else { "of zeroes" };
     say!(
         "{:<18} {:>12} {:>12} {:>8} {zero:>12}",
@@ -274,7 +276,7 @@ pub(crate) fn print_classes(
 fn print_savings(analyzed: &Analyzed, zero_pages: u64, savings: Savings) {
     let page_size = analyzed.pages().page_size().bytes();
     let total = analyzed.counts().total();
-    let bytes = |pages: u64| size(pages.saturating_mul(page_size));
+    let bytes = |pages: u64| size(bytes_of(pages, page_size));
     let dropped = analyzed.droppable(ClassSet::DEFAULT_DROP).dropped_pages();
     say!(
         "a prune drops                {:>12} {:>8}  of RAM (what is marked *)",

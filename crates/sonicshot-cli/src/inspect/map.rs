@@ -3,7 +3,7 @@
 //! Both draw the same grid. A cell stands for as many frames as make the grid small enough, and
 //! shows the class that most of them have.
 
-use crate::report::{count, percent, say, size};
+use crate::report::{bytes_of, count, percent, say, size};
 use anstream::{AutoStream, ColorChoice};
 use sonicshot::{ClassCounts, PageClass, PageMap, PfnRange, PrunePlan, Tally, to_usize};
 use std::fmt::Write as _;
@@ -147,11 +147,6 @@ pub(super) fn dropped_frames(plan: &PrunePlan, cell: PfnRange, pages: &PageMap) 
     };
     let bytes: u64 = plan.dropped_in(range).map(|gone| gone.len()).sum();
     bytes / size.bytes()
-}
-
-/// The bytes of so many pages.
-fn bytes_of(pages: u64, page_size: u64) -> u64 {
-    Tally::new(pages).times(page_size).get()
 }
 
 /// Prints RAM by class, before a prune, and after it where that differs.

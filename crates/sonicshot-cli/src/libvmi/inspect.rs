@@ -11,7 +11,7 @@ use crate::inspect::{
 use crate::json::{
     InspectReport, LibVmiVersion, OfInspect, Savings, Version, free_fill, line, ram, word,
 };
-use crate::report::{count, mib, percent, say, say_to_stderr, size};
+use crate::report::{bytes_of, count, mib, percent, say, say_to_stderr, size};
 use sonicshot::{ClassSet, DropClasses, GuestMemory, PageClass, PrunePlan};
 use sonicshot_libvmi::Domain;
 use sonicshot_vmi::{Knowledge, count_zero_pages};
@@ -77,7 +77,7 @@ impl Seen {
         let (analysis, facts) = (&self.analysis, self.analysis.facts());
         let counts = analysis.counts();
         let page_size = facts.page_size.bytes();
-        let absent = counts.get(PageClass::Absent).saturating_mul(page_size);
+        let absent = bytes_of(counts.get(PageClass::Absent), page_size);
         let (free_fill, free_fill_byte) = free_fill(analysis.free_fill());
         InspectReport {
             version: Version::default(),

@@ -4,7 +4,7 @@ use super::{Look, check, dropped_by_name, format, notes};
 use crate::args::{PruneArgs, classes};
 use crate::error::CliError;
 use crate::json::{self, OfPrune, PruneReport, Version, line, word};
-use crate::report::{by_name, count, mib, note, percent, say, size};
+use crate::report::{by_name, bytes_of, count, mib, note, percent, say, size};
 use sonicshot::{DropClasses, PageClass};
 use sonicshot_libvmi::Domain;
 use std::time::Instant;
@@ -29,7 +29,7 @@ pub(crate) fn prune(args: &PruneArgs, domain: Domain) -> Result<(), CliError> {
     let total = analysis.counts().total();
     if args.json {
         let absent = analysis.counts().get(PageClass::Absent);
-        let absent = absent.saturating_mul(plan.page_size().bytes());
+        let absent = bytes_of(absent, plan.page_size().bytes());
         let report = PruneReport {
             version: Version::default(),
             kind: OfPrune::default(),

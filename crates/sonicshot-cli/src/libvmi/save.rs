@@ -6,7 +6,7 @@ use crate::error::CliError;
 use crate::json::{self, OfSave, SaveReport, Version, line, path};
 use crate::output::{named_files, overwrite};
 use crate::progress::Phase;
-use crate::report::{mib, note};
+use crate::report::{bytes_of, mib, note};
 use crate::save::{check_output, free_of, stats_json, stats_text, tell, writing};
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointWriter, SaveStats};
 use sonicshot::{DropClasses, GuestMemory, PageClass, Progress, PrunePlan};
@@ -61,7 +61,7 @@ pub(crate) fn save(args: &SaveArgs, domain: Domain) -> Result<(), CliError> {
     let facts = look.analysis.facts();
     if args.json {
         let absent = look.analysis.counts().get(PageClass::Absent);
-        let absent = absent.saturating_mul(facts.page_size.bytes());
+        let absent = bytes_of(absent, facts.page_size.bytes());
         let report = SaveReport {
             version: Version::default(),
             kind: OfSave::default(),
@@ -88,8 +88,7 @@ pub(crate) fn save(args: &SaveArgs, domain: Domain) -> Result<(), CliError> {
     for note in look.analysis.notes() {
         note!("{note}");
     }
-    let total = plan.page_size().bytes();
-    let total = look.analysis.counts().total().saturating_mul(total);
+    let total = bytes_of(look.analysis.counts().total(), plan.page_size().bytes());
     tell(args, &stats_text(&stats, total, &left_out, seconds));
     let ms = paused.as_secs_f64() * 1000.0;
     tell(

@@ -2,7 +2,7 @@
 
 use crate::error::CliError;
 use crate::json::{self, OfPrune, PruneReport, Pruned, Version, line, path, word};
-use crate::report::{by_name, count, lines, mib, note, percent, say, size};
+use crate::report::{by_name, bytes_of, count, lines, mib, note, percent, say, size};
 use sonicshot::PageClass;
 use sonicshot_offline::{Analyzed, Plan, PruneOptions, PruneStats};
 use std::path::Path;
@@ -69,7 +69,7 @@ impl Report<'_> {
     /// The guest's memory.
     pub(super) fn total_bytes(&self) -> u64 {
         let total = self.analyzed.counts().total();
-        total.saturating_mul(self.plan.page_size().bytes())
+        bytes_of(total, self.plan.page_size().bytes())
     }
 
     /// Whether what can go was not in the file. A copy is written all the same.
@@ -207,7 +207,7 @@ impl Report<'_> {
     /// How much of RAM the source does not have.
     fn missing_bytes(&self) -> u64 {
         let absent = self.analyzed.counts().get(PageClass::Absent);
-        absent.saturating_mul(self.plan.page_size().bytes())
+        bytes_of(absent, self.plan.page_size().bytes())
     }
 
     fn print_stats(&self, stats: &PruneStats) {

@@ -5,7 +5,7 @@ use crate::error::CliError;
 use crate::json::{OfXenSave, Version, XenSaveReport, line, path};
 use crate::output::overwrite;
 use crate::progress::Phase;
-use crate::report::{complain, note, percent, say, size};
+use crate::report::{bytes_of, complain, note, percent, say, size};
 use sonicshot::PageSize;
 use sonicshot_vmi::Note;
 use sonicshot_xen_live::{AfterSave, Look, SaveOptions, Saved};
@@ -79,7 +79,7 @@ impl Outcome {
             kernel_release: look.map(|look| look.release.clone()),
             total_pages: look.map(|look| look.total_pages),
             dropped_pages: dropped,
-            dropped_bytes: dropped.saturating_mul(PAGE.bytes()),
+            dropped_bytes: bytes_of(dropped, PAGE.bytes()),
             file_bytes: saved.file_bytes,
             seconds: saved.took.as_secs_f64(),
             suspended_seconds: saved.suspended.map(|time| time.as_secs_f64()),
@@ -101,8 +101,8 @@ impl Outcome {
             say!(
                 "Linux {}: left out {} of {} ({}), found in {:.2} s",
                 look.release,
-                size(dropped.saturating_mul(PAGE.bytes())),
-                size(look.total_pages.saturating_mul(PAGE.bytes())),
+                size(bytes_of(dropped, PAGE.bytes())),
+                size(bytes_of(look.total_pages, PAGE.bytes())),
                 percent(dropped, look.total_pages),
                 took.as_secs_f64()
             );

@@ -3,7 +3,7 @@
 use crate::DumpError;
 use crate::format::qcow2::{Image, OFFSET, Place, table};
 use sonicshot::checkpoint::{DiskOffset, DiskRange, DiskSource};
-use sonicshot::{Bytes, FileContent, FileOffset};
+use sonicshot::{Bytes, FileContent, FileOffset, FileRange, to_usize};
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
@@ -222,10 +222,7 @@ impl Qcow2Disk {
 
     /// What is stored at a place; behind the end of the file, zeroes, as QEMU reads it.
     fn read_stored(&self, out: &mut [u8], at: u64) -> io::Result<()> {
-        let there = usize::try_from(self.content.len().saturating_sub(at));
-        let there = there.unwrap_or(usize::MAX).min(out.len());
-        let (inside, behind) = out.split_at_mut(there);
-        behind.fill(0);
+        let inside = inside(out, at, self.content.len())?;
         self.content.read_at(inside, FileOffset::new(at))
     }
 
@@ -234,7 +231,9 @@ impl Qcow2Disk {
         let (at, len) =
             stored.ok_or_else(|| damaged("a compressed cluster beyond the end of the file"))?;
         // No longer than two clusters.
-        let most = self.image.cluster().saturating_mul(2).saturating_add(1024);
+        let most = self.image.cluster().checked_mul(2);
+        let most = most.and_then(|most| most.checked_add(1024));
+        let most = most.ok_or_else(|| damaged("a cluster size of more than 64 bits"))?;
         let len = usize::try_from(len.min(most)).map_err(io::Error::other)?;
         let mut bytes = vec![0; len];
         self.content.read_at(&mut bytes, FileOffset::new(at))?;
@@ -246,11 +245,7 @@ impl Qcow2Disk {
             out.fill(0);
             return Ok(());
         };
-        let there = usize::try_from(below.disk_len()?.saturating_sub(at));
-        let there = there.unwrap_or(usize::MAX).min(out.len());
-        let (inside, behind) = out.split_at_mut(there);
-        behind.fill(0);
-        match inside {
+        match inside(out, at, below.disk_len()?)? {
             [] => Ok(()),
             inside => below.read_disk(inside, DiskOffset::new(at)),
         }
@@ -274,6 +269,16 @@ impl Qcow2Disk {
     }
 }
 
+/// The part of `out`, which is what lies at `at`, that is before `end`; the rest is zeroes.
+fn inside(out: &mut [u8], at: u64, end: u64) -> io::Result<&mut [u8]> {
+    let wanted = FileRange::with_len(FileOffset::new(at), out.len() as u64);
+    let wanted = wanted.ok_or_else(|| damaged("a place beyond 64 bits"))?;
+    let there = wanted.intersection(&FileRange::new(FileOffset::ZERO, FileOffset::new(end)));
+    let (inside, behind) = out.split_at_mut(to_usize(there.len()));
+    behind.fill(0);
+    Ok(inside)
+}
+
 impl DiskSource for Qcow2Disk {
     fn disk_len(&self) -> io::Result<u64> {
         Ok(self.image.disk_len)
@@ -287,7 +292,7 @@ impl DiskSource for Qcow2Disk {
         let (mut rest, mut at) = (buf, at.raw());
         while !rest.is_empty() {
             let (place, len) = self.locate(at)?;
-            let len = usize::try_from(len).unwrap_or(usize::MAX).min(rest.len());
+            let len = to_usize(len).min(rest.len());
             let (now, later) = rest.split_at_mut(len);
             match place {
                 Place::Zero => now.fill(0),

@@ -14,7 +14,7 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, retry_on_intr};
 use rustix::process::geteuid;
-use sonicshot::{FileOffset, FileRange, FileStamp};
+use sonicshot::{FileOffset, FileRange, FileStamp, to_usize};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
@@ -490,7 +490,7 @@ fn copy_stretch(input: &File, output: &File, range: FileRange) -> io::Result<()>
     let mut buffer = Vec::new();
     let mut rest = range;
     while !rest.is_empty() {
-        let now = usize::try_from(rest.len().min(COPY)).map_err(io::Error::other)?;
+        let now = to_usize(rest.up_to(COPY).len());
         let at = rest.start().raw();
         let (mut from, mut to) = (at, at);
         let copied = if by_kernel {

@@ -128,7 +128,7 @@ impl<'a> Copier<'a> {
     fn copy_bytes(&mut self, from: FileRange, to: FileOffset) -> Result<(), DumpError> {
         let (mut rest, mut to) = (from, to);
         while !rest.is_empty() {
-            let now = to_usize(rest.len()).min(COPY);
+            let now = to_usize(rest.up_to(COPY as u64).len());
             let copied = match self.copy_by_kernel(rest.start(), to, now)? {
                 Some(copied) => copied,
                 None => self.copy_through(rest.start(), to, now)?,

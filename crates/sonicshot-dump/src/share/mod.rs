@@ -15,7 +15,7 @@ use crate::prune::copy::Copier;
 use crate::{DiskImage, Dump, DumpError};
 use find::{Found, Piece};
 use sonicshot::checkpoint::DiskSource;
-use sonicshot::{FileId, FileOffset, FileRange, Progress, Tally};
+use sonicshot::{FileId, FileOffset, FileRange, Progress, Tally, to_usize};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::num::{NonZeroU64, NonZeroUsize};
@@ -352,8 +352,7 @@ fn dedupe(image: &File, piece: &Piece, file: &File) -> io::Result<bool> {
     let beyond = || io::Error::from(io::ErrorKind::InvalidData);
     let (mut from, mut to) = (piece.disk, piece.file.start());
     while !from.is_empty() {
-        let len = from.len().min(AT_ONCE);
-        let now = FileRange::with_len(from.start(), len).ok_or_else(beyond)?;
+        let now = from.up_to(AT_ONCE);
         let done = match sys::dedupe_range(image, now, file, to)? {
             Deduped::Differs => return Ok(false),
             Deduped::Shared(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -369,10 +368,8 @@ fn dedupe(image: &File, piece: &Piece, file: &File) -> io::Result<bool> {
 /// Whether a range of the dump's file and of a copy of it hold the same.
 fn same(dump: &PlainDump, copy: &File, range: FileRange) -> io::Result<bool> {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    let mut at = range.start();
-    while at < range.end() {
-        let left = FileRange::new(at, range.end()).len().min(COMPARED);
-        let len = usize::try_from(left).map_err(io::Error::other)?;
+    for piece in range.pieces(COMPARED) {
+        let (at, len) = (piece.start(), to_usize(piece.len()));
         ours.resize(len, 0);
         theirs.resize(len, 0);
         dump.file().read_exact_at(&mut ours, at.raw())?;
@@ -380,8 +377,6 @@ fn same(dump: &PlainDump, copy: &File, range: FileRange) -> io::Result<bool> {
         if ours != theirs {
             return Ok(false);
         }
-        let next = at.checked_add(left);
-        at = next.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
     }
     Ok(true)
 }

@@ -40,10 +40,8 @@ pub(super) fn maps(memory: &dyn GuestMemory) -> Vec<Vec<GpaRange>> {
             let start = data.start().max(at);
             // What begins in this piece may reach into the next.
             const LONGEST: u64 = PIECE + LEN as u64;
-            let Some(left) = region.end().offset_from(start) else {
-                break;
-            };
-            buffer.resize(to_usize(left.min(LONGEST)), 0);
+            let looked_at = GpaRange::new(start, region.end()).up_to(LONGEST);
+            buffer.resize(to_usize(looked_at.len()), 0);
             if memory.read(start, &mut buffer).is_ok() {
                 for mark in finder.find_iter(&buffer) {
                     let map = map_at(&buffer, mark).filter(|map| !maps.contains(map));

@@ -144,16 +144,15 @@ impl Plan {
         };
         let quiet = now.duration_since(fault);
         let waited = self.step.map_or(STARVED, |step| now.duration_since(step));
-        if quiet >= QUIET || waited >= STARVED {
-            self.step = Some(now);
-            return Turn::Now;
+        let left = QUIET.checked_sub(quiet).zip(STARVED.checked_sub(waited));
+        let left = left.map(|(quiet, starved)| quiet.min(starved));
+        match left.filter(|left| !left.is_zero()) {
+            Some(left) => Turn::In(left),
+            None => {
+                self.step = Some(now);
+                Turn::Now
+            }
         }
-        // At least one of them has not passed.
-        Turn::In(
-            QUIET
-                .saturating_sub(quiet)
-                .min(STARVED.saturating_sub(waited)),
-        )
     }
 }
 

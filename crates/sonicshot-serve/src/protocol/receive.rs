@@ -1,6 +1,7 @@
 //! One message with its descriptors, from somebody who may send anything.
 
 use crate::error::ServeError;
+use crate::until::Until;
 use core::mem::MaybeUninit;
 use core::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -11,7 +12,6 @@ use serde::de::IgnoredAny;
 use std::io::IoSliceMut;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
 
 /// The longest message that is taken, in bytes. Firecracker's have some hundred: one mapping for
 /// each region.
@@ -34,9 +34,9 @@ pub(crate) fn receive(
     limit: Duration,
     received: &mut Received,
 ) -> Result<(), ServeError> {
-    let start = Instant::now();
+    let until = Until::new(limit);
     loop {
-        wait(stream, start, limit, received.message.len())?;
+        wait(stream, &until, received.message.len())?;
         let got = receive_part(stream, received)?;
         let len = received.message.len();
         // A stream keeps no messages apart: this one is complete when it can be read. It is tried
@@ -78,21 +78,18 @@ pub(crate) fn receive_rest(stream: &UnixStream, received: &mut Received) {
     }
 }
 
-/// Waits until there is more to read, at most until `limit` has passed since `start`.
-fn wait(
-    stream: &UnixStream,
-    start: Instant,
-    limit: Duration,
-    len: usize,
-) -> Result<(), ServeError> {
+/// Waits until there is more to read, at most for as long as `until` says.
+fn wait(stream: &UnixStream, until: &Until, len: usize) -> Result<(), ServeError> {
     loop {
-        let left = limit.saturating_sub(start.elapsed());
-        let timeout = Timespec::try_from(left).map_err(|_| Errno::INVAL);
+        let timeout = Timespec::try_from(until.left()).map_err(|_| Errno::INVAL);
         let timeout = timeout.map_err(ServeError::system("poll"))?;
         let mut ready = [PollFd::new(stream, PollFlags::IN)];
         match poll(&mut ready, Some(&timeout)) {
             Err(Errno::INTR) => {}
-            Ok(0) => return Err(ServeError::Slow { len, limit }),
+            Ok(0) => {
+                let limit = until.limit();
+                return Err(ServeError::Slow { len, limit });
+            }
             other => return other.map(drop).map_err(ServeError::system("poll")),
         }
     }
@@ -137,6 +134,7 @@ mod tests {
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
     use std::fs::File;
     use std::io::{IoSlice, Write};
+    use std::time::Instant;
 
     const SHORT: Duration = Duration::from_millis(100);
 

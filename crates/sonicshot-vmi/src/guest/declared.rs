@@ -13,7 +13,7 @@ use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::{AddressSpace, KernelVa};
 use core::ops::Range;
-use sonicshot::{GuestBytes, PageClass, PageMap, Pfn, PfnRange};
+use sonicshot::{GuestBytes, PageClass, PageMap, Pfn, PfnRange, Tally};
 
 /// Of pages that are declared, so many for each frame of RAM are looked for.
 const PAGES_A_FRAME: u64 = 8;
@@ -48,8 +48,7 @@ impl GivenUp {
     /// How many pages they are.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        let lengths = self.frames.iter().map(PfnRange::len);
-        lengths.fold(0, u64::saturating_add)
+        PfnRange::total_of(&self.frames)
     }
 
     /// What was declared, and is kept.
@@ -88,13 +87,15 @@ pub(crate) fn give_up(
         found: Vec::new(),
         kept: KeptPages::default(),
     };
-    let most = pages.total().saturating_mul(PAGES_A_FRAME);
+    let most = Tally::new(pages.total()).times(PAGES_A_FRAME).get();
     let mut left = most;
     for range in ranges {
         // Whole pages alone.
         let first = range.start.div_ceil(1 << shift);
         let end = range.end >> shift;
-        let count = end.saturating_sub(first);
+        let Some(count) = end.checked_sub(first) else {
+            continue;
+        };
         left = left.checked_sub(count).ok_or(VmiError::TooMany {
             what: "pages that are declared",
             found: count,
@@ -117,6 +118,11 @@ pub(crate) fn give_up(
     Ok(GivenUp { frames, kept })
 }
 
+/// Counts a page for the report.
+fn one_more(count: &mut u64) {
+    *count = Tally::new(*count).and(1).get();
+}
+
 struct Looked<'a, 'm> {
     space: &'a AddressSpace<'m>,
     map: &'a MemMap<'m>,
@@ -134,19 +140,19 @@ impl Looked<'_, '_> {
         let at = at.filter(|at| !self.space.is_pointer(at.raw()));
         let there = at.and_then(|at| self.space.translate(at).ok());
         let Some(there) = there else {
-            self.kept.not_there = self.kept.not_there.saturating_add(1);
+            one_more(&mut self.kept.not_there);
             return Ok(());
         };
         let page_size = self.pages.page_size();
         if there.len > page_size.bytes() {
-            self.kept.huge = self.kept.huge.saturating_add(1);
+            one_more(&mut self.kept.huge);
             return Ok(());
         }
         let frame = there.at.pfn(page_size);
         if self.pages.class(frame) == Some(PageClass::Anonymous) && self.is_alone(frame, number)? {
             self.found.push(frame);
         } else {
-            self.kept.other = self.kept.other.saturating_add(1);
+            one_more(&mut self.kept.other);
         }
         Ok(())
     }

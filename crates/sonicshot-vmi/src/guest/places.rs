@@ -17,7 +17,7 @@ use crate::mm::page::PageLayout;
 use crate::mm::page::file::{BLOCK_DEVICES, EXT4};
 use crate::{AddressSpace, KernelVa, VirtualMemory};
 use core::fmt;
-use sonicshot::{Bytes, ClassSet, GuestBytes, PageClass, PageMap, Pfn};
+use sonicshot::{Bytes, ClassSet, GuestBytes, PageClass, PageMap, Pfn, Tally, spread, to_usize};
 use std::collections::{BTreeMap, HashMap};
 
 /// How far before a `struct inode` ext4's own begins, at most, and how far behind it goes on.
@@ -26,7 +26,7 @@ const BEHIND: usize = 1536;
 /// Inodes that are looked at for where ext4 has what.
 const SAMPLE: usize = 256;
 /// Of those that tell of a place, so many must tell of the same.
-const AGREE: usize = 4;
+const AGREE: u64 = 4;
 /// An extent's magic, and how many there are in an inode.
 const EXTENT_MAGIC: u16 = 0xf30a;
 const IN_INODE: u16 = 4;
@@ -199,9 +199,10 @@ pub(crate) fn file_places(
         offsets,
         page_shift: pages.page_size().shift(),
         mounted: HashMap::new(),
-        nodes_left: (cached.len() as u64)
-            .saturating_mul(NODES_A_PAGE)
-            .saturating_add(MIN_NODES),
+        nodes_left: Tally::new(cached.len() as u64)
+            .times(NODES_A_PAGE)
+            .and(MIN_NODES)
+            .get(),
         found: FilePlaces {
             file_systems: Vec::new(),
             places: Vec::with_capacity(cached.len()),
@@ -247,11 +248,9 @@ fn in_cache(
         .with(PageClass::PageCacheClean)
         .with(PageClass::PageCacheDirty);
     let counts = pages.counts();
-    let most = CACHE
-        .iter()
-        .fold(0_u64, |sum, class| sum.saturating_add(counts.get(class)));
     // No more than there are frames, of each of which the map has a byte.
-    let mut found = Vec::with_capacity(usize::try_from(most).unwrap_or_default());
+    let most = CACHE.iter().map(|class| counts.get(class)).sum::<Tally>();
+    let mut found = Vec::with_capacity(to_usize(most.get()));
     let mut copy = [0_u8; 256];
     let stride = map.stride_len()?;
     let Some(copy) = copy.get_mut(..stride) else {
@@ -404,22 +403,20 @@ struct Ext4 {
     tree: Option<usize>,
 }
 
-fn count(votes: &mut BTreeMap<usize, usize>, place: usize) {
-    let count = votes.entry(place).or_insert(0);
-    *count = count.saturating_add(1);
+fn count(votes: &mut BTreeMap<usize, Tally>, place: usize) {
+    votes.entry(place).or_default().add(1);
 }
 
 /// What most tell of, if enough do.
-fn most(votes: &BTreeMap<usize, usize>) -> Option<usize> {
+fn most(votes: &BTreeMap<usize, Tally>) -> Option<usize> {
     let (place, count) = votes.iter().max_by_key(|(_, count)| **count)?;
-    (*count >= AGREE).then_some(*place)
+    (count.get() >= AGREE).then_some(*place)
 }
 
 impl Ext4 {
     fn by_inodes(space: &AddressSpace<'_>, inodes: &[KernelVa]) -> Self {
         let (mut data, mut tree) = (BTreeMap::new(), BTreeMap::new());
-        let every = inodes.len().div_ceil(SAMPLE).max(1);
-        for inode in inodes.iter().step_by(every) {
+        for inode in spread(inodes, SAMPLE) {
             for before in (8..=BEFORE).step_by(8) {
                 if !in_inode(space, *inode, before).is_empty() {
                     count(&mut data, before);

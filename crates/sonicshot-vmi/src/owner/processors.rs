@@ -14,7 +14,7 @@ use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::mm::mem_map::MemMap;
 use crate::mm::zone::Zones;
-use sonicshot::{Gpa, GuestMemory, Pfn, Processor, Processors};
+use sonicshot::{Gpa, GuestMemory, Pfn, Processor, Processors, spread};
 
 /// So many struct pages, evenly spread, are compared for each processor.
 const MAX_SPANS: usize = 256;
@@ -248,8 +248,7 @@ fn section_records(
 
 /// Some of them, evenly spread, and the last.
 fn sample<T>(all: &[T]) -> impl Iterator<Item = &T> {
-    let step = all.len().div_ceil(MAX_SPANS).max(1);
-    all.iter().step_by(step).chain(all.last())
+    spread(all, MAX_SPANS).chain(all.last())
 }
 
 #[cfg(test)]

@@ -201,8 +201,9 @@ impl Overlaps<'_> {
     ) -> Result<Option<Gpa>, DumpError> {
         let beyond = || self.bad("overlapping segments beyond the end", part.start().raw());
         let mut done = 0;
-        while let Some(left @ 1..) = part.len().checked_sub(done) {
-            let len = left.min(COMPARED);
+        let mut rest = part;
+        while !rest.is_empty() {
+            let len = rest.up_to(COMPARED).len();
             let piece = |from: FileOffset| {
                 let at = from.checked_add(done)?;
                 self.data.part(at.raw(), len)?.copied()
@@ -213,6 +214,7 @@ impl Overlaps<'_> {
                 return Ok(part.start().checked_add(at));
             }
             done = done.checked_add(len).ok_or_else(beyond)?;
+            rest = GpaRange::new(rest.up_to(len).end(), part.end());
         }
         // Each byte of a file is some segment's copy once: more of them are a crafted file's.
         self.compared = self.compared.checked_add(done).ok_or_else(beyond)?;

@@ -12,7 +12,7 @@ use crate::format::notes::{Note, note, notes_in};
 use sonicshot::work::{self, map_in_order};
 use sonicshot::{
     Architecture, Disposition, FileOffset, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageMap,
-    PageSize, Pfn, PfnRange, Progress, PrunePlan, Tally,
+    PageSize, Pfn, PfnRange, Progress, PrunePlan, Tally, to_usize,
 };
 use std::fs::File;
 use std::io;
@@ -529,9 +529,8 @@ fn header(
     let mut out = SIGNATURE.to_vec();
     out.extend(6_u32.to_le_bytes());
     for name in [b"Linux", UNKNOWN, release, UNKNOWN, machine, UNKNOWN] {
-        let end = out.len().saturating_add(65);
-        out.extend(name.iter().take(64));
-        out.resize(end, 0);
+        let padded = name.iter().take(64).copied().chain(std::iter::repeat(0));
+        out.extend(padded.take(65));
     }
     out.resize(408, 0); // the alignment of what follows
     out.extend([0; 16]); // the time of the dump
@@ -729,7 +728,10 @@ impl Bitmap {
                 what: "bitmaps (bytes)",
                 value: len,
             })?;
-            left = left.saturating_sub(here);
+            left = left.checked_sub(here).ok_or(KdumpWriteError::TooLarge {
+                what: "bitmaps (bytes)",
+                value: len,
+            })?;
         }
         Ok(())
     }
@@ -883,7 +885,7 @@ impl Encoder {
                 // What does not fit is stored as it is.
                 out.resize(page.len(), 0);
                 let end = zlib.compress(page, out, flate2::FlushCompress::Finish)?;
-                let len = usize::try_from(zlib.total_out()).unwrap_or(usize::MAX);
+                let len = to_usize(zlib.total_out());
                 let whole = end == flate2::Status::StreamEnd;
                 (out.get(..len).filter(|_| whole), ZLIB)
             }

@@ -74,9 +74,7 @@ impl DiskFinder {
         threads: Option<NonZeroUsize>,
         most: usize,
     ) -> Result<Self, CheckpointError> {
-        let frames = pieces
-            .iter()
-            .fold(0, |sum: u64, piece| sum.saturating_add(piece.len()));
+        let frames = PfnRange::total_of(&pieces);
         let mut entries = Vec::with_capacity(size(frames).min(most));
         map_in_order(
             crate::work::threads(threads),
@@ -248,7 +246,7 @@ fn pieces(
     classes: ClassSet,
 ) -> Vec<PfnRange> {
     let page_size = map.page_size();
-    let most = (PIECE >> page_size.shift()).max(1);
+    let most = PIECE.div_ceil(page_size.bytes());
     let mut drops = plan.runs().iter().peekable();
     let mut out = Vec::new();
     for (frames, class) in map.runs() {

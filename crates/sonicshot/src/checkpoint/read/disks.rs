@@ -220,13 +220,11 @@ impl Span {
     /// The range with `next` too, if both are read at once.
     fn with(&self, disk: u32, next: DiskRange) -> Option<DiskRange> {
         // A run that begins inside has no gap before it.
-        let gap = next
-            .start()
-            .offset_from(self.range.end())
-            .unwrap_or_default();
+        let gap = next.start().offset_from(self.range.end());
         let end = next.end().max(self.range.end());
         let joined = DiskRange::new(self.range.start(), end);
-        (disk == self.disk && gap <= GAP && joined.len() <= SPAN).then_some(joined)
+        (disk == self.disk && gap.is_none_or(|gap| gap <= GAP) && joined.len() <= SPAN)
+            .then_some(joined)
     }
 
     fn bytes_of<'b>(

@@ -222,7 +222,8 @@ impl<S: RangeSource> CheckpointReader<S> {
         let mut buffer = vec![0; READ.min(size(len))];
         let mut done = 0_u64;
         while let Some(left) = len.checked_sub(done).filter(|left| *left > 0) {
-            let (part, _) = buffer.split_at_mut(size(left).min(READ));
+            let room = size(left).min(buffer.len());
+            let (part, _) = buffer.split_at_mut(room);
             let at = behind(offset, done)?;
             self.source
                 .read_at(part, at)

@@ -206,14 +206,18 @@ impl Iterator for Batches<'_> {
     type Item = Batch;
 
     fn next(&mut self) -> Option<Batch> {
-        let mut room = (BATCH >> self.info.page_size.shift()).max(1);
+        let mut room = BATCH.div_ceil(self.info.page_size.bytes());
         let mut parts = Vec::new();
         while room > 0 && parts.len() < PARTS {
             let Some(part) = self.part(room) else { break };
-            if let Some(frames) = part.read() {
-                room = room.saturating_sub(frames.len());
-            }
+            let read = part.read();
             parts.push(part);
+            let Some(frames) = read else { continue };
+            match room.checked_sub(frames.len()) {
+                Some(left) => room = left,
+                // It is none that was asked for, and fills the batch.
+                None => break,
+            }
         }
         (!parts.is_empty()).then_some(Batch(parts))
     }
