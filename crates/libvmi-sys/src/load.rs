@@ -22,18 +22,18 @@ pub enum LoadError {
     Missing {
         /// The request.
         file: PathBuf,
-        /// What the loader says.
+        /// The loader's error.
         #[source]
         source: libloading::Error,
     },
-    /// What was loaded is something else.
+    /// The file that was loaded is something else.
     #[error("{} is not LibVMI: it has no {function}", file.display())]
     NotLibVmi {
-        /// What was loaded.
+        /// The file that was loaded.
         file: PathBuf,
         /// The function that it lacks.
         function: &'static str,
-        /// What the loader says.
+        /// The loader's error.
         #[source]
         source: libloading::Error,
     },
@@ -43,11 +43,11 @@ pub enum LoadError {
         file.display()
     )]
     TooOld {
-        /// What was loaded.
+        /// The file that was loaded.
         file: PathBuf,
         /// The function that it lacks.
         function: &'static str,
-        /// What the loader says.
+        /// The loader's error.
         #[source]
         source: libloading::Error,
     },

@@ -1,4 +1,4 @@
-//! What saving and restoring a checkpoint costs, as ratios to limits measured in the same run.
+//! The costs of saving and restoring a checkpoint, as ratios to limits measured in the same run.
 //!
 //! ```console
 //! $ testdata/lab/lab.py capture --kernel 6.1 --mem 4096

@@ -1,4 +1,4 @@
-//! What looking into a guest costs, as ratios to physical limits measured in the same run.
+//! The costs of looking into a guest, as ratios to physical limits measured in the same run.
 //!
 //! ```console
 //! $ testdata/lab/lab.py capture --kernel 6.1 --mem 4096
@@ -189,12 +189,12 @@ fn analyze(dump: &Dump) -> PrunePlan {
 fn mapped_ram(from: &Path, folder: &Path) {
     let at = |name: &str| folder.join(format!(".sonicshot-bench-{name}"));
     let (file, out) = (at("mapped"), at("out"));
-    let parts = stretches(&File::open(from).unwrap());
+    let parts = extents(&File::open(from).unwrap());
     let fresh = || copy(from, &file, &parts, true);
     println!("\n{} in {}", from.display(), folder.display());
 
     fresh();
-    let before = stretches(&File::open(&file).unwrap());
+    let before = extents(&File::open(&file).unwrap());
     let dump = Dump::open(&file, None).unwrap();
     let plan = analyze(&dump);
     let to = |out: &Path| {
@@ -208,7 +208,7 @@ fn mapped_ram(from: &Path, folder: &Path) {
         let (took, stats) = timed(|| to(&out));
         copies.push(took);
         cloned = stats.cloned_bytes;
-        let kept = stretches(&File::open(&out).unwrap());
+        let kept = extents(&File::open(&out).unwrap());
         fs::remove_file(&out).unwrap();
         // Sharing is not copying.
         limits.push(timed(|| copy(&file, &out, &kept, cloned == 0)).0);
@@ -236,7 +236,7 @@ fn mapped_ram(from: &Path, folder: &Path) {
             .unwrap();
         prunes.push(start.elapsed().as_secs_f64() * 1e3);
         let freed = stats.disk_before - stats.disk_after;
-        let after = stretches(&File::open(&file).unwrap());
+        let after = extents(&File::open(&file).unwrap());
         let holes = without(&before, &after);
         fresh();
         let target = OpenOptions::new().write(true).open(&file).unwrap();
@@ -299,7 +299,7 @@ fn hole_costs(file: &Path, (start, end): (u64, u64)) {
 }
 
 /// The ranges of data of a file: start and end.
-fn stretches(file: &File) -> Vec<(u64, u64)> {
+fn extents(file: &File) -> Vec<(u64, u64)> {
     use rustix::fs::{SeekFrom, seek};
     let mut found = Vec::new();
     let mut at = 0;

@@ -1,4 +1,4 @@
-//! What a page server's engine costs, as ratios to the barest handler there can be and to copying
+//! The costs of a page server's engine, as ratios to the barest handler there can be and to copying
 //! memory, in CPU time of the process: over two cores the same fault costs 17 or 60 us by chance.
 //!
 //! ```console
@@ -49,7 +49,7 @@ fn cpu() -> f64 {
     seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
-/// What `work` costs: CPU and wall time, in seconds.
+/// The costs of `work`: CPU and wall time, in seconds.
 fn cost(work: impl FnOnce()) -> [f64; 2] {
     let (start, before) = (Instant::now(), cpu());
     work();
@@ -241,7 +241,7 @@ fn is_kept(page: usize) -> bool {
     word((page as u64 / 64) ^ 99) as usize % CLONE_PAGES < KEPT
 }
 
-/// What a clone's costs are called, what they are, and what was read from a disk, in MiB.
+/// The name of a clone's costs, what they are, and what was read from a disk, in MiB.
 type Row = (String, [f64; 3], f64);
 
 /// Private mappings of the raw file, and of copies of it.

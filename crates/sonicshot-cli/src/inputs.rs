@@ -74,7 +74,7 @@ impl Input {
         identity.is_some() && identity == FileId::of_path(path).ok()
     }
 
-    /// What the input is called where its copy is to have the same name.
+    /// The name of the input where its copy is to have the same name.
     pub(crate) fn name(&self) -> Option<PathBuf> {
         let name = |path: &Path| path.file_name().map(PathBuf::from);
         // `.` and `..` have another name of their own.
@@ -102,7 +102,7 @@ pub(crate) struct Inputs {
     repeated: usize,
 }
 
-/// What became of several inputs.
+/// The outcome for several inputs.
 #[derive(Debug, Default)]
 struct Tally {
     done: usize,

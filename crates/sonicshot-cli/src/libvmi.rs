@@ -146,7 +146,7 @@ impl Look {
     }
 }
 
-/// What is wrong with reading a guest that could be read before: that explains all else.
+/// The trouble with reading a guest that could be read before: that explains all else.
 fn is_gone(guest: &PausedGuest) -> Option<CliError> {
     let first = guest.layout().regions().first()?;
     match guest.read(first.start(), &mut [0]) {
@@ -166,7 +166,7 @@ fn format(domain: &Domain) -> String {
     format!("LibVMI ({})", domain.driver())
 }
 
-/// What there is to say of the library.
+/// The report on the library.
 fn library_json(library: &LibVmi) -> LibVmiVersion {
     let version = library.version();
     LibVmiVersion {

@@ -60,7 +60,7 @@ pub(crate) fn run(args: &PruneArgs) -> Result<(), CliError> {
     )
 }
 
-/// What is wrong with dropping `classes`.
+/// The trouble with dropping `classes`.
 fn warnings(classes: ClassSet) -> Vec<String> {
     match classes.used_by_guest() {
         used if used.is_empty() => Vec::new(),
@@ -157,7 +157,7 @@ fn check_free(args: &PruneArgs, input: &Input, out: &Path) -> Result<(), CliErro
     Err(DumpError::Exists { path: out.into() }.into())
 }
 
-/// What came of one or more inputs, in bytes.
+/// The outcome of one or more inputs, in bytes.
 #[derive(Debug, Clone, Copy, Default)]
 struct Sum {
     dropped: u64,

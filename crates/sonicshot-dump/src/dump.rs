@@ -76,7 +76,7 @@ pub struct Dump {
     format: Box<dyn Format>,
     /// Where the content is, if it came through a pipe.
     spool: Option<Spool>,
-    /// What is known of the processors from elsewhere.
+    /// The facts of the processors from elsewhere.
     told: Option<Processors>,
 }
 
@@ -377,7 +377,7 @@ impl Dump {
         self.format.stored().check_unchanged()
     }
 
-    /// What is wrong with a file that has changed, or cannot be read, says less than that.
+    /// The trouble with a file that has changed, or cannot be read, says less than that.
     pub(crate) fn blame(&self, error: DumpError) -> DumpError {
         self.check_unchanged().err().unwrap_or(error)
     }

@@ -1,4 +1,4 @@
-//! What can go wrong with a dump file.
+//! The errors of a dump file.
 
 use crate::{DumpFormat, LayoutSpec, SizeLimit};
 use sonicshot::{
@@ -16,11 +16,11 @@ pub enum DumpError {
     /// The operating system refused.
     #[error("{action} {}", path.display())]
     Io {
-        /// What was being done, such as `opening`.
+        /// The action, such as `opening`.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -41,7 +41,7 @@ pub enum DumpError {
     MalformedItem {
         /// The file.
         path: PathBuf,
-        /// What is wrong of which kind of item.
+        /// The trouble, and the kind of item that has it.
         what: &'static str,
         /// Which one, the first being 0.
         number: u64,
@@ -64,7 +64,7 @@ pub enum DumpError {
         second: usize,
         /// Where they differ first.
         at: Gpa,
-        /// What both of them hold.
+        /// The memory that both of them hold.
         both: GpaRange,
     },
     /// The compressed content is damaged or cut short.
@@ -72,7 +72,7 @@ pub enum DumpError {
     Compressed {
         /// The file.
         path: PathBuf,
-        /// What the decompressor said.
+        /// The decompressor's error.
         #[source]
         source: io::Error,
     },
@@ -99,7 +99,7 @@ pub enum DumpError {
         path: PathBuf,
         /// Its kind.
         kind: &'static str,
-        /// What to do with it.
+        /// The thing to do with it.
         instead: &'static str,
     },
     /// A disk image has several snapshots of a VM's memory.
@@ -107,7 +107,7 @@ pub enum DumpError {
     SeveralSnapshots {
         /// The image.
         path: PathBuf,
-        /// What the snapshots are called.
+        /// The name of the snapshots.
         names: Vec<String>,
     },
     /// The file is no dump.
@@ -115,7 +115,7 @@ pub enum DumpError {
     NotADump {
         /// The file.
         path: PathBuf,
-        /// What speaks against it.
+        /// The reason against it.
         why: &'static str,
     },
     /// The file is raw memory, if anything, and ends inside a page.
@@ -182,7 +182,7 @@ pub enum DumpError {
     Ambiguous {
         /// The folder.
         path: PathBuf,
-        /// What there is more than one of.
+        /// The kind of thing that there is more than one of.
         what: &'static str,
         /// The files in question.
         candidates: Vec<PathBuf>,
@@ -192,7 +192,7 @@ pub enum DumpError {
     Json {
         /// The file.
         path: PathBuf,
-        /// What is wrong, and where.
+        /// The trouble, and where.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
@@ -209,7 +209,7 @@ pub enum DumpError {
     /// A folder cannot be written.
     #[error("{}: {why}", path.display())]
     Folder {
-        /// What is in the way.
+        /// The file in the way.
         path: PathBuf,
         /// Why.
         why: &'static str,
@@ -219,7 +219,7 @@ pub enum DumpError {
     FolderTooLarge {
         /// The folder.
         path: PathBuf,
-        /// What it has too many of.
+        /// The kind of thing that it has too many of.
         what: &'static str,
         /// How many there may be.
         most: u64,
@@ -283,21 +283,21 @@ pub enum DumpError {
     /// More came out of a pipe or a compressor than is taken in.
     #[error("more than {limit} bytes come of {}: {by}", path.display())]
     TooLong {
-        /// What it comes of.
+        /// The file that it comes of.
         path: PathBuf,
         /// How many bytes are taken in.
         limit: u64,
-        /// What says so.
+        /// The limit that says so.
         by: SizeLimit,
     },
     /// The output was written, but could not be made durable or get its name.
     #[error("{action} {}: it has not appeared, and what had its name is as it was", path.display())]
     NotFinished {
-        /// What was being done, such as `giving its name to`.
+        /// The action, such as `giving its name to`.
         action: &'static str,
         /// The output.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -306,20 +306,20 @@ pub enum DumpError {
     Unsettled {
         /// The output.
         path: PathBuf,
-        /// What failed, and what may come of it.
+        /// The step that failed, and what may come of it.
         what: String,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
     /// A prune in place did not come to its end.
     #[error("{action} {}: it is a whole dump all the same, of which a part was pruned", path.display())]
     PrunedInPart {
-        /// What was being done, such as `punching a hole into`.
+        /// The action, such as `punching a hole into`.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -346,7 +346,7 @@ pub enum DumpError {
         path: PathBuf,
         /// Its kind.
         format: &'static str,
-        /// What it was to become.
+        /// The format that it was to become.
         to: &'static str,
     },
     /// This file cannot be pruned.
@@ -416,7 +416,7 @@ pub enum DumpError {
         /// Where the RAM ends that the guest booted with, by its own map, if that can be read.
         boot_end: Option<Gpa>,
     },
-    /// What is known of the guest is of another memory.
+    /// The knowledge of the guest is of another memory.
     #[error("{} has other memory than the guest that was looked at", path.display())]
     OtherGuest {
         /// The file.
@@ -450,7 +450,7 @@ pub enum DumpError {
     TooLarge {
         /// The file.
         path: PathBuf,
-        /// What of the guest.
+        /// The part of the guest.
         what: &'static str,
         /// How much of it there is.
         value: u64,
@@ -470,7 +470,7 @@ pub enum DumpError {
         path: PathBuf,
         /// The image of the disk.
         image: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -485,7 +485,7 @@ pub enum DumpError {
         path: PathBuf,
         /// The image of the disk.
         image: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -494,7 +494,7 @@ pub enum DumpError {
     NoHoles {
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -529,7 +529,7 @@ pub enum KdumpWriteError {
     /// The format has no room for the guest.
     #[error("a kdump file cannot hold {what} of {value}")]
     TooLarge {
-        /// What of the guest.
+        /// The part of the guest.
         what: &'static str,
         /// How much of it there is.
         value: u64,

@@ -1,4 +1,4 @@
-//! What must hold of a guest and a file before anything is dropped of it.
+//! The conditions that must hold of a guest and a file before anything is dropped of it.
 //!
 //! [`CheckedPlan::new`] is where all of it is looked at, and the one way to a plan that a file is
 //! pruned by.
@@ -214,9 +214,9 @@ pub struct CheckedPlan<'d> {
     dump: &'d Dump,
     /// By the guest alone.
     wanted: PrunePlan,
-    /// What of that the format can drop.
+    /// The part of that that the format can drop.
     goes: PrunePlan,
-    /// What of that the guest uses.
+    /// The part of that that the guest uses.
     given_up: PrunePlan,
 }
 

@@ -92,7 +92,7 @@ fn judge(scan: io::Result<Scan>, path: &Path, error: io::Error) -> Result<(), Du
     }
 }
 
-/// What was found among the processes.
+/// The finding among the processes.
 #[derive(Debug, Default)]
 struct Scan {
     writer: Option<WritingProcess>,

@@ -18,7 +18,7 @@ pub enum SizeLimit {
     },
     /// The caller.
     Given,
-    /// What is free where it is put: half of that.
+    /// The room where it is put: half of that.
     Free,
     /// The same, but a sixteenth of it: of what is not zero in a content whose header allows more.
     Disk,

@@ -130,7 +130,7 @@ pub fn can_leave_out_zeroes(path: &Path) -> bool {
 /// none, or it has no places that can be asked for.
 ///
 /// # Errors
-/// What the operating system says.
+/// The operating system's error.
 pub fn hole_ahead(file: &File) -> io::Result<Option<FileOffset>> {
     let ask = || {
         let start = seek(file, SeekFrom::Current(0))?;

@@ -1,4 +1,4 @@
-//! What is known of a file before it is opened.
+//! The facts of a file before it is opened.
 
 use crate::{DumpFormat, LayoutSpec};
 

@@ -1,4 +1,4 @@
-//! What a dump tells of the guest's processors, whatever its format: how registers are judged.
+//! The guest's processors as a dump tells of them, whatever its format: how registers are judged.
 //!
 //! Registers that are told wrong are worse than none, for by them a kernel is believed to own the
 //! memory. So what contradicts itself is [`Processors::NotTold`], and never a guess.
@@ -45,7 +45,7 @@ const UNINITIALIZED: u32 = 1;
 const INIT_RECEIVED: u32 = 2;
 const HALTED: u32 = 3;
 
-/// What tells a processor that runs a kernel from one that does not.
+/// The mark that tells a processor that runs a kernel from one that does not.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Registers {
     pub control: ControlRegisters,

@@ -1,4 +1,4 @@
-//! What a path names: a dump file, or the folder that a VMM keeps a snapshot in.
+//! The snapshot that a path names: a dump file, or the folder that a VMM keeps a snapshot in.
 
 use crate::DumpError;
 use crate::layout::LayoutSpec;

@@ -1,4 +1,4 @@
-//! What can go wrong with LibVMI.
+//! The errors of LibVMI.
 
 use crate::Domain;
 use core::fmt;
@@ -17,7 +17,7 @@ pub enum LibVmiError {
     /// That is no guest's name.
     #[error("`{text}` is not a guest of LibVMI's: say xen:NAME, kvm:NAME or file:PATH")]
     Domain {
-        /// What was given.
+        /// The text that was given.
         text: String,
     },
     /// LibVMI cannot be given this name.
@@ -33,7 +33,7 @@ pub enum LibVmiError {
     File {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -110,9 +110,9 @@ pub enum LibVmiError {
     /// The process that lets the guest run on if this one is killed.
     #[error("the process that watches over the pause: {action}")]
     Watchdog {
-        /// What is done.
+        /// The action.
         action: &'static str,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },

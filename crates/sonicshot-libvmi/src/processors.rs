@@ -1,4 +1,4 @@
-//! What the processors' registers tell of who owns the memory.
+//! The processors' registers, and what they tell of who owns the memory.
 
 use crate::Domain;
 use crate::instance::Instance;

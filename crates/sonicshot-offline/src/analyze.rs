@@ -161,7 +161,7 @@ fn not_whole(error: DumpError) -> OfflineError {
     }
 }
 
-/// What is to be said of pages that the source does not have.
+/// The note on pages that the source does not have.
 fn lacking(dump: &Dump, analysis: &Analysis) -> Option<Note> {
     let page_size = analysis.pages().page_size().bytes();
     let pages = analysis.absent().total();

@@ -1,4 +1,4 @@
-//! What a checkpoint holds beside the memory, by name.
+//! The blobs of a checkpoint beside the memory, by name.
 
 use crate::error::OfflineError;
 use sonicshot::checkpoint::{CheckpointError, CheckpointReader};

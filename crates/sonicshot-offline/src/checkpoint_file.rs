@@ -26,7 +26,7 @@ use std::sync::Arc;
 pub struct CheckpointFile {
     path: PathBuf,
     reader: CheckpointReader<File>,
-    /// What the file was before it was opened.
+    /// The file's state before it was opened.
     stamp: FileStamp,
     /// The disks' images that were given.
     images: Vec<Arc<DiskImage>>,
@@ -203,7 +203,7 @@ impl CheckpointFile {
             .try_for_each(|image| image.check_unchanged())?)
     }
 
-    /// What is wrong with a file that has changed says less than that it has.
+    /// The trouble with a file that has changed says less than that it has.
     pub(crate) fn blamed<T>(&self, result: Result<T, OfflineError>) -> Result<T, OfflineError> {
         result.map_err(|error| self.check_unchanged().err().unwrap_or(error))
     }
@@ -403,7 +403,7 @@ impl CheckpointFile {
         self.reader.info().architecture
     }
 
-    /// What makes a Xen image of it again.
+    /// The parts that make a Xen image of it again.
     pub(crate) fn xl_skeleton(&self) -> Result<XlSkeleton, OfflineError> {
         let bytes = blobs::xen_image(&self.reader, &self.path)?;
         Ok(XlSkeleton::parse(&self.path, bytes)?)
@@ -522,7 +522,7 @@ fn check_stamp(file: &File, path: &Path, before: FileStamp) -> Result<(), Offlin
     Ok(DumpError::check_same(path, before, now)?)
 }
 
-/// What is wrong with a dump whose file has changed, or cannot be read, says less than that.
+/// The trouble with a dump whose file has changed, or cannot be read, says less than that.
 pub(crate) fn blamed_on(dump: &Dump, error: OfflineError) -> OfflineError {
     let changed = dump.check_unchanged().err();
     changed.map_or(error, OfflineError::from)

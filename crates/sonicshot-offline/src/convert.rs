@@ -269,7 +269,7 @@ impl CheckpointFile {
 }
 
 impl Target {
-    /// What to say of an output that must name a processor which nobody has told.
+    /// The note on an output that must name a processor which nobody has told.
     fn assumes(&self, machine: Option<Architecture>) -> Option<Note> {
         let names_it = matches!(self, Self::Elf | Self::Kdump(_));
         assumed(machine).filter(|_| names_it)
@@ -440,7 +440,7 @@ impl Source<'_> {
     }
 }
 
-/// What makes a Xen image of its memory again.
+/// The parts that make a Xen image of its memory again.
 fn skeleton_of(image: &Dump, path: &Path) -> Result<XlSkeleton, OfflineError> {
     let bytes = image.xl_skeleton()?;
     Ok(XlSkeleton::parse(

@@ -1,4 +1,4 @@
-//! What can go wrong between a file's name and what is made of it.
+//! The errors between a file's name and what is made of it.
 
 use crate::text::ByteSize;
 use sonicshot::checkpoint::CheckpointError;
@@ -20,7 +20,7 @@ pub enum OfflineError {
     Guest {
         /// The file with the guest's memory.
         path: PathBuf,
-        /// What is wrong with the guest.
+        /// The trouble with the guest.
         #[source]
         source: VmiError,
     },
@@ -40,7 +40,7 @@ pub enum OfflineError {
         #[source]
         source: DumpError,
     },
-    /// What is on the guest's disks cannot be found.
+    /// Pages on the guest's disks cannot be found.
     #[error("looking through the guest's disks")]
     Disks {
         /// The fault.
@@ -53,11 +53,11 @@ pub enum OfflineError {
     /// The operating system refused.
     #[error("{action} {}", path.display())]
     Io {
-        /// What was being done, such as `opening`.
+        /// The action, such as `opening`.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -161,7 +161,7 @@ pub enum OfflineError {
         missing: u64,
         /// The first address that is missing.
         from: Gpa,
-        /// What is wrong with the guest.
+        /// The trouble with the guest.
         #[source]
         source: Box<Self>,
     },
@@ -179,7 +179,7 @@ pub enum OfflineError {
         len: u64,
         /// How much the guest's firmware or loader told of.
         told: u64,
-        /// What is wrong with the guest.
+        /// The trouble with the guest.
         #[source]
         source: Box<Self>,
     },
@@ -189,7 +189,7 @@ pub enum OfflineError {
         /// The checkpoint.
         path: PathBuf,
     },
-    /// What a Xen image has beside the memory is nowhere to be had.
+    /// The parts of a Xen image beside the memory are nowhere to be had.
     #[error("a Xen image is made of a checkpoint of one, or of memory and --template IMAGE")]
     NoTemplate,
     /// A checkpoint was to become a migration file.

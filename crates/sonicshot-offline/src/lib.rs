@@ -26,7 +26,7 @@
 //! [`Snapshot::convert`] writes all of the memory in another format, and [`CheckpointFile`] makes a
 //! dump of a checkpoint again.
 //!
-//! What a user should know of all that is a [`Note`].
+//! Notes for a user on all that is a [`Note`].
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 

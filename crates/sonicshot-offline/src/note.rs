@@ -1,4 +1,4 @@
-//! What a user should know of a snapshot and of what was done with it.
+//! Notes for a user on a snapshot and of what was done with it.
 
 use crate::text::ByteSize;
 use sonicshot::{Architecture, Gpa, GpaRange};
@@ -10,9 +10,9 @@ use std::path::PathBuf;
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Note {
-    /// What was found in the guest.
+    /// The finding in the guest.
     Guest(sonicshot_vmi::Note),
-    /// What the files beside the memory say.
+    /// A note on the files beside the memory.
     Files(FilesNote),
     /// No kernel tells of its pages: only what they hold counts.
     NoKernel,
@@ -82,7 +82,7 @@ pub enum Note {
         /// Why, if that is known.
         why: Option<Incomplete>,
     },
-    /// What a checkpoint was made of did not have some pages.
+    /// The source of a checkpoint did not have some pages.
     AbsentBefore {
         /// How much of RAM they are.
         bytes: u64,
@@ -98,9 +98,9 @@ pub enum Note {
     ZeroPagesKept,
     /// So are free pages, for the guest relies on what they read as.
     FreePagesKept,
-    /// What is written has a guest's pages, but not the table that explains its page tables.
+    /// The output has a guest's pages, but not the table that explains its page tables.
     WithoutP2m,
-    /// What is written has the memory of a migration file, but not the devices' state.
+    /// The output has the memory of a migration file, but not the devices' state.
     WithoutDeviceState,
     /// Neither the file nor a kernel in it tells the guest's processor, and what is written has to
     /// name one.
@@ -154,7 +154,7 @@ const MAY_BE_DIFF: &str = "pages in use that are zero are kept: others that the 
 const HOLES_WITHOUT_KERNEL: &str = "no kernel tells of its pages, and those of zeroes are holes already, but for such as are too \
      short for one. These stay: the file may be a diff, in which a hole is what its base has";
 
-/// What is said of a checkpoint that lacks what its guest uses, or may use.
+/// The note on a checkpoint that lacks what its guest uses, or may use.
 const FOR_ANALYSIS: &str = "the checkpoint is for analysis: pages that the guest uses are missing, \
                             or may be missing, and no guest should run from it";
 

@@ -1,4 +1,4 @@
-//! What may be known of a snapshot beforehand, and what is wanted of it.
+//! Options: what may be known of a snapshot beforehand, and what is wanted of it.
 
 use crate::disk_options::RestoreDisks;
 use sonicshot_dump::{DumpFormat, DumpOptions, LayoutSpec};

@@ -22,7 +22,7 @@ pub enum ImageCompression {
 /// Writes all that comes from `from`, compressed and with a checksum.
 ///
 /// # Errors
-/// What reading or writing gives.
+/// The errors of reading or writing.
 pub fn compress(how: ImageCompression, mut from: impl Read, out: &File) -> io::Result<()> {
     let out = BufWriter::with_capacity(BUFFER, out);
     let out = match how {
@@ -55,7 +55,7 @@ pub fn compression_of(start: [u8; 4]) -> Option<ImageCompression> {
 /// Writes what `from` holds, decompressed, to `out`.
 ///
 /// # Errors
-/// What reading or writing gives; [`io::ErrorKind::InvalidData`] or
+/// The errors of reading or writing; [`io::ErrorKind::InvalidData`] or
 /// [`io::ErrorKind::UnexpectedEof`] and the like if it is damaged or cut short.
 pub fn decompress(how: ImageCompression, from: &File, out: &mut impl Write) -> io::Result<()> {
     let from = BufReader::with_capacity(BUFFER, from);

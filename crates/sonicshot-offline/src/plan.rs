@@ -1,4 +1,4 @@
-//! What is to be dropped of an analysed snapshot, and the pruning.
+//! The pages to be dropped of an analysed snapshot, and the pruning.
 
 use crate::analyze::{Analyzed, Savings};
 use crate::error::OfflineError;
@@ -12,11 +12,11 @@ use std::path::Path;
 pub struct Plan<'a> {
     analyzed: &'a Analyzed,
     classes: ClassSet,
-    /// What the guest uses may be among them.
+    /// Whether pages that the guest uses may be among them.
     for_analysis: bool,
     /// By the classes alone.
     wanted: PrunePlan,
-    /// What of that can go in this format.
+    /// The part of that that can go in this format.
     dropped: PrunePlan,
 }
 
@@ -163,7 +163,7 @@ impl<'a> Plan<'a> {
         Ok(self.checked()?.prune_in_place(options)?)
     }
 
-    /// What [`prune_in_place`](Self::prune_in_place) would come to. Nothing is changed.
+    /// The result that [`prune_in_place`](Self::prune_in_place) would have. Nothing is changed.
     ///
     /// # Errors
     /// [`OfflineError::Dump`]: its format has no holes, or it cannot be read.

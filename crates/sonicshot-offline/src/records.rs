@@ -8,7 +8,7 @@ use sonicshot::Pfn;
 use sonicshot_vmi::{PageFacts, ZoneFree};
 
 impl Snapshot {
-    /// What the kernel's records say of one frame of `analyzed`, which was made of this snapshot, and
+    /// The kernel's records of one frame of `analyzed`, which was made of this snapshot, and
     /// which of them say that it is free.
     ///
     /// # Errors

@@ -149,7 +149,7 @@ pub struct Saved {
     pub missing_bytes: u64,
     /// How pages were looked for on the disks, if there are any.
     pub disk_search: Option<DiskSearch>,
-    /// What is worth knowing, for people.
+    /// The things worth knowing, for people.
     pub notes: Vec<Note>,
 }
 
@@ -269,7 +269,7 @@ impl Plan<'_> {
     }
 }
 
-/// What is known of a snapshot before it is saved.
+/// The facts of a snapshot before it is saved.
 struct Source<'a> {
     dump: &'a Dump,
     info: CheckpointInfo,

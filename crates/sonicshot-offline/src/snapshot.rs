@@ -15,7 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A guest's memory in a file, in a VMM's folder, in a diff over its base, or from a pipe.
 ///
-/// What is wrong with the path is told by [`open`](Self::open), what is wrong with the content by
+/// The trouble with the path is told by [`open`](Self::open), what is wrong with the content by
 /// what is done with it.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -24,11 +24,11 @@ pub struct Snapshot {
     options: OpenOptions,
     /// The content of what came through a pipe or was compressed, once it is there.
     spool: Mutex<Option<Spool>>,
-    /// What came through a pipe, as it came.
+    /// The content that came through a pipe, as it came.
     piped: Option<Spool>,
     /// The first hole of what came out of a file that was open.
     hole: Option<FileOffset>,
-    /// What the files were when it was opened.
+    /// The files' state when it was opened.
     stamps: Vec<(PathBuf, FileStamp)>,
 }
 
@@ -203,7 +203,7 @@ impl Snapshot {
         begins.unwrap_or(false)
     }
 
-    /// What is wrong with a file that has changed says less than that it has.
+    /// The trouble with a file that has changed says less than that it has.
     pub(crate) fn blame(&self, error: OfflineError) -> OfflineError {
         self.check_unchanged().err().unwrap_or(error)
     }
@@ -266,7 +266,7 @@ impl Snapshot {
         self.spool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What to say of a file that somebody may be writing while it is read.
+    /// The note on a file that somebody may be writing while it is read.
     pub(crate) fn in_use(&self) -> Option<Note> {
         match check_not_written(self.memory_file()) {
             Err(DumpError::InUse { path, writer }) => Some(Note::InUse { path, writer }),

@@ -1,4 +1,4 @@
-//! What is written where nothing tells.
+//! The values that are written where nothing tells.
 
 use crate::note::Note;
 use sonicshot::{Architecture, PageSize};
@@ -16,7 +16,7 @@ pub(crate) fn named_machine(told: Option<Architecture>) -> Architecture {
     told.unwrap_or(ASSUMED_MACHINE)
 }
 
-/// What is to be said of a core if nothing tells the guest's processor.
+/// The note on a core if nothing tells the guest's processor.
 pub(crate) fn assumed(told: Option<Architecture>) -> Option<Note> {
     told.is_none().then_some(Note::MachineAssumed {
         machine: ASSUMED_MACHINE,

@@ -24,7 +24,7 @@ pub(crate) fn absent_bytes(map: &PageMap) -> u64 {
     Tally::new(pages).times(map.page_size().bytes()).get()
 }
 
-/// What to say of an output in which that is filled.
+/// The note on an output in which that is filled.
 pub(crate) fn filled(dump: &Dump, map: &PageMap) -> Option<Note> {
     let bytes = absent_bytes(map);
     (bytes > 0).then(|| Note::AbsentFilled {
@@ -33,7 +33,7 @@ pub(crate) fn filled(dump: &Dump, map: &PageMap) -> Option<Note> {
     })
 }
 
-/// What to say of an output that has a guest's pages, but not which frames of the machine they are.
+/// The note on an output that has a guest's pages, but not which frames of the machine they are.
 pub(crate) fn without_p2m(memory: &dyn GuestMemory) -> Option<Note> {
     memory.p2m().map(|_| Note::WithoutP2m)
 }

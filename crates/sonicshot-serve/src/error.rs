@@ -1,4 +1,4 @@
-//! What can go wrong with a virtual machine that is served.
+//! The errors of a virtual machine that is served.
 
 use crate::address::HostAddress;
 use rustix::io::Errno;
@@ -71,33 +71,33 @@ pub enum ServeError {
     /// The kernel refused to serve faults.
     #[error("{operation} of {len:#x} bytes at {at}")]
     Uffd {
-        /// What was to be done.
+        /// The action.
         operation: &'static str,
         /// Where, in the process whose memory it is.
         at: HostAddress,
         /// How much.
         len: u64,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
     /// The operating system refused something that is of no file.
     #[error("{operation}")]
     System {
-        /// What was to be done.
+        /// The action.
         operation: &'static str,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
     /// The operating system refused something with a file or socket.
     #[error("{action} {}", path.display())]
     Io {
-        /// What was to be done.
+        /// The action.
         action: &'static str,
         /// With which file.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -194,7 +194,7 @@ pub enum ServeError {
     PageSize {
         /// Where the region begins in the VMM.
         at: HostAddress,
-        /// What the message says.
+        /// The number in the message.
         found: u64,
         /// The smallest size.
         min: u64,
@@ -306,12 +306,12 @@ pub enum ServeError {
          server died"
     )]
     NoWatcher(#[source] io::Error),
-    /// What a snapshot would have to hold for Cloud Hypervisor is not there, or cannot be served.
+    /// The files that a snapshot would have to hold for Cloud Hypervisor are not there, or cannot be served.
     #[error("{} cannot be restored by Cloud Hypervisor's migration protocol: {why}", path.display())]
     NoMigration {
         /// The snapshot.
         path: PathBuf,
-        /// What it lacks, or has too much.
+        /// The thing that it lacks, or has too much.
         why: &'static str,
     },
     /// Cloud Hypervisor's configuration or state is not what it writes.
@@ -353,7 +353,7 @@ pub enum ServeError {
     Answer {
         /// The command.
         command: &'static str,
-        /// What came.
+        /// The number that came.
         status: u16,
         /// How much is said to follow.
         len: u64,
@@ -363,7 +363,7 @@ pub enum ServeError {
     NoAnswer {
         /// The command.
         command: &'static str,
-        /// What came of the connection.
+        /// The outcome of the connection.
         #[source]
         source: io::Error,
     },
@@ -395,7 +395,7 @@ pub enum ServeError {
         /// Who took the second.
         second: i32,
     },
-    /// What another server has kept of a virtual machine cannot be gone on with.
+    /// The record that another server has kept of a virtual machine cannot be gone on with.
     #[error("what the server before has kept of a virtual machine cannot be used: {why}")]
     Kept {
         /// Why.
@@ -407,7 +407,7 @@ pub enum ServeError {
          is not their own"
     )]
     OtherSource {
-        /// What tells that from others.
+        /// The mark that tells that from others.
         found: String,
     },
     /// Nothing tells the snapshot from another one.
@@ -421,7 +421,7 @@ pub enum ServeError {
     NotGiven {
         /// Where it listens.
         path: PathBuf,
-        /// What came of the connection.
+        /// The outcome of the connection.
         #[source]
         source: io::Error,
     },

@@ -1,4 +1,4 @@
-//! What a virtual machine has sent, for as long as it may run.
+//! The descriptors that a virtual machine has sent, for as long as it may run.
 //!
 //! A virtual machine whose `userfaultfd` nobody keeps reads zero where its bytes are not in place.
 //! So what has come is let go of in one way alone: the virtual machine is ended, and has ended.

@@ -1,4 +1,4 @@
-//! What a server has done: counted by its threads, read by whoever watches it.
+//! The counters of a server: counted by its threads, read by whoever watches it.
 
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicU64, Ordering};

@@ -174,7 +174,7 @@ struct Shared {
     source: Arc<dyn PageSource>,
     options: ServerOptions,
     watcher: Option<Arc<Watcher>>,
-    /// What tells the source from others, if another server may go on.
+    /// The mark that tells the source from others, if another server may go on.
     identity: Option<String>,
     /// How many virtual machines have begun, and what wakes who waits for that.
     begun: AtomicUsize,
@@ -388,7 +388,7 @@ pub fn allow_many_descriptors() {
     let _ = setrlimit(Resource::Nofile, limit);
 }
 
-/// What tells a source from others, and where its memory lies.
+/// The mark that tells a source from others, and where its memory lies.
 fn identity(source: &dyn PageSource) -> Option<String> {
     let mut layout = DefaultHasher::new();
     for region in source.layout().regions() {

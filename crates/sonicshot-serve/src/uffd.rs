@@ -123,7 +123,7 @@ pub(crate) enum Event {
     Other(u64),
 }
 
-/// What came of putting pages in place.
+/// The outcome of putting pages in place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Placed {
     /// They are there.

@@ -71,7 +71,7 @@ pub struct Watcher {
     state: Arc<State>,
 }
 
-/// What becomes of the other process.
+/// The treatment of the other process.
 #[derive(Debug, Default)]
 struct State {
     /// It is to end.

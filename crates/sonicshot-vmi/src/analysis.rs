@@ -1,4 +1,4 @@
-//! What is known of a guest once it was looked at: one value, which only the looking makes.
+//! The facts of a guest once it was looked at: one value, which only the looking makes.
 
 use crate::{GuestOptions, Inconsistency, Knowledge, Note, OnInconsistency, VmiError, ZoneReport};
 use crate::{mark_absent_pages, mark_zero_pages, open_guest};

@@ -1,4 +1,4 @@
-//! What can go wrong when a guest's kernel is read.
+//! The errors when a guest's kernel is read.
 
 use crate::symbols::SymbolError;
 use crate::{ForeignProcessor, Inconsistency, KernelVa, Knowledge, Trace, VirtualReadError};
@@ -11,7 +11,7 @@ pub enum VmiError {
     /// Nothing of a Linux kernel was found in the guest's memory.
     #[error("no Linux kernel found in guest memory: {tried}")]
     NoKernel {
-        /// What was looked for.
+        /// The things that were looked for.
         tried: String,
     },
     /// There are records of free pages, but no page tables that lead to them: of a kernel whose
@@ -25,7 +25,7 @@ pub enum VmiError {
         records: u64,
         /// How many page tables were tried.
         tables: u64,
-        /// What else was looked for.
+        /// The other things that were looked for.
         tried: String,
     },
     /// There is the banner of a Linux kernel in memory, and nothing else of one that can be read.
@@ -35,7 +35,7 @@ pub enum VmiError {
     BannerAlone {
         /// The banner.
         banner: String,
-        /// What was looked for.
+        /// The things that were looked for.
         tried: String,
     },
     /// A source of symbols is damaged or cannot be read.
@@ -70,7 +70,7 @@ pub enum VmiError {
         first_value: u64,
         /// The other source.
         second: String,
-        /// What that says.
+        /// The value that that says.
         second_value: u64,
     },
     /// A kernel object could not be read.
@@ -98,20 +98,20 @@ pub enum VmiError {
     /// The guest is of a kind that cannot be read from outside, or not yet.
     #[error("{what}")]
     Unsupported {
-        /// What it is about the guest.
+        /// The property of the guest.
         what: String,
     },
     /// A Linux kernel was found, of a machine of a kind that cannot be read from outside, or not
     /// yet.
     #[error("{what}")]
     OtherMachine {
-        /// What the guest is.
+        /// The guest's kind.
         what: &'static str,
     },
-    /// What is left of a kernel that is gone, or one that is not whole.
+    /// The rest of a kernel that is gone, or one that is not whole.
     #[error("the kernel that was found is gone: {what}")]
     Stale {
-        /// What shows it.
+        /// The evidence.
         what: String,
     },
     /// More than one kernel stands, and nothing tells which of them owns the memory.
@@ -142,7 +142,7 @@ pub enum VmiError {
     /// something else, or of another kernel.
     #[error("{what} at {at} counts as free: the records of free pages are not this kernel's")]
     Covered {
-        /// What the page is.
+        /// The page's use.
         what: &'static str,
         /// Where it is.
         at: Gpa,
@@ -158,7 +158,7 @@ pub enum VmiError {
     /// A search of the guest's records was ended: there was more to look at than there was time.
     #[error("{what}: {done} of {all} were looked at, and {seconds} s were over")]
     OutOfTime {
-        /// What was looked at.
+        /// The thing that was looked at.
         what: &'static str,
         /// So many of them were.
         done: u64,

@@ -60,19 +60,19 @@ pub struct LinuxGuest<'m> {
     origin: String,
     banner: Option<String>,
     owners: Owners,
-    /// What the memory shows of a later owner, where nothing is told of processors.
+    /// The traces of a later owner in the memory, where nothing is told of processors.
     traces: Option<Owner>,
     knowledge: Knowledge,
     /// The kernel's image, from its start as far as it is mapped.
     image: (KernelVa, KernelVa),
     /// Where it was found by shape.
     shaped: Option<Shaped>,
-    /// What each struct page says, and the zones, where they were found by their lists: that takes
+    /// The layout of struct pages, and the zones, where they were found by their lists: that takes
     /// a look at every struct page.
     searched: OnceLock<(PageLayout, Zones)>,
     /// How many threads look at struct pages.
     threads: Option<NonZeroUsize>,
-    /// What there is to say of the symbol files that were given.
+    /// The report on the symbol files that were given.
     notes_of_files: Vec<Note>,
 }
 

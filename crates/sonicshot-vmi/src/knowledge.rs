@@ -1,4 +1,4 @@
-//! What is known of a guest's kernel.
+//! The facts of a guest's kernel.
 
 use core::fmt;
 

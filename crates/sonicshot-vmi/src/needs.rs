@@ -1,4 +1,4 @@
-//! What is read of a kernel: every symbol, structure, member and constant, each in one place, with
+//! The names that are read of a kernel: every symbol, structure, member and constant, each in one place, with
 //! the names that it has had.
 //!
 //! The symbols that kallsyms looks up in one pass are those of this table, and the source files
@@ -549,7 +549,7 @@ mod tests {
     use std::fmt::Write;
     use std::path::{Path, PathBuf};
 
-    /// What is said of a row that VMCOREINFO tells.
+    /// The note on a row that VMCOREINFO tells.
     const IN_VMCOREINFO: &str = "in VMCOREINFO";
 
     /// The rows that no kernel in `testdata/kernels` has, and where they are instead.
@@ -616,7 +616,7 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/kernels")
     }
 
-    /// What is said of each row; `None` if the kernel does not have it.
+    /// The note on each row; `None` if the kernel does not have it.
     type Answers = HashMap<String, Option<String>>;
 
     /// The kernels by their file: release, and answers.

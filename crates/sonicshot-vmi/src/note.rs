@@ -1,4 +1,4 @@
-//! What a user should know of an analysis.
+//! Notes for a user on an analysis.
 
 use crate::{ForeignProcessor, Inconsistency, Trace, VmiError};
 use core::fmt;
@@ -24,7 +24,7 @@ pub enum Note {
     SectionsKept {
         /// How many frames are in them.
         frames: u64,
-        /// What speaks against them; the first few.
+        /// The reasons against them; the first few.
         reasons: Vec<String>,
     },
     /// Pages that say that they are offline, and that no driver is known to have.
@@ -47,7 +47,7 @@ pub enum Note {
     ProcessorsNotBelieved {
         /// Why not.
         why: &'static str,
-        /// What was found instead.
+        /// The finding instead.
         instead: Box<Note>,
     },
     /// Symbol files were given, or folders of them, and nothing shows that they are of the kernel's

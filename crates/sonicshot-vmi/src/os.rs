@@ -9,7 +9,7 @@ use sonicshot::{GpaRange, GuestMemory, PageMap, Pfn};
 
 /// A guest's operating system, found in its memory.
 ///
-/// What takes a guest's pages apart asks no more than this, so a kernel that is not Linux is one
+/// Whoever takes a guest's pages apart asks no more than this, so a kernel that is not Linux is one
 /// more implementation, which [`open_guest`] tries.
 pub trait GuestOs: fmt::Debug {
     /// Who the guest is.
@@ -67,14 +67,14 @@ pub trait GuestOs: fmt::Debug {
     /// [`VmiError`] if the kernel's records of its pages cannot be read.
     fn file_places(&self, pages: &PageMap) -> Result<FilePlaces, VmiError>;
 
-    /// What the content of each of `ranges` of memory says about whether it lies there: for a
+    /// The evidence in the content of each of `ranges` of memory of whether it lies there: for a
     /// layout that somebody has given. The ranges must be disjoint.
     ///
     /// # Errors
     /// [`VmiError`] if the kernel's page tables have memory elsewhere, or reading fails.
     fn evidence_of_places(&self, ranges: &[GpaRange]) -> Result<Vec<PlaceEvidence>, VmiError>;
 
-    /// What the kernel's records say of one frame, and which of them say that it is free.
+    /// The kernel's records of one frame, and which of them say that it is free.
     ///
     /// # Errors
     /// [`VmiError`] if the records cannot be read.

@@ -36,7 +36,7 @@ pub(crate) trait Paging: Send + Sync + core::fmt::Debug {
 
     /// Where in the kernel half a range of mappings begins, if it is where the array of struct
     /// pages may (on x86-64 a multiple of 1 GiB), lowest first; at most `most` and one.
-    fn stretches(
+    fn mapped_ranges(
         &self,
         memory: &dyn GuestMemory,
         most: usize,

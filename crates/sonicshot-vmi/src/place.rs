@@ -1,4 +1,4 @@
-//! What is in a range of guest memory that tells where it lies: evidence for a layout that
+//! The content of a range of guest memory that tells where it lies: evidence for a layout that
 //! somebody has given.
 //!
 //! - An empty list of the kernel's (`struct list_head`) points to itself through the direct map,

@@ -99,7 +99,7 @@ fn zero_frames(
     let page = page_size.size();
     let by_reading = memory.prefers_read();
     let mut buffer = Vec::new();
-    for (first, count) in stretches(wanted, by_reading, WINDOW >> page_size.shift()) {
+    for (first, count) in wanted_runs(wanted, by_reading, WINDOW >> page_size.shift()) {
         let Some(wanted) = wanted.get(first..).and_then(|rest| rest.get(..count)) else {
             continue;
         };
@@ -178,7 +178,7 @@ fn read_each(
 
 /// The ranges to look at, first frame and number of frames, that hold all wanted ones: at
 /// most `most` frames each. What is read costs by its length, what is mapped by the call.
-fn stretches(
+fn wanted_runs(
     wanted: &[bool],
     by_reading: bool,
     most: u64,
@@ -208,7 +208,7 @@ fn stretches(
 
 #[cfg(test)]
 mod tests {
-    use super::{count_zero_pages, mark_on, of_these, stretches};
+    use super::{count_zero_pages, mark_on, of_these, wanted_runs};
     use proptest::prelude::*;
     use sonicshot::{
         Gpa, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, PageState, Pfn,
@@ -316,14 +316,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn stretches_hold_all_that_is_wanted_once(
+        fn runs_hold_all_that_is_wanted_once(
             wanted in proptest::collection::vec(any::<bool>(), 0..200),
             by_reading in any::<bool>(),
             most in 1_u64..40,
         ) {
             let mut seen = vec![false; wanted.len()];
             let mut last = 0;
-            for (first, count) in stretches(&wanted, by_reading, most) {
+            for (first, count) in wanted_runs(&wanted, by_reading, most) {
                 prop_assert!(first >= last && count > 0 && count as u64 <= most);
                 prop_assert!(wanted[first] && wanted[first + count - 1]);
                 seen[first..first + count].fill(true);

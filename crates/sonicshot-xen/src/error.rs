@@ -1,4 +1,4 @@
-//! What can be wrong with a file.
+//! The errors of a file.
 
 use core::fmt;
 use sonicshot::{FileOffset, P2mError};
@@ -7,7 +7,7 @@ use sonicshot::{FileOffset, P2mError};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Within {
-    /// What comes before the records or sections.
+    /// The part before the records or sections.
     Headers,
     /// The record of that number, the first of the outermost stream being 0.
     Record(u64),

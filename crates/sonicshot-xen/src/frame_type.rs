@@ -1,4 +1,4 @@
-//! What Xen says of each page.
+//! Xen's type of each page.
 
 /// The type that a page has to Xen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

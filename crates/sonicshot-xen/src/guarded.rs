@@ -1,4 +1,4 @@
-//! What goes of an image, by a plan that has been through the guards of `sonicshot-dump`.
+//! The pages that go of an image, by a plan that has been through the guards of `sonicshot-dump`.
 
 use crate::{Dropped, XlImage};
 use sonicshot::{Gpa, GpaRange, PageSize, PfnRange, PrunePlan};

@@ -59,7 +59,7 @@ pub enum DomainKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Layer {
-    /// What `xl save` writes: a header with the domain's configuration.
+    /// An image as `xl save` writes it: a header with the domain's configuration.
     Xl,
     /// The stream of libxl, with the state of device models.
     Libxl,

@@ -218,7 +218,7 @@ pub struct ClassSet(u32);
 impl ClassSet {
     /// Beside a bit for each class.
     const ZERO: u32 = 1 << 31;
-    /// What zero pages in use are called among the classes.
+    /// The name of zero pages in use among the classes.
     const ZERO_NAME: &'static str = "zero";
 
     /// No class.

@@ -109,7 +109,7 @@ impl FileId {
     /// Which one an open file is.
     ///
     /// # Errors
-    /// What the operating system said.
+    /// The operating system's error.
     pub fn of(file: &File) -> io::Result<Self> {
         file.metadata().map(|metadata| Self::from(&metadata))
     }
@@ -117,7 +117,7 @@ impl FileId {
     /// Which file has the name `path`; of a symbolic link, the one that it leads to.
     ///
     /// # Errors
-    /// What the operating system said.
+    /// The operating system's error.
     pub fn of_path(path: &Path) -> io::Result<Self> {
         std::fs::metadata(path).map(|metadata| Self::from(&metadata))
     }
@@ -160,7 +160,7 @@ impl FileStamp {
     /// That of an open file, or of a block device.
     ///
     /// # Errors
-    /// What the operating system said.
+    /// The operating system's error.
     pub fn of(file: &File) -> io::Result<Self> {
         let metadata = file.metadata()?;
         let mut stamp = Self::from(&metadata);
@@ -176,7 +176,7 @@ impl FileStamp {
     /// That of the file that has the name `path`; of a symbolic link, of the one that it leads to.
     ///
     /// # Errors
-    /// What the operating system said.
+    /// The operating system's error.
     pub fn of_path(path: &Path) -> io::Result<Self> {
         std::fs::metadata(path).map(|metadata| Self::from(&metadata))
     }
@@ -225,7 +225,7 @@ const BLOCK: usize = 4096;
 /// that is zero; its length is only as far as it was written.
 ///
 /// # Errors
-/// What the operating system said; also if the bytes would end beyond 64 bits.
+/// The operating system's error; also if the bytes would end beyond 64 bits.
 pub fn write_sparse_at(file: &File, bytes: &[u8], at: FileOffset) -> io::Result<()> {
     let at = at.raw();
     let len = u64::try_from(bytes.len()).map_err(io::Error::other)?;
@@ -282,14 +282,14 @@ pub fn write_sparse_at(file: &File, bytes: &[u8], at: FileOffset) -> io::Result<
 pub struct SparseWriter<'a> {
     file: &'a File,
     at: FileOffset,
-    /// What comes at `at`.
+    /// The bytes that come at `at`.
     pending: Vec<u8>,
     /// Where that ends.
     end: FileOffset,
 }
 
 impl<'a> SparseWriter<'a> {
-    /// What is written at once.
+    /// The amount that is written at once.
     const PIECE: usize = 1 << 20;
 
     /// Writes `file`, which is empty, from its beginning.
@@ -312,7 +312,7 @@ impl<'a> SparseWriter<'a> {
     /// Writes what is left, and gives the file its length, which it returns.
     ///
     /// # Errors
-    /// What the operating system said.
+    /// The operating system's error.
     pub fn finish(mut self) -> io::Result<FileOffset> {
         self.write_pending()?;
         self.file.set_len(self.at.raw())?;

@@ -54,7 +54,7 @@ impl FileContent {
     /// The content of `file`, as long as it is now.
     ///
     /// # Errors
-    /// What the operating system said.
+    /// The operating system's error.
     pub fn new(file: File) -> io::Result<Self> {
         Ok(Self {
             stamp: FileStamp::of(&file)?,
@@ -99,7 +99,7 @@ impl FileContent {
     /// Fills `out` with the bytes from `at`.
     ///
     /// # Errors
-    /// What the operating system said; `UnexpectedEof` if there are not so many any more.
+    /// The operating system's error; `UnexpectedEof` if there are not so many any more.
     pub fn read_at(&self, out: &mut [u8], at: FileOffset) -> io::Result<()> {
         self.file.read_exact_at(out, at.raw()).inspect_err(|error| {
             let error = match error.raw_os_error() {

@@ -31,7 +31,7 @@ pub enum MemoryError {
     Io {
         /// The range that was asked for.
         range: GpaRange,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -330,14 +330,14 @@ pub trait GuestMemory: Send + Sync {
         false
     }
 
-    /// What the guest's page tables mean, if it is a paravirtualised Xen guest whose tables are
+    /// The meaning of the guest's page tables, if it is a paravirtualised Xen guest whose tables are
     /// there as Xen uses them: each entry holds a frame number of the machine, which this table
     /// translates. `None`, as for all other guests, if entries hold the guest's own numbers.
     fn p2m(&self) -> Option<&P2m> {
         None
     }
 
-    /// What the file or the VMM tells of the guest's processors: by them a kernel that is gone is
+    /// The guest's processors as the file or the VMM tells of them: by them a kernel that is gone is
     /// told from one that runs. A VMM that has its guest's registers should give them.
     fn processors(&self) -> Processors {
         Processors::Unknown

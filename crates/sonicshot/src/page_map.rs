@@ -502,7 +502,7 @@ struct Runs<'a> {
     range: PfnRange,
     /// What is left of the last segment, if that is bytes.
     dense: &'a [PageState],
-    /// What was found already, though it may go on.
+    /// The lines found so far, though it may go on.
     found: Option<(PfnRange, PageState)>,
     key: fn(PageState) -> PageState,
 }

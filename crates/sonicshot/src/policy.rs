@@ -27,7 +27,7 @@ pub enum Disposition {
 /// assert_eq!(of(PageClass::Anonymous), Disposition::Keep);
 /// ```
 pub trait PrunePolicy {
-    /// What becomes of pages like `page`.
+    /// The treatment of pages like `page`.
     fn decide(&self, page: PageState) -> Disposition;
 }
 

@@ -1,4 +1,4 @@
-//! What a file or a VMM tells of a guest's processors.
+//! A guest's processors as a file or a VMM tells of them.
 //!
 //! A kernel's records stay in memory when the kernel is gone: QEMU keeps RAM over a reset, and
 //! kexec does everywhere. Whether a kernel still owns the memory, the processors tell: each that

@@ -95,7 +95,7 @@ pub struct Anatomy {
     /// Of each section its first frame, and where the struct page of frame 0 would be.
     pub sections: Vec<(u64, u64)>,
     /// Long ranges that opening reads, BTF left out.
-    pub stretches: Vec<(u64, u64)>,
+    pub ranges: Vec<(u64, u64)>,
     /// What opening the guest reads: a change here and the guest must be opened again.
     pub read_by_open: Vec<(u64, u64)>,
 }
@@ -833,7 +833,7 @@ impl Anatomy {
         let types = builder.types()?;
         builder.traced(&by_classify, &pages, size);
         builder.traced(&by_open, &pages, size);
-        let (stretches, read_by_open) = stretches(&by_open, &btf_runs);
+        let (ranges, read_by_open) = ranges(&by_open, &btf_runs);
         let mut records: BTreeMap<Kind, Vec<Record>> = BTreeMap::new();
         for (kind, record) in builder.records.into_values() {
             records.entry(kind).or_default().push(record);
@@ -849,7 +849,7 @@ impl Anatomy {
                 .iter()
                 .map(|(first, _, base)| (*first, *base))
                 .collect(),
-            stretches,
+            ranges,
             read_by_open,
         })
     }
@@ -866,28 +866,28 @@ impl Anatomy {
 }
 
 /// Where each begins, and how long it is.
-type Stretches = Vec<(u64, u64)>;
+type Ranges = Vec<(u64, u64)>;
 
 /// The longer ranges that opening the guest reads, without BTF; and all that it reads.
-fn stretches(by_open: &Reads, btf_runs: &[(u64, u64)]) -> (Stretches, Stretches) {
+fn ranges(by_open: &Reads, btf_runs: &[(u64, u64)]) -> (Ranges, Ranges) {
     let is_btf = |at: u64| {
         let mut runs = btf_runs.iter();
         runs.any(|(start, len)| at.wrapping_sub(*start) < *len)
     };
     let reads = || by_open.reads.iter().filter(|(_, len)| **len < 2 << 20);
     let long = reads().filter(|(_, len)| **len > 16);
-    let stretches: Vec<_> = long
+    let ranges: Vec<_> = long
         .map(|(at, len)| (*at, *len as u64))
         .filter(|(at, _)| !is_btf(*at))
         .collect();
     let mut all = btf_runs.to_vec();
     all.extend(reads().map(|(at, len)| (*at, *len as u64)));
     all.sort_unstable();
-    (joined(&stretches), joined(&all))
+    (joined(&ranges), joined(&all))
 }
 
-fn joined(sorted: &[(u64, u64)]) -> Stretches {
-    let mut runs = Stretches::new();
+fn joined(sorted: &[(u64, u64)]) -> Ranges {
+    let mut runs = Ranges::new();
     for (start, len) in sorted {
         match runs.last_mut() {
             Some((first, run)) if *start <= *first + *run => {

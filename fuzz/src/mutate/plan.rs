@@ -167,7 +167,7 @@ impl<'s, 'c> Plan<'s, 'c> {
             return self.struct_page(rng);
         }
         if kind == Kind::Kallsyms && rng.below(2) == 0 {
-            return self.stretch(rng);
+            return self.range(rng);
         }
         // What is rare is as likely as what there is much of.
         let same = rng.of(self.by_name.get(&kind)?)?;
@@ -203,8 +203,8 @@ impl<'s, 'c> Plan<'s, 'c> {
     }
 
     /// A byte of a long range that opening reads: names and offsets of symbols, mostly.
-    fn stretch(&self, rng: &mut Rng) -> Option<Mutation> {
-        let (start, len) = *rng.of(&self.subject.anatomy.stretches)?;
+    fn range(&self, rng: &mut Rng) -> Option<Mutation> {
+        let (start, len) = *rng.of(&self.subject.anatomy.ranges)?;
         let at = Gpa::new(start + rng.number() % len);
         let old = self.old(at, 1)?;
         let new = flip(old.clone(), rng);

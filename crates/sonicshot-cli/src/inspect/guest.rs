@@ -1,4 +1,4 @@
-//! What there is to say of a guest: as JSON, and for people.
+//! The report on a guest: as JSON, and for people.
 
 use crate::inputs::Input;
 use crate::json::{

@@ -41,7 +41,7 @@ pub(crate) struct InspectReport {
     pub kernel_release: String,
     pub kernel_banner: Option<String>,
     pub symbol_sources: Vec<String>,
-    /// What is known of the kernel: `types`, `vmcoreinfo`, `shape`.
+    /// The knowledge of the kernel: `types`, `vmcoreinfo`, `shape`.
     pub knowledge: String,
     /// What `--layout` takes; `null` where the file says it.
     pub layout: Option<String>,

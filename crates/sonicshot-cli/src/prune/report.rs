@@ -1,4 +1,4 @@
-//! What there is to say of a prune: as JSON, and for people.
+//! The report on a prune: as JSON, and for people.
 
 use crate::error::CliError;
 use crate::json::{self, OfPrune, PruneReport, Pruned, Version, line, path, word};
@@ -50,7 +50,7 @@ impl Expected {
     }
 }
 
-/// What came of one input.
+/// The outcome of one input.
 pub(super) struct Report<'a> {
     pub path: &'a Path,
     pub analyzed: &'a Analyzed,
@@ -264,7 +264,7 @@ impl Report<'_> {
 fn print_left(stats: &PruneStats) {
     if stats.left_bytes > 0 {
         say!(
-            "left {} in the file: {} stretches are shorter than the smallest hole (--min-hole)",
+            "left {} in the file: {} ranges are shorter than the smallest hole (--min-hole)",
             size(stats.left_bytes),
             count(stats.left_runs)
         );
@@ -275,7 +275,7 @@ fn holes(stats: &PruneStats) -> String {
     let holes = format!("{} holes", count(stats.punched));
     match (stats.extents_before, stats.extents_after) {
         (Some(before), Some(after)) => format!(
-            "{holes}; stretches of data in the file: {} -> {}",
+            "{holes}; ranges of data in the file: {} -> {}",
             count(before),
             count(after)
         ),

@@ -222,17 +222,17 @@ fn crosvm_regions(path: &Path, room: u64) {
 }
 
 /// Metadata that are right: every second page.
-fn crosvm_stretches(path: &Path, room: u64) {
+fn crosvm_ranges(path: &Path, room: u64) {
     let size = 32 * GIB;
     let head = format!(r#"{{"regions":[{{"guest_base":0,"size":{size},"data_ranges":["#);
-    let stretch = |number: u64| {
+    let range = |number: u64| {
         let start = 2 * number * PAGE;
         format!(r#"{{"start":{start},"end":{}}},"#, start + PAGE).into_bytes()
     };
-    crosvm(path, room, head.as_bytes(), stretch, b"]}]}");
+    crosvm(path, room, head.as_bytes(), range, b"]}]}");
     let metadata = fs::read_to_string(path.with_file_name("mem_metadata")).unwrap();
-    let stretches = metadata.matches("start").count() as u64;
-    sparse(path, stretches * PAGE, &[]);
+    let ranges = metadata.matches("start").count() as u64;
+    sparse(path, ranges * PAGE, &[]);
 }
 
 /// CBOR that would take many times its length if it were read into a tree.
@@ -262,7 +262,7 @@ const FILES: &[(&str, Make, u64)] = &[
     // The longest that are read.
     ("mem", crosvm_regions, 64 * MIB),
     ("mem", crosvm_tree, 64 * MIB),
-    ("mem", crosvm_stretches, 64 * MIB),
+    ("mem", crosvm_ranges, 64 * MIB),
 ];
 
 /// What is done to each.

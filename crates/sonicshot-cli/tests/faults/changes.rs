@@ -80,7 +80,7 @@ fn said(run: &Run, folders: [&Path; 2]) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// What became of a run: what it left, said, and how it ended.
+/// The outcome for a run: what it left, said, and how it ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct End {
     code: Option<i32>,
@@ -133,7 +133,7 @@ struct Case<'a> {
 }
 
 impl Case<'_> {
-    /// What comes of the file if it is changed before it is opened: that is another file.
+    /// The outcome of the file if it is changed before it is opened: that is another file.
     fn of_changed(&self) -> End {
         let (_, end) = self.run(|run, make| {
             assert!(make());
@@ -193,7 +193,7 @@ impl Case<'_> {
         made.get().then_some(out)
     }
 
-    /// What is wrong with a file that was pruned in place and changed meanwhile: each page is as it
+    /// The trouble with a file that was pruned in place and changed meanwhile: each page is as it
     /// was, as it is to be, or as the other made it.
     fn mixture(&self, now: &Content) -> Option<String> {
         const PAGE: usize = 4096;

@@ -198,7 +198,7 @@ fn half_punched(before: &[u8], after: &[u8], now: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// What is wrong with how the command took a fault.
+/// The trouble with how the command took a fault.
 fn judge(baseline: &Baseline, fault: Fault, run: &Run, now: &Content, kind: Kind) -> Vec<String> {
     let mut wrong = baseline.half(now);
     if let Some(signal) = run.signal {
@@ -296,7 +296,7 @@ struct Report {
     draw: Draw,
     runs: u64,
     hits: BTreeMap<(Kind, &'static str), u64>,
-    /// What is wrong: the fault and what is said of it, with the jobs.
+    /// The trouble: the fault and what is said of it, with the jobs.
     wrong: BTreeMap<(Kind, &'static str, String), BTreeMap<String, String>>,
 }
 

@@ -278,7 +278,7 @@ pub struct Spec {
     pub names_only: bool,
 }
 
-/// What became of it.
+/// The outcome for it.
 #[derive(Debug)]
 pub struct Run {
     pub code: Option<i32>,

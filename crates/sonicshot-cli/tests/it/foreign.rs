@@ -65,7 +65,7 @@ fn ext4(bytes: &mut [u8]) {
     }
 }
 
-/// What makes a file a disk, what that is called, and changes of a byte after each of which nothing
+/// The parts that make a file a disk, what that is called, and changes of a byte after each of which nothing
 /// tells that it is one: it may be memory.
 type Disk = (fn(&mut [u8]), &'static str, &'static [(usize, u8)]);
 

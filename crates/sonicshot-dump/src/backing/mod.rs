@@ -1,4 +1,4 @@
-//! What the pages of a dump are got from: a file that has them as they are, a diff over its base,
+//! The sources of a dump's pages: a file that has them as they are, a diff over its base,
 //! what came through a pipe, blocks decompressed on demand.
 
 mod archive;

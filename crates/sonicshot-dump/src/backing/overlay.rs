@@ -52,7 +52,7 @@ fn same_file(a: &PlainDump, b: &PlainDump) -> Result<bool, DumpError> {
 
 /// Splits guest RAM at the ends of the diff's data; `None` if those are not known.
 fn pieces(diff: &PlainDump) -> Option<Vec<Piece>> {
-    let data = diff.data_stretches()?;
+    let data = diff.data_extents()?;
     let mut pieces = Vec::new();
     for extent in diff.extents() {
         let here = extent.file()?;
@@ -133,7 +133,7 @@ impl Overlay {
     /// and how many bytes it has that do not.
     pub(crate) fn punchable(&self, runs: &[FileRange]) -> (Vec<FileRange>, u64) {
         let whole = [self.diff.file_range()];
-        let data = self.diff.data_stretches().unwrap_or(&whole);
+        let data = self.diff.data_extents().unwrap_or(&whole);
         let (mut found, mut kept): (Vec<FileRange>, _) = (Vec::new(), Tally::ZERO);
         for run in runs {
             for data in inside(data, *run) {
@@ -161,7 +161,7 @@ impl Overlay {
     }
 
     fn base_is_zero(&self, range: FileRange) -> bool {
-        if let Some(data) = self.base.data_stretches()
+        if let Some(data) = self.base.data_extents()
             && inside(data, range).next().is_none()
         {
             return true;

@@ -1,4 +1,4 @@
-//! What all that unpacks has in common: where the packed bytes come from, and how they end.
+//! The common part of all that unpacks: where the packed bytes come from, and how they end.
 
 use std::fs::File;
 use std::io::{self, BufRead, Read};

@@ -1,4 +1,4 @@
-//! What formats with compressed pages share: a bounded cache of decompressed blocks.
+//! The common part of formats with compressed pages: a bounded cache of decompressed blocks.
 
 use sonicshot::to_usize;
 use std::collections::{HashMap, VecDeque};

@@ -300,7 +300,7 @@ impl PlainDump {
         self.guest_data.get_or_init(|| {
             let data = match self.extents_are_data {
                 true => None,
-                false => self.data_stretches(),
+                false => self.data_extents(),
             };
             // Extents may be of the same bytes: then each cannot have all of their ranges.
             let lens = [
@@ -328,7 +328,7 @@ impl PlainDump {
     }
 
     /// The ranges of the file that hold data, by the file system; `None` if it cannot tell.
-    pub(crate) fn data_stretches(&self) -> Option<&[FileRange]> {
+    pub(crate) fn data_extents(&self) -> Option<&[FileRange]> {
         self.data
             .get_or_init(|| {
                 let file = self.file();
@@ -338,7 +338,7 @@ impl PlainDump {
                     Err(Errno::NXIO) => Ok(None),
                     Err(error) => Err(error),
                 };
-                match data_stretches(self.file_len(), &mut next) {
+                match data_extents(self.file_len(), &mut next) {
                     Ok(found) => found,
                     Err(error) => self.cannot_tell(error),
                 }
@@ -365,7 +365,7 @@ pub(crate) fn joined(mut ranges: Vec<GpaRange>) -> Vec<GpaRange> {
 
 /// The ranges of a file of `len` bytes that hold data; `next` gives the first one from a place
 /// on. `None` if they are too many, or do not go on.
-fn data_stretches(
+fn data_extents(
     len: u64,
     next: &mut dyn FnMut(u64) -> Result<Option<(u64, u64)>, Errno>,
 ) -> Result<Option<Vec<FileRange>>, Errno> {
@@ -485,7 +485,7 @@ impl GuestMemory for PlainDump {
 
 #[cfg(test)]
 mod tests {
-    use super::{MAX_FILE_EXTENTS, data_stretches};
+    use super::{MAX_FILE_EXTENTS, data_extents};
     use rustix::io::Errno;
 
     /// As every second page of a file would be.
@@ -495,7 +495,7 @@ mod tests {
             let start = at.next_multiple_of(0x2000);
             Ok((start < len).then_some((start, start + 0x1000)))
         };
-        data_stretches(len, &mut next)
+        data_extents(len, &mut next)
             .unwrap()
             .map(|found| found.len())
     }
@@ -506,8 +506,8 @@ mod tests {
         assert_eq!(found(MAX_FILE_EXTENTS), Some(MAX_FILE_EXTENTS));
         assert_eq!(found(MAX_FILE_EXTENTS + 1), None);
         // One that has no length would never end.
-        assert_eq!(data_stretches(9, &mut |at| Ok(Some((at, at)))), Ok(None));
-        let failed = data_stretches(9, &mut |_| Err(Errno::IO));
+        assert_eq!(data_extents(9, &mut |at| Ok(Some((at, at)))), Ok(None));
+        let failed = data_extents(9, &mut |_| Err(Errno::IO));
         assert_eq!(failed, Err(Errno::IO));
     }
 }

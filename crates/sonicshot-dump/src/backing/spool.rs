@@ -384,7 +384,7 @@ fn undone(path: &Path, source: io::Error) -> DumpError {
 /// A decompressor, whose errors are told from those of other readers.
 struct Undone<R>(R);
 
-/// What the decompressor said.
+/// The decompressor's error.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct UndoneError(io::Error);

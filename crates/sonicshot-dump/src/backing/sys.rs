@@ -82,7 +82,7 @@ const FIDEDUPERANGE: Opcode = opcode::read_write::<DedupeHead>(0x94, 54);
 /// The bytes differ.
 const DIFFERS: i32 = 1;
 
-/// What came of a range that was to be shared.
+/// The outcome of a range that was to be shared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Deduped {
     /// So many bytes of it are shared now.

@@ -1,4 +1,4 @@
-//! What on a disk tells whether its file systems were written to since: their superblocks, on the
+//! The places of a disk that tell whether its file systems were written to since: their superblocks, on the
 //! disk itself and in its partitions.
 //!
 //! Partition tables are as in the UEFI specification (5.2.1, 5.3), ext4's superblock and extents as

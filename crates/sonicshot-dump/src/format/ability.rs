@@ -1,4 +1,4 @@
-//! What formats can do beside being read.
+//! The abilities of formats beside being read.
 
 use crate::DumpError;
 use crate::backing::plain::PlainDump;

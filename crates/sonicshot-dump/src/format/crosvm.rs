@@ -90,7 +90,7 @@ struct Region {
     base: u64,
     size: u64,
     /// What of it is in `mem`; without them all of it is.
-    stretches: Option<Vec<Stretch>>,
+    parts_with_data: Option<Vec<DataRange>>,
 }
 
 /// A region as later versions write it.
@@ -98,13 +98,13 @@ struct Region {
 struct Parts {
     guest_base: u64,
     size: u64,
-    #[serde(deserialize_with = "stretches")]
-    data_ranges: Vec<Stretch>,
+    #[serde(deserialize_with = "ranges")]
+    data_ranges: Vec<DataRange>,
 }
 
 /// A range of a region, in bytes from its beginning.
 #[derive(Deserialize, Clone, Copy)]
-struct Stretch {
+struct DataRange {
     start: u64,
     end: u64,
 }
@@ -139,13 +139,16 @@ fn regions<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Region>, D::Error> 
     from.deserialize_seq(List {
         most: MAX_RANGES,
         count: |region: &Region| {
-            let stretches = region.stretches.as_ref().map(Vec::len);
-            [Some(REGION_COUNTS), stretches].into_iter().flatten().sum()
+            let parts_with_data = region.parts_with_data.as_ref().map(Vec::len);
+            [Some(REGION_COUNTS), parts_with_data]
+                .into_iter()
+                .flatten()
+                .sum()
         },
     })
 }
 
-fn stretches<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Stretch>, D::Error> {
+fn ranges<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<DataRange>, D::Error> {
     from.deserialize_seq(List {
         most: MAX_RANGES,
         count: |_| 1,
@@ -180,7 +183,7 @@ impl<'de> Visitor<'de> for RegionVisitor {
         Ok(Region {
             base,
             size,
-            stretches: None,
+            parts_with_data: None,
         })
     }
 
@@ -189,7 +192,7 @@ impl<'de> Visitor<'de> for RegionVisitor {
         Ok(Region {
             base: parts.guest_base,
             size: parts.size,
-            stretches: Some(parts.data_ranges),
+            parts_with_data: Some(parts.data_ranges),
         })
     }
 }
@@ -268,9 +271,9 @@ fn extents(
         let Region {
             base,
             size,
-            stretches,
+            parts_with_data,
         } = region;
-        let whole = [Stretch {
+        let whole = [DataRange {
             start: 0,
             end: size,
         }];
@@ -280,23 +283,20 @@ fn extents(
         let all = claimed.checked_add(size);
         claimed = all.ok_or_else(|| bad("the length of region", size))?;
         let mut end = 0_u64;
-        for stretch in stretches.as_deref().unwrap_or(&whole) {
-            let wrong = || bad("a range of region", stretch.start);
-            let in_order = end <= stretch.start && stretch.start < stretch.end;
-            if !in_order
-                || stretch.end > size
-                || !(stretch.start | stretch.end).is_multiple_of(PAGE)
-            {
+        for part in parts_with_data.as_deref().unwrap_or(&whole) {
+            let wrong = || bad("a range of region", part.start);
+            let in_order = end <= part.start && part.start < part.end;
+            if !in_order || part.end > size || !(part.start | part.end).is_multiple_of(PAGE) {
                 return Err(wrong());
             }
-            let data = inside(&guest, stretch.start, stretch.end).ok_or_else(wrong)?;
-            extents.extend(zeroes(&guest, end, stretch.start).ok_or_else(wrong)?);
+            let data = inside(&guest, part.start, part.end).ok_or_else(wrong)?;
+            extents.extend(zeroes(&guest, end, part.start).ok_or_else(wrong)?);
             extents.push(Extent {
                 guest: data,
                 offset: Some(at),
             });
             at = at.checked_add(data.len()).ok_or_else(wrong)?;
-            end = stretch.end;
+            end = part.end;
         }
         let cut = || bad("the length of region", size);
         extents.extend(zeroes(&guest, end, size).ok_or_else(cut)?);

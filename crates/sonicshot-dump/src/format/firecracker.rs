@@ -65,7 +65,7 @@ const MAGIC: [[u8; 6]; 2] = [
     [0xaa, 0xaa, 0x84, 0x19, 0x10, 0x07],
 ];
 
-/// What is said of a state file that is taken for a memory file.
+/// The note on a state file that is taken for a memory file.
 const NOT_MEMORY: &str =
     "it is a Firecracker VM's state: give the memory file, or the folder of both";
 

@@ -1,4 +1,4 @@
-//! What a format is: how it is told from others and opened, and what every one of them tells.
+//! A format: how it is told from others and opened, and what every one of them tells.
 
 use crate::Incomplete;
 use crate::backing::Stored;
@@ -225,7 +225,7 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// What is wrong with a file that changed meanwhile, or could not be read, says less.
+    /// The trouble with a file that changed meanwhile, or could not be read, says less.
     pub(crate) fn blame(&self, error: DumpError) -> DumpError {
         if let Err(changed) = check_stamp(&self.file, &self.path, self.stamp) {
             return changed;

@@ -1,4 +1,4 @@
-//! What a format is called where a file is to be read as one, whatever it begins with.
+//! The name of a format where a file is to be read as one, whatever it begins with.
 
 use super::KINDS;
 use std::fmt;

@@ -33,7 +33,7 @@ pub(crate) const KIND: Kind = Kind {
 };
 
 const MEMORY: &str = "vmem";
-/// What the state is called, of a suspended guest and of a snapshot.
+/// The name of the state, of a suspended guest and of a snapshot.
 const STATES: [&str; 2] = ["vmss", "vmsn"];
 const MAGICS: [[u8; 4]; 4] = [STATE_0, STATE_1, STATE_2, STATE_3];
 /// How a state begins, by its version.

@@ -184,7 +184,7 @@ impl NewFolder {
     /// Makes the folder durable and gives it its name.
     ///
     /// # Errors
-    /// What the operating system says; the folder then has not appeared, and one that was to be
+    /// The operating system's error; the folder then has not appeared, and one that was to be
     /// replaced is there as it was.
     pub fn finish(self) -> Result<(), DumpError> {
         let failed = |action| {
@@ -479,13 +479,13 @@ fn copy_data(input: &File, output: &File, len: u64) -> io::Result<()> {
             return Ok(());
         }
         let range = FileRange::new(FileOffset::new(start), FileOffset::new(end));
-        copy_stretch(input, output, range)?;
+        copy_range(input, output, range)?;
         at = end;
     }
     Ok(())
 }
 
-fn copy_stretch(input: &File, output: &File, range: FileRange) -> io::Result<()> {
+fn copy_range(input: &File, output: &File, range: FileRange) -> io::Result<()> {
     let mut by_kernel = true;
     let mut buffer = Vec::new();
     let mut rest = range;

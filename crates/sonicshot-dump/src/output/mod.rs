@@ -147,7 +147,7 @@ pub(crate) fn check_stamp(file: &File, path: &Path, before: FileStamp) -> Result
     DumpError::check_same(path, before, now)
 }
 
-/// What an open file is called, for messages.
+/// The name of an open file, for messages.
 fn name_of(file: &File) -> PathBuf {
     let link = proc_name(file);
     std::fs::read_link(&link).unwrap_or_else(|_| "an input".into())

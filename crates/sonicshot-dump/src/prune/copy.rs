@@ -65,7 +65,7 @@ impl<'a> Copier<'a> {
             return Err(self.beyond(from));
         }
         let whole = [from];
-        let data = dump.data_stretches().unwrap_or(&whole);
+        let data = dump.data_extents().unwrap_or(&whole);
         let first = data.partition_point(|data| data.end() <= from.start());
         let before = self.done;
         for data in data.iter().skip(first) {

@@ -162,7 +162,7 @@ fn believed_block(block: u64) -> u64 {
 }
 
 /// How many ranges of data are left of `data` (sorted) when `holes` are punched.
-pub(crate) fn stretches_without(data: &[FileRange], holes: &[FileRange]) -> u64 {
+pub(crate) fn extents_without(data: &[FileRange], holes: &[FileRange]) -> u64 {
     let mut count = Tally::ZERO;
     for data in data {
         let first = holes.partition_point(|hole| hole.end() <= data.start());
@@ -181,7 +181,7 @@ pub(crate) fn stretches_without(data: &[FileRange], holes: &[FileRange]) -> u64 
 #[cfg(test)]
 mod tests {
     use super::{
-        BLOCK, MAX_BLOCK, PruneOptions, believed_block, join, smallest_hole, stretches_without,
+        BLOCK, MAX_BLOCK, PruneOptions, believed_block, extents_without, join, smallest_hole,
         sum_in, whole_blocks,
     };
     use proptest::prelude::*;
@@ -259,16 +259,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn stretches_are_counted_as_bit_by_bit(
+        fn ranges_are_counted_as_bit_by_bit(
             data in proptest::collection::vec(any::<bool>(), 0..60),
             holes in proptest::collection::vec((0_u64..60, 1_u64..9), 0..8),
         ) {
-            let stretches = |bits: &[bool]| {
+            let ranges = |bits: &[bool]| {
                 let bits = (0..).zip(bits).filter(|(_, bit)| **bit);
                 join(bits.map(|(at, _)| run((at, 1))).collect())
             };
             let holes = join(runs(holes));
-            let before = stretches(&data);
+            let before = ranges(&data);
             let inside = (0..).zip(&data).filter(|(at, bit)| {
                 **bit && holes.iter().any(|hole| hole.contains(FileOffset::new(*at)))
             });
@@ -277,7 +277,7 @@ mod tests {
             for (at, bit) in (0..).zip(&mut after) {
                 *bit &= !holes.iter().any(|hole| hole.contains(FileOffset::new(at)));
             }
-            prop_assert_eq!(stretches_without(&before, &holes), stretches(&after).len() as u64);
+            prop_assert_eq!(extents_without(&before, &holes), ranges(&after).len() as u64);
         }
     }
 }

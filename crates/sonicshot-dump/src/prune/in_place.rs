@@ -10,7 +10,7 @@ use crate::format::ability::InPlace;
 use crate::guard::CheckedPlan;
 use crate::in_use as live;
 use crate::prune::holes::{
-    PruneOptions, block_size, join, smallest_hole, stretches_without, sum_in, sum_of, whole_blocks,
+    PruneOptions, block_size, extents_without, join, smallest_hole, sum_in, sum_of, whole_blocks,
 };
 use crate::prune::stats::PruneStats;
 use crate::prune::stats::bytes_of_blocks;
@@ -92,7 +92,7 @@ impl CheckedPlan<'_> {
             holes,
             ..
         } = self.prepare(options)?;
-        stats.freed_bytes = match format.source().data_stretches() {
+        stats.freed_bytes = match format.source().data_extents() {
             Some(data) => sum_in(data, &holes),
             None => sum_of(&holes),
         };
@@ -113,9 +113,9 @@ impl CheckedPlan<'_> {
         let block = block_size(&system);
         let data = Data::of(dump, &system);
         let holes = worth_punching(punching.runs, options, &data, block, &mut stats);
-        if let Some(stretches) = data.stretches {
-            stats.extents_before = Some(stretches.len() as u64);
-            stats.extents_after = Some(stretches_without(stretches, &holes));
+        if let Some(extents) = data.extents {
+            stats.extents_before = Some(extents.len() as u64);
+            stats.extents_after = Some(extents_without(extents, &holes));
         }
         stats.punched = holes.len() as u64;
         stats.changed = !punching.marks.is_empty() || !holes.is_empty();
@@ -260,7 +260,7 @@ struct Data<'a> {
     len: u64,
     /// All of it; `None` if it costs as much to ask as to punch: in memory each page is looked
     /// at.
-    stretches: Option<&'a [FileRange]>,
+    extents: Option<&'a [FileRange]>,
 }
 
 impl<'a> Data<'a> {
@@ -277,7 +277,7 @@ impl<'a> Data<'a> {
         Self {
             file: dump.file(),
             len: dump.file_len(),
-            stretches: (!in_memory).then(|| dump.data_stretches()).flatten(),
+            extents: (!in_memory).then(|| dump.data_extents()).flatten(),
         }
     }
 
@@ -291,8 +291,8 @@ impl<'a> Data<'a> {
             .copied()
             .filter(|run| self.holds(*run))
             .collect();
-        let in_data = match self.stretches {
-            Some(stretches) => Some(sum_of(stretches)),
+        let in_data = match self.extents {
+            Some(extents) => Some(sum_of(extents)),
             None => sum_of(runs)
                 .checked_sub(sum_of(&held))
                 .and_then(|holes| self.len.checked_sub(holes)),
@@ -307,9 +307,9 @@ impl<'a> Data<'a> {
     }
 
     fn holds(&self, run: FileRange) -> bool {
-        if let Some(stretches) = self.stretches {
-            let index = stretches.partition_point(|data| data.end() <= run.start());
-            let next = stretches.get(index);
+        if let Some(extents) = self.extents {
+            let index = extents.partition_point(|data| data.end() <= run.start());
+            let next = extents.get(index);
             return next.is_some_and(|data| data.start() < run.end());
         }
         match seek(self.file, SeekFrom::Data(run.start().raw())) {

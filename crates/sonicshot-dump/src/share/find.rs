@@ -1,4 +1,4 @@
-//! What of a memory file is on disks, in pieces that a file system can share.
+//! The parts of a memory file that are on disks, in pieces that a file system can share.
 
 use super::{ShareOptions, ShareStats};
 use crate::backing::plain::PlainDump;

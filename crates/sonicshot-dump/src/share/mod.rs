@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 /// What the kernel shares at once: btrfs does no more.
 const AT_ONCE: u64 = 16 << 20;
-/// What is compared at once.
+/// The amount that is compared at once.
 const COMPARED: u64 = 1 << 20;
 
 /// How a memory file shares blocks with disks.

@@ -63,7 +63,7 @@ const BOUNDS: &[Bound] = &[
     ("snapshot.rs MAX_FILES", 1024, 1025, folder_of, Says("not a snapshot")),
 ];
 
-/// What is said of a file, and what was found in it.
+/// The note on a file, and what was found in it.
 fn look(path: &Path) -> (String, bool, bool) {
     let found = SnapshotFiles::find(path, None, None);
     let dump = found.and_then(|files| Dump::open(files.memory(), files.layout()));

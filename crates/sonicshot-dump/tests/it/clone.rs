@@ -18,7 +18,7 @@ fn prune(dump: &Path, out: &Path, layout: &LayoutSpec) -> PruneStats {
 }
 
 #[test]
-fn kept_stretches_are_shared() {
+fn kept_ranges_are_shared() {
     let bytes = pattern(1, 16 << 20);
     for mkfs in [&["mkfs.xfs", "-q"][..], &["mkfs.btrfs", "-q"]] {
         let Some(mounted) = Mounted::new(mkfs) else {

@@ -704,11 +704,11 @@ fn too_many_gaps_become_holes_in_the_file() {
 /// is made of another dump and in one that is pruned.
 #[test]
 fn a_core_of_many_ranges_of_ram_has_them_all() {
-    const STRETCHES: u64 = 70_000;
+    const RANGES: u64 = 70_000;
     const LEN: usize = 64;
     let folder = TempDir::new().unwrap();
     let mut lime = Vec::new();
-    for number in 0..STRETCHES {
+    for number in 0..RANGES {
         let start = number * 0x2000 + 0x1000;
         lime.extend(b"EMiL\x01\0\0\0");
         lime.extend(start.to_le_bytes());
@@ -748,7 +748,7 @@ fn a_core_of_many_ranges_of_ram_has_them_all() {
         let count = word(&section, 44, 4);
         section[44..48].fill(0);
         assert_eq!(section, [0; 64], "a section of type SHT_NULL");
-        assert_eq!(count, STRETCHES + 1, "and the notes");
+        assert_eq!(count, RANGES + 1, "and the notes");
         let read = Dump::open(&path, None).unwrap();
         assert_eq!(read.layout(), dump.layout());
         assert!(contents(&read) == contents(&dump));

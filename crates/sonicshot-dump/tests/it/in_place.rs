@@ -17,7 +17,7 @@ fn prune(
 }
 
 #[test]
-fn stretches_shorter_than_the_smallest_hole_are_left() {
+fn ranges_shorter_than_the_smallest_hole_are_left() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("ram");
     let before = pattern(1, 64 * PAGE);

@@ -565,7 +565,7 @@ fn check_cut(build: &Build, dump: &KdumpFile) {
 }
 
 #[test]
-fn what_is_absent_is_told_in_stretches() {
+fn what_is_absent_is_told_in_ranges() {
     let build = Build::new();
     let dump = open(&build.bytes()).unwrap();
     assert_eq!(dump.incomplete(), None);

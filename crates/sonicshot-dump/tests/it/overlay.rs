@@ -452,7 +452,7 @@ fn a_folder_appears_whole_or_not_at_all() {
     assert_eq!(names(temporary.path()), ["in", "late", "out"]);
 }
 
-/// What was found in a file must be what is copied: a state that changed tells of another layout.
+/// A finding in a file must be what is copied: a state that changed tells of another layout.
 #[test]
 fn a_file_of_a_folder_that_changed_since_it_was_looked_at_is_not_copied() {
     let temporary = TempDir::new().unwrap();

@@ -1,4 +1,4 @@
-//! What goes wrong has a type, and words.
+//! Errors have types, and words.
 
 use crate::fake::{Fake, bytes, library, without};
 use sonicshot::{Gpa, GuestMemory, MemoryError};

@@ -189,7 +189,7 @@ fn lists_by_place(
     Ok(votes)
 }
 
-/// What to say of a block whose place is not known.
+/// The note on a block whose place is not known.
 fn kept(block: &RamBlock) -> Note {
     Note::BlockKept {
         name: block.name.clone(),

@@ -12,7 +12,7 @@ use sonicshot_dump::{BlockPlace, Doubts, Dump, LayoutSpec, is_boot_ram};
 use sonicshot_vmi::GuestOs;
 use std::collections::BTreeSet;
 
-/// What came of trying a layout.
+/// The outcome of trying a layout.
 pub(super) enum Outcome<T> {
     Done(Box<Placed<T>>),
     /// The guest's map of the RAM that it boots with says otherwise.

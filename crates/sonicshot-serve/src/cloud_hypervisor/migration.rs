@@ -1,4 +1,4 @@
-//! What Cloud Hypervisor has to be told beside the guest's memory: its configuration and its state.
+//! The message to Cloud Hypervisor beside the guest's memory: its configuration and its state.
 //!
 //! Both are what it said itself to the peer of a `send-migration` with `local=on`, whole: the first
 //! is `{"vm_config", "common_cpuid", "memory_manager_data"}` (`VmMigrationConfig` in

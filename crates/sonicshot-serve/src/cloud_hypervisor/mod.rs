@@ -367,7 +367,7 @@ fn no_answer(command: &'static str) -> impl FnOnce(io::Error) -> ServeError {
 /// The second connection.
 struct Questions {
     stream: UnixStream,
-    /// What has come of the next question.
+    /// The outcome of the next question.
     buffer: [u8; FaultRequest::MAX],
     have: usize,
 }

@@ -1,4 +1,4 @@
-//! What a thread that serves a virtual machine and who started it tell each other.
+//! The signals between a thread that serves a virtual machine and who started it.
 
 use crate::error::ServeError;
 use core::sync::atomic::{AtomicBool, Ordering};

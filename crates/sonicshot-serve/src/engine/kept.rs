@@ -1,4 +1,4 @@
-//! What must outlive the server for another one to go on: which pages the source must not be asked
+//! The record that must outlive the server for another one to go on: which pages the source must not be asked
 //! for any more, and what the kernel has told last.
 //!
 //! It is in a file without a name, which the watcher has too. The bits of the regions are in it

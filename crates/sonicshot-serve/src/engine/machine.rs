@@ -52,7 +52,7 @@ pub(crate) enum End {
     Failed(Arc<ServeError>),
 }
 
-/// What came of an attempt.
+/// The outcome of an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
     Done,
@@ -434,7 +434,7 @@ impl Machine {
         false
     }
 
-    /// What has come of the `userfaultfd`, if that is asked for; `None` if the process has ended.
+    /// The outcome of the `userfaultfd`, if that is asked for; `None` if the process has ended.
     fn poll(&self, faults: bool, limit: Option<Duration>) -> Option<PollFlags> {
         let none = self.control.wake.as_fd();
         let of_peer = self.peer.as_ref().map(AsFd::as_fd);
@@ -796,7 +796,7 @@ impl Machine {
         Ok(Next::Again)
     }
 
-    /// What becomes of an error: the process is ended, before it can see anything else than its
+    /// The treatment of an error: the process is ended, before it can see anything else than its
     /// own bytes. If that is this one, who waits for the page is, and the others go on.
     fn fail(&mut self, error: ServeError) -> Option<Arc<ServeError>> {
         let error = Arc::new(error);

@@ -1,4 +1,4 @@
-//! What comes in before it is asked for, and when.
+//! The pages that come in before they are asked for, and when.
 
 use crate::set::PageSet;
 use core::time::Duration;

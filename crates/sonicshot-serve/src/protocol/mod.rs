@@ -1,4 +1,4 @@
-//! What VMMs say of their memory: one message with a `userfaultfd`.
+//! The messages of VMMs on their memory: one message with a `userfaultfd`.
 //!
 //! Each form is in a file of its own, which makes a [`Handshake`] of the message. Nothing of a VMM
 //! is known outside of these.

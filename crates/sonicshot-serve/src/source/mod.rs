@@ -74,7 +74,7 @@ pub trait PageSource: Send + Sync {
     /// The guest's RAM. The same on every call.
     fn layout(&self) -> &RamLayout;
 
-    /// What is at `at`, and how far: a range that holds `at`, of whole pages but for the edges
+    /// The content at `at`, and how far it goes: a range that holds `at`, of whole pages but for the edges
     /// of RAM. Its bytes, if it has such, can be [`read`](Self::read) at once or in part.
     ///
     /// # Errors
@@ -87,7 +87,7 @@ pub trait PageSource: Send + Sync {
     /// Why they cannot be read.
     fn read<'b>(&self, range: GpaRange, buffer: &'b mut Vec<u8>) -> Result<Piece<'b>, ServeError>;
 
-    /// What the page `page` is. A source may do it sooner than by [`run_at`](Self::run_at) and
+    /// The content of the page `page`. A source may do it sooner than by [`run_at`](Self::run_at) and
     /// [`read`](Self::read).
     ///
     /// # Errors
@@ -103,7 +103,7 @@ pub trait PageSource: Send + Sync {
     /// All that is not zero, what a guest needs sooner first. All virtual machines share it.
     fn by_need(&self) -> Arc<[GpaRange]>;
 
-    /// What tells this source's bytes from another's, at most 512 bytes, so that another server can
+    /// The mark that tells this source's bytes from another's, at most 512 bytes, so that another server can
     /// go on with its virtual machines; `None` if nothing does.
     fn identity(&self) -> Option<String> {
         None

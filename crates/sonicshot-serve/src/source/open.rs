@@ -77,7 +77,7 @@ pub fn open_source(
     Ok(OpenedSource { source, set: None })
 }
 
-/// What tells a file's memory from another's: which file it is, how long, written when, and what is
+/// The mark that tells a file's memory from another's: which file it is, how long, written when, and what is
 /// known of it beside. Of a folder, or of a diff, too little.
 fn identity_of(path: &Path, options: &OpenOptions) -> Option<String> {
     if options.base.is_some() || !path.is_file() {

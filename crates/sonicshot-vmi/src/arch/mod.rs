@@ -1,4 +1,4 @@
-//! What differs between the processors that a guest may run on: one trait (`seam`), a folder an
+//! The differences between the processors that a guest may run on: one trait (`seam`), a folder an
 //! architecture, and the list of them (`known`).
 
 mod known;

@@ -1,4 +1,4 @@
-//! What is told of a processor, and what it must share with the kernel.
+//! A processor as it is told of, and what it must share with the kernel.
 
 use crate::KernelVa;
 use crate::arch::x86_64::Cr3;
@@ -65,7 +65,7 @@ pub enum Foreign {
     },
     /// Its page tables lead to another place than the kernel's.
     Leads {
-        /// What is there by the kernel's own page tables.
+        /// The thing that is there by the kernel's own page tables.
         what: &'static str,
         /// The kernel-virtual address.
         at: KernelVa,
@@ -77,7 +77,7 @@ pub enum Foreign {
     /// It runs a guest of its own, and the registers that it has as that guest's host are not
     /// told.
     Nested,
-    /// What it does is not known.
+    /// Its work is not known.
     Unknown,
 }
 

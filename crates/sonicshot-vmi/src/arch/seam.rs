@@ -1,4 +1,4 @@
-//! What is asked of an architecture.
+//! The questions to an architecture.
 
 use super::processor::{ForeignProcessor, Landmark, Told};
 use super::trace::{Owner, Test};

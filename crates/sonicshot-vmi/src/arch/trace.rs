@@ -1,4 +1,4 @@
-//! What a later owner of the memory leaves behind: a trace, and what a test for one comes to.
+//! The traces that a later owner of the memory leaves behind: a trace, and what a test for one comes to.
 
 use crate::KernelVa;
 use crate::error::VmiError;
@@ -62,7 +62,7 @@ pub enum Trace {
         at: KernelVa,
         /// Its content.
         value: u64,
-        /// What the kernel put there.
+        /// The value that the kernel put there.
         expected: u64,
     },
     /// A record of the kernel's own cannot be followed.

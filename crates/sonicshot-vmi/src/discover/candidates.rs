@@ -32,7 +32,7 @@ pub(crate) enum Search<T> {
     NoText(NoText),
 }
 
-/// What was found instead of a kernel's VMCOREINFO.
+/// The finding instead of a kernel's VMCOREINFO.
 #[derive(Debug)]
 pub(crate) struct NoText {
     /// Of the pages that begin so what is wrong with the first few.

@@ -1,4 +1,4 @@
-//! What memory in which no kernel can be read holds instead of one.
+//! The content of memory in which no kernel can be read.
 
 use crate::error::VmiError;
 use crate::symbols::{search, there};

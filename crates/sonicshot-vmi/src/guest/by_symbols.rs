@@ -139,7 +139,7 @@ impl<'m> LinuxGuest<'m> {
 
 /// What of a build is found in its image.
 struct Anchor {
-    /// What tells it, for reports.
+    /// The mark that tells it, for reports.
     by: &'static str,
     needle: Vec<u8>,
     /// Where it is as linked: exactly there, or in the notes, behind their beginning.

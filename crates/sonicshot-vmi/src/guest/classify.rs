@@ -29,7 +29,7 @@ pub struct Classification {
     pub notes: Vec<Note>,
 }
 
-/// What there is to say of a kernel that owns the memory.
+/// The report on a kernel that owns the memory.
 #[derive(Default)]
 struct Owned {
     note: Option<Note>,

@@ -51,7 +51,7 @@ impl GivenUp {
         PfnRange::total_of(&self.frames)
     }
 
-    /// What was declared, and is kept.
+    /// The pages that were declared, and are kept.
     #[must_use]
     pub const fn kept(&self) -> KeptPages {
         self.kept

@@ -1,4 +1,4 @@
-//! What the guest's options mean for its free pages.
+//! The guest's options, and what they mean for its free pages.
 
 use super::LinuxGuest;
 use crate::VirtualMemory;

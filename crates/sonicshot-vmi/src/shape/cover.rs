@@ -1,4 +1,4 @@
-//! What the kernel itself uses and no free block may cover: its page tables, its code, the pages
+//! The memory that the kernel itself uses and no free block may cover: its page tables, its code, the pages
 //! that hold the zones. (That struct pages are not free is seen in every classification.)
 //!
 //! Records that were taken for the allocator's and are not, or are another kernel's, say of these

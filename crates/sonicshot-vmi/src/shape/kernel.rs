@@ -36,7 +36,7 @@ pub(crate) struct Shaped {
     orders: u64,
 }
 
-/// What was found, and the zones, which show that it is a kernel.
+/// The finding, and the zones, which show that it is a kernel.
 struct Candidate<'m> {
     shaped: Shaped,
     kernel: Kernel<'m>,
@@ -334,7 +334,7 @@ impl Shaped {
         )
     }
 
-    /// What each struct page says, and the zones, by a look at every struct page of `map`.
+    /// The layout of struct pages, and the zones, by a look at every struct page of `map`.
     ///
     /// # Errors
     /// [`VmiError::Unsupported`] if no zone stands, [`VmiError::BrokenLists`] if its lists cannot be

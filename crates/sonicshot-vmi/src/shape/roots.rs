@@ -27,7 +27,7 @@ const FIRST: usize = ASKED / PHASES;
 const ENOUGH: u64 = 4;
 /// More ranges than this in the kernel half of the address space are no kernel's; nor does one that
 /// is a kernel's array of struct pages go on for so many steps.
-const MAX_STRETCHES: usize = 1 << 10;
+const MAX_RANGES: usize = 1 << 10;
 /// A range begins at a multiple of this.
 const STEP: u64 = 1 << 30;
 
@@ -67,15 +67,15 @@ pub(crate) fn stand(
         let begins = begins_below(&nodes, &|at| place(at).is_some(), deadline)?;
         return Ok(roots(walk, at, &place, begins, ENOUGH.min(records.found)));
     }
-    let stretches = walk.stretches(memory, MAX_STRETCHES, deadline)?;
-    if stretches.len() > MAX_STRETCHES {
+    let ranges = walk.mapped_ranges(memory, MAX_RANGES, deadline)?;
+    if ranges.len() > MAX_RANGES {
         return Err(VmiError::TooMany {
             what: "ranges of mappings in the kernel half of a page table",
-            found: stretches.len() as u64,
-            most: MAX_STRETCHES as u64,
+            found: ranges.len() as u64,
+            most: MAX_RANGES as u64,
         });
     }
-    let mut begins: Vec<(u64, KernelVa)> = stretches.into_iter().map(|begin| (0, begin)).collect();
+    let mut begins: Vec<(u64, KernelVa)> = ranges.into_iter().map(|begin| (0, begin)).collect();
     for node in nodes {
         let above = begins.partition_point(|(_, begin)| *begin <= node);
         let begin = above.checked_sub(1).and_then(|at| begins.get_mut(at));
@@ -124,7 +124,7 @@ fn begins_below(
     let mut begins: BTreeMap<u64, u64> = BTreeMap::new();
     for (number, (from, count)) in (0_u64..).zip(&votes) {
         deadline.check("ranges of mappings", number, votes.len() as u64)?;
-        let steps = (0..MAX_STRETCHES as u64).map_while(|step| {
+        let steps = (0..MAX_RANGES as u64).map_while(|step| {
             let at = from.checked_sub(step.checked_mul(STEP)?)?;
             is_upper(at).then_some(at)
         });
@@ -183,7 +183,7 @@ fn nodes(
 
 #[cfg(test)]
 mod tests {
-    use super::{MAX_STRETCHES, STEP, begins_below, stand};
+    use super::{MAX_RANGES, STEP, begins_below, stand};
     use crate::KernelVa;
     use crate::VmiError;
     use crate::arch::Arch;
@@ -196,7 +196,7 @@ mod tests {
     #[test]
     fn what_records_are_in_begins_no_farther_below_than_a_bound() {
         const FIRST: u64 = 0xffff_ea00_0000_0000;
-        let most = MAX_STRETCHES as u64;
+        let most = MAX_RANGES as u64;
         // From `FIRST` on all is mapped.
         let is_mapped = |at: u64| at >= FIRST;
         for (gib, is_found) in [(0, true), (1, true), (most - 1, true), (most, false)] {
@@ -214,17 +214,14 @@ mod tests {
     }
 
     #[test]
-    fn more_stretches_of_mappings_than_a_bound_are_no_kernels() {
+    fn more_ranges_of_mappings_than_a_bound_are_no_kernels() {
         const ROOT: u64 = 0x10_0000;
         let mut ram = Ram::new(8 << 20);
         // Every second GiB of a table is mapped.
         for entry in (0..512).step_by(2) {
             ram.put(ROOT + 0x1000 + entry * 8, 0xe3);
         }
-        for (number, is_refused) in [
-            (MAX_STRETCHES / 256, false),
-            (MAX_STRETCHES / 256 + 1, true),
-        ] {
+        for (number, is_refused) in [(MAX_RANGES / 256, false), (MAX_RANGES / 256 + 1, true)] {
             for entry in 0..number as u64 {
                 ram.put(ROOT + (256 + entry) * 8, (ROOT + 0x1000) | 0x63);
             }

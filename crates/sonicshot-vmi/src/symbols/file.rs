@@ -1,4 +1,4 @@
-//! What is read of one kernel build, in a few kilobytes of text: see `SYMBOLS.md`.
+//! The symbols and types of one kernel build, in a few kilobytes of text: see `SYMBOLS.md`.
 //!
 //! It answers what `needs` asks and nothing else, and says of each row whether the
 //! kernel has it: a file that was made when less was asked is refused, for what it does not say
@@ -523,7 +523,7 @@ impl<'t> Reader<'t> {
         Ok(())
     }
 
-    /// What is said of one name.
+    /// The note on one name.
     fn fact(&mut self, kind: &str, rest: &str) -> Result<(), SymbolError> {
         let mut words = rest.split(' ');
         let name = words.next().filter(|name| !name.is_empty());

@@ -36,7 +36,7 @@ struct Entry {
     build_id: Vec<u8>,
     /// Once it was opened: a vmlinux has a gigabyte.
     opened: OnceLock<Arc<dyn SymbolSource>>,
-    /// What is wrong with it, if it was to be opened and could not be.
+    /// The trouble with it, if it was to be opened and could not be.
     damaged: OnceLock<String>,
 }
 
@@ -111,7 +111,7 @@ impl Given {
         !self.folders.is_empty()
     }
 
-    /// What there is to say of what was given, where the kernel of the build `id`, if it tells that, is
+    /// The report on what was given, where the kernel of the build `id`, if it tells that, is
     /// read by `used`.
     pub(crate) fn notes(&self, used: &[Arc<dyn SymbolSource>], id: Option<&[u8]>) -> Vec<Note> {
         let is_used =

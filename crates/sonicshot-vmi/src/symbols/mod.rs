@@ -64,7 +64,7 @@ pub enum SymbolBase {
 /// `None` means that this source does not have it, never that the kernel does not; `Err` means
 /// that the source is damaged.
 pub trait SymbolSource: Send + Sync + fmt::Debug {
-    /// What the source is, for messages: a path, or such as `kallsyms in guest memory`.
+    /// The source's name, for messages: a path, or such as `kallsyms in guest memory`.
     fn origin(&self) -> &str;
 
     /// Whether [`symbol`](Self::symbol) gives linked or running addresses.
@@ -141,7 +141,7 @@ pub enum SymbolError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },

@@ -20,7 +20,7 @@ const IN_MEMORY: u64 = 8 << 20;
 const MAX_LEN: u64 = 16 << 30;
 /// Of what is free where the copy is put, one of so many parts may be used.
 const FREE_PARTS: u64 = 2;
-/// What is copied at once.
+/// The amount that is copied at once.
 const PIECE: u64 = 1 << 20;
 /// Where there may be room for the copy, unlike in `/tmp`.
 const FALLBACK: &str = "/var/tmp";

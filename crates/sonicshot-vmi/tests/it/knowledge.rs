@@ -1,4 +1,4 @@
-//! What is found of a guest of which little is known, against what all knowledge finds.
+//! The finding of a guest of which little is known, against what all knowledge finds.
 use sonicshot::{
     Fill, Gpa, GuestBytes, GuestMemory, Mapped, MappedRegions, MemoryError, PageClass, PageMap,
     Processors, RamLayout,

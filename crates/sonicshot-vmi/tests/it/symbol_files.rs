@@ -40,7 +40,7 @@ fn mute_by_nature() -> Vec<u8> {
     ram
 }
 
-/// What is known of the guest in `ram`, the class of each frame, and what there is to say.
+/// The facts of the guest in `ram`, the class of each frame, and what there is to say.
 fn look(
     ram: &[u8],
     options: &GuestOptions,

@@ -1,4 +1,4 @@
-//! What can go wrong with a checkpoint.
+//! The errors of a checkpoint.
 
 use super::disk::source::DiskOffset;
 use crate::{FileOffset, Gpa, MemoryError, PageClass, Pfn};
@@ -48,9 +48,9 @@ pub enum CheckpointError {
         what: &'static str,
         /// Where it begins in the file.
         offset: FileOffset,
-        /// What the file says.
+        /// The sum that the file has.
         stored: u128,
-        /// What its bytes give.
+        /// The sum that its bytes give.
         computed: u128,
     },
     /// A field has a value that it cannot have.
@@ -68,14 +68,14 @@ pub enum CheckpointError {
     Decompress {
         /// Where the chunk begins in the file.
         offset: FileOffset,
-        /// What the codec said.
+        /// The codec's error.
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
     /// Page data could not be compressed.
     #[error("compressing page data")]
     Compress {
-        /// What the codec said.
+        /// The codec's error.
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
@@ -92,7 +92,7 @@ pub enum CheckpointError {
         action: &'static str,
         /// Where in the file.
         offset: FileOffset,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -133,7 +133,7 @@ pub enum CheckpointError {
          not run from the checkpoint, which does not say so (CheckpointInfo::for_analysis)"
     )]
     ForAnalysis {
-        /// What it is used for.
+        /// The page's class.
         class: PageClass,
         /// The first such frame.
         pfn: Pfn,
@@ -147,7 +147,7 @@ pub enum CheckpointError {
     /// Bytes that are to be copied are not as many as there is room for.
     #[error("{what} at {at} has {found} bytes, not {expected}")]
     Length {
-        /// What the bytes are.
+        /// The part that the bytes are.
         what: &'static str,
         /// Where they belong in the guest.
         at: Gpa,
@@ -183,9 +183,9 @@ pub enum CheckpointError {
         pfn: Pfn,
         /// The first byte of it that differs.
         byte: u64,
-        /// What the checkpoint has.
+        /// The checkpoint's byte.
         found: u8,
-        /// What the source has.
+        /// The source's byte.
         expected: u8,
     },
     /// A mapping or a page fault could not be served.
@@ -197,7 +197,7 @@ pub enum CheckpointError {
         at: usize,
         /// How many bytes.
         len: usize,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -239,7 +239,7 @@ pub enum CheckpointError {
     DiskMovedOn {
         /// The disk's name.
         name: String,
-        /// What differs.
+        /// The thing that differs.
         what: &'static str,
         /// Where it is on the disk.
         at: DiskOffset,
@@ -259,7 +259,7 @@ pub enum CheckpointError {
         name: String,
         /// Where on the disk.
         at: DiskOffset,
-        /// What the operating system said.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },

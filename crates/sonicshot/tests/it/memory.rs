@@ -1,4 +1,4 @@
-//! What the core's own records cost, counted by the allocator.
+//! The costs of the core's own records, counted by the allocator.
 
 use sonicshot::*;
 use std::alloc::{GlobalAlloc, Layout, System};

@@ -1,4 +1,4 @@
-//! What a core that was pruned here says of the memory that it has no bytes for.
+//! The mark by which a core that was pruned here tells of the memory that it has no bytes for.
 //!
 //! In a core of any tool that memory (`p_filesz` less than `p_memsz`) may be anything: makedumpfile
 //! leaves out zeroes so, and pages in use too, and does not say which. A pruned core says it in a

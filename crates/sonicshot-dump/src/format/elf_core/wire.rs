@@ -1,4 +1,4 @@
-//! What is in an ELF core (System V ABI, ELF-64 object file format).
+//! The structures of an ELF core (System V ABI, ELF-64 object file format).
 //!
 //! Headers are read by hand, not by a library, since QEMU 10 writes an `e_ehsize` of 8 and its
 //! section headers before the program headers.

@@ -20,7 +20,7 @@ use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-/// What one thread reads and compresses at a time, in bytes.
+/// The amount that one thread reads and compresses at a time, in bytes.
 const CHUNK: u64 = 1 << 20;
 /// `man makedumpfile`, `-d`: free pages are left out.
 const DUMP_LEVEL_FREE: u32 = 16;

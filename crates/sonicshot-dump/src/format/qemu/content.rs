@@ -1,4 +1,4 @@
-//! What both of QEMU's kinds of migration files hold, and where.
+//! The content of both of QEMU's kinds of migration files, and where it is.
 
 use crate::DumpError;
 use crate::backing::scattered::PagePlaces;

@@ -124,13 +124,13 @@ impl<'a> Writer<'a> {
     }
 
     /// The range of the input from `from` to `to`.
-    fn stretch(&self, from: FileOffset, to: FileOffset) -> Result<FileRange, DumpError> {
+    fn between(&self, from: FileOffset, to: FileOffset) -> Result<FileRange, DumpError> {
         let what = "a range that ends before it begins";
         FileRange::between(from, to).ok_or_else(|| self.impossible(what, to.raw()))
     }
 
     /// The range of `len` bytes from `from` on.
-    fn stretch_of(&self, from: FileOffset, len: u64) -> Result<FileRange, DumpError> {
+    fn range_at(&self, from: FileOffset, len: u64) -> Result<FileRange, DumpError> {
         let what = "a range beyond 64 bits";
         FileRange::with_len(from, len).ok_or_else(|| self.impossible(what, from.raw()))
     }
@@ -158,7 +158,7 @@ impl<'a> Writer<'a> {
 
     /// All of the input from `from` on, and the end of the file.
     fn rest(&mut self, from: FileOffset) -> Result<(), DumpError> {
-        let rest = self.stretch(from, self.dump.file_range().end())?;
+        let rest = self.between(from, self.dump.file_range().end())?;
         self.long(rest)?;
         let writing = DumpError::io("writing", self.output.path());
         self.file().set_len(self.at.raw()).map_err(writing)
@@ -167,7 +167,7 @@ impl<'a> Writer<'a> {
     /// What stands before the section `ram`, with or without the capability of mapped-ram.
     fn head(&mut self, start: &Start, begin: FileOffset, mapped: bool) -> Result<(), DumpError> {
         let configuration = start.configuration_at.unwrap_or(start.ram_at);
-        self.small(self.stretch(begin, configuration)?)?;
+        self.small(self.between(begin, configuration)?)?;
         let mut capabilities: Vec<&str> = start.capabilities.iter().map(String::as_str).collect();
         capabilities.retain(|name| *name != MAPPED_RAM);
         if mapped {
@@ -190,9 +190,9 @@ impl<'a> Writer<'a> {
             Some(list) => (list.start(), list.end()),
             None => (start.ram_at, start.ram_at),
         };
-        self.small(self.stretch(configuration, before)?)?;
-        self.small(self.stretch(after, start.ram_at)?)?;
-        self.small(self.stretch_of(start.ram_at, RAM_HEADER)?)?;
+        self.small(self.between(configuration, before)?)?;
+        self.small(self.between(after, start.ram_at)?)?;
+        self.small(self.range_at(start.ram_at, RAM_HEADER)?)?;
         self.word(start.total | FLAG_MEM_SIZE)
     }
 }
@@ -222,7 +222,7 @@ fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
                 if out.position()? != at {
                     out.seek(at)?;
                 }
-                out.small(out.stretch_of(place, TARGET_PAGE)?)?;
+                out.small(out.range_at(place, TARGET_PAGE)?)?;
             }
             at = at
                 .checked_add(TARGET_PAGE)
@@ -269,7 +269,7 @@ fn write_stream(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
             }
             match place {
                 None => out.bytes(&[0])?,
-                Some(place) => out.small(out.stretch_of(place, TARGET_PAGE)?)?,
+                Some(place) => out.small(out.range_at(place, TARGET_PAGE)?)?,
             }
         }
     }

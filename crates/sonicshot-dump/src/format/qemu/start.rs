@@ -119,7 +119,7 @@ impl Start {
         }
     }
 
-    /// What is known of other sections, and nothing else.
+    /// The knowledge of other sections, and nothing else.
     pub(crate) fn others_alone(&self) -> Self {
         Self {
             others: self.others.clone(),

@@ -120,13 +120,13 @@ impl Paging for Walk {
         Ok(())
     }
 
-    fn stretches(
+    fn mapped_ranges(
         &self,
         memory: &dyn GuestMemory,
         most: usize,
         deadline: &Deadline,
     ) -> Result<Vec<KernelVa>, VmiError> {
-        let mut search = Stretches {
+        let mut search = MappedRanges {
             walk: self,
             memory,
             most,
@@ -148,7 +148,7 @@ impl Paging for Walk {
 
 /// The search for ranges of mappings. How many tables there are the guest says, and one may
 /// stand in for many.
-struct Stretches<'a> {
+struct MappedRanges<'a> {
     walk: &'a Walk,
     memory: &'a dyn GuestMemory,
     most: usize,
@@ -158,7 +158,7 @@ struct Stretches<'a> {
     found: Vec<KernelVa>,
 }
 
-impl Stretches<'_> {
+impl MappedRanges<'_> {
     /// Adds the ranges that the table at `table` has, whose entries begin at `from`.
     fn add(&mut self, (table, level): (Gpa, u32), from: u64) -> Result<(), VmiError> {
         /// So many bytes are mapped by an entry of a table of this level.
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn stretches_of_the_kernel_half_are_told_by_their_begin() {
+    fn ranges_of_the_kernel_half_are_told_by_their_begin() {
         let tables = tables(&[
             (0x1000, 0, 0x2063),
             (0x1000, 0x111, 0x2063),
@@ -344,13 +344,13 @@ mod tests {
         let memory =
             MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&tables))]).unwrap();
         let walk = Walk::new(Gpa::new(0x1000), 4);
-        let found = walk.stretches(&memory, 10, &Deadline::new()).unwrap();
+        let found = walk.mapped_ranges(&memory, 10, &Deadline::new()).unwrap();
         let gib =
             |top: u64, number: u64| KernelVa::new(0xffff_0000_0000_0000 | top << 39 | number << 30);
         let all = [gib(0x111, 7), gib(0x111, 11), gib(0x1ff, 7), gib(0x1ff, 11)];
         assert_eq!(found, all);
         assert_eq!(
-            walk.stretches(&memory, 1, &Deadline::new()).unwrap(),
+            walk.mapped_ranges(&memory, 1, &Deadline::new()).unwrap(),
             all[..2]
         );
     }

@@ -1,4 +1,4 @@
-//! What a kernel of x86-64 looks like of which nothing is told.
+//! The shape of a kernel of x86-64 of which nothing is told.
 
 use super::{MAX_IMAGE, START_KERNEL_MAP};
 use crate::KernelVa;

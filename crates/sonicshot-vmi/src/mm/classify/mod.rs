@@ -132,7 +132,7 @@ impl Disagreements {
         self.examples.truncate(Self::EXAMPLES);
     }
 
-    /// What there is to say of them, if there are any.
+    /// The report on them, if there are any.
     fn of(self, zones: &Zones, reports: &[ZoneReport]) -> Option<Inconsistency> {
         (self.blocks > 0 || !self.counters.is_empty()).then(|| Inconsistency {
             blocks: self.blocks,

@@ -176,7 +176,7 @@ impl Scanner<'_, '_> {
             let mem_map = self.mem_map;
             mem_map.visit_span(&span, &mut |first, pages| {
                 let begin = index(first)?;
-                self.stretch(first, pages, frames, (&mut *classes, marks), begin)
+                self.span(first, pages, frames, (&mut *classes, marks), begin)
             })?;
         }
         // A block that begins in this piece and does not end in it is no block: of those that a
@@ -189,7 +189,7 @@ impl Scanner<'_, '_> {
 
     /// Classifies the frames from `first` whose struct pages are `pages`; `begin` is the index
     /// of `first` in the classes and marks of `region`.
-    fn stretch(
+    fn span(
         &mut self,
         first: Pfn,
         pages: GuestBytes<'_>,
@@ -523,7 +523,7 @@ mod tests {
                 let lists = (classes.as_mut_slice(), marks.as_slice());
                 let pages = GuestBytes::from_slice(&bytes);
                 scanner
-                    .stretch(Pfn::new(*first), pages, region, lists, begin)
+                    .span(Pfn::new(*first), pages, region, lists, begin)
                     .unwrap();
             }
             (classes, scanner.seen.wrong.blocks)

@@ -650,7 +650,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stretch_of_struct_pages_is_no_longer_than_may_be_mapped() {
+    fn a_range_of_struct_pages_is_no_longer_than_may_be_mapped() {
         let (va, gpa) = (KernelVa::new(DIRECT_MAP), Gpa::new(0x1000));
         let most = MAX_MAP as u64;
         for (len, more, at, there, is_one) in [

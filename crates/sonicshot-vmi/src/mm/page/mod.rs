@@ -1,4 +1,4 @@
-//! What one `struct page` says (`include/linux/mm_types.h`, `include/linux/page-flags.h`).
+//! The facts of one `struct page` (`include/linux/mm_types.h`, `include/linux/page-flags.h`).
 
 pub(crate) mod file;
 mod flags;

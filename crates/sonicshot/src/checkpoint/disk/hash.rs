@@ -1,4 +1,4 @@
-//! What tells that bytes of a disk are still what they were.
+//! The mark that tells that bytes of a disk are still what they were.
 
 use core::fmt;
 use core::str::FromStr;

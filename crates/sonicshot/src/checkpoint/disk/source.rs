@@ -59,20 +59,20 @@ pub trait DiskSource: Send + Sync {
     /// The length that the guest sees, in bytes. The same on every call.
     ///
     /// # Errors
-    /// What the operating system said.
+    /// The operating system's error.
     fn disk_len(&self) -> io::Result<u64>;
 
     /// Fills `buf` with what the guest reads from `at` on.
     ///
     /// # Errors
-    /// What the operating system said; `UnexpectedEof` if the disk ends before.
+    /// The operating system's error; `UnexpectedEof` if the disk ends before.
     fn read_disk(&self, buf: &mut [u8], at: DiskOffset) -> io::Result<()>;
 
     /// The first range from `at` on that may hold anything but zeroes, for who looks through all of
     /// it; `None` if there is none. All of the rest, where that is not known.
     ///
     /// # Errors
-    /// What the operating system said.
+    /// The operating system's error.
     fn next_disk_data(&self, at: DiskOffset) -> io::Result<Option<DiskRange>> {
         let end = DiskOffset::new(self.disk_len()?);
         Ok((at < end).then(|| DiskRange::new(at, end)))

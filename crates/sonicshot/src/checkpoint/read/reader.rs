@@ -196,7 +196,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         each: &mut dyn FnMut(&[u8]) -> Result<(), CheckpointError>,
     ) -> Result<(), CheckpointError> {
         let mut sum = XxHash3_64::new();
-        self.stretch(blob.offset, blob.stored_len, &mut |bytes| {
+        self.each_part(blob.offset, blob.stored_len, &mut |bytes| {
             sum.write(bytes);
             each(bytes)
         })?;
@@ -213,7 +213,7 @@ impl<S: RangeSource> CheckpointReader<S> {
     }
 
     /// Reads a range of the file, piece by piece.
-    pub(in crate::checkpoint) fn stretch(
+    pub(in crate::checkpoint) fn each_part(
         &self,
         offset: FileOffset,
         len: u64,

@@ -12,13 +12,13 @@ pub trait RangeSource: Send + Sync {
     /// How many bytes there are. The same on every call.
     ///
     /// # Errors
-    /// What the operating system said.
+    /// The operating system's error.
     fn len(&self) -> io::Result<u64>;
 
     /// Whether there are none.
     ///
     /// # Errors
-    /// What the operating system said.
+    /// The operating system's error.
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
     }
@@ -26,7 +26,7 @@ pub trait RangeSource: Send + Sync {
     /// Fills `buf` with the bytes from `offset`.
     ///
     /// # Errors
-    /// What the operating system said; `UnexpectedEof` if there are not so many.
+    /// The operating system's error; `UnexpectedEof` if there are not so many.
     fn read_at(&self, buf: &mut [u8], offset: FileOffset) -> io::Result<()>;
 
     /// The file that the bytes are in, if they are in one, from its beginning: it can be mapped

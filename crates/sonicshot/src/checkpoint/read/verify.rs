@@ -35,7 +35,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let mut done = Tally::ZERO;
         // Every byte is read once for the digest and once for its own checksum.
         let total = Tally::new(covered).times(2).get();
-        self.stretch(FileOffset::ZERO, covered, &mut |bytes| {
+        self.each_part(FileOffset::ZERO, covered, &mut |bytes| {
             digest.write(bytes);
             done.add(len64(bytes.len()));
             progress.tell(done.get(), total);

@@ -232,7 +232,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         if self.codec() != "none" || !info.layout.contains(range.start(), range.len()) {
             return Ok(false);
         }
-        let Some(offset) = self.one_stretch(slot, range.len())? else {
+        let Some(offset) = self.one_range(slot, range.len())? else {
             return Ok(false);
         };
         let Some(at) = memory.address(range.start()) else {
@@ -261,7 +261,7 @@ impl<S: RangeSource> CheckpointReader<S> {
 
     /// Where the stored pages from `slot` begin in the file, if all `len` bytes of them follow each
     /// other there.
-    fn one_stretch(&self, slot: u64, len: u64) -> Result<Option<FileOffset>, CheckpointError> {
+    fn one_range(&self, slot: u64, len: u64) -> Result<Option<FileOffset>, CheckpointError> {
         let page_size = self.info().page_size;
         let last_slot = (len >> page_size.shift())
             .checked_sub(1)

@@ -34,7 +34,7 @@ pub trait RestoreTarget: Sync {
     /// fails, the range may hold anything.
     ///
     /// # Errors
-    /// What `fill` gives, or why the target cannot take it.
+    /// The error of `fill`, or why the target cannot take it.
     fn fill(&self, range: GpaRange, fill: FillWith<'_>) -> Result<(), CheckpointError>;
 }
 

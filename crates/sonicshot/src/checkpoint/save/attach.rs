@@ -58,7 +58,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let is_new = |name: &str| blobs.iter().any(|(new, _)| *new == name);
         let parts = self.parts()?;
         let header = parts.first().map_or(self.index_offset(), |(at, _)| *at);
-        self.stretch(FileOffset::ZERO, header.raw(), &mut |bytes| {
+        self.each_part(FileOffset::ZERO, header.raw(), &mut |bytes| {
             sink.write(bytes)
         })?;
         for (_, part) in parts {
@@ -112,7 +112,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let mut entry = self.index().chunk(number)?.entry;
         let mut sum = XxHash3_64::new();
         let offset = sink.offset();
-        self.stretch(entry.offset, entry.stored_len.into(), &mut |bytes| {
+        self.each_part(entry.offset, entry.stored_len.into(), &mut |bytes| {
             sum.write(bytes);
             sink.write(bytes)
         })?;

@@ -1,4 +1,4 @@
-//! What a checkpoint says of itself and of its guest.
+//! The facts that a checkpoint has of itself and of its guest.
 
 use super::disk::DiskInfo;
 use crate::{Architecture, PageClass, PageSize, PfnRange, RamLayout, Tally};

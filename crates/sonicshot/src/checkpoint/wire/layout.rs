@@ -1,4 +1,4 @@
-//! What the records of a checkpoint have in common, as `FORMAT.md` gives it: constants, checksums,
+//! The common part of a checkpoint's records, as `FORMAT.md` gives it: constants, checksums,
 //! padding.
 
 use crate::checkpoint::CheckpointError;

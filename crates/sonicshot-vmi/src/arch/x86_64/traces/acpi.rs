@@ -92,7 +92,7 @@ fn root_table(kernel: &Kernel<'_>, at: Gpa) -> Result<Option<Gpa>, VmiError> {
     Ok(root.map(Gpa::new))
 }
 
-/// What is wrong with the root table, if anything is.
+/// The trouble with the root table, if anything is.
 fn check_root_table(kernel: &Kernel<'_>, table: Gpa) -> Result<Option<Trace>, VmiError> {
     /// A root table of more is none.
     const MAX_ROOT: u32 = 1 << 16;
@@ -179,7 +179,7 @@ impl Listed {
         })
     }
 
-    /// What is wrong with the table, if anything is; one that is in no RAM is passed over.
+    /// The trouble with the table, if anything is; one that is in no RAM is passed over.
     fn check(&self, kernel: &Kernel<'_>) -> Result<Option<Trace>, VmiError> {
         let header: [u8; 8] = match physical(kernel, self.at) {
             Err(VmiError::Memory(MemoryError::NotRam { .. } | MemoryError::Absent { .. })) => {

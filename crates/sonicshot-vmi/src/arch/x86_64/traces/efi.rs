@@ -1,4 +1,4 @@
-//! What an EFI firmware keeps for the kernel that it started, and where it writes after a reset.
+//! The memory that an EFI firmware keeps for the kernel that it started, and where it writes after a reset.
 //!
 //! At boot the kernel gives the firmware's runtime services addresses of its own
 //! (`SetVirtualAddressMap`; `arch/x86/platform/efi/efi.c`): from then on the pointers in the system
