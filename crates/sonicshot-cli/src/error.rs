@@ -2,6 +2,7 @@
 
 use crate::json::{ErrorReport, OfError, Version, line, path};
 use crate::report::complain;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use sonicshot::MemoryError;
 use sonicshot::checkpoint::CheckpointError;
 use sonicshot_dump::{
@@ -197,6 +198,9 @@ impl CliError {
         if let Some(hint) = self.hint_of_other() {
             return Some(hint.into());
         }
+        if let Some(hint) = self.hint_of_symbols() {
+            return Some(hint.into());
+        }
         let hint = match self {
             Self::Offline(error) => return with_zeroes(hint_of(error), error),
             Self::Exists { .. } => Some(OR_FORCE),
@@ -237,6 +241,21 @@ impl CliError {
             }
             _ => None,
         }
+    }
+
+    /// Of a kernel as it is booted, where its symbols are wanted.
+    fn hint_of_symbols(&self) -> Option<&'static str> {
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            if let Some(SymbolError::UnknownKind { path }) = error.downcast_ref() {
+                return is_boot_image(path).then_some(
+                    "it is a kernel as it is booted (vmlinuz): give the System.map or the vmlinux of the \
+                     same build, or nothing, as symbols are found in the guest's memory too",
+                );
+            }
+            cause = error.source();
+        }
+        None
     }
 
     fn causes(&self) -> Vec<String> {
@@ -309,7 +328,14 @@ impl CliError {
 
 /// Tells what is wrong with the command line, or what was asked for by `--help` and `--version`:
 /// with `--json` in it, what is wrong as a line of JSON.
-pub(crate) fn of_command_line(error: &clap::Error) -> ExitCode {
+pub(crate) fn of_command_line(mut error: clap::Error) -> ExitCode {
+    if let Some(out) = output_without_option(&error) {
+        let hint = format!("did you mean `-o {out}`?");
+        error.insert(
+            ContextKind::Suggested,
+            ContextValue::StyledStrs(vec![hint.into()]),
+        );
+    }
     let json = std::env::args_os().any(|arg| arg == "--json");
     if error.use_stderr() && json {
         let text = error.render().to_string();
@@ -333,6 +359,37 @@ pub(crate) fn of_command_line(error: &clap::Error) -> ExitCode {
         let _ = error.print();
     }
     ExitCode::from(u8::from(error.use_stderr()) * 2)
+}
+
+/// The word that stands where only `-o` would make it an output: one too many, or the last of several
+/// that is no file.
+fn output_without_option(error: &clap::Error) -> Option<String> {
+    let usage = error.to_string();
+    if !usage.contains("--output <") {
+        return None;
+    }
+    let word = match error.kind() {
+        ErrorKind::UnknownArgument => match error.get(ContextKind::InvalidArg)? {
+            ContextValue::String(word) => word.clone(),
+            _ => return None,
+        },
+        ErrorKind::MissingRequiredArgument => {
+            let words: Vec<String> = std::env::args().skip(2).collect();
+            let files = words.iter().filter(|word| !word.starts_with('-')).count();
+            let last = words.last().filter(|_| files > 1)?;
+            last.clone()
+        }
+        _ => return None,
+    };
+    let is_new = !word.starts_with('-') && !Path::new(&word).exists();
+    is_new.then_some(word)
+}
+
+/// Whether a file has the magic of x86's boot protocol (`Documentation/arch/x86/boot.rst`).
+fn is_boot_image(path: &Path) -> bool {
+    let mut start = [0; 0x206];
+    let begins = std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut start));
+    begins.is_ok() && start.ends_with(b"HdrS")
 }
 
 /// Whether a file takes less of the disk than it is long, and may be a diff: nothing that begins

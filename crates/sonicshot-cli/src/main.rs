@@ -32,7 +32,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => return error::of_command_line(&error),
+        Err(error) => return error::of_command_line(error),
     };
     progress::set(cli.talk.talk());
     let (result, json) = match &cli.command {

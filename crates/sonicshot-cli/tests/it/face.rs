@@ -239,6 +239,10 @@ fn errors_tell_what_is_wrong_and_what_to_do() {
     let blob = format!("a={}", at("folder"));
     let (cut, wrong) = (at("cut.sonic"), at("flipped.sonic"));
     let (text_file, mapped, short, qcow2) = (at("text"), at("mapped"), at("short"), at("qcow2"));
+    let mut vmlinuz = vec![0; 0x202];
+    vmlinuz.extend(b"HdrS");
+    vmlinuz.resize(4096, 0);
+    fs::write(at("vmlinuz"), &vmlinuz).unwrap();
     let none = at("none");
     let folder_out = format!("{}/out", at("none"));
     #[rustfmt::skip]
@@ -253,9 +257,12 @@ fn errors_tell_what_is_wrong_and_what_to_do() {
         (&["inspect", &raw, "--layout", "0-64M"], 3, &["67108864", "134217728", "hint: "]),
         (&["inspect", &raw, "--format", "foo"], 2, &["`foo` is not a format", "kdump"]),
         (&["inspect", &raw, "--symbols", &text_file], 4, &["neither a System.map"]),
+        (&["inspect", &raw, "--symbols", &at("vmlinuz")], 4, &["neither a System.map", "hint: it is a kernel as it is booted"]),
+        (&["inspect", &raw, "--symbols", &none], 4, &["none", "No such file"]),
         (&["inspect", &raw, "--map", "--json"], 2, &["FILE.svg"]),
         (&["inspect", &cut], 3, &["footer at 0x1348", "hint: "]),
         (&["prune", &raw], 2, &["--in-place", "--dry-run"]),
+        (&["prune", &raw, &out], 2, &["did you mean `-o ", "out`?"]),
         (&["prune", &raw, "-o", &raw], 1, &["is the input itself", "--in-place"]),
         (&["prune", &raw, "-o", &text_file], 1, &["exists", "--force"]),
         (&["prune", &raw, "-o", &folder_out], 1, &["none", "No such file"]),
@@ -267,6 +274,8 @@ fn errors_tell_what_is_wrong_and_what_to_do() {
         (&["prune", &sonic, "-o", &out], 3, &["is a checkpoint", "restore"]),
         (&["prune", &raw, "-o", "-"], 2, &["into a pipe"]),
         (&["save", &raw], 2, &["--output <X.sonic>"]),
+        (&["save", &raw, &out], 2, &["did you mean `-o ", "out`?"]),
+        (&["restore", &sonic, &out], 2, &["did you mean `-o ", "out`?"]),
         (&["save", &raw, "-o", &out, "--threads", "0"], 2, &["not a number from 1 on"]),
         (&["save", &raw, "-o", &out, "--chunk", "5"], 2, &["5120", "4096"]),
         (&["save", &raw, "-o", &out, "--compress", "gzip"], 2, &["gzip", "zstd"]),
