@@ -168,13 +168,9 @@ fn write_kdump_seeds() {
         ("snappy", KdumpCompression::Snappy),
         ("zstd", KdumpCompression::Zstd),
     ] {
-        let options = KdumpOptions {
-            compression,
-            machine: Some(sonicshot::Architecture::X86_64),
-            vmcoreinfo: Some(b"OSRELEASE=6.1\n"),
-            notes: None,
-            threads: None,
-        };
+        let options = KdumpOptions::new(compression)
+            .machine(sonicshot::Architecture::X86_64)
+            .vmcoreinfo(b"OSRELEASE=6.1\n");
         let file = fs::File::create(folder.join(name)).unwrap();
         write_kdump_without(&guest, &plan, &file, &options).unwrap();
     }

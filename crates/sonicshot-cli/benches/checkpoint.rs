@@ -23,7 +23,7 @@ use sonicshot::checkpoint::RestoreOptions;
 use sonicshot::checkpoint::*;
 use sonicshot::{
     DropClasses, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn,
-    PfnRange, PrunePlan, RamLayout, WorkOptions,
+    PfnRange, PrunePlan, RamLayout,
 };
 use sonicshot_dump::{Dump, LayoutSpec};
 use sonicshot_serve::{CheckpointSource, Metrics, Prefetch, Uffd, Vm, VmOptions, VmRegion};

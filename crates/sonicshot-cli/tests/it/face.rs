@@ -214,13 +214,10 @@ fn a_wrong_command_line_is_told_as_json() {
     assert_eq!(run.status.code(), Some(0));
 }
 
-/// What a stranger gets wrong, what the command says, and how it exits.
-#[test]
-fn errors_tell_what_is_wrong_and_what_to_do() {
-    let folder = tempfile::tempdir().unwrap();
-    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    raw_dump(folder.path(), |_| {});
-    let (raw, out, sonic) = (at("guest.raw"), at("out"), at("x.sonic"));
+/// A guest's memory, its checkpoint, and files that are no such, or damaged.
+fn files_of_strangers(folder: &Path) {
+    let at = |name: &str| folder.join(name);
+    raw_dump(folder, |_| {});
     fs::create_dir(at("folder")).unwrap();
     fs::write(at("text"), "hello\n").unwrap();
     fs::write(at("qcow2"), b"QFI\xfb\0\0\0\x03").unwrap();
@@ -228,21 +225,32 @@ fn errors_tell_what_is_wrong_and_what_to_do() {
     fs::write(at("mapped"), &mapped).unwrap();
     mapped.truncate(6);
     fs::write(at("short"), &mapped).unwrap();
-    let run = sonicshot(&["save", &raw, "-o", &sonic, "-q"]);
+    let mut vmlinuz = vec![0; 0x202];
+    vmlinuz.extend(b"HdrS");
+    vmlinuz.resize(4096, 0);
+    fs::write(at("vmlinuz"), &vmlinuz).unwrap();
+    let (raw, sonic) = (at("guest.raw"), at("x.sonic"));
+    let (raw, sonic) = (raw.to_str().unwrap(), sonic.to_str().unwrap());
+    let run = sonicshot(&["save", raw, "-o", sonic, "-q"]);
     assert!(run.status.success(), "{}", stderr(&run));
-    let whole = fs::read(&sonic).unwrap();
+    let whole = fs::read(sonic).unwrap();
     fs::write(at("cut.sonic"), &whole[..5000]).unwrap();
     let mut flipped = whole;
     let middle = flipped.len() / 2;
     flipped[middle] ^= 1;
     fs::write(at("flipped.sonic"), &flipped).unwrap();
+}
+
+/// The mistakes of a stranger, the words of the command, and how it exits.
+#[test]
+fn errors_tell_what_is_wrong_and_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    files_of_strangers(folder.path());
+    let (raw, out, sonic) = (at("guest.raw"), at("out"), at("x.sonic"));
     let blob = format!("a={}", at("folder"));
     let (cut, wrong) = (at("cut.sonic"), at("flipped.sonic"));
     let (text_file, mapped, short, qcow2) = (at("text"), at("mapped"), at("short"), at("qcow2"));
-    let mut vmlinuz = vec![0; 0x202];
-    vmlinuz.extend(b"HdrS");
-    vmlinuz.resize(4096, 0);
-    fs::write(at("vmlinuz"), &vmlinuz).unwrap();
     let none = at("none");
     let folder_out = format!("{}/out", at("none"));
     #[rustfmt::skip]
