@@ -25,9 +25,18 @@ LITTLE = 200
 # Larger guests take minutes, emulated, to fill all of their free memory with garbage, and to be
 # stress-tested; they read again what they hold.
 TORTURED_MIB = 1024
-TOOLS = {"xl": ("xl save lab", "xl restore"),
-         "sonicshot": ("sonicshot xen save lab", "sonicshot xen restore")}
-FACTS = {"save": "save, s", "restore": "restore, s", "bytes": "image, GB"}
+TOOLS = {"xl": ("xl save", "xl restore"),
+         "none": ("sonicshot xen save --json --compress none", "sonicshot xen restore"),
+         "lz4": ("sonicshot xen save --json --compress lz4", "sonicshot xen restore")}
+OURS = [name for name in TOOLS if name != "xl"]
+FACTS = {"save": "save, s", "restore": "restore, s", "bytes": "image, GB",
+         "suspended": "suspended, s"}
+# Stock `xl` says when the guest is suspended, and ends as soon as it has gone on.
+XL_SUSPENDED = r"""xl -vvv save -c lab /images/image 2>&1 | {
+    grep -q -m 1 'guest has suspended' && now > /tmp/suspended; cat > /dev/null
+}
+echo "TIME suspended $(cat /tmp/suspended) $(now)"
+rm /images/image /tmp/suspended"""
 
 
 class Point(TypedDict):
@@ -45,23 +54,25 @@ class Point(TypedDict):
 
 
 def round_of(dom0: Dom0, tool: str) -> dict[str, float]:
-    """Saves the running guest and restores it; nothing is cached, and all is on the disk."""
+    """Saves the running guest and restores it; nothing is cached, and all is on the disk. Before,
+    it is saved and goes on: how long that suspends it."""
     save, restore = TOOLS[tool]
-    option = "--json" if tool == "sonicshot" else ""
-    done = dom0.order(f"timed save {save} /images/image {option}\n"
+    ours = tool in OURS
+    pause = dom0.order(f"{save} -c lab /images/image\nrm /images/image" if ours else XL_SUSPENDED, 3600)
+    done = dom0.order(f"timed save {save} lab /images/image\n"
                       "size image /images/image\n"
                       f"timed restore {restore} /images/image\n"
                       "rm /images/image\nask look LOOK-\nmemory", 3600)
     if not any(line.startswith("LOOK-OK") for line in done.lines):
         raise GuestFailed(f"the guest does not run on: {done.lines[-3:]}")
     found = {**done.times, "bytes": done.sizes["image"], "memory": int(done.word("MEMORY"))}
-    if option:
-        report = done.json()
-        if not report["pruned"]:
-            raise CheckFailed(f"a full image: {report['reason']}")
-        found |= {name: report[name] for name in ("dropped_pages", "total_pages", "look_seconds",
-                                                  "suspended_seconds")}
-    return found
+    if not ours:
+        return found | {"suspended": pause.times["suspended"]}
+    report = done.json()
+    if not report["pruned"]:
+        raise CheckFailed(f"a full image: {report['reason']}")
+    return found | {"suspended": pause.json()["suspended_seconds"]} | {
+        name: report[name] for name in ("dropped_pages", "total_pages", "look_seconds")}
 
 
 def disk_speed(dom0: Dom0) -> dict[str, float]:
@@ -98,9 +109,9 @@ def median(point: Point, tool: str, fact: str) -> float:
     return value / 1e9 if fact == "bytes" else value
 
 
-def change(point: Point, fact: str) -> str:
+def change(point: Point, fact: str, tool: str = OURS[0]) -> str:
     """What ours needs more than `xl`; below zero when less."""
-    more = median(point, "sonicshot", fact) / median(point, "xl", fact) - 1
+    more = median(point, tool, fact) / median(point, "xl", fact) - 1
     return f"{100 * more:+.1f} %"
 
 
@@ -109,14 +120,15 @@ def size(mib: int) -> str:
 
 
 def table(points: Sequence[Point]) -> str:
-    lines = ["| guest | in use | save, s | | restore, s | | image, GB | |",
-             "|---|---:|---|---:|---|---:|---|---:|"]
+    lines = ["| guest | in use | " + "".join(f"{fact} | | " for fact in FACTS.values()).strip(),
+             "|---|---:|" + "---|---|" * len(FACTS)]
     for point in points:
         cells = [size(point["memory"]), f"{point['guest_used']} MiB"]
         for fact in FACTS:
             both = [median(point, tool, fact) for tool in TOOLS]
-            cells.append(" → ".join(f"{value:.{3 if fact == 'bytes' else 1}f}" for value in both))
-            cells.append(change(point, fact))
+            xl, *ours = (f"{value:.{3 if fact == 'bytes' else 1}f}" for value in both)
+            cells.append(f"{xl} → {', '.join(ours)}")
+            cells.append(", ".join(change(point, fact, tool) for tool in OURS))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -125,7 +137,8 @@ def plot(places: Mapping[int, Point], label: str, ticks: Mapping[int, str], log:
     """`places`: the points by where they are on the x axis."""
     graphs = [(title, [[(at, median(point, tool, fact)) for at, point in places.items()]
                        for tool in TOOLS]) for fact, title in FACTS.items()]
-    return charts.svg(["xl", "sonicshot xen"], label, ticks, graphs, log)
+    names = ["xl", *(f"sonicshot xen, {tool}" for tool in OURS)]
+    return charts.svg(names, label, ticks, graphs, log)
 
 
 PAGE = """# Figures: Xen
@@ -133,7 +146,8 @@ PAGE = """# Figures: Xen
 What leaving out the free pages saves, over a guest's memory and over what of it is in use: the
 measurements of Figures 3 and 4 of Yoshida and Kono's paper, made by `lab.py xen-figures`. Stock
 `xl save` and `xl restore` are beside `sonicshot xen save` and `sonicshot xen restore`; both save
-the same guest in turn, which runs on in between, in one run, on one disk.
+the same guest in turn, which runs on in between, in one run, on one disk: `xl` → `--compress none`,
+`lz4`. *suspended* is of a save with `-c`, from when the guest is suspended until it goes on.
 
 ## {little} MiB in use
 
@@ -192,12 +206,13 @@ def page(points: Sequence[Point], memory_points: Sequence[Point], used_points: S
         little=LITTLE, largest=size(last["memory"]), tortured=size(TORTURED_MIB),
         dom0=DOM0_MIB, kernel=first["kernel"],
         memory_table=table(memory_points), used_table=table(used_points),
-        here=" | ".join(change(last, fact) for fact in FACTS),
+        here=" | ".join(", ".join(change(last, fact, tool) for tool in OURS)
+                        for fact in ("save", "restore", "bytes")),
         here_note="" if last["memory"] == 8192 else f", {size(last['memory'])}",
         medians="" if rounds == {1} else ", the medians",
         rounds=" or ".join(f"{count} round{'s' * (count > 1)}" for count in sorted(rounds)),
-        cache=first["cache"], save=median(last, "sonicshot", "save"),
-        look=median(last, "sonicshot", "look_seconds"), **spread)
+        cache=first["cache"], save=median(last, OURS[0], "save"),
+        look=median(last, OURS[0], "look_seconds"), **spread)
 
 
 def publish(points: Sequence[Point], into: Path) -> None:

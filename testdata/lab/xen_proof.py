@@ -88,7 +88,7 @@ def cycle(tool: Path, guest: XenGuest, keep: Path | None = None, kills: bool = T
                       live(dom0, tool, work, guest.memory))
             if kills:
                 killed(dom0)
-            refusals(dom0)
+            refusals(dom0, guest.memory)
             return row
     finally:
         if keep:
@@ -128,7 +128,7 @@ def live(dom0: Dom0, tool: Path, work: Path, memory: int) -> list[Live]:
     """The guest as it runs now, saved by `sonicshot xen save`."""
     saves = []
     for how in COMPRESSIONS:
-        option = "" if how == "plain" else f"--compress {how}"
+        option = f"--compress {'none' if how == 'plain' else how}"
         done = dom0.order("rm -f /images/live\n"
                           f"timed save sonicshot xen save lab /images/live --json {option}\n"
                           "size live /images/live\nxl list")
@@ -159,9 +159,7 @@ def killed(dom0: Dom0) -> None:
                 "echo LEFT $(ls -A /images | grep -c -e killed -e sonicshot)\nxl list")
             if "HIT" not in done.lines:
                 # It was faster. What it left is an image, of a guest that is gone, paused, or runs on.
-                if option == "":
-                    dom0.order("xl restore /images/killed")
-                elif option == "-p":
+                if option == "-p":
                     dom0.order("xl unpause lab")
                 elif option != "-c":
                     dom0.order("sonicshot xen restore /images/killed")
@@ -171,7 +169,7 @@ def killed(dom0: Dom0) -> None:
             tortured(dom0)
 
 
-def refusals(dom0: Dom0) -> None:
+def refusals(dom0: Dom0, memory: int) -> None:
     """Saves that cannot be done: no file is left, and the guest runs on."""
     before = "set +e\nmkdir -p /small\nmountpoint -q /small || mount -t tmpfs -o size=40M x /small\n"
     for option in ("", "--compress lz4"):
@@ -183,9 +181,21 @@ def refusals(dom0: Dom0) -> None:
     done = dom0.order(f"{before}echo mine > /images/mine\nsonicshot xen save lab /images/mine\n"
                       "echo CODE $?\necho HOLDS $(cat /images/mine)")
     expect(done.word("CODE") == "1" and done.word("HOLDS") == "mine", f"written over: {done.lines}")
-    # Left running, and saved as it is then.
-    done = dom0.order("sonicshot xen save -c lab /images/copy --json\nsize copy /images/copy")
-    expect(done.json()["pruned"], "a full image")
+    # Left running, and saved as it is then: with all of it in memory first, and with next to nothing.
+    for limit in ("", "--copy-limit 4M"):
+        for how in ("none", "lz4"):
+            done = dom0.order("rm -f /images/copy\nsonicshot xen save -c lab /images/copy --json "
+                              f"--compress {how} {limit}\nsize copy /images/copy")
+            report = done.json()
+            expect(report["pruned"], "a full image")
+            expect(report["compression"] == (None if how == "none" else how), f"{report}")
+            expect(0 < report["suspended_seconds"] <= report["seconds"], f"{report}")
+            tortured(dom0)
+    dom0.order("xl destroy lab")
+    restored(dom0, "sonicshot xen restore /images/copy", memory)
+    # The disk decides how it is compressed.
+    done = dom0.order("rm /images/copy\nsonicshot xen save -c lab /images/copy --json")
+    expect(done.json()["compression"] in (None, "lz4"), f"{done.lines}")
     tortured(dom0)
     done = dom0.order("head -c $(($(stat -c %s /images/copy) / 2)) /images/copy > /images/cut\n"
                       "xl destroy lab\nset +e\nsonicshot xen restore /images/cut\necho CODE $?\n"
@@ -229,7 +239,8 @@ def give_back_later(tool: Path, guest: XenGuest) -> dict[str, list[str]]:
     found = {}
     try:
         with Dom0(work, tool, guest) as dom0:
-            dom0.order("xl create /lab.cfg\nguest READY 0\nsonicshot xen save lab /images/live")
+            dom0.order("xl create /lab.cfg\nguest READY 0\n"
+                       "sonicshot xen save lab /images/live --compress none")
             image = dom0.take("/images/live", work / "live.xl")
             for way, change in ways.items():
                 retyped(image, work / "changed.xl", change)

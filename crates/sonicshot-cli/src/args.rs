@@ -8,13 +8,13 @@ use sonicshot::checkpoint::{Compression, DiskHash, MovedOn};
 use sonicshot::{ClassSet, Pfn};
 #[cfg(feature = "libvmi")]
 use sonicshot_libvmi::Domain;
-use sonicshot_offline::packed::ImageCompression;
 use sonicshot_offline::{
     AnalyzeOptions, DumpFormat, KdumpCompression, LayoutSpec, OpenOptions, RestoreDisks, RestoreTo,
     ShareOptions,
 };
 use sonicshot_vmi::x86_64::Cr3;
 use sonicshot_vmi::{Knowledge, OnInconsistency};
+use sonicshot_xen_live::{Compress, ImageCompression};
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 
@@ -872,13 +872,16 @@ pub(crate) enum Packing {
     Zstd,
     /// LZ4
     Lz4,
+    /// Not at all: plain `xl restore` reads the image
+    None,
 }
 
-impl From<Packing> for ImageCompression {
+impl From<Packing> for Compress {
     fn from(how: Packing) -> Self {
         match how {
-            Packing::Zstd => Self::Zstd,
-            Packing::Lz4 => Self::Lz4,
+            Packing::Zstd => Self::By(ImageCompression::Zstd),
+            Packing::Lz4 => Self::By(ImageCompression::Lz4),
+            Packing::None => Self::No,
         }
     }
 }
@@ -894,12 +897,18 @@ pub(crate) struct XenSaveArgs {
     /// Without it everything is found in the guest's own memory
     #[arg(long, value_name = "FILE|DIR")]
     pub symbols: Vec<PathBuf>,
-    /// Compress the image; `sonicshot xen restore` takes it as it is
+    /// How to compress the image. If not given, LZ4 where that is measured to cost no time on
+    /// FILE's disk, else not at all; which of them is said. `sonicshot xen restore` takes all of them,
+    /// `xl restore` what was saved with `none`
     #[arg(long, value_enum, value_name = "HOW")]
     pub compress: Option<Packing>,
-    /// Leave the domain running: it goes on as soon as its memory is written
+    /// Leave the domain running: it goes on as soon as its memory is copied, before it is on the disk
     #[arg(short, long, conflicts_with = "pause")]
     pub checkpoint: bool,
+    /// With `-c`, hold no more than this of the image in memory, and have the domain wait for the disk
+    /// beyond it; if not given, half of the memory that is available
+    #[arg(long, value_name = "SIZE", value_parser = size, requires = "checkpoint")]
+    pub copy_limit: Option<u64>,
     /// Leave the domain paused
     #[arg(short, long)]
     pub pause: bool,

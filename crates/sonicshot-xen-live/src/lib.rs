@@ -18,6 +18,8 @@
 //! has, and a frame that is not the guest's cannot be mapped by Xen's own check.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
+mod choice;
+mod copied;
 mod domain;
 mod error;
 #[expect(unsafe_code, reason = "the edge to Xen's libraries")]
@@ -29,12 +31,13 @@ mod save;
 mod watcher;
 mod xl;
 
+pub use choice::Choice;
 pub use domain::LiveDomain;
 pub use error::LiveError;
 pub use ffi::Xen;
 pub use filter::{FrameRuns, SaveFilter, path_of};
 pub use restore::restore;
-pub use save::{AfterSave, Look, Looked, SaveOptions, Saved, save};
+pub use save::{AfterSave, Compress, Look, Looked, SaveOptions, Saved, save};
 pub use sonicshot_offline::packed::ImageCompression;
 
 /// A domain's number.

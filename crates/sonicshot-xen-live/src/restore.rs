@@ -1,7 +1,9 @@
 //! What `xl restore` does, of a compressed image too.
 
 use crate::LiveError;
+use crate::copied::PIECE;
 use crate::xl::Xl;
+use rustix::pipe::fcntl_setpipe_size;
 use sonicshot_offline::packed::{self, ImageCompression};
 use std::fs::File;
 use std::io::{self, Read, Seek};
@@ -54,7 +56,11 @@ fn unpack(
     let mut child = child.map_err(|source| xl.cannot_run(source))?;
     let unpacked = match child.stdin.take() {
         // Closed at the end of it, so that xl does not wait for more.
-        Some(mut to) => packed::decompress(how, file, &mut to),
+        Some(mut to) => {
+            // Else it holds less, and whoever reads and who writes are woken more often.
+            let _ = fcntl_setpipe_size(&to, PIECE);
+            packed::decompress(how, file, &mut to)
+        }
         None => Err(io::ErrorKind::BrokenPipe.into()),
     };
     let status = child.wait();

@@ -1,14 +1,16 @@
 //! What `xl save` does, without the domain's free pages.
 
+use crate::copied::{Begin, Copied, PIECE};
 use crate::watcher::Watcher;
 use crate::xl::Xl;
-use crate::{DomainId, FrameRuns, LiveDomain, LiveError, SaveFilter, Xen, path_of};
+use crate::{Choice, DomainId, FrameRuns, LiveDomain, LiveError, SaveFilter, Xen, path_of};
+use rustix::pipe::fcntl_setpipe_size;
 use sonicshot::{DropClasses, GuestMemory, PageSize, Progress, Tally};
 use sonicshot_dump::{Dump, NewFile, Overwrite};
 use sonicshot_offline::packed::{self, ImageCompression};
 use sonicshot_vmi::{AnalysisOptions, GuestOptions, Note, analyze};
-use std::fs::File;
-use std::io::{self, PipeReader};
+use std::fs::{self, File};
+use std::io::{self, PipeReader, Read};
 use std::os::unix::process::CommandExt;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
@@ -20,6 +22,8 @@ use std::time::{Duration, Instant};
 const PAGE: PageSize = PageSize::SIZE_4K;
 /// How often it is looked how far the image is.
 const EVERY: Duration = Duration::from_millis(100);
+/// So much of the image of a domain that does not go on waits to be packed, in bytes.
+const PACKED_BESIDE: u64 = 16 << 20;
 
 /// The state of a domain after its save.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -34,14 +38,31 @@ pub enum AfterSave {
     GoOn,
 }
 
+/// How an image is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Compress {
+    /// By LZ4, if that is measured to cost no time on the image's disk; else not at all.
+    #[default]
+    IfFree,
+    /// Not at all: `xl restore` takes it as it is.
+    No,
+    /// So; [`restore`](crate::restore) takes it as it is.
+    By(ImageCompression),
+}
+
 /// How a domain is saved.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct SaveOptions {
     /// The state that it is left in.
     pub after: AfterSave,
-    /// How the image is compressed; [`restore`](crate::restore) takes it as it is.
-    pub compression: Option<ImageCompression>,
+    /// How the image is compressed.
+    pub compress: Compress,
+    /// How much of the image of a domain that goes on is held in memory, at most, in bytes: so far it
+    /// need not wait for packing and disk. Half of the memory that this machine has to give, if
+    /// nothing is said.
+    pub copy_limit: Option<u64>,
     /// Whether a file that exists is replaced.
     pub overwrite: Overwrite,
     /// Files with symbols and types of the guest's kernel, which need not be given.
@@ -54,7 +75,8 @@ impl Default for SaveOptions {
     fn default() -> Self {
         Self {
             after: AfterSave::default(),
-            compression: None,
+            compress: Compress::default(),
+            copy_limit: None,
             overwrite: Overwrite::Refuse,
             symbols: Vec::new(),
             progress: None,
@@ -78,8 +100,15 @@ impl SaveOptions {
 
     /// Says how the image is compressed.
     #[must_use]
-    pub fn compression(mut self, compression: ImageCompression) -> Self {
-        self.compression = Some(compression);
+    pub fn compress(mut self, compress: Compress) -> Self {
+        self.compress = compress;
+        self
+    }
+
+    /// Says how much of the image of a domain that goes on is held in memory, in bytes.
+    #[must_use]
+    pub fn copy_limit(mut self, bytes: u64) -> Self {
+        self.copy_limit = Some(bytes);
         self
     }
 
@@ -146,11 +175,15 @@ pub struct Saved {
     pub domain: DomainId,
     /// The look at it; `None` if Xen's save helper never asked for the types of frames.
     pub looked: Option<Looked>,
+    /// How the image is compressed.
+    pub compression: Option<ImageCompression>,
+    /// What that was chosen by, if nothing was asked for.
+    pub choice: Option<Choice>,
     /// How long the image is, in bytes.
     pub file_bytes: u64,
     /// How long it took from the first call until the image was complete.
     pub took: Duration,
-    /// How long the domain was suspended until then.
+    /// How long the domain was suspended: until it went on, or until then.
     pub suspended: Option<Duration>,
 }
 
@@ -167,17 +200,36 @@ pub fn save(name: &str, path: &Path, options: &SaveOptions) -> Result<Saved, Liv
     let xen = Xen::open()?;
     let domain = DomainId::find(name)?;
     let out = NewFile::create_new(path, options.overwrite)?;
+    let writing = |source| LiveError::Io {
+        action: "writing",
+        path: path.to_owned(),
+        source,
+    };
+    let (compression, choice) = match options.compress {
+        Compress::No => (None, None),
+        Compress::By(how) => (Some(how), None),
+        Compress::IfFree => {
+            let choice = Choice::make(out.file()).map_err(writing)?;
+            (choice.compression, Some(choice))
+        }
+    };
     let work = Work {
         xen: &xen,
         domain,
         options,
+        compression,
         path,
         expected: AtomicU64::new(0),
     };
     let written = watched(out.file(), &work.expected, &options.progress, || {
         work.write(&out)
     });
-    let (looked, packed, watcher) = written?;
+    let Written {
+        looked,
+        packed,
+        watcher,
+        ended,
+    } = written?;
     let file_bytes = out.file().metadata().map_or(0, |file| file.len());
     // The domain stays paused until the image is on the disk and has its name.
     let finished = packed
@@ -197,14 +249,34 @@ pub fn save(name: &str, path: &Path, options: &SaveOptions) -> Result<Saved, Liv
     if gone {
         Xl::new(&["destroy", &id])?.run()?;
     }
+    let went_on = match options.after {
+        AfterSave::GoOn => ended,
+        AfterSave::Destroy | AfterSave::Pause => complete,
+    };
     let suspended = looked.as_ref();
     Ok(Saved {
         domain,
+        compression,
+        choice,
         file_bytes,
         took: complete.duration_since(started),
-        suspended: suspended.map(|looked| complete.duration_since(looked.suspended)),
+        suspended: suspended.map(|looked| went_on.duration_since(looked.suspended)),
         looked,
     })
+}
+
+/// Half of what this machine has to give; nothing where it does not say.
+fn half_of_memory() -> u64 {
+    let said = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    available(&said).map_or(0, |bytes| bytes >> 1)
+}
+
+/// `MemAvailable` of `/proc/meminfo`, in bytes.
+fn available(said: &str) -> Option<u64> {
+    let mut lines = said.lines();
+    let line = lines.find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    kib.checked_mul(1 << 10)
 }
 
 /// Tells how long `file` is while `work` writes it, once it is known what to expect.
@@ -233,14 +305,23 @@ fn watched<T: Send>(
     done.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
-/// The look at the domain, whether packing failed, and what watches over the domain until all is done.
-type Written = (Option<Looked>, Result<(), LiveError>, Option<Watcher>);
+/// What came of `xl`'s part of a save.
+struct Written {
+    looked: Option<Looked>,
+    /// Whether packing failed.
+    packed: Result<(), LiveError>,
+    /// What watches over the domain until all is done.
+    watcher: Option<Watcher>,
+    /// When `xl` had ended: a domain that is to go on does.
+    ended: Instant,
+}
 
 /// A save that is under way.
 struct Work<'a> {
     xen: &'a Xen,
     domain: DomainId,
     options: &'a SaveOptions,
+    compression: Option<ImageCompression>,
     /// What messages call the image.
     path: &'a Path,
     /// How long the image will be, at most; 0 while that is not known.
@@ -256,29 +337,51 @@ impl Work<'_> {
             path: self.path.to_owned(),
             source,
         };
-        let Some(how) = self.options.compression else {
+        let goes_on = self.options.after == AfterSave::GoOn;
+        if self.compression.is_none() && !goes_on {
             let watcher = self.watcher(None)?;
-            return Ok((self.run(&path_of(out.file()))?, Ok(()), watcher));
-        };
-        let (mut from, to) = io::pipe().map_err(writing)?;
-        let watcher = self.watcher(Some(&from))?;
-        thread::scope(|scope| {
-            let packing = scope.spawn(move || {
-                let packed = packed::compress(how, &mut from, out.file());
-                if packed.is_err() {
-                    // A broken pipe would end xl before it can resume the domain.
-                    let _ = io::copy(&mut from, &mut io::sink());
-                }
-                packed
+            return Ok(Written {
+                looked: self.run(&path_of(out.file()))?,
+                packed: Ok(()),
+                watcher,
+                ended: Instant::now(),
             });
+        }
+        let (mut from, to) = io::pipe().map_err(writing)?;
+        // Else it holds less, and whoever reads and who writes are woken more often.
+        let _ = fcntl_setpipe_size(&from, PIECE);
+        let watcher = self.watcher(Some(&from))?;
+        let copied = if goes_on {
+            let limit = self.options.copy_limit.unwrap_or_else(half_of_memory);
+            Copied::new(limit, Begin::Behind)
+        } else {
+            Copied::new(PACKED_BESIDE, Begin::AtOnce)
+        };
+        thread::scope(|scope| {
+            let copied = &copied;
+            scope.spawn(move || copied.take(&mut from));
+            let packing = scope.spawn(move || self.pack(copied.given(), out.file()));
             let looked = self.run(&path_of(&to));
+            let ended = Instant::now();
             // Nobody writes any more: the reader comes to the end.
             drop(to);
             let packed = packing
                 .join()
                 .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()));
-            Ok((looked?, packed.map_err(writing), watcher))
+            Ok(Written {
+                looked: looked?,
+                packed: packed.map_err(writing),
+                watcher,
+                ended,
+            })
         })
+    }
+
+    fn pack(&self, mut given: impl Read, mut out: &File) -> io::Result<()> {
+        match self.compression {
+            Some(how) => packed::compress(how, given, out),
+            None => io::copy(&mut given, &mut out).map(drop),
+        }
     }
 
     /// What has the domain go on if this process is killed. `xl save -c` does so by itself, as long as
@@ -346,11 +449,36 @@ impl Work<'_> {
         })
     }
 
-    /// Whether the image is one that can be read, from its first record to its last.
+    /// Whether the image is one that can be read, from its first record to its last. The disk has it
+    /// meanwhile.
     fn check(&self, out: &NewFile) -> Result<(), LiveError> {
-        if self.options.compression.is_none() {
-            Dump::open(path_of(out.file()), None)?;
+        if self.compression.is_some() {
+            return Ok(());
         }
+        thread::scope(|scope| {
+            // What is wrong with that is told when it is done in the end.
+            scope.spawn(|| out.file().sync_data());
+            Dump::open(path_of(out.file()), None)
+        })?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::available;
+
+    #[test]
+    fn the_memory_that_is_there_is_read() {
+        let said = "MemTotal:        1514432 kB\nMemAvailable:    1000000 kB\n";
+        assert_eq!(available(said), Some(1_024_000_000));
+        for other in [
+            "",
+            "MemAvailable: x kB",
+            "MemAvailable: 7",
+            "MemAvailable: 18446744073709551615 kB",
+        ] {
+            assert_eq!(available(other), None, "{other}");
+        }
     }
 }

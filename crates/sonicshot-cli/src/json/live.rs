@@ -19,6 +19,8 @@ pub(crate) struct XenSaveReport {
     pub total_pages: Option<u64>,
     pub dropped_pages: u64,
     pub dropped_bytes: u64,
+    /// `zstd` or `lz4`.
+    pub compression: Option<&'static str>,
     pub file_bytes: u64,
     pub seconds: f64,
     pub suspended_seconds: Option<f64>,

@@ -8,7 +8,7 @@ use crate::progress::Phase;
 use crate::report::{bytes_of, complain, note, percent, say, size};
 use sonicshot::PageSize;
 use sonicshot_vmi::Note;
-use sonicshot_xen_live::{AfterSave, Look, SaveOptions, Saved};
+use sonicshot_xen_live::{AfterSave, Choice, ImageCompression, Look, SaveOptions, Saved};
 use std::time::Duration;
 
 const PAGE: PageSize = PageSize::SIZE_4K;
@@ -20,7 +20,8 @@ pub(crate) fn save(args: &XenSaveArgs) -> Result<(), CliError> {
         (false, true) => AfterSave::Pause,
         (false, false) => AfterSave::Destroy,
     };
-    options.compression = args.compress.map(Into::into);
+    options.compress = args.compress.map_or_else(Default::default, Into::into);
+    options.copy_limit = args.copy_limit;
     options.overwrite = overwrite(args.force);
     options.symbols.clone_from(&args.symbols);
     let phase = Phase::begin("saving", args.json);
@@ -34,6 +35,33 @@ pub(crate) fn save(args: &XenSaveArgs) -> Result<(), CliError> {
         outcome.print_summary(args);
     }
     Ok(())
+}
+
+fn name_of(how: ImageCompression) -> &'static str {
+    match how {
+        ImageCompression::Zstd => "zstd",
+        ImageCompression::Lz4 => "lz4",
+        _ => "other",
+    }
+}
+
+fn packed_by(how: Option<ImageCompression>) -> String {
+    how.map_or_else(String::new, |how| format!(" ({})", name_of(how)))
+}
+
+/// What a choice of the compression was made by.
+fn told(choice: &Choice) -> String {
+    let of = |took: Duration| format!("{:.0} ms", 1e3 * took.as_secs_f64());
+    let (wrote, packed) = (of(choice.wrote), of(choice.packed));
+    let sample = size(choice.sample);
+    match choice.compression {
+        Some(how) => format!(
+            "compressed by {}: of {sample} the disk takes {wrote}, that {packed}; `xl restore` reads what \
+             `--compress none` writes",
+            name_of(how)
+        ),
+        None => format!("not compressed: of {sample} the disk takes {wrote}, lz4 {packed}"),
+    }
 }
 
 /// What a save came to, to be told.
@@ -80,6 +108,7 @@ impl Outcome {
             total_pages: look.map(|look| look.total_pages),
             dropped_pages: dropped,
             dropped_bytes: bytes_of(dropped, PAGE.bytes()),
+            compression: saved.compression.map(name_of),
             file_bytes: saved.file_bytes,
             seconds: saved.took.as_secs_f64(),
             suspended_seconds: saved.suspended.map(|time| time.as_secs_f64()),
@@ -108,11 +137,15 @@ impl Outcome {
             );
         }
         say!(
-            "saved domain {} to {}: {}, {:.2} s",
+            "saved domain {} to {}: {}{}, {:.2} s",
             self.saved.domain,
             args.file.display(),
             size(self.saved.file_bytes),
+            packed_by(self.saved.compression),
             self.saved.took.as_secs_f64()
         );
+        if let Some(choice) = &self.saved.choice {
+            say!("{}", told(choice));
+        }
     }
 }
