@@ -6,6 +6,9 @@
 //! program that started the save makes when it is first asked, with the domain suspended by then.
 //! Without that table, whatever the reason, nothing is changed, and the save is a full one.
 //!
+//! Of a restore, runs of frames that libxc wants memory for, one by one, are asked for by 2 MiB, as
+//! Xen's own builder of domains does, and one by one only where there are no such.
+//!
 //! It also spares libxc what it does for nobody: `xl` is not told of every 4 MiB how far the save is,
 //! which wakes it each time, and types are asked for so few at a time that libxencall keeps the
 //! memory for the answer, in place of mapping it anew.
@@ -13,7 +16,7 @@
 //! No standard library: the helper has its own C library, and nothing here may panic.
 #![no_std]
 
-use core::ffi::{c_char, c_int, c_long, c_ulong, c_void};
+use core::ffi::{c_char, c_int, c_long, c_uint, c_ulong, c_void};
 use core::mem::size_of;
 use core::ptr;
 use core::slice;
@@ -114,6 +117,108 @@ pub unsafe extern "C" fn xc_get_pfn_type_batch(
 #[unsafe(no_mangle)]
 pub extern "C" fn xc_report_progress_step(_: *mut c_void, _: c_ulong, _: c_ulong) {}
 
+type Populate = unsafe extern "C" fn(*mut c_void, u32, c_ulong, c_uint, c_uint, *mut u64) -> c_int;
+
+static POPULATE: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+static POPULATE_EXACT: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+
+/// As libxc's own function of that name (`tools/libs/ctrl/xc_domain.c`): gives the domain memory for
+/// the `count` frames of the guest in `frames`, each of 2^`order` pages, all or it fails; of a
+/// paravirtualised domain `frames` has the machine's afterwards.
+///
+/// # Safety
+/// As libxc's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xc_domain_populate_physmap_exact(
+    xch: *mut c_void,
+    domain: u32,
+    count: c_ulong,
+    order: c_uint,
+    flags: c_uint,
+    frames: *mut u64,
+) -> c_int {
+    // SAFETY: finds the functions that these stand before, which have this type.
+    let found = unsafe {
+        let exact = next(&POPULATE_EXACT, c"xc_domain_populate_physmap_exact");
+        exact.zip(next(&POPULATE, c"xc_domain_populate_physmap"))
+    };
+    let Some((exact, some)) = found else {
+        return -1;
+    };
+    // SAFETY: libxenctrl's functions of these names have this type.
+    let (exact, some) = unsafe {
+        (
+            core::mem::transmute::<*mut c_void, Populate>(exact),
+            core::mem::transmute::<*mut c_void, Populate>(some),
+        )
+    };
+    if order != 0 || frames.is_null() {
+        // SAFETY: the caller's arguments, as they are.
+        return unsafe { exact(xch, domain, count, order, flags, frames) };
+    }
+    // SAFETY: the caller gives `count` frames to be written.
+    let mut rest = unsafe { slice::from_raw_parts_mut(frames, count as usize) };
+    while !rest.is_empty() {
+        let (now, later) = rest.split_at_mut(single(rest));
+        if !now.is_empty() {
+            // SAFETY: a part of the caller's frames.
+            let result =
+                unsafe { exact(xch, domain, now.len() as c_ulong, 0, flags, now.as_mut_ptr()) };
+            if result != 0 {
+                return result;
+            }
+        }
+        let Some((whole, later)) = later.split_at_mut_checked(LARGE) else {
+            break;
+        };
+        let mut frame = whole.first().copied().unwrap_or(0);
+        // SAFETY: one frame, of 2 MiB.
+        let given = unsafe { some(xch, domain, 1, LARGE_ORDER, flags, &raw mut frame) };
+        let result = if given == 1 {
+            for (page, inside) in whole.iter_mut().zip(0..) {
+                *page = frame + inside;
+            }
+            0
+        } else {
+            // SAFETY: a part of the caller's frames.
+            unsafe { exact(xch, domain, LARGE as c_ulong, 0, flags, whole.as_mut_ptr()) }
+        };
+        if result != 0 {
+            return result;
+        }
+        rest = later;
+    }
+    0
+}
+
+/// Pages of 2 MiB, and what Xen calls that.
+const LARGE: usize = 512;
+const LARGE_ORDER: c_uint = 9;
+
+/// How many of `frames` come before 2 MiB of them that are one run and begin at a multiple; all, if
+/// there are no such.
+fn single(frames: &[u64]) -> usize {
+    let begins = |at: &usize| {
+        let run = frames.get(*at..).and_then(|rest| rest.get(..LARGE));
+        run.is_some_and(|run| {
+            run.first().is_some_and(|first| first % LARGE as u64 == 0)
+                && run.windows(2).all(|pair| matches!(pair, [a, b] if a.checked_add(1) == Some(*b)))
+        })
+    };
+    (0..frames.len()).find(begins).unwrap_or(frames.len())
+}
+
+/// The function `name` behind this library, kept in `place`.
+unsafe fn next(place: &AtomicPtr<c_void>, name: &core::ffi::CStr) -> Option<*mut c_void> {
+    let mut found = place.load(Ordering::Relaxed);
+    if found.is_null() {
+        // SAFETY: looks behind this library for a name with its end.
+        found = unsafe { dlsym(RTLD_NEXT, name.as_ptr()) };
+        place.store(found, Ordering::Relaxed);
+    }
+    (!found.is_null()).then_some(found)
+}
+
 fn is_in(runs: &[Run], number: u64) -> bool {
     let above = runs.partition_point(|run| run.start <= number);
     let run = above.checked_sub(1).and_then(|index| runs.get(index));
@@ -121,15 +226,8 @@ fn is_in(runs: &[Run], number: u64) -> bool {
 }
 
 unsafe fn real() -> Option<GetTypes> {
-    let mut found = REAL.load(Ordering::Relaxed);
-    if found.is_null() {
-        // SAFETY: looks behind this library for the same name.
-        found = unsafe { dlsym(RTLD_NEXT, c"xc_get_pfn_type_batch".as_ptr()) };
-        REAL.store(found, Ordering::Relaxed);
-    }
-    if found.is_null() {
-        return None;
-    }
+    // SAFETY: looks behind this library for the same name.
+    let found = unsafe { next(&REAL, c"xc_get_pfn_type_batch") }?;
     // SAFETY: libxenctrl's function of that name has this type.
     Some(unsafe { core::mem::transmute::<*mut c_void, GetTypes>(found) })
 }

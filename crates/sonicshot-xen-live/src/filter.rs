@@ -10,11 +10,12 @@
 use crate::{DomainId, LiveError};
 use core::ops::Range;
 use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use sonicshot::Tally;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::process::{Child, Command, ExitStatus};
 use std::thread;
 
@@ -104,10 +105,8 @@ impl SaveFilter {
     /// [`LiveError::Filter`] if the system gives no pipes or memory files.
     pub fn new() -> Result<Self, LiveError> {
         let make = || {
-            let mut library = memory_file("sonicshot-xen-filter")?;
-            library.write_all(LIBRARY)?;
             Ok(Self {
-                library,
+                library: library()?,
                 table: memory_file("sonicshot-xen-frames")?,
                 request: io::pipe()?,
                 answer: io::pipe()?,
@@ -118,13 +117,8 @@ impl SaveFilter {
 
     /// Has `command`, an `xl save` without `-l`, ask [`serve`](Self::serve).
     pub fn attach(&self, command: &mut Command) {
-        let mut preload = OsString::from(path_of(&self.library));
-        if let Some(others) = std::env::var_os(PRELOAD) {
-            preload.push(":");
-            preload.push(others);
-        }
         command
-            .env(PRELOAD, preload)
+            .env(PRELOAD, preload(path_of(&self.library)))
             .env(REQUEST, path_of(&self.request.1))
             .env(ANSWER, path_of(&self.answer.0))
             .env(TABLE, path_of(&self.table));
@@ -171,6 +165,40 @@ impl SaveFilter {
             status.map_err(failed("waiting for"))
         })
     }
+}
+
+/// The library, in a memory file.
+fn library() -> io::Result<File> {
+    let mut library = memory_file("sonicshot-xen-filter")?;
+    library.write_all(LIBRARY)?;
+    Ok(library)
+}
+
+/// What is preloaded already, behind the library at `path`.
+fn preload(path: String) -> OsString {
+    let mut preload = OsString::from(path);
+    if let Some(others) = std::env::var_os(PRELOAD) {
+        preload.push(":");
+        preload.push(others);
+    }
+    preload
+}
+
+/// What has `command`, an `xl restore`, and all that it starts, ask for memory by 2 MiB, for as long as
+/// it is held. `xl` stays as long as its domain does, with this environment: so it has the library by a
+/// descriptor of its own, and no path of a process that is gone, whose number another may have by then.
+pub(crate) fn attach_large_pages(command: &mut Command) -> Result<OwnedFd, LiveError> {
+    /// No script has descriptors of its own from here on.
+    const HIGH: RawFd = 700;
+    let make = || {
+        let library = fcntl_dupfd_cloexec(library()?, HIGH)?;
+        fcntl_setfd(&library, FdFlags::empty())?;
+        Ok(library)
+    };
+    let library: OwnedFd = make().map_err(failed("making"))?;
+    let path = format!("/proc/self/fd/{}", library.as_raw_fd());
+    command.env(PRELOAD, preload(path));
+    Ok(library)
 }
 
 pub(crate) fn memory_file(name: &str) -> io::Result<File> {

@@ -266,7 +266,7 @@ pub fn save(name: &str, path: &Path, options: &SaveOptions) -> Result<Saved, Liv
 }
 
 /// Half of what this machine has to give; nothing where it does not say.
-fn half_of_memory() -> u64 {
+pub(crate) fn half_of_memory() -> u64 {
     let said = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     available(&said).map_or(0, |bytes| bytes >> 1)
 }

@@ -23,9 +23,72 @@ pub unsafe extern "C" fn xc_get_pfn_type_batch(
     0
 }
 
+/// The machine's frame of the guest's `frame`, of which there is no 2 MiB for what begins at 4096.
+fn machine(frame: u64) -> u64 {
+    frame + (1 << 20)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xc_domain_populate_physmap(
+    _: *mut u8, _: u32, count: u64, order: u32, flags: u32, frames: *mut u64,
+) -> i32 {
+    let first = unsafe { *frames };
+    println!("{count} of order {order} at {first}, flags {flags}");
+    if order == 9 && first == 4096 {
+        return 0;
+    }
+    for frame in unsafe { std::slice::from_raw_parts_mut(frames, count as usize) } {
+        *frame = machine(*frame);
+    }
+    count as i32
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xc_domain_populate_physmap_exact(
+    xch: *mut u8, domain: u32, count: u64, order: u32, flags: u32, frames: *mut u64,
+) -> i32 {
+    if domain == 9 {
+        return -1;
+    }
+    print!("exactly ");
+    unsafe { xc_domain_populate_physmap(xch, domain, count, order, flags, frames) };
+    0
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xc_report_progress_step(_: *mut u8, done: u64, _: u64) {
     println!("progress {done}");
+}
+"#;
+
+/// Wants memory for frames as libxc does of a record, and prints what it gets.
+const POPULATES: &str = r#"
+#[link(name = "standin")]
+unsafe extern "C" {
+    fn xc_domain_populate_physmap_exact(
+        xch: *mut u8, domain: u32, count: u64, order: u32, flags: u32, frames: *mut u64,
+    ) -> i32;
+}
+fn populate(domain: u32, order: u32, frames: impl IntoIterator<Item = u64>) {
+    let wanted: Vec<u64> = frames.into_iter().collect();
+    let mut got = wanted.clone();
+    let (at, count) = (got.as_mut_ptr(), got.len() as u64);
+    let null = std::ptr::null_mut();
+    let result = unsafe { xc_domain_populate_physmap_exact(null, domain, count, order, 5, at) };
+    let right = got.iter().zip(&wanted).all(|(got, wanted)| *got == wanted + (1 << 20));
+    println!("{result} {right}");
+}
+fn main() {
+    // Whole, with a gap, with another order of frames, and begun elsewhere.
+    populate(3, 0, 1024..2048);
+    populate(3, 0, (0..1024).filter(|frame| *frame != 700));
+    populate(3, 0, (1024..1536).rev());
+    populate(3, 0, 1500..2100);
+    // No such memory is left.
+    populate(3, 0, 4096..4700);
+    populate(3, 0, []);
+    populate(3, 4, [64]);
+    populate(9, 0, 1000..2048);
 }
 "#;
 
@@ -117,4 +180,38 @@ fn only_ordinary_frames_that_were_chosen_are_left_out() {
     // What libxc's own function says goes through.
     let lines = asked(folder, &["9"], |_| std::iter::once(0..1 << 40).collect());
     assert!(lines[0].starts_with("9 -1 "), "{lines:?}");
+}
+
+#[test]
+fn memory_is_asked_for_by_two_mebibytes_where_it_can_be() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    build(folder, "standin.rs", LIBRARY, &["--crate-type", "cdylib"]);
+    build(folder, "program.rs", POPULATES, &["-L."]);
+    let lines = asked(folder, &[], |_| FrameRuns::default());
+    assert_eq!(
+        lines,
+        [
+            "1 of order 9 at 1024, flags 5",
+            "1 of order 9 at 1536, flags 5",
+            "0 true",
+            "1 of order 9 at 0, flags 5",
+            "exactly 511 of order 0 at 512, flags 5",
+            "0 true",
+            "exactly 512 of order 0 at 1535, flags 5",
+            "0 true",
+            "exactly 36 of order 0 at 1500, flags 5",
+            "1 of order 9 at 1536, flags 5",
+            "exactly 52 of order 0 at 2048, flags 5",
+            "0 true",
+            "1 of order 9 at 4096, flags 5",
+            "exactly 512 of order 0 at 4096, flags 5",
+            "exactly 92 of order 0 at 4608, flags 5",
+            "0 true",
+            "0 true",
+            "exactly 1 of order 4 at 64, flags 5",
+            "0 true",
+            "-1 false",
+        ]
+    );
 }
