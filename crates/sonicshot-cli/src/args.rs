@@ -1002,6 +1002,10 @@ pub(crate) struct QemuSaveArgs {
     /// saved
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub max_pause: std::time::Duration,
+    /// Refuse a guest the copy of whose memory takes more than this; what the machine, or the limit
+    /// of a cgroup, leaves is never taken. A guest that is found paused is not copied first
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub copy_limit: Option<u64>,
     /// QEMU's process, if another one has opened the monitor's socket (as libvirt does)
     #[arg(long, value_name = "N")]
     pub pid: Option<i32>,

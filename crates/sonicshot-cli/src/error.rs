@@ -504,6 +504,10 @@ fn hint_of_qemu(error: &QemuError) -> Option<&'static str> {
              (CAP_SYS_PTRACE)"
         }
         QemuError::PausedTooLong { .. } => "--max-pause SECONDS allows more",
+        QemuError::NoRoom { .. } => {
+            "pause the guest first (`stop` at its monitor, `virsh suspend`) and save it so: a guest \
+             that is found paused is not copied before it is written"
+        }
         _ => return None,
     })
 }

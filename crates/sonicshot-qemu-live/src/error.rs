@@ -130,6 +130,18 @@ pub enum QemuError {
         /// What was under way.
         doing: &'static str,
     },
+    /// There is no memory for a copy of what the guest uses.
+    #[error(
+        "a copy of the memory that the guest uses takes {needed} bytes more, and {room} are left for \
+         it: nothing was saved, and the guest is as it was"
+    )]
+    NoRoom {
+        /// The bytes that are still to be copied.
+        needed: u64,
+        /// The bytes that there are for it: what was allowed, or what the machine or a cgroup's limit
+        /// leaves.
+        room: u64,
+    },
     /// The process that would let the guest run on cannot be reached.
     #[error("the watchdog process, which would let the guest run on if this one died, at {action}")]
     Watchdog {

@@ -31,6 +31,7 @@ mod qmp;
 mod record;
 mod refuse;
 mod restore;
+mod room;
 mod save;
 #[expect(unsafe_code, reason = "a file that is mapped")]
 mod sealed;

@@ -5,7 +5,7 @@ use crate::find::Segment;
 use crate::shadow::{BLOCK, Hole, PAGE, Shadow};
 use sonicshot::work::for_each;
 use sonicshot::{
-    Gpa, GpaRange, GuestMemory, Mapped, MemoryError, Processor, Processors, RamLayout,
+    Gpa, GpaRange, GuestMemory, Mapped, MemoryError, Processor, Processors, RamLayout, Tally,
 };
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -138,6 +138,12 @@ impl LiveMemory {
         Ok(!stopped.into_inner())
     }
 
+    /// The bytes of these pages that are not read yet.
+    pub(crate) fn missing(&self, pages: &[Range<usize>]) -> u64 {
+        let missing = pages.iter().map(|pages| self.shadow.missing(pages));
+        missing.sum::<Tally>().times(PAGE as u64).get()
+    }
+
     /// Reads pages of one block of the shadow.
     fn fill(&self, block: usize, pages: &[Range<usize>]) -> Result<(), MemoryError> {
         let at = block.checked_mul(BLOCK);
@@ -235,6 +241,33 @@ impl Shadowed {
         let start = self.at.checked_add(usize::try_from(inside).ok()?)?;
         let end = start.checked_add(usize::try_from(part.len()).ok()?)?;
         Some(start..end)
+    }
+}
+
+/// The memory of a guest that stays paused: what was not read yet is read where it is wanted, and not
+/// kept.
+pub(crate) struct AsItIs<'a>(pub(crate) &'a LiveMemory);
+
+impl GuestMemory for AsItIs<'_> {
+    fn layout(&self) -> &RamLayout {
+        self.0.layout()
+    }
+
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        if self.0.read_once(at, buf)? {
+            return Ok(());
+        }
+        self.0.read(at, buf)
+    }
+
+    fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
+        let range = self.0.whole(at, len)?;
+        let found = self.0.find(&range).filter(|_| !range.is_empty());
+        Ok(found.and_then(|(_, bytes)| self.0.shadow.get(&bytes).map(Mapped::borrowed)))
+    }
+
+    fn processors(&self) -> Processors {
+        self.0.processors()
     }
 }
 
@@ -338,7 +371,7 @@ impl GuestMemory for LiveMemory {
 
 #[cfg(test)]
 mod tests {
-    use super::{LiveMemory, by_block};
+    use super::{AsItIs, LiveMemory, by_block};
     use crate::find::Segment;
     use crate::process::Backing;
     use crate::sealed::Sealed;
@@ -471,6 +504,33 @@ mod tests {
         assert!(memory.read_once(at, &mut [0; 70_000]).unwrap());
         memory.close();
         assert!(!memory.read_once(at, &mut [0; 70_000]).unwrap());
+    }
+
+    #[test]
+    fn a_guest_that_stays_paused_is_not_copied() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&vec![7; 910 << 12], 0).unwrap();
+        let memory = memory(&file);
+        let paused = AsItIs(&memory);
+        let all = 0..910;
+        let pages = std::slice::from_ref(&all);
+        assert_eq!(memory.missing(pages), 910 << 12);
+        let mut buf = vec![0; 700 << 12];
+        paused.read(Gpa::ZERO, &mut buf).unwrap();
+        assert_eq!(buf, vec![7; 700 << 12]);
+        assert!(paused.map(Gpa::ZERO, 4096).unwrap().is_none());
+        assert_eq!(memory.missing(pages), 910 << 12);
+        // What the analysis has read is seen as it was.
+        assert_eq!(memory.read_u32(Gpa::ZERO).unwrap(), 0x0707_0707);
+        let left = memory.missing(pages);
+        assert!(left < 910 << 12 && left > 800 << 12, "{left}");
+        file.write_all_at(&[9; 4096], 10 << 12).unwrap();
+        assert!(paused.map(Gpa::ZERO, 4096).unwrap().is_some());
+        assert_eq!(paused.read_u32(Gpa::ZERO).unwrap(), 0x0707_0707);
+        let place = |at, len| memory.find(&GpaRange::with_len(Gpa::new(at), len).unwrap());
+        assert!(place(0, 700 << 12).is_some());
+        file.write_all_at(&[7; 4096], 10 << 12).unwrap();
+        sonicshot_testkit::check_memory(&paused, &|_, buf| buf.fill(7));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use crate::disks::{Disks, OnPinned, PinnedDisk};
 use crate::error::QemuError;
 use crate::find::{self, Blocks, Found};
-use crate::memory::LiveMemory;
+use crate::memory::{AsItIs, LiveMemory};
 use crate::process::Process;
 use crate::qmp::{PATIENCE, QemuVersion, Qmp, Until};
 use crate::record::{self, Block, Record};
@@ -34,6 +34,8 @@ use std::time::{Duration, Instant};
 const LOOKS: u32 = 4;
 /// How long all of that may take: what changes under the eyes may have all memory searched.
 const LOOKING: Duration = Duration::from_secs(4);
+/// Memory that a copy leaves to the machine, and to the writing of the checkpoint, in bytes.
+const SPARE: u64 = 256 << 20;
 /// The blob that other readers of checkpoints look for.
 const VMCOREINFO: &str = "vmcoreinfo";
 
@@ -70,6 +72,9 @@ pub struct LiveSaveOptions {
     /// A command that calls [`watch`](crate::watch) with its standard input and output, and does
     /// nothing else: it lets the guest run on if this process dies while the guest is paused.
     pub watchdog: Option<Command>,
+    /// The memory that the copy of the guest's may take at most, in bytes, if that is less than the
+    /// machine, or a cgroup's limit, has left. A guest that is found paused is not copied.
+    pub copy_limit: Option<u64>,
     /// Disks that are pinned in the pause, by what QEMU calls them, each with the file that becomes its
     /// overlay, and must not be there: pages that are the same on the disk below are not stored.
     pub disks: Vec<(String, PathBuf)>,
@@ -87,6 +92,7 @@ impl Default for LiveSaveOptions {
             max_pause: Duration::from_secs(5),
             pid: None,
             watchdog: None,
+            copy_limit: None,
             disks: Vec::new(),
             disk_hash: DiskHash::default(),
         }
@@ -132,6 +138,13 @@ impl LiveSaveOptions {
     #[must_use]
     pub fn max_pause(mut self, max_pause: Duration) -> Self {
         self.max_pause = max_pause;
+        self
+    }
+
+    /// Says how many bytes of memory the copy of the guest's may take at most.
+    #[must_use]
+    pub fn copy_limit(mut self, copy_limit: u64) -> Self {
+        self.copy_limit = Some(copy_limit);
         self
     }
 
@@ -245,6 +258,10 @@ pub fn save(monitor: &Path, path: &Path, options: LiveSaveOptions) -> Result<Liv
     let frozen = session.frozen(paused);
     let written = frozen.and_then(|frozen| {
         let stats = frozen.write(&mut session, out.file(), path)?;
+        if session.running == Running::Paused {
+            // It was read until now.
+            session.still_paused()?;
+        }
         out.finish()?;
         Ok((frozen, stats))
     });
@@ -423,6 +440,7 @@ impl Session {
                 Ok(analysis) => {
                     let plan = analysis.plan(&DropClasses::default());
                     let kept = self.kept(&plan);
+                    self.check_room(&kept)?;
                     self.memory.prepare(&self.touched);
                     self.memory.prepare(&kept);
                     self.expected = kept;
@@ -441,6 +459,27 @@ impl Session {
         let regions = self.memory.layout().regions().iter();
         self.memory
             .pages(regions.flat_map(|region: &GpaRange| plan.kept_in(*region)))
+    }
+
+    /// Whether there is memory for a copy of these pages. If not, somebody would be killed for it, who
+    /// may well be the guest.
+    fn check_room(&self, pages: &[Range<usize>]) -> Result<(), QemuError> {
+        let left = crate::room::available().and_then(|left| left.max(SPARE).checked_sub(SPARE));
+        let room = left.into_iter().chain(self.options.copy_limit).min();
+        let needed = self.memory.missing(pages);
+        match room {
+            Some(room) if needed > room => Err(QemuError::NoRoom { needed, room }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The memory that is written: the copy of it, or of a guest that was found paused, and so has no
+    /// need of one, itself.
+    fn source(&self) -> Box<dyn GuestMemory + '_> {
+        match self.running {
+            Running::Yes => Box::new(&self.memory),
+            Running::Paused => Box::new(AsItIs(&self.memory)),
+        }
     }
 
     /// How long the guest may be paused.
@@ -494,7 +533,9 @@ impl Session {
             return Err(self.too_long("copying its memory"));
         }
         self.still_paused()?;
-        self.memory.close();
+        if self.running == Running::Yes {
+            self.memory.close();
+        }
         let pause = match self.options.after {
             AfterSave::Resume if self.paused => {
                 self.resume()?;
@@ -539,9 +580,12 @@ impl Session {
         })?;
         let plan = analysis.plan(&DropClasses::default());
         let classify = lap();
-        let kept = self.kept(&plan);
-        if !self.memory.load(&kept, self.threads, &go_on)? {
-            return Err(self.too_long("copying its memory"));
+        if self.running == Running::Yes {
+            let kept = self.kept(&plan);
+            self.check_room(&kept)?;
+            if !self.memory.load(&kept, self.threads, &go_on)? {
+                return Err(self.too_long("copying its memory"));
+            }
         }
         for (number, bytes) in &mut self.small {
             let Some(one) = self.found.get(*number) else {
@@ -695,12 +739,13 @@ impl Frozen {
     ) -> Result<SaveStats, QemuError> {
         let images = session.disks.open(&mut session.qmp)?;
         let session = &*session;
+        let source = session.source();
         let map = self.analysis.pages();
         let on_disks = OnPinned::find(
             session.disks.all(),
             &images,
             session.options.disk_hash,
-            (&session.memory, map, &self.plan),
+            (&*source, map, &self.plan),
             &session.options.writing,
             path,
         )?;
@@ -723,8 +768,7 @@ impl Frozen {
             disks: &on_disks.sources,
             guesses: &on_disks.guesses,
         };
-        let memory = &session.memory;
-        let written = writer.memory_on_disks(memory, map, &self.plan, &disks);
+        let written = writer.memory_on_disks(&*source, map, &self.plan, &disks);
         written.map_err(&failed)?;
         let (_, stats) = writer.finish().map_err(&failed)?;
         images.iter().try_for_each(DiskImage::check_unchanged)?;

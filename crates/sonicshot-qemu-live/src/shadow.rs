@@ -152,6 +152,14 @@ impl Shadow {
         Some(Hole { at, bytes })
     }
 
+    /// How many of these pages are not filled.
+    pub(crate) fn missing(&self, pages: &Range<usize>) -> u64 {
+        pages
+            .clone()
+            .map(|page| u64::from(!self.is_filled(page)))
+            .sum()
+    }
+
     /// The pages that are filled, as ranges of their numbers.
     pub(crate) fn filled(&self) -> Vec<Range<usize>> {
         let mut out: Vec<Range<usize>> = Vec::new();

@@ -27,6 +27,7 @@ pub(crate) fn save(args: &QemuSaveArgs) -> Result<(), CliError> {
     options.overwrite = overwrite(args.force);
     options.symbols.clone_from(&args.symbols);
     options.max_pause = args.max_pause;
+    options.copy_limit = args.copy_limit;
     options.pid = args.pid;
     options.watchdog = Some(this_program("qemu-watchdog")?);
     let overlays = named_overlays(&args.disk)?.into_iter();

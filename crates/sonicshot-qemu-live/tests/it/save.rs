@@ -1,7 +1,7 @@
 use crate::fake::{Answer, Change, DEVICES, Fake, bios, blocks, memory, ram, registers};
 use serde_json::{Value, json};
 use sonicshot::checkpoint::{CheckpointReader, Compression, PageContent, SaveOptions};
-use sonicshot::{Gpa, GuestMemory, PageSize};
+use sonicshot::{Gpa, GuestMemory, PageSize, WorkOptions};
 use sonicshot_qemu_live::{AfterSave, LiveSaveOptions, LiveSaved, QemuError, save};
 use std::time::{Duration, Instant};
 
@@ -214,6 +214,45 @@ fn a_pause_that_is_too_long_is_given_up() {
             "{heard:?}"
         );
     }
+}
+
+#[test]
+fn a_guest_for_whose_copy_there_is_no_room_is_not_paused() {
+    let fake = Fake::start(Vec::new());
+    let mut options = options();
+    options.copy_limit = Some(1 << 20);
+    let error = run(&fake, options).unwrap_err();
+    assert!(
+        matches!(error, QemuError::NoRoom { needed, room: 1_048_576 } if needed > 8 << 20),
+        "{error:?}"
+    );
+    assert!(!fake.out().exists());
+    assert_eq!(position(&fake.heard(), "stop"), None);
+}
+
+#[test]
+fn a_guest_that_is_found_paused_needs_no_copy() {
+    let always = |time| ("query-status", time, said(json!({"status": "paused"})));
+    let plain = Fake::start(Vec::new());
+    let copied = run(&plain, options()).unwrap();
+    let fake = Fake::start((1..5).map(always).collect());
+    let mut without = options();
+    without.copy_limit = Some(0);
+    let saved = run(&fake, without).unwrap();
+    assert_eq!(saved.dropped_bytes, copied.dropped_bytes);
+    let (ours, theirs) = (
+        CheckpointReader::open(fake.out()).unwrap(),
+        CheckpointReader::open(plain.out()).unwrap(),
+    );
+    assert!(ours.runs().eq(theirs.runs()));
+    ours.verify_against(&memory(), &WorkOptions::new()).unwrap();
+    // Somebody else lets it run on while it is read for the file.
+    let mut answers: Vec<_> = (1..3).map(always).collect();
+    answers.push(("query-status", 3, said(json!({"status": "running"}))));
+    let fake = Fake::start(answers);
+    let error = run(&fake, options()).unwrap_err().to_string();
+    assert!(error.contains("somebody else"), "{error}");
+    assert!(!fake.out().exists());
 }
 
 #[test]
