@@ -856,8 +856,8 @@ pub(crate) struct SymbolsMakeArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum XenCommand {
-    /// Save a domain without its free pages, as `xl save` does: suspended, written, destroyed. The
-    /// image is one that an unchanged `xl restore` takes
+    /// Save a domain without its free pages, as `xl save` does: suspended, written, destroyed. With
+    /// `--compress none` the image is one that an unchanged `xl restore` takes
     #[command(after_help = EXIT_CODES)]
     Save(XenSaveArgs),
     /// Restore a domain by `xl restore`, from a compressed image too

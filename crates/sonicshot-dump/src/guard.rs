@@ -201,7 +201,7 @@ fn between(place: &PfnRange, start: Pfn, end: Pfn) -> Option<(u64, u64)> {
 ///
 /// ```no_run
 /// use sonicshot::ClassSet;
-/// use sonicshot_dump::{CheckedPlan, Doubts, Dump, Overwrite};
+/// use sonicshot_dump::{CheckedPlan, Doubts, Dump, PruneOptions};
 /// use sonicshot_vmi::{AnalysisOptions, analyze};
 /// let dump = Dump::open("guest.elf", None)?;
 /// let guest = analyze(&dump, &AnalysisOptions::new())?;

@@ -266,7 +266,7 @@ fn errors_tell_what_is_wrong_and_what_to_do() {
         (&["inspect", &raw, "--format", "foo"], 2, &["`foo` is not a format", "kdump"]),
         (&["inspect", &raw, "--symbols", &text_file], 4, &["neither a System.map"]),
         (&["inspect", &raw, "--symbols", &at("vmlinuz")], 4, &["neither a System.map", "hint: it is a kernel as it is booted"]),
-        (&["inspect", &raw, "--symbols", &none], 4, &["none", "No such file"]),
+        (&["inspect", &raw, "--symbols", &none], 1, &["none", "No such file"]),
         (&["inspect", &raw, "--map", "--json"], 2, &["FILE.svg"]),
         (&["inspect", &cut], 3, &["footer at 0x1348", "hint: "]),
         (&["prune", &raw], 2, &["--in-place", "--dry-run"]),
