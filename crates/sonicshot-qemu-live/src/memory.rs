@@ -138,10 +138,15 @@ impl LiveMemory {
         Ok(!stopped.into_inner())
     }
 
-    /// The bytes of these pages that are not read yet.
+    /// The bytes of memory that a copy of these pages takes beside what is taken already.
     pub(crate) fn missing(&self, pages: &[Range<usize>]) -> u64 {
         let missing = pages.iter().map(|pages| self.shadow.missing(pages));
         missing.sum::<Tally>().times(PAGE as u64).get()
+    }
+
+    /// The bytes of memory that the copy has taken so far.
+    pub(crate) fn taken(&self) -> u64 {
+        Tally::new(self.shadow.resident()).times(PAGE as u64).get()
     }
 
     /// Reads pages of one block of the shadow.

@@ -465,7 +465,10 @@ impl Session {
     /// may well be the guest.
     fn check_room(&self, pages: &[Range<usize>]) -> Result<(), QemuError> {
         let left = crate::room::available().and_then(|left| left.max(SPARE).checked_sub(SPARE));
-        let room = left.into_iter().chain(self.options.copy_limit).min();
+        let taken = self.memory.taken();
+        let allowed = self.options.copy_limit;
+        let allowed = allowed.and_then(|limit| limit.max(taken).checked_sub(taken));
+        let room = left.into_iter().chain(allowed).min();
         let needed = self.memory.missing(pages);
         match room {
             Some(room) if needed > room => Err(QemuError::NoRoom { needed, room }),

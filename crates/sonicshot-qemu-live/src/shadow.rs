@@ -33,6 +33,8 @@ pub(crate) struct Shadow {
     len: usize,
     /// Bit `n` of all: page `n`.
     filled: Vec<AtomicU64>,
+    /// The same, of pages that have memory: once they were filled or made ready.
+    resident: Vec<AtomicU64>,
     locks: Vec<Mutex<()>>,
 }
 
@@ -58,20 +60,22 @@ impl Shadow {
             )
         }?;
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        let (mut filled, mut locks) = (Vec::new(), Vec::new());
-        filled.resize_with((len / PAGE).div_ceil(64), AtomicU64::default);
+        let (mut filled, mut resident, mut locks) = (Vec::new(), Vec::new(), Vec::new());
+        let words = (len / PAGE).div_ceil(64);
+        filled.resize_with(words, AtomicU64::default);
+        resident.resize_with(words, AtomicU64::default);
         locks.resize_with(len / BLOCK, Mutex::default);
         Ok(Self {
             start,
             len,
             filled,
+            resident,
             locks,
         })
     }
 
     fn is_filled(&self, page: usize) -> bool {
-        let word = self.filled.get(page / 64);
-        word.is_some_and(|word| word.load(Ordering::Acquire) & (1 << (page % 64)) != 0)
+        has_bit(&self.filled, page)
     }
 
     /// Whether all of these bytes are filled.
@@ -131,9 +135,8 @@ impl Shadow {
         };
         fill(&mut holes)?;
         for page in missing.into_iter().flatten() {
-            if let Some(word) = self.filled.get(page / 64) {
-                word.fetch_or(1 << (page % 64), Ordering::Release);
-            }
+            set_bit(&self.filled, page);
+            set_bit(&self.resident, page);
         }
         drop(held);
         Ok(())
@@ -152,11 +155,19 @@ impl Shadow {
         Some(Hole { at, bytes })
     }
 
-    /// How many of these pages are not filled.
+    /// How many of these pages have no memory yet.
     pub(crate) fn missing(&self, pages: &Range<usize>) -> u64 {
         pages
             .clone()
-            .map(|page| u64::from(!self.is_filled(page)))
+            .map(|page| u64::from(!has_bit(&self.resident, page)))
+            .sum()
+    }
+
+    /// How many pages have memory.
+    pub(crate) fn resident(&self) -> u64 {
+        let words = self.resident.iter();
+        words
+            .map(|word| u64::from(word.load(Ordering::Relaxed).count_ones()))
             .sum()
     }
 
@@ -189,7 +200,23 @@ impl Shadow {
         // SAFETY: inside the mapping.
         let at = unsafe { self.start.add(start) };
         // SAFETY: the pages are this mapping's own, and to bring them in changes none of them.
-        let _ = unsafe { madvise(at.as_ptr().cast(), len, Advice::LinuxPopulateWrite) };
+        let done = unsafe { madvise(at.as_ptr().cast(), len, Advice::LinuxPopulateWrite) };
+        if done.is_ok() {
+            for page in start / PAGE..end.div_ceil(PAGE) {
+                set_bit(&self.resident, page);
+            }
+        }
+    }
+}
+
+fn has_bit(bits: &[AtomicU64], page: usize) -> bool {
+    let word = bits.get(page / 64);
+    word.is_some_and(|word| word.load(Ordering::Acquire) & (1 << (page % 64)) != 0)
+}
+
+fn set_bit(bits: &[AtomicU64], page: usize) {
+    if let Some(word) = bits.get(page / 64) {
+        word.fetch_or(1 << (page % 64), Ordering::Release);
     }
 }
 
@@ -259,8 +286,15 @@ mod tests {
         shadow
             .fill::<()>(9, &[0..512], |_| panic!("no block"))
             .unwrap();
+        // What was filled or made ready has memory, and keeps it.
+        assert_eq!(
+            (shadow.missing(&(0..512)), shadow.resident()),
+            (512 - 107, 107)
+        );
         shadow.prepare(&(0..2 * BLOCK));
+        assert_eq!((shadow.missing(&(0..1024)), shadow.resident()), (0, 1024));
         shadow.clear();
         assert!(shadow.filled().is_empty());
+        assert_eq!((shadow.missing(&(0..1024)), shadow.resident()), (0, 1024));
     }
 }
