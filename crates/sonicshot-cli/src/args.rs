@@ -260,8 +260,8 @@ pub(crate) struct InspectArgs {
     /// error
     #[arg(long, value_name = "OUT.tsv")]
     pub pfns: Option<PathBuf>,
-    /// Draw RAM by class, before a prune and after it: on the terminal, or as a picture to FILE.svg
-    /// (give the dump before it)
+    /// Draw RAM by class, before a prune and after it, or of a checkpoint, and its free blocks by
+    /// size: on the terminal, or as a picture to FILE.svg (give the dump before it)
     #[arg(long, value_name = "FILE.svg", num_args = 0..=1, default_missing_value = "-")]
     pub map: Option<PathBuf>,
     /// Say why the frame PFN (0x123 or 291) is kept or dropped: its class, what the kernel's records

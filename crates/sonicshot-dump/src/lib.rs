@@ -81,6 +81,7 @@ mod options;
 mod output;
 mod processors;
 mod prune;
+mod room;
 mod share;
 mod snapshot;
 
@@ -115,5 +116,6 @@ pub use output::{Overwrite, WriteOptions};
 pub use prune::holes::PruneOptions;
 pub use prune::in_place::has_zeroes_to_punch;
 pub use prune::stats::PruneStats;
+pub use room::available_memory;
 pub use share::{ShareOptions, ShareStats};
 pub use snapshot::{FilesNote, SnapshotFiles, Vmm};

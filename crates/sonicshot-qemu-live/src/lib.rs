@@ -31,7 +31,6 @@ mod qmp;
 mod record;
 mod refuse;
 mod restore;
-mod room;
 mod save;
 #[expect(unsafe_code, reason = "a file that is mapped")]
 mod sealed;

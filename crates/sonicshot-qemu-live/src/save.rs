@@ -18,7 +18,7 @@ use sonicshot::checkpoint::{
 };
 use sonicshot::work::threads;
 use sonicshot::{DropClasses, GpaRange, GuestMemory, PageSize, PrunePlan, Stop};
-use sonicshot_dump::{DiskImage, NewFile, Overwrite};
+use sonicshot_dump::{DiskImage, NewFile, Overwrite, available_memory};
 use sonicshot_vmi::{Analysis, AnalysisOptions, GuestOptions, Note, VmiError, analyze};
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -464,7 +464,7 @@ impl Session {
     /// Whether there is memory for a copy of these pages. If not, somebody would be killed for it, who
     /// may well be the guest.
     fn check_room(&self, pages: &[Range<usize>]) -> Result<(), QemuError> {
-        let left = crate::room::available().and_then(|left| left.max(SPARE).checked_sub(SPARE));
+        let left = available_memory().and_then(|left| left.max(SPARE).checked_sub(SPARE));
         let taken = self.memory.taken();
         let allowed = self.options.copy_limit;
         let allowed = allowed.and_then(|limit| limit.max(taken).checked_sub(taken));

@@ -6,10 +6,10 @@ use crate::xl::Xl;
 use crate::{Choice, DomainId, FrameRuns, LiveDomain, LiveError, SaveFilter, Xen, path_of};
 use rustix::pipe::fcntl_setpipe_size;
 use sonicshot::{DropClasses, GuestMemory, PageSize, Progress, Tally};
-use sonicshot_dump::{Dump, NewFile, Overwrite};
+use sonicshot_dump::{Dump, NewFile, Overwrite, available_memory};
 use sonicshot_offline::packed::{self, ImageCompression};
 use sonicshot_vmi::{AnalysisOptions, GuestOptions, Note, analyze};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, PipeReader, Read};
 use std::os::unix::process::CommandExt;
 use std::panic::resume_unwind;
@@ -267,16 +267,7 @@ pub fn save(name: &str, path: &Path, options: &SaveOptions) -> Result<Saved, Liv
 
 /// Half of what this machine has to give; nothing where it does not say.
 pub(crate) fn half_of_memory() -> u64 {
-    let said = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    available(&said).map_or(0, |bytes| bytes >> 1)
-}
-
-/// `MemAvailable` of `/proc/meminfo`, in bytes.
-fn available(said: &str) -> Option<u64> {
-    let mut lines = said.lines();
-    let line = lines.find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
-    kib.checked_mul(1 << 10)
+    available_memory().map_or(0, |bytes| bytes >> 1)
 }
 
 /// Tells how long `file` is while `work` writes it, once it is known what to expect.
@@ -461,24 +452,5 @@ impl Work<'_> {
             Dump::open(path_of(out.file()), None)
         })?;
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::available;
-
-    #[test]
-    fn the_memory_that_is_there_is_read() {
-        let said = "MemTotal:        1514432 kB\nMemAvailable:    1000000 kB\n";
-        assert_eq!(available(said), Some(1_024_000_000));
-        for other in [
-            "",
-            "MemAvailable: x kB",
-            "MemAvailable: 7",
-            "MemAvailable: 18446744073709551615 kB",
-        ] {
-            assert_eq!(available(other), None, "{other}");
-        }
     }
 }

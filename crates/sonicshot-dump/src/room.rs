@@ -1,13 +1,15 @@
-//! How much memory this machine has left for a copy of a guest.
+//! The memory that this machine has left for a copy of a guest.
 //!
 //! A copy for which there is no room has the system kill somebody, who may well be the guest's QEMU.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Bytes that this process can take before the system, or the limit of a cgroup (version 2) that it is
-/// in, has to take them from somebody: the least of what each of them says, none if none does.
-pub(crate) fn available() -> Option<u64> {
+/// The bytes of memory that this process can take before the system (`MemAvailable`), or the limit of a
+/// cgroup (version 2) that it is in, has to take them from somebody: the least of what each of them
+/// says, `None` if none does.
+#[must_use]
+pub fn available_memory() -> Option<u64> {
     let system = fs::read_to_string("/proc/meminfo").ok();
     let system = system.and_then(|text| of_system(&text));
     let own = fs::read_to_string("/proc/self/cgroup").ok();
@@ -59,7 +61,7 @@ fn of_cgroup(folder: &Path) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{available, of_cgroups, of_system};
+    use super::{available_memory, of_cgroups, of_system};
     use std::fs;
 
     #[test]
@@ -71,7 +73,7 @@ mod tests {
         }
         assert_eq!(of_system(&format!("MemAvailable: {} kB\n", u64::MAX)), None);
         // This machine has some.
-        assert!(available().unwrap() > 1 << 20);
+        assert!(available_memory().unwrap() > 1 << 20);
     }
 
     #[test]
