@@ -1,5 +1,6 @@
 //! Addresses and frames: one newtype for each kind, checked arithmetic only.
 
+use crate::to_u64;
 use core::fmt;
 
 /// The size of a guest page, always a power of two between 4 KiB and 64 KiB.
@@ -366,7 +367,7 @@ impl GpaRange {
     #[must_use]
     #[inline]
     pub const fn of_request(at: Gpa, len: usize) -> Self {
-        match Self::with_len(at, len as u64) {
+        match Self::with_len(at, to_u64(len)) {
             Some(range) => range,
             None => Self { start: at, end: at },
         }

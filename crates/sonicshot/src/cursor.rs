@@ -1,6 +1,7 @@
 //! Numbers and fields out of bytes that may be anything.
 
 use crate::GuestBytes;
+use crate::to_u64;
 use core::fmt;
 
 pub(crate) mod sealed {
@@ -78,7 +79,7 @@ pub trait Bytes: Copy + sealed::Sealed {
 
 impl Bytes for &[u8] {
     fn byte_len(self) -> u64 {
-        self.len() as u64
+        to_u64(self.len())
     }
 
     fn part(self, offset: u64, len: u64) -> Option<Self> {
@@ -88,7 +89,7 @@ impl Bytes for &[u8] {
     }
 
     fn array_at<const N: usize>(self, offset: u64) -> Option<[u8; N]> {
-        self.part(offset, N as u64)?.try_into().ok()
+        self.part(offset, to_u64(N))?.try_into().ok()
     }
 
     fn copied(self) -> Option<Vec<u8>> {
@@ -98,7 +99,7 @@ impl Bytes for &[u8] {
 
 impl Bytes for GuestBytes<'_> {
     fn byte_len(self) -> u64 {
-        self.len() as u64
+        to_u64(self.len())
     }
 
     fn part(self, offset: u64, len: u64) -> Option<Self> {
@@ -107,7 +108,7 @@ impl Bytes for GuestBytes<'_> {
 
     fn array_at<const N: usize>(self, offset: u64) -> Option<[u8; N]> {
         let mut out = [0; N];
-        let bytes = self.part(offset, N as u64)?;
+        let bytes = self.part(offset, to_u64(N))?;
         bytes.copy_to(&mut out).then_some(out)
     }
 
@@ -218,7 +219,7 @@ impl<B: Bytes> Cursor<B> {
     /// # Errors
     /// [`CutShort`] if there are not so many.
     pub fn array<const N: usize>(&mut self) -> Result<[u8; N], CutShort> {
-        let len = N as u64;
+        let len = to_u64(N);
         let array = self.bytes.array_at(self.at).ok_or(self.cut(len))?;
         self.at = self.at.checked_add(len).ok_or(self.cut(len))?;
         Ok(array)
@@ -249,7 +250,7 @@ impl<B: Bytes> Cursor<B> {
     /// Whether `expected` comes next; nothing is passed over.
     #[must_use]
     pub fn is_at(&self, expected: &[u8]) -> bool {
-        let there = self.bytes.part(self.at, expected.len() as u64);
+        let there = self.bytes.part(self.at, to_u64(expected.len()));
         there.is_some_and(|there| {
             (0..)
                 .zip(expected)
@@ -258,7 +259,7 @@ impl<B: Bytes> Cursor<B> {
     }
 
     fn number<T: Number>(&mut self, read: Option<T>) -> Result<T, CutShort> {
-        let len = T::LEN as u64;
+        let len = to_u64(T::LEN);
         let number = read.ok_or(self.cut(len))?;
         self.at = self.at.checked_add(len).ok_or(self.cut(len))?;
         Ok(number)

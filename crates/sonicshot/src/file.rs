@@ -2,6 +2,7 @@
 //! is written with holes.
 
 use crate::GuestBytes;
+use crate::to_u64;
 use core::fmt;
 use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
@@ -232,7 +233,7 @@ pub fn write_sparse_at(file: &File, bytes: &[u8], at: FileOffset) -> io::Result<
     if at.checked_add(len).is_none() {
         return Err(io::ErrorKind::FileTooLarge.into());
     }
-    const IN_BLOCK: u64 = BLOCK as u64 - 1;
+    const IN_BLOCK: u64 = to_u64(BLOCK) - 1;
     let into = usize::try_from(at & IN_BLOCK).map_err(io::Error::other)?;
     let (head, body) = BLOCK
         .checked_sub(into)
@@ -248,7 +249,7 @@ pub fn write_sparse_at(file: &File, bytes: &[u8], at: FileOffset) -> io::Result<
     let write = |run: core::ops::Range<usize>| match bytes.get(run.clone()) {
         Some([]) | None => Ok(()),
         Some(used) => {
-            let at = at.checked_add(run.start as u64);
+            let at = at.checked_add(to_u64(run.start));
             file.write_all_at(used, at.ok_or(io::ErrorKind::FileTooLarge)?)
         }
     };
@@ -332,7 +333,7 @@ impl io::Write for SparseWriter<'_> {
         let room = Self::PIECE.checked_sub(self.pending.len());
         let room = room.ok_or(io::ErrorKind::FileTooLarge)?;
         let (now, _) = bytes.split_at(room.min(bytes.len()));
-        let end = self.end.checked_add(now.len() as u64);
+        let end = self.end.checked_add(to_u64(now.len()));
         self.end = end.ok_or(io::ErrorKind::FileTooLarge)?;
         self.pending.extend_from_slice(now);
         if self.pending.len() >= Self::PIECE {

@@ -1,6 +1,7 @@
 //! The bytes of a file that somebody else may cut off or write to while they are read.
 
 use crate::cursor::sealed;
+use crate::to_u64;
 use crate::{Bytes, FileOffset, FileStamp, GuestBytes, to_usize};
 use core::fmt;
 use std::fs::File;
@@ -274,7 +275,7 @@ impl sealed::Sealed for FileBytes<'_> {}
 
 impl Bytes for FileBytes<'_> {
     fn byte_len(self) -> u64 {
-        self.len as u64
+        to_u64(self.len)
     }
 
     fn part(self, offset: u64, len: u64) -> Option<Self> {

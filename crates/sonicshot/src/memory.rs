@@ -1,5 +1,6 @@
 //! Guest-physical memory, whoever owns it.
 
+use crate::to_u64;
 use crate::{Gpa, GpaRange, GuestBytes, P2m, PageSize, Pfn, PfnRange, Processors, Stopped};
 use std::error::Error;
 use std::fmt;
@@ -474,7 +475,7 @@ impl<'a> MappedRegions<'a> {
         regions.sort_unstable_by_key(|(at, _)| *at);
         let ranges = regions
             .iter()
-            .map(|(at, bytes)| ram(*at, bytes.len() as u64));
+            .map(|(at, bytes)| ram(*at, to_u64(bytes.len())));
         let layout = RamLayout::new(ranges.collect::<Result<_, _>>()?)?;
         Ok(Self { layout, regions })
     }
@@ -497,7 +498,7 @@ impl GuestMemory for MappedRegions<'_> {
             if bytes.copy_to(buf) {
                 return Ok(());
             }
-        } else if self.layout.contains(at, buf.len() as u64) {
+        } else if self.layout.contains(at, to_u64(buf.len())) {
             // The range crosses regions that touch in the guest but not in this process.
             return copy_across(self, at, buf);
         }
@@ -509,7 +510,7 @@ impl GuestMemory for MappedRegions<'_> {
     fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
         match self.find(at, len) {
             Some(bytes) => Ok(Some(Mapped::borrowed(bytes))),
-            None if self.layout.contains(at, len as u64) => Ok(None),
+            None if self.layout.contains(at, to_u64(len)) => Ok(None),
             None => Err(MemoryError::NotRam {
                 range: GpaRange::of_request(at, len),
             }),

@@ -1,5 +1,6 @@
 //! The class of every frame of a guest, and which frames hold only zeroes.
 
+use crate::to_u64;
 use crate::work::map_in_order;
 use crate::{ClassCounts, ClassSet, PageClass, PageSize, PageState, Pfn, PfnRange, RamLayout};
 use core::convert::Infallible;
@@ -75,7 +76,7 @@ fn chunk_of(region: PfnRange, pfn: Pfn) -> PfnRange {
 
 /// Whether `len` frames cost less as bytes than as `runs` runs.
 fn is_dense(len: u64, runs: usize) -> bool {
-    runs > 1 && (runs as u64) > len / RUN_COST
+    runs > 1 && to_u64(runs) > len / RUN_COST
 }
 
 impl PageMap {
@@ -163,7 +164,7 @@ impl PageMap {
     pub fn set_each(&mut self, first: Pfn, classes: &[PageClass]) {
         let mut states = Vec::new();
         // Frames beyond all numbers are not RAM.
-        let all = PfnRange::with_len(first, classes.len() as u64)
+        let all = PfnRange::with_len(first, to_u64(classes.len()))
             .unwrap_or(PfnRange::new(first, Pfn::new(u64::MAX)));
         for (region, part) in self.parts(all) {
             let mut at = part.start();
@@ -212,6 +213,21 @@ impl PageMap {
         of: ClassSet,
         edit: impl Fn(Pfn, &mut [PageState]) -> Result<(), E> + Sync,
     ) -> Result<(), E> {
+        self.edit_told(threads, of, |_| {}, edit)
+    }
+
+    /// The same; `done` is told, on the caller's thread, of how many frames are done with each
+    /// piece, those that were passed over too.
+    ///
+    /// # Errors
+    /// As [`edit`](Self::edit).
+    pub fn edit_told<E: Send>(
+        &mut self,
+        threads: NonZeroUsize,
+        of: ClassSet,
+        mut done: impl FnMut(u64),
+        edit: impl Fn(Pfn, &mut [PageState]) -> Result<(), E> + Sync,
+    ) -> Result<(), E> {
         let taken = Taken {
             regions: self.regions.clone().into_iter(),
             region: PfnRange::new(Pfn::new(0), Pfn::new(0)),
@@ -240,6 +256,7 @@ impl PageMap {
             || (),
             each,
             |(piece, result)| {
+                done(piece.frames.len());
                 self.append(piece);
                 if all.is_ok() {
                     all = result;
@@ -478,14 +495,14 @@ fn uniform(start: Pfn, classes: &[PageState]) -> impl Iterator<Item = (Pfn, Segm
     let mut at = start.raw();
     classes.chunk_by(|a, b| a == b).map_while(move |run| {
         let start = Pfn::new(at);
-        at = at.checked_add(run.len() as u64)?;
+        at = at.checked_add(to_u64(run.len()))?;
         Some((start, Segment::Uniform(*run.first()?)))
     })
 }
 
 /// The same at the least cost; `classes` are of a whole chunk.
 fn segments(start: Pfn, classes: &[PageState]) -> Vec<(Pfn, Segment)> {
-    if is_dense(classes.len() as u64, runs(classes)) {
+    if is_dense(to_u64(classes.len()), runs(classes)) {
         return vec![(start, Segment::Dense(classes.into()))];
     }
     uniform(start, classes).collect()
@@ -531,7 +548,7 @@ impl<'a> Runs<'a> {
             if let Some(class) = self.dense.first() {
                 let len = self.dense.iter().take_while(|next| *next == class).count();
                 (_, self.dense) = self.dense.split_at_checked(len)?;
-                break (at.checked_add(len as u64)?, *class);
+                break (at.checked_add(to_u64(len))?, *class);
             }
             match self.segments.next()? {
                 (_, Segment::Uniform(class)) => {
@@ -582,7 +599,7 @@ impl Piece {
         let start = self.frames.start();
         let classes = if let [(_, Segment::Dense(classes))] = self.segments.as_mut_slice() {
             edit(start, classes)?;
-            if is_dense(classes.len() as u64, runs(classes)) {
+            if is_dense(to_u64(classes.len()), runs(classes)) {
                 return Ok(());
             }
             core::mem::take(classes)

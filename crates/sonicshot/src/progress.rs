@@ -1,5 +1,6 @@
 //! How long work is told of while it goes on, and how it is done.
 
+use crate::Tally;
 use crate::work::threads;
 use core::num::NonZeroUsize;
 use std::fmt;
@@ -34,7 +35,114 @@ use std::sync::Arc;
 /// ```
 pub trait Progress: Send + Sync {
     /// Told that `done` of `total` is done. Both are bytes: of the guest's memory, or of files.
+    /// `total` is 0 as long as nobody knows it.
     fn tell(&self, done: u64, total: u64);
+
+    /// Told that a part of the work begins whose bytes are counted from 0 anew. A part may come
+    /// again. Whoever only shows bytes need not know.
+    fn begin(&self, phase: WorkPhase) {
+        let _ = phase;
+    }
+}
+
+/// A part of work that has several, one after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum WorkPhase {
+    /// Content is taken in that comes through a pipe or is compressed. The bytes are those of
+    /// the compressed file.
+    TakingIn,
+    /// A file is gone through that tells only in passing where its pages lie. The bytes are those of
+    /// the file.
+    Opening,
+    /// Memory is searched for the kernel.
+    FindingKernel,
+    /// Struct pages are searched for lists of free pages, of a kernel whose types are not known.
+    FindingLists,
+    /// Each page gets its class. The bytes are those of the pages.
+    Classifying,
+    /// Pages in use are looked at for zeroes. The bytes are those of all pages, read or not.
+    FindingZeroPages,
+    /// A file that is written is made durable. The bytes are those of the file.
+    Syncing,
+}
+
+impl WorkPhase {
+    /// The name for people, such as `finding the kernel`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::TakingIn => "taking in",
+            Self::Opening => "opening",
+            Self::FindingKernel => "finding the kernel",
+            Self::FindingLists => "finding free lists",
+            Self::Classifying => "classifying pages",
+            Self::FindingZeroPages => "finding zero pages",
+            Self::Syncing => "syncing to disk",
+        }
+    }
+}
+
+/// A [phase](WorkPhase) that is told of as its bytes go by: at most some thousand times, however
+/// many calls there are.
+#[derive(Debug)]
+pub struct PhaseProgress<'a> {
+    progress: &'a dyn Progress,
+    done: u64,
+    total: u64,
+    /// What is done when it is told of again.
+    next: u64,
+}
+
+impl<'a> PhaseProgress<'a> {
+    /// It is told of so often, as a binary logarithm.
+    const STEPS: u32 = 10;
+
+    /// Tells `progress` that `phase` begins, of `total` bytes.
+    pub fn begin(progress: &'a dyn Progress, phase: WorkPhase, total: u64) -> Self {
+        progress.begin(phase);
+        progress.tell(0, total);
+        Self {
+            progress,
+            done: 0,
+            total,
+            next: 0,
+        }
+    }
+
+    /// So many bytes more are done.
+    pub fn add(&mut self, bytes: u64) {
+        self.reach(Tally::new(self.done).and(bytes).get());
+    }
+
+    /// So many bytes are done. It goes back for none, and no further than the total.
+    pub fn reach(&mut self, done: u64) {
+        if done <= self.done {
+            return;
+        }
+        self.done = match self.total {
+            0 => done,
+            total => done.min(total),
+        };
+        if self.done >= self.next {
+            self.progress.tell(self.done, self.total);
+            let step = match self.total {
+                // Of what has no end that is known, each MiB.
+                0 => 1 << 20,
+                total => total >> Self::STEPS,
+            };
+            self.next = Tally::new(self.done).and(step).get();
+        }
+    }
+
+    /// All is done, or need not be.
+    pub fn end(self) {
+        let total = match self.total {
+            0 => self.done,
+            total => total,
+        };
+        self.progress.tell(total, total);
+    }
 }
 
 impl<F: Fn(u64, u64) + Send + Sync> Progress for F {
@@ -50,9 +158,15 @@ impl Progress for Option<Arc<dyn Progress>> {
             progress.tell(done, total);
         }
     }
+
+    fn begin(&self, phase: WorkPhase) {
+        if let Some(progress) = self {
+            progress.begin(phase);
+        }
+    }
 }
 
-impl fmt::Debug for dyn Progress {
+impl fmt::Debug for dyn Progress + '_ {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Progress")
     }
@@ -100,7 +214,7 @@ impl WorkOptions {
 
 #[cfg(test)]
 mod tests {
-    use super::{Progress, WorkOptions};
+    use super::{PhaseProgress, Progress, WorkOptions, WorkPhase};
     use std::sync::{Arc, Mutex};
 
     #[test]
@@ -114,5 +228,48 @@ mod tests {
         options.progress.tell(2, 2);
         assert_eq!(*told.lock().unwrap(), [(1, 2), (2, 2)]);
         assert!(format!("{options:?}").contains("Some(Progress)"));
+    }
+
+    /// All that is told, in its order.
+    #[derive(Debug, Default)]
+    struct Told {
+        phases: Mutex<Vec<WorkPhase>>,
+        bytes: Mutex<Vec<(u64, u64)>>,
+    }
+
+    impl Progress for Told {
+        fn tell(&self, done: u64, total: u64) {
+            self.bytes.lock().unwrap().push((done, total));
+        }
+        fn begin(&self, phase: WorkPhase) {
+            self.phases.lock().unwrap().push(phase);
+        }
+    }
+
+    #[test]
+    fn a_phase_is_told_of_from_nothing_to_all_and_not_too_often() {
+        // The total, the bytes of each step, the number of steps, and the last that is told.
+        for (total, bytes, steps, last) in [
+            (1 << 40, 1 << 21, 1 << 19, (1 << 40, 1 << 40)),
+            (1 << 40, 1 << 21, 3, (1 << 40, 1 << 40)),
+            (4096, 1 << 21, 3, (4096, 4096)),
+            (4096, 1, 7, (4096, 4096)),
+            (0, 1 << 12, 1 << 10, (1 << 22, 1 << 22)),
+        ] {
+            let told = Arc::new(Told::default());
+            let progress: Option<Arc<dyn Progress>> = Some(told.clone());
+            let mut phase = PhaseProgress::begin(&progress, WorkPhase::Classifying, total);
+            for _ in 0..steps {
+                phase.add(bytes);
+            }
+            phase.reach(0);
+            phase.end();
+            assert_eq!(*told.phases.lock().unwrap(), [WorkPhase::Classifying]);
+            let told = told.bytes.lock().unwrap();
+            assert!(told.len() <= 1027, "{}", told.len());
+            assert!(told.is_sorted_by_key(|(done, _)| *done));
+            assert_eq!(told.first(), Some(&(0, total)));
+            assert_eq!(told.last(), Some(&last));
+        }
     }
 }

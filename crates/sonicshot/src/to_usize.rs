@@ -2,6 +2,17 @@
 
 use core::num::NonZeroUsize;
 
+/// A length in memory as one of 64 bits, which has room for all of them.
+///
+/// ```
+/// assert_eq!(sonicshot::to_u64(usize::MAX), u64::MAX);
+/// ```
+#[must_use]
+pub const fn to_u64(len: usize) -> u64 {
+    const { assert!(usize::BITS <= u64::BITS, "no length is cut") };
+    len as u64
+}
+
 /// A length or a place of 64 bits as one in memory: all of it, on the hosts that this crate is for.
 ///
 /// ```

@@ -1,6 +1,7 @@
 //! A VMM's own `vm-memory` guest memory, served to the pruner.
 
 use crate::memory::ram;
+use crate::to_u64;
 use crate::{Gpa, GpaRange, GuestBytes, GuestMemory, LayoutError, Mapped, MemoryError, RamLayout};
 use std::fmt;
 use std::ptr::NonNull;
@@ -141,7 +142,7 @@ fn read(
     at: Gpa,
     buf: &mut [u8],
 ) -> Result<(), MemoryError> {
-    if !layout.contains(at, buf.len() as u64) {
+    if !layout.contains(at, to_u64(buf.len())) {
         let range = GpaRange::of_request(at, buf.len());
         return Err(MemoryError::NotRam { range });
     }
@@ -157,7 +158,7 @@ fn map<'m>(
     len: usize,
 ) -> Result<Option<Mapped<'m>>, MemoryError> {
     let range = GpaRange::of_request(at, len);
-    if !layout.contains(at, len as u64) {
+    if !layout.contains(at, to_u64(len)) {
         return Err(MemoryError::NotRam { range });
     }
     let address = GuestAddress(at.raw());

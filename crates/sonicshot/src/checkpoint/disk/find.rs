@@ -4,7 +4,8 @@ use super::guess::DiskGuesses;
 use super::source::{DiskOffset, DiskRange, DiskSource};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::wire::disk::DiskInfo;
-use crate::checkpoint::wire::layout::{checksum, len64, narrow, size, too_large};
+use crate::checkpoint::wire::layout::{checksum, narrow, size, too_large};
+use crate::to_u64;
 use crate::work::{for_each_told, map_in_order};
 use crate::{
     ClassSet, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn, PfnRange, Progress,
@@ -92,7 +93,7 @@ impl DiskFinder {
     }
 
     fn of(entries: Vec<(u64, u64)>, page_size: PageSize) -> Result<Self, CheckpointError> {
-        let count: u32 = narrow("pages to look for", len64(entries.len()), u32::MAX.into())?;
+        let count: u32 = narrow("pages to look for", to_u64(entries.len()), u32::MAX.into())?;
         // No more than 2^32, as there are no more entries.
         let bits = entries.len().next_power_of_two().trailing_zeros();
         let mut finder = Self {
@@ -121,7 +122,7 @@ impl DiskFinder {
     /// How many pages are looked for.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        len64(self.entries.len())
+        to_u64(self.entries.len())
     }
 
     /// The first of the entries with this hash.
@@ -315,7 +316,7 @@ fn hashes(
 
 /// The parts of a disk that may hold anything but zeroes, in whole blocks, as they are read.
 fn data_pieces(disk: &dyn DiskSource) -> Result<Vec<DiskRange>, (DiskOffset, std::io::Error)> {
-    const LEN: u64 = BLOCK as u64;
+    const LEN: u64 = to_u64(BLOCK);
     const IN_BLOCK: u64 = LEN - 1;
     let down = |at: u64| at & !IN_BLOCK;
     let len = disk.disk_len().map_err(|error| (DiskOffset::ZERO, error))?;

@@ -60,6 +60,7 @@ impl fmt::Debug for GivenDisk {
 
 /// The treatment of a disk that was written to since the guest was saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum MovedOn {
     /// It is refused.
     #[default]

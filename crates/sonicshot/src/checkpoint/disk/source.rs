@@ -1,6 +1,7 @@
 //! A guest's disk, as whoever has its image reads it.
 
 use crate::FileStamp;
+use crate::to_u64;
 use core::fmt;
 use std::fs::File;
 use std::io;
@@ -93,7 +94,7 @@ impl DiskSource for File {
 
 impl DiskSource for Vec<u8> {
     fn disk_len(&self) -> io::Result<u64> {
-        Ok(self.len() as u64)
+        Ok(to_u64(self.len()))
     }
 
     fn read_disk(&self, buf: &mut [u8], at: DiskOffset) -> io::Result<()> {

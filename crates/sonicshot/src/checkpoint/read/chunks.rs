@@ -4,7 +4,7 @@ use super::chunk::{Chunk, ChunkDecoder};
 use super::reader::CheckpointReader;
 use super::source::RangeSource;
 use crate::checkpoint::CheckpointError;
-use crate::checkpoint::wire::layout::len64;
+use crate::to_u64;
 
 impl<S: RangeSource> CheckpointReader<S> {
     /// How many chunks there are.
@@ -52,8 +52,8 @@ impl<S: RangeSource> CheckpointReader<S> {
         out: &mut [u8],
     ) -> Result<(), CheckpointError> {
         let chunk = self.index().chunk(number)?;
-        let end = inside.checked_add(len64(out.len()));
-        let fits = end.is_some_and(|end| end <= len64(chunk.len));
+        let end = inside.checked_add(to_u64(out.len()));
+        let fits = end.is_some_and(|end| end <= to_u64(chunk.len));
         let offset = chunk.entry.offset.checked_add(inside);
         let Some(offset) = offset.filter(|_| chunk.entry.plain && fits) else {
             return Err(CheckpointError::Corrupt {

@@ -7,7 +7,8 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::wire::frames::{copy_exact, copy_part, fill_words, range_of};
 use crate::checkpoint::wire::index::clip;
 use crate::checkpoint::wire::info::{PageContent, PageRun};
-use crate::checkpoint::wire::layout::{len64, size, too_large};
+use crate::checkpoint::wire::layout::{size, too_large};
+use crate::to_u64;
 use crate::{Gpa, GpaRange, GuestMemory, MemoryError, Pfn, PfnRange, RamLayout};
 use std::sync::PoisonError;
 
@@ -118,7 +119,7 @@ impl<S: RangeSource> GuestMemory for CheckpointReader<S> {
     }
 
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        let len = len64(buf.len());
+        let len = to_u64(buf.len());
         let range = GpaRange::of_request(at, buf.len());
         if !self.header.info.layout.contains(at, len) {
             return Err(MemoryError::NotRam { range });

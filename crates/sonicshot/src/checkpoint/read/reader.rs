@@ -10,9 +10,10 @@ use crate::checkpoint::wire::header::{Codec, Header, START_LEN};
 use crate::checkpoint::wire::index::Index;
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun, SaveStats};
 use crate::checkpoint::wire::layout::{
-    FOOTER_LEN, MAGIC, behind, between, checksum, len64, plus, size, too_large,
+    FOOTER_LEN, MAGIC, behind, between, checksum, plus, size, too_large,
 };
 use crate::checkpoint::wire::record::BlobEntry;
+use crate::to_u64;
 use crate::{FileOffset, PageMap, PageState, Pfn, PfnRange, Tally};
 use core::hash::Hasher;
 use std::fmt;
@@ -183,7 +184,7 @@ impl<S: RangeSource> CheckpointReader<S> {
             // Behind the blob are the zeroes that align what follows.
             let (now, _) = bytes.split_at(size(left).min(bytes.len()));
             left = left
-                .checked_sub(len64(now.len()))
+                .checked_sub(to_u64(now.len()))
                 .ok_or_else(|| too_large("bytes of a blob", blob.len, u64::MAX))?;
             out.write_all(now)
                 .map_err(CheckpointError::write(blob.offset))
@@ -229,7 +230,7 @@ impl<S: RangeSource> CheckpointReader<S> {
                 .read_at(part, at)
                 .map_err(CheckpointError::read(at))?;
             each(part)?;
-            done = plus("bytes of file", done, len64(part.len()))?;
+            done = plus("bytes of file", done, to_u64(part.len()))?;
         }
         Ok(())
     }
@@ -262,7 +263,7 @@ impl<S: RangeSource> CheckpointReader<S> {
             let stores = run.content == PageContent::Data { slot: stats.data };
             stats.count(&run, stores);
         }
-        stats.runs = len64(self.index.run_count());
+        stats.runs = to_u64(self.index.run_count());
         let mut stored = Tally::ZERO;
         for number in 0..self.index.chunk_count() {
             if let Ok(chunk) = self.index.chunk(number) {
@@ -342,13 +343,13 @@ fn without_fill(source: &impl RangeSource, len: u64) -> Result<u64, CheckpointEr
     while end > 0 && len.abs_diff(end) < MAX_FILL {
         // At first no more than what says that there is nothing to be done.
         let most = if end == len { 8 } else { READ };
-        let start = FileOffset::new(end.saturating_sub(len64(most)));
+        let start = FileOffset::new(end.saturating_sub(to_u64(most)));
         buffer.resize(size(between(start, FileOffset::new(end))?), 0);
         let read = source.read_at(&mut buffer, start);
         read.map_err(CheckpointError::read(start))?;
         let is_used = |byte: &u8| *byte != 0;
         if let Some(last) = buffer.iter().rposition(is_used) {
-            return Ok(behind(behind(start, len64(last))?, 1)?.raw());
+            return Ok(behind(behind(start, to_u64(last))?, 1)?.raw());
         }
         end = start.raw();
     }

@@ -1,5 +1,6 @@
 //! Where a checkpoint's bytes come from.
 
+use crate::to_u64;
 use crate::{Bytes, FileOffset, FileStamp, GuestBytes};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -57,7 +58,7 @@ impl RangeSource for GuestBytes<'_> {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: FileOffset) -> io::Result<()> {
-        self.part(offset.raw(), buf.len() as u64)
+        self.part(offset.raw(), to_u64(buf.len()))
             .filter(|bytes| bytes.copy_to(buf))
             .map(drop)
             .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())

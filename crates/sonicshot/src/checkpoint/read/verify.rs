@@ -7,7 +7,8 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::wire::footer::{Footer, footer_at};
 use crate::checkpoint::wire::frames::{read_frames, same_layout};
 use crate::checkpoint::wire::info::{PageContent, PageRun};
-use crate::checkpoint::wire::layout::{behind, len64, size, too_large};
+use crate::checkpoint::wire::layout::{behind, size, too_large};
+use crate::to_u64;
 use crate::work::for_each_told;
 use crate::{FileOffset, GuestMemory, PfnRange, Progress, Tally, WorkOptions};
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -37,7 +38,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let total = Tally::new(covered).times(2).get();
         self.each_part(FileOffset::ZERO, covered, &mut |bytes| {
             digest.write(bytes);
-            done.add(len64(bytes.len()));
+            done.add(to_u64(bytes.len()));
             progress.tell(done.get(), total);
             Ok(())
         })?;

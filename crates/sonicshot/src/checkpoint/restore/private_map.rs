@@ -6,7 +6,8 @@ use crate::checkpoint::read::reader::CheckpointReader;
 use crate::checkpoint::read::source::RangeSource;
 use crate::checkpoint::wire::frames::{fill_words, ram_of, range_of};
 use crate::checkpoint::wire::info::{PageContent, PageRun};
-use crate::checkpoint::wire::layout::{len64, size};
+use crate::checkpoint::wire::layout::size;
+use crate::to_u64;
 use crate::{FileOffset, Gpa, GpaRange, MemoryError, PfnRange};
 use core::ffi::c_void;
 use core::ptr::NonNull;
@@ -183,7 +184,7 @@ impl<S: RangeSource> CheckpointReader<S> {
                 memory.regions.push((*region, start, len));
             }
         }
-        let host_page = len64(rustix::param::page_size());
+        let host_page = to_u64(rustix::param::page_size());
         let bytes_of = |run: &PageRun| run.frames.len() << info.page_size.shift();
         // A length that leaves no more runs than may be mapped.
         let mut lengths: Vec<u64> = self
@@ -238,7 +239,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let Some(at) = memory.address(range.start()) else {
             return Ok(false);
         };
-        let address = len64(at.as_ptr() as usize);
+        let address = to_u64(at.as_ptr() as usize);
         if [offset.raw(), address, range.len()]
             .iter()
             .any(|value| !value.is_multiple_of(host_page))
@@ -272,7 +273,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let place = |slot| {
             let chunk = self.index().chunk_of(slot)?;
             let inside = chunk.bytes_of(slot, 1, page_size)?.start;
-            Ok::<_, CheckpointError>(chunk.entry.offset.checked_add(len64(inside)))
+            Ok::<_, CheckpointError>(chunk.entry.offset.checked_add(to_u64(inside)))
         };
         // In a file that this crate wrote they do. Others may have a blob between two chunks.
         let (first, last) = (place(slot)?, place(last_slot)?);

@@ -7,8 +7,9 @@ use crate::checkpoint::read::source::RangeSource;
 use crate::checkpoint::wire::frames::{copy_exact, fill_words, ram_in, ram_of, range_of, slice_of};
 use crate::checkpoint::wire::index::{ChunkInfo, Index, clip};
 use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
-use crate::checkpoint::wire::layout::{behind, checksum, len64, plus, size};
+use crate::checkpoint::wire::layout::{behind, checksum, plus, size};
 use crate::memory::ram;
+use crate::to_u64;
 use crate::work::{for_each, for_each_told};
 use crate::{Gpa, GpaRange, LayoutError, MemoryError, PfnRange, Progress, RamLayout, Stop, Tally};
 use core::hash::Hasher;
@@ -43,6 +44,7 @@ pub type FillWith<'a> = &'a mut dyn FnMut(&mut [u8]) -> Result<(), CheckpointErr
 
 /// The content of a target before a restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Before {
     /// Zeroes: fresh anonymous memory, a new memfd. Pages of zeroes are not touched, and take
     /// no memory.
@@ -106,7 +108,7 @@ impl<'a> RestoreRegions<'a> {
     ) -> Result<Self, LayoutError> {
         let regions = regions
             .into_iter()
-            .map(|(at, start, len)| Ok((ram(at, len64(len))?, start)));
+            .map(|(at, start, len)| Ok((ram(at, to_u64(len))?, start)));
         let mut regions = regions.collect::<Result<Vec<_>, LayoutError>>()?;
         regions.sort_by_key(|(range, _)| *range);
         let layout = RamLayout::new(regions.iter().map(|(range, _)| *range).collect())?;
@@ -323,6 +325,8 @@ impl<S: RangeSource> CheckpointReader<S> {
                 self.restore_chunk(decoder, target, &chunk, &stores, &refers)
             },
         )?;
+        // Threads that nobody tells of may have had the last ones.
+        options.progress.tell(total, total);
         self.restore_disks(target, threads)?;
         let zeroed = target.reads_as_zero();
         let count = index.run_count();
@@ -464,7 +468,7 @@ fn fill_all(
 ) -> Result<(), CheckpointError> {
     let mut filled = false;
     target.fill(range, &mut |out| {
-        if len64(out.len()) != range.len() {
+        if to_u64(out.len()) != range.len() {
             return Err(wrong_length(range, out.len()));
         }
         filled = true;
@@ -503,7 +507,7 @@ fn wrong_length(range: GpaRange, found: usize) -> CheckpointError {
     CheckpointError::Length {
         what: "the place for page data",
         at: range.start(),
-        found: len64(found),
+        found: to_u64(found),
         expected: range.len(),
     }
 }

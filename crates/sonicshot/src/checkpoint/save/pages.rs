@@ -9,9 +9,10 @@ use crate::checkpoint::wire::builder::IndexBuilder;
 use crate::checkpoint::wire::codec::Compressor;
 use crate::checkpoint::wire::info::{CheckpointInfo, Compression, PageContent, PageRun, SaveStats};
 use crate::checkpoint::wire::layout::{
-    MAX_CHUNK, between, checksum, len64, narrow, plus, size, too_large,
+    MAX_CHUNK, between, checksum, narrow, plus, size, too_large,
 };
 use crate::checkpoint::wire::record::ChunkEntry;
+use crate::to_u64;
 use crate::work::{Pending, Pool, threads, with_pool};
 use crate::{Gpa, GuestMemory, PageMap, Pfn, PfnRange, Progress, PrunePlan, Tally};
 use core::hash::Hasher;
@@ -118,8 +119,8 @@ impl Piece {
         bytes.ok_or_else(|| CheckpointError::Length {
             what: "a batch of pages",
             at: self.at,
-            found: len64(self.bytes.len()),
-            expected: len64(self.range.end),
+            found: to_u64(self.bytes.len()),
+            expected: to_u64(self.range.end),
         })
     }
 }
@@ -358,7 +359,11 @@ impl<W: Write> Saving<'_, '_, '_, W> {
         self.chunk_pages = 0;
         let pieces = core::mem::take(&mut self.chunk);
         for piece in &pieces {
-            self.full_bytes = plus("bytes of chunks", self.full_bytes, len64(piece.range.len()))?;
+            self.full_bytes = plus(
+                "bytes of chunks",
+                self.full_bytes,
+                to_u64(piece.range.len()),
+            )?;
         }
         self.full.push(pieces);
         if self.full_bytes >= GROUP {

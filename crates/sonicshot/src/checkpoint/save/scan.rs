@@ -8,6 +8,7 @@ use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
 use crate::checkpoint::wire::layout::{
     DISK_ALIGN, MAX_DISK_RUN, MAX_RUN, checksum, narrow, plus, size, too_large,
 };
+use crate::to_u64;
 use crate::{
     DropRun, Fill, GuestMemory, PageClass, PageMap, PageSize, PageState, Pfn, PfnRange, PrunePlan,
 };
@@ -400,7 +401,7 @@ impl Guessed<'_> {
             .collect();
         let mut start = self.guess.frames.start();
         for run in same.chunk_by(|a, b| a == b) {
-            let frames = PfnRange::with_len(start, run.len() as u64);
+            let frames = PfnRange::with_len(start, to_u64(run.len()));
             let Some(frames) = frames.filter(|_| !run.is_empty()) else {
                 break;
             };

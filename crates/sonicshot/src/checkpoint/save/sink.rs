@@ -2,7 +2,8 @@
 
 use crate::FileOffset;
 use crate::checkpoint::CheckpointError;
-use crate::checkpoint::wire::layout::{behind, len64};
+use crate::checkpoint::wire::layout::behind;
+use crate::to_u64;
 use std::io::Write;
 use twox_hash::XxHash3_128;
 
@@ -37,7 +38,7 @@ impl<W> Sink<W> {
 
 impl<W: Write> Sink<W> {
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
-        let end = behind(self.offset, len64(bytes.len()))?;
+        let end = behind(self.offset, to_u64(bytes.len()))?;
         self.out
             .write_all(bytes)
             .map_err(CheckpointError::write(self.offset))?;

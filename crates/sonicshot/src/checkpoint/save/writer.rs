@@ -14,9 +14,10 @@ use crate::checkpoint::wire::header::{Codec, Header};
 use crate::checkpoint::wire::info::{CheckpointInfo, SaveStats};
 use crate::checkpoint::wire::layout::{
     ALIGN, FOOTER_LEN, MAX_BLOB_NAME, MAX_CHUNK, MAX_DISK_LEN, MAX_DISK_NAME, MAX_DISKS, behind,
-    between, checksum, len64, plus, size, too_large,
+    between, checksum, plus, size, too_large,
 };
 use crate::checkpoint::wire::record::BlobEntry;
+use crate::to_u64;
 use crate::{GuestMemory, PageMap, PrunePlan, Stoppable};
 use core::hash::Hasher;
 use std::fmt;
@@ -253,7 +254,7 @@ impl<W: Write> CheckpointWriter<W> {
 
 /// Refuses disks that the format has no room for, or no names.
 fn check_disks(disks: &[DiskInfo]) -> Result<(), CheckpointError> {
-    let count = len64(disks.len());
+    let count = to_u64(disks.len());
     if count > MAX_DISKS {
         return Err(too_large("disks", count, MAX_DISKS));
     }
@@ -264,7 +265,7 @@ fn check_disks(disks: &[DiskInfo]) -> Result<(), CheckpointError> {
         return Err(CheckpointError::DiskTwice { name });
     }
     for disk in disks {
-        let name = len64(disk.name.len());
+        let name = to_u64(disk.name.len());
         for (what, value, max) in [
             ("bytes of a disk's name", name, MAX_DISK_NAME),
             ("bytes of a disk", disk.bytes, MAX_DISK_LEN),
@@ -289,7 +290,7 @@ pub(super) fn add_blob<W: Write>(
     name: &str,
     content: &mut dyn Read,
 ) -> Result<(), CheckpointError> {
-    let name_len = len64(name.len());
+    let name_len = to_u64(name.len());
     if name_len == 0 || name_len > MAX_BLOB_NAME {
         return Err(CheckpointError::TooLarge {
             what: "bytes of a blob's name",
@@ -317,7 +318,7 @@ pub(super) fn add_blob<W: Write>(
         };
         sum.write(bytes);
         sink.write(bytes)?;
-        len = plus("bytes of a blob", len, len64(got))?;
+        len = plus("bytes of a blob", len, to_u64(got))?;
     }
     if codec == Codec::None {
         // What follows may be page data, to be mapped.
@@ -349,7 +350,7 @@ pub(super) fn end<W: Write>(
     sink.write(&index)?;
     let mut footer = Footer {
         index_offset,
-        index_len: len64(index.len()),
+        index_len: to_u64(index.len()),
         index_checksum: checksum(&index),
         file_len: behind(sink.offset(), FOOTER_LEN)?.raw(),
         digest: 0,

@@ -5,11 +5,11 @@ use super::index::Index;
 use super::info::{PageContent, PageRun};
 use super::layout::{
     DISK_RUN_LEN, INDEX_HEAD, INDEX_MAGIC, MAX_RUN, RUN_LEN, SECTION_BLOBS, SECTION_CHUNKS,
-    SECTION_DISK_RUNS, SECTION_DISKS, SECTION_LEN, SECTION_NEEDED, SECTION_RUNS, len64, narrow,
-    pad, plus,
+    SECTION_DISK_RUNS, SECTION_DISKS, SECTION_LEN, SECTION_NEEDED, SECTION_RUNS, narrow, pad, plus,
 };
 use super::record::{BlobEntry, ChunkEntry, encode_run};
 use crate::checkpoint::CheckpointError;
+use crate::to_u64;
 use crate::{PfnRange, Tally};
 
 /// Puts an index together while a checkpoint is written.
@@ -51,7 +51,7 @@ impl IndexBuilder {
 
     /// Adds a run on a disk. Returns its number.
     pub(crate) fn push_disk_run(&mut self, run: &DiskRun) -> u64 {
-        let number = len64(self.disk_runs.len() / DISK_RUN_LEN);
+        let number = to_u64(self.disk_runs.len() / DISK_RUN_LEN);
         run.encode(&mut self.disk_runs);
         number
     }
@@ -95,7 +95,9 @@ impl IndexBuilder {
     pub(crate) fn run_count(&self) -> u64 {
         let last = u64::from(self.last.is_some());
         // No more than there are bytes of memory for them.
-        Tally::new(len64(self.runs.len() / RUN_LEN)).and(last).get()
+        Tally::new(to_u64(self.runs.len() / RUN_LEN))
+            .and(last)
+            .get()
     }
 
     pub(crate) fn push_chunk(&mut self, chunk: &ChunkEntry) {
@@ -126,23 +128,27 @@ impl IndexBuilder {
             sections.push((SECTION_DISKS, &self.disks));
             sections.push((SECTION_DISK_RUNS, &self.disk_runs));
         }
-        let count: u32 = narrow("sections", len64(sections.len()), u32::MAX.into())?;
+        let count: u32 = narrow("sections", to_u64(sections.len()), u32::MAX.into())?;
         let mut out = Vec::with_capacity(self.runs.len());
         out.extend(INDEX_MAGIC);
         out.extend(count.to_le_bytes());
         out.extend([0; 4]);
         out.extend(self.slots.to_le_bytes());
         out.extend([0; 8]);
-        let mut at = len64(INDEX_HEAD);
+        let mut at = to_u64(INDEX_HEAD);
         for _ in &sections {
-            at = plus("bytes of index", at, len64(SECTION_LEN))?;
+            at = plus("bytes of index", at, to_u64(SECTION_LEN))?;
         }
         for (kind, bytes) in &sections {
             out.extend(kind.to_le_bytes());
             out.extend(SECTION_NEEDED.to_le_bytes());
             out.extend(at.to_le_bytes());
-            out.extend(len64(bytes.len()).to_le_bytes());
-            at = plus("bytes of index", at, len64(bytes.len().next_multiple_of(8)))?;
+            out.extend(to_u64(bytes.len()).to_le_bytes());
+            at = plus(
+                "bytes of index",
+                at,
+                to_u64(bytes.len().next_multiple_of(8)),
+            )?;
         }
         for (_, bytes) in sections {
             out.extend(bytes);

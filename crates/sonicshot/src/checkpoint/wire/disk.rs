@@ -2,11 +2,12 @@
 
 use super::layout::{
     DISK_ALIGN, DISK_HEAD, DISK_MARK_LEN, DISK_RUN_LEN, MAX_DISK_LEN, MAX_DISK_NAME, MAX_DISK_RUN,
-    MAX_MARK, MAX_MARKS, len64, narrow, pad,
+    MAX_MARK, MAX_MARKS, narrow, pad,
 };
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::disk::hash::{DiskDigest, DiskHash};
 use crate::checkpoint::disk::source::{DiskOffset, DiskRange};
+use crate::to_u64;
 use crate::{Bytes, PageSize};
 
 /// A run whose first page is the last one on the disk.
@@ -144,7 +145,7 @@ impl DiskRun {
         disks: &[DiskInfo],
         page_size: PageSize,
     ) -> Result<Self, (&'static str, u64)> {
-        let short = || ("a run on a disk", len64(bytes.len()));
+        let short = || ("a run on a disk", to_u64(bytes.len()));
         let at: u64 = bytes.le_at(0).ok_or_else(short)?;
         let disk: u32 = bytes.le_at(8).ok_or_else(short)?;
         let flags: u16 = bytes.le_at(12).ok_or_else(short)?;
@@ -199,10 +200,10 @@ impl DiskInfo {
     pub(crate) fn encode(&self, out: &mut Vec<u8>) -> Result<(), CheckpointError> {
         let name: u16 = narrow(
             "bytes of a disk's name",
-            len64(self.name.len()),
+            to_u64(self.name.len()),
             MAX_DISK_NAME,
         )?;
-        let marks: u32 = narrow("marks on a disk", len64(self.marks.len()), MAX_MARKS)?;
+        let marks: u32 = narrow("marks on a disk", to_u64(self.marks.len()), MAX_MARKS)?;
         out.extend(self.bytes.to_le_bytes());
         out.extend(name.to_le_bytes());
         out.extend([
@@ -227,7 +228,7 @@ impl DiskInfo {
     /// A disk's record at the start of `bytes`, and how long it is; or the name and value of the
     /// field that is wrong.
     pub(crate) fn decode(bytes: &[u8]) -> Result<(Self, usize), (&'static str, u64)> {
-        let short = || ("the record of a disk", len64(bytes.len()));
+        let short = || ("the record of a disk", to_u64(bytes.len()));
         let len: u64 = bytes.le_at(0).ok_or_else(short)?;
         let name_len: u16 = bytes.le_at(8).ok_or_else(short)?;
         let hash: u8 = bytes.le_at(10).ok_or_else(short)?;
@@ -262,7 +263,7 @@ impl DiskInfo {
         let name = bytes
             .get(at..end)
             .and_then(|name| core::str::from_utf8(name).ok());
-        let name = name.filter(|name| (1..=MAX_DISK_NAME).contains(&len64(name.len())));
+        let name = name.filter(|name| (1..=MAX_DISK_NAME).contains(&to_u64(name.len())));
         let name = name
             .ok_or(("the name of a disk", u64::from(name_len)))?
             .to_owned();

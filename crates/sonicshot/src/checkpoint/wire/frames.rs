@@ -1,8 +1,9 @@
 //! Frames, and the RAM in them: of a guest whose RAM need not begin or end at a page.
 
 use super::info::CheckpointInfo;
-use super::layout::{len64, size, too_large};
+use super::layout::{size, too_large};
 use crate::checkpoint::CheckpointError;
+use crate::to_u64;
 use crate::{Gpa, GpaRange, GuestMemory, MemoryError, PageSize, Pfn, PfnRange, RamLayout};
 
 /// The frames that hold RAM, also those that RAM fills only in part: sorted, disjoint, with
@@ -110,7 +111,7 @@ fn read_range(
     out: &mut [u8],
 ) -> Result<(), CheckpointError> {
     let range = range_of(info, frames)?;
-    if range.len() != len64(out.len()) {
+    if range.len() != to_u64(out.len()) {
         return Err(wrong_length("a buffer", range, out.len()));
     }
     if info.layout.contains(range.start(), range.len()) {
@@ -144,8 +145,8 @@ pub(crate) fn copy_exact(bytes: &[u8], out: &mut [u8], at: Gpa) -> Result<(), Ch
         return Err(CheckpointError::Length {
             what: "page data",
             at,
-            found: len64(bytes.len()),
-            expected: len64(out.len()),
+            found: to_u64(bytes.len()),
+            expected: to_u64(out.len()),
         });
     }
     out.copy_from_slice(bytes);
@@ -167,7 +168,7 @@ fn wrong_length(what: &'static str, range: GpaRange, found: usize) -> Checkpoint
     CheckpointError::Length {
         what,
         at: range.start(),
-        found: len64(found),
+        found: to_u64(found),
         expected: range.len(),
     }
 }

@@ -2,10 +2,11 @@
 
 use super::info::{CheckpointInfo, Compression};
 use super::layout::{
-    ALIGN, MAGIC, MAX_ATTRIBUTE, MAX_CHUNK, MAX_HEADER, MAX_REGIONS, VERSION, checksum, len64,
-    narrow, pad, plus, size, too_large,
+    ALIGN, MAGIC, MAX_ATTRIBUTE, MAX_CHUNK, MAX_HEADER, MAX_REGIONS, VERSION, checksum, narrow,
+    pad, plus, size, too_large,
 };
 use crate::checkpoint::CheckpointError;
+use crate::to_u64;
 use crate::{
     Architecture, Bytes, Cursor, CutShort, FileOffset, Gpa, GpaRange, PageSize, RamLayout,
 };
@@ -110,11 +111,11 @@ impl Header {
         out.extend(self.chunk_size.to_le_bytes());
         self.encode_regions(&mut out)?;
         self.encode_attributes(&mut out)?;
-        let len = len64(out.len())
+        let len = to_u64(out.len())
             .checked_add(SUM_LEN)
             .and_then(|len| len.checked_next_multiple_of(ALIGN))
             .filter(|len| *len <= MAX_HEADER)
-            .ok_or_else(|| too_large("bytes of header", len64(out.len()), MAX_HEADER))?;
+            .ok_or_else(|| too_large("bytes of header", to_u64(out.len()), MAX_HEADER))?;
         let length: u32 = narrow("bytes of header", len, MAX_HEADER)?;
         let (start, end) = (size(LENGTH_AT), size(FEATURES_AT));
         if let Some(field) = out.get_mut(start..end) {
@@ -131,7 +132,7 @@ impl Header {
 
     fn encode_regions(&self, out: &mut Vec<u8>) -> Result<(), CheckpointError> {
         let regions = self.info.layout.regions();
-        let count = len64(regions.len());
+        let count = to_u64(regions.len());
         if count > MAX_REGIONS {
             return Err(too_large("RAM regions", count, MAX_REGIONS));
         }
@@ -155,7 +156,7 @@ impl Header {
             (ATTRIBUTE_VMM, info.vmm.as_ref().map(String::as_bytes)),
         ] {
             let Some(value) = value else { continue };
-            let len = len64(value.len());
+            let len = to_u64(value.len());
             if len > MAX_ATTRIBUTE {
                 return Err(too_large("bytes of an attribute", len, MAX_ATTRIBUTE));
             }
@@ -182,9 +183,9 @@ impl Header {
             what: "the header",
             offset: FileOffset::ZERO,
             need: START_LEN,
-            len: len64(start.len()),
+            len: to_u64(start.len()),
         };
-        let mut cursor = Cursor::at(start, len64(MAGIC.len()));
+        let mut cursor = Cursor::at(start, to_u64(MAGIC.len()));
         let version: u32 = cursor.le().map_err(short)?;
         if version != VERSION {
             return Err(CheckpointError::Version {
@@ -257,8 +258,8 @@ struct Fields<'a>(Cursor<&'a [u8]>);
 
 impl<'a> Fields<'a> {
     fn checked(bytes: &'a [u8]) -> Result<Self, CheckpointError> {
-        let short = || corrupt("the header's length", LENGTH_AT, len64(bytes.len()));
-        let end = len64(bytes.len()).checked_sub(SUM_LEN).ok_or_else(short)?;
+        let short = || corrupt("the header's length", LENGTH_AT, to_u64(bytes.len()));
+        let end = to_u64(bytes.len()).checked_sub(SUM_LEN).ok_or_else(short)?;
         let body = bytes.part(0, end).ok_or_else(short)?;
         let stored: u64 = bytes.le_at(end).ok_or_else(short)?;
         let computed = checksum(body);
@@ -333,7 +334,7 @@ impl<'a> Fields<'a> {
         let text = || {
             core::str::from_utf8(value)
                 .map(|text| Some(text.to_owned()))
-                .map_err(|error| corrupt("an attribute's text", at, len64(error.valid_up_to())))
+                .map_err(|error| corrupt("an attribute's text", at, to_u64(error.valid_up_to())))
         };
         match kind {
             ATTRIBUTE_RELEASE => info.kernel_release = text()?,
@@ -354,7 +355,7 @@ impl<'a> Fields<'a> {
 mod tests {
     use super::{
         ALIGN, CheckpointInfo, Codec, Header, MAX_ATTRIBUTE, MAX_CHUNK, MAX_HEADER, MAX_REGIONS,
-        START_LEN, checksum, len64, size,
+        START_LEN, checksum, size, to_u64,
     };
     use crate::{Gpa, GpaRange, PageSize, RamLayout};
 
@@ -429,7 +430,7 @@ mod tests {
             let mut start = whole.encode().unwrap();
             start.truncate(size(START_LEN));
             start[12..].copy_from_slice(&u32::try_from(len).unwrap().to_le_bytes());
-            let found = Header::length(&start, len64(usize::MAX));
+            let found = Header::length(&start, to_u64(usize::MAX));
             assert_eq!(found.is_ok(), is_read, "{len}");
         }
     }

@@ -6,11 +6,12 @@ use super::header::{Codec, Header};
 use super::info::{PageContent, PageRun};
 use super::layout::{
     ALIGN, CHUNK_LEN, DISK_RUN_LEN, INDEX_HEAD, INDEX_MAGIC, MAX_DISKS, RUN_LEN, SECTION_BLOBS,
-    SECTION_CHUNKS, SECTION_DISK_RUNS, SECTION_DISKS, SECTION_NEEDED, SECTION_RUNS, corrupt, len64,
-    plus, size,
+    SECTION_CHUNKS, SECTION_DISK_RUNS, SECTION_DISKS, SECTION_NEEDED, SECTION_RUNS, corrupt, plus,
+    size,
 };
 use super::record::{BlobEntry, ChunkEntry, decode_run};
 use crate::checkpoint::CheckpointError;
+use crate::to_u64;
 use crate::{Bytes, Cursor, CutShort, FileOffset, PageSize, Pfn, PfnRange};
 use core::iter::Peekable;
 use core::ops::Range;
@@ -120,7 +121,7 @@ impl Index {
 
     /// An error of what stands at `at` in the index.
     fn corrupt(&self, what: &'static str, at: usize, value: u64) -> CheckpointError {
-        corrupt(self.offset, what, len64(at), value)
+        corrupt(self.offset, what, to_u64(at), value)
     }
 
     fn read_blobs(&self, range: Range<usize>) -> Result<Vec<BlobEntry>, CheckpointError> {
@@ -130,10 +131,10 @@ impl Index {
             let left = self.bytes.get(at..range.end);
             let Some((blob, len)) = left.and_then(BlobEntry::decode) else {
                 let left = left.map_or(range.end, <[u8]>::len);
-                return Err(self.corrupt("the record of a blob", at, len64(left)));
+                return Err(self.corrupt("the record of a blob", at, to_u64(left)));
             };
             out.push(blob);
-            at = size(plus("bytes of index", len64(at), len64(len))?);
+            at = size(plus("bytes of index", to_u64(at), to_u64(len))?);
         }
         let mut names: Vec<&str> = out.iter().map(|blob| blob.name.as_str()).collect();
         names.sort_unstable();
@@ -157,10 +158,10 @@ impl Index {
                 return Err(CheckpointError::DiskTwice { name: disk.name });
             }
             out.push(disk);
-            if len64(out.len()) > MAX_DISKS {
-                return Err(self.corrupt("the number of disks", range.start, len64(out.len())));
+            if to_u64(out.len()) > MAX_DISKS {
+                return Err(self.corrupt("the number of disks", range.start, to_u64(out.len())));
             }
-            at = size(plus("bytes of index", len64(at), len64(len))?);
+            at = size(plus("bytes of index", to_u64(at), to_u64(len))?);
         }
         Ok(out)
     }
@@ -180,7 +181,7 @@ impl Index {
 
     /// How many runs on disks there are.
     pub(crate) fn disk_run_count(&self) -> u64 {
-        len64(self.disk_runs.len() / DISK_RUN_LEN)
+        to_u64(self.disk_runs.len() / DISK_RUN_LEN)
     }
 
     /// The records of the disks as they stand in the file.
@@ -197,8 +198,8 @@ impl Index {
     /// on a disk once, in order.
     fn check_runs(&self, header: &Header) -> Result<(), CheckpointError> {
         let count = self.run_count();
-        if len64(count) > u64::from(u32::MAX) {
-            return Err(self.corrupt("the number of runs", self.runs.start, len64(count)));
+        if to_u64(count) > u64::from(u32::MAX) {
+            return Err(self.corrupt("the number of runs", self.runs.start, to_u64(count)));
         }
         let mut expected = covered_frames(&header.info.layout, self.page_size).into_iter();
         let mut rest = PfnRange::new(Pfn::new(0), Pfn::new(0));
@@ -233,7 +234,7 @@ impl Index {
             }
         }
         if !rest.is_empty() || expected.next().is_some() {
-            return Err(self.corrupt("the number of runs", self.runs.end, len64(count)));
+            return Err(self.corrupt("the number of runs", self.runs.end, to_u64(count)));
         }
         if on_disk != self.disk_run_count() {
             let found = self.disk_run_count();
@@ -305,7 +306,7 @@ impl Index {
     /// The run `number`.
     pub(crate) fn run(&self, number: usize) -> Result<PageRun, CheckpointError> {
         let Some(place) = place_of(&self.runs, number, RUN_LEN) else {
-            return Err(self.corrupt("the number of a run", self.runs.end, len64(number)));
+            return Err(self.corrupt("the number of a run", self.runs.end, to_u64(number)));
         };
         decode_run(self.section(&place))
             .map_err(|(what, value)| self.corrupt(what, place.start, value))
@@ -346,7 +347,7 @@ impl Index {
     }
 
     pub(crate) fn chunk_count(&self) -> u64 {
-        len64(self.chunks.len() / CHUNK_LEN)
+        to_u64(self.chunks.len() / CHUNK_LEN)
     }
 
     /// The chunk `number`.
@@ -439,21 +440,21 @@ struct Sections {
 
 impl Sections {
     fn decode(bytes: &[u8], offset: FileOffset) -> Result<Self, CheckpointError> {
-        let corrupt = |what, at, value| corrupt(offset, what, len64(at), value);
-        let short = |_: CutShort| corrupt("the index's length", 0, len64(bytes.len()));
+        let corrupt = |what, at, value| corrupt(offset, what, to_u64(at), value);
+        let short = |_: CutShort| corrupt("the index's length", 0, to_u64(bytes.len()));
         let mut fields = Cursor::new(bytes);
         if !fields.is_at(&INDEX_MAGIC) {
             let found = fields.le().map_err(short)?;
             return Err(corrupt("the index's first word", 0, found));
         }
-        fields.seek(len64(INDEX_MAGIC.len()));
+        fields.seek(to_u64(INDEX_MAGIC.len()));
         let count_at = size(fields.position());
         let count: u32 = fields.le().map_err(short)?;
         fields.skip(4).map_err(short)?;
         let slots = fields.le().map_err(short)?;
         let (mut runs, mut chunks, mut blobs) = (None, None, None);
         let (mut disks, mut disk_runs) = (None, None);
-        fields.seek(len64(INDEX_HEAD));
+        fields.seek(to_u64(INDEX_HEAD));
         for _ in 0..count {
             let at = size(fields.position());
             let kind: u32 = fields.le().map_err(short)?;
@@ -494,7 +495,7 @@ impl Sections {
             .chain(disk_runs)
         {
             if !range.len().is_multiple_of(record) {
-                let len = len64(range.len());
+                let len = to_u64(range.len());
                 return Err(corrupt("the length of a section", range.start, len));
             }
         }
@@ -557,9 +558,9 @@ impl<'a> Parts<'a> {
         }
         let stored = u64::from(entry.stored_len);
         let fits = match (entry.plain, codec) {
-            (true, _) => stored == len64(chunk.len),
+            (true, _) => stored == to_u64(chunk.len),
             (false, Codec::None) => false,
-            (false, _) => stored > 0 && stored < len64(chunk.len),
+            (false, _) => stored > 0 && stored < to_u64(chunk.len),
         };
         let end = self
             .at

@@ -58,11 +58,6 @@ pub(crate) fn checksum(bytes: &[u8]) -> u64 {
     XxHash3_64::oneshot(bytes)
 }
 
-/// A length as the format has it.
-pub(crate) const fn len64(len: usize) -> u64 {
-    len as u64
-}
-
 /// A length of the format in memory.
 pub(crate) const fn size(len: u64) -> usize {
     to_usize(len)

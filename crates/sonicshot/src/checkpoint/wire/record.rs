@@ -1,8 +1,9 @@
 //! The records of the index: runs of pages, chunks, blobs.
 
 use super::info::{PageContent, PageRun};
-use super::layout::{BLOB_HEAD, MAX_BLOB_NAME, MAX_RUN, len64, narrow, pad};
+use super::layout::{BLOB_HEAD, MAX_BLOB_NAME, MAX_RUN, narrow, pad};
 use crate::checkpoint::CheckpointError;
+use crate::to_u64;
 use crate::{Bytes, Cursor, CutShort, FileOffset, PageClass, Pfn, PfnRange};
 
 /// A chunk that is stored as it is.
@@ -116,7 +117,7 @@ pub(crate) struct BlobEntry {
 impl BlobEntry {
     pub(crate) fn encode(&self, out: &mut Vec<u8>) -> Result<(), CheckpointError> {
         let what = "bytes of a blob's name";
-        let len: u16 = narrow(what, len64(self.name.len()), MAX_BLOB_NAME)?;
+        let len: u16 = narrow(what, to_u64(self.name.len()), MAX_BLOB_NAME)?;
         for word in [self.offset.raw(), self.stored_len, self.len, self.checksum] {
             out.extend(word.to_le_bytes());
         }
