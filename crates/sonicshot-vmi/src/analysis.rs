@@ -4,8 +4,10 @@ use crate::{GuestOptions, Inconsistency, Knowledge, Note, OnInconsistency, VmiEr
 use crate::{mark_absent_pages, mark_zero_pages, open_guest};
 use sonicshot::{
     Architecture, ClassCounts, ClassSet, Fill, GpaRange, GuestMemory, MemoryError, PageClass,
-    PageMap, PageSize, PageState, PfnRange, PrunePlan, PrunePolicy, Stop, Stoppable, Tally,
+    PageMap, PageSize, PageState, PfnRange, Progress, PrunePlan, PrunePolicy, Stop, Stoppable,
+    Tally, WorkOptions,
 };
+use std::sync::Arc;
 
 /// How a guest is looked at; by default nothing is known of it, a guest that contradicts itself is
 /// refused, and pages in use are looked at for zeroes.
@@ -16,6 +18,7 @@ pub struct AnalysisOptions {
     on_inconsistency: OnInconsistency,
     zero_pages: bool,
     stop: Option<Stop>,
+    progress: Option<Arc<dyn Progress>>,
 }
 
 impl Default for AnalysisOptions {
@@ -25,6 +28,7 @@ impl Default for AnalysisOptions {
             on_inconsistency: OnInconsistency::Refuse,
             zero_pages: true,
             stop: None,
+            progress: None,
         }
     }
 }
@@ -66,6 +70,20 @@ impl AnalysisOptions {
     pub fn stop(mut self, stop: Stop) -> Self {
         self.stop = Some(stop);
         self
+    }
+
+    /// Says who is told how far the analysis is, phase by phase: in bytes of memory, by
+    /// [`analyze`] of the search for the kernel, then of the classification, then of the search for
+    /// zero pages. Whoever the [guest's options](GuestOptions::progress) name is told if nobody is
+    /// named here.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+
+    pub(crate) fn who_is_told(&self) -> Option<&Arc<dyn Progress>> {
+        self.progress.as_ref()
     }
 
     pub(crate) fn ends_by(&self) -> Option<&Stop> {
@@ -161,12 +179,15 @@ impl Analysis {
     ///
     /// # Errors
     /// [`MemoryError`] if a page cannot be read.
-    pub fn of_zero_pages(memory: &dyn GuestMemory) -> Result<Self, MemoryError> {
+    pub fn of_zero_pages(
+        memory: &dyn GuestMemory,
+        options: &WorkOptions,
+    ) -> Result<Self, MemoryError> {
         // What is zero in units of the smallest page is so in any.
         let page_size = PageSize::SIZE_4K;
         let mut pages = PageMap::new(memory.layout(), page_size);
         let absent = mark_absent_pages(memory, &mut pages)?;
-        mark_zero_pages(memory, &mut pages)?;
+        mark_zero_pages(memory, &mut pages, options)?;
         Ok(Self {
             facts: GuestFacts {
                 os: "unknown",
@@ -303,8 +324,12 @@ impl Analysis {
     ///
     /// # Errors
     /// [`MemoryError`] if a page cannot be read.
-    pub fn mark_zero_pages(&mut self, memory: &dyn GuestMemory) -> Result<(), MemoryError> {
-        mark_zero_pages(memory, &mut self.pages)
+    pub fn mark_zero_pages(
+        &mut self,
+        memory: &dyn GuestMemory,
+        options: &WorkOptions,
+    ) -> Result<(), MemoryError> {
+        mark_zero_pages(memory, &mut self.pages, options)
     }
 }
 
@@ -324,8 +349,12 @@ impl Analysis {
 /// What [`open_guest`] and [`GuestOs::analyze`](crate::GuestOs::analyze) give, and
 /// [`VmiError::Stopped`] if the work was [ended](AnalysisOptions::stop).
 pub fn analyze(memory: &dyn GuestMemory, options: &AnalysisOptions) -> Result<Analysis, VmiError> {
+    let mut known = options.guest.clone();
+    if let Some(progress) = &options.progress {
+        known.progress = Some(Arc::clone(progress));
+    }
     let Some(stop) = &options.stop else {
-        return open_guest(memory, &options.guest)?.analyze(options);
+        return open_guest(memory, &known)?.analyze(options);
     };
     let stoppable = Stoppable::new(memory, stop.clone());
     // Its memory ends already.
@@ -333,7 +362,7 @@ pub fn analyze(memory: &dyn GuestMemory, options: &AnalysisOptions) -> Result<An
         stop: None,
         ..options.clone()
     };
-    let analysis = open_guest(&stoppable, &options.guest).and_then(|guest| guest.analyze(&whole));
+    let analysis = open_guest(&stoppable, &known).and_then(|guest| guest.analyze(&whole));
     // What could not be read for it may have been passed over: whatever came of it does not count.
     stop.check().map_err(VmiError::Stopped)?;
     analysis

@@ -38,9 +38,9 @@ pub use explain::{ListedIn, PageFacts, PageOwner, PageRecord, Witness};
 pub use lists::{FreeBlocks, FreeList, PerCpuCount, ZoneFree};
 pub use options::{GuestOptions, OnInconsistency};
 pub use places::{FilePlace, FilePlaces, FileSystemId};
-use sonicshot::{GpaRange, GuestMemory, PageMap, PageSize, Pfn, Stoppable};
+use sonicshot::{GpaRange, GuestMemory, PageMap, PageSize, Pfn, Progress, Stoppable, WorkOptions};
 use std::num::NonZeroUsize;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 /// A Linux guest whose kernel was found in its memory.
 ///
@@ -72,6 +72,8 @@ pub struct LinuxGuest<'m> {
     searched: OnceLock<(PageLayout, Zones)>,
     /// How many threads look at struct pages.
     threads: Option<NonZeroUsize>,
+    /// Whoever is told how far the work is.
+    progress: Option<Arc<dyn Progress>>,
     /// The report on the symbol files that were given.
     notes_of_files: Vec<Note>,
 }
@@ -118,7 +120,7 @@ impl<'m> LinuxGuest<'m> {
             return Self::by_shape(memory, owners(), options, &given);
         }
         let standing = discover::find(
-            memory,
+            (memory, &options.progress),
             options.vmcoreinfo.as_deref(),
             told.are_crashed(),
             // Where nothing is told, any may be the one: each is tried where it is met.
@@ -244,7 +246,7 @@ impl<'m> LinuxGuest<'m> {
         options: &GuestOptions,
         given: &Given,
     ) -> Result<Self, VmiError> {
-        let (shaped, kernel, image, searched) = shape::find(memory, &owners)?;
+        let (shaped, kernel, image, searched) = shape::find(memory, &owners, &options.progress)?;
         Ok(Self {
             kernel,
             origin: shaped.origin(),
@@ -256,6 +258,7 @@ impl<'m> LinuxGuest<'m> {
             shaped: Some(shaped),
             searched: OnceLock::from(searched),
             threads: options.threads,
+            progress: options.progress.clone(),
             notes_of_files: given.notes(&[], None),
         })
     }
@@ -352,10 +355,12 @@ impl<'m> LinuxGuest<'m> {
     /// Looks for the zones by their lists.
     fn search(&self, map: &MemMap<'m>) -> Result<(PageLayout, Zones), VmiError> {
         if let Some(shaped) = &self.shaped {
-            return shaped.search(&self.kernel, map, self.image, &Deadline::new());
+            let deadline = Deadline::new();
+            let watch = (&deadline, &self.progress as &dyn Progress);
+            return shaped.search(&self.kernel, map, self.image, watch);
         }
         let layout = PageLayout::of_free_pages(&self.kernel, map.stride)?;
-        let zones = shape::told_zones(&self.kernel, map, &layout, self.image)?;
+        let zones = shape::told_zones(&self.kernel, map, &layout, self.image, &self.progress)?;
         Ok((layout, zones))
     }
 
@@ -551,16 +556,21 @@ impl LinuxGuest<'_> {
             shaped: self.shaped,
             searched: self.searched.clone(),
             threads: self.threads,
+            progress: self.progress.clone(),
             notes_of_files: self.notes_of_files.clone(),
         }
     }
 
     fn analyze_to_the_end(&self, options: &AnalysisOptions) -> Result<Analysis, VmiError> {
-        let mut pages = self.classify(options.inconsistency())?;
+        let progress = options.who_is_told().or(self.progress.as_ref()).cloned();
+        let mut pages = self.classify_told(options.inconsistency(), &progress)?;
         let memory = self.kernel.space.memory();
         let absent = mark_absent_pages(memory, &mut pages.map)?;
         if options.looks_for_zero_pages() {
-            mark_zero_pages(memory, &mut pages.map)?;
+            let mut work = WorkOptions::new();
+            work.threads = self.threads;
+            work.progress = progress;
+            mark_zero_pages(memory, &mut pages.map, &work)?;
         }
         Ok(Analysis::new(Parts {
             facts: self.facts(),

@@ -15,7 +15,7 @@ use crate::arch;
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 use crate::mm::mem_map::MemMap;
-use sonicshot::{GpaRange, GuestMemory, to_usize};
+use sonicshot::{GpaRange, GuestMemory, to_u64, to_usize};
 
 /// So many lists must point to one place for it to be believed. In memory in its right place a few
 /// lists of one element look as if they pointed elsewhere, at most two to any one place.
@@ -192,8 +192,8 @@ fn count_lists(
                 VmiError::count("lists that point to themselves", count, 1)?;
             }
         }
-        memory.release(GpaRange::with_len(from, len as u64).unwrap_or(data));
-        let Some(next) = from.checked_add(len as u64) else {
+        memory.release(GpaRange::with_len(from, to_u64(len)).unwrap_or(data));
+        let Some(next) = from.checked_add(to_u64(len)) else {
             break;
         };
         at = next;

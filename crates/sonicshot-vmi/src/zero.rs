@@ -1,9 +1,9 @@
 //! Pages whose every byte is zero.
 
-use sonicshot::work::{for_each, threads};
+use sonicshot::work::{for_each_told, threads};
 use sonicshot::{
     ClassSet, Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, PageClass, PageMap, PageSize,
-    Pfn, PfnRange, to_usize,
+    Pfn, PfnRange, PhaseProgress, Progress, Tally, WorkOptions, WorkPhase, to_u64, to_usize,
 };
 use std::iter;
 use std::num::NonZeroUsize;
@@ -19,13 +19,26 @@ const MAX_THREADS: NonZeroUsize = NonZeroUsize::new(16).unwrap();
 /// Notes of every page that is in use, of whatever class, whether it holds only zeroes
 /// ([`PageState::is_zero`](sonicshot::PageState::is_zero)). Free and offline pages are not read.
 ///
-/// Uses all processors. Memory that the source knows to be zero ([`GuestMemory::next_data`])
-/// is not touched.
+/// Memory that the source knows to be zero ([`GuestMemory::next_data`]) is not touched.
 ///
 /// # Errors
 /// [`MemoryError`] if a page cannot be read: of the lowest one.
-pub fn mark_zero_pages(memory: &dyn GuestMemory, map: &mut PageMap) -> Result<(), MemoryError> {
-    mark_on(of_these(threads(None)), memory, map)
+pub fn mark_zero_pages(
+    memory: &dyn GuestMemory,
+    map: &mut PageMap,
+    options: &WorkOptions,
+) -> Result<(), MemoryError> {
+    let threads = of_these(threads(options.threads));
+    let mut phase = begin(map, &options.progress);
+    mark_on(threads, memory, map, &mut |bytes| phase.add(bytes))?;
+    phase.end();
+    Ok(())
+}
+
+/// The look at all pages of `map`, which begins.
+fn begin<'a>(map: &PageMap, progress: &'a dyn Progress) -> PhaseProgress<'a> {
+    let total = Tally::new(map.total()).times(map.page_size().bytes());
+    PhaseProgress::begin(progress, WorkPhase::FindingZeroPages, total.get())
 }
 
 /// How many threads work where there are so many processors.
@@ -37,10 +50,12 @@ fn mark_on(
     threads: NonZeroUsize,
     memory: &dyn GuestMemory,
     map: &mut PageMap,
+    done: &mut dyn FnMut(u64),
 ) -> Result<(), MemoryError> {
     let page_size = map.page_size();
     let read: ClassSet = PageClass::ALL.iter().copied().filter(is_read).collect();
-    map.edit(threads, read, |start, pages| {
+    let done = |frames: u64| done(Tally::new(frames).times(page_size.bytes()).get());
+    map.edit_told(threads, read, done, |start, pages| {
         let wanted: Vec<bool> = pages
             .iter()
             .map(|page| read.contains(page.class()))
@@ -58,7 +73,11 @@ fn mark_on(
 ///
 /// # Errors
 /// [`MemoryError`] if a page cannot be read.
-pub fn count_zero_pages(memory: &dyn GuestMemory, map: &PageMap) -> Result<u64, MemoryError> {
+pub fn count_zero_pages(
+    memory: &dyn GuestMemory,
+    map: &PageMap,
+    options: &WorkOptions,
+) -> Result<u64, MemoryError> {
     let zero = AtomicU64::new(0);
     let count = |wanted: &mut Vec<bool>, piece: PfnRange| {
         wanted.clear();
@@ -70,8 +89,13 @@ pub fn count_zero_pages(memory: &dyn GuestMemory, map: &PageMap) -> Result<u64, 
             zero.fetch_add(1, Ordering::Relaxed);
         })
     };
-    let threads = of_these(threads(None));
-    for_each(threads, map.pieces(PIECE), Vec::new, count)?;
+    let threads = of_these(threads(options.threads));
+    let mut phase = begin(map, &options.progress);
+    // Pieces are taken in their order.
+    let piece = map.page_size().bytes() << PIECE;
+    let done = |pieces: u64| phase.reach(Tally::new(pieces).times(piece).get());
+    for_each_told(threads, map.pieces(PIECE), done, Vec::new, count)?;
+    phase.end();
     Ok(zero.into_inner())
 }
 
@@ -106,8 +130,8 @@ fn zero_frames(
         // The index of each, and where it is in the range.
         let frames = (first..).zip((0_usize..).step_by(page)).zip(wanted);
         let frames = frames.filter(|(_, wanted)| **wanted).map(|(at, _)| at);
-        let range = start.checked_add(first as u64).and_then(|pfn| {
-            GpaRange::with_len(pfn.gpa(page_size)?, (count as u64) << page_size.shift())
+        let range = start.checked_add(to_u64(first)).and_then(|pfn| {
+            GpaRange::with_len(pfn.gpa(page_size)?, to_u64(count) << page_size.shift())
         });
         let Some(range) = range else { continue };
         // Frames known to be zero without reading.
@@ -208,11 +232,11 @@ fn wanted_runs(
 
 #[cfg(test)]
 mod tests {
-    use super::{count_zero_pages, mark_on, of_these, wanted_runs};
+    use super::{count_zero_pages, mark_on, mark_zero_pages, of_these, wanted_runs};
     use proptest::prelude::*;
     use sonicshot::{
         Gpa, GpaRange, GuestMemory, MemoryError, PageClass, PageMap, PageSize, PageState, Pfn,
-        PfnRange, RamLayout,
+        PfnRange, RamLayout, WorkOptions,
     };
     use std::num::NonZeroUsize;
 
@@ -252,7 +276,10 @@ mod tests {
         let mark = |threads, bad| {
             let guest = Guest(layout.clone(), bad);
             let mut map = fresh.clone();
-            let done = mark_on(NonZeroUsize::new(threads).unwrap(), &guest, &mut map);
+            let threads = NonZeroUsize::new(threads).unwrap();
+            let mut told = 0;
+            let done = mark_on(threads, &guest, &mut map, &mut |bytes| told += bytes);
+            assert_eq!(told, frames * PAGE, "all frames are told of");
             done.map(|()| map).map_err(|error| error.to_string())
         };
         let one = mark(1, frames).unwrap();
@@ -272,7 +299,8 @@ mod tests {
             };
             assert_eq!(one.state(Pfn::new(pfn)), Some(expected));
         }
-        let zero = count_zero_pages(&Guest(layout.clone(), frames), &one).unwrap();
+        let options = WorkOptions::new();
+        let zero = count_zero_pages(&Guest(layout.clone(), frames), &one, &options).unwrap();
         assert_eq!(zero, (0..frames).filter(|pfn| pfn % 3 != 0).count() as u64);
     }
 
@@ -306,12 +334,13 @@ mod tests {
             );
         }
         let guest = Holes(layout);
-        mark_on(NonZeroUsize::MIN, &guest, &mut map).unwrap();
+        let options = WorkOptions::new();
+        mark_zero_pages(&guest, &mut map, &options).unwrap();
         for pfn in 0..1000 {
             let zero = map.state(Pfn::new(pfn)).unwrap().is_zero();
             assert_eq!(zero, pfn % 4 == 1, "{pfn}");
         }
-        assert_eq!(count_zero_pages(&guest, &map).unwrap(), 250);
+        assert_eq!(count_zero_pages(&guest, &map, &options).unwrap(), 250);
     }
 
     proptest! {

@@ -5,7 +5,7 @@ use super::{Found, read_text};
 use crate::arch::Tables;
 use crate::error::VmiError;
 use core::fmt::Display;
-use sonicshot::{Gpa, GuestMemory};
+use sonicshot::{Gpa, GuestMemory, to_u64};
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
@@ -320,8 +320,8 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
                 let tried = self.groups.iter().filter(|group| !group.tried.is_empty());
                 Err(VmiError::OutOfTime {
                     what: "pages that may be a kernel's VMCOREINFO",
-                    done: tried.count() as u64,
-                    all: self.groups.len() as u64,
+                    done: to_u64(tried.count()),
+                    all: to_u64(self.groups.len()),
                     seconds: TRIES.as_secs(),
                 })
             }

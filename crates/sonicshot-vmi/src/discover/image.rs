@@ -2,7 +2,7 @@
 
 use crate::arch::{Arch, MIN_PAGE, Tables, by_name};
 use crate::{AddressSpace, KernelVa};
-use sonicshot::{Gpa, GuestMemory, to_usize};
+use sonicshot::{Gpa, GuestMemory, to_u64, to_usize};
 use std::collections::HashSet;
 
 /// The pages that the kernel with these page tables points to from the writable part of its
@@ -18,8 +18,8 @@ pub(super) fn pointed_to(memory: &dyn GuestMemory, tables: &Tables) -> HashSet<G
     let mut buffer = vec![0; PIECE];
     while let Some(left) = end.offset_from(at).filter(|left| *left > 0) {
         let there = space.translate(at).ok();
-        let len = there.map_or(MIN_PAGE as u64, |there| there.len);
-        let len = len.min(buffer.len() as u64).min(left);
+        let len = there.map_or(to_u64(MIN_PAGE), |there| there.len);
+        let len = len.min(to_u64(buffer.len())).min(left);
         if let Some(there) = there
             && let Some(part) = buffer.get_mut(..to_usize(len))
             && memory.read(there.at, part).is_ok()
@@ -68,7 +68,7 @@ pub(crate) fn image_range(
                 end = next.min(limit);
                 there.len
             }
-            Err(_) => MIN_PAGE as u64,
+            Err(_) => to_u64(MIN_PAGE),
         };
         at = at.checked_add(step).unwrap_or(limit);
     }

@@ -29,7 +29,7 @@ use candidates::{Attempt, Candidates};
 pub(crate) use candidates::{Search, Tried};
 pub(crate) use image::image_range;
 pub(crate) use other::say_more;
-use sonicshot::{Architecture, Gpa, GuestMemory};
+use sonicshot::{Architecture, Gpa, GuestMemory, Progress};
 
 /// A kernel that was found, with its page tables confirmed.
 #[derive(Debug)]
@@ -52,7 +52,7 @@ pub(crate) struct Found<'m> {
 /// whether a kernel with these page tables is worth a try as soon as it is met: some processor runs
 /// on them, or nothing is told of any.
 pub(crate) fn find<'a, 'm, T>(
-    memory: &'m dyn GuestMemory,
+    (memory, progress): (&'m dyn GuestMemory, &dyn Progress),
     given: Option<&'a [u8]>,
     believe_note: bool,
     runs: &dyn Fn(&Tables) -> bool,
@@ -73,7 +73,7 @@ pub(crate) fn find<'a, 'm, T>(
         }
     }
     let mut proven = None;
-    ram::search(memory, b"OSRELEASE=", &mut |at| {
+    ram::search(memory, progress, b"OSRELEASE=", &mut |at| {
         let Some(text) = read_text(memory, at) else {
             return true;
         };

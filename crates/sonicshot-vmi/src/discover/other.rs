@@ -2,7 +2,7 @@
 
 use crate::error::VmiError;
 use crate::symbols::{search, there};
-use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, to_usize};
+use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, to_u64, to_usize};
 
 /// Where the header of an arm64 kernel's image may lie: the image is a multiple of this above the
 /// beginning of memory (`Documentation/arch/arm64/booting.rst`; with KASLR, of 64 KiB).
@@ -98,7 +98,7 @@ fn is_zero(memory: &dyn GuestMemory) -> bool {
                 if memory.read(at, bytes).is_err() || !GuestBytes::from_slice(bytes).is_zero() {
                     return false;
                 }
-                let Some(next) = at.checked_add(len as u64) else {
+                let Some(next) = at.checked_add(to_u64(len)) else {
                     break;
                 };
                 at = next;
@@ -122,7 +122,7 @@ fn banner(memory: &dyn GuestMemory) -> Option<String> {
 fn each_banner(memory: &dyn GuestMemory, visit: &mut dyn FnMut(Gpa, String) -> bool) {
     const START: &[u8] = b"Linux version ";
     let mut others = 1..MAX_BANNERS;
-    search(memory, START, &mut |at| {
+    search(memory, &None, START, &mut |at| {
         let mut text = vec![0; MAX_BANNER];
         // At the end of memory there is less.
         while memory.read(at, &mut text).is_err() && text.len() > START.len() {

@@ -1,7 +1,10 @@
 //! The search of all RAM for pages that begin with a text.
 
 use crate::arch::{MIN_PAGE, MIN_PAGE_MASK};
-use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, PageSize};
+use sonicshot::{
+    Gpa, GpaRange, GuestBytes, GuestMemory, MemoryError, PageSize, PhaseProgress, Progress,
+    WorkPhase, to_u64,
+};
 
 /// How much is mapped at a time while searching.
 const WINDOW: u64 = 2 << 20;
@@ -71,9 +74,11 @@ fn windows(memory: &dyn GuestMemory) -> impl Iterator<Item = GpaRange> + '_ {
     bottom.chain(top).chain(inwards.flatten())
 }
 
-/// Calls `visit` with each page that begins with `magic`, until it returns `false`.
+/// Calls `visit` with each page that begins with `magic`, until it returns `false`; `progress` is
+/// told how far it is.
 pub(super) fn search(
     memory: &dyn GuestMemory,
+    progress: &dyn Progress,
     magic: &[u8; 10],
     visit: &mut dyn FnMut(Gpa) -> bool,
 ) -> Result<(), MemoryError> {
@@ -81,7 +86,10 @@ pub(super) fn search(
     let first = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
     let second = u16::from_le_bytes(tail);
     let mut buffer = Vec::new();
+    let total = memory.layout().bytes();
+    let mut phase = PhaseProgress::begin(progress, WorkPhase::FindingKernel, total);
     for window in windows(memory) {
+        phase.add(window.len());
         let start = window.start();
         let is_data = memory
             .next_data(start)
@@ -119,8 +127,9 @@ pub(super) fn search(
             if bytes.u64_at(offset) == Some(first)
                 && offset.checked_add(8).and_then(|at| bytes.u16_at(at)) == Some(second)
             {
-                let at = start.checked_add(offset as u64);
+                let at = start.checked_add(to_u64(offset));
                 if !at.is_none_or(&mut *visit) {
+                    phase.end();
                     return Ok(());
                 }
             }
@@ -128,6 +137,7 @@ pub(super) fn search(
         drop(mapped);
         memory.release(window);
     }
+    phase.end();
     Ok(())
 }
 

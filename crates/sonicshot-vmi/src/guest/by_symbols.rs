@@ -14,7 +14,7 @@ use crate::knowledge::Knowledge;
 use crate::owner::processors::Owners;
 use crate::symbols::{self, Given, MAX_BUILD_ID, MAX_NOTES, SymbolBase, SymbolSource, search};
 use crate::{AddressSpace, KernelVa};
-use sonicshot::{Gpa, GuestMemory};
+use sonicshot::{Gpa, GuestMemory, Progress, to_u64};
 use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
 
@@ -53,7 +53,7 @@ impl<'m> LinuxGuest<'m> {
             return Ok(Files::default());
         }
         let ids = if given.has_folders() {
-            build_ids(memory)
+            build_ids(memory, &options.progress)
         } else {
             HashSet::new()
         };
@@ -64,11 +64,11 @@ impl<'m> LinuxGuest<'m> {
             let Some(anchor) = Anchor::new(&set, shape)? else {
                 continue;
             };
-            for place in anchor.places(memory, arch.image().align) {
+            for place in anchor.places(memory, &options.progress, arch.image().align) {
                 deadline.check(
                     "places of a kernel's build ID",
-                    seen.0.len() as u64,
-                    MAX_PLACES as u64,
+                    to_u64(seen.0.len()),
+                    to_u64(MAX_PLACES),
                 )?;
                 let Some(image) = anchor.image(memory, place, (arch, shape)) else {
                     continue;
@@ -125,6 +125,7 @@ impl<'m> LinuxGuest<'m> {
             shaped: None,
             searched: OnceLock::new(),
             threads: options.threads,
+            progress: options.progress.clone(),
             notes_of_files: given.notes(set, None),
         };
         let bounds = guest.btf_bounds()?;
@@ -199,9 +200,14 @@ impl Anchor {
 
     /// Where it may be in its place, and how far behind where the symbols have it. The image is moved
     /// by whole steps of `align`.
-    fn places(&self, memory: &dyn GuestMemory, align: u64) -> Vec<(Gpa, u64)> {
+    fn places(
+        &self,
+        memory: &dyn GuestMemory,
+        progress: &dyn Progress,
+        align: u64,
+    ) -> Vec<(Gpa, u64)> {
         let mut places = Vec::new();
-        search(memory, &self.needle, &mut |at| {
+        search(memory, progress, &self.needle, &mut |at| {
             let distance = i128::from(at.raw()).checked_sub(self.at.into());
             let behind = distance.and_then(|far| far.checked_rem_euclid(align.into()));
             let behind = behind.and_then(|behind| u64::try_from(behind).ok());
@@ -280,8 +286,8 @@ impl Seen {
         if self.0.len() > MAX_IMAGES {
             return Err(VmiError::TooMany {
                 what: "kernels of the symbol files' builds are in memory",
-                found: self.0.len() as u64,
-                most: MAX_IMAGES as u64,
+                found: to_u64(self.0.len()),
+                most: to_u64(MAX_IMAGES),
             });
         }
         Ok(is_new)
@@ -348,10 +354,10 @@ fn linked(sources: &[Arc<dyn SymbolSource>], name: &str) -> Result<Option<u64>, 
 }
 
 /// The build IDs of all that is in memory: of kernels, programs and libraries.
-fn build_ids(memory: &dyn GuestMemory) -> HashSet<Vec<u8>> {
+fn build_ids(memory: &dyn GuestMemory, progress: &dyn Progress) -> HashSet<Vec<u8>> {
     let mut ids = HashSet::new();
     let mut others = 1..MAX_NOTES_SEEN;
-    search(memory, GNU, &mut |at| {
+    search(memory, progress, GNU, &mut |at| {
         ids.extend(build_id_at(memory, at));
         ids.len() < MAX_IDS && others.next().is_some()
     });
@@ -365,8 +371,8 @@ fn build_id_at(memory: &dyn GuestMemory, at: Gpa) -> Option<Vec<u8>> {
     memory.read(start, &mut head).ok()?;
     let len = u64::from(u32::from_le_bytes(*head.last_chunk()?));
     let whole = NOTE_HEAD
-        .checked_add(GNU.len() as u64)?
-        .checked_add(Some(len).filter(|len| *len <= MAX_BUILD_ID as u64)?)?;
+        .checked_add(to_u64(GNU.len()))?
+        .checked_add(Some(len).filter(|len| *len <= to_u64(MAX_BUILD_ID))?)?;
     let mut note = vec![0; usize::try_from(whole).ok()?];
     memory.read(start, &mut note).ok()?;
     symbols::build_id_of_notes(&note)
@@ -394,13 +400,13 @@ mod tests {
         ram.extend(note(&[8; MAX_BUILD_ID + 4]));
         ram.extend(note(&[9; MAX_BUILD_ID]));
         ram.resize(1 << 12, 0);
-        let found = build_ids(&memory(&ram));
+        let found = build_ids(&memory(&ram), &None);
         assert_eq!(found.len(), 2);
         assert!(found.contains(&vec![7; 20]) && found.contains(&vec![9; MAX_BUILD_ID]));
         let ids = (0..u32::try_from(MAX_IDS).unwrap() + 100).map(u32::to_le_bytes);
         let mut ram: Vec<u8> = ids.flat_map(|id| note(&id)).collect();
         ram.resize(ram.len().next_multiple_of(1 << 12), 0);
-        assert_eq!(build_ids(&memory(&ram)).len(), MAX_IDS);
+        assert_eq!(build_ids(&memory(&ram), &None).len(), MAX_IDS);
     }
 
     #[test]
@@ -413,7 +419,11 @@ mod tests {
             let mut ram = GNU.repeat(usize::try_from(before).unwrap());
             ram.extend(note(&[7; 20]));
             ram.resize(ram.len().next_multiple_of(1 << 12), 0);
-            assert_eq!(!build_ids(&memory(&ram)).is_empty(), is_found, "{before}");
+            assert_eq!(
+                !build_ids(&memory(&ram), &None).is_empty(),
+                is_found,
+                "{before}"
+            );
         }
     }
 
@@ -441,11 +451,11 @@ mod tests {
         };
         let ram = b"a needle".repeat(8 << 10);
         assert_eq!(
-            anchor(1 << 12).places(&memory(&ram), 1 << 12).len(),
+            anchor(1 << 12).places(&memory(&ram), &None, 1 << 12).len(),
             MAX_PLACES
         );
         // Of each page those behind the place.
-        let found = anchor(9).places(&memory(&ram), 1 << 12);
+        let found = anchor(9).places(&memory(&ram), &None, 1 << 12);
         assert_eq!(found.len(), 32);
         assert_eq!(found[..2], [(Gpa::new(16), 0), (Gpa::new(24), 8)]);
     }

@@ -10,7 +10,7 @@ use crate::note::{Note, TracesSought};
 use crate::owner;
 use crate::owner::processors::Verdict;
 use crate::shape;
-use sonicshot::{Fill, GpaRange, PageClass, PageMap, Tally};
+use sonicshot::{Fill, GpaRange, PageClass, PageMap, Progress, Tally};
 
 /// The class of every frame of a guest, and what stands behind it.
 #[derive(Debug, Clone)]
@@ -58,6 +58,15 @@ impl LinuxGuest<'_> {
     /// [`VmiError::Inconsistent`] if the sources of truth disagree, [`VmiError::Missing`] if a
     /// symbol or member that decides about a page is known to no source, and what reading gives.
     pub fn classify(&self, on: OnInconsistency) -> Result<Classification, VmiError> {
+        self.classify_told(on, &self.progress)
+    }
+
+    /// The same; `progress` is told how far it is.
+    pub(super) fn classify_told(
+        &self,
+        on: OnInconsistency,
+        progress: &dyn Progress,
+    ) -> Result<Classification, VmiError> {
         let _tables = self.kernel.space.remember_tables();
         // Records of a kernel that is gone may be gone as well, which is no answer.
         if let Some(owner) = &self.traces
@@ -68,7 +77,13 @@ impl LinuxGuest<'_> {
         }
         let (mem_map, layout, zones) = self.structures()?;
         let owner = self.owner(&mem_map, &zones, on)?;
-        let mut scan = scan(&self.kernel, &mem_map, &layout, &zones, self.threads)?;
+        let mut scan = scan(
+            &self.kernel,
+            &mem_map,
+            &layout,
+            &zones,
+            (self.threads, progress),
+        )?;
         if scan.fatal
             && on == OnInconsistency::Refuse
             && let Some(inconsistency) = scan.disagreement

@@ -70,6 +70,7 @@ impl<'m> LinuxGuest<'m> {
             shaped: None,
             searched: OnceLock::new(),
             threads: options.threads,
+            progress: options.progress.clone(),
             notes_of_files,
         };
         guest.read_banner()?;

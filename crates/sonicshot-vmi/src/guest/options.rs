@@ -4,6 +4,7 @@ use crate::arch::x86_64::Cr3;
 use crate::error::VmiError;
 use crate::knowledge::Knowledge;
 use crate::symbols::{Given, SymbolSource};
+use sonicshot::Progress;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,12 +14,14 @@ use std::sync::Arc;
 #[non_exhaustive]
 pub struct GuestOptions {
     pub(super) symbol_files: Vec<PathBuf>,
-    /// They, once they were read.
+    pub(super) sources: Vec<Arc<dyn SymbolSource>>,
+    /// All of them, once they were read.
     pub(super) read: Option<Arc<Given>>,
     pub(super) vmcoreinfo: Option<Vec<u8>>,
     pub(super) cr3: Option<Cr3>,
     pub(super) at_most: Option<Knowledge>,
     pub(super) threads: Option<NonZeroUsize>,
+    pub(crate) progress: Option<Arc<dyn Progress>>,
     pub(super) fallbacks: Vec<Arc<dyn SymbolSource>>,
 }
 
@@ -40,6 +43,38 @@ impl GuestOptions {
         self
     }
 
+    /// Adds a source of symbols and types of the guest's kernel that the caller has, such as what a
+    /// service keeps of each build. It counts as a file that was given does, and comes behind those.
+    ///
+    /// ```
+    /// use sonicshot_vmi::symbols::{SymbolError, SymbolSource};
+    /// use sonicshot_vmi::{GuestOptions, KernelVa};
+    /// use std::collections::HashMap;
+    /// use std::sync::Arc;
+    ///
+    /// /// The addresses of symbols, as the kernel was linked.
+    /// #[derive(Debug)]
+    /// struct Table(HashMap<String, u64>);
+    ///
+    /// impl SymbolSource for Table {
+    ///     fn origin(&self) -> &str {
+    ///         "the table of builds"
+    ///     }
+    ///     fn symbol(&self, name: &str) -> Result<Option<KernelVa>, SymbolError> {
+    ///         Ok(self.0.get(name).copied().map(KernelVa::new))
+    ///     }
+    /// }
+    ///
+    /// let symbols = [("init_task".to_owned(), 0xffff_ffff_8200_0000)];
+    /// let options = GuestOptions::new().source(Arc::new(Table(symbols.into())));
+    /// ```
+    #[must_use]
+    pub fn source(mut self, source: Arc<dyn SymbolSource>) -> Self {
+        self.sources.push(source);
+        self.read = None;
+        self
+    }
+
     /// Reads the files that were given, so that who looks at a guest that is paused, or looks
     /// several times, need not.
     ///
@@ -54,7 +89,10 @@ impl GuestOptions {
     pub(super) fn given(&self) -> Result<Arc<Given>, VmiError> {
         match &self.read {
             Some(read) => Ok(Arc::clone(read)),
-            None => Ok(Arc::new(Given::open(&self.symbol_files)?)),
+            None => {
+                let files = Given::open(&self.symbol_files)?;
+                Ok(Arc::new(files.with(&self.sources)))
+            }
         }
     }
 
@@ -98,6 +136,13 @@ impl GuestOptions {
     #[must_use]
     pub fn threads(mut self, threads: NonZeroUsize) -> Self {
         self.threads = Some(threads);
+        self
+    }
+
+    /// Says who is told how far the search and what follows it are, phase by phase.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
         self
     }
 }

@@ -17,7 +17,9 @@ use crate::mm::page::PageLayout;
 use crate::mm::page::file::{BLOCK_DEVICES, EXT4};
 use crate::{AddressSpace, KernelVa, VirtualMemory};
 use core::fmt;
-use sonicshot::{Bytes, ClassSet, GuestBytes, PageClass, PageMap, Pfn, Tally, spread, to_usize};
+use sonicshot::{
+    Bytes, ClassSet, GuestBytes, PageClass, PageMap, Pfn, Tally, spread, to_u64, to_usize,
+};
 use std::collections::{BTreeMap, HashMap};
 
 /// How far before a `struct inode` ext4's own begins, at most, and how far behind it goes on.
@@ -199,7 +201,7 @@ pub(crate) fn file_places(
         offsets,
         page_shift: pages.page_size().shift(),
         mounted: HashMap::new(),
-        nodes_left: Tally::new(cached.len() as u64)
+        nodes_left: Tally::new(to_u64(cached.len()))
             .times(NODES_A_PAGE)
             .and(MIN_NODES)
             .get(),
@@ -460,7 +462,7 @@ fn in_inode(space: &AddressSpace<'_>, inode: KernelVa, before: usize) -> Vec<Ext
     const HEADER: u64 = 12;
     const RECORD: u64 = 12;
     let mut bytes = [0_u8; 60];
-    let at = inode.raw().checked_sub(before as u64).map(KernelVa::new);
+    let at = inode.raw().checked_sub(to_u64(before)).map(KernelVa::new);
     if at.is_none_or(|at| space.read(at, &mut bytes).is_err()) {
         return Vec::new();
     }
@@ -540,7 +542,7 @@ impl Node {
 }
 
 fn root(space: &AddressSpace<'_>, inode: KernelVa, behind: usize) -> Option<Node> {
-    let at = inode.checked_add(behind as u64)?;
+    let at = inode.checked_add(to_u64(behind))?;
     Node::read(space, space.read_u64(at).ok()?)
 }
 

@@ -17,7 +17,7 @@ use counters::{Deltas, StatDiffs, read_counter, read_nr_free};
 pub(crate) use lists::{FreeLists, Listed, ListedBlock};
 use nodes::{nodes, read_deferred};
 pub(crate) use pcp::PcpLayout;
-use sonicshot::{Pfn, PfnRange};
+use sonicshot::{Pfn, PfnRange, to_u64};
 
 /// `enum zone_type` has six values at most.
 const MAX_ZONES: u64 = 8;
@@ -261,7 +261,7 @@ impl Zones {
 
 /// How many processors there are that have areas at these offsets: of one processor there are none.
 pub(crate) fn processors(offsets: &[u64]) -> u64 {
-    (offsets.len() as u64).max(1)
+    to_u64(offsets.len()).max(1)
 }
 
 /// The zone at `at`, unless it spans nothing.

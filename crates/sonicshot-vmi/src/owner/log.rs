@@ -2,7 +2,7 @@
 //! what a kernel without types says of its start and its end. Where there is no VMCOREINFO the log is
 //! found by its shape, which is the same in all of them.
 
-use sonicshot::to_usize;
+use sonicshot::{to_u64, to_usize};
 mod shape;
 
 use crate::deadline::Deadline;
@@ -290,7 +290,7 @@ impl Window<'_, '_> {
             .ok_or(VmiError::Corrupt {
                 what,
                 at,
-                value: len as u64,
+                value: to_u64(len),
             })
     }
 

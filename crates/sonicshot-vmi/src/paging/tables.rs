@@ -4,7 +4,7 @@
 //! Of a file each entry would be a system call. Tables are remembered only while one look at the
 //! guest goes on ([`Tables::remember`]): between two looks a guest that runs may change them.
 
-use sonicshot::{Gpa, GuestMemory, MemoryError, P2m, RamLayout};
+use sonicshot::{Gpa, GuestMemory, MemoryError, P2m, RamLayout, to_u64};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// So many tables are remembered; of those that would be in one place, the last.
@@ -71,7 +71,7 @@ impl<'m> Tables<'m> {
             return None;
         }
         let offset = usize::try_from(at.raw() & INSIDE).ok()?;
-        let table = Gpa::new(at.raw().checked_sub(offset as u64)?);
+        let table = Gpa::new(at.raw().checked_sub(to_u64(offset))?);
         let place = usize::try_from(table.raw() >> 12).ok()? % KEPT_TABLES;
         let mut kept = self.kept();
         if kept.looks.is_empty() {

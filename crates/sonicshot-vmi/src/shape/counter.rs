@@ -15,6 +15,7 @@ use super::words::each_page;
 use crate::KernelVa;
 use crate::error::VmiError;
 use crate::mm::zone::{self, AreaLayout, Zone};
+use sonicshot::to_u64;
 
 /// How much of a zone is looked at behind its free areas.
 const ZONE_TAIL: u64 = 2048;
@@ -214,7 +215,7 @@ impl Window {
         if self.len < self.row.len() {
             self.len = self.len.checked_add(1)?;
         }
-        let before = (self.row.len() as u64).checked_sub(1)?.checked_mul(8)?;
+        let before = to_u64(self.row.len()).checked_sub(1)?.checked_mul(8)?;
         let start = KernelVa::new(at.raw().checked_sub(before)?);
         (self.len == self.row.len()).then_some((start, self.row))
     }

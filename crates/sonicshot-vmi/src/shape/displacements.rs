@@ -2,6 +2,7 @@
 
 use super::heads::Look;
 use crate::error::VmiError;
+use sonicshot::to_u64;
 use std::collections::HashSet;
 
 /// So many different words of an image are tried; one that is whole has some thousands.
@@ -35,7 +36,7 @@ impl Displacements {
             return Ok(());
         }
         self.words.push(word);
-        let number = self.words.len() as u64;
+        let number = to_u64(self.words.len());
         if number > MAX_WORDS {
             return Err(VmiError::TooMany {
                 what: "words of the kernel's image that may be a processor's displacement",

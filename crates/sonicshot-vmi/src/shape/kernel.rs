@@ -17,7 +17,7 @@ use crate::mm::page::PageLayout;
 use crate::mm::zone::{AreaLayout, Zone, Zones};
 use crate::owner::processors::Owners;
 use crate::{AddressSpace, KernelVa, symbols};
-use sonicshot::{Gpa, GuestMemory, Tally};
+use sonicshot::{Gpa, GuestMemory, Progress, Tally, to_u64};
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -52,6 +52,9 @@ pub(crate) type Found<'m> = (
     (PageLayout, Zones),
 );
 
+/// How long a search may take, and whoever is told how far it is.
+pub(crate) type Watch<'a> = (&'a Deadline, &'a dyn Progress);
+
 /// The kernel of which records of free blocks are in `memory`, with page tables that lead to them:
 /// those that a processor runs on, or if none is told, any. Also its image.
 ///
@@ -62,6 +65,7 @@ pub(crate) type Found<'m> = (
 pub(crate) fn find<'m>(
     memory: &'m dyn GuestMemory,
     owners: &Owners,
+    progress: &dyn Progress,
 ) -> Result<Found<'m>, VmiError> {
     if memory.p2m().is_some() {
         return Err(unsupported(
@@ -70,7 +74,7 @@ pub(crate) fn find<'m>(
     }
     let (arch, shape) = arch::shaped().ok_or_else(|| nothing("no architecture is known"))?;
     let told = owners.roots(memory);
-    let pass = records::find(memory, arch, shape.page_size, told.is_empty())?;
+    let pass = records::find(memory, arch, shape.page_size, told.is_empty(), progress)?;
     let places = if told.is_empty() {
         let levels = |at: Gpa| shape.levels.iter().map(move |levels| (at, *levels));
         let tops = distinct(memory, &pass.tops);
@@ -80,18 +84,19 @@ pub(crate) fn find<'m>(
     };
     let mut search = Search {
         memory,
+        progress,
         arch,
         shape,
         deadline: Deadline::new(),
         told: !told.is_empty(),
         standing: Vec::new(),
         failed: HashSet::new(),
-        places: places.len() as u64,
+        places: to_u64(places.len()),
         why: None,
         broken: Vec::new(),
         tried: 0,
-        all: Tally::new(places.len() as u64)
-            .times(pass.records.len() as u64)
+        all: Tally::new(to_u64(places.len()))
+            .times(to_u64(pass.records.len()))
             .get(),
     };
     for records in &pass.records {
@@ -109,7 +114,7 @@ fn distinct(memory: &dyn GuestMemory, tops: &[Gpa]) -> Vec<Gpa> {
     const HALF: usize = 2048;
     let half = |at: Gpa| {
         let mut bytes = [0; HALF];
-        let read = memory.read(at.checked_add(HALF as u64)?, &mut bytes);
+        let read = memory.read(at.checked_add(to_u64(HALF))?, &mut bytes);
         read.is_ok().then_some(bytes)
     };
     // What looks the same is looked at: two halves may have one hash.
@@ -136,8 +141,9 @@ const fn is_room(standing: usize) -> bool {
 }
 
 /// The search for kernels by page tables.
-struct Search<'m> {
+struct Search<'m, 'p> {
     memory: &'m dyn GuestMemory,
+    progress: &'p dyn Progress,
     arch: &'static dyn Arch,
     shape: &'static KernelShape,
     deadline: Deadline,
@@ -158,7 +164,7 @@ struct Search<'m> {
     all: u64,
 }
 
-impl<'m> Search<'m> {
+impl<'m> Search<'m, '_> {
     /// Tries the page tables at `at`.
     fn root(&mut self, at: Gpa, levels: u32, records: &records::Records) -> Result<(), VmiError> {
         let what = "page tables that may be a kernel's";
@@ -230,7 +236,7 @@ impl<'m> Search<'m> {
         };
         let kernel = Kernel::new(space, build);
         let map = shaped.mem_map(&kernel, &self.deadline)?;
-        let searched = shaped.search(&kernel, &map, image, &self.deadline)?;
+        let searched = shaped.search(&kernel, &map, image, (&self.deadline, self.progress))?;
         Ok(Candidate {
             shaped,
             kernel,
@@ -298,7 +304,7 @@ fn release(space: &AddressSpace<'_>, image: (KernelVa, KernelVa)) -> String {
     const BANNER: &[u8] = b"Linux version ";
     let mut found = None;
     symbols::scan(space, image, BANNER, &mut |at| {
-        let text = at.checked_add(BANNER.len() as u64);
+        let text = at.checked_add(to_u64(BANNER.len()));
         let text = text.and_then(|at| space.read_str(at, 64).ok());
         let word = text.as_deref().and_then(|text| text.split(' ').next());
         // The format string has a `%s` here.
@@ -344,10 +350,10 @@ impl Shaped {
         kernel: &Kernel<'_>,
         map: &MemMap<'_>,
         image: (KernelVa, KernelVa),
-        deadline: &Deadline,
+        watch: Watch<'_>,
     ) -> Result<(PageLayout, Zones), VmiError> {
         let layout = PageLayout::by_shape(kernel, self.buddy)?;
-        let zones = zones_by_shape(kernel, map, &layout, image, self.orders, deadline)
+        let zones = zones_by_shape(kernel, map, &layout, image, self.orders, watch)
             .map_err(|error| error.of_lists(Knowledge::Shape))?;
         Ok((layout, zones))
     }
@@ -370,11 +376,11 @@ fn zones_by_shape(
     layout: &PageLayout,
     image: (KernelVa, KernelVa),
     orders: u64,
-    deadline: &Deadline,
+    (deadline, progress): Watch<'_>,
 ) -> Result<Zones, VmiError> {
     let look = Look::new(kernel, map, layout, image, deadline);
     let heads = &look.heads;
-    let exits = Exits::find(map, layout)?;
+    let exits = Exits::find(map, layout, progress)?;
     let mut stands = None;
     for migrate_types in MIGRATE_TYPES {
         let lists = migrate_types << 4;

@@ -30,6 +30,7 @@ use crate::mm::page::PageLayout;
 use crate::mm::zone::Zones;
 pub(crate) use cover::check as check_cover;
 use heads::Look;
+use sonicshot::Progress;
 use zones::{Exits, ZoneWords};
 
 pub(crate) use kernel::{Shaped, find};
@@ -69,8 +70,10 @@ pub(crate) fn told_zones(
     map: &MemMap<'_>,
     layout: &PageLayout,
     image: (KernelVa, KernelVa),
+    progress: &dyn Progress,
 ) -> Result<Zones, VmiError> {
-    zones_told(kernel, map, layout, image).map_err(|error| error.of_lists(Knowledge::Vmcoreinfo))
+    zones_told(kernel, map, layout, image, progress)
+        .map_err(|error| error.of_lists(Knowledge::Vmcoreinfo))
 }
 
 fn zones_told(
@@ -78,12 +81,13 @@ fn zones_told(
     map: &MemMap<'_>,
     layout: &PageLayout,
     image: (KernelVa, KernelVa),
+    progress: &dyn Progress,
 ) -> Result<Zones, VmiError> {
     let deadline = Deadline::new();
     let area = zones::told_area(kernel)?;
     let words = ZoneWords::told(kernel)?;
     let look = Look::new(kernel, map, layout, image, &deadline);
-    let arrays = Exits::find(map, layout)?.arrays(&look.heads, &area, &deadline)?;
+    let arrays = Exits::find(map, layout, progress)?.arrays(&look.heads, &area, &deadline)?;
     if arrays.is_empty() {
         return Err(VmiError::Unsupported {
             what: "no list of free pages leads to a zone: types are missing, and nothing else \

@@ -17,6 +17,7 @@ use crate::error::VmiError;
 use crate::kernel::element;
 use crate::mm::zone::AreaLayout;
 use crate::{KernelVa, VirtualMemory};
+use sonicshot::to_u64;
 
 /// What stands before the lists of free blocks, behind watermarks and reserves.
 pub(super) const ZONE_HEAD: u64 = 576;
@@ -120,7 +121,7 @@ fn differ(look: &Look<'_, '_>, arrays: &[KernelVa], area: &AreaLayout) -> Result
     let mut flags: Vec<(u64, u64)> = Vec::new();
     for array in arrays {
         look.deadline
-            .check("zones", flags.len() as u64, arrays.len() as u64)?;
+            .check("zones", to_u64(flags.len()), to_u64(arrays.len()))?;
         // Bits that all have, and bits that any has.
         let mut common = (u64::MAX, 0);
         zones::walk(&look.heads, *array, area, LOOKED, &mut |block| {

@@ -20,7 +20,7 @@ use crate::error::VmiError;
 use crate::kernel::element;
 use crate::mm::zone::{PcpLayout, Zone};
 use crate::{KernelVa, VirtualMemory};
-use sonicshot::Tally;
+use sonicshot::{Tally, to_u64};
 
 /// `NR_CPUS` is 8192 at most.
 const MAX_CPUS: usize = 8192;
@@ -75,7 +75,7 @@ pub(crate) fn find(
         zone.pageset = KernelVa::new(word(8)?);
         stats.push(KernelVa::new(word(16)?));
         let number = nodes.iter().position(|at| at == node);
-        zone.node = number.unwrap_or(nodes.len()) as u64;
+        zone.node = to_u64(number.unwrap_or(nodes.len()));
         if number.is_none() {
             nodes.push(*node);
         }
@@ -165,10 +165,12 @@ fn row(heads: &Heads<'_, '_>, at: KernelVa) -> Option<Row> {
         heads.of(at.checked_add(offset)?, bytes)
     };
     let lists_at = first_list(&|at| is_head(at).is_some())?;
-    let lists = (lists_at..512)
-        .step_by(16)
-        .take_while(|at| is_head(*at).is_some())
-        .count() as u64;
+    let lists = to_u64(
+        (lists_at..512)
+            .step_by(16)
+            .take_while(|at| is_head(*at).is_some())
+            .count(),
+    );
     // Three lists; twelve; one or two of huge pages more.
     const WITH_HUGE: u64 = LISTS + 2;
     let fits = lists == TYPES || (LISTS..=WITH_HUGE).contains(&lists);
@@ -196,9 +198,9 @@ fn count_of(
     for zone in zones {
         for offset in offsets {
             let at = zone.pageset.moved_by(*offset);
-            let all = Tally::new(zones.len() as u64).times(offsets.len() as u64);
+            let all = Tally::new(to_u64(zones.len())).times(to_u64(offsets.len()));
             look.deadline
-                .check("processors' lists", sums.len() as u64, all.get())?;
+                .check("processors' lists", to_u64(sums.len()), all.get())?;
             sums.push((at, pages_in(heads, at, &layout(0), &mut left)));
         }
     }

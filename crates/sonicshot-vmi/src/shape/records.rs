@@ -9,7 +9,10 @@ use crate::KernelVa;
 use crate::arch::Arch;
 use crate::error::VmiError;
 use crate::symbols::there;
-use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, PageSize, to_usize};
+use sonicshot::{
+    Gpa, GpaRange, GuestBytes, GuestMemory, PageSize, PhaseProgress, Progress, Tally, WorkPhase,
+    to_u64, to_usize,
+};
 
 /// The size of `struct page`.
 pub(crate) const STRIDE: u64 = 64;
@@ -118,10 +121,14 @@ pub(crate) fn find(
     arch: &dyn Arch,
     page_size: PageSize,
     tables: bool,
+    progress: &dyn Progress,
 ) -> Result<Pass, VmiError> {
     let mut found = BUDDY.map(Records::new);
     let mut tops = Vec::new();
     let mut buffer = Vec::new();
+    let total = memory.layout().bytes();
+    let mut phase = PhaseProgress::begin(progress, WorkPhase::FindingKernel, total);
+    let mut before = Tally::ZERO;
     for region in memory.layout().regions() {
         let mut at = region.start();
         for data in there(memory, region) {
@@ -151,9 +158,13 @@ pub(crate) fn find(
                 drop(mapped);
                 memory.release(window);
                 at = end;
+                let here = at.offset_from(region.start());
+                phase.reach(here.map_or(before, |here| before.and(here)).get());
             }
         }
+        before.add(region.len());
     }
+    phase.end();
     let mut records: Vec<Records> = found.into_iter().filter(|r| r.found > 0).collect();
     records.sort_by_key(|records| core::cmp::Reverse(records.found));
     Ok(Pass { records, tops })
@@ -170,7 +181,7 @@ fn look(bytes: &GuestBytes<'_>, start: Gpa, found: &mut [Records; 3]) {
         let Some(number) = BUDDY.iter().position(|buddy| word == u64::from(*buddy)) else {
             continue;
         };
-        if let Some(at) = start.checked_add(offset as u64)
+        if let Some(at) = start.checked_add(to_u64(offset))
             && let Some(record) = record(bytes, offset, at)
             && let Some(records) = found.get_mut(number)
         {
@@ -211,7 +222,7 @@ fn look_for_tables(
         if bytes
             .get(offset, len)
             .is_some_and(|page| arch.may_be_top_table(&page, memory))
-            && let Some(at) = start.checked_add(offset as u64)
+            && let Some(at) = start.checked_add(to_u64(offset))
         {
             tops.push(at);
         }
@@ -219,8 +230,8 @@ fn look_for_tables(
     if tops.len() > MAX_TOPS {
         return Err(VmiError::TooMany {
             what: "pages that look like top-level page tables",
-            found: tops.len() as u64,
-            most: MAX_TOPS as u64,
+            found: to_u64(tops.len()),
+            most: to_u64(MAX_TOPS),
         });
     }
     Ok(())

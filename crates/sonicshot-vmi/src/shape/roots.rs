@@ -14,7 +14,7 @@ use crate::KernelVa;
 use crate::deadline::Deadline;
 use crate::error::VmiError;
 use crate::paging::Paging;
-use sonicshot::{Gpa, GuestMemory};
+use sonicshot::{Gpa, GuestMemory, to_u64};
 use std::collections::BTreeMap;
 
 /// So many records are asked, evenly spread.
@@ -71,8 +71,8 @@ pub(crate) fn stand(
     if ranges.len() > MAX_RANGES {
         return Err(VmiError::TooMany {
             what: "ranges of mappings in the kernel half of a page table",
-            found: ranges.len() as u64,
-            most: MAX_RANGES as u64,
+            found: to_u64(ranges.len()),
+            most: to_u64(MAX_RANGES),
         });
     }
     let mut begins: Vec<(u64, KernelVa)> = ranges.into_iter().map(|begin| (0, begin)).collect();
@@ -123,8 +123,8 @@ fn begins_below(
     }
     let mut begins: BTreeMap<u64, u64> = BTreeMap::new();
     for (number, (from, count)) in (0_u64..).zip(&votes) {
-        deadline.check("ranges of mappings", number, votes.len() as u64)?;
-        let steps = (0..MAX_RANGES as u64).map_while(|step| {
+        deadline.check("ranges of mappings", number, to_u64(votes.len()))?;
+        let steps = (0..to_u64(MAX_RANGES)).map_while(|step| {
             let at = from.checked_sub(step.checked_mul(STEP)?)?;
             is_upper(at).then_some(at)
         });

@@ -14,7 +14,9 @@ use crate::mm::mem_map::MemMap;
 use crate::mm::page::{FreeMark, PageLayout};
 use crate::mm::zone::{AreaLayout, MAX_ORDERS, Zone};
 use crate::{AddressSpace, KernelVa, VirtualMemory};
-use sonicshot::{GuestBytes, Pfn, PfnRange, to_usize};
+use sonicshot::{
+    GuestBytes, Pfn, PfnRange, PhaseProgress, Progress, Tally, WorkPhase, to_u64, to_usize,
+};
 use std::collections::{HashMap, HashSet};
 
 /// 64 nodes of five zones of 14 orders of 8 migrate types have 35,840 lists.
@@ -33,17 +35,28 @@ pub(crate) struct Exits {
 
 impl Exits {
     /// Looks at every struct page.
-    pub(crate) fn find(map: &MemMap<'_>, layout: &PageLayout) -> Result<Self, VmiError> {
+    pub(crate) fn find(
+        map: &MemMap<'_>,
+        layout: &PageLayout,
+        progress: &dyn Progress,
+    ) -> Result<Self, VmiError> {
         let mut exits = Self::default();
         let stride = to_usize(map.stride);
         let Some(lru) = usize::try_from(layout.lru).ok() else {
             return Ok(exits);
         };
-        for span in map.spans().iter().filter(|span| span.online) {
+        let online = || map.spans().iter().filter(|span| span.online);
+        let frames: Tally = online().map(|span| span.frames.len()).sum();
+        // The struct pages themselves are read.
+        let total = frames.times(map.stride).get();
+        let mut phase = PhaseProgress::begin(progress, WorkPhase::FindingLists, total);
+        for span in online() {
             map.visit_span(span, &mut |_, pages| {
+                phase.add(to_u64(pages.len()));
                 exits.see(map, layout, &pages, stride, lru)
             })?;
         }
+        phase.end();
         Ok(exits)
     }
 
@@ -77,8 +90,8 @@ impl Exits {
             if self.heads.len() > MAX_HEADS {
                 return Err(VmiError::TooMany {
                     what: "heads of lists of free pages",
-                    found: self.heads.len() as u64,
-                    most: MAX_HEADS as u64,
+                    found: to_u64(self.heads.len()),
+                    most: to_u64(MAX_HEADS),
                 });
             }
         }
@@ -109,14 +122,14 @@ impl Exits {
         order.sort_unstable_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
         let mut taken: HashSet<KernelVa> = HashSet::new();
         let mut found: Vec<KernelVa> = Vec::new();
-        let places = order.len() as u64;
+        let places = to_u64(order.len());
         for (number, (_, array)) in (0_u64..).zip(order) {
             deadline.check("places where a zone may be", number, places)?;
             let own: Vec<KernelVa> = list_heads(array, area).collect();
             let has_vote =
                 |head: &&KernelVa| self.heads.contains_key(head) && !taken.contains(head);
             if !own.iter().any(|head| has_vote(&head))
-                || Some(own.len() as u64) != area.orders.checked_mul(area.migrate_types)
+                || Some(to_u64(own.len())) != area.orders.checked_mul(area.migrate_types)
                 || !own.iter().all(|head| heads.at(*head).is_some())
             {
                 continue;
@@ -138,8 +151,8 @@ fn few_zones(found: usize) -> Result<(), VmiError> {
     }
     Err(VmiError::TooMany {
         what: "zones",
-        found: found as u64,
-        most: MAX_ZONES as u64,
+        found: to_u64(found),
+        most: to_u64(MAX_ZONES),
     })
 }
 
@@ -344,7 +357,7 @@ pub(crate) fn walk(
         let order = number.checked_div(per_order);
         let order = order.and_then(|order| u32::try_from(order).ok());
         let pages = order.and_then(|order| 1_u64.checked_shl(order));
-        let pages = pages.ok_or_else(|| corrupt(head, number as u64))?;
+        let pages = pages.ok_or_else(|| corrupt(head, to_u64(number)))?;
         let next = heads.space.read_u64(head);
         let mut node = KernelVa::new(next.map_err(VmiError::read("a free list's head"))?);
         let mut seen = 0_u64;
@@ -436,7 +449,7 @@ mod tests {
             let kernel = kernel(&memory, facts);
             let map = MemMap::new(&kernel).unwrap();
             let layout = PageLayout::new(&kernel, 64).unwrap();
-            Exits::find(&map, &layout).map(|exits| exits.heads.len())
+            Exits::find(&map, &layout, &None).map(|exits| exits.heads.len())
         };
         let frames = MAX_HEADS as u64 / 2;
         assert_eq!(heads(frames + 1, 0).unwrap(), 2);

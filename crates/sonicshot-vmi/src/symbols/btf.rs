@@ -4,6 +4,7 @@ use super::bytes::Bytes;
 use super::names::NameIndex;
 use super::{Member, SymbolError, SymbolSource};
 use crate::{KernelVa, VirtualMemory};
+use sonicshot::to_u64;
 
 const MAGIC: u16 = 0xeb9f;
 /// The largest kernels have some 10 MB.
@@ -115,19 +116,19 @@ impl Btf {
         let malformed = |what, offset: usize, value: u64| SymbolError::Malformed {
             origin: origin.clone(),
             what,
-            offset: offset as u64,
+            offset: to_u64(offset),
             value,
         };
         let data = Bytes(blob.as_ref());
         let header = Header::read(data).ok_or_else(|| {
-            let found = data.u32(0).map_or(data.0.len() as u64, u64::from);
+            let found = data.u32(0).map_or(to_u64(data.0.len()), u64::from);
             malformed("no BTF header", 0, found)
         })?;
         let (types_at, types_len) = header.types;
         let (strings_at, strings_len) = header.strings;
         let strings = data
             .get(strings_at, strings_len)
-            .ok_or_else(|| malformed("strings beyond the end", strings_at, strings_len as u64))?;
+            .ok_or_else(|| malformed("strings beyond the end", strings_at, to_u64(strings_len)))?;
         if strings.first() != Some(&0) || strings.last() != Some(&0) {
             return Err(malformed(
                 "strings that are not NUL-terminated",
@@ -137,7 +138,7 @@ impl Btf {
         }
         let types = data
             .get(types_at, types_len)
-            .ok_or_else(|| malformed("types beyond the end", types_at, types_len as u64))?;
+            .ok_or_else(|| malformed("types beyond the end", types_at, to_u64(types_len)))?;
         let types = Bytes(types);
         let mut offsets = vec![0];
         let mut structs = Vec::new();
@@ -421,7 +422,7 @@ pub fn find_btf(
         if len > 0 {
             let mut blob = vec![0; len];
             let read = memory.read(start, &mut blob);
-            read.map_err(|_| unread("a .BTF that is not mapped", len as u64))?;
+            read.map_err(|_| unread("a .BTF that is not mapped", to_u64(len)))?;
             return Btf::new(ORIGIN, blob).map(Some);
         }
     }
@@ -434,7 +435,7 @@ pub fn find_btf(
             return true;
         };
         let len = Header::read(Bytes(&head)).and_then(|header| header.end());
-        let Some(len) = len.filter(|len| *len as u64 <= MAX_LEN) else {
+        let Some(len) = len.filter(|len| to_u64(*len) <= MAX_LEN) else {
             return true;
         };
         let mut blob = vec![0; len];

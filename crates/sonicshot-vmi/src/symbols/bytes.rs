@@ -1,6 +1,7 @@
 //! Checked reads of little-endian values from untrusted bytes.
 
 use sonicshot::Bytes as _;
+use sonicshot::to_u64;
 
 /// Bytes that may be anything; every read is checked.
 #[derive(Clone, Copy, Debug)]
@@ -12,15 +13,15 @@ impl<'a> Bytes<'a> {
     }
 
     pub(crate) fn u16(self, at: usize) -> Option<u16> {
-        self.0.le_at(at as u64)
+        self.0.le_at(to_u64(at))
     }
 
     pub(crate) fn u32(self, at: usize) -> Option<u32> {
-        self.0.le_at(at as u64)
+        self.0.le_at(to_u64(at))
     }
 
     pub(crate) fn u64(self, at: usize) -> Option<u64> {
-        self.0.le_at(at as u64)
+        self.0.le_at(to_u64(at))
     }
 
     /// The bytes from `at` to the next NUL, without it.

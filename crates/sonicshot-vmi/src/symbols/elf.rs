@@ -8,7 +8,7 @@ use super::{Btf, Member, SymbolError, SymbolSource};
 use crate::KernelVa;
 use goblin::elf::header::header64;
 use goblin::elf::section_header::{SHF_COMPRESSED, SHT_NOBITS, SHT_NOTE, SHT_SYMTAB};
-use sonicshot::to_usize;
+use sonicshot::{to_u64, to_usize};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -104,7 +104,7 @@ impl Vmlinux {
                 malformed(
                     "a file too short for an ELF header",
                     0,
-                    file.bytes().len() as u64,
+                    to_u64(file.bytes().len()),
                 )
             })?;
         let header = header64::Header::from_bytes(head);
@@ -120,7 +120,7 @@ impl Vmlinux {
         let table = to_usize(header.e_shoff);
         // Of 16 bits.
         if count == 0 || usize::from(header.e_shentsize) != SECTION_SIZE {
-            return Err(malformed("no sections", 0x3c, count as u64));
+            return Err(malformed("no sections", 0x3c, to_u64(count)));
         }
         let mut sections = Vec::with_capacity(count);
         for number in 0..count {
@@ -132,7 +132,7 @@ impl Vmlinux {
                 malformed(
                     "a section header beyond the end",
                     header.e_shoff,
-                    number as u64,
+                    to_u64(number),
                 )
             })?);
         }
@@ -382,7 +382,10 @@ pub(super) fn build_id_in(file: &File, start: &[u8]) -> Option<Vec<u8>> {
     notes
         .filter_map(|section| {
             let (at, len) = Vmlinux::place(&section)?;
-            read(at as u64, Some(len).filter(|len| *len as u64 <= MAX_NOTES)?)
+            read(
+                to_u64(at),
+                Some(len).filter(|len| to_u64(*len) <= MAX_NOTES)?,
+            )
         })
         .find_map(|notes| build_id_of_notes(&notes))
 }

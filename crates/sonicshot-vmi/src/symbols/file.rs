@@ -9,6 +9,7 @@ use crate::KernelVa;
 use crate::needs::{CONSTANTS, STRUCTURES, SYMBOLS};
 use core::fmt::Write;
 use core::hash::Hasher;
+use sonicshot::to_u64;
 use std::collections::HashMap;
 use twox_hash::XxHash3_64;
 
@@ -436,7 +437,7 @@ impl<'t> Reader<'t> {
         SymbolError::Malformed {
             origin: self.file.origin.clone(),
             what,
-            offset: self.at as u64,
+            offset: to_u64(self.at),
             value,
         }
     }
@@ -445,16 +446,16 @@ impl<'t> Reader<'t> {
     fn line(&mut self) -> Result<&'t str, SymbolError> {
         let rest = self.bytes.get(self.at..).unwrap_or(&[]);
         let len = memchr::memchr(b'\n', rest).ok_or_else(|| {
-            self.wrong("a file that ends without its last line", rest.len() as u64)
+            self.wrong("a file that ends without its last line", to_u64(rest.len()))
         })?;
         let (line, _) = rest.split_at(len);
         core::str::from_utf8(line)
-            .map_err(|error| self.wrong("a line that is not UTF-8", error.valid_up_to() as u64))
+            .map_err(|error| self.wrong("a line that is not UTF-8", to_u64(error.valid_up_to())))
     }
 
     fn read(mut self) -> Result<SymbolFile, SymbolError> {
         if self.bytes.len() > MAX_LEN {
-            return Err(self.wrong("more than any symbol file has", self.bytes.len() as u64));
+            return Err(self.wrong("more than any symbol file has", to_u64(self.bytes.len())));
         }
         let mut is_first = true;
         loop {
@@ -462,7 +463,7 @@ impl<'t> Reader<'t> {
             if is_first {
                 let version = line.as_bytes().strip_prefix(MAGIC);
                 if version != Some(VERSION.as_bytes()) {
-                    return Err(self.wrong("a version that is not known", line.len() as u64));
+                    return Err(self.wrong("a version that is not known", to_u64(line.len())));
                 }
             } else if let Some(end) = line.strip_prefix("end ") {
                 return self.end(line, end);
@@ -478,7 +479,7 @@ impl<'t> Reader<'t> {
     fn pass_over(&mut self, line: &str) -> Result<(), SymbolError> {
         let next = self.at.checked_add(line.len());
         let next = next.and_then(|end| end.checked_add(1));
-        let long = self.wrong("a line that is too long", line.len() as u64);
+        let long = self.wrong("a line that is too long", to_u64(line.len()));
         self.at = next.ok_or(long)?;
         Ok(())
     }
@@ -493,7 +494,7 @@ impl<'t> Reader<'t> {
         }
         self.pass_over(line)?;
         if self.at != self.bytes.len() {
-            return Err(self.wrong("something behind the end", self.bytes.len() as u64));
+            return Err(self.wrong("something behind the end", to_u64(self.bytes.len())));
         }
         Ok(self.file)
     }
@@ -501,7 +502,7 @@ impl<'t> Reader<'t> {
     fn row(&mut self, line: &str) -> Result<(), SymbolError> {
         let (kind, rest) = line
             .split_once(' ')
-            .ok_or_else(|| self.wrong("a line of one word", line.len() as u64))?;
+            .ok_or_else(|| self.wrong("a line of one word", to_u64(line.len())))?;
         match kind {
             "build-id" => {
                 let id = from_hex(rest);
@@ -513,7 +514,7 @@ impl<'t> Reader<'t> {
             "banner" => {
                 if rest.len() > MAX_BANNER || self.file.banner.is_some() {
                     return Err(
-                        self.wrong("a banner that is too long, or a second", rest.len() as u64)
+                        self.wrong("a banner that is too long, or a second", to_u64(rest.len()))
                     );
                 }
                 self.file.banner = Some(rest.to_owned());
@@ -557,11 +558,11 @@ impl<'t> Reader<'t> {
                 let value = self.value(&values, |text| text.parse().ok())?;
                 self.file.constants.insert(name.into(), value).is_none()
             }
-            _ => return Err(self.wrong("a line of an unknown kind", kind.len() as u64)),
+            _ => return Err(self.wrong("a line of an unknown kind", to_u64(kind.len()))),
         };
         match is_new {
             true => Ok(()),
-            false => Err(self.wrong("a name that stands twice", name.len() as u64)),
+            false => Err(self.wrong("a name that stands twice", to_u64(name.len()))),
         }
     }
 
@@ -575,8 +576,8 @@ impl<'t> Reader<'t> {
             ["-"] => Ok(None),
             [text] => read(text)
                 .map(Some)
-                .ok_or_else(|| self.wrong("a value that is no number", text.len() as u64)),
-            _ => Err(self.wrong("a line of too few or too many words", values.len() as u64)),
+                .ok_or_else(|| self.wrong("a value that is no number", to_u64(text.len()))),
+            _ => Err(self.wrong("a line of too few or too many words", to_u64(values.len()))),
         }
     }
 
@@ -593,7 +594,10 @@ impl<'t> Reader<'t> {
                     len: self.value(&[len], number)?,
                 }))
             }
-            _ => Err(self.wrong("a member of too few or too many words", values.len() as u64)),
+            _ => Err(self.wrong(
+                "a member of too few or too many words",
+                to_u64(values.len()),
+            )),
         }
     }
 }

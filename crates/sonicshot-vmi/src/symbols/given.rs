@@ -61,6 +61,14 @@ impl Given {
         Ok(given)
     }
 
+    /// The same with `sources`, which count as single files.
+    pub(crate) fn with(mut self, sources: &[Arc<dyn SymbolSource>]) -> Self {
+        let named = sources.iter();
+        let named = named.map(|source| (PathBuf::from(source.origin()), Arc::clone(source)));
+        self.files.extend(named);
+        self
+    }
+
     /// What there is for the kernel with this build ID: the single files, and those of the folders
     /// that are of the build.
     pub(crate) fn of_build(&self, id: Option<&[u8]>) -> Result<Set, SymbolError> {

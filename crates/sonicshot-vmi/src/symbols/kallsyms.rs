@@ -7,7 +7,7 @@ use super::bytes::Bytes;
 use super::vmcoreinfo::Vmcoreinfo;
 use super::{SymbolBase, SymbolError, SymbolSource};
 use crate::{KernelVa, VirtualMemory, needs};
-use sonicshot::{PageSize, to_usize};
+use sonicshot::{PageSize, to_u64, to_usize};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
@@ -19,7 +19,7 @@ const MAX_NAME: usize = 512;
 /// 256 tokens, each a part of a name.
 const MAX_TOKEN_TABLE: usize = 8 << 10;
 /// What the names behind the last marker take at most.
-const LAST_NAMES: u64 = 256 * (MAX_NAME as u64 + 2);
+const LAST_NAMES: u64 = 256 * (to_u64(MAX_NAME) + 2);
 const MAX_NAMES_LEN: usize = 64 << 20;
 
 /// How an entry of `kallsyms_offsets` becomes an address.
@@ -289,7 +289,7 @@ fn read_what_is_mapped(memory: &dyn VirtualMemory, at: KernelVa, buf: &mut [u8])
     let mut done = 0_usize;
     let mut rest = buf;
     while !rest.is_empty() {
-        let Some(here) = at.checked_add(done as u64) else {
+        let Some(here) = at.checked_add(to_u64(done)) else {
             break;
         };
         // No architecture has smaller pages.
@@ -330,7 +330,7 @@ fn read_names(
     let mut piece = vec![0; PIECE];
     let (mut whole, mut done) = (0_usize, 0_u32);
     while done < count {
-        let here = at.checked_add(names.len() as u64);
+        let here = at.checked_add(to_u64(names.len()));
         let got = here.map(|here| read_what_is_mapped(memory, here, &mut piece));
         let read = got.and_then(|got| piece.get(..got)).unwrap_or(&[]);
         names.extend_from_slice(read);
@@ -348,7 +348,7 @@ fn read_names(
         if done < count && (read.is_empty() || stuck || names.len() > MAX_NAMES_LEN) {
             return Err(malformed(
                 "a name that is cut off or too long",
-                at.checked_add(whole as u64).unwrap_or(at).raw(),
+                at.checked_add(to_u64(whole)).unwrap_or(at).raw(),
                 done.into(),
             ));
         }
@@ -428,7 +428,7 @@ impl Scheme {
             }
             Self::AbsolutePercpu(_) => from(raw.into()),
             Self::Relative(base) => from(base).moved_by(raw.into()),
-            Self::PcRelative(first) => from(first).moved_by(at as u64).moved_by(signed),
+            Self::PcRelative(first) => from(first).moved_by(to_u64(at)).moved_by(signed),
             Self::Absolute => return None,
         };
         Some(address.raw())
@@ -442,7 +442,7 @@ fn read_offsets(memory: &dyn VirtualMemory, tables: &Tables) -> Result<Vec<u8>, 
     let len = len.ok_or_else(|| malformed("too many offsets", at, tables.count.into()))?;
     let mut offsets = vec![0; len];
     if read_what_is_mapped(memory, tables.offsets, &mut offsets) < len {
-        return Err(malformed("offsets that are not mapped", at, len as u64));
+        return Err(malformed("offsets that are not mapped", at, to_u64(len)));
     }
     Ok(offsets)
 }
@@ -485,7 +485,7 @@ fn find_scheme(
 fn tables_around(memory: &dyn VirtualMemory, digits: KernelVa) -> Option<Tables> {
     // The token of '0' is number 48: 48 NULs stand between it and the start.
     let mut before = vec![0; 2048];
-    let start = KernelVa::new(digits.raw().checked_sub(before.len() as u64)?);
+    let start = KernelVa::new(digits.raw().checked_sub(to_u64(before.len()))?);
     memory.read(start, &mut before).ok()?;
     // The byte before the token of '0' ends the token before.
     let mut at = before.len();
@@ -494,7 +494,7 @@ fn tables_around(memory: &dyn VirtualMemory, digits: KernelVa) -> Option<Tables>
     }
     // Padding before the table is NUL too: the first token may be found a few bytes early or
     // late, but the table is aligned to 8 bytes.
-    let near = start.checked_add(at as u64)?.checked_add(1)?;
+    let near = start.checked_add(to_u64(at))?.checked_add(1)?;
     for tokens in [near.raw() & !7, (near.raw() & !7).checked_add(8)?] {
         let tokens = KernelVa::new(tokens);
         let mut table = vec![0; MAX_TOKEN_TABLE];
@@ -507,7 +507,7 @@ fn tables_around(memory: &dyn VirtualMemory, digits: KernelVa) -> Option<Tables>
                 .checked_add(end)?
                 .checked_add(1)?;
         }
-        let token_index = tokens.checked_add((end as u64).checked_next_multiple_of(8)?)?;
+        let token_index = tokens.checked_add(to_u64(end).checked_next_multiple_of(8)?)?;
         let mut index = [0; 512];
         if memory.read(token_index, &mut index).is_err() || Tokens::new(&index, table).is_none() {
             continue;
@@ -607,7 +607,7 @@ fn names_fill(
     let room = markers.offset_from(names)?;
     let read = read_names(memory, names, u32::try_from(count).ok()?);
     Some(read.is_ok_and(|read| {
-        room.checked_sub(read.len() as u64)
+        room.checked_sub(to_u64(read.len()))
             .is_some_and(|padding| padding < 8)
     }))
 }

@@ -35,7 +35,10 @@ pub(crate) use vmcoreinfo::VmcoreinfoLines;
 use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use core::fmt;
 use own::OwnFile;
-use sonicshot::{Gpa, GpaRange, GuestMemory, next_present, to_usize};
+use sonicshot::{
+    Gpa, GpaRange, GuestMemory, PhaseProgress, Progress, Tally, WorkPhase, next_present, to_u64,
+    to_usize,
+};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -52,6 +55,7 @@ pub struct Member {
 
 /// Whether a source's addresses are the ones of the running kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum SymbolBase {
     /// As linked: the KASLR displacement must be added.
     Linked,
@@ -274,7 +278,7 @@ pub(crate) fn scan(
     let mut at = range.0;
     while let Some(left) = range.1.offset_from(at).filter(|left| *left > 0) {
         // The end of the piece before stays: a hit may cross.
-        let Some(base) = at.checked_sub(bytes.len() as u64) else {
+        let Some(base) = at.checked_sub(to_u64(bytes.len())) else {
             return;
         };
         let len = to_usize(left).min(piece.len());
@@ -286,7 +290,7 @@ pub(crate) fn scan(
         } else {
             // Some of it is not mapped: a page at a time, up to the gap, which is passed over.
             for (offset, part) in (0..).step_by(PAGE).zip(piece.chunks_mut(PAGE)) {
-                let here = at.checked_add(offset as u64);
+                let here = at.checked_add(to_u64(offset));
                 if here.is_none_or(|here| memory.read(here, part).is_err()) {
                     step = offset;
                     break;
@@ -295,20 +299,20 @@ pub(crate) fn scan(
             }
         }
         for hit in memchr::memmem::find_iter(&bytes, needle) {
-            if let Some(hit) = base.checked_add(hit as u64)
+            if let Some(hit) = base.checked_add(to_u64(hit))
                 && !visit(hit)
             {
                 return;
             }
         }
-        let mut next = at.checked_add(step as u64);
+        let mut next = at.checked_add(to_u64(step));
         if step == piece.len() {
             if let Some(done) = bytes.len().checked_sub(overlap) {
                 bytes.drain(..done);
             }
         } else {
             bytes.clear();
-            next = next.and_then(|gap| gap.checked_add(PAGE as u64));
+            next = next.and_then(|gap| gap.checked_add(to_u64(PAGE)));
         }
         let Some(next) = next else {
             return;
@@ -352,11 +356,19 @@ pub(crate) fn there<'a>(
 }
 
 /// Calls `visit` with each place in RAM at which `needle` stands, until it returns `false`.
-pub(crate) fn search(memory: &dyn GuestMemory, needle: &[u8], visit: &mut dyn FnMut(Gpa) -> bool) {
+pub(crate) fn search(
+    memory: &dyn GuestMemory,
+    progress: &dyn Progress,
+    needle: &[u8],
+    visit: &mut dyn FnMut(Gpa) -> bool,
+) {
     /// How much is searched before what is mapped is let go.
     const WINDOW: u64 = 64 << 20;
-    let overlap = needle.len() as u64;
+    let overlap = to_u64(needle.len());
     let mut goes_on = true;
+    let total = memory.layout().bytes();
+    let mut phase = PhaseProgress::begin(progress, WorkPhase::FindingKernel, total);
+    let mut before = Tally::ZERO;
     for region in memory.layout().regions() {
         for data in there(memory, region) {
             let mut start = data.start();
@@ -373,10 +385,15 @@ pub(crate) fn search(memory: &dyn GuestMemory, needle: &[u8], visit: &mut dyn Fn
                 });
                 memory.release(GpaRange::new(start, end));
                 if !goes_on {
+                    phase.end();
                     return;
                 }
                 start = end;
+                let here = start.offset_from(region.start());
+                phase.reach(here.map_or(before, |here| before.and(here)).get());
             }
         }
+        before.add(region.len());
     }
+    phase.end();
 }

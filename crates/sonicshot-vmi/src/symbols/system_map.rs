@@ -4,6 +4,7 @@ use super::names::NameIndex;
 use super::own::OwnFile;
 use super::{SymbolError, SymbolSource};
 use crate::KernelVa;
+use sonicshot::to_u64;
 use std::path::Path;
 
 /// The symbols of a System.map.
@@ -34,7 +35,7 @@ impl SystemMap {
         let malformed = |what, offset: usize, value: u64| SymbolError::Malformed {
             origin: origin.clone(),
             what,
-            offset: offset as u64,
+            offset: to_u64(offset),
             value,
         };
         let text: &[u8] = file.bytes();
@@ -44,11 +45,11 @@ impl SystemMap {
             let (_, rest) = text.split_at(at);
             let len = memchr::memchr(b'\n', rest).unwrap_or(rest.len());
             if lines.len() >= MAX_LINES {
-                return Err(malformed("too many lines", at, lines.len() as u64));
+                return Err(malformed("too many lines", at, to_u64(lines.len())));
             }
             let (line, _) = rest.split_at(len);
             if parse(line).is_none() {
-                let first = rest.first().map_or(len as u64, |byte| u64::from(*byte));
+                let first = rest.first().map_or(to_u64(len), |byte| u64::from(*byte));
                 return Err(malformed(
                     "a line that is not `ADDRESS TYPE NAME` (Debian's kernel packages carry a \
                      placeholder; the real System.map is in the -dbg package)",
@@ -62,7 +63,7 @@ impl SystemMap {
             at = next.unwrap_or(text.len());
         }
         if lines.len() < 2 {
-            return Err(malformed("hardly any symbol", 0, lines.len() as u64));
+            return Err(malformed("hardly any symbol", 0, to_u64(lines.len())));
         }
         let index = NameIndex::new(lines.len(), |number| name(text, &lines, number));
         Ok(Self {

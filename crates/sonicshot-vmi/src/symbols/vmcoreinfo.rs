@@ -5,6 +5,7 @@
 
 use super::{Member, SymbolBase, SymbolError, SymbolSource};
 use crate::KernelVa;
+use sonicshot::to_u64;
 use std::collections::HashMap;
 
 /// VMCOREINFO is one page; a note may carry it with others' additions.
@@ -36,8 +37,8 @@ impl Vmcoreinfo {
         let malformed = |what, offset: usize, value: usize| SymbolError::Malformed {
             origin: "VMCOREINFO".into(),
             what,
-            offset: offset as u64,
-            value: value as u64,
+            offset: to_u64(offset),
+            value: to_u64(value),
         };
         let end = memchr::memchr(0, text).unwrap_or(text.len());
         let (text, _) = text.split_at(end);

@@ -3,18 +3,19 @@
 
 use sonicshot::{
     DropClasses, Fill, Gpa, GpaRange, GuestBytes, GuestMemory, MappedRegions, MemoryError,
-    PageClass, PageMap, Pfn, PfnRange, RamLayout,
+    PageClass, PageMap, Pfn, PfnRange, Progress, RamLayout, WorkOptions, WorkPhase,
 };
 use sonicshot_vmi::{
-    AnalysisOptions, BlockDisagreement, Classification, GivenUp, GuestOptions, GuestOs, LinuxGuest,
-    OnInconsistency, VirtualMemory, VmiError, count_zero_pages, mark_zero_pages,
+    AnalysisOptions, BlockDisagreement, Classification, GivenUp, GuestOptions, GuestOs, Knowledge,
+    LinuxGuest, OnInconsistency, VirtualMemory, VmiError, analyze, count_zero_pages,
+    mark_zero_pages,
 };
 use std::fs::File;
 use std::io::Read;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::slice::from_ref;
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock};
 
 const PAGE: usize = 4096;
 /// Of the guest's `struct page` (Linux 6.1, x86-64), from its own BTF.
@@ -51,6 +52,73 @@ fn memory(ram: &[u8]) -> MappedRegions<'_> {
 fn classify(ram: &[u8], on: OnInconsistency) -> Result<Classification, VmiError> {
     let memory = memory(ram);
     LinuxGuest::open(&memory, &GuestOptions::new())?.classify(on)
+}
+
+/// Whatever is known of the kernel, and on any number of threads, all of memory is told of in each
+/// phase, without a step back.
+#[test]
+fn each_phase_of_an_analysis_is_told_of_to_its_end() {
+    use WorkPhase::{Classifying, FindingKernel, FindingLists, FindingZeroPages};
+    let ram = ram();
+    let memory = memory(&ram);
+    let all = ram.len() as u64;
+    for (knowledge, threads, expected) in [
+        (
+            Knowledge::Types,
+            1,
+            &[FindingKernel, Classifying, FindingZeroPages][..],
+        ),
+        (
+            Knowledge::Types,
+            4,
+            &[FindingKernel, Classifying, FindingZeroPages],
+        ),
+        (
+            Knowledge::Vmcoreinfo,
+            2,
+            &[FindingKernel, FindingLists, Classifying, FindingZeroPages],
+        ),
+        (
+            Knowledge::Shape,
+            2,
+            &[FindingKernel, FindingLists, Classifying, FindingZeroPages],
+        ),
+    ] {
+        let told = Arc::new(Told::default());
+        let guest = GuestOptions::new()
+            .at_most(knowledge)
+            .threads(NonZeroUsize::new(threads).unwrap());
+        let options = AnalysisOptions::new().guest(guest).progress(told.clone());
+        analyze(&memory, &options).unwrap();
+        let told = told.0.lock().unwrap();
+        let phases: Vec<_> = told.iter().map(|(phase, _)| *phase).collect();
+        assert_eq!(phases, expected, "{knowledge:?}");
+        for (phase, bytes) in told.iter() {
+            let (_, total) = bytes[0];
+            assert!(bytes.len() > 2, "{phase:?}: {bytes:?}");
+            assert!(bytes.is_sorted() && bytes.iter().all(|(_, of)| *of == total));
+            assert_eq!(bytes.last(), Some(&(total, total)), "{phase:?}");
+            // Of struct pages the bytes are their own.
+            assert_eq!(total == all, *phase != FindingLists, "{phase:?}: {total}");
+        }
+    }
+}
+
+/// A phase, and what was told of it.
+type PhaseTold = (WorkPhase, Vec<(u64, u64)>);
+
+#[derive(Default)]
+struct Told(Mutex<Vec<PhaseTold>>);
+
+impl Progress for Told {
+    fn tell(&self, done: u64, total: u64) {
+        let mut told = self.0.lock().unwrap();
+        told.last_mut().unwrap().1.push((done, total));
+    }
+
+    fn begin(&self, phase: WorkPhase) {
+        self.0.lock().unwrap().push((phase, Vec::new()));
+    }
 }
 
 fn is_dropped(class: PageClass) -> bool {
@@ -499,8 +567,8 @@ fn memory_that_must_be_copied_reads_the_same() {
     let read = |memory: &dyn GuestMemory| {
         let guest = LinuxGuest::open(memory, &GuestOptions::new()).unwrap();
         let mut pages = guest.classify(OnInconsistency::Refuse).unwrap();
-        mark_zero_pages(memory, &mut pages.map).unwrap();
-        let zero = count_zero_pages(memory, &pages.map).unwrap();
+        mark_zero_pages(memory, &mut pages.map, &WorkOptions::new()).unwrap();
+        let zero = count_zero_pages(memory, &pages.map, &WorkOptions::new()).unwrap();
         (pages.map, zero, guest.release().to_owned())
     };
     let by_map = read(&mapped);

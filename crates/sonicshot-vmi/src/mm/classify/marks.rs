@@ -2,7 +2,7 @@
 
 use super::WhichList;
 use crate::error::VmiError;
-use sonicshot::{PageMap, Pfn, PfnRange};
+use sonicshot::{PageMap, Pfn, PfnRange, to_u64};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -98,7 +98,7 @@ impl Marks {
             .into_iter()
             .flatten()
             .filter_map(move |(number, marks)| {
-                let whole = PfnRange::with_len(Pfn::new(number << CHUNK), LEN as u64)?;
+                let whole = PfnRange::with_len(Pfn::new(number << CHUNK), to_u64(LEN))?;
                 let part = whole.intersection(&frames);
                 let start = inside(part.start().raw())?;
                 let end = start.checked_add(usize::try_from(part.len()).ok()?)?;

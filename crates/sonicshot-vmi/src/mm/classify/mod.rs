@@ -24,7 +24,7 @@ use core::fmt;
 pub use disagreement::{BlockDisagreement, CounterDisagreement, WhichList};
 use scanner::{Seen, Sources};
 use sonicshot::work::{self, map_in_order};
-use sonicshot::{PageClass, PageMap, Pfn, PfnRange};
+use sonicshot::{PageClass, PageMap, Pfn, PfnRange, PhaseProgress, Progress, Tally, WorkPhase};
 use std::num::NonZeroUsize;
 
 /// The counts of one zone's free pages by its three sources of truth.
@@ -156,10 +156,13 @@ pub(crate) fn scan(
     mem_map: &MemMap<'_>,
     layout: &PageLayout,
     zones: &Zones,
-    threads: Option<NonZeroUsize>,
+    (threads, progress): (Option<NonZeroUsize>, &dyn Progress),
 ) -> Result<Scan, VmiError> {
     let mut notes = Vec::new();
-    let mut map = PageMap::new(kernel.space.memory().layout(), mem_map.page_size);
+    let layout_of_ram = kernel.space.memory().layout();
+    let mut map = PageMap::new(layout_of_ram, mem_map.page_size);
+    let total = layout_of_ram.bytes();
+    let mut phase = PhaseProgress::begin(progress, WorkPhase::Classifying, total);
     let lists::Walked {
         marks,
         zones: mut reports,
@@ -178,7 +181,7 @@ pub(crate) fn scan(
         offline: &offline,
         keeps_unlisted: zones.knowledge == Knowledge::Shape,
     };
-    let seen = look_at_struct_pages(&sources, &marks, threads, &mut map)?;
+    let seen = look_at_struct_pages(&sources, &marks, (threads, &mut phase), &mut map)?;
     wrong.add(seen.wrong);
     for (report, flagged) in reports.iter_mut().zip(seen.flagged) {
         report.flagged = flagged;
@@ -195,6 +198,7 @@ pub(crate) fn scan(
         let blocks = seen.unlisted;
         notes.push(Note::UnlistedKept { blocks });
     }
+    phase.end();
     let fatal = wrong.fatal || wrong.blocks > zones.cpus();
     Ok(Scan {
         map,
@@ -209,11 +213,12 @@ pub(crate) fn scan(
 fn look_at_struct_pages(
     sources: &Sources<'_, '_>,
     marks: &marks::Marks,
-    threads: Option<NonZeroUsize>,
+    (threads, phase): (Option<NonZeroUsize>, &mut PhaseProgress<'_>),
     map: &mut PageMap,
 ) -> Result<Seen, VmiError> {
     let order = u32::try_from(sources.max_order).map_or(PIECE, |order| order.max(PIECE));
     let pieces: Vec<PfnRange> = map.pieces(order).collect();
+    let page_size = map.page_size().bytes();
     let mut all = Seen::of_zones(sources.zones.len());
     // Pieces are taken in their order, whichever thread had them: what is told is the same.
     map_in_order(
@@ -224,6 +229,7 @@ fn look_at_struct_pages(
         |piece| {
             let (frames, (classes, seen)) = piece?;
             map.set_each(frames.start(), &classes);
+            phase.add(Tally::new(frames.len()).times(page_size).get());
             all.add(seen)
         },
     )?;

@@ -8,7 +8,7 @@ use crate::mm::offline::OfflineSections;
 use crate::mm::page::file::Files;
 use crate::mm::page::{FreeMark, PageLayout};
 use crate::{AddressSpace, KernelVa};
-use sonicshot::{GuestBytes, PageClass, Pfn, PfnRange};
+use sonicshot::{GuestBytes, PageClass, Pfn, PfnRange, to_u64};
 use std::collections::BTreeMap;
 
 /// A block that began and whose remaining frames must be looked at.
@@ -207,7 +207,7 @@ impl Scanner<'_, '_> {
             .checked_mul(stride)
             .and_then(|at| pages.get(at, stride))
         {
-            let pfn = first.checked_add(number as u64);
+            let pfn = first.checked_add(to_u64(number));
             let pfn = pfn.ok_or_else(|| out_of_region(first))?;
             let index = begin
                 .checked_add(number)
@@ -259,11 +259,11 @@ impl Scanner<'_, '_> {
                 *mark != 0 || !page.is_some_and(|page| self.layout.is_free_tail(&page))
             });
             if let Some(odd) = odd {
-                open.spoiled = Some(next.checked_add(odd as u64).ok_or_else(wrong)?);
+                open.spoiled = Some(next.checked_add(to_u64(odd)).ok_or_else(wrong)?);
             }
         }
         classes.get_mut(bounds).ok_or_else(wrong)?.fill(open.class);
-        open.next = next.checked_add(frames as u64).ok_or_else(wrong)?;
+        open.next = next.checked_add(to_u64(frames)).ok_or_else(wrong)?;
         let mut spoiled = None;
         if open.next != open.frames.end() {
             self.open = Some(open);

@@ -16,6 +16,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 pub(crate) use section::{Section, Span};
 use sonicshot::{
     Gpa, GpaRange, GuestBytes, GuestMemory, MAX_MAP, Mapped, MemoryError, PageSize, Pfn, PfnRange,
+    to_u64,
 };
 
 /// `struct page` is 64 bytes almost everywhere; debugging options may add a few words.
@@ -35,7 +36,7 @@ impl Chunk<'_> {
         let whole = self.len.checked_add(len);
         self.at.checked_add(self.len) == Some(at)
             && self.gpa.checked_add(self.len) == Some(gpa)
-            && whole.is_some_and(|whole| whole <= MAX_MAP as u64)
+            && whole.is_some_and(|whole| whole <= to_u64(MAX_MAP))
     }
 }
 
@@ -336,7 +337,7 @@ impl<'m> MemMap<'m> {
             let here = at.checked_add(done).ok_or_else(corrupt)?;
             let (chunk, offset) = self.chunk_of(here).ok_or_else(corrupt)?;
             let left = chunk.len.checked_sub(offset).ok_or_else(corrupt)?;
-            let len = left.min(rest.len() as u64);
+            let len = left.min(to_u64(rest.len()));
             let (part, more) = usize::try_from(len)
                 .ok()
                 .and_then(|len| rest.split_at_mut_checked(len))
@@ -399,7 +400,7 @@ impl<'m> MemMap<'m> {
                 visit(pfn, bytes)?;
                 // Other threads may be at other parts of the chunk.
                 let seen = chunk.gpa.checked_add(offset);
-                if let Some(range) = seen.and_then(|at| GpaRange::with_len(at, bytes.len() as u64))
+                if let Some(range) = seen.and_then(|at| GpaRange::with_len(at, to_u64(bytes.len())))
                 {
                     self.memory.release(range);
                 }

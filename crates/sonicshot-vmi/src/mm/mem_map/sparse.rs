@@ -7,7 +7,7 @@ use crate::arch::{self, SectionSize};
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::symbols::Member;
-use sonicshot::{Pfn, PfnRange};
+use sonicshot::{Pfn, PfnRange, to_u64};
 
 /// A kernel with more sections than this has more than 8 PiB of RAM.
 const MAX_SECTIONS: u64 = 1 << 26;
@@ -465,7 +465,7 @@ impl<'a, 'm> Walk<'a, 'm> {
         let sections = self
             .ram()
             .flat_map(|region| whole_sections(region, self.layout.frame_bits));
-        let unknown = sections.filter(is_unknown).count() as u64;
+        let unknown = to_u64(sections.filter(is_unknown).count());
         if self.early_outside > 0 && unknown > 0 {
             return Err(VmiError::Disagree {
                 what: "where RAM lies, in sections".into(),

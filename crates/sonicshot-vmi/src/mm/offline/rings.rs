@@ -6,7 +6,7 @@ use crate::mm::mem_map::MemMap;
 use crate::mm::page::PageLayout;
 use crate::note::Note;
 use crate::{KernelVa, VirtualMemory};
-use sonicshot::{PageClass, PageMap, Pfn, PfnRange, Tally};
+use sonicshot::{PageClass, PageMap, Pfn, PfnRange, Tally, to_u64};
 
 /// What a ring of offline pages came to.
 enum Ring {
@@ -82,7 +82,7 @@ impl OfflinePages {
                     }
                 }
                 Ring::Broken(frames, reason) => {
-                    kept.add(frames.len() as u64);
+                    kept.add(to_u64(frames.len()));
                     if reasons.len() < MAX_REASONS {
                         reasons.push(reason);
                     } else {
@@ -163,7 +163,7 @@ impl OfflinePages {
         {
             return broken(format!(": its owner at {owner:#x} has no list at {head}"));
         }
-        if !is_counted(records.kernel, head, met.len() as u64) {
+        if !is_counted(records.kernel, head, to_u64(met.len())) {
             return broken(format!(
                 ": beside the list of {} at {head} no count says so",
                 met.len()

@@ -17,7 +17,7 @@
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::{AddressSpace, KernelVa, VirtualMemory};
-use sonicshot::{PageSize, Tally};
+use sonicshot::{PageSize, Tally, to_u64};
 use std::collections::HashMap;
 
 /// `include/uapi/linux/magic.h`; ext2 and ext3 have the same.
@@ -209,7 +209,7 @@ impl Files {
         let of_frames = Tally::new(frames).times(MAX_BUFFERS_A_FRAME);
         Self {
             known: HashMap::new(),
-            buffers_left: of_frames.and(MAX_BUFFERS as u64).get(),
+            buffers_left: of_frames.and(to_u64(MAX_BUFFERS)).get(),
         }
     }
 

@@ -13,7 +13,7 @@ use crate::{AddressSpace, KernelVa};
 use file::{FileLayout, Files, InFile};
 use flags::FlagBits;
 use hugetlb::HugetlbMark;
-use sonicshot::{GuestBytes, PageClass};
+use sonicshot::{GuestBytes, PageClass, to_u64};
 use types::PageTypes;
 
 /// Where the members of `struct page` are, and how this kernel encodes what they say.
@@ -96,7 +96,7 @@ impl PageLayout {
 
     pub(crate) fn new(kernel: &Kernel<'_>, stride: u64) -> Result<Self, VmiError> {
         let at = |names: &[&str], size: u64| place(kernel, stride, names, size);
-        let lru = at(&["lru"], 16)? as u64;
+        let lru = to_u64(at(&["lru"], 16)?);
         for alias in ["buddy_list", "pcp_list"] {
             if let Some(member) = kernel.member("page", alias)?
                 && member.offset != lru
@@ -142,7 +142,7 @@ impl PageLayout {
                 Some(_) => at(&["compound_head", "compound_info"], 8)?,
                 None => lru,
             },
-            lru: lru as u64,
+            lru: to_u64(lru),
             bits: FlagBits::of_free_pages(kernel)?,
             types: PageTypes::new(kernel)?,
             hugetlb: HugetlbMark::None,
@@ -173,7 +173,7 @@ impl PageLayout {
 
     /// Where the flags are.
     pub(crate) fn flags_at(&self) -> u64 {
-        self.flags as u64
+        to_u64(self.flags)
     }
 
     fn flags(&self, page: &GuestBytes<'_>) -> Option<u64> {

@@ -7,7 +7,7 @@ use crate::arch::{Trace, Verdict, not_made};
 use crate::error::VmiError;
 use crate::kernel::{Kernel, element};
 use crate::owner::log::{self, Line};
-use sonicshot::{Gpa, MemoryError};
+use sonicshot::{Gpa, MemoryError, to_u64};
 
 /// No machine has more.
 const MAX_TABLES: usize = 256;
@@ -133,7 +133,7 @@ fn listed(kernel: &Kernel<'_>) -> Result<Vec<Listed>, VmiError> {
     let tables = kernel.read_ptr("acpi_table_list.tables", list_at("tables")?)?;
     let count_at = list_at("current_table_count")?;
     let count = kernel.read_u32("acpi_table_list.current_table_count", count_at)?;
-    if u64::from(count) > MAX_TABLES as u64 {
+    if u64::from(count) > to_u64(MAX_TABLES) {
         return Err(VmiError::Corrupt {
             what: "acpi_table_list.current_table_count",
             at: count_at,
