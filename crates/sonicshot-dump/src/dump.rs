@@ -357,7 +357,7 @@ impl Dump {
         let written = migration::write(from, kind, &output, progress);
         written.map_err(|error| self.blame(error))?;
         self.check_unchanged()?;
-        output.finish()
+        output.finish(progress)
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -40,7 +40,7 @@ impl DumpOptions {
         if self.is_raw() {
             return Ok(None);
         }
-        spool.unpacked()
+        spool.unpacked(self)
     }
 
     fn unpack_source(&self, path: &Path, source: &Source<'_>) -> Result<Option<Spool>, DumpError> {
@@ -48,7 +48,7 @@ impl DumpOptions {
         if self.is_raw() || format::is_taken(source) {
             return Ok(None);
         }
-        Spool::unpack(path, source.content.file())
+        Spool::unpack(path, source.content.file(), self)
     }
 
     /// Opens a dump that came through a pipe or that was compressed. Messages call it by the
@@ -89,7 +89,7 @@ impl DumpOptions {
         reader: impl Read,
         max_size: Option<u64>,
     ) -> Result<Spool, DumpError> {
-        Spool::take_in(name.as_ref(), reader, max_size, self.is_raw())
+        Spool::take_in(name.as_ref(), reader, max_size, self)
     }
 
     /// Whether the file begins as one of a format that says itself what it is. What is raw memory

@@ -1,6 +1,8 @@
 //! The facts of a file before it is opened.
 
 use crate::{DumpFormat, LayoutSpec};
+use sonicshot::Progress;
+use std::sync::Arc;
 
 /// Options for opening a dump file; by default none, and its content tells.
 ///
@@ -17,6 +19,9 @@ pub struct DumpOptions {
     pub layout: Option<LayoutSpec>,
     /// The format that the file is read as.
     pub format: Option<DumpFormat>,
+    /// Whoever is told how far it is: of content that comes through a pipe or is compressed, and of
+    /// formats that tell only in passing where pages lie.
+    pub progress: Option<Arc<dyn Progress>>,
 }
 
 impl DumpOptions {
@@ -41,10 +46,17 @@ impl DumpOptions {
         self
     }
 
+    /// Says who is told how far it is.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+
     pub(crate) fn of_layout(layout: Option<&LayoutSpec>) -> Self {
         Self {
             layout: layout.cloned(),
-            format: None,
+            ..Self::default()
         }
     }
 

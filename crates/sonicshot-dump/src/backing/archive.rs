@@ -2,8 +2,8 @@
 //! behind the other, where the directory at the archive's end can claim any number of entries that
 //! are not there.
 
-use super::packed::{At, BUFFER, damaged, unread};
-use sonicshot::{Cursor, CutShort, FileBytes, FileContent};
+use super::packed::{At, BUFFER, Reached, damaged, unread};
+use sonicshot::{Cursor, CutShort, FileBytes, FileContent, to_u64};
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 
@@ -21,12 +21,12 @@ const STREAMED: u16 = 1 << 3;
 const MAX_HEADERS: usize = 1024;
 
 /// The only file of an archive, decompressed.
-pub(super) fn only_file(file: File) -> io::Result<Entry> {
+pub(super) fn only_file(file: File, reached: Reached) -> io::Result<Entry> {
     let content = FileContent::new(file.try_clone()?)?;
     let found = header_of_file(Cursor::new(content.bytes()));
     // What cannot be read looks like what is not there.
     let header = content.failure().map_or(found, Err)?;
-    let packed = At::new(file, header.data_at);
+    let packed = At::told(file, header.data_at, reached);
     let packed = BufReader::with_capacity(BUFFER, packed).take(header.packed_len);
     let content: Box<dyn Read> = match header.method {
         0 => Box::new(packed),
@@ -149,7 +149,7 @@ impl Read for Entry {
         let read = self.content.read(out)?;
         let (now, _) = out.split_at(read.min(out.len()));
         self.found.update(now);
-        let left = self.left.checked_sub(now.len() as u64);
+        let left = self.left.checked_sub(to_u64(now.len()));
         self.left = left.ok_or_else(|| damaged("the file in the archive is longer than said"))?;
         if now.is_empty() && !out.is_empty() && (self.left > 0 || self.found.sum() != self.sum) {
             return Err(damaged("the file in the archive is cut short or damaged"));
@@ -182,7 +182,7 @@ mod tests {
     fn opened(archive: &[u8]) -> io::Result<Entry> {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(archive).unwrap();
-        only_file(file)
+        only_file(file, Default::default())
     }
 
     fn content_of(archive: &[u8]) -> io::Result<Vec<u8>> {
@@ -273,6 +273,6 @@ mod tests {
         end.extend([0xff; 12]);
         end.extend([0, 0]);
         file.write_all_at(&end, LEN - end.len() as u64).unwrap();
-        assert!(only_file(file).is_err());
+        assert!(only_file(file, Default::default()).is_err());
     }
 }

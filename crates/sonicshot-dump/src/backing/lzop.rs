@@ -2,6 +2,7 @@
 //! be compressed so.
 
 use super::packed::{is_at_end, unread};
+use sonicshot::to_u64;
 use std::io::{self, BufRead, Read, Write};
 
 /// How a file begins.
@@ -174,7 +175,7 @@ impl<R: BufRead> Decoder<R> {
         let taken = (&mut self.inner)
             .take(stored_len.into())
             .read_to_end(&mut self.stored)?;
-        if taken as u64 != u64::from(stored_len) {
+        if to_u64(taken) != u64::from(stored_len) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         check(&self.stored, of_stored)?;

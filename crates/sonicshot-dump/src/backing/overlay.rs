@@ -18,7 +18,7 @@ use crate::backing::Stored;
 use crate::backing::plain::PlainDump;
 use sonicshot::{
     FileId, FileOffset, FileRange, Gpa, GpaRange, GuestMemory, Mapped, MemoryError, RamLayout,
-    Tally, to_usize,
+    Tally, to_u64, to_usize,
 };
 use std::fs::File;
 
@@ -201,7 +201,7 @@ impl GuestMemory for Overlay {
 
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         let range = GpaRange::of_request(at, buf.len());
-        if range.len() != buf.len() as u64 || !self.layout().contains(at, range.len()) {
+        if range.len() != to_u64(buf.len()) || !self.layout().contains(at, range.len()) {
             return Err(MemoryError::NotRam { range });
         }
         let mut rest = buf;
@@ -225,7 +225,7 @@ impl GuestMemory for Overlay {
         match self.parts(range).next() {
             Some(part) if part.guest == range => self.source(part.in_diff).map(at, len),
             // A range across pieces.
-            Some(_) if self.layout().contains(at, len as u64) => Ok(None),
+            Some(_) if self.layout().contains(at, to_u64(len)) => Ok(None),
             _ => Err(MemoryError::NotRam { range }),
         }
     }

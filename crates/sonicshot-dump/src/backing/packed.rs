@@ -1,8 +1,11 @@
 //! The common part of all that unpacks: where the packed bytes come from, and how they end.
 
+use sonicshot::to_u64;
 use std::fs::File;
 use std::io::{self, BufRead, Read};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 pub(super) const BUFFER: usize = 1 << 20;
 /// What is behind so many zeroes is no part of the file.
@@ -12,19 +15,30 @@ const MAX_FILL: u64 = 1 << 20;
 pub(crate) struct At {
     file: File,
     at: u64,
+    /// How far it was read, for whoever shows that.
+    reached: Reached,
 }
+
+/// How far a file was read.
+pub(crate) type Reached = Arc<AtomicU64>;
 
 impl At {
     pub(crate) fn new(file: File, at: u64) -> Self {
-        Self { file, at }
+        Self::told(file, at, Reached::default())
+    }
+
+    /// The same; how far it is is in `reached`.
+    pub(crate) fn told(file: File, at: u64, reached: Reached) -> Self {
+        Self { file, at, reached }
     }
 }
 
 impl Read for At {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         let read = self.file.read_at(out, self.at)?;
-        let next = self.at.checked_add(read as u64);
+        let next = self.at.checked_add(to_u64(read));
         self.at = next.ok_or(io::ErrorKind::FileTooLarge)?;
+        self.reached.store(self.at, Ordering::Relaxed);
         Ok(read)
     }
 }
@@ -57,7 +71,7 @@ pub(super) fn is_at_end(packed: &mut impl BufRead) -> io::Result<bool> {
             };
         }
         packed.consume(count);
-        let more = zeroes.checked_add(count as u64);
+        let more = zeroes.checked_add(to_u64(count));
         zeroes = more.ok_or_else(|| damaged("zeroes without end"))?;
     }
     Ok(true)

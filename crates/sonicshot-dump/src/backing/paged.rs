@@ -1,6 +1,6 @@
 //! The common part of formats with compressed pages: a bounded cache of decompressed blocks.
 
-use sonicshot::to_usize;
+use sonicshot::{to_u64, to_usize};
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::hash::{BuildHasher, Hash, RandomState};
@@ -76,7 +76,7 @@ impl<K: Copy + Eq + Hash> BlockCache<K> {
     }
 
     fn shard(&self, key: &K) -> Option<&Mutex<Shard<K>>> {
-        const LAST_SHARD: u64 = SHARDS as u64 - 1;
+        const LAST_SHARD: u64 = to_u64(SHARDS) - 1;
         let hash = self.hasher.hash_one(key);
         self.shards.get(to_usize(hash & LAST_SHARD))
     }

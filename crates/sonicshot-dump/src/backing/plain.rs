@@ -12,7 +12,7 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use sonicshot::{
     FileBytes, FileContent, FileOffset, FileRange, FileStamp, Gpa, GpaRange, GuestMemory, Mapped,
-    MemoryError, RamLayout,
+    MemoryError, RamLayout, to_u64,
 };
 use std::fs::File;
 use std::io;
@@ -433,7 +433,7 @@ impl GuestMemory for PlainDump {
         let mut at = at;
         let mut rest = buf;
         while !rest.is_empty() {
-            let (offset, len) = self.part(at, rest.len() as u64).ok_or_else(not_ram)?;
+            let (offset, len) = self.part(at, to_u64(rest.len())).ok_or_else(not_ram)?;
             let size = usize::try_from(len).map_err(|_| not_ram())?;
             let (now, later) = rest.split_at_mut_checked(size).ok_or_else(not_ram)?;
             match offset {
@@ -453,7 +453,7 @@ impl GuestMemory for PlainDump {
 
     fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
         let range = GpaRange::of_request(at, len);
-        if self.layout.contains(at, len as u64) {
+        if self.layout.contains(at, to_u64(len)) {
             return Ok(None);
         }
         Err(MemoryError::NotRam { range })

@@ -1,21 +1,25 @@
 //! A dump that comes through a pipe or out of a compressor: it is put into a temporary file first,
 //! since a guest's memory is not read from front to back.
 
-use crate::DumpError;
-use crate::backing::packed::At;
+use crate::backing::packed::{At, Reached};
 use crate::backing::plain::content_of;
 use crate::backing::unpack::{Compression, LONGEST_MARK};
 use crate::format::qemu::start::{MAGIC as MIGRATION, ram_of_migration};
 use crate::limit::{SizeLimit, allowed_beside};
 use crate::output::{check_stamp, scratch};
+use crate::{DumpError, DumpOptions};
 use rustix::fs::fstatvfs;
 use sonicshot::file::write_sparse_at;
-use sonicshot::{FileBytes, FileContent, FileOffset, FileStamp, GuestBytes};
+use sonicshot::{
+    FileBytes, FileContent, FileOffset, FileStamp, GuestBytes, PhaseProgress, Progress, WorkPhase,
+    to_u64,
+};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Where there may be room for a guest's memory, unlike in `/tmp`.
 const FALLBACK: &str = "/var/tmp";
@@ -28,6 +32,29 @@ const FREE_PARTS: u64 = 2;
 /// Of one whose header says how long it is, all but one of these parts: a header may claim any
 /// length.
 const LEFT_PARTS: u64 = 16;
+
+/// Whoever is told how much was taken in.
+struct Watch<'a> {
+    progress: &'a dyn Progress,
+    /// The length of the file that is read, and how far it was read; 0 of a pipe, of which the bytes
+    /// are told that came out of it.
+    total: u64,
+    reached: Reached,
+}
+
+impl<'a> Watch<'a> {
+    fn of_pipe(progress: &'a dyn Progress) -> Self {
+        Self::of_file(progress, 0)
+    }
+
+    fn of_file(progress: &'a dyn Progress, len: u64) -> Self {
+        Self {
+            progress,
+            total: len,
+            reached: Reached::default(),
+        }
+    }
+}
 
 /// What limits how much is taken in.
 #[derive(Debug, Clone, Copy)]
@@ -130,41 +157,50 @@ impl Spool {
         reader: impl Read,
         max_size: Option<u64>,
     ) -> Result<Self, DumpError> {
-        Self::take_in(name.as_ref(), reader, max_size, false)
+        Self::take_in(name.as_ref(), reader, max_size, &DumpOptions::new())
     }
 
-    /// The same; of what is raw memory the beginning is no header.
+    /// The same; of what is raw memory by `known` the beginning is no header.
     pub(crate) fn take_in(
         name: &Path,
         reader: impl Read,
         max_size: Option<u64>,
-        is_raw: bool,
+        known: &DumpOptions,
     ) -> Result<Self, DumpError> {
         let limit = match max_size {
             Some(max) => Limit::Given(max),
-            None if is_raw => Limit::Free,
+            None if known.is_raw() => Limit::Free,
             None => Limit::Header,
         };
-        Self::new(name, Path::new(FALLBACK), reader, None, limit)
+        let watch = Watch::of_pipe(&known.progress);
+        Self::new((name, Path::new(FALLBACK)), reader, None, limit, &watch)
     }
 
     /// Decompresses the content of the image in `file`.
-    pub(crate) fn decompress(path: &Path, file: &File, image: Image) -> Result<Self, DumpError> {
+    pub(crate) fn decompress(
+        path: &Path,
+        file: &File,
+        image: Image,
+        known: &DumpOptions,
+    ) -> Result<Self, DumpError> {
         let reading = || DumpError::io("reading", path);
         let before = FileStamp::of(file).map_err(reading())?;
         let original = file.try_clone().map_err(reading())?;
         let packed = file.try_clone().map_err(reading())?;
-        let beside = folder_of(path);
+        let places = (path, folder_of(path));
         let original = Some((original, image, before));
+        let at = image.payload_at.raw();
+        let watch = Watch::of_file(&known.progress, packed.metadata().map_err(reading())?.len());
+        let reached = watch.reached.clone();
         let unpacked = match image.compression {
             Some(how) => {
-                let reader = how.reader(packed, image.payload_at.raw());
+                let reader = how.reader(packed, at, reached);
                 let reader = reader.map_err(|source| undone(path, source))?;
-                Self::new(path, beside, reader, original, Limit::Header)
+                Self::new(places, reader, original, Limit::Header, &watch)
             }
             None => {
-                let packed = At::new(packed, image.payload_at.raw());
-                Self::new(path, beside, packed, original, Limit::Header)
+                let packed = At::told(packed, at, reached);
+                Self::new(places, packed, original, Limit::Header, &watch)
             }
         };
         // Before what may come of it: bytes that do not decompress.
@@ -174,24 +210,30 @@ impl Spool {
 
     /// Decompresses `file`, which messages call `path`, if it is compressed as a whole; `None` if
     /// not. What is in it may be of any format.
-    pub(crate) fn unpack(path: &Path, file: &File) -> Result<Option<Self>, DumpError> {
+    pub(crate) fn unpack(
+        path: &Path,
+        file: &File,
+        known: &DumpOptions,
+    ) -> Result<Option<Self>, DumpError> {
         let reading = || DumpError::io("reading", path);
         let before = FileStamp::of(file).map_err(reading())?;
         let mut start = Vec::new();
         let packed = || file.try_clone().map_err(reading());
         At::new(packed()?, 0)
-            .take(LONGEST_MARK as u64)
+            .take(to_u64(LONGEST_MARK))
             .read_to_end(&mut start)
             .map_err(reading())?;
         let Some(how) = Compression::of(&start) else {
             return Ok(None);
         };
+        let len = file.metadata().map_err(reading())?.len();
+        let watch = Watch::of_file(&known.progress, len);
         let unpacked = how
-            .reader(packed()?, 0)
+            .reader(packed()?, 0, watch.reached.clone())
             .map_err(|source| undone(path, source))
             .and_then(|reader| {
                 let reader = Undone(reader);
-                Self::new(path, folder_of(path), reader, None, Limit::Header)
+                Self::new((path, folder_of(path)), reader, None, Limit::Header, &watch)
             });
         // Before what may come of it: bytes that do not decompress.
         check_stamp(file, path, before)?;
@@ -203,19 +245,26 @@ impl Spool {
     }
 
     /// What is in it, if it is compressed as a whole; not of what was decompressed already.
-    pub(crate) fn unpacked(&self) -> Result<Option<Self>, DumpError> {
+    pub(crate) fn unpacked(&self, known: &DumpOptions) -> Result<Option<Self>, DumpError> {
         if self.0.packed.is_some() || self.0.state_of.is_some() {
             return Ok(None);
         }
-        Self::unpack(self.name(), self.file())
+        Self::unpack(self.name(), self.file(), known)
     }
 
     /// Takes the `state` of a VM out of the disk image in `file` at `path`.
-    pub(crate) fn of_state(path: &Path, file: &File, state: impl Read) -> Result<Self, DumpError> {
+    pub(crate) fn of_state(
+        path: &Path,
+        file: &File,
+        state: impl Read,
+        known: &DumpOptions,
+    ) -> Result<Self, DumpError> {
         let reading = || DumpError::io("reading", path);
         let before = FileStamp::of(file).map_err(reading())?;
         let image = file.try_clone().map_err(reading())?;
-        let spool = Self::new(path, folder_of(path), Undone(state), None, Limit::Header);
+        let places = (path, folder_of(path));
+        let watch = Watch::of_pipe(&known.progress);
+        let spool = Self::new(places, Undone(state), None, Limit::Header, &watch);
         check_stamp(file, path, before)?;
         let mut spool = spool?;
         if let Some(inner) = Arc::get_mut(&mut spool.0) {
@@ -246,11 +295,11 @@ impl Spool {
     }
 
     fn new(
-        name: &Path,
-        folder: &Path,
+        (name, folder): (&Path, &Path),
         mut reader: impl Read,
         image: Option<(File, Image, FileStamp)>,
         limit: Limit,
+        watch: &Watch<'_>,
     ) -> Result<Self, DumpError> {
         let mut folder =
             std::env::var_os("TMPDIR").map_or_else(|| folder.to_owned(), PathBuf::from);
@@ -268,6 +317,7 @@ impl Spool {
         let mut buffer = vec![0; PIECE];
         let mut at = 0_u64;
         let mut room = None;
+        let mut phase = PhaseProgress::begin(watch.progress, WorkPhase::TakingIn, watch.total);
         loop {
             let len = fill(&mut reader, &mut buffer).map_err(|source| {
                 if image.is_some() || Undone::is_one(&source) {
@@ -285,7 +335,7 @@ impl Spool {
             }
             let writing = || DumpError::io("writing a temporary file in", &folder);
             let next = at
-                .checked_add(len as u64)
+                .checked_add(to_u64(len))
                 .ok_or(io::ErrorKind::FileTooLarge);
             let next = next.map_err(|kind| writing()(kind.into()))?;
             let asking = || DumpError::io("asking for the free space of", &folder);
@@ -300,12 +350,17 @@ impl Spool {
             room = Some(left);
             write_sparse_at(&file, piece, FileOffset::new(at)).map_err(writing())?;
             at = next;
+            phase.reach(match watch.total {
+                0 => at,
+                _ => watch.reached.load(Ordering::Relaxed),
+            });
             if len < PIECE {
                 break;
             }
         }
         file.set_len(at)
             .map_err(DumpError::io("writing a temporary file in", &folder))?;
+        phase.end();
         Ok(Self(Arc::new(Inner {
             name: name.to_owned(),
             file,
@@ -456,11 +511,11 @@ impl Room {
 
     /// Takes in a piece.
     fn take(&mut self, piece: &[u8]) -> Result<(), (u64, SizeLimit)> {
-        let left = self.left.checked_sub(piece.len() as u64);
+        let left = self.left.checked_sub(to_u64(piece.len()));
         self.left = left.ok_or((self.max, self.by))?;
         for block in piece.chunks(BLOCK) {
             if !GuestBytes::from_slice(block).is_zero() {
-                let left = self.left_stored.checked_sub(block.len() as u64);
+                let left = self.left_stored.checked_sub(to_u64(block.len()));
                 self.left_stored = left.ok_or((self.max_stored, SizeLimit::Disk))?;
             }
         }

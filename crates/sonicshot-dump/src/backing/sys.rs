@@ -52,6 +52,31 @@ pub(crate) fn clone_range(
     }
 }
 
+/// Begins to write the bytes `range` of `file` to its disk, and if `wait` waits until they are there.
+/// That makes nothing durable: the file system's own records are not written.
+pub(crate) fn write_back(file: &File, range: FileRange, wait: bool) -> io::Result<()> {
+    let beyond = |_| io::Error::from(io::ErrorKind::FileTooLarge);
+    let at = range.start().raw().try_into().map_err(beyond)?;
+    let len = range.len().try_into().map_err(beyond)?;
+    let flags = match wait {
+        true => {
+            libc::SYNC_FILE_RANGE_WAIT_BEFORE
+                | libc::SYNC_FILE_RANGE_WRITE
+                | libc::SYNC_FILE_RANGE_WAIT_AFTER
+        }
+        false => libc::SYNC_FILE_RANGE_WRITE,
+    };
+    // SAFETY: the descriptor is open while the file is borrowed, and the call takes integers and
+    // touches no memory of ours.
+    while unsafe { libc::sync_file_range(file.as_raw_fd(), at, len, flags) } == -1 {
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
 /// What `FIDEDUPERANGE` takes (`struct file_dedupe_range` in include/uapi/linux/fs.h), with one
 /// destination.
 #[repr(C)]

@@ -1,7 +1,7 @@
 //! Files that are compressed as a whole: told by how they begin, and decompressed.
 
 use crate::backing::lz4::Lz4Frames;
-use crate::backing::packed::{At, BUFFER};
+use crate::backing::packed::{At, BUFFER, Reached};
 use crate::backing::streams::Streams;
 use crate::backing::{archive, lzop};
 use bzip2::bufread::BzDecoder;
@@ -71,9 +71,9 @@ impl Compression {
         Self::of(next).filter(|how| *how == Self::Zstd)
     }
 
-    /// What is in `file` from `at` on, decompressed.
-    pub(crate) fn reader(self, file: File, at: u64) -> io::Result<Box<dyn Read>> {
-        let from = |file| BufReader::with_capacity(BUFFER, At::new(file, at));
+    /// What is in `file` from `at` on, decompressed; how far it was read is in `reached`.
+    pub(crate) fn reader(self, file: File, at: u64, reached: Reached) -> io::Result<Box<dyn Read>> {
+        let from = |file| BufReader::with_capacity(BUFFER, At::told(file, at, reached.clone()));
         Ok(match self {
             // One stream or several, as the tools themselves read them.
             Self::Gzip => Box::new(Streams::<_, GzDecoder<_>>::new(from(file))),
@@ -81,15 +81,15 @@ impl Compression {
             Self::Xz => Box::new(XzReader::new_mem_limit(from(file), true, XZ_MEMORY)),
             Self::Bzip2 => Box::new(Streams::<_, BzDecoder<_>>::new(from(file))),
             Self::Lzop => Box::new(lzop::Decoder::new(from(file))?),
+            Self::Zip => Box::new(archive::only_file(file, reached)?),
             Self::Lz4 => Box::new(Lz4Frames::new(from(file))),
-            Self::Zip => Box::new(archive::only_file(file)?),
         })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Compression, LONGEST_MARK, MARKS};
+    use super::{Compression, LONGEST_MARK, MARKS, Reached};
     use std::fs::File;
     use std::io::{Read, Write};
 
@@ -155,7 +155,8 @@ mod tests {
     fn unpacked(bytes: &[u8]) -> std::io::Result<Vec<u8>> {
         let how = Compression::of(bytes).unwrap();
         let mut content = Vec::new();
-        how.reader(file(bytes), 0)?.read_to_end(&mut content)?;
+        how.reader(file(bytes), 0, Reached::default())?
+            .read_to_end(&mut content)?;
         Ok(content)
     }
 

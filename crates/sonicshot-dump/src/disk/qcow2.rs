@@ -3,7 +3,7 @@
 use crate::DumpError;
 use crate::format::qcow2::{Image, OFFSET, Place, table};
 use sonicshot::checkpoint::{DiskOffset, DiskRange, DiskSource};
-use sonicshot::{Bytes, FileContent, FileOffset, FileRange, to_usize};
+use sonicshot::{Bytes, FileContent, FileOffset, FileRange, to_u64, to_usize};
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
@@ -85,7 +85,7 @@ impl Qcow2Head {
         let content = FileContent::new(file).map_err(DumpError::io("reading", path))?;
         let image = Image::read(path, content.bytes())?;
         let bad = |what, at, value| DumpError::malformed(path, what, FileOffset::new(at), value);
-        if image.disk_len == 0 || image.disk_len > i64::MAX as u64 {
+        if image.disk_len == 0 || image.disk_len > i64::MAX.cast_unsigned() {
             let what = "a virtual disk size that is not from 1 to 2^63 - 1";
             return Err(bad(what, 24, image.disk_len));
         }
@@ -271,7 +271,7 @@ impl Qcow2Disk {
 
 /// The part of `out`, which is what lies at `at`, that is before `end`; the rest is zeroes.
 fn inside(out: &mut [u8], at: u64, end: u64) -> io::Result<&mut [u8]> {
-    let wanted = FileRange::with_len(FileOffset::new(at), out.len() as u64);
+    let wanted = FileRange::with_len(FileOffset::new(at), to_u64(out.len()));
     let wanted = wanted.ok_or_else(|| damaged("a place beyond 64 bits"))?;
     let there = wanted.intersection(&FileRange::new(FileOffset::ZERO, FileOffset::new(end)));
     let (inside, behind) = out.split_at_mut(to_usize(there.len()));
@@ -285,7 +285,7 @@ impl DiskSource for Qcow2Disk {
     }
 
     fn read_disk(&self, buf: &mut [u8], at: DiskOffset) -> io::Result<()> {
-        let end = at.raw().checked_add(buf.len() as u64);
+        let end = at.raw().checked_add(to_u64(buf.len()));
         if end.is_none_or(|end| end > self.image.disk_len) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -308,7 +308,7 @@ impl DiskSource for Qcow2Disk {
             }
             rest = later;
             at = at
-                .checked_add(len as u64)
+                .checked_add(to_u64(len))
                 .ok_or(io::ErrorKind::UnexpectedEof)?;
         }
         Ok(())

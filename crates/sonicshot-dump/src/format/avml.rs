@@ -16,7 +16,7 @@ use crate::format::lime::{HEADER_LEN, Record, cut_header, is_zero_from};
 use crate::limit::allowed_for;
 use sonicshot::{
     Bytes, FileBytes, FileContent, FileOffset, FileRange, Gpa, GpaRange, GuestMemory, MemoryError,
-    RamLayout,
+    RamLayout, to_u64,
 };
 use std::fmt;
 use std::fs::File;
@@ -187,7 +187,7 @@ impl GuestMemory for AvmlFile {
             let chunk = self.chunk_of(at).ok_or_else(not_ram)?;
             let inside = at.offset_from(chunk.guest.start()).ok_or_else(not_ram)?;
             let left = chunk.guest.len().checked_sub(inside).ok_or_else(not_ram)?;
-            let len = left.min(rest.len() as u64);
+            let len = left.min(to_u64(rest.len()));
             let split = usize::try_from(len).map_err(|_| not_ram())?;
             let (now, later) = rest.split_at_mut_checked(split).ok_or_else(not_ram)?;
             let range = GpaRange::with_len(at, len).ok_or_else(not_ram)?;
@@ -239,7 +239,7 @@ impl fmt::Debug for AvmlFile {
 
 /// Finds the chunks of all records, by their headers alone, and where the file is cut off.
 fn chunks_of(path: &Path, data: FileBytes<'_>) -> Result<(Vec<Chunk>, Option<Cut>), DumpError> {
-    let file_len = data.len() as u64;
+    let file_len = to_u64(data.len());
     let file_end = FileOffset::new(file_len);
     let mut walk = Walk {
         path,
@@ -294,7 +294,7 @@ impl Walk<'_> {
     }
 
     fn push(&mut self, chunk: Chunk) -> Result<(), DumpError> {
-        if self.chunks.len() as u64 >= self.limit {
+        if to_u64(self.chunks.len()) >= self.limit {
             return Err(self.bad("too many small chunks", chunk.file.start(), self.limit));
         }
         self.chunks.push(chunk);
@@ -303,7 +303,7 @@ impl Walk<'_> {
 
     /// Adds what is there of a record that is not compressed. Returns where the next begins.
     fn plain(&mut self, guest: GpaRange, file: FileRange) -> Result<FileOffset, DumpError> {
-        let file_end = FileOffset::new(self.data.len() as u64);
+        let file_end = FileOffset::new(to_u64(self.data.len()));
         let there = FileRange::new(file.start(), file.end().min(file_end));
         let end = guest.start().checked_add(there.len());
         let beyond = || self.bad("a record beyond 64 bits", file.start(), file.len());
@@ -335,7 +335,7 @@ impl Walk<'_> {
         };
         let all = self.chunks.iter().map(|chunk| chunk.guest.len());
         let claimed = sum_of_lens(all.chain([lost.len()]));
-        let file_len = self.data.len() as u64;
+        let file_len = to_u64(self.data.len());
         if self.chunks.is_empty() || claimed.is_none_or(|claimed| !may_claim(claimed, file_len)) {
             return Err(self.bad("a record beyond the end: truncated", need, lost.len()));
         }
@@ -344,7 +344,7 @@ impl Walk<'_> {
 
     /// Walks the stream at `begin`, which holds `guest`. Returns where the next record begins.
     fn stream(&mut self, guest: GpaRange, begin: FileOffset) -> Result<FileOffset, DumpError> {
-        let file_end = FileOffset::new(self.data.len() as u64);
+        let file_end = FileOffset::new(to_u64(self.data.len()));
         let mut left = guest;
         let mut at = begin;
         while !left.is_empty() {

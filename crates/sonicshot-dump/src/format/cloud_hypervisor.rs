@@ -40,7 +40,9 @@ use crate::processors::{SREGS_LEN, Sregs, nested, rip_and_flags, told};
 use crate::snapshot::{FilesNote, Named, SnapshotFiles, Vmm};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use sonicshot::{Bytes, Cursor, CutShort, FileOffset, Gpa, GpaRange, Processor, Processors};
+use sonicshot::{
+    Bytes, Cursor, CutShort, FileOffset, Gpa, GpaRange, Processor, Processors, to_u64,
+};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File};
@@ -254,7 +256,7 @@ fn layout(path: &Path, len: u64) -> Result<LayoutSpec, DumpError> {
     let malformed = |what, index: usize, value| DumpError::MalformedItem {
         path: path.to_owned(),
         what,
-        number: index as u64,
+        number: to_u64(index),
         value,
     };
     if ranges.len() > MAX_RANGES {
@@ -263,7 +265,7 @@ fn layout(path: &Path, len: u64) -> Result<LayoutSpec, DumpError> {
             path,
             what,
             FileOffset::ZERO,
-            ranges.len() as u64,
+            to_u64(ranges.len()),
         ));
     }
     let mut layout = Vec::with_capacity(ranges.len());
@@ -457,7 +459,7 @@ fn read_json(path: &Path) -> Result<Vec<u8>, DumpError> {
     let mut bytes = Vec::new();
     const TOO_MUCH: u64 = MAX_STATE + 1;
     let read = file.take(TOO_MUCH).read_to_end(&mut bytes);
-    if read.map_err(reading())? as u64 > MAX_STATE {
+    if to_u64(read.map_err(reading())?) > MAX_STATE {
         return Err(DumpError::malformed(
             path,
             "a state of this length",

@@ -21,7 +21,7 @@ use crate::snapshot::{Named, SnapshotFiles, Vmm};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use sonicshot::{FileOffset, Gpa, GpaRange, PrunePlan};
+use sonicshot::{FileOffset, Gpa, GpaRange, PrunePlan, to_u64};
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
@@ -218,7 +218,7 @@ fn open(source: Source<'_>) -> Result<CrosvmDump, DumpError> {
     if metadata.compressed {
         return Err(unsupported("the compressed memory of a crosvm snapshot"));
     }
-    let metadata_len = bytes.len() as u64;
+    let metadata_len = to_u64(bytes.len());
     // It may be long, and so may be what is made of it.
     drop(bytes);
     let extents = extents(&beside, metadata, source.len(), metadata_len)?;
@@ -236,7 +236,7 @@ fn read_metadata(path: &Path, len: u64) -> Result<Vec<u8>, DumpError> {
         .unwrap_or(MAX_METADATA);
     let mut bytes = Vec::new();
     let mut limited = file.take(most.checked_add(1).unwrap_or(most));
-    let read = limited.read_to_end(&mut bytes).map_err(reading())? as u64;
+    let read = to_u64(limited.read_to_end(&mut bytes).map_err(reading())?);
     if read > most {
         let what = "metadata of this length";
         return Err(DumpError::malformed(path, what, FileOffset::ZERO, read));

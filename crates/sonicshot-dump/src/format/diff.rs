@@ -11,7 +11,7 @@ use crate::prune::holes::sum_of;
 use crate::prune::runs::file_runs;
 use crate::prune::stats::PruneStats;
 use crate::{DumpError, DumpOptions, LayoutSpec};
-use sonicshot::{FileRange, PrunePlan, Tally};
+use sonicshot::{FileRange, PrunePlan, Tally, to_u64};
 use std::fs::File;
 use std::path::Path;
 
@@ -125,7 +125,7 @@ impl InPlace for Diff {
         let (runs, kept) = self.overlay.punchable(&runs);
         stats.kept_for_base = kept;
         stats.dropped_bytes = sum_of(&runs);
-        stats.runs = runs.len() as u64;
+        stats.runs = to_u64(runs.len());
         let marks = Vec::new();
         Ok(Punching { marks, runs })
     }

@@ -36,7 +36,7 @@ use crate::DumpError;
 use crate::format::kind::Kind;
 use crate::processors::{Halted, SREGS_LEN, Sregs};
 use crate::snapshot::{Entry, Named, SnapshotFiles, Vmm};
-use sonicshot::{Bytes, Processor, Processors};
+use sonicshot::{Bytes, Processor, Processors, to_u64};
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Read};
@@ -129,7 +129,7 @@ fn processors(path: &Path) -> Processors {
 }
 
 fn processors_in(state: &[u8]) -> Option<Vec<Processor>> {
-    if state.len() as u64 >= MAX_STATE {
+    if to_u64(state.len()) >= MAX_STATE {
         return None;
     }
     let all: Vec<Sregs<'_>> = sregs_in(state).take(MAX_PROCESSORS).collect();

@@ -11,7 +11,7 @@ use crate::backing::spool::{Image, Spool};
 use crate::backing::unpack::Compression;
 use crate::format::kind::{Format, Kind, Source};
 use crate::format::qemu;
-use sonicshot::{Cursor, CutShort, FileBytes, FileOffset};
+use sonicshot::{Cursor, CutShort, FileBytes, FileOffset, to_u64};
 use std::path::Path;
 
 pub(crate) const KIND: Kind = Kind::by_magic("libvirt", &[MAGIC], open);
@@ -31,7 +31,7 @@ fn open(source: Source<'_>) -> Result<Box<dyn Format>, DumpError> {
     if image.compression.is_none() {
         return qemu::open_in(source, image);
     }
-    let spool = Spool::decompress(source.path, source.content.file(), image)?;
+    let spool = Spool::decompress(source.path, source.content.file(), image, source.known)?;
     let spool = spool.within(source.spool.as_ref())?;
     qemu::open(Source::spooled(&spool, source.known)?)
 }
@@ -63,7 +63,7 @@ fn parse(path: &Path, data: FileBytes<'_>) -> Result<Image, DumpError> {
         return malformed("the length of the domain's description", DATA_LEN, data_len);
     }
     let payload_at = HEADER_LEN.checked_add(data_len.into());
-    let payload_at = payload_at.filter(|at| at.raw() < data.len() as u64);
+    let payload_at = payload_at.filter(|at| at.raw() < to_u64(data.len()));
     let Some(payload_at) = payload_at else {
         let what = "a domain's description beyond the end";
         return malformed(what, DATA_LEN, data_len);

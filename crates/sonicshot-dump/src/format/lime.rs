@@ -6,7 +6,7 @@ use crate::Incomplete;
 use crate::backing::Stored;
 use crate::backing::plain::{Extent, PlainDump, may_claim, sum_of_lens};
 use crate::format::kind::{Format, Kind, Source, boxed};
-use sonicshot::{Bytes, Cursor, CutShort, FileBytes, FileOffset, FileRange, Gpa, GpaRange};
+use sonicshot::{Bytes, Cursor, CutShort, FileBytes, FileOffset, FileRange, Gpa, GpaRange, to_u64};
 use std::path::Path;
 
 pub(crate) const KIND: Kind = Kind::by_magic("lime", &[b"EMiL"], |source| open(source).map(boxed));
@@ -36,7 +36,7 @@ impl Record {
         let cut = |_: CutShort| {
             bad(
                 "a record's header beyond the end: truncated",
-                data.len() as u64,
+                to_u64(data.len()),
             )
         };
         let mut header = Cursor::at(data, at.raw());
@@ -97,7 +97,7 @@ struct Records {
 
 impl Records {
     fn read(path: &Path, data: FileBytes<'_>) -> Result<Self, DumpError> {
-        let file_end = FileOffset::new(data.len() as u64);
+        let file_end = FileOffset::new(to_u64(data.len()));
         let mut this = Self::default();
         let mut at = FileOffset::ZERO;
         while at < file_end && !this.is_end(data, at) {
@@ -114,7 +114,7 @@ impl Records {
             let body = body.and_then(|body| FileRange::with_len(body, len));
             let body = body.ok_or_else(|| bad("a record beyond 64 bits", len))?;
             if this.extents.len() >= MAX_RECORDS {
-                return Err(bad("too many records", MAX_RECORDS as u64));
+                return Err(bad("too many records", to_u64(MAX_RECORDS)));
             }
             this.add(record.guest, body, file_end)
                 .ok_or_else(|| bad("a record beyond the end: truncated", len))?;
@@ -171,7 +171,7 @@ pub(crate) fn cut_header(
     at: FileOffset,
     magics: &[u32],
 ) -> Option<FileOffset> {
-    let left = (data.len() as u64).checked_sub(at.raw())?;
+    let left = to_u64(data.len()).checked_sub(at.raw())?;
     if left >= HEADER_LEN {
         return None;
     }

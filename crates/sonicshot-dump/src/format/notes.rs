@@ -1,6 +1,6 @@
 //! ELF notes, as cores and kdump-compressed files have them (gABI, "Note Section").
 
-use sonicshot::{Cursor, CutShort};
+use sonicshot::{Cursor, CutShort, to_u64};
 
 const NT_PRSTATUS: u32 = 1;
 
@@ -23,7 +23,7 @@ impl Note<'_> {
 /// The ELF notes in `bytes`, up to the first that is cut off.
 pub(crate) fn notes_in(bytes: &[u8]) -> impl Iterator<Item = Note<'_>> {
     let mut notes = Cursor::new(bytes);
-    let len = bytes.len() as u64;
+    let len = to_u64(bytes.len());
     std::iter::from_fn(move || next_note(&mut notes, len).ok())
 }
 

@@ -11,7 +11,7 @@ use crate::DumpError;
 use crate::backing::spool::Spool;
 use crate::format::kind::{Format, Kind, Source};
 use crate::format::qemu;
-use sonicshot::{Bytes, Cursor, CutShort, FileBytes, FileOffset};
+use sonicshot::{Bytes, Cursor, CutShort, FileBytes, FileOffset, to_u64};
 use std::io::{self, Read};
 use std::path::Path;
 
@@ -55,7 +55,7 @@ fn open(source: &Source<'_>) -> Result<Box<dyn Format>, DumpError> {
         )
     };
     let state = state.ok_or_else(wrong)?;
-    let spool = Spool::of_state(path, source.content.file(), state)?;
+    let spool = Spool::of_state(path, source.content.file(), state, source.known)?;
     let spool = spool.within(source.spool.as_ref())?;
     qemu::open(Source::spooled(&spool, source.known)?)
 }
@@ -418,7 +418,7 @@ impl<'a> State<'a> {
             l2: None,
             next: tables.checked_mul(image.clusters_of_table())?,
             left: entry.state_len,
-            room: data.len() as u64,
+            room: to_u64(data.len()),
             cluster: Vec::new(),
             at: 0,
         })
@@ -516,7 +516,7 @@ impl<'a> State<'a> {
             cluster
         };
         self.cluster.truncate(left);
-        let behind = self.left.checked_sub(self.cluster.len() as u64);
+        let behind = self.left.checked_sub(to_u64(self.cluster.len()));
         self.left = behind.ok_or_else(|| damaged("a cluster behind the VM's state"))?;
         self.next = self
             .next
@@ -527,7 +527,7 @@ impl<'a> State<'a> {
     }
 
     fn compressed(&mut self, entry: u64) -> io::Result<Vec<u8>> {
-        let stored = self.image.stored(entry, self.data.len() as u64);
+        let stored = self.image.stored(entry, to_u64(self.data.len()));
         let (place, len) =
             stored.ok_or_else(|| damaged("a compressed cluster beyond the end of the file"))?;
         let stored = self.bytes(place, len)?;

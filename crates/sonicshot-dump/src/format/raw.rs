@@ -10,7 +10,7 @@ use crate::prune::holes::sum_of;
 use crate::prune::runs::file_runs;
 use crate::prune::stats::PruneStats;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{FileOffset, FileRange, PrunePlan, Tally};
+use sonicshot::{FileOffset, FileRange, PrunePlan, Tally, to_u64};
 use std::path::Path;
 
 /// A raw file, mapped.
@@ -99,7 +99,7 @@ pub(crate) fn copy_kept(dump: &PlainDump, work: Copying<'_>) -> Result<(), DumpE
             }
         }
     }
-    stats.runs = runs.len() as u64;
+    stats.runs = to_u64(runs.len());
     stats.cloned_bytes = copier.cloned();
     Ok(())
 }
@@ -115,7 +115,7 @@ pub(crate) fn punch_dropped(
     stats: &mut PruneStats,
 ) -> Result<Punching, DumpError> {
     let runs = file_runs(dump, goes)?;
-    stats.runs = runs.len() as u64;
+    stats.runs = to_u64(runs.len());
     let marks = Vec::new();
     Ok(Punching { marks, runs })
 }

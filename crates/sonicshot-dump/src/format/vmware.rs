@@ -13,7 +13,7 @@ use crate::backing::plain::{check_content, open_content};
 use crate::format::kind::Kind;
 use crate::layout::LayoutSpec;
 use crate::snapshot::{FilesNote, Named, SnapshotFiles, Vmm};
-use sonicshot::{Bytes, Cursor, CutShort, FileBytes, FileOffset, Gpa, GpaRange};
+use sonicshot::{Bytes, Cursor, CutShort, FileBytes, FileOffset, Gpa, GpaRange, to_u64};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -239,7 +239,7 @@ fn memory_tags(
             tags.insert((known, number.into()), value);
         }
     }
-    Err(bad("too many tags", cursor.position(), MAX_TAGS as u64))
+    Err(bad("too many tags", cursor.position(), to_u64(MAX_TAGS)))
 }
 
 /// A little-endian number of four or eight bytes.
@@ -275,7 +275,7 @@ fn group_named(path: &Path, data: FileBytes<'_>, wanted: &[u8]) -> Result<u64, D
         cursor.skip(8).map_err(cut)?; // what is not known
         let name = name.split(|byte| *byte == 0).next().unwrap_or(&name);
         if name == wanted {
-            let inside = tags < data.len() as u64;
+            let inside = tags < to_u64(data.len());
             return inside
                 .then_some(tags)
                 .ok_or_else(|| bad("where the tags of a group are", begin, tags));

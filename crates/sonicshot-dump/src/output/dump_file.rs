@@ -8,6 +8,7 @@ use sonicshot::checkpoint::{CheckpointError, FillWith, RestoreTarget};
 use sonicshot::file::write_sparse_at;
 use sonicshot::{
     Architecture, FileOffset, Gpa, GpaRange, GuestMemory, MemoryError, Progress, RamLayout, Tally,
+    to_u64,
 };
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -117,17 +118,17 @@ impl DumpFile {
         let text = match (&notes.notes, &notes.vmcoreinfo) {
             (Some(notes), _) => notes.clone(),
             (None, Some(text)) => note(b"VMCOREINFO\0", 0, text)
-                .ok_or_else(|| too_large(path, "a VMCOREINFO of (bytes)", text.len() as u64))?,
+                .ok_or_else(|| too_large(path, "a VMCOREINFO of (bytes)", to_u64(text.len())))?,
             (None, None) => Vec::new(),
         };
         let count = layout.regions().len();
-        let many = || too_large(path, "a number of ranges of RAM of", count as u64);
+        let many = || too_large(path, "a number of ranges of RAM of", to_u64(count));
         let headers = count.checked_add(1).and_then(wire::headers_end);
         let headers = headers.ok_or_else(many)?;
         let start = headers
-            .checked_add(text.len() as u64)
+            .checked_add(to_u64(text.len()))
             .and_then(|end| end.checked_align_up(ALIGN))
-            .ok_or_else(|| too_large(path, "notes of (bytes)", text.len() as u64))?;
+            .ok_or_else(|| too_large(path, "notes of (bytes)", to_u64(text.len())))?;
         let places = Places::new(path, layout, start, ALIGN)?;
         let mut segments = vec![Segment {
             kind: PT_NOTE,
@@ -135,8 +136,8 @@ impl DumpFile {
             offset: headers,
             vaddr: 0,
             paddr: 0,
-            file_len: text.len() as u64,
-            mem_len: text.len() as u64,
+            file_len: to_u64(text.len()),
+            mem_len: to_u64(text.len()),
             align: 4,
         }];
         for (region, offset) in &places.list {
@@ -189,7 +190,7 @@ impl DumpFile {
 
     /// Where the bytes from `at` on go.
     fn offset(&self, at: Gpa, bytes: &[u8]) -> Result<FileOffset, DumpError> {
-        let range = GpaRange::with_len(at, bytes.len() as u64);
+        let range = GpaRange::with_len(at, to_u64(bytes.len()));
         let offset = range.and_then(|range| self.place(range));
         let path = self.output.path();
         offset.ok_or_else(|| too_large(path, "RAM without a place, at", at.raw()))
@@ -285,7 +286,7 @@ impl DumpFile {
     /// # Errors
     /// [`DumpError`] if that fails; then there is no such file.
     pub fn finish(self) -> Result<u64, DumpError> {
-        self.output.finish()
+        self.output.finish(&self.progress)
     }
 }
 
@@ -347,7 +348,15 @@ impl NewFile {
     /// # Errors
     /// [`DumpError`] if that fails; then there is no such file.
     pub fn finish(self) -> Result<u64, DumpError> {
-        self.0.finish()
+        self.finish_told(&None)
+    }
+
+    /// The same; `progress` is told how much of it is durable.
+    ///
+    /// # Errors
+    /// As [`finish`](Self::finish).
+    pub fn finish_told(self, progress: &dyn Progress) -> Result<u64, DumpError> {
+        self.0.finish(progress)
     }
 
     /// Makes the file durable and checks the inputs, so that nothing but its name is left to be
@@ -356,7 +365,7 @@ impl NewFile {
     /// # Errors
     /// [`DumpError`] if that fails; then there is no such file.
     pub fn ready(self) -> Result<ReadyFile, DumpError> {
-        self.0.ready().map(ReadyFile)
+        self.0.ready(&None).map(ReadyFile)
     }
 }
 

@@ -14,7 +14,7 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, retry_on_intr};
 use rustix::process::geteuid;
-use sonicshot::{FileOffset, FileRange, FileStamp, to_usize};
+use sonicshot::{FileOffset, FileRange, FileStamp, to_u64, to_usize};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
@@ -311,7 +311,7 @@ fn listed(path: &Path, depth: Option<u32>, room: &mut usize) -> Result<Tree, Dum
     for entry in fs::read_dir(path).map_err(reading())? {
         let entry = entry.map_err(reading())?;
         let left = room.checked_sub(1);
-        *room = left.ok_or_else(|| too_large("files and folders", MAX_ENTRIES as u64))?;
+        *room = left.ok_or_else(|| too_large("files and folders", to_u64(MAX_ENTRIES)))?;
         let (is, there) = (entry.file_type().map_err(reading())?, entry.path());
         let kind = match depth {
             Some(depth) if is.is_dir() => {
@@ -461,7 +461,7 @@ fn copy(
     // One that is cut off meanwhile cannot be copied: that it was is what is wrong.
     check_stamp(&input, from, seen.unwrap_or(FileStamp::from(&metadata)))?;
     copied.map_err(writing())?;
-    output.finish()?;
+    output.finish(&None)?;
     Ok(())
 }
 
@@ -509,7 +509,7 @@ fn copy_range(input: &File, output: &File, range: FileRange) -> io::Result<()> {
             output.write_all_at(&buffer, at)?;
             now
         };
-        let next = rest.start().checked_add(copied as u64);
+        let next = rest.start().checked_add(to_u64(copied));
         let next = next.ok_or(io::ErrorKind::FileTooLarge)?;
         rest = FileRange::new(next, rest.end());
     }

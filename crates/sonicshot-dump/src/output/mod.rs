@@ -25,6 +25,7 @@
 
 pub(crate) mod dump_file;
 pub(crate) mod folder;
+pub(crate) mod sync;
 
 use crate::DumpError;
 use crate::prune::stats::bytes_of_blocks;
@@ -47,6 +48,7 @@ use tempfile::{Builder, NamedTempFile};
 
 /// Whether an existing output may be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Overwrite {
     /// It is an error.
     #[default]
@@ -253,12 +255,12 @@ impl Output {
 
     /// Gives the file its owner and its mode, makes it durable, and gives it its name. Returns
     /// what it takes on disk, in bytes.
-    pub(crate) fn finish(self) -> Result<u64, DumpError> {
-        self.ready()?.place()
+    pub(crate) fn finish(self, progress: &dyn Progress) -> Result<u64, DumpError> {
+        self.ready(progress)?.place()
     }
 
     /// All that may fail for what went into it: the file lacks its name alone.
-    pub(crate) fn ready(self) -> Result<Ready, DumpError> {
+    pub(crate) fn ready(self, progress: &dyn Progress) -> Result<Ready, DumpError> {
         let path = self.path.as_path();
         let file = self.file();
         let replaced = match self.overwrite {
@@ -270,7 +272,7 @@ impl Output {
             source.check()?;
         }
         settle(file, &self.inputs, replaced).map_err(failed("setting the permissions of"))?;
-        file.sync_all().map_err(failed("writing"))?;
+        sync::sync(file, progress).map_err(failed("writing"))?;
         let metadata = file.metadata().map_err(failed("reading"))?;
         let disk_bytes = bytes_of_blocks(&metadata);
         let output = self;
@@ -684,7 +686,7 @@ mod tests {
             output.file().write_all(b"memory").unwrap();
             assert_eq!(output.file().metadata().unwrap().mode() & 0o7777, 0o600);
             assert_eq!(output.file().metadata().unwrap().nlink(), 1);
-            output.finish().unwrap();
+            output.finish(&None).unwrap();
             assert_eq!(names(), ["in", "out"]);
             let out = fs::metadata(at("out")).unwrap();
             assert_eq!((out.mode() & 0o7777, out.nlink()), (0o640, 1));
@@ -694,7 +696,7 @@ mod tests {
         fs::remove_file(at("out")).unwrap();
         let late = begin(Overwrite::Refuse).unwrap();
         fs::write(at("out"), b"precious").unwrap();
-        assert!(matches!(late.finish(), Err(DumpError::Exists { .. })));
+        assert!(matches!(late.finish(&None), Err(DumpError::Exists { .. })));
         assert_eq!(fs::read(at("out")).unwrap(), b"precious");
         assert_eq!(names(), ["in", "out"]);
     }

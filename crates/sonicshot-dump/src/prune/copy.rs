@@ -8,7 +8,7 @@ use crate::prune::holes::block_size;
 use rustix::fs::{copy_file_range, fstatfs};
 use rustix::io::Errno;
 use sonicshot::Progress;
-use sonicshot::{FileOffset, FileRange, Tally, to_usize};
+use sonicshot::{FileOffset, FileRange, Tally, to_u64, to_usize};
 use std::os::unix::fs::FileExt;
 
 /// Longest range that is copied at once. Larger ones leave the processor's cache.
@@ -128,11 +128,11 @@ impl<'a> Copier<'a> {
     fn copy_bytes(&mut self, from: FileRange, to: FileOffset) -> Result<(), DumpError> {
         let (mut rest, mut to) = (from, to);
         while !rest.is_empty() {
-            let now = to_usize(rest.up_to(COPY as u64).len());
-            let copied = match self.copy_by_kernel(rest.start(), to, now)? {
+            let now = to_usize(rest.up_to(to_u64(COPY)).len());
+            let copied = to_u64(match self.copy_by_kernel(rest.start(), to, now)? {
                 Some(copied) => copied,
                 None => self.copy_through(rest.start(), to, now)?,
-            } as u64;
+            });
             let next = rest.start().checked_add(copied).zip(to.checked_add(copied));
             let (start, there) = next.ok_or_else(|| self.beyond(from))?;
             (rest, to) = (FileRange::new(start, rest.end()), there);

@@ -9,6 +9,7 @@ use crate::backing::plain::PlainDump;
 use crate::format::ability::InPlace;
 use crate::guard::CheckedPlan;
 use crate::in_use as live;
+use crate::output::sync::sync;
 use crate::prune::holes::{
     PruneOptions, block_size, extents_without, join, smallest_hole, sum_in, sum_of, whole_blocks,
 };
@@ -17,7 +18,9 @@ use crate::prune::stats::bytes_of_blocks;
 use crate::{Dump, DumpError};
 use rustix::fs::{FallocateFlags, SeekFrom, StatFs, fallocate, fstatfs, seek};
 use rustix::io::Errno;
-use sonicshot::{ClassSet, DropClasses, FileId, FileOffset, FileRange, FileStamp, Progress, Tally};
+use sonicshot::{
+    ClassSet, DropClasses, FileId, FileOffset, FileRange, FileStamp, Progress, Tally, to_u64,
+};
 use sonicshot_vmi::Analysis;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -114,10 +117,10 @@ impl CheckedPlan<'_> {
         let data = Data::of(dump, &system);
         let holes = worth_punching(punching.runs, options, &data, block, &mut stats);
         if let Some(extents) = data.extents {
-            stats.extents_before = Some(extents.len() as u64);
+            stats.extents_before = Some(to_u64(extents.len()));
             stats.extents_after = Some(extents_without(extents, &holes));
         }
-        stats.punched = holes.len() as u64;
+        stats.punched = to_u64(holes.len());
         stats.changed = !punching.marks.is_empty() || !holes.is_empty();
         stats.disk_after = stats.disk_before;
         Ok(Prepared {
@@ -220,7 +223,7 @@ fn punch_all(
         progress.tell(done.get(), total);
     }
     if !holes.is_empty() {
-        file.sync_all().map_err(in_part("writing", path))?;
+        sync(file, progress).map_err(in_part("writing", path))?;
     }
     Ok(())
 }

@@ -67,7 +67,7 @@ impl CheckedPlan<'_> {
         });
         copied.map_err(|error| self.dump().blame(error))?;
         self.dump().check_unchanged()?;
-        stats.disk_after = output.finish()?;
+        stats.disk_after = output.finish(progress)?;
         Ok(stats)
     }
 

@@ -1,7 +1,7 @@
 //! How far a prune is, and what it did.
 
 use crate::DumpError;
-use sonicshot::{FileStamp, PrunePlan, Tally};
+use sonicshot::{FileStamp, PrunePlan, Tally, to_u64};
 use std::fs::{File, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -54,7 +54,7 @@ impl PruneStats {
             kept_for_fill: Tally::new(plan.dropped_bytes())
                 .without(goes.dropped_bytes())
                 .get(),
-            runs: goes.runs().len() as u64,
+            runs: to_u64(goes.runs().len()),
             ..Self::default()
         }
     }

@@ -9,7 +9,7 @@ use crate::format::ability::{AsStream, Copying, Part};
 use crate::output::Output;
 use crate::prune::copy::{COPY, Copier};
 use sonicshot::Progress;
-use sonicshot::{FileOffset, FileRange, PrunePlan};
+use sonicshot::{FileOffset, FileRange, PrunePlan, to_u64};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -58,7 +58,7 @@ fn copy_stream(
     // Small pieces are gathered: a note of a zero page has nine bytes.
     let mut small: Vec<u8> = Vec::new();
     let flush = |small: &mut Vec<u8>, at: &mut FileOffset| {
-        let next = behind(*at, small.len() as u64)?;
+        let next = behind(*at, to_u64(small.len()))?;
         let written = output.file().write_all_at(small, at.raw());
         written.map_err(writing())?;
         *at = next;
@@ -109,7 +109,7 @@ fn write_stream(
             Part::Copy(from) => from,
         };
         while !rest.is_empty() {
-            let end = rest.start().checked_add(COPY as u64);
+            let end = rest.start().checked_add(to_u64(COPY));
             let end = end.map_or(rest.end(), |end| end.min(rest.end()));
             append(dump, FileRange::new(rest.start(), end), &mut buffer)?;
             rest = FileRange::new(end, rest.end());
@@ -228,7 +228,7 @@ impl<W: Write> Write for Counted<W> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
                 Ok(written) => {
-                    let all = self.1.checked_add(written as u64);
+                    let all = self.1.checked_add(to_u64(written));
                     self.1 = all.ok_or(io::ErrorKind::FileTooLarge)?;
                     return Ok(written);
                 }
@@ -288,7 +288,7 @@ mod tests {
             let mut unpacked = Vec::new();
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(&out.0.0).unwrap();
-            let mut reader = how.reader(file, 0).unwrap();
+            let mut reader = how.reader(file, 0, Default::default()).unwrap();
             reader.read_to_end(&mut unpacked).unwrap();
             assert!(unpacked == content, "{how:?}");
         }

@@ -10,12 +10,13 @@ mod find;
 use crate::backing::plain::PlainDump;
 use crate::backing::sys::{self, Deduped, ExtentCount};
 use crate::in_use;
+use crate::output::sync::sync;
 use crate::output::{Output, Overwrite, Target};
 use crate::prune::copy::Copier;
 use crate::{DiskImage, Dump, DumpError};
 use find::{Found, Piece};
 use sonicshot::checkpoint::DiskSource;
-use sonicshot::{FileId, FileOffset, FileRange, Progress, Tally, to_usize};
+use sonicshot::{FileId, FileOffset, FileRange, Progress, Tally, to_u64, to_usize};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::num::{NonZeroU64, NonZeroUsize};
@@ -180,8 +181,7 @@ impl Dump {
             done.add(piece.file.len());
             options.progress.tell(done.get(), total);
         }
-        file.sync_all()
-            .map_err(DumpError::io("writing", dump.path()))?;
+        sync(&file, &options.progress).map_err(DumpError::io("writing", dump.path()))?;
         let after = counted(&file, dump.file_len(), dump.path())?;
         stats.count(before, after);
         dump.check_length()?;
@@ -241,11 +241,11 @@ impl Dump {
             at = piece.file.end();
         }
         copier.copy(FileRange::new(at, dump.file_range().end()), at)?;
-        file.sync_all().map_err(writing())?;
+        sync(file, &options.progress).map_err(writing())?;
         let after = counted(file, dump.file_len(), output.path())?;
         stats.count(ExtentCount::default(), after);
         self.check_unchanged()?;
-        output.finish()?;
+        output.finish(&options.progress)?;
         Ok(stats)
     }
 }
@@ -275,7 +275,7 @@ fn disk_of<'a>(
     dump: &PlainDump,
 ) -> Result<&'a DiskImage, DumpError> {
     let found = disks.get(piece.number);
-    let number = piece.number as u64;
+    let number = to_u64(piece.number);
     found.ok_or_else(|| {
         DumpError::malformed(dump.path(), "a disk's number", piece.file.start(), number)
     })

@@ -7,7 +7,7 @@ use crate::format::elf_core::mark::{self, Sums};
 use crate::format::elf_core::memory::{common, without};
 use crate::format::elf_core::wire::{self, ElfCore, PT_LOAD, PT_NOTE, Segment};
 use crate::prune::copy::Copier;
-use sonicshot::{FileOffset, FileRange, Gpa, GpaRange, PrunePlan, Tally};
+use sonicshot::{FileOffset, FileRange, Gpa, GpaRange, PrunePlan, Tally, to_u64};
 use std::os::unix::fs::FileExt;
 
 /// A core has at most this many segments, so that every reader can count them in 16 bits.
@@ -244,7 +244,7 @@ impl Made {
         };
         if let Some(notes) = &notes {
             let segment = notes_piece(&mut pieces)?;
-            segment.file_len = notes.len() as u64;
+            segment.file_len = to_u64(notes.len());
             // Some write that notes take no memory, others as much as in the file.
             if segment.mem_len > 0 {
                 segment.mem_len = segment.file_len;

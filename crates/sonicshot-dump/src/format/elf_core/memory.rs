@@ -4,7 +4,7 @@ use crate::DumpError;
 use crate::backing::plain::{Extent, joined, may_claim, sum_of_lens};
 use crate::format::elf_core::mark;
 use crate::format::elf_core::wire::{ElfCore, SEGMENT_COUNT};
-use sonicshot::{Bytes, FileBytes, FileOffset, Gpa, GpaRange};
+use sonicshot::{Bytes, FileBytes, FileOffset, Gpa, GpaRange, to_u64};
 use std::path::Path;
 
 /// `/proc/kcore` has a handful of segments that overlap.
@@ -57,7 +57,7 @@ impl CoreMemory {
             };
             overlaps.resolve(core, &loads)?
         };
-        check_claims(path, core, &extents, data.len() as u64)?;
+        check_claims(path, core, &extents, to_u64(data.len()))?;
         let empty = extents.iter().filter(|extent| extent.offset.is_none());
         let empty: Vec<GpaRange> = empty.map(|extent| extent.guest).collect();
         let cut = common(&joined(core.lost.clone()), &empty);
@@ -91,7 +91,7 @@ fn loads_of(path: &Path, core: &ElfCore) -> Result<Vec<Load>, DumpError> {
         let (guest, filled) = ranges.ok_or_else(|| DumpError::MalformedItem {
             path: path.to_owned(),
             what: "the address (beyond 64 bits) of segment",
-            number: number as u64,
+            number: to_u64(number),
             value: segment.paddr,
         })?;
         loads.push(Load {
@@ -130,7 +130,7 @@ impl Overlaps<'_> {
     fn resolve(mut self, core: &mut ElfCore, loads: &[Load]) -> Result<Vec<Extent>, DumpError> {
         if loads.len() > MAX_OVERLAPPING {
             let what = "too many overlapping segments";
-            return Err(self.bad(what, loads.len() as u64));
+            return Err(self.bad(what, to_u64(loads.len())));
         }
         let mut extents: Vec<Extent> = Vec::new();
         for load in loads {
@@ -218,7 +218,7 @@ impl Overlaps<'_> {
         }
         // Each byte of a file is some segment's copy once: more of them are a crafted file's.
         self.compared = self.compared.checked_add(done).ok_or_else(beyond)?;
-        if self.compared > self.data.len() as u64 {
+        if self.compared > to_u64(self.data.len()) {
             let what = "segments that hold the same memory many times over";
             return Err(self.bad(what, self.compared));
         }

@@ -5,7 +5,7 @@
 
 use crate::DumpError;
 use crate::format::elf_core::mark::Sums;
-use sonicshot::{Architecture, Bytes, FileBytes, FileOffset, FileRange, Gpa, GpaRange};
+use sonicshot::{Architecture, Bytes, FileBytes, FileOffset, FileRange, Gpa, GpaRange, to_u64};
 use std::path::Path;
 
 pub(crate) const HEADER_LEN: usize = 64;
@@ -87,7 +87,7 @@ pub(crate) fn headers(machine: Architecture, segments: &[Segment]) -> Option<Vec
     head.extend(machine.elf_machine().to_le_bytes());
     head.extend(1_u32.to_le_bytes()); // EV_CURRENT
     head.extend(0_u64.to_le_bytes()); // e_entry
-    head.extend((HEADER_LEN as u64).to_le_bytes()); // e_phoff
+    head.extend(to_u64(HEADER_LEN).to_le_bytes()); // e_phoff
     head.extend(sections_at.to_le_bytes()); // e_shoff
     head.extend(0_u32.to_le_bytes()); // e_flags
     let (section_len, sections) = if extended { (64_u16, 1_u16) } else { (0, 0) };
@@ -148,7 +148,7 @@ fn copy_of(data: FileBytes<'_>, at: FileOffset, len: u32) -> Option<Vec<u8>> {
 
 impl Segment {
     fn read(data: FileBytes<'_>, at: FileOffset) -> Option<Self> {
-        let data = data.part(at.raw(), SEGMENT_LEN as u64)?;
+        let data = data.part(at.raw(), to_u64(SEGMENT_LEN))?;
         let field = |offset: u64| data.le_at::<u64>(offset);
         Some(Self {
             kind: data.le_at(0)?,
@@ -171,7 +171,7 @@ impl Segment {
     ) -> Result<Self, DumpError> {
         let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
         let at = number
-            .checked_mul(SEGMENT_LEN as u64)
+            .checked_mul(to_u64(SEGMENT_LEN))
             .and_then(|offset| table.checked_add(offset));
         let (at, segment) = at
             .and_then(|at| Some((at, Self::read(data, at)?)))
@@ -238,7 +238,7 @@ impl Segment {
 impl ElfCore {
     pub(crate) fn parse(path: &Path, data: FileBytes<'_>) -> Result<Self, DumpError> {
         let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
-        let len = data.len() as u64;
+        let len = to_u64(data.len());
         let short = || bad("a file too short for an ELF header", FileOffset::ZERO, len);
         if data.le_at::<u16>(CLASS.raw()).ok_or_else(short)? != ELF_64_LITTLE {
             return Err(DumpError::Unsupported {

@@ -5,7 +5,7 @@
 
 use crate::DumpError;
 use crate::limit::allowed_for;
-use sonicshot::{Bytes, FileContent, FileOffset, FileRange};
+use sonicshot::{Bytes, FileContent, FileOffset, FileRange, to_u64};
 use std::collections::BinaryHeap;
 use std::path::Path;
 
@@ -72,7 +72,7 @@ impl Content {
     }
 
     fn read_stored(&self, at: FileOffset, out: &mut [u8]) -> bool {
-        let end = at.checked_add(out.len() as u64);
+        let end = at.checked_add(to_u64(out.len()));
         end.is_some_and(|end| end.raw() <= self.stored_len()) && self.file.read_at(out, at).is_ok()
     }
 
@@ -86,7 +86,7 @@ impl Content {
     }
 
     fn read_pieces(&self, pieces: &[Piece], at: FileOffset, out: &mut [u8]) -> Option<()> {
-        let end = at.checked_add(out.len() as u64)?;
+        let end = at.checked_add(to_u64(out.len()))?;
         (end <= self.end()).then_some(())?;
         let mut at = at;
         let mut rest = out;
@@ -163,8 +163,8 @@ impl Content {
                 let from = piece.start();
                 pieces.push(Piece { to, from });
             }
-            if pieces.len() as u64 > limit {
-                return Err(bad("too many small pieces", at, pieces.len() as u64));
+            if to_u64(pieces.len()) > limit {
+                return Err(bad("too many small pieces", at, to_u64(pieces.len())));
             }
             at = piece.end();
         }

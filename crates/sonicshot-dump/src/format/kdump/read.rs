@@ -19,7 +19,7 @@ use crate::format::kdump::header::{
 use crate::format::notes::{Note, notes_in};
 use sonicshot::{
     Architecture, Bytes, Cursor, CutShort, FileContent, FileOffset, Gpa, GpaRange, GuestMemory,
-    MemoryError, PageSize, Pfn, PfnRange, RamLayout, Tally, to_usize,
+    MemoryError, PageSize, Pfn, PfnRange, RamLayout, Tally, to_u64, to_usize,
 };
 use std::fmt;
 use std::fs::File;
@@ -381,7 +381,7 @@ impl KdumpFile {
         let bad =
             |offset| DumpError::malformed(&self.path, "a bitmap beyond the end", offset, index);
         let at = index
-            .checked_mul(RANK_BYTES as u64)
+            .checked_mul(to_u64(RANK_BYTES))
             .and_then(|bytes| self.dumped_at.checked_add(bytes))
             .ok_or_else(|| bad(self.dumped_at))?;
         let mut bytes = [0; RANK_BYTES];
@@ -593,7 +593,7 @@ impl KdumpFile {
         lock().push(decoder);
         match got {
             Some(got) if got == size => Ok(page),
-            Some(got) => Err(bad("a page that decompresses to another size", got as u64)),
+            Some(got) => Err(bad("a page that decompresses to another size", to_u64(got))),
             None => Err(bad("a page that cannot be decompressed", flags.into())),
         }
     }
@@ -646,7 +646,7 @@ impl GuestMemory for KdumpFile {
     }
 
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        let len = buf.len() as u64;
+        let len = to_u64(buf.len());
         let range = GpaRange::of_request(at, buf.len());
         let not_ram = || MemoryError::NotRam { range };
         if !self.layout.contains(at, len) && len > 0 {
@@ -657,7 +657,7 @@ impl GuestMemory for KdumpFile {
         let mut rest = buf;
         while !rest.is_empty() {
             let inside = at.raw() & size.offset_mask();
-            let len = size.left_in_page(at.raw()).min(rest.len() as u64);
+            let len = size.left_in_page(at.raw()).min(to_u64(rest.len()));
             let (Ok(inside), Ok(split)) = (usize::try_from(inside), usize::try_from(len)) else {
                 return Err(not_ram());
             };

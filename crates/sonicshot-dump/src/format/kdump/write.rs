@@ -12,7 +12,7 @@ use crate::format::notes::{Note, note, notes_in};
 use sonicshot::work::{self, map_in_order};
 use sonicshot::{
     Architecture, Disposition, FileOffset, Fill, Gpa, GpaRange, GuestMemory, MemoryError, PageMap,
-    PageSize, Pfn, PfnRange, Progress, PrunePlan, Tally, to_usize,
+    PageSize, Pfn, PfnRange, Progress, PrunePlan, Tally, to_u64, to_usize,
 };
 use std::fs::File;
 use std::io;
@@ -373,7 +373,7 @@ impl<'a> Pages<'a> {
             value: end.raw(),
         };
         let mut descriptors = Vec::with_capacity(packed.pages.len());
-        let zero_len = small("a page (bytes)", self.zero.0.len() as u64)?;
+        let zero_len = small("a page (bytes)", to_u64(self.zero.0.len()))?;
         let mut at = self.data_at;
         let is_zero = |(_, stored): &(Gpa, Stored)| matches!(stored, Stored::Zero);
         if self.zero_at.is_none() && packed.pages.iter().any(is_zero) {
@@ -410,7 +410,7 @@ impl<'a> Pages<'a> {
         self.file
             .write_all_at(&descriptors, self.descriptor_at.raw())?;
         self.data_at = at;
-        let next = self.descriptor_at.checked_add(descriptors.len() as u64);
+        let next = self.descriptor_at.checked_add(to_u64(descriptors.len()));
         self.descriptor_at = next.ok_or(too_long(self.descriptor_at))?;
         Ok(())
     }
@@ -458,7 +458,7 @@ impl Sizes {
         }
         let notes = options.notes.unwrap_or(&[]);
         let block = page.bytes();
-        let sub_len = (notes.len() as u64).checked_add(SUB_HEADER_LEN as u64);
+        let sub_len = to_u64(notes.len()).checked_add(to_u64(SUB_HEADER_LEN));
         let of_notes = |value| KdumpWriteError::TooLarge {
             what: "notes (bytes)",
             value,
@@ -546,7 +546,7 @@ fn header(
         0,
         0,
         0,
-        small("a number of processors", processors as u64)?,
+        small("a number of processors", to_u64(processors))?,
     ] {
         out.extend(field.to_le_bytes());
     }
@@ -568,7 +568,7 @@ fn notes_of(options: &KdumpOptions<'_>) -> Result<(Vec<u8>, u64), KdumpWriteErro
     }
     let too_large = || KdumpWriteError::TooLarge {
         what: "VMCOREINFO (bytes)",
-        value: info.len() as u64,
+        value: to_u64(info.len()),
     };
     let padded = notes.len().checked_next_multiple_of(4);
     notes.resize(padded.ok_or_else(too_large)?, 0);
@@ -576,7 +576,7 @@ fn notes_of(options: &KdumpOptions<'_>) -> Result<(Vec<u8>, u64), KdumpWriteErro
     // The text is the last of it, padded as all of it is.
     let padded = info.len().checked_next_multiple_of(4);
     let at = padded.and_then(|padded| notes.len().checked_sub(padded));
-    Ok((notes, at.ok_or_else(too_large)? as u64))
+    Ok((notes, to_u64(at.ok_or_else(too_large)?)))
 }
 
 /// `struct kdump_sub_header` of version 6, and what follows it.
@@ -590,13 +590,13 @@ fn sub_header(
     let vmcoreinfo = options.vmcoreinfo.unwrap_or(&[]);
     let too_long = || KdumpWriteError::TooLarge {
         what: "notes (bytes)",
-        value: notes.len() as u64,
+        value: to_u64(notes.len()),
     };
-    let notes_at = FileOffset::new(sizes.block.into()).checked_add(SUB_HEADER_LEN as u64);
+    let notes_at = FileOffset::new(sizes.block.into()).checked_add(to_u64(SUB_HEADER_LEN));
     let notes_at = notes_at.ok_or_else(too_long)?;
     let info_at = notes_at.checked_add(info_at).ok_or_else(too_long)?;
     // An empty part has no place.
-    let part = |at: FileOffset, bytes: &[u8]| match bytes.len() as u64 {
+    let part = |at: FileOffset, bytes: &[u8]| match to_u64(bytes.len()) {
         0 => [0, 0],
         len => [at.raw(), len],
     };
@@ -641,7 +641,7 @@ struct Bitmap {
 /// How many bytes of a bitmap are a piece.
 const PIECE: usize = 4096;
 /// Frames that a piece has a bit for.
-const PIECE_FRAMES: u64 = 8 * PIECE as u64;
+const PIECE_FRAMES: u64 = 8 * to_u64(PIECE);
 
 /// A piece whose bytes are all the same has none of its own.
 #[derive(Clone, Default)]
@@ -664,7 +664,7 @@ impl Piece {
 
 impl Bitmap {
     fn new(sizes: &Sizes) -> Result<Self, KdumpWriteError> {
-        let pieces = in_memory(sizes.bitmap_len.div_ceil(PIECE as u64))?;
+        let pieces = in_memory(sizes.bitmap_len.div_ceil(to_u64(PIECE)))?;
         Ok(Self {
             pieces: vec![Piece::default(); pieces],
             shift: sizes.shift,
@@ -715,7 +715,7 @@ impl Bitmap {
         let mut at = at;
         let mut left = len;
         for piece in &self.pieces {
-            let here = left.min(PIECE as u64);
+            let here = left.min(to_u64(PIECE));
             let size = in_memory(here)?;
             let same = [piece.fill; PIECE];
             let bytes = piece.bytes.as_deref().unwrap_or(&same);
@@ -835,7 +835,7 @@ fn pack_again(
             Some(page) => {
                 packed.data.extend_from_slice(&page.bytes);
                 Stored::Data {
-                    len: small("a page (bytes)", page.bytes.len() as u64)?,
+                    len: small("a page (bytes)", to_u64(page.bytes.len()))?,
                     flags: page.flags,
                 }
             }

@@ -22,7 +22,7 @@ use crate::processors::{Registers, host_in_memory, host_in_vmcb, host_in_vmcs12}
 use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use sonicshot::x86_64::ControlRegisters;
-use sonicshot::{Bytes, FileBytes, FileOffset, GuestMemory, Processor};
+use sonicshot::{Bytes, FileBytes, FileOffset, GuestMemory, Processor, to_u64};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
@@ -193,7 +193,7 @@ impl Part {
     fn subsection(&self, name: &str) -> Option<(u64, &Self)> {
         let named = |(_, part): &&(u64, Self)| part.vmsd_name == name;
         let (at, part) = self.subsections.kept.iter().find(named)?;
-        let header = SUBSECTION_HEADER.checked_add(name.len() as u64)?;
+        let header = SUBSECTION_HEADER.checked_add(to_u64(name.len()))?;
         let at = self.fields.len.checked_add(*at)?.checked_add(header)?;
         Some((at, part))
     }
@@ -253,7 +253,7 @@ impl<'de> Visitor<'de> for SubsectionsVisitor {
         let mut subsections = Subsections::default();
         while let Some(part) = seq.next_element::<Part>()? {
             let at = subsections.len;
-            let header = SUBSECTION_HEADER.checked_add(part.vmsd_name.len() as u64);
+            let header = SUBSECTION_HEADER.checked_add(to_u64(part.vmsd_name.len()));
             let end = header.and_then(|len| at.checked_add(len)?.checked_add(part.len()?));
             subsections.len = end.ok_or_else(|| de::Error::custom(TOO_LONG))?;
             if part.is_of_use() {
@@ -292,7 +292,7 @@ pub(crate) fn processors(
 /// The devices' state from `at` on, and all behind it.
 fn state(data: FileBytes<'_>, at: FileOffset) -> Result<Vec<u8>, &'static str> {
     let cut = "its devices' state is cut short";
-    let end = FileOffset::new(data.len() as u64);
+    let end = FileOffset::new(to_u64(data.len()));
     let len = end.offset_from(at).ok_or(cut)?;
     if len > MAX_STATE {
         return Err("its devices' state is too long");
@@ -322,7 +322,7 @@ fn descriptions(state: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
         };
         let len = usize::try_from(u32::from_be_bytes(*len)).ok()?;
         let text = state.get(at.checked_add(6)?..)?.get(..len)?;
-        text.ends_with(b"}").then_some((at as u64, text))
+        text.ends_with(b"}").then_some((to_u64(at), text))
     };
     (0..state.len()).filter_map(begins)
 }
@@ -359,7 +359,7 @@ impl Section<'_> {
     /// Whether the subsection whose fields begin at `at` begins there as it must.
     fn begins(&self, at: u64, name: &str) -> bool {
         let begins = || {
-            let header = SUBSECTION_HEADER.checked_add(name.len() as u64)?;
+            let header = SUBSECTION_HEADER.checked_add(to_u64(name.len()))?;
             let start = usize::try_from(at.checked_sub(header)?).ok()?;
             let header = self
                 .bytes

@@ -24,7 +24,7 @@ use crate::prune::runs::file_runs;
 use crate::prune::stats::PruneStats;
 use crate::{DumpError, LayoutSpec};
 use sonicshot::{
-    Bytes, FileBytes, FileOffset, FileRange, GpaRange, Processors, Progress, PrunePlan,
+    Bytes, FileBytes, FileOffset, FileRange, GpaRange, Processors, Progress, PrunePlan, to_u64,
 };
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -118,7 +118,7 @@ impl ByCopy for MappedRamDump {
     fn copy(&self, work: Copying<'_>) -> Result<(), DumpError> {
         let (dump, ram) = (&self.mapped, &self.ram);
         let bitmaps = ram.pruned_bitmaps(dump.path(), dump.bytes(), work.goes)?;
-        work.stats.runs = file_runs(dump, work.goes)?.len() as u64;
+        work.stats.runs = to_u64(file_runs(dump, work.goes)?.len());
         work.stats.cloned_bytes = copy_mapped_ram(dump, ram, &bitmaps, work.output, work.progress)?;
         Ok(())
     }
@@ -131,7 +131,7 @@ impl InPlace for MappedRamDump {
 
     fn punching(&self, goes: &PrunePlan, stats: &mut PruneStats) -> Result<Punching, DumpError> {
         let dump = &self.mapped;
-        stats.runs = file_runs(dump, goes)?.len() as u64;
+        stats.runs = to_u64(file_runs(dump, goes)?.len());
         let mut marks = self.ram.pruned_bitmaps(dump.path(), dump.bytes(), goes)?;
         // Also what an earlier prune that was interrupted has left.
         let runs = self.ram.holes(&marks);
@@ -204,7 +204,7 @@ impl MappedRam {
             if blocks.len() >= MAX_BLOCKS {
                 return Err(cursor.malformed("the number of memory blocks", total));
             }
-            let block = block(&mut cursor, data.len() as u64)?;
+            let block = block(&mut cursor, to_u64(data.len()))?;
             let sum = total.checked_add(block.pages.len());
             total = sum.ok_or_else(|| cursor.malformed("the size of all memory", total))?;
             // The next block is behind the room for this one's pages.
@@ -317,7 +317,7 @@ impl Marks<'_> {
             return Some(*byte);
         }
         let start = number.checked_sub(number % PIECE)?;
-        let left = (self.bitmap.len() as u64).checked_sub(start)?;
+        let left = to_u64(self.bitmap.len()).checked_sub(start)?;
         let len = usize::try_from(left.min(PIECE)).ok()?;
         let bytes = self.bitmap.get(usize::try_from(start).ok()?, len)?;
         let mut piece = vec![0; len];
@@ -385,7 +385,7 @@ impl Store {
                 let end = marks.end_of(page, base.div_ceil(TARGET_PAGE), first)?;
                 let end = end.checked_mul(TARGET_PAGE);
                 let end = end.map_or(base, |end| end.min(base));
-                if extents.len() as u64 > limit {
+                if to_u64(extents.len()) > limit {
                     return Some(false);
                 }
                 for (guest, from) in start::place(&self.ranges, at, end.checked_sub(at)?) {

@@ -15,7 +15,7 @@ use crate::output::Output;
 use crate::prune::copy::{COPY, Copier};
 use crate::prune::stream::append;
 use sonicshot::Progress;
-use sonicshot::{FileOffset, FileRange};
+use sonicshot::{FileOffset, FileRange, to_u64};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -81,7 +81,7 @@ impl<'a> Writer<'a> {
 
     /// Where the next byte goes.
     fn position(&self) -> Result<FileOffset, DumpError> {
-        let pending = self.pending.len() as u64;
+        let pending = to_u64(self.pending.len());
         let position = self.at.checked_add(pending);
         position.ok_or_else(|| self.impossible("a range beyond 64 bits", pending))
     }
@@ -118,7 +118,7 @@ impl<'a> Writer<'a> {
 
     fn name(&mut self, name: &str) -> Result<(), DumpError> {
         let len = u8::try_from(name.len())
-            .map_err(|_| self.impossible("the length of a name", name.len() as u64))?;
+            .map_err(|_| self.impossible("the length of a name", to_u64(name.len())))?;
         self.bytes(&[len])?;
         self.bytes(name.as_bytes())
     }
@@ -178,7 +178,7 @@ impl<'a> Writer<'a> {
             self.name(CAPABILITIES)?;
             self.bytes(&1_u32.to_be_bytes())?;
             let count = u32::try_from(capabilities.len()).map_err(|_| {
-                self.impossible("the number of capabilities", capabilities.len() as u64)
+                self.impossible("the number of capabilities", to_u64(capabilities.len()))
             })?;
             self.bytes(&count.to_be_bytes())?;
             for name in capabilities {
@@ -206,7 +206,7 @@ fn write_mapped(content: &Content<'_>, out: &mut Writer<'_>) -> Result<(), DumpE
         let bitmap = places.bitmap();
         let bitmap_at = out.position()?.checked_add(HEADER_LEN);
         let pages_at = bitmap_at
-            .and_then(|at| at.checked_add(bitmap.len() as u64))
+            .and_then(|at| at.checked_add(to_u64(bitmap.len())))
             .and_then(|end| end.checked_align_up(PAGES_ALIGN));
         let places_of_block = bitmap_at.zip(pages_at);
         let (bitmap_at, pages_at) = places_of_block

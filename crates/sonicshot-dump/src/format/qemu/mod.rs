@@ -14,7 +14,7 @@ use crate::backing::spool::{Image, Packed, Spool};
 use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::{DumpError, LayoutSpec};
 use internal::Internal;
-use sonicshot::FileOffset;
+use sonicshot::{FileOffset, to_u64};
 use start::{MAGIC, MAPPED_RAM};
 use std::fs::File;
 use wire::Cursor;
@@ -50,7 +50,7 @@ fn offset_of(source: &Source<'_>) -> Option<FileOffset> {
     start.copy_to(&mut bytes).then_some(())?;
     let found = memchr::memmem::find_iter(&bytes, BEGINNING).take(MAX_BEGINNINGS);
     let fits = |at: &usize| {
-        let begin = FileOffset::new(*at as u64);
+        let begin = FileOffset::new(to_u64(*at));
         let mut cursor = Cursor::new(source.path, data, begin);
         start::start(&mut cursor).is_ok_and(|start| {
             // One that is damaged, or cut off, is one all the same.
@@ -64,7 +64,7 @@ fn offset_of(source: &Source<'_>) -> Option<FileOffset> {
         })
     };
     let mut found = found.filter(|at| *at > 0);
-    found.find(fits).map(|at| FileOffset::new(at as u64))
+    found.find(fits).map(|at| FileOffset::new(to_u64(at)))
 }
 
 /// What a migration file is wrapped in.

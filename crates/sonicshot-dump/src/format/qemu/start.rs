@@ -10,7 +10,7 @@ use crate::format::qemu::wire::{
     Cursor, SECTION_COMMAND, SECTION_END, SECTION_FULL, SECTION_PART, SECTION_START, SUBSECTION,
 };
 use crate::{BlockPlace, DumpError, LayoutSpec};
-use sonicshot::{FileBytes, FileOffset, FileRange, Gpa, GpaRange};
+use sonicshot::{FileBytes, FileOffset, FileRange, Gpa, GpaRange, to_u64};
 use std::path::Path;
 
 /// The subsection with the capabilities that both sides must have.
@@ -35,7 +35,7 @@ pub(crate) const MAPPED_RAM_VERSION: u32 = 1;
 pub(crate) const MAPPED_RAM: &str = "mapped-ram";
 /// QEMU's pages, whatever the guest's are.
 pub(crate) const TARGET_PAGE_LEN: usize = 4096;
-pub(crate) const TARGET_PAGE: u64 = TARGET_PAGE_LEN as u64;
+pub(crate) const TARGET_PAGE: u64 = to_u64(TARGET_PAGE_LEN);
 /// No machine has more memory blocks.
 pub(crate) const MAX_BLOCKS: usize = 4096;
 const MAX_CAPABILITIES: u32 = 256;

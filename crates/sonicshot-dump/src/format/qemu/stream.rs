@@ -24,7 +24,10 @@ use crate::limit::allowed_for;
 use crate::processors;
 use crate::prune::stream;
 use crate::{DumpError, LayoutSpec};
-use sonicshot::{FileBytes, FileOffset, FileRange, Processors, PrunePlan};
+use sonicshot::{
+    FileBytes, FileOffset, FileRange, PhaseProgress, Processors, Progress, PrunePlan, WorkPhase,
+    to_u64,
+};
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
@@ -54,7 +57,7 @@ pub(crate) fn open(source: Source<'_>, wrapping: Wrapping) -> Result<StreamDump,
     let (path, data) = (source.path, source.data());
     let most = most_pages(source.len(), source.on_disk()?);
     let mut stream = Stream::parse(path, data, wrapping.begin(), source.layout(), most)?;
-    let pages = stream.pages(path, data)?;
+    let pages = stream.pages(path, data, &source.known.progress)?;
     let mapped = source.scattered(pages)?;
     Ok(StreamDump {
         mapped,
@@ -362,15 +365,19 @@ impl Stream {
         path: &Path,
         data: FileBytes<'_>,
         of: Of,
+        progress: &dyn Progress,
     ) -> Result<(Vec<PagePlaces>, (FileOffset, bool)), DumpError> {
         let mut places: Vec<Option<PagePlaces>> = Vec::new();
         for block in &self.blocks {
             let pages = block.len / TARGET_PAGE;
             let is_wanted = of == Of::All || !block.ranges.is_empty();
-            let found = is_wanted.then(|| PagePlaces::new(pages, data.len() as u64));
+            let found = is_wanted.then(|| PagePlaces::new(pages, to_u64(data.len())));
             places.push(found);
         }
+        let len = to_u64(data.len());
+        let mut phase = PhaseProgress::begin(progress, WorkPhase::Opening, len);
         let end = self.walk(path, data, |record| {
+            phase.reach(record.end.raw());
             let bad =
                 || DumpError::malformed(path, "the address of a page", record.at, record.address);
             let found = record
@@ -386,6 +393,7 @@ impl Stream {
                 .set(record.address / TARGET_PAGE, place)
                 .ok_or_else(bad)
         })?;
+        phase.end();
         let none = || PagePlaces::new(0, 0);
         let places = places.into_iter().map(|places| places.unwrap_or_else(none));
         Ok((places.collect(), end))
@@ -396,8 +404,9 @@ impl Stream {
         &mut self,
         path: &Path,
         data: FileBytes<'_>,
+        progress: &dyn Progress,
     ) -> Result<Scattered, DumpError> {
-        let (places, (end, _)) = self.places(path, data, Of::Ram)?;
+        let (places, (end, _)) = self.places(path, data, Of::Ram, progress)?;
         self.records_end = Some(end);
         let ranges = self.blocks.iter().map(|block| block.ranges.as_slice());
         Ok(Scattered::new(ranges.zip(places)))
@@ -484,7 +493,7 @@ fn of_stream<'a>(
     if total > stream.most {
         return Err(bad(total));
     }
-    let (places, (end, is_mixed)) = stream.places(path, data, Of::All)?;
+    let (places, (end, is_mixed)) = stream.places(path, data, Of::All, &None)?;
     if is_mixed {
         return Err(mixed(path));
     }

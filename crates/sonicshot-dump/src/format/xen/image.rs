@@ -11,7 +11,7 @@ use crate::format::kind::{Format, Kind, Source, boxed};
 use crate::format::xen::{PAGE, failed, processors};
 use crate::prune::stats::PruneStats;
 use crate::prune::stream;
-use sonicshot::{Fill, GpaRange, PfnRange, Processors, PrunePlan, Tally};
+use sonicshot::{Fill, GpaRange, PfnRange, Processors, PrunePlan, Tally, to_u64};
 use sonicshot_xen::{DomainKind, Layer, XlImage};
 
 pub(crate) const KIND: Kind = Kind::by_magic(
@@ -120,7 +120,7 @@ impl AsStream for XlDump {
     fn count(&self, goes: &PrunePlan, stats: &mut PruneStats) {
         let dropped = self.image.dropped(goes);
         stats.dropped_bytes = Tally::new(dropped.pages()).times(PAGE.bytes()).get();
-        stats.runs = dropped.runs().len() as u64;
+        stats.runs = to_u64(dropped.runs().len());
     }
 }
 

@@ -4,7 +4,7 @@ use crate::DumpError;
 use crate::output::{Output, Target, WriteOptions};
 use sonicshot::file::SparseWriter;
 use sonicshot::{
-    Bytes, FileBytes, GuestMemory, MemoryError, PageSize, Pfn, PfnRange, Progress, Tally,
+    Bytes, FileBytes, GuestMemory, MemoryError, PageSize, Pfn, PfnRange, Progress, Tally, to_u64,
 };
 use sonicshot_xen::{Joined, Skeleton};
 use std::fs::File;
@@ -84,7 +84,7 @@ impl XlSkeleton {
         let output = Output::create(Target::new(out, options.overwrite), inputs)?;
         let mut writer = SparseWriter::new(output.file());
         let writing = || DumpError::io("writing", output.path());
-        let with_content = self.skeleton.frames().filter(|(_, has)| *has).count() as u64;
+        let with_content = to_u64(self.skeleton.frames().filter(|(_, has)| *has).count());
         let total = Tally::new(with_content).times(PAGE.bytes()).get();
         let mut done = Tally::ZERO;
         let data = FileBytes::from_slice(&self.bytes);
@@ -116,7 +116,7 @@ impl XlSkeleton {
             }
         })?;
         writer.finish().map_err(writing())?;
-        output.finish()
+        output.finish(&options.progress)
     }
 
     /// Hands out the content of frames, page by page.
