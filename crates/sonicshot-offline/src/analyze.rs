@@ -133,7 +133,7 @@ impl Snapshot {
         notes.extend(self.notes());
         notes.extend(lacking(&dump, &analysis));
         if options.zero_pages {
-            analysis.mark_zero_pages(&dump)?;
+            analysis.mark_zero_pages(&dump, &self.work())?;
             notes.extend(kept_for_fill(&dump, analysis.free_fill()));
         }
         let may_be_diff = may_be_diff(&dump, &analysis);

@@ -10,8 +10,8 @@ use crate::untold::{assumed, named_machine};
 use sonicshot::checkpoint::{CheckpointError, CheckpointReader, PageContent, SaveStats};
 use sonicshot::{Architecture, FileId, FileStamp, MemoryError, Pfn, Progress, Tally, WorkOptions};
 use sonicshot_dump::{
-    CoreNotes, DiskImage, Dump, DumpError, DumpFile, DumpFormat, LayoutSpec, NewFile, Overwrite,
-    Spool, WriteOptions, XlSkeleton, check_not_foreign,
+    CoreNotes, DiskImage, Dump, DumpError, DumpFile, DumpFormat, DumpOptions, LayoutSpec, NewFile,
+    Overwrite, Spool, WriteOptions, XlSkeleton, check_not_foreign,
 };
 use std::collections::HashSet;
 use std::fs::{self, File, Metadata};
@@ -143,7 +143,8 @@ impl CheckpointFile {
 
     /// Takes a checkpoint that comes through a pipe, which messages call `name`, once and from
     /// front to back. It is put into a nameless temporary file, as small as it is: what it holds is
-    /// told at its end. It has at most `max_size` bytes, or half of what is free where it is put.
+    /// told at its end. It has at most [`max_size`](OpenOptions::max_size) bytes, or half of what is free
+    /// where it is put.
     ///
     /// # Errors
     /// [`OfflineError::Dump`] if it cannot be read to its end or is too long, and as
@@ -151,9 +152,11 @@ impl CheckpointFile {
     pub fn from_reader(
         name: impl AsRef<Path>,
         reader: impl Read,
-        max_size: Option<u64>,
+        options: &OpenOptions,
     ) -> Result<Self, OfflineError> {
-        let spool = Spool::from_reader_up_to(name, reader, max_size)?;
+        let mut known = DumpOptions::new();
+        known.progress.clone_from(&options.progress);
+        let spool = known.spool(name, reader, options.max_size)?;
         Self::of_spool(&spool).map_err(|error| match spool.check_not_foreign() {
             Err(foreign) if error.is_no_checkpoint() => foreign.into(),
             _ => error,

@@ -381,7 +381,7 @@ impl Source<'_> {
             source,
         })?;
         self.check_unchanged()?;
-        Ok(file.finish()?)
+        Ok(file.finish_told(&out.options.progress)?)
     }
 
     fn write_checkpoint(self, out: Output<'_>) -> Result<u64, OfflineError> {
@@ -416,7 +416,7 @@ impl Source<'_> {
         let of = self.of;
         contents.write(file.file(), out.path, options)?;
         of.check_unchanged()?;
-        Ok(file.finish()?)
+        Ok(file.finish_told(&out.options.progress)?)
     }
 
     fn write_xl(&self, template: Option<&Template>, out: Output<'_>) -> Result<u64, OfflineError> {

@@ -9,7 +9,7 @@ use sonicshot::checkpoint::{
     DiskFinder, DiskGuesses, DiskInfo, DiskOffset, DiskSource, SaveOptions,
 };
 use sonicshot::{
-    GuestMemory, PageClass, PageMap, PageSize, Pfn, PrunePlan, Tally, WorkOptions, spread,
+    GuestMemory, PageClass, PageMap, PageSize, Pfn, PrunePlan, Tally, WorkOptions, spread, to_u64,
 };
 use sonicshot_dump::{DiskImage, Dump};
 use sonicshot_vmi::FilePlaces;
@@ -98,7 +98,7 @@ impl<'a> SaveDisks<'a> {
         let (looked_at, right) = sample(what.dump, page_size, &told, &images);
         let mut search = DiskSearch {
             page_cache: kept_page_cache(what),
-            told: told.len() as u64,
+            told: to_u64(told.len()),
             looked_at,
             right,
             streamed: None,

@@ -1,10 +1,12 @@
 //! Options: what may be known of a snapshot beforehand, and what is wanted of it.
 
 use crate::disk_options::RestoreDisks;
+use sonicshot::Progress;
 use sonicshot_dump::{DumpFormat, DumpOptions, LayoutSpec};
 use sonicshot_vmi::x86_64::Cr3;
 use sonicshot_vmi::{Knowledge, OnInconsistency};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Options for opening a snapshot; by default none, and everything is found out.
 #[derive(Debug, Clone, Default)]
@@ -27,6 +29,8 @@ pub struct OpenOptions {
     pub max_size: Option<u64>,
     /// The disks that a checkpoint has pages on.
     pub disks: RestoreDisks,
+    /// Whoever is told how far it is.
+    pub progress: Option<Arc<dyn Progress>>,
 }
 
 impl OpenOptions {
@@ -83,6 +87,15 @@ impl OpenOptions {
         self
     }
 
+    /// Says who is told how far it is, phase by phase: with what comes through a pipe or is
+    /// compressed, then with the search for the kernel, the classification, and the search for zero
+    /// pages.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+
     /// Gives the `CR3` of a processor that ran the guest's kernel, which tells it from kernels
     /// that are gone.
     #[must_use]
@@ -105,6 +118,7 @@ impl OpenOptions {
         let mut known = DumpOptions::new();
         known.layout = layout.cloned();
         known.format = self.format;
+        known.progress.clone_from(&self.progress);
         known
     }
 }

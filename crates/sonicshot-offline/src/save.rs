@@ -295,7 +295,7 @@ impl Source<'_> {
         let saved = self.write(out.file(), path, options);
         let mut saved = saved.map_err(|error| blamed_on(dump, error))?;
         dump.check_unchanged()?;
-        saved.disk_bytes = Some(out.finish()?);
+        saved.disk_bytes = Some(out.finish_told(&options.writing.progress)?);
         Ok(saved)
     }
 

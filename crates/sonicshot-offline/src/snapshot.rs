@@ -3,15 +3,18 @@
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::options::OpenOptions;
-use sonicshot::{FileId, FileOffset, FileStamp, Gpa, GuestMemory, Processors};
+use sonicshot::{
+    FileId, FileOffset, FileStamp, Gpa, GuestMemory, Processors, Progress, Tally, WorkOptions,
+    WorkPhase,
+};
 use sonicshot_dump::{
     Dump, DumpError, DumpFormat, DumpOptions, LayoutSpec, SnapshotFiles, Spool, Vmm,
     check_not_in_use, check_not_written, hole_ahead,
 };
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A guest's memory in a file, in a VMM's folder, in a diff over its base, or from a pipe.
 ///
@@ -30,6 +33,23 @@ pub struct Snapshot {
     hole: Option<FileOffset>,
     /// The files' state when it was opened.
     stamps: Vec<(PathBuf, FileStamp)>,
+}
+
+/// Told of content whose length is known to whoever opened it alone.
+struct OfLength {
+    progress: Arc<dyn Progress>,
+    len: u64,
+}
+
+impl Progress for OfLength {
+    fn tell(&self, done: u64, total: u64) {
+        let total = if total == 0 { self.len } else { total };
+        self.progress.tell(done, total);
+    }
+
+    fn begin(&self, phase: WorkPhase) {
+        self.progress.begin(phase);
+    }
 }
 
 impl Snapshot {
@@ -97,12 +117,24 @@ impl Snapshot {
         let reading = || OfflineError::io("reading", name);
         let metadata = file.metadata().map_err(reading())?;
         let hole = hole_ahead(file).map_err(reading())?;
-        let snapshot = Self::from_reader(name, file, options);
+        let mut told = options.clone();
+        if let (Some(progress), true) = (&options.progress, metadata.is_file()) {
+            let at = (&*file).stream_position().map_err(reading())?;
+            told.progress = Some(Arc::new(OfLength {
+                progress: Arc::clone(progress),
+                len: Tally::new(metadata.len()).without(at).get(),
+            }));
+        }
+        let snapshot = Self::from_reader(name, file, &told);
         if metadata.is_file() {
             let now = FileStamp::of(file).map_err(reading())?;
             DumpError::check_same(name, FileStamp::from(&metadata), now)?;
         }
-        Ok(Self { hole, ..snapshot? })
+        Ok(Self {
+            hole,
+            options: options.clone(),
+            ..snapshot?
+        })
     }
 
     /// Where raw memory that came out of a file has its first hole.
@@ -183,6 +215,13 @@ impl Snapshot {
             hole: self.hole,
             stamps: self.stamps.clone(),
         }
+    }
+
+    /// How pages are looked through.
+    pub(crate) fn work(&self) -> WorkOptions {
+        let mut work = WorkOptions::new();
+        work.progress.clone_from(&self.options.progress);
+        work
     }
 
     /// The length of its memory file in bytes, if that can be told.

@@ -46,7 +46,7 @@ impl Snapshot {
         let path = || self.memory_file().to_owned();
         let hole = self.hole_in_pipe(&dump).or_else(|| first_hole(&dump));
         let format = dump.format();
-        let analysis = Analysis::of_zero_pages(&dump)?;
+        let analysis = Analysis::of_zero_pages(&dump, &self.work())?;
         if let Some(at) = hole {
             // If nothing is left to be made a hole, nobody is harmed by saying so.
             let is_done = matches!(has_zeroes_to_punch(&dump, &analysis), Ok(false));

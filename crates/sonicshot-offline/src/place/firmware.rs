@@ -5,7 +5,7 @@
 //! (`arch/x86/include/uapi/asm/bootparam.h`), wherever it was loaded. What is found here, which
 //! may be of a kernel that is gone, is only worth a try: the kernel's own map decides.
 
-use sonicshot::{Gpa, GpaRange, GuestMemory, to_usize};
+use sonicshot::{Gpa, GpaRange, GuestMemory, to_u64, to_usize};
 
 /// `HdrS`, in the header of every kernel since 2.00 of the boot protocol.
 const MARK: &[u8] = b"HdrS";
@@ -39,7 +39,7 @@ pub(super) fn maps(memory: &dyn GuestMemory) -> Vec<Vec<GpaRange>> {
         {
             let start = data.start().max(at);
             // What begins in this piece may reach into the next.
-            const LONGEST: u64 = PIECE + LEN as u64;
+            const LONGEST: u64 = PIECE + to_u64(LEN);
             let looked_at = GpaRange::new(start, region.end()).up_to(LONGEST);
             buffer.resize(to_usize(looked_at.len()), 0);
             if memory.read(start, &mut buffer).is_ok() {

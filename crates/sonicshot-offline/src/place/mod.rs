@@ -12,7 +12,7 @@ mod trial;
 
 use crate::error::OfflineError;
 use crate::snapshot::Snapshot;
-pub(crate) use placed::{Look, Placed, open_guest};
+pub(crate) use placed::{Look, Placed, guest_options, open_guest};
 use sonicshot::{GpaRange, GuestMemory};
 use sonicshot_dump::Dump;
 

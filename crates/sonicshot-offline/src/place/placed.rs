@@ -2,9 +2,11 @@
 
 use crate::error::OfflineError;
 use crate::note::Note;
+use crate::options::OpenOptions;
 use crate::snapshot::Snapshot;
 use sonicshot_dump::{Doubts, Dump};
 use sonicshot_vmi::{GuestOptions, GuestOs, VmiError};
+use std::sync::Arc;
 
 /// What is wanted of a guest once it is found.
 pub(crate) type Look<'a, T> = &'a dyn Fn(&dyn GuestOs) -> Result<T, VmiError>;
@@ -25,10 +27,18 @@ pub(crate) fn open_guest<'d>(
     snapshot: &Snapshot,
     dump: &'d Dump,
 ) -> Result<Box<dyn GuestOs + 'd>, OfflineError> {
-    let known = snapshot.options();
+    let options = guest_options(snapshot.options(), dump.vmcoreinfo());
+    sonicshot_vmi::open_guest(dump, &options).map_err(OfflineError::guest(snapshot.memory_file()))
+}
+
+/// How a guest is looked for, by what is known beforehand and the VMCOREINFO beside its memory.
+pub(crate) fn guest_options(known: &OpenOptions, vmcoreinfo: Option<&[u8]>) -> GuestOptions {
     let mut options = GuestOptions::new();
     for path in &known.symbols {
         options = options.symbols(path);
+    }
+    if let Some(progress) = &known.progress {
+        options = options.progress(Arc::clone(progress));
     }
     if let Some(cr3) = known.cr3 {
         options = options.cr3(cr3);
@@ -36,8 +46,8 @@ pub(crate) fn open_guest<'d>(
     if let Some(most) = known.at_most {
         options = options.at_most(most);
     }
-    if let Some(text) = dump.vmcoreinfo() {
+    if let Some(text) = vmcoreinfo {
         options = options.vmcoreinfo(text);
     }
-    sonicshot_vmi::open_guest(dump, &options).map_err(OfflineError::guest(snapshot.memory_file()))
+    options
 }

@@ -2,7 +2,7 @@
 
 use crate::error::OfflineError;
 use crate::note::Note;
-use sonicshot::{GpaRange, GuestMemory, MemoryError, Tally, to_usize};
+use sonicshot::{GpaRange, GuestMemory, MemoryError, Tally, to_u64, to_usize};
 use sonicshot_dump::{BlockKind, BlockPlace, Dump, RamBlock};
 use sonicshot_vmi::KernelVa;
 use std::collections::HashMap;
@@ -177,7 +177,7 @@ fn lists_by_place(
                 }
             }
         }
-        let Some(next) = data.start().checked_add(len as u64) else {
+        let Some(next) = data.start().checked_add(to_u64(len)) else {
             break;
         };
         at = next;
