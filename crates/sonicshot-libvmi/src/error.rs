@@ -50,7 +50,7 @@ pub enum LibVmiError {
     NoMemory {
         /// The guest.
         domain: Domain,
-        /// How much it says there is.
+        /// The amount that it says there is.
         bytes: u64,
         /// Where it says that it ends.
         end: Gpa,
@@ -65,7 +65,7 @@ pub enum LibVmiError {
         domain: Domain,
         /// Where it says that memory ends.
         end: Gpa,
-        /// How far is tried.
+        /// The address up to which is tried.
         most: Gpa,
     },
     /// Where RAM lies cannot be.
@@ -102,9 +102,9 @@ pub enum LibVmiError {
         domain: Domain,
         /// Where.
         at: Gpa,
-        /// How much was asked for.
+        /// The number of bytes that were asked for.
         wanted: usize,
-        /// How much came.
+        /// The number of bytes that came.
         read: usize,
     },
     /// The process that lets the guest run on if this one is killed.

@@ -16,7 +16,7 @@ pub struct LibVmiGuest {
     inner: Arc<Inner>,
 }
 
-/// What a guest and its pauses share.
+/// The state that a guest and its pauses share.
 pub(crate) struct Inner {
     pub instance: Instance,
     domain: Domain,

@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What LibVMI maps, of every guest on x86-64.
+/// LibVMI's page size, for every guest on x86-64.
 pub(crate) const PAGE: PageSize = PageSize::SIZE_4K;
 const PAGE_LEN: usize = PAGE.size();
 /// LibVMI cuts longer names of files off (`file_set_name` in `driver/file/file.c`), and would open
@@ -72,7 +72,7 @@ impl fmt::Debug for Instance {
     }
 }
 
-/// What `vmi_init` is given.
+/// The arguments of `vmi_init`.
 struct Opening {
     mode: sys::Mode,
     name: CString,
@@ -170,7 +170,7 @@ impl Instance {
     /// Fills `buf`.
     ///
     /// # Errors
-    /// How many bytes were read.
+    /// The number of bytes that were read.
     pub(crate) fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), usize> {
         let mut read = 0;
         let status = self.call(|functions, vmi| {
@@ -191,7 +191,7 @@ impl Instance {
         }
     }
 
-    /// How much RAM it says that there is, and where it says that it ends.
+    /// The amount of RAM by its word, and the end of it.
     pub(crate) fn size(&self) -> (u64, Gpa) {
         // SAFETY: an open guest is all that they take.
         self.call(|functions, vmi| unsafe {
@@ -202,7 +202,7 @@ impl Instance {
         })
     }
 
-    /// How many processors it says that there are.
+    /// The number of processors by its word.
     pub(crate) fn processors(&self) -> u32 {
         // SAFETY: an open guest is all that it takes.
         self.call(|functions, vmi| unsafe { (functions.vmi_get_num_vcpus)(vmi) })

@@ -43,7 +43,7 @@ fn one(instance: &Instance, number: u32) -> Option<Processor> {
     Some(judged(number, rip, cr0, cr3, cr4, efer))
 }
 
-/// What a processor with these registers is. The boot processor always counts.
+/// The state of a processor with these registers. The boot processor always counts.
 fn judged(number: u32, rip: u64, cr0: u64, cr3: u64, cr4: u64, efer: u64) -> Processor {
     let of_reset =
         rip == RESET_RIP && cr0 & !CR0_CACHE == CR0_ET && cr3 == 0 && cr4 == 0 && efer == 0;

@@ -16,16 +16,16 @@ const QUERY: &str = "query-block";
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PinnedDisk {
-    /// What QEMU calls it, and the checkpoint.
+    /// Its name in QEMU, and in the checkpoint.
     pub name: String,
     /// The image that the guest had until then, and that the checkpoint refers to. Nobody may write to
     /// it.
     pub base: PathBuf,
-    /// What QEMU writes to since.
+    /// The file that QEMU writes to since.
     pub overlay: PathBuf,
 }
 
-/// How far it is.
+/// Its progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Untouched,
@@ -164,7 +164,7 @@ impl Disks {
         }
     }
 
-    /// What an error leaves behind, where it is not nothing.
+    /// The state that an error leaves behind, where there is one.
     pub(crate) fn told(&self, error: QemuError) -> QemuError {
         let state = match self.state {
             State::Untouched => return error,
@@ -222,7 +222,7 @@ impl Disks {
     }
 }
 
-/// What of a guest's memory is on its disks.
+/// The pages of a guest's memory that are on its disks.
 pub(crate) struct OnPinned<'a> {
     pub infos: Vec<DiskInfo>,
     pub sources: Vec<&'a dyn DiskSource>,

@@ -19,7 +19,7 @@ pub enum QemuError {
     Connect {
         /// The socket.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -36,7 +36,7 @@ pub enum QemuError {
     Monitor {
         /// The command.
         command: &'static str,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -45,10 +45,10 @@ pub enum QemuError {
     Silent {
         /// The command; of the greeting `greeting`.
         command: &'static str,
-        /// How long it was waited.
+        /// The time that was waited.
         waited: Duration,
     },
-    /// What came is no QMP.
+    /// The message is not QMP.
     #[error("QEMU's monitor sends what is not QMP, at `{command}`: {what}")]
     NoQmp {
         /// The command.
@@ -64,14 +64,14 @@ pub enum QemuError {
         /// In QEMU's words.
         reason: String,
     },
-    /// What QEMU says of itself is not what is read here.
+    /// QEMU's answer is of another form than is read here.
     #[error("what QEMU says of {what}: {found}; expected was {expected}")]
     Unknown {
-        /// What it was asked for.
+        /// The answer that was asked for.
         what: &'static str,
         /// Its text.
         found: String,
-        /// What can be read.
+        /// The form that can be read.
         expected: &'static str,
     },
     /// This guest is not one that is saved or restored.
@@ -83,31 +83,31 @@ pub enum QemuError {
     /// QEMU's process cannot be looked into.
     #[error("{action} of QEMU's process {pid}")]
     Process {
-        /// What was done.
+        /// The action that failed.
         action: &'static str,
         /// The process.
         pid: i32,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
     /// The system refused something else.
     #[error("{action}")]
     System {
-        /// What was done.
+        /// The action that failed.
         action: &'static str,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
     /// A file.
     #[error("{action} {}", path.display())]
     Io {
-        /// What was done.
+        /// The action that failed.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -125,9 +125,9 @@ pub enum QemuError {
         "the guest was paused for more than {allowed:?} ({doing}): it runs on, and nothing was saved"
     )]
     PausedTooLong {
-        /// How long it may be.
+        /// The longest that it may be.
         allowed: Duration,
-        /// What was under way.
+        /// The step that was under way.
         doing: &'static str,
     },
     /// There is no memory for a copy of what the guest uses.
@@ -145,18 +145,18 @@ pub enum QemuError {
     /// The process that would let the guest run on cannot be reached.
     #[error("the watchdog process, which would let the guest run on if this one died, at {action}")]
     Watchdog {
-        /// What was done.
+        /// The action that failed.
         action: &'static str,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
     /// A save failed after the guest's disks were given overlays.
     #[error("{state}")]
     Disks {
-        /// What became of the guest and its disks.
+        /// The state in which the guest and its disks are left.
         state: String,
-        /// What failed.
+        /// The failure.
         #[source]
         source: Box<QemuError>,
     },
@@ -180,7 +180,7 @@ pub enum QemuError {
     NoGuest {
         /// The file.
         path: PathBuf,
-        /// What is missing or wrong.
+        /// The part that is missing or wrong.
         what: String,
     },
     /// QEMU ended instead of running the guest.

@@ -14,14 +14,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// How long QEMU may take to begin: it may have to fill huge pages.
+/// The longest that QEMU may take to begin: it may have to fill huge pages.
 const START: Duration = Duration::from_secs(600);
-/// What is kept of what QEMU says, in bytes.
+/// The most that is kept of QEMU's messages, in bytes.
 const MAX_SAID: usize = 4096;
 /// The name of the monitor that is added.
 const MONITOR: &str = "sonicshot-restore";
 
-/// What the words of a command line say that a restore must know.
+/// The facts in the words of a command line that a restore must know.
 #[derive(Debug, Clone)]
 pub(crate) struct Words<'a>(pub &'a [OsString]);
 

@@ -57,7 +57,7 @@ pub(crate) fn version(program: &OsStr, words: &[OsString]) -> Result<QemuVersion
     })
 }
 
-/// What QEMU must be told so that its RAM of `bytes` bytes is a private mapping of `file`.
+/// The options of QEMU by which its RAM of `bytes` bytes is a private mapping of `file`.
 pub(crate) fn options(
     version: QemuVersion,
     words: &Words<'_>,
@@ -93,7 +93,7 @@ pub(crate) fn options(
     ])
 }
 
-/// What a file says of itself: which checkpoint it is made of, and when it was written last. What was
+/// The mark in a file: which checkpoint it is made of, and when it was written last. What was
 /// written since has another time.
 const MARK: &str = "user.sonicshot.made-of";
 

@@ -6,12 +6,14 @@ use crate::shadow::{BLOCK, Hole, PAGE, Shadow};
 use sonicshot::work::for_each;
 use sonicshot::{
     Gpa, GpaRange, GuestMemory, Mapped, MemoryError, Processor, Processors, RamLayout, Tally,
+    to_u64,
 };
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// What is read around bytes that are asked for, in pages: 64 KiB. A kernel's records lie close
+/// The amount that is read around bytes that are asked for, in pages: 64 KiB. A kernel's records lie
+/// close
 /// together, and a call to the system costs as much as copying that.
 const AROUND: usize = 16;
 
@@ -78,7 +80,7 @@ impl LiveMemory {
         self.closed.store(true, Ordering::Release);
     }
 
-    /// What was read, as pages of the shadow.
+    /// The pages of the shadow that were read.
     pub(crate) fn touched(&self) -> Vec<Range<usize>> {
         self.shadow.filled()
     }
@@ -141,12 +143,12 @@ impl LiveMemory {
     /// The bytes of memory that a copy of these pages takes beside what is taken already.
     pub(crate) fn missing(&self, pages: &[Range<usize>]) -> u64 {
         let missing = pages.iter().map(|pages| self.shadow.missing(pages));
-        missing.sum::<Tally>().times(PAGE as u64).get()
+        missing.sum::<Tally>().times(to_u64(PAGE)).get()
     }
 
     /// The bytes of memory that the copy has taken so far.
     pub(crate) fn taken(&self) -> u64 {
-        Tally::new(self.shadow.resident()).times(PAGE as u64).get()
+        Tally::new(self.shadow.resident()).times(to_u64(PAGE)).get()
     }
 
     /// Reads pages of one block of the shadow.
@@ -226,7 +228,7 @@ impl Shadowed {
         self.at.checked_add(self.len)
     }
 
-    /// What of these bytes of the shadow is this segment's, as bytes of its block.
+    /// The part of these bytes of the shadow that is this segment's, as bytes of its block.
     fn of_block(&self, bytes: &Range<usize>) -> Option<Range<u64>> {
         let end = self.end()?;
         let (start, end) = (bytes.start.max(self.at), bytes.end.min(end));

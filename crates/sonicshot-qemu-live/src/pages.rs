@@ -77,7 +77,7 @@ impl Places {
 /// A range of the guest, and what is there: bytes, or a word over and over.
 pub(crate) type Found = (GpaRange, Content);
 
-/// What of `whole`, which is RAM, is of one kind each.
+/// The ranges of `whole`, which is RAM, that are of one kind each.
 pub(crate) fn runs(
     source: &dyn PageSource,
     whole: GpaRange,
@@ -108,6 +108,8 @@ pub(crate) fn bytes(source: &dyn PageSource, found: &Found) -> Result<Vec<u8>, S
             Ok(source.read(*range, &mut buffer)?.bytes().to_vec())
         }
         Content::Fill(word) => Ok(word.to_le_bytes().into_iter().cycle().take(len).collect()),
+        // Of a kind that is not known here nothing is sent.
+        _ => Err(ServeError::NotInSnapshot { at: range.start() }),
     }
 }
 
@@ -119,7 +121,7 @@ pub(crate) fn send_all(
     zeroes: bool,
     threads: NonZeroUsize,
 ) -> Result<(), QemuError> {
-    /// What is read at once of a word over and over.
+    /// The amount that is sent at once of a word over and over.
     const AT_ONCE: u64 = 1 << 20;
     let regions = source.layout().regions().to_vec();
     let all = regions.into_iter().flat_map(|region| runs(source, region));

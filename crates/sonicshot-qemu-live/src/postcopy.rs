@@ -29,7 +29,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// What is on its way at most, in bytes: what is asked for waits behind it.
+/// The most that is on its way, in bytes: a page that is asked for waits behind it.
 const SEND_BUFFER: usize = 128 << 10;
 /// Ranges that are read ahead.
 const AHEAD: usize = 16;
@@ -50,7 +50,7 @@ const RUN: u16 = 5;
 const DISCARD: u16 = 6;
 const PACKAGED: u16 = 7;
 
-/// What is served.
+/// The source of the pages that are served.
 pub(crate) struct Server<'a> {
     pub source: &'a dyn PageSource,
     pub places: &'a Places,
@@ -61,11 +61,11 @@ pub(crate) struct Server<'a> {
     pub machine: &'a str,
     /// All page sizes of QEMU's blocks, added.
     pub page_sizes: u64,
-    /// How many decompress.
+    /// The number of threads that decompress.
     pub threads: NonZeroUsize,
 }
 
-/// What QEMU asks for.
+/// The pages that QEMU asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Request {
     block: String,
@@ -73,7 +73,7 @@ struct Request {
     len: u64,
 }
 
-/// What QEMU has said.
+/// QEMU's messages so far.
 #[derive(Debug, Default)]
 struct Said {
     requests: VecDeque<Request>,
@@ -702,7 +702,7 @@ mod tests {
         assert!((0..50).any(|_| all_pages_came() == 2));
     }
 
-    /// How many of two pages that are zero were sent because they were asked for.
+    /// The number of the two zero pages that were sent because they were asked for.
     fn all_pages_came() -> usize {
         let asked = [
             request(Some("ram0"), 7 << 12, 4096),

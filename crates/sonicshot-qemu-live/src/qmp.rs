@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 pub(crate) const MAX_LINE: usize = 16 << 20;
 /// The most events that are kept.
 const MAX_EVENTS: usize = 256;
-/// How long an ordinary answer may take.
+/// The longest that an ordinary answer may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 const READ: usize = 64 << 10;
 
@@ -44,7 +44,7 @@ impl core::fmt::Display for QemuVersion {
     }
 }
 
-/// What QEMU says unasked.
+/// An event of QEMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Event {
     pub name: String,
@@ -62,7 +62,7 @@ pub(crate) struct Qmp {
     next: u64,
 }
 
-/// What has come, and is not read yet.
+/// The bytes that have come, and are not read yet.
 #[derive(Debug, Default)]
 pub(crate) struct Lines {
     bytes: Vec<u8>,
@@ -74,7 +74,7 @@ impl Lines {
     /// Adds what has come.
     ///
     /// # Errors
-    /// How long the line is already, if that is too long.
+    /// The length of the line so far, if that is too long.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> Result<(), usize> {
         self.bytes.extend_from_slice(bytes);
         if self.bytes.len() > MAX_LINE && !self.bytes.iter().take(MAX_LINE).any(|b| *b == b'\n') {
@@ -221,7 +221,7 @@ impl Qmp {
         &self.socket
     }
 
-    /// What the command returns.
+    /// The command's result.
     ///
     /// # Errors
     /// [`QemuError`]: QEMU refuses, is gone, or does not answer in time.
@@ -285,7 +285,7 @@ impl Qmp {
         }
     }
 
-    /// What QEMU's monitor for people says.
+    /// The text of QEMU's monitor for people.
     ///
     /// # Errors
     /// As [`run`](Self::run).
@@ -379,7 +379,7 @@ impl Qmp {
     }
 }
 
-/// What went wrong with the socket. `TimedOut` is that it took too long.
+/// The error of the socket. `TimedOut` is that it took too long.
 fn broken(command: &'static str, source: io::Error, until: &Until) -> QemuError {
     match source.kind() {
         io::ErrorKind::TimedOut => QemuError::Silent {

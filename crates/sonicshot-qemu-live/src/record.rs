@@ -10,8 +10,8 @@ use crate::error::QemuError;
 use crate::find::{MAX_SMALL, Piece};
 use crate::tables::RamBlock;
 use serde::{Deserialize, Serialize};
-use sonicshot::Tally;
 use sonicshot::checkpoint::CheckpointReader;
+use sonicshot::{Tally, to_u64};
 use std::fs::File;
 use std::path::Path;
 
@@ -21,7 +21,7 @@ pub(crate) const VERSION: u32 = 1;
 /// The longest record, and the longest state of devices, in bytes.
 const MAX_RECORD: u64 = 16 << 20;
 pub(crate) const MAX_DEVICES: u64 = 256 << 20;
-/// What device state begins and ends with.
+/// The marks at which device state begins and ends.
 pub(crate) const DEVICES_START: [u8; 8] = *b"QEVM\0\0\0\x03";
 const DEVICES_END: u8 = 0;
 pub(crate) const PAGE: usize = 4096;
@@ -80,7 +80,7 @@ pub(crate) fn offsets(runs: &[(u64, u64)]) -> impl Iterator<Item = u64> + '_ {
     let numbers = runs
         .iter()
         .flat_map(|(first, count)| (0..*count).map_while(|number| first.checked_add(number)));
-    numbers.map_while(|page| page.checked_mul(PAGE as u64))
+    numbers.map_while(|page| page.checked_mul(to_u64(PAGE)))
 }
 
 /// Whether `bytes` can be what QEMU writes of devices.

@@ -12,7 +12,7 @@ pub(crate) enum Running {
     Paused,
 }
 
-/// How the guest is; one that starts, ends or failed is refused.
+/// The guest's state; one that starts, ends or failed is refused.
 pub(crate) fn running(qmp: &mut Qmp) -> Result<Running, QemuError> {
     let answer = qmp.run("query-status", Value::Null)?;
     match answer.get("status").and_then(Value::as_str) {
@@ -67,7 +67,7 @@ pub(crate) fn punching(qmp: &mut Qmp) -> Result<(), QemuError> {
 /// Devices whose discards are punched out of the file that a guest's RAM is, under all who have it.
 const PUNCHING: &[&str] = &["virtio-balloon", "virtio-mem"];
 
-/// What is said of a device that would.
+/// The refusal of a device that would.
 pub(crate) fn would_punch(version: QemuVersion, device: &str) -> QemuError {
     QemuError::not_this(format!(
         "QEMU {version} opens a mapped file for writing, and a guest with `{}` would punch holes into \

@@ -26,14 +26,14 @@ use std::process::{Command, ExitStatus};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// What is kept decompressed, in bytes.
+/// The most that is kept decompressed, in bytes.
 const CACHE: u64 = 64 << 20;
-/// What is sent at once, in bytes.
+/// The amount that is sent at once, in bytes.
 const BUFFER: usize = 1 << 20;
-/// How often QEMU is asked how far it is.
+/// The interval at which QEMU is asked how far it is.
 const EVERY: Duration = Duration::from_millis(4);
 
-/// How the guest's memory gets into QEMU.
+/// The way in which the guest's memory gets into QEMU.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum RestoreHow {
@@ -48,11 +48,11 @@ pub enum RestoreHow {
     Map(PathBuf),
 }
 
-/// How a guest is restored.
+/// Options for restoring a guest.
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct LiveRestoreOptions {
-    /// How its memory gets into QEMU.
+    /// The way in which its memory gets into QEMU.
     pub how: RestoreHow,
     /// A command that calls [`guard`](crate::guard()) with its standard input and output, and does
     /// nothing else: it ends QEMU if this process dies before the guest has all that comes from it.
@@ -106,7 +106,7 @@ pub struct LiveRestored {
     launched: Launched,
     /// QEMU's version.
     pub qemu: QemuVersion,
-    /// How its memory got there, in words: `postcopy`, `eager`, `map`.
+    /// The way in which its memory got there, as a word: `postcopy`, `eager`, `map`.
     pub how: &'static str,
     /// Why it was not by postcopy, if that was wanted.
     pub why: Option<String>,
@@ -187,7 +187,7 @@ struct Guest<'a> {
     path: &'a Path,
 }
 
-/// What is sent beside the guest's RAM, under the names that QEMU has now.
+/// The blocks that are sent beside the guest's RAM, under the names that QEMU has now.
 struct Matched<'k> {
     places: Places,
     small: Vec<&'k Small>,

@@ -30,9 +30,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// How often a guest that runs is looked at, until it is understood once.
+/// The number of times that a running guest is looked at, until it is understood once.
 const LOOKS: u32 = 4;
-/// How long all of that may take: what changes under the eyes may have all memory searched.
+/// The longest that all of that may take: a guest that changes meanwhile may have all memory searched.
 const LOOKING: Duration = Duration::from_secs(4);
 /// Memory that a copy leaves to the machine, and to the writing of the checkpoint, in bytes.
 const SPARE: u64 = 256 << 20;
@@ -52,13 +52,13 @@ pub enum AfterSave {
     Quit,
 }
 
-/// How a running guest is saved.
+/// Options for saving a running guest.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct LiveSaveOptions {
     /// The state that it is left in.
     pub after: AfterSave,
-    /// How the checkpoint is written, and who is told how far it is.
+    /// Options for writing the checkpoint, and who is told how far it is.
     pub writing: SaveOptions,
     /// Whether a file that exists is replaced.
     pub overwrite: Overwrite,
@@ -178,7 +178,7 @@ impl LiveSaveOptions {
     }
 }
 
-/// How long the parts of a pause took.
+/// The times that the parts of a pause took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PauseTimes {
@@ -233,7 +233,7 @@ pub struct LiveSaved {
     pub first_look: Option<VmiError>,
     /// The disks that were pinned, and that QEMU writes to by overlays since.
     pub disks: Vec<PinnedDisk>,
-    /// What is worth knowing of its guest.
+    /// Facts of its guest that are worth knowing.
     pub notes: Vec<Note>,
 }
 
@@ -288,11 +288,11 @@ struct Session {
     devices: DeviceFile,
     disks: Disks,
     threads: NonZeroUsize,
-    /// How the guest is looked at, with the symbol files that were given read already.
+    /// Options for looking at the guest, with the symbol files that were given read already.
     looking: AnalysisOptions,
-    /// What the first look read, as pages of the memory's copy.
+    /// The pages of the memory's copy that the first look read.
     touched: Vec<Range<usize>>,
-    /// What would have been kept by it.
+    /// The pages that would have been kept by it.
     expected: Vec<Range<usize>>,
     first_look: Option<VmiError>,
     /// The small blocks' bytes, by the number of the block.
@@ -454,7 +454,7 @@ impl Session {
         Ok(())
     }
 
-    /// What a plan keeps, as pages of the memory's copy.
+    /// The pages of the memory's copy that a plan keeps.
     fn kept(&self, plan: &PrunePlan) -> Vec<Range<usize>> {
         let regions = self.memory.layout().regions().iter();
         self.memory
@@ -485,7 +485,7 @@ impl Session {
         }
     }
 
-    /// How long the guest may be paused.
+    /// The longest that the guest may be paused.
     fn allowed(&self) -> Duration {
         match self.running {
             Running::Yes => self.options.max_pause,
@@ -778,7 +778,7 @@ impl Frozen {
         Ok(stats)
     }
 
-    /// What of the guest is not its RAM.
+    /// The parts of the guest that are not its RAM.
     fn write_blobs(
         &self,
         session: &Session,

@@ -15,7 +15,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// The pages of which one is filled or not, in bytes.
 pub(crate) const PAGE: usize = 4096;
-/// What is filled under one lock, in bytes.
+/// The amount that is filled under one lock, in bytes.
 pub(crate) const BLOCK: usize = 2 << 20;
 const PAGES: usize = BLOCK / PAGE;
 
@@ -155,7 +155,7 @@ impl Shadow {
         Some(Hole { at, bytes })
     }
 
-    /// How many of these pages have no memory yet.
+    /// The number of these pages that have no memory yet.
     pub(crate) fn missing(&self, pages: &Range<usize>) -> u64 {
         pages
             .clone()
@@ -163,7 +163,7 @@ impl Shadow {
             .sum()
     }
 
-    /// How many pages have memory.
+    /// The number of pages that have memory.
     pub(crate) fn resident(&self) -> u64 {
         let words = self.resident.iter();
         words

@@ -171,7 +171,7 @@ impl<W: Write> Stream<W> {
         self.footer()
     }
 
-    /// What devices are, as QEMU wrote it.
+    /// The state of devices, as QEMU wrote it.
     pub(crate) fn devices(&mut self, state: &[u8]) -> io::Result<()> {
         let inside = device_sections(state).ok_or_else(|| invalid("no state of devices"))?;
         self.out.write_all(inside)
@@ -220,7 +220,7 @@ mod tests {
     use super::{PAGE, Stream};
     use crate::tables::RamBlock;
 
-    /// What a stream must be, byte by byte: written down from QEMU's own.
+    /// The bytes that a stream must have: written down from QEMU's own.
     #[test]
     fn a_stream_is_as_qemu_reads_it() {
         let block = |name: &str, used| RamBlock {

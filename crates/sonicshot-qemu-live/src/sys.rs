@@ -17,7 +17,7 @@ const PER_CALL: usize = 1024;
 /// Reads memory of the process `pid`; all of it, or an error.
 ///
 /// # Errors
-/// What the system says; `UnexpectedEof` if a range is not all mapped.
+/// The system's error; `UnexpectedEof` if a range is not all mapped.
 pub(crate) fn read_process(pid: Pid, reads: &mut [RemoteRead<'_>]) -> io::Result<()> {
     for some in reads.chunks_mut(PER_CALL) {
         read_some(pid, some)?;

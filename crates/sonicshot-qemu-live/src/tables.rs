@@ -17,9 +17,9 @@ pub(crate) struct RamBlock {
     pub name: String,
     /// The pages that it is made of, in bytes.
     pub page_size: u64,
-    /// How long it is, in bytes.
+    /// Its length, in bytes.
     pub used: u64,
-    /// How long it can become, in bytes.
+    /// The length that it can grow to, in bytes.
     pub total: u64,
     /// Where it is in QEMU's memory, if QEMU says so (8.0 and later).
     #[serde(skip)]
@@ -206,7 +206,7 @@ const CR0_CACHE: u64 = 3 << 29;
 /// Interrupts are on (`RFLAGS.IF`).
 const RFLAGS_IF: u64 = 1 << 9;
 
-/// What a processor with these registers is: as `sonicshot-dump` has it of files.
+/// The processor with these registers, as `sonicshot-dump` has it of files.
 fn processor(text: &str, boot: bool) -> Option<Processor> {
     let value = |name: &str| register(text, name);
     let control = ControlRegisters::new(
@@ -238,7 +238,7 @@ fn processor(text: &str, boot: bool) -> Option<Processor> {
     Some(Processor::Started(control))
 }
 
-/// What stands behind `NAME=`, in hexadecimal.
+/// The hexadecimal number behind `NAME=`.
 fn register(text: &str, name: &str) -> Option<u64> {
     hex(behind(text, name)?)
 }

@@ -32,11 +32,11 @@ const COMMIT: u8 = b'C';
 const LATE: u8 = b'L';
 const DONE: u8 = b'D';
 const MESSAGE: usize = 9;
-/// How long an answer of the other process may take.
+/// The longest that an answer of the other process may take.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long it tries to let the guest run on.
+/// The time for which it tries to let the guest run on.
 const RESUMING: Duration = Duration::from_secs(60);
-/// How long QEMU may take for one answer.
+/// The longest that QEMU may take for one answer.
 const ANSWER: Duration = Duration::from_secs(20);
 const AGAIN: Duration = Duration::from_millis(100);
 
@@ -169,7 +169,7 @@ fn message(socket: BorrowedFd<'_>) -> io::Result<Option<(u8, u64)>> {
     }
 }
 
-/// What is known of the guest.
+/// The facts that are known of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     /// It is as it shall be.
@@ -275,7 +275,7 @@ fn resume(monitor: &UnixStream) -> Result<bool, QemuError> {
     }
 }
 
-/// What QEMU returns; nothing if it refuses.
+/// QEMU's answer; nothing if it refuses.
 fn ask(
     monitor: &UnixStream,
     lines: &mut Lines,

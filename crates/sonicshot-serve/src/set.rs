@@ -3,7 +3,7 @@
 use crate::error::ServeError;
 use core::fmt::Write as _;
 use core::time::Duration;
-use sonicshot::{Gpa, GpaRange, RamLayout};
+use sonicshot::{Gpa, GpaRange, RamLayout, to_u64};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt;
@@ -135,7 +135,7 @@ impl PageSet {
         file.take(TOO_MUCH)
             .read_to_string(&mut text)
             .map_err(ServeError::io("reading", path))?;
-        if text.len() as u64 > Self::MAX_FILE {
+        if to_u64(text.len()) > Self::MAX_FILE {
             return Err(ServeError::Set {
                 path: path.to_owned(),
                 line: 1,

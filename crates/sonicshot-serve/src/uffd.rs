@@ -8,6 +8,7 @@ use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, read};
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
+use sonicshot::to_u64;
 use std::io::IoSliceMut;
 use std::sync::Arc;
 
@@ -278,8 +279,8 @@ impl Uffd {
         start: NonNull<u8>,
         len: usize,
     ) -> Result<Registered, ServeError> {
-        let start = start.as_ptr().addr() as u64;
-        let len = len as u64;
+        let start = to_u64(start.as_ptr().addr());
+        let len = to_u64(len);
         self.prove(start, len)?;
         Ok(Registered { start, len })
     }
@@ -334,10 +335,10 @@ impl Uffd {
 
     /// Puts `bytes` at `dst`.
     pub(crate) fn copy(&self, dst: u64, bytes: &[u8], wake: Wake) -> Result<Placed, ServeError> {
-        let len = bytes.len() as u64;
+        let len = to_u64(bytes.len());
         let mut copy = Copy {
             dst,
-            src: bytes.as_ptr().addr() as u64,
+            src: to_u64(bytes.as_ptr().addr()),
             len,
             mode: wake.mode(),
             ..Copy::default()

@@ -26,7 +26,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, send, sendmsg,
     socketpair,
 };
-use sonicshot::Tally;
+use sonicshot::{Tally, to_u64};
 use std::collections::HashMap;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -507,7 +507,7 @@ impl Given {
                     false => Err(io::ErrorKind::UnexpectedEof.into()),
                 };
             };
-            if what == ALL && number == machines.len() as u64 {
+            if what == ALL && number == to_u64(machines.len()) {
                 return Ok((machines, pages));
             }
             if what == PAGES && pages.is_none() {
@@ -531,7 +531,7 @@ impl Given {
     /// Says that they are served from now on, and waits until whoever gave them has let go.
     pub fn taken(self, count: usize) {
         let mut stream = &self.stream;
-        if stream.write_all(&message(TAKEN, count as u64)).is_ok() {
+        if stream.write_all(&message(TAKEN, to_u64(count))).is_ok() {
             let _ = stream.read(&mut [0]);
         }
     }

@@ -1,6 +1,7 @@
 //! Whether an image is compressed, where nothing else was asked for: LZ4, if that costs no time.
 
 use crate::filter::memory_file;
+use sonicshot::to_u64;
 use sonicshot_offline::packed::{self, ImageCompression};
 use std::fs::File;
 use std::io::{self, Seek, Write};
@@ -12,15 +13,15 @@ const SAMPLE: usize = 8 << 20;
 /// that it takes no longer than what it spares.
 const TIMES: u32 = 2;
 
-/// What the choice was made by.
+/// The measurements that the choice was made by.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Choice {
     /// LZ4, or nothing.
     pub compression: Option<ImageCompression>,
-    /// How long it took to write the sample to the image's disk.
+    /// The time that writing the sample to the image's disk took.
     pub wrote: Duration,
-    /// How long it took to pack it.
+    /// The time that packing it took.
     pub packed: Duration,
     /// The length of the sample, in bytes.
     pub sample: u64,
@@ -35,7 +36,7 @@ impl Choice {
             compression: pays.then_some(ImageCompression::Lz4),
             wrote,
             packed,
-            sample: SAMPLE as u64,
+            sample: to_u64(SAMPLE),
         }
     }
 

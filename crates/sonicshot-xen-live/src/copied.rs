@@ -1,6 +1,7 @@
 //! What `xl` writes, taken into memory on its way to the file, so that the domain need not wait for
 //! who packs it.
 
+use sonicshot::to_u64;
 use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::mem;
@@ -96,7 +97,7 @@ impl Copied {
         if state.is_given_up {
             return Ok(());
         }
-        let bytes = state.bytes.checked_add(piece.len() as u64);
+        let bytes = state.bytes.checked_add(to_u64(piece.len()));
         state.bytes = bytes.ok_or(io::ErrorKind::FileTooLarge)?;
         state.pieces.push_back(piece);
         self.changed.notify_all();
@@ -119,7 +120,7 @@ impl Copied {
             if state.has_begun
                 && let Some(piece) = state.pieces.pop_front()
             {
-                let left = state.bytes.checked_sub(piece.len() as u64);
+                let left = state.bytes.checked_sub(to_u64(piece.len()));
                 state.bytes = left.ok_or(io::ErrorKind::InvalidData)?;
                 self.changed.notify_all();
                 return Ok(Some(piece));

@@ -6,12 +6,12 @@ use crate::{DomainId, FrameRuns, LiveError};
 use core::fmt;
 use sonicshot::{
     Gpa, GpaRange, GuestMemory, MAX_MAP, Mapped, MemoryError, P2m, PageSize, Pfn, PfnRange,
-    PrunePlan, RamLayout, to_usize,
+    PrunePlan, RamLayout, to_u64, to_usize,
 };
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What Xen maps, of every guest.
+/// Xen's page size, for every guest.
 const PAGE: PageSize = P2m::PAGE;
 /// A number that Xen cannot map.
 const NOWHERE: u64 = u64::MAX >> PAGE.shift();
@@ -195,7 +195,7 @@ fn own_frames(xen: &Xen, id: DomainId, info: &DomainInfo) -> Result<Vec<PfnRange
                 _ => runs.push(one),
             }
         }
-        let Some(next) = first.checked_add(BATCH as u64) else {
+        let Some(next) = first.checked_add(to_u64(BATCH)) else {
             break;
         };
         first = next;
@@ -210,7 +210,7 @@ impl GuestMemory for LiveDomain<'_> {
 
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         let range = GpaRange::of_request(at, buf.len());
-        if !self.layout.contains(at, buf.len() as u64) {
+        if !self.layout.contains(at, to_u64(buf.len())) {
             return Err(MemoryError::NotRam { range });
         }
         let mut at = at.raw();
@@ -233,7 +233,7 @@ impl GuestMemory for LiveDomain<'_> {
                 return Err(MemoryError::Absent { range });
             }
             // At the end of all numbers there is nothing left.
-            at = at.checked_add(len as u64).unwrap_or(at);
+            at = at.checked_add(to_u64(len)).unwrap_or(at);
             rest = later;
         }
         Ok(())
@@ -241,14 +241,14 @@ impl GuestMemory for LiveDomain<'_> {
 
     fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
         let range = GpaRange::of_request(at, len);
-        if !self.layout.contains(at, len as u64) {
+        if !self.layout.contains(at, to_u64(len)) {
             return Err(MemoryError::NotRam { range });
         }
         let skew = at.raw() & PAGE.offset_mask();
         if len == 0 || len > MAX_MAP {
             return Ok(None);
         }
-        let Some(bytes) = skew.checked_add(len as u64) else {
+        let Some(bytes) = skew.checked_add(to_u64(len)) else {
             return Ok(None);
         };
         let frames = bytes.div_ceil(PAGE.bytes());

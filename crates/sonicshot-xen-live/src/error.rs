@@ -17,7 +17,7 @@ pub enum LiveError {
     Library {
         /// The library, or the function.
         name: String,
-        /// What the loader says.
+        /// The loader's error.
         #[source]
         source: libloading::Error,
     },
@@ -28,16 +28,16 @@ pub enum LiveError {
         call: &'static str,
         /// The domain.
         domain: DomainId,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
     /// Xen cannot be reached: this is not dom0, or not with its rights.
     #[error("opening {what}")]
     Open {
-        /// What is opened.
+        /// The file or device.
         what: &'static str,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -55,7 +55,7 @@ pub enum LiveError {
         /// `XEN_DOMINF_*`.
         flags: u32,
     },
-    /// What the domain says of its own frames cannot be.
+    /// The domain's own records of its frames are invalid.
     #[error("domain {domain}: {what} (value {value:#x})")]
     Malformed {
         /// The domain.
@@ -95,9 +95,9 @@ pub enum LiveError {
     /// A pipe or a memory file cannot be used.
     #[error("{action} the save filter")]
     Filter {
-        /// What is done.
+        /// The action that failed.
         action: &'static str,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -106,7 +106,7 @@ pub enum LiveError {
     NoNumber {
         /// The domain's name.
         name: String,
-        /// What `xl` said.
+        /// The message of `xl`.
         said: String,
     },
     /// The domain is the one that saves the others.
@@ -126,19 +126,19 @@ pub enum LiveError {
     Xl {
         /// The command.
         command: String,
-        /// How it ended.
+        /// Its exit status.
         status: ExitStatus,
-        /// What it said.
+        /// Its message.
         output: String,
     },
     /// A file, a pipe or `xl` cannot be used.
     #[error("{action} {}", path.display())]
     Io {
-        /// What is done.
+        /// The action that failed.
         action: &'static str,
         /// With what.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -147,7 +147,7 @@ pub enum LiveError {
     Image(#[from] DumpError),
 }
 
-/// What a program said, to go behind what is said of it.
+/// The message of a program, for the end of an error about it.
 fn said(output: &str) -> String {
     match output.trim() {
         "" => String::new(),

@@ -49,7 +49,7 @@ struct Calls {
     xenforeignmemory_unmap: unsafe extern "C" fn(Handle, *mut c_void, usize) -> c_int,
 }
 
-/// What Xen says of a domain.
+/// Xen's facts of a domain.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DomainInfo {
     pub flags: u32,
@@ -236,7 +236,7 @@ impl Drop for Xen {
 pub(crate) struct Foreign<'x> {
     xen: &'x Xen,
     start: NonNull<u8>,
-    /// What is wrong with each frame, 0 if it is mapped.
+    /// The error of each frame, 0 if it is mapped.
     errors: Vec<c_int>,
 }
 

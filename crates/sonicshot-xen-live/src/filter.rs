@@ -11,7 +11,7 @@ use crate::{DomainId, LiveError};
 use core::ops::Range;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
-use sonicshot::Tally;
+use sonicshot::{Tally, to_u64};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
@@ -33,7 +33,7 @@ const ENDED: u32 = u32::MAX;
 pub struct FrameRuns(Vec<Range<u64>>);
 
 impl FrameRuns {
-    /// How many frames there are.
+    /// The number of frames.
     #[must_use]
     pub fn len(&self) -> u64 {
         let lens = self
@@ -155,7 +155,7 @@ impl SaveFilter {
             if domain != ENDED {
                 let frames = choose(DomainId::new(domain));
                 let count = match table.write_all(&frames.to_bytes()) {
-                    Ok(()) => frames.0.len() as u64,
+                    Ok(()) => to_u64(frames.0.len()),
                     Err(_) => 0,
                 };
                 let answered = answer.write_all(&count.to_le_bytes());
@@ -174,7 +174,7 @@ fn library() -> io::Result<File> {
     Ok(library)
 }
 
-/// What is preloaded already, behind the library at `path`.
+/// The value of `LD_PRELOAD`: the library at `path`, then what is preloaded already.
 fn preload(path: String) -> OsString {
     let mut preload = OsString::from(path);
     if let Some(others) = std::env::var_os(PRELOAD) {

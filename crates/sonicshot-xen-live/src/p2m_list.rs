@@ -4,7 +4,7 @@
 
 use crate::ffi::{DomainInfo, Xen};
 use crate::{DomainId, LiveError};
-use sonicshot::{Mfn, P2m, P2mBuilder, Pfn, to_usize};
+use sonicshot::{Mfn, P2m, P2mBuilder, Pfn, to_u64, to_usize};
 
 /// Where the architecture's part lies in the shared information of a guest of 64 bits.
 const ARCH: usize = 3088;
@@ -48,7 +48,7 @@ impl MachinePages for DomainPages<'_> {
     }
 }
 
-/// What the shared information says.
+/// The fields of the shared information page.
 struct Shared {
     count: u64,
     root: Mfn,
@@ -171,7 +171,7 @@ impl Walk<'_> {
     /// The machine's frames with the list's pages from that with entry `first` on, as far as one
     /// table of the lowest level has them.
     fn leaves(&mut self, first: u64) -> Result<Vec<u64>, LiveError> {
-        let offset = first.checked_mul(ENTRY as u64);
+        let offset = first.checked_mul(to_u64(ENTRY));
         let at = offset.and_then(|offset| self.shared.start.checked_add(offset));
         let at = at.ok_or_else(|| self.malformed("the end of its list of frames", first))?;
         let hole = self.malformed("an address of its list of frames that is not mapped", at);

@@ -16,7 +16,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::thread;
 
-/// What `xl` calls its own standard input.
+/// The name by which `xl` opens its own standard input.
 const STDIN: &str = "/proc/self/fd/0";
 
 /// Has `xl` restore the image at `path`, which [`save`](crate::save) may have compressed. `options`

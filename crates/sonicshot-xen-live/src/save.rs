@@ -20,7 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 const PAGE: PageSize = PageSize::SIZE_4K;
-/// How often it is looked how far the image is.
+/// The interval at which the image's length is looked at.
 const EVERY: Duration = Duration::from_millis(100);
 /// So much of the image of a domain that does not go on waits to be packed, in bytes.
 const PACKED_BESIDE: u64 = 16 << 20;
@@ -38,7 +38,7 @@ pub enum AfterSave {
     GoOn,
 }
 
-/// How an image is compressed.
+/// The compression of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Compress {
@@ -51,13 +51,13 @@ pub enum Compress {
     By(ImageCompression),
 }
 
-/// How a domain is saved.
+/// Options for saving a domain.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct SaveOptions {
     /// The state that it is left in.
     pub after: AfterSave,
-    /// How the image is compressed.
+    /// The compression of the image.
     pub compress: Compress,
     /// How much of the image of a domain that goes on is held in memory, at most, in bytes: so far it
     /// need not wait for packing and disk. Half of the memory that this machine has to give, if
@@ -140,7 +140,7 @@ impl SaveOptions {
 pub struct Look {
     /// Its kernel's release.
     pub release: String,
-    /// How many pages it has.
+    /// The number of its pages.
     pub total_pages: u64,
     /// The frames that were left out.
     pub frames: FrameRuns,
@@ -163,7 +163,7 @@ pub struct Looked {
     pub result: Result<Look, LiveError>,
     /// When the domain was suspended.
     pub suspended: Instant,
-    /// How long the look took.
+    /// The time that the look took.
     pub took: Duration,
 }
 
@@ -175,15 +175,15 @@ pub struct Saved {
     pub domain: DomainId,
     /// The look at it; `None` if Xen's save helper never asked for the types of frames.
     pub looked: Option<Looked>,
-    /// How the image is compressed.
+    /// The compression of the image.
     pub compression: Option<ImageCompression>,
-    /// What that was chosen by, if nothing was asked for.
+    /// The measurements that it was chosen by, if nothing was asked for.
     pub choice: Option<Choice>,
-    /// How long the image is, in bytes.
+    /// The length of the image, in bytes.
     pub file_bytes: u64,
-    /// How long it took from the first call until the image was complete.
+    /// The time from the first call until the image was complete.
     pub took: Duration,
-    /// How long the domain was suspended: until it went on, or until then.
+    /// The time that the domain was suspended: until it went on, or until then.
     pub suspended: Option<Duration>,
 }
 
@@ -296,12 +296,12 @@ fn watched<T: Send>(
     done.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
-/// What came of `xl`'s part of a save.
+/// The result of `xl`'s part of a save.
 struct Written {
     looked: Option<Looked>,
     /// Whether packing failed.
     packed: Result<(), LiveError>,
-    /// What watches over the domain until all is done.
+    /// The process that watches over the domain until all is done.
     watcher: Option<Watcher>,
     /// When `xl` had ended: a domain that is to go on does.
     ended: Instant,
@@ -313,9 +313,9 @@ struct Work<'a> {
     domain: DomainId,
     options: &'a SaveOptions,
     compression: Option<ImageCompression>,
-    /// What messages call the image.
+    /// The image's name in messages.
     path: &'a Path,
-    /// How long the image will be, at most; 0 while that is not known.
+    /// The longest that the image will be; 0 while that is not known.
     expected: AtomicU64,
 }
 
@@ -384,7 +384,7 @@ impl Work<'_> {
         }
     }
 
-    /// What `xl` is to do with the domain.
+    /// The option of `xl` that says what becomes of the domain.
     fn after(&self) -> &'static str {
         match self.options.after {
             AfterSave::GoOn => "-c",

@@ -42,7 +42,7 @@ impl Xl {
         cannot_run(&self.words, source)
     }
 
-    /// What it said, once it has ended.
+    /// Its messages, once it has ended.
     pub(crate) fn ended(mut self, status: ExitStatus) -> Result<String, LiveError> {
         let mut output = Vec::new();
         let read = self.output.rewind();

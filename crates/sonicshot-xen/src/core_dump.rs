@@ -4,7 +4,7 @@
 use crate::cursor::Cursor;
 use crate::page_data::{MAX_FRAME, PAGE};
 use crate::{DomainKind, Within, XenError};
-use sonicshot::{Bytes, FileBytes, FileOffset, Mfn, P2m, Pfn, PfnRange};
+use sonicshot::{Bytes, FileBytes, FileOffset, Mfn, P2m, Pfn, PfnRange, to_u64};
 
 /// 64-bit, little-endian: the two bytes behind the magic.
 const CLASS_AND_ORDER: u16 = 0x0102;
@@ -236,7 +236,7 @@ impl<'a> Sections<'a> {
     /// that ends where it does.
     fn open(&self, name: &'static str, kind: u32) -> Result<Cursor<'a>, XenError> {
         let mut named = self.headers.iter().filter(|s| self.is_called(s, name));
-        let count = named.clone().count() as u64;
+        let count = to_u64(named.clone().count());
         let section = named.next().filter(|_| count == 1);
         let section = section.ok_or(XenError::NotOneSection { name, count })?;
         let mut file = Cursor::at(self.data, Within::Section(name), section.offset);

@@ -2,13 +2,13 @@
 
 use crate::cursor::Cursor;
 use crate::{FrameType, Record, XenError};
-use sonicshot::{Bytes, FileBytes, FileOffset};
+use sonicshot::{Bytes, FileBytes, FileOffset, to_u64};
 
 pub(crate) const PAGE: u64 = 4096;
 /// The count, and a word that is reserved.
 const HEAD: u64 = 8;
 const ENTRY_LEN: usize = 8;
-const ENTRY: u64 = ENTRY_LEN as u64;
+const ENTRY: u64 = to_u64(ENTRY_LEN);
 const TYPE_SHIFT: u32 = 60;
 /// Bits that must be zero lie between the number and the type.
 const NUMBER_BITS: u32 = 52;

@@ -3,13 +3,14 @@
 use crate::image::PAGE_DATA;
 use crate::page_data::{Entry, PAGE, PageData};
 use crate::{Place, Record, Within, XenError, XlImage};
-use sonicshot::{FileBytes, FileOffset, FileRange, Pfn, PfnRange};
+use sonicshot::{FileBytes, FileOffset, FileRange, Pfn, PfnRange, to_u64};
 
 /// [`PAGE`] as a record's length has it.
 const PAGE_LEN: u32 = 4096;
 
 /// A part of a pruned image.
 #[derive(Debug)]
+// Exhaustive: whoever writes the parts must write each.
 pub enum Part<'a> {
     /// A range of the input.
     Copy(FileRange),
@@ -100,7 +101,7 @@ impl XlImage {
 
 /// What comes from `copied` on.
 pub(crate) fn rest(data: FileBytes<'_>, copied: FileOffset) -> Result<FileRange, XenError> {
-    let end = FileOffset::new(data.len() as u64);
+    let end = FileOffset::new(to_u64(data.len()));
     if end < copied {
         return Err(XenError::Truncated {
             place: Place {

@@ -9,10 +9,11 @@ use crate::image::{PAGE_DATA, Pages};
 use crate::page_data::Entry;
 use crate::prune::{between, rest, rewritten};
 use crate::{Dropped, FrameType, Place, Record, Within, XenError, XlImage};
-use sonicshot::{Bytes, FileBytes, FileOffset, FileRange, Pfn, PfnRange};
+use sonicshot::{Bytes, FileBytes, FileOffset, FileRange, Pfn, PfnRange, to_u64};
 
 /// A part of an image that is put together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+// Exhaustive: whoever writes the parts must write each.
 pub enum Joined {
     /// A range of the skeleton.
     Skeleton(FileRange),
@@ -79,7 +80,7 @@ fn append(data: FileBytes<'_>, from: FileRange, out: &mut Vec<u8>) -> Result<(),
     let part = cursor.take(from.len())?;
     let bytes = part.copied().ok_or(XenError::Truncated {
         place: cut,
-        wanted: part.len() as u64,
+        wanted: to_u64(part.len()),
         left: 0,
     })?;
     out.extend(bytes);

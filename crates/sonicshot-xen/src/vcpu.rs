@@ -13,7 +13,7 @@ use crate::core_dump::CoreDump;
 use crate::cursor::Cursor;
 use crate::{DomainKind, Record, XenError, XlImage};
 use sonicshot::x86_64::ControlRegisters;
-use sonicshot::{Bytes, FileBytes, Mfn, P2m, PageSize};
+use sonicshot::{Bytes, FileBytes, Mfn, P2m, PageSize, to_u64};
 
 pub(crate) const PRSTATUS_SECTION: &str = ".xen_prstatus";
 const PV_VCPU_BASIC: u32 = 4;
@@ -159,7 +159,7 @@ impl CoreDump {
             }
         }
         if online.is_empty() {
-            return Err(cursor.malformed("no processor that is online", start, offline as u64));
+            return Err(cursor.malformed("no processor that is online", start, to_u64(offline)));
         }
         Ok(Vcpus { online, offline })
     }

@@ -10,7 +10,7 @@
 use crate::error::ServeError;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use sonicshot::{Gpa, GpaRange, RamLayout};
+use sonicshot::{Gpa, GpaRange, RamLayout, to_u64};
 use sonicshot_offline::CheckpointFile;
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -234,7 +234,7 @@ fn read(path: &Path) -> Result<Vec<u8>, ServeError> {
     file.take(TOO_MUCH)
         .read_to_end(&mut out)
         .map_err(ServeError::io("reading", path))?;
-    if out.len() as u64 > MAX_JSON {
+    if to_u64(out.len()) > MAX_JSON {
         let path = path.to_owned();
         return Err(ServeError::NoMigration {
             path,

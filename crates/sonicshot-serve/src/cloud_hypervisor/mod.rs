@@ -37,6 +37,7 @@ use core::time::Duration;
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use sonicshot::to_u64;
 use std::io::{self, IoSlice, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -108,6 +109,7 @@ impl CloudOptions {
 
 /// The outcome for a virtual machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Restored {
     /// It has all of its memory, and needs no server any more.
     Complete,
@@ -318,7 +320,7 @@ impl Channel {
     /// Says a command with what follows it, and waits until it is done.
     fn ask(&self, command: Command, payload: &[u8]) -> Result<(), ServeError> {
         let mut stream = &self.stream;
-        let request = command.request(payload.len() as u64);
+        let request = command.request(to_u64(payload.len()));
         let said = stream.write_all(&request);
         let said = said.and_then(|()| stream.write_all(payload));
         // Who closes the connection while it is spoken to may have said why before.
@@ -334,7 +336,7 @@ impl Channel {
     fn send_file(&self, slot: u32, file: BorrowedFd<'_>) -> Result<(), ServeError> {
         let command = Command::MemoryFd;
         let number = slot.to_le_bytes();
-        let request = command.request(number.len() as u64);
+        let request = command.request(to_u64(number.len()));
         let failed = no_answer(command.name());
         (&self.stream).write_all(&request).map_err(failed)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];

@@ -97,6 +97,7 @@ fn parts(header: &[u8; HEADER]) -> (u16, u64) {
 
 /// A message of Cloud Hypervisor on the connection for page faults.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum FaultRequest {
     /// It waits for these pages.
     Pages(GpaRange),

@@ -25,7 +25,7 @@ use rustix::fd::OwnedFd;
 use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
 use rustix::io::{Errno, pread, pwrite};
 use rustix::mm::mlock;
-use sonicshot::{Cursor, Gpa, GpaRange, to_usize};
+use sonicshot::{Cursor, Gpa, GpaRange, to_u64, to_usize};
 use std::sync::Arc;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SONICKPT");
@@ -56,9 +56,14 @@ impl Kept {
         let len = len.ok_or_else(|| wrong("it has too many pages"))?;
         let file = memfd_create("sonicshot-kept", MemfdFlags::CLOEXEC);
         let file = file.map_err(ServeError::system("memfd_create"))?;
-        ftruncate(&file, len as u64).map_err(ServeError::system("ftruncate"))?;
+        ftruncate(&file, to_u64(len)).map_err(ServeError::system("ftruncate"))?;
         let mut head = Vec::new();
-        for word in [MAGIC, VERSION, regions.len() as u64, identity.len() as u64] {
+        for word in [
+            MAGIC,
+            VERSION,
+            to_u64(regions.len()),
+            to_u64(identity.len()),
+        ] {
             head.extend(word.to_le_bytes());
         }
         head.extend(identity.as_bytes());
@@ -70,7 +75,7 @@ impl Kept {
                 records.extend(word.to_le_bytes());
             }
         }
-        write_at(&file, &records, REGIONS as u64)?;
+        write_at(&file, &records, to_u64(REGIONS))?;
         let kept = Self {
             map: Arc::new(Map::new(&file, len, bits)?),
             file: Arc::new(file),
@@ -106,7 +111,7 @@ impl Kept {
         }
         let records = count.checked_mul(RECORD);
         let mut records = vec![0; records.ok_or_else(|| wrong("it has too many regions"))?];
-        read_at(&file, &mut records, REGIONS as u64)?;
+        read_at(&file, &mut records, to_u64(REGIONS))?;
         let mut words = Cursor::new(&records[..]);
         let mut regions = Vec::with_capacity(count);
         let mut bits = 0_usize;
@@ -130,7 +135,7 @@ impl Kept {
         let len = bits.checked_mul(8).and_then(|bits| bits.checked_add(at));
         let len = len.ok_or_else(|| wrong("it has too many pages"))?;
         let found = fstat(&*file).map_err(ServeError::system("fstat"))?.st_size;
-        if u64::try_from(found).ok() != Some(len as u64) {
+        if u64::try_from(found).ok() != Some(to_u64(len)) {
             return Err(wrong("its length is not that of its regions"));
         }
         let map = Arc::new(Map::new(&file, len, at)?);
@@ -195,7 +200,7 @@ fn write_at(file: &OwnedFd, mut bytes: &[u8], mut at: u64) -> Result<(), ServeEr
             Ok(done) => {
                 bytes = bytes.get(done..).unwrap_or(&[]);
                 at = at
-                    .checked_add(done as u64)
+                    .checked_add(to_u64(done))
                     .ok_or_else(|| wrong("it is too long"))?;
             }
             Err(errno) => return Err(ServeError::system("writing what is kept")(errno)),
@@ -213,7 +218,7 @@ fn read_at(file: &OwnedFd, mut out: &mut [u8], mut at: u64) -> Result<(), ServeE
                 let rest = core::mem::take(&mut out);
                 out = rest.get_mut(done..).unwrap_or(&mut []);
                 at = at
-                    .checked_add(done as u64)
+                    .checked_add(to_u64(done))
                     .ok_or_else(|| wrong("it is too long"))?;
             }
             Err(errno) => return Err(ServeError::system("reading what is kept")(errno)),

@@ -16,7 +16,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::process::{Signal, pidfd_send_signal};
 use sonicshot::checkpoint::CheckpointError;
-use sonicshot::{Gpa, GpaRange, Tally, to_usize};
+use sonicshot::{Gpa, GpaRange, Tally, to_u64, to_usize};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
@@ -598,7 +598,7 @@ impl Machine {
         };
         let bytes = piece.bytes();
         let mut placed = self.uffd.copy(start, bytes, wake)?;
-        let (mut from, mut len) = (start, bytes.len() as u64);
+        let (mut from, mut len) = (start, to_u64(bytes.len()));
         if placed == Placed::Gone && len > region.page {
             let inside = page.checked_sub(start).map(to_usize);
             let one = inside.and_then(|inside| bytes.get(inside..));
@@ -1004,9 +1004,9 @@ mod tests {
             done.send(7).unwrap();
         });
         std::thread::sleep(Duration::from_millis(200));
-        let guest = GpaRange::with_len(Gpa::ZERO, len as u64).unwrap();
+        let guest = GpaRange::with_len(Gpa::ZERO, to_u64(len)).unwrap();
         let source = Arc::new(Sevens(RamLayout::new(vec![guest]).unwrap()));
-        let region = VmRegion::new(&registered, 0, guest, PAGE as u64).unwrap();
+        let region = VmRegion::new(&registered, 0, guest, to_u64(PAGE)).unwrap();
         let vm = Vm::start(source, uffd, &[region], VmOptions::default()).unwrap();
         for _ in 0..PAGES {
             assert_eq!(all.recv_timeout(Duration::from_secs(20)), Ok(7));
@@ -1028,8 +1028,8 @@ mod tests {
         let registered =
             unsafe { uffd.register(NonNull::new(start.cast()).unwrap(), len) }.unwrap();
         let host = start.expose_provenance();
-        let guest = GpaRange::with_len(Gpa::ZERO, len as u64).unwrap();
-        let region = VmRegion::new(&registered, 0, guest, PAGE as u64).unwrap();
+        let guest = GpaRange::with_len(Gpa::ZERO, to_u64(len)).unwrap();
+        let region = VmRegion::new(&registered, 0, guest, to_u64(PAGE)).unwrap();
         let machine = |regions: &[VmRegion]| {
             let source = Arc::new(Sevens(RamLayout::new(vec![guest]).unwrap()));
             let control = Arc::new(Control::new().unwrap());
@@ -1038,7 +1038,7 @@ mod tests {
             let new = Machine::new(source, uffd, regions, options, Arc::clone(&control), None);
             (new.unwrap(), control)
         };
-        let at = |page: usize| (host + page * PAGE) as u64;
+        let at = |page: usize| to_u64(host + page * PAGE);
         let (mut first, _) = machine(&[region]);
         let file = first.keep("a snapshot").unwrap();
         first.regions[0].give_back(at(1), at(2)).unwrap();

@@ -5,7 +5,7 @@ use crate::address::HostAddress;
 use crate::error::ServeError;
 use crate::uffd::{Kind, Registered, Uffd};
 use core::sync::atomic::{AtomicU64, Ordering};
-use sonicshot::{Gpa, GpaRange, RamLayout, to_usize};
+use sonicshot::{Gpa, GpaRange, RamLayout, to_u64, to_usize};
 use std::sync::Arc;
 
 /// A range of guest memory in the address space whose faults are served.
@@ -131,7 +131,7 @@ impl Region {
             return Err(unaligned(said));
         }
         let kind = uffd.prove(start, len)?;
-        let system = rustix::param::page_size() as u64;
+        let system = to_u64(rustix::param::page_size());
         // Of memory whose pages are not huge, each can be given back by itself, whatever was said.
         let page = match kind {
             Kind::Small => system,

@@ -21,6 +21,7 @@ const MAX_REGIONS: usize = 4096;
 
 /// Where a region is in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Place {
     /// In a file that has all RAM, lowest first, without holes.
     Offset(u64),

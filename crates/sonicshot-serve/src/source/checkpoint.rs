@@ -10,7 +10,7 @@ use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 use sonicshot::checkpoint::{
     CheckpointError, CheckpointReader, Chunk, ChunkDecoder, PageContent, RangeSource,
 };
-use sonicshot::{Gpa, GpaRange, PageClass, PfnRange, RamLayout, Tally, to_usize};
+use sonicshot::{Gpa, GpaRange, PageClass, PfnRange, RamLayout, Tally, to_u64, to_usize};
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -22,7 +22,7 @@ struct ByLength;
 
 impl Weighter<u64, Arc<[u8]>> for ByLength {
     fn weight(&self, _: &u64, chunk: &Arc<[u8]>) -> u64 {
-        Tally::new(chunk.len() as u64).and(ENTRY).get()
+        Tally::new(to_u64(chunk.len())).and(ENTRY).get()
     }
 }
 

@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 /// The content of a range of guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Content {
     /// Bytes that the source has.
     Bytes,
@@ -37,6 +38,7 @@ pub struct Run {
 
 /// Bytes that a source has handed out.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Piece<'b> {
     /// A part of what many share.
     Shared {
@@ -62,6 +64,7 @@ impl Piece<'_> {
 
 /// The result of a look at one page.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Look<'b> {
     /// Its bytes.
     Page(Piece<'b>),
