@@ -9,6 +9,10 @@
 //!   another, or a piece at the end of a buffer, does not: that is an intersection;
 //! - `as` where an attribute allows it to lose something; everywhere else Clippy refuses it.
 //!
+//! Every `as` to a number is counted beside that, and has a ceiling of its own: a length in memory
+//! becomes one of 64 bits by `sonicshot::to_u64`, other numbers a wider one by `from` and a narrower
+//! one by `try_from`.
+//!
 //! `sonicshot::Tally`, which saturates, is the type of what is only shown; that counts where it is
 //! defined. Its uses are printed.
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests may stop anywhere")]
@@ -20,6 +24,9 @@ use std::path::Path;
 
 /// So many in 10,000 lines at most; what there are is less, and to be lowered as they go.
 const MOST: usize = 20;
+
+/// So many casts in 10,000 lines at most.
+const MOST_CASTS: usize = 6;
 
 /// Where it is allowed to lose something by `as`.
 const LOSING: [&str; 3] = [
@@ -38,6 +45,8 @@ struct Count {
     lines: BTreeSet<usize>,
     /// The line and the word of each.
     found: Vec<(usize, String)>,
+    /// Every `as` to a number, whether it may lose something or not.
+    casts: Vec<(usize, String)>,
     tallies: usize,
 }
 
@@ -123,6 +132,13 @@ impl Count {
                     if !is_defined && counts(&name, is_called, next, item_loses) {
                         self.found.push((ident.span().start().line, name.clone()));
                     }
+                    if let ("as", Some(TokenTree::Ident(to))) = (name.as_str(), next) {
+                        let to = to.to_string();
+                        if NUMBERS.contains(&to.as_str()) || to == "f64" || to == "f32" {
+                            self.casts
+                                .push((ident.span().start().line, format!("as {to}")));
+                        }
+                    }
                     self.tallies += usize::from(name == "Tally");
                 }
                 _ => {}
@@ -184,7 +200,7 @@ fn of_folder(folder: &Path, all: &mut BTreeMap<String, Count>) {
 #[test]
 fn numbers_that_stay_within_bounds_by_themselves_are_few() {
     let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let (mut found, mut lines) = (0, 0);
+    let (mut found, mut casts, mut lines) = (0, 0, 0);
     for entry in fs::read_dir(&crates).unwrap() {
         let folder = entry.unwrap().path();
         let manifest = fs::read_to_string(folder.join("Cargo.toml")).unwrap();
@@ -203,14 +219,24 @@ fn numbers_that_stay_within_bounds_by_themselves_are_few() {
                 println!("  {file}:{line}: {word}");
             }
         }
+        for (file, count) in &files {
+            for (line, cast) in &count.casts {
+                println!("  {file}:{line}: {cast}");
+            }
+            casts += count.casts.len();
+        }
         found += here;
         lines += lines_here;
     }
-    println!("{found} in {lines} lines");
+    println!("{found} in {lines} lines, and {casts} casts");
     assert!(lines > 10_000, "only {lines} lines were found");
     assert!(
         found * 10_000 <= lines * MOST,
         "{found} in {lines} lines are more than {MOST} in 10,000"
+    );
+    assert!(
+        casts * 10_000 <= lines * MOST_CASTS,
+        "{casts} casts by `as` in {lines} lines are more than {MOST_CASTS} in 10,000"
     );
 }
 
@@ -259,6 +285,16 @@ fn what_counts_is_found_and_nothing_else() {
         ("pub const fn wrapping_add(self) {}", 0),
     ] {
         assert_eq!(of_text(text).found.len(), expected, "{text}");
+    }
+    for (text, expected) in [
+        ("fn f() { a as usize + b as u64 as f64 }", 3),
+        (
+            "use a as b; fn f() { <T as Trait>::f(a as *const u8, a as Kind) }",
+            0,
+        ),
+        ("#[cfg(test)] mod tests { fn f() { a as u64 } }", 0),
+    ] {
+        assert_eq!(of_text(text).casts.len(), expected, "{text}");
     }
     let lines = of_text("/// A.\n// b\nfn f() {\n\n    a(\n        b,\n    );\n}\n");
     assert_eq!(lines.lines.len(), 5);
