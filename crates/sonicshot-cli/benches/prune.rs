@@ -16,7 +16,7 @@
     reason = "a bench says so by panicking"
 )]
 
-use sonicshot::{DropClasses, GpaRange, GuestMemory, PageClass, PrunePlan};
+use sonicshot::{DropClasses, GpaRange, GuestMemory, PageClass, PrunePlan, WorkOptions};
 use sonicshot_dump::{CheckedPlan, Dump, LayoutSpec, PruneOptions};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, OnInconsistency, mark_zero_pages};
 use std::fs::{self, File, OpenOptions};
@@ -88,7 +88,7 @@ fn main() {
         let dump = open();
         let guest = LinuxGuest::open(&dump, &GuestOptions::new()).unwrap();
         let mut pages = guest.classify(OnInconsistency::Refuse).unwrap();
-        timed(|| mark_zero_pages(&dump, &mut pages.map).unwrap()).0
+        timed(|| mark_zero_pages(&dump, &mut pages.map, &WorkOptions::new()).unwrap()).0
     });
     println!("one pass over the struct pages            {pass:8.1} ms");
     let ratio = classified / pass;
@@ -179,7 +179,7 @@ fn punch(file: &File, at: u64, len: u64) {
 fn analyze(dump: &Dump) -> PrunePlan {
     let guest = LinuxGuest::open(dump, &GuestOptions::new()).unwrap();
     let mut pages = guest.classify(OnInconsistency::Refuse).unwrap();
-    mark_zero_pages(dump, &mut pages.map).unwrap();
+    mark_zero_pages(dump, &mut pages.map, &WorkOptions::new()).unwrap();
     assert!(pages.map.counts().get(PageClass::FreeBuddy) > 0);
     PrunePlan::new(&pages.map, &DropClasses::default(), pages.free_fill)
 }

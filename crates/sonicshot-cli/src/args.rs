@@ -40,11 +40,11 @@ pub(crate) struct Cli {
     pub command: Command,
 }
 
-/// What is told while a command works.
+/// Options for what is told while a command works.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Telling of the work")]
 pub(crate) struct TalkArgs {
-    /// How far the work is, on standard error
+    /// Show the progress of the work on standard error
     #[arg(
         long,
         value_name = "WHEN",
@@ -54,10 +54,10 @@ pub(crate) struct TalkArgs {
         hide_possible_values = true
     )]
     pub progress: ProgressMode,
-    /// Tell neither progress nor notes
+    /// Print neither progress nor notes
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
-    /// Tell each phase with its time; of a page server, each machine
+    /// Print each phase with its time; of `serve`, each virtual machine
     #[arg(short, long, global = true)]
     pub verbose: bool,
 }
@@ -80,32 +80,32 @@ pub(crate) enum Command {
     /// Take the free pages out of a dump; it stays a dump of the same format
     #[command(after_help = EXIT_CODES)]
     Prune(PruneArgs),
-    /// Let a memory file share the blocks of its guest's disk that hold the same, on xfs and btrfs:
-    /// for VMMs that read nothing but such files
+    /// Share disk blocks between a memory file and an image of its guest's disk where both hold the
+    /// same (xfs, btrfs): for VMMs that read plain memory files only
     #[command(after_help = EXIT_CODES)]
     Share(ShareArgs),
     /// Save a dump as a checkpoint: only the pages that the guest needs, compressed and checked
     #[command(after_help = EXIT_CODES)]
     Save(SaveArgs),
-    /// Make a dump of a checkpoint again
+    /// Restore a dump from a checkpoint
     #[command(after_help = EXIT_CODES)]
     Restore(RestoreArgs),
-    /// Check every byte of a checkpoint, and every kept page against the dump it came from
+    /// Check every byte of a checkpoint, and with --against its pages against the dump it came from
     #[command(after_help = EXIT_CODES)]
     Verify(VerifyArgs),
-    /// Put files into a checkpoint that there is, such as a working set; a new file is written
+    /// Add files, such as a working set, to a checkpoint; a new one is written
     #[command(after_help = EXIT_CODES)]
     Attach(AttachArgs),
-    /// Write a dump in another format, without looking for what may be left out
+    /// Convert a dump to another format, with all of its pages
     #[command(after_help = EXIT_CODES)]
     Convert(ConvertArgs),
-    /// Make small symbol files of kernels, for guests whose kernels tell little
+    /// Make small symbol files of kernels, for guests in whose memory no types are found
     #[command(subcommand)]
     Symbols(SymbolsCommand),
     /// Save and restore Xen domains, from dom0
     #[command(subcommand)]
     Xen(XenCommand),
-    /// Save and restore QEMU's guests, as they run
+    /// Save and restore running guests of QEMU
     #[command(subcommand)]
     Qemu(QemuCommand),
     /// Lets a guest run on whose saver died
@@ -118,8 +118,8 @@ pub(crate) enum Command {
     #[cfg(feature = "libvmi")]
     #[command(hide = true)]
     LibvmiWatchdog(LibvmiWatchdogArgs),
-    /// Serve the memory of virtual machines that run already, from a checkpoint or a pruned
-    /// snapshot, as they touch it
+    /// Serve memory to virtual machines page by page, as they touch it, from a checkpoint or a
+    /// pruned snapshot
     #[command(after_help = EXIT_CODES)]
     Serve(ServeArgs),
     /// Ends the virtual machines of a server that died
@@ -127,12 +127,12 @@ pub(crate) enum Command {
     ServeWatcher,
     /// Inspect and prune a small real guest that is in this program, and show what happened
     Demo(DemoArgs),
-    /// Write what a shell completes the command line by, or manual pages
+    /// Write a shell's completion script, or manual pages
     #[command(subcommand)]
     Generate(GenerateCommand),
 }
 
-/// How a dump is to be understood.
+/// Options for understanding a dump.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct InputArgs {
     /// A System.map, vmlinux or BTF file of the guest's kernel, or what `symbols make` makes of
@@ -140,14 +140,15 @@ pub(crate) struct InputArgs {
     /// Without it everything is found in the guest's own memory
     #[arg(long, value_name = "FILE|DIR")]
     pub symbols: Vec<PathBuf>,
-    /// Where a raw file's bytes lie: pc, q35, firecracker, firecracker-old, flat or
-    /// START-END,... Of a QEMU file with several blocks of memory, where each lies:
-    /// BLOCK=START-END,...;BLOCK=... Without it, found out by the guest's own memory map
+    /// Where the RAM in a raw file lies in the guest: pc, q35, firecracker, firecracker-old, flat
+    /// or START-END,... Of a QEMU file with several blocks of memory, where each lies:
+    /// BLOCK=START-END,...;BLOCK=... If not given, it is found by the guest's own memory map
     #[arg(long, value_name = "LAYOUT")]
     pub layout: Option<LayoutSpec>,
     /// The file's format, whatever it begins with: raw (also firecracker, cloud-hypervisor, vmware:
     /// their memory files), crosvm, elf, qemu (also mapped-ram, stream), qcow2, libvirt, kdump,
-    /// lime, avml, xen (also xl), xen-core, or sonic, a checkpoint. Without it, its beginning tells
+    /// lime, avml, xen (also xl), xen-core, or sonic, a checkpoint. If not given, it is told by the
+    /// file's beginning
     #[arg(long, value_name = "NAME")]
     pub format: Option<DumpFormat>,
     /// The memory that the dump is a diff to: a Firecracker diff snapshot is read over it
@@ -158,8 +159,8 @@ pub(crate) struct InputArgs {
     /// what is free where it is put (TMPDIR)
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub max_size: Option<u64>,
-    /// The CR3 of a processor that ran the guest's kernel (of one in a nested guest, its host's):
-    /// the kernel that owns the memory is told by it, instead of by what the file has of the
+    /// The CR3 register of a processor that ran the guest's kernel (of one in a nested guest, its
+    /// host's): the kernel with these page tables owns the memory, whatever the file has of the
     /// processors. Decimal, or hexadecimal with 0x
     #[arg(long, value_name = "N")]
     pub cr3: Option<Cr3>,
@@ -174,7 +175,7 @@ pub(crate) struct InputArgs {
 }
 
 impl InputArgs {
-    /// What is known of the dump beforehand.
+    /// The facts that are known of the dump beforehand.
     pub(crate) fn open(&self) -> OpenOptions {
         let mut options = OpenOptions::new();
         options.symbols.clone_from(&self.symbols);
@@ -187,7 +188,7 @@ impl InputArgs {
         options
     }
 
-    /// How its guest is looked at.
+    /// The options for looking at its guest.
     pub(crate) fn analyze(&self) -> AnalyzeOptions {
         AnalyzeOptions::new().on_inconsistency(self.on_inconsistency())
     }
@@ -222,7 +223,7 @@ pub(crate) struct LibvmiArgs {
     pub libvmi_profile: Option<PathBuf>,
 }
 
-/// What the second process is told.
+/// The arguments of the second process.
 #[cfg(feature = "libvmi")]
 #[derive(Debug, Args)]
 pub(crate) struct LibvmiWatchdogArgs {
@@ -315,9 +316,9 @@ pub(crate) struct PruneArgs {
     /// whatever interrupts it leaves a valid dump
     #[arg(long, conflicts_with = "output")]
     pub in_place: bool,
-    /// In place, leave what is shorter than this in the file: a hole costs time and an extent
-    /// however short it is. Bytes, or with K, M, G; 0 punches every page. By default 32K, or
-    /// less in a guest whose free memory is in pieces, so that 97 % of it goes
+    /// In place, punch no hole that is shorter than this: each costs time and an extent of the
+    /// file. Bytes, or with K, M, G; 0 punches every page. By default 32K, or less in a guest whose
+    /// free memory is in pieces, so that 97 % of it goes
     #[arg(long, value_name = "SIZE", value_parser = size, requires = "in_place", conflicts_with = "output")]
     pub min_hole: Option<u64>,
     /// In place, prune a file that another process has open for writing: a VMM whose guest is
@@ -404,7 +405,7 @@ pub(crate) struct ShareArgs {
     /// The shortest run of pages of 4 KiB that is shared: each is two more extents
     #[arg(long, value_name = "PAGES", default_value_t = ShareOptions::MIN_RUN)]
     pub min_run: NonZeroU64,
-    /// How many threads look for pages; by default as many as there are cores
+    /// Number of threads that look for pages; by default one for each core
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub threads: Option<NonZeroUsize>,
     /// Where each block of memory of a QEMU file with several lies:
@@ -440,13 +441,13 @@ pub(crate) struct SaveArgs {
     /// Where to write the checkpoint; `-` is standard output
     #[arg(short, long, value_name = "X.sonic")]
     pub output: PathBuf,
-    /// How page data is stored: zstd, zstd:LEVEL, lz4 or none (which can be mapped)
+    /// Compression of page data: zstd, zstd:LEVEL, lz4 or none (which can be mapped)
     #[arg(long, value_name = "HOW", default_value = "zstd")]
     pub compress: Compression,
     /// Page data in a chunk, in KiB: what a restore decompresses for one page
     #[arg(long, value_name = "KIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(4..=16384))]
     pub chunk: u32,
-    /// How many threads work; by default as many as there are cores
+    /// Number of threads; by default one for each core
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub threads: Option<NonZeroUsize>,
     /// The classes to leave out, by name
@@ -480,7 +481,7 @@ pub(crate) struct SaveArgs {
     /// tenths of its page cache
     #[arg(long, requires = "disk")]
     pub scan: bool,
-    /// The name of the VMM that ran the guest, to be noted
+    /// Name of the VMM that ran the guest, to be stored in the checkpoint
     #[arg(long, value_name = "NAME")]
     pub vmm: Option<String>,
     /// Print JSON
@@ -547,10 +548,11 @@ pub(crate) struct AttachArgs {
     /// Where to write the new one
     #[arg(short, long, value_name = "OUT.sonic")]
     pub output: PathBuf,
-    /// A blob to put in: `working-set=FILE` is what `serve --record` has written; may be repeated
+    /// A file to add, by its name in the checkpoint: `working-set=FILE` is what `serve --record`
+    /// has written; may be repeated
     #[arg(long, value_name = "NAME=FILE", required = true)]
     pub blob: Vec<String>,
-    /// Leave out what the checkpoint has by such a name
+    /// Replace files of the same names in the checkpoint
     #[arg(long)]
     pub replace: bool,
     /// Print JSON
@@ -561,7 +563,7 @@ pub(crate) struct AttachArgs {
     pub force: bool,
 }
 
-/// What a page server brings in before it is asked for.
+/// The pages that a page server brings in before they are asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum PrefetchKind {
     /// The working set (--set)
@@ -619,7 +621,7 @@ pub(crate) struct ServeArgs {
     /// set for the next time. Nothing is brought in beforehand then
     #[arg(long, value_name = "FILE", conflicts_with_all = ["set", "around"])]
     pub record: Option<PathBuf>,
-    /// How long after the first page is asked for it is noted what is
+    /// Time after the first page fault in which pages are noted
     #[arg(
         long,
         value_name = "SECONDS",
@@ -627,16 +629,16 @@ pub(crate) struct ServeArgs {
         requires = "record"
     )]
     pub record_for: u64,
-    /// The most that a working set may have; of a larger one the longest ranges stay
+    /// Largest size of a working set; of a larger one the longest ranges stay
     #[arg(long, value_name = "SIZE", value_parser = size, requires = "record")]
     pub record_max: Option<u64>,
-    /// How much around a page comes in with it: fewer faults, and more memory for each clone
+    /// Bytes around a page that come in with it: fewer faults, and more memory for each clone
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "0")]
     pub around: u64,
-    /// How many virtual machines are served at once; more wait
+    /// Number of virtual machines that are served at once; more wait
     #[arg(long, value_name = "N", default_value = "1024")]
     pub max_vms: NonZeroUsize,
-    /// Take no more when so many have begun, and end when all have ended; connections that were
+    /// Serve so many virtual machines, and end when all of them have ended; connections that were
     /// refused do not count
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub vms: Option<NonZeroUsize>,
@@ -645,7 +647,7 @@ pub(crate) struct ServeArgs {
     /// for this user alone
     #[arg(long, value_name = "PATH", conflicts_with = "cloud_hypervisor")]
     pub keep_fds: Option<PathBuf>,
-    /// How long the next server is waited for before the virtual machines are ended
+    /// Time to wait for the next server before the virtual machines are ended
     #[arg(
         long,
         value_name = "SECONDS",
@@ -679,7 +681,7 @@ fn owner(text: &str) -> Result<(u32, Option<u32>), String> {
     })
 }
 
-/// What a checkpoint can be made into.
+/// The formats that a checkpoint can be restored to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DumpKind {
     /// Raw guest RAM
@@ -700,7 +702,7 @@ impl From<DumpKind> for RestoreTo {
     }
 }
 
-/// What a dump can be converted to.
+/// The formats that a dump can be converted to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ConvertTo {
     /// Raw guest RAM
@@ -724,7 +726,7 @@ pub(crate) fn classes(drop: &[ClassSet]) -> ClassSet {
     drop.iter().copied().fold(ClassSet::EMPTY, ClassSet::union)
 }
 
-/// How the pages of a kdump are compressed, each by itself.
+/// The compression of the pages of a kdump, each by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum KdumpPacking {
     /// Not at all
@@ -757,10 +759,10 @@ pub(crate) struct ConvertArgs {
     /// Where to write the new dump
     #[arg(short, long, value_name = "OUT")]
     pub output: PathBuf,
-    /// The form of the output
+    /// The output's format
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub to: ConvertTo,
-    /// How a kdump's pages are compressed
+    /// Compression of a kdump's pages
     #[arg(long, value_enum, value_name = "HOW")]
     pub compress: Option<KdumpPacking>,
     /// A Xen save image of the same guest, of the same moment: what is in it beside the memory goes
@@ -786,12 +788,12 @@ pub(crate) struct RestoreArgs {
     /// Where to write the dump
     #[arg(short, long, value_name = "OUT")]
     pub output: PathBuf,
-    /// The form of the dump
+    /// The dump's format
     #[arg(long, value_enum, default_value = "raw")]
     pub to: DumpKind,
     #[command(flatten)]
     pub disks: DiskArgs,
-    /// How many threads work; by default as many as there are cores
+    /// Number of threads; by default one for each core
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub threads: Option<NonZeroUsize>,
     /// Write a blob of the checkpoint to a file too; may be repeated
@@ -831,8 +833,8 @@ pub(crate) struct VerifyArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum SymbolsCommand {
-    /// Take what is needed of a vmlinux: some kilobytes, by which its guests are told by their
-    /// build ID. --symbols takes the file, or a folder of such
+    /// Extract what is needed from a vmlinux: a file of some kilobytes, which is matched with
+    /// guests by their build ID. --symbols takes the file, or a folder of such
     #[command(after_help = EXIT_CODES)]
     Make(SymbolsMakeArgs),
 }
@@ -865,7 +867,7 @@ pub(crate) enum XenCommand {
     Restore(XenRestoreArgs),
 }
 
-/// How an image is compressed.
+/// The compression of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Packing {
     /// Zstandard
@@ -897,7 +899,7 @@ pub(crate) struct XenSaveArgs {
     /// Without it everything is found in the guest's own memory
     #[arg(long, value_name = "FILE|DIR")]
     pub symbols: Vec<PathBuf>,
-    /// How to compress the image. If not given, LZ4 where that is measured to cost no time on
+    /// Compression of the image. If not given, LZ4 where that is measured to cost no time on
     /// FILE's disk, else not at all; which of them is said. `sonicshot xen restore` takes all of them,
     /// `xl restore` what was saved with `none`
     #[arg(long, value_enum, value_name = "HOW")]
@@ -944,7 +946,7 @@ pub(crate) struct DemoArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum GenerateCommand {
-    /// What a shell completes the command line by, to standard output
+    /// Write the completion script of a shell to standard output
     Completions(CompletionsArgs),
     /// The manual page, to standard output, or a page for each command
     Man(ManArgs),
@@ -966,11 +968,12 @@ pub(crate) struct ManArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum QemuCommand {
-    /// Save a guest that runs, in a pause that follows what it uses: its memory without the free
-    /// pages, and the state of its devices, as a checkpoint. Its disks are not in it
+    /// Save a running guest as a checkpoint: it is paused while the memory that it uses is copied.
+    /// The checkpoint has its memory without free pages and the state of its devices, but not its
+    /// disks
     #[command(after_help = EXIT_CODES)]
     Save(QemuSaveArgs),
-    /// Start a QEMU that runs a saved guest on, and wait until it ends
+    /// Start a QEMU that continues a saved guest, and wait until it ends
     #[command(after_help = EXIT_CODES)]
     Restore(QemuRestoreArgs),
 }
@@ -998,12 +1001,12 @@ pub(crate) struct QemuSaveArgs {
     /// The guest's state afterwards; one that was found paused stays so
     #[arg(long, value_name = "WHAT", default_value = "resume")]
     pub then: AfterSaveKind,
-    /// How many seconds the guest may be paused: if that is not enough it runs on, and nothing is
+    /// Longest pause of the guest in seconds: if that is not enough it runs on, and nothing is
     /// saved
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub max_pause: std::time::Duration,
-    /// Refuse a guest the copy of whose memory takes more than this; what the machine, or the limit
-    /// of a cgroup, leaves is never taken. A guest that is found paused is not copied first
+    /// Refuse a guest if the copy of its memory takes more than this; more than the machine, or the
+    /// limit of a cgroup, has left is never taken. A guest that is found paused is not copied first
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub copy_limit: Option<u64>,
     /// QEMU's process, if another one has opened the monitor's socket (as libvirt does)
@@ -1013,10 +1016,10 @@ pub(crate) struct QemuSaveArgs {
     /// them; may be repeated. Without it everything is found in the guest's own memory
     #[arg(long, value_name = "FILE|DIR")]
     pub symbols: Vec<PathBuf>,
-    /// How page data is stored: zstd, zstd:LEVEL, lz4 or none
+    /// Compression of page data: zstd, zstd:LEVEL, lz4 or none
     #[arg(long, value_name = "HOW", default_value = "zstd")]
     pub compress: Compression,
-    /// How many threads work; by default as many as there are cores
+    /// Number of threads; by default one for each core
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub threads: Option<NonZeroUsize>,
     /// A disk of the guest's by QEMU's name of it (`query-block`), and a file that becomes its overlay;
@@ -1055,8 +1058,8 @@ pub(crate) struct QemuRestoreArgs {
     /// Print JSON, as soon as the guest is there
     #[arg(long)]
     pub json: bool,
-    /// QEMU, and the command line that the guest was started with. What makes it wait for a guest
-    /// is added. With -S the guest stays paused
+    /// QEMU, and the command line that the guest was started with; the options by which it waits
+    /// for the saved guest are added. With -S the guest stays paused
     #[arg(last = true, required = true, value_name = "QEMU")]
     pub qemu: Vec<std::ffi::OsString>,
 }

@@ -5,7 +5,6 @@ use crate::error::CliError;
 use crate::inputs::Input;
 use crate::json::{ConvertReport, OfConvert, Version, line, path, word};
 use crate::output::overwrite;
-use crate::progress::Phase;
 use crate::report::{layout_arg, lines, mib, say, size, tell_notes};
 use sonicshot_dump::DumpError;
 use sonicshot_offline::{Converted, Target, Template, WriteOptions};
@@ -59,8 +58,10 @@ fn target(args: &ConvertArgs) -> Result<Target, CliError> {
 }
 
 fn convert(args: &ConvertArgs, target: &Target) -> Result<Converted, CliError> {
-    let snapshot = Input::find(&args.file, &args.input, args.json)?.snapshot;
-    let phase = Phase::begin("converting", args.json);
+    let Input {
+        snapshot, phases, ..
+    } = Input::find(&args.file, &args.input, args.json)?;
+    let phase = phases.run("converting");
     let options = WriteOptions::new()
         .overwrite(overwrite(args.force))
         .progress(phase.shown());

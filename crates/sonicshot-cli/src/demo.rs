@@ -5,7 +5,7 @@ use crate::error::CliError;
 use crate::inspect::print_report;
 use crate::output::io;
 use crate::report::{count, say, size};
-use sonicshot::{ClassSet, PageClass, PageMap, Pfn, Tally};
+use sonicshot::{ClassSet, PageClass, PageMap, Pfn, Tally, WorkOptions};
 use sonicshot_offline::{AnalyzeOptions, OpenOptions, PruneOptions, Snapshot};
 use sonicshot_vmi::count_zero_pages;
 use std::fs::{self, File};
@@ -38,7 +38,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
     say!("\n$ sonicshot inspect guest.raw");
     let snapshot = Snapshot::open(&dump, &OpenOptions::new())?;
     let analyzed = snapshot.analyze(&AnalyzeOptions::new())?;
-    let zero_pages = count_zero_pages(analyzed.dump(), analyzed.pages())?;
+    let zero_pages = count_zero_pages(analyzed.dump(), analyzed.pages(), &WorkOptions::new())?;
     print_report(
         &analyzed,
         zero_pages,

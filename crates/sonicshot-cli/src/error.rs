@@ -29,7 +29,7 @@ pub(crate) enum CliError {
     Offline(#[from] OfflineError),
     #[error("{what}")]
     Usage { what: String },
-    /// What says itself which file it is about.
+    /// An error that names its file itself.
     #[error(transparent)]
     Symbols(#[from] SymbolError),
     #[error("the live domain")]
@@ -41,7 +41,7 @@ pub(crate) enum CliError {
     #[cfg(feature = "libvmi")]
     #[error(transparent)]
     LibVmi(#[from] LibVmiError),
-    /// What says itself what it is about.
+    /// An error that says itself what it is about.
     #[error(transparent)]
     AboutDomain(LiveError),
     #[error("{action} {}", path.display())]
@@ -189,7 +189,7 @@ impl CliError {
         ExitCode::from(self.code())
     }
 
-    /// What the user may do about it.
+    /// Advice on what the user may do.
     fn hint(&self) -> Option<Cow<'static, str>> {
         if let Self::Offline(OfflineError::Dump(DumpError::NotRead { instead, .. })) = self {
             let hint = format!("{instead}. If it is raw memory that only looks so: --format raw");

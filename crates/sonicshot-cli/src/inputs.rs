@@ -2,9 +2,9 @@
 
 use crate::args::InputArgs;
 use crate::error::CliError;
-use crate::progress::Phase;
+use crate::progress::Phases;
 use crate::report::{count, note, say};
-use sonicshot::FileId;
+use sonicshot::{FileId, to_u64};
 use sonicshot_offline::{
     AnalyzeOptions, Analyzed, CheckpointFile, OfflineError, OpenOptions, Snapshot,
 };
@@ -19,15 +19,24 @@ use std::path::{Path, PathBuf};
 pub(crate) struct Input {
     pub path: PathBuf,
     pub snapshot: Snapshot,
+    /// The phases that are shown of what is done with it.
+    pub phases: Phases,
 }
 
 /// Stands for standard input, and for standard output.
 pub(crate) const PIPE: &str = "-";
 
 /// Opens the checkpoint at `path`, or takes it from standard input, `max_size` bytes at most.
-pub(crate) fn checkpoint(path: &Path, max_size: Option<u64>) -> Result<CheckpointFile, CliError> {
+pub(crate) fn checkpoint(
+    path: &Path,
+    max_size: Option<u64>,
+    phases: &Phases,
+) -> Result<CheckpointFile, CliError> {
     Ok(if path == Path::new(PIPE) {
-        CheckpointFile::from_reader("standard input", io::stdin().lock(), max_size)?
+        let _phase = phases.run("taking in");
+        let mut options = OpenOptions::new().progress(phases.shown());
+        options.max_size = max_size;
+        CheckpointFile::from_reader("standard input", io::stdin().lock(), &options)?
     } else {
         CheckpointFile::open(path)?
     })
@@ -35,8 +44,9 @@ pub(crate) fn checkpoint(path: &Path, max_size: Option<u64>) -> Result<Checkpoin
 
 impl Input {
     pub(crate) fn find(path: &Path, how: &InputArgs, json: bool) -> Result<Self, CliError> {
-        let _phase = Phase::begin("reading", json);
-        let options = how.open();
+        let phases = Phases::new(json);
+        let _phase = phases.run("opening");
+        let options = how.open().progress(phases.shown());
         let snapshot = if path == Path::new(PIPE) {
             take_in(&options)?
         } else {
@@ -45,16 +55,13 @@ impl Input {
         Ok(Self {
             path: path.into(),
             snapshot,
+            phases,
         })
     }
 
     /// Looks for its kernel and its free pages.
-    pub(crate) fn analyze(
-        &self,
-        how: &AnalyzeOptions,
-        json: bool,
-    ) -> Result<Analyzed, OfflineError> {
-        let _phase = Phase::begin("looking for the kernel and its pages", json);
+    pub(crate) fn analyze(&self, how: &AnalyzeOptions) -> Result<Analyzed, OfflineError> {
+        let _phase = self.phases.run("opening");
         self.snapshot.analyze(how)
     }
 
@@ -173,13 +180,13 @@ impl Inputs {
         if several && !json {
             let given = match self.repeated {
                 0 => String::new(),
-                repeated => format!(", {} given again", count(repeated as u64)),
+                repeated => format!(", {} given again", count(to_u64(repeated))),
             };
             say!("");
             say!(
                 "{} done, {} failed{given}; {}",
-                count(tally.done as u64),
-                count(tally.failed as u64),
+                count(to_u64(tally.done)),
+                count(to_u64(tally.failed)),
                 sum()
             );
         }

@@ -10,7 +10,6 @@ use crate::error::CliError;
 use crate::inputs::{Input, Inputs, PIPE};
 use crate::json::line;
 use crate::output::{io, overwrite};
-use crate::progress::Phase;
 use crate::report::{bytes_of, percent, say, say_to_stderr, size};
 use guest::json_report;
 pub(crate) use guest::print_report;
@@ -19,10 +18,13 @@ pub(crate) use guest::{
     classes_json, print_classes, print_zones, processors_json, processors_line, zone_json,
 };
 use map::Drawing;
-use sonicshot::{ClassSet, FileId, PageMap, Tally};
+#[cfg(feature = "libvmi")]
+pub(crate) use page::zone_json as free_zone_json;
+pub(crate) use page::{Explained, explain};
+use sonicshot::{ClassSet, FileId, PageMap, Tally, WorkOptions};
 use sonicshot_dump::NewFile;
 use sonicshot_offline::Analyzed;
-use sonicshot_vmi::count_zero_pages;
+use sonicshot_vmi::{ZoneFree, count_zero_pages};
 use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -79,9 +81,10 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
             check_replaceable(path, memory, args.force)?;
         }
     }
-    let analyzed = input.analyze(&args.input.analyze(), args.json)?;
-    let phase = Phase::begin("looking for zero pages", args.json);
-    let zero_pages = count_zero_pages(analyzed.dump(), analyzed.pages())?;
+    let analyzed = input.analyze(&args.input.analyze())?;
+    let phase = input.phases.run("finding zero pages");
+    let work = WorkOptions::new().progress(phase.shown());
+    let zero_pages = count_zero_pages(analyzed.dump(), analyzed.pages(), &work)?;
     drop(phase);
     let savings = analyzed.savings(ClassSet::DEFAULT_DROP)?;
     analyzed.dump().check_unchanged()?;
@@ -98,10 +101,13 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
             })
         })?;
     }
-    let facts = match args.explain {
-        Some(pfn) => Some(page::explain(input, &analyzed, pfn)?),
-        None => None,
+    let of_frame = |pfn| {
+        let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
+        explain(analyzed.pages(), &plan, pfn, |pfn| {
+            Ok(input.snapshot.page_facts(&analyzed, pfn)?)
+        })
     };
+    let facts = args.explain.map(of_frame).transpose()?;
     let lists = match args.free_lists {
         Some(most) => Some(input.snapshot.free_lists(&analyzed, most)?),
         None => None,
@@ -112,12 +118,7 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
         report.free_lists = lists.map(|zones| zones.iter().map(page::zone_json).collect());
         say!("{}", line(&report));
     } else if facts.is_some() || lists.is_some() {
-        if let Some(facts) = facts {
-            facts.print();
-        }
-        for zone in lists.iter().flatten() {
-            page::print_zone(zone);
-        }
+        print_records(facts.as_ref(), lists.as_deref());
     } else {
         if let Some(vmm) = input.snapshot.vmm() {
             say!("snapshot  {}, memory in {}", vmm.name(), memory.display());
@@ -134,6 +135,16 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
     let total = bytes_of(analyzed.counts().total(), page_size);
     let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
     Ok((plan.dropped_bytes(), total))
+}
+
+/// Shows what was asked of the kernel's records.
+pub(crate) fn print_records(facts: Option<&Explained>, lists: Option<&[ZoneFree]>) {
+    if let Some(facts) = facts {
+        facts.print();
+    }
+    for zone in lists.into_iter().flatten() {
+        page::print_zone(zone);
+    }
 }
 
 /// Has a dump drawn as it is, and as a prune leaves it.

@@ -11,13 +11,16 @@ pub(crate) use save::save;
 use crate::args::{InputArgs, LibvmiArgs, LibvmiWatchdogArgs};
 use crate::error::CliError;
 use crate::json::LibVmiVersion;
+use crate::progress::Phase;
 use crate::report::complain;
 use sonicshot::{ClassSet, GuestMemory, MemoryError, Processors, PrunePlan, RamLayout};
 use sonicshot_libvmi::{
     Domain, LibVmi, LibVmiError, LibVmiGuest, LibVmiSymbols, PausedGuest, watch as watch_guest,
 };
 use sonicshot_offline::{LayoutSpec, OfflineError, check_droppable, check_unused};
-use sonicshot_vmi::{Analysis, AnalysisOptions, GuestOptions, analyze};
+use sonicshot_vmi::{
+    Analysis, AnalysisOptions, GuestOptions, GuestOs, VmiError, analyze, open_guest,
+};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -87,6 +90,8 @@ struct Look {
     guest: PausedGuest,
     since: Instant,
     analysis: Analysis,
+    /// The options that the guest was looked for with.
+    known: GuestOptions,
 }
 
 impl Look {
@@ -96,12 +101,14 @@ impl Look {
         domain: Domain,
         input: &InputArgs,
         zero_pages: bool,
+        json: bool,
     ) -> Result<Self, CliError> {
         let library = args.library()?;
         let guest = LibVmiGuest::open(&library, &domain, layout(input)?)?;
         let watchdog = args.watchdog(&domain)?;
         let since = Instant::now();
         let paused = guest.pause(Some(watchdog))?;
+        let phase = Phase::begin("opening", json);
         let mut known = GuestOptions::new();
         for path in &input.symbols {
             known = known.symbols(path);
@@ -113,10 +120,12 @@ impl Look {
             known = known.at_most(most);
         }
         let symbols = LibVmiSymbols::new(&guest, args.libvmi_profile.clone());
+        let known = known.fallback(Arc::new(symbols));
         let options = AnalysisOptions::new()
-            .guest(known.fallback(Arc::new(symbols)))
+            .guest(known.clone())
             .on_inconsistency(input.on_inconsistency())
-            .zero_pages(zero_pages);
+            .zero_pages(zero_pages)
+            .progress(phase.shown());
         if let (Processors::NotTold(why), None) = (paused.processors(), input.cr3) {
             let what = format!(
                 "whether the kernel of {domain} owns its memory is not known, for {why}: give --cr3"
@@ -130,12 +139,27 @@ impl Look {
                 OfflineError::Guest { path, source }.into()
             })
         })?;
+        drop(phase);
         Ok(Self {
             library,
             domain,
             guest: paused,
             since,
             analysis,
+            known,
+        })
+    }
+
+    /// The guest's own records, while it is paused.
+    fn records<T>(
+        &self,
+        look: impl FnOnce(&dyn GuestOs) -> Result<T, VmiError>,
+    ) -> Result<T, CliError> {
+        let guest = open_guest(&self.guest, &self.known);
+        let looked = guest.and_then(|guest| look(&*guest));
+        looked.map_err(|source| {
+            let path = self.domain.to_string().into();
+            OfflineError::Guest { path, source }.into()
         })
     }
 
@@ -161,7 +185,7 @@ fn is_gone(guest: &PausedGuest) -> Option<CliError> {
     }
 }
 
-/// How the guest is read, for people.
+/// The way in which the guest is read, for people.
 fn format(domain: &Domain) -> String {
     format!("LibVMI ({})", domain.driver())
 }

@@ -79,7 +79,7 @@ fn main() -> ExitCode {
 }
 
 impl Command {
-    /// What the command works on, if that is one file.
+    /// The file that the command works on, if that is one.
     fn input(&self) -> Option<&Path> {
         match self {
             Self::Inspect(args) => one(&args.files),

@@ -5,7 +5,7 @@ use sonicshot_dump::Overwrite;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What `--force` means.
+/// The meaning of `--force`.
 pub(crate) fn overwrite(force: bool) -> Overwrite {
     if force {
         Overwrite::Replace
@@ -14,7 +14,7 @@ pub(crate) fn overwrite(force: bool) -> Overwrite {
     }
 }
 
-/// What the operating system refused while `action` was done.
+/// The operating system's error while `action` was done.
 pub(crate) fn io(action: &'static str, path: &Path) -> impl Fn(io::Error) -> CliError {
     move |source| CliError::Io {
         action,

@@ -5,11 +5,11 @@ use crate::json::{OfProgress, ProgressReport, Version, line};
 use crate::report::{complain, size};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use sonicshot::Progress;
+use sonicshot::{Progress, WorkPhase};
 use std::io::{self, IsTerminal};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,7 @@ pub(crate) enum ProgressMode {
     Json,
 }
 
-/// What is told while the command works.
+/// Options for what is told while the command works.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Talk {
     pub mode: ProgressMode,
@@ -40,12 +40,18 @@ pub(crate) struct Talk {
 
 static TALK: OnceLock<Talk> = OnceLock::new();
 
-/// How often a line is written where there is no terminal.
+/// The interval of lines where there is no terminal.
 const LINE: Duration = Duration::from_secs(5);
-/// How often a program is told.
+/// The interval of lines of JSON.
 const JSON: Duration = Duration::from_secs(1);
-/// How often a bar that knows of no amount moves.
+/// The interval at which a bar without an amount moves.
 const TICK: Duration = Duration::from_millis(100);
+
+/// When the last line was written, or the first phase began.
+fn last_line() -> MutexGuard<'static, Option<Instant>> {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    LAST.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Set once, before the work.
 pub(crate) fn set(talk: Talk) {
@@ -53,12 +59,12 @@ pub(crate) fn set(talk: Talk) {
     let _ = TALK.set(talk);
 }
 
-/// What was set.
+/// The options that were set.
 pub(crate) fn talk() -> Talk {
     TALK.get().copied().unwrap_or_default()
 }
 
-/// What a phase shows.
+/// The form in which a phase is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Show {
     Bar,
@@ -96,6 +102,12 @@ impl State {
         (total > 0).then_some((done, total))
     }
 
+    /// Bytes done of nobody knows how many, if any.
+    fn of_unknown(&self) -> Option<u64> {
+        let done = self.done.load(Ordering::Relaxed);
+        (done > 0).then_some(done)
+    }
+
     fn line(&self) -> String {
         let seconds = self.started.elapsed().as_secs();
         match self.amount() {
@@ -104,7 +116,10 @@ impl State {
                 let (percent, done, total) = (percent(done, total), size(done), size(total));
                 format!("{}: {percent} %, {done} of {total}{left}", self.phase)
             }
-            None => format!("{}: {seconds} s", self.phase),
+            None => match self.of_unknown() {
+                None => format!("{}: {seconds} s", self.phase),
+                Some(done) => format!("{}: {}, {seconds} s", self.phase, size(done)),
+            },
         }
     }
 
@@ -114,7 +129,7 @@ impl State {
             version: Version::default(),
             kind: OfProgress::default(),
             phase: self.phase.to_string(),
-            done: amount.map(|(done, _)| done),
+            done: amount.map(|(done, _)| done).or(self.of_unknown()),
             total: amount.map(|(_, total)| total),
             seconds: self.started.elapsed().as_secs_f64(),
             finished,
@@ -138,9 +153,128 @@ fn left(done: u64, total: u64, gone: Duration) -> String {
     }
 }
 
-/// A phase of the work, from where it is made to where it is dropped.
+/// The phases of a command's work, of which one is shown at a time.
+#[derive(Debug, Clone)]
+pub(crate) struct Phases(Arc<Shown>);
+
+#[derive(Debug)]
+struct Shown {
+    json: bool,
+    /// The phase that is shown, while a [`Phase`] lives.
+    now: Mutex<Option<Running>>,
+}
+
+impl Phases {
+    /// Those of a command that prints JSON or does not.
+    pub(crate) fn new(json: bool) -> Self {
+        let now = Mutex::new(None);
+        Self(Arc::new(Shown { json, now }))
+    }
+
+    /// Begins a phase.
+    pub(crate) fn run(&self, name: &'static str) -> Phase {
+        self.0.begin(name);
+        Phase {
+            phases: self.clone(),
+            name,
+        }
+    }
+
+    /// Told of the bytes of the phases that it is told of, while a phase of a command runs.
+    pub(crate) fn shown(&self) -> Arc<dyn Progress> {
+        self.of("opening")
+    }
+
+    /// The same; until it is told of another phase it is this one.
+    fn of(&self, name: &'static str) -> Arc<dyn Progress> {
+        Arc::new(Teller {
+            shown: Arc::clone(&self.0),
+            phase: Mutex::new(name),
+        })
+    }
+}
+
+impl Shown {
+    fn now(&self) -> MutexGuard<'_, Option<Running>> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&self, name: &'static str) {
+        let mut now = self.now();
+        // What was begun is told of as the phase that it is.
+        if now.as_ref().is_some_and(|now| now.is_fresh(name)) {
+            return;
+        }
+        // Its last line comes first.
+        drop(now.take());
+        *now = Some(Running::begin(name, self.json));
+    }
+}
+
+/// Whoever tells of phases.
+struct Teller {
+    shown: Arc<Shown>,
+    /// The phase that it tells of.
+    phase: Mutex<&'static str>,
+}
+
+impl Teller {
+    fn phase(&self) -> MutexGuard<'_, &'static str> {
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Progress for Teller {
+    fn tell(&self, done: u64, total: u64) {
+        let phase = *self.phase();
+        let is_other = |now: &Running| now.state.phase != phase;
+        let begins = self.shown.now().as_ref().is_some_and(is_other);
+        if begins {
+            self.shown.begin(phase);
+        }
+        if let Some(now) = &*self.shown.now() {
+            now.tell(done, total);
+        }
+    }
+
+    fn begin(&self, phase: WorkPhase) {
+        *self.phase() = phase.name();
+        let is_running = self.shown.now().is_some();
+        if is_running {
+            self.shown.begin(phase.name());
+        }
+    }
+}
+
+/// A phase of the work, from where it is begun to where it is dropped; what it is told of may be
+/// phases of its own.
 #[derive(Debug)]
 pub(crate) struct Phase {
+    phases: Phases,
+    name: &'static str,
+}
+
+impl Phase {
+    /// Begins a phase of a command that prints JSON or does not.
+    pub(crate) fn begin(name: &'static str, json: bool) -> Self {
+        Phases::new(json).run(name)
+    }
+
+    /// Told of the bytes that are done, and of all of them.
+    pub(crate) fn shown(&self) -> Arc<dyn Progress> {
+        self.phases.of(self.name)
+    }
+}
+
+impl Drop for Phase {
+    fn drop(&mut self) {
+        drop(self.phases.0.now().take());
+    }
+}
+
+/// A phase that is shown.
+#[derive(Debug)]
+struct Running {
     state: Arc<State>,
     show: Show,
     bar: ProgressBar,
@@ -148,9 +282,8 @@ pub(crate) struct Phase {
     teller: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
-impl Phase {
-    /// Begins a phase of a command that prints JSON or does not.
-    pub(crate) fn begin(phase: &'static str, json: bool) -> Self {
+impl Running {
+    fn begin(phase: &'static str, json: bool) -> Self {
         let state = Arc::new(State {
             phase,
             started: Instant::now(),
@@ -170,25 +303,26 @@ impl Phase {
         }
     }
 
-    /// Told of the bytes that are done, and of all of them.
-    pub(crate) fn shown(&self) -> Arc<dyn Progress> {
-        let (state, bar) = (Arc::clone(&self.state), self.bar.clone());
-        let on_bar = self.show == Show::Bar;
-        Arc::new(move |done, total| {
-            state.done.store(done, Ordering::Relaxed);
-            state.total.store(total, Ordering::Relaxed);
-            if on_bar {
-                if bar.length() != Some(total) {
-                    bar.set_length(total);
-                    bar.set_style(with_amount(columns()));
-                }
-                bar.set_position(done);
+    /// Whether it is of this name, and nothing was told of it yet.
+    fn is_fresh(&self, name: &str) -> bool {
+        self.state.phase == name && self.state.amount().is_none()
+    }
+
+    fn tell(&self, done: u64, total: u64) {
+        let (state, bar) = (&self.state, &self.bar);
+        state.done.store(done, Ordering::Relaxed);
+        state.total.store(total, Ordering::Relaxed);
+        if self.show == Show::Bar {
+            if total > 0 && bar.length() != Some(total) {
+                bar.set_length(total);
+                bar.set_style(with_amount(columns()));
             }
-        })
+            bar.set_position(done);
+        }
     }
 }
 
-impl Drop for Phase {
+impl Drop for Running {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
         if let Some((stop, thread)) = self.teller.take() {
@@ -214,14 +348,22 @@ fn teller(show: Show, state: &Arc<State>) -> Option<(Sender<()>, JoinHandle<()>)
     let state = Arc::clone(state);
     let at_once = show == Show::Json || talk().mode == ProgressMode::Always;
     let work = move || {
-        let tell = |finished| match show {
-            Show::Json => complain!("{}", state.json(finished)),
-            _ => complain!("{}", state.line()),
+        let tell = |finished| {
+            match show {
+                Show::Json => complain!("{}", state.json(finished)),
+                _ => complain!("{}", state.line()),
+            }
+            *last_line() = Some(Instant::now());
         };
         if at_once {
             tell(false);
         }
-        while stopped.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
+        // Phases that are all short make lines too.
+        let left = || {
+            let began = *last_line().get_or_insert_with(Instant::now);
+            every.checked_sub(began.elapsed()).unwrap_or(Duration::ZERO)
+        };
+        while stopped.recv_timeout(left()) == Err(RecvTimeoutError::Timeout) {
             tell(false);
         }
         if at_once {
@@ -236,7 +378,7 @@ fn teller(show: Show, state: &Arc<State>) -> Option<(Sender<()>, JoinHandle<()>)
 /// A bar that only moves, until it is told how much there is.
 fn bar(phase: &'static str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    let style = ProgressStyle::with_template("{msg} {spinner} {elapsed}");
+    let style = ProgressStyle::with_template("{msg} {spinner} {elapsed} {bytes}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
     bar.set_message(phase);
     bar.enable_steady_tick(TICK);
@@ -328,7 +470,9 @@ mod tests {
             state(1 << 20, 4 << 20).line(),
             "pruning: 25 %, 1.0 MiB of 4.0 MiB"
         );
+        assert_eq!(state(1 << 20, 0).line(), "pruning: 1.0 MiB, 0 s");
         assert!(state(1, 4).json(false).contains("\"done\":1,"));
+        assert!(state(1, 0).json(false).contains("\"done\":1,"));
         assert_eq!(left(1, 4, Duration::from_secs(2)), ", 6 s left");
         assert_eq!(left(0, 4, Duration::from_secs(2)), "");
         assert_eq!(percent(u64::MAX, u64::MAX), 100);

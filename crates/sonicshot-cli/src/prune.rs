@@ -191,7 +191,7 @@ impl Sum {
     }
 }
 
-/// What is to be done with one input.
+/// The work for one input.
 struct Job<'a> {
     args: &'a PruneArgs,
     drop: ClassSet,
@@ -205,7 +205,7 @@ impl Job<'_> {
         let args = self.args;
         let started = Instant::now();
         self.check(input)?;
-        let analyzed = match input.analyze(&args.input.analyze(), args.json) {
+        let analyzed = match input.analyze(&args.input.analyze()) {
             // Pages of zeroes need no kernel.
             Err(error) if error.is_of_the_kernel() && self.drops_zeroes_alone() => {
                 input.snapshot.zero_pages()?

@@ -13,7 +13,7 @@ pub(crate) fn bytes_of(pages: u64, page_size: u64) -> u64 {
     Tally::new(pages).times(page_size).get()
 }
 
-/// What went wrong with standard output first.
+/// The first error of standard output.
 static OUTPUT_ERROR: OnceLock<io::Error> = OnceLock::new();
 
 /// Prints a line to standard output, as `println!` does, but without a panic if it fails.
@@ -82,7 +82,7 @@ pub(crate) fn print_line(line: fmt::Arguments<'_>) {
     }
 }
 
-/// What went wrong with standard output, unless its reader just wanted no more (`| head`).
+/// The error of standard output, unless its reader just wanted no more (`| head`).
 pub(crate) fn output_error() -> Option<io::Error> {
     let error = OUTPUT_ERROR.get()?;
     if error.kind() == io::ErrorKind::BrokenPipe {

@@ -5,7 +5,7 @@ use crate::error::CliError;
 use crate::inputs::checkpoint;
 use crate::json::{OfRestore, OfVerify, RestoreReport, VerifyReport, Version, line, path};
 use crate::output::{named_files, overwrite};
-use crate::progress::Phase;
+use crate::progress::Phases;
 use crate::report::{count, layout_arg, lines, mib, say, size, tell_notes};
 use sonicshot::WorkOptions;
 use sonicshot_offline::{CheckpointFile, OpenOptions, RestoreOptions};
@@ -23,8 +23,10 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
     options.threads = args.threads;
     let blobs = named_files(&args.blob)?.into_iter();
     options.blobs = blobs.map(|(name, path)| (name.to_owned(), path)).collect();
-    let checkpoint = with_disks(checkpoint(&args.file, args.max_size)?, &args.disks)?;
-    let phase = Phase::begin("restoring", args.json);
+    let phases = Phases::new(args.json);
+    let checkpoint = checkpoint(&args.file, args.max_size, &phases)?;
+    let checkpoint = with_disks(checkpoint, &args.disks)?;
+    let phase = phases.run("restoring");
     options.progress = Some(phase.shown());
     let restored = checkpoint.restore(&args.output, &options)?;
     drop(phase);
@@ -70,8 +72,10 @@ fn with_disks(checkpoint: CheckpointFile, args: &DiskArgs) -> Result<CheckpointF
 
 pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
     let started = Instant::now();
-    let checkpoint = with_disks(checkpoint(&args.file, args.max_size)?, &args.disks)?;
-    let phase = Phase::begin("checking", args.json);
+    let phases = Phases::new(args.json);
+    let checkpoint = checkpoint(&args.file, args.max_size, &phases)?;
+    let checkpoint = with_disks(checkpoint, &args.disks)?;
+    let phase = phases.run("checking");
     let work = WorkOptions::new().progress(phase.shown());
     checkpoint.verify(&work)?;
     let on_disks = match args.disks.disk.is_empty() {

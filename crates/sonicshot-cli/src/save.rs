@@ -55,7 +55,7 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
         // What is zero is found as it is written.
         let analyze = args.input.analyze().zero_pages(false);
         let analyze = analyze.file_places(!args.disk.is_empty());
-        let analyzed = input.analyze(&analyze, args.json)?;
+        let analyzed = input.analyze(&analyze)?;
         let plan = match args.for_analysis {
             true => analyzed.plan_for_analysis(drop)?,
             false => analyzed.plan(drop)?,
@@ -100,7 +100,7 @@ pub(crate) fn writing(args: &SaveArgs) -> SaveOptions {
     options
 }
 
-/// What is saved.
+/// The source of a save.
 enum Source<'a> {
     Whole(&'a Whole),
     Planned(&'a Plan<'a>),
@@ -158,7 +158,7 @@ fn json_report(args: &SaveArgs, input: &Path, saved: &Saved, seconds: f64) -> St
     })
 }
 
-/// How pages were looked for on the disks.
+/// The search for pages on the disks.
 fn search_json(search: &DiskSearch) -> DiskSearchJson {
     DiskSearchJson {
         page_cache_pages: search.page_cache,
@@ -203,14 +203,14 @@ pub(crate) fn disks_json(disks: &[DiskInfo]) -> Vec<Disk> {
 /// The classes of free pages.
 pub(crate) const FREE: [PageClass; 2] = [PageClass::FreeBuddy, PageClass::FreePcp];
 
-/// How many of the pages that were left out are free.
+/// The number of the left out pages that are free.
 pub(crate) fn free_of(left_out: &[(&'static str, u64)]) -> u64 {
     let is_free = |name| FREE.iter().any(|class| class.name() == name);
     let free = left_out.iter().filter(|(name, _)| is_free(*name));
     free.map(|(_, pages)| *pages).sum::<Tally>().get()
 }
 
-/// What a checkpoint holds; of what was left out, `free` pages are free.
+/// The content of a checkpoint; of the pages that were left out, `free` are free.
 pub(crate) fn stats_json(stats: &SaveStats, free: u64, page_size: u64) -> Stored {
     Stored {
         page_size,
@@ -236,7 +236,7 @@ fn summary(saved: &Saved, seconds: f64) -> String {
     [Some(stats), search].into_iter().flatten().collect()
 }
 
-/// What a checkpoint holds of so many bytes of RAM, for people.
+/// The content of a checkpoint of so many bytes of RAM, for people.
 pub(crate) fn stats_text(
     stats: &SaveStats,
     total: u64,

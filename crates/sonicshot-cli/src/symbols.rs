@@ -5,6 +5,7 @@ use crate::error::CliError;
 use crate::json::{OfSymbols, SymbolsReport, Version, line, path};
 use crate::output::{io, overwrite};
 use crate::report::{count, say, size};
+use sonicshot::to_u64;
 use sonicshot_dump::NewFile;
 use sonicshot_vmi::symbols::{SymbolFile, SymbolSource, open_symbol_file};
 use std::fs::File;
@@ -41,8 +42,8 @@ pub(crate) fn make(args: &SymbolsMakeArgs) -> Result<(), CliError> {
             path: path(out),
             build_id: file.build_id().map(hex),
             banner: file.banner().map(str::to_owned),
-            facts: file.len() as u64,
-            bytes: text.len() as u64,
+            facts: to_u64(file.len()),
+            bytes: to_u64(text.len()),
         };
         say!("{}", line(&report));
         return Ok(());
@@ -51,8 +52,8 @@ pub(crate) fn make(args: &SymbolsMakeArgs) -> Result<(), CliError> {
     say!(
         "{}: {} facts in {}, build ID {build}",
         out.display(),
-        count(file.len() as u64),
-        size(text.len() as u64)
+        count(to_u64(file.len())),
+        size(to_u64(text.len()))
     );
     if let Some(banner) = file.banner() {
         say!("{banner}");

@@ -1,8 +1,8 @@
-//! What `inspect` says of a checkpoint; no kernel is looked for.
+//! What `inspect` says of a checkpoint; a kernel is looked for only if its records are asked for.
 
 use super::guest::classes_json;
 use super::map::{self, Drawing};
-use super::{check_replaceable, write_to};
+use super::{check_replaceable, page, print_records, write_to};
 use crate::args::InspectArgs;
 use crate::error::CliError;
 use crate::inputs::PIPE;
@@ -27,11 +27,18 @@ pub(super) fn inspect(
     for run in reader.runs() {
         counts.add(run.class, run.frames.len());
     }
-    if args.explain.is_some() || args.free_lists.is_some() {
-        let what = "a checkpoint has no lists and no struct pages of its own: restore it, and look at \
-                    what comes of it";
-        return Err(CliError::Usage { what: what.into() });
-    }
+    // The kernel's records are in the checkpoint, as all that it uses.
+    let known = args.input.open();
+    let explain = |pfn| {
+        page::explain_stored(reader.run_of(pfn), reader.info().page_size, pfn, |pfn| {
+            Ok(checkpoint.page_facts(&known, pfn)?)
+        })
+    };
+    let facts = args.explain.map(explain).transpose()?;
+    let lists = args
+        .free_lists
+        .map(|most| checkpoint.free_lists(&known, most));
+    let lists = lists.transpose()?;
     let picture = args.map.as_deref();
     let to_file = picture.filter(|path| *path != Path::new(PIPE));
     for file in [args.pfns.as_deref(), to_file].into_iter().flatten() {
@@ -53,7 +60,14 @@ pub(super) fn inspect(
         })?;
     }
     if args.json {
-        print_json(path, checkpoint, &counts);
+        let mut report = json_report(path, checkpoint, &counts);
+        report.page = facts.map(|facts| Box::new(facts.to_json()));
+        report.free_lists = lists.map(|zones| zones.iter().map(page::zone_json).collect());
+        say!("{}", line(&report));
+        return Ok(());
+    }
+    if facts.is_some() || lists.is_some() {
+        print_records(facts.as_ref(), lists.as_deref());
         return Ok(());
     }
     let (info, stats) = (reader.info(), reader.stats());
@@ -120,7 +134,7 @@ fn architecture(info: &CheckpointInfo) -> String {
     known.map_or_else(|| "unknown".into(), |known| known.to_string())
 }
 
-fn print_json(path: &Path, checkpoint: &CheckpointFile, counts: &ClassCounts) {
+fn json_report(path: &Path, checkpoint: &CheckpointFile, counts: &ClassCounts) -> CheckpointReport {
     let reader = checkpoint.reader();
     let info = reader.info();
     let free = reader
@@ -132,7 +146,7 @@ fn print_json(path: &Path, checkpoint: &CheckpointFile, counts: &ClassCounts) {
         bytes,
     });
     let stats = reader.stats();
-    let report = CheckpointReport {
+    CheckpointReport {
         version: Version::default(),
         kind: OfCheckpoint::default(),
         path: json::path(path),
@@ -156,8 +170,9 @@ fn print_json(path: &Path, checkpoint: &CheckpointFile, counts: &ClassCounts) {
         disk_runs: reader.disk_run_count(),
         on_disk_bytes: bytes_of(stats.on_disk, info.page_size.bytes()),
         stored: stats_json(&stats, free, info.page_size.bytes()),
-    };
-    say!("{}", line(&report));
+        page: None,
+        free_lists: None,
+    }
 }
 
 /// The file, its guest, and what it holds beside the memory.
@@ -205,7 +220,7 @@ fn print_file(reader: &CheckpointReader<File>, info: &CheckpointInfo) {
     }
 }
 
-/// How many pages there are of each content, of `total`.
+/// The number of pages of each content, of `total`.
 fn print_contents(stats: &SaveStats, page_size: u64, total: u64) {
     say!(
         "{:<18} {:>12} {:>12} {:>8}",

@@ -27,7 +27,7 @@ pub(crate) fn zone_json(zone: &ZoneReport) -> ZoneJson {
     }
 }
 
-/// What a processor does, for people.
+/// The state of a processor, for people.
 fn state_of(processor: &Processor) -> &'static str {
     match state(processor) {
         ProcessorState::NotStarted => "not started",
@@ -96,7 +96,7 @@ pub(crate) fn processors_line(processors: &Processors) -> Option<String> {
     Some(parts.join(", "))
 }
 
-/// How many pages each class has, and how many of those hold only zeroes.
+/// The pages of each class, and those of them that hold only zeroes.
 pub(crate) fn classes_json(counts: &ClassCounts) -> Classes {
     let of = |count: &dyn Fn(PageClass) -> u64| -> PagesByName {
         let classes = PageClass::ALL.iter();
@@ -272,7 +272,7 @@ pub(crate) fn print_classes(
     );
 }
 
-/// What a prune saves, and what is saved without looking for a guest.
+/// The bytes that a prune saves, and those that are saved without looking for a guest.
 fn print_savings(analyzed: &Analyzed, zero_pages: u64, savings: Savings) {
     let page_size = analyzed.pages().page_size().bytes();
     let total = analyzed.counts().total();

@@ -5,7 +5,7 @@
 
 use crate::report::{bytes_of, count, percent, say, size};
 use anstream::{AutoStream, ColorChoice};
-use sonicshot::{ClassCounts, PageClass, PageMap, PfnRange, PrunePlan, Tally, to_usize};
+use sonicshot::{ClassCounts, PageClass, PageMap, PfnRange, PrunePlan, Tally, to_u64, to_usize};
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
@@ -21,7 +21,7 @@ const PICTURE_LINES: u64 = 128;
 /// The width and height of a picture's cell, in pixels.
 const CELL: u64 = 4;
 
-/// How a class is drawn: a letter, a number of the terminal's 256 colours, and a picture's colour.
+/// The drawing of a class: a letter, a number of the terminal's 256 colours, and a picture's colour.
 const fn look(class: PageClass) -> (char, u8, &'static str) {
     match class {
         PageClass::FreeBuddy => ('.', 250, "#e3e8ec"),
@@ -46,7 +46,7 @@ const fn look(class: PageClass) -> (char, u8, &'static str) {
     }
 }
 
-/// What a cell shows.
+/// The content of a cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Shown {
     /// Frames of a class that stay.
@@ -67,11 +67,11 @@ struct Block {
 pub(super) struct Drawing<'a> {
     pub pages: &'a PageMap,
     pub counts: &'a ClassCounts,
-    /// How many of these frames are left out.
+    /// The number of these frames that are left out.
     pub gone: &'a dyn Fn(PfnRange) -> u64,
-    /// How many frames are left out of all.
+    /// The number of all frames that are left out.
     pub gone_pages: u64,
-    /// What leaves them out: "after a prune", "in the checkpoint".
+    /// The state in which they are gone: "after a prune", "in the checkpoint".
     pub left_by: &'static str,
 }
 
@@ -101,7 +101,7 @@ impl Grid {
     }
 }
 
-/// What most frames of each cell of `region` are.
+/// The class of most frames of each cell of `region`.
 fn cells_of(
     pages: &PageMap,
     gone: &dyn Fn(PfnRange) -> u64,
@@ -119,7 +119,7 @@ fn cells_of(
     cells
 }
 
-/// What most frames of `cell` are.
+/// The class of most frames of `cell`.
 fn most(pages: &PageMap, gone: &dyn Fn(PfnRange) -> u64, cell: PfnRange) -> Shown {
     let mut counts: Vec<(PageClass, Tally)> = Vec::new();
     for (frames, class) in pages.runs_in(cell) {
@@ -139,7 +139,7 @@ fn most(pages: &PageMap, gone: &dyn Fn(PfnRange) -> u64, cell: PfnRange) -> Show
 /// None of them.
 const NONE_GONE: &dyn Fn(PfnRange) -> u64 = &|_| 0;
 
-/// How many frames of `cell` go by a plan.
+/// The number of frames of `cell` that go by a plan.
 pub(super) fn dropped_frames(plan: &PrunePlan, cell: PfnRange, pages: &PageMap) -> u64 {
     let size = pages.page_size();
     let Some(range) = cell.gpa_range(size) else {
@@ -199,7 +199,7 @@ fn print_grid(grid: &Grid, pages: &PageMap, coloured: bool) {
             }
             let address = at.map_or_else(String::new, |at| format!("{:#x}", at.raw()));
             say!("{address:>13} {drawn}");
-            let shown = (cells.len() as u64).checked_mul(in_cell);
+            let shown = to_u64(cells.len()).checked_mul(in_cell);
             at = at.and_then(|at| at.checked_add(shown?));
         }
     }
@@ -275,7 +275,7 @@ fn by_order(pages: &PageMap) -> Option<(Vec<OfOrder>, u64)> {
     (total > 0).then_some((orders, total))
 }
 
-/// How long a bar is for `part`, where all of `longest` takes `whole`: at least one for anything.
+/// The length of a bar for `part`, where all of `longest` takes `whole`: at least one for anything.
 fn bar(part: u64, longest: u64, whole: u64) -> u64 {
     let length = u128::from(part) * u128::from(whole);
     let length = length.div_ceil(u128::from(longest.max(1)));
@@ -317,7 +317,7 @@ fn print_blocks(pages: &PageMap, coloured: bool) {
 /// Writes the picture: RAM by class before a prune, and what is left behind it.
 ///
 /// # Errors
-/// What writing to `out` fails with.
+/// The error of writing to `out`.
 pub(super) fn write_svg(drawing: &Drawing<'_>, title: &str, out: &mut dyn Write) -> io::Result<()> {
     let pages = drawing.pages;
     let cells = PICTURE_LINE * PICTURE_LINES;
@@ -326,8 +326,8 @@ pub(super) fn write_svg(drawing: &Drawing<'_>, title: &str, out: &mut dyn Write)
     let lines = lines_of(&before);
     let panel = PICTURE_LINE * CELL;
     let (top, gap) = (64, 24);
-    let legend = LEGEND * drawing.counts.iter().count() as u64;
-    let blocks = by_order(pages).map_or(0, |(orders, _)| LEGEND * (orders.len() as u64 + 2));
+    let legend = LEGEND * to_u64(drawing.counts.iter().count());
+    let blocks = by_order(pages).map_or(0, |(orders, _)| LEGEND * (to_u64(orders.len()) + 2));
     let height = (legend + blocks).max(lines * CELL) + top + 16;
     let width = panel * 2 + gap * 3 + 240;
     writeln!(
@@ -370,10 +370,10 @@ const LEGEND: u64 = 24;
 /// The widest bar of a picture: what its text beside leaves.
 const WIDEST: u64 = 80;
 
-/// How many lines of a picture a grid takes.
+/// The number of lines that a grid takes in a picture.
 fn lines_of(grid: &Grid) -> u64 {
-    let lines = |block: &Block| (block.cells.len() as u64).div_ceil(PICTURE_LINE);
-    let gaps = grid.blocks.iter().skip(1).count() as u64;
+    let lines = |block: &Block| to_u64(block.cells.len()).div_ceil(PICTURE_LINE);
+    let gaps = to_u64(grid.blocks.iter().skip(1).count());
     grid.blocks.iter().map(lines).sum::<u64>() + gaps
 }
 
@@ -391,7 +391,7 @@ fn write_grid(grid: &Grid, x: u64, y: u64, out: &mut dyn Write) -> io::Result<()
                     // Writing into memory does not fail.
                     let _ = write!(path, "M{column} {line}h{}", run.len());
                 }
-                column += run.len() as u64;
+                column += to_u64(run.len());
             }
             line += 1;
         }

@@ -1,51 +1,98 @@
 //! `inspect --explain` and `inspect --free-lists`.
 
 use crate::error::CliError;
-use crate::inputs::Input;
 use crate::json::{
     FreeBlocksJson, OwnerJson, PageJson, PerCpuJson, Prunes, RecordJson, StructPageJson,
     ZoneFreeJson, ZoneName, word,
 };
 use crate::report::{count, say};
-use sonicshot::{ClassSet, PageClass, PageState, Pfn, PfnRange};
-use sonicshot_offline::Analyzed;
+use sonicshot::checkpoint::{PageContent, PageRun};
+use sonicshot::{
+    ClassSet, PageClass, PageMap, PageSize, PageState, Pfn, PfnRange, PrunePlan, to_u64,
+};
 use sonicshot_vmi::{FreeBlocks, FreeList, PageFacts, PageOwner, PageRecord, ZoneFree};
 
 /// Why a frame is kept or dropped.
-pub(super) struct Explained {
+pub(crate) struct Explained {
     facts: PageFacts,
     gpa: u64,
     state: PageState,
+    /// The content that a checkpoint has of it.
+    content: Option<PageContent>,
     drops: bool,
     why: String,
 }
 
-/// Asks the kernel's records of one frame.
-pub(super) fn explain(input: &Input, analyzed: &Analyzed, pfn: Pfn) -> Result<Explained, CliError> {
-    let pages = analyzed.pages();
+fn not_ram(pfn: Pfn) -> CliError {
+    CliError::Usage {
+        what: format!("frame {pfn} is no RAM of this guest"),
+    }
+}
+
+/// Explains a frame of the guest whose pages are `pages`, and of which a prune has the `plan`, by the
+/// kernel's own `facts`.
+pub(crate) fn explain(
+    pages: &PageMap,
+    plan: &PrunePlan,
+    pfn: Pfn,
+    facts: impl FnOnce(Pfn) -> Result<PageFacts, CliError>,
+) -> Result<Explained, CliError> {
     let of_frame = pages.state(pfn).zip(pfn.gpa(pages.page_size()));
-    let Some((state, gpa)) = of_frame else {
-        return Err(CliError::Usage {
-            what: format!("frame {pfn} is no RAM of this guest"),
-        });
-    };
-    let facts = input.snapshot.page_facts(analyzed, pfn)?;
-    let (drops, why) = decision(analyzed, pfn, state);
+    let (state, gpa) = of_frame.ok_or_else(|| not_ram(pfn))?;
+    let (drops, why) = decision(plan, pages.page_size(), pfn, state);
     Ok(Explained {
-        facts,
+        facts: facts(pfn)?,
         gpa: gpa.raw(),
         state,
+        content: None,
+        drops,
+        why,
+    })
+}
+
+/// Explains a frame of a checkpoint, which has `run` of it.
+pub(super) fn explain_stored(
+    run: Option<PageRun>,
+    page_size: PageSize,
+    pfn: Pfn,
+    facts: impl FnOnce(Pfn) -> Result<PageFacts, CliError>,
+) -> Result<Explained, CliError> {
+    let (run, gpa) = run.zip(pfn.gpa(page_size)).ok_or_else(|| not_ram(pfn))?;
+    let class = run.class;
+    let state = match run.content {
+        PageContent::Zero => PageState::new(class).with_zero(),
+        _ => PageState::new(class),
+    };
+    let (drops, why) = match run.content {
+        PageContent::Free { word: 0 } => {
+            (true, format!("it was {class}, and is restored as zeroes"))
+        }
+        PageContent::Free { word } => (
+            true,
+            format!("it was {class}, and is restored as {word:#x} over and over"),
+        ),
+        PageContent::Absent => (
+            true,
+            "the dump or guest that was saved had no bytes of it".to_owned(),
+        ),
+        PageContent::Zero => (false, "it was in use, and holds only zeroes".to_owned()),
+        PageContent::Disk { .. } => (false, "its bytes are on a disk of the guest's".to_owned()),
+        _ => (false, "its bytes are in the checkpoint".to_owned()),
+    };
+    Ok(Explained {
+        facts: facts(pfn)?,
+        gpa: gpa.raw(),
+        state,
+        content: Some(run.content),
         drops,
         why,
     })
 }
 
 /// Whether a prune of what goes by default drops a frame, and why.
-fn decision(analyzed: &Analyzed, pfn: Pfn, state: PageState) -> (bool, String) {
+fn decision(plan: &PrunePlan, page_size: PageSize, pfn: Pfn, state: PageState) -> (bool, String) {
     let class = state.class();
-    let range = PfnRange::with_len(pfn, 1);
-    let range = range.and_then(|frame| frame.gpa_range(analyzed.pages().page_size()));
-    let plan = analyzed.droppable(ClassSet::DEFAULT_DROP);
+    let range = PfnRange::with_len(pfn, 1).and_then(|frame| frame.gpa_range(page_size));
     let drops = range.is_some_and(|range| plan.dropped_in(range).next().is_some());
     let by_class = ClassSet::DEFAULT_DROP.contains(class);
     let why = match (drops, class) {
@@ -77,7 +124,7 @@ fn says(free: Option<bool>) -> &'static str {
 }
 
 impl Explained {
-    pub(super) fn print(&self) {
+    pub(crate) fn print(&self) {
         let facts = &self.facts;
         say!(
             "frame     {:#x} (guest-physical {:#x})",
@@ -90,8 +137,12 @@ impl Explained {
             ""
         };
         say!("class     {}{zero}", self.state.class());
-        let does = if self.drops { "drops" } else { "keeps" };
-        say!("a prune   {does} it: {}", self.why);
+        match (self.content, self.drops) {
+            (None, true) => say!("a prune   drops it: {}", self.why),
+            (None, false) => say!("a prune   keeps it: {}", self.why),
+            (Some(_), true) => say!("stored    left out: {}", self.why),
+            (Some(_), false) => say!("stored    kept: {}", self.why),
+        }
         for (node, zone) in &facts.zones {
             say!("zone      {node}/{zone}");
         }
@@ -117,7 +168,7 @@ impl Explained {
         }
     }
 
-    pub(super) fn to_json(&self) -> PageJson {
+    pub(crate) fn to_json(&self) -> PageJson {
         let facts = &self.facts;
         let zones = facts.zones.iter();
         let records = facts.witnesses.iter();
@@ -126,6 +177,7 @@ impl Explained {
             gpa: self.gpa,
             class: self.state.class().name().to_owned(),
             zero: self.state.is_zero(),
+            content: self.content.map(|content| content.name().to_owned()),
             prune: Prunes {
                 drops: self.drops,
                 why: self.why.clone(),
@@ -195,7 +247,7 @@ fn owner_json(owner: &PageOwner) -> OwnerJson {
 }
 
 /// Shows a zone's lists as crash's `kmem -f` does.
-pub(super) fn print_zone(zone: &ZoneFree) {
+pub(crate) fn print_zone(zone: &ZoneFree) {
     let pages = zone.listed_pages().map_or_else(|| "too many".into(), count);
     say!(
         "zone {}/{} {}: {pages} pages listed, NR_FREE_PAGES {}",
@@ -237,7 +289,7 @@ fn first_frames(blocks: &FreeBlocks) -> String {
         .iter()
         .map(|pfn| format!("{:#x}", pfn.raw()))
         .collect();
-    let rest = match blocks.blocks.checked_sub(named.len() as u64) {
+    let rest = match blocks.blocks.checked_sub(to_u64(named.len())) {
         None | Some(0) => String::new(),
         Some(rest) if named.is_empty() => format!("({} more)", count(rest)),
         Some(rest) => format!(" ({} more)", count(rest)),
@@ -245,11 +297,11 @@ fn first_frames(blocks: &FreeBlocks) -> String {
     format!("{}{rest}", named.join(" "))
 }
 
-pub(super) fn zone_json(zone: &ZoneFree) -> ZoneFreeJson {
+pub(crate) fn zone_json(zone: &ZoneFree) -> ZoneFreeJson {
     let lists = zone.lists.iter().map(|blocks| {
         let (migrate_type, cpu) = match &blocks.list {
             FreeList::Buddy { migrate_type } => (Some(migrate_type.clone()), None),
-            FreeList::PerCpu { cpu } => (None, Some(*cpu as u64)),
+            FreeList::PerCpu { cpu } => (None, Some(to_u64(*cpu))),
             _ => (None, None),
         };
         FreeBlocksJson {
@@ -263,7 +315,7 @@ pub(super) fn zone_json(zone: &ZoneFree) -> ZoneFreeJson {
         }
     });
     let per_cpu = zone.per_cpu.iter().map(|one| PerCpuJson {
-        cpu: one.cpu as u64,
+        cpu: to_u64(one.cpu),
         counted: one.counted,
         listed: one.listed,
     });

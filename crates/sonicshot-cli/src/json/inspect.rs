@@ -8,7 +8,8 @@ use serde::Serialize;
 #[derive(Debug, Clone, Copy, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Savings {
-    /// What the file takes on disk now, and about what after a prune; `null` where there is no file.
+    /// The bytes that the file takes on disk now, and about how many after a prune; `null` where
+    /// there is no file.
     pub disk_before: Option<u64>,
     pub disk_after: Option<u64>,
     pub droppable_pages: u64,
@@ -43,7 +44,7 @@ pub(crate) struct InspectReport {
     pub symbol_sources: Vec<String>,
     /// The knowledge of the kernel: `types`, `vmcoreinfo`, `shape`.
     pub knowledge: String,
-    /// What `--layout` takes; `null` where the file says it.
+    /// The value of `--layout`; `null` where the file says it.
     pub layout: Option<String>,
     pub layout_origin: Option<String>,
     pub ram: Vec<Range>,
@@ -56,7 +57,7 @@ pub(crate) struct InspectReport {
     /// Memory that the file does not have.
     pub missing_bytes: u64,
     pub missing_mib: f64,
-    /// What of it the guest uses; `null` where that is not told.
+    /// The pages of it that the guest uses; `null` where that is not told.
     pub missing_in_use_pages: Option<u64>,
     /// Why the file is not whole.
     pub incomplete: Option<String>,
@@ -68,7 +69,7 @@ pub(crate) struct InspectReport {
     pub free_fill_byte: Option<u8>,
     pub zones: Vec<ZoneJson>,
     pub inconsistent_blocks: u64,
-    /// How long the guest was paused that LibVMI reads; else `null`.
+    /// The time that a guest that LibVMI reads was paused; else `null`.
     pub paused_seconds: Option<f64>,
     pub notes: Vec<String>,
     /// The frame that `--explain` names.
@@ -107,6 +108,10 @@ pub(crate) struct CheckpointReport {
     pub on_disk_bytes: u64,
     #[serde(flatten)]
     pub stored: Stored,
+    /// Why a frame is kept or was left out, if that was asked for.
+    pub page: Option<Box<PageJson>>,
+    /// The kernel's lists of free blocks, if they were asked for.
+    pub free_lists: Option<Vec<ZoneFreeJson>>,
 }
 
 /// A file that a checkpoint has besides the memory.
@@ -155,7 +160,7 @@ pub(crate) struct ProcessorJson {
     pub cr3: Option<u64>,
 }
 
-/// What a processor does.
+/// The state of a processor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -206,7 +211,9 @@ pub(crate) struct PageJson {
     pub class: String,
     /// Whether it holds only zeroes; always false of pages that are not in use.
     pub zero: bool,
-    /// What a prune of what goes by default does.
+    /// The content that a checkpoint has of it; `null` of other files.
+    pub content: Option<String>,
+    /// The decision of a prune of what goes by default; of a checkpoint, whether it was left out.
     pub prune: Prunes,
     pub zones: Vec<ZoneName>,
     pub struct_page: Option<StructPageJson>,
@@ -216,7 +223,7 @@ pub(crate) struct PageJson {
     pub records: Vec<RecordJson>,
 }
 
-/// What a prune does to a frame.
+/// The decision of a prune on a frame.
 #[derive(Debug, Clone, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 pub(crate) struct Prunes {
@@ -249,7 +256,7 @@ pub(crate) struct OwnerJson {
     pub name: Option<String>,
 }
 
-/// What one record says of whether a frame is free.
+/// The statement of one record on whether a frame is free.
 #[derive(Debug, Clone, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 pub(crate) struct RecordJson {
@@ -276,7 +283,7 @@ pub(crate) struct ZoneFreeJson {
     pub isolated_pages: u64,
     pub nr_free_pages: i64,
     pub per_cpu: Vec<PerCpuJson>,
-    /// What the counters contradict.
+    /// The contradictions of the counters.
     pub disagreements: Vec<String>,
 }
 

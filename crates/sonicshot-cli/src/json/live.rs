@@ -56,7 +56,7 @@ pub(crate) struct PinnedJson {
     pub overlay: String,
 }
 
-/// What a pause was spent on, in seconds.
+/// The parts of a pause, with the seconds of each.
 pub(crate) type PauseParts = BTreeMap<&'static str, f64>;
 
 /// `qemu save`.
@@ -79,14 +79,14 @@ pub(crate) struct QemuSaveReport {
     /// From the first word to QEMU until the guest was to be paused.
     pub before_pause_seconds: f64,
     pub pause_seconds: Option<f64>,
-    /// What of the pause was spent on, one after the other: `stop`, `pin` (the disks), `devices`,
+    /// The parts of the pause, one after the other: `stop`, `pin` (the disks), `devices`,
     /// `reread` (what was looked at before), `classify`, `copy`, `resume`.
     pub pause_parts: PauseParts,
     pub seconds: f64,
     /// Why the first look failed, while the guest ran.
     pub first_look: Option<String>,
     pub notes: Vec<String>,
-    /// What is to be known of the guest's disks.
+    /// The state of the guest's disks, in words.
     pub disks: String,
     /// Disks that were pinned in the pause.
     pub pinned_disks: Vec<PinnedJson>,
@@ -104,7 +104,7 @@ pub(crate) struct QemuRestoreReport {
     /// QEMU's version.
     pub qemu: String,
     pub pid: i32,
-    /// How its memory came, as a word.
+    /// The way in which its memory came, as a word.
     pub how: String,
     /// Why it was not by postcopy.
     pub why: Option<String>,

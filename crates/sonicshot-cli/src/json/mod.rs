@@ -113,7 +113,7 @@ pub(crate) fn by_name(pages: &[(&'static str, u64)]) -> PagesByName {
         .collect()
 }
 
-/// What a guest expects of free pages.
+/// The content that a guest expects of free pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]

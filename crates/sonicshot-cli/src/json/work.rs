@@ -14,17 +14,17 @@ pub(crate) struct ErrorReport {
     pub kind: OfError,
     /// The input that it is about; `null` if it is about the command line, or all of it.
     pub path: Option<String>,
-    /// What went wrong.
+    /// The error.
     pub error: String,
     /// Why, the nearest cause first.
     pub causes: Vec<String>,
-    /// What can be done.
+    /// Advice on what to do.
     pub hint: Option<String>,
     /// The exit code that it stands for.
     pub exit_code: u8,
 }
 
-/// How far the work is, on standard error, with `--progress json`.
+/// The progress of the work, on standard error, with `--progress json`.
 #[derive(Debug, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 pub(crate) struct ProgressReport {
@@ -59,22 +59,22 @@ pub(crate) struct PruneReport {
     /// Memory that the file does not have, whatever is pruned.
     pub missing_bytes: u64,
     pub missing_mib: f64,
-    /// What the pages that go take of the file; `null` where there is no file.
+    /// The bytes of the file that the dropped pages take; `null` where there is no file.
     pub stored_bytes: Option<u64>,
     pub disk_before: Option<u64>,
     pub disk_after: Option<u64>,
     pub dry_run: bool,
-    /// How long the guest was paused that LibVMI reads; else `null`.
+    /// The time that a guest that LibVMI reads was paused; else `null`.
     pub paused_seconds: Option<f64>,
     pub seconds: f64,
     pub notes: Vec<String>,
     pub warnings: Vec<String>,
-    /// What was done; not there with `--dry-run`.
+    /// The work that was done; not there with `--dry-run`.
     #[serde(flatten)]
     pub pruned: Option<Pruned>,
 }
 
-/// What a prune has done.
+/// The result of a prune.
 #[derive(Debug, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Pruned {
@@ -94,7 +94,7 @@ pub(crate) struct Pruned {
     pub extents_after: Option<u64>,
 }
 
-/// What a checkpoint holds.
+/// The content of a checkpoint.
 #[derive(Debug, Clone, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Stored {
@@ -115,7 +115,7 @@ pub(crate) struct Stored {
     pub digest: String,
 }
 
-/// How pages were looked for on the guest's disks.
+/// The search for pages on the guest's disks.
 #[derive(Debug, Clone, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(deny_unknown_fields))]
 pub(crate) struct DiskSearchJson {
@@ -125,7 +125,7 @@ pub(crate) struct DiskSearchJson {
     pub looked_at_pages: u64,
     pub right_pages: u64,
     pub explained_pages: u64,
-    /// What was looked through of the disks; `null` if they were not.
+    /// The bytes of the disks that were searched; `null` if they were not.
     pub streamed_bytes: Option<u64>,
 }
 
@@ -135,27 +135,27 @@ pub(crate) struct DiskSearchJson {
 pub(crate) struct SaveReport {
     pub version: Version,
     pub kind: OfSave,
-    /// What was saved.
+    /// The input.
     pub path: String,
     /// Where it was saved to.
     pub output: String,
     pub kernel_release: Option<String>,
     pub compression: String,
-    /// What the file takes on disk; `null` of a pipe.
+    /// The bytes that the file takes on disk; `null` of a pipe.
     pub disk_bytes: Option<u64>,
     /// Pages that were left out, by class.
     pub left_out: PagesByName,
     pub for_analysis: bool,
     pub disks: Vec<Disk>,
-    /// How pages were looked for on the disks; `null` without one.
+    /// The search for pages on the disks; `null` without one.
     pub disk_search: Option<DiskSearchJson>,
     pub missing_bytes: u64,
     pub missing_mib: f64,
-    /// How long the guest was paused that LibVMI reads; else `null`.
+    /// The time that a guest that LibVMI reads was paused; else `null`.
     pub paused_seconds: Option<f64>,
     pub seconds: f64,
     pub notes: Vec<String>,
-    /// What is to be known of the guest's devices.
+    /// The state of the guest's devices, in words.
     pub devices: Option<String>,
     #[serde(flatten)]
     pub stored: Stored,
@@ -177,7 +177,7 @@ pub(crate) struct ConvertReport {
     pub missing_bytes: u64,
     pub missing_mib: f64,
     pub for_analysis: bool,
-    /// What `--layout` takes of a raw file; `null` of others.
+    /// The value of `--layout` for a raw file; `null` of others.
     pub layout: Option<String>,
     pub seconds: f64,
     pub notes: Vec<String>,
@@ -193,7 +193,7 @@ pub(crate) struct RestoreReport {
     pub output: String,
     pub ram_bytes: u64,
     pub disk_bytes: u64,
-    /// What `--layout` takes of a raw file; `null` of others.
+    /// The value of `--layout` for a raw file; `null` of others.
     pub layout: Option<String>,
     pub for_analysis: bool,
     pub missing_bytes: u64,

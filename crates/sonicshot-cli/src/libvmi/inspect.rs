@@ -5,25 +5,21 @@ use crate::args::InspectArgs;
 use crate::error::CliError;
 use crate::inputs::PIPE;
 use crate::inspect::{
-    check_replaceable, classes_json, print_classes, print_zones, processors_json, processors_line,
-    write_runs, write_to, zone_json,
+    check_replaceable, classes_json, explain, free_zone_json, print_classes, print_records,
+    print_zones, processors_json, processors_line, write_runs, write_to, zone_json,
 };
 use crate::json::{
     InspectReport, LibVmiVersion, OfInspect, Savings, Version, free_fill, line, ram, word,
 };
+use crate::progress::Phase;
 use crate::report::{bytes_of, count, mib, percent, say, say_to_stderr, size};
-use sonicshot::{ClassSet, DropClasses, GuestMemory, PageClass, PrunePlan};
+use sonicshot::{ClassSet, DropClasses, GuestMemory, PageClass, PrunePlan, WorkOptions};
 use sonicshot_libvmi::Domain;
 use sonicshot_vmi::{Knowledge, count_zero_pages};
 use std::path::Path;
 use std::time::Duration;
 
 pub(crate) fn inspect(args: &InspectArgs, domain: Domain) -> Result<(), CliError> {
-    if args.explain.is_some() || args.free_lists.is_some() {
-        return Err(CliError::Usage {
-            what: "--explain and --free-lists look at a file".into(),
-        });
-    }
     if args.map.is_some() {
         return Err(CliError::Usage {
             what: "--map draws the pages of a file".into(),
@@ -35,12 +31,24 @@ pub(crate) fn inspect(args: &InspectArgs, domain: Domain) -> Result<(), CliError
         Some(path) => check_replaceable(path, Path::new(""), args.force)?,
         None => {}
     }
-    let look = Look::at(&args.libvmi, domain, &args.input, true)?;
-    let zero_pages = count_zero_pages(&look.guest, look.analysis.pages())?;
+    let look = Look::at(&args.libvmi, domain, &args.input, true, args.json)?;
+    let phase = Phase::begin("finding zero pages", args.json);
+    let work = WorkOptions::new().progress(phase.shown());
+    let zero_pages = count_zero_pages(&look.guest, look.analysis.pages(), &work)?;
+    drop(phase);
+    let plan = look.analysis.plan(&DropClasses::default());
+    let page = args.explain.map(|pfn| {
+        explain(look.analysis.pages(), &plan, pfn, |pfn| {
+            look.records(|guest| guest.page_facts(pfn))
+        })
+    });
+    let lists = args.free_lists;
+    let lists = lists.map(|most| look.records(|guest| guest.free_lists(most)));
+    let (page, lists) = (page.transpose()?, lists.transpose()?);
     let seen = Seen {
         processors: look.guest.processors(),
         ram: look.guest.layout().clone(),
-        plan: look.analysis.plan(&DropClasses::default()),
+        plan,
         zero_pages,
         paused: Look::resume(look.guest, look.since)?,
         domain: look.domain,
@@ -52,14 +60,20 @@ pub(crate) fn inspect(args: &InspectArgs, domain: Domain) -> Result<(), CliError
         let pages = seen.analysis.pages();
         write_to(path, args.force, &[], &|out| write_runs(pages, out))?;
     }
-    match args.json {
-        true => say!("{}", line(&seen.json())),
-        false => seen.print(),
+    if args.json {
+        let mut report = seen.json();
+        report.page = page.map(|page| Box::new(page.to_json()));
+        report.free_lists = lists.map(|zones| zones.iter().map(free_zone_json).collect());
+        say!("{}", line(&report));
+    } else if page.is_some() || lists.is_some() {
+        print_records(page.as_ref(), lists.as_deref());
+    } else {
+        seen.print();
     }
     Ok(())
 }
 
-/// What was seen of a guest that runs on.
+/// The facts of a guest that runs on again.
 struct Seen {
     domain: Domain,
     library: LibVmiVersion,

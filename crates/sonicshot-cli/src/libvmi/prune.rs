@@ -5,7 +5,7 @@ use crate::args::{PruneArgs, classes};
 use crate::error::CliError;
 use crate::json::{self, OfPrune, PruneReport, Version, line, word};
 use crate::report::{by_name, bytes_of, count, mib, note, percent, say, size};
-use sonicshot::{DropClasses, PageClass};
+use sonicshot::{DropClasses, PageClass, to_u64};
 use sonicshot_libvmi::Domain;
 use std::time::Instant;
 
@@ -21,7 +21,13 @@ pub(crate) fn prune(args: &PruneArgs, domain: Domain) -> Result<(), CliError> {
         });
     }
     check(drop, args.for_analysis)?;
-    let look = Look::at(&args.libvmi, domain, &args.input, drop.contains_zero())?;
+    let look = Look::at(
+        &args.libvmi,
+        domain,
+        &args.input,
+        drop.contains_zero(),
+        args.json,
+    )?;
     let paused = Look::resume(look.guest, look.since)?;
     let (analysis, domain) = (look.analysis, look.domain);
     let plan = analysis.plan(&DropClasses(drop));
@@ -67,7 +73,7 @@ pub(crate) fn prune(args: &PruneArgs, domain: Domain) -> Result<(), CliError> {
         count(plan.dropped_pages()),
         size(plan.dropped_bytes()),
         percent(plan.dropped_pages(), total),
-        count(plan.runs().len() as u64),
+        count(to_u64(plan.runs().len())),
         paused.as_secs_f64() * 1000.0,
     );
     if !dropped.is_empty() {

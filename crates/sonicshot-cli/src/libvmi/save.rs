@@ -21,7 +21,7 @@ use std::time::Instant;
 
 /// The blob that other readers of checkpoints look for.
 const VMCOREINFO: &str = "vmcoreinfo";
-/// What there is to know of it.
+/// The facts of it.
 const ALONE: &str = "it holds the guest's memory alone: LibVMI tells no state of its devices, and its \
                      disks go on";
 
@@ -41,7 +41,7 @@ pub(crate) fn save(args: &SaveArgs, domain: Domain) -> Result<(), CliError> {
         blobs.push((name, file));
     }
     // What is zero is found as it is written.
-    let look = Look::at(&args.libvmi, domain, &args.input, false)?;
+    let look = Look::at(&args.libvmi, domain, &args.input, false, args.json)?;
     let plan = look.analysis.plan(&DropClasses(drop));
     let source = Source {
         args,
@@ -98,7 +98,7 @@ pub(crate) fn save(args: &SaveArgs, domain: Domain) -> Result<(), CliError> {
     Ok(())
 }
 
-/// What is saved.
+/// The source of a save.
 struct Source<'a> {
     args: &'a SaveArgs,
     look: &'a Look,

@@ -3,21 +3,21 @@
 use crate::error::CliError;
 use crate::json::{self, OfPrune, PruneReport, Pruned, Version, line, path, word};
 use crate::report::{by_name, bytes_of, count, lines, mib, note, percent, say, size};
-use sonicshot::PageClass;
+use sonicshot::{PageClass, to_u64};
 use sonicshot_offline::{Analyzed, Plan, PruneOptions, PruneStats};
 use std::path::Path;
 
-/// What is to be expected of a prune, in bytes and runs.
+/// The expected result of a prune, in bytes and runs.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Expected {
     dropped_pages: u64,
     dropped_bytes: u64,
     runs: u64,
-    /// What of the file the pages take that go.
+    /// The bytes of the file that the dropped pages take.
     stored_bytes: u64,
     disk_before: u64,
     disk_after: u64,
-    /// What can go is not in the file.
+    /// The pages that can go are not in the file.
     nothing_to_do: bool,
 }
 
@@ -33,7 +33,7 @@ impl Expected {
         let mut this = Self {
             dropped_pages: plan.dropped_pages(),
             dropped_bytes: plan.dropped_bytes(),
-            runs: plan.runs() as u64,
+            runs: to_u64(plan.runs()),
             stored_bytes: savings.stored_bytes,
             disk_before: savings.disk_before,
             disk_after: savings.disk_after(),
@@ -55,11 +55,11 @@ pub(super) struct Report<'a> {
     pub path: &'a Path,
     pub analyzed: &'a Analyzed,
     pub plan: &'a Plan<'a>,
-    /// What was to be expected.
+    /// The expected result.
     pub expected: Expected,
     /// Whether it is the file itself.
     pub in_place: bool,
-    /// What was written; `None` of a dry run.
+    /// The result of writing; `None` of a dry run.
     pub stats: Option<&'a PruneStats>,
     pub seconds: f64,
     pub warnings: &'a [String],
@@ -80,7 +80,7 @@ impl Report<'_> {
         }
     }
 
-    /// What went, or would go, in bytes, and in how many runs: of a file itself what is punched out
+    /// The bytes that went, or would go, and the number of runs: of a file itself what is punched out
     /// of it.
     pub(super) fn dropped(&self) -> (u64, u64) {
         match self.stats {
@@ -90,7 +90,7 @@ impl Report<'_> {
         }
     }
 
-    /// What the file takes on disk before and after.
+    /// The bytes that the file takes on disk before and after.
     pub(super) fn disk(&self) -> (u64, u64) {
         match self.stats {
             Some(stats) => (stats.disk_before, stats.disk_after),
@@ -163,7 +163,7 @@ impl Report<'_> {
         }
     }
 
-    /// What a prune would do.
+    /// The result that a prune would have.
     fn print_expected(&self) {
         let expected = &self.expected;
         if expected.nothing_to_do {
@@ -196,7 +196,7 @@ impl Report<'_> {
         );
     }
 
-    /// What goes, by its class.
+    /// The dropped pages by class.
     fn print_classes(&self) {
         let dropped = self.plan.dropped_by_name();
         if !dropped.is_empty() {
@@ -204,7 +204,7 @@ impl Report<'_> {
         }
     }
 
-    /// How much of RAM the source does not have.
+    /// The amount of RAM that the source does not have.
     fn missing_bytes(&self) -> u64 {
         let absent = self.analyzed.counts().get(PageClass::Absent);
         bytes_of(absent, self.plan.page_size().bytes())
@@ -260,7 +260,7 @@ impl Report<'_> {
     }
 }
 
-/// What is in the file all the same.
+/// The dropped pages that are in the file all the same.
 fn print_left(stats: &PruneStats) {
     if stats.left_bytes > 0 {
         say!(

@@ -49,7 +49,7 @@ fn packed_by(how: Option<ImageCompression>) -> String {
     how.map_or_else(String::new, |how| format!(" ({})", name_of(how)))
 }
 
-/// What a choice of the compression was made by.
+/// The measurements that the compression was chosen by.
 fn told(choice: &Choice) -> String {
     let of = |took: Duration| format!("{:.0} ms", 1e3 * took.as_secs_f64());
     let (wrote, packed) = (of(choice.wrote), of(choice.packed));
@@ -64,7 +64,7 @@ fn told(choice: &Choice) -> String {
     }
 }
 
-/// What a save came to, to be told.
+/// The result of a save, for people.
 struct Outcome {
     saved: Saved,
     look: Option<Look>,
