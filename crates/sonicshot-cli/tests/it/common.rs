@@ -1,5 +1,7 @@
 //! The real guest in testdata, unpacked once for all tests.
 
+use jsonschema::Validator;
+use serde_json::Value;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::FileExt;
@@ -129,12 +131,51 @@ pub fn stream() -> Vec<u8> {
     out
 }
 
-/// Runs the binary.
+/// Runs the binary. What it prints for `--json` must be as docs/json.schema.json has it.
 pub fn sonicshot(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_sonicshot"))
-        .args(args)
-        .output()
-        .unwrap()
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sonicshot"));
+    command.args(args);
+    checked_run(command)
+}
+
+/// Runs the binary as `command` has it, and holds what it prints for `--json` against the schema.
+pub fn checked_run(mut command: Command) -> Output {
+    let run = command.output().unwrap();
+    let has = |word: &str| command.get_args().any(|arg| arg == word);
+    if !has("--json") {
+        return run;
+    }
+    // Standard output may be the file itself.
+    if !has("-") {
+        json_lines(&run.stdout);
+    }
+    let errors = run.stderr.split(|byte| *byte == b'\n');
+    for line in errors.filter(|line| line.starts_with(b"{")) {
+        json_lines(line);
+    }
+    run
+}
+
+/// The lines of JSON in `stream`, each of which must be of the schema.
+pub fn json_lines(stream: &[u8]) -> Vec<Value> {
+    let text = String::from_utf8(stream.to_vec()).unwrap();
+    let line = |line: &str| {
+        let value: Value = serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"));
+        assert!(schema().is_valid(&value), "{line}");
+        assert_eq!(value["version"], 1);
+        value
+    };
+    text.lines().map(line).collect()
+}
+
+/// The schema in docs.
+pub fn schema() -> &'static Validator {
+    static SCHEMA: OnceLock<Validator> = OnceLock::new();
+    SCHEMA.get_or_init(|| {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/json.schema.json");
+        let schema = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
+        jsonschema::validator_for(&schema).unwrap()
+    })
 }
 
 pub fn stdout(output: &Output) -> String {

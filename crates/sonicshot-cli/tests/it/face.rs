@@ -177,23 +177,87 @@ fn progress_is_told_as_it_was_asked_for() {
     let told = |line: &str| line.starts_with("pruning: ") && line.ends_with(" s");
     assert!(verbose.lines().any(told), "{verbose}");
     assert!(prune(&["--progress", "always"]).contains("pruning: 100 %, "));
-    let told = prune(&["--progress", "json", "-q"]);
-    let told: Vec<Value> = told
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect();
-    let phases: Vec<_> = told
-        .iter()
-        .filter(|line| line["finished"] == true)
-        .map(|line| line["phase"].as_str().unwrap())
-        .collect();
-    assert_eq!(
-        phases,
-        ["reading", "looking for the kernel and its pages", "pruning"]
-    );
-    let last = told.last().unwrap();
-    assert_eq!(last["done"], last["total"]);
-    assert!(last["total"].as_u64().unwrap() > 0);
+}
+
+/// The phases that `--progress json` told of, in their order, each with its bytes: no phase goes
+/// back, and one that knows of bytes ends with all of them.
+fn phases_told(lines: &str) -> Vec<(String, u64)> {
+    let mut phases = Vec::new();
+    let mut done = None;
+    for line in lines.lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        let phase = line["phase"].as_str().unwrap().to_owned();
+        let now = line["done"].as_u64();
+        assert!(now >= done, "{phase} goes back: {lines}");
+        done = now;
+        if line["finished"] == true {
+            assert_eq!(now.is_some(), line["total"].is_u64(), "{phase}: {lines}");
+            assert_eq!(now, line["total"].as_u64(), "{phase}: {lines}");
+            phases.push((phase, now.unwrap_or(0)));
+            done = None;
+        }
+    }
+    phases
+}
+
+#[test]
+fn each_phase_is_told_of_to_its_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let raw = raw_dump(folder.path(), |_| {});
+    let raw = text(&raw);
+    let packed = at("guest.zst");
+    let content = fs::read(raw).unwrap();
+    fs::write(&packed, zstd::encode_all(&content[..], 1).unwrap()).unwrap();
+    let sonic = at("guest.sonic");
+    let (pruned, back, elf) = (at("pruned.raw"), at("back.raw"), at("guest.elf"));
+    // The phases, each with its bytes in MiB; `+` where they are some, nothing where they are none.
+    for (args, expected) in [
+        (
+            &["prune", raw, "-o", &pruned][..],
+            "opening, opening, finding the kernel 128, classifying pages 128, \
+             finding zero pages 128, pruning +, syncing to disk 128",
+        ),
+        (
+            &["inspect", &packed],
+            "opening, opening, taking in +, finding the kernel 128, classifying pages 128, \
+             finding zero pages 128, finding zero pages 128",
+        ),
+        // Its types are not looked at.
+        (
+            &["inspect", raw, "--at-most", "shape"],
+            "opening, opening, finding the kernel 128, finding free lists +, \
+             classifying pages 128, finding zero pages 128, finding zero pages 128",
+        ),
+        (
+            &["save", raw, "-o", &sonic],
+            "opening, opening, finding the kernel 128, classifying pages 128, saving 128, \
+             syncing to disk +",
+        ),
+        (&["verify", &sonic], "checking +"),
+        (
+            &["restore", &sonic, "-o", &back, "--to", "raw"],
+            "restoring +, syncing to disk 128",
+        ),
+        (
+            &["convert", raw, "--to", "elf", "-o", &elf],
+            "opening, converting, finding the kernel 128, converting 128, syncing to disk +",
+        ),
+    ] {
+        let run = sonicshot(&[args, &["--progress", "json", "-q"]].concat());
+        assert!(run.status.success(), "{args:?}: {}", stderr(&run));
+        let told = phases_told(&stderr(&run));
+        let mut each = expected.split(", ");
+        let told: Vec<_> = told
+            .iter()
+            .map(|(name, bytes)| match (bytes, each.next()) {
+                (0, _) => name.clone(),
+                (_, Some(expected)) if expected.ends_with('+') => format!("{name} +"),
+                (bytes, _) => format!("{name} {}", bytes >> 20),
+            })
+            .collect();
+        assert_eq!(told.join(", "), expected, "{args:?}");
+    }
 }
 
 /// With `--json`, what is wrong with the command line is JSON as well.

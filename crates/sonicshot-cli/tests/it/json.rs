@@ -1,46 +1,28 @@
 //! What `--json` prints of real work is as docs/json.schema.json has it.
 
 use crate::common::*;
-use jsonschema::Validator;
+use crate::fake_qemu::{Answer, Fake};
 use serde_json::{Value, json};
 use sonicshot::{Gpa, GuestBytes, MappedRegions};
 use sonicshot_vmi::{GuestOptions, KernelVa, LinuxGuest, VirtualMemory};
 use std::fs;
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output};
 use tempfile::TempDir;
 
-fn schema() -> Validator {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/json.schema.json");
-    let schema = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
-    jsonschema::validator_for(&schema).unwrap()
-}
-
-/// The lines of a stream, each of which must be of the schema.
-fn lines(schema: &Validator, stream: &[u8]) -> Vec<Value> {
-    let text = String::from_utf8(stream.to_vec()).unwrap();
-    let line = |line: &str| {
-        let value: Value = serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"));
-        assert!(schema.is_valid(&value), "{line}");
-        assert_eq!(value["version"], 1);
-        value
-    };
-    text.lines().map(line).collect()
-}
-
-fn one(schema: &Validator, run: &Output) -> Value {
+/// The one line of a run, on the stream where it belongs.
+fn one(run: &Output) -> Value {
     let stream = match run.status.success() {
         true => &run.stdout,
         false => &run.stderr,
     };
-    let mut lines = lines(schema, stream);
+    let mut lines = json_lines(stream);
     assert_eq!(lines.len(), 1, "{}", stderr(run));
     lines.remove(0)
 }
 
 #[test]
 fn what_every_command_prints_is_of_the_schema() {
-    let schema = schema();
     let folder = TempDir::new().unwrap();
     let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let raw = raw_dump(folder.path(), |_| {});
@@ -75,22 +57,22 @@ fn what_every_command_prints_is_of_the_schema() {
     ];
     for (kind, path, args) in table {
         let run = sonicshot(&[args, &["--json"]].concat());
-        let value = one(&schema, &run);
+        let value = one(&run);
         assert_eq!(value["kind"], kind, "{args:?}: {value}");
         assert_eq!(value["path"], path, "{args:?}: {value}");
         // The schema says something: of no value may a key be missing that is not of an option, and
         // none is of another kind.
         let mut bad = value.clone();
         bad["kind"] = json!("another");
-        assert!(!schema.is_valid(&bad));
+        assert!(!schema().is_valid(&bad));
         for key in ["version", "path"] {
             let mut bad = value.clone();
             bad.as_object_mut().unwrap().remove(key);
-            assert!(!schema.is_valid(&bad), "{kind} without {key}");
+            assert!(!schema().is_valid(&bad), "{kind} without {key}");
         }
     }
     let run = sonicshot(&["inspect", "--no-such-option", "--json"]);
-    let value = one(&schema, &run);
+    let value = one(&run);
     assert_eq!(
         (&value["kind"], &value["path"]),
         (&json!("error"), &Value::Null)
@@ -106,7 +88,7 @@ fn what_every_command_prints_is_of_the_schema() {
         "json",
         "-q",
     ]);
-    let told = lines(&schema, &run.stderr);
+    let told = json_lines(&run.stderr);
     assert!(
         told.iter().any(|line| line["kind"] == "progress"),
         "{}",
@@ -196,7 +178,7 @@ fn a_counter_that_is_not_what_its_lists_have_is_shown_beside_them() {
     });
     let raw = raw.to_str().unwrap();
     let run = sonicshot(&["inspect", raw, "--free-lists", "--json"]);
-    let seen = one(&schema(), &run);
+    let seen = one(&run);
     let zones = seen["free_lists"].as_array().unwrap();
     let (changed, others): (Vec<_>, Vec<_>) =
         zones.iter().partition(|zone| zone["name"] == "DMA32");
@@ -219,6 +201,158 @@ fn a_counter_that_is_not_what_its_lists_have_is_shown_beside_them() {
     for line in told {
         assert!(text.contains(&format!("  disagrees: {line}\n")), "{text}");
     }
+}
+
+/// The docs name each kind of line that there is.
+#[test]
+fn each_kind_of_line_is_in_the_docs() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
+    let schema = fs::read_to_string(docs.join("json.schema.json")).unwrap();
+    let schema: Value = serde_json::from_str(&schema).unwrap();
+    let text = fs::read_to_string(docs.join("json.md")).unwrap();
+    let mut kinds = Vec::new();
+    for (name, of) in schema["$defs"].as_object().unwrap() {
+        if name.starts_with("Of") {
+            let kind = of["oneOf"][0]["const"].as_str();
+            kinds.push(kind.unwrap().to_owned());
+        }
+    }
+    assert!(kinds.len() > 14, "{kinds:?}");
+    for kind in kinds {
+        assert!(
+            text.contains(&format!("`{kind}`")),
+            "docs/json.md lacks {kind}"
+        );
+    }
+}
+
+/// A save from a monitor that is QEMU's to `sonicshot`, a restore that cannot be, and their errors.
+#[test]
+fn what_is_printed_of_guests_of_qemu_is_of_the_schema() {
+    let save = |fake: &Fake, more: &[&str]| {
+        let (socket, out) = (fake.socket(), fake.out());
+        let args = [
+            "qemu",
+            "save",
+            "--qmp",
+            socket.to_str().unwrap(),
+            "--json",
+            "-o",
+        ];
+        let args = [&args[..], &[out.to_str().unwrap()], more].concat();
+        one(&sonicshot(&args))
+    };
+    let fake = Fake::start(Vec::new());
+    let saved = save(&fake, &["--max-pause", "60"]);
+    assert_eq!(saved["kind"], "qemu_save", "{saved}");
+    assert!(saved["dropped_bytes"].as_u64() > Some(40 << 20), "{saved}");
+    let sonic = fake.out();
+    let sonic = sonic.to_str().unwrap();
+    for (args, code) in [
+        (&["qemu", "restore", sonic, "--json"][..], 2),
+        (
+            &["qemu", "restore", sonic, "--json", "--", "/no/such/qemu"],
+            1,
+        ),
+        (
+            &[
+                "qemu",
+                "restore",
+                "/no/such.sonic",
+                "--json",
+                "--",
+                "/no/such/qemu",
+            ],
+            1,
+        ),
+    ] {
+        let error = one(&sonicshot(args));
+        assert_eq!(error["kind"], "error", "{args:?}: {error}");
+        assert_eq!(error["exit_code"], code, "{args:?}: {error}");
+    }
+    fake.heard();
+    let fake = Fake::start(vec![("stop", 1, Answer::Error("it does not want to"))]);
+    let error = save(&fake, &[]);
+    assert_eq!(
+        (&error["kind"], &error["exit_code"]),
+        (&json!("error"), &json!(1))
+    );
+    assert!(error.to_string().contains("does not want to"), "{error}");
+    fake.heard();
+}
+
+/// What a guest's memory in a file, a checkpoint of it, and LibVMI tell of a frame is the same.
+#[test]
+fn a_checkpoint_and_libvmi_tell_of_frames_and_lists_as_the_file_does() {
+    let folder = TempDir::new().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let raw = raw.to_str().unwrap();
+    let sonic = folder.path().join("guest.sonic");
+    let sonic = sonic.to_str().unwrap();
+    assert!(sonicshot(&["save", raw, "-o", sonic]).status.success());
+    let domain = format!("file:{raw}");
+    let look = |of: &str, words: &[&str]| -> Value {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sonicshot"));
+        match of {
+            "libvmi" => command.args(["inspect", "--libvmi", &domain]),
+            file => command.args(["inspect", file]),
+        };
+        command.args(words).arg("--json");
+        command.env("SONICSHOT_LIBVMI", libvmi_fake::library());
+        one(&checked_run(command))
+    };
+    let flags = kpageflags();
+    for (bits, stored) in [
+        (KPF_BUDDY, (json!(true), json!("free"))),
+        (KPF_SLAB, (json!(false), json!("data"))),
+        (KPF_ANON, (json!(false), Value::Null)),
+    ] {
+        let found = (0x1000..).zip(&flags[0x1000..]);
+        let found = found.into_iter().find(|(_, flags)| **flags & bits == bits);
+        let pfn = found.unwrap().0.to_string();
+        let words = ["--explain", &pfn, "--free-lists=3"];
+        let plain = look(raw, &words);
+        for of in [sonic, "libvmi"] {
+            let other = look(of, &words);
+            assert_eq!(other["free_lists"], plain["free_lists"], "{of}");
+            for key in ["class", "struct_page", "owner", "zones", "records", "folio"] {
+                assert_eq!(other["page"][key], plain["page"][key], "{of} {pfn}: {key}");
+            }
+        }
+        // The checkpoint says itself what it has of it.
+        let kept = look(sonic, &words);
+        assert_eq!(kept["page"]["prune"]["drops"], stored.0, "{kept}");
+        if stored.1 != Value::Null {
+            assert_eq!(kept["page"]["content"], stored.1, "{kept}");
+        }
+        assert_eq!(plain["page"]["content"], Value::Null);
+        let run = sonicshot(&["inspect", sonic, "--explain", &pfn]);
+        let text = String::from_utf8(run.stdout).unwrap();
+        let says = match stored.0 == json!(true) {
+            true => "stored    left out: it was free_buddy, and is restored as zeroes",
+            false => "stored    kept: ",
+        };
+        assert!(text.contains(says), "{text}");
+    }
+    let run = sonicshot(&["inspect", sonic, "--free-lists"]);
+    let text = String::from_utf8(run.stdout).unwrap();
+    assert!(text.contains("of the processors agree"), "{text}");
+    // A frame that it does not have.
+    let run = sonicshot(&["inspect", sonic, "--explain", "0x100000"]);
+    assert_eq!(run.status.code(), Some(2), "{}", stderr(&run));
+    // One of memory without a kernel says what is missing.
+    let empty = folder.path().join("empty.raw");
+    fs::write(&empty, vec![0; 32 << 20]).unwrap();
+    let empty = empty.to_str().unwrap();
+    let whole = folder.path().join("empty.sonic");
+    let whole = whole.to_str().unwrap();
+    let run = sonicshot(&[
+        "convert", empty, "--to", "sonic", "-o", whole, "--layout", "flat",
+    ]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let run = sonicshot(&["inspect", whole, "--free-lists"]);
+    assert_eq!(run.status.code(), Some(4), "{}", stderr(&run));
+    assert!(stderr(&run).contains("kernel"), "{}", stderr(&run));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! `--libvmi`, through a library with LibVMI's C interface.
 
-use crate::common::{ram, sonicshot};
+use crate::common::{checked_run, ram, sonicshot};
 use serde_json::Value;
 use std::fs;
 use std::io::Read;
@@ -42,7 +42,7 @@ impl Guest {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sonicshot"));
         command.args(words).args(["--libvmi", domain]);
         command.env("SONICSHOT_LIBVMI", libvmi_fake::library());
-        command.output().unwrap()
+        checked_run(command)
     }
 
     /// What was called, without tries to map.

@@ -14,6 +14,9 @@ mod compressed;
 mod disks;
 mod dumps;
 mod face;
+#[allow(dead_code, reason = "another test uses the rest")]
+#[path = "../../../sonicshot-qemu-live/tests/it/fake.rs"]
+mod fake_qemu;
 mod folders;
 mod foreign;
 mod in_place;

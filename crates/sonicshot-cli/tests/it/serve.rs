@@ -37,6 +37,7 @@ fn served(path: &Path) -> (Vec<u8>, u64) {
                     let words = usize::try_from(rest.len() / 8).unwrap();
                     out.extend(word.to_le_bytes().repeat(words));
                 }
+                other => panic!("{other:?}"),
             }
             at = rest.end();
         }

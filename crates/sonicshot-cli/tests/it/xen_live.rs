@@ -45,7 +45,8 @@ impl Standin {
     }
 
     fn run(&self, program: &Path, args: &[&str], variables: &[(&str, &str)]) -> Output {
-        Command::new(program)
+        let mut command = Command::new(program);
+        command
             .args(args)
             .current_dir(self.0.path())
             .env("PATH", self.0.path())
@@ -53,9 +54,8 @@ impl Standin {
             .env("STANDIN_RAM", self.file("ram"))
             .env("STANDIN_LOG", self.file("log"))
             .env("STANDIN_RESTORED", self.file("restored"))
-            .envs(variables.iter().copied())
-            .output()
-            .unwrap()
+            .envs(variables.iter().copied());
+        checked_run(command)
     }
 
     fn sonicshot(&self, args: &[&str], variables: &[(&str, &str)]) -> Output {
@@ -115,11 +115,8 @@ fn a_save_is_what_a_prune_makes_of_a_full_one() {
 fn compressed_images_are_restored_as_they_are() {
     let xen = Standin::new();
     json(&xen.sonicshot(&["xen", "save", "5", "plain", "--json"], &[]));
-    assert!(
-        xen.sonicshot(&["xen", "restore", "plain"], &[])
-            .status
-            .success()
-    );
+    let restored = json(&xen.sonicshot(&["xen", "restore", "plain", "--json"], &[]));
+    assert_eq!(restored["kind"], "xen_restore", "{restored}");
     assert!(xen.bytes("restored") == xen.bytes("plain"));
     for how in ["zstd", "lz4"] {
         let args = ["xen", "save", "5", how, "--compress", how, "--json"];
@@ -135,7 +132,7 @@ fn compressed_images_are_restored_as_they_are() {
 
         let half = xen.bytes(how).len() / 2;
         fs::write(xen.file("cut"), &xen.bytes(how)[..half]).unwrap();
-        let cut = xen.sonicshot(&["xen", "restore", "cut"], &[]);
+        let cut = xen.sonicshot(&["xen", "restore", "cut", "--json"], &[]);
         assert_eq!(cut.status.code(), Some(1), "{}", stderr(&cut));
     }
 }
@@ -145,7 +142,7 @@ fn whatever_fails_the_domain_is_left() {
     let xen = Standin::new();
     // xl itself resumes it.
     for option in ["-p", "--compress=zstd"] {
-        let args = ["xen", "save", "5", "live", option];
+        let args = ["xen", "save", "5", "live", "--json", option];
         let failed = xen.sonicshot(&args, &[("STANDIN_FAILS", "1")]);
         assert_eq!(failed.status.code(), Some(1));
         assert!(
