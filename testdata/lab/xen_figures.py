@@ -8,7 +8,7 @@ import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import charts
 import kernels
@@ -22,9 +22,13 @@ from xen import DOM0_MIB, Dom0, XenGuest
 SERIES = "6.1"
 # In use in every guest of the first figure, MiB.
 LITTLE = 200
-# Larger guests take minutes, emulated, to fill all of their free memory with garbage, and to be
-# stress-tested; they read again what they hold.
-TORTURED_MIB = 1024
+# Up to here every word of free memory is garbage before the first save; of larger guests one word of
+# each page is, for emulated it takes minutes to write them all.
+WHOLE_GARBAGE_MIB = 1024
+WORDS_IN_PAGE = 512
+# When the guest is stress-tested: after each restore, or once in the end. Else it reads again what it
+# holds.
+STRESS = ("each", "end")
 TOOLS = {"xl": ("xl save", "xl restore"),
          "none": ("sonicshot xen save --json --compress none", "sonicshot xen restore"),
          "lz4": ("sonicshot xen save --json --compress lz4", "sonicshot xen restore")}
@@ -49,11 +53,13 @@ class Point(TypedDict):
     cache: str
     # MB/s, to `write` and to `read`.
     disk: dict[str, float]
+    # Of `STRESS`.
+    stress: NotRequired[str]
     # Each: a fact's value by its name, for each of `TOOLS`.
     rounds: list[dict[str, dict[str, float]]]
 
 
-def round_of(dom0: Dom0, tool: str) -> dict[str, float]:
+def round_of(dom0: Dom0, tool: str, stress: str) -> dict[str, float]:
     """Saves the running guest and restores it; nothing is cached, and all is on the disk. Before,
     it is saved and goes on: how long that suspends it."""
     save, restore = TOOLS[tool]
@@ -65,6 +71,8 @@ def round_of(dom0: Dom0, tool: str) -> dict[str, float]:
                       "rm /images/image\nask look LOOK-\nmemory", 3600)
     if not any(line.startswith("LOOK-OK") for line in done.lines):
         raise GuestFailed(f"the guest does not run on: {done.lines[-3:]}")
+    if stress == "each":
+        tortured(dom0)
     found = {**done.times, "bytes": done.sizes["image"], "memory": int(done.word("MEMORY"))}
     if not ours:
         return found | {"suspended": pause.times["suspended"]}
@@ -82,23 +90,28 @@ def disk_speed(dom0: Dom0) -> dict[str, float]:
     return {way: (512 << 20) / 1e6 / done.times[way] for way in ("write", "read")}
 
 
-def measure(tool: Path, memory: int, used: int, rounds: int) -> Point:
+def tortured(dom0: Dom0) -> None:
+    said = dom0.order("ask torture TORTURE-", 3600).lines
+    if "TORTURE-OK" not in said:
+        raise GuestFailed(f"the guest does not run on: {said[-2:]}")
+
+
+def measure(tool: Path, memory: int, used: int, rounds: int, stress: str) -> Point:
     """One guest of its own: saved and restored by both in turn."""
     kernel = kernels.fetch(SERIES)
     work = Path(tempfile.mkdtemp(prefix="xen-", dir=LAB))
-    small = memory <= TORTURED_MIB
-    guest = XenGuest(kernel, memory, f"lab.used={used} lab.garbage={int(small)}")
+    step = 1 if memory <= WHOLE_GARBAGE_MIB else WORDS_IN_PAGE
+    guest = XenGuest(kernel, memory, f"lab.used={used} lab.garbage_step={step}")
     try:
         with Dom0(work, tool, guest) as dom0:
             ready = dom0.order("xl create /lab.cfg\nguest READY 0\ngrep '^USED' $log", 3600)
             point: Point = {
                 "memory": memory, "used": used, "kernel": kernel.release,
                 "guest_used": int(ready.word("USED")), "cache": dom0.cache,
-                "disk": disk_speed(dom0),
-                "rounds": [{name: round_of(dom0, name) for name in TOOLS} for _ in range(rounds)]}
-            said = dom0.order("ask torture TORTURE-", 3600).lines if small else ["TORTURE-OK"]
-            if "TORTURE-OK" not in said:
-                raise GuestFailed(f"the guest does not run on: {said[-2:]}")
+                "disk": disk_speed(dom0), "stress": stress,
+                "rounds": [{name: round_of(dom0, name, stress) for name in TOOLS}
+                           for _ in range(rounds)]}
+            tortured(dom0)
             return point
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -172,9 +185,9 @@ the same guest in turn, which runs on in between, in one run, on one disk: `xl` 
 
 Guests: Debian's {kernel}, paravirtual, one processor, Xen 4.17, dom0 with {dom0} MiB. *In use* is
 MemTotal - MemFree; above what the system itself takes it is anonymous memory with data in it.
-{rounds} of each{medians}. Every guest had all its memory back after each restore, and read all
-its patterns and files again; those of up to {tortured} had garbage in their free memory and were
-tortured in the end. `results.json` has all that was measured.
+{rounds} of each{medians}. Every guest had garbage in its free memory (those of up to {whole} in every
+word, larger ones in one word of each page) and all its memory back after each restore, and read all
+its patterns and files again; {stressed}. `results.json` has all that was measured.
 
 A save begins with nothing cached in dom0 and ends when the image is on the disk (`sync`); a restore
 begins with nothing cached. The images lie on ext4 on a virtio disk that QEMU opens with
@@ -196,6 +209,15 @@ of its memory.
 """
 
 
+def stressed(points: Sequence[Point]) -> str:
+    each = [point.get("stress") == "each" for point in points]
+    if all(each):
+        return "it was stress-tested after each"
+    if any(each):
+        return "some were stress-tested after each, all at the end"
+    return "it was stress-tested at the end"
+
+
 def page(points: Sequence[Point], memory_points: Sequence[Point], used_points: Sequence[Point]
          ) -> str:
     first, last = points[0], memory_points[-1]
@@ -203,7 +225,7 @@ def page(points: Sequence[Point], memory_points: Sequence[Point], used_points: S
     speeds = {way: [point["disk"][way] for point in points] for way in ("write", "read")}
     spread = {way: f"{min(all_):.0f} to {max(all_):.0f}" for way, all_ in speeds.items()}
     return PAGE.format(
-        little=LITTLE, largest=size(last["memory"]), tortured=size(TORTURED_MIB),
+        little=LITTLE, largest=size(last["memory"]), whole=size(WHOLE_GARBAGE_MIB), stressed=stressed(points),
         dom0=DOM0_MIB, kernel=first["kernel"],
         memory_table=table(memory_points), used_table=table(used_points),
         here=" | ".join(", ".join(change(last, fact, tool) for tool in OURS)
@@ -241,6 +263,8 @@ def figures_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--used", type=mebibytes, default=[1024, 2048, 4096, 6144],
                         help="by the largest guest, MiB")
     parser.add_argument("--rounds", type=int, default=3, help="saves and restores by each")
+    parser.add_argument("--stress", choices=STRESS, default=STRESS[0],
+                        help="when the guest is stress-tested: after each restore, or once")
     parser.add_argument("--into", type=Path, help="a folder; points that it has are not made again")
     tool_argument(parser)
 
@@ -259,7 +283,7 @@ def do_figures(args: Namespace) -> None:
     for memory, used in wanted:
         if (memory, used) in done:
             continue
-        points.append(measure(tool, memory, used, args.rounds))
+        points.append(measure(tool, memory, used, args.rounds, args.stress))
         results.write_text(json.dumps(points, indent=1) + "\n")
         print(table(points[-1:]).splitlines()[-1], flush=True)
         publish(points, into)
