@@ -98,7 +98,7 @@ impl<'m> LinuxGuest<'m> {
         let given = options.given()?;
         let told = owners();
         let mut attempt = |found: Found<'m>| {
-            let is_note = found.is_note;
+            let is_note = found.at.is_none();
             let (tables, info) = (found.tables, found.vmcoreinfo.clone());
             let guest = Self::gather(found, options, &given, owners())?;
             // Where symbols tell which VMCOREINFO is the kernel's own, that is seen below. A kernel
@@ -122,6 +122,7 @@ impl<'m> LinuxGuest<'m> {
         let standing = discover::find(
             (memory, &options.progress),
             options.vmcoreinfo.as_deref(),
+            options.vmcoreinfo_at,
             told.are_crashed(),
             // Where nothing is told, any may be the one: each is tried where it is met.
             &|tables| told.is_unknown() || told.may_run_on(memory, tables),
@@ -651,8 +652,65 @@ mod tests {
     use super::LinuxGuest;
     use crate::owner::processors::Owners;
     use crate::owner::traces::tests::{forged, ram, variable, word};
-    use crate::{GuestOptions, VmiError};
-    use sonicshot::{Gpa, GuestBytes, MappedRegions};
+    use crate::{GuestOptions, VmiError, find_vmcoreinfo};
+    use core::sync::atomic::{AtomicU64, Ordering};
+    use sonicshot::{Gpa, GuestBytes, GuestMemory, Mapped, MappedRegions, MemoryError, RamLayout};
+
+    /// Counts the windows that are searched.
+    struct Counting(MappedRegions<'static>, AtomicU64);
+
+    impl GuestMemory for Counting {
+        fn layout(&self) -> &RamLayout {
+            self.0.layout()
+        }
+
+        fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+            self.0.read(at, buf)
+        }
+
+        fn map(&self, at: Gpa, len: usize) -> Result<Option<Mapped<'_>>, MemoryError> {
+            // Struct pages of this guest are a range of another length, or lie elsewhere.
+            let window = len == 2 << 20 && at.raw().is_multiple_of(2 << 20);
+            self.1.fetch_add(u64::from(window), Ordering::Relaxed);
+            self.0.map(at, len)
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_was_found_before_is_found_where_it_was_and_believed_no_more_than_any() {
+        let found = |ram: &'static [u8], hint: Option<Gpa>| {
+            let regions = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]);
+            let memory = Counting(regions.unwrap(), AtomicU64::new(0));
+            let options = GuestOptions::new();
+            let options = match hint {
+                Some(at) => options.vmcoreinfo_at(at),
+                None => options,
+            };
+            let guest = LinuxGuest::open(&memory, &options).unwrap();
+            (guest.origin, memory.1.into_inner())
+        };
+        let regions = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram()))]);
+        let own = find_vmcoreinfo(&regions.unwrap()).unwrap().unwrap();
+        let origin = format!("VMCOREINFO at {own}");
+        let (by_search, searched) = found(ram(), None);
+        assert!(by_search == origin && searched > 0);
+        assert_eq!(found(ram(), Some(own)), (origin.clone(), 0));
+        // Where there is none, or no memory, all is searched.
+        for wrong in [0, own.raw() + 1, own.raw() + 4096, u64::MAX] {
+            let found = found(ram(), Some(Gpa::new(wrong)));
+            assert_eq!(found, (origin.clone(), searched), "{wrong:#x}");
+        }
+        // One that says otherwise than the kernel's own, where that is looked at first.
+        let zeroes = |at: &usize| ram()[*at..*at + 4096].iter().all(|byte| *byte == 0);
+        let free = (0..ram().len()).step_by(4096).find(zeroes).unwrap();
+        let own_at = usize::try_from(own.raw()).unwrap();
+        let text = String::from_utf8(ram()[own_at..own_at + 4096].to_vec()).unwrap();
+        let other = text.replacen("SIZE(page)=64", "SIZE(page)=56", 1);
+        assert_ne!(other, text);
+        let other: &'static [u8] = forged(&[(free as u64, other.into_bytes())]).leak();
+        let (by_search, _) = found(other, Some(Gpa::new(free as u64)));
+        assert_eq!(by_search, origin);
+    }
 
     #[test]
     fn of_several_kernels_of_a_build_one_stands_only_if_all_others_say_that_they_are_gone() {

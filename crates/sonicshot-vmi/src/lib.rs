@@ -202,6 +202,7 @@ pub use absent::mark_absent_pages;
 pub use address::{KernelVa, VirtualMemory, VirtualReadError};
 pub use analysis::{Analysis, AnalysisOptions, GuestFacts, analyze};
 pub use arch::{Foreign, ForeignProcessor, Trace};
+pub use discover::find_vmcoreinfo;
 pub use error::VmiError;
 pub use guest::{
     Classification, FilePlace, FilePlaces, FileSystemId, FreeBlocks, FreeList, GivenUp,

@@ -1,7 +1,8 @@
 //! A domain's memory, mapped as it is looked at.
 
 use crate::ffi::{DomainInfo, Foreign, Xen};
-use crate::p2m_list::{self, DomainPages};
+use crate::mappings::{Mappings, NOWHERE};
+use crate::p2m_list;
 use crate::{DomainId, FrameRuns, LiveError};
 use core::fmt;
 use sonicshot::{
@@ -13,8 +14,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Xen's page size, for every guest.
 const PAGE: PageSize = P2m::PAGE;
-/// A number that Xen cannot map.
-const NOWHERE: u64 = u64::MAX >> PAGE.shift();
 /// `XEN_DOMINF_*` and `SHUTDOWN_suspend` (`xen/include/public/domctl.h`, `sched.h`).
 const HVM: u32 = 1 << 1;
 const SHUT_DOWN: u32 = 1 << 2;
@@ -47,8 +46,7 @@ const MAX_WINDOWS: usize = 1024;
 /// # Ok::<(), sonicshot_xen_live::LiveError>(())
 /// ```
 pub struct LiveDomain<'x> {
-    xen: &'x Xen,
-    id: DomainId,
+    mappings: Arc<Mappings<'x>>,
     layout: RamLayout,
     p2m: Option<P2m>,
     windows: Mutex<HashMap<u64, Arc<Foreign<'x>>>>,
@@ -57,7 +55,7 @@ pub struct LiveDomain<'x> {
 impl fmt::Debug for LiveDomain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LiveDomain")
-            .field("id", &self.id)
+            .field("id", &self.mappings.domain)
             .field("layout", &self.layout)
             .finish_non_exhaustive()
     }
@@ -70,6 +68,13 @@ impl<'x> LiveDomain<'x> {
     /// [`LiveError::NotSuspended`] if it runs; others if Xen refuses, or if what the guest says of
     /// its frames cannot be.
     pub fn open(xen: &'x Xen, id: DomainId) -> Result<Self, LiveError> {
+        Self::suspended(Arc::new(Mappings::new(xen, id)))
+    }
+
+    /// The domain that `mappings` are of, of which some were made before it was suspended. Those of a
+    /// domain that has its own numbers for its frames do not count.
+    pub(crate) fn suspended(mappings: Arc<Mappings<'x>>) -> Result<Self, LiveError> {
+        let (xen, id) = (mappings.xen, mappings.domain);
         let info = xen.info(id)?;
         let reason = (info.flags >> REASON_SHIFT) & REASON_MASK;
         if info.flags & SHUT_DOWN == 0 || reason != SUSPEND {
@@ -78,11 +83,27 @@ impl<'x> LiveDomain<'x> {
                 flags: info.flags,
             });
         }
+        let mappings = match info.flags & HVM {
+            0 => mappings,
+            _ => Arc::new(Mappings::new(xen, id)),
+        };
+        Self::as_it_is(mappings, &info)
+    }
+
+    /// The domain that `mappings` are of, whether it runs or not: what is read of one that runs is torn,
+    /// and good for nothing but to know where to look once it is suspended.
+    pub(crate) fn running(mappings: Arc<Mappings<'x>>) -> Result<Self, LiveError> {
+        let info = mappings.xen.info(mappings.domain)?;
+        Self::as_it_is(mappings, &info)
+    }
+
+    fn as_it_is(mappings: Arc<Mappings<'x>>, info: &DomainInfo) -> Result<Self, LiveError> {
+        let (xen, id) = (mappings.xen, mappings.domain);
         let (frames, p2m) = if info.flags & HVM == 0 {
-            let p2m = p2m_list::read(&DomainPages(xen, id), id, &info)?;
+            let p2m = p2m_list::read(&*mappings, id, info)?;
             (p2m.frames().collect(), Some(p2m))
         } else {
-            (own_frames(xen, id, &info)?, None)
+            (own_frames(xen, id, info)?, None)
         };
         let ranges = frames
             .iter()
@@ -91,8 +112,7 @@ impl<'x> LiveDomain<'x> {
         let layout =
             RamLayout::new(ranges).map_err(|source| LiveError::Layout { domain: id, source })?;
         Ok(Self {
-            xen,
-            id,
+            mappings,
             layout,
             p2m,
             windows: Mutex::default(),
@@ -127,13 +147,13 @@ impl<'x> LiveDomain<'x> {
         }
     }
 
-    fn map_frames(&self, first: u64, count: u64) -> Result<Foreign<'x>, LiveError> {
+    fn map_frames(&self, first: u64, count: u64) -> Result<Arc<Foreign<'x>>, LiveError> {
         // Of a frame that the guest does not have nothing is mapped.
         let numbers: Vec<u64> = (0..count)
             .map(|inside| self.frame_of(first.checked_add(inside)?))
             .map(|frame| frame.unwrap_or(NOWHERE))
             .collect();
-        self.xen.map(self.id, &numbers)
+        self.mappings.of(&numbers)
     }
 
     /// The window with frame `pfn`.
@@ -143,7 +163,7 @@ impl<'x> LiveDomain<'x> {
         if let Some(window) = windows.get(&first) {
             return Ok((first, Arc::clone(window)));
         }
-        let window = Arc::new(self.map_frames(first, WINDOW)?);
+        let window = self.map_frames(first, WINDOW)?;
         keep(&mut windows, first, Arc::clone(&window));
         Ok((first, window))
     }
@@ -255,7 +275,7 @@ impl GuestMemory for LiveDomain<'_> {
         let Ok(foreign) = self.map_frames(at.pfn(PAGE).raw(), frames) else {
             return Ok(None);
         };
-        Ok(foreign.held(skew, len))
+        Ok(Foreign::held(foreign, skew, len))
     }
 
     fn p2m(&self) -> Option<&P2m> {

@@ -11,7 +11,7 @@ use core::ptr::{self, NonNull};
 use libloading::Library;
 use sonicshot::{GuestBytes, Mapped, Mfn, P2m, Pfn};
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The oldest release that is looked for, and one that is not there yet.
 const MINORS: core::ops::Range<u32> = 14..40;
@@ -248,15 +248,21 @@ unsafe impl Sync for Foreign<'_> {}
 impl<'x> Foreign<'x> {
     /// The `len` bytes from `skew` on, with the mapping that keeps them there, if every frame is
     /// mapped.
-    pub(crate) fn held(self, skew: u64, len: usize) -> Option<Mapped<'x>> {
+    pub(crate) fn held(this: Arc<Self>, skew: u64, len: usize) -> Option<Mapped<'x>> {
         let skew = usize::try_from(skew).ok()?;
-        let bytes = self.frames(0, self.errors.len())?.get(skew, len)?;
+        let bytes = this.frames(0, this.errors.len())?.get(skew, len)?;
         let start = NonNull::new(bytes.as_ptr().cast_mut())?;
         // SAFETY: the bytes are in the mapping, which `held` keeps until its value is dropped.
         unsafe {
             let bytes = GuestBytes::from_raw_parts(start, len);
-            Some(Mapped::held(bytes, Box::new(self)))
+            Some(Mapped::held(bytes, Box::new(this)))
         }
+    }
+
+    /// Whether all is mapped of these, its frames, but for those that are `nowhere`.
+    pub(crate) fn lacks_only(&self, frames: &[u64], nowhere: u64) -> bool {
+        let mut all = self.errors.iter().zip(frames);
+        all.all(|(error, frame)| *error == 0 || *frame == nowhere)
     }
 
     /// The bytes of `count` frames from the `first` on, if all of them are mapped.

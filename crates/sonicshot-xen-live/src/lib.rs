@@ -25,6 +25,7 @@ mod error;
 #[expect(unsafe_code, reason = "the edge to Xen's libraries")]
 mod ffi;
 mod filter;
+mod mappings;
 mod p2m_list;
 mod restore;
 mod save;
@@ -37,7 +38,7 @@ pub use error::LiveError;
 pub use ffi::Xen;
 pub use filter::{FrameRuns, SaveFilter, path_of};
 pub use restore::restore;
-pub use save::{AfterSave, Compress, Look, Looked, SaveOptions, Saved, save};
+pub use save::{AfterSave, Compress, FirstLook, Look, Looked, SaveOptions, Saved, save};
 pub use sonicshot_offline::packed::ImageCompression;
 
 /// A domain's number.

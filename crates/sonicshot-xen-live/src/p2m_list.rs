@@ -2,7 +2,8 @@
 //! information names (`p2m_cr3`, `p2m_vaddr` in `xen/include/public/arch-x86/xen.h`; Linux has it
 //! since 4.3).
 
-use crate::ffi::{DomainInfo, Xen};
+use crate::ffi::DomainInfo;
+use crate::mappings::Mappings;
 use crate::{DomainId, LiveError};
 use sonicshot::{Mfn, P2m, P2mBuilder, Pfn, to_u64, to_usize};
 
@@ -30,12 +31,9 @@ pub(crate) trait MachinePages {
     fn pages(&self, frames: &[u64], each: &mut dyn FnMut(Option<&Page>)) -> Result<(), LiveError>;
 }
 
-/// The frames of a domain.
-pub(crate) struct DomainPages<'x>(pub &'x Xen, pub DomainId);
-
-impl MachinePages for DomainPages<'_> {
+impl MachinePages for Mappings<'_> {
     fn pages(&self, frames: &[u64], each: &mut dyn FnMut(Option<&Page>)) -> Result<(), LiveError> {
-        let mapped = self.0.map(self.1, frames)?;
+        let mapped = self.of(frames)?;
         for index in 0..frames.len() {
             let mut copy = [0; PAGE];
             let page = mapped.frames(index, 1);
@@ -97,7 +95,7 @@ impl Shared {
     }
 }
 
-/// Reads the table of a domain that is suspended.
+/// Reads the table of a domain. What a domain that runs changes meanwhile may be read half.
 pub(crate) fn read(
     pages: &dyn MachinePages,
     domain: DomainId,

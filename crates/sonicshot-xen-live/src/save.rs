@@ -1,14 +1,15 @@
 //! What `xl save` does, without the domain's free pages.
 
 use crate::copied::{Begin, Copied, PIECE};
+use crate::mappings::Mappings;
 use crate::watcher::Watcher;
 use crate::xl::Xl;
 use crate::{Choice, DomainId, FrameRuns, LiveDomain, LiveError, SaveFilter, Xen, path_of};
 use rustix::pipe::fcntl_setpipe_size;
-use sonicshot::{DropClasses, GuestMemory, PageSize, Progress, Tally};
+use sonicshot::{DropClasses, Gpa, GuestMemory, PageSize, Progress, Stop, Stoppable, Tally};
 use sonicshot_dump::{Dump, NewFile, Overwrite, available_memory};
 use sonicshot_offline::packed::{self, ImageCompression};
-use sonicshot_vmi::{AnalysisOptions, GuestOptions, Note, analyze};
+use sonicshot_vmi::{AnalysisOptions, GuestOptions, Note, analyze, find_vmcoreinfo};
 use std::fs::File;
 use std::io::{self, PipeReader, Read};
 use std::os::unix::process::CommandExt;
@@ -22,6 +23,8 @@ use std::time::{Duration, Instant};
 const PAGE: PageSize = PageSize::SIZE_4K;
 /// The interval at which the image's length is looked at.
 const EVERY: Duration = Duration::from_millis(100);
+/// How long a domain that runs is looked at: where there is no VMCOREINFO all memory would be searched.
+const LOOKING: Duration = Duration::from_secs(10);
 /// So much of the image of a domain that does not go on waits to be packed, in bytes.
 const PACKED_BESIDE: u64 = 16 << 20;
 
@@ -155,6 +158,17 @@ impl Look {
     }
 }
 
+/// The look at a domain while it still runs: where its list of frames and its kernel are, so that they are
+/// mapped, and not searched for, once it is suspended. Nothing of it is believed then.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct FirstLook {
+    /// How long it took.
+    pub took: Duration,
+    /// Why it came to nothing; that is no harm.
+    pub error: Option<LiveError>,
+}
+
 /// The look at a domain.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -173,6 +187,8 @@ pub struct Looked {
 pub struct Saved {
     /// The domain.
     pub domain: DomainId,
+    /// The look at it while it ran.
+    pub first_look: FirstLook,
     /// The look at it; `None` if Xen's save helper never asked for the types of frames.
     pub looked: Option<Looked>,
     /// The compression of the image.
@@ -225,6 +241,7 @@ pub fn save(name: &str, path: &Path, options: &SaveOptions) -> Result<Saved, Liv
         work.write(&out)
     });
     let Written {
+        first_look,
         looked,
         packed,
         watcher,
@@ -256,6 +273,7 @@ pub fn save(name: &str, path: &Path, options: &SaveOptions) -> Result<Saved, Liv
     let suspended = looked.as_ref();
     Ok(Saved {
         domain,
+        first_look,
         compression,
         choice,
         file_bytes,
@@ -298,6 +316,7 @@ fn watched<T: Send>(
 
 /// The result of `xl`'s part of a save.
 struct Written {
+    first_look: FirstLook,
     looked: Option<Looked>,
     /// Whether packing failed.
     packed: Result<(), LiveError>,
@@ -305,6 +324,20 @@ struct Written {
     watcher: Option<Watcher>,
     /// When `xl` had ended: a domain that is to go on does.
     ended: Instant,
+}
+
+/// What came of a call of `xl`.
+struct Ran {
+    first_look: FirstLook,
+    looked: Option<Looked>,
+    ended: Instant,
+}
+
+/// What is known of a domain before it is suspended.
+struct Before<'x> {
+    mappings: Arc<Mappings<'x>>,
+    options: GuestOptions,
+    look: FirstLook,
 }
 
 /// A save that is under way.
@@ -319,7 +352,7 @@ struct Work<'a> {
     expected: AtomicU64,
 }
 
-impl Work<'_> {
+impl<'a> Work<'a> {
     /// Has `xl` write the image to `out`. Once it has, the domain is paused, also if packing
     /// failed, and watched over.
     fn write(&self, out: &NewFile) -> Result<Written, LiveError> {
@@ -331,11 +364,17 @@ impl Work<'_> {
         let goes_on = self.options.after == AfterSave::GoOn;
         if self.compression.is_none() && !goes_on {
             let watcher = self.watcher(None)?;
+            let Ran {
+                first_look,
+                looked,
+                ended,
+            } = self.run(&path_of(out.file()))?;
             return Ok(Written {
-                looked: self.run(&path_of(out.file()))?,
+                first_look,
+                looked,
                 packed: Ok(()),
                 watcher,
-                ended: Instant::now(),
+                ended,
             });
         }
         let (mut from, to) = io::pipe().map_err(writing)?;
@@ -352,15 +391,20 @@ impl Work<'_> {
             let copied = &copied;
             scope.spawn(move || copied.take(&mut from));
             let packing = scope.spawn(move || self.pack(copied.given(), out.file()));
-            let looked = self.run(&path_of(&to));
-            let ended = Instant::now();
+            let ran = self.run(&path_of(&to));
             // Nobody writes any more: the reader comes to the end.
             drop(to);
             let packed = packing
                 .join()
                 .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()));
+            let Ran {
+                first_look,
+                looked,
+                ended,
+            } = ran?;
             Ok(Written {
-                looked: looked?,
+                first_look,
+                looked,
                 packed: packed.map_err(writing),
                 watcher,
                 ended,
@@ -392,7 +436,8 @@ impl Work<'_> {
         }
     }
 
-    fn run(&self, target: &str) -> Result<Option<Looked>, LiveError> {
+    fn run(&self, target: &str) -> Result<Ran, LiveError> {
+        let before = self.look_first();
         let mut xl = Xl::new(&["save", self.after(), &self.domain.to_string(), target])?;
         let filter = SaveFilter::new()?;
         filter.attach(&mut xl.command);
@@ -402,7 +447,7 @@ impl Work<'_> {
         let mut looked = None;
         let status = filter.serve(&mut child, |domain| {
             let suspended = Instant::now();
-            let result = self.look(domain);
+            let result = self.look(domain, &before);
             let frames = match &result {
                 Ok(look) => {
                     self.expected.store(look.kept_bytes(), Ordering::Relaxed);
@@ -417,18 +462,64 @@ impl Work<'_> {
             });
             frames
         })?;
+        let ended = Instant::now();
         xl.ended(status)?;
-        Ok(looked)
+        Ok(Ran {
+            first_look: before.look,
+            looked,
+            ended,
+        })
     }
 
-    /// Looks for the free pages of a domain that is suspended.
-    fn look(&self, id: DomainId) -> Result<Look, LiveError> {
-        let failed = |source| LiveError::Guest { domain: id, source };
-        let domain = LiveDomain::open(self.xen, id)?;
+    /// Looks at the domain while it runs.
+    fn look_first(&self) -> Before<'a> {
+        let began = Instant::now();
+        let mappings = Arc::new(Mappings::new(self.xen, self.domain));
         let mut options = GuestOptions::new();
         for path in &self.options.symbols {
             options = options.symbols(path);
         }
+        // What is wrong with a file is told when the domain is suspended.
+        let options = options.clone().read_symbols().unwrap_or(options);
+        let found = self.find(Arc::clone(&mappings));
+        let (vmcoreinfo_at, error) = match found {
+            Ok(at) => (at, None),
+            Err(error) => (None, Some(error)),
+        };
+        Before {
+            mappings,
+            options: match vmcoreinfo_at {
+                Some(at) => options.vmcoreinfo_at(at),
+                None => options,
+            },
+            look: FirstLook {
+                took: began.elapsed(),
+                error,
+            },
+        }
+    }
+
+    /// Reads the domain's list of frames while it runs, and finds the page with its kernel's VMCOREINFO.
+    fn find(&self, mappings: Arc<Mappings<'_>>) -> Result<Option<Gpa>, LiveError> {
+        let domain = LiveDomain::running(mappings)?;
+        let stop = Instant::now().checked_add(LOOKING);
+        let stop = stop.map_or_else(Stop::new, Stop::at);
+        let memory = Stoppable::new(&domain, stop);
+        find_vmcoreinfo(&memory).map_err(|source| LiveError::Memory {
+            domain: self.domain,
+            source,
+        })
+    }
+
+    /// Looks for the free pages of a domain that is suspended.
+    fn look(&self, id: DomainId, before: &Before<'a>) -> Result<Look, LiveError> {
+        let failed = |source| LiveError::Guest { domain: id, source };
+        let domain = if id == self.domain {
+            LiveDomain::suspended(Arc::clone(&before.mappings))?
+        } else {
+            LiveDomain::open(self.xen, id)?
+        };
+        let options = before.options.clone();
         let options = AnalysisOptions::new().guest(options).zero_pages(false);
         let guest = analyze(&domain, &options).map_err(failed)?;
         let frames = domain.dropped(&guest.plan(&DropClasses::default()));

@@ -24,6 +24,9 @@ pub(crate) struct XenSaveReport {
     pub file_bytes: u64,
     pub seconds: f64,
     pub suspended_seconds: Option<f64>,
+    /// Of the look while the domain ran.
+    pub first_look_seconds: f64,
+    /// Of the look while it was suspended.
     pub look_seconds: Option<f64>,
     pub notes: Option<Vec<String>>,
 }

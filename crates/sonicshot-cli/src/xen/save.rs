@@ -112,6 +112,7 @@ impl Outcome {
             file_bytes: saved.file_bytes,
             seconds: saved.took.as_secs_f64(),
             suspended_seconds: saved.suspended.map(|time| time.as_secs_f64()),
+            first_look_seconds: saved.first_look.took.as_secs_f64(),
             look_seconds: self.look_took.map(|time| time.as_secs_f64()),
             notes: look.map(notes),
         };

@@ -1,7 +1,7 @@
 //! The candidates: pages that may be a kernel's VMCOREINFO, by the page tables that they name.
 
 use super::image::pointed_to;
-use super::{Found, read_text};
+use super::{Found, origin, read_text};
 use crate::arch::Tables;
 use crate::error::VmiError;
 use core::fmt::Display;
@@ -224,15 +224,11 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
             self.out_of_time = true;
             return None;
         }
-        let origin = match at {
-            Some(at) => format!("VMCOREINFO at {at}"),
-            None => "VMCOREINFO note".into(),
-        };
         let memory = self.memory;
         let attempt = &mut *self.attempt;
         let tables = group.tables;
         let tried = timed(&mut self.left, || {
-            let found = Found::new(memory, &tables, text, origin.clone(), at.is_none())?;
+            let found = Found::new(memory, &tables, text, at)?;
             attempt(found)
         });
         match tried {
@@ -242,7 +238,7 @@ impl<'a, 'm, T> Candidates<'a, 'm, T> {
                 self.standing.push(tried.value);
             }
             Err(why) => {
-                self.tell(&format_args!("{origin}: {why}"));
+                self.tell(&format_args!("{}: {why}", origin(at)));
                 // That a copy is none says less than what is wrong with the kernel's own.
                 if matches!(self.error, None | Some(VmiError::Stale { .. })) {
                     self.error = Some(why);

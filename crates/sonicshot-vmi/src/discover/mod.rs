@@ -29,7 +29,10 @@ use candidates::{Attempt, Candidates};
 pub(crate) use candidates::{Search, Tried};
 pub(crate) use image::image_range;
 pub(crate) use other::say_more;
-use sonicshot::{Architecture, Gpa, GuestMemory, Progress};
+use sonicshot::{Architecture, Gpa, GuestMemory, MemoryError, Progress};
+
+/// How VMCOREINFO begins.
+const MAGIC: &[u8; 10] = b"OSRELEASE=";
 
 /// A kernel that was found, with its page tables confirmed.
 #[derive(Debug)]
@@ -41,19 +44,28 @@ pub(crate) struct Found<'m> {
     pub kaslr: u64,
     /// Where VMCOREINFO came from.
     pub origin: String,
-    /// Whether it is the note of a dump, and no page of memory.
-    pub is_note: bool,
+    /// The page of memory that it is; `None` if it is the note of a dump.
+    pub at: Option<Gpa>,
     /// The page tables that it names.
     pub tables: Tables,
 }
 
+/// What messages call VMCOREINFO in the page `at`, or in a dump's note.
+pub(crate) fn origin(at: Option<Gpa>) -> String {
+    at.map_or_else(
+        || "VMCOREINFO note".into(),
+        |at| format!("VMCOREINFO at {at}"),
+    )
+}
+
 /// Finds the kernels that stand when `attempt` tries them to the end, by `given` VMCOREINFO (of a
-/// dump's note) and by searching RAM. `runs` tells
+/// dump's note), by the page that is `likely` one, and by searching RAM. `runs` tells
 /// whether a kernel with these page tables is worth a try as soon as it is met: some processor runs
 /// on them, or nothing is told of any.
 pub(crate) fn find<'a, 'm, T>(
     (memory, progress): (&'m dyn GuestMemory, &dyn Progress),
     given: Option<&'a [u8]>,
+    likely: Option<Gpa>,
     believe_note: bool,
     runs: &dyn Fn(&Tables) -> bool,
     attempt: &'a mut Attempt<'a, 'm, T>,
@@ -73,7 +85,7 @@ pub(crate) fn find<'a, 'm, T>(
         }
     }
     let mut proven = None;
-    ram::search(memory, progress, b"OSRELEASE=", &mut |at| {
+    let mut visit = |at| {
         let Some(text) = read_text(memory, at) else {
             return true;
         };
@@ -87,11 +99,39 @@ pub(crate) fn find<'a, 'm, T>(
             Err(why) => kernels.unconfirmed(&format_args!("VMCOREINFO at {at}"), why),
         }
         proven.is_none()
-    })?;
+    };
+    // A page that begins otherwise by now is none, and all is searched.
+    let is_likely = likely.filter(|at| begins_as_text(memory, *at));
+    if is_likely.is_none_or(&mut visit) {
+        ram::search(memory, progress, MAGIC, &mut visit)?;
+    }
     if let Some(proven) = proven.or_else(|| kernels.try_groups(runs)) {
         return Ok(Search::Standing(vec![proven]));
     }
     kernels.outcome()
+}
+
+fn begins_as_text(memory: &dyn GuestMemory, at: Gpa) -> bool {
+    let mut start = [0; MAGIC.len()];
+    at.raw().is_multiple_of(MIN_PAGE as u64)
+        && memory.read(at, &mut start).is_ok()
+        && start == *MAGIC
+}
+
+/// Finds a page of `memory` with VMCOREINFO that fits page tables and a kernel's name there, whether that
+/// kernel owns the memory or not: where to look [first](crate::GuestOptions::vmcoreinfo_at) once a guest
+/// that runs is paused.
+///
+/// # Errors
+/// [`MemoryError`] if the memory cannot be read.
+pub fn find_vmcoreinfo(memory: &dyn GuestMemory) -> Result<Option<Gpa>, MemoryError> {
+    let mut found = None;
+    ram::search(memory, &None, MAGIC, &mut |at| {
+        let fits = read_text(memory, at).is_some_and(|text| confirm(memory, &text).is_ok());
+        found = fits.then_some(at);
+        !fits
+    })?;
+    Ok(found)
 }
 
 /// The page of text at `at`: VMCOREINFO is at most one page of the guest's.
@@ -116,8 +156,7 @@ impl<'m> Found<'m> {
         memory: &'m dyn GuestMemory,
         tables: &Tables,
         text: &[u8],
-        origin: String,
-        is_note: bool,
+        at: Option<Gpa>,
     ) -> Result<Self, VmiError> {
         let vmcoreinfo = Vmcoreinfo::parse(text)?;
         Ok(Self {
@@ -125,8 +164,8 @@ impl<'m> Found<'m> {
             space: tables.space(memory)?,
             kaslr: vmcoreinfo.kernel_offset().unwrap_or(0),
             vmcoreinfo,
-            origin,
-            is_note,
+            origin: origin(at),
+            at,
             tables: *tables,
         })
     }

@@ -4,7 +4,7 @@ use crate::arch::x86_64::Cr3;
 use crate::error::VmiError;
 use crate::knowledge::Knowledge;
 use crate::symbols::{Given, SymbolSource};
-use sonicshot::Progress;
+use sonicshot::{Gpa, Progress};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +18,7 @@ pub struct GuestOptions {
     /// All of them, once they were read.
     pub(super) read: Option<Arc<Given>>,
     pub(super) vmcoreinfo: Option<Vec<u8>>,
+    pub(super) vmcoreinfo_at: Option<Gpa>,
     pub(super) cr3: Option<Cr3>,
     pub(super) at_most: Option<Knowledge>,
     pub(super) threads: Option<NonZeroUsize>,
@@ -110,6 +111,14 @@ impl GuestOptions {
     #[must_use]
     pub fn vmcoreinfo(mut self, text: impl Into<Vec<u8>>) -> Self {
         self.vmcoreinfo = Some(text.into());
+        self
+    }
+
+    /// Says where the kernel's VMCOREINFO was when the memory was [looked at](crate::find_vmcoreinfo) before: that page is looked at first. It is believed no
+    /// more than any other, and if there is no kernel by it, all memory is searched as without it.
+    #[must_use]
+    pub fn vmcoreinfo_at(mut self, at: Gpa) -> Self {
+        self.vmcoreinfo_at = Some(at);
         self
     }
 
