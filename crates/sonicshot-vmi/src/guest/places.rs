@@ -2,8 +2,9 @@
 //! who compares them with the disk.
 //!
 //! - A buffer (`struct buffer_head`) has the number of its block, and its device.
-//! - An inode of ext4 has up to four extents in itself (`i_data`), and a tree of those that were used
-//!   lately (`i_es_tree`, `fs/ext4/extents_status.h`). ext4 is a module, whose types are not in the
+//! - An inode of ext4 has up to four extents in itself (`i_data`), or the first blocks of a tree of them
+//!   (`fs/ext4/ext4_extents.h`), which may be in the page cache of its device; and a tree in memory of
+//!   those that were used lately (`i_es_tree`, `fs/ext4/extents_status.h`). ext4 is a module, whose types are not in the
 //!   kernel's own: where these two are beside the `struct inode` is found by what is there in most of
 //!   the inodes. A tree's node is three words of the tree's, then first block, number, and place with
 //!   the kind in its upper five bits.
@@ -18,7 +19,8 @@ use crate::mm::page::file::{BLOCK_DEVICES, EXT4};
 use crate::{AddressSpace, KernelVa, VirtualMemory};
 use core::fmt;
 use sonicshot::{
-    Bytes, ClassSet, GuestBytes, PageClass, PageMap, Pfn, Tally, spread, to_u64, to_usize,
+    Bytes, ClassSet, GuestBytes, GuestMemory, PageClass, PageMap, PageSize, Pfn, Tally, spread,
+    to_u64, to_usize,
 };
 use std::collections::{BTreeMap, HashMap};
 
@@ -29,14 +31,18 @@ const BEHIND: usize = 1536;
 const SAMPLE: usize = 256;
 /// Of those that tell of a place, so many must tell of the same.
 const AGREE: u64 = 4;
-/// An extent's magic, and how many there are in an inode.
+/// A block of extents: its magic, its header's and a record's length, how many records there are in an
+/// inode, and how deep a tree of them is at most (`EXT4_MAX_EXTENT_DEPTH`).
 const EXTENT_MAGIC: u16 = 0xf30a;
+const HEADER: u64 = 12;
+const RECORD: u64 = 12;
 const IN_INODE: u16 = 4;
+const MAX_DEPTH: u16 = 5;
 /// Longer ones are not written yet.
 const WRITTEN_UP_TO: u16 = 1 << 15;
 /// The kind of an extent in a tree: the lowest of five bits is written.
 const KIND_SHIFT: u32 = 59;
-/// Nodes of trees that are looked at: so many, and for each page of a file more.
+/// Nodes of trees and blocks of extents that are looked at: so many, and for each page of a file more.
 const MIN_NODES: u64 = 1 << 16;
 const NODES_A_PAGE: u64 = 4;
 /// Nodes on the way down: a tree of so many is twice as deep as a balanced one at most.
@@ -183,6 +189,36 @@ struct Extent {
     at: u64,
 }
 
+/// The pages of block devices, by the device and where on it they begin.
+type OnDevices = HashMap<(KernelVa, u64), Pfn>;
+
+/// The blocks of a file system that are in the page cache of its device.
+struct CachedBlocks<'a> {
+    memory: &'a dyn GuestMemory,
+    pages: &'a OnDevices,
+    page_size: PageSize,
+    device: Option<KernelVa>,
+    /// A block has two to this power bytes.
+    bits: u32,
+}
+
+impl CachedBlocks<'_> {
+    /// A block that is no longer than a page.
+    fn read(&self, block: u64) -> Option<Vec<u8>> {
+        let len = 1_u64
+            .checked_shl(self.bits)
+            .filter(|len| *len <= self.page_size.bytes())?;
+        let at = block.checked_mul(len)?;
+        let inside = at & self.page_size.offset_mask();
+        let page = at.checked_sub(inside)?;
+        let frame = self.pages.get(&(self.device?, page))?;
+        let gpa = frame.gpa(self.page_size)?.checked_add(inside)?;
+        let mut bytes = vec![0; to_usize(len)];
+        self.memory.read(gpa, &mut bytes).ok()?;
+        Some(bytes)
+    }
+}
+
 /// Looks for the places of all pages of files in `pages`.
 pub(crate) fn file_places(
     kernel: &Kernel<'_>,
@@ -230,9 +266,25 @@ pub(crate) fn file_places(
         .filter(|(_, mounted, _)| mounted.magic != BLOCK_DEVICES)
         .filter_map(|(_, mounted, _)| Some((mounted.device?, mounted.id)))
         .collect();
+    let devices = files
+        .iter()
+        .filter(|(_, mounted, _)| mounted.magic == BLOCK_DEVICES)
+        .flat_map(|(.., of_device)| of_device.iter());
+    let on_devices: OnDevices = devices
+        .filter_map(|page| Some((finder.buffer(page.buffer()?)?, page.frame)))
+        .collect();
     for (inode, mounted, of_file) in files {
         match mounted.magic {
-            EXT4 => finder.of_ext4(&ext4, inode, &mounted, of_file),
+            EXT4 => {
+                let blocks = CachedBlocks {
+                    memory: kernel.space.memory(),
+                    pages: &on_devices,
+                    page_size: pages.page_size(),
+                    device: mounted.device,
+                    bits: mounted.block_bits,
+                };
+                finder.of_ext4(&ext4, &blocks, inode, &mounted, of_file);
+            }
             BLOCK_DEVICES => finder.of_device(&by_device, of_file),
             _ => {}
         }
@@ -368,8 +420,15 @@ impl Finder<'_, '_> {
         }
     }
 
-    fn of_ext4(&mut self, ext4: &Ext4, inode: KernelVa, mounted: &Mounted, pages: &[InCache]) {
-        let extents = ext4.extents(self.space, inode, &mut self.nodes_left);
+    fn of_ext4(
+        &mut self,
+        ext4: &Ext4,
+        blocks: &CachedBlocks<'_>,
+        inode: KernelVa,
+        mounted: &Mounted,
+        pages: &[InCache],
+    ) {
+        let extents = ext4.extents(self.space, blocks, inode, &mut self.nodes_left);
         for page in pages {
             let by_extent = || {
                 let byte = page.index.checked_shl(self.page_shift)?;
@@ -420,7 +479,7 @@ impl Ext4 {
         let (mut data, mut tree) = (BTreeMap::new(), BTreeMap::new());
         for inode in spread(inodes, SAMPLE) {
             for before in (8..=BEFORE).step_by(8) {
-                if !in_inode(space, *inode, before).is_empty() {
+                if in_inode(space, *inode, before).is_some_and(|block| !block.records.is_empty()) {
                     count(&mut data, before);
                 }
             }
@@ -440,6 +499,7 @@ impl Ext4 {
     fn extents(
         self,
         space: &AddressSpace<'_>,
+        blocks: &CachedBlocks<'_>,
         inode: KernelVa,
         nodes_left: &mut u64,
     ) -> BTreeMap<u64, Extent> {
@@ -447,7 +507,10 @@ impl Ext4 {
         let by_tree = self
             .tree
             .map(|tree| in_tree(space, inode, tree, nodes_left));
-        let by_data = self.data.map(|data| in_inode(space, inode, data));
+        let by_data = self
+            .data
+            .and_then(|data| in_inode(space, inode, data))
+            .map(|block| in_blocks(block, blocks, nodes_left));
         // What was used lately is newer, if they differ.
         for extent in by_data.into_iter().chain(by_tree).flatten() {
             found.insert(extent.first, extent);
@@ -456,40 +519,101 @@ impl Ext4 {
     }
 }
 
-/// The extents that an inode has in itself, `before` its `struct inode`; none if they are in a tree on
-/// the disk, or nothing of the kind is there.
-fn in_inode(space: &AddressSpace<'_>, inode: KernelVa, before: usize) -> Vec<Extent> {
-    const HEADER: u64 = 12;
-    const RECORD: u64 = 12;
-    let mut bytes = [0_u8; 60];
-    let at = inode.raw().checked_sub(to_u64(before)).map(KernelVa::new);
-    if at.is_none_or(|at| space.read(at, &mut bytes).is_err()) {
-        return Vec::new();
+/// A block of extents, or of blocks with more of them.
+struct ExtentBlock {
+    /// How many levels are below it.
+    depth: u16,
+    records: Vec<Record>,
+}
+
+/// An extent, or, in a block with others below it, the place of one of those.
+struct Record {
+    first: u32,
+    words: [u16; 4],
+}
+
+impl ExtentBlock {
+    /// The block in `bytes`, of which there is room for `room` records; nothing if there is none.
+    fn parse(bytes: &[u8], room: u16) -> Option<Self> {
+        let number = |at| bytes.le_at::<u16>(at);
+        let (magic, entries, most, depth) = (number(0)?, number(2)?, number(4)?, number(6)?);
+        if magic != EXTENT_MAGIC || most != room || entries > most || depth > MAX_DEPTH {
+            return None;
+        }
+        let records = (0..u64::from(entries)).map(|entry| {
+            let at = HEADER.checked_add(entry.checked_mul(RECORD)?)?;
+            let record = bytes.part(at, RECORD)?;
+            let word = |at| record.le_at::<u16>(at);
+            Some(Record {
+                first: record.le_at(0)?,
+                words: [word(4)?, word(6)?, word(8)?, word(10)?],
+            })
+        });
+        let records = records.collect::<Option<_>>()?;
+        Some(Self { depth, records })
     }
-    let bytes = bytes.as_slice();
-    let number = |at| bytes.le_at::<u16>(at);
-    let (Some(EXTENT_MAGIC), Some(entries), Some(IN_INODE), Some(depth)) =
-        (number(0), number(2), number(4), number(6))
-    else {
-        return Vec::new();
-    };
-    if entries > IN_INODE || depth != 0 {
-        return Vec::new();
-    }
-    let records = (0..u64::from(entries)).filter_map(|entry| {
-        let at = HEADER.checked_add(entry.checked_mul(RECORD)?)?;
-        let record = bytes.part(at, RECORD)?;
-        let len = record.le_at::<u16>(4)?;
-        let high = u64::from(record.le_at::<u16>(6)?);
-        Some(Extent {
-            first: record.le_at::<u32>(0)?.into(),
-            len: Some(len)
-                .filter(|len| *len > 0 && *len <= WRITTEN_UP_TO)?
-                .into(),
-            at: (high << 32) | u64::from(record.le_at::<u32>(8)?),
+}
+
+impl Record {
+    /// The extent, if it was written.
+    fn extent(&self) -> Option<Extent> {
+        let [len, high, low, middle] = self.words;
+        (len > 0 && len <= WRITTEN_UP_TO).then(|| Extent {
+            first: self.first.into(),
+            len: len.into(),
+            at: place(high, middle, low),
         })
-    });
-    records.collect()
+    }
+
+    /// The block that it leads to.
+    fn below(&self) -> u64 {
+        let [low, middle, high, _] = self.words;
+        place(high, middle, low)
+    }
+}
+
+/// The number of a block, which has 48 bits.
+fn place(high: u16, middle: u16, low: u16) -> u64 {
+    (u64::from(high) << 32) | (u64::from(middle) << 16) | u64::from(low)
+}
+
+/// The block of extents that an inode has in itself, `before` its `struct inode`.
+fn in_inode(space: &AddressSpace<'_>, inode: KernelVa, before: usize) -> Option<ExtentBlock> {
+    let mut bytes = [0_u8; 60];
+    let at = inode.raw().checked_sub(to_u64(before)).map(KernelVa::new)?;
+    space.read(at, &mut bytes).ok()?;
+    ExtentBlock::parse(&bytes, IN_INODE)
+}
+
+/// The extents in a block, and in those below it that are in memory. No more than `left` blocks are
+/// looked at.
+fn in_blocks(root: ExtentBlock, blocks: &CachedBlocks<'_>, left: &mut u64) -> Vec<Extent> {
+    let mut found = Vec::new();
+    let mut way = vec![root];
+    while let Some(block) = way.pop() {
+        let Some(below) = block.depth.checked_sub(1) else {
+            found.extend(block.records.iter().filter_map(Record::extent));
+            continue;
+        };
+        for record in &block.records {
+            let Some(less) = left.checked_sub(1) else {
+                return found;
+            };
+            *left = less;
+            let Some(bytes) = blocks.read(record.below()) else {
+                continue;
+            };
+            let room = to_u64(bytes.len())
+                .checked_sub(HEADER)
+                .map(|len| len / RECORD);
+            let block = room
+                .and_then(|room| ExtentBlock::parse(&bytes, u16::try_from(room).ok()?))
+                // One that leads up again would be without end.
+                .filter(|block| block.depth == below);
+            way.extend(block);
+        }
+    }
+    found
 }
 
 /// A node of a tree of extents.
@@ -577,9 +701,12 @@ fn in_tree(
 
 #[cfg(test)]
 mod tests {
-    use super::{BEFORE, Ext4, Extent, IN_INODE, KIND_SHIFT, MAX_WAY, Offsets};
+    use super::{
+        BEFORE, CachedBlocks, Ext4, Extent, IN_INODE, KIND_SHIFT, MAX_WAY, Offsets, OnDevices,
+    };
     use crate::KernelVa;
     use crate::kernel::testing::{DIRECT_MAP, Facts, Ram, kernel};
+    use sonicshot::{GuestMemory, PageSize, Pfn};
 
     /// The first inode; each of them has 4 KiB.
     const INODE: u64 = 0x10_0000;
@@ -589,6 +716,17 @@ mod tests {
 
     fn va(at: u64) -> KernelVa {
         KernelVa::new(DIRECT_MAP + at)
+    }
+
+    /// A device with blocks of 1 KiB.
+    fn blocks<'a>(memory: &'a dyn GuestMemory, pages: &'a OnDevices) -> CachedBlocks<'a> {
+        CachedBlocks {
+            memory,
+            pages,
+            page_size: PageSize::SIZE_4K,
+            device: Some(va(0x77)),
+            bits: 10,
+        }
     }
 
     /// An inode with these extents in it: first block, number, place.
@@ -663,14 +801,17 @@ mod tests {
         let ext4 = Ext4::by_inodes(&kernel.space, &inodes);
         let [data, tree] = [DATA, TREE].map(|at| usize::try_from(at).ok());
         assert_eq!(ext4, Ext4 { data, tree });
-        let found = ext4.extents(&kernel.space, inodes[3], &mut 100);
+        let none = OnDevices::new();
+        let blocks = blocks(&memory, &none);
+        let found = ext4.extents(&kernel.space, &blocks, inodes[3], &mut 100);
         let extent = |first, len, at| (first, Extent { first, len, at });
         // What was used lately counts.
         let want = [extent(0, 4, 1003), extent(9, 2, 77), extent(20, 5, 500)];
         assert!(found.into_iter().eq(want));
         // Of an inode that nothing is beside there is nothing, and none that cannot be read.
         for inode in [va(INODE + 0x9000), va(BEFORE as u64 / 2), va(1 << 40)] {
-            assert!(ext4.extents(&kernel.space, inode, &mut 100).is_empty());
+            let found = ext4.extents(&kernel.space, &blocks, inode, &mut 100);
+            assert!(found.is_empty());
         }
         // Three say nothing.
         assert_eq!(
@@ -686,13 +827,92 @@ mod tests {
         let memory = ram.memory();
         let kernel = kernel(&memory, Facts::default());
         let ext4 = Ext4::by_inodes(&kernel.space, &inodes);
+        let none = OnDevices::new();
+        let blocks = blocks(&memory, &none);
         let mut left = 1000;
-        assert!(!ext4.extents(&kernel.space, inodes[0], &mut left).is_empty());
+        let found = ext4.extents(&kernel.space, &blocks, inodes[0], &mut left);
+        assert!(!found.is_empty());
         assert!(left > 1000 - 2 * MAX_WAY as u64);
         // No more nodes than there are.
         let mut few = 1;
-        ext4.extents(&kernel.space, inodes[0], &mut few);
+        ext4.extents(&kernel.space, &blocks, inodes[0], &mut few);
         assert_eq!(few, 0);
+    }
+
+    /// A block of extents in bytes; of one with others below it, their places are the third numbers.
+    fn block(room: u16, depth: u16, records: &[(u32, u16, u64)]) -> Vec<u8> {
+        let count = u16::try_from(records.len()).unwrap();
+        let mut bytes = Vec::new();
+        for word in [0xf30a, count, room, depth, 0, 0] {
+            bytes.extend(word.to_le_bytes());
+        }
+        for (first, len, place) in records {
+            bytes.extend(first.to_le_bytes());
+            let (high, low) = (place >> 32, place & 0xffff_ffff);
+            let (high, low) = (u16::try_from(high).unwrap(), u32::try_from(low).unwrap());
+            if depth == 0 {
+                bytes.extend(len.to_le_bytes());
+                bytes.extend(high.to_le_bytes());
+                bytes.extend(low.to_le_bytes());
+            } else {
+                bytes.extend(low.to_le_bytes());
+                bytes.extend(high.to_le_bytes());
+                bytes.extend([0; 2]);
+            }
+        }
+        bytes
+    }
+
+    #[test]
+    fn extents_in_blocks_of_the_device_are_found_where_the_page_cache_has_them() {
+        const IN_BLOCK: u16 = 84;
+        let (mut ram, inodes) = ram();
+        let deep = usize::try_from(INODE - DATA).unwrap();
+        let root = block(IN_INODE, 2, &[(0, 0, 9), (500, 0, 4)]);
+        ram.0[deep..deep + root.len()].copy_from_slice(&root);
+        // Block 9 is the second of the third page of the device, which is in frame 0x300; block 4 the
+        // first of its second page. The place of one of the extents has more than 32 bits.
+        let far = 0x1234_5678_9abc;
+        let middle = block(
+            IN_BLOCK,
+            1,
+            &[(0, 0, 10), (90, 0, 11), (95, 0, 9), (99, 0, 1 << 30)],
+        );
+        let leaf = block(
+            IN_BLOCK,
+            0,
+            &[(0, 7, far), (60, 9, 33), (80, (1 << 15) + 3, 50)],
+        );
+        for (at, bytes) in [(0x30_0400, middle), (0x30_0800, leaf)] {
+            ram.0[at..at + bytes.len()].copy_from_slice(&bytes);
+        }
+        let memory = ram.memory();
+        let kernel = kernel(&memory, Facts::default());
+        let ext4 = Ext4::by_inodes(&kernel.space, &inodes);
+        let pages = OnDevices::from([
+            ((va(0x77), 0x2000), Pfn::new(0x300)),
+            // Of another device.
+            ((va(0x88), 0x1000), Pfn::new(0x300)),
+        ]);
+        let blocks = blocks(&memory, &pages);
+        let found = ext4.extents(&kernel.space, &blocks, inodes[0], &mut 100);
+        let extent = |first, len, at| (first, Extent { first, len, at });
+        // With those of the tree in memory; what is not written, is no block of extents, or leads up
+        // again has none.
+        let want = [
+            extent(0, 7, far),
+            extent(9, 2, 77),
+            extent(20, 5, 500),
+            extent(60, 9, 33),
+        ];
+        assert!(found.into_iter().eq(want));
+        // A block that has not room for what it says to have, and no more blocks than are left.
+        let mut left = 4;
+        ext4.extents(&kernel.space, &blocks, inodes[0], &mut left);
+        assert_eq!(left, 0);
+        assert!(super::ExtentBlock::parse(&block(3, 0, &[(0, 1, 1); 4]), 3).is_none());
+        assert!(super::ExtentBlock::parse(&block(4, 6, &[(0, 1, 1)]), 4).is_none());
+        assert!(super::ExtentBlock::parse(&block(4, 0, &[(0, 1, 1)])[..20], 4).is_none());
     }
 
     #[test]
