@@ -15,7 +15,7 @@ from command import command
 from debian import install_tools
 from errors import LabError
 from host import LAB, Json, relative, run
-from machine import (DISKS, Machine, Monitor, copy_disks, guest_program, inflate, memory_of,
+from machine import (DISKS, Machine, Monitor, copy_disks, deflate, guest_program, inflate, memory_of,
                      prepare, read_records)
 from options import guest_arguments, guest_of
 from spec import GuestSpec, Layout, Part
@@ -98,6 +98,9 @@ def capture(spec: GuestSpec, name: str) -> Path:
         times = {"ready": round(time.monotonic() - machine.started, 1)}
         if spec.balloon:
             inflate(qmp, (spec.mem - spec.balloon) << 20)
+        if spec.squeezed:
+            inflate(qmp, spec.squeezed << 20)
+            deflate(qmp, spec.mem << 20)
         if spec.live:
             # Slow enough that the guest changes pages which have been saved.
             qmp.call("migrate-set-parameters", max_bandwidth=48 << 20, downtime_limit=100)

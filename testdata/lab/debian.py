@@ -80,6 +80,9 @@ shift 3
 exec chroot "$root" "$@"
 """
 
+    # $0 the root. Some packages ask /proc where they are.
+    INSIDE = 'mount -t proc proc "$0/proc" && exec chroot "$0" "$@"'
+
     def __init__(self, name: str, suite: str, packages: list[str]) -> None:
         self.folder = LAB / name
         self.suite, self.packages = suite, packages
@@ -105,7 +108,8 @@ exec chroot "$root" "$@"
         done.touch()
 
     def inside(self, *command: Word) -> str:
-        return run("chroot", self.folder, *command, env=self.ENVIRONMENT)
+        return run("unshare", "--mount", "sh", "-c", self.INSIDE, self.folder, *command,
+                   env=self.ENVIRONMENT)
 
     def shared(self, *command: str) -> list[str]:
         """The command line that runs a program of the folder on the lab's and temporary files."""

@@ -183,15 +183,17 @@ static int use_all(uint64_t id, int want_zero)
 
 static uint64_t hash_file(const char *path)
 {
-	static uint8_t buffer[64 * 1024];
+	static uint64_t buffer[64 * 1024 / 8];
 	uint64_t hash = 0xcbf29ce484222325UL;
 	int fd = open(path, O_RDONLY);
 	if (fd < 0)
 		die(path);
 	ssize_t got;
-	while ((got = read(fd, buffer, sizeof buffer)) > 0)
-		for (ssize_t i = 0; i < got; i++)
+	while ((got = read(fd, buffer, sizeof buffer)) > 0) {
+		memset((uint8_t *)buffer + got, 0, -got & 7);
+		for (ssize_t i = 0; i < (got + 7) / 8; i++)
 			hash = (hash ^ buffer[i]) * 0x100000001b3UL;
+	}
 	if (got < 0)
 		die(path);
 	close(fd);
@@ -220,6 +222,44 @@ static uint64_t hash_tree(const char *path)
 	}
 	closedir(dir);
 	return sum;
+}
+
+/* The first disk is a Debian root, whose programs run. */
+static int apps;
+
+/* All files that nothing writes to. */
+static uint64_t hash_files(void)
+{
+	return apps ? hash_tree("/files/usr") + mix(hash_tree("/files/lab")) : hash_tree("/files");
+}
+
+/* Whether a program in the root ends well. */
+static int in_root(const char *program)
+{
+	pid_t child = fork();
+	if (child == 0) {
+		if (chroot("/files") || chdir("/"))
+			_exit(1);
+		execl("/bin/sh", "sh", program, NULL);
+		_exit(1);
+	}
+	int status;
+	while (waitpid(child, &status, 0) < 0)
+		if (errno != EINTR)
+			return 0;
+	return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+static void start_apps(void)
+{
+	mount("/proc", "/files/proc", NULL, MS_BIND, NULL);
+	mount("/dev", "/files/dev", NULL, MS_BIND, NULL);
+	mkdir("/dev/shm", 0777);
+	mount("tmpfs", "/files/dev/shm", "tmpfs", 0, NULL);
+	mount("tmpfs", "/files/run", "tmpfs", 0, "mode=777");
+	mount("tmpfs", "/files/tmp", "tmpfs", 0, "mode=777");
+	if (!in_root("/lab/start"))
+		die("the programs of the root");
 }
 
 /* The record disk: a line `name length\n` padded to 4 KiB, then the data padded to 4 KiB. */
@@ -416,8 +456,10 @@ static const char *check_kept(const struct kept *k)
 static const char *look(const struct kept *k)
 {
 	const char *bad = check_kept(k);
-	if (!bad && hash_tree("/files") != k->files)
+	if (!bad && hash_files() != k->files)
 		bad = "files";
+	if (!bad && apps && !in_root("/lab/check"))
+		bad = "the programs of the root";
 	if (!bad && kernel_complains())
 		bad = "the kernel's log";
 	return bad;
@@ -453,26 +495,30 @@ static void torture(const struct kept *k)
 	}
 	put("/proc/sys/vm/compact_memory", "1");
 	put("/proc/sys/vm/drop_caches", "3");
+	pid_t children[200];
 	for (int i = 0; i < 200; i++) {
-		pid_t child = fork();
-		if (child < 0) {
+		children[i] = fork();
+		if (children[i] < 0) {
 			say("TORTURE-FAIL fork");
 			return;
 		}
-		if (child == 0) {
+		if (children[i] == 0) {
 			char *at = malloc(256 * 1024);
 			memset(at, i + 1, 256 * 1024);
 			_exit(at[1000 * (i % 200)] == (char)(i + 1) ? 0 : 1);
 		}
 	}
-	int status;
-	while (wait(&status) > 0)
-		if (!WIFEXITED(status) || WEXITSTATUS(status)) {
+	for (int i = 0, status; i < 200; i++)
+		if (waitpid(children[i], &status, 0) < 0 || !WIFEXITED(status) || WEXITSTATUS(status)) {
 			say("TORTURE-FAIL child");
 			return;
 		}
-	if (hash_tree("/files") != k->files) {
+	if (hash_files() != k->files) {
 		say("TORTURE-FAIL files");
+		return;
+	}
+	if (apps && !in_root("/lab/check")) {
+		say("TORTURE-FAIL the programs of the root");
 		return;
 	}
 	bad = check_kept(k);
@@ -808,6 +854,10 @@ int main(void)
 	put("/proc/sys/kernel/sysrq", "1");
 	int sysrq = open("/proc/sysrq-trigger", O_WRONLY);
 
+	apps = option("lab.apps", 0);
+	if (apps)
+		start_apps();
+
 	/* Free pages that are not zero, unless what earlier boots left in them is to stay; then page
 	 * cache, clean and dirty. */
 	if (!option("lab.empty", 0) && use_all(50, 0))
@@ -821,15 +871,21 @@ int main(void)
 		if (offlined_mib < offline)
 			die("taking memory offline");
 	}
-	k.files = hash_tree("/files");
-	int dirty = open("/files/dirty", O_RDWR | O_CREAT, 0600);
+	k.files = hash_files();
+	for (unsigned long round = 0; round < option("lab.aged", 0); round++) {
+		if (use_all(60 + round, 0))
+			die("memory pressure");
+		if (hash_files() != k.files)
+			die("files under memory pressure");
+	}
+	int dirty = open(apps ? "/files/var/dirty" : "/files/dirty", O_RDWR | O_CREAT, 0600);
 	for (uint64_t i = 0; dirty >= 0 && i < (anon_mib >= 16 ? 1024 : 256); i++) {
 		uint64_t page[PAGE / 8];
 		fill(page, sizeof page, 1000 + i);
 		if (write(dirty, page, sizeof page) != sizeof page)
 			die("dirty page cache");
 	}
-	k.files = hash_tree("/files");
+	k.files = hash_files();
 
 	if (option("lab.decoys", 0))
 		decoys(option("lab.decoys", 0));

@@ -30,6 +30,7 @@ import reset
 import serve
 import small
 import soft
+import soft_apps
 import stress
 import tasks
 import testdata
@@ -54,6 +55,7 @@ COMMANDS = (
     readers.do_readers,
     cache.do_cache,
     soft.do_soft,
+    soft_apps.do_soft_apps,
     vmms.do_vmms,
     forms.do_forms,
     small.do_small,

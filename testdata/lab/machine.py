@@ -10,18 +10,22 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import firmware
 from errors import GuestFailed, LabError
+from file_systems import fill
 from host import LAB, Json, pack, run
 from kernels import Kernel
+from roots import build_apps
 from spec import GuestSpec
 
 GUEST_SOURCE = Path(__file__).with_name("guest.c")
 DISKS = ("files.img", "records.img")
+# Of ext4: of a page, as a larger disk has them, and as a small one has them.
+BLOCKS = {"ext4": "4096", "ext4-1k": "1024"}
 
 
 def build_initramfs(kernel: Kernel, file_system: str = "ext4") -> Path:
@@ -106,31 +110,14 @@ def build_files(mib: int, file_system: str = "ext4") -> Path:
                 break
     image.parent.mkdir(parents=True, exist_ok=True)
     part = image.with_suffix(".part")
-    if file_system == "ext4":
-        # Blocks of a page, as a larger disk has them.
-        run("mkfs.ext4", "-q", "-F", "-b", "4096", "-O", "^has_journal", "-d", tree, part,
+    if file_system in BLOCKS:
+        run("mkfs.ext4", "-q", "-F", "-b", BLOCKS[file_system], "-O", "^has_journal", "-d", tree, part,
             f"{mib * 2 + 24}M")
     else:
         fill(file_system, tree, part, mib * 2 + 512)
     part.rename(image)
     shutil.rmtree(tree)
     return image
-
-
-def fill(file_system: str, tree: Path, image: Path, mib: int) -> None:
-    """Makes a file system that only a mount can put files into."""
-    with open(image, "wb") as file:
-        file.truncate(mib << 20)
-    run(f"mkfs.{file_system}", "-q", image)
-    # btrfs would have small files in its tree, where no block is one of them.
-    options = {"btrfs": "loop,max_inline=0"}.get(file_system, "loop")
-    folder = Path(tempfile.mkdtemp(dir=LAB))
-    run("mount", "-t", file_system, "-o", options, image, folder)
-    try:
-        run("cp", "-r", tree / "src", folder)
-    finally:
-        run("umount", folder)
-        folder.rmdir()
 
 
 class Monitor:
@@ -324,7 +311,7 @@ class Machine:
         if spec.firmware:
             command += firmware.options_of(spec.firmware, folder)
         command += spec.more
-        if spec.balloon:
+        if spec.balloon or spec.squeezed:
             command += ["-device", "virtio-balloon-pci"]
         if incoming:
             command += ["-incoming", "defer"]
@@ -469,7 +456,8 @@ def read_records(disk: Path, folder: Path) -> None:
 
 def prepare(spec: GuestSpec, folder: Path) -> None:
     """Makes the disks of a guest."""
-    files = build_files(spec.files_mib, spec.file_system)
+    files = build_apps(spec.file_system) if spec.apps else \
+        build_files(spec.files_mib, spec.file_system)
     if spec.disk_format == "raw":
         shutil.copy(files, folder / "files.img")
     else:
@@ -498,9 +486,18 @@ def copy_disks(folder: Path, into: Path) -> None:
 
 def inflate(qmp: Monitor, target: int) -> None:
     """Lets the balloon take the guest's memory down to `target` bytes."""
+    balloon(qmp, target, lambda actual: actual <= target)
+
+
+def deflate(qmp: Monitor, target: int) -> None:
+    """Lets the balloon give back memory, up to `target` bytes."""
+    balloon(qmp, target, lambda actual: actual >= target)
+
+
+def balloon(qmp: Monitor, target: int, reached: Callable[[int], bool]) -> None:
     qmp.call("balloon", value=target)
     for _ in range(240):
         time.sleep(0.5)
-        if qmp.call("query-balloon")["actual"] <= target:
+        if reached(qmp.call("query-balloon")["actual"]):
             return
     raise GuestFailed(f"the balloon holds {qmp.call('query-balloon')}, not {target}")

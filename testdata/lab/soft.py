@@ -7,6 +7,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import kernels
 from cache import clean_frames
@@ -66,9 +67,18 @@ def reads_of(machine: Machine) -> int:
     raise CheckFailed("QEMU tells nothing of the guest's first disk")
 
 
-def run_on(folder: Path, ram: Path, torture: bool) -> int:
+class Ran(NamedTuple):
+    """A guest that ran on: the seconds from the start of QEMU to its first beat, how long it then
+    looked at all that it has, and how often it read its disk for that."""
+
+    beat: float
+    look: float
+    reads: int
+
+
+def run_on(folder: Path, ram: Path, torture: bool) -> Ran:
     """Runs the captured guest on in `ram`: it looks at all that it has, the files from its page
-    cache. How often it read the disk for that; then it is stress-tested, and reads all files again."""
+    cache. Then it is stress-tested, and reads all files again."""
     meta = Meta.read(folder)
     home = LAB / "restore" / f"soft-{meta.name}"
     shutil.rmtree(home, ignore_errors=True)
@@ -81,14 +91,16 @@ def run_on(folder: Path, ram: Path, torture: bool) -> int:
         machine.qmp.migrated()
         machine.qmp.call("cont")
         machine.wait("BEAT [0-9]", 120)
+        beat = time.monotonic() - machine.started
         before = reads_of(machine)
+        began = time.monotonic()
         machine.ask("look")
-        reads = reads_of(machine) - before
+        ran = Ran(beat, time.monotonic() - began, reads_of(machine) - before)
         if torture:
             machine.ask("torture")
             if reads_of(machine) == before:
                 raise CheckFailed("the guest read its files again without reading its disk")
-        return reads
+        return ran
     finally:
         machine.quit()
         shutil.rmtree(home, ignore_errors=True)
@@ -118,7 +130,8 @@ def control(tool: Path, folder: Path, ram: Path) -> str:
     raise CheckFailed(f"{ram}: a guest with zeroes for its page cache found nothing wrong")
 
 
-def refuse_changed(tool: Path, checkpoint: Path, disk: Path, frames: list[int], ram: Path) -> None:
+def refuse_changed(tool: Path, checkpoint: Path, disk: Path, frames: list[int], ram: Path,
+                   name: str = "files") -> None:
     """Ten blocks of the disk that the memory has too, changed: nothing is restored."""
     changed, out = disk.with_suffix(".changed"), disk.with_suffix(".out")
     run("cp", "--sparse=always", disk, changed)
@@ -141,7 +154,7 @@ def refuse_changed(tool: Path, checkpoint: Path, disk: Path, frames: list[int], 
             at += PAGE
     if done < 10:
         raise CheckFailed(f"{disk}: only {done} blocks are in the memory")
-    answer = attempt(tool, "restore", checkpoint, "-o", out, "--disk", f"files={changed}",
+    answer = attempt(tool, "restore", checkpoint, "-o", out, "--disk", f"{name}={changed}",
                      "--disk-moved-on")
     if answer.returncode != 3 or "holds other bytes" not in answer.stderr or out.exists():
         raise CheckFailed(f"ten blocks were changed, and restore says {answer.returncode}: "
@@ -165,7 +178,7 @@ def share(tool: Path, folder: Path, ram: Path) -> float:
         report = report_of(run(tool, "share", memory, "--disk", disk, "--json"))
         if attempt("cmp", ram, memory).returncode:
             raise CheckFailed(f"{memory}: sharing has changed it")
-        if reads := run_on(folder, memory, True):
+        if reads := run_on(folder, memory, True).reads:
             raise CheckFailed(f"{memory}: the guest read its disk {reads} times")
         return int(report["gained_bytes"]) / MIB
     finally:
@@ -192,7 +205,7 @@ def prove(tool: Path, spec: GuestSpec, folder: Path) -> Row:
     without.unlink()
     clean, dirty = clean_frames(tool, ram)
     refuse_changed(tool, small, disk, clean, ram)
-    reads = run_on(folder, back, True)
+    reads = run_on(folder, back, True).reads
     if reads:
         raise CheckFailed(f"{folder}: the guest read its disk {reads} times for files that were in "
                           "its page cache")

@@ -72,12 +72,20 @@ class GuestSpec:
     hugetlb: int = 0
     # Taken from the guest.
     balloon: int = 0
+    # What a balloon left it, before all was given back again.
+    squeezed: int = 0
     # Of each node, which is a RAM block of its own.
     numa: tuple[int, ...] = ()
     # Of each DIMM that is plugged in after boot.
     dimm: tuple[int, ...] = ()
     # What its files are on.
     file_system: str = "ext4"
+    # Its first disk is a Debian root, whose databases and runtimes run.
+    apps: bool = False
+    # How often memory was used up before the capture, so that page cache was evicted and read again.
+    aged: int = 0
+    # Its first disk is written to without rest.
+    storm: bool = False
     # Of each DIMM that is there at boot; under libvirt alone.
     cold_dimm: tuple[int, ...] = ()
     virtio_mem: VirtioMem | None = None
@@ -173,6 +181,8 @@ class GuestSpec:
                  f"lab.huge={self.hugetlb}", self.append]
         if self.processes:
             words.append(f"lab.stress={self.processes}")
+        if self.apps:
+            words.append(f"lab.apps=1 lab.aged={self.aged} lab.storm={int(self.storm)}")
         if self.plugged:
             words.append(f"lab.plug={self.plugged}")
         if self.pmem:
