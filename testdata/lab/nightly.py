@@ -84,6 +84,8 @@ STEPS = (
     Step("libvirt", "virsh save, prune, virsh restore, stress test", lab("libvirt")),
     Step("oldqemu", "streams of older QEMUs", lab("oldqemu")),
     Step("soft", "page cache left out, warm again from the disk", lab("soft")),
+    Step("soft-apps", "the same of a Debian root whose databases and runtimes run",
+         lab("soft-apps")),
     Step("live", "guests saved while they run, restored in each way; saves killed", lab("live")),
     Step("xen", "a real Xen: saved, pruned, saved live, killed, damaged; restored, stress test",
          lab("xen")),

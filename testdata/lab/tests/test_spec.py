@@ -21,6 +21,7 @@ SPECS = [
     GuestSpec(KERNEL, machine="q35", firmware="ovmf", nested="ram.raw", split=192),
     GuestSpec(KERNEL, stress=3, anon=16, seed=7, cold_dimm=(256,), backing="memfd",
               disk_format="qcow2"),
+    GuestSpec(KERNEL, apps=True, aged=3, storm=True, squeezed=900),
 ]
 
 
