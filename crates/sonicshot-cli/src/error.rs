@@ -621,7 +621,9 @@ fn hint_of_disks(error: &CheckpointError) -> Option<&'static str> {
 fn hint_of_dump(error: &DumpError) -> Option<&'static str> {
     Some(match error {
         DumpError::Exists { .. } => OR_FORCE,
-        DumpError::SameFile { .. } => "use --in-place to prune the file itself",
+        DumpError::SameFile { .. } => {
+            "name another output; `prune --in-place` prunes the file itself"
+        }
         DumpError::NoHoles { .. } | DumpError::NotInPlace { .. } => "prune by copy instead: -o OUT",
         DumpError::NoSharing { .. } | DumpError::SharedInPart { .. } => {
             "put the memory and the image on one xfs or btrfs; or leave the pages out of a checkpoint: \

@@ -4,6 +4,7 @@ use crate::args::{Cli, CompletionsArgs, ManArgs};
 use crate::error::CliError;
 use crate::output::io;
 use clap::CommandFactory;
+use sonicshot_dump::{NewFile, Overwrite};
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -24,7 +25,24 @@ pub(crate) fn man(args: &ManArgs) -> Result<(), CliError> {
         return to_stdout(&page);
     };
     fs::create_dir_all(folder).map_err(io("creating", folder))?;
-    clap_mangen::generate_to(Cli::command(), folder).map_err(io("writing to", folder))
+    let mut command = Cli::command().disable_help_subcommand(true);
+    command.build();
+    pages(&command, folder)
+}
+
+/// Writes the page of a command, and those of the commands below it. Each appears whole or not at all.
+fn pages(command: &clap::Command, folder: &Path) -> Result<(), CliError> {
+    let shown = |of: &&clap::Command| !of.is_hide_set();
+    for below in command.get_subcommands().filter(shown) {
+        pages(below, folder)?;
+    }
+    let page = clap_mangen::Man::new(command.clone());
+    let path = folder.join(page.get_filename());
+    let file = NewFile::create_new(&path, Overwrite::Replace)?;
+    page.render(&mut file.file())
+        .map_err(io("writing to", &path))?;
+    file.finish()?;
+    Ok(())
 }
 
 fn to_stdout(bytes: &[u8]) -> Result<(), CliError> {

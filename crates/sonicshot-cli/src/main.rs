@@ -28,8 +28,12 @@ use clap::Parser;
 use error::CliError;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 fn main() -> ExitCode {
+    // A file that grows beyond what the user may write (`ulimit -f`) is an error of the write, in words;
+    // without this the signal ends the process. What is started from here has it as it was.
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return error::of_command_line(error),

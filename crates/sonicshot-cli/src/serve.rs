@@ -13,6 +13,7 @@ use sonicshot_serve::{
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::thread::Builder;
 use std::time::Duration;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -97,10 +98,19 @@ fn restore(
     };
     std::thread::scope(|scope| {
         let threads = args.cloud_hypervisor.iter();
-        let threads: Vec<_> = threads.map(|path| scope.spawn(|| one(path))).collect();
+        let threads: Vec<_> = threads
+            .map(|path| Builder::new().spawn_scoped(scope, || one(path)))
+            .collect();
         let ends: Vec<bool> = threads
             .into_iter()
-            .map(|thread| thread.join().unwrap_or(false))
+            .zip(&args.cloud_hypervisor)
+            .map(|(thread, path)| match thread {
+                Ok(thread) => thread.join().unwrap_or(false),
+                Err(error) => {
+                    complain!("{}: no thread for it: {error}", path.display());
+                    false
+                }
+            })
             .collect();
         match ends.contains(&false) {
             true => Err(CliError::Reported { code: 1 }),

@@ -240,8 +240,8 @@ pub enum DumpError {
         /// The output.
         path: PathBuf,
     },
-    /// Input and output are the same file.
-    #[error("{} is the input itself", path.display())]
+    /// The output is one of the inputs.
+    #[error("{} is an input itself", path.display())]
     SameFile {
         /// The output.
         path: PathBuf,

@@ -294,14 +294,15 @@ impl CheckpointFile {
         let mut files = blobs.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         let mut inputs = vec![self.reader.source()];
         inputs.extend(&files);
-        let out = NewFile::create(out.as_ref(), overwrite, &inputs)?;
+        let path = out.as_ref();
+        let out = NewFile::create(path, overwrite, &inputs)?;
         let names = blobs.iter().map(|(name, _)| name.as_str());
         let contents = files.iter_mut().map(|file| file as &mut dyn Read);
         let written = io::BufWriter::with_capacity(1 << 20, out.file());
         let attached = self
             .reader
             .attach(names.zip(contents).collect(), replace, written);
-        let attached = attached.map_err(OfflineError::checkpoint(&self.path));
+        let attached = attached.map_err(OfflineError::made_of(&self.path, path));
         let (_, stats) = self.blamed(attached)?;
         self.check_unchanged()?;
         Ok((stats, out.finish()?))
@@ -356,7 +357,7 @@ impl CheckpointFile {
     ) -> Result<NewFile, OfflineError> {
         let file = NewFile::create(path, overwrite, &[self.reader.source()])?;
         let copied = self.reader.copy_blob(name, &mut file.file());
-        copied.map_err(OfflineError::checkpoint(&self.path))?;
+        copied.map_err(OfflineError::made_of(&self.path, path))?;
         Ok(file)
     }
 

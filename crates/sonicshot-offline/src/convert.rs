@@ -125,17 +125,19 @@ impl Snapshot {
             page_size: opened.page_size,
             beside,
         };
-        let written = source.write(target, Output { path, options });
-        let disk_bytes = written.map_err(|error| blamed_on(dump, error))?;
+        // All that is read of the dump is read before the output has its name.
         let (map, _) = keep_everything(dump, opened.page_size)?;
         let missing_bytes = absent_bytes(&map);
+        let filled = filled(dump, &map);
+        let written = source.write(target, Output { path, options });
+        let disk_bytes = written.map_err(|error| blamed_on(dump, error))?;
         let mut notes = Vec::new();
         notes.extend(match (target, missing_bytes) {
             (Target::Kdump(_), 1..) => Some(Note::AbsentKept {
                 bytes: missing_bytes,
                 why: dump.incomplete(),
             }),
-            _ => filled(dump, &map),
+            _ => filled,
         });
         if dump.holds_device_state() && !target.keeps_device_state(dump) {
             notes.push(Note::WithoutDeviceState);

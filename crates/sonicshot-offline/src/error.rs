@@ -221,6 +221,22 @@ impl OfflineError {
         }
     }
 
+    /// An error of a file at `out` that is made of the checkpoint at `input`.
+    pub(crate) fn made_of(input: &Path, out: &Path) -> impl Fn(CheckpointError) -> Self {
+        move |error| match error {
+            CheckpointError::Io {
+                action: action @ "writing",
+                source,
+                ..
+            } => Self::Io {
+                action,
+                path: out.to_owned(),
+                source,
+            },
+            error => Self::checkpoint(input)(error),
+        }
+    }
+
     /// An error of what is looked for on disks.
     pub(crate) fn disks() -> impl Fn(CheckpointError) -> Self {
         |source| Self::Disks { source }

@@ -379,7 +379,7 @@ impl Contents<'_> {
         path: &Path,
         options: SaveOptions,
     ) -> Result<SaveStats, OfflineError> {
-        let failed = OfflineError::checkpoint(path);
+        let failed = OfflineError::made_of(path, path);
         let mut writer = CheckpointWriter::new(out, self.info.clone(), options).map_err(&failed)?;
         for (name, bytes) in &self.blobs {
             writer.blob(name, bytes.as_slice()).map_err(&failed)?;

@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 /// The longest that QEMU may take to begin: it may have to fill huge pages.
@@ -150,16 +150,17 @@ impl Launched {
         })?;
         drop(theirs);
         let said = Arc::new(Mutex::new(Vec::new()));
-        let listening = child.stderr.take().map(|from| {
-            let said = Arc::clone(&said);
-            std::thread::spawn(move || listen(from, &said))
-        });
+        let from = child.stderr.take();
         let mut new = Self {
             child,
-            said,
-            listening,
+            said: Arc::clone(&said),
+            listening: None,
             guard: None,
         };
+        if let Some(from) = from {
+            let listening = Builder::new().spawn(move || listen(from, &said));
+            new.listening = Some(listening.map_err(QemuError::system("starting a thread"))?);
+        }
         if let Some(command) = guard {
             let qemu = guard::descriptor(new.pid());
             match qemu.and_then(|qemu| Guard::start(command, &qemu)) {

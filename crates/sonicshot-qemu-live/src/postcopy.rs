@@ -27,6 +27,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Mutex, PoisonError};
+use std::thread::Builder;
 use std::time::Duration;
 
 /// The most that is on its way, in bytes: a page that is asked for waits behind it.
@@ -96,11 +97,17 @@ impl Server<'_> {
         let said = Mutex::new(Said::default());
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| hear(socket, &said));
+            let no_thread = QemuError::system("starting a thread");
+            let hearing = Builder::new().spawn_scoped(scope, || hear(socket, &said));
+            hearing.map_err(&no_thread)?;
             let (ahead, pages) = sync_channel(AHEAD);
             let reading = &over;
-            scope.spawn(move || self.read_ahead(&ahead, reading));
-            let served = self.send(socket, &said, &pages);
+            let reading =
+                Builder::new().spawn_scoped(scope, move || self.read_ahead(&ahead, reading));
+            let served = match reading {
+                Ok(_) => self.send(socket, &said, &pages),
+                Err(error) => Err(no_thread(error)),
+            };
             over.store(true, Ordering::Relaxed);
             // Who reads ahead must come to an end, and who listens.
             drop(pages);

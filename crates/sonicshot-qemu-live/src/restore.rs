@@ -24,6 +24,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::Arc;
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 /// The most that is kept decompressed, in bytes.
@@ -398,11 +399,12 @@ impl Guest<'_> {
             drop(theirs);
             qmp.run("migrate-incoming", json!({"uri": "fd:sonicshot"}))?;
             std::thread::scope(|scope| {
-                let writing = scope.spawn(|| {
+                let writing = Builder::new().spawn_scoped(scope, || {
                     let written = write(self, &matched, &ours);
                     drop(ours);
                     written
                 });
+                let writing = writing.map_err(QemuError::system("starting a thread"))?;
                 let loaded = loaded(&mut qmp, || ready = began.elapsed());
                 let written = writing.join();
                 let written = written.unwrap_or_else(|panic| std::panic::resume_unwind(panic));

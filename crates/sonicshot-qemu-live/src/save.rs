@@ -28,6 +28,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 /// The number of times that a running guest is looked at, until it is understood once.
@@ -610,10 +611,11 @@ impl Session {
         let over = AtomicBool::new(false);
         let go_on = || until.left().is_some() && !over.load(Ordering::Relaxed);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                // What cannot be read is met again if it is kept.
+            // What cannot be read is met again if it is kept; and without a thread it is copied later.
+            let copy = || {
                 let _ = self.memory.load(&self.expected, NonZeroUsize::MIN, &go_on);
-            });
+            };
+            let _ = Builder::new().spawn_scoped(scope, copy);
             let analysis = analyze(&self.memory, &self.looking_until(until));
             over.store(true, Ordering::Relaxed);
             analysis

@@ -143,12 +143,13 @@ impl SaveFilter {
         thread::scope(|scope| {
             // Closed when this ends, however it does: then nobody waits for it in vain.
             let mut answer = answer;
-            let waiting = scope.spawn(move || {
+            let waiting = thread::Builder::new().spawn_scoped(scope, move || {
                 let status = child.wait();
                 // Whoever waits for a question gets this one.
                 ended.write_all(&ENDED.to_le_bytes())?;
                 status
             });
+            let waiting = waiting.map_err(failed("waiting for"))?;
             let mut question = [0; 4];
             asked.read_exact(&mut question).map_err(failed("asking"))?;
             let domain = u32::from_le_bytes(question);

@@ -8,7 +8,8 @@
 //! | [`with_pool`] | jobs of several kinds, handed over as they come up |
 //!
 //! All of them bound their threads and what is under way, end with the error that one thread would
-//! have ended with, and go on with the panic of a job where the caller waits.
+//! have ended with, and go on with the panic of a job where the caller waits. Where the system gives
+//! no more threads, they do the work with those that there are, the caller's alone at worst.
 
 use core::num::NonZeroUsize;
 use std::any::Any;
@@ -18,6 +19,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvError, TryRecvError, sync_channel};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
 
 /// The most threads that anything here uses.
 pub const MAX_THREADS: usize = 256;
@@ -95,7 +97,7 @@ pub fn for_each_told<T, S, E: Send>(
     };
     std::thread::scope(|scope| {
         let others: Vec<_> = (1..threads.get())
-            .map(|_| scope.spawn(|| run(&mut |_| {})))
+            .map_while(|_| Builder::new().spawn_scoped(scope, || run(&mut |_| {})).ok())
             .collect();
         let mut first = run(&mut done).err();
         for other in others {
@@ -174,7 +176,7 @@ pub fn map_in_order<T: Send, S, R: Send, E>(
 /// });
 /// assert_eq!((len, upper.as_str()), (5, "GUEST"));
 /// ```
-pub fn with_pool<'env, S, R>(
+pub fn with_pool<'env, S: 'env, R>(
     threads: NonZeroUsize,
     state: &'env (impl Fn() -> S + Sync),
     body: impl FnOnce(&Pool<'env, S>) -> R,
@@ -185,18 +187,22 @@ pub fn with_pool<'env, S, R>(
             closed: false,
         }),
         ready: Condvar::new(),
+        alone: AtomicBool::new(false),
+        state,
     };
     std::thread::scope(|scope| {
         // Also if `body` panics: else the threads would wait for ever, and this for them.
         let closing = Closing(&pool);
-        for _ in 0..threads.get() {
-            scope.spawn(|| {
-                let mut state = state();
-                while let Some(job) = pool.next() {
-                    job(&mut state);
-                }
-            });
-        }
+        let work = || {
+            let mut state = state();
+            while let Some(job) = pool.next() {
+                job(&mut state);
+            }
+        };
+        let started = (0..threads.get())
+            .map_while(|_| Builder::new().spawn_scoped(scope, work).ok())
+            .count();
+        pool.alone.store(started == 0, Ordering::Relaxed);
         let result = body(&pool);
         drop(closing);
         result
@@ -209,6 +215,9 @@ type Job<'env, S> = Box<dyn FnOnce(&mut S) + Send + 'env>;
 pub struct Pool<'env, S> {
     queue: Mutex<Queue<'env, S>>,
     ready: Condvar,
+    /// No thread could be started: who hands over a job does it.
+    alone: AtomicBool,
+    state: &'env (dyn Fn() -> S + Sync),
 }
 
 struct Queue<'env, S> {
@@ -241,6 +250,10 @@ impl<'env, S> Pool<'env, S> {
             // Who asked may have failed and gone; nobody needs the answer then.
             let _ = answer.send(result);
         };
+        if self.alone.load(Ordering::Relaxed) {
+            job(&mut (self.state)());
+            return Pending(result);
+        }
         lock(&self.queue).jobs.push_back(Box::new(job));
         self.ready.notify_one();
         Pending(result)

@@ -335,7 +335,7 @@ fn errors_tell_what_is_wrong_and_what_to_do() {
         (&["inspect", &cut], 3, &["footer at 0x1348", "hint: "]),
         (&["prune", &raw], 2, &["--in-place", "--dry-run"]),
         (&["prune", &raw, &out], 2, &["did you mean `-o ", "out`?"]),
-        (&["prune", &raw, "-o", &raw], 1, &["is the input itself", "--in-place"]),
+        (&["prune", &raw, "-o", &raw], 1, &["is an input itself", "--in-place"]),
         (&["prune", &raw, "-o", &text_file], 1, &["exists", "--force"]),
         (&["prune", &raw, "-o", &folder_out], 1, &["none", "No such file"]),
         (&["prune", &raw, "-o", &out, "--drop", "foo"], 2, &["unknown page class `foo`", "free_buddy"]),

@@ -24,6 +24,7 @@ mod json;
 mod layout;
 #[cfg(feature = "libvmi")]
 mod libvmi;
+mod limits;
 mod migration;
 mod real_guest;
 mod rights;

@@ -175,6 +175,26 @@ enum Unfinished {
     Named(NamedTempFile<File>),
 }
 
+/// Whether a name stands for one of the files that a process has open, such as `/dev/stdout` and
+/// `/proc/self/fd/1`, by as many links as there are on the way.
+fn is_system_link(path: &Path) -> bool {
+    /// As the kernel follows (`MAXSYMLINKS`).
+    const LINKS: usize = 40;
+    let mut path = path.to_path_buf();
+    for _ in 0..LINKS {
+        if let Ok(folder) = folder_of(&path).canonicalize()
+            && (folder.starts_with("/proc") || folder.starts_with("/dev/fd"))
+        {
+            return true;
+        }
+        match std::fs::read_link(&path) {
+            Ok(to) => path = folder_of(&path).join(to),
+            Err(_) => return false,
+        }
+    }
+    false
+}
+
 impl Output {
     /// Begins to write `target`, which must be none of `inputs`: all files whose content goes
     /// into it, the one whose owner it gets first. None: of something that is no file.
@@ -218,6 +238,11 @@ impl Output {
             && statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
         {
             return Err(DumpError::Exists { path: path.into() });
+        }
+        if is_system_link(path) {
+            return Err(invalid(
+                "it is a link of the system to an open file, which a file would take the place of",
+            ));
         }
         // A folder, a pipe, or a device such as /dev/null, which root could replace.
         if there.is_some_and(|there| kind_of(&there) != libc::S_IFREG) {

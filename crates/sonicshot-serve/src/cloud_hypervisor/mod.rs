@@ -42,6 +42,7 @@ use std::io::{self, IoSlice, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread::Builder;
 
 /// How much longer than others an answer may take behind which the virtual machine is made.
 const MAKING: u32 = 6;
@@ -255,8 +256,12 @@ impl Session {
         let running = Running::new(&of.options.vm.metrics);
         let (machine, channel) = (&mut self.machine, &self.channel);
         let (control, peer) = (&self.control, &self.peer);
-        let (end, made) = std::thread::scope(|scope| {
-            let serving = scope.spawn(|| machine.run());
+        let served = std::thread::scope(|scope| {
+            let serving = Builder::new().spawn_scoped(scope, || machine.run());
+            let serving = serving.map_err(|source| ServeError::System {
+                operation: "starting a thread",
+                source,
+            })?;
             let mut may_run = false;
             let made = make(of, channel, &mut may_run);
             if made.is_ok() {
@@ -268,9 +273,10 @@ impl Session {
                 }
                 control.stop();
             }
-            (serving.join(), made)
+            Ok::<_, ServeError>((serving.join(), made))
         });
         drop(running);
+        let (end, made) = served?;
         let end = end.map_err(|_| ServeError::Thread)?;
         match (made, end) {
             // Why it could not be made.

@@ -1,0 +1,146 @@
+//! The command of a user who may have few threads, short files, or no more memory.
+
+use crate::common::raw_dump;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::process::{Command, Output};
+
+const SONICSHOT: &str = env!("CARGO_BIN_EXE_sonicshot");
+
+/// Runs the command as `prlimit` allows.
+fn limited(limit: &str, args: &[&str]) -> Output {
+    let mut command = Command::new("prlimit");
+    command.args([limit, SONICSHOT]).args(args);
+    command.output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn sonicshot(args: &[&str]) {
+    let output = Command::new(SONICSHOT).args(args).output().unwrap();
+    assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+}
+
+#[test]
+fn a_file_that_may_not_grow_is_an_error_that_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let raw = raw_dump(folder.path(), |_| {});
+    let (raw, all, out) = (text(&raw), at("all.sonic"), at("out"));
+    let (all, out) = (text(&all), text(&out));
+    sonicshot(&["save", raw, "-o", all, "--keep-all"]);
+    let blobs = at("blobs.sonic");
+    let blobs = text(&blobs);
+    let blob = format!("a={raw}");
+    sonicshot(&["attach", all, "-o", blobs, "--blob", &blob]);
+    let blob_out = format!("a={}", text(&at("blob")));
+    let cases: &[&[&str]] = &[
+        &["prune", raw, "-o", out],
+        &["save", raw, "-o", out],
+        &["restore", all, "-o", out],
+        &["convert", raw, "--to", "elf", "-o", out],
+        &["attach", all, "-o", out, "--blob", &blob],
+        &["restore", blobs, "-o", out, "--blob", &blob_out],
+    ];
+    for args in cases {
+        let output = limited("--fsize=1048576", args);
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+        assert!(said.contains("File too large"), "{args:?}: {said}");
+        let named = if args.contains(&blobs) { "blob" } else { "out" };
+        let error = said.lines().next().unwrap();
+        assert!(error.contains(text(&at(named))), "{args:?}: {said}");
+        assert!(!at("out").exists() && !at("blob").exists(), "{args:?}");
+    }
+    let pages = at("pages");
+    let output = limited("--fsize=64", &["generate", "man", "-o", text(&pages)]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains(".1"), "{}", stderr(&output));
+    assert_eq!(fs::read_dir(&pages).unwrap().count(), 0);
+}
+
+#[test]
+fn few_threads_do_all_the_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let all_may = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let output = Command::new("setpriv")
+        .args(["--reuid=54321", "--clear-groups", "true"])
+        .output();
+    let can = output.is_ok_and(|output| output.status.success());
+    if !sonicshot_testkit::has("the right to be another user", can) {
+        return;
+    }
+    all_may(folder.path(), 0o777);
+    let raw = raw_dump(folder.path(), |_| {});
+    all_may(&raw, 0o644);
+    let program = folder.path().join("program");
+    fs::copy(SONICSHOT, &program).unwrap();
+    all_may(&program, 0o755);
+    let at = |name: &str| folder.path().join(name);
+    let run = |threads: u32, args: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=54321", "--clear-groups", "prlimit"]);
+        command.arg(format!("--nproc={threads}")).arg(&program);
+        command.args(args).current_dir(folder.path());
+        command.env("TMPDIR", folder.path()).output().unwrap()
+    };
+    for threads in 1..=3 {
+        for args in [
+            &["inspect", "guest.raw", "--progress", "always"][..],
+            &["prune", "guest.raw", "-o", "pruned", "--force"],
+            &["save", "guest.raw", "-o", "saved", "--force"],
+            &[
+                "convert",
+                "guest.raw",
+                "--to",
+                "kdump",
+                "-o",
+                "converted",
+                "--force",
+            ],
+            &["verify", "saved"],
+            &["restore", "saved", "-o", "restored", "--force"],
+        ] {
+            let output = run(threads, args);
+            assert!(
+                output.status.success(),
+                "{threads}, {args:?}: {}",
+                stderr(&output)
+            );
+        }
+        assert!(fs::read(at("restored")).unwrap() == fs::read(at("pruned")).unwrap());
+    }
+}
+
+#[test]
+fn a_link_to_an_open_file_is_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let (link, further) = (folder.path().join("stdout"), folder.path().join("further"));
+    symlink("/proc/self/fd/1", &link).unwrap();
+    symlink("stdout", &further).unwrap();
+    for name in [&link, &further] {
+        let captured = fs::File::create(folder.path().join("captured")).unwrap();
+        let output = Command::new(SONICSHOT)
+            .args(["prune", text(&raw), "-o", text(name), "--force"])
+            .stdout(captured)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+        assert!(
+            stderr(&output).contains("link of the system"),
+            "{}",
+            stderr(&output)
+        );
+        assert!(name.is_symlink());
+    }
+}
