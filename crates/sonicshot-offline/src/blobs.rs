@@ -4,6 +4,8 @@ use crate::error::OfflineError;
 use sonicshot::checkpoint::{CheckpointError, CheckpointReader};
 use sonicshot_dump::Dump;
 use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 /// The guest kernel's VMCOREINFO.
@@ -81,4 +83,21 @@ fn read(
         Err(CheckpointError::NoBlob { .. }) => Ok(None),
         Err(error) => Err(OfflineError::checkpoint(path)(error)),
     }
+}
+
+/// Opens a file that becomes a blob. A terminal or `/dev/zero` may have no end.
+pub(crate) fn open_blob(path: &Path) -> Result<File, OfflineError> {
+    let file = File::open(path).map_err(OfflineError::io("opening", path))?;
+    let kind = file.metadata().map_err(OfflineError::io("reading", path))?;
+    let (error, why) = if kind.is_dir() {
+        (io::ErrorKind::IsADirectory, "it is a folder: give a file")
+    } else if kind.file_type().is_char_device() {
+        let why = "it is a character device, which may have no end: give a file or a pipe";
+        (io::ErrorKind::InvalidInput, why)
+    } else {
+        return Ok(file);
+    };
+    Err(OfflineError::io("reading", path)(io::Error::new(
+        error, why,
+    )))
 }

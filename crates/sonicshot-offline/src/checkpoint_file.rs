@@ -1,6 +1,6 @@
 //! A checkpoint made a dump again, and checked.
 
-use crate::blobs::{self, Beside};
+use crate::blobs::{self, Beside, open_blob};
 use crate::error::OfflineError;
 use crate::note::Note;
 use crate::options::OpenOptions;
@@ -288,10 +288,8 @@ impl CheckpointFile {
         blobs: &[(String, PathBuf)],
         replace: bool,
     ) -> Result<(SaveStats, u64), OfflineError> {
-        let open = |(_, path): &(String, PathBuf)| {
-            File::open(path).map_err(OfflineError::io("opening", path))
-        };
-        let mut files = blobs.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let files = blobs.iter().map(|(_, path)| open_blob(path));
+        let mut files = files.collect::<Result<Vec<_>, _>>()?;
         let mut inputs = vec![self.reader.source()];
         inputs.extend(&files);
         let path = out.as_ref();

@@ -1,6 +1,6 @@
 //! A snapshot saved as a checkpoint.
 
-use crate::blobs::{Beside, Blob};
+use crate::blobs::{Beside, Blob, open_blob};
 use crate::checkpoint_file::blamed_on;
 use crate::disks::{DiskSearch, SaveDisks, Searched};
 use crate::error::OfflineError;
@@ -108,13 +108,7 @@ impl CheckpointOptions {
         path: impl AsRef<Path>,
     ) -> Result<Self, OfflineError> {
         let path = path.as_ref();
-        let file = File::open(path).map_err(OfflineError::io("opening", path))?;
-        let found = file.metadata().map_err(OfflineError::io("reading", path))?;
-        if found.is_dir() {
-            let source = io::Error::new(io::ErrorKind::IsADirectory, "it is a folder: give a file");
-            return Err(OfflineError::io("reading", path)(source));
-        }
-        self.blobs.push((name.into(), file));
+        self.blobs.push((name.into(), open_blob(path)?));
         Ok(self)
     }
 }

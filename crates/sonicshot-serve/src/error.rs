@@ -212,7 +212,10 @@ pub enum ServeError {
         older: u64,
     },
     /// A region is not whole pages, or ends behind the last address.
-    #[error("the region of {len:#x} bytes at {at} is not whole pages of {page:#x} bytes")]
+    #[error(
+        "the region of {len:#x} bytes at {at} is empty, not whole pages of {page:#x} bytes, or ends \
+         behind the last address"
+    )]
     Unaligned {
         /// Where it begins in the VMM.
         at: HostAddress,

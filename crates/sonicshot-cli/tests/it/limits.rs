@@ -67,6 +67,24 @@ fn a_file_that_may_not_grow_is_an_error_that_names_it() {
 }
 
 #[test]
+fn what_has_no_end_is_no_blob() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let out = folder.path().join("out");
+    for blob in ["a=/dev/zero", "a=/"] {
+        let args = ["save", text(&raw), "-o", text(&out), "--blob", blob];
+        let output = Command::new(SONICSHOT).args(args).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+        assert!(
+            stderr(&output).contains("give a file"),
+            "{}",
+            stderr(&output)
+        );
+        assert!(!out.exists());
+    }
+}
+
+#[test]
 fn few_threads_do_all_the_work() {
     let folder = tempfile::tempdir().unwrap();
     let all_may = |path: &Path, mode| {
