@@ -16,7 +16,7 @@ use sonicshot::{GuestMemory, PageMap, PrunePlan};
 use sonicshot_dump::{DiskImage, Dump, NewFile, Overwrite};
 use sonicshot_vmi::{FilePlaces, Knowledge};
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::Path;
 
 /// How a checkpoint is written, and what goes into it beside the guest.
