@@ -27,7 +27,7 @@ const PAGE: PageSize = PageSize::SIZE_4K;
 /// This VMM has all its RAM below the PCI hole.
 const HOLE: u64 = 3 << 30;
 
-/// What the VMM has of a machine: it is kept, and may go to another thread.
+/// The VMM's part of a machine: it is kept, and may go to another thread.
 struct Machine {
     memory: GuestMemoryAtomic<Memory>,
     guest: OwnedGuest,
@@ -77,8 +77,8 @@ impl Machine {
             .with(|guest| format!("Linux {}", guest.release()))
     }
 
-    /// How many bytes were written since the last diff, and how many of those the guest needs. The
-    /// VMM has paused the guest here; in a second it lets it run on, whatever came of it.
+    /// The number of bytes written since the last diff, and of those that the guest needs. The VMM
+    /// has paused the guest here; in a second it lets it run on, whatever came of it.
     fn diff(&self) -> Result<(u64, u64), Box<dyn Error>> {
         let stop = Stop::at(Instant::now() + Duration::from_secs(1));
         let options = AnalysisOptions::new().stop(stop);

@@ -23,7 +23,7 @@ struct Mapping {
     len: usize,
 }
 
-/// What the VMM has of a machine. What looks at memory is dropped before the memory.
+/// The VMM's part of a machine. Whatever looks at memory is dropped before the memory.
 struct Machine {
     guest: OwnedGuest,
     _mapping: Mapping,
@@ -72,7 +72,7 @@ impl Mapping {
         Ok(Self { start, len })
     }
 
-    /// Where the guest sees it: of a guest with a PCI hole, two parts of it.
+    /// The guest's view of it: of a guest with a PCI hole, two parts.
     #[expect(unsafe_code, reason = "what is mapped is lent by its address")]
     fn memory(&self) -> Result<MappedRegions<'static>, Box<dyn Error>> {
         // SAFETY: these bytes are mapped until the machine ends, which drops the guest first, and with

@@ -33,7 +33,7 @@ const PAGE: usize = 4096;
 const PROCESSORS: usize = 4;
 const DEVICE_STATE: &[u8] = b"registers, virtqueues and whatever else this VMM has";
 
-/// What this guest uses a page for.
+/// The use that this guest has for a page.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Use {
     Kept,
@@ -246,7 +246,7 @@ fn shuffle(pages: &mut [Pfn]) {
     }
 }
 
-/// How much of the guest's memory takes memory of the host's.
+/// The part of the guest's memory that takes memory of the host's.
 fn resident(regions: &[VmRegion]) -> Outcome<String> {
     let smaps = std::fs::read_to_string("/proc/self/smaps")?;
     let (mut inside, mut kib) = (false, 0_u64);

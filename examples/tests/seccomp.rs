@@ -33,7 +33,7 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const PAGE: usize = 4096;
-/// What the child is to do, and which call is taken off the lists.
+/// The operation of the child, and the call that is taken off the lists.
 const OPERATION: &str = "SONICSHOT_SECCOMP_OPERATION";
 const WITHOUT: &str = "SONICSHOT_SECCOMP_WITHOUT";
 /// The folder with the guest.
@@ -289,7 +289,7 @@ fn eager(folder: &Path) {
     std::process::exit(if some { 0 } else { 1 });
 }
 
-/// What a child does: it ends the process.
+/// Runs the child's operation: it ends the process.
 fn run(operation: &str, folder: &Path) {
     match operation {
         START => lazy(folder),

@@ -1,5 +1,5 @@
-//! What each fuzz target does, as a function of bytes: run by libFuzzer through
-//! `fuzz_targets/`, and on stable by `tests/replay.rs`.
+//! The body of each fuzz target, as a function of bytes: run by libFuzzer through `fuzz_targets/`,
+//! and on stable by `tests/replay.rs`.
 #![allow(missing_docs)]
 
 pub mod mutate;
@@ -61,8 +61,8 @@ pub const TARGETS: &[Target] = &[
     ("mutate", mutate),
 ];
 
-/// What QEMU's monitor says, what a checkpoint has of it, and what a restored QEMU asks for: of the
-/// first byte which.
+/// The answers of QEMU's monitor, a checkpoint's record of them, or the requests of a restored QEMU:
+/// the first byte chooses.
 pub fn qemu_monitor(data: &[u8]) {
     sonicshot_qemu_live::fuzz(data);
 }
@@ -116,7 +116,7 @@ fn file(data: &[u8]) -> Input {
     }
 }
 
-/// What a VMM sends to a page server: the first byte is the number of descriptors.
+/// The messages of a VMM to a page server: the first byte is the number of descriptors.
 pub fn serve_message(data: &[u8]) {
     let Some((descriptors, message)) = data.split_first() else {
         return;
@@ -143,7 +143,8 @@ pub fn serve_message(data: &[u8]) {
     }
 }
 
-/// What Cloud Hypervisor asks a page server, in a stream, and the configuration that it was told.
+/// The requests of Cloud Hypervisor to a page server, in a stream, and the configuration that it was
+/// told.
 pub fn serve_cloud(data: &[u8]) {
     let mut rest = data;
     while let Ok(Some((request, len))) = FaultRequest::parse(rest) {
@@ -306,7 +307,7 @@ pub fn crosvm(data: &[u8]) {
     assert_eq!(again.layout(), dump.layout());
 }
 
-/// What a byte's two bits say of a page: a hole, zeroes, or one of two patterns.
+/// Writes the page that a byte's two bits name: a hole, zeroes, or one of two patterns.
 fn page(file: &File, number: usize, bits: u8) {
     let byte = match bits & 3 {
         0 => return,

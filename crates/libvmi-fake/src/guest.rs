@@ -1,4 +1,4 @@
-//! What a guest is, as its text says.
+//! The guest that the fake library has, as its text describes it.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -99,7 +99,7 @@ impl Guest {
         !self.no.iter().any(|no| no == what) && self.reads_left != Some(0)
     }
 
-    /// Where the file has the page at `at`, and how many bytes from there on are there.
+    /// The place in the file of the page at `at`, and the number of bytes that follow from there on.
     fn place(&self, at: u64) -> Option<(u64, u64)> {
         let range = self
             .ranges

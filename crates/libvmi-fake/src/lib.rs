@@ -12,7 +12,7 @@ pub use guest::Guest;
 
 use std::path::{Path, PathBuf};
 
-/// Where the library is that Cargo has built with the tests of this process.
+/// The path of the library that Cargo has built with the tests of this process.
 ///
 /// # Panics
 /// If it is not where Cargo puts it.

@@ -105,7 +105,7 @@ pub struct InitDataEntry {
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct InitData {
-    /// How many entries there are: 1.
+    /// The number of entries: 1.
     pub count: u64,
     /// It.
     pub entry: InitDataEntry,
@@ -167,11 +167,11 @@ pub struct Functions {
         buf: *mut c_void,
         bytes_read: *mut usize,
     ) -> Status,
-    /// How much RAM the guest has, in bytes.
+    /// The size of the guest's RAM, in bytes.
     pub vmi_get_memsize: unsafe extern "C" fn(vmi: InstancePtr) -> u64,
     /// Above which address there is none; there are holes below it.
     pub vmi_get_max_physical_address: unsafe extern "C" fn(vmi: InstancePtr) -> u64,
-    /// How many processors the guest may have; 0 if the driver does not tell.
+    /// The number of processors that the guest may have; 0 if the driver does not tell.
     pub vmi_get_num_vcpus: unsafe extern "C" fn(vmi: InstancePtr) -> c_uint,
     /// A register of a processor.
     pub vmi_get_vcpureg: unsafe extern "C" fn(
@@ -196,7 +196,7 @@ pub struct Functions {
             error: *mut InitError,
         ) -> Os,
     >,
-    /// Where a symbol of the guest's kernel is, once `vmi_init_os` has succeeded.
+    /// The address of a symbol of the guest's kernel, once `vmi_init_os` has succeeded.
     pub vmi_translate_ksym2v: Option<
         unsafe extern "C" fn(vmi: InstancePtr, symbol: *const c_char, vaddr: *mut u64) -> Status,
     >,

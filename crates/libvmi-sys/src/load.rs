@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 /// The name that the system's loader is asked for.
 pub const NAME: &str = "libvmi.so.0";
 
-/// Where it is to be had, for who lacks it.
+/// The sources of LibVMI, for a user who lacks it.
 const GET_IT: &str = "install LibVMI, 0.14 or later (Debian and Ubuntu: libvmi0), or build it from \
                       https://github.com/libvmi/libvmi and say where its libvmi.so.0 is";
 
-/// Why LibVMI cannot be used.
+/// The reason that LibVMI cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadError {
@@ -102,7 +102,7 @@ impl Library {
         &self.functions
     }
 
-    /// Which LibVMI it is.
+    /// The version of this LibVMI.
     #[must_use]
     pub fn version(&self) -> &Version {
         &self.version

@@ -1,4 +1,4 @@
-//! Which LibVMI was loaded.
+//! The version of the LibVMI that was loaded.
 
 use crate::Functions;
 use core::ffi::{CStr, c_void};
@@ -7,7 +7,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// Which LibVMI was loaded, as far as it tells: it has no function that says so.
+/// The version of the LibVMI that was loaded, as far as it tells: it has no function that says so.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Version {
@@ -64,7 +64,7 @@ fn file_of(function: *const c_void) -> Option<PathBuf> {
     Some(path.canonicalize().unwrap_or_else(|_| path.to_owned()))
 }
 
-/// What stands behind `.so.`.
+/// The text behind `.so.` in the file's name.
 fn number_of(file: &Path) -> Option<String> {
     let (_, number) = file.file_name()?.to_str()?.rsplit_once(".so.")?;
     let numeric = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());

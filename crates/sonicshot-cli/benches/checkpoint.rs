@@ -271,7 +271,7 @@ fn restore(dump: &Dump, path: &Path) {
     line(&what, ours, limit);
 }
 
-/// How long until the guest may run.
+/// Measures the time until the guest may run.
 fn ready(path: &Path, what: &str) {
     let took = median(|| {
         let start = Instant::now();

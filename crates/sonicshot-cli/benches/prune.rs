@@ -36,7 +36,7 @@ fn median(mut work: impl FnMut() -> f64) -> f64 {
     times[ROUNDS / 2]
 }
 
-/// How long `work` takes, in milliseconds, and what it gives.
+/// The time that `work` takes, in milliseconds, and its result.
 fn timed<T>(work: impl FnOnce() -> T) -> (f64, T) {
     let start = Instant::now();
     let result = work();
@@ -310,7 +310,7 @@ fn extents(file: &File) -> Vec<(u64, u64)> {
     found
 }
 
-/// What is in `from` and not in `other`.
+/// The ranges that are in `from` and not in `other`.
 fn without(from: &[(u64, u64)], other: &[(u64, u64)]) -> Vec<(u64, u64)> {
     let mut left = Vec::new();
     for (start, end) in from {

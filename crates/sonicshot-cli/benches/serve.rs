@@ -180,7 +180,7 @@ fn from_disks() -> f64 {
     of(libc::RUSAGE_SELF) + of(libc::RUSAGE_CHILDREN)
 }
 
-/// What so many clones read from the disk if nothing of `file` is in memory, MiB.
+/// MiB that so many clones read from the disk if nothing of `file` is in memory.
 fn cold(file: &File, run: impl FnOnce()) -> f64 {
     use std::os::fd::AsRawFd;
     file.sync_all().unwrap();
@@ -192,7 +192,7 @@ fn cold(file: &File, run: impl FnOnce()) -> f64 {
     from_disks() - before
 }
 
-/// What so many clones take: CPU, wall time, and memory of their own, in KiB each.
+/// The cost of so many clones: CPU, wall time, and memory of their own, in KiB each.
 fn clones(begin: impl FnOnce() -> Vec<Fresh>, pages: &[usize]) -> [f64; 3] {
     let before = anonymous();
     let mut memories = Vec::new();
@@ -285,7 +285,7 @@ fn mapped_and_copied(ram: &[u8], pages: &[usize]) -> [Row; 2] {
     ]
 }
 
-/// What the kernel takes to copy the recorded pages into each clone, without any server.
+/// The time that the kernel takes to copy the recorded pages into each clone, without any server.
 fn copies_alone(ram: &[u8], pages: &[usize]) -> Row {
     let ranges: Vec<_> = pages.chunk_by(|a, b| a + 1 == *b).collect();
     let ranges: Vec<_> = ranges

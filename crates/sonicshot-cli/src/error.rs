@@ -1,4 +1,4 @@
-//! What the command says when it fails, and how it exits.
+//! The command's error messages and exit codes.
 
 use crate::json::{ErrorReport, OfError, Version, line, path};
 use crate::report::complain;

@@ -70,7 +70,7 @@ impl Input {
         self.path == Path::new(PIPE)
     }
 
-    /// Which file it is, whatever it was called.
+    /// The file's identity, whatever name it was opened by.
     fn identity(&self) -> Option<FileId> {
         FileId::of_path(self.snapshot.memory_file()).ok()
     }

@@ -201,7 +201,7 @@ fn library_json(library: &LibVmi) -> LibVmiVersion {
     }
 }
 
-/// Where RAM lies, if it is said.
+/// The layout of RAM, if it is given.
 fn layout(input: &InputArgs) -> Result<Option<RamLayout>, CliError> {
     match &input.layout {
         None => Ok(None),

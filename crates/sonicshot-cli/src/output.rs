@@ -1,4 +1,4 @@
-//! What is the same of every output.
+//! The parts that every output has in common.
 
 use crate::error::CliError;
 use sonicshot_dump::Overwrite;

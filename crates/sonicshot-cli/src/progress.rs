@@ -1,5 +1,5 @@
-//! How far a long phase of the work is, on standard error: a bar on a terminal, else a line now and
-//! then, or JSON for a program that shows it itself.
+//! The progress of a long phase of the work, on standard error: a bar on a terminal, else a line now
+//! and then, or JSON for a program that shows it itself.
 
 use crate::json::{OfProgress, ProgressReport, Version, line};
 use crate::report::{complain, size};
@@ -47,7 +47,7 @@ const JSON: Duration = Duration::from_secs(1);
 /// The interval at which a bar without an amount moves.
 const TICK: Duration = Duration::from_millis(100);
 
-/// When the last line was written, or the first phase began.
+/// The time when the last line was written, or the first phase began.
 fn last_line() -> MutexGuard<'static, Option<Instant>> {
     static LAST: Mutex<Option<Instant>> = Mutex::new(None);
     LAST.lock().unwrap_or_else(PoisonError::into_inner)

@@ -89,7 +89,7 @@ fn check_meant(args: &PruneArgs, drop: ClassSet) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Where each input's copy goes.
+/// The path of each input's copy.
 fn outputs(args: &PruneArgs, inputs: &Inputs) -> Result<HashMap<PathBuf, PathBuf>, CliError> {
     let mut outputs = HashMap::new();
     let Some(out) = &args.output else {
@@ -195,7 +195,7 @@ impl Sum {
 struct Job<'a> {
     args: &'a PruneArgs,
     drop: ClassSet,
-    /// Where its copy goes, if there is to be one.
+    /// The path of its copy, if there is to be one.
     out: Option<&'a Path>,
     warnings: &'a [String],
 }

@@ -17,7 +17,7 @@ use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-/// Why a dump lacks pages that it should have.
+/// The reason why a dump lacks pages that it should have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Incomplete {
@@ -29,7 +29,7 @@ pub enum Incomplete {
     CutOff {
         /// Its length in bytes.
         len: u64,
-        /// Where what it should have ends, as far as that is known.
+        /// The end of the content that it should have, as far as that is known.
         need: u64,
     },
     /// It is one part of several.
@@ -74,7 +74,7 @@ impl fmt::Display for Incomplete {
 pub struct Dump {
     path: PathBuf,
     format: Box<dyn Format>,
-    /// Where the content is, if it came through a pipe.
+    /// The content, if it came through a pipe.
     spool: Option<Spool>,
     /// The facts of the processors from elsewhere.
     told: Option<Processors>,
@@ -134,7 +134,7 @@ impl Dump {
         self
     }
 
-    /// Where the content is that came through a pipe or was compressed: to open it again without
+    /// The content that came through a pipe or was compressed: to open it again without
     /// doing that again.
     #[must_use]
     pub fn spool(&self) -> Option<&Spool> {
@@ -166,7 +166,7 @@ impl Dump {
         }
     }
 
-    /// How many bytes of the file the pages take that `plan` drops: none where they are left out
+    /// The number of bytes of the file that the pages take that `plan` drops: none where they are left out
     /// already. Of a file that holds pages as they are, those are its data.
     ///
     /// # Errors
@@ -216,7 +216,7 @@ impl Dump {
         self.format.base().is_some()
     }
 
-    /// Why the dump lacks pages that it should have; `None` if nothing says that it does.
+    /// The reason why the dump lacks pages that it should have; `None` if nothing says that it does.
     #[must_use]
     pub fn incomplete(&self) -> Option<Incomplete> {
         self.format.incomplete()
@@ -263,7 +263,7 @@ impl Dump {
         self.format.machine_type()
     }
 
-    /// Where a guest of that machine has its RAM, if it is one whose layout is known.
+    /// The RAM layout of a guest of that machine, if it is one whose layout is known.
     #[must_use]
     pub fn machine_layout(&self) -> Option<LayoutSpec> {
         start::layout_of(self.machine_type()?)
@@ -383,7 +383,7 @@ impl Dump {
     }
 }
 
-/// What the format can do, or the refusal.
+/// The abilities of the format, or the refusal.
 impl Dump {
     pub(crate) fn by_copy(&self) -> Result<&dyn ByCopy, DumpError> {
         self.format.by_copy().ok_or_else(|| DumpError::CannotPrune {
@@ -392,7 +392,7 @@ impl Dump {
         })
     }
 
-    /// What came through a pipe has no file to be changed.
+    /// Returns the ability to be changed in place; content that came through a pipe has no file for that.
     pub(crate) fn in_place(&self) -> Result<&dyn InPlace, DumpError> {
         let not_in_place = |format| DumpError::NotInPlace {
             path: self.path.clone(),

@@ -9,7 +9,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Why a dump could not be read or written.
+/// The reason why a dump could not be read or written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DumpError {
@@ -31,7 +31,7 @@ pub enum DumpError {
         path: PathBuf,
         /// The fault.
         what: &'static str,
-        /// Where.
+        /// The offset of the fault.
         offset: FileOffset,
         /// The value found there.
         value: u64,
@@ -43,7 +43,7 @@ pub enum DumpError {
         path: PathBuf,
         /// The trouble, and the kind of item that has it.
         what: &'static str,
-        /// Which one, the first being 0.
+        /// The number of the item, the first being 0.
         number: u64,
         /// The value found there.
         value: u64,
@@ -62,7 +62,7 @@ pub enum DumpError {
         first: usize,
         /// and of the other.
         second: usize,
-        /// Where they differ first.
+        /// The first address at which they differ.
         at: Gpa,
         /// The memory that both of them hold.
         both: GpaRange,
@@ -137,7 +137,7 @@ pub enum DumpError {
     Layout {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         #[source]
         source: LayoutError,
     },
@@ -177,7 +177,7 @@ pub enum DumpError {
         /// The folder.
         path: PathBuf,
     },
-    /// Which file of a folder is meant cannot be told.
+    /// It cannot be told which file of a folder is meant.
     #[error("{} holds {what}: {}", path.display(), names(candidates))]
     Ambiguous {
         /// The folder.
@@ -203,7 +203,7 @@ pub enum DumpError {
         path: PathBuf,
         /// The base.
         base: PathBuf,
-        /// Why not.
+        /// The reason.
         why: &'static str,
     },
     /// A folder cannot be written.
@@ -211,7 +211,7 @@ pub enum DumpError {
     Folder {
         /// The file in the way.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         why: &'static str,
     },
     /// A folder holds more than any VMM's snapshot does.
@@ -221,7 +221,7 @@ pub enum DumpError {
         path: PathBuf,
         /// The kind of thing that it has too many of.
         what: &'static str,
-        /// How many there may be.
+        /// The most that there may be.
         most: u64,
     },
     /// A folder that would be replaced holds a file that is no part of the snapshot in it, and
@@ -276,7 +276,7 @@ pub enum DumpError {
     MayBeInUse {
         /// The file.
         path: PathBuf,
-        /// Why there are no leases.
+        /// The reason why there are no leases.
         #[source]
         source: io::Error,
     },
@@ -285,7 +285,7 @@ pub enum DumpError {
     TooLong {
         /// The file that it comes of.
         path: PathBuf,
-        /// How many bytes are taken in.
+        /// The number of bytes that are taken in.
         limit: u64,
         /// The limit that says so.
         by: SizeLimit,
@@ -354,13 +354,13 @@ pub enum DumpError {
     CannotPrune {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         why: &'static str,
     },
     /// The guest's memory could not be read.
     #[error("reading guest memory")]
     Memory {
-        /// Why not.
+        /// The reason.
         #[source]
         source: MemoryError,
     },
@@ -369,7 +369,7 @@ pub enum DumpError {
     Kdump {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         #[source]
         source: KdumpWriteError,
     },
@@ -378,14 +378,14 @@ pub enum DumpError {
     Xen {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         #[source]
         source: sonicshot_xen::XenError,
     },
     /// A Xen image cannot be put together of this memory.
     #[error("{}: frame {pfn}: {why}", path.display())]
     XenFrame {
-        /// Where what an image holds beside the memory comes from.
+        /// The file with what an image holds beside the memory.
         path: PathBuf,
         /// The frame.
         pfn: Pfn,
@@ -397,7 +397,7 @@ pub enum DumpError {
     NotWhole {
         /// The file.
         path: PathBuf,
-        /// Where in the guest.
+        /// The guest address of the hole.
         at: Gpa,
     },
     /// Nothing shows that a raw file's memory lies where it is taken to.
@@ -409,11 +409,11 @@ pub enum DumpError {
     LayoutNotShown {
         /// The file.
         path: PathBuf,
-        /// Where its memory is taken to lie.
+        /// The layout that its memory is taken to have.
         layout: LayoutSpec,
-        /// Where that ends.
+        /// The end of that layout.
         end: Gpa,
-        /// Where the RAM ends that the guest booted with, by its own map, if that can be read.
+        /// The end of the RAM that the guest booted with, by its own map, if that can be read.
         boot_end: Option<Gpa>,
     },
     /// The knowledge of the guest is of another memory.
@@ -452,7 +452,7 @@ pub enum DumpError {
         path: PathBuf,
         /// The part of the guest.
         what: &'static str,
-        /// How much of it there is.
+        /// The amount of it.
         value: u64,
     },
     /// The pages do not lie in the file so that it can share them with a disk's image.
@@ -516,7 +516,7 @@ impl fmt::Display for WritingProcess {
     }
 }
 
-/// Why no kdump-compressed file could be written.
+/// The reason why no kdump-compressed file could be written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum KdumpWriteError {
@@ -531,7 +531,7 @@ pub enum KdumpWriteError {
     TooLarge {
         /// The part of the guest.
         what: &'static str,
-        /// How much of it there is.
+        /// The amount of it.
         value: u64,
     },
     /// The format names the processor as Linux does, and that name is not known.

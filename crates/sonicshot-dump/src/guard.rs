@@ -155,10 +155,10 @@ pub fn keep_in_doubt(dump: &Dump, guest: &mut Analysis, doubts: &Doubts) {
     }
 }
 
-/// What says of a page that the guest does not use it, whatever it holds.
+/// The classes of pages that the guest does not use, whatever they hold.
 const FREE: [PageClass; 3] = [PageClass::FreeBuddy, PageClass::FreePcp, PageClass::Offline];
 
-/// Where blocks of one length may lie in each other's place, what is not free in all of the places:
+/// The frames that are not free in all places, where blocks of one length may lie in each other's place:
 /// so nothing is dropped that is in use, whichever block is where.
 fn not_free_in_all(map: &PageMap, places: &[PfnRange]) -> Vec<PfnRange> {
     let shortest = places.iter().map(PfnRange::len).min();
@@ -314,7 +314,7 @@ impl<'d> CheckedPlan<'d> {
         &self.wanted
     }
 
-    /// What goes although the guest uses it: what is written cannot run.
+    /// The pages that go although the guest uses them: the output cannot run.
     pub(crate) fn given_up(&self) -> &PrunePlan {
         &self.given_up
     }

@@ -15,8 +15,8 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-/// How often the lease is asked for: a child that was just forked has what its parent has open
-/// until it becomes another program.
+/// The number of times that the lease is asked for: a child that was just forked has what its
+/// parent has open until it becomes another program.
 const TRIES: u32 = 4;
 const BETWEEN_TRIES: Duration = Duration::from_millis(10);
 
@@ -73,7 +73,7 @@ pub(crate) fn check(file: &File, path: &Path) -> Result<(), DumpError> {
     })
 }
 
-/// What `/proc` says, where there are no leases because of `error`.
+/// Judges by `/proc`, where there are no leases because of `error`.
 fn judge(scan: io::Result<Scan>, path: &Path, error: io::Error) -> Result<(), DumpError> {
     let path = path.to_owned();
     match scan {
@@ -100,7 +100,7 @@ struct Scan {
     hidden: bool,
 }
 
-/// What is looked for: a file, or a block device, which may have several names.
+/// The thing that is looked for: a file, or a block device, which may have several names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wanted {
     File(FileId),

@@ -1,4 +1,4 @@
-//! Where the bytes of a raw RAM file lie in the guest.
+//! The layout of the bytes of a raw RAM file in the guest.
 
 use core::fmt;
 use core::str::FromStr;
@@ -8,7 +8,7 @@ const GIB_4: u64 = 1 << 32;
 /// Firmware keeps less than this of the RAM at the top of the low part for itself.
 const FIRMWARE: u64 = 128 << 20;
 
-/// How a VMM spreads a guest's RAM over guest-physical memory. The file holds the parts end to
+/// The way a VMM spreads a guest's RAM over guest-physical memory. The file holds the parts end to
 /// end, lowest first; ranges that are given, in the order given.
 ///
 /// ```
@@ -41,7 +41,7 @@ pub enum LayoutSpec {
     Blocks(Vec<BlockPlace>),
 }
 
-/// Where one of QEMU's blocks of memory lies in the guest.
+/// The place in the guest of one of QEMU's blocks of memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BlockPlace {
@@ -102,7 +102,7 @@ impl LayoutSpec {
         Self::Flat,
     ];
 
-    /// Where `len` bytes of RAM lie; for [`LayoutSpec::Ranges`] and [`LayoutSpec::Blocks`] the
+    /// The ranges of `len` bytes of RAM; for [`LayoutSpec::Ranges`] and [`LayoutSpec::Blocks`] the
     /// ranges given, whatever `len` is.
     #[must_use]
     pub fn ranges(&self, len: u64) -> Vec<GpaRange> {

@@ -1,9 +1,9 @@
-//! How much is taken in of what comes through a pipe or is compressed.
+//! The limit of what is taken in through a pipe or decompressed.
 
 use sonicshot::Tally;
 use std::fmt;
 
-/// What may come of a migration file beside the guest's RAM: a tenth of the RAM, for pages that
+/// The bytes that may come of a migration file beside the guest's RAM: a tenth of the RAM, for pages that
 /// come twice, or so much for the devices' state.
 const BESIDE_RAM: u64 = 16 << 20;
 
@@ -39,13 +39,13 @@ impl fmt::Display for SizeLimit {
     }
 }
 
-/// How many things a file may have that has room for `room` of them: `small` more. Where that is
+/// The number of things that a file may have that has room for `room` of them: `small` more. Where that is
 /// beyond 64 bits, as many as those hold.
 pub(crate) fn allowed_for(room: u64, small: u64) -> u64 {
     Tally::new(room).and(small).get()
 }
 
-/// How many bytes a content may have whose guest has `ram` bytes of RAM: 1.1 times that, and of a
+/// The number of bytes that a content may have whose guest has `ram` bytes of RAM: 1.1 times that, and of a
 /// small guest some more.
 pub(crate) fn allowed_beside(ram: u64) -> Option<u64> {
     ram.checked_add((ram / 10).max(BESIDE_RAM))

@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-/// What no guest has without having written to it, if only zeroes.
+/// The classes of pages that no guest has without having written to them, if only zeroes.
 const WRITTEN: ClassSet = ClassSet::EMPTY
     .with(PageClass::Anonymous)
     .with(PageClass::Shmem)
@@ -84,7 +84,7 @@ pub fn of_a_diff(classes: ClassSet, free_fill: Fill) -> ClassSet {
 
 /// The first page that a raw file by itself does not hold; of other formats that is told by them.
 ///
-/// What came through a pipe or was compressed has come whole: a hole in the temporary file that has
+/// Content that came through a pipe or was compressed has come whole: a hole in the temporary file that has
 /// it is none of the source's, whose holes, if it had any, were read as zeroes. Of a diff that was
 /// packed so nothing tells any more which of its zeroes were its own.
 #[must_use]

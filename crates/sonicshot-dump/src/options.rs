@@ -15,7 +15,7 @@ use std::sync::Arc;
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct DumpOptions {
-    /// Where RAM lies; of a raw file by default [`LayoutSpec::Pc`].
+    /// The RAM layout; of a raw file by default [`LayoutSpec::Pc`].
     pub layout: Option<LayoutSpec>,
     /// The format that the file is read as.
     pub format: Option<DumpFormat>,

@@ -21,7 +21,7 @@ const HLT: u8 = 0xf4;
 /// Below this a processor with paging off has all of its code.
 const REAL_END: u64 = 1 << 32;
 
-/// Where AMD's virtual machine control block has the control registers, in bytes from its
+/// The places of the control registers in AMD's virtual machine control block, in bytes from its
 /// beginning (AMD APM volume 2, table B-2). A host's save area is laid out alike, by KVM and by
 /// QEMU.
 const VMCB_EFER: u64 = 0x4d0;
@@ -80,7 +80,7 @@ impl Registers {
             && control.efer.is_none_or(|efer| efer == 0)
     }
 
-    /// What a processor with these registers is. `boot` is the boot processor, which runs from
+    /// The state of a processor with these registers. `boot` is the boot processor, which runs from
     /// the reset vector at once, and which nobody parks.
     pub(crate) fn processor(&self, boot: bool, halted: Halted<'_>) -> Processor {
         if boot || matches!(halted, Halted::No) {
@@ -113,8 +113,8 @@ impl Registers {
         Some(self.processor(boot, halted))
     }
 
-    /// Where a file does not say that a processor is halted: whether the instruction before the
-    /// next one is `HLT`. With paging off addresses are physical.
+    /// Whether the instruction before the next one is `HLT`, where a file does not say that a
+    /// processor is halted. With paging off addresses are physical.
     fn is_behind_hlt(&self, memory: &dyn GuestMemory) -> bool {
         let last = self.rip.checked_sub(1);
         let at = last.and_then(|last| self.cs_base.checked_add(last));

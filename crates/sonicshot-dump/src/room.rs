@@ -40,7 +40,7 @@ fn of_cgroups(root: &Path, text: &str) -> Option<u64> {
         .min()
 }
 
-/// What is left of the limit of one cgroup, if it has one: what it uses can be given back as far as
+/// The rest of the limit of one cgroup, if it has one: memory that it uses can be given back as far as
 /// it is page cache that nobody has used for long.
 fn of_cgroup(folder: &Path) -> Option<u64> {
     let number = |name: &str| -> Option<u64> {

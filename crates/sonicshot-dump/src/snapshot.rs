@@ -71,7 +71,7 @@ impl Vmm {
     }
 }
 
-/// What was given as a snapshot, for a VMM to say whether it is one of its own.
+/// The path that was given as a snapshot, for a VMM to say whether it is one of its own.
 pub(crate) struct Named<'a> {
     path: &'a Path,
     is_folder: bool,
@@ -130,7 +130,7 @@ impl<'a> Named<'a> {
         self.is_folder.then_some(self.path)
     }
 
-    /// Where RAM lies, if the caller says.
+    /// The RAM layout, if the caller gives it.
     pub(crate) fn layout(&self) -> Option<&LayoutSpec> {
         self.layout
     }
@@ -164,7 +164,7 @@ impl<'a> Named<'a> {
     }
 }
 
-/// Which file holds guest RAM, and what the files beside it say of it.
+/// The file that holds guest RAM, and what the files beside it say of it.
 ///
 /// ```no_run
 /// use sonicshot_dump::{Dump, SnapshotFiles};
@@ -180,7 +180,7 @@ pub struct SnapshotFiles {
     vmm: Option<Vmm>,
     /// The names of the VMM's files beside the memory.
     beside: Vec<OsString>,
-    /// What each file of the folder was when it was looked at.
+    /// The stamp of each file of the folder when it was looked at.
     pub(crate) stamps: BTreeMap<OsString, FileStamp>,
     /// Whether the VMM has folders in its folder, not only files.
     pub(crate) folders: bool,
@@ -214,7 +214,7 @@ impl SnapshotFiles {
         &self.memory
     }
 
-    /// Where RAM lies in the guest, as the caller or the VMM's state says; `None` if neither
+    /// The RAM layout of the guest, as the caller or the VMM's state gives it; `None` if neither
     /// does.
     #[must_use]
     pub fn layout(&self) -> Option<&LayoutSpec> {

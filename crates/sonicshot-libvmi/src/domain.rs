@@ -1,4 +1,4 @@
-//! Which guest.
+//! The guest to open.
 
 use crate::LibVmiError;
 use core::fmt;

@@ -7,7 +7,7 @@ use sonicshot::{Gpa, LayoutError};
 use std::io;
 use std::path::PathBuf;
 
-/// Why a guest cannot be read through LibVMI.
+/// The reason that a guest cannot be read through LibVMI.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LibVmiError {
@@ -42,7 +42,7 @@ pub enum LibVmiError {
     Open {
         /// The guest.
         domain: Domain,
-        /// Why not.
+        /// The reason.
         why: InitFailure,
     },
     /// Nothing of the guest's memory can be read.
@@ -52,7 +52,7 @@ pub enum LibVmiError {
         domain: Domain,
         /// The amount that it says there is.
         bytes: u64,
-        /// Where it says that it ends.
+        /// The end that it reports.
         end: Gpa,
     },
     /// The guest has more addresses than are tried.
@@ -63,12 +63,12 @@ pub enum LibVmiError {
     TooLarge {
         /// The guest.
         domain: Domain,
-        /// Where it says that memory ends.
+        /// The end of memory that it reports.
         end: Gpa,
         /// The address up to which is tried.
         most: Gpa,
     },
-    /// Where RAM lies cannot be.
+    /// The layout of RAM is impossible.
     #[error("the memory of {domain}")]
     Layout {
         /// The guest.
@@ -100,7 +100,7 @@ pub enum LibVmiError {
     Read {
         /// The guest.
         domain: Domain,
-        /// Where.
+        /// The address.
         at: Gpa,
         /// The number of bytes that were asked for.
         wanted: usize,
@@ -118,7 +118,7 @@ pub enum LibVmiError {
     },
 }
 
-/// Why LibVMI does not open a guest, as it says itself (`vmi_init_error_t`).
+/// The reason that LibVMI does not open a guest, as it says itself (`vmi_init_error_t`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InitFailure {

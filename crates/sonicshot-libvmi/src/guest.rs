@@ -69,13 +69,13 @@ impl LibVmiGuest {
         })
     }
 
-    /// Which guest it is.
+    /// The guest.
     #[must_use]
     pub fn domain(&self) -> &Domain {
         &self.inner.domain
     }
 
-    /// Where its RAM lies.
+    /// The layout of its RAM.
     #[must_use]
     pub fn layout(&self) -> &RamLayout {
         &self.inner.layout

@@ -46,7 +46,7 @@ impl LibVmi {
         Library::open(path).map(|library| Self(Arc::new(library)))
     }
 
-    /// Which LibVMI it is.
+    /// The version of this LibVMI.
     #[must_use]
     pub fn version(&self) -> &Version {
         self.0.version()
@@ -288,7 +288,7 @@ impl Instance {
         }
     }
 
-    /// Where LibVMI says that a symbol of the kernel is.
+    /// The address of a symbol of the kernel, as LibVMI tells it.
     pub(crate) fn symbol(&self, name: &str) -> Option<u64> {
         let find = self.library.0.functions().vmi_translate_ksym2v?;
         let name = CString::new(name).ok()?;

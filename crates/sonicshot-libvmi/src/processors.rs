@@ -11,7 +11,7 @@ const MOST: u32 = 16_384;
 /// `CR0.ET`, which is always on, and the bits by which caches are off, which an INIT leaves.
 const CR0_ET: u64 = 1 << 4;
 const CR0_CACHE: u64 = 3 << 29;
-/// Where a processor begins after a reset.
+/// The instruction pointer of a processor after a reset.
 const RESET_RIP: u64 = 0xfff0;
 
 /// All processors of a guest that is paused.

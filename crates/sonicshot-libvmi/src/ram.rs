@@ -1,4 +1,4 @@
-//! Where a guest's RAM lies: LibVMI tells how much there is and where it ends, and no holes.
+//! The layout of a guest's RAM: LibVMI tells how much there is and where it ends, and no holes.
 
 use crate::instance::{Instance, PAGE};
 use crate::{Domain, LibVmiError};

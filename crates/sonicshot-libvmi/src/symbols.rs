@@ -8,8 +8,8 @@ use sonicshot_vmi::symbols::{SymbolBase, SymbolError, SymbolSource};
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
-/// Where the symbols of a guest's kernel are, as LibVMI tells it (`vmi_translate_ksym2v`): by a
-/// profile of the kernel, or what its own configuration (`/etc/libvmi.conf`) has of the guest.
+/// The addresses of the symbols of a guest's kernel, as LibVMI tells it (`vmi_translate_ksym2v`): by
+/// a profile of the kernel, or what its own configuration (`/etc/libvmi.conf`) has of the guest.
 ///
 /// It is for kernels that have no table of symbols in memory
 /// ([`GuestOptions::fallback`](sonicshot_vmi::GuestOptions::fallback)), and is asked only then. What it

@@ -32,7 +32,7 @@ pub struct Analyzed {
     notes: Vec<Note>,
     /// Whether zeroes are no reason to drop a page.
     may_be_diff: bool,
-    /// Where the pages of files may be on their file systems.
+    /// The places where pages of files may be on their file systems.
     file_places: FilePlaces,
 }
 
@@ -194,7 +194,7 @@ impl Savings {
     }
 }
 
-/// What a format keeps because nobody knows what a dropped page reads as.
+/// The note of pages that a format keeps because nobody knows what a dropped page reads as.
 fn kept_for_fill(dump: &Dump, free_fill: Fill) -> Option<Note> {
     let free = PageState::new(PageClass::FreeBuddy);
     match (
@@ -234,13 +234,13 @@ impl Analyzed {
         &self.dump
     }
 
-    /// How the layout of the file was found, for people.
+    /// The way in which the file's layout was found, for people.
     #[must_use]
     pub fn layout_origin(&self) -> &'static str {
         self.layout_origin
     }
 
-    /// Who the guest is.
+    /// The facts about the guest.
     #[must_use]
     pub fn facts(&self) -> &GuestFacts {
         self.analysis.facts()
@@ -252,7 +252,7 @@ impl Analyzed {
         self.analysis.pages()
     }
 
-    /// How many pages there are of each class.
+    /// The number of pages of each class.
     #[must_use]
     pub fn counts(&self) -> &ClassCounts {
         &self.counts
@@ -322,8 +322,8 @@ impl Analyzed {
         })
     }
 
-    /// How many pages the source does not have, although the guest uses them as far as its kernel
-    /// says: without them it cannot run.
+    /// The number of pages that the source does not have, although the guest uses them as far as its
+    /// kernel says: without them it cannot run.
     #[must_use]
     pub fn absent_in_use(&self) -> u64 {
         self.analysis.absent_in_use()

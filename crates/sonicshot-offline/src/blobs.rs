@@ -18,7 +18,7 @@ const XEN_IMAGE: &str = "xen-image";
 /// A blob's name and content.
 pub(crate) type Blob = (String, Vec<u8>);
 
-/// What a core's reader wants beside the memory.
+/// The parts that a core's reader wants beside the memory.
 #[derive(Debug, Default)]
 pub(crate) struct Beside {
     pub vmcoreinfo: Option<Vec<u8>>,

@@ -45,7 +45,7 @@ pub enum RestoreTo {
     Xl,
 }
 
-/// How a checkpoint is made a dump again.
+/// Options for making a checkpoint a dump again.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct RestoreOptions {
@@ -53,7 +53,7 @@ pub struct RestoreOptions {
     pub to: RestoreTo,
     /// Whether files that exist are replaced.
     pub overwrite: Overwrite,
-    /// How many threads work; by default as many as there are cores.
+    /// The number of threads; by default as many as there are cores.
     pub threads: Option<NonZeroUsize>,
     /// The blobs to be written to files too: the name of each, and the file's.
     pub blobs: Vec<(String, PathBuf)>,
@@ -238,7 +238,7 @@ impl CheckpointFile {
         self.reader
     }
 
-    /// How much of RAM was not in what it was made of, in bytes: it reads as zero.
+    /// The amount of RAM that was not in what it was made of, in bytes: it reads as zero.
     #[must_use]
     pub fn missing_bytes(&self) -> u64 {
         let pages = self.reader.stats().absent;
@@ -254,7 +254,7 @@ impl CheckpointFile {
         })
     }
 
-    /// What it lacks, of which `absent` is said if some was not in what it was made of.
+    /// Notes of what it lacks, with `absent` if some was not in what it was made of.
     pub(crate) fn lacks(&self, absent: Note) -> Vec<Note> {
         let for_analysis = self.reader.info().for_analysis.then_some(Note::ForAnalysis);
         let absent = (self.missing_bytes() > 0).then_some(absent);

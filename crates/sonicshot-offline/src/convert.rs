@@ -72,7 +72,7 @@ pub struct Converted {
     pub layout: RamLayout,
     /// The space that the new file takes on disk, in bytes.
     pub disk_bytes: u64,
-    /// How much of RAM the source did not have, in bytes. It reads as zero, or in a kdump is not
+    /// The amount of RAM that the source did not have, in bytes. It reads as zero, or in a kdump is not
     /// there either.
     pub missing_bytes: u64,
     /// Whether pages that the guest uses are missing, or may be: the source was a checkpoint that
@@ -288,7 +288,7 @@ impl Target {
     }
 }
 
-/// What is converted.
+/// The source of a conversion.
 struct Source<'a> {
     memory: &'a dyn GuestMemory,
     of: Of<'a>,

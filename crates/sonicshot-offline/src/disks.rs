@@ -18,7 +18,7 @@ use std::collections::HashMap;
 /// Guesses that are looked at before they are relied on.
 const SAMPLE: usize = 2048;
 
-/// How a guest's pages were looked for on its disks.
+/// The search for a guest's pages on its disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct DiskSearch {
@@ -30,13 +30,13 @@ pub struct DiskSearch {
     pub looked_at: u64,
     /// Of those, so many were there.
     pub right: u64,
-    /// How many bytes the disks have that were looked through from end to end; `None` if the guest's
+    /// The length in bytes of the disks that were looked through from end to end; `None` if the guest's
     /// records were enough.
     pub streamed: Option<u64>,
 }
 
 impl DiskSearch {
-    /// How many pages of the page cache the guest's records explain.
+    /// The number of pages of the page cache that the guest's records explain.
     #[must_use]
     pub fn explained(&self) -> u64 {
         let share = u128::from(self.told)
@@ -54,7 +54,7 @@ impl DiskSearch {
     }
 }
 
-/// What is looked for.
+/// The pages that are looked for.
 pub(crate) struct Searched<'a> {
     pub dump: &'a Dump,
     pub map: &'a PageMap,
@@ -145,7 +145,7 @@ impl<'a> SaveDisks<'a> {
 /// A frame, the number of a disk, and where it may be there.
 type Place = (Pfn, u32, DiskOffset);
 
-/// Where on the disks pages are, as the guest's records say.
+/// The places of pages on the disks, as the guest's records say.
 fn told(
     what: &Searched<'_>,
     images: &[&DiskImage],
@@ -195,7 +195,7 @@ fn sample(dump: &Dump, page_size: PageSize, told: &[Place], images: &[&DiskImage
     (looked_at.get(), right.get())
 }
 
-/// How many pages of the page cache are kept.
+/// The number of kept pages of the page cache.
 fn kept_page_cache(what: &Searched<'_>) -> u64 {
     let counts = what.map.counts();
     let cache = [PageClass::PageCacheClean, PageClass::PageCacheDirty];

@@ -8,7 +8,7 @@ use sonicshot_vmi::VmiError;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Why a snapshot could not be opened, analysed, pruned, saved or converted.
+/// An error of opening, analysing, pruning, saving or converting a snapshot.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OfflineError {
@@ -36,7 +36,7 @@ pub enum OfflineError {
     /// A process has a disk's image open for writing.
     #[error("the disk's image is not pinned")]
     NotPinned {
-        /// Which, and who writes it.
+        /// The image, and the process that writes it.
         #[source]
         source: DumpError,
     },
@@ -61,7 +61,7 @@ pub enum OfflineError {
         #[source]
         source: io::Error,
     },
-    /// Where the bytes of the file lie in the guest could not be found out.
+    /// The place of the file's bytes in the guest could not be found out.
     #[error("{}: none of the known layouts agrees with the guest's own memory map", path.display())]
     NoLayout {
         /// The file with the guest's memory.
@@ -72,7 +72,7 @@ pub enum OfflineError {
     ManyBlocks {
         /// The file with the guest's memory.
         path: PathBuf,
-        /// How many there are.
+        /// The number of blocks.
         count: usize,
     },
     /// The memory shows that the layout that was given is wrong.
@@ -85,11 +85,11 @@ pub enum OfflineError {
     Misplaced {
         /// The file with the guest's memory.
         path: PathBuf,
-        /// Where the layout puts the memory in question.
+        /// The range where the layout puts the memory in question.
         range: GpaRange,
-        /// Where it must lie.
+        /// The range where it must lie.
         place: GpaRange,
-        /// How many lists say so,
+        /// The number of lists that say so,
         lists: u64,
         /// and how many the other.
         here: u64,
@@ -101,7 +101,7 @@ pub enum OfflineError {
     ManyRanges {
         /// The file with the guest's memory.
         path: PathBuf,
-        /// How many there are.
+        /// The number of ranges.
         count: usize,
     },
     /// A raw file lacks what every guest's memory has: it is a diff without its base, such as a
@@ -155,9 +155,9 @@ pub enum OfflineError {
     Incomplete {
         /// The file with the guest's memory.
         path: PathBuf,
-        /// Why they are missing.
+        /// The reason why they are missing.
         why: Incomplete,
-        /// How much of RAM that is.
+        /// The amount of RAM that is missing, in bytes.
         missing: u64,
         /// The first address that is missing.
         from: Gpa,
@@ -175,9 +175,9 @@ pub enum OfflineError {
     CutOff {
         /// The file with the guest's memory.
         path: PathBuf,
-        /// How much memory it has.
+        /// The amount of memory that it has, in bytes.
         len: u64,
-        /// How much the guest's firmware or loader told of.
+        /// The amount that the guest's firmware or loader told of, in bytes.
         told: u64,
         /// The trouble with the guest.
         #[source]

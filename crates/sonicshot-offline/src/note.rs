@@ -32,12 +32,12 @@ pub enum Note {
     },
     /// The guest booted with other RAM than the file has.
     RamEndsElsewhere {
-        /// Where the guest's RAM ends by its own map.
+        /// The end of the guest's RAM by its own map.
         guest: Gpa,
-        /// Where the file's layout ends.
+        /// The end of the file's layout.
         file: Gpa,
     },
-    /// Where a block of memory lies is not known, so all of it is kept.
+    /// The place of a block of memory is not known, so all of it is kept.
     BlockKept {
         /// Its name in the file.
         name: String,
@@ -47,44 +47,44 @@ pub enum Note {
     /// Blocks of one length of which it is not known which is which: only what is free in all of
     /// them is dropped.
     BlocksAlike {
-        /// How many there are.
+        /// The number of blocks.
         count: usize,
         /// The length of each in bytes.
         len: u64,
     },
     /// Nothing shows that this memory lies where the layout that was given puts it: it is kept.
     Unconfirmed {
-        /// Where the layout puts it.
+        /// The range where the layout puts it.
         range: GpaRange,
     },
     /// The source does not have some pages.
     Absent {
-        /// How much of RAM they are.
+        /// The amount of RAM that they are, in bytes.
         bytes: u64,
-        /// How much of that the guest uses, as far as its kernel says.
+        /// The amount of that which the guest uses, as far as its kernel says.
         in_use: u64,
         /// Whether they may have been zeroes, which whoever wrote it left out too.
         may_be_zero: bool,
-        /// Why, if that is known.
+        /// The reason, if that is known.
         why: Option<Incomplete>,
     },
     /// Pages that the source does not have are zeroes in what is written.
     AbsentFilled {
-        /// How much of RAM they are.
+        /// The amount of RAM that they are, in bytes.
         bytes: u64,
-        /// Why, if that is known.
+        /// The reason, if that is known.
         why: Option<Incomplete>,
     },
     /// Pages that the source does not have are marked as not there in what is written, too.
     AbsentKept {
-        /// How much of RAM they are.
+        /// The amount of RAM that they are, in bytes.
         bytes: u64,
-        /// Why, if that is known.
+        /// The reason, if that is known.
         why: Option<Incomplete>,
     },
     /// The source of a checkpoint did not have some pages.
     AbsentBefore {
-        /// How much of RAM they are.
+        /// The amount of RAM that they are, in bytes.
         bytes: u64,
     },
     /// The checkpoint lacks pages that the guest uses, or may use: nobody looked which they are.
@@ -111,7 +111,7 @@ pub enum Note {
 }
 
 impl Note {
-    /// How much of RAM the source does not have.
+    /// Writes how much of RAM the source does not have.
     fn write_absent(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (Self::Absent { bytes, .. }
         | Self::AbsentFilled { bytes, .. }
@@ -158,7 +158,7 @@ const HOLES_WITHOUT_KERNEL: &str = "no kernel tells of its pages, and those of z
 const FOR_ANALYSIS: &str = "the checkpoint is for analysis: pages that the guest uses are missing, \
                             or may be missing, and no guest should run from it";
 
-/// How much of RAM the source of a checkpoint did not have.
+/// Writes how much of RAM the source of a checkpoint did not have.
 fn write_absent_before(f: &mut fmt::Formatter<'_>, bytes: u64) -> fmt::Result {
     let bytes = ByteSize(bytes);
     write!(

@@ -14,7 +14,7 @@ use std::sync::Arc;
 pub struct OpenOptions {
     /// Files with symbols and types of the guest's kernel.
     pub symbols: Vec<PathBuf>,
-    /// Where the bytes of the file lie in the guest.
+    /// The place of the file's bytes in the guest.
     pub layout: Option<LayoutSpec>,
     /// The format that the file is read as, whatever it begins with.
     pub format: Option<DumpFormat>,
@@ -25,7 +25,7 @@ pub struct OpenOptions {
     /// No more than this is taken of the guest and of all files; for tests.
     #[doc(hidden)]
     pub at_most: Option<Knowledge>,
-    /// How many bytes are taken in from a pipe at most.
+    /// The most bytes that are taken in from a pipe.
     pub max_size: Option<u64>,
     /// The disks that a checkpoint has pages on.
     pub disks: RestoreDisks,
@@ -113,7 +113,7 @@ impl OpenOptions {
         self
     }
 
-    /// What of it a memory file is opened by; where RAM lies is `layout`.
+    /// The options that a memory file is opened with; where RAM lies is `layout`.
     pub(crate) fn of_file(&self, layout: Option<&LayoutSpec>) -> DumpOptions {
         let mut known = DumpOptions::new();
         known.layout = layout.cloned();
@@ -123,7 +123,7 @@ impl OpenOptions {
     }
 }
 
-/// How a guest is looked at.
+/// Options for the analysis of a guest.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct AnalyzeOptions {

@@ -9,7 +9,7 @@ const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 const LZ4_MAGIC: [u8; 4] = [0x04, 0x22, 0x4d, 0x18];
 const BUFFER: usize = 1 << 20;
 
-/// How an image is compressed.
+/// The compression of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ImageCompression {
@@ -42,7 +42,7 @@ pub fn compress(how: ImageCompression, mut from: impl Read, out: &File) -> io::R
     out.into_inner()?.flush()
 }
 
-/// How the file is compressed that begins with these bytes.
+/// The compression of the file that begins with these bytes.
 #[must_use]
 pub fn compression_of(start: [u8; 4]) -> Option<ImageCompression> {
     match start {

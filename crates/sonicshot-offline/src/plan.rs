@@ -7,7 +7,7 @@ use sonicshot_dump::{CheckedPlan, NewFolder, PruneOptions, PruneStats};
 use std::io::Write;
 use std::path::Path;
 
-/// Which pages of a snapshot are dropped; every way to write it without them.
+/// The pages of a snapshot that are dropped; every way to write it without them.
 #[derive(Debug)]
 pub struct Plan<'a> {
     analyzed: &'a Analyzed,
@@ -113,14 +113,14 @@ impl<'a> Plan<'a> {
         self.dropped.page_size()
     }
 
-    /// How many pages are dropped. A file may keep some of them: what came of it is in the
+    /// The number of pages that are dropped. A file may keep some of them: what came of it is in the
     /// [`PruneStats`].
     #[must_use]
     pub fn dropped_pages(&self) -> u64 {
         self.dropped.dropped_pages()
     }
 
-    /// How many bytes are dropped.
+    /// The number of bytes that are dropped.
     #[must_use]
     pub fn dropped_bytes(&self) -> u64 {
         self.dropped.dropped_bytes()

@@ -19,11 +19,11 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-/// How a checkpoint is written, and what goes into it beside the guest.
+/// Options for writing a checkpoint, and the content that goes into it beside the guest.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct CheckpointOptions {
-    /// How page data is stored, and who is told how far it is.
+    /// The compression of page data, and whoever is told how far it is.
     pub writing: SaveOptions,
     /// Whether a file that exists is replaced.
     pub overwrite: Overwrite,
@@ -139,9 +139,9 @@ pub struct Saved {
     pub disk_bytes: Option<u64>,
     /// The pages that were left out, by their class.
     pub left_out: Vec<(&'static str, u64)>,
-    /// How much of RAM the source did not have, in bytes: it reads as zero.
+    /// The amount of RAM that the source did not have, in bytes: it reads as zero.
     pub missing_bytes: u64,
-    /// How pages were looked for on the disks, if there are any.
+    /// The search for pages on the disks, if there are any.
     pub disk_search: Option<DiskSearch>,
     /// The things worth knowing, for people.
     pub notes: Vec<Note>,
@@ -272,9 +272,9 @@ struct Source<'a> {
     vmcoreinfo: Option<Vec<u8>>,
     notes: Vec<Note>,
     left_out: Vec<(&'static str, u64)>,
-    /// Where pages of files may be on their file systems.
+    /// The places where pages of files may be on their file systems.
     places: Option<&'a FilePlaces>,
-    /// What a Xen image is beside its memory, without the pages that are dropped.
+    /// The Xen image beside its memory, without the pages that are dropped.
     xen_image: Option<Vec<u8>>,
 }
 

@@ -137,7 +137,7 @@ impl Snapshot {
         })
     }
 
-    /// Where raw memory that came out of a file has its first hole.
+    /// The first hole of raw memory that came out of a file.
     pub(crate) fn hole_in_pipe(&self, dump: &Dump) -> Option<Gpa> {
         dump.layout_spec()?;
         let mut left = self.hole?.raw();
@@ -217,7 +217,7 @@ impl Snapshot {
         }
     }
 
-    /// How pages are looked through.
+    /// The options for looking through pages.
     pub(crate) fn work(&self) -> WorkOptions {
         let mut work = WorkOptions::new();
         work.progress.clone_from(&self.options.progress);
@@ -247,8 +247,7 @@ impl Snapshot {
         self.check_unchanged().err().unwrap_or(error)
     }
 
-    /// What is known beforehand.
-    /// What came through a pipe, if it did.
+    /// The bytes that came through a pipe, if they did.
     pub(crate) fn piped(&self) -> Option<&Spool> {
         self.piped.as_ref()
     }
@@ -288,8 +287,8 @@ impl Snapshot {
         Ok(dump)
     }
 
-    /// What came through a pipe or was compressed: it is decompressed once, also if no layout is
-    /// known in which it can be opened.
+    /// The bytes that came through a pipe or were compressed: the file is decompressed once, also if no
+    /// layout is known in which it can be opened.
     fn spool_of(&self, known: &DumpOptions) -> Result<Option<Spool>, DumpError> {
         let mut spool = self.spool();
         if spool.is_none() {
@@ -314,7 +313,7 @@ impl Snapshot {
         }
     }
 
-    /// What the files beside the memory say, and whether somebody is writing it.
+    /// Notes of what the files beside the memory say, and whether somebody is writing it.
     pub(crate) fn notes(&self) -> Vec<Note> {
         let files = self.files.notes().iter().cloned().map(Note::Files);
         files.chain(self.in_use()).collect()

@@ -3,8 +3,8 @@
 use crate::note::Note;
 use sonicshot::{Architecture, PageSize};
 
-/// What a core says of the guest's processor where neither the file nor a kernel in it tells. It
-/// is what memory that does not say where it lies is taken for, too: an x86-64 machine's.
+/// The guest's processor in a core where neither the file nor a kernel in it tells. It is what memory
+/// that does not say where it lies is taken for, too: an x86-64 machine's.
 const ASSUMED_MACHINE: Architecture = Architecture::X86_64;
 
 /// In which units memory is written of whose guest nothing is known: in the smallest pages, which

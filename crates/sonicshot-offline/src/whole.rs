@@ -18,7 +18,7 @@ pub(crate) fn keep_everything(
     Ok((map, plan))
 }
 
-/// How much of the memory the source does not have.
+/// The bytes of memory that the source does not have.
 pub(crate) fn absent_bytes(map: &PageMap) -> u64 {
     let pages = map.counts().get(PageClass::Absent);
     Tally::new(pages).times(map.page_size().bytes()).get()

@@ -1,4 +1,4 @@
-//! What can go wrong with a running QEMU.
+//! Errors with a running QEMU.
 
 use sonicshot::checkpoint::CheckpointError;
 use sonicshot::{LayoutError, MemoryError};
@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::time::Duration;
 
-/// Why a running guest cannot be saved, or a saved one not be restored.
+/// An error of saving a running guest, or of restoring a saved one.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum QemuError {
@@ -77,7 +77,7 @@ pub enum QemuError {
     /// This guest is not one that is saved or restored.
     #[error("{what}")]
     NotThis {
-        /// Why.
+        /// The reason.
         what: String,
     },
     /// QEMU's process cannot be looked into.
@@ -114,7 +114,7 @@ pub enum QemuError {
     /// The guest's memory cannot be read.
     #[error("the guest's memory")]
     Memory(#[from] MemoryError),
-    /// Where its RAM lies cannot be.
+    /// The layout of its RAM cannot be.
     #[error("where the guest's RAM lies")]
     Layout(#[from] LayoutError),
     /// The guest's kernel was not understood: it runs on, and nothing was saved.
@@ -168,7 +168,7 @@ pub enum QemuError {
     Checkpoint {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: CheckpointError,
     },
@@ -186,7 +186,7 @@ pub enum QemuError {
     /// QEMU ended instead of running the guest.
     #[error("QEMU has ended ({status}) before the guest was restored: {said}")]
     Ended {
-        /// How.
+        /// The status with which it ended.
         status: ExitStatus,
         /// The last that it said.
         said: String,

@@ -1,4 +1,4 @@
-//! Where a running QEMU has its guest's memory.
+//! The memory of the guest in a running QEMU, found.
 
 use crate::error::QemuError;
 use crate::process::{Backing, Mapping, Process};
@@ -17,15 +17,15 @@ pub(crate) const MAX_SMALL: u64 = 1 << 30;
 /// A range of the guest's RAM, in one block.
 #[derive(Debug, Clone)]
 pub(crate) struct Segment {
-    /// Where it is in the guest.
+    /// Its range in the guest.
     pub range: GpaRange,
-    /// Where it begins in its block, in bytes.
+    /// Its offset in its block, in bytes.
     pub offset: u64,
-    /// Where its block is read.
+    /// The place where its block is read.
     pub backing: Backing,
 }
 
-/// Where a part of a block is in the guest.
+/// The place of a part of a block in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Piece {
     /// In the block, in bytes.
@@ -83,7 +83,7 @@ impl Blocks {
         Ok(new)
     }
 
-    /// Where a block is in the guest, if it is the guest's RAM: all of it.
+    /// The pieces of a block in the guest, if it is the guest's RAM: all of it.
     pub(crate) fn pieces(&self, block: &RamBlock) -> Result<Option<Vec<Piece>>, QemuError> {
         let name = block.short_name();
         if !self.ram.contains(name) {
@@ -196,8 +196,8 @@ fn check_small(mut bytes: impl Iterator<Item = u64>) -> Result<(), QemuError> {
     )))
 }
 
-/// Where QEMU has each block: by its word, by that of a place in the guest, or by the only mapping
-/// that is as long.
+/// The address of each block in QEMU: by its word, by that of a place in the guest, or by the only
+/// mapping that is as long.
 fn addresses(
     qmp: &mut Qmp,
     blocks: &Blocks,
@@ -286,7 +286,7 @@ fn only<'m>(mut some: impl Iterator<Item = &'m Mapping>) -> Option<u64> {
     }
 }
 
-/// Where a block is by its first byte in the guest that nothing lies over.
+/// The address of a block by its first byte in the guest that nothing lies over.
 fn by_place(
     qmp: &mut Qmp,
     first: &Piece,

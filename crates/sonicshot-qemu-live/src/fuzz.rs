@@ -1,4 +1,4 @@
-//! What comes from others, read.
+//! Reading of input that comes from others, for fuzzing.
 
 use crate::qmp::Lines;
 use crate::record::Record;

@@ -176,7 +176,7 @@ impl LiveMemory {
         })
     }
 
-    /// Where the shadow has `len` bytes from `at`, of one segment.
+    /// The range of the shadow that has `len` bytes from `at`, of one segment.
     fn find(&self, range: &GpaRange) -> Option<(&Shadowed, Range<usize>)> {
         let above = self
             .segments
@@ -223,7 +223,7 @@ impl Shadowed {
         inside.is_some_and(|inside| inside < self.len)
     }
 
-    /// Where it ends in the shadow.
+    /// Its end in the shadow.
     fn end(&self) -> Option<usize> {
         self.at.checked_add(self.len)
     }
@@ -239,7 +239,7 @@ impl Shadowed {
         (start < end).then_some(place(start)?..place(end)?)
     }
 
-    /// Where the shadow has a part of this segment.
+    /// The range of the shadow that has a part of this segment.
     fn place(&self, part: &GpaRange) -> Option<Range<usize>> {
         if part.is_empty() {
             return None;

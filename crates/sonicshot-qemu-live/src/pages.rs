@@ -18,7 +18,7 @@ pub(crate) struct Place {
     pub offset: u64,
 }
 
-/// Where all of the guest is.
+/// The places of all of the guest.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Places {
     /// The names that QEMU has for the blocks now.
@@ -61,7 +61,7 @@ impl Places {
         Some((part, name, place.offset.checked_add(inside)?))
     }
 
-    /// Where a part of a block is in the guest.
+    /// The addresses of a part of a block in the guest.
     pub(crate) fn gpa_of(&self, block: &str, offset: u64, len: u64) -> Option<GpaRange> {
         let number = self.names.iter().position(|name| name == block)?;
         let mut places = self.all.iter().filter(|place| place.block == number);

@@ -80,7 +80,7 @@ struct Said {
     requests: VecDeque<Request>,
     /// Whether all was well, once it says so.
     end: Option<bool>,
-    /// Why nothing more comes.
+    /// The reason why nothing more comes.
     failed: Option<io::Error>,
 }
 
@@ -461,12 +461,12 @@ pub(crate) fn fuzz(mut data: &[u8]) {
     while !data.is_empty() && message(&mut data, &mut last).is_ok() {}
 }
 
-/// Where the page of `len` bytes begins that holds `at`.
+/// The start of the page of `len` bytes that holds `at`.
 fn begin_of(at: u64, len: u64) -> Option<u64> {
     at.checked_sub(at.checked_rem(len)?)
 }
 
-/// Which of QEMU's pages were sent: none is sent twice.
+/// The pages of QEMU that were sent: none is sent twice.
 struct Sent {
     blocks: HashMap<String, SentBlock>,
 }

@@ -29,7 +29,7 @@ pub(crate) struct Mapping {
     pub end: u64,
     /// Read, write, execute, and whether it is shared: `rw-s`.
     pub rights: String,
-    /// Where it begins in its file.
+    /// Its offset in its file.
     pub offset: u64,
     pub inode: u64,
     pub path: String,
@@ -67,14 +67,14 @@ impl Mapping {
     }
 }
 
-/// Where a RAM block is read.
+/// The place where a RAM block is read.
 #[derive(Debug, Clone)]
 pub(crate) enum Backing {
     /// From the file that it is.
     File {
         /// The file.
         file: Arc<File>,
-        /// Where the block begins in it.
+        /// The block's offset in it.
         offset: u64,
         /// The file as it is mapped, if it can be.
         sealed: Option<Arc<Sealed>>,
@@ -83,7 +83,7 @@ pub(crate) enum Backing {
     Process {
         /// QEMU's.
         process: Arc<Process>,
-        /// Where the block begins.
+        /// The block's address.
         address: u64,
     },
 }

@@ -99,7 +99,7 @@ impl Lines {
     }
 }
 
-/// When to give up.
+/// The time to give up.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Until {
     began: Instant,
@@ -114,7 +114,7 @@ impl Until {
         }
     }
 
-    /// When that is; `None` if the clock does not go as far.
+    /// The time itself; `None` if the clock does not go as far.
     pub(crate) fn end(&self) -> Option<Instant> {
         self.began.checked_add(self.allowed)
     }
@@ -326,7 +326,7 @@ impl Qmp {
         Ok(())
     }
 
-    /// When QEMU last said this.
+    /// The time when QEMU last said this.
     pub(crate) fn last(&self, name: &str) -> Option<Duration> {
         let mut events = self.events.iter().rev();
         events

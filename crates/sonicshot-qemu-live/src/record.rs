@@ -1,4 +1,4 @@
-//! What a checkpoint of a QEMU guest has beside its memory: three kinds of blobs.
+//! The parts of a QEMU guest's checkpoint beside its memory: three kinds of blobs.
 //!
 //! | blob | content |
 //! |---|---|
@@ -75,7 +75,7 @@ pub(crate) fn pack(bytes: &[u8]) -> (Vec<(u64, u64)>, Vec<u8>) {
     (runs, kept)
 }
 
-/// Where each page of these runs begins in its block, in bytes.
+/// The offset of each page of these runs in its block, in bytes.
 pub(crate) fn offsets(runs: &[(u64, u64)]) -> impl Iterator<Item = u64> + '_ {
     let numbers = runs
         .iter()

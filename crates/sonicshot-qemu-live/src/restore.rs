@@ -109,7 +109,7 @@ pub struct LiveRestored {
     pub qemu: QemuVersion,
     /// The way in which its memory got there, as a word: `postcopy`, `eager`, `map`.
     pub how: &'static str,
-    /// Why it was not by postcopy, if that was wanted.
+    /// The reason why it was not by postcopy, if that was wanted.
     pub why: Option<String>,
     /// Whether it is paused: it was saved so, or `-S` says so.
     pub paused: bool,
@@ -429,7 +429,7 @@ impl Guest<'_> {
         })
     }
 
-    /// Which of QEMU's blocks are the saved ones.
+    /// Matches QEMU's blocks with the saved ones.
     fn matched(&self, qmp: &mut Qmp) -> Result<Matched<'_>, QemuError> {
         let record = &self.kept.record;
         let machine = find::machine(qmp)?;

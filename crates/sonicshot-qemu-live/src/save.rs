@@ -65,8 +65,8 @@ pub struct LiveSaveOptions {
     pub overwrite: Overwrite,
     /// Files with symbols and types of the guest's kernel, which need not be given.
     pub symbols: Vec<PathBuf>,
-    /// How long the guest is paused at most. If that is not enough it runs on, and nothing is
-    /// saved. Of a guest that does not run on, until its memory is copied.
+    /// The longest that the guest is paused. If that is not enough it runs on, and nothing is saved. Of
+    /// a guest that does not run on, until its memory is copied.
     pub max_pause: Duration,
     /// QEMU's process, if it is not the one that opened the monitor's socket.
     pub pid: Option<i32>,
@@ -230,7 +230,7 @@ pub struct LiveSaved {
     pub times: PauseTimes,
     /// From the first word to the monitor until the file had its name.
     pub took: Duration,
-    /// Why the first look failed, while the guest ran; that is no harm.
+    /// The reason why the first look failed, while the guest ran; that is no harm.
     pub first_look: Option<VmiError>,
     /// The disks that were pinned, and that QEMU writes to by overlays since.
     pub disks: Vec<PinnedDisk>,
@@ -311,7 +311,7 @@ struct Frozen {
     pause: Option<Duration>,
 }
 
-/// Where QEMU writes the state of its devices.
+/// The file that QEMU writes the state of its devices to.
 struct DeviceFile {
     file: File,
     /// In QEMU's set of descriptors of this number.

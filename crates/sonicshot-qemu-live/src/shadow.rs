@@ -21,7 +21,7 @@ const PAGES: usize = BLOCK / PAGE;
 
 /// Bytes that are to be filled.
 pub(crate) struct Hole<'a> {
-    /// Where they are, in bytes from the beginning.
+    /// Their offset, in bytes from the beginning.
     pub at: usize,
     /// All of them.
     pub bytes: &'a mut [u8],

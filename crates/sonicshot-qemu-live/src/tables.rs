@@ -1,4 +1,4 @@
-//! What QEMU's monitor for people says of memory and processors, read.
+//! Text of QEMU's monitor for people on memory and processors, read.
 
 use crate::error::QemuError;
 use crate::qmp::shortened;
@@ -21,7 +21,7 @@ pub(crate) struct RamBlock {
     pub used: u64,
     /// The length that it can grow to, in bytes.
     pub total: u64,
-    /// Where it is in QEMU's memory, if QEMU says so (8.0 and later).
+    /// Its address in QEMU's memory, if QEMU says so (8.0 and later).
     #[serde(skip)]
     pub address: Option<u64>,
 }
@@ -107,9 +107,9 @@ fn ram_block(line: &str) -> Option<RamBlock> {
 pub(crate) struct Placed {
     /// The region: the last part of a block's name.
     pub region: String,
-    /// Where it begins in the region, in bytes.
+    /// Its offset in the region, in bytes.
     pub offset: u64,
-    /// Where it is in the guest.
+    /// Its range in the guest.
     pub range: GpaRange,
 }
 

@@ -40,7 +40,7 @@ const RESUMING: Duration = Duration::from_secs(60);
 const ANSWER: Duration = Duration::from_secs(20);
 const AGAIN: Duration = Duration::from_millis(100);
 
-/// What it says to QEMU. A command of its owner is never cut off: one call sends all of it.
+/// A line that it sends to QEMU. A command of its owner is never cut off: one call sends all of it.
 fn line(command: &str, id: u64) -> String {
     format!(
         "{}\n",
@@ -358,7 +358,7 @@ mod tests {
         (ours, heard, thread)
     }
 
-    /// What was said to the monitor when its owner said this, waited so long, and died; what the
+    /// The commands that the monitor got when its owner said this, waited so long, and died; what the
     /// owner was answered; and whether the guest had to be helped.
     fn said(messages: &[(u8, u64)], wait: Duration) -> (Vec<String>, Vec<u8>, bool) {
         let flags = SocketFlags::CLOEXEC;

@@ -1,5 +1,5 @@
-//! What a Cloud Hypervisor that waits for a migration does, after its sources (53.0, and main of
-//! 2026-08-20), for the tests: it uses nothing but the C library, and shares no code with the server.
+//! A Cloud Hypervisor that waits for a migration, after its sources (53.0, and main of 2026-08-20), for
+//! the tests: it uses nothing but the C library, and shares no code with the server.
 //!
 //! ```console
 //! $ cloud_listener SOCKET FORM WHAT SEED
@@ -165,7 +165,7 @@ impl Vm {
         }
     }
 
-    /// What is done before the state is taken in.
+    /// The steps before the state is taken in.
     fn register(&mut self) {
         const USERFAULTFD: c_long = if cfg!(target_arch = "aarch64") {
             282
@@ -238,7 +238,7 @@ impl Vm {
         };
     }
 
-    /// What a balloon does with a page: out of the file, and out of the mapping.
+    /// Punches a page out as a balloon does: out of the file, and out of the mapping.
     fn punch(&self, page: usize) {
         let (slot, inside) = self.place(page);
         let offset = (slot.offset + inside * PAGE) as i64;
@@ -478,7 +478,7 @@ fn guest(vm: &Vm, what: &str, seed: u64) {
     });
 }
 
-/// What nobody should ask. It is ended for it, and never sees an answer.
+/// Asks for what nobody should ask for. It is ended for it, and never sees an answer.
 fn ask_what_is_not_there(vm: &Vm, faults: &mut UnixStream, what: &str) {
     let bytes = match what {
         "outside" => question(3 << 30, PAGE as u64),

@@ -69,7 +69,7 @@ struct Message {
 static LONGEST: AtomicU64 = AtomicU64::new(0);
 
 const PAGE: usize = 4096;
-/// Where RAM begins, and how many pages there are: both are whole pages of 2 MiB.
+/// The start of RAM and the number of its pages: both are whole pages of 2 MiB.
 const REGIONS: [(u64, usize); 2] = [(0, 1024), (4 << 30, 2048)];
 const PAGES: usize = REGIONS[0].1 + REGIONS[1].1;
 
@@ -316,7 +316,7 @@ fn shuffled(pages: &[usize], seed: u64) -> Vec<usize> {
     pages
 }
 
-/// What the server answers.
+/// The server's answer.
 fn answer(stream: &mut UnixStream) -> String {
     let mut answer = [0; 4096];
     let got = stream.read(&mut answer).unwrap();

@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Why a virtual machine could not be served, or its server not be started.
+/// An error of serving a virtual machine, or of starting its server.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
@@ -62,9 +62,9 @@ pub enum ServeError {
     /// A page cannot be brought in.
     #[error("the page at {at} cannot be brought in")]
     Page {
-        /// Where it is in the guest.
+        /// Its address in the guest.
         at: Gpa,
-        /// Why.
+        /// The cause.
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
@@ -73,9 +73,9 @@ pub enum ServeError {
     Uffd {
         /// The action.
         operation: &'static str,
-        /// Where, in the process whose memory it is.
+        /// The address, in the process whose memory it is.
         at: HostAddress,
-        /// How much.
+        /// The length in bytes.
         len: u64,
         /// The operating system's error.
         #[source]
@@ -125,7 +125,7 @@ pub enum ServeError {
     /// Memory whose pages are not what was said.
     #[error("the memory at {at} was said to have pages of {said:#x} bytes, and has others")]
     PageKind {
-        /// Where it begins in the VMM.
+        /// Its start in the VMM.
         at: HostAddress,
         /// The size that was said.
         said: u64,
@@ -136,27 +136,27 @@ pub enum ServeError {
          missing pages"
     )]
     FaultKind {
-        /// Where, in the process whose memory it is.
+        /// The address, in the process whose memory it is.
         at: HostAddress,
     },
     /// The connection ended before the message did.
     #[error("the connection was closed after {len} bytes of the message")]
     Closed {
-        /// How much had come.
+        /// The number of bytes that had come.
         len: usize,
     },
     /// The message did not come whole in time.
     #[error("{len} bytes of the message came in {limit:?}, and not the rest")]
     Slow {
-        /// How much had come.
+        /// The number of bytes that had come.
         len: usize,
-        /// How long the whole message may take.
+        /// The time that the whole message may take.
         limit: Duration,
     },
     /// The message does not end.
     #[error("the message has more than {max} bytes")]
     TooLong {
-        /// How many it may have.
+        /// The most bytes that it may have.
         max: usize,
     },
     /// The message is of no form that is known.
@@ -166,25 +166,25 @@ pub enum ServeError {
     /// The message is of a form that is known, and not served.
     #[error("the message is {form}, which is not served: {why}")]
     Form {
-        /// Whose form it is.
+        /// The program whose form it is.
         form: &'static str,
-        /// Why it is not served.
+        /// The reason why it is not served.
         why: &'static str,
     },
     /// The descriptors that came are not those of the message.
     #[error("{found} file descriptors came with the message, not {expected}")]
     Descriptors {
-        /// How many came, at least.
+        /// The number of descriptors that came, at least.
         found: usize,
-        /// How many there should be.
+        /// The number that there should be.
         expected: usize,
     },
     /// There is no memory to serve, or there are too many ranges of it.
     #[error("the message has {found} regions, not 1 to {max}")]
     Regions {
-        /// How many there are.
+        /// The number of regions.
         found: usize,
-        /// How many there may be.
+        /// The most that there may be.
         max: usize,
     },
     /// Pages of this size cannot be served.
@@ -192,7 +192,7 @@ pub enum ServeError {
         "the region at {at} has pages of {found} bytes: not a power of two from {min} to {max}"
     )]
     PageSize {
-        /// Where the region begins in the VMM.
+        /// The region's start in the VMM.
         at: HostAddress,
         /// The number in the message.
         found: u64,
@@ -204,7 +204,7 @@ pub enum ServeError {
     /// The message says two different page sizes of one region.
     #[error("the region at {at} has pages of {page_size} bytes by one field, {older} by the other")]
     PageSizes {
-        /// Where the region begins in the VMM.
+        /// The region's start in the VMM.
         at: HostAddress,
         /// By `page_size`.
         page_size: u64,
@@ -217,7 +217,7 @@ pub enum ServeError {
          behind the last address"
     )]
     Unaligned {
-        /// Where it begins in the VMM.
+        /// Its start in the VMM.
         at: HostAddress,
         /// Its length in bytes.
         len: u64,
@@ -230,17 +230,17 @@ pub enum ServeError {
          were registered"
     )]
     NotRegistered {
-        /// Where it begins, behind the beginning of what was registered.
+        /// Its start, in bytes behind the start of what was registered.
         offset: u64,
         /// Its length in bytes.
         len: u64,
-        /// How many bytes were registered.
+        /// The number of bytes that were registered.
         registered: u64,
     },
     /// A region of the VMM's memory has no place in this process.
     #[error("the guest memory of {len} bytes at {at} is not mapped in this process")]
     NoHost {
-        /// Where it begins in the guest.
+        /// Its start in the guest.
         at: Gpa,
         /// Its length in bytes.
         len: u64,
@@ -252,9 +252,9 @@ pub enum ServeError {
          is restored to must be fresh, and untouched until it is registered"
     )]
     Occupied {
-        /// Where, in this process.
+        /// The address, in this process.
         at: HostAddress,
-        /// Which page of the guest.
+        /// The page of the guest.
         gpa: Gpa,
     },
     /// Two regions have memory in common.
@@ -270,12 +270,12 @@ pub enum ServeError {
     NotInLayout {
         /// `offset` or `address`.
         what: &'static str,
-        /// Where it begins.
+        /// Its start.
         at: u64,
         /// Its length in bytes.
         len: u64,
     },
-    /// Who has connected may not.
+    /// The peer that has connected has no right to the memory.
     #[error("user {uid} (process {pid}) may not have the guest's memory")]
     Peer {
         /// The user.
@@ -321,9 +321,9 @@ pub enum ServeError {
     #[cfg(feature = "server")]
     #[error("Cloud Hypervisor's {what} cannot be read")]
     MigrationJson {
-        /// Which of them.
+        /// The part: the configuration or the state.
         what: &'static str,
-        /// Why.
+        /// The cause.
         #[source]
         source: serde_json::Error,
     },
@@ -342,7 +342,7 @@ pub enum ServeError {
         "the snapshot's memory at {at} is in no slot of Cloud Hypervisor's configuration: they are          of different guests"
     )]
     NotInSlot {
-        /// Where.
+        /// The address.
         at: Gpa,
     },
     /// Cloud Hypervisor said no.
@@ -358,7 +358,7 @@ pub enum ServeError {
         command: &'static str,
         /// The number that came.
         status: u16,
-        /// How much is said to follow.
+        /// The number of bytes that are said to follow.
         len: u64,
     },
     /// Cloud Hypervisor closed the connection, or said nothing.
@@ -370,38 +370,38 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
-    /// What was asked for is not the guest's memory.
+    /// The range that was asked for is not the guest's memory.
     #[error(
         "{len:#x} bytes at {at} were asked for, which are not whole pages of the memory served"
     )]
     Asked {
-        /// Where.
+        /// The start of the range.
         at: Gpa,
-        /// How much.
+        /// Its length in bytes.
         len: u64,
     },
-    /// What came is no question for pages.
+    /// The message that came is no question for pages.
     #[error(
         "command {command} with {len} bytes came, where pages are asked for (command 9 with 16)"
     )]
     NoQuestion {
         /// The command.
         command: u16,
-        /// How much is said to follow.
+        /// The number of bytes that are said to follow.
         len: u64,
     },
     /// Another process took the second connection.
     #[error("process {first} took the first connection, and process {second} the second")]
     OtherPeer {
-        /// Who took the first.
+        /// The process that took the first.
         first: i32,
-        /// Who took the second.
+        /// The process that took the second.
         second: i32,
     },
     /// The record that another server has kept of a virtual machine cannot be gone on with.
     #[error("what the server before has kept of a virtual machine cannot be used: {why}")]
     Kept {
-        /// Why.
+        /// The reason.
         why: &'static str,
     },
     /// The server before served something else.
@@ -422,7 +422,7 @@ pub enum ServeError {
     /// Whoever has the descriptors did not give them.
     #[error("{} has not given the descriptors of its virtual machines", path.display())]
     NotGiven {
-        /// Where it listens.
+        /// The socket where it listens.
         path: PathBuf,
         /// The outcome of the connection.
         #[source]

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 /// The longest request that is read.
 const MAX_REQUEST: usize = 4096;
-/// How long one may take, whole and with its answer.
+/// The time that a request may take, whole and with its answer.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Answers requests for the counters, in a thread, for as long as the process lives: at a port of

@@ -1,4 +1,4 @@
-//! Who has connected, held on to.
+//! The process that has connected, held on to.
 
 use crate::error::ServeError;
 use crate::sys::{self, Credentials};
@@ -11,7 +11,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-/// How often it is tried again what fails because something is used up that others give back.
+/// The time between two tries of what fails because something is used up that others give back.
 pub(crate) const AGAIN: Duration = Duration::from_millis(100);
 
 /// A process that can be waited for and ended, whatever becomes of its number.

@@ -29,18 +29,18 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-/// How long the message of somebody who will not be served is waited for: it may be on its way.
+/// The time for which a message is waited for whose sender will not be served: it may be on its way.
 const STRANGER: Duration = Duration::from_millis(100);
 /// So often a name is tried that a watcher may be about to give up.
 const TRIES: u32 = 30;
 
-/// How long a process may take to end whose memory is gone.
+/// The time that a process may take to end whose memory is gone.
 const DYING: Timespec = Timespec {
     tv_sec: 2,
     tv_nsec: 0,
 };
 
-/// How a server is set up.
+/// Options of a server.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ServerOptions {
@@ -51,21 +51,22 @@ pub struct ServerOptions {
     /// Users that may have the guest's memory beside the socket's owner and root. If there are
     /// such, everybody may connect and is asked who he is; else nobody but the owner can.
     pub allow: Vec<u32>,
-    /// How each virtual machine is served.
+    /// The options for each virtual machine.
     pub vm: VmOptions,
-    /// Where what its recorder has noted is written to each time that one has ended.
+    /// The file that the recorder's working set is written to each time that a virtual machine has
+    /// ended.
     pub record: Option<PathBuf>,
-    /// How many are served at once, or as many as there is room for in the process's table of
+    /// The most that are served at once, or as many as there is room for in the process's table of
     /// descriptors ([`allow_many_descriptors`]). More wait until one has ended.
     pub max_vms: usize,
-    /// How long a message may take to come whole.
+    /// The time that a message may take to come whole.
     pub patience: Duration,
     /// Whether another server can go on with the virtual machines, and this one with another's.
     pub keep: Option<KeepOptions>,
 }
 
-/// How the virtual machines of a server that is gone come to another one. It takes a [`Watcher`], and
-/// a source with an [identity](PageSource::identity).
+/// The way by which the virtual machines of a server that is gone come to another one. It needs a
+/// [`Watcher`], and a source with an [identity](PageSource::identity).
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct KeepOptions {
@@ -73,7 +74,7 @@ pub struct KeepOptions {
     /// server that finds one there takes its virtual machines; if their server lives still, that is
     /// ended first.
     pub socket: PathBuf,
-    /// How long the watcher waits before it ends the virtual machines.
+    /// The time that the watcher waits before it ends the virtual machines.
     pub limit: Duration,
 }
 
@@ -176,13 +177,14 @@ struct Shared {
     watcher: Option<Arc<Watcher>>,
     /// The mark that tells the source from others, if another server may go on.
     identity: Option<String>,
-    /// How many virtual machines have begun, and what wakes who waits for that.
+    /// The number of virtual machines that have begun, and the descriptor that wakes whoever waits for
+    /// that.
     begun: AtomicUsize,
     wake: OwnedFd,
     /// Connections that have a thread.
     live: Mutex<usize>,
     less: Condvar,
-    /// Which `userfaultfd`s are served.
+    /// The `userfaultfd`s that are served.
     served: Mutex<HashSet<u64>>,
 }
 
@@ -367,8 +369,8 @@ const DESCRIPTORS: u64 = 7;
 /// Those that the process has beside.
 const OTHERS: u64 = 64;
 
-/// How many connections there is room for in the table of descriptors: of one more, those that
-/// came with it could be lost.
+/// The number of connections that there is room for in the table of descriptors: of one more, those
+/// that came with it could be lost.
 fn room() -> usize {
     use rustix::process::{Resource, getrlimit};
     let Some(limit) = getrlimit(Resource::Nofile).current else {
@@ -693,7 +695,8 @@ impl Shared {
     }
 }
 
-/// What is held, whether an answer is waited for, and what came, or why that cannot be served.
+/// The descriptors that are held, whether an answer is waited for, and the handshake, or why it cannot
+/// be served.
 type Heard = (Held, bool, Result<(Handshake, Peer), ServeError>);
 
 /// A `userfaultfd` that is served, by its inode: what was given back is known to one thread alone.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-/// How a file of a working set begins.
+/// The start of a working set's file.
 const TITLE: &str = "sonicshot working set 1";
 
 /// Guest memory that is needed soon, as ranges: sorted, disjoint, not empty.
@@ -45,7 +45,7 @@ impl PageSet {
         &self.0
     }
 
-    /// How much memory is in it, in bytes.
+    /// The amount of memory in it, in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         GpaRange::total_of(&self.0)
@@ -153,7 +153,7 @@ pub struct Recorder {
     limit: Duration,
     max: u64,
     ranges: Mutex<Vec<GpaRange>>,
-    /// Who writes: one after the other.
+    /// The lock of those that write: one after the other.
     writing: Mutex<()>,
 }
 

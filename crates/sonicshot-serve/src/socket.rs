@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 pub(crate) struct Named {
     pub listener: UnixListener,
     path: PathBuf,
-    /// Which file the name was given to: its device and number.
+    /// The file that the name was given to: its device and number.
     identity: (u64, u64),
 }
 

@@ -39,7 +39,7 @@ struct Cred {
     gid: u32,
 }
 
-/// Who has connected.
+/// The process and user that have connected.
 pub(crate) fn credentials(socket: &impl AsFd) -> io::Result<Credentials> {
     let cred: Cred = option(socket, libc::SO_PEERCRED)?;
     Ok(Credentials {

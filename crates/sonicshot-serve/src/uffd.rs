@@ -20,7 +20,7 @@ pub struct Registered {
 }
 
 impl Registered {
-    /// Where `len` bytes are that begin `offset` bytes behind its beginning, if it has them.
+    /// The address `offset` bytes behind its start, if it has `len` bytes from there.
     pub(crate) fn at(&self, offset: u64, len: u64) -> Option<HostAddress> {
         let end = offset.checked_add(len)?;
         let at = self.start.checked_add(offset)?;
@@ -112,7 +112,7 @@ const COPY: Opcode = opcode::read_write::<Copy>(UFFDIO, 3);
 const ZEROPAGE: Opcode = opcode::read_write::<ZeroPage>(UFFDIO, 4);
 const POISON: Opcode = opcode::read_write::<Poison>(UFFDIO, 8);
 
-/// What the kernel tells.
+/// An event that the kernel tells of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Event {
     /// A thread waits for the page at this address.
@@ -158,7 +158,7 @@ impl Wake {
     }
 }
 
-/// What memory a `userfaultfd` was found registered for.
+/// The kind of memory that a `userfaultfd` was found registered for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Anonymous or shared memory of the system's own pages.
@@ -385,7 +385,7 @@ impl Uffd {
         Ok(Self::parse(read, events))
     }
 
-    /// What messages say, which were read once; says how many they are.
+    /// Parses messages, which were read at once, into `events`; returns their number.
     pub(crate) fn parse(read: &[u8], events: &mut Vec<Event>) -> usize {
         let messages = read.as_chunks::<MESSAGE>().0;
         events.extend(messages.iter().filter_map(event));

@@ -18,7 +18,7 @@ impl Until {
         }
     }
 
-    /// How long it is from its begin.
+    /// The whole time, from its start.
     pub(crate) fn limit(&self) -> Duration {
         self.limit
     }

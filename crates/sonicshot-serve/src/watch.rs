@@ -50,7 +50,7 @@ const TAKEN: u8 = b't';
 /// Descriptors of a virtual machine: its `userfaultfd`, its process, and what is kept.
 const DESCRIPTORS: usize = 3;
 const MESSAGE: usize = 9;
-/// How long an answer may take.
+/// The time that an answer may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 fn message(what: u8, number: u64) -> [u8; MESSAGE] {
@@ -240,7 +240,7 @@ impl Drop for Watched {
     }
 }
 
-/// What a watcher holds of one virtual machine.
+/// The descriptors that a watcher holds of one virtual machine.
 #[derive(Debug)]
 pub(crate) struct Held {
     pub uffd: OwnedFd,
@@ -255,7 +255,7 @@ impl Held {
     }
 }
 
-/// Where another server may come to, and how long it is waited for.
+/// The socket that another server may come to, and the time for which it is waited for.
 struct Door {
     socket: UnixListener,
     limit: Duration,
@@ -265,7 +265,7 @@ struct Door {
 #[derive(Debug)]
 pub(crate) struct Pages {
     pub socket: UnixListener,
-    /// Which file it is.
+    /// The identity of its file.
     pub identity: u64,
 }
 
@@ -388,7 +388,7 @@ impl Work {
     }
 }
 
-/// What came first.
+/// The first that came.
 enum Beside {
     Message,
     Successor(UnixStream),
@@ -412,7 +412,7 @@ impl Door {
         }
     }
 
-    /// Who stands there, if he is of this user, or root.
+    /// The process that has come, if it is of this user, or root.
     fn open(&self) -> Option<UnixStream> {
         let (stream, _) = self.socket.accept().ok()?;
         let who = sys::credentials(&stream).ok()?;

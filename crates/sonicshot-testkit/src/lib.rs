@@ -1,4 +1,4 @@
-//! What the tests of SonicShot's crates share.
+//! The parts that the tests of SonicShot's crates share.
 //!
 //! Some tests need what not every machine has: root, mounts, a file system that shares blocks, a
 //! tool. There they are skipped, and say so. With the environment variable `SONICSHOT_REQUIRE_ALL`

@@ -1,4 +1,4 @@
-//! What every guest memory must do, whoever has it.
+//! The promises of every guest memory, whoever has it.
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 /// The lengths of reads that are tried at each place.
 const LENGTHS: [usize; 9] = [1, 2, 7, 8, 4095, 4096, 4097, 12_288, 70_000];
-/// How many pages of a range of RAM are looked at, beside those at its ends.
+/// The number of pages of a range of RAM that are looked at, beside those at its ends.
 const PAGES: u64 = 23;
 /// Of the bytes that are not there, what a test expects is not asked.
 const PAGE: u64 = 4096;
@@ -163,7 +163,7 @@ impl Check<'_> {
         );
     }
 
-    /// What is said to have no data reads as zero.
+    /// A range that is said to have no data reads as zero.
     fn data(&self, region: GpaRange) {
         let mut at = region.start();
         for _ in 0..1000 {
@@ -190,7 +190,7 @@ impl Check<'_> {
         }
     }
 
-    /// What is absent lies in the range, goes on, and is not read.
+    /// An absent range lies in the range asked for, goes on, and is not read.
     fn absent(&self, region: GpaRange) {
         let mut at = region.start();
         for _ in 0..1000 {

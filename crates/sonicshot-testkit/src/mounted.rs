@@ -35,7 +35,7 @@ impl Mounted {
         crate::has(&what, mounted).then(|| Self(folder))
     }
 
-    /// Where it is mounted.
+    /// The path where it is mounted.
     #[must_use]
     pub fn path(&self) -> PathBuf {
         self.0.path().join("at")

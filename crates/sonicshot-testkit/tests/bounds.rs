@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What a bound's name begins with.
+/// The beginnings of bounds' names.
 const NAMES: [&str; 5] = ["MAX_", "LARGEST", "SMALL", "MOST", "FREE_PARTS"];
 
 fn workspace() -> PathBuf {

@@ -1,7 +1,7 @@
 //! No wrong number lives on: the places at which the shipped code lets one stay within bounds
 //! instead of being an error are counted, and are few.
 //!
-//! What counts, in `src` of every crate that is published, without tests and comments:
+//! Counted are, in `src` of every crate that is published, without tests and comments:
 //! - `saturating_*`, `wrapping_*` and `overflowing_*`;
 //! - `unwrap_or` and `map_or` with a number, or with a type's `MAX` or `MIN`, and
 //!   `unwrap_or_default`, of whatever type;
@@ -28,7 +28,7 @@ const MOST: usize = 20;
 /// So many casts in 10,000 lines at most.
 const MOST_CASTS: usize = 6;
 
-/// Where it is allowed to lose something by `as`.
+/// The lints that forbid `as` to lose something.
 const LOSING: [&str; 3] = [
     "cast_possible_truncation",
     "cast_possible_wrap",

@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// What is read beside what a [`Task`] has: the way to any other member.
+/// The members that are read beside those of a [`Task`]: any other member is read in the same way.
 struct Sizes {
     total_vm: u64,
     page_kib: u64,

@@ -29,7 +29,7 @@ impl KernelVa {
         }
     }
 
-    /// How far `self` is above `base`, if it is.
+    /// The distance of `self` above `base`, if it is above.
     #[must_use]
     pub const fn offset_from(self, base: Self) -> Option<u64> {
         self.0.checked_sub(base.0)
@@ -70,7 +70,7 @@ impl fmt::Display for KernelVa {
     }
 }
 
-/// Why bytes at a kernel-virtual address could not be read.
+/// The reason that bytes at a kernel-virtual address could not be read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VirtualReadError {
@@ -85,7 +85,7 @@ pub enum VirtualReadError {
     Memory {
         /// The address.
         at: KernelVa,
-        /// Why guest memory could not be read.
+        /// The reason that guest memory could not be read.
         #[source]
         source: MemoryError,
     },

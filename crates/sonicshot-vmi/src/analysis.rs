@@ -9,8 +9,8 @@ use sonicshot::{
 };
 use std::sync::Arc;
 
-/// How a guest is looked at; by default nothing is known of it, a guest that contradicts itself is
-/// refused, and pages in use are looked at for zeroes.
+/// Options for the analysis of a guest; by default nothing is known of it, a guest that contradicts
+/// itself is refused, and pages in use are looked at for zeroes.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct AnalysisOptions {
@@ -62,8 +62,8 @@ impl AnalysisOptions {
         self
     }
 
-    /// When the analysis is to end before it is done: when somebody cancels it, or at a time. That
-    /// goes for [`analyze`], [`GuestOs::analyze`](crate::GuestOs::analyze) and
+    /// Ends the analysis before it is done: when somebody cancels it, or at a time. That goes
+    /// for [`analyze`], [`GuestOs::analyze`](crate::GuestOs::analyze) and
     /// [`OwnedGuest::analyze`](crate::OwnedGuest::analyze); all of them then give
     /// [`VmiError::Stopped`].
     #[must_use]
@@ -99,7 +99,7 @@ impl AnalysisOptions {
     }
 }
 
-/// Who the guest is.
+/// Facts that identify the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GuestFacts {
@@ -113,7 +113,7 @@ pub struct GuestFacts {
     pub vmcoreinfo: Option<String>,
     /// The kernel's build ID, if it tells one (Linux 5.9 and later).
     pub build_id: Option<Vec<u8>>,
-    /// Where the kernel was found, then every source of symbols and types in use.
+    /// The origin of the kernel, then every source of symbols and types in use.
     pub symbol_sources: Vec<String>,
     /// The knowledge of the kernel.
     pub knowledge: Knowledge,
@@ -211,7 +211,7 @@ impl Analysis {
         })
     }
 
-    /// Who the guest is.
+    /// Facts that identify the guest.
     #[must_use]
     pub fn facts(&self) -> &GuestFacts {
         &self.facts
@@ -223,7 +223,7 @@ impl Analysis {
         &self.pages
     }
 
-    /// How many frames each class has.
+    /// The number of frames of each class.
     #[must_use]
     pub fn counts(&self) -> ClassCounts {
         self.pages.counts()
@@ -235,7 +235,7 @@ impl Analysis {
         &self.absent
     }
 
-    /// How many pages are absent that the guest uses, as far as its kernel says: without them it
+    /// The number of absent pages that the guest uses, as far as its kernel says: without them it
     /// cannot run.
     #[must_use]
     pub fn absent_in_use(&self) -> u64 {

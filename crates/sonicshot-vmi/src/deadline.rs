@@ -1,4 +1,4 @@
-//! How long a search may take.
+//! The time that a search may take.
 
 use crate::error::VmiError;
 use std::time::{Duration, Instant};
@@ -12,8 +12,8 @@ pub(crate) struct Deadline {
 }
 
 impl Deadline {
-    /// What a search of a guest's records may take, on any guest: one that is whole takes less than
-    /// a second for each 64 GiB.
+    /// The longest time of a search of a guest's records, on any guest: a whole one takes less than a
+    /// second for each 64 GiB.
     const SEARCH: Duration = Duration::from_secs(10);
 
     /// A search that begins now.

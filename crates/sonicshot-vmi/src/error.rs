@@ -4,7 +4,7 @@ use crate::symbols::SymbolError;
 use crate::{ForeignProcessor, Inconsistency, KernelVa, Knowledge, Trace, VirtualReadError};
 use sonicshot::{Gpa, MemoryError, Stopped};
 
-/// Why a guest's kernel could not be understood.
+/// The reason that a guest's kernel could not be understood.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VmiError {
@@ -21,9 +21,9 @@ pub enum VmiError {
          tables leads to them ({tried})"
     )]
     NoTables {
-        /// How many records there are.
+        /// The number of records.
         records: u64,
-        /// How many page tables were tried.
+        /// The number of page tables that were tried.
         tables: u64,
         /// The other things that were looked for.
         tried: String,
@@ -78,7 +78,7 @@ pub enum VmiError {
     Read {
         /// The object.
         what: &'static str,
-        /// Why not.
+        /// The reason.
         #[source]
         source: VirtualReadError,
     },
@@ -90,7 +90,7 @@ pub enum VmiError {
     Corrupt {
         /// The object.
         what: &'static str,
-        /// Where it is.
+        /// Its address.
         at: KernelVa,
         /// The value found.
         value: u64,
@@ -144,7 +144,7 @@ pub enum VmiError {
     Covered {
         /// The page's use.
         what: &'static str,
-        /// Where it is.
+        /// Its address.
         at: Gpa,
     },
     /// Nothing in the memory would show whether the machine was reset since.
@@ -152,7 +152,7 @@ pub enum VmiError {
     OwnerUntold {
         /// The release of the kernel that was found.
         kernel: String,
-        /// Why not.
+        /// The reason.
         why: String,
     },
     /// A search of the guest's records was ended: there was more to look at than there was time.
@@ -164,7 +164,7 @@ pub enum VmiError {
         done: u64,
         /// So many there are.
         all: u64,
-        /// How long it may take.
+        /// The longest time that it may take.
         seconds: u64,
     },
     /// The guest has more of something than any that is whole.
@@ -189,7 +189,7 @@ pub enum VmiError {
         /// Whether no types tell what the records look like, so that what was taken for them may be
         /// something else.
         without_types: bool,
-        /// Where it is.
+        /// The error in the records.
         #[source]
         source: Box<Self>,
     },

@@ -65,12 +65,12 @@ pub struct LinuxGuest<'m> {
     knowledge: Knowledge,
     /// The kernel's image, from its start as far as it is mapped.
     image: (KernelVa, KernelVa),
-    /// Where it was found by shape.
+    /// The places that were found by shape.
     shaped: Option<Shaped>,
     /// The layout of struct pages, and the zones, where they were found by their lists: that takes
     /// a look at every struct page.
     searched: OnceLock<(PageLayout, Zones)>,
-    /// How many threads look at struct pages.
+    /// The number of threads that look at struct pages.
     threads: Option<NonZeroUsize>,
     /// Whoever is told how far the work is.
     progress: Option<Arc<dyn Progress>>,
@@ -301,7 +301,7 @@ impl<'m> LinuxGuest<'m> {
         })
     }
 
-    /// Which kernel it is, among several.
+    /// A name of this kernel, to tell it from others.
     fn name(&self) -> String {
         let symbol = |name| self.kernel.symbol(name).ok().flatten();
         let root = symbol("swapper_pg_dir").or_else(|| symbol("init_top_pgt"));
@@ -416,7 +416,7 @@ impl<'m> LinuxGuest<'m> {
         self.kernel.build.page_size
     }
 
-    /// Where VMCOREINFO came from, then every source of symbols and types in use.
+    /// The origin of VMCOREINFO, then every source of symbols and types in use.
     #[must_use]
     pub fn symbol_sources(&self) -> Vec<String> {
         let mut sources: Vec<String> = self
@@ -430,7 +430,7 @@ impl<'m> LinuxGuest<'m> {
         sources
     }
 
-    /// Where the kernel's struct pages lie in guest-physical memory: what a classification reads.
+    /// The guest-physical ranges of the kernel's struct pages: the memory that a classification reads.
     ///
     /// # Errors
     /// [`VmiError`] if the kernel's memory map cannot be read.
@@ -448,8 +448,8 @@ impl<'m> LinuxGuest<'m> {
         arch::of(&self.kernel)?.boot_ram(&self.kernel)
     }
 
-    /// Where the kernel maps all of memory, from guest-physical 0 on, if its symbols tell
-    /// (`page_offset_base`, with `CONFIG_RANDOMIZE_MEMORY`).
+    /// The address at which the kernel maps all of memory, from guest-physical 0 on, if its symbols
+    /// tell (`page_offset_base`, with `CONFIG_RANDOMIZE_MEMORY`).
     ///
     /// # Errors
     /// [`VmiError`] if it cannot be read.
@@ -479,9 +479,9 @@ impl<'m> LinuxGuest<'m> {
             .collect())
     }
 
-    /// Where on their file systems the pages of files in `pages` may be, by the kernel's records: ext4's
-    /// extents, and buffers. These are guesses, for who compares the pages with a disk; of what nothing
-    /// tells there are none.
+    /// The places on their file systems that the pages of files in `pages` may have, by the kernel's
+    /// records: ext4's extents, and buffers. These are guesses, for a caller that compares the pages
+    /// with a disk; a page of which nothing tells has none.
     ///
     /// # Errors
     /// [`VmiError`] if the kernel's memory map cannot be read.

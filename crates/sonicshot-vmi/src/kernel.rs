@@ -14,13 +14,13 @@ pub(crate) struct Kernel<'m> {
     pub(crate) space: AddressSpace<'m>,
     pub(crate) build: Build,
     sources: Vec<Arc<dyn SymbolSource>>,
-    /// What the kernel says of itself; also one of the sources.
+    /// The kernel's own account of itself; also one of the sources.
     pub(crate) vmcoreinfo: Option<Vmcoreinfo>,
-    /// Where the ring of its log is in the image, once it was looked for by its shape.
+    /// The address of its log's ring in the image, once it was looked for by its shape.
     pub(crate) log_ring: OnceLock<KernelVa>,
 }
 
-/// Which kernel it is, and how it was started.
+/// The kernel's build, and the way it was started.
 #[derive(Debug, Clone)]
 pub(crate) struct Build {
     pub architecture: Architecture,
@@ -354,7 +354,7 @@ pub(crate) mod testing {
     use sonicshot::{Architecture, Gpa, GuestBytes, MappedRegions, PageSize};
     use std::collections::HashMap;
 
-    /// Where all of memory is mapped.
+    /// The address at which all of memory is mapped.
     pub(crate) const DIRECT_MAP: u64 = 0xffff_8880_0000_0000;
 
     /// Symbols, sizes, members and constants by name.

@@ -7,7 +7,7 @@
 //! kernel's BTF and symbol table contradict fails there, not at a user's; so does one that none of
 //! them has, unless the tests name the kernels that do.
 
-/// Which kernels have something. A commit is of Linus Torvalds' tree; distributions backport, so a
+/// The kernels that have something. A commit is of Linus Torvalds' tree; distributions backport, so a
 /// version decides nothing but what the test expects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kernels {
@@ -707,8 +707,8 @@ mod tests {
         assert!(rest.is_empty(), "no rows of the table: {rest:?}");
     }
 
-    /// What a kernel's own symbol table and BTF say of each row; of what only VMCOREINFO tells,
-    /// the names that the kernel writes there.
+    /// The answers of a kernel's own symbol table and BTF to each row; for rows that only VMCOREINFO
+    /// tells, the names that the kernel writes there.
     fn ask(folder: &Path) -> String {
         let symbols = open_symbol_file(&folder.join("System.map")).unwrap();
         let types = open_symbol_file(&folder.join("btf")).unwrap();

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 pub enum Note {
     /// The per-CPU free lists cannot be read.
     PerCpuListsKept {
-        /// Why not.
+        /// The reason.
         why: String,
     },
     /// Struct pages that the kernel has not initialised yet (`DEFERRED_STRUCT_PAGE_INIT`).
@@ -22,30 +22,30 @@ pub enum Note {
     },
     /// Sections that are not online, and not proved to be offline memory.
     SectionsKept {
-        /// How many frames are in them.
+        /// The number of frames in them.
         frames: u64,
         /// The reasons against them; the first few.
         reasons: Vec<String>,
     },
     /// Pages that say that they are offline, and that no driver is known to have.
     OfflinePagesKept {
-        /// How many.
+        /// Their number.
         pages: u64,
-        /// Why they are not believed, of the first rings that they are in.
+        /// The reasons that they are not believed, of the first rings that they are in.
         reasons: Vec<String>,
         /// Of how many more rings that would have to be told.
         more: u64,
     },
     /// Blocks that say they are free and are on no list of any zone.
     UnlistedKept {
-        /// How many.
+        /// Their number.
         blocks: u64,
     },
     /// Nothing tells the processors' registers, and the memory bears no trace of a later owner.
     NoTraceOfLaterOwner(TracesSought),
     /// The file tells of processors, and is not believed.
     ProcessorsNotBelieved {
-        /// Why not.
+        /// The reason.
         why: &'static str,
         /// The finding instead.
         instead: Box<Note>,
@@ -60,7 +60,7 @@ pub enum Note {
     SymbolFolderNotUsed {
         /// The folder.
         folder: PathBuf,
-        /// How many files in it tell of which build they are.
+        /// The number of files in it that tell of which build they are.
         files: usize,
         /// The build ID of the kernel, if it tells that.
         build_id: Option<String>,
@@ -90,15 +90,15 @@ pub enum Note {
     OwnerUntold {
         /// The release of the kernel that was found.
         kernel: String,
-        /// Why not.
+        /// The reason.
         why: String,
     },
     /// Free pages where an EFI firmware that starts again writes before it leaves a trace, and
     /// nothing tells the processors' registers.
     FirmwareMemoryKept {
-        /// How many.
+        /// Their number.
         pages: u64,
-        /// Where it writes.
+        /// The ranges that it writes to.
         places: Vec<GpaRange>,
     },
     /// Sources of truth about free pages disagree; the blocks in question are kept.
@@ -116,7 +116,7 @@ pub enum Note {
     HardwareTags,
 }
 
-/// Which traces of a later owner were looked for, where none was found.
+/// The traces of a later owner that were looked for, where none was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TracesSought {

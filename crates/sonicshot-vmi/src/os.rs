@@ -12,7 +12,7 @@ use sonicshot::{GpaRange, GuestMemory, PageMap, Pfn};
 /// Whoever takes a guest's pages apart asks no more than this, so a kernel that is not Linux is one
 /// more implementation, which [`open_guest`] tries.
 pub trait GuestOs: fmt::Debug {
-    /// Who the guest is.
+    /// Facts that identify the guest.
     fn facts(&self) -> GuestFacts;
 
     /// Gives every RAM frame its class. Of `options` what is known of the guest beforehand is not
@@ -27,8 +27,7 @@ pub trait GuestOs: fmt::Debug {
     /// work was [ended](AnalysisOptions::stop), and what reading gives.
     fn analyze(&self, options: &AnalysisOptions) -> Result<Analysis, VmiError>;
 
-    /// Where the kernel's records of its pages lie in guest-physical memory: what an analysis
-    /// reads.
+    /// The guest-physical ranges of the kernel's records of its pages: the memory that an analysis reads.
     ///
     /// # Errors
     /// [`VmiError`] if they cannot be found.
@@ -54,14 +53,15 @@ pub trait GuestOs: fmt::Debug {
     /// [`VmiError`] if the kernel's records cannot be read.
     fn known_memory(&self) -> Result<Vec<GpaRange>, VmiError>;
 
-    /// Where the kernel maps all of memory, from guest-physical 0 on; `None` if nothing tells.
+    /// The address at which the kernel maps all of memory, from guest-physical 0 on; `None` if
+    /// nothing tells.
     ///
     /// # Errors
     /// [`VmiError`] if it cannot be read.
     fn direct_map(&self) -> Result<Option<KernelVa>, VmiError>;
 
-    /// Where on their file systems the pages of files in `pages` may be: guesses, for who compares them
-    /// with a disk. None of what nothing tells.
+    /// The places on their file systems that the pages of files in `pages` may have: guesses, for a
+    /// caller that compares them with a disk. A page of which nothing tells has none.
     ///
     /// # Errors
     /// [`VmiError`] if the kernel's records of its pages cannot be read.

@@ -11,16 +11,16 @@ use crate::{KernelVa, VirtualMemory, VirtualReadError};
 use sonicshot::{Gpa, GuestMemory, MemoryError, to_usize};
 use std::sync::Arc;
 
-/// How an architecture walks its page tables.
+/// The walk of an architecture's page tables.
 pub(crate) trait Paging: Send + Sync + core::fmt::Debug {
-    /// How many levels of tables there are.
+    /// The number of levels of tables.
     fn levels(&self) -> u32;
 
     /// Whether `value` may be an address of the kernel's half of the address space.
     fn is_pointer(&self, value: u64) -> bool;
 
-    /// Where `at` lies in guest-physical memory, and how many bytes from there on are mapped
-    /// by the same entry; `None` if nothing maps it.
+    /// The guest-physical address of `at`, and the number of bytes from there on that are mapped by
+    /// the same entry; `None` if nothing maps it.
     fn translate(
         &self,
         memory: &dyn GuestMemory,
@@ -34,8 +34,8 @@ pub(crate) trait Paging: Send + Sync + core::fmt::Debug {
         visit: &mut dyn FnMut(Gpa) -> bool,
     ) -> Result<(), MemoryError>;
 
-    /// Where in the kernel half a range of mappings begins, if it is where the array of struct
-    /// pages may (on x86-64 a multiple of 1 GiB), lowest first; at most `most` and one.
+    /// The beginnings of ranges of mappings in the kernel half at which the array of struct pages may
+    /// begin (on x86-64 a multiple of 1 GiB), lowest first; at most `most` and one.
     fn mapped_ranges(
         &self,
         memory: &dyn GuestMemory,
@@ -44,12 +44,12 @@ pub(crate) trait Paging: Send + Sync + core::fmt::Debug {
     ) -> Result<Vec<KernelVa>, VmiError>;
 }
 
-/// Where a virtual address lies.
+/// The place of a virtual address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Translation {
     /// Its guest-physical address.
     pub at: Gpa,
-    /// How many bytes from there on the same page-table entry maps.
+    /// The number of bytes from there on that the same page-table entry maps.
     pub len: u64,
 }
 
@@ -93,7 +93,7 @@ impl<'m> AddressSpace<'m> {
         self.tables.remember()
     }
 
-    /// How many levels of page tables there are.
+    /// The number of levels of page tables.
     pub(crate) fn levels(&self) -> u32 {
         self.paging.levels()
     }
@@ -103,7 +103,7 @@ impl<'m> AddressSpace<'m> {
         self.paging.is_pointer(value)
     }
 
-    /// Where `at` lies.
+    /// The place of `at`.
     pub(crate) fn translate(&self, at: KernelVa) -> Result<Translation, VirtualReadError> {
         match self.paging.translate(&self.tables, at) {
             Ok(Some(translation)) => Ok(translation),

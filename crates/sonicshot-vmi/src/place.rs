@@ -24,25 +24,25 @@ const MIN_LISTS: u64 = 16;
 const CLEARLY: u64 = 8;
 /// So many are enough.
 const ENOUGH: u64 = 512;
-/// How much is read at a time.
+/// The number of bytes that are read at a time.
 const PIECE: usize = 1 << 20;
 
 /// Evidence of where a range of memory lies, by its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PlaceEvidence {
-    /// Where it is taken to lie.
+    /// The range at which it is taken to lie.
     pub range: GpaRange,
-    /// How many lists in it point to themselves there.
+    /// The number of lists in it that point to themselves there.
     pub here: u64,
-    /// How many struct pages in it are there by what they say themselves.
+    /// The number of struct pages in it that are there by their own account.
     pub struct_pages: u64,
     /// The range of the others to which most lists point, and how many do.
     pub elsewhere: Option<(GpaRange, u64)>,
 }
 
 impl PlaceEvidence {
-    /// Which other range it must lie at, if it clearly does not lie where it is taken to.
+    /// The other range at which it must lie, if it clearly does not lie where it is taken to.
     #[must_use]
     pub fn belongs_to(&self) -> Option<GpaRange> {
         let (range, lists) = self.elsewhere?;
@@ -56,7 +56,7 @@ impl PlaceEvidence {
         is_clear(self.here, self.most_elsewhere()) || by_structs
     }
 
-    /// How many lists point to one other range, at most.
+    /// The most lists that point to one other range.
     fn most_elsewhere(&self) -> u64 {
         self.elsewhere.map_or(0, |(_, lists)| lists)
     }
@@ -284,8 +284,7 @@ mod tests {
         GpaRange::new(Gpa::new(start * MIB), Gpa::new(end * MIB))
     }
 
-    /// What three ranges say whose lists, so many each, point to places of which the numbers are
-    /// given.
+    /// The evidence of three ranges whose lists, so many each, point to the places of these numbers.
     fn seen(lists: &[(u64, usize)]) -> Vec<PlaceEvidence> {
         let ranges = [range(0, 2), range(2, 4), range(4, 6)];
         let mut ram = Ram::new(8 << 20);

@@ -9,7 +9,7 @@ use std::iter;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// How much is mapped or read at a time: what fits the processor's cache.
+/// The number of bytes that are mapped or read at a time: they fit the processor's cache.
 const WINDOW: u64 = 512 << 10;
 /// A thread counts the pages of so many frames at a time, as a binary logarithm.
 const PIECE: u32 = 13;
@@ -41,7 +41,7 @@ fn begin<'a>(map: &PageMap, progress: &'a dyn Progress) -> PhaseProgress<'a> {
     PhaseProgress::begin(progress, WorkPhase::FindingZeroPages, total.get())
 }
 
-/// How many threads work where there are so many processors.
+/// The number of threads that work where there are so many processors.
 fn of_these(processors: NonZeroUsize) -> NonZeroUsize {
     processors.min(MAX_THREADS)
 }
@@ -68,7 +68,7 @@ fn mark_on(
     })
 }
 
-/// How many pages of all RAM hold only zeroes, whatever they are used for: what leaving out
+/// The number of pages in all RAM that hold only zeroes, whatever their use: as many as leaving out
 /// zero pages alone would save.
 ///
 /// # Errors

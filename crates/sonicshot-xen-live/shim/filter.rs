@@ -195,8 +195,8 @@ pub unsafe extern "C" fn xc_domain_populate_physmap_exact(
 const LARGE: usize = 512;
 const LARGE_ORDER: c_uint = 9;
 
-/// How many of `frames` come before 2 MiB of them that are one run and begin at a multiple; all, if
-/// there are no such.
+/// The number of `frames` that come before 2 MiB of them that are one run and begin at a multiple; all,
+/// if there are no such.
 fn single(frames: &[u64]) -> usize {
     let begins = |at: &usize| {
         let run = frames.get(*at..).and_then(|rest| rest.get(..LARGE));

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 /// So much is packed and written to learn how fast that is.
 const SAMPLE: usize = 8 << 20;
-/// What is packed is seldom shorter than half: packing must be so many times as fast as the disk, so
-/// that it takes no longer than what it spares.
+/// The ratio of speeds, packing to disk, from which packing pays: packed data is seldom shorter than
+/// half, and packing must take no longer than what it spares.
 const TIMES: u32 = 2;
 
 /// The measurements that the choice was made by.

@@ -1,5 +1,5 @@
-//! What `xl` writes, taken into memory on its way to the file, so that the domain need not wait for
-//! who packs it.
+//! The image that `xl` writes, taken into memory on its way to the file, so that the domain need not
+//! wait for who packs it.
 
 use sonicshot::to_u64;
 use std::collections::VecDeque;
@@ -10,7 +10,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 /// So much is taken at a time.
 pub(crate) const PIECE: usize = 1 << 20;
 
-/// When the packing begins.
+/// The time when the packing begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Begin {
     /// With the first bytes.

@@ -1,4 +1,4 @@
-//! What can go wrong with a live domain.
+//! Errors with a live domain.
 
 use crate::DomainId;
 use sonicshot::{LayoutError, MemoryError, P2mError};
@@ -8,7 +8,7 @@ use std::io;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 
-/// Why a live domain's memory cannot be read, or its save not be filtered.
+/// An error of reading a live domain's memory, or of filtering its save.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LiveError {
@@ -70,7 +70,7 @@ pub enum LiveError {
     P2m {
         /// The domain.
         domain: DomainId,
-        /// How.
+        /// The contradiction.
         #[source]
         source: P2mError,
     },
@@ -117,7 +117,7 @@ pub enum LiveError {
     Guest {
         /// The domain.
         domain: DomainId,
-        /// Why not.
+        /// The cause.
         #[source]
         source: VmiError,
     },

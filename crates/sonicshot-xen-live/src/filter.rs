@@ -185,8 +185,8 @@ fn preload(path: String) -> OsString {
     preload
 }
 
-/// What has `command`, an `xl restore`, and all that it starts, ask for memory by 2 MiB, for as long as
-/// it is held. `xl` stays as long as its domain does, with this environment: so it has the library by a
+/// Has `command`, an `xl restore`, and all that it starts, ask for memory by 2 MiB, for as long as it
+/// is held. `xl` stays as long as its domain does, with this environment: so it has the library by a
 /// descriptor of its own, and no path of a process that is gone, whose number another may have by then.
 pub(crate) fn attach_large_pages(command: &mut Command) -> Result<OwnedFd, LiveError> {
     /// No script has descriptors of its own from here on.

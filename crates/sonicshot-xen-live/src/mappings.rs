@@ -13,9 +13,9 @@ const MAX_KEPT: usize = 1 << 18;
 
 /// Frames of a domain that are mapped until this is dropped, by the numbers that they were mapped by.
 ///
-/// What is mapped shows what is in the frame at any time. So of a paravirtualised domain, whose frames
-/// have the machine's numbers, a mapping that was made while it ran serves once it is suspended: as long
-/// as a frame is mapped, Xen gives its number to no other. Of other domains a number is the guest's, which
+/// A mapping shows what is in the frame at any time. So of a paravirtualised domain, whose frames have
+/// the machine's numbers, a mapping that was made while it ran serves once it is suspended: as long as
+/// a frame is mapped, Xen gives its number to no other. Of other domains a number is the guest's, which
 /// may have another frame behind it by then.
 pub(crate) struct Mappings<'x> {
     pub xen: &'x Xen,
@@ -47,7 +47,7 @@ impl<'x> Mappings<'x> {
     }
 }
 
-/// What is kept, and how many frames that is.
+/// The mappings that are kept, and the number of their frames.
 struct Kept<T> {
     by_frames: HashMap<Box<[u64]>, T>,
     frames: usize,

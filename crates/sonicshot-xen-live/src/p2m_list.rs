@@ -7,7 +7,7 @@ use crate::mappings::Mappings;
 use crate::{DomainId, LiveError};
 use sonicshot::{Mfn, P2m, P2mBuilder, Pfn, to_u64, to_usize};
 
-/// Where the architecture's part lies in the shared information of a guest of 64 bits.
+/// The offset of the architecture's part in the shared information of a guest of 64 bits.
 const ARCH: usize = 3088;
 const ENTRY: usize = 8;
 const PAGE: usize = P2m::PAGE.size();
@@ -25,7 +25,7 @@ const HOLE: u64 = 1 << 20;
 
 type Page = [u8; PAGE];
 
-/// What frames of the machine hold, as far as they are the domain's.
+/// The content of the machine's frames, as far as they are the domain's.
 pub(crate) trait MachinePages {
     /// Gives each of `frames` to `each`, in order; `None` for one that cannot be had.
     fn pages(&self, frames: &[u64], each: &mut dyn FnMut(Option<&Page>)) -> Result<(), LiveError>;

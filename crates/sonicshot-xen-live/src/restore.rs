@@ -1,4 +1,4 @@
-//! What `xl restore` does, of a compressed image too, and in less time.
+//! The work of `xl restore`, of a compressed image too, and in less time.
 
 use crate::LiveError;
 use crate::copied::PIECE;

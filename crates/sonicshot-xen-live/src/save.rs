@@ -1,4 +1,4 @@
-//! What `xl save` does, without the domain's free pages.
+//! The work of `xl save`, without the domain's free pages.
 
 use crate::copied::{Begin, Copied, PIECE};
 use crate::mappings::Mappings;
@@ -23,7 +23,8 @@ use std::time::{Duration, Instant};
 const PAGE: PageSize = PageSize::SIZE_4K;
 /// The interval at which the image's length is looked at.
 const EVERY: Duration = Duration::from_millis(100);
-/// How long a domain that runs is looked at: where there is no VMCOREINFO all memory would be searched.
+/// The time for which a domain that runs is looked at: where there is no VMCOREINFO all memory would be
+/// searched.
 const LOOKING: Duration = Duration::from_secs(10);
 /// So much of the image of a domain that does not go on waits to be packed, in bytes.
 const PACKED_BESIDE: u64 = 16 << 20;
@@ -62,9 +63,8 @@ pub struct SaveOptions {
     pub after: AfterSave,
     /// The compression of the image.
     pub compress: Compress,
-    /// How much of the image of a domain that goes on is held in memory, at most, in bytes: so far it
-    /// need not wait for packing and disk. Half of the memory that this machine has to give, if
-    /// nothing is said.
+    /// The most bytes of the image that are held in memory if the domain goes on: so far it need not
+    /// wait for packing and disk. Half of the memory that this machine has to give, if nothing is said.
     pub copy_limit: Option<u64>,
     /// Whether a file that exists is replaced.
     pub overwrite: Overwrite,
@@ -163,9 +163,9 @@ impl Look {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct FirstLook {
-    /// How long it took.
+    /// The time that it took.
     pub took: Duration,
-    /// Why it came to nothing; that is no harm.
+    /// The reason why it came to nothing; that is no harm.
     pub error: Option<LiveError>,
 }
 
@@ -175,7 +175,7 @@ pub struct FirstLook {
 pub struct Looked {
     /// The look itself, or why there is none: then nothing was left out.
     pub result: Result<Look, LiveError>,
-    /// When the domain was suspended.
+    /// The time when the domain was suspended.
     pub suspended: Instant,
     /// The time that the look took.
     pub took: Duration,
@@ -322,18 +322,18 @@ struct Written {
     packed: Result<(), LiveError>,
     /// The process that watches over the domain until all is done.
     watcher: Option<Watcher>,
-    /// When `xl` had ended: a domain that is to go on does.
+    /// The time when `xl` had ended: a domain that is to go on does.
     ended: Instant,
 }
 
-/// What came of a call of `xl`.
+/// The outcome of a call of `xl`.
 struct Ran {
     first_look: FirstLook,
     looked: Option<Looked>,
     ended: Instant,
 }
 
-/// What is known of a domain before it is suspended.
+/// The knowledge of a domain before it is suspended.
 struct Before<'x> {
     mappings: Arc<Mappings<'x>>,
     options: GuestOptions,
@@ -419,8 +419,8 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// What has the domain go on if this process is killed. `xl save -c` does so by itself, as long as
-    /// somebody reads what it writes.
+    /// The watcher that has the domain go on if this process is killed. `xl save -c` does so by itself,
+    /// as long as somebody reads what it writes.
     fn watcher(&self, pipe: Option<&PipeReader>) -> Result<Option<Watcher>, LiveError> {
         match (self.options.after, pipe) {
             (AfterSave::GoOn, None) => Ok(None),

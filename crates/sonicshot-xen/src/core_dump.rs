@@ -37,7 +37,7 @@ const NO_FRAME: u64 = u64::MAX;
 pub struct CoreRun {
     /// The guest's frames.
     pub frames: PfnRange,
-    /// Where the first one's content is.
+    /// The place of the first one's content.
     pub offset: FileOffset,
 }
 
@@ -106,7 +106,7 @@ impl CoreDump {
         })
     }
 
-    /// How many processors the header's note says there are.
+    /// The number of processors by the header's note.
     pub(crate) fn vcpu_count(&self) -> u64 {
         self.vcpus
     }
@@ -143,7 +143,7 @@ impl CoreDump {
         &self.runs
     }
 
-    /// Which frames of the machine a PV guest's are: its page tables hold those.
+    /// The map from a PV guest's frames to the machine's: its page tables hold those.
     #[must_use]
     pub fn p2m(&self) -> Option<&P2m> {
         self.p2m.as_ref()
@@ -160,12 +160,12 @@ struct Sections<'a> {
 }
 
 struct Section {
-    /// Where its name is among the names.
+    /// The place of its name among the names.
     name: u32,
     kind: u32,
     offset: FileOffset,
     len: u64,
-    /// Where this header is.
+    /// The place of this header.
     at: FileOffset,
 }
 
@@ -250,7 +250,7 @@ impl<'a> Sections<'a> {
     }
 }
 
-/// What `.note.Xen` says.
+/// The content of `.note.Xen`.
 struct Notes {
     kind: DomainKind,
     vcpus: u64,

@@ -24,7 +24,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Where the next field begins.
+    /// The place of the next field.
     pub(crate) fn offset(&self) -> FileOffset {
         FileOffset::new(self.fields.position())
     }
@@ -84,7 +84,7 @@ impl<'a> Cursor<'a> {
         })
     }
 
-    /// How many bytes there are from here on.
+    /// The number of bytes from here on.
     pub(crate) fn left(&self) -> u64 {
         self.fields.left()
     }

@@ -25,7 +25,7 @@ impl fmt::Display for Within {
     }
 }
 
-/// Where in a file something is wrong.
+/// A place in a file where something is wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
     /// The part of the file.
@@ -40,14 +40,14 @@ impl fmt::Display for Place {
     }
 }
 
-/// Why a file cannot be read.
+/// The reason that a file cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum XenError {
     /// The file, or a section of it, ends too early.
     #[error("it is cut off {place}: {wanted} bytes are wanted, {left} are left")]
     Truncated {
-        /// Where.
+        /// The place.
         place: Place,
         /// The bytes that should be there.
         wanted: u64,
@@ -59,7 +59,7 @@ pub enum XenError {
     Malformed {
         /// The fault.
         what: &'static str,
-        /// Where.
+        /// The place.
         place: Place,
         /// The value found there.
         value: u64,
@@ -69,7 +69,7 @@ pub enum XenError {
     Unsupported {
         /// Its kind.
         what: &'static str,
-        /// Where that is said.
+        /// The place of that statement.
         place: Place,
     },
     /// A section of a core is missing, or there is another of the same name.
@@ -77,15 +77,15 @@ pub enum XenError {
     NotOneSection {
         /// Its name.
         name: &'static str,
-        /// How many there are.
+        /// The number.
         count: u64,
     },
     /// The table of a PV guest's frames is none.
     #[error("the frames {place} cannot be")]
     Frames {
-        /// Where the table is.
+        /// The place of the table.
         place: Place,
-        /// Why not.
+        /// The reason.
         #[source]
         source: P2mError,
     },

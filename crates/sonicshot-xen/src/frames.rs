@@ -13,7 +13,7 @@ use sonicshot::{FileOffset, Pfn};
 pub struct Frame {
     /// The number, and below it the flags.
     word: u64,
-    /// Where the content is; 0, where the file's magic is, for none.
+    /// The place of the content; 0, the place of the file's magic, for none.
     data: u64,
 }
 
@@ -60,8 +60,8 @@ impl Frame {
         Pfn::new(self.number())
     }
 
-    /// Where the content is in the file that counts, the last that comes; `None` if none comes,
-    /// and what the guest finds there is up to Xen.
+    /// The place in the file of the content that counts, the last that comes; `None` if none comes,
+    /// and the content that the guest finds is up to Xen.
     #[must_use]
     pub fn data(&self) -> Option<FileOffset> {
         (self.data != 0).then_some(FileOffset::new(self.data))

@@ -4,7 +4,7 @@ use crate::{Dropped, XlImage};
 use sonicshot::{Gpa, GpaRange, PageSize, PfnRange, PrunePlan};
 
 impl XlImage {
-    /// Which frames of `plan` can be left out of this image: those that may read as
+    /// The frames of `plan` that can be left out of this image: those that may read as
     /// [anything](sonicshot::Fill::Any) after a restore, and are ordinary pages. Nothing is asked of
     /// the guest: a plan must have been through the guards of `sonicshot-dump`.
     #[doc(hidden)]

@@ -6,14 +6,14 @@ use crate::page_data::{PageData, table_of};
 use crate::{Record, XenError};
 use sonicshot::{Bytes, FileBytes, FileOffset, FileRange};
 
-/// How an image begins.
+/// The beginning of an image.
 pub const MAGIC: &[u8; 32] = b"Xen saved domain, xl format\n \0 \r";
 
 /// The only byte order, that of x86.
 const BYTE_ORDER: u32 = 0x0102_0304;
 /// The configuration is JSON.
 const XL_JSON: u32 = 1;
-/// What follows is a libxl stream of version 2.
+/// The mark of a libxl stream of version 2 that follows.
 const XL_STREAM_V2: u32 = 2;
 
 const LIBXL_MAGIC: &[u8; 8] = b"LibxlFmt";
@@ -71,7 +71,7 @@ fn padded(len: u32) -> u64 {
     u64::from(len).next_multiple_of(8)
 }
 
-/// How much of a record of pages comes before their data.
+/// The number of bytes of a record of pages that come before their data.
 fn table_len(cursor: &mut Cursor<'_>) -> Result<u64, XenError> {
     let body = cursor.offset();
     let count = cursor.le::<u32>()?;

@@ -22,7 +22,7 @@ pub(crate) struct PageData {
     count: u32,
     /// The count and the reserved word, as they are.
     head: u64,
-    /// Where the body begins in the file.
+    /// The place of the body in the file.
     at: FileOffset,
 }
 
@@ -31,13 +31,13 @@ pub(crate) struct PageData {
 pub(crate) struct Entry {
     pub pfn: u64,
     pub kind: FrameType,
-    /// Where its entry is in the file.
+    /// The place of its entry in the file.
     pub at: FileOffset,
-    /// Where its bytes are in the file, if it has any.
+    /// The place of its bytes in the file, if it has any.
     pub data: Option<FileOffset>,
 }
 
-/// Where the data of so many pages begins in a record's body.
+/// The offset of the data of so many pages in a record's body.
 #[expect(
     clippy::arithmetic_side_effects,
     reason = "entries that 32 bits count end far below 2^64"
@@ -122,7 +122,7 @@ impl PageData {
         self.head
     }
 
-    /// How many entries there are.
+    /// The number of entries.
     pub(crate) fn count(&self) -> u32 {
         self.count
     }

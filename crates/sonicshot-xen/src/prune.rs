@@ -33,7 +33,7 @@ impl Dropped {
         &self.runs
     }
 
-    /// How many frames there are.
+    /// The number of frames.
     #[must_use]
     pub fn pages(&self) -> u64 {
         PfnRange::total_of(&self.runs)
@@ -99,7 +99,7 @@ impl XlImage {
     }
 }
 
-/// What comes from `copied` on.
+/// The rest of the file from `copied` on.
 pub(crate) fn rest(data: FileBytes<'_>, copied: FileOffset) -> Result<FileRange, XenError> {
     let end = FileOffset::new(to_u64(data.len()));
     if end < copied {
@@ -154,7 +154,7 @@ fn changed(record: &Record, value: u64) -> XenError {
     }
 }
 
-/// What lies between the end of a record and the next.
+/// The bytes between the end of a record and the next.
 pub(crate) fn between(
     from: FileOffset,
     to: FileOffset,

@@ -12,14 +12,14 @@ pub struct Record {
     pub kind: u32,
     /// The length of its body in bytes, without the padding.
     pub len: u32,
-    /// Where its header begins.
+    /// The place of its header.
     pub offset: FileOffset,
     /// Its body and the padding, as far as they are in the file.
     pub(crate) body: FileRange,
 }
 
 impl Record {
-    /// Where it is, for messages.
+    /// Its place, for messages.
     pub(crate) fn place(&self) -> Place {
         Place {
             within: Within::Record(self.number),

@@ -19,7 +19,7 @@ pub enum Joined {
     Skeleton(FileRange),
     /// The content of some pages.
     Pages {
-        /// Which, in this order.
+        /// The frames, in this order.
         frames: PfnRange,
         /// Whether they are page tables of a PV guest.
         tables: bool,

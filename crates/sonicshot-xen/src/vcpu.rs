@@ -165,7 +165,7 @@ impl CoreDump {
     }
 }
 
-/// Where the guest has the root that the machine has at `cr3`.
+/// The guest's address of the root that the machine has at `cr3`.
 fn root_of(p2m: &P2m, cr3: u64) -> Option<u64> {
     let page = PageSize::SIZE_4K;
     let pfn = p2m.pfn(Mfn::new(cr3 >> page.shift()))?;

@@ -55,7 +55,7 @@ impl PageSize {
         1 << self.0
     }
 
-    /// How many bytes there are from `at` to the end of its page.
+    /// The number of bytes from `at` to the end of its page.
     ///
     /// ```
     /// use sonicshot::PageSize;
@@ -153,7 +153,7 @@ impl Gpa {
         }
     }
 
-    /// How far `self` is above `base`, if it is.
+    /// The distance of `self` above `base`, unless it is below.
     #[must_use]
     #[inline]
     pub const fn offset_from(self, base: Self) -> Option<u64> {
@@ -185,14 +185,14 @@ impl Pfn {
         }
     }
 
-    /// How many frames `self` is above `base`, if it is.
+    /// The number of frames from `base` up to `self`, unless it is below.
     #[must_use]
     #[inline]
     pub const fn offset_from(self, base: Self) -> Option<u64> {
         self.0.checked_sub(base.0)
     }
 
-    /// Where the frame begins, unless that is beyond 64 bits.
+    /// The address of the frame, unless that is beyond 64 bits.
     #[must_use]
     #[inline]
     pub const fn gpa(self, page_size: PageSize) -> Option<Gpa> {
@@ -249,7 +249,7 @@ macro_rules! half_open_range {
                 }
             }
 
-            /// Where the range begins.
+            /// The start of the range.
             #[must_use]
             #[inline]
             pub const fn start(&self) -> $point {

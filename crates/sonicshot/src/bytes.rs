@@ -82,7 +82,7 @@ impl<'a> GuestBytes<'a> {
         }
     }
 
-    /// How many bytes there are.
+    /// The number of bytes.
     #[must_use]
     #[inline]
     pub const fn len(&self) -> usize {

@@ -40,7 +40,7 @@ macro_rules! classes {
 
             /// Whether a policy may drop pages of this class at all.
             ///
-            /// What the kernel itself needs to run is never droppable, whatever a policy says.
+            /// Memory that the kernel itself needs to run is never droppable, whatever a policy says.
             #[must_use]
             pub const fn may_be_dropped(self) -> bool {
                 match self {
@@ -337,7 +337,7 @@ impl fmt::Debug for ClassSet {
     }
 }
 
-/// How many pages of each class there are, and how many of them were found to hold only zeroes.
+/// The number of pages of each class, and of those among them that were found to hold only zeroes.
 #[derive(Clone, PartialEq, Eq, Default)]
 pub struct ClassCounts {
     all: [Tally; NUMBERS],

@@ -12,7 +12,7 @@ pub(crate) mod sealed {
 
 /// A number that lies in a file or in memory as bytes: `u8` to `u128`, `i8` to `i128`.
 pub trait Number: Sized + sealed::Sealed {
-    /// How many bytes it takes.
+    /// The number's length in bytes.
     const LEN: usize;
 
     /// The number whose bytes stand at `offset`, the lowest first.
@@ -53,7 +53,7 @@ numbers!(u8, u16, u32, u64, u128, i8, i16, i32, i64, i128);
 /// assert_eq!(data.as_slice().le_at::<u64>(u64::MAX), None);
 /// ```
 pub trait Bytes: Copy + sealed::Sealed {
-    /// How many bytes there are.
+    /// The number of bytes.
     fn byte_len(self) -> u64;
 
     /// The `len` bytes from `offset`, if they lie inside.
@@ -124,11 +124,11 @@ impl Bytes for GuestBytes<'_> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{wanted} bytes wanted at {offset:#x}, where only {left} are left")]
 pub struct CutShort {
-    /// Where the field begins, counted as the [`Cursor`]'s [position](Cursor::position).
+    /// The start of the field, counted as the [`Cursor`]'s [position](Cursor::position).
     pub offset: u64,
-    /// How many bytes were asked for.
+    /// The number of bytes asked for.
     pub wanted: u64,
-    /// How many there are from there.
+    /// The number of bytes that there are from there.
     pub left: u64,
 }
 
@@ -171,7 +171,7 @@ impl<B: Bytes> Cursor<B> {
         self.bytes
     }
 
-    /// Where the next field begins, in bytes from the first one.
+    /// The start of the next field, in bytes from the first one.
     #[must_use]
     pub const fn position(&self) -> u64 {
         self.at
@@ -182,7 +182,7 @@ impl<B: Bytes> Cursor<B> {
         self.at = offset;
     }
 
-    /// How many bytes there are from here on.
+    /// The number of bytes from here on.
     #[must_use]
     pub fn left(&self) -> u64 {
         // A place behind the end has none left.

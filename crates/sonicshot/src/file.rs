@@ -39,7 +39,7 @@ impl FileOffset {
         }
     }
 
-    /// How far `self` is behind `base`, if it is.
+    /// The distance of `self` behind `base`, unless it is before.
     #[must_use]
     pub const fn offset_from(self, base: Self) -> Option<u64> {
         self.0.checked_sub(base.0)
@@ -83,7 +83,7 @@ impl fmt::LowerHex for FileOffset {
     }
 }
 
-/// Which file a file is, whatever name it was opened by: its device, and its number there.
+/// The identity of a file, whatever name it was opened by: its device, and its number there.
 ///
 /// Only of a file that is open or has a name is it certain: the number of one that is gone is given
 /// to another.
@@ -107,7 +107,7 @@ impl FileId {
         Self { device, inode }
     }
 
-    /// Which one an open file is.
+    /// The identity of an open file.
     ///
     /// # Errors
     /// The operating system's error.
@@ -115,7 +115,7 @@ impl FileId {
         file.metadata().map(|metadata| Self::from(&metadata))
     }
 
-    /// Which file has the name `path`; of a symbolic link, the one that it leads to.
+    /// The identity of the file with the name `path`; of a symbolic link, that of the file it leads to.
     ///
     /// # Errors
     /// The operating system's error.
@@ -136,9 +136,11 @@ impl FileId {
     }
 }
 
-/// How long a file is and when it was last written to: whether it has changed since.
+/// The length of a file and the time when it was last written to: they tell whether it has changed
+/// since.
 ///
-/// Who may write the file may also set that time back; what is read is then theirs, as the file is.
+/// A process that may write the file may also set that time back; what is read is then theirs, as the
+/// file is.
 ///
 /// ```
 /// use sonicshot::FileStamp;
@@ -194,7 +196,7 @@ impl FileStamp {
         self.len == 0
     }
 
-    /// Which file it is.
+    /// The file's identity.
     #[must_use]
     pub const fn id(self) -> FileId {
         self.id
@@ -285,7 +287,7 @@ pub struct SparseWriter<'a> {
     at: FileOffset,
     /// The bytes that come at `at`.
     pending: Vec<u8>,
-    /// Where that ends.
+    /// The end of those bytes.
     end: FileOffset,
 }
 
@@ -304,7 +306,7 @@ impl<'a> SparseWriter<'a> {
         }
     }
 
-    /// Where the next byte will be.
+    /// The offset of the next byte.
     #[must_use]
     pub const fn position(&self) -> FileOffset {
         self.end

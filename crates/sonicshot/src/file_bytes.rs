@@ -149,7 +149,7 @@ pub struct FileBytes<'a> {
 #[derive(Clone, Copy)]
 enum Origin<'a> {
     Memory(GuestBytes<'a>),
-    /// Where they begin in it.
+    /// The file, and the offset of the bytes in it.
     File(&'a FileContent, FileOffset),
 }
 
@@ -173,7 +173,7 @@ impl<'a> FileBytes<'a> {
         }
     }
 
-    /// How many bytes there are.
+    /// The number of bytes.
     #[must_use]
     pub const fn len(&self) -> usize {
         self.len

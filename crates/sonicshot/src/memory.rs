@@ -11,7 +11,7 @@ use std::io;
 /// Owners that must set up a mapping (Xen) need a bound on what is mapped at a time.
 pub const MAX_MAP: usize = 16 << 20;
 
-/// Why guest memory could not be read.
+/// An error of reading guest memory.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryError {
@@ -71,7 +71,7 @@ pub enum LayoutError {
     /// A RAM range goes beyond 64 bits.
     #[error("RAM of {len} bytes from {start} goes beyond 64 bits")]
     Wraps {
-        /// Where it begins.
+        /// Its start.
         start: Gpa,
         /// Its length in bytes.
         len: u64,
@@ -81,7 +81,7 @@ pub enum LayoutError {
     Empty,
 }
 
-/// Which guest-physical addresses are RAM: sorted, disjoint ranges with holes between.
+/// The guest-physical addresses that are RAM: sorted, disjoint ranges with holes between.
 ///
 /// ```
 /// use sonicshot::{Gpa, GpaRange, RamLayout};
@@ -135,7 +135,7 @@ impl RamLayout {
         &self.regions
     }
 
-    /// How much RAM there is, in bytes.
+    /// The size of RAM, in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         GpaRange::total_of(&self.regions)
@@ -412,8 +412,7 @@ forward_guest_memory!(&M, Box<M>, std::sync::Arc<M>);
 /// The first range at or above `at`, in the RAM range that holds `at`, that the source has and that
 /// may hold something other than zeroes; `None` if there is no more.
 ///
-/// What looks for something in all of memory need not ask for each page of a dump whether it is
-/// there.
+/// A search through all of memory need not ask for each page of a dump whether it is there.
 ///
 /// # Errors
 /// [`MemoryError`] if the source cannot tell.

@@ -28,8 +28,8 @@ pub enum P2mError {
     },
 }
 
-/// Which frame of the machine each frame of a paravirtualised guest is (physical to machine),
-/// and back.
+/// The frame of the machine that each frame of a paravirtualised guest is (physical to machine), and
+/// back.
 ///
 /// ```
 /// use sonicshot::{Mfn, P2m, Pfn};
@@ -185,7 +185,7 @@ impl P2mBuilder {
         }
     }
 
-    /// How many frames there are so far.
+    /// The number of frames so far.
     #[must_use]
     pub fn frames(&self) -> u64 {
         self.frames.get()

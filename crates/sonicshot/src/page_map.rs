@@ -14,8 +14,8 @@ use std::collections::{BTreeMap, btree_map};
 /// pages. Few enough to share out a small guest among the threads. A power of two.
 const CHUNK: u64 = 1 << 13;
 
-/// What a run costs at most, in bytes, with its share of the tree: three times what it costs
-/// mostly. It decides when a chunk's frames are bytes, and is what the map's bound is counted by.
+/// The most that a run costs, in bytes, with its share of the tree: three times what it costs mostly.
+/// It decides when a chunk's frames are bytes, and is what the map's bound is counted by.
 const RUN_COST: u64 = 128;
 
 /// The class of every frame of a guest's RAM, and whether it was found to hold only zeroes.
@@ -60,7 +60,7 @@ enum Segment {
     Dense(Box<[PageState]>),
 }
 
-/// How far `pfn` is behind `start`, as an index.
+/// The distance of `pfn` behind `start`, as an index.
 fn index(start: Pfn, pfn: Pfn) -> Option<usize> {
     usize::try_from(pfn.offset_from(start)?).ok()
 }
@@ -128,7 +128,7 @@ impl PageMap {
         self.regions.iter().flat_map(region)
     }
 
-    /// How many frames the map covers.
+    /// The number of frames that the map covers.
     #[must_use]
     pub fn total(&self) -> u64 {
         PfnRange::total_of(&self.regions)
@@ -300,7 +300,7 @@ impl PageMap {
             .flat_map(|part| Runs::new(self, part, |state| state))
     }
 
-    /// How many frames each class has.
+    /// The number of frames of each class.
     #[must_use]
     pub fn counts(&self) -> ClassCounts {
         let mut counts = ClassCounts::default();
@@ -515,9 +515,9 @@ fn runs(classes: &[PageState]) -> usize {
 /// Runs of what `key` makes the same, in a part of a region.
 struct Runs<'a> {
     segments: Peekable<btree_map::Range<'a, Pfn, Segment>>,
-    /// What is left.
+    /// The frames that are not yet visited.
     range: PfnRange,
-    /// What is left of the last segment, if that is bytes.
+    /// The rest of the last segment, if that is bytes.
     dense: &'a [PageState],
     /// The lines found so far, though it may go on.
     found: Option<(PfnRange, PageState)>,

@@ -1,4 +1,4 @@
-//! Which pages to drop, and what they must read as afterwards.
+//! The choice of pages to drop, and the content that they must read as afterwards.
 
 use crate::{
     ClassCounts, ClassSet, GpaRange, PageClass, PageMap, PageSize, PageState, PfnRange, Tally,
@@ -97,7 +97,7 @@ pub struct DropRun {
     pub fill: Fill,
 }
 
-/// Which frames of a guest are dropped: sorted, disjoint runs.
+/// The frames of a guest that are dropped: sorted, disjoint runs.
 ///
 /// ```
 /// use sonicshot::{DropClasses, Fill, Gpa, GpaRange, PageClass, PageMap, PageSize, Pfn, PfnRange,
@@ -166,13 +166,13 @@ impl PrunePlan {
         &self.runs
     }
 
-    /// How many pages are dropped.
+    /// The number of dropped pages.
     #[must_use]
     pub fn dropped_pages(&self) -> u64 {
         PfnRange::total_of(self.runs.iter().map(|run| &run.frames))
     }
 
-    /// How many bytes are dropped.
+    /// The number of dropped bytes.
     #[must_use]
     pub fn dropped_bytes(&self) -> u64 {
         Tally::new(self.dropped_pages())
@@ -190,8 +190,8 @@ impl PrunePlan {
         used.next().map(|(frames, page)| (frames, page.class()))
     }
 
-    /// How many pages are dropped of each class, by what `map` says of them; and how many of those
-    /// hold only zeroes.
+    /// The number of dropped pages of each class, by what `map` says of them; and the number of those
+    /// that hold only zeroes.
     #[must_use]
     pub fn counts(&self, map: &PageMap) -> ClassCounts {
         let mut counts = ClassCounts::default();

@@ -1,4 +1,4 @@
-//! How long work is told of while it goes on, and how it is done.
+//! Progress of work while it goes on, and how the work is done.
 
 use crate::Tally;
 use crate::work::threads;
@@ -90,7 +90,7 @@ pub struct PhaseProgress<'a> {
     progress: &'a dyn Progress,
     done: u64,
     total: u64,
-    /// What is done when it is told of again.
+    /// The bytes done at which it is told of again.
     next: u64,
 }
 
@@ -177,7 +177,7 @@ impl fmt::Debug for dyn Progress + '_ {
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct WorkOptions {
-    /// How many threads work; by default as many as there are cores.
+    /// The number of threads; by default as many as there are cores.
     pub threads: Option<NonZeroUsize>,
     /// Whoever is told how far it is.
     pub progress: Option<Arc<dyn Progress>>,

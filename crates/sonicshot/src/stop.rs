@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-/// When work on a guest ends before it is done: when it is [cancelled](Self::cancel), or at a time. Once
-/// it is over it stays so. Clones are of the same work.
+/// The end of work on a guest before it is done: when it is [cancelled](Self::cancel), or at a time.
+/// Once it is over it stays so. Clones are of the same work.
 ///
-/// What is asked each time is whether memory may still be read. So work ends within what is done with
-/// 16 MiB of the guest ([`MAX_MAP`](crate::MAX_MAP)): some milliseconds.
+/// It is asked each time whether memory may still be read. So work ends within what is done with 16 MiB
+/// of the guest ([`MAX_MAP`](crate::MAX_MAP)): some milliseconds.
 ///
 /// ```
 /// use sonicshot::{Stop, Stopped};
@@ -26,7 +26,7 @@ pub struct Stop {
     deadline: Option<Instant>,
 }
 
-/// Why work was ended.
+/// The reason why work was ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Stopped {

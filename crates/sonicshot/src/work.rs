@@ -24,7 +24,7 @@ use std::thread::Builder;
 /// The most threads that anything here uses.
 pub const MAX_THREADS: usize = 256;
 
-/// How many threads to use: as many as are `wanted`, or one for each core that this process may
+/// The number of threads to use: as many as are `wanted`, or one for each core that this process may
 /// use; at most [`MAX_THREADS`].
 #[must_use]
 pub fn threads(wanted: Option<NonZeroUsize>) -> NonZeroUsize {

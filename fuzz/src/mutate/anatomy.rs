@@ -1,5 +1,5 @@
-//! Where the kernel's records lie in a capture: by its own symbols and types, read here and not
-//! by what is under test, and by what a classification reads.
+//! The places of the kernel's records in a capture: by its own symbols and types, read here and not
+//! by the code under test, and by the reads of a classification.
 
 use super::capture::{Capture, Overlay, Reads};
 use sonicshot::{Gpa, GuestMemory};
@@ -15,7 +15,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 const START_KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 
-/// What kind of record a mutation is in.
+/// The kind of record that a mutation is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     StructPage,
@@ -69,7 +69,7 @@ impl fmt::Display for Kind {
 pub struct Record {
     pub at: Gpa,
     pub len: usize,
-    /// What it says, as an index of [`Anatomy::names`].
+    /// The record's name, as an index of [`Anatomy::names`].
     pub name: usize,
 }
 
@@ -81,7 +81,7 @@ pub struct Field {
     pub len: usize,
 }
 
-/// Where everything is.
+/// The places of everything.
 pub struct Anatomy {
     /// By kind; struct pages are in [`pages`](Self::pages).
     pub records: BTreeMap<Kind, Vec<Record>>,
@@ -96,7 +96,7 @@ pub struct Anatomy {
     pub sections: Vec<(u64, u64)>,
     /// Long ranges that opening reads, BTF left out.
     pub ranges: Vec<(u64, u64)>,
-    /// What opening the guest reads: a change here and the guest must be opened again.
+    /// The ranges that opening the guest reads: after a change there the guest must be opened again.
     pub read_by_open: Vec<(u64, u64)>,
 }
 
@@ -122,12 +122,13 @@ impl<'m> Walker<'m> {
         })
     }
 
-    /// Where the top-level table is.
+    /// The address of the top-level table.
     pub fn root(&self) -> u64 {
         self.root
     }
 
-    /// Where `va` lies, how far from there the same entry maps, and the entries on the way.
+    /// The guest-physical address of `va`, the number of bytes from there on that the same entry
+    /// maps, and the entries on the way.
     pub fn walk(&self, va: u64) -> Option<(u64, u64, Vec<u64>)> {
         let mut table = self.root;
         let mut entries = Vec::new();
@@ -535,7 +536,7 @@ impl<'m> Builder<'m> {
         Ok(())
     }
 
-    /// Where the offset of each symbol that the library asks for is.
+    /// The place of the offset of each symbol that the library asks for.
     fn kallsyms_offsets(&mut self) -> Result<()> {
         let Some(table) = self.info.symbol("kallsyms_offsets") else {
             return Ok(());
@@ -675,7 +676,7 @@ fn btf_places(blob: &[u8]) -> Result<Vec<(String, usize, usize)>> {
     Ok(btf.places)
 }
 
-/// What was found so far, and where it is looked for.
+/// The places that were found so far, and the blob in which they are looked for.
 struct BtfPlaces<'a> {
     blob: &'a [u8],
     strings: usize,
@@ -707,7 +708,7 @@ impl<'a> BtfPlaces<'a> {
         String::from_utf8_lossy(&tail[..len]).into_owned()
     }
 
-    /// Where each type is, by its number.
+    /// The beginning of each type, by its number.
     fn starts(&self) -> Result<Vec<usize>> {
         let (types, types_len) = (self.word(4)? + self.word(8)?, self.word(12)?);
         let mut starts = vec![0];
@@ -865,7 +866,7 @@ impl Anatomy {
     }
 }
 
-/// Where each begins, and how long it is.
+/// The beginning and the length of each.
 type Ranges = Vec<(u64, u64)>;
 
 /// The longer ranges that opening the guest reads, without BTF; and all that it reads.

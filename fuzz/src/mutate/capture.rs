@@ -66,7 +66,7 @@ impl Capture {
         bytes.get(offset..offset.checked_add(len)?)
     }
 
-    /// What the kernel said of a frame; 0 if it said nothing.
+    /// The kernel's flags of a frame; 0 if it has none.
     pub fn flags(&self, pfn: Pfn) -> u64 {
         let index = usize::try_from(pfn.raw()).unwrap_or(usize::MAX);
         self.kpageflags.get(index).copied().unwrap_or(0)
@@ -121,7 +121,7 @@ pub struct Change {
     pub bytes: Vec<u8>,
 }
 
-/// What was read of guest memory: ranges and single words.
+/// The parts of guest memory that were read: ranges and single words.
 #[derive(Debug, Default, Clone)]
 pub struct Reads {
     /// By start: the longest read from there.
@@ -132,8 +132,7 @@ pub struct Reads {
 pub struct Overlay<'c> {
     capture: &'c Capture,
     changed: RwLock<BTreeMap<u64, Box<[u8; PAGE]>>>,
-    /// What is read is written down here, and nothing is mapped then, for of a mapping is not
-    /// known what is looked at.
+    /// A record of the reads; with it nothing is mapped, for the reads of a mapping are not known.
     trace: Option<Mutex<Reads>>,
 }
 
@@ -153,7 +152,7 @@ impl<'c> Overlay<'c> {
         }
     }
 
-    /// What was read since this was last asked.
+    /// The reads since this was last asked.
     pub fn take_reads(&self) -> Reads {
         let Some(trace) = &self.trace else {
             return Reads::default();

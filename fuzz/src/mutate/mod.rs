@@ -36,7 +36,7 @@ pub struct Subject<'c> {
     pub options: GuestOptions,
     /// Blocks on which the unchanged guest's own sources disagree.
     pub explained: u64,
-    /// What the changed guest is taken to tell of itself, at most; truth is what all of it tells.
+    /// The most that the changed guest is taken to tell of itself; truth is what all of it tells.
     pub knowledge: Knowledge,
 }
 
@@ -46,11 +46,11 @@ pub struct Lost {
     pub pfn: Pfn,
     /// Its kind.
     pub truth: PageClass,
-    /// What it was taken for.
+    /// The class that it was taken for.
     pub taken_for: PageClass,
 }
 
-/// What became of one mutation.
+/// The result of one mutation.
 #[derive(Debug, Clone)]
 pub enum Outcome {
     /// No kernel was found, or none that is whole.
@@ -198,7 +198,7 @@ impl<'c> Subject<'c> {
         }
     }
 
-    /// What `changes` do in memory of which nothing else is known.
+    /// Tries `changes` in memory of which nothing else is known.
     pub fn try_raw(&self, overlay: &Overlay<'_>, changes: &[Change]) -> Outcome {
         overlay.set(changes);
         let done = catch_unwind(AssertUnwindSafe(|| {
@@ -207,8 +207,8 @@ impl<'c> Subject<'c> {
         done.unwrap_or(Outcome::Panicked)
     }
 
-    /// What `changes` do. `guest` was opened on `overlay` without changes, and serves all those
-    /// that change nothing that opening reads.
+    /// Tries `changes`. `guest` was opened on `overlay` without changes, and serves all those that
+    /// change nothing that opening reads.
     pub fn try_one(
         &self,
         overlay: &Overlay<'_>,
@@ -262,7 +262,7 @@ impl Counts {
     }
 }
 
-/// What came of many mutations.
+/// The results of many mutations.
 #[derive(Debug, Clone, Default)]
 pub struct Report {
     /// Of mutations in one record, by kind.
@@ -363,7 +363,7 @@ impl Report {
     }
 }
 
-/// How many mutations, of which kinds, by how many threads.
+/// The number of mutations, their kinds, and the number of threads.
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub rounds: u64,

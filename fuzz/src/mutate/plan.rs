@@ -1,4 +1,4 @@
-//! Which mutations there are.
+//! The mutations.
 
 use super::Subject;
 use super::anatomy::{Kind, Record};
@@ -62,14 +62,14 @@ pub struct Mutation {
     pub kind: Kind,
     pub name: String,
     pub changes: Vec<Change>,
-    /// How many records lie, and agree.
+    /// The number of records that lie, and agree.
     pub places: u64,
-    /// Which of the records, beside its name.
+    /// The mutation's place among the records, beside its name.
     pub which: String,
 }
 
 impl Mutation {
-    /// What is changed, with what stood there and what stands there now.
+    /// A text of the change, with the bytes that stood there and those that stand there now.
     pub fn describe(&self, capture: &Capture) -> String {
         let mut text = format!("{} {}", self.name, self.which);
         for change in &self.changes {
@@ -91,7 +91,7 @@ fn hex(bytes: &[u8]) -> String {
     digits.collect::<String>() + more
 }
 
-/// How often each kind is chosen.
+/// The weight of each kind in the choice.
 const WEIGHTS: [(Kind, usize); 10] = [
     (Kind::StructPage, 30),
     (Kind::FreeList, 6),
@@ -348,7 +348,7 @@ impl<'s, 'c> Plan<'s, 'c> {
         })
     }
 
-    /// How many there are of every bit of every record, struct pages left out.
+    /// The number of mutations of every bit of every record, struct pages left out.
     pub fn all_len(&self) -> u64 {
         self.chosen
             .iter()
@@ -589,7 +589,7 @@ impl<'s, 'c> Plan<'s, 'c> {
         Some(base.wrapping_add(pfn * anatomy.struct_page_size))
     }
 
-    /// Where the list node at a virtual address lies, if it is one of a struct page.
+    /// The guest-physical address of the list node at a virtual address, if it is one of a struct page.
     fn gpa_of_node(&self, va: u64) -> Option<Gpa> {
         let anatomy = &self.subject.anatomy;
         let lru = self.field("lru.next")?;

@@ -1,4 +1,4 @@
-//! What `inspect` says of a checkpoint; a kernel is looked for only if its records are asked for.
+//! `inspect` of a checkpoint; a kernel is looked for only if its records are asked for.
 
 use super::guest::classes_json;
 use super::map::{self, Drawing};

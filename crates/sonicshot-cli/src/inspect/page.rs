@@ -12,7 +12,7 @@ use sonicshot::{
 };
 use sonicshot_vmi::{FreeBlocks, FreeList, PageFacts, PageOwner, PageRecord, ZoneFree};
 
-/// Why a frame is kept or dropped.
+/// The reason why a frame is kept or dropped.
 pub(crate) struct Explained {
     facts: PageFacts,
     gpa: u64,

@@ -1,4 +1,4 @@
-//! What `inspect` says.
+//! The JSON that `inspect` prints.
 
 use super::work::Stored;
 use super::{FreeFill, OfCheckpoint, OfInspect, PagesByName, Range, Version};

@@ -1,4 +1,4 @@
-//! What commands say of guests that run.
+//! The JSON of commands on guests that run.
 
 use super::{OfQemuRestore, OfQemuSave, OfXenRestore, OfXenSave, Version};
 use serde::Serialize;

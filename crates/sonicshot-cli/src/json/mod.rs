@@ -1,4 +1,4 @@
-//! What `--json` prints: one value a line, each with `version`, `kind` and, where it is of a file,
+//! The values that `--json` prints: one a line, each with `version`, `kind` and, where it is of a file,
 //! `path`. docs/json.md says how they are told apart; docs/json.schema.json is made from these types.
 //!
 //! Keys and words are never taken away or given another meaning within a version; new ones may come.
@@ -82,7 +82,7 @@ kinds! {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Range(pub u64, pub u64);
 
-/// Where RAM lies, in guest-physical addresses.
+/// The ranges of RAM, in guest-physical addresses.
 pub(crate) fn ram(layout: &RamLayout) -> Vec<Range> {
     let regions = layout.regions().iter();
     regions

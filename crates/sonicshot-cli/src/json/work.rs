@@ -1,4 +1,4 @@
-//! What commands say of their work on files.
+//! The JSON of commands that work on files.
 
 use super::{
     Disk, OfAttach, OfConvert, OfError, OfProgress, OfPrune, OfRestore, OfSave, OfShare, OfSymbols,

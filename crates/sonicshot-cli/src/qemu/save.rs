@@ -124,7 +124,7 @@ fn pinned_json(disk: &PinnedDisk) -> PinnedJson {
     }
 }
 
-/// Where the guest's disks are.
+/// The places of the guest's disks, as text.
 fn disks_text(pinned: &[PinnedDisk]) -> String {
     if pinned.is_empty() {
         return DISKS.into();

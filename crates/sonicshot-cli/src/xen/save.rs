@@ -69,7 +69,7 @@ struct Outcome {
     saved: Saved,
     look: Option<Look>,
     look_took: Option<Duration>,
-    /// Why the image is a full one, if it is.
+    /// The reason why the image is a full one, if it is.
     reason: Option<String>,
 }
 

@@ -18,7 +18,8 @@ const GIB: u64 = 1 << 30;
 const TIB: u64 = 1 << 40;
 const PAGE: u64 = 4096;
 
-/// What a command may take of its own, and for each GiB of RAM that the file has data for.
+/// The most memory that a command may take of its own, and for each GiB of RAM that the file has data
+/// for.
 const MEMORY: u64 = 256 * MIB;
 const MEMORY_PER_GIB: u64 = MIB;
 /// No such file is worked on for longer.
@@ -265,7 +266,7 @@ const FILES: &[(&str, Make, u64)] = &[
     ("mem", crosvm_ranges, 64 * MIB),
 ];
 
-/// What is done to each.
+/// The commands that are run on each file.
 const LINES: &[&str] = &[
     "inspect {file}",
     "prune {file} -o out",
@@ -278,7 +279,7 @@ const LINES: &[&str] = &[
     "verify {file}",
 ];
 
-/// What is known to take more, or for ever, and how it ends. This may only get shorter.
+/// Cases that are known to take more, or not to end, and how they end. This may only get shorter.
 const KNOWN: &[(&str, &str)] = &[];
 
 fn spec(folder: &Path, line: &str, file: &str, layout: &str) -> Spec {
@@ -303,7 +304,7 @@ fn spec(folder: &Path, line: &str, file: &str, layout: &str) -> Spec {
     }
 }
 
-/// What speaks against how a command ended.
+/// The fault in how a command ended, if there is one.
 fn objection(run: &Run) -> Option<String> {
     if run.timed_out {
         return Some("does not end".into());
@@ -448,8 +449,7 @@ impl Drop for Small {
     }
 }
 
-/// What does not say how long it is takes half of the room that there is, and gives it back; also
-/// if it is zeroes, which take none.
+/// An input of unknown length takes half of the free room, and gives it back; zeroes take none.
 #[test]
 fn a_pipe_takes_half_of_the_disk_that_is_free() {
     let Some(small) = Small::mount(64) else {

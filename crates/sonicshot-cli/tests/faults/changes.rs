@@ -14,7 +14,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// What happens to the file.
+/// A change of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Change {
     CutToHalf,
@@ -68,8 +68,8 @@ fn rewrite(file: &File, len: u64) {
     }
 }
 
-/// What standard output says but for the time it took, where the files were, and what the input
-/// takes of the disk by now.
+/// Standard output without the time it took, where the files were, and what the input takes of the disk
+/// by now.
 fn said(run: &Run, folders: [&Path; 2]) -> String {
     let mut text = String::from_utf8_lossy(&run.stdout).into_owned();
     for folder in folders {
@@ -91,11 +91,11 @@ struct End {
 /// A job to which nothing happens.
 #[derive(Debug)]
 struct Plain {
-    /// What is in the folder of the work before anything runs.
+    /// The content of the work's folder before anything runs.
     before: Content,
     end: End,
     traced: Run,
-    /// How long it takes without a tracer.
+    /// The time that it takes without a tracer.
     took: Duration,
 }
 

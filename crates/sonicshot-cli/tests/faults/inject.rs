@@ -9,7 +9,7 @@ use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What is done to a call: its name, the error number; none for a short count.
+/// The fault of a call: its name, the error number; none for a short count.
 type Fault = (&'static str, Option<i32>, bool);
 
 const NOSPC: Fault = ("ENOSPC", Some(libc::ENOSPC), false);
@@ -42,7 +42,7 @@ fn faults(kind: Kind) -> &'static [Fault] {
     }
 }
 
-/// How a run goes that nothing is done to.
+/// A run without a fault.
 pub struct Baseline {
     pub before: Content,
     pub after: Content,
@@ -68,7 +68,7 @@ impl Baseline {
         Self { before, after, run }
     }
 
-    /// What of a folder is half: neither as it was, nor as it is to be.
+    /// The files of a folder that are half done: neither as it was, nor as it is to be.
     pub fn half(&self, now: &Content) -> Vec<String> {
         let mut found = Vec::new();
         let is_temporary = |path: &Path| {
@@ -119,7 +119,7 @@ impl Baseline {
         path.starts_with("in")
     }
 
-    /// What has stayed that was not to.
+    /// The files that have stayed and were not to.
     pub fn left(now: &Content) -> BTreeSet<String> {
         let names = now.keys().flat_map(|path| path.iter());
         names
@@ -167,7 +167,7 @@ fn same_memory(a: &[u8], b: &[u8]) -> bool {
 /// Whether a file that is pruned in place is sound: marks of pages go before the pages do.
 fn half_punched(before: &[u8], after: &[u8], now: &[u8]) -> Result<(), String> {
     const PAGE: usize = 4096;
-    /// Where a mapped-ram file's pages begin.
+    /// The offset of a mapped-ram file's pages.
     const PAGES_AT: usize = 1 << 20;
     if now.len() != before.len() {
         return Err(format!("{} bytes, not {}", now.len(), before.len()));
@@ -251,7 +251,7 @@ fn judge(baseline: &Baseline, fault: Fault, run: &Run, now: &Content, kind: Kind
     wrong
 }
 
-/// How many points of each kind are tried, if it is said.
+/// The number of points of each kind that are tried, if it is given.
 pub fn rounds() -> Option<u64> {
     std::env::var("SONICSHOT_FAULT_ROUNDS").ok()?.parse().ok()
 }

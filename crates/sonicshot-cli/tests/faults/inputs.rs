@@ -130,7 +130,7 @@ fn record(out: &mut Vec<u8>, kind: u32, body: &[u8]) {
     out.resize(out.len() + body.len().next_multiple_of(8) - body.len(), 0);
 }
 
-/// What `xl save` writes of an HVM guest.
+/// An image as `xl save` writes it of an HVM guest.
 fn xen(ram: &[u8]) -> Vec<u8> {
     let mut out = b"Xen saved domain, xl format\n \0 \r".to_vec();
     out.extend([4, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0]);
@@ -330,7 +330,7 @@ pub struct Job {
     pub names_only: bool,
 }
 
-/// What is in a folder: the content of each file.
+/// The content of a folder: that of each file.
 pub type Content = BTreeMap<PathBuf, Vec<u8>>;
 
 impl Job {
@@ -400,7 +400,7 @@ impl Job {
         names.filter(|name| *name != "work").chain(self.stdin)
     }
 
-    /// What is pruned in place.
+    /// The file that is pruned in place.
     pub fn in_place(&self) -> Option<&str> {
         let (from, to) = self.prepared?;
         (to == "in").then_some(from)
@@ -550,7 +550,7 @@ fn to_kdump(inputs: &Arc<Inputs>) -> Vec<Job> {
     ["none", "zlib", "snappy", "zstd"].iter().map(job).collect()
 }
 
-/// What others write, and files that are compressed as a whole.
+/// Files of other programs, and files that are compressed as a whole.
 fn of_made(inputs: &Arc<Inputs>) -> Vec<Job> {
     let mut jobs = Vec::new();
     let mut job = |name: &str, line: &str| jobs.push(Job::new(inputs, name, line));

@@ -41,7 +41,7 @@ fn adler32(bytes: &[u8]) -> [u8; 4] {
     (b << 16 | a).to_be_bytes()
 }
 
-/// What `lzop` writes of what does not compress: blocks that are stored.
+/// A file as `lzop` writes it of bytes that do not compress: blocks that are stored.
 fn lzop(content: &[u8]) -> Vec<u8> {
     let mut header = [0x1040_u16, 0x20a0, 0x0940].map(u16::to_be_bytes).concat();
     header.extend([1, 5]);
@@ -68,7 +68,7 @@ fn zip(content: &[u8]) -> Vec<u8> {
     out.finish().unwrap().into_inner()
 }
 
-/// What `makedumpfile -F` writes: pieces with their places.
+/// A file as `makedumpfile -F` writes it: pieces with their places.
 fn flattened(kdump: &[u8]) -> Vec<u8> {
     let mut out = b"makedumpfile\0\0\0\0".to_vec();
     out.extend([1_i64, 1].map(i64::to_be_bytes).concat());
@@ -149,7 +149,7 @@ fn vmss(pages: u32) -> Vec<u8> {
     out
 }
 
-/// What `xl dump-core` writes of an HVM guest.
+/// A core as `xl dump-core` writes it of an HVM guest.
 fn xen_core(ram: &[u8]) -> Vec<u8> {
     let pages = (ram.len() / PAGE) as u64;
     let note = |kind: u32, desc: &[u64]| {
@@ -230,7 +230,7 @@ fn btf() -> &'static [u8] {
 const MAP: &str = "ffffffff81000000 T _stext\nffffffff82001000 R linux_banner\n\
     ffffffff82800000 D init_task\nffffffff82a10000 D init_top_pgt\n";
 
-/// What `symbols make` is given.
+/// The inputs of `symbols make`.
 pub fn symbols(folder: &Path) {
     fs::write(folder.join("vmlinux"), vmlinux()).unwrap();
     fs::write(folder.join("map"), MAP).unwrap();

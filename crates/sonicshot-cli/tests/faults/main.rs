@@ -1,6 +1,6 @@
-//! What the command does when the operating system says no: errors and short counts at every kind
-//! of system call, a kill at any of them, files that change while they are read, crafted files that
-//! ask for all of the memory or disk.
+//! The command's behaviour when the operating system says no: errors and short counts at every kind of
+//! system call, a kill at any of them, files that change while they are read, crafted files that ask
+//! for all of the memory or disk.
 //!
 //! By default a sample of it; `SONICSHOT_FAULT_ROUNDS=100` tries 100 points of each kind, which is
 //! most of what there is: hours, so `SONICSHOT_FAULT_SHARE=2/8` takes the third of eight shares of

@@ -182,12 +182,12 @@ impl Kind {
         Self::Lease,
     ];
 
-    /// Where in the file, of a call that says so.
+    /// The offset in the file, of a call that has one.
     fn place(self, args: [u64; 6]) -> Option<u64> {
         matches!(self, Self::ReadAt | Self::WriteAt).then_some(args[3])
     }
 
-    /// Which argument says how many bytes; `None` where a call is not short.
+    /// The argument that has the number of bytes; `None` where a call is not short.
     fn length(number: i64) -> Option<usize> {
         match number {
             libc::SYS_read | libc::SYS_write | libc::SYS_pread64 | libc::SYS_pwrite64 => Some(2),
@@ -197,7 +197,7 @@ impl Kind {
     }
 }
 
-/// What happens to a call.
+/// An act on a call.
 pub enum Act<'a> {
     /// It gives this error, and does nothing.
     Fail(i32),
@@ -211,8 +211,7 @@ pub enum Act<'a> {
     Do(&'a dyn Fn()),
 }
 
-/// Which call: of those of this kind, at this place if there is one, the one of this number, from
-/// 0.
+/// One call: of those of this kind, at this place if there is one, the one of this number, from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct At {
     pub kind: Kind,
@@ -234,7 +233,7 @@ impl At {
     }
 }
 
-/// What the kernel stops the process at (`Documentation/userspace-api/seccomp_filter.rst`).
+/// The filter by which the kernel stops the process (`Documentation/userspace-api/seccomp_filter.rst`).
 fn filter(numbers: &[i64], place: Option<u64>) -> Vec<libc::sock_filter> {
     const LOAD: u16 = 0x20;
     const JUMP_IF: u16 = 0x15;
@@ -276,7 +275,7 @@ pub struct Spec {
     pub memory: Option<u64>,
     /// The longest file that it may write (`RLIMIT_FSIZE`): a write behind that is a signal.
     pub longest: Option<u64>,
-    /// When it is ended by force.
+    /// The time after which it is ended by force.
     pub patience: Option<Duration>,
     /// The file system knows no files without a name.
     pub names_only: bool,
@@ -428,7 +427,7 @@ impl Spec {
 }
 
 impl Run {
-    /// How often each kind of call was made.
+    /// The number of calls of each kind.
     pub fn counts(&self) -> BTreeMap<Kind, u64> {
         let mut counts = BTreeMap::new();
         for (kind, _) in &self.calls {
@@ -488,7 +487,7 @@ struct Tracer<'a> {
     act: Option<(At, Act<'a>)>,
     names_only: bool,
     begun: bool,
-    /// How many of those came that may be the one.
+    /// The number of those that came and may be the one.
     count: u64,
     calls: Vec<(Kind, Option<u64>)>,
     hit: Option<Kind>,

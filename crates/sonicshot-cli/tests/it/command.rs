@@ -265,7 +265,7 @@ fn where_to_prune_to_must_be_said() {
     assert!(stderr(&run).contains("--in-place"), "{}", stderr(&run));
 }
 
-/// What is offered is possible with the file, and what is said is so of it.
+/// Only what is possible with the file is offered, and only what is true of it is said.
 #[test]
 fn words_without_a_kernel_are_true_of_the_file() {
     const MIB: usize = 1 << 20;

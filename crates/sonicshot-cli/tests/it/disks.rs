@@ -126,7 +126,7 @@ fn a_guest_whose_page_cache_is_on_its_disk_comes_back() {
     }
 }
 
-/// Where no kernel is looked for nothing tells what is page cache: the disk is looked through.
+/// Without a kernel nothing tells what is page cache: the disk is looked through.
 #[test]
 fn pages_are_found_on_the_disk_without_a_kernel() {
     let folder = tempfile::tempdir().unwrap();

@@ -11,7 +11,7 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// What a command says as JSON.
+/// The JSON that a command prints.
 fn json(args: &[&str]) -> Value {
     let run = sonicshot(&[args, &["--json"]].concat());
     assert!(run.status.success(), "{args:?}: {}", stderr(&run));
@@ -251,7 +251,7 @@ fn filtered_core(folder: &Path) -> PathBuf {
     path
 }
 
-/// What makedumpfile leaves out of a core is not the guest's own zeroes.
+/// Pages that makedumpfile leaves out of a core are not the guest's own zeroes.
 #[test]
 fn what_was_filtered_out_of_a_core_is_absent() {
     let folder = tempfile::tempdir().unwrap();
@@ -439,7 +439,7 @@ fn a_checkpoint_that_no_guest_can_run_from_says_so() {
     }
 }
 
-/// What was missing does not become a guest's own zeroes on the way through a checkpoint.
+/// Missing pages do not become a guest's own zeroes on the way through a checkpoint.
 #[test]
 fn what_a_checkpoint_lacks_is_said_of_all_that_is_made_of_it() {
     let folder = tempfile::tempdir().unwrap();

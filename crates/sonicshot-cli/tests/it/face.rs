@@ -1,5 +1,5 @@
-//! What people meet first: the demo, pictures, progress, what is generated, words of the command
-//! line.
+//! The first things that people meet: the demo, pictures, progress, what is generated, words of the
+//! command line.
 
 use crate::common::*;
 use serde_json::Value;
@@ -35,7 +35,7 @@ fn the_demo_runs_anywhere() {
     assert_eq!(fs::read_dir(nowhere.path()).unwrap().count(), 0);
 }
 
-/// What the demo's guest shows is what the whole guest in testdata shows: of every class as many.
+/// The demo's guest shows the same as the whole guest in testdata: as many frames of every class.
 #[test]
 fn the_demo_s_guest_is_the_one_in_testdata() {
     let classes = |said: &str| -> Vec<String> {

@@ -282,7 +282,7 @@ fn some_time_before(classes: &[String]) -> Vec<u8> {
     before
 }
 
-/// What a diff over `base` reads as.
+/// The memory that a diff over `base` reads as.
 fn merged_over(base: &[u8], diff: &Path) -> Vec<u8> {
     let mut merged = base.to_vec();
     let file = File::open(diff).unwrap();

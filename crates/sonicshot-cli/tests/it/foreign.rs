@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// Where a mark stands, the mark, and a word of what the file is called.
+/// The offset of a mark, the mark, and a word of what the file is called.
 const MADE: &[(usize, &[u8], &str)] = &[
     (0, &[0xd0, 0xbe, 0xd2, 0xbe], "VMware"),
     (0, &[0xd2, 0xbe, 0xd2, 0xbe], "VMware"),
@@ -47,7 +47,7 @@ fn partitioned(bytes: &mut [u8]) {
     bytes[510..512].copy_from_slice(b"\x55\xaa");
 }
 
-/// What every superblock of ext4 has: 128 blocks of 1 KiB.
+/// The fields that every superblock of ext4 has: 128 blocks of 1 KiB.
 fn ext4(bytes: &mut [u8]) {
     for (at, value) in [
         (0, 16_u32),
@@ -124,7 +124,7 @@ fn disks_are_told_by_more_than_a_mark_of_two_bytes() {
     }
 }
 
-/// What is sound, but is to be unpacked by its own tool, is not called damaged.
+/// A sound file that is to be unpacked by its own tool is not called damaged.
 #[test]
 fn what_is_to_be_unpacked_is_said_to_be() {
     let folder = tempfile::tempdir().unwrap();

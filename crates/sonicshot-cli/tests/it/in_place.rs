@@ -32,7 +32,7 @@ fn blocks(dump: &Path) -> u64 {
     fs::metadata(dump).unwrap().blocks()
 }
 
-/// Which frames a prune drops.
+/// Whether a prune drops each frame.
 fn droppable(dump: &Path) -> Vec<bool> {
     let out = dump.with_extension("tsv");
     let run = sonicshot(&["inspect", text(dump), "--pfns", text(&out), "--force"]);

@@ -1,4 +1,4 @@
-//! What `--json` prints of real work is as docs/json.schema.json has it.
+//! The output of `--json` for real work is as docs/json.schema.json has it.
 
 use crate::common::*;
 use crate::fake_qemu::{Answer, Fake};
@@ -143,7 +143,7 @@ fn free_lists_are_what_the_guest_said_and_its_counters_agree() {
     assert!(!text.contains("disagrees"), "{text}");
 }
 
-/// Where the guest has the counter `nr_free` of the blocks of `order` of the zone with this number, and
+/// The addresses of the counter `nr_free` of the blocks of `order` of the zone with this number, and
 /// the zone's `NR_FREE_PAGES`.
 fn counters_of_zone(number: u64, order: u64) -> [usize; 2] {
     let ram = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram()))]).unwrap();
@@ -281,7 +281,7 @@ fn what_is_printed_of_guests_of_qemu_is_of_the_schema() {
     fake.heard();
 }
 
-/// What a guest's memory in a file, a checkpoint of it, and LibVMI tell of a frame is the same.
+/// A guest's memory in a file, a checkpoint of it, and LibVMI tell the same of a frame.
 #[test]
 fn a_checkpoint_and_libvmi_tell_of_frames_and_lists_as_the_file_does() {
     let folder = TempDir::new().unwrap();

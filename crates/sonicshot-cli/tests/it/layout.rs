@@ -314,7 +314,7 @@ fn a_map_that_lies_loses_nothing() {
     }
 }
 
-/// Where `what` is in `bytes`.
+/// The offsets of `what` in `bytes`.
 fn memchr_all(bytes: &[u8], what: &[u8]) -> Vec<usize> {
     let begins = |at: &usize| bytes[*at..].starts_with(what);
     (0..bytes.len() - what.len())

@@ -45,7 +45,7 @@ impl Guest {
         checked_run(command)
     }
 
-    /// What was called, without tries to map.
+    /// The calls, without tries to map.
     fn log(&self) -> Vec<String> {
         let log = fs::read_to_string(self.file("log")).unwrap_or_default();
         let calls = log.lines().filter(|line| *line != "maps");

@@ -42,7 +42,7 @@ fn convert(from: &Path, to: &Path, format: &str) {
     ]);
 }
 
-/// What is the same in every form of the same memory.
+/// The facts that are the same in every form of the same memory.
 fn facts(path: &Path) -> Vec<Value> {
     let report = json(&["inspect", text(path), "--json"]);
     [

@@ -1,4 +1,4 @@
-//! Whose the files are that each command writes, and who may do what with them.
+//! The owner and the rights of the files that each command writes.
 
 use crate::common::*;
 use std::fs::{self, File, Permissions};
@@ -293,7 +293,7 @@ fn a_compressed_input_is_one_as_any_other() {
     }
 }
 
-/// What somebody writes who may not give files away.
+/// Files written by a user who may not give files away.
 #[test]
 fn nobody_gains_by_what_the_writer_may_not_do() {
     let folder = TempDir::new().unwrap();

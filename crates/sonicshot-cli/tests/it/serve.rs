@@ -235,7 +235,7 @@ fn what_cloud_hypervisor_needs_is_told_before_anybody_is_spoken_to() {
     assert!(socket.accept().is_err());
 }
 
-/// What was recorded comes into the checkpoint that it is of: a new file, and the old one stays.
+/// A recorded working set is put into the checkpoint that it is of: a new file, and the old one stays.
 #[test]
 fn a_working_set_is_put_into_a_checkpoint() {
     let folder = tempfile::tempdir().unwrap();

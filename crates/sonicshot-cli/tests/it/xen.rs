@@ -98,7 +98,7 @@ fn json(args: &[&str]) -> Value {
     serde_json::from_slice(&run.stdout).unwrap()
 }
 
-/// What `inspect` calls each frame.
+/// The class that `inspect` gives each frame.
 fn classes(dump: &Path) -> Vec<String> {
     let out = dump.with_extension("tsv");
     json(&["inspect", text(dump), "--pfns", text(&out), "--json"]);

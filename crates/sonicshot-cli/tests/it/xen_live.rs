@@ -62,7 +62,7 @@ impl Standin {
         self.run(Path::new(env!("CARGO_BIN_EXE_sonicshot")), args, variables)
     }
 
-    /// What `xl` was asked since this was called last.
+    /// The calls of `xl` since this was called last.
     fn asked(&self) -> Vec<String> {
         let log = fs::read_to_string(self.file("log")).unwrap_or_default();
         let _ = fs::remove_file(self.file("log"));

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, BufReader, Read};
 
 pub(super) const MAGIC: [u8; 4] = *b"PK\x03\x04";
-/// How the directory begins, behind the last file.
+/// The magic of the directory, behind the last file.
 const DIRECTORY: [u8; 4] = *b"PK\x01\x02";
 /// A length that is in an extra field.
 const ELSEWHERE: u32 = u32::MAX;
@@ -43,7 +43,7 @@ pub(super) fn only_file(file: File, reached: Reached) -> io::Result<Entry> {
     })
 }
 
-/// What a local header says.
+/// The fields of a local header.
 struct Header {
     is_folder: bool,
     method: u16,
@@ -70,7 +70,7 @@ fn header_of_file(mut at: Cursor<FileBytes<'_>>) -> io::Result<Header> {
 }
 
 impl Header {
-    /// What is behind the magic; `at` is then behind what the header is of.
+    /// Reads the rest of a header, behind its magic; `at` is then behind the entry's data.
     fn read(at: &mut Cursor<FileBytes<'_>>) -> io::Result<Self> {
         let mut number = || at.le::<u16>().map_err(cut);
         let [_version, flags, method, _time, _date] =

@@ -83,7 +83,7 @@ mod tests {
         out.finish().unwrap()
     }
 
-    /// Where the length of each block lies, and that of the end.
+    /// The offset of the length of each block, and of the zero that ends them.
     fn boundaries(packed: &[u8]) -> Vec<usize> {
         let mut found = vec![HEADER];
         loop {

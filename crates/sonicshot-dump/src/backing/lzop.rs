@@ -5,7 +5,7 @@ use super::packed::{is_at_end, unread};
 use sonicshot::to_u64;
 use std::io::{self, BufRead, Read, Write};
 
-/// How a file begins.
+/// The first bytes of a file.
 pub(crate) const MAGIC: [u8; 9] = *b"\x89LZO\0\r\n\x1a\n";
 /// The version from which on the header has its longer form.
 const LONG_HEADER: u16 = 0x0940;

@@ -26,7 +26,7 @@ pub(crate) trait Stored: GuestMemory {
     /// Refuses files that are no longer what was opened.
     fn check_unchanged(&self) -> Result<(), DumpError>;
 
-    /// How many bytes of the file the memory in `range` takes, which is in one range of RAM.
+    /// The number of bytes of the file that the memory in `range` takes, which is in one range of RAM.
     fn stored_bytes(&self, range: GpaRange) -> Result<u64, DumpError> {
         let mut sum = Tally::ZERO;
         let mut at = range.start();

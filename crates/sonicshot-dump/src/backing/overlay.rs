@@ -22,7 +22,7 @@ use sonicshot::{
 };
 use std::fs::File;
 
-/// How much of the base is looked at in one step for being zero: a hole is no use to the guest
+/// The bytes of the base that are looked at in one step for being zero: a hole is no use to the guest
 /// in smaller parts.
 const PAGE: u64 = 4096;
 
@@ -78,7 +78,7 @@ fn pieces(diff: &PlainDump) -> Option<Vec<Piece>> {
     Some(pieces)
 }
 
-/// What of the ranges `data`, which are sorted, lies in `range`.
+/// The parts of the ranges `data`, which are sorted, that lie in `range`.
 fn inside(data: &[FileRange], range: FileRange) -> impl Iterator<Item = FileRange> + '_ {
     let first = data.partition_point(|data| data.end() <= range.start());
     let parts = data.iter().skip(first);

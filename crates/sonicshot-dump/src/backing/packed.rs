@@ -8,18 +8,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub(super) const BUFFER: usize = 1 << 20;
-/// What is behind so many zeroes is no part of the file.
+/// Bytes behind so many zeroes are no part of the file.
 const MAX_FILL: u64 = 1 << 20;
 
 /// A file from a place on. Where another handle of it reads makes no difference to this one.
 pub(crate) struct At {
     file: File,
     at: u64,
-    /// How far it was read, for whoever shows that.
+    /// The place up to which it was read, for whoever shows that.
     reached: Reached,
 }
 
-/// How far a file was read.
+/// The place up to which a file was read.
 pub(crate) type Reached = Arc<AtomicU64>;
 
 impl At {

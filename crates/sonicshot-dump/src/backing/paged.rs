@@ -12,8 +12,8 @@ const SHARDS: usize = 16;
 /// The blocks read last, by key. A small read of a block that is there costs a look-up and a
 /// copy.
 ///
-/// What goes first is what was not read since it was last passed over (second chance), which
-/// is close to the least recently used and needs no list to be kept in order.
+/// A block that was not read since it was last passed over goes first (second chance): that is
+/// close to the least recently used and needs no list to be kept in order.
 pub(crate) struct BlockCache<K> {
     shards: Vec<Mutex<Shard<K>>>,
     hasher: RandomState,

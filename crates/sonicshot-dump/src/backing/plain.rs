@@ -46,12 +46,12 @@ pub(crate) fn may_claim(claimed: u64, file_len: u64) -> bool {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Extent {
     pub guest: GpaRange,
-    /// Where the bytes begin; `None` if they are not in the file and read as zero.
+    /// The offset of the bytes; `None` if they are not in the file and read as zero.
     pub offset: Option<FileOffset>,
 }
 
 impl Extent {
-    /// Where the bytes are; `None` if they are not in the file.
+    /// The range of the bytes; `None` if they are not in the file.
     pub(crate) fn file(&self) -> Option<FileRange> {
         FileRange::with_len(self.offset?, self.guest.len())
     }
@@ -65,14 +65,14 @@ pub(crate) struct PlainDump {
     layout: RamLayout,
     /// Sorted by guest address, disjoint.
     extents: Vec<Extent>,
-    /// What of the guest's RAM the file should have, and does not: sorted, none of which touch.
+    /// The ranges of the guest's RAM that the file should have, and does not: sorted, none of which touch.
     absent: Vec<GpaRange>,
     /// Instead of them where each page lies for itself.
     scattered: Option<Scattered>,
     /// Whether the format itself says which pages hold data, so that the file system need not be
     /// asked for its holes.
     extents_are_data: bool,
-    /// What the file was when it was last written to by us, or opened.
+    /// The file's stamp when it was last written to by us, or opened.
     stamp: Mutex<FileStamp>,
     /// The ranges of the file that are not holes, sorted.
     data: OnceLock<Option<Vec<FileRange>>>,
@@ -160,7 +160,7 @@ impl PlainDump {
         self
     }
 
-    /// What of the guest's RAM the file does not have: sorted, none of which touch.
+    /// The ranges of the guest's RAM that the file does not have: sorted, none of which touch.
     pub(crate) fn absent(&self) -> &[GpaRange] {
         &self.absent
     }
@@ -243,18 +243,17 @@ impl PlainDump {
         *self.stamp.lock().unwrap_or_else(PoisonError::into_inner) = now;
     }
 
-    /// Where the ranges of the guest's RAM are; none if the pages are
-    /// [scattered](Self::pages_of_block).
+    /// The extents of the guest's RAM; none if the pages are [scattered](Self::pages_of_block).
     pub(crate) fn extents(&self) -> &[Extent] {
         &self.extents
     }
 
-    /// Where the pages of a block are, by its number, if they lie in the file one by one.
+    /// The places of the pages of a block, by its number, if they lie in the file one by one.
     pub(crate) fn pages_of_block(&self, number: usize) -> Option<&PagePlaces> {
         self.scattered.as_ref()?.block(number)
     }
 
-    /// Where the byte at `at` of `extent` is in the file; `None` if it is not in it.
+    /// The offset in the file of the byte at `at` of `extent`; `None` if it is not in it.
     pub(crate) fn offset_in(
         &self,
         extent: &Extent,
@@ -383,7 +382,7 @@ fn data_extents(
     Ok(Some(found))
 }
 
-/// What of `extent` lies in the ranges `data` of its file; `None` if that cannot be told.
+/// The parts of `extent` that lie in the ranges `data` of its file; `None` if that cannot be told.
 fn data_of(extent: &Extent, data: &[FileRange]) -> Option<Vec<GpaRange>> {
     let file = extent.file()?;
     let to_guest = |at: FileOffset| {

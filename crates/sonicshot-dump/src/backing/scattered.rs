@@ -11,12 +11,12 @@ const PAGE: u64 = 4096;
 /// Pages that are held together.
 const CHUNK: u64 = 512;
 const WORDS: usize = 8;
-/// What stands before a page that follows another one.
+/// The length of the header before a page that follows another one.
 const HEADER: u64 = 8;
 /// A page that is only noted to be zero takes this much of the file.
 const NOTE: u64 = 9;
 
-/// Where the pages of a block are; `None` where one is zero.
+/// The places of the pages of a block; `None` for one that is zero.
 #[derive(Debug)]
 pub(crate) struct PagePlaces {
     pages: u64,
@@ -36,7 +36,7 @@ enum Chunk {
 /// Pages one after the other, with the notes of those that are zero between them.
 #[derive(Debug)]
 struct InOrder {
-    /// Where the first page is that is not zero.
+    /// The offset of the first page that is not zero.
     base: u64,
     first: u64,
     last: u64,
@@ -69,7 +69,7 @@ impl InOrder {
         }
     }
 
-    /// How many pages before `page` are there.
+    /// The number of pages before `page` that are there.
     fn before(&self, page: u64) -> u64 {
         let words = self.bits.iter().zip((0_u64..).step_by(64));
         let below = words.map(|(word, start)| {
@@ -183,7 +183,7 @@ impl PagePlaces {
         Some((usize::try_from(page / CHUNK).ok()?, page % CHUNK))
     }
 
-    /// Where `page` is, or `None` if it is zero.
+    /// The offset of `page`, or `None` if it is zero.
     pub(crate) fn get(&self, page: u64) -> Option<FileOffset> {
         let (chunk, inside) = Self::chunk_of(page)?;
         let place = self.chunks.get(chunk)?.get(inside, self.width)?;
@@ -200,7 +200,7 @@ impl PagePlaces {
         self.chunks.get_mut(chunk)?.set(inside, place, self.width)
     }
 
-    /// Where each page is, or that it is zero.
+    /// The offset of each page; `None` for one that is zero.
     pub(crate) fn iter(&self) -> impl Iterator<Item = Option<FileOffset>> + '_ {
         (0..self.pages).map(|page| self.get(page))
     }

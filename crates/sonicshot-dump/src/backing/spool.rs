@@ -21,10 +21,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Where there may be room for a guest's memory, unlike in `/tmp`.
+/// The folder in which there may be room for a guest's memory, unlike in `/tmp`.
 const FALLBACK: &str = "/var/tmp";
 const PIECE: usize = 1 << 20;
-/// What is zero of it is not written.
+/// Blocks of this length that are zero are not written.
 const BLOCK: usize = 4096;
 /// Of a content that does not say how long it is, so much of the free space is used: one of these
 /// parts.
@@ -56,23 +56,23 @@ impl<'a> Watch<'a> {
     }
 }
 
-/// What limits how much is taken in.
+/// The limit of how much is taken in.
 #[derive(Debug, Clone, Copy)]
 enum Limit {
     /// So many bytes.
     Given(u64),
-    /// What the content's header tells of, or if it has none, what is free.
+    /// The length that the content's header tells of, or if it has none, the free space.
     Header,
-    /// What is free.
+    /// The free space.
     Free,
 }
 
-/// What the header of a libvirt image says.
+/// The fields of a libvirt image's header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Image {
     /// `None`: the migration file is in the image as it is.
     pub compression: Option<Compression>,
-    /// Where the migration file begins.
+    /// The offset of the migration file.
     pub payload_at: FileOffset,
 }
 
@@ -99,7 +99,7 @@ pub(crate) struct Packed<'a> {
 }
 
 impl Packed<'_> {
-    /// What is before the content, as it was when that was decompressed. Messages call the image
+    /// The bytes before the content, as they were when that was decompressed. Messages call the image
     /// `path`.
     pub(crate) fn header(&self, path: &Path) -> Result<Vec<u8>, DumpError> {
         let at = self.image.payload_at;
@@ -244,7 +244,7 @@ impl Spool {
         Ok(Some(unpacked))
     }
 
-    /// What is in it, if it is compressed as a whole; not of what was decompressed already.
+    /// Its content, if it is compressed as a whole; not of what was decompressed already.
     pub(crate) fn unpacked(&self, known: &DumpOptions) -> Result<Option<Self>, DumpError> {
         if self.0.packed.is_some() || self.0.state_of.is_some() {
             return Ok(None);
@@ -376,7 +376,7 @@ impl Spool {
         &self.0.name
     }
 
-    /// How long the content is, in bytes.
+    /// The length of the content, in bytes.
     ///
     /// # Errors
     /// [`DumpError::Io`] if the system does not tell.
@@ -418,7 +418,7 @@ impl Spool {
     }
 }
 
-/// Where there may be room for what is in a file: beside it.
+/// The folder in which there may be room for a file's content: that of the file.
 fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
@@ -426,7 +426,7 @@ fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// What went wrong with decompressing `path`.
+/// The error for a failure to decompress `path`.
 fn undone(path: &Path, source: io::Error) -> DumpError {
     let path = path.to_owned();
     // What the operating system says is not the decompressor's word.
@@ -464,7 +464,7 @@ impl<R: Read> Read for Undone<R> {
     }
 }
 
-/// How much is taken in yet.
+/// The room that is left for what is taken in.
 #[derive(Debug, Clone, Copy)]
 struct Room {
     /// So many bytes at most, and who says so; what is left of them.

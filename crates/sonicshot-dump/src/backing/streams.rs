@@ -7,7 +7,7 @@ use std::io::{self, BufRead, Read};
 /// A decoder of one stream.
 pub(super) trait Stream<R>: Read + Sized {
     fn begin(packed: R) -> io::Result<Self>;
-    /// What comes behind it.
+    /// The input behind it.
     fn rest(self) -> R;
 }
 

@@ -77,7 +77,7 @@ pub(crate) fn write_back(file: &File, range: FileRange, wait: bool) -> io::Resul
     Ok(())
 }
 
-/// What `FIDEDUPERANGE` takes (`struct file_dedupe_range` in include/uapi/linux/fs.h), with one
+/// The argument of `FIDEDUPERANGE` (`struct file_dedupe_range` in include/uapi/linux/fs.h), with one
 /// destination.
 #[repr(C)]
 struct Dedupe {
@@ -151,10 +151,10 @@ pub(crate) fn dedupe_range(
     }
 }
 
-/// How many extents are asked for at once.
+/// The number of extents that are asked for at once.
 const EXTENTS: u32 = 128;
 
-/// What `FS_IOC_FIEMAP` takes (include/uapi/linux/fiemap.h).
+/// The argument of `FS_IOC_FIEMAP` (include/uapi/linux/fiemap.h).
 #[repr(C)]
 struct Fiemap {
     head: FiemapHead,
@@ -183,12 +183,12 @@ struct FiemapExtent {
 }
 
 const FIEMAP: Opcode = opcode::read_write::<FiemapHead>(b'f', 11);
-/// What was written is on disk first.
+/// Writes are on disk first.
 const SYNC: u32 = 1;
 const LAST: u32 = 1;
 const SHARED: u32 = 0x2000;
 
-/// What the file system has of a file.
+/// The extents that the file system has of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct ExtentCount {
     /// Extents of data.

@@ -14,7 +14,7 @@ use std::io::{self, BufReader, Read};
 /// `xz -9` is half of that. In KiB, and room for the rest.
 const XZ_MEMORY: u32 = (128 + 32) << 10;
 
-/// How something is compressed.
+/// A way of compression.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Compression {
     Gzip,
@@ -27,7 +27,7 @@ pub(crate) enum Compression {
     Zip,
 }
 
-/// How files begin that are compressed.
+/// The first bytes of compressed files.
 const MARKS: &[(&[u8], Compression)] = &[
     (GZIP, Compression::Gzip),
     (ZSTD, Compression::Zstd),
@@ -48,7 +48,7 @@ pub(crate) const ZIP: &[u8] = &archive::MAGIC;
 pub(crate) const LONGEST_MARK: usize = 32;
 
 impl Compression {
-    /// How a file is compressed that begins with `start`, if it is.
+    /// The compression of a file that begins with `start`, if it is compressed.
     pub(crate) fn of(start: &[u8]) -> Option<Self> {
         let known = MARKS.iter().find(|(mark, _)| start.starts_with(mark));
         known
@@ -71,7 +71,7 @@ impl Compression {
         Self::of(next).filter(|how| *how == Self::Zstd)
     }
 
-    /// What is in `file` from `at` on, decompressed; how far it was read is in `reached`.
+    /// A reader of `file` from `at` on, decompressed; how far it was read is in `reached`.
     pub(crate) fn reader(self, file: File, at: u64, reached: Reached) -> io::Result<Box<dyn Read>> {
         let from = |file| BufReader::with_capacity(BUFFER, At::told(file, at, reached.clone()));
         Ok(match self {

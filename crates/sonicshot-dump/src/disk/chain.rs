@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 /// More images over each other nobody has: QEMU opens all of them.
 const MAX_CHAIN: usize = 64;
 
-/// What an image begins with that is neither its guest's disk itself nor read.
+/// The first bytes of an image that is neither its guest's disk itself nor read.
 const OTHERS: [(&[u8], &str); 5] = [
     (b"QED\0", "a QED image"),
     (b"KDMV", "a VMDK image"),
@@ -30,7 +30,7 @@ pub(super) struct Layer {
     pub stamp: FileStamp,
 }
 
-/// What an image is together with those below it.
+/// An image together with those below it.
 pub(super) struct Chain {
     /// The images below the top, from there down.
     pub below: Vec<Layer>,
@@ -39,7 +39,7 @@ pub(super) struct Chain {
     pub is_raw: bool,
 }
 
-/// What is read of one image.
+/// One image as it was opened.
 enum Opened {
     Raw(RawDisk),
     Qcow2(Box<Qcow2Head>),

@@ -9,11 +9,11 @@ use sonicshot::Bytes;
 use sonicshot::checkpoint::{DiskOffset, DiskSource, MarkKind};
 use std::io;
 
-/// Where a mark is, its length in bytes, and what it is.
+/// A mark: its place, its length in bytes, and its kind.
 type Mark = (DiskOffset, u32, MarkKind);
 
 const SECTOR: u64 = 512;
-/// Where ext4's superblock is.
+/// The offset of ext4's superblock.
 const SUPERBLOCK: u64 = 1024;
 /// Partitions that are looked into.
 const MAX_PARTITIONS: u64 = 128;
@@ -64,7 +64,7 @@ fn read(disk: &dyn DiskSource, at: u64, len: u64) -> io::Result<Option<Vec<u8>>>
     Ok(Some(bytes))
 }
 
-/// Where the partitions begin, in bytes.
+/// The offsets of the partitions, in bytes.
 fn partitions(disk: &dyn DiskSource) -> io::Result<Vec<u64>> {
     let Some(first) = read(disk, 0, 2 * SECTOR)? else {
         return Ok(Vec::new());
@@ -143,7 +143,7 @@ fn file_system(disk: &dyn DiskSource, start: u64, marks: &mut Vec<Mark>) -> io::
     Ok(())
 }
 
-/// Where an ext4's journal begins, from the beginning of the file system, by the copy of the journal's
+/// The offset of an ext4's journal, from the beginning of the file system, by the copy of the journal's
 /// inode that its superblock has.
 fn ext_journal(superblock: &[u8]) -> Option<u64> {
     const HAS_JOURNAL: u32 = 4;

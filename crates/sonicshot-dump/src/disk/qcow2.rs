@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Of tables, and of clusters that were compressed, so many bytes are held at most.
 const HELD: u64 = 16 << 20;
-/// What QEMU itself takes of a name (`block/qcow2.c`).
+/// The longest name that QEMU itself takes (`block/qcow2.c`).
 const MAX_NAME: u32 = 1023;
 /// Extensions of a header that are looked at.
 const MAX_EXTENSIONS: usize = 64;
@@ -22,7 +22,7 @@ const MAX_EXTENSIONS: usize = 64;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const MAX_FORMAT: u32 = 16;
 
-/// What of a file was read lately, by its place.
+/// The parts of a file that were read lately, by their place.
 #[derive(Debug)]
 struct Recent<T> {
     most: usize,
@@ -72,7 +72,7 @@ pub(crate) struct Qcow2Disk {
     below: Option<Box<dyn DiskSource>>,
 }
 
-/// What an image says of itself, before the one below it is open.
+/// An image with its header read, before the one below it is open.
 pub(crate) struct Qcow2Head {
     content: FileContent,
     image: Image,
@@ -177,8 +177,8 @@ impl Qcow2Disk {
         }
     }
 
-    /// Where the byte at `at` of the disk is, and how many from there on are in the same place. A table
-    /// that is not there is of nothing.
+    /// The place of the byte at `at` of the disk, and the number of bytes from there on in the same place.
+    /// A table that is not there is of nothing.
     fn locate(&self, at: u64) -> io::Result<(Place, u64)> {
         let wrong = || damaged("an entry of a table that cannot be");
         let cluster = self.image.cluster();
@@ -220,7 +220,7 @@ impl Qcow2Disk {
             .collect())
     }
 
-    /// What is stored at a place; behind the end of the file, zeroes, as QEMU reads it.
+    /// Reads the bytes stored at a place; behind the end of the file, zeroes, as QEMU reads it.
     fn read_stored(&self, out: &mut [u8], at: u64) -> io::Result<()> {
         let inside = inside(out, at, self.content.len())?;
         self.content.read_at(inside, FileOffset::new(at))

@@ -26,7 +26,7 @@ pub(crate) trait ByCopy {
     fn copy(&self, work: Copying<'_>) -> Result<(), DumpError>;
 }
 
-/// What of a file is to be changed in place.
+/// The changes to make to a file in place.
 #[derive(Debug, Default)]
 pub(crate) struct Punching {
     /// Bytes that say of pages that they are not there, each with its offset: written first.
@@ -45,7 +45,7 @@ pub(crate) trait InPlace {
         Ok(())
     }
 
-    /// What is to be done for `goes` to go.
+    /// The changes that make `goes` go.
     fn punching(&self, goes: &PrunePlan, stats: &mut PruneStats) -> Result<Punching, DumpError>;
 }
 
@@ -82,7 +82,7 @@ pub(crate) trait Migration {
     /// The file that it is in.
     fn source(&self) -> &PlainDump;
 
-    /// What is in it, and where.
+    /// The content of the file, and its places.
     fn content(&self) -> Result<Content<'_>, DumpError>;
 }
 

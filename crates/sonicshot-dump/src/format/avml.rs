@@ -27,9 +27,9 @@ pub(crate) const KIND: Kind = Kind::by_magic("avml", &[b"AVML"], |source| open(s
 
 const AVML_MAGIC: u32 = 0x4c4d_5641;
 const LIME_MAGIC: u32 = 0x4c69_4d45;
-/// How every Snappy stream begins (`framing_format.txt`).
+/// The first bytes of every Snappy stream (`framing_format.txt`).
 const STREAM: &[u8; 10] = b"\xff\x06\x00\x00sNaPpY";
-/// What one chunk decompresses to at most.
+/// The most bytes that one chunk decompresses to.
 const MAX_CHUNK: u64 = 1 << 16;
 /// A copy of 64 bytes takes at least 3.
 const MAX_RATIO: u64 = 32;
@@ -70,17 +70,17 @@ pub(crate) struct AvmlFile {
     layout: RamLayout,
     /// Sorted by guest address, disjoint.
     chunks: Vec<Chunk>,
-    /// Where the file is cut off, if it is.
+    /// The cut, if the file is cut off.
     cut: Option<Cut>,
     cache: BlockCache<FileOffset>,
 }
 
-/// Where a file is cut off.
+/// The cut of a file that ends too early.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Cut {
-    /// Where it should end at least.
+    /// The least offset at which it should end.
     need: FileOffset,
-    /// What its last record should have, and does not.
+    /// The memory that its last record should have, and does not.
     lost: GpaRange,
 }
 
@@ -407,7 +407,7 @@ impl Walk<'_> {
         Ok(end)
     }
 
-    /// How long a Snappy block says it is: a number in groups of 7 bits, the lowest first. More
+    /// The length that a Snappy block says it has: a number in groups of 7 bits, the lowest first. More
     /// than three groups are more than any chunk has.
     fn claimed(&self, at: FileOffset) -> Option<u64> {
         let mut size = 0;

@@ -162,7 +162,7 @@ struct Range {
     length: u64,
 }
 
-/// What a component has to say, however it is packed.
+/// The state of a component, however it is packed.
 enum Data {
     Ranges(Vec<Range>),
     Text(String),
@@ -248,7 +248,7 @@ fn packed(bytes: &[u8]) -> Result<Vec<Range>, serde_json::Error> {
     Ok(ranges)
 }
 
-/// Where the bytes of a `memory-ranges` file of `len` bytes lie in the guest, by the state at
+/// The layout in the guest of a `memory-ranges` file of `len` bytes, by the state at
 /// `path`.
 fn layout(path: &Path, len: u64) -> Result<LayoutSpec, DumpError> {
     let state = read_json(path)?;

@@ -35,7 +35,7 @@ const PRSTATUS_32: [u64; 4] = [96, 120, 128, 132];
 /// More processors than any VM has.
 const MAX_PROCESSORS: usize = 1 << 14;
 
-/// What the notes of a dump tell. `vmcoreinfo` is the dump's, wherever it has it.
+/// The processors by the notes of a dump. `vmcoreinfo` is the dump's, wherever it has it.
 pub(crate) fn processors(
     notes: Option<&[u8]>,
     vmcoreinfo: Option<&[u8]>,

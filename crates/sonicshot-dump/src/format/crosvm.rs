@@ -75,7 +75,7 @@ fn snapshot(named: &Named<'_>) -> Result<Option<SnapshotFiles>, DumpError> {
     Ok(Some(files))
 }
 
-/// What `mem_metadata` says. It is read straight into this, which takes less memory than its text.
+/// The content of `mem_metadata`. It is read straight into this, which takes less memory than its text.
 #[derive(Deserialize)]
 struct Metadata {
     #[serde(deserialize_with = "regions")]
@@ -89,7 +89,7 @@ struct Metadata {
 struct Region {
     base: u64,
     size: u64,
-    /// What of it is in `mem`; without them all of it is.
+    /// The parts of it that are in `mem`; without them all of it is.
     parts_with_data: Option<Vec<DataRange>>,
 }
 
@@ -251,7 +251,7 @@ fn parse(bytes: &[u8]) -> Result<Metadata, Box<dyn std::error::Error + Send + Sy
     Ok(ciborium::from_reader(bytes)?)
 }
 
-/// Where each range of the regions is in a `mem` of `len` bytes.
+/// The extents of the regions in a `mem` of `len` bytes.
 fn extents(
     path: &Path,
     metadata: Metadata,
@@ -470,7 +470,7 @@ mod tests {
         }
     }
 
-    /// What a folder holds, by its path: a file's content; nothing of a folder.
+    /// The entries of a folder, by their paths: a file's content; nothing of a folder.
     fn contents(folder: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
         let mut found = BTreeMap::new();
         let mut open = vec![folder.to_owned()];

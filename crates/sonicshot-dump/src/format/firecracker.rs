@@ -59,7 +59,7 @@ pub(crate) const KIND: Kind = Kind {
     ..Kind::by_name(snapshot)
 };
 
-/// How the number goes on after its two lowest bytes, on x86-64 and arm64.
+/// The bytes of the number after its two lowest, on x86-64 and arm64.
 const MAGIC: [[u8; 6]; 2] = [
     [0x64, 0x86, 0x84, 0x19, 0x10, 0x07],
     [0xaa, 0xaa, 0x84, 0x19, 0x10, 0x07],
@@ -112,7 +112,7 @@ const APIC_VERSION: u64 = 0x30;
 /// The version that KVM's have, and how many entries their local vector table has at most.
 const APIC_KVM: u32 = 0x14;
 const APIC_MAX_ENTRY: u32 = 7;
-/// What an instruction at the reset vector would be at.
+/// The address of an instruction at the reset vector.
 const RESET_VECTOR: u64 = 0xfff0;
 /// `IA32_APIC_BASE` begins so, at this place in the system registers.
 const APIC_BASE_AT: usize = 272;
@@ -245,7 +245,7 @@ mod tests {
         vec![runs(0x123_4000), runs(0x123_5000), never, never]
     }
 
-    /// Where the system registers are: at the base of each APIC, 272 bytes behind their beginning.
+    /// The offsets of the system registers: at the base of each APIC, 272 bytes behind their beginning.
     fn sregs_at(state: &[u8]) -> Vec<usize> {
         let base = |window: &[u8]| window == [8, 0xe0, 0xfe, 0] || window == [9, 0xe0, 0xfe, 0];
         let found = state

@@ -15,14 +15,14 @@ use crate::format::vmware;
 
 /// A format that is not read.
 pub(crate) struct Foreign {
-    /// Where its mark stands.
+    /// The offset of its mark.
     at: usize,
     mark: &'static [u8],
     /// Its name, for people.
     pub kind: &'static str,
     /// The way to go with such a file.
     pub instead: &'static str,
-    /// What else must be so, where the mark is not enough.
+    /// The test that must hold besides, where the mark is not enough.
     is_one: fn(&Source<'_>) -> bool,
 }
 
@@ -372,7 +372,7 @@ mod tests {
     use super::{TABLE, begins_as_foreign};
     use crate::snapshot::START;
 
-    /// What has the mark of one is never called another.
+    /// A file with the mark of one is never called another.
     #[test]
     fn no_mark_hides_another() {
         for (number, foreign) in TABLE.iter().enumerate() {

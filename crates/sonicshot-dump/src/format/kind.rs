@@ -20,13 +20,13 @@ use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-/// How a format is told from others, and opened.
+/// A kind of format: the ways to tell it from others and to open it.
 pub(crate) struct Kind {
     /// Its name where a file is to be read as one; `None` if no file is.
     pub name: Option<&'static str>,
     /// The name of the format that it is another form of, if it is none of its own.
     pub form_of: Option<&'static str>,
-    /// How its files begin: each of them with one of these.
+    /// The first bytes of its files: each of them begins with one of these.
     pub magics: &'static [&'static [u8]],
     /// Whether a file is one, where its beginning does not tell by itself.
     pub is_one: fn(&Source<'_>) -> bool,
@@ -35,7 +35,7 @@ pub(crate) struct Kind {
     /// Finds the memory where a VMM keeps more than that: in a folder, or in a file with others
     /// beside it. `None` if it is not this VMM's.
     pub snapshot: fn(&Named<'_>) -> Result<Option<SnapshotFiles>, DumpError>,
-    /// Why the memory file at a path must not get holes, whatever the format: the VMM whose
+    /// The reason why the memory file at a path must not get holes, whatever the format: the VMM whose
     /// snapshot it is part of would not read them as zero.
     pub no_holes: fn(&Path) -> Result<Option<&'static str>, DumpError>,
 }
@@ -58,7 +58,7 @@ impl Kind {
         }
     }
 
-    /// What is told by the names of its files alone, of which the memory is in another format.
+    /// A kind that is told by the names of its files alone, of which the memory is in another format.
     pub(crate) const fn by_name(
         snapshot: fn(&Named<'_>) -> Result<Option<SnapshotFiles>, DumpError>,
     ) -> Self {
@@ -105,7 +105,7 @@ pub(crate) struct Source<'a> {
     pub content: FileContent,
     /// The options that it is opened with.
     pub known: &'a DumpOptions,
-    /// Where the content is, if it came through a pipe or was compressed.
+    /// The content, if it came through a pipe or was compressed.
     pub spool: Option<Spool>,
 }
 
@@ -134,7 +134,7 @@ impl<'a> Source<'a> {
         })
     }
 
-    /// What is in `spool`.
+    /// The content of `spool`.
     pub(crate) fn spooled(spool: &'a Spool, known: &'a DumpOptions) -> Result<Self, DumpError> {
         let content = spool.content()?;
         if content.is_empty() {
@@ -151,7 +151,7 @@ impl<'a> Source<'a> {
         })
     }
 
-    /// Where RAM lies, if the caller says.
+    /// The RAM layout, if the caller gives it.
     pub(crate) fn layout(&self) -> Option<&'a LayoutSpec> {
         self.known.layout.as_ref()
     }
@@ -239,7 +239,7 @@ impl Watch {
 
 /// A dump of some format: the guest's memory, and what the file says beside it.
 pub(crate) trait Format: fmt::Debug + Send + Sync {
-    /// What people call it.
+    /// Its name, for people.
     fn name(&self) -> &'static str;
 
     /// The guest's memory, as the file has it.
@@ -255,17 +255,17 @@ pub(crate) trait Format: fmt::Debug + Send + Sync {
         None
     }
 
-    /// Where the content is, if the file is compressed as a whole.
+    /// The decompressed content, if the file is compressed as a whole.
     fn unpacked(&self) -> Option<&Spool> {
         None
     }
 
-    /// What a page that is dropped reads as after a restore.
+    /// The content that a dropped page reads as after a restore.
     fn dropped_reads_as(&self) -> Fill {
         Fill::Zero
     }
 
-    /// Why it lacks pages that it should have.
+    /// The reason why it lacks pages that it should have.
     fn incomplete(&self) -> Option<Incomplete> {
         None
     }
@@ -285,7 +285,7 @@ pub(crate) trait Format: fmt::Debug + Send + Sync {
         Vec::new()
     }
 
-    /// Where RAM lies, if the file itself does not say.
+    /// The RAM layout, if the file itself does not have it.
     fn layout(&self) -> Option<&LayoutSpec> {
         None
     }
@@ -320,17 +320,17 @@ pub(crate) trait Format: fmt::Debug + Send + Sync {
         false
     }
 
-    /// What the file tells of the processors.
+    /// The processors, as the file tells of them.
     fn processors(&self) -> Processors {
         Processors::Unknown
     }
 
-    /// What translates the machine's frame numbers in a PV guest's page tables.
+    /// The table that translates the machine's frame numbers in a PV guest's page tables.
     fn p2m(&self) -> Option<&P2m> {
         self.stored().p2m()
     }
 
-    /// What to do with a file that cannot be pruned.
+    /// The advice for a file that cannot be pruned.
     fn instead(&self) -> &'static str {
         "this format is only read here: save it as a checkpoint instead"
     }

@@ -84,14 +84,14 @@ impl Format for LimeDump {
     }
 }
 
-/// Where the records of a LiME file lie. Ranges that overlap are found out by
+/// The places of the records of a LiME file. Ranges that overlap are found out by
 /// [`PlainDump::new`](crate::backing::plain::PlainDump::new).
 #[derive(Debug, Default)]
 struct Records {
     extents: Vec<Extent>,
-    /// What of the last record is beyond the end of the file.
+    /// The memory of the last record that is beyond the end of the file.
     absent: Vec<GpaRange>,
-    /// Where the file should end at least, if it is cut off.
+    /// The least offset at which the file should end, if it is cut off.
     need: Option<FileOffset>,
 }
 
@@ -157,14 +157,14 @@ impl Records {
         (!is_cut || has_any).then_some(())
     }
 
-    /// Why pages are missing, of a file of `len` bytes.
+    /// The reason why pages are missing, of a file of `len` bytes.
     fn incomplete(&self, len: u64) -> Option<Incomplete> {
         let need = self.need?.raw();
         Some(Incomplete::CutOff { len, need })
     }
 }
 
-/// Where the header at `at` should end that is cut off, if there is the beginning of one with any of
+/// The end that the cut-off header at `at` should have, if there is the beginning of one with any of
 /// these magics and no more.
 pub(crate) fn cut_header(
     data: FileBytes<'_>,

@@ -110,7 +110,7 @@ pub(crate) fn is_taken(source: &Source<'_>) -> bool {
     KINDS.iter().any(|kind| kind.takes(source))
 }
 
-/// What the beginning of a file says that it is; `None` if it is raw RAM.
+/// Whether a file is of a format, read or not, other than RAM.
 pub(crate) fn begins_as(source: &Source<'_>) -> bool {
     foreign::foreign(source).is_some() || is_taken(source)
 }
@@ -147,7 +147,7 @@ pub(crate) fn begins_as_known(start: &[u8], len: u64) -> bool {
     known.any(|magic| start.starts_with(magic)) || foreign::begins_as_foreign(start)
 }
 
-/// What a path names, by the first VMM whose snapshot it is.
+/// The snapshot that a path names, by the first VMM whose it is.
 pub(crate) fn snapshot(named: &Named<'_>) -> Result<Option<SnapshotFiles>, DumpError> {
     for kind in KINDS {
         if let Some(found) = (kind.snapshot)(named)? {

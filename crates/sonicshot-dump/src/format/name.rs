@@ -23,7 +23,7 @@ pub struct DumpFormatError {
     pub text: String,
 }
 
-/// What formats are called besides: by who writes them, and as they are called where they are written.
+/// Other names of formats: by who writes them, and as they are called where they are written.
 /// The memory of some is guest RAM and nothing else.
 const ALSO: [(&str, &str); 6] = [
     ("firecracker", "raw"),

@@ -9,7 +9,7 @@ pub(crate) struct Note<'a> {
     pub kind: u32,
     pub name: &'a [u8],
     pub text: &'a [u8],
-    /// Where the text begins among the notes.
+    /// The offset of the text among the notes.
     pub text_at: u64,
 }
 

@@ -18,7 +18,7 @@ use std::path::Path;
 pub(crate) const KIND: Kind = Kind::by_magic("qcow2", &[MAGIC], |source| open(&source));
 
 pub(crate) const MAGIC: &[u8] = b"QFI\xfb";
-/// What QEMU itself takes (`block/qcow2.h`), but for the names that are told of.
+/// The limits of QEMU itself (`block/qcow2.h`), but for the names that are told of.
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_L1: u32 = (32 << 20) / 8;
@@ -60,14 +60,14 @@ fn open(source: &Source<'_>) -> Result<Box<dyn Format>, DumpError> {
     qemu::open(Source::spooled(&spool, source.known)?)
 }
 
-/// What the header says.
+/// The fields of the header.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Image {
     version: u32,
     cluster_bits: u32,
     /// The length of the disk.
     pub disk_len: u64,
-    /// Where the name of the file is that this one is written over, and its length.
+    /// The place of the name of the file that this one is written over, and its length.
     pub backing: (u64, u32),
     /// The disk's own table of tables.
     pub l1_at: u64,
@@ -78,7 +78,7 @@ pub(crate) struct Image {
     zstd: bool,
 }
 
-/// Where bytes of a disk are.
+/// The place of bytes of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
     /// In the file, from there on.
@@ -181,7 +181,7 @@ impl Image {
         1 << self.cluster_bits
     }
 
-    /// Where the extensions of the header begin.
+    /// The offset of the extensions of the header.
     pub(crate) fn extensions_at(&self, data: FileBytes<'_>) -> Option<u64> {
         const OLD: u64 = 72;
         const LENGTH: u64 = 100;
@@ -231,8 +231,8 @@ impl Image {
         self.extended
     }
 
-    /// Where a compressed cluster is: its entry has the place in its lower bits, and above them how many
-    /// sectors more than one it touches. Of the last sector not all need be there.
+    /// The place and length of a compressed cluster: its entry has the place in its lower bits, and above
+    /// them how many sectors more than one it touches. Of the last sector not all need be there.
     pub(crate) fn stored(&self, entry: u64, file_len: u64) -> Option<(u64, u64)> {
         let bits = 62_u32.checked_sub(self.cluster_bits.checked_sub(8)?)?;
         let place = entry & 1_u64.checked_shl(bits)?.checked_sub(1)?;
@@ -242,7 +242,7 @@ impl Image {
         Some((place, stored.min(file_len.checked_sub(place)?)))
     }
 
-    /// What a cluster decompresses to.
+    /// Decompresses a cluster.
     pub(crate) fn decompress(&self, stored: &[u8]) -> io::Result<Vec<u8>> {
         let len = usize::try_from(self.cluster()).map_err(io::Error::other)?;
         let mut cluster = vec![0; len];
@@ -259,7 +259,7 @@ impl Image {
         Err(damaged("a compressed cluster does not decompress"))
     }
 
-    /// How many clusters a table tells of.
+    /// The number of clusters that a table tells of.
     pub(crate) fn clusters_of_table(&self) -> u64 {
         self.cluster() >> if self.extended { 4 } else { 3 }
     }

@@ -108,7 +108,7 @@ fn beyond(dump: &PlainDump, at: FileOffset) -> DumpError {
     DumpError::malformed(dump.path(), "a range beyond 64 bits", at, 0)
 }
 
-/// What of such a file is to be punched.
+/// The ranges of such a file to be punched.
 pub(crate) fn punch_dropped(
     dump: &PlainDump,
     goes: &PrunePlan,
@@ -120,7 +120,7 @@ pub(crate) fn punch_dropped(
     Ok(Punching { marks, runs })
 }
 
-/// Where the bytes of a raw file of `len` bytes lie, by `spec`.
+/// The extents of a raw file of `len` bytes, by `spec`.
 fn extents(path: &Path, len: u64, spec: &LayoutSpec) -> Result<Vec<Extent>, DumpError> {
     let mut offset = FileOffset::ZERO;
     let mut extents = Vec::new();

@@ -6,7 +6,7 @@
 //! length. Of a guest without regions the state tells nothing: its own memory map decides, as of raw
 //! memory.
 //!
-//! What VMware makes of a hole in the memory was not tried: it is only read.
+//! The effect of a hole in the memory on VMware was not tried: it is only read.
 
 use crate::DumpError;
 use crate::backing::plain::{check_content, open_content};
@@ -36,7 +36,7 @@ const MEMORY: &str = "vmem";
 /// The name of the state, of a suspended guest and of a snapshot.
 const STATES: [&str; 2] = ["vmss", "vmsn"];
 const MAGICS: [[u8; 4]; 4] = [STATE_0, STATE_1, STATE_2, STATE_3];
-/// How a state begins, by its version.
+/// The first bytes of a state, by its version.
 pub(crate) const STATE_0: [u8; 4] = *b"\xd0\xbe\xd2\xbe";
 pub(crate) const STATE_1: [u8; 4] = *b"\xd1\xba\xd1\xba";
 pub(crate) const STATE_2: [u8; 4] = *b"\xd2\xbe\xd2\xbe";
@@ -112,7 +112,7 @@ fn is_state(path: &Path) -> bool {
         })
 }
 
-/// Where the `len` bytes of RAM beside the state at `path` lie in the guest, if the state tells.
+/// The layout of the `len` bytes of RAM beside the state at `path`, if the state tells it.
 fn layout(path: &Path, len: u64) -> Result<Option<LayoutSpec>, DumpError> {
     let content = open_content(path)?;
     let layout = layout_of(path, content.bytes(), len);
@@ -251,7 +251,7 @@ fn number(bytes: FileBytes<'_>) -> Option<u64> {
     }
 }
 
-/// Where the tags of a group begin.
+/// The offset of the tags of a group.
 fn group_named(path: &Path, data: FileBytes<'_>, wanted: &[u8]) -> Result<u64, DumpError> {
     let bad =
         |what, offset, value| DumpError::malformed(path, what, FileOffset::new(offset), value);

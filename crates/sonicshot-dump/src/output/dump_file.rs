@@ -30,11 +30,11 @@ pub struct DumpFile {
     progress: Option<Arc<dyn Progress>>,
 }
 
-/// Where the regions of a layout are in a file.
+/// The places of the regions of a layout in a file.
 struct Places {
     /// Each region, and where its bytes begin.
     list: Vec<(GpaRange, FileOffset)>,
-    /// Where the file ends.
+    /// The end of the file.
     end: FileOffset,
 }
 
@@ -188,7 +188,7 @@ impl DumpFile {
         offset.checked_add(range.start().offset_from(region.start())?)
     }
 
-    /// Where the bytes from `at` on go.
+    /// The offset at which the bytes from `at` on go.
     fn offset(&self, at: Gpa, bytes: &[u8]) -> Result<FileOffset, DumpError> {
         let range = GpaRange::with_len(at, to_u64(bytes.len()));
         let offset = range.and_then(|range| self.place(range));

@@ -30,7 +30,7 @@ const COPY: u64 = 1 << 20;
 const MAX_ENTRIES: usize = 4096;
 const MAX_DEPTH: u32 = 8;
 
-/// What lies in a folder, by its name.
+/// The entries of a folder, by their names.
 type Tree = BTreeMap<OsString, Entry>;
 
 #[derive(Debug)]
@@ -68,7 +68,7 @@ impl NewFolder {
     /// Begins to write the folder `path`, for a snapshot like `files`, which must have been
     /// given as a folder. A base in it is left out: what is written needs none.
     ///
-    /// What is replaced by [`Overwrite::Replace`] must be a snapshot folder too, with no file
+    /// A folder that [`Overwrite::Replace`] replaces must be a snapshot folder too, with no file
     /// that is neither one of the VMM's nor in the new folder.
     ///
     /// # Errors
@@ -293,7 +293,7 @@ fn open_inside(folder: &File, name: &OsStr) -> io::Result<File> {
     Ok(retry_on_intr(|| openat(folder, name, flags, Mode::empty()))?.into())
 }
 
-/// What is in a folder: regular files alone, and if `folders`, folders of such.
+/// The entries of a folder: regular files alone, and if `folders`, folders of such.
 fn tree_of(path: &Path, folders: bool) -> Result<Tree, DumpError> {
     let mut room = MAX_ENTRIES;
     listed(path, folders.then_some(MAX_DEPTH), &mut room)
@@ -353,7 +353,7 @@ fn only_ours(path: &Path, new: &Tree) -> Result<(), DumpError> {
     }
 }
 
-/// What of `there` is neither in `new` nor a file of the VMM's own.
+/// The path of an entry of `there` that is neither in `new` nor a file of the VMM's own.
 fn foreign(there: &Tree, new: &Tree, is_own: &dyn Fn(&OsStr) -> bool) -> Option<PathBuf> {
     there
         .iter()
@@ -398,7 +398,7 @@ struct Copying<'a> {
     folder: &'a File,
     /// A file that is left out.
     but: Option<&'a OsStr>,
-    /// What files were when they were looked at: what was found in one must be what is copied.
+    /// The stamps of files when they were looked at: the content found in one must be what is copied.
     stamps: &'a BTreeMap<OsString, FileStamp>,
 }
 

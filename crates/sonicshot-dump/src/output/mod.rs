@@ -1,6 +1,6 @@
 //! Output that appears whole or not at all, for no more eyes than its input.
 //!
-//! What is written holds a guest's memory, and is often written by root from a file that somebody
+//! An output holds a guest's memory, and is often written by root from a file that somebody
 //! else owns, into a folder of theirs. So every output goes through here, and these rules hold
 //! for all:
 //!
@@ -92,7 +92,7 @@ impl WriteOptions {
     }
 }
 
-/// Where an output goes.
+/// The target of an output.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Target<'a> {
     pub path: &'a Path,
@@ -171,7 +171,7 @@ pub(crate) fn sync_folder(folder: &File, path: &Path) -> Result<(), DumpError> {
 enum Unfinished {
     /// Without a name: whatever ends this process takes the file away.
     Nameless(File),
-    /// Where the file system knows no such files.
+    /// With a name, where the file system knows no files without one.
     Named(NamedTempFile<File>),
 }
 
@@ -349,10 +349,10 @@ impl Ready {
     }
 }
 
-/// Whose a file is, and who may do what with it.
+/// The owner of a file, and who may do what with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Rights {
-    /// Who has the file, and its group; `None` for what is no file.
+    /// The owner of the file, and its group; `None` for what is no file.
     owner: Option<(u32, u32)>,
     /// Of the file's mode, `rwxrwxrwx`.
     mode: u32,
@@ -360,7 +360,7 @@ pub(crate) struct Rights {
 
 /// All of a mode that is ever given to an output.
 const MODE: u32 = 0o777;
-/// What its owner may do with a file.
+/// The rights that its owner has to a file.
 const OWNER: u32 = 0o700;
 const PRIVATE: u32 = 0o600;
 
@@ -405,7 +405,7 @@ impl Rights {
     }
 }
 
-/// What an output replaces.
+/// The file or folder that an output replaces.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Replaced {
     rights: Rights,
@@ -414,7 +414,7 @@ pub(crate) struct Replaced {
 }
 
 impl Replaced {
-    /// What has the name; a link or what is no file counts for nothing.
+    /// Finds the file or folder that has the name; a link or what is no file counts for nothing.
     pub(crate) fn find(folder: &File, name: &OsStr) -> Option<Self> {
         let there = statat(folder, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
         if ![libc::S_IFREG, libc::S_IFDIR].contains(&kind_of(&there)) {
@@ -478,7 +478,7 @@ pub(crate) fn settle(file: &File, inputs: &[Rights], replaced: Option<Replaced>)
     ))
 }
 
-/// Who gets what is made of `inputs`: the owner of the first, unless another of them may be
+/// The owner of what is made of `inputs`: that of the first, unless another of them may be
 /// something that they may not read.
 fn owner_of(inputs: &[Rights]) -> Option<(u32, u32)> {
     let (first, others) = inputs.split_first()?;
@@ -683,7 +683,7 @@ mod tests {
         }
     }
 
-    /// Where the file system knows no files without a name.
+    /// The case of a file system that knows no files without a name.
     #[test]
     fn with_a_name_from_the_start_it_is_the_same() {
         let folder = tempfile::tempdir().unwrap();

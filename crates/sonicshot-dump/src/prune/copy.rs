@@ -142,12 +142,12 @@ impl<'a> Copier<'a> {
         Ok(())
     }
 
-    /// How many bytes are done.
+    /// The number of bytes that are done.
     pub(crate) fn done(&self) -> u64 {
         self.done.get()
     }
 
-    /// How many bytes the output shares with the input.
+    /// The number of bytes that the output shares with the input.
     pub(crate) fn cloned(&self) -> u64 {
         self.cloned.get()
     }

@@ -1,4 +1,4 @@
-//! Which ranges of a file are worth a hole.
+//! The ranges of a file that are worth a hole.
 
 use crate::output::Overwrite;
 use rustix::fs::StatFs;
@@ -91,12 +91,12 @@ impl PruneOptions {
     }
 }
 
-/// How long runs are all together, in bytes.
+/// The length of all runs together, in bytes.
 pub(crate) fn sum_of<'a>(runs: impl IntoIterator<Item = &'a FileRange>) -> u64 {
     FileRange::total_of(runs)
 }
 
-/// How much of `data` (sorted) is in `holes` (sorted), in bytes.
+/// The length of the part of `data` (sorted) that is in `holes` (sorted), in bytes.
 pub(crate) fn sum_in(data: &[FileRange], holes: &[FileRange]) -> u64 {
     let mut sum = Tally::ZERO;
     for hole in holes {
@@ -148,7 +148,8 @@ pub(crate) fn whole_blocks(run: FileRange, block: u64) -> FileRange {
     FileRange::new(start, end.map_or(start, FileOffset::new))
 }
 
-/// What the file system gives back at once. Not `st_blksize`, which is what it likes to read.
+/// The unit that the file system gives back at once, in bytes. Not `st_blksize`, which is what it
+/// likes to read.
 pub(crate) fn block_size(system: &StatFs) -> u64 {
     believed_block(u64::try_from(system.f_bsize).unwrap_or(BLOCK))
 }
@@ -161,7 +162,7 @@ fn believed_block(block: u64) -> u64 {
     }
 }
 
-/// How many ranges of data are left of `data` (sorted) when `holes` are punched.
+/// The number of ranges of data that are left of `data` (sorted) when `holes` are punched.
 pub(crate) fn extents_without(data: &[FileRange], holes: &[FileRange]) -> u64 {
     let mut count = Tally::ZERO;
     for data in data {

@@ -144,11 +144,11 @@ pub fn has_zeroes_to_punch(dump: &Dump, guest: &Analysis) -> Result<bool, DumpEr
     Ok(plan.expect_in_place(&PruneOptions::new())?.changed)
 }
 
-/// What is known before the file is changed.
+/// The facts that are known before the file is changed.
 struct Prepared<'a> {
     format: &'a dyn InPlace,
     stats: PruneStats,
-    /// What is written before the first hole is punched.
+    /// The bytes that are written before the first hole is punched, each with its offset.
     marks: Vec<(FileOffset, Vec<u8>)>,
     holes: Vec<FileRange>,
     /// The file system's block.
@@ -257,7 +257,7 @@ fn open_to_change(dump: &PlainDump, options: &PruneOptions) -> Result<File, Dump
     Ok(file)
 }
 
-/// Where a file has data, by its file system.
+/// The ranges of a file that have data, by its file system.
 struct Data<'a> {
     file: &'a File,
     len: u64,

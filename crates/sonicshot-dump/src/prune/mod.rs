@@ -19,7 +19,7 @@ use std::io::Write;
 use std::path::Path;
 
 impl CheckedPlan<'_> {
-    /// What every prune begins with: what the plan comes to, and that the dump is what was opened.
+    /// Begins a prune: counts what the plan comes to, and checks that the dump is what was opened.
     /// `files` are those of which the size on disk is told.
     pub(crate) fn begin(&self, files: &[&File]) -> Result<PruneStats, DumpError> {
         self.dump().check_unchanged()?;
@@ -74,7 +74,7 @@ impl CheckedPlan<'_> {
     /// Writes a dump of the same format without the pages that go, from front to back: into a
     /// pipe. Only migration streams, those in a libvirt image too, and Xen images can be written
     /// so.
-    /// What is written is complete only if this returns without an error.
+    /// The output is complete only if this returns without an error.
     ///
     /// # Errors
     /// [`DumpError::NotAStream`] for other formats, and what reading and writing gives.

@@ -1,4 +1,4 @@
-//! Which ranges of a file a plan drops.
+//! The ranges of a file that a plan drops.
 
 use crate::DumpError;
 use crate::backing::plain::PlainDump;

@@ -1,4 +1,4 @@
-//! How far a prune is, and what it did.
+//! The progress of a prune, and its results.
 
 use crate::DumpError;
 use sonicshot::{FileStamp, PrunePlan, Tally, to_u64};
@@ -47,7 +47,7 @@ pub struct PruneStats {
 }
 
 impl PruneStats {
-    /// What dropping `goes` of `plan` comes to, before it is done.
+    /// The statistics of dropping `goes` of `plan`, before it is done.
     pub(crate) fn of(plan: &PrunePlan, goes: &PrunePlan) -> Self {
         Self {
             dropped_bytes: goes.dropped_bytes(),
@@ -60,7 +60,7 @@ impl PruneStats {
     }
 }
 
-/// What a file takes on disk, in bytes.
+/// The space that a file takes on disk, in bytes.
 pub(crate) fn disk_usage(file: &File, path: &Path) -> Result<u64, DumpError> {
     let metadata = file.metadata().map_err(DumpError::io("reading", path))?;
     if metadata.file_type().is_block_device() {
@@ -70,7 +70,7 @@ pub(crate) fn disk_usage(file: &File, path: &Path) -> Result<u64, DumpError> {
     Ok(bytes_of_blocks(&metadata))
 }
 
-/// What the blocks of a file come to, in bytes: the kernel counts them in units of 512.
+/// The sum of the blocks of a file, in bytes: the kernel counts them in units of 512.
 pub(crate) fn bytes_of_blocks(metadata: &Metadata) -> u64 {
     Tally::new(metadata.blocks()).times(512).get()
 }

@@ -16,7 +16,7 @@ use std::path::Path;
 
 /// Ranges shorter than this are gathered before they are written.
 const GATHERED_BELOW: u64 = 64 << 10;
-/// What `zstd` itself uses.
+/// The level that `zstd` itself uses.
 const ZSTD_LEVEL: i32 = 3;
 /// Of 0 to 9: memory is large, and higher ones take ten times as long.
 const XZ_PRESET: u32 = 1;
@@ -170,7 +170,7 @@ pub(crate) fn write(
     Ok(counted.1)
 }
 
-/// What writes all of a stream.
+/// A function that writes all of a stream.
 type WriteAll<'a> = &'a mut dyn FnMut(&mut dyn Write) -> Result<(), DumpError>;
 
 /// Has `all` written to `out`, compressed.

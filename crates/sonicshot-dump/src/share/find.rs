@@ -65,7 +65,7 @@ impl Found {
     }
 }
 
-/// What the disks were looked through for.
+/// The pages that the disks were looked through for, and those found.
 struct Guessed {
     looked_for: u64,
     found: DiskGuesses,
@@ -100,7 +100,7 @@ impl Guessed {
     }
 }
 
-/// Which file could not be read.
+/// The error that names the file which could not be read.
 fn told(error: CheckpointError, dump: &PlainDump, disks: &[DiskImage]) -> DumpError {
     match error {
         CheckpointError::Memory(source) => DumpError::Memory { source },
@@ -116,13 +116,13 @@ fn told(error: CheckpointError, dump: &PlainDump, disks: &[DiskImage]) -> DumpEr
     }
 }
 
-/// What the file system of `file` shares at once.
+/// The unit that the file system of `file` shares at once, in bytes.
 pub(super) fn block_of(file: &File, path: &Path) -> Result<u64, DumpError> {
     let system = fstatfs(file).map_err(|error| DumpError::io("reading", path)(error.into()))?;
     Ok(block_size(&system))
 }
 
-/// Where in the file, and in the image, the frames of a guess are.
+/// Adds the places of the frames of a guess in the file and in the image.
 fn places(dump: &PlainDump, guess: &DiskGuess, pieces: &mut Vec<Piece>) -> Result<(), DumpError> {
     let wrong = |at: Gpa| {
         let what = "memory beyond 64 bits";
@@ -187,7 +187,7 @@ fn join(mut pieces: Vec<Piece>) -> Vec<Piece> {
     joined
 }
 
-/// What of a piece is whole blocks in both files.
+/// The part of a piece that is whole blocks in both files.
 fn whole_blocks(piece: Piece, block: u64) -> Option<Piece> {
     let inside = piece.file.start().raw().checked_rem(block)?;
     if piece.disk.start().raw().checked_rem(block)? != inside {

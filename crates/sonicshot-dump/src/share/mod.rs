@@ -24,12 +24,12 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-/// What the kernel shares at once: btrfs does no more.
+/// The most bytes that the kernel shares at once: btrfs does no more.
 const AT_ONCE: u64 = 16 << 20;
 /// The amount that is compared at once.
 const COMPARED: u64 = 1 << 20;
 
-/// How a memory file shares blocks with disks.
+/// Options for a memory file to share blocks with disks.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ShareOptions {
@@ -37,7 +37,7 @@ pub struct ShareOptions {
     pub overwrite: Overwrite,
     /// The shortest run of pages that is shared; by default [`MIN_RUN`](Self::MIN_RUN).
     pub min_run: NonZeroU64,
-    /// How many threads look for pages; by default as many as there are cores.
+    /// The number of threads that look for pages; by default as many as there are cores.
     pub threads: Option<NonZeroUsize>,
     /// Whoever is told how far it is, in bytes: first of the disks, then of what is shared or
     /// copied.

@@ -7,11 +7,11 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// How a bound shows.
+/// The sign of a bound.
 enum Shows {
     /// More is refused in these words.
     Says(&'static str),
-    /// What is longer is passed over: there are no VMCOREINFO, no notes.
+    /// Anything longer is passed over: there are no VMCOREINFO, no notes.
     NoVmcoreinfo,
     NoNotes,
 }

@@ -58,11 +58,11 @@ fn notes(notes: &[Vec<u8>]) -> Load {
     }
 }
 
-/// How a core is laid out in its file.
+/// The layout of a core in its file.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
     ehsize: u16,
-    /// Where the program headers begin.
+    /// The offset of the program headers.
     phoff: u64,
     /// Bytes of padding before each segment's data.
     padding: usize,
@@ -182,7 +182,7 @@ fn segments(bytes: &[u8]) -> Vec<Load> {
         .collect()
 }
 
-/// What a list of segments says of memory: the first that has a byte counts, then that it is zero.
+/// The memory by a list of segments: the first that has a byte counts, then that it is zero.
 fn memory(loads: &[Load], layout: &RamLayout) -> Vec<(Gpa, Vec<u8>)> {
     let mut regions: Vec<_> = layout
         .regions()
@@ -206,7 +206,7 @@ fn memory(loads: &[Load], layout: &RamLayout) -> Vec<(Gpa, Vec<u8>)> {
     regions
 }
 
-/// Where what is pruned of a file goes.
+/// The path of the pruned copy of a file.
 fn pruned_path(path: &Path) -> PathBuf {
     format!("{}.pruned", path.display()).into()
 }
@@ -310,7 +310,7 @@ fn what_segments_leave_out_is_absent() {
     assert_eq!(absent(&dump), lacks);
 }
 
-/// What the guest uses and is given up is not there, and not zero, whoever reads the core next.
+/// Memory that the guest uses and that is given up is not there, and not zero, whoever reads the core next.
 #[test]
 fn what_is_cut_off_is_absent_and_stays_so() {
     let folder = TempDir::new().unwrap();

@@ -1,4 +1,4 @@
-//! What a plan is refused for, and what it keeps, on a real guest's dump.
+//! The reasons to refuse a plan, and the pages that it keeps, on a real guest's dump.
 
 use crate::common::*;
 use sonicshot::{ClassSet, GpaRange, GuestMemory, PageClass, PageSize};

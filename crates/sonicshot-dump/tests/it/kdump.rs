@@ -172,7 +172,7 @@ impl Build {
         out
     }
 
-    /// What frame `frame` must read as: `None` if it is not RAM, `Some(None)` if it is absent.
+    /// The content that frame `frame` must read as: `None` if it is not RAM, `Some(None)` if it is absent.
     fn want(&self, frame: u64) -> Option<Option<Vec<u8>>> {
         if !self.present.contains(&frame) {
             return None;
@@ -549,7 +549,7 @@ fn every_truncation_is_an_error_somewhere() {
     }
 }
 
-/// What is there reads right, and the rest is told as absent by all who tell.
+/// Checks that the pages there read right, and the rest is told as absent by all who tell.
 fn check_cut(build: &Build, dump: &KdumpFile) {
     for frame in build.present.iter().copied() {
         let at = Gpa::new(frame * build.block as u64);

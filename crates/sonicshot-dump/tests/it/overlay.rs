@@ -34,7 +34,7 @@ fn page(seed: u64) -> Vec<u8> {
     }
 }
 
-/// What the guest has: the diff's pages, else the base's.
+/// The guest's memory: the diff's pages, else the base's.
 fn merged(base: &[Option<u64>], diff: &[Option<u64>]) -> Vec<u8> {
     let pages = base.iter().zip(diff);
     pages

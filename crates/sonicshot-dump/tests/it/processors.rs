@@ -1,4 +1,4 @@
-//! What dumps tell of the guest's processors: made by hand, and as QEMU wrote it.
+//! The guest's processors, as dumps tell of them: made by hand, and as QEMU wrote it.
 
 use crate::common::qemu::{Block, File, name};
 use sonicshot::x86_64::ControlRegisters;
@@ -351,7 +351,7 @@ mod devices {
         ("env.rest", 1, 404),
     ];
 
-    /// What is written down of the devices.
+    /// The state of the devices, as it is written.
     struct Devices {
         out: Vec<u8>,
         described: Vec<String>,
@@ -557,7 +557,7 @@ mod devices {
         Dump::open(&path, None).unwrap()
     }
 
-    /// What both kinds of files with these devices tell.
+    /// The processors that both kinds of files with these devices tell of.
     fn told(folder: &Path, devices: &[u8]) -> Processors {
         let of_mapped = open(folder, &mapped_ram(devices)).processors();
         let of_stream = open(folder, &stream(devices)).processors();
@@ -797,7 +797,7 @@ mod devices {
         );
     }
 
-    /// What QEMU wrote behind the memory of real guests, and what it said of their processors.
+    /// The states that QEMU wrote behind the memory of real guests, with what it said of their processors.
     #[test]
     fn real_states_are_read() {
         let folder = tempfile::tempdir().unwrap();
@@ -844,7 +844,7 @@ mod devices {
     const NR_CPUS: (u64, u64) = (0x105_2000, 0x75_1eb0);
 }
 
-/// What a VMM's own state tells goes with the memory.
+/// The processors by a VMM's own state go with the memory.
 #[test]
 fn a_dump_is_told_of_its_processors() {
     let folder = tempfile::tempdir().unwrap();

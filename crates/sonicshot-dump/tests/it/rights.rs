@@ -1,4 +1,4 @@
-//! Whose an output is, and who may do what with it.
+//! The owner of an output, and who may do what with it.
 
 use crate::common::qemu::{Block, stream};
 use crate::common::replacing;
@@ -57,7 +57,7 @@ fn rights(path: &Path) -> (u32, u32, u32) {
     (metadata.uid(), metadata.gid(), metadata.mode() & 0o7777)
 }
 
-/// What a file of `owner` with `mode` has.
+/// The owner and the mode that a file of `owner` with `mode` has.
 fn of(owner: (u32, u32), mode: u32) -> (u32, u32, u32) {
     if geteuid().is_root() {
         (owner.0, owner.1, mode)

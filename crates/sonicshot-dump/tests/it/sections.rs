@@ -43,7 +43,7 @@ fn devices() -> Vec<u8> {
     out
 }
 
-/// What stands before the records of pages, the records as a part of the memory, and the rest.
+/// The bytes before the records of pages, the records as a part of the memory, and the rest.
 fn taken_apart() -> [Vec<u8>; 3] {
     let whole = stream();
     let find = |mut places: Vec<usize>| places.pop().unwrap() + RAM_ENDS.len();

@@ -1,4 +1,4 @@
-//! What every guest memory must do, and where RAM is found.
+//! Tests of what every guest memory must do, and of the search for RAM.
 
 use crate::fake::{Fake, PAGE, bytes, library, without};
 use sonicshot::{Gpa, GpaRange, GuestMemory, MAX_MAP};
@@ -22,7 +22,7 @@ fn regions() -> Vec<GpaRange> {
     RANGES.into_iter().map(region).collect()
 }
 
-/// What the guest has at `at`.
+/// Reads the guest's content at `at`.
 fn expected(all: &[u8], at: Gpa, buf: &mut [u8]) {
     let mut offset = 0;
     for (start, end) in RANGES {

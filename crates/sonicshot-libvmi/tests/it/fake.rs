@@ -56,7 +56,7 @@ impl Fake {
         LibVmiGuest::open(&library(), &self.domain(), None)
     }
 
-    /// What was called.
+    /// The calls that were made.
     pub fn log(&self) -> Vec<String> {
         let log = fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
         let calls = log.lines().filter(|line| *line != "maps");

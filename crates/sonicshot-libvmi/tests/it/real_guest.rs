@@ -25,7 +25,7 @@ fn told(name: &str) -> String {
     line.unwrap().to_owned()
 }
 
-/// Where its page tables are.
+/// The address of its top-level page table.
 fn root() -> u64 {
     let linked = u64::from_str_radix(&told("SYMBOL(swapper_pg_dir)"), 16).unwrap();
     let base: i64 = told("NUMBER(phys_base)").parse().unwrap();

@@ -1,7 +1,7 @@
 //! A file that begins as one of a format and is none: a guest's memory whose first page happens to
 //! look so.
 //!
-//! What begins as an ELF core, a compressed file or anything else may be RAM: its first page is
+//! A file that begins as an ELF core, a compressed file or anything else may be RAM: its first page is
 //! the guest's. It is taken for RAM only if it cannot be read as what it seems to be, or holds no
 //! kernel so, and if there is a kernel in it as RAM, whose page tables lead to where it lies.
 

@@ -17,7 +17,7 @@ pub(super) struct Candidate {
     layout: Option<LayoutSpec>,
     /// The RAM that the guest boots with; `None` if the dump says where it lies.
     pub boot: Option<RamLayout>,
-    /// Where other blocks are put to begin with, so that the kernel can be read if it is in them.
+    /// The places of other blocks to begin with, so that the kernel can be read if it is in them.
     pub guess: Vec<BlockPlace>,
     /// Whether blocks were put in an order that nothing in the file tells.
     pub guessed: bool,
@@ -28,7 +28,7 @@ pub(super) struct Candidate {
 }
 
 impl Candidate {
-    /// How the dump is opened to be looked at.
+    /// The layout with which the dump is opened to be looked at.
     pub(super) fn layout_with_guess(&self) -> Option<LayoutSpec> {
         match &self.layout {
             Some(LayoutSpec::Blocks(places)) => Some(LayoutSpec::Blocks(
@@ -38,7 +38,7 @@ impl Candidate {
         }
     }
 
-    /// Where blocks were put in an order that nothing in the file tells; `None` if none was.
+    /// The places of blocks in an order that nothing in the file tells; `None` if none was put so.
     pub(super) fn guessed_places(&self) -> Option<&[BlockPlace]> {
         match &self.layout {
             Some(LayoutSpec::Blocks(places)) if self.guessed => Some(places),
@@ -52,14 +52,14 @@ impl Candidate {
 pub(super) struct Candidates {
     /// The blocks of a QEMU file; none of other formats.
     blocks: Vec<RamBlock>,
-    /// Where a machine may have its RAM.
+    /// The layouts of RAM that a machine may have.
     specs: Vec<LayoutSpec>,
     todo: std::vec::IntoIter<Candidate>,
     /// Whether nothing has to be found out.
     pub certain: bool,
     /// Whether every VMM that is known lays it out alike: the guest may know better.
     pub sole: bool,
-    /// What the guest boots with, once a kernel was found.
+    /// The RAM that the guest boots with, once a kernel was found.
     e820: Option<Vec<GpaRange>>,
     /// So many were taken.
     tried: usize,
@@ -359,7 +359,7 @@ fn take(ranges: &mut Vec<GpaRange>, len: u64) -> Option<Vec<GpaRange>> {
     Some(taken)
 }
 
-/// Where `len` bytes of RAM lie by the guest's map: some below 4 GiB, the rest from there on.
+/// The ranges of `len` bytes of RAM by the guest's map: some below 4 GiB, the rest from there on.
 fn by_e820(e820: &[GpaRange], len: u64) -> Option<Vec<GpaRange>> {
     let gib_4 = Gpa::new(1 << 32);
     let end = e820.iter().map(GpaRange::end).max()?;

@@ -1,5 +1,5 @@
-//! Where firmware or the VMM said that RAM is, as the boot loader handed it to the kernel: found
-//! in memory whose layout is not known, before any kernel is.
+//! The RAM map of the firmware or the VMM, as the boot loader handed it to the kernel: found in memory
+//! whose layout is not known, before any kernel is.
 //!
 //! Linux keeps what it was handed, `struct boot_params` with the table of the e820 map
 //! (`arch/x86/include/uapi/asm/bootparam.h`), wherever it was loaded. What is found here, which
@@ -9,7 +9,7 @@ use sonicshot::{Gpa, GpaRange, GuestMemory, to_u64, to_usize};
 
 /// `HdrS`, in the header of every kernel since 2.00 of the boot protocol.
 const MARK: &[u8] = b"HdrS";
-/// Where that stands in `struct boot_params`, and what stands before it: the end of a boot sector.
+/// The offset of the mark in `struct boot_params`, and what stands before it: the end of a boot sector.
 const MARK_AT: usize = 0x202;
 const SECTOR_END: (usize, [u8; 2]) = (0x1fe, [0x55, 0xaa]);
 /// The number of entries of the table, and the table.

@@ -49,8 +49,8 @@ fn in_format<T>(snapshot: &Snapshot, look: Look<'_, T>) -> Result<Placed<T>, Off
     }
 }
 
-/// How much RAM the guest was told that it has, by the largest map that its firmware or loader has left
-/// in `memory`.
+/// The amount of RAM that the guest was told of, in bytes, by the largest map that its firmware or
+/// loader has left in `memory`.
 pub(crate) fn told_ram(memory: &dyn GuestMemory) -> Option<u64> {
     // A map of more than 64 bits is none.
     let sums = firmware::maps(memory).into_iter().filter_map(|map| {

@@ -8,14 +8,14 @@ use sonicshot_dump::{Doubts, Dump};
 use sonicshot_vmi::{GuestOptions, GuestOs, VmiError};
 use std::sync::Arc;
 
-/// What is wanted of a guest once it is found.
+/// The look at a guest once it is found.
 pub(crate) type Look<'a, T> = &'a dyn Fn(&dyn GuestOs) -> Result<T, VmiError>;
 
 /// A dump whose layout is known, and what was made of its guest.
 #[derive(Debug)]
 pub(crate) struct Placed<T> {
     pub dump: Dump,
-    /// How the layout was found, for people.
+    /// The way in which the layout was found, for people.
     pub origin: &'static str,
     pub doubts: Doubts,
     pub notes: Vec<Note>,
@@ -31,7 +31,8 @@ pub(crate) fn open_guest<'d>(
     sonicshot_vmi::open_guest(dump, &options).map_err(OfflineError::guest(snapshot.memory_file()))
 }
 
-/// How a guest is looked for, by what is known beforehand and the VMCOREINFO beside its memory.
+/// The options for looking for a guest, by what is known beforehand and the VMCOREINFO beside its
+/// memory.
 pub(crate) fn guest_options(known: &OpenOptions, vmcoreinfo: Option<&[u8]>) -> GuestOptions {
     let mut options = GuestOptions::new();
     for path in &known.symbols {

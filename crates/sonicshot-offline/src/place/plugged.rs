@@ -100,11 +100,11 @@ const MIN_LISTS: u64 = 64;
 const CLEARLY: u64 = 8;
 /// With so many nothing more need be looked at.
 const ENOUGH: u64 = MIN_LISTS * CLEARLY;
-/// How much of a block is looked through: a kernel that has anything in it has lists there.
+/// The most bytes of a block that are looked through: a kernel that has anything in it has lists there.
 const MAX_LOOK: u64 = 256 << 20;
 const PIECE: usize = 1 << 20;
 
-/// Where each of the blocks that are now at `ranges` belongs, of these ranges, if that is clear.
+/// The place of each of the blocks that are now at `ranges`, among these ranges, if that is clear.
 fn order_by_lists(
     dump: &Dump,
     ranges: &[GpaRange],
@@ -137,7 +137,8 @@ fn clear_winner(votes: &[u64]) -> Option<usize> {
     (*count >= MIN_LISTS && clear).then_some(best)
 }
 
-/// How many empty lists in the block at `range` would point to themselves at each of `places`.
+/// The number of empty lists in the block at `range` that would point to themselves at each of
+/// `places`.
 fn lists_by_place(
     dump: &Dump,
     range: GpaRange,

@@ -146,7 +146,7 @@ fn no_layout(snapshot: &Snapshot) -> OfflineError {
     }
 }
 
-/// How much an error tells: that there is no kernel, least of all.
+/// The rank of an error by what it tells: that there is no kernel, least of all.
 fn tells(error: &OfflineError) -> u8 {
     match error {
         OfflineError::Guest {

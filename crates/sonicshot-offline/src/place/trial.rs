@@ -94,7 +94,7 @@ fn done<T>(
     }))
 }
 
-/// What a guest's own map says of a layout.
+/// The agreement of a layout with the guest's own map.
 enum Agreement {
     Full,
     /// This is what the guest boots with instead.
@@ -123,8 +123,8 @@ fn agreement(candidates: &Candidates, candidate: &Candidate, guest: &dyn GuestOs
     }
 }
 
-/// What the kernel's sections of memory say of a layout, where nothing tells the map that it booted
-/// with: without types there is no such map.
+/// The agreement of a layout with the kernel's sections of memory, where nothing tells the map that it
+/// booted with: without types there is no such map.
 fn by_sections(boot: &RamLayout, guest: &dyn GuestOs) -> Agreement {
     let Ok(known) = guest.known_memory() else {
         return Agreement::Unknown;
@@ -163,7 +163,7 @@ fn ends_elsewhere(candidate: &Candidate, dump: &Dump, guest: &dyn GuestOs) -> Op
     })
 }
 
-/// Where the blocks lie that are not in `places`, by what the guest's kernel has of RAM.
+/// The places of the blocks that are not in `places`, by what the guest's kernel has of RAM.
 fn plugged(candidates: &Candidates, places: &[BlockPlace], ram: &[GpaRange]) -> Plugged {
     let names: Vec<&str> = places.iter().map(|place| place.name.as_str()).collect();
     let taken: Vec<GpaRange> = places.iter().flat_map(|p| p.ranges.clone()).collect();

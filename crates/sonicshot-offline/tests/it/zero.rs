@@ -92,7 +92,7 @@ fn what_may_be_a_diff_or_no_memory_keeps_its_zeroes() {
     }
 }
 
-/// What a prune in place has made is holes; the next one has nothing to do, and says so.
+/// Zeroes that a prune in place has made are holes; the next one has nothing to do, and says so.
 #[test]
 fn zeroes_that_are_holes_already_are_no_work() {
     let folder = TempDir::new().unwrap();

@@ -40,7 +40,7 @@ impl Disk {
         ("query-block", 1, Answer::Return(list))
     }
 
-    /// What QEMU says when it writes to `top`.
+    /// QEMU's answer when it writes to `top`.
     fn after(&self, top: &Path) -> Change {
         let below = json!({"filename": self.base});
         let list = self.list(&json!({"filename": top, "backing-image": below}));

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
-/// What devices there are, as QEMU writes it.
+/// The state of the devices, as QEMU writes it.
 pub(crate) const DEVICES: &[u8] = b"QEVM\0\0\0\x03\x04the state of devices\0";
 const START_KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 
@@ -45,7 +45,7 @@ pub(crate) fn memory() -> MappedRegions<'static> {
     MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram()))]).unwrap()
 }
 
-/// Where the guest's top-level page table is.
+/// The address of the guest's top-level page table.
 pub(crate) fn root() -> u64 {
     static ROOT: OnceLock<u64> = OnceLock::new();
     *ROOT.get_or_init(|| {
@@ -81,12 +81,12 @@ pub(crate) fn registers(cr3: u64) -> String {
     )
 }
 
-/// What the monitor does with a command.
+/// The monitor's answer to a command.
 #[derive(Debug, Clone)]
 pub(crate) enum Answer {
     Return(Value),
     Error(&'static str),
-    /// What it always is, but the guest is reset before.
+    /// The usual answer, but the guest is reset before.
     Reset,
     /// None, ever.
     Nothing,
@@ -94,8 +94,8 @@ pub(crate) enum Answer {
     Close,
 }
 
-/// What is not as it always is: a command, or a line for people; which time it comes, from 1; and
-/// what is done then.
+/// A change of the usual: a command, or a line for people; which time it comes, from 1; and what is
+/// done then.
 pub(crate) type Change = (&'static str, u32, Answer);
 
 /// A monitor, until it is closed.

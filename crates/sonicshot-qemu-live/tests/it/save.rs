@@ -97,7 +97,7 @@ fn a_guest_is_as_it_was_to_be_afterwards() {
     }
 }
 
-/// What is changed, and what the error has then.
+/// A change, and what the error then has.
 type Refusal = (Change, &'static str);
 
 fn said(value: Value) -> Answer {

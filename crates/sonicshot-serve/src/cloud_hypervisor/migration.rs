@@ -39,7 +39,7 @@ const DEFAULT_HUGE: u64 = 2 << 20;
 pub(crate) struct Slot {
     pub number: u32,
     pub guest: GpaRange,
-    /// Where in the file it begins.
+    /// Its offset in the file.
     pub offset: u64,
     /// The size of its pages, if they are huge.
     pub huge: Option<u64>,
@@ -256,7 +256,7 @@ pub(crate) fn slots_of(path: &Path) -> Result<Vec<Slot>, ServeError> {
 }
 
 impl Config {
-    /// Why this cannot be restored page by page, if it cannot.
+    /// The reason why this cannot be restored page by page, if it cannot.
     fn obstacle(&self) -> Option<&'static str> {
         let vm = &self.vm_config;
         let mut zones = vm.memory.zones.iter().flatten();

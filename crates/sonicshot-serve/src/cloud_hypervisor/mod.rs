@@ -44,20 +44,20 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread::Builder;
 
-/// How much longer than others an answer may take behind which the virtual machine is made.
+/// The factor by which an answer may take longer than others if the virtual machine is made before it.
 const MAKING: u32 = 6;
 
-/// How Cloud Hypervisors are restored.
+/// Options for restoring Cloud Hypervisors.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct CloudOptions {
-    /// How each virtual machine is served.
+    /// The options for each virtual machine.
     pub vm: VmOptions,
     /// Users that may have the guest's memory beside this process's own and root.
     pub allow: Vec<u32>,
     /// Leave the guest paused.
     pub paused: bool,
-    /// How long an answer may take.
+    /// The time that an answer may take.
     pub patience: Duration,
 }
 
@@ -311,7 +311,7 @@ impl Channel {
         Ok(channel)
     }
 
-    /// How long each answer may take from now on.
+    /// Sets the time that each answer may take from now on.
     fn wait_for(&self, limit: Duration) -> Result<(), ServeError> {
         // None would be for ever.
         let limit = Some(limit.max(Duration::from_millis(1)));

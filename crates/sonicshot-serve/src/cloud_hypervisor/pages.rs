@@ -18,7 +18,7 @@ use sonicshot::{GpaRange, RamLayout};
 
 /// Of small ones any size may be said.
 const PAGE: u64 = 4096;
-/// Where `memfd_create` takes the logarithm of a page size.
+/// The bit from which `memfd_create` takes the logarithm of a page size.
 const SIZE_SHIFT: u32 = 26;
 
 /// A file that is mapped here.

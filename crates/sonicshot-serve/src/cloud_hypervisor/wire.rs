@@ -18,10 +18,10 @@ const ABANDON: u16 = 6;
 const PAGE_FAULT: u16 = 9;
 /// Bytes of a range.
 const RANGE: u64 = 16;
-/// What a connection is for: page faults.
+/// The role of a connection: page faults.
 pub(super) const ROLE_FAULT: [u8; 2] = 2_u16.to_le_bytes();
 
-/// What is said on the first connection.
+/// The commands on the first connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Command {
     Start,

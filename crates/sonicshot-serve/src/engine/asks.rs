@@ -1,10 +1,10 @@
-//! Who asks for pages in words, where the kernel tells of faults to somebody else.
+//! Peers that ask for pages in words, where the kernel tells of faults to somebody else.
 
 use crate::error::ServeError;
 use rustix::fd::BorrowedFd;
 use sonicshot::GpaRange;
 
-/// What has been asked.
+/// A question that has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(
     not(feature = "server"),

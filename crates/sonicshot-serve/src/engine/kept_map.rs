@@ -14,7 +14,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 pub(crate) struct Map {
     pub(super) start: NonNull<u8>,
     len: usize,
-    /// Where the bits begin.
+    /// The offset of the bits.
     bits: usize,
 }
 

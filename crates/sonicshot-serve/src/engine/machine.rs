@@ -28,21 +28,21 @@ const FAULTS_HELD: usize = if cfg!(test) { 8 } else { 1 << 16 };
 const READS_AT_ONCE: usize = 16;
 /// Pages that a prefetch looks at before it looks for faults again.
 const LOOKS_AT_ONCE: usize = 1024;
-/// How long a remove is waited for, at first and at most: it ends when the thread that removes
-/// has run.
+/// The time for which a remove is waited for, at first and at most: it ends when the thread that
+/// removes has run.
 const FIRST_WAIT: Duration = Duration::from_micros(20);
 const LAST_WAIT: Duration = Duration::from_millis(1);
-/// How often a descriptor that somebody makes sleep is looked at.
+/// The time between two looks at a descriptor that somebody makes sleep.
 const PACE: Duration = Duration::from_micros(200);
 
-/// How it ended.
+/// The way in which it ended.
 #[derive(Debug)]
 pub(crate) enum End {
     /// It was asked to.
     Stopped,
     /// The process whose memory it was has ended.
     Ended,
-    /// Who asks for pages has all of them, and asks no more.
+    /// The peer that asks for pages has all of them, and asks no more.
     Complete,
     /// A page could not be brought in, and the process was ended.
     #[cfg_attr(
@@ -84,9 +84,10 @@ pub(crate) struct Machine {
     control: Arc<Control>,
     /// The process whose memory it is, if it is not this one.
     peer: Option<Arc<OwnedFd>>,
-    /// Who asks for pages in words. The memory is then mapped here too, where nobody touches it.
+    /// The peer that asks for pages in words. The memory is then mapped here too, where nobody touches
+    /// it.
     asks: Option<Box<dyn Asks>>,
-    /// What is left of what was asked, and since when.
+    /// The rest of the range that was asked for, and since when.
     asked: Option<(GpaRange, Instant)>,
     pending: VecDeque<Fault>,
     /// Whether faults came that were not held.
@@ -95,11 +96,11 @@ pub(crate) struct Machine {
     plan: Plan,
     /// Whether there may be something to read.
     readable: bool,
-    /// How long the next wait for a remove is.
+    /// The length of the next wait for a remove.
     patience: Duration,
     buffer: Vec<u8>,
     page: Vec<u8>,
-    /// What another server can go on with.
+    /// The record that another server can go on with.
     kept: Option<Kept>,
     messages: Vec<u8>,
 }
@@ -316,8 +317,8 @@ impl Machine {
         Ok(None)
     }
 
-    /// Where the first page of what is asked for is; refused if it is not all whole pages of one
-    /// region.
+    /// The region and the first page of the range that is asked for; refused unless it is whole pages
+    /// of one region.
     fn asked_page(&self, range: GpaRange) -> Result<(usize, u64), ServeError> {
         let inside = |region: &Region| region.guest.intersection(&range) == range;
         let mut regions = (0..).zip(&self.regions);
@@ -1014,7 +1015,7 @@ mod tests {
         drop(vm);
     }
 
-    /// What a server had noted as given back, and what it had only read when it was killed.
+    /// Pages that a server had noted as given back, and those that it had only read when it was killed.
     #[cfg(feature = "server")]
     #[test]
     fn who_goes_on_brings_nothing_back() {

@@ -54,7 +54,7 @@ pub enum Prefetch {
     Everything,
 }
 
-/// How a virtual machine is served.
+/// Options for serving a virtual machine.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct VmOptions {
@@ -62,11 +62,11 @@ pub struct VmOptions {
     pub prefetch: Prefetch,
     /// The working set.
     pub set: Arc<PageSet>,
-    /// How much around a page that is asked for comes in with it, in bytes. 0: nothing.
+    /// The bytes around a page that is asked for that come in with it. 0: none.
     pub around: u64,
-    /// Who notes which pages are asked for.
+    /// The recorder that notes which pages are asked for.
     pub recorder: Option<Arc<Recorder>>,
-    /// Who counts.
+    /// The counters.
     pub metrics: Arc<Metrics>,
     /// Serve a source too of which pages that the guest uses are missing: they read as zero.
     pub for_analysis: bool,
@@ -172,7 +172,7 @@ impl Vm {
         })
     }
 
-    /// Why a page could not be brought in, if that happened.
+    /// The reason why a page could not be brought in, if that happened.
     #[must_use]
     pub fn error(&self) -> Option<Arc<ServeError>> {
         self.control.outcome().error.clone()

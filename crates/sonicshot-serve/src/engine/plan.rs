@@ -6,12 +6,12 @@ use sonicshot::{Gpa, GpaRange};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// How long no fault must have come before more is brought in than the set.
+/// The time without a fault before more is brought in than the set.
 const QUIET: Duration = Duration::from_micros(200);
-/// How long faults may keep it from going on at all.
+/// The time for which faults may keep it from going on at all.
 const STARVED: Duration = Duration::from_millis(2);
 
-/// What a range is brought in for.
+/// The reason for bringing in a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
     /// The guest is known to need it, zeroes as well: nothing is gained by waiting.
@@ -25,7 +25,7 @@ pub(super) struct Plan {
     set: Arc<PageSet>,
     rest: Arc<[GpaRange]>,
     part: Part,
-    /// Which range, and how far in it.
+    /// The number of the range, and the place in it.
     number: usize,
     at: Option<Gpa>,
     /// Whether the end of the rest is the end of all.
@@ -37,7 +37,7 @@ pub(super) struct Plan {
     step: Option<Instant>,
 }
 
-/// When to go on.
+/// The time to go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Turn {
     Now,

@@ -43,7 +43,7 @@ impl VmRegion {
         self.guest
     }
 
-    /// Where it begins.
+    /// Its start in the host.
     #[must_use]
     pub const fn host(&self) -> HostAddress {
         self.host
@@ -177,19 +177,19 @@ impl Region {
         self.start <= host && host < self.end
     }
 
-    /// Where the page with this address begins; the address is in the region.
+    /// The start of the page with this address; the address is in the region.
     pub fn page_of(&self, host: u64) -> u64 {
         host >> self.shift << self.shift
     }
 
-    /// Where a host address is in the guest.
+    /// The guest address of a host address.
     pub fn gpa(&self, host: u64) -> Option<Gpa> {
         self.guest
             .start()
             .checked_add(host.checked_sub(self.start)?)
     }
 
-    /// Where guest memory of this region is in the host, its end included.
+    /// The host address of guest memory of this region, its end included.
     pub fn host(&self, at: Gpa) -> Option<u64> {
         self.start
             .checked_add(at.offset_from(self.guest.start())?)
@@ -211,7 +211,7 @@ impl Region {
         word.is_none_or(|word| word.load(Ordering::Relaxed) & (1 << (number & 63)) != 0)
     }
 
-    /// How many words its bits are.
+    /// The number of words of its bits.
     pub fn words(&self) -> usize {
         self.touched.words().len()
     }

@@ -16,7 +16,7 @@ struct Region {
     #[serde(alias = "base-host-virt-addr")]
     base_host_virt_addr: u64,
     size: u64,
-    /// Where it begins in the memory file, which has the regions end to end.
+    /// Its offset in the memory file, which has the regions end to end.
     offset: u64,
     #[serde(alias = "page-size")]
     page_size: Option<u64>,

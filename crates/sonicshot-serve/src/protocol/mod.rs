@@ -19,7 +19,7 @@ use sonicshot::{Gpa, GpaRange, RamLayout};
 /// Regions that a message may have: as many as a checkpoint.
 const MAX_REGIONS: usize = 4096;
 
-/// Where a region is in the guest.
+/// The place of a region in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Place {
@@ -32,11 +32,11 @@ pub enum Place {
 /// A range of a VMM's memory, as it says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mapping {
-    /// Where it begins in the VMM.
+    /// Its start in the VMM.
     pub host: HostAddress,
     /// Its length in bytes.
     pub len: u64,
-    /// Where it is in the guest.
+    /// Its place in the guest.
     pub place: Place,
     /// The size of its pages in bytes.
     pub page: u64,
@@ -45,7 +45,7 @@ pub struct Mapping {
 /// A message, understood.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Handshake {
-    /// Whose form it has, for people.
+    /// The name of its form, for people.
     pub form: &'static str,
     /// The memory.
     pub mappings: Vec<Mapping>,
@@ -58,7 +58,7 @@ pub struct Handshake {
     pub needs_remove: bool,
 }
 
-/// What an object may be, told by the fields that it has.
+/// The form of an object, told by the fields that it has.
 #[derive(Deserialize)]
 struct Object {
     sonicshot: Option<IgnoredAny>,
@@ -97,7 +97,7 @@ impl Handshake {
         Ok(handshake)
     }
 
-    /// Where all of the memory is in a guest of this layout. A range that goes on from one range
+    /// The regions of all of the memory, in a guest of this layout. A range that goes on from one range
     /// of RAM to the next is one region for each.
     ///
     /// # Errors

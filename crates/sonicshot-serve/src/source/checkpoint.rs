@@ -126,7 +126,7 @@ impl<S: RangeSource> CheckpointSource<S> {
         Ok(())
     }
 
-    /// What was read, if the file is what it was.
+    /// The content that was read, if the file has not changed.
     fn unchanged<T>(&self, read: Result<T, CheckpointError>) -> Result<T, ServeError> {
         checked(self.reader.source(), self.check.as_ref(), read)
     }
@@ -137,8 +137,8 @@ impl<S: RangeSource> CheckpointSource<S> {
         &self.reader
     }
 
-    /// What is at `at`: the chunk that has the stored page, and which of the guest's memory is in
-    /// it beside that page; or a run of which none is stored.
+    /// The content at `at`: the chunk that has the stored page, and the guest's memory that is in it
+    /// beside that page; or a run of which none is stored.
     fn find(&self, at: Gpa) -> Result<Found, ServeError> {
         let page = self.reader.info().page_size;
         let missing = || ServeError::NotInSnapshot { at };
@@ -264,7 +264,7 @@ impl<S: RangeSource> CheckpointSource<S> {
 struct Stored {
     chunk: Chunk,
     range: GpaRange,
-    /// Where it begins in the chunk's data, in bytes.
+    /// Its start in the chunk's data, in bytes.
     inside: u64,
 }
 
@@ -363,7 +363,7 @@ impl<S: RangeSource> CheckpointSource<S> {
     }
 }
 
-/// What a guest that runs on touches sooner has a lower number.
+/// The order of classes: pages that a guest which runs on touches sooner have a lower number.
 const fn need(class: PageClass) -> u8 {
     match class {
         PageClass::Kernel => 0,

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 /// Bytes that are had at once.
 const WINDOW: u64 = 256 << 10;
-/// Where kinds of content may change: the smallest page that a host has.
+/// The unit in which kinds of content may change: the smallest page that a host has.
 const PAGE: u64 = 4096;
 
 /// Guest memory of any kind. What it knows to be zero is never read.

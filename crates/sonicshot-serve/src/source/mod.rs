@@ -1,4 +1,4 @@
-//! Where a guest's memory comes from.
+//! Sources of a guest's memory.
 
 mod checkpoint;
 mod memory;
@@ -30,7 +30,7 @@ pub enum Content {
 /// A range of guest memory of one kind of content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
-    /// Where it is. Of [`Content::Bytes`] no more than is had at once.
+    /// Its addresses. Of [`Content::Bytes`] no more than is had at once.
     pub range: GpaRange,
     /// The content.
     pub content: Content,
@@ -122,8 +122,8 @@ pub trait PageSource: Send + Sync {
 /// Fails if what a source reads from is not what it was any more.
 pub(crate) type Check<S> = Box<dyn Fn(&S) -> Result<(), ServeError> + Send + Sync>;
 
-/// What was read, if it was read of what was opened. What is wrong with a file that has changed
-/// says less than that it has.
+/// The result of a read, if the source's file has not changed since it was opened. A fault in a file
+/// that has changed says less than that it has.
 pub(crate) fn checked<S, T, E>(
     source: &S,
     check: Option<&Check<S>>,

@@ -72,7 +72,7 @@ impl Listener {
         }
     }
 
-    /// How it ended, and what it has said.
+    /// Waits for its end; returns how it ended, and what it has said.
     fn end(mut self) -> (Output, String) {
         let mut said = String::new();
         self.lines.read_to_string(&mut said).unwrap();
@@ -132,7 +132,7 @@ fn both_forms_get_every_byte_and_keep_what_they_write() {
     }
 }
 
-/// What `offload_daemon snapshot` writes.
+/// A folder as `offload_daemon snapshot` writes it.
 fn folder() -> TempDir {
     let folder = TempDir::new().unwrap();
     let write = |name: &str, bytes: &[u8]| std::fs::write(folder.path().join(name), bytes).unwrap();

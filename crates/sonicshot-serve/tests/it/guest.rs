@@ -11,7 +11,7 @@ use std::fs::File;
 use tempfile::NamedTempFile;
 
 pub const PAGE: usize = 4096;
-/// Where RAM begins, and how many pages there are.
+/// The start of RAM, and the number of its pages.
 pub const REGIONS: [(u64, usize); 2] = [(0, 1024), (4 << 30, 2048)];
 pub const PAGES: usize = REGIONS[0].1 + REGIONS[1].1;
 

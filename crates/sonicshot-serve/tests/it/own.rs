@@ -487,7 +487,7 @@ fn a_checkpoint_for_analysis_is_not_run_unawares() {
     }
 }
 
-/// Who touches memory before it is registered gets zeroes where the guest's bytes belong: that is
+/// A reader of memory that is not registered yet gets zeroes where the guest's bytes belong: that is
 /// told, whichever way the page comes in.
 #[test]
 fn a_page_that_was_there_before_is_told() {

@@ -1,4 +1,5 @@
-//! Who cannot be served after he has sent his memory must not run on over pages of zeroes.
+//! A virtual machine that cannot be served after it has sent its memory must not run on over pages of
+//! zeroes.
 
 use crate::guest::{PAGE, PAGES, expected, layout, save};
 use crate::own::{Memory, regions};

@@ -112,7 +112,7 @@ pub fn succeeded(child: Child) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// What a client says when it is where it is to be.
+/// Waits for the line that a client prints when it is ready.
 pub fn ready(child: &mut Child) -> BufReader<std::process::ChildStdout> {
     let mut lines = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
@@ -435,7 +435,7 @@ fn another_server_goes_on_where_one_was_killed() {
     server.wait().unwrap();
 }
 
-/// Who serves another snapshot takes nothing, and who nobody takes is ended.
+/// A server of another snapshot takes nothing, and a virtual machine that no server takes is ended.
 #[test]
 fn what_no_other_server_takes_is_ended() {
     let (file, other) = (save(Compression::Lz4), save(Compression::None));

@@ -8,7 +8,7 @@ use core::fmt;
 use sonicshot::x86_64::ControlRegisters;
 use sonicshot::{Gpa, Processor};
 
-/// What is told of a processor that counts: it was started, and is not in the firmware's mode.
+/// A processor that counts, as it was told: it was started, and is not in the firmware's mode.
 #[derive(Debug, Clone)]
 pub(crate) enum Told {
     /// By the file or the VMM.
@@ -46,7 +46,7 @@ impl Landmark {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ForeignProcessor {
-    /// Which, in the order of the file.
+    /// The number of the processor, in the order of the file.
     pub number: usize,
     /// Its `CR3`, if it is told.
     pub cr3: Option<Cr3>,
@@ -54,7 +54,7 @@ pub struct ForeignProcessor {
     pub why: Foreign,
 }
 
-/// Why a processor's page tables are not those of the kernel that was found.
+/// The reason that a processor's page tables are not those of the kernel that was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Foreign {
@@ -69,9 +69,9 @@ pub enum Foreign {
         what: &'static str,
         /// The kernel-virtual address.
         at: KernelVa,
-        /// Where the kernel's page tables lead.
+        /// The address to which the kernel's page tables lead.
         kernel: Gpa,
-        /// Where the processor's lead, if anywhere.
+        /// The address to which the processor's lead, if any.
         processor: Option<Gpa>,
     },
     /// It runs a guest of its own, and the registers that it has as that guest's host are not

@@ -19,17 +19,17 @@ pub(crate) const MIN_PAGE_MASK: u64 = 0xfff;
 /// The page tables that a kernel names as its own: what tells one kernel from another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Tables {
-    /// Whose page tables they are.
+    /// The architecture of the page tables.
     pub architecture: Architecture,
     /// `swapper_pg_dir`.
     pub page_table: KernelVa,
-    /// Where that is in guest-physical memory.
+    /// The guest-physical address of that.
     pub root: Gpa,
-    /// How many levels there are.
+    /// The number of levels.
     pub levels: u32,
 }
 
-/// Where a kernel's image may lie, and how far it may reach.
+/// The range in which a kernel's image may lie, and how far it may reach.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ImageShape {
     /// Its start is a multiple of this.
@@ -38,7 +38,7 @@ pub(crate) struct ImageShape {
     pub max_len: u64,
 }
 
-/// How memory is cut into sections (`SPARSEMEM`), in powers of two.
+/// The sizes of sections of memory (`SPARSEMEM`), as powers of two.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SectionSize {
     /// `SECTION_SIZE_BITS`.
@@ -47,18 +47,18 @@ pub(crate) struct SectionSize {
     pub memory_bits: u32,
 }
 
-/// What every kernel of an architecture looks like, whatever its config and version: by this one is
-/// found that tells nothing of itself.
+/// The shape that every kernel of an architecture has, whatever its config and version: it finds a
+/// kernel that tells nothing of itself.
 #[derive(Debug)]
 pub(crate) struct KernelShape {
     pub architecture: Architecture,
     /// The only size of pages that such a kernel has.
     pub page_size: PageSize,
-    /// Where the kernel's image begins at the earliest.
+    /// The lowest address at which the kernel's image begins.
     pub image: KernelVa,
-    /// Where it ends at the latest.
+    /// The highest address at which it ends.
     pub image_end: KernelVa,
-    /// How many levels page tables may have.
+    /// The numbers of levels that page tables may have.
     pub levels: &'static [u32],
     /// `NR_PAGE_ORDERS`.
     pub orders: u64,
@@ -76,10 +76,10 @@ pub(crate) trait Arch: Sync + fmt::Debug {
     /// in its image.
     fn may_point_to_page(&self, value: u64) -> bool;
 
-    /// Where the kernel's image may lie.
+    /// The range in which the kernel's image may lie.
     fn image(&self) -> ImageShape;
 
-    /// How a kernel cuts memory into sections whose sources do not tell.
+    /// The sizes of sections of memory in a kernel whose sources do not tell.
     fn section_size(&self, page_size: PageSize) -> SectionSize;
 
     /// The page tables that a VMCOREINFO names, if they are in memory. They need not be whole.
@@ -92,15 +92,15 @@ pub(crate) trait Arch: Sync + fmt::Debug {
         text: VmcoreinfoLines<'_>,
     ) -> Result<Tables, VmiError>;
 
-    /// How `tables` are walked.
+    /// The walker of `tables`.
     fn paging(&self, tables: &Tables) -> Box<dyn Paging> {
         self.walk(tables.root, tables.levels)
     }
 
-    /// How page tables are walked whose top-level one is at `root`.
+    /// The walker of page tables whose top-level one is at `root`.
     fn walk(&self, root: Gpa, levels: u32) -> Box<dyn Paging>;
 
-    /// What a kernel looks like that tells nothing of itself, if all look alike.
+    /// The shape of a kernel that tells nothing of itself, if all look alike.
     fn shape(&self) -> Option<&'static KernelShape>;
 
     /// Whether `page` may be a kernel's top-level page table.
@@ -117,11 +117,11 @@ pub(crate) trait Arch: Sync + fmt::Debug {
     /// The RAM of the boot that the kernel counts as present (`present_pages`).
     fn counted_ram(&self, kernel: &Kernel<'_>) -> Result<Option<Vec<GpaRange>>, VmiError>;
 
-    /// Where the kernel maps all of memory, from guest-physical 0 on, if its symbols tell.
+    /// The address at which the kernel maps all of memory, from guest-physical 0 on, if its symbols tell.
     fn direct_map(&self, kernel: &Kernel<'_>) -> Result<Option<KernelVa>, VmiError>;
 
-    /// Where the kernel maps all of memory that does not choose by chance; `ranges` is what there
-    /// is of memory.
+    /// The address at which a kernel maps all of memory if it does not choose one at random; `ranges`
+    /// is the memory that exists.
     fn fixed_direct_map(&self, kernel: &Kernel<'_>, ranges: &[GpaRange]) -> Option<KernelVa>;
 
     /// The top-level tables that a processor may have the kernel's from, likeliest first, and how

@@ -12,7 +12,7 @@ use sonicshot::{Gpa, GpaRange};
 pub enum Trace {
     /// `system_state` says that the kernel has gone, or is not up.
     State {
-        /// Where it is.
+        /// Its address.
         at: KernelVa,
         /// Its value.
         value: u32,
@@ -21,14 +21,14 @@ pub enum Trace {
     },
     /// `kexec_in_progress` is set.
     Kexec {
-        /// Where it is.
+        /// Its address.
         at: KernelVa,
     },
     /// The kernel has died.
     Panic {
         /// The variable that says so.
         variable: &'static str,
-        /// Where it is.
+        /// Its address.
         at: KernelVa,
         /// The processor that died.
         cpu: i32,
@@ -47,18 +47,18 @@ pub enum Trace {
     },
     /// A table of the firmware is not where and what the kernel found.
     Firmware {
-        /// Which table.
+        /// The table.
         what: String,
-        /// Where the kernel found it.
+        /// The address at which the kernel found it.
         at: Gpa,
         /// The content.
         found: String,
     },
     /// A record of the kernel's own, written once, holds something else.
     Record {
-        /// Which record.
+        /// The record.
         what: &'static str,
-        /// Where it is.
+        /// Its address.
         at: KernelVa,
         /// Its content.
         value: u64,
@@ -67,9 +67,9 @@ pub enum Trace {
     },
     /// A record of the kernel's own cannot be followed.
     Broken {
-        /// Which test could not be ended.
+        /// The test that could not be finished.
         test: &'static str,
-        /// Why.
+        /// The reason.
         why: String,
     },
 }
@@ -122,7 +122,7 @@ impl fmt::Display for Trace {
     }
 }
 
-/// What all tests found.
+/// The findings of all tests.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Owner {
     pub traces: Vec<Trace>,
@@ -130,13 +130,13 @@ pub(crate) struct Owner {
     pub clean: Vec<&'static str>,
     /// Tests that could not be made, and why.
     pub not_made: Vec<(&'static str, String)>,
-    /// Where a later owner may have written that has not come as far as to leave a trace.
+    /// Ranges that a later owner may have written to that has not come as far as to leave a trace.
     pub in_question: Vec<GpaRange>,
-    /// Why it cannot be told whether there is a later owner, if so.
+    /// The reason that it cannot be told whether there is a later owner, if so.
     pub untold: Option<String>,
 }
 
-/// What a test comes to.
+/// The result of a test.
 pub(crate) enum Verdict {
     /// Nothing found.
     Clean,

@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
-/// How long kernels are tried, all together: one takes some 50 ms.
+/// The longest time for which kernels are tried, all together: one takes some 50 ms.
 const TRIES: Duration = Duration::from_secs(10);
 /// So many of the candidates that failed are told of.
 const MAX_TOLD: usize = 4;
@@ -22,7 +22,7 @@ fn tell(told: &mut Vec<String>, why: &dyn Display) {
     }
 }
 
-/// What a search for kernels comes to.
+/// The result of a search for kernels.
 #[derive(Debug)]
 pub(crate) enum Search<T> {
     /// These stand: at least one, and only one if it is proven.
@@ -42,7 +42,8 @@ pub(crate) struct NoText {
 }
 
 impl NoText {
-    /// Why no kernel is found, when `why` is what came of the search for one without VMCOREINFO.
+    /// The error that no kernel is found, when `why` is the result of the search for one without
+    /// VMCOREINFO.
     pub(crate) fn and(self, why: VmiError) -> VmiError {
         match (self.other, why) {
             (
@@ -77,7 +78,7 @@ impl NoText {
     }
 }
 
-/// What a kernel that was tried to the end turned out to be.
+/// The result of trying a kernel to the end.
 #[derive(Debug)]
 pub(crate) struct Tried<T> {
     pub value: T,
@@ -108,7 +109,7 @@ pub(super) struct Candidates<'a, 'm, T> {
     groups: Vec<Group>,
     by_tables: HashMap<Tables, usize>,
     hasher: RandomState,
-    /// What is left of [`TRIES`].
+    /// The rest of [`TRIES`].
     left: Duration,
     /// Whether a candidate was not tried, for there was no time.
     out_of_time: bool,

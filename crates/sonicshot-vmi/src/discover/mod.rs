@@ -31,7 +31,7 @@ pub(crate) use image::image_range;
 pub(crate) use other::say_more;
 use sonicshot::{Architecture, Gpa, GuestMemory, MemoryError, Progress};
 
-/// How VMCOREINFO begins.
+/// The beginning of VMCOREINFO.
 const MAGIC: &[u8; 10] = b"OSRELEASE=";
 
 /// A kernel that was found, with its page tables confirmed.
@@ -42,7 +42,7 @@ pub(crate) struct Found<'m> {
     pub vmcoreinfo: Vmcoreinfo,
     /// The offset that KASLR added to the linked addresses.
     pub kaslr: u64,
-    /// Where VMCOREINFO came from.
+    /// The origin of VMCOREINFO.
     pub origin: String,
     /// The page of memory that it is; `None` if it is the note of a dump.
     pub at: Option<Gpa>,
@@ -50,7 +50,7 @@ pub(crate) struct Found<'m> {
     pub tables: Tables,
 }
 
-/// What messages call VMCOREINFO in the page `at`, or in a dump's note.
+/// The name in messages of VMCOREINFO in the page `at`, or in a dump's note.
 pub(crate) fn origin(at: Option<Gpa>) -> String {
     at.map_or_else(
         || "VMCOREINFO note".into(),

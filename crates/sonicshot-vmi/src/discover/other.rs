@@ -4,8 +4,8 @@ use crate::error::VmiError;
 use crate::symbols::{search, there};
 use sonicshot::{Gpa, GpaRange, GuestBytes, GuestMemory, to_u64, to_usize};
 
-/// Where the header of an arm64 kernel's image may lie: the image is a multiple of this above the
-/// beginning of memory (`Documentation/arch/arm64/booting.rst`; with KASLR, of 64 KiB).
+/// The step between places of the header of an arm64 kernel's image: the image is a multiple of this
+/// above the beginning of memory (`Documentation/arch/arm64/booting.rst`; with KASLR, of 64 KiB).
 const IMAGE_STEP: u64 = 64 << 10;
 /// An image is no smaller.
 const LEAST_IMAGE: u64 = 1 << 20;
@@ -55,7 +55,7 @@ fn is_arm64(memory: &dyn GuestMemory) -> bool {
     is_one
 }
 
-/// Where images of arm64 kernels are, by their headers.
+/// The places of images of arm64 kernels, by their headers.
 fn arm64_images(memory: &dyn GuestMemory) -> Vec<GpaRange> {
     let image = |at: Gpa| {
         let mut header = [0; 64];

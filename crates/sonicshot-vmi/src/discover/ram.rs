@@ -6,7 +6,7 @@ use sonicshot::{
     WorkPhase, to_u64,
 };
 
-/// How much is mapped at a time while searching.
+/// The most bytes that are mapped at a time while searching.
 const WINDOW: u64 = 2 << 20;
 const _: () = assert!(WINDOW.is_power_of_two());
 

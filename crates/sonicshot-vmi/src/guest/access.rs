@@ -14,8 +14,8 @@ const MAX_TASKS: u64 = 1 << 22;
 const MAX_COMM: u64 = 64;
 
 impl<'m> LinuxGuest<'m> {
-    /// Where the kernel has the symbol `name`, as it runs: KASLR is in it. Of a per-CPU variable it is
-    /// the place in each processor's area. `None` if no source knows it.
+    /// The address of the symbol `name` in the running kernel: KASLR is in it. Of a per-CPU variable
+    /// it is the place in each processor's area. `None` if no source knows it.
     ///
     /// ```no_run
     /// # fn f(guest: &sonicshot_vmi::LinuxGuest<'_>) -> Result<(), Box<dyn std::error::Error>> {
@@ -67,7 +67,7 @@ impl<'m> LinuxGuest<'m> {
         self.kernel.space.read(at, buf)
     }
 
-    /// Where an address of the kernel lies in guest-physical memory.
+    /// The guest-physical address of an address of the kernel.
     ///
     /// # Errors
     /// [`VirtualReadError`] if nothing maps it, or a page table cannot be read.
@@ -130,7 +130,7 @@ pub struct Tasks<'g, 'm> {
     seen: u64,
 }
 
-/// Where `task_struct` has what is read of it.
+/// The offsets of the members that are read of `task_struct`.
 #[derive(Debug, Clone, Copy)]
 struct Members {
     tasks: u64,

@@ -26,12 +26,12 @@ const MAX_NOTES_SEEN: u32 = 1 << 20;
 const MAX_PLACES: usize = 1 << 12;
 /// So many kernels are held against each other; what several reboots leave is less.
 const MAX_IMAGES: usize = 16;
-/// What a note with a build ID has before it: its type, and whose it is.
+/// The fields before the content of a note with a build ID: its type, and its owner's name.
 const GNU: &[u8] = b"\x03\0\0\0GNU\0";
 /// The lengths of name and content before that.
 const NOTE_HEAD: u64 = 8;
 
-/// What symbol files tell of.
+/// The kernels that symbol files tell of.
 #[derive(Default)]
 pub(super) struct Files<'m> {
     pub kernels: Vec<(LinuxGuest<'m>, Tables)>,
@@ -138,14 +138,14 @@ impl<'m> LinuxGuest<'m> {
     }
 }
 
-/// What of a build is found in its image.
+/// A mark of a build that is searched for in its image.
 struct Anchor {
     /// The mark that tells it, for reports.
     by: &'static str,
     needle: Vec<u8>,
-    /// Where it is as linked: exactly there, or in the notes, behind their beginning.
+    /// Its address as linked: exactly there, or in the notes, behind their beginning.
     at: u64,
-    /// How far behind.
+    /// The distance behind that.
     within: u64,
     stext: u64,
     table: u64,
@@ -198,8 +198,8 @@ impl Anchor {
         Ok(text.map(|text| anchor("the banner", text.trim().into(), banner, 1)))
     }
 
-    /// Where it may be in its place, and how far behind where the symbols have it. The image is moved
-    /// by whole steps of `align`.
+    /// The addresses that it may have in its place, and their distance from those of the symbols. The
+    /// image is moved by whole steps of `align`.
     fn places(
         &self,
         memory: &dyn GuestMemory,
@@ -341,7 +341,7 @@ fn check_banner(set: &[Arc<dyn SymbolSource>], banner: Option<&str>) -> Result<(
     Ok(())
 }
 
-/// Where `name` is as linked, by the first file that knows it.
+/// The address of `name` as linked, by the first file that knows it.
 fn linked(sources: &[Arc<dyn SymbolSource>], name: &str) -> Result<Option<u64>, VmiError> {
     for source in sources {
         if source.base() == SymbolBase::Linked

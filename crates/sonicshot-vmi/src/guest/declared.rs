@@ -45,7 +45,7 @@ impl GivenUp {
         &self.frames
     }
 
-    /// How many pages they are.
+    /// The number of pages.
     #[must_use]
     pub fn pages(&self) -> u64 {
         PfnRange::total_of(&self.frames)

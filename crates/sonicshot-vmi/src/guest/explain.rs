@@ -63,13 +63,13 @@ pub struct PageOwner {
 pub struct PageRecord {
     /// The frame whose record it is.
     pub pfn: Pfn,
-    /// Where it is in the kernel.
+    /// Its address in the kernel.
     pub at: KernelVa,
     /// The flags, without the zone and node that share their word.
     pub flags: u64,
     /// The flags' names; `bit N` of one that has none here.
     pub flag_names: Vec<String>,
-    /// How many users there are.
+    /// The number of users.
     pub refcount: u32,
     /// The word of its mappings, or of its type.
     pub mapcount: u32,
@@ -178,7 +178,7 @@ impl LinuxGuest<'_> {
         })
     }
 
-    /// What the counters of these zones say of their lists.
+    /// The statements of these zones' counters on their lists.
     fn counters(&self, zones: &[(u64, String)]) -> Result<Vec<Witness>, VmiError> {
         let mut out = Vec::new();
         for zone in self.free_lists(0)? {
@@ -230,7 +230,7 @@ fn in_zone(zones: &[(u64, String)], listed: &[ListedIn]) -> Witness {
     }
 }
 
-/// What a frame is looked up in.
+/// The sources in which a frame is looked up.
 struct Look<'a, 'm> {
     kernel: &'a Kernel<'m>,
     mem_map: &'a MemMap<'m>,
@@ -341,7 +341,7 @@ impl Look<'_, '_> {
         Ok(found)
     }
 
-    /// What mark, lists and struct pages say.
+    /// The statements of the mark, the lists and the struct pages.
     fn witnesses(
         &self,
         pfn: Pfn,
@@ -480,7 +480,7 @@ impl Look<'_, '_> {
         Some((cache, space.read_str(name, MAX_NAME).ok()?))
     }
 
-    /// What file a mapping is of: its file system's name and its inode's number.
+    /// The file of a mapping: its file system's name and its inode's number.
     fn file(&self, mapping: KernelVa) -> Option<String> {
         let space = &self.kernel.space;
         let pointer = |at| space.read_u64(at).ok().map(KernelVa::new);

@@ -23,8 +23,8 @@ impl LinuxGuest<'_> {
         Ok(self.kernel.knows_all_symbols()?.then_some(false))
     }
 
-    /// What free pages must read as: `mm/page_poison.c` checks for its pattern on allocation, and
-    /// `init_on_free` hands out pages as zero without looking.
+    /// The content that free pages must have: `mm/page_poison.c` checks for its pattern on
+    /// allocation, and `init_on_free` hands out pages as zero without looking.
     pub(super) fn free_fill(&self, map: &PageMap, notes: &mut Vec<Note>) -> Result<Fill, VmiError> {
         const PAGE_POISON: u8 = 0xaa;
         // `_page_poisoning_enabled` since 5.11, `want_page_poisoning` before.

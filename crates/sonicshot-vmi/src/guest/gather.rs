@@ -178,7 +178,7 @@ impl<'m> LinuxGuest<'m> {
     }
 }
 
-/// Which kernel it is, by its VMCOREINFO.
+/// The kernel's build, by its VMCOREINFO.
 fn build_of(found: &Found<'_>, arch: &dyn Arch) -> Result<Build, VmiError> {
     let info = &found.vmcoreinfo;
     let bytes = info.page_size().ok_or_else(|| VmiError::Missing {

@@ -18,7 +18,7 @@ const MIGRATE_TYPES: [(&str, &str); 6] = [
     ("MIGRATE_ISOLATE", "isolate"),
 ];
 
-/// Which list a free block is on.
+/// The list that a free block is on.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum FreeList {
@@ -52,9 +52,9 @@ pub struct FreeBlocks {
     pub list: FreeList,
     /// The order of its blocks: each has two to the power of it pages.
     pub order: u32,
-    /// How many blocks are on it.
+    /// The number of blocks on it.
     pub blocks: u64,
-    /// How many of them were being put on the list or taken off it.
+    /// The number of those that were being put on the list or taken off it.
     pub torn: u64,
     /// The first frames of the first blocks, in the list's order.
     pub first: Vec<Pfn>,
@@ -149,7 +149,7 @@ impl ZoneFree {
     }
 }
 
-/// How this kernel calls its migrate types.
+/// The names of this kernel's migrate types.
 pub(super) struct MigrateTypes(Vec<(u64, &'static str)>);
 
 impl MigrateTypes {

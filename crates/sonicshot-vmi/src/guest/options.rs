@@ -1,4 +1,4 @@
-//! How a guest is opened and classified.
+//! Options for opening and classifying a guest.
 
 use crate::arch::x86_64::Cr3;
 use crate::error::VmiError;
@@ -140,8 +140,8 @@ impl GuestOptions {
         self
     }
 
-    /// How many threads look at struct pages; by default one for each core. What is found does not
-    /// depend on it.
+    /// The number of threads that look at struct pages; by default one for each core. The findings do
+    /// not depend on it.
     #[must_use]
     pub fn threads(mut self, threads: NonZeroUsize) -> Self {
         self.threads = Some(threads);

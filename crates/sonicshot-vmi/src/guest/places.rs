@@ -1,5 +1,5 @@
-//! Where on their file systems the pages of files may be, by the kernel's own records: guesses, for
-//! who compares them with the disk.
+//! The places on their file systems that the pages of files may have, by the kernel's own records:
+//! guesses, for a caller that compares them with the disk.
 //!
 //! - A buffer (`struct buffer_head`) has the number of its block, and its device.
 //! - An inode of ext4 has up to four extents in itself (`i_data`), or the first blocks of a tree of them
@@ -24,7 +24,7 @@ use sonicshot::{
 };
 use std::collections::{BTreeMap, HashMap};
 
-/// How far before a `struct inode` ext4's own begins, at most, and how far behind it goes on.
+/// The most bytes by which ext4's own inode begins before a `struct inode`, and goes on behind it.
 const BEFORE: usize = 1024;
 const BEHIND: usize = 1536;
 /// Inodes that are looked at for where ext4 has what.
@@ -66,11 +66,11 @@ pub struct FilePlace {
     pub frame: Pfn,
     /// The file system, by its number in [`FilePlaces::file_systems`].
     pub file_system: u32,
-    /// Where it would be, in bytes from the beginning of the file system.
+    /// Its place, in bytes from the beginning of the file system.
     pub at: u64,
 }
 
-/// Where pages of files may be.
+/// Places that pages of files may have.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FilePlaces {
@@ -81,7 +81,7 @@ pub struct FilePlaces {
 }
 
 impl FilePlaces {
-    /// Which file system a page may be on.
+    /// The file system that a page may be on.
     #[must_use]
     pub fn file_system(&self, place: &FilePlace) -> Option<FileSystemId> {
         let number = usize::try_from(place.file_system).ok()?;
@@ -89,7 +89,7 @@ impl FilePlaces {
     }
 }
 
-/// Where it stands what a page's place may be.
+/// The offsets of the members that tell a page's place.
 #[derive(Debug, Clone, Copy)]
 struct Offsets {
     host: u64,
@@ -401,7 +401,7 @@ impl Finder<'_, '_> {
         });
     }
 
-    /// Where a buffer is on its device, and which that is.
+    /// The device of a buffer, and the buffer's place on it.
     fn buffer(&self, at: KernelVa) -> Option<(KernelVa, u64)> {
         let block = self.word(at, self.offsets.buffer_block)?;
         let size = self.word(at, self.offsets.buffer_size)?;
@@ -455,7 +455,7 @@ impl Finder<'_, '_> {
     }
 }
 
-/// Where ext4 has what beside a `struct inode`.
+/// The offsets of ext4's own members from a `struct inode`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Ext4 {
     /// `i_data`, so far before it.
@@ -468,7 +468,7 @@ fn count(votes: &mut BTreeMap<usize, Tally>, place: usize) {
     votes.entry(place).or_default().add(1);
 }
 
-/// What most tell of, if enough do.
+/// The place that most votes name, if enough do.
 fn most(votes: &BTreeMap<usize, Tally>) -> Option<usize> {
     let (place, count) = votes.iter().max_by_key(|(_, count)| **count)?;
     (count.get() >= AGREE).then_some(*place)
@@ -521,7 +521,7 @@ impl Ext4 {
 
 /// A block of extents, or of blocks with more of them.
 struct ExtentBlock {
-    /// How many levels are below it.
+    /// The number of levels below it.
     depth: u16,
     records: Vec<Record>,
 }

@@ -26,7 +26,7 @@ pub(crate) const MAX_ORDERS: u64 = 24;
 /// `MIGRATE_TYPES` is six or seven.
 const MAX_MIGRATE_TYPES: u64 = 16;
 
-/// Where the members of the allocator's structures are.
+/// The offsets of the members of the allocator's structures.
 #[derive(Debug, Clone)]
 struct ZoneLayout {
     zone_size: u64,
@@ -61,7 +61,7 @@ pub(crate) struct Zone {
     pub counter: i64,
     /// Pages that the counter has and the lists have not: unaccepted memory.
     pub unaccepted: i64,
-    /// Where the per-CPU pages are, as the zone's `__percpu` pointer.
+    /// The place of the per-CPU pages, as the zone's `__percpu` pointer.
     pub pageset: KernelVa,
 }
 
@@ -70,7 +70,7 @@ pub(crate) struct Zone {
 pub(crate) struct AreaLayout {
     /// From the zone to the array.
     pub free_area: u64,
-    /// How many elements it has.
+    /// The number of its elements.
     pub orders: u64,
     /// The size of an element, `struct free_area`.
     pub size: u64,
@@ -96,9 +96,9 @@ pub(crate) struct Zones {
     pub deferred: Vec<Deferred>,
     /// The displacement of each possible processor's per-CPU area.
     pub cpu_offsets: Vec<u64>,
-    /// Why the per-CPU lists cannot be read, if they can't.
+    /// The reason that the per-CPU lists cannot be read, if so.
     pub no_pcp: Option<String>,
-    /// Where the per-CPU lists are, if no type tells.
+    /// The layout of the per-CPU lists, if no type tells.
     pcp: Option<PcpLayout>,
     /// Whether the counters are without the per-CPU deltas.
     pub without_deltas: bool,
@@ -249,7 +249,7 @@ impl Zones {
         }
     }
 
-    /// How many processors can have been inside the allocator when the guest stopped.
+    /// The number of processors that can have been inside the allocator when the guest stopped.
     pub(crate) fn cpus(&self) -> u64 {
         processors(&self.cpu_offsets)
     }
@@ -259,7 +259,7 @@ impl Zones {
     }
 }
 
-/// How many processors there are that have areas at these offsets: of one processor there are none.
+/// The number of processors that have areas at these offsets: of one processor there are none.
 pub(crate) fn processors(offsets: &[u64]) -> u64 {
     to_u64(offsets.len()).max(1)
 }

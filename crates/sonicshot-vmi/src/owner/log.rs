@@ -15,7 +15,7 @@ use crate::{AddressSpace, KernelVa, VirtualMemory};
 pub(crate) struct Line {
     /// Its number since the kernel's start.
     pub seq: u64,
-    /// When it was written, in nanoseconds since the kernel's start.
+    /// The time at which it was written, in nanoseconds since the kernel's start.
     pub time: u64,
     /// Whether it is of a device: no process can write one.
     pub of_device: bool,
@@ -32,7 +32,7 @@ fn may_be(lines: Option<u64>, size_bits: u32) -> bool {
     lines.is_some_and(|lines| lines <= MAX_LINES) && size_bits < 32
 }
 
-/// How much is read of a text of this length, which has 16 bits.
+/// The bytes that are read of a text of this length, which has 16 bits.
 fn read_of_text(len: u32) -> u64 {
     u64::from(len & 0xffff).min(MAX_TEXT)
 }
@@ -53,7 +53,7 @@ struct Ring<'k, 'm> {
     deadline: Deadline,
 }
 
-/// Where the words of a line are.
+/// The offsets of the words of a line.
 struct Places {
     desc_size: u64,
     state: u64,
@@ -118,7 +118,7 @@ const fn id_after(id: u64) -> u64 {
     id.wrapping_add(1) & ID
 }
 
-/// How many identifiers there are from one up to another.
+/// The number of identifiers from one up to another.
 const fn ids_between(from: u64, to: u64) -> u64 {
     to.wrapping_sub(from) & ID
 }
@@ -240,7 +240,7 @@ impl<'k, 'm> Ring<'k, 'm> {
     }
 }
 
-/// What was read last of each part of the log: lines follow each other.
+/// The last window that was read of each part of the log: lines follow each other.
 struct Windows<'k, 'm> {
     descs: Window<'k, 'm>,
     infos: Window<'k, 'm>,
@@ -294,7 +294,7 @@ impl Window<'_, '_> {
             })
     }
 
-    /// Where the `len` bytes at `at` are in the window, if all are.
+    /// The range of the window that has the `len` bytes at `at`, if it has all.
     fn place(&self, at: KernelVa, len: usize) -> Option<core::ops::Range<usize>> {
         let start = usize::try_from(at.offset_from(self.at)?).ok()?;
         let end = start.checked_add(len)?;
@@ -315,7 +315,7 @@ impl Window<'_, '_> {
     }
 }
 
-/// What VMCOREINFO tells.
+/// The answer of VMCOREINFO.
 fn told<T>(
     kernel: &Kernel<'_>,
     what: &str,

@@ -19,7 +19,7 @@ use sonicshot::{Gpa, GuestMemory, Pfn, Processor, Processors, spread};
 /// So many struct pages, evenly spread, are compared for each processor.
 const MAX_SPANS: usize = 256;
 
-/// What the file, the VMM or the user tells of who owns the memory.
+/// The owner of the memory, as the file, the VMM or the user tells it.
 #[derive(Debug, Clone)]
 pub(crate) enum Owners {
     Unknown,
@@ -31,7 +31,7 @@ pub(crate) enum Owners {
     Known(Vec<(usize, Told)>),
 }
 
-/// What the processors say of a kernel that none of them contradicts.
+/// The verdict of the processors on a kernel that none of them contradicts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
     /// All processors run on it.
@@ -144,8 +144,8 @@ impl Owners {
     }
 }
 
-/// What the tables of every address space must lead to: what is read to find free pages, and what
-/// tells where all of it is.
+/// The addresses to which the tables of every address space must lead: the records that are read to
+/// find free pages, and those that tell the place of all of it.
 fn landmarks(
     kernel: &Kernel<'_>,
     map: &MemMap<'_>,
@@ -208,7 +208,7 @@ fn landmarks(
     Ok(found)
 }
 
-/// Where the array `mem_section` is, and in it the records of the sections that `frames` are in.
+/// The place of the array `mem_section`, and those of its records of the sections that `frames` are in.
 fn section_records(
     kernel: &Kernel<'_>,
     frames: impl Iterator<Item = Pfn>,

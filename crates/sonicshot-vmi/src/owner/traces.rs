@@ -30,7 +30,7 @@ use std::collections::HashSet;
 /// Each trace that is reported; more of a kind say nothing more.
 const MAX_TRACES: usize = 16;
 
-/// What any kernel leaves in its own records; the architecture's tests come between the two.
+/// The traces that any kernel leaves in its own records; the architecture's tests come between the two.
 const BEFORE: [(&str, Test); 3] = [
     ("the kernel's state", state),
     ("kexec", kexec),
@@ -38,7 +38,7 @@ const BEFORE: [(&str, Test); 3] = [
 ];
 const AFTER: [(&str, Test); 2] = [("per-CPU areas", per_cpu), ("tasks", tasks)];
 
-/// What a kernel without types leaves; behind it come the architecture's tests of that kind.
+/// The traces of a kernel without types; behind them come the architecture's tests of that kind.
 const BY_LOG: [(&str, Test); 1] = [("the kernel's log", log_end)];
 
 /// Every test, in the order in which a note names them; `types` is whether types tell of the
@@ -174,7 +174,7 @@ fn state(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
     })
 }
 
-/// What a kernel said last.
+/// The last words of a kernel.
 #[derive(Debug, PartialEq, Eq)]
 enum Said {
     /// Nothing that ends it.
@@ -188,7 +188,7 @@ enum Said {
     Stays,
 }
 
-/// What a kernel says last (`kernel/reboot.c`, `kernel/kexec_core.c`, `kernel/panic.c`,
+/// The last words of a kernel in its log (`kernel/reboot.c`, `kernel/kexec_core.c`, `kernel/panic.c`,
 /// `drivers/tty/sysrq.c`): it has stopped all else by then.
 fn said(kernel: &Kernel<'_>) -> Result<Said, VmiError> {
     const LAST: [&str; 7] = [

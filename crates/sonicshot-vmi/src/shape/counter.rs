@@ -1,4 +1,4 @@
-//! Where zones count their free pages, of a kernel that tells nothing of itself.
+//! The counters of the zones' free pages, of a kernel that tells nothing of itself.
 //!
 //! A word that is chosen because it says what the lists hold says nothing of them. So the place must
 //! be told by more. It is the same in all zones, and in a kernel for several processors begins a line
@@ -17,11 +17,11 @@ use crate::error::VmiError;
 use crate::mm::zone::{self, AreaLayout, Zone};
 use sonicshot::to_u64;
 
-/// How much of a zone is looked at behind its free areas.
+/// The number of bytes of a zone that are looked at behind its free areas.
 const ZONE_TAIL: u64 = 2048;
 /// Of the counters behind the first so many are in every kernel.
 const BEHIND: usize = 5;
-/// Where counters begin in a kernel for several processors.
+/// The alignment of counters in a kernel for several processors.
 const LINE: u64 = 64;
 
 /// The first counters of a zone, or their sums.
@@ -36,9 +36,9 @@ fn no_counters() -> VmiError {
 /// A place where every zone may have its counters.
 #[derive(Debug)]
 struct Place {
-    /// How far behind the beginning of each zone's free areas.
+    /// The distance behind the beginning of each zone's free areas.
     offset: u64,
-    /// What each zone has there.
+    /// The counters of each zone there.
     rows: Vec<Row>,
     /// The sums of those.
     sums: Row,
@@ -199,9 +199,9 @@ fn summed(
 #[derive(Debug, Default)]
 struct Window {
     row: Row,
-    /// How many there are.
+    /// Their number.
     len: usize,
-    /// Where the next one must be.
+    /// The address of the next one.
     next: Option<KernelVa>,
 }
 
@@ -231,7 +231,8 @@ mod tests {
 
     #[test]
     fn a_place_needs_a_second_record() {
-        /// What zones have at each place, whether the sums are that, and which it is.
+        /// The counters of zones at each place, whether the sums are that, and the number of the
+        /// right place.
         type Case<'a> = (&'a [&'a [Row]], &'a [bool], Option<u64>);
         let cases: [Case<'_>; 9] = [
             (&[], &[], None),

@@ -64,7 +64,7 @@ fn pages(image: (KernelVa, KernelVa), page_size: PageSize) -> impl Iterator<Item
     numbers.filter_map(move |number| image.0.checked_add(number.checked_mul(page_size.bytes())?))
 }
 
-/// Where the kernel's image begins: the first mapping where one may be.
+/// The beginning of the kernel's image: the first mapping where one may be.
 pub(crate) fn first_mapped(
     space: &AddressSpace<'_>,
     arch: &dyn Arch,

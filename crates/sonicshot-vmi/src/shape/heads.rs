@@ -15,7 +15,7 @@ pub(crate) struct Heads<'a, 'm> {
     pub lru: u64,
 }
 
-/// What zones and per-CPU lists are looked for by.
+/// The sources by which zones and per-CPU lists are looked for.
 pub(crate) struct Look<'a, 'm> {
     pub heads: Heads<'a, 'm>,
     pub layout: &'a PageLayout,

@@ -52,7 +52,7 @@ pub(crate) type Found<'m> = (
     (PageLayout, Zones),
 );
 
-/// How long a search may take, and whoever is told how far it is.
+/// The deadline of a search, and the listener to its progress.
 pub(crate) type Watch<'a> = (&'a Deadline, &'a dyn Progress);
 
 /// The kernel of which records of free blocks are in `memory`, with page tables that lead to them:
@@ -150,14 +150,14 @@ struct Search<'m, 'p> {
     /// Whether processors run on all the page tables.
     told: bool,
     standing: Vec<Candidate<'m>>,
-    /// What does not stand, however many page tables lead there: where the struct pages would be,
-    /// and the kernel's image.
+    /// The places that do not stand, however many page tables lead there: of the struct pages and of
+    /// the kernel's image.
     failed: HashSet<(u32, KernelVa, Gpa, Option<Gpa>)>,
-    /// Why the first that does not stand does not.
+    /// The reason that the first that does not stand does not.
     why: Option<VmiError>,
-    /// Where the struct pages would be of what has records and does not stand, and why not.
+    /// The places of the struct pages of kernels that have records and do not stand, and the reasons.
     broken: Vec<(Gpa, String)>,
-    /// How many page tables there are.
+    /// The number of page tables.
     places: u64,
     /// So many page tables were tried with the records of each kind, of so many.
     tried: u64,
@@ -282,9 +282,9 @@ impl<'m> Search<'m, '_> {
     }
 }
 
-/// What may own the memory instead of the kernel that stands, with its struct pages at `there`, if
-/// nothing has `told` on which page tables a processor runs: a kernel whose records contradict each
-/// other is one all the same, and a process can make another that does not.
+/// The kernel that may own the memory instead of the one that stands, with its struct pages at
+/// `there`, if nothing has `told` on which page tables a processor runs: a kernel whose records
+/// contradict each other is one all the same, and a process can make another that does not.
 fn rival(there: Gpa, broken: &[(Gpa, String)], told: bool) -> Option<String> {
     let mut others = broken.iter().filter(|(at, _)| !told && *at != there);
     let (at, why) = others.next()?;
@@ -317,7 +317,7 @@ fn release(space: &AddressSpace<'_>, image: (KernelVa, KernelVa)) -> String {
 }
 
 impl Shaped {
-    /// Where it was found, for reports.
+    /// The place at which it was found, for reports.
     pub(crate) fn origin(&self) -> String {
         format!(
             "the shape of free pages' records, page tables at {}",
@@ -433,7 +433,7 @@ fn zones_by_shape(
     Ok(zones)
 }
 
-/// Where in every zone its span stands: four words `zone_start_pfn`, `managed_pages`,
+/// The offset of the span in every zone: four words `zone_start_pfn`, `managed_pages`,
 /// `spanned_pages`, `present_pages` that hold all its free blocks. Counted from [`ZONE_HEAD`] before
 /// the free areas to the third.
 fn spanned_pages(

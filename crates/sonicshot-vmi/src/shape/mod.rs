@@ -48,7 +48,7 @@ pub(crate) fn image_of(kernel: &Kernel<'_>) -> Result<Option<(KernelVa, KernelVa
     Ok(start.map(|start| image_range(arch, &kernel.space, start)))
 }
 
-/// How many struct pages there are: no list is longer.
+/// The number of struct pages: no list is longer.
 fn frames_of(map: &MemMap<'_>) -> Result<u64, VmiError> {
     map.spans()
         .iter()

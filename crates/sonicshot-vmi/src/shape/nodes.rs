@@ -19,7 +19,7 @@ use crate::mm::zone::AreaLayout;
 use crate::{KernelVa, VirtualMemory};
 use sonicshot::to_u64;
 
-/// What stands before the lists of free blocks, behind watermarks and reserves.
+/// The size of the members before the lists of free blocks, behind watermarks and reserves.
 pub(super) const ZONE_HEAD: u64 = 576;
 /// A node begins with its zones: eight of 2 KiB at most.
 const MAX_NODE_ZONES: u64 = 64 << 10;

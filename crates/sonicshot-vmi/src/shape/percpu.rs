@@ -37,7 +37,7 @@ const COUNT_BEFORE: core::ops::RangeInclusive<u64> = 16..=28;
 pub(crate) struct PerCpu {
     /// The displacement that is added to a `__percpu` pointer, for each possible processor.
     pub offsets: Vec<u64>,
-    /// Where the lists are behind `per_cpu_pageset`; or why they are not told.
+    /// The layout of the lists behind `per_cpu_pageset`; or the reason that it is not told.
     pub lists: Result<PcpLayout, String>,
     /// Whether the zones' counters were corrected by the per-CPU deltas, or there are none.
     pub with_deltas: bool,
@@ -111,7 +111,7 @@ pub(crate) fn find(
     })
 }
 
-/// What is added for each processor, lowest place in the image first, and how its lists look.
+/// The displacement for each processor, lowest place in the image first, and the layout of its lists.
 fn processors(
     look: &Look<'_, '_>,
     zones: &[Zone],
@@ -150,7 +150,7 @@ fn take(found: &mut Vec<u64>, word: u64) {
     }
 }
 
-/// Where the first of the lists is.
+/// The offset of the first of the lists.
 fn first_list(is_head: &dyn Fn(u64) -> bool) -> Option<u64> {
     (8..=MAX_LISTS_AT).step_by(8).find(|at| is_head(*at))
 }
@@ -177,7 +177,7 @@ fn row(heads: &Heads<'_, '_>, at: KernelVa) -> Option<Row> {
     fits.then_some(Row { lists_at, lists })
 }
 
-/// Which number before the lists says how many pages they hold.
+/// The number before the lists that counts the pages in them.
 fn count_of(
     look: &Look<'_, '_>,
     zones: &[Zone],
@@ -241,7 +241,7 @@ fn count_of(
     })
 }
 
-/// How many pages the lists of a processor hold; `None` if they cannot be followed.
+/// The number of pages in the lists of a processor; `None` if they cannot be followed.
 fn pages_in(
     heads: &Heads<'_, '_>,
     at: KernelVa,

@@ -26,17 +26,17 @@ pub(crate) const BUDDY: [u32; 3] = [0xffff_ff7f, 0xbfff_ffff, 0xf000_0000];
 /// `PG_reported`, which a free block may have).
 const FLAGS: u64 = 0x1f_ffff & !0xc;
 const MAX_ORDER: u64 = 13;
-/// How much is mapped at a time.
+/// The number of bytes that are mapped at a time.
 const WINDOW: u64 = 2 << 20;
 /// More pages that might be top-level page tables than this, and nothing is tried.
 const MAX_TOPS: usize = 1 << 16;
 /// So many records are kept: every so manyth of those that there are.
 const MAX_KEPT: usize = 1 << 15;
 
-/// What looks like the struct page of a free block's head.
+/// A record that looks like the struct page of a free block's head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Record {
-    /// Where it is.
+    /// Its address.
     pub at: Gpa,
     /// The list node of the next block, or the list's head.
     pub next: KernelVa,
@@ -49,7 +49,7 @@ pub(crate) struct Record {
 pub(crate) struct Records {
     /// The word that says the buddy's type.
     pub buddy: u32,
-    /// How many there are.
+    /// The number of those found.
     pub found: u64,
     /// Some of them, from everywhere: in all, of which a guest decides, there may be as many as its
     /// memory has room for.
@@ -58,7 +58,7 @@ pub(crate) struct Records {
     every: u64,
 }
 
-/// What one pass over RAM found.
+/// The findings of one pass over RAM.
 #[derive(Debug)]
 pub(crate) struct Pass {
     /// By encoding, most records first; those of which there are none are left out.

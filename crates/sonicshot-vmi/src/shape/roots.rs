@@ -36,18 +36,18 @@ const STEP: u64 = 1 << 30;
 pub(crate) struct Root {
     /// The top-level table.
     pub at: Gpa,
-    /// How many levels there are.
+    /// The number of levels.
     pub levels: u32,
-    /// Where the array of struct pages begins.
+    /// The beginning of the array of struct pages.
     pub vmemmap: KernelVa,
-    /// Where that is.
+    /// The guest-physical address of that.
     pub there: Gpa,
     /// Whether records lead to each other there.
     pub has_records: bool,
 }
 
-/// Where vmemmap may begin by the tables at `at`, the likeliest first: of tables that a processor
-/// runs on (`told`) anywhere, of others only where records lead to each other.
+/// The addresses at which vmemmap may begin by the tables at `at`, the likeliest first: of tables
+/// that a processor runs on (`told`) anywhere, of others only where records lead to each other.
 ///
 /// # Errors
 /// [`VmiError::TooMany`] if the tables map more ranges than a kernel's, [`VmiError::OutOfTime`].
@@ -108,8 +108,8 @@ fn roots(
     begins.into_iter().filter_map(root).collect()
 }
 
-/// Where the range of mappings begins that each of `nodes` is in, with how many are in it. Of
-/// tables that no processor is known to run on there may be more ranges than can be gone through;
+/// The beginning of the range of mappings that each of `nodes` is in, with the number of those in it.
+/// Of tables that no processor is known to run on there may be more ranges than can be gone through;
 /// those that no record is in say nothing.
 fn begins_below(
     nodes: &[KernelVa],

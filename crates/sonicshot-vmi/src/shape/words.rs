@@ -5,8 +5,8 @@ use crate::KernelVa;
 use crate::error::VmiError;
 use sonicshot::{Gpa, GuestBytes, PageSize, to_usize};
 
-/// Where the page of the kernel's image at `at` is, if it still is the kernel's: it has given back what
-/// it needs no more once it is up, and that may be anybody's.
+/// The guest-physical address of the page of the kernel's image at `at`, if it still is the kernel's:
+/// the kernel has given back what it needs no more once it is up, and that may be anybody's.
 fn kept(look: &Look<'_, '_>, at: KernelVa, record: &mut [u8]) -> Option<Gpa> {
     let map = look.heads.map;
     let there = look.heads.space.translate(at).ok()?.at;
@@ -26,7 +26,7 @@ pub(super) fn is_inside(look: &Look<'_, '_>, at: KernelVa) -> Result<bool, VmiEr
 /// So much of the image is read at a time: a large page.
 const PIECE: u64 = 2 << 20;
 
-/// What is done with the words of each page, and where that is: there are millions of words.
+/// The visitor of the words of each page, with their address: there are millions of words.
 type Visit<'a> = dyn FnMut(KernelVa, &[[u8; 8]]) -> Result<(), VmiError> + 'a;
 
 /// Calls `visit` with the aligned words of each page of the kernel's image that still is the kernel's.
@@ -62,7 +62,7 @@ pub(super) fn each_page(look: &Look<'_, '_>, visit: &mut Visit<'_>) -> Result<()
     Ok(())
 }
 
-/// How many pages are looked at together where so much follows itself in memory.
+/// The number of pages that are looked at together where so much follows itself in memory.
 fn pages_in_piece(len: Option<u64>, page_size: PageSize) -> u64 {
     let len = len.filter(|len| *len < PIECE).or(len.map(|_| PIECE));
     let pages = len.map(|len| len >> page_size.shift());

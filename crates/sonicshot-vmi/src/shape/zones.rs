@@ -26,7 +26,7 @@ const MAX_ZONES: usize = 512;
 /// `MIGRATE_TYPES` is four to seven.
 const MAX_MIGRATE_TYPES: u64 = 16;
 
-/// Where lists of free blocks leave the struct pages: the heads, and the order of each.
+/// The ends of lists of free blocks outside the struct pages: the heads, and the order of each.
 #[derive(Debug, Default)]
 pub(crate) struct Exits {
     /// The head's address, and the order of the block that names it.
@@ -156,7 +156,7 @@ fn few_zones(found: usize) -> Result<(), VmiError> {
     })
 }
 
-/// Where the array may begin that has `head` as one of its heads of `order`.
+/// The addresses at which the array may begin that has `head` as one of its heads of `order`.
 fn starts(head: KernelVa, order: u64, area: &AreaLayout) -> impl Iterator<Item = KernelVa> {
     let below = (order < area.orders)
         .then(|| order.checked_mul(area.size))
@@ -181,7 +181,7 @@ fn list_heads(array: KernelVa, area: &AreaLayout) -> impl Iterator<Item = Kernel
     })
 }
 
-/// Where the members of `struct zone` are that are read beside the lists.
+/// The offsets of the members of `struct zone` that are read beside the lists.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ZoneWords {
     /// `spanned_pages`. Since 3.10 `zone_start_pfn` and `managed_pages` stand before it, and
@@ -312,7 +312,7 @@ pub(crate) fn read(
     })
 }
 
-/// What the lists of a zone hold.
+/// The content of a zone's lists.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sums {
     /// Pages in all blocks.
@@ -329,7 +329,7 @@ pub(crate) struct Block {
     pub page: KernelVa,
     /// The frame of that.
     pub frame: u64,
-    /// How many pages it has.
+    /// The number of its pages.
     pub pages: u64,
 }
 
@@ -373,7 +373,7 @@ pub(crate) fn walk(
     Ok(())
 }
 
-/// What all lists of the zone hold whose free areas are at `array`; `left` bounds all walks
+/// The content of all lists of the zone whose free areas are at `array`; `left` bounds all walks
 /// together.
 ///
 /// # Errors

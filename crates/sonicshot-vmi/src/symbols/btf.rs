@@ -9,9 +9,9 @@ use sonicshot::to_u64;
 const MAGIC: u16 = 0xeb9f;
 /// The largest kernels have some 10 MB.
 const MAX_LEN: u64 = 64 << 20;
-/// How deep modifiers, typedefs and anonymous members may nest.
+/// The depth to which modifiers, typedefs and anonymous members may nest.
 const MAX_DEPTH: u32 = 32;
-/// How many members one lookup may look at, in all structures together.
+/// The most members that one lookup may look at, in all structures together.
 const MAX_STEPS: u32 = 100_000;
 
 const KIND_INT: u32 = 1;
@@ -41,7 +41,7 @@ type Blob = Box<dyn AsRef<[u8]> + Send + Sync>;
 pub struct Btf {
     origin: String,
     blob: Blob,
-    /// Where the types begin in the blob, and of each type, from there.
+    /// The beginning of the types in the blob, and of each type, from there.
     types_at: usize,
     offsets: Vec<u32>,
     strings_at: usize,
@@ -99,7 +99,7 @@ struct Type {
     kind_flag: bool,
     /// Size in bytes, or the type that it refers to.
     size_or_type: u32,
-    /// Where its variable part begins in the types.
+    /// The beginning of its variable part in the types.
     tail: usize,
 }
 
@@ -317,7 +317,7 @@ impl SymbolSource for Btf {
     }
 }
 
-/// Where the two sections are in the blob: start and length.
+/// The places of the two sections in the blob: start and length.
 struct Header {
     types: (usize, usize),
     strings: (usize, usize),
@@ -337,7 +337,7 @@ impl Header {
         })
     }
 
-    /// Where the last section ends.
+    /// The end of the last section.
     fn end(&self) -> Option<usize> {
         let types = self.types.0.checked_add(self.types.1)?;
         let strings = self.strings.0.checked_add(self.strings.1)?;

@@ -239,7 +239,7 @@ impl SymbolSource for Dwarf {
     }
 }
 
-/// What one unit defines.
+/// The definitions in one unit.
 #[derive(Default)]
 struct Walk {
     shapes: HashMap<usize, Shape>,

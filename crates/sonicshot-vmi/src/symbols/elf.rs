@@ -66,7 +66,7 @@ impl Types {
 
 #[derive(Debug)]
 struct SymbolTable {
-    /// Where the symbols and the strings are in the file: offset and length.
+    /// The places of the symbols and of the strings in the file: offset and length.
     symbols: (usize, usize),
     strings: (usize, usize),
     index: NameIndex,

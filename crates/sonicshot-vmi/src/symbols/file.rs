@@ -13,7 +13,7 @@ use sonicshot::to_u64;
 use std::collections::HashMap;
 use twox_hash::XxHash3_64;
 
-/// How every file begins; the number is the version.
+/// The beginning of every file; the number is the version.
 pub(super) const MAGIC: &[u8] = b"SonicShot symbols ";
 const VERSION: &str = "1";
 /// One has some 10 KiB.
@@ -266,7 +266,7 @@ impl SymbolFile {
         Ok(())
     }
 
-    /// How many symbols, members and constants the kernel has of those that are asked.
+    /// The number of symbols, members and constants that the kernel has, of those that are asked.
     #[must_use]
     pub fn len(&self) -> usize {
         let symbols = self.symbols.values().flatten().map(drop);
@@ -328,7 +328,7 @@ impl SymbolSource for SymbolFile {
     }
 }
 
-/// What the first source says of `name` that says anything. Another must not say otherwise.
+/// The answer of the first source that knows `name`. Another must not say otherwise.
 fn first<T>(
     sources: &[&dyn SymbolSource],
     name: &str,
@@ -409,7 +409,7 @@ pub(super) fn build_id_of(start: &[u8]) -> Option<Vec<u8>> {
 /// Reads a file line by line.
 struct Reader<'t> {
     bytes: &'t [u8],
-    /// Where the line begins that is read.
+    /// The beginning of the line that is read.
     at: usize,
     file: SymbolFile,
     /// The structure that members belong to.

@@ -69,8 +69,8 @@ impl Given {
         self
     }
 
-    /// What there is for the kernel with this build ID: the single files, and those of the folders
-    /// that are of the build.
+    /// The sources for the kernel with this build ID: the single files, and those of the folders that
+    /// are of the build.
     pub(crate) fn of_build(&self, id: Option<&[u8]>) -> Result<Set, SymbolError> {
         let mut sources = self.files();
         if let Some(id) = id {
@@ -81,8 +81,8 @@ impl Given {
         Ok(sources)
     }
 
-    /// What may be of a kernel that does not tell its build: the single files together, and each of
-    /// the folders' that `is_there` takes for one of the memory's.
+    /// The sources that may be of a kernel that does not tell its build: the single files together,
+    /// and each of the folders' that `is_there` takes for one of the memory's.
     pub(crate) fn sets(&self, is_there: &dyn Fn(&[u8]) -> bool) -> Result<Vec<Set>, SymbolError> {
         let mut sets = Vec::new();
         if !self.files.is_empty() {

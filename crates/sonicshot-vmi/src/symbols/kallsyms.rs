@@ -18,11 +18,11 @@ const MAX_SYMBOLS: u32 = 1 << 21;
 const MAX_NAME: usize = 512;
 /// 256 tokens, each a part of a name.
 const MAX_TOKEN_TABLE: usize = 8 << 10;
-/// What the names behind the last marker take at most.
+/// The most bytes of the names behind the last marker.
 const LAST_NAMES: u64 = 256 * (to_u64(MAX_NAME) + 2);
 const MAX_NAMES_LEN: usize = 64 << 20;
 
-/// How an entry of `kallsyms_offsets` becomes an address.
+/// The way from an entry of `kallsyms_offsets` to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Scheme {
     /// `CONFIG_KALLSYMS_ABSOLUTE_PERCPU` (x86 to 6.14): negative is relative to the base, less 1.
@@ -56,7 +56,7 @@ impl core::fmt::Debug for Kallsyms {
     }
 }
 
-/// Where the tables are.
+/// The places of the tables.
 #[derive(Clone, Copy, Debug)]
 struct Tables {
     names: KernelVa,
@@ -179,7 +179,7 @@ impl Kallsyms {
         })
     }
 
-    /// How many symbols there are.
+    /// The number of symbols.
     #[must_use]
     pub fn len(&self) -> usize {
         self.count as usize
@@ -260,8 +260,8 @@ impl Tokens {
             .unwrap_or(&[])
     }
 
-    /// How long a name is, and how it begins and ends: without its first letter, the symbol's type.
-    /// `None` where an end of it is a token without a letter.
+    /// The length of a name, and its first and last byte: without its first letter, the symbol's
+    /// type. `None` where an end of it is a token without a letter.
     fn shape(&self, compressed: &[u8]) -> Option<(usize, u8, u8)> {
         let parts = compressed.iter().map(|token| {
             let part = self.parts.get(usize::from(*token));

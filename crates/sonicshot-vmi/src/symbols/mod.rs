@@ -1,4 +1,4 @@
-//! Where the kernel's symbols and types come from.
+//! The sources of the kernel's symbols and types.
 //!
 //! | source | symbols | types | where |
 //! |---|---|---|---|
@@ -136,7 +136,7 @@ pub trait SymbolSource: Send + Sync + fmt::Debug {
     }
 }
 
-/// Why a source of symbols cannot be used.
+/// The reason that a source of symbols cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SymbolError {
@@ -160,7 +160,7 @@ pub enum SymbolError {
     Folder {
         /// The folder.
         path: PathBuf,
-        /// How many may be.
+        /// The most files that it may have.
         most: usize,
     },
     /// The sources do not tell what is needed of a kernel.
@@ -194,7 +194,7 @@ pub enum SymbolError {
     /// The source is damaged, as was found when it was first used.
     #[error("{origin}: {text}")]
     Damaged {
-        /// Which source.
+        /// The source.
         origin: String,
         /// The fault.
         text: String,
@@ -202,11 +202,11 @@ pub enum SymbolError {
     /// The source contradicts its own format.
     #[error("{origin}: {what} at offset {offset:#x} (value {value:#x})")]
     Malformed {
-        /// Which source.
+        /// The source.
         origin: String,
         /// The fault.
         what: &'static str,
-        /// Where, in bytes from the start of the source.
+        /// The place, in bytes from the start of the source.
         offset: u64,
         /// The value found there.
         value: u64,
@@ -362,7 +362,7 @@ pub(crate) fn search(
     needle: &[u8],
     visit: &mut dyn FnMut(Gpa) -> bool,
 ) {
-    /// How much is searched before what is mapped is let go.
+    /// The number of bytes that are searched before the mapping is released.
     const WINDOW: u64 = 64 << 20;
     let overlap = to_u64(needle.len());
     let mut goes_on = true;

@@ -22,7 +22,7 @@ const MAX_LEN: u64 = 16 << 30;
 const FREE_PARTS: u64 = 2;
 /// The amount that is copied at once.
 const PIECE: u64 = 1 << 20;
-/// Where there may be room for the copy, unlike in `/tmp`.
+/// The folder that may have room for the copy, unlike `/tmp`.
 const FALLBACK: &str = "/var/tmp";
 
 /// A copy of a file's bytes.
@@ -156,8 +156,8 @@ mod tests {
         }
     }
 
-    /// What is zero takes no room, whether it is a hole in the file or not; what is more than there
-    /// is room for is not taken in to its end.
+    /// Zeroes take no room, whether they are a hole in the file or not; a file that is larger than
+    /// the room is not copied to its end.
     #[test]
     fn a_copy_takes_no_more_of_the_disk_than_there_is_room() {
         let taken = |file: &File| file.metadata().unwrap().blocks() * 512;

@@ -12,7 +12,7 @@ use std::path::Path;
 pub struct SystemMap {
     origin: String,
     file: OwnFile,
-    /// Where each line begins.
+    /// The beginning of each line.
     lines: Vec<u32>,
     index: NameIndex,
 }

@@ -25,7 +25,7 @@ pub(crate) fn testdata() -> Vec<u8> {
     bytes
 }
 
-/// Where the kernel of the unchanged capture has its top-level page table.
+/// The top-level page table of the unchanged capture's kernel.
 pub(crate) fn testdata_root() -> Cr3 {
     static ROOT: OnceLock<Cr3> = OnceLock::new();
     *ROOT.get_or_init(|| root(&testdata()))
@@ -66,7 +66,7 @@ fn is_free(class: PageClass) -> bool {
     matches!(class, PageClass::FreeBuddy | PageClass::FreePcp)
 }
 
-/// How many frames are free in both, in `all` alone, and in `few` alone.
+/// The numbers of frames that are free in both, in `all` alone, and in `few` alone.
 fn compare(all: &PageMap, few: &PageMap, class: &dyn Fn(PageClass) -> bool) -> [usize; 3] {
     let mut counts = [0; 3];
     for (a, b) in classes(all).into_iter().zip(classes(few)) {
@@ -789,7 +789,7 @@ fn symbols_that_are_gone_are_not_symbols_that_never_were() {
     assert!(matches!(error, VmiError::Symbols(_)), "{error}");
 }
 
-/// Where the kernel's top-level page table is: the processor's `CR3`.
+/// The kernel's top-level page table: the processor's `CR3`.
 fn root(ram: &[u8]) -> Cr3 {
     let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
     let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
@@ -797,7 +797,7 @@ fn root(ram: &[u8]) -> Cr3 {
     Cr3::new(in_image(info, "SYMBOL(swapper_pg_dir)="))
 }
 
-/// Where in memory a symbol of the kernel's image is.
+/// The guest-physical address of a symbol of the kernel's image.
 fn in_image(info: &str, symbol: &str) -> u64 {
     let at = u64::from_str_radix(line(info, symbol), 16).unwrap();
     let base: i64 = line(info, "NUMBER(phys_base)=").parse().unwrap();

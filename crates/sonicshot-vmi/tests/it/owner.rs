@@ -1,4 +1,4 @@
-//! Which kernel owns a guest's memory: among pages that pass for its VMCOREINFO, beside another
+//! The kernel that owns a guest's memory: among pages that pass for its VMCOREINFO, beside another
 //! kernel that stands, and by the page tables that the processors run on.
 
 use sonicshot::x86_64::ControlRegisters;
@@ -92,7 +92,7 @@ fn owner(ram: &[u8], processors: &[Processor]) -> Result<(), ForeignProcessor> {
     }
 }
 
-/// What the test guest is.
+/// Facts of the test guest.
 struct Facts {
     /// VMCOREINFO.
     text: String,
@@ -355,7 +355,7 @@ fn decoys(count: usize) -> Vec<u8> {
     pages
 }
 
-/// How long decoys may cost: unoptimised code is slower, and tests run beside each other.
+/// The longest time that decoys may cost: unoptimised code is slower, and tests run beside each other.
 fn bound() -> Duration {
     Duration::from_secs(if cfg!(debug_assertions) { 8 } else { 1 })
 }

@@ -1,4 +1,4 @@
-//! What a real guest's memory tells of where each part of it lies.
+//! The evidence in a real guest's memory of the place of each part of it.
 
 use sonicshot::{Gpa, GpaRange, GuestBytes, MappedRegions};
 use sonicshot_vmi::{GuestOptions, LinuxGuest, PlaceEvidence, VmiError};

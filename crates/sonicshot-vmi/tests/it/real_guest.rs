@@ -134,7 +134,7 @@ fn dropped(map: &PageMap) -> Vec<bool> {
         .collect()
 }
 
-/// Where the struct pages lie in the file.
+/// The range of the struct pages in the file.
 fn struct_pages(ram: &[u8]) -> GpaRange {
     let memory = memory(ram);
     let guest = LinuxGuest::open(&memory, &GuestOptions::new()).unwrap();
@@ -396,7 +396,7 @@ fn cut_lists_show_the_numbers() {
     assert!(error.to_string().contains("nr_free says"), "{error}");
 }
 
-/// Where `mem_section` says that the guest's only section has its struct pages.
+/// The place of the word in `mem_section` that names the struct pages of the guest's only section.
 fn section_word(ram: &[u8]) -> usize {
     let len = ram.len() / PAGE * STRUCT_PAGE;
     let mut arrays: Vec<u64> = heads(ram)

@@ -274,8 +274,8 @@ fn members_that_lie_elsewhere_are_refused() {
     }
 }
 
-/// What `testdata/kernels/extract.py` takes out of real kernels, by whose release each folder is
-/// named: `SONICSHOT_KERNELS`.
+/// The files that `testdata/kernels/extract.py` takes out of real kernels, in a folder of each one's
+/// release: `SONICSHOT_KERNELS`.
 #[test]
 #[ignore = "needs the lab's kernels"]
 fn real_kernels_make_small_files() {

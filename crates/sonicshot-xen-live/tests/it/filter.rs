@@ -126,7 +126,7 @@ fn build(folder: &Path, name: &str, source: &str, options: &[&str]) {
     assert!(done.status.success(), "{said}");
 }
 
-/// What the program prints for each domain.
+/// The lines that the program prints for each domain.
 fn asked(folder: &Path, domains: &[&str], choose: impl FnOnce(u32) -> FrameRuns) -> Vec<String> {
     let filter = SaveFilter::new().unwrap();
     let mut command = Command::new(folder.join("program"));

@@ -1,4 +1,4 @@
-//! What a save by `xl` leaves out, without a Xen.
+//! The frames that a save by `xl` leaves out, without a Xen.
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,

@@ -13,13 +13,13 @@ const NONE: u64 = u64::MAX;
 const PV: u64 = 0xf00f_ebed;
 const HVM: u64 = 0xf00f_ebee;
 
-/// What is in a core. Its pages are filled with their place.
+/// The content of a core. Its pages are filled with their place.
 #[derive(Debug, Clone)]
 struct Core {
     magic: u64,
     /// Number, and the machine's number.
     pages: Vec<(u64, u64)>,
-    /// What the header's note says of the number of pages.
+    /// The number of pages that the header's note tells.
     count: u64,
     page_size: u64,
     format: u64,
@@ -143,7 +143,7 @@ fn refused(data: &[u8]) -> String {
     format!("{error}: {}", cause.unwrap_or_default())
 }
 
-/// What fills each of the guest's frames.
+/// The byte that fills each of the guest's frames.
 fn seen(data: &[u8], core: &CoreDump) -> BTreeMap<u64, u8> {
     let mut seen = BTreeMap::new();
     for run in core.runs() {

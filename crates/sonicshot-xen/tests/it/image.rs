@@ -14,7 +14,7 @@ const XALLOC: u8 = 0xe;
 const XTAB: u8 = 0xf;
 const BROKEN: u8 = 0xd;
 
-/// What is in a libxc stream.
+/// A record of a libxc stream.
 #[derive(Debug, Clone)]
 enum Item {
     /// Type, number, and what fills the page.
@@ -88,7 +88,7 @@ fn parse(data: &[u8]) -> Result<XlImage, XenError> {
     XlImage::parse(FileBytes::from_slice(data))
 }
 
-/// What the guest has after a restore: each frame's content, or nothing that is known.
+/// The guest's memory after a restore: each frame's content, or nothing that is known.
 fn model(items: &[Item]) -> BTreeMap<u64, (Option<u8>, bool)> {
     let mut frames: BTreeMap<u64, (Option<u8>, bool, bool)> = BTreeMap::new();
     for item in items {
@@ -158,7 +158,7 @@ fn prune(data: &[u8], drop: &[u64]) -> Vec<u8> {
     out
 }
 
-/// What a pruned image must be, made from the items and not from the image.
+/// The records of a pruned image, made from the items and not from the image.
 fn expected(items: &[Item], drop: &[u64]) -> Vec<Item> {
     let model = model(items);
     let goes = |pfn: &u64| drop.contains(pfn) && model.get(pfn).is_some_and(|frame| frame.1);
@@ -772,7 +772,7 @@ fn processors_are_told() {
     }
 }
 
-/// How often this thread has read from a file.
+/// The number of times that this thread has read from a file.
 fn reads() -> u64 {
     let said = std::fs::read_to_string("/proc/thread-self/io").unwrap();
     let count = said.lines().find_map(|line| line.strip_prefix("syscr: "));

@@ -5,7 +5,7 @@ use crate::{FileOffset, Gpa, MemoryError, PageClass, Pfn};
 use std::error::Error;
 use std::io;
 
-/// Why a checkpoint could not be written, read or restored.
+/// An error of writing, reading or restoring a checkpoint.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckpointError {
@@ -20,9 +20,9 @@ pub enum CheckpointError {
     Truncated {
         /// The part of the format.
         what: &'static str,
-        /// Where it begins in the file.
+        /// Its offset in the file.
         offset: FileOffset,
-        /// How many bytes it has.
+        /// The number of bytes that it needs.
         need: u64,
         /// The length of the file.
         len: u64,
@@ -46,7 +46,7 @@ pub enum CheckpointError {
     Checksum {
         /// The part of the format.
         what: &'static str,
-        /// Where it begins in the file.
+        /// Its offset in the file.
         offset: FileOffset,
         /// The sum that the file has.
         stored: u128,
@@ -58,7 +58,7 @@ pub enum CheckpointError {
     Corrupt {
         /// The field.
         what: &'static str,
-        /// Where it, or the record that holds it, is in the file.
+        /// The offset in the file of the field, or of the record that holds it.
         offset: FileOffset,
         /// Its value.
         value: u64,
@@ -66,7 +66,7 @@ pub enum CheckpointError {
     /// A chunk does not decompress to what it should.
     #[error("page data at {offset:#x} does not decompress")]
     Decompress {
-        /// Where the chunk begins in the file.
+        /// The chunk's offset in the file.
         offset: FileOffset,
         /// The codec's error.
         #[source]
@@ -90,7 +90,7 @@ pub enum CheckpointError {
     Io {
         /// `reading` or `writing`.
         action: &'static str,
-        /// Where in the file.
+        /// The offset in the file.
         offset: FileOffset,
         /// The operating system's error.
         #[source]
@@ -110,9 +110,9 @@ pub enum CheckpointError {
     TooLarge {
         /// Its kind.
         what: &'static str,
-        /// How much there is.
+        /// The amount that there is.
         value: u64,
-        /// How much there may be.
+        /// The most that there may be.
         max: u64,
     },
     /// Chunks of a size that cannot be.
@@ -149,11 +149,11 @@ pub enum CheckpointError {
     Length {
         /// The part that the bytes are.
         what: &'static str,
-        /// Where they belong in the guest.
+        /// Their place in the guest.
         at: Gpa,
-        /// How many there are.
+        /// The number of bytes that there are.
         found: u64,
-        /// How many there should be.
+        /// The number of bytes that there should be.
         expected: u64,
     },
     /// There is no blob of this name.
@@ -171,7 +171,7 @@ pub enum CheckpointError {
     /// The memory was not written, or twice.
     #[error("a checkpoint holds a guest's memory once, not {times} times")]
     MemoryTimes {
-        /// How often it was written.
+        /// The number of times that it was written.
         times: u32,
     },
     /// A kept page differs from the source.
@@ -193,9 +193,9 @@ pub enum CheckpointError {
     Host {
         /// The system call, or what it was to do.
         operation: &'static str,
-        /// Where in this process, or the VMM's.
+        /// The address in this process, or the VMM's.
         at: usize,
-        /// How many bytes.
+        /// The number of bytes.
         len: usize,
         /// The operating system's error.
         #[source]
@@ -226,9 +226,9 @@ pub enum CheckpointError {
     DiskLength {
         /// The disk's name.
         name: String,
-        /// How long it is.
+        /// Its length in bytes.
         found: u64,
-        /// How long it was.
+        /// Its length in bytes when the guest was saved.
         expected: u64,
     },
     /// A file system on a disk was written to since the guest was saved.
@@ -241,7 +241,7 @@ pub enum CheckpointError {
         name: String,
         /// The thing that differs.
         what: &'static str,
-        /// Where it is on the disk.
+        /// Its place on the disk.
         at: DiskOffset,
     },
     /// A disk does not hold any more what the checkpoint refers to.
@@ -249,7 +249,7 @@ pub enum CheckpointError {
     DiskChanged {
         /// The disk's name.
         name: String,
-        /// Where on the disk.
+        /// The place on the disk.
         at: DiskOffset,
     },
     /// A disk could not be read.
@@ -257,7 +257,7 @@ pub enum CheckpointError {
     DiskIo {
         /// The disk's name.
         name: String,
-        /// Where on the disk.
+        /// The place on the disk.
         at: DiskOffset,
         /// The operating system's error.
         #[source]

@@ -154,7 +154,7 @@ fn save(guest: &Guest, options: SaveOptions, fill: Fill) -> (Vec<u8>, SaveStats)
     writer.finish().unwrap()
 }
 
-/// What each byte of the guest must read as.
+/// The value that each byte of the guest must read as.
 fn expected(guest: &Guest, fill: u8) -> Vec<(Gpa, Vec<u8>)> {
     let map = map_of(guest);
     let mut regions = guest.regions.clone();
@@ -781,7 +781,7 @@ fn a_mapped_checkpoint_reads_the_same_and_stays_private() {
     }
 }
 
-/// What the process has mapped of a file whose name contains this.
+/// Whether the process has mapped a file whose name contains this.
 #[cfg(feature = "mmap")]
 fn is_mapped(name: &str) -> bool {
     std::fs::read_to_string("/proc/self/maps")

@@ -1,4 +1,4 @@
-//! What every guest memory must do: each that the core has. And work that is ended.
+//! Conformance of every guest memory that the core has. And work that is ended.
 
 use sonicshot::checkpoint::*;
 use sonicshot::*;
@@ -7,7 +7,7 @@ use std::error::Error;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const PAGE: u64 = 4096;
-/// Where the parts begin, in pages, and how long they are. Two touch in the guest.
+/// The start of each part and its length, in pages. Two touch in the guest.
 const PARTS: [(u64, u64); 4] = [(0, 40), (40, 23), (64, 1), (1 << 20, 57)];
 
 /// Bytes of which few pages are like another, some are zero, and some one word again and again.
@@ -35,7 +35,7 @@ fn mapped(parts: &[(Gpa, Vec<u8>)]) -> MappedRegions<'_> {
     MappedRegions::new(regions.collect()).unwrap()
 }
 
-/// What is at an address, by the bytes alone.
+/// The bytes at an address, by the parts alone.
 fn expected(parts: &[(Gpa, Vec<u8>)], at: Gpa, buf: &mut [u8]) {
     for (index, byte) in (0..).zip(buf) {
         let at = at.raw() + index;

@@ -174,7 +174,7 @@ impl Case {
     }
 }
 
-/// What a private mapping of it holds.
+/// The content of a private mapping of it.
 #[cfg(feature = "mmap")]
 #[expect(unsafe_code, reason = "what is mapped is looked at")]
 fn mapped(reader: &CheckpointReader<Vec<u8>>) -> Vec<u8> {

@@ -37,7 +37,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// What `make` gives, how many bytes it has, and the most there were while it was made.
+/// The result of `make`, the bytes that it has, and the most there were while it was made.
 fn cost<T>(make: impl FnOnce() -> T) -> (T, isize, isize) {
     let before = USED.get().0;
     USED.set((before, before));

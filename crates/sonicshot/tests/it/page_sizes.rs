@@ -14,7 +14,7 @@ struct Guest {
     plan: PrunePlan,
 }
 
-/// What a page of a class holds: free pages hold garbage.
+/// Fills in the content of a page of a class: free pages hold garbage.
 fn content(pfn: u64, state: PageState, page: &mut [u8]) {
     match state.is_zero() {
         true => page.fill(0),

@@ -129,7 +129,7 @@ fn join_smallest_gaps(pieces: Vec<Piece>, limit: usize) -> Option<(Vec<Piece>, u
     Some((joined, count))
 }
 
-/// How much was dropped between two pieces, if they are of the same segment.
+/// The number of bytes dropped between two pieces, if they are of the same segment.
 fn gap(a: &Piece, b: &Piece) -> Option<u64> {
     let left_out = a.segment.mem_len.checked_sub(a.segment.file_len);
     left_out.filter(|_| a.source == b.source)
@@ -185,8 +185,8 @@ pub(super) fn copy(dump: &PlainDump, core: &ElfCore, work: Copying<'_>) -> Resul
     Ok(())
 }
 
-/// What the output does not have, whatever else it leaves out: what the input did not have, and
-/// what is given up.
+/// The memory that the output does not have, whatever else it leaves out: that which the input did
+/// not have, and that which is given up.
 fn absent_of(dump: &PlainDump, given_up: &PrunePlan) -> Vec<GpaRange> {
     let size = given_up.page_size();
     let runs = given_up.runs().iter();
@@ -346,7 +346,7 @@ fn is_told_by_segments(pieces: &[Piece], absent: &[GpaRange]) -> bool {
     empty == common(absent, &all)
 }
 
-/// What goes of the memory that segments have data for, whichever of them: bytes, and ranges.
+/// Counts what goes of the memory that any segment has data for: bytes, and ranges.
 fn dropped(core: &ElfCore, goes: &PrunePlan) -> (u64, u64) {
     let mut filled: Vec<GpaRange> = core.segments.iter().filter_map(Segment::filled).collect();
     filled.sort_unstable_by_key(|range| (range.start(), range.end()));

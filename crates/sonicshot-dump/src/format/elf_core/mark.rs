@@ -24,7 +24,7 @@ const KIND: u32 = 0x534e_4943;
 const NAME: &[u8] = b"SONICSHOT";
 const VERSION: u32 = 1;
 
-/// What a core's `PT_LOAD` segments come to.
+/// The sums of a core's `PT_LOAD` segments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Sums {
     count: u32,

@@ -1,4 +1,4 @@
-//! Where the guest's RAM is in an ELF core, and what of it is nowhere.
+//! The places of the guest's RAM in an ELF core, and the RAM that is nowhere in it.
 
 use crate::DumpError;
 use crate::backing::plain::{Extent, joined, may_claim, sum_of_lens};
@@ -28,7 +28,7 @@ struct Load {
     /// Its number in the file.
     number: usize,
     guest: GpaRange,
-    /// What of that the file has bytes for, and where.
+    /// The part of that which the file has bytes for, and their offset.
     filled: GpaRange,
     offset: FileOffset,
 }
@@ -122,7 +122,7 @@ fn disjoint(loads: &[Load]) -> Vec<Extent> {
 struct Overlaps<'a> {
     path: &'a Path,
     data: FileBytes<'a>,
-    /// How many bytes were compared with others.
+    /// The number of bytes that were compared with others.
     compared: u64,
 }
 
@@ -151,8 +151,8 @@ impl Overlaps<'_> {
         DumpError::malformed(self.path, what, SEGMENT_COUNT, value)
     }
 
-    /// Where else all bytes of `load` are, one behind the other; `None` if they are not. Refuses it
-    /// if what others have of its memory is not the same.
+    /// The other offset at which all bytes of `load` are, one behind the other; `None` if there is
+    /// none. Refuses it if what others have of its memory is not the same.
     fn shared(
         &mut self,
         extents: &[Extent],
@@ -192,7 +192,7 @@ impl Overlaps<'_> {
         Ok(whole.map(|(start, _)| start))
     }
 
-    /// Where the bytes of `part` of the memory differ that are at two places of the file.
+    /// The first address in `part` of the memory at which its bytes at two places of the file differ.
     fn first_difference(
         &mut self,
         theirs: FileOffset,
@@ -293,7 +293,7 @@ fn add_extent(extents: &mut Vec<Extent>, guest: GpaRange, offset: Option<FileOff
     }
 }
 
-/// What is in ranges of both lists, which are sorted, none of which touch.
+/// The memory that is in ranges of both lists, which are sorted, none of which touch.
 pub(super) fn common(a: &[GpaRange], b: &[GpaRange]) -> Vec<GpaRange> {
     let (mut a, mut b) = (a.iter().peekable(), b.iter().peekable());
     let mut found = Vec::new();
@@ -311,7 +311,7 @@ pub(super) fn common(a: &[GpaRange], b: &[GpaRange]) -> Vec<GpaRange> {
     found
 }
 
-/// What is in ranges of the first list and in none of the second; both are sorted, and none of a
+/// The memory that is in ranges of the first list and in none of the second; both are sorted, and none of a
 /// list touch.
 pub(super) fn without(a: &[GpaRange], b: &[GpaRange]) -> Vec<GpaRange> {
     let mut found = Vec::new();

@@ -26,7 +26,7 @@ const MAX_VMCOREINFO: u32 = 1 << 16;
 /// Notes that are carried along: a few hundred bytes for each processor.
 const MAX_KEPT_NOTES: u32 = 16 << 20;
 
-/// Where the header says what is read of it.
+/// The offsets of the header's fields that are read.
 const CLASS: FileOffset = FileOffset::new(4);
 const TYPE: FileOffset = FileOffset::new(16);
 const MACHINE: FileOffset = FileOffset::new(18);
@@ -51,7 +51,7 @@ pub(crate) fn machine(path: &Path, number: u16) -> Result<Architecture, DumpErro
 const MAX_COUNTED: usize = PN_XNUM as usize - 1;
 const SECTION_LEN: usize = 64;
 
-/// Where the header of a core, its `count` program headers and what counts them end; `None` if no
+/// The end of a core's header, its `count` program headers and what counts them; `None` if no
 /// core has so many.
 pub(crate) fn headers_end(count: usize) -> Option<FileOffset> {
     if u32::try_from(count).is_ok_and(|count| count > MAX_SEGMENTS) {
@@ -124,17 +124,17 @@ pub(crate) struct Segment {
 /// The class of 64 bits, and the data little-endian, as they follow the magic.
 const ELF_64_LITTLE: u16 = 0x0102;
 
-/// What the headers of an ELF core say.
+/// The content of an ELF core's headers.
 #[derive(Debug, Clone)]
 pub(crate) struct ElfCore {
     pub machine: Architecture,
     pub segments: Vec<Segment>,
     /// The VMCOREINFO text.
     pub vmcoreinfo: Option<Vec<u8>>,
-    /// What the segments of memory come to by their headers.
+    /// The sums of the segments of memory by their headers.
     pub(super) sums: Option<Sums>,
-    /// Where the data of the last segment ends, if that is beyond the end of the file. What there
-    /// is of each is in `segments`.
+    /// The end of the last segment's data, if that is beyond the end of the file. The part that
+    /// there is of each is in `segments`.
     pub(super) cut_before: Option<FileOffset>,
     /// The memory whose bytes would be beyond the end of the file.
     pub(super) lost: Vec<GpaRange>,
@@ -207,12 +207,12 @@ impl Segment {
         out
     }
 
-    /// Where its data is in the file; `None` if that is beyond 64 bits.
+    /// The range of its data in the file; `None` if that is beyond 64 bits.
     pub(crate) fn data(&self) -> Option<FileRange> {
         FileRange::with_len(self.offset, self.file_len)
     }
 
-    /// How many bytes of guest RAM the segment stands for.
+    /// The number of bytes of guest RAM that the segment stands for.
     pub(super) fn guest_len(&self) -> u64 {
         // `/proc/kcore` marks memory that is not RAM with an address of all ones.
         if self.kind == PT_LOAD && self.paddr != u64::MAX {
@@ -228,7 +228,7 @@ impl Segment {
         (!range.is_empty()).then_some(range)
     }
 
-    /// What of that RAM the file has data for: empty if it has none.
+    /// The part of that RAM that the file has data for: empty if it has none.
     pub(crate) fn filled(&self) -> Option<GpaRange> {
         self.guest()?;
         GpaRange::with_len(Gpa::new(self.paddr), self.file_len)

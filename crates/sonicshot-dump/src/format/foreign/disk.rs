@@ -9,7 +9,7 @@ use crate::format::kind::Source;
 use sonicshot::{Bytes, FileBytes};
 
 const SECTOR: u64 = 512;
-/// Where the four entries of a partition table begin, and how long each is.
+/// The offset of the four entries of a partition table, and the length of each.
 const TABLE: u64 = 446;
 const ENTRY: u64 = 16;
 

@@ -12,7 +12,7 @@ use std::path::Path;
 const FLAT_SIGNATURE: &[u8; 16] = b"makedumpfile\0\0\0\0";
 /// A flattened file's own header.
 const FLAT_HEADER_LEN: FileOffset = FileOffset::new(4096);
-/// Where it says what kind of file it is.
+/// The offset of the field with the kind of the file.
 const FLAT_KIND: FileOffset = FileOffset::new(16);
 
 /// A flattened file may have so many pieces, and one more for each [`PIECE_LEN`] bytes.
@@ -31,9 +31,9 @@ pub(super) struct Content {
 /// A piece of a flattened file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Piece {
-    /// Where in the file proper.
+    /// Its range in the file proper.
     to: FileRange,
-    /// Where in the flattened file it begins.
+    /// Its offset in the flattened file.
     from: FileOffset,
 }
 

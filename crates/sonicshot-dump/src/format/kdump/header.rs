@@ -5,7 +5,7 @@ use crate::DumpError;
 use sonicshot::{Architecture, Bytes, FileOffset, PageSize, Pfn, PfnRange};
 use std::path::Path;
 
-/// How the pages of a kdump-compressed file are compressed, each by itself.
+/// The compression of the pages of a kdump-compressed file, each by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum KdumpCompression {
@@ -21,7 +21,7 @@ pub enum KdumpCompression {
 }
 
 pub(crate) const SIGNATURE: &[u8; 8] = b"KDUMP   ";
-/// What the header holds up to its last field that is read here. The layout is that of C
+/// The length of the header up to its last field that is read here. The layout is that of C
 /// structures on a 64-bit machine.
 const HEADER_LEN: usize = 464;
 const VERSION: FileOffset = FileOffset::new(8);
@@ -35,7 +35,7 @@ pub(crate) const SUB_HEADER_LEN: usize = 104;
 /// More frames than any guest has, 16 TiB of 4 KiB each: bounds what is kept about them.
 pub(crate) const MAX_FRAMES: u64 = 1 << 32;
 
-/// What is of use in `struct disk_dump_header`.
+/// The fields of use in `struct disk_dump_header`.
 pub(super) struct Header {
     pub(super) version: u32,
     pub(super) status: u32,
@@ -108,7 +108,7 @@ impl Header {
         })
     }
 
-    /// How long so many blocks are. These are 32-bit numbers of blocks of 64 KiB at most.
+    /// The length of so many blocks, in bytes. These are 32-bit numbers of blocks of 64 KiB at most.
     pub(super) fn in_blocks(&self, blocks: u32) -> u64 {
         u64::from(blocks) << self.page_size.shift()
     }
@@ -116,9 +116,9 @@ impl Header {
 
 /// A part of the file that the sub-header names.
 pub(super) struct Part {
-    /// What is said if it is beyond the end or too long.
+    /// The fault that is told if it is beyond the end or too long.
     pub(super) what: &'static str,
-    /// Where that is said.
+    /// The offset of the field that names it.
     pub(super) named_at: FileOffset,
     pub(super) offset: FileOffset,
     pub(super) len: u64,
@@ -144,7 +144,7 @@ impl Part {
     }
 }
 
-/// What is of use in `struct kdump_sub_header`.
+/// The fields of use in `struct kdump_sub_header`.
 pub(super) struct SubHeader {
     pub(super) dump_level: u32,
     /// The frames that are in this part of several.
@@ -213,7 +213,7 @@ impl SubHeader {
     }
 }
 
-/// Where the parts of the file are that the pages are found by.
+/// The places of the parts of the file by which the pages are found.
 #[derive(Clone, Copy)]
 pub(super) struct Places {
     pub(super) frames: u64,

@@ -28,7 +28,7 @@ use std::sync::{Mutex, PoisonError};
 
 pub(crate) const DESCRIPTOR_LEN: u64 = 24;
 
-/// How a page is compressed, in its descriptor; the last two bits are of the whole dump.
+/// The compression of a page, in its descriptor; the last two bits are of the whole dump.
 pub(crate) const ZLIB: u32 = 1;
 const LZO: u32 = 2;
 pub(crate) const SNAPPY: u32 = 4;
@@ -56,11 +56,11 @@ pub struct KdumpFile {
     content: Content,
     layout: RamLayout,
     facts: Facts,
-    /// Where the bitmap of the frames in the file begins.
+    /// The offset of the bitmap of the frames in the file.
     dumped_at: FileOffset,
-    /// How many frames are in the file below each multiple of [`RANK_FRAMES`].
+    /// The number of frames in the file below each multiple of [`RANK_FRAMES`].
     ranks: Vec<u64>,
-    /// Where the descriptors begin.
+    /// The offset of the descriptors.
     descriptors_at: FileOffset,
     /// Of one part of a dump in several: the frames that it has, and how many the parts before it.
     part: Option<(PfnRange, u64)>,
@@ -72,7 +72,7 @@ pub struct KdumpFile {
     decoders: Mutex<Vec<Decoder>>,
 }
 
-/// What the headers say.
+/// The content of the headers.
 #[derive(Debug, Clone)]
 struct Facts {
     version: u32,
@@ -80,7 +80,7 @@ struct Facts {
     machine: Option<Architecture>,
     /// Pages may be missing that are marked as there.
     may_lack: bool,
-    /// How pages are compressed, and which were left out, as the headers say.
+    /// The compressions of pages, and the kinds that were left out, as the headers say.
     codec: u32,
     dump_level: u32,
     frames: u64,
@@ -92,13 +92,13 @@ struct Facts {
 /// A page as it is stored.
 pub(crate) struct PackedPage {
     pub bytes: Vec<u8>,
-    /// How it is compressed; 0: not at all.
+    /// Its compression; 0: none.
     pub flags: u32,
     /// It is compressed, and holds only zeroes.
     pub is_zero: bool,
 }
 
-/// Where a page is.
+/// The place of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Descriptor {
     offset: FileOffset,
@@ -221,7 +221,7 @@ impl KdumpFile {
         at.is_some_and(|at| self.content.read(at, &mut raw)) && raw.iter().all(|byte| *byte == 0)
     }
 
-    /// How many frames below `pfn` are marked as in the file.
+    /// The number of frames below `pfn` that are marked as in the file.
     fn rank(&self, pfn: u64) -> Result<u64, DumpError> {
         let pfn = pfn.min(self.facts.frames);
         let Some(last) = pfn.checked_sub(1) else {
@@ -237,7 +237,7 @@ impl KdumpFile {
         DumpError::malformed(&self.path, "the frames before frame", self.dumped_at, frame)
     }
 
-    /// Where the last of the pages with these descriptors ends; `None` if that is nowhere.
+    /// The end of the last of the pages with these descriptors; `None` if that is nowhere.
     fn end_of(&self, first: u64, behind: u64) -> Result<Option<FileOffset>, DumpError> {
         let Some(count) = behind.checked_sub(first) else {
             return Ok(None);
@@ -260,7 +260,7 @@ impl KdumpFile {
         Ok(Some(end))
     }
 
-    /// Why pages are missing, if the headers say so or the file ends before its last pages do.
+    /// The reason why pages are missing, if the headers say so or the file ends before its last pages do.
     fn look_for_end(&self, said: bool) -> Result<Option<Incomplete>, DumpError> {
         /// Of so many pages at the end it is looked where they are: zeroes are all in one place.
         const LOOKED: u64 = 1 << 16;
@@ -343,20 +343,20 @@ impl KdumpFile {
         self.facts.notes.as_deref()
     }
 
-    /// How many frames are in the file.
+    /// The number of frames in the file.
     #[must_use]
     pub fn dumped_frames(&self) -> u64 {
         self.facts.dumped
     }
 
-    /// Why it lacks pages that it should have.
+    /// The reason why it lacks pages that it should have.
     #[must_use]
     pub fn incomplete(&self) -> Option<&Incomplete> {
         self.incomplete.as_ref()
     }
 
-    /// How a page is compressed that is not yet: as the others are, if that can be written. Of a
-    /// dump that is not compressed, none is.
+    /// The compression for a page that is not yet compressed: that of the others, if it can be
+    /// written. Of a dump that is not compressed, none is.
     pub(crate) fn compression(&self) -> KdumpCompression {
         match self.facts.codec {
             0 => KdumpCompression::None,
@@ -366,12 +366,12 @@ impl KdumpFile {
         }
     }
 
-    /// How pages are compressed: a bit for each way.
+    /// The compressions of pages: a bit for each way.
     pub(crate) fn codec(&self) -> u32 {
         self.facts.codec
     }
 
-    /// What was left out: a bit for each kind of pages (`man makedumpfile`, `-d`).
+    /// The kinds of pages that were left out: a bit for each (`man makedumpfile`, `-d`).
     pub(crate) fn dump_level(&self) -> u32 {
         self.facts.dump_level
     }
@@ -410,7 +410,7 @@ impl KdumpFile {
         }
     }
 
-    /// Which frames of the `index`th range are in the file.
+    /// The frames of the `index`th range that are in the file.
     fn presence(&self, index: u64) -> Result<Presence, DumpError> {
         let cached = || self.presence.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((at, presence)) = *cached()
@@ -827,7 +827,7 @@ fn layout_of(
     })
 }
 
-/// How many frames below the `end`th of those in `bits` are marked.
+/// The number of marked frames below the `end`th of those in `bits`.
 fn marked_below(bits: &Presence, end: u64) -> u64 {
     let words = bits.iter().zip((0_u64..).step_by(64));
     let below = words.map(|(word, base)| match end.checked_sub(base) {

@@ -24,7 +24,7 @@ use std::sync::Arc;
 const CHUNK: u64 = 1 << 20;
 /// `man makedumpfile`, `-d`: free pages are left out.
 const DUMP_LEVEL_FREE: u32 = 16;
-/// What is not known of the guest's `struct new_utsname`. libkdumpfile believes none of the
+/// The text for an unknown field of the guest's `struct new_utsname`. libkdumpfile believes none of the
 /// names, nor that of the processor, if one of them is empty.
 const UNKNOWN: &[u8] = b"(unknown)";
 
@@ -32,7 +32,7 @@ const UNKNOWN: &[u8] = b"(unknown)";
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct KdumpOptions<'a> {
-    /// How pages are compressed.
+    /// The compression of pages.
     pub compression: KdumpCompression,
     /// The guest's processor.
     pub machine: Option<Architecture>,
@@ -41,7 +41,7 @@ pub struct KdumpOptions<'a> {
     pub vmcoreinfo: Option<&'a [u8]>,
     /// ELF notes: an `NT_PRSTATUS` for each processor.
     pub notes: Option<&'a [u8]>,
-    /// How many threads compress; one if `None`.
+    /// The number of threads that compress; one if `None`.
     pub threads: Option<NonZeroUsize>,
     /// Whoever is told how far it is, in bytes of the guest.
     pub progress: Option<Arc<dyn Progress>>,
@@ -150,7 +150,7 @@ pub(crate) fn write_kdump_again(
     write_of(&Origin::Kdump(source), plan, file, options, progress)
 }
 
-/// Where pages come from.
+/// The origin of pages.
 enum Origin<'a> {
     Memory(&'a dyn GuestMemory),
     Kdump(&'a KdumpFile),
@@ -243,7 +243,7 @@ fn chunks_of<'a>(
     })
 }
 
-/// Which frames there are, and which of them come into the file.
+/// The frames that there are, and those of them that come into the file.
 struct Frames {
     present: Bitmap,
     dumped: Bitmap,
@@ -494,7 +494,7 @@ impl Sizes {
     }
 }
 
-/// What Linux calls the guest's processor.
+/// Linux's name of the guest's processor.
 fn machine_name(machine: Option<Architecture>) -> Result<&'static [u8], KdumpWriteError> {
     match machine {
         Some(Architecture::X86_64) => Ok(b"x86_64"),
@@ -638,7 +638,7 @@ struct Bitmap {
     shift: u32,
 }
 
-/// How many bytes of a bitmap are a piece.
+/// The number of bytes of a bitmap in a piece.
 const PIECE: usize = 4096;
 /// Frames that a piece has a bit for.
 const PIECE_FRAMES: u64 = 8 * to_u64(PIECE);
@@ -747,7 +747,7 @@ impl Bitmap {
     }
 }
 
-/// How a page goes into the file.
+/// The form in which a page goes into the file.
 #[derive(Debug, Clone, Copy)]
 enum Stored {
     Data { len: u32, flags: u32 },

@@ -10,25 +10,25 @@ use crate::format::qemu::wire::{Cursor, SECTION_END, SECTION_FULL, SECTION_PART}
 use sonicshot::{FileBytes, FileOffset, FileRange};
 use std::path::Path;
 
-/// What both kinds of file hold.
+/// The content of both kinds of file.
 pub(crate) struct Content<'a> {
     pub start: &'a Start,
     pub blocks: &'a [RamBlock],
-    /// Where the pages of each block are.
+    /// The places of the pages of each block.
     pub places: Vec<Places>,
-    /// Where the file begins.
+    /// The beginning of the file.
     pub begin: FileOffset,
     /// The sections behind the memory's first part.
     pub between: FileRange,
-    /// Where what follows the memory begins.
+    /// The beginning of what follows the memory.
     pub end: FileOffset,
 }
 
-/// Where the rest of the section `ram` is in a mapped-ram file, which has no pages.
+/// The rest of the section `ram` in a mapped-ram file, which has no pages.
 pub(crate) struct RestOfRam {
-    /// Where the sections behind its first part end,
+    /// The end of the sections behind its first part,
     pub between: FileOffset,
-    /// and where all of it.
+    /// and that of all of it.
     pub end: FileOffset,
     /// Whether other sections have parts between its later ones.
     pub mixed: bool,
@@ -104,7 +104,7 @@ pub(crate) fn next_part(
     }
 }
 
-/// Where the devices' state begins behind the memory's `end`: parts of other sections may come
+/// The beginning of the devices' state behind the memory's `end`: parts of other sections may come
 /// first.
 pub(crate) fn behind_others(
     path: &Path,
@@ -127,7 +127,7 @@ pub(crate) fn mixed(path: &Path) -> DumpError {
     }
 }
 
-/// Where each page of a block is.
+/// The places of the pages of a block.
 pub(crate) enum Places {
     /// Each for itself.
     Listed(PagePlaces),

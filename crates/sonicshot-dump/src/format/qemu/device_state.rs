@@ -27,7 +27,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-/// What ends the sections, and the description behind it (`QEMU_VM_EOF`, `QEMU_VM_VMDESCRIPTION`).
+/// The mark that ends the sections, and that of the description behind it (`QEMU_VM_EOF`,
+/// `QEMU_VM_VMDESCRIPTION`).
 const EOF: u8 = 0;
 const DESCRIPTION: u8 = 6;
 /// The devices' state and its description: tens of KiB for each processor.
@@ -264,7 +265,7 @@ impl<'de> Visitor<'de> for SubsectionsVisitor {
     }
 }
 
-/// What the devices' state from `at` on tells of the processors.
+/// The processors, as the devices' state from `at` on tells of them.
 pub(crate) fn processors(
     path: &Path,
     data: FileBytes<'_>,
@@ -313,7 +314,7 @@ pub(crate) fn is_described(path: &Path, data: FileBytes<'_>, at: FileOffset) -> 
     })
 }
 
-/// What may be the description: where the sections before it end, and its text.
+/// The places that may be the description: the end of the sections before it, and its text.
 fn descriptions(state: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
     let begins = |at: usize| {
         let head: &[u8; 7] = state.get(at..)?.first_chunk()?;
@@ -579,7 +580,7 @@ mod tests {
     /// The bit in which the second's word for it has its value.
     const HALTED: usize = 9944;
 
-    /// Where the fields of both sections `cpu` begin.
+    /// The offsets of the fields of both sections `cpu`.
     fn cpus() -> Vec<usize> {
         let header = b"\x03cpu\0\0\0";
         let found = SMALL.windows(header.len()).enumerate();
@@ -613,7 +614,7 @@ mod tests {
         assert!(same > 1000 && refused > 8000, "{same} {refused}");
     }
 
-    /// What is behind so many of what may be a description, and is none, is not looked at; nor is
+    /// Bytes behind so many that may be a description, and are none, are not looked at; nor is
     /// a state that is longer than any.
     #[test]
     fn what_is_tried_and_read_is_bounded() {

@@ -34,7 +34,7 @@ use std::path::Path;
 const MIN_STORED: u64 = 512;
 /// So many ranges any file may have: they take 32 MiB.
 const SMALL: u64 = 1 << 20;
-/// What keeps shared memory out of the file.
+/// The capability that keeps shared memory out of the file.
 const IGNORE_SHARED: &str = "x-ignore-shared";
 
 /// A mapped-ram file, mapped.
@@ -156,17 +156,17 @@ pub(crate) struct MappedRam {
     pub machine: Option<String>,
     /// All blocks, as [`crate::Dump::ram_blocks`] gives them.
     pub blocks: Vec<RamBlock>,
-    /// Where each is in the file.
+    /// The place of each in the file.
     pub stores: Vec<Store>,
     pub start: Start,
-    /// Where what follows the memory's first part begins.
+    /// The beginning of what follows the memory's first part.
     pub after: FileOffset,
 }
 
-/// Where a block is in the file.
+/// The place of a block in the file.
 #[derive(Debug, Clone)]
 pub(crate) struct Store {
-    /// Where the block's parts are in the guest, end to end in the block; none if the block is
+    /// The ranges of the block's parts in the guest, end to end in the block; none if the block is
     /// kept as it is.
     ranges: Vec<GpaRange>,
     bitmap: FileRange,
@@ -236,8 +236,8 @@ impl MappedRam {
         })
     }
 
-    /// Where each range of the guest's RAM is in the file, which takes `on_disk` bytes; what has
-    /// no bit is not in it.
+    /// The extents of the guest's RAM in the file, which takes `on_disk` bytes; a page without a
+    /// bit is not in it.
     pub(crate) fn extents(
         &self,
         path: &Path,
@@ -306,7 +306,7 @@ struct Marks<'a> {
     at: u64,
 }
 
-/// How many bytes of a bitmap are looked at at once.
+/// The number of bytes of a bitmap that are looked at at once.
 const PIECE: u64 = 64 << 10;
 
 impl Marks<'_> {

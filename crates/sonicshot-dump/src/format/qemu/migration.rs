@@ -19,7 +19,7 @@ use sonicshot::{FileOffset, FileRange, to_u64};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-/// Where the pages of a block begin is a multiple of this, for direct I/O.
+/// The pages of a block begin at a multiple of this, for direct I/O.
 const PAGES_ALIGN: u64 = 1 << 20;
 const FOOTER: u8 = 0x7e;
 /// The header of a block in a mapped-ram file.
@@ -27,7 +27,7 @@ const HEADER_LEN: u64 = 28;
 /// The header of the section `ram`: kind, number, name, instance, version.
 const RAM_HEADER: u64 = 17;
 
-/// Which of the two kinds is written.
+/// The kind of file that is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     MappedRam,
@@ -54,7 +54,7 @@ struct Writer<'a> {
     dump: &'a PlainDump,
     output: &'a Output,
     copier: Copier<'a>,
-    /// What was not written yet, and where it goes.
+    /// The bytes that are not yet written, and the place where they go.
     pending: Vec<u8>,
     at: FileOffset,
 }
@@ -79,7 +79,7 @@ impl<'a> Writer<'a> {
         DumpError::malformed(self.dump.path(), what, self.at, value)
     }
 
-    /// Where the next byte goes.
+    /// The offset of the next byte.
     fn position(&self) -> Result<FileOffset, DumpError> {
         let pending = to_u64(self.pending.len());
         let position = self.at.checked_add(pending);
@@ -164,7 +164,7 @@ impl<'a> Writer<'a> {
         self.file().set_len(self.at.raw()).map_err(writing)
     }
 
-    /// What stands before the section `ram`, with or without the capability of mapped-ram.
+    /// Writes what stands before the section `ram`, with or without the capability of mapped-ram.
     fn head(&mut self, start: &Start, begin: FileOffset, mapped: bool) -> Result<(), DumpError> {
         let configuration = start.configuration_at.unwrap_or(start.ram_at);
         self.small(self.between(begin, configuration)?)?;

@@ -38,10 +38,10 @@ pub(crate) const BEHIND: Kind = Kind {
 const MAX_OFFSET: usize = 16 << 20;
 /// So many places that look like a beginning are looked at.
 const MAX_BEGINNINGS: usize = 16;
-/// How it begins, up to its configuration.
+/// The first bytes of a migration file, up to its configuration.
 const BEGINNING: &[u8] = b"QEVM\0\0\0\x03\x07";
 
-/// Where a migration file begins that is not at the beginning of its file. Memory may hold such
+/// The offset of a migration file that is not at the beginning of its file. Memory may hold such
 /// bytes anywhere: what is in there must fit all of the file, or nothing may be before it.
 fn offset_of(source: &Source<'_>) -> Option<FileOffset> {
     let data = source.data();
@@ -67,10 +67,10 @@ fn offset_of(source: &Source<'_>) -> Option<FileOffset> {
     found.find(fits).map(|at| FileOffset::new(to_u64(at)))
 }
 
-/// What a migration file is wrapped in.
+/// The wrapping of a migration file.
 #[derive(Debug)]
 pub(crate) struct Wrapping {
-    /// Where the migration file begins, if it is in no image.
+    /// The offset of the migration file, if it is in no image.
     at: FileOffset,
     image: Option<Image>,
     /// The content, if the image is compressed.
@@ -87,7 +87,7 @@ impl Wrapping {
         }
     }
 
-    /// Where the migration file begins in the bytes.
+    /// The offset of the migration file in the bytes.
     pub(crate) fn begin(&self) -> FileOffset {
         match self.image {
             Some(image) if image.compression.is_none() => image.payload_at,

@@ -26,7 +26,7 @@ const DISK_END: u64 = 0x02;
 const DISK_ZERO: u64 = 0x08;
 const DISK_BLOCK_LEN: u64 = 1 << 20;
 
-/// What stands in the records of a device of the host.
+/// The marks in the records of a device of the host.
 const HOST_END: u64 = 0xffff_ffff_ef10_0001;
 const HOST_SETUP: u64 = 0xffff_ffff_ef10_0003;
 const HOST_DATA: u64 = 0xffff_ffff_ef10_0004;
@@ -63,7 +63,7 @@ impl Kind {
 struct Begun {
     number: u32,
     kind: Kind,
-    /// Where, for a file is gone through more than once.
+    /// Its offset, for a file is gone through more than once.
     at: FileOffset,
 }
 
@@ -73,7 +73,7 @@ pub(crate) struct Others {
     begun: Vec<Begun>,
     /// The number of the memory's section, once it has begun.
     memory: Option<u32>,
-    /// How many parts were passed over.
+    /// The number of parts that were passed over.
     pub passed: u64,
 }
 

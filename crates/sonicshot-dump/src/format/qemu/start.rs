@@ -1,4 +1,4 @@
-//! How QEMU's migration files begin, and their RAM blocks (`migration/savevm.c`,
+//! The beginning of QEMU's migration files, and their RAM blocks (`migration/savevm.c`,
 //! `migration/ram.c`).
 //!
 //! Numbers are big-endian. A file begins with `QEVM`, version 3, a configuration section with the
@@ -15,7 +15,7 @@ use std::path::Path;
 
 /// The subsection with the capabilities that both sides must have.
 pub(crate) const CAPABILITIES: &str = "configuration/capabilities";
-/// How a migration file begins.
+/// The first bytes of a migration file.
 pub(crate) const MAGIC: &[u8; 4] = b"QEVM";
 const VERSION: u32 = 3;
 const CONFIGURATION: u8 = 7;
@@ -45,17 +45,16 @@ const MAX_PLUGGED: usize = 256;
 /// (`hw/virtio/virtio-mem.c`, QEMU 8 and later); the device's own name stands before it.
 const VIRTIO_MEM: &str = "/virtio-mem-device-early";
 
-/// What a migration file says before its memory.
+/// The content of a migration file before its memory.
 #[derive(Debug, Clone)]
 pub(crate) struct Start {
     pub machine: Option<String>,
     pub capabilities: Vec<String>,
-    /// Where the machine's name ends, if there is one: what else is said of the configuration
-    /// follows.
+    /// The end of the machine's name, if there is one: the rest of the configuration follows.
     pub configuration_at: Option<FileOffset>,
-    /// Where the list of capabilities is.
+    /// The range of the list of capabilities.
     pub capabilities_at: Option<FileRange>,
-    /// Where the section `ram` begins.
+    /// The offset of the section `ram`.
     pub ram_at: FileOffset,
     /// The number of the section `ram`.
     pub ram_section: u32,
@@ -67,7 +66,7 @@ pub(crate) struct Start {
     pub others: Others,
 }
 
-/// Where a virtio-mem device has its memory.
+/// The memory of a virtio-mem device.
 #[derive(Debug, Clone)]
 struct Plugged {
     /// The device's name, which the block of its memory begins with.
@@ -98,7 +97,7 @@ pub struct RamBlock {
     pub len: u64,
     /// Its kind.
     pub kind: BlockKind,
-    /// Where it lies in the guest, end to end in the block. Empty: that is not known, and the
+    /// Its ranges in the guest, end to end in the block. Empty: they are not known, and the
     /// block is kept as it is.
     pub ranges: Vec<GpaRange>,
 }
@@ -132,7 +131,7 @@ impl Start {
     }
 }
 
-/// Where a guest of the machine of this name has its RAM.
+/// The RAM layout of a guest of the machine of this name.
 pub(crate) fn layout_of(machine: &str) -> Option<LayoutSpec> {
     if machine.starts_with("pc-q35") {
         Some(LayoutSpec::Q35)
@@ -146,7 +145,7 @@ pub(crate) fn layout_of(machine: &str) -> Option<LayoutSpec> {
     }
 }
 
-/// How much RAM the guest has whose migration file begins with `data`, which messages call `path`;
+/// The RAM, in bytes, of the guest whose migration file begins with `data`, which messages call `path`;
 /// `None` if it is no such beginning.
 pub(crate) fn ram_of_migration(path: &Path, data: FileBytes<'_>) -> Option<u64> {
     let start = start(&mut Cursor::new(path, data, FileOffset::ZERO)).ok()?;
@@ -368,7 +367,7 @@ fn sum(ranges: &[GpaRange]) -> u64 {
     GpaRange::total_of(ranges)
 }
 
-/// Where the `len` bytes that the machine boots with are in the guest.
+/// The ranges in the guest of the `len` bytes that the machine boots with.
 fn ranges(
     path: &Path,
     start: &Start,

@@ -157,16 +157,16 @@ pub(crate) struct Stream {
     pub start: Start,
     /// All blocks, as [`crate::Dump::ram_blocks`] gives them.
     pub blocks: Vec<RamBlock>,
-    /// Where the records of pages begin.
+    /// The beginning of the records of pages.
     pub records_at: FileOffset,
-    /// Where they and the section `ram` end, and the devices' state begins; `None` until the
+    /// The end of them and of the section `ram`, where the devices' state begins; `None` until the
     /// records were gone through.
     pub records_end: Option<FileOffset>,
     /// So many pages the file has room for.
     most: u64,
 }
 
-/// How many pages a file may have: each has a record, and a file that is short, or one of holes,
+/// The most pages that a file may have: each has a record, and a file that is short, or one of holes,
 /// must not claim a lot of memory.
 fn most_pages(len: u64, on_disk: u64) -> u64 {
     let records = allowed_for(len / ZERO_RECORD, 1);
@@ -186,7 +186,7 @@ enum Of {
 
 /// One page's record.
 pub(crate) struct Record {
-    /// Where it begins, where its page data would, and where it ends.
+    /// Its beginning, that which its page data would have, and its end.
     at: FileOffset,
     pub data: FileOffset,
     end: FileOffset,
@@ -358,8 +358,8 @@ impl Stream {
         }
     }
 
-    /// Where the bytes of each page are that count, the last that came; of other blocks than
-    /// these none. And where the section `ram` ends.
+    /// The places of the bytes of each page that count, the last that came; of other blocks than
+    /// these none. And the end of the section `ram`.
     fn places(
         &self,
         path: &Path,
@@ -399,7 +399,7 @@ impl Stream {
         Ok((places.collect(), end))
     }
 
-    /// Where each page of the guest's RAM is in the file.
+    /// The place of each page of the guest's RAM in the file.
     pub(crate) fn pages(
         &mut self,
         path: &Path,

@@ -28,7 +28,7 @@ impl<'a> Cursor<'a> {
         Self { path, fields }
     }
 
-    /// Where the next field begins.
+    /// The offset of the next field.
     pub(crate) fn at(&self) -> FileOffset {
         FileOffset::new(self.fields.position())
     }

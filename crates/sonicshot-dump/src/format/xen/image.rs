@@ -58,7 +58,7 @@ impl Format for XlDump {
         Fill::Any
     }
 
-    /// What Xen holds to be page tables of a PV guest.
+    /// The frames that Xen holds to be page tables of a PV guest.
     fn must_stay(&self) -> Vec<PfnRange> {
         let mut runs: Vec<PfnRange> = Vec::new();
         let stay = self.image.frames().iter();
@@ -133,7 +133,7 @@ impl Skeletal for XlDump {
     }
 }
 
-/// Where each page of the guest's RAM is in the file; neighbours in both are one extent.
+/// The extents of the guest's RAM in the file; neighbours in both are one extent.
 fn extents(image: &XlImage) -> Vec<Extent> {
     let mut extents: Vec<Extent> = Vec::new();
     for frame in image.frames() {

@@ -110,7 +110,7 @@ pub fn contents(memory: &dyn GuestMemory) -> Vec<(Gpa, Vec<u8>)> {
         .collect()
 }
 
-/// What a memory says that it does not have.
+/// The ranges that a memory says it does not have.
 pub fn absent(memory: &dyn GuestMemory) -> Vec<GpaRange> {
     let mut found = Vec::new();
     for region in memory.layout().regions() {
@@ -137,7 +137,7 @@ pub fn pruned(before: &[(Gpa, Vec<u8>)], plan: &PrunePlan) -> Vec<(Gpa, Vec<u8>)
     after
 }
 
-/// What every memory must do, whatever its format: `map`, `next_data` and reads of any length
+/// Checks what every memory must do, whatever its format: `map`, `next_data` and reads of any length
 /// agree with one plain read.
 pub fn conforms(memory: &dyn GuestMemory) {
     let absent = absent(memory);

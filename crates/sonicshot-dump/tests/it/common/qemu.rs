@@ -18,11 +18,11 @@ pub struct File {
     pub machine: &'static str,
     pub capabilities: Vec<&'static str>,
     pub blocks: Vec<Block>,
-    /// How far pages lie off the file system's blocks.
+    /// The distance of pages from the file system's blocks, in bytes.
     pub skew: usize,
     /// Changes the header of the first block: version, page size, bitmap, pages.
     pub edit: fn(&mut [u64; 4]),
-    /// What stands between the memory and the rest.
+    /// The bytes between the memory and the rest.
     pub between: Vec<u8>,
 }
 

@@ -226,8 +226,8 @@ pub(super) fn user_mapping(entry: u64, page_size: PageSize) -> Option<PfnRange> 
     PfnRange::with_len(Pfn::new(first), if is_largest { LARGEST } else { 1 })
 }
 
-/// Where in guest-physical memory that is which an entry names; `None` if it is not the guest's,
-/// as are the frames of Xen itself that a paravirtualised guest has in its tables.
+/// The guest-physical address of the frame that an entry names; `None` if it is not the guest's, as
+/// are the frames of Xen itself that a paravirtualised guest has in its tables.
 fn guest_address(memory: &dyn GuestMemory, named: u64) -> Option<Gpa> {
     let Some(p2m) = memory.p2m() else {
         return Some(Gpa::new(named));

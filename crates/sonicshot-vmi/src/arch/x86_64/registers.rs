@@ -25,7 +25,7 @@ const PTI_USER_TABLE: u64 = 1 << 12;
 const CPU_ENTRY_AREA: KernelVa = KernelVa::new(0xffff_fe00_0000_0000);
 const CR4_LA57: u64 = 1 << 12;
 
-/// What a processor runs on.
+/// The paging state of a processor.
 #[derive(Debug, Clone, Copy)]
 enum State {
     /// On these page tables; `None`: with as many levels as the kernel has.
@@ -65,12 +65,12 @@ impl State {
     }
 }
 
-/// Where the top-level table is.
+/// The address of the top-level table.
 fn root(cr3: Cr3) -> u64 {
     cr3.raw() & ROOT
 }
 
-/// Where `at` is by these page tables; what cannot be read leads nowhere.
+/// The guest-physical address of `at` by these page tables; `None` if it is not mapped or cannot be read.
 fn place(walk: &Walk, memory: &dyn GuestMemory, at: KernelVa) -> Option<Gpa> {
     let there = walk.translate(memory, at).ok().flatten()?;
     Some(there.at)
@@ -178,7 +178,7 @@ fn lead_alike(
     Ok(())
 }
 
-/// What the twin tables of user space lead to as the kernel's do (`pti_clone_user_shared`,
+/// The addresses that the twin tables of user space map as the kernel's do (`pti_clone_user_shared`,
 /// `pti_clone_entry_text`); `None` if the kernel has no such thing.
 fn entries(kernel: &Kernel<'_>) -> Result<Option<Vec<Landmark>>, VmiError> {
     let code = match kernel.symbol_from_table("__entry_text_start")? {
@@ -201,8 +201,8 @@ fn entries(kernel: &Kernel<'_>) -> Result<Option<Vec<Landmark>>, VmiError> {
     Ok(found.into_iter().collect::<Result<_, _>>().ok())
 }
 
-/// Where the kernel handles page faults, which is in its entry code: by gate 14 of its interrupt
-/// table (Intel SDM vol. 3, 6.14.1).
+/// The address at which the kernel handles page faults, which is in its entry code: by gate 14 of its
+/// interrupt table (Intel SDM vol. 3, 6.14.1).
 fn page_fault_handler(kernel: &Kernel<'_>) -> Option<KernelVa> {
     const GATE: u64 = 14 * 16;
     let gate = CPU_ENTRY_AREA.checked_add(GATE)?;

@@ -1,4 +1,4 @@
-//! Where the kernel's page tables are, by what its VMCOREINFO says (`arch/x86/kernel/vmcore_info_64.c`).
+//! The place of the kernel's page tables, by its VMCOREINFO (`arch/x86/kernel/vmcore_info_64.c`).
 
 use super::{START_KERNEL_MAP, is_in_image, levels};
 use crate::arch::{Tables, need_address};

@@ -179,7 +179,7 @@ pub enum CounterDisagreement {
         listed: i64,
         /// The pages that the counter says.
         counted: i64,
-        /// How far the two may be apart in a stopped guest.
+        /// The most by which the two may differ in a stopped guest.
         bound: u64,
     },
 }

@@ -9,7 +9,7 @@ use crate::mm::zone::{FreeLists, Listed, ListedBlock, Zone, Zones, counter_bound
 use crate::note::Note;
 use sonicshot::{PageMap, PfnRange, Tally};
 
-/// What the lists say.
+/// The findings in the lists.
 pub(super) struct Walked {
     pub marks: Marks,
     pub zones: Vec<ZoneReport>,

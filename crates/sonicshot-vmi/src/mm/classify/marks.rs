@@ -1,4 +1,4 @@
-//! Which free list names which frame.
+//! The free list on which each frame is named.
 
 use super::WhichList;
 use crate::error::VmiError;
@@ -108,12 +108,12 @@ impl Marks {
     }
 }
 
-/// Where a frame's mark is in its chunk.
+/// The index of a frame's mark in its chunk.
 fn inside(pfn: u64) -> Option<usize> {
     usize::try_from(pfn & MASK).ok()
 }
 
-/// What a mark says, for people.
+/// The list that a mark names, for people.
 pub(super) const fn list_of(mark: u8) -> WhichList {
     let order = mark & ORDER;
     match mark & (LISTED | PCP | TORN) {

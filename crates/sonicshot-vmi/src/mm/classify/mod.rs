@@ -52,7 +52,7 @@ pub struct ZoneReport {
     pub pcp: u64,
 }
 
-/// Where free lists, page flags or counters disagree.
+/// A disagreement between free lists, page flags or counters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Inconsistency {
@@ -62,7 +62,7 @@ pub struct Inconsistency {
     pub examples: Vec<BlockDisagreement>,
     /// Disagreements of counters: which, and the numbers.
     pub counters: Vec<CounterDisagreement>,
-    /// How many blocks a stopped guest can explain: one for each processor.
+    /// The number of blocks that a stopped guest can explain: one for each processor.
     pub explained: u64,
     /// Every zone's numbers.
     pub zones: Vec<ZoneReport>,

@@ -20,15 +20,15 @@ struct OpenBlock {
     spoiled: Option<Pfn>,
 }
 
-/// What was looked at of a block behind its first frame.
+/// The part of a block behind its first frame that was looked at.
 struct Tails {
-    /// How many frames.
+    /// The number of frames.
     frames: usize,
     /// The block, if it ended there and is none.
     spoiled: Option<OpenBlock>,
 }
 
-/// What is the same for all pieces of RAM, which are looked at by several threads.
+/// The sources that all pieces of RAM share, which several threads look at.
 #[derive(Clone, Copy)]
 pub(super) struct Sources<'a, 'm> {
     pub(super) mem_map: &'a MemMap<'m>,
@@ -36,7 +36,7 @@ pub(super) struct Sources<'a, 'm> {
     pub(super) space: &'a AddressSpace<'m>,
     pub(super) layout: &'a PageLayout,
     pub(super) max_order: u64,
-    /// What the zones span.
+    /// The ranges that the zones span.
     pub(super) zones: &'a [PfnRange],
     /// Sections that may be offline: what points into them is looked for.
     pub(super) offline: &'a OfflineSections,
@@ -44,7 +44,7 @@ pub(super) struct Sources<'a, 'm> {
     pub(super) keeps_unlisted: bool,
 }
 
-/// What the struct pages of one piece say, or of all together.
+/// The findings in the struct pages of one piece, or of all together.
 #[derive(Default)]
 pub(super) struct Seen {
     /// Pages in blocks with the buddy mark, by zone.

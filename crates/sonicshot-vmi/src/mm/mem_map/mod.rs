@@ -1,4 +1,4 @@
-//! Where the `struct page` of each frame is: `mem_section`, `vmemmap`, `mem_map`.
+//! The address of the `struct page` of each frame: `mem_section`, `vmemmap`, `mem_map`.
 //!
 //! Sources: `include/linux/mmzone.h` (`struct mem_section`, `section_mem_map`),
 //! `mm/sparse.c`, `include/asm-generic/memory_model.h`.
@@ -54,7 +54,7 @@ pub(crate) struct MemMap<'m> {
     by_va: Vec<Span>,
     /// Sorted by virtual address.
     chunks: Vec<Chunk<'m>>,
-    /// How the kernel lays out its struct pages, for reports.
+    /// The layout of the kernel's struct pages, for reports.
     pub(crate) model: &'static str,
     /// Single reads since the mappings were last let go.
     reads: AtomicU32,
@@ -244,12 +244,12 @@ impl<'m> MemMap<'m> {
         })
     }
 
-    /// How many bytes so many struct pages are.
+    /// The size of so many struct pages, in bytes.
     fn bytes_of(&self, pages: u64) -> Option<usize> {
         usize::try_from(pages.checked_mul(self.stride)?).ok()
     }
 
-    /// Where the `struct page` of `pfn` is.
+    /// The address of the `struct page` of `pfn`.
     pub(crate) fn page_va(&self, pfn: Pfn) -> Option<KernelVa> {
         let above = self
             .spans
@@ -563,7 +563,8 @@ mod tests {
         facts
     }
 
-    /// What `section_mem_map` holds: the array's address less what its first frame is into it.
+    /// The word `section_mem_map`: the array's address less the offset of the section's first frame
+    /// in it.
     fn coded(array: u64, section: u64, flags: u64) -> u64 {
         (DIRECT_MAP + array).wrapping_sub(section * 4096 * 64) | flags
     }

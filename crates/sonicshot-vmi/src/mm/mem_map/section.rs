@@ -28,8 +28,8 @@ pub(crate) struct Section {
 /// A section that has struct pages.
 pub(super) struct Found {
     pub section: Section,
-    /// Where its `struct mem_section` is.
+    /// The address of its `struct mem_section`.
     pub at: KernelVa,
-    /// Where the array that its word names begins: that of frame 0.
+    /// The beginning of the array that its word names: the address for frame 0.
     pub array: KernelVa,
 }

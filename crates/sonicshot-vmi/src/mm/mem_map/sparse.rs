@@ -21,8 +21,8 @@ pub(super) struct Sparse {
     pub sections: Vec<Section>,
 }
 
-/// What `section_mem_map` says beside the address, by the kernel's own enumerators where it
-/// has them (since 6.0) and by the values that 4.13 to 5.19 define as macros.
+/// The bits of `section_mem_map` beside the address, by the kernel's own enumerators where it has
+/// them (since 6.0) and by the values that 4.13 to 5.19 define as macros.
 struct SectionBits {
     has_mem_map: u64,
     online: u64,
@@ -122,8 +122,8 @@ impl Array {
         })
     }
 
-    /// Where `struct mem_section` number `nr` is, if its root exists, and the number of the next
-    /// that may.
+    /// The address of `struct mem_section` number `nr`, if its root exists, and the number of the
+    /// next that may exist.
     fn section(
         &self,
         kernel: &Kernel<'_>,
@@ -186,7 +186,7 @@ pub(super) fn find(kernel: &Kernel<'_>, stride: u64) -> Result<Sparse, VmiError>
     })
 }
 
-/// How this kernel keeps its sections.
+/// The layout of this kernel's sections.
 struct Layout {
     size: SectionSize,
     /// Frames in a section, as a power of two.
@@ -495,7 +495,7 @@ fn corrupt_section(at: KernelVa, coded: u64) -> VmiError {
     }
 }
 
-/// How many sections a kernel has that says it has so many.
+/// The number of sections of a kernel that says it has so many.
 const fn most_sections(told: u64) -> u64 {
     if told < MAX_SECTIONS {
         told

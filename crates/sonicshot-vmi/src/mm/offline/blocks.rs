@@ -66,7 +66,7 @@ impl MemoryBlocks {
         }))
     }
 
-    /// Why section `number` is not in an offline memory block; `None` if it is.
+    /// The reason that section `number` is not in an offline memory block; `None` if it is.
     pub(super) fn doubt(
         &self,
         kernel: &Kernel<'_>,

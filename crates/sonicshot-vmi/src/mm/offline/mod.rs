@@ -1,4 +1,4 @@
-//! Which memory is offline, and by what proof.
+//! Memory that is offline, and the proof of it.
 //!
 //! Two things are called offline: a section that the kernel does not use (hotplug), and a page
 //! that says so of itself (`PageOffline`: a balloon's, or a part of a virtio-mem device that is

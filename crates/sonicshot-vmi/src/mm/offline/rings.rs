@@ -8,7 +8,7 @@ use crate::note::Note;
 use crate::{KernelVa, VirtualMemory};
 use sonicshot::{PageClass, PageMap, Pfn, PfnRange, Tally, to_u64};
 
-/// What a ring of offline pages came to.
+/// The result of following a ring of offline pages.
 enum Ring {
     /// All its pages, and that a driver has them.
     Whole(Vec<Pfn>),
@@ -185,7 +185,7 @@ impl OfflinePages {
     }
 }
 
-/// What a ring is read by.
+/// The sources by which a ring is read.
 struct Records<'a, 'm> {
     kernel: &'a Kernel<'m>,
     mem_map: &'a MemMap<'m>,
@@ -233,7 +233,7 @@ impl Records<'_, '_> {
     }
 }
 
-/// Why a walk ends early.
+/// The reason that a walk ends early.
 enum Stop {
     /// The ring is not to be believed.
     Broken(String),

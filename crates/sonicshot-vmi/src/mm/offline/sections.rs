@@ -14,9 +14,9 @@ use sonicshot::{GpaRange, PageClass, PageMap, Pfn, PfnRange, Tally};
 #[derive(Debug)]
 struct Suspect {
     frames: PfnRange,
-    /// Where its struct pages end.
+    /// The end of its struct pages.
     structs_end: KernelVa,
-    /// What points into it.
+    /// The record that points into it.
     used: Option<String>,
 }
 
@@ -25,7 +25,7 @@ struct Suspect {
 pub(crate) struct OfflineSections {
     /// By frame, disjoint.
     suspects: Vec<Suspect>,
-    /// Where the struct pages of each begin, sorted, and its index.
+    /// The beginning of each one's struct pages, sorted, and its index.
     by_structs: Vec<(KernelVa, usize)>,
     /// Frames of sections that are not online and not proved to be offline.
     kept: Tally,

@@ -32,7 +32,7 @@ const MAX_BUFFERS_A_FRAME: u64 = 8;
 /// So many files are remembered by one thread.
 const KEPT_FILES: usize = 1 << 12;
 
-/// Where it stands what a page's file is.
+/// The offsets of the members that tell a page's file.
 #[derive(Debug, Clone)]
 pub(crate) struct FileLayout {
     /// In `struct page`.
@@ -45,7 +45,7 @@ pub(crate) struct FileLayout {
     page_size: PageSize,
 }
 
-/// Where a buffer's state is, and what it may be while the buffer is as on the disk.
+/// The offset of a buffer's state, and the values that it may have while the buffer is as on the disk.
 #[derive(Debug, Clone, Copy)]
 struct BufferLayout {
     state: u64,
@@ -53,7 +53,7 @@ struct BufferLayout {
     clean: u64,
 }
 
-/// What a page says of its place in a file.
+/// The place in a file that a page tells of itself.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct InFile {
     pub mapping: KernelVa,

@@ -1,9 +1,9 @@
-//! How a huge page of hugetlbfs is told.
+//! Detection of the huge pages of hugetlbfs.
 
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 
-/// How this kernel marks the head of a hugetlb page.
+/// The mark of the head of a hugetlb page in this kernel.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum HugetlbMark {
     /// `page[1].compound_dtor` (to 6.5): where in the second struct page, size, value.

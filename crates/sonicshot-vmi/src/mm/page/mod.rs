@@ -16,7 +16,7 @@ use hugetlb::HugetlbMark;
 use sonicshot::{GuestBytes, PageClass, to_u64};
 use types::PageTypes;
 
-/// Where the members of `struct page` are, and how this kernel encodes what they say.
+/// The offsets of the members of `struct page`, and the encoding of their values in this kernel.
 #[derive(Debug, Clone)]
 pub(crate) struct PageLayout {
     flags: usize,
@@ -25,19 +25,19 @@ pub(crate) struct PageLayout {
     mapping: usize,
     private: usize,
     compound: usize,
-    /// Where the list node of a free page is.
+    /// The offset of the list node of a free page.
     pub(crate) lru: u64,
     bits: FlagBits,
     types: PageTypes,
     hugetlb: HugetlbMark,
     /// Whether only free pages, offline ones and broken ones can be told: all others are unknown.
     only_free: bool,
-    /// What a page's file is; `None` if nothing tells.
+    /// The members that tell a page's file; `None` if nothing tells.
     files: Option<FileLayout>,
     arch: &'static dyn Arch,
 }
 
-/// What a free page's `struct page` says of it.
+/// The mark in a free page's `struct page`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FreeMark {
     /// The head of a block in the buddy allocator, of this order.
@@ -50,7 +50,7 @@ pub(crate) enum FreeMark {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct PageWords {
     pub flags: u64,
-    /// Which of the flags' bits are flags.
+    /// The bits of the flags word that are flags.
     pub mask: u64,
     pub refcount: u32,
     /// `_mapcount`, or the type.
@@ -60,7 +60,7 @@ pub(crate) struct PageWords {
 }
 
 impl PageLayout {
-    /// What a `struct page` has in its words; `None` if it is too short.
+    /// The words of a `struct page`; `None` if it is too short.
     pub(crate) fn words(&self, page: &GuestBytes<'_>) -> Option<PageWords> {
         Some(PageWords {
             flags: self.flags(page)?,
@@ -171,7 +171,7 @@ impl PageLayout {
         })
     }
 
-    /// Where the flags are.
+    /// The offset of the flags.
     pub(crate) fn flags_at(&self) -> u64 {
         to_u64(self.flags)
     }
@@ -266,7 +266,7 @@ impl PageLayout {
         Ok(page.u64_at(self.private).filter(|_| clean))
     }
 
-    /// Where the page's list goes on, forwards and backwards.
+    /// The next and the previous node of the page's list.
     pub(crate) fn lru_nodes(&self, page: &GuestBytes<'_>) -> Option<[KernelVa; 2]> {
         let next = usize::try_from(self.lru).ok()?;
         let previous = next.checked_add(8)?;
@@ -309,8 +309,8 @@ impl PageLayout {
             .is_some_and(|flags| flags & self.bits.hwpoison != 0)
     }
 
-    /// What a page that is not free is used for. `page` is the head of its folio, and
-    /// `read` reads a word at an offset from it (of the struct pages that follow).
+    /// The use of a page that is not free. `page` is the head of its folio, and `read` reads a word
+    /// at an offset from it (of the struct pages that follow).
     pub(crate) fn class(
         &self,
         page: &GuestBytes<'_>,
@@ -401,8 +401,8 @@ impl PageLayout {
         }
     }
 
-    /// What the page, the head of its folio, says of its place in a file; `None` if nothing tells where
-    /// that stands, or it says that it is of none.
+    /// The place in a file that the page, the head of its folio, tells of itself; `None` if nothing
+    /// tells where that stands, or it is of no file.
     pub(crate) fn in_file(&self, page: &GuestBytes<'_>) -> Option<InFile> {
         let layout = self.files.as_ref()?;
         let mapping = page.u64_at(self.mapping)?;
@@ -465,7 +465,7 @@ impl PageLayout {
     }
 }
 
-/// Where the member of `struct page` is that goes by one of `names`, of so many bytes.
+/// The offset of the member of `struct page` that goes by one of `names`, of so many bytes.
 fn place(kernel: &Kernel<'_>, stride: u64, names: &[&str], size: u64) -> Result<usize, VmiError> {
     let Some(member) = kernel.first_member("page", names)? else {
         return kernel

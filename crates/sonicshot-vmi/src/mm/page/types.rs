@@ -3,7 +3,7 @@
 use crate::error::VmiError;
 use crate::kernel::Kernel;
 
-/// How `_mapcount`/`page_type` tells a page's type.
+/// The encoding of a page's type in `_mapcount`/`page_type`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PageTypes {
     encoding: Encoding,

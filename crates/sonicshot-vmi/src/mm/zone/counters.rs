@@ -12,7 +12,7 @@ pub(super) struct Deltas<'a> {
     pub cpu_offsets: &'a [u64],
 }
 
-/// Where a processor's unfolded zone counters are.
+/// The offsets of a processor's unfolded zone counters.
 #[derive(Debug)]
 pub(super) struct StatDiffs {
     /// Offset in `struct zone` of the `__percpu` pointer.
@@ -97,7 +97,7 @@ pub(super) fn read_counter(
     Ok(counter)
 }
 
-/// How far `NR_FREE_PAGES` and what the lists hold may be apart in a stopped guest.
+/// The most by which `NR_FREE_PAGES` and the pages on the lists may differ in a stopped guest.
 ///
 /// The counter changes once for an operation under the zone's lock, which moves at most one
 /// block of the largest order (or one batch for a per-CPU list, which is smaller). Beside that, a

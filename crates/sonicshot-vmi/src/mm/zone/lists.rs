@@ -21,13 +21,13 @@ pub(crate) struct ListedBlock {
 }
 
 impl ListedBlock {
-    /// How many pages the block has.
+    /// The number of pages in the block.
     pub(crate) fn pages(&self) -> Option<u64> {
         1_u64.checked_shl(self.order)
     }
 }
 
-/// What the walk of one list came upon.
+/// The finding of one step along a list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Listed {
     /// A block that the list links in both directions.
@@ -116,7 +116,7 @@ impl Zones {
     }
 }
 
-/// What free lists are walked by.
+/// The sources by which free lists are walked.
 pub(crate) struct FreeLists<'a, 'm> {
     map: &'a MemMap<'m>,
     kernel: &'a Kernel<'m>,

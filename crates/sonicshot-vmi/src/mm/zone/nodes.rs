@@ -45,7 +45,7 @@ pub(super) fn nodes(kernel: &Kernel<'_>) -> Result<Vec<(u64, KernelVa)>, VmiErro
     Ok(nodes)
 }
 
-/// How many entries of `node_data` may be read when VMCOREINFO does not tell.
+/// The number of entries of `node_data` that may be read when VMCOREINFO does not tell.
 fn online_nodes(kernel: &Kernel<'_>) -> Result<u64, VmiError> {
     let at = kernel.need_symbol("nr_node_ids")?;
     Ok(u64::from(kernel.read_u32("nr_node_ids", at)?))

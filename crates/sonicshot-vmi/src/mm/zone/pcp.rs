@@ -7,7 +7,7 @@ use sonicshot::PageSize;
 /// `NR_PCP_LISTS` is 3 to 14.
 pub(super) const MAX_PCP_LISTS: u64 = 64;
 
-/// Where the lists in a processor's `struct per_cpu_pages` are, and what is in each.
+/// The layout of the lists in a processor's `struct per_cpu_pages`, and of their content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct PcpLayout {
     /// From the zone's `__percpu` pointer to `struct per_cpu_pages`.

@@ -59,7 +59,7 @@ pub(crate) fn variable(name: &'static str) -> u64 {
     })
 }
 
-/// Where `member` of the object is that `pointer` points to.
+/// The address of `member` of the object that `pointer` points to.
 pub(crate) fn behind(pointer: &'static str, ty: &str, member: &str) -> u64 {
     with(ram(), |kernel| {
         let variable = kernel.need_symbol(pointer).unwrap();

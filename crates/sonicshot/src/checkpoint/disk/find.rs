@@ -18,11 +18,11 @@ use std::fmt;
 /// Frames are told by the hash of so many bytes at their beginning, and disks looked through in blocks
 /// of so many: file systems begin files at such.
 const BLOCK: usize = 4096;
-/// What is read of the guest's memory, or of a disk, at once, in bytes.
+/// The piece of the guest's memory, or of a disk, that is read at once, in bytes.
 const PIECE: u64 = 1 << 20;
 /// No more frames are looked for: 16 TiB of them.
 const MAX_FRAMES: usize = u32::MAX as usize;
-/// Where a frame was found, as one number: the disk above this bit, and the place in units of
+/// The place where a frame was found, as one number: the disk above this bit, and the place in units of
 /// `1 << PLACE_SHIFT`.
 const DISK_SHIFT: u32 = 54;
 const PLACE_SHIFT: u32 = 12;
@@ -37,8 +37,8 @@ pub struct DiskFinder {
     page_size: PageSize,
     /// Hash and frame, sorted.
     entries: Vec<(u64, u64)>,
-    /// Where the entries begin whose hash has these leading bits, `bits` of them; then where the
-    /// last ones end.
+    /// The index of the first entry whose hash has these leading bits, `bits` of them; then the end of
+    /// the last ones.
     starts: Vec<u32>,
     bits: u32,
 }
@@ -119,7 +119,7 @@ impl DiskFinder {
         size(hash.rotate_left(self.bits) & !(u64::MAX << self.bits))
     }
 
-    /// How many pages are looked for.
+    /// The number of pages that are looked for.
     #[must_use]
     pub fn pages(&self) -> u64 {
         to_u64(self.entries.len())

@@ -1,4 +1,4 @@
-//! Where pages may be on a disk.
+//! Places where pages may be on a disk.
 
 use super::source::{DiskOffset, DiskSource};
 use crate::checkpoint::wire::layout::MAX_DISK_RUN;
@@ -11,7 +11,7 @@ pub struct DiskGuess {
     pub frames: PfnRange,
     /// The number of the disk.
     pub disk: u32,
-    /// Where their bytes may begin on the disk.
+    /// The place on the disk where their bytes may begin.
     pub at: DiskOffset,
     /// The first frame is the last one on the disk.
     pub descending: bool,
@@ -93,7 +93,7 @@ impl DiskGuesses {
         })
     }
 
-    /// How many frames there are.
+    /// The number of frames.
     #[must_use]
     pub fn frames(&self) -> u64 {
         PfnRange::total_of(self.runs.iter().map(|run| &run.frames))

@@ -29,7 +29,7 @@ impl DiskOffset {
         }
     }
 
-    /// How far `self` is behind `base`, if it is.
+    /// The distance of `self` behind `base`, unless it is before.
     #[must_use]
     pub const fn offset_from(self, base: Self) -> Option<u64> {
         self.0.checked_sub(base.0)

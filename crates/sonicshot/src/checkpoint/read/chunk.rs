@@ -98,7 +98,7 @@ pub struct Chunk {
     pub number: u64,
     /// The first stored page in it.
     pub first_slot: u64,
-    /// How many stored pages are in it.
+    /// The number of stored pages in it.
     pub pages: u64,
     /// Whether it is stored as it is, without compression.
     pub plain: bool,

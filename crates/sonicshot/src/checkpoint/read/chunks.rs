@@ -7,7 +7,7 @@ use crate::checkpoint::CheckpointError;
 use crate::to_u64;
 
 impl<S: RangeSource> CheckpointReader<S> {
-    /// How many chunks there are.
+    /// The number of chunks.
     #[must_use]
     pub fn chunk_count(&self) -> u64 {
         self.index().chunk_count()

@@ -12,7 +12,7 @@ use crate::{PageSize, Progress, Tally, WorkOptions};
 use core::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What is read of a disk at once: at most so many bytes,
+/// The most that is read of a disk at once, in bytes,
 const SPAN: u64 = 1 << 20;
 /// and so many between two runs are read and not used.
 const GAP: u64 = 32 << 10;
@@ -67,7 +67,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         Ok(())
     }
 
-    /// How many runs of pages are on disks.
+    /// The number of runs of pages that are on disks.
     #[must_use]
     pub fn disk_run_count(&self) -> u64 {
         self.index.disk_run_count()

@@ -16,7 +16,7 @@ use std::sync::PoisonError;
 const CACHED: usize = 8;
 
 impl<S: RangeSource> CheckpointReader<S> {
-    /// What the page `pfn` is, if it is RAM.
+    /// The content of the page `pfn`, if it is RAM.
     fn content_of(&self, pfn: Pfn) -> Option<PageContent> {
         let run = self.run_of(pfn)?;
         clip(&run, PfnRange::with_len(pfn, 1)?).map(|page| page.content)

@@ -119,7 +119,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         &self.header.info
     }
 
-    /// How page data is compressed: `none`, `lz4` or `zstd`.
+    /// The compression of page data: `none`, `lz4` or `zstd`.
     #[must_use]
     pub fn codec(&self) -> &'static str {
         self.header.codec.name()
@@ -143,7 +143,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         self.footer.digest
     }
 
-    /// Where the bytes come from.
+    /// The source of the bytes.
     #[must_use]
     pub fn source(&self) -> &S {
         &self.source
@@ -297,7 +297,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         &self.index
     }
 
-    /// Where the index begins.
+    /// The offset of the index.
     pub(crate) fn index_offset(&self) -> FileOffset {
         self.footer.index_offset
     }
@@ -332,11 +332,11 @@ impl<S> fmt::Debug for CheckpointReader<S> {
     }
 }
 
-/// Where a file of `len` bytes ends without the zeroes behind it: a device, or a transport in whole
-/// blocks, adds them, and no checkpoint ends with one. `len` where there is nothing else for very
+/// The place where a file of `len` bytes ends without the zeroes behind it: a device, or a transport in
+/// whole blocks, adds them, and no checkpoint ends with one. `len` where there is nothing else for very
 /// long.
 fn without_fill(source: &impl RangeSource, len: u64) -> Result<u64, CheckpointError> {
-    /// What is behind so many zeroes is not looked for.
+    /// The longest run of zeroes behind which nothing is looked for, in bytes.
     const MAX_FILL: u64 = 64 << 30;
     let mut buffer = Vec::new();
     let mut end = len;

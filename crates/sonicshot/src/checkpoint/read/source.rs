@@ -1,4 +1,4 @@
-//! Where a checkpoint's bytes come from.
+//! Sources of a checkpoint's bytes.
 
 use crate::to_u64;
 use crate::{Bytes, FileOffset, FileStamp, GuestBytes};
@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 ///
 /// Several threads read at once, so that a restore can use all cores.
 pub trait RangeSource: Send + Sync {
-    /// How many bytes there are. The same on every call.
+    /// The number of bytes. The same on every call.
     ///
     /// # Errors
     /// The operating system's error.

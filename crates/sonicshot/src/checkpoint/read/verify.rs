@@ -143,8 +143,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         Ok(())
     }
 
-    /// What is left of the zero frames in `rest` without those that the source knows to be zero:
-    /// they need not be read.
+    /// The zero frames in `rest` without those that the source knows to be zero: they need not be read.
     fn behind_known_zeroes(&self, memory: &dyn GuestMemory, rest: PfnRange) -> PfnRange {
         let info = &self.header.info;
         let page_size = info.page_size;

@@ -16,7 +16,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use std::fmt;
 use std::fs::File;
 
-/// How a checkpoint is mapped.
+/// Options for mapping a checkpoint.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct MapOptions {
@@ -260,7 +260,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         Ok(true)
     }
 
-    /// Where the stored pages from `slot` begin in the file, if all `len` bytes of them follow each
+    /// The offset of the stored pages from `slot` in the file, if all `len` bytes of them follow each
     /// other there.
     fn one_range(&self, slot: u64, len: u64) -> Result<Option<FileOffset>, CheckpointError> {
         let page_size = self.info().page_size;

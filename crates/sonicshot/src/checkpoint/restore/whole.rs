@@ -21,11 +21,11 @@ use std::sync::Arc;
 use std::sync::{Mutex, PoisonError};
 use twox_hash::XxHash3_64;
 
-/// Where restored pages go: a VMM's memory, a file.
+/// The target of restored pages: a VMM's memory, a file.
 ///
 /// Threads fill different ranges at once.
 pub trait RestoreTarget: Sync {
-    /// Where there is room; at least the RAM of the checkpoint.
+    /// The ranges that have room; at least the RAM of the checkpoint.
     fn layout(&self) -> &RamLayout;
 
     /// Whether all of it reads as zero, so that pages of zeroes need not be touched.
@@ -199,7 +199,7 @@ impl fmt::Debug for RestoreRegions<'_> {
     }
 }
 
-/// How a checkpoint's pages are put in place.
+/// Options for putting a checkpoint's pages in place.
 ///
 /// ```
 /// use sonicshot::Stop;
@@ -487,7 +487,7 @@ fn in_phase(word: u64, at: Gpa) -> u64 {
     u64::from_le_bytes(bytes)
 }
 
-/// Where a run's frames are, if all of that is RAM of one region.
+/// The addresses of a run's frames, if all of that is RAM of one region.
 fn whole(info: &CheckpointInfo, run: &PageRun) -> Option<GpaRange> {
     let range = run.frames.gpa_range(info.page_size)?;
     info.layout

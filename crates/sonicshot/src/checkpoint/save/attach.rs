@@ -10,7 +10,7 @@ use core::hash::Hasher;
 use std::io::{Read, Write};
 use twox_hash::XxHash3_64;
 
-/// What follows the header.
+/// A part that follows the header.
 enum Part<'a> {
     Chunk(u64),
     Blob(&'a BlobEntry),

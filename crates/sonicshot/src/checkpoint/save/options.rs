@@ -1,24 +1,24 @@
-//! How a checkpoint is written.
+//! Options for writing a checkpoint.
 
 use crate::checkpoint::wire::info::Compression;
 use crate::{Progress, Stop};
 use core::num::NonZeroUsize;
 use std::sync::Arc;
 
-/// How a checkpoint is written.
+/// Options for writing a checkpoint.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct SaveOptions {
-    /// How page data is stored.
+    /// The compression of page data.
     pub compression: Compression,
     /// Page data in a chunk, in bytes: what a restore decompresses for one page. A multiple of
     /// the page size, at most 16 MiB.
     pub chunk_size: u32,
-    /// How many threads read and compress; by default as many as there are cores.
+    /// The number of threads that read and compress; by default as many as there are cores.
     pub threads: Option<NonZeroUsize>,
     /// Whether pages with the same content are stored once.
     pub deduplicate: bool,
-    /// When the work is to end before it is done: then it fails, and there is no checkpoint.
+    /// The stop that may end the work before it is done: then it fails, and there is no checkpoint.
     pub stop: Option<Stop>,
     /// Whoever is told how far it is, in bytes of the guest's RAM.
     pub progress: Option<Arc<dyn Progress>>,

@@ -26,7 +26,7 @@ use twox_hash::XxHash3_64;
 /// Page data that is packed in one job: handing over jobs takes time too.
 const GROUP: u64 = 512 << 10;
 
-/// What is saved.
+/// The guest that is saved.
 pub(super) struct Source<'a> {
     pub memory: &'a dyn GuestMemory,
     pub info: &'a CheckpointInfo,
@@ -35,7 +35,7 @@ pub(super) struct Source<'a> {
     pub disks: OnDisks<'a>,
 }
 
-/// What a checkpoint grows by.
+/// The parts that a checkpoint grows by.
 pub(super) struct Output<'w, W> {
     pub sink: &'w mut Sink<W>,
     pub index: &'w mut IndexBuilder,
@@ -87,7 +87,7 @@ pub(super) fn save_pages<W: Write>(
     })
 }
 
-/// What all workers see.
+/// The state that all workers share.
 struct Shared<'a> {
     memory: &'a dyn GuestMemory,
     info: &'a CheckpointInfo,
@@ -107,7 +107,7 @@ struct Worker {
 
 /// Pages that follow each other in a batch's bytes.
 struct Piece {
-    /// Where the first of them is in the guest.
+    /// The place of the first of them in the guest.
     at: Gpa,
     bytes: Arc<Buffer>,
     range: Range<usize>,
@@ -202,7 +202,7 @@ struct Saving<'p, 'env, 'w, W> {
     page: usize,
     pages_per_chunk: u64,
     deduplicate: bool,
-    /// How many batches, and how many groups of chunks, are under way at most.
+    /// The most batches, and the most groups of chunks, that are under way.
     depth: usize,
     scans: VecDeque<Pending<Answer<Scanned>>>,
     packs: VecDeque<Pending<Answer<Vec<Packed>>>>,
@@ -288,7 +288,7 @@ impl<W: Write> Saving<'_, '_, '_, W> {
         Ok(())
     }
 
-    /// What the page is in the checkpoint, and whether its bytes are stored now.
+    /// The page's content in the checkpoint, and whether its bytes are stored now.
     fn content(
         &mut self,
         scanned: &Scanned,

@@ -50,7 +50,7 @@ pub(crate) struct Batches<'a> {
     memory: &'a dyn GuestMemory,
     info: &'a CheckpointInfo,
     ranges: std::vec::IntoIter<PfnRange>,
-    /// What is left of the current range.
+    /// The rest of the current range.
     rest: PfnRange,
     states: Peekable<Box<dyn Iterator<Item = (PfnRange, PageState)> + 'a>>,
     drops: Peekable<core::slice::Iter<'a, DropRun>>,
@@ -224,7 +224,7 @@ impl Iterator for Batches<'_> {
     }
 }
 
-/// What a page that was read holds.
+/// The content of a page that was read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Page {
     /// The source has no bytes for it.
@@ -477,8 +477,8 @@ fn look_at(page: &[u8]) -> Page {
     Page::Bytes(checksum(page))
 }
 
-/// Where pages with some content are stored already. Of fixed size: what does not fit is stored
-/// twice, which is correct too.
+/// The slots of pages by their content. Of fixed size: what does not fit is stored twice, which is
+/// correct too.
 pub(crate) struct Stored {
     entries: Vec<Entry>,
     mask: u64,

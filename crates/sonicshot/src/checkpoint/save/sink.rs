@@ -1,4 +1,4 @@
-//! Where a checkpoint's bytes go.
+//! Output of a checkpoint's bytes.
 
 use crate::FileOffset;
 use crate::checkpoint::CheckpointError;
@@ -7,7 +7,7 @@ use crate::to_u64;
 use std::io::Write;
 use twox_hash::XxHash3_128;
 
-/// Where the bytes go, and what all of them give.
+/// The output for the bytes, and the digest of all of them.
 pub(super) struct Sink<W> {
     out: W,
     offset: FileOffset,
@@ -23,7 +23,7 @@ impl<W> Sink<W> {
         }
     }
 
-    /// Where the next bytes go.
+    /// The offset of the next bytes.
     pub(super) fn offset(&self) -> FileOffset {
         self.offset
     }

@@ -91,7 +91,7 @@ impl IndexBuilder {
         Ok(())
     }
 
-    /// How many runs there are so far.
+    /// The number of runs so far.
     pub(crate) fn run_count(&self) -> u64 {
         let last = u64::from(self.last.is_some());
         // No more than there are bytes of memory for them.

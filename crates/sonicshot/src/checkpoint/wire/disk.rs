@@ -80,9 +80,9 @@ impl MarkKind {
 /// A place on a disk that tells whether a file system was written to since.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskMark {
-    /// Where it is.
+    /// Its place on the disk.
     pub at: DiskOffset,
-    /// How many bytes it has.
+    /// Its length in bytes.
     pub len: u32,
     /// Its kind.
     pub kind: MarkKind,
@@ -96,9 +96,9 @@ pub struct DiskMark {
 pub struct DiskRun {
     /// The number of the disk.
     pub disk: u32,
-    /// Where the run's bytes begin on the disk.
+    /// The place of the run's bytes on the disk.
     pub at: DiskOffset,
-    /// How many pages they are.
+    /// The number of its pages.
     pub pages: u16,
     /// The first page is the last one on the disk.
     pub descending: bool,
@@ -107,14 +107,13 @@ pub struct DiskRun {
 }
 
 impl DiskRun {
-    /// Where the run's bytes are on the disk, unless that is beyond 64 bits.
+    /// The range of the run's bytes on the disk, unless that is beyond 64 bits.
     #[must_use]
     pub const fn range(&self, page_size: PageSize) -> Option<DiskRange> {
         DiskRange::with_len(self.at, (self.pages as u64) << page_size.shift())
     }
 
-    /// Where the page `number` of the run, in the guest's order, is in its bytes in the disk's
-    /// order: the number there.
+    /// The number, in the disk's order, of the run's page that is `number` in the guest's order.
     #[must_use]
     pub const fn on_disk(&self, number: u64) -> Option<u64> {
         let pages = self.pages as u64;
@@ -194,7 +193,7 @@ fn check_digest(hash: DiskHash, digest: &DiskDigest) -> Result<(), (&'static str
 }
 
 impl DiskInfo {
-    /// How many bytes a mark may have.
+    /// The most bytes that a mark may have.
     pub const LONGEST_MARK: u32 = MAX_MARK;
 
     pub(crate) fn encode(&self, out: &mut Vec<u8>) -> Result<(), CheckpointError> {

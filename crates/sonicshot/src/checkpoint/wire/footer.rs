@@ -19,7 +19,7 @@ pub(crate) struct Footer {
     pub digest: u128,
 }
 
-/// Where the footer of a file of `file_len` bytes begins.
+/// The offset of the footer in a file of `file_len` bytes.
 pub(crate) fn footer_at(file_len: u64) -> Result<FileOffset, CheckpointError> {
     let at = file_len.checked_sub(FOOTER_LEN).map(FileOffset::new);
     at.ok_or(CheckpointError::Truncated {
@@ -103,7 +103,7 @@ impl Footer {
         Ok(footer)
     }
 
-    /// How many bytes of the footer the digest covers.
+    /// The number of bytes of the footer that the digest covers.
     pub(crate) const fn digested_len() -> u64 {
         DIGESTED
     }

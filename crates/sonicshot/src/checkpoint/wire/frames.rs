@@ -34,7 +34,7 @@ pub(crate) fn ram_in(layout: &RamLayout, range: GpaRange) -> impl Iterator<Item 
         .take_while(|part| !part.is_empty())
 }
 
-/// Where `frames` are.
+/// The range of `frames`.
 pub(crate) fn range_of(
     info: &CheckpointInfo,
     frames: PfnRange,

@@ -13,9 +13,9 @@ use crate::{
 
 /// The length of the checksum at the end.
 const SUM_LEN: u64 = 8;
-/// Where the header's length stands.
+/// The offset of the header's length.
 const LENGTH_AT: u64 = 12;
-/// Where what a reader must know begins.
+/// The offset of the part that a reader must know.
 const FEATURES_AT: u64 = 16;
 /// The first 16 bytes tell what the file is, and how long its header.
 pub(crate) const START_LEN: u64 = 16;
@@ -40,7 +40,7 @@ const ON_DISKS: u64 = 1;
 /// A compatible feature: pages that the guest uses are left out.
 const FOR_ANALYSIS: u64 = 1;
 
-/// How chunks are compressed.
+/// The compression of chunks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Codec {
     None,
@@ -171,7 +171,7 @@ impl Header {
         Ok(())
     }
 
-    /// How long the header is that begins with `start`, the first 16 bytes or more of the file.
+    /// The length of the header that begins with `start`, the first 16 bytes or more of the file.
     pub(crate) fn length(start: &[u8], file_len: u64) -> Result<u64, CheckpointError> {
         let magic = start.get(..MAGIC.len()).unwrap_or(start);
         if magic != MAGIC {

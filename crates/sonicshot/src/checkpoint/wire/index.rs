@@ -20,7 +20,7 @@ use core::ops::Range;
 #[derive(Debug)]
 pub(crate) struct Index {
     bytes: Vec<u8>,
-    /// Where they stand in the file.
+    /// The offset of these bytes in the file.
     offset: FileOffset,
     runs: Range<usize>,
     chunks: Range<usize>,
@@ -29,7 +29,7 @@ pub(crate) struct Index {
     pub blobs: Vec<BlobEntry>,
     /// The disks that pages are on.
     pub disks: Vec<DiskInfo>,
-    /// How many pages are stored.
+    /// The number of stored pages.
     pub slots: u64,
     page_size: PageSize,
     pages_per_chunk: u64,
@@ -42,14 +42,14 @@ pub(crate) struct ChunkInfo {
     pub entry: ChunkEntry,
     pub number: u64,
     pub first_slot: u64,
-    /// How many pages are in it.
+    /// The number of pages in it.
     pub pages: u64,
     /// Their length in bytes.
     pub len: usize,
 }
 
 impl ChunkInfo {
-    /// Where the `count` stored pages from `slot` are in its page data: all of them are in it.
+    /// The range of the `count` stored pages from `slot` in its page data: all of them are in it.
     pub(crate) fn bytes_of(
         &self,
         slot: u64,
@@ -179,7 +179,7 @@ impl Index {
             .map_err(|(what, value)| self.corrupt(what, at, value))
     }
 
-    /// How many runs on disks there are.
+    /// The number of runs on disks.
     pub(crate) fn disk_run_count(&self) -> u64 {
         to_u64(self.disk_runs.len() / DISK_RUN_LEN)
     }
@@ -246,8 +246,8 @@ impl Index {
         Ok(())
     }
 
-    /// How many pages are stored after a run of `count` from `slot`, if `stored` are before it: it
-    /// stores the next ones, or refers again to some of one chunk.
+    /// The number of pages that are stored after a run of `count` from `slot`, if `stored` are before
+    /// it: it stores the next ones, or refers again to some of one chunk.
     fn stored_after(&self, stored: u64, slot: u64, count: u64) -> Option<u64> {
         let end = slot.checked_add(count)?;
         let last = end.checked_sub(1)?;
@@ -280,7 +280,7 @@ impl Index {
         parts.finish()
     }
 
-    /// Where the record of a run stands in the index; its end if there is no such run.
+    /// The offset of a run's record in the index; its end if there is no such run.
     fn place_of_run(&self, number: usize) -> usize {
         place_of(&self.runs, number, RUN_LEN).map_or(self.runs.end, |place| place.start)
     }
@@ -428,7 +428,7 @@ fn place_of(section: &Range<usize>, number: usize, len: usize) -> Option<Range<u
     (end <= section.end).then_some(start..end)
 }
 
-/// Where the parts of an index are in its bytes.
+/// The places of an index's parts in its bytes.
 struct Sections {
     slots: u64,
     runs: Range<usize>,
@@ -511,9 +511,9 @@ impl Sections {
 
 /// Goes through the chunks and blobs of a file as they must follow each other.
 struct Parts<'a> {
-    /// Where the next one begins.
+    /// The start of the next one.
     at: FileOffset,
-    /// Where the index begins.
+    /// The start of the index.
     end: FileOffset,
     blobs: Peekable<std::vec::IntoIter<&'a BlobEntry>>,
 }

@@ -55,7 +55,7 @@ impl CheckpointInfo {
     }
 }
 
-/// How page data is stored.
+/// The compression of page data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Compression {
@@ -161,7 +161,7 @@ pub enum PageContent {
     Disk {
         /// The number of the [run](crate::checkpoint::DiskRun) that tells where.
         record: u64,
-        /// Which page of that run the first one is, in the guest's order.
+        /// The number, in the guest's order, of that run's page that the first one is.
         page: u64,
     },
 }

@@ -31,7 +31,7 @@ pub(crate) const MAX_DISK_LEN: u64 = 1 << 63;
 pub(crate) const MAX_MARKS: u64 = 1024;
 /// A mark has at most so many bytes.
 pub(crate) const MAX_MARK: u32 = 64 << 10;
-/// What is read, and its hash taken, at once of a disk: at most so many bytes.
+/// The most that is read of a disk, and hashed, at once, in bytes.
 pub(crate) const MAX_DISK_RUN: u64 = 64 << 10;
 /// Pages begin at a multiple of this on a disk.
 pub(crate) const DISK_ALIGN: u64 = 512;
@@ -105,7 +105,7 @@ pub(crate) fn corrupt(
     }
 }
 
-/// How far `end` is behind `start`, where both were told by what was written or checked.
+/// The distance of `end` behind `start`, where both were told by what was written or checked.
 pub(crate) fn between(start: FileOffset, end: FileOffset) -> Result<u64, CheckpointError> {
     end.offset_from(start)
         .ok_or_else(|| too_large("bytes of file", start.raw(), end.raw()))

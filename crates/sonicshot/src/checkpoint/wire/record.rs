@@ -9,7 +9,7 @@ use crate::{Bytes, Cursor, CutShort, FileOffset, PageClass, Pfn, PfnRange};
 /// A chunk that is stored as it is.
 const CHUNK_PLAIN: u32 = 1;
 
-/// Where a chunk of page data is.
+/// The place of a chunk of page data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ChunkEntry {
     pub offset: FileOffset,
@@ -102,7 +102,7 @@ pub(crate) fn decode_run(bytes: &[u8]) -> Result<PageRun, (&'static str, u64)> {
     })
 }
 
-/// Where a blob is.
+/// The place of a blob.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct BlobEntry {
     pub name: String,

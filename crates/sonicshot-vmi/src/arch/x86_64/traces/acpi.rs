@@ -77,7 +77,7 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
         .map(|word| u32::from_le_bytes(*word))
 }
 
-/// Where the root pointer at `at` leads, if it is one.
+/// The address to which the root pointer at `at` leads, if it is one.
 fn root_table(kernel: &Kernel<'_>, at: Gpa) -> Result<Option<Gpa>, VmiError> {
     let pointer: [u8; 36] = physical(kernel, at)?;
     let (v1, rest) = pointer.split_at(20);

@@ -101,8 +101,8 @@ pub(crate) fn boot_second(kernel: &Kernel<'_>) -> Result<Result<u64, Verdict>, V
     Ok(Ok(first))
 }
 
-/// How long the kernel has slept, in nanoseconds: `timekeeper.offs_boot`, which only suspend and
-/// hibernation change. `None` if it is not known where that is.
+/// The time that the kernel has slept, in nanoseconds: `timekeeper.offs_boot`, which only suspend and
+/// hibernation change. `None` if the place of that is not known.
 pub(crate) fn slept(kernel: &Kernel<'_>) -> Result<Option<u64>, VmiError> {
     let Some(offset) = kernel.member("timekeeper", "offs_boot")? else {
         return Ok(None);
@@ -158,16 +158,17 @@ const TICKS: Gpa = Gpa::new(0x46c);
 /// The clock chip tells whole seconds, to the BIOS and to the kernel; the host's clock, from
 /// which KVM tells the time, may be another second ahead of the chip's.
 const AHEAD: u64 = 3;
-/// What a loader's menu that waits with interrupts off, decompressing, and the boot of a
-/// large machine may take.
+/// The longest time, in seconds, that a loader's menu that waits with interrupts off, decompressing,
+/// and the boot of a large machine may take.
 const BEHIND: u64 = 120;
 
-/// Why there is no BIOS's clock, of a machine without a BIOS data area. A kernel that a VMM starts
-/// itself has no firmware, and nothing writes to the vectors of real mode. qboot, the firmware of
-/// QEMU's `microvm`, fills them and has no data area; it starts again at a reset. If it was given a
-/// kernel to be started at its entry for PVH, QEMU writes the image anew before that, so the one that
-/// is gone cannot be told. A kernel with a setup header (`bzImage`) is written anew only by its own
-/// decompressor, later: qboot's copy of the header stays below 1 MiB, where Linux keeps everything.
+/// The reason that there is no BIOS's clock, of a machine without a BIOS data area. A kernel that a
+/// VMM starts itself has no firmware, and nothing writes to the vectors of real mode. qboot, the
+/// firmware of QEMU's `microvm`, fills them and has no data area; it starts again at a reset. If it
+/// was given a kernel to be started at its entry for PVH, QEMU writes the image anew before that, so
+/// the one that is gone cannot be told. A kernel with a setup header (`bzImage`) is written anew only
+/// by its own decompressor, later: qboot's copy of the header stays below 1 MiB, where Linux keeps
+/// everything.
 fn without_data_area(kernel: &Kernel<'_>) -> Result<&'static str, VmiError> {
     const VECTORS: usize = 0x400;
     /// `SETUP_ADDR` of `hw/i386/x86-common.c`, and where `Documentation/arch/x86/boot.rst` has the
@@ -183,7 +184,8 @@ fn without_data_area(kernel: &Kernel<'_>) -> Result<&'static str, VmiError> {
     })
 }
 
-/// When the BIOS may have last set or counted its clock, in seconds of the day; or why it has none.
+/// The two times, in seconds of the day, at which the BIOS may have last set or counted its clock; or
+/// the reason that it has none.
 fn bios_seconds(kernel: &Kernel<'_>) -> Result<Result<[u64; 2], &'static str>, VmiError> {
     if u16::from_le_bytes(physical(kernel, BASE_MEMORY)?) == 0 {
         return Ok(Err(without_data_area(kernel)?));
@@ -310,7 +312,7 @@ pub(super) fn bios_clock(kernel: &Kernel<'_>) -> Result<Verdict, VmiError> {
 fn seconds_of(ticks: u32) -> Option<[u64; 2]> {
     /// A day of 65536 periods of the timer each.
     const TICKS_PER_DAY: u32 = 0x0018_00b0;
-    /// What `SeaBIOS` counts in 32 bits before it makes ticks of it: so many to a tick.
+    /// The parts of a tick that `SeaBIOS` counts in 32 bits before it makes ticks of them.
     const PARTS: u64 = 3000;
     /// The timer's frequency in Hz, in those.
     const FREQUENCY: u64 = 1_193_182 * PARTS;
@@ -321,7 +323,7 @@ fn seconds_of(ticks: u32) -> Option<[u64; 2]> {
     Some([seconds(whole)?, seconds(cut)?])
 }
 
-/// What a kernel reads its first time from.
+/// The clock from which a kernel reads its first time.
 #[derive(PartialEq, Eq)]
 enum Clock {
     Chip,

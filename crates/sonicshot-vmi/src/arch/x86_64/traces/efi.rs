@@ -22,7 +22,7 @@ pub(crate) fn is_started_by(kernel: &Kernel<'_>) -> Result<bool, VmiError> {
     Ok(kernel.read_u32("boot_params", boot_params(kernel, member)?)? != 0)
 }
 
-/// What a kernel that was started by a loader keeps of its `struct boot_params`.
+/// The address of a member of the `struct boot_params` that a kernel keeps which a loader has started.
 pub(crate) fn boot_params(kernel: &Kernel<'_>, member: &str) -> Result<KernelVa, VmiError> {
     let offset = kernel.need_member("boot_params", member)?.offset;
     let at = kernel.need_symbol("boot_params")?;
@@ -46,7 +46,7 @@ impl Region {
     }
 }
 
-/// What the firmware's tables show.
+/// The findings in the firmware's tables.
 #[derive(Debug)]
 pub(crate) enum Tables {
     /// They are as the firmware left them for the kernel. Before it would change them after a
@@ -160,12 +160,11 @@ fn look(kernel: &Kernel<'_>) -> Result<Tables, VmiError> {
     Ok(Tables::Kept(early_memory(kernel)?))
 }
 
-/// Where EDK II's OVMF writes between the reset and its new system table: what is below 1 MiB
-/// (start-up code of the other processors); what it is unpacked into, from 8 MiB on
-/// (`PcdOvmfSecPageTablesBase` to `PcdOvmfDecompressionScratchEnd`: to 23 MiB in 2022, to 26 MiB
-/// in 2026); and its first heap, the uppermost 64 MiB of low memory with page tables for the
-/// processor's whole address space (`PeiMemoryCap`, `MemDetect.c`), below what SMM has there and
-/// the kernel not.
+/// The ranges that EDK II's OVMF writes to between the reset and its new system table: memory below
+/// 1 MiB (start-up code of the other processors); the memory that it is unpacked into, from 8 MiB on
+/// (`PcdOvmfSecPageTablesBase` to `PcdOvmfDecompressionScratchEnd`: to 23 MiB in 2022, to 26 MiB in
+/// 2026); and its first heap, the uppermost 64 MiB of low memory with page tables for the processor's
+/// whole address space (`PeiMemoryCap`, `MemDetect.c`), below what SMM has there and the kernel not.
 fn early_memory(kernel: &Kernel<'_>) -> Result<Vec<GpaRange>, VmiError> {
     const MIB: u64 = 1 << 20;
     const FOUR_GIB: u64 = 1 << 32;
@@ -336,7 +335,7 @@ mod tests {
     use crate::{GuestOptions, LinuxGuest, OnInconsistency, Trace, VmiError};
     use sonicshot::{Gpa, GpaRange, GuestBytes, MappedRegions, PageClass, PageSize, Pfn};
 
-    /// Where the kernel has the firmware's memory, as Linux places it.
+    /// The address at which the kernel has the firmware's memory, as Linux places it.
     const MAPPED: u64 = 0xffff_fffe_fea0_0000;
     const MIB: u64 = 1 << 20;
 
@@ -352,8 +351,8 @@ mod tests {
             << 12
     }
 
-    /// What an EFI guest has: the firmware's memory, one page with the tables, in the first of
-    /// two frames, and the kernel's map of it in the second.
+    /// The memory of an EFI guest: the firmware's, one page with the tables, in the first of two
+    /// frames, and the kernel's map of it in the second.
     struct Efi {
         at: u64,
         loader: Vec<u8>,
@@ -369,7 +368,7 @@ mod tests {
         over: Vec<(usize, Vec<u8>)>,
     }
 
-    /// Where the tables and the vendor's name lie in their page.
+    /// The offsets of the tables and of the vendor's name in their page.
     const SYSTEM: usize = 0x100;
     const RUNTIME: usize = 0x200;
     const VENDOR: usize = 0x300;
