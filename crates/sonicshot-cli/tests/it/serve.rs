@@ -266,7 +266,7 @@ fn a_working_set_is_put_into_a_checkpoint() {
     for (from, to, more, words) in [
         (&sonic, &out, &[][..], "exists"),
         (&out, &other, &[], "already"),
-        (&out, &out, &["--replace", "--force"], "the input itself"),
+        (&out, &out, &["--replace", "--force"], "an input itself"),
     ] {
         let run = attach(from, to, more);
         assert!(!run.status.success(), "{words}");
