@@ -152,7 +152,8 @@ def killed(dom0: Dom0) -> None:
     is left, and the guest runs on."""
     for option in ("--compress none", "--compress lz4", "-p --compress none", "-c --compress none",
                    "-c --compress lz4", ""):
-        for delay in (1, 2, 3):
+        # It looks at the guest for some seconds before that is suspended.
+        for delay in (1, 3, 6):
             done = dom0.order(
                 f"set +e\nsonicshot xen save lab /images/killed {option} > /dev/null 2>&1 & save=$!\n"
                 f"sleep {delay}\nkill -9 $save 2> /dev/null && echo HIT\n"
