@@ -44,7 +44,8 @@ pub fn restore(path: &Path, paused: bool, options: &[String]) -> Result<(), Live
     let _library = attach_large_pages(&mut xl.command)?;
     let ended = AtomicBool::new(false);
     thread::scope(|scope| {
-        scope.spawn(|| read_ahead(&file, &ended));
+        // Without a thread the image is read as `xl` takes it.
+        let _ = thread::Builder::new().spawn_scoped(scope, || read_ahead(&file, &ended));
         let restored = match packed::compression_of(start) {
             None => file.try_clone().map_err(reading).and_then(|file| {
                 xl.command.stdin(file);

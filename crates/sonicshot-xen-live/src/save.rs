@@ -293,15 +293,16 @@ fn watched<T: Send>(
     file: &File,
     expected: &AtomicU64,
     progress: &dyn Progress,
-    work: impl FnOnce() -> T + Send,
-) -> T {
+    work: impl FnOnce() -> Result<T, LiveError> + Send,
+) -> Result<T, LiveError> {
     let watching = thread::current();
     let done = thread::scope(|scope| {
-        let working = scope.spawn(move || {
+        let working = thread::Builder::new().spawn_scoped(scope, move || {
             let done = work();
             watching.unpark();
             done
         });
+        let working = working.map_err(no_thread)?;
         while !working.is_finished() {
             match expected.load(Ordering::Relaxed) {
                 0 => {}
@@ -309,9 +310,16 @@ fn watched<T: Send>(
             }
             thread::park_timeout(EVERY);
         }
-        working.join()
+        Ok::<_, LiveError>(working.join())
     });
-    done.unwrap_or_else(|panic| resume_unwind(panic))
+    done?.unwrap_or_else(|panic| resume_unwind(panic))
+}
+
+fn no_thread(source: io::Error) -> LiveError {
+    LiveError::Filter {
+        action: "starting a thread for",
+        source,
+    }
 }
 
 /// The result of `xl`'s part of a save.
@@ -389,8 +397,17 @@ impl<'a> Work<'a> {
         };
         thread::scope(|scope| {
             let copied = &copied;
-            scope.spawn(move || copied.take(&mut from));
-            let packing = scope.spawn(move || self.pack(copied.given(), out.file()));
+            let taking = thread::Builder::new().spawn_scoped(scope, move || copied.take(&mut from));
+            taking.map_err(no_thread)?;
+            let pack = move || self.pack(copied.given(), out.file());
+            let packing = match thread::Builder::new().spawn_scoped(scope, pack) {
+                Ok(packing) => packing,
+                Err(error) => {
+                    // Else the other would wait for what is written.
+                    drop(to);
+                    return Err(no_thread(error));
+                }
+            };
             let ran = self.run(&path_of(&to));
             // Nobody writes any more: the reader comes to the end.
             drop(to);
@@ -538,8 +555,9 @@ impl<'a> Work<'a> {
             return Ok(());
         }
         thread::scope(|scope| {
-            // What is wrong with that is told when it is done in the end.
-            scope.spawn(|| out.file().sync_data());
+            // What is wrong with that is told when it is done in the end; without a thread it is done
+            // then.
+            let _ = thread::Builder::new().spawn_scoped(scope, || out.file().sync_data());
             Dump::open(path_of(out.file()), None)
         })?;
         Ok(())
