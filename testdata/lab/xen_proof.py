@@ -252,7 +252,7 @@ def give_back_later(tool: Path, guest: XenGuest) -> dict[str, list[str]]:
                 retyped(image, work / "changed.xl", change)
                 dom0.give(work / "changed.xl", "/images/changed")
                 done = dom0.order("set +e\ntimed restore xl restore /images/changed\n"
-                                  "echo CODE $?\nmemory\nask stress test TORTURE-\nxl destroy lab")
+                                  "echo CODE $?\nmemory\nask torture TORTURE-\nxl destroy lab")
                 found[way] = done.lines
     finally:
         shutil.rmtree(work, ignore_errors=True)
