@@ -131,7 +131,7 @@ def control(tool: Path, folder: Path, ram: Path) -> str:
 
 
 def refuse_changed(tool: Path, checkpoint: Path, disk: Path, frames: list[int], ram: Path,
-                   name: str = "files") -> None:
+                   name: str = "files", *more: str) -> None:
     """Ten blocks of the disk that the memory has too, changed: nothing is restored."""
     changed, out = disk.with_suffix(".changed"), disk.with_suffix(".out")
     run("cp", "--sparse=always", disk, changed)
@@ -155,7 +155,7 @@ def refuse_changed(tool: Path, checkpoint: Path, disk: Path, frames: list[int], 
     if done < 10:
         raise CheckFailed(f"{disk}: only {done} blocks are in the memory")
     answer = attempt(tool, "restore", checkpoint, "-o", out, "--disk", f"{name}={changed}",
-                     "--disk-moved-on")
+                     "--disk-moved-on", *more)
     if answer.returncode != 3 or "holds other bytes" not in answer.stderr or out.exists():
         raise CheckFailed(f"ten blocks were changed, and restore says {answer.returncode}: "
                           f"{answer.stderr}")

@@ -30,13 +30,17 @@ libxengnttab1 libxentoolcore1 libxenhypfs1 libyajl2 libnl-3-200 libnl-route-3-20
 libuuid1 libc6 libgcc-s1 zlib1g liblzma5 libzstd1 libbz2-1.0 liblzo2-2 libtinfo6 libncurses6
 busybox-static""".split()
 MODULES = ["xenfs", "xen-evtchn", "xen-privcmd", "xen-gntdev", "xen-gntalloc", "virtio_pci",
-           "virtio_blk", "ext4"]
+           "virtio_blk", "ext4", "loop", "xen-blkback"]
 TOOLS = ["xl", "libxl-save-helper", "xenstored", "xenconsoled", "xen-init-dom0", "xenconsole"]
+# What a guest with a disk has beside its kernel.
+GUEST_MODULES = ["xen-blkfront"]
 # What `sonicshot` opens by name when it runs.
 OPENED = ["libxenctrl.so.4.17", "libxenforeignmemory.so.1"]
 # The disks, in order: vda has the images, vdb the orders, vdc files that go in or out.
 ORDERS_MIB, FILES_MIB = 1, 2048
 DOM0_MIB = 1536
+# A guest's disk, for xl: whatever dom0 has attached there.
+DISK = "format=raw,backendtype=phy,vdev=xvda,access=rw,target=/dev/loop0"
 
 INIT = r"""#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -60,6 +64,16 @@ xenconsoled --log=all --log-dir=/var/log/xen/console || fail xenconsoled
 sleep 1
 pidof xenconsoled > /dev/null || fail "xenconsoled ended"
 echo "LAB-END 0"
+# What xl calls for a disk: Debian's wants bash and more. Of a block device xen-blkback needs the number.
+mkdir -p /etc/xen/scripts
+cat > /etc/xen/scripts/block << 'END'
+#!/bin/busybox sh
+[ "$1" = add ] || exit 0
+device=$(xenstore-read $XENBUS_PATH/params)
+xenstore-write $XENBUS_PATH/physical-device $(stat -L -c %t:%T $device)
+xenstore-write $XENBUS_PATH/hotplug-status connected
+END
+chmod 755 /etc/xen/scripts/block
 # Orders: a number in the first sector, then a script.
 done=0
 while :; do
@@ -117,6 +131,8 @@ class XenGuest:
     memory: int
     append: str = ""
     vcpus: int = 1
+    # Of the image that it is given as its disk; 0 if it has none. dom0 has room for four.
+    disk: int = 0
 
 
 def install() -> tuple[Path, str]:
@@ -159,12 +175,32 @@ def libraries(root: Path, programs: Sequence[Path]) -> tuple[Path, dict[str, Pat
     return loader, found
 
 
-def build_guest(work: Path) -> Path:
+def guest_modules(kernel: Kernel) -> Path:
+    """A folder with the modules of a guest with a disk, and the order in which they load. Packages of
+    which the lab's other guests have no need are unpacked once more for them."""
+    home = LAB / "xen-guest" / kernel.release
+    if not home.exists():
+        work = home.with_name("unpack")
+        apt = Apt(kernels.SUITES[kernel.series.partition("-")[0]])
+        kernels.unpack(apt, list(kernel.packages), work, work / "root")
+        part = home.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        order = kernels.collect_modules(work / "root", kernel.release, part, GUEST_MODULES)
+        (part / "order").write_text("".join(f"{name}.ko\n" for name in order))
+        shutil.rmtree(work)
+        part.rename(home)
+    return home
+
+
+def build_guest(work: Path, guest: XenGuest) -> Path:
     tree = work / "guest"
     for name in ("dev", "proc", "sys", "shm", "files"):
         (tree / name).mkdir(parents=True)
     run("gcc", "-O2", "-static", "-Wall", "-Wextra", "-o", tree / "init",
         Path(__file__).with_name("xenguest.c"))
+    if guest.disk:
+        shutil.copytree(guest_modules(guest.kernel), tree / "modules")
     pack(tree, work / "guest.cpio")
     return work / "guest.cpio"
 
@@ -178,7 +214,7 @@ def build_dom0(root: Path, release: str, work: Path, tool: Path, guest: XenGuest
         folder.mkdir(parents=True)
     opened = [next(root.rglob(name)) for name in OPENED]
     programs = [root / "usr/lib/xen-4.17/bin" / name for name in TOOLS]
-    programs.append(root / "usr/bin/xenstore-read")
+    programs += [root / "usr/bin" / name for name in ("xenstore-read", "xenstore-write")]
     for program in programs:
         shutil.copy(program, tools)
     shutil.copy(tool, tools / "sonicshot")
@@ -191,11 +227,12 @@ def build_dom0(root: Path, release: str, work: Path, tool: Path, guest: XenGuest
     order = kernels.collect_modules(root, release, tree / "modules", MODULES)
     (tree / "modules/order").write_text("".join(f"{name}.ko\n" for name in order))
     shutil.copy(guest.kernel.image, tree / "vmlinuz")
-    shutil.copy(build_guest(work), tree / "guest.cpio")
+    shutil.copy(build_guest(work, guest), tree / "guest.cpio")
+    disk = ("lab.disk=1 ", f'disk=["{DISK}"]\n') if guest.disk else ("", "")
     (tree / "lab.cfg").write_text(
         f'name="lab"\ntype="pv"\nmemory={guest.memory}\nvcpus={guest.vcpus}\n'
         f'kernel="/vmlinuz"\nramdisk="/guest.cpio"\n'
-        f'extra="console=hvc0 {guest.append}"\non_crash="preserve"\n')
+        f'extra="console=hvc0 {disk[0]}{guest.append}"\n{disk[1]}on_crash="preserve"\n')
     (tree / "order.sh").write_text(ORDER)
     (tree / "init").write_text(INIT)
     (tree / "init").chmod(0o755)
@@ -222,8 +259,9 @@ class Dom0:
         self.log = work / "console.log"
         with gzip.open(root / "boot/xen-4.17-amd64.gz") as packed:
             (work / "xen.elf").write_bytes(packed.read())
-        # The images of the whole guest, full and pruned.
-        sizes = {"images": 2 * guest.memory + 512, "orders": ORDERS_MIB, "files": FILES_MIB}
+        # The images of the whole guest, full and pruned, and of its disk.
+        sizes = {"images": 2 * guest.memory + 512 + 4 * guest.disk, "orders": ORDERS_MIB,
+                 "files": FILES_MIB}
         self.disks = {name: work / name for name in sizes}
         for name, mib in sizes.items():
             with open(self.disks[name], "wb") as file:

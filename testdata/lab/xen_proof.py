@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kernels
+import xen_disk
 from command import command
 from debian import install_tools
 from errors import CheckFailed
@@ -285,6 +286,8 @@ def xen_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--append", default="", help="to the guest's command line")
     parser.add_argument("--keep", type=Path, help="a folder for the images")
     parser.add_argument("--no-kills", action="store_true", help="kill no saves")
+    parser.add_argument("--disk", action="store_true",
+                        help="guests whose files are on a disk, and checkpoints that refer to it, instead")
     parser.add_argument("--give-back", action="store_true",
                         help="try images with frames left unpopulated instead")
     tool_argument(parser)
@@ -298,6 +301,9 @@ def do_xen(args: Namespace) -> None:
         guest = XenGuest(kernels.fetch("6.1"), args.memory)
         for way, lines in give_back_later(tool, guest).items():
             print(f"{way}:", *lines, sep="\n  ")
+        return
+    if args.disk:
+        xen_disk.prove(tool, args.kernels, args.memory, args.append, args.keep)
         return
     rows = []
     for series in args.kernels.split(","):

@@ -1,8 +1,10 @@
-/* The program of a paravirtual guest under Xen: as guest.c, without disks. Its files are in memory.
+/* The program of a paravirtual guest under Xen: as guest.c, with its files in memory, or on a disk.
  * Licence: MIT OR Apache-2.0. */
 #define main with_disks
 #include "guest.c"
 #undef main
+#include <linux/fs.h>
+#include <sys/ioctl.h>
 
 /* Pages that the kernel says are free, in its own allocator. */
 static unsigned long free_pages(void)
@@ -59,6 +61,47 @@ static const char *check_more(const uint64_t *zeroes, size_t zeroes_len)
 	return NULL;
 }
 
+/* Requests of reading that its disk was given. */
+static unsigned long reads_of_disk(void)
+{
+	char line[256];
+	unsigned long reads = 0, each;
+	FILE *file = fopen("/proc/diskstats", "r");
+	if (!file)
+		die("/proc/diskstats");
+	while (fgets(line, sizeof line, file))
+		if (sscanf(line, "%*u %*u xvda %lu", &each) == 1)
+			reads += each;
+	fclose(file);
+	return reads;
+}
+
+/* Mounts the disk, or its first partition, and has some of its page cache dirty. */
+static void use_disk(void)
+{
+	load_modules();
+	for (int i = 0; i < 200 && access("/dev/xvda", F_OK); i++)
+		usleep(50000);
+	/* Its partitions are there once it is. */
+	const char *device = access("/dev/xvda1", F_OK) ? "/dev/xvda" : "/dev/xvda1";
+	if (mount(device, "/files", "ext4", 0, NULL))
+		die(device);
+	put("/proc/sys/vm/dirty_writeback_centisecs", "0");
+	say("DISK %s", device);
+}
+
+static void dirty_some(void)
+{
+	uint64_t page[PAGE / 8];
+	int fd = open("/files/dirty", O_RDWR | O_CREAT, 0600);
+	for (int i = 0; i < 512; i++) {
+		fill(page, sizeof page, 7000 + i);
+		if (fd < 0 || write(fd, page, sizeof page) != sizeof page)
+			die("dirty page cache");
+	}
+	close(fd);
+}
+
 int main(void)
 {
 	struct kept k = { 0 };
@@ -74,7 +117,11 @@ int main(void)
 	for (int fd = 0; fd < 3; fd++)
 		dup2(console, fd);
 	mount("tmpfs", "/shm", "tmpfs", 0, "size=50%");
-	mount("tmpfs", "/files", "tmpfs", 0, "size=25%");
+	int has_disk = option("lab.disk", 0);
+	if (has_disk)
+		use_disk();
+	else
+		mount("tmpfs", "/files", "tmpfs", 0, "size=25%");
 	total_kib = meminfo("MemTotal");
 	seed = option("lab.seed", 1);
 	garbage_step = option("lab.garbage_step", 1);
@@ -97,7 +144,7 @@ int main(void)
 	if (zeroes == MAP_FAILED)
 		die("memory");
 	memset(zeroes, 0, zeroes_len);
-	for (int i = 0; i < 64; i++) {
+	for (int i = 0; i < 64 && !has_disk; i++) {
 		char name[64];
 		uint64_t page[PAGE / 8];
 		snprintf(name, sizeof name, "/files/%d", i);
@@ -113,7 +160,12 @@ int main(void)
 	if (option("lab.garbage", 1) && use_all(50, 0))
 		die("filling free memory");
 	use_up_to(option("lab.used", 0));
+	/* Read after that, which evicts them. */
 	k.files = hash_tree("/files");
+	if (has_disk) {
+		dirty_some();
+		k.files = hash_tree("/files");
+	}
 	skip_boot_messages();
 	say("USED %lu", (meminfo("MemTotal") - meminfo("MemFree")) / 1024);
 	say("FREE %lu", free_pages());
@@ -136,6 +188,17 @@ int main(void)
 			if (!bad)
 				bad = look(&k);
 			say("LOOK-%s %s", bad ? "FAIL" : "OK", bad ? bad : "");
+		} else if (strstr(line, "reads")) {
+			say("READS %lu", reads_of_disk());
+		} else if (strstr(line, "write")) {
+			int fd = open("/files/written", O_RDWR | O_CREAT, 0600);
+			/* Frozen, it has its journal empty, which the disk tells; a commit alone need not. */
+			if (fd < 0 || write(fd, line, sizeof line) < 0 || fsync(fd) ||
+			    ioctl(fd, FIFREEZE, 0) || ioctl(fd, FITHAW, 0))
+				die("/files/written");
+			close(fd);
+			k.files = hash_tree("/files");
+			say("WROTE");
 		}
 	}
 }
