@@ -45,7 +45,10 @@ impl GuestOptions {
     }
 
     /// Adds a source of symbols and types of the guest's kernel that the caller has, such as what a
-    /// service keeps of each build. It counts as a file that was given does, and comes behind those.
+    /// service keeps of each build. It counts as a file that was given does, and comes behind those: one
+    /// of another build is refused with [`VmiError::WrongKernel`](crate::VmiError::WrongKernel), one that
+    /// tells nothing with [`SymbolError::Lacks`](crate::symbols::SymbolError::Lacks), both by its
+    /// [origin](SymbolSource::origin).
     ///
     /// ```
     /// use sonicshot_vmi::symbols::{SymbolError, SymbolSource};
@@ -92,7 +95,7 @@ impl GuestOptions {
             Some(read) => Ok(Arc::clone(read)),
             None => {
                 let files = Given::open(&self.symbol_files)?;
-                Ok(Arc::new(files.with(&self.sources)))
+                Ok(Arc::new(files.with(&self.sources)?))
             }
         }
     }
@@ -114,8 +117,9 @@ impl GuestOptions {
         self
     }
 
-    /// Says where the kernel's VMCOREINFO was when the memory was [looked at](crate::find_vmcoreinfo) before: that page is looked at first. It is believed no
-    /// more than any other, and if there is no kernel by it, all memory is searched as without it.
+    /// Says where the kernel's VMCOREINFO was when the memory was [looked at](crate::find_vmcoreinfo)
+    /// before: that page is looked at first. It is believed no more than any other, and if there is no
+    /// kernel by it, all memory is searched as without it.
     #[must_use]
     pub fn vmcoreinfo_at(mut self, at: Gpa) -> Self {
         self.vmcoreinfo_at = Some(at);

@@ -3,6 +3,7 @@
 use super::elf::build_id_in;
 use super::file::build_id_of;
 use super::{SymbolError, SymbolSource, hex, open_symbol_file};
+use crate::needs::{STRUCTURES, SYMBOLS};
 use crate::note::Note;
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -61,12 +62,21 @@ impl Given {
         Ok(given)
     }
 
-    /// The same with `sources`, which count as single files.
-    pub(crate) fn with(mut self, sources: &[Arc<dyn SymbolSource>]) -> Self {
+    /// The same with `sources`, which count as single files. As an empty file is, one that tells
+    /// nothing is refused.
+    pub(crate) fn with(mut self, sources: &[Arc<dyn SymbolSource>]) -> Result<Self, SymbolError> {
+        for source in sources {
+            if !tells_anything(source.as_ref())? {
+                return Err(SymbolError::Lacks {
+                    origin: source.origin().to_owned(),
+                    what: "any symbol or type that is read of a kernel",
+                });
+            }
+        }
         let named = sources.iter();
         let named = named.map(|source| (PathBuf::from(source.origin()), Arc::clone(source)));
         self.files.extend(named);
-        self
+        Ok(self)
     }
 
     /// The sources for the kernel with this build ID: the single files, and those of the folders that
@@ -156,6 +166,21 @@ impl Given {
             .map(|(_, source)| Arc::clone(source))
             .collect()
     }
+}
+
+/// Whether a source has any of what is read of a kernel.
+fn tells_anything(source: &dyn SymbolSource) -> Result<bool, SymbolError> {
+    for symbol in SYMBOLS {
+        if source.symbol(symbol.name)?.is_some() {
+            return Ok(true);
+        }
+    }
+    for structure in STRUCTURES {
+        if source.type_size(structure.name)?.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 impl Folder {

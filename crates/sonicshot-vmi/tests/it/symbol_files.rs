@@ -2,11 +2,15 @@
 
 use crate::knowledge::{Crashed, classes, erase, testdata, testdata_root};
 use sonicshot::{Gpa, GuestBytes, MappedRegions, PageClass};
-use sonicshot_vmi::symbols::{SymbolFile, SymbolSource};
-use sonicshot_vmi::{GuestOptions, Knowledge, LinuxGuest, Note, OnInconsistency, VmiError};
+use sonicshot_vmi::symbols::{SymbolError, SymbolFile, SymbolSource};
+use sonicshot_vmi::{
+    GuestOptions, KernelVa, Knowledge, LinuxGuest, Note, OnInconsistency, VmiError,
+};
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use tempfile::TempDir;
 
 /// The guest's symbols and types, and the class of each of its frames by them.
@@ -271,6 +275,89 @@ fn members_that_lie_elsewhere_are_refused() {
             "{row}: {:?}",
             found.map(|(knowledge, ..)| knowledge)
         );
+    }
+}
+
+/// What an embedder knows of a build: symbols as the kernel was linked, and how often it was asked.
+#[derive(Debug)]
+struct Table {
+    symbols: HashMap<String, u64>,
+    asked: AtomicU64,
+}
+
+impl Table {
+    const ORIGIN: &str = "the table of builds";
+
+    fn new(symbols: HashMap<String, u64>) -> Arc<Self> {
+        Arc::new(Self {
+            symbols,
+            asked: AtomicU64::new(0),
+        })
+    }
+}
+
+impl SymbolSource for Table {
+    fn origin(&self) -> &str {
+        Self::ORIGIN
+    }
+
+    fn symbol(&self, name: &str) -> Result<Option<KernelVa>, SymbolError> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        Ok(self.symbols.get(name).copied().map(KernelVa::new))
+    }
+}
+
+/// Of a guest whose own table of symbols is gone: it can be read by nothing else.
+#[test]
+fn a_source_of_the_embedders_own_counts_as_a_system_map_does() {
+    let (text, all) = known();
+    let mut ram = testdata();
+    let digits = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\0";
+    assert!(erase(&mut ram, digits, 0xff) > 0);
+    let error = look(&ram, &GuestOptions::new()).unwrap_err();
+    assert!(matches!(error, VmiError::Symbols(_)), "{error}");
+    let symbols = text.lines().filter_map(|line| {
+        let (name, at) = line.strip_prefix("symbol ")?.split_once(' ')?;
+        Some((name.to_owned(), u64::from_str_radix(at, 16).ok()?))
+    });
+    let symbols: HashMap<String, u64> = symbols.collect();
+    let mut lines: Vec<_> = symbols.iter().map(|(name, at)| (at, name)).collect();
+    lines.sort_unstable();
+    let map: String = lines
+        .iter()
+        .map(|(at, name)| format!("{at:016x} T {name}\n"))
+        .collect();
+    let folder = TempDir::new().unwrap();
+    let map = put(&folder, "System.map", &map);
+    let by_map = look(&ram, &GuestOptions::new().symbols(&map)).unwrap();
+    let table = Table::new(symbols.clone());
+    let by_table = look(&ram, &GuestOptions::new().source(table.clone())).unwrap();
+    assert!(by_map.1 == *all && by_table == by_map);
+    assert_eq!(by_table.0, Knowledge::Types);
+    assert!(table.asked.load(Ordering::Relaxed) > 20);
+    // Read ahead, it is the same; and so it is for a guest that tells all itself.
+    let ahead = GuestOptions::new().source(table).read_symbols().unwrap();
+    assert!(look(&ram, &ahead).unwrap() == by_map);
+    assert!(look(&testdata(), &ahead).unwrap().1 == *all);
+    // Of another build, or of none.
+    let mut wrong = symbols;
+    *wrong.get_mut("init_uts_ns").unwrap() += 64;
+    for ram in [&ram, &testdata()] {
+        let options = GuestOptions::new().source(Table::new(wrong.clone()));
+        let error = look(ram, &options).unwrap_err();
+        let named =
+            matches!(&error, VmiError::WrongKernel { origin, .. } if origin == Table::ORIGIN);
+        assert!(named, "{error}");
+        assert!(error.to_string().contains("init_uts_ns"), "{error}");
+        let other = HashMap::from([("jiffies_of_mine".to_owned(), 1 << 40)]);
+        for empty in [HashMap::new(), other] {
+            let options = GuestOptions::new().source(Table::new(empty));
+            let error = look(ram, &options).unwrap_err();
+            let VmiError::Symbols(SymbolError::Lacks { origin, .. }) = &error else {
+                panic!("{error}");
+            };
+            assert_eq!(origin, Table::ORIGIN);
+        }
     }
 }
 
