@@ -154,11 +154,11 @@ pub enum DumpError {
         actual: u64,
     },
     /// Nothing says where the RAM of this machine lies in the guest.
-    #[error("{}: where the machine `{machine}` has its RAM is not known", path.display())]
+    #[error("{}: {}", path.display(), no_layout(machine))]
     NoLayout {
         /// The file.
         path: PathBuf,
-        /// QEMU's name of the machine.
+        /// QEMU's name of the machine; empty if the file names none.
         machine: String,
     },
     /// A layout names a block of memory that the file does not have, or names one twice.
@@ -550,6 +550,13 @@ fn name(writer: Option<&WritingProcess>) -> String {
 }
 
 /// The names of files in one folder, for a message.
+fn no_layout(machine: &str) -> String {
+    match machine {
+        "" => "it names no machine, which would tell where its RAM lies".to_owned(),
+        name => format!("where the machine `{name}` has its RAM is not known"),
+    }
+}
+
 fn names(paths: &[PathBuf]) -> String {
     let name = |path: &PathBuf| {
         path.file_name()

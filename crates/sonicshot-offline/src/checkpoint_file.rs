@@ -8,7 +8,9 @@ use crate::place;
 use crate::snapshot::Snapshot;
 use crate::untold::{assumed, named_machine};
 use sonicshot::checkpoint::{CheckpointError, CheckpointReader, PageContent, SaveStats};
-use sonicshot::{Architecture, FileId, FileStamp, MemoryError, Pfn, Progress, Tally, WorkOptions};
+use sonicshot::{
+    Architecture, FileId, FileStamp, MemoryError, Pfn, Progress, Tally, WorkOptions, open_file,
+};
 use sonicshot_dump::{
     CoreNotes, DiskImage, Dump, DumpError, DumpFile, DumpFormat, DumpOptions, LayoutSpec, NewFile,
     Overwrite, Spool, WriteOptions, XlSkeleton, check_not_foreign,
@@ -131,10 +133,17 @@ impl CheckpointFile {
     ///
     /// # Errors
     /// [`OfflineError::Checkpoint`] if it is none or damaged, [`DumpError::NotRead`] if it is of
-    /// another tool's format.
+    /// another tool's format, [`OfflineError::NotAFile`] if it is a pipe or a device: one that nobody
+    /// writes to would be waited for.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, OfflineError> {
         let path = path.as_ref();
-        let file = File::open(path).map_err(OfflineError::io("opening", path))?;
+        let file = open_file(path).map_err(|source| match source.raw_os_error() {
+            Some(_) => OfflineError::io("opening", path)(source),
+            None => OfflineError::NotAFile {
+                path: path.to_owned(),
+                source,
+            },
+        })?;
         Self::of_file(path, file).map_err(|error| match check_not_foreign(path) {
             Err(foreign) if error.is_no_checkpoint() => foreign.into(),
             _ => error,

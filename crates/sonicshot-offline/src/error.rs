@@ -40,6 +40,15 @@ pub enum OfflineError {
         #[source]
         source: DumpError,
     },
+    /// A checkpoint is read at any place, which a pipe cannot be.
+    #[error("{} is no checkpoint", path.display())]
+    NotAFile {
+        /// What was given.
+        path: PathBuf,
+        /// What it is.
+        #[source]
+        source: io::Error,
+    },
     /// Pages on the guest's disks cannot be found.
     #[error("looking through the guest's disks")]
     Disks {

@@ -30,7 +30,7 @@ pub fn restore(path: &Path, paused: bool, options: &[String]) -> Result<(), Live
         path: path.to_owned(),
         source,
     };
-    let mut file = File::open(path).map_err(reading)?;
+    let mut file = sonicshot::open_file(path).map_err(reading)?;
     let mut start = [0; 4];
     file.read_exact(&mut start).map_err(reading)?;
     file.rewind().map_err(reading)?;

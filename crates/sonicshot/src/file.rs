@@ -350,9 +350,29 @@ impl io::Write for SparseWriter<'_> {
     }
 }
 
+/// Opens what is to be read at any place: a regular file or a block device.
+///
+/// # Errors
+/// Those of the system; of anything else [`io::ErrorKind::InvalidInput`], at once: to open a pipe that
+/// nobody writes to would take for ever.
+pub fn open_file(path: &Path) -> io::Result<File> {
+    let is = std::fs::metadata(path)?.file_type();
+    let why = if is.is_file() || is.is_block_device() {
+        return File::open(path);
+    } else if is.is_dir() {
+        "it is a folder"
+    } else if is.is_fifo() {
+        "it is a pipe, and neither a regular file nor a block device: what comes through a pipe is given \
+         as `-`, where that is possible"
+    } else {
+        "it is neither a regular file nor a block device"
+    };
+    Err(io::Error::new(io::ErrorKind::InvalidInput, why))
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{FileId, FileOffset, SparseWriter, write_sparse_at};
+    use super::{FileId, FileOffset, SparseWriter, open_file, write_sparse_at};
     use proptest::prelude::*;
     use std::fs::{self, File};
     use std::io::{Read, Seek, Write};
@@ -362,6 +382,33 @@ mod tests {
         file.rewind().unwrap();
         file.read_to_end(&mut bytes).unwrap();
         bytes
+    }
+
+    #[test]
+    fn what_is_no_file_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::write(at("file"), "x").unwrap();
+        std::os::unix::fs::symlink("file", at("link")).unwrap();
+        open_file(&at("file")).unwrap();
+        open_file(&at("link")).unwrap();
+        let made = std::process::Command::new("mkfifo")
+            .arg(at("pipe"))
+            .status();
+        assert!(made.unwrap().success());
+        for (path, what) in [
+            (at("pipe"), "it is a pipe"),
+            (folder.path().to_owned(), "a folder"),
+            ("/dev/null".into(), "nor a block device"),
+        ] {
+            let error = open_file(&path).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+            assert!(error.to_string().contains(what), "{error}");
+        }
+        assert_eq!(
+            open_file(&at("none")).unwrap_err().kind(),
+            io::ErrorKind::NotFound
+        );
     }
 
     #[test]

@@ -85,7 +85,7 @@ pub use architecture::Architecture;
 pub use bytes::GuestBytes;
 pub use class::{ClassCounts, ClassSet, PageClass, PageState, UnknownClass};
 pub use cursor::{Bytes, Cursor, CutShort, Number};
-pub use file::{FileId, FileOffset, FileRange, FileStamp};
+pub use file::{FileId, FileOffset, FileRange, FileStamp, open_file};
 pub use file_bytes::{Failure, FileBytes, FileContent};
 pub use memory::{
     GuestMemory, Hold, LayoutError, MAX_MAP, Mapped, MappedRegions, MemoryError, RamLayout,

@@ -233,6 +233,12 @@ impl Output {
             rights.push(Rights::of(input).map_err(DumpError::io("reading", path))?);
             sources.push(Unchanged::new(input).map_err(DumpError::io("reading", path))?);
         }
+        // A device such as /dev/full, which root could replace, and nobody should be told to force.
+        if let Some(why) = there.and_then(|there| no_place(kind_of(&there)))
+            && !is_system_link(path)
+        {
+            return Err(invalid(why));
+        }
         // Not followed, for it is the link itself that would be replaced.
         if target.overwrite == Overwrite::Refuse
             && statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
@@ -244,7 +250,7 @@ impl Output {
                 "it is a link of the system to an open file, which a file would take the place of",
             ));
         }
-        // A folder, a pipe, or a device such as /dev/null, which root could replace.
+        // A folder, or what an open file is.
         if there.is_some_and(|there| kind_of(&there) != libc::S_IFREG) {
             return Err(invalid("it is not a regular file"));
         }
@@ -346,6 +352,22 @@ impl Ready {
         // The name itself is durable once the folder is.
         sync_folder(&folder, &path)?;
         Ok(self.disk_bytes)
+    }
+}
+
+/// The reason why something of this kind is no place for an output, but for a folder.
+fn no_place(kind: u32) -> Option<&'static str> {
+    match kind {
+        libc::S_IFCHR | libc::S_IFBLK => Some(
+            "it is not a regular file but a device, which is no place for an output: give a file",
+        ),
+        libc::S_IFIFO => Some(
+            "it is not a regular file but a pipe, which is no place for an output: give a file",
+        ),
+        libc::S_IFSOCK => Some(
+            "it is not a regular file but a socket, which is no place for an output: give a file",
+        ),
+        _ => None,
     }
 }
 

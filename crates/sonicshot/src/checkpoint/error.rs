@@ -10,7 +10,7 @@ use std::io;
 #[non_exhaustive]
 pub enum CheckpointError {
     /// The file does not begin as a checkpoint.
-    #[error("not a checkpoint: found {found:02x?} at 0x0, expected the magic of a `.sonic` file")]
+    #[error("not a checkpoint: {}", instead_of_magic(found))]
     NotACheckpoint {
         /// Its first bytes.
         found: Vec<u8>,
@@ -266,6 +266,15 @@ pub enum CheckpointError {
     /// A worker thread ended without a result.
     #[error("a worker thread failed")]
     Worker,
+}
+
+/// The beginning of a file that is no checkpoint, and what it should be.
+fn instead_of_magic(found: &[u8]) -> String {
+    const EXPECTED: &str = "expected the magic of a `.sonic` file";
+    match found {
+        [] => format!("the file is empty (0 bytes), {EXPECTED} at 0x0"),
+        found => format!("found {found:02x?} at 0x0, {EXPECTED}"),
+    }
 }
 
 impl CheckpointError {

@@ -13,8 +13,8 @@ use crate::checkpoint::wire::layout::{
     FOOTER_LEN, MAGIC, behind, between, checksum, plus, size, too_large,
 };
 use crate::checkpoint::wire::record::BlobEntry;
-use crate::to_u64;
 use crate::{FileOffset, PageMap, PageState, Pfn, PfnRange, Tally};
+use crate::{open_file, to_u64};
 use core::hash::Hasher;
 use std::fmt;
 use std::fs::File;
@@ -68,7 +68,7 @@ impl CheckpointReader<File> {
     /// # Errors
     /// [`CheckpointError`] if it cannot be read, is none, or is damaged.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
-        Self::new(File::open(path).map_err(CheckpointError::read(FileOffset::ZERO))?)
+        Self::new(open_file(path.as_ref()).map_err(CheckpointError::read(FileOffset::ZERO))?)
     }
 }
 
